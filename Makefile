@@ -1,0 +1,34 @@
+# Everything runs in .venv; nothing is installed outside this folder.
+PYTHON ?= python3
+UV := $(shell command -v uv 2>/dev/null || echo build/tools/bin/uv)
+RUN := .venv/bin
+
+.PHONY: setup demo test lint bench clean
+
+setup: .venv/.ready  ## make .venv with the package and its developer tools
+
+build/tools/bin/uv:
+	$(PYTHON) -m venv build/tools
+	build/tools/bin/python -m pip install --quiet --disable-pip-version-check uv
+
+.venv/.ready: pyproject.toml | $(filter build/%,$(UV))
+	$(UV) venv --quiet --allow-existing .venv
+	$(UV) pip install --quiet --python .venv/bin/python --editable '.[dev]'
+	@touch $@
+
+demo: setup  ## train a small model on real digits, compress it, compile it, serve it
+	$(RUN)/python examples/demo.py
+
+test: setup  ## the whole test suite on the CPU
+	JAX_PLATFORMS=cpu $(RUN)/python -m pytest
+
+lint: setup  ## formatting, lint and types
+	$(RUN)/ruff format --check .
+	$(RUN)/ruff check .
+	$(RUN)/pyright
+
+bench: setup  ## every benchmark; each prints the command that repeats it
+	$(RUN)/python benchmarks/loading.py
+
+clean:
+	rm -rf .venv build dist

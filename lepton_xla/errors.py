@@ -1,0 +1,37 @@
+"""Every error a user can cause, in one tree: catch `LeptonError` and you have them all."""
+
+
+class LeptonError(Exception):
+    """Something the user gave cannot be used; the message says what, where, and what to do."""
+
+
+class ModelError(LeptonError):
+    """A model, its weights, or its inputs do not fit what was declared."""
+
+
+class RecipeError(LeptonError):
+    """A recipe is malformed, or does not fit the program it is applied to."""
+
+
+class UnsupportedError(LeptonError):
+    """A pass met a site, a primitive or a container that it cannot handle."""
+
+
+class CalibrationError(LeptonError):
+    """Calibration data is missing, empty, wrongly shaped or not finite."""
+
+
+class CompileError(LeptonError):
+    """A program cannot be compiled ahead of time as asked."""
+
+
+class ArtifactError(LeptonError):
+    """An artifact is missing, damaged, foreign, or cannot be written."""
+
+
+class InputError(LeptonError):
+    """An inference input has a wrong name, dtype, rank or size."""
+
+
+class ServeError(LeptonError):
+    """The server cannot start or cannot take a request."""

@@ -1,0 +1,317 @@
+"""A model as a pure function of its weights and its named inputs, and the ways to make one."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lepton_xla.errors import ModelError
+
+if TYPE_CHECKING:
+    from lepton_xla.report import PassReport
+
+type Weights = dict[str, Any]
+"""Weights by path (`params/Dense_0/kernel`): arrays, or pytrees of arrays such as `QTensor`."""
+
+# Two sizes per symbolic dimension tell which output dimensions follow it.
+_PROBE_SIZES = (3, 5)
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorSpec:
+    """Shape and dtype of one input or output.
+
+    Attributes:
+        shape: ints, and names for the dimensions that vary: `("batch", 28, 28, 1)`.
+        dtype: the name of a NumPy or ml_dtypes dtype, such as `"float32"` or `"bfloat16"`.
+
+    Raises:
+        ModelError: for a negative dimension, an empty name or an unknown dtype.
+    """
+
+    shape: tuple[int | str, ...]
+    dtype: str
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "shape", tuple(self.shape))
+        for dim in self.shape:
+            valid = dim.isidentifier() if isinstance(dim, str) else isinstance(dim, int) and dim >= 0
+            if not valid:
+                raise ModelError(
+                    f"TensorSpec{self.shape}: dimension {dim!r} is neither a size >= 0 nor a name like 'batch'"
+                )
+        try:
+            object.__setattr__(self, "dtype", jnp.dtype(self.dtype).name)
+        except TypeError as error:
+            raise ModelError(f"TensorSpec{self.shape}: unknown dtype {self.dtype!r}") from error
+
+    @property
+    def symbols(self) -> tuple[str, ...]:
+        """Names of the dimensions that vary, in order."""
+        return tuple(dim for dim in self.shape if isinstance(dim, str))
+
+    def at(self, sizes: Mapping[str, int]) -> jax.ShapeDtypeStruct:
+        """This spec with every symbolic dimension replaced by its size.
+
+        Raises:
+            ModelError: when `sizes` lacks one of the names.
+        """
+        missing = [name for name in self.symbols if name not in sizes]
+        if missing:
+            raise ModelError(f"no size given for dimension {missing[0]!r}; sizes given: {dict(sizes)}")
+        shape = tuple(sizes[dim] if isinstance(dim, str) else dim for dim in self.shape)
+        return jax.ShapeDtypeStruct(shape, jnp.dtype(self.dtype))
+
+    def __str__(self) -> str:
+        return f"{self.dtype}[{', '.join(map(str, self.shape))}]"
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A model: a pure function, its weights, and what goes in and out.
+
+    Attributes:
+        fn: `fn(weights, *inputs) -> outputs`; `weights` is the flat dict below, `inputs` in the order of `inputs`.
+        weights: path -> array, or a pytree of arrays (`QTensor`). Model state such as batch statistics is here too.
+        inputs: name -> spec, in call order.
+        outputs: name -> spec; the names are the paths of the output tree, or `output` for a single array.
+        masks: path -> bool array of the weight's shape, for pruned weights: False marks a weight held at zero.
+        history: one report a pass applied, oldest first.
+    """
+
+    fn: Callable[..., Any]
+    weights: Weights
+    inputs: dict[str, TensorSpec]
+    outputs: dict[str, TensorSpec]
+    masks: dict[str, jax.Array] = dataclasses.field(default_factory=dict[str, jax.Array])
+    history: tuple[PassReport, ...] = ()
+
+    def __call__(self, weights: Weights, *inputs: Any) -> Any:
+        """Runs the model; the result has the tree that the user's own function returns."""
+        return self.fn(weights, *inputs)
+
+    @property
+    def symbols(self) -> tuple[str, ...]:
+        """Names of the input dimensions that vary, in order of first appearance."""
+        return tuple(dict.fromkeys(name for spec in self.inputs.values() for name in spec.symbols))
+
+    @property
+    def weights_bytes(self) -> int:
+        """Bytes of all weights as held in memory."""
+        return tree_bytes(self.weights)
+
+    def abstract_inputs(self, sizes: Mapping[str, int]) -> list[jax.ShapeDtypeStruct]:
+        """Input shapes at the given sizes of the symbolic dimensions, in call order."""
+        return [spec.at(sizes) for spec in self.inputs.values()]
+
+    def jaxpr(self, sizes: Mapping[str, int]) -> Any:
+        """The jaxpr at the given sizes, such as `{"batch": 8}`."""
+        return jax.make_jaxpr(self.fn)(abstract(self.weights), *self.abstract_inputs(sizes))
+
+    def named_outputs(self, weights: Weights, *inputs: Any) -> dict[str, Any]:
+        """Runs the model and gives its outputs by name."""
+        return name_leaves(self.fn(weights, *inputs), single="output")
+
+    def replace(self, **changes: Any) -> Program:
+        """A copy with the given fields changed."""
+        return dataclasses.replace(self, **changes)
+
+
+def abstract(tree: Any) -> Any:
+    """The tree with every array replaced by its shape and dtype."""
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
+
+
+def tree_bytes(tree: Any) -> int:
+    """Bytes of every array in a tree as held in memory (sub-byte dtypes counted packed)."""
+    return sum(leaf_bytes(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(tree))
+
+
+def leaf_bytes(shape: Sequence[int], dtype: Any) -> int:
+    """Bytes of one array; int4 and uint4 count half a byte."""
+    bits = 4 if jnp.dtype(dtype).name in ("int4", "uint4") else jnp.dtype(dtype).itemsize * 8
+    return (int(np.prod(shape, dtype=np.int64)) * bits + 7) // 8
+
+
+def name_leaves(tree: Any, *, single: str | None = None, prefix: str = "") -> dict[str, Any]:
+    """Flattens a tree into `{path: leaf}`, paths joined by `/`.
+
+    Args:
+        tree: any pytree.
+        single: the name of the only leaf where the tree is one.
+        prefix: the first part of the names of leaves in a tuple or list: `output` gives `output_0`, `output_1`.
+    """
+    flat, _ = jax.tree_util.tree_flatten_with_path(tree)
+    named: dict[str, Any] = {}
+    for path, leaf in flat:
+        name = "/".join(_key_name(key) for key in path) or (single if single is not None else prefix)
+        if single is not None and name.split("/")[0].isdigit():
+            name = f"{single}_{name}"
+        if name in named:
+            raise ModelError(f"two leaves have the path {name!r}; rename one of the dictionary keys")
+        named[name] = leaf
+    return named
+
+
+def _key_name(key: Any) -> str:
+    for attribute in ("key", "idx", "name"):
+        if hasattr(key, attribute):
+            return str(getattr(key, attribute))
+    return str(key)
+
+
+def trace(fn: Callable[..., Any], weights: Any, inputs: Mapping[str, TensorSpec]) -> Program:
+    """Makes a `Program` of any JAX function.
+
+    Args:
+        fn: `fn(weights, *inputs) -> outputs`, traceable by `jax.jit`. Constants it closes over stay constants; what
+            should be compressed or updated must be in `weights`.
+        weights: a pytree of arrays; its paths become the weights' names.
+        inputs: name -> spec, in call order.
+
+    Returns:
+        The program, with output names, shapes and symbolic dimensions inferred by abstract evaluation.
+
+    Raises:
+        ModelError: if `fn` cannot be traced at these inputs, a weight is not an array, or an output's size depends
+            on a symbolic dimension in another way than being equal to it.
+    """
+    named = name_leaves(weights, prefix="weights")
+    treedef = jax.tree.structure(weights)
+    for name, leaf in named.items():
+        if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
+            raise ModelError(f"weight {name!r} is a {type(leaf).__name__}, not an array")
+    names = tuple(named)
+
+    def flat_fn(flat: Weights, *args: Any) -> Any:
+        return fn(jax.tree.unflatten(treedef, [flat[name] for name in names]), *args)
+
+    arrays = {name: jnp.asarray(leaf) for name, leaf in named.items()}
+    specs = dict(inputs)
+    return Program(flat_fn, arrays, specs, infer_outputs(flat_fn, arrays, specs))
+
+
+def infer_outputs(
+    fn: Callable[..., Any], weights: Weights, inputs: Mapping[str, TensorSpec]
+) -> dict[str, TensorSpec]:
+    """Output names and specs of `fn`, found by evaluating it abstractly at two sizes of each symbolic dimension.
+
+    Raises:
+        ModelError: as `trace`.
+    """
+    symbols = tuple(dict.fromkeys(name for spec in inputs.values() for name in spec.symbols))
+    small, large = _PROBE_SIZES
+    # Distinct sizes, so that no two symbols can be taken for one another.
+    base = {name: small + 4 * index for index, name in enumerate(symbols)}
+    reference = _abstract_outputs(fn, weights, inputs, base)
+    shapes: dict[str, list[int | str]] = {name: list(leaf.shape) for name, leaf in reference.items()}
+    for symbol in symbols:
+        changed = _abstract_outputs(fn, weights, inputs, {**base, symbol: base[symbol] + large - small})
+        if changed.keys() != reference.keys():
+            raise ModelError(f"the names of the outputs change with the size of {symbol!r}")
+        for name, leaf in changed.items():
+            for axis, (before, after) in enumerate(zip(reference[name].shape, leaf.shape, strict=True)):
+                if before == after:
+                    continue
+                if before != base[symbol] or after - before != large - small:
+                    raise ModelError(
+                        f"output {name!r}: dimension {axis} is {before} at {symbol}={base[symbol]} and {after} at "
+                        f"{symbol}={base[symbol] + large - small}; an output dimension must equal {symbol} or be fixed"
+                    )
+                shapes[name][axis] = symbol
+    return {name: TensorSpec(tuple(shapes[name]), leaf.dtype.name) for name, leaf in reference.items()}
+
+
+def _abstract_outputs(
+    fn: Callable[..., Any], weights: Weights, inputs: Mapping[str, TensorSpec], sizes: Mapping[str, int]
+) -> dict[str, jax.ShapeDtypeStruct]:
+    try:
+        out = jax.eval_shape(fn, abstract(weights), *(spec.at(sizes) for spec in inputs.values()))
+    except ModelError:
+        raise
+    except Exception as error:
+        at = ", ".join(f"{name}: {spec}" for name, spec in inputs.items())
+        raise ModelError(
+            f"the model cannot be traced with inputs {{{at}}} at {dict(sizes)}: {type(error).__name__}: {error}"
+        ) from error
+    named = name_leaves(out, single="output")
+    if not named:
+        raise ModelError("the model returns nothing")
+    return named
+
+
+def from_linen(
+    module: Any,
+    variables: Mapping[str, Any],
+    inputs: Mapping[str, TensorSpec],
+    *,
+    method: str | None = None,
+    **kwargs: Any,
+) -> Program:
+    """Makes a `Program` of a Flax Linen module and its variables.
+
+    Args:
+        module: a `flax.linen.Module`.
+        variables: every collection the module reads (`params`, `batch_stats`, ...); all of it becomes weights.
+        inputs: name -> spec, in the order of the module's positional arguments.
+        method: the module's method to call; `__call__` by default.
+        **kwargs: static keyword arguments. A `train`, `training` or `is_training` argument without a default is
+            set False, and `deterministic` and `use_running_average` True, unless given here.
+
+    Raises:
+        ModelError: as `trace`.
+    """
+    static = _inference_arguments(getattr(type(module), method or "__call__"), kwargs)
+
+    def fn(weights: Any, *args: Any) -> Any:
+        return module.apply(weights, *args, method=method, **static)
+
+    return trace(fn, dict(variables), inputs)
+
+
+def from_nnx(module: Any, inputs: Mapping[str, TensorSpec], **kwargs: Any) -> Program:
+    """Makes a `Program` of a Flax NNX module, whose state becomes the weights.
+
+    The module is put into inference mode (`module.eval()`) on a copy; the module given is not changed.
+
+    Args:
+        module: a `flax.nnx.Module`.
+        inputs: name -> spec, in the order of `__call__`'s positional arguments.
+        **kwargs: static keyword arguments for the call.
+
+    Raises:
+        ModelError: as `trace`.
+    """
+    from flax import nnx
+
+    graph, variables, rest = nnx.split(_nnx_eval(nnx.clone(module)), nnx.Not(nnx.RngState), ...)
+    pure = nnx.to_pure_dict(variables)
+
+    def fn(weights: Any, *args: Any) -> Any:
+        state = jax.tree.map(lambda leaf: leaf, variables)
+        nnx.replace_by_pure_dict(state, weights)
+        return nnx.merge(graph, state, rest)(*args, **kwargs)
+
+    return trace(fn, pure, inputs)
+
+
+def _nnx_eval(module: Any) -> Any:
+    module.eval(raise_if_not_found=False) if "raise_if_not_found" in inspect.signature(module.eval).parameters else (
+        module.eval()
+    )
+    return module
+
+
+def _inference_arguments(function: Callable[..., Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Keyword arguments that put a Linen module into inference mode."""
+    parameters = inspect.signature(function).parameters
+    inference = {"train": False, "training": False, "is_training": False, "deterministic": True}
+    inference["use_running_average"] = True
+    chosen = {name: value for name, value in inference.items() if name in parameters}
+    return chosen | dict(given)
