@@ -1,0 +1,8 @@
+"""Strict JAX for every test: two fake devices, no implicit dtype or rank promotion, no silent 64-bit."""
+
+import jax
+
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 2)
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
