@@ -19,8 +19,9 @@ if TYPE_CHECKING:
 type Weights = dict[str, Any]
 """Weights by path (`params/Dense_0/kernel`): arrays, or pytrees of arrays such as `QTensor`."""
 
-# Two sizes per symbolic dimension tell which output dimensions follow it.
-_PROBE_SIZES = (3, 5)
+# Units of the sizes at which a program is looked at: multiples of 8 first, since a sharded dimension must divide by
+# its mesh axis, then the smallest, since a table of positions may be short.
+_PROBE_UNITS = (8, 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -205,27 +206,48 @@ def infer_outputs(
     Raises:
         ModelError: as `trace`.
     """
-    symbols = tuple(dict.fromkeys(name for spec in inputs.values() for name in spec.symbols))
-    small, large = _PROBE_SIZES
-    # Distinct sizes, so that no two symbols can be taken for one another.
-    base = {name: small + 4 * index for index, name in enumerate(symbols)}
+    base, unit = probe_sizes(fn, weights, inputs)
     reference = _abstract_outputs(fn, weights, inputs, base)
     shapes: dict[str, list[int | str]] = {name: list(leaf.shape) for name, leaf in reference.items()}
-    for symbol in symbols:
-        changed = _abstract_outputs(fn, weights, inputs, {**base, symbol: base[symbol] + large - small})
+    for symbol in base:
+        changed = _abstract_outputs(fn, weights, inputs, {**base, symbol: base[symbol] + unit})
         if changed.keys() != reference.keys():
             raise ModelError(f"the names of the outputs change with the size of {symbol!r}")
         for name, leaf in changed.items():
             for axis, (before, after) in enumerate(zip(reference[name].shape, leaf.shape, strict=True)):
                 if before == after:
                     continue
-                if before != base[symbol] or after - before != large - small:
+                if before != base[symbol] or after - before != unit:
                     raise ModelError(
                         f"output {name!r}: dimension {axis} is {before} at {symbol}={base[symbol]} and {after} at "
-                        f"{symbol}={base[symbol] + large - small}; an output dimension must equal {symbol} or be fixed"
+                        f"{symbol}={base[symbol] + unit}; an output dimension must equal {symbol} or be fixed"
                     )
                 shapes[name][axis] = symbol
     return {name: TensorSpec(tuple(shapes[name]), leaf.dtype.name) for name, leaf in reference.items()}
+
+
+def probe_sizes(
+    fn: Callable[..., Any], weights: Weights, inputs: Mapping[str, TensorSpec]
+) -> tuple[dict[str, int], int]:
+    """Sizes of the symbolic dimensions at which `fn` can be traced, all different, and the unit between them.
+
+    Raises:
+        ModelError: if `fn` can be traced at none of the sizes tried.
+    """
+    symbols = tuple(dict.fromkeys(name for spec in inputs.values() for name in spec.symbols))
+    for unit in _PROBE_UNITS:
+        # Each size, and each size with one unit added, is distinct: no symbol can be taken for another.
+        sizes = {name: unit * (2 * index + 2) for index, name in enumerate(symbols)}
+        try:
+            for symbol in symbols:
+                _abstract_outputs(fn, weights, inputs, {**sizes, symbol: sizes[symbol] + unit})
+            _abstract_outputs(fn, weights, inputs, sizes)
+        except ModelError:
+            if unit == _PROBE_UNITS[-1]:
+                raise
+        else:
+            return sizes, unit
+    raise AssertionError("unreachable")
 
 
 def _abstract_outputs(
@@ -238,7 +260,8 @@ def _abstract_outputs(
     except Exception as error:
         at = ", ".join(f"{name}: {spec}" for name, spec in inputs.items())
         raise ModelError(
-            f"the model cannot be traced with inputs {{{at}}} at {dict(sizes)}: {type(error).__name__}: {error}"
+            f"the model cannot be traced with inputs {{{at}}} at {dict(sizes)}: {type(error).__name__}: "
+            f"{str(error).strip().splitlines()[0] if str(error).strip() else error!r}"
         ) from error
     named = name_leaves(out, single="output")
     if not named:

@@ -1,0 +1,72 @@
+"""The only file that touches JAX internals: jaxprs, equations, and what differs between JAX versions.
+
+Written against jax 0.11.1 to 0.12; everything else in the project goes through these few functions.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+from jax._src import source_info_util
+from jax.extend import core as jex_core
+
+type Jaxpr = Any
+type Equation = Any
+
+LITERAL = jex_core.Literal
+
+
+def open_jaxpr(jaxpr: Jaxpr) -> tuple[Jaxpr, Sequence[Any]]:
+    """A jaxpr and its constants, whether it came closed or open."""
+    return getattr(jaxpr, "jaxpr", jaxpr), getattr(jaxpr, "consts", ())
+
+
+def is_jaxpr(value: Any) -> bool:
+    """Whether a parameter of an equation is a jaxpr, open or closed."""
+    return hasattr(value, "eqns")
+
+
+def inner_jaxprs(eqn: Equation) -> list[Jaxpr]:
+    """Every jaxpr found in an equation's parameters, one level deep."""
+    found = []
+    for value in eqn.params.values():
+        members = value if isinstance(value, (tuple, list)) else (value,)
+        found.extend(member for member in members if is_jaxpr(member))
+    return found
+
+
+@contextlib.contextmanager
+def equation_context(eqn: Equation) -> Iterator[None]:
+    """The name stack, traceback, mesh and configuration under which the equation was traced."""
+    name_stack = source_info_util.current_name_stack() + eqn.source_info.name_stack
+    with source_info_util.user_context(eqn.source_info.traceback, name_stack=name_stack), eqn.ctx.manager:
+        yield
+
+
+def bind(eqn: Equation, values: Sequence[Any]) -> list[Any]:
+    """Evaluates one equation on other values and gives its outputs as a list."""
+    params = eqn.primitive.get_bind_params(eqn.params)
+    with equation_context(eqn):
+        out = eqn.primitive.bind(*values, **params)
+    return list(out) if eqn.primitive.multiple_results else [out]
+
+
+def scan_split(eqn: Equation) -> tuple[int, int]:
+    """How many of a scan's operands are constants, and how many are carried."""
+    consts, carry, _ = eqn.params["ft_in"].update(eqn.invars).unpack()
+    return len(list(consts)), len(list(carry))
+
+
+def user_shardings(shardings: Sequence[Any]) -> tuple[Any, ...]:
+    """A jit equation's shardings as `jax.jit` takes them: None where the user gave none."""
+    return tuple(s if isinstance(s, jax.sharding.Sharding) else None for s in shardings)
+
+
+def scope(eqn: Equation) -> str:
+    """The names of the modules and scopes an equation was traced in, joined by `/`, transforms stripped."""
+    text = str(eqn.source_info.name_stack)
+    return "/".join(part for part in re.sub(r"\b\w+\(|\)", "", text).split("/") if part)

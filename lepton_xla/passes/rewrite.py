@@ -1,0 +1,419 @@
+"""The one jaxpr walker: a function in, the same function with some of its equations replaced out.
+
+`rewrite` traces a function, then evaluates its equations again through public `jax` calls, letting a pass's rules take
+the equations they know. Like `jax.grad` it gives back a function, so it composes with `jit`, `grad`, `vmap`, sharding
+and itself. A pass is a rule table; all that has to do with control flow, derivatives and sharding is here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from lepton_xla import _compat
+from lepton_xla.errors import UnsupportedError
+
+type Values = list[Any]
+type Rule = Callable[["Context", Any, Values], Values | None]
+"""`rule(context, equation, operands) -> outputs`, or None to leave the equation as it is."""
+type Taps = dict[str, jax.Array]
+
+
+class Carried:
+    """What a pass sends through the graph in the place of an array. Subclasses are pytrees of arrays.
+
+    A primitive without a rule for it gets `materialize()`.
+    """
+
+    def materialize(self) -> jax.Array:
+        """The array this stands for."""
+        raise NotImplementedError
+
+    def at_step(self) -> Carried:
+        """This value inside the body of a `scan` over its leading axis (the leaves are already sliced)."""
+        return self
+
+
+def materialize(value: Any) -> Any:
+    """The array a value stands for; arrays stand for themselves."""
+    return value.materialize() if isinstance(value, Carried) else value
+
+
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """Where in the program an equation stands, as a rule sees it.
+
+    Attributes:
+        key: identifies the equation and the calls around it: the same each time a body is traced.
+        scope: names of the modules and scopes around it, joined by `/`.
+        repeats: how often it runs in one call: the product of the lengths of the scans around it.
+        container: the innermost container around it, such as `scan` or `shard_map`; empty at the top.
+        uses: how often each variable of the jaxpr at hand is read, outputs counted.
+    """
+
+    walk: Walk
+    key: tuple[int, ...]
+    scope: str
+    repeats: int
+    container: str
+    uses: Mapping[Any, int]
+    taps: Taps
+
+    def tap(self, name: str, value: jax.Array) -> None:
+        """Sends a non-negative statistic out of every container around the equation.
+
+        `scan` stacks it along a new leading axis; `while`, `cond` and repeated taps of a name take the maximum.
+        """
+        self.taps[name] = jnp.maximum(self.taps[name], value) if name in self.taps else value
+
+    def bind(self, eqn: Any, values: Sequence[Any]) -> Values:
+        """Evaluates the equation as it is, on other operands."""
+        return _compat.bind(eqn, [materialize(value) for value in values])
+
+
+def rewrite(
+    fn: Callable[..., Any],
+    rules: Mapping[str, Rule],
+    *,
+    follow: Mapping[str, Rule] | None = None,
+    inline: bool = False,
+    on_unknown: Literal["error", "keep"] = "error",
+    example: Callable[..., tuple[Any, ...]] | None = None,
+    prepare: Callable[..., Any] | None = None,
+    with_taps: bool = False,
+) -> Callable[..., Any]:
+    """Transforms a function by replacing equations of its jaxpr.
+
+    Args:
+        fn: any function that `jax.make_jaxpr` can trace.
+        rules: primitive name -> rule.
+        follow: rules asked only when an operand is `Carried`: how such a value moves through layout operations.
+        inline: False keeps `jit`, `remat`, and custom derivatives as containers, for functions that will be trained;
+            True evaluates their bodies in place, for inference.
+        on_unknown: what to do with a container the walker does not know that holds a primitive of `rules`.
+        example: `example(*args) -> args` to trace `fn` with, where the new function takes other weights than `fn`.
+        prepare: `prepare(*args) -> args`, with `Carried` leaves where the pass wants them; same tree as `example`'s.
+        with_taps: whether the new function returns `(outputs, taps)`.
+
+    Returns:
+        A function with the signature of `fn`.
+
+    Raises:
+        UnsupportedError: when called, for an unknown container that holds a primitive of `rules`.
+    """
+
+    @functools.wraps(fn)
+    def rewritten(*args: Any, **kwargs: Any) -> Any:
+        traced = example(*args) if example else args
+        closed, out_shape = jax.make_jaxpr(fn, return_shape=True)(*traced, **kwargs)
+        given = prepare(*args) if prepare else args
+        values = jax.tree.leaves((given, kwargs), is_leaf=lambda leaf: isinstance(leaf, Carried))
+        walk = Walk(rules, follow or {}, inline, on_unknown)
+        outs, taps = walk.call(closed, values, Frame())
+        result = jax.tree.unflatten(jax.tree.structure(out_shape), [materialize(out) for out in outs])
+        return (result, taps) if with_taps else result
+
+    return rewritten
+
+
+@dataclasses.dataclass(frozen=True)
+class Frame:
+    """The calls around a jaxpr."""
+
+    key: tuple[int, ...] = ()
+    scope: str = ""
+    repeats: int = 1
+    container: str = ""
+
+    def enter(self, eqn: Any, branch: int = 0, repeats: int = 1) -> Frame:
+        """The frame of a body of `eqn`."""
+        scope = "/".join(part for part in (self.scope, _compat.scope(eqn)) if part)
+        name = eqn.primitive.name
+        inherited = self.container if name in _TRANSPARENT else name
+        return Frame((*self.key, id(eqn), branch), scope, self.repeats * repeats, inherited)
+
+
+class Walk:
+    """One evaluation of a jaxpr under one set of rules."""
+
+    def __init__(self, rules: Mapping[str, Rule], follow: Mapping[str, Rule], inline: bool, on_unknown: str) -> None:
+        self.rules = rules
+        self.follow = follow
+        self.inline = inline
+        self.on_unknown = on_unknown
+        self.notes: dict[str, Any] = {}  # what rules remember during one evaluation
+        self._holds: dict[int, str | None] = {}
+
+    def call(self, jaxpr: Any, values: Sequence[Any], frame: Frame) -> tuple[Values, Taps]:
+        """Evaluates a jaxpr; returns its outputs, which may be `Carried`, and what was tapped inside."""
+        jaxpr, consts = _compat.open_jaxpr(jaxpr)
+        taps: Taps = {}
+        uses = _count_uses(jaxpr)
+        env: dict[Any, Any] = {}
+        read = lambda atom: atom.val if isinstance(atom, _compat.LITERAL) else env[atom]  # noqa: E731
+        env.update(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *values], strict=True))
+        remaining = dict(uses)
+        for eqn in jaxpr.eqns:
+            outs = self._equation(eqn, [read(atom) for atom in eqn.invars], frame, uses, taps)
+            env.update(zip(eqn.outvars, outs, strict=True))
+            # Values that will not be read again must not outlive this loop when the walk runs on real arrays.
+            for atom in eqn.invars:
+                if not isinstance(atom, _compat.LITERAL):
+                    remaining[atom] -= 1
+                    if remaining[atom] == 0:
+                        env.pop(atom, None)
+        return [read(atom) for atom in jaxpr.outvars], taps
+
+    def _equation(self, eqn: Any, values: Values, frame: Frame, uses: Mapping[Any, int], taps: Taps) -> Values:
+        name = eqn.primitive.name
+        carried = any(isinstance(value, Carried) for value in values)
+        rule = self.rules.get(name) or self.rules.get("*") or (self.follow.get(name) if carried else None)
+        if rule is not None and (name not in _CONTAINERS or name in self.rules):
+            scope = "/".join(part for part in (frame.scope, _compat.scope(eqn)) if part)
+            context = Context(self, (*frame.key, id(eqn)), scope, frame.repeats, frame.container, uses, taps)
+            outs = rule(context, eqn, values)
+            if outs is not None:
+                return outs
+        inner = _compat.inner_jaxprs(eqn)
+        if inner and (carried or self._site_in(inner)):
+            container = _CONTAINERS.get(name)
+            if container is not None:
+                with _compat.equation_context(eqn):
+                    outs, inner_taps = container(self, eqn, values, frame)
+                for key, value in inner_taps.items():
+                    taps[key] = jnp.maximum(taps[key], value) if key in taps else value
+                return outs
+            held = self._site_in(inner)
+            if held is not None and self.on_unknown == "error":
+                raise UnsupportedError(
+                    f"{frame.scope or 'the program'}: cannot look inside `{name}`, which holds a `{held}`; move the "
+                    f"{held} out of it, or allow it to stay as it is with on_unsupported = 'keep'"
+                )
+        return _compat.bind(eqn, [materialize(value) for value in values])
+
+    def _site_in(self, jaxprs: Sequence[Any]) -> str | None:
+        """The name of a primitive of the rules inside the jaxprs, at any depth."""
+        for jaxpr in jaxprs:
+            jaxpr, _ = _compat.open_jaxpr(jaxpr)
+            if id(jaxpr) not in self._holds:
+                self._holds[id(jaxpr)] = self._search(jaxpr)
+            if self._holds[id(jaxpr)] is not None:
+                return self._holds[id(jaxpr)]
+        return None
+
+    def _search(self, jaxpr: Any) -> str | None:
+        for eqn in jaxpr.eqns:
+            if "*" in self.rules or eqn.primitive.name in self.rules:
+                return eqn.primitive.name
+            held = self._site_in(_compat.inner_jaxprs(eqn))
+            if held is not None:
+                return held
+        return None
+
+
+def _count_uses(jaxpr: Any) -> dict[Any, int]:
+    uses: dict[Any, int] = {}
+    for atom in (*(atom for eqn in jaxpr.eqns for atom in eqn.invars), *jaxpr.outvars):
+        if not isinstance(atom, _compat.LITERAL):
+            uses[atom] = uses.get(atom, 0) + 1
+    return uses
+
+
+# Containers. Each evaluates the bodies of its equation and returns (outputs, taps).
+
+
+def _inline(walk: Walk, eqn: Any, values: Values, frame: Frame) -> tuple[Values, Taps]:
+    jaxpr = eqn.params.get("call_jaxpr") or eqn.params.get("jaxpr")
+    return walk.call(jaxpr, values, frame.enter(eqn))
+
+
+def _jit(walk: Walk, eqn: Any, values: Values, frame: Frame) -> tuple[Values, Taps]:
+    params = eqn.params
+    in_shardings = _compat.user_shardings(params["in_shardings"])
+    out_shardings = _compat.user_shardings(params["out_shardings"])
+    if any(layout is not None for layout in (*params["in_layouts"], *params["out_layouts"])):
+        raise UnsupportedError(f"jit of `{params['name']}` asks for memory layouts, which a pass cannot keep")
+    if walk.inline:
+        placed = [_constrain(value, sharding) for value, sharding in zip(values, in_shardings, strict=True)]
+        outs, taps = walk.call(params["jaxpr"], placed, frame.enter(eqn))
+        return [_constrain(out, sharding) for out, sharding in zip(outs, out_shardings, strict=True)], taps
+
+    def body(*operands: Any) -> tuple[Values, Taps]:
+        return walk.call(params["jaxpr"], operands, frame.enter(eqn))
+
+    body.__name__ = params["name"]
+    shardings: dict[str, Any] = {}
+    if any(sharding is not None for sharding in in_shardings):
+        shardings["in_shardings"] = in_shardings
+    if any(sharding is not None for sharding in out_shardings):
+        shardings["out_shardings"] = (list(out_shardings), None)
+    donated = tuple(index for index, flag in enumerate(params["donated_invars"]) if flag)
+    options = dict(params["compiler_options_kvs"]) or None
+    jitted = jax.jit(
+        body,
+        donate_argnums=donated,
+        keep_unused=params["keep_unused"],
+        inline=params["inline"],
+        compiler_options=options,
+        **shardings,
+    )
+    return jitted(*values)
+
+
+def _constrain(value: Any, sharding: Any) -> Any:
+    return value if sharding is None else lax.with_sharding_constraint(materialize(value), sharding)
+
+
+def _scan(walk: Walk, eqn: Any, values: Values, frame: Frame) -> tuple[Values, Taps]:
+    params = eqn.params
+    num_consts, num_carry = _compat.scan_split(eqn)
+    consts = values[:num_consts]
+    init = [materialize(value) for value in values[num_consts : num_consts + num_carry]]
+    inner = frame.enter(eqn, repeats=params["length"])
+
+    def body(carry: Values, step: Values) -> tuple[Values, tuple[Values, Taps]]:
+        xs = [value.at_step() if isinstance(value, Carried) else value for value in step]
+        outs, taps = walk.call(params["jaxpr"], [*consts, *carry, *xs], inner)
+        outs = [materialize(out) for out in outs]
+        return outs[:num_carry], (outs[num_carry:], taps)
+
+    carry, (ys, taps) = lax.scan(
+        body,
+        init,
+        values[num_consts + num_carry :],
+        length=params["length"],
+        reverse=params["reverse"],
+        unroll=params["unroll"],
+    )
+    return [*carry, *ys], taps
+
+
+def _while(walk: Walk, eqn: Any, values: Values, frame: Frame) -> tuple[Values, Taps]:
+    params = eqn.params
+    split = params["cond_nconsts"], params["cond_nconsts"] + params["body_nconsts"]
+    cond_consts, body_consts = values[: split[0]], values[split[0] : split[1]]
+    init = [materialize(value) for value in values[split[1] :]]
+
+    def step(carry: Values) -> tuple[Values, Taps]:
+        outs, taps = walk.call(params["body_jaxpr"], [*body_consts, *carry], frame.enter(eqn, 1))
+        return [materialize(out) for out in outs], taps
+
+    def condition(state: tuple[Values, Taps]) -> jax.Array:
+        outs, _ = walk.call(params["cond_jaxpr"], [*cond_consts, *state[0]], frame.enter(eqn, 0))
+        return materialize(outs[0])
+
+    def body(state: tuple[Values, Taps]) -> tuple[Values, Taps]:
+        outs, taps = step(state[0])
+        return outs, {name: jnp.maximum(state[1][name], value) for name, value in taps.items()}
+
+    taps = _zeros(jax.eval_shape(step, init)[1])
+    return lax.while_loop(condition, body, (init, taps))
+
+
+def _cond(walk: Walk, eqn: Any, values: Values, frame: Frame) -> tuple[Values, Taps]:
+    index, operands = values[0], values[1:]
+
+    def branch(number: int, jaxpr: Any) -> Callable[..., tuple[Values, Taps]]:
+        def body(*operands: Any) -> tuple[Values, Taps]:
+            outs, taps = walk.call(jaxpr, operands, frame.enter(eqn, number))
+            return [materialize(out) for out in outs], taps
+
+        return body
+
+    bodies = [branch(number, jaxpr) for number, jaxpr in enumerate(eqn.params["branches"])]
+    every: dict[str, Any] = {}
+    for body in bodies:
+        every |= jax.eval_shape(body, *operands)[1]
+
+    def padded(body: Callable[..., tuple[Values, Taps]]) -> Callable[..., tuple[Values, Taps]]:
+        def run(*operands: Any) -> tuple[Values, Taps]:
+            outs, taps = body(*operands)
+            return outs, _zeros(every) | taps
+
+        return run
+
+    return lax.switch(materialize(index), [padded(body) for body in bodies], *operands)
+
+
+def _remat(walk: Walk, eqn: Any, values: Values, frame: Frame) -> tuple[Values, Taps]:
+    if walk.inline:
+        return _inline(walk, eqn, values, frame)
+    body = lambda *operands: walk.call(eqn.params["jaxpr"], operands, frame.enter(eqn))  # noqa: E731
+    return jax.checkpoint(body, prevent_cse=eqn.params["prevent_cse"], policy=eqn.params["policy"])(*values)
+
+
+def _custom_derivative(walk: Walk, eqn: Any, values: Values, frame: Frame) -> tuple[Values, Taps]:
+    """The value is the rewritten body's; the derivative stays the one the user wrote for the original."""
+    if walk.inline:
+        return _inline(walk, eqn, values, frame)
+    leaves, treedef = jax.tree.flatten(values)
+
+    def original(*arrays: Any) -> Values:
+        return _compat.bind(eqn, [materialize(value) for value in jax.tree.unflatten(treedef, arrays)])
+
+    def forward(*arrays: Any) -> Values:
+        outs, taps = walk.call(eqn.params["call_jaxpr"], jax.tree.unflatten(treedef, arrays), frame.enter(eqn))
+        if taps:
+            raise UnsupportedError(f"`{eqn.primitive.name}` cannot be tapped; rewrite with inline=True")
+        return [materialize(out) for out in outs]
+
+    if eqn.primitive.name == "custom_jvp_call":
+        function = jax.custom_jvp(forward)
+        function.defjvp(lambda primals, tangents: (forward(*primals), jax.jvp(original, primals, tangents)[1]))
+        return function(*leaves), {}
+
+    def with_residuals(*arrays: Any) -> tuple[Values, Any]:
+        return forward(*arrays), jax.vjp(original, *arrays)[1]
+
+    differentiable = jax.custom_vjp(forward)
+    differentiable.defvjp(with_residuals, lambda pullback, cotangents: pullback(cotangents))
+    return differentiable(*leaves), {}
+
+
+def _shard_map(walk: Walk, eqn: Any, values: Values, frame: Frame) -> tuple[Values, Taps]:
+    params = eqn.params
+    axes = tuple(sorted(params["newly_manual_axes"]))
+
+    def body(*operands: Any) -> tuple[Values, Taps]:
+        outs, taps = walk.call(params["jaxpr"], operands, frame.enter(eqn))
+        return [materialize(out) for out in outs], {name: lax.pmax(value, axes) for name, value in taps.items()}
+
+    return jax.shard_map(
+        body,
+        mesh=params["mesh"],
+        in_specs=tuple(params["in_specs"]),
+        out_specs=(list(params["out_specs"]), jax.P()),
+        check_vma=params["check_vma"],
+        axis_names=params["newly_manual_axes"],
+    )(*values)
+
+
+def _zeros(taps: Mapping[str, Any]) -> Taps:
+    return {name: jnp.zeros(value.shape, value.dtype) for name, value in taps.items()}
+
+
+_CONTAINERS: dict[str, Callable[[Walk, Any, Values, Frame], tuple[Values, Taps]]] = {
+    "jit": _jit,
+    "closed_call": _inline,
+    "core_call": _inline,
+    "eval_jaxpr": _inline,
+    "scan": _scan,
+    "while": _while,
+    "cond": _cond,
+    "remat2": _remat,
+    "checkpoint": _remat,
+    "custom_jvp_call": _custom_derivative,
+    "custom_vjp_call": _custom_derivative,
+    "shard_map": _shard_map,
+}
+
+# Containers whose body runs once, on values of the shapes seen outside.
+_TRANSPARENT = {
+    "jit", "closed_call", "core_call", "eval_jaxpr", "remat2", "checkpoint", "custom_jvp_call", "custom_vjp_call",
+}  # fmt: skip

@@ -1,0 +1,271 @@
+"""Sites: the places where a weight meets an activation, found by following data, named by the weight's path.
+
+A weight is followed from the program's input through operations that only lay it out anew (convert, transpose, reshape,
+a step of a scanned stack, ...), in and out of every container, until it reaches a product.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from lepton_xla import _compat
+from lepton_xla.passes.rewrite import Carried, Context, Values, materialize, rewrite
+from lepton_xla.program import Program, TensorSpec, abstract, name_leaves, probe_sizes
+
+type SiteRule = Callable[["Site", Context, Any, Values], Values | None]
+"""`rule(site, context, equation, operands) -> outputs`, or None to leave the equation as it is."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """Marks, in a layout, where a `scan` takes one step of a stacked weight."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LayoutOp:
+    """One layout-only operation on a weight: an equation and which of its outputs was taken."""
+
+    eqn: Any
+    output: int = 0
+
+    def __call__(self, array: jax.Array) -> jax.Array:
+        return _compat.bind(self.eqn, [array])[self.output]
+
+
+type Layout = tuple[LayoutOp | Step, ...]
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["value"], meta_fields=["path", "layout"])
+@dataclasses.dataclass(frozen=True)
+class Tracked(Carried):
+    """A weight on its way to its site.
+
+    Attributes:
+        value: the array as laid out here; or, where a pass has replaced the weight, what it put in its place.
+        path: the weight's path in the program.
+        layout: the operations between the program's input and here.
+    """
+
+    value: Any
+    path: str
+    layout: Layout = ()
+
+    def materialize(self) -> jax.Array:
+        return self.value
+
+    def at_step(self) -> Tracked:
+        return dataclasses.replace(self, layout=(*self.layout, Step()))
+
+    def through(self, eqn: Any) -> Values:
+        """This weight after a layout-only operation; a replaced one is not touched, only its layout noted."""
+        plain = isinstance(self.value, jax.Array | jax.core.Tracer)
+        outs = _compat.bind(eqn, [self.value]) if plain else [self.value] * len(eqn.outvars)
+        return [Tracked(out, self.path, (*self.layout, LayoutOp(eqn, k))) for k, out in enumerate(outs)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Site:
+    """One product in a program.
+
+    Attributes:
+        name: the weight's path, with `#1`, `#2` for further uses; or `scope/primitive#ordinal` without a weight.
+        path: the weight's path, None for a product of two activations.
+        kind: the primitive: `dot_general`, `conv_general_dilated`, `ragged_dot_general` or `gather` (an embedding).
+        weight_operand: which operand the weight is, None for a product of two activations.
+        operands: shape and dtype of both operands, at the sizes the program was looked at.
+        output: shape and dtype of the result, likewise.
+        layout: operations between the stored weight and the operand.
+        params: the equation's parameters.
+        scope: names of the modules and scopes around it, joined by `/`.
+        repeats: how often it runs in one call.
+        container: the innermost control flow around it, empty at the top.
+    """
+
+    name: str
+    path: str | None
+    kind: str
+    weight_operand: int | None
+    operands: tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]
+    output: jax.ShapeDtypeStruct
+    layout: Layout
+    params: Mapping[str, Any]
+    scope: str
+    repeats: int
+    container: str
+
+    @property
+    def weight(self) -> jax.ShapeDtypeStruct:
+        """Shape and dtype of the weight as the primitive sees it, one step of a stack."""
+        assert self.weight_operand is not None
+        return self.operands[self.weight_operand]
+
+    @property
+    def activation(self) -> jax.ShapeDtypeStruct:
+        """Shape and dtype of the other operand (of the left one in a product of two activations)."""
+        return self.operands[1 - self.weight_operand if self.weight_operand is not None else 0]
+
+    @property
+    def stacked(self) -> int:
+        """How many leading axes the stored weight has that a scan steps over."""
+        return sum(isinstance(op, Step) for op in self.layout)
+
+
+# What only moves or retypes a weight. `split` and `unstack` have several outputs.
+_LAYOUT = (
+    "convert_element_type", "transpose", "reshape", "squeeze", "expand_dims", "broadcast_in_dim", "copy", "copy_p",
+    "slice", "split", "unstack", "sharding_constraint", "pvary", "pcast", "reduce_precision",
+)  # fmt: skip
+SITE_PRIMITIVES = ("dot_general", "conv_general_dilated", "ragged_dot_general", "gather")
+
+
+def _follow(context: Context, eqn: Any, values: Values) -> Values | None:
+    del context
+    return values[0].through(eqn) if len(values) == 1 and isinstance(values[0], Tracked) else None
+
+
+def rewrite_sites(
+    fn: Callable[..., Any],
+    rule: SiteRule,
+    *,
+    inline: bool = False,
+    on_unknown: Literal["error", "keep"] = "error",
+    like: Any = None,
+    with_taps: bool = False,
+) -> Callable[..., Any]:
+    """Transforms a function by replacing what it does at its sites.
+
+    Args:
+        fn: `fn(weights, *inputs)`; weights are the first argument, any pytree; its paths name the sites.
+        rule: asked once for each site each time the function is traced.
+        inline: as in `rewrite`.
+        on_unknown: as in `rewrite`.
+        like: the weights' shapes that `fn` was written for, where the new function takes other ones. A weight's place
+            may then hold anything; the rule gets it as `Tracked.value`.
+        with_taps: as in `rewrite`.
+
+    Returns:
+        A function with the signature of `fn`.
+    """
+
+    def visit(context: Context, eqn: Any, values: Values) -> Values | None:
+        site = _site(context, eqn, values)
+        return None if site is None else rule(site, context, eqn, values)
+
+    def prepare(weights: Any, *inputs: Any) -> tuple[Any, ...]:
+        shapes = weights if like is None else like
+        names = list(name_leaves(shapes, prefix="weights"))
+        treedef = jax.tree.structure(shapes)
+        leaves = treedef.flatten_up_to(weights)
+        tracked = [Tracked(leaf, name) for leaf, name in zip(leaves, names, strict=True)]
+        return (jax.tree.unflatten(treedef, tracked), *inputs)
+
+    return rewrite(
+        fn,
+        {name: visit for name in SITE_PRIMITIVES},
+        follow={name: _follow for name in _LAYOUT},
+        inline=inline,
+        on_unknown=on_unknown,
+        example=None if like is None else (lambda _weights, *inputs: (like, *inputs)),
+        prepare=prepare,
+        with_taps=with_taps,
+    )
+
+
+def find_sites(program: Program, *, sizes: Mapping[str, int] | None = None) -> tuple[Site, ...]:
+    """Every site of a program, in the order of execution.
+
+    Args:
+        program: any program.
+        sizes: sizes of the symbolic dimensions to look at; some at which the program can be traced by default.
+    """
+    return trace_sites(program.fn, program.weights, program.inputs, sizes)
+
+
+def trace_sites(
+    fn: Callable[..., Any], weights: Any, inputs: Mapping[str, TensorSpec], sizes: Mapping[str, int] | None = None
+) -> tuple[Site, ...]:
+    """Every site of `fn(weights, *inputs)`, in the order of execution."""
+    chosen = sizes if sizes is not None else probe_sizes(fn, weights, inputs)[0]
+    found: dict[str, Site] = {}
+
+    def record(site: Site, _context: Context, _eqn: Any, _values: Values) -> None:
+        found[site.name] = site
+
+    looked = rewrite_sites(fn, record, inline=True, on_unknown="keep")
+    jax.eval_shape(looked, abstract(weights), *(spec.at(chosen) for spec in inputs.values()))
+    return tuple(found.values())
+
+
+def _site(context: Context, eqn: Any, values: Values) -> Site | None:
+    kind = eqn.primitive.name
+    tracked = [index for index, value in enumerate(values[:2]) if isinstance(value, Tracked)]
+    if len(tracked) == 2:
+        return None  # a product of two weights is arithmetic on weights, not a site
+    if kind == "gather" and (tracked != [0] or not _takes_rows(eqn)):
+        return None
+    operand = tracked[0] if tracked else None
+    weight = values[operand] if operand is not None else None
+    base = weight.path if weight is not None else "/".join(part for part in (context.scope, kind) if part)
+    name = _numbered(context, base, weighted=weight is not None)
+    return Site(
+        name=name,
+        path=weight.path if weight is not None else None,
+        kind=kind,
+        weight_operand=operand,
+        operands=(_aval(eqn.invars[0]), _aval(eqn.invars[1])),
+        output=_aval(eqn.outvars[0]),
+        layout=weight.layout if weight is not None else (),
+        params=eqn.params,
+        scope=context.scope,
+        repeats=context.repeats,
+        container=context.container,
+    )
+
+
+def _numbered(context: Context, base: str, *, weighted: bool) -> str:
+    """The site's name: the same each time its equation is traced in one walk."""
+    names: dict[Any, str] = context.walk.notes.setdefault("site_names", {})
+    counts: dict[str, int] = context.walk.notes.setdefault("site_counts", {})
+    if context.key not in names:
+        ordinal = counts.get(base, 0)
+        counts[base] = ordinal + 1
+        names[context.key] = base if weighted and ordinal == 0 else f"{base}#{ordinal}"
+    return names[context.key]
+
+
+def _takes_rows(eqn: Any) -> bool:
+    """Whether a gather looks up whole rows of a table: an embedding."""
+    table = eqn.invars[0].aval.shape
+    return len(table) == 2 and tuple(eqn.params["slice_sizes"]) == (1, table[1])
+
+
+def _aval(atom: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(atom.aval.shape, atom.aval.dtype)
+
+
+def lay_out(array: jax.Array, layout: Sequence[LayoutOp | Step]) -> jax.Array:
+    """Applies a weight's layout to the stored weight: the operand as its site sees it, stacked axes leading."""
+    for index, op in enumerate(layout):
+        if isinstance(op, Step):
+            return jax.vmap(lambda step, rest=layout[index + 1 :]: lay_out(step, rest))(array)
+        array = op(array)
+    return jnp.asarray(array)
+
+
+def layout_key(layout: Layout) -> tuple[Any, ...]:
+    """Equal for two layouts that do the same."""
+    return tuple(
+        "step" if isinstance(op, Step) else (op.eqn.primitive.name, op.output, str(op.eqn.params)) for op in layout
+    )
+
+
+def operand_value(values: Values, operand: int) -> Any:
+    """The array, or replacement, at one operand of a site."""
+    value = values[operand]
+    return value.value if isinstance(value, Tracked) else materialize(value)
