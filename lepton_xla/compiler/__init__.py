@@ -1,0 +1,10 @@
+"""Ahead-of-time compilation into an artifact, and loading one."""
+
+from lepton_xla.compiler.artifact import Artifact, Verification, verify
+from lepton_xla.compiler.build import compile
+from lepton_xla.compiler.fingerprint import Fingerprint
+from lepton_xla.compiler.loading import load
+from lepton_xla.compiler.manifest import Manifest
+from lepton_xla.compiler.servable import Servable
+
+__all__ = ["Artifact", "Fingerprint", "Manifest", "Servable", "Verification", "compile", "load", "verify"]

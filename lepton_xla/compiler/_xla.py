@@ -1,0 +1,73 @@
+"""The compiler's only contact with XLA's client below JAX's public API.
+
+Serialized executables go through the client's own format, never through `jax.experimental.serialize_executable`, which
+pickles. Everything here was read and run on jaxlib 0.12; a JAX release that moves one of these names breaks this file
+and no other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax._src.lib import _jax  # pyright: ignore[reportAttributeAccessIssue]
+
+type Loaded = Any
+"""A `LoadedExecutable` of XLA's client, on one device."""
+
+
+def loaded(compiled: jax.stages.Compiled) -> Loaded:
+    """The runtime executable behind a compiled function."""
+    return compiled.runtime_executable()
+
+
+def serialize(executable: Loaded) -> bytes:
+    """Compiled code in the client's own format."""
+    return bytes(executable.serialize())
+
+
+def deserialize(blob: bytes, device: jax.Device) -> Loaded:
+    """Compiled code made ready to run on `device`; nothing is compiled.
+
+    The bytes must come from a source that is trusted to run code here: loading them may execute it.
+    """
+    _register_cpu_library_calls(device)
+    return device.client.deserialize_executable(blob, executable_devices=_jax.DeviceList((device,)))
+
+
+def _register_cpu_library_calls(device: jax.Device) -> None:
+    """Makes the LAPACK symbols known; compiled code that calls one not registered yet jumps to address zero."""
+    if device.platform == "cpu":
+        from jaxlib import lapack  # pyright: ignore[reportMissingTypeStubs]
+
+        lapack._lapack.initialize()
+
+
+def platform_version(device: jax.Device) -> str:
+    """What the client says about its runtime: a CUDA version, a libtpu build, or just `cpu`."""
+    return str(device.client.platform_version)
+
+
+def putter(shape: Sequence[int], dtype: Any, device: jax.Device) -> Callable[[np.ndarray], jax.Array]:
+    """A function from a NumPy array of this shape and dtype to an array on `device`.
+
+    On the CPU an array aligned to 64 bytes is not copied: the device array keeps it alive and reads the same memory, so
+    it must not be written to while that device array is in use. A tenth of `jax.device_put`'s time a call.
+    """
+    aval = jax.core.ShapedArray(tuple(shape), np.dtype(dtype))
+    sharding = jax.sharding.SingleDeviceSharding(device)
+    devices = [device]
+    put = _jax.batched_device_put
+    return lambda array: put(aval, sharding, [array], devices, True)
+
+
+def executor(executable: Loaded) -> Callable[[list[jax.Array]], list[jax.Array]]:
+    """A function that runs the executable on device arrays; it may return before the results are ready."""
+    execute = executable.execute_sharded
+
+    def run(arguments: list[jax.Array]) -> list[jax.Array]:
+        return [shards[0] for shards in execute(arguments).disassemble_into_single_device_arrays()]
+
+    return run

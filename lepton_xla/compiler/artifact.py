@@ -1,0 +1,137 @@
+"""An artifact: a compiled model as a folder of files, each with its digest in the manifest."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+
+import jax
+import msgspec
+
+from lepton_xla.compiler import _xla, weights
+from lepton_xla.compiler.buckets import bucket_name, combinations
+from lepton_xla.compiler.manifest import (
+    MANIFEST,
+    MAX_MANIFEST_BYTES,
+    FileEntry,
+    Manifest,
+    PortableProgram,
+    decode,
+    encode,
+)
+from lepton_xla.compiler.portable import Portable
+from lepton_xla.compiler.runtime import Runtime
+from lepton_xla.compiler.servable import Servable
+from lepton_xla.compiler.storage import Store, VerifiedFiles, atomic_store
+from lepton_xla.errors import ArtifactError
+
+
+@dataclasses.dataclass(frozen=True)
+class Artifact:
+    """A compiled model in memory.
+
+    Attributes:
+        manifest: what it is; `files` and the file names of programs and executables are filled in by `save`.
+        weights: device arrays, in argument order.
+        executables: bucket name -> compiled code for this process's first device.
+        programs: the portable programs.
+    """
+
+    manifest: Manifest
+    weights: tuple[jax.Array, ...]
+    executables: dict[str, _xla.Loaded]
+    programs: tuple[Portable, ...]
+
+    def save(self, location: str | os.PathLike[str], *, overwrite: bool = False) -> Manifest:
+        """Writes the artifact, whole or not at all.
+
+        Args:
+            location: a local folder (by custom `NAME.lepton`), or a `gs://` or `s3://` prefix.
+            overwrite: replace an artifact that is there already.
+
+        Returns:
+            The manifest as written.
+
+        Raises:
+            ArtifactError: where something is there already, or it cannot be written; nothing is left behind then.
+        """
+        with atomic_store(location, overwrite=overwrite) as store:
+            files: dict[str, FileEntry] = {}
+
+            def write(name: str, data: bytes) -> None:
+                store.write(name, data)
+                files[name] = FileEntry(size=len(data), sha256=hashlib.sha256(data).hexdigest())
+
+            for leaf, array in zip(self.manifest.weights, self.weights, strict=True):
+                for name, data in weights.encode(leaf, array):
+                    write(name, data)
+            programs: list[PortableProgram] = []
+            for program in self.programs:
+                name = f"programs/{program.name}.stablehlo"
+                write(name, program.blob)
+                programs.append(PortableProgram(file=name, sizes=program.sizes, platforms=program.platforms))
+            sets = {
+                digest: msgspec.structs.replace(entry, files={}) for digest, entry in self.manifest.executables.items()
+            }
+            for digest, entry in sets.items():
+                for key, executable in self.executables.items():
+                    name = f"executables/{digest}/{key}.xla"
+                    write(name, _xla.serialize(executable))
+                    entry.files[key] = name
+            manifest = msgspec.structs.replace(self.manifest, files=files, programs=tuple(programs), executables=sets)
+            # Last, because in an object store the artifact begins to exist with its manifest.
+            store.write(MANIFEST, encode(manifest))
+        return manifest
+
+    def servable(self) -> Servable:
+        """The model ready to run in this process, without a detour over files."""
+        runtime = Runtime(self.manifest.input_specs(), self.weights, jax.devices()[0])
+        for sizes in combinations(self.manifest.buckets):
+            runtime.add(sizes, self.executables[bucket_name(sizes)])
+        return Servable(self.manifest, self.manifest.buckets, runtime, "executables")
+
+
+@dataclasses.dataclass(frozen=True)
+class Verification:
+    """What `verify` found in an artifact whose every listed file is whole.
+
+    Attributes:
+        manifest: its manifest.
+        files: number of files checked, the manifest not among them.
+        size_bytes: their total size.
+        extra: files that the manifest does not list; they are never read.
+    """
+
+    manifest: Manifest
+    files: int
+    size_bytes: int
+    extra: tuple[str, ...]
+
+
+def read_manifest(store: Store) -> Manifest:
+    """The manifest of an artifact.
+
+    Raises:
+        ArtifactError: where it is missing, too large, or not a valid manifest.
+    """
+    data = store.read(MANIFEST, limit=MAX_MANIFEST_BYTES)
+    try:
+        return decode(data)
+    except ArtifactError as error:
+        raise ArtifactError(f"{store.location}: {error}") from error
+
+
+def verify(location: str | os.PathLike[str]) -> Verification:
+    """Checks the size and digest of every file of an artifact; executes and deserializes nothing.
+
+    Raises:
+        ArtifactError: naming the first file that is missing, damaged, or not where it should be.
+    """
+    store = Store(location)
+    manifest = read_manifest(store)
+    files = VerifiedFiles(store, manifest.files)
+    for name in manifest.files:
+        files.read(name)
+    extra = tuple(name for name in store.names() if name not in manifest.files and name != MANIFEST)
+    return Verification(manifest, len(manifest.files), sum(entry.size for entry in manifest.files.values()), extra)

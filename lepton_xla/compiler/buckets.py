@@ -1,0 +1,79 @@
+"""Buckets: the sizes of each symbolic dimension that a model is compiled for."""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+from collections.abc import Mapping, Sequence
+
+from lepton_xla.errors import CompileError
+from lepton_xla.program import TensorSpec
+
+type Ladders = dict[str, tuple[int, ...]]
+"""Symbolic dimension -> its sizes, ascending."""
+
+
+def check_ladders(symbols: Sequence[str], buckets: Mapping[str, Sequence[int]]) -> Ladders:
+    """The ladders in the order of `symbols`.
+
+    Raises:
+        CompileError: naming a symbol without a ladder, a ladder without a symbol, or a ladder that is not ascending
+            sizes of at least 1.
+    """
+    for name in buckets:
+        if name not in symbols:
+            known = f"its symbolic dimensions are {', '.join(symbols)}" if symbols else "it has no symbolic dimension"
+            raise CompileError(f"buckets name {name!r}, which no input of the model has; {known}")
+    ladders: Ladders = {}
+    for name in symbols:
+        if name not in buckets:
+            raise CompileError(f"buckets lack the dimension {name!r}: give its sizes, such as {{{name!r}: (1, 8, 32)}}")
+        sizes = buckets[name]
+        if isinstance(sizes, str | int) or not len(sizes):
+            raise CompileError(f"buckets[{name!r}] is {sizes!r}; expected a sequence of sizes, such as (1, 8, 32)")
+        for size in sizes:
+            if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+                raise CompileError(f"buckets[{name!r}] holds {size!r}; a size is an integer of at least 1")
+        if any(before >= after for before, after in itertools.pairwise(sizes)):
+            raise CompileError(f"buckets[{name!r}] is {tuple(sizes)}; sizes must ascend without repeats")
+        ladders[name] = tuple(sizes)
+    return ladders
+
+
+def combinations(ladders: Mapping[str, Sequence[int]]) -> list[dict[str, int]]:
+    """Every combination of sizes, one for each executable; a single empty one for a model without symbols."""
+    return [dict(zip(ladders, sizes, strict=True)) for sizes in itertools.product(*ladders.values())]
+
+
+def bucket_name(sizes: Mapping[str, int]) -> str:
+    """A name for files and logs.
+
+    >>> bucket_name({"batch": 8, "seq": 128})
+    'batch=8,seq=128'
+    """
+    return ",".join(f"{name}={size}" for name, size in sizes.items()) or "fixed"
+
+
+def next_size(ladder: Sequence[int], size: int) -> int | None:
+    """The smallest size of the ladder that holds `size`; None where the largest is too small.
+
+    >>> next_size((1, 8, 32), 5)
+    8
+    """
+    index = bisect.bisect_left(ladder, size)
+    return ladder[index] if index < len(ladder) else None
+
+
+def row_symbol(inputs: Mapping[str, TensorSpec]) -> str | None:
+    """The symbol that counts rows: the first dimension of every input that has symbols, and no other dimension of any.
+
+    Inputs without symbols are shared by all rows. None where there is no such symbol: such a model is padded, but its
+    inputs are never split.
+    """
+    leaders = {spec.shape[0] if spec.shape else None for spec in inputs.values() if spec.symbols}
+    if len(leaders) != 1:
+        return None
+    leader = leaders.pop()
+    if not isinstance(leader, str) or any(spec.shape.count(leader) > 1 for spec in inputs.values()):
+        return None
+    return leader

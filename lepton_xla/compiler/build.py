@@ -1,0 +1,213 @@
+"""Ahead-of-time compilation of a program: one executable a bucket, and the portable program beside them."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import logging
+import platform
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jaxlib
+import numpy as np
+
+from lepton_xla.compiler import _xla, weights
+from lepton_xla.compiler.artifact import Artifact
+from lepton_xla.compiler.buckets import bucket_name, check_ladders, combinations, row_symbol
+from lepton_xla.compiler.fingerprint import Fingerprint
+from lepton_xla.compiler.independence import Checked, check_padding, check_rows, default_tolerance
+from lepton_xla.compiler.manifest import SCHEMA, ExecutableSet, Manifest, Tensor, check_name
+from lepton_xla.compiler.portable import export_programs
+from lepton_xla.compiler.runtime import Runtime
+from lepton_xla.errors import CompileError
+from lepton_xla.program import Program, TensorSpec, name_leaves
+
+_LOG = logging.getLogger(__name__)
+_CONSTANTS_WARNING_BYTES = 1 << 20
+_CONSTANTS_LIMIT_BYTES = 32 << 20
+
+type Progress = Callable[[str, int, int], None]
+"""Called with what is being done, how many steps are done, and how many there are."""
+
+
+def compile(
+    program: Program,
+    buckets: Mapping[str, Sequence[int]],
+    *,
+    name: str | None = None,
+    version: str = "1",
+    recipe: Any = None,
+    plan: Any = None,
+    metrics: Mapping[str, Any] | None = None,
+    examples: Mapping[str, Any] | None = None,
+    tolerance: float | None = None,
+    progress: Progress | None = None,
+) -> Artifact:
+    """Compiles a program for every combination of bucket sizes, on this process's first device.
+
+    Args:
+        program: the model; its weights stay arguments of the compiled code.
+        buckets: symbolic dimension -> ascending sizes, such as `{"batch": (1, 8, 32)}`; `{}` for a model without any.
+        name: the model's name, `model` by default.
+        version: the model's version.
+        recipe, plan: plain JSON, kept in the manifest.
+        metrics: the user's own figures, kept in the manifest.
+        examples: real inputs by name, any number of rows, for the check that rows and padding do not mix.
+        tolerance: largest difference that check allows between two executables, relative to the largest value of an
+            output; by default 1e-3 for float32 weights, 3e-2 for 16-bit and 5e-2 for narrower ones.
+        progress: called before each step.
+
+    Raises:
+        CompileError: where the buckets do not fit the program, XLA refuses it, it holds large constants, or its rows
+            or its padding change each other's results.
+    """
+    check_name(name or "model")
+    ladders = check_ladders(program.symbols, buckets)
+    leaves = name_leaves(program.weights)
+    entries = tuple(weights.describe(path, index, leaf) for index, (path, leaf) in enumerate(leaves.items()))
+    device = jax.devices()[0]
+    # Weights that were trained on several devices are brought together on the one that the executables are for.
+    arrays = [jax.device_put(leaf, device) for leaf in leaves.values()]
+    flat = _flat_function(program)
+    examples = _check_examples(program, examples or {})
+    bucket_list = combinations(ladders)
+    steps = len(bucket_list) + 2
+    tell = progress or (lambda stage, done, total: None)
+
+    executables: dict[str, _xla.Loaded] = {}
+    compile_s: dict[str, float] = {}
+    runtime = Runtime(program.inputs, arrays, device)
+    for done, sizes in enumerate(bucket_list):
+        key = bucket_name(sizes)
+        tell(f"compile {key}", done, steps)
+        started = time.perf_counter()
+        executables[key] = _compile_bucket(flat, program, arrays, sizes)
+        compile_s[key] = time.perf_counter() - started
+        runtime.add(sizes, executables[key])
+
+    tell("check that rows and padding do not mix", steps - 2, steps)
+    limit = default_tolerance([entry.dtype for entry in entries]) if tolerance is None else tolerance
+    model = Checked(runtime.run, program.inputs, program.outputs, ladders, limit, examples)
+    _check_independence(model, runtime, lambda sizes: _compile_bucket(flat, program, arrays, sizes))
+
+    tell("export StableHLO", steps - 1, steps)
+    shapes = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in arrays]
+    programs, note = export_programs(flat, shapes, program.inputs, ladders)
+    if note:
+        _LOG.warning("%s", note)
+
+    target = Fingerprint.of(device)
+    manifest = Manifest(
+        schema=SCHEMA,
+        name=name or "model",
+        version=version,
+        inputs=_tensors(program.inputs),
+        outputs=_tensors(program.outputs),
+        weights=entries,
+        buckets=ladders,
+        programs=(),
+        programs_note=note,
+        executables={target.digest: ExecutableSet(target=target, files={})},
+        compile_s=compile_s,
+        recipe=recipe,
+        plan=plan,
+        reports=tuple(report.to_json() for report in program.history),
+        metrics=dict(metrics or {}),
+        made_by=_made_by(target),
+        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        files={},
+    )
+    tell("done", steps, steps)
+    return Artifact(manifest, tuple(arrays), executables, tuple(programs))
+
+
+def _flat_function(program: Program) -> Callable[..., tuple[Any, ...]]:
+    """The program as a function of its weight leaves, then its inputs, giving its outputs in order."""
+    treedef = jax.tree.structure(program.weights)
+    count, names = treedef.num_leaves, list(program.outputs)
+
+    def flat(*args: Any) -> tuple[Any, ...]:
+        outputs = program.named_outputs(jax.tree.unflatten(treedef, args[:count]), *args[count:])
+        return tuple(outputs[name] for name in names)
+
+    return flat
+
+
+def _compile_bucket(
+    flat: Callable[..., Any], program: Program, arrays: Sequence[jax.Array], sizes: Mapping[str, int]
+) -> _xla.Loaded:
+    key = bucket_name(sizes)
+    try:
+        traced = jax.jit(flat, keep_unused=True).trace(*arrays, *program.abstract_inputs(sizes))
+        _check_constants(traced.jaxpr.consts)
+        return _xla.loaded(traced.lower().compile())
+    except CompileError:
+        raise
+    except Exception as error:  # anything a model or XLA can raise
+        raise CompileError(f"the model does not compile for bucket {key}: {type(error).__name__}: {error}") from error
+
+
+def _check_constants(constants: Sequence[Any]) -> None:
+    """Weights that a model closes over would be in every executable, and no pass or update could reach them."""
+    total = sum(np.asarray(constant).nbytes for constant in constants)
+    advice = f"the model closes over {total / 2**20:.1f} MiB of constant arrays; what is learned belongs in its weights"
+    if total > _CONSTANTS_LIMIT_BYTES:
+        raise CompileError(f"{advice} (limit: {_CONSTANTS_LIMIT_BYTES >> 20} MiB)")
+    if total > _CONSTANTS_WARNING_BYTES:
+        _LOG.warning("%s: it is stored in the executable of every bucket", advice)
+
+
+def _check_independence(
+    model: Checked, runtime: Runtime, compile_sizes: Callable[[Mapping[str, int]], _xla.Loaded]
+) -> None:
+    rows = row_symbol(model.inputs)
+    if rows is not None:
+        check_rows(model, rows)
+    for symbol, ladder in model.ladders.items():
+        if symbol == rows:
+            continue
+        smaller = list(ladder[:-1])
+        if not smaller and ladder[0] > 1:
+            # A ladder of one size has no executable to compare with, so one is made for this check.
+            smaller = [ladder[0] // 2]
+            sizes = {name: sizes[0] if name == rows else sizes[-1] for name, sizes in model.ladders.items()}
+            sizes[symbol] = smaller[0]
+            runtime.add(sizes, compile_sizes(sizes))
+        for small in smaller:
+            check_padding(model, symbol, small, ladder[-1], rows)
+
+
+def _check_examples(program: Program, examples: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    checked: dict[str, np.ndarray] = {}
+    for name, value in examples.items():
+        spec = program.inputs.get(name)
+        if spec is None:
+            raise CompileError(f"examples name {name!r}; the model's inputs are {', '.join(program.inputs)}")
+        array = np.asarray(value)
+        fits = len(array.shape) == len(spec.shape) and all(
+            size > 0 and (isinstance(dim, str) or dim == size)
+            for dim, size in zip(spec.shape, array.shape, strict=True)
+        )
+        if not fits:
+            raise CompileError(f"examples[{name!r}] has shape {array.shape}; the model takes {spec}")
+        checked[name] = array
+    return checked
+
+
+def _tensors(specs: Mapping[str, TensorSpec]) -> tuple[Tensor, ...]:
+    return tuple(Tensor(name=name, shape=spec.shape, dtype=spec.dtype) for name, spec in specs.items())
+
+
+def _made_by(target: Fingerprint) -> dict[str, Any]:
+    return {
+        "lepton_xla": importlib.metadata.version("lepton-xla"),
+        "jax": jax.__version__,
+        "jaxlib": jaxlib.__version__,
+        "python": platform.python_version(),
+        "system": platform.system(),
+        "machine": target.machine,
+        "fingerprint": target.digest,
+    }

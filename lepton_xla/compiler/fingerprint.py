@@ -1,0 +1,99 @@
+"""What compiled code depends on: where any of it differs, the code is not loaded but compiled again."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import pathlib
+import platform
+import re
+
+import jax
+import jaxlib
+import msgspec
+
+from lepton_xla.compiler import _xla
+
+# Flags that move files about or add fake devices; the code they give is the same.
+_HARMLESS_FLAGS = re.compile(r"--xla_(dump_.*|force_host_platform_device_count(=.*)?)")
+
+
+class Fingerprint(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The target of one set of executables.
+
+    Attributes:
+        platform: `cpu`, `gpu` or `tpu`.
+        platform_version: the runtime's own version text.
+        device_kind: the device's model name.
+        device_count: devices that one executable uses.
+        machine: the host's architecture, such as `x86_64`.
+        cpu_features: short hash of the CPU's feature flags; empty where the code runs on an accelerator.
+        jaxlib: its version.
+        xla_flags: the part of `XLA_FLAGS` that can change the code, sorted.
+    """
+
+    platform: str
+    platform_version: str
+    device_kind: str
+    device_count: int
+    machine: str
+    cpu_features: str
+    jaxlib: str
+    xla_flags: str
+
+    @classmethod
+    def of(cls, device: jax.Device | None = None) -> Fingerprint:
+        """The fingerprint of this process on `device`, by default the first one."""
+        device = jax.devices()[0] if device is None else device
+        return cls(
+            platform=device.platform,
+            platform_version=_xla.platform_version(device),
+            device_kind=device.device_kind,
+            device_count=1,
+            machine=platform.machine(),
+            cpu_features=cpu_features_digest() if device.platform == "cpu" else "",
+            jaxlib=jaxlib.__version__,
+            xla_flags=relevant_xla_flags(os.environ.get("XLA_FLAGS", "")),
+        )
+
+    @property
+    def digest(self) -> str:
+        """16 hexadecimal digits, the same in every process with equal fields."""
+        return hashlib.sha256(msgspec.json.encode(self, order="sorted")).hexdigest()[:16]
+
+    def differences(self, other: Fingerprint) -> list[str]:
+        """One line a field that differs: `jaxlib: 0.11.2 here, 0.12.0 there`, with `self` as here."""
+        pairs = ((name, getattr(self, name), getattr(other, name)) for name in self.__struct_fields__)
+        return [f"{name}: {here!r} here, {there!r} there" for name, here, there in pairs if here != there]
+
+
+def relevant_xla_flags(text: str) -> str:
+    """`XLA_FLAGS` without the flags that cannot change compiled code, sorted.
+
+    >>> relevant_xla_flags("--xla_dump_to=/tmp/x --xla_cpu_max_isa=AVX2")
+    '--xla_cpu_max_isa=AVX2'
+    """
+    return " ".join(sorted(flag for flag in text.split() if not _HARMLESS_FLAGS.fullmatch(flag)))
+
+
+def cpu_features(text: str | None = None) -> tuple[str, ...]:
+    """The CPU's feature flags, sorted.
+
+    Args:
+        text: the content of `/proc/cpuinfo`; read from there by default.
+
+    Returns:
+        The flags that every core has. The processor's name alone where the system lists no flags.
+    """
+    if text is None:
+        path = pathlib.Path("/proc/cpuinfo")
+        text = path.read_text() if path.exists() else ""
+    cores = [set(flags.split()) for flags in re.findall(r"^(?:flags|Features)\s*:(.*)$", text, re.MULTILINE)]
+    if not cores:
+        return (platform.processor(),)
+    return tuple(sorted(set.intersection(*cores)))
+
+
+def cpu_features_digest() -> str:
+    """A short hash of `cpu_features()`."""
+    return hashlib.sha256(" ".join(cpu_features()).encode()).hexdigest()[:16]

@@ -1,0 +1,193 @@
+"""Proof, by running it, that padding a batch or putting strangers in it does not change a row's answer."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+
+import jax.numpy as jnp
+import numpy as np
+
+from lepton_xla.compiler.buckets import Ladders, bucket_name
+from lepton_xla.errors import CompileError
+from lepton_xla.program import TensorSpec
+
+type Run = Callable[[Mapping[str, int], Sequence[np.ndarray]], list[np.ndarray]]
+"""Runs the executable of the given sizes on arrays of exactly these sizes."""
+
+# One executable, one position: only the other rows differ, and a kernel computes a row in one way.
+_SAME_TOLERANCE = 1e-3
+# Two executables, or two positions: sums may run in another order. In low precision that can flip a rounding.
+_TOLERANCES = {8: 5e-2, 16: 3e-2, 32: 1e-3, 64: 1e-3}
+_ROWS_COMPARED = 3
+_TIES = 0.25
+# Rows this much larger than usual would move a quantization scale that a row must not share.
+_STRANGERS_SCALE = 10.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Checked:
+    """The model under check.
+
+    Attributes:
+        run: runs an executable.
+        inputs, outputs: the model's.
+        ladders: its buckets.
+        tolerance: largest difference allowed between two executables, relative to the largest value of the output.
+        examples: real inputs to probe with, by name; random ones where there is none.
+    """
+
+    run: Run
+    inputs: dict[str, TensorSpec]
+    outputs: dict[str, TensorSpec]
+    ladders: Ladders
+    tolerance: float
+    examples: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict[str, np.ndarray])
+
+
+def default_tolerance(dtypes: Sequence[str]) -> float:
+    """The tolerance for a model whose weights have these dtypes: that of the narrowest number format among them."""
+    numbers = [jnp.dtype(name) for name in dtypes if jnp.issubdtype(jnp.dtype(name), jnp.number)]
+    bits = [32, *(8 * dtype.itemsize for dtype in numbers if dtype.itemsize < 4)]
+    return _TOLERANCES[min(bits)]
+
+
+def check_rows(model: Checked, symbol: str) -> None:
+    """Checks that rows along `symbol` do not see each other.
+
+    Rows are run beside zeros, beside strangers ten times as large, at another position, and in every bucket size.
+
+    Raises:
+        CompileError: naming the output that differs, and what usually causes it.
+    """
+    for name, spec in model.outputs.items():
+        if not spec.shape or spec.shape[0] != symbol or spec.shape.count(symbol) > 1:
+            raise CompileError(
+                f"output {name!r} is {spec}, so it is not one result a row: it mixes the rows along {symbol!r}. Return "
+                f"per-row results with {symbol!r} first, or give that input dimension a fixed size"
+            )
+    others = {name: ladder[0] for name, ladder in model.ladders.items() if name != symbol}
+    ladder = model.ladders[symbol]
+    rows = _probe(model, {**others, symbol: ladder[-1]}, seed=0)
+    strangers = _probe(model, {**others, symbol: ladder[-1]}, seed=1, scale=_STRANGERS_SCALE)
+
+    def run(size: int, row: int, position: int, around: Sequence[np.ndarray] | None) -> list[np.ndarray]:
+        """Output rows for one input row at a position, among strangers or zeros."""
+        arrays = list(rows)
+        for index, spec in enumerate(model.inputs.values()):
+            if symbol in spec.symbols:
+                arrays[index] = np.zeros_like(rows[index][:size]) if around is None else around[index][:size].copy()
+                arrays[index][position] = rows[index][row]
+        return [output[position] for output in model.run({**others, symbol: size}, arrays)]
+
+    conclusive = dict.fromkeys(model.outputs, False)
+    why = f"the rows along {symbol!r} see each other, so they cannot be batched or padded"
+    for row in range(min(_ROWS_COMPARED, ladder[-1])):
+        alone = run(ladder[0], row, 0, None)
+        for size in ladder:
+            where = bucket_name({**others, symbol: size})
+            padded, beside, last = run(size, row, 0, None), run(size, row, 0, strangers), run(size, row, -1, strangers)
+            for index, name in enumerate(model.outputs):
+                same = _compare(beside[index], padded[index], _SAME_TOLERANCE, name, f"{why}: beside other rows", where)
+                _compare(padded[index], alone[index], model.tolerance, name, f"{why}: in a larger batch", where)
+                _compare(last[index], alone[index], model.tolerance, name, f"{why}: at another position", where)
+                conclusive[name] |= same
+    _require_conclusive(conclusive)
+
+
+def check_padding(model: Checked, symbol: str, small: int, large: int, rows: str | None) -> None:
+    """Checks that zero padding along `symbol`, from `small` to `large`, does not change the real part.
+
+    Raises:
+        CompileError: naming the output that differs, and what usually causes it.
+    """
+    sizes = {name: ladder[0] if name == rows else ladder[-1] for name, ladder in model.ladders.items()}
+    real = _probe(model, {**sizes, symbol: small}, seed=2)
+    padded = [
+        pad(array, spec.at({**sizes, symbol: large}).shape)
+        for array, spec in zip(real, model.inputs.values(), strict=True)
+    ]
+    expected = model.run({**sizes, symbol: small}, real)
+    found = model.run({**sizes, symbol: large}, padded)
+    why = (
+        f"inputs shorter than a bucket are padded with zeros along {symbol!r}, and that changes the result of this "
+        f"model. Mask the padding inside the model, or give that dimension a fixed size: padded from {small} to {large}"
+    )
+    conclusive: dict[str, bool] = {}
+    for (name, spec), reference, output in zip(model.outputs.items(), expected, found, strict=True):
+        cut = tuple(slice(small) if dim == symbol else slice(None) for dim in spec.shape)
+        where = bucket_name({**sizes, symbol: large})
+        conclusive[name] = _compare(output[cut], reference, model.tolerance, name, why, where)
+    _require_conclusive(conclusive)
+
+
+def pad(array: np.ndarray, shape: Sequence[int]) -> np.ndarray:
+    """The array in the first corner of zeros of the given shape."""
+    if array.shape == tuple(shape):
+        return array
+    padded = np.zeros(shape, array.dtype)
+    padded[tuple(slice(size) for size in array.shape)] = array
+    return padded
+
+
+def _probe(model: Checked, sizes: Mapping[str, int], *, seed: int, scale: float = 1.0) -> list[np.ndarray]:
+    """Values for every input: the user's examples, repeated to size, or random ones."""
+    random = np.random.default_rng(seed)
+    arrays: list[np.ndarray] = []
+    for name, spec in model.inputs.items():
+        shape, dtype = spec.at(sizes).shape, jnp.dtype(spec.dtype)
+        if name in model.examples:
+            array = _resize(np.asarray(model.examples[name]), shape, seed)
+        elif dtype == np.dtype(bool) or jnp.issubdtype(dtype, jnp.integer):
+            # Valid both as a mask and as an index into a table of any size above one.
+            array = random.integers(0, 2, shape)
+        else:
+            array = random.standard_normal(shape)
+        if jnp.issubdtype(dtype, jnp.floating):
+            array = array * scale
+        arrays.append(np.ascontiguousarray(array).astype(dtype))
+    return arrays
+
+
+def _resize(array: np.ndarray, shape: Sequence[int], seed: int) -> np.ndarray:
+    """Repeats or cuts an example to a shape, starting at another row for another seed."""
+    array = np.roll(array, -seed, axis=0) if array.ndim else array
+    for axis, size in enumerate(shape):
+        array = np.take(array, np.arange(size) % max(array.shape[axis], 1), axis=axis)
+    return array
+
+
+def _compare(found: np.ndarray, expected: np.ndarray, tolerance: float, name: str, why: str, where: str) -> bool:
+    """Compares one output; False where no value of it is finite, so that nothing was shown.
+
+    Raises:
+        CompileError: where the two differ by more than the tolerance times the largest expected value.
+    """
+    if not jnp.issubdtype(expected.dtype, jnp.inexact):
+        # Indices and flags come from comparisons: two values that tie can swap when rounded in another order.
+        share = float(np.mean(found != expected)) if expected.size else 0.0
+        if share > (0.0 if tolerance == _SAME_TOLERANCE else _TIES):
+            raise CompileError(f"{why}, {share:.0%} of the values of output {name!r} differ (bucket {where})")
+        return True
+    wide = np.complex128 if jnp.issubdtype(expected.dtype, jnp.complexfloating) else np.float64
+    found, expected = found.astype(wide), expected.astype(wide)
+    finite = np.isfinite(expected)
+    if (np.isfinite(found) != finite).any():
+        raise CompileError(f"{why}, output {name!r} becomes not finite (bucket {where})")
+    scale = np.abs(expected[finite]).max(initial=0.0)
+    difference = np.abs(found[finite] - expected[finite]).max(initial=0.0)
+    if difference > tolerance * scale:
+        raise CompileError(
+            f"{why}, output {name!r} differs by {difference:.3g} where its largest value is {scale:.3g} "
+            f"(bucket {where}). Usual causes: batch statistics, or a softmax, sum or maximum over that dimension"
+        )
+    return not expected.size or bool(finite.any())
+
+
+def _require_conclusive(conclusive: Mapping[str, bool]) -> None:
+    for name, shown in conclusive.items():
+        if not shown:
+            raise CompileError(
+                f"output {name!r} has no finite value on the probe inputs, so nothing shows whether rows or padding "
+                "mix in it; give compile(examples=...) real inputs"
+            )

@@ -1,0 +1,139 @@
+"""Loading an artifact: digests first, then compiled code where it fits this machine, else StableHLO compiled here."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+from collections.abc import Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+import msgspec
+import numpy as np
+
+from lepton_xla.compiler import _xla, weights
+from lepton_xla.compiler.artifact import read_manifest
+from lepton_xla.compiler.buckets import Ladders, bucket_name, combinations
+from lepton_xla.compiler.fingerprint import Fingerprint
+from lepton_xla.compiler.manifest import MANIFEST, ExecutableSet, FileEntry, Manifest, encode
+from lepton_xla.compiler.portable import compile_portable
+from lepton_xla.compiler.runtime import Runtime
+from lepton_xla.compiler.servable import Servable
+from lepton_xla.compiler.storage import Store, VerifiedFiles
+from lepton_xla.errors import ArtifactError
+
+_LOG = logging.getLogger(__name__)
+
+
+def load(
+    location: str | os.PathLike[str],
+    *,
+    buckets: Mapping[str, Sequence[int]] | None = None,
+    write_back: bool = False,
+) -> Servable:
+    """Loads an artifact onto this process's first device.
+
+    Every file that is used is checked against its digest before anything is executed. Where the artifact has compiled
+    code for this very machine and version, that is loaded and nothing is compiled; else the portable program is
+    compiled for each bucket, with a warning in the log that says why.
+
+    Args:
+        location: a local folder, or a `gs://` or `s3://` prefix.
+        buckets: symbolic dimension -> the compiled sizes to load, where not all are wanted.
+        write_back: add code that had to be compiled to the artifact, for the next one to load. Where that fails, a
+            warning says so.
+
+    Raises:
+        ArtifactError: naming the file that is missing, damaged or foreign, or a bucket that the artifact lacks.
+    """
+    store = Store(location)
+    manifest = read_manifest(store)
+    files = VerifiedFiles(store, manifest.files)
+    ladders = _choose(manifest, buckets)
+    device = jax.devices()[0]
+    target = Fingerprint.of(device)
+    wanted = [(sizes, bucket_name(sizes)) for sizes in combinations(ladders)]
+    found = manifest.executables.get(target.digest)
+    ready = found is not None and all(key in found.files for _, key in wanted)
+    # All bytes are read and verified here; from the next step on, they are believed.
+    portable = {program.file: files.read(program.file) for program in manifest.programs}
+    blobs = {key: files.read(found.files[key]) for _, key in wanted} if ready and found is not None else {}
+    arrays = _to_device(manifest, weights.decode_all(manifest.weights, files), device)
+
+    runtime = Runtime(manifest.input_specs(), arrays, device)
+    made: dict[str, _xla.Loaded] = {}
+    for sizes, key in wanted:
+        if ready:
+            executable = _deserialize(blobs[key], device, key)
+        else:
+            if not made:
+                _LOG.warning(
+                    "%s: compiling %d buckets from StableHLO: %s", location, len(wanted), _why(manifest, target)
+                )
+            executable = made[key] = _compile(manifest, portable, sizes)
+        runtime.add(sizes, executable)
+    if write_back and made:
+        _write_back(store, target, made)
+    return Servable(manifest, ladders, runtime, "executables" if ready else "stablehlo")
+
+
+def _choose(manifest: Manifest, buckets: Mapping[str, Sequence[int]] | None) -> Ladders:
+    ladders: Ladders = {name: tuple(ladder) for name, ladder in manifest.buckets.items()}
+    for name, sizes in (buckets or {}).items():
+        missing = [size for size in sizes if size not in ladders.get(name, ())]
+        if name not in ladders or missing or not sizes:
+            raise ArtifactError(f"bucket {name}={missing or list(sizes)} is not in the artifact; it has {ladders}")
+        ladders[name] = tuple(sorted(set(sizes)))
+    return ladders
+
+
+def _to_device(manifest: Manifest, arrays: Sequence[np.ndarray], device: jax.Device) -> list[jax.Array]:
+    # On the CPU each array starts on a 64-byte boundary, so the device array is the same memory and no copy.
+    return [
+        _xla.putter(leaf.shape, jnp.dtype(leaf.dtype), device)(array)
+        for leaf, array in zip(manifest.weights, arrays, strict=True)
+    ]
+
+
+def _deserialize(blob: bytes, device: jax.Device, key: str) -> _xla.Loaded:
+    try:
+        return _xla.deserialize(blob, device)
+    except Exception as error:  # the client's own kinds
+        raise ArtifactError(f"the executable of bucket {key} cannot be loaded here: {error}") from error
+
+
+def _compile(manifest: Manifest, portable: Mapping[str, bytes], sizes: dict[str, int]) -> _xla.Loaded:
+    for program in manifest.programs:
+        if program.sizes is None or program.sizes == sizes:
+            leaves = [jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(leaf.dtype)) for leaf in manifest.weights]
+            inputs = [spec.at(sizes) for spec in manifest.input_specs().values()]
+            return _xla.loaded(compile_portable(portable[program.file], program.file, leaves, inputs))
+    raise ArtifactError(f"{MANIFEST}: no portable program for bucket {bucket_name(sizes)}")
+
+
+def _why(manifest: Manifest, target: Fingerprint) -> str:
+    if target.digest in manifest.executables:
+        return "the executables of this target are not complete"
+    nearest = [target.differences(entry.target) for entry in manifest.executables.values()]
+    return "; ".join(min(nearest, key=len)) if nearest else "the artifact has no executables"
+
+
+def _write_back(store: Store, target: Fingerprint, made: Mapping[str, _xla.Loaded]) -> None:
+    """Adds executables; the manifest is replaced last, so that a reader sees the old state or the new one."""
+    try:
+        manifest = read_manifest(store)
+        files, names = dict(manifest.files), {}
+        known = manifest.executables.get(target.digest)
+        for key, executable in made.items():
+            blob = _xla.serialize(executable)
+            digest = hashlib.sha256(blob).hexdigest()
+            # Named by content, so that two processes that write back at once cannot replace each other's file.
+            names[key] = f"executables/{target.digest}/{key}-{digest[:8]}.xla"
+            store.write(names[key], blob)
+            files[names[key]] = FileEntry(size=len(blob), sha256=digest)
+        added = ExecutableSet(target=target, files=(dict(known.files) if known else {}) | names)
+        sets = {**manifest.executables, target.digest: added}
+        store.write(MANIFEST, encode(msgspec.structs.replace(manifest, files=files, executables=sets)))
+    except ArtifactError as error:
+        _LOG.warning("the compiled code was not written back: %s", error)

@@ -1,0 +1,214 @@
+"""`manifest.json`: what an artifact holds, and the size and digest of every other file in it."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import jax.numpy as jnp
+import msgspec
+
+from lepton_xla.compiler.buckets import check_ladders
+from lepton_xla.compiler.fingerprint import Fingerprint
+from lepton_xla.errors import ArtifactError, LeptonError
+from lepton_xla.program import TensorSpec
+
+MANIFEST = "manifest.json"
+SCHEMA = 1
+MAX_MANIFEST_BYTES = 64 << 20
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+_FILE_PART = re.compile(r"[A-Za-z0-9_=,+@-][A-Za-z0-9._=,+@-]*")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+class _Struct(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Read from a file: a key that is missing, unknown or of another type is an error."""
+
+
+class Tensor(_Struct):
+    """An input or output; `shape` mixes sizes and symbolic names."""
+
+    name: str
+    shape: tuple[int | str, ...]
+    dtype: str
+
+
+class WeightLeaf(_Struct):
+    """One weight array, in the order of the executables' arguments.
+
+    Attributes:
+        path: the weight's path in the program, such as `params/Dense_0/kernel`.
+        shape: its shape.
+        dtype: its true dtype; the stored one differs where `packed`.
+        packed: stored as a flat array of bytes, because zarr has no such dtype or it is narrower than a byte.
+        folder: where its zarr array is.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    dtype: str
+    packed: bool
+    folder: str
+
+
+class PortableProgram(_Struct):
+    """A serialized StableHLO program; `sizes` is None where its dimensions are symbolic."""
+
+    file: str
+    sizes: dict[str, int] | None
+    platforms: tuple[str, ...]
+
+
+class ExecutableSet(_Struct):
+    """Executables for one target: bucket name -> file."""
+
+    target: Fingerprint
+    files: dict[str, str]
+
+
+class FileEntry(_Struct):
+    """Size in bytes and SHA-256 of one file."""
+
+    size: int
+    sha256: str
+
+
+class Manifest(_Struct):
+    """The whole of `manifest.json`.
+
+    Attributes:
+        schema: version of this layout.
+        name: the model's name.
+        version: the model's version.
+        inputs, outputs: in call order.
+        weights: in argument order.
+        buckets: symbolic dimension -> sizes.
+        programs: portable programs; one symbolic, or one a bucket.
+        programs_note: why there is no symbolic program, or not for all platforms; empty where there is.
+        executables: fingerprint -> executables.
+        compile_s: bucket name -> seconds its compilation took.
+        recipe, plan: as given to `compile`.
+        reports: one a pass applied.
+        metrics: the user's own figures, such as accuracy.
+        made_by: versions of the software, and the machine.
+        created: time of making, UTC, ISO 8601.
+        files: every other file of the artifact.
+    """
+
+    schema: int
+    name: str
+    version: str
+    inputs: tuple[Tensor, ...]
+    outputs: tuple[Tensor, ...]
+    weights: tuple[WeightLeaf, ...]
+    buckets: dict[str, tuple[int, ...]]
+    programs: tuple[PortableProgram, ...]
+    programs_note: str
+    executables: dict[str, ExecutableSet]
+    compile_s: dict[str, float]
+    recipe: Any
+    plan: Any
+    reports: tuple[dict[str, Any], ...]
+    metrics: dict[str, Any]
+    made_by: dict[str, Any]
+    created: str
+    files: dict[str, FileEntry]
+
+    def input_specs(self) -> dict[str, TensorSpec]:
+        """Inputs by name, in call order."""
+        return {tensor.name: TensorSpec(tensor.shape, tensor.dtype) for tensor in self.inputs}
+
+    def output_specs(self) -> dict[str, TensorSpec]:
+        """Outputs by name, in order."""
+        return {tensor.name: TensorSpec(tensor.shape, tensor.dtype) for tensor in self.outputs}
+
+
+class _Head(msgspec.Struct):
+    schema: int
+
+
+def encode(manifest: Manifest) -> bytes:
+    """The file's content: indented JSON.
+
+    Raises:
+        ArtifactError: where the recipe, the plan, the reports or the metrics are not plain JSON, or it is too large.
+    """
+    try:
+        data = msgspec.json.format(msgspec.json.encode(manifest, enc_hook=_encode_scalar), indent=1)
+    except (TypeError, ValueError, NotImplementedError, RecursionError, OverflowError) as error:
+        raise ArtifactError(f"{MANIFEST}: recipe, plan, reports and metrics must be plain JSON: {error}") from error
+    if len(data) > MAX_MANIFEST_BYTES:
+        raise ArtifactError(f"{MANIFEST}: {len(data)} bytes, more than the limit of {MAX_MANIFEST_BYTES}")
+    return data
+
+
+def decode(data: bytes) -> Manifest:
+    """Reads the file's content and checks all that can be checked without the other files.
+
+    Raises:
+        ArtifactError: naming the file and the key at fault.
+    """
+    try:
+        schema = msgspec.json.decode(data, type=_Head).schema
+        if schema != SCHEMA:
+            raise ArtifactError(f"{MANIFEST}: schema version {schema}; this version of lepton_xla reads {SCHEMA}")
+        manifest = msgspec.json.decode(data, type=Manifest)
+        _check(manifest)
+    except ArtifactError:
+        raise
+    except (msgspec.MsgspecError, LeptonError, TypeError, ValueError, RecursionError) as error:
+        raise ArtifactError(f"{MANIFEST}: {error}") from error
+    return manifest
+
+
+def check_name(name: str) -> str:
+    """The name, if it can be a model's.
+
+    Raises:
+        ArtifactError: otherwise.
+    """
+    if not _NAME.fullmatch(name):
+        raise ArtifactError(f"model name {name!r}: use letters, digits, '.', '_' and '-', at most 128, not '.' first")
+    return name
+
+
+def _encode_scalar(value: Any) -> Any:
+    """NumPy and JAX scalars, which metrics often are, as numbers."""
+    if getattr(value, "shape", None) == () and hasattr(value, "item"):
+        return value.item()
+    raise TypeError(f"{value!r} is a {type(value).__name__}")
+
+
+def _check(manifest: Manifest) -> None:
+    check_name(manifest.name)
+    for file, entry in manifest.files.items():
+        _check_file_name(file)
+        if entry.size < 0 or not _SHA256.fullmatch(entry.sha256):
+            raise ArtifactError(f"{MANIFEST}: files[{file!r}] has no valid size and SHA-256")
+    symbols = tuple(dict.fromkeys(name for spec in manifest.input_specs().values() for name in spec.symbols))
+    check_ladders(symbols, manifest.buckets)
+    for spec in manifest.output_specs().values():
+        check_ladders(symbols, dict.fromkeys(spec.symbols, (1,)) | manifest.buckets)
+    for leaf in manifest.weights:
+        jnp.dtype(leaf.dtype)
+        if min(leaf.shape, default=0) < 0:
+            raise ArtifactError(f"{MANIFEST}: weight {leaf.path!r} has a negative size in its shape {leaf.shape}")
+        _check_listed(manifest, f"{leaf.folder}/zarr.json")
+    for program in manifest.programs:
+        _check_listed(manifest, program.file)
+    for digest, executables in manifest.executables.items():
+        if executables.target.digest != digest:
+            raise ArtifactError(f"{MANIFEST}: executables[{digest!r}] is not the digest of the target beside it")
+        for file in executables.files.values():
+            _check_listed(manifest, file)
+
+
+def _check_listed(manifest: Manifest, file: str) -> None:
+    if file not in manifest.files:
+        raise ArtifactError(f"{MANIFEST}: {file!r} has no entry in files, so no digest; it is not used without one")
+
+
+def _check_file_name(file: str) -> None:
+    """Only plain relative names: no `..`, no absolute path, no backslash, nothing hidden."""
+    if file == MANIFEST or len(file) > 1024 or not all(_FILE_PART.fullmatch(part) for part in file.split("/")):
+        raise ArtifactError(f"{MANIFEST}: {file!r} is not a valid name for a file inside an artifact")

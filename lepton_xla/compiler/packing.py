@@ -1,0 +1,70 @@
+"""Dtypes that zarr lacks, or that are narrower than a byte, as plain bytes and back, bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import tensorstore as ts
+
+
+def needs_packing(dtype: str) -> bool:
+    """True where zarr has no such dtype, or would spend a whole byte on an element narrower than one."""
+    if _bits(jnp.dtype(dtype)) < 8:
+        return True
+    try:
+        return ts.dtype(dtype).name != dtype
+    except TypeError:
+        return True
+
+
+def pack(array: np.ndarray) -> np.ndarray:
+    """The array's elements as flat bytes; those narrower than a byte are put together, the first in the low bits."""
+    bits = _bits(array.dtype)
+    flat = np.ascontiguousarray(array).reshape(-1)
+    if bits == 8:
+        return flat.view(np.uint8)
+    # Integers go through int8 because ml_dtypes does not promise what the unused bits of a byte hold.
+    values = flat.astype(np.int8).view(np.uint8) if _is_integer(array.dtype) else flat.view(np.uint8)
+    per_byte = 8 // bits
+    packed = np.zeros(packed_size(array.shape, array.dtype.name), np.uint8)
+    padded = np.zeros(packed.size * per_byte, np.uint8)
+    padded[: flat.size] = values & ((1 << bits) - 1)
+    for place in range(per_byte):
+        packed |= padded[place::per_byte] << (place * bits)
+    return packed
+
+
+def packed_size(shape: Sequence[int], dtype: str) -> int:
+    """The bytes that `pack` gives for an array of this shape and dtype."""
+    return -(-int(np.prod(shape, dtype=np.int64)) // (8 // _bits(jnp.dtype(dtype))))
+
+
+def unpack(packed: np.ndarray, shape: Sequence[int], dtype: str) -> np.ndarray:
+    """The inverse of `pack`."""
+    kind = jnp.dtype(dtype)
+    bits = _bits(kind)
+    if bits == 8:
+        return packed.view(kind).reshape(shape)
+    per_byte, size = 8 // bits, int(np.prod(shape, dtype=np.int64))
+    spread = np.empty(packed.size * per_byte, np.uint8)
+    for place in range(per_byte):
+        spread[place::per_byte] = (packed >> (place * bits)) & ((1 << bits) - 1)
+    spread = spread[:size]
+    if not _is_integer(kind):
+        return spread.view(kind).reshape(shape)
+    if jnp.issubdtype(kind, jnp.signedinteger):
+        spread = (spread << (8 - bits)).view(np.int8) >> (8 - bits)
+    return spread.astype(kind).reshape(shape)
+
+
+def _bits(dtype: Any) -> int:
+    if _is_integer(dtype):
+        return jnp.iinfo(dtype).bits
+    return jnp.finfo(dtype).bits if jnp.issubdtype(dtype, jnp.floating) else jnp.dtype(dtype).itemsize * 8
+
+
+def _is_integer(dtype: Any) -> bool:
+    return jnp.issubdtype(dtype, jnp.integer)

@@ -1,0 +1,118 @@
+"""The portable program: StableHLO with symbolic dimensions, which any machine can compile."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.export
+import jax.numpy as jnp
+
+from lepton_xla.compiler.buckets import Ladders, bucket_name, combinations
+from lepton_xla.errors import ArtifactError, CompileError
+from lepton_xla.program import TensorSpec
+
+# What a server may run on; "cuda" is what JAX calls the platform of an NVIDIA GPU when lowering.
+_PLATFORMS = ("cpu", "cuda", "tpu")
+
+
+@dataclasses.dataclass(frozen=True)
+class Portable:
+    """One serialized program.
+
+    Attributes:
+        name: for its file.
+        blob: the bytes of `jax.export.Exported.serialize`, a flatbuffer.
+        sizes: the bucket it is for; None where it has symbolic dimensions and is for all.
+        platforms: what it can be compiled for.
+    """
+
+    name: str
+    blob: bytes
+    sizes: dict[str, int] | None
+    platforms: tuple[str, ...]
+
+
+def export_programs(
+    fn: Callable[..., Any],
+    weights: Sequence[jax.ShapeDtypeStruct],
+    inputs: Mapping[str, TensorSpec],
+    ladders: Ladders,
+) -> tuple[list[Portable], str]:
+    """Exports a function of flat weights and inputs.
+
+    Returns:
+        The programs, and why they are not one symbolic program for every platform: empty where they are.
+
+    Raises:
+        CompileError: where not even a program of fixed sizes for this platform can be exported.
+    """
+    notes: list[str] = []
+    here = _lowering_platform()
+    for platforms in (_PLATFORMS if here in _PLATFORMS else (*_PLATFORMS, here), (here,)):
+        try:
+            shapes = _symbolic_inputs(inputs, ladders)
+            return [_export("symbolic" if ladders else "fixed", fn, weights, shapes, None, platforms)], "; ".join(notes)
+        except Exception as error:  # the reason is recorded, and the next best thing tried
+            notes.append(f"no symbolic program for {', '.join(platforms)}: {_first_line(error)}")
+    try:
+        programs = [
+            _export(bucket_name(sizes), fn, weights, [spec.at(sizes) for spec in inputs.values()], sizes, (here,))
+            for sizes in combinations(ladders)
+        ]
+    except Exception as error:
+        raise CompileError(f"the model cannot be exported as StableHLO: {_first_line(error)}") from error
+    return programs, "; ".join(notes)
+
+
+def compile_portable(
+    blob: bytes, name: str, weights: Sequence[jax.ShapeDtypeStruct], inputs: Sequence[jax.ShapeDtypeStruct]
+) -> jax.stages.Compiled:
+    """Compiles a serialized program for one bucket on this machine.
+
+    Raises:
+        ArtifactError: naming the file, where it is not such a program or does not fit this machine.
+    """
+    try:
+        exported = jax.export.deserialize(bytearray(blob))
+        return jax.jit(exported.call, keep_unused=True).lower(*weights, *inputs).compile()
+    except Exception as error:  # a version, a platform, a custom call, XLA itself
+        raise ArtifactError(f"{name} cannot be compiled here: {_first_line(error)}") from error
+
+
+def _export(
+    name: str,
+    fn: Callable[..., Any],
+    weights: Sequence[jax.ShapeDtypeStruct],
+    inputs: Sequence[jax.ShapeDtypeStruct],
+    sizes: dict[str, int] | None,
+    platforms: tuple[str, ...],
+) -> Portable:
+    exported = jax.export.export(jax.jit(fn, keep_unused=True), platforms=platforms)(*weights, *inputs)
+    return Portable(name, bytes(exported.serialize()), sizes, platforms)
+
+
+def _symbolic_inputs(inputs: Mapping[str, TensorSpec], ladders: Ladders) -> list[jax.ShapeDtypeStruct]:
+    # The largest bucket bounds a dimension: a table of position embeddings, say, is only that long.
+    constraints = [f"{name} <= {ladder[-1]}" for name, ladder in ladders.items()]
+    symbols = list(ladders)
+    dims = jax.export.symbolic_shape(", ".join(symbols), constraints=constraints) if symbols else ()
+    named = dict(zip(symbols, dims, strict=True))
+    return [
+        jax.ShapeDtypeStruct(
+            tuple(named[dim] if isinstance(dim, str) else dim for dim in spec.shape), jnp.dtype(spec.dtype)
+        )
+        for spec in inputs.values()
+    ]
+
+
+def _lowering_platform() -> str:
+    platform = jax.default_backend()
+    return "cuda" if platform == "gpu" else platform
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:300] if lines else ''}"

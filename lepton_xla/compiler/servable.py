@@ -1,0 +1,178 @@
+"""A loaded model: named arrays of any size in, named arrays out, over compiled code of fixed sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from lepton_xla.compiler.buckets import Ladders, next_size, row_symbol
+from lepton_xla.compiler.independence import pad
+from lepton_xla.compiler.manifest import Manifest
+from lepton_xla.compiler.runtime import Runner, Runtime
+from lepton_xla.errors import InputError
+from lepton_xla.program import TensorSpec
+
+
+class Servable:
+    """A model ready to run; safe to call from several threads.
+
+    Attributes:
+        name, version: the model's.
+        inputs, outputs: name -> spec, in order.
+        buckets: symbolic dimension -> the sizes that are loaded, ascending.
+        row_symbol: the dimension that counts rows: batches may be put together and split along it. None where the
+            model has no such dimension.
+        route: `executables` where compiled code was loaded, `stablehlo` where it was compiled on loading.
+        manifest: all that is known of the model.
+    """
+
+    def __init__(self, manifest: Manifest, buckets: Ladders, runtime: Runtime, route: str) -> None:
+        self.name = manifest.name
+        self.version = manifest.version
+        self.inputs = manifest.input_specs()
+        self.outputs = manifest.output_specs()
+        self.buckets = {name: tuple(ladder) for name, ladder in buckets.items()}
+        self.row_symbol = row_symbol(self.inputs)
+        self.route = route
+        self.manifest = manifest
+        self.runtime = runtime
+
+    @property
+    def weights_bytes(self) -> int:
+        """Bytes of all weights on the device."""
+        return sum(array.on_device_size_in_bytes() for array in self.runtime.weights)
+
+    def run(self, sizes: Mapping[str, int], arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """The hot path: arrays of exactly one bucket's sizes, in order, to outputs in order.
+
+        Args:
+            sizes: the bucket, such as `{"batch": 8}`.
+            arrays: one an input, of exactly its dtype and shape at `sizes`. Not to be written to during the call.
+
+        Returns:
+            One array an output, of its shape at `sizes`, read-only.
+
+        Raises:
+            KeyError: where there is no such bucket.
+            InputError: where an array is not of the bucket's shape and dtype.
+        """
+        return self.runtime.run(sizes, arrays)
+
+    def runner(self, sizes: Mapping[str, int]) -> Runner:
+        """`run` for one bucket, without its look-up: `runner(sizes)(arrays)`."""
+        return self.runtime.runner(sizes)
+
+    def __call__(self, **inputs: Any) -> dict[str, np.ndarray]:
+        """Runs the model on named inputs: pads them to a bucket, splits larger batches, cuts the padding off.
+
+        Args:
+            **inputs: every input of the model: an array of its dtype, or nested lists of numbers.
+
+        Returns:
+            Outputs by name; for a batch of no rows, outputs of no rows.
+
+        Raises:
+            InputError: for a missing or unknown name, another dtype or rank, a size that is not the model's, sizes
+                that disagree between inputs, or a dimension other than the rows' that is larger than any bucket.
+        """
+        arrays = self._arrays(inputs)
+        sizes = self._sizes(arrays)
+        padded_sizes = self._padded_sizes(sizes)
+        rows = sizes[self.row_symbol] if self.row_symbol is not None else 1
+        results = [np.empty(spec.at(sizes).shape, jnp.dtype(spec.dtype)) for spec in self.outputs.values()]
+        if 0 in sizes.values():
+            return dict(zip(self.outputs, (np.zeros_like(result) for result in results), strict=True))
+        start = 0
+        while start < rows:
+            count = 1
+            if self.row_symbol is not None:
+                ladder = self.buckets[self.row_symbol]
+                count = min(rows - start, ladder[-1])
+                padded_sizes[self.row_symbol] = next_size(ladder, count) or ladder[-1]
+            self._run_part(arrays, results, start, count, padded_sizes)
+            start += count
+        return dict(zip(self.outputs, results, strict=True))
+
+    def _run_part(
+        self, arrays: Sequence[np.ndarray], results: Sequence[np.ndarray], start: int, count: int, sizes: dict[str, int]
+    ) -> None:
+        part: list[np.ndarray] = []
+        for array, spec in zip(arrays, self.inputs.values(), strict=True):
+            if self.row_symbol is not None and self.row_symbol in spec.symbols:
+                array = array[start : start + count]
+            part.append(np.ascontiguousarray(pad(array, spec.at(sizes).shape)))
+        for result, output in zip(results, self.runtime.run(sizes, part), strict=True):
+            if self.row_symbol is not None:
+                result = result[start : start + count]
+            result[...] = output[tuple(slice(size) for size in result.shape)]
+
+    def _arrays(self, inputs: Mapping[str, Any]) -> list[np.ndarray]:
+        for name in inputs:
+            if name not in self.inputs:
+                raise InputError(f"unknown input {name!r}; the model takes {', '.join(map(repr, self.inputs))}")
+        arrays: list[np.ndarray] = []
+        for name, spec in self.inputs.items():
+            if name not in inputs:
+                raise InputError(f"input {name!r} is missing; the model takes it as {spec}")
+            arrays.append(_as_array(name, spec, inputs[name]))
+        return arrays
+
+    def _sizes(self, arrays: Sequence[np.ndarray]) -> dict[str, int]:
+        sizes: dict[str, int] = {}
+        first: dict[str, str] = {}
+        for (name, spec), array in zip(self.inputs.items(), arrays, strict=True):
+            if array.ndim != len(spec.shape):
+                raise InputError(f"input {name!r} has {array.ndim} dimensions, shape {array.shape}; expected {spec}")
+            for axis, (dim, size) in enumerate(zip(spec.shape, array.shape, strict=True)):
+                if isinstance(dim, int):
+                    if size != dim:
+                        raise InputError(
+                            f"input {name!r}: dimension {axis} is {size}, expected {dim}: shape {array.shape} came, "
+                            f"the model takes {spec}"
+                        )
+                elif sizes.setdefault(dim, size) != size:
+                    raise InputError(
+                        f"input {name!r}: dimension {axis} ({dim}) is {size}, but it is {sizes[dim]} in input "
+                        f"{first[dim]!r}; {dim} must be the same everywhere"
+                    )
+                else:
+                    first.setdefault(dim, name)
+        return sizes
+
+    def _padded_sizes(self, sizes: Mapping[str, int]) -> dict[str, int]:
+        padded: dict[str, int] = {}
+        for name, ladder in self.buckets.items():
+            size = next_size(ladder, sizes[name])
+            if size is None and name != self.row_symbol:
+                raise InputError(
+                    f"dimension {name!r} is {sizes[name]}, larger than the largest compiled size {ladder[-1]}; "
+                    "shorten the input, or compile with a larger bucket"
+                )
+            padded[name] = ladder[-1] if size is None else size
+        return padded
+
+
+def _as_array(name: str, spec: TensorSpec, value: Any) -> np.ndarray:
+    """An array of exactly the input's dtype; lists of numbers are converted where no value changes."""
+    dtype = jnp.dtype(spec.dtype)
+    if hasattr(value, "dtype") and hasattr(value, "shape"):
+        array = np.asarray(value)
+        if array.dtype != dtype:
+            raise InputError(
+                f"input {name!r} has dtype {array.dtype}, expected {dtype}; cast it with .astype({str(dtype)!r})"
+            )
+        return array
+    try:
+        array = np.asarray(value)
+        if array.dtype == object or array.dtype.kind in "USOMm":
+            raise InputError(f"input {name!r} holds {array.dtype} values, expected {spec}")
+        converted = array.astype(dtype)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"input {name!r} cannot be made an array, expected {spec}: {error}") from error
+    discrete = dtype == np.dtype(bool) or jnp.issubdtype(dtype, jnp.integer)
+    if array.size and discrete and not (converted.astype(array.dtype) == array).all():
+        raise InputError(f"input {name!r} holds values that {dtype} cannot; the model takes {spec}")
+    return converted

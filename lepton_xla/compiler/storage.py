@@ -1,0 +1,216 @@
+"""The files of an artifact, by name, in a local folder or an object store, through TensorStore's key-value layer."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import pathlib
+import secrets
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from urllib.parse import unquote
+
+import tensorstore as ts
+
+from lepton_xla.compiler.manifest import MANIFEST, FileEntry
+from lepton_xla.errors import ArtifactError
+
+# One context for all stores: connections to an object store are shared, and memory:// stores outlive a call.
+_CONTEXT = ts.Context()
+
+
+class Store:
+    """Files under one folder or bucket prefix.
+
+    Args:
+        location: a local path, a `file://`, `gs://`, `s3://` or `memory://` address.
+    """
+
+    def __init__(self, location: str | os.PathLike[str]) -> None:
+        self.location = os.fspath(location)
+        self.path = local_path(self.location)
+        try:
+            if self.path is not None:
+                spec = {"driver": "file", "path": f"{self.path.absolute()}/"}
+                self._kv = ts.KvStore.open(spec, context=_CONTEXT).result()
+            else:
+                self._kv = ts.KvStore.open(self.location.rstrip("/") + "/", context=_CONTEXT).result()
+        except Exception as error:  # each TensorStore driver raises its own kinds
+            raise ArtifactError(f"{self.location}: cannot be opened: {error}") from error
+
+    def read(self, name: str, *, limit: int) -> bytes:
+        """The content of a file of at most `limit` bytes.
+
+        Raises:
+            ArtifactError: naming it, where it is missing, larger, not a regular file inside the folder, or unreadable.
+        """
+        self._check_inside(name, limit)
+        try:
+            found = self._kv.read(name).result()
+        except Exception as error:
+            raise ArtifactError(f"{self.location}: {name} cannot be read: {error}") from error
+        if found.state != "value":
+            raise ArtifactError(f"{self.location}: {name} is missing")
+        self._check_size(name, len(found.value), limit)
+        return found.value
+
+    def write(self, name: str, data: bytes) -> None:
+        """Creates or replaces a file, whole or not at all.
+
+        Raises:
+            ArtifactError: naming it, where it cannot be written.
+        """
+        try:
+            self._kv.write(name, data).result()
+        except Exception as error:
+            raise ArtifactError(f"{self.location}: {name} cannot be written: {error}") from error
+
+    def names(self) -> list[str]:
+        """Every file there is, sorted.
+
+        Raises:
+            ArtifactError: where they cannot be listed.
+        """
+        try:
+            return sorted(os.fsdecode(key) for key in self._kv.list().result())
+        except Exception as error:
+            raise ArtifactError(f"{self.location}: cannot be listed: {error}") from error
+
+    def delete_all(self) -> None:
+        """Deletes every file there is."""
+        self._kv.delete_range(ts.KvStore.KeyRange()).result()
+
+    def _check_inside(self, name: str, limit: int) -> None:
+        if self.path is None:
+            return
+        root, file = self.path.resolve(), self.path / name
+        if not os.path.lexists(file):
+            return
+        if not file.is_file() or not file.resolve().is_relative_to(root):
+            raise ArtifactError(f"{self.location}: {name} is not a regular file inside the artifact")
+        self._check_size(name, file.stat().st_size, limit)
+
+    def _check_size(self, name: str, size: int, limit: int) -> None:
+        if size > limit:
+            raise ArtifactError(f"{self.location}: {name} has {size} bytes, more than the {limit} that it may have")
+
+
+class VerifiedFiles:
+    """Reads files of a store only as their recorded size and digest say; what is not recorded is not read."""
+
+    def __init__(self, store: Store, files: Mapping[str, FileEntry]) -> None:
+        self._store = store
+        self._files = files
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._files
+
+    def read(self, name: str) -> bytes:
+        """The content of a file, exactly as it was written.
+
+        Raises:
+            ArtifactError: naming it, where it is missing, not recorded, or not as recorded.
+        """
+        where = self._store.location
+        entry = self._files.get(name)
+        if entry is None:
+            raise ArtifactError(f"{where}: {name} is not listed in the manifest, so it is not used")
+        data = self._store.read(name, limit=entry.size)
+        if len(data) != entry.size:
+            raise ArtifactError(f"{where}: {name} is damaged: {len(data)} bytes, {entry.size} were written")
+        if hashlib.sha256(data).hexdigest() != entry.sha256:
+            raise ArtifactError(f"{where}: {name} is damaged: its SHA-256 is not the one in the manifest")
+        return data
+
+
+def local_path(location: str | os.PathLike[str]) -> pathlib.Path | None:
+    """The local path of a location; None for one in an object store."""
+    text = os.fspath(location)
+    if text.startswith("file://"):
+        return pathlib.Path(unquote(text.removeprefix("file://")))
+    return None if "://" in text else pathlib.Path(text)
+
+
+@contextlib.contextmanager
+def atomic_store(location: str | os.PathLike[str], *, overwrite: bool) -> Iterator[Store]:
+    """A store to write a whole artifact to, which appears at `location` when the block ends without an error.
+
+    A local one is written to a hidden folder beside the target, flushed to the disk, and renamed. An object store has
+    no rename: files are written in place, and the artifact begins to exist with its manifest, to be written last.
+
+    Raises:
+        ArtifactError: where something is there already and `overwrite` is not set, or the target cannot be written.
+    """
+    target = local_path(location)
+    if target is None:
+        store = Store(location)
+        if names := store.names():
+            _check_replaceable(location, overwrite=overwrite, is_artifact=MANIFEST in names)
+            store.delete_all()
+        with _undone_by(lambda: store.delete_all()):
+            yield store
+        return
+    target = target.absolute()
+    if os.path.lexists(target):
+        _check_replaceable(location, overwrite=overwrite, is_artifact=(target / MANIFEST).is_file())
+    temporary = target.parent / f".{target.name}.{secrets.token_hex(8)}.tmp"
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary.mkdir()
+    except OSError as error:
+        raise ArtifactError(f"{location}: cannot be created: {error}") from error
+    with _undone_by(lambda: shutil.rmtree(temporary, ignore_errors=True)):
+        yield Store(temporary)
+        try:
+            _flush_tree(temporary)
+            _put_in_place(temporary, target, overwrite=overwrite)
+        except OSError as error:
+            raise ArtifactError(f"{location}: cannot be put in place: {error}") from error
+
+
+@contextlib.contextmanager
+def _undone_by(undo: Callable[[], None]) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        undo()
+        raise
+
+
+def _check_replaceable(location: str | os.PathLike[str], *, overwrite: bool, is_artifact: bool) -> None:
+    if not overwrite:
+        raise ArtifactError(f"{location}: exists already; save elsewhere, or with overwrite=True")
+    if not is_artifact:
+        raise ArtifactError(f"{location}: exists and is not an artifact (no {MANIFEST}), so it is not overwritten")
+
+
+def _put_in_place(temporary: pathlib.Path, target: pathlib.Path, *, overwrite: bool) -> None:
+    """Renames; an old artifact is moved aside first, put back where the rename fails, and deleted after it."""
+    aside = temporary.with_suffix(".old")
+    replaced = overwrite and os.path.lexists(target)
+    if replaced:
+        target.rename(aside)
+    try:
+        temporary.rename(target)
+    except BaseException:
+        if replaced:
+            aside.rename(target)
+        raise
+    _flush(target.parent)
+    if replaced:
+        shutil.rmtree(aside, ignore_errors=True) if not aside.is_symlink() else aside.unlink()
+
+
+def _flush_tree(root: pathlib.Path) -> None:
+    for folder, _, files in os.walk(root, topdown=False):
+        for name in (*files, "."):
+            _flush(pathlib.Path(folder, name))
+
+
+def _flush(path: pathlib.Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
