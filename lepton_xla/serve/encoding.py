@@ -1,0 +1,78 @@
+"""Content codings of HTTP bodies: gzip and deflate, both ways, with a bound on what inflating may produce.
+
+`deflate` is the zlib format of RFC 1950, as RFC 9110 section 8.4.1.2 says, not a bare RFC 1951 stream.
+"""
+
+from __future__ import annotations
+
+import zlib
+
+from lepton_xla.serve.errors import RefusedError
+
+_WINDOW = {"gzip": 16 + zlib.MAX_WBITS, "deflate": zlib.MAX_WBITS}
+CODINGS = ", ".join(_WINDOW)
+_LEVEL = 1  # a server's time is dearer than the last tenth of a size
+
+
+def inflate(body: bytes, coding: str, max_bytes: int) -> bytes:
+    """Decompresses a request body.
+
+    Args:
+        body: as sent.
+        coding: the value of `Content-Encoding`.
+        max_bytes: most bytes it may become.
+
+    Raises:
+        RefusedError: 415 for another coding, 400 for a damaged or truncated body, 413 if it becomes too large.
+    """
+    window = _WINDOW.get(coding)
+    if window is None:
+        raise RefusedError(415, f"this Content-Encoding is not supported; use {CODINGS}", f"Accept-Encoding: {CODINGS}")
+    parts: list[bytes] = []
+    room = max_bytes
+    rest = body
+    while rest:
+        stream = zlib.decompressobj(window)
+        try:
+            # One byte more than allowed tells "too large" from "exactly as large as allowed".
+            part = stream.decompress(rest, room + 1)
+        except zlib.error as error:
+            raise RefusedError(400, f"the body is not valid {coding}") from error
+        room -= len(part)
+        if room < 0:
+            raise RefusedError(413, f"the body exceeds {max_bytes} bytes when decompressed")
+        if not stream.eof:
+            raise RefusedError(400, f"the {coding} body is truncated")
+        parts.append(part)
+        rest = stream.unused_data
+        if rest and coding != "gzip":
+            raise RefusedError(400, f"the {coding} body has bytes after its end")
+    return b"".join(parts)
+
+
+def choose(accept_encoding: str) -> str | None:
+    """The coding to answer with: the one of ours that `Accept-Encoding` weighs most, or None for no coding."""
+    best, best_weight = None, 0.0
+    listed: dict[str, float] = {}
+    for item in accept_encoding.lower().split(","):
+        coding, *parameters = (part.strip() for part in item.split(";"))
+        weight = 1.0
+        for parameter in parameters:
+            name, _, value = parameter.partition("=")
+            if name.strip() == "q":
+                try:
+                    weight = float(value)
+                except ValueError:
+                    weight = 0.0
+        listed[coding] = weight
+    for coding in _WINDOW:
+        weight = listed.get(coding, listed.get("*", 0.0))
+        if weight > best_weight:
+            best, best_weight = coding, weight
+    return best
+
+
+def deflate(body: bytes, coding: str) -> bytes:
+    """Compresses a response body with a coding that `choose` gave."""
+    stream = zlib.compressobj(_LEVEL, wbits=_WINDOW[coding])
+    return stream.compress(body) + stream.flush()

@@ -1,0 +1,219 @@
+"""The thread that owns execution: it stages the rows of a batch, runs the servable and reports back."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import statistics
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from lepton_xla.errors import ServeError
+from lepton_xla.serve.batcher import Batch, Costs, Key, Part
+from lepton_xla.serve.signature import Servable, Signature, Tensor
+from lepton_xla.serve.wire import InferRequest
+
+_log = logging.getLogger("lepton_xla.serve")
+
+# Runs per size at start: the first is the warm-up, the median of the rest is the cost.
+_WARM_RUNS = 5
+_WARM_SECONDS = 0.5
+
+
+class Call(Protocol):
+    """What the engine needs of a ticket's payload."""
+
+    @property
+    def request(self) -> InferRequest: ...
+
+
+class Completion[T: Call]:
+    """A batch that ran, or failed.
+
+    Attributes:
+        batch: the batch.
+        outputs: C-contiguous arrays in signature order, padding rows included; None if it failed.
+        started_s: when the engine took it.
+        staged_s: when its rows lay in the staging arrays.
+        finished_s: when the outputs were there.
+    """
+
+    __slots__ = ("_views", "batch", "finished_s", "outputs", "staged_s", "started_s")
+
+    def __init__(
+        self,
+        batch: Batch[T],
+        outputs: Sequence[np.ndarray] | None,
+        started_s: float,
+        staged_s: float,
+        finished_s: float,
+    ) -> None:
+        self.batch = batch
+        self.outputs = outputs
+        self.started_s = started_s
+        self.staged_s = staged_s
+        self.finished_s = finished_s
+        self._views: list[tuple[memoryview, int]] = []
+        for array in outputs or ():
+            self._views.append((_bytes_of(array), array.nbytes // batch.size))
+
+    def rows(self, part: Part[T], index: int, tensor: Tensor) -> memoryview:
+        """The bytes of output `index` that belong to a part, without padding."""
+        plan = part.ticket.payload.request.plan
+        if not plan.cut:
+            view, row_bytes = self._views[index]
+            return view[part.offset * row_bytes : (part.offset + part.rows) * row_bytes]
+        assert self.outputs is not None
+        kept = self.outputs[index][_window(tensor, plan.sizes, part.offset, part.rows, part.rows != plan.rows)]
+        return _bytes_of(np.ascontiguousarray(kept))
+
+
+class _Stage:
+    """The input arrays of one combination of compiled sizes, reused from batch to batch."""
+
+    def __init__(self, signature: Signature, size: int, key: Key) -> None:
+        self.sizes = signature.sizes(size, key)
+        self.arrays = [np.zeros(tensor.at(self.sizes), tensor.dtype) for tensor in signature.inputs]
+        self._inputs = signature.inputs
+        self._batched = signature.batch is not None
+        self._views = [(_bytes_of(array), array.nbytes // size) for array in self.arrays]
+        self._used = 0
+
+    def fill(self, batch: Batch[Any]) -> None:
+        """Copies the rows in and makes the padding zero."""
+        if any(part.ticket.payload.request.plan.cut for part in batch.parts):
+            self._fill_cut(batch)
+            return
+        for index, (view, row_bytes) in enumerate(self._views):
+            at = 0
+            for part in batch.parts:
+                source = part.ticket.payload.request.tensors[index]
+                size = part.rows * row_bytes
+                if part.rows != part.ticket.rows:
+                    source = source[part.start * row_bytes : part.start * row_bytes + size]
+                view[at : at + size] = source
+                at += size
+        if self._used > batch.rows:
+            for array in self.arrays:
+                array[batch.rows : self._used] = 0
+        self._used = batch.rows
+
+    def _fill_cut(self, batch: Batch[Any]) -> None:
+        for index, (tensor, array) in enumerate(zip(self._inputs, self.arrays, strict=True)):
+            array[...] = 0
+            for part in batch.parts:
+                request: InferRequest = part.ticket.payload.request
+                sizes = request.plan.sizes
+                source = np.frombuffer(request.tensors[index], tensor.dtype).reshape(tensor.at(sizes))
+                if self._batched:
+                    source = source[part.start : part.start + part.rows]
+                array[_window(tensor, sizes, part.offset, part.rows, self._batched)] = source
+        self._used = batch.size
+
+
+def _window(tensor: Tensor, sizes: dict[str, int], offset: int, rows: int, batched: bool) -> tuple[slice, ...]:
+    """Where the rows of a part lie in a padded array."""
+    inner = tuple(slice(0, size) for size in tensor.at(sizes))
+    return (slice(offset, offset + rows), *inner[1:]) if batched else inner
+
+
+def _bytes_of(array: np.ndarray) -> memoryview:
+    return memoryview(array.reshape(-1).view(np.uint8))
+
+
+class Engine[T: Call]:
+    """Runs batches one after the other on a thread of its own.
+
+    Args:
+        servable: the model.
+        signature: its signature.
+        clock: seconds, monotonic.
+    """
+
+    def __init__(self, servable: Servable, signature: Signature, clock: Callable[[], float] = time.monotonic) -> None:
+        self._servable = servable
+        self._signature = signature
+        self._clock = clock
+        self._stages: dict[tuple[int, Key], _Stage] = {}
+        self._batches: queue.SimpleQueue[Batch[T] | None] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+
+    def warm_up(self) -> Costs:
+        """Runs every compiled size on zeros and measures it.
+
+        Returns:
+            Median seconds of one execution by key and batch size.
+
+        Raises:
+            ServeError: if an output is not what the signature says.
+        """
+        costs: dict[Key, dict[int, float]] = {}
+        for key in self._signature.shape_keys():
+            costs[key] = {size: self._measure(size, key) for size in self._signature.ladder}
+        return costs
+
+    def _measure(self, size: int, key: Key) -> float:
+        stage = self._stage(size, key)
+        outputs = self._servable.run(stage.sizes, stage.arrays)
+        expected = [(tensor.at(stage.sizes), tensor.dtype) for tensor in self._signature.outputs]
+        actual = [(array.shape, array.dtype) for array in outputs]
+        if actual != expected:
+            raise ServeError(f"at {stage.sizes} the model gives {actual}, but its signature says {expected}")
+        times: list[float] = []
+        while len(times) < _WARM_RUNS and sum(times) < _WARM_SECONDS:
+            start = self._clock()
+            self._servable.run(stage.sizes, stage.arrays)
+            times.append(self._clock() - start)
+        return max(statistics.median(times), 1e-9)
+
+    def start(self, post: Callable[[Completion[T]], object]) -> None:
+        """Starts the thread; `post` gets every completion, on that thread."""
+        self._thread = threading.Thread(target=self._loop, args=(post,), name="lepton-engine", daemon=True)
+        self._thread.start()
+
+    def submit(self, batch: Batch[T]) -> None:
+        """Hands over a batch, from any thread; its completion is posted whatever happens."""
+        self._batches.put(batch)
+
+    def stop(self, timeout_s: float | None = None) -> bool:
+        """Ends the thread after the batches handed over; False if it did not end in time."""
+        if self._thread is None:
+            return True
+        self._batches.put(None)
+        self._thread.join(timeout_s)
+        return not self._thread.is_alive()
+
+    def _loop(self, post: Callable[[Completion[T]], object]) -> None:
+        while (batch := self._batches.get()) is not None:
+            completion = self.execute(batch)
+            try:
+                post(completion)
+            except RuntimeError:
+                # The event loop is closed: a hard stop left this batch behind, and nobody waits for it.
+                _log.warning("a batch finished after the server had stopped")
+            del batch, completion
+
+    def execute(self, batch: Batch[T]) -> Completion[T]:
+        """Runs one batch on the calling thread; a failure is in the completion, never raised."""
+        started = staged = self._clock()
+        outputs: Sequence[np.ndarray] | None = None
+        try:
+            stage = self._stage(batch.size, batch.key)
+            stage.fill(batch)
+            staged = self._clock()
+            outputs = [np.ascontiguousarray(array) for array in self._servable.run(stage.sizes, stage.arrays)]
+            return Completion(batch, outputs, started, staged, self._clock())
+        except Exception:
+            # Whatever the model raises is this batch's problem: its requests are answered, the thread goes on.
+            _log.exception("a batch of %d rows at size %d failed", batch.rows, batch.size)
+            return Completion(batch, None, started, staged, self._clock())
+
+    def _stage(self, size: int, key: Key) -> _Stage:
+        stage = self._stages.get((size, key))
+        if stage is None:
+            stage = self._stages[size, key] = _Stage(self._signature, size, key)
+        return stage

@@ -1,0 +1,22 @@
+"""The one exception of the serving path: a request that is refused, with the HTTP status that says why."""
+
+from __future__ import annotations
+
+from lepton_xla.errors import ServeError
+
+
+class RefusedError(ServeError):
+    """A request that gets an error for an answer.
+
+    Attributes:
+        status: the HTTP status: 400 malformed, 404 unknown, 405 method, 413 too large, 415 encoding, 431 header
+            fields too large, 500 inference failed, 503 overloaded or stopping.
+        message: what goes to the client, as the `error` of the JSON body. Never a path, a traceback or a payload.
+        headers: header lines that go with it, such as `Allow: GET`.
+    """
+
+    def __init__(self, status: int, message: str, *headers: str) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+        self.headers = headers

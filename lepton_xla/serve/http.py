@@ -1,0 +1,424 @@
+"""HTTP/1.1 on httptools (llhttp): bytes in, exchanges out, answers in order. It knows nothing of models.
+
+A connection parses requests, enforces every limit before it buffers, and hands each complete request to the handler
+as an `Exchange`. Answers may be given in any order and at any time; they leave in the order of the requests.
+
+Sources: RFC 9112 (HTTP/1.1 messages), RFC 9110 (semantics; 100-continue in section 10.1.1).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import math
+from collections import deque
+from collections.abc import Callable
+from http import HTTPStatus
+from time import monotonic
+from typing import Any
+
+import httptools
+import msgspec
+
+from lepton_xla.serve.errors import RefusedError
+from lepton_xla.serve.limits import Limits
+
+_CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+_OK = b"HTTP/1.1 200 OK\r\n"
+_SINGLE = frozenset((b"inference-header-content-length", b"content-encoding", b"content-length", b"host"))
+_CACHED_HEADS = 512
+_CACHED_HEAD_BYTES = 2048
+_LINGER_S = 2.0
+# Framing of a chunked body that is not data (sizes, extensions): what one chunk may cost on the wire.
+_CHUNK_OVERHEAD = 64
+
+
+class Head:
+    """Request line and header fields of a request. Equal ones may share an object.
+
+    Attributes:
+        method: such as `b"POST"`.
+        target: the request target, still percent-encoded.
+        headers: lower-case name -> value; repeated fields joined by a comma.
+        keep_alive: whether the client wants the connection kept.
+        old: HTTP/1.0, where keep-alive has to be said.
+        content_length: of the body; 0 without one, -1 where only its chunks will tell.
+        route: room for the handler to keep what it found out about this head.
+    """
+
+    __slots__ = ("content_length", "headers", "keep_alive", "method", "old", "route", "target")
+
+    def __init__(self, method: bytes, target: bytes, headers: dict[bytes, bytes], keep_alive: bool, old: bool) -> None:
+        self.method = method
+        self.target = target
+        self.headers = headers
+        self.keep_alive = keep_alive
+        self.old = old
+        self.content_length = 0
+        self.route: Callable[[Exchange], None] | None = None
+
+
+class Exchange:
+    """One request and the place for its answer.
+
+    Attributes:
+        head: request line and headers.
+        body: the whole body as sent.
+        started_s: when the request was complete.
+        on_cancel: called if the client goes away before the answer.
+        answered: whether an answer was given.
+    """
+
+    __slots__ = ("_connection", "_payload", "answered", "body", "head", "on_cancel", "started_s")
+
+    def __init__(self, connection: Connection, head: Head, body: bytes, started_s: float) -> None:
+        self._connection = connection
+        self._payload: bytes | None = None
+        self.head = head
+        self.body = body
+        self.started_s = started_s
+        self.on_cancel: Callable[[], None] | None = None
+        self.answered = False
+
+    def send(self, payload: bytes) -> None:
+        """Answers 200 with header fields, the blank line and the body in one piece (without the status line)."""
+        self._send(_OK + payload)
+
+    def answer(self, status: int, body: bytes, content_type: str = "application/json", *extra: str) -> None:
+        """Answers with a status, a body, and further header lines such as `Retry-After: 1`."""
+        reason = HTTPStatus(status).phrase
+        lines = [f"HTTP/1.1 {status} {reason}", f"Content-Type: {content_type}", f"Content-Length: {len(body)}", *extra]
+        if self.head.method == b"HEAD":
+            body = b""
+        self._send("\r\n".join(lines).encode("latin-1") + b"\r\n\r\n" + body)
+
+    def refuse(self, refusal: RefusedError) -> None:
+        """Answers with an error."""
+        headers = (*refusal.headers, "Retry-After: 1") if refusal.status == 503 else refusal.headers
+        self.answer(refusal.status, msgspec.json.encode({"error": refusal.message}), "application/json", *headers)
+
+    def _send(self, payload: bytes) -> None:
+        if not self.answered:
+            self.answered = True
+            self._payload = payload
+            self._connection.flush(self)
+
+    def take_payload(self) -> bytes | None:
+        """The answer, once."""
+        payload, self._payload = self._payload, None
+        return payload
+
+
+@dataclasses.dataclass(slots=True)
+class Hub:
+    """What the connections of a server share.
+
+    Attributes:
+        handler: takes every complete request, on the event loop; must answer it sooner or later.
+        refused: told the status of answers that no handler saw, such as 400 for malformed HTTP.
+        limits: the bounds.
+        draining: set once to close every connection after its current requests.
+        connections: those open.
+        heads: parsed heads by their bytes. Clients repeat them, and a hit costs a hundredth of a parse.
+    """
+
+    handler: Callable[[Exchange], None]
+    limits: Limits
+    refused: Callable[[int], None] = lambda status: None
+    draining: bool = False
+    connections: set[Connection] = dataclasses.field(default_factory=set["Connection"])
+    heads: dict[bytes, Head] = dataclasses.field(default_factory=dict[bytes, Head])
+
+    def drain(self) -> None:
+        """Closes idle connections now and the others after what they have in hand."""
+        self.draining = True
+        for connection in tuple(self.connections):
+            connection.close_if_idle()
+
+    def sweep(self, now: float) -> None:
+        """Enforces the time limits; called about once a second."""
+        for connection in tuple(self.connections):
+            connection.sweep(now)
+
+
+class Connection(asyncio.Protocol):
+    """One client connection."""
+
+    __slots__ = (
+        "_body", "_body_bytes", "_chunks", "_closing", "_complete", "_continue", "_deadline", "_framing", "_head",
+        "_head_bytes", "_headers", "_hub", "_in_message", "_limits", "_messages", "_parser", "_pending", "_stalled",
+        "_target", "_transport",
+    )  # fmt: skip
+
+    def __init__(self, hub: Hub) -> None:
+        self._hub = hub
+        self._limits = hub.limits
+        self._parser: Any = httptools.HttpRequestParser(self)
+        self._transport: Any = None
+        self._pending: deque[Exchange] = deque()
+        self._closing = False
+        self._stalled = math.inf
+        self._deadline = math.inf
+        self._in_message = False
+        self._continue = False
+        self._messages = 0
+        self._complete: Head | None = None
+        self.on_message_begin()
+        self._in_message = False
+
+    # From the transport.
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = transport
+        self._hub.connections.add(self)
+        self._deadline = monotonic() + self._limits.idle_timeout_s
+        if self._hub.draining:
+            self._transport.close()
+        elif len(self._hub.connections) > self._limits.max_connections:
+            self._fail(RefusedError(503, "too many connections"))
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._hub.connections.discard(self)
+        self._closing = True
+        for exchange in self._pending:
+            if not exchange.answered:
+                exchange.answered = True
+                if exchange.on_cancel is not None:
+                    exchange.on_cancel()
+        self._pending.clear()
+
+    def eof_received(self) -> None:
+        # Closing on this end too: a client that shuts its side down is taken to be gone, as in nginx.
+        self._closing = True
+
+    def pause_writing(self) -> None:
+        self._stalled = monotonic()
+        self._transport.pause_reading()
+
+    def resume_writing(self) -> None:
+        self._stalled = math.inf
+        self._transport.resume_reading()
+
+    def data_received(self, data: bytes) -> None:
+        if self._closing:
+            return
+        if self._in_message:
+            self._feed(data)
+            return
+        end = data.find(b"\r\n\r\n", 0, _CACHED_HEAD_BYTES)
+        if end < 0:
+            self._feed(data)
+            return
+        head = self._hub.heads.get(data[:end])
+        if head is not None and len(data) - end - 4 == head.content_length:
+            self._dispatch(head, data[end + 4 :])
+            return
+        self._feed(data)
+        if self._messages == 1 and not self._in_message and not self._closing:
+            self._remember(data, end)
+
+    def _feed(self, data: bytes) -> None:
+        began_before = self._in_message
+        self._messages = 0
+        try:
+            self._parser.feed_data(data)
+        except httptools.HttpParserUpgrade:
+            self._fail(RefusedError(400, "upgrading the protocol is not supported"))
+        except httptools.HttpParserError as error:
+            cause = error.__context__
+            if cause is not None and not isinstance(cause, RefusedError):
+                raise
+            self._fail(cause or RefusedError(400, "malformed HTTP request"))
+        else:
+            # llhttp holds back a field or a chunk extension until it is whole, where no callback sees it grow.
+            if began_before and self._in_message and not self._messages:
+                self._count(len(data))
+
+    def _count(self, size: int) -> None:
+        """Bounds the bytes of a message that are not its body."""
+        self._framing += size
+        if self._head is None:
+            if self._framing > self._limits.max_header_bytes:
+                self._fail(_header_refusal(self._limits))
+        elif self._framing > self._body_bytes + self._chunks * _CHUNK_OVERHEAD + 2 * self._limits.max_header_bytes:
+            self._fail(RefusedError(400, "the chunked body has more framing than data"))
+
+    def _remember(self, data: bytes, end: int) -> None:
+        """Keeps the head of data that was exactly one request, with a body of the length its head says."""
+        head, heads = self._complete, self._hub.heads
+        if head is not None and len(data) - end - 4 == head.content_length:
+            if len(heads) >= _CACHED_HEADS:
+                heads.clear()
+            heads[data[:end]] = head
+
+    # From the parser.
+
+    def on_message_begin(self) -> None:
+        self._in_message = True
+        self._head: Head | None = None
+        self._target = b""
+        self._headers: dict[bytes, bytes] = {}
+        self._head_bytes = 0
+        self._framing = 0
+        self._body: list[bytes] = []
+        self._body_bytes = 0
+        self._chunks = 0
+        self._deadline = monotonic() + self._limits.head_timeout_s
+
+    def on_url(self, url: bytes) -> None:
+        self._target += url
+        self._grow_head(len(url))
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self._grow_head(len(name) + len(value) + 4)
+        if self._head is not None:
+            return  # a trailer: bounded, and of no interest
+        name = name.lower()
+        headers = self._headers
+        if name in headers:
+            if name in _SINGLE:
+                raise RefusedError(400, f"header {name.decode('latin-1')} is given twice")
+            value = headers[name] + b", " + value
+        headers[name] = value
+        if len(headers) > self._limits.max_headers:
+            raise RefusedError(431, f"more than {self._limits.max_headers} header fields")
+
+    def _grow_head(self, size: int) -> None:
+        self._head_bytes += size
+        if self._head_bytes > self._limits.max_header_bytes:
+            raise _header_refusal(self._limits)
+
+    def on_headers_complete(self) -> None:
+        parser, headers = self._parser, self._headers
+        old = parser.get_http_version() == "1.0"
+        head = Head(parser.get_method(), self._target, headers, parser.should_keep_alive(), old)
+        if b"transfer-encoding" in headers:
+            if headers[b"transfer-encoding"].lower() != b"chunked":
+                raise RefusedError(400, "the only transfer encoding supported is chunked")
+            head.content_length = -1
+        else:
+            head.content_length = int(headers.get(b"content-length", b"0"))
+            if head.content_length > self._limits.max_body_bytes:
+                raise _body_refusal(self._limits)
+        if b"host" not in headers and not old:
+            raise RefusedError(400, "the Host header is missing")
+        self._head = head
+        self._framing = 0
+        self._head_bytes = 0
+        self._deadline = monotonic() + self._limits.body_timeout_s
+        if headers.get(b"expect", b"").lower() == b"100-continue" and not old:
+            self._continue = True
+            self._send_continue()
+
+    def _send_continue(self) -> None:
+        # Only once the answers before it are out, or it would be taken for one of them.
+        if self._continue and not self._pending:
+            self._continue = False
+            self._transport.write(_CONTINUE)
+
+    def on_chunk_header(self) -> None:
+        self._chunks += 1
+        if self._chunks > self._limits.max_chunks:
+            raise RefusedError(413, f"the body has more than {self._limits.max_chunks} chunks")
+
+    def on_body(self, data: bytes) -> None:
+        self._body.append(data)
+        self._body_bytes += len(data)
+        if self._body_bytes > self._limits.max_body_bytes:
+            raise _body_refusal(self._limits)
+
+    def on_message_complete(self) -> None:
+        head = self._complete = self._head
+        assert head is not None
+        self._in_message = False
+        self._continue = False
+        self._messages += 1
+        body = self._body[0] if len(self._body) == 1 else b"".join(self._body)
+        self._body = []
+        self._dispatch(head, body)
+
+    # Exchanges.
+
+    def _dispatch(self, head: Head, body: bytes) -> None:
+        if self._closing:
+            return
+        if len(self._pending) >= self._limits.max_pipelined:
+            self._fail(
+                RefusedError(400, f"more than {self._limits.max_pipelined} unanswered requests on one connection")
+            )
+            return
+        exchange = Exchange(self, head, body, monotonic())
+        self._pending.append(exchange)
+        self._deadline = math.inf
+        if not head.keep_alive:
+            self._closing = True
+        self._hub.handler(exchange)
+
+    def flush(self, exchange: Exchange) -> None:
+        """Writes what is answered, as far as the order of the requests allows."""
+        pending = self._pending
+        if not pending or pending[0] is not exchange:
+            return
+        while pending and (payload := pending[0].take_payload()) is not None:
+            head = pending.popleft().head
+            last = not head.keep_alive or (self._hub.draining and not pending and not self._in_message)
+            if last:
+                payload = payload.replace(b"\r\n", b"\r\nConnection: close\r\n", 1)
+            elif head.old:
+                payload = payload.replace(b"\r\n", b"\r\nConnection: keep-alive\r\n", 1)
+            self._transport.write(payload)
+            if last:
+                self._finish(unread=not head.method)
+                return
+        if not pending:
+            if self._in_message:
+                self._send_continue()
+            else:
+                self._deadline = monotonic() + self._limits.idle_timeout_s
+
+    def _fail(self, refusal: RefusedError) -> None:
+        """Answers a request that cannot be read, after the answers before it, and gives the connection up."""
+        if self._closing:
+            return
+        self._closing = True
+        self._hub.refused(refusal.status)
+        exchange = Exchange(self, Head(b"", b"", {}, keep_alive=False, old=False), b"", monotonic())
+        self._pending.append(exchange)
+        exchange.refuse(refusal)
+
+    def _finish(self, unread: bool) -> None:
+        self._closing = True
+        if unread:
+            # Closing with unread bytes in the socket would reset the connection and could take the answer with it.
+            self._deadline = monotonic() + _LINGER_S
+            if self._transport.can_write_eof():
+                self._transport.write_eof()
+        else:
+            self._transport.close()
+
+    def close_if_idle(self) -> None:
+        """Closes the connection if nothing is being received or answered on it."""
+        if not self._pending and not self._in_message and not self._closing:
+            self._finish(unread=False)
+
+    def abort(self) -> None:
+        """Ends the connection without waiting for anything."""
+        self._transport.abort()
+
+    def sweep(self, now: float) -> None:
+        """Ends the connection if a time limit has passed."""
+        if now - self._stalled > self._limits.write_timeout_s or (self._closing and now >= self._deadline):
+            self._transport.abort()
+        elif now >= self._deadline:
+            if self._in_message:
+                self._fail(RefusedError(408, "the request did not arrive in time"))
+            else:
+                self._finish(unread=False)
+
+
+def _header_refusal(limits: Limits) -> RefusedError:
+    return RefusedError(431, f"the request line and header fields exceed {limits.max_header_bytes} bytes")
+
+
+def _body_refusal(limits: Limits) -> RefusedError:
+    return RefusedError(413, f"the body exceeds {limits.max_body_bytes} bytes")

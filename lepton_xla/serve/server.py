@@ -1,0 +1,254 @@
+"""A server for one model: it warms the model up, listens, and on stopping answers what it accepted."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import logging
+import signal
+import socket
+import threading
+from collections.abc import Callable
+from time import monotonic
+from types import TracebackType
+from typing import Self
+
+import uvloop
+
+from lepton_xla.errors import ServeError
+from lepton_xla.serve.app import App, InferCall
+from lepton_xla.serve.batcher import Batcher
+from lepton_xla.serve.engine import Completion, Engine
+from lepton_xla.serve.http import Connection, Hub
+from lepton_xla.serve.limits import Limits
+from lepton_xla.serve.metrics import Metrics
+from lepton_xla.serve.signature import Servable, signature_of
+
+_log = logging.getLogger("lepton_xla.serve")
+
+_BACKLOG = 1024
+_SWEEP_S = 0.5
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Options:
+    """How a server runs.
+
+    Attributes:
+        host: address to listen on; only this machine can reach the default.
+        port: 0 picks a free one.
+        name: model name on the wire, if not the model's own.
+        max_delay_us: how long a request may wait for company while the engine is idle, in microseconds.
+        max_queue_rows: rows that may wait; more get 503. Also the most rows of one request.
+        compress_bytes: the smallest answer worth compressing for a client that accepts it.
+        lame_duck_s: how long after a stop is asked for new connections are still taken, readiness already being 503.
+        stop_timeout_s: after this long a stop no longer waits for answers.
+        limits: what clients may send.
+
+    Raises:
+        ServeError: for a value out of range.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    name: str | None = None
+    max_delay_us: int = 0
+    max_queue_rows: int = 4096
+    compress_bytes: int = 4096
+    lame_duck_s: float = 0.0
+    stop_timeout_s: float = 30.0
+    limits: Limits = dataclasses.field(default_factory=Limits)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.port < 65536:
+            raise ServeError(f"port must be 0 to 65535, not {self.port}")
+        for name, least in (("max_delay_us", 0), ("max_queue_rows", 1), ("lame_duck_s", 0), ("stop_timeout_s", 0)):
+            if getattr(self, name) < least:
+                raise ServeError(f"{name} must be at least {least}, not {getattr(self, name)!r}")
+
+
+class Server:
+    """Serves a model over HTTP.
+
+    `run` serves on the calling thread until `stop` or a signal; `start` serves on a thread of its own. As a context
+    manager it starts and stops.
+
+    Args:
+        servable: the model.
+        options: how to run.
+
+    Attributes:
+        address: host and port, once listening.
+        metrics: what was counted so far.
+
+    Raises:
+        ServeError: if the model cannot be served, see `signature_of`.
+    """
+
+    def __init__(self, servable: Servable, options: Options | None = None) -> None:
+        self.options = options or Options()
+        self.address: tuple[str, int] = (self.options.host, self.options.port)
+        self._signature = signature_of(servable, self.options.name)
+        self._engine: Engine[InferCall] = Engine(servable, self._signature)
+        self.metrics = Metrics(self._signature.name)
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._stopping: asyncio.Event | None = None
+        self._thread: threading.Thread | None = None
+        self._started = threading.Event()
+        self._failure: BaseException | None = None
+
+    @property
+    def url(self) -> str:
+        """Where it listens, such as `http://127.0.0.1:8000`."""
+        host, port = self.address
+        return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+    @property
+    def name(self) -> str:
+        """The model's name on the wire."""
+        return self._signature.name
+
+    def run(self, *, signals: bool = True, on_ready: Callable[[Server], None] | None = None) -> bool:
+        """Serves until stopped.
+
+        Args:
+            signals: whether SIGTERM and SIGINT stop it (main thread only).
+            on_ready: called once it listens.
+
+        Returns:
+            Whether everything accepted was answered before the deadline.
+
+        Raises:
+            ServeError: if the address cannot be listened on or the model does not run.
+        """
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            return runner.run(self._main(signals, on_ready))
+
+    def start(self, timeout_s: float = 120.0) -> Self:
+        """Serves on a thread of its own; returns once it listens.
+
+        Raises:
+            ServeError: as `run`.
+        """
+        self._thread = threading.Thread(target=self._run_thread, name="lepton-serve", daemon=True)
+        self._thread.start()
+        if not self._started.wait(timeout_s):
+            raise ServeError(f"the server did not start within {timeout_s} s")
+        if self._failure is not None:
+            raise self._failure
+        return self
+
+    def stop(self, timeout_s: float | None = None) -> None:
+        """Stops as on SIGTERM; returns when everything accepted is answered. May be called from any thread."""
+        loop, stopping = self._loop, self._stopping
+        if loop is not None and stopping is not None and not loop.is_closed():
+            loop.call_soon_threadsafe(stopping.set)
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join(timeout_s)
+
+    def __enter__(self) -> Self:
+        return self.start()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def _run_thread(self) -> None:
+        try:
+            self.run(signals=False, on_ready=lambda _: self._started.set())
+        except BaseException as error:
+            self._failure = error
+            self._started.set()
+
+    async def _main(self, signals: bool, on_ready: Callable[[Server], None] | None) -> bool:
+        options, metrics = self.options, self.metrics
+        loop = self._loop = asyncio.get_running_loop()
+        stopping = self._stopping = asyncio.Event()
+        if signals:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                loop.add_signal_handler(number, stopping.set)
+        listener = _listen(options.host, options.port)
+        try:
+            # Off the loop, so that a signal during a long warm-up is seen as soon as it ends.
+            costs = await loop.run_in_executor(None, self._engine.warm_up)
+            batcher: Batcher[InferCall] = Batcher(
+                self._signature.ladder,
+                max_delay_s=options.max_delay_us * 1e-6,
+                max_rows=options.max_queue_rows,
+                costs=costs,
+            )
+            app = App(
+                self._signature, batcher, self._engine, metrics, options.limits, loop,
+                compress_bytes=options.compress_bytes,
+            )  # fmt: skip
+            hub = Hub(app, options.limits, refused=lambda status: metrics.codes.update((status,)))
+            server = await loop.create_server(lambda: Connection(hub), sock=listener, backlog=_BACKLOG)
+        except BaseException:
+            listener.close()
+            raise
+
+        def post(completion: Completion[InferCall]) -> None:
+            loop.call_soon_threadsafe(app.completed, completion)
+
+        self._engine.start(post)
+        name = listener.getsockname()
+        self.address = (name[0], name[1])
+        metrics.ready = True
+        sweeper = asyncio.create_task(_sweep(hub))
+        _log.info("serving %s on %s", self._signature.name, self.url)
+        if on_ready is not None:
+            on_ready(self)
+        try:
+            await stopping.wait()
+            metrics.ready = False
+            _log.info("stopping: %d connections open", len(hub.connections))
+            if options.lame_duck_s:
+                await asyncio.sleep(options.lame_duck_s)
+            server.close()
+            return await self._drain(hub)
+        finally:
+            sweeper.cancel()
+            for connection in tuple(hub.connections):
+                connection.abort()
+            self._engine.stop(0.0 if hub.connections else 5.0)
+
+    async def _drain(self, hub: Hub) -> bool:
+        """Waits until every connection is done, no longer than the deadline."""
+        deadline = monotonic() + self.options.stop_timeout_s
+        hub.drain()
+        while hub.connections and monotonic() < deadline:
+            await asyncio.sleep(0.005)
+        left = len(hub.connections)
+        if left:
+            _log.warning("stopped with %d connections unfinished after %s s", left, self.options.stop_timeout_s)
+        else:
+            _log.info("stopped; everything accepted was answered")
+        return not left
+
+
+async def _sweep(hub: Hub) -> None:
+    while True:
+        await asyncio.sleep(_SWEEP_S)
+        hub.sweep(monotonic())
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """A bound socket, so that a taken port is found before a long warm-up."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, kind, protocol)
+    except OSError as error:
+        raise ServeError(f"cannot listen on {host}:{port}: {error.strerror}") from error
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except OSError as error:
+        listener.close()
+        raise ServeError(f"cannot listen on {host}:{port}: {error.strerror}") from error
+    return listener
+
+
+def serve(servable: Servable, options: Options | None = None) -> bool:
+    """Serves a model until SIGTERM or SIGINT; see `Server.run`."""
+    return Server(servable, options).run()

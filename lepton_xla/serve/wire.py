@@ -1,0 +1,431 @@
+"""The Open Inference Protocol v2 for infer requests: bytes to a typed request, and output rows to response bytes.
+
+Sources: Open Inference Protocol v2 (`specification/protocol/inference_rest.md`) and Triton's binary tensor data
+extension (`docs/protocol/extension_binary_data.md`). A request body is a JSON object of H bytes, then the binary
+tensors in the order of its inputs; H is the header `Inference-Header-Content-Length`, and absent means all of it.
+
+Pure functions of bytes: nothing here knows HTTP, sockets or the batcher.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from lepton_xla.serve.datatypes import DATATYPES, Datatype
+from lepton_xla.serve.errors import RefusedError
+from lepton_xla.serve.limits import Limits
+from lepton_xla.serve.signature import Signature, Tensor
+
+type Parameters = dict[str, bool | int | float | str | None]
+
+_CACHED_HEADS = 512
+_CACHED_HEAD_BYTES = 4096
+_NESTED = re.compile(rb"\s*\[\s*\[")
+_STRING = re.compile(rb'"(?:[^"\\]|\\.)*"', re.DOTALL)
+_NOT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
+_BRACES_TO_BRACKETS = bytes.maketrans(b"{}", b"[]")
+
+
+class _InputHead(msgspec.Struct, frozen=True):
+    name: str
+    shape: list[int]
+    datatype: str
+    parameters: Parameters = {}
+    data: msgspec.Raw | None = None
+
+
+class _OutputHead(msgspec.Struct, frozen=True):
+    name: str
+    parameters: Parameters = {}
+
+
+class _RequestHead(msgspec.Struct, frozen=True):
+    inputs: list[_InputHead]
+    id: str | None = None
+    parameters: Parameters = {}
+    outputs: list[_OutputHead] | None = None
+
+
+class Plan:
+    """What the JSON part of a request says, checked against the signature. Shared by equal requests.
+
+    Attributes:
+        id: the client's, echoed; None where it gave none.
+        rows: size of the batch dimension, or 1 where there is none.
+        key: compiled size of each other symbol, in the order of `Signature.others`.
+        sizes: real size of every symbol; differs from `key` where rows are padded within.
+        slices: for each input in executable order, where its bytes lie in the binary tail; empty for JSON data.
+        tail_bytes: length the binary tail must have.
+        outputs: for each output asked for, its index in the signature and whether it goes out as binary.
+        cut: whether a symbol other than the batch is padded, so that outputs have to be cut.
+        prefix: room for the transport to keep the response head it built; None until it does.
+    """
+
+    __slots__ = ("cut", "id", "key", "outputs", "prefix", "rows", "sizes", "slices", "tail_bytes")
+
+    def __init__(
+        self,
+        request_id: str | None,
+        sizes: dict[str, int],
+        rows: int,
+        key: tuple[int, ...],
+        slices: tuple[tuple[int, int], ...],
+        tail_bytes: int,
+        outputs: tuple[tuple[int, bool], ...],
+        cut: bool,
+    ) -> None:
+        self.id = request_id
+        self.sizes = sizes
+        self.rows = rows
+        self.key = key
+        self.slices = slices
+        self.tail_bytes = tail_bytes
+        self.outputs = outputs
+        self.cut = cut
+        self.prefix: bytes | None = None
+
+    @property
+    def all_binary(self) -> bool:
+        """Whether every output goes out as binary, so that the response head does not depend on the result."""
+        return all(binary for _, binary in self.outputs)
+
+
+class InferRequest:
+    """A request ready to run: its plan, and for each input the C-order little-endian bytes of its tensor."""
+
+    __slots__ = ("plan", "tensors")
+
+    def __init__(self, plan: Plan, tensors: list[memoryview]) -> None:
+        self.plan = plan
+        self.tensors = tensors
+
+
+class Decoder:
+    """Decodes infer requests of one model.
+
+    Clients repeat the JSON part byte for byte, so plans of purely binary requests are kept in a small cache.
+
+    Args:
+        signature: the model's.
+        limits: the bounds on a request.
+        max_rows: most rows one request may bring.
+    """
+
+    def __init__(self, signature: Signature, limits: Limits, max_rows: int) -> None:
+        self._signature = signature
+        self._limits = limits
+        self._max_rows = max_rows
+        self._inputs = {tensor.name: index for index, tensor in enumerate(signature.inputs)}
+        self._outputs = {tensor.name: index for index, tensor in enumerate(signature.outputs)}
+        self._bool_inputs = tuple(i for i, t in enumerate(signature.inputs) if t.datatype.name == "BOOL")
+        self._head = msgspec.json.Decoder(_RequestHead)
+        self._plans: dict[bytes, Plan] = {}
+
+    def decode(self, body: bytes, head_bytes: int | None) -> InferRequest:
+        """Decodes one request body.
+
+        Args:
+            body: after decompression.
+            head_bytes: length of the JSON part; None if all of it; 0 for a raw request, whose body is the only
+                input's bytes.
+
+        Raises:
+            RefusedError: 400 for anything malformed or that does not fit the model, 413 for too many rows.
+        """
+        total = len(body)
+        if head_bytes is None:
+            head, head_bytes = body, total
+        elif head_bytes > total:
+            raise RefusedError(400, f"Inference-Header-Content-Length is {head_bytes}, but the body has {total} bytes")
+        elif head_bytes == 0:
+            return self._raw(body)
+        else:
+            head = body[:head_bytes]
+        plan = self._plans.get(head)
+        arrays: dict[int, bytes] = {}
+        if plan is None:
+            plan = self._plan(head, arrays)
+            if not arrays and len(head) <= _CACHED_HEAD_BYTES:
+                if len(self._plans) >= _CACHED_HEADS:
+                    self._plans.clear()
+                self._plans[head] = plan
+        if total - head_bytes != plan.tail_bytes:
+            raise RefusedError(
+                400,
+                f"the binary inputs need {plan.tail_bytes} bytes after the JSON part, but {total - head_bytes} follow",
+            )
+        view = memoryview(body)
+        tensors = [view[head_bytes + start : head_bytes + stop] for start, stop in plan.slices]
+        for index, data in arrays.items():
+            tensors[index] = memoryview(data)
+        if self._bool_inputs:
+            self._check_bools(tensors)
+        return InferRequest(plan, tensors)
+
+    def _check_bools(self, tensors: Sequence[memoryview]) -> None:
+        for index in self._bool_inputs:
+            if len(tensors[index]) and np.frombuffer(tensors[index], np.uint8).max() > 1:
+                raise RefusedError(400, f"input {self._signature.inputs[index].name!r}: a BOOL byte is neither 0 nor 1")
+
+    def _plan(self, head: bytes, arrays: dict[int, bytes]) -> Plan:
+        check_depth(head, self._limits.max_json_depth)
+        try:
+            request = self._head.decode(head)
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            raise RefusedError(400, f"the request is not a valid inference request: {error}") from error
+        except RecursionError as error:
+            raise RefusedError(400, "the JSON part is nested too deeply") from error
+        _refuse_reserved(request.parameters)
+        sizes: dict[str, int] = {}
+        slices: list[tuple[int, int] | None] = [None] * len(self._inputs)
+        cursor = 0
+        for given in request.inputs:
+            index = self._inputs.get(given.name)
+            if index is None:
+                raise RefusedError(400, f"the model has no input {given.name!r}; it has {_names(self._inputs)}")
+            if slices[index] is not None:
+                raise RefusedError(400, f"input {given.name!r} is given twice")
+            tensor = self._signature.inputs[index]
+            count = _check_input(given, tensor, sizes)
+            size = _binary_size(given, count, tensor.datatype)
+            slices[index] = (cursor, cursor + (size or 0))
+            cursor += size or 0
+            if size is None:
+                assert given.data is not None
+                arrays[index] = _json_data(given, given.data, count, tensor)
+        missing = [name for name, index in self._inputs.items() if slices[index] is None]
+        if missing:
+            raise RefusedError(400, f"input {missing[0]!r} is missing; the model needs {_names(self._inputs)}")
+        outputs = self._wanted(request)
+        return self._fit(request.id, sizes, tuple(s for s in slices if s is not None), cursor, outputs)
+
+    def _fit(
+        self,
+        request_id: str | None,
+        sizes: dict[str, int],
+        slices: tuple[tuple[int, int], ...],
+        tail_bytes: int,
+        outputs: tuple[tuple[int, bool], ...],
+    ) -> Plan:
+        """Checks the sizes against the compiled ones."""
+        signature = self._signature
+        key: list[int] = []
+        for symbol in signature.others:
+            fit = signature.fit(symbol, sizes[symbol])
+            if fit is None or not sizes[symbol]:
+                raise RefusedError(
+                    400, f"dimension {symbol!r} is {sizes[symbol]}; it must be 1 to {signature.buckets[symbol][-1]}"
+                )
+            key.append(fit)
+        rows = 1 if signature.batch is None else sizes[signature.batch]
+        if rows < 1:
+            raise RefusedError(400, f"dimension {signature.batch!r} is 0; a request needs at least one row")
+        if rows > self._max_rows:
+            raise RefusedError(
+                413, f"dimension {signature.batch!r} is {rows}; a request may bring {self._max_rows} rows"
+            )
+        cut = any(sizes[symbol] != size for symbol, size in zip(signature.others, key, strict=True))
+        return Plan(request_id, sizes, rows, tuple(key), slices, tail_bytes, outputs, cut)
+
+    def _wanted(self, request: _RequestHead) -> tuple[tuple[int, bool], ...]:
+        binary = _flag(request.parameters, "binary_data_output", "the request", default=False)
+        asked = request.outputs or [_OutputHead(name) for name in self._outputs]
+        wanted: dict[int, bool] = {}
+        for output in asked:
+            index = self._outputs.get(output.name)
+            if index is None:
+                raise RefusedError(400, f"the model has no output {output.name!r}; it has {_names(self._outputs)}")
+            if index in wanted:
+                raise RefusedError(400, f"output {output.name!r} is asked for twice")
+            _refuse_extensions(output.parameters, f"output {output.name!r}")
+            wanted[index] = _flag(output.parameters, "binary_data", f"output {output.name!r}", default=binary)
+            datatype = self._signature.outputs[index].datatype
+            if not wanted[index] and datatype.element is None:
+                raise RefusedError(
+                    400, f"output {output.name!r} is {datatype.name}, which JSON cannot carry; ask for binary_data"
+                )
+        return tuple(wanted.items())
+
+    def _raw(self, body: bytes) -> InferRequest:
+        """A body without a JSON part: the bytes of the only input, one row of it, and all outputs come back binary."""
+        signature = self._signature
+        if len(signature.inputs) != 1:
+            raise RefusedError(400, f"a raw request needs a model with one input; this one has {len(signature.inputs)}")
+        tensor = signature.inputs[0]
+        sizes = {} if signature.batch is None else {signature.batch: 1}
+        free = [dim for dim in tensor.shape if isinstance(dim, str) and dim not in sizes]
+        if len(free) > 1:
+            raise RefusedError(400, f"a raw request cannot say the sizes of {len(free)} dimensions; send a JSON part")
+        unit = math.prod(tensor.at(sizes | dict.fromkeys(free, 1))) * tensor.datatype.item_bytes
+        count, rest = divmod(len(body), unit) if unit else (0, len(body))
+        if rest or (not free and len(body) != unit):
+            raise RefusedError(400, f"input {tensor.name!r} needs a multiple of {unit} bytes, but {len(body)} came")
+        sizes |= dict.fromkeys(free, count)
+        outputs = tuple((index, True) for index in range(len(signature.outputs)))
+        plan = self._fit(None, sizes, ((0, len(body)),), len(body), outputs)
+        tensors = [memoryview(body)]
+        self._check_bools(tensors)
+        return InferRequest(plan, tensors)
+
+
+def check_depth(head: bytes, limit: int) -> None:
+    """Refuses JSON nested more than `limit` deep, without recursion.
+
+    Raises:
+        RefusedError: 400.
+    """
+    if head.count(b"[") + head.count(b"{") <= limit:
+        return
+    brackets = _STRING.sub(b"", head).translate(_BRACES_TO_BRACKETS, _NOT_BRACKETS)
+    # Each round removes the innermost level; what is left over after `limit` rounds is deeper (or not JSON).
+    for _ in range(limit):
+        if not brackets:
+            return
+        shorter = brackets.replace(b"[]", b"")
+        if len(shorter) == len(brackets):
+            return
+        brackets = shorter
+    if brackets:
+        raise RefusedError(400, f"the JSON part is nested more than {limit} deep")
+
+
+def _names(table: dict[str, int]) -> str:
+    return ", ".join(repr(name) for name in table)
+
+
+def _refuse_reserved(parameters: Parameters) -> None:
+    for name in parameters:
+        if name.startswith("triton_"):
+            raise RefusedError(400, f"parameter {name!r} is reserved")
+
+
+def _refuse_extensions(parameters: Parameters, where: str) -> None:
+    for name in parameters:
+        if name.startswith("shared_memory_"):
+            raise RefusedError(400, f"{where}: shared memory is not supported")
+        if name == "classification":
+            raise RefusedError(400, f"{where}: classification is not supported")
+
+
+def _flag(parameters: Parameters, name: str, where: str, *, default: bool) -> bool:
+    value = parameters.get(name, default)
+    if not isinstance(value, bool):
+        raise RefusedError(400, f"{where}: parameter {name!r} must be true or false")
+    return value
+
+
+def _check_input(given: _InputHead, tensor: Tensor, sizes: dict[str, int]) -> int:
+    """Checks datatype and shape, notes the sizes of symbols, and gives the number of elements."""
+    where = f"input {given.name!r}"
+    if given.datatype != tensor.datatype.name:
+        known = "" if given.datatype in DATATYPES else ", which is no datatype of the protocol"
+        raise RefusedError(
+            400, f"{where}: datatype is {given.datatype!r}{known}; the model takes {tensor.datatype.name}"
+        )
+    _refuse_extensions(given.parameters, where)
+    if len(given.shape) != len(tensor.shape):
+        raise RefusedError(400, f"{where}: shape {given.shape} has rank {len(given.shape)}, not {len(tensor.shape)}")
+    for axis, (size, dim) in enumerate(zip(given.shape, tensor.shape, strict=True)):
+        if not 0 <= size < 2**63:
+            raise RefusedError(400, f"{where}: dimension {axis} is {size}, which is no size")
+        if isinstance(dim, str):
+            if sizes.setdefault(dim, size) != size:
+                raise RefusedError(400, f"{where}: {dim!r} is {size}, but {sizes[dim]} in another dimension")
+        elif size != dim:
+            raise RefusedError(400, f"{where}: dimension {axis} is {size}; the model takes {dim}")
+    return math.prod(given.shape)
+
+
+def _binary_size(given: _InputHead, count: int, datatype: Datatype) -> int | None:
+    """Bytes this input has in the binary tail, or None if its data is in the JSON."""
+    where = f"input {given.name!r}"
+    size = given.parameters.get("binary_data_size")
+    if size is None:
+        if given.data is None:
+            raise RefusedError(400, f"{where}: neither data nor binary_data_size is given")
+        return None
+    if given.data is not None:
+        raise RefusedError(400, f"{where}: both data and binary_data_size are given")
+    if type(size) is not int or size < 0:
+        raise RefusedError(400, f"{where}: binary_data_size must be a whole number, not {size!r}")
+    if size != count * datatype.item_bytes:
+        raise RefusedError(
+            400,
+            f"{where}: binary_data_size is {size}, but {count} elements of {datatype.name} "
+            f"are {count * datatype.item_bytes} bytes",
+        )
+    return size
+
+
+@functools.lru_cache(maxsize=128)
+def _data_decoder(datatype: str, depth: int) -> msgspec.json.Decoder[Any]:
+    kind: Any = DATATYPES[datatype].element
+    for _ in range(depth):
+        kind = list[kind]
+    return msgspec.json.Decoder(kind)
+
+
+def _json_data(given: _InputHead, raw: msgspec.Raw, count: int, tensor: Tensor) -> bytes:
+    """The `data` of an input, flat or nested as its shape is, as C-order bytes."""
+    where = f"input {given.name!r}"
+    datatype = tensor.datatype
+    if datatype.element is None:
+        raise RefusedError(400, f"{where}: {datatype.name} cannot be sent as JSON; use binary_data_size")
+    nested = len(given.shape) > 1 and _NESTED.match(raw) is not None
+    try:
+        values = _data_decoder(datatype.name, len(given.shape) if nested else 1).decode(raw)
+        with np.errstate(over="raise"):
+            array = np.asarray(values, dtype=tensor.dtype)
+    except FloatingPointError as error:
+        raise RefusedError(400, f"{where}: a number in data does not fit {datatype.name}") from error
+    except (msgspec.DecodeError, ValueError, OverflowError) as error:
+        what = "a nested list whose lengths differ" if isinstance(error, ValueError) else str(error)
+        if isinstance(error, msgspec.DecodeError):
+            what = str(error)
+        raise RefusedError(400, f"{where}: data is not {datatype.name}: {what}") from error
+    except RecursionError as error:
+        raise RefusedError(400, f"{where}: data is nested too deeply") from error
+    if array.size != count or (nested and list(array.shape) != given.shape):
+        raise RefusedError(400, f"{where}: shape {given.shape} needs {count} elements, data has {array.size}")
+    return array.tobytes()
+
+
+def encode_head(signature: Signature, plan: Plan, outputs: Sequence[memoryview | bytes] | None = None) -> bytes:
+    """The JSON part of a response.
+
+    Args:
+        signature: the model's.
+        plan: the request's.
+        outputs: the bytes of each output asked for, in the order of `plan.outputs`; may be left out if all are binary.
+
+    Raises:
+        RefusedError: 500 if an output that JSON should carry holds NaN or infinity.
+    """
+    described: list[dict[str, Any]] = []
+    for position, (index, binary) in enumerate(plan.outputs):
+        tensor = signature.outputs[index]
+        shape = tensor.at(plan.sizes)
+        entry: dict[str, Any] = {"name": tensor.name, "datatype": tensor.datatype.name, "shape": shape}
+        if binary:
+            entry["parameters"] = {"binary_data_size": math.prod(shape) * tensor.datatype.item_bytes}
+        else:
+            assert outputs is not None
+            array = np.frombuffer(outputs[position], tensor.dtype)
+            if array.dtype.kind == "f" and not np.isfinite(array).all():
+                raise RefusedError(
+                    500, f"output {tensor.name!r} holds NaN or infinity, which JSON cannot carry; ask for binary_data"
+                )
+            entry["data"] = array.tolist()
+        described.append(entry)
+    response: dict[str, Any] = {"model_name": signature.name, "model_version": signature.version}
+    if plan.id is not None:
+        response["id"] = plan.id
+    response["outputs"] = described
+    return msgspec.json.encode(response)
