@@ -47,11 +47,12 @@ def equation_context(eqn: Equation) -> Iterator[None]:
         yield
 
 
-def bind(eqn: Equation, values: Sequence[Any]) -> list[Any]:
-    """Evaluates one equation on other values and gives its outputs as a list."""
-    params = eqn.primitive.get_bind_params(eqn.params)
-    with equation_context(eqn):
-        out = eqn.primitive.bind(*values, **params)
+def bind(eqn: Equation, values: Sequence[Any], **changes: Any) -> list[Any]:
+    """Evaluates one equation on other values, some of its parameters changed, and gives its outputs as a list.
+
+    It runs in the caller's context; `equation_context` gives the equation's own.
+    """
+    out = eqn.primitive.bind(*values, **eqn.primitive.get_bind_params(eqn.params | changes))
     return list(out) if eqn.primitive.multiple_results else [out]
 
 

@@ -171,11 +171,15 @@ class Walk:
         return [read(atom) for atom in jaxpr.outvars], taps
 
     def _equation(self, eqn: Any, values: Values, frame: Frame, uses: Mapping[Any, int], taps: Taps) -> Values:
+        with _compat.equation_context(eqn):
+            return self._evaluate(eqn, values, frame, uses, taps)
+
+    def _evaluate(self, eqn: Any, values: Values, frame: Frame, uses: Mapping[Any, int], taps: Taps) -> Values:
         name = eqn.primitive.name
+        scope = "/".join(part for part in (frame.scope, _compat.scope(eqn)) if part)
         carried = any(isinstance(value, Carried) for value in values)
         rule = self.rules.get(name) or self.rules.get("*") or (self.follow.get(name) if carried else None)
         if rule is not None and (name not in _CONTAINERS or name in self.rules):
-            scope = "/".join(part for part in (frame.scope, _compat.scope(eqn)) if part)
             context = Context(self, (*frame.key, id(eqn)), scope, frame.repeats, frame.container, uses, taps)
             outs = rule(context, eqn, values)
             if outs is not None:
@@ -184,15 +188,13 @@ class Walk:
         if inner and (carried or self._site_in(inner)):
             container = _CONTAINERS.get(name)
             if container is not None:
-                with _compat.equation_context(eqn):
-                    outs, inner_taps = container(self, eqn, values, frame)
-                for key, value in inner_taps.items():
-                    taps[key] = jnp.maximum(taps[key], value) if key in taps else value
+                outs, inner_taps = container(self, eqn, values, frame)
+                taps.update(_largest(taps, inner_taps))
                 return outs
             held = self._site_in(inner)
             if held is not None and self.on_unknown == "error":
                 raise UnsupportedError(
-                    f"{frame.scope or 'the program'}: cannot look inside `{name}`, which holds a `{held}`; move the "
+                    f"{scope or 'the program'}: cannot look inside `{name}`, which holds a `{held}`; move the "
                     f"{held} out of it, or allow it to stay as it is with on_unsupported = 'keep'"
                 )
         return _compat.bind(eqn, [materialize(value) for value in values])
@@ -392,6 +394,13 @@ def _shard_map(walk: Walk, eqn: Any, values: Values, frame: Frame) -> tuple[Valu
         check_vma=params["check_vma"],
         axis_names=params["newly_manual_axes"],
     )(*values)
+
+
+def _largest(taps: Mapping[str, jax.Array], others: Mapping[str, jax.Array]) -> Taps:
+    return {
+        **taps,
+        **{name: jnp.maximum(taps[name], value) if name in taps else value for name, value in others.items()},
+    }
 
 
 def _zeros(taps: Mapping[str, Any]) -> Taps:

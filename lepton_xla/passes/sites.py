@@ -35,7 +35,8 @@ class LayoutOp:
     output: int = 0
 
     def __call__(self, array: jax.Array) -> jax.Array:
-        return _compat.bind(self.eqn, [array])[self.output]
+        with _compat.equation_context(self.eqn):
+            return _compat.bind(self.eqn, [array])[self.output]
 
 
 type Layout = tuple[LayoutOp | Step, ...]
