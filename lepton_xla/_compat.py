@@ -31,7 +31,12 @@ def is_jaxpr(value: Any) -> bool:
 
 
 def inner_jaxprs(eqn: Equation) -> list[Jaxpr]:
-    """Every jaxpr found in an equation's parameters, one level deep."""
+    """Every jaxpr found in an equation's parameters, one level deep.
+
+    The scalar functions by which reductions and scatters combine two elements are no code of the user's: left out.
+    """
+    if eqn.primitive.name.startswith(("reduce", "scatter", "select_and_scatter")):
+        return []
     found = []
     for value in eqn.params.values():
         members = value if isinstance(value, (tuple, list)) else (value,)
