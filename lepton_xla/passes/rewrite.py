@@ -29,7 +29,12 @@ class Carried:
     """What a pass sends through the graph in the place of an array. Subclasses are pytrees of arrays.
 
     A primitive without a rule for it gets `materialize()`.
+
+    Attributes:
+        crosses: whether it may enter the body of a container that is not evaluated in place.
     """
+
+    crosses = True
 
     def materialize(self) -> jax.Array:
         """The array this stands for."""
@@ -151,10 +156,11 @@ class Walk:
         self._holds: dict[int, str | None] = {}
 
     def call(self, jaxpr: Any, values: Sequence[Any], frame: Frame) -> tuple[Values, Taps]:
-        """Evaluates a jaxpr; returns its outputs, which may be `Carried`, and what was tapped inside."""
+        """Evaluates a jaxpr, dead equations left out; returns outputs, which may be `Carried`, and taps."""
         jaxpr, consts = _compat.open_jaxpr(jaxpr)
         taps: Taps = {}
-        uses = _count_uses(jaxpr)
+        equations, _ = _compat.live(jaxpr)
+        uses = _count_uses(equations, jaxpr.outvars)
         env: dict[Any, Any] = {}
         read = lambda atom: atom.val if isinstance(atom, _compat.LITERAL) else env[atom]  # noqa: E731
         env.update(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *values], strict=True))
