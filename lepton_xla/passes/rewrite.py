@@ -165,7 +165,7 @@ class Walk:
         read = lambda atom: atom.val if isinstance(atom, _compat.LITERAL) else env[atom]  # noqa: E731
         env.update(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *values], strict=True))
         remaining = dict(uses)
-        for eqn in jaxpr.eqns:
+        for eqn in equations:
             outs = self._equation(eqn, [read(atom) for atom in eqn.invars], frame, uses, taps)
             env.update(zip(eqn.outvars, outs, strict=True))
             # Values that will not be read again must not outlive this loop when the walk runs on real arrays.
