@@ -61,6 +61,17 @@ def bind(eqn: Equation, values: Sequence[Any], **changes: Any) -> list[Any]:
     return list(out) if eqn.primitive.multiple_results else [out]
 
 
+def live(jaxpr: Jaxpr) -> tuple[list[Equation], set[Any]]:
+    """The equations of an open jaxpr that its outputs or effects need, and the variables these read."""
+    needed = {atom for atom in jaxpr.outvars if not isinstance(atom, LITERAL)}
+    kept = []
+    for eqn in reversed(jaxpr.eqns):
+        if eqn.effects or any(var in needed for var in eqn.outvars):
+            kept.append(eqn)
+            needed.update(atom for atom in eqn.invars if not isinstance(atom, LITERAL))
+    return kept[::-1], needed
+
+
 def scan_split(eqn: Equation) -> tuple[int, int]:
     """How many of a scan's operands are constants, and how many are carried."""
     consts, carry, _ = eqn.params["ft_in"].update(eqn.invars).unpack()

@@ -225,9 +225,9 @@ class Walk:
         return None
 
 
-def _count_uses(jaxpr: Any) -> dict[Any, int]:
+def _count_uses(equations: Sequence[Any], outvars: Sequence[Any]) -> dict[Any, int]:
     uses: dict[Any, int] = {}
-    for atom in (*(atom for eqn in jaxpr.eqns for atom in eqn.invars), *jaxpr.outvars):
+    for atom in (*(atom for eqn in equations for atom in eqn.invars), *outvars):
         if not isinstance(atom, _compat.LITERAL):
             uses[atom] = uses.get(atom, 0) + 1
     return uses
@@ -312,16 +312,23 @@ def _while(walk: Walk, eqn: Any, values: Values, frame: Frame) -> tuple[Values, 
         outs, taps = walk.call(params["body_jaxpr"], [*body_consts, *carry], frame.enter(eqn, 1))
         return [materialize(out) for out in outs], taps
 
-    def condition(state: tuple[Values, Taps]) -> jax.Array:
-        outs, _ = walk.call(params["cond_jaxpr"], [*cond_consts, *state[0]], frame.enter(eqn, 0))
-        return materialize(outs[0])
+    def test(carry: Values) -> tuple[jax.Array, Taps]:
+        outs, taps = walk.call(params["cond_jaxpr"], [*cond_consts, *carry], frame.enter(eqn, 0))
+        return materialize(outs[0]), taps
+
+    tested = jax.eval_shape(test, init)[1]
+
+    def taps_of_test(carry: Values) -> Taps:
+        # A condition can hand nothing out of the loop but its answer: where it is tapped, it is evaluated again.
+        return test(carry)[1] if tested else {}
 
     def body(state: tuple[Values, Taps]) -> tuple[Values, Taps]:
         outs, taps = step(state[0])
-        return outs, {name: jnp.maximum(state[1][name], value) for name, value in taps.items()}
+        return outs, _largest(state[1], _largest(taps, taps_of_test(state[0])))
 
-    taps = _zeros(jax.eval_shape(step, init)[1])
-    return lax.while_loop(condition, body, (init, taps))
+    none_yet = _zeros(jax.eval_shape(step, init)[1] | tested)
+    carry, taps = lax.while_loop(lambda state: test(state[0])[0], body, (init, none_yet))
+    return carry, _largest(taps, taps_of_test(carry))
 
 
 def _cond(walk: Walk, eqn: Any, values: Values, frame: Frame) -> tuple[Values, Taps]:
@@ -352,8 +359,24 @@ def _cond(walk: Walk, eqn: Any, values: Values, frame: Frame) -> tuple[Values, T
 def _remat(walk: Walk, eqn: Any, values: Values, frame: Frame) -> tuple[Values, Taps]:
     if walk.inline:
         return _inline(walk, eqn, values, frame)
-    body = lambda *operands: walk.call(eqn.params["jaxpr"], operands, frame.enter(eqn))  # noqa: E731
-    return jax.checkpoint(body, prevent_cse=eqn.params["prevent_cse"], policy=eqn.params["policy"])(*values)
+    params = eqn.params
+
+    def body(*operands: Any) -> tuple[Values, Taps]:
+        return walk.call(params["jaxpr"], operands, frame.enter(eqn))
+
+    checkpointed = jax.checkpoint(body, prevent_cse=params["prevent_cse"], policy=params["policy"])
+    if not params["differentiated"]:
+        return checkpointed(*values)
+
+    # The recomputation of a derivative that was taken inside the function. Only the parameter keeps XLA from merging
+    # it with what it recomputes, and the public function cannot set that.
+    def mark(_context: Context, inner: Any, operands: Values) -> Values:
+        return _compat.bind(inner, operands, differentiated=True)
+
+    closed, shape = jax.make_jaxpr(checkpointed, return_shape=True)(*values)
+    marked = Walk({eqn.primitive.name: mark}, {}, inline=False, on_unknown="keep")
+    outs, _ = marked.call(closed, jax.tree.leaves(values), Frame())
+    return jax.tree.unflatten(jax.tree.structure(shape), outs)
 
 
 def _custom_derivative(walk: Walk, eqn: Any, values: Values, frame: Frame) -> tuple[Values, Taps]:
