@@ -59,6 +59,7 @@ class Context:
         scope: names of the modules and scopes around it, joined by `/`.
         repeats: how often it runs in one call: the product of the lengths of the scans around it.
         container: the innermost container around it, such as `scan` or `shard_map`; empty at the top.
+        body: identifies the body that the innermost such container evaluates.
         uses: how often each variable of the jaxpr at hand is read, outputs counted.
     """
 
@@ -67,6 +68,7 @@ class Context:
     scope: str
     repeats: int
     container: str
+    body: tuple[int, ...]
     uses: Mapping[Any, int]
     taps: Taps
 
@@ -135,13 +137,15 @@ class Frame:
     scope: str = ""
     repeats: int = 1
     container: str = ""
+    body: tuple[int, ...] = ()
 
     def enter(self, eqn: Any, branch: int = 0, repeats: int = 1) -> Frame:
         """The frame of a body of `eqn`."""
         scope = "/".join(part for part in (self.scope, _compat.scope(eqn)) if part)
         name = eqn.primitive.name
-        inherited = self.container if name in _TRANSPARENT else name
-        return Frame((*self.key, id(eqn), branch), scope, self.repeats * repeats, inherited)
+        key = (*self.key, id(eqn), branch)
+        container, body = (self.container, self.body) if name in _TRANSPARENT else (name, key)
+        return Frame(key, scope, self.repeats * repeats, container, body)
 
 
 class Walk:
@@ -186,7 +190,7 @@ class Walk:
         carried = any(isinstance(value, Carried) for value in values)
         rule = self.rules.get(name) or self.rules.get("*") or (self.follow.get(name) if carried else None)
         if rule is not None and (name not in _CONTAINERS or name in self.rules):
-            context = Context(self, (*frame.key, id(eqn)), scope, frame.repeats, frame.container, uses, taps)
+            context = Context(self, (*frame.key, id(eqn)), scope, frame.repeats, frame.container, frame.body, uses, taps)
             outs = rule(context, eqn, values)
             if outs is not None:
                 return outs

@@ -42,22 +42,39 @@ class LayoutOp:
 type Layout = tuple[LayoutOp | Step, ...]
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["value"], meta_fields=["path", "layout"])
+class Escapes:
+    """Paths of the weights that were used, in one walk, at something that is not a site."""
+
+    def __init__(self) -> None:
+        self.paths: set[str] = set()
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["value", "beside"],
+    meta_fields=["path", "layout", "escapes"],
+)
 @dataclasses.dataclass(frozen=True)
 class Tracked(Carried):
     """A weight on its way to its site.
 
     Attributes:
         value: the array as laid out here; or, where a pass has replaced the weight, what it put in its place.
+        beside: site name -> array that travels with the weight without being laid out; a stacked weight's has the
+            same leading axes, so that each step of a scan sees its own.
         path: the weight's path in the program.
         layout: the operations between the program's input and here.
+        escapes: where uses that are not sites are noted.
     """
 
     value: Any
+    beside: dict[str, jax.Array]
     path: str
-    layout: Layout = ()
+    layout: Layout
+    escapes: Escapes
 
     def materialize(self) -> jax.Array:
+        self.escapes.paths.add(self.path)
         return self.value
 
     def at_step(self) -> Tracked:
@@ -67,7 +84,9 @@ class Tracked(Carried):
         """This weight after a layout-only operation; a replaced one is not touched, only its layout noted."""
         plain = isinstance(self.value, jax.Array | jax.core.Tracer)
         outs = _compat.bind(eqn, [self.value]) if plain else [self.value] * len(eqn.outvars)
-        return [Tracked(out, self.path, (*self.layout, LayoutOp(eqn, k))) for k, out in enumerate(outs)]
+        return [
+            dataclasses.replace(self, value=out, layout=(*self.layout, LayoutOp(eqn, k))) for k, out in enumerate(outs)
+        ]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,10 +101,11 @@ class Site:
         operands: shape and dtype of both operands, at the sizes the program was looked at.
         output: shape and dtype of the result, likewise.
         layout: operations between the stored weight and the operand.
-        params: the equation's parameters.
+        eqn: the equation.
         scope: names of the modules and scopes around it, joined by `/`.
         repeats: how often it runs in one call.
         container: the innermost control flow around it, empty at the top.
+        exclusive: whether its weight is used at sites only (as far as `find_sites` saw).
     """
 
     name: str
@@ -95,10 +115,16 @@ class Site:
     operands: tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]
     output: jax.ShapeDtypeStruct
     layout: Layout
-    params: Mapping[str, Any]
+    eqn: Any
     scope: str
     repeats: int
     container: str
+    exclusive: bool = True
+
+    @property
+    def params(self) -> Mapping[str, Any]:
+        """The equation's parameters."""
+        return self.eqn.params
 
     @property
     def weight(self) -> jax.ShapeDtypeStruct:
@@ -137,6 +163,8 @@ def rewrite_sites(
     inline: bool = False,
     on_unknown: Literal["error", "keep"] = "error",
     like: Any = None,
+    beside: Mapping[str, Mapping[str, jax.Array]] | None = None,
+    escapes: Escapes | None = None,
     with_taps: bool = False,
 ) -> Callable[..., Any]:
     """Transforms a function by replacing what it does at its sites.
@@ -148,6 +176,8 @@ def rewrite_sites(
         on_unknown: as in `rewrite`.
         like: the weights' shapes that `fn` was written for, where the new function takes other ones. A weight's place
             may then hold anything; the rule gets it as `Tracked.value`.
+        beside: weight path -> site name -> array that reaches the rule as `Tracked.beside`.
+        escapes: notes the weights that are used at something that is not a site.
         with_taps: as in `rewrite`.
 
     Returns:
@@ -163,7 +193,11 @@ def rewrite_sites(
         names = list(name_leaves(shapes, prefix="weights"))
         treedef = jax.tree.structure(shapes)
         leaves = treedef.flatten_up_to(weights)
-        tracked = [Tracked(leaf, name) for leaf, name in zip(leaves, names, strict=True)]
+        noted = escapes or Escapes()
+        tracked = [
+            Tracked(leaf, dict((beside or {}).get(name, {})), name, (), noted)
+            for leaf, name in zip(leaves, names, strict=True)
+        ]
         return (jax.tree.unflatten(treedef, tracked), *inputs)
 
     return rewrite(
@@ -194,13 +228,15 @@ def trace_sites(
     """Every site of `fn(weights, *inputs)`, in the order of execution."""
     chosen = sizes if sizes is not None else probe_sizes(fn, weights, inputs)[0]
     found: dict[str, Site] = {}
+    escapes = Escapes()
 
-    def record(site: Site, _context: Context, _eqn: Any, _values: Values) -> None:
+    def record(site: Site, context: Context, eqn: Any, values: Values) -> Values:
         found[site.name] = site
+        return context.bind(eqn, [operand_value(value) for value in values])
 
-    looked = rewrite_sites(fn, record, inline=True, on_unknown="keep")
+    looked = rewrite_sites(fn, record, inline=True, on_unknown="keep", escapes=escapes)
     jax.eval_shape(looked, abstract(weights), *(spec.at(chosen) for spec in inputs.values()))
-    return tuple(found.values())
+    return tuple(dataclasses.replace(site, exclusive=site.path not in escapes.paths) for site in found.values())
 
 
 def _site(context: Context, eqn: Any, values: Values) -> Site | None:
@@ -222,7 +258,7 @@ def _site(context: Context, eqn: Any, values: Values) -> Site | None:
         operands=(_aval(eqn.invars[0]), _aval(eqn.invars[1])),
         output=_aval(eqn.outvars[0]),
         layout=weight.layout if weight is not None else (),
-        params=eqn.params,
+        eqn=eqn,
         scope=context.scope,
         repeats=context.repeats,
         container=context.container,
@@ -266,7 +302,6 @@ def layout_key(layout: Layout) -> tuple[Any, ...]:
     )
 
 
-def operand_value(values: Values, operand: int) -> Any:
-    """The array, or replacement, at one operand of a site."""
-    value = values[operand]
+def operand_value(value: Any) -> Any:
+    """The array, or replacement, at an operand of a site; taking it there does not count as an escape."""
     return value.value if isinstance(value, Tracked) else materialize(value)

@@ -1,0 +1,90 @@
+"""Ranges of the activations that meet planned sites, measured on data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lepton_xla.errors import CalibrationError
+from lepton_xla.passes.rewrite import Context, Values, materialize
+from lepton_xla.passes.sites import Site, rewrite_sites
+from lepton_xla.program import Program
+
+if TYPE_CHECKING:
+    from lepton_xla.recipe import Plan, SitePlan
+
+
+def calibrate(program: Program, plan: Plan, batches: Iterable[Mapping[str, Any]]) -> dict[str, jax.Array]:
+    """Measures the range of each statically quantized site's activation.
+
+    Args:
+        program: the float program that the plan was made for.
+        plan: tells the sites and how each range is taken (`absmax`, `percentile:P` of the magnitudes).
+        batches: input dicts, such as `{"image": array}`; at least one. The largest range over batches counts.
+
+    Returns:
+        Site name -> float32 range; a scalar, or one a step (leading axis) where the site is inside a scan.
+
+    Raises:
+        CalibrationError: if there are no batches, or one has a wrong name, dtype or shape, is empty or not finite.
+    """
+    sites = {planned.site.name: planned for planned in plan.sites if needs_range(planned)}
+
+    def rule(site: Site, context: Context, eqn: Any, values: Values) -> None:
+        del eqn
+        if site.name in sites and site.weight_operand is not None:
+            activation = jnp.abs(materialize(values[1 - site.weight_operand]).astype(jnp.float32))
+            percentile = sites[site.name].quantize.percentile
+            context.tap(site.name, jnp.max(activation) if percentile == 100 else jnp.percentile(activation, percentile))
+
+    observed = jax.jit(rewrite_sites(program.fn, rule, inline=True, with_taps=True))
+    ranges: dict[str, jax.Array] = {}
+    count = 0
+    for count, batch in enumerate(batches, 1):
+        inputs = check_batch(program, batch, f"calibration batch {count - 1}")
+        _, taps = observed(program.weights, *inputs)
+        for name, value in taps.items():
+            # A weight that a scan around it does not step over has one range for all steps.
+            value = jnp.max(value, axis=tuple(range(sites[name].site.stacked, value.ndim)))
+            ranges[name] = jnp.maximum(ranges[name], value) if name in ranges else value
+    if count == 0:
+        raise CalibrationError("calibration data is empty: give at least one batch, such as [{'image': array}]")
+    broken = [name for name, value in ranges.items() if not bool(jnp.all(jnp.isfinite(value)))]
+    if broken:
+        raise CalibrationError(f"the activation of site {broken[0]!r} is not finite on the calibration data")
+    return ranges
+
+
+def needs_range(planned: SitePlan) -> bool:
+    """Whether a site's plan asks for calibration data."""
+    return planned.quantize is not None and planned.quantize.activations != "none" and not planned.quantize.dynamic
+
+
+def check_batch(program: Program, batch: Mapping[str, Any], where: str) -> Sequence[jax.Array]:
+    """A batch's arrays in call order, checked against the program's inputs.
+
+    Raises:
+        CalibrationError: for a wrong name, dtype, rank or size, an empty array, or NaN or infinity.
+    """
+    if set(batch) != set(program.inputs):
+        raise CalibrationError(f"{where} has inputs {sorted(batch)}; the program takes {sorted(program.inputs)}")
+    sizes: dict[str, int] = {}
+    arrays = []
+    for name, spec in program.inputs.items():
+        array = np.asarray(batch[name])
+        expected = f"{where}, input {name!r}: expected {spec}, got {array.dtype}[{', '.join(map(str, array.shape))}]"
+        if array.dtype.name != spec.dtype or array.ndim != len(spec.shape):
+            raise CalibrationError(expected)
+        for dim, size in zip(spec.shape, array.shape, strict=True):
+            if size != (sizes.setdefault(dim, size) if isinstance(dim, str) else dim):
+                raise CalibrationError(expected)
+        if array.size == 0:
+            raise CalibrationError(f"{where}, input {name!r} is empty")
+        if array.dtype.kind not in "biu" and not np.isfinite(array.astype(np.float32)).all():
+            raise CalibrationError(f"{where}, input {name!r} holds NaN or infinity")
+        arrays.append(jnp.asarray(array))
+    return arrays
