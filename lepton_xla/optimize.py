@@ -67,9 +67,7 @@ def optimize(
     return program
 
 
-def _calibrated(
-    program: Program, plan: Plan, batches: Iterable[Mapping[str, Any]]
-) -> tuple[Program, dict[str, Any]]:
+def _calibrated(program: Program, plan: Plan, batches: Iterable[Mapping[str, Any]]) -> tuple[Program, dict[str, Any]]:
     start = time.perf_counter()
     ranges = calibrate(program, plan, batches)
     sites = tuple(

@@ -198,9 +198,7 @@ def trace(fn: Callable[..., Any], weights: Any, inputs: Mapping[str, TensorSpec]
     return Program(flat_fn, arrays, specs, infer_outputs(flat_fn, arrays, specs))
 
 
-def infer_outputs(
-    fn: Callable[..., Any], weights: Weights, inputs: Mapping[str, TensorSpec]
-) -> dict[str, TensorSpec]:
+def infer_outputs(fn: Callable[..., Any], weights: Weights, inputs: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:
     """Output names and specs of `fn`, found by evaluating it abstractly at two sizes of each symbolic dimension.
 
     Raises:
@@ -259,9 +257,9 @@ def _abstract_outputs(
         raise
     except Exception as error:
         at = ", ".join(f"{name}: {spec}" for name, spec in inputs.items())
+        reason = (str(error).strip().splitlines() or ["no message"])[0]
         raise ModelError(
-            f"the model cannot be traced with inputs {{{at}}} at {dict(sizes)}: {type(error).__name__}: "
-            f"{str(error).strip().splitlines()[0] if str(error).strip() else error!r}"
+            f"the model cannot be traced with inputs {{{at}}} at {dict(sizes)}: {type(error).__name__}: {reason}"
         ) from error
     named = name_leaves(out, single="output")
     if not named:

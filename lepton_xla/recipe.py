@@ -192,8 +192,12 @@ class SitePlan:
         parts = [f"prune {self.prune.sparsity:.0%}"] if self.prune else []
         if self.quantize:
             acts = self.quantize.activations
-            scales = "" if acts == "none" else (" dynamic" if self.quantize.dynamic else f" {self.quantize.calibration}")
-            parts.append(f"{self.quantize.weights} weights" + (f", {acts} activations{scales}" if acts != "none" else ""))
+            scales = (
+                "" if acts == "none" else (" dynamic" if self.quantize.dynamic else f" {self.quantize.calibration}")
+            )
+            parts.append(
+                f"{self.quantize.weights} weights" + (f", {acts} activations{scales}" if acts != "none" else "")
+            )
         return " + ".join(parts) or "float"
 
     def to_json(self) -> dict[str, Any]:

@@ -57,4 +57,6 @@ class PassReport:
 
 
 def _figures(metrics: dict[str, Any]) -> str:
-    return "".join(f"  {key}={value:.4g}" if isinstance(value, float) else f"  {key}={value}" for key, value in metrics.items())
+    return "".join(
+        f"  {key}={value:.4g}" if isinstance(value, float) else f"  {key}={value}" for key, value in metrics.items()
+    )

@@ -1,0 +1,22 @@
+"""Passes: function in, function out, each a rule table on the one walker in `rewrite`."""
+
+from lepton_xla.passes.calibrate import calibrate
+from lepton_xla.passes.fake_quant import fake_quant
+from lepton_xla.passes.fold import fold
+from lepton_xla.passes.lower import lower
+from lepton_xla.passes.prune import magnitude_mask, masked, prune
+from lepton_xla.passes.rewrite import rewrite
+from lepton_xla.passes.sites import find_sites, rewrite_sites
+
+__all__ = [
+    "calibrate",
+    "fake_quant",
+    "find_sites",
+    "fold",
+    "lower",
+    "magnitude_mask",
+    "masked",
+    "prune",
+    "rewrite",
+    "rewrite_sites",
+]

@@ -16,9 +16,7 @@ if TYPE_CHECKING:
     from lepton_xla.recipe import Plan
 
 
-def fake_quant(
-    fn: Callable[..., Any], plan: Plan, ranges: Mapping[str, jax.Array] | None = None
-) -> Callable[..., Any]:
+def fake_quant(fn: Callable[..., Any], plan: Plan, ranges: Mapping[str, jax.Array] | None = None) -> Callable[..., Any]:
     """Makes a function compute with quantized values, differentiable by the straight-through estimator.
 
     Args:

@@ -130,9 +130,7 @@ def fold(program: Program) -> Program:
         "weights_bytes_after": tree_bytes(kept),
     }
     report = PassReport("fold", time.perf_counter() - start, tuple(reports), metrics)
-    masks = {
-        path: lay_out(mask, found[path].layout) if path in found else mask for path, mask in program.masks.items()
-    }
+    masks = {path: lay_out(mask, found[path].layout) if path in found else mask for path, mask in program.masks.items()}
     return program.replace(fn=fn, weights=kept, masks=masks, history=(*program.history, report))
 
 
@@ -329,7 +327,9 @@ def _once(context: Context, eqn: Any, values: Values) -> Values | None:
     return list(seen[key][1])
 
 
-def _used_weights(fn: Callable[..., Any], weights: dict[str, Any], program: Program, sizes: Mapping[str, int]) -> set[str]:
+def _used_weights(
+    fn: Callable[..., Any], weights: dict[str, Any], program: Program, sizes: Mapping[str, int]
+) -> set[str]:
     """Names of the weights that the function reads."""
     jaxpr, _ = _compat.open_jaxpr(jax.make_jaxpr(fn)(abstract(weights), *program.abstract_inputs(sizes)))
     _, read = _compat.live(jaxpr)

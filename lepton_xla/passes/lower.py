@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
-import jax.numpy as jnp
 
 from lepton_xla.errors import UnsupportedError
 from lepton_xla.passes import products
@@ -123,9 +122,7 @@ def _lowered(
         activation = materialize(values[1 - site.weight_operand])
         if decision.integer:
             absmax = products.static_range(site, decision.planned.quantize, tracked)
-            return [
-                products.integer_product(site, activation, tracked.value, absmax, pad_single=decision.pad_single)
-            ]
+            return [products.integer_product(site, activation, tracked.value, absmax, pad_single=decision.pad_single)]
         weight = products.restore(site, tracked.value)
         operands = (activation, weight) if site.weight_operand == 1 else (weight, activation)
         return context.bind(eqn, operands)
@@ -217,4 +214,3 @@ def _decide(
 
 def _totals(program: Program, weights: Mapping[str, Any]) -> dict[str, Any]:
     return {"weights_bytes_before": program.weights_bytes, "weights_bytes_after": tree_bytes(dict(weights))}
-

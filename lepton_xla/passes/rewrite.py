@@ -190,7 +190,9 @@ class Walk:
         carried = any(isinstance(value, Carried) for value in values)
         rule = self.rules.get(name) or self.rules.get("*") or (self.follow.get(name) if carried else None)
         if rule is not None and (name not in _CONTAINERS or name in self.rules):
-            context = Context(self, (*frame.key, id(eqn)), scope, frame.repeats, frame.container, frame.body, uses, taps)
+            context = Context(
+                self, (*frame.key, id(eqn)), scope, frame.repeats, frame.container, frame.body, uses, taps
+            )
             outs = rule(context, eqn, values)
             if outs is not None:
                 return outs

@@ -202,8 +202,8 @@ def rewrite_sites(
 
     return rewrite(
         fn,
-        {name: visit for name in SITE_PRIMITIVES},
-        follow={name: _follow for name in _LAYOUT},
+        dict.fromkeys(SITE_PRIMITIVES, visit),
+        follow=dict.fromkeys(_LAYOUT, _follow),
         inline=inline,
         on_unknown=on_unknown,
         example=None if like is None else (lambda _weights, *inputs: (like, *inputs)),

@@ -1,0 +1,114 @@
+"""What a user's file gives the command line: a model, what goes in, and optionally data to calibrate and judge it."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import importlib.util
+import pathlib
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import numpy as np
+
+from lepton_xla.errors import LeptonError, ModelError
+from lepton_xla.program import Program, TensorSpec, from_linen, from_nnx, trace
+
+type Predict = Callable[..., dict[str, np.ndarray]]
+"""`predict(**inputs) -> outputs`, both by name, any batch size."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSpec:
+    """A model as the `leptonx` commands take it. Give either `fn` or `module`.
+
+    Attributes:
+        inputs: name -> spec, in call order.
+        fn: `fn(weights, *inputs)`, any JAX function.
+        module: a Flax Linen module (its variables in `weights`) or NNX module (which holds its own).
+        weights: a pytree of arrays; for Linen the variables, all collections.
+        buckets: symbolic dimension -> sizes to compile for; the command line's `--buckets` replaces it.
+        calibration: input dicts, or a function that gives them, for recipes with static activation scales.
+        evaluate: `evaluate(predict) -> {"accuracy": 0.98, ...}`; commands print what it gives beside size and speed.
+    """
+
+    inputs: Mapping[str, TensorSpec]
+    fn: Callable[..., Any] | None = None
+    module: Any = None
+    weights: Any = None
+    buckets: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict[str, tuple[int, ...]])
+    calibration: Iterable[Mapping[str, Any]] | Callable[[], Iterable[Mapping[str, Any]]] | None = None
+    evaluate: Callable[[Predict], Mapping[str, float]] | None = None
+
+    def program(self) -> Program:
+        """The program this describes.
+
+        Raises:
+            ModelError: if both or neither of `fn` and `module` are given, or the model cannot be traced.
+        """
+        if (self.fn is None) == (self.module is None):
+            raise ModelError("a ModelSpec takes either fn and weights, or module")
+        if self.fn is not None:
+            return trace(self.fn, self.weights, self.inputs)
+        if hasattr(self.module, "apply"):
+            if self.weights is None:
+                raise ModelError("a ModelSpec of a Linen module takes its variables as weights")
+            return from_linen(self.module, self.weights, self.inputs)
+        return from_nnx(self.module, self.inputs)
+
+    def calibration_batches(self) -> Iterable[Mapping[str, Any]] | None:
+        """The calibration data, or None."""
+        return self.calibration() if callable(self.calibration) else self.calibration
+
+
+def load_spec(target: str) -> ModelSpec:
+    """Imports a `ModelSpec` named on the command line.
+
+    Args:
+        target: `FILE.py:NAME` or `package.module:NAME`; NAME is a `ModelSpec`, or a function without arguments that
+            gives one.
+
+    Raises:
+        ModelError: if the file or the name is missing, the file fails, or the name is something else.
+    """
+    source, _, name = target.rpartition(":")
+    if not source or not name:
+        raise ModelError(f"{target!r}: expected FILE.py:NAME or package.module:NAME")
+    module = _import(source, target)
+    if not hasattr(module, name):
+        specs = [key for key, value in vars(module).items() if isinstance(value, ModelSpec)]
+        raise ModelError(f"{source} has no {name!r}" + (f"; it has {', '.join(specs)}" if specs else ""))
+    found = getattr(module, name)
+    if callable(found) and not isinstance(found, ModelSpec):
+        try:
+            found = found()
+        except LeptonError:
+            raise
+        except Exception as error:
+            raise ModelError(f"{target}: {type(error).__name__}: {error}") from error
+    if not isinstance(found, ModelSpec):
+        raise ModelError(f"{target} is a {type(found).__name__}, not a ModelSpec or a function that gives one")
+    return found
+
+
+def _import(source: str, target: str) -> Any:
+    path = pathlib.Path(source)
+    try:
+        if path.suffix != ".py":
+            return importlib.import_module(source)
+        if not path.is_file():
+            raise ModelError(f"{target!r}: no file {source}")
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        # Registered, and its folder on the path, as when Python runs a script: dataclasses and neighbours work.
+        sys.modules[path.stem] = module
+        sys.path.insert(0, str(path.parent.resolve()))
+        spec.loader.exec_module(module)
+    except LeptonError:
+        raise
+    except Exception as error:
+        raise ModelError(f"{target}: {type(error).__name__}: {error}") from error
+    return module
