@@ -54,7 +54,7 @@ def optimize(
         say("prune")
         program = prune(program, plan)
     ranges = None
-    if any(needs_range(planned) for planned in plan.sites):
+    if any(planned.quantize is not None and needs_range(planned.quantize) for planned in plan.sites):
         if calibration is None:
             raise CalibrationError(
                 f"recipe {recipe.name!r} has static activation scales (dynamic = false), which need calibration data"

@@ -33,16 +33,19 @@ def deserialize(blob: bytes, device: jax.Device) -> Loaded:
 
     The bytes must come from a source that is trusted to run code here: loading them may execute it.
     """
-    _register_cpu_library_calls(device)
+    if device.platform == "cpu" and b"lapack_" in blob:
+        _register_lapack()
     return device.client.deserialize_executable(blob, executable_devices=_jax.DeviceList((device,)))
 
 
-def _register_cpu_library_calls(device: jax.Device) -> None:
-    """Makes the LAPACK symbols known; compiled code that calls one not registered yet jumps to address zero."""
-    if device.platform == "cpu":
-        from jaxlib import lapack  # pyright: ignore[reportMissingTypeStubs]
+def _register_lapack() -> None:
+    """Makes LAPACK's routines known; compiled code that calls one that is not jumps to address zero.
 
-        lapack._lapack.initialize()
+    Only where it is needed, because it imports SciPy, which takes a third of a second.
+    """
+    from jaxlib import lapack  # pyright: ignore[reportMissingTypeStubs]
+
+    lapack._lapack.initialize()
 
 
 def platform_version(device: jax.Device) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import hashlib
 import logging
 import os
@@ -12,12 +13,13 @@ import jax.numpy as jnp
 import msgspec
 import numpy as np
 
-from lepton_xla.compiler import _xla, weights
+from lepton_xla.compiler import _xla
 from lepton_xla.compiler.artifact import read_manifest
 from lepton_xla.compiler.buckets import Ladders, bucket_name, combinations
 from lepton_xla.compiler.fingerprint import Fingerprint
 from lepton_xla.compiler.manifest import MANIFEST, ExecutableSet, FileEntry, Manifest, encode
 from lepton_xla.compiler.portable import compile_portable
+from lepton_xla.compiler.reading import read_all
 from lepton_xla.compiler.runtime import Runtime
 from lepton_xla.compiler.servable import Servable
 from lepton_xla.compiler.storage import Store, VerifiedFiles
@@ -59,19 +61,19 @@ def load(
     # All bytes are read and verified here; from the next step on, they are believed.
     portable = {program.file: files.read(program.file) for program in manifest.programs}
     blobs = {key: files.read(found.files[key]) for _, key in wanted} if ready and found is not None else {}
-    arrays = _to_device(manifest, weights.decode_all(manifest.weights, files), device)
+    arrays = _to_device(manifest, read_all(manifest.weights, files), device)
 
     runtime = Runtime(manifest.input_specs(), arrays, device)
     made: dict[str, _xla.Loaded] = {}
-    for sizes, key in wanted:
-        if ready:
-            executable = _deserialize(blobs[key], device, key)
-        else:
-            if not made:
-                _LOG.warning(
-                    "%s: compiling %d buckets from StableHLO: %s", location, len(wanted), _why(manifest, target)
-                )
-            executable = made[key] = _compile(manifest, portable, sizes)
+    if ready:
+        with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+            loaded = list(pool.map(lambda item: _deserialize(blobs[item[1]], device, item[1]), wanted))
+    else:
+        why = _why(manifest, target)
+        _LOG.warning("%s: compiling %d buckets from StableHLO: %s", location, len(wanted), why)
+        loaded = [_compile(manifest, portable, sizes) for sizes, _ in wanted]
+        made = {key: executable for (_, key), executable in zip(wanted, loaded, strict=True)}
+    for (sizes, _), executable in zip(wanted, loaded, strict=True):
         runtime.add(sizes, executable)
     if write_back and made:
         _write_back(store, target, made)

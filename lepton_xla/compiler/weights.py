@@ -1,15 +1,11 @@
-"""Weights on disk: one zarr array a leaf, in zarr's own layout, written and read through memory.
+"""Writing weights: one zarr array a leaf, in zarr's own layout, encoded in memory a chunk at a time.
 
-Encoding and decoding happen in a `memory://` store, so that every byte that is decoded has passed its digest first, a
-local folder and an object store take the same path, and no more than a chunk a thread is held beside the array itself.
+Encoding happens in a `memory://` store, so that every byte gets its digest before it goes to a disk or an object store.
 """
 
 from __future__ import annotations
 
-import concurrent.futures
-import dataclasses
 import itertools
-import os
 import re
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -19,15 +15,13 @@ import numpy as np
 import tensorstore as ts
 
 from lepton_xla.compiler.manifest import WeightLeaf
-from lepton_xla.compiler.packing import needs_packing, pack, packed_size, unpack
-from lepton_xla.compiler.storage import VerifiedFiles
-from lepton_xla.errors import ArtifactError
+from lepton_xla.compiler.packing import needs_packing, pack
 
 CHUNK_BYTES = 4 << 20
-# XLA:CPU reads a host array in place only where it starts on such a boundary.
-_ALIGNMENT = 64
 _ZSTD_LEVEL = 3
-_SCRATCH = {"driver": "memory", "path": "leaf/"}
+_SAMPLE_BYTES = 256 << 10
+_WORTHWHILE = 0.85
+SCRATCH = {"driver": "memory", "path": "leaf/"}
 
 
 def describe(path: str, index: int, array: Any) -> WeightLeaf:
@@ -54,122 +48,62 @@ def encode(leaf: WeightLeaf, array: Any) -> Iterator[tuple[str, bytes]]:
         "data_type": stored.dtype.name,
         "shape": list(stored.shape),
         "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": shape}},
-        "codecs": _codecs(stored.dtype),
+        "codecs": _codecs(stored),
     }
     # A context of its own: the scratch store is freed with it.
     context = ts.Context()
-    handle = _open(context, metadata=metadata, create=True)
-    kv = ts.KvStore.open(_SCRATCH, context=context).result()
+    handle = open_array(context, metadata=metadata, create=True)
+    kv = ts.KvStore.open(SCRATCH, context=context).result()
     yield f"{leaf.folder}/zarr.json", kv.read("zarr.json").result().value
     for region in _regions(stored.shape, shape):
         handle[region].write(stored[region]).result()
         yield from _drain(kv, leaf.folder)
 
 
-def decode_all(leaves: Sequence[WeightLeaf], files: VerifiedFiles) -> list[np.ndarray]:
-    """Reads leaves into new arrays that start on a 64-byte boundary, in parallel over chunks.
-
-    Raises:
-        ArtifactError: naming the file that is missing, damaged, or not what the manifest says.
-    """
-    workers = min(8, os.cpu_count() or 1)
-    with concurrent.futures.ThreadPoolExecutor(workers, "lepton-weights") as pool:
-        opened = list(pool.map(lambda leaf: _OpenLeaf.open(leaf, files), leaves))
-        tasks = [pool.submit(leaf.read, index) for leaf in opened for index in leaf.chunks()]
-        try:
-            for task in concurrent.futures.as_completed(tasks):
-                task.result()
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
-    return [leaf.finish() for leaf in opened]
-
-
-@dataclasses.dataclass(frozen=True)
-class _OpenLeaf:
-    """A leaf being read: its verified zarr metadata, and the array its chunks go to."""
-
-    leaf: WeightLeaf
-    files: VerifiedFiles
-    kv: ts.KvStore
-    handle: ts.TensorStore
-    out: np.ndarray
-
-    @classmethod
-    def open(cls, leaf: WeightLeaf, files: VerifiedFiles) -> _OpenLeaf:
-        name = f"{leaf.folder}/zarr.json"
-        context = ts.Context()
-        kv = ts.KvStore.open(_SCRATCH, context=context).result()
-        kv.write("zarr.json", files.read(name)).result()
-        try:
-            handle = _open(context, open=True)
-        except Exception as error:  # TensorStore's own kinds
-            raise ArtifactError(f"{name} is not valid zarr metadata: {error}") from error
-        if leaf.packed:
-            shape, dtype = (packed_size(leaf.shape, leaf.dtype),), np.dtype(np.uint8)
-        else:
-            shape, dtype = leaf.shape, jnp.dtype(leaf.dtype)
-        if tuple(handle.shape) != shape or handle.dtype.numpy_dtype != dtype:
-            raise ArtifactError(
-                f"{name}: holds {handle.dtype.name}{list(handle.shape)}; the manifest says {dtype.name}{list(shape)}"
-            )
-        return cls(leaf, files, kv, handle, aligned_empty(shape, dtype))
-
-    def chunks(self) -> list[tuple[int, ...]]:
-        return list(np.ndindex(*_grid(self.out.shape, self._chunk_shape())))
-
-    def read(self, index: tuple[int, ...]) -> None:
-        """Verifies and decodes one chunk."""
-        key = "/".join(("c", *map(str, index)))
-        self.kv.write(key, self.files.read(f"{self.leaf.folder}/{key}")).result()
-        shape = self._chunk_shape()
-        region = tuple(
-            slice(i * n, min((i + 1) * n, size)) for i, n, size in zip(index, shape, self.out.shape, strict=True)
-        )
-        try:
-            self.out[region] = self.handle[region].read().result()
-        except Exception as error:  # TensorStore's own kinds
-            raise ArtifactError(f"{self.leaf.folder}/{key} cannot be decoded: {error}") from error
-        self.kv.write(key, None).result()
-
-    def finish(self) -> np.ndarray:
-        """The whole leaf, once every chunk is read."""
-        return unpack(self.out, self.leaf.shape, self.leaf.dtype) if self.leaf.packed else self.out
-
-    def _chunk_shape(self) -> tuple[int, ...]:
-        return tuple(self.handle.chunk_layout.read_chunk.shape or ())
-
-
 def chunk_shape(shape: Sequence[int], itemsize: int) -> tuple[int, ...]:
     """A chunk of at most 4 MiB: whole trailing dimensions, the first ones cut, so that a chunk is contiguous.
 
     >>> chunk_shape((30522, 384), 4)
-    (2730, 384)
+    (2544, 384)
     """
     sizes = list(shape)
     for axis, size in enumerate(sizes):
-        rest = int(np.prod(sizes, dtype=np.int64)) * itemsize
-        if rest <= CHUNK_BYTES:
+        size_bytes = int(np.prod(sizes, dtype=np.int64)) * itemsize
+        if size_bytes <= CHUNK_BYTES:
             break
-        sizes[axis] = max(1, size * CHUNK_BYTES // rest)
+        # Chunks of nearly equal size, because zarr fills the last one up.
+        chunks = -(-size // max(1, size * CHUNK_BYTES // size_bytes))
+        sizes[axis] = -(-size // chunks)
     return tuple(sizes)
 
 
-def aligned_empty(shape: Sequence[int], dtype: Any) -> np.ndarray:
-    """An uninitialised array whose memory XLA:CPU can use without a copy."""
-    size = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
-    buffer = np.empty(size + _ALIGNMENT, np.uint8)
-    start = -buffer.ctypes.data % _ALIGNMENT
-    return buffer[start : start + size].view(dtype).reshape(shape)
+def plain_codecs(itemsize: int) -> list[dict[str, Any]]:
+    """zarr's codecs for elements as they are in memory."""
+    return [{"name": "bytes", "configuration": {"endian": "little"}} if itemsize > 1 else {"name": "bytes"}]
 
 
-def _codecs(dtype: np.dtype) -> list[dict[str, Any]]:
-    endian = {"name": "bytes", "configuration": {"endian": "little"}} if dtype.itemsize > 1 else {"name": "bytes"}
-    return [endian, {"name": "zstd", "configuration": {"level": _ZSTD_LEVEL}}]
+def open_array(context: ts.Context, **options: Any) -> ts.TensorStore:
+    """Opens or creates the zarr array in a context's scratch store."""
+    spec = {"driver": "zarr3", "kvstore": SCRATCH, "store_data_equal_to_fill_value": True}
+    if "metadata" in options:
+        spec["metadata"] = options.pop("metadata")
+    return ts.open(spec, context=context, **options).result()
 
 
-def _grid(shape: Sequence[int], chunk: Sequence[int]) -> tuple[int, ...]:
-    return tuple(-(-size // part) for size, part in zip(shape, chunk, strict=True))
+def _codecs(stored: np.ndarray) -> list[dict[str, Any]]:
+    """zstd where it pays: decoding it is most of a load's time, and float weights shrink by a tenth at best."""
+    plain = plain_codecs(stored.itemsize)
+    compressed = [*plain, {"name": "zstd", "configuration": {"level": _ZSTD_LEVEL}}]
+    flat = stored.reshape(-1)
+    middle = max(0, (flat.size - _SAMPLE_BYTES // stored.itemsize) // 2)
+    sample = flat[middle : middle + _SAMPLE_BYTES // stored.itemsize]
+    if not sample.size:
+        return plain
+    context = ts.Context()
+    metadata = {"data_type": sample.dtype.name, "shape": list(sample.shape), "codecs": compressed}
+    open_array(context, metadata=metadata, create=True).write(sample).result()
+    kv = ts.KvStore.open(SCRATCH, context=context).result()
+    return compressed if len(kv.read("c/0").result().value) <= _WORTHWHILE * sample.nbytes else plain
 
 
 def _regions(shape: Sequence[int], chunk: Sequence[int]) -> Iterator[tuple[slice, ...]]:
@@ -178,13 +112,6 @@ def _regions(shape: Sequence[int], chunk: Sequence[int]) -> Iterator[tuple[slice
         for size, part in zip(shape, chunk, strict=True)
     ]
     return itertools.product(*parts)
-
-
-def _open(context: ts.Context, **options: Any) -> ts.TensorStore:
-    spec = {"driver": "zarr3", "kvstore": _SCRATCH, "store_data_equal_to_fill_value": True}
-    if "metadata" in options:
-        spec["metadata"] = options.pop("metadata")
-    return ts.open(spec, context=context, **options).result()
 
 
 def _drain(kv: ts.KvStore, folder: str) -> Iterator[tuple[str, bytes]]:

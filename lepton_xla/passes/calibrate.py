@@ -15,7 +15,7 @@ from lepton_xla.passes.sites import Site, rewrite_sites
 from lepton_xla.program import Program
 
 if TYPE_CHECKING:
-    from lepton_xla.recipe import Plan, SitePlan
+    from lepton_xla.recipe import Plan, QuantizeRule
 
 
 def calibrate(program: Program, plan: Plan, batches: Iterable[Mapping[str, Any]]) -> dict[str, jax.Array]:
@@ -32,13 +32,17 @@ def calibrate(program: Program, plan: Plan, batches: Iterable[Mapping[str, Any]]
     Raises:
         CalibrationError: if there are no batches, or one has a wrong name, dtype or shape, is empty or not finite.
     """
-    sites = {planned.site.name: planned for planned in plan.sites if needs_range(planned)}
+    sites = {
+        planned.site.name: (planned.site, planned.quantize)
+        for planned in plan.sites
+        if planned.quantize is not None and needs_range(planned.quantize)
+    }
 
     def rule(site: Site, context: Context, eqn: Any, values: Values) -> None:
         del eqn
         if site.name in sites and site.weight_operand is not None:
             activation = jnp.abs(materialize(values[1 - site.weight_operand]).astype(jnp.float32))
-            percentile = sites[site.name].quantize.percentile
+            percentile = sites[site.name][1].percentile
             context.tap(site.name, jnp.max(activation) if percentile == 100 else jnp.percentile(activation, percentile))
 
     observed = jax.jit(rewrite_sites(program.fn, rule, inline=True, with_taps=True))
@@ -49,7 +53,7 @@ def calibrate(program: Program, plan: Plan, batches: Iterable[Mapping[str, Any]]
         _, taps = observed(program.weights, *inputs)
         for name, value in taps.items():
             # A weight that a scan around it does not step over has one range for all steps.
-            value = jnp.max(value, axis=tuple(range(sites[name].site.stacked, value.ndim)))
+            value = jnp.max(value, axis=tuple(range(sites[name][0].stacked, value.ndim)))
             ranges[name] = jnp.maximum(ranges[name], value) if name in ranges else value
     if count == 0:
         raise CalibrationError("calibration data is empty: give at least one batch, such as [{'image': array}]")
@@ -59,9 +63,9 @@ def calibrate(program: Program, plan: Plan, batches: Iterable[Mapping[str, Any]]
     return ranges
 
 
-def needs_range(planned: SitePlan) -> bool:
-    """Whether a site's plan asks for calibration data."""
-    return planned.quantize is not None and planned.quantize.activations != "none" and not planned.quantize.dynamic
+def needs_range(rule: QuantizeRule) -> bool:
+    """Whether a rule asks for calibration data."""
+    return rule.activations != "none" and not rule.dynamic
 
 
 def check_batch(program: Program, batch: Mapping[str, Any], where: str) -> Sequence[jax.Array]:

@@ -1,4 +1,4 @@
-"""Rounds weights and activations to what a plan's formats can hold, in float: for training, and as lower's reference."""
+"""Rounds weights and activations to what a plan's formats hold, in float: for training, and as lower's reference."""
 
 from __future__ import annotations
 

@@ -7,6 +7,7 @@ and products whose scale and shift are still being collected.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import math
 import operator
@@ -97,9 +98,9 @@ def fold(program: Program) -> Program:
         and what is added after it is `path:bias`.
     """
     start = time.perf_counter()
-    sites = {site.path: site for site in find_sites(program) if _foldable(site)}
-    shared = [site.path for site in find_sites(program) if site.path is not None]
-    sites = {path: site for path, site in sites.items() if shared.count(path) == 1}
+    every = find_sites(program)
+    uses = collections.Counter(site.path for site in every)
+    sites = {site.path: site for site in every if _foldable(site) and uses[site.path] == 1}
     sizes = probe_sizes(program.fn, program.weights, program.inputs)[0]
 
     found: dict[str, _Fold] = {}

@@ -26,7 +26,7 @@ from lepton_xla.report import PassReport, SiteReport
 
 if TYPE_CHECKING:
     from lepton_xla.quant import QTensor
-    from lepton_xla.recipe import Plan, SitePlan
+    from lepton_xla.recipe import Plan, QuantizeRule
 
 # Calibrated ranges travel in the program's weights under the site's name and this suffix, so that they can be updated.
 RANGE_SUFFIX = ":act_absmax"
@@ -35,10 +35,18 @@ WORTH_RATIO = 0.97
 
 
 @dataclasses.dataclass(frozen=True)
+class _Planned:
+    """A site that is to be quantized, and by which rule."""
+
+    site: Site
+    rule: QuantizeRule
+
+
+@dataclasses.dataclass(frozen=True)
 class _Decision:
     """How one site is computed."""
 
-    planned: SitePlan
+    planned: _Planned
     integer: bool
     pad_single: bool = False
 
@@ -86,10 +94,10 @@ def lower(
             progress(path)
         weights[path] = _store(group[0], program.weights[path])
         for planned in group:
-            static = needs_range(planned)
+            static = needs_range(planned.rule)
             if static:
                 weights[planned.site.name + RANGE_SUFFIX] = products.range_of(planned.site, ranges)
-            timings = _time_site(planned, found) if planned.quantize.activations != "none" else []
+            timings = _time_site(planned, found) if planned.rule.activations != "none" else []
             decision, report = _decide(planned, timings, like[path], weights[path])
             decisions[planned.site.name] = decision
             reports.append(report)
@@ -100,7 +108,7 @@ def lower(
         for entry in plan.sites
         if entry.quantize is None and "not quantized" in entry.kept
     ]
-    static_sites = [d.planned.site for d in decisions.values() if d.integer and needs_range(d.planned)]
+    static_sites = [d.planned.site for d in decisions.values() if d.integer and needs_range(d.planned.rule)]
     report = PassReport("lower", time.perf_counter() - start, tuple(reports), _totals(program, weights))
     return program.replace(
         fn=_lowered(program.fn, like, decisions, static_sites),
@@ -121,7 +129,7 @@ def _lowered(
         tracked = values[site.weight_operand]
         activation = materialize(values[1 - site.weight_operand])
         if decision.integer:
-            absmax = products.static_range(site, decision.planned.quantize, tracked)
+            absmax = products.static_range(site, decision.planned.rule, tracked)
             return [products.integer_product(site, activation, tracked.value, absmax, pad_single=decision.pad_single)]
         weight = products.restore(site, tracked.value)
         operands = (activation, weight) if site.weight_operand == 1 else (weight, activation)
@@ -136,26 +144,26 @@ def _lowered(
     return run
 
 
-def _store(planned: SitePlan, weight: jax.Array) -> QTensor:
+def _store(planned: _Planned, weight: jax.Array) -> QTensor:
     """Quantizes one stored weight, stacked axes and all, in its site's layout."""
-    site, decision = planned.site, planned.quantize
+    site, rule = planned.site, planned.rule
     laid = lay_out(weight, site.layout)
-    quantize = lambda step: products.store(site, step, decision.weights, decision.granularity)  # noqa: E731
+    quantize = lambda step: products.store(site, step, rule.weights, rule.granularity)  # noqa: E731
     for _ in range(site.stacked):
         quantize = jax.vmap(quantize)
     return quantize(laid)
 
 
-def _by_weight(plan: Plan) -> dict[str, list[SitePlan]]:
+def _by_weight(plan: Plan) -> dict[str, list[_Planned]]:
     """Planned sites by the weight they share."""
-    groups: dict[str, list[SitePlan]] = {}
+    groups: dict[str, list[_Planned]] = {}
     for planned in plan.sites:
         if planned.quantize is not None and planned.site.path is not None:
-            groups.setdefault(planned.site.path, []).append(planned)
+            groups.setdefault(planned.site.path, []).append(_Planned(planned.site, planned.quantize))
     return groups
 
 
-def _keep_reason(group: Sequence[SitePlan]) -> str | None:
+def _keep_reason(group: Sequence[_Planned]) -> str | None:
     """Why a weight cannot be stored as an integer, or None."""
     first = group[0].site
     for site in (entry.site for entry in group):
@@ -182,21 +190,21 @@ def _by_name(sites: Iterable[Site]) -> dict[str, Site]:
     return {site.name: site for site in sites}
 
 
-def _time_site(planned: SitePlan, found: Mapping[Any, Mapping[str, Site]]) -> list[Timing]:
+def _time_site(planned: _Planned, found: Mapping[Any, Mapping[str, Site]]) -> list[Timing]:
     """Float against integer arithmetic at each size, or nothing to measure."""
-    return [compare(by_name[planned.site.name], planned.quantize, dict(at)) for at, by_name in found.items()]
+    return [compare(by_name[planned.site.name], planned.rule, dict(at)) for at, by_name in found.items()]
 
 
 def _decide(
-    planned: SitePlan, timings: Sequence[Timing], like: jax.ShapeDtypeStruct, stored: QTensor
+    planned: _Planned, timings: Sequence[Timing], like: jax.ShapeDtypeStruct, stored: QTensor
 ) -> tuple[_Decision, SiteReport]:
     """Keeps the integer product where it is faster over the sizes as a whole."""
-    decision = planned.quantize
+    rule = planned.rule
     before, after = leaf_bytes(like.shape, like.dtype), tree_bytes(stored)
-    metrics = {"timings": [timing.to_json() for timing in timings]} if timings else {}
-    formats = f"{decision.weights} weights"
+    metrics: dict[str, Any] = {"timings": [timing.to_json() for timing in timings]} if timings else {}
+    formats = f"{rule.weights} weights"
     reason = ""
-    if decision.activations == "none":
+    if rule.activations == "none":
         chosen = _Decision(planned, integer=False)
     else:
         pad = any(timing.padded_us is not None and timing.padded_us < timing.integer_us for timing in timings)
@@ -206,7 +214,7 @@ def _decide(
         if ratios:
             metrics["integer_over_float"] = ratio
         if chosen.integer:
-            formats = f"{decision.weights} x {decision.activations}"
+            formats = f"{rule.weights} x {rule.activations}"
         else:
             reason = f"integer arithmetic takes {ratio:.2f} of float's time here, so only the weight is stored small"
     return chosen, SiteReport(planned.site.name, formats, reason, before, after, metrics)

@@ -1,6 +1,6 @@
 """The arithmetic of a site with a weight: which axes share a scale, and the product in float and in int8.
 
-Used by every pass that quantizes, so that what is trained, what is calibrated and what is compiled are the same numbers.
+Used by every pass that quantizes, so that what is trained and what is compiled are the same numbers.
 """
 
 from __future__ import annotations

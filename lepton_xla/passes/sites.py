@@ -82,7 +82,7 @@ class Tracked(Carried):
 
     def through(self, eqn: Any) -> Values:
         """This weight after a layout-only operation; a replaced one is not touched, only its layout noted."""
-        plain = isinstance(self.value, jax.Array | jax.core.Tracer)
+        plain = isinstance(self.value, jax.Array)
         outs = _compat.bind(eqn, [self.value]) if plain else [self.value] * len(eqn.outvars)
         return [
             dataclasses.replace(self, value=out, layout=(*self.layout, LayoutOp(eqn, k))) for k, out in enumerate(outs)

@@ -33,12 +33,16 @@ _NOT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 _BRACES_TO_BRACKETS = bytes.maketrans(b"{}", b"[]")
 
 
+# msgspec has no optional Raw.
+_NO_DATA = msgspec.Raw(b"")
+
+
 class _InputHead(msgspec.Struct, frozen=True):
     name: str
     shape: list[int]
     datatype: str
     parameters: Parameters = {}
-    data: msgspec.Raw | None = None
+    data: msgspec.Raw = _NO_DATA
 
 
 class _OutputHead(msgspec.Struct, frozen=True):
@@ -198,8 +202,7 @@ class Decoder:
             slices[index] = (cursor, cursor + (size or 0))
             cursor += size or 0
             if size is None:
-                assert given.data is not None
-                arrays[index] = _json_data(given, given.data, count, tensor)
+                arrays[index] = _json_data(given, count, tensor)
         missing = [name for name, index in self._inputs.items() if slices[index] is None]
         if missing:
             raise RefusedError(400, f"input {missing[0]!r} is missing; the model needs {_names(self._inputs)}")
@@ -348,10 +351,10 @@ def _binary_size(given: _InputHead, count: int, datatype: Datatype) -> int | Non
     where = f"input {given.name!r}"
     size = given.parameters.get("binary_data_size")
     if size is None:
-        if given.data is None:
+        if not len(given.data):
             raise RefusedError(400, f"{where}: neither data nor binary_data_size is given")
         return None
-    if given.data is not None:
+    if len(given.data):
         raise RefusedError(400, f"{where}: both data and binary_data_size are given")
     if type(size) is not int or size < 0:
         raise RefusedError(400, f"{where}: binary_data_size must be a whole number, not {size!r}")
@@ -372,15 +375,15 @@ def _data_decoder(datatype: str, depth: int) -> msgspec.json.Decoder[Any]:
     return msgspec.json.Decoder(kind)
 
 
-def _json_data(given: _InputHead, raw: msgspec.Raw, count: int, tensor: Tensor) -> bytes:
+def _json_data(given: _InputHead, count: int, tensor: Tensor) -> bytes:
     """The `data` of an input, flat or nested as its shape is, as C-order bytes."""
     where = f"input {given.name!r}"
     datatype = tensor.datatype
     if datatype.element is None:
         raise RefusedError(400, f"{where}: {datatype.name} cannot be sent as JSON; use binary_data_size")
-    nested = len(given.shape) > 1 and _NESTED.match(raw) is not None
+    nested = len(given.shape) > 1 and _NESTED.match(given.data) is not None
     try:
-        values = _data_decoder(datatype.name, len(given.shape) if nested else 1).decode(raw)
+        values = _data_decoder(datatype.name, len(given.shape) if nested else 1).decode(given.data)
         with np.errstate(over="raise"):
             array = np.asarray(values, dtype=tensor.dtype)
     except FloatingPointError as error:
