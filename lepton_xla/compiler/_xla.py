@@ -11,8 +11,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jaxlib.version
 import numpy as np
+from jax._src.core import ShapedArray
 from jax._src.lib import _jax  # pyright: ignore[reportAttributeAccessIssue]
+
+type Device = Any
+"""A `jax.Device`; JAX's own name for it is no type to a type checker."""
 
 type Loaded = Any
 """A `LoadedExecutable` of XLA's client, on one device."""
@@ -28,7 +33,7 @@ def serialize(executable: Loaded) -> bytes:
     return bytes(executable.serialize())
 
 
-def deserialize(blob: bytes, device: jax.Device) -> Loaded:
+def deserialize(blob: bytes, device: Device) -> Loaded:
     """Compiled code made ready to run on `device`; nothing is compiled.
 
     The bytes must come from a source that is trusted to run code here: loading them may execute it.
@@ -48,18 +53,23 @@ def _register_lapack() -> None:
     lapack._lapack.initialize()
 
 
-def platform_version(device: jax.Device) -> str:
+def jaxlib_version() -> str:
+    """The version that compiled code belongs to."""
+    return jaxlib.version.__version__
+
+
+def platform_version(device: Device) -> str:
     """What the client says about its runtime: a CUDA version, a libtpu build, or just `cpu`."""
     return str(device.client.platform_version)
 
 
-def putter(shape: Sequence[int], dtype: Any, device: jax.Device) -> Callable[[np.ndarray], jax.Array]:
+def putter(shape: Sequence[int], dtype: Any, device: Device) -> Callable[[np.ndarray], jax.Array]:
     """A function from a NumPy array of this shape and dtype to an array on `device`.
 
     On the CPU an array aligned to 64 bytes is not copied: the device array keeps it alive and reads the same memory, so
     it must not be written to while that device array is in use. A tenth of `jax.device_put`'s time a call.
     """
-    aval = jax.core.ShapedArray(tuple(shape), np.dtype(dtype))
+    aval = ShapedArray(tuple(shape), np.dtype(dtype))
     sharding = jax.sharding.SingleDeviceSharding(device)
     devices = [device]
     put = _jax.batched_device_put

@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-import jaxlib
 import numpy as np
 
 from lepton_xla.compiler import _xla, weights
@@ -205,7 +204,7 @@ def _made_by(target: Fingerprint) -> dict[str, Any]:
     return {
         "lepton_xla": importlib.metadata.version("lepton-xla"),
         "jax": jax.__version__,
-        "jaxlib": jaxlib.__version__,
+        "jaxlib": target.jaxlib,
         "python": platform.python_version(),
         "system": platform.system(),
         "machine": target.machine,

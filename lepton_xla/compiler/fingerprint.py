@@ -9,7 +9,6 @@ import platform
 import re
 
 import jax
-import jaxlib
 import msgspec
 
 from lepton_xla.compiler import _xla
@@ -42,7 +41,7 @@ class Fingerprint(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     xla_flags: str
 
     @classmethod
-    def of(cls, device: jax.Device | None = None) -> Fingerprint:
+    def of(cls, device: _xla.Device | None = None) -> Fingerprint:
         """The fingerprint of this process on `device`, by default the first one."""
         device = jax.devices()[0] if device is None else device
         return cls(
@@ -52,7 +51,7 @@ class Fingerprint(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             device_count=1,
             machine=platform.machine(),
             cpu_features=cpu_features_digest() if device.platform == "cpu" else "",
-            jaxlib=jaxlib.__version__,
+            jaxlib=_xla.jaxlib_version(),
             xla_flags=relevant_xla_flags(os.environ.get("XLA_FLAGS", "")),
         )
 

@@ -90,7 +90,7 @@ def _choose(manifest: Manifest, buckets: Mapping[str, Sequence[int]] | None) -> 
     return ladders
 
 
-def _to_device(manifest: Manifest, arrays: Sequence[np.ndarray], device: jax.Device) -> list[jax.Array]:
+def _to_device(manifest: Manifest, arrays: Sequence[np.ndarray], device: _xla.Device) -> list[jax.Array]:
     # On the CPU each array starts on a 64-byte boundary, so the device array is the same memory and no copy.
     return [
         _xla.putter(leaf.shape, jnp.dtype(leaf.dtype), device)(array)
@@ -98,7 +98,7 @@ def _to_device(manifest: Manifest, arrays: Sequence[np.ndarray], device: jax.Dev
     ]
 
 
-def _deserialize(blob: bytes, device: jax.Device, key: str) -> _xla.Loaded:
+def _deserialize(blob: bytes, device: _xla.Device, key: str) -> _xla.Loaded:
     try:
         return _xla.deserialize(blob, device)
     except Exception as error:  # the client's own kinds

@@ -25,7 +25,7 @@ class _Struct(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     """Read from a file: a key that is missing, unknown or of another type is an error."""
 
 
-class Tensor(_Struct):
+class Tensor(_Struct, frozen=True, kw_only=True):
     """An input or output; `shape` mixes sizes and symbolic names."""
 
     name: str
@@ -33,7 +33,7 @@ class Tensor(_Struct):
     dtype: str
 
 
-class WeightLeaf(_Struct):
+class WeightLeaf(_Struct, frozen=True, kw_only=True):
     """One weight array, in the order of the executables' arguments.
 
     Attributes:
@@ -51,7 +51,7 @@ class WeightLeaf(_Struct):
     folder: str
 
 
-class PortableProgram(_Struct):
+class PortableProgram(_Struct, frozen=True, kw_only=True):
     """A serialized StableHLO program; `sizes` is None where its dimensions are symbolic."""
 
     file: str
@@ -59,21 +59,21 @@ class PortableProgram(_Struct):
     platforms: tuple[str, ...]
 
 
-class ExecutableSet(_Struct):
+class ExecutableSet(_Struct, frozen=True, kw_only=True):
     """Executables for one target: bucket name -> file."""
 
     target: Fingerprint
     files: dict[str, str]
 
 
-class FileEntry(_Struct):
+class FileEntry(_Struct, frozen=True, kw_only=True):
     """Size in bytes and SHA-256 of one file."""
 
     size: int
     sha256: str
 
 
-class Manifest(_Struct):
+class Manifest(_Struct, frozen=True, kw_only=True):
     """The whole of `manifest.json`.
 
     Attributes:

