@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -40,6 +40,8 @@ class TensorSpec:
     dtype: str
 
     def __post_init__(self) -> None:
+        if isinstance(self.shape, str) or not isinstance(self.shape, Iterable):
+            raise ModelError(f"TensorSpec: the shape {self.shape!r} is not a tuple such as ('batch', 28)")
         object.__setattr__(self, "shape", tuple(self.shape))
         for dim in self.shape:
             valid = dim.isidentifier() if isinstance(dim, str) else isinstance(dim, int) and dim >= 0
@@ -48,6 +50,8 @@ class TensorSpec:
                     f"TensorSpec{self.shape}: dimension {dim!r} is neither a size >= 0 nor a name like 'batch'"
                 )
         try:
+            if self.dtype is None:  # which NumPy takes for float64
+                raise TypeError
             object.__setattr__(self, "dtype", jnp.dtype(self.dtype).name)
         except TypeError as error:
             raise ModelError(f"TensorSpec{self.shape}: unknown dtype {self.dtype!r}") from error
@@ -180,8 +184,8 @@ def trace(fn: Callable[..., Any], weights: Any, inputs: Mapping[str, TensorSpec]
         The program, with output names, shapes and symbolic dimensions inferred by abstract evaluation.
 
     Raises:
-        ModelError: if `fn` cannot be traced at these inputs, a weight is not an array, or an output's size depends
-            on a symbolic dimension in another way than being equal to it.
+        ModelError: if `fn` cannot be traced at these inputs, a weight is not an array, an input's dtype is disabled in
+            JAX, or an output's size depends on a symbolic dimension in another way than being equal to it.
     """
     named = name_leaves(weights, prefix="weights")
     treedef = jax.tree.structure(weights)
@@ -195,6 +199,12 @@ def trace(fn: Callable[..., Any], weights: Any, inputs: Mapping[str, TensorSpec]
 
     arrays = {name: jnp.asarray(leaf) for name, leaf in named.items()}
     specs = dict(inputs)
+    for name, spec in specs.items():
+        narrow = jax.dtypes.canonicalize_dtype(spec.dtype).name
+        if narrow != spec.dtype:
+            raise ModelError(
+                f"input {name!r} is {spec.dtype}, which JAX computes as {narrow} unless jax_enable_x64 is set"
+            )
     return Program(flat_fn, arrays, specs, infer_outputs(flat_fn, arrays, specs))
 
 
@@ -209,8 +219,8 @@ def infer_outputs(fn: Callable[..., Any], weights: Weights, inputs: Mapping[str,
     shapes: dict[str, list[int | str]] = {name: list(leaf.shape) for name, leaf in reference.items()}
     for symbol in base:
         changed = _abstract_outputs(fn, weights, inputs, {**base, symbol: base[symbol] + unit})
-        if changed.keys() != reference.keys():
-            raise ModelError(f"the names of the outputs change with the size of {symbol!r}")
+        if _ranks(changed) != _ranks(reference):
+            raise ModelError(f"the names or ranks of the outputs change with the size of {symbol!r}")
         for name, leaf in changed.items():
             for axis, (before, after) in enumerate(zip(reference[name].shape, leaf.shape, strict=True)):
                 if before == after:
@@ -222,6 +232,10 @@ def infer_outputs(fn: Callable[..., Any], weights: Weights, inputs: Mapping[str,
                     )
                 shapes[name][axis] = symbol
     return {name: TensorSpec(tuple(shapes[name]), leaf.dtype.name) for name, leaf in reference.items()}
+
+
+def _ranks(outputs: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, int]:
+    return {name: len(leaf.shape) for name, leaf in outputs.items()}
 
 
 def probe_sizes(
@@ -282,8 +296,8 @@ def from_linen(
         variables: every collection the module reads (`params`, `batch_stats`, ...); all of it becomes weights.
         inputs: name -> spec, in the order of the module's positional arguments.
         method: the module's method to call; `__call__` by default.
-        **kwargs: static keyword arguments. A `train`, `training` or `is_training` argument without a default is
-            set False, and `deterministic` and `use_running_average` True, unless given here.
+        **kwargs: static keyword arguments. Arguments named `train`, `training` or `is_training` are set False,
+            `deterministic` and `use_running_average` True, unless given here.
 
     Raises:
         ModelError: as `trace`.
@@ -311,7 +325,9 @@ def from_nnx(module: Any, inputs: Mapping[str, TensorSpec], **kwargs: Any) -> Pr
     """
     from flax import nnx
 
-    graph, variables, rest = nnx.split(_nnx_eval(nnx.clone(module)), nnx.Not(nnx.RngState), ...)
+    inference = nnx.clone(module)
+    inference.eval()
+    graph, variables, rest = nnx.split(inference, nnx.Not(nnx.RngState), ...)
     pure = nnx.to_pure_dict(variables)
 
     def fn(weights: Any, *args: Any) -> Any:
@@ -320,13 +336,6 @@ def from_nnx(module: Any, inputs: Mapping[str, TensorSpec], **kwargs: Any) -> Pr
         return nnx.merge(graph, state, rest)(*args, **kwargs)
 
     return trace(fn, pure, inputs)
-
-
-def _nnx_eval(module: Any) -> Any:
-    module.eval(raise_if_not_found=False) if "raise_if_not_found" in inspect.signature(module.eval).parameters else (
-        module.eval()
-    )
-    return module
 
 
 def _inference_arguments(function: Callable[..., Any], given: Mapping[str, Any]) -> dict[str, Any]:
