@@ -201,7 +201,6 @@ class App:
         if coding:
             body = encoding.inflate(body, coding, self._limits.max_body_bytes)
         request = self._decoder.decode(body, head_bytes)
-        exchange.body = b""  # the tensors keep what they need of it
         plan = request.plan
         ticket = Ticket(InferCall(request, exchange, accept), plan.rows, plan.key, exchange.started_s)
         if not self._batcher.add(ticket):

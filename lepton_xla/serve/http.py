@@ -29,6 +29,9 @@ _SINGLE = frozenset((b"inference-header-content-length", b"content-encoding", b"
 _CACHED_HEADS = 512
 _CACHED_HEAD_BYTES = 2048
 _LINGER_S = 2.0
+# Unanswered requests of one connection, and bytes of their bodies, beyond which nothing more is read from it.
+_AHEAD = 64
+_AHEAD_BYTES = 1 << 20
 # Framing of a chunked body that is not data (sizes, extensions): what one chunk may cost on the wire.
 _CHUNK_OVERHEAD = 64
 
@@ -146,8 +149,8 @@ class Connection(asyncio.Protocol):
 
     __slots__ = (
         "_body", "_body_bytes", "_chunks", "_closing", "_complete", "_continue", "_deadline", "_framing", "_head",
-        "_head_bytes", "_headers", "_hub", "_in_message", "_limits", "_messages", "_parser", "_pending", "_stalled",
-        "_target", "_transport",
+        "_head_bytes", "_headers", "_hub", "_in_message", "_limits", "_messages", "_parser", "_pending", "_reading",
+        "_stalled", "_target", "_transport",
     )  # fmt: skip
 
     def __init__(self, hub: Hub) -> None:
@@ -157,6 +160,7 @@ class Connection(asyncio.Protocol):
         self._transport: Any = None
         self._pending: deque[Exchange] = deque()
         self._closing = False
+        self._reading = True
         self._stalled = math.inf
         self._deadline = math.inf
         self._in_message = False
@@ -193,11 +197,23 @@ class Connection(asyncio.Protocol):
 
     def pause_writing(self) -> None:
         self._stalled = monotonic()
-        self._transport.pause_reading()
+        self._throttle()
 
     def resume_writing(self) -> None:
         self._stalled = math.inf
-        self._transport.resume_reading()
+        self._throttle()
+
+    def _throttle(self) -> None:
+        """Reads on only while the client reads too and not too much of its own is in hand."""
+        pending = self._pending
+        ahead = len(pending) > _AHEAD or (len(pending) > 1 and sum(len(each.body) for each in pending) > _AHEAD_BYTES)
+        reading = not ahead and self._stalled == math.inf
+        if reading != self._reading and not self._transport.is_closing():
+            self._reading = reading
+            if reading:
+                self._transport.resume_reading()
+            else:
+                self._transport.pause_reading()
 
     def data_received(self, data: bytes) -> None:
         if self._closing:
@@ -222,8 +238,6 @@ class Connection(asyncio.Protocol):
         self._messages = 0
         try:
             self._parser.feed_data(data)
-        except httptools.HttpParserUpgrade:
-            self._fail(RefusedError(400, "upgrading the protocol is not supported"))
         except httptools.HttpParserError as error:
             cause = error.__context__
             if cause is not None and not isinstance(cause, RefusedError):
@@ -290,6 +304,8 @@ class Connection(asyncio.Protocol):
 
     def on_headers_complete(self) -> None:
         parser, headers = self._parser, self._headers
+        if parser.should_upgrade():
+            raise RefusedError(400, "upgrading the protocol is not supported")
         old = parser.get_http_version() == "1.0"
         head = Head(parser.get_method(), self._target, headers, parser.should_keep_alive(), old)
         if b"transfer-encoding" in headers:
@@ -352,6 +368,8 @@ class Connection(asyncio.Protocol):
         self._deadline = math.inf
         if not head.keep_alive:
             self._closing = True
+        if len(self._pending) > 1:
+            self._throttle()
         self._hub.handler(exchange)
 
     def flush(self, exchange: Exchange) -> None:
@@ -370,6 +388,8 @@ class Connection(asyncio.Protocol):
             if last:
                 self._finish(unread=not head.method)
                 return
+        if not self._reading:
+            self._throttle()
         if not pending:
             if self._in_message:
                 self._send_continue()

@@ -1,0 +1,383 @@
+"""Routes, statuses and the way of an infer request through a running server."""
+
+import gzip
+import json
+import re
+import threading
+import zlib
+
+import numpy as np
+import pytest
+from serve_fakes import (
+    Affine,
+    Identity,
+    Tokens,
+    affine_binary,
+    affine_json,
+    connect,
+    exchange,
+    raw_request,
+    read_outputs,
+    read_response,
+)
+
+from lepton_xla.program import TensorSpec
+
+INFER = "/v2/models/affine/infer"
+
+
+def get(server, path):
+    status, headers, body = exchange(server, "GET", path)
+    assert headers["content-type"] == "application/json"
+    return status, json.loads(body)
+
+
+def affine_reference(x, n):
+    return {"y": 2 * x + n[:, None].astype(np.float32), "twice": 2 * n}
+
+
+def check(server, x, n, **extra):
+    x, n = np.asarray(x, np.float32), np.asarray(n, np.int32)
+    body, fields = affine_binary(x, n)
+    status, headers, answer = exchange(server, "POST", INFER, body, fields | extra)
+    assert status == 200, answer
+    outputs = read_outputs(headers, answer)
+    for name, expected in affine_reference(x, n).items():
+        np.testing.assert_array_equal(outputs[name], expected)
+
+
+@pytest.mark.parametrize("path", ["/v2", "/v2/", "/v2?x=1"])
+def test_server_metadata(server, path):
+    status, body = get(server, path)
+    assert status == 200
+    assert body["name"] == "lepton_xla"
+    assert "binary_tensor_data" in body["extensions"]
+
+
+def test_health(server):
+    assert get(server, "/v2/health/live") == (200, {"live": True})
+    assert get(server, "/v2/health/ready") == (200, {"ready": True, "live": True})
+    assert get(server, "/v2/models/affine/ready") == (200, {"name": "affine", "ready": True})
+    assert get(server, "/v2/models/affine/versions/3/ready")[0] == 200
+
+
+@pytest.mark.parametrize("path", ["/v2/models/affine", "/v2/models/affine/versions/3", "/v2/models/%61ffine"])
+def test_model_metadata(server, path):
+    status, body = get(server, path)
+    assert status == 200
+    assert body["versions"] == ["3"]
+    assert body["inputs"] == [
+        {"name": "x", "datatype": "FP32", "shape": [-1, 4]},
+        {"name": "n", "datatype": "INT32", "shape": [-1]},
+    ]
+    assert body["outputs"][0] == {"name": "y", "datatype": "FP32", "shape": [-1, 4]}
+
+
+def test_model_config(server):
+    status, body = get(server, "/v2/models/affine/config")
+    assert status == 200
+    assert body["max_batch_size"] == 8
+    assert body["input"][0] == {"name": "x", "data_type": "TYPE_FP32", "dims": [4]}
+    assert body["dynamic_batching"] == {"preferred_batch_size": [1, 4, 8], "max_queue_delay_microseconds": 0}
+
+
+def test_statistics_count_rows_and_executions(server):
+    check(server, np.ones((3, 4)), [1, 2, 3])
+    check(server, np.ones((1, 4)), [1])
+    for path in ("/v2/models/affine/stats", "/v2/models/stats", "/v2/models/affine/versions/3/stats"):
+        (stats,) = get(server, path)[1]["model_stats"]
+        assert (stats["name"], stats["version"]) == ("affine", "3")
+        assert (stats["inference_count"], stats["execution_count"]) == (4, 2)
+        assert stats["inference_stats"]["success"]["count"] == 2
+        assert stats["inference_stats"]["success"]["ns"] > stats["inference_stats"]["compute_infer"]["ns"] > 0
+        assert [entry["batch_size"] for entry in stats["batch_stats"]] == [1, 4]
+
+
+def test_repository_index(server):
+    status, _, body = exchange(server, "POST", "/v2/repository/index", b"{}")
+    assert (status, json.loads(body)) == (200, [{"name": "affine", "version": "3", "state": "READY"}])
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/",
+        "/v3",
+        "/v2/x",
+        "/v2/models",
+        "/v2/models/",
+        "/v2/models/other",
+        "/v2/models/affine/",
+        "/v2/models/affine/x",
+        "/v2/models/affine/versions/4",
+        "/v2/models/affine/versions/3/x",
+        "/v2/models/affine%2Finfer",
+        "/v2/models/..%2faffine",
+        "/v2/models/%00",
+        "/v2/models/%ff",
+        "//v2",
+        "/metrics/x",
+    ],
+)
+def test_unknown_routes_and_models_are_404(server, path):
+    status, body = get(server, path)
+    assert status == 404
+    assert set(body) == {"error"}
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "allow"),
+    [
+        ("POST", "/v2", "GET, HEAD"),
+        ("DELETE", "/v2/health/live", "GET, HEAD"),
+        ("GET", INFER, "POST"),
+        ("HEAD", INFER, "POST"),
+        ("PUT", INFER, "POST"),
+        ("POST", "/metrics", "GET, HEAD"),
+        ("OPTIONS", "/v2", "GET, HEAD"),
+    ],
+)
+def test_a_wrong_method_is_405_and_says_which(server, method, path, allow):
+    status, headers, _ = exchange(server, method, path)
+    assert (status, headers["allow"]) == (405, allow)
+
+
+@pytest.mark.parametrize("path", [INFER, "/v2/models/affine/versions/3/infer"])
+def test_infer_in_json(server, path):
+    x, n = np.arange(8, dtype=np.float32).reshape(2, 4), np.array([1, 2], np.int32)
+    status, headers, body = exchange(server, "POST", path, affine_json(x, n, id="é"))
+    assert status == 200
+    assert headers["content-type"] == "application/json"
+    assert "inference-header-content-length" not in headers
+    assert json.loads(body)["id"] == "é"
+    outputs = read_outputs(headers, body)
+    for name, expected in affine_reference(x, n).items():
+        np.testing.assert_array_equal(outputs[name], expected)
+
+
+def test_infer_in_binary_of_every_size_up_to_three_batches(server):
+    rng = np.random.default_rng(0)
+    for rows in range(1, 25):
+        check(server, rng.random((rows, 4), np.float32), rng.integers(0, 100, rows))
+
+
+def test_padding_rows_are_zero_whatever_ran_before(server, affine):
+    check(server, np.full((8, 4), 9.0), [9] * 8)
+    check(server, np.full((5, 4), 9.0), [9] * 5)
+    check(server, np.full((2, 4), 7.0), [7] * 2)
+    for x, n in affine.seen:
+        used = max((index + 1 for index in range(len(n)) if n[index]), default=0)
+        assert not x[used:].any()
+        assert not n[used:].any()
+
+
+def test_a_mix_of_binary_and_json_outputs(server):
+    x, n = np.ones((2, 4), np.float32), np.array([3, 4], np.int32)
+    wanted = [{"name": "twice"}, {"name": "y", "parameters": {"binary_data": True}}]
+    body = affine_json(x, n, outputs=wanted)
+    status, headers, answer = exchange(server, "POST", INFER, body)
+    assert status == 200
+    assert headers["content-type"] == "application/octet-stream"
+    head = json.loads(answer[: int(headers["inference-header-content-length"])])
+    assert head["outputs"][0]["data"] == [6, 8]
+    np.testing.assert_array_equal(read_outputs(headers, answer)["y"], affine_reference(x, n)["y"])
+
+
+def test_requests_that_wait_together_run_together(server, affine):
+    """Behind a run that is held back, six rows of four requests gather and share one execution."""
+    affine.gate.clear()
+    affine.running.clear()
+    affine.runs.clear()
+    threads = [threading.Thread(target=check, args=(server, np.ones((1, 4)), [1]))]
+    threads[0].start()
+    assert affine.running.wait(5)
+    threads += [
+        threading.Thread(target=check, args=(server, np.full((rows, 4), rows), [rows] * rows)) for rows in (1, 2, 1, 2)
+    ]
+    for thread in threads[1:]:
+        thread.start()
+    while not wait_rows(server, 6):
+        pass
+    affine.gate.set()
+    for thread in threads:
+        thread.join(10)
+    assert sum(affine.runs) <= 1 + 8
+    assert server.metrics.rows == 7
+    assert server.metrics.requests == 5
+
+
+def wait_rows(server, rows):
+    text = exchange(server, "GET", "/metrics")[2].decode()
+    return f'lepton_queue_rows{{model="affine"}} {float(rows)}' in text
+
+
+def test_a_batch_of_zero_rows_is_400(server):
+    status, _, body = exchange(server, "POST", INFER, affine_json(np.zeros((0, 4)), np.zeros(0)))
+    assert status == 400
+    assert "at least one row" in json.loads(body)["error"]
+
+
+@pytest.mark.parametrize("value", ["-1", "x", "1e3", "+5", "99999999999999999999", "999999", "0x10", ""])
+def test_a_header_length_that_lies_is_400(server, value):
+    body, _ = affine_binary(np.ones((1, 4)), [1])
+    status, _, answer = exchange(server, "POST", INFER, body, {"Inference-Header-Content-Length": value})
+    assert status == 400, answer
+
+
+def test_a_full_queue_is_503_with_retry_after_and_recovers(make_server, affine):
+    server = make_server(affine, max_queue_rows=4)
+    affine.gate.clear()
+    affine.running.clear()
+    data, fields = affine_binary(np.ones((4, 4)), [1] * 4)
+    with connect(server) as first, connect(server) as second:
+        first.sendall(raw_request("POST", INFER, data, fields))
+        assert affine.running.wait(5)
+        second.sendall(raw_request("POST", INFER, data, fields))
+        while not wait_rows(server, 4):
+            pass
+        status, headers, body = exchange(server, "POST", INFER, data, fields)
+        assert (status, headers["retry-after"]) == (503, "1")
+        assert "queue is full" in json.loads(body)["error"]
+        assert get(server, "/v2/health/live")[0] == get(server, "/v2/health/ready")[0] == 200
+        affine.gate.set()
+        assert read_response(first)[0] == read_response(second)[0] == 200
+    check(server, np.ones((4, 4)), [1] * 4)
+    assert exchange(server, "POST", INFER, *affine_binary(np.ones((5, 4)), [1] * 5))[0] == 413
+
+
+def test_a_failing_batch_is_500_without_details_and_the_engine_lives(server, caplog):
+    for _ in range(3):
+        status, _, body = exchange(server, "POST", INFER, affine_json(np.ones((1, 4)), [-1]))
+        assert (status, json.loads(body)) == (500, {"error": "inference failed"})
+    assert "poisoned" in caplog.text
+    check(server, np.ones((1, 4)), [1])
+
+
+def test_a_split_request_of_which_one_part_fails_is_answered_once(server, affine):
+    n = np.zeros(20, np.int32)
+    n[3] = -1
+    affine.runs.clear()
+    assert exchange(server, "POST", INFER, affine_json(np.ones((20, 4)), n))[0] == 500
+    check(server, np.ones((1, 4)), [1])
+    assert sum(affine.runs) <= 8 + 8 + 1
+
+
+def test_max_delay_lets_requests_gather(make_server, affine):
+    server = make_server(affine, max_delay_us=300_000)
+    affine.runs.clear()
+    threads = [threading.Thread(target=check, args=(server, np.ones((1, 4)), [index])) for index in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(10)
+    assert affine.runs == [4]
+    assert server.metrics.queue_s.total / 4 <= 0.35
+
+
+@pytest.mark.parametrize(("coding", "compress"), [("gzip", gzip.compress), ("deflate", zlib.compress)])
+def test_compressed_requests_and_responses(server, coding, compress):
+    x, n = np.arange(800, dtype=np.float32).reshape(200, 4), np.arange(200, dtype=np.int32)
+    body, fields = affine_binary(x, n)
+    headers = fields | {"Content-Encoding": coding, "Accept-Encoding": coding}
+    status, got, answer = exchange(server, "POST", INFER, compress(body), headers)
+    assert (status, got["content-encoding"]) == (200, coding)
+    answer = gzip.decompress(answer) if coding == "gzip" else zlib.decompress(answer)
+    np.testing.assert_array_equal(read_outputs(got, answer)["y"], affine_reference(x, n)["y"])
+
+
+def test_small_answers_and_errors_are_never_compressed(server):
+    body, fields = affine_binary(np.ones((1, 4)), [1])
+    assert "content-encoding" not in exchange(server, "POST", INFER, body, fields | {"Accept-Encoding": "gzip"})[1]
+    bad = affine_json(np.ones((1, 4)), [1]).replace(b"FP32", b"F" * 5000)
+    status, headers, _ = exchange(server, "POST", INFER, bad, {"Accept-Encoding": "gzip"})
+    assert status == 400
+    assert "content-encoding" not in headers
+
+
+def test_bad_compressed_bodies(make_server):
+    from lepton_xla.serve import Limits
+
+    server = make_server(Affine(), limits=Limits(max_body_bytes=100_000))
+    for body, coding, status in (
+        (b"junk", "gzip", 400),
+        (gzip.compress(bytes(10 << 20)), "gzip", 413),
+        (zlib.compress(bytes(10 << 20)), "deflate", 413),
+        (b"{}", "br", 415),
+    ):
+        got, headers, _ = exchange(server, "POST", INFER, body, {"Content-Encoding": coding})
+        assert got == status
+        assert ("accept-encoding" in headers) == (status == 415)
+
+
+def test_metrics_are_what_happened(server):
+    check(server, np.ones((5, 4)), [1] * 5)
+    exchange(server, "POST", INFER, b"{")
+    exchange(server, "GET", "/v2/models/" + "x" * 50)
+    text = exchange(server, "GET", "/metrics")[2].decode()
+    values = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
+    assert values['lepton_http_responses_total{code="400"}'] == "1.0"
+    assert values['lepton_http_responses_total{code="404"}'] == "1.0"
+    rows, padding = values['lepton_rows_total{model="affine"}'], values['lepton_padding_rows_total{model="affine"}']
+    batches = values['lepton_batches_total{model="affine"}']
+    assert (rows, batches, padding) in (("5.0", "1.0", "3.0"), ("5.0", "2.0", "0.0"))
+    assert values['lepton_request_seconds_count{model="affine"}'] == "1.0"
+    assert values['lepton_request_seconds_bucket{le="+Inf",model="affine"}'] == "1.0"
+    assert "xxxx" not in text
+    assert len(re.findall("^lepton", text, re.MULTILINE)) < 120
+
+
+def test_two_symbols_are_padded_and_cut(make_server):
+    tokens = Tokens()
+    server = make_server(tokens)
+    for seq in range(1, 9):
+        for rows in (1, 3, 6):
+            array = np.arange(1, rows * seq + 1, dtype=np.int32).reshape(rows, seq)
+            given = {"name": "tokens", "datatype": "INT32", "shape": [rows, seq], "data": array.tolist()}
+            body = json.dumps({"inputs": [given]}).encode()
+            status, headers, answer = exchange(server, "POST", "/v2/models/tokens/infer", body)
+            assert status == 200, answer
+            outputs = read_outputs(headers, answer)
+            np.testing.assert_array_equal(outputs["out"], array + 1)
+            np.testing.assert_array_equal(outputs["length"], [seq] * rows)
+    assert {seq for _, seq in tokens.runs} == {4, 8}
+
+
+def test_a_model_without_a_batch_dimension_runs_requests_alone(make_server):
+    server = make_server(Identity(shape=(2, 3), ladder=()))
+    given = {"name": "x", "datatype": "FP32", "shape": [2, 3], "data": [1, 2, 3, 4, 5, 6]}
+    body = json.dumps({"inputs": [given]}).encode()
+    status, headers, answer = exchange(server, "POST", "/v2/models/identity/infer", body)
+    assert status == 200
+    np.testing.assert_array_equal(read_outputs(headers, answer)["y"], np.arange(1, 7).reshape(2, 3))
+    assert get(server, "/v2/models/identity/config")[1]["max_batch_size"] == 0
+
+
+def test_an_input_shared_by_all_rows_stops_requests_from_sharing_a_run(make_server):
+    class Scaled(Identity):
+        def __init__(self):
+            super().__init__()
+            self.inputs["scale"] = TensorSpec((), "float32")
+
+        def run(self, sizes, arrays):
+            return [arrays[0] * arrays[1]]
+
+    server = make_server(Scaled())
+    for scale in (2.0, 3.0):
+        inputs = [
+            {"name": "x", "datatype": "FP32", "shape": [2, 3], "data": [1, 2, 3, 4, 5, 6]},
+            {"name": "scale", "datatype": "FP32", "shape": [], "data": [scale]},
+        ]
+        body = json.dumps({"inputs": inputs}).encode()
+        status, headers, answer = exchange(server, "POST", "/v2/models/identity/infer", body)
+        assert status == 200, answer
+        np.testing.assert_array_equal(read_outputs(headers, answer)["y"], scale * np.arange(1, 7).reshape(2, 3))
+
+
+def test_raw_mode(make_server):
+    server = make_server(Identity())
+    row = np.array([1, 2, 3], "<f4")
+    status, headers, body = exchange(
+        server, "POST", "/v2/models/identity/infer", row.tobytes(), {"Inference-Header-Content-Length": "0"}
+    )
+    assert status == 200
+    np.testing.assert_array_equal(read_outputs(headers, body)["y"], row[None])
