@@ -57,7 +57,8 @@ def minilm() -> Program | str:
         if importlib.util.find_spec(package) is None:
             return f"the package {package} is not installed"
     spec = importlib.util.spec_from_file_location("minilm", path)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     inputs = {"ids": TensorSpec(("batch", SEQ), "int32"), "mask": TensorSpec(("batch", SEQ), "int32")}

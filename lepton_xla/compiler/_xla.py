@@ -14,7 +14,7 @@ import jax
 import jaxlib.version
 import numpy as np
 from jax._src.core import ShapedArray
-from jax._src.lib import _jax  # pyright: ignore[reportAttributeAccessIssue]
+from jax._src.lib import _jax  # pyright: ignore[reportPrivateImportUsage]
 
 type Device = Any
 """A `jax.Device`; JAX's own name for it is no type to a type checker."""
@@ -48,9 +48,9 @@ def _register_lapack() -> None:
 
     Only where it is needed, because it imports SciPy, which takes a third of a second.
     """
-    from jaxlib import lapack  # pyright: ignore[reportMissingTypeStubs]
+    from jaxlib import lapack
 
-    lapack._lapack.initialize()
+    lapack._lapack.initialize()  # pyright: ignore[reportPrivateImportUsage]
 
 
 def jaxlib_version() -> str:

@@ -41,9 +41,9 @@ class Fingerprint(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     xla_flags: str
 
     @classmethod
-    def of(cls, device: _xla.Device | None = None) -> Fingerprint:
+    def of(cls, device: _xla.Device = None) -> Fingerprint:
         """The fingerprint of this process on `device`, by default the first one."""
-        device = jax.devices()[0] if device is None else device
+        device = device or jax.devices()[0]
         return cls(
             platform=device.platform,
             platform_version=_xla.platform_version(device),

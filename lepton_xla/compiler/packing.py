@@ -16,7 +16,7 @@ def needs_packing(dtype: str) -> bool:
         return True
     try:
         return ts.dtype(dtype).name != dtype
-    except TypeError:
+    except (TypeError, ValueError):
         return True
 
 

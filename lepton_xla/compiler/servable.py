@@ -169,7 +169,10 @@ def _as_array(name: str, spec: TensorSpec, value: Any) -> np.ndarray:
         array = np.asarray(value)
         if array.dtype == object or array.dtype.kind in "USOMm":
             raise InputError(f"input {name!r} holds {array.dtype} values, expected {spec}")
-        converted = array.astype(dtype)
+        if array.dtype.kind == "c" and not jnp.issubdtype(dtype, jnp.complexfloating):
+            raise InputError(f"input {name!r} holds complex values, expected {spec}")
+        with np.errstate(invalid="ignore", over="ignore"):
+            converted = array.astype(dtype)
     except (TypeError, ValueError) as error:
         raise InputError(f"input {name!r} cannot be made an array, expected {spec}: {error}") from error
     discrete = dtype == np.dtype(bool) or jnp.issubdtype(dtype, jnp.integer)
