@@ -244,12 +244,12 @@ def _site(context: Context, eqn: Any, values: Values) -> Site | None:
     tracked = [index for index, value in enumerate(values[:2]) if isinstance(value, Tracked)]
     if len(tracked) == 2:
         return None  # a product of two weights is arithmetic on weights, not a site
-    if kind == "gather" and (tracked != [0] or not _takes_rows(eqn)):
+    if kind == "gather" and (tracked != [0] or not takes_rows(eqn)):
         return None
     operand = tracked[0] if tracked else None
     weight = values[operand] if operand is not None else None
     base = weight.path if weight is not None else "/".join(part for part in (context.scope, kind) if part)
-    name = _numbered(context, base, weighted=weight is not None)
+    name = numbered(context, base, weighted=weight is not None)
     return Site(
         name=name,
         path=weight.path if weight is not None else None,
@@ -265,7 +265,7 @@ def _site(context: Context, eqn: Any, values: Values) -> Site | None:
     )
 
 
-def _numbered(context: Context, base: str, *, weighted: bool) -> str:
+def numbered(context: Context, base: str, *, weighted: bool) -> str:
     """The site's name: the same each time its equation is traced in one walk."""
     names: dict[Any, str] = context.walk.notes.setdefault("site_names", {})
     counts: dict[str, int] = context.walk.notes.setdefault("site_counts", {})
@@ -276,7 +276,7 @@ def _numbered(context: Context, base: str, *, weighted: bool) -> str:
     return names[context.key]
 
 
-def _takes_rows(eqn: Any) -> bool:
+def takes_rows(eqn: Any) -> bool:
     """Whether a gather looks up whole rows of a table: an embedding."""
     table = eqn.invars[0].aval.shape
     return len(table) == 2 and tuple(eqn.params["slice_sizes"]) == (1, table[1])
