@@ -1,0 +1,269 @@
+import json
+import os
+import pathlib
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+import compiler_models as models
+import numpy as np
+import pytest
+
+from lepton_xla import compiler
+from lepton_xla.compiler.storage import Store
+from lepton_xla.errors import ArtifactError
+
+_WORKER = """
+import sys
+sys.path[:0] = {path!r}
+import numpy as np
+from lepton_xla import compiler
+from lepton_xla.errors import LeptonError
+from lepton_xla.program import TensorSpec, trace
+random = np.random.default_rng(0)
+weights = {{f"w{{i}}": random.standard_normal(({rows}, 64)).astype("float32") for i in range({leaves})}}
+inputs = {{"x": TensorSpec(("batch", 64), "float32")}}
+artifact = compiler.compile(trace(lambda w, x: x + w["w0"][:1], weights, inputs), {{"batch": (1,)}})
+"""
+
+
+def worker(code: str, *, rows: int = 64, leaves: int = 2) -> list[str]:
+    path = [*sys.path, str(pathlib.Path(__file__).parent)]
+    return [sys.executable, "-W", "ignore", "-c", _WORKER.format(path=path, rows=rows, leaves=leaves) + code]
+
+
+def files_of(path: pathlib.Path) -> list[str]:
+    return sorted(str(file.relative_to(path)) for file in path.rglob("*") if file.is_file())
+
+
+def test_the_layout(saved_dense: pathlib.Path) -> None:
+    manifest = json.loads((saved_dense / "manifest.json").read_text())
+    digest = compiler.Fingerprint.of().digest
+    assert sorted(manifest["files"]) == [name for name in files_of(saved_dense) if name != "manifest.json"]
+    assert {name for name in manifest["files"] if not name.startswith("weights/")} == {
+        "programs/symbolic.stablehlo",
+        *(f"executables/{digest}/batch={size}.xla" for size in (1, 4, 8)),
+    }
+    assert [(leaf["path"], leaf["shape"], leaf["dtype"]) for leaf in manifest["weights"]] == [
+        ("bias", [5], "float32"), ("kernel", [12, 5], "float32"),
+    ]  # fmt: skip
+    assert manifest["schema"] == 1
+    assert manifest["recipe"] == {"name": "none"}
+    assert manifest["buckets"] == {"batch": [1, 4, 8]}
+
+
+def test_weights_are_plain_zarr_that_other_tools_read(saved_dense: pathlib.Path) -> None:
+    import tensorstore as ts
+
+    (folder,) = (saved_dense / "weights").glob("*kernel")
+    spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": str(folder)}}
+    kernel = ts.open(spec, open=True).result().read().result()
+    np.testing.assert_array_equal(kernel, models.dense_weights()["kernel"])
+
+
+def test_verify_counts_and_lists_extra_files(copy_dense: Callable[[], pathlib.Path]) -> None:
+    path = copy_dense()
+    found = compiler.verify(path)
+    sizes = [(path / name).stat().st_size for name in files_of(path) if name != "manifest.json"]
+    assert (found.files, found.size_bytes, found.extra) == (len(sizes), sum(sizes), ())
+    (path / "executables" / "stray.xla").write_bytes(b"x")
+    assert compiler.verify(path).extra == ("executables/stray.xla",)
+
+
+def _flip(file: pathlib.Path) -> None:
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+
+
+def _truncate(file: pathlib.Path) -> None:
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+def _empty(file: pathlib.Path) -> None:
+    file.write_bytes(b"")
+
+
+def _grow(file: pathlib.Path) -> None:
+    file.write_bytes(file.read_bytes() + b"\0")
+
+
+def _replace_by_folder(file: pathlib.Path) -> None:
+    file.unlink()
+    file.mkdir()
+
+
+def _link_outside(file: pathlib.Path) -> None:
+    (artifact,) = [parent for parent in file.parents if parent.suffix == ".lepton"]
+    outside = artifact.parent / f"outside-{time.monotonic_ns()}"
+    file.rename(outside)
+    file.symlink_to(outside)
+
+
+@pytest.mark.parametrize(
+    "damage", [_flip, _truncate, _empty, _grow, pathlib.Path.unlink, _replace_by_folder, _link_outside]
+)
+def test_damage_to_any_file_is_found_and_the_file_named(
+    copy_dense: Callable[[], pathlib.Path], saved_dense: pathlib.Path, damage: Callable[[pathlib.Path], None]
+) -> None:
+    names = files_of(saved_dense)
+    assert len(names) == 9
+    for name in names:
+        if name == "manifest.json" and damage in (_flip, _grow):
+            continue  # it has no digest of its own: the next test edits it with meaning
+        for check in (compiler.verify, compiler.load):
+            path = copy_dense()
+            damage(path / name)
+            with pytest.raises(ArtifactError, match=re.escape(name)):
+                check(path)
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda m: m.update(schema=2), "schema version 2; this version of lepton_xla reads 1"),
+        (lambda m: m.pop("schema"), "missing required field `schema`"),
+        (lambda m: m.pop("weights"), "missing required field `weights`"),
+        (lambda m: m.update(surprise=1), "unknown field `surprise`"),
+        (lambda m: m.update(name=3), r"Expected `str`, got `int` - at `\$.name`"),
+        (lambda m: m.update(name="../x"), "model name '../x'"),
+        (lambda m: m["buckets"].update(seq=[1]), "buckets name 'seq'"),
+        (lambda m: m["buckets"].update(batch=[8, 1]), "must ascend"),
+        (lambda m: m["weights"][0].update(dtype="float3"), "float3"),
+        (lambda m: m["weights"][0].update(shape=[-5]), "negative size"),
+        (lambda m: m["weights"][0].update(shape=[6]), r"holds float32\[5\]; the manifest says float32\[6\]"),
+        (lambda m: m["weights"][0].update(folder="weights/x"), "'weights/x/zarr.json' has no entry in files"),
+        (lambda m: m["programs"][0].update(file="../p"), "'../p' has no entry in files"),
+        (lambda m: m["files"].update({"../p": {"size": 1, "sha256": "0" * 64}}), "'../p' is not a valid name"),
+        (lambda m: m["files"].update({"/etc/passwd": {"size": 1, "sha256": "0" * 64}}), "not a valid name"),
+        (lambda m: m["files"].update({"a//b": {"size": 1, "sha256": "0" * 64}}), "not a valid name"),
+        (lambda m: m["files"].update({"a": {"size": -1, "sha256": "0" * 64}}), "no valid size and SHA-256"),
+        (lambda m: m["files"].update({"a": {"size": 1, "sha256": "zz"}}), "no valid size and SHA-256"),
+        (lambda m: m["executables"].update({"0" * 16: next(iter(m["executables"].values()))}), "not the digest of"),
+    ],
+)
+def test_an_edited_manifest_is_refused(
+    copy_dense: Callable[[], pathlib.Path], edit: Callable[[dict], object], message: str
+) -> None:
+    path = copy_dense()
+    manifest = json.loads((path / "manifest.json").read_text())
+    edit(manifest)
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ArtifactError, match=message):
+        compiler.load(path)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "null", '{"schema": "1"}', "\xff", "[" * 200_000, '{"schema":1,"a":' + "[" * 200_000]
+)
+def test_a_manifest_that_is_not_one(copy_dense: Callable[[], pathlib.Path], text: str) -> None:
+    path = copy_dense()
+    (path / "manifest.json").write_text(text, encoding="latin-1")
+    with pytest.raises(ArtifactError, match=r"manifest\.json"):
+        compiler.verify(path)
+
+
+def test_a_huge_manifest_is_not_read(copy_dense: Callable[[], pathlib.Path]) -> None:
+    path = copy_dense()
+    os.truncate(path / "manifest.json", 1 << 40)
+    with pytest.raises(ArtifactError, match=r"manifest\.json has 1099511627776 bytes"):
+        compiler.verify(path)
+
+
+@pytest.mark.parametrize("location", ["nothing-here.lepton", "memory://nothing-here/", "nosuchscheme://x/"])
+def test_nothing_there(tmp_path: pathlib.Path, location: str) -> None:
+    with pytest.raises(ArtifactError, match=location.rstrip("/")):
+        compiler.load(location if "://" in location else tmp_path / location)
+
+
+def test_saving_over_something(tmp_path: pathlib.Path, dense_artifact: compiler.Artifact) -> None:
+    path = tmp_path / "m.lepton"
+    dense_artifact.save(path)
+    before = files_of(path)
+    with pytest.raises(ArtifactError, match="exists already"):
+        dense_artifact.save(path)
+    (path / "stray").write_text("x")
+    dense_artifact.save(path, overwrite=True)
+    assert files_of(path) == before
+    assert os.listdir(tmp_path) == ["m.lepton"]
+    precious = tmp_path / "home"
+    precious.mkdir()
+    (precious / "thesis.txt").write_text("x")
+    with pytest.raises(ArtifactError, match="is not an artifact"):
+        dense_artifact.save(precious, overwrite=True)
+    assert files_of(precious) == ["thesis.txt"]
+
+
+@pytest.mark.parametrize("location", ["memory://bucket/models/dense/", "file://"])
+def test_addresses(tmp_path: pathlib.Path, dense_artifact: compiler.Artifact, location: str) -> None:
+    location = f"file://{tmp_path}/a b.lepton" if location == "file://" else location
+    dense_artifact.save(location)
+    with pytest.raises(ArtifactError, match="exists already"):
+        dense_artifact.save(location)
+    dense_artifact.save(location, overwrite=True)
+    assert compiler.verify(location).extra == ()
+    x = np.ones((3, 12), np.float32)
+    np.testing.assert_allclose(compiler.load(location)(x=x)["output"], models.dense_reference(x), rtol=1e-5)
+
+
+@pytest.mark.parametrize("base", ["local", "memory"])
+def test_a_write_that_fails_leaves_nothing(
+    tmp_path: pathlib.Path, dense_artifact: compiler.Artifact, monkeypatch: pytest.MonkeyPatch, base: str
+) -> None:
+    location = tmp_path / "m.lepton" if base == "local" else "memory://full/"
+    real = Store.write
+    for fail_at in range(1, 10):
+        count = iter(range(1, 100))
+
+        def write(store: Store, name: str, data: bytes, fail_at: int = fail_at, count=count) -> None:
+            if next(count) == fail_at:
+                raise ArtifactError(f"{name} cannot be written: No space left on device")
+            real(store, name, data)
+
+        monkeypatch.setattr(Store, "write", write)
+        with pytest.raises(ArtifactError, match="No space left"):
+            dense_artifact.save(location)
+        assert os.listdir(tmp_path) == []
+        assert Store(location).names() == []
+
+
+def test_a_full_disk_leaves_nothing_and_keeps_the_old_artifact(tmp_path: pathlib.Path) -> None:
+    code = """
+import resource
+artifact.save(sys.argv[1] + "/old.lepton")
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+for name, overwrite in (("new.lepton", False), ("old.lepton", True)):
+    try:
+        artifact.save(sys.argv[1] + "/" + name, overwrite=overwrite)
+    except LeptonError as error:
+        print(type(error).__name__, error)
+"""
+    done = subprocess.run([*worker(code, rows=1000), str(tmp_path)], capture_output=True, text=True, check=True)
+    lines = done.stdout.splitlines()
+    assert len(lines) == 2
+    assert all(
+        line.startswith("ArtifactError") and "weights/00000-w0/c/0/0 cannot be written" in line for line in lines
+    )
+    assert os.listdir(tmp_path) == ["old.lepton"]
+    compiler.verify(tmp_path / "old.lepton")
+
+
+def test_a_process_killed_while_saving_leaves_no_artifact_in_sight(tmp_path: pathlib.Path) -> None:
+    code = "print('saving', flush=True)\nartifact.save(sys.argv[1] + '/m.lepton')"
+    process = subprocess.Popen([*worker(code, leaves=400), str(tmp_path)], stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"saving\n"
+    deadline = time.monotonic() + 30
+    while not list(tmp_path.glob(".*.tmp/weights/00020*")) and time.monotonic() < deadline:
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
+    (left,) = os.listdir(tmp_path)
+    assert left.startswith(".m.lepton.")
+    assert not (tmp_path / left / "manifest.json").exists()
+    with pytest.raises(ArtifactError, match=r"manifest\.json is missing"):
+        compiler.load(tmp_path / "m.lepton")
