@@ -1,24 +1,28 @@
 """Make a trained JAX model small and fast, compile it ahead of time, and serve it, without leaving JAX."""
 
-from lepton_xla import passes
-from lepton_xla.compiler import Servable, compile, load, verify
-from lepton_xla.errors import (
-    ArtifactError,
-    CalibrationError,
-    CompileError,
-    InputError,
-    LeptonError,
-    ModelError,
-    RecipeError,
-    ServeError,
-    UnsupportedError,
-)
-from lepton_xla.modelspec import ModelSpec
-from lepton_xla.optimize import optimize
-from lepton_xla.passes.sites import find_sites
-from lepton_xla.program import Program, TensorSpec, from_linen, from_nnx, trace
-from lepton_xla.recipe import Plan, Recipe
-from lepton_xla.report import PassReport, SiteReport
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from lepton_xla import passes
+    from lepton_xla.compiler import Servable, compile, load, verify
+    from lepton_xla.errors import (
+        ArtifactError,
+        CalibrationError,
+        CompileError,
+        InputError,
+        LeptonError,
+        ModelError,
+        RecipeError,
+        ServeError,
+        UnsupportedError,
+    )
+    from lepton_xla.modelspec import ModelSpec
+    from lepton_xla.passes.sites import find_sites
+    from lepton_xla.pipeline import optimize
+    from lepton_xla.program import Program, TensorSpec, from_linen, from_nnx, trace
+    from lepton_xla.recipe import Plan, Recipe
+    from lepton_xla.report import PassReport, SiteReport
 
 __all__ = [
     "ArtifactError",
@@ -48,3 +52,41 @@ __all__ = [
     "trace",
     "verify",
 ]
+
+# Where each name lives: importing the package imports nothing else, so `leptonx --help` does not wait for JAX.
+# No name may also be a module of this package, for importing that module would replace it.
+_HOMES = {
+    "lepton_xla.compiler": ("Servable", "compile", "load", "verify"),
+    "lepton_xla.errors": (
+        "ArtifactError",
+        "CalibrationError",
+        "CompileError",
+        "InputError",
+        "LeptonError",
+        "ModelError",
+        "RecipeError",
+        "ServeError",
+        "UnsupportedError",
+    ),
+    "lepton_xla.modelspec": ("ModelSpec",),
+    "lepton_xla.passes.sites": ("find_sites",),
+    "lepton_xla.pipeline": ("optimize",),
+    "lepton_xla.program": ("Program", "TensorSpec", "from_linen", "from_nnx", "trace"),
+    "lepton_xla.recipe": ("Plan", "Recipe"),
+    "lepton_xla.report": ("PassReport", "SiteReport"),
+}
+_HOME = {name: module for module, names in _HOMES.items() for name in names}
+
+if not TYPE_CHECKING:  # else every misspelt name would have a type
+
+    def __getattr__(name: str) -> object:
+        if name == "passes":
+            return importlib.import_module("lepton_xla.passes")
+        if name not in _HOME:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = getattr(importlib.import_module(_HOME[name]), name)
+        globals()[name] = value
+        return value
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__all__})

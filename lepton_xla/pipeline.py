@@ -48,8 +48,44 @@ def optimize(
     say = progress or (lambda _line: None)
     if recipe.fold:
         say("fold")
+    program, plan = plan_for(program, recipe)
+    return apply_plan(program, plan, calibration=calibration, buckets=buckets, progress=progress)
+
+
+def plan_for(program: Program, recipe: Recipe) -> tuple[Program, Plan]:
+    """The first half of `optimize`: what is done to each site, decided on the folded program.
+
+    Returns:
+        The program, folded where the recipe says so, and the plan for it.
+
+    Raises:
+        RecipeError, UnsupportedError: as `optimize`.
+    """
+    if recipe.fold:
         program = fold(program)
-    plan = recipe.resolve(program)
+    return program, recipe.resolve(program)
+
+
+def apply_plan(
+    program: Program,
+    plan: Plan,
+    *,
+    calibration: Iterable[Mapping[str, Any]] | None = None,
+    buckets: Mapping[str, Iterable[int]] | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> Program:
+    """The second half of `optimize`: prune, calibrate, lower, as far as the plan asks for it.
+
+    Args:
+        program: the program that the plan was made for, as `plan_for` gives it.
+        plan: what each site gets.
+        calibration, buckets, progress: as in `optimize`.
+
+    Raises:
+        CalibrationError: as `optimize`.
+    """
+    say = progress or (lambda _line: None)
+    recipe = plan.recipe
     if any(planned.prune for planned in plan.sites):
         say("prune")
         program = prune(program, plan)
