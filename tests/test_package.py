@@ -93,13 +93,13 @@ ALLOWED = {
     "passes": BOTTOM | {"quant"},
     "recipe": PASSES,
     "modelspec": BOTTOM,
-    "optimize": PASSES | {"recipe"},
+    "pipeline": PASSES | {"recipe"},
     "compiler": BOTTOM,
     "serve": {"errors", "program", "compiler"},
     "train": PASSES | {"recipe", "sharding"},
     "sharding": BOTTOM,
     "kernels": {"errors", "_compat"},
-    "tune": PASSES | {"recipe", "optimize", "compiler", "modelspec"},
+    "tune": PASSES | {"recipe", "pipeline", "compiler", "modelspec"},
 }
 # For the checker of types only, which makes no dependency when the package runs.
 TYPES_ONLY = {("passes", "recipe"), ("quant", "recipe")}
@@ -123,14 +123,14 @@ def test_imports_point_one_way(module):
 def test_a_serving_process_reaches_no_pass():
     for module in FILES:
         if part(module) == "serve":
-            held = {name for name in reached(module) if part(name) in {"passes", "quant", "recipe", "optimize", "tune"}}
+            held = {name for name in reached(module) if part(name) in {"passes", "quant", "recipe", "pipeline", "tune"}}
             assert not held, f"{module} imports {sorted(held)}"
 
 
 def test_the_artifact_loader_reaches_no_pass():
     loader = reached("lepton_xla.compiler.loading")
     assert "lepton_xla.compiler" in loader
-    assert not {name for name in loader if part(name) in {"passes", "quant", "recipe", "optimize", "serve", "cli"}}
+    assert not {name for name in loader if part(name) in {"passes", "quant", "recipe", "pipeline", "serve", "cli"}}
 
 
 # JAX's internals.
