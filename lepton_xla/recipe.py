@@ -40,11 +40,14 @@ class PruneRule(_Rule, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """A `[[prune]]` block.
 
     Attributes:
-        sparsity: share of each weight's elements set to zero, in [0, 1).
+        sparsity: share of elements set to zero, in [0, 1).
+        distribution: `uniform`: the same share of each weight; `global`: that share of all weights of the block,
+            ranked together, so that small sensitive weights lose less.
         pattern: `unstructured`: any elements, the smallest magnitudes first.
     """
 
     sparsity: Annotated[float, msgspec.Meta(ge=0, lt=1)]
+    distribution: Literal["uniform", "global"] = "uniform"
     pattern: Literal["unstructured"] = "unstructured"
 
 
@@ -189,7 +192,7 @@ class SitePlan:
 
     def describe(self) -> str:
         """The decision in a few words."""
-        parts = [f"prune {self.prune.sparsity:.0%}"] if self.prune else []
+        parts = [f"prune {self.prune.sparsity:.0%} {self.prune.distribution}"] if self.prune else []
         if self.quantize:
             acts = self.quantize.activations
             scales = (

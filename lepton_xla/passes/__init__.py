@@ -4,7 +4,7 @@ from lepton_xla.passes.calibrate import calibrate
 from lepton_xla.passes.fake_quant import fake_quant
 from lepton_xla.passes.fold import fold
 from lepton_xla.passes.lower import lower
-from lepton_xla.passes.prune import magnitude_mask, masked, prune
+from lepton_xla.passes.prune import magnitude_masks, masked, prune
 from lepton_xla.passes.rewrite import rewrite
 from lepton_xla.passes.sites import find_sites, rewrite_sites
 
@@ -14,7 +14,7 @@ __all__ = [
     "find_sites",
     "fold",
     "lower",
-    "magnitude_mask",
+    "magnitude_masks",
     "masked",
     "prune",
     "rewrite",

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from lepton_xla.program import Program, leaf_bytes, name_leaves
 from lepton_xla.report import PassReport, SiteReport
@@ -16,20 +17,29 @@ if TYPE_CHECKING:
     from lepton_xla.recipe import Plan
 
 
-def magnitude_mask(weight: jax.Array, sparsity: float) -> jax.Array:
-    """Mask of the elements to keep.
+def magnitude_masks(weights: Sequence[jax.Array], sparsity: float) -> list[jax.Array]:
+    """Masks of the elements to keep, ranked by magnitude over all the weights together.
+
+    Runs on the host, on real arrays, in time linear in the number of elements.
 
     Args:
-        weight: any shape. NaN counts as largest, so that it stays visible.
-        sparsity: share of elements to drop, in [0, 1).
+        weights: arrays of any shapes. NaN counts as largest, so that it stays visible.
+        sparsity: share of all elements to drop, in [0, 1).
 
     Returns:
-        bool of the weight's shape with exactly `round(sparsity * size)` False, at the smallest magnitudes; of equal
-        ones, those that come first in row-major order.
+        A bool array for each weight; over all of them exactly `round(sparsity * elements)` are False, at the smallest
+        magnitudes; of equal ones, those that come first.
     """
-    order = jnp.argsort(jnp.abs(weight).ravel(), stable=True)
-    dropped = round(sparsity * weight.size)
-    return jnp.ones(weight.size, bool).at[order[:dropped]].set(False).reshape(weight.shape)
+    flat = np.concatenate([np.abs(np.asarray(weight, np.float32)).ravel() for weight in weights])
+    dropped = round(sparsity * flat.size)
+    keep = np.ones(flat.size, bool)
+    if dropped:
+        threshold = np.partition(flat, dropped - 1)[dropped - 1]
+        below = flat < threshold
+        keep[below] = False
+        keep[np.flatnonzero(flat == threshold)[: dropped - np.count_nonzero(below)]] = False
+    ends = np.cumsum([weight.size for weight in weights])[:-1]
+    return [jnp.asarray(part.reshape(weight.shape)) for part, weight in zip(np.split(keep, ends), weights, strict=True)]
 
 
 def prune(program: Program, plan: Plan) -> Program:
@@ -37,33 +47,43 @@ def prune(program: Program, plan: Plan) -> Program:
 
     Args:
         program: a program whose planned weights are float arrays.
-        plan: which sites, and how much of each. A weight stacked for a scan is pruned step by step.
+        plan: which sites, and how much of each. With `distribution = "uniform"` each weight, and each step of a
+            weight stacked for a scan, loses the same share; with `"global"` all weights of one rule are ranked
+            together.
 
     Returns:
         The program with pruned weights and their masks, so that training can go on with the zeros held.
     """
     start = time.perf_counter()
-    weights, masks, reports = dict(program.weights), dict(program.masks), []
+    # A weight used at several sites is pruned once; the plan has made sure that its sites agree.
+    chosen = {site.site.path: site for site in reversed(plan.sites) if site.prune is not None}
+    weights, masks = dict(program.weights), dict(program.masks)
+    for rule in plan.recipe.prune:
+        paths = [path for path, planned in chosen.items() if planned.prune is rule and path is not None]
+        if rule.distribution == "global" and paths:
+            found = magnitude_masks([program.weights[path] for path in paths], rule.sparsity)
+            masks |= dict(zip(paths, found, strict=True))
+        else:
+            for path in paths:
+                masks[path] = _uniform_mask(program.weights[path], rule.sparsity, chosen[path].site.stacked)
+    reports = []
     for planned in plan.sites:
         path = planned.site.path
-        if planned.prune is None or path is None:
-            if planned.kept.startswith("not pruned"):
-                reports.append(SiteReport(planned.site.name, "kept", planned.kept))
-            continue
-        if path in masks and masks[path] is not program.masks.get(path):
-            continue  # the weight's second site
-        weight = weights[path]
-        step_mask = lambda step, sparsity=planned.prune.sparsity: magnitude_mask(step, sparsity)  # noqa: E731
-        mask = step_mask
-        for _ in range(planned.site.stacked):
-            mask = jax.vmap(mask)
-        masks[path] = mask(weight)
-        weights[path] = jnp.where(masks[path], weight, jnp.zeros_like(weight))
-        size = leaf_bytes(weight.shape, weight.dtype)
-        zeros = 1 - float(jnp.mean(masks[path], dtype=jnp.float32))
-        reports.append(SiteReport(planned.site.name, "pruned", "", size, size, {"sparsity": zeros}))
+        if path in chosen and path is not None:
+            weights[path] = jnp.where(masks[path], weights[path], jnp.zeros_like(weights[path]))
+            size = leaf_bytes(weights[path].shape, weights[path].dtype)
+            share = 1 - float(np.mean(masks[path]))
+            reports.append(SiteReport(planned.site.name, "pruned", "", size, size, {"sparsity": share}))
+        elif planned.kept.startswith("not pruned"):
+            reports.append(SiteReport(planned.site.name, "kept", planned.kept))
     report = PassReport("prune", time.perf_counter() - start, tuple(reports))
     return program.replace(weights=weights, masks=masks, history=(*program.history, report))
+
+
+def _uniform_mask(weight: jax.Array, sparsity: float, stacked: int) -> jax.Array:
+    """A mask with the same share dropped in each step of the leading `stacked` axes."""
+    steps = weight.reshape((-1, *weight.shape[stacked:]))
+    return jnp.stack([magnitude_masks([step], sparsity)[0] for step in steps]).reshape(weight.shape)
 
 
 def masked(fn: Callable[..., Any], masks: Mapping[str, jax.Array]) -> Callable[..., Any]:
