@@ -199,3 +199,14 @@ def test_a_model_that_xla_refuses_is_named_with_its_bucket() -> None:
 
     with pytest.raises(CompileError, match="bucket batch=2: ValueError: not two"):
         compiler.compile(program(fn), {"batch": (1, 2)})
+
+
+def test_narrow_weights_do_not_hide_a_faint_mixing_of_rows() -> None:
+    """Between two executables int8 may differ by several percent, between two runs of one by nothing."""
+
+    def fn(w: Any, x: jax.Array) -> jax.Array:
+        return x * w["scale"].astype(jnp.float32)[None] + 0.02 * x.mean(0, keepdims=True)
+
+    weights = {"scale": np.arange(1, 7, dtype=np.int8)}
+    with pytest.raises(CompileError, match="beside other rows"):
+        compiler.compile(program(fn, weights=weights), {"batch": (4,)})
