@@ -19,7 +19,7 @@ from lepton_xla.serve import encoding, routes
 from lepton_xla.serve.batcher import Batcher, Part, Ticket
 from lepton_xla.serve.engine import Completion, Engine
 from lepton_xla.serve.errors import RefusedError
-from lepton_xla.serve.http import Exchange, Head
+from lepton_xla.serve.exchange import Exchange, Head
 from lepton_xla.serve.limits import Limits
 from lepton_xla.serve.metrics import CONTENT_TYPE, Metrics
 from lepton_xla.serve.signature import Signature, is_safe

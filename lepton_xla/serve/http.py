@@ -13,18 +13,16 @@ import dataclasses
 import math
 from collections import deque
 from collections.abc import Callable
-from http import HTTPStatus
 from time import monotonic
 from typing import Any
 
 import httptools
-import msgspec
 
 from lepton_xla.serve.errors import RefusedError
+from lepton_xla.serve.exchange import Exchange, Head
 from lepton_xla.serve.limits import Limits
 
 _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
-_OK = b"HTTP/1.1 200 OK\r\n"
 _SINGLE = frozenset((b"inference-header-content-length", b"content-encoding", b"content-length", b"host"))
 _CACHED_HEADS = 512
 _CACHED_HEAD_BYTES = 2048
@@ -34,82 +32,6 @@ _AHEAD = 64
 _AHEAD_BYTES = 1 << 20
 # Framing of a chunked body that is not data (sizes, extensions): what one chunk may cost on the wire.
 _CHUNK_OVERHEAD = 64
-
-
-class Head:
-    """Request line and header fields of a request. Equal ones may share an object.
-
-    Attributes:
-        method: such as `b"POST"`.
-        target: the request target, still percent-encoded.
-        headers: lower-case name -> value; repeated fields joined by a comma.
-        keep_alive: whether the client wants the connection kept.
-        old: HTTP/1.0, where keep-alive has to be said.
-        content_length: of the body; 0 without one, -1 where only its chunks will tell.
-        route: room for the handler to keep what it found out about this head.
-    """
-
-    __slots__ = ("content_length", "headers", "keep_alive", "method", "old", "route", "target")
-
-    def __init__(self, method: bytes, target: bytes, headers: dict[bytes, bytes], keep_alive: bool, old: bool) -> None:
-        self.method = method
-        self.target = target
-        self.headers = headers
-        self.keep_alive = keep_alive
-        self.old = old
-        self.content_length = 0
-        self.route: Callable[[Exchange], None] | None = None
-
-
-class Exchange:
-    """One request and the place for its answer.
-
-    Attributes:
-        head: request line and headers.
-        body: the whole body as sent.
-        started_s: when the request was complete.
-        on_cancel: called if the client goes away before the answer.
-        answered: whether an answer was given.
-    """
-
-    __slots__ = ("_connection", "_payload", "answered", "body", "head", "on_cancel", "started_s")
-
-    def __init__(self, connection: Connection, head: Head, body: bytes, started_s: float) -> None:
-        self._connection = connection
-        self._payload: bytes | None = None
-        self.head = head
-        self.body = body
-        self.started_s = started_s
-        self.on_cancel: Callable[[], None] | None = None
-        self.answered = False
-
-    def send(self, payload: bytes) -> None:
-        """Answers 200 with header fields, the blank line and the body in one piece (without the status line)."""
-        self._send(_OK + payload)
-
-    def answer(self, status: int, body: bytes, content_type: str = "application/json", *extra: str) -> None:
-        """Answers with a status, a body, and further header lines such as `Retry-After: 1`."""
-        reason = HTTPStatus(status).phrase
-        lines = [f"HTTP/1.1 {status} {reason}", f"Content-Type: {content_type}", f"Content-Length: {len(body)}", *extra]
-        if self.head.method == b"HEAD":
-            body = b""
-        self._send("\r\n".join(lines).encode("latin-1") + b"\r\n\r\n" + body)
-
-    def refuse(self, refusal: RefusedError) -> None:
-        """Answers with an error."""
-        headers = (*refusal.headers, "Retry-After: 1") if refusal.status == 503 else refusal.headers
-        self.answer(refusal.status, msgspec.json.encode({"error": refusal.message}), "application/json", *headers)
-
-    def _send(self, payload: bytes) -> None:
-        if not self.answered:
-            self.answered = True
-            self._payload = payload
-            self._connection.flush(self)
-
-    def take_payload(self) -> bytes | None:
-        """The answer, once."""
-        payload, self._payload = self._payload, None
-        return payload
 
 
 @dataclasses.dataclass(slots=True)

@@ -9,52 +9,30 @@ Pure functions of bytes: nothing here knows HTTP, sockets or the batcher.
 
 from __future__ import annotations
 
-import functools
 import math
-import re
 from collections.abc import Sequence
 from typing import Any
 
 import msgspec
 import numpy as np
 
-from lepton_xla.serve.datatypes import DATATYPES, Datatype
 from lepton_xla.serve.errors import RefusedError
 from lepton_xla.serve.limits import Limits
-from lepton_xla.serve.signature import Signature, Tensor
-
-type Parameters = dict[str, bool | int | float | str | None]
+from lepton_xla.serve.request import (
+    OutputHead,
+    RequestHead,
+    binary_size,
+    check_input,
+    flag,
+    json_data,
+    parse_head,
+    refuse_extensions,
+    refuse_reserved,
+)
+from lepton_xla.serve.signature import Signature
 
 _CACHED_HEADS = 512
 _CACHED_HEAD_BYTES = 4096
-_NESTED = re.compile(rb"\s*\[\s*\[")
-_STRING = re.compile(rb'"(?:[^"\\]|\\.)*"', re.DOTALL)
-_NOT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
-_BRACES_TO_BRACKETS = bytes.maketrans(b"{}", b"[]")
-
-
-# msgspec has no optional Raw.
-_NO_DATA = msgspec.Raw(b"")
-
-
-class _InputHead(msgspec.Struct, frozen=True):
-    name: str
-    shape: list[int]
-    datatype: str
-    parameters: Parameters = {}
-    data: msgspec.Raw = _NO_DATA
-
-
-class _OutputHead(msgspec.Struct, frozen=True):
-    name: str
-    parameters: Parameters = {}
-
-
-class _RequestHead(msgspec.Struct, frozen=True):
-    inputs: list[_InputHead]
-    id: str | None = None
-    parameters: Parameters = {}
-    outputs: list[_OutputHead] | None = None
 
 
 class Plan:
@@ -129,7 +107,6 @@ class Decoder:
         self._inputs = {tensor.name: index for index, tensor in enumerate(signature.inputs)}
         self._outputs = {tensor.name: index for index, tensor in enumerate(signature.outputs)}
         self._bool_inputs = tuple(i for i, t in enumerate(signature.inputs) if t.datatype.name == "BOOL")
-        self._head = msgspec.json.Decoder(_RequestHead)
         self._plans: dict[bytes, Plan] = {}
 
     def decode(self, body: bytes, head_bytes: int | None) -> InferRequest:
@@ -179,14 +156,8 @@ class Decoder:
                 raise RefusedError(400, f"input {self._signature.inputs[index].name!r}: a BOOL byte is neither 0 nor 1")
 
     def _plan(self, head: bytes, arrays: dict[int, bytes]) -> Plan:
-        check_depth(head, self._limits.max_json_depth)
-        try:
-            request = self._head.decode(head)
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
-            raise RefusedError(400, f"the request is not a valid inference request: {error}") from error
-        except RecursionError as error:
-            raise RefusedError(400, "the JSON part is nested too deeply") from error
-        _refuse_reserved(request.parameters)
+        request = parse_head(head, self._limits.max_json_depth)
+        refuse_reserved(request.parameters)
         sizes: dict[str, int] = {}
         slices: list[tuple[int, int] | None] = [None] * len(self._inputs)
         cursor = 0
@@ -197,12 +168,12 @@ class Decoder:
             if slices[index] is not None:
                 raise RefusedError(400, f"input {given.name!r} is given twice")
             tensor = self._signature.inputs[index]
-            count = _check_input(given, tensor, sizes)
-            size = _binary_size(given, count, tensor.datatype)
+            count = check_input(given, tensor, sizes)
+            size = binary_size(given, count, tensor.datatype)
             slices[index] = (cursor, cursor + (size or 0))
             cursor += size or 0
             if size is None:
-                arrays[index] = _json_data(given, count, tensor)
+                arrays[index] = json_data(given, count, tensor)
         missing = [name for name, index in self._inputs.items() if slices[index] is None]
         if missing:
             raise RefusedError(400, f"input {missing[0]!r} is missing; the model needs {_names(self._inputs)}")
@@ -237,9 +208,9 @@ class Decoder:
         cut = any(sizes[symbol] != size for symbol, size in zip(signature.others, key, strict=True))
         return Plan(request_id, sizes, rows, tuple(key), slices, tail_bytes, outputs, cut)
 
-    def _wanted(self, request: _RequestHead) -> tuple[tuple[int, bool], ...]:
-        binary = _flag(request.parameters, "binary_data_output", "the request", default=False)
-        asked = request.outputs or [_OutputHead(name) for name in self._outputs]
+    def _wanted(self, request: RequestHead) -> tuple[tuple[int, bool], ...]:
+        binary = flag(request.parameters, "binary_data_output", "the request", default=False)
+        asked = request.outputs or [OutputHead(name) for name in self._outputs]
         wanted: dict[int, bool] = {}
         for output in asked:
             index = self._outputs.get(output.name)
@@ -247,8 +218,8 @@ class Decoder:
                 raise RefusedError(400, f"the model has no output {output.name!r}; it has {_names(self._outputs)}")
             if index in wanted:
                 raise RefusedError(400, f"output {output.name!r} is asked for twice")
-            _refuse_extensions(output.parameters, f"output {output.name!r}")
-            wanted[index] = _flag(output.parameters, "binary_data", f"output {output.name!r}", default=binary)
+            refuse_extensions(output.parameters, f"output {output.name!r}")
+            wanted[index] = flag(output.parameters, "binary_data", f"output {output.name!r}", default=binary)
             datatype = self._signature.outputs[index].datatype
             if not wanted[index] and datatype.element is None:
                 raise RefusedError(
@@ -278,126 +249,8 @@ class Decoder:
         return InferRequest(plan, tensors)
 
 
-def check_depth(head: bytes, limit: int) -> None:
-    """Refuses JSON nested more than `limit` deep, without recursion.
-
-    Raises:
-        RefusedError: 400.
-    """
-    if head.count(b"[") + head.count(b"{") <= limit:
-        return
-    brackets = _STRING.sub(b"", head).translate(_BRACES_TO_BRACKETS, _NOT_BRACKETS)
-    # Each round removes the innermost level; what is left over after `limit` rounds is deeper (or not JSON).
-    for _ in range(limit):
-        if not brackets:
-            return
-        shorter = brackets.replace(b"[]", b"")
-        if len(shorter) == len(brackets):
-            return
-        brackets = shorter
-    if brackets:
-        raise RefusedError(400, f"the JSON part is nested more than {limit} deep")
-
-
 def _names(table: dict[str, int]) -> str:
     return ", ".join(repr(name) for name in table)
-
-
-def _refuse_reserved(parameters: Parameters) -> None:
-    for name in parameters:
-        if name.startswith("triton_"):
-            raise RefusedError(400, f"parameter {name!r} is reserved")
-
-
-def _refuse_extensions(parameters: Parameters, where: str) -> None:
-    for name in parameters:
-        if name.startswith("shared_memory_"):
-            raise RefusedError(400, f"{where}: shared memory is not supported")
-        if name == "classification":
-            raise RefusedError(400, f"{where}: classification is not supported")
-
-
-def _flag(parameters: Parameters, name: str, where: str, *, default: bool) -> bool:
-    value = parameters.get(name, default)
-    if not isinstance(value, bool):
-        raise RefusedError(400, f"{where}: parameter {name!r} must be true or false")
-    return value
-
-
-def _check_input(given: _InputHead, tensor: Tensor, sizes: dict[str, int]) -> int:
-    """Checks datatype and shape, notes the sizes of symbols, and gives the number of elements."""
-    where = f"input {given.name!r}"
-    if given.datatype != tensor.datatype.name:
-        known = "" if given.datatype in DATATYPES else ", which is no datatype of the protocol"
-        raise RefusedError(
-            400, f"{where}: datatype is {given.datatype!r}{known}; the model takes {tensor.datatype.name}"
-        )
-    _refuse_extensions(given.parameters, where)
-    if len(given.shape) != len(tensor.shape):
-        raise RefusedError(400, f"{where}: shape {given.shape} has rank {len(given.shape)}, not {len(tensor.shape)}")
-    for axis, (size, dim) in enumerate(zip(given.shape, tensor.shape, strict=True)):
-        if not 0 <= size < 2**63:
-            raise RefusedError(400, f"{where}: dimension {axis} is {size}, which is no size")
-        if isinstance(dim, str):
-            if sizes.setdefault(dim, size) != size:
-                raise RefusedError(400, f"{where}: {dim!r} is {size}, but {sizes[dim]} in another dimension")
-        elif size != dim:
-            raise RefusedError(400, f"{where}: dimension {axis} is {size}; the model takes {dim}")
-    return math.prod(given.shape)
-
-
-def _binary_size(given: _InputHead, count: int, datatype: Datatype) -> int | None:
-    """Bytes this input has in the binary tail, or None if its data is in the JSON."""
-    where = f"input {given.name!r}"
-    size = given.parameters.get("binary_data_size")
-    if size is None:
-        if not len(given.data):
-            raise RefusedError(400, f"{where}: neither data nor binary_data_size is given")
-        return None
-    if len(given.data):
-        raise RefusedError(400, f"{where}: both data and binary_data_size are given")
-    if type(size) is not int or size < 0:
-        raise RefusedError(400, f"{where}: binary_data_size must be a whole number, not {size!r}")
-    if size != count * datatype.item_bytes:
-        raise RefusedError(
-            400,
-            f"{where}: binary_data_size is {size}, but {count} elements of {datatype.name} "
-            f"are {count * datatype.item_bytes} bytes",
-        )
-    return size
-
-
-@functools.lru_cache(maxsize=128)
-def _data_decoder(datatype: str, depth: int) -> msgspec.json.Decoder[Any]:
-    kind: Any = DATATYPES[datatype].element
-    for _ in range(depth):
-        kind = list[kind]
-    return msgspec.json.Decoder(kind)
-
-
-def _json_data(given: _InputHead, count: int, tensor: Tensor) -> bytes:
-    """The `data` of an input, flat or nested as its shape is, as C-order bytes."""
-    where = f"input {given.name!r}"
-    datatype = tensor.datatype
-    if datatype.element is None:
-        raise RefusedError(400, f"{where}: {datatype.name} cannot be sent as JSON; use binary_data_size")
-    nested = len(given.shape) > 1 and _NESTED.match(given.data) is not None
-    try:
-        values = _data_decoder(datatype.name, len(given.shape) if nested else 1).decode(given.data)
-        with np.errstate(over="raise"):
-            array = np.asarray(values, dtype=tensor.dtype)
-    except FloatingPointError as error:
-        raise RefusedError(400, f"{where}: a number in data does not fit {datatype.name}") from error
-    except (msgspec.DecodeError, ValueError, OverflowError) as error:
-        what = "a nested list whose lengths differ" if isinstance(error, ValueError) else str(error)
-        if isinstance(error, msgspec.DecodeError):
-            what = str(error)
-        raise RefusedError(400, f"{where}: data is not {datatype.name}: {what}") from error
-    except RecursionError as error:
-        raise RefusedError(400, f"{where}: data is nested too deeply") from error
-    if array.size != count or (nested and list(array.shape) != given.shape):
-        raise RefusedError(400, f"{where}: shape {given.shape} needs {count} elements, data has {array.size}")
-    return array.tobytes()
 
 
 def encode_head(signature: Signature, plan: Plan, outputs: Sequence[memoryview | bytes] | None = None) -> bytes:

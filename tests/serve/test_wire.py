@@ -17,8 +17,9 @@ from lepton_xla.program import TensorSpec
 from lepton_xla.serve.datatypes import DATATYPES, datatype_of
 from lepton_xla.serve.errors import RefusedError
 from lepton_xla.serve.limits import Limits
+from lepton_xla.serve.request import check_depth
 from lepton_xla.serve.signature import signature_of
-from lepton_xla.serve.wire import Decoder, check_depth, encode_head
+from lepton_xla.serve.wire import Decoder, encode_head
 
 # The protocol's table, written out by hand: name, bytes, NumPy name.
 TABLE = [
@@ -385,6 +386,10 @@ def test_json_is_refused_beyond_the_depth_limit_only(opening):
             with pytest.raises(RefusedError, match="nested"):
                 check_depth(text, 100)
     check_depth(json.dumps([[1, 2]] * 500).encode(), 100)
+    late = b"[" + b"[]," * 100_000 + b"[" * 100 + b"]" * 101
+    with pytest.raises(RefusedError, match="nested"):
+        check_depth(late, 100)
+    check_depth(late, 101)
     check_depth(json.dumps("[" * 500 + '\\"[').encode(), 100)
 
 
