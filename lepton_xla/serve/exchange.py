@@ -88,6 +88,8 @@ class Exchange:
     def _send(self, payload: bytes) -> None:
         if not self.answered:
             self.answered = True
+            # It refers back to this exchange; a cycle a request would keep the garbage collector busy.
+            self.on_cancel = None
             self._payload = payload
             self._connection.flush(self)
 

@@ -111,6 +111,7 @@ class Connection(asyncio.Protocol):
                 exchange.answered = True
                 if exchange.on_cancel is not None:
                     exchange.on_cancel()
+                    exchange.on_cancel = None
         self._pending.clear()
 
     def eof_received(self) -> None:

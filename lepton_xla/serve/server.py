@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import gc
 import logging
 import signal
 import socket
@@ -191,6 +192,11 @@ class Server:
         def post(completion: Completion[InferCall]) -> None:
             loop.call_soon_threadsafe(app.completed, completion)
 
+        if signals:
+            # The process is the server's: what is loaded stays, and a full collection over all of JAX stops answers
+            # for tens of milliseconds.
+            gc.collect()
+            gc.freeze()
         self._engine.start(post)
         name = listener.getsockname()
         self.address = (name[0], name[1])

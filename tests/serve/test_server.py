@@ -1,5 +1,6 @@
 """Starting, stopping, and the command line."""
 
+import gc
 import json
 import os
 import signal
@@ -198,3 +199,20 @@ def test_log_lines_are_json_and_one_line_each():
     assert json.loads(line)["message"] == "a\nb \x1b[31m c\r"
     plain = PlainLines().format(record)
     assert plain.isprintable()
+
+
+def test_a_request_leaves_nothing_for_the_garbage_collector(server):
+    """A cycle a request would bring full collections, which stop every answer for as long as they take."""
+    with connect(server) as sock:
+        for n in range(10):
+            sock.sendall(infer_bytes(n))
+            read_response(sock)
+        gc.collect()
+        gc.disable()
+        try:
+            for n in range(300):
+                sock.sendall(infer_bytes(n % 10))
+                check(read_response(sock), n % 10)
+            assert gc.collect() < 300
+        finally:
+            gc.enable()
