@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from typing import Any
 
@@ -93,6 +94,7 @@ class Manifest(_Struct, frozen=True, kw_only=True):
         made_by: versions of the software, and the machine.
         created: time of making, UTC, ISO 8601.
         files: every other file of the artifact.
+        sha256: digest of this manifest as compact JSON with this field empty, so that damage to it is seen too.
     """
 
     schema: int
@@ -113,6 +115,7 @@ class Manifest(_Struct, frozen=True, kw_only=True):
     made_by: dict[str, Any]
     created: str
     files: dict[str, FileEntry]
+    sha256: str = ""
 
     def input_specs(self) -> dict[str, TensorSpec]:
         """Inputs by name, in call order."""
@@ -134,7 +137,8 @@ def encode(manifest: Manifest) -> bytes:
         ArtifactError: where the recipe, the plan, the reports or the metrics are not plain JSON, or it is too large.
     """
     try:
-        data = msgspec.json.format(msgspec.json.encode(manifest, enc_hook=_encode_scalar), indent=1)
+        sealed = msgspec.structs.replace(manifest, sha256=_digest(manifest))
+        data = msgspec.json.format(msgspec.json.encode(sealed, enc_hook=_encode_scalar), indent=1)
     except (TypeError, ValueError, NotImplementedError, RecursionError, OverflowError) as error:
         raise ArtifactError(f"{MANIFEST}: recipe, plan, reports and metrics must be plain JSON: {error}") from error
     if len(data) > MAX_MANIFEST_BYTES:
@@ -154,11 +158,18 @@ def decode(data: bytes) -> Manifest:
             raise ArtifactError(f"{MANIFEST}: schema version {schema}; this version of lepton_xla reads {SCHEMA}")
         manifest = msgspec.json.decode(data, type=Manifest)
         _check(manifest)
+        if manifest.sha256 != _digest(manifest):
+            raise ArtifactError(f"{MANIFEST}: its SHA-256 is not the one it states: it was edited or damaged")
     except ArtifactError:
         raise
     except (msgspec.MsgspecError, LeptonError, TypeError, ValueError, RecursionError) as error:
         raise ArtifactError(f"{MANIFEST}: {error}") from error
     return manifest
+
+
+def _digest(manifest: Manifest) -> str:
+    plain = msgspec.structs.replace(manifest, sha256="")
+    return hashlib.sha256(msgspec.json.encode(plain, enc_hook=_encode_scalar)).hexdigest()
 
 
 def check_name(name: str) -> str:
