@@ -105,7 +105,7 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         """
         path = pathlib.Path(name_or_path)
         if str(name_or_path) in presets():
-            text = _preset_folder().joinpath(f"{name_or_path}.toml").read_text()
+            text = preset_text(str(name_or_path))
         else:
             try:
                 text = path.read_text()
@@ -240,6 +240,17 @@ class Plan:
 def presets() -> tuple[str, ...]:
     """Names of the recipes that come with the package."""
     return tuple(sorted(entry.name.removesuffix(".toml") for entry in _preset_folder().iterdir() if entry.is_file()))
+
+
+def preset_text(name: str) -> str:
+    """A preset as TOML, to read or to start from.
+
+    Raises:
+        RecipeError: if there is no such preset.
+    """
+    if name not in presets():
+        raise RecipeError(f"recipe {name!r}: no such preset; there are {', '.join(presets())}")
+    return _preset_folder().joinpath(f"{name}.toml").read_text(encoding="utf-8")
 
 
 def _preset_folder() -> Any:
