@@ -1,0 +1,131 @@
+"""Arrays from and to files. Nothing is unpickled."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import secrets
+import sys
+import zipfile
+import zlib
+from collections.abc import Mapping
+from typing import Any, NoReturn
+
+import jax.numpy as jnp
+import numpy as np
+
+from lepton_xla.errors import InputError
+from lepton_xla.program import TensorSpec
+
+
+def read(source: str) -> dict[str, Any]:
+    """The inputs that one `--input` names: arrays from .npy and .npz, nested lists from JSON.
+
+    Raises:
+        InputError: naming the file that is missing or is something else.
+    """
+    if source == "-":
+        return _parse(sys.stdin.read(), "stdin")
+    name, equals, file = source.partition("=")
+    suffix = pathlib.PurePath(source).suffix
+    if suffix == ".npz" and not equals:
+        return _load(source)
+    if suffix == ".json" and not equals:
+        return _parse(_text(source), source)
+    if not equals or not name or not file:
+        raise InputError(f"--input {source!r}: expected NAME=FILE.npy, FILE.npz, FILE.json or - for JSON from stdin")
+    found = _load(file)
+    if list(found) != [""]:
+        raise InputError(
+            f"--input {source!r}: {file} is an .npz, which names its arrays itself; give it without {name}="
+        )
+    return {name: found[""]}
+
+
+def _load(file: str) -> dict[str, Any]:
+    """The arrays of a file; that of an .npy is called ''."""
+    try:
+        found = np.load(file, allow_pickle=False)
+        if isinstance(found, np.ndarray):
+            return {"": found}
+        with found:
+            return dict(found)
+    except OSError as error:
+        raise InputError(f"{file}: {error.strerror or 'not an .npy or .npz file'}") from error
+    except (ValueError, EOFError, zipfile.BadZipFile, zlib.error, SyntaxError, MemoryError) as error:
+        raise InputError(f"{file}: not an .npy or .npz file of plain numbers, or cut short: {error}") from error
+
+
+def _text(file: str) -> str:
+    try:
+        return pathlib.Path(file).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{file}: cannot be read: {error}") from error
+
+
+def _parse(text: str, where: str) -> dict[str, Any]:
+    def refuse(constant: str) -> NoReturn:
+        raise ValueError(f"{constant} is not JSON")
+
+    try:
+        found = json.loads(text, parse_constant=refuse)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{where}: not JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise InputError(f"{where}: expected a JSON object such as {{'image': [[0, 1]]}}, got a {type(found).__name__}")
+    return found
+
+
+def as_declared(inputs: Mapping[str, Any], specs: Mapping[str, TensorSpec]) -> dict[str, Any]:
+    """Nested lists as arrays of the model's dtype; NumPy's raw bytes as the narrow float that they are."""
+    return {name: _as_declared(name, value, specs[name]) if name in specs else value for name, value in inputs.items()}
+
+
+def _as_declared(name: str, value: Any, spec: TensorSpec) -> Any:
+    dtype = jnp.dtype(spec.dtype)
+    if isinstance(value, np.ndarray):
+        # .npy has no name for bfloat16 and fp8: NumPy writes and reads them as bytes of their width.
+        raw = value.dtype.kind == "V" and value.dtype.names is None and value.dtype.itemsize == dtype.itemsize
+        return value.view(dtype) if raw and dtype.kind == "V" else value
+    if not jnp.issubdtype(dtype, jnp.floating):
+        return value
+    try:
+        wide = np.asarray(value, np.float64)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"input {name!r} is not a nested list of numbers, expected {spec}: {error}") from error
+    with np.errstate(all="ignore"):
+        narrow = wide.astype(dtype)
+    lost = ~np.isfinite(narrow.astype(np.float64))
+    if lost.any():
+        raise InputError(f"input {name!r} holds {wide[lost].flat[0]:g}, which {dtype} cannot; the model takes {spec}")
+    return narrow
+
+
+def write_npz(file: str, arrays: Mapping[str, np.ndarray]) -> None:
+    """Writes arrays under their names, the file whole or not at all.
+
+    Raises:
+        InputError: where it cannot be written.
+    """
+    target = pathlib.Path(file)
+    temporary = target.with_name(f".{target.name}.{secrets.token_hex(8)}.tmp")
+    try:
+        # By hand, because numpy.savez takes the names as keyword arguments, of which some are its own.
+        with zipfile.ZipFile(temporary, "x") as archive:
+            for name, array in arrays.items():
+                with archive.open(f"{name}.npy", "w", force_zip64=True) as entry:
+                    np.lib.format.write_array(entry, _storable(array), allow_pickle=False)
+        os.replace(temporary, target)
+    except BaseException as error:
+        temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise InputError(f"{file}: cannot be written: {error.strerror}") from error
+        raise
+
+
+def _storable(array: np.ndarray) -> np.ndarray:
+    """.npy has no name for narrow floats and int4; a wider dtype holds them exactly."""
+    if array.dtype.isbuiltin == 1:
+        return array
+    return array.astype(np.float32 if jnp.issubdtype(array.dtype, jnp.floating) else np.int8)

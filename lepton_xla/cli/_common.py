@@ -1,0 +1,220 @@
+"""What the commands share: options, tables, JSON, progress. Light to import; rich is loaded when it draws."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from lepton_xla.errors import CompileError
+
+if TYPE_CHECKING:
+    from rich.console import Group
+    from rich.progress import TaskID
+
+    from lepton_xla.compiler import Manifest
+
+NO_RECIPE = "none"
+_NOTICEABLE_S = 1.0
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout instead.")
+recipe_option = click.option(
+    "--recipe",
+    default=NO_RECIPE,
+    metavar="NAME|FILE.toml",
+    help="A preset's name (see `leptonx recipes`) or a TOML file. By default none: the float model as it is.",
+)
+buckets_option = click.option(
+    "--buckets",
+    "buckets",
+    multiple=True,
+    metavar="DIM=N,N,...",
+    help="Sizes of a symbolic dimension to compile for, such as batch=1,8,32; repeat it for further dimensions. "
+    "Replaces what the ModelSpec says for that dimension.",
+)
+
+
+def parse_buckets(texts: Sequence[str]) -> dict[str, tuple[int, ...]]:
+    """Sizes by dimension, ascending.
+
+    Raises:
+        CompileError: for text of another form, or a dimension given twice.
+
+    >>> parse_buckets(["batch=32,1,8", "seq=128"])
+    {'batch': (1, 8, 32), 'seq': (128,)}
+    """
+    found: dict[str, tuple[int, ...]] = {}
+    for text in texts:
+        name, equals, sizes = text.partition("=")
+        parts = [part.strip() for part in sizes.split(",")]
+        if not equals or not name or not all(part.isascii() and part.isdigit() and int(part) > 0 for part in parts):
+            raise CompileError(f"--buckets {text!r}: expected a dimension and its sizes, such as batch=1,8,32")
+        if name in found:
+            raise CompileError(f"--buckets names {name!r} twice; put its sizes into one: {name}=1,8,32")
+        found[name] = tuple(sorted({int(part) for part in parts}))
+    return found
+
+
+def plain(value: Any) -> Any:
+    """A value as JSON has it: NumPy numbers as numbers, tuples as lists, what is not finite as None."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(entry) for entry in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if getattr(value, "shape", None) == () and hasattr(value, "item"):
+        return plain(value.item())
+    return value
+
+
+def print_json(document: Any) -> None:
+    """One JSON document on stdout."""
+    click.echo(json.dumps(plain(document), indent=2, allow_nan=False))
+
+
+def printable(value: Any) -> str:
+    """Text that leaves a terminal alone, whatever a foreign file says."""
+    return "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in str(value))
+
+
+def size(size_bytes: float) -> str:
+    """Bytes for people.
+
+    >>> [size(number) for number in (512, 46_000, 8_300_000)]
+    ['512 B', '46.0 kB', '8.30 MB']
+    """
+    return short(size_bytes, "B")
+
+
+def short(number: float, unit: str = "") -> str:
+    """A number with three digits and a decimal prefix."""
+    value, prefix = float(number), ""
+    for prefix in ("", "k", "M", "G", "T", "P"):
+        if abs(value) < 999.5 or prefix == "P":
+            break
+        value /= 1000
+    digits = f"{value:#.3g}".rstrip(".") if prefix else f"{value:.0f}"
+    return f"{digits} {prefix}{unit}".rstrip()
+
+
+def seconds(value_s: float) -> str:
+    """A time for people.
+
+    >>> [seconds(value) for value in (0.0000031, 0.0451, 12.3)]
+    ['3.1 us', '45.1 ms', '12.3 s']
+    """
+    if value_s < 1e-3:
+        return f"{value_s * 1e6:.1f} us"
+    return f"{value_s * 1e3:.1f} ms" if value_s < 1 else f"{value_s:.1f} s"
+
+
+def ratio(after: float, before: float) -> str:
+    """`after / before`, or nothing where that says nothing."""
+    return f"{after / before:.2f}" if before else ""
+
+
+def metric_rows(before: Mapping[str, float], after: Mapping[str, float]) -> list[tuple[str, str, str, str]]:
+    """One row a metric: its name, before, after, difference."""
+
+    def row(name: str, first: float | None, second: float | None) -> tuple[str, str, str, str]:
+        figures = ["" if value is None else f"{value:.6g}" for value in (first, second)]
+        return name, figures[0], figures[1], "" if first is None or second is None else f"{second - first:+.4g}"
+
+    return [row(name, before.get(name), after.get(name)) for name in dict.fromkeys([*before, *after])]
+
+
+def weights_on_disk(manifest: Manifest) -> int:
+    """Bytes of the files of an artifact that hold its weights."""
+    return sum(entry.size for name, entry in manifest.files.items() if name.startswith("weights/"))
+
+
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], *, total: Sequence[Any] = ()) -> Group:
+    """A table; columns whose heading starts with `>` are figures, to the right."""
+    from rich import box
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    drawn = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_footer=bool(total))
+    footers = [Text(printable(cell)) for cell in total] or [Text("") for _ in columns]
+    for column, footer in zip(columns, footers, strict=True):
+        right = column.startswith(">")
+        drawn.add_column(
+            Text(column.lstrip(">")), footer, justify="right" if right else "left", no_wrap=right, overflow="fold"
+        )
+    for row in rows:
+        drawn.add_row(*(Text(printable(cell)) for cell in row))
+    # A title of the table's own would be cut to its width.
+    return Group(Text(printable(title), "bold"), drawn)
+
+
+def show(*parts: Group | str) -> None:
+    """Tables and lines on stdout."""
+    from rich.console import Console
+
+    console = Console(highlight=False, markup=False, soft_wrap=False)
+    for part in parts:
+        console.print(printable(part) if isinstance(part, str) else part, soft_wrap=isinstance(part, str))
+
+
+type Step = Callable[..., None]
+"""Says what begins now: `step("compile batch=8", done, total)`; the counts may be left out."""
+
+
+@contextlib.contextmanager
+def progress() -> Iterator[Step]:
+    """Tells on stderr what is being done: a live line on a terminal, elsewhere a plain line for what takes a second."""
+    with _live() if sys.stderr.isatty() else _plain() as step:
+        yield step
+
+
+@contextlib.contextmanager
+def _live() -> Iterator[Step]:
+    from rich.console import Console
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as drawn:
+        task: TaskID = drawn.add_task("start", total=None)
+
+        def step(stage: str, done: int = 0, total: int = 0) -> None:
+            drawn.update(task, description=_line(stage, done, total))
+
+        yield step
+
+
+@contextlib.contextmanager
+def _plain() -> Iterator[Step]:
+    current = ["start"]
+    finished = threading.Event()
+
+    def tell() -> None:
+        told = ""
+        while not finished.wait(_NOTICEABLE_S):
+            line = current[0]
+            if line != told:
+                click.echo(f"... {line}", err=True)
+                told = line
+
+    def step(stage: str, done: int = 0, total: int = 0) -> None:
+        current[0] = _line(stage, done, total)
+
+    thread = threading.Thread(target=tell, name="lepton-progress", daemon=True)
+    thread.start()
+    try:
+        yield step
+    finally:
+        finished.set()
+        thread.join()
+
+
+def _line(stage: str, done: int, total: int) -> str:
+    count = f" ({min(done + 1, total)} of {total})" if total else ""
+    return printable(stage) + count

@@ -1,0 +1,170 @@
+"""Models as the commands use them: imported, run in float, judged, and given something to run on."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import itertools
+import pathlib
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lepton_xla.cli._common import NO_RECIPE
+from lepton_xla.compiler import Servable
+from lepton_xla.errors import ArtifactError, CompileError, InputError, LeptonError, ModelError
+from lepton_xla.modelspec import ModelSpec, Predict, load_spec
+from lepton_xla.passes.calibrate import check_batch
+from lepton_xla.program import Program, TensorSpec
+from lepton_xla.recipe import Recipe
+
+
+def load_target(target: str) -> ModelSpec:
+    """The `ModelSpec` a command was given; what its file prints goes to stderr, so that stdout stays ours."""
+    with contextlib.redirect_stdout(sys.stderr):
+        return load_spec(target)
+
+
+def load_recipe(name_or_path: str) -> Recipe:
+    """A recipe; `none` is the one that leaves the model as it is."""
+    if name_or_path == NO_RECIPE:
+        return Recipe(name=NO_RECIPE, description="the float model as it is", fold=False)
+    return Recipe.load(name_or_path)
+
+
+def ladders(spec: ModelSpec, program: Program, given: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """The sizes to compile for: the command line's, else the model's own.
+
+    Raises:
+        CompileError: where a symbolic dimension has none.
+    """
+    chosen = {**spec.buckets, **given}
+    for symbol in program.symbols:
+        if symbol not in chosen:
+            raise CompileError(
+                f"no sizes to compile for are given for dimension {symbol!r}: add --buckets {symbol}=1,8,32, or "
+                f"buckets to the ModelSpec"
+            )
+    return chosen
+
+
+def default_name(target: str) -> str:
+    """A model's name from where it is: `digits` for `examples/digits.py:model`."""
+    source = target.rpartition(":")[0]
+    stem = pathlib.PurePath(source).stem if source.endswith(".py") else source.rpartition(".")[2]
+    return re.sub(r"[^A-Za-z0-9._-]", "-", stem).lstrip("._-") or "model"
+
+
+def calibration(
+    spec: ModelSpec, program: Program
+) -> tuple[Iterable[Mapping[str, Any]] | None, dict[str, np.ndarray] | None]:
+    """The calibration data, and its first batch checked; None for both where the model has none.
+
+    Raises:
+        CalibrationError: if the first batch does not fit the program, or holds NaN.
+        ModelError: if the model's own code fails.
+    """
+    with _user_code("calibration"):
+        batches = spec.calibration_batches()
+        if batches is None:
+            return None, None
+        rest = iter(batches)
+        first = next(rest, None)
+    if first is None:
+        return (), None
+    check_batch(program, first, "calibration batch 0")
+    # The data may be a generator, which gives the first batch only once.
+    return itertools.chain([first], rest), {name: np.asarray(value) for name, value in first.items()}
+
+
+def evaluate(spec: ModelSpec, predict: Predict) -> dict[str, float]:
+    """What the model's own `evaluate` says of a way to predict; nothing where it has none.
+
+    Raises:
+        ModelError: if it fails, or gives something else than names and numbers.
+    """
+    if spec.evaluate is None:
+        return {}
+    with _user_code("evaluate"):
+        metrics = dict(spec.evaluate(predict))
+        return {str(name): float(value) for name, value in metrics.items()}
+
+
+@contextlib.contextmanager
+def _user_code(what: str) -> Iterator[None]:
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    except LeptonError:
+        raise
+    except Exception as error:  # whatever a user's code raises
+        raise ModelError(f"the model's {what} fails: {type(error).__name__}: {error}") from error
+
+
+def float_predict(program: Program) -> Callable[..., dict[str, np.ndarray]]:
+    """The program as it is, under `jax.jit`, called as a loaded artifact is."""
+    compiled = jax.jit(program.named_outputs)
+    names = list(program.inputs)
+
+    def predict(**inputs: Any) -> dict[str, np.ndarray]:
+        if set(inputs) != set(names):
+            raise InputError(f"inputs {sorted(inputs)} came; the model takes {sorted(names)}")
+        arrays = [_as_declared(name, program.inputs[name], inputs[name]) for name in names]
+        return jax.device_get(compiled(program.weights, *arrays))
+
+    return predict
+
+
+def check_same_inputs(servable: Servable, program: Program, path: str, target: str) -> None:
+    """An artifact can be compared with the model it was made of, not with another.
+
+    Raises:
+        ArtifactError: where their inputs or outputs differ.
+    """
+    for what in ("inputs", "outputs"):
+        found, expected = getattr(servable, what), getattr(program, what)
+        if found != expected:
+            raise ArtifactError(f"{path} has {what} {_specs(found)}, but {target} has {_specs(expected)}")
+
+
+def _specs(specs: Mapping[str, TensorSpec]) -> str:
+    return ", ".join(f"{name}: {spec}" for name, spec in specs.items())
+
+
+def _as_declared(name: str, spec: TensorSpec, value: Any) -> np.ndarray:
+    dtype = jnp.dtype(spec.dtype)
+    if not hasattr(value, "dtype"):
+        return np.asarray(value, dtype)
+    if value.dtype != dtype:
+        raise InputError(
+            f"input {name!r} has dtype {value.dtype}, expected {dtype}; cast it with .astype({str(dtype)!r})"
+        )
+    return np.asarray(value)
+
+
+def inputs_at(
+    specs: Mapping[str, TensorSpec], sizes: Mapping[str, int], examples: Mapping[str, np.ndarray] | None
+) -> dict[str, np.ndarray]:
+    """Inputs of a bucket's sizes: examples repeated or cut to size, or random ones that any model takes."""
+    random = np.random.default_rng(0)
+    made: dict[str, np.ndarray] = {}
+    for name, spec in specs.items():
+        shape, dtype = spec.at(sizes).shape, jnp.dtype(spec.dtype)
+        if examples is not None:
+            cut = functools.reduce(
+                lambda array, axis: np.take(array, np.arange(shape[axis]) % array.shape[axis], axis),
+                range(len(shape)),
+                examples[name],
+            )
+            made[name] = np.ascontiguousarray(cut)
+        elif jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.complexfloating):
+            made[name] = random.standard_normal(shape).astype(dtype)
+        else:
+            # Valid both as a mask and as an index into a table.
+            made[name] = random.integers(0, 2, shape).astype(dtype)
+    return made

@@ -1,0 +1,152 @@
+"""`leptonx compile`: from a model to an artifact."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import pathlib
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import click
+
+from lepton_xla.cli import _common
+from lepton_xla.errors import ArtifactError
+
+
+@click.command()
+@click.argument("target")
+@_common.recipe_option
+@_common.buckets_option
+@click.option(
+    "-o", "--output", metavar="NAME.lepton", help="Where to write it. By default the model's name in this folder."
+)
+@click.option("--name", help="The model's name, in its URL when it is served. By default that of the output or file.")
+@click.option("--overwrite", is_flag=True, help="Replace an artifact that is there already.")
+@click.option("--evaluate/--no-evaluate", default=True, help="Run the ModelSpec's evaluate on both models.")
+@_common.json_option
+def compile(
+    target: str,
+    *,
+    recipe: str,
+    buckets: tuple[str, ...],
+    output: str | None,
+    name: str | None,
+    overwrite: bool,
+    evaluate: bool,
+    as_json: bool,
+) -> None:
+    """Optimize the model TARGET by a recipe and compile it ahead of time into an artifact.
+
+    The artifact is a folder that holds compiled code for this machine, a portable program for any other, the weights,
+    and what was done. It appears whole or not at all. Where the model has calibration data, its first batch is what
+    the check that rows do not see each other is run on.
+
+    \b
+      leptonx compile digits.py:model --recipe int8-prune50 -o digits.lepton
+      leptonx compile my_package.models:encoder --recipe int8 --buckets batch=1,8,32 --buckets seq=32,128
+      leptonx compile digits.py:model                        the float model as it is
+    """
+    given = _common.parse_buckets(buckets)
+    with _common.progress() as step:
+        step("load JAX")
+        import msgspec
+
+        from lepton_xla import compiler
+        from lepton_xla.cli import _models
+        from lepton_xla.compiler.buckets import check_ladders
+        from lepton_xla.compiler.manifest import check_name
+        from lepton_xla.pipeline import apply_plan, plan_for
+
+        # What needs no model is looked at first, so that a slip does not cost a long run.
+        chosen = _models.load_recipe(recipe)
+        stem = pathlib.PurePath(output).name.removesuffix(".lepton") if output else _models.default_name(target)
+        model_name = check_name(name or stem)
+        location = output or f"{model_name}.lepton"
+        _check_free(location, overwrite=overwrite)
+
+        step(f"load {target}")
+        spec = _models.load_target(target)
+        program = spec.program()
+        ladders = check_ladders(program.symbols, _models.ladders(spec, program, given))
+        batches, examples = _models.calibration(spec, program)
+
+        started = time.perf_counter()
+        step("fold and plan")
+        planned_program, plan = plan_for(program, chosen)
+        small = apply_plan(planned_program, plan, calibration=batches, buckets=ladders, progress=step)
+        optimize_s = time.perf_counter() - started
+
+        as_is = recipe == _common.NO_RECIPE
+        started = time.perf_counter()
+        artifact = compiler.compile(
+            small,
+            ladders,
+            name=model_name,
+            recipe=None if as_is else msgspec.to_builtins(chosen),
+            plan=None if as_is else plan.to_json(),
+            examples=examples,
+            progress=step,
+        )
+        compile_s = time.perf_counter() - started
+
+        metrics: dict[str, Any] = {}
+        if evaluate and spec.evaluate is not None:
+            step("evaluate the float model")
+            metrics["float"] = _models.evaluate(spec, _models.float_predict(program))
+            step("evaluate the compiled model")
+            metrics["optimized"] = _models.evaluate(spec, artifact.servable())
+            manifest = msgspec.structs.replace(artifact.manifest, metrics=metrics)
+            artifact = dataclasses.replace(artifact, manifest=manifest)
+        step(f"save {location}")
+        manifest = artifact.save(location, overwrite=overwrite)
+    document = {
+        "path": location,
+        "name": model_name,
+        "recipe": chosen.name,
+        "buckets": manifest.buckets,
+        "passes": [report.to_json() for report in small.history],
+        "weights_bytes_float": program.weights_bytes,
+        "weights_bytes_optimized": small.weights_bytes,
+        "weights_bytes_on_disk": _common.weights_on_disk(manifest),
+        "artifact_bytes": sum(entry.size for entry in manifest.files.values()),
+        "metrics": metrics,
+        "optimize_s": optimize_s,
+        "compile_s": compile_s,
+        "compile_s_by_bucket": manifest.compile_s,
+    }
+    if as_json:
+        _common.print_json(document)
+    else:
+        _print(document)
+
+
+def _check_free(location: str, *, overwrite: bool) -> None:
+    if not overwrite and "://" not in location and os.path.lexists(location):
+        raise ArtifactError(f"{location}: exists already; give another --output, or --overwrite")
+
+
+def _print(document: Mapping[str, Any]) -> None:
+    from lepton_xla.cli import _reports
+
+    if document["passes"]:
+        _common.show(_reports.passes_table(document["passes"]))
+    else:
+        _common.show("no recipe: the float model is compiled as it is\n")
+    large, small = document["weights_bytes_float"], document["weights_bytes_optimized"]
+    disk = document["weights_bytes_on_disk"]
+    rows = [
+        ("weights in memory", _common.size(large), _common.size(small), _common.ratio(small, large)),
+        ("weights on disk", f"{_common.size(large)} raw", _common.size(disk), _common.ratio(disk, large)),
+    ]
+    if document["metrics"]:
+        rows += _common.metric_rows(document["metrics"]["float"], document["metrics"]["optimized"])
+    columns = ("", ">float", ">optimized", ">ratio or difference")
+    compiled = ", ".join(f"{bucket} {_common.seconds(s)}" for bucket, s in document["compile_s_by_bucket"].items())
+    _common.show(
+        _common.table(f"{document['name']}, recipe {document['recipe']}", columns, rows),
+        f"optimized in {_common.seconds(document['optimize_s'])}; compiled, checked and exported in "
+        f"{_common.seconds(document['compile_s'])} ({compiled})",
+        f"wrote {document['path']}, {_common.size(document['artifact_bytes'])}",
+    )

@@ -1,0 +1,157 @@
+"""`leptonx inspect`: what is in an artifact."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from lepton_xla.cli import _common
+
+if TYPE_CHECKING:
+    from lepton_xla.compiler import Fingerprint, Manifest
+
+
+@click.command()
+@click.argument("path")
+@_common.json_option
+def inspect(path: str, as_json: bool) -> None:
+    """Show what the artifact at PATH holds and how it would be loaded on this machine.
+
+    Reads the manifest only: nothing is executed, and no digest is checked (`leptonx verify` does that).
+
+    \b
+      leptonx inspect digits.lepton
+      leptonx inspect digits.lepton --json | jq .manifest.buckets
+    """
+    with _common.progress() as step:
+        step(f"read {path}")
+        import msgspec
+
+        from lepton_xla.compiler import Fingerprint
+        from lepton_xla.compiler.artifact import read_manifest
+        from lepton_xla.compiler.storage import Store
+
+        manifest = read_manifest(Store(path))
+        here = Fingerprint.of()
+    route = _route(manifest, here)
+    weights = _weights(manifest)
+    size_bytes = sum(entry.size for entry in manifest.files.values())
+    if as_json:
+        facts = {"path": path, "size_bytes": size_bytes, "route": route, "weights": weights}
+        _common.print_json({**facts, "manifest": msgspec.to_builtins(manifest)})
+    else:
+        _print(path, manifest, route, weights, size_bytes)
+
+
+def _route(manifest: Manifest, here: Fingerprint) -> dict[str, Any]:
+    """How `load` would go about it on this machine, and what stands against the compiled code where it would not."""
+    from lepton_xla.compiler.buckets import bucket_name, combinations
+
+    found = manifest.executables.get(here.digest)
+    wanted = [bucket_name(sizes) for sizes in combinations(manifest.buckets)]
+    missing = [bucket for bucket in wanted if found is not None and bucket not in found.files]
+    differences = {digest: here.differences(entry.target) for digest, entry in manifest.executables.items()}
+    return {
+        "route": "executables" if found is not None and not missing else "stablehlo",
+        "fingerprint": here.digest,
+        "missing_buckets": missing,
+        "differences": {} if found is not None else differences,
+    }
+
+
+def _weights(manifest: Manifest) -> list[dict[str, Any]]:
+    from lepton_xla.program import leaf_bytes
+
+    on_disk = dict.fromkeys((leaf.folder for leaf in manifest.weights), 0)
+    for name, entry in manifest.files.items():
+        # `weights/00001-kernel/c/0/0` is in the folder of its first two parts.
+        folder = "/".join(name.split("/")[:2])
+        if folder in on_disk:
+            on_disk[folder] += entry.size
+    return [
+        {
+            "name": leaf.path,
+            "shape": list(leaf.shape),
+            "dtype": leaf.dtype,
+            "size_bytes": leaf_bytes(leaf.shape, leaf.dtype),
+            "disk_bytes": on_disk[leaf.folder],
+        }
+        for leaf in manifest.weights
+    ]
+
+
+def _print(
+    path: str, manifest: Manifest, route: Mapping[str, Any], weights: Sequence[Mapping[str, Any]], size_bytes: int
+) -> None:
+    from lepton_xla.cli import _reports
+
+    made = ", ".join(f"{key} {value}" for key, value in manifest.made_by.items() if key != "fingerprint")
+    _common.show(
+        f"{path}: {manifest.name}, version {manifest.version}, {len(manifest.files)} files, {_common.size(size_bytes)}",
+        f"made {manifest.created} with {made}",
+        *_route_lines(route),
+        "",
+    )
+    ends = [("input", tensor) for tensor in manifest.inputs] + [("output", tensor) for tensor in manifest.outputs]
+    signature = [(kind, t.name, t.dtype, ", ".join(map(str, t.shape)) or "scalar") for kind, t in ends]
+    _common.show(_common.table("signature", ("", "name", "dtype", "shape"), signature))
+    _common.show(_common.table("buckets", ("bucket", ">compiled in", ">executable"), _bucket_rows(manifest)))
+    rows = [
+        (
+            w["name"],
+            "x".join(map(str, w["shape"])) or "scalar",
+            w["dtype"],
+            f"{w['size_bytes']:,}",
+            f"{w['disk_bytes']:,}",
+        )
+        for w in weights
+    ]
+    memory, disk = (sum(weight[key] for weight in weights) for key in ("size_bytes", "disk_bytes"))
+    _common.show(
+        _common.table(
+            "weights",
+            ("name", "shape", "dtype", ">bytes", ">on disk"),
+            rows,
+            total=("total", "", "", f"{memory:,}", f"{disk:,}"),
+        )
+    )
+    _common.show(
+        *(_common.table("recipe", ("key", "value"), _flat(manifest.recipe)),) if manifest.recipe else ("no recipe\n",)
+    )
+    if manifest.reports:
+        _common.show(_reports.passes_table(manifest.reports), _reports.sites_table(manifest.reports))
+    if manifest.metrics:
+        _common.show(_common.table("metrics", ("metric", ">value"), _flat(manifest.metrics)))
+    if manifest.programs_note:
+        _common.show(manifest.programs_note)
+
+
+def _route_lines(route: Mapping[str, Any]) -> list[str]:
+    if route["route"] == "executables":
+        return [f"on this machine: loads compiled code, compiles nothing (fingerprint {route['fingerprint']})"]
+    lines = ["on this machine: would be compiled from StableHLO when it is loaded, because"]
+    if route["missing_buckets"]:
+        lines.append(f"  no compiled code for {'; '.join(route['missing_buckets'])}")
+    for digest, differences in route["differences"].items():
+        lines += [f"  {digest} was compiled for another target: {line}" for line in differences]
+    return lines if len(lines) > 1 else [*lines, "  it holds no compiled code"]
+
+
+def _bucket_rows(manifest: Manifest) -> list[tuple[str, str, str]]:
+    rows: list[tuple[str, str, str]] = []
+    for executables in manifest.executables.values():
+        for bucket, file in executables.files.items():
+            took_s = manifest.compile_s.get(bucket)
+            rows.append((bucket, _common.seconds(took_s) if took_s else "", _common.size(manifest.files[file].size)))
+    return rows
+
+
+def _flat(value: Any, prefix: str = "") -> list[tuple[str, str]]:
+    """Nested dicts and lists as `a.b[0].c` and value."""
+    if isinstance(value, Mapping):
+        return [row for key, entry in value.items() for row in _flat(entry, f"{prefix}.{key}" if prefix else str(key))]
+    if isinstance(value, list | tuple):
+        return [row for index, entry in enumerate(value) for row in _flat(entry, f"{prefix}[{index}]")]
+    return [(prefix, f"{value:.6g}" if isinstance(value, float) else str(value))]

@@ -1,0 +1,105 @@
+"""`leptonx plan`: what a recipe would do, before anything runs."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from lepton_xla.cli import _common
+
+if TYPE_CHECKING:
+    from lepton_xla.passes.cost import CostReport
+    from lepton_xla.recipe import Plan
+
+
+@click.command()
+@click.argument("target")
+@_common.recipe_option
+@_common.buckets_option
+@_common.json_option
+def plan(target: str, *, recipe: str, buckets: tuple[str, ...], as_json: bool) -> None:
+    """Show what a recipe would do to each site of the model TARGET; nothing is run.
+
+    A site is a place where a weight meets an activation: a matmul, a convolution, an embedding. Operations are counted
+    for one call at the smallest size of each bucket.
+
+    \b
+      leptonx plan digits.py:model --recipe int8
+      leptonx plan my_package.models:encoder --recipe mine.toml --buckets batch=8
+      leptonx plan digits.py:model --recipe int8 --json | jq '.sites[] | select(.kept != "")'
+    """
+    given = _common.parse_buckets(buckets)
+    with _common.progress() as step:
+        step("load JAX")
+        from lepton_xla.cli import _models
+        from lepton_xla.passes.cost import cost
+        from lepton_xla.pipeline import plan_for
+
+        chosen = _models.load_recipe(recipe)
+        step(f"load {target}")
+        spec = _models.load_target(target)
+        program = spec.program()
+        step("fold and find sites")
+        planned_program, found = plan_for(program, chosen)
+        smallest = {symbol: sizes[0] for symbol, sizes in {**spec.buckets, **given}.items() if sizes}
+        at = {symbol: smallest[symbol] for symbol in program.symbols} if set(program.symbols) <= set(smallest) else None
+        step("count operations")
+        counted = cost(planned_program, at)
+    document = _document(target, found, counted, program.weights_bytes)
+    if as_json:
+        _common.print_json(document)
+    else:
+        _print(document)
+
+
+def _document(target: str, found: Plan, counted: CostReport, weights_bytes: int) -> dict[str, Any]:
+    flops = {site.site: site.flops for site in counted.sites}
+    sites = [{**site, "flops": flops.get(site["site"], 0)} for site in found.to_json()]
+    return {
+        "target": target,
+        "recipe": found.recipe.name,
+        "sizes": counted.sizes,
+        "sites": sites,
+        "totals": {
+            "sites": len(sites),
+            "changed": sum(site["decision"] != "float" for site in sites),
+            "kept": sum(bool(site["kept"]) for site in sites),
+            "weight_bytes": weights_bytes,
+            "site_weight_bytes": sum(
+                {p.site.path: s["weight_bytes"] for p, s in zip(found.sites, sites, strict=True)}.values()
+            ),
+            "flops": counted.flops,
+            "other_flops": counted.other_flops,
+        },
+    }
+
+
+def _print(document: dict[str, Any]) -> None:
+    totals = document["totals"]
+    rows = [
+        (
+            site["site"],
+            site["kind"].replace("conv_general_dilated", "conv").replace("dot_general", "dot"),
+            "x".join(map(str, site["shape"])) if site["shape"] else "",
+            _common.size(site["weight_bytes"]) if site["weight_bytes"] else "",
+            site["repeats"],
+            _common.short(site["flops"]),
+            "; ".join(part for part in (site["decision"], site["kept"]) if part),
+        )
+        for site in document["sites"]
+    ]
+    rest = ("elsewhere", "", "", _common.size(totals["weight_bytes"] - totals["site_weight_bytes"]), "")
+    rows.append((*rest, _common.short(totals["other_flops"]), ""))
+    total = ("total", "", "", _common.size(totals["weight_bytes"]), "", _common.short(totals["flops"]), "")
+    at = ", ".join(f"{name}={size}" for name, size in document["sizes"].items())
+    _common.show(
+        _common.table(
+            f"{document['target']}, recipe {document['recipe']}",
+            ("site", "kind", "shape", ">weights", ">runs", ">FLOPs", "decision"),
+            rows,
+            total=total,
+        ),
+        f"{totals['changed']} of {totals['sites']} sites change, {totals['kept']} are kept for a reason."
+        + (f" FLOPs of one call at {at}." if at else ""),
+    )

@@ -1,0 +1,33 @@
+"""`leptonx verify`: is every file of an artifact as it was written."""
+
+from __future__ import annotations
+
+import click
+
+from lepton_xla.cli import _common
+
+
+@click.command()
+@click.argument("path")
+@_common.json_option
+def verify(path: str, as_json: bool) -> None:
+    """Check the size and SHA-256 of every file of the artifact at PATH; nothing in it is executed.
+
+    Exit code 0 where all is whole, 2 with the first bad file named where not.
+
+    \b
+      leptonx verify digits.lepton
+      leptonx verify gs://models/digits.lepton --json
+    """
+    with _common.progress() as step:
+        step(f"verify {path}")
+        from lepton_xla.compiler import verify as verify_files
+
+        found = verify_files(path)
+    if as_json:
+        counts = {"files": found.files, "size_bytes": found.size_bytes, "extra": found.extra}
+        _common.print_json({"path": path, "ok": True, "name": found.manifest.name, **counts})
+        return
+    _common.show(f"{path}: {found.files} files, {found.size_bytes:,} bytes, all as they were written")
+    if found.extra:
+        _common.show(f"not listed in the manifest, so never read: {', '.join(found.extra)}")
