@@ -200,6 +200,8 @@ class Walk:
         if inner and (carried or self._site_in(inner)):
             container = _CONTAINERS.get(name)
             if container is not None:
+                if name not in _TRANSPARENT:
+                    values = [v.materialize() if isinstance(v, Carried) and not v.crosses else v for v in values]
                 outs, inner_taps = container(self, eqn, values, frame)
                 taps.update(_largest(taps, inner_taps))
                 return outs
@@ -322,19 +324,31 @@ def _while(walk: Walk, eqn: Any, values: Values, frame: Frame) -> tuple[Values, 
         outs, taps = walk.call(params["cond_jaxpr"], [*cond_consts, *carry], frame.enter(eqn, 0))
         return materialize(outs[0]), taps
 
-    tested = jax.eval_shape(test, init)[1]
+    answer, tested = jax.eval_shape(test, init)
+    batched = answer.shape != ()  # under `vmap`: a row whose own condition is false waits, unchanged, for the others
 
     def taps_of_test(carry: Values) -> Taps:
         # A condition can hand nothing out of the loop but its answer: where it is tapped, it is evaluated again.
         return test(carry)[1] if tested else {}
 
+    def condition(state: tuple[Values, Taps]) -> jax.Array:
+        going, _ = test(state[0])
+        return jnp.any(going) if batched else going
+
     def body(state: tuple[Values, Taps]) -> tuple[Values, Taps]:
         outs, taps = step(state[0])
+        if batched:
+            going = test(state[0])[0]
+            outs = [_select_rows(going, out, before) for out, before in zip(outs, state[0], strict=True)]
         return outs, _largest(state[1], _largest(taps, taps_of_test(state[0])))
 
     none_yet = _zeros(jax.eval_shape(step, init)[1] | tested)
-    carry, taps = lax.while_loop(lambda state: test(state[0])[0], body, (init, none_yet))
+    carry, taps = lax.while_loop(condition, body, (init, none_yet))
     return carry, _largest(taps, taps_of_test(carry))
+
+
+def _select_rows(rows: jax.Array, yes: jax.Array, no: jax.Array) -> jax.Array:
+    return jnp.where(rows.reshape(rows.shape + (1,) * (yes.ndim - rows.ndim)), yes, no)
 
 
 def _cond(walk: Walk, eqn: Any, values: Values, frame: Frame) -> tuple[Values, Taps]:

@@ -279,16 +279,23 @@ def in_vmap(dot, x, w):
     return jax.vmap(lambda row: jax.jit(dot)(row, w), out_axes=1)(x)
 
 
+def in_vmapped_while(dot, x, w):
+    def run(limit, row):
+        return lax.while_loop(lambda s: s[0] < limit, lambda s: (s[0] + 1, jnp.tanh(dot(s[1], w))), (0, row))
+
+    return jax.vmap(run)(jnp.array([1, 4, 0, 2]), x)
+
+
 def in_grad(dot, x, w):
     return jax.value_and_grad(lambda x: jnp.sum(jnp.tanh(dot(x, w)) ** 2))(x)
 
 
 CONTAINERS = [
     in_jit, in_scan, in_reverse_scan, in_scan_without_xs, in_while, in_fori, in_dynamic_fori, in_cond, in_switch,
-    in_remat, in_custom_jvp, in_custom_vjp, in_shard_map, in_everything, in_vmap, in_grad,
+    in_remat, in_custom_jvp, in_custom_vjp, in_shard_map, in_everything, in_vmap, in_vmapped_while, in_grad,
 ]  # fmt: skip
 # Reverse-mode differentiation through a `while` is not defined, whoever writes it.
-DIFFERENTIABLE = [fn for fn in CONTAINERS if fn not in (in_while, in_dynamic_fori)]
+DIFFERENTIABLE = [fn for fn in CONTAINERS if fn not in (in_while, in_vmapped_while, in_dynamic_fori)]
 OWN_DERIVATIVE = (in_custom_jvp, in_custom_vjp, in_everything)
 
 
