@@ -16,8 +16,8 @@ _OK = b"HTTP/1.1 200 OK\r\n"
 class Answers(Protocol):
     """Where answers go: the connection, which keeps them in the order of the requests."""
 
-    def flush(self, exchange: Exchange) -> None:
-        """Told that this exchange has its answer."""
+    def flush(self) -> None:
+        """Told that one more exchange has its answer."""
         ...
 
 
@@ -91,7 +91,7 @@ class Exchange:
             # It refers back to this exchange; a cycle a request would keep the garbage collector busy.
             self.on_cancel = None
             self._payload = payload
-            self._connection.flush(self)
+            self._connection.flush()
 
     def take_payload(self) -> bytes | None:
         """The answer, once."""

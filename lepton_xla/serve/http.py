@@ -295,10 +295,10 @@ class Connection(asyncio.Protocol):
             self._throttle()
         self._hub.handler(exchange)
 
-    def flush(self, exchange: Exchange) -> None:
+    def flush(self) -> None:
         """Writes what is answered, as far as the order of the requests allows."""
         pending = self._pending
-        if not pending or pending[0] is not exchange:
+        if not pending:
             return
         while pending and (payload := pending[0].take_payload()) is not None:
             head = pending.popleft().head
