@@ -39,7 +39,7 @@ def _one_line(error: click.ClickException) -> click.ClickException:
         return error
     context = getattr(error, "ctx", None)
     hint = f" (see {context.command_path} --help)" if context is not None else ""
-    return OneLineError(error.format_message() + hint)
+    return OneLineError(error.format_message().rstrip(".") + hint)
 
 
 class LeptonGroup(click.Group):

@@ -63,7 +63,7 @@ def bench(path: str, *, target: str | None, rounds: int, seconds: float, as_json
         wanted = combinations(servable.buckets)
         measured: list[dict[str, Any]] = []
         for done, sizes in enumerate(wanted):
-            step(f"measure {bucket_name(sizes) or 'the model'}", done, len(wanted))
+            step(f"measure {bucket_name(sizes)}", done, len(wanted))
             inputs = _models.inputs_at(servable.inputs, sizes, examples)
             rows = sizes[servable.row_symbol] if servable.row_symbol is not None else 1
             measured.append({"bucket": bucket_name(sizes), "rows": rows})

@@ -133,7 +133,7 @@ def _print(document: Mapping[str, Any]) -> None:
     if document["passes"]:
         _common.show(_reports.passes_table(document["passes"]))
     else:
-        _common.show("no recipe: the float model is compiled as it is\n")
+        _common.show("no recipe: the float model is compiled as it is", "")
     large, small = document["weights_bytes_float"], document["weights_bytes_optimized"]
     disk = document["weights_bytes_on_disk"]
     rows = [

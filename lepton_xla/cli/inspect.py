@@ -118,7 +118,7 @@ def _print(
         )
     )
     _common.show(
-        *(_common.table("recipe", ("key", "value"), _flat(manifest.recipe)),) if manifest.recipe else ("no recipe\n",)
+        *(_common.table("recipe", ("key", "value"), _flat(manifest.recipe)),) if manifest.recipe else ("no recipe", "")
     )
     if manifest.reports:
         _common.show(_reports.passes_table(manifest.reports), _reports.sites_table(manifest.reports))

@@ -1,0 +1,138 @@
+"""`leptonx recipes` and `leptonx plan`, and every way in which a recipe or a model file can be wrong."""
+
+import tomllib
+
+import cli_models as models
+import pytest
+
+from lepton_xla.recipe import presets
+
+
+def test_recipes_lists_presets(cli):
+    found = {entry["name"]: entry["description"] for entry in cli.json("recipes")}
+    assert sorted(found) == list(presets())
+    text = " ".join(cli.ok("recipes").split())
+    for name, description in found.items():
+        assert description
+        assert f"{name} " in text
+
+
+def test_a_preset_printed_is_a_recipe_file(cli, plain, tmp_path):
+    text = cli.ok("recipes", "int8")
+    assert tomllib.loads(text)["quantize"][0]["weights"] == "int8"
+    assert cli.json("recipes", "int8")["toml"] == text
+    (tmp_path / "mine.toml").write_text(text)
+    mine = cli.json("plan", plain, "--recipe", tmp_path / "mine.toml")
+    assert (mine["recipe"], mine["totals"]["changed"]) == ("mine", 2)
+
+
+def test_recipes_refuses_a_name_that_is_none(cli):
+    assert "'int7': no such preset; there are int8" in cli.refused("recipes", "int7")
+
+
+def test_plan_has_the_right_figures(cli, plain, files):
+    found = cli.json("plan", plain, "--recipe", files / "int8.toml")
+    hidden, head = found["sites"]
+    assert hidden["site"] == "hidden"
+    assert hidden["shape"] == [models.IN, models.HIDDEN]
+    assert hidden["weight_bytes"] == 4 * models.IN * models.HIDDEN
+    assert hidden["flops"] == 2 * models.IN * models.HIDDEN  # at batch 1
+    assert head["flops"] == 2 * models.HIDDEN * models.OUT
+    assert hidden["decision"] == "int8 weights, int8 activations dynamic"
+    assert found["sizes"] == {"batch": 1}
+    totals = found["totals"]
+    assert (totals["sites"], totals["changed"], totals["kept"]) == (2, 2, 0)
+    assert totals["weight_bytes"] == 4 * models.HIDDEN * (models.IN + models.OUT) == totals["site_weight_bytes"]
+    assert totals["flops"] == hidden["flops"] + head["flops"] + totals["other_flops"]
+
+
+def test_plan_counts_at_the_size_asked_for(cli, plain):
+    found = cli.json("plan", plain, "--buckets", "batch=8,32")
+    assert found["sizes"] == {"batch": 8}
+    assert found["sites"][0]["flops"] == 8 * 2 * models.IN * models.HIDDEN
+    assert [site["decision"] for site in found["sites"]] == ["float", "float"]
+    assert found["recipe"] == "none"
+
+
+def test_plan_prints_a_table(cli, plain, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
+    text = cli.ok("plan", plain, "--recipe", "prune50")
+    assert "plain_model.py:model, recipe prune50" in text
+    row = next(line for line in text.splitlines() if line.strip().startswith("hidden"))
+    assert row.split()[:6] == ["hidden", "dot", "16x64", "4.10", "kB", "1"]
+    assert "prune 50%" in row
+    assert "2 of 2 sites change, 0 are kept" in text
+    assert "FLOPs of one call at batch=1." in text
+
+
+def test_plan_says_why_a_site_is_kept(cli, variant, tmp_path):
+    # The head stands for an embedding: its rows are looked up, so a pattern does not prune it.
+    target = variant(
+        "fn=look, inputs={'ids': lx.TensorSpec(('batch',), 'int32')}, calibration=None",
+        "def look(weights, ids):\n    return weights['hidden'][ids] @ weights['head']",
+    )
+    found = cli.json("plan", target, "--recipe", "prune50")
+    kept = {site["site"]: site["kept"] for site in found["sites"]}
+    assert kept == {"hidden": "not pruned: an embedding", "head": ""}
+    assert found["totals"]["kept"] == 1
+    assert "not pruned: an embedding" in " ".join(cli.ok("plan", target, "--recipe", "prune50").split())
+
+
+@pytest.mark.parametrize(
+    ("toml", "part"),
+    [
+        ("speed = 1", "`speed`"),
+        ("fold = 'yes'", "$.fold"),
+        ("[[prune]]\nsites = '.*'\nsparsity = 1.5", "$.prune[0].sparsity"),
+        ("[[prune]]\nsites = '.*'\nsparsity = 0.5\nspeed = 1", "`speed`"),
+        ("[[quantize]]\nsites = '.*'\nweights = 'int9'", "int9"),
+        ("[[quantize]]\nsites = 'nothing/.*'", "quantize[0].sites = 'nothing/.*' matches none"),
+        ("[[quantize]]\nsites = '('", "quantize[0].sites = '(' is not a regular expression"),
+        ("[[quantize]\nsites", "recipe 'bad'"),
+    ],
+)
+@pytest.mark.parametrize("name", ["plan", "compile"])
+def test_a_recipe_that_is_wrong(cli, plain, tmp_path, monkeypatch, name, toml, part):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bad.toml").write_text(toml)
+    assert part in cli.refused(name, plain, "--recipe", "bad.toml")
+    assert [file.name for file in tmp_path.iterdir()] == ["bad.toml"]
+
+
+def test_a_recipe_that_is_not_there(cli, plain):
+    line = cli.refused("plan", plain, "--recipe", "missing.toml")
+    assert "'missing.toml': neither a preset (int8" in line
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "part"),
+    [
+        (None, "{file}:model", "no file"),
+        ("x = 1", "{file}", "expected FILE.py:NAME or package.module:NAME"),
+        ("x = 1", "{file}:", "expected FILE.py:NAME"),
+        ("x = 1", "{file}:model", "has no 'model'"),
+        (models.PLAIN, "{file}:modle", "has no 'modle'; it has model"),
+        ("model = 3", "{file}:model", "is a int, not a ModelSpec"),
+        ("def model(): return 3", "{file}:model", "is a int, not a ModelSpec"),
+        ("def model(): raise KeyError('weights')", "{file}:model", "KeyError: 'weights'"),
+        ("1 / 0", "{file}:model", "ZeroDivisionError"),
+        ("import no_such_package", "{file}:model", "No module named 'no_such_package'"),
+        ("model = (", "{file}:model", "SyntaxError"),
+        (
+            "import lepton_xla as lx\nmodel = lx.ModelSpec(inputs={})",
+            "{file}:model",
+            "either fn and weights, or module",
+        ),
+        (models.PLAIN + "model = make(inputs={'x': lx.TensorSpec(('batch', 9), 'float32')})", "{file}:model", "traced"),
+        (None, "no_such_package.models:model", "No module named 'no_such_package'"),
+    ],
+)
+def test_a_model_file_that_is_wrong(cli, tmp_path, monkeypatch, source, target, part):
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "wrong_model.py"
+    if source is not None:
+        file.write_text(source)
+    before = sorted(tmp_path.iterdir())
+    for name in ("plan", "compile"):
+        assert part in cli.refused(name, target.format(file=file))
+    assert sorted(path for path in tmp_path.iterdir() if path.name != "__pycache__") == before
