@@ -1,6 +1,7 @@
 """Passes: function in, function out, each a rule table on the one walker in `rewrite`."""
 
 from lepton_xla.passes.calibrate import calibrate
+from lepton_xla.passes.cost import cost
 from lepton_xla.passes.fake_quant import fake_quant
 from lepton_xla.passes.fold import fold
 from lepton_xla.passes.lower import lower
@@ -10,6 +11,7 @@ from lepton_xla.passes.sites import find_sites, rewrite_sites
 
 __all__ = [
     "calibrate",
+    "cost",
     "fake_quant",
     "find_sites",
     "fold",

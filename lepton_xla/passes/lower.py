@@ -1,16 +1,18 @@
 """Turns planned sites into real integer arithmetic on stored int8 weights, and takes back what does not pay.
 
-A candidate is judged by the clock, not by hope: integer products are timed against float at the sizes the program will
-be compiled for, and where they are not faster the site keeps float arithmetic with its weight still stored in int8
-(a quarter of the bytes).
+A candidate is judged by the clock, not by hope. Each integer product is timed against float at the sizes the program
+will be compiled for; then the whole program is timed with ever more of the promising ones, since what a product costs
+beside its neighbours differs from what it costs alone. A site that does not make the whole faster keeps float
+arithmetic, with its weight still stored in int8 (a quarter of the bytes).
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
+import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -18,7 +20,7 @@ import jax
 from lepton_xla.errors import UnsupportedError
 from lepton_xla.passes import products
 from lepton_xla.passes.calibrate import needs_range
-from lepton_xla.passes.measure import Timing, compare
+from lepton_xla.passes.measure import Timing, WholeTiming, compare, time_programs
 from lepton_xla.passes.rewrite import Context, Values, materialize
 from lepton_xla.passes.sites import LayoutOp, Site, find_sites, lay_out, layout_key, rewrite_sites
 from lepton_xla.program import Program, abstract, leaf_bytes, tree_bytes
@@ -32,6 +34,10 @@ if TYPE_CHECKING:
 RANGE_SUFFIX = ":act_absmax"
 # A candidate must win by more than the clock's noise.
 WORTH_RATIO = 0.97
+# Alone at this share of float's time or more, a product is not tried in the whole program.
+HOPELESS_RATIO = 1.2
+# How many sets of integer sites are tried in the whole program, the empty one not counted.
+MAX_SETS = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,15 +46,6 @@ class _Planned:
 
     site: Site
     rule: QuantizeRule
-
-
-@dataclasses.dataclass(frozen=True)
-class _Decision:
-    """How one site is computed."""
-
-    planned: _Planned
-    integer: bool
-    pad_single: bool = False
 
 
 def lower(
@@ -77,63 +74,82 @@ def lower(
         CalibrationError: if a static site has no range.
     """
     start = time.perf_counter()
+    say = progress or (lambda _line: None)
     weights: dict[str, Any] = dict(program.weights)
     like = abstract(program.weights)
     reports: list[SiteReport] = []
-    decisions: dict[str, _Decision] = {}
-    found = {tuple(sorted(at.items())): _by_name(find_sites(program, sizes=at)) for at in sizes}
+    stored: list[_Planned] = []
     for path, group in _by_weight(plan).items():
         reason = _keep_reason(group)
-        if reason is not None:
-            if plan.recipe.on_unsupported == "error":
-                raise UnsupportedError(f"site {group[0].site.name!r} cannot be lowered: {reason}")
+        if reason is None:
+            weights[path] = _store(group[0], program.weights[path])
+            stored += group
+        elif plan.recipe.on_unsupported == "error":
+            raise UnsupportedError(f"site {group[0].site.name!r} cannot be lowered: {reason}")
+        else:
             size = leaf_bytes(like[path].shape, like[path].dtype)
             reports += [SiteReport(entry.site.name, "kept float", reason, size, size) for entry in group]
-            continue
-        if progress is not None:
-            progress(path)
-        weights[path] = _store(group[0], program.weights[path])
-        for planned in group:
-            static = needs_range(planned.rule)
-            if static:
-                weights[planned.site.name + RANGE_SUFFIX] = products.range_of(planned.site, ranges)
-            timings = _time_site(planned, found) if planned.rule.activations != "none" else []
-            decision, report = _decide(planned, timings, like[path], weights[path])
-            decisions[planned.site.name] = decision
-            reports.append(report)
-            if static and not decision.integer:
-                del weights[planned.site.name + RANGE_SUFFIX]
+    candidates = [planned for planned in stored if planned.rule.activations != "none"]
+    values = {
+        planned.site.name + RANGE_SUFFIX: products.range_of(planned.site, ranges)
+        for planned in candidates
+        if needs_range(planned.rule)
+    }
+    timings = _time_sites(program, candidates, sizes, say)
+
+    def build(integer: frozenset[str]) -> Callable[..., Any]:
+        return _lowered(program.fn, like, stored, integer, {name: _padded(timings[name]) for name in integer})
+
+    sets = _candidate_sets(candidates, timings)
+    whole = _time_sets(program, weights | values, build, sets, sizes, say) if len(sets) > 1 else []
+    integer = _fastest(sets, whole)
+    kept = {name: value for name, value in values.items() if name.removesuffix(RANGE_SUFFIX) in integer}
+    weights |= kept
+    for planned in stored:
+        path = planned.site.path
+        assert path is not None
+        reports.append(_report(planned, integer, timings.get(planned.site.name, []), like[path], weights[path]))
     reports += [
         SiteReport(entry.site.name, "kept float", entry.kept)
         for entry in plan.sites
         if entry.quantize is None and "not quantized" in entry.kept
     ]
-    static_sites = [d.planned.site for d in decisions.values() if d.integer and needs_range(d.planned.rule)]
-    report = PassReport("lower", time.perf_counter() - start, tuple(reports), _totals(program, weights))
-    return program.replace(
-        fn=_lowered(program.fn, like, decisions, static_sites),
-        weights=weights,
-        history=(*program.history, report),
-    )
+    metrics: dict[str, Any] = {
+        "weights_bytes_before": program.weights_bytes,
+        "weights_bytes_after": tree_bytes(weights),
+    }
+    if whole:
+        chosen = sets.index(integer)
+        metrics["whole_program"] = [
+            {"sizes": timed.sizes, "float_us": timed.float_us, "lowered_us": timed.set_us[chosen]} for timed in whole
+        ]
+    report = PassReport("lower", time.perf_counter() - start, tuple(reports), metrics)
+    return program.replace(fn=build(integer), weights=weights, history=(*program.history, report))
 
 
 def _lowered(
-    fn: Callable[..., Any], like: Any, decisions: Mapping[str, _Decision], static_sites: Sequence[Site]
+    fn: Callable[..., Any],
+    like: Any,
+    stored: Sequence[_Planned],
+    integer: frozenset[str],
+    pad_single: Mapping[str, bool],
 ) -> Callable[..., Any]:
-    """The function on stored weights."""
+    """The function on stored weights, the sites named in `integer` in integer arithmetic."""
+    by_name = {planned.site.name: planned.rule for planned in stored}
+    static_sites = [planned.site for planned in stored if planned.site.name in integer and needs_range(planned.rule)]
 
     def rule(site: Site, context: Context, eqn: Any, values: Values) -> Values | None:
-        decision = decisions.get(site.name)
-        if decision is None or site.weight_operand is None:
+        planned = by_name.get(site.name)
+        if planned is None or site.weight_operand is None:
             return None
         tracked = values[site.weight_operand]
         activation = materialize(values[1 - site.weight_operand])
-        if decision.integer:
-            absmax = products.static_range(site, decision.planned.rule, tracked)
-            return [products.integer_product(site, activation, tracked.value, absmax, pad_single=decision.pad_single)]
+        if site.name in integer:
+            absmax = products.static_range(site, planned, tracked)
+            pad = pad_single[site.name]
+            return [products.integer_product(site, activation, tracked.value, absmax, pad_single=pad)]
         weight = products.restore(site, tracked.value)
-        operands = (activation, weight) if site.weight_operand == 1 else (weight, activation)
-        return context.bind(eqn, operands)
+        return context.bind(eqn, (activation, weight) if site.weight_operand == 1 else (weight, activation))
 
     def run(weights: Mapping[str, Any], *inputs: Any) -> Any:
         ranges = {site.name: weights[site.name + RANGE_SUFFIX] for site in static_sites}
@@ -186,39 +202,94 @@ def _grows(op: LayoutOp) -> bool:
     return math.prod(before) != math.prod(after)
 
 
-def _by_name(sites: Iterable[Site]) -> dict[str, Site]:
-    return {site.name: site for site in sites}
+def _time_sites(
+    program: Program, candidates: Sequence[_Planned], sizes: Sequence[Mapping[str, int]], say: Callable[[str], None]
+) -> dict[str, list[Timing]]:
+    """Float against integer arithmetic at each site and size; empty lists where there is no size to time at."""
+    found = [(at, {site.name: site for site in find_sites(program, sizes=at)}) for at in sizes]
+    timings: dict[str, list[Timing]] = {}
+    for planned in candidates:
+        name = planned.site.name
+        if found:
+            say(name)
+        timings[name] = [compare(by_name[name], planned.rule, at) for at, by_name in found]
+    return timings
 
 
-def _time_site(planned: _Planned, found: Mapping[Any, Mapping[str, Site]]) -> list[Timing]:
-    """Float against integer arithmetic at each size, or nothing to measure."""
-    return [compare(by_name[planned.site.name], planned.rule, dict(at)) for at, by_name in found.items()]
+def _padded(timings: Sequence[Timing]) -> bool:
+    """Whether single rows are better padded to two."""
+    return any(timing.padded_us is not None and timing.padded_us < timing.integer_us for timing in timings)
 
 
-def _decide(
-    planned: _Planned, timings: Sequence[Timing], like: jax.ShapeDtypeStruct, stored: QTensor
-) -> tuple[_Decision, SiteReport]:
-    """Keeps the integer product where it is faster over the sizes as a whole."""
+def _ratio(timings: Sequence[Timing]) -> float:
+    """Integer time over float time, the geometric mean over sizes; 0 where nothing was timed."""
+    if not timings:
+        return 0.0
+    pad = _padded(timings)
+    return statistics.geometric_mean([timing.best_us(pad) / timing.float_us for timing in timings])
+
+
+def _candidate_sets(candidates: Sequence[_Planned], timings: Mapping[str, Sequence[Timing]]) -> list[frozenset[str]]:
+    """Sets of sites to try in integers: none, then ever more, the most promising first."""
+    ratios = {planned.site.name: _ratio(timings[planned.site.name]) for planned in candidates}
+    if all(ratio == 0 for ratio in ratios.values()):
+        return [frozenset(ratios)]  # nothing was timed, so everything is done as planned
+    promising = sorted({ratio for ratio in ratios.values() if ratio < HOPELESS_RATIO})
+    # Sites that look the same share a ratio, so they come in together.
+    limits = [promising[(len(promising) * (k + 1) - 1) // MAX_SETS] for k in range(MAX_SETS)] if promising else []
+    sets = [frozenset(name for name, ratio in ratios.items() if ratio <= limit) for limit in sorted(set(limits))]
+    return [frozenset[str](), *sets]
+
+
+def _time_sets(
+    program: Program,
+    weights: Mapping[str, Any],
+    build: Callable[[frozenset[str]], Callable[..., Any]],
+    sets: Sequence[frozenset[str]],
+    sizes: Sequence[Mapping[str, int]],
+    say: Callable[[str], None],
+) -> list[WholeTiming]:
+    """Times the whole program at the smallest and the largest sizes, with each set of sites in integers."""
+    kept = {chosen: dict(weights) for chosen in sets}
+    for chosen, leaves in kept.items():
+        for name in [name for name in leaves if name.endswith(RANGE_SUFFIX)]:
+            if name.removesuffix(RANGE_SUFFIX) not in chosen:
+                del leaves[name]
+    functions = [(program.fn, program.weights), *((build(chosen), kept[chosen]) for chosen in sets)]
+    timed = []
+    for at in (sizes[0], sizes[-1]) if len(sizes) > 1 else sizes:
+        say(f"the whole program at {', '.join(f'{name} {size}' for name, size in at.items()) or 'its size'}")
+        times = time_programs(functions, program.abstract_inputs(at))
+        timed.append(WholeTiming(dict(at), times[0], tuple(times[1:])))
+    return timed
+
+
+def _fastest(sets: Sequence[frozenset[str]], whole: Sequence[WholeTiming]) -> frozenset[str]:
+    """The set with the best time over the sizes; a larger set must earn its place."""
+    if not whole:
+        return sets[-1]
+    scores = [statistics.geometric_mean([timed.set_us[index] for timed in whole]) for index in range(len(sets))]
+    best = 0
+    for index, score in enumerate(scores):
+        if score < WORTH_RATIO * scores[best]:
+            best = index
+    return sets[best]
+
+
+def _report(
+    planned: _Planned, integer: frozenset[str], timings: Sequence[Timing], like: jax.ShapeDtypeStruct, stored: QTensor
+) -> SiteReport:
     rule = planned.rule
-    before, after = leaf_bytes(like.shape, like.dtype), tree_bytes(stored)
     metrics: dict[str, Any] = {"timings": [timing.to_json() for timing in timings]} if timings else {}
-    formats = f"{rule.weights} weights"
-    reason = ""
-    if rule.activations == "none":
-        chosen = _Decision(planned, integer=False)
-    else:
-        pad = any(timing.padded_us is not None and timing.padded_us < timing.integer_us for timing in timings)
-        ratios = [timing.best_us(pad) / timing.float_us for timing in timings]
-        ratio = math.exp(sum(map(math.log, ratios)) / len(ratios)) if ratios else 0.0
-        chosen = _Decision(planned, integer=ratio < WORTH_RATIO, pad_single=pad)
-        if ratios:
-            metrics["integer_over_float"] = ratio
-        if chosen.integer:
-            formats = f"{rule.weights} x {rule.activations}"
-        else:
-            reason = f"integer arithmetic takes {ratio:.2f} of float's time here, so only the weight is stored small"
-    return chosen, SiteReport(planned.site.name, formats, reason, before, after, metrics)
-
-
-def _totals(program: Program, weights: Mapping[str, Any]) -> dict[str, Any]:
-    return {"weights_bytes_before": program.weights_bytes, "weights_bytes_after": tree_bytes(dict(weights))}
+    ratio = _ratio(timings)
+    if timings:
+        metrics["integer_over_float"] = ratio
+    action, reason = f"{rule.weights} weights", ""
+    if planned.site.name in integer:
+        action = f"{rule.weights} x {rule.activations}"
+    elif rule.activations != "none":
+        reason = f"integer arithmetic takes {ratio:.2f} of float's time here, so only the weight is stored small"
+        if ratio < HOPELESS_RATIO:
+            reason = f"integer arithmetic ({ratio:.2f} of float's time alone) does not make the whole program faster"
+    before, after = leaf_bytes(like.shape, like.dtype), tree_bytes(stored)
+    return SiteReport(planned.site.name, action, reason, before, after, metrics)

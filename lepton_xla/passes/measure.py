@@ -1,4 +1,4 @@
-"""Times one site's product in float and in integers, as compiled for the machine at hand."""
+"""Times products and whole programs, in float and in integers, as compiled for the machine at hand."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -19,7 +19,10 @@ from lepton_xla.passes.sites import Site
 if TYPE_CHECKING:
     from lepton_xla.recipe import QuantizeRule
 
-ROUNDS = 15
+ROUNDS = 21
+MIN_ROUNDS = 3
+# Rounds are fewer where they would take longer than this in all.
+BUDGET_S = 2.0
 # A round runs the product often enough to last this long, so that the clock's own cost does not count.
 ROUND_S = 2e-4
 
@@ -47,6 +50,39 @@ class Timing:
     def to_json(self) -> dict[str, Any]:
         """Plain dicts and numbers."""
         return dataclasses.asdict(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class WholeTiming:
+    """Median times of one call of the whole program, in microseconds.
+
+    Attributes:
+        sizes: sizes of the symbolic dimensions.
+        float_us: as the program had it.
+        set_us: with each of the tried sets of sites in integers.
+    """
+
+    sizes: dict[str, int]
+    float_us: float
+    set_us: tuple[float, ...]
+
+
+def time_programs(
+    functions: Sequence[tuple[Callable[..., Any], Any]], inputs: Sequence[jax.ShapeDtypeStruct]
+) -> list[float]:
+    """Median times in microseconds of functions of weights and the same inputs, timed in turn.
+
+    Args:
+        functions: pairs of `fn(weights, *inputs)` and its weights.
+        inputs: shapes and dtypes; floats are drawn at random, anything else is zero.
+    """
+    arrays = [
+        jax.random.normal(jax.random.key(number), leaf.shape, jnp.float32).astype(leaf.dtype)
+        if jnp.issubdtype(leaf.dtype, jnp.floating)
+        else jnp.zeros(leaf.shape, leaf.dtype)
+        for number, leaf in enumerate(inputs)
+    ]
+    return _medians_us([_compiled(fn, weights, *arrays) for fn, weights in functions])
 
 
 def compare(site: Site, decision: QuantizeRule, sizes: Mapping[str, int]) -> Timing:
@@ -113,14 +149,16 @@ def _compiled(fn: Callable[..., Any], *args: Any) -> Callable[[], Any]:
 
 def _medians_us(calls: list[Callable[[], Any]]) -> list[float]:
     """Medians over rounds that take the calls in turn, so that a slow moment of the machine falls on all alike."""
-    counts = []
+    once = []
     for call in calls:
         jax.block_until_ready(call())
         start = time.perf_counter()
         jax.block_until_ready(call())
-        counts.append(max(1, min(50, int(ROUND_S / max(time.perf_counter() - start, 1e-7)))))
+        once.append(max(time.perf_counter() - start, 1e-7))
+    counts = [max(1, min(50, int(ROUND_S / seconds))) for seconds in once]
+    number = max(MIN_ROUNDS, min(ROUNDS, int(BUDGET_S / sum(once))))
     rounds: list[list[float]] = [[] for _ in calls]
-    for _ in range(ROUNDS):
+    for _ in range(number):
         for call, count, times in zip(calls, counts, rounds, strict=True):
             start = time.perf_counter()
             for _ in range(count):
