@@ -96,6 +96,9 @@ def _import(source: str, target: str) -> Any:
     path = pathlib.Path(source)
     try:
         if path.suffix != ".py":
+            # A script's own folder is on the path, not the one it is run in, where people's packages are.
+            if (here := str(pathlib.Path.cwd())) not in sys.path:
+                sys.path.insert(0, here)
             return importlib.import_module(source)
         if not path.is_file():
             raise ModelError(f"{target!r}: no file {source}")

@@ -1,5 +1,6 @@
 """`leptonx recipes` and `leptonx plan`, and every way in which a recipe or a model file can be wrong."""
 
+import sys
 import tomllib
 
 import cli_models as models
@@ -136,3 +137,12 @@ def test_a_model_file_that_is_wrong(cli, tmp_path, monkeypatch, source, target, 
     for name in ("plan", "compile"):
         assert part in cli.refused(name, target.format(file=file))
     assert sorted(path for path in tmp_path.iterdir() if path.name != "__pycache__") == before
+
+
+def test_a_package_in_this_folder_is_found(cli, tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.path", [*sys.path])
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "some_package").mkdir()
+    (tmp_path / "some_package" / "models.py").write_text(models.PLAIN)
+    found = cli.json("plan", "some_package.models:model", "--recipe", "int8")
+    assert [site["site"] for site in found["sites"]] == ["hidden", "head"]
