@@ -78,8 +78,8 @@ def test_progress_names_every_step(cli, plain, files, tmp_path, monkeypatch):
     monkeypatch.setattr("lepton_xla.cli._common._line", lambda stage, done, total: told.append(stage) or stage)
     cli.ok("compile", plain, "--recipe", files / "static.toml", "-o", tmp_path / "x.lepton")
     expected = [
-        f"load {plain}", "fold and plan", "calibrate", "lower hidden", "lower head", "compile batch=1",
-        "compile batch=4", "export StableHLO", "evaluate the float model", "evaluate the compiled model",
+        f"load {plain}", "fold and plan", "calibrate", "compile batch=1", "compile batch=4", "export StableHLO",
+        "evaluate the float model", "evaluate the compiled model",
     ]  # fmt: skip
     assert [stage for stage in told if stage in expected] == expected
 
@@ -93,6 +93,20 @@ def test_calibration_from_a_generator_reaches_calibrate_whole(cli, variant, file
     [calibrated] = [report for report in found["passes"] if report["name"] == "calibrate"]
     ranges = {site["site"]: site["metrics"]["absmax"] for site in calibrated["sites"]}
     np.testing.assert_allclose(ranges["hidden"], np.abs(100 * models.data()[:4]).max(), rtol=1e-5)
+
+
+def test_calibration_is_checked_also_where_no_pass_needs_it(cli, variant, tmp_path):
+    target = variant("calibration=[{'x': data * np.nan}]")
+    assert "calibration batch 0, input 'x' holds NaN" in cli.refused("compile", target, "-o", tmp_path / "x.lepton")
+    assert not (tmp_path / "x.lepton").exists()
+
+
+def test_the_check_of_rows_is_run_on_calibration_data(cli, variant, tmp_path):
+    # Random inputs, which are near zero, show nothing of this model: all its outputs would be NaN.
+    before = "def far(weights, x): return jnp.log(x - 50)"
+    cli.ok("compile", variant("fn=far, calibration=[{'x': 100 + data}]", before), "-o", tmp_path / "x.lepton")
+    line = cli.refused("compile", variant("fn=far, calibration=None", before), "-o", tmp_path / "y.lepton")
+    assert "no finite value on the probe inputs" in line
 
 
 def test_an_artifact_is_replaced_only_on_request(cli, plain, artifact, tmp_path):
