@@ -1,16 +1,15 @@
 """Folds what follows a product channel by channel, above all batch norm, into the product's weight; drops double work.
 
 `scale * (x @ W) + shift = x @ (scale * W) + shift` (Jacob et al. 2018, arXiv:1712.05877, section 3.2), where scale and
-shift depend on weights alone. The walk carries two kinds of value: expressions in weights, not computed until needed,
-and products whose scale and shift are still being collected.
+shift depend on weights alone. It takes two walks. The first follows each product through the operations that scale and
+shift its channels, up to the first value that something else reads; the second computes that value from the folded
+weight. What to fold is settled at one set of sizes, and holds at all of them.
 """
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import math
-import operator
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -19,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from lepton_xla import _compat
+from lepton_xla.errors import UnsupportedError
 from lepton_xla.passes.rewrite import Carried, Context, Values, materialize, rewrite
 from lepton_xla.passes.sites import Layout, LayoutOp, Site, find_sites, lay_out
 from lepton_xla.program import Program, abstract, leaf_bytes, probe_sizes, tree_bytes
@@ -30,62 +30,131 @@ BIAS_SUFFIX = ":bias"
 
 type _Weights = Mapping[str, Any]
 type _Vector = Callable[[_Weights], jax.Array]
-"""A vector over output channels (or a scalar) as a function of the weights."""
+"""A vector over output channels (or a scalar), float32 or wider, as a function of the weights."""
 
 
-@dataclasses.dataclass(eq=False)
+@dataclasses.dataclass(eq=False, repr=False)
+class _Arithmetic:
+    """An equation on weights alone, evaluated when one of its outputs is read."""
+
+    eqn: Any
+    operands: tuple[Any, ...]
+
+
+@dataclasses.dataclass(eq=False, repr=False)
 class _Expression(Carried):
-    """An expression in weights alone: a weight, or an equation on expressions."""
+    """An expression in weights alone: a weight, or an output of an equation on expressions.
+
+    Attributes:
+        aval: its shape and dtype.
+        given: the weights of this walk.
+        known: what has been computed of them in this walk.
+        path: the weight's path, for a weight and what is made of it alone.
+        layout: the operations between that weight and here.
+        source: the equation; None for a weight.
+        output: which of the equation's outputs this is.
+    """
 
     crosses = False
     aval: Any
-    evaluate: Callable[[_Weights], jax.Array]
     given: _Weights
+    known: dict[_Arithmetic, Values]
     path: str | None = None
     layout: Layout = ()
-    eqn: Any = None
-    operands: tuple[Any, ...] = ()
-
-    def __post_init__(self) -> None:
-        self._value: jax.Array | None = None
+    source: _Arithmetic | None = None
+    output: int = 0
 
     def materialize(self) -> jax.Array:
-        if self._value is None:
-            self._value = self.evaluate(self.given)
-        return self._value
+        return self.evaluate(self.given, self.known)
 
-
-@dataclasses.dataclass(eq=False)
-class _Product(Carried):
-    """A site's product times `scale` plus `shift`, a vector over output channels each, not computed yet."""
-
-    crosses = False
-    path: str
-    axis: int
-    aval: Any
-    replay: Callable[[], jax.Array]
-    finish: Callable[[_Product], jax.Array]
-    scale: _Vector | None = None
-    shift: _Vector | None = None
-
-    def __post_init__(self) -> None:
-        self._value: jax.Array | None = None
-
-    def materialize(self) -> jax.Array:
-        if self._value is None:
-            self._value = self.replay() if self.scale is None else self.finish(self)
-        return self._value
+    def evaluate(self, weights: _Weights, known: dict[_Arithmetic, Values]) -> jax.Array:
+        """The expression's value; `known` is what is known already for these weights, and grows."""
+        if self.source is None:
+            assert self.path is not None
+            return weights[self.path]
+        if self.source not in known:
+            operands = [
+                value.evaluate(weights, known) if isinstance(value, _Expression) else value
+                for value in self.source.operands
+            ]
+            with _compat.equation_context(self.source.eqn):
+                known[self.source] = _compat.bind(self.source.eqn, operands)
+        return known[self.source][self.output]
 
 
 @dataclasses.dataclass(frozen=True)
 class _Fold:
-    """What one folded weight becomes."""
+    """What one folded weight becomes.
 
-    site: str
+    Attributes:
+        site: the product.
+        layout: operations between the stored weight and the product.
+        scale: what the weight is multiplied by.
+        shift: what is added to the product, or None.
+        bias: the path of the shift among the weights, or None.
+        steps: how many operations after the product are folded.
+        dtype: the dtype of the last one.
+    """
+
+    site: Site
     layout: Layout
-    weight_channel: int
     scale: _Vector
     shift: _Vector | None
+    bias: str | None
+    steps: int
+    dtype: Any
+
+
+@dataclasses.dataclass(eq=False, repr=False)
+class _Product(Carried):
+    """A site's product after `steps` operations that scale or shift its channels, or move axes.
+
+    Attributes:
+        site: the site.
+        eqn: its equation in this walk.
+        weight: its weight.
+        activation: its activation.
+        aval: shape and dtype after these operations.
+        value: the array, computed as the program does; None where it is to be computed from the folded weight.
+        scale: the operations' scale, or None.
+        shift: the operations' shift, or None.
+        steps: how many operations.
+        axis: the axis of the channels here.
+        moves: those of the operations that move axes.
+        read: whether something that is no such operation reads this value.
+        following: the values that such operations make of this one.
+    """
+
+    crosses = False
+    site: Site
+    eqn: Any
+    weight: _Expression
+    activation: jax.Array
+    aval: Any
+    value: jax.Array | None
+    axis: int
+    scale: _Vector | None = None
+    shift: _Vector | None = None
+    steps: int = 0
+    moves: tuple[Any, ...] = ()
+    read: bool = False
+    following: list[_Product] = dataclasses.field(default_factory=list)
+
+    def materialize(self) -> jax.Array:
+        if self.value is None:
+            raise UnsupportedError(
+                f"site {self.site.name!r}: the program goes on from it otherwise at these sizes than at those it was "
+                f"folded at; set fold = false"
+            )
+        self.read = True
+        return self.value
+
+    def last(self) -> _Product:
+        """The end of the chain of operations in which no value is read twice."""
+        product = self
+        while not product.read and len(product.following) == 1:
+            product = product.following[0]
+        return product
 
 
 def fold(program: Program) -> Program:
@@ -98,30 +167,30 @@ def fold(program: Program) -> Program:
         and what is added after it is `path:bias`.
     """
     start = time.perf_counter()
-    every = find_sites(program)
-    uses = collections.Counter(site.path for site in every)
-    sites = {site.path: site for site in every if _foldable(site) and uses[site.path] == 1}
+    found = find_sites(program)
+    uses = [site.path for site in found]
+    sites = {site.path: site for site in found if _foldable(site) and uses.count(site.path) == 1}
     sizes = probe_sizes(program.fn, program.weights, program.inputs)[0]
 
-    found: dict[str, _Fold] = {}
     like = abstract(program.weights)
-    walk = _walk(program.fn, like, sites, found=found)
-    jax.eval_shape(walk, like, *program.abstract_inputs(sizes))
-    weights: dict[str, Any] = dict(program.weights)
-    folded: dict[str, bool] = {}
-    reports = []
-    for path, entry in found.items():
-        laid = lay_out(program.weights[path], entry.layout)
-        channels = [1] * laid.ndim
-        channels[entry.weight_channel] = -1
-        weights[path] = laid * jnp.reshape(entry.scale(program.weights), channels).astype(laid.dtype)
-        folded[path] = entry.shift is not None
-        if entry.shift is not None:
-            weights[path + BIAS_SUFFIX] = entry.shift(program.weights)
-        size = leaf_bytes(laid.shape, laid.dtype)
-        reports.append(SiteReport(entry.site, "scale and shift folded in", "", size, size))
+    products: list[_Product] = []
+    jax.eval_shape(_walk(program.fn, like, sites, found=products), like, *program.abstract_inputs(sizes))
+    folds = {_path(fold.site): fold for product in products if (fold := _folded(product.last(), like)) is not None}
 
-    fn = _walk(program.fn, like, sites, folded=folded)
+    weights: dict[str, Any] = dict(program.weights)
+    masks = dict(program.masks)
+    reports = []
+    for path, entry in folds.items():
+        weights[path] = _scaled(program.weights, entry)
+        if entry.shift is not None and entry.bias is not None:
+            weights[entry.bias] = entry.shift(program.weights).astype(entry.dtype)
+        if path in masks:
+            # A layout may hold a conversion to a float dtype, which a mask must not keep.
+            masks[path] = lay_out(masks[path].astype(like[path].dtype), entry.layout) != 0
+        before, after = (leaf_bytes(leaf.shape, leaf.dtype) for leaf in (like[path], weights[path]))
+        reports.append(SiteReport(entry.site.name, "scale and shift folded in", "", before, after))
+
+    fn = _walk(program.fn, like, sites, folds=folds)
     used = _used_weights(fn, weights, program, sizes)
     kept = {name: value for name, value in weights.items() if name in used}
     metrics = {
@@ -131,7 +200,6 @@ def fold(program: Program) -> Program:
         "weights_bytes_after": tree_bytes(kept),
     }
     report = PassReport("fold", time.perf_counter() - start, tuple(reports), metrics)
-    masks = {path: lay_out(mask, found[path].layout) if path in found else mask for path, mask in program.masks.items()}
     return program.replace(fn=fn, weights=kept, masks=masks, history=(*program.history, report))
 
 
@@ -160,68 +228,80 @@ def _channel_axes(site: Site) -> tuple[int, int] | None:
     return (len(site.output.shape) - 1, free[0]) if len(free) == 1 and not batch else None
 
 
+def _path(site: Site) -> str:
+    assert site.path is not None
+    return site.path
+
+
+def _axis_of(site: Site, operand: int) -> int:
+    axes = _channel_axes(site)
+    assert axes is not None
+    return axes[operand]
+
+
+def _folded(end: _Product, like: _Weights) -> _Fold | None:
+    """What the product's weight becomes, or None where nothing scales the product."""
+    if end.scale is None:
+        return None
+    bias = None
+    if end.shift is not None:
+        bias = _path(end.site) + BIAS_SUFFIX
+        while bias in like:  # from an earlier fold
+            bias += BIAS_SUFFIX
+    return _Fold(end.site, end.weight.layout, end.scale, end.shift, bias, end.steps, end.aval.dtype)
+
+
+def _scaled(weights: _Weights, entry: _Fold) -> jax.Array:
+    """The weight with its scale folded in, multiplied in float32 or wider."""
+    laid = lay_out(weights[_path(entry.site)], entry.layout)
+    scale = entry.scale(weights)
+    wide = _wider(laid.dtype, scale.dtype)
+    return (laid.astype(wide) * _along(scale.astype(wide), _axis_of(entry.site, 1), laid.ndim)).astype(laid.dtype)
+
+
+def _along(vector: jax.Array, axis: int, ndim: int) -> jax.Array:
+    """The vector, or scalar, as an array of the given rank that varies along one axis."""
+    return jnp.reshape(vector, [-1 if k == axis else 1 for k in range(ndim)])
+
+
 def _walk(
     fn: Callable[..., Any],
     like: Mapping[str, Any],
     sites: Mapping[str | None, Site],
     *,
-    found: dict[str, _Fold] | None = None,
-    folded: Mapping[str, bool] | None = None,
+    found: list[_Product] | None = None,
+    folds: Mapping[str, _Fold] | None = None,
 ) -> Callable[..., Any]:
-    """`fn` with its foldable products collected: noted in `found`, or computed from `folded` weights."""
+    """`fn` with its foldable products noted in `found`, or those of `folds` computed from folded weights."""
 
     def rule(context: Context, eqn: Any, values: Values) -> Values | None:
         if eqn.effects or _compat.inner_jaxprs(eqn):
             return None
         literal = [isinstance(atom, _compat.LITERAL) for atom in eqn.invars]
-        weight = [isinstance(value, _Expression) for value in values]
-        if any(weight) and all(map(operator.or_, weight, literal)):
-            return _expressions(eqn, values, given)
-        # What a product is added to or multiplied by is folded only if nothing else reads the product.
-        name = eqn.primitive.name
-        if name in _AFFINE:
-            for side in range(2):
-                product, other = values[side], values[1 - side]
-                if isinstance(product, _Product) and context.uses[eqn.invars[side]] == 1:
-                    extended = _extended(eqn, product, side, other, literal[1 - side])
-                    if extended is not None:
-                        return [extended]
-        if name in ("dot_general", "conv_general_dilated") and isinstance(values[1], _Expression):
-            site = sites.get(values[1].path)
-            if site is not None and not context.container:
-                return [_product(eqn, site, values)]
+        expression = [isinstance(value, _Expression) for value in values]
+        if any(expression) and all(a or b for a, b in zip(expression, literal, strict=True)):
+            return _expressions(context, eqn, values)
+        if eqn.primitive.name in ("dot_general", "conv_general_dilated") and expression[1] and not context.container:
+            path = values[1].path
+            if found is not None and path in sites:
+                return [_product(eqn, sites[path], values, found)]
+            if folds is not None and path in folds:
+                activation = materialize(values[0])
+                axis = _axis_of(folds[path].site, 0)
+                return [_Product(folds[path].site, eqn, values[1], activation, eqn.outvars[0].aval, None, axis)]
+        for side, value in enumerate(values):
+            if isinstance(value, _Product):
+                extended = _extended(eqn, value, side, values, literal)
+                if extended is not None:
+                    value.following.append(extended)
+                    entry = (folds or {}).get(_path(value.site))
+                    return [_finish(entry, extended) if entry and extended.steps == entry.steps else extended]
         return _once(context, eqn, values)
 
-    def _product(eqn: Any, site: Site, values: Values) -> _Product:
-        activation, weight = values
-        axes = _channel_axes(site)
-        assert site.path is not None
-        assert axes is not None
-
-        def finish(product: _Product) -> jax.Array:
-            assert product.scale is not None
-            if found is not None:
-                found[product.path] = _Fold(site.name, weight.layout, axes[1], product.scale, product.shift)
-                return product.replay()
-            out = _compat.bind(eqn, [materialize(activation), given[product.path]])[0]
-            if not (folded or {})[product.path]:
-                return out
-            channels = [1] * out.ndim
-            channels[product.axis] = -1
-            return out + jnp.reshape(given[product.path + BIAS_SUFFIX], channels).astype(out.dtype)
-
-        replay = lambda: _compat.bind(eqn, [materialize(activation), weight.materialize()])[0]  # noqa: E731
-        return _Product(site.path, axes[0], eqn.outvars[0].aval, replay, finish)
-
-    given: dict[str, Any] = {}
-
     def prepare(weights: Mapping[str, Any], *inputs: Any) -> tuple[Any, ...]:
-        given.clear()
-        given.update(weights)
+        known: dict[_Arithmetic, Values] = {}
         flat = {
-            name: _Expression(leaf, lambda given, name=name: given[name], given, name)
-            if isinstance(leaf, jax.ShapeDtypeStruct)
-            else weights[name]
+            name: _Expression(leaf, weights, known, name) if isinstance(leaf, jax.ShapeDtypeStruct) else weights[name]
             for name, leaf in like.items()
         }
         return (flat, *inputs)
@@ -236,58 +316,112 @@ def _walk(
     )
 
 
-def _expressions(eqn: Any, values: Values, given: _Weights) -> Values:
-    """The outputs of an equation on weights alone, as expressions."""
-    first = values[0]
-    follows = len(values) == 1 and first.path is not None
-
-    def evaluate(weights: _Weights, index: int) -> jax.Array:
-        operands = [value.evaluate(weights) if isinstance(value, _Expression) else value for value in values]
-        return _compat.bind(eqn, operands)[index]
-
-    return [
-        _Expression(
-            var.aval,
-            lambda weights, index=index: evaluate(weights, index),
-            given,
-            first.path if follows else None,
-            (*first.layout, LayoutOp(eqn, index)) if follows else (),
-            eqn,
-            tuple(values),
-        )
-        for index, var in enumerate(eqn.outvars)
-    ]
+def _product(eqn: Any, site: Site, values: Values, found: list[_Product]) -> _Product:
+    """The start of a chain, computed as the program does."""
+    activation, weight = materialize(values[0]), values[1]
+    value = _compat.bind(eqn, [activation, weight.materialize()])[0]
+    found.append(_Product(site, eqn, weight, activation, eqn.outvars[0].aval, value, _axis_of(site, 0)))
+    return found[-1]
 
 
-_AFFINE = ("add", "sub", "mul", "div")
+def _finish(entry: _Fold, product: _Product) -> jax.Array:
+    """The end of a chain, computed from the folded weight."""
+    given = product.weight.given
+    out = _compat.bind(product.eqn, [product.activation, given[_path(entry.site)]])[0]
+    if entry.bias is not None:
+        wide = _wider(out.dtype, entry.dtype)
+        bias = _along(given[entry.bias].astype(wide), _axis_of(entry.site, 0), out.ndim)
+        out = out.astype(wide) + bias
+    out = out.astype(entry.dtype)
+    for move in product.moves:
+        out = _compat.bind(move, [out])[0]
+    return out
 
 
-def _extended(eqn: Any, product: _Product, side: int, other: Any, literal: bool) -> _Product | None:
-    """The product after one more operation with an expression, or None if it does not fold."""
+def _expressions(context: Context, eqn: Any, values: Values) -> Values:
+    """The outputs of an equation on weights alone, as expressions; equal equations are one."""
+    first = next(value for value in values if isinstance(value, _Expression))
+    alone = len(values) == 1 and first.path is not None
+    key = _identity(eqn, values)
+    known: dict[Any, _Arithmetic] = context.walk.notes.setdefault("arithmetic", {})
+    source = known.setdefault(key, _Arithmetic(eqn, tuple(values))) if key is not None else None
+    source = source or _Arithmetic(eqn, tuple(values))
+    made: dict[_Arithmetic, Values] = context.walk.notes.setdefault("expressions", {})
+    if source not in made:
+        made[source] = [
+            _Expression(
+                var.aval,
+                first.given,
+                first.known,
+                first.path if alone else None,
+                (*first.layout, LayoutOp(eqn, index)) if alone else (),
+                source,
+                index,
+            )
+            for index, var in enumerate(eqn.outvars)
+        ]
+    return list(made[source])
+
+
+def _extended(eqn: Any, product: _Product, side: int, values: Values, literal: list[bool]) -> _Product | None:
+    """The product after one more operation that scales or shifts its channels, or None if this is none."""
     name = eqn.primitive.name
-    if name == "div" and side == 1:
-        return None
-    vector = _channel_vector(other, product.axis, literal)
-    if vector is None or eqn.outvars[0].aval.dtype != product.aval.dtype:
-        return None
-    scale, shift = product.scale, product.shift
-    if name in ("mul", "div"):
-        factor = vector if name == "mul" else _map(lambda by: 1 / by, vector)
-        scale = factor if scale is None else _map(jnp.multiply, scale, factor)
-        shift = None if shift is None else _map(jnp.multiply, shift, factor)
+    aval = eqn.outvars[0].aval
+    scale, shift, axis, moves = product.scale, product.shift, product.axis, product.moves
+    if name in ("reshape", "squeeze", "transpose"):
+        moved = _moved(eqn, product)
+        if moved is None or len(values) != 1:
+            return None
+        axis, moves = moved, (*moves, eqn)
+    elif name == "convert_element_type":
+        if not (jnp.issubdtype(aval.dtype, jnp.floating) and jnp.issubdtype(product.aval.dtype, jnp.floating)):
+            return None
+    elif name in ("add", "sub", "mul", "div"):
+        vector = _channel_vector(values[1 - side], axis, literal[1 - side])
+        alike = (aval.shape, aval.dtype) == (product.aval.shape, product.aval.dtype)
+        if vector is None or not alike or (name == "div" and side == 1):
+            return None
+        if name in ("mul", "div"):
+            factor = vector if name == "mul" else _map(lambda by: 1 / by, vector)
+            scale = factor if scale is None else _map(jnp.multiply, scale, factor)
+            shift = None if shift is None else _map(jnp.multiply, shift, factor)
+        else:
+            if name == "sub" and side == 1:  # vector - product
+                scale = (lambda _weights: jnp.float32(-1)) if scale is None else _map(jnp.negative, scale)
+                shift = None if shift is None else _map(jnp.negative, shift)
+            elif name == "sub":
+                vector = _map(jnp.negative, vector)
+            shift = vector if shift is None else _map(jnp.add, shift, vector)
     else:
-        if name == "sub" and side == 1:  # vector - product
-            scale = _map(jnp.negative, scale) if scale is not None else (lambda _weights: jnp.float32(-1))
-            shift = None if shift is None else _map(jnp.negative, shift)
-        elif name == "sub":
-            vector = _map(jnp.negative, vector)
-        shift = vector if shift is None else _map(jnp.add, shift, vector)
+        return None
+    value = None
+    if product.value is not None:
+        value = _compat.bind(eqn, [product.value if k == side else materialize(v) for k, v in enumerate(values)])[0]
+    return dataclasses.replace(
+        product,
+        aval=aval,
+        value=value,
+        axis=axis,
+        scale=scale,
+        shift=shift,
+        steps=product.steps + 1,
+        moves=moves,
+        read=False,
+        following=[],
+    )
 
-    def replay() -> jax.Array:
-        operands = [product.materialize(), materialize(other)]
-        return _compat.bind(eqn, operands if side == 0 else operands[::-1])[0]
 
-    return _Product(product.path, product.axis, eqn.outvars[0].aval, replay, product.finish, scale, shift)
+def _moved(eqn: Any, product: _Product) -> int | None:
+    """The axis of the channels after an operation that moves axes; None where they do not stay one axis."""
+    if eqn.primitive.name == "transpose":
+        return eqn.params["permutation"].index(product.axis)
+    before, after = product.aval.shape, eqn.outvars[0].aval.shape
+    channels = before[product.axis]
+    if channels == 1:
+        return None
+    lead = math.prod(before[: product.axis])
+    places = [k for k, size in enumerate(after) if size == channels and math.prod(after[:k]) == lead]
+    return places[0] if places else None
 
 
 def _map(operation: Callable[..., jax.Array], *vectors: _Vector) -> _Vector:
@@ -297,35 +431,50 @@ def _map(operation: Callable[..., jax.Array], *vectors: _Vector) -> _Vector:
 def _channel_vector(value: Any, axis: int, literal: bool) -> _Vector | None:
     """A value that varies along one axis only, as a vector along it (or a scalar); None if it varies otherwise."""
     if not isinstance(value, _Expression):
-        return (lambda _weights: jnp.asarray(value)) if literal and jnp.ndim(value) == 0 else None
-    shape = value.aval.shape
-    if all(size == 1 for k, size in enumerate(shape) if k != axis):
-        return lambda weights: jnp.ravel(value.evaluate(weights))
-    if value.eqn is None or value.eqn.primitive.name != "broadcast_in_dim":
+        return (lambda _weights: _widened(jnp.asarray(value))) if literal and jnp.ndim(value) == 0 else None
+    if all(size == 1 for k, size in enumerate(value.aval.shape) if k != axis):
+        return lambda weights: _widened(jnp.ravel(value.evaluate(weights, {})))
+    if value.source is None or value.source.eqn.primitive.name != "broadcast_in_dim":
         return None
-    inner = value.operands[0]
-    inner_shape = jnp.shape(inner) if not isinstance(inner, _Expression) else inner.aval.shape
-    places = value.eqn.params["broadcast_dimensions"]
-    for k, size in enumerate(inner_shape):
-        if size != 1 and places[k] != axis:
-            return None
-    return lambda weights: jnp.ravel(inner.evaluate(weights) if isinstance(inner, _Expression) else inner)
+    inner, places = value.source.operands[0], value.source.eqn.params["broadcast_dimensions"]
+    return _channel_vector(inner, places.index(axis) if axis in places else -1, literal=True)
 
 
-def _once(context: Context, eqn: Any, values: Values) -> Values | None:
+def _widened(vector: jax.Array) -> jax.Array:
+    return vector.astype(_wider(vector.dtype))
+
+
+def _wider(*dtypes: Any) -> Any:
+    """The widest of these dtypes and float32."""
+    return max((jnp.dtype("float32"), *map(jnp.dtype, dtypes)), key=lambda dtype: dtype.itemsize)
+
+
+def _once(context: Context, eqn: Any, values: Values) -> Values:
     """Evaluates an equation, or gives what the same one on the same operands gave before (common subexpressions)."""
     operands = [materialize(value) for value in values]
-    identity = tuple(
-        (str(value), str(atom.aval)) if isinstance(atom, _compat.LITERAL) else id(value)
-        for atom, value in zip(eqn.invars, operands, strict=True)
-    )
-    if not any(isinstance(part, int) for part in identity):
+    # A body of control flow may be traced several times, and a value of one trace must not reach another.
+    key = _identity(eqn, operands) if not context.container else None
+    if key is None:
         return _compat.bind(eqn, operands)
     seen: dict[Any, tuple[Values, Values]] = context.walk.notes.setdefault("seen", {})
-    key = (context.body, eqn.primitive.name, identity, str(eqn.params), str(eqn.ctx))
     if key not in seen:
         seen[key] = operands, _compat.bind(eqn, operands)  # the operands are held so that their ids stay theirs
     return list(seen[key][1])
+
+
+def _identity(eqn: Any, operands: Values) -> tuple[Any, ...] | None:
+    """Equal for two equations that compute the same; None where that cannot be told."""
+    values = tuple(
+        (str(value), str(atom.aval)) if isinstance(atom, _compat.LITERAL) else id(value)
+        for atom, value in zip(eqn.invars, operands, strict=True)
+    )
+    key = (eqn.primitive.name, values, tuple(sorted(eqn.params.items(), key=lambda item: item[0])), str(eqn.ctx))
+    try:
+        hash(key)
+    except TypeError:
+        return None
+    # What takes no operands is cheap, and may be large.
+    return key if any(isinstance(part, int) for part in values) else None
 
 
 def _used_weights(
