@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from typing import Any
 
 import jax
@@ -45,7 +45,7 @@ def inner_jaxprs(eqn: Equation) -> list[Jaxpr]:
 
 
 @contextlib.contextmanager
-def equation_context(eqn: Equation) -> Iterator[None]:
+def equation_context(eqn: Equation) -> Generator[None, None, None]:
     """The name stack, traceback, mesh and configuration under which the equation was traced."""
     name_stack = source_info_util.current_name_stack() + eqn.source_info.name_stack
     with source_info_util.user_context(eqn.source_info.traceback, name_stack=name_stack), eqn.ctx.manager:
@@ -76,6 +76,11 @@ def scan_split(eqn: Equation) -> tuple[int, int]:
     """How many of a scan's operands are constants, and how many are carried."""
     consts, carry, _ = eqn.params["ft_in"].update(eqn.invars).unpack()
     return len(list(consts)), len(list(carry))
+
+
+def is_manual(eqn: Equation) -> bool:
+    """Whether an equation was traced inside a `shard_map`, at any depth."""
+    return bool(getattr(eqn.ctx.cur_abstract_mesh, "manual_axes", ()))
 
 
 def user_shardings(shardings: Sequence[Any]) -> tuple[Any, ...]:

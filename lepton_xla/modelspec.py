@@ -102,12 +102,13 @@ def _import(source: str, target: str) -> Any:
             return importlib.import_module(source)
         if not path.is_file():
             raise ModelError(f"{target!r}: no file {source}")
-        spec = importlib.util.spec_from_file_location(path.stem, path)
+        # A name of its own, so that a file called json.py or jax.py takes nobody's place.
+        spec = importlib.util.spec_from_file_location(f"leptonx_target_{path.stem}", path)
         assert spec is not None
         assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)
         # Registered, and its folder on the path, as when Python runs a script: dataclasses and neighbours work.
-        sys.modules[path.stem] = module
+        sys.modules[spec.name] = module
         sys.path.insert(0, str(path.parent.resolve()))
         spec.loader.exec_module(module)
     except LeptonError:

@@ -7,7 +7,7 @@ import json
 import math
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -169,14 +169,14 @@ type Step = Callable[..., None]
 
 
 @contextlib.contextmanager
-def progress() -> Iterator[Step]:
+def progress() -> Generator[Step, None, None]:
     """Tells on stderr what is being done: a live line on a terminal, elsewhere a plain line for what takes a second."""
     with _live() if sys.stderr.isatty() else _plain() as step:
         yield step
 
 
 @contextlib.contextmanager
-def _live() -> Iterator[Step]:
+def _live() -> Generator[Step, None, None]:
     from rich.console import Console
     from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
@@ -191,7 +191,7 @@ def _live() -> Iterator[Step]:
 
 
 @contextlib.contextmanager
-def _plain() -> Iterator[Step]:
+def _plain() -> Generator[Step, None, None]:
     current = ["start"]
     finished = threading.Event()
 

@@ -8,7 +8,7 @@ import itertools
 import pathlib
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -96,7 +96,7 @@ def evaluate(spec: ModelSpec, predict: Predict) -> dict[str, float]:
 
 
 @contextlib.contextmanager
-def _user_code(what: str) -> Iterator[None]:
+def _user_code(what: str) -> Generator[None, None, None]:
     try:
         with contextlib.redirect_stdout(sys.stderr):
             yield

@@ -14,7 +14,7 @@ import jax
 import jaxlib.version
 import numpy as np
 from jax._src.core import ShapedArray
-from jax._src.lib import _jax  # pyright: ignore[reportPrivateImportUsage]
+from jax._src.lib import _jax  # pyright: ignore[reportPrivateImportUsage, reportPrivateUsage]
 
 type Device = Any
 """A `jax.Device`; JAX's own name for it is no type to a type checker."""
@@ -50,7 +50,7 @@ def _register_lapack() -> None:
     """
     from jaxlib import lapack
 
-    lapack._lapack.initialize()  # pyright: ignore[reportPrivateImportUsage]
+    lapack._lapack.initialize()  # pyright: ignore[reportPrivateImportUsage, reportPrivateUsage]
 
 
 def jaxlib_version() -> str:

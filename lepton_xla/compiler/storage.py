@@ -9,7 +9,7 @@ import pathlib
 import secrets
 import shutil
 import stat
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from urllib.parse import unquote
 
 import tensorstore as ts
@@ -143,7 +143,7 @@ def local_path(location: str | os.PathLike[str]) -> pathlib.Path | None:
 
 
 @contextlib.contextmanager
-def atomic_store(location: str | os.PathLike[str], *, overwrite: bool) -> Iterator[Store]:
+def atomic_store(location: str | os.PathLike[str], *, overwrite: bool) -> Generator[Store, None, None]:
     """A store to write a whole artifact to, which appears at `location` when the block ends without an error.
 
     A local one is written to a hidden folder beside the target, flushed to the disk, and renamed. An object store has
@@ -180,7 +180,7 @@ def atomic_store(location: str | os.PathLike[str], *, overwrite: bool) -> Iterat
 
 
 @contextlib.contextmanager
-def _undone_by(undo: Callable[[], None]) -> Iterator[None]:
+def _undone_by(undo: Callable[[], None]) -> Generator[None, None, None]:
     try:
         yield
     except BaseException:
