@@ -57,6 +57,8 @@ class PassReport:
 
 
 def _figures(metrics: dict[str, Any]) -> str:
+    """The plain numbers and words among the figures; lists and tables are for `to_json`."""
+    shown = {key: value for key, value in metrics.items() if isinstance(value, (bool, int, float, str))}
     return "".join(
-        f"  {key}={value:.4g}" if isinstance(value, float) else f"  {key}={value}" for key, value in metrics.items()
+        f"  {key}={value:.4g}" if isinstance(value, float) else f"  {key}={value}" for key, value in shown.items()
     )
