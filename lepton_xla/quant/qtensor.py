@@ -50,10 +50,11 @@ def absmax_scale(absmax: jax.Array, target: Format) -> jax.Array:
         target: the format.
 
     Returns:
-        float32 of the same shape: never zero, subnormal or (for finite input) infinite; 1 where `absmax` is 0.
+        float32 of the same shape: never zero or subnormal, and finite where `absmax` is; 1 where that is 0. A NaN stays
+        one, so that it shows in the result.
     """
     scale = absmax.astype(jnp.float32) / target.largest
-    return jnp.where(scale > 0, jnp.maximum(scale, jnp.finfo(jnp.float32).tiny), jnp.float32(1))
+    return jnp.where(scale == 0, jnp.float32(1), jnp.maximum(scale, jnp.finfo(jnp.float32).tiny))
 
 
 def magnitude(array: jax.Array, axes: Sequence[int] | None) -> jax.Array:
