@@ -86,7 +86,7 @@ def apply_plan(
     """
     say = progress or (lambda _line: None)
     recipe = plan.recipe
-    if any(planned.prune for planned in plan.sites):
+    if any(planned.prune or planned.not_pruned for planned in plan.sites):
         say("prune")
         program = prune(program, plan)
     ranges = None
@@ -97,7 +97,7 @@ def apply_plan(
             )
         say("calibrate")
         program, ranges = _calibrated(program, plan, calibration)
-    if any(planned.quantize for planned in plan.sites):
+    if any(planned.quantize or planned.not_quantized for planned in plan.sites):
         sizes = grid(program, buckets) if recipe.measure else []
         program = lower(program, plan, ranges, sizes=sizes, progress=lambda site: say(f"lower {site}"))
     return program

@@ -7,15 +7,16 @@ import functools
 import importlib.resources
 import pathlib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
+import jax.numpy as jnp
 import msgspec
 
 from lepton_xla.errors import RecipeError, UnsupportedError
-from lepton_xla.passes.products import unsupported
+from lepton_xla.passes.products import unstorable, unsupported
 from lepton_xla.passes.sites import Site, find_sites
-from lepton_xla.program import Program, leaf_bytes
+from lepton_xla.program import Program, leaf_bytes, name_leaves
 
 
 class _Rule(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -31,9 +32,11 @@ class _Rule(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
 
     def matches(self, site: Site) -> bool:
         """Whether this rule is for the site."""
-        return bool(re.fullmatch(self.sites, site.name)) and not (
-            self.exclude and re.fullmatch(self.exclude, site.name)
-        )
+        return bool(re.fullmatch(self.sites, site.name)) and not self.excludes(site)
+
+    def excludes(self, site: Site) -> bool:
+        """Whether the site is one that this rule leaves to others."""
+        return bool(self.exclude) and bool(re.fullmatch(self.exclude, site.name))
 
 
 class PruneRule(_Rule, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -108,8 +111,8 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
             text = preset_text(str(name_or_path))
         else:
             try:
-                text = path.read_text()
-            except (OSError, UnicodeDecodeError) as error:
+                text = path.read_text(encoding="utf-8")
+            except (OSError, ValueError) as error:  # ValueError: not text, or a null byte in the name
                 raise RecipeError(
                     f"recipe {str(name_or_path)!r}: neither a preset ({', '.join(presets())}) nor a readable TOML file"
                 ) from error
@@ -124,8 +127,9 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         """
         try:
             recipe = msgspec.toml.decode(text, type=Recipe)
-        except msgspec.MsgspecError as error:
-            raise RecipeError(f"recipe {name!r}: {error}") from error
+        except (msgspec.MsgspecError, ValueError, RecursionError) as error:  # tomllib lets some of its own through
+            reason = (str(error).splitlines() or ["no message"])[0]
+            raise RecipeError(f"recipe {name!r}: {reason}") from error
         for kind, rules in (("prune", recipe.prune), ("quantize", recipe.quantize)):
             for index, rule in enumerate(rules):
                 _check_rule(rule, f"recipe {name!r}: {kind}[{index}]")
@@ -139,39 +143,35 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
             sites: its sites, where the caller has found them already.
 
         Raises:
-            RecipeError: if a pattern matches no site, or two rules would treat one weight differently.
+            RecipeError: if a pattern matches no site, a block is left none by those before it, or two rules would
+                treat one weight differently.
             UnsupportedError: if a rule names a site that a pass cannot handle and `on_unsupported` is `error`.
         """
         found = tuple(sites) if sites is not None else find_sites(program)
         for kind, rules in (("prune", self.prune), ("quantize", self.quantize)):
-            for index, rule in enumerate(rules):
-                if not any(rule.matches(site) for site in found):
-                    raise RecipeError(
-                        f"recipe {self.name!r}: {kind}[{index}].sites = {rule.sites!r} matches none of the program's "
-                        f"{len(found)} sites: {_some([site.name for site in found])}"
-                    )
-        decided = tuple(self._decide(site) for site in found)
-        _check_shared(decided, self.name)
-        return Plan(self, decided)
+            _check_used(rules, found, f"recipe {self.name!r}: {kind}")
+        stored = name_leaves(program.weights)
+        decided = _share([self._decide(site, stored) for site in found], self.name)
+        for entry in decided:
+            if entry.kept and self.on_unsupported == "error":
+                raise UnsupportedError(
+                    f"recipe {self.name!r}: site {entry.site.name!r} ({entry.site.kind}): {entry.kept}. Exclude the "
+                    f"site, or set on_unsupported = 'keep'"
+                )
+        return Plan(self, tuple(decided))
 
-    def _decide(self, site: Site) -> SitePlan:
+    def _decide(self, site: Site, stored: Mapping[str, Any]) -> SitePlan:
         prune = next((rule for rule in self.prune if rule.matches(site)), None)
         quantize = next((rule for rule in self.quantize if rule.matches(site)), None)
-        kept: list[str] = []
-        # A table of embeddings looks like any weight, but its rows are used one at a time; only a name prunes it.
-        if prune is not None and (site.path is None or site.kind == "gather"):
-            kept.append(f"not pruned: {'no weight' if site.path is None else 'an embedding'}")
-            prune = None
-        reason = unsupported(site) if quantize is not None else None
-        if reason is not None:
-            kept.append(f"not quantized: {reason}")
-            quantize = None
-        if kept and self.on_unsupported == "error":
-            raise UnsupportedError(
-                f"recipe {self.name!r}: site {site.name!r} ({site.kind}): {'; '.join(kept)}. Exclude the site, or set "
-                f"on_unsupported = 'keep'"
-            )
-        return SitePlan(site, prune, quantize, "; ".join(kept))
+        leaf = stored.get(site.path) if site.path is not None else None
+        return SitePlan(
+            site,
+            prune,
+            quantize,
+            not_pruned=_unprunable(site, leaf) if prune is not None else "",
+            not_quantized=(unsupported(site) or "") if quantize is not None else "",
+            weight_bytes=leaf_bytes(leaf.shape, leaf.dtype) if leaf is not None else 0,
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,17 +182,27 @@ class SitePlan:
         site: the site.
         prune: the rule it is pruned by, or None.
         quantize: the rule it is quantized by, or None.
-        kept: why something that a rule asks for is not done here; empty otherwise.
+        not_pruned: why the rule's pruning is not done here; empty where it is, or where none is asked for.
+        not_quantized: the same of quantization.
+        weight_bytes: bytes of the site's weight as the program holds it.
     """
 
     site: Site
     prune: PruneRule | None
     quantize: QuantizeRule | None
-    kept: str = ""
+    not_pruned: str = ""
+    not_quantized: str = ""
+    weight_bytes: int = 0
+
+    @property
+    def kept(self) -> str:
+        """Why something that a rule asks for is not done here; empty otherwise."""
+        parts = (("not pruned", self.not_pruned), ("not quantized", self.not_quantized))
+        return "; ".join(f"{what}: {why}" for what, why in parts if why)
 
     def describe(self) -> str:
         """The decision in a few words."""
-        parts = [f"prune {self.prune.sparsity:.0%} {self.prune.distribution}"] if self.prune else []
+        parts = [f"prune {100 * self.prune.sparsity:.4g}% {self.prune.distribution}"] if self.prune else []
         if self.quantize:
             acts = self.quantize.activations
             scales = (
@@ -210,7 +220,7 @@ class SitePlan:
             "site": self.site.name,
             "kind": self.site.kind,
             "shape": list(weight.shape) if weight else None,
-            "weight_bytes": leaf_bytes(weight.shape, weight.dtype) * _steps(self.site) if weight else 0,
+            "weight_bytes": self.weight_bytes,
             "repeats": self.site.repeats,
             "decision": self.describe(),
             "kept": self.kept,
@@ -261,29 +271,73 @@ def _check_rule(rule: PruneRule | QuantizeRule, where: str) -> None:
     for key in ("sites", "exclude"):
         try:
             re.compile(getattr(rule, key))
-        except re.error as error:
+        except (re.error, OverflowError, RecursionError) as error:
             raise RecipeError(f"{where}.{key} = {getattr(rule, key)!r} is not a regular expression: {error}") from error
     if isinstance(rule, QuantizeRule) and not 0 < rule.percentile <= 100:
         raise RecipeError(f"{where}.calibration = {rule.calibration!r}: the percentile must be in (0, 100]")
 
 
-def _check_shared(planned: Sequence[SitePlan], recipe: str) -> None:
-    """A weight used at several sites is one array: it is pruned and quantized one way."""
-    first: dict[str, SitePlan] = {}
-    for entry in planned:
-        if entry.site.path is None:
-            continue
-        other = first.setdefault(entry.site.path, entry)
-        if (other.prune, other.quantize) != (entry.prune, entry.quantize) and not (other.kept or entry.kept):
+def _check_used(rules: Sequence[_Rule], sites: Sequence[Site], where: str) -> None:
+    """Refuses a pattern that matches nothing, and a block that those before it leave nothing to do."""
+    have = f"the program's {len(sites)} sites: {_some([site.name for site in sites])}"
+    left = list(sites)
+    for index, rule in enumerate(rules):
+        if not any(rule.matches(site) for site in sites):
+            raise RecipeError(f"{where}[{index}].sites = {rule.sites!r} matches none of {have}")
+        if rule.exclude and not any(rule.excludes(site) for site in sites):
+            raise RecipeError(f"{where}[{index}].exclude = {rule.exclude!r} matches none of {have}")
+        if not any(rule.matches(site) for site in left):
             raise RecipeError(
-                f"recipe {recipe!r}: sites {other.site.name!r} and {entry.site.name!r} use one weight but get "
-                f"different treatment ({other.describe()}; {entry.describe()}); give both the same rule"
+                f"{where}[{index}].sites = {rule.sites!r} only matches sites that earlier blocks take; the first block "
+                f"that matches a site wins, so put it before them"
             )
+        left = [site for site in left if not rule.matches(site)]
 
 
-def _steps(site: Site) -> int:
-    return site.repeats if site.stacked else 1
+def _unprunable(site: Site, stored: Any) -> str:
+    """Why a site's weight cannot be pruned by magnitude; empty if it can."""
+    if site.path is None:
+        return "no weight"
+    if site.kind == "gather":
+        return "an embedding"
+    if stored is None or not jnp.issubdtype(stored.dtype, jnp.floating):
+        return f"its weight is {site.weight.dtype}"
+    return ""
+
+
+def _share(planned: Sequence[SitePlan], recipe: str) -> list[SitePlan]:
+    """What each site gets, all sites of one weight the same: it is one array, pruned and quantized one way."""
+    groups: dict[str, list[SitePlan]] = {}
+    for entry in planned:
+        if entry.site.path is not None:
+            groups.setdefault(entry.site.path, []).append(entry)
+    return [_with_group(entry, groups.get(entry.site.path or "", [entry]), recipe) for entry in planned]
+
+
+def _with_group(entry: SitePlan, group: Sequence[SitePlan], recipe: str) -> SitePlan:
+    first = group[0]
+    if (first.prune, first.quantize) != (entry.prune, entry.quantize):
+        raise RecipeError(
+            f"recipe {recipe!r}: sites {first.site.name!r} and {entry.site.name!r} use one weight but get different "
+            f"treatment ({first.describe()}; {entry.describe()}); give both the same rule"
+        )
+    changes: dict[str, Any] = {}
+    if entry.prune is not None:
+        reason = entry.not_pruned or _because_of([(other, other.not_pruned) for other in group])
+        changes |= {"prune": None, "not_pruned": reason} if reason else {}
+    if entry.quantize is not None:
+        reason = entry.not_quantized or _because_of([(other, other.not_quantized) for other in group])
+        if not reason and entry.site.path is not None:
+            reason = unstorable([other.site for other in group])
+        changes |= {"quantize": None, "not_quantized": reason} if reason else {}
+    return dataclasses.replace(entry, **changes)
+
+
+def _because_of(reasons: Sequence[tuple[SitePlan, str]]) -> str:
+    """The first reason that another site of the same weight has."""
+    return next((f"its weight is shared with {other.site.name!r}: {why}" for other, why in reasons if why), "")
 
 
 def _some(names: Sequence[str], limit: int = 6) -> str:
-    return ", ".join(names[:limit]) + (f", ... and {len(names) - limit} more" if len(names) > limit else "")
+    more = f", ... and {len(names) - limit} more" if len(names) > limit else ""
+    return (", ".join(names[:limit]) or "there is none") + more

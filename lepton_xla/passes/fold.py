@@ -208,14 +208,9 @@ def _foldable(site: Site) -> bool:
         return False
     if not jnp.issubdtype(site.weight.dtype, jnp.floating) or site.stacked:
         return False
-    if any(_resizes(op) for op in site.layout if isinstance(op, LayoutOp)):
+    if any(op.resizes for op in site.layout if isinstance(op, LayoutOp)):
         return False
     return site.kind == "conv_general_dilated" or (site.kind == "dot_general" and _channel_axes(site) is not None)
-
-
-def _resizes(op: LayoutOp) -> bool:
-    before, after = op.eqn.invars[0].aval.shape, op.eqn.outvars[op.output].aval.shape
-    return math.prod(before) != math.prod(after)
 
 
 def _channel_axes(site: Site) -> tuple[int, int] | None:

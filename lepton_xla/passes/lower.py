@@ -9,7 +9,6 @@ arithmetic, with its weight still stored in int8 (a quarter of the bytes).
 from __future__ import annotations
 
 import dataclasses
-import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -17,12 +16,11 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 
-from lepton_xla.errors import UnsupportedError
 from lepton_xla.passes import products
 from lepton_xla.passes.calibrate import needs_range
 from lepton_xla.passes.measure import Timing, WholeTiming, compare, time_programs
 from lepton_xla.passes.rewrite import Context, Values, materialize
-from lepton_xla.passes.sites import LayoutOp, Site, find_sites, lay_out, layout_key, rewrite_sites
+from lepton_xla.passes.sites import Site, find_sites, lay_out, rewrite_sites
 from lepton_xla.program import Program, abstract, leaf_bytes, tree_bytes
 from lepton_xla.report import PassReport, SiteReport
 
@@ -70,7 +68,6 @@ def lower(
         A program whose planned weights are `QTensor`s, and whose history says what each site became and why.
 
     Raises:
-        UnsupportedError: if a planned weight cannot be stored as an integer and the plan says `error`.
         CalibrationError: if a static site has no range.
     """
     start = time.perf_counter()
@@ -80,15 +77,8 @@ def lower(
     reports: list[SiteReport] = []
     stored: list[_Planned] = []
     for path, group in _by_weight(plan).items():
-        reason = _keep_reason(group)
-        if reason is None:
-            weights[path] = _store(group[0], program.weights[path])
-            stored += group
-        elif plan.recipe.on_unsupported == "error":
-            raise UnsupportedError(f"site {group[0].site.name!r} cannot be lowered: {reason}")
-        else:
-            size = leaf_bytes(like[path].shape, like[path].dtype)
-            reports += [SiteReport(entry.site.name, "kept float", reason, size, size) for entry in group]
+        weights[path] = _store(group[0], program.weights[path])
+        stored += group
     candidates = [planned for planned in stored if planned.rule.activations != "none"]
     values = {
         planned.site.name + RANGE_SUFFIX: products.range_of(planned.site, ranges)
@@ -110,9 +100,9 @@ def lower(
         assert path is not None
         reports.append(_report(planned, integer, timings.get(planned.site.name, []), like[path], weights[path]))
     reports += [
-        SiteReport(entry.site.name, "kept float", entry.kept)
+        SiteReport(entry.site.name, "kept float", entry.not_quantized, entry.weight_bytes, entry.weight_bytes)
         for entry in plan.sites
-        if entry.quantize is None and "not quantized" in entry.kept
+        if entry.not_quantized
     ]
     metrics: dict[str, Any] = {
         "weights_bytes_before": program.weights_bytes,
@@ -177,29 +167,6 @@ def _by_weight(plan: Plan) -> dict[str, list[_Planned]]:
         if planned.quantize is not None and planned.site.path is not None:
             groups.setdefault(planned.site.path, []).append(_Planned(planned.site, planned.quantize))
     return groups
-
-
-def _keep_reason(group: Sequence[_Planned]) -> str | None:
-    """Why a weight cannot be stored as an integer, or None."""
-    first = group[0].site
-    for site in (entry.site for entry in group):
-        if not site.exclusive:
-            return "its weight is also used where no product is"
-        if site.container == "shard_map":
-            return "it is inside shard_map, where the weight is one shard"
-        if layout_key(site.layout) != layout_key(first.layout) or site.params.get("dimension_numbers") != (
-            first.params.get("dimension_numbers")
-        ):
-            return f"its weight is used in another layout at {first.name!r}"
-        if any(_grows(op) for op in site.layout if isinstance(op, LayoutOp)):
-            return "its weight is broadcast or cut before use"
-    return None
-
-
-def _grows(op: LayoutOp) -> bool:
-    """Whether a layout operation changes how many elements there are."""
-    before, after = op.eqn.invars[0].aval.shape, op.eqn.outvars[op.output].aval.shape
-    return math.prod(before) != math.prod(after)
 
 
 def _time_sites(

@@ -6,15 +6,16 @@ Used by every pass that quantizes, so that what is trained and what is compiled 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from lepton_xla import _compat
 from lepton_xla.errors import CalibrationError
-from lepton_xla.passes.sites import Site, Tracked
+from lepton_xla.passes.sites import LayoutOp, Site, Tracked, layout_key
 from lepton_xla.quant import FORMATS, QTensor, absmax_scale, encode, magnitude, quantize
 
 if TYPE_CHECKING:
@@ -34,6 +35,23 @@ def unsupported(site: Site) -> str | None:
             return "convolution with batch groups"
         return _float_reason(site)
     return f"{site.kind} is not lowered"
+
+
+def unstorable(sites: Sequence[Site]) -> str | None:
+    """Why the weight that these sites share cannot be stored as an integer, or None if it can."""
+    first = sites[0]
+    for site in sites:
+        if not site.exclusive:
+            return "its weight is also used where no product is"
+        if _compat.is_manual(site.eqn):
+            return "it is inside shard_map, where the weight is one shard"
+        if layout_key(site.layout) != layout_key(first.layout) or site.params.get("dimension_numbers") != (
+            first.params.get("dimension_numbers")
+        ):
+            return f"its weight is used in another layout at {first.name!r}"
+        if any(op.resizes for op in site.layout if isinstance(op, LayoutOp)):
+            return "its weight is broadcast or cut before use"
+    return None
 
 
 def _float_reason(site: Site) -> str | None:
@@ -129,7 +147,7 @@ def _matrix(array: jax.Array, dims: _Dims) -> jax.Array:
     batch = tuple(array.shape[axis] for axis in dims.weight_batch)
     moved = jnp.transpose(array, (*dims.weight_batch, *dims.weight_contract, *dims.weight_free))
     rows = _product(array.shape[axis] for axis in dims.weight_contract)
-    return jnp.reshape(moved, (*batch, rows, -1))
+    return jnp.reshape(moved, (*batch, rows, _product(array.shape[axis] for axis in dims.weight_free)))
 
 
 def restore(site: Site, stored: QTensor) -> jax.Array:

@@ -30,7 +30,8 @@ def magnitude_masks(weights: Sequence[jax.Array], sparsity: float) -> list[jax.A
         A bool array for each weight; over all of them exactly `round(sparsity * elements)` are False, at the smallest
         magnitudes; of equal ones, those that come first.
     """
-    flat = np.concatenate([np.abs(np.asarray(weight, np.float32)).ravel() for weight in weights])
+    # The bits of magnitudes are in the order of the magnitudes, with NaN as the largest.
+    flat = np.concatenate([np.abs(np.asarray(weight, np.float32)).ravel() for weight in weights]).view(np.uint32)
     dropped = round(sparsity * flat.size)
     keep = np.ones(flat.size, bool)
     if dropped:
@@ -74,8 +75,8 @@ def prune(program: Program, plan: Plan) -> Program:
             size = leaf_bytes(weights[path].shape, weights[path].dtype)
             share = 1 - float(np.mean(masks[path]))
             reports.append(SiteReport(planned.site.name, "pruned", "", size, size, {"sparsity": share}))
-        elif planned.kept.startswith("not pruned"):
-            reports.append(SiteReport(planned.site.name, "kept", planned.kept))
+        elif planned.not_pruned:
+            reports.append(SiteReport(planned.site.name, "kept", planned.not_pruned))
     report = PassReport("prune", time.perf_counter() - start, tuple(reports))
     return program.replace(weights=weights, masks=masks, history=(*program.history, report))
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -33,6 +34,12 @@ class LayoutOp:
 
     eqn: Any
     output: int = 0
+
+    @property
+    def resizes(self) -> bool:
+        """Whether it changes how many elements there are."""
+        before, after = self.eqn.invars[0].aval.shape, self.eqn.outvars[self.output].aval.shape
+        return math.prod(before) != math.prod(after)
 
     def __call__(self, array: jax.Array) -> jax.Array:
         with _compat.equation_context(self.eqn):
