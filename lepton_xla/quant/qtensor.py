@@ -97,6 +97,8 @@ def fake_quantize(array: jax.Array, scale: jax.Array, name: str) -> jax.Array:
     """
     target = FORMATS[name]
     scale = lax.stop_gradient(scale)
-    scaled = jnp.clip(array.astype(jnp.float32) / scale, -target.largest, target.largest)
-    rounded = scaled + lax.stop_gradient(jnp.round(scaled) - scaled)
-    return (rounded * scale).astype(array.dtype)
+    scaled = array.astype(jnp.float32) / scale
+    codes = lax.stop_gradient(jnp.clip(jnp.round(scaled), -target.largest, target.largest))
+    # What rounds to the largest code is not saturated: under an absmax scale the largest value of all is there.
+    passing = jnp.where(jnp.abs(scaled) <= target.largest + 0.5, scaled, jnp.zeros_like(scaled))
+    return ((codes + (passing - lax.stop_gradient(passing))) * scale).astype(array.dtype)
