@@ -1,0 +1,273 @@
+"""The int8 product of every layout, against an exact NumPy reference in integers."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+from lepton_xla.passes import find_sites, products
+from lepton_xla.passes.sites import lay_out
+from lepton_xla.program import TensorSpec, trace
+from lepton_xla.quant import FORMATS, encode
+
+BATCHED = (((2,), (1,)), ((0,), (0,)))
+LETTERS = "abcdefghij"
+
+
+def array(*shape, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
+
+
+def only_site(fn, activation, weight):
+    spec = TensorSpec(activation.shape, activation.dtype.name)
+    (site,) = find_sites(trace(lambda w, x: fn(x, w["w"]), {"w": weight}, {"x": spec}))
+    return site
+
+
+def quantized(values, axes):
+    """Codes and scales in float64, by the definition: scale = absmax / 127, nearest code, ties to even."""
+    values = np.asarray(values, np.float64)
+    scale = np.max(np.abs(values), axis=axes, keepdims=True) / 127
+    scale = np.where(scale == 0, 1, scale)
+    return np.rint(values / scale).astype(np.int64), scale
+
+
+def dot_reference(site, act, weight, act_scale):
+    """The sum over codes in int64, and the scale of each element of the result."""
+    numbers = site.params["dimension_numbers"]
+    operands, scales = [None, None], [None, None]
+    side, other = site.weight_operand, 1 - site.weight_operand
+    operands[side], scales[side] = weight
+    operands[other], scales[other] = act[0], act_scale
+    (contract, batch), names = numbers, [None, None]
+    fresh = iter(LETTERS)
+    names = [[None] * operands[0].ndim, [None] * operands[1].ndim]
+    for left, right in (*zip(*contract, strict=True), *zip(*batch, strict=True)):
+        names[0][left] = names[1][right] = next(fresh)
+    names = [[name or next(fresh) for name in side] for side in names]
+    lead = [names[0][axis] for axis in batch[0]]
+    free = [[n for k, n in enumerate(names[s]) if k not in (*contract[s], *batch[s])] for s in range(2)]
+    equation = f"{''.join(names[0])},{''.join(names[1])}->{''.join(lead + free[0] + free[1])}"
+    codes = np.einsum(equation, operands[0], operands[1])
+    ones = [np.ones(operand.shape) for operand in operands]
+    # Scales are constant along contracted axes, so their products are what one contracted element has.
+    spread = [scale * one for scale, one in zip(scales, ones, strict=True)]
+    for s in range(2):
+        spread[s] = np.mean(spread[s], axis=tuple(contract[s]), keepdims=True)
+    keep = [[n for k, n in enumerate(names[s]) if k not in contract[s]] for s in range(2)]
+    squeezed = [np.squeeze(spread[s], axis=tuple(contract[s])) for s in range(2)]
+    factor = np.einsum(f"{''.join(keep[0])},{''.join(keep[1])}->{''.join(lead + free[0] + free[1])}", *squeezed)
+    return codes, factor
+
+
+DOTS = {
+    "x @ W": (lambda x, w: x @ w, (7, 12), (12, 5)),
+    "x @ W.T": (lambda x, w: x @ w.T, (7, 12), (5, 12)),
+    "one row": (lambda x, w: x @ w, (1, 12), (12, 5)),
+    "one vector": (lambda x, w: x @ w, (12,), (12, 5)),
+    "weight on the left": (lambda x, w: lax.dot_general(w, x, (((0,), (2,)), ((), ()))), (2, 7, 12), (12, 5)),
+    "einsum": (lambda x, w: jnp.einsum("ij,bkj->bik", w, x), (2, 7, 12), (5, 12)),
+    "heads": (lambda x, w: jnp.einsum("btd,dhk->bthk", x, w), (2, 3, 12), (12, 4, 5)),
+    "heads back": (lambda x, w: jnp.einsum("bthk,hkd->btd", x, w), (2, 3, 4, 5), (4, 5, 6)),
+    "contracted in another order": (lambda x, w: jnp.einsum("bhtk,khd->btd", x, w), (2, 4, 3, 5), (5, 4, 6)),
+    "free on both sides, weight left": (
+        lambda x, w: lax.dot_general(w, x, (((1,), (2,)), ((), ()))),
+        (2, 3, 12, 4),
+        (5, 12, 6),
+    ),
+    "batched": (lambda x, w: lax.dot_general(x, w, BATCHED), (3, 7, 12), (3, 12, 5)),
+    "batched, weight left": (lambda x, w: lax.dot_general(w, x, (((2,), (1,)), ((1,), (2,)))), (4, 12, 3), (5, 3, 12)),
+    "two batch axes": (lambda x, w: jnp.einsum("abti,baio->abto", x, w), (2, 3, 4, 6), (3, 2, 6, 5)),
+    "nothing contracted": (lambda x, w: lax.dot_general(x, w, (((), ()), ((), ()))), (3,), (4,)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DOTS)
+@pytest.mark.parametrize("granularity", ["channel", "tensor"])
+@pytest.mark.parametrize("static", [False, True])
+def test_dot(name, granularity, static):
+    fn, act_shape, weight_shape = DOTS[name]
+    act, weight = array(*act_shape, seed=1), array(*weight_shape, seed=2)
+    act = act.at[..., :1].multiply(7.0)  # rows of different magnitudes
+    site = only_site(fn, act, weight)
+    laid = lay_out(weight, site.layout)
+    stored = products.store(site, laid, "int8", granularity)
+    assert stored.values.dtype == jnp.int8
+
+    contract = site.params["dimension_numbers"][0]
+    weight_axes = None if granularity == "tensor" else tuple(contract[site.weight_operand])
+    reference = quantized(laid, weight_axes)
+    act_contract = tuple(contract[1 - site.weight_operand])
+    absmax = jnp.float32(1.7) if static else None
+    if static:
+        scale = np.full((1,) * act.ndim, 1.7 / 127)
+        codes = np.clip(np.rint(np.asarray(act, np.float64) / scale), -127, 127).astype(np.int64)
+    else:
+        codes, scale = quantized(act, act_contract)
+    total, factor = dot_reference(site, (codes,), reference, scale)
+    for pad in (False, True):
+        got = products.integer_product(site, act, stored, absmax, pad_single=pad)
+        assert got.shape == site.output.shape
+        np.testing.assert_allclose(got, total * factor, rtol=3e-6, atol=1e-7)
+    # And it is the float product, to what eight bits can hold.
+    if not static:
+        operands = (act, laid) if site.weight_operand == 1 else (laid, act)
+        exact = lax.dot_general(*operands, site.params["dimension_numbers"])
+        assert np.abs(np.asarray(got) - exact).max() < 0.05 * np.abs(exact).max()
+
+    restored = products.restore(site, stored)
+    assert restored.shape == laid.shape
+    np.testing.assert_allclose(restored, reference[0] * reference[1], rtol=1e-6, atol=1e-9)
+    # The codes are as XLA's fast path wants them: contracted axes first, no transpose left.
+    batch = len(site.params["dimension_numbers"][1][0])
+    assert stored.values.ndim == batch + 2
+    jaxpr = str(
+        jax.make_jaxpr(lambda a, s: products.integer_product(site, a, s, absmax, pad_single=False))(act, stored)
+    )
+    assert jaxpr.count("preferred_element_type=int32") == 1
+    if name in ("x @ W", "x @ W.T"):
+        assert "transpose" not in jaxpr
+
+
+CONVS = {
+    "NHWC": ((3, 8, 9, 4), (3, 2, 4, 5), {"padding": "SAME"}, ("NHWC", "HWIO", "NHWC")),
+    "NCHW": ((3, 4, 8, 9), (5, 4, 3, 2), {"padding": "VALID"}, ("NCHW", "OIHW", "NCHW")),
+    "mixed": ((3, 8, 9, 4), (5, 4, 3, 2), {"padding": "VALID"}, ("NHWC", "OIHW", "NCHW")),
+    "strided": ((3, 9, 9, 4), (3, 3, 4, 5), {"padding": "SAME", "window_strides": (2, 3)}, ("NHWC", "HWIO", "NHWC")),
+    "dilated": ((2, 9, 9, 4), (3, 3, 4, 5), {"padding": "SAME", "rhs_dilation": (2, 1)}, ("NHWC", "HWIO", "NHWC")),
+    "transposed": (
+        (2, 5, 5, 4), (3, 3, 4, 5), {"padding": ((2, 2), (2, 2)), "lhs_dilation": (2, 2)}, ("NHWC", "HWIO", "NHWC"),
+    ),
+    "grouped": ((2, 6, 6, 6), (3, 3, 2, 9), {"padding": "SAME", "feature_group_count": 3}, ("NHWC", "HWIO", "NHWC")),
+    "depthwise": ((2, 6, 6, 6), (3, 3, 1, 6), {"padding": "SAME", "feature_group_count": 6}, ("NHWC", "HWIO", "NHWC")),
+    "1-D": ((2, 9, 4), (3, 4, 5), {"padding": "SAME"}, ("NWC", "WIO", "NWC")),
+    "3-D": ((2, 4, 5, 6, 3), (2, 2, 2, 3, 4), {"padding": "SAME"}, ("NDHWC", "DHWIO", "NDHWC")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CONVS)
+@pytest.mark.parametrize("granularity", ["channel", "tensor"])
+@pytest.mark.parametrize("static", [False, True])
+def test_conv(name, granularity, static):
+    act_shape, weight_shape, options, layout = CONVS[name]
+    options = {"window_strides": (1,) * (len(act_shape) - 2)} | options
+    fn = lambda x, w: lax.conv_general_dilated(x, w, dimension_numbers=layout, **options)  # noqa: E731
+    act = array(*act_shape, seed=1).at[0].multiply(5.0)
+    weight = array(*weight_shape, seed=2)
+    site = only_site(fn, act, weight)
+    stored = products.store(site, weight, "int8", granularity)
+    assert stored.shape == weight.shape
+
+    out_channel, batch = layout[1].index("O"), layout[0].index("N")
+    weight_axes = None if granularity == "tensor" else tuple(k for k in range(weight.ndim) if k != out_channel)
+    weight_codes, weight_scale = quantized(weight, weight_axes)
+    absmax = jnp.float32(1.7) if static else None
+    if static:
+        act_scale = np.full((1,) * act.ndim, 1.7 / 127)
+        codes = np.clip(np.rint(np.asarray(act, np.float64) / act_scale), -127, 127)
+    else:
+        codes, act_scale = quantized(act, tuple(k for k in range(act.ndim) if k != batch))
+    # Integers of this size and number are exact in float32, whatever the order of the sum.
+    assert 127 * 127 * weight[..., 0].size < 2**24
+    total = np.asarray(fn(jnp.asarray(codes, jnp.float32), jnp.asarray(weight_codes, jnp.float32)), np.float64)
+    np.testing.assert_array_equal(total, np.rint(total))
+    shape = np.ones(act.ndim, int)
+    shape[layout[2].index("N")] = -1
+    out_shape = np.ones(act.ndim, int)
+    out_shape[layout[2].index("C")] = -1
+    expected = total * act_scale.reshape(shape) * weight_scale.reshape(out_shape)
+    got = products.integer_product(site, act, stored, absmax, pad_single=False)
+    np.testing.assert_allclose(got, expected, rtol=3e-6, atol=1e-7)
+    np.testing.assert_allclose(products.restore(site, stored), weight_codes * weight_scale, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_narrow_models_keep_their_dtype(dtype):
+    act, weight = array(5, 12, seed=1).astype(dtype), array(12, 6, seed=2).astype(dtype)
+    site = only_site(lambda x, w: x @ w, act, weight)
+    stored = products.store(site, weight, "int8", "channel")
+    got = products.integer_product(site, act, stored, None, pad_single=False)
+    assert got.dtype == jnp.dtype(dtype)
+    assert products.restore(site, stored).dtype == jnp.dtype(dtype)
+    (codes, scale), (weight_codes, weight_scale) = quantized(act, (1,)), quantized(weight, (0,))
+    expected = (codes @ weight_codes) * scale * weight_scale
+    np.testing.assert_allclose(np.asarray(got, np.float64), expected, rtol=2 * float(jnp.finfo(dtype).eps), atol=1e-3)
+
+
+def test_large_activations_of_float16_do_not_overflow():
+    act, weight = jnp.full((3, 4), 60000.0, jnp.float16), jnp.full((4, 2), 1e-4, jnp.float16)
+    site = only_site(lambda x, w: x @ w, act, weight)
+    got = products.integer_product(site, act, products.store(site, weight, "int8", "channel"), None, pad_single=False)
+    np.testing.assert_allclose(np.asarray(got, np.float64), 24.0, rtol=0.01)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_result_wider_than_its_operands(dtype):
+    act, weight = array(5, 12, seed=1).astype(dtype), array(12, 6, seed=2).astype(dtype)
+    site = only_site(lambda x, w: lax.dot(x, w, preferred_element_type=jnp.float32), act, weight)
+    stored = products.store(site, weight, "int8", "channel")
+    assert products.integer_product(site, act, stored, None, pad_single=False).dtype == jnp.float32
+
+
+def test_zero_rows_and_channels_are_exactly_zero():
+    act, weight = array(4, 6).at[1].set(0), array(6, 5, seed=1).at[:, 2].set(0)
+    site = only_site(lambda x, w: x @ w, act, weight)
+    stored = products.store(site, weight, "int8", "channel")
+    got = np.asarray(products.integer_product(site, act, stored, None, pad_single=False))
+    assert (got[1] == 0).all()
+    assert (got[:, 2] == 0).all()
+    assert np.isfinite(got).all()
+
+
+def test_a_broken_row_stays_broken_and_alone():
+    act, weight = array(4, 6).at[1, 3].set(jnp.nan), array(6, 5, seed=1)
+    site = only_site(lambda x, w: x @ w, act, weight)
+    stored = products.store(site, weight, "int8", "channel")
+    got = np.asarray(products.integer_product(site, act, stored, None, pad_single=False))
+    assert np.isnan(got[1]).all()
+    assert np.isfinite(got[[0, 2, 3]]).all()
+
+
+@pytest.mark.parametrize(
+    ("fn", "act", "weight", "reason"),
+    [
+        (lambda x, w: x @ w, (3, 4), (4, 5), None),
+        (
+            lambda x, w: lax.conv_general_dilated(w, x, (1,), "VALID", dimension_numbers=("NWC", "WIO", "NWC")),
+            (2, 4, 5), (3, 9, 4), "left operand",
+        ),
+        (
+            lambda x, w: lax.conv_general_dilated(
+                x, w, (1,), "VALID", dimension_numbers=("NWC", "WIO", "NWC"), batch_group_count=2
+            ),
+            (4, 9, 4), (3, 4, 6), "batch groups",
+        ),
+        (lambda x, w: jnp.take(w, jnp.zeros(3, int), axis=0) + jnp.sum(x), (3, 4), (7, 5), "gather"),
+        (lambda x, w: lax.ragged_dot(x, w, jnp.asarray([1, 2])), (3, 4), (2, 4, 5), "ragged_dot"),
+    ],
+)  # fmt: skip
+def test_what_is_unsupported_says_why(fn, act, weight, reason):
+    found = products.unsupported(only_site(fn, array(*act), array(*weight)))
+    assert found is None if reason is None else reason in found
+
+
+def test_integers_are_unsupported():
+    act, weight = array(3, 4), array(4, 5)
+    for a, w, reason in ((act.astype(int), weight.astype(int), "weight is int32"),):
+        assert reason in products.unsupported(only_site(lambda x, w: x @ w, a, w))
+    mixed = only_site(lambda x, w: x.astype(jnp.int8) @ w.astype(jnp.int8), act, weight)
+    assert products.unsupported(mixed) is not None
+    assert products.unsupported(only_site(lambda x, w: (x @ x.T) + jnp.sum(w), act, weight)) == (
+        "dot_general of two activations"
+    )
+
+
+def test_dynamic_scales_are_per_row_and_example():
+    act = jnp.asarray([[1.0, -2.0], [100.0, 50.0]])
+    site = only_site(lambda x, w: x @ w, act, array(2, 3))
+    scale = products.activation_scale(site, act, "int8", None)
+    np.testing.assert_allclose(scale, [[2 / 127], [100 / 127]], rtol=1e-6)
+    np.testing.assert_array_equal(encode(act, scale, FORMATS["int8"]), [[64, -127], [127, 64]])
+    assert products.row_count(site) == 2
+    assert products.activation_axes(site) == (1,)
