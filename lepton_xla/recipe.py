@@ -238,6 +238,15 @@ class Plan:
         """The plan of the site with this name, or None."""
         return self._by_name.get(name)
 
+    def __str__(self) -> str:
+        rows = [(entry.site.name, entry.site.kind, entry.describe(), entry.kept) for entry in self.sites]
+        widths = [max((len(row[column]) for row in rows), default=0) for column in range(3)]
+        lines = [f"recipe {self.recipe.name}: {len(rows)} sites"]
+        for *cells, kept in rows:
+            line = "  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True))
+            lines.append(f"  {line}{f'  ({kept})' if kept else ''}".rstrip())
+        return "\n".join(lines)
+
     @functools.cached_property
     def _by_name(self) -> dict[str, SitePlan]:
         return {planned.site.name: planned for planned in self.sites}
