@@ -140,8 +140,28 @@ def test_a_nested_regular_expression_is_refused():
 
 
 KEYS = st.sampled_from(
-    "name fold measure on_unsupported prune quantize sites sparsity exclude weights activations calibration dynamic "
-    "pattern distribution [[prune]] [[quantize]] [quantize] [a.b] x".split()
+    [
+        "name",
+        "fold",
+        "measure",
+        "on_unsupported",
+        "prune",
+        "quantize",
+        "sites",
+        "sparsity",
+        "exclude",
+        "weights",
+        "activations",
+        "calibration",
+        "dynamic",
+        "pattern",
+        "distribution",
+        "[[prune]]",
+        "[[quantize]]",
+        "[quantize]",
+        "[a.b]",
+        "x",
+    ]
 )
 VALUES = st.one_of(
     st.sampled_from(
