@@ -140,29 +140,9 @@ def test_a_nested_regular_expression_is_refused():
 
 
 KEYS = st.sampled_from(
-    [
-        "name",
-        "fold",
-        "measure",
-        "on_unsupported",
-        "prune",
-        "quantize",
-        "sites",
-        "sparsity",
-        "exclude",
-        "weights",
-        "activations",
-        "calibration",
-        "dynamic",
-        "pattern",
-        "distribution",
-        "[[prune]]",
-        "[[quantize]]",
-        "[quantize]",
-        "[a.b]",
-        "x",
-    ]
-)
+    ["name", "fold", "measure", "on_unsupported", "prune", "quantize", "sites", "sparsity", "exclude", "weights",
+     "activations", "calibration", "dynamic", "pattern", "distribution", "[[prune]]", "[[quantize]]", "[a.b]", "x"]
+)  # fmt: skip
 VALUES = st.one_of(
     st.sampled_from(
         ['".*"', "0.5", "1", "true", "nan", '"int8"', "[[", "{a=1}", '"(?P<x"', "1979-05-27", "'''", '"\\x"']
