@@ -78,6 +78,19 @@ class TensorSpec:
 
 
 @dataclasses.dataclass(frozen=True)
+class Expansion:
+    """The same model on weights that are unpacked once, when it is loaded, and not on each call.
+
+    Attributes:
+        expand: `expand(weights) -> weights`: stored weights to the ones that `fn` takes, any pytree.
+        fn: `fn(expanded_weights, *inputs) -> outputs`, with the outputs of the program's own `fn`.
+    """
+
+    expand: Callable[[Weights], Any]
+    fn: Callable[..., Any]
+
+
+@dataclasses.dataclass(frozen=True)
 class Program:
     """A model: a pure function, its weights, and what goes in and out.
 
@@ -88,6 +101,7 @@ class Program:
         outputs: name -> spec; the names are the paths of the output tree, or `output` for a single array.
         masks: path -> bool array of the weight's shape, for pruned weights: False marks a weight held at zero.
         history: one report a pass applied, oldest first.
+        expansion: how a compiled program unpacks weights on loading; None where it runs on the stored ones.
     """
 
     fn: Callable[..., Any]
@@ -96,6 +110,7 @@ class Program:
     outputs: dict[str, TensorSpec]
     masks: dict[str, jax.Array] = dataclasses.field(default_factory=dict[str, jax.Array])
     history: tuple[PassReport, ...] = ()
+    expansion: Expansion | None = None
 
     def __call__(self, weights: Weights, *inputs: Any) -> Any:
         """Runs the model; the result has the tree that the user's own function returns."""
@@ -124,7 +139,9 @@ class Program:
         return name_leaves(self.fn(weights, *inputs), single="output")
 
     def replace(self, **changes: Any) -> Program:
-        """A copy with the given fields changed."""
+        """A copy with the given fields changed; a new `fn` drops the expansion, which belongs to the old one."""
+        if "fn" in changes:
+            changes.setdefault("expansion", None)
         return dataclasses.replace(self, **changes)
 
 

@@ -11,7 +11,17 @@ import pytest
 from flax import nnx
 
 from lepton_xla.errors import ModelError
-from lepton_xla.program import Program, TensorSpec, from_linen, from_nnx, leaf_bytes, name_leaves, trace, tree_bytes
+from lepton_xla.program import (
+    Expansion,
+    Program,
+    TensorSpec,
+    from_linen,
+    from_nnx,
+    leaf_bytes,
+    name_leaves,
+    trace,
+    tree_bytes,
+)
 from lepton_xla.report import PassReport
 
 ROWS = {"x": TensorSpec(("batch", 3), "float32")}
@@ -340,5 +350,13 @@ def test_from_nnx_runs_a_copy_in_inference_mode():
 
 def test_a_program_is_plain_data():
     assert [field.name for field in dataclasses.fields(Program)] == [
-        "fn", "weights", "inputs", "outputs", "masks", "history",
+        "fn", "weights", "inputs", "outputs", "masks", "history", "expansion",
     ]  # fmt: skip
+
+
+def test_a_new_function_drops_the_expansion_of_the_old_one():
+    program = trace(lambda w, x: x * w, np.float32(2), ROWS)
+    unpacked = program.replace(expansion=Expansion(lambda weights: weights, program.fn))
+    assert unpacked.expansion is not None
+    assert unpacked.replace(history=()).expansion is unpacked.expansion
+    assert unpacked.replace(fn=program.fn).expansion is None

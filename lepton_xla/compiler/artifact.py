@@ -12,6 +12,7 @@ import msgspec
 from lepton_xla.compiler import _xla, weights
 from lepton_xla.compiler.buckets import bucket_name, combinations
 from lepton_xla.compiler.manifest import (
+    EXPAND,
     MANIFEST,
     MAX_MANIFEST_BYTES,
     FileEntry,
@@ -33,15 +34,17 @@ class Artifact:
 
     Attributes:
         manifest: what it is; `files` and the file names of programs and executables are filled in by `save`.
-        weights: device arrays, in argument order.
-        executables: bucket name -> compiled code for this process's first device.
+        weights: device arrays as stored, in argument order.
+        executables: bucket name -> compiled code for this process's first device; and `expand`, if there is such.
         programs: the portable programs.
+        expand: the portable program that unpacks the stored weights, if the buckets' programs take unpacked ones.
     """
 
     manifest: Manifest
     weights: tuple[jax.Array, ...]
     executables: dict[str, _xla.Loaded]
     programs: tuple[Portable, ...]
+    expand: Portable | None = None
 
     def save(self, location: str | os.PathLike[str], *, overwrite: bool = False) -> Manifest:
         """Writes the artifact, whole or not at all.
@@ -66,11 +69,14 @@ class Artifact:
             for leaf, array in zip(self.manifest.weights, self.weights, strict=True):
                 for name, data in weights.encode(leaf, array):
                     write(name, data)
-            programs: list[PortableProgram] = []
-            for program in self.programs:
-                name = f"programs/{program.name}.stablehlo"
+
+            def write_program(program: Portable, stem: str) -> PortableProgram:
+                name = f"programs/{stem}.stablehlo"
                 write(name, program.blob)
-                programs.append(PortableProgram(file=name, sizes=program.sizes, platforms=program.platforms))
+                return PortableProgram(file=name, sizes=program.sizes, platforms=program.platforms)
+
+            programs = tuple(write_program(program, program.name) for program in self.programs)
+            expand = write_program(self.expand, EXPAND) if self.expand is not None else None
             sets = {
                 digest: msgspec.structs.replace(entry, files={}) for digest, entry in self.manifest.executables.items()
             }
@@ -79,14 +85,19 @@ class Artifact:
                     name = f"executables/{digest}/{key}.xla"
                     write(name, _xla.serialize(executable))
                     entry.files[key] = name
-            manifest = msgspec.structs.replace(self.manifest, files=files, programs=tuple(programs), executables=sets)
+            manifest = msgspec.structs.replace(
+                self.manifest, files=files, programs=programs, expand=expand, executables=sets
+            )
             # Last, because in an object store the artifact begins to exist with its manifest.
             store.write(MANIFEST, encode(manifest))
         return manifest
 
     def servable(self) -> Servable:
         """The model ready to run in this process, without a detour over files."""
-        runtime = Runtime(self.manifest.input_specs(), self.weights, jax.devices()[0])
+        weights = self.weights
+        if EXPAND in self.executables:
+            weights = _xla.executor(self.executables[EXPAND])(list(weights))
+        runtime = Runtime(self.manifest.input_specs(), weights, jax.devices()[0])
         for sizes in combinations(self.manifest.buckets):
             runtime.add(sizes, self.executables[bucket_name(sizes)])
         return Servable(self.manifest, self.manifest.buckets, runtime, "executables")

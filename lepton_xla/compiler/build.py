@@ -18,11 +18,11 @@ from lepton_xla.compiler.artifact import Artifact
 from lepton_xla.compiler.buckets import bucket_name, check_ladders, combinations, row_symbol
 from lepton_xla.compiler.fingerprint import Fingerprint
 from lepton_xla.compiler.independence import Checked, check_padding, check_rows, default_tolerance
-from lepton_xla.compiler.manifest import SCHEMA, ExecutableSet, Manifest, Tensor, check_name
+from lepton_xla.compiler.manifest import EXPAND, SCHEMA, ExecutableSet, Manifest, Tensor, check_name
 from lepton_xla.compiler.portable import export_programs
 from lepton_xla.compiler.runtime import Runtime
 from lepton_xla.errors import CompileError
-from lepton_xla.program import Program, TensorSpec, name_leaves
+from lepton_xla.program import Program, TensorSpec, abstract, name_leaves
 
 _LOG = logging.getLogger(__name__)
 _CONSTANTS_WARNING_BYTES = 1 << 20
@@ -70,7 +70,7 @@ def compile(
     device = jax.devices()[0]
     # Weights that were trained on several devices are brought together on the one that the executables are for.
     arrays = [jax.device_put(leaf, device) for leaf in leaves.values()]
-    flat = _flat_function(program)
+    expand, flat = _flat_functions(program)
     examples = _check_examples(program, examples or {})
     bucket_list = combinations(ladders)
     steps = len(bucket_list) + 2
@@ -78,23 +78,36 @@ def compile(
 
     executables: dict[str, _xla.Loaded] = {}
     compile_s: dict[str, float] = {}
+    stored = arrays
+    expander = None
+    if expand is not None:
+        expander = _compiled(expand, arrays, [], "the unpacking of its weights")
+        arrays = _xla.executor(expander)(stored)
     runtime = Runtime(program.inputs, arrays, device)
     for done, sizes in enumerate(bucket_list):
         key = bucket_name(sizes)
         tell(f"compile {key}", done, steps)
         started = time.perf_counter()
-        executables[key] = _compile_bucket(flat, program, arrays, sizes)
+        executables[key] = _compiled(flat, arrays, program.abstract_inputs(sizes), f"bucket {key}")
         compile_s[key] = time.perf_counter() - started
         runtime.add(sizes, executables[key])
 
     tell("check that rows and padding do not mix", steps - 2, steps)
     limit = default_tolerance([entry.dtype for entry in entries]) if tolerance is None else tolerance
     model = Checked(runtime.run, program.inputs, program.outputs, ladders, limit, examples)
-    _check_independence(model, runtime, lambda sizes: _compile_bucket(flat, program, arrays, sizes))
+    _check_independence(
+        model, runtime, lambda sizes: _compiled(flat, arrays, program.abstract_inputs(sizes), bucket_name(sizes))
+    )
 
     tell("export StableHLO", steps - 1, steps)
-    shapes = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in arrays]
+    shapes = [_shape(leaf) for leaf in arrays]
     programs, note = export_programs(flat, shapes, program.inputs, ladders)
+    unpacking = None
+    if expand is not None:
+        assert expander is not None
+        executables[EXPAND] = expander
+        (unpacking,), why = export_programs(expand, [_shape(leaf) for leaf in stored], {}, {})
+        note = "; ".join(part for part in (note, why) if part)
     if note:
         _LOG.warning("%s", note)
 
@@ -120,33 +133,52 @@ def compile(
         files={},
     )
     tell("done", steps, steps)
-    return Artifact(manifest, tuple(arrays), executables, tuple(programs))
+    return Artifact(manifest, tuple(stored), executables, tuple(programs), unpacking)
 
 
-def _flat_function(program: Program) -> Callable[..., tuple[Any, ...]]:
-    """The program as a function of its weight leaves, then its inputs, giving its outputs in order."""
-    treedef = jax.tree.structure(program.weights)
-    count, names = treedef.num_leaves, list(program.outputs)
+def _shape(leaf: jax.Array) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+
+
+type _Flat = Callable[..., tuple[Any, ...]]
+
+
+def _flat_functions(program: Program) -> tuple[_Flat | None, _Flat]:
+    """The program on flat arrays: what unpacks its weight leaves, if anything does, and the model itself.
+
+    The model takes weight leaves, unpacked ones where there are such, then its inputs, and gives its outputs in order.
+    """
+    stored = jax.tree.structure(program.weights)
+    if program.expansion is None:
+        return None, _model(stored, program.fn, list(program.outputs))
+    expand = program.expansion.expand
+
+    def flat_expand(*leaves: Any) -> tuple[Any, ...]:
+        return tuple(jax.tree.leaves(expand(jax.tree.unflatten(stored, leaves))))
+
+    expanded = jax.tree.structure(jax.eval_shape(expand, abstract(program.weights)))
+    return flat_expand, _model(expanded, program.expansion.fn, list(program.outputs))
+
+
+def _model(treedef: Any, fn: Callable[..., Any], names: Sequence[str]) -> _Flat:
+    count = treedef.num_leaves
 
     def flat(*args: Any) -> tuple[Any, ...]:
-        outputs = program.named_outputs(jax.tree.unflatten(treedef, args[:count]), *args[count:])
+        outputs = name_leaves(fn(jax.tree.unflatten(treedef, args[:count]), *args[count:]), single="output")
         return tuple(outputs[name] for name in names)
 
     return flat
 
 
-def _compile_bucket(
-    flat: Callable[..., Any], program: Program, arrays: Sequence[jax.Array], sizes: Mapping[str, int]
-) -> _xla.Loaded:
-    key = bucket_name(sizes)
+def _compiled(fn: _Flat, arrays: Sequence[jax.Array], inputs: Sequence[jax.ShapeDtypeStruct], what: str) -> _xla.Loaded:
     try:
-        traced = jax.jit(flat, keep_unused=True).trace(*arrays, *program.abstract_inputs(sizes))
+        traced = jax.jit(fn, keep_unused=True).trace(*arrays, *inputs)
         _check_constants(traced.jaxpr.consts)
         return _xla.loaded(traced.lower().compile())
     except CompileError:
         raise
     except Exception as error:  # anything a model or XLA can raise
-        raise CompileError(f"the model does not compile for bucket {key}: {type(error).__name__}: {error}") from error
+        raise CompileError(f"the model does not compile for {what}: {type(error).__name__}: {error}") from error
 
 
 def _check_constants(constants: Sequence[Any]) -> None:

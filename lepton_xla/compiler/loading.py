@@ -17,7 +17,15 @@ from lepton_xla.compiler import _xla
 from lepton_xla.compiler.artifact import read_manifest
 from lepton_xla.compiler.buckets import Ladders, bucket_name, combinations
 from lepton_xla.compiler.fingerprint import Fingerprint
-from lepton_xla.compiler.manifest import MANIFEST, ExecutableSet, FileEntry, Manifest, encode
+from lepton_xla.compiler.manifest import (
+    EXPAND,
+    MANIFEST,
+    ExecutableSet,
+    FileEntry,
+    Manifest,
+    PortableProgram,
+    encode,
+)
 from lepton_xla.compiler.portable import compile_portable
 from lepton_xla.compiler.reading import read_all
 from lepton_xla.compiler.runtime import Runtime
@@ -57,26 +65,36 @@ def load(
     target = Fingerprint.of(device)
     wanted = [(sizes, bucket_name(sizes)) for sizes in combinations(ladders)]
     found = manifest.executables.get(target.digest)
-    ready = found is not None and all(key in found.files for _, key in wanted)
+    names = [*((EXPAND,) if manifest.expand else ()), *(key for _, key in wanted)]
+    ready = found is not None and all(name in found.files for name in names)
     # All bytes are read and verified here; from the next step on, they are believed.
-    portable = {program.file: files.read(program.file) for program in manifest.programs}
-    blobs = {key: files.read(found.files[key]) for _, key in wanted} if ready and found is not None else {}
+    every = (*manifest.programs, *((manifest.expand,) if manifest.expand else ()))
+    portable = {program.file: files.read(program.file) for program in every}
+    blobs = {name: files.read(found.files[name]) for name in names} if ready and found is not None else {}
     arrays = _to_device(manifest, read_all(manifest.weights, files), device)
 
-    runtime = Runtime(manifest.input_specs(), arrays, device)
-    made: dict[str, _xla.Loaded] = {}
+    loaded: dict[str, _xla.Loaded] = {}
     if ready:
         with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-            loaded = list(pool.map(lambda item: _deserialize(blobs[item[1]], device, item[1]), wanted))
+            code = pool.map(lambda name: _deserialize(blobs[name], device, name), names)
+            loaded = dict(zip(names, code, strict=True))
     else:
         why = _why(manifest, target)
         _LOG.warning("%s: compiling %d buckets from StableHLO: %s", location, len(wanted), why)
-        loaded = [_compile(manifest, portable, sizes) for sizes, _ in wanted]
-        made = {key: executable for (_, key), executable in zip(wanted, loaded, strict=True)}
-    for (sizes, _), executable in zip(wanted, loaded, strict=True):
-        runtime.add(sizes, executable)
-    if write_back and made:
-        _write_back(store, target, made)
+        if manifest.expand is not None:
+            loaded[EXPAND] = _compile(manifest.expand, portable, arrays, [])
+    if EXPAND in loaded:
+        arrays = _xla.executor(loaded[EXPAND])(arrays)
+    if not ready:
+        specs = manifest.input_specs().values()
+        for sizes, key in wanted:
+            program = _program_for(manifest, sizes)
+            loaded[key] = _compile(program, portable, arrays, [spec.at(sizes) for spec in specs])
+    runtime = Runtime(manifest.input_specs(), arrays, device)
+    for sizes, key in wanted:
+        runtime.add(sizes, loaded[key])
+    if write_back and not ready:
+        _write_back(store, target, loaded)
     return Servable(manifest, ladders, runtime, "executables" if ready else "stablehlo")
 
 
@@ -105,13 +123,21 @@ def _deserialize(blob: bytes, device: _xla.Device, key: str) -> _xla.Loaded:
         raise ArtifactError(f"the executable of bucket {key} cannot be loaded here: {error}") from error
 
 
-def _compile(manifest: Manifest, portable: Mapping[str, bytes], sizes: dict[str, int]) -> _xla.Loaded:
+def _program_for(manifest: Manifest, sizes: dict[str, int]) -> PortableProgram:
     for program in manifest.programs:
         if program.sizes is None or program.sizes == sizes:
-            leaves = [jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(leaf.dtype)) for leaf in manifest.weights]
-            inputs = [spec.at(sizes) for spec in manifest.input_specs().values()]
-            return _xla.loaded(compile_portable(portable[program.file], program.file, leaves, inputs))
+            return program
     raise ArtifactError(f"{MANIFEST}: no portable program for bucket {bucket_name(sizes)}")
+
+
+def _compile(
+    program: PortableProgram,
+    portable: Mapping[str, bytes],
+    weights: Sequence[jax.Array],
+    inputs: Sequence[jax.ShapeDtypeStruct],
+) -> _xla.Loaded:
+    leaves = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in weights]
+    return _xla.loaded(compile_portable(portable[program.file], program.file, leaves, inputs))
 
 
 def _why(manifest: Manifest, target: Fingerprint) -> str:

@@ -16,6 +16,8 @@ from lepton_xla.program import TensorSpec
 
 MANIFEST = "manifest.json"
 SCHEMA = 1
+# Beside the buckets, the name of the program that unpacks stored weights when an artifact is loaded.
+EXPAND = "expand"
 MAX_MANIFEST_BYTES = 64 << 20
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _FILE_PART = re.compile(r"[A-Za-z0-9_=,+@-][A-Za-z0-9._=,+@-]*")
@@ -61,7 +63,7 @@ class PortableProgram(_Struct, frozen=True, kw_only=True):
 
 
 class ExecutableSet(_Struct, frozen=True, kw_only=True):
-    """Executables for one target: bucket name -> file."""
+    """Executables for one target: bucket name (or `expand`) -> file."""
 
     target: Fingerprint
     files: dict[str, str]
@@ -85,6 +87,7 @@ class Manifest(_Struct, frozen=True, kw_only=True):
         weights: in argument order.
         buckets: symbolic dimension -> sizes.
         programs: portable programs; one symbolic, or one a bucket.
+        expand: the portable program that unpacks the stored weights, if the buckets' programs take unpacked ones.
         programs_note: why there is no symbolic program, or not for all platforms; empty where there is.
         executables: fingerprint -> executables.
         compile_s: bucket name -> seconds its compilation took.
@@ -105,6 +108,7 @@ class Manifest(_Struct, frozen=True, kw_only=True):
     weights: tuple[WeightLeaf, ...]
     buckets: dict[str, tuple[int, ...]]
     programs: tuple[PortableProgram, ...]
+    expand: PortableProgram | None = None
     programs_note: str
     executables: dict[str, ExecutableSet]
     compile_s: dict[str, float]
@@ -205,7 +209,7 @@ def _check(manifest: Manifest) -> None:
         if min(leaf.shape, default=0) < 0:
             raise ArtifactError(f"{MANIFEST}: weight {leaf.path!r} has a negative size in its shape {leaf.shape}")
         _check_listed(manifest, f"{leaf.folder}/zarr.json")
-    for program in manifest.programs:
+    for program in (*manifest.programs, *((manifest.expand,) if manifest.expand else ())):
         _check_listed(manifest, program.file)
     for digest, executables in manifest.executables.items():
         if executables.target.digest != digest:
