@@ -141,8 +141,9 @@ def encode(manifest: Manifest) -> bytes:
         ArtifactError: where the recipe, the plan, the reports or the metrics are not plain JSON, or it is too large.
     """
     try:
-        sealed = msgspec.structs.replace(manifest, sha256=_digest(manifest))
-        data = msgspec.json.format(msgspec.json.encode(sealed, enc_hook=_encode_scalar), indent=1)
+        plain = msgspec.json.encode(msgspec.structs.replace(manifest, sha256=""), enc_hook=_encode_scalar)
+        sealed = msgspec.json.decode(plain, type=dict[str, Any]) | {"sha256": _digest(plain)}
+        data = msgspec.json.format(msgspec.json.encode(sealed), indent=1)
     except (TypeError, ValueError, NotImplementedError, RecursionError, OverflowError) as error:
         raise ArtifactError(f"{MANIFEST}: recipe, plan, reports and metrics must be plain JSON: {error}") from error
     if len(data) > MAX_MANIFEST_BYTES:
@@ -162,7 +163,7 @@ def decode(data: bytes) -> Manifest:
             raise ArtifactError(f"{MANIFEST}: schema version {schema}; this version of lepton_xla reads {SCHEMA}")
         manifest = msgspec.json.decode(data, type=Manifest)
         _check(manifest)
-        if manifest.sha256 != _digest(manifest):
+        if manifest.sha256 != _digest(data):
             raise ArtifactError(f"{MANIFEST}: its SHA-256 is not the one it states: it was edited or damaged")
     except ArtifactError:
         raise
@@ -171,9 +172,10 @@ def decode(data: bytes) -> Manifest:
     return manifest
 
 
-def _digest(manifest: Manifest) -> str:
-    plain = msgspec.structs.replace(manifest, sha256="")
-    return hashlib.sha256(msgspec.json.encode(plain, enc_hook=_encode_scalar)).hexdigest()
+def _digest(data: bytes) -> str:
+    """Of the JSON as it stands, whatever its keys, so that a later version with more keys computes the same."""
+    plain = msgspec.json.decode(data, type=dict[str, Any]) | {"sha256": ""}
+    return hashlib.sha256(msgspec.json.encode(plain)).hexdigest()
 
 
 def check_name(name: str) -> str:
