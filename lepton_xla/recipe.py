@@ -62,14 +62,19 @@ class QuantizeRule(_Rule, frozen=True, forbid_unknown_fields=True, kw_only=True)
         activations: the format that activations are rounded to for integer arithmetic, or `none` for weights only.
         granularity: `channel`: one scale for each output channel; `tensor`: one for the weight.
         dynamic: True takes activation scales at run time, one a row; False takes one a tensor from calibration data.
-        calibration: how a static range is taken from data: `absmax`, or `percentile:P` with P in (0, 100].
+        calibration: how a static range is taken from data: `absmax`, `percentile:P` with P in (0, 100] (of the
+            magnitudes), `mse` (the smallest squared error of rounding and saturation) or `entropy` (the smallest
+            Kullback-Leibler divergence, as TensorRT does).
+        aggregate: how batches come together: `pooled`: one range from what all of them hold; `max`, `mean` or `ema:M`:
+            of the ranges of each, the moving average keeping the share M of what there was before, in [0, 1).
     """
 
     weights: Literal["int8"] = "int8"
     activations: Literal["int8", "none"] = "int8"
     granularity: Literal["channel", "tensor"] = "channel"
     dynamic: bool = True
-    calibration: Annotated[str, msgspec.Meta(pattern=r"^(absmax|percentile:\d+(\.\d+)?)$")] = "absmax"
+    calibration: Annotated[str, msgspec.Meta(pattern=r"^(absmax|percentile:\d+(\.\d+)?|mse|entropy)$")] = "absmax"
+    aggregate: Annotated[str, msgspec.Meta(pattern=r"^(pooled|max|mean|ema:0?\.\d+)$")] = "pooled"
 
     @property
     def percentile(self) -> float:
