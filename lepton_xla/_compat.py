@@ -83,6 +83,17 @@ def is_manual(eqn: Equation) -> bool:
     return bool(getattr(eqn.ctx.cur_abstract_mesh, "manual_axes", ()))
 
 
+def varying(value: Any) -> frozenset[str]:
+    """The manual mesh axes that an array, or its shape, varies along; empty where `shard_map` does not check them."""
+    manual = (value if isinstance(value, jax.ShapeDtypeStruct) else jax.typeof(value)).manual_axis_type
+    return frozenset(manual.varying) if manual is not None else frozenset()
+
+
+def vary(array: jax.Array, axes: frozenset[str]) -> jax.Array:
+    """The array, marked as one that varies along these manual mesh axes."""
+    return jax.lax.pcast(array, tuple(sorted(axes)), to="varying") if axes else array
+
+
 def user_shardings(shardings: Sequence[Any]) -> tuple[Any, ...]:
     """A jit equation's shardings as `jax.jit` takes them: None where the user gave none."""
     return tuple(s if isinstance(s, jax.sharding.Sharding) else None for s in shardings)

@@ -72,12 +72,20 @@ class Context:
     uses: Mapping[Any, int]
     taps: Taps
 
-    def tap(self, name: str, value: jax.Array) -> None:
-        """Sends a non-negative statistic out of every container around the equation.
+    def tap(self, name: str, value: jax.Array, combine: Literal["max", "sum"] = "max") -> None:
+        """Sends a statistic out of every container around the equation.
 
-        `scan` stacks it along a new leading axis; `while`, `cond` and repeated taps of a name take the maximum.
+        Args:
+            name: what the statistic is called; one name is combined one way everywhere.
+            value: any array; not negative for `max`.
+            combine: `max`: `scan` stacks it along a new leading axis; `while`, `cond`, `shard_map` and repeated taps
+                take the maximum. `sum`: it is added up over all that runs, and keeps its shape: over the steps of a
+                `scan`, the rounds of a `while`, repeated taps, and the devices of a `shard_map` along the mesh axes
+                that it varies on (along all of them under `check_vma=False`). A branch not taken counts zero.
         """
-        self.taps[name] = jnp.maximum(self.taps[name], value) if name in self.taps else value
+        if combine == "sum":
+            self.walk.sums.add(name)
+        self.taps.update(self.walk.combined(self.taps, {name: value}))
 
     def bind(self, eqn: Any, values: Sequence[Any]) -> Values:
         """Evaluates the equation as it is, on other operands."""
@@ -121,7 +129,7 @@ def rewrite(
         closed, out_shape = jax.make_jaxpr(fn, return_shape=True)(*traced, **kwargs)
         given = prepare(*args) if prepare else args
         values = jax.tree.leaves((given, kwargs), is_leaf=lambda leaf: isinstance(leaf, Carried))
-        walk = Walk(rules, follow or {}, inline, on_unknown)
+        walk = Walk(rules, follow or {}, inline, on_unknown, with_taps)
         outs, taps = walk.call(closed, values, Frame())
         result = jax.tree.unflatten(jax.tree.structure(out_shape), [materialize(out) for out in outs])
         return (result, taps) if with_taps else result
@@ -151,12 +159,21 @@ class Frame:
 class Walk:
     """One evaluation of a jaxpr under one set of rules."""
 
-    def __init__(self, rules: Mapping[str, Rule], follow: Mapping[str, Rule], inline: bool, on_unknown: str) -> None:
+    def __init__(
+        self,
+        rules: Mapping[str, Rule],
+        follow: Mapping[str, Rule],
+        inline: bool,
+        on_unknown: str,
+        tapped: bool = False,
+    ) -> None:
         self.rules = rules
         self.follow = follow
         self.inline = inline
         self.on_unknown = on_unknown
         self.notes: dict[str, Any] = {}  # what rules remember during one evaluation
+        self.tapped = tapped
+        self.sums: set[str] = set()  # names of the taps that are added up
         self._holds: dict[int, str | None] = {}
 
     def call(self, jaxpr: Any, values: Sequence[Any], frame: Frame) -> tuple[Values, Taps]:
@@ -203,7 +220,7 @@ class Walk:
                 if name not in _TRANSPARENT:
                     values = [v.materialize() if isinstance(v, Carried) and not v.crosses else v for v in values]
                 outs, inner_taps = container(self, eqn, values, frame)
-                taps.update(_largest(taps, inner_taps))
+                taps.update(self.combined(taps, inner_taps))
                 return outs
             held = self._site_in(inner)
             if held is not None and self.on_unknown == "error":
@@ -212,6 +229,15 @@ class Walk:
                     f"{held} out of it, or allow it to stay as it is with on_unsupported = 'keep'"
                 )
         return _compat.bind(eqn, [materialize(value) for value in values])
+
+    def combined(self, taps: Mapping[str, jax.Array], others: Mapping[str, jax.Array]) -> Taps:
+        """The taps of two parts of a program as one."""
+        both = {
+            name: taps[name] + value if name in self.sums else jnp.maximum(taps[name], value)
+            for name, value in others.items()
+            if name in taps
+        }
+        return {**taps, **others, **both}
 
     def _site_in(self, jaxprs: Sequence[Any]) -> str | None:
         """The name of a primitive of the rules inside the jaxprs, at any depth."""
@@ -292,22 +318,33 @@ def _scan(walk: Walk, eqn: Any, values: Values, frame: Frame) -> tuple[Values, T
     consts = values[:num_consts]
     init = [materialize(value) for value in values[num_consts : num_consts + num_carry]]
     inner = frame.enter(eqn, repeats=params["length"])
+    scanned = values[num_consts + num_carry :]
 
-    def body(carry: Values, step: Values) -> tuple[Values, tuple[Values, Taps]]:
+    def one(carry: Values, step: Values) -> tuple[Values, tuple[Values, Taps, Taps]]:
         xs = [value.at_step() if isinstance(value, Carried) else value for value in step]
         outs, taps = walk.call(params["jaxpr"], [*consts, *carry, *xs], inner)
         outs = [materialize(out) for out in outs]
-        return outs[:num_carry], (outs[num_carry:], taps)
+        stacked = {name: value for name, value in taps.items() if name not in walk.sums}
+        added = {name: value for name, value in taps.items() if name in walk.sums}
+        return outs[:num_carry], (outs[num_carry:], stacked, added)
 
-    carry, (ys, taps) = lax.scan(
+    def body(state: tuple[Values, Taps], step: Values) -> tuple[tuple[Values, Taps], tuple[Values, Taps]]:
+        carry, (ys, stacked, added) = one(state[0], step)
+        return (carry, walk.combined(state[1], added)), (ys, stacked)
+
+    none_yet: Taps = {}
+    if walk.tapped:  # what is added up is carried along, so its shapes must be known before the first step
+        _, (_, _, added) = jax.eval_shape(lambda: lax.scan(one, init, scanned, length=params["length"]))
+        none_yet = _zeros(added, drop=1)
+    (carry, totals), (ys, taps) = lax.scan(
         body,
-        init,
-        values[num_consts + num_carry :],
+        (init, none_yet),
+        scanned,
         length=params["length"],
         reverse=params["reverse"],
         unroll=params["unroll"],
     )
-    return [*carry, *ys], taps
+    return [*carry, *ys], taps | totals
 
 
 def _while(walk: Walk, eqn: Any, values: Values, frame: Frame) -> tuple[Values, Taps]:
@@ -340,11 +377,11 @@ def _while(walk: Walk, eqn: Any, values: Values, frame: Frame) -> tuple[Values, 
         if batched:
             going = test(state[0])[0]
             outs = [_select_rows(going, out, before) for out, before in zip(outs, state[0], strict=True)]
-        return outs, _largest(state[1], _largest(taps, taps_of_test(state[0])))
+        return outs, walk.combined(state[1], walk.combined(taps, taps_of_test(state[0])))
 
     none_yet = _zeros(jax.eval_shape(step, init)[1] | tested)
     carry, taps = lax.while_loop(condition, body, (init, none_yet))
-    return carry, _largest(taps, taps_of_test(carry))
+    return carry, walk.combined(taps, taps_of_test(carry))
 
 
 def _select_rows(rows: jax.Array, yes: jax.Array, no: jax.Array) -> jax.Array:
@@ -433,7 +470,14 @@ def _shard_map(walk: Walk, eqn: Any, values: Values, frame: Frame) -> tuple[Valu
 
     def body(*operands: Any) -> tuple[Values, Taps]:
         outs, taps = walk.call(params["jaxpr"], operands, frame.enter(eqn))
-        return [materialize(out) for out in outs], {name: lax.pmax(value, axes) for name, value in taps.items()}
+        return [materialize(out) for out in outs], {name: over_devices(name, value) for name, value in taps.items()}
+
+    def over_devices(name: str, value: jax.Array) -> jax.Array:
+        if name not in walk.sums:
+            return lax.pmax(value, axes)
+        # What is the same on all devices of an axis was computed once, as far as the program's meaning goes.
+        along = tuple(axis for axis in axes if axis in _compat.varying(value)) if params["check_vma"] else axes
+        return lax.psum(value, along)
 
     return jax.shard_map(
         body,
@@ -445,15 +489,12 @@ def _shard_map(walk: Walk, eqn: Any, values: Values, frame: Frame) -> tuple[Valu
     )(*values)
 
 
-def _largest(taps: Mapping[str, jax.Array], others: Mapping[str, jax.Array]) -> Taps:
+def _zeros(taps: Mapping[str, Any], drop: int = 0) -> Taps:
+    """Zeros like the taps, without their first `drop` axes."""
     return {
-        **taps,
-        **{name: jnp.maximum(taps[name], value) if name in taps else value for name, value in others.items()},
+        name: _compat.vary(jnp.zeros(value.shape[drop:], value.dtype), _compat.varying(value))
+        for name, value in taps.items()
     }
-
-
-def _zeros(taps: Mapping[str, Any]) -> Taps:
-    return {name: jnp.zeros(value.shape, value.dtype) for name, value in taps.items()}
 
 
 _CONTAINERS: dict[str, Callable[[Walk, Any, Values, Frame], tuple[Values, Taps]]] = {

@@ -842,3 +842,106 @@ def test_carried_values_go_through_containers_and_materialize_where_no_rule_is(i
         seen.clear()
         close(run(fn, x), jax.jit(functools.partial(fn, plain_dot))(x, w))
         assert any(seen), fn.__name__
+
+
+# Taps that are added up: here the number of products and the sum of what they give.
+
+
+def tap_sum(context, eqn, values):
+    out = context.bind(eqn, values)
+    context.tap("total", jnp.sum(out[0], axis=0), "sum")
+    context.tap("count", jnp.int32(1), "sum")
+    context.tap("peak", jnp.max(jnp.abs(out[0])))
+    return out
+
+
+def totals(fn, *args, inline=True):
+    return jax.jit(rewrite(fn, {"dot_general": tap_sum}, inline=inline, with_taps=True))(*args)[1]
+
+
+def assert_totals(taps, products, count=None):
+    want = sum(np.asarray(product, np.float64).sum(0) for product in products)
+    np.testing.assert_allclose(taps["total"], want, rtol=1e-5, atol=1e-5)
+    assert int(taps["count"]) == (len(products) if count is None else count)
+    np.testing.assert_allclose(np.max(taps["peak"]), max(abs(np.asarray(p)).max() for p in products), rtol=1e-5)
+
+
+def chain(x, ws, between=lambda y: y):
+    """The products of `x @ w` for one `w` after the other, in float64."""
+    products, state = [], np.asarray(x, np.float64)
+    for w in ws:
+        products.append(state @ np.asarray(w, np.float64))
+        state = between(products[-1])
+    return products
+
+
+@either_way
+def test_sums_of_repeated_taps_and_of_calls(inline):
+    x, w = array(4, 4), array(4, 4, seed=1)
+    model = lambda x, w: jax.checkpoint(lambda x: jax.jit(plain_dot)(x, w) @ w)(x) @ w  # noqa: E731
+    assert_totals(totals(model, x, w, inline=inline), chain(x, [w, w, w]))
+
+
+@either_way
+@pytest.mark.parametrize("reverse", [False, True])
+def test_sums_out_of_scans_keep_their_shape(reverse, inline):
+    x, ws = array(4, 4), array(3, 4, 4, seed=1)
+
+    def layers(x, w):
+        return lax.scan(lambda x, v: (jnp.tanh(x @ (v * w)), None), x, ws, reverse=reverse)[0], None
+
+    taps = totals(lambda x, scales: lax.scan(layers, x, scales)[0], x, jnp.ones(2), inline=inline)
+    assert taps["peak"].shape == (2, 3)
+    order = ws[::-1] if reverse else ws
+    assert_totals(taps, chain(x, [*order, *order], np.tanh))
+
+
+def test_sums_out_of_a_scan_without_steps_are_zero():
+    taps = totals(lambda x, ws: lax.scan(lambda x, w: (x @ w, None), x, ws)[0], array(4, 4), jnp.zeros((0, 4, 4)))
+    assert int(taps["count"]) == 0
+    np.testing.assert_array_equal(taps["total"], np.zeros(4))
+
+
+@either_way
+def test_sums_out_of_a_while_and_its_condition(inline):
+    x, w = array(4, 4), array(4, 4, seed=1)
+    model = lambda x, w: lax.while_loop(lambda s: s[0] < 5, lambda s: (s[0] + 1, s[1] @ w), (0, x))[1]  # noqa: E731
+    assert_totals(totals(model, x, w, inline=inline), chain(x, [w] * 5))
+    tested = lambda x, w: lax.while_loop(lambda x: jnp.max(jnp.abs(x @ w)) < 10, lambda x: 2 * x, x)  # noqa: E731
+    rounds, states = 0, [np.asarray(x, np.float64)]
+    while abs(states[-1] @ np.asarray(w, np.float64)).max() < 10:
+        states.append(2 * states[-1])
+        rounds += 1
+    assert rounds > 1
+    assert_totals(totals(tested, x, w, inline=inline), [state @ np.asarray(w, np.float64) for state in states])
+
+
+@either_way
+def test_a_sum_in_a_branch_not_taken_is_zero(inline):
+    xs, w = array(3, 4, 4), array(4, 4, seed=1)
+    flags = jnp.asarray([True, False, True])
+
+    def model(xs, flags):
+        return lax.map(lambda item: lax.cond(item[1], lambda x: x @ w, lambda x: x, item[0]), (xs, flags))
+
+    assert_totals(totals(model, xs, flags, inline=inline), [np.asarray(xs[k]) @ np.asarray(w) for k in (0, 2)])
+
+
+@either_way
+@pytest.mark.parametrize("check", [False, True])
+def test_sums_out_of_a_shard_map_add_the_devices(check, inline):
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
+    x, w = array(4, 4), array(4, 4, seed=1)
+
+    def body(x, w):
+        return lax.scan(lambda x, _: (lax.cond(x.shape[0] > 0, plain_dot, plain_dot, x, w), None), x, length=2)[0]
+
+    model = jax.shard_map(body, mesh=mesh, in_specs=(P("data"), P()), out_specs=P("data"), check_vma=check)
+    assert_totals(totals(model, x, w, inline=inline), chain(x, [w, w]), count=4 if not check else 2)
+
+
+def test_a_sum_of_what_all_devices_of_an_axis_share_counts_once():
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
+    x, w = array(4, 4), array(4, 4, seed=1)
+    model = jax.shard_map(lambda x, w: x @ w, mesh=mesh, in_specs=(P(), P()), out_specs=P())
+    assert_totals(totals(model, x, w), chain(x, [w]))
