@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from lepton_xla.errors import CalibrationError
+from lepton_xla.errors import CalibrationError, CompileError
 from lepton_xla.passes.calibrate import calibrate, needs_range
 from lepton_xla.passes.fold import fold
 from lepton_xla.passes.lower import lower
@@ -86,6 +86,7 @@ def apply_plan(
     """
     say = progress or (lambda _line: None)
     recipe = plan.recipe
+    sizes = grid(program, buckets) if recipe.measure else []
     if any(planned.prune or planned.not_pruned for planned in plan.sites):
         say("prune")
         program = prune(program, plan)
@@ -98,7 +99,6 @@ def apply_plan(
         say("calibrate")
         program, ranges = _calibrated(program, plan, calibration)
     if any(planned.quantize or planned.not_quantized for planned in plan.sites):
-        sizes = grid(program, buckets) if recipe.measure else []
         program = lower(program, plan, ranges, sizes=sizes, progress=lambda site: say(f"lower {site}"))
     return program
 
@@ -114,6 +114,16 @@ def _calibrated(program: Program, plan: Plan, batches: Iterable[Mapping[str, Any
 
 
 def grid(program: Program, buckets: Mapping[str, Iterable[int]] | None) -> list[dict[str, int]]:
-    """Every combination of sizes of a program's symbolic dimensions."""
-    ladders = [tuple((buckets or {}).get(name, DEFAULT_LADDER)) for name in program.symbols]
-    return [dict(zip(program.symbols, sizes, strict=True)) for sizes in itertools.product(*ladders)]
+    """Every combination of sizes of a program's symbolic dimensions, `DEFAULT_LADDER` where none are given.
+
+    Raises:
+        CompileError: if `buckets` names no dimension of the program, or gives it no sizes of at least 1.
+    """
+    ladders = dict.fromkeys(program.symbols, DEFAULT_LADDER)
+    for name, sizes in (buckets or {}).items():
+        if name not in ladders:
+            raise CompileError(f"buckets name {name!r}; the model's symbolic dimensions are {list(ladders)}")
+        ladders[name] = tuple(sizes)
+        if not ladders[name] or min(ladders[name]) < 1:
+            raise CompileError(f"buckets[{name!r}] is {ladders[name]}; expected sizes of at least 1")
+    return [dict(zip(ladders, sizes, strict=True)) for sizes in itertools.product(*ladders.values())]

@@ -14,7 +14,7 @@ from lepton_xla.program import Program, leaf_bytes, name_leaves
 from lepton_xla.report import PassReport, SiteReport
 
 if TYPE_CHECKING:
-    from lepton_xla.recipe import Plan
+    from lepton_xla.recipe import Plan, SitePlan
 
 
 def magnitude_masks(weights: Sequence[jax.Array], sparsity: float) -> list[jax.Array]:
@@ -57,7 +57,10 @@ def prune(program: Program, plan: Plan) -> Program:
     """
     start = time.perf_counter()
     # A weight used at several sites is pruned once; the plan has made sure that its sites agree.
-    chosen = {site.site.path: site for site in reversed(plan.sites) if site.prune is not None}
+    chosen: dict[str | None, SitePlan] = {}
+    for planned in plan.sites:
+        if planned.prune is not None:
+            chosen.setdefault(planned.site.path, planned)
     weights, masks = dict(program.weights), dict(program.masks)
     for rule in plan.recipe.prune:
         paths = [path for path, planned in chosen.items() if planned.prune is rule and path is not None]

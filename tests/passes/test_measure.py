@@ -1,0 +1,124 @@
+"""The clock behind the measured revert: what it times, and that it takes turns."""
+
+import itertools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lepton_xla.passes import find_sites, measure
+from lepton_xla.program import TensorSpec, trace
+from lepton_xla.recipe import Recipe
+
+ROWS = {"x": TensorSpec(("batch", 16), "float32")}
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    monkeypatch.setattr(measure, "ROUNDS", 3)
+    measure._compare.cache_clear()
+    yield
+    measure._compare.cache_clear()
+
+
+def rule(options=""):
+    return Recipe.parse(f'[[quantize]]\nsites = ".*"\n{options}', name="test").quantize[0]
+
+
+def sites_at(batch, width=24):
+    def fn(w, x):
+        return jnp.tanh(x @ w["a"]) @ w["b"] + jnp.tanh(x @ w["like_a"]) @ w["b"]
+
+    weights = {"a": jnp.ones((16, width)), "like_a": jnp.zeros((16, width)), "b": jnp.ones((width, 8))}
+    return {site.name: site for site in find_sites(trace(fn, weights, ROWS), sizes={"batch": batch})}
+
+
+@pytest.mark.parametrize("options", ["", "dynamic = false", 'granularity = "tensor"'])
+@pytest.mark.parametrize("batch", [1, 4])
+def test_times_are_positive_and_rows_padded_only_where_single(options, batch):
+    timing = measure.compare(sites_at(batch)["a"], rule(options), {"batch": batch})
+    assert timing.sizes == {"batch": batch}
+    assert 0 < timing.float_us < 1e6
+    assert 0 < timing.integer_us < 1e6
+    assert (timing.padded_us is not None) == (batch == 1)
+    assert json.loads(json.dumps(timing.to_json()))["float_us"] == timing.float_us
+
+
+def test_best_is_padded_only_where_asked_and_there():
+    timing = measure.Timing({}, 10.0, 5.0, 3.0)
+    assert (timing.best_us(True), timing.best_us(False)) == (3.0, 5.0)
+    assert measure.Timing({}, 10.0, 5.0, None).best_us(True) == 5.0
+
+
+def test_sites_that_look_the_same_are_timed_once(monkeypatch):
+    timed = []
+    monkeypatch.setattr(measure, "_medians_us", lambda calls: timed.append(len(calls)) or [1.0] * len(calls))
+    sites = sites_at(4)
+    for name in ("a", "like_a", "a"):
+        measure.compare(sites[name], rule(), {"batch": 4})
+    assert timed == [2]
+    measure.compare(sites["b"], rule(), {"batch": 4})
+    measure.compare(sites_at(4, width=32)["a"], rule(), {"batch": 4})
+    measure.compare(sites_at(1)["a"], rule(), {"batch": 1})
+    measure.compare(sites["a"], rule("dynamic = false"), {"batch": 4})
+    assert timed == [2, 2, 2, 3, 2]
+
+
+def test_medians_of_calls_in_turn(monkeypatch):
+    """A clock that each call moves by its own time, the second call by ten times more in one round."""
+    now, order = [0.0], []
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: now[0])
+    seconds = {"a": itertools.repeat(0.001), "b": itertools.chain([0.002] * 3, [0.02], itertools.repeat(0.002))}
+
+    def call(name):
+        order.append(name)
+        now[0] += next(seconds[name])
+        return jnp.zeros(())
+
+    medians = measure._medians_us([lambda: call("a"), lambda: call("b")])
+    np.testing.assert_allclose(medians, [1000, 2000], rtol=1e-6)
+    assert "".join(order) == "aabb" + "ab" * 3
+
+
+def test_quick_calls_run_often_enough_for_the_clock(monkeypatch):
+    now, count = [0.0], [0]
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: now[0])
+
+    def call():
+        count[0] += 1
+        now[0] += 1e-5
+        return jnp.zeros(())
+
+    (median,) = measure._medians_us([call])
+    np.testing.assert_allclose(median, 10, rtol=1e-6)
+    assert count[0] == 2 + 3 * round(measure.ROUND_S / 1e-5)
+
+
+def test_slow_calls_run_fewer_rounds(monkeypatch):
+    monkeypatch.setattr(measure, "ROUNDS", 100)
+    now, count = [0.0], [0]
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: now[0])
+
+    def call():
+        count[0] += 1
+        now[0] += measure.BUDGET_S
+        return jnp.zeros(())
+
+    measure._medians_us([call])
+    assert count[0] == 2 + measure.MIN_ROUNDS
+
+
+def test_programs_are_timed_on_inputs_of_their_dtype():
+    seen = []
+
+    def fn(w, x, ids):
+        seen.append((x.shape, x.dtype, ids.dtype))
+        return x.sum() + w["w"].sum() + ids.sum().astype(jnp.float32)
+
+    shapes = [jax.ShapeDtypeStruct((3, 4), jnp.float32), jax.ShapeDtypeStruct((5,), jnp.int32)]
+    times = measure.time_programs([(fn, {"w": jnp.ones(2)}), (fn, {"w": jnp.ones(3)})], shapes)
+    assert len(times) == 2
+    assert min(times) > 0
+    assert set(seen) == {((3, 4), jnp.float32.dtype, jnp.int32.dtype)}

@@ -1,0 +1,187 @@
+"""Recipes from end to end on a small convolutional network."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import msgspec
+import numpy as np
+import pytest
+
+from lepton_xla import pipeline
+from lepton_xla.errors import CalibrationError, CompileError, RecipeError, UnsupportedError
+from lepton_xla.pipeline import apply_plan, grid, optimize, plan_for
+from lepton_xla.program import TensorSpec, from_linen, trace
+from lepton_xla.quant import QTensor
+from lepton_xla.recipe import Recipe, presets
+
+KERNELS = [f"params/{name}/kernel" for name in ("Conv_0", "Conv_1", "Dense_0", "Dense_1")]
+
+
+def array(*shape, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
+
+
+class Net(nn.Module):
+    @nn.compact
+    def __call__(self, image, train=False):
+        x = nn.relu(nn.BatchNorm(use_running_average=not train)(nn.Conv(16, (3, 3))(image)))
+        x = nn.max_pool(x, (2, 2), (2, 2))
+        x = nn.relu(nn.BatchNorm(use_running_average=not train)(nn.Conv(32, (3, 3))(x)))
+        x = nn.relu(nn.Dense(32)(x.reshape(x.shape[0], -1)))
+        return nn.Dense(10)(x)
+
+
+@pytest.fixture(scope="module")
+def net():
+    variables = Net().init(jax.random.key(0), jnp.zeros((1, 8, 8, 1)))
+    statistics = jax.tree.map(lambda leaf: 0.5 + jax.random.uniform(jax.random.key(1), leaf.shape), variables)
+    variables = {"params": variables["params"], "batch_stats": statistics["batch_stats"]}
+    return from_linen(Net(), variables, {"image": TensorSpec(("batch", 8, 8, 1), "float32")})
+
+
+@pytest.fixture(scope="module")
+def images():
+    return array(16, 8, 8, 1, seed=5)
+
+
+def run(program, images):
+    return np.asarray(jax.jit(program.fn)(program.weights, images), np.float64)
+
+
+def error(program, reference, images):
+    """Root mean square of the difference, as a share of the reference's."""
+    expected = run(reference, images)
+    return np.sqrt(np.mean((run(program, images) - expected) ** 2) / np.mean(expected**2))
+
+
+def preset(name, **changes):
+    return msgspec.structs.replace(Recipe.load(name), **changes)
+
+
+PASSES = {
+    "int8": ["fold", "lower"],
+    "int8-weight-only": ["fold", "lower"],
+    "prune50": ["fold", "prune"],
+    "int8-prune50": ["fold", "prune", "lower"],
+}
+
+
+def test_every_preset_is_tested():
+    assert set(PASSES) == set(presets())
+
+
+@pytest.mark.parametrize("name", PASSES)
+def test_a_preset_end_to_end(net, images, name):
+    small = optimize(net, preset(name, measure=False))
+    assert [report.name for report in small.history] == PASSES[name]
+    assert small.inputs == net.inputs
+    assert small.outputs == net.outputs
+    assert 1e-4 < error(small, net, images) < (0.05 if "prune" not in name else 0.6)
+    assert not [path for path in small.weights if "batch_stats" in path]
+    for path in KERNELS:
+        weight = small.weights[path]
+        assert isinstance(weight, QTensor) == ("int8" in name)
+    if "int8" in name:
+        assert small.weights_bytes < 0.27 * net.weights_bytes
+    if "prune" in name:
+        assert list(small.masks) == KERNELS
+        dropped = sum(int(np.sum(~np.asarray(mask))) for mask in small.masks.values())
+        assert dropped == round(0.5 * sum(mask.size for mask in small.masks.values()))
+        for path in KERNELS:
+            weight = small.weights[path]
+            codes = weight.values if isinstance(weight, QTensor) else weight
+            assert np.sum(np.asarray(codes) == 0) >= np.sum(~np.asarray(small.masks[path]))
+
+
+def test_measured_for_real(net, images):
+    lines = []
+    small = optimize(net, Recipe.load("int8"), buckets={"batch": (1, 4)}, progress=lines.append)
+    report = small.history[-1]
+    assert {site.site for site in report.sites} == set(KERNELS)
+    for site in report.sites:
+        assert [timing["sizes"] for timing in site.metrics["timings"]] == [{"batch": 1}, {"batch": 4}]
+        assert site.action in ("int8 x int8", "int8 weights")
+        assert bool(site.reason) == (site.action == "int8 weights")
+    assert lines[:2] == ["fold", f"lower {KERNELS[0]}"]
+    assert 1e-4 < error(small, net, images) < 0.05
+
+
+STATIC = '[[quantize]]\nsites = ".*"\ndynamic = false\ncalibration = "percentile:99.99"'
+
+
+def test_static_scales_from_calibration(net, images):
+    recipe = Recipe.parse("measure = false\n[[prune]]\nsites = '.*'\nsparsity = 0.2\n" + STATIC, name="static")
+    small = optimize(net, recipe, calibration=iter([{"image": images[:8]}, {"image": images[8:]}]))
+    assert [report.name for report in small.history] == ["fold", "prune", "calibrate", "lower"]
+    ranges = {site.site: site.metrics["absmax"] for site in small.history[2].sites}
+    assert set(ranges) == set(KERNELS)
+    for path in KERNELS:
+        np.testing.assert_allclose(small.weights[path + ":act_absmax"], ranges[path])
+    float_pruned = optimize(net, Recipe.parse("[[prune]]\nsites = '.*'\nsparsity = 0.2", name="pruned"))
+    assert 1e-4 < error(small, float_pruned, images) < 0.08
+
+
+@pytest.mark.parametrize("calibration", [None, [], [{"picture": 1}]])
+def test_static_scales_need_data(net, calibration):
+    with pytest.raises(CalibrationError, match="calibration"):
+        optimize(net, Recipe.parse("measure = false\n" + STATIC, name="static"), calibration=calibration)
+
+
+def test_the_two_halves_are_the_whole(net, images):
+    recipe = preset("int8-prune50", measure=False)
+    folded, plan = plan_for(net, recipe)
+    assert [report.name for report in folded.history] == ["fold"]
+    assert [planned.site.name for planned in plan.sites] == KERNELS
+    halves, whole = apply_plan(folded, plan), optimize(net, recipe)
+    np.testing.assert_array_equal(run(halves, images), run(whole, images))
+
+
+def test_without_folding_the_norms_stay(net, images):
+    small = optimize(net, preset("int8", measure=False, fold=False))
+    assert [report.name for report in small.history] == ["lower"]
+    assert [path for path in small.weights if "batch_stats" in path]
+    assert 1e-4 < error(small, net, images) < 0.05
+
+
+def test_a_recipe_that_asks_for_nothing_folds_only(net, images):
+    small = optimize(net, Recipe.parse("", name="nothing"))
+    assert [report.name for report in small.history] == ["fold"]
+    np.testing.assert_allclose(run(small, images), run(net, images), rtol=0, atol=1e-5)
+
+
+def test_what_is_kept_everywhere_is_in_the_reports():
+    program = trace(
+        lambda w, ids: jnp.take(w["table"], ids, axis=0), {"table": array(9, 4)}, {"ids": TensorSpec(("b",), "int32")}
+    )
+    small = optimize(program, Recipe.load("int8-prune50"), buckets={"b": (2,)})
+    assert [report.name for report in small.history] == ["fold", "prune", "lower"]
+    assert [(site.action, site.reason) for report in small.history[1:] for site in report.sites] == [
+        ("kept", "an embedding"),
+        ("kept float", "gather is not lowered"),
+    ]
+    with pytest.raises(UnsupportedError, match="table"):
+        optimize(program, preset("int8", on_unsupported="error"))
+
+
+def test_a_recipe_that_does_not_fit(net):
+    with pytest.raises(RecipeError, match="matches none of the program's 4 sites"):
+        optimize(net, Recipe.parse('[[quantize]]\nsites = "Dense.*"', name="wrong"))
+
+
+def test_grid():
+    specs = {"a": TensorSpec(("batch", "seq"), "int32"), "b": TensorSpec(("batch",), "float32")}
+    program = trace(lambda w, a, b: b * w["w"] + a.sum(1).astype(jnp.float32), {"w": jnp.float32(2)}, specs)
+    assert grid(program, {"seq": (16,), "batch": (1, 8)}) == [{"batch": 1, "seq": 16}, {"batch": 8, "seq": 16}]
+    assert grid(program, {"seq": (3, 4)}) == [
+        {"batch": size, "seq": seq} for size in pipeline.DEFAULT_LADDER for seq in (3, 4)
+    ]
+    fixed = trace(lambda w, x: x * w["w"], {"w": jnp.float32(2)}, {"x": TensorSpec((3,), "float32")})
+    assert grid(fixed, None) == [{}]
+
+
+@pytest.mark.parametrize(
+    ("buckets", "message"), [({"bach": (1,)}, "'bach'"), ({"batch": ()}, "'batch'"), ({"batch": (0,)}, "'batch'")]
+)
+def test_buckets_that_do_not_fit(net, buckets, message):
+    with pytest.raises(CompileError, match=message):
+        optimize(net, Recipe.load("int8"), buckets=buckets)
