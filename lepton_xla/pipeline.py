@@ -119,7 +119,7 @@ def grid(program: Program, buckets: Mapping[str, Iterable[int]] | None) -> list[
     Raises:
         CompileError: if `buckets` names no dimension of the program, or gives it no sizes of at least 1.
     """
-    ladders = dict.fromkeys(program.symbols, DEFAULT_LADDER)
+    ladders: dict[str, tuple[int, ...]] = dict.fromkeys(program.symbols, DEFAULT_LADDER)
     for name, sizes in (buckets or {}).items():
         if name not in ladders:
             raise CompileError(f"buckets name {name!r}; the model's symbolic dimensions are {list(ladders)}")
