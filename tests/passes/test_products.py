@@ -106,7 +106,7 @@ def test_dot(name, granularity, static):
         codes, scale = quantized(act, act_contract)
     total, factor = dot_reference(site, (codes,), reference, scale)
     for pad in (False, True):
-        got = products.code_product(site, act, stored, "int8", scale_of(absmax), pad_single=pad)
+        got = products.integer_product(site, act, stored, absmax, pad_single=pad)
         assert got.shape == site.output.shape
         np.testing.assert_allclose(got, total * factor, rtol=3e-6, atol=1e-7)
     # And it is the float product, to what eight bits can hold.
@@ -122,9 +122,7 @@ def test_dot(name, granularity, static):
     batch = len(site.params["dimension_numbers"][1][0])
     assert stored.values.ndim == batch + 2
     jaxpr = str(
-        jax.make_jaxpr(lambda a, s: products.code_product(site, a, s, "int8", scale_of(absmax), pad_single=False))(
-            act, stored
-        )
+        jax.make_jaxpr(lambda a, s: products.integer_product(site, a, s, absmax, pad_single=False))(act, stored)
     )
     assert jaxpr.count("preferred_element_type=int32") == 1
     if name in ("x @ W", "x @ W.T"):
@@ -177,7 +175,7 @@ def test_conv(name, granularity, static):
     out_shape = np.ones(act.ndim, int)
     out_shape[layout[2].index("C")] = -1
     expected = total * act_scale.reshape(shape) * weight_scale.reshape(out_shape)
-    got = products.code_product(site, act, stored, "int8", scale_of(absmax), pad_single=False)
+    got = products.integer_product(site, act, stored, absmax, pad_single=False)
     np.testing.assert_allclose(got, expected, rtol=3e-6, atol=1e-7)
     np.testing.assert_allclose(products.restore(site, stored), weight_codes * weight_scale, rtol=1e-6, atol=1e-9)
 
@@ -187,7 +185,7 @@ def test_narrow_models_keep_their_dtype(dtype):
     act, weight = array(5, 12, seed=1).astype(dtype), array(12, 6, seed=2).astype(dtype)
     site = only_site(lambda x, w: x @ w, act, weight)
     stored = products.store(site, weight, "int8", "channel")
-    got = products.code_product(site, act, stored, "int8", None, pad_single=False)
+    got = products.integer_product(site, act, stored, None, pad_single=False)
     assert got.dtype == jnp.dtype(dtype)
     assert products.restore(site, stored).dtype == jnp.dtype(dtype)
     (codes, scale), (weight_codes, weight_scale) = quantized(act, (1,)), quantized(weight, (0,))
@@ -198,9 +196,7 @@ def test_narrow_models_keep_their_dtype(dtype):
 def test_large_activations_of_float16_do_not_overflow():
     act, weight = jnp.full((3, 4), 60000.0, jnp.float16), jnp.full((4, 2), 1e-4, jnp.float16)
     site = only_site(lambda x, w: x @ w, act, weight)
-    got = products.code_product(
-        site, act, products.store(site, weight, "int8", "channel"), "int8", None, pad_single=False
-    )
+    got = products.integer_product(site, act, products.store(site, weight, "int8", "channel"), None, pad_single=False)
     np.testing.assert_allclose(np.asarray(got, np.float64), 24.0, rtol=0.01)
 
 
@@ -209,14 +205,14 @@ def test_a_result_wider_than_its_operands(dtype):
     act, weight = array(5, 12, seed=1).astype(dtype), array(12, 6, seed=2).astype(dtype)
     site = only_site(lambda x, w: lax.dot(x, w, preferred_element_type=jnp.float32), act, weight)
     stored = products.store(site, weight, "int8", "channel")
-    assert products.code_product(site, act, stored, "int8", None, pad_single=False).dtype == jnp.float32
+    assert products.integer_product(site, act, stored, None, pad_single=False).dtype == jnp.float32
 
 
 def test_zero_rows_and_channels_are_exactly_zero():
     act, weight = array(4, 6).at[1].set(0), array(6, 5, seed=1).at[:, 2].set(0)
     site = only_site(lambda x, w: x @ w, act, weight)
     stored = products.store(site, weight, "int8", "channel")
-    got = np.asarray(products.code_product(site, act, stored, "int8", None, pad_single=False))
+    got = np.asarray(products.integer_product(site, act, stored, None, pad_single=False))
     assert (got[1] == 0).all()
     assert (got[:, 2] == 0).all()
     assert np.isfinite(got).all()
@@ -226,7 +222,7 @@ def test_a_broken_row_stays_broken_and_alone():
     act, weight = array(4, 6).at[1, 3].set(jnp.nan), array(6, 5, seed=1)
     site = only_site(lambda x, w: x @ w, act, weight)
     stored = products.store(site, weight, "int8", "channel")
-    got = np.asarray(products.code_product(site, act, stored, "int8", None, pad_single=False))
+    got = np.asarray(products.integer_product(site, act, stored, None, pad_single=False))
     assert np.isnan(got[1]).all()
     assert np.isfinite(got[[0, 2, 3]]).all()
 
