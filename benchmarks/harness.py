@@ -1,0 +1,131 @@
+"""What every benchmark shares: interleaved timing, what the machine is, and Markdown tables."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import os
+import pathlib
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+import lepton_xla as lx
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+PAGES = ROOT / "docs" / "benchmarks"
+# A turn of one call lasts at least this long, so that the clock's own cost does not count.
+_TURN_S = 2e-3
+
+
+def interleave(
+    calls: Mapping[str, Callable[[], Any]], *, rounds: int = 21, seconds: float = 20.0
+) -> dict[str, list[float]]:
+    """Seconds a call, taking turns, so that a slow moment of a shared machine falls on all alike.
+
+    Each turn starts with one call that is not timed, which brings back caches and thread pools from the others' turns.
+
+    Args:
+        calls: name -> function that blocks until its result is there.
+        rounds: turns of each.
+        seconds: fewer rounds are made, but at least five, where all would take longer than this.
+    """
+    counts = {}
+    for name, call in calls.items():
+        call()
+        start = time.perf_counter()
+        call()
+        counts[name] = max(1, min(200, int(_TURN_S / (time.perf_counter() - start))))
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    order = list(calls)
+    began = time.perf_counter()
+    for done in range(rounds):
+        if done >= 5 and time.perf_counter() - began > seconds:
+            break
+        for name in order[done % len(order) :] + order[: done % len(order)]:
+            call, count = calls[name], counts[name]
+            call()
+            start = time.perf_counter()
+            for _ in range(count):
+                call()
+            times[name].append((time.perf_counter() - start) / count)
+    return times
+
+
+def ratio(times: Mapping[str, Sequence[float]], name: str, base: str) -> float:
+    """Median over rounds of one call's time over another's in the same round."""
+    return statistics.median(a / b for a, b in zip(times[name], times[base], strict=True))
+
+
+def compiled(fn: Callable[..., Any], *args: Any) -> Callable[[], Any]:
+    """A function without arguments that runs `fn(*args)`, compiled ahead of time, and waits for the result."""
+    args = jax.tree.map(jax.numpy.asarray, args)
+    ready = jax.jit(fn).lower(*args).compile()
+    return lambda: jax.block_until_ready(ready(*args))
+
+
+def example_inputs(inputs: Mapping[str, lx.TensorSpec], sizes: Mapping[str, int]) -> dict[str, np.ndarray]:
+    """Inputs to time a model at: floats in [0, 1), integers as token ids, a `mask` of ones."""
+    random = np.random.default_rng(0)
+    made = {}
+    for name, spec in inputs.items():
+        like = spec.at(sizes)
+        if np.issubdtype(like.dtype, np.integer):
+            made[name] = np.ones(like.shape) if name == "mask" else random.integers(1000, 20000, like.shape)
+        else:
+            made[name] = random.random(like.shape)
+        made[name] = made[name].astype(like.dtype)
+    return made
+
+
+def machine(packages: Iterable[str] = ()) -> dict[str, str]:
+    """What the figures were measured on and when: processor, cores, versions, commit, date."""
+    info = pathlib.Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+    flags = next((line.split() for line in lines if line.startswith("flags")), [])
+    notable = [flag for flag in ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8") if flag in flags]
+    found = {}
+    for package in ("jax", "jaxlib", "flax", "numpy", *packages):
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
+    ).stdout.strip()
+    return {
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "machine": f"{model or platform.machine()}, {os.cpu_count()} cores"
+        + (f" ({', '.join(notable)})" if notable else "")
+        + f", {jax.devices()[0].platform}",
+        "versions": f"Python {platform.python_version()}, "
+        + ", ".join(f"{name} {version}" for name, version in found.items()),
+        "commit": commit or "unknown",
+    }
+
+
+def command() -> str:
+    """The command that repeats this run."""
+    script = pathlib.Path(sys.argv[0]).resolve()
+    shown = script.relative_to(ROOT) if script.is_relative_to(ROOT) else script.name
+    return " ".join(["python", str(shown), *sys.argv[1:]])
+
+
+def markdown(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """A Markdown table; the first column is left-aligned, the others right-aligned."""
+    lines = ["| " + " | ".join(header) + " |", "|---|" + "---:|" * (len(header) - 1)]
+    lines += ["| " + " | ".join(str(cell) for cell in row) + " |" for row in rows]
+    return "\n".join(lines)
+
+
+def percent(share: float) -> str:
+    """A share as a percentage with two places."""
+    return f"{100 * share:.2f}"

@@ -1,0 +1,206 @@
+"""What a user would pick instead, on the same weights and calibration data: qwix, ONNX Runtime, OpenVINO.
+
+Each is used where it is installed; `available()` says what is missing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib.util
+import io
+import os
+import pathlib
+import tempfile
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from models import BenchModel
+
+from lepton_xla.recipe import QuantizeRule
+
+PACKAGES = ("qwix", "onnxruntime", "openvino", "nncf")
+_QTYPES = {
+    "int8": "int8",
+    "int4": "int4",
+    "fp8_e4m3": "float8_e4m3fn",
+    "fp8_e5m2": "float8_e5m2",
+    "nf4": "nf4",
+}
+THREADS = os.cpu_count() or 1
+
+
+def available() -> dict[str, bool]:
+    """Which peers are installed."""
+    return {name: importlib.util.find_spec(name) is not None for name in PACKAGES}
+
+
+@dataclasses.dataclass(frozen=True)
+class Peer:
+    """A peer's model.
+
+    Attributes:
+        name: for tables.
+        predict: as `ModelSpec.evaluate` takes it, any shape.
+        at: `at(inputs) -> call`, a function without arguments that runs the model at these inputs' shapes.
+        bytes_before: float bytes of the weights that it quantized; 0 where that cannot be told.
+        bytes_after: the same quantized, scales included.
+        note: what is different from ours.
+    """
+
+    name: str
+    predict: Callable[..., Mapping[str, np.ndarray]]
+    at: Callable[[Mapping[str, np.ndarray]], Callable[[], Any]]
+    bytes_before: int = 0
+    bytes_after: int = 0
+    note: str = ""
+
+
+def qwix_setting(rule: QuantizeRule) -> tuple[str, dict[str, Any]] | None:
+    """A rule's name and arguments in qwix, None where qwix has no such setting."""
+    act = getattr(rule, "activations", "none")
+    if rule.weights not in _QTYPES or (act != "none" and (act not in _QTYPES or not rule.dynamic)):
+        return None
+    arguments: dict[str, Any] = {"weight_qtype": _QTYPES[rule.weights]}
+    name = f"qwix {rule.weights}"
+    if rule.granularity.startswith("group:"):
+        arguments["tile_size"] = int(rule.granularity.partition(":")[2])
+        name += f" g{arguments['tile_size']}"
+    elif rule.granularity != "channel":
+        return None
+    if act == "none":
+        return name + " weights", arguments
+    return f"{name} x {act}", arguments | {"act_qtype": _QTYPES[act]}
+
+
+def qwix_ptq(model: BenchModel, name: str, arguments: Mapping[str, Any]) -> Peer:
+    """qwix's post-training quantization of every layer, activation scales at run time."""
+    import qwix
+    from flax import traverse_util
+    from qwix import PtqProvider, QuantizationRule
+
+    assert model.linen is not None
+    module, variables = model.linen
+    note = ""
+    options = dict(arguments)
+    if options.get("act_qtype") != options["weight_qtype"]:
+        # qwix refuses convolutions whose operands differ in format.
+        options["op_names"] = ("dot_general", "einsum", "dot")
+        note = "dense layers only: qwix quantizes no convolution's weights alone" if _has_convolution(variables) else ""
+    # `.+`: what happens in named layers, so weights' products, as ours; the products of two activations are at the top.
+    small = qwix.quantize_model(module, PtqProvider([QuantizationRule(module_path=".+", **options)]))
+    batch = next(iter(model.spec.calibration_batches() or ()))
+    others = {key: value for key, value in variables.items() if key != "params"}
+    given = [batch[key] for key in model.spec.inputs]
+
+    abstract = jax.eval_shape(small.init, jax.random.key(0), *given)["params"]
+    params = qwix.quantize_params(variables["params"], abstract)
+    before = after = 0
+    plain = traverse_util.flatten_dict(variables["params"])
+    for path, leaf in traverse_util.flatten_dict(params).items():
+        if type(leaf).__name__ == "WithAux":
+            before += plain[path].nbytes
+            after += sum(_bytes(part) for part in jax.tree.leaves(leaf))
+    run = lambda variables, *inputs: small.apply(variables, *inputs)  # noqa: E731
+    jitted = jax.jit(run)
+    stored = {"params": params, **others}
+
+    def predict(**inputs: Any) -> dict[str, np.ndarray]:
+        return {"output": np.asarray(jitted(stored, *(inputs[key] for key in model.spec.inputs)))}
+
+    def at(inputs: Mapping[str, np.ndarray]) -> Callable[[], Any]:
+        arrays = [jax.numpy.asarray(inputs[key]) for key in model.spec.inputs]
+        ready = jax.jit(run).lower(stored, *arrays).compile()
+        return lambda: jax.block_until_ready(ready(stored, *arrays))
+
+    return Peer(name, predict, at, before, after, note)
+
+
+def _has_convolution(variables: Any) -> bool:
+    return any(leaf.ndim == 4 for leaf in jax.tree.leaves(variables["params"]))
+
+
+def _bytes(leaf: Any) -> int:
+    from lepton_xla.program import leaf_bytes
+
+    return leaf_bytes(leaf.shape, leaf.dtype)
+
+
+def onnx_peers(model: BenchModel) -> list[Peer]:
+    """MiniLM under ONNX Runtime and OpenVINO, in float and in int8, each with its own quantizer's usual settings."""
+    import minilm_onnx
+    import onnx
+
+    folder = pathlib.Path(tempfile.mkdtemp())
+    path = folder / "float.onnx"
+    onnx.save(minilm_onnx.build(model.spec.weights), path)
+    peers: list[Peer] = []
+    if available()["onnxruntime"]:
+        peers += _onnxruntime(path, folder / "int8.onnx")
+    if available()["openvino"]:
+        peers += _openvino(path, model)
+    return peers
+
+
+def _onnxruntime(path: pathlib.Path, quantized: pathlib.Path) -> list[Peer]:
+    import onnxruntime
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    with contextlib.redirect_stdout(io.StringIO()):
+        quantize_dynamic(path, quantized, weight_type=QuantType.QInt8, per_channel=True)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = THREADS
+    peers = []
+    for name, file, note in (
+        ("ONNX Runtime float32", path, ""),
+        ("ONNX Runtime int8", quantized, "`quantize_dynamic`, per channel"),
+    ):
+        session = onnxruntime.InferenceSession(file, options)
+        peers.append(
+            Peer(
+                name,
+                lambda session=session, **inputs: {"output": session.run(None, inputs)[0]},
+                lambda inputs, session=session: lambda: session.run(None, dict(inputs)),
+                note=note,
+            )
+        )
+    return peers
+
+
+def _openvino(path: pathlib.Path, model: BenchModel) -> list[Peer]:
+    import openvino
+
+    core = openvino.Core()
+    common = {"INFERENCE_NUM_THREADS": THREADS, "PERFORMANCE_HINT": "LATENCY"}
+    float32 = core.read_model(path)
+    found = [("OpenVINO float32", float32, {"INFERENCE_PRECISION_HINT": "f32"}, "")]
+    if available()["nncf"]:
+        import nncf
+
+        batches = [[batch["ids"], batch["mask"]] for batch in model.spec.calibration_batches() or ()]
+        with contextlib.redirect_stdout(io.StringIO()):
+            small = nncf.quantize(
+                core.read_model(path),
+                nncf.Dataset(batches),
+                model_type=nncf.ModelType.TRANSFORMER,
+                subset_size=len(batches),
+            )
+        note = "`nncf.quantize`, transformer settings: static scales, SmoothQuant, bias correction"
+        found.append(("OpenVINO int8", small, {}, note))
+    peers = []
+    for name, graph, options, note in found:
+        dynamic = core.compile_model(graph, "CPU", common | options).create_infer_request()
+
+        def predict(dynamic: Any = dynamic, **inputs: Any) -> dict[str, np.ndarray]:
+            return {"output": next(iter(dynamic.infer([inputs["ids"], inputs["mask"]]).values())).copy()}
+
+        def at(inputs: Mapping[str, np.ndarray], graph: Any = graph, options: Any = options) -> Callable[[], Any]:
+            fixed = graph.clone()
+            fixed.reshape({port: list(inputs["ids"].shape) for port in fixed.inputs})
+            request = core.compile_model(fixed, "CPU", common | options).create_infer_request()
+            return lambda: request.infer([inputs["ids"], inputs["mask"]])
+
+        peers.append(Peer(name, predict, at, note=note))
+    return peers

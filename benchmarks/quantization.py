@@ -1,0 +1,323 @@
+"""Accuracy, bytes and latency of every preset on every benchmark model, beside float and beside other libraries.
+
+    python benchmarks/quantization.py [--models digits,lenet5] [--presets int8] [--peers] [--quick] [--json FILE]
+
+Latency is that of the whole compiled program at each bucket, everything of one model taking turns; ratios are to the
+float model under `jax.jit` in the same rounds. `--peers` adds qwix, ONNX Runtime and OpenVINO where they are installed.
+Writes docs/benchmarks/quantization.md and minilm.md; a run of some models replaces their sections only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import json
+import pathlib
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import harness
+import jax
+import models
+import numpy as np
+import peers
+from rich.console import Console
+from rich.table import Table
+
+import lepton_xla as lx
+from lepton_xla.pipeline import grid
+from lepton_xla.program import tree_bytes
+from lepton_xla.recipe import presets
+
+RESULTS = harness.PAGES / "quantization.json"
+# A ratio above this counts as slower: what repeated runs of one program differ by.
+NOISE_RATIO = 1.03
+console = Console(width=150, highlight=False)
+
+
+@dataclasses.dataclass
+class Row:
+    """One model under one preset or peer.
+
+    Attributes:
+        name: the preset, or the peer and its setting.
+        metrics: accuracy, cosine.
+        covered_before: float bytes of the weights that were stored otherwise.
+        covered_after: what they take now, scales included.
+        weights_bytes: bytes of all weights; 0 where that cannot be told.
+        latency_ms: bucket -> median milliseconds.
+        ratio: bucket -> time over float's in the same rounds.
+        prepare_s: seconds that optimizing took.
+        note: what is different, or why there are no figures.
+    """
+
+    name: str
+    metrics: dict[str, float] = dataclasses.field(default_factory=dict[str, float])
+    covered_before: int = 0
+    covered_after: int = 0
+    weights_bytes: int = 0
+    latency_ms: dict[str, float] = dataclasses.field(default_factory=dict[str, float])
+    ratio: dict[str, float] = dataclasses.field(default_factory=dict[str, float])
+    prepare_s: float = 0.0
+    note: str = ""
+
+
+type At = Callable[[Mapping[str, np.ndarray]], Callable[[], Any]]
+
+
+def measure(model: models.BenchModel, wanted: list[str], options: argparse.Namespace) -> dict[str, Any]:
+    """Every row of one model."""
+    program = model.spec.program()
+    rows = [Row("float", weights_bytes=program.weights_bytes)]
+    rows[0].metrics = _evaluate(model, program)
+    timed: dict[str, At] = {"float": functools.partial(_at, program)}
+    for preset in wanted:
+        row = Row(preset)
+        rows.append(row)
+        console.print(f"  {preset} ...")
+        try:
+            started = time.perf_counter()
+            small = lx.optimize(
+                program,
+                lx.Recipe.load(preset),
+                calibration=model.spec.calibration_batches(),
+                buckets=model.spec.buckets,
+            )
+            row.prepare_s = time.perf_counter() - started
+            row.metrics = _evaluate(model, small)
+        except lx.LeptonError as error:
+            row.note = f"{type(error).__name__}: {error}"
+            continue
+        row.covered_before, row.covered_after = _covered(program, small)
+        row.weights_bytes = small.weights_bytes
+        row.note = _arithmetic(small)
+        timed[preset] = functools.partial(_at, small)
+    if options.peers:
+        for row, at in _peer_rows(model, wanted):
+            rows.append(row)
+            if at is not None:
+                timed[row.name] = at
+    by_name = {row.name: row for row in rows}
+    for sizes in grid(program, model.spec.buckets):
+        bucket = "x".join(str(size) for size in sizes.values())
+        console.print(f"  timing {len(timed)} at {bucket} ...")
+        inputs = harness.example_inputs(model.spec.inputs, sizes)
+        calls = {name: at(inputs) for name, at in timed.items()}
+        times = harness.interleave(calls, rounds=options.rounds, seconds=options.seconds)
+        for name in timed:
+            by_name[name].latency_ms[bucket] = statistics.median(times[name]) * 1e3
+            by_name[name].ratio[bucket] = harness.ratio(times, name, "float")
+        jax.clear_caches()
+    return {"data": model.data, "rows": [dataclasses.asdict(row) for row in rows]}
+
+
+def _at(program: lx.Program, inputs: Mapping[str, np.ndarray]) -> Callable[[], Any]:
+    return harness.compiled(program.fn, program.weights, *(inputs[name] for name in program.inputs))
+
+
+def _evaluate(model: models.BenchModel, program: lx.Program) -> dict[str, float]:
+    jitted = jax.jit(program.named_outputs)
+    predict = lambda **inputs: jax.device_get(jitted(program.weights, *inputs.values()))  # noqa: E731
+    assert model.spec.evaluate is not None
+    return dict(model.spec.evaluate(predict))
+
+
+def _covered(program: lx.Program, small: lx.Program) -> tuple[int, int]:
+    """Bytes, before and after, of the weights that are stored otherwise than in the float program."""
+    before = after = 0
+    for name, leaf in small.weights.items():
+        old = program.weights.get(name)
+        if old is not None and getattr(leaf, "dtype", None) != old.dtype:
+            before += tree_bytes(old)
+            after += tree_bytes(leaf)
+    return before, after
+
+
+def _arithmetic(small: lx.Program) -> str:
+    """How many sites the last pass left with what."""
+    counts: dict[str, int] = {}
+    for site in small.history[-1].sites if small.history else ():
+        counts[site.action] = counts.get(site.action, 0) + 1
+    return ", ".join(f"{count} {action}" for action, count in counts.items())
+
+
+def _peer_rows(model: models.BenchModel, wanted: list[str]) -> list[tuple[Row, At | None]]:
+    made: list[tuple[Row, At | None]] = []
+    assert model.spec.evaluate is not None
+    settings: dict[str, dict[str, Any]] = {}
+    if peers.available()["qwix"] and model.linen is not None:
+        for preset in wanted:
+            recipe = lx.Recipe.load(preset)
+            setting = peers.qwix_setting(recipe.quantize[0]) if recipe.quantize and not recipe.prune else None
+            if setting is not None:
+                settings[setting[0]] = setting[1]
+    makers: list[tuple[str, Callable[[], list[peers.Peer]]]] = [
+        (name, lambda name=name, arguments=arguments: [peers.qwix_ptq(model, name, arguments)])
+        for name, arguments in settings.items()
+    ]
+    if model.name == "minilm":
+        makers.append(("ONNX Runtime, OpenVINO", lambda: peers.onnx_peers(model)))
+    for name, make in makers:
+        console.print(f"  {name} ...")
+        try:
+            for peer in make():
+                row = Row(peer.name, covered_before=peer.bytes_before, covered_after=peer.bytes_after, note=peer.note)
+                row.metrics = dict(model.spec.evaluate(peer.predict))
+                made.append((row, peer.at))
+        except Exception as error:  # a peer may fail in any way; what it says goes into the table
+            reason = (str(error).strip().splitlines() or [""])[0]
+            made.append((Row(name, note=f"failed: {type(error).__name__}: {reason[:160]}"), None))
+    return made
+
+
+def show(name: str, result: Mapping[str, Any]) -> None:
+    """Prints one model's table."""
+    header, cells = table(result)
+    shown = Table(title=f"{name}: {result['data']}", title_justify="left")
+    for index, title in enumerate(header):
+        shown.add_column(title, justify="left" if index in (0, len(header) - 1) else "right")
+    for row in cells:
+        shown.add_row(*row)
+    console.print(shown)
+
+
+def table(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Header and cells of one model's table."""
+    rows = result["rows"]
+    metrics, buckets = list(rows[0]["metrics"]), list(rows[0]["ratio"])
+    baseline = rows[0]["metrics"]["accuracy"]
+    header = ["", "accuracy %", "lost, points"]
+    header += ["cosine"] if "cosine" in metrics else []
+    header += ["bytes of covered weights", "of float's"]
+    header += [f"{bucket}: ms" if index == 0 else bucket for index, bucket in enumerate(buckets)]
+    header = [*header[: -len(buckets)], *(f"{bucket}: ms (ratio)" for bucket in buckets), "note"]
+    cells = []
+    for row in rows:
+        cell = [row["name"]]
+        if not row["metrics"]:
+            cells.append([*cell, *[""] * (len(header) - 2), row["note"]])
+            continue
+        accuracy = row["metrics"]["accuracy"]
+        cell += [harness.percent(accuracy), f"{100 * (baseline - accuracy):+.2f}"]
+        cell += [f"{row['metrics']['cosine']:.5f}"] if "cosine" in metrics else []
+        before, after = row["covered_before"], row["covered_after"]
+        cell += [f"{before:,} → {after:,}", f"{after / before:.3f}"] if before else ["", ""]
+        for bucket in buckets:
+            latency, ratio = row["latency_ms"].get(bucket), row["ratio"].get(bucket)
+            slow = " slower" if ratio is not None and ratio > NOISE_RATIO else ""
+            cell.append(f"{latency:.3f} ({ratio:.2f}{slow})" if latency is not None else "")
+        cells.append([*cell, row["note"]])
+    return header, cells
+
+
+def write_pages(results: Mapping[str, Any]) -> None:
+    """Writes the pages from the results of all models measured so far."""
+    parts = [
+        "# Quantization: every preset on every benchmark model",
+        (
+            "Written by `benchmarks/quantization.py` from `quantization.json` beside it; each model's section says when, "
+            "at which commit, and by which command it was measured. Accuracy is on held-out data. The ratio beside a "
+            f"time is to the float model under `jax.jit`, median over rounds in which everything of the section took turns; above "
+            f"{NOISE_RATIO} it is marked. Covered weights are those a preset stores otherwise than in float, scales "
+            "included. Peers get the same weights and the same calibration data. Losing rows are left in."
+        ),
+    ]
+    for name, result in results.items():
+        header, cells = table(result)
+        parts += [f"## {name}", f"Data: {result['data']}.", harness.markdown(header, cells), _provenance(result)]
+    harness.PAGES.mkdir(parents=True, exist_ok=True)
+    (harness.PAGES / "quantization.md").write_text("\n\n".join(parts) + "\n")
+    if "minilm" in results:
+        (harness.PAGES / "minilm.md").write_text(minilm_page(results["minilm"]))
+
+
+def _provenance(result: Mapping[str, Any]) -> str:
+    run = result["run"]
+    return f"{run['date']}, commit {run['commit']}; {run['machine']}; {run['versions']}.\n\n    {run['command']}"
+
+
+def minilm_page(result: Mapping[str, Any]) -> str:
+    """MiniLM in short: what a reader of the README wants to see."""
+    rows = {row["name"]: row for row in result["rows"]}
+    wanted = ["float", "int8", *(name for name in rows if name.startswith(("ONNX", "OpenVINO", "qwix int8 x")))]
+    labels = {"float": "float32, `jax.jit`", "int8": "**lepton_xla, recipe `int8`**"}
+    buckets = [bucket for bucket in ("1x16", "1x128", "8x128") if bucket in rows["float"]["ratio"]]
+    header = ["", *(f"{bucket}: ms (ratio to jit)" for bucket in buckets), "cosine to float", "accuracy %"]
+    cells = [
+        [
+            labels.get(name, name),
+            *(f"{rows[name]['latency_ms'][bucket]:.2f} ({rows[name]['ratio'][bucket]:.2f})" for bucket in buckets),
+            f"{rows[name]['metrics']['cosine']:.5f}",
+            harness.percent(rows[name]["metrics"]["accuracy"]),
+        ]
+        for name in wanted
+        if name in rows and rows[name]["ratio"]
+    ]
+    notes = [f"- {name}: {rows[name]['note']}" for name in wanted if name in rows and rows[name]["note"]]
+    parts = [
+        "# MiniLM (all-MiniLM-L6-v2, 22.7 M parameters) in int8 on a CPU",
+        (
+            "Latency of the whole model at batch x sequence length, all rows taking turns in one run, with as many "
+            "threads as there are cores. The ratio is to the float model under `jax.jit` in the same rounds; below 1 is faster. "
+            "On a shared machine believe the ratios, not the times."
+        ),
+        harness.markdown(header, cells),
+        f"Cosine and accuracy: {result['data']}.",
+        "\n".join(notes),
+        "Every other preset on this model is in [quantization.md](quantization.md).",
+        _provenance(result),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def main() -> int:
+    """Measures, prints, writes; exit code 1 where nothing could be measured."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--models", default=",".join(models.MODELS), help="comma-separated; default: all")
+    parser.add_argument("--presets", default=",".join(presets()), help="comma-separated; default: all")
+    parser.add_argument("--peers", action="store_true", help="also qwix, ONNX Runtime and OpenVINO where installed")
+    parser.add_argument("--quick", action="store_true", help="little training, few rounds, no pages: a smoke test")
+    parser.add_argument("--json", type=pathlib.Path, help="write the figures to this file")
+    parser.add_argument("--rounds", type=int, default=21, help="turns of each at each bucket")
+    parser.add_argument("--seconds", type=float, default=20.0, help="of one bucket, at most")
+    options = parser.parse_args()
+    if options.quick:
+        options.rounds, options.seconds = 3, 1.0
+    if unknown := set(options.models.split(",")) - set(models.MODELS):
+        parser.error(f"no model {', '.join(sorted(unknown))}; there are {', '.join(models.MODELS)}")
+    wanted = [name for name in options.presets.split(",") if name]
+    if options.peers:
+        lacking = [name for name, there in peers.available().items() if not there]
+        if lacking:
+            console.print(f"not installed, so left out: {', '.join(lacking)}")
+    measured: dict[str, Any] = {}
+    for name in options.models.split(","):
+        try:
+            console.print(f"{name}: loading, or training where it was not trained before ...")
+            model = models.load(name, quick=options.quick)
+        except models.MissingError as error:
+            console.print(f"{name}: skipped: {error}")
+            continue
+        measured[name] = measure(model, wanted, options)
+        measured[name]["run"] = harness.machine(peers.PACKAGES if options.peers else ()) | {
+            "command": harness.command()
+        }
+        show(name, measured[name])
+        if not options.quick:
+            known = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
+            known |= {name: measured[name]}
+            known = {name: known[name] for name in models.MODELS if name in known}
+            RESULTS.parent.mkdir(parents=True, exist_ok=True)
+            RESULTS.write_text(json.dumps(known, indent=1) + "\n")
+            write_pages(known)
+    if options.json:
+        options.json.write_text(json.dumps(measured, indent=1) + "\n")
+    console.print(f"repeat with: {harness.command()}")
+    return int(not measured)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
