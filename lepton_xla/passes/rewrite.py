@@ -44,6 +44,10 @@ class Carried:
         """This value inside the body of a `scan` over its leading axis (the leaves are already sliced)."""
         return self
 
+    def in_specs(self, spec: Any) -> Any:
+        """Partition specs of the leaves, a tree like this one or a prefix of it, where the array has `spec`."""
+        return spec
+
 
 def materialize(value: Any) -> Any:
     """The array a value stands for; arrays stand for themselves."""
@@ -482,7 +486,10 @@ def _shard_map(walk: Walk, eqn: Any, values: Values, frame: Frame) -> tuple[Valu
     return jax.shard_map(
         body,
         mesh=params["mesh"],
-        in_specs=tuple(params["in_specs"]),
+        in_specs=tuple(
+            value.in_specs(spec) if isinstance(value, Carried) else spec
+            for value, spec in zip(values, params["in_specs"], strict=True)
+        ),
         out_specs=(list(params["out_specs"]), jax.P()),
         check_vma=params["check_vma"],
         axis_names=params["newly_manual_axes"],

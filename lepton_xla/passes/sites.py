@@ -87,6 +87,10 @@ class Tracked(Carried):
     def at_step(self) -> Tracked:
         return dataclasses.replace(self, layout=(*self.layout, Step()))
 
+    def in_specs(self, spec: Any) -> Any:
+        # Every device has all that travels beside the weight, however the weight itself is cut.
+        return dataclasses.replace(self, value=spec, beside=dict.fromkeys(self.beside, jax.P()))
+
     def through(self, eqn: Any) -> Values:
         """This weight after a layout-only operation; a replaced one is not touched, only its layout noted."""
         plain = isinstance(self.value, jax.Array)
