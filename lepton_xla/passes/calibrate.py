@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -12,82 +12,202 @@ import numpy as np
 
 from lepton_xla.errors import CalibrationError
 from lepton_xla.passes.rewrite import Context, Values, materialize
-from lepton_xla.passes.sites import Site, lay_out, rewrite_sites
+from lepton_xla.passes.sites import Site, Step, rewrite_sites
 from lepton_xla.program import Program
+from lepton_xla.quant import FORMATS, observers
+from lepton_xla.quant.observers import Aggregate, Histogram
 
 if TYPE_CHECKING:
     from lepton_xla.recipe import Plan, QuantizeRule
 
+# Levels travel beside a weight under the site's name and this suffix; so do taps of counts leave the program.
+_LEVEL, _COUNTS = ":level", ":counts"
+_FINITE = np.float32(np.finfo(np.float32).max).view(np.int32)
+
 
 def calibrate(program: Program, plan: Plan, batches: Iterable[Mapping[str, Any]]) -> dict[str, jax.Array]:
-    """Measures the range of each statically quantized site's activation.
+    """Measures the range of each statically quantized site's activation, in one pass over the data.
+
+    What is held at a time is one batch, and of each site and step a histogram of fixed size. A batch with larger
+    magnitudes than any before it is run again, on histograms that reach far enough.
 
     Args:
         program: the float program that the plan was made for.
-        plan: tells the sites and how each range is taken (`absmax`, `percentile:P` of the magnitudes).
-        batches: input dicts, such as `{"image": array}`; at least one. The largest range over batches counts.
+        plan: tells the sites, how each range is taken (`calibration`), and how batches come together (`aggregate`).
+        batches: input dicts, such as `{"image": array}`; at least one.
 
     Returns:
         Site name -> float32 range, more than 0; a scalar, or one a step where a scan steps over the site's weight.
 
     Raises:
-        CalibrationError: if there are no batches, or one has a wrong name, dtype or shape, is empty or not finite; or
-            if a site is not reached, or by zeros only, so that there is no range to take.
+        CalibrationError: if there are no batches, or one has a wrong name, dtype or shape, is empty or not finite; if
+            a site is not reached, or by zeros only, so that there is no range to take; or if its format has none of
+            the kind that is asked for.
     """
     sites = {
         planned.site.name: (planned.site, planned.quantize)
         for planned in plan.sites
         if planned.quantize is not None and needs_range(planned.quantize)
     }
+    observe = _observer(program, sites)
+    watched = {name: _SiteObserver.of(program, site, rule) for name, (site, rule) in sites.items()}
+    levels: dict[str, np.ndarray] = {}
+    number = 0
+    for number, batch in enumerate(batches, 1):
+        inputs = check_batch(program, batch, f"calibration batch {number - 1}")
+        largest, counts, levels = observe(inputs, levels)
+        for name in largest:
+            if not (largest[name] <= _FINITE).all():
+                raise CalibrationError(f"the activation of site {name!r} is not finite on the calibration data")
+            watched[name].add(largest[name], counts.get(name), levels.get(name))
+    if number == 0:
+        raise CalibrationError("calibration data is empty: give at least one batch, such as [{'image': array}]")
+    return {name: jnp.asarray(watcher.result(name)) for name, watcher in watched.items()}
+
+
+type _Sites = Mapping[str, tuple[Site, QuantizeRule]]
+type _Arrays = dict[str, np.ndarray]
+
+
+def _observer(
+    program: Program, sites: _Sites
+) -> Callable[[Sequence[jax.Array], _Arrays], tuple[_Arrays, _Arrays, _Arrays]]:
+    """Runs the program on inputs and gives, by site, the bits of the largest magnitudes, the counts, and the levels
+    that they were counted at; each with the axes of the site's steps leading."""
+    counted = [name for name, (_, rule) in sites.items() if observers.counts_needed(rule.calibration)]
 
     def rule(site: Site, context: Context, eqn: Any, values: Values) -> None:
         del eqn
-        if site.name in sites and site.weight_operand is not None:
-            activation = jnp.abs(materialize(values[1 - site.weight_operand]).astype(jnp.float32))
-            percentile = sites[site.name][1].percentile
-            value = jnp.max(activation) if percentile == 100 else jnp.percentile(activation, percentile)
-            context.tap(site.name, values[site.weight_operand].beside[site.name] * value)
+        if site.name not in sites or site.weight_operand is None:
+            return
+        activation = materialize(values[1 - site.weight_operand])
+        beside = values[site.weight_operand].beside
+        here = beside[site.name]
+        context.tap(site.name, here * observers.largest_bits(activation))
+        if site.name in counted:
+            counts = observers.count(activation, beside[site.name + _LEVEL])
+            counts = jnp.multiply.outer(here.astype(jnp.uint32), counts)
+            context.tap(site.name + _COUNTS, counts, combine="sum")
 
     # Which of the scans around a site step over its weight is not in a tap's shape. So a mark of the step travels with
     # the weight: zeros of the shape of all steps, with a one at this step.
-    beside: dict[str, dict[str, jax.Array]] = {}
+    marks: dict[str, dict[str, jax.Array]] = {}
     for name, (site, _) in sites.items():
         assert site.path is not None
-        beside.setdefault(site.path, {})[name] = _step_marks(program.weights[site.path], site)
+        steps = _steps(program, site)
+        marks.setdefault(site.path, {})[name] = jnp.eye(math.prod(steps), dtype=jnp.int32).reshape((*steps, *steps))
 
-    observed = jax.jit(rewrite_sites(program.fn, rule, inline=True, beside=beside, with_taps=True))
-    ranges: dict[str, jax.Array] = {}
-    count = 0
-    for count, batch in enumerate(batches, 1):
-        inputs = check_batch(program, batch, f"calibration batch {count - 1}")
-        _, taps = observed(program.weights, *inputs)
-        for name, value in taps.items():
-            value = jnp.max(value, axis=tuple(range(value.ndim - sites[name][0].stacked)))
-            ranges[name] = jnp.maximum(ranges[name], value) if name in ranges else value
-    if count == 0:
-        raise CalibrationError("calibration data is empty: give at least one batch, such as [{'image': array}]")
-    broken = [name for name, value in ranges.items() if not bool(jnp.all(jnp.isfinite(value)))]
-    if broken:
-        raise CalibrationError(f"the activation of site {broken[0]!r} is not finite on the calibration data")
-    for name, value in ranges.items():
-        if not bool(jnp.all(value > 0)):
+    @jax.jit
+    def run(weights: Any, levels: Mapping[str, jax.Array], inputs: Sequence[jax.Array]) -> dict[str, jax.Array]:
+        beside = {path: dict(at) for path, at in marks.items()}
+        for name, level in levels.items():
+            beside[str(sites[name][0].path)][name + _LEVEL] = level
+        tapped = rewrite_sites(program.fn, rule, inline=True, beside=beside, with_taps=True)
+        return tapped(weights, *inputs)[1]
+
+    def observe(inputs: Sequence[jax.Array], levels: _Arrays) -> tuple[_Arrays, _Arrays, _Arrays]:
+        levels = levels or {name: np.zeros(_steps(program, sites[name][0]), np.int32) for name in counted}
+        again = False
+        while True:
+            taps = jax.device_get(run(program.weights, levels, inputs))
+            largest = {
+                # Scans that do not step over the weight have stacked theirs before it.
+                name: np.max(taps[name], axis=tuple(range(taps[name].ndim - site.stacked)))
+                for name, (site, _) in sites.items()
+                if name in taps
+            }
+            needed = {
+                name: _next_level(
+                    levels[name],
+                    np.asarray(observers.level_of(bits)),
+                    # A second run may only grow: one that rounds otherwise must not send it back and forth.
+                    grow=again or sites[name][1].aggregate == "pooled",
+                )
+                for name, bits in largest.items()
+                if name in counted
+            }
+            if all(np.array_equal(levels[name], level) for name, level in needed.items()):
+                counts = {name: taps[name + _COUNTS] for name in needed}
+                return largest, counts, levels
+            levels, again = levels | needed, True
+
+    return observe
+
+
+def _next_level(level: np.ndarray, needed: np.ndarray, *, grow: bool) -> np.ndarray:
+    """What to count at. A histogram of one batch has the level of that batch, a pooled one of all there were."""
+    if grow:
+        return np.maximum(level, needed)
+    return np.where(needed > 0, needed, level)  # a step that is not reached needs none
+
+
+def _steps(program: Program, site: Site) -> tuple[int, ...]:
+    """Lengths of the scans that step over a site's weight."""
+    assert site.path is not None
+    shape, steps = program.weights[site.path].shape, []
+    for op in site.layout:
+        if isinstance(op, Step):
+            steps.append(shape[0])
+            shape = shape[1:]
+        else:
+            shape = op.eqn.outvars[op.output].aval.shape
+    return tuple(steps)
+
+
+class _SiteObserver:
+    """What one site has been seen to take, step by step."""
+
+    def __init__(self, rule: QuantizeRule, steps: tuple[int, ...]) -> None:
+        self.rule = rule
+        self.steps = steps
+        self.pooled = {step: Histogram() for step in np.ndindex(steps)}
+        self.aggregate = Aggregate.empty(rule.aggregate, steps)
+
+    @classmethod
+    def of(cls, program: Program, site: Site, rule: QuantizeRule) -> _SiteObserver:
+        """For a site of the program."""
+        return cls(rule, _steps(program, site))
+
+    def add(self, largest: np.ndarray, counts: np.ndarray | None, levels: np.ndarray | None) -> None:
+        """One more batch."""
+        seen: dict[tuple[int, ...], Histogram] = {}
+        for step in self.pooled:
+            absmax = np.asarray(largest[step]).view(np.float32).item()
+            if counts is None or levels is None:
+                seen[step] = Histogram(absmax=absmax)
+            else:
+                seen[step] = Histogram.of_counts(counts[step], levels[step], absmax)
+        if self.rule.aggregate == "pooled":
+            self.pooled = {step: self.pooled[step] + one for step, one in seen.items()}
+        else:
+            self.aggregate = self.aggregate.add(self._ranges(seen))
+
+    def result(self, name: str) -> np.ndarray:
+        """float32 ranges, of the shape of the steps.
+
+        Raises:
+            CalibrationError: where there is none.
+        """
+        value = self._ranges(self.pooled) if self.rule.aggregate == "pooled" else self.aggregate.value
+        value = value.astype(np.float32)
+        if not (value > 0).all():
             raise CalibrationError(
-                f"site {name!r} has no range on the calibration data: it is not reached, or by zeros only"
-                f"{_some_steps(value)}; give data that reaches it, or dynamic = true"
+                f"site {name!r} has no range on the calibration data: it is not reached, or by zeros only (or by so "
+                f"many that {self.rule.calibration} falls on them){_some_steps(value)}; give data that reaches it, or "
+                f"dynamic = true"
             )
-    return ranges
+        return value
+
+    def _ranges(self, seen: Mapping[tuple[int, ...], Histogram]) -> np.ndarray:
+        target = FORMATS[self.rule.activations]
+        found = [observers.estimate_range(self.rule.calibration, one, target) for one in seen.values()]
+        return np.asarray(found, np.float64).reshape(self.steps)
 
 
-def _step_marks(weight: jax.Array, site: Site) -> jax.Array:
-    """For each step of a stacked weight, an array of the shape of all steps that is one there and zero elsewhere."""
-    steps = jax.eval_shape(lambda stored: lay_out(stored, site.layout), weight).shape[: site.stacked]
-    return jnp.eye(math.prod(steps), dtype=jnp.float32).reshape((*steps, *steps))
-
-
-def _some_steps(value: jax.Array) -> str:
+def _some_steps(value: np.ndarray) -> str:
     if value.ndim == 0:
         return ""
-    steps = np.argwhere(np.asarray(value) <= 0)
+    steps = np.argwhere(value <= 0)
     return f", at step {', '.join('/'.join(map(str, step)) for step in steps[:4].tolist())} of its scan"
 
 

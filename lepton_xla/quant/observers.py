@@ -1,0 +1,294 @@
+"""Range estimators: how large the magnitudes are that a static scale should cover, judged from data.
+
+What is seen is counted on the device, in a histogram of magnitudes with a fixed number of bins. Its range is a power of
+two, so that a range found too small later is doubled by merging neighbouring bins, exactly as if it had been that large
+from the start: one pass over the data is enough. Which bin a value falls into is decided on the bits of its float32, so
+that counts are the same on every platform, whatever it does to subnormal numbers. The range is then chosen on the host,
+in float64.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from lepton_xla.errors import CalibrationError
+from lepton_xla.quant.formats import Format
+
+BINS_LOG2 = 11
+BINS = 1 << BINS_LOG2
+
+# Of a float32: the bits below the exponent, the implied leading one, everything but the sign.
+_FRACTION_BITS = 23
+_FRACTION = (1 << _FRACTION_BITS) - 1
+_LEADING_ONE = 1 << _FRACTION_BITS
+_MAGNITUDE = 0x7FFFFFFF
+
+# Two divergences that differ by less are equal: what is left is rounding.
+_TIE = 1e-12
+
+
+# On the device.
+
+
+def magnitude_bits(array: jax.Array) -> jax.Array:
+    """The bits of the float32 magnitudes of an array, int32, same shape: in the order of the magnitudes, NaN last."""
+    return lax.bitcast_convert_type(array.astype(jnp.float32), jnp.int32) & _MAGNITUDE
+
+
+def largest_bits(array: jax.Array) -> jax.Array:
+    """`magnitude_bits` of the largest magnitude, scalar; 0 for an empty array."""
+    return jnp.max(magnitude_bits(array), initial=0)
+
+
+def level_of(bits: jax.Array | np.ndarray) -> jax.Array | np.ndarray:
+    """The level of the smallest histogram that holds a magnitude: level `n` reaches up to 2**(n - 126), exclusive."""
+    return bits >> _FRACTION_BITS
+
+
+def count(array: jax.Array, level: jax.Array) -> jax.Array:
+    """Counts magnitudes.
+
+    Works inside `jit`, on sharded arrays too, inside `shard_map` (where the counts are those of one shard) and control
+    flow.
+
+    Args:
+        array: float array, any shape.
+        level: int32 scalar; the histogram's range is 2**(level - 126). What lies above is counted in the last bin.
+
+    Returns:
+        uint32[1 + BINS]: how many elements are exactly zero, then how many are in each of the bins of equal width.
+    """
+    bits = magnitude_bits(array)
+    exponent = bits >> _FRACTION_BITS
+    mantissa = (bits & _FRACTION) | jnp.where(exponent > 0, _LEADING_ONE, 0)
+    # A value is mantissa * 2**(exponent - 150); a bin's width is 2**(level - 126 - BINS_LOG2).
+    shift = jnp.clip(24 - BINS_LOG2 + level - jnp.maximum(exponent, 1), 0, 31)
+    index = jnp.where(bits == 0, 0, 1 + jnp.minimum(lax.shift_right_logical(mantissa, shift), BINS - 1))
+    return jnp.zeros(1 + BINS, jnp.uint32).at[index].add(jnp.uint32(1))
+
+
+# On the host.
+
+
+@dataclasses.dataclass(frozen=True)
+class Histogram:
+    """Magnitudes seen.
+
+    Attributes:
+        level: the range is 2**(level - 126).
+        zeros: how many elements were exactly zero.
+        counts: int64[BINS], how many others were in each bin.
+        absmax: the largest magnitude.
+    """
+
+    level: int = 0
+    zeros: int = 0
+    counts: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(BINS, np.int64))
+    absmax: float = 0.0
+
+    @classmethod
+    def of_counts(cls, counted: np.ndarray, level: int, absmax: float) -> Histogram:
+        """From what `count` gave at a level."""
+        return cls(int(level), int(counted[0]), counted[1:].astype(np.int64), float(absmax))
+
+    @property
+    def width(self) -> float:
+        """Width of a bin."""
+        return 2.0 ** (self.level - 126 - BINS_LOG2)
+
+    @property
+    def used(self) -> int:
+        """How many bins there are up to the last that is not empty."""
+        filled = np.flatnonzero(self.counts)
+        return int(filled[-1]) + 1 if filled.size else 0
+
+    def grown(self, level: int) -> Histogram:
+        """This histogram at a level that is not lower: each doubling of the range merges pairs of bins."""
+        counts = self.counts
+        for _ in range(min(level - self.level, BINS_LOG2)):
+            counts = np.concatenate([counts.reshape(-1, 2).sum(axis=1), np.zeros(BINS // 2, np.int64)])
+        return dataclasses.replace(self, level=level, counts=counts)
+
+    def __add__(self, other: Histogram) -> Histogram:
+        level = max(self.level, other.level)
+        first, second = self.grown(level), other.grown(level)
+        return Histogram(level, self.zeros + other.zeros, first.counts + second.counts, max(self.absmax, other.absmax))
+
+
+def code_magnitudes(target: Format) -> np.ndarray:
+    """The magnitudes a symmetric format holds at a scale of 1, float64, ascending from 0.
+
+    Raises:
+        CalibrationError: for a format whose codes are neither integers nor the values of an eight-bit float.
+    """
+    dtype = jnp.dtype(target.dtype)
+    if jnp.issubdtype(dtype, jnp.signedinteger):
+        return np.arange(int(target.largest) + 1, dtype=np.float64)
+    if jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize == 1:
+        values = np.arange(128, dtype=np.uint8).view(dtype).astype(np.float64)
+        return np.unique(values[values <= target.largest])
+    raise CalibrationError(f"a static range cannot be chosen for {target.name!r}: its codes are not symmetric")
+
+
+def mse_range(seen: Histogram, codes: np.ndarray) -> float:
+    """The range with the smallest mean squared error of rounding and saturation, of the bins' upper edges.
+
+    All of a bin's values count at its centre, so the choice is exact to within a bin.
+
+    Args:
+        seen: what the range is for, not all zero.
+        codes: as `code_magnitudes` gives them; the largest is mapped to the range.
+
+    References:
+        Nahshan et al., Loss aware post-training quantization, 2019, arXiv:1911.07190, section 3.
+    """
+    filled = np.flatnonzero(seen.counts)
+    centres, weights = (filled + 0.5) * seen.width, seen.counts[filled].astype(np.float64)
+    ranges = np.minimum(np.arange(1, seen.used + 1) * seen.width, seen.absmax)
+    rounded = _rounder(codes)
+    errors = [
+        np.dot(weights, (centres - rounded(centres * (codes[-1] / top)) * (top / codes[-1])) ** 2) for top in ranges
+    ]
+    return float(ranges[int(np.argmin(errors))])
+
+
+def _rounder(codes: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
+    """Rounds magnitudes to the nearest code, saturating."""
+    if np.array_equal(codes, np.arange(codes.size)):
+        return lambda values: np.minimum(np.rint(values), codes[-1])
+    middles = (codes[1:] + codes[:-1]) / 2
+    return lambda values: codes[np.searchsorted(middles, values)]
+
+
+def entropy_range(seen: Histogram, levels: int) -> float:
+    """The range that loses the least information, by Kullback-Leibler divergence.
+
+    For each number of bins kept, the reference is the distribution with what lies above added to the last bin; the
+    candidate is the distribution without that, its bins merged into `levels` groups, each group's mass spread evenly
+    over its bins that are not empty. Exact zeros, which every symmetric format holds, are left out of both. Of equally
+    good ranges the largest is taken.
+
+    Args:
+        seen: what the range is for, not all zero.
+        levels: how many magnitudes the format tells apart: 128 for int8.
+
+    References:
+        Migacz, 8-bit inference with TensorRT, GTC 2017.
+    """
+    counts = seen.counts.astype(np.float64)
+    kept = np.arange(max(levels, int(np.flatnonzero(counts)[0]) + 1), seen.used + 1)
+    if kept.size == 0:
+        return seen.absmax
+    total = counts.sum()
+    mass, filled, ordered = (
+        np.concatenate([[0.0], np.cumsum(part)]) for part in (counts, counts > 0, _times_log(counts))
+    )
+    # Group g of `levels` has the bins b with floor(b * levels / kept) = g: those from ceil(g * kept / levels) on.
+    edges = -(-np.arange(levels + 1) * kept[:, None] // levels)
+    group_mass, group_filled = (np.diff(part[edges], axis=1) for part in (mass, filled))
+    even = np.divide(group_mass, group_filled, out=np.ones_like(group_mass), where=group_filled > 0)
+    above = total - mass[kept]
+    reference = ordered[kept - 1] + _times_log(counts[kept - 1] + above)
+    group_mass[:, -1] += above
+    divergence = (reference - np.sum(group_mass * np.log(even), axis=1)) / total + np.log(mass[kept] / total)
+    divergence[(counts[kept - 1] == 0) & (above > 0)] = np.inf
+    best = np.flatnonzero(divergence <= divergence.min() + _TIE)[-1]
+    return float(min(kept[best] * seen.width, seen.absmax))
+
+
+def _times_log(values: np.ndarray) -> np.ndarray:
+    """`values * log(values)`, 0 at 0."""
+    return values * np.log(np.where(values > 0, values, 1.0))
+
+
+def percentile_range(seen: Histogram, percentile: float) -> float:
+    """The magnitude below which `percentile` per cent of all elements lie, zeros counted.
+
+    It is that of the nearest element in the order of magnitudes, exact to within a bin.
+
+    Args:
+        seen: what the range is for.
+        percentile: in (0, 100]; 100 is the largest magnitude, exactly.
+    """
+    if percentile == 100:
+        return seen.absmax
+    rank = percentile / 100 * (seen.zeros + int(seen.counts.sum()) - 1) - seen.zeros + 0.5
+    if rank <= 0:
+        return 0.0
+    ends = np.cumsum(seen.counts)
+    at = min(int(np.searchsorted(ends, rank)), BINS - 1)
+    inside = (rank - (ends[at] - seen.counts[at])) / max(int(seen.counts[at]), 1)
+    return float(min((at + inside) * seen.width, seen.absmax))
+
+
+def counts_needed(method: str) -> bool:
+    """Whether a way to take a range needs a histogram, and not only the largest magnitude."""
+    return method not in ("absmax", "percentile:100")
+
+
+def estimate_range(method: str, seen: Histogram, target: Format) -> float:
+    """The range a recipe's `calibration` asks for.
+
+    Args:
+        method: `absmax`, `percentile:P`, `mse` or `entropy`.
+        seen: the magnitudes; `absmax` alone is enough where `counts_needed` says no.
+        target: the format that is to hold them.
+
+    Returns:
+        The range; 0 where nothing but zeros was seen, or `percentile:P` falls on zeros.
+
+    Raises:
+        CalibrationError: for `mse` or `entropy` and a format it is not defined for.
+    """
+    name, _, argument = method.partition(":")
+    if seen.absmax == 0 or not np.isfinite(seen.absmax) or not counts_needed(method):
+        return seen.absmax
+    if name == "percentile":
+        return percentile_range(seen, float(argument))
+    if name == "mse":
+        return mse_range(seen, code_magnitudes(target))
+    assert name == "entropy"
+    if not jnp.issubdtype(jnp.dtype(target.dtype), jnp.signedinteger):
+        raise CalibrationError(f"calibration = 'entropy' needs evenly spaced codes, which {target.name!r} has not")
+    return entropy_range(seen, int(target.largest) + 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Aggregate:
+    """Ranges of several batches as one.
+
+    Attributes:
+        method: `max`, `mean`, or `ema:M`: `M` times what there is plus `1 - M` times the new one. A range of 0 says
+            nothing and changes nothing, so that a step no batch reaches keeps 0.
+        value: float64, the range so far, any shape.
+        number: how many ranges it is made of, same shape.
+    """
+
+    method: str
+    value: np.ndarray
+    number: np.ndarray
+
+    @classmethod
+    def empty(cls, method: str, shape: tuple[int, ...]) -> Aggregate:
+        """No range yet."""
+        return cls(method, np.zeros(shape), np.zeros(shape, np.int64))
+
+    def add(self, value: np.ndarray) -> Aggregate:
+        """With the range of one more batch."""
+        said = value != 0  # NaN says something: that it is not a number
+        number = self.number + said
+        name, _, argument = self.method.partition(":")
+        if name == "max":
+            merged = np.maximum(self.value, value)
+        else:
+            share = (
+                1 / np.maximum(number, 1) if name == "mean" else np.where(number == 1, 1.0, 1 - float(argument or 0))
+            )
+            merged = self.value + share * (value - self.value)
+        return Aggregate(self.method, np.where(said, merged, self.value), number)
