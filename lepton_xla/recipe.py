@@ -8,7 +8,7 @@ import importlib.resources
 import pathlib
 import re
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import jax.numpy as jnp
 import msgspec
@@ -17,6 +17,14 @@ from lepton_xla.errors import RecipeError, UnsupportedError
 from lepton_xla.passes.products import unstorable, unsupported
 from lepton_xla.passes.sites import Site, find_sites
 from lepton_xla.program import Program, leaf_bytes, name_leaves
+from lepton_xla.quant.formats import FORMATS
+from lepton_xla.quant.grid import group_size
+
+type WeightFormat = Literal[
+    "int8", "int4", "uint8", "uint4", "fp8_e4m3", "fp8_e5m2", "nf4",
+    "codebook2", "codebook4", "codebook8", "codebook16", "codebook32", "codebook64", "codebook128", "codebook256",
+]  # fmt: skip
+type ActivationFormat = Literal["int8", "int4", "fp8_e4m3", "fp8_e5m2", "none"]
 
 
 class _Rule(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -58,9 +66,11 @@ class QuantizeRule(_Rule, frozen=True, forbid_unknown_fields=True, kw_only=True)
     """A `[[quantize]]` block.
 
     Attributes:
-        weights: the format that weights are stored in.
-        activations: the format that activations are rounded to for integer arithmetic, or `none` for weights only.
-        granularity: `channel`: one scale for each output channel; `tensor`: one for the weight.
+        weights: the format that weights are stored in: `int8`, `int4`, `uint8` or `uint4` with a zero point,
+            `fp8_e4m3`, `fp8_e5m2`, `nf4`, or `codebookN` with N = 2, 4, ... 256 levels learned from each weight.
+        activations: the format that activations are rounded to for products of codes, or `none` for weights only.
+        granularity: `channel`: one scale for each output channel; `tensor`: one for the weight; `group:G`: one for
+            each G weights of a channel that are summed over.
         dynamic: True takes activation scales at run time, one a row; False takes one a tensor from calibration data.
         calibration: how a static range is taken from data: `absmax`, `percentile:P` with P in (0, 100] (of the
             magnitudes), `mse` (the smallest squared error of rounding and saturation) or `entropy` (the smallest
@@ -69,12 +79,17 @@ class QuantizeRule(_Rule, frozen=True, forbid_unknown_fields=True, kw_only=True)
             of the ranges of each, the moving average keeping the share M of what there was before, in [0, 1).
     """
 
-    weights: Literal["int8"] = "int8"
-    activations: Literal["int8", "none"] = "int8"
-    granularity: Literal["channel", "tensor"] = "channel"
+    weights: WeightFormat = "int8"
+    activations: ActivationFormat = "int8"
+    granularity: Annotated[str, msgspec.Meta(pattern=r"^(channel|tensor|group:[1-9]\d{0,8})$")] = "channel"
     dynamic: bool = True
     calibration: Annotated[str, msgspec.Meta(pattern=r"^(absmax|percentile:\d+(\.\d+)?|mse|entropy)$")] = "absmax"
     aggregate: Annotated[str, msgspec.Meta(pattern=r"^(pooled|max|mean|ema:0?\.\d+)$")] = "pooled"
+
+    @property
+    def group(self) -> int:
+        """How many weights share a scale under `group:G`; else 0."""
+        return group_size(self.granularity)
 
     @property
     def percentile(self) -> float:
@@ -168,13 +183,15 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     def _decide(self, site: Site, stored: Mapping[str, Any]) -> SitePlan:
         prune = next((rule for rule in self.prune if rule.matches(site)), None)
         quantize = next((rule for rule in self.quantize if rule.matches(site)), None)
+        if quantize is not None and site.kind == "gather":  # a table is looked up, not multiplied
+            quantize = msgspec.structs.replace(quantize, activations="none")
         leaf = stored.get(site.path) if site.path is not None else None
         return SitePlan(
             site,
             prune,
             quantize,
             not_pruned=_unprunable(site, leaf) if prune is not None else "",
-            not_quantized=(unsupported(site) or "") if quantize is not None else "",
+            not_quantized=(unsupported(site, quantize) or "") if quantize is not None else "",
             weight_bytes=leaf_bytes(leaf.shape, leaf.dtype) if leaf is not None else 0,
         )
 
@@ -287,8 +304,20 @@ def _check_rule(rule: PruneRule | QuantizeRule, where: str) -> None:
             re.compile(getattr(rule, key))
         except (re.error, OverflowError, RecursionError) as error:
             raise RecipeError(f"{where}.{key} = {getattr(rule, key)!r} is not a regular expression: {error}") from error
+    if isinstance(rule, QuantizeRule) and rule.activations != "none":
+        weights, activations = FORMATS[rule.weights].kind, FORMATS[rule.activations].kind
+        if weights != activations:
+            raise RecipeError(
+                f"{where}.activations = {rule.activations!r}: there is no product with weights = {rule.weights!r}; "
+                f"set activations = 'none'" + _alternative(weights)
+            )
     if isinstance(rule, QuantizeRule) and not 0 < rule.percentile <= 100:
         raise RecipeError(f"{where}.calibration = {rule.calibration!r}: the percentile must be in (0, 100]")
+
+
+def _alternative(kind: str) -> str:
+    fitting = [name for name in get_args(ActivationFormat.__value__) if name in FORMATS and FORMATS[name].kind == kind]
+    return f", or one of {', '.join(map(repr, fitting))}" if fitting else ""
 
 
 def _check_used(rules: Sequence[_Rule], sites: Sequence[Site], where: str) -> None:
@@ -330,7 +359,7 @@ def _share(planned: Sequence[SitePlan], recipe: str) -> list[SitePlan]:
 
 def _with_group(entry: SitePlan, group: Sequence[SitePlan], recipe: str) -> SitePlan:
     first = group[0]
-    if (first.prune, first.quantize) != (entry.prune, entry.quantize):
+    if not _alike(first, entry):
         raise RecipeError(
             f"recipe {recipe!r}: sites {first.site.name!r} and {entry.site.name!r} use one weight but get different "
             f"treatment ({first.describe()}; {entry.describe()}); give both the same rule"
@@ -345,6 +374,14 @@ def _with_group(entry: SitePlan, group: Sequence[SitePlan], recipe: str) -> Site
             reason = unstorable([other.site for other in group])
         changes |= {"quantize": None, "not_quantized": reason} if reason else {}
     return dataclasses.replace(entry, **changes)
+
+
+def _alike(first: SitePlan, second: SitePlan) -> bool:
+    """Whether two sites treat their weight the same way; a table that is looked up has no use for activations."""
+    rules = [first.quantize, second.quantize]
+    if "gather" in (first.site.kind, second.site.kind):
+        rules = [rule and msgspec.structs.replace(rule, activations="none") for rule in rules]
+    return first.prune == second.prune and rules[0] == rules[1]
 
 
 def _because_of(reasons: Sequence[tuple[SitePlan, str]]) -> str:

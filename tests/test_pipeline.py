@@ -157,10 +157,10 @@ def test_what_is_kept_everywhere_is_in_the_reports():
     assert [report.name for report in small.history] == ["fold", "prune", "lower"]
     assert [(site.action, site.reason) for report in small.history[1:] for site in report.sites] == [
         ("kept", "an embedding"),
-        ("kept float", "gather is not lowered"),
+        ("int8 weights", ""),
     ]
     with pytest.raises(UnsupportedError, match="table"):
-        optimize(program, preset("int8", on_unsupported="error"))
+        optimize(program, preset("int8-prune50", on_unsupported="error"))
 
 
 def test_a_recipe_that_does_not_fit(net):

@@ -237,10 +237,10 @@ def test_what_cannot_be_done_is_an_error_or_kept_and_said():
     assert {planned.site.name: planned.kept for planned in plan.sites} == {
         "dense": "",
         "dot_general#0": "not pruned: no weight; not quantized: dot_general of two activations",
-        "table": "not pruned: an embedding; not quantized: gather is not lowered",
+        "table": "not pruned: an embedding",
         "dot_general#1": "not pruned: no weight; not quantized: dot_general of two activations",
     }
-    assert decisions(plan)["table"] == "float"
+    assert decisions(plan)["table"] == "int8 weights"  # it is looked up, so there is no activation to round
     # A recipe that does not name them may say `error`.
     assert parse(QUANTIZE.format("dense")).resolve(attention)["table"].kept == ""
 
@@ -251,13 +251,13 @@ def test_integers_are_not_pruned():
         parse('[[prune]]\nsites = ".*"\nsparsity = 0.5').resolve(whole)
 
 
-def test_a_tied_embedding_is_kept_whole():
+def test_a_tied_embedding_is_quantized_and_kept_whole():
     text = QUANTIZE.format(".*") + '[[prune]]\nsites = ".*"\nsparsity = 0.5'
     with pytest.raises(UnsupportedError, match="site 'table'"):
         parse(text).resolve(tied())
     plan = parse('on_unsupported = "keep"\n' + text).resolve(tied())
-    assert decisions(plan)["table#1"] == decisions(plan)["table"] == "float"
-    assert plan["table#1"].not_quantized == "its weight is shared with 'table': gather is not lowered"
+    assert decisions(plan)["table"] == "int8 weights"
+    assert decisions(plan)["table#1"] == "int8 weights, int8 activations dynamic"
     assert plan["table#1"].not_pruned == "its weight is shared with 'table': an embedding"
     assert decisions(plan)["dense"].startswith("prune")
 

@@ -2,50 +2,226 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
+import zlib
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import jax
+import jax.numpy as jnp
+from jax import lax
 
+from lepton_xla.errors import ModelError, UnsupportedError
 from lepton_xla.passes import products
+from lepton_xla.passes.products import RANGE_SUFFIX, SCALE_SUFFIX
 from lepton_xla.passes.rewrite import Context, Values
-from lepton_xla.passes.sites import Site, operand_value, rewrite_sites
-from lepton_xla.quant import FORMATS, absmax_scale, fake_quantize, magnitude
+from lepton_xla.passes.sites import Site, Tracked, lay_out, operand_value, rewrite_sites
+from lepton_xla.program import name_leaves
+from lepton_xla.quant import FORMATS, encode, fake_quantize, make_grid
+from lepton_xla.quant.grid import decode, matrix_codes, matrix_values, settle
+from lepton_xla.quant.learned import initial_scale, learned_quantize, stochastic_quantize
+from lepton_xla.quant.qtensor import inside, straight_through
 
 if TYPE_CHECKING:
-    from lepton_xla.recipe import Plan
+    from lepton_xla.recipe import Plan, QuantizeRule, SitePlan
+
+type Scales = dict[str, dict[str, jax.Array]]
+"""Weight path -> parts of its grid (`scale`, `zero_point`, `codebook`, stacked axes leading); site name -> the scale
+of its `activation`. `lower` takes the same."""
+
+_PARTS = ("scale", "zero_point", "codebook")
+_KEY_SUFFIX = ":key"
 
 
-def fake_quant(fn: Callable[..., Any], plan: Plan, ranges: Mapping[str, jax.Array] | None = None) -> Callable[..., Any]:
+def fake_quant(
+    fn: Callable[..., Any], plan: Plan, ranges: Mapping[str, jax.Array] | None = None, *, start: int = 0
+) -> Callable[..., Any]:
     """Makes a function compute with quantized values, differentiable by the straight-through estimator.
 
     Args:
         fn: `fn(weights, *inputs)`, weights any pytree whose paths are those of the plan's program.
         plan: which sites get what.
         ranges: site name -> calibrated absmax of its activation, as `calibrate` returns, for static scales.
+        start: the training step at which quantization begins, where the new function is told the step.
 
     Returns:
-        A function like `fn`, for use inside `jit`, `grad`, `vmap` and sharding.
+        A function like `fn`, for use inside `jit`, `grad`, `vmap` and sharding, that takes by keyword also:
+        `scales`: a `Scales` tree, in the place of what ranges give, whose integer scales are trained (LSQ);
+        `step`: int32, the training step, before `start` of which nothing is rounded, without a new compile;
+        `key`: a `jax.random` key, with which rounding is up or down at random.
 
     Raises:
         CalibrationError: when called, if a static site has no range.
+        UnsupportedError: when called with a key, for a format that is not of integers.
     """
+    planned = [entry for entry in plan.sites if entry.quantize is not None and entry.site.path is not None]
 
-    def rule(site: Site, context: Context, eqn: Any, values: Values) -> Values | None:
-        planned = plan[site.name]
-        if planned is None or planned.quantize is None or site.weight_operand is None:
-            return None
-        decision = planned.quantize
-        operands = [operand_value(value) for value in values]
-        weight, act = site.weight_operand, 1 - site.weight_operand
-        target = FORMATS[decision.weights]
-        scale = absmax_scale(magnitude(operands[weight], products.weight_axes(site, decision.granularity)), target)
-        operands[weight] = fake_quantize(operands[weight], scale, decision.weights)
-        if decision.activations != "none":
-            absmax = products.static_range(site, decision, values[weight])
-            act_scale = products.activation_scale(site, operands[act], decision.activations, absmax)
-            operands[act] = fake_quantize(operands[act], act_scale, decision.activations)
-        return context.bind(eqn, operands)
+    def run(
+        weights: Any,
+        *inputs: Any,
+        scales: Mapping[str, Mapping[str, jax.Array]] | None = None,
+        step: jax.Array | int | None = None,
+        key: jax.Array | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        on = None if step is None else jnp.asarray(step) >= start
 
-    beside = products.ranges_beside((planned.site for planned in plan.sites), ranges or {})
-    return rewrite_sites(fn, rule, beside=beside)
+        def rule(site: Site, context: Context, eqn: Any, values: Values) -> Values | None:
+            entry = plan[site.name]
+            if entry is None or entry.quantize is None or site.weight_operand is None:
+                return None
+            decision = entry.quantize
+            side = site.weight_operand
+            tracked = values[side]
+            beside = tracked.beside if isinstance(tracked, Tracked) else {}
+            operands = [operand_value(value) for value in values]
+            keys = _site_keys(beside.get(site.name + _KEY_SUFFIX))
+            operands[side] = _when(on, _fake_weight(site, operands[side], decision, beside, keys[0]), operands[side])
+            if decision.activations != "none":
+                act = operands[1 - side]
+                operands[1 - side] = _when(on, _fake_activation(site, act, decision, tracked, keys[1]), act)
+            return context.bind(eqn, operands)
+
+        beside = _beside(planned, ranges or {}, scales or {}, key, weights)
+        return rewrite_sites(fn, rule, beside=beside)(weights, *inputs, **kwargs)
+
+    return run
+
+
+def initial_scales(weights: Any, plan: Plan, ranges: Mapping[str, jax.Array] | None = None) -> Scales:
+    """Scales to be trained beside the weights (LSQ, arXiv:1902.08153), for `fake_quant` and then `lower`.
+
+    Args:
+        weights: the weights, a pytree whose paths are those of the plan's program.
+        plan: which sites get what.
+        ranges: site name -> calibrated range; the activation of a site without one keeps its dynamic scale.
+
+    Returns:
+        float32 leaves only, so that an optimizer takes them as they are: for each weight path a `scale`, with the
+        stacked axes leading; for each site that has a range an `activation`.
+
+    Raises:
+        UnsupportedError: for a site whose format is not of integers around zero.
+    """
+    named = name_leaves(weights, prefix="weights")
+    scales: Scales = {}
+    for entry in plan.sites:
+        site, rule = entry.site, entry.quantize
+        if rule is None or site.path is None:
+            continue
+        target = FORMATS[rule.weights]
+        if target.kind != "int":
+            raise UnsupportedError(f"site {site.name!r}: scales are trained for int8 and int4, not for {target.name}")
+        make = lambda step, site=site, target=target, rule=rule: initial_scale(  # noqa: E731
+            products.to_matrix(site, step), target, rule.granularity
+        )
+        for _ in range(site.stacked):
+            make = jax.vmap(make)
+        if "scale" not in scales.get(site.path, {}):
+            scales.setdefault(site.path, {})["scale"] = make(lay_out(named[site.path], site.layout))
+        if rule.activations != "none" and site.name in (ranges or {}):
+            scale = products.absmax_scale(jnp.asarray((ranges or {})[site.name]), FORMATS[rule.activations])
+            scales.setdefault(site.name, {})["activation"] = scale
+    return scales
+
+
+def _fake_weight(
+    site: Site, weight: jax.Array, rule: QuantizeRule, beside: Mapping[str, jax.Array], key: jax.Array | None
+) -> jax.Array:
+    target = FORMATS[rule.weights]
+    given = {part: beside[f"{site.name}:{part}"] for part in _PARTS if f"{site.name}:{part}" in beside}
+    matrix = products.to_matrix(site, weight)
+    grid = make_grid(matrix, target, rule.granularity, **given)
+    if target.learned:  # its levels have leading axes as the matrix does
+        codes = matrix_codes(lax.stop_gradient(matrix), grid, target)
+        rounded = products.from_matrix(site, matrix_values(codes, grid, target))
+        # Levels that are trained get their gradient (Deep Compression, arXiv:1510.00149, section 3.3).
+        return _with_gradient_of_both(weight, rounded)
+    if "scale" in given:
+        grid = dataclasses.replace(grid, scale=settle(given["scale"], rule.granularity))
+    scale, zero_point = (_spread(site, part) for part in (grid.scale, grid.zero_point))
+    assert scale is not None
+    scale = scale.astype(jnp.float32)
+    if key is not None:
+        return stochastic_quantize(weight, scale, target, key, zero_point)
+    if "scale" in given and target.kind in ("int", "affine"):
+        shared = max(1, math.prod(site.weight.shape) // math.prod(grid.scale.shape))
+        return learned_quantize(weight, scale, target, shared, zero_point)
+    exact = weight.astype(jnp.float32)
+    rounded = decode(encode(lax.stop_gradient(exact), scale, target, zero_point), scale, target, zero_point)
+    passing = inside(exact, scale, target) if target.kind in ("int", "float") else True
+    return straight_through(exact, rounded, passing).astype(weight.dtype)
+
+
+def _with_gradient_of_both(weight: jax.Array, rounded: jax.Array) -> jax.Array:
+    through = weight.astype(jnp.float32)
+    return (rounded + (through - lax.stop_gradient(through))).astype(weight.dtype)
+
+
+def _spread(site: Site, part: jax.Array | None) -> jax.Array | None:
+    """A part of a grid [..., G, N], broadcastable to the weight operand."""
+    if part is None:
+        return None
+    groups = part.shape[-2]
+    rows = products.contracted_size(site) // groups
+    return products.from_matrix(site, jnp.repeat(part, rows, axis=-2) if groups > 1 else part)
+
+
+def _fake_activation(
+    site: Site, activation: jax.Array, rule: QuantizeRule, weight: Any, key: jax.Array | None
+) -> jax.Array:
+    target = FORMATS[rule.activations]
+    static = products.static_scale(site, rule, weight)
+    scale = products.activation_scale(site, activation, rule.activations, static)
+    if key is not None:
+        return stochastic_quantize(activation, scale, target, key)
+    trained = isinstance(weight, Tracked) and site.name + SCALE_SUFFIX in weight.beside
+    if trained and target.kind == "int":
+        shared = math.prod(activation.shape[axis] for axis in products.activation_axes(site))
+        return learned_quantize(activation, settle(scale, "tensor"), target, shared)
+    return fake_quantize(activation, scale, rule.activations)
+
+
+def _when(on: jax.Array | None, quantized: jax.Array, plain: jax.Array) -> jax.Array:
+    return quantized if on is None else jnp.where(on, quantized, plain)
+
+
+def _beside(
+    planned: list[SitePlan],
+    ranges: Mapping[str, jax.Array],
+    scales: Mapping[str, Mapping[str, jax.Array]],
+    key: jax.Array | None,
+    weights: Any,
+) -> dict[str, dict[str, jax.Array]]:
+    """What travels beside each weight to its sites, one step of a stack at a time."""
+    _check_names(scales, planned)
+    named = name_leaves(weights, prefix="weights") if key is not None else {}
+    arrays = {name + RANGE_SUFFIX: jnp.asarray(value) for name, value in ranges.items()}
+    suffixes = [RANGE_SUFFIX, SCALE_SUFFIX, _KEY_SUFFIX, *(f":{part}" for part in _PARTS)]
+    for entry in planned:
+        site = entry.site
+        assert site.path is not None
+        for part, value in scales.get(site.path, {}).items():
+            if part in _PARTS:
+                arrays[f"{site.name}:{part}"] = value
+        if "activation" in scales.get(site.name, {}):
+            arrays[site.name + SCALE_SUFFIX] = scales[site.name]["activation"]
+        if key is not None and site.path in named:
+            own = jax.random.fold_in(key, zlib.crc32(site.name.encode()))
+            laid = jax.eval_shape(lambda array, site=site: lay_out(array, site.layout), named[site.path])
+            steps = tuple(laid.shape[: site.stacked])
+            arrays[site.name + _KEY_SUFFIX] = jax.random.split(own, (*steps, 2))
+    return products.beside([entry.site for entry in planned], arrays, suffixes)
+
+
+def _check_names(scales: Mapping[str, Mapping[str, Any]], planned: list[SitePlan]) -> None:
+    known = {entry.site.path for entry in planned} | {entry.site.name for entry in planned}
+    for name in scales:
+        if name not in known:
+            raise ModelError(f"scales are given for {name!r}, which the plan does not quantize")
+
+
+def _site_keys(keys: jax.Array | None) -> tuple[jax.Array | None, jax.Array | None]:
+    """Keys for the weight and for the activation."""
+    return (None, None) if keys is None else (keys[0], keys[1])

@@ -1,9 +1,9 @@
-"""Turns planned sites into real integer arithmetic on stored int8 weights, and takes back what does not pay.
+"""Stores planned weights small, computes with their codes where that is possible, and takes back what does not pay.
 
 A candidate is judged by the clock, not by hope. Each integer product is timed against float at the sizes the program
 will be compiled for; then the whole program is timed with ever more of the promising ones, since what a product costs
 beside its neighbours differs from what it costs alone. A site that does not make the whole faster keeps float
-arithmetic, with its weight still stored in int8 (a quarter of the bytes).
+arithmetic, with its weight still stored small.
 """
 
 from __future__ import annotations
@@ -15,21 +15,23 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
+import jax.numpy as jnp
 
+from lepton_xla.errors import CalibrationError, ModelError
 from lepton_xla.passes import products
 from lepton_xla.passes.calibrate import needs_range
 from lepton_xla.passes.measure import Timing, WholeTiming, compare, time_programs
+from lepton_xla.passes.products import RANGE_SUFFIX, SCALE_SUFFIX
 from lepton_xla.passes.rewrite import Context, Values, materialize
 from lepton_xla.passes.sites import Site, find_sites, lay_out, rewrite_sites
 from lepton_xla.program import Program, abstract, leaf_bytes, tree_bytes
+from lepton_xla.quant.grid import settle
 from lepton_xla.report import PassReport, SiteReport
 
 if TYPE_CHECKING:
     from lepton_xla.quant import QTensor
     from lepton_xla.recipe import Plan, QuantizeRule
 
-# Calibrated ranges travel in the program's weights under the site's name and this suffix, so that they can be updated.
-RANGE_SUFFIX = ":act_absmax"
 # A candidate must win by more than the clock's noise.
 WORTH_RATIO = 0.97
 # Alone at this share of float's time or more, a product is not tried in the whole program.
@@ -51,15 +53,19 @@ def lower(
     plan: Plan,
     ranges: Mapping[str, jax.Array] | None = None,
     *,
+    scales: Mapping[str, Mapping[str, jax.Array]] | None = None,
     sizes: Sequence[Mapping[str, int]] = (),
     progress: Callable[[str], None] | None = None,
 ) -> Program:
-    """Stores planned weights as integers and computes with them.
+    """Stores planned weights in their formats and computes with their codes.
 
     Args:
         program: the float program that the plan was made for.
         plan: which sites get what.
         ranges: site name -> range, from `calibrate`; needed for static sites.
+        scales: what training or another pass has found, in the place of what a weight's range gives: weight path ->
+            any of `scale`, `zero_point`, `codebook`, with the stacked axes leading, as `QTensor` has them; and site
+            name -> `activation`, the scale of its activation, static from then on.
         sizes: sizes of the symbolic dimensions, such as `[{"batch": 1}, {"batch": 32}]`, at which integer products are
             timed against float. Empty: nothing is timed and every planned site is computed as planned.
         progress: called with a line as each site is looked at.
@@ -68,7 +74,8 @@ def lower(
         A program whose planned weights are `QTensor`s, and whose history says what each site became and why.
 
     Raises:
-        CalibrationError: if a static site has no range.
+        CalibrationError: if a static site has no range, or one that is not finite.
+        ModelError: if a weight that is to be quantized, or a scale, is not finite.
     """
     start = time.perf_counter()
     say = progress or (lambda _line: None)
@@ -77,28 +84,34 @@ def lower(
     reports: list[SiteReport] = []
     stored: list[_Planned] = []
     for path, group in _by_weight(plan).items():
-        weights[path] = _store(group[0], program.weights[path])
+        weights[path] = _store(group[0], program.weights[path], (scales or {}).get(path, {}))
         stored += group
-    candidates = [planned for planned in stored if planned.rule.activations != "none"]
-    values = {
-        planned.site.name + RANGE_SUFFIX: products.range_of(planned.site, ranges)
-        for planned in candidates
-        if needs_range(planned.rule)
-    }
+    reasons = {planned.site.name: products.float_reason(planned.site, planned.rule) for planned in stored}
+    candidates = [
+        planned for planned in stored if planned.rule.activations != "none" and not reasons[planned.site.name]
+    ]
+    values: dict[str, jax.Array] = {}
+    for planned in candidates:
+        trained = (scales or {}).get(planned.site.name, {}).get("activation")
+        if trained is not None:
+            values[planned.site.name + SCALE_SUFFIX] = settle(trained, "tensor")
+        elif needs_range(planned.rule):
+            values[planned.site.name + RANGE_SUFFIX] = _finite_range(planned.site, ranges)
     timings = _time_sites(program, candidates, sizes, say)
 
     def build(integer: frozenset[str]) -> Callable[..., Any]:
-        return _lowered(program.fn, like, stored, integer, {name: _padded(timings[name]) for name in integer})
+        own = [name for name in values if _site_of(name) in integer]
+        return _lowered(program.fn, like, stored, own, {name: _padded(timings[name]) for name in integer})
 
     sets = _candidate_sets(candidates, timings)
     whole = _time_sets(program, weights | values, build, sets, sizes, say) if len(sets) > 1 else []
     integer = _fastest(sets, whole)
-    kept = {name: value for name, value in values.items() if name.removesuffix(RANGE_SUFFIX) in integer}
-    weights |= kept
+    weights |= {name: value for name, value in values.items() if _site_of(name) in integer}
     for planned in stored:
         path = planned.site.path
         assert path is not None
-        reports.append(_report(planned, integer, timings.get(planned.site.name, []), like[path], weights[path]))
+        name = planned.site.name
+        reports.append(_report(planned, reasons[name], integer, timings.get(name, []), like[path], weights[path]))
     reports += [
         SiteReport(entry.site.name, "kept float", entry.not_quantized, entry.weight_bytes, entry.weight_bytes)
         for entry in plan.sites
@@ -121,12 +134,20 @@ def _lowered(
     fn: Callable[..., Any],
     like: Any,
     stored: Sequence[_Planned],
-    integer: frozenset[str],
+    beside: Sequence[str],
     pad_single: Mapping[str, bool],
 ) -> Callable[..., Any]:
-    """The function on stored weights, the sites named in `integer` in integer arithmetic."""
+    """The function on stored weights, the sites named in `pad_single` computed from codes.
+
+    Args:
+        fn: the float program's.
+        like: its weights' shapes.
+        stored: the sites whose weights are stored small.
+        beside: names of the static ranges and scales among the new function's weights.
+        pad_single: site name -> whether a single row is padded to two.
+    """
     by_name = {planned.site.name: planned.rule for planned in stored}
-    static_sites = [planned.site for planned in stored if planned.site.name in integer and needs_range(planned.rule)]
+    sites = [planned.site for planned in stored]
 
     def rule(site: Site, context: Context, eqn: Any, values: Values) -> Values | None:
         planned = by_name.get(site.name)
@@ -134,30 +155,53 @@ def _lowered(
             return None
         tracked = values[site.weight_operand]
         activation = materialize(values[1 - site.weight_operand])
-        if site.name in integer:
-            absmax = products.static_range(site, planned, tracked)
+        if site.kind == "gather":
+            return [products.look_up(site, tracked.value, activation)]
+        if site.name in pad_single:
+            scale = products.static_scale(site, planned, tracked)
             pad = pad_single[site.name]
-            return [products.integer_product(site, activation, tracked.value, absmax, pad_single=pad)]
+            name = planned.activations
+            return [products.code_product(site, activation, tracked.value, name, scale, pad_single=pad)]
         weight = products.restore(site, tracked.value)
         return context.bind(eqn, (activation, weight) if site.weight_operand == 1 else (weight, activation))
 
     def run(weights: Mapping[str, Any], *inputs: Any) -> Any:
-        ranges = {site.name: weights[site.name + RANGE_SUFFIX] for site in static_sites}
+        arrays = {name: weights[name] for name in beside}
         own = {name: leaf for name, leaf in weights.items() if name in like}
-        beside = products.ranges_beside(static_sites, ranges)
-        return rewrite_sites(fn, rule, inline=True, on_unknown="keep", like=like, beside=beside)(own, *inputs)
+        travelling = products.beside(sites, arrays, (RANGE_SUFFIX, SCALE_SUFFIX))
+        return rewrite_sites(fn, rule, inline=True, on_unknown="keep", like=like, beside=travelling)(own, *inputs)
 
     return run
 
 
-def _store(planned: _Planned, weight: jax.Array) -> QTensor:
-    """Quantizes one stored weight, stacked axes and all, in its site's layout."""
+def _store(planned: _Planned, weight: jax.Array, given: Mapping[str, jax.Array]) -> QTensor:
+    """Quantizes one stored weight, stacked axes and all, in its site's layout.
+
+    Raises:
+        ModelError: if the weight, or a scale given, is not finite.
+    """
     site, rule = planned.site, planned.rule
+    grid = {name: array for name, array in given.items() if name != "activation"}
+    for what, array in (("it", weight), *((f"its {name}", array) for name, array in grid.items())):
+        if not bool(jnp.all(jnp.isfinite(array.astype(jnp.float32)))):
+            raise ModelError(f"weight {site.path!r} cannot be quantized: {what} holds NaN or infinity")
     laid = lay_out(weight, site.layout)
-    quantize = lambda step: products.store(site, step, rule.weights, rule.granularity)  # noqa: E731
+    quantize = lambda step, grid: products.store(site, step, rule.weights, rule.granularity, grid)  # noqa: E731
     for _ in range(site.stacked):
         quantize = jax.vmap(quantize)
-    return quantize(laid)
+    return quantize(laid, grid)
+
+
+def _finite_range(site: Site, ranges: Mapping[str, jax.Array] | None) -> jax.Array:
+    value = products.range_of(site, ranges)
+    if not bool(jnp.all(jnp.isfinite(value))):
+        raise CalibrationError(f"the activation range of site {site.name!r} is not finite")
+    return value
+
+
+def _site_of(name: str) -> str:
+    """The site whose range or scale travels under this name."""
+    return name.removesuffix(RANGE_SUFFIX).removesuffix(SCALE_SUFFIX)
 
 
 def _by_weight(plan: Plan) -> dict[str, list[_Planned]]:
@@ -220,8 +264,8 @@ def _time_sets(
     """Times the whole program at the smallest and the largest sizes, with each set of sites in integers."""
     kept = {chosen: dict(weights) for chosen in sets}
     for chosen, leaves in kept.items():
-        for name in [name for name in leaves if name.endswith(RANGE_SUFFIX)]:
-            if name.removesuffix(RANGE_SUFFIX) not in chosen:
+        for name in [name for name in leaves if name.endswith((RANGE_SUFFIX, SCALE_SUFFIX))]:
+            if _site_of(name) not in chosen:
                 del leaves[name]
     functions = [(program.fn, program.weights), *((build(chosen), kept[chosen]) for chosen in sets)]
     timed = []
@@ -245,17 +289,22 @@ def _fastest(sets: Sequence[frozenset[str]], whole: Sequence[WholeTiming]) -> fr
 
 
 def _report(
-    planned: _Planned, integer: frozenset[str], timings: Sequence[Timing], like: jax.ShapeDtypeStruct, stored: QTensor
+    planned: _Planned,
+    reason: str,
+    integer: frozenset[str],
+    timings: Sequence[Timing],
+    like: jax.ShapeDtypeStruct,
+    stored: QTensor,
 ) -> SiteReport:
     rule = planned.rule
     metrics: dict[str, Any] = {"timings": [timing.to_json() for timing in timings]} if timings else {}
     ratio = _ratio(timings)
     if timings:
         metrics["integer_over_float"] = ratio
-    action, reason = f"{rule.weights} weights", ""
+    action = f"{rule.weights} weights"
     if planned.site.name in integer:
         action = f"{rule.weights} x {rule.activations}"
-    elif rule.activations != "none":
+    elif rule.activations != "none" and not reason:
         reason = f"integer arithmetic takes {ratio:.2f} of float's time here, so only the weight is stored small"
         if ratio < HOPELESS_RATIO:
             reason = f"integer arithmetic ({ratio:.2f} of float's time alone) does not make the whole program faster"

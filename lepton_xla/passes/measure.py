@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from lepton_xla import _compat
 from lepton_xla.passes import products
 from lepton_xla.passes.sites import Site
+from lepton_xla.quant import FORMATS, absmax_scale
 
 if TYPE_CHECKING:
     from lepton_xla.recipe import QuantizeRule
@@ -104,6 +105,7 @@ class _Key:
             str(sorted(site.params.items(), key=lambda item: item[0])),
             decision.weights,
             decision.activations,
+            decision.granularity,
             decision.dynamic,
         )
 
@@ -124,20 +126,20 @@ def _compare(key: _Key) -> tuple[float, float, float | None]:
         for number, shape in enumerate((site.activation, site.weight))
     )
     stored = products.store(site, weight, decision.weights, decision.granularity)
-    absmax = None if decision.dynamic else jnp.max(jnp.abs(act)).astype(jnp.float32)
+    scale = None if decision.dynamic else absmax_scale(jnp.max(jnp.abs(act)), FORMATS[decision.activations])
 
     def as_float(act: jax.Array, weight: jax.Array) -> jax.Array:
         return _compat.bind(site.eqn, (act, weight) if weight_operand == 1 else (weight, act))[0]
 
-    def as_integer(act: jax.Array, stored: Any, absmax: Any, pad: bool = False) -> jax.Array:
-        return products.integer_product(site, act, stored, absmax, pad_single=pad)
+    def as_integer(act: jax.Array, stored: Any, scale: Any, pad: bool = False) -> jax.Array:
+        return products.code_product(site, act, stored, decision.activations, scale, pad_single=pad)
 
     calls = [
         _compiled(as_float, act, weight),
-        _compiled(as_integer, act, stored, absmax),
+        _compiled(as_integer, act, stored, scale),
     ]
     if products.row_count(site) == 1:
-        calls.append(_compiled(functools.partial(as_integer, pad=True), act, stored, absmax))
+        calls.append(_compiled(functools.partial(as_integer, pad=True), act, stored, scale))
     times = _medians_us(calls)
     return times[0], times[1], times[2] if len(times) == 3 else None
 

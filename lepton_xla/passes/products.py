@@ -1,4 +1,4 @@
-"""The arithmetic of a site with a weight: which axes share a scale, and the product in float and in int8.
+"""The arithmetic of a site with a weight: which axes share a scale, and the product in float and of codes.
 
 Used by every pass that quantizes, so that what is trained and what is compiled are the same numbers.
 """
@@ -6,6 +6,7 @@ Used by every pass that quantizes, so that what is trained and what is compiled 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -15,26 +16,57 @@ from jax import lax
 
 from lepton_xla import _compat
 from lepton_xla.errors import CalibrationError
-from lepton_xla.passes.sites import LayoutOp, Site, Tracked, layout_key
+from lepton_xla.passes.sites import LayoutOp, Site, Step, Tracked, layout_key
 from lepton_xla.quant import FORMATS, QTensor, absmax_scale, encode, magnitude, quantize
 
 if TYPE_CHECKING:
     from lepton_xla.recipe import QuantizeRule
 
+# Where an activation's static range, or a trained scale, travels: under the name of its site and these suffixes.
+RANGE_SUFFIX = ":act_absmax"
+SCALE_SUFFIX = ":act_scale"
+# Where XLA has products of fp8 operands; elsewhere it would convert them and multiply floats.
+FP8_PLATFORMS = ("gpu",)
 
-def unsupported(site: Site) -> str | None:
-    """Why the site cannot be quantized, or None if it can."""
+
+def unsupported(site: Site, rule: QuantizeRule | None = None) -> str | None:
+    """Why the site cannot be quantized (by this rule), or None if it can."""
     if site.weight_operand is None:
         return f"{site.kind} of two activations"
-    if site.kind == "dot_general":
-        return _float_reason(site)
     if site.kind == "conv_general_dilated":
         if site.weight_operand != 1:
             return "convolution whose weight is the left operand"
         if site.params["batch_group_count"] != 1:
             return "convolution with batch groups"
-        return _float_reason(site)
-    return f"{site.kind} is not lowered"
+    elif site.kind == "gather":
+        if tuple(site.params["dimension_numbers"].collapsed_slice_dims) != (0,):
+            return "a gather that does not drop the dimension it looks up in"
+    elif site.kind != "dot_general":
+        return f"{site.kind} is not lowered"
+    if not jnp.issubdtype(site.weight.dtype, jnp.floating):
+        return f"its weight is {site.weight.dtype} already"
+    if site.kind != "gather" and not jnp.issubdtype(site.activation.dtype, jnp.floating):
+        return f"its activation is {site.activation.dtype}"
+    if rule is not None and rule.group and contracted_size(site) % rule.group:
+        return f"granularity = 'group:{rule.group}' does not divide the {contracted_size(site)} rows that it sums over"
+    return None
+
+
+def float_reason(site: Site, rule: QuantizeRule) -> str:
+    """Why the weight of a site that could be quantized is only stored small; empty for a product of codes."""
+    if rule.activations == "none":
+        return ""
+    if rule.group:
+        return "groups have no product of codes, so only the weight is stored small"
+    if FORMATS[rule.weights].kind == "float":
+        small = "so only the weight is stored small"
+        if site.kind != "dot_general":
+            return f"a {site.kind} has no fp8 product, {small}"
+        if jax.default_backend() not in FP8_PLATFORMS:
+            return f"the platform {jax.default_backend()!r} has no fp8 product, {small}"
+        if rule.weights == rule.activations == "fp8_e5m2":
+            return f"no platform multiplies fp8_e5m2 by itself, {small}"
+    return ""
 
 
 def unstorable(sites: Sequence[Site]) -> str | None:
@@ -45,20 +77,10 @@ def unstorable(sites: Sequence[Site]) -> str | None:
             return "its weight is also used where no product is"
         if _compat.is_manual(site.eqn):
             return "it is inside shard_map, where the weight is one shard"
-        if layout_key(site.layout) != layout_key(first.layout) or site.params.get("dimension_numbers") != (
-            first.params.get("dimension_numbers")
-        ):
+        if _matrix_key(site) != _matrix_key(first):
             return f"its weight is used in another layout at {first.name!r}"
         if any(op.resizes for op in site.layout if isinstance(op, LayoutOp)):
             return "its weight is broadcast or cut before use"
-    return None
-
-
-def _float_reason(site: Site) -> str | None:
-    if not jnp.issubdtype(site.weight.dtype, jnp.floating):
-        return f"its weight is {site.weight.dtype} already"
-    if not jnp.issubdtype(site.activation.dtype, jnp.floating):
-        return f"its activation is {site.activation.dtype}"
     return None
 
 
@@ -88,14 +110,69 @@ def _dims(site: Site) -> _Dims:
     )
 
 
-def weight_axes(site: Site, granularity: str) -> tuple[int, ...] | None:
-    """Axes of the weight operand that share a scale: all but the output channels, or all (None) per tensor."""
-    if granularity == "tensor":
-        return tuple(range(len(site.weight.shape)))
+def _weight_order(site: Site) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    """Axes of the weight operand: batch, contracted, free."""
     if site.kind == "dot_general":
-        return _dims(site).weight_contract
-    out_channel = site.params["dimension_numbers"].rhs_spec[0]
-    return tuple(axis for axis in range(len(site.weight.shape)) if axis != out_channel)
+        dims = _dims(site)
+        return dims.weight_batch, dims.weight_contract, dims.weight_free
+    if site.kind == "gather":  # a table [V, D] is the matrix [D, V]: a scale a row that is looked up
+        return (), (1,), (0,)
+    out, inner, *window = site.params["dimension_numbers"].rhs_spec
+    return (), (*window, inner), (out,)
+
+
+def _matrix_key(site: Site) -> tuple[Any, ...]:
+    """Equal for two sites of one weight whose matrices are the same matrix."""
+    order = _weight_order(site)
+    axes = list(range(len(site.weight.shape) + site.stacked))
+    steps: list[int] = []
+    converted: list[str] = []
+    for op in site.layout:
+        if isinstance(op, Step):
+            steps.append(axes.pop(0))
+        elif op.eqn.primitive.name == "transpose":
+            axes = [axes[axis] for axis in op.eqn.params["permutation"]]
+        elif op.eqn.primitive.name == "convert_element_type":
+            converted.append(str(op.eqn.params["new_dtype"]))
+        else:
+            return (layout_key(site.layout), order)
+    return (steps, converted, *([axes[axis] for axis in part] for part in order))
+
+
+def contracted_size(site: Site) -> int:
+    """K: how many products are added up for one element of the result."""
+    return math.prod(site.weight.shape[axis] for axis in _weight_order(site)[1])
+
+
+def weight_axes(site: Site, granularity: str) -> tuple[int, ...]:
+    """Axes of the weight operand that share a scale: all but the output channels, or also these per tensor."""
+    _, contract, free = _weight_order(site)
+    return (*contract, *free) if granularity == "tensor" else contract
+
+
+def to_matrix(site: Site, weight: jax.Array) -> jax.Array:
+    """The weight operand, one step of a stack, as [batch..., K, N]: what is summed over, then the output channels.
+
+    A convolution's K is the window's positions, then the input channels of a group; a table's K is its row.
+    """
+    batch, contract, free = _weight_order(site)
+    moved = jnp.transpose(weight, (*batch, *contract, *free))
+    sizes = [math.prod(weight.shape[axis] for axis in axes) for axes in (contract, free)]
+    return jnp.reshape(moved, (*(weight.shape[axis] for axis in batch), *sizes))
+
+
+def from_matrix(site: Site, matrix: jax.Array) -> jax.Array:
+    """The weight operand that a matrix stands for, or what goes with it: K, N or both may be 1, to be broadcast."""
+    batch, contract, free = _weight_order(site)
+    shape = site.weight.shape
+    rows, columns = matrix.shape[-2:]
+    sizes = [
+        *(size for size in matrix.shape[:-2]),
+        *(shape[axis] if rows > 1 else 1 for axis in contract),
+        *(shape[axis] if columns > 1 else 1 for axis in free),
+    ]
+    order = (*batch, *contract, *free)
+    return jnp.transpose(jnp.reshape(matrix, sizes), [order.index(axis) for axis in range(len(order))])
 
 
 def activation_axes(site: Site) -> tuple[int, ...]:
@@ -106,10 +183,10 @@ def activation_axes(site: Site) -> tuple[int, ...]:
     return tuple(axis for axis in range(len(site.activation.shape)) if axis != batch)
 
 
-def activation_scale(site: Site, activation: jax.Array, name: str, absmax: jax.Array | None) -> jax.Array:
-    """The activation's scale, broadcastable to it: static from a calibrated `absmax`, else dynamic."""
-    if absmax is not None:
-        return absmax_scale(jnp.reshape(absmax, (1,) * activation.ndim), FORMATS[name])
+def activation_scale(site: Site, activation: jax.Array, name: str, static: jax.Array | None) -> jax.Array:
+    """The activation's scale, broadcastable to it: the static one given, else dynamic."""
+    if static is not None:
+        return jnp.reshape(static, (1,) * activation.ndim)
     return absmax_scale(magnitude(activation, activation_axes(site)), FORMATS[name])
 
 
@@ -120,61 +197,67 @@ def row_count(site: Site) -> Any:
     return _product(site.activation.shape[axis] for axis in _dims(site).act_free)
 
 
-def store(site: Site, weight: jax.Array, name: str, granularity: str) -> QTensor:
+def store(
+    site: Site, weight: jax.Array, name: str, granularity: str, given: Mapping[str, jax.Array] | None = None
+) -> QTensor:
     """Quantizes a weight and lays it out for the fast path.
 
     Args:
         site: the site, as found.
         weight: the operand as the site sees it (one step of a stack; `vmap` over stacked axes).
         name: the format.
-        granularity: `channel` or `tensor`.
+        granularity: `channel`, `tensor` or `group:g`.
+        given: the parts of the grid that something else has found: `scale`, `zero_point`, `codebook`.
 
     Returns:
-        For a dot, codes `[batch..., K, N]`, row-major with the contracted axes first, so that no transpose is left at
-        run time, and scale `[batch..., 1, N]`. For a convolution the operand's own layout.
+        A matrix `[batch..., K, N]`, row-major with the contracted axes first, so that no transpose is left at run time.
     """
-    quantized = quantize(weight, name, weight_axes(site, granularity))
-    if site.kind != "dot_general":
-        return quantized
-    dims = _dims(site)
-    scale = jnp.broadcast_to(
-        quantized.scale, [1 if k in dims.weight_contract else size for k, size in enumerate(weight.shape)]
-    )
-    return QTensor(_matrix(quantized.values, dims), _matrix(scale, dims), name)
-
-
-def _matrix(array: jax.Array, dims: _Dims) -> jax.Array:
-    batch = tuple(array.shape[axis] for axis in dims.weight_batch)
-    moved = jnp.transpose(array, (*dims.weight_batch, *dims.weight_contract, *dims.weight_free))
-    rows = _product(array.shape[axis] for axis in dims.weight_contract)
-    return jnp.reshape(moved, (*batch, rows, _product(array.shape[axis] for axis in dims.weight_free)))
+    return quantize(to_matrix(site, weight), name, granularity, **(given or {}))
 
 
 def restore(site: Site, stored: QTensor) -> jax.Array:
     """The float weight operand that a stored weight stands for, in the layout and dtype the site's primitive takes."""
-    weight = stored.dequantize(site.weight.dtype)
-    if site.kind != "dot_general":
-        return weight
-    dims = _dims(site)
-    order = (*dims.weight_batch, *dims.weight_contract, *dims.weight_free)
-    inverse = [order.index(axis) for axis in range(len(order))]
-    return jnp.transpose(jnp.reshape(weight, [site.weight.shape[axis] for axis in order]), inverse)
+    return from_matrix(site, stored.dequantize(site.weight.dtype))
 
 
-def integer_product(
-    site: Site, activation: jax.Array, stored: QTensor, absmax: jax.Array | None, *, pad_single: bool
+def look_up(site: Site, stored: QTensor, index: jax.Array) -> jax.Array:
+    """Rows of a stored table: only the codes that are looked up become floats.
+
+    Args:
+        site: a `gather` of whole rows.
+        stored: the table [V, D] as the matrix [D, V].
+        index: the gather's indices [..., 1].
+
+    Returns:
+        What the gather gives, outside of the table too.
+    """
+    params, size = site.params, site.weight.shape[0]
+    rows = index[..., 0].astype(jnp.int32)
+    clipped = jnp.clip(rows, 0, size - 1)
+    found = stored.columns(jnp.reshape(clipped, (-1,))).dequantize(site.weight.dtype)
+    found = jnp.reshape(found, (found.shape[0], *rows.shape))
+    if params["mode"] == lax.GatherScatterMode.FILL_OR_DROP:
+        fill = params["fill_value"]
+        fill = jnp.asarray(jnp.nan if fill is None else fill, found.dtype)
+        found = jnp.where((rows == clipped)[None], found, fill)
+    return jnp.moveaxis(found, 0, params["dimension_numbers"].offset_dims[0])
+
+
+def code_product(
+    site: Site, activation: jax.Array, stored: QTensor, name: str, static: jax.Array | None, *, pad_single: bool
 ) -> jax.Array:
-    """The site's product in int8, accumulated in int32, rescaled after.
+    """The site's product of codes: integers accumulated in int32, small floats in float32, rescaled after.
 
     Args:
         site: the site, with the operands' shapes as they are here.
         activation: the float operand.
-        stored: the weight, as `store` made it.
-        absmax: the calibrated range for static scales, or None for dynamic ones.
+        stored: the weight, as `store` made it, with one scale a channel or tensor.
+        name: the activation's format, of the same kind as the weight's.
+        static: the activation's scale, or None for dynamic ones.
         pad_single: whether a single row is padded to two, since one row misses XLA's int8 kernels on CPU.
     """
-    scale = activation_scale(site, activation, stored.format, absmax)
-    codes = encode(activation, scale, FORMATS[stored.format])
+    scale = activation_scale(site, activation, name, static)
+    codes = encode(activation, scale, FORMATS[name])
     if site.kind == "conv_general_dilated":
         return _convolve(site, codes, scale, stored).astype(site.output.dtype)
     return _multiply(site, codes, scale, stored, pad_single).astype(site.output.dtype)
@@ -193,7 +276,8 @@ def _multiply(site: Site, codes: jax.Array, scale: jax.Array, stored: QTensor, p
         left = jnp.concatenate([left, jnp.zeros_like(left)], axis=-2)
     lead = tuple(range(len(batch)))
     numbers = (((left.ndim - 1,), (left.ndim - 2,)), (lead, lead))
-    out = lax.dot_general(left, stored.values, numbers, preferred_element_type=jnp.int32)
+    accumulator = jnp.int32 if jnp.issubdtype(codes.dtype, jnp.integer) else jnp.float32
+    out = lax.dot_general(left, stored.codes(), numbers, preferred_element_type=accumulator)
     out = out[..., :1, :] if single else out
     row_shape = tuple(1 if scale.shape[axis] == 1 else size for axis, size in zip(dims.act_free, rows, strict=True))
     row_scale = jnp.reshape(
@@ -216,21 +300,25 @@ def _multiply(site: Site, codes: jax.Array, scale: jax.Array, stored: QTensor, p
 def _convolve(site: Site, codes: jax.Array, scale: jax.Array, stored: QTensor) -> jax.Array:
     params = site.params
     numbers = params["dimension_numbers"]
+    # The codes are a matrix of positions and input channels by output channels, and stay in that order.
+    window = len(numbers.rhs_spec) - 2
+    matrix_spec = (window + 1, window, *range(window))
+    shape = [site.weight.shape[axis] for axis in (*numbers.rhs_spec[2:], numbers.rhs_spec[1], numbers.rhs_spec[0])]
     out = lax.conv_general_dilated(
         codes,
-        stored.values,
+        jnp.reshape(stored.codes(), shape),
         window_strides=params["window_strides"],
         padding=params["padding"],
         lhs_dilation=params["lhs_dilation"],
         rhs_dilation=params["rhs_dilation"],
-        dimension_numbers=numbers,
+        dimension_numbers=lax.ConvDimensionNumbers(numbers.lhs_spec, matrix_spec, numbers.out_spec),
         feature_group_count=params["feature_group_count"],
         preferred_element_type=jnp.int32,
     )
     per_example = [1] * out.ndim
     per_example[numbers.out_spec[0]] = scale.shape[numbers.lhs_spec[0]]
     per_channel = [1] * out.ndim
-    per_channel[numbers.out_spec[1]] = stored.scale.shape[numbers.rhs_spec[0]]
+    per_channel[numbers.out_spec[1]] = stored.scale.shape[-1]
     factor = jnp.reshape(scale, per_example) * jnp.reshape(stored.scale, per_channel)
     return out.astype(jnp.float32) * factor
 
@@ -243,15 +331,19 @@ def _product(sizes: Any) -> Any:
     return total
 
 
-def static_range(site: Site, decision: QuantizeRule, weight: Any) -> jax.Array | None:
-    """The calibrated range that travels beside a site's weight; None where scales are dynamic.
+def static_scale(site: Site, decision: QuantizeRule, weight: Any) -> jax.Array | None:
+    """The activation scale that travels beside a site's weight, itself or as a range; None where scales are dynamic.
 
     Raises:
         CalibrationError: if the site is static and has none.
     """
+    beside = weight.beside if isinstance(weight, Tracked) else {}
+    if site.name + SCALE_SUFFIX in beside:
+        return beside[site.name + SCALE_SUFFIX]
     if decision.dynamic:
         return None
-    return range_of(site, weight.beside if isinstance(weight, Tracked) else None)
+    found = beside.get(site.name + RANGE_SUFFIX)
+    return absmax_scale(range_of(site, {} if found is None else {site.name: found}), FORMATS[decision.activations])
 
 
 def range_of(site: Site, ranges: Mapping[str, jax.Array] | None) -> jax.Array:
@@ -267,10 +359,16 @@ def range_of(site: Site, ranges: Mapping[str, jax.Array] | None) -> jax.Array:
     return ranges[site.name]
 
 
-def ranges_beside(sites: Iterable[Site], ranges: Mapping[str, jax.Array]) -> dict[str, dict[str, jax.Array]]:
-    """Calibrated ranges by weight path and site name, as `rewrite_sites` takes them."""
+def beside(
+    sites: Iterable[Site], arrays: Mapping[str, jax.Array], suffixes: Sequence[str]
+) -> dict[str, dict[str, jax.Array]]:
+    """What there is for a site (under its name and one of the suffixes), by the path of its weight.
+
+    This is how `rewrite_sites` takes what travels beside a weight.
+    """
     grouped: dict[str, dict[str, jax.Array]] = {}
     for site in sites:
-        if site.path is not None and site.name in ranges:
-            grouped.setdefault(site.path, {})[site.name] = ranges[site.name]
+        for name in (site.name + suffix for suffix in suffixes):
+            if site.path is not None and name in arrays:
+                grouped.setdefault(site.path, {})[name] = arrays[name]
     return grouped

@@ -3,23 +3,73 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Literal
 
 import jax.numpy as jnp
+
+type Kind = Literal["int", "affine", "float", "codebook"]
+
+# The 16 levels of NF4: quantiles of a normal distribution, zero and both ends among them.
+# Dettmers et al. 2023, QLoRA, arXiv:2305.14314, appendix E.
+NF4_LEVELS = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
 class Format:
-    """A symmetric integer format: value = code * scale.
+    """How one number is stored.
 
     Attributes:
         name: as recipes spell it.
-        dtype: the dtype of the codes.
-        largest: the largest code; codes run from `-largest` to `largest`, so that zero is a code and negation is exact.
+        kind: what a code stands for. `int`: code * scale, codes from `-largest` to `largest`, so that zero is a code
+            and negation is exact. `affine`: (code - zero point) * scale, codes from 0 to `largest`. `float`: a small
+            float times the scale. `codebook`: level[code] * scale.
+        bits: bits of one code.
+        largest: what the largest magnitude of a block is mapped to.
+        dtype: the dtype of one code. Codes of fewer than eight bits are packed into `uint8` where they are stored.
+        levels: the levels of a codebook that is the same for all weights; empty for one that is learned.
     """
 
     name: str
+    kind: Kind
+    bits: int
+    largest: float
     dtype: jnp.dtype
-    largest: int
+    levels: tuple[float, ...] = ()
+
+    @property
+    def per_byte(self) -> int:
+        """How many codes are stored in a byte: 1, 2, 4 or 8."""
+        return max(count for count in (1, 2, 4, 8) if count * self.bits <= 8)
+
+    @property
+    def learned(self) -> bool:
+        """Whether the levels are learned from each weight."""
+        return self.kind == "codebook" and not self.levels
+
+    @property
+    def integer(self) -> bool:
+        """Whether codes are integers proportional to values, as integer products need them."""
+        return self.kind == "int"
 
 
-FORMATS = {"int8": Format("int8", jnp.dtype("int8"), 127)}
+def _formats() -> dict[str, Format]:
+    int8, uint8 = jnp.dtype("int8"), jnp.dtype("uint8")
+    made = [
+        Format("int8", "int", 8, 127, int8),
+        Format("int4", "int", 4, 7, int8),
+        Format("uint8", "affine", 8, 255, uint8),
+        Format("uint4", "affine", 4, 15, uint8),
+        Format("fp8_e4m3", "float", 8, 448, jnp.dtype("float8_e4m3fn")),
+        Format("fp8_e5m2", "float", 8, 57344, jnp.dtype("float8_e5m2")),
+        Format("nf4", "codebook", 4, 1, uint8, NF4_LEVELS),
+        *(Format(f"codebook{2**bits}", "codebook", bits, 1, uint8) for bits in range(1, 9)),
+    ]
+    return {target.name: target for target in made}
+
+
+FORMATS = _formats()
+"""Formats by name. `codebookN` has N learned levels (Han et al. 2016, Deep Compression, arXiv:1510.00149)."""

@@ -1,87 +1,97 @@
-"""`QTensor`, a quantized array that is a pytree, and the symmetric arithmetic that makes one.
-
-One rounding rule is used everywhere, in training, calibration and the lowered program: nearest code, ties to even,
-saturating. So a fake-quantized and a lowered model differ by float rounding only.
-"""
+"""`QTensor`, a quantized matrix that is a pytree, and rounding to what one holds."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from lepton_xla.quant.formats import FORMATS, Format
+from lepton_xla.quant.grid import Grid, encode, make_grid, matrix_codes, matrix_values
+from lepton_xla.quant.packing import pack, unpack
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["values", "scale"], meta_fields=["format"])
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["values", "scale", "zero_point", "codebook"],
+    meta_fields=["format", "rows"],
+)
 @dataclasses.dataclass(frozen=True)
 class QTensor:
-    """A quantized array: `values * scale`.
+    """A quantized matrix [..., K, N], K the contracted dimension; leading axes are batches, and steps of a scan.
 
     Attributes:
-        values: codes, of the format's dtype.
-        scale: float32, broadcastable to `values`: size 1 along every axis that shares a scale.
+        values: codes [..., K, N]; of fewer than eight bits, packed: uint8 [..., ceil(K / codes a byte), N].
+        scale: float32 [..., 1, N] for one a channel, [..., 1, 1] for one a matrix; bfloat16 [..., G, N] for groups.
         format: the format's name.
+        rows: K.
+        zero_point: uint8 like `scale`, for affine formats; else None.
+        codebook: float32 [..., levels], for learned formats; else None.
     """
 
     values: jax.Array
     scale: jax.Array
     format: str
+    rows: int
+    zero_point: jax.Array | None = None
+    codebook: jax.Array | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of the codes."""
-        return self.values.shape
+        """Shape of the matrix this stands for: [..., K, N]."""
+        return (*self.values.shape[:-2], self.rows, self.values.shape[-1])
+
+    @property
+    def grid(self) -> Grid:
+        """What the codes stand for."""
+        return Grid(self.scale, self.zero_point, self.codebook)
+
+    def codes(self) -> jax.Array:
+        """The codes, unpacked: [..., K, N] of the format's dtype."""
+        return unpack(self.values, FORMATS[self.format], self.rows)
 
     def dequantize(self, dtype: jnp.dtype | str = "float32") -> jax.Array:
-        """The float array this stands for."""
-        return (self.values.astype(jnp.float32) * self.scale).astype(dtype)
+        """The float matrix [..., K, N] that this stands for."""
+        return matrix_values(self.codes(), self.grid, FORMATS[self.format]).astype(dtype)
+
+    def columns(self, index: jax.Array) -> QTensor:
+        """The columns at these positions: a `QTensor` of [K, len(index)].
+
+        Args:
+            index: int [n], inside the matrix's N. The matrix has no leading axes.
+        """
+        take = lambda array: array.at[:, index].get(mode="promise_in_bounds")  # noqa: E731
+        of = lambda array: array if array is None or array.shape[-1] == 1 else take(array)  # noqa: E731
+        return dataclasses.replace(self, values=take(self.values), scale=of(self.scale), zero_point=of(self.zero_point))
 
 
-def absmax_scale(absmax: jax.Array, target: Format) -> jax.Array:
-    """Scale that maps `absmax` onto the largest code.
-
-    Args:
-        absmax: largest magnitude of what shares a scale, any shape, float, not negative.
-        target: the format.
-
-    Returns:
-        float32 of the same shape: never zero or subnormal, and finite where `absmax` is; 1 where that is 0. A NaN stays
-        one, so that it shows in the result.
-    """
-    scale = absmax.astype(jnp.float32) / target.largest
-    return jnp.where(scale == 0, jnp.float32(1), jnp.maximum(scale, jnp.finfo(jnp.float32).tiny))
-
-
-def magnitude(array: jax.Array, axes: Sequence[int] | None) -> jax.Array:
-    """Largest absolute value along `axes` (all of them for None), kept as size 1."""
-    return jnp.max(jnp.abs(array), axis=None if axes is None else tuple(axes), keepdims=True, initial=0)
-
-
-def encode(array: jax.Array, scale: jax.Array, target: Format) -> jax.Array:
-    """Codes of `array` at the given scale, saturating."""
-    codes = jnp.round(array.astype(jnp.float32) / scale)
-    return jnp.clip(codes, -target.largest, target.largest).astype(target.dtype)
-
-
-def quantize(array: jax.Array, name: str, axes: Sequence[int] | None) -> QTensor:
-    """Quantizes symmetrically by absmax.
+def quantize(
+    matrix: jax.Array,
+    name: str,
+    granularity: str = "channel",
+    *,
+    scale: jax.Array | None = None,
+    zero_point: jax.Array | None = None,
+    codebook: jax.Array | None = None,
+) -> QTensor:
+    """Quantizes a matrix: over its whole range, or on a grid that something else has found.
 
     Args:
-        array: float array, any shape.
+        matrix: float [..., K, N].
         name: the format, a key of `FORMATS`.
-        axes: axes that share a scale: the contracted ones for per-channel, None (all) for per-tensor.
+        granularity: `channel`, `tensor` (one scale for each [K, N]) or `group:g` along K.
+        scale, zero_point, codebook: parts of the grid, as `make_grid` takes them.
 
-    Returns:
-        A `QTensor` whose scale has size 1 along `axes`.
+    Raises:
+        RecipeError: if g does not divide K.
     """
     target = FORMATS[name]
-    scale = absmax_scale(magnitude(array, axes), target)
-    return QTensor(encode(array, scale, target), scale, name)
+    grid = make_grid(matrix, target, granularity, scale=scale, zero_point=zero_point, codebook=codebook)
+    codes = matrix_codes(lax.stop_gradient(matrix), grid, target)
+    return QTensor(pack(codes, target), grid.scale, name, matrix.shape[-2], grid.zero_point, grid.codebook)
 
 
 def fake_quantize(array: jax.Array, scale: jax.Array, name: str) -> jax.Array:
@@ -93,12 +103,24 @@ def fake_quantize(array: jax.Array, scale: jax.Array, name: str) -> jax.Array:
     Args:
         array: float array.
         scale: broadcastable to `array`.
-        name: the format, a key of `FORMATS`.
+        name: the format, `int` or `float` of kind.
     """
     target = FORMATS[name]
-    scale = lax.stop_gradient(scale)
-    scaled = array.astype(jnp.float32) / scale
-    codes = lax.stop_gradient(jnp.clip(jnp.round(scaled), -target.largest, target.largest))
-    # What rounds to the largest code is not saturated: under an absmax scale the largest value of all is there.
-    passing = jnp.where(jnp.abs(scaled) <= target.largest + 0.5, scaled, jnp.zeros_like(scaled))
-    return ((codes + (passing - lax.stop_gradient(passing))) * scale).astype(array.dtype)
+    scale = lax.stop_gradient(scale).astype(jnp.float32)
+    exact = array.astype(jnp.float32)
+    rounded = encode(exact, scale, target).astype(jnp.float32) * scale
+    return straight_through(exact, rounded, inside(exact, scale, target)).astype(array.dtype)
+
+
+def inside(array: jax.Array, scale: jax.Array, target: Format) -> jax.Array:
+    """Where a value is not beyond the largest code.
+
+    What rounds to the largest code is not: under an absmax scale the largest value of all is there.
+    """
+    return jnp.abs(array / scale) <= target.largest + 0.5
+
+
+def straight_through(array: jax.Array, rounded: jax.Array, passing: jax.Array | bool) -> jax.Array:
+    """Exactly `rounded`, with the gradient of `array` where `passing`, and none elsewhere."""
+    through = jnp.where(passing, array, jnp.zeros_like(array))
+    return lax.stop_gradient(rounded) + (through - lax.stop_gradient(through))

@@ -66,10 +66,10 @@ def test_unplanned_sites_stay_float():
 
 
 def test_what_a_plan_keeps_stays_float():
-    """A tied table is kept by the plan, so it is not rounded in training either."""
+    """A weight used in two layouts is kept by the plan, so it is not rounded in training either."""
     tied = trace(
-        lambda w, ids: jnp.take(w["t"], ids, axis=0) @ w["t"].T,
-        {"t": array(9, 6)},
+        lambda w, ids: jnp.take(w["t"], ids, axis=0) @ w["t"],
+        {"t": array(9, 9)},
         {"ids": TensorSpec(("b",), "int32")},
     )
     ids = jnp.asarray([1, 5, 2])

@@ -204,16 +204,18 @@ def test_a_transformer_stays_close_and_its_report_is_its_plan():
 
     planned = {entry.site.name for entry in plan.sites if entry.quantize}
     kept = {entry.site.name: entry.not_quantized for entry in plan.sites if entry.not_quantized}
-    assert len(planned) == 2 * 6 + 1
-    assert len(kept) == 2 * 2 + 1
+    assert len(planned) == 2 * 6 + 1 + 1
+    assert len(kept) == 2 * 2
     reports = {site.site: site for site in lowered.history[-1].sites}
-    assert {name for name, site in reports.items() if site.action == "int8 x int8"} == planned
+    table = {name for name, site in reports.items() if site.action == "int8 weights"}
+    assert [plan[name].site.kind for name in table] == ["gather"]
+    assert {name for name, site in reports.items() if site.action == "int8 x int8"} == planned - table
     assert {name: site.reason for name, site in reports.items() if site.action == "kept float"} == kept
     assert {name for name, leaf in lowered.weights.items() if isinstance(leaf, QTensor)} == {
         plan[name].site.path for name in planned
     }
     sizes = {"batch": 6, "seq": 9}
-    assert products_of(lowered, sizes).count(INTEGER) == len(planned)
+    assert products_of(lowered, sizes).count(INTEGER) == len(planned) - 1
 
 
 def test_a_row_does_not_depend_on_its_neighbours():
@@ -269,16 +271,27 @@ def tied(w, x):
     return jnp.take(w["table"], jnp.argmax(x, 1), axis=0) @ w["dense"] @ w["table"].T
 
 
-def test_a_tied_embedding_is_kept_and_said_or_refused():
+def test_a_tied_embedding_is_stored_once():
     program = trace(tied, {"table": array(10, 6), "dense": array(6, 6, seed=1)}, ROWS)
     lowered = run_lower(program, recipe().resolve(program))
-    assert lowered.weights["table"].dtype == jnp.float32
-    assert isinstance(lowered.weights["dense"], QTensor)
+    assert lowered.weights["table"].values.shape == (6, 10)
+    assert lowered.weights["table"].values.dtype == jnp.int8
     reports = {site.site: (site.action, site.reason) for site in lowered.history[-1].sites}
-    assert reports["table#1"] == ("kept float", "its weight is shared with 'table': gather is not lowered")
+    assert reports == {"table": ("int8 weights", ""), "dense": ("int8 x int8", ""), "table#1": ("int8 x int8", "")}
     x = array(4, 6, seed=3)
     expected = program(program.weights, x)
     assert np.abs(lowered(lowered.weights, x) - expected).max() < 0.05 * np.abs(expected).max()
+
+
+def test_a_table_used_in_two_layouts_is_kept_and_said_or_refused():
+    def fn(w, x):
+        return jnp.take(w["table"], jnp.argmax(x, 1), axis=0) @ w["table"]
+
+    program = trace(fn, {"table": array(6, 6)}, ROWS)
+    lowered = run_lower(program, recipe().resolve(program))
+    assert lowered.weights["table"].dtype == jnp.float32
+    reports = {site.site: (site.action, site.reason) for site in lowered.history[-1].sites}
+    assert reports["table#1"] == ("kept float", "its weight is used in another layout at 'table'")
     with pytest.raises(UnsupportedError, match="site 'table'"):
         recipe(head="").resolve(program)
 

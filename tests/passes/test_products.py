@@ -9,7 +9,7 @@ from jax import lax
 from lepton_xla.passes import find_sites, products
 from lepton_xla.passes.sites import lay_out
 from lepton_xla.program import TensorSpec, trace
-from lepton_xla.quant import FORMATS, encode
+from lepton_xla.quant import FORMATS, absmax_scale, encode
 
 BATCHED = (((2,), (1,)), ((0,), (0,)))
 LETTERS = "abcdefghij"
@@ -17,6 +17,10 @@ LETTERS = "abcdefghij"
 
 def array(*shape, seed=0):
     return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
+
+
+def scale_of(absmax):
+    return None if absmax is None else absmax_scale(absmax, FORMATS["int8"])
 
 
 def only_site(fn, activation, weight):
@@ -95,7 +99,9 @@ def test_dot(name, granularity, static):
     assert stored.values.dtype == jnp.int8
 
     contract = site.params["dimension_numbers"][0]
-    weight_axes = None if granularity == "tensor" else tuple(contract[site.weight_operand])
+    batch_axes = site.params["dimension_numbers"][1][site.weight_operand]
+    per_tensor = tuple(axis for axis in range(laid.ndim) if axis not in batch_axes)
+    weight_axes = per_tensor if granularity == "tensor" else tuple(contract[site.weight_operand])
     reference = quantized(laid, weight_axes)
     act_contract = tuple(contract[1 - site.weight_operand])
     absmax = jnp.float32(1.7) if static else None
@@ -106,7 +112,7 @@ def test_dot(name, granularity, static):
         codes, scale = quantized(act, act_contract)
     total, factor = dot_reference(site, (codes,), reference, scale)
     for pad in (False, True):
-        got = products.integer_product(site, act, stored, absmax, pad_single=pad)
+        got = products.code_product(site, act, stored, "int8", scale_of(absmax), pad_single=pad)
         assert got.shape == site.output.shape
         np.testing.assert_allclose(got, total * factor, rtol=3e-6, atol=1e-7)
     # And it is the float product, to what eight bits can hold.
@@ -122,7 +128,9 @@ def test_dot(name, granularity, static):
     batch = len(site.params["dimension_numbers"][1][0])
     assert stored.values.ndim == batch + 2
     jaxpr = str(
-        jax.make_jaxpr(lambda a, s: products.integer_product(site, a, s, absmax, pad_single=False))(act, stored)
+        jax.make_jaxpr(lambda a, s: products.code_product(site, a, s, "int8", scale_of(absmax), pad_single=False))(
+            act, stored
+        )
     )
     assert jaxpr.count("preferred_element_type=int32") == 1
     if name in ("x @ W", "x @ W.T"):
@@ -155,9 +163,8 @@ def test_conv(name, granularity, static):
     weight = array(*weight_shape, seed=2)
     site = only_site(fn, act, weight)
     stored = products.store(site, weight, "int8", granularity)
-    assert stored.shape == weight.shape
-
     out_channel, batch = layout[1].index("O"), layout[0].index("N")
+    assert stored.shape == (weight.size // weight.shape[out_channel], weight.shape[out_channel])
     weight_axes = None if granularity == "tensor" else tuple(k for k in range(weight.ndim) if k != out_channel)
     weight_codes, weight_scale = quantized(weight, weight_axes)
     absmax = jnp.float32(1.7) if static else None
@@ -175,7 +182,7 @@ def test_conv(name, granularity, static):
     out_shape = np.ones(act.ndim, int)
     out_shape[layout[2].index("C")] = -1
     expected = total * act_scale.reshape(shape) * weight_scale.reshape(out_shape)
-    got = products.integer_product(site, act, stored, absmax, pad_single=False)
+    got = products.code_product(site, act, stored, "int8", scale_of(absmax), pad_single=False)
     np.testing.assert_allclose(got, expected, rtol=3e-6, atol=1e-7)
     np.testing.assert_allclose(products.restore(site, stored), weight_codes * weight_scale, rtol=1e-6, atol=1e-9)
 
@@ -185,7 +192,7 @@ def test_narrow_models_keep_their_dtype(dtype):
     act, weight = array(5, 12, seed=1).astype(dtype), array(12, 6, seed=2).astype(dtype)
     site = only_site(lambda x, w: x @ w, act, weight)
     stored = products.store(site, weight, "int8", "channel")
-    got = products.integer_product(site, act, stored, None, pad_single=False)
+    got = products.code_product(site, act, stored, "int8", None, pad_single=False)
     assert got.dtype == jnp.dtype(dtype)
     assert products.restore(site, stored).dtype == jnp.dtype(dtype)
     (codes, scale), (weight_codes, weight_scale) = quantized(act, (1,)), quantized(weight, (0,))
@@ -196,7 +203,9 @@ def test_narrow_models_keep_their_dtype(dtype):
 def test_large_activations_of_float16_do_not_overflow():
     act, weight = jnp.full((3, 4), 60000.0, jnp.float16), jnp.full((4, 2), 1e-4, jnp.float16)
     site = only_site(lambda x, w: x @ w, act, weight)
-    got = products.integer_product(site, act, products.store(site, weight, "int8", "channel"), None, pad_single=False)
+    got = products.code_product(
+        site, act, products.store(site, weight, "int8", "channel"), "int8", None, pad_single=False
+    )
     np.testing.assert_allclose(np.asarray(got, np.float64), 24.0, rtol=0.01)
 
 
@@ -205,14 +214,14 @@ def test_a_result_wider_than_its_operands(dtype):
     act, weight = array(5, 12, seed=1).astype(dtype), array(12, 6, seed=2).astype(dtype)
     site = only_site(lambda x, w: lax.dot(x, w, preferred_element_type=jnp.float32), act, weight)
     stored = products.store(site, weight, "int8", "channel")
-    assert products.integer_product(site, act, stored, None, pad_single=False).dtype == jnp.float32
+    assert products.code_product(site, act, stored, "int8", None, pad_single=False).dtype == jnp.float32
 
 
 def test_zero_rows_and_channels_are_exactly_zero():
     act, weight = array(4, 6).at[1].set(0), array(6, 5, seed=1).at[:, 2].set(0)
     site = only_site(lambda x, w: x @ w, act, weight)
     stored = products.store(site, weight, "int8", "channel")
-    got = np.asarray(products.integer_product(site, act, stored, None, pad_single=False))
+    got = np.asarray(products.code_product(site, act, stored, "int8", None, pad_single=False))
     assert (got[1] == 0).all()
     assert (got[:, 2] == 0).all()
     assert np.isfinite(got).all()
@@ -222,7 +231,7 @@ def test_a_broken_row_stays_broken_and_alone():
     act, weight = array(4, 6).at[1, 3].set(jnp.nan), array(6, 5, seed=1)
     site = only_site(lambda x, w: x @ w, act, weight)
     stored = products.store(site, weight, "int8", "channel")
-    got = np.asarray(products.integer_product(site, act, stored, None, pad_single=False))
+    got = np.asarray(products.code_product(site, act, stored, "int8", None, pad_single=False))
     assert np.isnan(got[1]).all()
     assert np.isfinite(got[[0, 2, 3]]).all()
 
@@ -241,7 +250,7 @@ def test_a_broken_row_stays_broken_and_alone():
             ),
             (4, 9, 4), (3, 4, 6), "batch groups",
         ),
-        (lambda x, w: jnp.take(w, jnp.zeros(3, int), axis=0) + jnp.sum(x), (3, 4), (7, 5), "gather"),
+        (lambda x, w: jnp.take(w, jnp.zeros(3, int), axis=0) + jnp.sum(x), (3, 4), (7, 5), None),
         (lambda x, w: lax.ragged_dot(x, w, jnp.asarray([1, 2])), (3, 4), (2, 4, 5), "ragged_dot"),
     ],
 )  # fmt: skip

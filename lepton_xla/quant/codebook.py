@@ -1,0 +1,71 @@
+"""Levels that are learned from the values they stand for: one-dimensional k-means, on the device.
+
+Han, Mao, Dally 2016, Deep Compression, arXiv:1510.00149, section 3: linear initialization, since few large weights
+matter more than many small ones, then Lloyd's iterations.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+MAX_ITERATIONS = 50
+# Levels that all move less than this share of the values' range have settled.
+SETTLED = 1e-5
+# Up to this many levels, comparing with every boundary is faster than searching.
+_COMPARE_ALL = 16
+
+
+def nearest_level(values: jax.Array, levels: jax.Array) -> jax.Array:
+    """Index of the level nearest to each value, the lower one of two that are equally near.
+
+    Args:
+        values: float32, any shape.
+        levels: float32 [n], ascending.
+
+    Returns:
+        int32 of the values' shape.
+    """
+    halves = levels * 0.5  # halved first, so that no sum overflows
+    boundaries = halves[1:] + halves[:-1]
+    method = "compare_all" if levels.shape[0] <= _COMPARE_ALL else "scan_unrolled"
+    return jnp.searchsorted(boundaries, values, method=method)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def learn_levels(values: jax.Array, count: int) -> jax.Array:
+    """The levels that minimize the squared error of rounding to them, as far as Lloyd's iterations find them.
+
+    Args:
+        values: float32 [n], n >= 1, finite.
+        count: how many levels, at least 2.
+
+    Returns:
+        float32 [count], ascending. If any value is exactly zero, so is one level, and zeros keep it: a pruned weight
+        stays pruned.
+    """
+    values = lax.stop_gradient(values)
+    low, high = jnp.min(values), jnp.max(values)
+    levels = low + (high - low) * jnp.linspace(0.0, 1.0, count, dtype=jnp.float32)
+    fixed = jnp.any(values == 0) & (jnp.arange(count) == jnp.argmin(jnp.abs(levels)))
+    levels = jnp.where(fixed, jnp.float32(0), levels)
+
+    def going(state: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
+        step, _, moved = state
+        return (step < MAX_ITERATIONS) & (moved > SETTLED * (high - low))
+
+    def iterate(state: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
+        step, levels, _ = state
+        nearest = nearest_level(values, levels)
+        # Sums of differences from the level stay small, so that float32 does not lose the last values of many.
+        away = jnp.zeros(count, jnp.float32).at[nearest].add(values - levels[nearest])
+        members = jnp.zeros(count, jnp.int32).at[nearest].add(1)
+        shift = away / jnp.maximum(members, 1).astype(jnp.float32)
+        shift = jnp.where(fixed, jnp.float32(0), shift)
+        return step + 1, levels + shift, jnp.max(jnp.abs(shift))
+
+    _, levels, _ = lax.while_loop(going, iterate, (jnp.int32(0), levels, jnp.float32(jnp.inf)))
+    return jnp.sort(levels)  # they are in order but for rounding

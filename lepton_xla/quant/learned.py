@@ -1,0 +1,95 @@
+"""Rounding for training: to a scale that is trained itself, and at random."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from lepton_xla.errors import UnsupportedError
+from lepton_xla.quant.formats import Format
+from lepton_xla.quant.grid import as_blocks, decode, encode, group_size, settle
+from lepton_xla.quant.qtensor import straight_through
+
+
+def initial_scale(matrix: jax.Array, target: Format, granularity: str) -> jax.Array:
+    """Where training of a step size begins: 2 mean(|w|) / sqrt(largest code) (LSQ, arXiv:1902.08153, section 2.1).
+
+    Args:
+        matrix: float [..., K, N].
+        target: an integer format.
+        granularity: `channel`, `tensor` or `group:g`.
+
+    Returns:
+        float32 [..., G, N] or [..., 1, 1], 1 where all weights are zero.
+    """
+    size = group_size(granularity)
+    blocks = as_blocks(jnp.abs(matrix.astype(jnp.float32)), matrix.shape[-2] // size if size else 1)
+    axes = (-3, -2, -1) if granularity == "tensor" else (-2,)
+    scale = jnp.mean(blocks, axes, keepdims=True)[..., :, 0, :] * np.float32(2 / math.sqrt(_largest(target)))
+    return jnp.where(scale == 0, jnp.float32(1), settle(scale, "tensor"))
+
+
+def learned_quantize(
+    array: jax.Array, scale: jax.Array, target: Format, shared: int, zero_point: jax.Array | None = None
+) -> jax.Array:
+    """Rounds at a scale that gets a gradient (Esser et al. 2020, Learned Step Size Quantization, arXiv:1902.08153).
+
+    Args:
+        array: float, any shape.
+        scale: float32, broadcastable to `array`, positive.
+        target: an integer or affine format.
+        shared: how many elements share one scale: its gradient is multiplied by 1 / sqrt(shared * largest code), which
+            balances its steps with those of the weights (section 2.2).
+        zero_point: broadcastable to `array`, for affine formats.
+
+    Returns:
+        Exactly what `encode` and `decode` give, in the array's dtype.
+    """
+    factor = np.float32(1 / math.sqrt(max(shared, 1) * _largest(target)))
+    scaled_down = scale * factor
+    scale = lax.stop_gradient(scale) + (scaled_down - lax.stop_gradient(scaled_down))
+    zero = jnp.float32(0) if zero_point is None else lax.stop_gradient(zero_point.astype(jnp.float32))
+    exact = array.astype(jnp.float32)
+    position = exact / scale
+    codes = encode(lax.stop_gradient(exact), lax.stop_gradient(scale), target, zero_point).astype(jnp.float32)
+    away = codes - zero
+    # Inside, the step's gradient is the rounding error; what saturates has that of the last code.
+    within = jnp.abs(lax.stop_gradient(position) - away) <= 0.5
+    return (straight_through(position, away, within) * scale).astype(array.dtype)
+
+
+def stochastic_quantize(
+    array: jax.Array, scale: jax.Array, target: Format, key: jax.Array, zero_point: jax.Array | None = None
+) -> jax.Array:
+    """Rounds up or down at random, so that the mean over keys is the value itself (Gupta 2015, arXiv:1502.02551).
+
+    Args:
+        array: float, any shape. Zeros, and values on a code, stay what they are.
+        scale: float32, broadcastable to `array`.
+        target: an integer or affine format.
+        key: a `jax.random` key.
+        zero_point: broadcastable to `array`, for affine formats.
+
+    Returns:
+        The rounded values in the array's dtype; the gradient passes straight through.
+    """
+    largest = _largest(target)
+    scale = lax.stop_gradient(scale)
+    exact = array.astype(jnp.float32)
+    zero = jnp.float32(0) if zero_point is None else zero_point.astype(jnp.float32)
+    codes = jnp.floor(exact / scale + jax.random.uniform(key, array.shape, jnp.float32)) + zero
+    codes = jnp.clip(codes, 0 if target.kind == "affine" else -largest, largest)
+    rounded = decode(codes, scale, target, zero_point)
+    within = (codes > (0 if target.kind == "affine" else -largest)) & (codes < largest)
+    near = jnp.abs(exact - rounded) <= scale * 1.0001
+    return straight_through(exact, rounded, within | near).astype(array.dtype)
+
+
+def _largest(target: Format) -> float:
+    if target.kind not in ("int", "affine"):
+        raise UnsupportedError(f"{target.name} has no steps of one size; train scales, or round at random, in integers")
+    return target.largest
