@@ -1,6 +1,7 @@
 """Passes: function in, function out, each a rule table on the one walker in `rewrite`."""
 
 from lepton_xla.passes.calibrate import calibrate
+from lepton_xla.passes.cast import cast
 from lepton_xla.passes.cost import cost
 from lepton_xla.passes.fake_quant import fake_quant
 from lepton_xla.passes.fold import fold
@@ -11,6 +12,7 @@ from lepton_xla.passes.sites import find_sites, rewrite_sites
 
 __all__ = [
     "calibrate",
+    "cast",
     "cost",
     "fake_quant",
     "find_sites",
