@@ -1,0 +1,163 @@
+"""What post-training methods need to know of the activations that meet a weight, measured in one pass over data."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lepton_xla import _compat
+from lepton_xla.errors import CalibrationError
+from lepton_xla.passes import matrix
+from lepton_xla.passes.calibrate import check_batch
+from lepton_xla.passes.rewrite import Context, Values, materialize
+from lepton_xla.passes.sites import Site, rewrite_sites
+from lepton_xla.program import Program
+
+# Gram matrices collected in one pass over the data take at most this much memory, unless a single one takes more.
+GRAM_LIMIT_BYTES = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Statistics:
+    """The activations `X` that met one site, as rows of the matrices of `passes.matrix`.
+
+    Attributes:
+        rows: how many rows, `[*steps]`, float64 on the host; 0 where the data never reached a step.
+        absmax: largest magnitude of each column, `[*steps, B, K]`, float32.
+        mean: mean of each column, likewise; 0 where there are no rows.
+        mean_abs: mean magnitude of each column, likewise.
+        gram: `X^T X / rows`, `[*steps, B, K, K]`, float32; None where it was not asked for.
+    """
+
+    rows: np.ndarray
+    absmax: jax.Array
+    mean: jax.Array
+    mean_abs: jax.Array
+    gram: jax.Array | None = None
+
+
+def collect_statistics(
+    program: Program,
+    sites: Sequence[Site],
+    batches: Iterable[Mapping[str, Any]],
+    *,
+    gram: bool = False,
+    limit_bytes: int = GRAM_LIMIT_BYTES,
+) -> dict[str, Statistics]:
+    """Measures the activations at some sites, on the device, one pass over the data for each group of sites.
+
+    Args:
+        program: a program whose weights at these sites are float arrays.
+        sites: `dot_general` or `conv_general_dilated` sites with a weight, as `find_sites` gives them.
+        batches: input dicts, such as `{"image": array}`; at least one.
+        gram: whether the Gram matrices are needed.
+        limit_bytes: bytes of Gram matrices above which the sites are measured in several passes over the data.
+
+    Returns:
+        Site name -> statistics. A scan that steps over a site's weight has them for each step; all else that runs a
+        site repeatedly adds to one count.
+
+    Raises:
+        CalibrationError: if there are no batches, or one has a wrong name, dtype or shape, is empty or not finite; or
+            if an activation is not finite.
+    """
+    data = list(batches)
+    if not data:
+        raise CalibrationError("calibration data is empty: give at least one batch, such as [{'image': array}]")
+    found: dict[str, Statistics] = {}
+    for group in _groups(program, sites, limit_bytes if gram else None):
+        found |= _collect(program, group, data, gram)
+    return found
+
+
+def _groups(program: Program, sites: Sequence[Site], limit_bytes: int | None) -> list[list[Site]]:
+    """The sites in groups whose Gram matrices fit the limit."""
+    groups: list[list[Site]] = []
+    free = 0
+    for site in sites:
+        batch, depth, _ = matrix.matrix_shape(site)
+        size = math.prod(_steps(program, site)) * batch * depth * depth * 4
+        if not groups or (limit_bytes is not None and size > free):
+            groups.append([])
+            free = limit_bytes or 0
+        groups[-1].append(site)
+        free -= size
+    return groups
+
+
+def _steps(program: Program, site: Site) -> tuple[int, ...]:
+    assert site.path is not None
+    return matrix.steps(site, program.weights[site.path])
+
+
+def _collect(
+    program: Program, group: Sequence[Site], data: Sequence[Mapping[str, Any]], gram: bool
+) -> dict[str, Statistics]:
+    wanted = {site.name: _steps(program, site) for site in group}
+
+    def rule(site: Site, context: Context, eqn: Any, values: Values) -> None:
+        del eqn
+        if site.name not in wanted or site.weight_operand is None:
+            return
+        rows = matrix.activation_matrix(site, materialize(values[1 - site.weight_operand]))
+        weight = values[site.weight_operand]
+        sizes = wanted[site.name]
+        step = tuple(weight.beside[site.name]) if sizes else ()
+
+        def tap(what: str, value: jax.Array, combine: Any = "sum") -> None:
+            whole = jnp.zeros((*sizes, *value.shape), value.dtype).at[step].set(value) if sizes else value
+            context.tap(f"{site.name}\n{what}", whole, combine)
+
+        tap("rows", _compat.vary(jnp.float32(rows.shape[1]), _compat.varying(rows)))
+        tap("absmax", jnp.max(jnp.abs(rows), axis=1, initial=0), "max")
+        tap("sum", jnp.sum(rows, axis=1))
+        tap("sum_abs", jnp.sum(jnp.abs(rows), axis=1))
+        if gram:
+            tap("gram", jnp.einsum("bmk,bml->bkl", rows, rows, precision=jax.lax.Precision.HIGHEST))
+
+    # Which step of which scan a product belongs to is told by an index that travels with the weight.
+    beside: dict[str, dict[str, jax.Array]] = {}
+    for site in group:
+        if wanted[site.name]:
+            assert site.path is not None
+            index = np.moveaxis(np.indices(wanted[site.name]), 0, -1)
+            beside.setdefault(site.path, {})[site.name] = jnp.asarray(index, jnp.int32)
+    observed = jax.jit(rewrite_sites(program.fn, rule, inline=True, beside=beside, on_unknown="keep", with_taps=True))
+
+    totals: dict[str, Any] = {}
+    for count, batch in enumerate(data):
+        inputs = check_batch(program, batch, f"calibration batch {count}")
+        _, taps = observed(program.weights, *inputs)
+        for name, value in taps.items():
+            site, _, what = name.partition("\n")
+            if what == "absmax":  # stacked by every scan around it, not only by those that step over the weight
+                value = jnp.max(value, axis=tuple(range(value.ndim - len(wanted[site]) - 2)))
+                totals[name] = jnp.maximum(totals[name], value) if name in totals else value
+            elif what == "rows":
+                totals[name] = totals.get(name, 0) + np.asarray(value, np.float64)
+            else:
+                totals[name] = totals[name] + value if name in totals else value
+    return {name: _statistics(name, totals, gram) for name in wanted}
+
+
+def _statistics(site: str, totals: Mapping[str, Any], gram: bool) -> Statistics:
+    rows = totals[f"{site}\nrows"]
+    absmax = totals[f"{site}\nabsmax"]
+    if not bool(jnp.all(jnp.isfinite(absmax))):
+        raise CalibrationError(f"the activation of site {site!r} is not finite on the calibration data")
+    share = jnp.asarray(1 / np.maximum(rows, 1), jnp.float32)
+    per_column = jnp.reshape(share, (*share.shape, 1, 1))
+    square = jnp.reshape(share, (*share.shape, 1, 1, 1))
+    return Statistics(
+        rows,
+        absmax,
+        totals[f"{site}\nsum"] * per_column,
+        totals[f"{site}\nsum_abs"] * per_column,
+        totals[f"{site}\ngram"] * square if gram else None,
+    )
