@@ -13,6 +13,7 @@ import argparse
 import dataclasses
 import functools
 import json
+import os
 import pathlib
 import statistics
 import time
@@ -192,8 +193,7 @@ def table(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     header = ["", "accuracy %", "lost, points"]
     header += ["cosine"] if "cosine" in metrics else []
     header += ["bytes of covered weights", "of float's"]
-    header += [f"{bucket}: ms" if index == 0 else bucket for index, bucket in enumerate(buckets)]
-    header = [*header[: -len(buckets)], *(f"{bucket}: ms (ratio)" for bucket in buckets), "note"]
+    header += [*(f"{bucket}: ms (ratio)" for bucket in buckets), "note"]
     cells = []
     for row in rows:
         cell = [row["name"]]
@@ -218,11 +218,12 @@ def write_pages(results: Mapping[str, Any]) -> None:
     parts = [
         "# Quantization: every preset on every benchmark model",
         (
-            "Written by `benchmarks/quantization.py` from `quantization.json` beside it; each model's section says when, "
-            "at which commit, and by which command it was measured. Accuracy is on held-out data. The ratio beside a "
-            f"time is to the float model under `jax.jit`, median over rounds in which everything of the section took turns; above "
-            f"{NOISE_RATIO} it is marked. Covered weights are those a preset stores otherwise than in float, scales "
-            "included. Peers get the same weights and the same calibration data. Losing rows are left in."
+            "Written by `benchmarks/quantization.py` from `quantization.json` beside it; each model's section says "
+            "when, at which commit, and by which command it was measured. Accuracy is on held-out data. The ratio "
+            "beside a time is to the float model under `jax.jit`, median over rounds in which everything of the "
+            f"section took turns; over {NOISE_RATIO} is marked. Covered weights are those a preset stores otherwise "
+            "than in float, scales included. Peers get the same weights and the same calibration data. Losing rows are "
+            "left in."
         ),
     ]
     for name, result in results.items():
@@ -236,7 +237,8 @@ def write_pages(results: Mapping[str, Any]) -> None:
 
 def _provenance(result: Mapping[str, Any]) -> str:
     run = result["run"]
-    return f"{run['date']}, commit {run['commit']}; {run['machine']}; {run['versions']}.\n\n    {run['command']}"
+    load = f"; load average {run['load']} from others before it started" if "load" in run else ""
+    return f"{run['date']}, commit {run['commit']}; {run['machine']}{load}; {run['versions']}.\n\n    {run['command']}"
 
 
 def minilm_page(result: Mapping[str, Any]) -> str:
@@ -261,8 +263,8 @@ def minilm_page(result: Mapping[str, Any]) -> str:
         "# MiniLM (all-MiniLM-L6-v2, 22.7 M parameters) in int8 on a CPU",
         (
             "Latency of the whole model at batch x sequence length, all rows taking turns in one run, with as many "
-            "threads as there are cores. The ratio is to the float model under `jax.jit` in the same rounds; below 1 is faster. "
-            "On a shared machine believe the ratios, not the times."
+            "threads as there are cores. The ratio is to the float model under `jax.jit` in the same rounds; below 1 "
+            "is faster. On a shared machine believe the ratios, not the times."
         ),
         harness.markdown(header, cells),
         f"Cosine and accuracy: {result['data']}.",
@@ -294,6 +296,7 @@ def main() -> int:
         if lacking:
             console.print(f"not installed, so left out: {', '.join(lacking)}")
     measured: dict[str, Any] = {}
+    load = f"{os.getloadavg()[0]:.1f}"
     for name in options.models.split(","):
         try:
             console.print(f"{name}: loading, or training where it was not trained before ...")
@@ -303,7 +306,8 @@ def main() -> int:
             continue
         measured[name] = measure(model, wanted, options)
         measured[name]["run"] = harness.machine(peers.PACKAGES if options.peers else ()) | {
-            "command": harness.command()
+            "command": harness.command(),
+            "load": load,
         }
         show(name, measured[name])
         if not options.quick:

@@ -1,0 +1,233 @@
+"""Training with quantization: what it regains at W4A4 on LeNet-5, and what a training step costs on a transformer.
+
+    python benchmarks/qat.py [--peers] [--quick] [--json FILE]
+
+LeNet-5 at 4-bit weights and activations: the float model, that model quantized as it is, and trained on with
+`fake_quant`, over several seeds. The step's cost is that of one AdamW step of a scanned transformer, plain and with
+`fake_quant`, taking turns. `--peers` adds qwix where it is installed. Writes docs/benchmarks/qat.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import pathlib
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import harness
+import jax
+import models
+import numpy as np
+import optax
+from models import transformer
+from models.base import mnist, train
+from rich.console import Console
+
+import lepton_xla as lx
+
+RESULTS = harness.PAGES / "qat.json"
+TARGET_REGAINED, TARGET_STEP_RATIO = 0.9, 1.4
+console = Console(width=120, highlight=False)
+
+
+def recipe(weights: str, activations: str) -> lx.Recipe:
+    """Every site in these formats: a scale for each output channel, and one for each row of activations."""
+    text = f'[[quantize]]\nsites = ".*"\nweights = "{weights}"\nactivations = "{activations}"\n'
+    return lx.Recipe.parse('on_unsupported = "keep"\nfold = false\n' + text, name=f"{weights} x {activations}")
+
+
+def accuracy(quick: bool, with_qwix: bool) -> dict[str, Any]:
+    """LeNet-5: float, W4A4 as it is, W4A4 trained on; `regained` is the share of the loss that training takes back."""
+    model = models.load("lenet5", quick=quick)
+    program = model.spec.program()
+    train_x, train_y, _, _ = mnist()
+    epochs, seeds = (6, 3) if not quick else (1, 1)
+    train_x, train_y = (train_x, train_y) if not quick else (train_x[:512], train_y[:512])
+    evaluate = model.spec.evaluate
+    assert evaluate is not None
+
+    def judged(apply: Callable[..., jax.Array], weights: Any) -> float:
+        jitted = jax.jit(apply)
+        return evaluate(lambda image: {"output": np.asarray(jitted(weights, image))})["accuracy"]
+
+    def row(name: str, apply: Callable[..., jax.Array], weights: Any) -> dict[str, Any]:
+        console.print(f"  {name} ...")
+        started = time.perf_counter()
+        found = {"name": name, "ptq": judged(apply, weights)}
+        # The same rows in the same order for all, so that seeds pair.
+        learn = lambda seed: train(  # noqa: E731
+            apply, weights, train_x, train_y, epochs=epochs, rate=5e-4, shift=2, seed=100 + seed
+        )
+        found["trained"] = [judged(apply, learn(seed)) for seed in range(seeds)]
+        return found | {"seconds": time.perf_counter() - started}
+
+    plan = recipe("int4", "int4").resolve(program)
+    rows = [
+        row("float", program.fn, program.weights),
+        row("lepton_xla int4 x int4", lx.passes.fake_quant(program.fn, plan), program.weights),
+    ]
+    if with_qwix:
+        assert model.linen is not None
+        module, variables = model.linen
+        rows.append(row("qwix int4 x int4", _qwix(module, "int4").apply, variables))
+    result: dict[str, Any] = {"data": model.data, "epochs": epochs, "seeds": seeds, "rows": rows}
+    baseline = rows[0]["ptq"]
+    for found in rows[1:]:
+        found["trained_median"] = statistics.median(found["trained"])
+        lost = baseline - found["ptq"]
+        found["regained"] = (found["trained_median"] - found["ptq"]) / lost if lost > 0 else None
+    return result
+
+
+def _qwix(module: Any, name: str) -> Any:
+    import qwix
+    from qwix import QtProvider, QtRule
+
+    # `.+`: what happens in named layers, so weights' products, as ours; the products of two activations are at the top.
+    rule = QtRule(module_path=".+", weight_qtype=name, act_qtype=name)
+    return qwix.quantize_model(module, QtProvider([rule]))
+
+
+def step_cost(size: transformer.Size, batch: int, options: argparse.Namespace, with_qwix: bool) -> dict[str, Any]:
+    """Milliseconds of one training step of the scanned transformer, and ratios to the plain one in the same rounds."""
+    weights = transformer.init(size)
+    random = np.random.default_rng(0)
+    images = random.random((batch, size.seq, size.inputs)).astype(np.float32)
+    labels = random.integers(0, 10, batch).astype(np.int32)
+    plain = lambda weights, x: transformer.encode(weights, x, size.heads)  # noqa: E731
+    program = lx.trace(plain, weights, {"x": lx.TensorSpec(("batch", size.seq, size.inputs), "float32")})
+    applied: dict[str, tuple[Callable[..., jax.Array], Any]] = {"plain step": (plain, weights)}
+    for name in ("int8", "int4"):
+        plan = recipe(name, name).resolve(program)
+        applied[f"fake_quant {name} x {name}"] = (lx.passes.fake_quant(plain, plan), weights)
+    module = transformer.LinenTransformer(size)
+    applied["plain step, Flax Linen"] = (module.apply, {"params": weights})
+    if with_qwix:
+        for name in ("int8", "int4"):
+            applied[f"qwix {name} x {name}, Flax Linen"] = (_qwix(module, name).apply, {"params": weights})
+    calls = {name: _step(apply, start, images, labels) for name, (apply, start) in applied.items()}
+    times = harness.interleave(calls, rounds=options.rounds, seconds=options.seconds)
+    rows = [
+        {
+            "name": name,
+            "step_ms": statistics.median(found) * 1e3,
+            "ratio": harness.ratio(times, name, "plain step"),
+            "ratio_own": harness.ratio(times, name, "plain step, Flax Linen" if "Linen" in name else "plain step"),
+        }
+        for name, found in times.items()
+    ]
+    shape = f"{size.layers} layers, width {size.width}, {size.heads} heads, batch {batch} x {size.seq}"
+    return {"shape": shape, "rows": rows}
+
+
+def _step(apply: Callable[..., jax.Array], weights: Any, images: np.ndarray, labels: np.ndarray) -> Callable[[], Any]:
+    optimizer = optax.adamw(1e-3)
+
+    def step(weights: Any, state: Any, images: jax.Array, labels: jax.Array) -> tuple[Any, Any]:
+        def loss(weights: Any) -> jax.Array:
+            return optax.softmax_cross_entropy_with_integer_labels(apply(weights, images), labels).mean()
+
+        updates, state = optimizer.update(jax.grad(loss)(weights), state, weights)
+        return optax.apply_updates(weights, updates), state
+
+    return harness.compiled(step, weights, optimizer.init(weights), images, labels)
+
+
+def tables(result: dict[str, Any]) -> tuple[str, str]:
+    """The two Markdown tables."""
+    found = result["accuracy"]
+    baseline = found["rows"][0]["ptq"]
+    cells = []
+    for row in found["rows"]:
+        cell = [row["name"], harness.percent(row["ptq"]), f"{100 * (baseline - row['ptq']):+.2f}"]
+        cell.append(", ".join(harness.percent(value) for value in row["trained"]))
+        regained = row.get("regained")
+        cells.append([*cell, f"{100 * regained:.0f} %" if regained is not None else ""])
+    trained = f"after {found['epochs']} more epochs, {found['seeds']} seeds"
+    first = harness.markdown(["", "accuracy % as it is", "lost, points", trained, "regained (median)"], cells)
+    parts = []
+    for cost in result["steps"]:
+        rows = [
+            [row["name"], f"{row['step_ms']:.1f}", f"{row['ratio']:.2f}", f"{row['ratio_own']:.2f}"]
+            for row in cost["rows"]
+        ]
+        header = [cost["shape"], "ms a step", "ratio to the plain step", "to the plain step of its own library"]
+        parts.append(harness.markdown(header, rows))
+    return first, "\n\n".join(parts)
+
+
+def page(result: dict[str, Any]) -> str:
+    """docs/benchmarks/qat.md."""
+    run, (first, second) = result["run"], tables(result)
+    parts = [
+        "# Training with quantization",
+        "## W4A4 on LeNet-5",
+        (
+            "Weights and activations in 4 bits at every convolution and dense layer: one scale for each output channel "
+            'of a weight, one for each row (example, for convolutions) of activations. "As it is" is the trained float '
+            "model rounded, without any training; then it is trained on with `lx.passes.fake_quant(fn, plan)`. The "
+            "float model trained on for as long is the first row."
+        ),
+        first,
+        f"Data: {result['accuracy']['data']}. Target: at least {100 * TARGET_REGAINED:.0f} % of the loss regained.",
+        "## What a training step costs",
+        (
+            "One step of AdamW on a transformer whose stacked layers `lax.scan` steps over, random weights and data, "
+            "medians over rounds in which all took turns. The same mathematics in Flax Linen, for qwix, which takes "
+            f"modules only. Target: at most {TARGET_STEP_RATIO} times the plain step, and no more than qwix's ratio."
+        ),
+        second,
+        (
+            f"{run['date']}, commit {run['commit']}; {run['machine']}; load average {run['load']} before it "
+            f"started; {run['versions']}."
+        ),
+        f"    {run['command']}",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def main() -> int:
+    """Measures, prints, writes."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--peers", action="store_true", help="also qwix, where it is installed")
+    parser.add_argument("--quick", action="store_true", help="little training, a small model, no page: a smoke test")
+    parser.add_argument("--json", type=pathlib.Path, help="write the figures to this file")
+    parser.add_argument("--rounds", type=int, default=31, help="turns of each step")
+    parser.add_argument("--seconds", type=float, default=60.0, help="of one transformer, at most")
+    options = parser.parse_args()
+    run = {"load": f"{os.getloadavg()[0]:.1f}", "command": harness.command()}
+    with_qwix = options.peers and importlib.util.find_spec("qwix") is not None
+    if options.peers and not with_qwix:
+        console.print("not installed, so left out: qwix")
+    sizes = [(transformer.Size(4, 128, 4, 64), 8), (transformer.Size(6, 256, 8, 64), 16)]
+    if options.quick:
+        options.rounds, options.seconds, sizes = 3, 1.0, [(transformer.Size(2, 32, 2, 8), 2)]
+    result: dict[str, Any] = {"steps": []}
+    for size, batch in sizes:
+        console.print(f"a training step of {size.layers} layers of width {size.width} ...")
+        result["steps"].append(step_cost(size, batch, options, with_qwix))
+    try:
+        console.print("LeNet-5 at W4A4 ...")
+        result["accuracy"] = accuracy(options.quick, with_qwix)
+    except models.MissingError as error:
+        console.print(f"skipped: {error}")
+        return 0
+    result["run"] = harness.machine(("qwix",) if with_qwix else ()) | run
+    console.print("\n\n".join(tables(result)), soft_wrap=True)
+    if not options.quick:
+        harness.PAGES.mkdir(parents=True, exist_ok=True)
+        RESULTS.write_text(json.dumps(result, indent=1) + "\n")
+        (harness.PAGES / "qat.md").write_text(page(result))
+    if options.json:
+        options.json.write_text(json.dumps(result, indent=1) + "\n")
+    console.print(f"repeat with: {harness.command()}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

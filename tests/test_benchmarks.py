@@ -1,0 +1,75 @@
+"""Each benchmark runs to its end on tiny settings and prints figures; what the figures are worth is not looked at."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+DATA = pathlib.Path(os.environ.get("LEPTON_DATA", ROOT.parent / "shared" / "data"))
+needs_data = pytest.mark.skipif(not (DATA / "mnist10k").is_dir(), reason="needs mnist10k in the folder LEPTON_DATA")
+
+
+def run(script: str, *arguments: str, data: pathlib.Path = DATA) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, ROOT / "benchmarks" / script, "--quick", *arguments],
+        cwd=ROOT,
+        env={**os.environ, "JAX_PLATFORMS": "cpu", "LEPTON_DATA": str(data)},
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+
+
+def figures(script: str, folder: pathlib.Path, *arguments: str) -> Any:
+    found = folder / "found.json"
+    done = run(script, *arguments, "--json", str(found))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"repeat with: python benchmarks/{script}" in done.stdout
+    return json.loads(found.read_text())
+
+
+def test_a_preset_is_judged_weighed_and_timed_at_every_bucket_on_flax_and_on_equinox(tmp_path: pathlib.Path) -> None:
+    found = figures("quantization.py", tmp_path, "--models", "digits,equinox", "--presets", "int8-weight-only")
+    assert list(found) == ["digits", "equinox"]
+    for result in found.values():
+        plain, small = result["rows"]
+        assert (plain["name"], small["name"]) == ("float", "int8-weight-only")
+        assert abs(plain["metrics"]["accuracy"] - small["metrics"]["accuracy"]) <= 0.02
+        assert 0.25 <= small["covered_after"] / small["covered_before"] <= 0.27
+        assert set(plain["ratio"].values()) == {1.0}
+        assert list(small["ratio"]) == ["1", "8", "32"]
+        assert all(0 < value < 100 for value in small["ratio"].values())
+
+
+def test_a_preset_that_a_model_cannot_take_is_a_row_that_says_why(tmp_path: pathlib.Path) -> None:
+    found = figures("quantization.py", tmp_path, "--models", "equinox", "--presets", "no-such-recipe")
+    assert "no-such-recipe" in found["equinox"]["rows"][1]["note"]
+
+
+def test_a_model_without_its_data_is_skipped_with_the_reason(tmp_path: pathlib.Path) -> None:
+    done = run("quantization.py", "--models", "lenet5", data=tmp_path)
+    assert done.returncode == 1
+    assert "lenet5: skipped: no folder mnist10k" in done.stdout
+
+
+def test_an_unknown_model_is_refused_by_name() -> None:
+    done = run("quantization.py", "--models", "lenet6")
+    assert done.returncode == 2
+    assert "no model lenet6; there are digits, lenet5" in done.stderr
+
+
+@needs_data
+def test_training_at_four_bits_and_the_cost_of_its_step(tmp_path: pathlib.Path) -> None:
+    found = figures("qat.py", tmp_path)
+    names = [row["name"] for row in found["steps"][0]["rows"]]
+    assert names[:2] == ["plain step", "fake_quant int8 x int8"]
+    assert found["steps"][0]["rows"][0]["ratio"] == 1.0
+    plain, ours = found["accuracy"]["rows"]
+    assert plain["name"] == "float"
+    assert len(ours["trained"]) == found["accuracy"]["seeds"]
