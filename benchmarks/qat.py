@@ -74,10 +74,15 @@ def accuracy(quick: bool, with_qwix: bool) -> dict[str, Any]:
     if with_qwix:
         assert model.linen is not None
         module, variables = model.linen
-        rows.append(row("qwix int4 x int4", _qwix(module, "int4").apply, variables))
+        try:
+            rows.append(row("qwix int4 x int4", _qwix(module, "int4").apply, variables))
+        except Exception as error:  # a peer may fail in any way; what it says goes into the table
+            rows.append({"name": "qwix int4 x int4", "failed": _reason(error)})
     result: dict[str, Any] = {"data": model.data, "epochs": epochs, "seeds": seeds, "rows": rows}
     baseline = rows[0]["ptq"]
     for found in rows[1:]:
+        if "failed" in found:
+            continue
         found["trained_median"] = statistics.median(found["trained"])
         lost = baseline - found["ptq"]
         found["regained"] = (found["trained_median"] - found["ptq"]) / lost if lost > 0 else None
@@ -110,7 +115,14 @@ def step_cost(size: transformer.Size, batch: int, options: argparse.Namespace, w
     if with_qwix:
         for name in ("int8", "int4"):
             applied[f"qwix {name} x {name}, Flax Linen"] = (_qwix(module, name).apply, {"params": weights})
-    calls = {name: _step(apply, start, images, labels) for name, (apply, start) in applied.items()}
+    calls, failed = {}, []
+    for name, (apply, start) in applied.items():
+        try:
+            calls[name] = _step(apply, start, images, labels)
+        except Exception as error:  # a peer may fail in any way; what it says goes into the table
+            if "qwix" not in name:
+                raise
+            failed.append({"name": name, "failed": _reason(error)})
     times = harness.interleave(calls, rounds=options.rounds, seconds=options.seconds)
     rows = [
         {
@@ -122,7 +134,11 @@ def step_cost(size: transformer.Size, batch: int, options: argparse.Namespace, w
         for name, found in times.items()
     ]
     shape = f"{size.layers} layers, width {size.width}, {size.heads} heads, batch {batch} x {size.seq}"
-    return {"shape": shape, "rows": rows}
+    return {"shape": shape, "rows": [*rows, *failed]}
+
+
+def _reason(error: Exception) -> str:
+    return f"failed: {type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:160]}"
 
 
 def _step(apply: Callable[..., jax.Array], weights: Any, images: np.ndarray, labels: np.ndarray) -> Callable[[], Any]:
@@ -144,6 +160,9 @@ def tables(result: dict[str, Any]) -> tuple[str, str]:
     baseline = found["rows"][0]["ptq"]
     cells = []
     for row in found["rows"]:
+        if "failed" in row:
+            cells.append([row["name"], "", "", row["failed"], ""])
+            continue
         cell = [row["name"], harness.percent(row["ptq"]), f"{100 * (baseline - row['ptq']):+.2f}"]
         cell.append(", ".join(harness.percent(value) for value in row["trained"]))
         regained = row.get("regained")
@@ -153,7 +172,9 @@ def tables(result: dict[str, Any]) -> tuple[str, str]:
     parts = []
     for cost in result["steps"]:
         rows = [
-            [row["name"], f"{row['step_ms']:.1f}", f"{row['ratio']:.2f}", f"{row['ratio_own']:.2f}"]
+            [row["name"], row["failed"], "", ""]
+            if "failed" in row
+            else [row["name"], f"{row['step_ms']:.1f}", f"{row['ratio']:.2f}", f"{row['ratio_own']:.2f}"]
             for row in cost["rows"]
         ]
         header = [cost["shape"], "ms a step", "ratio to the plain step", "to the plain step of its own library"]
