@@ -14,6 +14,7 @@ from lepton_xla.errors import LeptonError
 COMMANDS = {
     "recipes": "List the recipes that come with leptonx.",
     "plan": "Show what a recipe would do to each site of a model.",
+    "sensitivity": "Rank the weights of a model by what quantizing them costs.",
     "compile": "Optimize a model and compile it into an artifact.",
     "inspect": "Show what is in an artifact.",
     "verify": "Check every file of an artifact against its digest.",

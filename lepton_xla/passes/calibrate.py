@@ -12,7 +12,7 @@ import numpy as np
 
 from lepton_xla.errors import CalibrationError
 from lepton_xla.passes.rewrite import Context, Values, materialize
-from lepton_xla.passes.sites import Site, Step, rewrite_sites
+from lepton_xla.passes.sites import Site, rewrite_sites, step_lengths
 from lepton_xla.program import Program
 from lepton_xla.quant import FORMATS, observers
 from lepton_xla.quant.observers import Aggregate, Histogram
@@ -142,16 +142,8 @@ def _next_level(level: np.ndarray, needed: np.ndarray, *, grow: bool) -> np.ndar
 
 
 def _steps(program: Program, site: Site) -> tuple[int, ...]:
-    """Lengths of the scans that step over a site's weight."""
     assert site.path is not None
-    shape, steps = program.weights[site.path].shape, []
-    for op in site.layout:
-        if isinstance(op, Step):
-            steps.append(shape[0])
-            shape = shape[1:]
-        else:
-            shape = op.eqn.outvars[op.output].aval.shape
-    return tuple(steps)
+    return step_lengths(site, program.weights[site.path].shape)
 
 
 class _SiteObserver:

@@ -306,6 +306,18 @@ def lay_out(array: jax.Array, layout: Sequence[LayoutOp | Step]) -> jax.Array:
     return jnp.asarray(array)
 
 
+def step_lengths(site: Site, stored: Sequence[int]) -> tuple[int, ...]:
+    """Lengths of the scans that step over a site's weight, of which `stored` is the shape as the program holds it."""
+    shape, lengths = tuple(stored), list[int]()
+    for op in site.layout:
+        if isinstance(op, Step):
+            lengths.append(shape[0])
+            shape = shape[1:]
+        else:
+            shape = op.eqn.outvars[op.output].aval.shape
+    return tuple(lengths)
+
+
 def layout_key(layout: Layout) -> tuple[Any, ...]:
     """Equal for two layouts that do the same."""
     return tuple(

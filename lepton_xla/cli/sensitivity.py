@@ -1,0 +1,188 @@
+"""`leptonx sensitivity`: which weights suffer from quantization, each quantized alone."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import pathlib
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from lepton_xla.cli import _common
+from lepton_xla.errors import LeptonError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from lepton_xla.tune import Sensitivity
+
+DEFAULT_RECIPE = "int8"
+
+
+@click.command()
+@click.argument("target")
+@click.option(
+    "--recipe",
+    default=DEFAULT_RECIPE,
+    metavar="NAME|FILE.toml",
+    help=f"Whose [[quantize]] rules to try: a preset's name (see `leptonx recipes`) or a TOML file; by default "
+    f"{DEFAULT_RECIPE}.",
+)
+@click.option(
+    "--metric",
+    metavar="NAME",
+    help="What to rank by: a metric that the ModelSpec's evaluate gives, such as accuracy, or output: the relative "
+    "error of the outputs on the calibration data. By default accuracy, or evaluate's first metric, if there is one.",
+)
+@click.option("--lower-is-better", is_flag=True, help="The metric is a loss: less of it is better.")
+@click.option("--top", type=click.IntRange(min=1), metavar="N", help="Print the N most sensitive weights only.")
+@click.option("--latency", is_flag=True, help="Time each product alone, in float and of codes, at the smallest sizes.")
+@_common.buckets_option
+@click.option("-o", "--output", metavar="FILE.json", help="Write the whole document to this file as well.")
+@click.option("--plot", metavar="FILE.png", help="Draw the ranking into this file; needs matplotlib.")
+@_common.json_option
+def sensitivity(
+    target: str,
+    *,
+    recipe: str,
+    metric: str | None,
+    lower_is_better: bool,
+    top: int | None,
+    latency: bool,
+    buckets: tuple[str, ...],
+    output: str | None,
+    plot: str | None,
+    as_json: bool,
+) -> None:
+    """Quantize each weight of the model TARGET alone and rank what that costs.
+
+    One weight at a time is rounded by the recipe's rule for it, activations included, and the model is judged: by the
+    evaluate of its ModelSpec, and by how much its outputs on the calibration data change. The weights at the top are
+    those to exclude from a recipe, or to give more bits.
+
+    \b
+      leptonx sensitivity digits.py:model
+      leptonx sensitivity digits.py:model --recipe w4a4.toml --metric output --top 10
+      leptonx sensitivity digits.py:model --latency -o ranking.json --plot ranking.png
+      leptonx sensitivity digits.py:model --json | jq -r '.sites[:3][].site'
+    """
+    given = _common.parse_buckets(buckets)
+    figure = _figure() if plot is not None else None
+    for path in (output, plot):
+        _check_folder(path)
+    with _common.progress() as step:
+        step("load JAX")
+        from lepton_xla.cli import _models
+        from lepton_xla.tune import sensitivity as measure
+
+        chosen = _models.load_recipe(recipe)
+        step(f"load {target}")
+        spec = _models.load_target(target)
+        program = spec.program()
+        sizes: list[dict[str, int]] = []
+        if latency:
+            ladders = _models.ladders(spec, program, given)
+            sizes = [{symbol: min(ladders[symbol]) for symbol in program.symbols}]
+        batches, _ = _models.calibration(spec, program)
+        found = measure(
+            program,
+            chosen,
+            calibration=batches,
+            evaluate=(lambda predict: _models.evaluate(spec, predict)) if spec.evaluate is not None else None,
+            metric=metric,
+            lower_is_better=lower_is_better,
+            sizes=sizes,
+            progress=step,
+        )
+    document = {"target": target, **found.to_json()}
+    if output is not None:
+        _write(output, lambda: pathlib.Path(output).write_text(json.dumps(_common.plain(document), indent=2) + "\n"))
+    if plot is not None and figure is not None:
+        _write(plot, lambda: _draw(figure, document, top, plot))
+    if as_json:
+        _common.print_json(document)
+    else:
+        _print(document, top, found)
+
+
+def _check_folder(path: str | None) -> None:
+    """What takes minutes to measure must not fail to be written for a misspelt folder."""
+    if path is not None and not pathlib.Path(path).absolute().parent.is_dir():
+        raise LeptonError(f"{path}: there is no folder {pathlib.Path(path).absolute().parent}")
+
+
+def _write(path: str, write: Callable[[], Any]) -> None:
+    try:
+        write()
+    except (OSError, ValueError) as error:  # ValueError: matplotlib knows no such kind of file
+        reason = (str(error).strip().splitlines() or ["no message"])[0]
+        raise LeptonError(f"{path} cannot be written: {reason}") from error
+
+
+def _figure() -> Any:
+    """An empty figure; asked for before anything is measured, so that a missing library is known first.
+
+    Raises:
+        LeptonError: if matplotlib is not installed.
+    """
+    try:
+        return importlib.import_module("matplotlib.figure").Figure()
+    except ImportError as error:
+        raise LeptonError(f"--plot needs matplotlib: pip install matplotlib ({error})") from error
+
+
+def _draw(figure: Any, document: Mapping[str, Any], top: int | None, path: str) -> None:
+    """One horizontal bar a weight, the most sensitive at the top."""
+    sites = document["sites"][:top]
+    figure.set_size_inches(9, 1.2 + 0.28 * len(sites))
+    axes = figure.add_subplot()
+    axes.barh([site["site"] for site in sites], [site["drop"] for site in sites], color="#3b6ea5")
+    axes.invert_yaxis()
+    axes.axvline(0, color="black", linewidth=0.8)
+    axes.set_xlabel(_heading(document["metric"]))
+    axes.set_title(f"{document['target']}: one weight at a time by recipe {document['recipe']}", loc="left")
+    axes.tick_params(axis="y", labelsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, bbox_inches="tight", dpi=150)
+
+
+def _heading(metric: str) -> str:
+    return "relative error of the outputs" if metric == "output" else f"loss of {metric}"
+
+
+def _print(document: Mapping[str, Any], top: int | None, found: Sensitivity) -> None:
+    sites, metric = document["sites"], document["metric"]
+    judged = metric != "output"
+    timed = any(site["latency_ratio"] is not None for site in sites)
+    rules = sorted({site["decision"] for site in sites})
+    columns = ["site"]
+    columns += [f">{metric}", ">loss"] if judged else []
+    columns += [">error", ">cosine", ">saved"] + ([">time"] if timed else []) + (["rule"] if len(rules) > 1 else [])
+
+    def row(entry: Mapping[str, Any], name: str, rule: str) -> list[str]:
+        cells = [name]
+        cells += [f"{entry['metrics'][metric]:.6g}", f"{entry['drop']:+.3g}"] if judged else []
+        cells += [_number(entry["output_error"], ".3g"), _number(entry["cosine"], ".6f")]
+        cells += [_common.size(entry["bytes_saved"])] + ([_number(entry["latency_ratio"], ".2f")] if timed else [])
+        return cells + ([rule] if len(rules) > 1 else [])
+
+    rows = [row(entry, " ".join(entry["sites"]), entry["decision"]) for entry in sites[:top]]
+    lines = [f"{len(sites) - len(rows)} less sensitive ones are not shown."] if len(rows) < len(sites) else []
+    lines += [f"The rule: {rules[0]}."] if len(rules) == 1 else []
+    if judged:
+        lines.append(f"The float model has {metric} {document['float'][metric]:.6g}.")
+    if document["together"]["output_error"] is not None:
+        lines.append("error: of the outputs on the calibration data, relative to them.")
+    if timed:
+        lines.append("time: of the product of codes alone, float's being 1.")
+    lines += [f"{site} stays in float: {reason}" for site, reason in found.kept.items()]
+    title = f"{document['target']}, recipe {document['recipe']}, one weight at a time, the most sensitive first"
+    _common.show(
+        _common.table(title, columns, rows, total=row(document["together"], "all together", "")),
+        *lines,
+    )
+
+
+def _number(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)

@@ -1,0 +1,433 @@
+"""Which sites suffer from quantization: each quantized alone, by a recipe's rule for it, the rest left in float.
+
+All of it runs on one compiled program, in which every planned site can be switched to quantized arithmetic when it is
+called; so a model of a hundred sites is compiled once, not a hundred times.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from lepton_xla.errors import CalibrationError, InputError, ModelError, RecipeError
+from lepton_xla.modelspec import Predict
+from lepton_xla.passes import products
+from lepton_xla.passes.calibrate import calibrate, check_batch, needs_range
+from lepton_xla.passes.fake_quant import fake_quant
+from lepton_xla.passes.lower import lower
+from lepton_xla.passes.measure import Timing, compare
+from lepton_xla.passes.rewrite import Context, Values
+from lepton_xla.passes.sites import Site, find_sites, operand_value, rewrite_sites, step_lengths
+from lepton_xla.pipeline import plan_for
+from lepton_xla.program import Program, TensorSpec, name_leaves
+from lepton_xla.recipe import Plan, Recipe, SitePlan
+
+OUTPUT = "output"
+"""The metric that needs no evaluation: the relative error of the outputs."""
+
+type Progress = Callable[[str, int, int], None]
+"""`progress(what begins, steps done, steps in all)`."""
+
+_ON = ":on"
+
+
+@dataclasses.dataclass(frozen=True)
+class SiteSensitivity:
+    """What quantizing one weight does.
+
+    Attributes:
+        sites: the sites that use the weight, which are quantized together, in the order of execution.
+        decision: the recipe's rule in a few words.
+        output_error: Euclidean norm of what the outputs change by, over that of the outputs, on all calibration
+            batches together; None without calibration data.
+        cosine: cosine between the outputs before and after, the mean over examples; None likewise.
+        metrics: what `evaluate` gives; empty where it is not run.
+        drop: by how much the metric gets worse, in its own unit; negative where it gets better. For `output` the
+            output error.
+        bytes_before: bytes of the weight in float.
+        bytes_after: bytes as the recipe stores it.
+        timings: the product alone, in float and of codes; empty where it is not timed or has no product of codes.
+    """
+
+    sites: tuple[str, ...]
+    decision: str
+    output_error: float | None
+    cosine: float | None
+    metrics: dict[str, float]
+    drop: float
+    bytes_before: int
+    bytes_after: int
+    timings: tuple[Timing, ...] = ()
+
+    @property
+    def bytes_saved(self) -> int:
+        """How many bytes smaller the weight gets."""
+        return self.bytes_before - self.bytes_after
+
+    @property
+    def latency_ratio(self) -> float | None:
+        """Time of the product of codes over float's, the geometric mean over sizes; None where it was not timed."""
+        ratios = [timing.best_us(pad=True) / timing.float_us for timing in self.timings]
+        return math.prod(ratios) ** (1 / len(ratios)) if ratios else None
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain dicts, lists and numbers."""
+        return {
+            "site": self.sites[0] if self.sites else None,
+            "sites": list(self.sites),
+            "decision": self.decision,
+            "drop": self.drop,
+            "output_error": self.output_error,
+            "cosine": self.cosine,
+            "metrics": self.metrics,
+            "bytes_before": self.bytes_before,
+            "bytes_after": self.bytes_after,
+            "bytes_saved": self.bytes_saved,
+            "latency_ratio": self.latency_ratio,
+            "timings": [timing.to_json() for timing in self.timings],
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class Sensitivity:
+    """What quantizing each weight alone does, and all of them together.
+
+    Attributes:
+        recipe: the recipe's name.
+        metric: what `drop` is of: `output`, or a metric of `evaluate`.
+        float_metrics: what `evaluate` gives of the float model; empty where it is not run.
+        sites: one entry a weight, the one that suffers most first.
+        together: all of them quantized; its drop can be more, or less, than the sum.
+        kept: site -> why it stays in float though the recipe names it.
+        seconds: the time it took.
+    """
+
+    recipe: str
+    metric: str
+    float_metrics: dict[str, float]
+    sites: tuple[SiteSensitivity, ...]
+    together: SiteSensitivity
+    kept: dict[str, str]
+    seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain dicts, lists and numbers."""
+        return {
+            "recipe": self.recipe,
+            "metric": self.metric,
+            "float": self.float_metrics,
+            "sites": [entry.to_json() for entry in self.sites],
+            "together": self.together.to_json(),
+            "kept": self.kept,
+            "seconds": self.seconds,
+        }
+
+
+def sensitivity(
+    program: Program,
+    recipe: Recipe,
+    *,
+    calibration: Iterable[Mapping[str, Any]] | None = None,
+    evaluate: Callable[[Predict], Mapping[str, float]] | None = None,
+    metric: str | None = None,
+    lower_is_better: bool = False,
+    sizes: Sequence[Mapping[str, int]] = (),
+    progress: Progress | None = None,
+) -> Sensitivity:
+    """Quantizes one weight at a time and measures what that does.
+
+    Pruning, if the recipe has any, is left out; sites of one weight, and the steps of a scanned stack, go together, as
+    a recipe treats them.
+
+    Args:
+        program: a trained model.
+        recipe: what each site is to become.
+        calibration: input dicts, such as `[{"image": array}]`, all held in memory: what the output error is measured
+            on, and what static activation scales are taken from.
+        evaluate: `evaluate(predict) -> {"accuracy": 0.98, ...}`, called once for the float model, once for each
+            weight, and once for all together.
+        metric: `output`, or a metric that `evaluate` gives. By default `accuracy` if it gives that, else its first
+            one, or `output` where there is no `evaluate`.
+        lower_is_better: whether the metric is a loss.
+        sizes: sizes of the symbolic dimensions, such as `[{"batch": 1}]`, at which each product is timed alone.
+        progress: called as each step begins.
+
+    Raises:
+        RecipeError: if the recipe does not fit the program, or quantizes nothing.
+        CalibrationError: if calibration data is needed and missing, or cannot be used.
+        ModelError: if there is no such metric, or the float model's outputs are not finite or not floats.
+    """
+    start = time.perf_counter()
+    say = progress or (lambda _stage, _done, _total: None)
+    batches = None if calibration is None else list(calibration)
+    judge = None if metric == OUTPUT else evaluate
+    if metric not in (None, OUTPUT) and evaluate is None:
+        raise ModelError(f"metric {metric!r} needs a model with evaluate; without one there is {OUTPUT!r}")
+    if judge is None and not batches:
+        raise CalibrationError("without an evaluate to judge by, the error of the outputs needs calibration data")
+    say("find sites", 0, 0)
+    program, plan = plan_for(program, recipe)
+    groups = _groups(plan)
+    if not groups:
+        raise RecipeError(f"recipe {recipe.name!r} quantizes no site of this program")
+    ranges = _ranges(program, plan, batches, say)
+    switched = _Switched(program, plan, list(groups), ranges)
+    alone = np.eye(len(groups), dtype=bool)
+    settings = [np.zeros(len(groups), bool), *alone, np.ones(len(groups), bool)]
+    names = ["the float model", *(group[0].site.name for group in groups.values()), "all sites"]
+    total = len(settings) * (len(batches or ()) + (judge is not None))
+    done = 0
+
+    def step(what: str) -> None:
+        nonlocal done
+        say(what, done, total)
+        done += 1
+
+    errors = _output_errors(switched, settings, names, batches, step) if batches else None
+    judged: list[dict[str, float]] = [{} for _ in settings]
+    if judge is not None:
+        for index, setting in enumerate(settings):
+            step(f"evaluate {names[index]}")
+            judged[index] = {str(key): float(value) for key, value in judge(switched.predict(setting)).items()}
+    chosen = _metric(metric, judged[0], has_evaluate=judge is not None)
+    say("measure bytes", 0, 0)
+    sizes_bytes = _bytes(program, plan, ranges)
+    timings = _timings(program, plan, sizes, say)
+
+    def entry(index: int, group: Sequence[SitePlan], whole: bool = False) -> SiteSensitivity:
+        error, cosine = errors[index] if errors is not None else (None, None)
+        if chosen == OUTPUT:
+            assert error is not None
+            drop = error
+        else:
+            drop = (judged[0][chosen] - judged[index][chosen]) * (-1 if lower_is_better else 1)
+        weights = [planned[0].site.name for planned in groups.values()] if whole else [group[0].site.name]
+        before, after = (sum(sizes_bytes[name][side] for name in weights) for side in (0, 1))
+        return SiteSensitivity(
+            tuple(planned.site.name for planned in group),
+            "all of them" if whole else group[0].describe(),
+            error,
+            cosine,
+            judged[index],
+            drop,
+            before,
+            after,
+            () if whole else tuple(timings.get(group[0].site.name, ())),
+        )
+
+    entries = [entry(index, group) for index, group in enumerate(groups.values(), 1)]
+    # What is not a number is the worst there is; where a metric does not tell two sites apart, the outputs do.
+    entries.sort(key=lambda one: (_worst_first(one.drop), _worst_first(one.output_error or 0.0)))
+    everything = [planned for group in groups.values() for planned in group]
+    return Sensitivity(
+        recipe.name,
+        chosen,
+        judged[0],
+        tuple(entries),
+        entry(len(settings) - 1, everything, whole=True),
+        {planned.site.name: planned.not_quantized for planned in plan.sites if planned.not_quantized},
+        time.perf_counter() - start,
+    )
+
+
+def _worst_first(value: float) -> float:
+    return -math.inf if math.isnan(value) else -value
+
+
+def _groups(plan: Plan) -> dict[str, list[SitePlan]]:
+    """Planned sites by the weight they share."""
+    groups: dict[str, list[SitePlan]] = {}
+    for planned in plan.sites:
+        if planned.quantize is not None and planned.site.path is not None:
+            groups.setdefault(planned.site.path, []).append(planned)
+    return groups
+
+
+def _ranges(
+    program: Program, plan: Plan, batches: Sequence[Mapping[str, Any]] | None, say: Progress
+) -> dict[str, jax.Array]:
+    if not any(planned.quantize is not None and needs_range(planned.quantize) for planned in plan.sites):
+        return {}
+    if batches is None:
+        raise CalibrationError(
+            f"recipe {plan.recipe.name!r} has static activation scales (dynamic = false), which need calibration data"
+        )
+    say("calibrate", 0, 0)
+    return calibrate(program, plan, batches)
+
+
+def _metric(asked: str | None, judged: Mapping[str, float], *, has_evaluate: bool) -> str:
+    if not has_evaluate:
+        return OUTPUT
+    if not judged:
+        raise ModelError(f"evaluate gives no metric; use metric {OUTPUT!r}")
+    if asked is None:
+        return "accuracy" if "accuracy" in judged else next(iter(judged))
+    if asked not in judged:
+        raise ModelError(f"no metric {asked!r}: evaluate gives {', '.join(judged)}; {OUTPUT!r} is always there")
+    return asked
+
+
+class _Switched:
+    """The program with switches, one a weight, that turn its sites to quantized arithmetic."""
+
+    def __init__(self, program: Program, plan: Plan, paths: Sequence[str], ranges: Mapping[str, jax.Array]) -> None:
+        self.program = program
+        self._paths = paths
+        self._plan = plan
+        self._ranges = ranges
+        self._run = jax.jit(self._switched)
+
+    def __call__(self, setting: np.ndarray, inputs: Sequence[jax.Array]) -> dict[str, jax.Array]:
+        """Outputs by name.
+
+        Args:
+            setting: bool, one for each weight: whether its sites are quantized.
+            inputs: arrays in call order.
+        """
+        return self._run(self.program.weights, jnp.asarray(setting), self._ranges, *inputs)
+
+    def predict(self, setting: np.ndarray) -> Predict:
+        """The program as `evaluate` takes it."""
+
+        def predict(**inputs: Any) -> dict[str, np.ndarray]:
+            specs = self.program.inputs
+            if set(inputs) != set(specs):
+                raise InputError(f"inputs {sorted(inputs)} came; the model takes {sorted(specs)}")
+            arrays = [_as_declared(name, spec, inputs[name]) for name, spec in specs.items()]
+            return jax.device_get(self(setting, arrays))
+
+        return predict
+
+    def _switched(self, weights: Any, setting: jax.Array, ranges: Mapping[str, jax.Array], *inputs: Any) -> Any:
+        beside: dict[str, dict[str, jax.Array]] = {}
+        for planned in self._plan.sites:
+            site = planned.site
+            if site.path is None or site.path not in self._paths:
+                continue
+            on = setting[self._paths.index(site.path)]
+            steps = step_lengths(site, self.program.weights[site.path].shape)
+            own = beside.setdefault(site.path, {})
+            own[site.name + _ON] = jnp.broadcast_to(on, steps)
+            if site.name in ranges:
+                own[site.name] = ranges[site.name]
+        run = rewrite_sites(self.program.fn, self._rule, inline=True, on_unknown="keep", beside=beside)
+        return name_leaves(run(weights, *inputs), single="output")
+
+    def _rule(self, site: Site, context: Context, eqn: Any, values: Values) -> Values | None:
+        planned = self._plan[site.name]
+        if planned is None or planned.quantize is None or site.weight_operand is None:
+            return None
+        beside = values[site.weight_operand].beside
+        operands = [operand_value(value) for value in values]
+        quantized = _alone(planned, site, context, eqn, beside.get(site.name))
+        return lax.cond(beside[site.name + _ON], quantized, lambda *arrays: context.bind(eqn, arrays), *operands)
+
+
+def _alone(
+    planned: SitePlan, site: Site, context: Context, eqn: Any, absmax: jax.Array | None
+) -> Callable[..., list[jax.Array]]:
+    """One product, fake-quantized: a function of its operands."""
+    side, path = site.weight_operand, site.path
+    assert side is not None
+    assert path is not None
+
+    def product(weights: Mapping[str, jax.Array], *others: jax.Array) -> list[jax.Array]:
+        return context.bind(eqn, [*others[:side], weights[path], *others[side:]])
+
+    # As its only site, it is called by its weight's path alone.
+    only = dataclasses.replace(planned, site=dataclasses.replace(site, name=path, layout=()))
+    ranges = {} if absmax is None else {path: absmax}
+
+    def quantized(*operands: jax.Array) -> list[jax.Array]:
+        plan = Plan(Recipe(), (only,))
+        return fake_quant(product, plan, ranges)({path: operands[side]}, *operands[:side], *operands[side + 1 :])
+
+    return quantized
+
+
+def _as_declared(name: str, spec: TensorSpec, value: Any) -> jax.Array:
+    dtype = jnp.dtype(spec.dtype)
+    if hasattr(value, "dtype") and value.dtype != dtype:
+        raise InputError(f"input {name!r} has dtype {value.dtype}, expected {dtype}")
+    return jnp.asarray(np.asarray(value, dtype))
+
+
+def _output_errors(
+    switched: _Switched,
+    settings: Sequence[np.ndarray],
+    names: Sequence[str],
+    batches: Sequence[Mapping[str, Any]],
+    step: Callable[[str], None],
+) -> list[tuple[float, float]]:
+    """Relative error and mean cosine of the outputs, for each setting against the first."""
+    specs = switched.program.outputs
+    if not any(jnp.issubdtype(jnp.dtype(spec.dtype), jnp.floating) for spec in specs.values()):
+        raise ModelError(f"no output of the model is a float to measure an error of: {', '.join(map(str, specs))}")
+    compared = jax.jit(lambda before, after: _distances(specs, before, after))
+    totals = np.zeros((len(settings), 4))
+    for number, batch in enumerate(batches):
+        inputs = check_batch(switched.program, batch, f"calibration batch {number}")
+        before = None
+        for index, setting in enumerate(settings):
+            step(f"run {names[index]}")
+            after = switched(setting, inputs)
+            before = after if before is None else before
+            totals[index] += np.asarray(compared(before, after), np.float64)
+        if not np.isfinite(totals[0]).all():
+            raise ModelError(f"the model's outputs on calibration batch {number} are not finite")
+    different, size, cosines, rows = totals.T
+    with np.errstate(divide="ignore", invalid="ignore"):  # all outputs zero: any difference is infinitely more
+        relative = np.where(different == 0, 0.0, np.sqrt(different / size))
+    return list(zip(relative.tolist(), (cosines / rows).tolist(), strict=True))
+
+
+def _distances(
+    specs: Mapping[str, TensorSpec], before: Mapping[str, jax.Array], after: Mapping[str, jax.Array]
+) -> jax.Array:
+    """Squared norm of the difference, squared norm before, sum of cosines of examples, number of examples: float32[4].
+
+    Examples lie along the first axis of an output where that is symbolic; else the whole output is one.
+    """
+    totals = jnp.zeros(4, jnp.float32)
+    for name, spec in specs.items():
+        if not jnp.issubdtype(before[name].dtype, jnp.floating):
+            continue
+        rows = before[name].shape[0] if spec.shape and isinstance(spec.shape[0], str) else 1
+        first, second = (side[name].astype(jnp.float32).reshape(rows, -1) for side in (before, after))
+        norms = jnp.linalg.norm(first, axis=1) * jnp.linalg.norm(second, axis=1)
+        same = jnp.all(first == second, axis=1)
+        cosines = jnp.where(same, 1.0, jnp.sum(first * second, axis=1) / jnp.where(norms > 0, norms, 1.0))
+        parts = [jnp.sum((second - first) ** 2), jnp.sum(first**2), jnp.sum(cosines), jnp.float32(rows)]
+        totals = totals + jnp.stack(parts)
+    return totals
+
+
+def _bytes(program: Program, plan: Plan, ranges: Mapping[str, jax.Array]) -> dict[str, tuple[int, int]]:
+    """Bytes of each site's weight before and after, as `lower` stores it."""
+    report = lower(program, plan, ranges).history[-1]
+    return {site.site: (site.bytes_before, site.bytes_after) for site in report.sites}
+
+
+def _timings(
+    program: Program, plan: Plan, sizes: Sequence[Mapping[str, int]], say: Progress
+) -> dict[str, list[Timing]]:
+    """Each product alone, where it has one of codes."""
+    rules = {planned.site.name: planned.quantize for planned in plan.sites if planned.quantize is not None}
+    timings: dict[str, list[Timing]] = {}
+    for at in sizes:
+        found = [site for site in find_sites(program, sizes=at) if site.name in rules]
+        for number, site in enumerate(found):
+            say(f"time {site.name}", number, len(found))
+            rule = rules[site.name]
+            if rule.activations != "none" and not products.float_reason(site, rule):
+                timings.setdefault(site.name, []).append(compare(site, rule, at))
+    return timings
