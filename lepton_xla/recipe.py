@@ -191,7 +191,7 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
             prune,
             quantize,
             not_pruned=_unprunable(site, leaf) if prune is not None else "",
-            not_quantized=(unsupported(site, quantize) or "") if quantize is not None else "",
+            not_quantized=_unquantizable(site, quantize, leaf) if quantize is not None else "",
             weight_bytes=leaf_bytes(leaf.shape, leaf.dtype) if leaf is not None else 0,
         )
 
@@ -374,6 +374,13 @@ def _with_group(entry: SitePlan, group: Sequence[SitePlan], recipe: str) -> Site
             reason = unstorable([other.site for other in group])
         changes |= {"quantize": None, "not_quantized": reason} if reason else {}
     return dataclasses.replace(entry, **changes)
+
+
+def _unquantizable(site: Site, rule: QuantizeRule, stored: Any) -> str:
+    """Why a site's weight cannot be quantized; empty if it can."""
+    if stored is not None and not jnp.issubdtype(stored.dtype, jnp.floating):
+        return f"its weight is {stored.dtype} already"
+    return unsupported(site, rule) or ""
 
 
 def _alike(first: SitePlan, second: SitePlan) -> bool:

@@ -61,9 +61,32 @@ def preset(name, **changes):
 PASSES = {
     "int8": ["fold", "lower"],
     "int8-weight-only": ["fold", "lower"],
+    "int4-weight-only": ["fold", "lower"],
+    "int4-channel-weight-only": ["fold", "lower"],
+    "w4a4": ["fold", "lower"],
+    "fp8": ["fold", "lower"],
+    "fp8-weight-only": ["fold", "lower"],
+    "nf4-weight-only": ["fold", "lower"],
+    "codebook16": ["fold", "lower"],
     "prune50": ["fold", "prune"],
     "int8-prune50": ["fold", "prune", "lower"],
 }
+# What the presets may lose on random weights.
+LOSS = {
+    "int8": 0.05,
+    "int8-weight-only": 0.05,
+    "fp8": 0.15,
+    "fp8-weight-only": 0.15,
+    "int4-weight-only": 0.3,
+    "nf4-weight-only": 0.3,
+    "codebook16": 0.3,
+    "int4-channel-weight-only": 0.5,
+    "prune50": 0.6,
+    "int8-prune50": 0.6,
+    "w4a4": 0.9,
+}
+# A matrix whose rows are no multiple of 64 is kept by presets with groups of 64: here all but the first dense layer.
+GROUPED = ("int4-weight-only", "nf4-weight-only")
 
 
 def test_every_preset_is_tested():
@@ -76,12 +99,13 @@ def test_a_preset_end_to_end(net, images, name):
     assert [report.name for report in small.history] == PASSES[name]
     assert small.inputs == net.inputs
     assert small.outputs == net.outputs
-    assert 1e-4 < error(small, net, images) < (0.05 if "prune" not in name else 0.6)
+    assert 1e-4 < error(small, net, images) < LOSS[name]
     assert not [path for path in small.weights if "batch_stats" in path]
     for path in KERNELS:
         weight = small.weights[path]
-        assert isinstance(weight, QTensor) == ("int8" in name)
-    if "int8" in name:
+        quantized = path == "params/Dense_0/kernel" if name in GROUPED else name != "prune50"
+        assert isinstance(weight, QTensor) == quantized
+    if "int8" in name or "fp8" in name:
         assert small.weights_bytes < 0.27 * net.weights_bytes
     if "prune" in name:
         assert list(small.masks) == KERNELS

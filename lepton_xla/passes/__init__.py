@@ -3,7 +3,7 @@
 from lepton_xla.passes.calibrate import calibrate
 from lepton_xla.passes.cast import cast
 from lepton_xla.passes.cost import cost
-from lepton_xla.passes.fake_quant import fake_quant
+from lepton_xla.passes.fake_quant import fake_quant, initial_scales
 from lepton_xla.passes.fold import fold
 from lepton_xla.passes.lower import lower
 from lepton_xla.passes.prune import magnitude_masks, masked, prune
@@ -17,6 +17,7 @@ __all__ = [
     "fake_quant",
     "find_sites",
     "fold",
+    "initial_scales",
     "lower",
     "magnitude_masks",
     "masked",

@@ -67,5 +67,5 @@ def learn_levels(values: jax.Array, count: int) -> jax.Array:
         shift = jnp.where(fixed, jnp.float32(0), shift)
         return step + 1, levels + shift, jnp.max(jnp.abs(shift))
 
-    _, levels, _ = lax.while_loop(going, iterate, (jnp.int32(0), levels, jnp.float32(jnp.inf)))
+    _, levels, _ = lax.while_loop(going, iterate, (jnp.int32(0), levels, high - low))
     return jnp.sort(levels)  # they are in order but for rounding

@@ -57,8 +57,9 @@ def learned_quantize(
     position = exact / scale
     codes = encode(lax.stop_gradient(exact), lax.stop_gradient(scale), target, zero_point).astype(jnp.float32)
     away = codes - zero
+    lowest = jnp.float32(-target.largest) if target.kind == "int" else -zero
     # Inside, the step's gradient is the rounding error; what saturates has that of the last code.
-    within = jnp.abs(lax.stop_gradient(position) - away) <= 0.5
+    within = (position >= lowest) & (position <= target.largest - zero)
     return (straight_through(position, away, within) * scale).astype(array.dtype)
 
 
