@@ -226,6 +226,12 @@ def test_entropy_is_the_straightforward_optimum(name, levels):
     assert found == min(straightforward_entropy(seen.counts, seen.width, levels), seen.absmax)
 
 
+def test_entropy_takes_the_largest_of_equally_good_ranges():
+    # One value below and one at the top: cutting the top off leaves nothing to lose, and so does keeping all.
+    seen = histogram(np.asarray([1.0] * 5 + [3.0]))
+    assert observers.entropy_range(seen, 128) == pytest.approx(3.0, abs=seen.width)
+
+
 def test_entropy_cuts_outliers_off_and_keeps_what_is_even():
     assert observers.entropy_range(histogram(SAMPLES["outliers"]), 128) < 20
     assert observers.entropy_range(histogram(SAMPLES["uniform"]), 128) > 2.9
