@@ -1,0 +1,304 @@
+"""GPTQ: rounds a weight row by row, each row's error made up for by the rows still to come.
+
+Frantar et al. 2022, arXiv:2210.17323. The error that counts is that of the outputs, `||X (W - Q)||`, for which only the
+Gram matrix of the inputs, `X^T X`, is needed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from lepton_xla.passes import matrix
+from lepton_xla.passes.grid import (
+    GivenGrids,
+    Planned,
+    given,
+    grid_matrices,
+    nearest,
+    planned_weights,
+    weight_report,
+    whole_grid,
+)
+from lepton_xla.passes.statistics import Statistics, collect_statistics
+from lepton_xla.program import Program
+from lepton_xla.quant import FORMATS
+from lepton_xla.quant.formats import Format
+from lepton_xla.quant.grid import Grid, decode, encode, make_grid, matrix_codes
+from lepton_xla.report import PassReport, SiteReport
+
+if TYPE_CHECKING:
+    from lepton_xla.recipe import Plan
+
+# Where a Gram matrix cannot be factored at the damping asked for, ten times as much is tried, from this on, so often.
+LEAST_DAMPING, DAMPING_TRIES = 1e-6, 8
+# Elements of Gram matrices that are factored at once.
+ELEMENTS_AT_ONCE = 2**22
+
+_HIGHEST = lax.Precision.HIGHEST
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """How GPTQ goes over a weight.
+
+    Attributes:
+        act_order: whether rows are rounded in the order of their inputs' magnitude, the largest first. Groups are of
+            neighbouring rows of the weight either way.
+        damping: what is added to the diagonal of the Gram matrix, as a share of its mean.
+        block: rows whose errors are carried on to the rest at once.
+    """
+
+    act_order: bool = True
+    damping: float = 0.01
+    block: int = 128
+
+
+def gptq_values(
+    weight: jax.Array,
+    gram: jax.Array,
+    grid: Grid,
+    target: Format,
+    options: Options | None = None,
+    mask: jax.Array | None = None,
+) -> jax.Array:
+    """Rounds one weight matrix to a grid.
+
+    Groups have the scales that they start with: rounding one group does not move the grid of the next.
+
+    Args:
+        weight: `[K, N]`, float32 or float64; all is computed in its dtype.
+        gram: `[K, K]`, `X^T X` up to a factor. A row of zeros is an input that was never seen; its weights are rounded
+            to nearest. A matrix that is singular at the damping asked for gets more of it.
+        grid: scale `[G, N]` for G groups of rows, zero point likewise, levels `[levels]`.
+        target: the format.
+        options: how.
+        mask: bool `[K, N]`: False marks a weight that stays zero, whose error the others make up for.
+
+    Returns:
+        `[K, N]`, values of the grid.
+    """
+    options = options or Options()
+    depth, columns = weight.shape
+    dtype = weight.dtype
+    gram = gram.astype(dtype)
+    seen = jnp.diagonal(gram)
+    gram = gram + jnp.diag(jnp.where(seen <= 0, jnp.ones_like(seen), jnp.zeros_like(seen)))
+    order = jnp.argsort(-seen) if options.act_order else jnp.arange(depth)
+    factor = _inverse_factor(jnp.take(jnp.take(gram, order, 0), order, 1), jnp.mean(seen), options.damping)
+
+    # Rows are padded to whole blocks; a padded row is zero, and no other depends on it.
+    block = min(options.block, depth)
+    padding = -depth % block
+    groups = order // (depth // grid.scale.shape[0])
+    rows = jnp.pad(jnp.take(weight, order, 0), ((0, padding), (0, 0)))
+    scale = jnp.broadcast_to(grid.scale, (grid.scale.shape[0], columns)).astype(jnp.float32)
+    scale = jnp.pad(jnp.take(scale, groups, 0), ((0, padding), (0, 0)), constant_values=1)
+    zero = jnp.zeros_like(scale)
+    if grid.zero_point is not None:
+        zero = jnp.broadcast_to(grid.zero_point, (grid.scale.shape[0], columns)).astype(jnp.float32)
+        zero = jnp.pad(jnp.take(zero, groups, 0), ((0, padding), (0, 0)))
+    kept = jnp.ones(rows.shape, bool)
+    if mask is not None:
+        kept = jnp.pad(jnp.take(mask, order, 0), ((0, padding), (0, 0)))
+    factor = jnp.pad(factor, ((0, padding), (0, padding)))
+    diagonal = jnp.diagonal(factor)
+    diagonal = jnp.where(diagonal == 0, jnp.ones_like(diagonal), diagonal)
+    later = jnp.arange(rows.shape[0])
+
+    def round_row(row: jax.Array, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        start, part, rounded, errors, corner = state
+        at = start + row
+        exact = part[row]
+        code = encode(exact, scale[at], target, zero[at], grid.codebook)
+        value = decode(code, scale[at], target, zero[at], grid.codebook).astype(dtype)
+        value = jnp.where(kept[at], value, jnp.zeros_like(value))
+        error = (exact - value) / diagonal[at]
+        part = part - jnp.outer(corner[row], error)
+        return start, part, rounded.at[row].set(value), errors.at[row].set(error), corner
+
+    def round_block(number: jax.Array, state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        rest, done = state
+        start = number * block
+        part = lax.dynamic_slice(rest, (start, 0), (block, columns))
+        influence = lax.dynamic_slice(factor, (start, 0), (block, factor.shape[1]))
+        corner = lax.dynamic_slice(influence, (0, start), (block, block))
+        blank = jnp.zeros_like(part)
+        _, _, rounded, errors, _ = lax.fori_loop(0, block, round_row, (start, part, blank, blank, corner))
+        influence = jnp.where(later[None, :] >= start + block, influence, jnp.zeros_like(influence))
+        rest = rest - jnp.matmul(influence.T, errors, precision=_HIGHEST)
+        return rest, lax.dynamic_update_slice(done, rounded, (start, 0))
+
+    _, done = lax.fori_loop(0, rows.shape[0] // block, round_block, (rows, jnp.zeros_like(rows)))
+    return jnp.zeros_like(weight).at[order].set(done[:depth])
+
+
+def gptq_codes(
+    weight: jax.Array,
+    gram: jax.Array,
+    *,
+    bits: int = 4,
+    symmetric: bool = True,
+    group: int = 0,
+    act_order: bool = True,
+    damping: float = 0.01,
+    block: int = 128,
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """Quantizes one weight matrix to integers: `(codes - zero) * scale`.
+
+    Args:
+        weight: `[K, N]`.
+        gram: `[K, K]`, `X^T X` up to a factor.
+        bits: 4 or 8.
+        symmetric: codes from `-(2^(bits-1) - 1)` up without a zero point; else from 0 up with one.
+        group: rows that share a scale; 0 for all.
+        act_order, damping, block: as in `Options`.
+
+    Returns:
+        Codes `[K, N]` in int32, scale `[K / group, N]`, and zero point likewise or None.
+
+    Raises:
+        RecipeError: if the groups do not divide `K`.
+    """
+    target = FORMATS[f"{'int' if symmetric else 'uint'}{bits}"]
+    grid = make_grid(weight, target, f"group:{group}" if group else "channel")
+    values = gptq_values(weight, gram, grid, target, Options(act_order, damping, block))
+    return matrix_codes(values, grid, target).astype(jnp.int32), grid.scale, grid.zero_point
+
+
+def _inverse_factor(gram: jax.Array, mean: jax.Array, damping: float) -> jax.Array:
+    """The upper triangular `U` with `U^T U = (gram + damping * mean * I)^-1`; damping grows until there is one.
+
+    `gram = R R^T` with an upper `R`, which is the Cholesky factor with rows and columns in reverse; `U` is `R^-1`. So
+    the inverse itself, which loses digits, is never formed.
+    """
+    eye = jnp.eye(gram.shape[0], dtype=gram.dtype)
+
+    def attempt(damping: jax.Array) -> jax.Array:
+        damped = gram + damping * jnp.where(mean > 0, mean, jnp.ones_like(mean)) * eye
+        lower = jnp.linalg.cholesky(damped[::-1, ::-1])
+        return lax.linalg.triangular_solve(lower, eye, left_side=True, lower=True)[::-1, ::-1]
+
+    def failed(state: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
+        return (state[0] < DAMPING_TRIES) & ~jnp.all(jnp.isfinite(state[2]))
+
+    def again(state: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
+        more = jnp.maximum(10 * state[1], LEAST_DAMPING)
+        return state[0] + 1, more, attempt(more)
+
+    first = jnp.asarray(damping, gram.dtype)
+    return lax.while_loop(failed, again, (jnp.int32(0), first, attempt(first)))[2]
+
+
+def gptq(
+    program: Program,
+    plan: Plan,
+    batches: Iterable[Mapping[str, Any]],
+    *,
+    options: Options | None = None,
+    sequential: bool = False,
+) -> tuple[Program, GivenGrids]:
+    """Rounds each planned weight to its grid so that its outputs on the data change least.
+
+    Each output column is rounded by GPTQ or to nearest, whichever errs less on the data. Pruned weights stay zero.
+
+    Args:
+        program: the float program that the plan was made for.
+        plan: which weights, to which formats.
+        batches: input dicts, such as `{"image": array}`; at least one.
+        options: how.
+        sequential: measure the inputs of each weight with those before it rounded already, as the paper does: one pass
+            over the data for each weight. Otherwise all are measured in one pass on the float program.
+
+    Returns:
+        The program with float weights on their grids, and the grids for what stores them.
+
+    Raises:
+        CalibrationError: as `collect_statistics`.
+        RecipeError, ModelError: as `whole_grid` and `planned_weights`.
+    """
+    start = time.perf_counter()
+    options = options or Options()
+    data = list(batches)
+    weights: dict[str, Any] = dict(program.weights)
+    all_planned, reports = planned_weights(program, plan)
+    grids: GivenGrids = {}
+    found: dict[str, Statistics] = {}
+    if not sequential:
+        found = collect_statistics(program, [site for each in all_planned for site in each.products], data, gram=True)
+    for planned in all_planned:
+        if sequential:
+            found = collect_statistics(program.replace(weights=weights), planned.products, data, gram=True)
+        site, path = planned.site, planned.path
+        grid = whole_grid(planned)
+        kept = jnp.ones(planned.exact.shape, bool)
+        if path in program.masks:
+            kept = matrix.stored_matrix(site, program.masks[path].astype(program.weights[path].dtype)) != 0
+        seen = [found[site.name] for site in planned.products]
+        values, errors = _round(planned, total_gram(seen), grid_matrices(planned, grid), options, kept)
+        weights[path] = matrix.stored_weight(site, values, program.weights[path])
+        grids[path] = given(grid)
+        reports += _reports(planned, weights[path], seen, errors)
+    report = PassReport("gptq", time.perf_counter() - start, tuple(reports))
+    return program.replace(weights=weights, history=(*program.history, report)), grids
+
+
+def total_gram(statistics: Sequence[Statistics]) -> jax.Array:
+    """The Gram matrix of all that meets one weight, over the number of rows."""
+    total = np.sum([found.rows for found in statistics], axis=0)
+    parts: list[jax.Array] = []
+    for found in statistics:
+        assert found.gram is not None
+        share = jnp.asarray(found.rows / np.maximum(total, 1), jnp.float32)
+        parts.append(found.gram * jnp.reshape(share, (*share.shape, 1, 1, 1)))
+    return sum(parts[1:], parts[0])
+
+
+@dataclasses.dataclass(frozen=True)
+class _Errors:
+    """Relative errors of the outputs, `||X (W - Q)|| / ||X W||`, over all steps."""
+
+    gptq: float
+    nearest: float
+
+
+def _round(
+    planned: Planned, gram: jax.Array, grid: Grid, options: Options, kept: jax.Array
+) -> tuple[jax.Array, _Errors]:
+    """`[*steps, B, K, N]` rounded, each column the better of two ways."""
+    exact, target = planned.exact, planned.target
+
+    @jax.jit
+    def run(arrays: Any) -> Any:
+        def one(weight: jax.Array, gram: jax.Array, grid: Grid, kept: jax.Array) -> Any:
+            plain = jnp.where(kept, nearest(weight, grid, target), jnp.zeros_like(weight))
+            chosen = gptq_values(weight, gram, grid, target, options, kept)
+            squares = [output_squares(weight - rounded, gram) for rounded in (chosen, plain)]
+            chosen = jnp.where(squares[0] <= squares[1], chosen, plain)
+            return chosen, jnp.minimum(*squares), squares[1], output_squares(weight, gram)
+
+        return matrix.batched_map(one, exact.shape[:-2], *arrays, at_once=ELEMENTS_AT_ONCE // exact.shape[-2] ** 2)
+
+    values, best, plain, total = run((exact, gram, grid, kept))
+    size = jnp.maximum(jnp.sum(total), jnp.finfo(jnp.float32).tiny)
+    return values, _Errors(*(float(jnp.sqrt(jnp.sum(part) / size)) for part in (best, plain)))
+
+
+def output_squares(weight: jax.Array, gram: jax.Array) -> jax.Array:
+    """`||X w||^2` of each column of `[K, N]`."""
+    return jnp.maximum(jnp.sum(weight * jnp.matmul(gram, weight, precision=_HIGHEST), axis=0), 0)
+
+
+def _reports(planned: Planned, stored: Any, seen: Sequence[Statistics], errors: _Errors) -> list[SiteReport]:
+    reached = bool(np.all(np.sum([each.rows for each in seen], axis=0) > 0))
+    reason = "" if reached else "to nearest where the calibration data does not reach it"
+    metrics = {"output_error": errors.gptq, "nearest_output_error": errors.nearest}
+    action = f"{planned.rule.weights} gptq"
+    return [weight_report(entry.site, action, stored, reason, metrics) for entry in planned.entries]

@@ -1,0 +1,149 @@
+"""Planned weights rounded onto the grid of their format, in float, for methods that choose the codes themselves.
+
+Such a method gives a program whose float weights lie on their grids, and the grids. What stores the weights afterwards
+takes scale, zero point and levels from there, and so finds exactly these codes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+
+from lepton_xla.errors import ModelError
+from lepton_xla.passes import matrix
+from lepton_xla.passes.sites import Site
+from lepton_xla.program import Program, leaf_bytes
+from lepton_xla.quant import FORMATS
+from lepton_xla.quant.formats import Format
+from lepton_xla.quant.grid import Grid, make_grid, matrix_codes, matrix_values
+from lepton_xla.report import PassReport, SiteReport
+
+if TYPE_CHECKING:
+    from lepton_xla.recipe import Plan, QuantizeRule, SitePlan
+
+type GivenGrids = dict[str, dict[str, jax.Array]]
+"""Weight path -> `scale`, and `zero_point` or `codebook` where the format has them, as they lie beside stored codes."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Planned:
+    """A weight that is to be stored.
+
+    Attributes:
+        path: the weight's path.
+        entries: the plans of all sites that use it.
+        site: the first of them that is a product.
+        rule: the rule of all of them.
+        exact: the weight's matrices `[*steps, B, K, N]`, float32.
+    """
+
+    path: str
+    entries: tuple[SitePlan, ...]
+    site: Site
+    rule: QuantizeRule
+    exact: jax.Array
+
+    @property
+    def target(self) -> Format:
+        """The format it is stored in."""
+        return FORMATS[self.rule.weights]
+
+    @property
+    def products(self) -> tuple[Site, ...]:
+        """Its sites but for look-ups, which have no inputs to sum over."""
+        return tuple(entry.site for entry in self.entries if entry.site.kind != "gather")
+
+
+def planned_weights(program: Program, plan: Plan) -> tuple[list[Planned], list[SiteReport]]:
+    """The weights that are to be stored and take part in products; and a line for each site that is left out.
+
+    Raises:
+        ModelError: if one of them is not finite.
+    """
+    groups: dict[str, list[SitePlan]] = {}
+    for entry in plan.sites:
+        if entry.quantize is not None and entry.site.path is not None:
+            groups.setdefault(entry.site.path, []).append(entry)
+    planned: list[Planned] = []
+    kept = [SiteReport(entry.site.name, "kept", entry.not_quantized) for entry in plan.sites if entry.not_quantized]
+    for path, entries in groups.items():
+        sites = [entry.site for entry in entries if entry.site.kind != "gather"]
+        rule = entries[0].quantize
+        assert rule is not None
+        if not sites:
+            kept.append(SiteReport(entries[0].site.name, "kept", "only looked up, so rounded to nearest when stored"))
+            continue
+        exact = matrix.stored_matrix(sites[0], program.weights[path]).astype(jnp.float32)
+        if not bool(jnp.all(jnp.isfinite(exact))):
+            raise ModelError(f"the weight of site {sites[0].name!r} is not finite")
+        planned.append(Planned(path, tuple(entries), sites[0], rule, exact))
+    return planned, kept
+
+
+def whole_grid(planned: Planned) -> Grid:
+    """The grid that covers the weight's whole range, as it lies beside stored codes.
+
+    Raises:
+        RecipeError: if groups do not divide what is summed over; the message names the granularity.
+    """
+    return make_grid(matrix.as_stored(planned.site, planned.exact), planned.target, planned.rule.granularity)
+
+
+def given(grid: Grid) -> dict[str, jax.Array]:
+    """The parts of a grid by name."""
+    parts = {"scale": grid.scale, "zero_point": grid.zero_point, "codebook": grid.codebook}
+    return {name: array for name, array in parts.items() if array is not None}
+
+
+def grid_matrices(planned: Planned, grid: Grid) -> Grid:
+    """The grid with the axes of `Planned.exact`: scale `[*steps, B, G, N]`, levels `[*steps, B, levels]`."""
+    site = planned.site
+    levels = grid.codebook
+    if levels is not None:
+        lead, batch = levels.shape[: site.stacked], planned.exact.shape[site.stacked]
+        levels = jnp.reshape(levels, (*lead, -1, levels.shape[-1]))
+        levels = jnp.broadcast_to(levels, (*lead, batch, levels.shape[-1]))
+    scale = matrix.from_stored(site, grid.scale)
+    return Grid(scale, None if grid.zero_point is None else matrix.from_stored(site, grid.zero_point), levels)
+
+
+def nearest(values: jax.Array, grid: Grid, target: Format) -> jax.Array:
+    """The nearest values of a grid to matrices `[..., K, N]`."""
+    return matrix_values(matrix_codes(values, grid, target), grid, target)
+
+
+def weight_report(
+    site: Site, action: str, stored: Any, reason: str = "", metrics: Mapping[str, Any] | None = None
+) -> SiteReport:
+    """A line on a site whose weight keeps its bytes."""
+    size = leaf_bytes(stored.shape, stored.dtype)
+    return SiteReport(site.name, action, reason, size, size, dict(metrics or {}))
+
+
+def round_to_nearest(program: Program, plan: Plan) -> tuple[Program, GivenGrids]:
+    """Rounds each planned weight to its grid in float: what storing it does, to compare methods with.
+
+    Returns:
+        The program with rounded float weights, and its grids.
+
+    Raises:
+        RecipeError, ModelError: as `whole_grid` and `planned_weights`.
+    """
+    start = time.perf_counter()
+    weights: dict[str, Any] = dict(program.weights)
+    grids: GivenGrids = {}
+    found, reports = planned_weights(program, plan)
+    for planned in found:
+        grid = whole_grid(planned)
+        rounded = nearest(planned.exact, grid_matrices(planned, grid), planned.target)
+        weights[planned.path] = matrix.stored_weight(planned.site, rounded, program.weights[planned.path])
+        grids[planned.path] = given(grid)
+        action = f"{planned.rule.weights} nearest"
+        reports += [weight_report(entry.site, action, weights[planned.path]) for entry in planned.entries]
+    report = PassReport("round", time.perf_counter() - start, tuple(reports))
+    return program.replace(weights=weights, history=(*program.history, report)), grids
