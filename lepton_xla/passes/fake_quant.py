@@ -77,6 +77,9 @@ def fake_quant(
             beside = tracked.beside if isinstance(tracked, Tracked) else {}
             operands = [operand_value(value) for value in values]
             keys = _site_keys(beside.get(site.name + _KEY_SUFFIX))
+            if site.kind == "gather" and _rows_alone(site, decision, beside):
+                (rows,) = context.bind(eqn, operands)
+                return [_when(on, _fake_rows(site, rows, decision), rows)]
             operands[side] = _when(on, _fake_weight(site, operands[side], decision, beside, keys[0]), operands[side])
             if decision.activations != "none":
                 act = operands[1 - side]
@@ -152,6 +155,24 @@ def _fake_weight(
     rounded = decode(encode(lax.stop_gradient(exact), scale, target, zero_point), scale, target, zero_point)
     passing = inside(exact, scale, target) if target.kind in ("int", "float") else True
     return straight_through(exact, rounded, passing).astype(weight.dtype)
+
+
+def _rows_alone(site: Site, rule: QuantizeRule, beside: Mapping[str, jax.Array]) -> bool:
+    """Whether a row of a table is rounded by what is in it: then those that are looked up are enough."""
+    given = any(f"{site.name}{suffix}" in beside for suffix in (_KEY_SUFFIX, *(f":{part}" for part in _PARTS)))
+    return not given and rule.granularity != "tensor" and not FORMATS[rule.weights].learned
+
+
+def _fake_rows(site: Site, rows: jax.Array, rule: QuantizeRule) -> jax.Array:
+    """What a gather has looked up, rounded as the table would be."""
+    target = FORMATS[rule.weights]
+    axis = site.params["dimension_numbers"].offset_dims[0]
+    exact = jnp.moveaxis(rows.astype(jnp.float32), axis, 0)
+    matrix = exact.reshape((exact.shape[0], -1))
+    grid = make_grid(matrix, target, rule.granularity)
+    rounded = matrix_values(matrix_codes(lax.stop_gradient(matrix), grid, target), grid, target)
+    faked = straight_through(exact, rounded.reshape(exact.shape), True)
+    return jnp.moveaxis(faked, 0, axis).astype(rows.dtype)
 
 
 def _with_gradient_of_both(weight: jax.Array, rounded: jax.Array) -> jax.Array:

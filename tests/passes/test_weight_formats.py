@@ -190,6 +190,20 @@ def test_a_table_is_looked_up_in_codes(mode, weights):
     assert not any(np.prod(shape) >= 11 * 8 for shape in floats if 11 in shape)
 
 
+def test_training_rounds_only_the_rows_that_are_looked_up():
+    program = trace(
+        lambda w, ids: jnp.take(w["table"], ids, axis=0), {"table": array(11, 8)},
+        {"ids": TensorSpec(("batch", "seq"), "int32")},
+    )  # fmt: skip
+    ids = jnp.asarray([[0, 10, 3], [1, 1, 7]])
+    quantized = fake_quant(program.fn, recipe("int4", "group:4").resolve(program))
+    jaxpr = str(jax.make_jaxpr(quantized)(program.weights, ids))
+    assert "round" in jaxpr
+    assert not [line for line in jaxpr.splitlines() if "[11,8]" in line and ("round" in line or " div" in line)]
+    gradient = jax.grad(lambda w: jnp.sum(quantized(w, ids)))(program.weights)["table"]
+    np.testing.assert_allclose(gradient, np.bincount(np.ravel(ids), minlength=11)[:, None] * np.ones((11, 8)))
+
+
 # Recipes.
 
 
