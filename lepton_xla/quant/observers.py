@@ -70,7 +70,14 @@ def count(array: jax.Array, level: jax.Array) -> jax.Array:
     # A value is mantissa * 2**(exponent - 150); a bin's width is 2**(level - 126 - BINS_LOG2).
     shift = jnp.clip(24 - BINS_LOG2 + level - jnp.maximum(exponent, 1), 0, 31)
     index = jnp.where(bits == 0, 0, 1 + jnp.minimum(lax.shift_right_logical(mantissa, shift), BINS - 1))
-    return jnp.zeros(1 + BINS, jnp.uint32).at[index].add(jnp.uint32(1))
+    return jnp.zeros(1 + BINS, jnp.uint32).at[index].add(jnp.uint32(1), out_sharding=_whole(array))
+
+
+def _whole(array: jax.Array) -> jax.sharding.NamedSharding | None:
+    """Where the array's mesh has explicit axes, the sharding of a result that every device has; else None."""
+    mesh = jax.typeof(array).sharding.mesh
+    explicit = jax.sharding.AxisType.Explicit in (mesh.axis_types or ())
+    return jax.sharding.NamedSharding(mesh, jax.P()) if explicit else None
 
 
 # On the host.

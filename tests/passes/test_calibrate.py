@@ -207,6 +207,18 @@ def test_sharded_inputs_have_one_histogram():
     np.testing.assert_allclose(found, all_of_it([batch["x"] for batch in data]), rtol=1e-6)
 
 
+def test_inputs_sharded_by_type_have_one_histogram():
+    mesh = jax.make_mesh((2,), ("x",), axis_types=(jax.sharding.AxisType.Explicit,))
+    with jax.set_mesh(mesh):
+
+        def fn(w, x):
+            return jax.sharding.reshard(x, P("x")) @ w["w"]
+
+        data = [{"x": array(8, 6, seed=k)} for k in range(3)]
+        found = ranges(trace(fn, {"w": array(6, 3)}, ROWS), data, "mse")["w"]
+    np.testing.assert_allclose(found, all_of_it([batch["x"] for batch in data]), rtol=1e-6)
+
+
 def test_a_percentile_that_falls_on_zeros():
     program = trace(lambda w, x: jnp.maximum(x, 0) @ w["w"], {"w": array(6, 3)}, ROWS)
     assert ranges(program, batches(), "percentile:99")["w"] > 0

@@ -94,7 +94,6 @@ def test_output_error_of_each_weight_alone(static):
 @pytest.mark.parametrize(
     "rule",
     [
-        'weights = "int8"\nactivations = "none"',
         'weights = "int4"\nactivations = "none"\ngranularity = "group:2"',
         'weights = "fp8_e4m3"\nactivations = "fp8_e4m3"',
         'weights = "nf4"\nactivations = "none"',
