@@ -107,6 +107,9 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         on_unsupported: what to do at a site that a rule names and a pass cannot handle: `error`, or `keep` it as it
             is and say so in the report.
         measure: whether integer arithmetic is timed against float at the compiled sizes and reverted where it loses.
+        unpack: what becomes of weights that are stored small but multiplied in float. `measured`: they are unpacked
+            once, when an artifact is loaded, where that is faster than on each call; `never`: they stay small in
+            memory, and every call unpacks them.
         prune: `[[prune]]` blocks.
         quantize: `[[quantize]]` blocks.
     """
@@ -116,6 +119,7 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     fold: bool = True
     on_unsupported: Literal["error", "keep"] = "error"
     measure: bool = True
+    unpack: Literal["measured", "never"] = "measured"
     prune: tuple[PruneRule, ...] = ()
     quantize: tuple[QuantizeRule, ...] = ()
 

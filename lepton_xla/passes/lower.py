@@ -3,12 +3,13 @@
 A candidate is judged by the clock, not by hope. Each integer product is timed against float at the sizes the program
 will be compiled for; then the whole program is timed with ever more of the promising ones, since what a product costs
 beside its neighbours differs from what it costs alone. A site that does not make the whole faster keeps float
-arithmetic, with its weight still stored small.
+arithmetic, with its weight still stored small, and unpacked once on loading where unpacking it on each call costs time.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -24,7 +25,7 @@ from lepton_xla.passes.measure import Timing, WholeTiming, compare, time_program
 from lepton_xla.passes.products import RANGE_SUFFIX, SCALE_SUFFIX
 from lepton_xla.passes.rewrite import Context, Values, materialize
 from lepton_xla.passes.sites import Site, find_sites, lay_out, rewrite_sites
-from lepton_xla.program import Program, abstract, leaf_bytes, tree_bytes
+from lepton_xla.program import Expansion, Program, abstract, leaf_bytes, tree_bytes
 from lepton_xla.quant.grid import settle
 from lepton_xla.report import PassReport, SiteReport
 
@@ -38,6 +39,8 @@ WORTH_RATIO = 0.97
 HOPELESS_RATIO = 1.2
 # How many sets of integer sites are tried in the whole program, the empty one not counted.
 MAX_SETS = 4
+# At how many sizes the whole program is timed at most.
+MAX_SIZES = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,18 +103,40 @@ def lower(
     timings = _time_sites(program, candidates, sizes, say)
 
     def build(integer: frozenset[str]) -> Callable[..., Any]:
-        own = [name for name in values if _site_of(name) in integer]
-        return _lowered(program.fn, like, stored, own, {name: _padded(timings[name]) for name in integer})
+        return _lowered(program.fn, like, stored, list(_own(values, integer)), _pads(integer, timings))
 
+    def variant(integer: frozenset[str], unpacked: bool) -> tuple[Callable[..., Any], Any]:
+        """The program with these sites computed from codes, and the weights it takes."""
+        own = weights | _own(values, integer)
+        return build(integer), _unpack(_unpackable(stored, integer), own) if unpacked else own
+
+    def time_whole(variants: Sequence[tuple[Callable[..., Any], Any]]) -> list[WholeTiming]:
+        timed: list[WholeTiming] = []
+        for at in _spread(sizes):
+            say(f"the whole program at {', '.join(f'{name} {size}' for name, size in at.items()) or 'its size'}")
+            times = time_programs([(program.fn, program.weights), *variants], program.abstract_inputs(at))
+            timed.append(WholeTiming(dict(at), times[0], tuple(times[1:])))
+        return timed
+
+    may_unpack = plan.recipe.unpack == "measured"
     sets = _candidate_sets(candidates, timings)
-    whole = _time_sets(program, weights | values, build, sets, sizes, say) if len(sets) > 1 else []
+    whole = time_whole([variant(chosen, may_unpack) for chosen in sets]) if len(sets) > 1 else []
     integer = _fastest(sets, whole)
-    weights |= {name: value for name, value in values.items() if _site_of(name) in integer}
+    lowered_us = [timed.set_us[sets.index(integer)] for timed in whole]
+    unpackable = _unpackable(stored, integer)
+    expansion = None
+    if unpackable and may_unpack and sizes:
+        whole = time_whole([variant(integer, True), variant(integer, False)])
+        once = any(timed.set_us[0] < WORTH_RATIO * timed.set_us[1] for timed in whole)
+        lowered_us = [timed.set_us[0 if once else 1] for timed in whole]
+        expansion = Expansion(functools.partial(_unpack, unpackable), build(integer)) if once else None
+    weights |= _own(values, integer)
     for planned in stored:
         path = planned.site.path
         assert path is not None
         name = planned.site.name
-        reports.append(_report(planned, reasons[name], integer, timings.get(name, []), like[path], weights[path]))
+        entry = _report(planned, reasons[name], integer, timings.get(name, []), like[path], weights[path])
+        reports.append(_at_load(entry) if expansion is not None and path in unpackable else entry)
     reports += [
         SiteReport(entry.site.name, "kept float", entry.not_quantized, entry.weight_bytes, entry.weight_bytes)
         for entry in plan.sites
@@ -122,12 +147,13 @@ def lower(
         "weights_bytes_after": tree_bytes(weights),
     }
     if whole:
-        chosen = sets.index(integer)
         metrics["whole_program"] = [
-            {"sizes": timed.sizes, "float_us": timed.float_us, "lowered_us": timed.set_us[chosen]} for timed in whole
+            {"sizes": timed.sizes, "float_us": timed.float_us, "lowered_us": us}
+            for timed, us in zip(whole, lowered_us, strict=True)
         ]
     report = PassReport("lower", time.perf_counter() - start, tuple(reports), metrics)
-    return program.replace(fn=build(integer), weights=weights, history=(*program.history, report))
+    history = (*program.history, report)
+    return program.replace(fn=build(integer), weights=weights, history=history, expansion=expansion)
 
 
 def _lowered(
@@ -162,7 +188,7 @@ def _lowered(
             pad = pad_single[site.name]
             name = planned.activations
             return [products.code_product(site, activation, tracked.value, name, scale, pad_single=pad)]
-        weight = products.restore(site, tracked.value)
+        weight = tracked.value if isinstance(tracked.value, jax.Array) else products.restore(site, tracked.value)
         return context.bind(eqn, (activation, weight) if site.weight_operand == 1 else (weight, activation))
 
     def run(weights: Mapping[str, Any], *inputs: Any) -> Any:
@@ -253,39 +279,63 @@ def _candidate_sets(candidates: Sequence[_Planned], timings: Mapping[str, Sequen
     return [frozenset[str](), *sets]
 
 
-def _time_sets(
-    program: Program,
-    weights: Mapping[str, Any],
-    build: Callable[[frozenset[str]], Callable[..., Any]],
-    sets: Sequence[frozenset[str]],
-    sizes: Sequence[Mapping[str, int]],
-    say: Callable[[str], None],
-) -> list[WholeTiming]:
-    """Times the whole program at the smallest and the largest sizes, with each set of sites in integers."""
-    kept = {chosen: dict(weights) for chosen in sets}
-    for chosen, leaves in kept.items():
-        for name in [name for name in leaves if name.endswith((RANGE_SUFFIX, SCALE_SUFFIX))]:
-            if _site_of(name) not in chosen:
-                del leaves[name]
-    functions = [(program.fn, program.weights), *((build(chosen), kept[chosen]) for chosen in sets)]
-    timed = []
-    for at in (sizes[0], sizes[-1]) if len(sizes) > 1 else sizes:
-        say(f"the whole program at {', '.join(f'{name} {size}' for name, size in at.items()) or 'its size'}")
-        times = time_programs(functions, program.abstract_inputs(at))
-        timed.append(WholeTiming(dict(at), times[0], tuple(times[1:])))
-    return timed
-
-
 def _fastest(sets: Sequence[frozenset[str]], whole: Sequence[WholeTiming]) -> frozenset[str]:
-    """The set with the best time over the sizes; a larger set must earn its place."""
+    """The set with the best time over the sizes that is slower than the empty set at none of them.
+
+    A larger set must earn its place.
+    """
     if not whole:
         return sets[-1]
-    scores = [statistics.geometric_mean([timed.set_us[index] for timed in whole]) for index in range(len(sets))]
-    best = 0
-    for index, score in enumerate(scores):
-        if score < WORTH_RATIO * scores[best]:
-            best = index
+    best, best_score = 0, statistics.geometric_mean([timed.set_us[0] for timed in whole])
+    for index in range(1, len(sets)):
+        score = statistics.geometric_mean([timed.set_us[index] for timed in whole])
+        loses = any(WORTH_RATIO * timed.set_us[index] > timed.set_us[0] for timed in whole)
+        if score < WORTH_RATIO * best_score and not loses:
+            best, best_score = index, score
     return sets[best]
+
+
+def _spread(sizes: Sequence[Mapping[str, int]]) -> list[Mapping[str, int]]:
+    """At most `MAX_SIZES` of the sizes, the first and the last among them."""
+    if len(sizes) <= MAX_SIZES:
+        return list(sizes)
+    return [sizes[round(k * (len(sizes) - 1) / (MAX_SIZES - 1))] for k in range(MAX_SIZES)]
+
+
+def _own(values: Mapping[str, jax.Array], integer: frozenset[str]) -> dict[str, jax.Array]:
+    """The static ranges and scales of the sites that are computed from codes."""
+    return {name: value for name, value in values.items() if _site_of(name) in integer}
+
+
+def _pads(integer: frozenset[str], timings: Mapping[str, Sequence[Timing]]) -> dict[str, bool]:
+    return {name: _padded(timings[name]) for name in integer}
+
+
+def _unpackable(stored: Sequence[_Planned], integer: frozenset[str]) -> dict[str, Site]:
+    """Weights that are multiplied in float, by path, and a site of each; a table that is looked up is not unpacked."""
+    kept = {planned.site.path for planned in stored if planned.site.name in integer or planned.site.kind == "gather"}
+    return {
+        planned.site.path: planned.site
+        for planned in stored
+        if planned.site.path is not None and planned.site.path not in kept
+    }
+
+
+def _unpack(sites: Mapping[str, Site], weights: Mapping[str, Any]) -> dict[str, Any]:
+    """The weights with those of these sites as the float operands that their products take."""
+
+    def operand(site: Site, stored: Any) -> jax.Array:
+        restore = functools.partial(products.restore, site)
+        for _ in range(site.stacked):
+            restore = jax.vmap(restore)
+        return restore(stored)
+
+    return {name: operand(sites[name], leaf) if name in sites else leaf for name, leaf in weights.items()}
+
+
+def _at_load(report: SiteReport) -> SiteReport:
+    reason = "; ".join(part for part in (report.reason, "unpacked once, on loading: on each call it is slower") if part)
+    return dataclasses.replace(report, reason=reason)
 
 
 def _report(

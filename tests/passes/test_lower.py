@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 import lepton_xla.passes.measure as measure
 from lepton_xla import _compat
+from lepton_xla.compiler import compile as compile_program
 from lepton_xla.errors import CalibrationError, UnsupportedError
 from lepton_xla.passes import calibrate, fake_quant, find_sites
 from lepton_xla.passes import lower as run_lower
@@ -499,3 +500,84 @@ def test_sites_keep_their_shapes_at_any_size():
     lowered = run_lower(program, recipe().resolve(program))
     assert [site.kind for site in find_sites(lowered)] == ["dot_general", "dot_general"]
     assert lowered.outputs == program.outputs
+
+
+def clock_by_weights(monkeypatch, site_us, small_us, float_us):
+    """A whole program takes `small_us` where any weight is still to be unpacked, else `float_us`."""
+    fake_clock(monkeypatch, site_us)
+
+    def time_programs(functions, inputs):
+        del inputs
+        is_small = lambda leaf: isinstance(leaf, QTensor)  # noqa: E731
+        return [
+            small_us if any(map(is_small, jax.tree.leaves(weights, is_leaf=is_small))) else float_us
+            for _, weights in functions
+        ]
+
+    monkeypatch.setattr(lower_module, "time_programs", time_programs)
+
+
+@pytest.mark.parametrize("small_us", [90.0, 102.0, 140.0])
+def test_weights_multiplied_in_float_are_unpacked_on_loading_where_that_is_faster(monkeypatch, small_us):
+    clock_by_weights(monkeypatch, {}, small_us, 100.0)
+    program = two_layers()
+    lowered = run_lower(program, recipe('activations = "none"').resolve(program), sizes=SIZES)
+    assert all(isinstance(lowered.weights[name], QTensor) for name in ("a", "b"))
+    assert (lowered.expansion is not None) == (small_us > 103)
+    assert [("unpacked once, on loading" in site.reason) for site in lowered.history[-1].sites] == [small_us > 103] * 2
+    assert [entry["lowered_us"] for entry in lowered.history[-1].metrics["whole_program"]] == (
+        [100.0 if small_us > 103 else small_us] * 2
+    )
+    if lowered.expansion is not None:
+        unpacked = lowered.expansion.expand(lowered.weights)
+        assert {name: leaf.dtype for name, leaf in unpacked.items()} == {"a": np.float32, "b": np.float32}
+        x = array(3, 6, seed=5)
+        want = lowered(lowered.weights, x)
+        np.testing.assert_array_equal(
+            jax.jit(lowered.expansion.fn)(unpacked, x), jax.jit(lowered.fn)(lowered.weights, x)
+        )
+        servable = compile_program(lowered, {"batch": (1, 4)}).servable()
+        np.testing.assert_allclose(servable(x=np.asarray(x))["output"], want, rtol=1e-5, atol=1e-6)
+        assert servable.weights_bytes == 4 * (6 * 8 + 8 * 3)
+
+
+def test_weights_stay_small_in_memory_where_the_recipe_says_so(monkeypatch):
+    clock_by_weights(monkeypatch, {}, 300.0, 100.0)
+    program = two_layers()
+    plan = Recipe.parse('unpack = "never"\n[[quantize]]\nsites = ".*"\nactivations = "none"', name="r").resolve(program)
+    assert run_lower(program, plan, sizes=SIZES).expansion is None
+
+
+def test_integer_sites_stay_packed_when_the_others_are_unpacked(monkeypatch):
+    def site_clock(functions, inputs):
+        return [
+            40.0 if "preferred_element_type=int32" in str(jax.make_jaxpr(fn)(weights, *inputs)) else 100.0
+            for fn, weights in functions
+        ]
+
+    fake_clock(monkeypatch, {"a": (10.0, 5.0, None), "b": (10.0, 30.0, None)})
+    monkeypatch.setattr(lower_module, "time_programs", site_clock)
+    program = two_layers()
+    lowered = run_lower(program, recipe().resolve(program), sizes=SIZES)
+    assert lowered.expansion is None  # no faster, so nothing is gained by the memory
+    sizes_of = lambda weights: {name: type(leaf).__name__ for name, leaf in weights.items()}  # noqa: E731
+    times = iter([[100.0, 100.0, 40.0], [100.0, 100.0, 40.0], [100.0, 40.0, 60.0], [100.0, 40.0, 60.0]])
+    monkeypatch.setattr(lower_module, "time_programs", lambda functions, inputs: next(times))
+    lowered = run_lower(program, recipe().resolve(program), sizes=SIZES)
+    assert lowered.expansion is not None
+    assert sizes_of(lowered.expansion.expand(lowered.weights)) == {"a": "QTensor", "b": "ArrayImpl"}
+
+
+def test_what_is_slower_at_one_size_is_taken_back_however_fast_at_another(monkeypatch):
+    def uneven(functions, inputs):
+        batch = inputs[0].shape[0]
+        integer = ["preferred_element_type=int32" in str(jax.make_jaxpr(fn)(w, *inputs)) for fn, w in functions]
+        return [(110.0 if batch == 1 else 20.0) if flag else 100.0 for flag in integer]
+
+    fake_clock(monkeypatch, {"a": (10.0, 5.0, None), "b": (10.0, 5.0, None)})
+    monkeypatch.setattr(lower_module, "time_programs", uneven)
+    program = two_layers()
+    lowered = run_lower(program, recipe().resolve(program), sizes=SIZES)
+    assert products_of(lowered) == [FLOAT, FLOAT]
+    lowered = run_lower(program, recipe().resolve(program), sizes=SIZES[1:])
+    assert products_of(lowered) == [INTEGER, INTEGER]
