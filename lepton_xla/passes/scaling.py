@@ -1,0 +1,235 @@
+"""Factors on the input channels of products that leave what a program computes as it is: `(x / s) @ (s * W) = x @ W`.
+
+What SmoothQuant, AWQ and cross-layer equalization share. The weight takes `s` up; `1 / s` goes into the weights before
+it where `flow` finds a way, and else into one multiplication of the activation at the product.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+
+from lepton_xla import _compat
+from lepton_xla.passes import matrix
+from lepton_xla.passes.flow import Absorber, Flow, NotAbsorbedError, Place
+from lepton_xla.passes.rewrite import Context, Values, materialize
+from lepton_xla.passes.sites import LayoutOp, Site, find_sites, rewrite_sites
+from lepton_xla.program import Program, abstract
+
+if TYPE_CHECKING:
+    from lepton_xla.recipe import Plan
+
+# What an activation is multiplied by travels among the weights under the site's name and this suffix.
+FACTOR_SUFFIX = ":input_factor"
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """Products that share an activation, and so its factors.
+
+    Attributes:
+        sites: the products; each of their weights takes the factor up.
+        absorbers: weights that take its inverse up; empty where the activation is multiplied instead.
+        reason: why it is multiplied; empty where it is not.
+    """
+
+    sites: tuple[Site, ...]
+    absorbers: tuple[Absorber, ...] = ()
+    reason: str = ""
+
+
+def channels(site: Site) -> int:
+    """How many input channels a product has: what is summed over, of all batches; a window's positions share one."""
+    batch, depth, _ = matrix.matrix_shape(site)
+    return batch * depth // matrix.window_size(site)
+
+
+def channel_vector(site: Site, columns: jax.Array, reduce: Callable[..., jax.Array]) -> jax.Array:
+    """What `[*steps, B, K]` says of each input channel, `[*steps, channels]`."""
+    reduced = matrix.input_channels(site, columns, reduce)
+    return jnp.reshape(reduced, (*reduced.shape[:-2], -1))
+
+
+def matrix_rows(site: Site, vector: jax.Array) -> jax.Array:
+    """A vector of channels `[*steps, channels]` for the rows of weight matrices: `[*steps, B, K, 1]`."""
+    batch, depth, _ = matrix.matrix_shape(site)
+    window, lead = matrix.window_size(site), vector.shape[:-1]
+    parts = jnp.reshape(vector, (*lead, batch, 1, -1))
+    spread = jnp.broadcast_to(parts, (*lead, batch, window, depth // window))
+    return jnp.reshape(spread, (*lead, batch, depth, 1))
+
+
+def scale_groups(program: Program, plan: Plan) -> tuple[list[Group], dict[str, str]]:
+    """The planned products in groups that share an activation, in the order of execution.
+
+    A product that the plan leaves alone is in a group with planned ones whose activation it shares, if that is what it
+    takes for the weights before them to take the factor up.
+
+    Returns:
+        The groups, and the name of each planned product that can have no factor, and why.
+    """
+    flow = Flow(program)
+    planned = {entry.site.name for entry in plan.sites if entry.quantize is not None and entry.site.path is not None}
+    sites = {site.name: site for site in find_sites(program) if site.path is not None}
+    kept: dict[str, str] = {}
+    shared: dict[tuple[Any, int], list[Site]] = {}
+    alone: list[Group] = []
+    order: dict[str, int] = {name: index for index, name in enumerate(sites)}
+    for name, site in sites.items():
+        reason = _unscalable(flow, site)
+        if reason:
+            kept |= {name: reason} if name in planned else {}
+            continue
+        try:
+            root = flow.activation(flow.places[name])
+        except NotAbsorbedError as error:
+            alone += [Group((site,), (), str(error))] if name in planned else []
+            continue
+        shared.setdefault(root, []).append(site)
+    groups = list(alone)
+    for root, members in shared.items():
+        if any(site.name in planned for site in members):
+            groups += _grouped(flow, root, members, planned)
+    return sorted(groups, key=lambda group: order[group.sites[0].name]), kept
+
+
+def _grouped(flow: Flow, root: tuple[Any, int], members: Sequence[Site], planned: set[str]) -> list[Group]:
+    """The products on one activation: one group, whose factor goes before them if it can."""
+    var, axis = root
+    places = [flow.places[site.name] for site in members]
+    own = tuple(site for site in members if site.name in planned)
+    if len({place.source.steps for place in places}) > 1:  # a factor a step for some, one for all for others
+        return [Group((site,), (), "its activation also meets a weight that is stacked otherwise") for site in own]
+    try:
+        _only_read_by(flow, places, var)
+        return [Group(tuple(members), tuple(flow.absorb(places[0], var, axis)))]
+    except NotAbsorbedError as error:
+        return [Group(own, (), str(error))]
+
+
+def _only_read_by(flow: Flow, places: Sequence[Place], var: Any) -> None:
+    """Raises `NotAbsorbedError` where something but these products reads a variable."""
+    mine = {id(place.eqn) for place in places}
+    if any(eqn is None or id(eqn) not in mine for eqn in flow.readers(places[0].body, var)):
+        raise NotAbsorbedError("its activation is also read elsewhere")
+
+
+def _unscalable(flow: Flow, site: Site) -> str:
+    """Why no factor can be put on a product's inputs; empty if one can."""
+    if site.kind not in ("dot_general", "conv_general_dilated"):
+        return f"a {site.kind} sums over no inputs"
+    if site.kind == "conv_general_dilated" and (site.weight_operand != 1 or site.params["batch_group_count"] != 1):
+        return "a convolution of another kind"
+    if _compat.is_manual(site.eqn) or site.name not in flow.places:
+        return "it is inside a container that is not looked into"
+    if not site.exclusive or flow.uses.get(site.path or "", 0) != 1:
+        return "its weight is also used elsewhere"
+    if any(op.resizes for op in site.layout if isinstance(op, LayoutOp)):
+        return "its weight is broadcast or cut before use"
+    if not all(jnp.issubdtype(operand.dtype, jnp.floating) for operand in site.operands):
+        return "it is no product of floats"
+    return ""
+
+
+def weight_absmax(weights: Mapping[str, Any], group: Group) -> jax.Array:
+    """The largest magnitude that each input channel of a group meets in its weights: `[*steps, channels]`."""
+    largest: list[jax.Array] = []
+    for site in group.sites:
+        rows = jnp.max(jnp.abs(matrix.stored_matrix(site, weights[str(site.path)]).astype(jnp.float32)), axis=-1)
+        largest.append(channel_vector(site, rows, jnp.max))
+    return jnp.max(jnp.stack(largest), axis=0)
+
+
+def scaled_weights(weights: Mapping[str, Any], sites: Mapping[str, Site], group: Group, factor: jax.Array) -> Any:
+    """The weights with a group's factor in its products and, where it can, the inverse before them.
+
+    Args:
+        weights: all weights, by path.
+        sites: all products, by name.
+        group: the group.
+        factor: `[*steps, channels]`, positive.
+    """
+    changed = dict(weights)
+    for site in group.sites:
+        path = str(site.path)
+        matrices = matrix.stored_matrix(site, changed[path]).astype(jnp.float32)
+        changed[path] = matrix.stored_weight(site, matrices * matrix_rows(site, factor), changed[path])
+    for absorber in group.absorbers:
+        stored = changed[absorber.path]
+        if absorber.axis is None:
+            by = jnp.reshape(factor, stored.shape)
+            changed[absorber.path] = (stored.astype(jnp.float32) / by).astype(stored.dtype)
+            continue
+        site = sites[absorber.site]
+        shape = [1] * len(site.weight.shape)
+        shape[absorber.axis] = -1
+        operand = jnp.broadcast_to(
+            jnp.reshape(factor, (*factor.shape[:-1], *shape)), (*factor.shape[:-1], *site.weight.shape)
+        )
+        by = matrix.each_step(site, lambda part, site=site: matrix.weight_matrix(site, part))(operand)
+        matrices = matrix.stored_matrix(site, stored).astype(jnp.float32)
+        changed[absorber.path] = matrix.stored_weight(site, matrices / by, stored)
+    return changed
+
+
+def multiply_inputs(program: Program, factors: Mapping[str, tuple[Site, jax.Array]]) -> Program:
+    """Multiplies the activations of some products, each by a vector that becomes a weight of the program.
+
+    Args:
+        program: the program.
+        factors: site name -> the site, and what its input channels are multiplied by, `[*steps, channels]`.
+    """
+    if not factors:
+        return program
+    names: dict[str, str] = {}
+    for name in factors:
+        names[name] = name + FACTOR_SUFFIX
+        while names[name] in program.weights:  # from an earlier pass
+            names[name] += FACTOR_SUFFIX
+    like, inner = abstract(program.weights), program.fn
+    stored = {name: site for name, (site, _) in factors.items()}
+
+    def rule(site: Site, context: Context, eqn: Any, values: Values) -> Values | None:
+        if site.name not in stored or site.weight_operand is None:
+            return None
+        weight, activation = values[site.weight_operand], materialize(values[1 - site.weight_operand])
+        factor = _along_channels(site, weight.beside[site.name])
+        activation = (activation.astype(jnp.float32) * factor).astype(activation.dtype)
+        operands = (activation, weight.value) if site.weight_operand == 1 else (weight.value, activation)
+        return context.bind(eqn, operands)
+
+    def run(weights: Mapping[str, Any], *inputs: Any) -> Any:
+        beside: dict[str, dict[str, jax.Array]] = {}
+        for name, site in stored.items():
+            beside.setdefault(str(site.path), {})[name] = weights[names[name]]
+        own = {name: leaf for name, leaf in weights.items() if name in like}
+        return rewrite_sites(inner, rule, inline=True, on_unknown="keep", beside=beside)(own, *inputs)
+
+    added = {names[name]: vector for name, (_, vector) in factors.items()}
+    return program.replace(fn=run, weights={**program.weights, **added})
+
+
+def _along_channels(site: Site, vector: jax.Array) -> jax.Array:
+    """A vector of input channels, as it is broadcast to the activation operand."""
+    assert site.weight_operand is not None
+    side = 1 - site.weight_operand
+    shape = site.operands[side].shape
+    if site.kind == "conv_general_dilated":
+        axes: tuple[int, ...] = (site.params["dimension_numbers"].lhs_spec[1],)
+    else:
+        contract, batch = site.params["dimension_numbers"]
+        axes = (*batch[side], *contract[side])
+    ordered = sorted(axes)
+    parts = jnp.reshape(vector, [shape[axis] for axis in axes])
+    parts = jnp.transpose(parts, [axes.index(axis) for axis in ordered])
+    return jnp.reshape(parts, [size if axis in axes else 1 for axis, size in enumerate(shape)])
+
+
+def usable(factor: jax.Array, *, limit: float = 1e4) -> jax.Array:
+    """A factor without what cannot be divided by: 1 for what is not finite or not positive, within limits."""
+    safe = jnp.where(jnp.isfinite(factor) & (factor > 0), factor, jnp.ones_like(factor))
+    return jnp.clip(safe, 1 / limit, limit)
