@@ -233,6 +233,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--peers", action="store_true", help="also qwix, where it is installed")
     parser.add_argument("--quick", action="store_true", help="little training, a small model, no page: a smoke test")
+    parser.add_argument(
+        "--pages", action=argparse.BooleanOptionalAction, default=True, help="write docs/benchmarks/; not with --quick"
+    )
     parser.add_argument("--json", type=pathlib.Path, help="write the figures to this file")
     parser.add_argument("--rounds", type=int, default=31, help="turns of each step")
     parser.add_argument("--seconds", type=float, default=40.0, help="of one transformer, at most")
@@ -256,7 +259,7 @@ def main() -> int:
         return 0
     result["run"] = harness.machine(("qwix",) if with_qwix else ()) | run
     console.print("\n\n".join(tables(result)), soft_wrap=True)
-    if not options.quick:
+    if options.pages and not options.quick:
         harness.PAGES.mkdir(parents=True, exist_ok=True)
         RESULTS.write_text(json.dumps(result, indent=1) + "\n")
         (harness.PAGES / "qat.md").write_text(page(result))

@@ -282,6 +282,9 @@ def main() -> int:
     parser.add_argument("--presets", default=",".join(presets()), help="comma-separated; default: all")
     parser.add_argument("--peers", action="store_true", help="also qwix, ONNX Runtime and OpenVINO where installed")
     parser.add_argument("--quick", action="store_true", help="little training, few rounds, no pages: a smoke test")
+    parser.add_argument(
+        "--pages", action=argparse.BooleanOptionalAction, default=True, help="write docs/benchmarks/; not with --quick"
+    )
     parser.add_argument("--json", type=pathlib.Path, help="write the figures to this file")
     parser.add_argument("--rounds", type=int, default=21, help="turns of each at each bucket")
     parser.add_argument("--seconds", type=float, default=20.0, help="of one bucket, at most")
@@ -310,7 +313,7 @@ def main() -> int:
             "load": load,
         }
         show(name, measured[name])
-        if not options.quick:
+        if options.pages and not options.quick:
             known = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
             known |= {name: measured[name]}
             known = {name: known[name] for name in models.MODELS if name in known}
