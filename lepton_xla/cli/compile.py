@@ -91,12 +91,13 @@ def compile(
         )
         compile_s = time.perf_counter() - started
 
+        servable = artifact.servable()
         metrics: dict[str, Any] = {}
         if evaluate and spec.evaluate is not None:
             step("evaluate the float model")
             metrics["float"] = _models.evaluate(spec, _models.float_predict(program))
             step("evaluate the compiled model")
-            metrics["optimized"] = _models.evaluate(spec, artifact.servable())
+            metrics["optimized"] = _models.evaluate(spec, servable)
             manifest = msgspec.structs.replace(artifact.manifest, metrics=metrics)
             artifact = dataclasses.replace(artifact, manifest=manifest)
         step(f"save {location}")
@@ -108,7 +109,7 @@ def compile(
         "buckets": manifest.buckets,
         "passes": [report.to_json() for report in small.history],
         "weights_bytes_float": program.weights_bytes,
-        "weights_bytes_optimized": small.weights_bytes,
+        "weights_bytes_optimized": servable.weights_bytes,
         "weights_bytes_on_disk": _common.weights_on_disk(manifest),
         "artifact_bytes": sum(entry.size for entry in manifest.files.values()),
         "metrics": metrics,

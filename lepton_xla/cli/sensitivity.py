@@ -129,7 +129,7 @@ def _figure() -> Any:
     try:
         return importlib.import_module("matplotlib.figure").Figure()
     except ImportError as error:
-        raise LeptonError(f"--plot needs matplotlib: pip install matplotlib ({error})") from error
+        raise LeptonError(f"--plot needs matplotlib: pip install 'lepton-xla[plot]' ({error})") from error
 
 
 def _draw(figure: Any, document: Mapping[str, Any], top: int | None, path: str) -> None:

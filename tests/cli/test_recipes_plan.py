@@ -28,7 +28,7 @@ def test_a_preset_printed_is_a_recipe_file(cli, plain, tmp_path):
 
 
 def test_recipes_refuses_a_name_that_is_none(cli):
-    assert "'int7': no such preset; there are int8" in cli.refused("recipes", "int7")
+    assert "'int7': no such preset; there are codebook16" in cli.refused("recipes", "int7")
 
 
 def test_plan_has_the_right_figures(cli, plain, files):
@@ -102,7 +102,7 @@ def test_a_recipe_that_is_wrong(cli, plain, tmp_path, monkeypatch, name, toml, p
 
 def test_a_recipe_that_is_not_there(cli, plain):
     line = cli.refused("plan", plain, "--recipe", "missing.toml")
-    assert "'missing.toml': neither a preset (int8" in line
+    assert "'missing.toml': neither a preset (codebook16, fp8, " in line
 
 
 @pytest.mark.parametrize(
