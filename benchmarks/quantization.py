@@ -237,7 +237,7 @@ def write_pages(results: Mapping[str, Any]) -> None:
 
 def _provenance(result: Mapping[str, Any]) -> str:
     run = result["run"]
-    load = f"; load average {run['load']} from others before it started" if "load" in run else ""
+    load = f"; load average {run['load']} before it started" if "load" in run else ""
     return f"{run['date']}, commit {run['commit']}; {run['machine']}{load}; {run['versions']}.\n\n    {run['command']}"
 
 
