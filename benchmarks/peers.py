@@ -96,7 +96,7 @@ def qwix_ptq(model: BenchModel, name: str, arguments: Mapping[str, Any]) -> Peer
     given = [batch[key] for key in model.spec.inputs]
 
     abstract = jax.eval_shape(small.init, jax.random.key(0), *given)["params"]
-    params = qwix.quantize_params(variables["params"], abstract)
+    params = _quantize_params(qwix.quantize_params, variables["params"], abstract, model.stacked)
     before = after = 0
     plain = traverse_util.flatten_dict(variables["params"])
     for path, leaf in traverse_util.flatten_dict(params).items():
@@ -116,6 +116,16 @@ def qwix_ptq(model: BenchModel, name: str, arguments: Mapping[str, Any]) -> Peer
         return lambda: jax.block_until_ready(ready(stored, *arrays))
 
     return Peer(name, predict, at, before, after, note)
+
+
+def _quantize_params(quantize: Any, params: Any, abstract: Any, stacked: tuple[str, ...]) -> Any:
+    """qwix's `quantize_params`, which knows no stacked layers: they are given to it one at a time."""
+    flat = {name: leaf for name, leaf in params.items() if name not in stacked}
+    found = quantize(flat, abstract)
+    for name in stacked:
+        step = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), abstract[name])
+        found[name] = jax.vmap(lambda layer, step=step: quantize(layer, step))(params[name])
+    return found
 
 
 def _has_convolution(variables: Any) -> bool:

@@ -75,15 +75,17 @@ def measure(model: models.BenchModel, wanted: list[str], options: argparse.Names
     rows = [Row("float", weights_bytes=program.weights_bytes)]
     rows[0].metrics = _evaluate(model, program)
     timed: dict[str, At] = {"float": functools.partial(_at, program)}
+    recipes: list[lx.Recipe] = []
     for preset in wanted:
         row = Row(preset)
         rows.append(row)
         console.print(f"  {preset} ...")
         try:
+            recipes.append(lx.Recipe.load(preset))
             started = time.perf_counter()
             small = lx.optimize(
                 program,
-                lx.Recipe.load(preset),
+                recipes[-1],
                 calibration=model.spec.calibration_batches(),
                 buckets=model.spec.buckets,
             )
@@ -97,7 +99,7 @@ def measure(model: models.BenchModel, wanted: list[str], options: argparse.Names
         row.note = _arithmetic(small)
         timed[preset] = functools.partial(_at, small)
     if options.peers:
-        for row, at in _peer_rows(model, wanted):
+        for row, at in _peer_rows(model, recipes):
             rows.append(row)
             if at is not None:
                 timed[row.name] = at
@@ -145,13 +147,12 @@ def _arithmetic(small: lx.Program) -> str:
     return ", ".join(f"{count} {action}" for action, count in counts.items())
 
 
-def _peer_rows(model: models.BenchModel, wanted: list[str]) -> list[tuple[Row, At | None]]:
+def _peer_rows(model: models.BenchModel, recipes: list[lx.Recipe]) -> list[tuple[Row, At | None]]:
     made: list[tuple[Row, At | None]] = []
     assert model.spec.evaluate is not None
     settings: dict[str, dict[str, Any]] = {}
     if peers.available()["qwix"] and model.linen is not None:
-        for preset in wanted:
-            recipe = lx.Recipe.load(preset)
+        for recipe in recipes:
             setting = peers.qwix_setting(recipe.quantize[0]) if recipe.quantize and not recipe.prune else None
             if setting is not None:
                 settings[setting[0]] = setting[1]

@@ -40,12 +40,14 @@ class BenchModel:
         data: one line: what it was trained and is judged on.
         spec: the model; `evaluate` gives `accuracy`, or `accuracy` and `cosine`.
         linen: the same weights as a Flax Linen module and its variables, for libraries that take nothing else.
+        stacked: modules of `linen` whose parameters have a leading axis that a scan steps over.
     """
 
     name: str
     data: str
     spec: lx.ModelSpec
     linen: tuple[Any, Any] | None = None
+    stacked: tuple[str, ...] = ()
 
 
 def data_folder(name: str) -> pathlib.Path:

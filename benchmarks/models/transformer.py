@@ -129,4 +129,4 @@ def model(*, quick: bool = False) -> BenchModel:
         calibration=[{"image": train_x[start : start + 64]} for start in range(0, 256, 64)],
         evaluate=judge(test_x, test_y),
     )
-    return BenchModel("transformer", MNIST_NOTE, spec, (LinenTransformer(Size()), {"params": weights}))
+    return BenchModel("transformer", MNIST_NOTE, spec, (LinenTransformer(Size()), {"params": weights}), ("layers",))
