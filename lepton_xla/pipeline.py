@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from lepton_xla.errors import CalibrationError, CompileError
+from lepton_xla.passes.awq import awq
+from lepton_xla.passes.bias_correction import correct_bias
 from lepton_xla.passes.calibrate import calibrate, needs_range
+from lepton_xla.passes.equalize import equalize
 from lepton_xla.passes.fold import fold
+from lepton_xla.passes.gptq import gptq
+from lepton_xla.passes.grid import GivenGrids, round_to_nearest
 from lepton_xla.passes.lower import lower
 from lepton_xla.passes.prune import prune
+from lepton_xla.passes.smoothquant import smooth
 from lepton_xla.program import Program
 from lepton_xla.recipe import Plan, Recipe
 from lepton_xla.report import PassReport, SiteReport
@@ -28,12 +34,13 @@ def optimize(
     buckets: Mapping[str, Iterable[int]] | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> Program:
-    """Makes a program small and fast: fold, prune, calibrate, lower.
+    """Makes a program small and fast: fold, prune, equalize, rescale, calibrate, round, correct, lower.
 
     Args:
         program: a trained model.
         recipe: what to do.
-        calibration: input dicts, such as `[{"image": array}]`; needed where the recipe has `dynamic = false`.
+        calibration: input dicts, such as `[{"image": array}]`; needed where the recipe has `dynamic = false`,
+            `rescale`, `rounding = "gptq"` or `correct_bias`.
         buckets: symbolic dimension -> sizes the program will be compiled for; arithmetic is timed at all of them.
         progress: called with a line as each step begins.
 
@@ -74,7 +81,7 @@ def apply_plan(
     buckets: Mapping[str, Iterable[int]] | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> Program:
-    """The second half of `optimize`: prune, calibrate, lower, as far as the plan asks for it.
+    """The second half of `optimize`: what comes after folding, as far as the plan asks for it.
 
     Args:
         program: the program that the plan was made for, as `plan_for` gives it.
@@ -90,17 +97,66 @@ def apply_plan(
     if any(planned.prune or planned.not_pruned for planned in plan.sites):
         say("prune")
         program = prune(program, plan)
-    ranges = None
-    if any(planned.quantize is not None and needs_range(planned.quantize) for planned in plan.sites):
-        if calibration is None:
-            raise CalibrationError(
-                f"recipe {recipe.name!r} has static activation scales (dynamic = false), which need calibration data"
-            )
-        say("calibrate")
-        program, ranges = _calibrated(program, plan, calibration)
-    if any(planned.quantize or planned.not_quantized for planned in plan.sites):
-        program = lower(program, plan, ranges, sizes=sizes, progress=lambda site: say(f"lower {site}"))
+    quantized = any(planned.quantize for planned in plan.sites)
+    grids: GivenGrids = {}
+    if quantized:
+        batches = list(calibration) if calibration is not None else None
+        program, plan, grids = _prepare(program, plan, batches, say)
+        ranges = None
+        if any(planned.quantize is not None and needs_range(planned.quantize) for planned in plan.sites):
+            if batches is None:
+                raise _needs_data(recipe, "static activation scales (dynamic = false)")
+            say("calibrate")
+            program, ranges = _calibrated(program, plan, batches)
+        tell = lambda site: say(f"lower {site}")  # noqa: E731
+        return lower(program, plan, ranges, scales=grids, sizes=sizes, progress=tell)
+    if any(planned.not_quantized for planned in plan.sites):
+        program = lower(program, plan, sizes=sizes)
     return program
+
+
+def _prepare(
+    program: Program, plan: Plan, batches: Sequence[Mapping[str, Any]] | None, say: Callable[[str], None]
+) -> tuple[Program, Plan, GivenGrids]:
+    """Everything that changes float weights so that rounding them hurts less, in the order in which it composes.
+
+    Returns:
+        The program; the plan for it, resolved anew where the function changed; and the grids that weights are on.
+    """
+    recipe = plan.recipe
+    if recipe.equalize:
+        say("equalize")
+        program = equalize(program, plan)
+        plan = recipe.resolve(program)
+    asked = {
+        f"rescale = {recipe.rescale!r}": recipe.rescale != "none",
+        "rounding = 'gptq'": recipe.rounding == "gptq",
+        "correct_bias": recipe.correct_bias,
+    }
+    wanted = [key for key, flag in asked.items() if flag]
+    if wanted and batches is None:
+        if recipe.without_calibration == "error":
+            raise _needs_data(recipe, wanted[0])
+        skipped = PassReport("skipped", metrics={"left out, for want of calibration data": ", ".join(wanted)})
+        return program.replace(history=(*program.history, skipped)), plan, {}
+    data = batches or ()
+    if recipe.rescale != "none":
+        say(f"rescale {recipe.rescale}")
+        alpha = recipe.rescale.partition(":")[2]
+        program = smooth(program, plan, data, alpha=float(alpha)) if alpha else awq(program, plan, data)
+        plan = recipe.resolve(program)
+    if not (recipe.rounding == "gptq" or recipe.correct_bias):
+        return program, plan, {}
+    say(f"round to {'least change of outputs (gptq)' if recipe.rounding == 'gptq' else 'nearest'}")
+    rounded, grids = gptq(program, plan, data) if recipe.rounding == "gptq" else round_to_nearest(program, plan)
+    if recipe.correct_bias:
+        say("correct biases")
+        rounded = correct_bias(program, rounded, plan, data)
+    return rounded, recipe.resolve(rounded), grids
+
+
+def _needs_data(recipe: Recipe, what: str) -> CalibrationError:
+    return CalibrationError(f"recipe {recipe.name!r} has {what}, which needs calibration data")
 
 
 def _calibrated(program: Program, plan: Plan, batches: Iterable[Mapping[str, Any]]) -> tuple[Program, dict[str, Any]]:

@@ -110,6 +110,13 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         unpack: what becomes of weights that are stored small but multiplied in float. `measured`: they are unpacked
             once, when an artifact is loaded, where that is faster than on each call; `never`: they stay small in
             memory, and every call unpacks them.
+        equalize: whether the ranges of weights that follow one another are evened out before rounding.
+        rescale: whether input channels are scaled so that rounding hurts less: `none`; `smooth:A`, SmoothQuant with
+            alpha A in [0, 1]; or `awq`. Needs calibration data.
+        rounding: `nearest`, or `gptq`: weights are rounded so that outputs on calibration data change least.
+        correct_bias: whether the mean shift of outputs by rounding is taken out by biases. Needs calibration data.
+        without_calibration: what becomes of `rescale`, `rounding` and `correct_bias` where no calibration data is
+            given: an `error`, or they are left out (`skip`), with a line in the history.
         prune: `[[prune]]` blocks.
         quantize: `[[quantize]]` blocks.
     """
@@ -120,6 +127,11 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     on_unsupported: Literal["error", "keep"] = "error"
     measure: bool = True
     unpack: Literal["measured", "never"] = "measured"
+    equalize: bool = False
+    rescale: Annotated[str, msgspec.Meta(pattern=r"^(none|awq|smooth:(0(\.\d+)?|1(\.0+)?))$")] = "none"
+    rounding: Literal["nearest", "gptq"] = "nearest"
+    correct_bias: bool = False
+    without_calibration: Literal["error", "skip"] = "error"
     prune: tuple[PruneRule, ...] = ()
     quantize: tuple[QuantizeRule, ...] = ()
 

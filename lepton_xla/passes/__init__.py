@@ -1,22 +1,32 @@
 """Passes: function in, function out, each a rule table on the one walker in `rewrite`."""
 
+from lepton_xla.passes.awq import awq
+from lepton_xla.passes.bias_correction import correct_bias
 from lepton_xla.passes.calibrate import calibrate
 from lepton_xla.passes.cast import cast
 from lepton_xla.passes.cost import cost
+from lepton_xla.passes.equalize import equalize
 from lepton_xla.passes.fake_quant import fake_quant, initial_scales
 from lepton_xla.passes.fold import fold
+from lepton_xla.passes.gptq import gptq
+from lepton_xla.passes.grid import round_to_nearest
 from lepton_xla.passes.lower import lower
 from lepton_xla.passes.prune import magnitude_masks, masked, prune
 from lepton_xla.passes.rewrite import rewrite
 from lepton_xla.passes.sites import find_sites, rewrite_sites
+from lepton_xla.passes.smoothquant import smooth
 
 __all__ = [
+    "awq",
     "calibrate",
     "cast",
+    "correct_bias",
     "cost",
+    "equalize",
     "fake_quant",
     "find_sites",
     "fold",
+    "gptq",
     "initial_scales",
     "lower",
     "magnitude_masks",
@@ -24,4 +34,6 @@ __all__ = [
     "prune",
     "rewrite",
     "rewrite_sites",
+    "round_to_nearest",
+    "smooth",
 ]

@@ -1,0 +1,98 @@
+"""The keys of a recipe that prepare float weights for rounding, through the whole pipeline."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import lepton_xla as lx
+
+WIDTH = 32
+
+
+def program() -> lx.Program:
+    draw = np.random.default_rng(0).normal
+    weights = {
+        "scale": 1 + 0.1 * draw(size=WIDTH),
+        "shift": 0.1 * draw(size=WIDTH),
+        "up": draw(size=(WIDTH, 48)) / 6,
+        "up_bias": 0.1 * draw(size=48),
+        "down": draw(size=(48, 8)) / 7,
+        "down_bias": 0.1 * draw(size=8),
+    }
+
+    def fn(w, x):
+        centred = x - x.mean(-1, keepdims=True)
+        normal = centred * jax.lax.rsqrt((centred**2).mean(-1, keepdims=True) + 1e-5)
+        hidden = jax.nn.relu((normal * w["scale"][None] + w["shift"][None]) @ w["up"] + w["up_bias"][None])
+        return hidden @ w["down"] + w["down_bias"][None]
+
+    arrays = {name: jnp.asarray(value, jnp.float32) for name, value in weights.items()}
+    return lx.trace(fn, arrays, {"x": lx.TensorSpec(("batch", WIDTH), "float32")})
+
+
+def batches() -> list[dict[str, np.ndarray]]:
+    """Correlated inputs with two channels far larger than the others, as transformers have them."""
+    rng = np.random.default_rng(1)
+    mixed = rng.normal(size=(64, 12)) @ rng.normal(size=(12, WIDTH))
+    mixed[:, [3, 17]] *= 30
+    return [{"x": mixed[start : start + 16].astype(np.float32)} for start in range(0, 64, 16)]
+
+
+def error(text: str, *, data: list[dict[str, np.ndarray]] | None, formats: str) -> tuple[float, lx.Program]:
+    recipe = lx.Recipe.parse(f'measure = false\n{text}\n[[quantize]]\nsites = ".*"\n{formats}', name="method")
+    model = program()
+    small = lx.optimize(model, recipe, calibration=data)
+    x = np.concatenate([batch["x"] for batch in batches()])
+    want, got = model(model.weights, x), jax.jit(small.fn)(small.weights, x)
+    return float(np.linalg.norm(np.asarray(got - want)) / np.linalg.norm(np.asarray(want))), small
+
+
+INT4 = 'weights = "int4"\nactivations = "none"'
+INT8 = 'weights = "int8"\nactivations = "int8"'
+
+
+@pytest.mark.parametrize(
+    ("text", "formats", "share", "passes"),
+    [
+        ('rounding = "gptq"', INT4, 0.8, ["fold", "gptq", "lower"]),
+        ("correct_bias = true", INT4, 1.0, ["fold", "round", "bias_correction", "lower"]),
+        ('rounding = "gptq"\ncorrect_bias = true', INT4, 0.8, ["fold", "gptq", "bias_correction", "lower"]),
+        ('rescale = "awq"', INT4, 1.0, ["fold", "awq", "lower"]),
+        ('rescale = "smooth:0.5"', INT8, 0.9, ["fold", "smoothquant", "lower"]),
+        ("equalize = true", INT8, 1.2, ["fold", "equalize", "lower"]),
+    ],
+)
+def test_a_method_helps_and_leaves_its_report(text: str, formats: str, share: float, passes: list[str]) -> None:
+    plain, _ = error("", data=batches(), formats=formats)
+    helped, small = error(text, data=batches(), formats=formats)
+    assert helped < share * plain
+    assert [report.name for report in small.history] == passes
+    if formats == INT4:
+        assert small.weights["up"].values.nbytes == WIDTH * 48 // 2
+
+
+@pytest.mark.parametrize(
+    "text", ['rounding = "gptq"', "correct_bias = true", 'rescale = "smooth:0.3"', 'rescale = "awq"']
+)
+def test_without_data_it_is_an_error_or_left_out_as_the_recipe_says(text: str) -> None:
+    with pytest.raises(lx.CalibrationError, match=f"has {text.split(' ')[0]}.*needs calibration data"):
+        error(text, data=None, formats=INT4)
+    plain, _ = error("", data=None, formats=INT4)
+    skipped, small = error(f'{text}\nwithout_calibration = "skip"', data=None, formats=INT4)
+    assert skipped == plain
+    assert text.split(" ")[0] in str(small.history[1])
+
+
+@pytest.mark.parametrize("value", ["smooth", "smooth:2", "smooth:-1", "smooth:x", "quick"])
+def test_an_unknown_rescaling_is_refused(value: str) -> None:
+    with pytest.raises(lx.RecipeError, match=r"\$.rescale"):
+        lx.Recipe.parse(f'rescale = "{value}"', name="r")
+
+
+def test_the_int8_preset_smooths_where_it_has_data() -> None:
+    recipe = lx.Recipe.load("int8")
+    names = [report.name for report in lx.optimize(program(), recipe, calibration=batches()).history]
+    assert names == ["fold", "smoothquant", "lower"]
+    names = [report.name for report in lx.optimize(program(), recipe).history]
+    assert names == ["fold", "skipped", "lower"]
