@@ -20,7 +20,7 @@ demo: setup  ## train a small model on real digits, compress it, compile it, ser
 	$(RUN)/python examples/demo.py
 
 test: setup  ## the whole test suite on the CPU
-	JAX_PLATFORMS=cpu $(RUN)/python -m pytest
+	JAX_PLATFORMS=cpu $(RUN)/python -m pytest -n 2 --dist worksteal
 
 lint: setup  ## formatting, lint and types
 	$(RUN)/ruff format --check .

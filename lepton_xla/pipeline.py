@@ -105,7 +105,7 @@ def apply_plan(
         ranges = None
         if any(planned.quantize is not None and needs_range(planned.quantize) for planned in plan.sites):
             if batches is None:
-                raise _needs_data(recipe, "static activation scales (dynamic = false)")
+                raise _needs_data(recipe, "static activation scales (dynamic = false), which need")
             say("calibrate")
             program, ranges = _calibrated(program, plan, batches)
         tell = lambda site: say(f"lower {site}")  # noqa: E731
@@ -136,7 +136,7 @@ def _prepare(
     wanted = [key for key, flag in asked.items() if flag]
     if wanted and batches is None:
         if recipe.without_calibration == "error":
-            raise _needs_data(recipe, wanted[0])
+            raise _needs_data(recipe, f"{wanted[0]}, which needs")
         skipped = PassReport("skipped", metrics={"left out, for want of calibration data": ", ".join(wanted)})
         return program.replace(history=(*program.history, skipped)), plan, {}
     data = batches or ()
@@ -156,7 +156,7 @@ def _prepare(
 
 
 def _needs_data(recipe: Recipe, what: str) -> CalibrationError:
-    return CalibrationError(f"recipe {recipe.name!r} has {what}, which needs calibration data")
+    return CalibrationError(f"recipe {recipe.name!r} has {what} calibration data")
 
 
 def _calibrated(program: Program, plan: Plan, batches: Iterable[Mapping[str, Any]]) -> tuple[Program, dict[str, Any]]:
