@@ -166,7 +166,7 @@ def test_ragged_products_share_their_rows():
 
 
 def test_quantized_weights_count_their_real_bytes_and_keep_their_names():
-    weights = {"int": quantize(array(6, 4), "int8", (0,)), "only": quantize(array(4, 6), "int8", (0,))}
+    weights = {"int": quantize(array(6, 4), "int8", "channel"), "only": quantize(array(4, 6), "int8", "channel")}
 
     def fn(weights, x):
         codes = jnp.round(x).astype(jnp.int8)
