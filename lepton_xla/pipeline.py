@@ -34,7 +34,7 @@ def optimize(
     buckets: Mapping[str, Iterable[int]] | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> Program:
-    """Makes a program small and fast: fold, prune, equalize, rescale, calibrate, round, correct, lower.
+    """Makes a program small and fast: fold, prune, equalize, rescale, round, correct, calibrate, lower.
 
     Args:
         program: a trained model.
@@ -97,9 +97,7 @@ def apply_plan(
     if any(planned.prune or planned.not_pruned for planned in plan.sites):
         say("prune")
         program = prune(program, plan)
-    quantized = any(planned.quantize for planned in plan.sites)
-    grids: GivenGrids = {}
-    if quantized:
+    if any(planned.quantize for planned in plan.sites):
         batches = list(calibration) if calibration is not None else None
         program, plan, grids = _prepare(program, plan, batches, say)
         ranges = None
