@@ -71,6 +71,9 @@ class QuantizeRule(_Rule, frozen=True, forbid_unknown_fields=True, kw_only=True)
         activations: the format that activations are rounded to for products of codes, or `none` for weights only.
         granularity: `channel`: one scale for each output channel; `tensor`: one for the weight; `group:G`: one for
             each G weights of a channel that are summed over.
+        products: which products the block is for: `weights`: those with a weight; `all`: those of two activations
+            too, such as attention's. Both operands of these have the format `activations`, and scales at run time
+            whatever `dynamic` says: one for each row of the left and each column of the right one.
         dynamic: True takes activation scales at run time, one a row; False takes one a tensor from calibration data.
         calibration: how a static range is taken from data: `absmax`, `percentile:P` with P in (0, 100] (of the
             magnitudes), `mse` (the smallest squared error of rounding and saturation) or `entropy` (the smallest
@@ -82,6 +85,7 @@ class QuantizeRule(_Rule, frozen=True, forbid_unknown_fields=True, kw_only=True)
     weights: WeightFormat = "int8"
     activations: ActivationFormat = "int8"
     granularity: Annotated[str, msgspec.Meta(pattern=r"^(channel|tensor|group:[1-9]\d{0,8})$")] = "channel"
+    products: Literal["weights", "all"] = "weights"
     dynamic: bool = True
     calibration: Annotated[str, msgspec.Meta(pattern=r"^(absmax|percentile:\d+(\.\d+)?|mse|entropy)$")] = "absmax"
     aggregate: Annotated[str, msgspec.Meta(pattern=r"^(pooled|max|mean|ema:0?\.\d+)$")] = "pooled"
@@ -201,6 +205,9 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         quantize = next((rule for rule in self.quantize if rule.matches(site)), None)
         if quantize is not None and site.kind == "gather":  # a table is looked up, not multiplied
             quantize = msgspec.structs.replace(quantize, activations="none")
+        if quantize is not None and site.path is None and quantize.activations != "none":  # both operands are alike
+            both = quantize.activations
+            quantize = msgspec.structs.replace(quantize, weights=both, granularity="channel", dynamic=True)
         leaf = stored.get(site.path) if site.path is not None else None
         return SitePlan(
             site,
@@ -241,7 +248,9 @@ class SitePlan:
     def describe(self) -> str:
         """The decision in a few words."""
         parts = [f"prune {100 * self.prune.sparsity:.4g}% {self.prune.distribution}"] if self.prune else []
-        if self.quantize:
+        if self.quantize and self.site.path is None:
+            parts.append(f"{self.quantize.weights} x {self.quantize.activations} activations dynamic")
+        elif self.quantize:
             acts = self.quantize.activations
             scales = (
                 "" if acts == "none" else (" dynamic" if self.quantize.dynamic else f" {self.quantize.calibration}")

@@ -233,12 +233,13 @@ def test_what_cannot_be_done_is_an_error_or_kept_and_said():
     text = QUANTIZE.format(".*") + '[[prune]]\nsites = ".*"\nsparsity = 0.5'
     with pytest.raises(UnsupportedError, match=r"site 'dot_general#0' .*not quantized: dot_general of two activations"):
         parse(text).resolve(attention)
+    left = "dot_general of two activations, which products = 'weights' leaves float"
     plan = parse('on_unsupported = "keep"\n' + text).resolve(attention)
     assert {planned.site.name: planned.kept for planned in plan.sites} == {
         "dense": "",
-        "dot_general#0": "not pruned: no weight; not quantized: dot_general of two activations",
+        "dot_general#0": f"not pruned: no weight; not quantized: {left}",
         "table": "not pruned: an embedding",
-        "dot_general#1": "not pruned: no weight; not quantized: dot_general of two activations",
+        "dot_general#1": f"not pruned: no weight; not quantized: {left}",
     }
     assert decisions(plan)["table"] == "int8 weights"  # it is looked up, so there is no activation to round
     # A recipe that does not name them may say `error`.

@@ -89,10 +89,14 @@ def lower(
     for path, group in _by_weight(plan).items():
         weights[path] = _store(group[0], program.weights[path], (scales or {}).get(path, {}))
         stored += group
-    reasons = {planned.site.name: products.float_reason(planned.site, planned.rule) for planned in stored}
-    candidates = [
-        planned for planned in stored if planned.rule.activations != "none" and not reasons[planned.site.name]
+    pairs = [
+        _Planned(entry.site, entry.quantize)
+        for entry in plan.sites
+        if entry.quantize is not None and entry.site.path is None
     ]
+    every = [*stored, *pairs]
+    reasons = {planned.site.name: products.float_reason(planned.site, planned.rule) for planned in every}
+    candidates = [planned for planned in every if planned.rule.activations != "none" and not reasons[planned.site.name]]
     values: dict[str, jax.Array] = {}
     for planned in candidates:
         trained = (scales or {}).get(planned.site.name, {}).get("activation")
@@ -103,7 +107,7 @@ def lower(
     timings = _time_sites(program, candidates, sizes, say)
 
     def build(integer: frozenset[str]) -> Callable[..., Any]:
-        return _lowered(program.fn, like, stored, list(_own(values, integer)), _pads(integer, timings))
+        return _lowered(program.fn, like, every, list(_own(values, integer)), _pads(integer, timings))
 
     def variant(integer: frozenset[str], unpacked: bool) -> tuple[Callable[..., Any], Any]:
         """The program with these sites computed from codes, and the weights it takes."""
@@ -131,11 +135,12 @@ def lower(
         lowered_us = [timed.set_us[0 if once else 1] for timed in whole]
         expansion = Expansion(functools.partial(_unpack, unpackable), build(integer)) if once else None
     weights |= _own(values, integer)
-    for planned in stored:
-        path = planned.site.path
-        assert path is not None
-        name = planned.site.name
-        entry = _report(planned, reasons[name], integer, timings.get(name, []), like[path], weights[path])
+    for planned in every:
+        name, path = planned.site.name, planned.site.path
+        entry = _report(planned, reasons[name], integer, timings.get(name, []))
+        if path is not None:
+            before = leaf_bytes(like[path].shape, like[path].dtype)
+            entry = dataclasses.replace(entry, bytes_before=before, bytes_after=tree_bytes(weights[path]))
         reports.append(_at_load(entry) if expansion is not None and path in unpackable else entry)
     reports += [
         SiteReport(entry.site.name, "kept float", entry.not_quantized, entry.weight_bytes, entry.weight_bytes)
@@ -159,7 +164,7 @@ def lower(
 def _lowered(
     fn: Callable[..., Any],
     like: Any,
-    stored: Sequence[_Planned],
+    every: Sequence[_Planned],
     beside: Sequence[str],
     pad_single: Mapping[str, bool],
 ) -> Callable[..., Any]:
@@ -168,17 +173,25 @@ def _lowered(
     Args:
         fn: the float program's.
         like: its weights' shapes.
-        stored: the sites whose weights are stored small.
+        every: the sites whose weights are stored small, and the products of two activations.
         beside: names of the static ranges and scales among the new function's weights.
         pad_single: site name -> whether a single row is padded to two.
     """
-    by_name = {planned.site.name: planned.rule for planned in stored}
-    sites = [planned.site for planned in stored]
+    by_name = {planned.site.name: planned.rule for planned in every}
+    sites = [planned.site for planned in every]
 
     def rule(site: Site, context: Context, eqn: Any, values: Values) -> Values | None:
         planned = by_name.get(site.name)
-        if planned is None or site.weight_operand is None:
+        if planned is None:
             return None
+        if site.weight_operand is None:
+            # At other sizes than the plan's, another product may have this name.
+            unfit = products.unsupported(site, planned) or products.float_reason(site, planned)
+            if site.name not in pad_single or unfit:
+                return None
+            left, right = (materialize(value) for value in values)
+            pad = pad_single[site.name]
+            return [products.pair_product(site, left, right, planned.activations, pad_single=pad)]
         tracked = values[site.weight_operand]
         activation = materialize(values[1 - site.weight_operand])
         if site.kind == "gather":
@@ -343,20 +356,19 @@ def _report(
     reason: str,
     integer: frozenset[str],
     timings: Sequence[Timing],
-    like: jax.ShapeDtypeStruct,
-    stored: QTensor,
 ) -> SiteReport:
     rule = planned.rule
     metrics: dict[str, Any] = {"timings": [timing.to_json() for timing in timings]} if timings else {}
     ratio = _ratio(timings)
     if timings:
         metrics["integer_over_float"] = ratio
-    action = f"{rule.weights} weights"
+    paired = planned.site.path is None
+    action = "kept float" if paired else f"{rule.weights} weights"
     if planned.site.name in integer:
         action = f"{rule.weights} x {rule.activations}"
     elif rule.activations != "none" and not reason:
-        reason = f"integer arithmetic takes {ratio:.2f} of float's time here, so only the weight is stored small"
+        kept = "it stays float" if paired else "only the weight is stored small"
+        reason = f"integer arithmetic takes {ratio:.2f} of float's time here, so {kept}"
         if ratio < HOPELESS_RATIO:
             reason = f"integer arithmetic ({ratio:.2f} of float's time alone) does not make the whole program faster"
-    before, after = leaf_bytes(like.shape, like.dtype), tree_bytes(stored)
-    return SiteReport(planned.site.name, action, reason, before, after, metrics)
+    return SiteReport(planned.site.name, action, reason, metrics=metrics)

@@ -119,27 +119,31 @@ class _Key:
 @functools.lru_cache(maxsize=1024)
 def _compare(key: _Key) -> tuple[float, float, float | None]:
     site, decision = key.site, key.decision
-    weight_operand = site.weight_operand
-    assert weight_operand is not None
-    act, weight = (
+    operands = [
         jax.random.normal(jax.random.key(number), shape.shape, jnp.float32).astype(shape.dtype)
-        for number, shape in enumerate((site.activation, site.weight))
-    )
-    stored = products.store(site, weight, decision.weights, decision.granularity)
-    scale = None if decision.dynamic else absmax_scale(jnp.max(jnp.abs(act)), FORMATS[decision.activations])
-
-    def as_float(act: jax.Array, weight: jax.Array) -> jax.Array:
-        return _compat.bind(site.eqn, (act, weight) if weight_operand == 1 else (weight, act))[0]
-
-    def as_integer(act: jax.Array, stored: Any, scale: Any, pad: bool = False) -> jax.Array:
-        return products.code_product(site, act, stored, decision.activations, scale, pad_single=pad)
-
-    calls = [
-        _compiled(as_float, act, weight),
-        _compiled(as_integer, act, stored, scale),
+        for number, shape in enumerate(site.operands)
     ]
+    name = decision.activations
+
+    def as_float(*operands: jax.Array) -> jax.Array:
+        return _compat.bind(site.eqn, operands)[0]
+
+    def of_weight(act: jax.Array, stored: Any, scale: Any, pad: bool = False) -> jax.Array:
+        return products.code_product(site, act, stored, name, scale, pad_single=pad)
+
+    def of_pair(left: jax.Array, right: jax.Array, pad: bool = False) -> jax.Array:
+        return products.pair_product(site, left, right, name, pad_single=pad)
+
+    if site.weight_operand is None:
+        as_integer, args = of_pair, operands
+    else:
+        weight, act = operands[site.weight_operand], operands[1 - site.weight_operand]
+        stored = products.store(site, weight, decision.weights, decision.granularity)
+        scale = None if decision.dynamic else absmax_scale(jnp.max(jnp.abs(act)), FORMATS[name])
+        as_integer, args = of_weight, (act, stored, scale)
+    calls = [_compiled(as_float, *operands), _compiled(as_integer, *args)]
     if products.row_count(site) == 1:
-        calls.append(_compiled(functools.partial(as_integer, pad=True), act, stored, scale))
+        calls.append(_compiled(functools.partial(as_integer, pad=True), *args))
     times = _medians_us(calls)
     return times[0], times[1], times[2] if len(times) == 3 else None
 

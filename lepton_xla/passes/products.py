@@ -1,4 +1,4 @@
-"""The arithmetic of a site with a weight: which axes share a scale, and the product in float and of codes.
+"""The arithmetic of a site: which axes share a scale, and the product in float and of codes.
 
 Used by every pass that quantizes, so that what is trained and what is compiled are the same numbers.
 """
@@ -32,7 +32,7 @@ FP8_PLATFORMS = ("gpu",)
 def unsupported(site: Site, rule: QuantizeRule | None = None) -> str | None:
     """Why the site cannot be quantized (by this rule), or None if it can."""
     if site.weight_operand is None:
-        return f"{site.kind} of two activations"
+        return _unpaired(site, rule)
     if site.kind == "conv_general_dilated":
         if site.weight_operand != 1:
             return "convolution whose weight is the left operand"
@@ -52,14 +52,32 @@ def unsupported(site: Site, rule: QuantizeRule | None = None) -> str | None:
     return None
 
 
+def _unpaired(site: Site, rule: QuantizeRule | None) -> str | None:
+    """Why a product of two activations cannot be quantized (by this rule), or None if it can."""
+    what = f"{site.kind} of two activations"
+    if site.kind != "dot_general" or rule is None:
+        return what
+    for operand in site.operands:
+        if not jnp.issubdtype(operand.dtype, jnp.floating):
+            return f"{what}, one of them {operand.dtype}"
+    if rule.products != "all":
+        return f"{what}, which products = {rule.products!r} leaves float"
+    return f"{what}, which activations = 'none' leaves float" if rule.activations == "none" else None
+
+
 def float_reason(site: Site, rule: QuantizeRule) -> str:
-    """Why the weight of a site that could be quantized is only stored small; empty for a product of codes."""
+    """Why a site that could be quantized is multiplied in float all the same; empty for a product of codes."""
     if rule.activations == "none":
         return ""
+    small = "so it stays float" if site.weight_operand is None else "so only the weight is stored small"
     if rule.group:
-        return "groups have no product of codes, so only the weight is stored small"
+        return f"groups have no product of codes, {small}"
+    if FORMATS[rule.weights].kind == "int":
+        depth = contracted_size(as_weighted(site))
+        largest = FORMATS[rule.weights].largest * FORMATS[rule.activations].largest
+        if isinstance(depth, int) and depth * largest >= 2**31:  # where it is symbolic, nobody knows yet
+            return f"it sums over {depth} products, which int32 may not hold, {small}"
     if FORMATS[rule.weights].kind == "float":
-        small = "so only the weight is stored small"
         if site.kind != "dot_general":
             return f"a {site.kind} has no fp8 product, {small}"
         if jax.default_backend() not in FP8_PLATFORMS:
@@ -190,10 +208,26 @@ def activation_scale(site: Site, activation: jax.Array, name: str, static: jax.A
     return absmax_scale(magnitude(activation, activation_axes(site)), FORMATS[name])
 
 
+def as_weighted(site: Site) -> Site:
+    """A product of two activations as if its right operand were a weight; a site with a weight as it is."""
+    return site if site.weight_operand is not None else dataclasses.replace(site, weight_operand=1)
+
+
+def pair_scales(site: Site, left: jax.Array, right: jax.Array, name: str) -> list[jax.Array]:
+    """Scales at run time of both operands of a product of two activations, each broadcastable to its operand.
+
+    One for each row of the left and each column of the right, over all that is summed over, masked positions too.
+    """
+    contract, _ = site.params["dimension_numbers"]
+    operands = zip((left, right), contract, strict=True)
+    return [absmax_scale(magnitude(operand, axes), FORMATS[name]) for operand, axes in operands]
+
+
 def row_count(site: Site) -> Any:
     """How many rows of activations one product takes; 0 where rows are not the unit (a convolution)."""
     if site.kind != "dot_general":
         return 0
+    site = as_weighted(site)
     return _product(site.activation.shape[axis] for axis in _dims(site).act_free)
 
 
@@ -260,10 +294,31 @@ def code_product(
     codes = encode(activation, scale, FORMATS[name])
     if site.kind == "conv_general_dilated":
         return _convolve(site, codes, scale, stored).astype(site.output.dtype)
-    return _multiply(site, codes, scale, stored, pad_single).astype(site.output.dtype)
+    return _multiply(site, codes, scale, stored.codes(), stored.scale, pad_single).astype(site.output.dtype)
 
 
-def _multiply(site: Site, codes: jax.Array, scale: jax.Array, stored: QTensor, pad_single: bool) -> jax.Array:
+def pair_product(site: Site, left: jax.Array, right: jax.Array, name: str, *, pad_single: bool) -> jax.Array:
+    """The product of codes of two activations, both with scales at run time.
+
+    Args:
+        site: a `dot_general` of two activations, with the operands' shapes as they are here.
+        left, right: the float operands.
+        name: the format of both.
+        pad_single: as in `code_product`.
+    """
+    weighted, target = as_weighted(site), FORMATS[name]
+    scale, _ = pair_scales(site, left, right, name)
+    # The right operand becomes a matrix before it is rounded, since XLA does not merge a transpose into codes.
+    matrix = to_matrix(weighted, right)
+    columns = absmax_scale(magnitude(matrix, (-2,)), target)
+    codes = encode(left, scale, target), encode(matrix, columns, target)
+    return _multiply(weighted, codes[0], scale, codes[1], columns, pad_single).astype(site.output.dtype)
+
+
+def _multiply(
+    site: Site, codes: jax.Array, scale: jax.Array, matrix: jax.Array, columns_scale: jax.Array, pad_single: bool
+) -> jax.Array:
+    """Codes of activations by the codes `[batch..., K, N]` of a weight with scales `[batch..., 1, N or 1]`."""
     dims = _dims(site)
     batch = tuple(codes.shape[axis] for axis in dims.act_batch)
     rows = tuple(codes.shape[axis] for axis in dims.act_free)
@@ -277,13 +332,13 @@ def _multiply(site: Site, codes: jax.Array, scale: jax.Array, stored: QTensor, p
     lead = tuple(range(len(batch)))
     numbers = (((left.ndim - 1,), (left.ndim - 2,)), (lead, lead))
     accumulator = jnp.int32 if jnp.issubdtype(codes.dtype, jnp.integer) else jnp.float32
-    out = lax.dot_general(left, stored.codes(), numbers, preferred_element_type=accumulator)
+    out = lax.dot_general(left, matrix, numbers, preferred_element_type=accumulator)
     out = out[..., :1, :] if single else out
     row_shape = tuple(1 if scale.shape[axis] == 1 else size for axis, size in zip(dims.act_free, rows, strict=True))
     row_scale = jnp.reshape(
         jnp.transpose(scale, order), (*(scale.shape[axis] for axis in dims.act_batch), _product(row_shape), 1)
     )
-    out = out.astype(jnp.float32) * (row_scale * stored.scale)
+    out = out.astype(jnp.float32) * (row_scale * columns_scale)
     columns = tuple(site.weight.shape[axis] for axis in dims.weight_free)
     out = jnp.reshape(out, (*batch, *rows, *columns))
     if site.weight_operand == 0:  # the primitive puts the left operand's free axes first

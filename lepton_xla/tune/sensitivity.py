@@ -106,7 +106,7 @@ class Sensitivity:
         float_metrics: what `evaluate` gives of the float model; empty where it is not run.
         sites: one entry a weight, the one that suffers most first.
         together: all of them quantized; its drop can be more, or less, than the sum.
-        kept: site -> why it stays in float though the recipe names it.
+        kept: site -> why it stays in float here though the recipe names it.
         seconds: the time it took.
     """
 
@@ -177,7 +177,7 @@ def sensitivity(
     program, plan = plan_for(program, recipe)
     groups = _groups(plan)
     if not groups:
-        raise RecipeError(f"recipe {recipe.name!r} quantizes no site of this program")
+        raise RecipeError(f"recipe {recipe.name!r} quantizes no weight of this program")
     ranges = _ranges(program, plan, batches, say)
     switched = _Switched(program, plan, list(groups), ranges)
     alone = np.eye(len(groups), dtype=bool)
@@ -227,13 +227,16 @@ def sensitivity(
     # What is not a number is the worst there is; where a metric does not tell two sites apart, the outputs do.
     entries.sort(key=lambda one: (_worst_first(one.drop), _worst_first(one.output_error or 0.0)))
     everything = [planned for group in groups.values() for planned in group]
+    kept = {entry.site.name: entry.not_quantized for entry in plan.sites if entry.not_quantized}
+    pairs = [entry.site.name for entry in plan.sites if entry.quantize is not None and entry.site.path is None]
+    kept |= dict.fromkeys(pairs, "a product of two activations, and only weights are tried")
     return Sensitivity(
         recipe.name,
         chosen,
         judged[0],
         tuple(entries),
         entry(len(settings) - 1, everything, whole=True),
-        {planned.site.name: planned.not_quantized for planned in plan.sites if planned.not_quantized},
+        kept,
         time.perf_counter() - start,
     )
 
@@ -421,7 +424,7 @@ def _timings(
     program: Program, plan: Plan, sizes: Sequence[Mapping[str, int]], say: Progress
 ) -> dict[str, list[Timing]]:
     """Each product alone, where it has one of codes."""
-    rules = {planned.site.name: planned.quantize for planned in plan.sites if planned.quantize is not None}
+    rules = {entry.site.name: entry.quantize for group in _groups(plan).values() for entry in group if entry.quantize}
     timings: dict[str, list[Timing]] = {}
     for at in sizes:
         found = [site for site in find_sites(program, sizes=at) if site.name in rules]

@@ -63,7 +63,7 @@ def test_without_evaluate_and_calibration(cli, variant):
 @pytest.mark.parametrize(
     ("args", "part"),
     [
-        (["--recipe", "prune50"], "recipe 'prune50' quantizes no site"),
+        (["--recipe", "prune50"], "recipe 'prune50' quantizes no weight"),
         (["--metric", "accuracy"], "no metric 'accuracy': evaluate gives mean, largest"),
         (["--top", "0"], "--top"),
         (["-o", "nowhere/a.json"], "nowhere/a.json: there is no folder"),

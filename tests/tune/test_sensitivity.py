@@ -165,16 +165,22 @@ def test_sites_of_one_weight_go_together_and_others_stay():
     assert found.together.bytes_saved == 168
 
 
-def test_what_the_recipe_names_and_cannot_be_is_said():
+@pytest.mark.parametrize(
+    ("products", "reason"),
+    [
+        ("weights", "dot_general of two activations, which products = 'weights' leaves float"),
+        ("all", "a product of two activations, and only weights are tried"),
+    ],
+)
+def test_what_the_recipe_names_and_is_not_tried_is_said(products, reason):
     def fn(w, x):
         scores = x @ x.T
         return jax.nn.softmax(scores) @ (x @ w["w"])
 
-    tried = recipe(extra='on_unsupported = "keep"')
-    found = sensitivity(trace(fn, {"w": array(6, 6)}, ROWS), tried, calibration=DATA)
+    tried = recipe(f'sites = ".*"\nproducts = "{products}"', extra='on_unsupported = "keep"')
+    found = sensitivity(trace(fn, {"w": array(6, 6)}, ROWS), tried, calibration=DATA, sizes=[{"batch": 2}])
     assert [entry.sites for entry in found.sites] == [("w",)]
-    assert len(found.kept) == 2
-    assert set(found.kept.values()) == {"dot_general of two activations"}
+    assert found.kept == {"dot_general#0": reason, "dot_general#1": reason}
 
 
 @pytest.mark.parametrize("rule", ["", "dynamic = false"])
@@ -271,7 +277,7 @@ def endless(w, x):
         (ModelError, "metric 'accuracy' needs a model with evaluate", {"metric": "accuracy"}),
         (ModelError, "no metric 'f1': evaluate gives m; 'output' is", {"metric": "f1", "evaluate": lambda p: {"m": 1}}),
         (ModelError, "evaluate gives no metric", {"evaluate": lambda p: {}}),
-        (RecipeError, "recipe 'none' quantizes no site", {"recipe": Recipe(name="none")}),
+        (RecipeError, "recipe 'none' quantizes no weight", {"recipe": Recipe(name="none")}),
         (CalibrationError, "batch 0 has inputs", {"calibration": [{"y": DATA[0]["x"]}]}),
         (ModelError, "no output of the model is a float .*: output", {"program": integers}),
         (ModelError, "outputs on calibration batch 0 are not finite", {"program": endless}),
