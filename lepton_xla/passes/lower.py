@@ -366,6 +366,8 @@ def _report(
     action = "kept float" if paired else f"{rule.weights} weights"
     if planned.site.name in integer:
         action = f"{rule.weights} x {rule.activations}"
+        if any(timing.padded_us is not None for timing in timings):
+            metrics["single_rows_padded"] = _padded(timings)
     elif rule.activations != "none" and not reason:
         kept = "it stays float" if paired else "only the weight is stored small"
         reason = f"integer arithmetic takes {ratio:.2f} of float's time here, so {kept}"

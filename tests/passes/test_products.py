@@ -4,12 +4,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from jax import lax
 
 from lepton_xla.passes import find_sites, products
 from lepton_xla.passes.sites import lay_out
 from lepton_xla.program import TensorSpec, trace
 from lepton_xla.quant import FORMATS, absmax_scale, encode
+from lepton_xla.recipe import Recipe
 
 BATCHED = (((2,), (1,)), ((0,), (0,)))
 LETTERS = "abcdefghij"
@@ -278,3 +281,133 @@ def test_dynamic_scales_are_per_row_and_example():
     np.testing.assert_array_equal(encode(act, scale, FORMATS["int8"]), [[64, -127], [127, 64]])
     assert products.row_count(site) == 2
     assert products.activation_axes(site) == (1,)
+
+
+# Products of two activations.
+
+PAIRS = {
+    "scores": ("bhqd,bhkd->bhqk", (((3,), (3,)), ((0, 1), (0, 1))), (2, 3, 5, 8), (2, 3, 4, 8)),
+    "heads inside": ("bqhd,bkhd->bhqk", (((3,), (3,)), ((0, 2), (0, 2))), (2, 5, 3, 8), (2, 4, 3, 8)),
+    "mixing": ("bhqk,bhkd->bhqd", (((3,), (2,)), ((0, 1), (0, 1))), (2, 3, 5, 4), (2, 3, 4, 8)),
+    "batch axes elsewhere": ("qdb,dbk->bqk", (((1,), (0,)), ((2,), (1,))), (5, 8, 3), (8, 3, 4)),
+    "two axes summed over": ("qij,kji->qk", (((1, 2), (2, 1)), ((), ())), (5, 3, 4), (6, 4, 3)),
+    "several free axes": ("acd,bde->acbe", (((2,), (1,)), ((), ())), (2, 3, 8), (4, 8, 5)),
+    "one row": ("qd,dk->qk", (((1,), (0,)), ((), ())), (1, 8), (8, 5)),
+    "one column": ("qd,d->q", (((1,), (0,)), ((), ())), (3, 8), (8,)),
+    "vectors": ("d,d->", (((0,), (0,)), ((), ())), (8,), (8,)),
+    "nothing summed over": ("q,k->qk", (((), ()), ((), ())), (4,), (5,)),
+}  # fmt: skip
+
+
+def pair_site(numbers, left, right):
+    specs = {name: TensorSpec(side.shape, side.dtype.name) for name, side in (("left", left), ("right", right))}
+    (site,) = find_sites(trace(lambda w, a, b: lax.dot_general(a, b, numbers), {"unused": array(1)}, specs))
+    return site
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_a_product_of_two_activations(name):
+    equation, numbers, left_shape, right_shape = PAIRS[name]
+    spread = lambda shape, seed: array(*shape, seed=seed) * jnp.exp(2 * array(*shape[:-1], 1, seed=seed + 9))  # noqa: E731
+    left, right = spread(left_shape, 1), spread(right_shape, 2)
+    (codes, scale), (right_codes, right_scale) = (
+        quantized(side, tuple(axes)) for side, axes in zip((left, right), numbers[0], strict=True)
+    )
+    expected = np.einsum(equation, codes * scale, right_codes * right_scale)
+    site = pair_site(numbers, left, right)
+    for pad in (False, True):
+        got = products.pair_product(site, left, right, "int8", pad_single=pad)
+        assert got.shape == site.output.shape
+        np.testing.assert_allclose(got, expected, rtol=3e-6, atol=1e-6 * np.abs(expected).max())
+    jaxpr = str(jax.make_jaxpr(lambda a, b: products.pair_product(site, a, b, "int8", pad_single=False))(left, right))
+    assert jaxpr.count("preferred_element_type=int32") == 1
+    free = [size for axis, size in enumerate(left_shape) if axis not in (*numbers[0][0], *numbers[1][0])]
+    assert products.row_count(site) == np.prod(free)
+
+
+MIXING = PAIRS["mixing"][1]
+
+
+@jax.jit
+def mixed(left, right):
+    return products.pair_product(pair_site(MIXING, left, right), left, right, "int8", pad_single=False)
+
+
+@given(st.integers(0, 2**31), st.integers(-30, 30))
+def test_rounding_errs_by_half_a_step_and_rows_do_not_see_each_other(seed, exponent):
+    left, right = (array(*shape, seed=seed + k) for k, shape in enumerate(PAIRS["mixing"][2:]))
+    got = np.asarray(mixed(left, right), np.float64)
+    exact = [np.asarray(side, np.float64) for side in (left, right)]
+    steps = [np.abs(exact[0]).max(-1, keepdims=True) / 127, np.abs(exact[1]).max(-2, keepdims=True) / 127]
+    bound = np.abs(exact[0]) @ np.broadcast_to(steps[1] / 2, right.shape)
+    bound += np.broadcast_to(steps[0] / 2, left.shape) @ (np.abs(exact[1]) + steps[1] / 2)
+    assert (np.abs(got - exact[0] @ exact[1]) <= bound * 1.0001 + 1e-6).all()
+    # A power of two changes scales only, and those of one row.
+    changed = np.asarray(mixed(left.at[1, 2, 3].multiply(2.0**exponent), right), np.float64)
+    np.testing.assert_array_equal(changed[1, 2, 3], got[1, 2, 3] * 2.0**exponent)
+    changed[1, 2, 3] = got[1, 2, 3]
+    np.testing.assert_array_equal(changed, got)
+
+
+def test_zeros_and_broken_values_of_two_activations_stay_where_they_are():
+    left, right = (array(*shape, seed=k) for k, shape in enumerate(PAIRS["mixing"][2:]))
+    got = np.asarray(mixed(left.at[0, 1, 2].set(0), right.at[1, 0, :, 3].set(0)))
+    assert (got[0, 1, 2] == 0).all()
+    assert (got[1, 0, :, 3] == 0).all()
+    assert (got != 0).sum() == got.size - 8 - 5
+    got = np.asarray(mixed(left.at[0, 1, 2, 0].set(jnp.nan), right.at[1, 0, 1, 3].set(jnp.nan)))
+    assert np.isnan(got[0, 1, 2]).all()
+    assert np.isnan(got[1, 0, :, 3]).all()
+    assert np.isnan(got).sum() == 8 + 5
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_narrow_products_of_two_activations_keep_their_dtype(dtype):
+    left, right = (array(*shape, seed=k).astype(dtype) * 50 for k, shape in enumerate(PAIRS["mixing"][2:]))
+    got = mixed(left, right)
+    assert got.dtype == jnp.dtype(dtype)
+    (codes, scale), (right_codes, right_scale) = quantized(left, (3,)), quantized(right, (2,))
+    expected = (codes * scale) @ (right_codes * right_scale)
+    np.testing.assert_allclose(np.asarray(got, np.float64), expected, rtol=2 * float(jnp.finfo(dtype).eps), atol=1)
+
+
+def rule(options):
+    return Recipe.parse(f'[[quantize]]\nsites = ".*"\n{options}', name="test").quantize[0]
+
+
+@pytest.mark.parametrize(
+    ("fn", "options", "reason"),
+    [
+        (lambda a, b: a @ b, 'products = "all"', None),
+        (lambda a, b: a @ b, "", "products = 'weights' leaves float"),
+        (lambda a, b: a @ b, 'products = "all"\nactivations = "none"', "activations = 'none' leaves float"),
+        (lambda a, b: a.astype(jnp.int8) @ b.astype(jnp.int8), 'products = "all"', "one of them int8"),
+        (lambda a, b: lax.ragged_dot(a, b[None], jnp.asarray([2])), 'products = "all"', "ragged_dot_general of two"),
+        (
+            lambda a, b: lax.conv_general_dilated(
+                a[None], b[:, None], (1,), "SAME", dimension_numbers=("NWC", "IWO", "NWC")
+            ),
+            'products = "all"', "conv_general_dilated of two activations",
+        ),
+    ],
+)  # fmt: skip
+def test_which_products_of_two_activations_are_left(fn, options, reason):
+    specs = {"a": TensorSpec((3, 4), "float32"), "b": TensorSpec((4, 5), "float32")}
+    (site,) = find_sites(trace(lambda w, a, b: fn(a, b), {"unused": array(1)}, specs))
+    found = products.unsupported(site, rule(options))
+    assert found is None if reason is None else reason in found
+
+
+def test_sums_that_int32_may_not_hold_stay_float():
+    ones = jax.ShapeDtypeStruct((2, 133_144), jnp.float32)
+    site = pair_site((((1,), (1,)), ((), ())), ones, ones)
+    assert products.float_reason(site, rule('products = "all"')) == ""
+    ones = jax.ShapeDtypeStruct((2, 133_145), jnp.float32)
+    site = pair_site((((1,), (1,)), ((), ())), ones, ones)
+    assert "it sums over 133145 products, which int32 may not hold, so it stays float" in products.float_reason(
+        site, rule('products = "all"')
+    )
+    assert products.float_reason(site, rule('products = "all"\nweights = "int4"\nactivations = "int4"')) == ""
+    specs = {"x": TensorSpec((2, 133_145), "float32")}
+    (site,) = find_sites(trace(lambda w, x: x @ w["w"], {"w": jnp.ones((133_145, 1))}, specs))
+    assert "int32 may not hold, so only the weight is stored small" in products.float_reason(site, rule(""))
