@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import msgspec
 
 from lepton_xla.errors import RecipeError, UnsupportedError
+from lepton_xla.passes.masks import check_prune_rule, other_matrix, some_names, sparsity_of, unprunable
 from lepton_xla.passes.products import unstorable, unsupported
 from lepton_xla.passes.sites import Site, find_sites
 from lepton_xla.program import Program, leaf_bytes, name_leaves
@@ -51,15 +52,37 @@ class PruneRule(_Rule, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """A `[[prune]]` block.
 
     Attributes:
-        sparsity: share of elements set to zero, in [0, 1).
+        sparsity: share of elements set to zero, in [0, 1); not needed where pattern or method say it.
         distribution: `uniform`: the same share of each weight; `global`: that share of all weights of the block,
-            ranked together, so that small sensitive weights lose less.
-        pattern: `unstructured`: any elements, the smallest magnitudes first.
+            ranked together, so that small sensitive weights lose less; `erk`: wide weights lose more, in proportion to
+            the sum of their dimensions (Erdos-Renyi-Kernel).
+        pattern: what is dropped together, of the matrix `[K, N]` of a product, K what is summed over:
+            `unstructured`: any elements; `N:M`, such as `2:4`: all but N of each M neighbours along K; `block:RxC`:
+            blocks of R by C; `channel`: output channels.
+        method: what goes first: `magnitude`: the smallest; `deviation:F`: all below F standard deviations;
+            `saliency`: the smallest weight times gradient, while training only; `random`; `wanda` or `sparsegpt`:
+            what changes outputs on calibration data least, where the latter also makes up for it with what is left.
     """
 
-    sparsity: Annotated[float, msgspec.Meta(ge=0, lt=1)]
-    distribution: Literal["uniform", "global"] = "uniform"
-    pattern: Literal["unstructured"] = "unstructured"
+    sparsity: Annotated[float, msgspec.Meta(ge=0, lt=1)] | None = None
+    distribution: Literal["uniform", "global", "erk"] = "uniform"
+    pattern: Annotated[
+        str, msgspec.Meta(pattern=r"^(unstructured|channel|\d{1,4}:\d{1,4}|block:[1-9]\d{0,4}x[1-9]\d{0,4})$")
+    ] = "unstructured"
+    method: Annotated[
+        str, msgspec.Meta(pattern=r"^(magnitude|saliency|random|wanda|sparsegpt|deviation:\d{1,4}(\.\d{1,9})?)$")
+    ] = "magnitude"
+
+    def describe(self) -> str:
+        """The rule in a few words."""
+        share, plain = sparsity_of(self), self.pattern == "unstructured"
+        words = (
+            f"{100 * share:.4g}%" if share is not None else "",
+            self.distribution if share is not None and (plain or self.distribution != "uniform") else "",
+            "" if plain else self.pattern,
+            "" if self.method == "magnitude" else self.method,
+        )
+        return " ".join(["prune", *filter(None, words)])
 
 
 class QuantizeRule(_Rule, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -191,7 +214,9 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         for kind, rules in (("prune", self.prune), ("quantize", self.quantize)):
             _check_used(rules, found, f"recipe {self.name!r}: {kind}")
         stored = name_leaves(program.weights)
-        decided = _share([self._decide(site, stored) for site in found], self.name)
+        # A rule for embeddings and nothing else means them; one that matches them among others leaves them out.
+        lookups = [rule for rule in self.prune if all(site.kind == "gather" for site in found if rule.matches(site))]
+        decided = _share([self._decide(site, stored, lookups) for site in found], self.name)
         for entry in decided:
             if entry.kept and self.on_unsupported == "error":
                 raise UnsupportedError(
@@ -200,7 +225,7 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
                 )
         return Plan(self, tuple(decided))
 
-    def _decide(self, site: Site, stored: Mapping[str, Any]) -> SitePlan:
+    def _decide(self, site: Site, stored: Mapping[str, Any], lookups: Sequence[PruneRule]) -> SitePlan:
         prune = next((rule for rule in self.prune if rule.matches(site)), None)
         quantize = next((rule for rule in self.quantize if rule.matches(site)), None)
         if quantize is not None and site.kind == "gather":  # a table is looked up, not multiplied
@@ -213,7 +238,7 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
             site,
             prune,
             quantize,
-            not_pruned=_unprunable(site, leaf) if prune is not None else "",
+            not_pruned=unprunable(prune, site, leaf, named=prune in lookups) if prune is not None else "",
             not_quantized=_unquantizable(site, quantize, leaf) if quantize is not None else "",
             weight_bytes=leaf_bytes(leaf.shape, leaf.dtype) if leaf is not None else 0,
         )
@@ -247,7 +272,7 @@ class SitePlan:
 
     def describe(self) -> str:
         """The decision in a few words."""
-        parts = [f"prune {100 * self.prune.sparsity:.4g}% {self.prune.distribution}"] if self.prune else []
+        parts = [self.prune.describe()] if self.prune else []
         if self.quantize and self.site.path is None:
             parts.append(f"{self.quantize.weights} x {self.quantize.activations} activations dynamic")
         elif self.quantize:
@@ -329,6 +354,8 @@ def _check_rule(rule: PruneRule | QuantizeRule, where: str) -> None:
             re.compile(getattr(rule, key))
         except (re.error, OverflowError, RecursionError) as error:
             raise RecipeError(f"{where}.{key} = {getattr(rule, key)!r} is not a regular expression: {error}") from error
+    if isinstance(rule, PruneRule):
+        check_prune_rule(rule, where)
     if isinstance(rule, QuantizeRule) and rule.activations != "none":
         weights, activations = FORMATS[rule.weights].kind, FORMATS[rule.activations].kind
         if weights != activations:
@@ -347,7 +374,7 @@ def _alternative(kind: str) -> str:
 
 def _check_used(rules: Sequence[_Rule], sites: Sequence[Site], where: str) -> None:
     """Refuses a pattern that matches nothing, and a block that those before it leave nothing to do."""
-    have = f"the program's {len(sites)} sites: {_some([site.name for site in sites])}"
+    have = f"the program's {len(sites)} sites: {some_names([site.name for site in sites])}"
     left = list(sites)
     for index, rule in enumerate(rules):
         if not any(rule.matches(site) for site in sites):
@@ -360,17 +387,6 @@ def _check_used(rules: Sequence[_Rule], sites: Sequence[Site], where: str) -> No
                 f"that matches a site wins, so put it before them"
             )
         left = [site for site in left if not rule.matches(site)]
-
-
-def _unprunable(site: Site, stored: Any) -> str:
-    """Why a site's weight cannot be pruned by magnitude; empty if it can."""
-    if site.path is None:
-        return "no weight"
-    if site.kind == "gather":
-        return "an embedding"
-    if stored is None or not jnp.issubdtype(stored.dtype, jnp.floating):
-        return f"its weight is {site.weight.dtype}"
-    return ""
 
 
 def _share(planned: Sequence[SitePlan], recipe: str) -> list[SitePlan]:
@@ -392,6 +408,7 @@ def _with_group(entry: SitePlan, group: Sequence[SitePlan], recipe: str) -> Site
     changes: dict[str, Any] = {}
     if entry.prune is not None:
         reason = entry.not_pruned or _because_of([(other, other.not_pruned) for other in group])
+        reason = reason or other_matrix(entry.prune, [other.site for other in group])
         changes |= {"prune": None, "not_pruned": reason} if reason else {}
     if entry.quantize is not None:
         reason = entry.not_quantized or _because_of([(other, other.not_quantized) for other in group])
@@ -419,8 +436,3 @@ def _alike(first: SitePlan, second: SitePlan) -> bool:
 def _because_of(reasons: Sequence[tuple[SitePlan, str]]) -> str:
     """The first reason that another site of the same weight has."""
     return next((f"its weight is shared with {other.site.name!r}: {why}" for other, why in reasons if why), "")
-
-
-def _some(names: Sequence[str], limit: int = 6) -> str:
-    more = f", ... and {len(names) - limit} more" if len(names) > limit else ""
-    return (", ".join(names[:limit]) or "there is none") + more

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lepton_xla.passes.sites import Layout, LayoutOp, Site, lay_out
+from lepton_xla.passes.sites import Layout, LayoutOp, Site, Step, lay_out
 
 
 def weight_order(site: Site) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
@@ -124,6 +124,33 @@ def stored_weight(site: Site, matrix: jax.Array, like: jax.Array | jax.ShapeDtyp
     # A layout only moves elements, so that its transpose is its inverse.
     (stored,) = jax.linear_transpose(lambda array: lay_out(array, _layout(site)), like)(operand)
     return stored
+
+
+def steps_lead(site: Site) -> bool:
+    """Whether the axes that scans step over are the first of the stored weight, in their order."""
+    before = _before_steps(site)
+    return all(isinstance(op, Step) or op.eqn.primitive.name in ("convert_element_type", "slice") for op in before)
+
+
+def steps_first(site: Site, stored: jax.Array) -> jax.Array:
+    """A stored weight, or what belongs to its elements, with the axes that scans step over first."""
+    return stored if steps_lead(site) else lay_out(stored, _before_steps(site))
+
+
+def steps_back(site: Site, laid: jax.Array, like: jax.Array | jax.ShapeDtypeStruct) -> jax.Array:
+    """The mask of a stored weight, in the shape of `like`, from one with the axes that scans step over first."""
+    if steps_lead(site):
+        return laid
+    forward = lambda array: lay_out(array, _before_steps(site))  # noqa: E731
+    (stored,) = jax.linear_transpose(forward, like)(laid.astype(jax.eval_shape(forward, like).dtype))
+    return stored != 0
+
+
+def _before_steps(site: Site) -> Layout:
+    """The site's layout up to the last scan that steps over the weight."""
+    layout = _layout(site)
+    last = max((index for index, op in enumerate(layout) if isinstance(op, Step)), default=-1)
+    return layout[: last + 1]
 
 
 def as_stored(site: Site, array: jax.Array) -> jax.Array:

@@ -1,4 +1,4 @@
-"""Magnitude pruning: the smallest elements of a weight are held at zero (Han et al. 2015, arXiv:1506.02626)."""
+"""Pruning once: elements of weights are set to zero and held there by masks (Han et al. 2015, arXiv:1506.02626)."""
 
 from __future__ import annotations
 
@@ -10,11 +10,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lepton_xla.errors import ModelError, RecipeError
+from lepton_xla.passes.masks import (
+    DATA_METHODS,
+    Target,
+    check_prune_rule,
+    element_scores,
+    find_masks,
+    nothing_left,
+    plan_targets,
+    rule_shares,
+    some_names,
+)
+from lepton_xla.passes.ranking import Ranking, keep_largest, keep_largest_on_host
 from lepton_xla.program import Program, leaf_bytes, name_leaves
 from lepton_xla.report import PassReport, SiteReport
 
 if TYPE_CHECKING:
-    from lepton_xla.recipe import Plan, SitePlan
+    from lepton_xla.recipe import Plan
 
 
 def magnitude_masks(weights: Sequence[jax.Array], sparsity: float) -> list[jax.Array]:
@@ -30,82 +43,165 @@ def magnitude_masks(weights: Sequence[jax.Array], sparsity: float) -> list[jax.A
         A bool array for each weight; over all of them exactly `round(sparsity * elements)` are False, at the smallest
         magnitudes; of equal ones, those that come first.
     """
-    # The bits of magnitudes are in the order of the magnitudes, with NaN as the largest.
-    flat = np.concatenate([np.abs(np.asarray(weight, np.float32)).ravel() for weight in weights]).view(np.uint32)
-    dropped = round(sparsity * flat.size)
-    keep = np.ones(flat.size, bool)
-    if dropped:
-        threshold = np.partition(flat, dropped - 1)[dropped - 1]
-        below = flat < threshold
-        keep[below] = False
-        keep[np.flatnonzero(flat == threshold)[: dropped - np.count_nonzero(below)]] = False
-    ends = np.cumsum([weight.size for weight in weights])[:-1]
-    return [jnp.asarray(part.reshape(weight.shape)) for part, weight in zip(np.split(keep, ends), weights, strict=True)]
+    dropped = round(sparsity * sum(weight.size for weight in weights))
+    return keep_largest_on_host([Ranking(weights, dropped)])[0]
 
 
-def prune(program: Program, plan: Plan) -> Program:
-    """Sets the smallest elements of each planned weight to zero.
+def prune(program: Program, plan: Plan, *, seed: int = 0) -> Program:
+    """Sets elements of each planned weight to zero, by the methods that need no data.
+
+    On arrays that are cut over several devices it runs there; the zeros are the same as on one.
 
     Args:
         program: a program whose planned weights are float arrays.
-        plan: which sites, and how much of each. With `distribution = "uniform"` each weight, and each step of a
-            weight stacked for a scan, loses the same share; with `"global"` all weights of one rule are ranked
-            together.
+        plan: which sites, how much of each, in which pattern and by which method. With `distribution = "uniform"` each
+            weight, and each step of a weight stacked for a scan, loses the same share; with `"global"` all weights of
+            one rule are ranked together; with `"erk"` wide weights lose more.
+        seed: for `method = "random"`.
 
     Returns:
         The program with pruned weights and their masks, so that training can go on with the zeros held.
+
+    Raises:
+        RecipeError: if a rule's method needs gradients, or nothing would be left of a weight.
+        ModelError: if a planned weight is not finite.
     """
     start = time.perf_counter()
-    # A weight used at several sites is pruned once; the plan has made sure that its sites agree.
-    chosen: dict[str | None, SitePlan] = {}
-    for planned in plan.sites:
-        if planned.prune is not None:
-            chosen.setdefault(planned.site.path, planned)
-    weights, masks = dict(program.weights), dict(program.masks)
-    for rule in plan.recipe.prune:
-        paths = [path for path, planned in chosen.items() if planned.prune is rule and path is not None]
-        if rule.distribution == "global" and paths:
-            found = magnitude_masks([program.weights[path] for path in paths], rule.sparsity)
-            masks |= dict(zip(paths, found, strict=True))
-        else:
-            for path in paths:
-                masks[path] = _uniform_mask(program.weights[path], rule.sparsity, chosen[path].site.stacked)
-    reports = []
-    for planned in plan.sites:
-        path = planned.site.path
-        if path in chosen and path is not None:
-            weights[path] = jnp.where(masks[path], weights[path], jnp.zeros_like(weights[path]))
-            size = leaf_bytes(weights[path].shape, weights[path].dtype)
-            share = 1 - float(np.mean(masks[path]))
-            reports.append(SiteReport(planned.site.name, "pruned", "", size, size, {"sparsity": share}))
-        elif planned.not_pruned:
-            reports.append(SiteReport(planned.site.name, "kept", planned.not_pruned))
-    report = PassReport("prune", time.perf_counter() - start, tuple(reports))
-    return program.replace(weights=weights, masks=masks, history=(*program.history, report))
+    targets = pruned_targets(program, plan, lambda method: method not in DATA_METHODS)
+    weights = {target.path: program.weights[target.path] for target in targets}
+    key = jax.random.key(seed)
+    scores = {target.path: element_scores(target, weights[target.path], key=key) for target in targets}
+    cut = any(len(weight.sharding.device_set) > 1 for weight in weights.values())
+    rank = jax.jit(keep_largest) if cut else keep_largest_on_host
+    masks = find_masks(targets, scores, rule_shares(targets), rank=rank)
+    kept = [SiteReport(entry.site.name, "kept", entry.not_pruned) for entry in plan.sites if entry.not_pruned]
+    return with_masks(program, plan, "prune", start, targets, masks, kept=kept)
 
 
-def _uniform_mask(weight: jax.Array, sparsity: float, stacked: int) -> jax.Array:
-    """A mask with the same share dropped in each step of the leading `stacked` axes."""
-    steps = weight.reshape((-1, *weight.shape[stacked:]))
-    return jnp.stack([magnitude_masks([step], sparsity)[0] for step in steps]).reshape(weight.shape)
+def pruned_targets(program: Program, plan: Plan, wanted: Callable[[str], bool]) -> list[Target]:
+    """The weights that a plan prunes by the methods wanted, all of them finite.
+
+    Raises:
+        RecipeError: for a rule whose parts do not go together.
+        ModelError: if one of them is not finite.
+    """
+    for index, rule in enumerate(plan.recipe.prune):
+        check_prune_rule(rule, f"recipe {plan.recipe.name!r}: prune[{index}]")
+    targets = [target for target in plan_targets(plan, program.weights) if wanted(target.rule.method)]
+    for target in targets:
+        check_finite(target.path, program.weights[target.path])
+    return targets
 
 
-def masked(fn: Callable[..., Any], masks: Mapping[str, jax.Array]) -> Callable[..., Any]:
+def with_masks(
+    program: Program,
+    plan: Plan,
+    name: str,
+    start: float,
+    targets: Sequence[Target],
+    masks: Mapping[str, jax.Array],
+    *,
+    weights: Mapping[str, jax.Array] | None = None,
+    metrics: Mapping[str, Mapping[str, Any]] | None = None,
+    reasons: Mapping[str, str] | None = None,
+    kept: Sequence[SiteReport] = (),
+) -> Program:
+    """The program with weights pruned by masks, and a report.
+
+    Args:
+        program, plan: the program that is pruned, and its plan.
+        name: the pass.
+        start: when it began, as `time.perf_counter` says.
+        targets: what was pruned.
+        masks: path -> mask of each.
+        weights: path -> what takes the weight's place before it is masked.
+        metrics, reasons: path -> further figures, and what has to be said.
+        kept: lines on sites that were left as they are.
+
+    Raises:
+        RecipeError: if nothing would be left of a weight.
+    """
+    changed = dict(program.weights)
+    lines: list[SiteReport] = []
+    for target in targets:
+        path, mask = target.path, masks[target.path]
+        if reason := nothing_left(target, mask):
+            raise RecipeError(f"{reason}; lower its sparsity or exclude it")
+        weight: Any = (weights or changed).get(path, changed[path])
+        changed[path] = jnp.where(mask, weight, jnp.zeros_like(weight))
+        size = leaf_bytes(weight.shape, weight.dtype)
+        figures = {"sparsity": 1 - float(jnp.mean(mask))} | dict((metrics or {}).get(path, {}))
+        said = (reasons or {}).get(path, "")
+        sites = [entry.site.name for entry in plan.sites if entry.prune is not None and entry.site.path == path]
+        lines += [SiteReport(site, "pruned", said, size, size, figures) for site in sites]
+    report = PassReport(name, time.perf_counter() - start, (*lines, *kept))
+    return program.replace(weights=changed, masks=program.masks | dict(masks), history=(*program.history, report))
+
+
+def check_finite(path: str, weight: jax.Array) -> None:
+    """Refuses a weight that holds NaN or infinities.
+
+    Raises:
+        ModelError: naming it.
+    """
+    if not bool(jnp.all(jnp.isfinite(weight))):
+        raise ModelError(f"weight {path!r} is not finite, so its elements cannot be ranked")
+
+
+def masked(
+    fn: Callable[..., Any], masks: Mapping[str, jax.Array], *, straight_through: bool = False
+) -> Callable[..., Any]:
     """Holds pruned weights at zero while training.
+
+    With `fake_quant`, mask outside and quantize inside, `masked(fake_quant(fn, plan), masks)`: zero stays zero in every
+    format.
 
     Args:
         fn: `fn(weights, *args)`, weights any pytree.
         masks: weight path -> bool array of the weight's shape; other weights pass as they are.
+        straight_through: whether masked elements get the gradient that they would have if they were there, so that
+            they can come back (Bengio et al. 2013, arXiv:1308.3432); else a masked element has none.
 
     Returns:
-        A function like `fn` that uses each weight times its mask: a masked element has no effect and no gradient.
+        A function like `fn` that uses each weight times its mask: a masked element has no effect.
+
+    Raises:
+        ModelError: when called, for a mask without its weight, or of another shape.
     """
 
+    def hold(leaf: jax.Array, mask: jax.Array) -> jax.Array:
+        return _straight_through(leaf, mask) if straight_through else jnp.where(mask, leaf, jnp.zeros_like(leaf))
+
     def run(weights: Any, *args: Any, **kwargs: Any) -> Any:
-        held = [
-            jnp.where(masks[name], leaf, jnp.zeros_like(leaf)) if name in masks else leaf
-            for name, leaf in name_leaves(weights, prefix="weights").items()
-        ]
+        named = name_leaves(weights, prefix="weights")
+        check_masks(masks, named)
+        held = [hold(leaf, masks[name]) if name in masks else leaf for name, leaf in named.items()]
         return fn(jax.tree.unflatten(jax.tree.structure(weights), held), *args, **kwargs)
 
     return run
+
+
+def check_masks(masks: Mapping[str, jax.Array], weights: Mapping[str, Any]) -> None:
+    """Refuses masks that are not of these weights.
+
+    Raises:
+        ModelError: for a mask without its weight, or of another shape.
+    """
+    for path, mask in masks.items():
+        if path not in weights:
+            raise ModelError(f"mask {path!r} has no weight; the weights are {some_names(weights)}")
+        if tuple(np.shape(mask)) != tuple(weights[path].shape):
+            raise ModelError(
+                f"the mask of weight {path!r} has shape {tuple(np.shape(mask))}, the weight itself "
+                f"{tuple(weights[path].shape)}; masks belong to the model that they were found for"
+            )
+
+
+@jax.custom_jvp
+def _straight_through(weight: jax.Array, mask: jax.Array) -> jax.Array:
+    return jnp.where(mask, weight, jnp.zeros_like(weight))
+
+
+@_straight_through.defjvp
+def _straight_through_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    return _straight_through(*primals), tangents[0]
