@@ -17,7 +17,7 @@ from lepton_xla.compiler import _xla, weights
 from lepton_xla.compiler.artifact import Artifact
 from lepton_xla.compiler.buckets import bucket_name, check_ladders, combinations, row_symbol
 from lepton_xla.compiler.fingerprint import Fingerprint
-from lepton_xla.compiler.independence import Checked, check_padding, check_rows, default_tolerance
+from lepton_xla.compiler.independence import Checked, check_padding, check_rows, default_tolerance, product_dtypes
 from lepton_xla.compiler.manifest import EXPAND, SCHEMA, ExecutableSet, Manifest, Tensor, check_name
 from lepton_xla.compiler.portable import export_programs
 from lepton_xla.compiler.runtime import Runtime
@@ -56,7 +56,7 @@ def compile(
         metrics: the user's own figures, kept in the manifest.
         examples: real inputs by name, any number of rows, for the check that rows and padding do not mix.
         tolerance: largest difference that check allows between two executables, relative to the largest value of an
-            output; by default 1e-3 for float32 weights, 3e-2 for 16-bit and 5e-2 for narrower ones.
+            output; by default 1e-3 where weights and products are float32, 3e-2 with 16 bits and 5e-2 with fewer.
         progress: called before each step.
 
     Raises:
@@ -93,7 +93,8 @@ def compile(
         runtime.add(sizes, executables[key])
 
     tell("check that rows and padding do not mix", steps - 2, steps)
-    limit = default_tolerance([entry.dtype for entry in entries]) if tolerance is None else tolerance
+    dtypes = {entry.dtype for entry in entries} | product_dtypes(program.jaxpr(bucket_list[0]))
+    limit = default_tolerance(dtypes) if tolerance is None else tolerance
     model = Checked(runtime.run, program.inputs, program.outputs, ladders, limit, examples)
     _check_independence(
         model, runtime, lambda sizes: _compiled(flat, arrays, program.abstract_inputs(sizes), bucket_name(sizes))

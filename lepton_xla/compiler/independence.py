@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
+from lepton_xla import _compat
 from lepton_xla.compiler.buckets import Ladders, bucket_name
 from lepton_xla.errors import CompileError
 from lepton_xla.program import TensorSpec
@@ -45,8 +47,18 @@ class Checked:
     examples: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict[str, np.ndarray])
 
 
-def default_tolerance(dtypes: Sequence[str]) -> float:
-    """The tolerance for a model whose weights have these dtypes: that of the narrowest number format among them."""
+def product_dtypes(jaxpr: Any) -> set[str]:
+    """Dtypes of what is multiplied: of the operands of every matrix product and convolution, at any depth."""
+    found: set[str] = set()
+    for eqn in _compat.open_jaxpr(jaxpr)[0].eqns:
+        if eqn.primitive.name in ("dot_general", "ragged_dot_general", "conv_general_dilated"):
+            found |= {atom.aval.dtype.name for atom in eqn.invars[:2]}
+        found = found.union(*(product_dtypes(inner) for inner in _compat.inner_jaxprs(eqn)))
+    return found
+
+
+def default_tolerance(dtypes: Iterable[str]) -> float:
+    """The tolerance for a model whose weights and products have these dtypes: that of the narrowest number format."""
     numbers = [jnp.dtype(name) for name in dtypes if jnp.issubdtype(jnp.dtype(name), jnp.number)]
     bits = [32, *(8 * dtype.itemsize for dtype in numbers if dtype.itemsize < 4)]
     return _TOLERANCES[min(bits)]

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from lepton_xla import compiler
+from lepton_xla.compiler.independence import default_tolerance, product_dtypes
 from lepton_xla.errors import ArtifactError, CompileError
 from lepton_xla.program import Program, TensorSpec, trace
 
@@ -210,3 +211,16 @@ def test_narrow_weights_do_not_hide_a_faint_mixing_of_rows() -> None:
     weights = {"scale": np.arange(1, 7, dtype=np.int8)}
     with pytest.raises(CompileError, match="beside other rows"):
         compiler.compile(program(fn, weights=weights), {"batch": (4,)})
+
+
+def test_few_bits_may_differ_more_whether_weights_have_them_or_products() -> None:
+    def narrow(x: jax.Array, dtype: Any) -> jax.Array:
+        return jax.lax.map(lambda row: row.astype(dtype) @ row.astype(dtype), x).astype(jnp.float32)
+
+    model = program(lambda w, x: narrow(x, jnp.bfloat16) + x @ w["scale"])
+    found = product_dtypes(model.jaxpr({"batch": 2}))
+    assert found == {"float32", "bfloat16"}
+    assert default_tolerance(found) == default_tolerance(["bfloat16"]) == 3e-2
+    assert default_tolerance(["float32", "bool", "int32"]) == 1e-3
+    rounding = program(lambda w, x: narrow(x, jnp.int8) + x @ w["scale"])
+    assert default_tolerance(product_dtypes(rounding.jaxpr({"batch": 2}))) == 5e-2
