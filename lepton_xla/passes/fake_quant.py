@@ -5,20 +5,22 @@ from __future__ import annotations
 import dataclasses
 import math
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.custom_derivatives import SymbolicZero
 
+from lepton_xla import _compat
 from lepton_xla.errors import ModelError, UnsupportedError
 from lepton_xla.passes import products
 from lepton_xla.passes.products import RANGE_SUFFIX, SCALE_SUFFIX
 from lepton_xla.passes.rewrite import Context, Values
 from lepton_xla.passes.sites import Site, Tracked, lay_out, operand_value, rewrite_sites
 from lepton_xla.program import name_leaves
-from lepton_xla.quant import FORMATS, encode, fake_quantize, make_grid
+from lepton_xla.quant import FORMATS, Format, encode, make_grid
 from lepton_xla.quant.grid import decode, matrix_codes, matrix_values, settle
 from lepton_xla.quant.learned import initial_scale, learned_quantize, stochastic_quantize
 from lepton_xla.quant.qtensor import inside, straight_through
@@ -69,22 +71,27 @@ def fake_quant(
 
         def rule(site: Site, context: Context, eqn: Any, values: Values) -> Values | None:
             entry = plan[site.name]
-            if entry is None or entry.quantize is None or site.weight_operand is None:
+            if entry is None or entry.quantize is None:
                 return None
             decision = entry.quantize
-            side = site.weight_operand
-            tracked = values[side]
-            beside = tracked.beside if isinstance(tracked, Tracked) else {}
             operands = [operand_value(value) for value in values]
-            keys = _site_keys(beside.get(site.name + _KEY_SUFFIX))
-            if site.kind == "gather" and _rows_alone(site, decision, beside):
-                (rows,) = context.bind(eqn, operands)
-                return [_when(on, _fake_rows(site, rows, decision), rows)]
-            operands[side] = _when(on, _fake_weight(site, operands[side], decision, beside, keys[0]), operands[side])
-            if decision.activations != "none":
-                act = operands[1 - side]
-                operands[1 - side] = _when(on, _fake_activation(site, act, decision, tracked, keys[1]), act)
-            return context.bind(eqn, operands)
+            if site.weight_operand is None:
+                # At other sizes than the plan's, another product may have this name.
+                if products.unsupported(site, decision) or products.float_reason(site, decision):
+                    return None
+                rounded = _round_pair(site, operands, decision)
+            else:
+                tracked = values[site.weight_operand]
+                beside = tracked.beside if isinstance(tracked, Tracked) else {}
+                if site.kind == "gather" and _rows_alone(site, decision, beside):
+                    (rows,) = context.bind(eqn, operands)
+                    return [_when(on, _fake_rows(site, rows, decision), rows)]
+                rounded = _round_operands(site, operands, decision, tracked, beside)
+            if on is None and _from_codes(site, decision, rounded):
+                return [_code_product(site, rounded)]
+            return context.bind(
+                eqn, [_when(on, part.value, value) for part, value in zip(rounded, operands, strict=True)]
+            )
 
         beside = _beside(planned, ranges or {}, scales or {}, key, weights)
         return rewrite_sites(fn, rule, beside=beside)(weights, *inputs, **kwargs)
@@ -129,9 +136,67 @@ def initial_scales(weights: Any, plan: Plan, ranges: Mapping[str, jax.Array] | N
     return scales
 
 
-def _fake_weight(
+@dataclasses.dataclass(frozen=True)
+class _Rounded:
+    """An operand as a product takes it.
+
+    Attributes:
+        value: the floats that its codes stand for, in the operand's dtype, with the gradient of training.
+        codes: its codes, in its shape; None where it has none, or stays as it was.
+        scale: theirs, float32, broadcastable to the operand, without a gradient.
+    """
+
+    value: jax.Array
+    codes: jax.Array | None = None
+    scale: jax.Array | None = None
+
+
+def _round(
+    array: jax.Array,
+    scale: jax.Array,
+    target: Format,
+    zero_point: jax.Array | None = None,
+    *,
+    shared: int | None = None,
+    clips: bool = True,
+) -> _Rounded:
+    """Rounds an operand to the nearest code.
+
+    Args:
+        array: the operand.
+        scale: float32, broadcastable to it.
+        target: the format.
+        zero_point: likewise, for affine formats.
+        shared: how many elements share a scale that is trained; None for one that is not.
+        clips: whether a value may lie beyond the last code, where it has no gradient.
+    """
+    fixed = lax.stop_gradient(scale)
+    exact = array.astype(jnp.float32)
+    codes = encode(lax.stop_gradient(exact), fixed, target, zero_point)
+    if shared is not None:
+        return _Rounded(learned_quantize(array, scale, target, shared, zero_point), codes, fixed)
+    passing = inside(exact, fixed, target) if clips and target.kind in ("int", "float") else True
+    value = straight_through(exact, decode(codes, fixed, target, zero_point), passing)
+    return _Rounded(value.astype(array.dtype), codes, fixed)
+
+
+def _round_operands(
+    site: Site, operands: Sequence[jax.Array], rule: QuantizeRule, tracked: Any, beside: Mapping[str, jax.Array]
+) -> list[_Rounded]:
+    """The operands of a site with a weight."""
+    side = site.weight_operand
+    assert side is not None
+    keys = _site_keys(beside.get(site.name + _KEY_SUFFIX))
+    rounded = [_Rounded(operand) for operand in operands]
+    rounded[side] = _round_weight(site, operands[side], rule, beside, keys[0])
+    if rule.activations != "none":
+        rounded[1 - side] = _round_activation(site, operands[1 - side], rule, tracked, keys[1])
+    return rounded
+
+
+def _round_weight(
     site: Site, weight: jax.Array, rule: QuantizeRule, beside: Mapping[str, jax.Array], key: jax.Array | None
-) -> jax.Array:
+) -> _Rounded:
     target = FORMATS[rule.weights]
     given = {part: beside[f"{site.name}:{part}"] for part in _PARTS if f"{site.name}:{part}" in beside}
     matrix = products.to_matrix(site, weight)
@@ -140,21 +205,84 @@ def _fake_weight(
         codes = matrix_codes(lax.stop_gradient(matrix), grid, target)
         rounded = products.from_matrix(site, matrix_values(codes, grid, target))
         # Levels that are trained get their gradient (Deep Compression, arXiv:1510.00149, section 3.3).
-        return _with_gradient_of_both(weight, rounded)
+        return _Rounded(_with_gradient_of_both(weight, rounded))
     if "scale" in given:
         grid = dataclasses.replace(grid, scale=settle(given["scale"], rule.granularity))
     scale, zero_point = (_spread(site, part) for part in (grid.scale, grid.zero_point))
     assert scale is not None
     scale = scale.astype(jnp.float32)
     if key is not None:
-        return stochastic_quantize(weight, scale, target, key, zero_point)
+        return _Rounded(stochastic_quantize(weight, scale, target, key, zero_point))
+    shared = None
     if "scale" in given and target.kind in ("int", "affine"):
         shared = max(1, math.prod(site.weight.shape) // math.prod(grid.scale.shape))
-        return learned_quantize(weight, scale, target, shared, zero_point)
-    exact = weight.astype(jnp.float32)
-    rounded = decode(encode(lax.stop_gradient(exact), scale, target, zero_point), scale, target, zero_point)
-    passing = inside(exact, scale, target) if target.kind in ("int", "float") else True
-    return straight_through(exact, rounded, passing).astype(weight.dtype)
+    return _round(weight, scale, target, zero_point, shared=shared, clips="scale" in given)
+
+
+def _round_activation(
+    site: Site, activation: jax.Array, rule: QuantizeRule, weight: Any, key: jax.Array | None
+) -> _Rounded:
+    target = FORMATS[rule.activations]
+    static = products.static_scale(site, rule, weight)
+    scale = products.activation_scale(site, activation, rule.activations, static)
+    if key is not None:
+        return _Rounded(stochastic_quantize(activation, scale, target, key))
+    if isinstance(weight, Tracked) and site.name + SCALE_SUFFIX in weight.beside and target.kind == "int":
+        shared = math.prod(activation.shape[axis] for axis in products.activation_axes(site))
+        return _round(activation, settle(scale, "tensor"), target, shared=shared)
+    return _round(activation, scale, target, clips=static is not None)
+
+
+def _round_pair(site: Site, operands: Sequence[jax.Array], rule: QuantizeRule) -> list[_Rounded]:
+    """Both operands of a product of two activations, to the nearest code."""
+    scales = products.pair_scales(site, operands[0], operands[1], rule.activations)
+    target = FORMATS[rule.activations]
+    return [_round(operand, scale, target, clips=False) for operand, scale in zip(operands, scales, strict=True)]
+
+
+def _from_codes(site: Site, rule: QuantizeRule, rounded: Sequence[_Rounded]) -> bool:
+    """Whether the product is computed from codes, as `lower` computes it."""
+    if site.kind != "dot_general" or FORMATS[rule.weights].kind != "int" or products.float_reason(site, rule):
+        return False
+    if any(part.codes is None for part in rounded):
+        return False
+    # XLA's integer product on CPU is slower than float where the left operand is not summed over its last axes.
+    (summed, _), _ = site.params["dimension_numbers"]
+    rank = len(site.operands[0].shape)
+    return sorted(summed) == list(range(rank - len(summed), rank))
+
+
+def _code_product(site: Site, rounded: Sequence[_Rounded]) -> jax.Array:
+    """The product of codes, with the gradient of the float product of what they stand for."""
+    values = [part.value for part in rounded]
+    codes = [part.codes for part in rounded]
+    scales = [part.scale for part in rounded]
+
+    @jax.custom_jvp
+    def product(values: Sequence[jax.Array], codes: Any, scales: Any) -> jax.Array:
+        del values  # what a derivative is taken by; the codes hold the same numbers
+        return products.multiply_in_place(site, codes, scales)
+
+    def derivative(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+        _, codes, scales = primals
+        moving = {side: t for side, t in enumerate(tangents[0]) if not isinstance(t, SymbolicZero)}
+
+        def linear(codes: Any, scales: Any, moving: dict[int, jax.Array]) -> jax.Array:
+            floats = [
+                (code.astype(jnp.float32) * scale).astype(operand.dtype)
+                for code, scale, operand in zip(codes, scales, site.operands, strict=True)
+            ]
+            terms = [
+                _compat.bind(site.eqn, [tangent if k == side else floats[k] for k in range(2)])[0]
+                for side, tangent in moving.items()
+            ]
+            return terms[0] if len(terms) == 1 else terms[0] + terms[1]
+
+        # Codes are kept for the derivative, a quarter of the bytes of the floats that are made of them again.
+        return product(*primals), jax.checkpoint(linear, prevent_cse=False)(codes, scales, moving)
+
+    product.defjvp(derivative, symbolic_zeros=True)
+    return product(values, codes, scales)
 
 
 def _rows_alone(site: Site, rule: QuantizeRule, beside: Mapping[str, jax.Array]) -> bool:
@@ -187,21 +315,6 @@ def _spread(site: Site, part: jax.Array | None) -> jax.Array | None:
     groups = part.shape[-2]
     rows = products.contracted_size(site) // groups
     return products.from_matrix(site, jnp.repeat(part, rows, axis=-2) if groups > 1 else part)
-
-
-def _fake_activation(
-    site: Site, activation: jax.Array, rule: QuantizeRule, weight: Any, key: jax.Array | None
-) -> jax.Array:
-    target = FORMATS[rule.activations]
-    static = products.static_scale(site, rule, weight)
-    scale = products.activation_scale(site, activation, rule.activations, static)
-    if key is not None:
-        return stochastic_quantize(activation, scale, target, key)
-    trained = isinstance(weight, Tracked) and site.name + SCALE_SUFFIX in weight.beside
-    if trained and target.kind == "int":
-        shared = math.prod(activation.shape[axis] for axis in products.activation_axes(site))
-        return learned_quantize(activation, settle(scale, "tensor"), target, shared)
-    return fake_quantize(activation, scale, rule.activations)
 
 
 def _when(on: jax.Array | None, quantized: jax.Array, plain: jax.Array) -> jax.Array:

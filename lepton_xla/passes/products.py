@@ -315,6 +315,34 @@ def pair_product(site: Site, left: jax.Array, right: jax.Array, name: str, *, pa
     return _multiply(weighted, codes[0], scale, codes[1], columns, pad_single).astype(site.output.dtype)
 
 
+def multiply_in_place(site: Site, codes: Sequence[jax.Array], scales: Sequence[jax.Array]) -> jax.Array:
+    """A `dot_general` of the codes of its operands in the layout they have there: for training, and any sharding.
+
+    Args:
+        site: the `dot_general`, of a weight or of two activations.
+        codes: those of the left and of the right operand, integers whose products int32 can add up.
+        scales: theirs, float32, broadcastable to the operands, of size 1 along what is summed over.
+
+    Returns:
+        The same numbers as `code_product`: integers are exact, and one product of both scales rescales them.
+    """
+    (total,) = _compat.bind(site.eqn, codes, preferred_element_type=jnp.dtype("int32"), precision=None)
+    left, right = (_at_output(site, scale, side) for side, scale in enumerate(scales))
+    return (total.astype(jnp.float32) * (left * right)).astype(site.output.dtype)
+
+
+def _at_output(site: Site, scale: jax.Array, side: int) -> jax.Array:
+    """An operand's scale, broadcastable to the result: its axes are batch, those of the left operand, of the right."""
+    contract, batch = site.params["dimension_numbers"]
+    ranks = [len(operand.shape) for operand in site.operands]
+    free = [[axis for axis in range(ranks[k]) if axis not in (*contract[k], *batch[k])] for k in range(2)]
+    kept = (*batch[side], *free[side])
+    own = jnp.squeeze(jnp.transpose(scale, (*kept, *contract[side])), tuple(range(len(kept), ranks[side])))
+    others = len(free[1 - side])
+    first = own.ndim if side == 0 else len(batch[side])
+    return jnp.expand_dims(own, tuple(range(first, first + others)))
+
+
 def _multiply(
     site: Site, codes: jax.Array, scale: jax.Array, matrix: jax.Array, columns_scale: jax.Array, pad_single: bool
 ) -> jax.Array:
