@@ -462,9 +462,58 @@ def test_single_rows_are_padded_where_that_is_faster(monkeypatch, padded_us):
         eqn.invars[0].aval.shape[0] for eqn in equations(lowered, {"batch": 4}) if eqn.primitive.name == "dot_general"
     }
     assert rows == {4}
+    assert [site.metrics["single_rows_padded"] for site in lowered.history[-1].sites] == [padded_us < 5] * 2
     x = array(1, 6, seed=3)
     unpadded = run_lower(program, recipe().resolve(program))
     np.testing.assert_allclose(lowered(lowered.weights, x), unpadded(unpadded.weights, x), rtol=1e-6)
+
+
+def depthwise(w, x):
+    image = x.reshape(x.shape[0], 3, 1, 2)
+    numbers = ("NHWC", "HWIO", "NHWC")
+    out = lax.conv_general_dilated(image, w["w"], (1, 1), "SAME", dimension_numbers=numbers, feature_group_count=2)
+    return out.reshape(x.shape[0], -1)
+
+
+def by_groups(w, x):
+    return jnp.einsum("bgi,gio->bgo", x.reshape(x.shape[0], 3, 2), w["w"])
+
+
+TINY_GROUPS = {
+    "depthwise": lambda: trace(depthwise, {"w": array(3, 1, 1, 2)}, ROWS),
+    "a matrix a group": lambda: trace(by_groups, {"w": array(3, 2, 2)}, ROWS),
+}
+
+
+@pytest.mark.parametrize("name", TINY_GROUPS)
+def test_groups_too_small_for_integer_kernels_are_timed_like_any_other(monkeypatch, name):
+    program = TINY_GROUPS[name]()
+    plan = recipe(head="").resolve(program)
+    fake_clock(monkeypatch, {"w": (10.0, 30.0, None)})
+    slow = run_lower(program, plan, sizes=SIZES)
+    assert products_of(slow) == [FLOAT]
+    assert isinstance(slow.weights["w"], QTensor)
+    (site,) = slow.history[-1].sites
+    assert (site.action, len(site.metrics["timings"])) == ("int8 weights", 2)
+    assert site.metrics["integer_over_float"] == pytest.approx(3)
+    assert site.reason.startswith("integer arithmetic takes 3.00 of float's time here, so only the weight")
+    fake_clock(monkeypatch, {"w": (10.0, 5.0, None)})
+    fast = run_lower(program, plan, sizes=SIZES)
+    assert products_of(fast) == [INTEGER]
+    assert [(site.action, site.reason) for site in fast.history[-1].sites] == [("int8 x int8", "")]
+
+
+@pytest.mark.parametrize("name", [*TINY_GROUPS, "plain"])
+def test_the_real_clock_reports_what_it_found(monkeypatch, name):
+    monkeypatch.setattr(measure, "ROUNDS", 3)
+    program = (TINY_GROUPS | SINGLE)[name]()
+    (site,) = run_lower(program, recipe(head="").resolve(program), sizes=SIZES[:1]).history[-1].sites
+    (timing,) = site.metrics["timings"]
+    assert min(timing["float_us"], timing["integer_us"], site.metrics["integer_over_float"]) > 0
+    assert (site.action, bool(site.reason)) in [("int8 x int8", False), ("int8 weights", True)]
+    # Where a product has one row, padding it to two is tried too.
+    assert (timing["padded_us"] is not None) == (name != "depthwise")
+    assert ("single_rows_padded" in site.metrics) == (site.action == "int8 x int8" and name != "depthwise")
 
 
 def test_a_site_that_is_not_there_at_a_size_is_not_timed_there(monkeypatch):
