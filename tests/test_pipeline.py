@@ -58,19 +58,21 @@ def preset(name, **changes):
     return msgspec.structs.replace(Recipe.load(name), **changes)
 
 
+# What each preset does, given data to calibrate on; without, what needs it is left out.
 PASSES = {
-    "int8": ["fold", "skipped", "lower"],
+    "int8": ["fold", "smoothquant", "gptq", "lower"],
     "int8-weight-only": ["fold", "lower"],
-    "int4-weight-only": ["fold", "lower"],
-    "int4-channel-weight-only": ["fold", "lower"],
-    "w4a4": ["fold", "lower"],
-    "fp8": ["fold", "lower"],
-    "fp8-weight-only": ["fold", "lower"],
-    "nf4-weight-only": ["fold", "lower"],
-    "codebook16": ["fold", "lower"],
+    "int4-weight-only": ["fold", "gptq", "lower"],
+    "int4-channel-weight-only": ["fold", "gptq", "lower"],
+    "w4a4": ["fold", "smoothquant", "gptq", "lower"],
+    "fp8": ["fold", "gptq", "lower"],
+    "fp8-weight-only": ["fold", "gptq", "lower"],
+    "nf4-weight-only": ["fold", "gptq", "lower"],
+    "codebook16": ["fold", "gptq", "lower"],
     "prune50": ["fold", "prune"],
     "int8-prune50": ["fold", "prune", "lower"],
 }
+NEEDS_DATA = {"smoothquant", "gptq"}
 # What the presets may lose on random weights.
 LOSS = {
     "int8": 0.05,
@@ -96,7 +98,11 @@ def test_every_preset_is_tested():
 @pytest.mark.parametrize("name", PASSES)
 def test_a_preset_end_to_end(net, images, name):
     small = optimize(net, preset(name, measure=False))
-    assert [report.name for report in small.history] == PASSES[name]
+    done = [report.name for report in small.history]
+    assert [pass_ for pass_ in done if pass_ != "skipped"] == [
+        pass_ for pass_ in PASSES[name] if pass_ not in NEEDS_DATA
+    ]
+    assert ("skipped" in done) == bool(NEEDS_DATA & set(PASSES[name]))
     assert small.inputs == net.inputs
     assert small.outputs == net.outputs
     assert 1e-4 < error(small, net, images) < LOSS[name]
@@ -115,6 +121,14 @@ def test_a_preset_end_to_end(net, images, name):
             weight = small.weights[path]
             codes = weight.values if isinstance(weight, QTensor) else weight
             assert np.sum(np.asarray(codes) == 0) >= np.sum(~np.asarray(small.masks[path]))
+
+
+@pytest.mark.parametrize("name", ["int8", "int4-weight-only", "fp8"])
+def test_a_preset_with_data_loses_less(net, images, name):
+    recipe = preset(name, measure=False)
+    small = optimize(net, recipe, calibration=[{"image": images}])
+    assert [report.name for report in small.history] == PASSES[name]
+    assert error(small, net, images) < 0.9 * error(optimize(net, recipe), net, images)
 
 
 def test_measured_for_real(net, images):
