@@ -51,7 +51,7 @@ def fake_quant(
         A function like `fn`, for use inside `jit`, `grad`, `vmap` and sharding, that takes by keyword also:
         `scales`: a `Scales` tree, in the place of what ranges give, whose integer scales are trained (LSQ);
         `step`: int32, the training step, before `start` of which nothing is rounded, without a new compile;
-        `key`: a `jax.random` key, with which rounding is up or down at random.
+        `key`: a `jax.random` key, with which rounding is up or down at random, but for products of two activations.
 
     Raises:
         CalibrationError: when called, if a static site has no range.

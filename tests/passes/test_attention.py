@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 import lepton_xla as lx
 from lepton_xla import _compat
-from lepton_xla.passes import awq, calibrate, correct_bias, equalize, gptq, lower, prune, smooth
+from lepton_xla.passes import awq, calibrate, correct_bias, equalize, fake_quant, gptq, lower, prune, smooth
 from lepton_xla.passes.grid import round_to_nearest
 
 HEADS, WIDTH, LAYERS = 2, 8, 2
@@ -258,6 +258,34 @@ def test_another_product_of_that_name_at_another_size_is_left():
     small = lower(program, recipe(PAIR).resolve(program))
     assert products_in_codes(small.fn, small.weights, X) == 1
     np.testing.assert_array_equal(small(small.weights, X[:1]), program(program.weights, X[:1]))
+
+
+# Training.
+
+
+@pytest.mark.parametrize("program", [ONE, STACKED], ids=["one", "stacked"])
+def test_training_computes_what_is_served(program):
+    plan = recipe().resolve(program)
+    trained = np.asarray(jax.jit(fake_quant(program.fn, plan))(program.weights, X))
+    small = lower(program, plan)
+    close(trained, np.asarray(jax.jit(small.fn)(small.weights, X)))
+    with_weights_only = lx.Recipe.parse(f'on_unsupported = "keep"\n[[quantize]]\nsites = "{BOTH}"', name="weights")
+    weights_only = fake_quant(program.fn, with_weights_only.resolve(program))(program.weights, X)
+    assert np.abs(weights_only - trained).max() > 1e-3 * np.abs(trained).max()
+
+
+def test_the_gradient_is_that_of_the_rounded_operands_passed_straight_through():
+    program = lx.trace(
+        lambda w, x: w["c"] * (x @ x.transpose(0, 2, 1)), {"c": array(4, 5, 5)}, {"x": lx.TensorSpec(SHAPE, "float32")}
+    )
+    fn = fake_quant(program.fn, recipe().resolve(program))
+    got = jax.jit(jax.grad(lambda x: jnp.sum(fn(program.weights, x))))(X)
+    c, x = (np.asarray(value, np.float64) for value in (program.weights["c"], X))
+    expected = (c + c.transpose(0, 2, 1)) @ rounded(x, -1)
+    np.testing.assert_allclose(got, expected, rtol=0, atol=2e-6 * np.abs(expected).max())
+    later = fake_quant(program.fn, recipe().resolve(program), start=3)
+    np.testing.assert_array_equal(later(program.weights, X, step=2), program(program.weights, X))
+    np.testing.assert_allclose(later(program.weights, X, step=3), fn(program.weights, X), rtol=0, atol=1e-5)
 
 
 # Plans.
