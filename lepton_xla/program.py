@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from lepton_xla.errors import ModelError
 
@@ -158,7 +158,7 @@ def tree_bytes(tree: Any) -> int:
 def leaf_bytes(shape: Sequence[int], dtype: Any) -> int:
     """Bytes of one array; int4 and uint4 count half a byte."""
     bits = 4 if jnp.dtype(dtype).name in ("int4", "uint4") else jnp.dtype(dtype).itemsize * 8
-    return (int(np.prod(shape, dtype=np.int64)) * bits + 7) // 8
+    return (math.prod(shape) * bits + 7) // 8
 
 
 def name_leaves(tree: Any, *, single: str | None = None, prefix: str = "") -> dict[str, Any]:

@@ -39,7 +39,7 @@ def inspect(path: str, as_json: bool) -> None:
     weights = _weights(manifest)
     size_bytes = sum(entry.size for entry in manifest.files.values())
     if as_json:
-        facts = {"path": path, "size_bytes": size_bytes, "route": route, "weights": weights}
+        facts = {"path": path, "size_bytes": size_bytes, "route": route, "weights": weights, **_totals(manifest)}
         _common.print_json({**facts, "manifest": msgspec.to_builtins(manifest)})
     else:
         _print(path, manifest, route, weights, size_bytes)
@@ -64,22 +64,35 @@ def _route(manifest: Manifest, here: Fingerprint) -> dict[str, Any]:
 def _weights(manifest: Manifest) -> list[dict[str, Any]]:
     from lepton_xla.program import leaf_bytes
 
-    on_disk = dict.fromkeys((leaf.folder for leaf in manifest.weights), 0)
+    on_disk = dict.fromkeys((leaf.folder for leaf in manifest.weights if leaf.is_zarr), 0)
     for name, entry in manifest.files.items():
         # `weights/00001-kernel/c/0/0` is in the folder of its first two parts.
         folder = "/".join(name.split("/")[:2])
         if folder in on_disk:
             on_disk[folder] += entry.size
-    return [
-        {
-            "name": leaf.path,
-            "shape": list(leaf.shape),
-            "dtype": leaf.dtype,
-            "size_bytes": leaf_bytes(leaf.shape, leaf.dtype),
-            "disk_bytes": on_disk[leaf.folder],
-        }
-        for leaf in manifest.weights
-    ]
+    rows: list[dict[str, Any]] = []
+    for leaf in manifest.weights:
+        size_bytes = leaf_bytes(leaf.shape, leaf.dtype)
+        disk_bytes = on_disk[leaf.folder] if leaf.is_zarr else sum(piece.size for piece in leaf.pieces)
+        rows.append(
+            {
+                "name": leaf.path,
+                "shape": list(leaf.shape),
+                "dtype": leaf.dtype,
+                "encoding": leaf.encoding,
+                "size_bytes": size_bytes,
+                "disk_bytes": disk_bytes,
+                "ratio": size_bytes / disk_bytes if disk_bytes else None,
+            }
+        )
+    return rows
+
+
+def _totals(manifest: Manifest) -> dict[str, Any]:
+    """All weights, against the same ones in float32."""
+    disk_bytes = _common.weights_on_disk(manifest)
+    ratio = manifest.float32_bytes / disk_bytes if disk_bytes else None
+    return {"weights_bytes_on_disk": disk_bytes, "float32_bytes": manifest.float32_bytes, "float32_ratio": ratio}
 
 
 def _print(
@@ -103,19 +116,24 @@ def _print(
             w["name"],
             "x".join(map(str, w["shape"])) or "scalar",
             w["dtype"],
+            w["encoding"],
             f"{w['size_bytes']:,}",
             f"{w['disk_bytes']:,}",
+            _times(w["ratio"]),
         )
         for w in weights
     ]
-    memory, disk = (sum(weight[key] for weight in weights) for key in ("size_bytes", "disk_bytes"))
+    totals = _totals(manifest)
+    memory, disk = sum(weight["size_bytes"] for weight in weights), totals["weights_bytes_on_disk"]
     _common.show(
         _common.table(
             "weights",
-            ("name", "shape", "dtype", ">bytes", ">on disk"),
+            ("name", "shape", "dtype", "encoding", ">bytes", ">on disk", ">smaller"),
             rows,
-            total=("total", "", "", f"{memory:,}", f"{disk:,}"),
-        )
+            total=("total", "", "", "", f"{memory:,}", f"{disk:,}", _times(memory / disk if disk else None)),
+        ),
+        f"float32 would take {totals['float32_bytes']:,} bytes, {_times(totals['float32_ratio'])} those on disk",
+        "",
     )
     _common.show(
         *(_common.table("recipe", ("key", "value"), _flat(manifest.recipe)),) if manifest.recipe else ("no recipe", "")
@@ -126,6 +144,10 @@ def _print(
         _common.show(_common.table("metrics", ("metric", ">value"), _flat(manifest.metrics)))
     if manifest.programs_note:
         _common.show(manifest.programs_note)
+
+
+def _times(ratio: float | None) -> str:
+    return f"{ratio:.2f}x" if ratio else ""
 
 
 def _route_lines(route: Mapping[str, Any]) -> list[str]:

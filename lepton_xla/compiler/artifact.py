@@ -33,7 +33,8 @@ class Artifact:
     """A compiled model in memory.
 
     Attributes:
-        manifest: what it is; `files` and the file names of programs and executables are filled in by `save`.
+        manifest: what it is; `files`, how weights are stored, and the file names of programs and executables are filled
+            in by `save`.
         weights: device arrays as stored, in argument order.
         executables: bucket name -> compiled code for this process's first device; and `expand`, if there is such.
         programs: the portable programs.
@@ -66,9 +67,7 @@ class Artifact:
                 store.write(name, data)
                 files[name] = FileEntry(size=len(data), sha256=hashlib.sha256(data).hexdigest())
 
-            for leaf, array in zip(self.manifest.weights, self.weights, strict=True):
-                for name, data in weights.encode(leaf, array):
-                    write(name, data)
+            leaves = weights.write_all(self.manifest.weights, self.weights, write)
 
             def write_program(program: Portable, stem: str) -> PortableProgram:
                 name = f"programs/{stem}.stablehlo"
@@ -86,7 +85,7 @@ class Artifact:
                     write(name, _xla.serialize(executable))
                     entry.files[key] = name
             manifest = msgspec.structs.replace(
-                self.manifest, files=files, programs=programs, expand=expand, executables=sets
+                self.manifest, files=files, weights=leaves, programs=programs, expand=expand, executables=sets
             )
             # Last, because in an object store the artifact begins to exist with its manifest.
             store.write(MANIFEST, encode(manifest))

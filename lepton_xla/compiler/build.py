@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import importlib.metadata
 import logging
+import math
 import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -127,6 +128,7 @@ def compile(
         compile_s=compile_s,
         recipe=recipe,
         plan=plan,
+        float32_bytes=_float32_bytes(program),
         reports=tuple(report.to_json() for report in program.history),
         metrics=dict(metrics or {}),
         made_by=_made_by(target),
@@ -139,6 +141,12 @@ def compile(
 
 def _shape(leaf: jax.Array) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+
+
+def _float32_bytes(program: Program) -> int:
+    """Bytes of the weights in float32; a quantized matrix has the shape of what its codes and scales stand for."""
+    shaped = jax.tree.leaves(program.weights, is_leaf=lambda node: hasattr(node, "shape"))
+    return 4 * sum(math.prod(array.shape) for array in shaped)
 
 
 type _Flat = Callable[..., tuple[Any, ...]]

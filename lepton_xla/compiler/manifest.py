@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import jax.numpy as jnp
 import msgspec
@@ -15,7 +15,7 @@ from lepton_xla.errors import ArtifactError, LeptonError
 from lepton_xla.program import TensorSpec
 
 MANIFEST = "manifest.json"
-SCHEMA = 1
+SCHEMA = 2
 # Beside the buckets, the name of the program that unpacks stored weights when an artifact is loaded.
 EXPAND = "expand"
 MAX_MANIFEST_BYTES = 64 << 20
@@ -36,6 +36,23 @@ class Tensor(_Struct, frozen=True, kw_only=True):
     dtype: str
 
 
+type Encoding = Literal["plain", "zstd", "raw", "deflate", "gaps"]
+"""How a leaf is stored: a zarr array, plain or under zstd; or pieces, raw or by `entropy`."""
+
+
+class Piece(_Struct, frozen=True, kw_only=True, array_like=True):
+    """A part of a leaf: `size` bytes of the file `weights/pack-N`, N being `pack`, from `start`."""
+
+    pack: Annotated[int, msgspec.Meta(ge=0)]
+    start: Annotated[int, msgspec.Meta(ge=0)]
+    size: Annotated[int, msgspec.Meta(ge=0)]
+
+    @property
+    def file(self) -> str:
+        """The name of its file."""
+        return f"weights/pack-{self.pack:05d}"
+
+
 class WeightLeaf(_Struct, frozen=True, kw_only=True):
     """One weight array, in the order of the executables' arguments.
 
@@ -44,14 +61,23 @@ class WeightLeaf(_Struct, frozen=True, kw_only=True):
         shape: its shape.
         dtype: its true dtype; the stored one differs where `packed`.
         packed: stored as a flat array of bytes, because zarr has no such dtype or it is narrower than a byte.
-        folder: where its zarr array is.
+        encoding: how it is stored; chosen when it is saved.
+        folder: where its zarr array is, if it is one.
+        pieces: where its parts are, if it is not, in the order of the leaf.
     """
 
     path: str
     shape: tuple[int, ...]
     dtype: str
     packed: bool
-    folder: str
+    encoding: Encoding
+    folder: str = ""
+    pieces: tuple[Piece, ...] = ()
+
+    @property
+    def is_zarr(self) -> bool:
+        """Whether it is a zarr array."""
+        return self.encoding in ("plain", "zstd")
 
 
 class PortableProgram(_Struct, frozen=True, kw_only=True):
@@ -92,6 +118,7 @@ class Manifest(_Struct, frozen=True, kw_only=True):
         executables: fingerprint -> executables.
         compile_s: bucket name -> seconds its compilation took.
         recipe, plan: as given to `compile`.
+        float32_bytes: what the weights would take as float32 arrays, zeros and all.
         reports: one a pass applied.
         metrics: the user's own figures, such as accuracy.
         made_by: versions of the software, and the machine.
@@ -114,6 +141,7 @@ class Manifest(_Struct, frozen=True, kw_only=True):
     compile_s: dict[str, float]
     recipe: Any
     plan: Any
+    float32_bytes: int
     reports: tuple[dict[str, Any], ...]
     metrics: dict[str, Any]
     made_by: dict[str, Any]
@@ -160,7 +188,10 @@ def decode(data: bytes) -> Manifest:
     try:
         schema = msgspec.json.decode(data, type=_Head).schema
         if schema != SCHEMA:
-            raise ArtifactError(f"{MANIFEST}: schema version {schema}; this version of lepton_xla reads {SCHEMA}")
+            advice = "compile the model again with this one" if schema < SCHEMA else "load it with the one that made it"
+            raise ArtifactError(
+                f"{MANIFEST}: schema version {schema}; this version of lepton_xla reads {SCHEMA}: {advice}"
+            )
         manifest = msgspec.json.decode(data, type=Manifest)
         _check(manifest)
         if manifest.sha256 != _digest(data):
@@ -210,7 +241,12 @@ def _check(manifest: Manifest) -> None:
         jnp.dtype(leaf.dtype)
         if min(leaf.shape, default=0) < 0:
             raise ArtifactError(f"{MANIFEST}: weight {leaf.path!r} has a negative size in its shape {leaf.shape}")
-        _check_listed(manifest, f"{leaf.folder}/zarr.json")
+        if leaf.is_zarr:
+            _check_listed(manifest, f"{leaf.folder}/zarr.json")
+        for piece in leaf.pieces:
+            _check_listed(manifest, piece.file)
+            if piece.start + piece.size > manifest.files[piece.file].size:
+                raise ArtifactError(f"{MANIFEST}: weight {leaf.path!r} has a piece beyond the end of {piece.file}")
     for program in (*manifest.programs, *((manifest.expand,) if manifest.expand else ())):
         _check_listed(manifest, program.file)
     for digest, executables in manifest.executables.items():

@@ -1,7 +1,8 @@
-"""Dtypes that zarr lacks, or that are narrower than a byte, as plain bytes and back, bit for bit."""
+"""Elements as plain bytes or words and back, bit for bit: for dtypes that zarr lacks, and for `entropy`."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -39,7 +40,7 @@ def pack(array: np.ndarray) -> np.ndarray:
 
 def packed_size(shape: Sequence[int], dtype: str) -> int:
     """The bytes that `pack` gives for an array of this shape and dtype."""
-    return -(-int(np.prod(shape, dtype=np.int64)) // (8 // _bits(jnp.dtype(dtype))))
+    return -(-math.prod(shape) // (8 // _bits(jnp.dtype(dtype))))
 
 
 def unpack(packed: np.ndarray, shape: Sequence[int], dtype: str) -> np.ndarray:
@@ -48,7 +49,7 @@ def unpack(packed: np.ndarray, shape: Sequence[int], dtype: str) -> np.ndarray:
     bits = _bits(kind)
     if bits == 8:
         return packed.view(kind).reshape(shape)
-    per_byte, size = 8 // bits, int(np.prod(shape, dtype=np.int64))
+    per_byte, size = 8 // bits, math.prod(shape)
     spread = np.empty(packed.size * per_byte, np.uint8)
     for place in range(per_byte):
         spread[place::per_byte] = (packed >> (place * bits)) & ((1 << bits) - 1)
@@ -58,6 +59,37 @@ def unpack(packed: np.ndarray, shape: Sequence[int], dtype: str) -> np.ndarray:
     if jnp.issubdtype(kind, jnp.signedinteger):
         spread = (spread << (8 - bits)).view(np.int8) >> (8 - bits)
     return spread.astype(kind).reshape(shape)
+
+
+def words_of(shape: Sequence[int], dtype: str) -> tuple[tuple[int, ...], np.dtype[Any]]:
+    """Shape and dtype of what `to_words` gives for an array of this shape and dtype."""
+    kind = jnp.dtype(dtype)
+    if _bits(kind) < 8:
+        return (packed_size(shape, dtype),), np.dtype(np.uint8)
+    width = min(kind.itemsize, 8)
+    halves = (kind.itemsize // width,) if kind.itemsize > width or not shape else ()
+    return (*shape, *halves), np.dtype(f"<u{width}")
+
+
+def to_words(array: np.ndarray) -> np.ndarray:
+    """The elements' bits as little-endian unsigned integers, of the array's shape but for these.
+
+    Elements narrower than a byte are flat bytes, as `pack` puts them together; those of sixteen bytes are two words; an
+    array without axes has one.
+    """
+    shape, word = words_of(array.shape, array.dtype.name)
+    if _bits(array.dtype) < 8:
+        return pack(array)
+    return np.ascontiguousarray(array).reshape(-1).view(f"u{word.itemsize}").astype(word, copy=False).reshape(shape)
+
+
+def from_words(words: np.ndarray, shape: Sequence[int], dtype: str) -> np.ndarray:
+    """The inverse of `to_words`."""
+    kind = jnp.dtype(dtype)
+    if _bits(kind) < 8:
+        return unpack(words, shape, dtype)
+    native = words.astype(words.dtype.newbyteorder("="), copy=False)
+    return native.reshape(-1).view(kind).reshape(shape)
 
 
 def _bits(dtype: Any) -> int:

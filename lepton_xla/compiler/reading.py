@@ -1,13 +1,14 @@
-"""Reading weights: each chunk is verified, then decoded in memory into its place in an array that XLA can use as it is.
+"""Reading weights: each file is verified, then decoded in memory into its place in arrays that XLA can use as they are.
 
 A local folder and an object store take the same path, no byte is decoded whose digest was not checked, and no more than
-a chunk or two a thread is held beside the arrays themselves.
+a file or two a thread, of some 4 MiB, is held beside the arrays themselves.
 """
 
 from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -18,26 +19,33 @@ import msgspec
 import numpy as np
 import tensorstore as ts
 
-from lepton_xla.compiler.manifest import WeightLeaf
-from lepton_xla.compiler.packing import packed_size, unpack
+from lepton_xla.compiler import entropy
+from lepton_xla.compiler.manifest import Piece, WeightLeaf
+from lepton_xla.compiler.packing import from_words, packed_size, unpack, words_of
 from lepton_xla.compiler.storage import VerifiedFiles
-from lepton_xla.compiler.weights import SCRATCH, open_array, plain_codecs
+from lepton_xla.compiler.weights import SCRATCH, open_array, pieces, plain_codecs
 from lepton_xla.errors import ArtifactError
+from lepton_xla.program import leaf_bytes
 
 # XLA:CPU reads a host array in place only where it starts on such a boundary.
 _ALIGNMENT = 64
 
 
 def read_all(leaves: Sequence[WeightLeaf], files: VerifiedFiles) -> list[np.ndarray]:
-    """Reads leaves into new arrays that start on a 64-byte boundary, in parallel over chunks.
+    """Reads leaves into new arrays that start on a 64-byte boundary, in parallel over files.
 
     Raises:
-        ArtifactError: naming the file that is missing, damaged, or not what the manifest says.
+        ArtifactError: naming the file that is missing, damaged, or not what the manifest says; and the leaf, where the
+            file holds several.
     """
+    _check_memory(leaves)
     workers = min(8, os.cpu_count() or 1)
     with concurrent.futures.ThreadPoolExecutor(workers, "lepton-weights") as pool:
-        opened = list(pool.map(lambda leaf: _OpenLeaf.open(leaf, files), leaves))
-        tasks = [pool.submit(leaf.read, index) for leaf in opened for index in leaf.chunks()]
+        opened = list(pool.map(lambda leaf: _open(leaf, files), leaves))
+        arrays = [leaf for leaf in opened if isinstance(leaf, _ZarrLeaf)]
+        packed = [leaf for leaf in opened if isinstance(leaf, _PackedLeaf)]
+        tasks = [pool.submit(leaf.read, index) for leaf in arrays for index in leaf.chunks()]
+        tasks += [pool.submit(_read_pack, name, parts, files) for name, parts in _by_pack(packed).items()]
         try:
             for task in concurrent.futures.as_completed(tasks):
                 task.result()
@@ -47,9 +55,71 @@ def read_all(leaves: Sequence[WeightLeaf], files: VerifiedFiles) -> list[np.ndar
     return [leaf.finish() for leaf in opened]
 
 
+def _check_memory(leaves: Sequence[WeightLeaf]) -> None:
+    """A few bytes can stand for any number of zeros, so what is declared is checked before any of it is made."""
+    declared = sum(leaf_bytes(leaf.shape, leaf.dtype) for leaf in leaves)
+    present = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if declared > present:
+        raise ArtifactError(f"the weights take {declared} bytes, and this machine has {present} bytes of memory")
+
+
+def _open(leaf: WeightLeaf, files: VerifiedFiles) -> _ZarrLeaf | _PackedLeaf:
+    return _ZarrLeaf.open(leaf, files) if leaf.is_zarr else _PackedLeaf.open(leaf)
+
+
 @dataclasses.dataclass(frozen=True)
-class _OpenLeaf:
-    """A leaf being read: its verified zarr metadata, and the array its chunks go to."""
+class _PackedLeaf:
+    """A leaf being read from pieces of shared files: the array of its words, and the part of it in each piece."""
+
+    leaf: WeightLeaf
+    out: np.ndarray
+    parts: tuple[np.ndarray, ...]
+
+    @classmethod
+    def open(cls, leaf: WeightLeaf) -> _PackedLeaf:
+        shape, word = words_of(leaf.shape, leaf.dtype)
+        out = aligned_empty(shape, word)
+        regions = pieces(shape, word.itemsize)
+        if len(leaf.pieces) != len(regions):
+            what = f"{leaf.dtype}{list(leaf.shape)}"
+            raise ArtifactError(f"weight {leaf.path!r}: {len(leaf.pieces)} pieces; {what} has {len(regions)}")
+        return cls(leaf, out, tuple(out[region] for region in regions))
+
+    def read(self, data: memoryview, part: np.ndarray) -> None:
+        """Decodes one piece."""
+        if self.leaf.encoding != "raw":
+            entropy.decode(data, part, gaps=self.leaf.encoding == "gaps")
+        elif len(data) != part.nbytes:
+            raise ArtifactError(f"{len(data)} bytes, not {part.nbytes}")
+        else:
+            part[...] = np.frombuffer(data, part.dtype).reshape(part.shape)
+
+    def finish(self) -> np.ndarray:
+        """The whole leaf, once every piece is read."""
+        return from_words(self.out, self.leaf.shape, self.leaf.dtype)
+
+
+def _by_pack(leaves: Sequence[_PackedLeaf]) -> dict[str, list[tuple[_PackedLeaf, Piece, np.ndarray]]]:
+    packs: dict[str, list[tuple[_PackedLeaf, Piece, np.ndarray]]] = {}
+    for leaf in leaves:
+        for piece, part in zip(leaf.leaf.pieces, leaf.parts, strict=True):
+            packs.setdefault(piece.file, []).append((leaf, piece, part))
+    return packs
+
+
+def _read_pack(name: str, parts: Sequence[tuple[_PackedLeaf, Piece, np.ndarray]], files: VerifiedFiles) -> None:
+    """Verifies a file and decodes all pieces in it."""
+    data = memoryview(files.read(name))
+    for leaf, piece, part in parts:
+        try:
+            leaf.read(data[piece.start : piece.start + piece.size], part)
+        except ArtifactError as error:
+            raise ArtifactError(f"{name}: weight {leaf.leaf.path!r} cannot be decoded: {error}") from error
+
+
+@dataclasses.dataclass(frozen=True)
+class _ZarrLeaf:
+    """A zarr array being read: its verified metadata, and the array its chunks go to."""
 
     leaf: WeightLeaf
     files: VerifiedFiles
@@ -59,7 +129,7 @@ class _OpenLeaf:
     out: np.ndarray
 
     @classmethod
-    def open(cls, leaf: WeightLeaf, files: VerifiedFiles) -> _OpenLeaf:
+    def open(cls, leaf: WeightLeaf, files: VerifiedFiles) -> _ZarrLeaf:
         name = f"{leaf.folder}/zarr.json"
         metadata = files.read(name)
         context = ts.Context()
@@ -99,7 +169,7 @@ class _OpenLeaf:
                 self.out[region] = elements[tuple(slice(part.stop - part.start) for part in region)]
                 return
             self.kv.write(key, data).result()
-            ts.array(self.out[region]).write(self.handle[region]).result()
+            ts.array(self.out[(*region, ...)]).write(self.handle[region]).result()
             self.kv.write(key, None).result()
         except Exception as error:  # TensorStore's own kinds
             raise ArtifactError(f"{name} cannot be decoded: {error}") from error
@@ -114,7 +184,7 @@ class _OpenLeaf:
 
 def aligned_empty(shape: Sequence[int], dtype: Any) -> np.ndarray:
     """An uninitialised array whose memory XLA:CPU can use without a copy."""
-    size = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
+    size = math.prod(shape) * np.dtype(dtype).itemsize
     buffer = np.empty(size + _ALIGNMENT, np.uint8)
     start = -buffer.ctypes.data % _ALIGNMENT
     return buffer[start : start + size].view(dtype).reshape(shape)

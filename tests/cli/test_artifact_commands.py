@@ -36,7 +36,7 @@ def edit(file):
 
 
 @pytest.mark.parametrize("harm", [lambda file: file.unlink(), lambda file: file.write_bytes(b""), truncate, edit])
-@pytest.mark.parametrize("kind", ["*.xla", "zarr.json", "c/0/0", "*.stablehlo"])
+@pytest.mark.parametrize("kind", ["*.xla", "weights/pack-*", "*.stablehlo"])
 def test_a_damaged_file_is_named(cli, damaged, harm, kind):
     file = sorted(damaged.rglob(kind))[0]
     harm(file)
@@ -68,10 +68,27 @@ def test_inspect_agrees_with_the_files(cli, artifact):
     assert by_name["hidden/values"]["dtype"] == "int8"
     assert by_name["hidden/values"]["shape"] == [models.IN, models.HIDDEN]
     assert by_name["hidden/values"]["size_bytes"] == models.IN * models.HIDDEN
+    disk_bytes = sum(file.stat().st_size for file in (artifact / "weights").rglob("*") if file.is_file())
+    assert sum(weight["disk_bytes"] for weight in found["weights"]) == disk_bytes > 0
     for leaf in manifest["weights"]:
-        folder = artifact / leaf["folder"]
-        size_bytes = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-        assert by_name[leaf["path"]]["disk_bytes"] == size_bytes > 0
+        weight = by_name[leaf["path"]]
+        assert weight["encoding"] == leaf["encoding"]
+        assert weight["ratio"] == weight["size_bytes"] / weight["disk_bytes"]
+    elements = models.IN * models.HIDDEN + models.HIDDEN * models.OUT
+    assert (found["float32_bytes"], found["weights_bytes_on_disk"]) == (4 * elements, disk_bytes)
+    assert found["float32_ratio"] == 4 * elements / disk_bytes
+
+
+def test_inspect_tells_zarr_arrays_from_pieces(cli, tmp_path):
+    table = np.random.default_rng(0).integers(0, 256, (64, 256)).astype(np.uint8)
+    program = lx.trace(
+        lambda w, x: x @ w["table"].astype("float32"), {"table": table}, {"x": lx.TensorSpec((2, 64), "float32")}
+    )
+    lx.compile(program, {}).save(tmp_path / "m.lepton")
+    (weight,) = cli.json("inspect", tmp_path / "m.lepton")["weights"]
+    files = sum(file.stat().st_size for file in (tmp_path / "m.lepton" / "weights").rglob("*") if file.is_file())
+    assert (weight["encoding"], weight["size_bytes"], weight["disk_bytes"]) == ("plain", 64 * 256, files)
+    assert 1 < files / (64 * 256) < 1.05
 
 
 def test_inspect_prints_all_of_it(cli, artifact, monkeypatch):
@@ -80,7 +97,8 @@ def test_inspect_prints_all_of_it(cli, artifact, monkeypatch):
     lines = {" ".join(line.split()) for line in text.splitlines()}
     assert "input x float32 batch, 16" in lines
     assert "output output float32 batch, 4" in lines
-    assert any(line.startswith("hidden/values 16x64 int8 1,024 ") for line in lines)
+    assert any(line.startswith("hidden/values 16x64 int8 ") and line.endswith("x") for line in lines)
+    assert any(line.startswith("float32 would take 5,120 bytes, ") for line in lines)
     assert any(line.startswith("batch=4 ") for line in lines)
     assert "quantize[0].weights int8" in lines
     assert "lower head int8 x int8" in lines

@@ -18,11 +18,12 @@ def dense_weights() -> dict[str, np.ndarray]:
     return {
         "kernel": random.standard_normal((12, 5)).astype(np.float32),
         "bias": random.standard_normal(5).astype(np.float32),
+        "large": random.standard_normal((50, 60)).astype(np.float32),
     }
 
 
 def dense() -> Program:
-    """`tanh(x @ kernel + bias)`, rows of 12 to rows of 5."""
+    """`tanh(x @ kernel + bias)`, rows of 12 to rows of 5; `large` has no part in it but to be stored as zarr."""
 
     def fn(weights: Any, x: jax.Array) -> jax.Array:
         return jnp.tanh(x @ weights["kernel"] + weights["bias"][None])

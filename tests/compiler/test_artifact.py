@@ -49,20 +49,25 @@ def test_the_layout(saved_dense: pathlib.Path) -> None:
         *(f"executables/{digest}/batch={size}.xla" for size in (1, 4, 8)),
     }
     assert [(leaf["path"], leaf["shape"], leaf["dtype"]) for leaf in manifest["weights"]] == [
-        ("bias", [5], "float32"), ("kernel", [12, 5], "float32"),
+        ("bias", [5], "float32"), ("kernel", [12, 5], "float32"), ("large", [50, 60], "float32"),
     ]  # fmt: skip
-    assert manifest["schema"] == 1
+    assert {name for name in manifest["files"] if name.startswith("weights/")} == {
+        "weights/00002-large/zarr.json", "weights/00002-large/c/0/0", "weights/pack-00000",
+    }  # fmt: skip
+    assert [leaf["encoding"] for leaf in manifest["weights"]] == ["raw", "raw", "zstd"]
+    assert manifest["float32_bytes"] == 4 * (5 + 12 * 5 + 50 * 60)
+    assert manifest["schema"] == 2
     assert manifest["recipe"] == {"name": "none"}
     assert manifest["buckets"] == {"batch": [1, 4, 8]}
 
 
-def test_weights_are_plain_zarr_that_other_tools_read(saved_dense: pathlib.Path) -> None:
+def test_large_weights_are_zarr_that_other_tools_read(saved_dense: pathlib.Path) -> None:
     import tensorstore as ts
 
-    (folder,) = (saved_dense / "weights").glob("*kernel")
+    (folder,) = (saved_dense / "weights").glob("*large")
     spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": str(folder)}}
-    kernel = ts.open(spec, open=True).result().read().result()
-    np.testing.assert_array_equal(kernel, models.dense_weights()["kernel"])
+    large = ts.open(spec, open=True).result().read().result()
+    np.testing.assert_array_equal(large, models.dense_weights()["large"])
 
 
 def test_verify_counts_and_lists_extra_files(copy_dense: Callable[[], pathlib.Path]) -> None:
@@ -111,7 +116,7 @@ def test_damage_to_any_file_is_found_and_the_file_named(
     copy_dense: Callable[[], pathlib.Path], saved_dense: pathlib.Path, damage: Callable[[pathlib.Path], None]
 ) -> None:
     names = files_of(saved_dense)
-    assert len(names) == 9
+    assert len(names) == 8
     for name in names:
         for check in (compiler.verify, compiler.load):
             path = copy_dense()
@@ -123,7 +128,8 @@ def test_damage_to_any_file_is_found_and_the_file_named(
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (lambda m: m.update(schema=2), "schema version 2; this version of lepton_xla reads 1"),
+        (lambda m: m.update(schema=1), "schema version 1; this version of lepton_xla reads 2: compile the model again"),
+        (lambda m: m.update(schema=3), "schema version 3; this version of lepton_xla reads 2: load it with the one"),
         (lambda m: m.pop("schema"), "missing required field `schema`"),
         (lambda m: m.pop("weights"), "missing required field `weights`"),
         (lambda m: m.update(surprise=1), "unknown field `surprise`"),
@@ -133,8 +139,26 @@ def test_damage_to_any_file_is_found_and_the_file_named(
         (lambda m: m["buckets"].update(batch=[8, 1]), "must ascend"),
         (lambda m: m["weights"][0].update(dtype="float3"), "float3"),
         (lambda m: m["weights"][0].update(shape=[-5]), "negative size"),
-        (lambda m: m["weights"][0].update(shape=[6]), r"holds float32\[5\]; the manifest says float32\[6\]"),
-        (lambda m: m["weights"][0].update(folder="weights/x"), "'weights/x/zarr.json' has no entry in files"),
+        (lambda m: m["weights"][0].update(shape=[6]), "weight 'bias' cannot be decoded: 20 bytes, not 24"),
+        (
+            lambda m: m["weights"][0].update(shape=[1 << 62]),
+            r"take 18446744073709563\d+ bytes, and this machine has \d+",
+        ),
+        (lambda m: m["weights"][0].update(shape=[1 << 20]), r"weight 'bias': 1 pieces; float32\[1048576\] has 4"),
+        (lambda m: m["weights"][0].update(encoding="gaps"), "weight 'bias' cannot be decoded: "),
+        (
+            lambda m: m["weights"][0].update(encoding="lzma"),
+            r"Invalid enum value 'lzma' - at `\$.weights\[0\].encoding`",
+        ),
+        (lambda m: m["weights"][0].update(encoding="zstd"), "'/zarr.json' has no entry in files"),
+        (
+            lambda m: m["weights"][0].update(pieces=[[0, 1, 400]]),
+            "weight 'bias' has a piece beyond the end of weights/p",
+        ),
+        (lambda m: m["weights"][0].update(pieces=[[0, -1, 20]]), r"Expected `int` >= 0 - at `\$.weights\[0\].pieces"),
+        (lambda m: m["weights"][0].update(pieces=[[1, 0, 20]]), "'weights/pack-00001' has no entry in files"),
+        (lambda m: m["weights"][2].update(shape=[6]), r"holds float32\[50, 60\]; the manifest says float32\[6\]"),
+        (lambda m: m["weights"][2].update(folder="weights/x"), "'weights/x/zarr.json' has no entry in files"),
         (lambda m: m["programs"][0].update(file="../p"), "'../p' has no entry in files"),
         (lambda m: m["files"].update({"../p": {"size": 1, "sha256": "0" * 64}}), "'../p' is not a valid name"),
         (lambda m: m["files"].update({"/etc/passwd": {"size": 1, "sha256": "0" * 64}}), "not a valid name"),
@@ -229,7 +253,7 @@ def test_a_write_that_fails_leaves_nothing(
 ) -> None:
     location = tmp_path / "m.lepton" if base == "local" else "memory://full/"
     real = Store.write
-    for fail_at in range(1, 10):
+    for fail_at in range(1, 9):
         count = iter(range(1, 100))
 
         def write(store: Store, name: str, data: bytes, fail_at: int = fail_at, count=count) -> None:

@@ -1,15 +1,17 @@
 import hashlib
 import secrets
+from collections.abc import Mapping, Sequence
 
 import jax.numpy as jnp
 import ml_dtypes
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lepton_xla.compiler import reading, weights
-from lepton_xla.compiler.manifest import FileEntry
+from lepton_xla.compiler.manifest import FileEntry, WeightLeaf
 from lepton_xla.compiler.packing import pack, unpack
 from lepton_xla.compiler.storage import Store, VerifiedFiles
 from lepton_xla.errors import ArtifactError
@@ -38,15 +40,22 @@ def random_bits(dtype: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
     return random.integers(0, 256, size * kind.itemsize).astype(np.uint8).view(kind).reshape(shape)
 
 
-def round_trip(array: np.ndarray) -> tuple[np.ndarray, dict[str, bytes]]:
-    leaf = weights.describe("layer/kernel", 0, array)
+def stored(array: np.ndarray, encoding: str | None = None) -> tuple[WeightLeaf, dict[str, bytes]]:
+    """The leaf and its files, by the encoding that is chosen or by this one."""
+    leaf, written = weights.describe("layer/kernel", 0, array), {}
+    with pytest.MonkeyPatch.context() as patch:
+        if encoding is not None:
+            patch.setattr(weights, "_choose", lambda *_, **__: encoding)
+        (leaf,) = weights.write_all([leaf], [array], written.__setitem__)
+    return leaf, written
+
+
+def read(leaves: Sequence[WeightLeaf], written: Mapping[str, bytes]) -> list[np.ndarray]:
     store = Store(f"memory://{secrets.token_hex(8)}/")
-    written = dict(weights.encode(leaf, array))
     files = {name: FileEntry(size=len(data), sha256=hashlib.sha256(data).hexdigest()) for name, data in written.items()}
     for name, data in written.items():
         store.write(name, data)
-    (found,) = reading.read_all([leaf], VerifiedFiles(store, files))
-    return found, written
+    return reading.read_all(leaves, VerifiedFiles(store, files))
 
 
 def as_bytes(array: np.ndarray) -> bytes:
@@ -55,39 +64,90 @@ def as_bytes(array: np.ndarray) -> bytes:
     return array.tobytes()
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=200)
 @given(
     st.sampled_from(DTYPES),
     st.lists(st.integers(0, 5), max_size=4).map(tuple),
     st.integers(0, 1000),
+    st.sampled_from(["plain", "zstd", "raw", "gaps", "deflate", None]),
 )
-def test_every_dtype_and_shape_comes_back_bit_for_bit(dtype: str, shape: tuple[int, ...], seed: int) -> None:
+def test_every_dtype_and_shape_comes_back_bit_for_bit(
+    dtype: str, shape: tuple[int, ...], seed: int, encoding: str | None
+) -> None:
     array = random_bits(dtype, shape, seed)
-    found, _ = round_trip(array)
+    leaf, written = stored(array, encoding)
+    (found,) = read([leaf], written)
+    assert leaf.encoding == (encoding or leaf.encoding)
     assert found.dtype == array.dtype
     assert found.shape == array.shape
     assert as_bytes(found) == as_bytes(array)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "int8", "int4"])
-@pytest.mark.parametrize("compressible", [True, False])
-def test_large_leaves_are_cut_into_chunks(dtype: str, compressible: bool) -> None:
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8", "int4"])
+@pytest.mark.parametrize("content", ["random", "repeated", "pruned"])
+def test_large_leaves_are_cut_and_stored_by_what_is_smallest(dtype: str, content: str) -> None:
     array = random_bits(dtype, (2501, 1999), 0)
-    if compressible:
-        array = np.where(np.arange(1999) % 3 == 0, array, np.zeros_like(array))
-    found, written = round_trip(array)
+    if content == "repeated":
+        array = np.tile(array[:1], (2501, 1))
+    if content == "pruned":
+        array = np.where(np.random.default_rng(1).random(array.shape) < 0.1, array, np.zeros_like(array))
+    leaf, written = stored(array)
+    (found,) = read([leaf], written)
     assert as_bytes(found) == as_bytes(array)
     assert max(map(len, written.values())) <= weights.CHUNK_BYTES + 1024
-    bits = {"float32": 32, "int8": 8, "int4": 4}[dtype]
-    stored, plain = sum(map(len, written.values())), array.size * bits // 8
-    assert stored < 0.75 * plain if compressible else stored < 1.02 * plain
-    assert (b"zstd" in written["weights/00000-layer.kernel/zarr.json"]) is compressible
+    assert leaf.encoding == {"random": "plain", "repeated": "zstd", "pruned": "gaps"}[content]
+    total = sum(map(len, written.values()))
+    bits = {"float32": 32, "bfloat16": 16, "int8": 8, "int4": 4}[dtype]
+    # Each of a tenth's positions takes 4.69 bits, and random values nothing less than all of theirs.
+    largest = {"random": 1.02 * bits, "repeated": 0.1 * bits, "pruned": 1.02 * 0.1 * (4.69 + bits)}[content]
+    assert total <= largest * array.size / 8
+
+
+def test_pieces_of_many_leaves_share_files_of_bounded_size() -> None:
+    kept = np.random.default_rng(0).random((8, 1 << 20)) < 0.5
+    arrays = [np.where(mask, random_bits("int8", mask.shape, 0), np.int8(0)) for mask in kept]
+    leaves = [weights.describe(f"layer{index}", index, array) for index, array in enumerate(arrays)]
+    written: dict[str, bytes] = {}
+    placed = weights.write_all(leaves, arrays, written.__setitem__)
+    packs = sorted(name for name in written if name.startswith("weights/pack"))
+    assert packs == ["weights/pack-00000", "weights/pack-00001"]
+    assert all(len(written[name]) <= 4 << 20 for name in packs)
+    for array, found in zip(arrays, read(placed, written), strict=True):
+        np.testing.assert_array_equal(found, array)
+
+
+def test_small_leaves_take_no_more_than_their_bytes() -> None:
+    arrays = [random_bits("float32", (size,), size) for size in (1, 10, 100, 300, 1000)]
+    leaves = [weights.describe(f"bias{index}", index, array) for index, array in enumerate(arrays)]
+    written: dict[str, bytes] = {}
+    weights.write_all(leaves, arrays, written.__setitem__)
+    assert list(written) == ["weights/pack-00000"]
+    assert len(written["weights/pack-00000"]) == sum(array.nbytes for array in arrays)
+
+
+@pytest.mark.parametrize("encoding", ["raw", "gaps", "deflate"])
+def test_a_piece_that_is_not_of_its_leaf_is_refused_by_name(encoding: str) -> None:
+    array = np.where(np.arange(600) % 5, 0, np.arange(600)).astype(np.int16).reshape(20, 30)
+    leaf, written = stored(array, encoding)
+    (name,) = written
+    longer, shorter = written[name] + b"\0", written[name][:-1]
+    with pytest.raises(ArtifactError, match="weights/pack-00000: weight 'layer/kernel' cannot be decoded"):
+        read([leaf], {name: shorter})
+    (piece,) = leaf.pieces
+    stretched = msgspec.structs.replace(leaf, pieces=(msgspec.structs.replace(piece, size=piece.size + 1),))
+    with pytest.raises(ArtifactError, match="weights/pack-00000: weight 'layer/kernel' cannot be decoded"):
+        read([stretched], {name: longer})
+    other = msgspec.structs.replace(leaf, shape=(30, 20, 2))
+    with pytest.raises(ArtifactError, match="weight 'layer/kernel'"):
+        read([other], written)
 
 
 def test_arrays_start_on_a_64_byte_boundary() -> None:
     for size in (1, 3, 1000):
-        found, _ = round_trip(np.arange(size, dtype=np.float32))
-        assert found.ctypes.data % 64 == 0
+        for encoding in ("plain", "raw", "deflate"):
+            leaf, written = stored(np.arange(size, dtype=np.float32), encoding)
+            (found,) = read([leaf], written)
+            assert found.ctypes.data % 64 == 0
 
 
 def test_int4_is_packed_two_to_a_byte_first_in_the_low_bits() -> None:
@@ -110,11 +170,6 @@ def test_names_that_would_collide_get_folders_of_their_own() -> None:
 
 
 def test_metadata_of_another_shape_is_refused_by_name() -> None:
-    leaf = weights.describe("w", 0, np.zeros((2, 3), np.float32))
-    store = Store("memory://foreign/")
-    files: dict[str, FileEntry] = {}
-    for name, data in weights.encode(weights.describe("w", 0, np.zeros((3, 2))), np.zeros((3, 2), np.float32)):
-        store.write(name, data)
-        files[name] = FileEntry(size=len(data), sha256=hashlib.sha256(data).hexdigest())
+    leaf, written = stored(np.zeros((3, 2), np.float32), "plain")
     with pytest.raises(ArtifactError, match=r"zarr.json: holds float32\[3, 2\]; the manifest says float32\[2, 3\]"):
-        reading.read_all([leaf], VerifiedFiles(store, files))
+        read([msgspec.structs.replace(leaf, shape=(2, 3))], written)

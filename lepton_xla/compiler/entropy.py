@@ -1,0 +1,260 @@
+"""Pruned and quantized weights as few bytes, bit for bit, in two encodings that decode by whole arrays.
+
+`gaps` leaves out the most frequent code, a pruned weight's zero: for each other one it holds how many of the left-out
+codes stand before it, and what it is. `deflate` holds every code. Both end in streams of bytes under DEFLATE's Huffman
+codes, where those make them smaller. This is Han, Mao, Dally 2016, Deep Compression, arXiv:1510.00149 (relative indices
+in section 2, Huffman coding in section 4), with gaps counted along the axis that makes them smaller.
+
+A code is an element's bits as an unsigned integer, or part of a byte that several codes were packed into.
+
+An encoded array, numbers little-endian:
+
+    1 byte      bits 0-2: log2 of the bits of a code; bit 3: codes are in column order; bit 4: there is a palette
+    gaps only   the code left out, as bytes of a code; 4 bytes: how many gap bytes; the stream of gap bytes
+    palette     1 byte: its codes, less one; then the codes
+    the rest    one stream for each byte of a code, lowest first; with a palette one, of indices into it
+
+    a stream    4 bytes: twice its size, plus one where it is DEFLATE (RFC 1951); then its bytes
+    a gap byte  under 255: so many codes left out, then one that is not; 255: 255 left out, and no other yet. One more
+                code, which is not there, stands at the end of the array, so that its size is known
+"""
+
+from __future__ import annotations
+
+import zlib
+from typing import Any
+
+import numpy as np
+
+from lepton_xla.errors import ArtifactError
+
+_LONG_GAP = 255
+_COLUMNS, _PALETTE = 8, 16
+_LARGEST_PALETTE = 256
+# Of so many values, more than a palette holds are expected to differ if there are more at all.
+_PALETTE_SAMPLE = 4096
+# Raw DEFLATE with the largest blocks: a block has a table of codes, and weights are alike throughout.
+_WINDOW, _MEMORY = -15, 9
+
+
+def encode(words: np.ndarray, *, gaps: bool) -> bytes:
+    """Encodes an array of words, in the order of codes and of the width that take the fewest bytes.
+
+    Args:
+        words: as `packing.to_words` gives them, not empty. The last two axes are a matrix.
+        gaps: leave the most frequent code out.
+    """
+    bits = _code_bits(words)
+    orders = (False, True) if gaps and words.ndim > 1 else (False,)
+    return min((_encode(_split(words, bits, columns), bits, columns, gaps) for columns in orders), key=len)
+
+
+def decode(data: bytes | memoryview, out: np.ndarray, *, gaps: bool) -> None:
+    """The inverse of `encode`, into an array of words of the same shape and dtype.
+
+    What it allocates is bounded by the size of `out`, whatever the data say.
+
+    Raises:
+        ArtifactError: where the data are not an encoding of such an array.
+    """
+    reader = _Reader(data)
+    header = reader.number(1)
+    bits, columns = 1 << (header & 7), bool(header & _COLUMNS)
+    if header > 31 or (bits not in (2, 4, 8) if out.itemsize == 1 else bits != out.itemsize * 8):
+        raise ArtifactError(f"header {header} is none of an array of {out.itemsize}-byte words")
+    if columns and out.ndim < 2:
+        raise ArtifactError("column order in an array without columns")
+    count = out.size * (out.itemsize * 8 // bits)
+    positions, codes = None, None
+    if gaps:
+        codes = np.full(count, reader.number(out.itemsize), out.dtype)
+        positions = reader.positions(count)
+        count = positions.size
+    values = reader.palette(count, out.dtype) if header & _PALETTE else reader.planes(count, out.dtype)
+    reader.end()
+    if codes is None:
+        codes = values
+    else:
+        codes[positions] = values
+    if bits < 8 and codes.size and int(codes.max()) >> bits:
+        raise ArtifactError(f"a code of more than {bits} bits")
+    _join(codes, bits, columns, out)
+
+
+def estimate(words: np.ndarray) -> float:
+    """About how many bytes the smaller encoding takes, from counts alone; the values of wide words count whole."""
+    if words.itemsize == 1:
+        counts = np.bincount(words.reshape(-1), minlength=256)
+        return min(_entropy_bytes(_code_counts(counts, bits)) for bits in (8, 4, 2))
+    if _palette_of(words.reshape(-1)) is not None:
+        return float(words.size)
+    others = np.count_nonzero(words)
+    return _entropy_bytes(np.array([words.size - others, others])) + others * words.itemsize
+
+
+def _code_bits(words: np.ndarray) -> int:
+    """The width at which codes that do not depend on each other, and their table, take the fewest bytes."""
+    if words.itemsize > 1:
+        return words.itemsize * 8
+    counts = np.bincount(words.reshape(-1), minlength=256)
+
+    def size(bits: int) -> float:
+        found = _code_counts(counts, bits)
+        return _entropy_bytes(found) + np.count_nonzero(found) / 2
+
+    return min((8, 4, 2), key=size)
+
+
+def _code_counts(counts: np.ndarray, bits: int) -> np.ndarray:
+    """How often each code of a width is there, from how often each byte is: float [2 ** bits]."""
+    byte, mask = np.arange(256), (1 << bits) - 1
+    parts = [np.bincount(byte >> place & mask, counts, minlength=1 << bits) for place in range(0, 8, bits)]
+    return np.sum(parts, axis=0)
+
+
+def _entropy_bytes(counts: np.ndarray) -> float:
+    """Shannon's bound for codes that are that frequent and do not depend on each other."""
+    counts = counts[counts > 0].astype(np.float64)
+    return float((counts * np.log2(counts.sum() / counts)).sum() / 8)
+
+
+def _split(words: np.ndarray, bits: int, columns: bool) -> np.ndarray:
+    """Words to flat codes: those of a byte go to different blocks of rows, which is how `quant.packing` packs."""
+    if bits < 8:
+        mask = np.uint8((1 << bits) - 1)
+        blocks = [words >> np.uint8(place) & mask for place in range(0, 8, bits)]
+        words = np.concatenate(blocks, axis=max(words.ndim - 2, 0))
+    return (np.swapaxes(words, -1, -2) if columns else words).reshape(-1)
+
+
+def _join(codes: np.ndarray, bits: int, columns: bool, out: np.ndarray) -> None:
+    """The inverse of `_split`."""
+    per_word = out.itemsize * 8 // bits
+    axis = max(out.ndim - 2, 0)
+    shape = list(out.shape)
+    shape[axis] *= per_word
+    if columns:
+        shape[-2:] = shape[:-3:-1]
+    codes = codes.reshape(shape)
+    if columns:
+        codes = np.swapaxes(codes, -1, -2)
+    blocks = np.split(codes, per_word, axis)
+    np.copyto(out, blocks[0])
+    for place, block in enumerate(blocks[1:], 1):
+        out |= block << np.uint8(place * bits)
+
+
+def _encode(codes: np.ndarray, bits: int, columns: bool, gaps: bool) -> bytes:
+    parts: list[bytes] = []
+    if gaps:
+        # Of wide words, zero is what pruning leaves; counting the others' values would tell nothing.
+        left_out = int(np.bincount(codes).argmax()) if codes.itemsize == 1 else 0
+        positions = np.flatnonzero(codes != left_out)
+        steps = _gap_bytes(np.append(positions, codes.size))
+        codes = codes[positions]
+        parts += [left_out.to_bytes(codes.itemsize, "little"), steps.size.to_bytes(4, "little"), _stream(steps)]
+    palette = _palette_of(codes)
+    if palette is None:
+        parts += [_stream(plane) for plane in codes.view(np.uint8).reshape(-1, codes.itemsize).T]
+    else:
+        indices = np.searchsorted(palette, codes).astype(np.uint8)
+        parts += [bytes([palette.size - 1]), palette.tobytes(), _stream(indices)]
+    header = bits.bit_length() - 1 | (_COLUMNS if columns else 0) | (_PALETTE if palette is not None else 0)
+    return b"".join((bytes([header]), *parts))
+
+
+def _gap_bytes(positions: np.ndarray) -> np.ndarray:
+    gaps = np.diff(positions, prepend=-1) - 1
+    long = gaps // _LONG_GAP
+    steps = np.full(gaps.size + int(long.sum()), _LONG_GAP, np.uint8)
+    steps[np.arange(gaps.size) + np.cumsum(long)] = gaps % _LONG_GAP
+    return steps
+
+
+def _palette_of(codes: np.ndarray) -> np.ndarray | None:
+    """The different values among wide words, ascending, where they are few: weights that share values."""
+    if codes.itemsize == 1 or not codes.size or np.unique(codes[:_PALETTE_SAMPLE]).size > _LARGEST_PALETTE:
+        return None
+    palette = np.unique(codes)
+    return palette if palette.size <= _LARGEST_PALETTE else None
+
+
+def _stream(data: np.ndarray) -> bytes:
+    """The bytes under Huffman codes, or with runs of one byte taken together too, or as they are."""
+    plain, best, is_deflate = data.tobytes(), data.tobytes(), 0
+    if _entropy_bytes(np.bincount(data, minlength=256)) < data.size:
+        for strategy in (zlib.Z_HUFFMAN_ONLY, zlib.Z_RLE):
+            coder = zlib.compressobj(9, zlib.DEFLATED, _WINDOW, _MEMORY, strategy)
+            coded = coder.compress(plain) + coder.flush()
+            if len(coded) < len(best):
+                best, is_deflate = coded, 1
+    return (len(best) << 1 | is_deflate).to_bytes(4, "little") + best
+
+
+class _Reader:
+    """Takes an encoding apart from its start; nothing is believed."""
+
+    def __init__(self, data: bytes | memoryview) -> None:
+        self._data = memoryview(data)
+
+    def take(self, size: int) -> memoryview:
+        if size > len(self._data):
+            raise ArtifactError(f"{size - len(self._data)} bytes are missing at its end")
+        taken, self._data = self._data[:size], self._data[size:]
+        return taken
+
+    def number(self, size: int) -> int:
+        return int.from_bytes(self.take(size), "little")
+
+    def end(self) -> None:
+        if len(self._data):
+            raise ArtifactError(f"{len(self._data)} bytes too many")
+
+    def stream(self, size: int) -> np.ndarray:
+        """A stream that holds so many bytes."""
+        head = self.number(4)
+        coded = self.take(head >> 1)
+        if not head & 1:
+            if len(coded) != size:
+                raise ArtifactError(f"a stream has {len(coded)} bytes, not {size}")
+            return np.frombuffer(coded, np.uint8)
+        decoder = zlib.decompressobj(_WINDOW)
+        try:
+            plain = decoder.decompress(coded, size + 1)
+        except zlib.error as error:
+            raise ArtifactError(f"a stream is not DEFLATE: {error}") from error
+        if len(plain) != size or not decoder.eof or decoder.unused_data:
+            raise ArtifactError(f"a stream does not end after {size} bytes")
+        return np.frombuffer(plain, np.uint8)
+
+    def positions(self, count: int) -> np.ndarray:
+        """Where the codes are that were not left out, of so many."""
+        size = self.number(4)
+        if size > count + 1 + count // _LONG_GAP:
+            raise ArtifactError(f"{size} gaps among {count} codes")
+        steps = self.stream(size)
+        single = steps != _LONG_GAP
+        positions = np.cumsum(steps + single, dtype=np.int64) - 1
+        if not single.all():
+            positions = positions[single]
+        if not positions.size or positions[-1] != count:
+            raise ArtifactError(f"the gaps are not those of {count} codes")
+        return positions[:-1]
+
+    def planes(self, count: int, dtype: np.dtype[Any]) -> np.ndarray:
+        """Words whose bytes are in a stream each."""
+        if dtype.itemsize == 1:
+            return self.stream(count)
+        planes = np.empty((count, dtype.itemsize), np.uint8)
+        for place in range(dtype.itemsize):
+            planes[:, place] = self.stream(count)
+        return planes.view(dtype).reshape(-1)
+
+    def palette(self, count: int, dtype: np.dtype[Any]) -> np.ndarray:
+        """Words that are indices into a few."""
+        size = self.number(1) + 1
+        palette = np.frombuffer(self.take(size * dtype.itemsize), dtype)
+        indices = self.stream(count)
+        if indices.size and indices.max() >= size:
+            raise ArtifactError(f"an index beyond a palette of {size}")
+        return palette[indices]
