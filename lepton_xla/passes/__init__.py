@@ -10,9 +10,12 @@ from lepton_xla.passes.fake_quant import fake_quant, initial_scales
 from lepton_xla.passes.fold import fold
 from lepton_xla.passes.gptq import gptq
 from lepton_xla.passes.grid import round_to_nearest
+from lepton_xla.passes.groups import find_groups
+from lepton_xla.passes.importance import importance_scores
 from lepton_xla.passes.lower import lower
 from lepton_xla.passes.prune import magnitude_masks, masked, prune
 from lepton_xla.passes.rewrite import rewrite
+from lepton_xla.passes.shrink import shrink
 from lepton_xla.passes.sites import find_sites, rewrite_sites
 from lepton_xla.passes.smoothquant import smooth
 
@@ -24,9 +27,11 @@ __all__ = [
     "cost",
     "equalize",
     "fake_quant",
+    "find_groups",
     "find_sites",
     "fold",
     "gptq",
+    "importance_scores",
     "initial_scales",
     "lower",
     "magnitude_masks",
@@ -35,5 +40,6 @@ __all__ = [
     "rewrite",
     "rewrite_sites",
     "round_to_nearest",
+    "shrink",
     "smooth",
 ]

@@ -98,7 +98,7 @@ class Context:
 
 def rewrite(
     fn: Callable[..., Any],
-    rules: Mapping[str, Rule],
+    rules: Mapping[str, Rule] | Callable[[Any], Mapping[str, Rule]],
     *,
     follow: Mapping[str, Rule] | None = None,
     inline: bool = False,
@@ -111,7 +111,7 @@ def rewrite(
 
     Args:
         fn: any function that `jax.make_jaxpr` can trace.
-        rules: primitive name -> rule.
+        rules: primitive name -> rule; or a function that makes this table of the jaxpr that is about to be evaluated.
         follow: rules asked only when an operand is `Carried`: how such a value moves through layout operations.
         inline: False keeps `jit`, `remat`, and custom derivatives as containers, for functions that will be trained;
             True evaluates their bodies in place, for inference.
@@ -133,7 +133,8 @@ def rewrite(
         closed, out_shape = jax.make_jaxpr(fn, return_shape=True)(*traced, **kwargs)
         given = prepare(*args) if prepare else args
         values = jax.tree.leaves((given, kwargs), is_leaf=lambda leaf: isinstance(leaf, Carried))
-        walk = Walk(rules, follow or {}, inline, on_unknown, with_taps)
+        table = rules(closed) if callable(rules) else rules
+        walk = Walk(table, follow or {}, inline, on_unknown, with_taps)
         outs, taps = walk.call(closed, values, Frame())
         result = jax.tree.unflatten(jax.tree.structure(out_shape), [materialize(out) for out in outs])
         return (result, taps) if with_taps else result
