@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from jax import lax
 
+from lepton_xla.errors import ModelError
 from lepton_xla.passes import find_sites, lower, magnitude_masks, masked, prune
 from lepton_xla.program import TensorSpec, trace
 from lepton_xla.recipe import Recipe
@@ -181,6 +182,40 @@ def test_masked_does_not_pass_a_broken_value_on():
     value, gradient = jax.value_and_grad(held)({"w": jnp.asarray([2.0, jnp.nan])})
     assert value == 2
     assert gradient["w"].tolist() == [1.0, 0.0]
+
+
+def test_straight_through_gives_masked_elements_the_gradient_of_what_is_used():
+    program = pruned(net(), recipe(0.5))
+    tree = {name: leaf + 1.0 for name, leaf in program.weights.items()}
+    x = array(4, 6, seed=9)
+
+    def loss(fn):
+        return lambda w: jnp.sum(fn(w, x) ** 2)
+
+    through = jax.value_and_grad(loss(masked(network, program.masks, straight_through=True)))(tree)
+    used = {n: jnp.where(program.masks.get(n, True), w, 0.0) for n, w in tree.items()}
+    expected = jax.value_and_grad(loss(network))(used)
+    np.testing.assert_allclose(through[0], expected[0], rtol=1e-6)
+    for name in tree:
+        np.testing.assert_allclose(through[1][name], expected[1][name], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("masks", "message"),
+    [
+        (
+            {"frist": jnp.ones((6, 8), bool)},
+            "mask 'frist' has no weight; the weights are bias, first, gain, second, table",
+        ),
+        (
+            {"first": jnp.ones((8, 6), bool)},
+            r"the mask of weight 'first' has shape \(8, 6\), the weight itself \(6, 8\)",
+        ),
+    ],
+)
+def test_masks_of_another_model_are_refused(masks, message):
+    with pytest.raises(ModelError, match=message):
+        masked(network, masks)(net().weights, array(4, 6))
 
 
 @pytest.mark.parametrize("granularity", ["channel", "tensor"])

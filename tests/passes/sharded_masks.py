@@ -1,0 +1,95 @@
+"""Run by test_masks with eight devices: masks on meshes of 1, 2 and 8 are the same, and no weight is gathered."""
+
+import re
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+from lepton_xla.passes.masks import (  # noqa: E402
+    Regrowth,
+    Target,
+    element_scores,
+    find_masks,
+    plan_targets,
+    rule_shares,
+    sparsity_of,
+)
+from lepton_xla.passes.ranking import keep_largest, keep_largest_on_host  # noqa: E402
+from lepton_xla.program import TensorSpec, trace  # noqa: E402
+from lepton_xla.recipe import Recipe  # noqa: E402
+
+# A pair of weights for each, of which the first is stacked.
+RULES = {
+    "uniform": "sparsity = 0.5",
+    "global": 'sparsity = 0.7\ndistribution = "global"',
+    "groups": 'pattern = "2:4"',
+    "blocks": 'sparsity = 0.5\npattern = "block:4x2"',
+    "channels": 'sparsity = 0.5\npattern = "channel"',
+    "deviation": 'method = "deviation:1"',
+    "random": 'method = "random"\nsparsity = 0.3',
+}
+ROWS, COLUMNS = (jax.P(None, "d", None), jax.P("d", None)), (jax.P(None, None, "d"), jax.P(None, "d"))
+AUTO, EXPLICIT = jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit
+
+
+def network(w, x):
+    outs = []
+    for name in RULES:
+        y, _ = jax.lax.scan(lambda x, layer: (jnp.tanh(x @ layer), None), x, w[f"{name}/stack"])
+        outs.append(y @ w[f"{name}/head"])
+    return jnp.stack(outs)
+
+
+random = np.random.default_rng(0)
+weights = {}
+for name in RULES:  # the stacks are rounded, so that thresholds fall among equal ones
+    weights[f"{name}/stack"] = jnp.asarray(np.round(random.standard_normal((2, 32, 32)) * 8) / 8, jnp.float32)
+    weights[f"{name}/head"] = jnp.asarray(random.standard_normal((32, 16)), jnp.float32)
+promise = {path: jnp.asarray(random.random(leaf.shape), jnp.float32) for path, leaf in weights.items()}
+program = trace(network, weights, {"x": TensorSpec(("b", 32), "float32")})
+blocks = "".join(f'\n[[prune]]\nsites = "{name}/.*"\n{rule}' for name, rule in RULES.items())
+targets = plan_targets(Recipe.parse(blocks, name="test").resolve(program), weights)
+
+
+def share(rule):
+    return jnp.float32(sparsity_of(rule) or 0)
+
+
+def find(weights, promise, rank=keep_largest):
+    def scores(of: list[Target]):
+        return {target.path: element_scores(target, weights[target.path], key=jax.random.key(0)) for target in of}
+
+    shares = rule_shares(targets, share)
+    growing = [target for target in targets if target.path.startswith("uniform")]
+    regrowth = Regrowth({path: leaf > 0 for path, leaf in weights.items()}, promise, 0.3)
+    grown = find_masks(growing, scores(growing), shares, regrowth=regrowth, rank=rank)
+    return find_masks(targets, scores(targets), shares, rank=rank), grown
+
+
+def masks_on(count, cut, kind):
+    mesh = jax.make_mesh((count,), ("d",), axis_types=(kind,), devices=jax.devices()[:count])
+    place = {path: jax.NamedSharding(mesh, cut[path.endswith("head")]) for path in weights}
+    with jax.set_mesh(mesh):
+        given = jax.device_put(weights, place), jax.device_put(promise, place)
+        compiled = jax.jit(find).lower(*given).compile()
+        found = jax.tree.map(np.asarray, compiled(*given))
+    moved = re.findall(r"= \S+ (all-gather|all-to-all|collective-permute)\(", compiled.as_text())
+    assert not moved, f"on {count} devices, {kind}, cut {cut}: {moved}"
+    assert " all-reduce(" in compiled.as_text()
+    return found
+
+
+# On one device, by NumPy: an independent way to the same thresholds.
+alone = find(weights, promise, keep_largest_on_host)
+for case in ((2, ROWS, AUTO), (8, COLUMNS, AUTO), (8, ROWS, EXPLICIT)):
+    for masks, others in zip(alone, masks_on(*case), strict=True):
+        for path, mask in masks.items():
+            np.testing.assert_array_equal(mask, others[path], err_msg=f"{case} {path}")
+sys.stdout.write("all alike")
