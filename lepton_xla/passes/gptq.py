@@ -157,7 +157,7 @@ def gptq_codes(
         weight: `[K, N]`.
         gram: `[K, K]`, `X^T X` up to a factor.
         bits: 4 or 8.
-        symmetric: codes from `-(2^(bits-1) - 1)` up without a zero point; else from 0 up with one.
+        symmetric: the codes of `int4` or `int8`, without a zero point; else from 0 up with one.
         group: rows that share a scale; 0 for all.
         act_order, damping, block: as in `Options`.
 

@@ -24,11 +24,11 @@ class Format:
 
     Attributes:
         name: as recipes spell it.
-        kind: what a code stands for. `int`: code * scale, codes from `-largest` to `largest`, so that zero is a code
-            and negation is exact. `affine`: (code - zero point) * scale, codes from 0 to `largest`. `float`: a small
-            float times the scale. `codebook`: level[code] * scale.
+        kind: what a code stands for. `int`: code * scale. `affine`: (code - zero point) * scale. `float`: a small float
+            times the scale. `codebook`: level[code] * scale.
         bits: bits of one code.
-        largest: what the largest magnitude of a block is mapped to.
+        lowest: the smallest code, or what it stands for at a scale of one.
+        largest: the largest likewise; what the largest magnitude of a block is mapped to.
         dtype: the dtype of one code. Codes of fewer than eight bits are packed into `uint8` where they are stored.
         levels: the levels of a codebook that is the same for all weights; empty for one that is learned.
     """
@@ -36,6 +36,7 @@ class Format:
     name: str
     kind: Kind
     bits: int
+    lowest: float
     largest: float
     dtype: jnp.dtype
     levels: tuple[float, ...] = ()
@@ -51,6 +52,13 @@ class Format:
         return self.kind == "codebook" and not self.levels
 
     @property
+    def symmetric(self) -> bool:
+        """Whether the negative of what a code stands for is that of another code."""
+        if self.levels:
+            return self.levels == tuple(-level for level in reversed(self.levels))
+        return self.lowest == -self.largest
+
+    @property
     def integer(self) -> bool:
         """Whether codes are integers proportional to values, as integer products need them."""
         return self.kind == "int"
@@ -59,14 +67,15 @@ class Format:
 def _formats() -> dict[str, Format]:
     int8, uint8 = jnp.dtype("int8"), jnp.dtype("uint8")
     made = [
-        Format("int8", "int", 8, 127, int8),
-        Format("int4", "int", 4, 7, int8),
-        Format("uint8", "affine", 8, 255, uint8),
-        Format("uint4", "affine", 4, 15, uint8),
-        Format("fp8_e4m3", "float", 8, 448, jnp.dtype("float8_e4m3fn")),
-        Format("fp8_e5m2", "float", 8, 57344, jnp.dtype("float8_e5m2")),
-        Format("nf4", "codebook", 4, 1, uint8, NF4_LEVELS),
-        *(Format(f"codebook{2**bits}", "codebook", bits, 1, uint8) for bits in range(1, 9)),
+        Format("int8", "int", 8, -127, 127, int8),
+        # A scale that covers the range leaves -8 unused; one code of sixteen is worth having to a scale that does not.
+        Format("int4", "int", 4, -8, 7, int8),
+        Format("uint8", "affine", 8, 0, 255, uint8),
+        Format("uint4", "affine", 4, 0, 15, uint8),
+        Format("fp8_e4m3", "float", 8, -448, 448, jnp.dtype("float8_e4m3fn")),
+        Format("fp8_e5m2", "float", 8, -57344, 57344, jnp.dtype("float8_e5m2")),
+        Format("nf4", "codebook", 4, -1, 1, uint8, NF4_LEVELS),
+        *(Format(f"codebook{2**bits}", "codebook", bits, -1, 1, uint8) for bits in range(1, 9)),
     ]
     return {target.name: target for target in made}
 

@@ -57,9 +57,8 @@ def learned_quantize(
     position = exact / scale
     codes = encode(lax.stop_gradient(exact), lax.stop_gradient(scale), target, zero_point).astype(jnp.float32)
     away = codes - zero
-    lowest = jnp.float32(-target.largest) if target.kind == "int" else -zero
     # Inside, the step's gradient is the rounding error; what saturates has that of the last code.
-    within = (position >= lowest) & (position <= target.largest - zero)
+    within = (position >= target.lowest - zero) & (position <= target.largest - zero)
     return (straight_through(position, away, within) * scale).astype(array.dtype)
 
 
@@ -78,15 +77,15 @@ def stochastic_quantize(
     Returns:
         The rounded values in the array's dtype; the gradient passes straight through.
     """
-    largest = _largest(target)
+    lowest, largest = target.lowest, _largest(target)
     scale = lax.stop_gradient(scale)
     exact = array.astype(jnp.float32)
     zero = jnp.float32(0) if zero_point is None else zero_point.astype(jnp.float32)
     codes = jnp.floor(exact / scale + jax.random.uniform(key, array.shape, jnp.float32)) + zero
-    codes = jnp.clip(codes, 0 if target.kind == "affine" else -largest, largest)
+    codes = jnp.clip(codes, lowest, largest)
     rounded = decode(codes, scale, target, zero_point)
-    within = (codes > (0 if target.kind == "affine" else -largest)) & (codes < largest)
-    near = jnp.abs(exact - rounded) <= scale * 1.0001
+    within = (codes > lowest) & (codes < largest)
+    near = jnp.abs(exact - rounded) <= jnp.abs(scale) * 1.0001
     return straight_through(exact, rounded, within | near).astype(array.dtype)
 
 

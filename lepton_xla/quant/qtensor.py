@@ -72,24 +72,26 @@ def quantize(
     matrix: jax.Array,
     name: str,
     granularity: str = "channel",
+    weight_range: str = "absmax",
     *,
     scale: jax.Array | None = None,
     zero_point: jax.Array | None = None,
     codebook: jax.Array | None = None,
 ) -> QTensor:
-    """Quantizes a matrix: over its whole range, or on a grid that something else has found.
+    """Quantizes a matrix: on the grid that `make_grid` chooses, or on one that something else has found.
 
     Args:
         matrix: float [..., K, N].
         name: the format, a key of `FORMATS`.
         granularity: `channel`, `tensor` (one scale for each [K, N]) or `group:g` along K.
+        weight_range: `absmax` or `mse`, as `make_grid` takes it.
         scale, zero_point, codebook: parts of the grid, as `make_grid` takes them.
 
     Raises:
         RecipeError: if g does not divide K.
     """
     target = FORMATS[name]
-    grid = make_grid(matrix, target, granularity, scale=scale, zero_point=zero_point, codebook=codebook)
+    grid = make_grid(matrix, target, granularity, weight_range, scale=scale, zero_point=zero_point, codebook=codebook)
     codes = matrix_codes(lax.stop_gradient(matrix), grid, target)
     return QTensor(pack(codes, target), grid.scale, name, matrix.shape[-2], grid.zero_point, grid.codebook)
 
@@ -113,11 +115,12 @@ def fake_quantize(array: jax.Array, scale: jax.Array, name: str) -> jax.Array:
 
 
 def inside(array: jax.Array, scale: jax.Array, target: Format) -> jax.Array:
-    """Where a value is not beyond the largest code.
+    """Where a value is not beyond the last codes.
 
     What rounds to the largest code is not: under an absmax scale the largest value of all is there.
     """
-    return jnp.abs(array / scale) <= target.largest + 0.5
+    position = array / scale
+    return (position >= target.lowest - 0.5) & (position <= target.largest + 0.5)
 
 
 def straight_through(array: jax.Array, rounded: jax.Array, passing: jax.Array | bool) -> jax.Array:

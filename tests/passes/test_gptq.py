@@ -56,7 +56,7 @@ def reference(weight, gram, bits, symmetric, group, act_order, damping):
             low, high = np.minimum(part.min(0), 0), np.maximum(part.max(0), 0)
             scales[start : start + group] = ((high - low) / (2**bits - 1)).astype(stored)
             zeros[start : start + group] = np.rint(-low / scales[start])
-    low, high = (-(2 ** (bits - 1) - 1), 2 ** (bits - 1) - 1) if symmetric else (0, 2**bits - 1)
+    low, high = {8: (-127, 127), 4: (-8, 7)}[bits] if symmetric else (0, 2**bits - 1)
     damped = gram + damping * np.mean(np.diag(gram)) * np.eye(depth)
     order = np.argsort(-np.diag(gram), kind="stable") if act_order else np.arange(depth)
     upper = np.linalg.cholesky(np.linalg.inv(damped[np.ix_(order, order)])).T
@@ -156,7 +156,7 @@ def test_a_singular_gram_matrix(damping):
     weight, gram = problem()[0], x.T @ x
     codes, scale, _ = gptq_codes(jnp.asarray(weight, jnp.float32), jnp.asarray(gram, jnp.float32), damping=damping)
     scale = np.asarray(scale, np.float64)
-    assert np.all(np.abs(codes) <= 7)
+    assert np.all((codes >= -8) & (codes <= 7))
     errors = [
         output_error(gram, weight - some) for some in (np.asarray(codes) * scale, np.rint(weight / scale) * scale)
     ]

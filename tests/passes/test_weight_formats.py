@@ -16,7 +16,7 @@ from lepton_xla.passes import calibrate, fake_quant, find_sites, lower, products
 from lepton_xla.passes.fake_quant import initial_scales
 from lepton_xla.passes.sites import lay_out
 from lepton_xla.program import TensorSpec, trace
-from lepton_xla.quant import FORMATS, QTensor, quantize
+from lepton_xla.quant import QTensor, quantize
 from lepton_xla.recipe import Recipe
 
 ROWS = {"x": TensorSpec(("batch", 6), "float32")}
@@ -268,12 +268,12 @@ def test_broken_numbers_are_refused_by_name(broken):
 # Scales that are trained.
 
 
-def numpy_lsq(values, scale, largest, shared):
+def numpy_lsq(values, scale, lowest, largest, shared):
     """Value and both gradients of the sum, by the formulas of arXiv:1902.08153, in float64."""
     position = values / scale
-    codes = np.clip(np.rint(position), -largest, largest)
-    inner = np.abs(position) <= largest
-    by_scale = np.where(inner, codes - position, np.sign(position) * largest)
+    codes = np.clip(np.rint(position), lowest, largest)
+    inner = (position >= lowest) & (position <= largest)
+    by_scale = np.where(inner, codes - position, codes)
     return codes * scale, inner.astype(float), by_scale / np.sqrt(shared * largest)
 
 
@@ -291,9 +291,9 @@ def test_trained_scales_have_the_gradient_of_the_paper(weights, granularity):
     total = lambda w, s: jnp.sum(quantized({"w": w}, jnp.eye(6), scales=s))  # noqa: E731
     by_weight, by_scale = jax.grad(total, (0, 1))(program.weights["w"], scales)
     spread = np.broadcast_to(np.repeat(np.asarray(scale, np.float64), 6 // scale.shape[0], axis=0), (6, 5))
-    largest = FORMATS[weights].largest
+    ends = {"int8": (-127, 127), "int4": (-8, 7)}[weights]
     shared = 30 / scale.size
-    value, pass_weight, pass_scale = numpy_lsq(np.asarray(program.weights["w"], np.float64), spread, largest, shared)
+    value, pass_weight, pass_scale = numpy_lsq(np.asarray(program.weights["w"], np.float64), spread, *ends, shared)
     np.testing.assert_allclose(quantized(program.weights, jnp.eye(6), scales=scales), value, rtol=1e-6)
     np.testing.assert_allclose(by_weight, pass_weight, atol=1e-5)
     expected = pass_scale.reshape(scale.shape[0], -1, 5).sum(1)
@@ -357,7 +357,7 @@ def test_what_was_trained_is_what_is_compiled(name, granularity):
     to_matrix = lambda w: products.to_matrix(site, w)  # noqa: E731
     matrix = np.asarray((jax.vmap(to_matrix) if name == "scan" else to_matrix)(laid))
     spread = np.repeat(scale, matrix.shape[-2] // scale.shape[-2], axis=-2)
-    np.testing.assert_array_equal(stored.codes(), np.clip(np.rint(matrix / spread), -7, 7))
+    np.testing.assert_array_equal(stored.codes(), np.clip(np.rint(matrix / spread), -8, 7))
     if activations != "none":
         np.testing.assert_array_equal(small.weights["w:act_scale"], params["scales"]["w"]["activation"])
     expected = np.asarray(quantized(params["weights"], x, scales=params["scales"]))

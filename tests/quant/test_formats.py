@@ -39,9 +39,9 @@ def levels_of(name, stored):
     """Every value that a format can hold at a scale of one, ascending, in float64."""
     target = FORMATS[name]
     if target.kind == "int":
-        return np.arange(-target.largest, target.largest + 1, dtype=np.float64)
+        return np.arange(*{8: (-127, 128), 4: (-8, 8)}[target.bits], dtype=np.float64)
     if target.kind == "affine":
-        return np.arange(target.largest + 1, dtype=np.float64)
+        return np.arange(2**target.bits, dtype=np.float64)
     if target.kind == "float":
         every = np.arange(256, dtype=np.uint8).view(target.dtype).astype(np.float64)
         return np.unique(every[np.isfinite(every)])
@@ -121,8 +121,7 @@ def test_packing_is_exact(name, rows, columns, seed):
     target = FORMATS[name]
     if target.kind == "float":
         return
-    low = -target.largest if target.kind == "int" else 0
-    high = target.largest if target.kind != "codebook" else 2**target.bits - 1
+    low, high = {"int8": (-127, 127), "int4": (-8, 7)}.get(name, (0, 2**target.bits - 1))
     codes = np.random.default_rng(seed).integers(low, high + 1, (2, rows, columns)).astype(target.dtype)
     stored = pack(jnp.asarray(codes), target)
     assert stored.shape == (2, packed_rows(rows, target), columns)
@@ -132,9 +131,9 @@ def test_packing_is_exact(name, rows, columns, seed):
 
 
 def test_packing_by_hand():
-    codes = jnp.asarray([[1], [-2], [7], [-7], [3]], jnp.int8)
+    codes = jnp.asarray([[1], [-2], [7], [-8], [3]], jnp.int8)
     # Rows 0 to 2 are in the low halves, rows 3 and 4 in the high ones.
-    assert pack(codes, FORMATS["int4"])[:, 0].tolist() == [0x91, 0x3E, 0x07]
+    assert pack(codes, FORMATS["int4"])[:, 0].tolist() == [0x81, 0x3E, 0x07]
     bits = jnp.asarray([[1], [0], [1], [1], [0], [0], [1], [0], [1]], jnp.uint8)
     # Two bytes: rows 0, 2, 4, 6, 8 are the bits of the first from the lowest up, the others those of the second.
     assert pack(bits, FORMATS["codebook2"])[:, 0].tolist() == [0b11011, 0b00010]
@@ -282,7 +281,7 @@ def test_a_given_grid_is_kept_exactly():
     scale = jnp.full((1, 4), 0.1) * jnp.arange(1.0, 5)[None]
     stored = quantize(matrix, "int4", scale=scale)
     np.testing.assert_array_equal(stored.scale, scale)
-    expected = np.clip(np.rint(np.asarray(matrix, np.float64) / np.asarray(scale, np.float64)), -7, 7)
+    expected = np.clip(np.rint(np.asarray(matrix, np.float64) / np.asarray(scale, np.float64)), -8, 7)
     np.testing.assert_array_equal(stored.codes(), expected)
     zero = jnp.full((1, 4), 3, jnp.uint8)
     stored = quantize(matrix, "uint4", scale=scale, zero_point=zero)

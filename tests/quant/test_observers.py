@@ -193,7 +193,7 @@ def test_mse_of_a_format_whose_codes_are_not_even():
 
 
 def fields(dtype, top):
-    given = {"name": dtype, "dtype": jnp.dtype(dtype), "largest": top, "kind": "float", "bits": 8}
+    given = {"name": dtype, "dtype": jnp.dtype(dtype), "lowest": -top, "largest": top, "kind": "float", "bits": 8}
     return {name: value for name, value in given.items() if name in Format.__dataclass_fields__}
 
 
