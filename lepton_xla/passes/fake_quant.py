@@ -67,8 +67,6 @@ def fake_quant(
         key: jax.Array | None = None,
         **kwargs: Any,
     ) -> Any:
-        on = None if step is None else jnp.asarray(step) >= start
-
         def rule(site: Site, context: Context, eqn: Any, values: Values) -> Values | None:
             entry = plan[site.name]
             if entry is None or entry.quantize is None:
@@ -85,16 +83,18 @@ def fake_quant(
                 beside = tracked.beside if isinstance(tracked, Tracked) else {}
                 if site.kind == "gather" and _rows_alone(site, decision, beside):
                     (rows,) = context.bind(eqn, operands)
-                    return [_when(on, _fake_rows(site, rows, decision), rows)]
+                    return [_fake_rows(site, rows, decision)]
                 rounded = _round_operands(site, operands, decision, tracked, beside)
-            if on is None and _from_codes(site, decision, rounded):
+            if _from_codes(site, decision, rounded):
                 return [_code_product(site, rounded)]
-            return context.bind(
-                eqn, [_when(on, part.value, value) for part, value in zip(rounded, operands, strict=True)]
-            )
+            return context.bind(eqn, [part.value for part in rounded])
 
         beside = _beside(planned, ranges or {}, scales or {}, key, weights)
-        return rewrite_sites(fn, rule, beside=beside)(weights, *inputs, **kwargs)
+        rounding = lambda: rewrite_sites(fn, rule, beside=beside)(weights, *inputs, **kwargs)  # noqa: E731
+        if step is None:
+            return rounding()
+        # One choice for the whole function, so that each step does the work of one of them only.
+        return lax.cond(jnp.asarray(step) >= start, rounding, lambda: fn(weights, *inputs, **kwargs))
 
     return run
 
@@ -200,7 +200,7 @@ def _round_weight(
     target = FORMATS[rule.weights]
     given = {part: beside[f"{site.name}:{part}"] for part in _PARTS if f"{site.name}:{part}" in beside}
     matrix = products.to_matrix(site, weight)
-    grid = make_grid(matrix, target, rule.granularity, **given)
+    grid = make_grid(matrix, target, rule.granularity, rule.weight_range, **given)
     if target.learned:  # its levels have leading axes as the matrix does
         codes = matrix_codes(lax.stop_gradient(matrix), grid, target)
         rounded = products.from_matrix(site, matrix_values(codes, grid, target))
@@ -264,7 +264,8 @@ def _code_product(site: Site, rounded: Sequence[_Rounded]) -> jax.Array:
         return products.multiply_in_place(site, codes, scales)
 
     def derivative(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
-        _, codes, scales = primals
+        values, codes, scales = primals
+        codes = lax.optimization_barrier(codes)  # rounded once: XLA would do it again for each use
         moving = {side: t for side, t in enumerate(tangents[0]) if not isinstance(t, SymbolicZero)}
 
         def linear(codes: Any, scales: Any, moving: dict[int, jax.Array]) -> jax.Array:
@@ -279,7 +280,7 @@ def _code_product(site: Site, rounded: Sequence[_Rounded]) -> jax.Array:
             return terms[0] if len(terms) == 1 else terms[0] + terms[1]
 
         # Codes are kept for the derivative, a quarter of the bytes of the floats that are made of them again.
-        return product(*primals), jax.checkpoint(linear, prevent_cse=False)(codes, scales, moving)
+        return product(values, codes, scales), jax.checkpoint(linear, prevent_cse=False)(codes, scales, moving)
 
     product.defjvp(derivative, symbolic_zeros=True)
     return product(values, codes, scales)
@@ -297,7 +298,7 @@ def _fake_rows(site: Site, rows: jax.Array, rule: QuantizeRule) -> jax.Array:
     axis = site.params["dimension_numbers"].offset_dims[0]
     exact = jnp.moveaxis(rows.astype(jnp.float32), axis, 0)
     matrix = exact.reshape((exact.shape[0], -1))
-    grid = make_grid(matrix, target, rule.granularity)
+    grid = make_grid(matrix, target, rule.granularity, rule.weight_range)
     rounded = matrix_values(matrix_codes(lax.stop_gradient(matrix), grid, target), grid, target)
     faked = straight_through(exact, rounded.reshape(exact.shape), True)
     return jnp.moveaxis(faked, 0, axis).astype(rows.dtype)
@@ -315,10 +316,6 @@ def _spread(site: Site, part: jax.Array | None) -> jax.Array | None:
     groups = part.shape[-2]
     rows = products.contracted_size(site) // groups
     return products.from_matrix(site, jnp.repeat(part, rows, axis=-2) if groups > 1 else part)
-
-
-def _when(on: jax.Array | None, quantized: jax.Array, plain: jax.Array) -> jax.Array:
-    return quantized if on is None else jnp.where(on, quantized, plain)
 
 
 def _beside(
