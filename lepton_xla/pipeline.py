@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import msgspec
+
 from lepton_xla.errors import CalibrationError, CompileError
 from lepton_xla.passes.awq import awq
 from lepton_xla.passes.bias_correction import correct_bias
@@ -17,6 +19,7 @@ from lepton_xla.passes.gptq import gptq
 from lepton_xla.passes.grid import GivenGrids, round_to_nearest
 from lepton_xla.passes.lower import lower
 from lepton_xla.passes.prune import prune
+from lepton_xla.passes.shrink import shrink
 from lepton_xla.passes.smoothquant import smooth
 from lepton_xla.program import Program
 from lepton_xla.recipe import Plan, Recipe
@@ -34,13 +37,13 @@ def optimize(
     buckets: Mapping[str, Iterable[int]] | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> Program:
-    """Makes a program small and fast: fold, prune, equalize, rescale, round, correct, calibrate, lower.
+    """Makes a program small and fast: fold, shrink, prune, equalize, rescale, round, correct, calibrate, lower.
 
     Args:
         program: a trained model.
         recipe: what to do.
         calibration: input dicts, such as `[{"image": array}]`; needed where the recipe has `dynamic = false`,
-            `rescale`, `rounding = "gptq"` or `correct_bias`.
+            `rescale`, `rounding = "gptq"`, `correct_bias` or `shrink.importance = "activation"`.
         buckets: symbolic dimension -> sizes the program will be compiled for; arithmetic is timed at all of them.
         progress: called with a line as each step begins.
 
@@ -52,24 +55,38 @@ def optimize(
         UnsupportedError: if a pass cannot handle a site and the recipe says `error`.
         CalibrationError: if calibration data is needed and missing, or unusable.
     """
+    batches = list(calibration) if calibration is not None else None
+    program, plan = plan_for(program, recipe, calibration=batches, buckets=buckets, progress=progress)
+    return apply_plan(program, plan, calibration=batches, buckets=buckets, progress=progress)
+
+
+def plan_for(
+    program: Program,
+    recipe: Recipe,
+    *,
+    calibration: Iterable[Mapping[str, Any]] | None = None,
+    buckets: Mapping[str, Iterable[int]] | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> tuple[Program, Plan]:
+    """The first half of `optimize`: what is done to each site, decided on the folded and shrunk program.
+
+    Args:
+        program, recipe, calibration, buckets, progress: as in `optimize`.
+
+    Returns:
+        The program, folded and shrunk where the recipe says so, and the plan for it.
+
+    Raises:
+        RecipeError, UnsupportedError, CalibrationError: as `optimize`.
+    """
     say = progress or (lambda _line: None)
     if recipe.fold:
         say("fold")
-    program, plan = plan_for(program, recipe)
-    return apply_plan(program, plan, calibration=calibration, buckets=buckets, progress=progress)
-
-
-def plan_for(program: Program, recipe: Recipe) -> tuple[Program, Plan]:
-    """The first half of `optimize`: what is done to each site, decided on the folded program.
-
-    Returns:
-        The program, folded where the recipe says so, and the plan for it.
-
-    Raises:
-        RecipeError, UnsupportedError: as `optimize`.
-    """
-    if recipe.fold:
         program = fold(program)
+    if recipe.shrink is not None:
+        say("shrink")
+        asked = msgspec.structs.asdict(recipe.shrink)
+        program = shrink(program, **asked, calibration=calibration, sizes=grid(program, buckets)[0])
     return program, recipe.resolve(program)
 
 

@@ -15,11 +15,12 @@ import msgspec
 
 from lepton_xla.errors import RecipeError, UnsupportedError
 from lepton_xla.passes.masks import check_prune_rule, other_matrix, some_names, sparsity_of, unprunable
-from lepton_xla.passes.products import unstorable, unsupported
+from lepton_xla.passes.products import contracted_size, unstorable, unsupported
+from lepton_xla.passes.shrink import check_target
 from lepton_xla.passes.sites import Site, find_sites
 from lepton_xla.program import Program, leaf_bytes, name_leaves
 from lepton_xla.quant.formats import FORMATS
-from lepton_xla.quant.grid import group_size
+from lepton_xla.quant.grid import group_size, nearest_group
 
 type WeightFormat = Literal[
     "int8", "int4", "uint8", "uint4", "fp8_e4m3", "fp8_e5m2", "nf4",
@@ -93,7 +94,11 @@ class QuantizeRule(_Rule, frozen=True, forbid_unknown_fields=True, kw_only=True)
             `fp8_e4m3`, `fp8_e5m2`, `nf4`, or `codebookN` with N = 2, 4, ... 256 levels learned from each weight.
         activations: the format that activations are rounded to for products of codes, or `none` for weights only.
         granularity: `channel`: one scale for each output channel; `tensor`: one for the weight; `group:G`: one for
-            each G weights of a channel that are summed over.
+            each G weights of a channel that are summed over; `group:~G`: likewise, of each weight the size of about G
+            that divides it, as `nearest_group` finds it.
+        weight_range: how a weight's scale is chosen: `absmax`: it covers the largest magnitude; `mse`: rounding and
+            saturation have the smallest squared error, which a search over scales finds without any data. Not for
+            codebooks, whose levels have it of themselves.
         products: which products the block is for: `weights`: those with a weight; `all`: those of two activations
             too, such as attention's. Both operands of these have the format `activations`, and scales at run time
             whatever `dynamic` says: one for each row of the left and each column of the right one.
@@ -107,7 +112,8 @@ class QuantizeRule(_Rule, frozen=True, forbid_unknown_fields=True, kw_only=True)
 
     weights: WeightFormat = "int8"
     activations: ActivationFormat = "int8"
-    granularity: Annotated[str, msgspec.Meta(pattern=r"^(channel|tensor|group:[1-9]\d{0,8})$")] = "channel"
+    granularity: Annotated[str, msgspec.Meta(pattern=r"^(channel|tensor|group:~?[1-9]\d{0,8})$")] = "channel"
+    weight_range: Literal["absmax", "mse"] = "absmax"
     products: Literal["weights", "all"] = "weights"
     dynamic: bool = True
     calibration: Annotated[str, msgspec.Meta(pattern=r"^(absmax|percentile:\d+(\.\d+)?|mse|entropy)$")] = "absmax"
@@ -115,13 +121,38 @@ class QuantizeRule(_Rule, frozen=True, forbid_unknown_fields=True, kw_only=True)
 
     @property
     def group(self) -> int:
-        """How many weights share a scale under `group:G`; else 0."""
-        return group_size(self.granularity)
+        """How many weights share a scale under `group:G`; else 0, also where it depends on the weight (`group:~G`)."""
+        return 0 if "~" in self.granularity else group_size(self.granularity)
 
     @property
     def percentile(self) -> float:
         """The percentile of the magnitudes that the static range covers; 100 for absmax."""
         return float(self.calibration.partition(":")[2] or 100)
+
+
+class ShrinkRule(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The `[shrink]` table: channels, hidden units and heads that are removed. One of the first four keys.
+
+    Attributes:
+        sparsity: share of units to remove, in [0, 1).
+        flops: share of floating-point operations to reach, in (0, 1], at the smallest of the compiled sizes.
+        bytes: share of the weights' bytes to reach, in (0, 1].
+        latency_ms: measured time of one call to reach, in milliseconds, at the smallest of the compiled sizes.
+        importance: how units are ranked: by the norm of their weights (`l1`, `l2`), by the scale of their norm
+            (`scale`; set `fold = false`, which else takes scales away) or by calibration data (`activation`).
+        scope: `local`: every group of units loses the same share; `global`: all are ranked together.
+        round_to: what stays of a group is a multiple of this.
+        protect: regular expressions for groups, or weights, that lose nothing; one, or a list.
+    """
+
+    sparsity: float | None = None
+    flops: float | None = None
+    bytes: float | None = None
+    latency_ms: float | None = None
+    importance: Literal["l1", "l2", "scale", "activation"] = "l2"
+    scope: Literal["local", "global"] = "local"
+    round_to: int = 1
+    protect: str | tuple[str, ...] = ()
 
 
 class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -144,6 +175,7 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         correct_bias: whether the mean shift of outputs by rounding is taken out by biases. Needs calibration data.
         without_calibration: what becomes of `rescale`, `rounding` and `correct_bias` where no calibration data is
             given: an `error`, or they are left out (`skip`), with a line in the history.
+        shrink: the `[shrink]` table; None where nothing is removed.
         prune: `[[prune]]` blocks.
         quantize: `[[quantize]]` blocks.
     """
@@ -159,6 +191,7 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     rounding: Literal["nearest", "gptq"] = "nearest"
     correct_bias: bool = False
     without_calibration: Literal["error", "skip"] = "error"
+    shrink: ShrinkRule | None = None
     prune: tuple[PruneRule, ...] = ()
     quantize: tuple[QuantizeRule, ...] = ()
 
@@ -196,6 +229,11 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         for kind, rules in (("prune", recipe.prune), ("quantize", recipe.quantize)):
             for index, rule in enumerate(rules):
                 _check_rule(rule, f"recipe {name!r}: {kind}[{index}]")
+        if (aim := recipe.shrink) is not None:
+            try:
+                check_target(aim.sparsity, aim.flops, aim.bytes, aim.latency_ms, aim.round_to)
+            except RecipeError as error:
+                raise RecipeError(f"recipe {name!r}: {error}") from error
         return recipe if recipe.name else msgspec.structs.replace(recipe, name=name)
 
     def resolve(self, program: Program, *, sites: Sequence[Site] | None = None) -> Plan:
@@ -217,6 +255,7 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         # A rule for embeddings and nothing else means them; one that matches them among others leaves them out.
         lookups = [rule for rule in self.prune if all(site.kind == "gather" for site in found if rule.matches(site))]
         decided = _share([self._decide(site, stored, lookups) for site in found], self.name)
+        decided = [_with_own_group(entry) for entry in decided]
         for entry in decided:
             if entry.kept and self.on_unsupported == "error":
                 raise UnsupportedError(
@@ -280,8 +319,11 @@ class SitePlan:
             scales = (
                 "" if acts == "none" else (" dynamic" if self.quantize.dynamic else f" {self.quantize.calibration}")
             )
+            groups = f" in groups of {self.quantize.group}" if self.quantize.group else ""
+            searched = " mse" if self.quantize.weight_range == "mse" else ""
             parts.append(
-                f"{self.quantize.weights} weights" + (f", {acts} activations{scales}" if acts != "none" else "")
+                f"{self.quantize.weights} weights{searched}{groups}"
+                + (f", {acts} activations{scales}" if acts != "none" else "")
             )
         return " + ".join(parts) or "float"
 
@@ -365,6 +407,11 @@ def _check_rule(rule: PruneRule | QuantizeRule, where: str) -> None:
             )
     if isinstance(rule, QuantizeRule) and not 0 < rule.percentile <= 100:
         raise RecipeError(f"{where}.calibration = {rule.calibration!r}: the percentile must be in (0, 100]")
+    if isinstance(rule, QuantizeRule) and rule.weight_range != "absmax" and FORMATS[rule.weights].learned:
+        raise RecipeError(
+            f"{where}.weight_range = {rule.weight_range!r}: the levels of weights = {rule.weights!r} are learned, with "
+            f"the least squared error of themselves; leave weight_range out"
+        )
 
 
 def _alternative(kind: str) -> str:
@@ -416,6 +463,15 @@ def _with_group(entry: SitePlan, group: Sequence[SitePlan], recipe: str) -> Site
             reason = unstorable([other.site for other in group])
         changes |= {"quantize": None, "not_quantized": reason} if reason else {}
     return dataclasses.replace(entry, **changes)
+
+
+def _with_own_group(entry: SitePlan) -> SitePlan:
+    """The plan with `group:~G` made the `group:g` of its own weight; all sites of a weight have the same matrix."""
+    rule = entry.quantize
+    if rule is None or "~" not in rule.granularity:
+        return entry
+    size = nearest_group(contracted_size(entry.site), int(rule.granularity.partition("~")[2]))
+    return dataclasses.replace(entry, quantize=msgspec.structs.replace(rule, granularity=f"group:{size}"))
 
 
 def _unquantizable(site: Site, rule: QuantizeRule, stored: Any) -> str:

@@ -74,7 +74,7 @@ def compile(
 
         started = time.perf_counter()
         step("fold and plan")
-        planned_program, plan = plan_for(program, chosen)
+        planned_program, plan = plan_for(program, chosen, calibration=batches, buckets=ladders)
         small = apply_plan(planned_program, plan, calibration=batches, buckets=ladders, progress=step)
         optimize_s = time.perf_counter() - started
 

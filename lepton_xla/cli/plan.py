@@ -17,8 +17,9 @@ if TYPE_CHECKING:
 @click.argument("target")
 @_common.recipe_option
 @_common.buckets_option
+@click.option("--groups", is_flag=True, help="Show also which units (channels, heads) could be removed together.")
 @_common.json_option
-def plan(target: str, *, recipe: str, buckets: tuple[str, ...], as_json: bool) -> None:
+def plan(target: str, *, recipe: str, buckets: tuple[str, ...], groups: bool, as_json: bool) -> None:
     """Show what a recipe would do to each site of the model TARGET; nothing is run.
 
     A site is a place where a weight meets an activation: a matmul, a convolution, an embedding. Operations are counted
@@ -34,19 +35,27 @@ def plan(target: str, *, recipe: str, buckets: tuple[str, ...], as_json: bool) -
         step("load JAX")
         from lepton_xla.cli import _models
         from lepton_xla.passes.cost import cost
+        from lepton_xla.passes.groups import find_groups
         from lepton_xla.pipeline import plan_for
 
         chosen = _models.load_recipe(recipe)
         step(f"load {target}")
         spec = _models.load_target(target)
         program = spec.program()
-        step("fold and find sites")
-        planned_program, found = plan_for(program, chosen)
+        step("fold, shrink and find sites")
+        batches = _models.calibration(spec, program)[0] if chosen.shrink is not None else None
+        planned_program, found = plan_for(
+            program, chosen, calibration=batches, buckets={**spec.buckets, **given}, progress=step
+        )
         smallest = {symbol: sizes[0] for symbol, sizes in {**spec.buckets, **given}.items() if sizes}
         at = {symbol: smallest[symbol] for symbol in program.symbols} if set(program.symbols) <= set(smallest) else None
         step("count operations")
         counted = cost(planned_program, at)
-    document = _document(target, found, counted, program.weights_bytes)
+        units = find_groups(planned_program, sizes=at).to_json() if groups else None
+    weighed = program if chosen.shrink is None else planned_program
+    document = _document(target, found, counted, weighed.weights_bytes)
+    removed = [report.to_json() for report in planned_program.history if report.name == "shrink"]
+    document |= ({"shrink": removed[0]} if removed else {}) | ({"groups": units} if units is not None else {})
     if as_json:
         _common.print_json(document)
     else:
@@ -93,6 +102,8 @@ def _print(document: dict[str, Any]) -> None:
     rows.append((*rest, _common.short(totals["other_flops"]), ""))
     total = ("total", "", "", _common.size(totals["weight_bytes"]), "", _common.short(totals["flops"]), "")
     at = ", ".join(f"{name}={size}" for name, size in document["sizes"].items())
+    for title, columns, lines in _unit_tables(document):
+        _common.show(_common.table(title, columns, lines))
     _common.show(
         _common.table(
             f"{document['target']}, recipe {document['recipe']}",
@@ -103,3 +114,29 @@ def _print(document: dict[str, Any]) -> None:
         f"{totals['changed']} of {totals['sites']} sites change, {totals['kept']} are kept for a reason."
         + (f" FLOPs of one call at {at}." if at else ""),
     )
+
+
+def _unit_tables(document: dict[str, Any]) -> list[tuple[str, tuple[str, ...], list[tuple[Any, ...]]]]:
+    """What is removed, and what could be removed from what is left, as titles, headings and rows."""
+    tables: list[tuple[str, tuple[str, ...], list[tuple[Any, ...]]]] = []
+    if "shrink" in document:
+        report = document["shrink"]
+        before, after = (_common.size(report["metrics"][f"weights_bytes_{when}"]) for when in ("before", "after"))
+        rows: list[tuple[Any, ...]] = [(site["site"], site["action"], site["reason"]) for site in report["sites"]]
+        tables.append((f"units removed: weights {before} -> {after}", ("group", "decision", "reason"), rows))
+    if "groups" in document:
+        headings = ("group", "kind", ">units", ">steps", ">one unit", "members", "kept because")
+        rows = [
+            (
+                group["name"],
+                group["kind"],
+                group["units"],
+                " x ".join(map(str, group["steps"])),
+                _common.size(group["unit_bytes"]),
+                ", ".join(group["members"]),
+                group["protected"],
+            )
+            for group in document["groups"]
+        ]
+        tables.append(("units that go together", headings, rows))
+    return tables

@@ -84,7 +84,7 @@ def shrink(
         UnsupportedError: if a weight is quantized.
     """
     start = time.perf_counter()
-    _check(sparsity, flops, bytes, latency_ms, round_to)
+    check_target(sparsity, flops, bytes, latency_ms, round_to)
     chosen = dict(sizes) if sizes is not None else probe_sizes(program.fn, program.weights, program.inputs)[0]
     groups = find_groups(program, sizes=chosen).protecting([protect] if isinstance(protect, str) else protect)
     scores = importance_scores(program, groups, importance, calibration=calibration, loss=loss)
@@ -109,9 +109,14 @@ def shrink(
     return small.replace(history=(*program.history, report))
 
 
-def _check(
+def check_target(
     sparsity: float | None, flops: float | None, size: float | None, latency_ms: float | None, round_to: int
 ) -> None:
+    """Refuses what `shrink` cannot aim at.
+
+    Raises:
+        RecipeError: unless exactly one target is given, and it and `round_to` are in range.
+    """
     targets = {"sparsity": sparsity, "flops": flops, "bytes": size, "latency_ms": latency_ms}
     given = {name: value for name, value in targets.items() if value is not None}
     if len(given) != 1:

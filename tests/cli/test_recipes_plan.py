@@ -146,3 +146,21 @@ def test_a_package_in_this_folder_is_found(cli, tmp_path, monkeypatch):
     (tmp_path / "some_package" / "models.py").write_text(models.PLAIN)
     found = cli.json("plan", "some_package.models:model", "--recipe", "int8")
     assert [site["site"] for site in found["sites"]] == ["hidden", "head"]
+
+
+def test_plan_shows_the_units_that_go(cli, plain, tmp_path, monkeypatch):
+    recipe = tmp_path / "half.toml"
+    recipe.write_text('[shrink]\nsparsity = 0.5\n[[quantize]]\nsites = "head"\nactivations = "none"\n')
+    half = models.HIDDEN // 2
+    found = cli.json("plan", plain, "--recipe", recipe, "--groups")
+    removed = {site["site"]: site["action"] for site in found["shrink"]["sites"]}
+    assert removed["hidden[1]"] == f"{models.HIDDEN} -> {half} units"
+    assert {group["name"]: group["units"] for group in found["groups"]} == {"hidden[1]": half, "head[1]": models.OUT}
+    assert [site["shape"] for site in found["sites"]] == [[models.IN, half], [half, models.OUT]]
+    assert found["totals"]["weight_bytes"] == 4 * half * (models.IN + models.OUT)
+    monkeypatch.setenv("COLUMNS", "160")
+    text = " ".join(cli.ok("plan", plain, "--recipe", recipe, "--groups").split())
+    assert "units removed" in text
+    assert "it is part of the program's output" in text
+    recipe.write_text("[shrink]\nflops = 0.0001\n")
+    assert "flops = 0.0001 cannot be reached" in cli.refused("plan", plain, "--recipe", recipe)
