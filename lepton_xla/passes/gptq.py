@@ -27,7 +27,7 @@ from lepton_xla.passes.grid import (
     weight_report,
     whole_grid,
 )
-from lepton_xla.passes.statistics import Statistics, collect_statistics
+from lepton_xla.passes.statistics import Statistics, collect_statistics, pooled
 from lepton_xla.program import Program
 from lepton_xla.quant import FORMATS
 from lepton_xla.quant.formats import Format
@@ -92,7 +92,7 @@ def gptq_values(
     seen = jnp.diagonal(gram)
     gram = gram + jnp.diag(jnp.where(seen <= 0, jnp.ones_like(seen), jnp.zeros_like(seen)))
     order = jnp.argsort(-seen) if options.act_order else jnp.arange(depth)
-    factor = _inverse_factor(jnp.take(jnp.take(gram, order, 0), order, 1), jnp.mean(seen), options.damping)
+    factor = inverse_factor(jnp.take(jnp.take(gram, order, 0), order, 1), jnp.mean(seen), options.damping)
 
     # Rows are padded to whole blocks; a padded row is zero, and no other depends on it.
     block = min(options.block, depth)
@@ -173,7 +173,7 @@ def gptq_codes(
     return matrix_codes(values, grid, target).astype(jnp.int32), grid.scale, grid.zero_point
 
 
-def _inverse_factor(gram: jax.Array, mean: jax.Array, damping: float) -> jax.Array:
+def inverse_factor(gram: jax.Array, mean: jax.Array, damping: float) -> jax.Array:
     """The upper triangular `U` with `U^T U = (gram + damping * mean * I)^-1`; damping grows until there is one.
 
     `gram = R R^T` with an upper `R`, which is the Cholesky factor with rows and columns in reverse; `U` is `R^-1`. So
@@ -242,23 +242,12 @@ def gptq(
         if path in program.masks:
             kept = matrix.stored_matrix(site, program.masks[path].astype(program.weights[path].dtype)) != 0
         seen = [found[site.name] for site in planned.products]
-        values, errors = _round(planned, total_gram(seen), grid_matrices(planned, grid), options, kept)
+        values, errors = _round(planned, pooled(seen, "gram"), grid_matrices(planned, grid), options, kept)
         weights[path] = matrix.stored_weight(site, values, program.weights[path])
         grids[path] = given(grid)
         reports += _reports(planned, weights[path], seen, errors)
     report = PassReport("gptq", time.perf_counter() - start, tuple(reports))
     return program.replace(weights=weights, history=(*program.history, report)), grids
-
-
-def total_gram(statistics: Sequence[Statistics]) -> jax.Array:
-    """The Gram matrix of all that meets one weight, over the number of rows."""
-    total = np.sum([found.rows for found in statistics], axis=0)
-    parts: list[jax.Array] = []
-    for found in statistics:
-        assert found.gram is not None
-        share = jnp.asarray(found.rows / np.maximum(total, 1), jnp.float32)
-        parts.append(found.gram * jnp.reshape(share, (*share.shape, 1, 1, 1)))
-    return sum(parts[1:], parts[0])
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +32,7 @@ class Statistics:
         absmax: largest magnitude of each column, `[*steps, B, K]`, float32.
         mean: mean of each column, likewise; 0 where there are no rows.
         mean_abs: mean magnitude of each column, likewise.
+        mean_square: mean square of each column, likewise.
         gram: `X^T X / rows`, `[*steps, B, K, K]`, float32; None where it was not asked for.
     """
 
@@ -39,6 +40,7 @@ class Statistics:
     absmax: jax.Array
     mean: jax.Array
     mean_abs: jax.Array
+    mean_square: jax.Array
     gram: jax.Array | None = None
 
 
@@ -74,6 +76,17 @@ def collect_statistics(
     for group in _groups(program, sites, limit_bytes if gram else None):
         found |= _collect(program, group, data, gram)
     return found
+
+
+def pooled(statistics: Sequence[Statistics], what: Literal["mean_square", "gram"]) -> jax.Array:
+    """A mean over all that meets one weight at several sites, in the proportion of their rows."""
+    total = np.sum([found.rows for found in statistics], axis=0)
+    parts: list[jax.Array] = []
+    for found in statistics:
+        value = getattr(found, what)
+        share = jnp.asarray(found.rows / np.maximum(total, 1), jnp.float32)
+        parts.append(value * jnp.reshape(share, share.shape + (1,) * (value.ndim - share.ndim)))
+    return sum(parts[1:], parts[0])
 
 
 def _groups(program: Program, sites: Sequence[Site], limit_bytes: int | None) -> list[list[Site]]:
@@ -118,6 +131,7 @@ def _collect(
         tap("absmax", jnp.max(jnp.abs(rows), axis=1, initial=0), "max")
         tap("sum", jnp.sum(rows, axis=1))
         tap("sum_abs", jnp.sum(jnp.abs(rows), axis=1))
+        tap("sum_square", jnp.sum(rows * rows, axis=1))
         if gram:
             tap("gram", jnp.einsum("bmk,bml->bkl", rows, rows, precision=jax.lax.Precision.HIGHEST))
 
@@ -159,5 +173,6 @@ def _statistics(site: str, totals: Mapping[str, Any], gram: bool) -> Statistics:
         absmax,
         totals[f"{site}\nsum"] * per_column,
         totals[f"{site}\nsum_abs"] * per_column,
+        totals[f"{site}\nsum_square"] * per_column,
         totals[f"{site}\ngram"] * square if gram else None,
     )

@@ -38,6 +38,7 @@ def assert_statistics(found, *rows, steps=()):
         (found.absmax, [np.max(np.abs(part), axis=1, initial=0) for part in whole]),
         (found.mean, [part.sum(1) / max(part.shape[1], 1) for part in whole]),
         (found.mean_abs, [np.abs(part).sum(1) / max(part.shape[1], 1) for part in whole]),
+        (found.mean_square, [(part**2).sum(1) / max(part.shape[1], 1) for part in whole]),
         (found.gram, grams),
     ):
         want = np.reshape(np.stack(want), (*steps, *want[0].shape))
