@@ -10,8 +10,9 @@ A code is an element's bits as an unsigned integer, or part of a byte that sever
 An encoded array, numbers little-endian:
 
     1 byte      bits 0-2: log2 of the bits of a code; bit 3: codes are in column order; bit 4: there is a palette
-    gaps only   the code left out, as bytes of a code; 4 bytes: how many gap bytes; the stream of gap bytes
+    gaps only   the code left out, as bytes of a code; 4 bytes: how many gap bytes
     palette     1 byte: its codes, less one; then the codes
+    gaps only   the stream of gap bytes
     the rest    one stream for each byte of a code, lowest first; with a palette one, of indices into it
 
     a stream    4 bytes: twice its size, plus one where it is DEFLATE (RFC 1951); then its bytes
@@ -22,7 +23,7 @@ An encoded array, numbers little-endian:
 from __future__ import annotations
 
 import zlib
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -33,20 +34,51 @@ _COLUMNS, _PALETTE = 8, 16
 _LARGEST_PALETTE = 256
 # Of so many values, more than a palette holds are expected to differ if there are more at all.
 _PALETTE_SAMPLE = 4096
+# Columns must take so much less than rows, for decoding ends with a transpose.
+_COLUMNS_WORTHWHILE = 0.995
 # Raw DEFLATE with the largest blocks: a block has a table of codes, and weights are alike throughout.
 _WINDOW, _MEMORY = -15, 9
 
 
-def encode(words: np.ndarray, *, gaps: bool) -> bytes:
-    """Encodes an array of words, in the order of codes and of the width that take the fewest bytes.
+class Encoded(NamedTuple):
+    """An encoding, and how many bytes are put under Huffman codes in it, which is what decoding takes its time for."""
+
+    data: bytes
+    symbols: int
+
+
+def encode(words: np.ndarray, *, gaps: bool) -> Encoded:
+    """Encodes an array of words, in the width and order of codes that take the fewest bytes.
 
     Args:
         words: as `packing.to_words` gives them, not empty. The last two axes are a matrix.
         gaps: leave the most frequent code out.
     """
     bits = _code_bits(words)
-    orders = (False, True) if gaps and words.ndim > 1 else (False,)
-    return min((_encode(_split(words, bits, columns), bits, columns, gaps) for columns in orders), key=len)
+    codes, header, head, streams = _split(words, bits), bits.bit_length() - 1, b"", list[np.ndarray]()
+    if gaps:
+        # Of wide words, zero is what pruning leaves; counting the others' values would tell nothing.
+        left_out = int(np.bincount(codes.reshape(-1)).argmax()) if codes.itemsize == 1 else 0
+        steps = _gap_bytes(codes, left_out)
+        if codes.ndim > 1:
+            columns = np.swapaxes(codes, -1, -2)
+            by_column = _gap_bytes(columns, left_out)
+            if _entropy_bytes(np.bincount(by_column)) < _COLUMNS_WORTHWHILE * _entropy_bytes(np.bincount(steps)):
+                codes, steps, header = columns, by_column, header | _COLUMNS
+        codes = codes[codes != left_out]
+        head += left_out.to_bytes(codes.itemsize, "little") + steps.size.to_bytes(4, "little")
+        streams.append(steps)
+    codes = codes.reshape(-1)
+    palette = _palette_of(codes)
+    if palette is None:
+        streams += list(codes.view(np.uint8).reshape(-1, codes.itemsize).T)
+    else:
+        header |= _PALETTE
+        head += bytes([palette.size - 1]) + palette.tobytes()
+        streams.append(np.searchsorted(palette, codes).astype(np.uint8))
+    coded = [_stream(stream) for stream in streams]
+    symbols = sum(stream.size for stream, data in zip(streams, coded, strict=True) if data[0] & 1)
+    return Encoded(b"".join((bytes([header]), head, *coded)), symbols)
 
 
 def decode(data: bytes | memoryview, out: np.ndarray, *, gaps: bool) -> None:
@@ -65,31 +97,33 @@ def decode(data: bytes | memoryview, out: np.ndarray, *, gaps: bool) -> None:
     if columns and out.ndim < 2:
         raise ArtifactError("column order in an array without columns")
     count = out.size * (out.itemsize * 8 // bits)
-    positions, codes = None, None
-    if gaps:
-        codes = np.full(count, reader.number(out.itemsize), out.dtype)
-        positions = reader.positions(count)
-        count = positions.size
-    values = reader.palette(count, out.dtype) if header & _PALETTE else reader.planes(count, out.dtype)
-    reader.end()
-    if codes is None:
-        codes = values
+    left_out, steps = (reader.number(out.itemsize), reader.number(4)) if gaps else (0, 0)
+    palette = reader.words(reader.number(1) + 1, out.dtype) if header & _PALETTE else None
+    if not gaps:
+        codes = _values(reader, count, out.dtype, palette)
     else:
-        codes[positions] = values
+        positions = _positions(reader, steps, count)
+        codes = np.full(count, left_out, out.dtype)
+        codes[positions] = _values(reader, positions.size, out.dtype, palette)
+    reader.end()
     if bits < 8 and codes.size and int(codes.max()) >> bits:
         raise ArtifactError(f"a code of more than {bits} bits")
     _join(codes, bits, columns, out)
 
 
-def estimate(words: np.ndarray) -> float:
-    """About how many bytes the smaller encoding takes, from counts alone; the values of wide words count whole."""
+def estimate(words: np.ndarray) -> tuple[float, float]:
+    """About the least bytes and symbols that either encoding takes, from counts alone.
+
+    The values of wide words count whole, though an eighth of a float's bits is not random.
+    """
     if words.itemsize == 1:
         counts = np.bincount(words.reshape(-1), minlength=256)
-        return min(_entropy_bytes(_code_counts(counts, bits)) for bits in (8, 4, 2))
+        size = min(_entropy_bytes(_code_counts(counts, bits)) for bits in (8, 4, 2))
+        return size, min(words.size, 2 * (words.size - int(counts.max())))
     if _palette_of(words.reshape(-1)) is not None:
-        return float(words.size)
-    others = np.count_nonzero(words)
-    return _entropy_bytes(np.array([words.size - others, others])) + others * words.itemsize
+        return words.size, words.size
+    others = int(np.count_nonzero(words))
+    return _entropy_bytes(np.array([words.size - others, others])) + others * words.itemsize, others
 
 
 def _code_bits(words: np.ndarray) -> int:
@@ -118,17 +152,17 @@ def _entropy_bytes(counts: np.ndarray) -> float:
     return float((counts * np.log2(counts.sum() / counts)).sum() / 8)
 
 
-def _split(words: np.ndarray, bits: int, columns: bool) -> np.ndarray:
-    """Words to flat codes: those of a byte go to different blocks of rows, which is how `quant.packing` packs."""
-    if bits < 8:
-        mask = np.uint8((1 << bits) - 1)
-        blocks = [words >> np.uint8(place) & mask for place in range(0, 8, bits)]
-        words = np.concatenate(blocks, axis=max(words.ndim - 2, 0))
-    return (np.swapaxes(words, -1, -2) if columns else words).reshape(-1)
+def _split(words: np.ndarray, bits: int) -> np.ndarray:
+    """Words to codes: those of a byte go to different blocks of rows, which is how `quant.packing` packs."""
+    if bits == words.itemsize * 8:
+        return words
+    mask = np.uint8((1 << bits) - 1)
+    blocks = [words >> np.uint8(place) & mask for place in range(0, 8, bits)]
+    return np.concatenate(blocks, axis=max(words.ndim - 2, 0))
 
 
 def _join(codes: np.ndarray, bits: int, columns: bool, out: np.ndarray) -> None:
-    """The inverse of `_split`."""
+    """The inverse of `_split`, from flat codes in either order."""
     per_word = out.itemsize * 8 // bits
     axis = max(out.ndim - 2, 0)
     shape = list(out.shape)
@@ -144,26 +178,8 @@ def _join(codes: np.ndarray, bits: int, columns: bool, out: np.ndarray) -> None:
         out |= block << np.uint8(place * bits)
 
 
-def _encode(codes: np.ndarray, bits: int, columns: bool, gaps: bool) -> bytes:
-    parts: list[bytes] = []
-    if gaps:
-        # Of wide words, zero is what pruning leaves; counting the others' values would tell nothing.
-        left_out = int(np.bincount(codes).argmax()) if codes.itemsize == 1 else 0
-        positions = np.flatnonzero(codes != left_out)
-        steps = _gap_bytes(np.append(positions, codes.size))
-        codes = codes[positions]
-        parts += [left_out.to_bytes(codes.itemsize, "little"), steps.size.to_bytes(4, "little"), _stream(steps)]
-    palette = _palette_of(codes)
-    if palette is None:
-        parts += [_stream(plane) for plane in codes.view(np.uint8).reshape(-1, codes.itemsize).T]
-    else:
-        indices = np.searchsorted(palette, codes).astype(np.uint8)
-        parts += [bytes([palette.size - 1]), palette.tobytes(), _stream(indices)]
-    header = bits.bit_length() - 1 | (_COLUMNS if columns else 0) | (_PALETTE if palette is not None else 0)
-    return b"".join((bytes([header]), *parts))
-
-
-def _gap_bytes(positions: np.ndarray) -> np.ndarray:
+def _gap_bytes(codes: np.ndarray, left_out: int) -> np.ndarray:
+    positions = np.append(np.flatnonzero(codes != left_out), codes.size)
     gaps = np.diff(positions, prepend=-1) - 1
     long = gaps // _LONG_GAP
     steps = np.full(gaps.size + int(long.sum()), _LONG_GAP, np.uint8)
@@ -227,34 +243,34 @@ class _Reader:
             raise ArtifactError(f"a stream does not end after {size} bytes")
         return np.frombuffer(plain, np.uint8)
 
-    def positions(self, count: int) -> np.ndarray:
-        """Where the codes are that were not left out, of so many."""
-        size = self.number(4)
-        if size > count + 1 + count // _LONG_GAP:
-            raise ArtifactError(f"{size} gaps among {count} codes")
-        steps = self.stream(size)
-        single = steps != _LONG_GAP
-        positions = np.cumsum(steps + single, dtype=np.int64) - 1
-        if not single.all():
-            positions = positions[single]
-        if not positions.size or positions[-1] != count:
-            raise ArtifactError(f"the gaps are not those of {count} codes")
-        return positions[:-1]
+    def words(self, count: int, dtype: np.dtype[Any]) -> np.ndarray:
+        return np.frombuffer(self.take(count * dtype.itemsize), dtype)
 
-    def planes(self, count: int, dtype: np.dtype[Any]) -> np.ndarray:
-        """Words whose bytes are in a stream each."""
-        if dtype.itemsize == 1:
-            return self.stream(count)
-        planes = np.empty((count, dtype.itemsize), np.uint8)
-        for place in range(dtype.itemsize):
-            planes[:, place] = self.stream(count)
-        return planes.view(dtype).reshape(-1)
 
-    def palette(self, count: int, dtype: np.dtype[Any]) -> np.ndarray:
-        """Words that are indices into a few."""
-        size = self.number(1) + 1
-        palette = np.frombuffer(self.take(size * dtype.itemsize), dtype)
-        indices = self.stream(count)
-        if indices.size and indices.max() >= size:
-            raise ArtifactError(f"an index beyond a palette of {size}")
+def _positions(reader: _Reader, size: int, count: int) -> np.ndarray:
+    """Where the codes are that were not left out, of so many, from so many gap bytes."""
+    if size > count + 1 + count // _LONG_GAP:
+        raise ArtifactError(f"{size} gaps among {count} codes")
+    steps = reader.stream(size)
+    single = steps != _LONG_GAP
+    positions = np.cumsum(steps + single, dtype=np.int64) - 1
+    if not single.all():
+        positions = positions[single]
+    if not positions.size or positions[-1] != count:
+        raise ArtifactError(f"the gaps are not those of {count} codes")
+    return positions[:-1]
+
+
+def _values(reader: _Reader, count: int, dtype: np.dtype[Any], palette: np.ndarray | None) -> np.ndarray:
+    """So many codes: indices into a palette, or their bytes in a stream each."""
+    if palette is not None:
+        indices = reader.stream(count)
+        if count and indices.max() >= palette.size:
+            raise ArtifactError(f"an index beyond a palette of {palette.size}")
         return palette[indices]
+    if dtype.itemsize == 1:
+        return reader.stream(count)
+    planes = np.empty((count, dtype.itemsize), np.uint8)
+    for place in range(dtype.itemsize):
+        planes[:, place] = reader.stream(count)
+    return planes.view(dtype).reshape(-1)

@@ -25,17 +25,18 @@ from lepton_xla.program import leaf_bytes
 CHUNK_BYTES = 4 << 20
 # Smaller than a chunk, because a piece that is decoded takes several times its size for a moment.
 PIECE_BYTES = 1 << 20
-_PACK_BYTES = 4 << 20
+_PACK_BYTES = 1 << 20
 # Up to this size, a leaf is mostly the half kilobyte of zarr's metadata that it does without.
 _RAW_BYTES = 8 << 10
 _ZARR_BYTES = 450
 _ZSTD_LEVEL = 3
 _SAMPLE_BYTES = 256 << 10
-# What decoding must leave of a leaf to be worth its time. A model of this size is decoded in ten milliseconds.
+# What a network of 100 MB/s brings in the time that decoding takes: bytes for each byte that zstd makes, and for each
+# symbol of `entropy`. An encoding must save more than that, or loading takes longer for it.
+_ZSTD_COST, _SYMBOL_COST = 0.15, 0.35
+# All weights of a model up to this size are decoded in some ten milliseconds, where smaller is better than faster.
 _SMALL_MODEL_BYTES = 4 << 20
-_WORTHWHILE, _WORTHWHILE_SMALL = 0.85, 0.97
-# zstd where it is nearly the smallest, for it is what other tools read.
-_NEARLY = 1.05
+_SMALL_MODEL_FACTOR = 0.1
 _ZSTD = {"name": "zstd", "configuration": {"level": _ZSTD_LEVEL}}
 SCRATCH = {"driver": "memory", "path": "leaf/"}
 
@@ -53,13 +54,14 @@ def write_all(
     Returns:
         The leaves with how and where they are stored.
     """
-    small_model = sum(leaf_bytes(leaf.shape, leaf.dtype) for leaf in leaves) <= _SMALL_MODEL_BYTES
+    is_small = sum(leaf_bytes(leaf.shape, leaf.dtype) for leaf in leaves) <= _SMALL_MODEL_BYTES
+    haste = _SMALL_MODEL_FACTOR if is_small else 1.0
     packs = _Packs(write)
     stored: list[WeightLeaf] = []
     for leaf, given in zip(leaves, arrays, strict=True):
         array = np.asarray(given)
         words = to_words(array)
-        leaf = msgspec.structs.replace(leaf, encoding=_choose(array, words, small_model=small_model))
+        leaf = msgspec.structs.replace(leaf, encoding=_choose(words, haste))
         if leaf.is_zarr:
             for name, data in encode(leaf, array):
                 write(name, data)
@@ -156,26 +158,28 @@ def _regions(shape: Sequence[int], chunk: Sequence[int]) -> Iterator[tuple[slice
     return itertools.product(*parts)
 
 
-def _choose(array: np.ndarray, words: np.ndarray, *, small_model: bool) -> Encoding:
-    """The encoding that measures smallest on the leaf, or on a part from its middle where it is large.
+def _choose(words: np.ndarray, haste: float) -> Encoding:
+    """The encoding whose bytes, and the time to decode them, cost least; measured on a part of a large leaf.
 
-    One that has to be decoded must be worth it: reading float weights that zstd shrinks by a tenth took twice as long.
+    Args:
+        words: the leaf.
+        haste: factor of what decoding costs.
     """
     whole, is_small = words.nbytes, words.nbytes <= _RAW_BYTES
     if not whole:
         return "raw"
-    limit = (_WORTHWHILE_SMALL if small_model else _WORTHWHILE) * whole
-    sizes: dict[Encoding, float] = {"zstd": _zstd_share(words) * whole + _ZARR_BYTES}
+    costs: dict[Encoding, float] = {"raw": whole} if is_small else {"plain": whole + _ZARR_BYTES}
+    costs["zstd"] = (_zstd_share(words) + haste * _ZSTD_COST) * whole + _ZARR_BYTES
     parts = pieces(words.shape, words.itemsize)
     sample = words[parts[len(parts) // 2]]
     scale = whole / sample.nbytes
-    if (is_small and small_model) or entropy.estimate(sample) * scale <= limit:
-        sizes["gaps"] = len(entropy.encode(sample, gaps=True)) * scale
-        sizes["deflate"] = len(entropy.encode(sample, gaps=False)) * scale
-    smallest = min(sizes, key=lambda encoding: sizes[encoding])
-    if sizes[smallest] > limit:
-        return "raw" if is_small else "plain"
-    return "zstd" if sizes["zstd"] <= _NEARLY * sizes[smallest] else smallest
+    cost = lambda size, symbols: (size + haste * _SYMBOL_COST * symbols) * scale  # noqa: E731
+    # What cannot win by its counts is not tried, but for the biases of small models, whose exponents shrink.
+    if (is_small and haste < 1) or cost(*entropy.estimate(sample)) < min(costs.values()):
+        for encoding in ("gaps", "deflate"):
+            data, symbols = entropy.encode(sample, gaps=encoding == "gaps")
+            costs[encoding] = cost(len(data), symbols)
+    return min(costs, key=lambda encoding: costs[encoding])
 
 
 def _zstd_share(words: np.ndarray) -> float:
@@ -194,7 +198,7 @@ def _zstd_share(words: np.ndarray) -> float:
 def _encode_pieces(words: np.ndarray, encoding: Encoding) -> Iterator[bytes]:
     for region in pieces(words.shape, words.itemsize):
         part = words[region]
-        yield part.tobytes() if encoding == "raw" else entropy.encode(part, gaps=encoding == "gaps")
+        yield part.tobytes() if encoding == "raw" else entropy.encode(part, gaps=encoding == "gaps").data
 
 
 class _Packs:
