@@ -20,10 +20,10 @@ from lepton_xla.passes.products import RANGE_SUFFIX, SCALE_SUFFIX
 from lepton_xla.passes.rewrite import Context, Values
 from lepton_xla.passes.sites import Site, Tracked, lay_out, operand_value, rewrite_sites
 from lepton_xla.program import name_leaves
-from lepton_xla.quant import FORMATS, Format, encode, make_grid
-from lepton_xla.quant.grid import decode, matrix_codes, matrix_values, settle
+from lepton_xla.quant import FORMATS, Format, encode, fake_quantize, make_grid
+from lepton_xla.quant.grid import matrix_codes, matrix_values, settle
 from lepton_xla.quant.learned import initial_scale, learned_quantize, stochastic_quantize
-from lepton_xla.quant.qtensor import inside, straight_through
+from lepton_xla.quant.qtensor import straight_through
 
 if TYPE_CHECKING:
     from lepton_xla.recipe import Plan, QuantizeRule, SitePlan
@@ -171,13 +171,10 @@ def _round(
         clips: whether a value may lie beyond the last code, where it has no gradient.
     """
     fixed = lax.stop_gradient(scale)
-    exact = array.astype(jnp.float32)
-    codes = encode(lax.stop_gradient(exact), fixed, target, zero_point)
+    codes = encode(lax.stop_gradient(array), fixed, target, zero_point)
     if shared is not None:
-        return _Rounded(learned_quantize(array, scale, target, shared, zero_point), codes, fixed)
-    passing = inside(exact, fixed, target) if clips and target.kind in ("int", "float") else True
-    value = straight_through(exact, decode(codes, fixed, target, zero_point), passing)
-    return _Rounded(value.astype(array.dtype), codes, fixed)
+        return _Rounded(learned_quantize(array, codes, scale, target, shared, zero_point), codes, fixed)
+    return _Rounded(fake_quantize(array, codes, fixed, target, zero_point, clips=clips), codes, fixed)
 
 
 def _round_operands(
@@ -216,7 +213,8 @@ def _round_weight(
     shared = None
     if "scale" in given and target.kind in ("int", "affine"):
         shared = max(1, math.prod(site.weight.shape) // math.prod(grid.scale.shape))
-    return _round(weight, scale, target, zero_point, shared=shared, clips="scale" in given)
+    clips = "scale" in given or rule.weight_range != "absmax"
+    return _round(weight, scale, target, zero_point, shared=shared, clips=clips)
 
 
 def _round_activation(

@@ -11,7 +11,7 @@ from jax import lax
 
 from lepton_xla.errors import UnsupportedError
 from lepton_xla.quant.formats import Format
-from lepton_xla.quant.grid import as_blocks, decode, encode, group_size, settle
+from lepton_xla.quant.grid import as_blocks, decode, group_size, settle
 from lepton_xla.quant.qtensor import straight_through
 
 
@@ -34,32 +34,38 @@ def initial_scale(matrix: jax.Array, target: Format, granularity: str) -> jax.Ar
 
 
 def learned_quantize(
-    array: jax.Array, scale: jax.Array, target: Format, shared: int, zero_point: jax.Array | None = None
+    array: jax.Array,
+    codes: jax.Array,
+    scale: jax.Array,
+    target: Format,
+    shared: int,
+    zero_point: jax.Array | None = None,
 ) -> jax.Array:
-    """Rounds at a scale that gets a gradient (Esser et al. 2020, Learned Step Size Quantization, arXiv:1902.08153).
+    """What codes stand for, at a scale that gets a gradient (Learned Step Size Quantization, arXiv:1902.08153).
 
     Args:
         array: float, any shape.
-        scale: float32, broadcastable to `array`, positive.
+        codes: what `encode` gives for it at this scale.
+        scale: float32, broadcastable to `array`.
         target: an integer or affine format.
         shared: how many elements share one scale: its gradient is multiplied by 1 / sqrt(shared * largest code), which
             balances its steps with those of the weights (section 2.2).
         zero_point: broadcastable to `array`, for affine formats.
 
     Returns:
-        Exactly what `encode` and `decode` give, in the array's dtype.
+        Exactly what `decode` gives, in the array's dtype.
     """
     factor = np.float32(1 / math.sqrt(max(shared, 1) * _largest(target)))
-    scaled_down = scale * factor
-    scale = lax.stop_gradient(scale) + (scaled_down - lax.stop_gradient(scaled_down))
+    fixed = lax.stop_gradient(scale)
     zero = jnp.float32(0) if zero_point is None else lax.stop_gradient(zero_point.astype(jnp.float32))
     exact = array.astype(jnp.float32)
-    position = exact / scale
-    codes = encode(lax.stop_gradient(exact), lax.stop_gradient(scale), target, zero_point).astype(jnp.float32)
-    away = codes - zero
-    # Inside, the step's gradient is the rounding error; what saturates has that of the last code.
+    position = lax.stop_gradient(exact) / fixed
     within = (position >= target.lowest - zero) & (position <= target.largest - zero)
-    return (straight_through(position, away, within) * scale).astype(array.dtype)
+    # Inside, the step's gradient is the rounding error; what saturates has that of the last code.
+    error = codes.astype(jnp.float32) - zero - jnp.where(within, position, jnp.zeros_like(position))
+    moving = error * (scale * factor)
+    value = straight_through(exact, decode(codes, fixed, target, zero_point), within)
+    return (value + (moving - lax.stop_gradient(moving))).astype(array.dtype)
 
 
 def stochastic_quantize(

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from lepton_xla.quant.formats import FORMATS, Format
-from lepton_xla.quant.grid import Grid, encode, make_grid, matrix_codes, matrix_values
+from lepton_xla.quant.grid import Grid, decode, make_grid, matrix_codes, matrix_values
 from lepton_xla.quant.packing import pack, unpack
 
 
@@ -96,22 +96,35 @@ def quantize(
     return QTensor(pack(codes, target), grid.scale, name, matrix.shape[-2], grid.zero_point, grid.codebook)
 
 
-def fake_quantize(array: jax.Array, scale: jax.Array, name: str) -> jax.Array:
-    """Rounds to what the format can hold, as floats, for training and evaluation.
+def fake_quantize(
+    array: jax.Array,
+    codes: jax.Array,
+    scale: jax.Array,
+    target: Format,
+    zero_point: jax.Array | None = None,
+    *,
+    clips: bool = True,
+) -> jax.Array:
+    """What codes stand for, with the gradient of what they were made of: for training and evaluation.
 
-    The gradient passes straight through the rounding (Bengio et al. 2013, arXiv:1308.3432) and is zero where the
-    value saturates; the scale gets none.
+    The gradient passes straight through the rounding (Bengio et al. 2013, arXiv:1308.3432) and is zero where an
+    integer or small float saturates; the scale gets none.
 
     Args:
-        array: float array.
-        scale: broadcastable to `array`.
-        name: the format, `int` or `float` of kind.
+        array: float, any shape.
+        codes: what `encode` gives for it at this scale.
+        scale: float32, broadcastable to `array`.
+        target: a format whose levels are not learned.
+        zero_point: broadcastable to `array`, for affine formats.
+        clips: False says that no value is beyond the last codes, as under an absmax scale, and saves looking.
+
+    Returns:
+        Exactly what `decode` gives, in the array's dtype.
     """
-    target = FORMATS[name]
-    scale = lax.stop_gradient(scale).astype(jnp.float32)
+    scale = lax.stop_gradient(scale)
     exact = array.astype(jnp.float32)
-    rounded = encode(exact, scale, target).astype(jnp.float32) * scale
-    return straight_through(exact, rounded, inside(exact, scale, target)).astype(array.dtype)
+    passing = inside(exact, scale, target) if clips and target.kind in ("int", "float") else True
+    return straight_through(exact, decode(codes, scale, target, zero_point), passing).astype(array.dtype)
 
 
 def inside(array: jax.Array, scale: jax.Array, target: Format) -> jax.Array:
@@ -125,5 +138,5 @@ def inside(array: jax.Array, scale: jax.Array, target: Format) -> jax.Array:
 
 def straight_through(array: jax.Array, rounded: jax.Array, passing: jax.Array | bool) -> jax.Array:
     """Exactly `rounded`, with the gradient of `array` where `passing`, and none elsewhere."""
-    through = jnp.where(passing, array, jnp.zeros_like(array))
+    through = array if passing is True else jnp.where(passing, array, jnp.zeros_like(array))
     return lax.stop_gradient(rounded) + (through - lax.stop_gradient(through))
