@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import os
 import pathlib
+import re
 import secrets
 import shutil
 import stat
+import time
 from collections.abc import Callable, Generator, Mapping
 from urllib.parse import unquote
 
@@ -19,6 +22,8 @@ from lepton_xla.errors import ArtifactError
 
 # One context for all stores: connections to an object store are shared, and memory:// stores outlive a call.
 _CONTEXT = ts.Context()
+# A save takes hold of its temporary folder at once; this leaves it time to.
+_ABANDONED_AFTER_S = 60.0
 
 
 class Store:
@@ -146,8 +151,9 @@ def local_path(location: str | os.PathLike[str]) -> pathlib.Path | None:
 def atomic_store(location: str | os.PathLike[str], *, overwrite: bool) -> Generator[Store, None, None]:
     """A store to write a whole artifact to, which appears at `location` when the block ends without an error.
 
-    A local one is written to a hidden folder beside the target, flushed to the disk, and renamed. An object store has
-    no rename: files are written in place, and the artifact begins to exist with its manifest, to be written last.
+    A local one is written to a hidden folder beside the target, flushed to the disk, and renamed. What a process that
+    was killed has left there is removed first. An object store has no rename: files are written in place, and the
+    artifact begins to exist with its manifest, to be written last.
 
     Raises:
         ArtifactError: where something is there already and `overwrite` is not set, or the target cannot be written.
@@ -167,10 +173,11 @@ def atomic_store(location: str | os.PathLike[str], *, overwrite: bool) -> Genera
     temporary = target.parent / f".{target.name}.{secrets.token_hex(8)}.tmp"
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
+        _remove_abandoned(target)
         temporary.mkdir()
     except OSError as error:
         raise ArtifactError(f"{location}: cannot be created: {error}") from error
-    with _undone_by(lambda: shutil.rmtree(temporary, ignore_errors=True)):
+    with _undone_by(lambda: shutil.rmtree(temporary, ignore_errors=True)), _held(temporary):
         yield Store(temporary)
         try:
             _flush_tree(temporary)
@@ -193,6 +200,44 @@ def _check_replaceable(location: str | os.PathLike[str], *, overwrite: bool, is_
         raise ArtifactError(f"{location}: exists already; save elsewhere, or with overwrite=True")
     if not is_artifact:
         raise ArtifactError(f"{location}: exists and is not an artifact (no {MANIFEST}), so it is not overwritten")
+
+
+def _remove_abandoned(target: pathlib.Path) -> None:
+    """Removes what saves to this target have left whose process was killed, and so no longer holds its folder.
+
+    An artifact that was moved aside is kept while nothing is in its place: it may be the only one.
+    """
+    left = re.compile(rf"\.{re.escape(target.name)}\.[0-9a-f]{{16}}\.(tmp|old)")
+    for entry in os.scandir(target.parent):
+        found = left.fullmatch(entry.name)
+        if not found or not entry.is_dir(follow_symlinks=False):
+            continue
+        # A younger one may be of a save that is about to take hold of it.
+        is_done = time.time() - entry.stat(follow_symlinks=False).st_mtime > _ABANDONED_AFTER_S
+        if found[1] == "old":
+            is_done = os.path.lexists(target)
+        with _held(entry.path) as is_free:
+            if is_done and is_free:
+                shutil.rmtree(entry.path, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _held(folder: str | os.PathLike[str]) -> Generator[bool, None, None]:
+    """Holds a folder until the block or the process ends; false where another process does, or none can."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:
+        yield False
+        return
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        held = True
+    except OSError:  # held by another process, or a file system without locks
+        held = False
+    try:
+        yield held
+    finally:
+        os.close(descriptor)
 
 
 def _put_in_place(temporary: pathlib.Path, target: pathlib.Path, *, overwrite: bool) -> None:

@@ -289,7 +289,9 @@ for name, overwrite in (("new.lepton", False), ("old.lepton", True)):
     compiler.verify(tmp_path / "old.lepton")
 
 
-def test_a_process_killed_while_saving_leaves_no_artifact_in_sight(tmp_path: pathlib.Path) -> None:
+def test_a_process_killed_while_saving_leaves_no_artifact_in_sight_and_the_next_save_cleans_up(
+    tmp_path: pathlib.Path, dense_artifact: compiler.Artifact
+) -> None:
     code = "print('saving', flush=True)\nartifact.save(sys.argv[1] + '/m.lepton')"
     process = subprocess.Popen([*worker(code, leaves=400), str(tmp_path)], stdout=subprocess.PIPE)
     assert process.stdout is not None
@@ -305,3 +307,53 @@ def test_a_process_killed_while_saving_leaves_no_artifact_in_sight(tmp_path: pat
     assert not (tmp_path / left / "manifest.json").exists()
     with pytest.raises(ArtifactError, match=r"manifest\.json is missing"):
         compiler.load(tmp_path / "m.lepton")
+    others = [".m.lepton.0123456789abcdef.tmp.mine", ".other.lepton.0123456789abcdef.tmp", ".m.lepton.tmp"]
+    for name in (left, *others):
+        (tmp_path / name).mkdir(exist_ok=True)
+    dense_artifact.save(tmp_path / "m.lepton")
+    assert sorted(os.listdir(tmp_path)) == sorted([left, *others, "m.lepton"])  # for all that is known, it is new
+    for name in (left, *others):
+        os.utime(tmp_path / name, (0, 0))
+    dense_artifact.save(tmp_path / "m.lepton", overwrite=True)
+    assert sorted(os.listdir(tmp_path)) == sorted([*others, "m.lepton"])
+
+
+def test_what_another_process_is_saving_is_not_removed(
+    tmp_path: pathlib.Path, dense_artifact: compiler.Artifact
+) -> None:
+    code = """
+from lepton_xla.compiler.storage import atomic_store
+with atomic_store(sys.argv[1] + "/m.lepton", overwrite=True) as store:
+    store.write("a", b"a")
+    print("saving", flush=True)
+    sys.stdin.read()
+"""
+    command = [*worker(code), str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stdin=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"saving\n"
+        (left,) = os.listdir(tmp_path)
+        os.utime(tmp_path / left, (0, 0))
+        dense_artifact.save(tmp_path / "m.lepton")
+        assert sorted(os.listdir(tmp_path)) == [left, "m.lepton"]
+    assert process.returncode == 0
+    assert os.listdir(tmp_path) == ["m.lepton"]
+
+
+def test_an_artifact_moved_aside_is_kept_while_it_is_the_only_one(
+    tmp_path: pathlib.Path, dense_artifact: compiler.Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    aside = tmp_path / ".m.lepton.0123456789abcdef.old"
+    dense_artifact.save(aside)
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "write", _full)
+        with pytest.raises(ArtifactError, match="cannot be written"):
+            dense_artifact.save(tmp_path / "m.lepton")
+    assert os.listdir(tmp_path) == [aside.name]
+    for _ in range(2):
+        dense_artifact.save(tmp_path / "m.lepton", overwrite=True)
+    assert os.listdir(tmp_path) == ["m.lepton"]
+
+
+def _full(store: Store, name: str, data: bytes) -> None:
+    raise ArtifactError(f"{name} cannot be written: No space left on device")
