@@ -87,15 +87,20 @@ class Study:
         products: products with a weight, in the order of execution.
         batched: dimensions that a product of two activations is batched over, such as heads.
         scales: dimension and path of each weight vector that an activation is multiplied by.
+        derivatives: equation with a derivative of its own -> the dimensions of its operands and results; None for
+            constant arrays.
     """
 
-    def __init__(self, jaxpr: Any, weights: Mapping[str, Any], inputs: Sequence[str]) -> None:
+    def __init__(
+        self, jaxpr: Any, weights: Mapping[str, Any], inputs: Sequence[str], *, keep_outputs: bool = True
+    ) -> None:
         self.weights: dict[str, Axes] = {}
         self.changes: dict[tuple[int, ...], Change] = {}
         self.constants: dict[tuple[tuple[int, ...], int], Axes] = {}
         self.products: list[Product] = []
         self.batched: list[Dimension] = []
         self.scales: list[tuple[Dimension, str]] = []
+        self.derivatives: dict[tuple[int, ...], list[Axes | None]] = {}
         self.scans: Scans = ()
         opened, _ = _compat.open_jaxpr(jaxpr)
         values: Values = []
@@ -110,7 +115,7 @@ class Study:
         rules |= {"scan": self._scan, "while": self._while, "cond": self._cond, "shard_map": self._visit}
         outs, _ = Walk(rules, {}, inline=True, on_unknown="keep").call(jaxpr, values, Frame())
         for out in outs:
-            if isinstance(out, Labelled):
+            if isinstance(out, Labelled) and keep_outputs:
                 guard(out.axes, "it is part of the program's output")
 
     def use(self, values: Sequence[Any]) -> None:
@@ -144,7 +149,11 @@ class Study:
 
     def _inlined(self, context: Context, eqn: Any, values: Values) -> Values:
         jaxpr = eqn.params.get("call_jaxpr") or eqn.params.get("jaxpr")
-        return context.walk.call(jaxpr, values, inside(context, eqn))[0]
+        outs = context.walk.call(jaxpr, values, inside(context, eqn))[0]
+        if eqn.primitive.name.startswith("custom"):
+            axes = [value.axes if isinstance(value, Labelled) else None for value in (*values, *outs)]
+            self.derivatives[context.key] = axes
+        return outs
 
     def _carried(self, eqn: Any, index: int, value: Any) -> Labelled:
         """A value that a loop carries; a constant array there stays as it is."""

@@ -1,37 +1,28 @@
 """Physical removal of channels, hidden units and heads: the same model with smaller weights, from any jaxpr.
 
-What belongs together is found by `groups`, what matters least by `importance`. The new function traces the old one at
-the old shapes and evaluates its jaxpr on the smaller weights, with every shape in its equations' parameters adapted; it
-equals the old model with all weights of the removed units set to zero. After DepGraph (Fang et al. 2023,
-arXiv:2301.12900).
+What belongs together is found by `groups`, what matters least by `importance`, and `resize` makes the function of the
+smaller weights; it equals the old model with all weights of the removed units set to zero. After DepGraph (Fang et al.
+2023, arXiv:2301.12900).
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import Literal
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 
-from lepton_xla import _compat
-from lepton_xla.errors import RecipeError, UnsupportedError
+from lepton_xla.errors import RecipeError
 from lepton_xla.passes.cost import cost
-from lepton_xla.passes.dependencies import Study, inside
-from lepton_xla.passes.dimensions import Dimension, Kept, leaves, mask_of, units_of
+from lepton_xla.passes.dimensions import Dimension, Kept
 from lepton_xla.passes.groups import Group, Groups, find_groups
 from lepton_xla.passes.importance import Batches, Importance, Loss, importance_scores
 from lepton_xla.passes.measure import time_programs
-from lepton_xla.passes.rewrite import Context, Rule, Values, materialize, rewrite
-from lepton_xla.program import Program, abstract, probe_sizes
+from lepton_xla.passes.resize import remove
+from lepton_xla.program import Program, probe_sizes
 from lepton_xla.report import PassReport, SiteReport
-
-type Masks = dict[str, tuple[np.ndarray | None, ...]]
-"""Weight path -> for each axis, which positions stay, bool `[*steps, size]`; None where all do."""
 
 # A search for a target halves the range of possible sparsities this often.
 SEARCH_STEPS = 12
@@ -258,134 +249,3 @@ def _unreachable(name: str, target: float, least: float, groups: Groups) -> str:
         f"shrink: {name} = {target:g} cannot be reached; the least is {least:.3g}, one unit (or round_to) of each "
         f"group left. Protected groups: {names or 'none'}{more}"
     )
-
-
-# Application: the program on smaller weights.
-
-
-def remove(program: Program, groups: Groups, kept: Kept, *, shapes_only: bool = False) -> Program:
-    """The program without the units that a mask leaves out.
-
-    Args:
-        program: the program.
-        groups: its groups.
-        kept: leaf of a group -> which of its units stay, bool `[*steps, units]`.
-        shapes_only: gives shapes and dtypes in the place of the weights.
-    """
-    masks: Masks = {}
-    for path, axes in groups.study.weights.items():
-        cut = tuple(
-            mask_of(dimension, kept) if any(leaf in kept for leaf in leaves(dimension)) else None for dimension in axes
-        )
-        if any(mask is not None for mask in cut):
-            masks[path] = cut
-    cut = _cut_shape if shapes_only else _cut
-    weights = {path: cut(w, masks[path]) if path in masks else w for path, w in program.weights.items()}
-    cut_masks = {path: _cut(mask, masks[path]) if path in masks else mask for path, mask in program.masks.items()}
-    fn = on_smaller_weights(program.fn, abstract(program.weights), masks, list(program.inputs))
-    return program.replace(fn=fn, weights=weights, masks=cut_masks)
-
-
-def _cut(weight: Any, masks: Sequence[np.ndarray | None]) -> jax.Array:
-    """The slices of an array that stay; taken on the host, since each new shape would be compiled on a device."""
-    library: Any = jnp if isinstance(weight, Tracer) else np
-    cut = weight if library is jnp else np.asarray(weight)
-    for axis, mask in enumerate(masks):
-        if mask is None:
-            continue
-        flat = mask.reshape(-1, mask.shape[mask.ndim - 1])
-        indices = np.stack([np.flatnonzero(row) for row in flat])
-        if mask.ndim == 1:
-            cut = library.take(cut, indices[0], axis=axis)
-        else:
-            shape = [*mask.shape[:-1], *([1] * (cut.ndim - mask.ndim + 1))]
-            shape[axis] = indices.shape[1]
-            cut = library.take_along_axis(cut, indices.reshape(shape), axis=axis)
-    return jnp.asarray(cut)
-
-
-def _cut_shape(weight: Any, masks: Sequence[np.ndarray | None]) -> jax.ShapeDtypeStruct:
-    shape = [
-        size if mask is None else int(np.count_nonzero(mask)) // math.prod(mask.shape[:-1])
-        for size, mask in zip(weight.shape, masks, strict=True)
-    ]
-    return jax.ShapeDtypeStruct(tuple(shape), weight.dtype)
-
-
-def on_smaller_weights(
-    fn: Callable[..., Any], like: Mapping[str, Any], masks: Masks, inputs: Sequence[str]
-) -> Callable[..., Any]:
-    """`fn(weights, *inputs)` for weights without the slices that the masks leave out.
-
-    Args:
-        fn: the function.
-        like: shapes and dtypes of the weights it was written for.
-        masks: what stays of them.
-        inputs: names of the inputs.
-
-    Returns:
-        A function that traces `fn` at the old shapes whenever it is traced itself: pure, of any sizes of the inputs,
-        and as differentiable as `fn`.
-    """
-
-    def rules(closed: Any) -> dict[str, Rule]:
-        study = Study(closed, like, inputs)
-        kept = _transferred(study, masks)
-
-        def adapt(context: Context, eqn: Any, values: Values) -> Values | None:
-            change = study.changes.get(context.key)
-            constants = [index for index in range(len(values)) if (context.key, index) in study.constants]
-            if change is None and not constants:
-                return None
-            operands = [materialize(value) for value in values]
-            for index in constants:
-                cut = [mask_of(d, kept) if _loses(d, kept) else None for d in study.constants[context.key, index]]
-                operands[index] = _cut_constant(operands[index], cut)
-            return _compat.bind(eqn, operands, **(change(kept) if change is not None else {}))
-
-        def in_place(context: Context, eqn: Any, values: Values) -> Values:
-            jaxpr = eqn.params.get("call_jaxpr") or eqn.params.get("jaxpr")
-            return context.walk.call(jaxpr, values, inside(context, eqn))[0]
-
-        return {"*": adapt, "custom_jvp_call": in_place, "custom_vjp_call": in_place}
-
-    return rewrite(fn, rules, on_unknown="keep", example=lambda _weights, *args: (like, *args))
-
-
-def _loses(dimension: Dimension, kept: Kept) -> bool:
-    return any(leaf in kept for leaf in leaves(dimension))
-
-
-def _cut_constant(constant: Any, masks: Sequence[np.ndarray | None]) -> jax.Array:
-    """A constant without the slices of removed units; where these differ by step, it is the same along that axis."""
-    return _cut(
-        constant, [mask.reshape(-1, mask.shape[mask.ndim - 1])[0] if mask is not None else None for mask in masks]
-    )
-
-
-def _transferred(study: Study, masks: Masks) -> Kept:
-    """What masks of weights say of the leaves of another study of the same function, at other sizes of its inputs.
-
-    Raises:
-        UnsupportedError: if the function depends on what was removed at these sizes.
-    """
-    kept: dict[Dimension, np.ndarray] = {}
-    for path, cut in masks.items():
-        for dimension, mask in zip(study.weights[path], cut, strict=True):
-            for leaf in leaves(dimension) if mask is not None else ():
-                assert mask is not None
-                positions = units_of(dimension, leaf)[:, None] == np.arange(leaf.size)[None, :]
-                stays = mask.astype(np.int64) @ positions.astype(np.int64) > 0
-                if not stays.all():
-                    kept[leaf] = stays if len(leaf.scans or ()) else stays.reshape(-1, leaf.size)[0]
-    for path, axes in study.weights.items():
-        cut = masks.get(path, (None,) * len(axes))
-        for axis, (dimension, mask) in enumerate(zip(axes, cut, strict=True)):
-            whole = np.ones(dimension.size, bool) if mask is None else mask
-            blocked = next((leaf.reason for leaf in leaves(dimension) if leaf in kept and leaf.reason), "")
-            if blocked or np.any(mask_of(dimension, kept) != whole):
-                raise UnsupportedError(
-                    f"the program was shrunk at other sizes of its inputs; at these, {path}[{axis}] cannot lose what "
-                    f"was removed: {blocked or 'it is tied to other units'}. Protect it when shrinking"
-                )
-    return kept

@@ -590,6 +590,39 @@ def test_training_goes_on():
         np.testing.assert_allclose(gradient, held, rtol=1e-4, atol=1e-6)
 
 
+def test_derivatives_of_ones_own_go_on():
+    @jax.custom_vjp
+    def slowed(h):
+        return 2 * h
+
+    # What is kept for the derivative has another shape than anything in the function itself.
+    slowed.defvjp(lambda h: (2 * h, jnp.stack([h, jnp.ones_like(h)])), lambda kept, g: (jnp.where(kept[0] > 0, g, 0),))
+    weights = {"a": array(6, 8), "b": array(8, 8, seed=1), "c": array(8, 3, seed=2)}
+    program = trace(lambda w, x: slowed(jax.nn.relu(x @ w["a"]) @ w["b"]) @ w["c"], weights, ROWS)
+    small = shrink(program, sparsity=0.5)
+    full = masked(program, small)
+    # At 0 the derivative of relu is 0; that of max(x, 0), of which it is made, would be a half.
+    x = array(4, 6).at[0].set(0)
+    loss = lambda fn: lambda weights, x: jnp.sum((fn(weights, x) - 1) ** 2)  # noqa: E731
+    got, got_x = jax.jit(jax.grad(loss(small.fn), (0, 1)))(small.weights, x)
+    expected, expected_x = jax.jit(jax.grad(loss(program.fn), (0, 1)))(full, x)
+    np.testing.assert_allclose(got_x, expected_x, rtol=1e-4, atol=1e-5)
+    assert not np.any(got_x[0])
+    for path, gradient in got.items():
+        held = np.asarray(expected[path])[np.asarray(full[path]) != 0].reshape(gradient.shape)
+        np.testing.assert_allclose(gradient, held, rtol=1e-4, atol=1e-5)
+
+
+def test_weights_stay_on_their_devices():
+    program = mlp((6, 8, 3))
+    mesh = jax.make_mesh((2,), ("model",))
+    spread = NamedSharding(mesh, PartitionSpec(None, "model"))
+    program = program.replace(weights={**program.weights, "w0": jax.device_put(program.weights["w0"], spread)})
+    assert shrink(program, sparsity=0.5).weights["w0"].sharding == spread
+    uneven = shrink(program, sparsity=3 / 8).weights["w0"]
+    assert uneven.sharding == NamedSharding(mesh, PartitionSpec())
+
+
 # Refusals.
 
 
