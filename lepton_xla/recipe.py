@@ -320,9 +320,9 @@ class SitePlan:
                 "" if acts == "none" else (" dynamic" if self.quantize.dynamic else f" {self.quantize.calibration}")
             )
             groups = f" in groups of {self.quantize.group}" if self.quantize.group else ""
-            searched = " mse" if self.quantize.weight_range == "mse" else ""
+            searched = ", range by mse" if self.quantize.weight_range == "mse" else ""
             parts.append(
-                f"{self.quantize.weights} weights{searched}{groups}"
+                f"{self.quantize.weights} weights{groups}{searched}"
                 + (f", {acts} activations{scales}" if acts != "none" else "")
             )
         return " + ".join(parts) or "float"

@@ -124,6 +124,11 @@ def test_what_is_not_a_recipe_file(kind, tmp_path):
         (QUANTIZE.format(".*") + 'weights = "int3"', "weights"),
         (QUANTIZE.format(".*") + 'activations = "int16"', "activations"),
         (QUANTIZE.format(".*") + 'granularity = "row"', "granularity"),
+        (QUANTIZE.format(".*") + 'granularity = "group:0"', "granularity"),
+        (QUANTIZE.format(".*") + 'granularity = "group:~0"', "granularity"),
+        (QUANTIZE.format(".*") + 'granularity = "group:<=64"', "granularity"),
+        (QUANTIZE.format(".*") + 'weight_range = "entropy"', "weight_range"),
+        (QUANTIZE.format(".*") + 'weights = "codebook4"\nactivations = "none"\nweight_range = "mse"', "weight_range"),
         (QUANTIZE.format(".*") + 'dynamic = "no"', "dynamic"),
         (QUANTIZE.format(".*") + 'calibration = "mean"', "calibration"),
         (QUANTIZE.format(".*") + 'calibration = "percentile"', "calibration"),
@@ -285,6 +290,36 @@ def test_two_rules_for_one_weight():
         parse(QUANTIZE.format(".*") + 'exclude = "table"').resolve(tied())
     plan = parse(QUANTIZE.format("w.*")).resolve(shared)
     assert decisions(plan)["w"] == decisions(plan)["w#1"] == "int8 weights, int8 activations dynamic"
+
+
+def test_groups_of_about_a_size_fit_each_weight():
+    widths = {"w784": 784, "w300": 300, "w25": 25, "w134": 134}
+    weights = {name: array(6, size) for name, size in widths.items()} | {
+        f"{name}_out": array(size, 2) for name, size in widths.items()
+    }
+    model = program(lambda w, x: sum(jnp.tanh(x @ w[name]) @ w[f"{name}_out"] for name in widths), **weights)
+    text = QUANTIZE.format(".*_out") + 'activations = "none"\nweights = "int4"\n'
+    plan = parse(text + 'granularity = "group:~64"').resolve(model)
+    groups = {"w784": 56, "w300": 60, "w25": 25, "w134": 67}
+    assert {name: plan[f"{name}_out"].quantize.granularity for name in widths} == {
+        name: f"group:{size}" for name, size in groups.items()
+    }
+    assert decisions(plan)["w784_out"] == "int4 weights in groups of 56"
+    searched = parse(text + 'granularity = "group:~64"\nweight_range = "mse"').resolve(model)
+    assert decisions(searched)["w25_out"] == "int4 weights in groups of 25, range by mse"
+    with pytest.raises(UnsupportedError, match=r"'group:64' does not divide the 784 rows .*'group:~64' takes the near"):
+        parse(text + 'granularity = "group:64"').resolve(model)
+
+
+def test_groups_of_about_a_size_at_a_weight_with_several_sites():
+    text = QUANTIZE.format(".*") + 'activations = "none"\ngranularity = "group:~5"'
+    plan = parse(text).resolve(tied())
+    assert plan["table"].quantize == plan["table#1"].quantize
+    assert decisions(plan) == dict.fromkeys(("table", "dense", "table#1"), "int8 weights in groups of 6")
+    # In two layouts the sums have other lengths: that, and not their groups, is what is said.
+    model = program(lambda w, x: jnp.tanh(x @ w["w"]) @ w["w"].T, w=array(6, 9))
+    with pytest.raises(UnsupportedError, match="its weight is used in another layout at 'w'"):
+        parse(text).resolve(model)
 
 
 @pytest.mark.parametrize(

@@ -72,6 +72,24 @@ def test_a_method_helps_and_leaves_its_report(text: str, formats: str, share: fl
         assert small.weights["up"].values.nbytes == WIDTH * 48 // 2
 
 
+@pytest.mark.parametrize("text", ["", 'rounding = "gptq"', "correct_bias = true", 'rescale = "awq"'])
+@pytest.mark.parametrize("granularity", ["channel", "group:~56"])
+def test_a_searched_range_helps_beside_every_method(text: str, granularity: str) -> None:
+    rng = np.random.default_rng(0)
+    weights = {"up": jnp.asarray(rng.normal(size=(96, 64)), jnp.float32)}
+    model = lx.trace(lambda w, x: jax.nn.relu(x @ w["up"]), weights, {"x": lx.TensorSpec(("batch", 96), "float32")})
+    x = (rng.normal(size=(256, 24)) @ rng.normal(size=(24, 96)) + rng.normal(size=(256, 96))).astype(np.float32)
+
+    def error_with(weight_range: str) -> float:
+        rules = f'[[quantize]]\nsites = ".*"\n{INT4}\ngranularity = "{granularity}"\nweight_range = "{weight_range}"'
+        recipe = lx.Recipe.parse(f"measure = false\n{text}\n{rules}", name="range")
+        small = lx.optimize(model, recipe, calibration=[{"x": x}])
+        assert small.weights["up"].scale.shape == ((1, 64) if granularity == "channel" else (2, 64))
+        return float(jnp.linalg.norm(small(small.weights, x) - model(model.weights, x)))
+
+    assert error_with("mse") < 0.93 * error_with("absmax")
+
+
 @pytest.mark.parametrize(
     "text", ['rounding = "gptq"', "correct_bias = true", 'rescale = "smooth:0.3"', 'rescale = "awq"']
 )

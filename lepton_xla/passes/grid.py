@@ -90,12 +90,13 @@ def planned_weights(program: Program, plan: Plan) -> tuple[list[Planned], list[S
 
 
 def whole_grid(planned: Planned) -> Grid:
-    """The grid that covers the weight's whole range, as it lies beside stored codes.
+    """The grid that the rule asks for, as it lies beside stored codes.
 
     Raises:
         RecipeError: if groups do not divide what is summed over; the message names the granularity.
     """
-    return make_grid(matrix.as_stored(planned.site, planned.exact), planned.target, planned.rule.granularity)
+    rule = planned.rule
+    return make_grid(matrix.as_stored(planned.site, planned.exact), planned.target, rule.granularity, rule.weight_range)
 
 
 def given(grid: Grid) -> dict[str, jax.Array]:

@@ -225,7 +225,8 @@ def _store(planned: _Planned, weight: jax.Array, given: Mapping[str, jax.Array])
         if not bool(jnp.all(jnp.isfinite(array.astype(jnp.float32)))):
             raise ModelError(f"weight {site.path!r} cannot be quantized: {what} holds NaN or infinity")
     laid = lay_out(weight, site.layout)
-    quantize = lambda step, grid: products.store(site, step, rule.weights, rule.granularity, grid)  # noqa: E731
+    format_of = (rule.weights, rule.granularity)
+    quantize = lambda step, grid: products.store(site, step, *format_of, grid, rule.weight_range)  # noqa: E731
     for _ in range(site.stacked):
         quantize = jax.vmap(quantize)
     return quantize(laid, grid)
@@ -362,6 +363,8 @@ def _report(
     ratio = _ratio(timings)
     if timings:
         metrics["integer_over_float"] = ratio
+    if rule.group:
+        metrics["group"] = rule.group
     paired = planned.site.path is None
     action = "kept float" if paired else f"{rule.weights} weights"
     if planned.site.name in integer:

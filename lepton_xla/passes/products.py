@@ -48,7 +48,10 @@ def unsupported(site: Site, rule: QuantizeRule | None = None) -> str | None:
     if site.kind != "gather" and not jnp.issubdtype(site.activation.dtype, jnp.floating):
         return f"its activation is {site.activation.dtype}"
     if rule is not None and rule.group and contracted_size(site) % rule.group:
-        return f"granularity = 'group:{rule.group}' does not divide the {contracted_size(site)} rows that it sums over"
+        return (
+            f"granularity = 'group:{rule.group}' does not divide the {contracted_size(site)} rows that it sums over; "
+            f"'group:~{rule.group}' takes the nearest size that does"
+        )
     return None
 
 
@@ -232,7 +235,12 @@ def row_count(site: Site) -> Any:
 
 
 def store(
-    site: Site, weight: jax.Array, name: str, granularity: str, given: Mapping[str, jax.Array] | None = None
+    site: Site,
+    weight: jax.Array,
+    name: str,
+    granularity: str,
+    given: Mapping[str, jax.Array] | None = None,
+    weight_range: str = "absmax",
 ) -> QTensor:
     """Quantizes a weight and lays it out for the fast path.
 
@@ -242,11 +250,12 @@ def store(
         name: the format.
         granularity: `channel`, `tensor` or `group:g`.
         given: the parts of the grid that something else has found: `scale`, `zero_point`, `codebook`.
+        weight_range: how its scale is chosen, where it is not given: `absmax` or `mse`.
 
     Returns:
         A matrix `[batch..., K, N]`, row-major with the contracted axes first, so that no transpose is left at run time.
     """
-    return quantize(to_matrix(site, weight), name, granularity, **(given or {}))
+    return quantize(to_matrix(site, weight), name, granularity, weight_range, **(given or {}))
 
 
 def restore(site: Site, stored: QTensor) -> jax.Array:

@@ -104,6 +104,29 @@ def test_fake_and_lowered_weights_are_the_same(name, weights, granularity):
     assert action == f"{weights} weights"
 
 
+@pytest.mark.parametrize(
+    ("name", "weights", "granularity"),
+    [
+        ("dense", "int4", "group:3"), ("scan", "int4", "channel"), ("HWIO", "uint4", "group:6"),
+        ("tied", "nf4", "channel"), ("experts", "int4", "tensor"), ("embedding", "int4", "group:2"),
+    ],
+)  # fmt: skip
+def test_a_searched_range_is_the_same_in_training_and_lowered(name, weights, granularity):
+    program = model(name)
+    plan, plain = (
+        recipe(weights, granularity, options=f'weight_range = "{how}"').resolve(program) for how in ("mse", "absmax")
+    )
+    x = example(program)
+    fake = jax.jit(fake_quant(program.fn, plan))(program.weights, x)
+    small, covering = lower(program, plan), lower(program, plain)
+    np.testing.assert_allclose(small(small.weights, x), fake, rtol=0, atol=2e-6 * np.abs(fake).max())
+    site = find_sites(program)[0]
+    to_matrix = lambda w: products.to_matrix(site, w)  # noqa: E731
+    exact = (jax.vmap(to_matrix) if name == "scan" else to_matrix)(lay_out(program.weights["w"], site.layout))
+    errors = [float(jnp.sum((one.weights["w"].dequantize() - exact) ** 2)) for one in (small, covering)]
+    assert errors[0] < 0.95 * errors[1]
+
+
 @pytest.mark.parametrize("weights", FORMATS_TESTED)
 def test_the_operand_is_exactly_the_same(weights):
     """The weight itself, bit for bit, jitted and not, in both narrow and wide models."""
