@@ -129,6 +129,7 @@ def test_what_is_not_a_recipe_file(kind, tmp_path):
         (QUANTIZE.format(".*") + 'granularity = "group:<=64"', "granularity"),
         (QUANTIZE.format(".*") + 'weight_range = "entropy"', "weight_range"),
         (QUANTIZE.format(".*") + 'weights = "codebook4"\nactivations = "none"\nweight_range = "mse"', "weight_range"),
+        (QUANTIZE.format(".*") + 'products = "activations"', "products"),
         (QUANTIZE.format(".*") + 'dynamic = "no"', "dynamic"),
         (QUANTIZE.format(".*") + 'calibration = "mean"', "calibration"),
         (QUANTIZE.format(".*") + 'calibration = "percentile"', "calibration"),

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 def plan(target: str, *, recipe: str, buckets: tuple[str, ...], groups: bool, as_json: bool) -> None:
     """Show what a recipe would do to each site of the model TARGET; nothing is run.
 
-    A site is a place where a weight meets an activation: a matmul, a convolution, an embedding. Operations are counted
+    A site is a product, by a weight or of two activations, or an embedding's look-up. Operations are counted
     for one call at the smallest size of each bucket.
 
     \b
