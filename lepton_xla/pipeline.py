@@ -18,9 +18,12 @@ from lepton_xla.passes.fold import fold
 from lepton_xla.passes.gptq import gptq
 from lepton_xla.passes.grid import GivenGrids, round_to_nearest
 from lepton_xla.passes.lower import lower
+from lepton_xla.passes.masks import DATA_METHODS
 from lepton_xla.passes.prune import prune
 from lepton_xla.passes.shrink import shrink
 from lepton_xla.passes.smoothquant import smooth
+from lepton_xla.passes.sparsegpt import sparsegpt
+from lepton_xla.passes.wanda import wanda
 from lepton_xla.program import Program
 from lepton_xla.recipe import Plan, Recipe
 from lepton_xla.report import PassReport, SiteReport
@@ -111,11 +114,10 @@ def apply_plan(
     say = progress or (lambda _line: None)
     recipe = plan.recipe
     sizes = grid(program, buckets) if recipe.measure else []
+    batches = list(calibration) if calibration is not None else None
     if any(planned.prune or planned.not_pruned for planned in plan.sites):
-        say("prune")
-        program = prune(program, plan)
+        program = _pruned(program, plan, batches, say)
     if any(planned.quantize for planned in plan.sites):
-        batches = list(calibration) if calibration is not None else None
         program, plan, grids = _prepare(program, plan, batches, say)
         ranges = None
         if any(planned.quantize is not None and needs_range(planned.quantize) for planned in plan.sites):
@@ -127,6 +129,30 @@ def apply_plan(
         return lower(program, plan, ranges, scales=grids, sizes=sizes, progress=tell)
     if any(planned.not_quantized for planned in plan.sites):
         program = lower(program, plan, sizes=sizes)
+    return program
+
+
+def _pruned(
+    program: Program, plan: Plan, batches: Sequence[Mapping[str, Any]] | None, say: Callable[[str], None]
+) -> Program:
+    """Each rule's weights pruned by its method; by magnitude where it needs data, there is none, and that may be."""
+    recipe = plan.recipe
+    methods = {rule.method for rule in recipe.prune}
+    wanted = sorted(methods & set(DATA_METHODS))
+    if wanted and batches is None:
+        if recipe.without_calibration == "error":
+            raise _needs_data(recipe, f"prune.method = {wanted[0]!r}, which needs")
+        plain = [msgspec.structs.replace(r, method="magnitude") if r.method in wanted else r for r in recipe.prune]
+        plan = msgspec.structs.replace(recipe, prune=tuple(plain)).resolve(program)
+        why = "by magnitude, for want of calibration data"
+        program = program.replace(history=(*program.history, PassReport("skipped", metrics={why: ", ".join(wanted)})))
+        methods, wanted = {"magnitude"}, []
+    if methods - set(wanted) or any(planned.not_pruned for planned in plan.sites):
+        say("prune")
+        program = prune(program, plan)
+    for method in wanted:
+        say(f"prune by {method}")
+        program = (wanda if method == "wanda" else sparsegpt)(program, plan, batches or ())
     return program
 
 

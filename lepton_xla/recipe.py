@@ -173,8 +173,9 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
             alpha A in [0, 1]; or `awq`. Needs calibration data.
         rounding: `nearest`, or `gptq`: weights are rounded so that outputs on calibration data change least.
         correct_bias: whether the mean shift of outputs by rounding is taken out by biases. Needs calibration data.
-        without_calibration: what becomes of `rescale`, `rounding` and `correct_bias` where no calibration data is
-            given: an `error`, or they are left out (`skip`), with a line in the history.
+        without_calibration: what becomes of `rescale`, `rounding`, `correct_bias` and pruning by `wanda` or
+            `sparsegpt` where no calibration data is given: an `error`, or they are left out (`skip`; pruning is then by
+            magnitude), with a line in the history.
         shrink: the `[shrink]` table; None where nothing is removed.
         prune: `[[prune]]` blocks.
         quantize: `[[quantize]]` blocks.
@@ -252,8 +253,7 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         for kind, rules in (("prune", self.prune), ("quantize", self.quantize)):
             _check_used(rules, found, f"recipe {self.name!r}: {kind}")
         stored = name_leaves(program.weights)
-        # A rule for embeddings and nothing else means them; one that matches them among others leaves them out.
-        lookups = [rule for rule in self.prune if all(site.kind == "gather" for site in found if rule.matches(site))]
+        lookups = [rule for rule in self.prune if _names_lookups(rule, found)]
         decided = _share([self._decide(site, stored, lookups) for site in found], self.name)
         decided = [_with_own_group(entry) for entry in decided]
         for entry in decided:
@@ -434,6 +434,11 @@ def _check_used(rules: Sequence[_Rule], sites: Sequence[Site], where: str) -> No
                 f"that matches a site wins, so put it before them"
             )
         left = [site for site in left if not rule.matches(site)]
+
+
+def _names_lookups(rule: PruneRule, sites: Sequence[Site]) -> bool:
+    """Whether a rule is for embeddings, which are left out where one matches them among others, or matches anything."""
+    return not re.fullmatch(rule.sites, "\0") and all(site.kind == "gather" for site in sites if rule.matches(site))
 
 
 def _share(planned: Sequence[SitePlan], recipe: str) -> list[SitePlan]:

@@ -18,6 +18,8 @@ from lepton_xla.passes.rewrite import rewrite
 from lepton_xla.passes.shrink import shrink
 from lepton_xla.passes.sites import find_sites, rewrite_sites
 from lepton_xla.passes.smoothquant import smooth
+from lepton_xla.passes.sparsegpt import sparsegpt
+from lepton_xla.passes.wanda import wanda
 
 __all__ = [
     "awq",
@@ -42,4 +44,6 @@ __all__ = [
     "round_to_nearest",
     "shrink",
     "smooth",
+    "sparsegpt",
+    "wanda",
 ]
