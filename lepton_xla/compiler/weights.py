@@ -169,7 +169,7 @@ def _choose(words: np.ndarray, haste: float) -> Encoding:
     if not whole:
         return "raw"
     costs: dict[Encoding, float] = {"raw": whole} if is_small else {"plain": whole + _ZARR_BYTES}
-    costs["zstd"] = (_zstd_share(words) + haste * _ZSTD_COST) * whole + _ZARR_BYTES
+    costs["zstd"] = (zstd_share(words) + haste * _ZSTD_COST) * whole + _ZARR_BYTES
     parts = pieces(words.shape, words.itemsize)
     sample = words[parts[len(parts) // 2]]
     scale = whole / sample.nbytes
@@ -182,7 +182,7 @@ def _choose(words: np.ndarray, haste: float) -> Encoding:
     return min(costs, key=lambda encoding: costs[encoding])
 
 
-def _zstd_share(words: np.ndarray) -> float:
+def zstd_share(words: np.ndarray) -> float:
     """What zstd leaves of a leaf, measured on a part from its middle."""
     flat = words.reshape(-1)
     middle = max(0, (flat.size - _SAMPLE_BYTES // words.itemsize) // 2)

@@ -103,6 +103,20 @@ def test_large_leaves_are_cut_and_stored_by_what_is_smallest(dtype: str, content
     assert total <= largest * array.size / 8
 
 
+@pytest.mark.parametrize(
+    ("density", "large", "small"), [(1.0, "plain", "deflate"), (0.5, "zstd", "gaps"), (0.2, "gaps", "gaps")]
+)
+def test_large_weights_are_not_made_slower_to_load_for_a_few_bytes(density: float, large: str, small: str) -> None:
+    values = np.random.default_rng(0).normal(0, 40, (2300, 2000))
+    codes = (
+        np.where(np.abs(values) >= np.quantile(np.abs(values), 1 - density), values, 0).clip(-127, 127).astype(np.int8)
+    )
+    assert stored(codes)[0].encoding == large
+    leaf, written = stored(codes[:400])
+    assert leaf.encoding in (small, "deflate")  # at one half, the two take the same bytes
+    assert sum(map(len, written.values())) < 0.97 * codes[:400].size
+
+
 def test_pieces_of_many_leaves_share_files_of_bounded_size() -> None:
     kept = np.random.default_rng(0).random((8, 1 << 20)) < 0.2
     arrays = [np.where(mask, random_bits("int8", mask.shape, 0), np.int8(0)) for mask in kept]
