@@ -103,18 +103,16 @@ def test_large_leaves_are_cut_and_stored_by_what_is_smallest(dtype: str, content
     assert total <= largest * array.size / 8
 
 
-@pytest.mark.parametrize(
-    ("density", "large", "small"), [(1.0, "plain", "deflate"), (0.5, "zstd", "gaps"), (0.2, "gaps", "gaps")]
-)
-def test_large_weights_are_not_made_slower_to_load_for_a_few_bytes(density: float, large: str, small: str) -> None:
+@pytest.mark.parametrize(("density", "encoding"), [(1.0, "plain"), (0.5, "zstd"), (0.2, "gaps")])
+def test_large_weights_do_not_take_longer_to_load_for_a_few_bytes(density: float, encoding: str) -> None:
     values = np.random.default_rng(0).normal(0, 40, (2300, 2000))
-    codes = (
-        np.where(np.abs(values) >= np.quantile(np.abs(values), 1 - density), values, 0).clip(-127, 127).astype(np.int8)
-    )
-    assert stored(codes)[0].encoding == large
-    leaf, written = stored(codes[:400])
-    assert leaf.encoding in (small, "deflate")  # at one half, the two take the same bytes
-    assert sum(map(len, written.values())) < 0.97 * codes[:400].size
+    kept = np.abs(values) >= np.quantile(np.abs(values), 1 - density)
+    codes = np.where(kept, values, 0).clip(-127, 127).astype(np.int8)
+    assert stored(codes)[0].encoding == encoding
+    part = codes[:400]
+    leaf, written = stored(part)  # a small model's
+    assert leaf.encoding != "plain"
+    assert sum(map(len, written.values())) < 0.97 * part.size
 
 
 def test_pieces_of_many_leaves_share_files_of_bounded_size() -> None:
