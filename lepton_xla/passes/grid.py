@@ -78,10 +78,6 @@ def planned_weights(program: Program, plan: Plan) -> tuple[list[Planned], list[S
         if not sites:
             kept.append(SiteReport(entries[0].site.name, "kept", "only looked up, so rounded to nearest when stored"))
             continue
-        if sites[0].kind == "conv_general_dilated" and rule.granularity.startswith("group:"):
-            # Stored codes have a window's positions first, these matrices its channels: their groups differ.
-            kept.append(SiteReport(sites[0].name, "kept", "groups over a window, so rounded to nearest when stored"))
-            continue
         exact = matrix.stored_matrix(sites[0], program.weights[path]).astype(jnp.float32)
         if not bool(jnp.all(jnp.isfinite(exact))):
             raise ModelError(f"the weight of site {sites[0].name!r} is not finite")

@@ -16,6 +16,7 @@ from lepton_xla.errors import LeptonError, ModelError, RecipeError
 from lepton_xla.passes import matrix
 from lepton_xla.passes.gptq import Options, gptq, gptq_codes, gptq_values
 from lepton_xla.passes.grid import nearest, round_to_nearest
+from lepton_xla.passes.lower import lower
 from lepton_xla.program import TensorSpec, from_linen, from_nnx, trace
 from lepton_xla.quant import FORMATS, QTensor, quantize
 from lepton_xla.quant.grid import Grid, make_grid
@@ -294,6 +295,21 @@ def test_on_models(name):
             report.sites[0].metrics["output_error"],
             rtol=1e-2,
         )
+
+
+@pytest.mark.parametrize("feature_groups", [1, 2])
+@pytest.mark.parametrize("options", ["", 'weight_range = "mse"'])
+def test_groups_over_a_window_are_those_of_the_stored_codes(feature_groups, options):
+    program = conv_program(feature_groups)
+    rules = f"[[quantize]]\nsites = '.*'\nactivations = 'none'\nweights = 'int4'\ngranularity = 'group:6'\n{options}"
+    plan = Recipe.parse(rules, name="groups").resolve(program)
+    x = jnp.asarray(correlated(64), jnp.float32)
+    changed, grids = gptq(program, plan, [{"x": x}])
+    stored, plain = lower(changed, plan, scales=grids), lower(program, plan)
+    assert stored.weights["w"].scale.shape == (36 // feature_groups // 6, 8)
+    np.testing.assert_array_equal(stored.weights["w"].scale, plain.weights["w"].scale)
+    np.testing.assert_array_equal(stored(stored.weights, x), changed(changed.weights, x))
+    assert errors_of(program, stored, "w", x) < 0.95 * errors_of(program, plain, "w", x)
 
 
 def test_each_step_of_a_stack_is_the_core_on_its_own_inputs():
