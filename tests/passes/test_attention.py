@@ -305,7 +305,7 @@ def test_a_plan_says_what_becomes_of_products_of_two_activations():
         "decision": "int8 x int8 activations dynamic", "kept": "",
     }  # fmt: skip
     assert f"{name}  dot_general  int8 x int8 activations dynamic" in str(plan)
-    assert plan["query"].describe() == "int4 weights, int8 activations mse"
+    assert plan["query"].describe() == "int4 weights in groups of 4, int8 activations mse"
     left = lx.Recipe.parse(f'[[quantize]]\nsites = "{BOTH}"', name="left")
     with pytest.raises(lx.UnsupportedError, match=r"two activations, which products = 'weights' leaves float"):
         left.resolve(STACKED)
