@@ -391,6 +391,10 @@ BETWEEN = {
     "cumsum over heads": (lambda h: jnp.cumsum(h.reshape(-1, 2, 4), 1).reshape(-1, 8), {"a[1.1]": 4}),
     "zeros padded on": (lambda h: jnp.pad(h, ((0, 0), (2, 1)))[:, 2:10], {"a[1]": 8}),
     "repeated": (lambda h: jnp.tile(h[:, None], (1, 1, 1))[:, 0], {"a[1]": 8}),
+    "joined and cut into heads": (
+        lambda h: jnp.tanh(jnp.concatenate([h[:, 4:], h[:, :4]], -1).reshape(-1, 4, 2)).swapaxes(1, 2).reshape(-1, 8),
+        {"a[1.0]": 2, "a[1.1]": 2, "a[1.2]": 2},
+    ),
     "where": (lambda h: jnp.where(h > 1, h, jnp.zeros_like(h)), {"a[1]": 8}),
     "sum of squares": (lambda h: h * lax.rsqrt(jnp.sum(h * h, -1, keepdims=True) + 1.0), {"a[1]": 8}),
     "written into": (lambda h: lax.dynamic_update_slice(jnp.ones((1, *h.shape)), h[None], (0, 0, 0))[0], {"a[1]": 8}),
@@ -417,10 +421,22 @@ BETWEEN = {
         lambda h: jax.pure_callback(np.tanh, jax.ShapeDtypeStruct(h.shape, h.dtype), h, vmap_method="sequential"),
         "`pure_callback` depends on it",
     ),
+    "ones padded on": (
+        lambda h: h * jnp.sum(jnp.pad(h[None], ((1, 0), (0, 0), (0, 0)), constant_values=1.0), (0, 2))[:, None],
+        "`reduce_sum` runs over it where removed units would not be zero",
+    ),
+    "ones elsewhere": (
+        lambda h: h * jnp.sum(jnp.where(h > 1, h, jnp.ones_like(h)), -1, keepdims=True),
+        "`reduce_sum` runs over it where removed units would not be zero",
+    ),
+    "no longer zero in the second round": (
+        lambda h: lax.fori_loop(
+            0, 2, lambda _, c: (jnp.exp(c[0]), c[1] * jnp.sum(c[0], -1, keepdims=True)), (h, h)
+        )[1],
+        "`reduce_sum` runs over it where removed units would not be zero",
+    ),
     "every other": (lambda h: jnp.concatenate([h[:, ::2], h[:, 1::2]], -1), "takes"),
-    "reshape across": (lambda h: h.reshape(-1, 16).reshape(-1, 8) + h.reshape(-1), None),
 }  # fmt: skip
-del BETWEEN["reshape across"]
 
 
 @pytest.mark.parametrize("name", BETWEEN)
@@ -459,6 +475,27 @@ def test_an_output_along_an_axis_that_is_repeated_is_not_zero_there():
     assert "would not be zero" in find_groups(program)["a[1]"].protected
 
 
+def test_a_flattened_axis_is_zero_only_where_all_its_parts_are():
+    def fn(weights, x):
+        spread = (x @ weights["a"])[:, :, None] * jnp.exp(weights["e"])[None, None]
+        flat = spread.reshape(x.shape[0], -1)
+        return (flat * jnp.sum(flat * flat, -1, keepdims=True)) @ weights["b"]
+
+    program = trace(fn, {"a": array(6, 8), "e": array(4), "b": array(32, 3, seed=1)}, ROWS)
+    assert units(program) == {}
+
+
+def test_layers_that_are_also_used_outside_lose_the_same():
+    def fn(weights, x):
+        step = lambda x, layer: x + jax.nn.relu(x @ layer["up"]) @ layer["down"]  # noqa: E731
+        x = step(x, jax.tree.map(lambda leaf: leaf[0], weights))
+        return lax.scan(lambda x, layer: (step(x, layer), None), x, weights)[0]
+
+    program = trace(fn, {"up": array(3, 6, 8), "down": array(3, 8, 6, seed=1)}, ROWS)
+    assert [group.steps for group in find_groups(program).removable] == [()]
+    assert_equals_masked(program, shrink(program, sparsity=0.5), array(2, 6))
+
+
 # Choosing.
 
 
@@ -476,6 +513,7 @@ def mlp(widths=(6, 8, 8, 3), seed=0):
 @pytest.mark.parametrize(("importance", "power"), [("l1", 1), ("l2", 2)])
 def test_norms_are_averaged_over_the_weights_of_a_group(importance, power):
     program = mlp((6, 8, 3))
+    program = program.replace(weights={**program.weights, "w1": 100 * program.weights["w1"]})
     made, read = (np.asarray(program.weights[name], np.float64) for name in ("w0", "w1"))
     scores = [(np.abs(made) ** power).sum(0) ** (1 / power), (np.abs(read) ** power).sum(1) ** (1 / power)]
     stays = np.sort(np.argsort(-sum(score / score.mean() for score in scores))[:5])
