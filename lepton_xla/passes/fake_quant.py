@@ -22,7 +22,7 @@ from lepton_xla.passes.sites import Site, Tracked, lay_out, operand_value, rewri
 from lepton_xla.program import name_leaves
 from lepton_xla.quant import FORMATS, Format, encode, fake_quantize, make_grid
 from lepton_xla.quant.grid import matrix_codes, matrix_values, settle
-from lepton_xla.quant.learned import initial_scale, learned_quantize, stochastic_quantize
+from lepton_xla.quant.learned import LOG2, initial_scale, learned_quantize, raw_scales, stochastic_quantize
 from lepton_xla.quant.qtensor import straight_through
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 type Scales = dict[str, dict[str, jax.Array]]
 """Weight path -> parts of its grid (`scale`, `zero_point`, `codebook`, stacked axes leading); site name -> the scale
-of its `activation`. `lower` takes the same."""
+of its `activation`. `log2_scale` and `log2_activation` give a scale by its logarithm. `lower` takes the same."""
 
 _PARTS = ("scale", "zero_point", "codebook")
 _KEY_SUFFIX = ":key"
@@ -49,7 +49,8 @@ def fake_quant(
 
     Returns:
         A function like `fn`, for use inside `jit`, `grad`, `vmap` and sharding, that takes by keyword also:
-        `scales`: a `Scales` tree, in the place of what ranges give, whose integer scales are trained (LSQ);
+        `scales`: a `Scales` tree, in the place of what ranges give, whose integer scales get a gradient (LSQ): to
+        train them, begin with `initial_scales`;
         `step`: int32, the training step, before `start` of which nothing is rounded, without a new compile;
         `key`: a `jax.random` key, with which rounding is up or down at random, but for products of two activations.
 
@@ -89,7 +90,7 @@ def fake_quant(
                 return [_code_product(site, rounded)]
             return context.bind(eqn, [part.value for part in rounded])
 
-        beside = _beside(planned, ranges or {}, scales or {}, key, weights)
+        beside = _beside(planned, ranges or {}, raw_scales(scales), key, weights)
         rounding = lambda: rewrite_sites(fn, rule, beside=beside)(weights, *inputs, **kwargs)  # noqa: E731
         if step is None:
             return rounding()
@@ -102,14 +103,18 @@ def fake_quant(
 def initial_scales(weights: Any, plan: Plan, ranges: Mapping[str, jax.Array] | None = None) -> Scales:
     """Scales to be trained beside the weights (LSQ, arXiv:1902.08153), for `fake_quant` and then `lower`.
 
+    They are logarithms (as in TQT, arXiv:1903.08066, section 4), which an optimizer may take as they are: Adam moves
+    all it trains by about its rate, which for a logarithm is the same share of any scale, and never passes zero. Leave
+    weight decay off for them: it would pull every scale to 1.
+
     Args:
         weights: the weights, a pytree whose paths are those of the plan's program.
         plan: which sites get what.
         ranges: site name -> calibrated range; the activation of a site without one keeps its dynamic scale.
 
     Returns:
-        float32 leaves only, so that an optimizer takes them as they are: for each weight path a `scale`, with the
-        stacked axes leading; for each site that has a range an `activation`.
+        float32 leaves only: for each weight path a `log2_scale`, with the stacked axes leading; for each site that has
+        a range a `log2_activation`.
 
     Raises:
         UnsupportedError: for a site whose format is not of integers around zero.
@@ -128,11 +133,12 @@ def initial_scales(weights: Any, plan: Plan, ranges: Mapping[str, jax.Array] | N
         )
         for _ in range(site.stacked):
             make = jax.vmap(make)
-        if "scale" not in scales.get(site.path, {}):
-            scales.setdefault(site.path, {})["scale"] = make(lay_out(named[site.path], site.layout))
+        if LOG2 + "scale" not in scales.get(site.path, {}):
+            scale = make(lay_out(named[site.path], site.layout))
+            scales.setdefault(site.path, {})[LOG2 + "scale"] = jnp.log2(scale)
         if rule.activations != "none" and site.name in (ranges or {}):
             scale = products.absmax_scale(jnp.asarray((ranges or {})[site.name]), FORMATS[rule.activations])
-            scales.setdefault(site.name, {})["activation"] = scale
+            scales.setdefault(site.name, {})[LOG2 + "activation"] = jnp.log2(scale)
     return scales
 
 

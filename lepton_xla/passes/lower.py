@@ -27,6 +27,7 @@ from lepton_xla.passes.rewrite import Context, Values, materialize
 from lepton_xla.passes.sites import Site, find_sites, lay_out, rewrite_sites
 from lepton_xla.program import Expansion, Program, abstract, leaf_bytes, tree_bytes
 from lepton_xla.quant.grid import settle
+from lepton_xla.quant.learned import raw_scales
 from lepton_xla.report import PassReport, SiteReport
 
 if TYPE_CHECKING:
@@ -68,7 +69,8 @@ def lower(
         ranges: site name -> range, from `calibrate`; needed for static sites.
         scales: what training or another pass has found, in the place of what a weight's range gives: weight path ->
             any of `scale`, `zero_point`, `codebook`, with the stacked axes leading, as `QTensor` has them; and site
-            name -> `activation`, the scale of its activation, static from then on.
+            name -> `activation`, the scale of its activation, static from then on. Or their logarithms, as
+            `initial_scales` has them.
         sizes: sizes of the symbolic dimensions, such as `[{"batch": 1}, {"batch": 32}]`, at which integer products are
             timed against float. Empty: nothing is timed and every planned site is computed as planned.
         progress: called with a line as each site is looked at.
@@ -82,12 +84,13 @@ def lower(
     """
     start = time.perf_counter()
     say = progress or (lambda _line: None)
+    given = raw_scales(scales)
     weights: dict[str, Any] = dict(program.weights)
     like = abstract(program.weights)
     reports: list[SiteReport] = []
     stored: list[_Planned] = []
     for path, group in _by_weight(plan).items():
-        weights[path] = _store(group[0], program.weights[path], (scales or {}).get(path, {}))
+        weights[path] = _store(group[0], program.weights[path], given.get(path, {}))
         stored += group
     pairs = [
         _Planned(entry.site, entry.quantize)
@@ -99,7 +102,7 @@ def lower(
     candidates = [planned for planned in every if planned.rule.activations != "none" and not reasons[planned.site.name]]
     values: dict[str, jax.Array] = {}
     for planned in candidates:
-        trained = (scales or {}).get(planned.site.name, {}).get("activation")
+        trained = given.get(planned.site.name, {}).get("activation")
         if trained is not None:
             values[planned.site.name + SCALE_SUFFIX] = settle(trained, "tensor")
         elif needs_range(planned.rule):

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from lepton_xla.errors import UnsupportedError
+from lepton_xla.errors import ModelError, UnsupportedError
 from lepton_xla.quant.formats import Format
 from lepton_xla.quant.grid import as_blocks, decode, group_size, settle
 from lepton_xla.quant.qtensor import straight_through
+
+# Begins the name of a part that is given by its logarithm, to base 2.
+LOG2 = "log2_"
+SCALE_PARTS = ("scale", "zero_point", "codebook", "activation", LOG2 + "scale", LOG2 + "activation")
 
 
 def initial_scale(matrix: jax.Array, target: Format, granularity: str) -> jax.Array:
@@ -31,6 +36,31 @@ def initial_scale(matrix: jax.Array, target: Format, granularity: str) -> jax.Ar
     axes = (-3, -2, -1) if granularity == "tensor" else (-2,)
     scale = jnp.mean(blocks, axes, keepdims=True)[..., :, 0, :] * np.float32(2 / math.sqrt(_largest(target)))
     return jnp.where(scale == 0, jnp.float32(1), settle(scale, "tensor"))
+
+
+def raw_scales(scales: Mapping[str, Mapping[str, jax.Array]] | None) -> dict[str, dict[str, jax.Array]]:
+    """Scales as they are, of some that may be given by their logarithms.
+
+    Args:
+        scales: name -> part -> array. A part whose name begins with `log2_` is the logarithm, to base 2, of the part
+            without it.
+
+    Returns:
+        The same without logarithms; empty for None.
+
+    Raises:
+        ModelError: if a part is unknown, or there both as it is and as a logarithm.
+    """
+    raw: dict[str, dict[str, jax.Array]] = {}
+    for name, parts in (scales or {}).items():
+        for part, array in parts.items():
+            plain = part.removeprefix(LOG2)
+            if part not in SCALE_PARTS:
+                raise ModelError(f"scales are given for {name!r} as {part!r}; parts are {', '.join(SCALE_PARTS)}")
+            if plain in raw.setdefault(name, {}):
+                raise ModelError(f"scales are given for {name!r} both as {plain!r} and as its logarithm; drop one")
+            raw[name][plain] = array if part == plain else jnp.exp2(array)
+    return raw
 
 
 def learned_quantize(
