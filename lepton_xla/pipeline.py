@@ -13,6 +13,7 @@ from lepton_xla.errors import CalibrationError, CompileError
 from lepton_xla.passes.awq import awq
 from lepton_xla.passes.bias_correction import correct_bias
 from lepton_xla.passes.calibrate import calibrate, needs_range
+from lepton_xla.passes.cast import cast
 from lepton_xla.passes.equalize import equalize
 from lepton_xla.passes.fold import fold
 from lepton_xla.passes.gptq import gptq
@@ -40,7 +41,7 @@ def optimize(
     buckets: Mapping[str, Iterable[int]] | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> Program:
-    """Makes a program small and fast: fold, shrink, prune, equalize, rescale, round, correct, calibrate, lower.
+    """Makes a program small and fast: fold, shrink, prune, equalize, rescale, round, correct, calibrate, lower, cast.
 
     Args:
         program: a trained model.
@@ -109,7 +110,7 @@ def apply_plan(
         calibration, buckets, progress: as in `optimize`.
 
     Raises:
-        CalibrationError: as `optimize`.
+        CalibrationError, UnsupportedError: as `optimize`.
     """
     say = progress or (lambda _line: None)
     recipe = plan.recipe
@@ -126,9 +127,12 @@ def apply_plan(
             say("calibrate")
             program, ranges = _calibrated(program, plan, batches)
         tell = lambda site: say(f"lower {site}")  # noqa: E731
-        return lower(program, plan, ranges, scales=grids, sizes=sizes, progress=tell)
-    if any(planned.not_quantized for planned in plan.sites):
+        program = lower(program, plan, ranges, scales=grids, sizes=sizes, progress=tell)
+    elif any(planned.not_quantized for planned in plan.sites):
         program = lower(program, plan, sizes=sizes)
+    if recipe.cast != "none":
+        say(f"cast to {recipe.cast}")
+        program = cast(program, recipe.cast, on_unsupported=recipe.on_unsupported)
     return program
 
 

@@ -176,6 +176,10 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         without_calibration: what becomes of `rescale`, `rounding`, `correct_bias` and pruning by `wanda` or
             `sparsegpt` where no calibration data is given: an `error`, or they are left out (`skip`; pruning is then by
             magnitude), with a line in the history.
+        cast: `bfloat16` or `float16`: what is still multiplied in float in the end is multiplied in it, with float32
+            sums, and weights that only go there are stored in it. Quantized weights keep their codes, integer products
+            their integers (they are timed against float32); what is between products stays as it is. `float16` has no
+            magnitudes above 65504.
         shrink: the `[shrink]` table; None where nothing is removed.
         prune: `[[prune]]` blocks.
         quantize: `[[quantize]]` blocks.
@@ -192,6 +196,7 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     rounding: Literal["nearest", "gptq"] = "nearest"
     correct_bias: bool = False
     without_calibration: Literal["error", "skip"] = "error"
+    cast: Literal["none", "bfloat16", "float16"] = "none"
     shrink: ShrinkRule | None = None
     prune: tuple[PruneRule, ...] = ()
     quantize: tuple[QuantizeRule, ...] = ()
@@ -355,7 +360,8 @@ class Plan:
     def __str__(self) -> str:
         rows = [(entry.site.name, entry.site.kind, entry.describe(), entry.kept) for entry in self.sites]
         widths = [max((len(row[column]) for row in rows), default=0) for column in range(3)]
-        lines = [f"recipe {self.recipe.name}: {len(rows)} sites"]
+        cast = "" if self.recipe.cast == "none" else f", products left in float are made {self.recipe.cast}"
+        lines = [f"recipe {self.recipe.name}: {len(rows)} sites{cast}"]
         for *cells, kept in rows:
             line = "  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True))
             lines.append(f"  {line}{f'  ({kept})' if kept else ''}".rstrip())

@@ -102,6 +102,35 @@ def test_without_data_it_is_an_error_or_left_out_as_the_recipe_says(text: str) -
     assert text.split(" ")[0] in str(small.history[1])
 
 
+@pytest.mark.parametrize(
+    ("text", "formats", "passes"),
+    [
+        ('cast = "bfloat16"', INT4, ["fold", "lower", "cast"]),
+        ('cast = "float16"\nrounding = "gptq"', INT4, ["fold", "gptq", "lower", "cast"]),
+        ('cast = "bfloat16"', INT8, ["fold", "lower", "cast"]),
+    ],
+)
+def test_what_is_left_in_float_is_narrowed_last(text: str, formats: str, passes: list[str]) -> None:
+    plain, wide = error(text.partition("\n")[2], data=batches(), formats=formats)
+    narrowed, small = error(text, data=batches(), formats=formats)
+    assert [report.name for report in small.history] == passes
+    assert narrowed < plain + 0.02
+    assert (narrowed == plain) == (formats == INT8)  # there every product is one of integers
+    np.testing.assert_array_equal(small.weights["up"].values, wide.weights["up"].values)
+    assert small.weights["up_bias"].dtype == jnp.float32
+
+
+def test_a_recipe_may_narrow_only() -> None:
+    recipe = lx.Recipe.parse('cast = "float16"', name="half")
+    assert "2 sites, products left in float are made float16" in str(recipe.resolve(program()))
+    small = lx.optimize(program(), recipe)
+    assert [report.name for report in small.history] == ["fold", "cast"]
+    assert small.weights["up"].dtype == jnp.float16
+    assert [report.name for report in lx.optimize(program(), lx.Recipe.parse("", name="none")).history] == ["fold"]
+    with pytest.raises(lx.RecipeError, match=r"\$.cast"):
+        lx.Recipe.parse('cast = "float8"', name="eighth")
+
+
 @pytest.mark.parametrize("value", ["smooth", "smooth:2", "smooth:-1", "smooth:x", "quick"])
 def test_an_unknown_rescaling_is_refused(value: str) -> None:
     with pytest.raises(lx.RecipeError, match=r"\$.rescale"):

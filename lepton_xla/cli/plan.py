@@ -68,6 +68,7 @@ def _document(target: str, found: Plan, counted: CostReport, weights_bytes: int)
     return {
         "target": target,
         "recipe": found.recipe.name,
+        "cast": found.recipe.cast,
         "sizes": counted.sizes,
         "sites": sites,
         "totals": {
@@ -112,7 +113,8 @@ def _print(document: dict[str, Any]) -> None:
             total=total,
         ),
         f"{totals['changed']} of {totals['sites']} sites change, {totals['kept']} are kept for a reason."
-        + (f" FLOPs of one call at {at}." if at else ""),
+        + (f" FLOPs of one call at {at}." if at else "")
+        + ("" if document["cast"] == "none" else f" Products left in float are made {document['cast']}."),
     )
 
 

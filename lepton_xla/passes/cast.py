@@ -19,7 +19,7 @@ from lepton_xla import _compat
 from lepton_xla.errors import RecipeError
 from lepton_xla.passes.rewrite import Context, Values
 from lepton_xla.passes.sites import Site, find_sites, operand_value, rewrite_sites
-from lepton_xla.program import Program, abstract, probe_sizes, tree_bytes
+from lepton_xla.program import Expansion, Program, abstract, probe_sizes, tree_bytes
 from lepton_xla.report import PassReport, SiteReport
 
 DTYPES = ("bfloat16", "float16")
@@ -37,7 +37,8 @@ def cast(
     A weight is stored narrow if it goes into products and embedding lookups only, all of which are narrowed; any other
     (a bias, the scale of a norm) stays as it is. Products of two activations, such as attention's, are narrowed too. A
     precision that a narrowed product asked for (`jax.default_matmul_precision`) is dropped. Integer products, and those
-    of 16-bit floats, are left alone.
+    of 16-bit floats, are left alone. A quantized weight keeps its codes; where it is multiplied in float, it is narrow
+    once it is unpacked, on each call or on loading.
 
     Args:
         program: any program.
@@ -61,8 +62,8 @@ def cast(
     start = time.perf_counter()
     if dtype not in DTYPES:
         raise RecipeError(f"cast: dtype {dtype!r} is none of {', '.join(DTYPES)}")
-    sites = find_sites(program)
-    reasons = _kept_sites(sites, tuple(keep))
+    keep, sites = tuple(keep), find_sites(program)
+    reasons = _kept_sites(sites, keep)
     weight_reasons = _kept_weights(program, sites, reasons, dtype)
     like = abstract(program.weights)
     weights = {
@@ -103,7 +104,27 @@ def cast(
     ]
     metrics = {"weights_bytes_before": program.weights_bytes, "weights_bytes_after": tree_bytes(weights)}
     report = PassReport("cast", time.perf_counter() - start, tuple(reports), metrics)
-    return program.replace(fn=fn, weights=weights, history=(*program.history, report))
+    history = (*program.history, report)
+    expansion = _cast_expansion(program, dtype, keep, on_unsupported)
+    return program.replace(fn=fn, weights=weights, history=history, expansion=expansion)
+
+
+def _cast_expansion(
+    program: Program, dtype: str, keep: Sequence[str], on_unsupported: Literal["error", "keep"]
+) -> Expansion | None:
+    """What runs on weights that are unpacked on loading: they are narrowed there."""
+    if program.expansion is None:
+        return None
+    expand = program.expansion.expand
+    expanded = program.replace(fn=program.expansion.fn, weights=expand(program.weights))
+    # A weight that is unpacked on each call has another site, of another name, than one that is unpacked before.
+    names = [site.name for site in find_sites(expanded)]
+    there = [text for text in keep if any(re.fullmatch(text, name) for name in names)]
+    narrow = cast(expanded, dtype, keep=there, on_unsupported=on_unsupported)
+    like = abstract(narrow.weights)
+    return Expansion(
+        lambda weights: jax.tree.map(lambda leaf, at: leaf.astype(at.dtype), expand(weights), like), narrow.fn
+    )
 
 
 def _narrowed(operand: Any, dtype: str) -> Any:

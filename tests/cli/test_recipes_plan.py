@@ -47,6 +47,20 @@ def test_plan_has_the_right_figures(cli, plain, files):
     assert totals["flops"] == hidden["flops"] + head["flops"] + totals["other_flops"]
 
 
+def test_plan_shows_groups_and_casts(cli, plain, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "160")
+    (tmp_path / "small.toml").write_text(
+        'cast = "bfloat16"\n[[quantize]]\nsites = "hidden"\nweights = "int4"\nactivations = "none"\n'
+        'granularity = "group:~10"\nweight_range = "mse"'
+    )
+    found = cli.json("plan", plain, "--recipe", tmp_path / "small.toml")
+    assert found["cast"] == "bfloat16"
+    assert [site["decision"] for site in found["sites"]] == ["int4 weights in groups of 8, range by mse", "float"]
+    text = " ".join(cli.ok("plan", plain, "--recipe", tmp_path / "small.toml").split())
+    assert "int4 weights in groups of 8, range by mse" in text
+    assert "Products left in float are made bfloat16." in text
+
+
 def test_plan_counts_at_the_size_asked_for(cli, plain):
     found = cli.json("plan", plain, "--buckets", "batch=8,32")
     assert found["sizes"] == {"batch": 8}

@@ -11,8 +11,9 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 from lepton_xla.errors import RecipeError, UnsupportedError
-from lepton_xla.passes import cast
-from lepton_xla.program import TensorSpec, trace
+from lepton_xla.passes import cast, lower
+from lepton_xla.program import Expansion, TensorSpec, trace
+from lepton_xla.recipe import Recipe
 
 ROWS = {"x": TensorSpec(("batch", 6), "float32")}
 DTYPES = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
@@ -268,6 +269,41 @@ def test_integer_and_narrow_products_are_left_alone():
     small = cast(program)
     assert str(small.jaxpr({"batch": 4})) == str(program.jaxpr({"batch": 4}))
     assert actions(small) == {"codes": ("kept", "it is int8"), "narrow": ("kept", "it is bfloat16 already")}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_quantized_weights_keep_their_codes_and_are_narrow_once_unpacked(dtype):
+    program = trace(lambda w, x: jnp.tanh(x @ w["a"]) @ w["b"], {"a": array(6, 32), "b": array(32, 5, seed=3)}, ROWS)
+    rules = '[[quantize]]\nsites = "a"\nweights = "int4"\nactivations = "none"\ngranularity = "group:3"'
+    lowered = lower(program, Recipe.parse(rules, name="rules").resolve(program))
+    expand = lambda weights: {"a": weights["a"].dequantize(), "b": weights["b"]}  # noqa: E731
+    small = cast(lowered.replace(expansion=Expansion(expand, program.fn)), dtype)
+    assert actions(small) == {
+        "a": ("kept", "it is quantized"),
+        "b": (dtype, ""),
+        "dot_general#0": (f"{dtype} product", ""),
+    }
+    assert small.weights["b"].dtype == dtype
+    np.testing.assert_array_equal(small.weights["a"].values, lowered.weights["a"].values)
+    x = array(8, 6, seed=4)
+    expected = product(np.tanh(product(x, lowered.weights["a"].dequantize(), dtype)), program.weights["b"], dtype)
+    on_each_call = run(small, x)
+    np.testing.assert_allclose(on_each_call, expected, atol=8e-3 if dtype == "bfloat16" else 2e-3)
+    error = np.linalg.norm(on_each_call - expected) / np.linalg.norm(expected)
+    assert error < 0.2 * np.linalg.norm(run(lowered, x) - expected) / np.linalg.norm(expected)
+    unpacked = small.expansion.expand(small.weights)
+    assert {name: leaf.dtype.name for name, leaf in unpacked.items()} == {"a": dtype, "b": dtype}
+    np.testing.assert_array_equal(jax.jit(small.expansion.fn)(unpacked, x), on_each_call)
+
+
+def test_integer_products_stay_integer_after_lowering():
+    program = trace(lambda w, x: jnp.tanh(x @ w["a"]) @ w["b"], {"a": array(6, 32), "b": array(32, 5, seed=3)}, ROWS)
+    plan = Recipe.parse('[[quantize]]\nsites = "a"', name="rules").resolve(program)
+    small = cast(lower(program, plan))
+    x = array(8, 6, seed=4)
+    assert str(small.jaxpr({"batch": 8})).count("preferred_element_type=int32") == 1
+    hidden = np.tanh(np.asarray(run(lower(program.replace(fn=lambda w, x: x @ w["a"]), plan), x), np.float64))
+    np.testing.assert_allclose(run(small, x), product(hidden, program.weights["b"], "bfloat16"), atol=4e-3)
 
 
 def test_outputs_keep_the_dtype_the_product_had():
