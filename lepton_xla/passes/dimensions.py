@@ -221,6 +221,15 @@ def units_of(dimension: Dimension, unit_of: Dimension) -> np.ndarray:
     return whole
 
 
+def unit_sums(values: np.ndarray, units: np.ndarray, count: int) -> np.ndarray:
+    """Sums along the last axis over the positions of each unit, `[..., count]`; `units` as `units_of` gives them."""
+    total = np.zeros((*values.shape[:-1], count))
+    own = units >= 0
+    places: Any = (..., units[own])
+    np.add.at(total, places, values[..., own])
+    return total
+
+
 def inner_size(dimension: Dimension, unit_of: Dimension) -> int:
     """How many neighbouring positions of a flattened axis make one unit of a leaf; 0 where it is not in the axis."""
     dimension = resolve(dimension)

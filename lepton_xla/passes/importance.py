@@ -12,7 +12,7 @@ import numpy as np
 from lepton_xla.errors import CalibrationError, RecipeError
 from lepton_xla.passes import matrix
 from lepton_xla.passes.dependencies import Axes
-from lepton_xla.passes.dimensions import Dimension, leaves, units_of
+from lepton_xla.passes.dimensions import Dimension, leaves, unit_sums, units_of
 from lepton_xla.passes.groups import Group, Groups
 from lepton_xla.passes.sites import find_sites, step_lengths
 from lepton_xla.passes.statistics import collect_statistics
@@ -149,7 +149,7 @@ def _activation_scores(program: Program, groups: Groups, batches: Sequence[Any])
                 if np.any(rows != rows[..., :1]):
                     continue  # the weight makes these units and does not read them
                 flat = magnitudes.reshape(*magnitudes.shape[:lead], -1)
-                found = _summed(flat, rows[..., 0].reshape(-1).astype(int), group)
+                found = unit_sums(flat, rows[..., 0].reshape(-1).astype(int), group.units)
                 extra = tuple(range(len(group.steps), lead))
                 scores[group.name].append(found.sum(extra) if extra else found)
     return scores
@@ -172,11 +172,5 @@ def _per_unit(values: np.ndarray, axes: Axes, group: Group) -> list[np.ndarray]:
     for axis, dimension in enumerate(axes):
         if group.leaf in leaves(dimension):
             others = tuple(k for k in range(steps, values.ndim) if k != axis)
-            sums.append(_summed(values.sum(others), units_of(dimension, group.leaf), group))
+            sums.append(unit_sums(values.sum(others), units_of(dimension, group.leaf), group.units))
     return sums
-
-
-def _summed(values: np.ndarray, units: np.ndarray, group: Group) -> np.ndarray:
-    """Sums along the last axis over the positions of each unit."""
-    belongs = units[:, None] == np.arange(group.units)[None, :]
-    return values @ belongs.astype(np.float64)

@@ -15,7 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from lepton_xla import _compat
 from lepton_xla.errors import UnsupportedError
 from lepton_xla.passes.dependencies import Axes, Study, inside
-from lepton_xla.passes.dimensions import Dimension, Kept, leaves, mask_of, units_of
+from lepton_xla.passes.dimensions import Dimension, Kept, leaves, mask_of, unit_sums, units_of
 from lepton_xla.passes.groups import Groups
 from lepton_xla.passes.rewrite import Context, Rule, Values, materialize, rewrite
 from lepton_xla.program import Program, abstract
@@ -222,8 +222,7 @@ def _transferred(study: Study, masks: Masks) -> Kept:
         for dimension, mask in zip(study.weights[path], cut, strict=True):
             for leaf in leaves(dimension) if mask is not None else ():
                 assert mask is not None
-                positions = units_of(dimension, leaf)[:, None] == np.arange(leaf.size)[None, :]
-                stays = mask.astype(np.int64) @ positions.astype(np.int64) > 0
+                stays = unit_sums(mask, units_of(dimension, leaf), leaf.size) > 0
                 if not stays.all():
                     kept[leaf] = stays if len(leaf.scans or ()) else stays.reshape(-1, leaf.size)[0]
     for path, axes in study.weights.items():

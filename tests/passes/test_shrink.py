@@ -130,10 +130,11 @@ def test_groups_of_the_residual_network(residual):
         groups["x"]
 
 
-def test_a_shrunk_program_shrinks_folds_prunes_and_quantizes(residual, lenient):
-    image = array(4, 8, 8, 3)
-    small = shrink(shrink(fold(residual), sparsity=0.25), sparsity=0.25)
-    recipe = Recipe.parse('measure = false\n[[prune]]\nsites = ".*kernel"\nsparsity = 0.5\n', name="p")
+def test_a_shrunk_program_shrinks_prunes_and_quantizes():
+    rows = array(4, 6)
+    small = shrink(shrink(fold(mlp((6, 32, 32, 3))), sparsity=0.25), sparsity=0.25)
+    assert shapes(small)["w1"] == (18, 18)
+    recipe = Recipe.parse('measure = false\n[[prune]]\nsites = ".*"\nsparsity = 0.5\n', name="p")
     pruned = prune(small, recipe.resolve(small))
     again = shrink(pruned, sparsity=0.3)
     assert {path: mask.shape for path, mask in again.masks.items()} == {
@@ -141,14 +142,21 @@ def test_a_shrunk_program_shrinks_folds_prunes_and_quantizes(residual, lenient):
     }
     for path, mask in again.masks.items():
         np.testing.assert_array_equal(np.asarray(again.weights[path]) != 0, mask)
-    quantize = Recipe.parse('measure = false\n[[quantize]]\nsites = ".*kernel"\nactivations = "none"\n', name="q")
+    quantize = Recipe.parse('measure = false\n[[quantize]]\nsites = ".*"\nactivations = "none"\n', name="q")
     stored = lower(again, quantize.resolve(again))
     assert stored.weights_bytes < 0.5 * again.weights_bytes
-    expected = jax.jit(again.fn)(again.weights, image)
+    expected = jax.jit(again.fn)(again.weights, rows)
     np.testing.assert_allclose(
-        jax.jit(stored.fn)(stored.weights, image), expected, atol=0.05 * float(jnp.abs(expected).max())
+        jax.jit(stored.fn)(stored.weights, rows), expected, atol=0.05 * float(jnp.abs(expected).max())
     )
     assert [report.name for report in stored.history] == ["fold", "shrink", "shrink", "prune", "shrink", "lower"]
+
+
+def test_a_folded_program_shrinks(residual, lenient):
+    folded = fold(residual)
+    small = shrink(folded, sparsity=0.5)
+    assert shapes(small)["params/Conv_0/kernel:bias"] == (4,)
+    assert_equals_masked(folded, small, array(2, 8, 8, 3))
 
 
 def test_a_shrunk_program_compiles_saves_and_loads(residual, lenient, tmp_path):
