@@ -4,7 +4,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from lepton_xla import passes
+    from lepton_xla import passes, train
     from lepton_xla.compiler import Servable, compile, load, verify
     from lepton_xla.errors import (
         ArtifactError,
@@ -50,6 +50,7 @@ __all__ = [
     "optimize",
     "passes",
     "trace",
+    "train",
     "verify",
 ]
 
@@ -80,8 +81,8 @@ _HOME = {name: module for module, names in _HOMES.items() for name in names}
 if not TYPE_CHECKING:  # else every misspelt name would have a type
 
     def __getattr__(name: str) -> object:
-        if name == "passes":
-            return importlib.import_module("lepton_xla.passes")
+        if name in ("passes", "train"):
+            return importlib.import_module(f"lepton_xla.{name}")
         if name not in _HOME:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         value = getattr(importlib.import_module(_HOME[name]), name)

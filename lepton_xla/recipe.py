@@ -42,7 +42,11 @@ class _Rule(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
 
     def matches(self, site: Site) -> bool:
         """Whether this rule is for the site."""
-        return bool(re.fullmatch(self.sites, site.name)) and not self.excludes(site)
+        return self.matches_path(site.name)
+
+    def matches_path(self, path: str) -> bool:
+        """Whether this rule is for what has this name."""
+        return bool(re.fullmatch(self.sites, path)) and not (self.exclude and re.fullmatch(self.exclude, path))
 
     def excludes(self, site: Site) -> bool:
         """Whether the site is one that this rule leaves to others."""

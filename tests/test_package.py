@@ -17,7 +17,7 @@ PUBLIC = [
     "ArtifactError", "CalibrationError", "CompileError", "InputError", "LeptonError", "ModelError", "ModelSpec",
     "PassReport", "Plan", "Program", "Recipe", "RecipeError", "Servable", "ServeError", "SiteReport", "TensorSpec",
     "UnsupportedError", "compile", "find_sites", "from_linen", "from_nnx", "load", "optimize", "passes", "trace",
-    "verify",
+    "train", "verify",
 ]  # fmt: skip
 
 

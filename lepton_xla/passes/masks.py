@@ -18,11 +18,11 @@ import numpy as np
 from jax import lax
 
 from lepton_xla import _compat
-from lepton_xla.errors import ModelError, RecipeError
+from lepton_xla.errors import ModelError, RecipeError, UnsupportedError
 from lepton_xla.passes import matrix
 from lepton_xla.passes.products import unsupported
 from lepton_xla.passes.ranking import LARGEST_RANKING, Masks, Ranking, exact_mean, keep_largest
-from lepton_xla.passes.sites import LayoutOp, Site, layout_key
+from lepton_xla.passes.sites import LayoutOp, Site, lay_out, layout_key
 
 if TYPE_CHECKING:
     from lepton_xla.recipe import Plan, PruneRule
@@ -144,7 +144,7 @@ def plan_targets(plan: Plan, weights: Mapping[str, Any]) -> list[Target]:
     """The weights that a plan prunes; one that several sites use is one target, which its first product gives a matrix.
 
     Raises:
-        ModelError: if `weights` lacks one of them.
+        ModelError: if `weights` lacks one of them, or has it in another shape.
     """
     sites: dict[str, list[Any]] = {}
     for entry in plan.sites:
@@ -158,9 +158,78 @@ def plan_targets(plan: Plan, weights: Mapping[str, Any]) -> list[Target]:
                 f"that the plan's program has"
             )
         site = next((entry.site for entry in entries if entry.site.kind != "gather"), entries[0].site)
-        leaf = weights[path]
-        targets.append(Target(path, jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), entries[0].prune, site))
+        like = jax.ShapeDtypeStruct(weights[path].shape, weights[path].dtype)
+        if not _fits(site, like):
+            raise ModelError(f"weight {path!r} has shape {like.shape}, which it has not in the plan's program")
+        targets.append(Target(path, like, entries[0].prune, site))
     return targets
+
+
+def _fits(site: Site, like: jax.ShapeDtypeStruct) -> bool:
+    """Whether a weight of this shape reaches the site as it did when the site was found."""
+    if _compat.is_manual(site.eqn):  # where the site has seen one shard
+        return True
+    try:
+        laid = jax.eval_shape(lambda array: lay_out(array, site.layout), like)
+    except (TypeError, ValueError):
+        return False
+    return laid.shape[site.stacked :] == site.weight.shape
+
+
+def leaf_targets(rules: Sequence[PruneRule], leaves: Mapping[str, Any]) -> list[Target]:
+    """The leaves of a pytree that rules prune, known by their paths only; the first rule that matches one wins.
+
+    Leaves of less than two axes, biases, norms' scales and embeddings are left out, unless a rule matches nothing else.
+
+    Raises:
+        RecipeError: if a rule matches nothing.
+        ModelError: if a leaf is not of floats.
+        UnsupportedError: if a pattern does not divide a leaf.
+    """
+    targets: dict[str, Target] = {}
+    for rule in rules:
+        matched = [path for path in leaves if rule.matches_path(path)]
+        usual = [path for path in matched if not _left_out(path, leaves[path])]
+        if not matched:
+            raise RecipeError(f"sites = {rule.sites!r} matches none of the weights {some_names(leaves)}")
+        for path in usual or matched:
+            if path not in targets:
+                targets[path] = _leaf_target(path, leaves[path], rule)
+    return list(targets.values())
+
+
+# The last name of what is no matrix of a product, though stacked layers may give it two axes.
+_LEFT_OUT = {"bias", "b", "scale", "offset", "gain", "gamma", "beta", "embedding", "embeddings", "table"}
+
+
+def _left_out(path: str, leaf: Any) -> bool:
+    return len(leaf.shape) < 2 or path.rpartition("/")[2] in _LEFT_OUT
+
+
+def _leaf_target(path: str, leaf: Any, rule: PruneRule) -> Target:
+    if not jnp.issubdtype(leaf.dtype, jnp.floating):
+        raise ModelError(f"weight {path!r} is {leaf.dtype}; only weights of floats are pruned, so exclude it")
+    width = leaf.shape[-1] if leaf.shape else 1
+    depth = math.prod(leaf.shape) // max(width, 1)
+    if reason := _undivided(Pattern.parse(rule.pattern), depth, width, f"{depth} rows"):
+        raise UnsupportedError(f"weight {path!r} of shape {tuple(leaf.shape)}: pattern {rule.pattern!r}: {reason}")
+    return Target(path, jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), rule)
+
+
+def something_left(targets: Sequence[Target]) -> None:
+    """Refuses rules that would leave nothing of a weight, as far as that is known from its shape.
+
+    Raises:
+        RecipeError: naming the weight.
+    """
+    known = [target for target in targets if sparsity_of(target.rule) is not None]
+    for target, share in zip(known, rule_shares(known).values(), strict=True):
+        if target.rule.distribution == "global" or target.pattern.kind == "groups":
+            continue
+        units = jax.eval_shape(target.units, jax.ShapeDtypeStruct(target.like.shape, jnp.float32)).shape
+        count = math.prod(units[target.lead :])
+        if count and round(float(share) * count) >= count:
+            raise RecipeError(f"{_nothing_left(target)}; lower its sparsity or exclude it")
 
 
 def unprunable(rule: PruneRule, site: Site, stored: Any, *, named: bool = False) -> str:
@@ -445,7 +514,7 @@ def _regrown(
         first.append(Ranking(alive, jnp.asarray(lost, jnp.uint32) + replaced, lead))
         promises.append([target.units(regrowth.scores[target.path]) for target in each])
     for ranking, kept, promise, lost in zip(first, rank(first), promises, dropped, strict=True):
-        certain = [jnp.where(on, jnp.full_like(part, jnp.inf), part) for on, part in zip(kept, promise, strict=True)]
+        certain = [part + jnp.where(on, jnp.float32(jnp.inf), 0) for on, part in zip(kept, promise, strict=True)]
         second.append(Ranking(certain, lost, ranking.lead))
     return rank(second)
 
@@ -506,8 +575,12 @@ def nothing_left(target: Target, mask: jax.Array) -> str:
     steps = units.reshape(math.prod(units.shape[: target.lead]), -1)
     if steps.shape[1] == 0 or steps.any(axis=1).all():
         return ""
+    return _nothing_left(target)
+
+
+def _nothing_left(target: Target) -> str:
     what = f"weight {target.path!r} of shape {tuple(target.like.shape)}"
-    return f"{what}: {target.rule.pattern} pruning would leave nothing of it"
+    return f"{what}: {target.rule.describe()} would leave nothing of it"
 
 
 def some_names(names: Any, limit: int = 6) -> str:

@@ -314,7 +314,7 @@ def test_nothing_left_of_one_layer_is_refused():
         {"w": stack},
         {"x": TensorSpec(("b", 8), "float32")},
     )
-    with pytest.raises(RecipeError, match=r"weight 'w' of shape \(2, 8, 8\): unstructured pruning would leave nothing"):
+    with pytest.raises(RecipeError, match=r"weight 'w' of shape \(2, 8, 8\): prune 50% global would leave nothing"):
         masks_of(program, 'sparsity = 0.5\ndistribution = "global"')
 
 

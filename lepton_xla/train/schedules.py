@@ -1,0 +1,92 @@
+"""When masks are found anew while training, and how much of the weights they drop by then."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lepton_xla.errors import RecipeError
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """A schedule of sparsity.
+
+    Attributes:
+        sparsity: `sparsity(step, final) -> share` in [0, 1), both int32 and float32 scalars inside `jit`; `final` is
+            the sparsity that a rule asks for in the end.
+        begin: the first step at which masks are found.
+        end: the last one; None for no end. It always is one, so that the final sparsity is reached.
+        every: steps between them.
+        overrides: whether `final` is not used, so that rules need not say it.
+
+    Raises:
+        RecipeError: for steps that make no schedule.
+    """
+
+    sparsity: Callable[[jax.Array, Any], Any]
+    begin: int = 0
+    end: int | None = None
+    every: int = 100
+    overrides: bool = False
+
+    def __post_init__(self) -> None:
+        if self.begin < 0 or self.every < 1 or (self.end is not None and self.end < self.begin):
+            raise RecipeError(
+                f"schedule: begin = {self.begin}, end = {self.end}, every = {self.every}; expected 0 <= begin <= end "
+                f"and every >= 1"
+            )
+
+    @staticmethod
+    def of(share: Callable[[Any], Any], *, begin: int = 0, end: int | None = None, every: int = 100) -> Schedule:
+        """A schedule from a function of the step, such as optax has: it gives the sparsity in the place of all rules'.
+
+        Raises:
+            RecipeError: if it is outside of [0, 1) at the first or the last step.
+        """
+        for step in (begin, *([end] if end is not None else [])):
+            value = float(share(step))
+            if not 0 <= value < 1:
+                raise RecipeError(f"schedule: the sparsity at step {step} is {value:g}; expected a share in [0, 1)")
+        return Schedule(lambda step, _final: share(step), begin, end, every, overrides=True)
+
+    def due(self, step: jax.Array) -> jax.Array:
+        """Whether masks are found anew at this step."""
+        regular = (step >= self.begin) & ((step - self.begin) % self.every == 0)
+        return regular if self.end is None else (regular & (step <= self.end)) | (step == self.end)
+
+
+def one_shot(at: int = 0) -> Schedule:
+    """All at once, at one step."""
+    return Schedule(lambda _step, final: final, begin=at, end=at)
+
+
+def periodic(begin: int = 0, end: int | None = None, *, every: int = 100) -> Schedule:
+    """The final sparsity from `begin` on, with masks found anew every so many steps, for what can come back."""
+    return Schedule(lambda _step, final: final, begin, end, every)
+
+
+def polynomial(begin: int, end: int, *, initial: float = 0.0, power: float = 3.0, every: int = 100) -> Schedule:
+    """From `initial` at step `begin` to the final sparsity at `end` (Zhu and Gupta 2017, arXiv:1710.01878).
+
+    `final + (initial - final) * (1 - (step - begin) / (end - begin)) ** power`. "0 to 0.5 between steps 1000 and
+    10000" is `sparsify(optimizer, {".*kernel": 0.5}, schedule=polynomial(1000, 10000))`.
+
+    Raises:
+        RecipeError: if `end` is not after `begin`, `initial` is not in [0, 1), or `power` is not positive.
+    """
+    if end <= begin or not 0 <= initial < 1 or not power > 0:
+        raise RecipeError(
+            f"polynomial schedule: begin = {begin}, end = {end}, initial = {initial:g}, power = {power:g}; expected "
+            f"begin < end, initial in [0, 1) and power > 0"
+        )
+
+    def sparsity(step: jax.Array, final: Any) -> jax.Array:
+        left = 1 - jnp.clip((jnp.asarray(step, jnp.float32) - begin) / (end - begin), 0, 1)
+        return final + (initial - final) * left**power
+
+    return Schedule(sparsity, begin, end, every)
