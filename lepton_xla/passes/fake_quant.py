@@ -86,8 +86,9 @@ def fake_quant(
                     (rows,) = context.bind(eqn, operands)
                     return [_fake_rows(site, rows, decision)]
                 rounded = _round_operands(site, operands, decision, tracked, beside)
-            if _from_codes(site, decision, rounded):
-                return [_code_product(site, rounded)]
+            order = _code_order(site, decision, rounded)
+            if order is not None:
+                return [_code_product(site, rounded, order)]
             return context.bind(eqn, [part.value for part in rounded])
 
         beside = _beside(planned, ranges or {}, raw_scales(scales), key, weights)
@@ -244,19 +245,14 @@ def _round_pair(site: Site, operands: Sequence[jax.Array], rule: QuantizeRule) -
     return [_round(operand, scale, target, clips=False) for operand, scale in zip(operands, scales, strict=True)]
 
 
-def _from_codes(site: Site, rule: QuantizeRule, rounded: Sequence[_Rounded]) -> bool:
-    """Whether the product is computed from codes, as `lower` computes it."""
+def _code_order(site: Site, rule: QuantizeRule, rounded: Sequence[_Rounded]) -> tuple[int, int] | None:
+    """The order of the operands in a product of their codes, or None where it is one of floats."""
     if site.kind != "dot_general" or FORMATS[rule.weights].kind != "int" or products.float_reason(site, rule):
-        return False
-    if any(part.codes is None for part in rounded):
-        return False
-    # XLA's integer product on CPU is slower than float where the left operand is not summed over its last axes.
-    (summed, _), _ = site.params["dimension_numbers"]
-    rank = len(site.operands[0].shape)
-    return sorted(summed) == list(range(rank - len(summed), rank))
+        return None
+    return products.code_order(site) if all(part.codes is not None for part in rounded) else None
 
 
-def _code_product(site: Site, rounded: Sequence[_Rounded]) -> jax.Array:
+def _code_product(site: Site, rounded: Sequence[_Rounded], order: tuple[int, int]) -> jax.Array:
     """The product of codes, with the gradient of the float product of what they stand for."""
     values = [part.value for part in rounded]
     codes = [part.codes for part in rounded]
@@ -265,7 +261,7 @@ def _code_product(site: Site, rounded: Sequence[_Rounded]) -> jax.Array:
     @jax.custom_jvp
     def product(values: Sequence[jax.Array], codes: Any, scales: Any) -> jax.Array:
         del values  # what a derivative is taken by; the codes hold the same numbers
-        return products.multiply_in_place(site, codes, scales)
+        return products.multiply_in_place(site, codes, scales, order)
 
     def derivative(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
         values, codes, scales = primals

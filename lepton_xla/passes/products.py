@@ -324,18 +324,41 @@ def pair_product(site: Site, left: jax.Array, right: jax.Array, name: str, *, pa
     return _multiply(weighted, codes[0], scale, codes[1], columns, pad_single).astype(site.output.dtype)
 
 
-def multiply_in_place(site: Site, codes: Sequence[jax.Array], scales: Sequence[jax.Array]) -> jax.Array:
+def code_order(site: Site) -> tuple[int, int] | None:
+    """The order in which the codes of both operands multiply fast; None where float is faster on a CPU.
+
+    XLA's integer kernels want the first operand summed over its last axes, and others take ten times as long.
+    """
+    contract, _ = site.params["dimension_numbers"]
+    ranks = [len(operand.shape) for operand in site.operands]
+    last = [sorted(axes) == list(range(rank - len(axes), rank)) for axes, rank in zip(contract, ranks, strict=True)]
+    if last[0]:
+        return (0, 1)
+    # The sharding that is asked for is that of the result in its own order.
+    return (1, 0) if last[1] and site.params["out_sharding"] is None else None
+
+
+def multiply_in_place(
+    site: Site, codes: Sequence[jax.Array], scales: Sequence[jax.Array], order: tuple[int, int]
+) -> jax.Array:
     """A `dot_general` of the codes of its operands in the layout they have there: for training, and any sharding.
 
     Args:
         site: the `dot_general`, of a weight or of two activations.
         codes: those of the left and of the right operand, integers whose products int32 can add up.
         scales: theirs, float32, broadcastable to the operands, of size 1 along what is summed over.
+        order: from `code_order`.
 
     Returns:
         The same numbers as `code_product`: integers are exact, and one product of both scales rescales them.
     """
-    (total,) = _compat.bind(site.eqn, codes, preferred_element_type=jnp.dtype("int32"), precision=None)
+    contract, batch = site.params["dimension_numbers"]
+    numbers = tuple(tuple(axes[side] for side in order) for axes in (contract, batch))
+    changes = {"dimension_numbers": numbers, "preferred_element_type": jnp.dtype("int32"), "precision": None}
+    (total,) = _compat.bind(site.eqn, [codes[side] for side in order], **changes)
+    if order == (1, 0):
+        lead, split = len(batch[0]), total.ndim - (len(site.operands[0].shape) - len(contract[0]) - len(batch[0]))
+        total = jnp.transpose(total, (*range(lead), *range(split, total.ndim), *range(lead, split)))
     left, right = (_at_output(site, scale, side) for side, scale in enumerate(scales))
     return (total.astype(jnp.float32) * (left * right)).astype(site.output.dtype)
 

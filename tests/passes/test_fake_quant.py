@@ -1,13 +1,17 @@
 """Fake quantization at a site against float64, its gradient, and where it composes."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from lepton_xla.errors import CalibrationError
-from lepton_xla.passes import calibrate, fake_quant
+from lepton_xla.passes import calibrate, fake_quant, lower
 from lepton_xla.program import TensorSpec, trace
 from lepton_xla.recipe import Recipe
 
@@ -146,3 +150,149 @@ def test_trains_to_where_it_is_quantized():
         weights = jax.tree.map(lambda w, g: w - 0.3 * g, weights, gradient)
     best = np.linalg.lstsq(np.asarray(x), np.asarray(target), rcond=None)[1].sum() / target.size
     assert loss(weights)[0] < 1.02 * best < first
+
+
+# The product of codes, forward; that of floats, backward.
+
+EINSUMS = {
+    "dense": ("bi,io->bo", (4, 6), (6, 5)),
+    "transposed": ("bi,oi->bo", (4, 6), (5, 6)),
+    "places": ("bsi,io->bso", (4, 3, 6), (6, 5)),
+    "heads": ("bshd,hdo->bso", (4, 3, 2, 6), (2, 6, 5)),
+    "experts": ("bei,eio->beo", (4, 3, 6), (3, 6, 5)),
+    "weight on the left": ("oi,bi->ob", (5, 6), (4, 6)),
+    "weight on the left, summed over its first axis": ("io,bi->ob", (6, 5), (4, 6)),
+    "first axes": ("io,ib->ob", (6, 5), (6, 4)),
+}
+
+
+def einsum_model(name, dtype="float32"):
+    """A program of one einsum, an example of its activation, and the axes that share a scale of both."""
+    spec, left, right = EINSUMS[name]
+    weight_first = name.startswith(("weight", "first"))
+    w, x = (left, right) if weight_first else (right, left)
+    terms = spec.split("->")[0].split(",")
+    summed = [[k for k, axis in enumerate(term) if axis not in spec.split("->")[1]] for term in terms]
+    axes = summed[::-1] if weight_first else summed
+    shape = (*x[:-1], "batch") if name == "first axes" else ("batch", *x[1:])
+
+    def fn(weights, x):
+        operands = [x.astype(dtype), weights["w"].astype(dtype)]
+        return jnp.einsum(spec, *(operands[::-1] if weight_first else operands))
+
+    weights = {"w": array(*w)}
+    program = trace(fn, weights, {"x": TensorSpec(shape, "float32")})
+    return program, array(*x, seed=3), [tuple(a) for a in axes]
+
+
+@pytest.mark.parametrize("name", [*EINSUMS])
+def test_the_value_is_that_of_codes_and_the_gradient_that_of_floats(name):
+    spec = EINSUMS[name][0]
+    program, x, (act_axes, weight_axes) = einsum_model(name)
+    quantized = fake_quant(program.fn, recipe().resolve(program))
+    left_first = name.startswith(("weight", "first"))
+    operands = [rounded(x, act_axes), rounded(program.weights["w"], weight_axes)]
+    value = np.einsum(spec, *(operands[::-1] if left_first else operands))
+    got, pullback = jax.vjp(quantized, program.weights, x)
+    np.testing.assert_allclose(got, value, rtol=1e-5, atol=1e-5)
+    upstream = array(*value.shape, seed=4)
+    terms, out = spec.split("->")
+    first, second = terms.split(",")[::-1] if left_first else terms.split(",")
+    by_weight, by_input = pullback(upstream)
+    expected = [np.einsum(f"{out},{second}->{first}", upstream, operands[1])]
+    expected.append(np.einsum(f"{out},{first}->{second}", upstream, operands[0]))
+    np.testing.assert_allclose(by_input, expected[0], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(by_weight["w"], expected[1], rtol=1e-4, atol=1e-5)
+    # Forward mode is the same linear map.
+    moved = ({"w": array(*program.weights["w"].shape, seed=5)}, array(*x.shape, seed=6))
+    _, along = jax.jvp(quantized, (program.weights, x), moved)
+    inner = float(jnp.vdot(by_weight["w"], moved[0]["w"]) + jnp.vdot(by_input, moved[1]))
+    np.testing.assert_allclose(jnp.vdot(upstream, along), inner, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", [name for name in EINSUMS if name != "first axes"])
+@pytest.mark.parametrize("options", ["", 'weights = "int4"\nactivations = "int4"', "dynamic = false"])
+def test_what_is_trained_is_what_is_served_bit_for_bit(name, options):
+    program, x, _ = einsum_model(name, "bfloat16" if name == "dense" else "float32")
+    plan = recipe(options).resolve(program)
+    ranges = calibrate(program, plan, [{"x": x}]) if "false" in options else None
+    small = lower(program, plan, ranges)
+    trained = jax.jit(fake_quant(program.fn, plan, ranges))(program.weights, x)
+    np.testing.assert_array_equal(trained, jax.jit(small.fn)(small.weights, x))
+
+
+def attention(weights, x):
+    """x: [batch, places, heads, width]."""
+    scores = jax.nn.softmax(jnp.einsum("bqhd,bkhd->bhqk", x @ weights["q"], x))
+    return jnp.einsum("bhqk,bkhd->bqhd", scores, x)
+
+
+def test_products_of_two_activations():
+    program = trace(attention, {"q": array(6, 6)}, {"x": TensorSpec(("batch", 4, 2, 6), "float32")})
+    x = array(3, 4, 2, 6, seed=2)
+    plan = recipe('products = "all"').resolve(program)
+    quantized = fake_quant(attention, plan)
+    total = lambda x: jnp.sum(quantized(program.weights, x) ** 2)  # noqa: E731
+    small = lower(program, plan)
+    got, gradient = jax.jit(lambda x: (quantized(program.weights, x), jax.grad(total)(x)))(x)
+    # Through the softmax, which compilers may fuse otherwise, not bit for bit.
+    np.testing.assert_allclose(got, small.fn(small.weights, x), rtol=1e-5, atol=1e-6)
+    query = np.einsum("bqhd,de->bqhe", rounded(x, 3), rounded(program.weights["q"], 0))
+    logits = np.einsum("bqhd,bkhd->bhqk", rounded(query, 3), rounded(x, 3))
+    scores = np.exp(logits - logits.max(-1, keepdims=True))
+    scores = rounded(scores / scores.sum(-1, keepdims=True), 3)
+    value = np.einsum("bhqk,bkhd->bqhd", scores, rounded(x, 1))
+    assert np.median(np.abs(got - value)) < 1e-5  # a code may fall on the other side of a tie
+    only_weights = fake_quant(attention, recipe().resolve(program))(program.weights, x)
+    assert np.abs(np.asarray(only_weights) - value).max() > 1e-3
+    assert np.isfinite(gradient).all()
+    assert np.abs(np.asarray(gradient)).min() > 0
+
+
+def test_codes_are_made_once_and_are_all_that_is_kept_for_the_backward_pass():
+    def fn(w, x):
+        return lax.scan(lambda x, w: (x @ w, None), x, w["stack"])[0]
+
+    weights = {"stack": array(3, 64, 64)}
+    program = trace(fn, weights, {"x": TensorSpec(("batch", 64), "float32")})
+    quantized = fake_quant(fn, recipe().resolve(program))
+    x = array(32, 64, seed=1)
+    _, pullback = jax.vjp(quantized, weights, x)
+    kept = {(str(leaf.dtype), leaf.shape) for leaf in jax.tree.leaves(pullback)}
+    assert {("int8", (3, 32, 64)), ("int8", (3, 64, 64))} <= kept
+    assert not [shape for dtype, shape in kept if dtype == "float32" and np.prod(shape) >= 3 * 32 * 64]
+    value = jax.jit(quantized).lower(weights, x).as_text()
+    assert re.findall(r"stablehlo.dot_general.*tensor<32x64x(\w+)>$", value, re.MULTILINE) == ["i32"]
+    step = jax.jit(jax.grad(lambda w, x: jnp.sum(quantized(w, x) ** 2), (0, 1))).lower(weights, x).compile().as_text()
+    assert len(re.findall(r" round-nearest-even\(", step)) == 2  # once for the weight, once for the activation
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("split", ["batch", "weights"])
+def test_shards_as_the_float_program_does(kind, split):
+    mesh = jax.make_mesh((2,), ("m",), axis_types=(kind,))
+    out = P() if kind is AxisType.Explicit and split == "weights" else None
+
+    def model(out):
+        return lambda w, x: jnp.sum(jnp.einsum("bsk,kn->bsn", jnp.tanh(x @ w["w"]), w["v"], out_sharding=out) ** 2)
+
+    weights, x = {"w": array(8, 6), "v": array(6, 8, seed=1)}, array(4, 3, 8, seed=2)
+    program = trace(model(None), weights, {"x": TensorSpec(("batch", 3, 8), "float32")})
+    plan = recipe().resolve(program)
+    expected = jax.jit(jax.value_and_grad(fake_quant(model(None), plan)))(weights, x)
+    specs = {"w": P(None, "m"), "v": P("m", None)} if split == "weights" else {"w": P(), "v": P()}
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(weights, {name: NamedSharding(mesh, spec) for name, spec in specs.items()})
+        rows = jax.device_put(x, NamedSharding(mesh, P("m") if split == "batch" else P()))
+        got = jax.jit(jax.value_and_grad(fake_quant(model(out), plan)))(placed, rows)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), got, expected)
+
+
+def test_before_its_step_the_gradient_is_the_float_one():
+    program = trace(lambda w, x: x @ w["w"], {"w": array(6, 5)}, ROWS)
+    quantized = fake_quant(program.fn, recipe().resolve(program), start=7)
+    x = array(4, 6, seed=3)
+    at = jax.jit(jax.grad(lambda w, step: jnp.sum(quantized(w, x, step=step) ** 2)))
+    plain = jax.grad(lambda w: jnp.sum(program.fn(w, x) ** 2))(program.weights)["w"]
+    np.testing.assert_allclose(at(program.weights, 6)["w"], plain, rtol=1e-6)
+    assert np.abs(np.asarray(at(program.weights, 7)["w"] - plain)).max() > 1e-3
