@@ -87,8 +87,6 @@ LOSS = {
     "int8-prune50": 0.6,
     "w4a4": 0.9,
 }
-# A matrix whose rows are no multiple of 64 is kept by presets with groups of 64: here all but the first dense layer.
-GROUPED = ("int4-weight-only", "nf4-weight-only")
 
 
 def test_every_preset_is_tested():
@@ -109,8 +107,7 @@ def test_a_preset_end_to_end(net, images, name):
     assert not [path for path in small.weights if "batch_stats" in path]
     for path in KERNELS:
         weight = small.weights[path]
-        quantized = path == "params/Dense_0/kernel" if name in GROUPED else name != "prune50"
-        assert isinstance(weight, QTensor) == quantized
+        assert isinstance(weight, QTensor) == (name != "prune50")
     if "int8" in name or "fp8" in name:
         assert small.weights_bytes < 0.27 * net.weights_bytes
     if "prune" in name:
