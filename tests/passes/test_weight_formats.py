@@ -391,6 +391,43 @@ def test_what_was_trained_is_what_is_compiled(name, granularity):
     assert difference.max() < (1e-4 if name != "scan" else 0.3)
 
 
+@pytest.mark.parametrize("rate", [1e-3, 1e-2])
+def test_adam_trains_scales_as_logarithms(rate):
+    """Its step is as large for a small scale as for a large one: trained as it is, a small one passes zero."""
+    fn = lambda w, x: jnp.tanh(x @ w["a"]) @ w["b"]  # noqa: E731
+    weights, x = {"a": 0.02 * array(6, 32), "b": 0.02 * array(32, 4, seed=1)}, array(256, 6, seed=2)
+    program = trace(fn, weights, ROWS)
+    plan = recipe("int8", "channel", "int8", "dynamic = false").resolve(program)
+    quantized, target = fake_quant(fn, plan), fn(weights, x)
+    optimizer = optax.adam(optax.cosine_decay_schedule(rate, 200))
+
+    @jax.jit
+    def step(params, state):
+        loss = lambda p: jnp.mean((quantized(p["weights"], x, scales=p["scales"]) - target) ** 2)  # noqa: E731
+        value, gradient = jax.value_and_grad(loss)(params)
+        updates, state = optimizer.update(gradient, state, params)
+        smallest = jnp.stack([jnp.min(leaf) for leaf in jax.tree.leaves(raw_scales(params["scales"]))]).min()
+        return optax.apply_updates(params, updates), state, (value, smallest)
+
+    def trained(scales):
+        params, seen = {"weights": weights, "scales": scales}, []
+        state = optimizer.init(params)
+        for _ in range(200):
+            with jax.numpy_dtype_promotion("standard"):  # optax counts in int32
+                params, state, now = step(params, state)
+            seen.append(now)
+        losses, smallest = np.asarray(seen).T
+        return losses[-1] / losses[0], smallest.min()
+
+    scales = initial_scales(weights, plan, calibrate(program, plan, [{"x": x}]))
+    kept, smallest = trained(scales)
+    assert kept < 0.5
+    assert smallest > 1e-3
+    kept, smallest = trained(raw_scales(scales))
+    assert smallest < 0
+    assert rate < 1e-2 or kept > 10
+
+
 def test_scales_for_nothing_are_refused():
     program = model("dense")
     plan = recipe("int4").resolve(program)
