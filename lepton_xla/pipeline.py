@@ -59,7 +59,7 @@ def optimize(
         UnsupportedError: if a pass cannot handle a site and the recipe says `error`.
         CalibrationError: if calibration data is needed and missing, or unusable.
     """
-    batches = list(calibration) if calibration is not None else None
+    batches = _as_list(calibration)
     program, plan = plan_for(program, recipe, calibration=batches, buckets=buckets, progress=progress)
     return apply_plan(program, plan, calibration=batches, buckets=buckets, progress=progress)
 
@@ -115,7 +115,7 @@ def apply_plan(
     say = progress or (lambda _line: None)
     recipe = plan.recipe
     sizes = grid(program, buckets) if recipe.measure else []
-    batches = list(calibration) if calibration is not None else None
+    batches = _as_list(calibration)
     if any(planned.prune or planned.not_pruned for planned in plan.sites):
         program = _pruned(program, plan, batches, say)
     if any(planned.quantize for planned in plan.sites):
@@ -198,6 +198,13 @@ def _prepare(
         say("correct biases")
         rounded = correct_bias(program, rounded, plan, data)
     return rounded, recipe.resolve(rounded), grids
+
+
+def _as_list(calibration: Iterable[Mapping[str, Any]] | None) -> list[Mapping[str, Any]] | None:
+    if calibration is not None and (isinstance(calibration, Mapping) or not isinstance(calibration, Iterable)):
+        kind = type(calibration).__name__
+        raise CalibrationError(f"calibration data is a {kind}, not a list of batches such as [{{'image': array}}]")
+    return None if calibration is None else list(calibration)
 
 
 def _needs_data(recipe: Recipe, what: str) -> CalibrationError:

@@ -8,7 +8,7 @@ import importlib.resources
 import pathlib
 import re
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 import jax.numpy as jnp
 import msgspec
@@ -234,17 +234,10 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         try:
             recipe = msgspec.toml.decode(text, type=Recipe)
         except (msgspec.MsgspecError, ValueError, RecursionError) as error:  # tomllib lets some of its own through
-            reason = (str(error).splitlines() or ["no message"])[0]
-            raise RecipeError(f"recipe {name!r}: {reason}") from error
-        for kind, rules in (("prune", recipe.prune), ("quantize", recipe.quantize)):
-            for index, rule in enumerate(rules):
-                _check_rule(rule, f"recipe {name!r}: {kind}[{index}]")
-        if (aim := recipe.shrink) is not None:
-            try:
-                check_target(aim.sparsity, aim.flops, aim.bytes, aim.latency_ms, aim.round_to)
-            except RecipeError as error:
-                raise RecipeError(f"recipe {name!r}: {error}") from error
-        return recipe if recipe.name else msgspec.structs.replace(recipe, name=name)
+            raise RecipeError(f"recipe {name!r}: {_reason(error)}") from error
+        recipe = recipe if recipe.name else msgspec.structs.replace(recipe, name=name)
+        recipe._check()
+        return recipe
 
     def resolve(self, program: Program, *, sites: Sequence[Site] | None = None) -> Plan:
         """Decides what each site of a program gets.
@@ -254,10 +247,11 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
             sites: its sites, where the caller has found them already.
 
         Raises:
-            RecipeError: if a pattern matches no site, a block is left none by those before it, or two rules would
-                treat one weight differently.
+            RecipeError: if a value is none that a file could hold, a pattern matches no site, a block is left none by
+                those before it, or two rules would treat one weight differently.
             UnsupportedError: if a rule names a site that a pass cannot handle and `on_unsupported` is `error`.
         """
+        self._check()
         found = tuple(sites) if sites is not None else find_sites(program)
         for kind, rules in (("prune", self.prune), ("quantize", self.quantize)):
             _check_used(rules, found, f"recipe {self.name!r}: {kind}")
@@ -272,6 +266,21 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
                     f"site, or set on_unsupported = 'keep'"
                 )
         return Plan(self, tuple(decided))
+
+    def _check(self) -> None:
+        """Refuses what is no value of its key, or not beside another; a recipe need not come from a file."""
+        try:
+            msgspec.convert(msgspec.to_builtins(self), Recipe)
+        except msgspec.MsgspecError as error:
+            raise RecipeError(f"recipe {self.name!r}: {_reason(error)}") from error
+        for kind, rules in (("prune", self.prune), ("quantize", self.quantize)):
+            for index, rule in enumerate(rules):
+                _check_rule(rule, f"recipe {self.name!r}: {kind}[{index}]")
+        if (aim := self.shrink) is not None:
+            try:
+                check_target(aim.sparsity, aim.flops, aim.bytes, aim.latency_ms, aim.round_to)
+            except RecipeError as error:
+                raise RecipeError(f"recipe {self.name!r}: {error}") from error
 
     def _decide(self, site: Site, stored: Mapping[str, Any], lookups: Sequence[PruneRule]) -> SitePlan:
         prune = next((rule for rule in self.prune if rule.matches(site)), None)
@@ -400,6 +409,17 @@ def _preset_folder() -> Any:
     return importlib.resources.files("lepton_xla").joinpath("presets")
 
 
+def _reason(error: Exception) -> str:
+    """What msgspec or tomllib say, in one line; where a value is none of a few, with these."""
+    reason = (str(error).splitlines() or ["no message"])[0]
+    place = re.match(r"Invalid enum value .* at `\$\.(?:(\w+)(?:\[\d+\])?\.)?(\w+)`", reason)
+    if place is None:
+        return reason
+    table = {"prune": PruneRule, "quantize": QuantizeRule, "shrink": ShrinkRule}.get(place[1], Recipe)
+    kind = get_type_hints(table)[place[2]]
+    return f"{reason}; there are {', '.join(get_args(getattr(kind, '__value__', kind)))}"
+
+
 def _check_rule(rule: PruneRule | QuantizeRule, where: str) -> None:
     for key in ("sites", "exclude"):
         try:
@@ -408,16 +428,26 @@ def _check_rule(rule: PruneRule | QuantizeRule, where: str) -> None:
             raise RecipeError(f"{where}.{key} = {getattr(rule, key)!r} is not a regular expression: {error}") from error
     if isinstance(rule, PruneRule):
         check_prune_rule(rule, where)
-    if isinstance(rule, QuantizeRule) and rule.activations != "none":
+    else:
+        _check_quantize_rule(rule, where)
+
+
+def _check_quantize_rule(rule: QuantizeRule, where: str) -> None:
+    if rule.activations != "none":
         weights, activations = FORMATS[rule.weights].kind, FORMATS[rule.activations].kind
         if weights != activations:
             raise RecipeError(
                 f"{where}.activations = {rule.activations!r}: there is no product with weights = {rule.weights!r}; "
                 f"set activations = 'none'" + _alternative(weights)
             )
-    if isinstance(rule, QuantizeRule) and not 0 < rule.percentile <= 100:
+        if rule.calibration == "entropy" and not rule.dynamic and activations != "int":
+            raise RecipeError(
+                f"{where}.calibration = 'entropy' needs evenly spaced codes, which activations = {rule.activations!r} "
+                f"have not; set calibration = 'mse'"
+            )
+    if not 0 < rule.percentile <= 100:
         raise RecipeError(f"{where}.calibration = {rule.calibration!r}: the percentile must be in (0, 100]")
-    if isinstance(rule, QuantizeRule) and rule.weight_range != "absmax" and FORMATS[rule.weights].learned:
+    if rule.weight_range != "absmax" and FORMATS[rule.weights].learned:
         raise RecipeError(
             f"{where}.weight_range = {rule.weight_range!r}: the levels of weights = {rule.weights!r} are learned, with "
             f"the least squared error of themselves; leave weight_range out"

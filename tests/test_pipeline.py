@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from lepton_xla import pipeline
-from lepton_xla.errors import CalibrationError, CompileError, RecipeError, UnsupportedError
+from lepton_xla.errors import CalibrationError, CompileError, ModelError, RecipeError, UnsupportedError
 from lepton_xla.pipeline import apply_plan, grid, optimize, plan_for
 from lepton_xla.program import TensorSpec, from_linen, trace
 from lepton_xla.quant import QTensor
@@ -220,3 +220,106 @@ def test_grid():
 def test_buckets_that_do_not_fit(net, buckets, message):
     with pytest.raises(CompileError, match=message):
         optimize(net, Recipe.load("int8"), buckets=buckets)
+
+
+# What cannot be used is said in one line, whichever step meets it.
+
+NEED_DATA = {
+    "static": ("", "dynamic = false"),
+    "searched": ("", "dynamic = false\ncalibration = 'mse'"),
+    "gptq": ("rounding = 'gptq'", ""),
+    "smooth": ("rescale = 'smooth:0.5'", ""),
+    "awq": ("rescale = 'awq'", ""),
+    "bias": ("correct_bias = true", ""),
+}
+
+
+def dense(fn=None, **weights):
+    fn = fn or (lambda w, x: jnp.tanh(x @ w["up"]) @ w["down"])
+    given = {"up": array(6, 8), "down": array(8, 3)} | weights
+    return trace(fn, given, {"x": TensorSpec(("batch", 6), "float32")})
+
+
+def with_need(need, rules=""):
+    top, keys = NEED_DATA[need]
+    return Recipe.parse(f"measure = false\n{top}\n[[quantize]]\nsites = '.*'\n{keys}\n{rules}", name="need")
+
+
+X = np.asarray(array(4, 6))
+
+
+@pytest.mark.parametrize("need", NEED_DATA)
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (None, "recipe 'need' has .*needs? calibration data"),
+        ((), "calibration data is empty"),
+        (3, "calibration data is a int, not a list of batches"),
+        ({"x": X}, "calibration data is a dict, not a list of batches"),
+        (X, "calibration batch 0 is a ndarray, not a dict"),
+        ([{}], r"calibration batch 0 has inputs \[\]; the program takes \['x'\]"),
+        ([{"y": X}], r"calibration batch 0 has inputs \['y'\]"),
+        ([{"x": X, "y": X}], r"calibration batch 0 has inputs \['x', 'y'\]"),
+        ([{"x": X[0]}], r"expected float32\[batch, 6\], got float32\[6\]"),
+        ([{"x": X[:, :5]}], r"got float32\[4, 5\]"),
+        ([{"x": X.astype(np.float64)}], r"got float64\[4, 6\]"),
+        ([{"x": X > 0}], r"got bool\[4, 6\]"),
+        ([{"x": [["a"] * 6]}], r"got <U1\[1, 6\]"),
+        ([{"x": [[1.0], [1.0, 2.0]]}], "input 'x' is not an array"),
+        ([{"x": X[:0]}], "input 'x' is empty"),
+        ([{"x": X}, {"x": X * np.nan}], "calibration batch 1, input 'x' holds NaN or infinity"),
+    ],
+)
+def test_calibration_data_that_cannot_be_used(need, data, message):
+    with pytest.raises(CalibrationError, match=message) as caught:
+        optimize(dense(), with_need(need), calibration=data)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("need", NEED_DATA)
+def test_an_infinite_activation(need):
+    program = dense(lambda w, x: jnp.tanh((x * 1e30 * 1e30) @ w["up"]) @ w["down"])
+    with pytest.raises(CalibrationError, match="the activation of site 'up' is not finite on the calibration data"):
+        optimize(program, with_need(need), calibration=[{"x": X}])
+
+
+@pytest.mark.parametrize("broken", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("top", ["", "equalize = true", "rounding = 'gptq'", "rescale = 'awq'", "cast = 'float16'"])
+def test_a_weight_that_is_not_finite(top, broken):
+    recipe = Recipe.parse(f"measure = false\n{top}\n[[quantize]]\nsites = '.*'\nweight_range = 'mse'", name="r")
+    program = dense(down=array(8, 3).at[2, 1].set(broken))
+    with pytest.raises(ModelError, match=r"'down' .*not finite|'down' cannot be quantized: it holds NaN or infinity"):
+        optimize(program, recipe, calibration=[{"x": X}])
+
+
+@pytest.mark.parametrize("top", ["", *(top for top, _ in NEED_DATA.values() if top), "equalize = true"])
+@pytest.mark.parametrize(
+    "rules",
+    [
+        "",
+        "weights = 'int4'\nactivations = 'none'\ngranularity = 'group:~3'\nweight_range = 'mse'",
+        "weights = 'uint4'\nactivations = 'none'\nweight_range = 'mse'",
+        "weights = 'nf4'\nactivations = 'none'",
+    ],
+)
+def test_a_channel_of_zeros(top, rules):
+    program = dense(up=array(6, 8).at[:, 2].set(0))
+    recipe = Recipe.parse(f"measure = false\n{top}\n[[quantize]]\nsites = '.*'\n{rules}", name="zeros")
+    small = optimize(program, recipe, calibration=[{"x": X}])
+    stored = small.weights["up"]
+    np.testing.assert_array_equal(stored.dequantize()[:, 2], 0)
+    np.testing.assert_array_equal(np.asarray(stored.scale, np.float32)[:, 2], 1)
+    assert np.isfinite(run(small, X)).all()
+
+
+def test_a_recipe_made_in_python_is_checked_too(net):
+    rules = Recipe.parse('[[quantize]]\nsites = ".*"', name="python").quantize
+    for change, message in [
+        ({"weights": "int3"}, r"'int3' .*quantize\[0\].weights`; there are int8, int4, "),
+        ({"weights": "nf4"}, r"quantize\[0\].activations = 'int8': there is no product with weights = 'nf4'"),
+        ({"granularity": "row"}, r"quantize\[0\].granularity"),
+        ({"sites": "("}, r"quantize\[0\].sites = '\(' is not a regular expression"),
+    ]:
+        changed = tuple(msgspec.structs.replace(rule, **change) for rule in rules)
+        with pytest.raises(RecipeError, match=f"recipe 'python': .*{message}"):
+            optimize(net, Recipe(name="python", quantize=changed))

@@ -131,6 +131,20 @@ def test_what_is_not_a_recipe_file(kind, tmp_path):
         (QUANTIZE.format(".*") + 'weights = "codebook4"\nactivations = "none"\nweight_range = "mse"', "weight_range"),
         (QUANTIZE.format(".*") + 'products = "activations"', "products"),
         (QUANTIZE.format(".*") + 'dynamic = "no"', "dynamic"),
+        (
+            QUANTIZE.format(".*") + 'weights = "fp8_e4m3"\nactivations = "fp8_e4m3"\ndynamic = false\n'
+            'calibration = "entropy"',
+            r"quantize\[0\].calibration = 'entropy' needs evenly spaced codes",
+        ),
+        (
+            QUANTIZE.format(".*") + 'activations = "uint8"',
+            "activations`; there are int8, int4, fp8_e4m3, fp8_e5m2, none",
+        ),
+        ('cast = "float8"', "cast`; there are none, bfloat16, float16"),
+        (
+            '[[prune]]\nsites = ".*"\nsparsity = 0.1\ndistribution = "x"',
+            "distribution`; there are uniform, global, erk",
+        ),
         (QUANTIZE.format(".*") + 'calibration = "mean"', "calibration"),
         (QUANTIZE.format(".*") + 'calibration = "percentile"', "calibration"),
         (QUANTIZE.format(".*") + 'calibration = "percentile:-1"', "calibration"),

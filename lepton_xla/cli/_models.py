@@ -8,7 +8,7 @@ import itertools
 import pathlib
 import re
 import sys
-from collections.abc import Callable, Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -78,8 +78,19 @@ def calibration(
     if first is None:
         return (), None
     check_batch(program, first, "calibration batch 0")
-    # The data may be a generator, which gives the first batch only once.
+    # The data may be a generator, which gives the first batch only once, and may fail at any.
+    rest = _guarded(rest)
     return itertools.chain([first], rest), {name: np.asarray(value) for name, value in first.items()}
+
+
+def _guarded(batches: Iterator[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
+    end: Any = object()
+    while True:
+        with _user_code("calibration"):
+            batch = next(batches, end)
+        if batch is end:
+            return
+        yield batch
 
 
 def evaluate(spec: ModelSpec, predict: Predict) -> dict[str, float]:

@@ -18,7 +18,7 @@ from jax import lax
 
 from lepton_xla.errors import RecipeError
 from lepton_xla.quant.codebook import learn_levels, nearest_level
-from lepton_xla.quant.formats import FORMATS, Format
+from lepton_xla.quant.formats import Format
 
 # What `mse` tries: scales as shares of the one that covers the range, 1.1 (in small groups chance decides) to 0.05.
 # At four bits the error is within 0.3 % of that of 1200 shares.
@@ -315,14 +315,3 @@ def _group_count(rows: int, granularity: str) -> int:
 def _usable(scale: jax.Array) -> jax.Array:
     """1 in the place of zero, and never less than the smallest normal number; a NaN stays one."""
     return jnp.where(scale == 0, jnp.float32(1), jnp.maximum(scale, _TINY))
-
-
-def get_format(name: str) -> Format:
-    """The format of this name.
-
-    Raises:
-        RecipeError: if there is none.
-    """
-    if name not in FORMATS:
-        raise RecipeError(f"there is no number format {name!r}; there are {', '.join(FORMATS)}")
-    return FORMATS[name]

@@ -100,7 +100,10 @@ def test_plan_says_why_a_site_is_kept(cli, variant, tmp_path):
         ("fold = 'yes'", "$.fold"),
         ("[[prune]]\nsites = '.*'\nsparsity = 1.5", "$.prune[0].sparsity"),
         ("[[prune]]\nsites = '.*'\nsparsity = 0.5\nspeed = 1", "`speed`"),
-        ("[[quantize]]\nsites = '.*'\nweights = 'int9'", "int9"),
+        ("[[quantize]]\nsites = '.*'\nweights = 'int9'", "'int9' - at `$.quantize[0].weights`; there are int8, int4"),
+        ("[[quantize]]\nsites = '.*'\ngranularity = 'group:7'", "'group:7' does not divide the 16 rows"),
+        ("[[quantize]]\nsites = '.*'\nactivations = 'fp8_e4m3'", "there is no product with weights = 'int8'"),
+        ("cast = 'int8'", "$.cast"),
         ("[[quantize]]\nsites = 'nothing/.*'", "quantize[0].sites = 'nothing/.*' matches none"),
         ("[[quantize]]\nsites = '('", "quantize[0].sites = '(' is not a regular expression"),
         ("[[quantize]\nsites", "recipe 'bad'"),
@@ -112,6 +115,25 @@ def test_a_recipe_that_is_wrong(cli, plain, tmp_path, monkeypatch, name, toml, p
     (tmp_path / "bad.toml").write_text(toml)
     assert part in cli.refused(name, plain, "--recipe", "bad.toml")
     assert [file.name for file in tmp_path.iterdir()] == ["bad.toml"]
+
+
+@pytest.mark.parametrize("name", ["plan", "compile"])
+@pytest.mark.parametrize(
+    ("sites", "part"),
+    [
+        ("hidden", "sites 'hidden' and 'hidden#1' use one weight but get different treatment"),
+        (".*", "site 'whole' (dot_general): not quantized: its weight is int8 already"),
+    ],
+)
+def test_rules_that_the_weights_do_not_allow(cli, variant, tmp_path, monkeypatch, name, sites, part):
+    target = variant(
+        "fn=twice, weights={'hidden': data[:16], 'whole': np.ones((16, 4), np.int8)}",
+        "def twice(weights, x):\n    hidden = jnp.tanh(x @ weights['hidden']) @ weights['hidden']\n"
+        "    return hidden @ weights['whole'].astype(jnp.float32)",
+    )
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rules.toml").write_text(f'[[quantize]]\nsites = "{sites}"')
+    assert part in cli.refused(name, target, "--recipe", "rules.toml")
 
 
 def test_a_recipe_that_is_not_there(cli, plain):

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from lepton_xla.errors import RecipeError
 from lepton_xla.quant import FORMATS, Grid, QTensor, encode, make_grid, quantize
 from lepton_xla.quant.codebook import learn_levels, nearest_level
-from lepton_xla.quant.grid import get_format, matrix_codes, settle
+from lepton_xla.quant.grid import matrix_codes, settle
 from lepton_xla.quant.packing import pack, packed_rows, unpack
 
 TINY = float(np.finfo(np.float32).tiny)
@@ -310,7 +310,5 @@ def test_scales_of_groups_are_bfloat16_and_used_as_stored():
 def test_what_does_not_fit_is_said():
     with pytest.raises(RecipeError, match="'group:4' does not divide the 6 rows"):
         quantize(array(6, 2), "int4", "group:4")
-    with pytest.raises(RecipeError, match="no number format 'int3'; there are int8, int4"):
-        get_format("int3")
     assert isinstance(quantize(array(6, 2), "int4").grid, Grid)
     assert isinstance(quantize(array(6, 2), "int4"), QTensor)
