@@ -15,6 +15,7 @@ MODELS = {
     "lenet5": "models.mnist:lenet5",
     "lenet300": "models.mnist:lenet300",
     "minilm": "models.minilm:model",
+    "residual": "models.residual:model",
     "transformer": "models.transformer:model",
     "equinox": "models.equinox_cnn:model",
     "haiku": "models.haiku_mlp:model",

@@ -1,0 +1,507 @@
+"""What pruning and shrinking bring: bytes at no loss, curves of accuracy over sparsity, latency of shrunk models.
+
+    python benchmarks/pruning.py [--sections NAMES] [--peers] [--quick] [--json FILE]
+
+Sections: `compress`: LeNet-300-100 and LeNet-5 as small as they get; `curves`: methods of unstructured pruning;
+`shrink`: a residual CNN and a transformer with channels, hidden units and heads removed, and in int8; `step`: what a
+training step with masks costs. `--peers` adds Torch-Pruning where it and PyTorch are installed. Writes
+docs/benchmarks/pruning.md and its plots; a run of some sections replaces theirs only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import pathlib
+import statistics
+import tempfile
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import harness
+import jax
+import jax.numpy as jnp
+import models
+import numpy as np
+import optax
+from models import sparse, transformer
+from models.sparse import Task
+from rich.console import Console
+
+import lepton_xla as lx
+from lepton_xla import train
+
+RESULTS = harness.PAGES / "pruning.json"
+# Model -> sparsity, epochs of pruning, epochs of training with shared values.
+COMPRESS = {"lenet300": (0.95, 20, 6), "lenet5": (0.95, 8, 3)}
+# Deep Compression (arXiv:1510.00149, table 1), as times smaller; trained on all 60,000 images.
+PUBLISHED = {"lenet300": 40, "lenet5": 39}
+TARGET_LOST = 0.002
+# Model -> epochs of training for each point.
+CURVES = {"lenet300": 5}
+SPARSITIES = (0.5, 0.7, 0.8, 0.9, 0.95, 0.98)
+# Model -> epochs of training after shrinking.
+SHRINK = {"residual": 2, "transformer": 4}
+# What is left of the operations; the second is 2.1 times fewer.
+LEFT = (0.7, 1 / 2.1, 0.3)
+# Channels in multiples of a vector of AVX: odd numbers of them are slower than more of them.
+ROUND_TO = 8
+TARGET_RATIO, TARGET_STEP_RATIO = 1.6, 1.15
+console = Console(width=120, highlight=False)
+
+
+def stored_bytes(program: lx.Program) -> int:
+    """Bytes of the weights folder of the program's artifact: everything that is stored of the weights."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = pathlib.Path(folder) / "model.lepton"
+        lx.compile(program, dict.fromkeys(program.symbols, (1,)), name="model").save(path)
+        return sum(file.stat().st_size for file in (path / "weights").rglob("*") if file.is_file())
+
+
+def compress(options: argparse.Namespace) -> dict[str, Any]:
+    """LeNets pruned while training, then with 16 shared values a weight, trained: accuracy and bytes of each step."""
+    found: dict[str, Any] = {}
+    for name, (sparsity, pruning, sharing) in COMPRESS.items():
+        model = models.load(name, quick=options.quick)
+        task = sparse.task(model, quick=options.quick)
+        seeds = (0,) if options.quick else (0, 1, 2)
+        pruning, sharing = (1, 1) if options.quick else (pruning, sharing)
+        plan = sparse.prune_plan(task.program, sparsity, "global")
+        longer = task.program.replace(weights=task.learned("longer", task.program.weights, epochs=pruning + sharing))
+        rows: dict[str, list[lx.Program]] = {"float": [task.program], "float, trained on for as long": [longer]}
+        for seed in seeds:
+            console.print(f"  {name}, seed {seed} ...")
+            what = f"compress-{sparsity}"
+            small = task.pruned(what, plan, epochs=pruning, seed=seed, schedule=sparse.gradual)
+            rows.setdefault("pruned while trained on", []).append(small)
+            as_is = lx.passes.lower(small, sparse.codebook_plan(small))
+            rows.setdefault("and 16 values a weight, as it is", []).append(as_is)
+            shared = sparse.share_values(task, small, epochs=sharing, what=what, seed=seed)
+            rows.setdefault("and 16 values a weight, trained on", []).append(shared)
+        found[name] = {
+            "data": model.data,
+            "sparsity": sparsity,
+            "epochs": [pruning, sharing],
+            "float32_bytes": task.program.weights_bytes,
+            "rows": [_compressed(task, label, programs) for label, programs in rows.items()],
+        }
+    return found
+
+
+def _compressed(task: Task, name: str, programs: list[lx.Program]) -> dict[str, Any]:
+    size = [stored_bytes(program) for program in programs]
+    accuracy = [task.accuracy(program) for program in programs]
+    ratio = [task.program.weights_bytes / each for each in size]
+    return {"name": name, "accuracy": accuracy, "bytes": size, "ratio": ratio}
+
+
+def curves(options: argparse.Namespace) -> dict[str, Any]:
+    """Accuracy of each method at each sparsity: pruned once without training, and while training on."""
+    found: dict[str, Any] = {}
+    for name, epochs in CURVES.items():
+        model = models.load(name, quick=options.quick)
+        task = sparse.task(model, quick=options.quick)
+        epochs = 1 if options.quick else epochs
+        wanted = SPARSITIES[3:5] if options.quick else SPARSITIES
+        calibration = list(model.spec.calibration_batches() or ())
+        trained = {"epochs": epochs, "distil": False}
+        dense = task.program.replace(weights=task.learned("dense", task.program.weights, **trained))
+        lines: dict[str, list[float]] = {}
+        for sparsity in wanted:
+            console.print(f"  {name} at {100 * sparsity:.0f} % ...")
+            for label, program in _at_sparsity(task, sparsity, calibration, trained):
+                lines.setdefault(label, []).append(task.accuracy(program))
+        found[name] = {
+            "data": model.data,
+            "epochs": epochs,
+            "float": task.accuracy(task.program),
+            "dense": task.accuracy(dense),
+            "sparsities": list(wanted),
+            "lines": lines,
+        }
+    return found
+
+
+def _at_sparsity(
+    task: Task, sparsity: float, calibration: list[Any], trained: dict[str, Any]
+) -> Iterable[tuple[str, lx.Program]]:
+    program = task.program
+    for method, distribution in (("magnitude", "global"), ("wanda", "uniform"), ("sparsegpt", "uniform")):
+        recipe = sparse.prune_recipe(sparsity, distribution, method)
+        yield f"{method}, once", lx.optimize(program, recipe, calibration=calibration)
+    everywhere, spread = (sparse.prune_plan(program, sparsity, kind) for kind in ("global", "erk"))
+    yield "magnitude, gradual", task.pruned(f"gradual-{sparsity}", everywhere, schedule=sparse.gradual, **trained)
+    yield (
+        "straight-through",
+        task.pruned(f"ste-{sparsity}", everywhere, schedule=sparse.gradual, straight_through=True, **trained),
+    )
+    yield (
+        "RigL",
+        task.pruned(
+            f"rigl-{sparsity}",
+            spread,
+            schedule=lambda steps: train.periodic(0, int(sparse.PRUNING_SHARE * steps), every=sparse.EVERY),
+            regrow=lambda steps: train.Regrow("gradient", optax.cosine_decay_schedule(0.3, steps)),
+            **trained,
+        ),
+    )
+
+
+def shrunk(options: argparse.Namespace) -> dict[str, Any]:
+    """Models with ever less of their operations: accuracy before and after training on, bytes, latency."""
+    found: dict[str, Any] = {}
+    for name, epochs in SHRINK.items():
+        model = models.load(name, quick=options.quick)
+        task = sparse.task(model, quick=options.quick, folded=True)
+        epochs = 1 if options.quick else epochs
+        longer = task.learned("longer", task.program.weights, epochs=epochs)
+        rows: list[dict[str, Any]] = []
+        timed: dict[str, lx.Program] = {}
+
+        def add(
+            label: str, program: lx.Program, *, rows: Any = rows, timed: Any = timed, task: Any = task, **more: Any
+        ) -> None:
+            timed[label] = program
+            rows.append({"name": label, "accuracy": task.accuracy(program), "bytes": stored_bytes(program)} | more)
+
+        whole = lx.passes.cost(task.program, {"batch": 1}).flops
+        add("float", model.spec.program(), flops=1.0)
+        add("float, folded, trained on for as long", task.program.replace(weights=longer), flops=1.0)
+        for left in LEFT[1:2] if options.quick else LEFT:
+            console.print(f"  {name} at {100 * left:.0f} % of its operations ...")
+            small = lx.passes.shrink(task.program, flops=left, round_to=ROUND_TO)
+            weights = task.learned(f"shrunk-{left:.3f}-{ROUND_TO}", small.weights, fn=small.fn, epochs=epochs)
+            add(
+                f"shrunk to {100 * left:.0f} %",
+                small.replace(weights=weights),
+                flops=lx.passes.cost(small, {"batch": 1}).flops / whole,
+                before=task.accuracy(small),
+                difference=_difference(task, small),
+            )
+        given = {"calibration": model.spec.calibration_batches(), "buckets": model.spec.buckets}
+        for label, source, recipe in (
+            ("int8", "float, folded, trained on for as long", "int8"),
+            ("half pruned, int8", "float, folded, trained on for as long", "int8-prune50"),
+            (f"shrunk to {100 * LEFT[1]:.0f} %, int8", f"shrunk to {100 * LEFT[1]:.0f} %", "int8"),
+        ):
+            console.print(f"  {name}: {label} ...")
+            add(label, lx.optimize(timed[source], lx.Recipe.load(recipe), **given))
+        at = {label: lambda inputs, program=program: _call(program, inputs) for label, program in timed.items()}
+        if options.peers and name == "residual":
+            from models import torch_residual
+
+            for row, call in torch_residual.rows(model, task, epochs, LEFT, ROUND_TO):
+                rows.append(row)
+                at[row["name"]] = call
+        _time(rows, at, model.spec, options)
+        found[name] = {"data": model.data, "epochs": epochs, "rows": rows}
+    return found
+
+
+def _call(program: lx.Program, inputs: dict[str, np.ndarray]) -> Callable[[], Any]:
+    return harness.compiled(program.fn, program.weights, *(inputs[name] for name in program.inputs))
+
+
+def _time(rows: list[dict[str, Any]], at: dict[str, Any], spec: lx.ModelSpec, options: argparse.Namespace) -> None:
+    """Adds milliseconds and how many times faster than float, by batch."""
+    for row in rows:
+        row |= {"ms": {}, "faster": {}}
+    for batch in spec.buckets["batch"]:
+        console.print(f"  timing {len(at)} at batch {batch} ...")
+        inputs = harness.example_inputs(spec.inputs, {"batch": batch})
+        times = harness.interleave(
+            {name: call(inputs) for name, call in at.items()}, rounds=options.rounds, seconds=options.seconds
+        )
+        for row in rows:
+            row["ms"][str(batch)] = statistics.median(times[row["name"]]) * 1e3
+            row["faster"][str(batch)] = 1 / harness.ratio(times, row["name"], row.get("base", "float"))
+        jax.clear_caches()
+
+
+def _difference(task: Task, small: lx.Program) -> float:
+    """Largest difference of outputs from the whole model with zeros where weights were removed, over the largest.
+
+    Which those are is told by values, of which trained weights have hardly two alike.
+    """
+    program, weights = task.program, {}
+    for path, weight in task.program.weights.items():
+        stays = np.isin(weight, small.weights[path])
+        assert stays.sum() == small.weights[path].size, f"{path} has values that are there twice"
+        weights[path] = jnp.where(stays, weight, jnp.zeros_like(weight))
+    image = task.images[:256]
+    expected = jax.jit(program.fn)(weights, image)
+    got = jax.jit(small.fn)(small.weights, image)
+    return float(jnp.max(jnp.abs(got - expected)) / jnp.max(jnp.abs(expected)))
+
+
+def step_cost(options: argparse.Namespace) -> dict[str, Any]:
+    """Milliseconds of a training step of the scanned transformer: plain, with masks held, and when they are found."""
+    sizes = [(transformer.Size(4, 128, 4, 64), 8), (transformer.Size(6, 256, 8, 64), 16)]
+    sizes = [(transformer.Size(2, 32, 2, 8), 2)] if options.quick else sizes
+    found = {}
+    for size, batch in sizes:
+        weights, random = transformer.init(size), np.random.default_rng(0)
+        images = random.random((batch, size.seq, size.inputs)).astype(np.float32)
+        labels = random.integers(0, 10, batch).astype(np.int32)
+        apply = lambda weights, x, size=size: transformer.encode(weights, x, size.heads)  # noqa: E731
+        plain = optax.adamw(1e-3)
+        rules = [train.PruneRule(sites=".*kernel", sparsity=0.9, distribution="global")]
+        calls = {
+            "plain step": _step(apply, plain, weights, images, labels),
+            "with masks held": _step(
+                apply, train.sparsify(plain, rules, schedule=train.one_shot(0)), weights, images, labels, done=1
+            ),
+            "with masks found anew in each": _step(
+                apply, train.sparsify(plain, rules, schedule=train.periodic(0, every=1)), weights, images, labels
+            ),
+        }
+        times = harness.interleave(calls, rounds=options.rounds, seconds=options.seconds)
+        shape = f"{size.layers} layers, width {size.width}, {size.heads} heads, batch {batch} x {size.seq}"
+        found[shape] = [
+            {
+                "name": name,
+                "ms": statistics.median(found) * 1e3,
+                "ratio": harness.ratio(times, name, "plain step"),
+            }
+            for name, found in times.items()
+        ]
+    return found
+
+
+def _step(
+    apply: Callable[..., jax.Array], optimizer: Any, weights: Any, images: Any, labels: Any, *, done: int = 0
+) -> Callable[[], Any]:
+    """One step; `done` of them have been made before."""
+
+    def step(weights: Any, state: Any, images: jax.Array, labels: jax.Array) -> tuple[Any, Any]:
+        def loss(weights: Any) -> jax.Array:
+            return optax.softmax_cross_entropy_with_integer_labels(apply(weights, images), labels).mean()
+
+        updates, state = optimizer.update(jax.grad(loss)(weights), state, weights)
+        return optax.apply_updates(weights, updates), state
+
+    state = optimizer.init(weights)
+    for _ in range(done):
+        weights, state = jax.jit(step)(weights, state, images, labels)
+    return harness.compiled(step, weights, state, images, labels)
+
+
+SECTIONS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
+    "compress": compress,
+    "curves": curves,
+    "shrink": shrunk,
+    "step": step_cost,
+}
+
+
+def compress_tables(found: dict[str, Any]) -> str:
+    """Accuracy and bytes of the LeNets."""
+    parts: list[str] = []
+    for name, each in found.items():
+        base, rows = each["rows"][0]["accuracy"][0], []
+        for row in each["rows"]:
+            lost = statistics.median(100 * (base - value) for value in row["accuracy"])
+            shown = ", ".join(harness.percent(value) for value in row["accuracy"])
+            size = ", ".join(f"{value:,}" for value in row["bytes"])
+            rows.append([row["name"], shown, f"{lost:+.2f}", size, f"{min(row['ratio']):.1f}"])
+        seeds = len(each["rows"][-1]["bytes"])
+        header = [
+            name,
+            f"accuracy %, {seeds} seeds",
+            "lost, points (median)",
+            "bytes of weights",
+            "times smaller (least)",
+        ]
+        parts.append(harness.markdown(header, rows))
+        pruning, sharing = each["epochs"]
+        parts.append(
+            f"{100 * each['sparsity']:.0f} % of the weights pruned in {pruning} epochs, {sharing} more with 16 values. "
+            f"float32: {each['float32_bytes']:,} bytes. Published: {PUBLISHED[name]} times smaller."
+        )
+    return "\n\n".join(parts)
+
+
+def curve_tables(found: dict[str, Any]) -> str:
+    """Accuracy by method and sparsity."""
+    parts: list[str] = []
+    for name, each in found.items():
+        header = [name, *(f"{100 * sparsity:.0f} %" for sparsity in each["sparsities"])]
+        rows = [[label, *map(harness.percent, line)] for label, line in each["lines"].items()]
+        parts.append(harness.markdown(header, rows))
+        parts.append(
+            f"Float: {harness.percent(each['float'])} %; trained on for as many epochs ({each['epochs']}) without "
+            f"pruning: {harness.percent(each['dense'])} %."
+        )
+    return "\n\n".join(parts)
+
+
+def shrink_tables(found: dict[str, Any]) -> str:
+    """Accuracy, operations, bytes and latency."""
+    parts: list[str] = []
+    for name, each in found.items():
+        batches = list(each["rows"][0]["ms"])
+        header = [name, "operations", "accuracy % as shrunk", "trained on", "bytes on disk"]
+        header += [*(f"batch {batch}: ms (times faster)" for batch in batches)]
+        rows = []
+        for row in each["rows"]:
+            cells = [row["name"], f"{row['flops']:.2f}" if "flops" in row else ""]
+            cells.append(harness.percent(row["before"]) if "before" in row else "")
+            cells += [harness.percent(row["accuracy"]), f"{row['bytes']:,}" if "bytes" in row else ""]
+            rows.append([*cells, *(f"{row['ms'][batch]:.3f} ({row['faster'][batch]:.2f})" for batch in batches)])
+        parts.append(harness.markdown(header, rows))
+        largest = max((row["difference"] for row in each["rows"] if "difference" in row), default=0.0)
+        parts.append(
+            f"Trained on for {each['epochs']} epochs. Largest difference between the outputs of a shrunk model and of "
+            f"the whole one with zeros in the place of what was removed: {largest:.1e} of the largest output."
+        )
+    return "\n\n".join(parts)
+
+
+def step_tables(found: dict[str, Any]) -> str:
+    """Step times."""
+    return "\n\n".join(
+        harness.markdown(
+            [shape, "ms a step", "ratio to the plain step"],
+            [[row["name"], f"{row['ms']:.1f}", f"{row['ratio']:.2f}"] for row in rows],
+        )
+        for shape, rows in found.items()
+    )
+
+
+TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
+    "compress": compress_tables,
+    "curves": curve_tables,
+    "shrink": shrink_tables,
+    "step": step_tables,
+}
+INTRODUCTIONS = {
+    "compress": (
+        "## As small as they get at no loss\n\n"
+        "Magnitude pruning while training on (all weights ranked together, polynomial schedule, half of the loss from "
+        "the float model's answers), then 16 shared values a weight, trained on with the weights, zero among them. "
+        "Bytes are those of the whole weights folder of the artifact: codes, values, scales, biases, headers. "
+        "Targets: 40 and 39 times smaller than float32 (Deep Compression, arXiv:1510.00149), at most "
+        f"{100 * TARGET_LOST:.1f} points lost. All training is on the 8,000 images, none on the 2,000; the "
+        "sparsity was chosen from three by its accuracy on these, with the first seed. The paper trained on 60,000 "
+        "images and judged on the other 10,000, so its accuracies are not comparable."
+    ),
+    "curves": (
+        "## Unstructured pruning: accuracy by sparsity\n\n"
+        '"Once": without training, on 256 calibration images where a method needs them; magnitude ranks all weights '
+        "together, Wanda and SparseGPT each by itself. The others start from the trained model and train on with plain "
+        "labels; gradual and straight-through rank all weights together, RigL keeps its sparsity from the first step "
+        "on, spread by Erdos-Renyi-Kernel. One seed. Unstructured sparsity makes models smaller, not faster."
+    ),
+    "shrink": (
+        "## Channels, hidden units and heads removed\n\n"
+        f"`lx.passes.shrink(program, flops=..., round_to={ROUND_TO})`, by norms of weights, the same share of each "
+        "group, after batch norms are folded; then trained on with half of the loss from the float model's answers. "
+        "Times faster: to the float model under `jax.jit`, everything taking turns; Torch-Pruning's to float under "
+        "PyTorch. Targets: at 2.1 times fewer operations the residual CNN loses at most 0.3 points and is "
+        f"{TARGET_RATIO} times faster at batch 32. `half pruned` is unstructured: it counts in bytes only."
+    ),
+    "step": (
+        "## What a training step with masks costs\n\n"
+        "One step of AdamW, wrapped by `lx.train.sparsify` at 90 %, on a transformer whose stacked layers `lax.scan` "
+        "steps over. Masks are found anew every 100 steps unless a schedule says otherwise, and held in all others. "
+        f"Target: at most {TARGET_STEP_RATIO} times the plain step."
+    ),
+}
+
+
+def plot(name: str, each: dict[str, Any]) -> str:
+    """Draws one model's curves; returns the file's name."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "pruning"  # else each drawing of the same curves differs
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4))
+    for label, line in each["lines"].items():
+        style = "--" if label.endswith("once") else "-"
+        axes.plot(each["sparsities"], [100 * value for value in line], style, marker="o", label=label)
+    axes.axhline(100 * each["float"], color="black", linewidth=0.8, label="float")
+    # Accuracies far below are told by the table.
+    axes.set_ylim(bottom=max(0, 100 * each["float"] - 12), top=100 * each["float"] + 1.5)
+    axes.set(xlabel="sparsity", ylabel="accuracy %", title=name)
+    axes.legend(fontsize="small")
+    figure.tight_layout()
+    file = f"pruning-{name}.svg"
+    figure.savefig(harness.PAGES / file, metadata={"Date": None})
+    pyplot.close(figure)
+    return file
+
+
+def page(results: dict[str, Any]) -> str:
+    """docs/benchmarks/pruning.md."""
+    parts = [
+        "# Pruning and shrinking",
+        (
+            "Written by `benchmarks/pruning.py` from `pruning.json` beside it. "
+            f"Data: {models.load('lenet300').data}. Losing rows are left in."
+        ),
+    ]
+    for name in SECTIONS:
+        if name not in results:
+            continue
+        found, run = results[name]["found"], results[name]["run"]
+        parts += [INTRODUCTIONS[name], TABLES[name](found)]
+        if name == "curves":
+            parts += [f"![{model}]({plot(model, each)})" for model, each in found.items()]
+        parts.append(
+            f"{run['date']}, commit {run['commit']}; {run['machine']}; load average {run['load']} before it started; "
+            f"{run['versions']}.\n\n    {run['command']}"
+        )
+    return "\n\n".join(parts) + "\n"
+
+
+def main() -> int:
+    """Measures, prints, writes."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--sections", default=",".join(SECTIONS), help="comma-separated; default: all")
+    parser.add_argument("--peers", action="store_true", help="also Torch-Pruning, where it is installed")
+    parser.add_argument("--quick", action="store_true", help="little training, few rounds, no page: a smoke test")
+    parser.add_argument(
+        "--pages", action=argparse.BooleanOptionalAction, default=True, help="write docs/benchmarks/; not with --quick"
+    )
+    parser.add_argument("--json", type=pathlib.Path, help="write the figures to this file")
+    parser.add_argument("--rounds", type=int, default=31, help="turns of each")
+    parser.add_argument("--seconds", type=float, default=20.0, help="of one batch size, at most")
+    options = parser.parse_args()
+    if unknown := set(options.sections.split(",")) - set(SECTIONS):
+        parser.error(f"no section {', '.join(sorted(unknown))}; there are {', '.join(SECTIONS)}")
+    if options.quick:
+        options.rounds, options.seconds = 3, 1.0
+    lacking = [name for name in ("torch", "torch_pruning") if importlib.util.find_spec(name) is None]
+    if options.peers and lacking:
+        console.print(f"not installed, so Torch-Pruning is left out: {', '.join(lacking)}")
+        options.peers = False
+    results: dict[str, Any] = {}
+    for name in options.sections.split(","):
+        console.print(f"{name} ...")
+        load = f"{os.getloadavg()[0]:.1f}"
+        try:
+            found = SECTIONS[name](options)
+        except models.MissingError as error:
+            console.print(f"{name}: skipped: {error}")
+            continue
+        packages = ("torch", "torch-pruning") if options.peers and name == "shrink" else ()
+        run = harness.machine(packages) | {"load": load, "command": harness.command()}
+        results[name] = {"found": found, "run": run}
+        console.print(TABLES[name](found), soft_wrap=True)
+        if options.pages and not options.quick:
+            known = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
+            known |= {name: results[name]}
+            RESULTS.write_text(json.dumps(known, indent=1) + "\n")
+            (harness.PAGES / "pruning.md").write_text(page(known))
+    if options.json:
+        options.json.write_text(json.dumps(results, indent=1) + "\n")
+    console.print(f"repeat with: {harness.command()}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
