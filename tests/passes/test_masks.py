@@ -233,6 +233,13 @@ def test_random_drops_so_many_anywhere_and_what_is_zero_first():
     assert (first != other).mean() > 0.3
 
 
+def test_weights_of_one_shape_are_not_pruned_at_the_same_places():
+    shape = {"x": TensorSpec(("batch", 10), "float32")}
+    program = trace(lambda w, x: x @ w["a"] @ w["b"], {"a": array(10, 10), "b": array(10, 10)}, shape)
+    masks = masks_of(program, 'method = "random"\nsparsity = 0.5')
+    assert (masks["a"] != masks["b"]).mean() > 0.3
+
+
 def test_saliency_needs_gradients():
     program = dense(array(8, 8))
     with pytest.raises(RecipeError, match=r"weight 'w': method = 'saliency' needs gradients: train with"):

@@ -190,6 +190,16 @@ def test_set_replaces_the_smallest_by_any():
         assert (~old & new).sum() == (old & ~new).sum() > 4
 
 
+def test_what_comes_back_begins_at_zero_whatever_the_momentum():
+    optimizer = sparsify(adam(), {"w": 0.5}, schedule=periodic(every=2), regrow=Regrow("random", 0.5))
+    back = 0
+    for (_, before), (params, state) in itertools.pairwise(trained(optimizer, 9)):
+        new = np.asarray(masks_of(state)["w"]) & ~np.asarray(masks_of(before)["w"])
+        assert (np.asarray(params["w"])[new] == 0).all()
+        back += new.sum()
+    assert back > 20
+
+
 def test_other_schedules_give_the_sparsity_of_all_rules():
     history = trained(sparsify(optax.sgd(RATE), {"w": None}, schedule=optax.linear_schedule(0.25, 0.9, 1000)), 2)
     assert (~np.asarray(masks_of(history[0][1])["w"])).sum() == 18
@@ -297,6 +307,12 @@ def test_a_patterns_schedule_drops_ever_more_of_each_group():
     history = trained(sparsify(optax.sgd(RATE), [rule], schedule=polynomial(0, 6, power=1.0, every=2)), 8)
     kept = [np.asarray(masks_of(state)["w"]).reshape(3, 4, 6).sum(1) for _, state in history[::2]]
     assert [set(np.ravel(part)) for part in kept] == [{4}, {3}, {2}, {1}]
+
+
+def test_a_pattern_is_never_made_sparser_than_it_says():
+    rule = PruneRule(sites="w", pattern="2:4")
+    history = trained(sparsify(optax.sgd(RATE), [rule], schedule=lambda step: 0.99), 1)
+    assert (np.asarray(masks_of(history[0][1])["w"]).reshape(3, 4, 6).sum(1) == 2).all()
 
 
 def test_training_goes_on_from_masks():
