@@ -66,7 +66,7 @@ def qwix_setting(rule: QuantizeRule) -> tuple[str, dict[str, Any]] | None:
     arguments: dict[str, Any] = {"weight_qtype": _QTYPES[rule.weights]}
     name = f"qwix {rule.weights}"
     if rule.granularity.startswith("group:"):
-        arguments["tile_size"] = int(rule.granularity.partition(":")[2])
+        arguments["tile_size"] = int(rule.granularity.partition(":")[2].removeprefix("~"))
         name += f" g{arguments['tile_size']}"
     elif rule.granularity != "channel":
         return None
