@@ -98,7 +98,8 @@ def sparsify(
             leaf is then N, all others are K, and leaves of less than two axes, biases, norms' scales and embeddings
             are left out unless a rule matches nothing else.
         schedule: when, and how much by then. A function of the step, such as optax has, gives the sparsity of all
-            rules, every 100 steps; `Schedule.of` has more to choose.
+            rules, every 100 steps; `Schedule.of` has more to choose. N:M drops the nearest number of each group by
+            then; `deviation:F` drops by its factor from the first step that is due.
         regrow: how elements come back, if they do.
         straight_through: weights stay dense and are only used masked, so that dropped elements are trained on and can
             come back. The loss has to use them so: `masked(fn, masks_of(state), straight_through=True)`.
