@@ -167,7 +167,7 @@ def _least_error(
 ) -> tuple[jax.Array, jax.Array | None]:
     """The scale and zero point of the smallest squared error of rounding and saturation, as far as a search finds them.
 
-    Shares of the scale that covers the range are tried, as by Frantar et al. 2022 (GPTQ, arXiv:2210.17323); then the
+    Shares of the scale that covers the range are tried (Choukroun et al. 2019, arXiv:1902.06822, section 3); then the
     best is fitted to its codes by least squares, and its codes to it, a few times. Errors are of values as they will be
     stored, with a scale that is rounded already, so that none is larger than that of the scale given.
 
@@ -202,13 +202,7 @@ def _least_error(
         levels = decode(codes, jnp.ones_like(scale), target, best[2])
         size = jnp.maximum(jnp.sum(jnp.square(levels), axes, keepdims=True), _TINY)
         fitted = unit * (jnp.sum(blocks / unit * levels, axes, keepdims=True) / size)
-        best = better(best, settle(fitted, granularity), best[2])
-        if zero is None:
-            return best
-        for step in (-1, 1):
-            assert best[2] is not None
-            best = better(best, best[1], jnp.clip(best[2] + step, 0, target.largest))
-        return best
+        return better(best, settle(fitted, granularity), best[2])
 
     sides = LOWER_SHARES if zero is not None else np.asarray([1] if target.symmetric else [1, -1], np.float32)
     tried = jnp.asarray(np.stack(np.meshgrid(SHARES, sides, indexing="ij"), axis=-1).reshape(-1, 2))

@@ -14,7 +14,6 @@ from lepton_xla.quant.grid import decode, nearest_group, settle
 
 TINY = float(np.finfo(np.float32).tiny)
 SEARCHED = ["int8", "int4", "uint8", "uint4", "fp8_e4m3", "fp8_e5m2", "nf4"]
-GRANULARITIES = ["channel", "tensor", "group:3"]
 
 
 def squared_error(matrix, stored, granularity):
@@ -47,7 +46,7 @@ def least_error(name, values):
         top = (max(values.max(), 0) - min(values.min(), 0)) / target.largest
         zeros = np.arange(target.largest + 1)
     signs = (1, -1) if name in ("int4", "nf4") else (1,)
-    scales = [top * share * sign for share in np.linspace(0.1, 1.2, 250) for sign in signs]
+    scales = [top * share * sign for share in np.linspace(0.1, 1.2, 200) for sign in signs]
     errors = [np.square(round_trip(name, values, scale, zeros[:, None]) - values).sum(-1).min() for scale in scales]
     return min(errors)
 
@@ -153,12 +152,12 @@ def matrices(draw):
     return np.clip(matrix, -1e38, 1e38).astype(np.float32)
 
 
-@pytest.mark.parametrize("name", [*SEARCHED, "codebook2", "codebook16"])
-@settings(max_examples=25, deadline=None)
+@pytest.mark.parametrize("name", [*SEARCHED, "codebook16"])
+@settings(max_examples=20, deadline=None)
 @given(matrices())
 def test_scales_of_weights_are_normal(name, matrix):
     exact = matrix.astype(np.float64)
-    for granularity in GRANULARITIES:
+    for granularity in ("channel", "tensor", "group:3") if matrix.shape[1] > 1 else ("group:3",):
         plain = quantize(jnp.asarray(matrix), name, granularity)
         searched = plain if FORMATS[name].learned else quantize(jnp.asarray(matrix), name, granularity, "mse")
         for stored in (plain, searched):
@@ -188,6 +187,15 @@ def test_scales_of_activations_are_normal(name, matrix):
     back = np.asarray(decode(encode(jnp.asarray(matrix), rows, target), rows, target), np.float64)
     assert np.isfinite(back).all()
     np.testing.assert_array_equal(back[exact == 0], 0)
+
+
+@pytest.mark.parametrize("granularity", ["channel", "group:2"])
+def test_a_scale_is_stored_as_a_normal_number_of_its_sign(granularity):
+    given = jnp.asarray([0.0, 1e-45, -1e-45, 2e-38, -0.5, 3.4e38, -3.4e38])
+    stored = np.asarray(jax.jit(settle, static_argnums=1)(given, granularity), np.float64)
+    largest = 3.4e38 if granularity == "channel" else float(jnp.finfo(jnp.bfloat16).max)
+    np.testing.assert_allclose(stored, [TINY, TINY, stored[2], 2e-38, -0.5, largest, -largest], rtol=2.0**-8)
+    assert abs(stored[2]) == TINY  # whether a subnormal number has a sign is XLA's own affair
 
 
 @pytest.mark.parametrize("method", ["absmax", "percentile:99", "mse", "entropy"])
