@@ -32,6 +32,7 @@ bench: setup  ## every benchmark; each prints the command that repeats it
 	$(RUN)/python benchmarks/encodings.py
 	$(RUN)/python benchmarks/quantization.py --no-pages
 	$(RUN)/python benchmarks/qat.py --no-pages
+	$(RUN)/python benchmarks/pruning.py --no-pages
 
 clean:
 	rm -rf .venv build dist
