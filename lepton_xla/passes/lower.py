@@ -26,12 +26,12 @@ from lepton_xla.passes.products import RANGE_SUFFIX, SCALE_SUFFIX
 from lepton_xla.passes.rewrite import Context, Values, materialize
 from lepton_xla.passes.sites import Site, find_sites, lay_out, rewrite_sites
 from lepton_xla.program import Expansion, Program, abstract, leaf_bytes, tree_bytes
+from lepton_xla.quant import QTensor
 from lepton_xla.quant.grid import settle
 from lepton_xla.quant.learned import raw_scales
 from lepton_xla.report import PassReport, SiteReport
 
 if TYPE_CHECKING:
-    from lepton_xla.quant import QTensor
     from lepton_xla.recipe import Plan, QuantizeRule
 
 # A candidate must win by more than the clock's noise.
@@ -50,6 +50,14 @@ class _Planned:
 
     site: Site
     rule: QuantizeRule
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["operand"], meta_fields=[])
+@dataclasses.dataclass(frozen=True)
+class _Unpacked:
+    """A stored weight that loading has made the float operand of its product: no longer to be laid out."""
+
+    operand: jax.Array
 
 
 def lower(
@@ -182,6 +190,7 @@ def _lowered(
     """
     by_name = {planned.site.name: planned.rule for planned in every}
     sites = [planned.site for planned in every]
+    small = {site.path for site in sites if site.path is not None}
 
     def rule(site: Site, context: Context, eqn: Any, values: Values) -> Values | None:
         planned = by_name.get(site.name)
@@ -204,12 +213,14 @@ def _lowered(
             pad = pad_single[site.name]
             name = planned.activations
             return [products.code_product(site, activation, tracked.value, name, scale, pad_single=pad)]
-        weight = tracked.value if isinstance(tracked.value, jax.Array) else products.restore(site, tracked.value)
+        stored = tracked.value
+        weight = stored.operand if isinstance(stored, _Unpacked) else products.restore(site, stored)
         return context.bind(eqn, (activation, weight) if site.weight_operand == 1 else (weight, activation))
 
     def run(weights: Mapping[str, Any], *inputs: Any) -> Any:
         arrays = {name: weights[name] for name in beside}
         own = {name: leaf for name, leaf in weights.items() if name in like}
+        own |= {name: _Unpacked(own[name]) for name in small if not isinstance(own[name], QTensor)}
         travelling = products.beside(sites, arrays, (RANGE_SUFFIX, SCALE_SUFFIX))
         return rewrite_sites(fn, rule, inline=True, on_unknown="keep", like=like, beside=travelling)(own, *inputs)
 

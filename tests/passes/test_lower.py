@@ -590,6 +590,35 @@ def test_weights_multiplied_in_float_are_unpacked_on_loading_where_that_is_faste
         assert servable.weights_bytes == 4 * (6 * 8 + 8 * 3)
 
 
+def transposed_stack():
+    """Weights that are laid out before their products: square, so that doing it twice is no error of shapes."""
+
+    def fn(w, x):
+        x, _ = jax.lax.scan(lambda x, step: (jnp.tanh(x @ step.T), None), x, w["stack"])
+        return jnp.einsum("bi,ohi->boh", x @ w["square"].T, w["heads"])
+
+    weights = {"stack": array(3, 6, 6), "square": array(6, 6, seed=1), "heads": array(2, 4, 6, seed=2)}
+    return trace(fn, weights, ROWS)
+
+
+@pytest.mark.parametrize("granularity", ["channel", "group:2"])
+def test_what_is_unpacked_on_loading_is_laid_out_once(monkeypatch, granularity):
+    clock_by_weights(monkeypatch, {}, 300.0, 100.0)
+    program = transposed_stack()
+    plan = recipe(f'activations = "none"\ngranularity = "{granularity}"').resolve(program)
+    lowered = run_lower(program, plan, sizes=SIZES)
+    assert lowered.expansion is not None
+    unpacked = lowered.expansion.expand(lowered.weights)
+    assert not any(isinstance(leaf, QTensor) for leaf in unpacked.values())
+    x = array(3, 6, seed=5)
+    want = program(program.weights, x)
+    got = jax.jit(lowered.expansion.fn)(unpacked, x)
+    np.testing.assert_allclose(got, jax.jit(lowered.fn)(lowered.weights, x), rtol=1e-5, atol=1e-5)
+    assert np.abs(got - want).max() < 0.05 * np.abs(want).max()
+    servable = compile_program(lowered, {"batch": (1, 4)}).servable()
+    np.testing.assert_allclose(servable(x=np.asarray(x))["output"], got, rtol=1e-5, atol=1e-5)
+
+
 def test_weights_stay_small_in_memory_where_the_recipe_says_so(monkeypatch):
     clock_by_weights(monkeypatch, {}, 300.0, 100.0)
     program = two_layers()
