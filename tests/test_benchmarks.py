@@ -74,3 +74,42 @@ def test_training_at_four_bits_and_the_cost_of_its_step(tmp_path: pathlib.Path) 
     assert plain["name"] == "float"
     assert [row["name"] for row in ours] == ["lepton_xla int4 x int4", "lepton_xla int4 x int4, learned scales"]
     assert all(len(row["trained"]) == found["accuracy"]["seeds"] for row in ours)
+
+
+@needs_data
+def test_pruned_models_are_judged_and_weighed_at_each_step_and_sparsity(tmp_path: pathlib.Path) -> None:
+    found = figures("pruning.py", tmp_path, "--sections", "compress,curves")
+    small = found["compress"]["found"]["lenet300"]
+    sizes = {row["name"]: row["bytes"][0] for row in small["rows"]}
+    assert list(sizes) == [
+        "float",
+        "float, trained on for as long",
+        "pruned while trained on",
+        "and 16 values a weight, as it is",
+        "and 16 values a weight, trained on",
+    ]
+    assert sizes["float"] > 10 * sizes["pruned while trained on"] > 20 * sizes["and 16 values a weight, trained on"]
+    lines = found["curves"]["found"]["lenet300"]["lines"]
+    assert list(lines) == [
+        "magnitude, once",
+        "wanda, once",
+        "sparsegpt, once",
+        "magnitude, gradual",
+        "straight-through",
+        "RigL",
+    ]
+    assert all(len(line) == 1 and 0 < line[0] < 1 for line in lines.values())
+
+
+@needs_data
+def test_a_shrunk_model_equals_the_zeroed_one_and_steps_with_masks_are_timed(tmp_path: pathlib.Path) -> None:
+    found = figures("pruning.py", tmp_path, "--sections", "shrink,step")
+    rows = {row["name"]: row for row in found["shrink"]["found"]["transformer"]["rows"]}
+    small, whole = rows["shrunk to 48 %"], rows["float"]
+    assert 0.3 < small["flops"] <= 1 / 2.1
+    assert small["bytes"] < 0.6 * whole["bytes"]
+    assert small["difference"] < 1e-5
+    assert rows["shrunk to 48 %, int8"]["bytes"] < 0.3 * small["bytes"]
+    assert set(whole["faster"].values()) == {1.0}
+    ((plain, held, _),) = found["step"]["found"].values()
+    assert (plain["ratio"], held["name"]) == (1.0, "with masks held")
