@@ -50,6 +50,11 @@ LEFT = (0.7, 1 / 2.1, 0.3)
 # Channels in multiples of a vector of AVX: odd numbers of them are slower than more of them.
 ROUND_TO = 8
 TARGET_RATIO, TARGET_STEP_RATIO = 1.6, 1.15
+PEER = (
+    "Torch-Pruning: the same network, weights and rows to train on; its bytes are those of its parameters, its times "
+    "compare with float under PyTorch."
+)
+NO_PEER = "Torch-Pruning was not part of this run; `--peers` adds it."
 console = Console(width=120, highlight=False)
 
 
@@ -367,6 +372,8 @@ def shrink_tables(found: dict[str, Any]) -> str:
             rows.append([*cells, *(f"{row['ms'][batch]:.3f} ({row['faster'][batch]:.2f})" for batch in batches)])
         parts.append(harness.markdown(header, rows))
         largest = max((row["difference"] for row in each["rows"] if "difference" in row), default=0.0)
+        if name == "residual":
+            parts.append(PEER if any("base" in row for row in each["rows"]) else NO_PEER)
         parts.append(
             f"Trained on for {each['epochs']} epochs. Largest difference between the outputs of a shrunk model and of "
             f"the whole one with zeros in the place of what was removed: {largest:.1e} of the largest output."
@@ -413,8 +420,8 @@ INTRODUCTIONS = {
         "## Channels, hidden units and heads removed\n\n"
         f"`lx.passes.shrink(program, flops=..., round_to={ROUND_TO})`, by norms of weights, the same share of each "
         "group, after batch norms are folded; then trained on with plain labels. "
-        "Times faster: to the float model under `jax.jit`, everything taking turns; Torch-Pruning's to float under "
-        "PyTorch. Targets: at 2.1 times fewer operations the residual CNN loses at most 0.3 points and is "
+        "Times faster: to the float model under `jax.jit`, everything taking turns. "
+        "Targets: at 2.1 times fewer operations the residual CNN loses at most 0.3 points and is "
         f"{TARGET_RATIO} times faster at batch 32. `half pruned` is unstructured: it counts in bytes only."
     ),
     "step": (
