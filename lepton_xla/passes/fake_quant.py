@@ -1,4 +1,4 @@
-"""Rounds weights and activations to what a plan's formats hold, in float: for training, and as lower's reference."""
+"""Rounds weights and activations to what a plan's formats hold: for training, and as lower's reference."""
 
 from __future__ import annotations
 
@@ -40,6 +40,10 @@ def fake_quant(
     fn: Callable[..., Any], plan: Plan, ranges: Mapping[str, jax.Array] | None = None, *, start: int = 0
 ) -> Callable[..., Any]:
     """Makes a function compute with quantized values, differentiable by the straight-through estimator.
+
+    A `dot_general` of integers around zero, with a scale for each channel or tensor, is computed from codes, bit for
+    bit as `lower` computes it; other products are those of the floats that codes stand for. The gradient is that of
+    the float product in both cases. Codes, not floats, are kept for the backward pass of the former.
 
     Args:
         fn: `fn(weights, *inputs)`, weights any pytree whose paths are those of the plan's program.
