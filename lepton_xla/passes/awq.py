@@ -19,6 +19,7 @@ from lepton_xla.passes import matrix
 from lepton_xla.passes.gptq import output_squares
 from lepton_xla.passes.grid import Planned, grid_matrices, nearest, planned_weights, whole_grid
 from lepton_xla.passes.scaling import (
+    Group,
     channel_vector,
     matrix_rows,
     multiply_inputs,
@@ -84,7 +85,7 @@ def awq(
     sites: dict[str, Site] = {site.name: site for site in find_sites(program) if site.path is not None}
     found = collect_statistics(program, [group.sites[0] for group in groups], batches, gram=True)
     weights: dict[str, Any] = dict(program.weights)
-    factors: dict[str, tuple[Site, jax.Array]] = {}
+    multiplied: list[tuple[Group, jax.Array]] = []
     reports: list[SiteReport] = []
     for group in groups:
         if not group.absorbers and not multiply:
@@ -100,10 +101,10 @@ def awq(
             continue
         weights = scaled_weights(weights, sites, group, factor)
         if not group.absorbers:
-            factors |= {site.name: (site, 1 / factor) for site in group.sites}
+            multiplied.append((group, 1 / factor))
         reports += group_reports(group, factor, weights, metrics)
     reports += [SiteReport(name, "kept", reason) for name, reason in kept.items()]
-    changed = multiply_inputs(program.replace(weights=weights), factors)
+    changed = multiply_inputs(program.replace(weights=weights), multiplied)
     report = PassReport("awq", time.perf_counter() - start, tuple(reports))
     return changed.replace(history=(*program.history, report))
 

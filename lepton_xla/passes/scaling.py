@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from lepton_xla import _compat
 from lepton_xla.passes import matrix
@@ -176,29 +177,38 @@ def scaled_weights(weights: Mapping[str, Any], sites: Mapping[str, Site], group:
     return changed
 
 
-def multiply_inputs(program: Program, factors: Mapping[str, tuple[Site, jax.Array]]) -> Program:
+def multiply_inputs(program: Program, factors: Sequence[tuple[Group, jax.Array]]) -> Program:
     """Multiplies the activations of some products, each by a vector that becomes a weight of the program.
+
+    Products on one activation share one vector, so that a compiler sees that they multiply, and round, the same thing.
 
     Args:
         program: the program.
-        factors: site name -> the site, and what its input channels are multiplied by, `[*steps, channels]`.
+        factors: groups, and what their input channels are multiplied by, `[*steps, channels]`.
     """
     if not factors:
         return program
+    added: dict[str, jax.Array] = {}
     names: dict[str, str] = {}
-    for name in factors:
-        names[name] = name + FACTOR_SUFFIX
-        while names[name] in program.weights:  # from an earlier pass
-            names[name] += FACTOR_SUFFIX
+    for group, vector in factors:
+        name = group.sites[0].name + FACTOR_SUFFIX
+        while name in program.weights:  # from an earlier pass
+            name += FACTOR_SUFFIX
+        added[name] = vector
+        names |= {site.name: name for site in group.sites}
     like, inner = abstract(program.weights), program.fn
-    stored = {name: site for name, (site, _) in factors.items()}
+    stored = {site.name: site for group, _ in factors for site in group.sites}
 
     def rule(site: Site, context: Context, eqn: Any, values: Values) -> Values | None:
         if site.name not in stored or site.weight_operand is None:
             return None
         weight, activation = values[site.weight_operand], materialize(values[1 - site.weight_operand])
+        # Rounding reads the product twice; without the barrier, XLA:CPU computes all that is before it twice as well.
+        computed: dict[int, tuple[Any, jax.Array]] = context.walk.notes.setdefault("computed", {})
+        if id(activation) not in computed:
+            computed[id(activation)] = activation, lax.optimization_barrier(activation)
         factor = _along_channels(site, weight.beside[site.name])
-        activation = (activation.astype(jnp.float32) * factor).astype(activation.dtype)
+        activation = (computed[id(activation)][1].astype(jnp.float32) * factor).astype(activation.dtype)
         operands = (activation, weight.value) if site.weight_operand == 1 else (weight.value, activation)
         return context.bind(eqn, operands)
 
@@ -209,7 +219,6 @@ def multiply_inputs(program: Program, factors: Mapping[str, tuple[Site, jax.Arra
         own = {name: leaf for name, leaf in weights.items() if name in like}
         return rewrite_sites(inner, rule, inline=True, on_unknown="keep", beside=beside)(own, *inputs)
 
-    added = {names[name]: vector for name, (_, vector) in factors.items()}
     return program.replace(fn=run, weights={**program.weights, **added})
 
 

@@ -82,7 +82,7 @@ def smooth(
     sites: dict[str, Site] = {site.name: site for site in find_sites(program) if site.path is not None}
     found = collect_statistics(program, [group.sites[0] for group in groups], batches)
     weights: dict[str, Any] = dict(program.weights)
-    factors: dict[str, tuple[Site, jax.Array]] = {}
+    multiplied: list[tuple[Group, jax.Array]] = []
     reports: list[SiteReport] = []
     for group in groups:
         if not group.absorbers and not multiply:
@@ -93,10 +93,10 @@ def smooth(
         factor = smooth_factor(act, weight_absmax(weights, group), alpha)
         weights = scaled_weights(weights, sites, group, factor)
         if not group.absorbers:
-            factors |= {site.name: (site, 1 / factor) for site in group.sites}
+            multiplied.append((group, 1 / factor))
         reports += group_reports(group, factor, weights)
     reports += [SiteReport(name, "kept", reason) for name, reason in kept.items()]
-    changed = multiply_inputs(program.replace(weights=weights), factors)
+    changed = multiply_inputs(program.replace(weights=weights), multiplied)
     report = PassReport("smoothquant", time.perf_counter() - start, tuple(reports), {"alpha": alpha})
     return changed.replace(history=(*program.history, report))
 

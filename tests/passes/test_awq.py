@@ -76,7 +76,7 @@ def test_the_exponent_and_factor_of_a_search():
         assert became[name].metrics["output_error"] == pytest.approx(np.sqrt(error / total), rel=1e-2)
         assert became[name].action == "activation multiplied"
         np.testing.assert_allclose(changed.weights[name], weights[name] * factor[:, None], rtol=1e-4)
-        np.testing.assert_allclose(changed.weights[f"{name}:input_factor"], 1 / factor, rtol=1e-4)
+        np.testing.assert_allclose(changed.weights["q:input_factor"], 1 / factor, rtol=1e-4)
     assert rounded_error(changed, program, x) < 0.8 * rounded_error(program, program, x)
 
 

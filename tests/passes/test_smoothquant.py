@@ -132,7 +132,8 @@ def test_a_gate_takes_its_factor_up_in_the_linear_branch():
     changed, became = smoothed(trace(fn, weights, ROWS), array(20, 6))
     assert became["down"] == ("factor folded into up", "")
     assert became["gate"][0] == became["up"][0] == "activation multiplied"
-    np.testing.assert_array_equal(changed.weights["gate:input_factor"], changed.weights["up:input_factor"])
+    # One vector for both, so that a compiler sees that they multiply the same thing.
+    assert set(changed.weights) == {*weights, "gate:input_factor"}
 
 
 NOT_FOLDED = {
