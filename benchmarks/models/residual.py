@@ -6,12 +6,14 @@ convolution has a stride of 2, so that it trains on two cores in minutes.
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any
 
 import flax.linen as nn
 import jax
 import numpy as np
 import optax
+from flax import traverse_util
 
 import lepton_xla as lx
 from models.base import MNIST_NOTE, BenchModel, cached, judge, mnist
@@ -19,6 +21,7 @@ from models.base import MNIST_NOTE, BenchModel, cached, judge, mnist
 WIDTHS = (48, 96, 192)
 BLOCKS = 2
 BATCH = 64
+INPUTS = {"image": lx.TensorSpec(("batch", 28, 28, 1), "float32")}
 
 
 class _Normed(nn.Module):
@@ -34,18 +37,35 @@ class _Normed(nn.Module):
         return nn.BatchNorm(use_running_average=not train, momentum=0.9)(x)
 
 
+def _whole() -> tuple[int, ...]:
+    """Channels of each convolution: the stem's, then each block's first, second and, where it has one, shortcut's."""
+    blocks = [
+        (features,) * (3 if stage and not block else 2)
+        for stage, features in enumerate(WIDTHS)
+        for block in range(BLOCKS)
+    ]
+    return (WIDTHS[0], *(features for block in blocks for features in block))
+
+
 class ResidualNet(nn.Module):
-    """Float32 [batch, 28, 28, 1] in [0, 1] to 10 logits."""
+    """Float32 [batch, 28, 28, 1] in [0, 1] to 10 logits.
+
+    Attributes:
+        channels: of each convolution, in the order in which they are called.
+    """
+
+    channels: tuple[int, ...] = _whole()
 
     @nn.compact
     def __call__(self, image: jax.Array, train: bool = False) -> jax.Array:
-        x = nn.relu(_Normed(WIDTHS[0], 3, 2)(image, train))
-        for stage, features in enumerate(WIDTHS):
+        channels = iter(self.channels)
+        x = nn.relu(_Normed(next(channels), 3, 2)(image, train))
+        for stage in range(len(WIDTHS)):
             for block in range(BLOCKS):
                 stride = 2 if stage and not block else 1
-                y = nn.relu(_Normed(features, 3, stride)(x, train))
-                y = _Normed(features, 3, 1)(y, train)
-                x = _Normed(features, 1, stride)(x, train) if stride > 1 else x
+                y = nn.relu(_Normed(next(channels), 3, stride)(x, train))
+                y = _Normed(next(channels), 3, 1)(y, train)
+                x = _Normed(next(channels), 1, stride)(x, train) if stride > 1 else x
                 x = nn.relu(x + y)
         return nn.Dense(10)(x.mean((1, 2)))
 
@@ -57,11 +77,16 @@ def model(*, quick: bool = False) -> BenchModel:
         train_x, train_y, test_x, test_y = train_x[:512], train_y[:512], test_x[:200], test_y[:200]
     module, epochs = ResidualNet(), 1 if quick else 6
     shapes = jax.eval_shape(module.init, jax.random.key(0), train_x[:1])
-    variables = cached(f"residual-{epochs}-{len(train_x)}", lambda: _train(module, train_x, train_y, epochs), shapes)
+
+    def learn() -> Any:
+        start = jax.jit(module.init)(jax.random.key(0), train_x[:1])
+        return _train(module, start, train_x, train_y, epochs)
+
+    variables = cached(f"residual-{epochs}-{len(train_x)}", learn, shapes)
     spec = lx.ModelSpec(
         module=module,
         weights=variables,
-        inputs={"image": lx.TensorSpec(("batch", 28, 28, 1), "float32")},
+        inputs=INPUTS,
         buckets={"batch": (1, 8, 32)},
         calibration=[{"image": train_x[start : start + 64]} for start in range(0, 256, 64)],
         evaluate=judge(test_x, test_y),
@@ -69,9 +94,18 @@ def model(*, quick: bool = False) -> BenchModel:
     return BenchModel("residual", MNIST_NOTE, spec, (module, variables))
 
 
-def _train(module: nn.Module, images: np.ndarray, labels: np.ndarray, epochs: int) -> Any:
+def trained_on(small: lx.Program, images: np.ndarray, labels: np.ndarray, epochs: int) -> lx.Program:
+    """A shrunk program trained on: its weights are those of the same module with fewer channels."""
+    start = traverse_util.unflatten_dict(dict(small.weights), sep="/")
+    kernels = [start["params"][f"_Normed_{index}"]["Conv_0"]["kernel"] for index in range(len(ResidualNet.channels))]
+    module = ResidualNet(tuple(kernel.shape[-1] for kernel in kernels))
+    digest = hashlib.sha256(b"".join(np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(start))).hexdigest()[:8]
+    name = f"residual-{len(images)}-shrunk-{epochs}-{digest}"
+    return lx.from_linen(module, cached(name, lambda: _train(module, start, images, labels, epochs), start), INPUTS)
+
+
+def _train(module: nn.Module, variables: Any, images: np.ndarray, labels: np.ndarray, epochs: int) -> Any:
     """As `base.train`, with statistics of batches beside the parameters."""
-    variables = jax.jit(module.init)(jax.random.key(0), images[:1])
     params, stats = variables["params"], variables["batch_stats"]
     optimizer = optax.adamw(optax.cosine_decay_schedule(2e-3, epochs * (len(images) // BATCH)), weight_decay=1e-3)
 
