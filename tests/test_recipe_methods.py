@@ -140,6 +140,6 @@ def test_an_unknown_rescaling_is_refused(value: str) -> None:
 def test_the_int8_preset_smooths_where_it_has_data() -> None:
     recipe = lx.Recipe.load("int8")
     names = [report.name for report in lx.optimize(program(), recipe, calibration=batches()).history]
-    assert names == ["fold", "smoothquant", "lower"]
+    assert names == ["fold", "smoothquant", "gptq", "lower"]
     names = [report.name for report in lx.optimize(program(), recipe).history]
     assert names == ["fold", "skipped", "lower"]
