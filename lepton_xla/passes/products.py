@@ -27,6 +27,18 @@ RANGE_SUFFIX = ":act_absmax"
 SCALE_SUFFIX = ":act_scale"
 # Where XLA has products of fp8 operands; elsewhere it would convert them and multiply floats.
 FP8_PLATFORMS = ("gpu",)
+# Where XLA has no convolution of integers: on an H200, jaxlib 0.11.2, running one is an error (UNIMPLEMENTED).
+NO_INTEGER_CONVOLUTION = ("gpu",)
+# Where the libraries that multiply codes take both operands with the axis that is summed over last; for a weight that
+# has it first, XLA would transpose it on each call, which takes longer than a product with a few rows.
+COLUMN_PLATFORMS = ("gpu",)
+# From how many rows a library multiplies integers there, and not a Triton kernel that rescales as well.
+LIBRARY_ROWS = 1024
+# On NVIDIA's GPUs a Triton kernel that XLA may choose gives exactly twice an int8 product that sums over 16 or fewer;
+# over 24 or more none was wrong (an H200, jaxlib 0.11.2, shapes in docs/benchmarks/gpu.md).
+SAFE_DEPTH = 32
+# Of fewer values than about 100 in both matrices, XLA multiplies fp8 in float16 there, which overflows to NaN.
+SAFE_FP8_VALUES = 256
 
 
 def unsupported(site: Site, rule: QuantizeRule | None = None) -> str | None:
@@ -76,6 +88,8 @@ def float_reason(site: Site, rule: QuantizeRule) -> str:
     if rule.group:
         return f"groups have no product of codes, {small}"
     if FORMATS[rule.weights].kind == "int":
+        if site.kind == "conv_general_dilated" and jax.default_backend() in NO_INTEGER_CONVOLUTION:
+            return f"the platform {jax.default_backend()!r} has no convolution of integers, {small}"
         depth = contracted_size(as_weighted(site))
         largest = FORMATS[rule.weights].largest * FORMATS[rule.activations].largest
         if isinstance(depth, int) and depth * largest >= 2**31:  # where it is symbolic, nobody knows yet
@@ -253,9 +267,12 @@ def store(
         weight_range: how its scale is chosen, where it is not given: `absmax` or `mse`.
 
     Returns:
-        A matrix `[batch..., K, N]`, row-major with the contracted axes first, so that no transpose is left at run time.
+        A matrix `[batch..., K, N]`, laid out as this platform multiplies it, so that no transpose is left at run time:
+        row-major, or for `COLUMN_PLATFORMS` column-major.
     """
-    return quantize(to_matrix(site, weight), name, granularity, weight_range, **(given or {}))
+    stored = quantize(to_matrix(site, weight), name, granularity, weight_range, **(given or {}))
+    whole = FORMATS[name].bits == 8 and site.kind == "dot_general"
+    return stored.by_columns() if whole and jax.default_backend() in COLUMN_PLATFORMS else stored
 
 
 def restore(site: Site, stored: QTensor) -> jax.Array:
@@ -355,7 +372,8 @@ def multiply_in_place(
     contract, batch = site.params["dimension_numbers"]
     numbers = tuple(tuple(axes[side] for side in order) for axes in (contract, batch))
     changes = {"dimension_numbers": numbers, "preferred_element_type": jnp.dtype("int32"), "precision": None}
-    (total,) = _compat.bind(site.eqn, [codes[side] for side in order], **changes)
+    operands = [_deepened(codes[side], contract[side]) for side in order]
+    (total,) = _compat.bind(site.eqn, operands, **changes)
     if order == (1, 0):
         lead, split = len(batch[0]), total.ndim - (len(site.operands[0].shape) - len(contract[0]) - len(batch[0]))
         total = jnp.transpose(total, (*range(lead), *range(split, total.ndim), *range(lead, split)))
@@ -391,8 +409,15 @@ def _multiply(
         left = jnp.concatenate([left, jnp.zeros_like(left)], axis=-2)
     lead = tuple(range(len(batch)))
     numbers = (((left.ndim - 1,), (left.ndim - 2,)), (lead, lead))
-    accumulator = jnp.int32 if jnp.issubdtype(codes.dtype, jnp.integer) else jnp.float32
-    out = lax.dot_general(left, matrix, numbers, preferred_element_type=accumulator)
+    if jnp.issubdtype(codes.dtype, jnp.integer):
+        left, matrix = _deepened(left, (left.ndim - 1,)), _deepened(matrix, (left.ndim - 2,))
+        out = lax.dot_general(left, matrix, numbers, preferred_element_type=jnp.int32)
+        if jax.default_backend() in COLUMN_PLATFORMS and isinstance(count, int) and count >= LIBRARY_ROWS:
+            # XLA would join the conversion that follows to a Triton kernel of the product, and where it takes a
+            # library's in the end, the conversion is left over as a pass of its own (4096 cubed: 190 us, not 153).
+            out = lax.optimization_barrier(out)
+    else:
+        out = _float_product(left, matrix, numbers, site.output.dtype)
     out = out[..., :1, :] if single else out
     row_shape = tuple(1 if scale.shape[axis] == 1 else size for axis, size in zip(dims.act_free, rows, strict=True))
     row_scale = jnp.reshape(
@@ -410,6 +435,38 @@ def _multiply(
         )
         out = jnp.transpose(out, moved)
     return out
+
+
+def _deepened(codes: jax.Array, axes: Sequence[int]) -> jax.Array:
+    """Integer codes with zeros added along the first of the axes that are summed over, to `SAFE_DEPTH` sums at least.
+
+    On every platform alike, since a program may be exported on one and run on another. Where the length of the sum is
+    not known yet, the zeros are enough for any.
+    """
+    if not axes:
+        return codes
+    size, others = codes.shape[axes[0]], _product(codes.shape[axis] for axis in axes[1:])
+    if not isinstance(others, int):
+        others = 1
+    added = max(0, -(-SAFE_DEPTH // max(1, others)) - size) if isinstance(size, int) else SAFE_DEPTH - 1
+    if not added:
+        return codes
+    widths = [(0, added if axis == axes[0] else 0) for axis in range(codes.ndim)]
+    return jnp.pad(codes, widths)
+
+
+def _float_product(left: jax.Array, right: jax.Array, numbers: Any, dtype: jnp.dtype) -> jax.Array:
+    """The product of matrices `[..., M, K]` and `[..., K, N]` of fp8 codes, right at every size.
+
+    Where they are smaller than `SAFE_FP8_VALUES`, or may be, they go as bfloat16, which holds the same numbers. A model
+    of bfloat16 gets its result in it: sums are float32 all the same, and half the bytes are written.
+    """
+    rows, depth, columns = (size if isinstance(size, int) else 1 for size in (*left.shape[-2:], right.shape[-1]))
+    if depth * (rows + columns) < SAFE_FP8_VALUES:
+        left, right = left.astype(jnp.bfloat16), right.astype(jnp.bfloat16)
+        return lax.dot_general(left, right, numbers, preferred_element_type=jnp.float32)
+    accumulator = jnp.bfloat16 if dtype == jnp.bfloat16 else jnp.float32
+    return lax.dot_general(left, right, numbers, preferred_element_type=accumulator)
 
 
 def _convolve(site: Site, codes: jax.Array, scale: jax.Array, stored: QTensor) -> jax.Array:

@@ -17,19 +17,21 @@ from lepton_xla.quant.packing import pack, unpack
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["values", "scale", "zero_point", "codebook"],
-    meta_fields=["format", "rows"],
+    meta_fields=["format", "rows", "transposed"],
 )
 @dataclasses.dataclass(frozen=True)
 class QTensor:
     """A quantized matrix [..., K, N], K the contracted dimension; leading axes are batches, and steps of a scan.
 
     Attributes:
-        values: codes [..., K, N]; of fewer than eight bits, packed: uint8 [..., ceil(K / codes a byte), N].
+        values: codes [..., K, N], or [..., N, K] where `transposed`; of fewer than eight bits, packed: uint8
+            [..., ceil(K / codes a byte), N].
         scale: float32 [..., 1, N] for one a channel, [..., 1, 1] for one a matrix; bfloat16 [..., G, N] for groups.
         format: the format's name.
         rows: K.
         zero_point: uint8 like `scale`, for affine formats; else None.
         codebook: float32 [..., levels], for learned formats; else None.
+        transposed: whether the codes lie column by column, for platforms that multiply them so.
     """
 
     values: jax.Array
@@ -38,11 +40,12 @@ class QTensor:
     rows: int
     zero_point: jax.Array | None = None
     codebook: jax.Array | None = None
+    transposed: bool = False
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of the matrix this stands for: [..., K, N]."""
-        return (*self.values.shape[:-2], self.rows, self.values.shape[-1])
+        return (*self.values.shape[:-2], self.rows, self.values.shape[-2 if self.transposed else -1])
 
     @property
     def grid(self) -> Grid:
@@ -51,7 +54,15 @@ class QTensor:
 
     def codes(self) -> jax.Array:
         """The codes, unpacked: [..., K, N] of the format's dtype."""
+        if self.transposed:
+            return jnp.swapaxes(self.values, -1, -2)
         return unpack(self.values, FORMATS[self.format], self.rows)
+
+    def by_columns(self) -> QTensor:
+        """The same matrix of eight-bit codes, which lie column by column then."""
+        assert FORMATS[self.format].bits == 8
+        assert not self.transposed
+        return dataclasses.replace(self, values=jnp.swapaxes(self.values, -1, -2), transposed=True)
 
     def dequantize(self, dtype: jnp.dtype | str = "float32") -> jax.Array:
         """The float matrix [..., K, N] that this stands for."""
@@ -65,7 +76,8 @@ class QTensor:
         """
         take = lambda array: array.at[:, index].get(mode="promise_in_bounds")  # noqa: E731
         of = lambda array: array if array is None or array.shape[-1] == 1 else take(array)  # noqa: E731
-        return dataclasses.replace(self, values=take(self.values), scale=of(self.scale), zero_point=of(self.zero_point))
+        values = self.values.at[index].get(mode="promise_in_bounds") if self.transposed else take(self.values)
+        return dataclasses.replace(self, values=values, scale=of(self.scale), zero_point=of(self.zero_point))
 
 
 def quantize(

@@ -1,6 +1,7 @@
 """The int8 product of every layout, against an exact NumPy reference in integers."""
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -411,3 +412,99 @@ def test_sums_that_int32_may_not_hold_stay_float():
     specs = {"x": TensorSpec((2, 133_145), "float32")}
     (site,) = find_sites(trace(lambda w, x: x @ w["w"], {"w": jnp.ones((133_145, 1))}, specs))
     assert "int32 may not hold, so only the weight is stored small" in products.float_reason(site, rule(""))
+
+
+def dots_of(fn, *args):
+    return [eqn for eqn in jax.make_jaxpr(fn)(*args).eqns if eqn.primitive.name == "dot_general"]
+
+
+@pytest.mark.parametrize(("depth", "expected"), [(5, 32), (16, 32), (31, 32), (32, 32), (40, 40)])
+def test_short_sums_of_integers_are_filled_up_with_zeros(depth, expected):
+    """Some kernels of XLA's for GPUs count a sum of 16 int8 products or fewer twice."""
+    act, weight = array(6, depth, seed=1), array(depth, 7, seed=2)
+    site = only_site(lambda x, w: x @ w, act, weight)
+    stored = products.store(site, weight, "int8", "channel")
+    product = lambda a: products.code_product(site, a, stored, "int8", None, pad_single=False)  # noqa: E731
+    (dot,) = dots_of(product, act)
+    assert [var.aval.shape for var in dot.invars] == [(6, expected), (expected, 7)]
+    (codes, scale), (weight_codes, weight_scale) = quantized(act, (1,)), quantized(weight, (0,))
+    np.testing.assert_allclose(product(act), (codes @ weight_codes) * scale * weight_scale, rtol=3e-6, atol=1e-7)
+    in_place = lambda a: products.multiply_in_place(  # noqa: E731
+        site,
+        (encode(a, jnp.float32(scale), FORMATS["int8"]), stored.codes()),
+        (jnp.float32(scale), stored.scale),
+        (0, 1),
+    )
+    (dot,) = dots_of(in_place, act)
+    assert [var.aval.shape for var in dot.invars] == [(6, expected), (expected, 7)]
+    np.testing.assert_allclose(in_place(act), product(act), rtol=1e-6, atol=1e-7)
+
+
+def test_sums_of_unknown_length_are_filled_up_for_any():
+    size = jax.export.symbolic_shape("k")[0]
+    filled = jax.eval_shape(lambda c: products._deepened(c, (1,)), jax.ShapeDtypeStruct((4, size), jnp.int8))
+    assert filled.shape == (4, size + 31)
+    several = products._deepened(jnp.ones((2, 3, 5), jnp.int8), (1, 2))
+    assert several.shape == (2, 7, 5)
+    assert int(several.sum()) == 30
+
+
+@pytest.mark.parametrize("name", ["x @ W", "x @ W.T", "batched"])
+@pytest.mark.parametrize("format_name", ["int8", "fp8_e4m3"])
+def test_a_weight_that_lies_by_columns_is_the_same_weight(monkeypatch, name, format_name):
+    functions = {
+        "x @ W": (lambda x, w: x @ w, (4, 48), (48, 40)),
+        "x @ W.T": (lambda x, w: x @ w.T, (4, 48), (40, 48)),
+        "batched": (lambda x, w: jnp.einsum("bmk,bkn->bmn", x, w), (3, 4, 48), (3, 48, 40)),
+    }
+    fn, act_shape, weight_shape = functions[name]
+    act, weight = array(*act_shape, seed=1), array(*weight_shape, seed=2)
+    site = only_site(fn, act, weight)
+    weight = lay_out(weight, site.layout)
+    product = lambda stored: products.code_product(site, act, stored, format_name, None, pad_single=False)  # noqa: E731
+    by_rows = products.store(site, weight, format_name, "channel")
+    monkeypatch.setattr(products, "COLUMN_PLATFORMS", (jax.default_backend(),))
+    by_columns = products.store(site, weight, format_name, "channel")
+    assert by_columns.values.shape[-2:] == (40, 48)
+    assert by_columns.shape == by_rows.shape
+    np.testing.assert_array_equal(products.restore(site, by_columns), products.restore(site, by_rows))
+    np.testing.assert_allclose(product(by_columns), product(by_rows), rtol=1e-6, atol=1e-6)
+    assert products.store(site, weight, "int4", "channel").transposed is False
+
+
+@pytest.mark.parametrize(("sizes", "operands"), [((4, 8, 8), "bfloat16"), ((4, 32, 40), "float8_e4m3fn")])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_fp8_of_small_matrices_is_multiplied_as_bfloat16(sizes, operands, dtype):
+    """XLA multiplies those in float16 on GPUs, where 448 by 448 is infinite."""
+    rows, depth, columns = sizes
+    act, weight = array(rows, depth, seed=1).astype(dtype), array(depth, columns, seed=2).astype(dtype)
+    site = only_site(lambda x, w: x @ w, act, weight)
+    stored = products.store(site, weight, "fp8_e4m3", "channel")
+    product = lambda a: products.code_product(site, a, stored, "fp8_e4m3", None, pad_single=False)  # noqa: E731
+    (dot,) = dots_of(product, act)
+    assert [var.aval.dtype.name for var in dot.invars] == [operands] * 2
+    assert dot.outvars[0].aval.dtype == (dtype if operands == "float8_e4m3fn" else "float32")
+    got = product(act)
+    assert got.dtype == jnp.dtype(dtype)
+    exact = np.asarray(act, np.float64) @ np.asarray(weight, np.float64)
+    assert np.abs(np.asarray(got, np.float64) - exact).max() < 0.06 * np.abs(exact).max()
+
+
+def test_where_integers_have_no_convolution_it_stays_float(monkeypatch):
+    fn = lambda x, w: lax.conv_general_dilated(x, w, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))  # noqa: E731
+    site = only_site(fn, array(2, 6, 6, 4), array(3, 3, 4, 5))
+    (rule,) = Recipe.parse('[[quantize]]\nsites = ".*"', name="test").quantize
+    assert products.float_reason(site, rule) == ""
+    monkeypatch.setattr(products, "NO_INTEGER_CONVOLUTION", ("cpu",))
+    assert products.float_reason(site, rule).startswith("the platform 'cpu' has no convolution of integers")
+
+
+def test_sums_wait_for_their_conversion_where_a_library_multiplies(monkeypatch):
+    monkeypatch.setattr(products, "COLUMN_PLATFORMS", ("cpu",))
+    monkeypatch.setattr(products, "LIBRARY_ROWS", 8)
+    site = only_site(lambda x, w: x @ w, array(8, 40), array(40, 7))
+    stored = products.store(site, array(40, 7, seed=2), "int8", "channel")
+    product = lambda a: products.code_product(site, a, stored, "int8", None, pad_single=False)  # noqa: E731
+    for rows, barriers in ((7, 0), (8, 1)):
+        jaxpr = str(jax.make_jaxpr(product)(array(rows, 40)))
+        assert jaxpr.count("optimization_barrier") == barriers

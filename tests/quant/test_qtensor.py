@@ -139,3 +139,18 @@ def test_gradient_of_bfloat16_is_bfloat16():
     grad = jax.grad(lambda v: jnp.sum(round_to_int8(v, jnp.float32(0.05)).astype(jnp.float32)))(values)
     assert grad.dtype == jnp.bfloat16
     np.testing.assert_array_equal(grad.astype(jnp.float32), np.ones(8))
+
+
+@pytest.mark.parametrize("name", ["int8", "uint8", "fp8_e4m3", "codebook256"])
+def test_codes_that_lie_by_columns_stand_for_the_same_matrix(name):
+    stored = quantize(array(6, 5), name)
+    turned = stored.by_columns()
+    assert turned.values.shape == (5, 6)
+    assert turned.shape == (6, 5)
+    np.testing.assert_array_equal(turned.codes(), stored.codes())
+    np.testing.assert_array_equal(jax.jit(lambda q: q.dequantize())(turned), stored.dequantize())
+    index = jnp.asarray([3, 0, 3])
+    np.testing.assert_array_equal(turned.columns(index).dequantize(), stored.columns(index).dequantize())
+    steps = quantize(array(4, 6, 5), name).by_columns()
+    assert steps.shape == (4, 6, 5)
+    np.testing.assert_array_equal(jax.tree.map(lambda leaf: leaf[2], steps).dequantize(), steps.dequantize()[2])
