@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import logging
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -34,6 +36,7 @@ from lepton_xla.report import PassReport, SiteReport
 if TYPE_CHECKING:
     from lepton_xla.recipe import Plan, QuantizeRule
 
+_LOG = logging.getLogger(__name__)
 # A candidate must win by more than the clock's noise.
 WORTH_RATIO = 0.97
 # Alone at this share of float's time or more, a product is not tried in the whole program.
@@ -116,6 +119,8 @@ def lower(
         elif needs_range(planned.rule):
             values[planned.site.name + RANGE_SUFFIX] = _finite_range(planned.site, ranges)
     timings = _time_sites(program, candidates, sizes, say)
+    reasons |= {name: _wrong_reason(name, found) for name, found in timings.items() if any(t.wrong for t in found)}
+    candidates = [planned for planned in candidates if not reasons[planned.site.name]]
 
     def build(integer: frozenset[str]) -> Callable[..., Any]:
         return _lowered(program.fn, like, every, list(_own(values, integer)), _pads(integer, timings))
@@ -280,6 +285,16 @@ def _time_sites(
         # A program may take another way at some sizes.
         timings[name] = [compare(by_name[name], planned.rule, at) for at, by_name in found if name in by_name]
     return timings
+
+
+def _wrong_reason(name: str, timings: Sequence[Timing]) -> str:
+    """Why a product of codes that came out wrong here is not used, also in the log: it is a fault of the platform."""
+    worst = next(timing for timing in timings if timing.wrong)
+    at = "".join(f", {symbol} {size}" for symbol, size in worst.sizes.items())
+    how = f"is wrong by {worst.error:.0%} of the largest value" if math.isfinite(worst.error) else "is not finite"
+    reason = f"XLA's product of codes {how} on this {jax.default_backend()}{at}, so it is computed in float"
+    _LOG.warning("%s: %s", name, reason)
+    return reason
 
 
 def _padded(timings: Sequence[Timing]) -> bool:

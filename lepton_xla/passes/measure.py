@@ -1,4 +1,4 @@
-"""Times products and whole programs, in float and in integers, as compiled for the machine at hand."""
+"""Times products and whole programs, in float and in codes, as compiled here, and checks the products of codes."""
 
 from __future__ import annotations
 
@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from lepton_xla import _compat
 from lepton_xla.passes import products
 from lepton_xla.passes.sites import Site
-from lepton_xla.quant import FORMATS, absmax_scale
+from lepton_xla.quant import FORMATS, absmax_scale, encode
+from lepton_xla.quant.grid import decode
 
 if TYPE_CHECKING:
     from lepton_xla.recipe import QuantizeRule
@@ -24,6 +26,10 @@ ROUNDS = 21
 MIN_ROUNDS = 3
 # Rounds are fewer where they would take longer than this in all.
 BUDGET_S = 2.0
+# A product of codes whose largest error is more than this share of the largest result is taken for wrong. Codes and
+# scales are exact; what is left are the rounding of float32 and bfloat16, and codes that fall on the other side of a
+# half.
+WRONG = 0.05
 # A round runs the product often enough to last this long, so that the clock's own cost does not count.
 ROUND_S = 2e-4
 
@@ -37,12 +43,20 @@ class Timing:
         float_us: as the program had it.
         integer_us: with int8 operands.
         padded_us: with a single row padded to two, None where there are more.
+        error: largest difference of the integer product from the float product of what the codes stand for, as a share
+            of its largest value; NaN where the result holds one.
     """
 
     sizes: dict[str, int]
     float_us: float
     integer_us: float
     padded_us: float | None
+    error: float = 0.0
+
+    @property
+    def wrong(self) -> bool:
+        """Whether what was compiled does not compute the product: a compiler or a library has a fault there."""
+        return not self.error <= WRONG
 
     def best_us(self, pad: bool) -> float:
         """The integer product's time, single rows padded or not."""
@@ -83,13 +97,13 @@ def time_programs(
         else jnp.zeros(leaf.shape, leaf.dtype)
         for number, leaf in enumerate(inputs)
     ]
-    return _medians_us([_compiled(fn, weights, *arrays) for fn, weights in functions])
+    calls = [functools.partial(_compiled(fn, weights, *arrays), weights, *arrays) for fn, weights in functions]
+    return _medians_us(calls)
 
 
 def compare(site: Site, decision: QuantizeRule, sizes: Mapping[str, int]) -> Timing:
-    """Times one site, found at the given sizes, on random operands. Sites that look the same are timed once."""
-    float_us, integer_us, padded_us = _compare(_Key(site, decision))
-    return Timing(dict(sizes), float_us, integer_us, padded_us)
+    """Times and checks one site, found at the given sizes, on random operands; sites that look the same only once."""
+    return dataclasses.replace(_compare(_Key(site, decision)), sizes=dict(sizes))
 
 
 class _Key:
@@ -117,7 +131,7 @@ class _Key:
 
 
 @functools.lru_cache(maxsize=1024)
-def _compare(key: _Key) -> tuple[float, float, float | None]:
+def _compare(key: _Key) -> Timing:
     site, decision = key.site, key.decision
     operands = [
         jax.random.normal(jax.random.key(number), shape.shape, jnp.float32).astype(shape.dtype)
@@ -136,24 +150,43 @@ def _compare(key: _Key) -> tuple[float, float, float | None]:
 
     if site.weight_operand is None:
         as_integer, args = of_pair, operands
+        scales = products.pair_scales(site, operands[0], operands[1], name)
+        rounded = [_rounded(operand, scale, name) for operand, scale in zip(operands, scales, strict=True)]
     else:
         weight, act = operands[site.weight_operand], operands[1 - site.weight_operand]
         stored = products.store(site, weight, decision.weights, decision.granularity)
         scale = None if decision.dynamic else absmax_scale(jnp.max(jnp.abs(act)), FORMATS[name])
         as_integer, args = of_weight, (act, stored, scale)
-    calls = [_compiled(as_float, *operands), _compiled(as_integer, *args)]
+        rounded = [_rounded(act, products.activation_scale(site, act, name, scale), name)]
+        rounded.insert(site.weight_operand, products.restore(site, stored))
+    in_float, in_codes = _compiled(as_float, *operands), [_compiled(as_integer, *args)]
     if products.row_count(site) == 1:
-        calls.append(_compiled(functools.partial(as_integer, pad=True), *args))
+        in_codes.append(_compiled(functools.partial(as_integer, pad=True), *args))
+    expected = in_float(*rounded)
+    errors = [float(_share(call(*args), expected)) for call in in_codes]
+    calls = [functools.partial(in_float, *operands), *(functools.partial(call, *args) for call in in_codes)]
     times = _medians_us(calls)
-    return times[0], times[1], times[2] if len(times) == 3 else None
+    return Timing({}, times[0], times[1], times[2] if len(times) == 3 else None, float(np.max(errors)))
 
 
-def _compiled(fn: Callable[..., Any], *args: Any) -> Callable[[], Any]:
-    compiled = jax.jit(fn).lower(*args).compile()
-    return lambda: compiled(*args)
+@functools.partial(jax.jit, static_argnames="name")
+def _rounded(array: jax.Array, scale: jax.Array, name: str) -> jax.Array:
+    """What the codes of an activation stand for, in its dtype."""
+    return decode(encode(array, scale, FORMATS[name]), scale, FORMATS[name]).astype(array.dtype)
 
 
-def _medians_us(calls: list[Callable[[], Any]]) -> list[float]:
+@jax.jit
+def _share(got: jax.Array, expected: jax.Array) -> jax.Array:
+    """The largest difference, as a share of the largest value expected."""
+    got, expected = got.astype(jnp.float32), expected.astype(jnp.float32)
+    return jnp.max(jnp.abs(got - expected), initial=0) / jnp.maximum(jnp.max(jnp.abs(expected), initial=0), 1e-30)
+
+
+def _compiled(fn: Callable[..., Any], *args: Any) -> Callable[..., Any]:
+    return jax.jit(fn).lower(*args).compile()
+
+
+def _medians_us(calls: Sequence[Callable[[], Any]]) -> list[float]:
     """Medians over rounds that take the calls in turn, so that a slow moment of the machine falls on all alike."""
     once = []
     for call in calls:

@@ -1,5 +1,7 @@
 """Lowering to int8: the fake-quantized model's numbers, really in integers, and taken back where it does not pay."""
 
+import dataclasses
+
 import equinox as eqx
 import flax.linen as nn
 import haiku as hk
@@ -420,6 +422,22 @@ def test_what_is_slower_is_taken_back_and_stays_small(monkeypatch):
     assert reports["b"].action == "int8 weights"
     assert "3.00 of float's time" in reports["b"].reason
     assert reports["b"].bytes_after < 0.5 * reports["b"].bytes_before
+
+
+@pytest.mark.parametrize(("error", "words"), [(1.0, "wrong by 100% of the largest value"), (np.nan, "not finite")])
+def test_what_is_wrong_on_this_platform_is_taken_back_however_fast(monkeypatch, caplog, error, words):
+    fake_clock(monkeypatch, {"a": (10.0, 5.0, None), "b": (10.0, 5.0, None)})
+    clock = lower_module.compare
+    faulty = lambda site, rule, at: dataclasses.replace(clock(site, rule, at), error=error if site.name == "a" else 0.0)  # noqa: E731
+    monkeypatch.setattr(lower_module, "compare", faulty)
+    program = two_layers()
+    lowered = run_lower(program, recipe().resolve(program), sizes=SIZES)
+    assert products_of(lowered) == [FLOAT, INTEGER]
+    report = next(site for site in lowered.history[-1].sites if site.site == "a")
+    assert report.action == "int8 weights"
+    assert words in report.reason
+    assert "batch 1" in report.reason
+    assert report.reason in caplog.text
 
 
 def test_sites_that_win_alone_and_lose_together_are_taken_back(monkeypatch):

@@ -122,3 +122,34 @@ def test_programs_are_timed_on_inputs_of_their_dtype():
     assert len(times) == 2
     assert min(times) > 0
     assert set(seen) == {((3, 4), jnp.float32.dtype, jnp.int32.dtype)}
+
+
+@pytest.mark.parametrize("options", ["", 'activations = "int4"', "dynamic = false"])
+@pytest.mark.parametrize("batch", [1, 4])
+def test_a_right_product_is_no_wrong_one(options, batch):
+    for site in sites_at(batch).values():
+        timing = measure.compare(site, rule(options), {"batch": batch})
+        assert timing.error < 1e-5
+        assert not timing.wrong
+
+
+@pytest.mark.parametrize("fault", ["twice", "one value", "not a number", "where padded"])
+def test_a_wrong_product_is_found(monkeypatch, fault):
+    right = measure.products.code_product
+
+    def wrong(*args, pad_single):
+        out = right(*args, pad_single=pad_single)
+        if fault == "where padded":
+            return 2 * out if pad_single else out
+        faults = {
+            "twice": 2 * out,
+            "one value": out.at[0, 3].add(0.2 * jnp.abs(out).max()),
+            "not a number": out * jnp.nan,
+        }
+        return faults[fault]
+
+    monkeypatch.setattr(measure.products, "code_product", wrong)
+    timing = measure.compare(sites_at(1)["a"], rule(), {"batch": 1})
+    assert timing.wrong
+    expected = {"twice": 1.0, "one value": 0.2, "not a number": np.nan, "where padded": 1.0}[fault]
+    np.testing.assert_allclose(timing.error, expected, rtol=1e-3)
