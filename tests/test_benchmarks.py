@@ -64,6 +64,37 @@ def test_an_unknown_model_is_refused_by_name() -> None:
     assert "no model lenet6; there are digits, lenet5" in done.stderr
 
 
+def test_gpu_rows_are_there_with_their_errors_in_codes_where_there_is_a_product_of_them(tmp_path: pathlib.Path) -> None:
+    found = figures("gpu.py", tmp_path, "--no-torch")
+    assert len(found["tasks"]) == 2
+    for task in found["tasks"]:
+        plain, int8, fp8 = task["rows"]
+        assert [row["name"] for row in task["rows"]] == ["JAX bfloat16", "lepton_xla int8", "lepton_xla fp8"]
+        assert plain["ratio"] == 1.0
+        assert plain["error"] < 0.01
+        assert 0.004 < int8["error"] < 0.04
+        assert 0.01 < fp8["error"] < 0.15
+        assert all(row["us"] > 0 for row in task["rows"])
+    chain, block = found["tasks"]
+    assert [row["in codes"] for row in chain["rows"][1:]] == ["2 of 2", "0 of 2"]
+    assert block["rows"][1]["in codes"] == "4 of 6"
+    assert "no fp8 product" in block["rows"][2]["reasons"][1]
+
+
+def test_gpu_without_one_says_so() -> None:
+    done = subprocess.run(
+        [sys.executable, ROOT / "benchmarks" / "gpu.py"],
+        cwd=ROOT,
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    assert done.returncode == 0
+    assert done.stdout.startswith("no GPU")
+
+
 @needs_data
 def test_training_at_four_bits_and_the_cost_of_its_step(tmp_path: pathlib.Path) -> None:
     found = figures("qat.py", tmp_path)

@@ -1,0 +1,411 @@
+"""Products and a transformer block in bfloat16, int8 and fp8 on one NVIDIA GPU, beside PyTorch's on the same one.
+
+    python benchmarks/gpu.py [--quick] [--json FILE]
+
+Layers in a row, each a square product, at sizes that fill the GPU and at the few rows of decoding; and a transformer
+block. Ours are the recipes `int8` and `fp8`, applied to the bfloat16 program: rounding of activations, one scale a row,
+is part of the time. PyTorch's do the same by `torch._int_mm` and `torch._scaled_mm` under `torch.compile`, in CUDA
+graphs. Errors are of the whole result, from the program in float32. Writes docs/benchmarks/gpu.md. Without a GPU it
+says so and ends; --quick runs tiny sizes on any platform and takes nothing back.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import importlib.util
+import json
+import os
+import pathlib
+import re
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+# PyTorch needs room beside JAX.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
+import harness
+import jax
+import jax.numpy as jnp
+import msgspec
+import numpy as np
+from rich.console import Console
+
+import lepton_xla as lx
+
+RESULTS = harness.PAGES / "gpu.json"
+FLOAT, RECIPES = "JAX bfloat16", ("int8", "fp8")
+# Rows, width, layers: enough layers that starting a program does not count.
+CHAINS = ((4096, 4096, 8), (16, 8192, 16), (64, 8192, 16), (8192, 8192, 4))
+# Batch, sequence, width, heads.
+BLOCK = (8, 2048, 4096, 32)
+# What compiled code names its products by.
+KERNELS = {
+    "cuBLASLt fp8": r'custom_call_target="__cublas\$lt\$matmul\$f8"',
+    "cuBLASLt": r'custom_call_target="__cublas\$lt\$matmul"',
+    "cuBLAS": r'custom_call_target="__cublas\$gemm"',
+    "Triton": r'"kind":"__triton_(?:nested_)?gemm',
+    "cuDNN attention": r'custom_call_target="__cudnn\$fmha',
+}
+console = Console(width=140, highlight=False)
+
+type Linear = Callable[[Any, str], Any]
+"""A product of rows and the weight of this name."""
+
+
+def weights_of(shapes: Mapping[str, tuple[int, int]]) -> dict[str, jax.Array]:
+    """Normal bfloat16 matrices that keep the size of what they multiply."""
+    keys = jax.random.split(jax.random.key(0), len(shapes))
+    scaled = {name: (key, shape) for key, (name, shape) in zip(keys, shapes.items(), strict=True)}
+    return {
+        name: jax.random.normal(key, shape, jnp.bfloat16) * shape[0] ** -0.5 for name, (key, shape) in scaled.items()
+    }
+
+
+def chain(layers: int, linear: Linear, rows: Any) -> Any:
+    """Square products in a row, of JAX's or PyTorch's arrays."""
+    for layer in range(layers):
+        rows = linear(rows, f"layer{layer:02}")
+    return rows
+
+
+def chain_shapes(width: int, layers: int) -> dict[str, tuple[int, int]]:
+    return {f"layer{layer:02}": (width, width) for layer in range(layers)}
+
+
+def block(library: Any, heads: int, linear: Linear, rows: Any) -> Any:
+    """A transformer block before whose halves is RMSNorm: attention to all positions, and a GELU layer four wide."""
+    batch, length, width = rows.shape
+    mixed = linear(library.norm(rows), "query_key_value").reshape(batch, length, 3, heads, width // heads)
+    attended = library.attend(mixed[:, :, 0], mixed[:, :, 1], mixed[:, :, 2]).reshape(batch, length, width)
+    rows = rows + linear(attended, "out")
+    return rows + linear(library.gelu(linear(library.norm(rows), "up")), "down")
+
+
+def block_shapes(width: int) -> dict[str, tuple[int, int]]:
+    return {
+        "query_key_value": (width, 3 * width),
+        "out": (width, width),
+        "up": (width, 4 * width),
+        "down": (4 * width, width),
+    }
+
+
+class Jax:
+    """What a block needs, in JAX."""
+
+    gelu = staticmethod(functools.partial(jax.nn.gelu, approximate=True))
+
+    def __init__(self, implementation: str) -> None:
+        self.implementation = implementation
+
+    def norm(self, rows: jax.Array) -> jax.Array:
+        exact = rows.astype(jnp.float32)
+        return (exact * jax.lax.rsqrt(jnp.mean(exact**2, -1, keepdims=True) + 1e-6)).astype(rows.dtype)
+
+    def attend(self, query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+        return jax.nn.dot_product_attention(query, key, value, implementation=self.implementation)
+
+
+class Torch:
+    """The same in PyTorch."""
+
+    def __init__(self, torch: Any) -> None:
+        self.torch = torch
+        self.gelu = functools.partial(torch.nn.functional.gelu, approximate="tanh")
+
+    def norm(self, rows: Any) -> Any:
+        exact = rows.float()
+        return (exact * self.torch.rsqrt((exact**2).mean(-1, keepdim=True) + 1e-6)).to(rows.dtype)
+
+    def attend(self, query: Any, key: Any, value: Any) -> Any:
+        attention = self.torch.nn.functional.scaled_dot_product_attention
+        return attention(*(part.transpose(1, 2) for part in (query, key, value))).transpose(1, 2)
+
+
+def jax_linear(weights: Mapping[str, jax.Array]) -> Linear:
+    return lambda rows, name: rows @ weights[name]
+
+
+def torch_linears(torch: Any, weights: Mapping[str, Any]) -> dict[str, Linear]:
+    """Products of PyTorch's in bfloat16, and of codes with a scale for each row and each output channel."""
+
+    def largest(array: Any, axis: int, top: float) -> Any:
+        return array.abs().amax(axis, keepdim=True).float().clamp_min(1e-30) / top
+
+    stored: dict[str, dict[str, Any]] = {"int8": {}, "fp8": {}}
+    for name, weight in weights.items():
+        scale = largest(weight, 0, 127.0)
+        codes = (weight.float() / scale).round().clamp(-127, 127).to(torch.int8)
+        stored["int8"][name] = codes.t().contiguous().t(), scale
+        scale = largest(weight, 0, 448.0)
+        stored["fp8"][name] = (weight.float() / scale).to(torch.float8_e4m3fn).t().contiguous().t(), scale
+
+    def int8(rows: Any, name: str) -> Any:
+        flat = rows.reshape(-1, rows.shape[-1])
+        scale = largest(flat, -1, 127.0)
+        codes = (flat.float() / scale).round().clamp(-127, 127).to(torch.int8)
+        columns, column_scale = stored["int8"][name]
+        out = torch._int_mm(codes, columns).float() * (scale * column_scale)
+        return out.to(rows.dtype).reshape(*rows.shape[:-1], -1)
+
+    def fp8(rows: Any, name: str) -> Any:
+        flat = rows.reshape(-1, rows.shape[-1])
+        scale = largest(flat, -1, 448.0)
+        codes = (flat.float() / scale).clamp(-448, 448).to(torch.float8_e4m3fn)
+        columns, column_scale = stored["fp8"][name]
+        out = torch._scaled_mm(
+            codes, columns, scale_a=scale, scale_b=column_scale, out_dtype=rows.dtype, use_fast_accum=True
+        )
+        return out.reshape(*rows.shape[:-1], -1)
+
+    return {
+        "torch.compile bfloat16": lambda rows, name: rows @ weights[name],
+        "torch._int_mm int8": int8,
+        "torch._scaled_mm fp8": fp8,
+    }
+
+
+class Task:
+    """One thing to time, in every way.
+
+    Attributes:
+        flops: of its products.
+        repeat: runs of a timed call, so that starting them does not count.
+    """
+
+    def __init__(self, title: str, shapes: Mapping[str, tuple[int, int]], rows: tuple[int, ...], fn: Any, flops: float):
+        self.title, self.fn, self.flops = title, fn, flops
+        self.weights = weights_of(shapes)
+        self.rows = jax.random.normal(jax.random.key(1), rows, jnp.bfloat16)
+        self.repeat = max(1, min(20, round(2e13 / flops)))
+
+    def program(self) -> lx.Program:
+        spec = lx.TensorSpec(("batch", *self.rows.shape[1:]), "bfloat16")
+        return lx.trace(lambda weights, rows: self.fn("jax", jax_linear(weights), rows), self.weights, {"rows": spec})
+
+
+def tasks(quick: bool) -> list[Callable[[], Task]]:
+    """What is timed, made when its turn comes, since the weights are large."""
+    chains = CHAINS if not quick else ((8, 64, 2),)
+    batch, length, width, heads = BLOCK if not quick else (2, 16, 32, 4)
+
+    def chained(rows: int, width: int, layers: int) -> Task:
+        fn = lambda _library, linear, rows: chain(layers, linear, rows)  # noqa: E731
+        title = f"{layers} layers of {rows} x {width} x {width}"
+        return Task(title, chain_shapes(width, layers), (rows, width), fn, 2.0 * layers * rows * width**2)
+
+    def blocked() -> Task:
+        fast = attention()
+
+        def fn(library: Any, linear: Linear, rows: Any) -> Any:
+            library = Jax("xla" if library == "exact" else fast) if isinstance(library, str) else library
+            return block(library, heads, linear, rows)
+
+        flops = 2.0 * batch * length * 12 * width**2 + 4.0 * batch * length**2 * width
+        title = f"transformer block, width {width}, {heads} heads, batch {batch} x {length}"
+        return Task(title, block_shapes(width), (batch, length, width), fn, flops)
+
+    made = [functools.partial(chained, *sizes) for sizes in chains]
+    return [*made[:2], blocked, *made[2:]]
+
+
+def attention() -> str:
+    """cuDNN's attention where a program with it can be lowered, else XLA's."""
+    if jax.default_backend() != "gpu":
+        return "xla"
+    try:
+        fn = lambda weights, rows: block(Jax("cudnn"), 2, jax_linear(weights), rows)  # noqa: E731
+        program = lx.trace(fn, weights_of(block_shapes(256)), {"rows": lx.TensorSpec(("batch", 128, 256), "bfloat16")})
+        small = lx.passes.lower(program, lx.Recipe.load("int8").resolve(program))
+        jax.block_until_ready(jax.jit(small.fn)(small.weights, jnp.ones((2, 128, 256), jnp.bfloat16)))
+    except Exception as problem:
+        console.print(f"attention by XLA, since cuDNN's cannot be had: {type(problem).__name__}: {str(problem)[:300]}")
+        return "xla"
+    return "cudnn"
+
+
+def kernels(text: str) -> dict[str, int]:
+    """How often compiled code calls each kind of product."""
+    counts = {name: len(re.findall(pattern, text)) for name, pattern in KERNELS.items()}
+    return {name: count for name, count in counts.items() if count}
+
+
+def measure(task: Task, options: argparse.Namespace) -> dict[str, Any]:
+    """Every way of one task: microseconds, rate, ratio to JAX in bfloat16, error, and what was compiled."""
+    program = task.program()
+    with jax.default_matmul_precision("highest"):
+        wide = {name: weight.astype(jnp.float32) for name, weight in task.weights.items()}
+        run = jax.jit(lambda weights, rows: task.fn("exact", jax_linear(weights), rows))
+        exact = np.asarray(run(wide, task.rows.astype(jnp.float32)), np.float32)
+        del wide
+    calls: dict[str, Callable[[], Any]] = {}
+    rows: dict[str, dict[str, Any]] = {}
+
+    def note(
+        name: str, found: Callable[[], tuple[Callable[[], Any], dict[str, Any], Callable[[Any], np.ndarray]]]
+    ) -> None:
+        started = time.perf_counter()
+        try:
+            call, facts, to_numpy = found()
+            got = to_numpy(call())
+            error = float(np.linalg.norm(got - exact) / np.linalg.norm(exact))
+            calls[name], rows[name] = call, {"name": name, "error": error, **facts}
+        except Exception as problem:  # a row that says why
+            rows[name] = {
+                "name": name,
+                "note": f"{type(problem).__name__}: {str(problem).strip().splitlines()[0][:160]}",
+            }
+        rows[name]["prepare_s"] = round(time.perf_counter() - started, 1)
+        console.print(f"  {name}: {rows[name]}")
+
+    def ours(small: lx.Program) -> tuple[Callable[[], Any], dict[str, Any], Callable[[Any], np.ndarray]]:
+        return jax_call(task, small)
+
+    note(FLOAT, lambda: ours(program))
+    for recipe in RECIPES:
+        note(f"lepton_xla {recipe}", functools.partial(lowered, task, program, recipe, timed=not options.quick))
+    if options.torch:
+        import torch
+
+        for name, call in torch_calls(task, torch).items():
+            note(name, call)
+    times = harness.interleave(calls, rounds=options.rounds, seconds=options.seconds)
+    for name, seconds in times.items():
+        median = statistics.median(seconds) / task.repeat
+        rows[name] |= {
+            "us": median * 1e6,
+            "tflops": task.flops / median / 1e12,
+            "ratio": harness.ratio(times, name, FLOAT),
+        }
+    return {"title": task.title, "rows": list(rows.values())}
+
+
+def jax_call(task: Task, program: lx.Program) -> tuple[Callable[[], Any], dict[str, Any], Callable[[Any], np.ndarray]]:
+    weights, fn = program.weights, program.fn
+    if program.expansion is not None:  # as an artifact does on loading
+        weights, fn = jax.jit(program.expansion.expand)(weights), program.expansion.fn
+    compiled = jax.jit(fn).lower(weights, task.rows).compile()
+
+    def call() -> jax.Array:
+        for _ in range(task.repeat):
+            out = compiled(weights, task.rows)
+        return jax.block_until_ready(out)
+
+    return call, {"kernels": kernels(compiled.as_text() or "")}, lambda out: np.asarray(out, np.float32)
+
+
+def lowered(task: Task, program: lx.Program, recipe: str, *, timed: bool) -> tuple[Any, dict[str, Any], Any]:
+    """Our way with a recipe; `timed` says whether products of codes are timed against float and may be taken back."""
+    wanted = msgspec.structs.replace(lx.Recipe.load(recipe), measure=timed)
+    small = lx.optimize(program, wanted, buckets={"batch": (task.rows.shape[0],)})
+    call, facts, to_numpy = jax_call(task, small)
+    (report,) = (report for report in small.history if report.name == "lower")
+    codes = [site for site in report.sites if " x " in site.action]
+    facts["in codes"] = f"{len(codes)} of {len(report.sites)}"
+    facts["reasons"] = sorted({site.reason for site in report.sites if site.reason})
+    return call, facts, to_numpy
+
+
+def torch_calls(task: Task, torch: Any) -> dict[str, Callable[[], Any]]:
+    """PyTorch's ways, each compiled and then captured in a CUDA graph."""
+    weights = {name: torch.from_dlpack(weight) for name, weight in task.weights.items()}
+    rows = torch.from_dlpack(task.rows)
+    on_gpu = rows.is_cuda
+
+    def make(linear: Linear) -> tuple[Callable[[], Any], dict[str, Any], Callable[[Any], np.ndarray]]:
+        run = lambda rows: task.fn(Torch(torch), linear, rows)  # noqa: E731
+        run = torch.compile(run, dynamic=False) if on_gpu else run
+        with torch.no_grad():
+            for _ in range(3):
+                out = run(rows)
+            if on_gpu:
+                torch.cuda.synchronize()
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph):
+                    out = run(rows)
+
+        def call() -> Any:
+            for _ in range(task.repeat):
+                if on_gpu:
+                    graph.replay()
+                else:
+                    run(rows)
+            if on_gpu:
+                torch.cuda.synchronize()
+            return out
+
+        return call, {}, lambda out: out.float().cpu().numpy()
+
+    return {name: functools.partial(make, linear) for name, linear in torch_linears(torch, weights).items()}
+
+
+def tables(result: Mapping[str, Any]) -> list[str]:
+    """One table a task."""
+    found = []
+    for task in result["tasks"]:
+        lines = []
+        for row in task["rows"]:
+            name = row["name"] + (f" ({row['in codes']} products)" if "in codes" in row else "")
+            named = ", ".join(f"{count} {kernel}" for kernel, count in row.get("kernels", {}).items())
+            if "us" not in row:
+                lines.append([name, "", "", "", "", row.get("note", "")])
+                continue
+            figures = f"{row['us']:,.0f}", f"{row['tflops']:,.0f}", f"{row['ratio']:.2f}", f"{row['error']:.4f}"
+            lines.append([name, *figures, "; ".join([named, *row.get("reasons", [])]).strip("; ")])
+        header = [task["title"], "µs", "TFLOP/s", f"time / {FLOAT}", "error", "note"]
+        found.append(harness.markdown(header, lines))
+    return found
+
+
+def page(result: Mapping[str, Any]) -> str:
+    run = result["run"]
+    about = (
+        "One GPU. Ours are the recipes `int8` and `fp8` on the bfloat16 program, as `lx.optimize` leaves it: "
+        "activations are rounded at run time with one scale a row, and that is in the time. PyTorch's rows round "
+        "alike, and run under `torch.compile` in a CUDA graph. `error` is that of the whole result from the program in "
+        "float32, relative, by the Frobenius norm. The note says which products the compiled code calls. "
+        "`16 x 8192 x 8192` is rows by what is summed over by columns. Medians over rounds in which all took turns."
+    )
+    foot = f"{run['date']}, commit {run['commit']}; {run['gpu']}; {run['machine']}; {run['versions']}."
+    return "\n\n".join(["# On a GPU", about, *tables(result), foot, f"    {run['command']}"]) + "\n"
+
+
+def main() -> int:
+    """Measures, prints, writes."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="tiny sizes on any platform, no page: a smoke test")
+    parser.add_argument(
+        "--torch", action=argparse.BooleanOptionalAction, default=True, help="PyTorch's, where installed"
+    )
+    parser.add_argument("--json", type=pathlib.Path, help="write the figures to this file, after each task")
+    parser.add_argument("--rounds", type=int, default=15, help="turns of each way")
+    parser.add_argument("--seconds", type=float, default=8.0, help="of one task's rounds, at most")
+    options = parser.parse_args()
+    if jax.default_backend() != "gpu" and not options.quick:
+        console.print("no GPU: there is nothing to measure here; --quick tries the script out on tiny sizes")
+        return 0
+    if options.quick:
+        options.rounds, options.seconds = 3, 1.0
+    options.torch = options.torch and importlib.util.find_spec("torch") is not None
+    run = harness.machine(("torch",)) | {"gpu": jax.devices()[0].device_kind, "command": harness.command()}
+    result: dict[str, Any] = {"run": run, "tasks": []}
+    for make in tasks(options.quick):
+        task = make()
+        console.print(f"{task.title} ...")
+        result["tasks"].append(measure(task, options))
+        console.print(tables(result)[-1], soft_wrap=True)
+        if options.json:
+            options.json.write_text(json.dumps(result, indent=1) + "\n")
+    if not options.quick:
+        harness.PAGES.mkdir(parents=True, exist_ok=True)
+        RESULTS.write_text(json.dumps(result, indent=1) + "\n")
+        (harness.PAGES / "gpu.md").write_text(page(result))
+    console.print(f"repeat with: {harness.command()}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
