@@ -463,7 +463,8 @@ def _float_product(left: jax.Array, right: jax.Array, numbers: Any, dtype: jnp.d
     """
     rows, depth, columns = (size if isinstance(size, int) else 1 for size in (*left.shape[-2:], right.shape[-1]))
     if depth * (rows + columns) < SAFE_FP8_VALUES:
-        left, right = left.astype(jnp.bfloat16), right.astype(jnp.bfloat16)
+        # Without the barrier XLA leaves out the rounding to fp8: it may keep more precision than it was asked for.
+        left, right = (codes.astype(jnp.bfloat16) for codes in lax.optimization_barrier((left, right)))
         return lax.dot_general(left, right, numbers, preferred_element_type=jnp.float32)
     accumulator = jnp.bfloat16 if dtype == jnp.bfloat16 else jnp.float32
     return lax.dot_general(left, right, numbers, preferred_element_type=accumulator)
