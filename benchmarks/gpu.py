@@ -317,6 +317,7 @@ def torch_calls(task: Task, torch: Any) -> dict[str, Callable[[], Any]]:
 
     def make(linear: Linear) -> tuple[Callable[[], Any], dict[str, Any], Callable[[Any], np.ndarray]]:
         run = lambda rows: task.fn(Torch(torch), linear, rows)  # noqa: E731
+        torch.compiler.reset()  # else the ninth function made here would run uncompiled, without a word
         run = torch.compile(run, dynamic=False) if on_gpu else run
         with torch.no_grad():
             for _ in range(3):
@@ -354,7 +355,7 @@ def tables(result: Mapping[str, Any]) -> list[str]:
                 lines.append([name, "", "", "", "", row.get("note", "")])
                 continue
             figures = f"{row['us']:,.0f}", f"{row['tflops']:,.0f}", f"{row['ratio']:.2f}", f"{row['error']:.4f}"
-            lines.append([name, *figures, "; ".join([named, *row.get("reasons", [])]).strip("; ")])
+            lines.append([name, *figures, "; ".join([named, *row.get("reasons", []), row.get("note", "")]).strip("; ")])
         header = [task["title"], "µs", "TFLOP/s", f"time / {FLOAT}", "error", "note"]
         found.append(harness.markdown(header, lines))
     return found
@@ -370,7 +371,8 @@ def page(result: Mapping[str, Any]) -> str:
         "`16 x 8192 x 8192` is rows by what is summed over by columns. Medians over rounds in which all took turns."
     )
     foot = f"{run['date']}, commit {run['commit']}; {run['gpu']}; {run['machine']}; {run['versions']}."
-    return "\n\n".join(["# On a GPU", about, *tables(result), foot, f"    {run['command']}"]) + "\n"
+    parts = ["# On a GPU", about, *tables(result), *run.get("remarks", []), foot, f"    {run['command']}"]
+    return "\n\n".join(parts) + "\n"
 
 
 def main() -> int:
