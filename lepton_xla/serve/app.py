@@ -1,11 +1,10 @@
-"""The routes, and the way of an infer request: decode, queue, batch, answer. Runs on the event loop.
+"""The routes, and the way of an infer request: decode, hand to the scheduler, answer. Runs on the event loop.
 
 The path of an infer request is plain callbacks: no task and no future is made for it.
 """
 
 from __future__ import annotations
 
-import asyncio
 import functools
 import logging
 from collections.abc import Callable, Sequence
@@ -16,12 +15,11 @@ from urllib.parse import unquote
 import msgspec
 
 from lepton_xla.serve import encoding, routes
-from lepton_xla.serve.batcher import Batcher, Part, Ticket
-from lepton_xla.serve.engine import Completion, Engine
 from lepton_xla.serve.errors import RefusedError
 from lepton_xla.serve.exchange import Exchange, Head
 from lepton_xla.serve.limits import Limits
 from lepton_xla.serve.metrics import CONTENT_TYPE, Metrics
+from lepton_xla.serve.scheduler import Call, Scheduler
 from lepton_xla.serve.signature import Signature, is_safe
 from lepton_xla.serve.wire import Decoder, InferRequest, encode_head
 
@@ -30,17 +28,28 @@ _log = logging.getLogger("lepton_xla.serve")
 type Route = Callable[[Exchange], None]
 
 
-class InferCall:
-    """An infer request on its way: what came, where the answer goes, and the parts of a split answer."""
+class InferCall(Call):
+    """An infer request on its way: where the answer goes, and how it is compressed."""
 
-    __slots__ = ("coding", "exchange", "left", "pieces", "request")
+    __slots__ = ("_app", "coding", "exchange")
 
-    def __init__(self, request: InferRequest, exchange: Exchange, coding: str | None) -> None:
-        self.request = request
+    def __init__(self, app: App, request: InferRequest, exchange: Exchange, coding: str | None) -> None:
+        super().__init__(request, exchange.started_s)
+        self._app = app
         self.exchange = exchange
         self.coding = coding
-        self.left = request.plan.rows
-        self.pieces: list[bytearray] | None = None
+
+    def finish(self, outputs: Sequence[memoryview]) -> None:
+        """Answers."""
+        self._app.answer(self, outputs)
+
+    def fail(self, refusal: RefusedError) -> None:
+        """Answers with an error."""
+        self._app.refuse(self.exchange, refusal)
+
+    def cancel(self) -> None:
+        """The client went away."""
+        self._app.scheduler.cancel(self)
 
 
 class App:
@@ -48,36 +57,30 @@ class App:
 
     Args:
         signature: the model's.
-        batcher: the queue, used on the event loop only.
-        engine: takes the batches; its completions come back through `completed`, on the event loop.
+        scheduler: runs calls, and tells them of their end on the event loop.
         metrics: what is counted.
         limits: the bounds on a request.
-        loop: the event loop.
+        max_delay_s: what the model's configuration says of waiting for company.
         compress_bytes: the smallest infer answer worth compressing for a client that accepts it.
     """
 
     def __init__(
         self,
         signature: Signature,
-        batcher: Batcher[InferCall],
-        engine: Engine[InferCall],
+        scheduler: Scheduler,
         metrics: Metrics,
         limits: Limits,
-        loop: asyncio.AbstractEventLoop,
         *,
+        max_delay_s: float = 0.0,
         compress_bytes: int = 4096,
     ) -> None:
         self._signature = signature
-        self._batcher = batcher
-        self._engine = engine
+        self.scheduler = scheduler
         self._metrics = metrics
         self._limits = limits
-        self._loop = loop
+        self._max_delay_s = max_delay_s
         self._compress_bytes = compress_bytes
-        self._decoder = Decoder(signature, limits, batcher.max_rows)
-        self._busy = False
-        self._scheduled = False
-        self._timer: asyncio.TimerHandle | None = None
+        self._decoder = Decoder(signature, limits, scheduler.max_rows)
 
     def __call__(self, exchange: Exchange) -> None:
         """Handles one request; whatever happens it is answered."""
@@ -87,10 +90,10 @@ class App:
                 head.route = self._route(head)
             head.route(exchange)
         except RefusedError as refusal:
-            self._refuse(exchange, refusal)
+            self.refuse(exchange, refusal)
         except Exception:
             _log.exception("a request could not be handled")
-            self._refuse(exchange, RefusedError(500, "internal error"))
+            self.refuse(exchange, RefusedError(500, "internal error"))
 
     # Routing. What it finds is kept with the head, so that a client's next request skips it.
 
@@ -135,7 +138,7 @@ class App:
             case ["ready"]:
                 return self._get(head, self._show_model_ready)
             case ["config"]:
-                delay_us = round(self._batcher.max_delay_s * 1e6)
+                delay_us = round(self._max_delay_s * 1e6)
                 return self._get(head, lambda exchange: self._json(exchange, routes.model_config(signature, delay_us)))
             case ["stats"]:
                 return self._get(head, self._show_stats)
@@ -169,7 +172,8 @@ class App:
         self._metrics.codes[status] += 1
         exchange.answer(status, msgspec.json.encode(value))
 
-    def _refuse(self, exchange: Exchange, refusal: RefusedError) -> None:
+    def refuse(self, exchange: Exchange, refusal: RefusedError) -> None:
+        """Answers with an error, unless there was an answer."""
         if not exchange.answered:
             self._metrics.codes[refusal.status] += 1
             exchange.refuse(refusal)
@@ -191,7 +195,7 @@ class App:
 
     def _show_metrics(self, exchange: Exchange) -> None:
         self._metrics.codes[200] += 1
-        self._metrics.waiting_rows = self._batcher.rows
+        self._metrics.waiting_rows = self.scheduler.waiting_rows
         exchange.answer(200, self._metrics.render(), CONTENT_TYPE)
 
     # Infer.
@@ -200,84 +204,12 @@ class App:
         body = exchange.body
         if coding:
             body = encoding.inflate(body, coding, self._limits.max_body_bytes)
-        request = self._decoder.decode(body, head_bytes)
-        plan = request.plan
-        ticket = Ticket(InferCall(request, exchange, accept), plan.rows, plan.key, exchange.started_s)
-        if not self._batcher.add(ticket):
-            self._metrics.rejected += 1
-            raise RefusedError(503, "the queue is full")
-        exchange.on_cancel = functools.partial(self._cancel, ticket)
-        if not self._scheduled:
-            # After the sockets that are readable now: what arrived together runs together, without a delay.
-            self._scheduled = True
-            self._loop.call_soon(self._pump)
+        call = InferCall(self, self._decoder.decode(body, head_bytes), exchange, accept)
+        self.scheduler.submit(call)
+        exchange.on_cancel = call.cancel
 
-    def _cancel(self, ticket: Ticket[InferCall]) -> None:
-        self._metrics.cancelled += 1
-        self._batcher.cancel(ticket)
-
-    def _pump(self) -> None:
-        """Hands the next batch to the engine, or sees to it that it happens in time."""
-        self._scheduled = False
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-        now = monotonic()
-        batch = self._batcher.next_batch(now, not self._busy)
-        if batch is not None:
-            self._busy = True
-            self._engine.submit(batch)
-        elif self._batcher.wake_at is not None:
-            self._timer = self._loop.call_later(self._batcher.wake_at - now, self._pump)
-
-    def completed(self, completion: Completion[InferCall]) -> None:
-        """Takes a finished batch, starts the next and answers."""
-        self._busy = False
-        self._pump()
-        metrics, batch = self._metrics, completion.batch
-        metrics.batch(
-            batch.rows,
-            batch.size,
-            completion.staged_s - completion.started_s,
-            completion.finished_s - completion.started_s,
-        )
-        for part in batch.parts:
-            ticket = part.ticket
-            if ticket.cancelled:
-                continue
-            try:
-                self._complete_part(completion, part)
-            except RefusedError as refusal:
-                self._refuse(ticket.payload.exchange, refusal)
-            except Exception:
-                _log.exception("an answer could not be written")
-                self._refuse(ticket.payload.exchange, RefusedError(500, "internal error"))
-
-    def _complete_part(self, completion: Completion[InferCall], part: Part[InferCall]) -> None:
-        ticket = part.ticket
-        call = ticket.payload
-        if completion.outputs is None:
-            self._metrics.failures += 1
-            self._batcher.cancel(ticket)
-            raise RefusedError(500, "inference failed")
-        tensors = self._signature.outputs
-        plan = call.request.plan
-        outputs = [completion.rows(part, index, tensors[index]) for index, _ in plan.outputs]
-        if part.rows == ticket.rows:
-            self._metrics.queue_s.observe(completion.started_s - ticket.arrival_s)
-            self._answer(call, outputs)
-            return
-        if call.pieces is None:
-            self._metrics.queue_s.observe(completion.started_s - ticket.arrival_s)
-            call.pieces = [bytearray(len(output) // part.rows * ticket.rows) for output in outputs]
-        for piece, output in zip(call.pieces, outputs, strict=True):
-            row_bytes = len(piece) // ticket.rows
-            piece[part.start * row_bytes : (part.start + part.rows) * row_bytes] = output
-        call.left -= part.rows
-        if not call.left:
-            self._answer(call, [memoryview(piece) for piece in call.pieces])
-
-    def _answer(self, call: InferCall, outputs: Sequence[memoryview]) -> None:
+    def answer(self, call: InferCall, outputs: Sequence[memoryview]) -> None:
+        """Answers an infer request with the bytes of its outputs."""
         exchange = call.exchange
         plan = call.request.plan
         large = call.coding is not None and sum(map(len, outputs)) >= self._compress_bytes

@@ -22,11 +22,10 @@ type Costs = Mapping[Key, Mapping[int, float]]
 _SWEEP = 64
 
 
-class Ticket[T]:
-    """A request in the queue.
+class Ticket:
+    """A request in the queue; what it is a request for is in a class that inherits from this one.
 
     Attributes:
-        payload: whatever the caller wants back.
         rows: rows it brings, at least one.
         key: what it may share a batch with.
         arrival_s: when it came.
@@ -34,10 +33,9 @@ class Ticket[T]:
         cancelled: set (by `Batcher.cancel`) when nobody wants the answer any more.
     """
 
-    __slots__ = ("arrival_s", "cancelled", "key", "payload", "rows", "taken")
+    __slots__ = ("arrival_s", "cancelled", "key", "rows", "taken")
 
-    def __init__(self, payload: T, rows: int, key: Key, arrival_s: float) -> None:
-        self.payload = payload
+    def __init__(self, rows: int, key: Key, arrival_s: float) -> None:
         self.rows = rows
         self.key = key
         self.arrival_s = arrival_s
@@ -47,17 +45,17 @@ class Ticket[T]:
 
 # One is made a request, and a frozen dataclass takes three times as long to make.
 @dataclasses.dataclass(slots=True)
-class Part[T]:
+class Part[T: Ticket]:
     """Rows `[start, start + rows)` of a ticket, at row `offset` of the batch."""
 
-    ticket: Ticket[T]
+    ticket: T
     start: int
     rows: int
     offset: int
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Batch[T]:
+class Batch[T: Ticket]:
     """What one execution takes.
 
     Attributes:
@@ -73,7 +71,7 @@ class Batch[T]:
     key: Key
 
 
-class Batcher[T]:
+class Batcher[T: Ticket]:
     """A bounded queue of requests that gives batches of compiled sizes.
 
     Args:
@@ -98,14 +96,14 @@ class Batcher[T]:
         self.costs: Costs = costs if costs is not None else {}
         self.rows = 0
         self.wake_at: float | None = None
-        self._queue: deque[Ticket[T]] = deque()
+        self._queue: deque[T] = deque()
         self._cancelled = 0
 
     def __len__(self) -> int:
         """Requests waiting, those cancelled but not yet swept included."""
         return len(self._queue)
 
-    def add(self, ticket: Ticket[T]) -> bool:
+    def add(self, ticket: T) -> bool:
         """Queues a request; False if it does not fit, and then it is not queued."""
         rows = self.rows + ticket.rows
         if rows > self.max_rows:
@@ -114,7 +112,7 @@ class Batcher[T]:
         self._queue.append(ticket)
         return True
 
-    def cancel(self, ticket: Ticket[T]) -> None:
+    def cancel(self, ticket: T) -> None:
         """Forgets a request: rows of it that were not handed out never will be. Calling it twice is harmless."""
         if ticket.cancelled:
             return

@@ -8,12 +8,12 @@ import statistics
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from lepton_xla.errors import ServeError
-from lepton_xla.serve.batcher import Batch, Costs, Key, Part
+from lepton_xla.serve.batcher import Batch, Costs, Key, Part, Ticket
 from lepton_xla.serve.signature import Servable, Signature, Tensor
 from lepton_xla.serve.wire import InferRequest
 
@@ -24,14 +24,21 @@ _WARM_RUNS = 5
 _WARM_SECONDS = 0.5
 
 
-class Call(Protocol):
-    """What the engine needs of a ticket's payload."""
+class Work(Ticket):
+    """A ticket that the engine can run.
 
-    @property
-    def request(self) -> InferRequest: ...
+    Attributes:
+        request: what came.
+    """
+
+    __slots__ = ("request",)
+
+    def __init__(self, request: InferRequest, arrival_s: float) -> None:
+        super().__init__(request.plan.rows, request.plan.key, arrival_s)
+        self.request = request
 
 
-class Completion[T: Call]:
+class Completion[T: Work]:
     """A batch that ran, or failed.
 
     Attributes:
@@ -63,7 +70,7 @@ class Completion[T: Call]:
 
     def rows(self, part: Part[T], index: int, tensor: Tensor) -> memoryview:
         """The bytes of output `index` that belong to a part, without padding."""
-        plan = part.ticket.payload.request.plan
+        plan = part.ticket.request.plan
         if not plan.cut:
             view, row_bytes = self._views[index]
             return view[part.offset * row_bytes : (part.offset + part.rows) * row_bytes]
@@ -85,13 +92,13 @@ class _Stage:
 
     def fill(self, batch: Batch[Any]) -> None:
         """Copies the rows in and makes the padding zero."""
-        if any(part.ticket.payload.request.plan.cut for part in batch.parts):
+        if any(part.ticket.request.plan.cut for part in batch.parts):
             self._fill_cut(batch)
             return
         for index, (view, row_bytes) in enumerate(self._views):
             at = 0
             for part in batch.parts:
-                source = part.ticket.payload.request.tensors[index]
+                source = part.ticket.request.tensors[index]
                 size = part.rows * row_bytes
                 if part.rows != part.ticket.rows:
                     source = source[part.start * row_bytes : part.start * row_bytes + size]
@@ -106,7 +113,7 @@ class _Stage:
         for index, (tensor, array) in enumerate(zip(self._inputs, self.arrays, strict=True)):
             array[...] = 0
             for part in batch.parts:
-                request: InferRequest = part.ticket.payload.request
+                request: InferRequest = part.ticket.request
                 sizes = request.plan.sizes
                 source = np.frombuffer(request.tensors[index], tensor.dtype).reshape(tensor.at(sizes))
                 if self._batched:
@@ -125,7 +132,7 @@ def _bytes_of(array: np.ndarray) -> memoryview:
     return memoryview(array.reshape(-1).view(np.uint8))
 
 
-class Engine[T: Call]:
+class Engine[T: Work]:
     """Runs batches one after the other on a thread of its own.
 
     Args:

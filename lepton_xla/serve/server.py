@@ -17,12 +17,13 @@ from typing import Self
 import uvloop
 
 from lepton_xla.errors import ServeError
-from lepton_xla.serve.app import App, InferCall
+from lepton_xla.serve.app import App
 from lepton_xla.serve.batcher import Batcher
-from lepton_xla.serve.engine import Completion, Engine
+from lepton_xla.serve.engine import Engine
 from lepton_xla.serve.http import Connection, Hub
 from lepton_xla.serve.limits import Limits
 from lepton_xla.serve.metrics import Metrics
+from lepton_xla.serve.scheduler import Call, Scheduler
 from lepton_xla.serve.signature import Servable, signature_of
 
 _log = logging.getLogger("lepton_xla.serve")
@@ -90,7 +91,7 @@ class Server:
         self.options = options or Options()
         self.address: tuple[str, int] = (self.options.host, self.options.port)
         self._signature = signature_of(servable, self.options.name)
-        self._engine: Engine[InferCall] = Engine(servable, self._signature)
+        self._engine: Engine[Call] = Engine(servable, self._signature)
         self.metrics = Metrics(self._signature.name)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stopping: asyncio.Event | None = None
@@ -173,15 +174,16 @@ class Server:
         try:
             # Off the loop, so that a signal during a long warm-up is seen as soon as it ends.
             costs = await loop.run_in_executor(None, self._engine.warm_up)
-            batcher: Batcher[InferCall] = Batcher(
+            batcher: Batcher[Call] = Batcher(
                 self._signature.ladder,
                 max_delay_s=options.max_delay_us * 1e-6,
                 max_rows=options.max_queue_rows,
                 costs=costs,
             )
+            scheduler = Scheduler(self._signature, batcher, self._engine, metrics, loop)
             app = App(
-                self._signature, batcher, self._engine, metrics, options.limits, loop,
-                compress_bytes=options.compress_bytes,
+                self._signature, scheduler, metrics, options.limits,
+                max_delay_s=batcher.max_delay_s, compress_bytes=options.compress_bytes,
             )  # fmt: skip
             hub = Hub(app, options.limits, refused=lambda status: metrics.codes.update((status,)))
             server = await loop.create_server(lambda: Connection(hub), sock=listener, backlog=_BACKLOG)
@@ -189,15 +191,12 @@ class Server:
             listener.close()
             raise
 
-        def post(completion: Completion[InferCall]) -> None:
-            loop.call_soon_threadsafe(app.completed, completion)
-
         if signals:
             # The process is the server's: what is loaded stays, and a full collection over all of JAX stops answers
             # for tens of milliseconds.
             gc.collect()
             gc.freeze()
-        self._engine.start(post)
+        scheduler.start()
         name = listener.getsockname()
         self.address = (name[0], name[1])
         metrics.ready = True
@@ -217,7 +216,7 @@ class Server:
             sweeper.cancel()
             for connection in tuple(hub.connections):
                 connection.abort()
-            self._engine.stop(0.0 if hub.connections else 5.0)
+            scheduler.stop(0.0 if hub.connections else 5.0)
 
     async def _drain(self, hub: Hub) -> bool:
         """Waits until every connection is done, no longer than the deadline."""

@@ -7,17 +7,24 @@ from hypothesis import strategies as st
 
 from lepton_xla.serve.batcher import Batcher, Ticket
 
+
+class Named(Ticket):
+    def __init__(self, name, *args):
+        super().__init__(*args)
+        self.name = name
+
+
 COSTS = {(): {1: 1.0, 4: 2.0, 8: 3.0}}
 
 
 def sizes_of(batch):
-    return [(part.ticket.payload, part.start, part.rows, part.offset) for part in batch.parts]
+    return [(part.ticket.name, part.start, part.rows, part.offset) for part in batch.parts]
 
 
 def test_nothing_waits_then_a_request_runs_at_once_when_the_engine_is_idle():
     batcher = Batcher((1, 4, 8))
     assert batcher.next_batch(0.0, True) is None
-    batcher.add(Ticket("a", 1, (), 0.0))
+    batcher.add(Named("a", 1, (), 0.0))
     assert batcher.next_batch(0.0, False) is None
     assert batcher.wake_at is None
     batch = batcher.next_batch(0.0, True)
@@ -27,10 +34,10 @@ def test_nothing_waits_then_a_request_runs_at_once_when_the_engine_is_idle():
 
 def test_delay_is_measured_from_the_oldest_request():
     batcher = Batcher((1, 4, 8), max_delay_s=1.0)
-    batcher.add(Ticket("a", 1, (), 10.0))
+    batcher.add(Named("a", 1, (), 10.0))
     assert batcher.next_batch(10.0, True) is None
     assert batcher.wake_at == 11.0
-    batcher.add(Ticket("b", 1, (), 10.9))
+    batcher.add(Named("b", 1, (), 10.9))
     assert batcher.next_batch(10.9, True) is None
     assert batcher.wake_at == 11.0
     assert batcher.next_batch(11.0, True).rows == 2
@@ -39,15 +46,15 @@ def test_delay_is_measured_from_the_oldest_request():
 def test_a_full_batch_does_not_wait():
     batcher = Batcher((1, 4, 8), max_delay_s=1.0)
     for name in "abcdefgh":
-        batcher.add(Ticket(name, 1, (), 0.0))
+        batcher.add(Named(name, 1, (), 0.0))
     assert batcher.next_batch(0.0, True).size == 8
 
 
 def test_a_request_of_another_key_ends_the_wait_and_the_batch():
     batcher = Batcher((1, 4, 8), max_delay_s=1.0)
-    batcher.add(Ticket("a", 1, (4,), 0.0))
-    batcher.add(Ticket("b", 1, (8,), 0.0))
-    batcher.add(Ticket("c", 1, (4,), 0.0))
+    batcher.add(Named("a", 1, (4,), 0.0))
+    batcher.add(Named("b", 1, (8,), 0.0))
+    batcher.add(Named("c", 1, (4,), 0.0))
     batch = batcher.next_batch(0.0, True)
     assert (batch.key, sizes_of(batch)) == ((4,), [("a", 0, 1, 0)])
     assert batcher.next_batch(0.0, True).key == (8,)
@@ -66,7 +73,7 @@ def test_a_request_of_another_key_ends_the_wait_and_the_batch():
 def test_size_is_the_one_with_the_least_cost_per_real_row(costs, rows, size):
     batcher = Batcher((1, 4, 8), costs={(): costs})
     for index in range(rows):
-        batcher.add(Ticket(index, 1, (), 0.0))
+        batcher.add(Named(index, 1, (), 0.0))
     batch = batcher.next_batch(0.0, True)
     assert batch.size == size
     assert batch.rows == min(rows, size)
@@ -74,8 +81,8 @@ def test_size_is_the_one_with_the_least_cost_per_real_row(costs, rows, size):
 
 def test_an_oversized_request_is_split_and_shares_its_last_batch():
     batcher = Batcher((1, 4, 8))
-    batcher.add(Ticket("big", 18, (), 0.0))
-    batcher.add(Ticket("small", 2, (), 0.0))
+    batcher.add(Named("big", 18, (), 0.0))
+    batcher.add(Named("small", 2, (), 0.0))
     batches = [batcher.next_batch(0.0, True) for _ in range(3)]
     assert [sizes_of(batch) for batch in batches] == [
         [("big", 0, 8, 0)],
@@ -86,10 +93,10 @@ def test_an_oversized_request_is_split_and_shares_its_last_batch():
 
 def test_the_queue_is_bounded_by_rows_and_cancelling_makes_room():
     batcher = Batcher((1, 4), max_rows=4)
-    first = Ticket("a", 3, (), 0.0)
+    first = Named("a", 3, (), 0.0)
     assert batcher.add(first)
-    assert not batcher.add(Ticket("b", 2, (), 0.0))
-    assert batcher.add(Ticket("c", 1, (), 0.0))
+    assert not batcher.add(Named("b", 2, (), 0.0))
+    assert batcher.add(Named("c", 1, (), 0.0))
     batcher.cancel(first)
     batcher.cancel(first)
     assert batcher.rows == 1
@@ -98,7 +105,7 @@ def test_the_queue_is_bounded_by_rows_and_cancelling_makes_room():
 
 def test_a_request_cancelled_after_a_part_ran_gives_no_more_parts():
     batcher = Batcher((1, 4))
-    ticket = Ticket("a", 6, (), 0.0)
+    ticket = Named("a", 6, (), 0.0)
     batcher.add(ticket)
     assert batcher.next_batch(0.0, True).rows == 4
     batcher.cancel(ticket)
@@ -108,9 +115,9 @@ def test_a_request_cancelled_after_a_part_ran_gives_no_more_parts():
 
 def test_cancelled_requests_do_not_pile_up_behind_a_busy_engine():
     batcher = Batcher((1, 4), max_rows=10)
-    batcher.add(Ticket("first", 1, (), 0.0))
+    batcher.add(Named("first", 1, (), 0.0))
     for index in range(10_000):
-        ticket = Ticket(index, 1, (), 0.0)
+        ticket = Named(index, 1, (), 0.0)
         assert batcher.add(ticket)
         batcher.cancel(ticket)
     assert len(batcher) < 200
@@ -137,7 +144,7 @@ def test_every_row_that_is_not_cancelled_runs_once_and_in_order(actions):
         if batch is None:
             assert not rows
             return
-        got = [(part.ticket.payload, part.start + index) for part in batch.parts for index in range(part.rows)]
+        got = [(part.ticket.name, part.start + index) for part in batch.parts for index in range(part.rows)]
         assert got == rows[: len(got)]
         del rows[: len(got)]
         assert batch.rows == len(got) <= batch.size <= 8
@@ -148,16 +155,16 @@ def test_every_row_that_is_not_cancelled_runs_once_and_in_order(actions):
 
     for action, number, key in actions:
         if action == "add":
-            ticket = Ticket(len(tickets), number, (key,), 0.0)
+            ticket = Named(len(tickets), number, (key,), 0.0)
             accepted = batcher.add(ticket)
             assert accepted == (len(rows) + number <= 64)
             if accepted:
                 tickets.append(ticket)
-                rows += [(ticket.payload, index) for index in range(number)]
+                rows += [(ticket.name, index) for index in range(number)]
         elif action == "cancel" and tickets:
             ticket = tickets[number % len(tickets)]
             batcher.cancel(ticket)
-            rows = [row for row in rows if row[0] != ticket.payload]
+            rows = [row for row in rows if row[0] != ticket.name]
         else:
             run()
         assert batcher.rows == len(rows)
@@ -200,7 +207,7 @@ def simulate(arrivals, max_delay_s, rng):
         now, kind, _, payload = heapq.heappop(events)
         if kind == 1:
             rows = 1 if rng.random() < 0.95 else rng.randint(2, 20)
-            ticket = Ticket(added + refused, rows, (), now)
+            ticket = Named(added + refused, rows, (), now)
             if batcher.add(ticket):
                 added += 1
                 if rng.random() < 0.02:
@@ -210,9 +217,9 @@ def simulate(arrivals, max_delay_s, rng):
             if added + refused < arrivals:
                 burst = rng.random() < 0.3
                 push(now if burst else now + rng.expovariate(1000.0), 1)
-        elif kind == 2 and payload.payload not in served:
+        elif kind == 2 and payload.name not in served:
             batcher.cancel(payload)
-            cancelled.add(payload.payload)
+            cancelled.add(payload.name)
         idle = now >= free_at
         batch = batcher.next_batch(now, idle)
         if batch is not None:
@@ -220,7 +227,7 @@ def simulate(arrivals, max_delay_s, rng):
             batches += 1
             assert 1 <= batch.rows <= batch.size <= 8
             for part in batch.parts:
-                name = part.ticket.payload
+                name = part.ticket.name
                 assert name not in cancelled
                 assert served.get(name, 0) == part.start
                 served[name] = part.start + part.rows
