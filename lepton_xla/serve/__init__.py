@@ -1,7 +1,35 @@
 """Serving one loaded model over the Open Inference Protocol v2, with dynamic batching onto its compiled sizes."""
 
-from lepton_xla.serve.limits import Limits
-from lepton_xla.serve.server import Options, Server, serve
-from lepton_xla.serve.signature import Servable
+import importlib
+from typing import TYPE_CHECKING
 
-__all__ = ["Limits", "Options", "Servable", "Server", "serve"]
+if TYPE_CHECKING:
+    from lepton_xla.serve.client import AsyncClient, Client
+    from lepton_xla.serve.limits import Limits
+    from lepton_xla.serve.server import Options, Server, serve
+    from lepton_xla.serve.signature import Servable
+
+__all__ = ["AsyncClient", "Client", "Limits", "Options", "Servable", "Server", "serve"]
+
+# Where each name lives. Nothing is imported before it is asked for, because a client needs no JAX.
+_HOME = {
+    "AsyncClient": "client",
+    "Client": "client",
+    "Limits": "limits",
+    "Options": "server",
+    "Servable": "signature",
+    "Server": "server",
+    "serve": "server",
+}
+
+if not TYPE_CHECKING:  # else every misspelt name would have a type
+
+    def __getattr__(name: str) -> object:
+        if name not in _HOME:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = getattr(importlib.import_module(f"lepton_xla.serve.{_HOME[name]}"), name)
+        globals()[name] = value
+        return value
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__all__})
