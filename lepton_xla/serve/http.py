@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import math
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from time import monotonic
 from typing import Any
@@ -40,18 +40,24 @@ class Hub:
 
     Attributes:
         handler: takes every complete request, on the event loop; must answer it sooner or later.
+        admit: told of a head before its body is read; raises `RefusedError` for one that may not bring any.
         refused: told the status of answers that no handler saw, such as 400 for malformed HTTP.
         limits: the bounds.
         draining: set once to close every connection after its current requests.
         connections: those open.
+        addresses: how many of them come from each client address.
+        buffered_bytes: bodies that are arriving or not answered yet, of all connections.
         heads: parsed heads by their bytes. Clients repeat them, and a hit costs a hundredth of a parse.
     """
 
     handler: Callable[[Exchange], None]
     limits: Limits
+    admit: Callable[[Head], object] = lambda head: None
     refused: Callable[[int], None] = lambda status: None
     draining: bool = False
     connections: set[Connection] = dataclasses.field(default_factory=set["Connection"])
+    addresses: Counter[str] = dataclasses.field(default_factory=Counter[str])
+    buffered_bytes: int = 0
     heads: dict[bytes, Head] = dataclasses.field(default_factory=dict[bytes, Head])
 
     def drain(self) -> None:
@@ -70,9 +76,9 @@ class Connection(asyncio.Protocol):
     """One client connection."""
 
     __slots__ = (
-        "_body", "_body_bytes", "_chunks", "_closing", "_complete", "_continue", "_deadline", "_framing", "_head",
-        "_head_bytes", "_headers", "_hub", "_in_message", "_limits", "_messages", "_parser", "_pending", "_reading",
-        "_stalled", "_target", "_transport",
+        "_address", "_body", "_chunks", "_closing", "_complete", "_continue", "_deadline", "_fields", "_framing",
+        "_head", "_head_bytes", "_headers", "_hub", "_in_message", "_limits", "_messages", "_parser", "_pending",
+        "_reading", "_stalled", "_target", "_transport",
     )  # fmt: skip
 
     def __init__(self, hub: Hub) -> None:
@@ -80,6 +86,7 @@ class Connection(asyncio.Protocol):
         self._limits = hub.limits
         self._parser: Any = httptools.HttpRequestParser(self)
         self._transport: Any = None
+        self._address = ""
         self._pending: deque[Exchange] = deque()
         self._closing = False
         self._reading = True
@@ -96,17 +103,28 @@ class Connection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = transport
-        self._hub.connections.add(self)
-        self._deadline = monotonic() + self._limits.idle_timeout_s
-        if self._hub.draining:
+        hub, limits = self._hub, self._limits
+        hub.connections.add(self)
+        self._address = str((transport.get_extra_info("peername") or ("",))[0])
+        hub.addresses[self._address] += 1
+        self._deadline = monotonic() + limits.idle_timeout_s
+        if hub.draining:
             self._transport.close()
-        elif len(self._hub.connections) > self._limits.max_connections:
+        elif len(hub.connections) > limits.max_connections:
             self._fail(RefusedError(503, "too many connections"))
+        elif hub.addresses[self._address] > limits.max_connections_per_address:
+            self._fail(RefusedError(503, "too many connections from this address"))
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._hub.connections.discard(self)
+        hub = self._hub
+        hub.connections.discard(self)
+        hub.addresses[self._address] -= 1
+        if not hub.addresses[self._address]:
+            del hub.addresses[self._address]
         self._closing = True
+        self._forget_body()
         for exchange in self._pending:
+            hub.buffered_bytes -= len(exchange.body)
             if not exchange.answered:
                 exchange.answered = True
                 if exchange.on_cancel is not None:
@@ -150,6 +168,7 @@ class Connection(asyncio.Protocol):
             return
         head = self._hub.heads.get(data[:end])
         if head is not None and len(data) - end - 4 == head.content_length:
+            self._hub.buffered_bytes += head.content_length
             self._dispatch(head, data[end + 4 :])
             return
         self._feed(data)
@@ -177,7 +196,7 @@ class Connection(asyncio.Protocol):
         if self._head is None:
             if self._framing > self._limits.max_header_bytes:
                 self._fail(_header_refusal(self._limits))
-        elif self._framing > self._body_bytes + self._chunks * _CHUNK_OVERHEAD + 2 * self._limits.max_header_bytes:
+        elif self._framing > len(self._body) + self._chunks * _CHUNK_OVERHEAD + 2 * self._limits.max_header_bytes:
             self._fail(RefusedError(400, "the chunked body has more framing than data"))
 
     def _remember(self, data: bytes, end: int) -> None:
@@ -195,10 +214,10 @@ class Connection(asyncio.Protocol):
         self._head: Head | None = None
         self._target = b""
         self._headers: dict[bytes, bytes] = {}
+        self._fields = 0
         self._head_bytes = 0
         self._framing = 0
-        self._body: list[bytes] = []
-        self._body_bytes = 0
+        self._body: bytes | bytearray = b""
         self._chunks = 0
         self._deadline = monotonic() + self._limits.head_timeout_s
 
@@ -210,6 +229,9 @@ class Connection(asyncio.Protocol):
         self._grow_head(len(name) + len(value) + 4)
         if self._head is not None:
             return  # a trailer: bounded, and of no interest
+        self._fields += 1
+        if self._fields > self._limits.max_headers:
+            raise RefusedError(431, f"more than {self._limits.max_headers} header fields")
         name = name.lower()
         headers = self._headers
         if name in headers:
@@ -217,8 +239,6 @@ class Connection(asyncio.Protocol):
                 raise RefusedError(400, f"header {name.decode('latin-1')} is given twice")
             value = headers[name] + b", " + value
         headers[name] = value
-        if len(headers) > self._limits.max_headers:
-            raise RefusedError(431, f"more than {self._limits.max_headers} header fields")
 
     def _grow_head(self, size: int) -> None:
         self._head_bytes += size
@@ -241,6 +261,9 @@ class Connection(asyncio.Protocol):
                 raise _body_refusal(self._limits)
         if b"host" not in headers and not old:
             raise RefusedError(400, "the Host header is missing")
+        if head.content_length:
+            # Before the body: who may not ask cannot make the server hold one.
+            self._hub.admit(head)
         self._head = head
         self._framing = 0
         self._head_bytes = 0
@@ -261,10 +284,24 @@ class Connection(asyncio.Protocol):
             raise RefusedError(413, f"the body has more than {self._limits.max_chunks} chunks")
 
     def on_body(self, data: bytes) -> None:
-        self._body.append(data)
-        self._body_bytes += len(data)
-        if self._body_bytes > self._limits.max_body_bytes:
+        # One piece, not a list of them: an object a chunk would cost fifty times the bytes that it carries.
+        if not self._body:
+            self._body = data
+        elif type(self._body) is bytearray:
+            self._body += data
+        else:
+            self._body = bytearray(self._body) + data
+        hub = self._hub
+        hub.buffered_bytes += len(data)
+        if len(self._body) > self._limits.max_body_bytes:
             raise _body_refusal(self._limits)
+        if hub.buffered_bytes > self._limits.max_buffered_bytes:
+            raise _buffer_refusal()
+
+    def _forget_body(self) -> None:
+        """Drops what arrived of a body that will not be handled."""
+        self._hub.buffered_bytes -= len(self._body)
+        self._body = b""
 
     def on_message_complete(self) -> None:
         head = self._complete = self._head
@@ -272,16 +309,18 @@ class Connection(asyncio.Protocol):
         self._in_message = False
         self._continue = False
         self._messages += 1
-        body = self._body[0] if len(self._body) == 1 else b"".join(self._body)
-        self._body = []
+        body, self._body = bytes(self._body), b""
         self._dispatch(head, body)
 
     # Exchanges.
 
     def _dispatch(self, head: Head, body: bytes) -> None:
+        hub = self._hub
         if self._closing:
+            hub.buffered_bytes -= len(body)
             return
         if len(self._pending) >= self._limits.max_pipelined:
+            hub.buffered_bytes -= len(body)
             self._fail(
                 RefusedError(400, f"more than {self._limits.max_pipelined} unanswered requests on one connection")
             )
@@ -293,7 +332,11 @@ class Connection(asyncio.Protocol):
             self._closing = True
         if len(self._pending) > 1:
             self._throttle()
-        self._hub.handler(exchange)
+        if hub.buffered_bytes > self._limits.max_buffered_bytes:
+            hub.refused(503)
+            exchange.refuse(_buffer_refusal())
+            return
+        hub.handler(exchange)
 
     def flush(self) -> None:
         """Writes what is answered, as far as the order of the requests allows."""
@@ -301,7 +344,9 @@ class Connection(asyncio.Protocol):
         if not pending:
             return
         while pending and (payload := pending[0].take_payload()) is not None:
-            head = pending.popleft().head
+            exchange = pending.popleft()
+            head = exchange.head
+            self._hub.buffered_bytes -= len(exchange.body)
             last = not head.keep_alive or (self._hub.draining and not pending and not self._in_message)
             if last:
                 payload = payload.replace(b"\r\n", b"\r\nConnection: close\r\n", 1)
@@ -324,6 +369,7 @@ class Connection(asyncio.Protocol):
         if self._closing:
             return
         self._closing = True
+        self._forget_body()
         self._hub.refused(refusal.status)
         exchange = Exchange(self, Head(b"", b"", {}, keep_alive=False, old=False), b"", monotonic())
         self._pending.append(exchange)
@@ -361,6 +407,10 @@ class Connection(asyncio.Protocol):
 
 def _header_refusal(limits: Limits) -> RefusedError:
     return RefusedError(431, f"the request line and header fields exceed {limits.max_header_bytes} bytes")
+
+
+def _buffer_refusal() -> RefusedError:
+    return RefusedError(503, "the server holds as many request bodies as it may")
 
 
 def _body_refusal(limits: Limits) -> RefusedError:
