@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -18,11 +18,11 @@ from lepton_xla.passes.equalize import equalize
 from lepton_xla.passes.fold import fold
 from lepton_xla.passes.gptq import gptq
 from lepton_xla.passes.grid import GivenGrids, round_to_nearest
-from lepton_xla.passes.lower import lower
+from lepton_xla.passes.lower import AT_LOAD, lower
 from lepton_xla.passes.masks import DATA_METHODS
 from lepton_xla.passes.prune import prune
 from lepton_xla.passes.shrink import shrink
-from lepton_xla.passes.smoothquant import smooth
+from lepton_xla.passes.smoothquant import MULTIPLIED, smooth
 from lepton_xla.passes.sparsegpt import sparsegpt
 from lepton_xla.passes.wanda import wanda
 from lepton_xla.program import Program
@@ -119,21 +119,55 @@ def apply_plan(
     if any(planned.prune or planned.not_pruned for planned in plan.sites):
         program = _pruned(program, plan, batches, say)
     if any(planned.quantize for planned in plan.sites):
-        program, plan, grids = _prepare(program, plan, batches, say)
-        ranges = None
-        if any(planned.quantize is not None and needs_range(planned.quantize) for planned in plan.sites):
-            if batches is None:
-                raise _needs_data(recipe, "static activation scales (dynamic = false), which need")
-            say("calibrate")
-            program, ranges = _calibrated(program, plan, batches)
-        tell = lambda site: say(f"lower {site}")  # noqa: E731
-        program = lower(program, plan, ranges, scales=grids, sizes=sizes, progress=tell)
+        lowered = _quantized(program, plan, batches, sizes, say)
+        vain = _multiplied_in_vain(lowered)
+        if vain:
+            say(f"once more, without multiplying the activations of {len(vain)} products that are computed in float")
+            lowered = _quantized(program, plan, batches, sizes, say, in_float=vain)
+        program = lowered
     elif any(planned.not_quantized for planned in plan.sites):
         program = lower(program, plan, sizes=sizes)
     if recipe.cast != "none":
         say(f"cast to {recipe.cast}")
         program = cast(program, recipe.cast, on_unsupported=recipe.on_unsupported)
     return program
+
+
+def _quantized(
+    program: Program,
+    plan: Plan,
+    batches: Sequence[Mapping[str, Any]] | None,
+    sizes: Sequence[Mapping[str, int]],
+    say: Callable[[str], None],
+    *,
+    in_float: Mapping[str, str] | None = None,
+) -> Program:
+    """Weights prepared, activation ranges taken, and all of it lowered; `in_float` as in `lower`."""
+    program, plan, grids = _prepare(program, plan, batches, say, unmultiplied=tuple(in_float or ()))
+    ranges = None
+    if any(planned.quantize is not None and needs_range(planned.quantize) for planned in plan.sites):
+        if batches is None:
+            raise _needs_data(plan.recipe, "static activation scales (dynamic = false), which need")
+        say("calibrate")
+        program, ranges = _calibrated(program, plan, batches)
+    tell = lambda site: say(f"lower {site}")  # noqa: E731
+    return lower(program, plan, ranges, scales=grids, sizes=sizes, in_float=in_float, progress=tell)
+
+
+def _multiplied_in_vain(program: Program) -> dict[str, str]:
+    """Products whose activations SmoothQuant multiplies, though they were left in float in the end, and why they were.
+
+    Only with all timings is it known which those are.
+    """
+    reports = {report.name: report for report in program.history}
+    if "smoothquant" not in reports:
+        return {}
+    multiplied = {site.site for site in reports["smoothquant"].sites if site.action == MULTIPLIED}
+    return {
+        site.site: site.reason.removesuffix(AT_LOAD).removesuffix("; ")
+        for site in reports["lower"].sites
+        if site.site in multiplied and " x " not in site.action
+    }
 
 
 def _pruned(
@@ -161,7 +195,11 @@ def _pruned(
 
 
 def _prepare(
-    program: Program, plan: Plan, batches: Sequence[Mapping[str, Any]] | None, say: Callable[[str], None]
+    program: Program,
+    plan: Plan,
+    batches: Sequence[Mapping[str, Any]] | None,
+    say: Callable[[str], None],
+    unmultiplied: Collection[str],
 ) -> tuple[Program, Plan, GivenGrids]:
     """Everything that changes float weights so that rounding them hurts less, in the order in which it composes.
 
@@ -188,7 +226,10 @@ def _prepare(
     if recipe.rescale != "none":
         say(f"rescale {recipe.rescale}")
         alpha = recipe.rescale.partition(":")[2]
-        program = smooth(program, plan, data, alpha=float(alpha)) if alpha else awq(program, plan, data)
+        if alpha:
+            program = smooth(program, plan, data, alpha=float(alpha), unmultiplied=unmultiplied)
+        else:
+            program = awq(program, plan, data)
         plan = recipe.resolve(program)
     if not (recipe.rounding == "gptq" or recipe.correct_bias):
         return program, plan, {}

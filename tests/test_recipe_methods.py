@@ -1,11 +1,17 @@
 """The keys of a recipe that prepare float weights for rounding, through the whole pipeline."""
 
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import lepton_xla as lx
+from lepton_xla.passes.measure import Timing
+from lepton_xla.passes.smoothquant import WORTHLESS
+
+lower_module = sys.modules["lepton_xla.passes.lower"]
 
 WIDTH = 32
 
@@ -143,3 +149,39 @@ def test_the_int8_preset_smooths_where_it_has_data() -> None:
     assert names == ["fold", "smoothquant", "gptq", "lower"]
     names = [report.name for report in lx.optimize(program(), recipe).history]
     assert names == ["fold", "skipped", "lower"]
+
+
+def test_no_activation_is_multiplied_for_a_product_that_stays_float(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`two` reads what nothing before it can scale; without integers, float's own operations are all."""
+
+    def fn(w, x):
+        return jnp.tanh(x @ w["one"]) @ w["two"]
+
+    rng = np.random.default_rng(2)
+    weights = {"one": rng.normal(size=(WIDTH, 24)), "two": rng.normal(size=(24, 8))}
+    arrays = {name: jnp.asarray(value, jnp.float32) for name, value in weights.items()}
+    model = lx.trace(fn, arrays, {"x": lx.TensorSpec(("batch", WIDTH), "float32")})
+    recipe = lx.Recipe.parse(f'rescale = "smooth:0.5"\n[[quantize]]\nsites = ".*"\n{INT8}', name="method")
+
+    def clock(slow: set[str]) -> lx.Program:
+        def compare(site, _rule, sizes):
+            integer = 30.0 if site.name in slow else 5.0
+            return Timing(dict(sizes), 10.0, integer, None)
+
+        def time_programs(programs, _inputs):
+            return [10.0 - index for index, _ in enumerate(programs)]
+
+        monkeypatch.setattr(lower_module, "compare", compare)
+        monkeypatch.setattr(lower_module, "time_programs", time_programs)
+        return lx.optimize(model, recipe, calibration=batches(), buckets={"batch": (1,)})
+
+    small = clock(set())
+    assert "two:input_factor" in small.weights
+    small = clock({"two"})
+    assert "one:input_factor" in small.weights
+    assert "two:input_factor" not in small.weights
+    reports = {site.site: site for site in small.history[-1].sites}
+    assert reports["two"].action == "int8 weights"
+    assert "3.00 of float's time" in reports["two"].reason
+    kept = {site.site: site for site in small.history[-2].sites}["two"]
+    assert (kept.action, kept.reason) == ("kept", WORTHLESS)

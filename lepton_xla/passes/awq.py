@@ -72,7 +72,8 @@ def awq(
         plan: which products, and how their weights are rounded.
         batches: input dicts, such as `{"image": array}`; at least one.
         points: how many exponents are tried beside 0.
-        multiply: as in `smooth`.
+        multiply: whether an activation may be multiplied where no weight before it takes the factor up; if not, its
+            products are left as they are.
 
     Raises:
         RecipeError: if `points` is not positive, or groups do not divide a weight.

@@ -37,6 +37,9 @@ if TYPE_CHECKING:
     from lepton_xla.recipe import Plan, QuantizeRule
 
 _LOG = logging.getLogger(__name__)
+
+# What a report says of weights that an artifact unpacks while it loads.
+AT_LOAD = "unpacked once, on loading: on each call it is slower"
 # A candidate must win by more than the clock's noise.
 WORTH_RATIO = 0.97
 # Alone at this share of float's time or more, a product is not tried in the whole program.
@@ -70,6 +73,7 @@ def lower(
     *,
     scales: Mapping[str, Mapping[str, jax.Array]] | None = None,
     sizes: Sequence[Mapping[str, int]] = (),
+    in_float: Mapping[str, str] | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> Program:
     """Stores planned weights in their formats and computes with their codes.
@@ -84,6 +88,7 @@ def lower(
             `initial_scales` has them.
         sizes: sizes of the symbolic dimensions, such as `[{"batch": 1}, {"batch": 32}]`, at which integer products are
             timed against float. Empty: nothing is timed and every planned site is computed as planned.
+        in_float: site name -> why its product is computed in float although an integer one is planned.
         progress: called with a line as each site is looked at.
 
     Returns:
@@ -110,6 +115,7 @@ def lower(
     ]
     every = [*stored, *pairs]
     reasons = {planned.site.name: products.float_reason(planned.site, planned.rule) for planned in every}
+    reasons |= {name: reason for name, reason in (in_float or {}).items() if name in reasons}
     candidates = [planned for planned in every if planned.rule.activations != "none" and not reasons[planned.site.name]]
     values: dict[str, jax.Array] = {}
     for planned in candidates:
@@ -377,7 +383,7 @@ def _unpack(sites: Mapping[str, Site], weights: Mapping[str, Any]) -> dict[str, 
 
 
 def _at_load(report: SiteReport) -> SiteReport:
-    reason = "; ".join(part for part in (report.reason, "unpacked once, on loading: on each call it is slower") if part)
+    reason = "; ".join(part for part in (report.reason, AT_LOAD) if part)
     return dataclasses.replace(report, reason=reason)
 
 

@@ -6,8 +6,9 @@ the weight's row j is multiplied by it.
 
 from __future__ import annotations
 
+import dataclasses
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -33,6 +34,10 @@ if TYPE_CHECKING:
     from lepton_xla.recipe import Plan
 
 
+MULTIPLIED = "activation multiplied"
+WORTHLESS = "it is computed in float, where multiplying its activation brings nothing"
+
+
 def smooth_factor(act_absmax: jax.Array, weight_absmax: jax.Array, alpha: float) -> jax.Array:
     """What an activation's channels are divided by.
 
@@ -56,7 +61,7 @@ def smooth(
     batches: Iterable[Mapping[str, Any]],
     *,
     alpha: float = 0.5,
-    multiply: bool = True,
+    unmultiplied: Collection[str] = (),
 ) -> Program:
     """Divides the activations of planned products by what suits their weights; the float function stays as it is.
 
@@ -68,8 +73,8 @@ def smooth(
         plan: which products: those that it quantizes.
         batches: input dicts, such as `{"image": array}`; at least one.
         alpha: how much of the difficulty goes to the weights, in [0, 1].
-        multiply: whether an activation may be multiplied where no weight before it takes the factor up; if not, its
-            products are left as they are.
+        unmultiplied: names of products that are left as they are where no weight before them takes the factor up:
+            those that are computed in float, for which multiplying would be work for nothing.
 
     Raises:
         RecipeError: if alpha is not in [0, 1].
@@ -85,9 +90,11 @@ def smooth(
     multiplied: list[tuple[Group, jax.Array]] = []
     reports: list[SiteReport] = []
     for group in groups:
-        if not group.absorbers and not multiply:
-            reports += [SiteReport(site.name, "kept", group.reason) for site in group.sites]
-            continue
+        if not group.absorbers:
+            reports += [SiteReport(site.name, "kept", WORTHLESS) for site in group.sites if site.name in unmultiplied]
+            group = dataclasses.replace(group, sites=tuple(s for s in group.sites if s.name not in unmultiplied))
+            if not group.sites:
+                continue
         first = group.sites[0]
         act = channel_vector(first, found[first.name].absmax, jnp.max)
         factor = smooth_factor(act, weight_absmax(weights, group), alpha)
@@ -106,7 +113,7 @@ def group_reports(
 ) -> list[SiteReport]:
     """A line for each product of a group: where its factor went, and further figures."""
     into = ", ".join(absorber.path for absorber in group.absorbers)
-    action = f"factor folded into {into}" if group.absorbers else "activation multiplied"
+    action = f"factor folded into {into}" if group.absorbers else MULTIPLIED
     metrics = {"largest_factor": float(jnp.max(factor)), "smallest_factor": float(jnp.min(factor))}
     metrics |= dict(more or {})
     return [weight_report(site, action, weights[str(site.path)], group.reason, metrics) for site in group.sites]
