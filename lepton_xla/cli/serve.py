@@ -2,23 +2,57 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json as json_lines
+import logging
+import os
+import resource
 import sys
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from lepton_xla.errors import ServeError
 from lepton_xla.serve.limits import Limits
 
-_DEFAULTS = Limits()
+if TYPE_CHECKING:
+    from lepton_xla.serve.tls import TlsFiles
+
+# Files that a serving process has open beside its connections, with room to spare.
+_OTHER_DESCRIPTORS = 256
+
+
+def _twin(flag: str) -> str:
+    """The environment twin of a flag: `LEPTON_MAX_DELAY_US` of `--max-delay-us`."""
+    return "LEPTON_" + flag.lstrip("-").replace("-", "_").upper()
 
 
 def _option(flag: str, default: Any, text: str, **kwargs: Any) -> Callable[[Any], Any]:
-    """An option with its environment twin: `--max-delay-us` and `LEPTON_MAX_DELAY_US`."""
-    twin = "LEPTON_" + flag.lstrip("-").replace("-", "_").upper()
+    """An option that says its default and its environment twin in the help."""
     kwargs.setdefault("show_default", True)
-    return click.option(flag, default=default, envvar=twin, show_envvar=True, help=text, **kwargs)
+    return click.option(flag, default=default, envvar=_twin(flag), show_envvar=True, help=text, **kwargs)
+
+
+def _file_option(flag: str, text: str) -> Callable[[Any], Any]:
+    """An option for a file that guards the server: an environment twin that is set but empty does not switch it off."""
+
+    def check(context: click.Context, option: click.Parameter, value: Path | None) -> Path | None:
+        if value is None and _twin(flag) in os.environ:
+            raise click.BadParameter(f"the environment variable {_twin(flag)} is empty", context, option)
+        return value
+
+    return _option(flag, None, text, type=click.Path(path_type=Path), show_default=False, callback=check)
+
+
+def _limit_options(command: Callable[..., None]) -> Callable[..., None]:
+    """An option for each field of `Limits`, so that none can be forgotten."""
+    for field in reversed(dataclasses.fields(Limits)):
+        kind = click.IntRange(1) if isinstance(field.default, int) else click.FloatRange(0, min_open=True)
+        flag = "--" + field.name.replace("_", "-")
+        command = _option(flag, field.default, field.metadata["help"], type=kind)(command)
+    return command
 
 
 @click.command()
@@ -39,25 +73,6 @@ def _option(flag: str, default: Any, text: str, **kwargs: Any) -> Callable[[Any]
     "Rows that may wait; beyond them requests get 503 with Retry-After. Also the most rows of one request.",
     type=click.IntRange(1),
 )
-@_option(
-    "--max-body-bytes",
-    _DEFAULTS.max_body_bytes,
-    "Largest request body, as sent and after decompression; larger ones get 413.",
-    type=click.IntRange(1),
-)
-@_option(
-    "--max-header-bytes",
-    _DEFAULTS.max_header_bytes,
-    "Largest request line and header fields together; larger ones get 431.",
-    type=click.IntRange(1),
-)
-@_option(
-    "--max-connections", _DEFAULTS.max_connections, "Connections open at once; more get 503.", type=click.IntRange(1)
-)
-@_option("--head-timeout-s", _DEFAULTS.head_timeout_s, "Seconds a client may take to send the header fields.")
-@_option("--body-timeout-s", _DEFAULTS.body_timeout_s, "Seconds a client may take to send the body.")
-@_option("--idle-timeout-s", _DEFAULTS.idle_timeout_s, "Seconds a kept connection may stay without a request.")
-@_option("--write-timeout-s", _DEFAULTS.write_timeout_s, "Seconds a client may leave its answers unread.")
 @_option("--compress-bytes", 4096, "Smallest answer compressed for a client that accepts it.", type=click.IntRange(0))
 @_option(
     "--lame-duck-s",
@@ -66,6 +81,22 @@ def _option(flag: str, default: Any, text: str, **kwargs: Any) -> Callable[[Any]
     "needs to notice.",
 )
 @_option("--stop-timeout-s", 30.0, "Seconds after SIGTERM to wait for answers still owed.")
+@_file_option(
+    "--token-file",
+    "Ask for a token of this file on every route but health; made by `leptonx token create`. Read again when it "
+    "changes, and on SIGHUP.",
+)
+@_file_option("--tls-cert", "Speak TLS with this certificate chain (PEM). Read again when it changes, and on SIGHUP.")
+@_file_option("--tls-key", "Private key of --tls-cert (PEM, not encrypted).")
+@_file_option("--tls-client-ca", "Let in only clients with a certificate of these roots (PEM): mutual TLS.")
+@_option(
+    "--insecure-public",
+    False,
+    "Listen on an address that other machines can reach though there is neither a token file nor --tls-client-ca.",
+    is_flag=True,
+    show_default=False,
+)
+@_limit_options
 @click.option("--json", "as_json", is_flag=True, help="Print events and log lines as JSON, one object a line.")
 def serve(
     path: str,
@@ -75,17 +106,16 @@ def serve(
     name: str | None,
     max_delay_us: int,
     max_queue_rows: int,
-    max_body_bytes: int,
-    max_header_bytes: int,
-    max_connections: int,
-    head_timeout_s: float,
-    body_timeout_s: float,
-    idle_timeout_s: float,
-    write_timeout_s: float,
     compress_bytes: int,
     lame_duck_s: float,
     stop_timeout_s: float,
+    token_file: Path | None,
+    tls_cert: Path | None,
+    tls_key: Path | None,
+    tls_client_ca: Path | None,
+    insecure_public: bool,
     as_json: bool,
+    **limits: Any,
 ) -> None:
     """Answer HTTP requests with the artifact at PATH.
 
@@ -116,17 +146,15 @@ def serve(
         compress_bytes=compress_bytes,
         lame_duck_s=lame_duck_s,
         stop_timeout_s=stop_timeout_s,
-        limits=Limits(
-            max_body_bytes=max_body_bytes,
-            max_header_bytes=max_header_bytes,
-            max_connections=max_connections,
-            head_timeout_s=head_timeout_s,
-            body_timeout_s=body_timeout_s,
-            idle_timeout_s=idle_timeout_s,
-            write_timeout_s=write_timeout_s,
-        ),
+        limits=Limits(**limits),
+        token_file=token_file,
+        tls=_tls_files(tls_cert, tls_key, tls_client_ca),
+        insecure_public=insecure_public,
     )
     configure(as_json)
+    # Before the model is loaded, so that what is wrong here shows at once.
+    options.access()
+    _raise_descriptor_limit(options.limits)
 
     def announce(server: Server) -> None:
         if as_json:
@@ -142,3 +170,27 @@ def serve(
         click.echo(json_lines.dumps({"event": "stopped", "all_answered": finished}))
     if not finished:
         sys.exit(1)
+
+
+def _tls_files(cert: Path | None, key: Path | None, client_ca: Path | None) -> TlsFiles | None:
+    from lepton_xla.serve.tls import TlsFiles
+
+    if cert is None and key is None and client_ca is None:
+        return None
+    if cert is None or key is None:
+        raise ServeError("TLS needs both --tls-cert and --tls-key")
+    return TlsFiles(cert, key, client_ca)
+
+
+def _raise_descriptor_limit(limits: Limits) -> None:
+    """Lets the process open as many sockets as it may have connections."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = limits.max_connections + _OTHER_DESCRIPTORS
+    if hard != resource.RLIM_INFINITY and hard < wanted:
+        logging.getLogger("lepton_xla.serve").warning(
+            "this process may open %d files: that many connections fail, not the %d of --max-connections",
+            hard, limits.max_connections,
+        )  # fmt: skip
+        wanted = hard
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))

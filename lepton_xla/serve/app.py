@@ -15,6 +15,7 @@ from urllib.parse import unquote
 import msgspec
 
 from lepton_xla.serve import encoding, routes
+from lepton_xla.serve.auth import Guard
 from lepton_xla.serve.errors import RefusedError
 from lepton_xla.serve.exchange import Exchange, Head
 from lepton_xla.serve.limits import Limits
@@ -60,6 +61,7 @@ class App:
         scheduler: runs calls, and tells them of their end on the event loop.
         metrics: what is counted.
         limits: the bounds on a request.
+        guard: asks for tokens; None lets everybody ask everything.
         max_delay_s: what the model's configuration says of waiting for company.
         compress_bytes: the smallest infer answer worth compressing for a client that accepts it.
     """
@@ -71,6 +73,7 @@ class App:
         metrics: Metrics,
         limits: Limits,
         *,
+        guard: Guard | None = None,
         max_delay_s: float = 0.0,
         compress_bytes: int = 4096,
     ) -> None:
@@ -78,6 +81,7 @@ class App:
         self.scheduler = scheduler
         self._metrics = metrics
         self._limits = limits
+        self._guard = guard
         self._max_delay_s = max_delay_s
         self._compress_bytes = compress_bytes
         self._decoder = Decoder(signature, limits, scheduler.max_rows)
@@ -87,7 +91,7 @@ class App:
         head = exchange.head
         try:
             if head.route is None:
-                head.route = self._route(head)
+                head.route = self._enter(head)
             head.route(exchange)
         except RefusedError as refusal:
             self.refuse(exchange, refusal)
@@ -97,12 +101,24 @@ class App:
 
     # Routing. What it finds is kept with the head, so that a client's next request skips it.
 
-    def _route(self, head: Head) -> Route:
+    def _enter(self, head: Head) -> Route:
+        """The route of a head, for those who may use it; the path is not looked at before the token."""
+        guard = self._guard
+        if guard is None:
+            return self._route(head)[1]
+        grant = guard.authenticate(head)
+        scope, route = self._route(head)
+        return guard.protect(grant, scope, route, self)
+
+    def _route(self, head: Head) -> tuple[str, Route]:
         path = head.target.partition(b"?")[0]
         if not path.startswith(b"/"):
             raise RefusedError(404, "no such route")
         # Decoded after splitting: an encoded slash is part of a name, not a separator.
         parts = [unquote(part.decode("latin-1"), errors="replace") for part in path[1:].split(b"/")]
+        return routes.scope_of(parts), self._find(head, parts)
+
+    def _find(self, head: Head, parts: list[str]) -> Route:
         if parts == ["metrics"]:
             return self._get(head, self._show_metrics)
         if parts[0] != "v2":

@@ -142,10 +142,6 @@ class Guard:
             raise _invalid()
         return grant
 
-    def check(self, head: Head) -> None:
-        """Refuses a head before its body is read; see `authenticate`."""
-        self.authenticate(head)
-
     def protect(self, grant: Grant | None, scope: str, route: Route, again: Route) -> Route:
         """A route as a grant may use it.
 

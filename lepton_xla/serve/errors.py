@@ -4,18 +4,24 @@ from __future__ import annotations
 
 from lepton_xla.errors import ServeError
 
+_LONGEST = 500
+
 
 class RefusedError(ServeError):
     """A request that gets an error for an answer.
 
     Attributes:
-        status: the HTTP status: 400 malformed, 404 unknown, 405 method, 413 too large, 415 encoding, 431 header
-            fields too large, 500 inference failed, 503 overloaded or stopping.
-        message: what goes to the client, as the `error` of the JSON body. Never a path, a traceback or a payload.
+        status: the HTTP status: 400 malformed, 401 no valid token, 403 a token that is not good for this, 404 unknown,
+            405 method, 408 too slow, 413 too large, 415 encoding, 429 too often, 431 header fields too large, 500
+            inference failed, 503 overloaded or stopping.
+        message: what goes to the client, as the `error` of the JSON body. Never a path, a traceback or a payload; cut
+            where a client's own words would make it long.
         headers: header lines that go with it, such as `Allow: GET`.
     """
 
     def __init__(self, status: int, message: str, *headers: str) -> None:
+        if len(message) > _LONGEST:
+            message = message[:_LONGEST] + "..."
         super().__init__(message)
         self.status = status
         self.message = message

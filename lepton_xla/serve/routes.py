@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
+from collections.abc import Sequence
 from typing import Any
 
 from lepton_xla.serve.metrics import Histogram, Metrics
 from lepton_xla.serve.signature import Signature, Tensor
 
 SERVER_NAME = "lepton_xla"
+OPEN_PATHS = frozenset((b"/v2/health/live", b"/v2/health/ready"))
 EXTENSIONS = ("binary_tensor_data", "model_configuration", "statistics", "model_repository")
 
 
@@ -91,6 +93,19 @@ def model_stats(signature: Signature, metrics: Metrics) -> dict[str, Any]:
             }
         ]
     }
+
+
+def scope_of(parts: Sequence[str]) -> str:
+    """What a token has to be good for on the route of these path segments; "health" needs no token."""
+    match parts:
+        case ["v2", "health", _]:
+            return "health"
+        case ["v2", "models", *_, "infer"]:
+            return "infer"
+        case ["metrics"] | ["v2"] | ["v2", ""] | ["v2", "models", *_] | ["v2", "repository", "index"]:
+            return "read"
+        case _:
+            return "admin"
 
 
 def _dims(tensor: Tensor) -> list[int]:

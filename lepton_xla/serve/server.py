@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import functools
 import gc
 import logging
+import math
 import signal
-import socket
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from time import monotonic
 from types import TracebackType
 from typing import Self
@@ -17,14 +19,17 @@ from typing import Self
 import uvloop
 
 from lepton_xla.errors import ServeError
+from lepton_xla.serve.access import Access
 from lepton_xla.serve.app import App
 from lepton_xla.serve.batcher import Batcher
 from lepton_xla.serve.engine import Engine
 from lepton_xla.serve.http import Connection, Hub
 from lepton_xla.serve.limits import Limits
 from lepton_xla.serve.metrics import Metrics
+from lepton_xla.serve.routes import OPEN_PATHS
 from lepton_xla.serve.scheduler import Call, Scheduler
 from lepton_xla.serve.signature import Servable, signature_of
+from lepton_xla.serve.tls import TlsFiles
 
 _log = logging.getLogger("lepton_xla.serve")
 
@@ -46,6 +51,10 @@ class Options:
         lame_duck_s: how long after a stop is asked for new connections are still taken, readiness already being 503.
         stop_timeout_s: after this long a stop no longer waits for answers.
         limits: what clients may send.
+        token_file: the tokens to ask for, see `leptonx token`; None asks for none.
+        tls: certificates to listen with; None speaks plain HTTP.
+        insecure_public: listen on an address that other machines can reach though neither a token file nor the
+            certificates of clients say who may ask.
 
     Raises:
         ServeError: for a value out of range.
@@ -60,13 +69,27 @@ class Options:
     lame_duck_s: float = 0.0
     stop_timeout_s: float = 30.0
     limits: Limits = dataclasses.field(default_factory=Limits)
+    token_file: Path | None = None
+    tls: TlsFiles | None = None
+    insecure_public: bool = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.port < 65536:
             raise ServeError(f"port must be 0 to 65535, not {self.port}")
         for name, least in (("max_delay_us", 0), ("max_queue_rows", 1), ("lame_duck_s", 0), ("stop_timeout_s", 0)):
-            if getattr(self, name) < least:
-                raise ServeError(f"{name} must be at least {least}, not {getattr(self, name)!r}")
+            if not least <= getattr(self, name) < math.inf:
+                raise ServeError(f"{name} must be at least {least} and finite, not {getattr(self, name)!r}")
+
+    def access(self) -> Access:
+        """Reads the files that say who may ask.
+
+        Raises:
+            ServeError: see `Access`.
+        """
+        return Access(
+            self.host, self.port,
+            token_file=self.token_file, tls=self.tls, open_paths=OPEN_PATHS, public=self.insecure_public,
+        )  # fmt: skip
 
 
 class Server:
@@ -84,11 +107,12 @@ class Server:
         metrics: what was counted so far.
 
     Raises:
-        ServeError: if the model cannot be served, see `signature_of`.
+        ServeError: if the model cannot be served, see `signature_of`, or would be open to all, see `Access`.
     """
 
     def __init__(self, servable: Servable, options: Options | None = None) -> None:
         self.options = options or Options()
+        self._access = self.options.access()
         self.address: tuple[str, int] = (self.options.host, self.options.port)
         self._signature = signature_of(servable, self.options.name)
         self._engine: Engine[Call] = Engine(servable, self._signature)
@@ -103,7 +127,8 @@ class Server:
     def url(self) -> str:
         """Where it listens, such as `http://127.0.0.1:8000`."""
         host, port = self.address
-        return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+        scheme = "http" if self.options.tls is None else "https"
+        return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
 
     @property
     def name(self) -> str:
@@ -164,13 +189,15 @@ class Server:
             self._started.set()
 
     async def _main(self, signals: bool, on_ready: Callable[[Server], None] | None) -> bool:
-        options, metrics = self.options, self.metrics
+        options, metrics, access = self.options, self.metrics, self._access
         loop = self._loop = asyncio.get_running_loop()
         stopping = self._stopping = asyncio.Event()
         if signals:
             for number in (signal.SIGTERM, signal.SIGINT):
                 loop.add_signal_handler(number, stopping.set)
-        listener = _listen(options.host, options.port)
+            if access.reloads:
+                loop.add_signal_handler(signal.SIGHUP, functools.partial(access.refresh, force=True))
+        listener = access.listen()
         try:
             # Off the loop, so that a signal during a long warm-up is seen as soon as it ends.
             costs = await loop.run_in_executor(None, self._engine.warm_up)
@@ -183,10 +210,14 @@ class Server:
             scheduler = Scheduler(self._signature, batcher, self._engine, metrics, loop)
             app = App(
                 self._signature, scheduler, metrics, options.limits,
-                max_delay_s=batcher.max_delay_s, compress_bytes=options.compress_bytes,
+                guard=access.guard, max_delay_s=batcher.max_delay_s, compress_bytes=options.compress_bytes,
             )  # fmt: skip
             hub = Hub(app, options.limits, refused=lambda status: metrics.codes.update((status,)))
-            server = await loop.create_server(lambda: Connection(hub), sock=listener, backlog=_BACKLOG)
+            if access.guard is not None:
+                hub.admit = access.guard.authenticate
+            server = await loop.create_server(
+                lambda: Connection(hub), sock=listener, backlog=_BACKLOG, **access.tls_options(options.limits)
+            )
         except BaseException:
             listener.close()
             raise
@@ -200,7 +231,7 @@ class Server:
         name = listener.getsockname()
         self.address = (name[0], name[1])
         metrics.ready = True
-        sweeper = asyncio.create_task(_sweep(hub))
+        sweeper = asyncio.create_task(_sweep(hub, access))
         _log.info("serving %s on %s", self._signature.name, self.url)
         if on_ready is not None:
             on_ready(self)
@@ -232,26 +263,15 @@ class Server:
         return not left
 
 
-async def _sweep(hub: Hub) -> None:
+async def _sweep(hub: Hub, access: Access) -> None:
     while True:
         await asyncio.sleep(_SWEEP_S)
-        hub.sweep(monotonic())
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    """A bound socket, so that a taken port is found before a long warm-up."""
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        listener = socket.socket(family, kind, protocol)
-    except OSError as error:
-        raise ServeError(f"cannot listen on {host}:{port}: {error.strerror}") from error
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-    except OSError as error:
-        listener.close()
-        raise ServeError(f"cannot listen on {host}:{port}: {error.strerror}") from error
-    return listener
+        try:
+            hub.sweep(monotonic())
+            access.refresh()
+        except Exception:
+            # Without the sweeper no time limit would hold any more.
+            _log.exception("the sweep of connections and files failed")
 
 
 def serve(servable: Servable, options: Options | None = None) -> bool:

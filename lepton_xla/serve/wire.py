@@ -158,6 +158,9 @@ class Decoder:
     def _plan(self, head: bytes, arrays: dict[int, bytes]) -> Plan:
         request = parse_head(head, self._limits.max_json_depth)
         refuse_reserved(request.parameters)
+        named = len(request.inputs) + len(request.outputs or ())
+        if named > self._limits.max_tensors:
+            raise RefusedError(400, f"the request names {named} tensors; it may name {self._limits.max_tensors}")
         sizes: dict[str, int] = {}
         slices: list[tuple[int, int] | None] = [None] * len(self._inputs)
         cursor = 0
@@ -169,6 +172,10 @@ class Decoder:
                 raise RefusedError(400, f"input {given.name!r} is given twice")
             tensor = self._signature.inputs[index]
             count = check_input(given, tensor, sizes)
+            if count > self._limits.max_elements:
+                raise RefusedError(
+                    413, f"input {given.name!r} has {count} elements; it may have {self._limits.max_elements}"
+                )
             size = binary_size(given, count, tensor.datatype)
             slices[index] = (cursor, cursor + (size or 0))
             cursor += size or 0
