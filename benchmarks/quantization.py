@@ -45,7 +45,7 @@ class Row:
 
     Attributes:
         name: the preset, or the peer and its setting.
-        metrics: accuracy, cosine.
+        metrics: accuracy, cosine, error.
         covered_before: float bytes of the weights that were stored otherwise.
         covered_after: what they take now, scales included.
         weights_bytes: bytes of all weights; 0 where that cannot be told.
@@ -73,7 +73,8 @@ def measure(model: models.BenchModel, wanted: list[str], options: argparse.Names
     """Every row of one model."""
     program = model.spec.program()
     rows = [Row("float", weights_bytes=program.weights_bytes)]
-    rows[0].metrics = _evaluate(model, program)
+    judge = Judge(model)
+    rows[0].metrics = judge(_predictor(program))
     timed: dict[str, At] = {"float": functools.partial(_at, program)}
     recipes: list[lx.Recipe] = []
     for preset in wanted:
@@ -90,7 +91,7 @@ def measure(model: models.BenchModel, wanted: list[str], options: argparse.Names
                 buckets=model.spec.buckets,
             )
             row.prepare_s = time.perf_counter() - started
-            row.metrics = _evaluate(model, small)
+            row.metrics = judge(_predictor(small))
         except lx.LeptonError as error:
             row.note = f"{type(error).__name__}: {error}"
             continue
@@ -99,7 +100,7 @@ def measure(model: models.BenchModel, wanted: list[str], options: argparse.Names
         row.note = _arithmetic(small)
         timed[preset] = functools.partial(_at, as_loaded(small))
     if options.peers:
-        for row, at in _peer_rows(model, recipes):
+        for row, at in _peer_rows(model, recipes, judge):
             rows.append(row)
             if at is not None:
                 timed[row.name] = at
@@ -128,11 +129,36 @@ def _at(program: lx.Program, inputs: Mapping[str, np.ndarray]) -> Callable[[], A
     return harness.compiled(program.fn, program.weights, *(inputs[name] for name in program.inputs))
 
 
-def _evaluate(model: models.BenchModel, program: lx.Program) -> dict[str, float]:
+class Judge:
+    """A model's own metrics, and how far outputs are from those of the first that was judged, the float model.
+
+    Accuracy on some hundred examples moves by chance; the error of outputs says how true a method is.
+    """
+
+    def __init__(self, model: models.BenchModel) -> None:
+        assert model.spec.evaluate is not None
+        self._evaluate = model.spec.evaluate
+        self._exact: list[np.ndarray] = []
+
+    def __call__(self, predict: Callable[..., dict[str, np.ndarray]]) -> dict[str, float]:
+        """Metrics by name, `error` among them: the norm of the difference of all outputs over the norm of float's."""
+        outputs: list[np.ndarray] = []
+
+        def recorded(**inputs: Any) -> dict[str, np.ndarray]:
+            found = predict(**inputs)
+            outputs.extend(np.asarray(output, np.float32) for output in found.values())
+            return found
+
+        metrics = dict(self._evaluate(recorded))
+        self._exact = self._exact or outputs
+        wrong = sum(float(np.sum((a - b) ** 2)) for a, b in zip(outputs, self._exact, strict=True))
+        whole = sum(float(np.sum(exact**2)) for exact in self._exact)
+        return metrics | {"error": (wrong / whole) ** 0.5}
+
+
+def _predictor(program: lx.Program) -> Callable[..., dict[str, np.ndarray]]:
     jitted = jax.jit(program.named_outputs)
-    predict = lambda **inputs: jax.device_get(jitted(program.weights, *inputs.values()))  # noqa: E731
-    assert model.spec.evaluate is not None
-    return dict(model.spec.evaluate(predict))
+    return lambda **inputs: jax.device_get(jitted(program.weights, *inputs.values()))
 
 
 def _covered(program: lx.Program, small: lx.Program) -> tuple[int, int]:
@@ -154,9 +180,8 @@ def _arithmetic(small: lx.Program) -> str:
     return ", ".join(f"{count} {action}" for action, count in counts.items())
 
 
-def _peer_rows(model: models.BenchModel, recipes: list[lx.Recipe]) -> list[tuple[Row, At | None]]:
+def _peer_rows(model: models.BenchModel, recipes: list[lx.Recipe], judge: Judge) -> list[tuple[Row, At | None]]:
     made: list[tuple[Row, At | None]] = []
-    assert model.spec.evaluate is not None
     settings: dict[str, dict[str, Any]] = {}
     if peers.available()["qwix"] and model.linen is not None:
         for recipe in recipes:
@@ -174,7 +199,7 @@ def _peer_rows(model: models.BenchModel, recipes: list[lx.Recipe]) -> list[tuple
         try:
             for peer in make():
                 row = Row(peer.name, covered_before=peer.bytes_before, covered_after=peer.bytes_after, note=peer.note)
-                row.metrics = dict(model.spec.evaluate(peer.predict))
+                row.metrics = judge(peer.predict)
                 made.append((row, peer.at))
         except Exception as error:  # a peer may fail in any way; what it says goes into the table
             reason = (str(error).strip().splitlines() or [""])[0]
@@ -200,6 +225,7 @@ def table(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     baseline = rows[0]["metrics"]["accuracy"]
     header = ["", "accuracy %", "lost, points"]
     header += ["cosine"] if "cosine" in metrics else []
+    header += ["error of outputs"] if "error" in metrics else []
     header += ["bytes of covered weights", "of float's"]
     header += [*(f"{bucket}: ms (ratio)" for bucket in buckets), "note"]
     cells = []
@@ -211,6 +237,7 @@ def table(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
         accuracy = row["metrics"]["accuracy"]
         cell += [harness.percent(accuracy), f"{100 * (baseline - accuracy):+.2f}"]
         cell += [f"{row['metrics']['cosine']:.5f}"] if "cosine" in metrics else []
+        cell += [f"{row['metrics']['error']:.4f}"] if "error" in metrics else []
         before, after = row["covered_before"], row["covered_after"]
         cell += [f"{before:,} → {after:,}", f"{after / before:.3f}"] if before else ["", ""]
         for bucket in buckets:
@@ -227,11 +254,12 @@ def write_pages(results: Mapping[str, Any]) -> None:
         "# Quantization: every preset on every benchmark model",
         (
             "Written by `benchmarks/quantization.py` from `quantization.json` beside it; each model's section says "
-            "when, at which commit, and by which command it was measured. Accuracy is on held-out data. The ratio "
-            "beside a time is to the float model under `jax.jit`, median over rounds in which everything of the "
-            f"section took turns; over {NOISE_RATIO} is marked. Covered weights are those a preset stores otherwise "
-            "than in float, scales included. Peers get the same weights and the same calibration data. Losing rows are "
-            "left in."
+            "when, at which commit, and by which command it was measured. Accuracy is on held-out data. The error of "
+            "outputs is the norm of their difference from the float model's over the norm of those: accuracy on some "
+            "hundred or thousand examples moves by chance, this hardly does. The ratio beside a time is to the float "
+            "model under `jax.jit`, median over rounds in which everything of the section took turns; over "
+            f"{NOISE_RATIO} is marked. Covered weights are those a preset stores otherwise than in float, scales "
+            "included. Peers get the same weights and the same calibration data. Losing rows are left in."
         ),
     ]
     for name, result in results.items():
