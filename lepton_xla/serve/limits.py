@@ -35,7 +35,7 @@ class Limits:
     max_chunks: int = _limit(65_536, "Chunks of a chunked body; more get 413.")
     max_json_depth: int = _limit(100, "Nesting of the JSON part of a request; deeper ones get 400.")
     max_tensors: int = _limit(1024, "Inputs and outputs that a request may name together; more get 400.")
-    max_elements: int = _limit(1 << 28, "Elements of one input, the product of its shape; more get 413.")
+    max_elements: int = _limit(1 << 28, "Elements of one input, the product of its shape; more get 400.")
     max_pipelined: int = _limit(1024, "Unanswered requests on one connection; more get 400.")
     max_connections: int = _limit(10_000, "Connections open at once; more get 503.")
     max_connections_per_address: int = _limit(

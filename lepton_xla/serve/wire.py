@@ -174,7 +174,7 @@ class Decoder:
             count = check_input(given, tensor, sizes)
             if count > self._limits.max_elements:
                 raise RefusedError(
-                    413, f"input {given.name!r} has {count} elements; it may have {self._limits.max_elements}"
+                    400, f"input {given.name!r} has {count} elements; it may have {self._limits.max_elements}"
                 )
             size = binary_size(given, count, tensor.datatype)
             slices[index] = (cursor, cursor + (size or 0))
