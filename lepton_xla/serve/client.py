@@ -9,234 +9,22 @@
 from __future__ import annotations
 
 import asyncio
-import email.utils
-import http.client
-import os
-import random
-import ssl
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from time import monotonic
+from collections.abc import Mapping, Sequence
 from types import TracebackType
-from typing import Any, NoReturn, Self
-from urllib.parse import quote
+from typing import Any, Self
 
-import msgspec
 import numpy as np
 
-from lepton_xla.errors import InputError, ServeError
-from lepton_xla.serve.arrays import decode_infer, encode_infer
-from lepton_xla.serve.transport import (
-    Answer,
-    Channel,
-    Connection,
-    DeadlineError,
-    RequestError,
-    endpoint,
-    left,
-)
+from lepton_xla.errors import ServeError
+from lepton_xla.serve.calls import Attempts, Caller, RequestOf, arrays_of, is_good, json_of, only, route
+from lepton_xla.serve.transport import Answer, Channel, Connection, DeadlineError, RequestError, left
 
 __all__ = ["AsyncClient", "Client", "DeadlineError", "RequestError"]
 
-_FIRST_DELAY_S = 0.05
-_LONGEST_DELAY_S = 2.0
-# What a server sends that would rather be asked again: too many requests of this client, or of all.
-_ASK_AGAIN = (429, 503)
-_LONGEST_MESSAGE = 500
-# A request that is tried again says how much time is left in this many steps: equal requests are parsed once.
-_STEPS = 64
 
-type _Request = Callable[[float], bytes]
-"""The bytes of a request with so many seconds left."""
-
-
-class _Attempts:
-    """When to try again: exponential backoff with full jitter, bounded by a count and by the deadline.
-
-    Source: "Exponential Backoff And Jitter" (AWS Architecture Blog, 2015), the variant "full jitter".
-    """
-
-    def __init__(self, url: str, retries: int, timeout_s: float) -> None:
-        self.deadline = monotonic() + timeout_s
-        self._url = url
-        self._timeout_s = timeout_s
-        self._retries = retries
-        self._made = 0
-
-    def left(self) -> float:
-        """Seconds left, exactly at first, and rounded down later."""
-        if not self._made:
-            return self._timeout_s
-        step = self._timeout_s / _STEPS
-        return max(1, int((self.deadline - monotonic()) / step)) * step
-
-    def delay(self, outcome: Answer | Exception) -> float | None:
-        """Seconds to wait before the next attempt; None if this answer is the last word.
-
-        Raises:
-            RequestError: if there was no answer and is no next attempt.
-        """
-        if isinstance(outcome, Answer) and outcome.status not in _ASK_AGAIN:
-            return None
-        if isinstance(outcome, TimeoutError):
-            self._time_out(outcome)
-        if isinstance(outcome, ssl.SSLError) and not isinstance(outcome, ssl.SSLEOFError | ssl.SSLZeroReturnError):
-            raise RequestError(None, f"{self._url}: TLS failed: {outcome.reason or outcome}") from outcome
-        most = min(_LONGEST_DELAY_S, _FIRST_DELAY_S * 2**self._made)
-        delay = random.uniform(0, most)  # noqa: S311 (no secret)
-        if isinstance(outcome, Answer):
-            delay += _retry_after(outcome)
-        self._made += 1
-        if self._made <= self._retries and monotonic() + delay < self.deadline:
-            return delay
-        if isinstance(outcome, Exception):
-            reason = getattr(outcome, "strerror", None) or str(outcome) or type(outcome).__name__
-            raise RequestError(None, f"{self._url}: no answer after {self._tries()}: {reason}") from outcome
-        return None
-
-    def _time_out(self, cause: Exception) -> NoReturn:
-        raise DeadlineError(None, f"{self._url}: no answer within {self._timeout_s:g} s") from cause
-
-    def _tries(self) -> str:
-        return "one attempt" if self._made == 1 else f"{self._made} attempts"
-
-
-def _retry_after(answer: Answer) -> float:
-    """Seconds that the answer asks for, written as a number or as a date; 0 without."""
-    text = answer.headers.get(b"retry-after", b"").decode("latin-1").strip()
-    if text.isascii() and text.isdigit():
-        return float(text)
-    try:
-        return max(0.0, email.utils.parsedate_to_datetime(text).timestamp() - time.time())
-    except (ValueError, OverflowError):
-        return 0.0
-
-
-def _check(answer: Answer) -> Answer:
-    """The answer, if it is a good one.
-
-    Raises:
-        RequestError: else, with the server's own words.
-    """
-    if answer.status == 200:
-        return answer
-    try:
-        said = msgspec.json.decode(answer.body, type=dict[str, Any]).get("error")
-    except (msgspec.DecodeError, UnicodeDecodeError):
-        said = answer.body[:_LONGEST_MESSAGE].decode("utf-8", "replace").strip()
-    message = str(said or http.client.responses.get(answer.status) or "no reason given")
-    kind = DeadlineError if answer.status == 504 else RequestError
-    raise kind(answer.status, "".join(char if char.isprintable() else " " for char in message[:_LONGEST_MESSAGE]))
-
-
-def _json(answer: Answer) -> Any:
-    try:
-        return msgspec.json.decode(_check(answer).body)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise RequestError(answer.status, f"the server's answer is not JSON: {error}") from error
-
-
-def _arrays(answer: Answer) -> dict[str, np.ndarray]:
-    length = _check(answer).headers.get(b"inference-header-content-length")
-    try:
-        return decode_infer(answer.body, None if length is None else int(length))
-    except (ValueError, TypeError, OverflowError, RecursionError) as error:
-        raise RequestError(answer.status, f"the server's answer is no infer answer: {error}") from error
-
-
-def _is_good(answer: Answer) -> bool:
-    """Whether a probe says yes; what says that the caller may not ask is an error."""
-    if answer.status in (401, 403):
-        _check(answer)
-    return answer.status == 200
-
-
-def _only(index: Any) -> str:
-    """The model, where a server has just one."""
-    names = sorted({str(entry["name"]) for entry in index})
-    if len(names) != 1:
-        raise InputError(f"the server has {len(names)} models ({', '.join(names)[:200]}); say which")
-    return names[0]
-
-
-class _Base:
-    """What both clients share: where the server is, and what each request is made of. Its options are `Client`'s."""
-
-    def __init__(
-        self,
-        url: str,
-        *,
-        model: str | None = None,
-        token: str | None = None,
-        token_file: str | os.PathLike[str] | None = None,
-        ca_file: str | os.PathLike[str] | None = None,
-        certificate_file: str | os.PathLike[str] | None = None,
-        key_file: str | os.PathLike[str] | None = None,
-        timeout_s: float = 30.0,
-        retries: int = 3,
-        max_connections: int = 100,
-        binary: bool = True,
-    ) -> None:
-        if retries < 0 or max_connections < 1:
-            raise ServeError(f"retries must be at least 0 and max_connections 1, not {retries!r}, {max_connections!r}")
-        self._endpoint = endpoint(
-            url,
-            token=token,
-            token_file=token_file,
-            ca_file=ca_file,
-            certificate_file=certificate_file,
-            key_file=key_file,
-        )
-        self._model = model
-        self._timeout_s = timeout_s
-        self._retries = retries
-        self._max_connections = max_connections
-        self._binary = binary
-        self._closed = False
-        self._attempts()  # checks timeout_s
-        self._open()
-
-    def _open(self) -> None:
-        """Prepares the pool of connections."""
-        raise NotImplementedError
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({self._endpoint.url!r})"
-
-    def _attempts(self, timeout_s: float | None = None, retries: int | None = None) -> _Attempts:
-        seconds = self._timeout_s if timeout_s is None else timeout_s
-        if not seconds > 0:
-            raise ServeError(f"timeout_s must be positive, not {seconds!r}")
-        return _Attempts(self._endpoint.url, self._retries if retries is None else retries, seconds)
-
-    def _plain(self, path: str, method: str = "GET") -> _Request:
-        request = self._endpoint.request(method, path, (b"{}",) if method == "POST" else ())
-        return lambda left_s: request
-
-    def _infer(
-        self,
-        model: str,
-        inputs: Mapping[str, Any],
-        outputs: Sequence[str] | None,
-        priority: int | None,
-    ) -> _Request:
-        parameters: dict[str, int] = {} if priority is None else {"priority": priority}
-        path = f"{_route(model)}/infer"
-
-        def request(left_s: float) -> bytes:
-            timeout = {"timeout": max(1, int(left_s * 1e6))}
-            head, tail = encode_infer(inputs, outputs, parameters | timeout, binary=self._binary)
-            return self._endpoint.request("POST", path, (head, *tail), len(head) if self._binary else None)
-
-        return request
-
-
-def _route(model: str) -> str:
-    return f"/v2/models/{quote(model, safe='')}"
-
-
-class Client(_Base):
+class Client(Caller):
     """A client that waits for its answers. Threads may share one; it keeps a connection for each that asks at once.
 
     A request that gets no answer, or 503 or 429, is sent again: after exponentially growing random delays, and not
@@ -296,7 +84,7 @@ class Client(_Base):
         attempts = self._attempts(timeout_s)
         name = self._name(model, attempts)
         request = self._infer(name, {**(inputs or {}), **more}, outputs, priority)
-        return _arrays(self._call(request, attempts))
+        return arrays_of(self._call(request, attempts))
 
     def metadata(self, model: str | None = None) -> dict[str, Any]:
         """Names, datatypes and shapes of a model's inputs and outputs; -1 is a dimension that varies."""
@@ -312,11 +100,11 @@ class Client(_Base):
 
     def server(self) -> dict[str, Any]:
         """The server's name, version and extensions."""
-        return _json(self._call(self._plain("/v2"), self._attempts()))
+        return json_of(self._call(self._plain("/v2"), self._attempts()))
 
     def index(self) -> list[dict[str, Any]]:
         """The models that the server has, and their state."""
-        return _json(self._call(self._plain("/v2/repository/index", "POST"), self._attempts()))
+        return json_of(self._call(self._plain("/v2/repository/index", "POST"), self._attempts()))
 
     def ready(self, model: str | None = None) -> bool:
         """Whether the server, or one model, takes requests now. One attempt; no answer is no.
@@ -324,7 +112,7 @@ class Client(_Base):
         Raises:
             RequestError: if the token does not allow to ask.
         """
-        return self._probe("/v2/health/ready" if model is None else f"{_route(model)}/ready")
+        return self._probe("/v2/health/ready" if model is None else f"{route(model)}/ready")
 
     def live(self) -> bool:
         """Whether the server answers at all. One attempt; no answer is no."""
@@ -346,26 +134,26 @@ class Client(_Base):
     ) -> None:
         self.close()
 
-    def _name(self, model: str | None, attempts: _Attempts) -> str:
+    def _name(self, model: str | None, attempts: Attempts) -> str:
         if model is not None:
             return model
         if self._model is None:
-            self._model = _only(_json(self._call(self._plain("/v2/repository/index", "POST"), attempts)))
+            self._model = only(json_of(self._call(self._plain("/v2/repository/index", "POST"), attempts)))
         return self._model
 
     def _get(self, model: str | None, action: str) -> dict[str, Any]:
         attempts = self._attempts()
-        return _json(self._call(self._plain(_route(self._name(model, attempts)) + action), attempts))
+        return json_of(self._call(self._plain(route(self._name(model, attempts)) + action), attempts))
 
     def _probe(self, path: str) -> bool:
         try:
-            return _is_good(self._call(self._plain(path), self._attempts(retries=0)))
+            return is_good(self._call(self._plain(path), self._attempts(retries=0)))
         except RequestError as error:
             if error.status is not None:
                 raise
             return False
 
-    def _call(self, request: _Request, attempts: _Attempts) -> Answer:
+    def _call(self, request: RequestOf, attempts: Attempts) -> Answer:
         while True:
             outcome: Answer | Exception
             try:
@@ -432,7 +220,7 @@ class _Lane(Channel):
             self._answer_future.set_exception(error)
 
 
-class AsyncClient(_Base):
+class AsyncClient(Caller):
     """`Client` for an event loop: the same options and methods, these to be awaited. One loop a client."""
 
     def _open(self) -> None:
@@ -454,7 +242,7 @@ class AsyncClient(_Base):
         attempts = self._attempts(timeout_s)
         name = await self._name(model, attempts)
         request = self._infer(name, {**(inputs or {}), **more}, outputs, priority)
-        return _arrays(await self._call(request, attempts))
+        return arrays_of(await self._call(request, attempts))
 
     async def metadata(self, model: str | None = None) -> dict[str, Any]:
         """See `Client.metadata`."""
@@ -470,15 +258,15 @@ class AsyncClient(_Base):
 
     async def server(self) -> dict[str, Any]:
         """See `Client.server`."""
-        return _json(await self._call(self._plain("/v2"), self._attempts()))
+        return json_of(await self._call(self._plain("/v2"), self._attempts()))
 
     async def index(self) -> list[dict[str, Any]]:
         """See `Client.index`."""
-        return _json(await self._call(self._plain("/v2/repository/index", "POST"), self._attempts()))
+        return json_of(await self._call(self._plain("/v2/repository/index", "POST"), self._attempts()))
 
     async def ready(self, model: str | None = None) -> bool:
         """See `Client.ready`."""
-        return await self._probe("/v2/health/ready" if model is None else f"{_route(model)}/ready")
+        return await self._probe("/v2/health/ready" if model is None else f"{route(model)}/ready")
 
     async def live(self) -> bool:
         """See `Client.live`."""
@@ -500,26 +288,26 @@ class AsyncClient(_Base):
     ) -> None:
         await self.close()
 
-    async def _name(self, model: str | None, attempts: _Attempts) -> str:
+    async def _name(self, model: str | None, attempts: Attempts) -> str:
         if model is not None:
             return model
         if self._model is None:
-            self._model = _only(_json(await self._call(self._plain("/v2/repository/index", "POST"), attempts)))
+            self._model = only(json_of(await self._call(self._plain("/v2/repository/index", "POST"), attempts)))
         return self._model
 
     async def _get(self, model: str | None, action: str) -> dict[str, Any]:
         attempts = self._attempts()
-        return _json(await self._call(self._plain(_route(await self._name(model, attempts)) + action), attempts))
+        return json_of(await self._call(self._plain(route(await self._name(model, attempts)) + action), attempts))
 
     async def _probe(self, path: str) -> bool:
         try:
-            return _is_good(await self._call(self._plain(path), self._attempts(retries=0)))
+            return is_good(await self._call(self._plain(path), self._attempts(retries=0)))
         except RequestError as error:
             if error.status is not None:
                 raise
             return False
 
-    async def _call(self, request: _Request, attempts: _Attempts) -> Answer:
+    async def _call(self, request: RequestOf, attempts: Attempts) -> Answer:
         while True:
             outcome: Answer | Exception
             try:

@@ -7,23 +7,16 @@ again and what an answer means is up to the caller.
 from __future__ import annotations
 
 import asyncio
-import dataclasses
-import importlib.metadata
-import os
-import pathlib
 import select
 import socket
-import ssl
-from collections.abc import Sequence
 from time import monotonic
 from typing import Any
-from urllib.parse import unquote, urlsplit
 
 import httptools
 
 from lepton_xla.errors import ServeError
+from lepton_xla.serve.endpoint import Endpoint
 
-TOKEN_VARIABLE = "LEPTON_TOKEN"  # noqa: S105 (the variable's name)
 _RECEIVE_BYTES = 1 << 18
 # Fields of an answer without which only the end of the connection ends it.
 _FRAMING = (b"content-length", b"transfer-encoding")
@@ -45,123 +38,6 @@ class RequestError(ServeError):
 
 class DeadlineError(RequestError):
     """A request whose time ran out, on the client's side or by the server's account."""
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Endpoint:
-    """Where a server is and what every request to it carries. Made by `endpoint`; shows no secret.
-
-    Attributes:
-        url: as it was given, for messages.
-        host: name or address.
-        port: port.
-        prefix: path before every route, without a slash at its end.
-        tls: how to speak TLS; None for plain TCP.
-        fields: header lines of every request.
-    """
-
-    url: str
-    host: str
-    port: int
-    prefix: str
-    tls: ssl.SSLContext | None = dataclasses.field(repr=False)
-    fields: bytes = dataclasses.field(repr=False)
-
-    def request(
-        self, method: str, path: str, body: Sequence[bytes | memoryview] = (), head_bytes: int | None = None
-    ) -> bytes:
-        """The bytes of a request.
-
-        Args:
-            method: such as `POST`.
-            path: the route, percent-encoded.
-            body: pieces of the body.
-            head_bytes: length of its JSON part, where a binary part follows.
-        """
-        lines = f"{method} {self.prefix}{path} HTTP/1.1\r\n".encode()
-        length = sum(piece.nbytes if isinstance(piece, memoryview) else len(piece) for piece in body)
-        framing = f"Content-Length: {length}\r\n" if method == "POST" else ""
-        if head_bytes is not None:
-            framing += f"Content-Type: application/octet-stream\r\nInference-Header-Content-Length: {head_bytes}\r\n"
-        elif body:
-            framing += "Content-Type: application/json\r\n"
-        return b"".join((lines, self.fields, framing.encode(), b"\r\n", *body))
-
-
-def endpoint(
-    url: str,
-    *,
-    token: str | None = None,
-    token_file: str | os.PathLike[str] | None = None,
-    ca_file: str | os.PathLike[str] | None = None,
-    certificate_file: str | os.PathLike[str] | None = None,
-    key_file: str | os.PathLike[str] | None = None,
-) -> Endpoint:
-    """Where `url` points to and how to get in there.
-
-    Args:
-        url: such as `https://models.example:8443`; without a scheme it is HTTP.
-        token: bearer token. If neither it nor a file is given, the variable `LEPTON_TOKEN` is, where it is set.
-        token_file: file that holds the token and nothing else.
-        ca_file: certificates (PEM) to trust instead of the system's.
-        certificate_file: the client's own certificate chain (PEM), for a server that asks for one.
-        key_file: its private key, if not in the same file.
-
-    Raises:
-        ServeError: for a URL, token or file that cannot be used.
-    """
-    parts = urlsplit(url if "://" in url else f"http://{url}")
-    try:
-        port = parts.port or {"http": 80, "https": 443}.get(parts.scheme)
-    except ValueError as error:
-        raise ServeError(f"URL {url!r} has no valid port") from error
-    if port is None or not parts.hostname:
-        raise ServeError(f"URL {url!r}: expected http://HOST:PORT or https://HOST:PORT")
-    if "@" in parts.netloc or parts.query or parts.fragment:
-        raise ServeError("a server's URL has no user, query or fragment; give a token instead of a password")
-    if not url.isascii() or not url.isprintable() or " " in url:
-        raise ServeError(f"URL {url!r} holds a character that has to be percent-encoded")
-    tls = None
-    if parts.scheme == "https":
-        tls = _tls(ca_file, certificate_file, key_file)
-    elif ca_file or certificate_file or key_file:
-        raise ServeError(f"URL {url!r} is not https, but certificates are given")
-    host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
-    fields = f"Host: {host}:{port}\r\nUser-Agent: lepton-xla/{importlib.metadata.version('lepton-xla')}\r\n"
-    secret = _token(token, token_file)
-    if secret is not None:
-        fields += f"Authorization: Bearer {secret}\r\n"
-    return Endpoint(url, unquote(parts.hostname), port, parts.path.rstrip("/"), tls, fields.encode("ascii"))
-
-
-def _token(token: str | None, token_file: str | os.PathLike[str] | None) -> str | None:
-    where = "the token"
-    if token is None and token_file is not None:
-        where = f"token file {os.fspath(token_file)!r}"
-        try:
-            token = pathlib.Path(token_file).read_text(encoding="ascii").strip()
-        except (OSError, UnicodeDecodeError) as error:
-            raise ServeError(f"{where} cannot be read: {getattr(error, 'strerror', None) or 'not text'}") from None
-    elif token is None:
-        where = f"the variable {TOKEN_VARIABLE}"
-        token = os.environ.get(TOKEN_VARIABLE) or None
-    if token is not None and not (token.isascii() and token.isprintable() and token and " " not in token):
-        raise ServeError(f"{where} does not hold a token: printable ASCII without blanks")
-    return token
-
-
-def _tls(ca_file: Any, certificate_file: Any, key_file: Any) -> ssl.SSLContext:
-    if key_file is not None and certificate_file is None:
-        raise ServeError("a private key is given without its certificate")
-    try:
-        context = ssl.create_default_context(cafile=ca_file)
-        if certificate_file is not None:
-            context.load_cert_chain(certificate_file, key_file)
-    except OSError as error:  # ssl.SSLError is one
-        files = ", ".join(os.fspath(file) for file in (ca_file, certificate_file, key_file) if file is not None)
-        raise ServeError(f"certificates of {files} cannot be used: {error.strerror or error}") from error
-    context.set_alpn_protocols(["http/1.1"])
-    return context
 
 
 class Answer:
