@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from lepton_xla.errors import ModelError
 
@@ -102,6 +103,9 @@ class Program:
         masks: path -> bool array of the weight's shape, for pruned weights: False marks a weight held at zero.
         history: one report a pass applied, oldest first.
         expansion: how a compiled program unpacks weights on loading; None where it runs on the stored ones.
+
+    Raises:
+        ModelError: for a mask without its weight, or of another shape.
     """
 
     fn: Callable[..., Any]
@@ -111,6 +115,9 @@ class Program:
     masks: dict[str, jax.Array] = dataclasses.field(default_factory=dict[str, jax.Array])
     history: tuple[PassReport, ...] = ()
     expansion: Expansion | None = None
+
+    def __post_init__(self) -> None:
+        check_masks(self.masks, self.weights)
 
     def __call__(self, weights: Weights, *inputs: Any) -> Any:
         """Runs the model; the result has the tree that the user's own function returns."""
@@ -143,6 +150,30 @@ class Program:
         if "fn" in changes:
             changes.setdefault("expansion", None)
         return dataclasses.replace(self, **changes)
+
+
+def check_masks(masks: Mapping[str, Any], weights: Mapping[str, Any]) -> None:
+    """Refuses masks that are not of these weights. Of one that is stored in codes the shape is not that of its mask.
+
+    Raises:
+        ModelError: for a mask without its weight, or of another shape.
+    """
+    for path, mask in masks.items():
+        if path not in weights:
+            raise ModelError(f"mask {path!r} has no weight; the weights are {some_names(weights)}")
+        shape, wanted = tuple(np.shape(mask)), tuple(np.shape(weights[path]))
+        if shape != wanted and jax.tree_util.all_leaves([weights[path]]):
+            raise ModelError(
+                f"the mask of weight {path!r} has shape {shape}, the weight itself {wanted}; masks belong to the model "
+                f"that they were found for"
+            )
+
+
+def some_names(names: Iterable[str], limit: int = 6) -> str:
+    """A few of the names, for a message."""
+    listed = list(names)
+    more = f", ... and {len(listed) - limit} more" if len(listed) > limit else ""
+    return (", ".join(listed[:limit]) or "there is none") + more
 
 
 def abstract(tree: Any) -> Any:

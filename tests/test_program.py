@@ -360,3 +360,19 @@ def test_a_new_function_drops_the_expansion_of_the_old_one():
     assert unpacked.expansion is not None
     assert unpacked.replace(history=()).expansion is unpacked.expansion
     assert unpacked.replace(fn=program.fn).expansion is None
+
+
+def test_masks_of_another_model_are_refused() -> None:
+    rows = {"x": TensorSpec(("batch", 6), "float32")}
+    program = trace(lambda w, x: x @ w["a"] @ w["b"], {"a": jnp.ones((6, 8)), "b": jnp.ones((8, 3))}, rows)
+    masks = {"a": jnp.ones((6, 8), bool)}
+    assert program.replace(masks=masks).masks is masks
+    for other, message in (
+        ({"a": jnp.ones((8, 6), bool)}, r"mask of weight 'a' has shape \(8, 6\), the weight itself \(6, 8\); masks"),
+        ({"c": jnp.ones((6, 8), bool)}, "mask 'c' has no weight; the weights are a, b"),
+    ):
+        with pytest.raises(ModelError, match=message):
+            program.replace(masks=other)
+    # Weights that take the place of the pruned ones must be theirs too.
+    with pytest.raises(ModelError, match=r"mask of weight 'a' has shape \(6, 8\), the weight itself \(6, 4\)"):
+        program.replace(masks=masks).replace(weights={"a": jnp.ones((6, 4)), "b": jnp.ones((4, 3))})

@@ -193,6 +193,7 @@ def fold(program: Program) -> Program:
     fn = _walk(program.fn, like, sites, folds=folds)
     used = _used_weights(fn, weights, program, sizes)
     kept = {name: value for name, value in weights.items() if name in used}
+    masks = {name: mask for name, mask in masks.items() if name in used}
     metrics = {
         "equations_before": _count(program.jaxpr(sizes)),
         "equations_after": _count(jax.make_jaxpr(fn)(abstract(kept), *program.abstract_inputs(sizes))),

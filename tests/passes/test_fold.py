@@ -449,3 +449,10 @@ def test_history_grows_by_one_report():
     folded = fold(fold(program))
     assert [report.name for report in folded.history] == ["fold", "fold"]
     assert folded.history[1].sites == ()
+
+
+def test_what_is_removed_takes_its_mask_along():
+    weights = {"used": jnp.eye(6), "dead": jnp.ones((2, 2))}
+    program = trace(lambda w, x: x @ w["used"], weights, {"x": TensorSpec(("batch", 6), "float32")})
+    masks = {path: weight > 0 for path, weight in weights.items()}
+    assert set(fold(program.replace(masks=masks)).masks) == {"used"}
