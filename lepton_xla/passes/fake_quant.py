@@ -18,8 +18,8 @@ from lepton_xla.errors import ModelError, UnsupportedError
 from lepton_xla.passes import products
 from lepton_xla.passes.products import RANGE_SUFFIX, SCALE_SUFFIX
 from lepton_xla.passes.rewrite import Context, Values
-from lepton_xla.passes.sites import Site, Tracked, lay_out, operand_value, rewrite_sites
-from lepton_xla.program import name_leaves
+from lepton_xla.passes.sites import Escapes, Site, Tracked, lay_out, operand_value, rewrite_sites
+from lepton_xla.program import name_leaves, some_names
 from lepton_xla.quant import FORMATS, Format, encode, fake_quantize, make_grid
 from lepton_xla.quant.grid import matrix_codes, matrix_values, settle
 from lepton_xla.quant.learned import LOG2, initial_scale, learned_quantize, raw_scales, stochastic_quantize
@@ -45,6 +45,8 @@ def fake_quant(
     bit as `lower` computes it; other products are those of the floats that codes stand for. The gradient is that of
     the float product in both cases. Codes, not floats, are kept for the backward pass of the former.
 
+    With `masked` it does not matter which is outside: a weight that a mask has some elements of is the site's weight.
+
     Args:
         fn: `fn(weights, *inputs)`, weights any pytree whose paths are those of the plan's program.
         plan: which sites get what.
@@ -60,9 +62,20 @@ def fake_quant(
 
     Raises:
         CalibrationError: when called, if a static site has no range.
-        UnsupportedError: when called with a key, for a format that is not of integers.
+        ModelError: when called, if a weight that the plan quantizes is missing.
+        UnsupportedError: when called with a key, for a format that is not of integers; when called, if something other
+            than a mask changes a weight before its product, which would stay float.
     """
     planned = [entry for entry in plan.sites if entry.quantize is not None and entry.site.path is not None]
+    paths = {entry.site.path for entry in planned}
+
+    def through_mask(context: Context, eqn: Any, values: Values) -> Values | None:
+        """A weight some of whose elements are taken from elsewhere, as `masked` does, is the weight all the same."""
+        weights = [value for value in values[1:] if isinstance(value, Tracked)]
+        if len(weights) != 1 or weights[0].path not in paths:
+            return None
+        (held,) = context.bind(eqn, [operand_value(value) for value in values])
+        return [dataclasses.replace(weights[0], value=held)]
 
     def run(
         weights: Any,
@@ -72,7 +85,10 @@ def fake_quant(
         key: jax.Array | None = None,
         **kwargs: Any,
     ) -> Any:
+        met, escapes = set[str](), Escapes()
+
         def rule(site: Site, context: Context, eqn: Any, values: Values) -> Values | None:
+            met.add(site.name)
             entry = plan[site.name]
             if entry is None or entry.quantize is None:
                 return None
@@ -95,8 +111,13 @@ def fake_quant(
                 return [_code_product(site, rounded, order)]
             return context.bind(eqn, [part.value for part in rounded])
 
+        def rounding() -> Any:
+            rewritten = rewrite_sites(fn, rule, beside=beside, escapes=escapes, follow={"select_n": through_mask})
+            out = rewritten(weights, *inputs, **kwargs)
+            _check_met(planned, met, escapes)
+            return out
+
         beside = _beside(planned, ranges or {}, raw_scales(scales), key, weights)
-        rounding = lambda: rewrite_sites(fn, rule, beside=beside)(weights, *inputs, **kwargs)  # noqa: E731
         if step is None:
             return rounding()
         # One choice for the whole function, so that each step does the work of one of them only.
@@ -331,23 +352,40 @@ def _beside(
 ) -> dict[str, dict[str, jax.Array]]:
     """What travels beside each weight to its sites, one step of a stack at a time."""
     _check_names(scales, planned)
-    named = name_leaves(weights, prefix="weights") if key is not None else {}
+    named = name_leaves(weights, prefix="weights")
     arrays = {name + RANGE_SUFFIX: jnp.asarray(value) for name, value in ranges.items()}
     suffixes = [RANGE_SUFFIX, SCALE_SUFFIX, _KEY_SUFFIX, *(f":{part}" for part in _PARTS)]
     for entry in planned:
         site = entry.site
         assert site.path is not None
+        if site.path not in named:
+            raise ModelError(
+                f"the plan quantizes weight {site.path!r}, which is not among {some_names(named)}; give the tree of "
+                f"weights that the plan's program has"
+            )
         for part, value in scales.get(site.path, {}).items():
             if part in _PARTS:
                 arrays[f"{site.name}:{part}"] = value
         if "activation" in scales.get(site.name, {}):
             arrays[site.name + SCALE_SUFFIX] = scales[site.name]["activation"]
-        if key is not None and site.path in named:
+        if key is not None:
             own = jax.random.fold_in(key, zlib.crc32(site.name.encode()))
             laid = jax.eval_shape(lambda array, site=site: lay_out(array, site.layout), named[site.path])
             steps = tuple(laid.shape[: site.stacked])
             arrays[site.name + _KEY_SUFFIX] = jax.random.split(own, (*steps, 2))
     return products.beside([entry.site for entry in planned], arrays, suffixes)
+
+
+def _check_met(planned: Sequence[SitePlan], met: set[str], escapes: Escapes) -> None:
+    """Refuses a function that uses a planned weight, but not at its site: there it would silently stay float."""
+    for entry in planned:
+        name, path = entry.site.name, entry.site.path
+        if name not in met and path in escapes.paths:
+            where = f"site {name!r}" if name != path else "its product"
+            raise UnsupportedError(
+                f"fake_quant: weight {path!r} is changed before it reaches {where}, which would stay float; what "
+                f"changes it belongs outside, as in masked(fake_quant(fn, plan), masks)"
+            )
 
 
 def _check_names(scales: Mapping[str, Mapping[str, Any]], planned: list[SitePlan]) -> None:

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from lepton_xla.errors import ModelError, RecipeError
 from lepton_xla.passes.masks import (
@@ -20,10 +19,9 @@ from lepton_xla.passes.masks import (
     nothing_left,
     plan_targets,
     rule_shares,
-    some_names,
 )
 from lepton_xla.passes.ranking import Ranking, keep_largest, keep_largest_on_host
-from lepton_xla.program import Program, leaf_bytes, name_leaves
+from lepton_xla.program import Program, check_masks, leaf_bytes, name_leaves
 from lepton_xla.report import PassReport, SiteReport
 
 if TYPE_CHECKING:
@@ -153,8 +151,8 @@ def masked(
 ) -> Callable[..., Any]:
     """Holds pruned weights at zero while training.
 
-    With `fake_quant`, mask outside and quantize inside, `masked(fake_quant(fn, plan), masks)`: zero stays zero in every
-    format.
+    With `fake_quant`, either may be outside: `masked(fake_quant(fn, plan), masks)` and `fake_quant(masked(fn, masks),
+    plan)` are the same, and zero stays zero in every format.
 
     Args:
         fn: `fn(weights, *args)`, weights any pytree.
@@ -170,7 +168,7 @@ def masked(
     """
 
     def hold(leaf: jax.Array, mask: jax.Array) -> jax.Array:
-        return _straight_through(leaf, mask) if straight_through else jnp.where(mask, leaf, jnp.zeros_like(leaf))
+        return jnp.where(mask, leaf, _nothing(leaf) if straight_through else jnp.zeros_like(leaf))
 
     def run(weights: Any, *args: Any, **kwargs: Any) -> Any:
         named = name_leaves(weights, prefix="weights")
@@ -181,27 +179,12 @@ def masked(
     return run
 
 
-def check_masks(masks: Mapping[str, jax.Array], weights: Mapping[str, Any]) -> None:
-    """Refuses masks that are not of these weights.
-
-    Raises:
-        ModelError: for a mask without its weight, or of another shape.
-    """
-    for path, mask in masks.items():
-        if path not in weights:
-            raise ModelError(f"mask {path!r} has no weight; the weights are {some_names(weights)}")
-        if tuple(np.shape(mask)) != tuple(weights[path].shape):
-            raise ModelError(
-                f"the mask of weight {path!r} has shape {tuple(np.shape(mask))}, the weight itself "
-                f"{tuple(weights[path].shape)}; masks belong to the model that they were found for"
-            )
-
-
 @jax.custom_jvp
-def _straight_through(weight: jax.Array, mask: jax.Array) -> jax.Array:
-    return jnp.where(mask, weight, jnp.zeros_like(weight))
+def _nothing(weight: jax.Array) -> jax.Array:
+    """Zeros that have the gradient of the weight: what is selected from both has it whole."""
+    return jnp.zeros_like(weight)
 
 
-@_straight_through.defjvp
-def _straight_through_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
-    return _straight_through(*primals), tangents[0]
+@_nothing.defjvp
+def _nothing_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    return _nothing(*primals), tangents[0]

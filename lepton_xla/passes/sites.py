@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from lepton_xla import _compat
-from lepton_xla.passes.rewrite import Carried, Context, Values, materialize, rewrite
+from lepton_xla.passes.rewrite import Carried, Context, Rule, Values, materialize, rewrite
 from lepton_xla.program import Program, TensorSpec, abstract, name_leaves, probe_sizes
 
 type SiteRule = Callable[["Site", Context, Any, Values], Values | None]
@@ -177,6 +177,7 @@ def rewrite_sites(
     beside: Mapping[str, Mapping[str, jax.Array]] | None = None,
     escapes: Escapes | None = None,
     with_taps: bool = False,
+    follow: Mapping[str, Rule] | None = None,
 ) -> Callable[..., Any]:
     """Transforms a function by replacing what it does at its sites.
 
@@ -190,6 +191,7 @@ def rewrite_sites(
         beside: weight path -> site name -> array that reaches the rule as `Tracked.beside`.
         escapes: notes the weights that are used at something that is not a site.
         with_taps: as in `rewrite`.
+        follow: how a weight moves through primitives that are no layout.
 
     Returns:
         A function with the signature of `fn`.
@@ -214,7 +216,7 @@ def rewrite_sites(
     return rewrite(
         fn,
         dict.fromkeys(SITE_PRIMITIVES, visit),
-        follow=dict.fromkeys(_LAYOUT, _follow),
+        follow={**dict.fromkeys(_LAYOUT, _follow), **(follow or {})},
         inline=inline,
         on_unknown=on_unknown,
         example=None if like is None else (lambda _weights, *inputs: (like, *inputs)),

@@ -10,8 +10,8 @@ from jax import lax
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from lepton_xla.errors import CalibrationError
-from lepton_xla.passes import calibrate, fake_quant, lower
+from lepton_xla.errors import CalibrationError, ModelError, UnsupportedError
+from lepton_xla.passes import calibrate, fake_quant, lower, masked
 from lepton_xla.program import TensorSpec, trace
 from lepton_xla.recipe import Recipe
 
@@ -296,3 +296,59 @@ def test_before_its_step_the_gradient_is_the_float_one():
     plain = jax.grad(lambda w: jnp.sum(program.fn(w, x) ** 2))(program.weights)["w"]
     np.testing.assert_allclose(at(program.weights, 6)["w"], plain, rtol=1e-6)
     assert np.abs(np.asarray(at(program.weights, 7)["w"] - plain)).max() > 1e-3
+
+
+# Masks, and what else may be between a weight and its product.
+
+
+def stacked_and_shared(w, x):
+    x = lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, w["stack"])[0]
+    x = jax.checkpoint(lambda x: jnp.tanh(x @ w["w"].T))(x)
+    return x @ w["w"].T
+
+
+@pytest.mark.parametrize("straight_through", [False, True])
+@pytest.mark.parametrize("options", ["", 'weights = "int4"\nactivations = "none"\ngranularity = "group:3"'])
+def test_masks_may_be_inside_or_outside(straight_through, options):
+    weights, x = {"stack": array(2, 6, 6), "w": array(6, 6, seed=1)}, array(4, 6, seed=2)
+    masks = {name: array(*leaf.shape, seed=7) > 0 for name, leaf in weights.items()}
+    plan = recipe(options).resolve(trace(stacked_and_shared, weights, ROWS))
+    hold = lambda fn: masked(fn, masks, straight_through=straight_through)  # noqa: E731
+
+    def trained(fn):
+        return jax.jit(jax.value_and_grad(lambda w: jnp.sum(fn(w, x) ** 2)))(weights)
+
+    inside, outside = (
+        trained(fake_quant(hold(stacked_and_shared), plan)),
+        trained(hold(fake_quant(stacked_and_shared, plan))),
+    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), inside, outside)
+    assert abs(inside[0] - trained(hold(stacked_and_shared))[0]) > 1e-2
+    gone = ~np.asarray(masks["w"])
+    assert (np.asarray(inside[1]["w"])[gone] != 0).mean() == (1 if straight_through else 0)
+
+
+@pytest.mark.parametrize("change", [lambda w: 2 * w, lambda w: w * (w > 0).astype(w.dtype), jnp.tanh])
+def test_a_weight_that_is_changed_before_its_product_is_refused(change):
+    program = trace(lambda w, x: x @ w["w"].T @ w["w"].T, {"w": array(6, 6)}, ROWS)
+    plan = recipe().resolve(program)
+    with pytest.raises(
+        UnsupportedError, match=r"weight 'w' is changed before it reaches its product, .* as in masked\("
+    ):
+        fake_quant(lambda w, x: program.fn({"w": change(w["w"])}, x), plan)(program.weights, array(3, 6))
+    with pytest.raises(UnsupportedError, match="weight 'w' is changed before it reaches site 'w#1'") as caught:
+        fake_quant(lambda w, x: x @ w["w"].T @ change(w["w"]).T, plan)(program.weights, array(3, 6))
+    assert "\n" not in str(caught.value)
+    # Used elsewhere besides, it is quantized at its site all the same.
+    decayed = lambda w, x: jnp.sum(program.fn(w, x)) + jnp.sum(change(w["w"]))  # noqa: E731
+    expected = jnp.sum(fake_quant(program.fn, plan)(program.weights, array(3, 6))) + jnp.sum(
+        change(program.weights["w"])
+    )
+    np.testing.assert_allclose(fake_quant(decayed, plan)(program.weights, array(3, 6)), expected, rtol=1e-5)
+
+
+def test_weights_of_another_tree_are_refused():
+    program = trace(lambda w, x: x @ w["layer"]["w"], {"layer": {"w": array(6, 5)}}, ROWS)
+    plan = recipe().resolve(program)
+    with pytest.raises(ModelError, match="the plan quantizes weight 'layer/w', which is not among w; give the tree"):
+        fake_quant(lambda w, x: x @ w["w"], plan)({"w": array(6, 5)}, array(3, 6))
