@@ -21,8 +21,9 @@ from lepton_xla import _compat
 from lepton_xla.errors import ModelError, RecipeError, UnsupportedError
 from lepton_xla.passes import matrix
 from lepton_xla.passes.products import unsupported
-from lepton_xla.passes.ranking import LARGEST_RANKING, Masks, Ranking, exact_mean, keep_largest
+from lepton_xla.passes.ranking import LARGEST_RANKING, Masks, Ranking, exact_mean, keep_largest, largest_of_each
 from lepton_xla.passes.sites import LayoutOp, Site, lay_out, layout_key
+from lepton_xla.program import some_names
 
 if TYPE_CHECKING:
     from lepton_xla.recipe import Plan, PruneRule
@@ -222,14 +223,22 @@ def something_left(targets: Sequence[Target]) -> None:
     Raises:
         RecipeError: naming the weight.
     """
-    known = [target for target in targets if sparsity_of(target.rule) is not None]
+    known = [target for target in targets if sparsity_of(target.rule) is not None and target.pattern.kind != "groups"]
+    together: dict[int, list[tuple[Target, int, int]]] = {}
     for target, share in zip(known, rule_shares(known).values(), strict=True):
-        if target.rule.distribution == "global" or target.pattern.kind == "groups":
-            continue
         units = jax.eval_shape(target.units, jax.ShapeDtypeStruct(target.like.shape, jnp.float32)).shape
-        count = math.prod(units[target.lead :])
-        if count and round(float(share) * count) >= count:
+        steps, count = math.prod(units[: target.lead]), math.prod(units[target.lead :])
+        if target.rule.distribution == "global":
+            together.setdefault(id(target.rule), []).append((target, steps, steps * count))
+        elif count and round(float(share) * count) >= count:
             raise RecipeError(f"{_nothing_left(target)}; lower its sparsity or exclude it")
+    for each in together.values():
+        rule, kept, count = each[0][0].rule, sum(part[1] for part in each), sum(part[2] for part in each)
+        if count and round(float(sparsity_of(rule) or 0) * count) > count - kept:
+            raise RecipeError(
+                f"sites = {rule.sites!r}: {rule.describe()} would not leave one of each of the weights "
+                f"{some_names(part[0].path for part in each)}; lower its sparsity or exclude some"
+            )
 
 
 def unprunable(rule: PruneRule, site: Site, stored: Any, *, named: bool = False) -> str:
@@ -459,7 +468,8 @@ def find_masks(
     Args:
         targets: which weights, and in which patterns.
         scores: path -> `element_scores`.
-        sparsity: path -> the share to drop: a float, or a float32 scalar inside `jit`, where one unit is always left.
+        sparsity: path -> the share to drop: a float, or a float32 scalar inside `jit`, where one unit of each weight,
+            and of each step of a stack, is always left: its largest.
         rank: `keep_largest`, or `keep_largest_on_host` outside of `jit`.
         regrowth: what is taken back in, for patterns other than N:M.
 
@@ -471,21 +481,23 @@ def find_masks(
     for target in targets:
         if target.rule.method.startswith("deviation"):
             factor = float(target.rule.method.partition(":")[2])
-            found[target.path] = target.spread(
-                _beyond_deviation(target.units(scores[target.path]), factor, target.lead)
-            )
+            weight = target.units(scores[target.path])
+            kept = _beyond_deviation(weight, factor, target.lead)
+            if isinstance(sparsity[target.path], jax.Array):
+                kept = kept | largest_of_each(weight, target.lead)
+            found[target.path] = target.spread(kept)
         elif target.pattern.kind == "groups":
             elements = target.matrices(scores[target.path])
             found[target.path] = target.stored(group_masks(elements, target.pattern, sparsity[target.path]))
         else:
-            together = target.rule.distribution == "global"
-            sets.setdefault(id(target.rule) if together else target.path, []).append(target)
+            sets.setdefault(id(target.rule) if _together([target]) else target.path, []).append(target)
     ranked = list(sets.values())
     units = [[target.units(scores[target.path]) for target in each] for each in ranked]
     dropped = [_dropped(each, parts, sparsity[each[0].path]) for each, parts in zip(ranked, units, strict=True)]
-    leads = [0 if each[0].rule.distribution == "global" else each[0].lead for each in ranked]
+    leads = [0 if _together(each) else each[0].lead for each in ranked]
     if regrowth is None:
-        kept = rank([Ranking(*each) for each in zip(units, dropped, leads, strict=True)]) if ranked else []
+        spared = [_sparing(*each) for each in zip(ranked, units, dropped, strict=True)]
+        kept = rank([Ranking(*each) for each in zip(spared, dropped, leads, strict=True)]) if ranked else []
     else:
         kept = _regrown(ranked, units, dropped, leads, regrowth, rank)
     for each, masks in zip(ranked, kept, strict=True):
@@ -508,10 +520,12 @@ def _regrown(
     for each, parts, lost, lead in zip(ranked, units, dropped, leads, strict=True):
         active = [target.units(regrowth.masks[target.path].astype(jnp.float32)) > 0 for target in each]
         alive = [jnp.where(on, part, jnp.zeros_like(part)) for on, part in zip(active, parts, strict=True)]
-        ranking = Ranking(alive, lost, lead)
+        ranking = Ranking(_sparing(each, alive, lost), lost, lead)
         left = ranking.elements - jnp.asarray(lost, jnp.uint32).astype(jnp.float32)
         replaced = jnp.round(jnp.asarray(regrowth.share, jnp.float32) * left).astype(jnp.uint32)
-        first.append(Ranking(alive, jnp.asarray(lost, jnp.uint32) + replaced, lead))
+        most = ranking.elements - (_spared(each, parts) if _together(each) else 0)
+        gone = jnp.minimum(jnp.asarray(lost, jnp.uint32) + replaced, jnp.uint32(most))
+        first.append(dataclasses.replace(ranking, dropped=gone))
         promises.append([target.units(regrowth.scores[target.path]) for target in each])
     for ranking, kept, promise, lost in zip(first, rank(first), promises, dropped, strict=True):
         certain = [part + jnp.where(on, jnp.float32(jnp.inf), 0) for on, part in zip(kept, promise, strict=True)]
@@ -519,8 +533,31 @@ def _regrown(
     return rank(second)
 
 
+def _together(targets: Sequence[Target]) -> bool:
+    """Whether weights are ranked together, and not each step of each by itself."""
+    return targets[0].rule.distribution == "global"
+
+
+def _sparing(targets: Sequence[Target], units: Sequence[jax.Array], dropped: Any) -> list[jax.Array]:
+    """Scores by which, of weights that are ranked together, the largest unit of each step of each is never dropped.
+
+    Outside of `jit` they stay as they are: there it can be refused, and is.
+    """
+    if not (_together(targets) and isinstance(dropped, jax.Array)):
+        return list(units)
+    spared = [largest_of_each(part, target.lead) for target, part in zip(targets, units, strict=True)]
+    return [jnp.where(best, jnp.float32(jnp.inf), part) for best, part in zip(spared, units, strict=True)]
+
+
+def _spared(targets: Sequence[Target], units: Sequence[jax.Array]) -> int:
+    """How many units of one ranking are never dropped."""
+    if not _together(targets):
+        return 1
+    return sum(math.prod(part.shape[: target.lead]) for target, part in zip(targets, units, strict=True))
+
+
 def _dropped(targets: Sequence[Target], units: Sequence[jax.Array], sparsity: Any) -> Any:
-    lead = 0 if targets[0].rule.distribution == "global" else targets[0].lead
+    lead = 0 if _together(targets) else targets[0].lead
     count = Ranking(units, 0, lead).elements
     if count > LARGEST_RANKING:
         raise RecipeError(
@@ -529,7 +566,8 @@ def _dropped(targets: Sequence[Target], units: Sequence[jax.Array], sparsity: An
         )
     if isinstance(sparsity, jax.Array):
         share = jnp.clip(sparsity.astype(jnp.float32), 0, 1)
-        return jnp.minimum(jnp.round(share * count).astype(jnp.uint32), jnp.uint32(count - 1))
+        most = jnp.uint32(max(0, count - _spared(targets, units)))
+        return jnp.minimum(jnp.round(share * count).astype(jnp.uint32), most)
     return round(sparsity * count)
 
 
@@ -581,13 +619,6 @@ def nothing_left(target: Target, mask: jax.Array) -> str:
 def _nothing_left(target: Target) -> str:
     what = f"weight {target.path!r} of shape {tuple(target.like.shape)}"
     return f"{what}: {target.rule.describe()} would leave nothing of it"
-
-
-def some_names(names: Any, limit: int = 6) -> str:
-    """A few of the names, for a message."""
-    listed = list(names)
-    more = f", ... and {len(listed) - limit} more" if len(listed) > limit else ""
-    return (", ".join(listed[:limit]) or "there is none") + more
 
 
 def _resizes(site: Site) -> bool:

@@ -190,6 +190,23 @@ def exact_mean(values: jax.Array, axes: Sequence[int], lead: int = 0) -> jax.Arr
     return jnp.where(jnp.all(finite, axis=tuple(axes)), mean, jnp.full_like(mean, jnp.inf))
 
 
+def largest_of_each(scores: jax.Array, lead: int) -> jax.Array:
+    """Marks the largest score of each step of the leading axes, of equal ones the last: what is dropped last.
+
+    Args:
+        scores: as of a `Ranking`, and at least one in each step.
+        lead: leading axes, each step of which has a largest of its own.
+
+    Returns:
+        A bool array of their shape, the same bits on any mesh.
+    """
+    axes, keys = tuple(range(lead, scores.ndim)), _keys(scores)
+    most = keys == _beside(jnp.max(keys, axis=axes), keys)
+    places = _places(scores.shape, lead)
+    last = jnp.max(places * most.astype(jnp.uint32), axis=axes)
+    return most & (places == _beside(last, places))
+
+
 def _keys(scores: jax.Array) -> jax.Array:
     """The bits of float32 magnitudes, in the order of the magnitudes, with NaN as the largest."""
     return lax.bitcast_convert_type(scores.astype(jnp.float32), jnp.int32) & jnp.int32(2**_MAGNITUDE_BITS - 1)

@@ -28,8 +28,8 @@ from lepton_xla.passes.masks import (
     something_left,
     sparsity_of,
 )
-from lepton_xla.passes.prune import check_finite, check_masks
-from lepton_xla.program import name_leaves
+from lepton_xla.passes.prune import check_finite
+from lepton_xla.program import check_masks, name_leaves, some_names
 from lepton_xla.recipe import Plan, PruneRule
 from lepton_xla.train.schedules import Schedule
 
@@ -91,6 +91,10 @@ def sparsify(
     dropped elements become exactly zero and stay so, their gradients do not reach the optimizer inside. On all other
     steps nothing is ranked. It must be the outermost transformation, since what comes after it would move the zeros.
 
+    Something is left of every weight, and of every step of one that is stacked for a scan: where several are ranked
+    together (`distribution = "global"`), or a factor decides (`deviation`), the largest unit of each is never dropped,
+    and others go in its place.
+
     Args:
         optimizer: any.
         rules: a plan, whose products say what the matrix `[K, N]` of each weight is; or rules for the paths of a
@@ -112,10 +116,10 @@ def sparsify(
 
     Raises:
         RecipeError: if rules, schedule and regrowth do not go together; by `init` and `update`, if a rule matches
-            nothing or would leave nothing of a weight.
+            nothing, or asks for more than leaves something of every weight.
         UnsupportedError: by `init` and `update`, if a pattern does not divide a weight.
         ModelError: by `init` and `update`, if a weight is missing, not of floats, not finite (where that is known), or
-            if masks are of other weights.
+            if masks, or the state, are of other weights.
     """
     chosen = _prune_rules(rules)
     when = schedule if isinstance(schedule, Schedule) else Schedule.of(schedule)
@@ -151,7 +155,7 @@ def sparsify(
             )
         weights, gradients = _named(params), _named(updates)
         targets = targets_of(weights)
-        check_masks(state.masks, weights)
+        _check_state(state, targets, weights)
         renew = lambda: _renewed(targets, state, weights, gradients, when, regrow, straight_through, seed)  # noqa: E731
         new, sparsity = lax.cond(when.due(state.step), renew, lambda: (state.masks, state.sparsity))
         if not straight_through:
@@ -264,6 +268,28 @@ def _check(rule: PruneRule, where: str, schedule: Schedule | None, regrow: Regro
     fixed = rule.method.startswith("deviation") or (":" in rule.pattern and not rule.pattern.startswith("block"))
     if regrow is not None and fixed:
         raise RecipeError(f"{where}: {rule.describe()} leaves no choice of what grows back; leave regrow out")
+
+
+def _check_state(state: Any, targets: Sequence[Target], weights: Mapping[str, Any]) -> None:
+    """Refuses a state that was made with other weights, or with other rules, as a checkpoint may hold."""
+    if not isinstance(state, SparsityState):
+        raise ModelError(
+            f"sparsify: its state is a {type(state).__name__}, not a SparsityState; restore a checkpoint into the tree "
+            f"that optimizer.init(params) gives"
+        )
+    check_masks(state.masks, weights)
+    pruned = {target.path: tuple(target.like.shape) for target in targets}
+    for path in sorted(pruned.keys() ^ state.masks.keys()):
+        shape = f"weight {path!r} of shape {pruned.get(path, tuple(weights[path].shape))}"
+        has = (
+            f"has no mask of {shape}, which the rules prune"
+            if path in pruned
+            else f"has a mask of {shape}, which no rule prunes"
+        )
+        raise ModelError(
+            f"sparsify: the state {has}; it was made with other weights or rules, its masks are of "
+            f"{some_names(state.masks)}"
+        )
 
 
 def state_of(optimizer_state: Any) -> SparsityState:

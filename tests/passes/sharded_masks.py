@@ -52,6 +52,7 @@ weights = {}
 for name in RULES:  # the stacks are rounded, so that thresholds fall among equal ones
     weights[f"{name}/stack"] = jnp.asarray(np.round(random.standard_normal((2, 32, 32)) * 8) / 8, jnp.float32)
     weights[f"{name}/head"] = jnp.asarray(random.standard_normal((32, 16)), jnp.float32)
+weights["global/stack"] = weights["global/stack"].at[0].mul(1e-3)  # all of this layer would go, but for one element
 promise = {path: jnp.asarray(random.random(leaf.shape), jnp.float32) for path, leaf in weights.items()}
 program = trace(network, weights, {"x": TensorSpec(("b", 32), "float32")})
 blocks = "".join(f'\n[[prune]]\nsites = "{name}/.*"\n{rule}' for name, rule in RULES.items())
@@ -88,6 +89,7 @@ def masks_on(count, cut, kind):
 
 # On one device, by NumPy: an independent way to the same thresholds.
 alone = find(weights, promise, keep_largest_on_host)
+assert alone[0]["global/stack"].sum((1, 2)).tolist()[0] == 1
 for case in ((2, ROWS, AUTO), (8, COLUMNS, AUTO), (8, ROWS, EXPLICIT)):
     for masks, others in zip(alone, masks_on(*case), strict=True):
         for path, mask in masks.items():

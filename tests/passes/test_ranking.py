@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from lepton_xla.passes.ranking import Ranking, exact_mean, keep_largest, keep_largest_on_host
+from lepton_xla.passes.ranking import Ranking, exact_mean, keep_largest, keep_largest_on_host, largest_of_each
 
 jitted = jax.jit(keep_largest)
 
@@ -43,6 +43,15 @@ def test_kept_are_those_of_a_stable_sort_on_the_device_and_on_the_host(first, se
     for found in (jitted(rankings(jnp.uint32)), keep_largest_on_host(rankings(int))):
         for mask, wanted in zip(jax.tree.leaves(found), expected, strict=True):
             np.testing.assert_array_equal(mask, np.reshape(wanted, mask.shape))
+
+
+@settings(max_examples=60)
+@given(hnp.arrays(np.float32, (2, 3, 4), elements=ELEMENTS))
+def test_the_largest_of_each_step_is_what_is_dropped_last(scores):
+    found = largest_of_each(jnp.asarray(scores), 1)
+    np.testing.assert_array_equal(found, stable([scores], 11)[0])
+    whole = largest_of_each(jnp.asarray(scores), 0)
+    np.testing.assert_array_equal(whole, stable([scores[None]], 23)[0][0])
 
 
 def test_each_step_may_drop_another_number():

@@ -315,6 +315,53 @@ def test_a_pattern_is_never_made_sparser_than_it_says():
     assert (np.asarray(masks_of(history[0][1])["w"]).reshape(3, 4, 6).sum(1) == 2).all()
 
 
+def kept_by(params, rule, gradients=None, **more):
+    """Masks after one step with these rules."""
+    _, state = run(params, [rule], grads=gradients, **more)
+    return {path: np.asarray(mask) for path, mask in masks_of(state).items()}
+
+
+def test_ranked_together_the_largest_of_each_weight_stays():
+    params = {"large": array(12, 6), "small": array(6, 5, seed=1, scale=1e-3), "zero": jnp.zeros((3, 4))}
+    masks = kept_by(params, PruneRule(sites=".*", sparsity=0.6, distribution="global"))
+    best = np.abs(np.asarray(params["small"]))
+    np.testing.assert_array_equal(masks["small"], best == best.max())
+    assert masks["zero"].sum() == 1
+    dropped = round(0.6 * 114)
+    np.testing.assert_array_equal(masks["large"], keep(np.abs(np.asarray(params["large"])), dropped - 29 - 11))
+    masks = kept_by(params, PruneRule(sites=".*", distribution="global"), schedule=lambda step: 0.999)
+    assert [mask.sum() for mask in masks.values()] == [1, 1, 1]
+    # Where each weight has something left anyhow, nothing is another.
+    params = {"large": array(12, 6), "small": array(6, 5, seed=1)}
+    masks = kept_by(params, PruneRule(sites=".*", sparsity=0.6, distribution="global"))
+    together = keep(np.abs(np.concatenate([np.ravel(leaf) for leaf in params.values()])), round(0.6 * 102))
+    np.testing.assert_array_equal(np.concatenate([np.ravel(mask) for mask in masks.values()]), together)
+
+
+def test_ranked_together_something_of_each_layer_and_each_pattern_stays():
+    weights = {"stack": jnp.stack([array(8, 8), 1e-3 * array(8, 8, seed=1), 1e-6 * array(8, 8, seed=2)])}
+    model = lx.trace(lambda w, x: lax.scan(lambda x, k: (x @ k, None), x, w["stack"])[0], weights, program().inputs)
+    for pattern, unit in (("unstructured", 1), ("channel", 8), ("block:4x2", 8)):
+        text = f'[[prune]]\nsites = ".*"\nsparsity = 0.75\ndistribution = "global"\npattern = "{pattern}"'
+        plan = lx.Recipe.parse(text, name="test").resolve(model)
+        _, state = run(weights, plan)
+        assert masks_of(state)["stack"].sum((1, 2)).tolist() == [48 - 2 * unit, unit, unit]
+
+
+def test_all_that_is_replaced_leaves_something_of_each_weight():
+    params = {"large": array(12, 6), "small": array(6, 5, seed=1, scale=1e-3)}
+    gradients = {"large": jnp.ones((12, 6)), "small": jnp.zeros((6, 5))}
+    rule = PruneRule(sites=".*", sparsity=0.5, distribution="global")
+    masks = kept_by(params, rule, gradients, schedule=periodic(every=1), regrow=Regrow("gradient", 1.0))
+    assert (masks["large"].sum(), masks["small"].sum()) == (50, 1)
+
+
+def test_a_factor_no_element_reaches_leaves_the_largest():
+    masks = kept_by(START, PruneRule(sites="w", method="deviation:100"))
+    magnitudes = np.abs(np.asarray(START["w"]))
+    np.testing.assert_array_equal(masks["w"], magnitudes == magnitudes.max())
+
+
 def test_training_goes_on_from_masks():
     masks = {"w": jnp.asarray(keep(np.abs(np.asarray(START["w"])), 30))}
     optimizer = sparsify(optax.sgd(RATE), {"w": 0.5}, schedule=polynomial(3, 5), masks=masks)
@@ -439,6 +486,14 @@ def rule(**parts):
             "would leave nothing of it; lower its sparsity",
         ),
         (
+            {
+                "rules": rule(sites=".", sparsity=0.98, distribution="global"),
+                "params": {"w": array(6, 6), "v": array(6, 6)},
+            },
+            RecipeError,
+            "sites = '.': prune 98% global would not leave one of each of the weights v, w; lower its sparsity",
+        ),
+        (
             {"rules": rule(pattern="2:5")},
             UnsupportedError,
             r"weight 'w' of shape \(12, 6\): .* divide its 12 rows",
@@ -456,7 +511,7 @@ def rule(**parts):
 )
 def test_what_does_not_go_together_is_refused_in_one_line(parts, error, message):
     with pytest.raises(error, match=message) as caught:
-        run(START, **parts)
+        run(**({"params": START} | parts))
     assert "\n" not in str(caught.value)
 
 
@@ -472,12 +527,55 @@ def test_weights_that_cannot_be_pruned():
         run(program().weights | {"head": array(6, 8)}, plan)
 
 
-def test_masks_restored_onto_other_shapes_are_refused():
+# An optimizer's state, as a checkpoint may hold it, and weights or rules that it was not made for.
+MORE = START | {"v": array(4, 6)}
+RESTORED = {
+    "another shape": (
+        START,
+        START | {"w": array(4, 6)},
+        "w",
+        r"the mask of weight 'w' has shape \(12, 6\), .* \(4, 6\)",
+    ),
+    "another name": (START, {"v": START["w"]}, "v", "mask 'w' has no weight; the weights are v"),
+    "one weight more": (START, MORE, "w|v", r"has no mask of weight 'v' of shape \(4, 6\), .* its masks are of w"),
+    "one weight less": (MORE, START, "w|v", "mask 'v' has no weight; the weights are bias, w"),
+    "a rule less": (
+        MORE,
+        MORE,
+        "w",
+        r"has a mask of weight 'v' of shape \(4, 6\), which no rule prunes; .* are of v, w",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", RESTORED)
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit])
+def test_a_state_of_other_weights_or_rules_is_refused(name, wrap):
+    before, params, rule, message = RESTORED[name]
+    state = sparsify(optax.sgd(RATE), {"w|v": 0.5}, schedule=one_shot()).init(before)
+    optimizer = sparsify(optax.sgd(RATE), {rule: 0.5}, schedule=one_shot())
+    update = wrap(lambda params, state: optimizer.update(jax.tree.map(jnp.zeros_like, params), state, params))
+    with pytest.raises(ModelError, match=message) as caught:
+        update(params, state)
+    assert "\n" not in str(caught.value)
+
+
+def test_masks_restored_onto_other_shapes_are_refused(tmp_path):
     _, state = run(START, {"w": 0.5})
-    with pytest.raises(ModelError, match=r"the mask of weight 'w' has shape \(12, 6\), the weight itself \(4, 6\)"):
-        run({"w": array(4, 6), "bias": START["bias"]}, {"w": 0.5}, state=state)
-    with pytest.raises(ModelError, match="has shape"):
+    message = r"the mask of weight 'w' has shape \(12, 6\), the weight itself \(4, 6\)"
+    with pytest.raises(ModelError, match=message):
         finalize({"w": array(4, 6)}, state)
+    with pytest.raises(ModelError, match=message):
+        masked(linear, masks_of(state))(START | {"w": array(4, 6)}, array(3, 4))
+    # A checkpoint that is restored without saying into what is a tree of dicts and arrays.
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "state", state)
+    with ocp.StandardCheckpointer() as checkpointer:
+        found = checkpointer.restore(tmp_path / "state")
+    with pytest.raises(
+        ModelError, match=r"its state is a dict, not a SparsityState; restore a checkpoint into the tree"
+    ):
+        run(START, {"w": 0.5}, state=found)
 
 
 def test_a_weight_that_breaks_while_training_stays_visible():
