@@ -11,6 +11,7 @@ import contextlib
 import datetime
 import fcntl
 import hashlib
+import math
 import os
 import secrets
 import tempfile
@@ -100,6 +101,10 @@ def create_token(
     Raises:
         ServeError: if the name is taken or malformed, a value is out of range, or the file cannot be read or written.
     """
+    if requests_per_s is not None and not math.isfinite(requests_per_s):
+        raise ServeError(
+            f"requests a second must be a number, not {requests_per_s}"
+        )  # JSON would make it null: no limit
     if burst is not None and requests_per_s is None:
         raise ServeError("a burst needs a number of requests a second")
     secret = _PREFIX + secrets.token_urlsafe(_SECRET_BYTES)

@@ -34,8 +34,10 @@ def test_help_lists_every_command(cli):
 def test_a_command_teaches_by_example_and_takes_json(cli, name):
     text = cli.ok(name, "--help")
     assert re.search(rf"^    (.* \| )?leptonx {name} ", text, re.MULTILINE)
-    assert any("--json" in option.opts for option in command(name).params)
-    assert command(name).name == name
+    found = command(name)
+    assert found.name == name
+    for runs in found.commands.values() if isinstance(found, click.Group) else [found]:
+        assert any("--json" in option.opts for option in runs.params)
 
 
 def test_help_and_usage_errors_do_not_wait_for_jax():
