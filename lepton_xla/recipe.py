@@ -14,11 +14,11 @@ import jax.numpy as jnp
 import msgspec
 
 from lepton_xla.errors import RecipeError, UnsupportedError
-from lepton_xla.passes.masks import check_prune_rule, other_matrix, some_names, sparsity_of, unprunable
+from lepton_xla.passes.masks import check_prune_rule, other_matrix, sparsity_of, unprunable
 from lepton_xla.passes.products import contracted_size, unstorable, unsupported
 from lepton_xla.passes.shrink import check_target
 from lepton_xla.passes.sites import Site, find_sites
-from lepton_xla.program import Program, leaf_bytes, name_leaves
+from lepton_xla.program import Program, leaf_bytes, name_leaves, some_names
 from lepton_xla.quant.formats import FORMATS
 from lepton_xla.quant.grid import group_size, nearest_group
 
@@ -59,8 +59,9 @@ class PruneRule(_Rule, frozen=True, forbid_unknown_fields=True, kw_only=True):
     Attributes:
         sparsity: share of elements set to zero, in [0, 1); not needed where pattern or method say it.
         distribution: `uniform`: the same share of each weight; `global`: that share of all weights of the block,
-            ranked together, so that small sensitive weights lose less; `erk`: wide weights lose more, in proportion to
-            the sum of their dimensions (Erdos-Renyi-Kernel).
+            ranked together, so that small sensitive weights lose less (to lose all of a weight is refused; while
+            training, its largest element stays); `erk`: wide weights lose more, in proportion to the sum of their
+            dimensions (Erdos-Renyi-Kernel).
         pattern: what is dropped together, of the matrix `[K, N]` of a product, K what is summed over:
             `unstructured`: any elements; `N:M`, such as `2:4`: all but N of each M neighbours along K; `block:RxC`:
             blocks of R by C; `channel`: output channels.
@@ -144,6 +145,7 @@ class ShrinkRule(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
         latency_ms: measured time of one call to reach, in milliseconds, at the smallest of the compiled sizes.
         importance: how units are ranked: by the norm of their weights (`l1`, `l2`), by the scale of their norm
             (`scale`; set `fold = false`, which else takes scales away) or by calibration data (`activation`).
+            `taylor` needs a loss, so only `passes.shrink` takes it.
         scope: `local`: every group of units loses the same share; `global`: all are ranked together.
         round_to: what stays of a group is a multiple of this.
         protect: regular expressions for groups, or weights, that lose nothing; one, or a list.
@@ -415,6 +417,11 @@ def _reason(error: Exception) -> str:
     place = re.match(r"Invalid enum value .* at `\$\.(?:(\w+)(?:\[\d+\])?\.)?(\w+)`", reason)
     if place is None:
         return reason
+    if place[2] == "importance" and "'taylor'" in reason:
+        return (
+            "shrink.importance = 'taylor' needs a loss, which a file cannot hold: call lx.passes.shrink(program, "
+            "importance='taylor', loss=..., calibration=...) and leave [shrink] out"
+        )
     table = {"prune": PruneRule, "quantize": QuantizeRule, "shrink": ShrinkRule}.get(place[1], Recipe)
     kind = get_type_hints(table)[place[2]]
     return f"{reason}; there are {', '.join(get_args(getattr(kind, '__value__', kind)))}"

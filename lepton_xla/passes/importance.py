@@ -57,10 +57,13 @@ def importance_scores(
     """
     needs_data = method in ("taylor", "activation")
     batches = list(calibration) if calibration is not None and needs_data else []
+    if method == "taylor" and loss is None:
+        raise CalibrationError(
+            "importance = 'taylor' needs a loss, loss(weights, batch) -> scalar, which no recipe holds: call "
+            "lx.passes.shrink(program, importance='taylor', loss=..., calibration=...)"
+        )
     if needs_data and not batches:
         raise CalibrationError(f"importance = {method!r} needs calibration data")
-    if method == "taylor" and loss is None:
-        raise CalibrationError("importance = 'taylor' needs a loss: loss(weights, batch) -> scalar")
     if method == "activation":
         found = _activation_scores(program, groups, batches)
     elif method == "taylor":

@@ -21,7 +21,7 @@ from lepton_xla.passes.groups import Group, Groups, find_groups
 from lepton_xla.passes.importance import Batches, Importance, Loss, importance_scores
 from lepton_xla.passes.measure import time_programs
 from lepton_xla.passes.resize import remove
-from lepton_xla.program import Program, probe_sizes
+from lepton_xla.program import Program, probe_sizes, some_names
 from lepton_xla.report import PassReport, SiteReport
 
 # A search for a target halves the range of possible sparsities this often.
@@ -125,7 +125,8 @@ def _report(group: Group, kept: int) -> SiteReport:
     if group.protected:
         return SiteReport(group.name, f"kept {group.units} {group.kind}", group.protected)
     metrics = {"units": group.units, "kept": kept, "members": list(group.members)}
-    return SiteReport(group.name, f"{group.units} -> {kept} {group.kind}", metrics=metrics)
+    last = "its last one: something of every group stays" if kept == 1 < group.units else ""
+    return SiteReport(group.name, f"{group.units} -> {kept} {group.kind}", last, metrics=metrics)
 
 
 class Ranking:
@@ -164,7 +165,7 @@ class Ranking:
         if remove > most:
             raise RecipeError(
                 f"shrink: sparsity = {sparsity} takes {remove} of {self._total} units, but only {most} can go: one "
-                f"unit of each group stays"
+                f"unit of each group stays, of {some_names(f'{g.name!r} ({g.units})' for g in self.groups)}"
             )
         lost = 0
         for end, name in enumerate(self._order):

@@ -567,8 +567,18 @@ def test_global_scope_takes_the_smallest_anywhere():
     small = shrink(program, sparsity=5 / 16, scope="global")
     assert shapes(small) == {"w0": (6, 3), "w1": (3, 8), "w2": (8, 3)}
     assert shapes(shrink(program, sparsity=5 / 16)) == {"w0": (6, 6), "w1": (6, 6), "w2": (6, 3)}
-    with pytest.raises(RecipeError, match="takes 15 of 16 units, but only 14 can go"):
+    lines = {
+        site.site: (site.action, site.reason)
+        for site in shrink(program, sparsity=14 / 16, scope="global").history[-1].sites
+    }
+    assert lines["w0[1]"] == lines["w1[1]"] == ("8 -> 1 units", "its last one: something of every group stays")
+    with pytest.raises(
+        RecipeError, match=r"takes 15 of 16 units, but only 14 can go: one unit .* of 'w0.1.' .8., 'w1.1.' .8."
+    ) as caught:
         shrink(program, sparsity=15 / 16, scope="global")
+    assert "\n" not in str(caught.value)
+    # As large a share as there is takes all but one of each group.
+    assert shapes(shrink(program, sparsity=1 - 2**-40)) == {"w0": (6, 1), "w1": (1, 1), "w2": (1, 3)}
 
 
 def test_round_to(residual, lenient):

@@ -8,6 +8,7 @@ import pytest
 import lepton_xla as lx
 from lepton_xla.errors import CalibrationError, RecipeError
 from lepton_xla.passes import cost
+from lepton_xla.recipe import ShrinkRule
 
 WEIGHTS = {f"w{k}": jnp.asarray(np.random.default_rng(k).standard_normal(shape), jnp.float32)
            for k, shape in enumerate([(6, 64), (64, 32), (32, 3)])}  # fmt: skip
@@ -60,6 +61,16 @@ def test_calibration_reaches_the_ranking():
 def test_malformed_tables(shrink, message):
     with pytest.raises(RecipeError, match=message):
         recipe(shrink)
+
+
+def test_taylor_is_for_python_alone():
+    says = r"importance = 'taylor' needs a loss, .* lx.passes.shrink\(program, importance='taylor', loss="
+    with pytest.raises(RecipeError, match=f"recipe 'mine': shrink.{says}") as caught:
+        recipe("flops = 0.5\nimportance = 'taylor'")
+    assert "\n" not in str(caught.value)
+    made = lx.Recipe(name="made", shrink=ShrinkRule(flops=0.5, importance="taylor"))
+    with pytest.raises(CalibrationError, match=says):
+        lx.optimize(PROGRAM, made, calibration=[{"x": np.ones((2, 6), np.float32)}])
 
 
 def test_patterns_that_match_nothing():
