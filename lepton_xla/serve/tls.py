@@ -27,7 +27,10 @@ class TlsFiles:
 
 
 class _Current(ssl.SSLContext):
-    """Gives every new connection to the context that was read last, so that all of it changes at once."""
+    """Gives every new connection to the context that was read last.
+
+    All of it changes at once: the certificate, the clients' roots, and the sessions that may be taken up again.
+    """
 
     watched: Watched[ssl.SSLContext]
 
@@ -73,9 +76,6 @@ def _context(files: TlsFiles) -> ssl.SSLContext:
         except (OSError, ValueError) as error:
             raise ServeError(f"cannot use the client CA {files.client_ca}: {_why(error)}") from error
         context.verify_mode = ssl.CERT_REQUIRED
-        # A resumed session would skip the certificate, whatever became of its CA since.
-        context.num_tickets = 0
-        context.options |= ssl.OP_NO_TICKET
     return context
 
 
