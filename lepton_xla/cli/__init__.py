@@ -22,6 +22,7 @@ COMMANDS = {
     "bench": "Measure an artifact, and the float model beside it.",
     "predict": "Run an artifact on inputs from files.",
     "serve": "Answer HTTP requests with an artifact.",
+    "load": "Put load on a server and measure how long its answers take.",
     "token": "Make, list and revoke the tokens that a server asks for.",
 }
 

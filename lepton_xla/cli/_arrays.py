@@ -10,13 +10,19 @@ import sys
 import zipfile
 import zlib
 from collections.abc import Mapping
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
-import jax.numpy as jnp
+import ml_dtypes  # noqa: F401 # pyright: ignore[reportUnusedImport] (with it NumPy knows bfloat16, fp8, int4 by name)
 import numpy as np
 
 from lepton_xla.errors import InputError
-from lepton_xla.program import TensorSpec
+
+
+class Declared(Protocol):
+    """What a model says of an input, such as a `TensorSpec`; its text says it to people."""
+
+    @property
+    def dtype(self) -> str: ...
 
 
 def read(source: str) -> dict[str, Any]:
@@ -77,18 +83,18 @@ def _parse(text: str, where: str) -> dict[str, Any]:
     return found
 
 
-def as_declared(inputs: Mapping[str, Any], specs: Mapping[str, TensorSpec]) -> dict[str, Any]:
+def as_declared(inputs: Mapping[str, Any], specs: Mapping[str, Declared]) -> dict[str, Any]:
     """Nested lists as arrays of the model's dtype; NumPy's raw bytes as the narrow float that they are."""
     return {name: _as_declared(name, value, specs[name]) if name in specs else value for name, value in inputs.items()}
 
 
-def _as_declared(name: str, value: Any, spec: TensorSpec) -> Any:
-    dtype = jnp.dtype(spec.dtype)
+def _as_declared(name: str, value: Any, spec: Declared) -> Any:
+    dtype = np.dtype(spec.dtype)
     if isinstance(value, np.ndarray):
         # .npy has no name for bfloat16 and fp8: NumPy writes and reads them as bytes of their width.
         raw = value.dtype.kind == "V" and value.dtype.names is None and value.dtype.itemsize == dtype.itemsize
         return value.view(dtype) if raw and dtype.kind == "V" else value
-    if not jnp.issubdtype(dtype, jnp.floating):
+    if not _is_float(dtype):
         return value
     try:
         wide = np.asarray(value, np.float64)
@@ -100,6 +106,11 @@ def _as_declared(name: str, value: Any, spec: TensorSpec) -> Any:
     if lost.any():
         raise InputError(f"input {name!r} holds {wide[lost].flat[0]:g}, which {dtype} cannot; the model takes {spec}")
     return narrow
+
+
+def _is_float(dtype: np.dtype[Any]) -> bool:
+    """Also for the dtypes of ml_dtypes, which are no subtypes of NumPy's."""
+    return dtype.kind == "f" or (dtype.kind == "V" and dtype.name.startswith(("bfloat", "float")))
 
 
 def write_npz(file: str, arrays: Mapping[str, np.ndarray]) -> None:
@@ -128,4 +139,4 @@ def _storable(array: np.ndarray) -> np.ndarray:
     """.npy has no name for narrow floats and int4; a wider dtype holds them exactly."""
     if array.dtype.isbuiltin == 1:
         return array
-    return array.astype(np.float32 if jnp.issubdtype(array.dtype, jnp.floating) else np.int8)
+    return array.astype(np.float32 if _is_float(array.dtype) else np.int8)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import math
+import pathlib
 import sys
 import threading
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -12,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lepton_xla.errors import CompileError
+from lepton_xla.errors import CompileError, LeptonError
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -162,6 +164,41 @@ def show(*parts: Group | str) -> None:
     console = Console(highlight=False, markup=False, soft_wrap=False)
     for part in parts:
         console.print(printable(part) if isinstance(part, str) else part, soft_wrap=isinstance(part, str))
+
+
+def check_folder(path: str | None) -> None:
+    """What takes minutes to measure must not fail to be written for a misspelt folder.
+
+    Raises:
+        LeptonError: if there is no such folder.
+    """
+    if path is not None and not pathlib.Path(path).absolute().parent.is_dir():
+        raise LeptonError(f"{path}: there is no folder {pathlib.Path(path).absolute().parent}")
+
+
+def write(path: str, writer: Callable[[], Any]) -> None:
+    """Writes a file.
+
+    Raises:
+        LeptonError: with the reason why it cannot be written.
+    """
+    try:
+        writer()
+    except (OSError, ValueError) as error:  # ValueError: matplotlib knows no such kind of file
+        reason = (str(error).strip().splitlines() or ["no message"])[0]
+        raise LeptonError(f"{path} cannot be written: {reason}") from error
+
+
+def figure() -> Any:
+    """An empty figure of matplotlib's; asked for before anything is measured.
+
+    Raises:
+        LeptonError: if matplotlib is not installed.
+    """
+    try:
+        return importlib.import_module("matplotlib.figure").Figure()
+    except ImportError as error:
+        raise LeptonError(f"--plot needs matplotlib: pip install 'lepton-xla[plot]' ({error})") from error
 
 
 type Step = Callable[..., None]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import pathlib
 from typing import TYPE_CHECKING, Any
@@ -10,10 +9,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from lepton_xla.cli import _common
-from lepton_xla.errors import LeptonError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Mapping
 
     from lepton_xla.tune import Sensitivity
 
@@ -68,9 +66,9 @@ def sensitivity(
       leptonx sensitivity digits.py:model --json | jq -r '.sites[:3][].site'
     """
     given = _common.parse_buckets(buckets)
-    figure = _figure() if plot is not None else None
+    figure = _common.figure() if plot is not None else None
     for path in (output, plot):
-        _check_folder(path)
+        _common.check_folder(path)
     with _common.progress() as step:
         step("load JAX")
         from lepton_xla.cli import _models
@@ -97,39 +95,15 @@ def sensitivity(
         )
     document = {"target": target, **found.to_json()}
     if output is not None:
-        _write(output, lambda: pathlib.Path(output).write_text(json.dumps(_common.plain(document), indent=2) + "\n"))
+        _common.write(
+            output, lambda: pathlib.Path(output).write_text(json.dumps(_common.plain(document), indent=2) + "\n")
+        )
     if plot is not None and figure is not None:
-        _write(plot, lambda: _draw(figure, document, top, plot))
+        _common.write(plot, lambda: _draw(figure, document, top, plot))
     if as_json:
         _common.print_json(document)
     else:
         _print(document, top, found)
-
-
-def _check_folder(path: str | None) -> None:
-    """What takes minutes to measure must not fail to be written for a misspelt folder."""
-    if path is not None and not pathlib.Path(path).absolute().parent.is_dir():
-        raise LeptonError(f"{path}: there is no folder {pathlib.Path(path).absolute().parent}")
-
-
-def _write(path: str, write: Callable[[], Any]) -> None:
-    try:
-        write()
-    except (OSError, ValueError) as error:  # ValueError: matplotlib knows no such kind of file
-        reason = (str(error).strip().splitlines() or ["no message"])[0]
-        raise LeptonError(f"{path} cannot be written: {reason}") from error
-
-
-def _figure() -> Any:
-    """An empty figure; asked for before anything is measured, so that a missing library is known first.
-
-    Raises:
-        LeptonError: if matplotlib is not installed.
-    """
-    try:
-        return importlib.import_module("matplotlib.figure").Figure()
-    except ImportError as error:
-        raise LeptonError(f"--plot needs matplotlib: pip install 'lepton-xla[plot]' ({error})") from error
 
 
 def _draw(figure: Any, document: Mapping[str, Any], top: int | None, path: str) -> None:
