@@ -60,6 +60,7 @@ def _limit_options(command: Callable[..., None]) -> Callable[..., None]:
 @_option("--host", "127.0.0.1", "Address to listen on. The default can be reached from this machine only.")
 @_option("--port", 8000, "Port to listen on; 0 picks a free one.", type=click.IntRange(0, 65535))
 @_option("--name", None, "Model name in the URL.", show_default="the artifact's own")
+@_option("--server-name", "lepton_xla", 'What the server calls itself; some clients look for "triton".')
 @_option(
     "--max-delay-us",
     0,
@@ -104,6 +105,7 @@ def serve(
     host: str,
     port: int,
     name: str | None,
+    server_name: str,
     max_delay_us: int,
     max_queue_rows: int,
     compress_bytes: int,
@@ -141,6 +143,7 @@ def serve(
         host=host,
         port=port,
         name=name,
+        server_name=server_name,
         max_delay_us=max_delay_us,
         max_queue_rows=max_queue_rows,
         compress_bytes=compress_bytes,

@@ -10,19 +10,21 @@ import logging
 from collections.abc import Callable, Sequence
 from time import monotonic
 from typing import Any
-from urllib.parse import unquote
 
 import msgspec
 
-from lepton_xla.serve import encoding, routes
+from lepton_xla.serve import encoding, metadata, openapi, routes
 from lepton_xla.serve.auth import Guard
 from lepton_xla.serve.errors import RefusedError
 from lepton_xla.serve.exchange import Exchange, Head
+from lepton_xla.serve.jsondata import PIECE_BYTES
 from lepton_xla.serve.limits import Limits
 from lepton_xla.serve.metrics import CONTENT_TYPE, Metrics
+from lepton_xla.serve.response import encode_response
 from lepton_xla.serve.scheduler import Call, Scheduler
 from lepton_xla.serve.signature import Signature, is_safe
-from lepton_xla.serve.wire import Decoder, InferRequest, encode_head
+from lepton_xla.serve.wire import Decoder, InferRequest
+from lepton_xla.serve.workers import Workers
 
 _log = logging.getLogger("lepton_xla.serve")
 
@@ -62,6 +64,7 @@ class App:
         metrics: what is counted.
         limits: the bounds on a request.
         guard: asks for tokens; None lets everybody ask everything.
+        server_name: what the server's metadata calls it.
         max_delay_s: what the model's configuration says of waiting for company.
         compress_bytes: the smallest infer answer worth compressing for a client that accepts it.
     """
@@ -74,6 +77,7 @@ class App:
         limits: Limits,
         *,
         guard: Guard | None = None,
+        server_name: str = metadata.SERVER_NAME,
         max_delay_s: float = 0.0,
         compress_bytes: int = 4096,
     ) -> None:
@@ -82,9 +86,26 @@ class App:
         self._metrics = metrics
         self._limits = limits
         self._guard = guard
-        self._max_delay_s = max_delay_s
         self._compress_bytes = compress_bytes
         self._decoder = Decoder(signature, limits, scheduler.max_rows)
+        self._workers = Workers(limits.max_buffered_bytes)
+        trace_settings = self._page(metadata.trace_settings)
+        self._handlers: dict[str, Route] = {
+            "server_live": self._page(lambda: metadata.ServerLive(live=True)),
+            "server_ready": self._show_ready,
+            "server_metadata": self._page(lambda: metadata.server_metadata(server_name)),
+            "openapi": self._page(lambda: openapi.document(signature)),
+            "metrics": self._show_metrics,
+            "model_metadata": self._page(lambda: metadata.model_metadata(signature)),
+            "model_ready": self._show_model_ready,
+            "model_config": self._page(lambda: metadata.model_config(signature, max_delay_s)),
+            "model_statistics": self._page(lambda: metadata.statistics(signature, metrics)),
+            "statistics": self._page(lambda: metadata.statistics(signature, metrics)),
+            "repository_index": self._show_index,
+            "log_settings": self._page(metadata.log_settings),
+            "trace_settings": trace_settings,
+            "model_trace_settings": trace_settings,
+        }
 
     def __call__(self, exchange: Exchange) -> None:
         """Handles one request; whatever happens it is answered."""
@@ -111,58 +132,25 @@ class App:
         return guard.protect(grant, scope, route, self)
 
     def _route(self, head: Head) -> tuple[str, Route]:
-        path = head.target.partition(b"?")[0]
-        if not path.startswith(b"/"):
-            raise RefusedError(404, "no such route")
-        # Decoded after splitting: an encoded slash is part of a name, not a separator.
-        parts = [unquote(part.decode("latin-1"), errors="replace") for part in path[1:].split(b"/")]
-        return routes.scope_of(parts), self._find(head, parts)
+        """What a token has to be good for on the route of a head, and what answers it."""
+        route, parameters = routes.find(head.method, head.target)
+        if route.refusal:
+            return route.scope, functools.partial(self._decline, route.refusal)
+        model = parameters.get("model")
+        if model is not None:
+            self._check_model(model, parameters.get("version"))
+        if route.name == "infer":
+            return route.scope, self._infer_route(head)
+        return route.scope, self._handlers[route.name]
 
-    def _find(self, head: Head, parts: list[str]) -> Route:
-        if parts == ["metrics"]:
-            return self._get(head, self._show_metrics)
-        if parts[0] != "v2":
-            raise RefusedError(404, "no such route")
-        match parts[1:]:
-            case [] | [""]:
-                return self._get(head, lambda exchange: self._json(exchange, routes.server_metadata()))
-            case ["health", "live"]:
-                return self._get(head, lambda exchange: self._json(exchange, {"live": True}))
-            case ["health", "ready"]:
-                return self._get(head, self._show_ready)
-            case ["models", "stats"]:
-                return self._get(head, self._show_stats)
-            case ["models", model, "versions", version, *action]:
-                return self._model_route(head, model, version, action)
-            case ["models", model, *action]:
-                return self._model_route(head, model, None, action)
-            case ["repository", "index"]:
-                _allow(head, "POST")
-                return self._show_index
-            case _:
-                raise RefusedError(404, "no such route")
-
-    def _model_route(self, head: Head, model: str, version: str | None, action: list[str]) -> Route:
-        signature = self._signature
-        if model != signature.name:
-            raise RefusedError(404, f"unknown model {model!r}" if is_safe(model) else "unknown model")
-        if version is not None and version != signature.version:
-            raise RefusedError(404, f"model {model!r} has no such version")
-        match action:
-            case []:
-                return self._get(head, lambda exchange: self._json(exchange, routes.model_metadata(signature)))
-            case ["ready"]:
-                return self._get(head, self._show_model_ready)
-            case ["config"]:
-                delay_us = round(self._max_delay_s * 1e6)
-                return self._get(head, lambda exchange: self._json(exchange, routes.model_config(signature, delay_us)))
-            case ["stats"]:
-                return self._get(head, self._show_stats)
-            case ["infer"]:
-                _allow(head, "POST")
-                return self._infer_route(head)
-            case _:
-                raise RefusedError(404, "no such route")
+    def _check_model(self, model: str, version: str | None) -> None:
+        # In Triton's words, which its clients look for.
+        if model != self._signature.name:
+            known = f": {model!r} is not found" if is_safe(model) else ""
+            raise RefusedError(404, f"Request for unknown model{known}")
+        if version is not None and version != self._signature.version:
+            known = f" version {version!r} is not found" if is_safe(version) else " has no such version"
+            raise RefusedError(404, f"Request for unknown model: {model!r}{known}")
 
     def _infer_route(self, head: Head) -> Route:
         headers = head.headers
@@ -171,16 +159,13 @@ class App:
             raise RefusedError(400, "Inference-Header-Content-Length is not a number of bytes")
         coding = headers.get(b"content-encoding", b"").decode("latin-1").strip().lower()
         accept = headers.get(b"accept-encoding", b"").decode("latin-1")
-        return functools.partial(
-            self._infer,
-            None if length is None else int(length),
-            "" if coding == "identity" else coding,
-            encoding.choose(accept) if accept else None,
-        )
-
-    def _get(self, head: Head, route: Route) -> Route:
-        _allow(head, "GET", "HEAD")
-        return route
+        json_bytes = None if length is None else int(length)
+        accepted = encoding.choose(accept) if accept else None
+        if coding in ("", "identity"):
+            # Only the JSON part takes long to read: where that is known to be small, nothing has to be looked at later.
+            short = json_bytes is not None and json_bytes <= PIECE_BYTES
+            return functools.partial(self._infer if short else self._infer_any, json_bytes, accepted)
+        return functools.partial(self._infer_coded, coding, json_bytes, accepted)
 
     # Everything but infer.
 
@@ -194,20 +179,22 @@ class App:
             self._metrics.codes[refusal.status] += 1
             exchange.refuse(refusal)
 
+    def _page(self, make: Callable[[], Any]) -> Route:
+        return lambda exchange: self._json(exchange, make())
+
+    def _decline(self, why: str, exchange: Exchange) -> None:
+        raise RefusedError(501, why)
+
     def _show_ready(self, exchange: Exchange) -> None:
         ready = self._metrics.ready
-        self._json(exchange, {"ready": ready, "live": True}, 200 if ready else 503)
+        self._json(exchange, metadata.ServerReady(ready=ready, live=True), 200 if ready else 503)
 
     def _show_model_ready(self, exchange: Exchange) -> None:
         ready = self._metrics.ready
-        self._json(exchange, {"name": self._signature.name, "ready": ready}, 200 if ready else 503)
-
-    def _show_stats(self, exchange: Exchange) -> None:
-        self._json(exchange, routes.model_stats(self._signature, self._metrics))
+        self._json(exchange, metadata.ModelReady(self._signature.name, ready), 200 if ready else 503)
 
     def _show_index(self, exchange: Exchange) -> None:
-        state = "READY" if self._metrics.ready else "UNAVAILABLE"
-        self._json(exchange, [{"name": self._signature.name, "version": self._signature.version, "state": state}])
+        self._json(exchange, metadata.repository_index(self._signature, self._metrics.ready, exchange.body))
 
     def _show_metrics(self, exchange: Exchange) -> None:
         self._metrics.codes[200] += 1
@@ -216,34 +203,73 @@ class App:
 
     # Infer.
 
-    def _infer(self, head_bytes: int | None, coding: str, accept: str | None, exchange: Exchange) -> None:
+    def _infer(self, json_bytes: int | None, accepted: str | None, exchange: Exchange) -> None:
+        self._submit(exchange, accepted, self._decoder.decode(exchange.body, json_bytes))
+
+    def _infer_any(self, json_bytes: int | None, accepted: str | None, exchange: Exchange) -> None:
         body = exchange.body
-        if coding:
-            body = encoding.inflate(body, coding, self._limits.max_body_bytes)
-        call = InferCall(self, self._decoder.decode(body, head_bytes), exchange, accept)
+        if len(body) <= PIECE_BYTES:
+            self._infer(json_bytes, accepted, exchange)
+        else:
+            self._submit_later(exchange, accepted, lambda: self._decoder.decode(body, json_bytes))
+
+    def _infer_coded(self, coding: str, json_bytes: int | None, accepted: str | None, exchange: Exchange) -> None:
+        body, most = exchange.body, self._limits.max_body_bytes
+        plain = encoding.inflate_short(body, coding, min(PIECE_BYTES, most))
+        if plain is not None:
+            self._submit(exchange, accepted, self._decoder.decode(plain, json_bytes))
+            return
+
+        def read() -> InferRequest:
+            return self._decoder.decode(encoding.inflate(body, coding, most), json_bytes)
+
+        self._submit_later(exchange, accepted, read)
+
+    def _submit(self, exchange: Exchange, accepted: str | None, request: InferRequest) -> None:
+        call = InferCall(self, request, exchange, accepted)
         self.scheduler.submit(call)
         exchange.on_cancel = call.cancel
 
+    def _submit_later(self, exchange: Exchange, accepted: str | None, read: Callable[[], InferRequest]) -> None:
+        """Reads a long body on another thread. Answers keep their order: that is the connection's business."""
+
+        def submit(request: InferRequest) -> None:
+            # Set too where the client has gone.
+            if not exchange.answered:
+                self._submit(exchange, accepted, request)
+
+        self._workers.run(len(exchange.body), read, submit, functools.partial(self.refuse, exchange))
+
     def answer(self, call: InferCall, outputs: Sequence[memoryview]) -> None:
         """Answers an infer request with the bytes of its outputs."""
-        exchange = call.exchange
         plan = call.request.plan
-        large = call.coding is not None and sum(map(len, outputs)) >= self._compress_bytes
-        prefix = plan.prefix
-        if prefix is not None and not large:
-            payload = b"".join((prefix, *outputs))
+        size = sum(map(len, outputs)) if call.coding is not None or plan.prefix is None else 0
+        compressed = call.coding is not None and size >= self._compress_bytes
+        if plan.prefix is not None and not compressed:
+            self._send(call, b"".join((plan.prefix, *outputs)))
+        elif size <= PIECE_BYTES or (plan.constant and not compressed):
+            self._send(call, self._write(call, outputs))
         else:
-            payload = self._first_answer(call, outputs)
-        metrics = self._metrics
-        metrics.codes[200] += 1
-        metrics.request_s.observe(monotonic() - exchange.started_s)
-        exchange.send(payload)
+            # They are only good until this returns.
+            kept = [bytes(output) for output in outputs]
+            self._workers.run(
+                size,
+                lambda: self._write(call, kept),
+                functools.partial(self._send, call),
+                functools.partial(self.refuse, call.exchange),
+            )
 
-    def _first_answer(self, call: InferCall, outputs: Sequence[memoryview]) -> bytes:
-        """Builds the answer, and leaves its constant part with the plan for the next equal request."""
+    def _send(self, call: InferCall, payload: bytes) -> None:
+        exchange = call.exchange
+        if not exchange.answered:
+            self._metrics.codes[200] += 1
+            self._metrics.request_s.observe(monotonic() - exchange.started_s)
+            exchange.send(payload)
+
+    def _write(self, call: InferCall, outputs: Sequence[memoryview | bytes]) -> bytes:
+        """The answer, whose constant part, if it has one, stays with the plan for the next equal request."""
         plan = call.request.plan
-        head = encode_head(self._signature, plan, outputs)
-        tail = [output for output, (_, binary) in zip(outputs, plan.outputs, strict=True) if binary]
+        head, tail = encode_response(self._signature, plan, outputs)
         fields = "Content-Type: application/json\r\n"
         if tail:
             fields = f"Content-Type: application/octet-stream\r\nInference-Header-Content-Length: {len(head)}\r\n"
@@ -253,11 +279,10 @@ class App:
             fields += f"Content-Encoding: {call.coding}\r\nVary: Accept-Encoding\r\n"
             return f"{fields}Content-Length: {len(body)}\r\n\r\n".encode() + body
         start = f"{fields}Content-Length: {len(body)}\r\n\r\n".encode()
-        if plan.all_binary:
+        if plan.constant:
             plan.prefix = start + head
         return start + body
 
-
-def _allow(head: Head, *methods: str) -> None:
-    if head.method.decode("latin-1") not in methods:
-        raise RefusedError(405, f"this route takes {' or '.join(methods)}", f"Allow: {', '.join(methods)}")
+    def close(self) -> None:
+        """Lets go of the threads that read and write long bodies."""
+        self._workers.close()

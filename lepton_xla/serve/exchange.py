@@ -55,9 +55,10 @@ class Exchange:
         started_s: when the request was complete.
         on_cancel: called if the client goes away before the answer.
         answered: whether an answer was given.
+        trace: the W3C `traceparent` it came with, if a valid one; it goes back with the answer.
     """
 
-    __slots__ = ("_connection", "_payload", "answered", "body", "head", "on_cancel", "started_s")
+    __slots__ = ("_connection", "_payload", "answered", "body", "head", "on_cancel", "started_s", "trace")
 
     def __init__(self, connection: Answers, head: Head, body: bytes, started_s: float) -> None:
         self._connection = connection
@@ -67,6 +68,7 @@ class Exchange:
         self.started_s = started_s
         self.on_cancel: Callable[[], None] | None = None
         self.answered = False
+        self.trace: bytes | None = None
 
     def send(self, payload: bytes) -> None:
         """Answers 200 with header fields, the blank line and the body in one piece (without the status line)."""
@@ -90,6 +92,8 @@ class Exchange:
             self.answered = True
             # It refers back to this exchange; a cycle a request would keep the garbage collector busy.
             self.on_cancel = None
+            if self.trace is not None:
+                payload = payload.replace(b"\r\n", b"\r\nTraceparent: " + self.trace + b"\r\n", 1)
             self._payload = payload
             self._connection.flush()
 

@@ -21,6 +21,7 @@ import httptools
 from lepton_xla.serve.errors import RefusedError
 from lepton_xla.serve.exchange import Exchange, Head
 from lepton_xla.serve.limits import Limits
+from lepton_xla.serve.traceparent import take_out, valid
 
 _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 _SINGLE = frozenset((b"inference-header-content-length", b"content-encoding", b"content-length", b"host"))
@@ -78,7 +79,7 @@ class Connection(asyncio.Protocol):
     __slots__ = (
         "_address", "_body", "_chunks", "_closing", "_complete", "_continue", "_deadline", "_fields", "_framing",
         "_head", "_head_bytes", "_headers", "_hub", "_in_message", "_limits", "_messages", "_parser", "_pending",
-        "_reading", "_stalled", "_target", "_transport",
+        "_reading", "_stalled", "_target", "_trace", "_transport",
     )  # fmt: skip
 
     def __init__(self, hub: Hub) -> None:
@@ -96,6 +97,7 @@ class Connection(asyncio.Protocol):
         self._continue = False
         self._messages = 0
         self._complete: Head | None = None
+        self._trace: bytes | None = None
         self.on_message_begin()
         self._in_message = False
 
@@ -166,11 +168,20 @@ class Connection(asyncio.Protocol):
         if end < 0:
             self._feed(data)
             return
-        head = self._hub.heads.get(data[:end])
+        heads = self._hub.heads
+        head = heads.get(data[:end])
+        trace = None
+        if head is None:
+            taken = take_out(data[:end])
+            if taken is not None:
+                lines, trace = taken
+                data, end = lines + data[end:], len(lines)
+                head = heads.get(lines)
         if head is not None and len(data) - end - 4 == head.content_length:
             self._hub.buffered_bytes += head.content_length
-            self._dispatch(head, data[end + 4 :])
+            self._dispatch(head, data[end + 4 :], trace)
             return
+        self._trace = trace
         self._feed(data)
         if self._messages == 1 and not self._in_message and not self._closing:
             self._remember(data, end)
@@ -310,11 +321,14 @@ class Connection(asyncio.Protocol):
         self._continue = False
         self._messages += 1
         body, self._body = bytes(self._body), b""
-        self._dispatch(head, body)
+        trace, self._trace = self._trace, None
+        if trace is None and b"traceparent" in head.headers:
+            trace = valid(head.headers[b"traceparent"])
+        self._dispatch(head, body, trace)
 
     # Exchanges.
 
-    def _dispatch(self, head: Head, body: bytes) -> None:
+    def _dispatch(self, head: Head, body: bytes, trace: bytes | None) -> None:
         hub = self._hub
         if self._closing:
             hub.buffered_bytes -= len(body)
@@ -326,6 +340,8 @@ class Connection(asyncio.Protocol):
             )
             return
         exchange = Exchange(self, head, body, monotonic())
+        if trace is not None:
+            exchange.trace = trace
         self._pending.append(exchange)
         self._deadline = math.inf
         if not head.keep_alive:

@@ -5,50 +5,61 @@ Source: Open Inference Protocol v2 (`specification/protocol/inference_rest.md`, 
 
 from __future__ import annotations
 
-import functools
 import math
 import re
-from typing import Any
+from typing import Annotated
 
 import msgspec
 import numpy as np
 
 from lepton_xla.serve.datatypes import DATATYPES, Datatype
 from lepton_xla.serve.errors import RefusedError
+from lepton_xla.serve.jsondata import read_data
 from lepton_xla.serve.signature import Tensor
 
 type Parameters = dict[str, bool | int | float | str | None]
 
-_NESTED = re.compile(rb"\s*\[\s*\[")
 _STRING = re.compile(rb'"(?:[^"\\]|\\.)*"', re.DOTALL)
 _NOT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 _BRACES_TO_BRACKETS = bytes.maketrans(b"{}", b"[]")
 
 _DEPTH_CHUNK = 1 << 16
 
-# msgspec has no optional Raw.
-_NO_DATA = msgspec.Raw(b"")
+type Shape = list[Annotated[int, msgspec.Meta(extra_json_schema={"minimum": 0})]]
+type Data = Annotated[
+    msgspec.Raw | msgspec.UnsetType,
+    msgspec.Meta(
+        description="Elements in row-major order, flat or nested as the shape is. Exactly one of this and the "
+        "parameter `binary_data_size` is given.",
+        extra_json_schema={"type": "array"},
+    ),
+]
 
 
 class InputHead(msgspec.Struct, frozen=True):
     """One input as sent."""
 
     name: str
-    shape: list[int]
+    shape: Shape
     datatype: str
     parameters: Parameters = {}
-    data: msgspec.Raw = _NO_DATA
+    data: Data = msgspec.UNSET
 
 
 class OutputHead(msgspec.Struct, frozen=True):
-    """One output as asked for."""
+    """One output as asked for; its parameters may be `binary_data` and `classification`."""
 
     name: str
     parameters: Parameters = {}
 
 
 class RequestHead(msgspec.Struct, frozen=True):
-    """The whole JSON part."""
+    """The whole JSON part.
+
+    Parameters that mean something are `binary_data_output` (whether outputs go out as binary unless they say
+    otherwise), `timeout` (microseconds until nobody wants the answer any more) and `priority` (1 is the highest, 0 the
+    default).
+    """
 
     inputs: list[InputHead]
     id: str | None = None
@@ -91,20 +102,21 @@ def check_depth(head: bytes, limit: int) -> None:
         depth = levels[-1]
 
 
-def refuse_reserved(parameters: Parameters) -> None:
-    """Refuses request parameters that belong to Triton."""
-    for name in parameters:
-        if name.startswith("triton_"):
+def check_reserved(parameters: Parameters) -> None:
+    """Refuses parameters of the request that mean something to the protocol and nothing here."""
+    for name, value in parameters.items():
+        if name.startswith("triton_") or name == "headers":
             raise RefusedError(400, f"parameter {name!r} is reserved")
+        # A sequence that is said not to be one is what some clients send with every request.
+        if name.startswith("sequence_") and value:
+            raise RefusedError(400, f"parameter {name!r}: models keep no state, so there are no sequences of requests")
 
 
-def refuse_extensions(parameters: Parameters, where: str) -> None:
+def check_tensor_parameters(parameters: Parameters, where: str) -> None:
     """Refuses tensor parameters of extensions that are not offered."""
     for name in parameters:
         if name.startswith("shared_memory_"):
-            raise RefusedError(400, f"{where}: shared memory is not supported")
-        if name == "classification":
-            raise RefusedError(400, f"{where}: classification is not supported")
+            raise RefusedError(400, f"{where}: shared memory is not supported; send tensors in the body")
 
 
 def flag(parameters: Parameters, name: str, where: str, *, default: bool) -> bool:
@@ -112,6 +124,14 @@ def flag(parameters: Parameters, name: str, where: str, *, default: bool) -> boo
     value = parameters.get(name, default)
     if not isinstance(value, bool):
         raise RefusedError(400, f"{where}: parameter {name!r} must be true or false")
+    return value
+
+
+def number(parameters: Parameters, name: str, where: str) -> int:
+    """A parameter that is a whole number; 0 where it is not given."""
+    value = parameters.get(name, 0)
+    if type(value) is not int or not 0 <= value < 2**64:
+        raise RefusedError(400, f"{where}: parameter {name!r} must be a whole number from 0 to 2**64 - 1")
     return value
 
 
@@ -123,7 +143,7 @@ def check_input(given: InputHead, tensor: Tensor, sizes: dict[str, int]) -> int:
         raise RefusedError(
             400, f"{where}: datatype is {given.datatype!r}{known}; the model takes {tensor.datatype.name}"
         )
-    refuse_extensions(given.parameters, where)
+    check_tensor_parameters(given.parameters, where)
     if len(given.shape) != len(tensor.shape):
         raise RefusedError(400, f"{where}: shape {given.shape} has rank {len(given.shape)}, not {len(tensor.shape)}")
     for axis, (size, dim) in enumerate(zip(given.shape, tensor.shape, strict=True)):
@@ -142,10 +162,10 @@ def binary_size(given: InputHead, count: int, datatype: Datatype) -> int | None:
     where = f"input {given.name!r}"
     size = given.parameters.get("binary_data_size")
     if size is None:
-        if not len(given.data):
+        if given.data is msgspec.UNSET:
             raise RefusedError(400, f"{where}: neither data nor binary_data_size is given")
         return None
-    if len(given.data):
+    if given.data is not msgspec.UNSET:
         raise RefusedError(400, f"{where}: both data and binary_data_size are given")
     if type(size) is not int or size < 0:
         raise RefusedError(400, f"{where}: binary_data_size must be a whole number, not {size!r}")
@@ -158,33 +178,10 @@ def binary_size(given: InputHead, count: int, datatype: Datatype) -> int | None:
     return size
 
 
-@functools.lru_cache(maxsize=128)
-def _data_decoder(datatype: str, depth: int) -> msgspec.json.Decoder[Any]:
-    kind: Any = DATATYPES[datatype].element
-    for _ in range(depth):
-        kind = list[kind]
-    return msgspec.json.Decoder(kind)
-
-
-def json_data(given: InputHead, count: int, tensor: Tensor) -> bytes:
-    """The `data` of an input, flat or nested as its shape is, as C-order bytes."""
+def json_data(given: InputHead, tensor: Tensor) -> bytes:
+    """The `data` of an input as C-order little-endian bytes."""
     where = f"input {given.name!r}"
-    datatype = tensor.datatype
-    if datatype.element is None:
-        raise RefusedError(400, f"{where}: {datatype.name} cannot be sent as JSON; use binary_data_size")
-    nested = len(given.shape) > 1 and _NESTED.match(given.data) is not None
-    try:
-        values = _data_decoder(datatype.name, len(given.shape) if nested else 1).decode(given.data)
-        with np.errstate(over="raise"):
-            array = np.asarray(values, dtype=tensor.dtype)
-    except msgspec.DecodeError as error:
-        raise RefusedError(400, f"{where}: data is not {datatype.name}: {error}") from error
-    except (FloatingPointError, OverflowError) as error:
-        raise RefusedError(400, f"{where}: a number in data does not fit {datatype.name}") from error
-    except ValueError as error:
-        raise RefusedError(400, f"{where}: data is a nested list whose lengths differ") from error
-    except RecursionError as error:
-        raise RefusedError(400, f"{where}: data is nested too deeply") from error
-    if array.size != count or (nested and list(array.shape) != given.shape):
-        raise RefusedError(400, f"{where}: shape {given.shape} needs {count} elements, data has {array.size}")
-    return array.tobytes()
+    if tensor.datatype.element is None:
+        raise RefusedError(400, f"{where}: {tensor.datatype.name} cannot be sent as JSON; use binary_data_size")
+    assert given.data is not msgspec.UNSET
+    return read_data(bytes(given.data), given.shape, tensor.datatype, where)

@@ -1,120 +1,170 @@
-"""Everything but infer and health: what the server says about itself and its model.
+"""The routes as data: what is served where, who may ask, and what goes in and out.
 
-Sources: Open Inference Protocol v2 (metadata), Triton's model configuration and statistics extensions.
+One table routes requests, tells the guard what a token has to be good for, and is what the OpenAPI document is made
+of. Sources: Open Inference Protocol v2, and Triton's extensions to it.
 """
 
 from __future__ import annotations
 
-import functools
-import importlib.metadata
-from collections.abc import Sequence
-from typing import Any
+import dataclasses
+import re
+from typing import Any, Literal
+from urllib.parse import unquote
 
-from lepton_xla.serve.metrics import Histogram, Metrics
-from lepton_xla.serve.signature import Signature, Tensor
+from lepton_xla.serve import metadata
+from lepton_xla.serve.errors import RefusedError
+from lepton_xla.serve.request import RequestHead
+from lepton_xla.serve.response import ResponseHead
 
-SERVER_NAME = "lepton_xla"
-OPEN_PATHS = frozenset((b"/v2/health/live", b"/v2/health/ready"))
-EXTENSIONS = ("binary_tensor_data", "model_configuration", "statistics", "model_repository")
+type Scope = Literal["health", "read", "infer", "admin"]
 
-
-@functools.cache
-def server_metadata() -> dict[str, Any]:
-    """The answer to `GET /v2`."""
-    return {"name": SERVER_NAME, "version": importlib.metadata.version("lepton-xla"), "extensions": EXTENSIONS}
+_NO_SHARED_MEMORY = "shared memory is not supported: send tensors in the body of the request"
+_NO_CONTROL = "models cannot be loaded or unloaded while the server runs"
+_NO_SETTING = "settings cannot be changed while the server runs"
 
 
-def model_metadata(signature: Signature) -> dict[str, Any]:
-    """The answer to `GET /v2/models/{name}`; -1 is a dimension that varies."""
+@dataclasses.dataclass(frozen=True, slots=True)
+class Route:
+    """One row of the table.
 
-    def tensor(given: Tensor) -> dict[str, Any]:
-        return {"name": given.name, "datatype": given.datatype.name, "shape": _dims(given)}
+    Attributes:
+        name: what it is called here and, as `operationId`, in the OpenAPI document.
+        method: GET, which HEAD goes with, or POST.
+        path: with `{parameters}`, and a part in brackets that may be left out.
+        scope: what a token has to be good for; health needs no token.
+        summary: one line for readers.
+        request: type of the JSON body, if it takes one.
+        response: type of the JSON answer; None for one that is not JSON.
+        refusal: why it is not to be had, for a route that clients know and this server always refuses.
+    """
 
-    return {
-        "name": signature.name,
-        "versions": [signature.version],
-        "platform": "jax_xla",
-        "inputs": [tensor(given) for given in signature.inputs],
-        "outputs": [tensor(given) for given in signature.outputs],
-    }
+    name: str
+    method: str
+    path: str
+    scope: Scope
+    summary: str
+    request: Any = None
+    response: Any = None
+    refusal: str = ""
 
-
-def model_config(signature: Signature, max_delay_us: int) -> dict[str, Any]:
-    """The answer to `GET /v2/models/{name}/config`: dimensions without the batch, as Triton writes them."""
-    skip = 0 if signature.batch is None else 1
-
-    def tensor(given: Tensor) -> dict[str, Any]:
-        return {"name": given.name, "data_type": f"TYPE_{given.datatype.name}", "dims": _dims(given)[skip:]}
-
-    config: dict[str, Any] = {
-        "name": signature.name,
-        "platform": "jax_xla",
-        "backend": SERVER_NAME,
-        "max_batch_size": 0 if signature.batch is None else signature.ladder[-1],
-        "input": [tensor(given) for given in signature.inputs],
-        "output": [tensor(given) for given in signature.outputs],
-    }
-    if signature.batch is not None:
-        config["dynamic_batching"] = {
-            "preferred_batch_size": signature.ladder,
-            "max_queue_delay_microseconds": max_delay_us,
-        }
-    return config
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """Every path it is found at: without what is in brackets, and with."""
+        short, long = _OPTIONAL.sub("", self.path), _OPTIONAL.sub(r"\1", self.path)
+        return (short,) if short == long else (short, long)
 
 
-def model_stats(signature: Signature, metrics: Metrics) -> dict[str, Any]:
-    """The answer to `GET /v2/models/{name}/stats`; every figure only ever grows."""
-    none = _leaf(0, 0.0)
-    batches = metrics.batch_rows.count
-    return {
-        "model_stats": [
-            {
-                "name": signature.name,
-                "version": signature.version,
-                "last_inference": int(metrics.last_s * 1e3),
-                "inference_count": metrics.rows,
-                "execution_count": batches,
-                "inference_stats": {
-                    "success": _sum(metrics.request_s),
-                    "fail": _leaf(metrics.failures, 0.0),
-                    "queue": _sum(metrics.queue_s),
-                    "compute_input": _leaf(batches, metrics.input_s),
-                    "compute_infer": _sum(metrics.compute_s),
-                    "compute_output": none,
-                    "cache_hit": none,
-                    "cache_miss": none,
-                },
-                "batch_stats": [
-                    {"batch_size": size, "compute_input": none, "compute_infer": _leaf(*cost), "compute_output": none}
-                    for size, cost in sorted(metrics.by_size.items())
-                ],
-                "memory_usage": [],
-                "response_stats": {},
-            }
-        ]
-    }
+_OPTIONAL = re.compile(r"\[([^]]*)\]")
+_MODEL = "/v2/models/{model}[/versions/{version}]"
+
+ROUTES: tuple[Route, ...] = (
+    Route("server_live", "GET", "/v2/health/live", "health", "Whether the process answers",
+          response=metadata.ServerLive),
+    Route("server_ready", "GET", "/v2/health/ready", "health", "Whether infer requests are taken; 503 if not",
+          response=metadata.ServerReady),
+    Route("server_metadata", "GET", "/v2[/]", "read", "Name, version and extensions of the server",
+          response=metadata.ServerMetadata),
+    Route("openapi", "GET", "/v2/openapi.json", "read", "This document", response=dict[str, Any]),
+    Route("metrics", "GET", "/metrics", "read", "Metrics in Prometheus' text format"),
+    Route("model_metadata", "GET", _MODEL, "read", "Inputs and outputs of a model",
+          response=metadata.ModelMetadata),
+    Route("model_ready", "GET", f"{_MODEL}/ready", "read", "Whether a model takes infer requests; 503 if not",
+          response=metadata.ModelReady),
+    Route("model_config", "GET", f"{_MODEL}/config", "read", "A model's configuration, in Triton's words",
+          response=metadata.ModelConfig),
+    Route("model_statistics", "GET", f"{_MODEL}/stats", "read", "What a model did so far",
+          response=metadata.Statistics),
+    Route("statistics", "GET", "/v2/models/stats", "read", "What every model did so far",
+          response=metadata.Statistics),
+    Route("infer", "POST", f"{_MODEL}/infer", "infer", "Runs a model",
+          request=RequestHead, response=ResponseHead),
+    Route("repository_index", "POST", "/v2/repository/index", "read", "The models there are",
+          request=metadata.IndexRequest, response=list[metadata.IndexEntry]),
+    Route("log_settings", "GET", "/v2/logging", "read", "What is logged", response=metadata.LogSettings),
+    Route("trace_settings", "GET", "/v2/trace/setting", "read", "What is traced", response=metadata.TraceSettings),
+    Route("model_trace_settings", "GET", "/v2/models/{model}/trace/setting", "read", "What is traced of a model",
+          response=metadata.TraceSettings),
+    Route("set_logging", "POST", "/v2/logging", "admin", "Changes what is logged", refusal=_NO_SETTING),
+    Route("set_tracing", "POST", "/v2/trace/setting", "admin", "Changes what is traced", refusal=_NO_SETTING),
+    Route("set_model_tracing", "POST", "/v2/models/{model}/trace/setting", "admin", "Changes what is traced of a model",
+          refusal=_NO_SETTING),
+    Route("load", "POST", "/v2/repository/models/{model}/load", "admin", "Loads a model", refusal=_NO_CONTROL),
+    Route("unload", "POST", "/v2/repository/models/{model}/unload", "admin", "Unloads a model", refusal=_NO_CONTROL),
+    *(
+        Route(f"{kind}_shared_memory_{action}", method, f"/v2/{kind}sharedmemory{path}/{action}", "admin",
+              f"Shared memory: {action}", refusal=_NO_SHARED_MEMORY)
+        for kind in ("system", "cuda")
+        for action, method, path in (
+            ("status", "GET", "[/region/{region}]"),
+            ("register", "POST", "/region/{region}"),
+            ("unregister", "POST", "[/region/{region}]"),
+        )
+    ),
+)  # fmt: skip
+
+OPEN_PATHS = frozenset(path.encode() for route in ROUTES if route.scope == "health" for path in route.paths)
+
+_ANY = "{}"
 
 
-def scope_of(parts: Sequence[str]) -> str:
-    """What a token has to be good for on the route of these path segments; "health" needs no token."""
-    match parts:
-        case ["v2", "health", _]:
-            return "health"
-        case ["v2", "models", *_, "infer"]:
-            return "infer"
-        case ["metrics"] | ["v2"] | ["v2", ""] | ["v2", "models", *_] | ["v2", "repository", "index"]:
-            return "read"
-        case _:
-            return "admin"
+class _Node:
+    """A place in the tree of path segments."""
+
+    __slots__ = ("children", "parameter", "routes")
+
+    def __init__(self) -> None:
+        self.children: dict[str, _Node] = {}
+        self.parameter = ""
+        self.routes: dict[str, Route] = {}
 
 
-def _dims(tensor: Tensor) -> list[int]:
-    return [-1 if isinstance(dim, str) else dim for dim in tensor.shape]
+def _plant() -> _Node:
+    root = _Node()
+    for route in ROUTES:
+        for path in route.paths:
+            node = root
+            for segment in path[1:].split("/"):
+                name = segment[1:-1] if segment.startswith("{") else ""
+                node = node.children.setdefault(_ANY if name else segment, _Node())
+                node.parameter = name
+            node.routes[route.method] = route
+            if route.method == "GET":
+                node.routes["HEAD"] = route
+    return root
 
 
-def _leaf(count: int, seconds: float) -> dict[str, int]:
-    return {"count": count, "ns": round(seconds * 1e9)}
+_ROOT = _plant()
 
 
-def _sum(histogram: Histogram) -> dict[str, int]:
-    return _leaf(histogram.count, histogram.total)
+def find(method: bytes, target: bytes) -> tuple[Route, dict[str, str]]:
+    """The route of a request, and its path parameters.
+
+    Args:
+        method: such as `b"GET"`.
+        target: the request target, percent-encoded, query included.
+
+    Raises:
+        RefusedError: 404 where there is no such path, 405 where it takes another method.
+    """
+    path = target.partition(b"?")[0]
+    if not path.startswith(b"/"):
+        raise RefusedError(404, "no such route")
+    node, parameters = _ROOT, dict[str, str]()
+    for segment in path[1:].split(b"/"):
+        # Decoded after splitting: an encoded slash is part of a name, not a separator.
+        text = unquote(segment.decode("latin-1"), errors="replace")
+        # A name never stands for a parameter's segment, not even one that is spelled like its mark.
+        child = node.children.get(text) if text != _ANY else None
+        if child is None:
+            child = node.children.get(_ANY) if text else None
+            if child is None:
+                raise RefusedError(404, "no such route")
+            parameters[child.parameter] = text
+        node = child
+    if not node.routes:
+        raise RefusedError(404, "no such route")
+    route = node.routes.get(method.decode("latin-1"))
+    if route is None:
+        allowed = sorted(node.routes)
+        raise RefusedError(405, f"this route takes {' or '.join(allowed)}", f"Allow: {', '.join(allowed)}")
+    return route, parameters

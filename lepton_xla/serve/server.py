@@ -25,6 +25,7 @@ from lepton_xla.serve.batcher import Batcher
 from lepton_xla.serve.engine import Engine
 from lepton_xla.serve.http import Connection, Hub
 from lepton_xla.serve.limits import Limits
+from lepton_xla.serve.metadata import SERVER_NAME
 from lepton_xla.serve.metrics import Metrics
 from lepton_xla.serve.routes import OPEN_PATHS
 from lepton_xla.serve.scheduler import Call, Scheduler
@@ -45,6 +46,7 @@ class Options:
         host: address to listen on; only this machine can reach the default.
         port: 0 picks a free one.
         name: model name on the wire, if not the model's own.
+        server_name: what the server's metadata calls it; some clients look for "triton".
         max_delay_us: how long a request may wait for company while the engine is idle, in microseconds.
         max_queue_rows: rows that may wait; more get 503. Also the most rows of one request.
         compress_bytes: the smallest answer worth compressing for a client that accepts it.
@@ -63,6 +65,7 @@ class Options:
     host: str = "127.0.0.1"
     port: int = 8000
     name: str | None = None
+    server_name: str = SERVER_NAME
     max_delay_us: int = 0
     max_queue_rows: int = 4096
     compress_bytes: int = 4096
@@ -210,7 +213,8 @@ class Server:
             scheduler = Scheduler(self._signature, batcher, self._engine, metrics, loop)
             app = App(
                 self._signature, scheduler, metrics, options.limits,
-                guard=access.guard, max_delay_s=batcher.max_delay_s, compress_bytes=options.compress_bytes,
+                guard=access.guard, server_name=options.server_name,
+                max_delay_s=batcher.max_delay_s, compress_bytes=options.compress_bytes,
             )  # fmt: skip
             hub = Hub(app, options.limits, refused=lambda status: metrics.codes.update((status,)))
             if access.guard is not None:
@@ -247,6 +251,7 @@ class Server:
             sweeper.cancel()
             for connection in tuple(hub.connections):
                 connection.abort()
+            app.close()
             scheduler.stop(0.0 if hub.connections else 5.0)
 
     async def _drain(self, hub: Hub) -> bool:

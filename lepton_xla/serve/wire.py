@@ -1,4 +1,4 @@
-"""The Open Inference Protocol v2 for infer requests: bytes to a typed request, and output rows to response bytes.
+"""The Open Inference Protocol v2 for infer requests: bytes to a typed request. The answer is in `response.py`.
 
 Sources: Open Inference Protocol v2 (`specification/protocol/inference_rest.md`) and Triton's binary tensor data
 extension (`docs/protocol/extension_binary_data.md`). A request body is a JSON object of H bytes, then the binary
@@ -9,13 +9,14 @@ Pure functions of bytes: nothing here knows HTTP, sockets or the batcher.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import NamedTuple
 
-import msgspec
 import numpy as np
 
+from lepton_xla.serve.classification import classes_shape
 from lepton_xla.serve.errors import RefusedError
 from lepton_xla.serve.limits import Limits
 from lepton_xla.serve.request import (
@@ -23,60 +24,68 @@ from lepton_xla.serve.request import (
     RequestHead,
     binary_size,
     check_input,
+    check_reserved,
+    check_tensor_parameters,
     flag,
     json_data,
+    number,
     parse_head,
-    refuse_extensions,
-    refuse_reserved,
 )
 from lepton_xla.serve.signature import Signature
 
 _CACHED_HEADS = 512
 _CACHED_HEAD_BYTES = 4096
+# Strings of a classification: each takes fifty times the bytes of the element that it is made of.
+_MOST_CLASSES = 1_000_000
 
 
+@dataclasses.dataclass(slots=True, eq=False, kw_only=True)
 class Plan:
     """What the JSON part of a request says, checked against the signature. Shared by equal requests.
 
     Attributes:
-        id: the client's, echoed; None where it gave none.
         rows: size of the batch dimension, or 1 where there is none.
         key: compiled size of each other symbol, in the order of `Signature.others`.
         sizes: real size of every symbol; differs from `key` where rows are padded within.
+        cut: whether a symbol other than the batch is padded, so that outputs have to be cut.
         slices: for each input in executable order, where its bytes lie in the binary tail; empty for JSON data.
         tail_bytes: length the binary tail must have.
         outputs: for each output asked for, its index in the signature and whether it goes out as binary.
-        cut: whether a symbol other than the batch is padded, so that outputs have to be cut.
+        classes: for each output asked for, how many of the largest elements are wanted in its place, 0 for the tensor
+            itself; empty where that is all of them.
+        id: the client's, echoed; None where it gave none.
+        timeout_s: seconds after which the client has no use for the answer; None if it said nothing.
+        priority: 0 is the default, 1 the highest, larger numbers are lower.
         prefix: room for the transport to keep the response head it built; None until it does.
     """
 
-    __slots__ = ("cut", "id", "key", "outputs", "prefix", "rows", "sizes", "slices", "tail_bytes")
-
-    def __init__(
-        self,
-        request_id: str | None,
-        sizes: dict[str, int],
-        rows: int,
-        key: tuple[int, ...],
-        slices: tuple[tuple[int, int], ...],
-        tail_bytes: int,
-        outputs: tuple[tuple[int, bool], ...],
-        cut: bool,
-    ) -> None:
-        self.id = request_id
-        self.sizes = sizes
-        self.rows = rows
-        self.key = key
-        self.slices = slices
-        self.tail_bytes = tail_bytes
-        self.outputs = outputs
-        self.cut = cut
-        self.prefix: bytes | None = None
+    rows: int
+    key: tuple[int, ...]
+    sizes: dict[str, int]
+    cut: bool
+    slices: tuple[tuple[int, int], ...]
+    tail_bytes: int
+    outputs: tuple[tuple[int, bool], ...]
+    classes: tuple[int, ...] = ()
+    id: str | None = None
+    timeout_s: float | None = None
+    priority: int = 0
+    prefix: bytes | None = None
 
     @property
-    def all_binary(self) -> bool:
-        """Whether every output goes out as binary, so that the response head does not depend on the result."""
-        return all(binary for _, binary in self.outputs)
+    def constant(self) -> bool:
+        """Whether the JSON part of the answer does not depend on the result: all outputs are binary tensors."""
+        return not self.classes and all(binary for _, binary in self.outputs)
+
+
+class _Options(NamedTuple):
+    """What a request says beside its inputs."""
+
+    outputs: tuple[tuple[int, bool], ...]
+    classes: tuple[int, ...] = ()
+    id: str | None = None
+    timeout_s: float | None = None
+    priority: int = 0
 
 
 class InferRequest:
@@ -133,7 +142,8 @@ class Decoder:
         arrays: dict[int, bytes] = {}
         if plan is None:
             plan = self._plan(head, arrays)
-            if not arrays and len(head) <= _CACHED_HEAD_BYTES:
+            # Clients that give an id give each request its own.
+            if not arrays and plan.id is None and len(head) <= _CACHED_HEAD_BYTES:
                 if len(self._plans) >= _CACHED_HEADS:
                     self._plans.clear()
                 self._plans[head] = plan
@@ -157,7 +167,7 @@ class Decoder:
 
     def _plan(self, head: bytes, arrays: dict[int, bytes]) -> Plan:
         request = parse_head(head, self._limits.max_json_depth)
-        refuse_reserved(request.parameters)
+        check_reserved(request.parameters)
         named = len(request.inputs) + len(request.outputs or ())
         if named > self._limits.max_tensors:
             raise RefusedError(400, f"the request names {named} tensors; it may name {self._limits.max_tensors}")
@@ -180,20 +190,14 @@ class Decoder:
             slices[index] = (cursor, cursor + (size or 0))
             cursor += size or 0
             if size is None:
-                arrays[index] = json_data(given, count, tensor)
+                arrays[index] = json_data(given, tensor)
         missing = [name for name, index in self._inputs.items() if slices[index] is None]
         if missing:
             raise RefusedError(400, f"input {missing[0]!r} is missing; the model needs {_names(self._inputs)}")
-        outputs = self._wanted(request)
-        return self._fit(request.id, sizes, tuple(s for s in slices if s is not None), cursor, outputs)
+        return self._fit(sizes, tuple(s for s in slices if s is not None), cursor, self._options(request))
 
     def _fit(
-        self,
-        request_id: str | None,
-        sizes: dict[str, int],
-        slices: tuple[tuple[int, int], ...],
-        tail_bytes: int,
-        outputs: tuple[tuple[int, bool], ...],
+        self, sizes: dict[str, int], slices: tuple[tuple[int, int], ...], tail_bytes: int, options: _Options
     ) -> Plan:
         """Checks the sizes against the compiled ones."""
         signature = self._signature
@@ -212,27 +216,58 @@ class Decoder:
             raise RefusedError(
                 413, f"dimension {signature.batch!r} is {rows}; a request may bring {self._max_rows} rows"
             )
-        cut = any(sizes[symbol] != size for symbol, size in zip(signature.others, key, strict=True))
-        return Plan(request_id, sizes, rows, tuple(key), slices, tail_bytes, outputs, cut)
+        for (index, _), count in zip(options.outputs, options.classes, strict=False):
+            shape = signature.outputs[index].at(sizes)
+            strings = math.prod(classes_shape(shape, count, batched=signature.batch is not None))
+            if strings > _MOST_CLASSES:
+                raise RefusedError(
+                    400, f"the classification asked for has {strings} elements; it may have {_MOST_CLASSES}"
+                )
+        return Plan(
+            rows=rows,
+            key=tuple(key),
+            sizes=sizes,
+            cut=any(sizes[symbol] != size for symbol, size in zip(signature.others, key, strict=True)),
+            slices=slices,
+            tail_bytes=tail_bytes,
+            outputs=options.outputs,
+            classes=options.classes,
+            id=options.id,
+            timeout_s=options.timeout_s,
+            priority=options.priority,
+        )
 
-    def _wanted(self, request: RequestHead) -> tuple[tuple[int, bool], ...]:
-        binary = flag(request.parameters, "binary_data_output", "the request", default=False)
-        asked = request.outputs or [OutputHead(name) for name in self._outputs]
+    def _options(self, request: RequestHead) -> _Options:
+        parameters = request.parameters
+        outputs, classes = self._wanted(request)
+        timeout_us = number(parameters, "timeout", "the request")
+        return _Options(
+            outputs=outputs,
+            classes=classes,
+            id=request.id,
+            timeout_s=timeout_us * 1e-6 if timeout_us else None,
+            priority=number(parameters, "priority", "the request"),
+        )
+
+    def _wanted(self, request: RequestHead) -> tuple[tuple[tuple[int, bool], ...], tuple[int, ...]]:
+        """Which outputs, whether as binary, and how many classes of each."""
+        default = flag(request.parameters, "binary_data_output", "the request", default=False)
         wanted: dict[int, bool] = {}
-        for output in asked:
+        classes: list[int] = []
+        for output in request.outputs or [OutputHead(name) for name in self._outputs]:
+            where = f"output {output.name!r}"
             index = self._outputs.get(output.name)
             if index is None:
                 raise RefusedError(400, f"the model has no output {output.name!r}; it has {_names(self._outputs)}")
             if index in wanted:
-                raise RefusedError(400, f"output {output.name!r} is asked for twice")
-            refuse_extensions(output.parameters, f"output {output.name!r}")
-            wanted[index] = flag(output.parameters, "binary_data", f"output {output.name!r}", default=binary)
+                raise RefusedError(400, f"{where} is asked for twice")
+            check_tensor_parameters(output.parameters, where)
+            binary = wanted[index] = flag(output.parameters, "binary_data", where, default=default)
+            classes.append(number(output.parameters, "classification", where))
             datatype = self._signature.outputs[index].datatype
-            if not wanted[index] and datatype.element is None:
-                raise RefusedError(
-                    400, f"output {output.name!r} is {datatype.name}, which JSON cannot carry; ask for binary_data"
-                )
-        return tuple(wanted.items())
+            if not binary and not classes[-1] and datatype.element is None:
+                raise RefusedError(400, f"{where} is {datatype.name}, which JSON cannot carry; ask for binary_data")
+        return tuple(wanted.items()), tuple(classes) if any(classes) else ()
 
     def _raw(self, body: bytes) -> InferRequest:
         """A body without a JSON part: the bytes of the only input, one row of it, and all outputs come back binary."""
@@ -249,8 +284,8 @@ class Decoder:
         if rest or (not free and len(body) != unit):
             raise RefusedError(400, f"input {tensor.name!r} needs a multiple of {unit} bytes, but {len(body)} came")
         sizes |= dict.fromkeys(free, count)
-        outputs = tuple((index, True) for index in range(len(signature.outputs)))
-        plan = self._fit(None, sizes, ((0, len(body)),), len(body), outputs)
+        options = _Options(tuple((index, True) for index in range(len(signature.outputs))))
+        plan = self._fit(sizes, ((0, len(body)),), len(body), options)
         tensors = [memoryview(body)]
         self._check_bools(tensors)
         return InferRequest(plan, tensors)
@@ -258,37 +293,3 @@ class Decoder:
 
 def _names(table: dict[str, int]) -> str:
     return ", ".join(repr(name) for name in table)
-
-
-def encode_head(signature: Signature, plan: Plan, outputs: Sequence[memoryview | bytes] | None = None) -> bytes:
-    """The JSON part of a response.
-
-    Args:
-        signature: the model's.
-        plan: the request's.
-        outputs: the bytes of each output asked for, in the order of `plan.outputs`; may be left out if all are binary.
-
-    Raises:
-        RefusedError: 500 if an output that JSON should carry holds NaN or infinity.
-    """
-    described: list[dict[str, Any]] = []
-    for position, (index, binary) in enumerate(plan.outputs):
-        tensor = signature.outputs[index]
-        shape = tensor.at(plan.sizes)
-        entry: dict[str, Any] = {"name": tensor.name, "datatype": tensor.datatype.name, "shape": shape}
-        if binary:
-            entry["parameters"] = {"binary_data_size": math.prod(shape) * tensor.datatype.item_bytes}
-        else:
-            assert outputs is not None
-            array = np.frombuffer(outputs[position], tensor.dtype)
-            if array.dtype.kind == "f" and not np.isfinite(array).all():
-                raise RefusedError(
-                    500, f"output {tensor.name!r} holds NaN or infinity, which JSON cannot carry; ask for binary_data"
-                )
-            entry["data"] = array.tolist()
-        described.append(entry)
-    response: dict[str, Any] = {"model_name": signature.name, "model_version": signature.version}
-    if plan.id is not None:
-        response["id"] = plan.id
-    response["outputs"] = described
-    return msgspec.json.encode(response)

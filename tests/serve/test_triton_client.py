@@ -76,7 +76,7 @@ def test_sync_everything_else(server, http):
             check(handle.get_result(), rows)
         stats = client.get_inference_statistics("affine")["model_stats"][0]
         assert stats["inference_stats"]["success"]["count"] == 16
-        with pytest.raises(utils.InferenceServerException, match="unknown model 'nobody'") as caught:
+        with pytest.raises(utils.InferenceServerException, match="unknown model: 'nobody' is not found") as caught:
             client.infer("nobody", inputs_of(http, 1, True))
         assert caught.value.status() == "404"
         with pytest.raises(utils.InferenceServerException, match="no output 'z'"):

@@ -18,8 +18,9 @@ from lepton_xla.serve.datatypes import DATATYPES, datatype_of
 from lepton_xla.serve.errors import RefusedError
 from lepton_xla.serve.limits import Limits
 from lepton_xla.serve.request import check_depth
+from lepton_xla.serve.response import encode_response
 from lepton_xla.serve.signature import signature_of
-from lepton_xla.serve.wire import Decoder, encode_head
+from lepton_xla.serve.wire import Decoder
 
 # The protocol's table, written out by hand: name, bytes, NumPy name.
 TABLE = [
@@ -59,6 +60,11 @@ def one(data=None, shape=(1, 3), datatype="FP32", name="x", **more):
     if data is not None:
         text += f', "data": {data}'
     return f'{{"inputs": [{text}}}]}}'.encode()
+
+
+def asking(**fields):
+    """A request of `Identity` that is right as far as its input goes."""
+    return one("[1,2,3]")[:-1] + b", " + json.dumps(fields).encode()[1:]
 
 
 def test_the_table_of_datatypes_is_the_protocols():
@@ -172,8 +178,7 @@ def test_response_is_what_triton_reads(y, wanted):
     results = {"y": y, "twice": twice}
     names = list(affine.outputs)
     raws = [results[names[index]].tobytes() for index, _ in request.plan.outputs]
-    head = encode_head(signature_of(affine), request.plan, raws)
-    tail = [raw for raw, (_, binary) in zip(raws, request.plan.outputs, strict=True) if binary]
+    head, tail = encode_response(signature_of(affine), request.plan, raws)
     body = head + b"".join(tail)
     result = http.InferResult.from_response_body(body, header_length=len(head) if tail else None)
     asked = wanted or [("y", False), ("twice", False)]
@@ -203,10 +208,20 @@ def test_equal_heads_share_a_plan_and_the_cache_is_bounded():
     plans = {id(subject.decode(body, size).plan) for _ in range(3)}
     assert len(plans) == 1
     for index in range(2000):
-        body, headers = affine_binary(np.ones((1, 4)), [1], id=str(index))
-        request = subject.decode(body, int(headers["Inference-Header-Content-Length"]))
-        assert request.plan.id == str(index)
+        body, headers = affine_binary(np.ones((1, 4)), [1], custom=str(index))
+        subject.decode(body, int(headers["Inference-Header-Content-Length"]))
     assert len(subject._plans) <= 512
+
+
+def test_requests_with_an_id_of_their_own_do_not_push_others_out_of_the_cache():
+    subject = decoder(Affine())
+    body, headers = affine_binary(np.ones((1, 4)), [1])
+    size = int(headers["Inference-Header-Content-Length"])
+    plan = subject.decode(body, size).plan
+    for index in range(1000):
+        other, headers = affine_binary(np.ones((1, 4)), [1], id=str(index))
+        assert subject.decode(other, int(headers["Inference-Header-Content-Length"])).plan.id == str(index)
+    assert subject.decode(body, size).plan is plan
 
 
 def test_json_data_is_never_cached():
@@ -243,7 +258,7 @@ def test_what_is_no_json_number_is_refused(literal):
         ("FP32", "float32", "1.0"),
         ("FP32", "float32", True),
         ("FP32", "float32", None),
-        ("FP64", "float64", [1.0]),
+        ("FP64", "float64", {"a": 1.0}),
         ("FP16", "float16", 1.0),
         ("BF16", "bfloat16", 1.0),
     ],
@@ -267,9 +282,9 @@ def test_a_json_value_outside_its_datatype_is_refused(datatype, dtype, value):
         (one("[1,2,3]", name="z"), "no input 'z'"),
         (one("[1,2]"), "3 elements"),
         (one("[1,2,3,4]"), "3 elements"),
-        (one("[[1,2],[3]]", shape=(1, 3)), "lengths differ"),
-        (one("[[1,2,3],[1,2,3]]", shape=(1, 3)), "3 elements"),
-        (one("[[1],[2],[3]]", shape=(1, 3)), "3 elements"),
+        (one("[[1,2],[3]]", shape=(1, 3)), "neither flat nor nested"),
+        (one("[[1,2,3],[1,2,3]]", shape=(1, 3)), "neither flat nor nested"),
+        (one("[[1],[2],[3]]", shape=(1, 3)), "neither flat nor nested"),
         (one('{"a": 1}'), "FP32"),
         (one(), "neither data"),
         (one("[1,2,3]", parameters={"binary_data_size": 12}), "both"),
@@ -291,16 +306,39 @@ def test_a_json_value_outside_its_datatype_is_refused(datatype, dtype, value):
         (one(shape=(2**62, 3), parameters={"binary_data_size": 12}), "elements"),
         (one("[1,2,3]").replace(b"}]}", b'}], "outputs": [{"name": "q"}]}'), "no output 'q'"),
         (one("[1,2,3]").replace(b"}]}", b'}], "outputs": [{"name": "y"}, {"name": "y"}]}'), "twice"),
-        (
-            one("[1,2,3]").replace(b"}]}", b'}], "outputs": [{"name": "y", "parameters": {"classification": 2}}]}'),
-            "classification",
-        ),
-        (one("[1,2,3]").replace(b"}]}", b'}], "parameters": {"binary_data_output": 1}}'), "true or false"),
-        (one("[1,2,3]").replace(b"}]}", b'}], "parameters": {"triton_x": 1}}'), "reserved"),
+        (one("[1,2,[3]]"), "neither flat nor nested"),
+        (asking(outputs=[{"name": "y", "parameters": {"classification": -1}}]), "whole number"),
+        (asking(outputs=[{"name": "y", "parameters": {"classification": 1.0}}]), "whole number"),
+        (asking(outputs=[{"name": "y", "parameters": {"classification": True}}]), "whole number"),
+        (asking(outputs=[{"name": "y", "parameters": {"shared_memory_region": "a"}}]), "shared memory"),
+        (asking(parameters={"binary_data_output": 1}), "true or false"),
+        (asking(parameters={"triton_x": 1}), "reserved"),
+        (asking(parameters={"headers": "x"}), "reserved"),
+        (asking(parameters={"sequence_id": 7}), "no sequences"),
+        (asking(parameters={"sequence_id": "abc"}), "no sequences"),
+        (asking(parameters={"sequence_start": True}), "no sequences"),
+        (asking(parameters={"sequence_end": True}), "no sequences"),
+        (asking(parameters={"timeout": -1}), "'timeout' must be a whole number"),
+        (asking(parameters={"timeout": 1.5}), "'timeout' must be a whole number"),
+        (asking(parameters={"timeout": "9"}), "'timeout' must be a whole number"),
+        (asking(parameters={"timeout": 2**64}), "'timeout' must be a whole number"),
+        (asking(parameters={"priority": True}), "'priority' must be a whole number"),
+        (asking(parameters={"priority": -1}), "'priority' must be a whole number"),
+        (asking(parameters={"priority": None}), "'priority' must be a whole number"),
     ],
 )
 def test_malformed_requests_are_refused(body, says):
     assert says in refused(Identity(), body)
+
+
+def test_timeout_and_priority_are_read():
+    plan = decoder(Identity()).decode(asking(parameters={"timeout": 1500, "priority": 2}), None).plan
+    assert (plan.timeout_s, plan.priority) == (0.0015, 2)
+    # The protocol's own defaults, and a sequence that is none: what some clients send with every request.
+    default = {"timeout": 0, "priority": 0, "sequence_id": 0, "sequence_start": False, "sequence_end": False}
+    for parameters in ({}, default, {"anything": "else", "and": None, "more": 1.5}):
+        plan = decoder(Identity()).decode(asking(parameters=parameters), None).plan
+        assert (plan.timeout_s, plan.priority) == (None, 0)
 
 
 def test_a_duplicate_input_is_refused():
@@ -368,11 +406,13 @@ def test_nan_in_an_output_asked_for_as_json_is_an_error_and_as_binary_is_not():
     nan = np.array([[1.0, math.nan, 2.0]], np.float32).tobytes()
     plan = decoder(Identity()).decode(one("[1,2,3]"), None).plan
     with pytest.raises(RefusedError) as caught:
-        encode_head(signature, plan, [nan])
-    assert caught.value.status == 500
+        encode_response(signature, plan, [nan])
+    assert caught.value.status == 400
     head = one(parameters={"binary_data_size": 12}).replace(b"}]}", b'}], "parameters": {"binary_data_output": true}}')
     plan = decoder(Identity()).decode(head + bytes(12), len(head)).plan
-    assert json.loads(encode_head(signature, plan))["outputs"][0]["parameters"] == {"binary_data_size": 12}
+    head, tail = encode_response(signature, plan, [nan])
+    assert json.loads(head)["outputs"][0]["parameters"] == {"binary_data_size": 12}
+    assert tail == [nan]
 
 
 @pytest.mark.parametrize("opening", ["[", '{"a":'])
