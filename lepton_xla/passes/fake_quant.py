@@ -56,7 +56,7 @@ def fake_quant(
     Returns:
         A function like `fn`, for use inside `jit`, `grad`, `vmap` and sharding, that takes by keyword also:
         `scales`: a `Scales` tree, in the place of what ranges give, whose integer scales get a gradient (LSQ): to
-        train them, begin with `initial_scales`;
+        train them, begin with `initial_scales`; so do the levels of a codebook, but for one that is zero;
         `step`: int32, the training step, before `start` of which nothing is rounded, without a new compile;
         `key`: a `jax.random` key, with which rounding is up or down at random, but for products of two activations.
 

@@ -124,7 +124,7 @@ def make_grid(
             squared error of rounding and saturation. Learned levels have that of themselves.
         scale: [..., G, N] or [..., 1, 1], where something else has found one.
         zero_point: likewise, for affine formats; needs `scale`.
-        codebook: likewise [..., levels], for learned formats.
+        codebook: likewise [..., levels], for learned formats, in any order.
 
     Raises:
         RecipeError: if g does not divide K.
@@ -150,6 +150,9 @@ def make_grid(
         scaled = (blocks / block_scale).reshape((math.prod(lead), -1))
         levels = jax.vmap(lambda part: learn_levels(part, 2**target.bits))(scaled)
         codebook = levels.reshape((*lead, -1))
+    elif codebook is not None:
+        # Trained levels may pass each other. The one that is zero, as pruned weights are, has no gradient and stays.
+        codebook = jnp.sort(jnp.where(codebook == 0, jnp.zeros_like(codebook), codebook))
     stored = block_scale[..., :, 0, :].astype(jnp.bfloat16 if group_size(granularity) else jnp.float32)
     if target.kind == "affine":
         assert zero_point is not None
