@@ -11,6 +11,8 @@ from lepton_xla.serve.errors import RefusedError
 
 _WINDOW = {"gzip": 16 + zlib.MAX_WBITS, "deflate": zlib.MAX_WBITS}
 CODINGS = ", ".join(_WINDOW)
+_PIECE_BYTES = 1 << 14
+_MEMBERS = 4096  # of one gzip body; tools that make blocks for random access make one of every 64 KiB
 _LEVEL = 1  # a server's time is dearer than the last tenth of a size
 
 
@@ -29,24 +31,28 @@ def inflate(body: bytes, coding: str, max_bytes: int) -> bytes:
     if window is None:
         raise RefusedError(415, f"this Content-Encoding is not supported; use {CODINGS}", f"Accept-Encoding: {CODINGS}")
     parts: list[bytes] = []
-    room = max_bytes
-    rest = body
-    while rest:
+    view = memoryview(body)
+    room, at, members = max_bytes, 0, 0
+    while at < len(body):
+        if members == (_MEMBERS if coding == "gzip" else 1):
+            raise RefusedError(400, f"the {coding} body goes on after its end")
+        members += 1
         stream = zlib.decompressobj(window)
-        try:
-            # One byte more than allowed tells "too large" from "exactly as large as allowed".
-            part = stream.decompress(rest, room + 1)
-        except zlib.error as error:
-            raise RefusedError(400, f"the body is not valid {coding}") from error
-        room -= len(part)
-        if room < 0:
-            raise RefusedError(413, f"the body exceeds {max_bytes} bytes when decompressed")
-        if not stream.eof:
-            raise RefusedError(400, f"the {coding} body is truncated")
-        parts.append(part)
-        rest = stream.unused_data
-        if rest and coding != "gzip":
-            raise RefusedError(400, f"the {coding} body has bytes after its end")
+        while not stream.eof:
+            if at == len(body):
+                raise RefusedError(400, f"the {coding} body is truncated")
+            # In pieces, because zlib copies what follows a member: many members would copy all the rest for each.
+            piece = view[at : at + _PIECE_BYTES]
+            try:
+                # One byte more than allowed tells "too large" from "exactly as large as allowed".
+                part = stream.decompress(piece, room + 1)
+            except zlib.error as error:
+                raise RefusedError(400, f"the body is not valid {coding}") from error
+            room -= len(part)
+            if room < 0:
+                raise RefusedError(413, f"the body exceeds {max_bytes} bytes when decompressed")
+            parts.append(part)
+            at += len(piece) - len(stream.unused_data)
     return b"".join(parts)
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import sys
 import time
 import traceback
-
-import msgspec
+from typing import Any
 
 
 class JsonLines(logging.Formatter):
@@ -24,7 +24,8 @@ class JsonLines(logging.Formatter):
         }
         if record.exc_info:
             line["exception"] = "".join(traceback.format_exception(*record.exc_info))
-        return msgspec.json.encode(line).decode()
+        # All ASCII and no control character: JSON itself would let through what moves a terminal's cursor.
+        return json.dumps(line).replace("\x7f", "\\u007f")
 
 
 class PlainLines(logging.Formatter):
@@ -35,14 +36,21 @@ class PlainLines(logging.Formatter):
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 (the base class names it)
         """The first line of one record."""
-        text = super().formatMessage(record)
-        return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
+        return _escaped(super().formatMessage(record))
+
+    def formatException(self, ei: Any) -> str:  # noqa: N802
+        """The lines of a traceback, indented: what an exception quotes cannot look like an event either."""
+        return "\n".join(f"  {_escaped(line)}" for line in super().formatException(ei).split("\n"))
 
 
-def configure(json: bool) -> None:
+def _escaped(text: str) -> str:
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
+
+
+def configure(as_json: bool) -> None:
     """Sends the package's log to stderr."""
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(JsonLines() if json else PlainLines())
+    handler.setFormatter(JsonLines() if as_json else PlainLines())
     logger = logging.getLogger("lepton_xla")
     logger.handlers = [handler]
     logger.propagate = False

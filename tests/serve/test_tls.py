@@ -302,7 +302,7 @@ SCRIPT = textwrap.dedent(
     from lepton_xla.serve import Options, Server
     from lepton_xla.serve.logs import configure
 
-    configure(json=True)
+    configure(as_json=True)
     options = Options(port=0, token_file=Path({file!r}))
     Server(Affine((1,)), options).run(on_ready=lambda server: print(server.address[1], flush=True))
     """
