@@ -26,7 +26,6 @@ _PIECE_ITEMS = 1 << 13
 _REST_S = 50e-6
 
 _NOT_STRUCTURE = bytes(set(range(256)) - set(b"[],"))
-_BRACKETS_TO_BLANKS = bytes.maketrans(b"[]", b"  ")
 
 
 def read_data(text: bytes, shape: Sequence[int], datatype: Datatype, where: str) -> bytes:
@@ -48,7 +47,7 @@ def read_data(text: bytes, shape: Sequence[int], datatype: Datatype, where: str)
     if text.find(b"[", first + 1) >= 0:
         if not _is_nested_as(text, shape):
             raise RefusedError(400, f"{where}: data is neither flat nor nested as shape {list(shape)} is")
-        flat = b"[" + text.translate(_BRACKETS_TO_BLANKS) + b"]" if count else b"[]"
+        flat = b"[" + text.replace(b"[", b" ").replace(b"]", b" ") + b"]" if count else b"[]"
     else:
         flat = text
     # An element takes a byte of JSON at least, so that no shape makes this allocate more than came.

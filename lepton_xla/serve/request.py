@@ -42,7 +42,7 @@ class InputHead(msgspec.Struct, frozen=True):
     name: str
     shape: Shape
     datatype: str
-    parameters: Parameters = {}
+    parameters: Parameters | None = None
     data: Data = msgspec.UNSET
 
 
@@ -50,7 +50,7 @@ class OutputHead(msgspec.Struct, frozen=True):
     """One output as asked for; its parameters may be `binary_data` and `classification`."""
 
     name: str
-    parameters: Parameters = {}
+    parameters: Parameters | None = None
 
 
 class RequestHead(msgspec.Struct, frozen=True):
@@ -63,7 +63,7 @@ class RequestHead(msgspec.Struct, frozen=True):
 
     inputs: list[InputHead]
     id: str | None = None
-    parameters: Parameters = {}
+    parameters: Parameters | None = None
     outputs: list[OutputHead] | None = None
 
 
@@ -102,9 +102,9 @@ def check_depth(head: bytes, limit: int) -> None:
         depth = levels[-1]
 
 
-def check_reserved(parameters: Parameters) -> None:
+def check_reserved(parameters: Parameters | None) -> None:
     """Refuses parameters of the request that mean something to the protocol and nothing here."""
-    for name, value in parameters.items():
+    for name, value in (parameters or {}).items():
         if name.startswith("triton_") or name == "headers":
             raise RefusedError(400, f"parameter {name!r} is reserved")
         # A sequence that is said not to be one is what some clients send with every request.
@@ -112,24 +112,24 @@ def check_reserved(parameters: Parameters) -> None:
             raise RefusedError(400, f"parameter {name!r}: models keep no state, so there are no sequences of requests")
 
 
-def check_tensor_parameters(parameters: Parameters, where: str) -> None:
+def check_tensor_parameters(parameters: Parameters | None, where: str) -> None:
     """Refuses tensor parameters of extensions that are not offered."""
-    for name in parameters:
+    for name in parameters or ():
         if name.startswith("shared_memory_"):
             raise RefusedError(400, f"{where}: shared memory is not supported; send tensors in the body")
 
 
-def flag(parameters: Parameters, name: str, where: str, *, default: bool) -> bool:
+def flag(parameters: Parameters | None, name: str, where: str, *, default: bool) -> bool:
     """A parameter that is true or false."""
-    value = parameters.get(name, default)
+    value = default if parameters is None else parameters.get(name, default)
     if not isinstance(value, bool):
         raise RefusedError(400, f"{where}: parameter {name!r} must be true or false")
     return value
 
 
-def number(parameters: Parameters, name: str, where: str) -> int:
+def number(parameters: Parameters | None, name: str, where: str) -> int:
     """A parameter that is a whole number; 0 where it is not given."""
-    value = parameters.get(name, 0)
+    value = 0 if parameters is None else parameters.get(name, 0)
     if type(value) is not int or not 0 <= value < 2**64:
         raise RefusedError(400, f"{where}: parameter {name!r} must be a whole number from 0 to 2**64 - 1")
     return value
@@ -160,12 +160,14 @@ def check_input(given: InputHead, tensor: Tensor, sizes: dict[str, int]) -> int:
 def binary_size(given: InputHead, count: int, datatype: Datatype) -> int | None:
     """Bytes this input has in the binary tail, or None if its data is in the JSON."""
     where = f"input {given.name!r}"
-    size = given.parameters.get("binary_data_size")
+    size = None if given.parameters is None else given.parameters.get("binary_data_size")
+    # KServe writes null where it has none.
+    no_data = given.data is msgspec.UNSET or (len(given.data) == 4 and bytes(given.data) == b"null")
     if size is None:
-        if given.data is msgspec.UNSET:
+        if no_data:
             raise RefusedError(400, f"{where}: neither data nor binary_data_size is given")
         return None
-    if given.data is not msgspec.UNSET:
+    if not no_data:
         raise RefusedError(400, f"{where}: both data and binary_data_size are given")
     if type(size) is not int or size < 0:
         raise RefusedError(400, f"{where}: binary_data_size must be a whole number, not {size!r}")

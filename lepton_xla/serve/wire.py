@@ -9,11 +9,13 @@ Pure functions of bytes: nothing here knows HTTP, sockets or the batcher.
 
 from __future__ import annotations
 
-import dataclasses
+import copy
 import math
+import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import msgspec
 import numpy as np
 
 from lepton_xla.serve.classification import classes_shape
@@ -35,12 +37,13 @@ from lepton_xla.serve.signature import Signature
 
 _CACHED_HEADS = 512
 _CACHED_HEAD_BYTES = 4096
+# Where clients write an id, if they give one: first, and of letters that mean themselves.
+_ID = re.compile(rb'\{"id": ?"([ !#-\[\]-~]*)", ?')
 # Strings of a classification: each takes fifty times the bytes of the element that it is made of.
 _MOST_CLASSES = 1_000_000
 
 
-@dataclasses.dataclass(slots=True, eq=False, kw_only=True)
-class Plan:
+class Plan(msgspec.Struct, eq=False, kw_only=True):
     """What the JSON part of a request says, checked against the signature. Shared by equal requests.
 
     Attributes:
@@ -138,15 +141,12 @@ class Decoder:
             return self._raw(body)
         else:
             head = body[:head_bytes]
-        plan = self._plans.get(head)
         arrays: dict[int, bytes] = {}
+        plan = self._known(head) if head_bytes <= _CACHED_HEAD_BYTES else None
         if plan is None:
             plan = self._plan(head, arrays)
-            # Clients that give an id give each request its own.
-            if not arrays and plan.id is None and len(head) <= _CACHED_HEAD_BYTES:
-                if len(self._plans) >= _CACHED_HEADS:
-                    self._plans.clear()
-                self._plans[head] = plan
+            if head_bytes <= _CACHED_HEAD_BYTES and not arrays:
+                self._remember(head, plan)
         if total - head_bytes != plan.tail_bytes:
             raise RefusedError(
                 400,
@@ -159,6 +159,30 @@ class Decoder:
         if self._bool_inputs:
             self._check_bools(tensors)
         return InferRequest(plan, tensors)
+
+    def _known(self, head: bytes) -> Plan | None:
+        plan = self._plans.get(head)
+        if plan is None and (found := _ID.match(head)) is not None:
+            plan = self._plans.get(b"{" + head[found.end() :])
+            if plan is not None:
+                plan = copy.copy(plan)
+                plan.id = found[1].decode()
+                plan.prefix = None
+        return plan
+
+    def _remember(self, head: bytes, plan: Plan) -> None:
+        """Keeps a plan for equal requests. Those with an id are kept without it: each has its own."""
+        if plan.id is not None:
+            found = _ID.match(head)
+            head = b"{" + head[found.end() :] if found is not None else b""
+            # What is left must not say an id again, in whatever spelling.
+            if not head or b'"id"' in head or b"\\" in head:
+                return
+            plan = copy.copy(plan)
+            plan.id = plan.prefix = None
+        if len(self._plans) >= _CACHED_HEADS:
+            self._plans.clear()
+        self._plans[head] = plan
 
     def _check_bools(self, tensors: Sequence[memoryview]) -> None:
         for index in self._bool_inputs:
