@@ -84,9 +84,9 @@ class _Numbers(click.ParamType[tuple[float, ...]]):
 )
 @click.option("--plot", metavar="FILE.svg", help="Draw latency by percentile, over time and by rate; needs matplotlib.")
 @click.option("--token-file", type=_file, help="File with the bearer token; by default the variable LEPTON_TOKEN.")
-@click.option("--ca-file", type=_file, help="Certificates (PEM) to trust instead of the system's.")
-@click.option("--certificate-file", type=_file, help="The client's own certificate (PEM).")
-@click.option("--key-file", type=_file, help="Its private key, if not in the same file.")
+@click.option("--tls-ca", type=_file, help="Certificates (PEM) to trust instead of the system's.")
+@click.option("--tls-cert", type=_file, help="The client's own certificate (PEM).")
+@click.option("--tls-key", type=_file, help="Private key of --tls-cert, if not in the same file.")
 @_common.json_option
 def load(
     url: str,

@@ -94,7 +94,7 @@ def _tensor(name: str, value: Any) -> tuple[np.ndarray, str, bytes | memoryview]
 
 def _bytes_of(name: str, item: Any) -> bytes:
     if not isinstance(item, str | bytes):
-        raise InputError(f"input {name!r} holds a {type(item).__name__}; an array of objects must be text or bytes")
+        raise InputError(f"input {name!r} holds {type(item).__name__} among objects, which must be text or bytes")
     return item.encode() if isinstance(item, str) else item
 
 

@@ -57,7 +57,7 @@ class Attempts:
         step = self._timeout_s / _STEPS
         return max(1, int((self.deadline - monotonic()) / step)) * step
 
-    def delay(self, outcome: Answer | Exception) -> float | None:
+    def delay(self, outcome: Answer | OSError) -> float | None:
         """Seconds to wait before the next attempt; None if this answer is the last word.
 
         Raises:
@@ -76,9 +76,8 @@ class Attempts:
         self._made += 1
         if self._made <= self._retries and monotonic() + delay < self.deadline:
             return delay
-        if isinstance(outcome, Exception):
-            reason = getattr(outcome, "strerror", None) or str(outcome) or type(outcome).__name__
-            raise RequestError(None, f"{self._url}: no answer after {self._tries()}: {reason}") from outcome
+        if isinstance(outcome, OSError):
+            raise RequestError(None, f"{self._url}: no answer after {self._tries()}: {_reason(outcome)}") from outcome
         return None
 
     def _time_out(self, cause: Exception) -> NoReturn:
@@ -86,6 +85,14 @@ class Attempts:
 
     def _tries(self) -> str:
         return "one attempt" if self._made == 1 else f"{self._made} attempts"
+
+
+def _reason(error: OSError) -> str:
+    """Why there is no connection: the system's words, for asyncio has others for each address."""
+    number = error.errno
+    if number is None or number <= 0 or isinstance(error, ssl.SSLError):
+        return str(error) or type(error).__name__
+    return os.strerror(number)
 
 
 def _retry_after(answer: Answer) -> float:
@@ -170,9 +177,9 @@ class Caller:
         model: str | None = None,
         token: str | None = None,
         token_file: str | os.PathLike[str] | None = None,
-        ca_file: str | os.PathLike[str] | None = None,
-        certificate_file: str | os.PathLike[str] | None = None,
-        key_file: str | os.PathLike[str] | None = None,
+        tls_ca: str | os.PathLike[str] | None = None,
+        tls_cert: str | os.PathLike[str] | None = None,
+        tls_key: str | os.PathLike[str] | None = None,
         timeout_s: float = 30.0,
         retries: int = 3,
         max_connections: int = 100,
@@ -184,9 +191,9 @@ class Caller:
             url,
             token=token,
             token_file=token_file,
-            ca_file=ca_file,
-            certificate_file=certificate_file,
-            key_file=key_file,
+            tls_ca=tls_ca,
+            tls_cert=tls_cert,
+            tls_key=tls_key,
         )
         self._model = model
         self._timeout_s = timeout_s

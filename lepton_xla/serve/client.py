@@ -35,9 +35,9 @@ class Client(Caller):
         model: which model methods ask for that are not told; by default the server's only one.
         token: bearer token; by default that of the variable `LEPTON_TOKEN`, if it is set.
         token_file: file that holds the token.
-        ca_file: certificates (PEM) to trust instead of the system's.
-        certificate_file: the client's own certificate (PEM), for a server that asks for one.
-        key_file: its private key, if not in the same file.
+        tls_ca: certificates (PEM) to trust instead of the system's.
+        tls_cert: the client's own certificate (PEM), for a server that asks for one.
+        tls_key: its private key, if not in the same file.
         timeout_s: seconds for a call, all attempts and delays included; the server is told too.
         retries: attempts after the first.
         max_connections: requests on their way at once; more wait for their turn.
@@ -155,7 +155,7 @@ class Client(Caller):
 
     def _call(self, request: RequestOf, attempts: Attempts) -> Answer:
         while True:
-            outcome: Answer | Exception
+            outcome: Answer | OSError
             try:
                 if not self._turns.acquire(timeout=left(attempts.deadline)):
                     raise TimeoutError
@@ -309,7 +309,7 @@ class AsyncClient(Caller):
 
     async def _call(self, request: RequestOf, attempts: Attempts) -> Answer:
         while True:
-            outcome: Answer | Exception
+            outcome: Answer | OSError
             try:
                 async with asyncio.timeout(left(attempts.deadline)), self._turns:
                     outcome = await self._exchange(request(attempts.left()))

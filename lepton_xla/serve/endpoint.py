@@ -62,9 +62,9 @@ def endpoint(
     *,
     token: str | None = None,
     token_file: str | os.PathLike[str] | None = None,
-    ca_file: str | os.PathLike[str] | None = None,
-    certificate_file: str | os.PathLike[str] | None = None,
-    key_file: str | os.PathLike[str] | None = None,
+    tls_ca: str | os.PathLike[str] | None = None,
+    tls_cert: str | os.PathLike[str] | None = None,
+    tls_key: str | os.PathLike[str] | None = None,
 ) -> Endpoint:
     """Where `url` points to and how to get in there.
 
@@ -72,9 +72,9 @@ def endpoint(
         url: such as `https://models.example:8443`; without a scheme it is HTTP.
         token: bearer token. If neither it nor a file is given, the variable `LEPTON_TOKEN` is, where it is set.
         token_file: file that holds the token and nothing else.
-        ca_file: certificates (PEM) to trust instead of the system's.
-        certificate_file: the client's own certificate chain (PEM), for a server that asks for one.
-        key_file: its private key, if not in the same file.
+        tls_ca: certificates (PEM) to trust instead of the system's.
+        tls_cert: the client's own certificate chain (PEM), for a server that asks for one.
+        tls_key: its private key, if not in the same file.
 
     Raises:
         ServeError: for a URL, token or file that cannot be used.
@@ -84,7 +84,7 @@ def endpoint(
         port = parts.port or {"http": 80, "https": 443}.get(parts.scheme)
     except ValueError as error:
         raise ServeError(f"URL {url!r} has no valid port") from error
-    if port is None or not parts.hostname:
+    if parts.scheme not in ("http", "https") or port is None or not parts.hostname:
         raise ServeError(f"URL {url!r}: expected http://HOST:PORT or https://HOST:PORT")
     if "@" in parts.netloc or parts.query or parts.fragment:
         raise ServeError("a server's URL has no user, query or fragment; give a token instead of a password")
@@ -92,8 +92,8 @@ def endpoint(
         raise ServeError(f"URL {url!r} holds a character that has to be percent-encoded")
     tls = None
     if parts.scheme == "https":
-        tls = _tls(ca_file, certificate_file, key_file)
-    elif ca_file or certificate_file or key_file:
+        tls = _tls(tls_ca, tls_cert, tls_key)
+    elif tls_ca or tls_cert or tls_key:
         raise ServeError(f"URL {url!r} is not https, but certificates are given")
     host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
     fields = f"Host: {host}:{port}\r\nUser-Agent: lepton-xla/{importlib.metadata.version('lepton-xla')}\r\n"
@@ -119,15 +119,15 @@ def _token(token: str | None, token_file: str | os.PathLike[str] | None) -> str 
     return token
 
 
-def _tls(ca_file: Any, certificate_file: Any, key_file: Any) -> ssl.SSLContext:
-    if key_file is not None and certificate_file is None:
+def _tls(tls_ca: Any, tls_cert: Any, tls_key: Any) -> ssl.SSLContext:
+    if tls_key is not None and tls_cert is None:
         raise ServeError("a private key is given without its certificate")
     try:
-        context = ssl.create_default_context(cafile=ca_file)
-        if certificate_file is not None:
-            context.load_cert_chain(certificate_file, key_file)
+        context = ssl.create_default_context(cafile=tls_ca)
+        if tls_cert is not None:
+            context.load_cert_chain(tls_cert, tls_key)
     except OSError as error:  # ssl.SSLError is one
-        files = ", ".join(os.fspath(file) for file in (ca_file, certificate_file, key_file) if file is not None)
+        files = ", ".join(os.fspath(file) for file in (tls_ca, tls_cert, tls_key) if file is not None)
         raise ServeError(f"certificates of {files} cannot be used: {error.strerror or error}") from error
     context.set_alpn_protocols(["http/1.1"])
     return context

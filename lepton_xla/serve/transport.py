@@ -70,7 +70,8 @@ class _Parser:
         try:
             self._parser.feed_data(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
-            raise RequestError(None, "the server's answer is not HTTP/1.1") from error
+            if self._whole is None:
+                raise RequestError(None, "the server's answer is not HTTP/1.1") from error
         whole, self._whole = self._whole, None
         return whole
 
@@ -83,6 +84,8 @@ class _Parser:
         return answer
 
     def on_message_begin(self) -> None:
+        if self._whole is not None:
+            self._whole.keep_alive = False  # what follows was not asked for, and would be taken for the next answer
         self._answer = Answer()
         self._pieces = []
 
@@ -100,7 +103,7 @@ class _Parser:
         answer, pieces = self._answer, self._pieces
         if answer.status >= 200:  # before the answer proper there may be others, such as 103
             answer.body = pieces[0] if len(pieces) == 1 else b"".join(pieces)
-            self._whole = answer
+            self._whole = self._whole or answer
         self._answer, self._pieces = Answer(), []
 
 

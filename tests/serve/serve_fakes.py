@@ -160,3 +160,82 @@ def read_outputs(headers, body):
             at += count
     assert at == len(body)
     return arrays
+
+
+class Scripted:
+    """A server that treats each request as the next entry of a script says, the last one over and over.
+
+    Bytes are the answer; None closes the connection; a function is given the socket. `requests` lists what came, as
+    (request line and fields, body); `connections` counts.
+    """
+
+    def __init__(self, *script):
+        self._script = list(script)
+        self._lock = threading.Lock()
+        self._sockets = []
+        self.requests = []
+        self.connections = 0
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
+        self._threads = [threading.Thread(target=self._accept)]
+        self._threads[0].start()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        self._threads[0].join()
+        for sock in self._sockets:
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+        for thread in self._threads[1:]:
+            thread.join()
+        for sock in self._sockets:
+            sock.close()
+
+    def _accept(self):
+        while True:
+            try:
+                sock, _ = self._listener.accept()
+            except OSError:
+                return
+            self.connections += 1
+            self._sockets.append(sock)
+            self._threads.append(threading.Thread(target=self._serve, args=(sock,)))
+            self._threads[-1].start()
+
+    def _serve(self, sock):
+        data = b""
+        with contextlib.suppress(OSError):
+            while True:
+                while b"\r\n\r\n" not in data:
+                    part = sock.recv(65536)
+                    if not part:
+                        return
+                    data += part
+                head, _, data = data.partition(b"\r\n\r\n")
+                length = next(
+                    (int(line[16:]) for line in head.split(b"\r\n") if line.startswith(b"Content-Length: ")), 0
+                )
+                while len(data) < length:
+                    data += sock.recv(65536)
+                with self._lock:
+                    self.requests.append((head, data[:length]))
+                    entry = self._script.pop(0) if len(self._script) > 1 else self._script[0]
+                data = data[length:]
+                if entry is None:
+                    sock.shutdown(socket.SHUT_RDWR)
+                    return
+                if callable(entry):
+                    entry(sock)
+                else:
+                    sock.sendall(entry)
+
+
+def raw_answer(status, body=b"", headers=None):
+    """The bytes of an answer."""
+    fields = {"Content-Length": str(len(body))} | (headers or {})
+    lines = [f"HTTP/1.1 {status} Whatever", *(f"{key}: {value}" for key, value in fields.items())]
+    return "\r\n".join(lines).encode("latin-1") + b"\r\n\r\n" + body
