@@ -90,6 +90,12 @@ class TensorConfig(msgspec.Struct, frozen=True):
     dims: Dims
 
 
+class InputConfig(TensorConfig, frozen=True):
+    """An input, which Triton gives a format too: the order of an image's dimensions, where it knows it."""
+
+    format: str = "FORMAT_NONE"
+
+
 class DynamicBatching(msgspec.Struct, frozen=True):
     """How requests are put together."""
 
@@ -111,7 +117,7 @@ class ModelConfig(msgspec.Struct, frozen=True):
     backend: str
     version_policy: VersionPolicy
     max_batch_size: Annotated[int, msgspec.Meta(ge=0, description="0: requests are never put together.")]
-    input: list[TensorConfig]
+    input: list[InputConfig]
     output: list[TensorConfig]
     dynamic_batching: DynamicBatching | msgspec.UnsetType = msgspec.UNSET
 
@@ -225,8 +231,8 @@ def model_config(signature: Signature, max_delay_s: float) -> ModelConfig:
     """The answer to `GET /v2/models/{model}/config`."""
     skip = 0 if signature.batch is None else 1
 
-    def described(tensors: tuple[Tensor, ...]) -> list[TensorConfig]:
-        return [TensorConfig(tensor.name, f"TYPE_{tensor.datatype.name}", _dims(tensor)[skip:]) for tensor in tensors]
+    def described[T: TensorConfig](kind: type[T], tensors: tuple[Tensor, ...]) -> list[T]:
+        return [kind(tensor.name, f"TYPE_{tensor.datatype.name}", _dims(tensor)[skip:]) for tensor in tensors]
 
     batching: DynamicBatching | msgspec.UnsetType = msgspec.UNSET
     if signature.batch is not None:
@@ -237,8 +243,8 @@ def model_config(signature: Signature, max_delay_s: float) -> ModelConfig:
         backend=SERVER_NAME,
         version_policy=VersionPolicy({"versions": [signature.version]}),
         max_batch_size=0 if signature.batch is None else signature.ladder[-1],
-        input=described(signature.inputs),
-        output=described(signature.outputs),
+        input=described(InputConfig, signature.inputs),
+        output=described(TensorConfig, signature.outputs),
         dynamic_batching=batching,
     )
 
