@@ -71,6 +71,9 @@ PASSES = {
     "codebook16": ["fold", "gptq", "lower"],
     "prune50": ["fold", "prune"],
     "int8-prune50": ["fold", "prune", "lower"],
+    "codebook16-prune90": ["fold", "prune", "lower"],
+    "shrink50": ["fold", "shrink"],
+    "int8-shrink50": ["fold", "shrink", "smoothquant", "gptq", "lower"],
 }
 NEEDS_DATA = {"smoothquant", "gptq"}
 # What the presets may lose on random weights.
@@ -86,7 +89,12 @@ LOSS = {
     "prune50": 0.6,
     "int8-prune50": 0.6,
     "w4a4": 0.9,
+    # To be trained on: what they leave of a model that is not is little.
+    "shrink50": 1.2,
+    "int8-shrink50": 1.2,
+    "codebook16-prune90": 1.2,
 }
+SPARSITY = {"prune50": 0.5, "int8-prune50": 0.5, "codebook16-prune90": 0.9}
 
 
 def test_every_preset_is_tested():
@@ -107,17 +115,20 @@ def test_a_preset_end_to_end(net, images, name):
     assert not [path for path in small.weights if "batch_stats" in path]
     for path in KERNELS:
         weight = small.weights[path]
-        assert isinstance(weight, QTensor) == (name != "prune50")
+        assert isinstance(weight, QTensor) == ("lower" in PASSES[name])
     if "int8" in name or "fp8" in name:
-        assert small.weights_bytes < 0.27 * net.weights_bytes
-    if "prune" in name:
-        assert list(small.masks) == KERNELS
+        assert small.weights_bytes < (0.14 if "shrink" in name else 0.27) * net.weights_bytes
+    if "shrink" in PASSES[name]:
+        metrics = next(report.metrics for report in small.history if report.name == "shrink")
+        assert 0.2 < metrics["flops_after"] / metrics["flops_before"] <= 0.5  # in steps of eight channels
+    assert set(small.masks) == (set(KERNELS) if name in SPARSITY else set())
+    if name in SPARSITY:
         dropped = sum(int(np.sum(~np.asarray(mask))) for mask in small.masks.values())
-        assert dropped == round(0.5 * sum(mask.size for mask in small.masks.values()))
+        assert dropped == round(SPARSITY[name] * sum(mask.size for mask in small.masks.values()))
         for path in KERNELS:
             weight = small.weights[path]
-            codes = weight.values if isinstance(weight, QTensor) else weight
-            assert np.sum(np.asarray(codes) == 0) >= np.sum(~np.asarray(small.masks[path]))
+            values = weight.dequantize() if isinstance(weight, QTensor) else weight
+            assert np.sum(np.asarray(values) == 0) >= np.sum(~np.asarray(small.masks[path]))
 
 
 @pytest.mark.parametrize("name", ["int8", "int4-weight-only", "fp8"])

@@ -54,7 +54,10 @@ def test_presets_load(name):
 
 
 def test_there_are_the_presets_the_documentation_names():
-    assert {"int8", "int8-weight-only", "prune50", "int8-prune50"} <= set(presets())
+    named = {"int8", "int8-weight-only", "prune50", "int8-prune50", "shrink50", "int8-shrink50", "codebook16-prune90"}
+    assert named <= set(presets())
+    for name in ("shrink50", "int8-shrink50", "codebook16-prune90"):
+        assert "accuracy is lost until" in Recipe.load(name).description
 
 
 def test_a_file_is_named_by_its_stem_or_by_itself(tmp_path):

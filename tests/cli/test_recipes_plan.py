@@ -138,7 +138,7 @@ def test_rules_that_the_weights_do_not_allow(cli, variant, tmp_path, monkeypatch
 
 def test_a_recipe_that_is_not_there(cli, plain):
     line = cli.refused("plan", plain, "--recipe", "missing.toml")
-    assert "'missing.toml': neither a preset (codebook16, fp8, " in line
+    assert "'missing.toml': neither a preset (codebook16, codebook16-prune90, fp8, " in line
 
 
 @pytest.mark.parametrize(
