@@ -96,9 +96,10 @@ class Result:
         names = [f"p{percent:g}" for percent in PERCENTILES]
         if not len(values):
             return dict.fromkeys((*names, "max"), float("nan"))
-        # The nearest rank above, so that each figure is a latency that was measured.
-        found = np.percentile(values, PERCENTILES, method="inverted_cdf")
-        return dict(zip((*names, "max"), map(float, (*found, values.max())), strict=True))
+        # The nearest rank above, in whole numbers, so that each figure is a latency that was measured.
+        ordered = np.sort(values)
+        ranks = [-(-len(ordered) * round(percent * 10) // 1000) for percent in PERCENTILES]
+        return dict(zip(names, (float(ordered[rank - 1]) for rank in ranks), strict=True)) | {"max": float(ordered[-1])}
 
     def to_json(self) -> dict[str, Any]:
         """Its figures, without the single requests."""
