@@ -144,3 +144,23 @@ def test_a_shrunk_model_equals_the_zeroed_one_and_steps_with_masks_are_timed(tmp
     assert set(whole["faster"].values()) == {1.0}
     ((plain, held, _),) = found["step"]["found"].values()
     assert (plain["ratio"], held["name"]) == (1.0, "with masks held")
+
+
+def test_the_server_is_timed_in_closed_and_open_loops_beside_the_bare_executable(tmp_path: pathlib.Path) -> None:
+    found = figures("serving.py", tmp_path, "--models", "first10")["first10"]
+    ours = found["servers"]["lepton_xla"]
+    assert set(ours["closed"]) == {"1", "8"}
+    assert set(ours["open"]) == {"0.5", "0.8", "0.95"}
+    for loop in (*ours["closed"].values(), *ours["open"].values()):
+        assert loop["errors"] == 0
+        assert loop["requests"] > 10
+        assert 0 < loop["p50"] <= loop["p99"] <= loop["p999"]
+    assert ours["memory"] > 1e7
+    assert all(rows > 100 for rows in found["bare"].values())
+    assert found["notes"] == []
+
+
+def test_another_server_that_cannot_start_is_a_line_that_says_so(tmp_path: pathlib.Path) -> None:
+    found = figures("serving.py", tmp_path, "--models", "first10", "--litserve", "/bin/false")["first10"]
+    assert found["notes"] == ["LitServe is missing: ended: "]
+    assert list(found["servers"]) == ["lepton_xla"]

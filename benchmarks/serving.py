@@ -1,0 +1,595 @@
+"""Our server beside mosec, Triton, LitServe and the bare executable: throughput, latency, processor time, memory.
+
+    python benchmarks/serving.py [--models first10,digits,minilm] [--mosec PYTHON] [--litserve PYTHON] [--triton PYTHON]
+
+Every server gets the same rows, one a request. Closed loop: so many connections, each with one unanswered request (wrk
+where it is installed, else our generator). Open loop: requests due at random moments (Poisson) at a share of what the
+closed loop of 64 connections took, latency counted from when a request was due. All servers are up all the time; those
+whose turn it is not are stopped (SIGSTOP). The load generator runs on the same machine.
+Writes docs/benchmarks/serving.md. Each other server in an environment of its own, such as
+
+    python3.12 -m venv build/peers/triton && build/peers/triton/bin/pip install nvidia-pytriton==0.7.0
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import os
+import pathlib
+import shutil
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import harness
+import models
+import numpy as np
+import psutil
+from rich.console import Console
+
+import lepton_xla as lx
+from lepton_xla.serve.endpoint import endpoint
+from lepton_xla.serve.generator import generate
+from lepton_xla.serve.load import Load
+
+RESULTS = harness.PAGES / "serving.json"
+SERVERS = pathlib.Path(__file__).parent / "servers"
+CONNECTIONS = (1, 8, 64, 256)
+SHARES = (0.5, 0.8, 0.95)
+CAPACITY_AT = 64
+START_S = 180.0
+OURS = "lepton_xla"
+_LUA = """
+wrk.method = "POST"
+local file = io.open("{body}", "rb"); wrk.body = file:read("*all"); file:close()
+{fields}
+done = function(summary, latency, requests)
+  local e = summary.errors
+  local failed = e.connect + e.read + e.write + e.timeout + e.status
+  io.write(string.format("FIGURES %d %d %d %f %f %f\\n", summary.requests, summary.duration, failed,
+    latency:percentile(50), latency:percentile(99), latency:percentile(99.9)))
+end
+"""
+console = Console(width=150, highlight=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class Payload:
+    """One request's row, as each kind of server takes it.
+
+    Attributes:
+        model: its name with us.
+        rows: input name -> array of one row.
+        outputs: name and expected value of that row's output.
+    """
+
+    model: str
+    rows: Mapping[str, np.ndarray]
+    outputs: Mapping[str, np.ndarray]
+
+    def oip(self) -> tuple[bytes, dict[str, str]]:
+        """Body and header fields by the Open Inference Protocol, binary both ways."""
+        types = {"float32": "FP32", "int32": "INT32"}
+        inputs = [
+            {
+                "name": name,
+                "shape": list(row.shape),
+                "datatype": types[row.dtype.name],
+                "parameters": {"binary_data_size": row.nbytes},
+            }
+            for name, row in self.rows.items()
+        ]
+        outputs = [{"name": name, "parameters": {"binary_data": True}} for name in self.outputs]
+        head = json.dumps({"inputs": inputs, "outputs": outputs}).encode()
+        fields = {"Content-Type": "application/octet-stream", "Inference-Header-Content-Length": str(len(head))}
+        return head + self.raw()[0], fields
+
+    def raw(self) -> tuple[bytes, dict[str, str]]:
+        """The rows' bytes."""
+        return b"".join(row.tobytes() for row in self.rows.values()), {"Content-Type": "application/octet-stream"}
+
+    def json(self) -> tuple[bytes, dict[str, str]]:
+        """The rows' numbers."""
+        return json.dumps({k: v[0].tolist() for k, v in self.rows.items()}).encode(), {
+            "Content-Type": "application/json"
+        }
+
+
+class Server:
+    """A server in a process group of its own.
+
+    Args:
+        name: in the table.
+        command: what starts it.
+        port: where it listens.
+        path: of the route.
+        request: body and header fields of one request.
+        env: further environment.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        command: Sequence[str],
+        port: int,
+        path: str,
+        request: tuple[bytes, dict[str, str]],
+        env: Mapping[str, str] | None = None,
+    ) -> None:
+        self.name, self.port, self.path, self.request = name, port, path, request
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115 (closed by stop)
+        self._process = subprocess.Popen(
+            command,
+            stdout=self._log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            env={**os.environ, **(env or {})},
+        )
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}{self.path}"
+
+    def ask(self) -> bytes:
+        """The body of the answer to one request.
+
+        Raises:
+            OSError: if there is none.
+        """
+        body, fields = self.request
+        with urllib.request.urlopen(urllib.request.Request(self.url, body, fields), timeout=10) as answer:
+            return answer.read()
+
+    def wait(self) -> bytes:
+        """The first answer.
+
+        Raises:
+            RuntimeError: if the server ends or does not answer in time.
+        """
+        deadline = time.monotonic() + START_S
+        while True:
+            try:
+                return self.ask()
+            except (OSError, urllib.error.URLError) as error:
+                ended = self._process.poll() is not None
+                if ended or time.monotonic() > deadline:
+                    self._log.seek(0)
+                    said = [line for line in self._log.read().decode(errors="replace").splitlines() if "Error" in line][
+                        -1:
+                    ]
+                    raise RuntimeError(f"{'ended' if ended else error}: {' '.join(said)[:300]}") from error
+            time.sleep(0.3)
+
+    def _family(self) -> list[psutil.Process]:
+        with contextlib.suppress(psutil.Error):
+            parent = psutil.Process(self._process.pid)
+            return [parent, *parent.children(recursive=True)]
+        return []
+
+    def signal(self, number: int) -> None:
+        """Sends a signal to all its processes."""
+        for process in self._family():
+            with contextlib.suppress(psutil.Error):
+                process.send_signal(number)
+
+    def cpu_s(self) -> float:
+        """Processor seconds of all its processes so far."""
+        used = 0.0
+        for process in self._family():
+            with contextlib.suppress(psutil.Error):
+                times = process.cpu_times()
+                used += times.user + times.system
+        return used
+
+    def memory(self) -> int:
+        """Bytes in memory of all its processes, shared pages shared out among them."""
+        total = 0
+        for process in self._family():
+            with contextlib.suppress(psutil.Error):
+                total += process.memory_full_info().pss
+        return total
+
+    def stop(self) -> None:
+        """Ends it and all it started."""
+        self.signal(signal.SIGCONT)
+        family = self._family()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGTERM)
+        _, alive = psutil.wait_procs(family, timeout=10)
+        for process in alive:
+            with contextlib.suppress(psutil.Error):
+                process.kill()
+        self._process.wait()
+        self._log.close()
+
+
+@contextlib.contextmanager
+def turn(server: Server) -> Iterator[None]:
+    """Lets a stopped server run for a while."""
+    server.signal(signal.SIGCONT)
+    try:
+        server.ask()
+        yield
+    finally:
+        server.signal(signal.SIGSTOP)
+
+
+def closed(server: Server, connections: int, seconds: float) -> dict[str, float]:
+    """Figures of a closed loop: requests/s, percentiles in milliseconds, errors, processor time."""
+    with turn(server):
+        if shutil.which("wrk"):
+            _wrk(server, connections, 0.5)
+        used = server.cpu_s()
+        figures = (
+            _wrk(server, connections, seconds) if shutil.which("wrk") else _load(server, None, connections, seconds)
+        )
+        used = server.cpu_s() - used
+    return figures | {"cpu_s_per_1000": 1000 * used / max(figures["requests"], 1)}
+
+
+def opened(server: Server, rate: float, seconds: float) -> dict[str, float]:
+    """Figures of an open loop at `rate` requests/s."""
+    with turn(server):
+        return _load(server, rate, 512, seconds)
+
+
+def _wrk(server: Server, connections: int, seconds: float) -> dict[str, float]:
+    body, fields = server.request
+    with tempfile.TemporaryDirectory() as folder:
+        (pathlib.Path(folder) / "body").write_bytes(body)
+        lines = "\n".join(f'wrk.headers["{name}"] = "{value}"' for name, value in fields.items())
+        script = pathlib.Path(folder) / "post.lua"
+        script.write_text(_LUA.format(body=f"{folder}/body", fields=lines))
+        done = subprocess.run(
+            ["wrk", "-t1", f"-c{connections}", f"-d{max(1, round(seconds))}s", "--timeout", "10s", "-s", script,
+             server.url],
+            capture_output=True, text=True, check=True,
+        )  # fmt: skip
+    line = next(line for line in done.stdout.splitlines() if line.startswith("FIGURES"))
+    requests, micros, errors, *percentiles = map(float, line.split()[1:])
+    p50, p99, p999 = (value / 1e3 for value in percentiles)
+    return {
+        "rate": requests / micros * 1e6, "requests": requests, "errors": errors, "p50": p50, "p99": p99, "p999": p999
+    }  # fmt: skip
+
+
+def _load(server: Server, rate: float | None, connections: int, seconds: float) -> dict[str, float]:
+    body, fields = server.request
+    lines = [f"POST {server.path} HTTP/1.1", f"Host: 127.0.0.1:{server.port}", f"Content-Length: {len(body)}"]
+    lines += [f"{name}: {value}" for name, value in fields.items()]
+    request = "\r\n".join(lines).encode() + b"\r\n\r\n" + body
+    load = Load(rate=rate, connections=connections, seconds=seconds, warmup_s=1.0, timeout_s=10.0)
+    result = generate(endpoint(f"http://127.0.0.1:{server.port}"), request, load)
+    found = result.percentiles()
+    return {
+        "rate": result.good / result.seconds,
+        "requests": float(len(result.status)),
+        "errors": float(result.errors),
+        "p50": 1e3 * found["p50"],
+        "p99": 1e3 * found["p99"],
+        "p999": 1e3 * found["p99.9"],
+        "lag_p99": 1e3 * result.percentiles(result.lag_s)["p99"],
+    }
+
+
+def bare(artifact: pathlib.Path, payload: Payload, seconds: float) -> dict[str, float]:
+    """Rows/s of the executables without a server, by batch size: NumPy in, NumPy out, one call after the other."""
+    model = lx.load(artifact)
+    found = {}
+    sizes = {name: payload.rows[key].shape[axis] for key, spec in model.inputs.items()
+             for axis, name in enumerate(spec.shape) if isinstance(name, str)}  # fmt: skip
+    for size in model.buckets["batch"]:
+        arrays = [np.repeat(payload.rows[name], size, axis=0) for name in model.inputs]
+        run = model.runner({**sizes, "batch": size})
+        run(arrays)
+        count, began = 0, time.perf_counter()
+        while time.perf_counter() - began < seconds:
+            run(arrays)
+            count += 1
+        found[str(size)] = count * size / (time.perf_counter() - began)
+    return found
+
+
+# What is served.
+
+
+def first10(folder: pathlib.Path, quick: bool) -> tuple[pathlib.Path, Payload]:
+    """784 numbers to 10: a product with the first columns of the unit matrix, which is what the others copy."""
+    del quick
+    weights = {"kernel": np.eye(784, 10, dtype=np.float32)}
+    inputs = {"x": lx.TensorSpec(("batch", 784), "float32")}
+    program = lx.trace(lambda weights, x: {"y": x @ weights["kernel"]}, weights, inputs)
+    path = folder / "first10.lepton"
+    lx.compile(program, {"batch": (1, 2, 4, 8, 16, 32, 64)}, name="first10").save(path)
+    row = np.random.default_rng(0).random((1, 784), np.float32)
+    return path, Payload("first10", {"x": row}, {"y": row[:, :10]})
+
+
+def benchmark_model(name: str, buckets: Mapping[str, tuple[int, ...]]) -> Any:
+    """A model of the other benchmarks with recipe `int8`."""
+
+    def make(folder: pathlib.Path, quick: bool) -> tuple[pathlib.Path, Payload]:
+        spec = models.load(name, quick=quick).spec
+        small = lx.optimize(
+            spec.program(), lx.Recipe.load("int8"), calibration=spec.calibration_batches(), buckets=buckets
+        )
+        path = folder / f"{name}.lepton"
+        lx.compile(small, buckets, name=name).save(path)
+        sizes = {"batch": 1} | {symbol: ladder[-1] for symbol, ladder in buckets.items() if symbol != "batch"}
+        rows = harness.example_inputs(spec.inputs, sizes)
+        return path, Payload(name, rows, lx.load(path)(**rows))
+
+    return make
+
+
+MODELS = {
+    "first10": first10,
+    "digits": benchmark_model("digits", {"batch": (1, 8, 32, 128)}),
+    "minilm": benchmark_model("minilm", {"batch": (1, 4, 8), "seq": (128,)}),
+}
+
+
+def start(
+    name: str, path: pathlib.Path, payload: Payload, options: argparse.Namespace
+) -> tuple[list[Server], list[str]]:
+    """Every server that can be had, each having given the right answer, and why others are missing."""
+
+    def port() -> int:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            return free.getsockname()[1]
+
+    infer = f"/v2/models/{name}/infer"
+    made: list[tuple[str, Any]] = []
+    for label, flags in {
+        OURS: (),
+        **{f"{OURS} --frontends {n}": ("--frontends", str(n)) for n in options.frontends},
+    }.items():
+        at = port()
+        command = [sys.executable, "-m", "lepton_xla", "serve", str(path), "--port", str(at), *flags]
+        made.append(
+            (label, lambda label=label, command=command, at=at: Server(label, command, at, infer, payload.oip()))
+        )
+    if options.mosec:
+        at = port()
+        command = [options.mosec, str(SERVERS / "mosec_server.py"), "--port", str(at)]
+        env = {} if name == "first10" else {"LEPTON_ARTIFACT": str(path)}
+        made.append(("mosec", lambda: Server("mosec", command, at, "/inference", payload.raw(), env)))
+    if options.litserve and name == "first10":
+        lit_at = port()
+        lit = [options.litserve, str(SERVERS / "litserve_server.py"), "--port", str(lit_at)]
+        made.append(("LitServe", lambda: Server("LitServe", lit, lit_at, "/predict", payload.json())))
+    if options.triton and name == "first10":
+        triton_at = port()
+        triton, env_triton = triton_command(options.triton, triton_at)
+        made.append(("Triton", lambda: Server("Triton", triton, triton_at, infer, payload.oip(), env_triton)))
+    running: list[Server] = []
+    notes: list[str] = []
+    for label, make in made:
+        console.print(f"  starting {label} ...")
+        server = make()
+        try:
+            _check(server.wait(), payload, label)
+        except (RuntimeError, ValueError) as error:
+            server.stop()
+            notes.append(f"{label} is missing: {error}")
+            console.print(f"  {notes[-1]}")
+            continue
+        server.signal(signal.SIGSTOP)
+        running.append(server)
+    return running, notes
+
+
+def _check(body: bytes, payload: Payload, label: str) -> None:
+    expected = next(iter(payload.outputs.values()))
+    if label == "LitServe":
+        got = np.asarray(json.loads(body)["y"], np.float32)
+    else:
+        got = np.frombuffer(body[-expected.nbytes :], expected.dtype)
+    if not np.allclose(got.ravel(), expected.ravel(), rtol=1e-2, atol=1e-2):
+        raise ValueError("the answer is wrong")
+
+
+def triton_command(python: str, port: int) -> tuple[list[str], dict[str, str]]:
+    """The Triton Inference Server out of the nvidia-pytriton wheel of that Python, and its environment."""
+    ask = "import sysconfig, sys; print(sysconfig.get_path('purelib'), sysconfig.get_config_var('LIBDIR'), '%d.%d' % sys.version_info[:2])"  # noqa: E501
+    site, libraries, version = subprocess.run(
+        [python, "-c", ask], capture_output=True, text=True, check=True
+    ).stdout.split()
+    server = pathlib.Path(site) / "pytriton" / "tritonserver"
+    stub = server / "python_backend_stubs" / version / "triton_python_backend_stub"
+    shutil.copy(stub, server / "backends" / "python")
+    command = [
+        str(server / "bin" / "tritonserver"), f"--model-repository={SERVERS / 'triton'}",
+        f"--backend-directory={server / 'backends'}", "--http-address=127.0.0.1", f"--http-port={port}",
+        "--allow-grpc=false", "--allow-metrics=false",
+    ]  # fmt: skip
+    return command, {"LD_LIBRARY_PATH": libraries, "PEER_SITE": site}
+
+
+def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
+    """All figures of one model."""
+    with tempfile.TemporaryDirectory() as folder:
+        path, payload = MODELS[name](pathlib.Path(folder), options.quick)
+        bare_rows = bare(path, payload, 0.2 if options.quick else 2.0)
+        servers, notes = start(name, path, payload, options)
+        try:
+            rows: dict[str, dict[str, Any]] = {server.name: {"closed": {}, "open": {}} for server in servers}
+            for connections in options.connections:
+                turns: dict[str, list[dict[str, float]]] = {server.name: [] for server in servers}
+                for index in range(options.rounds):
+                    for server in servers[index % len(servers) :] + servers[: index % len(servers)]:
+                        turns[server.name].append(closed(server, connections, options.seconds))
+                for label, found in turns.items():
+                    rows[label]["closed"][str(connections)] = _medians(found)
+                console.print(f"  {connections} connections: " + _line(rows, "closed", str(connections)))
+            for server in servers:
+                rows[server.name]["memory"] = server.memory()
+            for share in SHARES:
+                for server in servers:
+                    capacity = rows[server.name]["closed"][str(options.capacity_at)]["rate"]
+                    found = opened(server, share * capacity, options.open_seconds)
+                    rows[server.name]["open"][f"{share:g}"] = found | {"asked": share * capacity}
+                console.print(f"  {100 * share:g} % of capacity: " + _line(rows, "open", f"{share:g}"))
+        finally:
+            for server in servers:
+                server.stop()
+    return {"bare": bare_rows, "servers": rows, "notes": notes}
+
+
+def _medians(found: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    medians = {key: statistics.median(each[key] for each in found) for key in found[0]}
+    return medians | {"errors": sum(each["errors"] for each in found)}
+
+
+def _line(rows: Mapping[str, Any], kind: str, key: str) -> str:
+    return ", ".join(
+        f"{label} {row[kind][key]['rate']:,.0f}/s p99 {row[kind][key]['p99']:.2f} ms" for label, row in rows.items()
+    )
+
+
+# The page.
+
+
+TITLES = {
+    "first10": "784 numbers in, 10 out",
+    "digits": "The digits CNN, recipe int8: 64 numbers in, 10 out",
+    "minilm": "MiniLM, recipe int8: 128 tokens in, 384 numbers out",
+}
+
+
+def write_page(results: Mapping[str, Any]) -> None:
+    """Writes docs/benchmarks/serving.md from all results so far."""
+    parts = [
+        "# Serving",
+        (
+            "One row a request. Closed loop: connections that each have one request unanswered; open loop: requests "
+            "due at random moments at a share of the rate that the server reached with "
+            f"{CAPACITY_AT} connections, latency from when each was due. Times in milliseconds, medians of rounds in "
+            "which the servers took turns, those whose turn it was not stopped; the load generator runs on the same "
+            "machine and cores. `x` is the rate over that of mosec, CPU the server's processor seconds a thousand "
+            "requests with 64 connections, memory what its processes hold after the closed loops. mosec, LitServe and "
+            "Triton run NumPy for the first table; mosec runs our artifact for the others, from Python as its users "
+            "would. `bare` is the executable called in a loop without a server."
+        ),
+    ]
+    for name, result in results.items():
+        parts += [f"## {TITLES[name]}", *_tables(result), *result["notes"], _provenance(result)]
+    harness.PAGES.mkdir(parents=True, exist_ok=True)
+    (harness.PAGES / "serving.md").write_text("\n\n".join(parts) + "\n")
+
+
+def _tables(result: Mapping[str, Any]) -> list[str]:
+    servers = result["servers"]
+    keys = list(next(iter(servers.values()))["closed"]) if servers else []
+    best = max(result["bare"].values())
+    header = ["closed loop", *(f"{key} connections: req/s (p50, p99, p99.9)" for key in keys)]
+    header += ["x", "of bare", "CPU", "memory MB", "errors"]
+    at = str(CAPACITY_AT) if str(CAPACITY_AT) in keys else keys[-1]
+    base = servers.get("mosec", {}).get("closed", {}).get(at, {}).get("rate")
+    cells = []
+    for label, row in servers.items():
+        found = row["closed"]
+        top = found[at]["rate"]
+        cells.append([
+            label,
+            *(_cell(found[k]) for k in keys),
+            f"{top / base:.2f}" if base else "",
+            f"{100 * max(found[k]['rate'] for k in keys) / best:.0f} %",
+            f"{found[at]['cpu_s_per_1000']:.3f}",
+            f"{row['memory'] / 1e6:,.0f}",
+            f"{sum(found[k]['errors'] for k in keys):.0f}",
+        ])  # fmt: skip
+    bare_line = ", ".join(f"{rows:,.0f} at {size}" for size, rows in result["bare"].items())
+    shares = list(next(iter(servers.values()))["open"]) if servers else []
+    open_header = ["open loop", *(f"{100 * float(s):g} %: req/s (p50, p99, p99.9)" for s in shares), "errors"]
+    open_cells = [
+        [
+            label,
+            *(_cell(row["open"][share]) for share in shares),
+            f"{sum(row['open'][s]['errors'] for s in shares):.0f}",
+        ]
+        for label, row in servers.items()
+    ]  # fmt: skip
+    return [
+        harness.markdown(header, cells),
+        f"Bare executable, rows/s by batch size: {bare_line}.",
+        harness.markdown(open_header, open_cells),
+    ]
+
+
+def _cell(found: Mapping[str, float]) -> str:
+    return f"{found['rate']:,.0f} ({found['p50']:.2f}, {found['p99']:.2f}, {found['p999']:.2f})"
+
+
+def _provenance(result: Mapping[str, Any]) -> str:
+    run = result["run"]
+    where = f"{run['date']}, commit {run['commit']}; {run['machine']}; load average {run['load']} before it started"
+    return f"{where}; {run['versions']}.\n\n    {run['command']}"
+
+
+def _numbers(kind: type) -> Any:
+    return lambda text: tuple(kind(part) for part in text.split(",") if part)
+
+
+def main() -> int:
+    """Measures, prints, writes; exit code 1 where nothing could be measured."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--models", default=",".join(MODELS), help="comma-separated; default: all")
+    parser.add_argument("--mosec", help="a Python that has mosec (and lepton_xla, for other models than first10)")
+    parser.add_argument("--litserve", help="a Python that has litserve")
+    parser.add_argument("--triton", help="a Python 3.12 that has nvidia-pytriton 0.7.0")
+    parser.add_argument("--frontends", type=_numbers(int), default=(), help="also ours with so many front-ends: 1,2")
+    parser.add_argument(
+        "--connections", type=_numbers(int), default=CONNECTIONS, help="closed loops; default 1,8,64,256"
+    )
+    parser.add_argument("--seconds", type=float, default=4.0, help="of one closed loop")
+    parser.add_argument("--open-seconds", type=float, default=10.0, help="of one open loop")
+    parser.add_argument("--rounds", type=int, default=3, help="turns of each server at each number of connections")
+    parser.add_argument("--quick", action="store_true", help="little of everything, no page: a smoke test")
+    parser.add_argument("--json", type=pathlib.Path, help="write the figures to this file")
+    options = parser.parse_args()
+    if options.quick:
+        options.seconds, options.open_seconds, options.rounds, options.connections = 1.0, 0.5, 1, (1, 8)
+    options.capacity_at = CAPACITY_AT if CAPACITY_AT in options.connections else options.connections[-1]
+    wanted = options.models.split(",")
+    if unknown := set(wanted) - set(MODELS):
+        parser.error(f"no model {', '.join(sorted(unknown))}; there are {', '.join(MODELS)}")
+    measured: dict[str, Any] = {}
+    for name in wanted:
+        load = f"{os.getloadavg()[0]:.1f}"
+        console.print(f"{name}: making the artifact ...")
+        try:
+            measured[name] = measure(name, options)
+        except models.MissingError as error:
+            console.print(f"{name}: skipped: {error}")
+            continue
+        measured[name]["run"] = harness.machine() | {"command": harness.command(), "load": load}
+        for part in _tables(measured[name]):
+            console.print(part, markup=False)
+        if not options.quick:
+            known = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
+            known |= {name: measured[name]}
+            known = {name: known[name] for name in MODELS if name in known}
+            RESULTS.parent.mkdir(parents=True, exist_ok=True)
+            RESULTS.write_text(json.dumps(known, indent=1) + "\n")
+            write_page(known)
+    if options.json:
+        options.json.write_text(json.dumps(measured, indent=1) + "\n")
+    console.print(f"repeat with: {harness.command()}")
+    return 0 if measured else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
