@@ -78,10 +78,10 @@ def _limit_options(command: Callable[..., None]) -> Callable[..., None]:
 @_option(
     "--lame-duck-s",
     0.0,
-    "Seconds to go on taking connections after SIGTERM, while readiness already says no: the time a load balancer "
-    "needs to notice.",
+    "Seconds to go on taking connections after SIGTERM, and keeping idle ones, while readiness already says no: the "
+    "time a load balancer needs to notice.",
 )
-@_option("--stop-timeout-s", 30.0, "Seconds after SIGTERM to wait for answers still owed.")
+@_option("--stop-timeout-s", 30.0, "Seconds after that to wait for answers still owed; those left get 503.")
 @_file_option(
     "--token-file",
     "Ask for a token of this file on every route but health; made by `leptonx token create`. Read again when it "
@@ -132,7 +132,7 @@ def serve(
       curl localhost:8000/metrics                        Prometheus
 
     The address is printed once requests are taken. SIGTERM and SIGINT answer what was accepted, then exit with 0;
-    with 1 if --stop-timeout-s passed first.
+    with 1 if --stop-timeout-s passed first. A second one stops at once.
     """
     # Imported here so that `--help` does not wait for JAX.
     from lepton_xla.compiler import load

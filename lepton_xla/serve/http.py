@@ -44,7 +44,7 @@ class Hub:
         admit: told of a head before its body is read; raises `RefusedError` for one that may not bring any.
         refused: told the status of answers that no handler saw, such as 400 for malformed HTTP.
         limits: the bounds.
-        draining: set once to close every connection after its current requests.
+        draining: set once for every connection to be closed by its next answer.
         connections: those open.
         addresses: how many of them come from each client address.
         buffered_bytes: bodies that are arriving or not answered yet, of all connections.
@@ -61,11 +61,10 @@ class Hub:
     buffered_bytes: int = 0
     heads: dict[bytes, Head] = dataclasses.field(default_factory=dict[bytes, Head])
 
-    def drain(self) -> None:
-        """Closes idle connections now and the others after what they have in hand."""
-        self.draining = True
-        for connection in tuple(self.connections):
-            connection.close_if_idle()
+    @property
+    def in_flight(self) -> int:
+        """Requests that have no answer yet, or whose answer waits for one before it."""
+        return sum(connection.unanswered for connection in self.connections)
 
     def sweep(self, now: float) -> None:
         """Enforces the time limits; called about once a second."""
@@ -110,9 +109,7 @@ class Connection(asyncio.Protocol):
         self._address = str((transport.get_extra_info("peername") or ("",))[0])
         hub.addresses[self._address] += 1
         self._deadline = monotonic() + limits.idle_timeout_s
-        if hub.draining:
-            self._transport.close()
-        elif len(hub.connections) > limits.max_connections:
+        if len(hub.connections) > limits.max_connections:
             self._fail(RefusedError(503, "too many connections"))
         elif hub.addresses[self._address] > limits.max_connections_per_address:
             self._fail(RefusedError(503, "too many connections from this address"))
@@ -363,14 +360,18 @@ class Connection(asyncio.Protocol):
             exchange = pending.popleft()
             head = exchange.head
             self._hub.buffered_bytes -= len(exchange.body)
-            last = not head.keep_alive or (self._hub.draining and not pending and not self._in_message)
+            last = not head.keep_alive
+            if self._hub.draining and not self._in_message:
+                # What else may be on its way is not read: that this is the last answer tells the client so.
+                self._closing = True
+                last = last or not pending
             if last:
                 payload = payload.replace(b"\r\n", b"\r\nConnection: close\r\n", 1)
             elif head.old:
                 payload = payload.replace(b"\r\n", b"\r\nConnection: keep-alive\r\n", 1)
             self._transport.write(payload)
             if last:
-                self._finish(unread=not head.method)
+                self._finish(unread=not head.method or self._hub.draining)
                 return
         if not self._reading:
             self._throttle()
@@ -393,18 +394,53 @@ class Connection(asyncio.Protocol):
 
     def _finish(self, unread: bool) -> None:
         self._closing = True
-        if unread:
+        # TLS ends with a message of its own, after which what still comes in is thrown away.
+        if unread and self._transport.can_write_eof():
             # Closing with unread bytes in the socket would reset the connection and could take the answer with it.
             self._deadline = monotonic() + _LINGER_S
-            if self._transport.can_write_eof():
-                self._transport.write_eof()
+            self._transport.write_eof()
         else:
             self._transport.close()
 
-    def close_if_idle(self) -> None:
-        """Closes the connection if nothing is being received or answered on it."""
-        if not self._pending and not self._in_message and not self._closing:
-            self._finish(unread=False)
+    # For whoever stops the server.
+
+    @property
+    def unanswered(self) -> int:
+        """Requests that are read and whose answers are not written."""
+        return len(self._pending)
+
+    @property
+    def owing(self) -> bool:
+        """Whether a request that is read has no answer, or one that has not left the process."""
+        return bool(self._pending) or self._transport.get_write_buffer_size() > 0
+
+    def quiet_s(self, now: float) -> float:
+        """Seconds since the last answer, or since it was opened; -1 while a request is read or answered."""
+        if self._pending or self._in_message or self._closing:
+            return -1.0
+        return now - (self._deadline - self._limits.idle_timeout_s)
+
+    def fileno(self) -> int:
+        """Number of its socket."""
+        return self._transport.get_extra_info("socket").fileno()
+
+    def end(self) -> None:
+        """Closes a quiet connection."""
+        self._finish(unread=False)
+
+    def give_up(self, refusal: RefusedError) -> None:
+        """Answers with an error what has no answer yet, and closes."""
+        if self._in_message:
+            self._fail(refusal)
+        for exchange in tuple(self._pending):
+            cancel = exchange.on_cancel
+            if not exchange.answered:
+                self._hub.refused(refusal.status)
+                exchange.refuse(refusal)
+            if cancel is not None:
+                cancel()
+        if not self._closing:
+            self.end()
 
     def abort(self) -> None:
         """Ends the connection without waiting for anything."""

@@ -22,8 +22,9 @@ from lepton_xla.errors import ServeError
 from lepton_xla.serve.access import Access
 from lepton_xla.serve.app import App
 from lepton_xla.serve.batcher import Batcher
+from lepton_xla.serve.drain import Entrance, Stop, drain
 from lepton_xla.serve.engine import Engine
-from lepton_xla.serve.http import Connection, Hub
+from lepton_xla.serve.http import Hub
 from lepton_xla.serve.limits import Limits
 from lepton_xla.serve.metadata import SERVER_NAME
 from lepton_xla.serve.metrics import Metrics
@@ -50,8 +51,9 @@ class Options:
         max_delay_us: how long a request may wait for company while the engine is idle, in microseconds.
         max_queue_rows: rows that may wait; more get 503. Also the most rows of one request.
         compress_bytes: the smallest answer worth compressing for a client that accepts it.
-        lame_duck_s: how long after a stop is asked for new connections are still taken, readiness already being 503.
-        stop_timeout_s: after this long a stop no longer waits for answers.
+        lame_duck_s: how long after a stop is asked for new connections are still taken and idle ones kept, readiness
+            already being 503.
+        stop_timeout_s: how long after that a stop waits for answers.
         limits: what clients may send.
         token_file: the tokens to ask for, see `leptonx token`; None asks for none.
         tls: certificates to listen with; None speaks plain HTTP.
@@ -121,7 +123,7 @@ class Server:
         self._engine: Engine[Call] = Engine(servable, self._signature)
         self.metrics = Metrics(self._signature.name)
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._stopping: asyncio.Event | None = None
+        self._stop: Stop | None = None
         self._thread: threading.Thread | None = None
         self._started = threading.Event()
         self._failure: BaseException | None = None
@@ -142,7 +144,7 @@ class Server:
         """Serves until stopped.
 
         Args:
-            signals: whether SIGTERM and SIGINT stop it (main thread only).
+            signals: whether SIGTERM and SIGINT stop it (main thread only); a second one stops it at once.
             on_ready: called once it listens.
 
         Returns:
@@ -170,9 +172,9 @@ class Server:
 
     def stop(self, timeout_s: float | None = None) -> None:
         """Stops as on SIGTERM; returns when everything accepted is answered. May be called from any thread."""
-        loop, stopping = self._loop, self._stopping
-        if loop is not None and stopping is not None and not loop.is_closed():
-            loop.call_soon_threadsafe(stopping.set)
+        loop, stop = self._loop, self._stop
+        if loop is not None and stop is not None and not loop.is_closed():
+            loop.call_soon_threadsafe(stop.asked.set)
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join(timeout_s)
 
@@ -194,16 +196,19 @@ class Server:
     async def _main(self, signals: bool, on_ready: Callable[[Server], None] | None) -> bool:
         options, metrics, access = self.options, self.metrics, self._access
         loop = self._loop = asyncio.get_running_loop()
-        stopping = self._stopping = asyncio.Event()
+        stop = self._stop = Stop()
         if signals:
-            for number in (signal.SIGTERM, signal.SIGINT):
-                loop.add_signal_handler(number, stopping.set)
+            stop.listen(loop)
             if access.reloads:
                 loop.add_signal_handler(signal.SIGHUP, functools.partial(access.refresh, force=True))
         listener = access.listen()
         try:
             # Off the loop, so that a signal during a long warm-up is seen as soon as it ends.
             costs = await loop.run_in_executor(None, self._engine.warm_up)
+            stop.warming = False
+            if stop.asked.is_set():
+                listener.close()
+                return True
             batcher: Batcher[Call] = Batcher(
                 self._signature.ladder,
                 max_delay_s=options.max_delay_us * 1e-6,
@@ -219,9 +224,8 @@ class Server:
             hub = Hub(app, options.limits, refused=lambda status: metrics.codes.update((status,)))
             if access.guard is not None:
                 hub.admit = access.guard.authenticate
-            server = await loop.create_server(
-                lambda: Connection(hub), sock=listener, backlog=_BACKLOG, **access.tls_options(options.limits)
-            )
+            entrance = Entrance(hub, listener, _BACKLOG, access.tls_options(options.limits))
+            await entrance.open()
         except BaseException:
             listener.close()
             raise
@@ -234,38 +238,23 @@ class Server:
         scheduler.start()
         name = listener.getsockname()
         self.address = (name[0], name[1])
-        metrics.ready = True
         sweeper = asyncio.create_task(_sweep(hub, access))
-        _log.info("serving %s on %s", self._signature.name, self.url)
-        if on_ready is not None:
-            on_ready(self)
+        finished = False
         try:
-            await stopping.wait()
+            metrics.ready = True
+            _log.info("serving %s on %s", self._signature.name, self.url)
+            if on_ready is not None:
+                on_ready(self)
+            await stop.asked.wait()
             metrics.ready = False
-            _log.info("stopping: %d connections open", len(hub.connections))
-            if options.lame_duck_s:
-                await asyncio.sleep(options.lame_duck_s)
-            server.close()
-            return await self._drain(hub)
+            finished = await drain(hub, entrance, stop, options.lame_duck_s, options.stop_timeout_s)
+            return finished
         finally:
             sweeper.cancel()
             for connection in tuple(hub.connections):
                 connection.abort()
             app.close()
-            scheduler.stop(0.0 if hub.connections else 5.0)
-
-    async def _drain(self, hub: Hub) -> bool:
-        """Waits until every connection is done, no longer than the deadline."""
-        deadline = monotonic() + self.options.stop_timeout_s
-        hub.drain()
-        while hub.connections and monotonic() < deadline:
-            await asyncio.sleep(0.005)
-        left = len(hub.connections)
-        if left:
-            _log.warning("stopped with %d connections unfinished after %s s", left, self.options.stop_timeout_s)
-        else:
-            _log.info("stopped; everything accepted was answered")
-        return not left
+            scheduler.stop(5.0 if finished else 0.0)
 
 
 async def _sweep(hub: Hub, access: Access) -> None:
