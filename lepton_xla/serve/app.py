@@ -9,7 +9,7 @@ import functools
 import logging
 from collections.abc import Callable, Sequence
 from time import monotonic
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 
@@ -21,7 +21,7 @@ from lepton_xla.serve.jsondata import PIECE_BYTES
 from lepton_xla.serve.limits import Limits
 from lepton_xla.serve.metrics import CONTENT_TYPE, Metrics
 from lepton_xla.serve.response import encode_response
-from lepton_xla.serve.scheduler import Call, Scheduler
+from lepton_xla.serve.scheduler import Call
 from lepton_xla.serve.signature import Signature, is_safe
 from lepton_xla.serve.wire import Decoder, InferRequest
 from lepton_xla.serve.workers import Workers
@@ -29,6 +29,35 @@ from lepton_xla.serve.workers import Workers
 _log = logging.getLogger("lepton_xla.serve")
 
 type Route = Callable[[Exchange], None]
+
+
+type Gather = Callable[[Callable[[Metrics], object]], object]
+
+
+class Backend(Protocol):
+    """Where calls run: `Scheduler` on an engine of this process, `RemoteScheduler` on that of another."""
+
+    @property
+    def max_rows(self) -> int:
+        """Most rows of one request."""
+        ...
+
+    @property
+    def waiting_rows(self) -> int:
+        """Rows in the queue now."""
+        ...
+
+    def submit(self, call: Call) -> None:
+        """Takes a call; `finish` or `fail` is told of its end, unless it is cancelled first.
+
+        Raises:
+            RefusedError: why it does not.
+        """
+        ...
+
+    def cancel(self, call: Call) -> None:
+        """Forgets a call: nobody waits for it any more."""
+        ...
 
 
 class InferCall(Call):
@@ -67,12 +96,13 @@ class App:
         server_name: what the server's metadata calls it.
         max_delay_s: what the model's configuration says of waiting for company.
         compress_bytes: the smallest infer answer worth compressing for a client that accepts it.
+        gather: calls back with what the whole server has counted; None if `metrics` is all of it.
     """
 
     def __init__(
         self,
         signature: Signature,
-        scheduler: Scheduler,
+        scheduler: Backend,
         metrics: Metrics,
         limits: Limits,
         *,
@@ -80,6 +110,7 @@ class App:
         server_name: str = metadata.SERVER_NAME,
         max_delay_s: float = 0.0,
         compress_bytes: int = 4096,
+        gather: Gather | None = None,
     ) -> None:
         self._signature = signature
         self.scheduler = scheduler
@@ -89,6 +120,7 @@ class App:
         self._compress_bytes = compress_bytes
         self._decoder = Decoder(signature, limits, scheduler.max_rows)
         self._workers = Workers(limits.max_buffered_bytes)
+        self._gather: Gather = gather or self._own_counts
         trace_settings = self._page(metadata.trace_settings)
         self._handlers: dict[str, Route] = {
             "server_live": self._page(lambda: metadata.ServerLive(live=True)),
@@ -99,8 +131,8 @@ class App:
             "model_metadata": self._page(lambda: metadata.model_metadata(signature)),
             "model_ready": self._show_model_ready,
             "model_config": self._page(lambda: metadata.model_config(signature, max_delay_s)),
-            "model_statistics": self._page(lambda: metadata.statistics(signature, metrics)),
-            "statistics": self._page(lambda: metadata.statistics(signature, metrics)),
+            "model_statistics": self._show_statistics,
+            "statistics": self._show_statistics,
             "repository_index": self._show_index,
             "log_settings": self._page(metadata.log_settings),
             "trace_settings": trace_settings,
@@ -196,10 +228,16 @@ class App:
     def _show_index(self, exchange: Exchange) -> None:
         self._json(exchange, metadata.repository_index(self._signature, self._metrics.ready, exchange.body))
 
+    def _own_counts(self, then: Callable[[Metrics], object]) -> None:
+        self._metrics.waiting_rows = self.scheduler.waiting_rows
+        then(self._metrics)
+
+    def _show_statistics(self, exchange: Exchange) -> None:
+        self._gather(lambda metrics: self._json(exchange, metadata.statistics(self._signature, metrics)))
+
     def _show_metrics(self, exchange: Exchange) -> None:
         self._metrics.codes[200] += 1
-        self._metrics.waiting_rows = self.scheduler.waiting_rows
-        exchange.answer(200, self._metrics.render(), CONTENT_TYPE)
+        self._gather(lambda metrics: exchange.answer(200, metrics.render(), CONTENT_TYPE))
 
     # Infer.
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 import time
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from prometheus_client import CollectorRegistry, exposition
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
@@ -50,6 +51,22 @@ class Histogram:
             running += count
             buckets.append((bound, float(running)))
         return buckets
+
+
+def added(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+    """The sum of what two processes have counted; of times of day the later."""
+    total = dict(one)
+    for name, value in other.items():
+        before = total.get(name)
+        if before is None:
+            total[name] = value
+        elif isinstance(value, Mapping):
+            total[name] = added(before, value)
+        elif isinstance(value, list):
+            total[name] = [x + y for x, y in zip(before, value, strict=True)]
+        else:
+            total[name] = max(before, value) if name == "last_s" else before + value
+    return total
 
 
 class Metrics(Collector):
@@ -93,6 +110,39 @@ class Metrics(Collector):
     def requests(self) -> int:
         """Inferences answered with a result."""
         return self.request_s.count
+
+    def counts(self) -> dict[str, Any]:
+        """What was counted so far, as plain data that another process may add to its own with `plus`."""
+        plain: dict[str, Any] = {}
+        for name, value in vars(self).items():
+            if isinstance(value, Histogram):
+                plain[name] = [*value.counts, value.total]
+            elif isinstance(value, int | float) and not isinstance(value, bool):
+                plain[name] = value
+        return plain | {
+            "codes": {str(code): count for code, count in self.codes.items()},
+            "by_size": {str(size): list(each) for size, each in self.by_size.items()},
+        }
+
+    def plus(self, counts: Mapping[str, Any]) -> Metrics:
+        """What was counted here and elsewhere, of a server in several processes.
+
+        Args:
+            counts: from `counts`, or the sum of several by `added`.
+        """
+        total = Metrics(self._model)
+        total.ready = self.ready
+        for name, value in added(self.counts(), counts).items():
+            if name == "codes":
+                total.codes = Counter({int(code): count for code, count in value.items()})
+            elif name == "by_size":
+                total.by_size = {int(size): (count, seconds) for size, (count, seconds) in value.items()}
+            elif isinstance(value, list):
+                histogram: Histogram = getattr(total, name)
+                *histogram.counts, histogram.total = value
+            else:
+                setattr(total, name, value)
+        return total
 
     def batch(self, rows: int, size: int, staging_s: float, compute_s: float) -> None:
         """Counts one execution."""

@@ -12,25 +12,38 @@ from typing import Any, Protocol
 import numpy as np
 
 from lepton_xla.errors import ServeError
-from lepton_xla.program import TensorSpec
 from lepton_xla.serve.datatypes import Datatype, datatype_of
 
 _SEPARATORS = frozenset("/\\")
 
 
-class Servable(Protocol):
-    """A loaded model with one executable for each combination of bucket sizes."""
+class Spec(Protocol):
+    """Shape and dtype of an input or output."""
+
+    @property
+    def shape(self) -> tuple[int | str, ...]: ...
+    @property
+    def dtype(self) -> str: ...
+
+
+class Described(Protocol):
+    """What a server has to know of a model to check requests for it."""
 
     @property
     def name(self) -> str: ...
     @property
     def version(self) -> str: ...
     @property
-    def inputs(self) -> Mapping[str, TensorSpec]: ...
+    def inputs(self) -> Mapping[str, Spec]: ...
     @property
-    def outputs(self) -> Mapping[str, TensorSpec]: ...
+    def outputs(self) -> Mapping[str, Spec]: ...
     @property
     def buckets(self) -> Mapping[str, tuple[int, ...]]: ...
+
+
+class Servable(Described, Protocol):
+    """A loaded model with one executable for each combination of bucket sizes."""
+
     def run(self, sizes: Mapping[str, int], arrays: Sequence[np.ndarray]) -> Sequence[np.ndarray]:
         """Runs the executable of these sizes on inputs of exactly that shape, in order; gives the outputs in order."""
         ...
@@ -102,11 +115,11 @@ class Signature:
         return sizes
 
 
-def signature_of(servable: Servable, name: str | None = None) -> Signature:
+def signature_of(servable: Described, name: str | None = None) -> Signature:
     """The signature of a servable.
 
     Args:
-        servable: the model.
+        servable: the model, or what describes one that runs elsewhere.
         name: what to call it on the wire, if not its own name.
 
     Raises:
