@@ -383,6 +383,7 @@ def scaled_by(vector):
     return lambda h: h * jnp.asarray(vector, jnp.float32)[None]
 
 
+RAGGED_SUM = lax.RaggedDotDimensionNumbers((((0,), (0,)), ((), ())), [0], [])
 TABLE = np.linspace(0.5, 2, 8, dtype=np.float32)
 BETWEEN = {
     "relu6": (lambda h: jnp.minimum(jax.nn.relu(h), 6.0), {"a[1]": 8}),
@@ -403,13 +404,41 @@ BETWEEN = {
         lambda h: jnp.tanh(jnp.concatenate([h[:, 4:], h[:, :4]], -1).reshape(-1, 4, 2)).swapaxes(1, 2).reshape(-1, 8),
         {"a[1.0]": 2, "a[1.1]": 2, "a[1.2]": 2},
     ),
+    "tiled": (lambda h: jnp.tile(h, (1, 3)).reshape(-1, 3, 8)[:, 1] + jnp.tile(h, (2, 1))[: len(h)], {"a[1]": 8}),
+    "tiled heads": (lambda h: jnp.tile(h.reshape(-1, 2, 4), (1, 2, 1)).reshape(-1, 16)[:, 4:12], {"a[1]": 4}),
+    "stacked": (lambda h: jnp.stack([h, jax.nn.sigmoid(h), 2 * h], 1).prod(1), {"a[1]": 8}),
+    "stacked and flattened": (lambda h: jnp.stack([h[:, :4], jnp.exp(h[:, 4:])], -1).reshape(-1, 8), {"a[1]": 4}),
+    "unstacked": (
+        lambda h: jnp.concatenate([part * part for part in jnp.unstack(h.reshape(-1, 2, 4), axis=1)[::-1]], -1),
+        {"a[1.1]": 4},
+    ),
     "where": (lambda h: jnp.where(h > 1, h, jnp.zeros_like(h)), {"a[1]": 8}),
     "sum of squares": (lambda h: h * lax.rsqrt(jnp.sum(h * h, -1, keepdims=True) + 1.0), {"a[1]": 8}),
     "written into": (lambda h: lax.dynamic_update_slice(jnp.ones((1, *h.shape)), h[None], (0, 0, 0))[0], {"a[1]": 8}),
     "barrier": (lambda h: lax.optimization_barrier((h, h))[1], {"a[1]": 8}),
     "squared norm": (lambda h: h * jnp.einsum("bi,bi->b", h, h)[:, None], {"a[1]": 8}),
     "scattered": (lambda h: jnp.zeros((h.shape[0] + 1, 8)).at[1:].add(h)[1:], {"a[1]": 8}),
+    "summed over after a tile": (lambda h: h * jnp.tile(h, (1, 2)).sum(-1, keepdims=True), {"a[1]": 8}),
     # What depends on position or count keeps all.
+    "summed over after a tile of exps": (
+        lambda h: h * jnp.tile(jnp.exp(h), (1, 2)).sum(-1, keepdims=True),
+        "`reduce_sum` runs over it where removed units would not be zero",
+    ),
+    "exps to experts that are no weights": (
+        lambda h: h * lax.ragged_dot(jnp.exp(h), jnp.ones((2, 8, 1)), jnp.asarray([1, 1], jnp.int32)),
+        "`ragged_dot_general` sums over it where removed units would not be zero",
+    ),
+    "summed over after a stack with ones": (
+        lambda h: h * jnp.stack([h, jnp.ones_like(h)], 1).sum((1, 2))[:, None],
+        "`reduce_sum` runs over it where removed units would not be zero",
+    ),
+    "unstacked itself": (lambda h: jnp.stack(jnp.unstack(h, axis=1)[::-1], 1), "`unstack` takes each position of it"),
+    "ragged sums": (
+        lambda h: h @ jnp.sum(
+            lax.ragged_dot_general(h, h, jnp.asarray([1, 1], jnp.int32), RAGGED_SUM), 0
+        ),
+        "`ragged_dot_general` depends on it",
+    ),
     "sorted": (lambda h: jnp.sort(h, -1), "`sort` runs along it"),
     "cumsum": (lambda h: jnp.cumsum(h, -1), "`cumsum` runs along it"),
     "reversed": (lambda h: h[:, ::-1], "`rev` runs along it"),
@@ -462,6 +491,27 @@ def test_between_two_layers(name):
     small = shrink(program, sparsity=0.5)
     assert sum(np.prod(shape) for shape in shapes(small).values()) < 80
     assert_equals_masked(program, small, array(2, 6, seed=3))
+
+
+def mixture(weights, x, counts):
+    """Experts by `ragged_dot`: the first `counts[0]` rows go to the first, and so on."""
+    hidden = jax.nn.relu(x @ weights["in"])
+    hidden = jax.nn.gelu(lax.ragged_dot(hidden, weights["up"], counts)) + 0.1 * hidden[:, :1]
+    return lax.ragged_dot(jax.nn.softplus(hidden), weights["down"], counts) @ weights["out"]
+
+
+def test_a_mixture_of_experts():
+    weights = {
+        "in": array(6, 8), "up": array(3, 8, 12, seed=1), "down": array(3, 12, 10, seed=2), "out": array(10, 4, seed=3),
+    }  # fmt: skip
+    program = trace(mixture, weights, {**ROWS, "counts": TensorSpec((3,), "int32")})
+    assert units(program) == {"in[1]": 7, "up[2]": 12, "down[2]": 10}
+    small = shrink(program, sparsity=0.5)
+    assert shapes(small) == {"in": (6, 5), "up": (3, 5, 6), "down": (3, 6, 5), "out": (5, 4)}
+    for counts in ([1, 0, 3], [2, 2, 0], [0, 1, 1]):
+        assert_equals_masked(program, small, array(4, 6, seed=4), jnp.asarray(counts, jnp.int32))
+    groups = find_groups(program)
+    assert not [group for group in groups if "[0]" in group.name]  # the experts themselves stay
 
 
 def test_a_mean_that_is_counted_is_kept_but_a_sum_of_what_is_zero_is_not():
