@@ -16,7 +16,7 @@ import signal
 import socket
 from collections.abc import Callable, Iterable
 from time import monotonic
-from typing import Any
+from typing import Any, Protocol
 
 from lepton_xla.serve.errors import RefusedError
 from lepton_xla.serve.http import Connection, Hub
@@ -67,6 +67,14 @@ class Stop:
         except TimeoutError:
             return False
         return True
+
+
+class Closable(Protocol):
+    """Where connections come in."""
+
+    async def close(self) -> None:
+        """Lets in those that wait there, and no more."""
+        ...
 
 
 class Entrance:
@@ -123,7 +131,7 @@ def _accept_all(listener: socket.socket) -> Iterable[socket.socket]:
             return
 
 
-async def drain(hub: Hub, entrance: Entrance, stop: Stop, lame_duck_s: float, timeout_s: float) -> bool:
+async def drain(hub: Hub, entrance: Closable, stop: Stop, lame_duck_s: float, timeout_s: float) -> bool:
     """Stops a server; readiness must say no already.
 
     Args:

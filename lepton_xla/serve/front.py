@@ -1,0 +1,95 @@
+"""The side of a server that clients see: its connections and what they are answered, until it is drained."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from time import monotonic
+from typing import TYPE_CHECKING
+
+from lepton_xla.serve.access import Access
+from lepton_xla.serve.app import App, Backend, Gather
+from lepton_xla.serve.drain import Closable, Stop, drain
+from lepton_xla.serve.http import Hub
+from lepton_xla.serve.metrics import Metrics
+from lepton_xla.serve.signature import Signature
+
+if TYPE_CHECKING:
+    from lepton_xla.serve.server import Options
+
+_log = logging.getLogger("lepton_xla.serve")
+
+_SWEEP_S = 0.5
+
+
+class Front:
+    """Connections to one model.
+
+    Args:
+        signature: the model's.
+        backend: runs its calls.
+        metrics: what is counted.
+        options: how the server runs.
+        access: who can reach it.
+        gather: see `App`.
+
+    Attributes:
+        hub: what the connections share.
+    """
+
+    def __init__(
+        self,
+        signature: Signature,
+        backend: Backend,
+        metrics: Metrics,
+        options: Options,
+        access: Access,
+        gather: Gather | None = None,
+    ) -> None:
+        self._metrics = metrics
+        self._options = options
+        self._access = access
+        self._app = App(
+            signature, backend, metrics, options.limits,
+            guard=access.guard, server_name=options.server_name,
+            max_delay_s=options.max_delay_us * 1e-6, compress_bytes=options.compress_bytes, gather=gather,
+        )  # fmt: skip
+        self.hub = Hub(self._app, options.limits, refused=lambda status: metrics.codes.update((status,)))
+        if access.guard is not None:
+            self.hub.admit = access.guard.authenticate
+
+    async def serve(self, entrance: Closable, stop: Stop, on_ready: Callable[[], object]) -> bool:
+        """Says that it is ready, and serves until it is told to stop.
+
+        Args:
+            entrance: where connections come in, open already.
+            stop: tells when.
+            on_ready: called first.
+
+        Returns:
+            Whether everything accepted was answered.
+        """
+        sweeper = asyncio.create_task(self._sweep())
+        options = self._options
+        try:
+            self._metrics.ready = True
+            on_ready()
+            await stop.asked.wait()
+            self._metrics.ready = False
+            return await drain(self.hub, entrance, stop, options.lame_duck_s, options.stop_timeout_s)
+        finally:
+            sweeper.cancel()
+            for connection in tuple(self.hub.connections):
+                connection.abort()
+            self._app.close()
+
+    async def _sweep(self) -> None:
+        while True:
+            await asyncio.sleep(_SWEEP_S)
+            try:
+                self.hub.sweep(monotonic())
+                self._access.refresh()
+            except Exception:
+                # Without the sweeper no time limit would hold any more.
+                _log.exception("the sweep of connections and files failed")
