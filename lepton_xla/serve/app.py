@@ -42,9 +42,8 @@ class Backend(Protocol):
         """Most rows of one request."""
         ...
 
-    @property
-    def waiting_rows(self) -> int:
-        """Rows in the queue now."""
+    def figures(self) -> dict[str, float]:
+        """What `Metrics` shows of the queue now."""
         ...
 
     def submit(self, call: Call) -> None:
@@ -120,10 +119,10 @@ class App:
         self._compress_bytes = compress_bytes
         self._decoder = Decoder(signature, limits, scheduler.max_rows)
         self._workers = Workers(limits.max_buffered_bytes)
-        self._gather: Gather = gather or self._own_counts
+        self._gather: Gather = gather or (lambda then: then(metrics))
         trace_settings = self._page(metadata.trace_settings)
         self._handlers: dict[str, Route] = {
-            "server_live": self._page(lambda: metadata.ServerLive(live=True)),
+            "server_live": self._show_live,
             "server_ready": self._show_ready,
             "server_metadata": self._page(lambda: metadata.server_metadata(server_name)),
             "openapi": self._page(lambda: openapi.document(signature)),
@@ -167,7 +166,7 @@ class App:
         """What a token has to be good for on the route of a head, and what answers it."""
         route, parameters = routes.find(head.method, head.target)
         if route.refusal:
-            return route.scope, functools.partial(self._decline, route.refusal)
+            return route.scope, functools.partial(self._decline, route)
         model = parameters.get("model")
         if model is not None:
             self._check_model(model, parameters.get("version"))
@@ -214,12 +213,17 @@ class App:
     def _page(self, make: Callable[[], Any]) -> Route:
         return lambda exchange: self._json(exchange, make())
 
-    def _decline(self, why: str, exchange: Exchange) -> None:
-        raise RefusedError(501, why)
+    def _decline(self, route: routes.Route, exchange: Exchange) -> None:
+        headers = ("Allow: GET, HEAD",) if route.status == 405 else ()
+        raise RefusedError(route.status, route.refusal, *headers)
+
+    def _show_live(self, exchange: Exchange) -> None:
+        live = self._metrics.live
+        self._json(exchange, metadata.ServerLive(live), 200 if live else 503)
 
     def _show_ready(self, exchange: Exchange) -> None:
         ready = self._metrics.ready
-        self._json(exchange, metadata.ServerReady(ready=ready, live=True), 200 if ready else 503)
+        self._json(exchange, metadata.ServerReady(ready=ready, live=self._metrics.live), 200 if ready else 503)
 
     def _show_model_ready(self, exchange: Exchange) -> None:
         ready = self._metrics.ready
@@ -227,10 +231,6 @@ class App:
 
     def _show_index(self, exchange: Exchange) -> None:
         self._json(exchange, metadata.repository_index(self._signature, self._metrics.ready, exchange.body))
-
-    def _own_counts(self, then: Callable[[Metrics], object]) -> None:
-        self._metrics.waiting_rows = self.scheduler.waiting_rows
-        then(self._metrics)
 
     def _show_statistics(self, exchange: Exchange) -> None:
         self._gather(lambda metrics: self._json(exchange, metadata.statistics(self._signature, metrics)))
@@ -300,8 +300,7 @@ class App:
     def _send(self, call: InferCall, payload: bytes) -> None:
         exchange = call.exchange
         if not exchange.answered:
-            self._metrics.codes[200] += 1
-            self._metrics.request_s.observe(monotonic() - exchange.started_s)
+            self._metrics.answered(monotonic() - exchange.started_s, len(exchange.body), len(payload))
             exchange.send(payload)
 
     def _write(self, call: InferCall, outputs: Sequence[memoryview | bytes]) -> bytes:

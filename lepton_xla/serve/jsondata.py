@@ -9,6 +9,7 @@ from __future__ import annotations
 import array
 import functools
 import math
+import re
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -25,6 +26,11 @@ _PIECE_ITEMS = 1 << 13
 # Anything shorter and the thread that rests takes the interpreter back before another has woken up.
 _REST_S = 50e-6
 
+# Bytes that are searched through at once: as long.
+_SLICE_BYTES = 1 << 19
+
+_ARRAY = re.compile(rb"\s*\[")
+_EMPTY = re.compile(rb"[\s\[\],]*")
 _NOT_STRUCTURE = bytes(set(range(256)) - set(b"[],"))
 
 
@@ -43,18 +49,17 @@ def read_data(text: bytes, shape: Sequence[int], datatype: Datatype, where: str)
     dtype, decoder = datatype.dtype, _decoder(datatype.name)
     assert dtype is not None
     count = math.prod(shape)
-    first = text.find(b"[")
-    if text.find(b"[", first + 1) >= 0:
-        if not _is_nested_as(text, shape):
-            raise RefusedError(400, f"{where}: data is neither flat nor nested as shape {list(shape)} is")
-        flat = b"[" + text.replace(b"[", b" ").replace(b"]", b" ") + b"]" if count else b"[]"
-    else:
-        flat = text
+    outer = _ARRAY.match(text)
+    if outer is None:
+        raise RefusedError(400, f"{where}: data is not a list")
+    if text.find(b"[", outer.end()) >= 0 and not _is_nested_as(text, shape):
+        raise RefusedError(400, f"{where}: data is neither flat nor nested as shape {list(shape)} is")
     # An element takes a byte of JSON at least, so that no shape makes this allocate more than came.
     found, values = 0, np.empty(count if count <= len(text) else 0, dtype)
     try:
-        for piece in _pieces(flat):
-            part = _convert(decoder.decode(piece), dtype)
+        for start, stop in _pieces(text) if count else ():
+            flat = text[start:stop].replace(b"[", b" ").replace(b"]", b" ")
+            part = _convert(decoder.decode(b"[" + flat + b"]"), dtype)
             values[found : found + len(part)] = part[: len(values) - found]
             found += len(part)
     except msgspec.DecodeError as error:
@@ -63,8 +68,8 @@ def read_data(text: bytes, shape: Sequence[int], datatype: Datatype, where: str)
         raise RefusedError(400, f"{where}: a number in data does not fit {datatype.name}") from error
     except RecursionError as error:
         raise RefusedError(400, f"{where}: data is nested too deeply") from error
-    if found != count:
-        raise RefusedError(400, f"{where}: shape {list(shape)} needs {count} elements, data has {found}")
+    if found != count or (not count and _EMPTY.fullmatch(text) is None):
+        raise RefusedError(400, f"{where}: shape {list(shape)} needs {count} elements, not {found or 'these'}")
     return values.tobytes()
 
 
@@ -83,15 +88,14 @@ def write_data(values: np.ndarray[Any, Any], where: str) -> bytes:
     if values.size <= _PIECE_ITEMS:
         return msgspec.json.encode(values.tolist())
     pieces: list[bytes] = []
-    for start in range(0, values.size, _PIECE_ITEMS):
-        pieces.append(msgspec.json.encode(values[start : start + _PIECE_ITEMS].tolist())[1:-1])
-        time.sleep(_REST_S)
+    for start, stop in slices(values.size, _PIECE_ITEMS):
+        pieces.append(msgspec.json.encode(values[start:stop].tolist())[1:-1])
     return b"[" + b",".join(pieces) + b"]"
 
 
 def _is_nested_as(text: bytes, shape: Sequence[int]) -> bool:
     """Whether brackets and commas of a valid JSON array are those of a nested list of this shape."""
-    structure = text.translate(None, _NOT_STRUCTURE)
+    structure = b"".join(text[start:stop].translate(None, _NOT_STRUCTURE) for start, stop in slices(len(text)))
     length = 0
     for size in reversed(shape):
         length = size * length + max(size - 1, 0) + 2
@@ -104,22 +108,24 @@ def _is_nested_as(text: bytes, shape: Sequence[int]) -> bool:
     return structure == expected
 
 
-def _pieces(text: bytes) -> Iterator[bytes]:
-    """A flat JSON array as several of at most about `PIECE_BYTES`."""
-    if len(text) <= PIECE_BYTES:
-        yield text
-        return
-    text = text.strip()
-    if not text.startswith(b"["):
-        yield text  # no array: for the decoder to refuse
-        return
-    start, stop = 1, len(text) - 1
-    while start < stop:
-        end = text.find(b",", start + PIECE_BYTES, stop)
-        end = stop if end < 0 else end
-        yield b"[" + text[start:end] + b"]"
-        start = end + 1
-        time.sleep(_REST_S)
+def slices(size: int, step: int = _SLICE_BYTES) -> Iterator[tuple[int, int]]:
+    """Cuts of something long, with a rest between two of them."""
+    for start in range(0, size, step):
+        if start:
+            time.sleep(_REST_S)
+        yield start, min(start + step, size)
+
+
+def _pieces(text: bytes) -> Iterator[tuple[int, int]]:
+    """Where a JSON array may be cut at commas, into parts of about `PIECE_BYTES`."""
+    start, size = 0, len(text)
+    while start < size:
+        if start:
+            time.sleep(_REST_S)
+        stop = text.find(b",", start + PIECE_BYTES)
+        stop = size if stop < 0 else stop
+        yield start, stop
+        start = stop + 1
 
 
 @functools.cache

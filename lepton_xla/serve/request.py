@@ -6,7 +6,6 @@ Source: Open Inference Protocol v2 (`specification/protocol/inference_rest.md`, 
 from __future__ import annotations
 
 import math
-import re
 from typing import Annotated
 
 import msgspec
@@ -14,16 +13,15 @@ import numpy as np
 
 from lepton_xla.serve.datatypes import DATATYPES, Datatype
 from lepton_xla.serve.errors import RefusedError
-from lepton_xla.serve.jsondata import read_data
+from lepton_xla.serve.jsondata import read_data, slices
 from lepton_xla.serve.signature import Tensor
 
 type Parameters = dict[str, bool | int | float | str | None]
 
-_STRING = re.compile(rb'"(?:[^"\\]|\\.)*"', re.DOTALL)
 _NOT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 _BRACES_TO_BRACKETS = bytes.maketrans(b"{}", b"[]")
 
-_DEPTH_CHUNK = 1 << 16
+_BACKSLASH = ord("\\")
 
 type Shape = list[Annotated[int, msgspec.Meta(extra_json_schema={"minimum": 0})]]
 type Data = Annotated[
@@ -91,15 +89,26 @@ def check_depth(head: bytes, limit: int) -> None:
     Raises:
         RefusedError: 400.
     """
-    if head.count(b"[") + head.count(b"{") <= limit:
+    size = len(head)
+    if sum(head.count(b"[", start, stop) + head.count(b"{", start, stop) for start, stop in slices(size)) <= limit:
         return
-    brackets = np.frombuffer(_STRING.sub(b"", head).translate(_BRACES_TO_BRACKETS, _NOT_BRACKETS), np.uint8)
-    depth = 0
-    for start in range(0, len(brackets), _DEPTH_CHUNK):
-        levels = depth + np.cumsum(np.where(brackets[start : start + _DEPTH_CHUNK] == ord("["), 1, -1))
-        if levels.max() > limit:
-            raise RefusedError(400, f"the JSON part is nested more than {limit} deep")
-        depth = levels[-1]
+    depth, cut, quoted = 0, 0, 0
+    for _, stop in slices(size):
+        # Never between a backslash and what it escapes.
+        while stop < size and head[stop - 1] == _BACKSLASH:
+            stop += 1
+        part = head[cut:stop]
+        cut = max(cut, stop)
+        if quoted or b'"' in part:
+            parts = part.replace(rb"\\", b"").replace(rb"\"", b"").split(b'"')
+            part = b"".join(parts[quoted::2])
+            quoted = (quoted + len(parts) - 1) % 2
+        brackets = np.frombuffer(part.translate(_BRACES_TO_BRACKETS, _NOT_BRACKETS), np.uint8)
+        if len(brackets):
+            levels = depth + np.cumsum(np.where(brackets == ord("["), 1, -1))
+            if levels.max() > limit:
+                raise RefusedError(400, f"the JSON part is nested more than {limit} deep")
+            depth = levels[-1]
 
 
 def check_reserved(parameters: Parameters | None) -> None:

@@ -36,6 +36,7 @@ class Route:
         request: type of the JSON body, if it takes one.
         response: type of the JSON answer; None for one that is not JSON.
         refusal: why it is not to be had, for a route that clients know and this server always refuses.
+        status: of that refusal.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Route:
     request: Any = None
     response: Any = None
     refusal: str = ""
+    status: int = 501
 
     @property
     def paths(self) -> tuple[str, ...]:
@@ -84,10 +86,12 @@ ROUTES: tuple[Route, ...] = (
     Route("trace_settings", "GET", "/v2/trace/setting", "read", "What is traced", response=metadata.TraceSettings),
     Route("model_trace_settings", "GET", "/v2/models/{model}/trace/setting", "read", "What is traced of a model",
           response=metadata.TraceSettings),
-    Route("set_logging", "POST", "/v2/logging", "admin", "Changes what is logged", refusal=_NO_SETTING),
-    Route("set_tracing", "POST", "/v2/trace/setting", "admin", "Changes what is traced", refusal=_NO_SETTING),
+    Route("set_logging", "POST", "/v2/logging", "admin", "Changes what is logged",
+          refusal=_NO_SETTING, status=405),
+    Route("set_tracing", "POST", "/v2/trace/setting", "admin", "Changes what is traced",
+          refusal=_NO_SETTING, status=405),
     Route("set_model_tracing", "POST", "/v2/models/{model}/trace/setting", "admin", "Changes what is traced of a model",
-          refusal=_NO_SETTING),
+          refusal=_NO_SETTING, status=405),
     Route("load", "POST", "/v2/repository/models/{model}/load", "admin", "Loads a model", refusal=_NO_CONTROL),
     Route("unload", "POST", "/v2/repository/models/{model}/unload", "admin", "Unloads a model", refusal=_NO_CONTROL),
     *(
@@ -165,6 +169,6 @@ def find(method: bytes, target: bytes) -> tuple[Route, dict[str, str]]:
         raise RefusedError(404, "no such route")
     route = node.routes.get(method.decode("latin-1"))
     if route is None:
-        allowed = sorted(node.routes)
+        allowed = sorted(name for name, known in node.routes.items() if known.status != 405)
         raise RefusedError(405, f"this route takes {' or '.join(allowed)}", f"Allow: {', '.join(allowed)}")
     return route, parameters

@@ -77,7 +77,9 @@ def test_model_config(server):
     status, body = get(server, "/v2/models/affine/config")
     assert status == 200
     assert body["max_batch_size"] == 8
-    assert body["input"][0] == {"name": "x", "data_type": "TYPE_FP32", "dims": [4]}
+    assert body["input"][0] == {"name": "x", "data_type": "TYPE_FP32", "dims": [4], "format": "FORMAT_NONE"}
+    assert body["output"][1] == {"name": "twice", "data_type": "TYPE_INT32", "dims": []}
+    assert body["version_policy"] == {"specific": {"versions": ["3"]}}
     assert body["dynamic_batching"] == {"preferred_batch_size": [1, 4, 8], "max_queue_delay_microseconds": 0}
 
 

@@ -83,7 +83,6 @@ def test_a_shape_that_claims_much_allocates_nothing(shape):
 @pytest.mark.parametrize(
     ("text", "shape"),
     [
-        (b"[1,2,3", (3,)),
         (b"3", (1,)),
         (b"null", (1,)),
         (b'{"a": 1}', (1,)),
@@ -106,7 +105,7 @@ def test_what_is_no_list_of_numbers_of_that_shape_is_refused(request, pieces, te
     if pieces == "small":
         request.getfixturevalue("small_pieces")
     refused(text, shape)
-    if text.startswith(b"[") and text.endswith(b"]"):
+    if text.startswith(b"["):
         # The same behind enough good elements for more than one piece.
         refused(b"[" + b"1.0," * 50 + text[1:], (50 + math.prod(shape),))
 

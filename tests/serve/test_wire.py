@@ -14,8 +14,10 @@ from serve_fakes import Affine, Identity, Tokens, affine_binary, affine_json
 
 from lepton_xla.errors import ServeError
 from lepton_xla.program import TensorSpec
+from lepton_xla.serve import request
 from lepton_xla.serve.datatypes import DATATYPES, datatype_of
 from lepton_xla.serve.errors import RefusedError
+from lepton_xla.serve.jsondata import slices
 from lepton_xla.serve.limits import Limits
 from lepton_xla.serve.request import check_depth
 from lepton_xla.serve.response import encode_response
@@ -285,7 +287,9 @@ def test_a_json_value_outside_its_datatype_is_refused(datatype, dtype, value):
         (one("[[1,2],[3]]", shape=(1, 3)), "neither flat nor nested"),
         (one("[[1,2,3],[1,2,3]]", shape=(1, 3)), "neither flat nor nested"),
         (one("[[1],[2],[3]]", shape=(1, 3)), "neither flat nor nested"),
-        (one('{"a": 1}'), "FP32"),
+        (one('{"a": 1}'), "not a list"),
+        (one('[{"a": 1}, 2, 3]'), "FP32"),
+        (one("3"), "not a list"),
         (one(), "neither data"),
         (one("[1,2,3]", parameters={"binary_data_size": 12}), "both"),
         (one("[1,2,3]", shape=(3,)), "rank"),
@@ -433,6 +437,39 @@ def test_json_is_refused_beyond_the_depth_limit_only(opening):
     check_depth(json.dumps("[" * 500 + '\\"[').encode(), 100)
 
 
+@given(
+    st.lists(st.sampled_from(['"', "\\", "[", "]", "{", "}", "a", '\\"', "\\\\", '"[["', '"\\""']), max_size=40),
+    st.integers(1, 9),
+    st.integers(1, 6),
+)
+def test_depth_is_counted_outside_strings_only_wherever_the_text_is_cut(pieces, step, limit):
+    text = "".join(pieces)
+    depth = deepest = 0
+    quoted = escaped = False
+    for char in text:
+        if quoted:
+            quoted = escaped or char != '"'
+            escaped = char == "\\" and not escaped
+        elif char == '"':
+            quoted = True
+        elif char in "[]{}":
+            depth += 1 if char in "[{" else -1
+            deepest = max(deepest, depth)
+        elif char == "\\":
+            return  # no JSON: a backslash outside of a string
+
+    def cut(size):
+        return slices(size, step)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(request, "slices", cut)
+        if deepest <= limit:
+            check_depth(text.encode(), limit)
+        else:
+            with pytest.raises(RefusedError, match="nested"):
+                check_depth(text.encode(), limit)
+
+
 def test_deep_json_in_a_field_nobody_reads_is_refused_without_a_crash():
     deep = "[" * 200_000 + "]" * 200_000
     refused(Identity(), f'{{"inputs": [], "x": {deep}}}'.encode())
@@ -452,10 +489,28 @@ field = st.sampled_from(["name", "shape", "datatype", "parameters", "data", "inp
     st.dictionaries(field, json_values, max_size=6),
     st.lists(st.dictionaries(field, json_values, max_size=5), max_size=2),
 )
-def test_json_of_any_shape_is_decoded_or_refused(request, inputs):
-    body = msgspec.json.encode(request | {"inputs": inputs})
+def test_json_of_any_shape_is_decoded_or_refused(fields, inputs):
+    body = msgspec.json.encode(fields | {"inputs": inputs})
     with contextlib.suppress(RefusedError):
         decoder(Identity()).decode(body, None)
+
+
+SERVABLES = [Affine(), Identity(), Identity("bool"), Identity("bfloat16"), Tokens(), Identity(shape=(2, 3), ladder=())]
+
+
+@given(
+    st.sampled_from(SERVABLES),
+    st.binary(max_size=60) | st.sampled_from([b"{", b"[]", b"{}", b"null", b'{"inputs": []}']),
+    st.none() | st.integers(0, 70),
+)
+def test_any_bytes_are_decoded_or_refused(servable, body, size):
+    subject = decoder(servable)
+    with contextlib.suppress(RefusedError):
+        decoded = subject.decode(body, size)
+        inputs = signature_of(servable).inputs
+        assert [len(data) for data in decoded.tensors] == [
+            math.prod(tensor.at(decoded.plan.sizes)) * tensor.dtype.itemsize for tensor in inputs
+        ]
 
 
 @given(st.binary(max_size=200), st.one_of(st.none(), st.integers(0, 250)), st.integers(0, 300))
