@@ -1,0 +1,171 @@
+"""What the supervisor and the processes under it tell each other: JSON, one message a line, over their own socket.
+
+The end of that socket is the end of the other side. Descriptors go with `Link` and `Connections`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import socket
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from lepton_xla.serve.server import Options
+from lepton_xla.serve.split.packets import Packets
+
+REPORT_S = 0.5
+"""How often a process says what it has counted, in case it is killed."""
+
+
+class Settings(msgspec.Struct, tag="settings"):
+    """To every process, first: what `leptonx serve` was told; to a front-end also the model's name on the wire."""
+
+    artifact: str
+    options: Options
+    json_logs: bool = False
+    model: str = ""
+
+
+class Ready(msgspec.Struct, tag="ready"):
+    """From the engine when it is warm, and from a front-end when it has met an engine."""
+
+    model: str
+
+
+class Failed(msgspec.Struct, tag="failed"):
+    """From a process that cannot go on, and why."""
+
+    reason: str
+
+
+class NoLink(msgspec.Struct, tag="no-link"):
+    """From a front-end: it would like to be linked with the engine."""
+
+
+class Link(msgspec.Struct, tag="link"):
+    """To a front-end and the engine, each with one end of a pair."""
+
+
+class Connections(msgspec.Struct, tag="connections"):
+    """To a front-end, with connections of clients; from it, how many it has open."""
+
+    open: int = 0
+
+
+class Stop(msgspec.Struct, tag="stop"):
+    """To a front-end: answer what was accepted, then end."""
+
+    hurried: bool = False
+
+
+class Reload(msgspec.Struct, tag="reload"):
+    """To a front-end: read the files again that say who may ask."""
+
+
+class Leaving(msgspec.Struct, tag="leaving"):
+    """From a front-end: it wants no more connections."""
+
+
+class Closed(msgspec.Struct, tag="closed"):
+    """To a front-end: there will be no more connections."""
+
+
+class Counts(msgspec.Struct, tag="counts"):
+    """What a process has counted so far; to a front-end, what all others have, those that are gone included."""
+
+    counts: dict[str, Any]
+    number: int = 0
+
+
+class Count(msgspec.Struct, tag="count"):
+    """To a process: send `Counts` with this number."""
+
+    number: int
+
+
+class Total(msgspec.Struct, tag="total"):
+    """From a front-end, with what it has counted: it wants the `Counts` of the others, with this number."""
+
+    counts: dict[str, Any]
+    number: int
+
+
+type Message = (
+    Settings | Ready | Failed | NoLink | Link | Connections | Stop | Reload | Leaving | Closed | Counts | Count | Total
+)
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, Path):
+        return os.fspath(value)
+    raise NotImplementedError
+
+
+def _typed(kind: type, value: Any) -> Any:
+    return kind(value)
+
+
+_ENCODER = msgspec.json.Encoder(enc_hook=_plain)
+_DECODER: msgspec.json.Decoder[Message] = msgspec.json.Decoder(Message, dec_hook=_typed)
+
+
+class Control:
+    """One end of the socket between the supervisor and a process.
+
+    Args:
+        sock: from `pair`.
+        received: gets each message, and the descriptors that came with it, which are its own to close.
+        lost: told once that the other side is gone.
+        loop: the event loop.
+    """
+
+    def __init__(
+        self,
+        sock: socket.socket,
+        received: Callable[[Message, list[int]], object],
+        lost: Callable[[], object],
+        loop: asyncio.AbstractEventLoop,
+    ) -> None:
+        self._received = received
+        self._packets = Packets(sock, self._read, lost, loop, with_fds=True)
+
+    def send(self, message: Message) -> None:
+        """Sends a message."""
+        self._packets.write(_ENCODER.encode(message) + b"\n")
+
+    def hand(self, message: Message, fds: Sequence[int]) -> bool:
+        """Sends a message with copies of descriptors, which stay the caller's; False where there is no room for it."""
+        return self._packets.offer(_ENCODER.encode(message) + b"\n", fds)
+
+    def close(self) -> None:
+        """Sends what was to be sent, and ends the connection."""
+        self._packets.flush()
+        self._packets.close()
+
+    def _read(self, packet: bytes, fds: list[int]) -> None:
+        for line in packet.splitlines():
+            message = _DECODER.decode(line)
+            self._received(message, fds if isinstance(message, Link | Connections) else [])
+
+
+def say(sock: socket.socket, message: Message) -> None:
+    """Sends a message from a process that has no event loop any more."""
+    with contextlib.suppress(OSError):
+        sock.send(_ENCODER.encode(message))
+
+
+def settings_of(sock: socket.socket) -> Settings:
+    """The first message to a new process, waited for.
+
+    Raises:
+        SystemExit: where the supervisor is gone already.
+    """
+    line = sock.recv(1 << 16)
+    if not line:
+        raise SystemExit(1)
+    return msgspec.json.decode(line, type=Settings, dec_hook=_typed)

@@ -1,0 +1,207 @@
+"""The engine process: it owns the device, and runs what front-ends put in their memory.
+
+It is started by the supervisor, as `python -m lepton_xla.serve.split.engine`, with one end of a pair.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import logging
+import socket
+import sys
+from collections.abc import Sequence
+
+import uvloop
+
+from lepton_xla.errors import LeptonError
+from lepton_xla.serve.engine import Engine
+from lepton_xla.serve.errors import RefusedError
+from lepton_xla.serve.logs import configure
+from lepton_xla.serve.metrics import Metrics
+from lepton_xla.serve.scheduler import Call, Scheduler
+from lepton_xla.serve.server import schedule
+from lepton_xla.serve.signature import Signature, signature_of
+from lepton_xla.serve.split import control, descriptors, hello, memory
+from lepton_xla.serve.split.descriptors import Layout
+from lepton_xla.serve.split.packets import Packets, close_all
+from lepton_xla.serve.wire import InferRequest
+
+_log = logging.getLogger("lepton_xla.serve")
+
+_KEPT_LAYOUTS = 1024
+
+
+class RemoteCall(Call):
+    """A request of a front-end, whose tensors are in that one's memory."""
+
+    __slots__ = ("_front", "_layout")
+
+    def __init__(self, front: FrontEnd, layout: Layout, block: int, arrival_s: float) -> None:
+        shared = front.memory
+        tensors = [shared[block + start : block + stop] for start, stop in layout.inputs]
+        super().__init__(InferRequest(layout.plan, tensors), arrival_s)
+        self.block = block
+        self._front = front
+        self._layout = layout
+
+    def finish(self, outputs: Sequence[memoryview]) -> None:
+        """Writes the results over the inputs."""
+        shared, block = self._front.memory, self.block
+        for (start, stop), output in zip(self._layout.outputs, outputs, strict=True):
+            shared[block + start : block + stop] = output
+        self._front.answer(block, descriptors.answer(descriptors.OK, block))
+
+    def fail(self, refusal: RefusedError) -> None:
+        """Tells the front-end why there is no result."""
+        self._front.answer(self.block, descriptors.refusal(refusal, self.block))
+
+
+class FrontEnd:
+    """A front-end as the engine sees it.
+
+    Args:
+        end: one end of a pair whose other end the front-end has.
+        scheduler: runs its requests.
+        signature: the model's.
+        loop: the event loop.
+    """
+
+    def __init__(
+        self, end: socket.socket, scheduler: Scheduler, signature: Signature, loop: asyncio.AbstractEventLoop
+    ) -> None:
+        self.memory = memoryview(b"")
+        self._scheduler = scheduler
+        self._signature = signature
+        self._calls: dict[int, RemoteCall] = {}
+        self._layouts: dict[bytes, Layout] = {}
+        self._packets = Packets(end, self._greeted, self._lost, loop, with_fds=True)
+
+    def _greeted(self, packet: bytes, fds: list[int]) -> None:
+        """Takes the front-end's memory, which comes first."""
+        try:
+            (fd,) = fds
+            self.memory = memory.attach(fd)
+        finally:
+            close_all(fds)
+        self._packets.with_fds = False
+        self._packets.received = self._received
+        self._packets.write(hello.encode(self._signature, self._scheduler.max_rows))
+
+    def _lost(self) -> None:
+        """Drops what nobody waits for any more."""
+        calls, self._calls = self._calls, {}
+        for call in calls.values():
+            self._scheduler.cancel(call)
+
+    def _received(self, packet: bytes, fds: list[int]) -> None:
+        for kind, block, arrival_s, terms in descriptors.said(packet):
+            if kind == descriptors.RUN:
+                self._run(block, arrival_s, terms)
+            elif kind == descriptors.PING:
+                self._packets.write(descriptors.answer(descriptors.PONG))
+            elif block in self._calls:  # else the answer has crossed it
+                self._scheduler.cancel(self._calls[block])
+                self.answer(block, descriptors.answer(descriptors.CANCELLED, block))
+
+    def _run(self, block: int, arrival_s: float, terms: bytes) -> None:
+        layout = self._layouts.get(terms) or self._layout(terms)
+        size = 1 << layout.order
+        if block in self._calls or block & (size - 1) or block + size > len(self.memory):
+            raise ValueError(f"the block at {block} is not free, or none of {size} bytes")
+        call = self._calls[block] = RemoteCall(self, layout, block, arrival_s)
+        try:
+            self._scheduler.submit(call)
+        except RefusedError as refusal:
+            call.fail(refusal)
+
+    def _layout(self, terms: bytes) -> Layout:
+        if len(self._layouts) >= _KEPT_LAYOUTS:
+            self._layouts.clear()
+        layout = self._layouts[terms] = descriptors.unpack(self._signature, terms, self._scheduler.max_rows)
+        return layout
+
+    def answer(self, block: int, entry: bytes) -> None:
+        """Tells the front-end of the end of a request; the block is its own again."""
+        if self._calls.pop(block, None) is not None:
+            self._packets.write(entry)
+
+
+class EngineProcess:
+    """The engine, its front-ends, and its supervisor.
+
+    Args:
+        scheduler: runs the requests of all front-ends.
+        signature: the model's.
+        metrics: what is counted.
+        loop: the event loop.
+    """
+
+    def __init__(
+        self, scheduler: Scheduler, signature: Signature, metrics: Metrics, loop: asyncio.AbstractEventLoop
+    ) -> None:
+        self._scheduler = scheduler
+        self._signature = signature
+        self._metrics = metrics
+        self._loop = loop
+        self._over = asyncio.Event()
+        metrics.watch(scheduler.figures)
+
+    async def run(self, end: socket.socket) -> None:
+        """Serves until the supervisor is gone, or wants no more."""
+        self._scheduler.start()
+        self._control = control.Control(end, self._told, self._over.set, self._loop)
+        self._control.send(control.Ready(self._signature.name))
+        reporting = self._loop.create_task(self._report())
+        await self._over.wait()
+        reporting.cancel()
+        self._scheduler.stop(1.0)
+
+    async def _report(self) -> None:
+        while True:
+            self._send_counts(0)
+            await asyncio.sleep(control.REPORT_S)
+
+    def _send_counts(self, number: int) -> None:
+        self._control.send(control.Counts(self._metrics.counts(), number))
+
+    def _told(self, message: control.Message, fds: list[int]) -> None:
+        match message:
+            case control.Link():
+                (fd,) = fds
+                FrontEnd(socket.socket(fileno=fd), self._scheduler, self._signature, self._loop)
+            case control.Count(number):
+                self._send_counts(number)
+            case _:
+                close_all(fds)
+
+
+async def _serve(settings: control.Settings, end: socket.socket) -> None:
+    from lepton_xla.compiler import load
+
+    servable = load(settings.artifact)
+    signature = signature_of(servable, settings.options.name)
+    engine: Engine[Call] = Engine(servable, signature)
+    metrics = Metrics(signature.name)
+    scheduler = schedule(engine, engine.warm_up(), signature, settings.options, metrics)
+    gc.collect()
+    gc.freeze()
+    await EngineProcess(scheduler, signature, metrics, asyncio.get_running_loop()).run(end)
+
+
+def main() -> int:
+    """The process; gives its exit code."""
+    end = socket.socket(fileno=int(sys.argv[1]))
+    settings = control.settings_of(end)
+    configure(settings.json_logs)
+    try:
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(_serve(settings, end))
+    except LeptonError as error:
+        control.say(end, control.Failed(str(error)))
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,153 @@
+"""Packets between two processes of the server, over a Unix socket that keeps their bounds, on an event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import socket
+from collections.abc import Callable, Sequence
+
+_log = logging.getLogger("lepton_xla.serve")
+
+MOST_BYTES = 1 << 16
+"""Bytes of the largest packet."""
+
+MOST_FDS = 64
+"""Descriptors that may go with a packet."""
+
+
+def pair() -> tuple[socket.socket, socket.socket]:
+    """Two connected sockets."""
+    return socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+
+
+class Packets:
+    """One end of a connection. What one turn of the event loop writes goes out together.
+
+    Args:
+        sock: from `pair`.
+        received: gets each packet, and the descriptors that came with it, which are its own to close. What it raises
+            closes the connection: such a packet cannot be.
+        lost: told once that the peer is gone or sent such a packet.
+        loop: the event loop.
+
+    Attributes:
+        received: as given; may be set anew.
+        closed: whether nothing comes or goes any more.
+        with_fds: whether packets may bring descriptors; where not, they are dropped.
+    """
+
+    def __init__(
+        self,
+        sock: socket.socket,
+        received: Callable[[bytes, list[int]], object],
+        lost: Callable[[], object],
+        loop: asyncio.AbstractEventLoop,
+        *,
+        with_fds: bool = False,
+    ) -> None:
+        sock.setblocking(False)
+        self._socket = sock
+        self.received = received
+        self._lost = lost
+        self._loop = loop
+        self._entries: list[bytes] = []
+        self._scheduled = False
+        self._blocked = False
+        self.closed = False
+        self.with_fds = with_fds
+        loop.add_reader(sock, self._read)
+
+    def write(self, entry: bytes) -> None:
+        """Sends an entry, in a packet with what else is written before the event loop turns. Entries stay whole."""
+        self._entries.append(entry)
+        if not self._scheduled:
+            self._scheduled = True
+            self._loop.call_soon(self._flush)
+
+    def offer(self, packet: bytes, fds: Sequence[int]) -> bool:
+        """Sends a packet of its own now, with copies of descriptors; False if there is no room for it."""
+        if self.closed:
+            return False
+        try:
+            if fds:
+                socket.send_fds(self._socket, [packet], fds)
+            else:
+                self._socket.send(packet)
+        except OSError:
+            return False  # a peer that is gone is seen by the reader
+        return True
+
+    def close(self) -> None:
+        """Ends the connection without telling `lost`; what was written and is not sent is lost."""
+        if not self.closed:
+            self.closed = True
+            self._loop.remove_reader(self._socket)
+            if self._blocked:
+                self._loop.remove_writer(self._socket)
+            self._socket.close()
+
+    def flush(self) -> None:
+        """Sends now what was written, as far as there is room."""
+        entries = self._entries
+        try:
+            while entries and not self.closed:
+                packet = b"".join(entries)
+                count = len(entries)
+                if len(packet) > MOST_BYTES:
+                    packet, count = _first(entries)
+                self._socket.send(packet)
+                del entries[:count]
+        except BlockingIOError:
+            if not self._blocked:
+                self._blocked = True
+                self._loop.add_writer(self._socket, self._flush)
+            return
+        except OSError:
+            entries.clear()  # the reader sees it too
+        if self._blocked and not self.closed:
+            self._blocked = False
+            self._loop.remove_writer(self._socket)
+
+    def _flush(self) -> None:
+        self._scheduled = False
+        self.flush()
+
+    def _read(self) -> None:
+        fds: list[int] = []
+        try:
+            if self.with_fds:
+                packet, fds, _, _ = socket.recv_fds(self._socket, MOST_BYTES, MOST_FDS)
+            else:
+                packet = self._socket.recv(MOST_BYTES)
+        except (BlockingIOError, InterruptedError, ConnectionResetError):
+            return  # what the peer sent before it went can still be read
+        except OSError:
+            packet = b""
+        if packet:
+            try:
+                self.received(packet, fds)
+                return
+            except Exception:
+                _log.exception("a packet of another process of this server cannot be")
+        if not self.closed:
+            self.close()
+            self._lost()
+
+
+def _first(entries: Sequence[bytes]) -> tuple[bytes, int]:
+    """The first entries that fit a packet, at least one, and how many they are."""
+    size = count = 0
+    for entry in entries:
+        size += len(entry)
+        if size > MOST_BYTES and count:
+            break
+        count += 1
+    return b"".join(entries[:count]), count
+
+
+def close_all(fds: Sequence[int]) -> None:
+    """Closes descriptors that nobody wants."""
+    for fd in fds:
+        os.close(fd)

@@ -1,0 +1,394 @@
+"""The process above the others: it holds the address, starts the engine and the front-ends, and starts again what dies.
+
+It imports no JAX, runs no request, and is the one that must not fall: if it is killed, the others see it and stop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import logging
+import os
+import signal
+import socket
+import sys
+from collections.abc import Callable, Iterable
+from time import monotonic
+from typing import Any
+
+import msgspec
+
+from lepton_xla.errors import ServeError
+from lepton_xla.serve.drain import Stop
+from lepton_xla.serve.metrics import added
+from lepton_xla.serve.server import Options, url_of
+from lepton_xla.serve.split import control
+from lepton_xla.serve.split.control import Control
+from lepton_xla.serve.split.packets import close_all, pair
+
+_log = logging.getLogger("lepton_xla.serve")
+
+_BACKLOG = 1024
+_FIRST_WAIT_S = 0.1
+_LONGEST_WAIT_S = 10.0
+# A process that has lived so long is started again without a wait.
+_STABLE_S = 30.0
+# How long a process has to end once its socket is closed, and beyond its own time for stopping.
+_ENDING_S = 5.0
+# How long a scrape waits for a process that does not say what it has counted.
+_COUNTING_S = 0.5
+# After the machine has run out of descriptors.
+_FULL_S = 0.5
+_AT_ONCE = 64
+
+
+class Child:
+    """A process and what is known of it.
+
+    Attributes:
+        name: for the log.
+        module: what it runs.
+        control: the socket to it; None while it is not there.
+        process: the last one started.
+        ready: whether it has said so since it was started.
+        reason: why it could not go on, in its own words.
+        counts: what it has counted, as far as known.
+        open: connections of clients, as far as known.
+    """
+
+    def __init__(self, name: str, module: str) -> None:
+        self.name = name
+        self.module = module
+        self.control: Control | None = None
+        self.process: asyncio.subprocess.Process | None = None
+        self.forget()
+
+    def forget(self) -> None:
+        """A new process knows nothing of the last."""
+        self.ready = False
+        self.reason = ""
+        self.counts: dict[str, Any] = {}
+        self.open = 0
+
+    def send(self, message: control.Message) -> None:
+        """Sends a message, if there is somebody to send it to."""
+        if self.control is not None:
+            self.control.send(message)
+
+
+@dataclasses.dataclass(slots=True)
+class _Counting:
+    """Counts that a front-end waits for, from others."""
+
+    asker: Child
+    number: int
+    missing: set[Child]
+
+
+class Supervisor:
+    """One engine, some front-ends, and the address they serve.
+
+    Args:
+        artifact: path of what is served.
+        options: how to run. Limits are those of each front-end.
+        frontends: how many, at least one.
+        json_logs: whether log lines are JSON.
+
+    Attributes:
+        address: host and port, once listening.
+        name: the model's name on the wire, once the engine has said it.
+
+    Raises:
+        ServeError: if the server would be open to all, see `Access`.
+    """
+
+    def __init__(self, artifact: str, options: Options, frontends: int, *, json_logs: bool = False) -> None:
+        self._settings = control.Settings(artifact, options, json_logs)
+        self._options = options
+        self._access = options.access()
+        self._engine = Child("engine", "lepton_xla.serve.split.engine")
+        self._fronts = [
+            Child(f"front-end {number + 1}", "lepton_xla.serve.split.frontend") for number in range(frontends)
+        ]
+        self._retired: dict[str, Any] = {}
+        self._counting: dict[int, _Counting] = {}
+        self._asked = 0
+        self._listening = False
+        self._ending: set[Child] = set()
+        self._children = (self._engine, *self._fronts)
+        self.address: tuple[str, int] = (options.host, options.port)
+        self.name = ""
+
+    @property
+    def url(self) -> str:
+        """Where it listens."""
+        return url_of(self.address, self._options)
+
+    def run(self, *, on_ready: Callable[[Supervisor], object]) -> bool:
+        """Serves until SIGTERM or SIGINT; a second one stops it at once.
+
+        Args:
+            on_ready: called once every process is there.
+
+        Returns:
+            Whether everything accepted was answered.
+
+        Raises:
+            ServeError: if the address cannot be listened on, or a process cannot be started the first time.
+        """
+        return asyncio.run(self._main(on_ready))
+
+    async def _main(self, on_ready: Callable[[Supervisor], object]) -> bool:
+        loop = self._loop = asyncio.get_running_loop()
+        self._listener = self._access.listen()
+        stop = Stop()
+        stop.listen(loop)
+        self._begun: asyncio.Future[None] = loop.create_future()
+        keepers = {child: loop.create_task(self._keep(child)) for child in self._children}
+        try:
+            asked = loop.create_task(stop.asked.wait())
+            await asyncio.wait([self._begun, asked], return_when=asyncio.FIRST_COMPLETED)
+            if not self._begun.done():
+                return True
+            self._begun.result()
+            stop.warming = False
+            if self._access.reloads:
+                loop.add_signal_handler(signal.SIGHUP, self._tell_fronts, control.Reload())
+            self._listener.listen(_BACKLOG)
+            self._listener.setblocking(False)
+            self._listening = True
+            name = self._listener.getsockname()
+            self.address = (name[0], name[1])
+            self._accept_or_wait()
+            _log.info("serving %s on %s with %d front-ends", self.name, self.url, len(self._fronts))
+            on_ready(self)
+            await asked
+            return await self._drain(stop, [keepers[front] for front in self._fronts])
+        finally:
+            self._listener.close()
+            await self._end(keepers)
+
+    # Processes.
+
+    async def _keep(self, child: Child) -> int:
+        """Runs a process, again and again until it is ending; gives its last exit code."""
+        wait = _FIRST_WAIT_S
+        while True:
+            started = monotonic()
+            code = await self._once(child)
+            if child in self._ending:
+                return code
+            why = child.reason or (f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}")
+            if not self._begun.done():
+                self._begun.set_exception(ServeError(child.reason or f"the {child.name} did not start: {why}"))
+                return code
+            if monotonic() - started > _STABLE_S:
+                wait = _FIRST_WAIT_S
+            _log.error("the %s has ended: %s; it is started again in %g s", child.name, why, wait)
+            await asyncio.sleep(wait)
+            if child in self._ending:
+                return 0
+            wait = min(2 * wait, _LONGEST_WAIT_S)
+
+    async def _once(self, child: Child) -> int:
+        child.forget()
+        ours, theirs = pair()
+        with theirs:
+            child.process = process = await asyncio.create_subprocess_exec(
+                sys.executable, *_python_flags(), "-m", child.module, str(theirs.fileno()),
+                stdin=asyncio.subprocess.DEVNULL, stdout=sys.stderr, pass_fds=(theirs.fileno(),),
+                process_group=0,  # a terminal's Ctrl-C is for the supervisor, which stops them in order
+            )  # fmt: skip
+        gone = asyncio.Event()
+        child.control = Control(ours, lambda message, fds: self._told(child, message, fds), gone.set, self._loop)
+        if child is self._engine:
+            child.control.hand(self._settings, [])
+        elif self.name:
+            self._introduce(child)
+        try:
+            await gone.wait()
+        finally:
+            child.control = None
+            self._retire(child)
+            self._accept_or_wait()
+        return await _ended(process)
+
+    def _introduce(self, front: Child) -> None:
+        if front.control is not None:
+            front.control.hand(msgspec.structs.replace(self._settings, model=self.name), [])
+
+    def _tell_fronts(self, message: control.Message) -> None:
+        for front in self._fronts:
+            front.send(message)
+
+    # What they say.
+
+    def _told(self, child: Child, message: control.Message, fds: list[int]) -> None:
+        close_all(fds)  # none of them has any to give
+        match message:
+            case control.Ready(model):
+                self._is_ready(child, model)
+            case control.Failed(reason):
+                child.reason = reason
+            case control.NoLink():
+                self._link(child)
+            case control.Connections(count):
+                child.open = count
+            case control.Leaving():
+                child.ready = False
+                if child not in self._ending:
+                    child.send(control.Closed())
+            case control.Counts(counts, number):
+                child.counts = counts
+                self._counted(child, number)
+            case control.Total(counts, number):
+                child.counts = counts
+                self._count(child, number)
+            case _:
+                raise ValueError("a message that is not for the supervisor")
+
+    def _is_ready(self, child: Child, model: str) -> None:
+        child.ready = True
+        if child is self._engine:
+            new, self.name = not self.name, model
+            if new:
+                for front in self._fronts:
+                    self._introduce(front)
+        if all(each.ready for each in self._children) and not self._begun.done():
+            self._begun.set_result(None)
+        self._accept_or_wait()
+
+    def _link(self, front: Child) -> None:
+        """Gives a front-end and the engine the ends of a pair. Without an engine the front-end's end is a dead one."""
+        ends = pair()
+        for child, end in zip((front, self._engine), ends, strict=True):
+            with end:
+                if child.control is not None:
+                    child.control.hand(control.Link(), [end.fileno()])
+
+    # Counts.
+
+    def _count(self, asker: Child, number: int) -> None:
+        """Asks the others what they have counted, for one that wants to show it."""
+        self._asked += 1
+        missing = {child for child in self._children if child.ready and child is not asker}
+        self._counting[self._asked] = _Counting(asker, number, missing)
+        for child in missing:
+            child.send(control.Count(self._asked))
+        self._loop.call_later(_COUNTING_S, self._show, self._asked)
+        self._counted(asker, self._asked)
+
+    def _counted(self, child: Child, number: int) -> None:
+        counting = self._counting.get(number)
+        if counting is not None:
+            counting.missing.discard(child)
+            if not counting.missing:
+                self._show(number)
+
+    def _show(self, number: int) -> None:
+        counting = self._counting.pop(number, None)
+        if counting is not None:
+            total = self._retired
+            for child in self._children:
+                if child is not counting.asker:
+                    total = added(total, child.counts)
+            counting.asker.send(control.Counts(total, counting.number))
+
+    def _retire(self, child: Child) -> None:
+        """Keeps what a process has counted that is gone, so that no sum ever falls."""
+        child.counts.pop("now", None)
+        self._retired = added(self._retired, child.counts)
+        child.forget()
+        for number, counting in tuple(self._counting.items()):
+            if counting.asker is child:
+                del self._counting[number]
+            else:
+                self._counted(child, number)
+
+    # Connections.
+
+    def _accept_or_wait(self) -> None:
+        """Takes connections while there is a front-end for them; else they wait in the kernel."""
+        if self._listening:
+            if any(front.ready for front in self._fronts):
+                self._loop.add_reader(self._listener, self._accept)
+            else:
+                self._loop.remove_reader(self._listener)
+
+    def _accept(self) -> bool:
+        """Deals out the connections that are there; gives whether there may be more."""
+        for _ in range(_AT_ONCE):
+            fronts = sorted((front for front in self._fronts if front.ready), key=lambda front: front.open)
+            if not fronts:
+                self._loop.remove_reader(self._listener)
+                return False
+            try:
+                client, _ = self._listener.accept()
+            except BlockingIOError:
+                return False
+            except ConnectionAbortedError:
+                continue
+            except OSError as error:
+                _log.error("connections cannot be taken: %s", error.strerror)
+                self._loop.remove_reader(self._listener)
+                self._loop.call_later(_FULL_S, self._accept_or_wait)
+                return False
+            with client:
+                _deal(client, fronts)
+        return True
+
+    # The end.
+
+    async def _drain(self, stop: Stop, keepers: Iterable[asyncio.Task[int]]) -> bool:
+        """Has the front-ends answer what was accepted; gives whether they did."""
+        self._ending.update(self._fronts)
+        self._tell_fronts(control.Stop())
+        hurry = self._loop.create_task(self._hurry(stop))
+        await stop.hurried_in(self._options.lame_duck_s)
+        # Closing the socket with connections waiting at it would reset them.
+        while self._accept():
+            pass
+        self._loop.remove_reader(self._listener)
+        self._listening = False
+        self._listener.close()
+        self._tell_fronts(control.Closed())
+        done, late = await asyncio.wait(keepers, timeout=self._options.stop_timeout_s + _ENDING_S)
+        hurry.cancel()
+        return not late and not any(task.result() for task in done)
+
+    async def _hurry(self, stop: Stop) -> None:
+        await stop.hurried.wait()
+        self._tell_fronts(control.Stop(hurried=True))
+
+    async def _end(self, keepers: dict[Child, asyncio.Task[int]]) -> None:
+        """Ends what is left, the engine last."""
+        for child in (*self._fronts, self._engine):
+            self._ending.add(child)
+            if child.control is not None:
+                child.control.close()
+            keepers[child].cancel()
+            await asyncio.wait([keepers[child]])
+            if child.process is not None:
+                await _ended(child.process)
+
+
+def _deal(client: socket.socket, fronts: Iterable[Child]) -> None:
+    """Hands a connection to the first that has room for it; it is closed where none has."""
+    for front in fronts:
+        if front.control is not None and front.control.hand(control.Connections(), [client.fileno()]):
+            front.open += 1
+            return
+
+
+async def _ended(process: asyncio.subprocess.Process) -> int:
+    """The exit code of a process that should end by itself now."""
+    try:
+        return await asyncio.wait_for(process.wait(), _ENDING_S)
+    except TimeoutError:
+        process.kill()
+        return await process.wait()
+
+
+def _python_flags() -> list[str]:
+    """What keeps a new process from importing what this one would not: modules of the working directory."""
+    return [] if os.getcwd() in sys.path or "" in sys.path else ["-P"]
