@@ -233,6 +233,7 @@ class Generator:
             raise error
         if error is not None and self._queue:
             self._note(self._queue.popleft(), NO_CONNECTION)
+        self._open_if_needed()
 
     def _free(self, lane: _Lane) -> None:
         """Gives a connection the request that has waited longest for one, if there is any."""
@@ -249,8 +250,7 @@ class Generator:
         self._lanes.discard(lane)
         if lane in self._idle:
             self._idle.remove(lane)
-        if self._queue:
-            self._open_if_needed()
+        self._open_if_needed()
 
     # Answers.
 

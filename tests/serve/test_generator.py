@@ -30,6 +30,7 @@ class Known:
         self.delay_s = delay_s
         self.requests = self.connections = self.in_flight = self.most_in_flight = 0
         self.stall_s, self.stalled = 0.0, None
+        self.open = set()
         self._ready = threading.Event()
         self._thread = threading.Thread(target=lambda: asyncio.run(self._main()))
         self._thread.start()
@@ -51,7 +52,10 @@ class Known:
         self._ready.set()
         await self._stop.wait()
         server.close()
-        await asyncio.sleep(0.01)
+        for transport in tuple(self.open):
+            transport.abort()
+        while self.open:
+            await asyncio.sleep(0.001)
 
 
 class _Known(asyncio.Protocol):
@@ -61,6 +65,10 @@ class _Known(asyncio.Protocol):
 
     def connection_made(self, transport):
         self.transport = transport
+        self.server.open.add(transport)
+
+    def connection_lost(self, exc):
+        self.server.open.discard(self.transport)
 
     def data_received(self, data):
         server = self.server
@@ -81,6 +89,8 @@ class _Known(asyncio.Protocol):
 
     def answer(self, answer):
         self.server.in_flight -= 1
+        if self.transport.is_closing():
+            return
         if answer is None:
             self.transport.close()
         elif answer:
