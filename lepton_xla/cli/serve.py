@@ -74,6 +74,32 @@ def _limit_options(command: Callable[..., None]) -> Callable[..., None]:
     "Rows that may wait; beyond them requests get 503 with Retry-After. Also the most rows of one request.",
     type=click.IntRange(1),
 )
+@_option(
+    "--max-queue-bytes",
+    256 << 20,
+    "Memory of the requests that may wait; beyond it requests get 503 with Retry-After.",
+    type=click.IntRange(1),
+)
+@_option(
+    "--default-timeout-s",
+    None,
+    "Seconds after which a request that gives no timeout is answered 504.",
+    type=click.FloatRange(0, min_open=True),
+    show_default="never",
+)
+@_option(
+    "--max-timeout-s",
+    None,
+    "Longest timeout of any request; longer ones are cut to it.",
+    type=click.FloatRange(0, min_open=True),
+    show_default="no bound",
+)
+@_option(
+    "--priority-levels",
+    3,
+    "Levels of the request parameter priority: 1 is the highest. Requests that do not say are on the middle one.",
+    type=click.IntRange(1),
+)
 @_option("--compress-bytes", 4096, "Smallest answer compressed for a client that accepts it.", type=click.IntRange(0))
 @_option(
     "--lame-duck-s",
@@ -108,6 +134,10 @@ def serve(
     server_name: str,
     max_delay_us: int,
     max_queue_rows: int,
+    max_queue_bytes: int,
+    default_timeout_s: float | None,
+    max_timeout_s: float | None,
+    priority_levels: int,
     compress_bytes: int,
     lame_duck_s: float,
     stop_timeout_s: float,
@@ -146,6 +176,10 @@ def serve(
         server_name=server_name,
         max_delay_us=max_delay_us,
         max_queue_rows=max_queue_rows,
+        max_queue_bytes=max_queue_bytes,
+        default_timeout_s=default_timeout_s,
+        max_timeout_s=max_timeout_s,
+        priority_levels=priority_levels,
         compress_bytes=compress_bytes,
         lame_duck_s=lame_duck_s,
         stop_timeout_s=stop_timeout_s,

@@ -1,74 +1,40 @@
 """Which requests run together, and when: pure logic, told the time, with no thread, socket or clock of its own.
 
-The queue is first in, first out. A batch is the longest run of requests at its head that may share an execution, cut
-to the compiled size with the least cost per real row (the rule of TensorFlow's `MINIMIZE_TPU_COST_PER_REQUEST`
-padding policy). A request larger than the largest size is split over batches; the caller rejoins its parts. Delay is
-measured from the arrival of the oldest request, never from the last.
+It never waits while it could run (unless `max_delay_s` says so), and forms a batch as late as it can.
+
+*Order.* The level comes first; within a level the earliest deadline, and first come, first served among equals. Two
+rules keep anybody from starving: a request without a deadline counts as due `PATIENCE_S` after it came, and where
+lower levels wait, every eighth batch is headed by the one of theirs that is due first. What room a batch has left
+goes to requests that wait further back, if they can share it.
+
+*Size.* The compiled size with the least cost per real row (see `costs`), while that meets the deadline of the request
+at the head. Where it does not, a smaller size is taken, unless more waits than one batch can hold: then there is no
+time to give away, and the request is answered as expired. A request larger than the largest size is split over
+batches.
+
+*Deadlines.* A request that cannot meet its deadline behind what is ahead of it is refused as it comes, as in Clockwork
+(Gujarati et al., OSDI 2020). One whose deadline passes while it waits or runs is dropped then.
+
+*Other dimensions.* Requests with different keys run apart, but if the time for both is less together, those with the
+smaller key are padded up to join the others.
+
+*Failures.* A batch that fails is run again in halves, down to single requests, so that one bad request does not fail
+its neighbours. See `Retries` for the bound.
 """
 
 from __future__ import annotations
 
-import dataclasses
-from collections import deque
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Sequence
+from itertools import islice
 
-type Key = tuple[int, ...]
-"""Sizes of the dimensions other than the batch; only requests with equal keys share an execution."""
+from lepton_xla.serve.costs import Costs, Key
+from lepton_xla.serve.line import Line
+from lepton_xla.serve.retries import Retries
+from lepton_xla.serve.tickets import Batch, Part, Reason, Ticket
 
-type Costs = Mapping[Key, Mapping[int, float]]
-"""Seconds of one execution, by key and compiled batch size."""
-
-# Fewer cancelled tickets than this are not worth a walk of the queue.
-_SWEEP = 64
-
-
-class Ticket:
-    """A request in the queue; what it is a request for is in a class that inherits from this one.
-
-    Attributes:
-        rows: rows it brings, at least one.
-        key: what it may share a batch with.
-        arrival_s: when it came.
-        taken: rows already handed out in batches.
-        cancelled: set (by `Batcher.cancel`) when nobody wants the answer any more.
-    """
-
-    __slots__ = ("arrival_s", "cancelled", "key", "rows", "taken")
-
-    def __init__(self, rows: int, key: Key, arrival_s: float) -> None:
-        self.rows = rows
-        self.key = key
-        self.arrival_s = arrival_s
-        self.taken = 0
-        self.cancelled = False
-
-
-# One is made a request, and a frozen dataclass takes three times as long to make.
-@dataclasses.dataclass(slots=True)
-class Part[T: Ticket]:
-    """Rows `[start, start + rows)` of a ticket, at row `offset` of the batch."""
-
-    ticket: T
-    start: int
-    rows: int
-    offset: int
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Batch[T: Ticket]:
-    """What one execution takes.
-
-    Attributes:
-        parts: in queue order; their rows fill the batch from row zero without gaps.
-        rows: real rows, at most `size`.
-        size: the compiled size to run; the rows beyond `rows` are padding.
-        key: sizes of the other dimensions.
-    """
-
-    parts: tuple[Part[T], ...]
-    rows: int
-    size: int
-    key: Key
+# Batches that a level may head in a row while lower ones wait.
+_TURNS = 7
 
 
 class Batcher[T: Ticket]:
@@ -76,126 +42,360 @@ class Batcher[T: Ticket]:
 
     Args:
         ladder: compiled batch sizes, ascending.
-        max_delay_s: how long the oldest request may wait for company while the engine is idle. Zero runs at once.
-        max_rows: rows the queue holds; a request that does not fit is refused. A request of more rows than this can
-            never fit.
-        costs: measured seconds per execution; without them the smallest size that holds all waiting rows is taken.
+        costs: seconds per execution, told of each that finishes; without, each is free until it has run.
+        levels: number of priority levels.
+        max_delay_s: how long the oldest request may wait for company while nothing runs. Zero runs at once.
+        max_rows: rows the queue holds. A request of more rows than this can never fit.
+        max_bytes: memory of the requests that wait; a single one may exceed it.
 
     Attributes:
         rows: live rows waiting.
-        wake_at: when to ask `next_batch` again though nothing arrives; None when an arrival or a finished batch is
-            the only thing that can change its answer.
+        nbytes: memory of the live requests waiting.
+        wake_at: when to ask `next_batch` again though nothing arrives or finishes; None if there is no need.
+        dropped: requests that will get no result, and why, since the caller last emptied it. `add`, `next_batch`,
+            `finish`, `fail` and `expire` put them there.
     """
 
     def __init__(
-        self, ladder: Sequence[int], *, max_delay_s: float = 0.0, max_rows: int = 4096, costs: Costs | None = None
+        self,
+        ladder: Sequence[int],
+        *,
+        costs: Costs | None = None,
+        levels: int = 1,
+        max_delay_s: float = 0.0,
+        max_rows: int = 4096,
+        max_bytes: int = 1 << 30,
     ) -> None:
         self.ladder = tuple(ladder)
+        self.costs = costs if costs is not None else Costs(ladder)
         self.max_delay_s = max_delay_s
         self.max_rows = max_rows
-        self.costs: Costs = costs if costs is not None else {}
+        self.max_bytes = max_bytes
         self.rows = 0
+        self.nbytes = 0
         self.wake_at: float | None = None
-        self._queue: deque[T] = deque()
-        self._cancelled = 0
+        self.dropped: list[tuple[T, Reason]] = []
+        self._levels: list[dict[Key, Line[T]]] = [{} for _ in range(levels)]
+        self._lines: list[Line[T]] = []
+        self._turns = 0
+        self._next_turns = 0
+        self._running = False
+        self._free_at = -math.inf
+        self._flying: set[T] = set()
+        self._retries: Retries[T] = Retries(ladder)
 
     def __len__(self) -> int:
-        """Requests waiting, those cancelled but not yet swept included."""
-        return len(self._queue)
+        """Requests waiting, those closed but not yet swept included."""
+        return sum(map(len, self._lines))
 
-    def add(self, ticket: T) -> bool:
-        """Queues a request; False if it does not fit, and then it is not queued."""
+    @property
+    def pending(self) -> bool:
+        """Whether anything is to be run, now or later."""
+        return self.rows > 0 or self._retries.pending
+
+    # In.
+
+    def add(self, ticket: T) -> Reason | None:
+        """Queues a request, or says why not."""
+        if ticket.deadline_s != math.inf and (reason := self._hopeless(ticket)) is not None:
+            return reason
         rows = self.rows + ticket.rows
-        if rows > self.max_rows:
-            return False
+        nbytes = self.nbytes + ticket.nbytes
+        if rows > self.max_rows or (nbytes > self.max_bytes and self.rows):
+            if not self._make_room(ticket, rows - self.max_rows, nbytes - self.max_bytes):
+                return Reason.FULL
+            rows = self.rows + ticket.rows
+            nbytes = self.nbytes + ticket.nbytes
+        line = self._levels[ticket.level].get(ticket.key)
+        if line is None:
+            line = self._open(ticket)
+        if ticket.deadline_s == math.inf:
+            line.plain.append(ticket)
+        else:
+            line.add_dated(ticket)
+        line.rows += ticket.rows
         self.rows = rows
-        self._queue.append(ticket)
-        return True
+        self.nbytes = nbytes
+        return None
+
+    def _open(self, ticket: T) -> Line[T]:
+        line: Line[T] = Line(ticket.level, ticket.key)
+        self._levels[ticket.level][ticket.key] = line
+        self._lines.append(line)
+        self._lines.sort(key=lambda line: line.level)
+        return line
+
+    def _make_room(self, ticket: T, rows: int, nbytes: int) -> bool:
+        """Drops the newest of lower levels until so much is free; all or nothing."""
+        victims: list[T] = []
+        for line in reversed(self._lines):
+            if line.level <= ticket.level:
+                break
+            for queue in (line.plain, line.dated):
+                for victim in reversed(queue):
+                    if victim.closed or victim.taken:
+                        continue
+                    victims.append(victim)
+                    rows -= victim.rows
+                    nbytes -= victim.nbytes
+                    if rows <= 0 and nbytes <= 0:
+                        for each in victims:
+                            self._drop(each, Reason.OUTRANKED)
+                        return True
+        return False
+
+    def _hopeless(self, ticket: T) -> Reason | None:
+        """Why a request with a deadline cannot meet it, as things are."""
+        costs, now = self.costs, ticket.arrival_s
+        rows: dict[Key, int] = {ticket.key: ticket.rows}
+        for line in self._lines:
+            if line.rows and line.level <= ticket.level:
+                ahead = line.rows if line.level < ticket.level else line.rows_before(ticket.deadline_s)
+                rows[line.key] = rows.get(line.key, 0) + ahead
+        finish = max(self._free_at, now)
+        for key, count in rows.items():
+            finish += costs.seconds(key, count)
+        if finish < ticket.deadline_s:
+            return None
+        alone = now + costs.seconds(ticket.key, ticket.rows)
+        return Reason.OVERLOADED if alone < ticket.deadline_s else Reason.TOO_SHORT
 
     def cancel(self, ticket: T) -> None:
         """Forgets a request: rows of it that were not handed out never will be. Calling it twice is harmless."""
-        if ticket.cancelled:
+        if ticket.closed:
             return
-        ticket.cancelled = True
-        if ticket.taken < ticket.rows:
-            self.rows -= ticket.rows - ticket.taken
-            self._cancelled += 1
-            # Swept when it reaches the head, or when the dead outnumber the living.
-            if self._cancelled > _SWEEP and 2 * self._cancelled > len(self._queue):
-                self._queue = deque(ticket for ticket in self._queue if not ticket.cancelled)
-                self._cancelled = 0
+        ticket.closed = True
+        rows = ticket.rows - ticket.taken
+        if rows:
+            self.rows -= rows
+            self.nbytes -= ticket.nbytes
+            self._levels[ticket.level][ticket.key].close(rows)
+        self._flying.discard(ticket)
 
-    def next_batch(self, now: float, idle: bool) -> Batch[T] | None:
-        """The next batch, if it should start now.
+    def _drop(self, ticket: T, reason: Reason) -> None:
+        self.cancel(ticket)
+        self.dropped.append((ticket, reason))
+
+    # Deadlines.
+
+    def next_deadline(self) -> float:
+        """When `expire` will next have something to do, at the earliest."""
+        first = math.inf
+        for line in self._lines:
+            if line.dated:
+                first = min(first, line.first_deadline_s())
+        for ticket in self._flying:
+            first = min(first, ticket.deadline_s)
+        return first
+
+    def expire(self, now: float) -> None:
+        """Drops the requests whose deadline has come, running ones too: their results will find nobody."""
+        for line in self._lines:
+            while line.dated and line.first_deadline_s() <= now:
+                self._drop(line.dated[0], Reason.EXPIRED)
+        for ticket in [ticket for ticket in self._flying if ticket.deadline_s <= now]:
+            self._drop(ticket, Reason.EXPIRED)
+
+    def drain_s(self, now: float) -> float:
+        """Seconds until everything that waits now has run."""
+        seconds = max(self._free_at - now, 0.0)
+        for key in {line.key for line in self._lines}:
+            seconds += self.costs.seconds(key, self._waiting(key))
+        return seconds
+
+    # Out.
+
+    def next_batch(self, now: float) -> Batch[T] | None:
+        """The next batch, if it should start now; it then counts as running until `finish` or `fail`.
 
         Args:
             now: the time, on the clock of `Ticket.arrival_s`.
-            idle: whether the engine can take a batch.
 
         Returns:
-            None if nothing waits, the engine is busy, or waiting longer may fill the batch; see `wake_at`.
+            None if nothing waits, a batch is running, or waiting longer may fill the batch; see `wake_at`.
         """
         self.wake_at = None
-        queue = self._queue
-        while queue and queue[0].cancelled:
-            queue.popleft()
-            self._cancelled -= 1
-        if not queue or not idle:
+        if self._running:
             return None
-        head = queue[0]
-        waiting, closed = self._waiting(head.key)
-        if self.max_delay_s > 0 and waiting < self.ladder[-1] and not closed:
-            due = head.arrival_s + self.max_delay_s
-            if now < due:
-                self.wake_at = due
+        batch = self._retries.next_batch()
+        if batch is not None:
+            return self._start(batch, now)
+        while self.rows:
+            line = self._lines[0] if len(self._lines) == 1 else self._first_line()
+            head = line.queue()[0]
+            key, waiting = line.key, line.rows
+            other: Key | None = None
+            if len(self._lines) > 1:
+                waiting = self._waiting(key)
+                if waiting < self.rows and waiting < self.ladder[-1]:
+                    key, waiting, other = self._join(head, waiting, now)
+            if self.max_delay_s > 0 and waiting == self.rows and self._delay(waiting, key, now):
                 return None
-        size = self._size(waiting, head.key)
-        return self._take(size, head.key)
+            size = self.costs.size(key, waiting)
+            if head.deadline_s != math.inf and not self._meets(head, key, size, now):
+                size = self._urgent_size(head, key, size, now)
+                if not size:
+                    self._drop(head, Reason.EXPIRED)
+                    continue
+            batch = self._take(line, other, size, key, now)
+            if batch.parts:
+                self._turns = self._next_turns
+                return self._start(batch, now)
+        return None
 
-    def _waiting(self, key: Key) -> tuple[int, bool]:
-        """Rows at the head that share `key`, up to the largest size, and whether another key ends the run."""
-        rows = 0
-        for ticket in self._queue:
-            if ticket.cancelled:
+    def _first_line(self) -> Line[T]:
+        """The line that heads the next batch."""
+        lines = [line for line in self._lines if line.rows]
+        level = lines[0].level
+        self._next_turns = 0
+        if lines[-1].level > level:
+            if self._turns >= _TURNS:
+                return min((line for line in lines if line.level > level), key=Line.due_s)
+            self._next_turns = self._turns + 1
+        return min((line for line in lines if line.level == level), key=Line.due_s)
+
+    def _waiting(self, key: Key) -> int:
+        return sum(line.rows for line in self._lines if line.key == key)
+
+    def _join(self, head: T, waiting: int, now: float) -> tuple[Key, int, Key | None]:
+        """Whether requests of another key should share the batch: the key to run, rows waiting for it, and that other.
+
+        Joining costs padding and saves a run; it is done if that is less time in all.
+        """
+        costs, key = self.costs, head.key
+        best: tuple[Key, int, Key | None] = (key, waiting, None)
+        most = 0.0
+        alone = costs.seconds(key, waiting)
+        for other in {line.key for line in self._lines if line.rows}:
+            wide = max(key, other)
+            if other == key or any(size > limit for size, limit in zip(min(key, other), wide, strict=True)):
                 continue
-            if ticket.key != key:
-                return rows, True
-            rows += ticket.rows - ticket.taken
-            if rows >= self.ladder[-1]:
-                return self.ladder[-1], False
-        return rows, False
-
-    def _size(self, waiting: int, key: Key) -> int:
-        costs = self.costs.get(key)
-        if not costs:
-            return next((size for size in self.ladder if size >= waiting), self.ladder[-1])
-        best, best_cost = self.ladder[-1], float("inf")
-        for size in self.ladder:
-            cost = costs[size] / min(waiting, size)
-            # Equal cost: the larger size finishes more rows at once.
-            if cost <= best_cost:
-                best, best_cost = size, cost
-            if size >= waiting:
-                break
+            rows = self._waiting(other)
+            room = costs.size(wide, waiting) - waiting  # padding of this batch: those who fill it ride for nothing
+            for company in {min(rows, self.ladder[-1] - waiting), min(rows, room)}:
+                if company < 1:
+                    continue
+                apart = alone + costs.seconds(other, rows) - costs.seconds(other, rows - company)
+                together = costs.seconds(wide, waiting + company)
+                if apart - together > most and now + together < head.deadline_s:
+                    most = apart - together
+                    best = (wide, waiting + company, other)
         return best
 
-    def _take(self, size: int, key: Key) -> Batch[T]:
-        queue = self._queue
-        parts: list[Part[T]] = []
-        filled = 0
-        while queue and filled < size:
+    def _delay(self, waiting: int, key: Key, now: float) -> bool:
+        """Whether to wait for company; sets `wake_at`."""
+        if waiting >= self.ladder[-1]:
+            return False
+        last = self.costs.of(key, self.ladder[-1])
+        due = math.inf
+        for line in self._lines:
+            line.queue()
+            for ticket in (*line.dated, *islice(line.plain, 1)):
+                if not ticket.closed:
+                    due = min(due, ticket.arrival_s + self.max_delay_s, ticket.deadline_s - last)
+        if now >= due:
+            return False
+        self.wake_at = due
+        return True
+
+    def _meets(self, head: T, key: Key, size: int, now: float) -> bool:
+        rows = head.rows - head.taken
+        seconds = self.costs.of(key, size) if rows <= size else self.costs.seconds(key, rows)
+        return now + seconds < head.deadline_s
+
+    def _urgent_size(self, head: T, key: Key, size: int, now: float) -> int:
+        """The largest size under `size` that meets the deadline of `head`, if there is time for that; 0 if not."""
+        if self.rows > self.ladder[-1]:
+            return 0
+        for smaller in reversed(self.ladder):
+            if smaller < size and head.rows - head.taken <= smaller and self._meets(head, key, smaller, now):
+                return smaller
+        return 0
+
+    def _take(self, line: Line[T], other: Key | None, size: int, key: Key, now: float) -> Batch[T]:
+        batch: Batch[T] = Batch([], 0, size, key)
+        finish = now + self.costs.of(key, size)
+        self._fill(batch, line, finish)
+        if len(self._lines) > 1:
+            for mate in (line.key, other):
+                for each in self._lines:
+                    if each.key == mate and each is not line and batch.rows < size:
+                        self._fill(batch, each, finish)
+        self.rows -= batch.rows
+        return batch
+
+    def _fill(self, batch: Batch[T], line: Line[T], finish: float) -> None:
+        """Moves rows of a line into a batch; what such a batch would be too late for is dropped."""
+        parts, filled, size = batch.parts, batch.rows, batch.size
+        before = filled
+        while filled < size and (queue := line.queue()):
             ticket = queue[0]
-            if ticket.cancelled:
-                queue.popleft()
-                self._cancelled -= 1
-                continue
-            if ticket.key != key:
-                break
-            rows = min(ticket.rows - ticket.taken, size - filled)
+            rows = ticket.rows
+            if ticket.deadline_s != math.inf:
+                if ticket.deadline_s <= finish:
+                    self._drop(ticket, Reason.EXPIRED)
+                    continue
+                self._flying.add(ticket)
+                batch.plain = False
+            if ticket.taken or rows > size - filled:
+                rows = min(rows - ticket.taken, size - filled)
+                batch.plain = False
             parts.append(Part(ticket, ticket.taken, rows, filled))
             ticket.taken += rows
             filled += rows
             if ticket.taken == ticket.rows:
                 queue.popleft()
-        self.rows -= filled
-        return Batch(tuple(parts), filled, size, key)
+                self.nbytes -= ticket.nbytes
+        line.rows -= filled - before
+        batch.rows = filled
+
+    def _start(self, batch: Batch[T], now: float) -> Batch[T]:
+        self._running = True
+        self._free_at = now + self.costs.of(batch.key, batch.size)
+        return batch
+
+    # Back.
+
+    def finish(self, batch: Batch[T], now: float, seconds: float | None) -> None:
+        """Told that a batch has run.
+
+        A ticket of it that is not closed has its result, if it is whole; else once its `left` is zero.
+
+        Args:
+            batch: the batch.
+            now: the time.
+            seconds: what it took; None if it was not run because it was not `wanted`.
+        """
+        self._stop(now)
+        if seconds is not None:
+            self._retries.succeeded()
+            self.costs.learn(batch.key, batch.size, seconds)
+        if batch.plain:
+            return
+        for part in batch.parts:
+            ticket = part.ticket
+            ticket.left -= part.rows
+            if ticket.closed:
+                continue
+            if ticket.deadline_s <= now:
+                self._drop(ticket, Reason.EXPIRED)
+            elif not ticket.left:
+                self._flying.discard(ticket)
+
+    def fail(self, batch: Batch[T], now: float) -> list[T]:
+        """Told that a batch has failed.
+
+        Returns:
+            The tickets that fail for it, closed now; the others run again.
+        """
+        self._stop(now)
+        if self._retries.add(batch):
+            return []
+        failed = [part.ticket for part in batch.parts if not part.ticket.closed]
+        for ticket in failed:
+            self.cancel(ticket)
+        return failed
+
+    def _stop(self, now: float) -> None:
+        self._running = False
+        self._free_at = now

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import queue
 import statistics
 import threading
@@ -13,15 +14,19 @@ from typing import Any
 import numpy as np
 
 from lepton_xla.errors import ServeError
-from lepton_xla.serve.batcher import Batch, Costs, Key, Part, Ticket
+from lepton_xla.serve.costs import Key, Measured
 from lepton_xla.serve.signature import Servable, Signature, Tensor
+from lepton_xla.serve.tickets import Batch, Part, Ticket
 from lepton_xla.serve.wire import InferRequest
 
 _log = logging.getLogger("lepton_xla.serve")
 
-# Runs per size at start: the first is the warm-up, the median of the rest is the cost.
-_WARM_RUNS = 5
-_WARM_SECONDS = 0.5
+# Runs per size at start: the first is the warm-up, the median of the rest is the cost. Short ones are repeated, for they
+# are what a busy machine disturbs.
+_LEAST_RUNS, _MOST_RUNS = 5, 101
+_ENOUGH_S, _MOST_S = 0.02, 0.5
+
+_ALIGNMENT = 64
 
 
 class Work(Ticket):
@@ -34,8 +39,11 @@ class Work(Ticket):
     __slots__ = ("request",)
 
     def __init__(self, request: InferRequest, arrival_s: float) -> None:
-        super().__init__(request.plan.rows, request.plan.key, arrival_s)
+        plan = request.plan
+        super().__init__(plan.rows, plan.key, arrival_s)
         self.request = request
+        for tensor in request.tensors:
+            self.nbytes += len(tensor)
 
 
 class Completion[T: Work]:
@@ -43,7 +51,8 @@ class Completion[T: Work]:
 
     Attributes:
         batch: the batch.
-        outputs: C-contiguous arrays in signature order, padding rows included; None if it failed.
+        outputs: C-contiguous arrays in signature order, padding rows included; None if it failed, empty if it was not
+            run because nobody waited for it any more.
         started_s: when the engine took it.
         staged_s: when its rows lay in the staging arrays.
         finished_s: when the outputs were there.
@@ -71,7 +80,7 @@ class Completion[T: Work]:
     def rows(self, part: Part[T], index: int, tensor: Tensor) -> memoryview:
         """The bytes of output `index` that belong to a part, without padding."""
         plan = part.ticket.request.plan
-        if not plan.cut:
+        if not plan.cut and plan.key == self.batch.key:
             view, row_bytes = self._views[index]
             return view[part.offset * row_bytes : (part.offset + part.rows) * row_bytes]
         assert self.outputs is not None
@@ -84,7 +93,7 @@ class _Stage:
 
     def __init__(self, signature: Signature, size: int, key: Key) -> None:
         self.sizes = signature.sizes(size, key)
-        self.arrays = [np.zeros(tensor.at(self.sizes), tensor.dtype) for tensor in signature.inputs]
+        self.arrays = [_aligned(tensor.at(self.sizes), tensor.dtype) for tensor in signature.inputs]
         self._inputs = signature.inputs
         self._batched = signature.batch is not None
         self._views = [(_bytes_of(array), array.nbytes // size) for array in self.arrays]
@@ -92,7 +101,7 @@ class _Stage:
 
     def fill(self, batch: Batch[Any]) -> None:
         """Copies the rows in and makes the padding zero."""
-        if any(part.ticket.request.plan.cut for part in batch.parts):
+        if batch.key and any(part.ticket.request.plan.cut or part.ticket.key != batch.key for part in batch.parts):
             self._fill_cut(batch)
             return
         for index, (view, row_bytes) in enumerate(self._views):
@@ -128,12 +137,20 @@ def _window(tensor: Tensor, sizes: dict[str, int], offset: int, rows: int, batch
     return (slice(offset, offset + rows), *inner[1:]) if batched else inner
 
 
+def _aligned(shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
+    """Zeros that start where XLA wants them: on the CPU it then reads them where they are, else it copies them."""
+    nbytes = math.prod(shape) * dtype.itemsize
+    memory = np.zeros(nbytes + _ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % _ALIGNMENT
+    return memory[start : start + nbytes].view(dtype).reshape(shape)
+
+
 def _bytes_of(array: np.ndarray) -> memoryview:
     return memoryview(array.reshape(-1).view(np.uint8))
 
 
 class Engine[T: Work]:
-    """Runs batches one after the other on a thread of its own.
+    """Runs batches one after the other, on a thread of its own or on the caller's.
 
     Args:
         servable: the model.
@@ -149,7 +166,7 @@ class Engine[T: Work]:
         self._batches: queue.SimpleQueue[Batch[T] | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
 
-    def warm_up(self) -> Costs:
+    def warm_up(self) -> Measured:
         """Runs every compiled size on zeros and measures it.
 
         Returns:
@@ -171,14 +188,18 @@ class Engine[T: Work]:
         if actual != expected:
             raise ServeError(f"at {stage.sizes} the model gives {actual}, but its signature says {expected}")
         times: list[float] = []
-        while len(times) < _WARM_RUNS and sum(times) < _WARM_SECONDS:
+        while len(times) < _MOST_RUNS and sum(times) < (_MOST_S if len(times) < _LEAST_RUNS else _ENOUGH_S):
             start = self._clock()
             self._servable.run(stage.sizes, stage.arrays)
             times.append(self._clock() - start)
         return max(statistics.median(times), 1e-9)
 
-    def start(self, post: Callable[[Completion[T]], object]) -> None:
-        """Starts the thread; `post` gets every completion, on that thread."""
+    def start(self, post: Callable[[Completion[T]], Batch[T] | None]) -> None:
+        """Starts the thread.
+
+        Args:
+            post: gets every completion, on that thread, and gives the batch to run next, if there is one already.
+        """
         self._thread = threading.Thread(target=self._loop, args=(post,), name="lepton-engine", daemon=True)
         self._thread.start()
 
@@ -194,20 +215,16 @@ class Engine[T: Work]:
         self._thread.join(timeout_s)
         return not self._thread.is_alive()
 
-    def _loop(self, post: Callable[[Completion[T]], object]) -> None:
+    def _loop(self, post: Callable[[Completion[T]], Batch[T] | None]) -> None:
         while (batch := self._batches.get()) is not None:
-            completion = self.execute(batch)
-            try:
-                post(completion)
-            except RuntimeError:
-                # The event loop is closed: a hard stop left this batch behind, and nobody waits for it.
-                _log.warning("a batch finished after the server had stopped")
-            del batch, completion
+            while batch is not None:
+                batch = post(self.execute(batch))
 
     def execute(self, batch: Batch[T]) -> Completion[T]:
-        """Runs one batch on the calling thread; a failure is in the completion, never raised."""
+        """Runs one batch on the calling thread; a failure is in the completion, never raised. One at a time."""
         started = staged = self._clock()
-        outputs: Sequence[np.ndarray] | None = None
+        if not batch.wanted:
+            return Completion(batch, (), started, started, started)
         try:
             stage = self._stage(batch.size, batch.key)
             stage.fill(batch)

@@ -1,39 +1,63 @@
 """Requests in, results out: the queue and the engine of one model, joined on the event loop.
 
 The app hands over calls and is called back; it does not know where they run.
+
+A batch that is predicted to be short runs on the event loop itself, between reading requests and writing answers: what
+it holds up is less than two threads would take to hand it over. Others run on the engine's thread, which takes the
+next batch itself the moment it is free, so that the device does not wait for the event loop and a batch holds all that
+has come until then.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import math
+import threading
 from collections.abc import Sequence
 from time import monotonic
 
-from lepton_xla.serve.batcher import Batcher, Part
+from lepton_xla.serve.batcher import Batcher
 from lepton_xla.serve.engine import Completion, Engine, Work
 from lepton_xla.serve.errors import RefusedError
 from lepton_xla.serve.metrics import Metrics
 from lepton_xla.serve.signature import Signature
+from lepton_xla.serve.tickets import Batch, Part, Reason
 from lepton_xla.serve.wire import InferRequest
 
 _log = logging.getLogger("lepton_xla.serve")
+
+# A batch of no more than this is run on the event loop.
+_SHORT_S = 1e-4
+
+_LONGEST_RETRY_S = 60
+
+# Status and words for those who get no result. 503 is the load, and may be tried again; 504 is the deadline.
+_REFUSALS: dict[Reason, tuple[int, str]] = {
+    Reason.FULL: (503, "the queue is full"),
+    Reason.OUTRANKED: (503, "the queue is full, and others have a higher priority"),
+    Reason.OVERLOADED: (503, "too much waits for an answer within the request's timeout"),
+    Reason.TOO_SHORT: (504, "the request's timeout is shorter than running it takes"),
+    Reason.EXPIRED: (504, "the request's timeout has passed"),
+}
 
 
 class Call(Work):
     """A request on its way through the scheduler: what came, and what is told when it is done.
 
     Attributes:
-        left: rows whose results are not there yet.
-        pieces: results of a request that was split over batches, as they come.
+        missing: rows whose results are not here yet; kept where it is split over batches.
+        pieces: the results of those that are.
+        block: where its tensors lie in memory that two processes share, if they do; see `split`.
     """
 
-    __slots__ = ("left", "pieces")
+    __slots__ = ("block", "missing", "pieces")
 
     def __init__(self, request: InferRequest, arrival_s: float) -> None:
         super().__init__(request, arrival_s)
-        self.left = self.rows
+        self.missing = self.rows
         self.pieces: list[bytearray] | None = None
+        self.block: int
 
     def finish(self, outputs: Sequence[memoryview]) -> None:
         """Told the bytes of each output that was asked for. They are only good until it returns."""
@@ -45,14 +69,17 @@ class Call(Work):
 
 
 class Scheduler:
-    """Runs calls in batches on an engine of this process. Everything but the engine's thread is on the event loop.
+    """Runs calls in batches on an engine of this process. All but `_post` is on the event loop.
 
     Args:
         signature: the model's.
         batcher: the queue.
-        engine: takes the batches, one at a time.
+        engine: takes the batches.
         metrics: what is counted.
         loop: the event loop.
+        levels: number of priority levels. Requests that do not say are on the middle one, the lower of two.
+        default_timeout_s: for requests that do not say; None never gives up on them.
+        max_timeout_s: no request is waited for longer; None sets no bound.
     """
 
     def __init__(
@@ -62,110 +89,209 @@ class Scheduler:
         engine: Engine[Call],
         metrics: Metrics,
         loop: asyncio.AbstractEventLoop,
+        *,
+        levels: int = 1,
+        default_timeout_s: float | None = None,
+        max_timeout_s: float | None = None,
     ) -> None:
         self._outputs = signature.outputs
         self._batcher = batcher
+        self._costs = batcher.costs
         self._engine = engine
         self._metrics = metrics
         self._loop = loop
-        self._busy = False
+        self._levels = levels
+        self._max_timeout_s = math.inf if max_timeout_s is None else max_timeout_s
+        self._timeout_s = math.inf if default_timeout_s is None else default_timeout_s
+        self._lock = threading.Lock()  # of the batcher
         self._scheduled = False
-        self._timer: asyncio.TimerHandle | None = None
+        self._alarm: asyncio.TimerHandle | None = None
+        self._alarm_s = math.inf
 
     @property
     def max_rows(self) -> int:
         """Most rows of one request."""
         return self._batcher.max_rows
 
-    @property
-    def waiting_rows(self) -> int:
-        """Rows in the queue now."""
-        return self._batcher.rows
+    def figures(self) -> dict[str, float]:
+        """What `Metrics` shows of the queue now."""
+        return {"queue_rows": self._batcher.rows, "queue_requests": len(self._batcher)}
 
     def start(self) -> None:
         """Starts the engine's thread."""
-
-        def post(completion: Completion[Call]) -> None:
-            self._loop.call_soon_threadsafe(self._completed, completion)
-
-        self._engine.start(post)
+        self._engine.start(self._post)
 
     def stop(self, timeout_s: float) -> None:
-        """Ends the engine's thread after the batches it has."""
+        """Ends the engine's thread after the batch it has."""
         self._engine.stop(timeout_s)
+
+    # In.
 
     def submit(self, call: Call) -> None:
         """Queues a call; `finish` or `fail` is told of its end, unless it is cancelled first.
 
         Raises:
-            RefusedError: 503 where the queue is full.
+            RefusedError: 400 for a priority that there is not, 503 where the queue is too full for it, 504 where its
+                timeout leaves no time to run it.
         """
-        if not self._batcher.add(call):
-            self._metrics.rejected += 1
-            raise RefusedError(503, "the queue is full")
-        if not self._scheduled:
-            # After the sockets that are readable now: what arrived together runs together, without a delay.
-            self._scheduled = True
-            self._loop.call_soon(self._pump)
+        plan = call.request.plan
+        priority = plan.priority or self._levels // 2 + 1
+        if priority > self._levels:
+            raise RefusedError(400, f"parameter 'priority' must be 0 to {self._levels}, not {priority}")
+        call.level = priority - 1
+        timeout = min(self._timeout_s if plan.timeout_s is None else plan.timeout_s, self._max_timeout_s)
+        if timeout != math.inf:
+            call.deadline_s = call.arrival_s + timeout
+            if call.deadline_s < self._alarm_s:
+                self._set_alarm(call.deadline_s)
+        with self._lock:
+            reason = self._batcher.add(call)
+        if reason is not None:
+            raise self._refusal(reason)
+        if self._batcher.dropped:
+            self._tell_dropped()
+        self._pump_soon()
 
     def cancel(self, call: Call) -> None:
         """Forgets a call: nobody waits for it any more."""
         self._metrics.cancelled += 1
-        self._batcher.cancel(call)
+        with self._lock:
+            self._batcher.cancel(call)
+
+    def _refusal(self, reason: Reason) -> RefusedError:
+        status, words = _REFUSALS[reason]
+        if status != 503:
+            self._metrics.expired += 1
+            return RefusedError(status, words)
+        self._metrics.rejected += 1
+        with self._lock:
+            seconds = self._batcher.drain_s(monotonic())
+        return RefusedError(503, words, f"Retry-After: {min(max(math.ceil(seconds), 1), _LONGEST_RETRY_S)}")
+
+    def _tell_dropped(self) -> None:
+        """Answers those who will get no result."""
+        with self._lock:
+            dropped, self._batcher.dropped = self._batcher.dropped, []
+        for call, reason in dropped:
+            call.fail(self._refusal(reason))
+
+    # Time.
+
+    def _set_alarm(self, when: float) -> None:
+        if self._alarm is not None:
+            self._alarm.cancel()
+        self._alarm_s = when
+        # Up to the next millisecond, which is what the event loop counts in: never too early.
+        delay = math.ceil(max(when - monotonic(), 0.0) * 1e3) * 1e-3
+        self._alarm = self._loop.call_later(delay, self._ring)
+
+    def _ring(self) -> None:
+        self._alarm, self._alarm_s = None, math.inf
+        with self._lock:
+            self._batcher.expire(monotonic())
+            first = self._batcher.next_deadline()
+        if first != math.inf:
+            self._set_alarm(first)
+        self._pump()
+
+    # Out.
+
+    def _pump_soon(self) -> None:
+        """After the sockets that are readable now: what arrived together runs together, without a delay."""
+        if not self._scheduled:
+            self._scheduled = True
+            self._loop.call_soon(self._pump)
 
     def _pump(self) -> None:
-        """Hands the next batch to the engine, or sees to it that it happens in time."""
+        """Starts the next batch, or sees to it that it happens in time."""
         self._scheduled = False
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-        now = monotonic()
-        batch = self._batcher.next_batch(now, not self._busy)
+        with self._lock:
+            batch = self._batcher.next_batch(monotonic())
+            wake_at = self._batcher.wake_at
+        if wake_at is not None and wake_at < self._alarm_s:
+            self._set_alarm(wake_at)
         if batch is not None:
-            self._busy = True
-            self._engine.submit(batch)
-        elif self._batcher.wake_at is not None:
-            self._timer = self._loop.call_later(self._batcher.wake_at - now, self._pump)
+            if self._costs.of(batch.key, batch.size) <= _SHORT_S:
+                completion = self._engine.execute(batch)
+                with self._lock:
+                    failed = self._settle(completion)
+                self._completed(completion, failed)
+            else:
+                self._engine.submit(batch)
+        if self._batcher.dropped:
+            self._tell_dropped()
 
-    def _completed(self, completion: Completion[Call]) -> None:
-        """Takes a finished batch, starts the next and tells those who wait."""
-        self._busy = False
-        self._pump()
-        metrics, batch = self._metrics, completion.batch
-        metrics.batch(
-            batch.rows,
-            batch.size,
-            completion.staged_s - completion.started_s,
-            completion.finished_s - completion.started_s,
-        )
-        for part in batch.parts:
-            call = part.ticket
-            if call.cancelled:
-                continue
-            try:
-                self._complete_part(completion, part)
-            except Exception:
-                _log.exception("an answer could not be written")
-                call.fail(RefusedError(500, "internal error"))
+    def _post(self, completion: Completion[Call]) -> Batch[Call] | None:
+        """Takes a finished batch on the engine's thread, and gives the next."""
+        with self._lock:
+            failed = self._settle(completion)
+            batch = self._batcher.next_batch(monotonic())
+        try:
+            self._loop.call_soon_threadsafe(self._completed, completion, failed)
+        except RuntimeError:
+            # The event loop is closed: a hard stop left this batch behind, and nobody waits for it.
+            _log.warning("a batch finished after the server had stopped")
+            return None
+        return batch
+
+    # Back.
+
+    def _settle(self, completion: Completion[Call]) -> list[Call]:
+        """Tells the batcher; gives the calls that failed."""
+        batch, now = completion.batch, completion.finished_s
+        if completion.outputs is None:
+            return self._batcher.fail(batch, now)
+        self._batcher.finish(batch, now, now - completion.started_s if completion.outputs else None)
+        return []
+
+    def _completed(self, completion: Completion[Call], failed: list[Call]) -> None:
+        """Tells those whose batch is done."""
+        if completion.outputs:
+            metrics, batch = self._metrics, completion.batch
+            metrics.batch(
+                batch.rows,
+                batch.size,
+                completion.staged_s - completion.started_s,
+                completion.finished_s - completion.started_s,
+                len(batch.parts),
+            )
+            for part in batch.parts:
+                if not part.ticket.closed:
+                    self._complete_part(completion, part)
+            metrics.output_s += (monotonic() - completion.finished_s) * len(batch.parts)
+        elif completion.outputs is None:
+            self._metrics.failed_batches += 1
+        for call in failed:
+            self._metrics.failures += 1
+            call.fail(RefusedError(500, "inference failed"))
+        if self._batcher.dropped:
+            self._tell_dropped()
+        if self._batcher.pending:
+            self._pump_soon()
 
     def _complete_part(self, completion: Completion[Call], part: Part[Call]) -> None:
         call = part.ticket
-        if completion.outputs is None:
-            self._metrics.failures += 1
-            self._batcher.cancel(call)
-            call.fail(RefusedError(500, "inference failed"))
-            return
-        outputs = [completion.rows(part, index, self._outputs[index]) for index, _ in call.request.plan.outputs]
-        if part.rows == call.rows:
-            self._metrics.queue_s.observe(completion.started_s - call.arrival_s)
-            call.finish(outputs)
-            return
+        try:
+            outputs = [completion.rows(part, index, self._outputs[index]) for index, _ in call.request.plan.outputs]
+            if not part.start:
+                self._metrics.queue_s.observe(completion.started_s - call.arrival_s)
+            if part.rows == call.rows:
+                call.finish(outputs)
+            else:
+                self._join(call, part, outputs)
+        except Exception:
+            _log.exception("an answer could not be written")
+            with self._lock:
+                self._batcher.cancel(call)
+            call.fail(RefusedError(500, "internal error"))
+
+    def _join(self, call: Call, part: Part[Call], outputs: Sequence[memoryview]) -> None:
+        """Puts a piece of a split call in its place."""
         if call.pieces is None:
-            self._metrics.queue_s.observe(completion.started_s - call.arrival_s)
             call.pieces = [bytearray(len(output) // part.rows * call.rows) for output in outputs]
         for piece, output in zip(call.pieces, outputs, strict=True):
             row_bytes = len(piece) // call.rows
             piece[part.start * row_bytes : (part.start + part.rows) * row_bytes] = output
-        call.left -= part.rows
-        if not call.left:
+        call.missing -= part.rows
+        if not call.missing:
             call.finish([memoryview(piece) for piece in call.pieces])

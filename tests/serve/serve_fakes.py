@@ -4,6 +4,7 @@ import contextlib
 import json
 import socket
 import threading
+import time
 
 import numpy as np
 
@@ -14,6 +15,7 @@ class Affine:
     """y = 2 x + n and total = sum of n over nothing: two inputs, two outputs, rows independent.
 
     A row with n == -1 makes the whole run fail; `gate` holds every run back until it is set; `runs` lists the sizes.
+    A run takes long enough for it not to be done on the event loop, which the gate would hold up too.
     """
 
     name = "affine"
@@ -36,6 +38,7 @@ class Affine:
         self.runs.append(sizes["batch"])
         self.seen.append((x.copy(), n.copy()))
         self.running.set()
+        time.sleep(1e-4)
         assert self.gate.wait(20)
         if (n == -1).any():
             raise ValueError("/secret/path/of/weights is poisoned")
