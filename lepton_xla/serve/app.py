@@ -72,7 +72,10 @@ class InferCall(Call):
 
     def finish(self, outputs: Sequence[memoryview]) -> None:
         """Answers."""
-        self._app.answer(self, outputs)
+        try:
+            self._app.answer(self, outputs)
+        except RefusedError as refusal:
+            self.fail(refusal)
 
     def fail(self, refusal: RefusedError) -> None:
         """Answers with an error."""

@@ -139,7 +139,7 @@ def _responses(route: Route, *, infer: bool) -> dict[str, Any]:
         good["headers"] = {_HEADER_LENGTH: {"description": text, "schema": {"type": "integer"}}}
     refusals = _REFUSALS | (_INFER_REFUSALS if infer else {})
     responses = {"200": good} | {str(status): {"$ref": f"#/components/responses/{status}"} for status in refusals}
-    if route.name.endswith("ready"):
+    if route.name.endswith(("live", "ready")):
         responses["503"] = {"description": "Not now", "content": content}
     return dict(sorted(responses.items()))
 
