@@ -12,7 +12,6 @@ import signal
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from time import monotonic
 from types import TracebackType
 from typing import Self
 
@@ -20,23 +19,22 @@ import uvloop
 
 from lepton_xla.errors import ServeError
 from lepton_xla.serve.access import Access
-from lepton_xla.serve.app import App
 from lepton_xla.serve.batcher import Batcher
-from lepton_xla.serve.drain import Entrance, Stop, drain
+from lepton_xla.serve.costs import Costs, Measured
+from lepton_xla.serve.drain import Entrance, Stop
 from lepton_xla.serve.engine import Engine
-from lepton_xla.serve.http import Hub
+from lepton_xla.serve.front import Front
 from lepton_xla.serve.limits import Limits
 from lepton_xla.serve.metadata import SERVER_NAME
 from lepton_xla.serve.metrics import Metrics
 from lepton_xla.serve.routes import OPEN_PATHS
 from lepton_xla.serve.scheduler import Call, Scheduler
-from lepton_xla.serve.signature import Servable, signature_of
+from lepton_xla.serve.signature import Servable, Signature, signature_of
 from lepton_xla.serve.tls import TlsFiles
 
 _log = logging.getLogger("lepton_xla.serve")
 
 _BACKLOG = 1024
-_SWEEP_S = 0.5
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -50,6 +48,11 @@ class Options:
         server_name: what the server's metadata calls it; some clients look for "triton".
         max_delay_us: how long a request may wait for company while the engine is idle, in microseconds.
         max_queue_rows: rows that may wait; more get 503. Also the most rows of one request.
+        max_queue_bytes: memory of the requests that may wait; more get 503.
+        default_timeout_s: for requests that give no timeout; None waits for ever.
+        max_timeout_s: the longest wait for any request; longer timeouts are cut to it. None sets no bound.
+        priority_levels: the parameter `priority` may be 1, which is the highest, to this. Requests that do not say are
+            on the middle level, the lower of two.
         compress_bytes: the smallest answer worth compressing for a client that accepts it.
         lame_duck_s: how long after a stop is asked for new connections are still taken and idle ones kept, readiness
             already being 503.
@@ -70,6 +73,10 @@ class Options:
     server_name: str = SERVER_NAME
     max_delay_us: int = 0
     max_queue_rows: int = 4096
+    max_queue_bytes: int = 256 << 20
+    default_timeout_s: float | None = None
+    max_timeout_s: float | None = None
+    priority_levels: int = 3
     compress_bytes: int = 4096
     lame_duck_s: float = 0.0
     stop_timeout_s: float = 30.0
@@ -81,9 +88,16 @@ class Options:
     def __post_init__(self) -> None:
         if not 0 <= self.port < 65536:
             raise ServeError(f"port must be 0 to 65535, not {self.port}")
-        for name, least in (("max_delay_us", 0), ("max_queue_rows", 1), ("lame_duck_s", 0), ("stop_timeout_s", 0)):
+        for name, least in (
+            ("max_delay_us", 0), ("max_queue_rows", 1), ("max_queue_bytes", 1), ("priority_levels", 1),
+            ("lame_duck_s", 0), ("stop_timeout_s", 0),
+        ):  # fmt: skip
             if not least <= getattr(self, name) < math.inf:
                 raise ServeError(f"{name} must be at least {least} and finite, not {getattr(self, name)!r}")
+        for name in ("default_timeout_s", "max_timeout_s"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ServeError(f"{name} must be positive, or None for no bound, not {value!r}")
 
     def access(self) -> Access:
         """Reads the files that say who may ask.
@@ -131,9 +145,7 @@ class Server:
     @property
     def url(self) -> str:
         """Where it listens, such as `http://127.0.0.1:8000`."""
-        host, port = self.address
-        scheme = "http" if self.options.tls is None else "https"
-        return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
+        return url_of(self.address, self.options)
 
     @property
     def name(self) -> str:
@@ -204,27 +216,14 @@ class Server:
         listener = access.listen()
         try:
             # Off the loop, so that a signal during a long warm-up is seen as soon as it ends.
-            costs = await loop.run_in_executor(None, self._engine.warm_up)
+            measured = await loop.run_in_executor(None, self._engine.warm_up)
             stop.warming = False
             if stop.asked.is_set():
                 listener.close()
                 return True
-            batcher: Batcher[Call] = Batcher(
-                self._signature.ladder,
-                max_delay_s=options.max_delay_us * 1e-6,
-                max_rows=options.max_queue_rows,
-                costs=costs,
-            )
-            scheduler = Scheduler(self._signature, batcher, self._engine, metrics, loop)
-            app = App(
-                self._signature, scheduler, metrics, options.limits,
-                guard=access.guard, server_name=options.server_name,
-                max_delay_s=batcher.max_delay_s, compress_bytes=options.compress_bytes,
-            )  # fmt: skip
-            hub = Hub(app, options.limits, refused=lambda status: metrics.codes.update((status,)))
-            if access.guard is not None:
-                hub.admit = access.guard.authenticate
-            entrance = Entrance(hub, listener, _BACKLOG, access.tls_options(options.limits))
+            scheduler = schedule(self._engine, measured, self._signature, options, metrics)
+            front = Front(self._signature, scheduler, metrics, options, access)
+            entrance = Entrance(front.hub, listener, _BACKLOG, access.tls_options(options.limits))
             await entrance.open()
         except BaseException:
             listener.close()
@@ -238,34 +237,39 @@ class Server:
         scheduler.start()
         name = listener.getsockname()
         self.address = (name[0], name[1])
-        sweeper = asyncio.create_task(_sweep(hub, access))
+        _log.info("serving %s on %s", self._signature.name, self.url)
         finished = False
         try:
-            metrics.ready = True
-            _log.info("serving %s on %s", self._signature.name, self.url)
-            if on_ready is not None:
-                on_ready(self)
-            await stop.asked.wait()
-            metrics.ready = False
-            finished = await drain(hub, entrance, stop, options.lame_duck_s, options.stop_timeout_s)
+            finished = await front.serve(entrance, stop, lambda: None if on_ready is None else on_ready(self))
             return finished
         finally:
-            sweeper.cancel()
-            for connection in tuple(hub.connections):
-                connection.abort()
-            app.close()
             scheduler.stop(5.0 if finished else 0.0)
 
 
-async def _sweep(hub: Hub, access: Access) -> None:
-    while True:
-        await asyncio.sleep(_SWEEP_S)
-        try:
-            hub.sweep(monotonic())
-            access.refresh()
-        except Exception:
-            # Without the sweeper no time limit would hold any more.
-            _log.exception("the sweep of connections and files failed")
+def url_of(address: tuple[str, int], options: Options) -> str:
+    """The URL of a server that listens there."""
+    host, port = address
+    scheme = "http" if options.tls is None else "https"
+    return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
+
+
+def schedule(
+    engine: Engine[Call], measured: Measured, signature: Signature, options: Options, metrics: Metrics
+) -> Scheduler:
+    """The scheduler of a warm engine, to be used on the event loop that runs."""
+    batcher: Batcher[Call] = Batcher(
+        signature.ladder,
+        costs=Costs(signature.ladder, measured),
+        levels=options.priority_levels,
+        max_delay_s=options.max_delay_us * 1e-6,
+        max_rows=options.max_queue_rows,
+        max_bytes=options.max_queue_bytes,
+    )
+    return Scheduler(
+        signature, batcher, engine, metrics, asyncio.get_running_loop(),
+        levels=options.priority_levels,
+        default_timeout_s=options.default_timeout_s, max_timeout_s=options.max_timeout_s,
+    )  # fmt: skip
 
 
 def serve(servable: Servable, options: Options | None = None) -> bool:
