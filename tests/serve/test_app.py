@@ -101,6 +101,38 @@ def test_repository_index(server):
 
 
 @pytest.mark.parametrize(
+    ("body", "status"),
+    [
+        (b"", 200),
+        (b"  ", 200),
+        (b'{"ready": true}', 200),
+        (b'{"ready": false, "more": 1}', 200),
+        (b'{"ready": 1}', 400),
+        (b"[]", 400),
+        (b"{", 400),
+        (b"\xff", 400),
+        (b"[" * 5000, 400),
+        (b" " * 70_000, 413),
+    ],
+)
+def test_repository_index_takes_an_object_or_nothing(server, body, status):
+    assert exchange(server, "POST", "/v2/repository/index", body)[0] == status
+
+
+def test_a_stopping_server_lists_its_model_as_unavailable_unless_ready_ones_are_asked_for(server):
+    server.metrics.ready = False
+    try:
+        (entry,) = json.loads(exchange(server, "POST", "/v2/repository/index")[2])
+        assert entry == {"name": "affine", "version": "3", "state": "UNAVAILABLE", "reason": "the server is stopping"}
+        assert json.loads(exchange(server, "POST", "/v2/repository/index", b'{"ready": true}')[2]) == []
+        for path in ("/v2/health/ready", "/v2/models/affine/ready"):
+            status, body = get(server, path)
+            assert (status, body["ready"]) == (503, False)
+    finally:
+        server.metrics.ready = True
+
+
+@pytest.mark.parametrize(
     "path",
     [
         "/",
@@ -385,3 +417,147 @@ def test_raw_mode(make_server):
     )
     assert status == 200
     np.testing.assert_array_equal(read_outputs(headers, body)["y"], row[None])
+
+
+def long_request(rows, *, binary_out, **headers):
+    """A request whose JSON takes long enough to be read on another thread, and its right answer."""
+    x = np.arange(rows * 4, dtype=np.float32).reshape(rows, 4) / 7
+    n = np.arange(rows, dtype=np.int32)
+    body = affine_json(x, n, parameters={"binary_data_output": binary_out})
+    assert len(body) > 1 << 16
+    coding = headers.get("Content-Encoding")
+    body = {"gzip": gzip.compress, "deflate": zlib.compress, None: bytes}[coding](body)
+    return raw_request("POST", INFER, body, headers), affine_reference(x, n)
+
+
+def test_long_bodies_are_read_and_written_elsewhere_and_their_answers_keep_the_order_of_the_requests(
+    make_server, affine
+):
+    server = make_server(affine, max_queue_rows=1 << 16)
+    cases = [
+        (rows, binary, coding)
+        for rows in (4000, 20_000)
+        for binary in (True, False)
+        for coding in ({}, {"Content-Encoding": "gzip"}, {"Content-Encoding": "deflate"}, {"Accept-Encoding": "gzip"})
+    ]
+    expected = []
+    with connect(server) as sock, connect(server) as other:
+        for rows, binary, headers in cases:
+            request, outputs = long_request(rows, binary_out=binary, **headers)
+            # One that is answered at once, between two that take their time.
+            sock.sendall(request + raw_request("GET", "/v2/health/live"))
+            expected.append(outputs)
+        buffer = bytearray()
+        for outputs in expected:
+            status, headers, body = read_response(sock, buffer=buffer)
+            assert status == 200
+            if "content-encoding" in headers:
+                body = gzip.decompress(body)
+            for name, array in read_outputs(headers, body).items():
+                np.testing.assert_array_equal(array, outputs[name])
+            assert read_response(sock, buffer=buffer)[2] == b'{"live":true}'
+        other.sendall(raw_request("GET", "/v2/health/live"))
+        assert read_response(other)[0] == 200
+
+
+@pytest.mark.parametrize("coding", [None, "gzip"])
+def test_a_long_body_that_is_refused_is_refused_as_a_short_one_is(server, coding):
+    headers = {} if coding is None else {"Content-Encoding": coding}
+    for damage in (b"]}", b'"FP32"', b'"shape"'):
+        for rows in (3, 5000):
+            body = affine_json(np.ones((rows, 4)), np.ones(rows)).replace(damage, b"!", 1)
+            body = body if coding is None else gzip.compress(body)
+            status, _, answer = exchange(server, "POST", INFER, body, headers)
+            assert status == 400, (damage, rows)
+            assert set(json.loads(answer)) == {"error"}
+
+
+def test_a_client_that_leaves_while_its_body_is_read_is_not_run(make_server, affine, monkeypatch):
+    from lepton_xla.serve import app
+
+    reading, go_on = threading.Event(), threading.Event()
+    original = app.Decoder.decode
+
+    def slow(self, body, size):
+        if len(body) > 1 << 16:
+            reading.set()
+            assert go_on.wait(10)
+        return original(self, body, size)
+
+    monkeypatch.setattr(app.Decoder, "decode", slow)
+    server = make_server(affine)
+    affine.runs.clear()
+    with connect(server) as sock:
+        sock.sendall(long_request(4000, binary_out=True)[0])
+        assert reading.wait(5)
+        # The event loop is not what reads.
+        assert get(server, "/v2/health/live")[0] == 200
+    assert get(server, "/v2/health/live")[0] == 200
+    go_on.set()
+    check(server, np.ones((1, 4)), [1])
+    assert affine.runs == [1]
+
+
+def test_more_long_bodies_than_may_be_held_are_503(make_server, affine, monkeypatch):
+    from lepton_xla.serve import workers
+
+    go_on = threading.Event()
+    monkeypatch.setattr(workers.Workers, "run", limited(workers.Workers.run, go_on))
+    server = make_server(affine)
+    request, _ = long_request(4000, binary_out=True)
+    with connect(server) as first, connect(server) as second:
+        first.sendall(request)
+        get(server, "/v2/health/live")
+        second.sendall(request)
+        status, headers, body = read_response(second)
+        assert (status, headers["retry-after"]) == (503, "1")
+        assert "large requests" in json.loads(body)["error"]
+        go_on.set()
+        assert read_response(first)[0] == 200
+
+
+def limited(run, go_on):
+    """`Workers.run` with room for one body, whose work waits."""
+
+    def held(self, size, work, done, failed):
+        self._max_bytes = 1
+
+        def wait():
+            assert go_on.wait(10)
+            return work()
+
+        run(self, size, wait, done, failed)
+
+    return held
+
+
+def test_nan_in_a_json_answer_is_the_clients_error_short_or_long(make_server):
+    server = make_server(Identity(), max_queue_rows=1 << 16)
+    for rows in (1, 20_000):
+        array = np.full((rows, 3), np.nan, np.float32)
+        given = {"name": "x", "datatype": "FP32", "shape": [rows, 3], "parameters": {"binary_data_size": array.nbytes}}
+        head = json.dumps({"inputs": [given]}).encode()
+        fields = {"Inference-Header-Content-Length": str(len(head))}
+        status, _, body = exchange(server, "POST", "/v2/models/identity/infer", head + array.tobytes(), fields)
+        assert status == 400
+        assert "ask for binary_data" in json.loads(body)["error"]
+
+
+@pytest.mark.parametrize("shape", [("batch", 3), (2, 3)])
+@pytest.mark.parametrize("binary", [True, False])
+def test_classification_of_batches_and_of_what_has_none(make_server, shape, binary):
+    server = make_server(Identity(shape=shape, ladder=(1, 8) if "batch" in shape else ()))
+    outputs = [{"name": "y", "parameters": {"classification": 2, "binary_data": binary}}]
+    given = {"name": "x", "datatype": "FP32", "shape": [2, 3], "data": [1, 5, 3, 4, 6, 2]}
+    body = json.dumps({"inputs": [given], "outputs": outputs}).encode()
+    status, headers, answer = exchange(server, "POST", "/v2/models/identity/infer", body)
+    assert status == 200, answer
+    size = int(headers.get("inference-header-content-length", len(answer)))
+    (output,) = json.loads(answer[:size])["outputs"]
+    expected = ["5.0:1", "3.0:2", "6.0:1", "4.0:0"] if "batch" in shape else ["6.0:4", "5.0:1"]
+    assert (output["datatype"], output["shape"]) == ("BYTES", [2, 2] if "batch" in shape else [2])
+    if binary:
+        assert output["parameters"] == {"binary_data_size": len(answer) - size}
+        assert answer[size:] == b"".join(len(text).to_bytes(4, "little") + text.encode() for text in expected)
+    else:
+        assert output["data"] == expected
