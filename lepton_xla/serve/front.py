@@ -56,6 +56,8 @@ class Front:
             max_delay_s=options.max_delay_us * 1e-6, compress_bytes=options.compress_bytes, gather=gather,
         )  # fmt: skip
         self.hub = Hub(self._app, options.limits, refused=lambda status: metrics.codes.update((status,)))
+        metrics.version = signature.version
+        metrics.watch(lambda: backend.figures() | self.hub.figures())
         if access.guard is not None:
             self.hub.admit = access.guard.authenticate
 

@@ -66,6 +66,11 @@ class Hub:
         """Requests that have no answer yet, or whose answer waits for one before it."""
         return sum(connection.unanswered for connection in self.connections)
 
+    def figures(self) -> dict[str, float]:
+        """What `Metrics` shows of it."""
+        connections = len(self.connections)
+        return {"in_flight": self.in_flight, "connections": connections, "buffered_bytes": self.buffered_bytes}
+
     def sweep(self, now: float) -> None:
         """Enforces the time limits; called about once a second."""
         for connection in tuple(self.connections):

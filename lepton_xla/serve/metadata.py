@@ -252,20 +252,20 @@ def model_config(signature: Signature, max_delay_s: float) -> ModelConfig:
 def statistics(signature: Signature, metrics: Metrics) -> Statistics:
     """The answer to `GET /v2/models/{model}/stats`."""
     none = _duration(0, 0.0)
-    batches = metrics.batch_rows.count
+    batches, requests = metrics.batch_rows.count, metrics.requests
     inference = InferStatistics(
         success=_total(metrics.request_s),
         fail=_duration(metrics.failures, 0.0),
         queue=_total(metrics.queue_s),
-        compute_input=_duration(batches, metrics.input_s),
-        compute_infer=_total(metrics.compute_s),
-        compute_output=none,
+        compute_input=_duration(requests, metrics.input_s),
+        compute_infer=_duration(requests, metrics.infer_s),
+        compute_output=_duration(requests, metrics.output_s),
         cache_hit=none,
         cache_miss=none,
     )
     sizes = [
-        BatchStatistics(size, compute_input=none, compute_infer=_duration(*cost), compute_output=none)
-        for size, cost in sorted(metrics.by_size.items())
+        BatchStatistics(size, _duration(count, copying), _duration(count, computing), compute_output=none)
+        for size, (count, copying, computing) in sorted(metrics.by_size.items())
     ]
     model = ModelStatistics(
         name=signature.name,
