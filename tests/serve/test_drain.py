@@ -98,7 +98,7 @@ def test_readiness_goes_first_and_the_lame_duck_still_answers(make_server):
         assert used.recv(1) == b""
         assert time.monotonic() - began < 0.9
         assert idle.recv(1) == b""
-        assert time.monotonic() - began >= 1.0
+        assert time.monotonic() - began > 0.99
     stopping.join(5)
     assert not stopping.is_alive()
 
