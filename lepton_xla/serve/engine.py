@@ -21,8 +21,8 @@ from lepton_xla.serve.wire import InferRequest
 
 _log = logging.getLogger("lepton_xla.serve")
 
-# Runs per size at start: the first is the warm-up, the median of the rest is the cost. Short ones are repeated, for they
-# are what a busy machine disturbs.
+# Runs per size at start: the first is the warm-up, the median of the rest is the cost. Short ones are repeated, for
+# they are what a busy machine disturbs.
 _LEAST_RUNS, _MOST_RUNS = 5, 101
 _ENOUGH_S, _MOST_S = 0.02, 0.5
 
@@ -58,7 +58,7 @@ class Completion[T: Work]:
         finished_s: when the outputs were there.
     """
 
-    __slots__ = ("_views", "batch", "finished_s", "outputs", "staged_s", "started_s")
+    __slots__ = ("_batched", "_views", "batch", "finished_s", "outputs", "staged_s", "started_s")
 
     def __init__(
         self,
@@ -67,7 +67,10 @@ class Completion[T: Work]:
         started_s: float,
         staged_s: float,
         finished_s: float,
+        *,
+        batched: bool = False,
     ) -> None:
+        self._batched = batched
         self.batch = batch
         self.outputs = outputs
         self.started_s = started_s
@@ -84,7 +87,7 @@ class Completion[T: Work]:
             view, row_bytes = self._views[index]
             return view[part.offset * row_bytes : (part.offset + part.rows) * row_bytes]
         assert self.outputs is not None
-        kept = self.outputs[index][_window(tensor, plan.sizes, part.offset, part.rows, part.rows != plan.rows)]
+        kept = self.outputs[index][_window(tensor, plan.sizes, part.offset, part.rows, self._batched)]
         return _bytes_of(np.ascontiguousarray(kept))
 
 
@@ -230,7 +233,8 @@ class Engine[T: Work]:
             stage.fill(batch)
             staged = self._clock()
             outputs = [np.ascontiguousarray(array) for array in self._servable.run(stage.sizes, stage.arrays)]
-            return Completion(batch, outputs, started, staged, self._clock())
+            batched = self._signature.batch is not None
+            return Completion(batch, outputs, started, staged, self._clock(), batched=batched)
         except Exception:
             # Whatever the model raises is this batch's problem: its requests are answered, the thread goes on.
             _log.exception("a batch of %d rows at size %d failed", batch.rows, batch.size)
