@@ -96,6 +96,8 @@ def test_a_shape_that_claims_much_allocates_nothing(shape):
         (b"[1, true]", (2,)),
         (b"[1, null]", (2,)),
         (b"[[1], 2]", (2, 1)),
+        (b"[[1, 2, 3], [4]]", (2, 2)),
+        (b"[[1, 2], [3, 4]]", (4, 1)),
         (b"[1e39]", (1,)),
         (b"[NaN]", (1,)),
     ],

@@ -108,12 +108,13 @@ def test_it_goes_back_with_every_kind_of_answer(server):
 def test_pipelined_and_split_requests_keep_their_own(server):
     with connect(server) as sock:
         requests = [
-            raw_request("GET", "/v2/health/live", headers={"traceparent": trace(n)} if n % 2 else {}) for n in range(6)
+            raw_request("GET", "/v2/health/live", headers={"traceparent": trace(n)} if n % 2 == 0 else {})
+            for n in range(6)
         ]
         sock.sendall(b"".join(requests))
         rest = bytearray()
         answers = [read_response(sock, buffer=rest)[1].get("traceparent") for _ in requests]
-        assert answers == [trace(n) if n % 2 else None for n in range(6)]
+        assert answers == [trace(n) if n % 2 == 0 else None for n in range(6)]
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         body, fields = affine_binary(np.ones((1, 4)), [1])
         request = raw_request("POST", "/v2/models/affine/infer", body, fields | {"traceparent": trace(7)})

@@ -226,6 +226,16 @@ def test_requests_with_an_id_of_their_own_do_not_push_others_out_of_the_cache():
     assert subject.decode(body, size).plan is plan
 
 
+@pytest.mark.parametrize("again", [b'"id": "second"', b'"\\u0069d": "second"'])
+def test_an_id_given_twice_is_the_last_one_and_no_other_requests(again):
+    subject = decoder(Identity())
+    rest = one(parameters={"binary_data_size": 12})[1:-1] + b", " + again + b"}"
+    for first in (b"first", b"second", b"third"):
+        head = b'{"id": "' + first + b'", ' + rest
+        assert subject.decode(head + bytes(12), len(head)).plan.id == "second"
+    assert subject.decode(b"{" + rest + bytes(12), len(rest) + 1).plan.id == "second"
+
+
 def test_json_data_is_never_cached():
     subject = decoder(Affine())
     for value in (1.0, 2.0):
@@ -468,6 +478,15 @@ def test_depth_is_counted_outside_strings_only_wherever_the_text_is_cut(pieces, 
         else:
             with pytest.raises(RefusedError, match="nested"):
                 check_depth(text.encode(), limit)
+
+
+@pytest.mark.parametrize("step", range(1, 12))
+def test_no_cut_falls_between_a_backslash_and_what_it_escapes(monkeypatch, step):
+    monkeypatch.setattr(request, "slices", lambda size: slices(size, step))
+    for text in (rb'"\"[[[["', rb'"\\" []', rb'"\\\"[[[["', rb'"a\\\\"[]'):
+        check_depth(text, 1)
+        with pytest.raises(RefusedError):
+            check_depth(text + b"[[", 1)
 
 
 def test_deep_json_in_a_field_nobody_reads_is_refused_without_a_crash():
