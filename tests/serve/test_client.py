@@ -436,13 +436,16 @@ def test_one_connection_for_one_request_after_another():
         assert (len(server.requests), server.connections) == (10, 2)
 
 
-def test_a_connection_that_the_server_closed_meanwhile_is_not_used(delays):
+def test_a_connection_that_is_closed_or_says_more_than_it_was_asked_is_not_used(delays):
     def then_close(sock):
         sock.sendall(GOOD)
         sock.shutdown(2)
 
     def then_more(sock):
         sock.sendall(GOOD + b"HTTP/1.1 200 OK\r\n")
+
+    def then_another(sock):
+        sock.sendall(GOOD + raw_answer(500))
 
     def last(sock):
         sock.sendall(GOOD.replace(b"\r\n", b"\r\nConnection: close\r\n", 1))
@@ -453,8 +456,8 @@ def test_a_connection_that_the_server_closed_meanwhile_is_not_used(delays):
                 assert (await client.infer("m", x=[1]))["y"] == [7]
                 await asyncio.sleep(0.05)
 
-    for script in ((then_close,), (then_more,), (last,)):
-        with Scripted(*script) as server:
+    for script in (then_close, then_more, then_another, last):
+        with Scripted(script) as server:
             with Client(server.url) as client:
                 for _ in range(4):
                     assert client.infer("m", x=[1])["y"] == [7]
