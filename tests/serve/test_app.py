@@ -442,6 +442,29 @@ def test_long_bodies_are_read_and_written_elsewhere_and_their_answers_keep_the_o
         assert read_response(other)[0] == 200
 
 
+def test_outputs_are_used_only_until_the_call_was_told(make_server, monkeypatch):
+    """They may lie in memory that the next batch is written to."""
+    from lepton_xla.serve import app
+
+    original = app.InferCall.finish
+
+    def spoil(self, outputs):
+        original(self, outputs)
+        for output in outputs:
+            output[:] = bytes(len(output))
+
+    monkeypatch.setattr(app.InferCall, "finish", spoil)
+    server = make_server(Affine((1, 4096)), max_queue_rows=1 << 16)
+    for rows in (1, 6000):
+        x, n = np.ones((rows, 4), np.float32), np.ones(rows, np.int32)
+        for accept in ({}, {"Accept-Encoding": "gzip"}):
+            for body, fields in (affine_binary(x, n), (affine_json(x, n), {})):
+                status, headers, answer = exchange(server, "POST", INFER, body, fields | accept)
+                assert status == 200
+                answer = gzip.decompress(answer) if "content-encoding" in headers else answer
+                np.testing.assert_array_equal(read_outputs(headers, answer)["y"], np.full((rows, 4), 3))
+
+
 @pytest.mark.parametrize("coding", [None, "gzip"])
 def test_a_long_body_that_is_refused_is_refused_as_a_short_one_is(server, coding):
     headers = {} if coding is None else {"Content-Encoding": coding}
