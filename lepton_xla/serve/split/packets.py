@@ -115,25 +115,36 @@ class Packets:
         self.flush()
 
     def _read(self) -> None:
-        fds: list[int] = []
-        try:
-            if self.with_fds:
-                packet, fds, _, _ = socket.recv_fds(self._socket, MOST_BYTES, MOST_FDS)
-            else:
-                packet = self._socket.recv(MOST_BYTES)
-        except (BlockingIOError, InterruptedError, ConnectionResetError):
-            return  # what the peer sent before it went can still be read
-        except OSError:
-            packet = b""
-        if packet:
+        reset = False
+        while not self.closed:
             try:
-                self.received(packet, fds)
+                packet, fds = self._receive()
+            except (BlockingIOError, InterruptedError):
                 return
-            except Exception:
-                _log.exception("a packet of another process of this server cannot be")
-        if not self.closed:
-            self.close()
-            self._lost()
+            except ConnectionResetError:
+                # What the peer sent before it went can still be read; uvloop does not call again for it.
+                reset = True
+                continue
+            if not (packet and self._hand_over(packet, fds)):
+                if not self.closed:
+                    self.close()
+                    self._lost()
+            elif not reset:
+                return
+
+    def _receive(self) -> tuple[bytes, list[int]]:
+        if not self.with_fds:
+            return self._socket.recv(MOST_BYTES), []
+        packet, fds, _, _ = socket.recv_fds(self._socket, MOST_BYTES, MOST_FDS)
+        return packet, fds
+
+    def _hand_over(self, packet: bytes, fds: list[int]) -> bool:
+        try:
+            self.received(packet, fds)
+        except Exception:
+            _log.exception("a packet of another process of this server cannot be")
+            return False
+        return True
 
 
 def _first(entries: Sequence[bytes]) -> tuple[bytes, int]:
