@@ -5,7 +5,8 @@ It never waits while it could run (unless `max_delay_s` says so), and forms a ba
 *Order.* The level comes first; within a level the earliest deadline, and first come, first served among equals. Two
 rules keep anybody from starving: a request without a deadline counts as due `PATIENCE_S` after it came, and where
 lower levels wait, every eighth batch is headed by the one of theirs that is due first. What room a batch has left
-goes to requests that wait further back, if they can share it.
+goes to requests that wait further back, if they can share it. A full queue drops the newest of lower levels for a
+request of a higher one, but leaves each level an eighth of its room.
 
 *Size.* The compiled size with the least cost per real row (see `costs`), while that meets the deadline of the request
 at the head. Where it does not, a smaller size is taken, unless more waits than one batch can hold: then there is no
@@ -84,6 +85,11 @@ class Batcher[T: Ticket]:
         self._flying: set[T] = set()
         self._retries: Retries[T] = Retries(ladder)
 
+    @property
+    def running(self) -> bool:
+        """Whether a batch has been given out that has neither finished nor failed."""
+        return self._running
+
     def __len__(self) -> int:
         """Requests waiting, those closed but not yet swept included."""
         return sum(map(len, self._lines))
@@ -126,22 +132,24 @@ class Batcher[T: Ticket]:
         return line
 
     def _make_room(self, ticket: T, rows: int, nbytes: int) -> bool:
-        """Drops the newest of lower levels until so much is free; all or nothing."""
+        """Drops the newest of lower levels until so much is free: all or nothing, and of no level all."""
         victims: list[T] = []
-        for line in reversed(self._lines):
-            if line.level <= ticket.level:
-                break
-            for queue in (line.plain, line.dated):
-                for victim in reversed(queue):
-                    if victim.closed or victim.taken:
-                        continue
-                    victims.append(victim)
-                    rows -= victim.rows
-                    nbytes -= victim.nbytes
-                    if rows <= 0 and nbytes <= 0:
-                        for each in victims:
-                            self._drop(each, Reason.OUTRANKED)
-                        return True
+        for level in range(len(self._levels) - 1, ticket.level, -1):
+            lines = self._levels[level].values()
+            spare = sum(line.rows for line in lines) - self.max_rows // (_TURNS + 1)
+            for victim in (
+                victim for line in lines for queue in (line.plain, line.dated) for victim in reversed(queue)
+            ):
+                if victim.closed or victim.taken or victim.rows > spare:
+                    continue
+                victims.append(victim)
+                spare -= victim.rows
+                rows -= victim.rows
+                nbytes -= victim.nbytes
+                if rows <= 0 and nbytes <= 0:
+                    for each in victims:
+                        self._drop(each, Reason.OUTRANKED)
+                    return True
         return False
 
     def _hopeless(self, ticket: T) -> Reason | None:

@@ -108,16 +108,14 @@ class Costs:
         row.rank()
 
     def size(self, key: Key, rows: int) -> int:
-        """The compiled size with the least cost per real row, where `rows` wait; of equal ones the largest."""
+        """The compiled size with the least cost per real row, where `rows` wait; of equal ones what finishes more."""
         row = self._rows.get(key) or self._row(key)
-        best, least = self._ladder[-1], float("inf")
+        best, least = 0, float("inf")
         for estimate in row.estimates:
             size = estimate.size
             cost = estimate.seconds / (size if size < rows else rows)
-            if cost <= least:
+            if cost < least or (cost == least and best < rows):
                 best, least = size, cost
-            if size >= rows:
-                break
         return best
 
     def seconds(self, key: Key, rows: int) -> float:

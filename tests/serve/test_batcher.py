@@ -319,25 +319,25 @@ def test_the_queue_is_bounded_by_bytes_but_for_the_only_one():
 
 
 def test_a_full_queue_makes_room_for_a_higher_level():
-    batcher = make(levels=3, max_rows=6)
-    fill(
-        batcher,
-        Named("a", 2, level=1),
-        Named("b", level=2),
-        Named("c", level=2),
-        Named("d", level=2),
-        Named("e", level=2),
-    )
-    assert batcher.add(Named("x", 5)) is None
-    assert dropped(batcher) == [(name, Reason.OUTRANKED) for name in "edcb"] + [("a", Reason.OUTRANKED)]
-    assert batcher.rows == 5
-    fill(batcher, Named("f", level=2))
+    batcher = make(levels=3, max_rows=8)
+    fill(batcher, Named("a", 2, level=1), Named("b", 2, level=1), *(Named(name, level=2) for name in "cdef"))
     assert batcher.add(Named("y", level=2)) is Reason.FULL
+    assert batcher.add(Named("x", 3)) is None
+    assert dropped(batcher) == [(name, Reason.OUTRANKED) for name in "fed"]
+    assert batcher.add(Named("w", level=1)) is Reason.FULL  # the last of its level stays
     # All or nothing: what would not suffice is not thrown out.
-    assert batcher.add(Named("z", 3)) is Reason.FULL
+    assert batcher.add(Named("z", 4)) is Reason.FULL
     assert not batcher.dropped
-    assert batcher.add(Named("w", level=1)) is None
-    assert dropped(batcher) == [("f", Reason.OUTRANKED)]
+    assert batcher.add(Named("v", 2)) is None
+    assert dropped(batcher) == [("b", Reason.OUTRANKED)]
+    assert batcher.rows == 8
+
+
+def test_an_eighth_of_a_full_queue_is_left_to_lower_levels():
+    batcher = make(levels=2, max_rows=16)
+    fill(batcher, *(Named(index, level=1) for index in range(16)))
+    assert [batcher.add(Named("x")) for _ in range(16)] == [None] * 14 + [Reason.FULL] * 2
+    assert [name for name, _ in dropped(batcher)] == list(range(15, 1, -1))
 
 
 def test_drain_time_counts_what_runs_and_what_waits():

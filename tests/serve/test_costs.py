@@ -1,0 +1,93 @@
+import random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lepton_xla.serve.costs import Costs
+
+LADDER = (1, 4, 8)
+MEASURED = {(): {1: 1.0, 4: 2.0, 8: 3.0}}
+
+
+def table(costs, key=()):
+    return {size: seconds for found, size, seconds in costs if found == key}
+
+
+def test_what_was_measured_is_what_it_costs():
+    costs = Costs(LADDER, {(4,): {1: 1.0, 4: 2.0, 8: 3.0}, (8,): {1: 2.0, 4: 4.0, 8: 6.0}})
+    assert costs.of((8,), 4) == 4.0
+    assert table(costs, (4,)) == {1: 1.0, 4: 2.0, 8: 3.0}
+    assert len(list(costs)) == 6
+
+
+def test_what_was_not_measured_is_free_and_the_smallest_size_that_holds_it_is_taken():
+    costs = Costs(LADDER)
+    assert [costs.size((3,), rows) for rows in (1, 2, 4, 5, 8, 100)] == [1, 4, 4, 8, 8, 8]
+    assert costs.seconds((3,), 100) == 0.0
+    costs.learn((3,), 4, 2.0)
+    assert costs.of((3,), 4) == 2.0
+
+
+@given(
+    st.lists(st.floats(0.1, 10.0), min_size=3, max_size=3),
+    st.integers(1, 30),
+)
+def test_size_has_the_least_cost_per_real_row(seconds, rows):
+    costs = Costs(LADDER, {(): dict(zip(LADDER, seconds, strict=True))})
+    per_row = {size: cost / min(size, rows) for size, cost in zip(LADDER, seconds, strict=True)}
+    assert per_row[costs.size((), rows)] == min(per_row.values())
+
+
+@given(st.lists(st.floats(0.1, 10.0), min_size=3, max_size=3), st.integers(1, 60))
+def test_seconds_is_what_running_them_one_batch_after_the_other_takes(seconds, rows):
+    costs = Costs(LADDER, {(): dict(zip(LADDER, seconds, strict=True))})
+    expected, left = 0.0, rows
+    while left > 0:
+        size = costs.size((), left)
+        expected += costs.of((), size)
+        left -= size
+    assert costs.seconds((), rows) == pytest.approx(expected)
+
+
+def test_one_outlier_moves_an_estimate_little():
+    costs = Costs(LADDER, MEASURED)
+    rng = random.Random(0)
+    for _ in range(300):
+        costs.learn((), 4, rng.gauss(2.0, 0.05))
+    costs.learn((), 4, 1000.0)
+    assert costs.of((), 4) == pytest.approx(2.0, rel=0.05)
+
+
+@pytest.mark.parametrize("now", [0.4, 10.0])
+def test_a_real_change_is_followed_within_fifty_runs(now):
+    costs = Costs(LADDER, MEASURED)
+    rng = random.Random(0)
+    for _ in range(300):
+        costs.learn((), 4, rng.gauss(2.0, 0.05))
+    for _ in range(50):
+        costs.learn((), 4, rng.gauss(now, 0.05 * now))
+    assert costs.of((), 4) == pytest.approx(now, rel=0.1)
+
+
+def test_sizes_that_do_not_run_follow_those_that_do():
+    costs = Costs(LADDER, MEASURED)
+    for _ in range(1000):
+        costs.learn((), 8, 6.0)
+    assert costs.of((), 1) == pytest.approx(2.0, rel=0.01)
+    assert costs.of((), 4) == pytest.approx(4.0, rel=0.01)
+
+
+def test_a_size_that_was_bad_once_gets_another_chance():
+    """Four rows: size 4 looks bad after a slow spell, and would never run again if its estimate stayed."""
+    costs = Costs(LADDER, MEASURED)
+    for _ in range(100):
+        for size, seconds in ((4, 50.0), (1, 1.0), (8, 3.0)):
+            costs.learn((), size, seconds)
+    assert costs.size((), 4) != 4
+    runs = 0
+    while costs.size((), 4) != 4:
+        costs.learn((), costs.size((), 4), MEASURED[()][costs.size((), 4)])
+        runs += 1
+        assert runs < 1000
+    assert runs > 20
