@@ -168,6 +168,7 @@ class Engine[T: Work]:
         self._stages: dict[tuple[int, Key], _Stage] = {}
         self._batches: queue.SimpleQueue[Batch[T] | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
+        self._turn = threading.Lock()
 
     def warm_up(self) -> Measured:
         """Runs every compiled size on zeros and measures it.
@@ -210,6 +211,18 @@ class Engine[T: Work]:
         """Hands over a batch, from any thread; its completion is posted whatever happens."""
         self._batches.put(batch)
 
+    @property
+    def alive(self) -> bool:
+        """Whether the thread runs."""
+        return self._thread is not None and self._thread.is_alive()
+
+    def check(self) -> None:
+        """Runs the smallest size on zeros, between two batches, on the calling thread; raises what the model raises."""
+        stage = _Stage(self._signature, self._signature.ladder[0], next(self._signature.shape_keys()))
+        with self._turn:
+            for array in self._servable.run(stage.sizes, stage.arrays):
+                np.asarray(array)
+
     def stop(self, timeout_s: float | None = None) -> bool:
         """Ends the thread after the batches handed over; False if it did not end in time."""
         if self._thread is None:
@@ -232,7 +245,8 @@ class Engine[T: Work]:
             stage = self._stage(batch.size, batch.key)
             stage.fill(batch)
             staged = self._clock()
-            outputs = [np.ascontiguousarray(array) for array in self._servable.run(stage.sizes, stage.arrays)]
+            with self._turn:
+                outputs = [np.ascontiguousarray(array) for array in self._servable.run(stage.sizes, stage.arrays)]
             batched = self._signature.batch is not None
             return Completion(batch, outputs, started, staged, self._clock(), batched=batched)
         except Exception:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from lepton_xla.serve.access import Access
 from lepton_xla.serve.app import App, Backend, Gather
 from lepton_xla.serve.drain import Closable, Stop, drain
+from lepton_xla.serve.health import Health
 from lepton_xla.serve.http import Hub
 from lepton_xla.serve.metrics import Metrics
 from lepton_xla.serve.signature import Signature
@@ -33,6 +34,7 @@ class Front:
         options: how the server runs.
         access: who can reach it.
         gather: see `App`.
+        health: says whether the backend works; None where the backend itself says so in `metrics`.
 
     Attributes:
         hub: what the connections share.
@@ -46,8 +48,10 @@ class Front:
         options: Options,
         access: Access,
         gather: Gather | None = None,
+        health: Health | None = None,
     ) -> None:
         self._metrics = metrics
+        self._health = health
         self._options = options
         self._access = access
         self._app = App(
@@ -72,7 +76,7 @@ class Front:
         Returns:
             Whether everything accepted was answered.
         """
-        sweeper = asyncio.create_task(self._sweep())
+        sweeper = asyncio.create_task(self._sweep(stop))
         options = self._options
         try:
             self._metrics.ready = True
@@ -86,12 +90,16 @@ class Front:
                 connection.abort()
             self._app.close()
 
-    async def _sweep(self) -> None:
+    async def _sweep(self, stop: Stop) -> None:
         while True:
             await asyncio.sleep(_SWEEP_S)
             try:
                 self.hub.sweep(monotonic())
                 self._access.refresh()
+                if self._health is not None:
+                    self._health.check(monotonic())
+                    self._metrics.live = self._health.live
+                    self._metrics.ready = self._health.ready and not stop.asked.is_set()
             except Exception:
                 # Without the sweeper no time limit would hold any more.
                 _log.exception("the sweep of connections and files failed")

@@ -302,7 +302,7 @@ def repository_index(signature: Signature, ready: bool, body: bytes) -> list[Ind
         return []
     if ready:
         return [IndexEntry(signature.name, signature.version, "READY")]
-    return [IndexEntry(signature.name, signature.version, "UNAVAILABLE", "the server is stopping")]
+    return [IndexEntry(signature.name, signature.version, "UNAVAILABLE", "it takes no requests now")]
 
 
 def log_settings() -> LogSettings:

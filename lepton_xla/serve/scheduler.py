@@ -113,6 +113,20 @@ class Scheduler:
         """Most rows of one request."""
         return self._batcher.max_rows
 
+    @property
+    def alive(self) -> bool:
+        """Whether there is a thread to run what has to run."""
+        return self._engine.alive
+
+    @property
+    def running(self) -> bool:
+        """Whether an execution has begun and not ended."""
+        return self._batcher.running
+
+    def check(self) -> None:
+        """Runs zeros, on any thread; raises what the model raises."""
+        self._engine.check()
+
     def figures(self) -> dict[str, float]:
         """What `Metrics` shows of the queue now."""
         return {"queue_rows": self._batcher.rows, "queue_requests": len(self._batcher)}

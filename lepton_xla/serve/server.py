@@ -24,6 +24,7 @@ from lepton_xla.serve.costs import Costs, Measured
 from lepton_xla.serve.drain import Entrance, Stop
 from lepton_xla.serve.engine import Engine
 from lepton_xla.serve.front import Front
+from lepton_xla.serve.health import STALL_S, Health
 from lepton_xla.serve.limits import Limits
 from lepton_xla.serve.metadata import SERVER_NAME
 from lepton_xla.serve.metrics import Metrics
@@ -222,7 +223,9 @@ class Server:
                 listener.close()
                 return True
             scheduler = schedule(self._engine, measured, self._signature, options, metrics)
-            front = Front(self._signature, scheduler, metrics, options, access)
+            stall_s = STALL_S + 100 * max(max(costs.values()) for costs in measured.values())
+            health = Health(scheduler, metrics, stall_s)
+            front = Front(self._signature, scheduler, metrics, options, access, health=health)
             entrance = Entrance(front.hub, listener, _BACKLOG, access.tls_options(options.limits))
             await entrance.open()
         except BaseException:
