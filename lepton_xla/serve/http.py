@@ -82,8 +82,8 @@ class Connection(asyncio.Protocol):
 
     __slots__ = (
         "_address", "_body", "_chunks", "_closing", "_complete", "_continue", "_deadline", "_fields", "_framing",
-        "_head", "_head_bytes", "_headers", "_hub", "_in_message", "_limits", "_messages", "_parser", "_pending",
-        "_reading", "_stalled", "_target", "_trace", "_transport",
+        "_head", "_head_bytes", "_headers", "_hub", "_in_message", "_limits", "_messages", "_parser", "_paused_s",
+        "_pending", "_reading", "_stalled", "_target", "_trace", "_transport",
     )  # fmt: skip
 
     def __init__(self, hub: Hub) -> None:
@@ -95,6 +95,7 @@ class Connection(asyncio.Protocol):
         self._pending: deque[Exchange] = deque()
         self._closing = False
         self._reading = True
+        self._paused_s = 0.0
         self._stalled = math.inf
         self._deadline = math.inf
         self._in_message = False
@@ -156,8 +157,11 @@ class Connection(asyncio.Protocol):
         if reading != self._reading and not self._transport.is_closing():
             self._reading = reading
             if reading:
+                # The client could not send meanwhile, so its time stood still.
+                self._deadline += monotonic() - self._paused_s
                 self._transport.resume_reading()
             else:
+                self._paused_s = monotonic()
                 self._transport.pause_reading()
 
     def data_received(self, data: bytes) -> None:
@@ -455,7 +459,7 @@ class Connection(asyncio.Protocol):
         """Ends the connection if a time limit has passed."""
         if now - self._stalled > self._limits.write_timeout_s or (self._closing and now >= self._deadline):
             self._transport.abort()
-        elif now >= self._deadline:
+        elif now >= self._deadline and (self._reading or not self._in_message):
             if self._in_message:
                 self._fail(RefusedError(408, "the request did not arrive in time"))
             else:

@@ -5,6 +5,7 @@ import json
 import random
 import re
 import socket
+import threading
 import time
 
 import numpy as np
@@ -293,6 +294,24 @@ def test_a_slow_request_gets_408(make_server, sent):
         start = time.monotonic()
         assert read_response(sock)[0] == 408
         assert 0.25 < time.monotonic() - start < 3
+
+
+def test_a_client_that_the_server_makes_wait_is_not_slow(make_server):
+    """Its next body is half read when the server takes no more; only what it could send counts against its time."""
+    affine = Affine((20_000,))
+    server = make_server(affine, limits=FAST, max_queue_rows=1_000_000)
+    body, fields = affine_binary(np.ones((20_000, 4)), np.arange(20_000))
+    data = raw_request("POST", INFER, body, fields) * 40
+    affine.gate.clear()
+    with connect(server) as sock:
+        sender = threading.Thread(target=sock.sendall, args=(data,))
+        sender.start()
+        time.sleep(1.5)
+        affine.gate.set()
+        buffer = bytearray()
+        for _ in range(40):
+            assert read_response(sock, buffer=buffer)[0] == 200
+        sender.join()
 
 
 def test_trickling_bytes_does_not_extend_the_deadline(make_server):

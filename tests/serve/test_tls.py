@@ -322,8 +322,8 @@ def test_sighup_reads_the_files_again_and_stops_nothing(tmp_path):
             port = int(process.stdout.readline())
             for _ in range(2):
                 process.send_signal(signal.SIGHUP)
-                while "read again" not in process.stderr.readline():
-                    pass
+                while "read again" not in (line := process.stderr.readline()):
+                    assert line, "the signal ended it"
             with socket.create_connection(("127.0.0.1", port), 10) as sock:
                 sock.sendall(raw_request("GET", "/v2"))
                 assert read_response(sock)[0] == 401
