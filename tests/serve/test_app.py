@@ -91,7 +91,9 @@ def test_statistics_count_rows_and_executions(server):
         assert (stats["inference_count"], stats["execution_count"]) == (4, 2)
         assert stats["inference_stats"]["success"]["count"] == 2
         assert stats["inference_stats"]["success"]["ns"] > stats["inference_stats"]["compute_infer"]["ns"] > 0
-        assert [entry["batch_size"] for entry in stats["batch_stats"]] == [1, 4]
+        # Which sizes they ran at is a matter of what each was measured to cost.
+        assert {entry["batch_size"] for entry in stats["batch_stats"]} <= {1, 4, 8}
+        assert sum(entry["compute_infer"]["count"] for entry in stats["batch_stats"]) == 2
 
 
 def test_repository_index(server):
@@ -122,7 +124,7 @@ def test_a_stopping_server_lists_its_model_as_unavailable_unless_ready_ones_are_
     server.metrics.ready = False
     try:
         (entry,) = json.loads(exchange(server, "POST", "/v2/repository/index")[2])
-        assert entry == {"name": "affine", "version": "3", "state": "UNAVAILABLE", "reason": "the server is stopping"}
+        assert entry == {"name": "affine", "version": "3", "state": "UNAVAILABLE", "reason": "it takes no requests now"}
         assert json.loads(exchange(server, "POST", "/v2/repository/index", b'{"ready": true}')[2]) == []
         for path in ("/v2/health/ready", "/v2/models/affine/ready"):
             status, body = get(server, path)
@@ -234,7 +236,7 @@ def test_requests_that_wait_together_run_together(server, affine):
     affine.gate.set()
     for thread in threads:
         thread.join(10)
-    assert sum(affine.runs) <= 1 + 8
+    assert len(affine.runs) == 2
     assert server.metrics.rows == 7
     assert server.metrics.requests == 5
 
