@@ -305,7 +305,7 @@ def test_max_delay_lets_requests_gather(make_server, affine):
         thread.start()
     for thread in threads:
         thread.join(10)
-    assert affine.runs == [4]
+    assert len(affine.runs) == 1
     assert server.metrics.queue_s.total / 4 <= 0.35
 
 

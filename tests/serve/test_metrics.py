@@ -145,7 +145,7 @@ def test_time_is_counted_for_each_request_of_a_batch(make_server, affine):
     assert [times[name]["count"] for name in ("success", "queue", "compute_input", "compute_infer")] == [4] * 4
     assert times["compute_infer"]["ns"] == pytest.approx(metrics.infer_s * 1e9, abs=1)
     (batch,) = stats["batch_stats"]
-    assert (batch["batch_size"], batch["compute_infer"]["count"]) == (4, 1)
+    assert batch["compute_infer"]["count"] == 1
     assert 4 * batch["compute_infer"]["ns"] == pytest.approx(times["compute_infer"]["ns"], abs=8)
 
 
