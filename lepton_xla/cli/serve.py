@@ -18,6 +18,7 @@ from lepton_xla.errors import ServeError
 from lepton_xla.serve.limits import Limits
 
 if TYPE_CHECKING:
+    from lepton_xla.serve.split.supervisor import Supervisor
     from lepton_xla.serve.tls import TlsFiles
 
 # Files that a serving process has open beside its connections, with room to spare.
@@ -59,6 +60,13 @@ def _limit_options(command: Callable[..., None]) -> Callable[..., None]:
 @click.argument("path", type=click.Path())
 @_option("--host", "127.0.0.1", "Address to listen on. The default can be reached from this machine only.")
 @_option("--port", 8000, "Port to listen on; 0 picks a free one.", type=click.IntRange(0, 65535))
+@_option(
+    "--frontends",
+    0,
+    "Processes that speak HTTP, TLS and JSON with clients, beside one that runs the model and one that watches over "
+    "them. 0 does all of it in one process.",
+    type=click.IntRange(0, 64),
+)
 @_option("--name", None, "Model name in the URL.", show_default="the artifact's own")
 @_option("--server-name", "lepton_xla", 'What the server calls itself; some clients look for "triton".')
 @_option(
@@ -130,6 +138,7 @@ def serve(
     *,
     host: str,
     port: int,
+    frontends: int,
     name: str | None,
     server_name: str,
     max_delay_us: int,
@@ -164,8 +173,7 @@ def serve(
     The address is printed once requests are taken. SIGTERM and SIGINT answer what was accepted, then exit with 0;
     with 1 if --stop-timeout-s passed first. A second one stops at once.
     """
-    # Imported here so that `--help` does not wait for JAX.
-    from lepton_xla.compiler import load
+    # Imported here so that `--help` waits for none of it.
     from lepton_xla.serve.logs import configure
     from lepton_xla.serve.server import Options, Server
 
@@ -193,7 +201,7 @@ def serve(
     options.access()
     _raise_descriptor_limit(options.limits)
 
-    def announce(server: Server) -> None:
+    def announce(server: Server | Supervisor) -> None:
         if as_json:
             at = {"host": server.address[0], "port": server.address[1]}
             line = json_lines.dumps({"event": "listening", "url": server.url, "model": server.name, **at})
@@ -202,7 +210,14 @@ def serve(
         click.echo(line)
         sys.stdout.flush()
 
-    finished = Server(load(path), options).run(on_ready=announce)
+    if frontends:
+        from lepton_xla.serve.split.supervisor import Supervisor
+
+        finished = Supervisor(path, options, frontends, json_logs=as_json).run(on_ready=announce)
+    else:
+        from lepton_xla.compiler import load
+
+        finished = Server(load(path), options).run(on_ready=announce)
     if as_json:
         click.echo(json_lines.dumps({"event": "stopped", "all_answered": finished}))
     if not finished:

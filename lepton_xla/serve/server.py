@@ -223,8 +223,7 @@ class Server:
                 listener.close()
                 return True
             scheduler = schedule(self._engine, measured, self._signature, options, metrics)
-            stall_s = STALL_S + 100 * max(max(costs.values()) for costs in measured.values())
-            health = Health(scheduler, metrics, stall_s)
+            health = watch(scheduler, measured, metrics)
             front = Front(self._signature, scheduler, metrics, options, access, health=health)
             entrance = Entrance(front.hub, listener, _BACKLOG, access.tls_options(options.limits))
             await entrance.open()
@@ -273,6 +272,11 @@ def schedule(
         levels=options.priority_levels,
         default_timeout_s=options.default_timeout_s, max_timeout_s=options.max_timeout_s,
     )  # fmt: skip
+
+
+def watch(scheduler: Scheduler, measured: Measured, metrics: Metrics) -> Health:
+    """What tells whether a scheduler works."""
+    return Health(scheduler, metrics, STALL_S + 100 * max(max(costs.values()) for costs in measured.values()))
 
 
 def serve(servable: Servable, options: Options | None = None) -> bool:

@@ -26,8 +26,8 @@ _TO_FRONT = struct.Struct("<HHI")
 
 RUN, CANCEL, PING = 1, 2, 3
 """What a front-end says. To each RUN there is one answer, and one to each PING."""
-OK, CANCELLED, PONG = 200, 1, 2
-"""What the engine answers; else it is the status of a refusal."""
+OK, CANCELLED, WELL, UNWELL = 200, 1, 2, 3
+"""What the engine answers, a PING with one of the last two; else it is the status of a refusal."""
 
 _ALIGNMENT = 64
 
@@ -195,6 +195,6 @@ def answered(packet: bytes) -> Iterator[tuple[int, int, RefusedError | None]]:
             message, *headers = _WORDS.decode(packet[at : at + size]) or [""]
             refused = RefusedError(status, message, *headers)
             at += size
-        elif size or status not in (OK, CANCELLED, PONG):
+        elif size or status not in (OK, CANCELLED, WELL, UNWELL):
             raise ValueError("a packet holds what is no answer")
         yield status, place << SMALLEST, refused

@@ -10,17 +10,19 @@ import gc
 import logging
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from time import monotonic
 
 import uvloop
 
 from lepton_xla.errors import LeptonError
 from lepton_xla.serve.engine import Engine
 from lepton_xla.serve.errors import RefusedError
+from lepton_xla.serve.health import Health
 from lepton_xla.serve.logs import configure
 from lepton_xla.serve.metrics import Metrics
 from lepton_xla.serve.scheduler import Call, Scheduler
-from lepton_xla.serve.server import schedule
+from lepton_xla.serve.server import schedule, watch
 from lepton_xla.serve.signature import Signature, signature_of
 from lepton_xla.serve.split import control, descriptors, hello, memory
 from lepton_xla.serve.split.descriptors import Layout
@@ -64,13 +66,20 @@ class FrontEnd:
         end: one end of a pair whose other end the front-end has.
         scheduler: runs its requests.
         signature: the model's.
+        is_well: whether the scheduler can run anything.
         loop: the event loop.
     """
 
     def __init__(
-        self, end: socket.socket, scheduler: Scheduler, signature: Signature, loop: asyncio.AbstractEventLoop
+        self,
+        end: socket.socket,
+        scheduler: Scheduler,
+        signature: Signature,
+        is_well: Callable[[], bool],
+        loop: asyncio.AbstractEventLoop,
     ) -> None:
         self.memory = memoryview(b"")
+        self._is_well = is_well
         self._scheduler = scheduler
         self._signature = signature
         self._calls: dict[int, RemoteCall] = {}
@@ -99,7 +108,7 @@ class FrontEnd:
             if kind == descriptors.RUN:
                 self._run(block, arrival_s, terms)
             elif kind == descriptors.PING:
-                self._packets.write(descriptors.answer(descriptors.PONG))
+                self._packets.write(descriptors.answer(descriptors.WELL if self._is_well() else descriptors.UNWELL))
             elif block in self._calls:  # else the answer has crossed it
                 self._scheduler.cancel(self._calls[block])
                 self.answer(block, descriptors.answer(descriptors.CANCELLED, block))
@@ -134,13 +143,20 @@ class EngineProcess:
         scheduler: runs the requests of all front-ends.
         signature: the model's.
         metrics: what is counted.
+        health: tells whether the scheduler works.
         loop: the event loop.
     """
 
     def __init__(
-        self, scheduler: Scheduler, signature: Signature, metrics: Metrics, loop: asyncio.AbstractEventLoop
+        self,
+        scheduler: Scheduler,
+        signature: Signature,
+        metrics: Metrics,
+        health: Health,
+        loop: asyncio.AbstractEventLoop,
     ) -> None:
         self._scheduler = scheduler
+        self._health = health
         self._signature = signature
         self._metrics = metrics
         self._loop = loop
@@ -148,18 +164,22 @@ class EngineProcess:
         metrics.watch(scheduler.figures)
 
     async def run(self, end: socket.socket) -> None:
-        """Serves until the supervisor is gone, or wants no more."""
+        """Serves until the supervisor is gone or wants no more, or until only a new process would help."""
         self._scheduler.start()
         self._control = control.Control(end, self._told, self._over.set, self._loop)
         self._control.send(control.Ready(self._signature.name))
         reporting = self._loop.create_task(self._report())
         await self._over.wait()
         reporting.cancel()
+        self._control.close()
         self._scheduler.stop(1.0)
 
     async def _report(self) -> None:
         while True:
             self._send_counts(0)
+            self._health.check(monotonic())
+            if not self._health.live:
+                self._over.set()
             await asyncio.sleep(control.REPORT_S)
 
     def _send_counts(self, number: int) -> None:
@@ -169,7 +189,8 @@ class EngineProcess:
         match message:
             case control.Link():
                 (fd,) = fds
-                FrontEnd(socket.socket(fileno=fd), self._scheduler, self._signature, self._loop)
+                end = socket.socket(fileno=fd)
+                FrontEnd(end, self._scheduler, self._signature, lambda: self._health.ready, self._loop)
             case control.Count(number):
                 self._send_counts(number)
             case _:
@@ -183,10 +204,12 @@ async def _serve(settings: control.Settings, end: socket.socket) -> None:
     signature = signature_of(servable, settings.options.name)
     engine: Engine[Call] = Engine(servable, signature)
     metrics = Metrics(signature.name)
-    scheduler = schedule(engine, engine.warm_up(), signature, settings.options, metrics)
+    measured = engine.warm_up()
+    scheduler = schedule(engine, measured, signature, settings.options, metrics)
+    health = watch(scheduler, measured, metrics)
     gc.collect()
     gc.freeze()
-    await EngineProcess(scheduler, signature, metrics, asyncio.get_running_loop()).run(end)
+    await EngineProcess(scheduler, signature, metrics, health, asyncio.get_running_loop()).run(end)
 
 
 def main() -> int:

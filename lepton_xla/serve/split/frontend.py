@@ -160,6 +160,7 @@ class FrontEndProcess:
 
     async def _report(self, front: Front) -> None:
         while True:
+            self._metrics.ready = self._scheduler.ready and not self._stop.asked.is_set()
             self._control.send(control.Connections(len(front.hub.connections)))
             self._control.send(control.Counts(self._metrics.counts()))
             await asyncio.sleep(control.REPORT_S)

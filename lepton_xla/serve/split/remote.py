@@ -11,6 +11,7 @@ from collections.abc import Callable
 from lepton_xla.serve.errors import RefusedError
 from lepton_xla.serve.metrics import Metrics
 from lepton_xla.serve.scheduler import Call
+from lepton_xla.serve.signature import Signature
 from lepton_xla.serve.split import descriptors, hello, memory
 from lepton_xla.serve.split.blocks import Blocks, order_of
 from lepton_xla.serve.split.hello import Hello
@@ -34,7 +35,7 @@ class RemoteScheduler:
         loop: the event loop.
 
     Attributes:
-        ready: whether there is an engine that takes calls.
+        ready: whether there is an engine that takes calls, and can run them.
         max_rows: most rows of one request.
     """
 
@@ -52,6 +53,7 @@ class RemoteScheduler:
         self._met = met
         self._loop = loop
         self._packets: Packets | None = None
+        self._signature: Signature | None = None
         self._pinger: asyncio.TimerHandle | None = None
         self.ready = False
         self.max_rows = 0
@@ -93,7 +95,7 @@ class RemoteScheduler:
         self._met(said)
 
     def _lost(self) -> None:
-        self._packets = None
+        self._packets = self._signature = None
         self.ready = False
         if self._pinger is not None:
             self._pinger.cancel()
@@ -131,13 +133,13 @@ class RemoteScheduler:
         Raises:
             RefusedError: 503 where there is no engine, or no room for the tensors, 413 where there never will be.
         """
-        packets = self._packets
-        if packets is None or not self.ready:
+        packets, signature = self._packets, self._signature
+        if packets is None or signature is None:
             raise self._refused(RefusedError(503, "the engine is being started"))
         request = call.request
         layout = request.plan.layout
         if layout is None:
-            layout = request.plan.layout = descriptors.pack(self._signature, request.plan)
+            layout = request.plan.layout = descriptors.pack(signature, request.plan)
         block = self._blocks.take(layout.order)
         if block is None:
             if layout.order > self._order:
@@ -165,7 +167,8 @@ class RemoteScheduler:
         self._unanswered = 0
         shared = self._memory
         for status, block, refusal in descriptors.answered(packet):
-            if status == descriptors.PONG:
+            if status in (descriptors.WELL, descriptors.UNWELL):
+                self.ready = status == descriptors.WELL
                 continue
             call = self._calls.pop(block)
             layout = call.request.plan.layout

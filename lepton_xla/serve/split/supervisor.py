@@ -298,7 +298,8 @@ class Supervisor:
         """Keeps what a process has counted that is gone, so that no sum ever falls."""
         child.counts.pop("now", None)
         self._retired = added(self._retired, child.counts)
-        child.forget()
+        child.counts = {}
+        child.ready = False
         for number, counting in tuple(self._counting.items()):
             if counting.asker is child:
                 del self._counting[number]

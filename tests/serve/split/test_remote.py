@@ -62,6 +62,7 @@ class Both:
         self.wishes = 0
         self.met = asyncio.Event()
         self.ends = []
+        self.well = True
         self.remote = RemoteScheduler(memory_bytes, self.metrics, self.wish, lambda said: self.met.set(), self.loop)
 
     async def __aenter__(self):
@@ -85,7 +86,7 @@ class Both:
         return self
 
     def join(self, end):
-        self.front = FrontEnd(end, self.scheduler, self.signature, self.loop)
+        self.front = FrontEnd(end, self.scheduler, self.signature, lambda: self.well, self.loop)
         self.ends.append(self.front._packets)
 
     def ask(self, *arrays, outputs=None, **plan):
@@ -252,6 +253,9 @@ def test_an_engine_that_says_nothing_is_given_up(monkeypatch):
             await both.link()
             await asyncio.sleep(0.5)  # far more pings than patience: they are answered
             assert both.remote.ready
+            for both.well in (False, True):
+                while both.remote.ready != both.well:
+                    await asyncio.sleep(0.01)
             both.loop.remove_reader(both.front._packets._socket)  # as if it were stopped
             start = monotonic()
             call = both.ask(*affine(1, 1))

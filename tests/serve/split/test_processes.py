@@ -1,0 +1,323 @@
+"""`leptonx serve --frontends 2` as its users have it: processes, an artifact, and what happens when one dies."""
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+from serve_fakes import exchange, raw_request, read_response
+
+from lepton_xla.serve.client import Client, RequestError
+
+pytest.importorskip("flatbuffers")  # jax.export needs it
+
+ROOT = Path(__file__).parents[3]
+INFER = "/v2/models/wait/infer"
+# Turns of the model's loop that take some seconds.
+LONG = 400_000_000
+
+
+@pytest.fixture(scope="module")
+def artifact(tmp_path_factory):
+    """y = tanh(w x) for each token, after as many turns of a loop as n says for its row."""
+    import jax
+    import jax.numpy as jnp
+
+    from lepton_xla.compiler import compile
+    from lepton_xla.program import TensorSpec, trace
+
+    def wait(weights, x, n):
+        def turn(state):
+            at, value = state
+            return at + 1, jnp.where(at < n, jnp.sin(value), value)
+
+        start = (jnp.zeros((), jnp.int32), n.astype(jnp.float32))
+        _, value = jax.lax.while_loop(lambda state: (state[0] < n).any(), turn, start)
+        return jnp.tanh(x * weights["w"]) + jnp.float32(0) * value[:, None]
+
+    inputs = {"x": TensorSpec(("batch", "seq"), "float32"), "n": TensorSpec(("batch",), "int32")}
+    program = trace(wait, {"w": np.float32(0.5)}, inputs)
+    path = tmp_path_factory.mktemp("artifact") / "wait.lepton"
+    compile(program, {"batch": (1, 4), "seq": (4, 8)}, name="wait").save(path)
+    return path
+
+
+class Served:
+    """A running command."""
+
+    def __init__(self, path, *flags):
+        environment = os.environ | {
+            "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+            "JAX_PLATFORMS": "cpu",
+        }
+        command = [sys.executable, "-c", "from lepton_xla.cli.serve import serve; serve()", str(path), "--json"]
+        self.process = subprocess.Popen(
+            [*command, "--port", "0", "--frontends", "2", *flags], stdout=subprocess.PIPE, text=True, env=environment
+        )
+        event = json.loads(self.process.stdout.readline())
+        assert (event["event"], event["model"]) == ("listening", "wait")
+        self.address = (event["host"], event["port"])
+        self.url = event["url"]
+
+    def children(self, what):
+        """Processes that run this module of the package."""
+        found = []
+        for child in psutil.Process(self.process.pid).children():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if f"lepton_xla.serve.split.{what}" in child.cmdline():
+                    found.append(child)
+        return found
+
+    def client(self, **options):
+        return Client(self.url, model="wait", **options)
+
+    def get(self, path):
+        return exchange(self, "GET", path)
+
+    def wait_for(self, path, status, seconds=20.0):
+        deadline = time.monotonic() + seconds
+        while (got := self.get(path)[0]) != status:
+            assert time.monotonic() < deadline, f"{path} is {got}, not {status}"
+            time.sleep(0.02)
+
+    def metric(self, name):
+        lines = self.get("/metrics")[2].decode().splitlines()
+        return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith((name + "{", name + " ")))
+
+    def kill(self):
+        if self.process.poll() is None:
+            for each in (*psutil.Process(self.process.pid).children(), self.process):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    each.kill()
+        self.process.wait(10)
+        self.process.stdout.close()
+
+
+@pytest.fixture(scope="module")
+def served(artifact):
+    running = Served(artifact)
+    yield running
+    running.kill()
+
+
+def ask(client, rng, rows, seq):
+    x = rng.standard_normal((rows, seq)).astype(np.float32)
+    got = client.infer(x=x, n=np.zeros(rows, np.int32))["output"]
+    np.testing.assert_allclose(got, np.tanh(x.astype(np.float64) * 0.5), atol=1e-5)
+
+
+def infer_bytes(rows=1, turns=0, **parameters):
+    inputs = [
+        {"name": "x", "datatype": "FP32", "shape": [rows, 4], "data": [0.5] * (4 * rows)},
+        {"name": "n", "datatype": "INT32", "shape": [rows], "data": [turns] * rows},
+    ]
+    return raw_request("POST", INFER, json.dumps({"inputs": inputs, "parameters": parameters}).encode())
+
+
+def split(request):
+    """Body and header fields of a request, for `exchange`."""
+    return request.partition(b"\r\n\r\n")[2], {}
+
+
+def on_each(served):
+    """A connection to each front-end: they are dealt out to the one that has fewest."""
+    return [socket.create_connection(served.address, 20) for _ in range(2)]
+
+
+def test_answers_are_right_whatever_the_encoding_the_size_and_the_front_end(served):
+    def work(number):
+        rng = np.random.default_rng(number)
+        with served.client(binary=bool(number % 2)) as client:
+            for rows, seq in ((1, 4), (2, 3), (9, 8), (1, 1), (4, 5), (3, 8)):
+                ask(client, rng, rows, seq)
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(work, range(8)))
+    assert served.metric("lepton_inference_requests_total") == 48
+    assert served.metric("lepton_rows_total") == 8 * 20
+    stats = json.loads(served.get("/v2/models/wait/stats")[2])["model_stats"][0]
+    assert stats["inference_stats"]["success"]["count"] == 48
+
+
+def shares(served):
+    """How many of twenty connections each front-end gets."""
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.create_connection(served.address, 10)) for _ in range(20)]
+        for sock in sockets:
+            sock.sendall(raw_request("GET", "/v2/health/ready"))
+        for sock in sockets:
+            assert read_response(sock)[0] == 200
+        ours = {sock.getsockname()[1] for sock in sockets}
+        return [
+            sum(bool(each.raddr) and each.raddr.port in ours for each in front.net_connections())
+            for front in served.children("frontend")
+        ]
+
+
+def test_connections_are_dealt_out_evenly(served):
+    assert sorted(shares(served)) == [10, 10]
+
+
+def test_only_the_engine_has_jax(served):
+    def has_jax(pid):
+        return "jaxlib" in Path(f"/proc/{pid}/maps").read_text()
+
+    assert [has_jax(engine.pid) for engine in served.children("engine")] == [True]
+    assert not has_jax(served.process.pid)
+    assert [has_jax(front.pid) for front in served.children("frontend")] == [False, False]
+    check = (
+        "import sys, lepton_xla.serve.split.frontend, lepton_xla.serve.split.supervisor\n"
+        "print(sorted({name.partition('.')[0] for name in sys.modules} & {'jax', 'jaxlib', 'flax', 'multiprocessing'}))"
+    )
+    done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_a_killed_engine_is_503_at_once_and_comes_back(served):
+    (engine,) = served.children("engine")
+    before = served.metric("lepton_rows_total")
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(sock) for sock in on_each(served)]
+        for sock in sockets:
+            sock.sendall(infer_bytes(turns=LONG))
+        time.sleep(0.3)
+        start = time.monotonic()
+        engine.kill()
+        for sock in sockets:
+            status, headers, body = read_response(sock)
+            assert (status, "retry-after" in headers) == (503, True)
+            assert "engine" in json.loads(body)["error"]
+        assert time.monotonic() - start < 2
+        for sock in sockets:  # the same connections
+            sock.sendall(raw_request("GET", "/v2/health/ready"))
+            assert read_response(sock)[0] == 503
+            sock.sendall(raw_request("GET", "/v2/health/live"))
+            assert read_response(sock)[0] == 200
+            sock.sendall(infer_bytes())
+            assert read_response(sock)[0] == 503
+    served.wait_for("/v2/health/ready", 200)
+    with served.client() as client:  # tries again where the other front-end is not linked yet
+        ask(client, np.random.default_rng(0), 5, 7)
+    assert served.children("engine") != [engine]
+    assert served.metric("lepton_rows_total") >= before + 5
+
+
+def test_a_killed_front_end_takes_nobody_with_it(served):
+    before = served.metric("lepton_http_responses_total")
+    with contextlib.ExitStack() as stack:
+        sockets = {}
+        fronts = served.children("frontend")
+        while len(sockets) < 2:
+            sock = stack.enter_context(socket.create_connection(served.address, 10))
+            sock.sendall(raw_request("GET", "/v2/health/ready"))
+            read_response(sock)
+            mine = sock.getsockname()[1]
+            owner = next(f for f in fronts if mine in [each.raddr.port for each in f.net_connections() if each.raddr])
+            sockets[owner.pid] = sock
+        victim, other = fronts
+        for sock in sockets.values():
+            sock.sendall(infer_bytes(turns=LONG // 10))
+        time.sleep(0.05)
+        victim.kill()
+        with pytest.raises(ConnectionError):
+            read_response(sockets[victim.pid])
+        status, _, body = read_response(sockets[other.pid])
+        assert (status, json.loads(body)["outputs"][0]["shape"]) == (200, [1, 4])
+        with served.client() as client:
+            ask(client, np.random.default_rng(0), 5, 7)
+    deadline = time.monotonic() + 10
+    while len(shares(served)) < 2 or min(shares(served)) < 5:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert served.metric("lepton_http_responses_total") > before
+
+
+def test_a_stopped_engine_is_given_up_and_taken_again(served):
+    (engine,) = served.children("engine")
+    engine.suspend()
+    try:
+        start = time.monotonic()
+        status, headers, _ = exchange(served, "POST", INFER, *split(infer_bytes()))
+        assert (status, "retry-after" in headers) == (503, True)
+        assert time.monotonic() - start < 8
+        served.wait_for("/v2/health/ready", 503, 2)
+        assert served.get("/v2/health/live")[0] == 200
+        assert served.get("/metrics")[0] == 200  # without what the engine would say
+    finally:
+        engine.resume()
+    served.wait_for("/v2/health/ready", 200)
+    with served.client() as client:
+        ask(client, np.random.default_rng(0), 5, 7)
+    assert served.children("engine") == [engine]
+
+
+def test_deadlines_and_priorities_reach_the_engine(served):
+    with socket.create_connection(served.address, 20) as busy:
+        busy.sendall(infer_bytes(turns=LONG // 20))
+        time.sleep(0.1)
+        status, _, body = exchange(served, "POST", INFER, *split(infer_bytes(timeout=1)))
+        assert (status, "timeout" in json.loads(body)["error"]) == (504, True)
+        assert exchange(served, "POST", INFER, *split(infer_bytes(priority=9)))[0] == 400
+        assert read_response(busy)[0] == 200
+
+
+def test_sigterm_under_load_answers_everything(served):
+    answered, refused, failures = [], [], []
+
+    def work(number):
+        rng = np.random.default_rng(number)
+        try:
+            with served.client(retries=0) as client:
+                while True:
+                    ask(client, rng, 1 + number % 5, 8)
+                    answered.append(number)
+        except RequestError as error:
+            # The server is gone: nobody was there to take the connection.
+            (refused if error.status is None and "refused" in str(error) else failures).append(error)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    time.sleep(0.5)
+    served.process.send_signal(signal.SIGTERM)
+    for thread in threads:
+        thread.join(20)
+    assert not failures
+    assert len(refused) == 8
+    assert len(answered) > 50
+    assert json.loads(served.process.stdout.readline()) == {"event": "stopped", "all_answered": True}
+    assert served.process.wait(15) == 0
+
+
+def test_without_their_supervisor_the_others_end(artifact):
+    running = Served(artifact)
+    try:
+        family = psutil.Process(running.process.pid).children()
+        assert len(family) == 3
+        running.process.kill()
+        _, alive = psutil.wait_procs(family, 10)
+        assert not alive
+    finally:
+        running.kill()
+
+
+def test_what_cannot_be_loaded_is_one_line(tmp_path):
+    (tmp_path / "none.lepton").write_bytes(b"no artifact")
+    code = "import sys; from lepton_xla.cli import main; sys.exit(main())"
+    done = subprocess.run(
+        [sys.executable, "-c", code, "serve", str(tmp_path / "none.lepton"), "--port", "0", "--frontends", "2"],
+        capture_output=True, text=True, cwd=ROOT, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert "none.lepton" in done.stderr
+    assert "Traceback" not in done.stderr
