@@ -327,7 +327,7 @@ class Batcher[T: Ticket]:
         if len(self._lines) > 1:
             for mate in (line.key, other):
                 for each in self._lines:
-                    if each.key == mate and each is not line and batch.rows < size:
+                    if each.key == mate and batch.rows < size:
                         self._fill(batch, each, finish)
         self.rows -= batch.rows
         return batch
@@ -344,10 +344,9 @@ class Batcher[T: Ticket]:
                     self._drop(ticket, Reason.EXPIRED)
                     continue
                 self._flying.add(ticket)
-                batch.plain = False
+                batch.dated = True
             if ticket.taken or rows > size - filled:
                 rows = min(rows - ticket.taken, size - filled)
-                batch.plain = False
             parts.append(Part(ticket, ticket.taken, rows, filled))
             ticket.taken += rows
             filled += rows
@@ -365,9 +364,7 @@ class Batcher[T: Ticket]:
     # Back.
 
     def finish(self, batch: Batch[T], now: float, seconds: float | None) -> None:
-        """Told that a batch has run.
-
-        A ticket of it that is not closed has its result, if it is whole; else once its `left` is zero.
+        """Told that a batch has run; those of its tickets that are not closed then have the results of their parts.
 
         Args:
             batch: the batch.
@@ -378,16 +375,11 @@ class Batcher[T: Ticket]:
         if seconds is not None:
             self._retries.succeeded()
             self.costs.learn(batch.key, batch.size, seconds)
-        if batch.plain:
-            return
-        for part in batch.parts:
-            ticket = part.ticket
-            ticket.left -= part.rows
-            if ticket.closed:
-                continue
-            if ticket.deadline_s <= now:
-                self._drop(ticket, Reason.EXPIRED)
-            elif not ticket.left:
+        if batch.dated:
+            for part in batch.parts:
+                ticket = part.ticket
+                if ticket.deadline_s <= now and not ticket.closed:
+                    self._drop(ticket, Reason.EXPIRED)
                 self._flying.discard(ticket)
 
     def fail(self, batch: Batch[T], now: float) -> list[T]:

@@ -40,7 +40,7 @@ class Retries[T: Ticket]:
         budget.runs -= 2
         middle = len(batch.parts) // 2
         for half in (batch.parts[:middle], batch.parts[middle:]):
-            self._waiting.append(Batch(half, 0, 0, batch.key, batch.plain, budget))
+            self._waiting.append(Batch(half, 0, 0, batch.key, batch.dated, budget))
         return True
 
     def succeeded(self) -> None:

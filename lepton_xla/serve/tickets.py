@@ -39,11 +39,10 @@ class Ticket:
         level: 0 goes first.
         nbytes: memory it holds while it waits.
         taken: rows handed out in batches.
-        left: rows whose batches have not finished. Kept only where they are in several batches.
         closed: whether nobody waits for its answer any more: cancelled, refused or failed.
     """
 
-    __slots__ = ("arrival_s", "closed", "deadline_s", "key", "left", "level", "nbytes", "rows", "taken")
+    __slots__ = ("arrival_s", "closed", "deadline_s", "key", "level", "nbytes", "rows", "taken")
 
     def __init__(
         self,
@@ -61,7 +60,6 @@ class Ticket:
         self.level = level
         self.nbytes = nbytes
         self.taken = 0
-        self.left = rows
         self.closed = False
 
     @property
@@ -99,7 +97,7 @@ class Batch[T: Ticket]:
         rows: real rows, at most `size`.
         size: the compiled size to run; the rows beyond `rows` are padding.
         key: sizes of the other dimensions; no smaller than those of any ticket in it.
-        plain: whether every ticket in it is whole and has no deadline.
+        dated: whether a ticket in it has a deadline.
         budget: of the batch that it was a part of, if that failed.
     """
 
@@ -107,7 +105,7 @@ class Batch[T: Ticket]:
     rows: int
     size: int
     key: Key
-    plain: bool = True
+    dated: bool = False
     budget: Budget | None = None
 
     @property

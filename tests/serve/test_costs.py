@@ -39,9 +39,11 @@ def test_size_has_the_least_cost_per_real_row(seconds, rows):
     assert per_row[costs.size((), rows)] == min(per_row.values())
 
 
-@given(st.lists(st.floats(0.1, 10.0), min_size=3, max_size=3), st.integers(1, 60))
-def test_seconds_is_what_running_them_one_batch_after_the_other_takes(seconds, rows):
+@given(st.lists(st.floats(0.1, 10.0), min_size=3, max_size=3), st.integers(1, 60), st.sampled_from(LADDER))
+def test_seconds_is_what_running_them_one_batch_after_the_other_takes(seconds, rows, changed):
     costs = Costs(LADDER, {(): dict(zip(LADDER, seconds, strict=True))})
+    for _ in range(30):
+        costs.learn((), changed, 0.1)
     expected, left = 0.0, rows
     while left > 0:
         size = costs.size((), left)
