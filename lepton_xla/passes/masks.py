@@ -584,6 +584,12 @@ def group_masks(scores: jax.Array, pattern: Pattern, sparsity: Any) -> jax.Array
         dropped = jnp.clip(jnp.round(sparsity.astype(jnp.float32) * rows), 0, rows - pattern.kept).astype(jnp.int32)
     else:
         dropped = jnp.int32(min(round(sparsity * rows), rows - pattern.kept))
+    return _without_smallest(scores, rows, dropped)
+
+
+@functools.partial(jax.jit, static_argnames="rows")
+def _without_smallest(scores: jax.Array, rows: int, dropped: jax.Array) -> jax.Array:
+    """Drops so many of each `rows` neighbours of `[..., K, N]` along K."""
     keys = _split(scores, scores.ndim - 2, rows)
     keys = jnp.where(jnp.isnan(keys), jnp.full_like(keys, jnp.inf), keys)
     place = lax.broadcasted_iota(jnp.int32, keys.shape, keys.ndim - 2)
@@ -594,6 +600,7 @@ def group_masks(scores: jax.Array, pattern: Pattern, sparsity: Any) -> jax.Array
     return jnp.reshape(before >= dropped, scores.shape)
 
 
+@functools.partial(jax.jit, static_argnames=("factor", "lead"))
 def _beyond_deviation(weight: jax.Array, factor: float, lead: int) -> jax.Array:
     """Whether magnitudes reach `factor` times the standard deviation (Han et al. 2015, arXiv:1506.02626)."""
     axes = tuple(range(lead, weight.ndim))

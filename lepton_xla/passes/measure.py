@@ -92,9 +92,7 @@ def time_programs(
         inputs: shapes and dtypes; floats are drawn at random, anything else is zero.
     """
     arrays = [
-        jax.random.normal(jax.random.key(number), leaf.shape, jnp.float32).astype(leaf.dtype)
-        if jnp.issubdtype(leaf.dtype, jnp.floating)
-        else jnp.zeros(leaf.shape, leaf.dtype)
+        _random(number, leaf) if jnp.issubdtype(leaf.dtype, jnp.floating) else jnp.zeros(leaf.shape, leaf.dtype)
         for number, leaf in enumerate(inputs)
     ]
     calls = [functools.partial(_compiled(fn, weights, *arrays), weights, *arrays) for fn, weights in functions]
@@ -133,10 +131,7 @@ class _Key:
 @functools.lru_cache(maxsize=1024)
 def _compare(key: _Key) -> Timing:
     site, decision = key.site, key.decision
-    operands = [
-        jax.random.normal(jax.random.key(number), shape.shape, jnp.float32).astype(shape.dtype)
-        for number, shape in enumerate(site.operands)
-    ]
+    operands = [_random(number, operand) for number, operand in enumerate(site.operands)]
     name = decision.activations
 
     def as_float(*operands: jax.Array) -> jax.Array:
@@ -167,6 +162,12 @@ def _compare(key: _Key) -> Timing:
     calls = [functools.partial(in_float, *operands), *(functools.partial(call, *args) for call in in_codes)]
     times = _medians_us(calls)
     return Timing({}, times[0], times[1], times[2] if len(times) == 3 else None, float(np.max(errors)))
+
+
+def _random(seed: int, like: jax.ShapeDtypeStruct) -> jax.Array:
+    """Normal values, made on the host: JAX would compile its generator anew for each shape."""
+    values = np.random.default_rng(seed).standard_normal(like.shape, np.float32)
+    return jnp.asarray(values).astype(like.dtype)
 
 
 @functools.partial(jax.jit, static_argnames="name")

@@ -159,7 +159,8 @@ def _keep_on_host(ranking: Ranking) -> list[jax.Array]:
     return [jnp.asarray(part.reshape(score.shape)) for part, score in zip(parts, ranking.scores, strict=True)]
 
 
-def exact_mean(values: jax.Array, axes: Sequence[int], lead: int = 0) -> jax.Array:
+@functools.partial(jax.jit, static_argnames=("axes", "lead"))
+def exact_mean(values: jax.Array, axes: tuple[int, ...], lead: int = 0) -> jax.Array:
     """The mean over some axes, the same bits in whatever order, or on however many devices, it is added up.
 
     Args:
@@ -184,10 +185,10 @@ def exact_mean(values: jax.Array, axes: Sequence[int], lead: int = 0) -> jax.Arr
     total = jnp.float32(0)
     for shift in range(0, 31, width):
         digits = (fixed >> jnp.uint32(shift)) & jnp.uint32(2**width - 1)
-        total = total + jnp.sum(digits, axis=tuple(axes), dtype=jnp.uint32).astype(jnp.float32) * 2.0**shift
-    scale = jnp.max(jnp.broadcast_to(unit, values.shape), axis=tuple(axes))
+        total = total + jnp.sum(digits, axis=axes, dtype=jnp.uint32).astype(jnp.float32) * 2.0**shift
+    scale = jnp.max(jnp.broadcast_to(unit, values.shape), axis=axes)
     mean = total / count * 2.0**-30 * scale
-    return jnp.where(jnp.all(finite, axis=tuple(axes)), mean, jnp.full_like(mean, jnp.inf))
+    return jnp.where(jnp.all(finite, axis=axes), mean, jnp.full_like(mean, jnp.inf))
 
 
 def largest_of_each(scores: jax.Array, lead: int) -> jax.Array:
