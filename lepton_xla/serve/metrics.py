@@ -271,6 +271,13 @@ class Metrics(Collector):
             gauge = GaugeMetricFamily(name, text, labels=["model"])
             gauge.add_metric([self.model], float(value))
             yield gauge
+        costs = GaugeMetricFamily(
+            "lepton_cost_seconds", "What one execution is predicted to take.", labels=["model", "shape", "batch"]
+        )
+        for name, value in self.now.items():
+            if name.startswith("cost_s "):
+                costs.add_metric([self.model, *name.split(" ")[1:]], value)
+        yield costs
         for name, text, histogram in (
             ("lepton_request_seconds", "From a whole request to its answer.", self.request_s),
             ("lepton_queue_seconds", "From a whole request to the start of its batch.", self.queue_s),

@@ -128,8 +128,9 @@ class Scheduler:
         self._engine.check()
 
     def figures(self) -> dict[str, float]:
-        """What `Metrics` shows of the queue now."""
-        return {"queue_rows": self._batcher.rows, "queue_requests": len(self._batcher)}
+        """What `Metrics` shows of the queue now, and of what executions are predicted to take."""
+        costs = {f"cost_s {'x'.join(map(str, key))} {size}": seconds for key, size, seconds in self._costs}
+        return {"queue_rows": self._batcher.rows, "queue_requests": len(self._batcher), **costs}
 
     def start(self) -> None:
         """Starts the engine's thread."""
