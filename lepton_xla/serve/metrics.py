@@ -277,7 +277,8 @@ class Metrics(Collector):
         for name, value in self.now.items():
             if name.startswith("cost_s "):
                 costs.add_metric([self.model, *name.split(" ")[1:]], value)
-        yield costs
+        if costs.samples:
+            yield costs
         for name, text, histogram in (
             ("lepton_request_seconds", "From a whole request to its answer.", self.request_s),
             ("lepton_queue_seconds", "From a whole request to the start of its batch.", self.queue_s),
