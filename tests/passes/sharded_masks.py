@@ -25,7 +25,7 @@ from lepton_xla.passes.ranking import keep_largest, keep_largest_on_host  # noqa
 from lepton_xla.program import TensorSpec, trace  # noqa: E402
 from lepton_xla.recipe import Recipe  # noqa: E402
 
-# A pair of weights for each, of which the first is stacked.
+# A stacked weight for each, and one more for some.
 RULES = {
     "uniform": "sparsity = 0.5",
     "global": 'sparsity = 0.7\ndistribution = "global"',
@@ -35,6 +35,7 @@ RULES = {
     "deviation": 'method = "deviation:1"',
     "random": 'method = "random"\nsparsity = 0.3',
 }
+HEADS = ("uniform", "global", "channels")
 ROWS, COLUMNS = (jax.P(None, "d", None), jax.P("d", None)), (jax.P(None, None, "d"), jax.P(None, "d"))
 AUTO, EXPLICIT = jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit
 
@@ -43,7 +44,7 @@ def network(w, x):
     outs = []
     for name in RULES:
         y, _ = jax.lax.scan(lambda x, layer: (jnp.tanh(x @ layer), None), x, w[f"{name}/stack"])
-        outs.append(y @ w[f"{name}/head"])
+        outs.append(y @ w[f"{name}/head"] if name in HEADS else y[:, :16])
     return jnp.stack(outs)
 
 
@@ -51,7 +52,8 @@ random = np.random.default_rng(0)
 weights = {}
 for name in RULES:  # the stacks are rounded, so that thresholds fall among equal ones
     weights[f"{name}/stack"] = jnp.asarray(np.round(random.standard_normal((2, 32, 32)) * 8) / 8, jnp.float32)
-    weights[f"{name}/head"] = jnp.asarray(random.standard_normal((32, 16)), jnp.float32)
+    if name in HEADS:
+        weights[f"{name}/head"] = jnp.asarray(random.standard_normal((32, 16)), jnp.float32)
 weights["global/stack"] = weights["global/stack"].at[0].mul(1e-3)  # all of this layer would go, but for one element
 promise = {path: jnp.asarray(random.random(leaf.shape), jnp.float32) for path, leaf in weights.items()}
 program = trace(network, weights, {"x": TensorSpec(("b", 32), "float32")})

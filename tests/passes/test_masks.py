@@ -188,7 +188,7 @@ def erk_of_the_paper(shapes, sparsity):
 
 @settings(max_examples=80)
 @given(
-    st.lists(st.lists(st.integers(1, 40), min_size=2, max_size=4), min_size=1, max_size=6),
+    st.lists(st.lists(st.integers(1, 40), min_size=2, max_size=4), min_size=1, max_size=4),
     st.floats(0, 0.99),
 )
 def test_erk_is_that_of_the_paper(shapes, sparsity):
@@ -223,12 +223,12 @@ def test_deviation_drops_what_is_below_so_many_standard_deviations():
 
 
 def test_random_drops_so_many_anywhere_and_what_is_zero_first():
-    weight = array(40, 30).at[:4].set(0)
-    program = dense(weight)
+    weight = np.asarray(array(10, 10)) * (np.arange(10) > 0)[:, None]
+    program = dense(jnp.asarray(weight))
     plan = parse('method = "random"\nsparsity = 0.5').resolve(program)
     first, again, other = (np.asarray(prune(program, plan, seed=seed).masks["w"]) for seed in (0, 0, 1))
-    assert (~first).sum() == 600
-    assert not first[:4].any()
+    assert (~first).sum() == 50
+    assert not first[0].any()
     np.testing.assert_array_equal(first, again)
     assert (first != other).mean() > 0.3
 
@@ -241,14 +241,14 @@ def test_weights_of_one_shape_are_not_pruned_at_the_same_places():
 
 
 def test_saliency_needs_gradients():
-    program = dense(array(8, 8))
+    program = dense(array(10, 10))
     with pytest.raises(RecipeError, match=r"weight 'w': method = 'saliency' needs gradients: train with"):
         masks_of(program, 'method = "saliency"\nsparsity = 0.5')
     (target,) = plan_targets(parse('method = "saliency"\nsparsity = 0.5').resolve(program), program.weights)
-    weight, gradient = array(8, 8), array(8, 8, seed=1)
+    weight, gradient = array(10, 10), array(10, 10, seed=1)
     scores = {"w": element_scores(target, weight, gradient=gradient)}
     found = find_masks([target], scores, rule_shares([target]))["w"]
-    np.testing.assert_array_equal(found, rank(np.abs(np.asarray(weight * gradient)), 32))
+    np.testing.assert_array_equal(found, rank(np.abs(np.asarray(weight) * np.asarray(gradient)), 50))
 
 
 def test_regrowth_replaces_a_share_of_what_is_kept():
