@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from lepton_xla.errors import CalibrationError, ModelError
-from lepton_xla.passes import products
+from lepton_xla.passes import matrix, products
 from lepton_xla.passes.calibrate import needs_range
 from lepton_xla.passes.measure import Timing, WholeTiming, compare, time_programs
 from lepton_xla.passes.products import RANGE_SUFFIX, SCALE_SUFFIX
@@ -162,7 +162,11 @@ def lower(
         entry = _report(planned, reasons[name], integer, timings.get(name, []))
         if path is not None:
             before = leaf_bytes(like[path].shape, like[path].dtype)
-            entry = dataclasses.replace(entry, bytes_before=before, bytes_after=tree_bytes(weights[path]))
+            reason = "; ".join(
+                part for part in (entry.reason, _zero_channels(planned.site, program.weights[path])) if part
+            )
+            after = tree_bytes(weights[path])
+            entry = dataclasses.replace(entry, reason=reason, bytes_before=before, bytes_after=after)
         reports.append(_at_load(entry) if expansion is not None and path in unpackable else entry)
     reports += [
         SiteReport(entry.site.name, "kept float", entry.not_quantized, entry.weight_bytes, entry.weight_bytes)
@@ -255,6 +259,15 @@ def _store(planned: _Planned, weight: jax.Array, given: Mapping[str, jax.Array])
     for _ in range(site.stacked):
         quantize = jax.vmap(quantize)
     return quantize(laid, grid)
+
+
+def _zero_channels(site: Site, weight: jax.Array) -> str:
+    """Says how many output channels are all zero: they stay so, but somebody may not know."""
+    if site.kind == "gather":  # a table's rows are no channels
+        return ""
+    matrices = matrix.stored_matrix(site, weight)
+    zero, channels = int(jnp.sum(~jnp.any(matrices != 0, axis=-2))), matrices.size // matrices.shape[-2]
+    return f"{zero} of its {channels} channels are all zero" if zero else ""
 
 
 def _finite_range(site: Site, ranges: Mapping[str, jax.Array] | None) -> jax.Array:

@@ -677,3 +677,16 @@ def test_what_is_slower_at_one_size_is_taken_back_however_fast_at_another(monkey
     assert products_of(lowered) == [FLOAT, FLOAT]
     lowered = run_lower(program, recipe().resolve(program), sizes=SIZES[1:])
     assert products_of(lowered) == [INTEGER, INTEGER]
+
+
+def test_channels_that_are_all_zero_are_named_and_stay_zero():
+    weights = {"a": array(6, 8).at[:, 2].set(0), "b": array(8, 3, seed=1)}
+    program = trace(lambda w, x: jnp.tanh(x @ w["a"]) @ w["b"], weights, ROWS)
+    plan = Recipe.parse("[[quantize]]\nsites = '.*'", name="r").resolve(program)
+    small = run_lower(program, plan)
+    reasons = {site.site: site.reason for site in small.history[-1].sites}
+    assert reasons == {"a": "1 of its 8 channels are all zero", "b": ""}
+    scale = np.asarray(small.weights["a"].scale)
+    assert np.all(np.isfinite(scale))
+    assert np.all(scale > np.finfo(np.float32).tiny)
+    np.testing.assert_array_equal(np.asarray(small.weights["a"].dequantize())[:, 2], 0)
