@@ -216,7 +216,9 @@ def serve(
         finished = Supervisor(path, options, frontends, json_logs=as_json).run(on_ready=announce)
     else:
         from lepton_xla.compiler import load
+        from lepton_xla.serve.engine import run_on_calling_thread
 
+        run_on_calling_thread()
         finished = Server(load(path), options).run(on_ready=announce)
     if as_json:
         click.echo(json_lines.dumps({"event": "stopped", "all_answered": finished}))

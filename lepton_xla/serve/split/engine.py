@@ -16,7 +16,7 @@ from time import monotonic
 import uvloop
 
 from lepton_xla.errors import LeptonError
-from lepton_xla.serve.engine import Engine
+from lepton_xla.serve.engine import Engine, run_on_calling_thread
 from lepton_xla.serve.errors import RefusedError
 from lepton_xla.serve.health import Health
 from lepton_xla.serve.logs import configure
@@ -200,6 +200,7 @@ class EngineProcess:
 async def _serve(settings: control.Settings, end: socket.socket) -> None:
     from lepton_xla.compiler import load
 
+    run_on_calling_thread()
     servable = load(settings.artifact)
     signature = signature_of(servable, settings.options.name)
     engine: Engine[Call] = Engine(servable, signature)
