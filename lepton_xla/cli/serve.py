@@ -132,6 +132,19 @@ def _limit_options(command: Callable[..., None]) -> Callable[..., None]:
     show_default=False,
 )
 @_limit_options
+@_option(
+    "--access-log-sample",
+    0.0,
+    "Share of the requests that the log gets a line of, such as 0.01; 0 writes none and costs nothing.",
+    type=click.FloatRange(0, 1),
+)
+@_option(
+    "--log-format",
+    None,
+    "How the log on stderr is written, a line an event.",
+    type=click.Choice(["text", "json"]),
+    show_default="text, or json with --json",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print events and log lines as JSON, one object a line.")
 def serve(
     path: str,
@@ -155,6 +168,8 @@ def serve(
     tls_key: Path | None,
     tls_client_ca: Path | None,
     insecure_public: bool,
+    access_log_sample: float,
+    log_format: str | None,
     as_json: bool,
     **limits: Any,
 ) -> None:
@@ -191,12 +206,14 @@ def serve(
         compress_bytes=compress_bytes,
         lame_duck_s=lame_duck_s,
         stop_timeout_s=stop_timeout_s,
+        access_log_sample=access_log_sample,
         limits=Limits(**limits),
         token_file=token_file,
         tls=_tls_files(tls_cert, tls_key, tls_client_ca),
         insecure_public=insecure_public,
     )
-    configure(as_json)
+    json_logs = as_json if log_format is None else log_format == "json"
+    configure(json_logs)
     # Before the model is loaded, so that what is wrong here shows at once.
     options.access()
     _raise_descriptor_limit(options.limits)
@@ -213,7 +230,7 @@ def serve(
     if frontends:
         from lepton_xla.serve.split.supervisor import Supervisor
 
-        finished = Supervisor(path, options, frontends, json_logs=as_json).run(on_ready=announce)
+        finished = Supervisor(path, options, frontends, json_logs=json_logs).run(on_ready=announce)
     else:
         from lepton_xla.compiler import load
         from lepton_xla.serve.engine import run_on_calling_thread

@@ -20,6 +20,7 @@ from lepton_xla.serve.exchange import Exchange, Head
 from lepton_xla.serve.jsondata import PIECE_BYTES
 from lepton_xla.serve.limits import Limits
 from lepton_xla.serve.metrics import CONTENT_TYPE, Metrics
+from lepton_xla.serve.refusals import Refusals
 from lepton_xla.serve.response import encode_response
 from lepton_xla.serve.scheduler import Call
 from lepton_xla.serve.signature import Signature, is_safe
@@ -79,7 +80,7 @@ class InferCall(Call):
 
     def fail(self, refusal: RefusedError) -> None:
         """Answers with an error."""
-        self._app.refuse(self.exchange, refusal)
+        self._app.refuse(self.exchange, refusal, self.request.plan.id)
 
     def cancel(self) -> None:
         """The client went away."""
@@ -122,6 +123,7 @@ class App:
         self._compress_bytes = compress_bytes
         self._decoder = Decoder(signature, limits, scheduler.max_rows)
         self._workers = Workers(limits.max_buffered_bytes)
+        self._refusals = Refusals()
         self._gather: Gather = gather or (lambda then: then(metrics))
         trace_settings = self._page(metadata.trace_settings)
         self._handlers: dict[str, Route] = {
@@ -207,11 +209,17 @@ class App:
         self._metrics.codes[status] += 1
         exchange.answer(status, msgspec.json.encode(value))
 
-    def refuse(self, exchange: Exchange, refusal: RefusedError) -> None:
+    def refuse(self, exchange: Exchange, refusal: RefusedError, request_id: str | None = None) -> None:
         """Answers with an error, unless there was an answer."""
         if not exchange.answered:
             self._metrics.codes[refusal.status] += 1
+            self._refusals.note(refusal, exchange, request_id)
             exchange.refuse(refusal)
+
+    def refused(self, refusal: RefusedError) -> None:
+        """Told of an error that was answered before there was a request to be handled."""
+        self._metrics.codes[refusal.status] += 1
+        self._refusals.note(refusal)
 
     def _page(self, make: Callable[[], Any]) -> Route:
         return lambda exchange: self._json(exchange, make())

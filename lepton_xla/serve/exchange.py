@@ -20,6 +20,10 @@ class Answers(Protocol):
         """Told that one more exchange has its answer."""
         ...
 
+    def abandoned(self) -> None:
+        """Told that the client of an exchange went away before its answer."""
+        ...
+
 
 class Head:
     """Request line and header fields of a request. Equal ones may share an object.
@@ -70,6 +74,30 @@ class Exchange:
         self.answered = False
         self.trace: bytes | None = None
 
+    @property
+    def connection(self) -> Answers:
+        """Where the answer goes."""
+        return self._connection
+
+    @property
+    def payload(self) -> bytes | None:
+        """The answer, from when it is given until it is taken."""
+        return self._payload
+
+    def redirect(self, connection: Answers) -> Answers:
+        """Sends the answer elsewhere; gives where it would have gone."""
+        before, self._connection = self._connection, connection
+        return before
+
+    def abandon(self) -> None:
+        """The client went away."""
+        if not self.answered:
+            self.answered = True
+            cancel, self.on_cancel = self.on_cancel, None
+            if cancel is not None:
+                cancel()
+            self._connection.abandoned()
+
     def send(self, payload: bytes) -> None:
         """Answers 200 with header fields, the blank line and the body in one piece (without the status line)."""
         self._send(_OK + payload)
@@ -84,7 +112,9 @@ class Exchange:
 
     def refuse(self, refusal: RefusedError) -> None:
         """Answers with an error."""
-        headers = (*refusal.headers, "Retry-After: 1") if refusal.status == 503 else refusal.headers
+        headers = refusal.headers
+        if refusal.status == 503 and not any(line.startswith("Retry-After:") for line in headers):
+            headers = (*headers, "Retry-After: 1")
         self.answer(refusal.status, msgspec.json.encode({"error": refusal.message}), "application/json", *headers)
 
     def _send(self, payload: bytes) -> None:

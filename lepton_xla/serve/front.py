@@ -9,11 +9,13 @@ from time import monotonic
 from typing import TYPE_CHECKING
 
 from lepton_xla.serve.access import Access
+from lepton_xla.serve.access_log import AccessLog
 from lepton_xla.serve.app import App, Backend, Gather
 from lepton_xla.serve.drain import Closable, Stop, drain
 from lepton_xla.serve.health import Health
 from lepton_xla.serve.http import Hub
 from lepton_xla.serve.metrics import Metrics
+from lepton_xla.serve.observe import ObservedApp
 from lepton_xla.serve.signature import Signature
 
 if TYPE_CHECKING:
@@ -54,12 +56,14 @@ class Front:
         self._health = health
         self._options = options
         self._access = access
-        self._app = App(
+        self._app = (ObservedApp if options.access_log_sample else App)(
             signature, backend, metrics, options.limits,
             guard=access.guard, server_name=options.server_name,
             max_delay_s=options.max_delay_us * 1e-6, compress_bytes=options.compress_bytes, gather=gather,
         )  # fmt: skip
-        self.hub = Hub(self._app, options.limits, refused=lambda status: metrics.codes.update((status,)))
+        if isinstance(self._app, ObservedApp):
+            self._app.observers = [AccessLog(options.access_log_sample)]
+        self.hub = Hub(self._app, options.limits, refused=self._app.refused)
         metrics.version = signature.version
         metrics.watch(lambda: backend.figures() | self.hub.figures())
         if access.guard is not None:

@@ -42,7 +42,7 @@ class Hub:
     Attributes:
         handler: takes every complete request, on the event loop; must answer it sooner or later.
         admit: told of a head before its body is read; raises `RefusedError` for one that may not bring any.
-        refused: told the status of answers that no handler saw, such as 400 for malformed HTTP.
+        refused: told of errors answered that no handler saw, such as 400 for malformed HTTP.
         limits: the bounds.
         draining: set once for every connection to be closed by its next answer.
         connections: those open.
@@ -54,7 +54,7 @@ class Hub:
     handler: Callable[[Exchange], None]
     limits: Limits
     admit: Callable[[Head], object] = lambda head: None
-    refused: Callable[[int], None] = lambda status: None
+    refused: Callable[[RefusedError], None] = lambda refusal: None
     draining: bool = False
     connections: set[Connection] = dataclasses.field(default_factory=set["Connection"])
     addresses: Counter[str] = dataclasses.field(default_factory=Counter[str])
@@ -130,11 +130,7 @@ class Connection(asyncio.Protocol):
         self._forget_body()
         for exchange in self._pending:
             hub.buffered_bytes -= len(exchange.body)
-            if not exchange.answered:
-                exchange.answered = True
-                if exchange.on_cancel is not None:
-                    exchange.on_cancel()
-                    exchange.on_cancel = None
+            exchange.abandon()
         self._pending.clear()
 
     def eof_received(self) -> None:
@@ -355,8 +351,9 @@ class Connection(asyncio.Protocol):
         if len(self._pending) > 1:
             self._throttle()
         if hub.buffered_bytes > self._limits.max_buffered_bytes:
-            hub.refused(503)
-            exchange.refuse(_buffer_refusal())
+            refusal = _buffer_refusal()
+            hub.refused(refusal)
+            exchange.refuse(refusal)
             return
         hub.handler(exchange)
 
@@ -396,7 +393,7 @@ class Connection(asyncio.Protocol):
             return
         self._closing = True
         self._forget_body()
-        self._hub.refused(refusal.status)
+        self._hub.refused(refusal)
         exchange = Exchange(self, Head(b"", b"", {}, keep_alive=False, old=False), b"", monotonic())
         self._pending.append(exchange)
         exchange.refuse(refusal)
@@ -410,6 +407,9 @@ class Connection(asyncio.Protocol):
             self._transport.write_eof()
         else:
             self._transport.close()
+
+    def abandoned(self) -> None:
+        """Nothing is to be done: whoever calls this knows."""
 
     # For whoever stops the server.
 
@@ -444,7 +444,7 @@ class Connection(asyncio.Protocol):
         for exchange in tuple(self._pending):
             cancel = exchange.on_cancel
             if not exchange.answered:
-                self._hub.refused(refusal.status)
+                self._hub.refused(refusal)
                 exchange.refuse(refusal)
             if cancel is not None:
                 cancel()

@@ -16,6 +16,7 @@ import math
 import threading
 from collections.abc import Sequence
 from time import monotonic
+from typing import NamedTuple
 
 from lepton_xla.serve.batcher import Batcher
 from lepton_xla.serve.engine import Completion, Engine, Work
@@ -42,6 +43,24 @@ _REFUSALS: dict[Reason, tuple[int, str]] = {
 }
 
 
+class Times(NamedTuple):
+    """When a batch ran, of the monotonic clock, and with what.
+
+    Attributes:
+        started_s: when the engine took it.
+        staged_s: when its rows were copied.
+        finished_s: when the outputs were there.
+        rows: real rows.
+        size: rows with padding.
+    """
+
+    started_s: float
+    staged_s: float
+    finished_s: float
+    rows: int
+    size: int
+
+
 class Call(Work):
     """A request on its way through the scheduler: what came, and what is told when it is done.
 
@@ -49,15 +68,17 @@ class Call(Work):
         missing: rows whose results are not here yet; kept where it is split over batches.
         pieces: the results of those that are.
         block: where its tensors lie in memory that two processes share, if they do; see `split`.
+        times: of the batch that it ran in; None until then, and where another process has the engine.
     """
 
-    __slots__ = ("block", "missing", "pieces")
+    __slots__ = ("block", "missing", "pieces", "times")
 
     def __init__(self, request: InferRequest, arrival_s: float) -> None:
         super().__init__(request, arrival_s)
         self.missing = self.rows
         self.pieces: list[bytearray] | None = None
         self.block: int
+        self.times: Times | None = None
 
     def finish(self, outputs: Sequence[memoryview]) -> None:
         """Told the bytes of each output that was asked for. They are only good until it returns."""
@@ -270,8 +291,12 @@ class Scheduler:
                 completion.finished_s - completion.started_s,
                 len(batch.parts),
             )
+            times = Times(
+                completion.started_s, completion.staged_s, completion.finished_s, batch.rows, batch.size
+            )  # fmt: skip
             for part in batch.parts:
                 if not part.ticket.closed:
+                    part.ticket.times = times
                     self._complete_part(completion, part)
             metrics.output_s += (monotonic() - completion.finished_s) * len(batch.parts)
         elif completion.outputs is None:

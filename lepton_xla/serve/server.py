@@ -58,6 +58,7 @@ class Options:
         lame_duck_s: how long after a stop is asked for new connections are still taken and idle ones kept, readiness
             already being 503.
         stop_timeout_s: how long after that a stop waits for answers.
+        access_log_sample: of the requests, 0 to 1, that the log gets a line of.
         limits: what clients may send.
         token_file: the tokens to ask for, see `leptonx token`; None asks for none.
         tls: certificates to listen with; None speaks plain HTTP.
@@ -81,6 +82,7 @@ class Options:
     compress_bytes: int = 4096
     lame_duck_s: float = 0.0
     stop_timeout_s: float = 30.0
+    access_log_sample: float = 0.0
     limits: Limits = dataclasses.field(default_factory=Limits)
     token_file: Path | None = None
     tls: TlsFiles | None = None
@@ -95,6 +97,8 @@ class Options:
         ):  # fmt: skip
             if not least <= getattr(self, name) < math.inf:
                 raise ServeError(f"{name} must be at least {least} and finite, not {getattr(self, name)!r}")
+        if not 0 <= self.access_log_sample <= 1:
+            raise ServeError(f"access_log_sample must be 0 to 1, not {self.access_log_sample!r}")
         for name in ("default_timeout_s", "max_timeout_s"):
             value = getattr(self, name)
             if value is not None and not value > 0:

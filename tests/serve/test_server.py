@@ -1,7 +1,6 @@
 """Starting, stopping, and the command line."""
 
 import gc
-import json
 
 import numpy as np
 import pytest
@@ -69,19 +68,6 @@ def test_a_missing_artifact_is_a_lepton_error(tmp_path):
 
     result = CliRunner().invoke(serve_command, [str(tmp_path / "nothing.lepton"), "--port", "0"])
     assert isinstance(result.exception, ArtifactError)
-
-
-def test_log_lines_are_json_and_one_line_each():
-    import logging
-
-    from lepton_xla.serve.logs import JsonLines, PlainLines
-
-    record = logging.LogRecord("lepton_xla.serve", logging.ERROR, "x.py", 1, "a\nb \x1b[31m %s", ("c\r",), None)
-    line = JsonLines().format(record)
-    assert "\n" not in line
-    assert json.loads(line)["message"] == "a\nb \x1b[31m c\r"
-    plain = PlainLines().format(record)
-    assert plain.isprintable()
 
 
 def test_a_request_leaves_nothing_for_the_garbage_collector(server):
