@@ -164,3 +164,10 @@ def test_another_server_that_cannot_start_is_a_line_that_says_so(tmp_path: pathl
     found = figures("serving.py", tmp_path, "--models", "first10", "--litserve", "/bin/false")["first10"]
     assert found["notes"] == ["LitServe is missing: ended: "]
     assert list(found["servers"]) == ["lepton_xla"]
+
+
+def test_clients_and_the_load_generator_are_timed_against_a_server_that_does_nothing() -> None:
+    done = run("clients.py")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("ours") == 2
+    assert "50000" in done.stdout

@@ -1,4 +1,4 @@
-"""A client for servers of the Open Inference Protocol v2: this package's, Triton, KServe. It does not need JAX.
+"""A client for servers of the Open Inference Protocol v2: this package's, Triton and others. It does not load JAX.
 
     with Client("http://127.0.0.1:8000") as client:
         scores = client.infer("digits", image=images)["output"]

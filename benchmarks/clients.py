@@ -1,0 +1,235 @@
+"""What a request costs its sender: our clients beside others, and our load generator; the server does nothing.
+
+    python benchmarks/clients.py [--seconds 3 | --quick]
+
+The server is another process that answers every request with the same 10 floats; requests carry 784. httpx, urllib3 and
+tritonclient take part where they are installed. Times are of the sender's processor, which a busy machine changes less
+than requests a second.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import http.client
+import importlib.util
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import httptools
+import numpy as np
+import uvloop
+from rich.console import Console
+from rich.table import Table
+
+from lepton_xla.serve.arrays import encode_infer
+from lepton_xla.serve.client import AsyncClient, Client
+from lepton_xla.serve.endpoint import endpoint
+from lepton_xla.serve.generator import generate
+from lepton_xla.serve.load import Load
+
+X = np.random.default_rng(0).random((1, 784), np.float32)
+PATH = "/v2/models/m/infer"
+AT_ONCE = 64
+RATES = (1_000.0, 15_000.0, 30_000.0, 50_000.0)
+
+HEAD = json.dumps(
+    {"outputs": [{"name": "y", "datatype": "FP32", "shape": [1, 10], "parameters": {"binary_data_size": 40}}]}
+).encode()
+ANSWER = (
+    b"HTTP/1.1 200 OK\r\nContent-Type: application/octet-stream\r\n"
+    + f"Inference-Header-Content-Length: {len(HEAD)}\r\nContent-Length: {len(HEAD) + 40}\r\n\r\n".encode()
+    + HEAD
+    + X[0, :10].tobytes()
+)
+
+
+class Null(asyncio.Protocol):
+    """Answers every request with the same bytes."""
+
+    def connection_made(self, transport: Any) -> None:
+        self.transport, self.parser = transport, httptools.HttpRequestParser(self)
+
+    def data_received(self, data: bytes) -> None:
+        self.parser.feed_data(data)
+
+    def on_message_complete(self) -> None:
+        self.transport.write(ANSWER)
+
+
+async def serve() -> None:
+    """The server: prints its port, runs until it is ended."""
+    server = await asyncio.get_running_loop().create_server(Null, "127.0.0.1", 0)
+    print(server.sockets[0].getsockname()[1], flush=True)
+    await server.serve_forever()
+
+
+def measure(call: Callable[[], Any], seconds: float) -> tuple[float, float]:
+    """Requests a second, and seconds of this processor a request, one after the other."""
+    for _ in range(100):
+        call()
+    count, began, used = 0, time.perf_counter(), time.process_time()
+    while time.perf_counter() - began < seconds:
+        call()
+        count += 1
+    return count / (time.perf_counter() - began), (time.process_time() - used) / count
+
+
+async def measure_async(call: Callable[[], Awaitable[Any]], seconds: float) -> tuple[float, float]:
+    """The same with `AT_ONCE` requests on their way."""
+    count = [0]
+
+    async def ask() -> None:
+        while True:
+            await call()
+            count[0] += 1
+
+    tasks = [asyncio.create_task(ask()) for _ in range(AT_ONCE)]
+    await asyncio.sleep(0.5)
+    count[0], began, used = 0, time.perf_counter(), time.process_time()
+    await asyncio.sleep(seconds)
+    found = count[0] / (time.perf_counter() - began), (time.process_time() - used) / max(1, count[0])
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    return found
+
+
+def has(package: str) -> bool:
+    """Whether a package is installed."""
+    return importlib.util.find_spec(package) is not None
+
+
+def blocking(port: int, seconds: float) -> dict[str, tuple[float, float]]:
+    """Each blocking client."""
+    url = f"http://127.0.0.1:{port}"
+    head, tail = encode_infer({"x": X})
+    body = head + b"".join(tail)
+    fields = {"Inference-Header-Content-Length": str(len(head)), "Content-Type": "application/octet-stream"}
+    found: dict[str, tuple[float, float]] = {}
+    with Client(url) as client:
+        np.testing.assert_array_equal(client.infer("m", x=X)["y"], X[:, :10])
+        found["ours"] = measure(lambda: client.infer("m", x=X), seconds)
+    connection = http.client.HTTPConnection("127.0.0.1", port)
+
+    def plain() -> bytes:
+        connection.request("POST", PATH, body, fields)
+        return connection.getresponse().read()
+
+    found["http.client (no tensors)"] = measure(plain, seconds)
+    connection.close()
+    if has("urllib3"):
+        import urllib3
+
+        pool = urllib3.PoolManager()
+        found["urllib3 (no tensors)"] = measure(
+            lambda: pool.request("POST", url + PATH, body=body, headers=fields).data, seconds
+        )
+    if has("httpx"):
+        import httpx
+
+        with httpx.Client() as plain_client:
+            found["httpx (no tensors)"] = measure(
+                lambda: plain_client.post(url + PATH, content=body, headers=fields).content, seconds
+            )
+    if has("tritonclient"):
+        import tritonclient.http
+
+        triton = tritonclient.http.InferenceServerClient(f"127.0.0.1:{port}")
+
+        def infer() -> Any:
+            given = tritonclient.http.InferInput("x", [1, 784], "FP32")
+            given.set_data_from_numpy(X)
+            return triton.infer("m", [given]).as_numpy("y")
+
+        found["tritonclient"] = measure(infer, seconds)
+    return found
+
+
+async def asynchronous(port: int, seconds: float) -> dict[str, tuple[float, float]]:
+    """Each client for event loops."""
+    url = f"http://127.0.0.1:{port}"
+    found: dict[str, tuple[float, float]] = {}
+    async with AsyncClient(url) as client:
+        found["ours"] = await measure_async(lambda: client.infer("m", x=X), seconds)
+    if has("httpx"):
+        import httpx
+
+        head, tail = encode_infer({"x": X})
+        body, fields = head + b"".join(tail), {"Inference-Header-Content-Length": str(len(head))}
+        async with httpx.AsyncClient() as plain:
+            found["httpx (no tensors)"] = await measure_async(
+                lambda: plain.post(url + PATH, content=body, headers=fields), seconds
+            )
+    if has("tritonclient") and has("aiohttp"):
+        import tritonclient.http.aio
+
+        async with tritonclient.http.aio.InferenceServerClient(f"127.0.0.1:{port}") as triton:
+
+            async def infer() -> Any:
+                given = tritonclient.http.InferInput("x", [1, 784], "FP32")
+                given.set_data_from_numpy(X)
+                return (await triton.infer("m", [given])).as_numpy("y")
+
+            found["tritonclient.http.aio"] = await measure_async(infer, seconds)
+    return found
+
+
+def loads(port: int, seconds: float) -> Table:
+    """The load generator at growing rates."""
+    target = endpoint(f"http://127.0.0.1:{port}")
+    head, tail = encode_infer({"x": X})
+    request = target.request("POST", PATH, (head, *tail), len(head))
+    table = Table(title="load generator, open loop")
+    for column in ("requests/s asked", "answers/s", "us of a core a request", "send lag p50 us", "p99 us"):
+        table.add_column(column, justify="right")
+    for rate in RATES:
+        result = generate(target, request, Load(rate, 1000, seconds, 1.0, 10.0))
+        lag = result.percentiles(result.lag_s)
+        each = result.cores * result.seconds / max(1, result.answered)
+        table.add_row(
+            f"{rate:.0f}", f"{result.answered / result.seconds:.0f}", f"{each * 1e6:.1f}",
+            f"{lag['p50'] * 1e6:.0f}", f"{lag['p99'] * 1e6:.0f}",
+        )  # fmt: skip
+    return table
+
+
+def show(title: str, found: dict[str, tuple[float, float]]) -> Table:
+    """A table of clients."""
+    table = Table(title=title)
+    for column in ("client", "requests/s", "us of a core a request"):
+        table.add_column(column, justify="left" if column == "client" else "right")
+    for name, (rate, each) in found.items():
+        table.add_row(name, f"{rate:.0f}", f"{each * 1e6:.1f}")
+    return table
+
+
+def main() -> None:
+    """Measures and prints."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=3.0, help="of each measurement")
+    parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--quick", action="store_true", help="a tenth of a second each: does it run?")
+    options = parser.parse_args()
+    if options.serve:
+        uvloop.run(serve())
+    console = Console()
+    seconds = 0.1 if options.quick else options.seconds
+    command = [sys.executable, __file__, "--serve"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+        try:
+            assert server.stdout is not None
+            port = int(server.stdout.readline())
+            console.print(show("one request after the other", blocking(port, seconds)))
+            console.print(show(f"{AT_ONCE} requests at once", uvloop.run(asynchronous(port, seconds))))
+            console.print(loads(port, seconds))
+        finally:
+            server.kill()
+
+
+if __name__ == "__main__":
+    main()
