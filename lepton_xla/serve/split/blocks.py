@@ -24,10 +24,14 @@ class Blocks:
 
     Args:
         order: of all the memory: it has 2**order bytes.
+
+    Attributes:
+        used: where the highest block ended that was ever taken.
     """
 
     def __init__(self, order: int) -> None:
         self._top = order
+        self.used = 0
         # Of each order: blocks that were merged as far as they go, and those that nobody tried to merge.
         self._free: list[dict[int, None]] = [{} for _ in range(order + 1)]
         self._kept: list[list[int]] = [[] for _ in range(order + 1)]
@@ -60,6 +64,7 @@ class Blocks:
                 offset, _ = self._free[larger].popitem()
                 for half in range(larger - 1, order - 1, -1):
                     self._free[half][offset + (1 << half)] = None
+                self.used = max(self.used, offset + (1 << order))
                 return offset
         return None
 

@@ -119,9 +119,10 @@ class Control:
 
     Args:
         sock: from `pair`.
-        received: gets each message, and the descriptors that came with it, which are its own to close.
+        received: gets each message, and the descriptors that came in its packet, which are its own to close.
         lost: told once that the other side is gone.
         loop: the event loop.
+        with_fds: whether any may come.
     """
 
     def __init__(
@@ -130,9 +131,11 @@ class Control:
         received: Callable[[Message, list[int]], object],
         lost: Callable[[], object],
         loop: asyncio.AbstractEventLoop,
+        *,
+        with_fds: bool = True,
     ) -> None:
         self._received = received
-        self._packets = Packets(sock, self._read, lost, loop, with_fds=True)
+        self._packets = Packets(sock, self._read, lost, loop, with_fds=with_fds)
 
     def send(self, message: Message) -> None:
         """Sends a message."""
@@ -149,8 +152,7 @@ class Control:
 
     def _read(self, packet: bytes, fds: list[int]) -> None:
         for line in packet.splitlines():
-            message = _DECODER.decode(line)
-            self._received(message, fds if isinstance(message, Link | Connections) else [])
+            self._received(_DECODER.decode(line), fds)
 
 
 def say(sock: socket.socket, message: Message) -> None:

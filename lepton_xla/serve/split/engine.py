@@ -26,7 +26,7 @@ from lepton_xla.serve.server import schedule, watch
 from lepton_xla.serve.signature import Signature, signature_of
 from lepton_xla.serve.split import control, descriptors, hello, memory
 from lepton_xla.serve.split.descriptors import Layout
-from lepton_xla.serve.split.packets import Packets, close_all
+from lepton_xla.serve.split.packets import MOST_BYTES, Packets, close_all
 from lepton_xla.serve.wire import InferRequest
 
 _log = logging.getLogger("lepton_xla.serve")
@@ -95,7 +95,9 @@ class FrontEnd:
             close_all(fds)
         self._packets.with_fds = False
         self._packets.received = self._received
-        self._packets.write(hello.encode(self._signature, self._scheduler.max_rows))
+        said = hello.encode(self._signature, self._scheduler.max_rows)
+        for start in range(0, len(said), MOST_BYTES):
+            self._packets.write(said[start : start + MOST_BYTES])
 
     def _lost(self) -> None:
         """Drops what nobody waits for any more."""

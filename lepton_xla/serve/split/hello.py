@@ -35,6 +35,9 @@ class Hello(msgspec.Struct, frozen=True):
         return signature_of(self, self.name)
 
 
+END = b"\n"
+"""What ends a hello, which may take more than one packet."""
+
 _DECODER = msgspec.json.Decoder(Hello)
 
 
@@ -44,16 +47,15 @@ def encode(signature: Signature, max_rows: int) -> bytes:
     def specs(tensors: tuple[Tensor, ...]) -> dict[str, Spec]:
         return {tensor.name: Spec(tensor.shape, tensor.dtype.name) for tensor in tensors}
 
-    return msgspec.json.encode(
-        Hello(
-            signature.name,
-            signature.version,
-            specs(signature.inputs),
-            specs(signature.outputs),
-            signature.buckets,
-            max_rows,
-        )
+    said = Hello(
+        signature.name,
+        signature.version,
+        specs(signature.inputs),
+        specs(signature.outputs),
+        signature.buckets,
+        max_rows,
     )
+    return msgspec.json.encode(said) + END
 
 
 def decode(packet: bytes) -> Hello:

@@ -24,7 +24,7 @@ def create(size: int) -> int:
 
 
 def attach(fd: int) -> memoryview:
-    """The bytes of memory that another process may have made; they stay as long as the view does.
+    """The bytes of memory that another process may have made; they stay as long as a view of them does.
 
     Raises:
         ServeError: where it could shrink under its reader, which would end the process.
@@ -37,3 +37,10 @@ def attach(fd: int) -> memoryview:
         return memoryview(mmap.mmap(fd, size, mmap.MAP_SHARED))
     except OSError as error:
         raise ServeError(f"shared memory cannot be used: {error.strerror}") from error
+
+
+def give_back(view: memoryview, size: int) -> None:
+    """Gives the pages of the first `size` bytes back to the system, in all processes; they read as zeros then."""
+    mapped = view.obj
+    assert isinstance(mapped, mmap.mmap)
+    mapped.madvise(mmap.MADV_REMOVE, 0, size)

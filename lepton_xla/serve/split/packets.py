@@ -104,8 +104,11 @@ class Packets:
                 self._blocked = True
                 self._loop.add_writer(self._socket, self._flush)
             return
+        except (BrokenPipeError, ConnectionResetError):
+            entries.clear()  # the reader sees it too, after what the peer had sent
         except OSError:
-            entries.clear()  # the reader sees it too
+            _log.exception("a packet cannot be sent to another process of this server")
+            self._fail()
         if self._blocked and not self.closed:
             self._blocked = False
             self._loop.remove_writer(self._socket)
@@ -126,11 +129,14 @@ class Packets:
                 reset = True
                 continue
             if not (packet and self._hand_over(packet, fds)):
-                if not self.closed:
-                    self.close()
-                    self._lost()
+                self._fail()
             elif not reset:
                 return
+
+    def _fail(self) -> None:
+        if not self.closed:
+            self.close()
+            self._lost()
 
     def _receive(self) -> tuple[bytes, list[int]]:
         if not self.with_fds:

@@ -22,6 +22,8 @@ _log = logging.getLogger("lepton_xla.serve")
 _PING_S = 0.5
 # An engine that has not said anything for so many pings is given up, with all that it was asked.
 _PATIENCE = 10
+# Memory that is kept when no request is there any more.
+_KEPT_BYTES = 16 << 20
 
 
 class RemoteScheduler:
@@ -71,6 +73,7 @@ class RemoteScheduler:
             self._memory = memory.attach(fd)
             self._blocks = Blocks(self._order)
             self._calls: dict[int, Call] = {}
+            self._hello = b""
             self._packets = Packets(end, self._greeted, self._lost, self._loop)
             self._packets.offer(b"memory", [fd])
         finally:
@@ -83,7 +86,10 @@ class RemoteScheduler:
             self._lost()
 
     def _greeted(self, packet: bytes, fds: list[int]) -> None:
-        said = hello.decode(packet)
+        self._hello += packet
+        if not packet.endswith(hello.END):
+            return
+        said = hello.decode(self._hello)
         self._signature = said.signature
         self.max_rows = said.max_rows
         packets = self._packets
@@ -118,6 +124,9 @@ class RemoteScheduler:
             self.close()
             return
         self._unanswered += 1
+        if not self._calls and self._blocks.used > _KEPT_BYTES:
+            memory.give_back(self._memory, self._blocks.used)
+            self._blocks = Blocks(self._order)
         packets.write(descriptors.ping())
         self._pinger = self._loop.call_later(_PING_S, self._ping)
 

@@ -24,7 +24,7 @@ from lepton_xla.serve.metrics import added
 from lepton_xla.serve.server import Options, url_of
 from lepton_xla.serve.split import control
 from lepton_xla.serve.split.control import Control
-from lepton_xla.serve.split.packets import close_all, pair
+from lepton_xla.serve.split.packets import pair
 
 _log = logging.getLogger("lepton_xla.serve")
 
@@ -200,7 +200,9 @@ class Supervisor:
                 process_group=0,  # a terminal's Ctrl-C is for the supervisor, which stops them in order
             )  # fmt: skip
         gone = asyncio.Event()
-        child.control = Control(ours, lambda message, fds: self._told(child, message, fds), gone.set, self._loop)
+        child.control = Control(
+            ours, lambda message, _: self._told(child, message), gone.set, self._loop, with_fds=False
+        )
         if child is self._engine:
             child.control.hand(self._settings, [])
         elif self.name:
@@ -223,8 +225,7 @@ class Supervisor:
 
     # What they say.
 
-    def _told(self, child: Child, message: control.Message, fds: list[int]) -> None:
-        close_all(fds)  # none of them has any to give
+    def _told(self, child: Child, message: control.Message) -> None:
         match message:
             case control.Ready(model):
                 self._is_ready(child, model)

@@ -5,6 +5,7 @@ import os
 import pickle
 import socket
 import threading
+import types
 from time import monotonic
 
 import numpy as np
@@ -264,6 +265,47 @@ def test_an_engine_that_says_nothing_is_given_up(monkeypatch):
             assert caught.value.status == 503
             assert 0.1 < monotonic() - start < 5
             assert not both.remote.ready
+
+    run(main())
+
+
+def test_a_hello_may_be_longer_than_a_packet():
+    class Wide(Affine):
+        def __init__(self):
+            super().__init__()
+            self.outputs = {f"an output with a rather long name, number {n}": self.outputs["y"] for n in range(3000)}
+
+    async def main():
+        loop = asyncio.get_running_loop()
+        signature = signature_of(Wide())
+        ours, theirs = pair()
+        met = loop.create_future()
+        scheduler = RemoteScheduler(MEMORY, Metrics("front"), lambda: None, met.set_result, loop)
+        scheduler.connect(ours)
+        front = FrontEnd(theirs, types.SimpleNamespace(max_rows=5), signature, lambda: True, loop)
+        assert (await met).signature == signature
+        assert (scheduler.ready, scheduler.max_rows) == (True, 5)
+        scheduler.close()
+        front._packets.close()
+
+    run(main())
+
+
+def test_memory_of_a_burst_is_given_back(monkeypatch):
+    monkeypatch.setattr(remote, "_PING_S", 0.02)
+    monkeypatch.setattr(remote, "_KEPT_BYTES", MEMORY // 2)
+
+    async def main():
+        async with Both(Affine()) as both:
+            await both.link()
+            shared = both.remote._memory
+            for n, kept in ((9, True), (10, False)):
+                asked = [both.ask(*affine(20, n)) for _ in range(MEMORY // 512 // 2 + (not kept))]
+                for call in asked:
+                    check(await call.told, *affine(20, n))
+                await asyncio.sleep(0.2)
+                assert any(shared) == kept
+            check(await both.ask(*affine(20, 3)).told, *affine(20, 3))
 
     run(main())
 
