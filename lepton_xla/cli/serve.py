@@ -139,6 +139,13 @@ def _limit_options(command: Callable[..., None]) -> Callable[..., None]:
     type=click.FloatRange(0, 1),
 )
 @_option(
+    "--otel-endpoint",
+    None,
+    "Trace requests with OpenTelemetry, and send spans to this collector with OTLP over HTTP. Samplers, headers and "
+    "the like come from the standard OTEL_ variables. Needs lepton-xla[otel].",
+    show_default="what OTEL_EXPORTER_OTLP_ENDPOINT says",
+)
+@_option(
     "--log-format",
     None,
     "How the log on stderr is written, a line an event.",
@@ -169,6 +176,7 @@ def serve(
     tls_client_ca: Path | None,
     insecure_public: bool,
     access_log_sample: float,
+    otel_endpoint: str | None,
     log_format: str | None,
     as_json: bool,
     **limits: Any,
@@ -207,6 +215,7 @@ def serve(
         lame_duck_s=lame_duck_s,
         stop_timeout_s=stop_timeout_s,
         access_log_sample=access_log_sample,
+        otel_endpoint=otel_endpoint,
         limits=Limits(**limits),
         token_file=token_file,
         tls=_tls_files(tls_cert, tls_key, tls_client_ca),

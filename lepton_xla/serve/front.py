@@ -15,8 +15,9 @@ from lepton_xla.serve.drain import Closable, Stop, drain
 from lepton_xla.serve.health import Health
 from lepton_xla.serve.http import Hub
 from lepton_xla.serve.metrics import Metrics
-from lepton_xla.serve.observe import ObservedApp
+from lepton_xla.serve.observe import ObservedApp, Observer
 from lepton_xla.serve.signature import Signature
+from lepton_xla.serve.tracing import tracing
 
 if TYPE_CHECKING:
     from lepton_xla.serve.server import Options
@@ -56,13 +57,19 @@ class Front:
         self._health = health
         self._options = options
         self._access = access
-        self._app = (ObservedApp if options.access_log_sample else App)(
+        observers: list[Observer] = []
+        if options.access_log_sample:
+            observers.append(AccessLog(options.access_log_sample))
+        self._spans = tracing(options.otel_endpoint)
+        if self._spans is not None:
+            observers.append(self._spans)
+        self._app = (ObservedApp if observers else App)(
             signature, backend, metrics, options.limits,
             guard=access.guard, server_name=options.server_name,
             max_delay_s=options.max_delay_us * 1e-6, compress_bytes=options.compress_bytes, gather=gather,
         )  # fmt: skip
         if isinstance(self._app, ObservedApp):
-            self._app.observers = [AccessLog(options.access_log_sample)]
+            self._app.observers = observers
         self.hub = Hub(self._app, options.limits, refused=self._app.refused)
         metrics.version = signature.version
         metrics.watch(lambda: backend.figures() | self.hub.figures())
@@ -93,6 +100,8 @@ class Front:
             for connection in tuple(self.hub.connections):
                 connection.abort()
             self._app.close()
+            if self._spans is not None:
+                self._spans.close()
 
     async def _sweep(self, stop: Stop) -> None:
         while True:

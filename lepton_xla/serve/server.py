@@ -32,6 +32,7 @@ from lepton_xla.serve.routes import OPEN_PATHS
 from lepton_xla.serve.scheduler import Call, Scheduler
 from lepton_xla.serve.signature import Servable, Signature, signature_of
 from lepton_xla.serve.tls import TlsFiles
+from lepton_xla.serve.tracing import check_endpoint
 
 _log = logging.getLogger("lepton_xla.serve")
 
@@ -59,6 +60,7 @@ class Options:
             already being 503.
         stop_timeout_s: how long after that a stop waits for answers.
         access_log_sample: of the requests, 0 to 1, that the log gets a line of.
+        otel_endpoint: URL of a collector of OpenTelemetry traces, over HTTP; None has the standard variables say.
         limits: what clients may send.
         token_file: the tokens to ask for, see `leptonx token`; None asks for none.
         tls: certificates to listen with; None speaks plain HTTP.
@@ -83,6 +85,7 @@ class Options:
     lame_duck_s: float = 0.0
     stop_timeout_s: float = 30.0
     access_log_sample: float = 0.0
+    otel_endpoint: str | None = None
     limits: Limits = dataclasses.field(default_factory=Limits)
     token_file: Path | None = None
     tls: TlsFiles | None = None
@@ -97,6 +100,8 @@ class Options:
         ):  # fmt: skip
             if not least <= getattr(self, name) < math.inf:
                 raise ServeError(f"{name} must be at least {least} and finite, not {getattr(self, name)!r}")
+        if self.otel_endpoint is not None:
+            check_endpoint(self.otel_endpoint)
         if not 0 <= self.access_log_sample <= 1:
             raise ServeError(f"access_log_sample must be 0 to 1, not {self.access_log_sample!r}")
         for name in ("default_timeout_s", "max_timeout_s"):
