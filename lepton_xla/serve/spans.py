@@ -1,8 +1,8 @@
 """OpenTelemetry spans of requests: one a request, with its wait and its execution in it, from times that are known.
 
 They are made once a request is over, so that one that is not traced costs a comparison. Names and attributes are those
-of the semantic conventions for HTTP servers. A client may ask for its requests to be traced, and each takes about a
-tenth of a millisecond; so no more are traced than `MOST_PER_S`.
+of the semantic conventions for HTTP servers. A client may ask for its requests to be traced, which takes as long again
+as answering one; so no more are traced than `MOST_PER_S`.
 """
 
 from __future__ import annotations
