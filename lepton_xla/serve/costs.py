@@ -7,7 +7,9 @@ miss their deadline, is what Clockwork (Gujarati et al., OSDI 2020) builds on.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
 
 type Key = tuple[int, ...]
 """Sizes of the dimensions other than the batch; requests with equal keys share an execution."""
@@ -15,7 +17,7 @@ type Key = tuple[int, ...]
 type Measured = Mapping[Key, Mapping[int, float]]
 """Seconds of one execution, by key and compiled batch size."""
 
-# A running estimate goes this far towards each new time.
+# A running estimate goes this far towards each new time, and further while it knows few.
 _GAIN = 0.1
 # A time further off than so many times the usual distance counts as that far off (Huber's rule): one stall of a busy
 # machine moves the estimate by a third of the usual distance, while a real change widens that distance at every run
@@ -23,32 +25,66 @@ _GAIN = 0.1
 _CLIP = 3.0
 _FIRST_SPREAD = 0.25
 _LEAST_SPREAD = 0.02
-# At each run the other sizes of its key go this far towards what they were at load, times what has become of this one:
-# a size that looked bad once is tried again some hundred runs later.
-_FORGET = 0.01
+# Times that the measurement at load counts for, that an estimate must know for another to be taken for an outlier, and
+# that it can know.
+_AT_LOAD = 2.0
+_TRUSTED = 5.0
+_MOST_KNOWN = 20.0
+# At each run, what the other sizes of its key know counts this much less, and below that it counts for nothing.
+_FORGET = 0.003
+_FORGOTTEN = 0.5
+# Runs of a size after which a change of its estimate is one of the machine, which other sizes share, and not the
+# measurement at load put right.
+_SETTLED = 10
 
 
 class _Estimate:
-    __slots__ = ("at_load", "seconds", "size", "spread")
+    """A running estimate of one size.
+
+    Attributes:
+        size: rows.
+        seconds: what it costs.
+        spread: the usual distance of a time from it.
+        known: times that it comes from, old ones counting less.
+        runs: times since load.
+    """
+
+    __slots__ = ("known", "runs", "seconds", "size", "spread")
 
     def __init__(self, size: int, seconds: float) -> None:
         self.size = size
-        self.at_load = seconds
         self.seconds = seconds
         self.spread = _FIRST_SPREAD * seconds
+        self.known = _AT_LOAD if seconds else 0.0
+        self.runs = 0
 
-    def learn(self, seconds: float) -> None:
-        if not self.at_load:
-            self.__init__(self.size, seconds)
-            return
-        limit = _CLIP * self.spread
-        change = min(max(seconds - self.seconds, -limit), limit)
-        self.seconds += _GAIN * change
-        self.spread = max(self.spread + _GAIN * (abs(change) - self.spread), _LEAST_SPREAD * self.seconds)
+    def learn(self, seconds: float) -> float:
+        """Takes in a time; gives the factor by which the machine seems to have changed."""
+        before = self.seconds
+        change = seconds - before
+        if self.known >= _TRUSTED:
+            limit = _CLIP * self.spread
+            change = min(max(change, -limit), limit)
+        gain = max(_GAIN, 1 / (self.known + 1))
+        self.seconds += gain * change
+        self.spread = max(self.spread + gain * (abs(change) - self.spread), _LEAST_SPREAD * self.seconds)
+        self.known = min(self.known + 1, _MOST_KNOWN)
+        self.runs += 1
+        return self.seconds / before if self.runs > _SETTLED else 1.0
+
+    def follow(self, factor: float) -> None:
+        """Told what another size has learned; the less is known of this one, the more it goes by that."""
+        self.seconds *= 1 + (factor - 1) * (1 - self.known / _MOST_KNOWN)
+        self.known -= _FORGET * self.known
 
 
 class _Row:
-    """The estimates of one key, ascending by size, and which of them is the cheapest per row when full."""
+    """The estimates of one key, ascending by size, and which of them is the cheapest per row when full.
+
+    A size whose estimate knows nothing any more is not believed to cost more than the next larger one, nor more than
+    the next smaller one times the square root of what it has more rows. So one that looked bad, at load or later, gets
+    another chance when there are the rows for it.
+    """
 
     __slots__ = ("best", "by_size", "estimates")
 
@@ -56,6 +92,20 @@ class _Row:
         self.estimates = estimates
         self.by_size = {estimate.size: estimate for estimate in estimates}
         self.best = estimates[-1]
+        self.rank()
+
+    def learn(self, size: int, seconds: float) -> None:
+        ran = self.by_size[size]
+        factor = ran.learn(seconds)
+        for estimate in self.estimates:
+            if estimate is not ran:
+                estimate.follow(factor)
+        for smaller, larger in pairwise(self.estimates):
+            if larger.known < _FORGOTTEN:
+                larger.seconds = min(larger.seconds, smaller.seconds * math.sqrt(larger.size / smaller.size))
+        for larger, smaller in pairwise(reversed(self.estimates)):
+            if smaller.known < _FORGOTTEN:
+                smaller.seconds = min(smaller.seconds, larger.seconds)
         self.rank()
 
     def rank(self) -> None:
@@ -97,15 +147,7 @@ class Costs:
 
     def learn(self, key: Key, size: int, seconds: float) -> None:
         """Takes in what an execution took, copying its rows included."""
-        row = self._rows.get(key) or self._row(key)
-        ran = row.by_size[size]
-        ran.learn(seconds)
-        if ran.at_load:
-            share = ran.seconds / ran.at_load
-            for estimate in row.estimates:
-                if estimate is not ran:
-                    estimate.seconds += _FORGET * (estimate.at_load * share - estimate.seconds)
-        row.rank()
+        (self._rows.get(key) or self._row(key)).learn(size, seconds)
 
     def size(self, key: Key, rows: int) -> int:
         """The compiled size with the least cost per real row, where `rows` wait; of equal ones what finishes more."""
