@@ -68,7 +68,7 @@ class Call(Work):
         missing: rows whose results are not here yet; kept where it is split over batches.
         pieces: the results of those that are.
         block: where its tensors lie in memory that two processes share, if they do; see `split`.
-        times: of the batch that it ran in; None until then, and where another process has the engine.
+        times: of the batch that it ran in; None until then.
     """
 
     __slots__ = ("block", "missing", "pieces", "times")

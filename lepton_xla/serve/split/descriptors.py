@@ -15,6 +15,7 @@ from typing import Annotated
 import msgspec
 
 from lepton_xla.serve.errors import RefusedError
+from lepton_xla.serve.scheduler import Times
 from lepton_xla.serve.signature import Signature, Tensor
 from lepton_xla.serve.split.blocks import SMALLEST, order_of
 from lepton_xla.serve.wire import Plan
@@ -23,11 +24,13 @@ from lepton_xla.serve.wire import Plan
 _TO_ENGINE = struct.Struct("<HHId")
 # To the front-end: HTTP status, bytes of words that follow, the block.
 _TO_FRONT = struct.Struct("<HHI")
+_TIMES = struct.Struct("<dddII")
 
 RUN, CANCEL, PING = 1, 2, 3
 """What a front-end says. To each RUN there is one answer, and one to each PING."""
-OK, CANCELLED, WELL, UNWELL = 200, 1, 2, 3
-"""What the engine answers, a PING with one of the last two; else it is the status of a refusal."""
+OK, CANCELLED, WELL, UNWELL, RAN = 200, 1, 2, 3, 4
+"""What the engine answers, a PING with WELL or UNWELL; else it is the status of a refusal. RAN goes before the answers
+of a batch, and says when it ran."""
 
 _ALIGNMENT = 64
 
@@ -176,8 +179,13 @@ def refusal(error: RefusedError, block: int) -> bytes:
     return _TO_FRONT.pack(error.status, len(words), block >> SMALLEST) + words
 
 
-def answered(packet: bytes) -> Iterator[tuple[int, int, RefusedError | None]]:
-    """Of each entry of a packet to a front-end: its status, the block, and the refusal if it is one.
+def ran(times: Times) -> bytes:
+    """When the batch ran whose answers follow."""
+    return _TO_FRONT.pack(RAN, _TIMES.size, 0) + _TIMES.pack(*times)
+
+
+def answered(packet: bytes) -> Iterator[tuple[int, int, RefusedError | Times | None]]:
+    """Of each entry of a packet to a front-end: its status, the block, and what it says beside.
 
     Raises:
         ValueError: for a packet that is cut short, or has more than that.
@@ -188,13 +196,15 @@ def answered(packet: bytes) -> Iterator[tuple[int, int, RefusedError | None]]:
             raise ValueError("a packet is cut short")
         status, size, place = _TO_FRONT.unpack_from(packet, at)
         at += _TO_FRONT.size
-        refused: RefusedError | None = None
+        if size > end - at:
+            raise ValueError("a packet is cut short")
+        more: RefusedError | Times | None = None
         if status >= 400:
-            if size > end - at:
-                raise ValueError("a packet is cut short")
             message, *headers = _WORDS.decode(packet[at : at + size]) or [""]
-            refused = RefusedError(status, message, *headers)
-            at += size
+            more = RefusedError(status, message, *headers)
+        elif status == RAN and size == _TIMES.size:
+            more = Times(*_TIMES.unpack_from(packet, at))
         elif size or status not in (OK, CANCELLED, WELL, UNWELL):
             raise ValueError("a packet holds what is no answer")
-        yield status, place << SMALLEST, refused
+        at += size
+        yield status, place << SMALLEST, more

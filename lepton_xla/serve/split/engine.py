@@ -21,7 +21,7 @@ from lepton_xla.serve.errors import RefusedError
 from lepton_xla.serve.health import Health
 from lepton_xla.serve.logs import configure
 from lepton_xla.serve.metrics import Metrics
-from lepton_xla.serve.scheduler import Call, Scheduler
+from lepton_xla.serve.scheduler import Call, Scheduler, Times
 from lepton_xla.serve.server import schedule, watch
 from lepton_xla.serve.signature import Signature, signature_of
 from lepton_xla.serve.split import control, descriptors, hello, memory
@@ -52,7 +52,7 @@ class RemoteCall(Call):
         shared, block = self._front.memory, self.block
         for (start, stop), output in zip(self._layout.outputs, outputs, strict=True):
             shared[block + start : block + stop] = output
-        self._front.answer(block, descriptors.answer(descriptors.OK, block))
+        self._front.succeed(self)
 
     def fail(self, refusal: RefusedError) -> None:
         """Tells the front-end why there is no result."""
@@ -84,6 +84,7 @@ class FrontEnd:
         self._signature = signature
         self._calls: dict[int, RemoteCall] = {}
         self._layouts: dict[bytes, Layout] = {}
+        self._times: Times | None = None
         self._packets = Packets(end, self._greeted, self._lost, loop, with_fds=True)
 
     def _greeted(self, packet: bytes, fds: list[int]) -> None:
@@ -131,6 +132,13 @@ class FrontEnd:
             self._layouts.clear()
         layout = self._layouts[terms] = descriptors.unpack(self._signature, terms, self._scheduler.max_rows)
         return layout
+
+    def succeed(self, call: RemoteCall) -> None:
+        """Tells the front-end that the results are there, and before the first of a batch when it ran."""
+        if call.times is not self._times and call.times is not None:
+            self._times = call.times
+            self._packets.write(descriptors.ran(call.times))
+        self.answer(call.block, descriptors.answer(descriptors.OK, call.block))
 
     def answer(self, block: int, entry: bytes) -> None:
         """Tells the front-end of the end of a request; the block is its own again."""

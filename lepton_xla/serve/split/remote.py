@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from lepton_xla.serve.errors import RefusedError
 from lepton_xla.serve.metrics import Metrics
-from lepton_xla.serve.scheduler import Call
+from lepton_xla.serve.scheduler import Call, Times
 from lepton_xla.serve.signature import Signature
 from lepton_xla.serve.split import descriptors, hello, memory
 from lepton_xla.serve.split.blocks import Blocks, order_of
@@ -74,6 +74,7 @@ class RemoteScheduler:
             self._blocks = Blocks(self._order)
             self._calls: dict[int, Call] = {}
             self._hello = b""
+            self._times: Times | None = None
             self._packets = Packets(end, self._greeted, self._lost, self._loop)
             self._packets.offer(b"memory", [fd])
         finally:
@@ -175,7 +176,10 @@ class RemoteScheduler:
     def _received(self, packet: bytes, fds: list[int]) -> None:
         self._unanswered = 0
         shared = self._memory
-        for status, block, refusal in descriptors.answered(packet):
+        for status, block, more in descriptors.answered(packet):
+            if isinstance(more, Times):
+                self._times = more
+                continue
             if status in (descriptors.WELL, descriptors.UNWELL):
                 self.ready = status == descriptors.WELL
                 continue
@@ -184,11 +188,12 @@ class RemoteScheduler:
             if not call.closed:
                 call.closed = True
                 if status == descriptors.OK:
+                    call.times = self._times
                     try:
                         call.finish([shared[block + start : block + stop] for start, stop in layout.outputs])
                     except Exception:
                         _log.exception("an answer could not be written")
                         call.fail(RefusedError(500, "internal error"))
                 else:
-                    call.fail(refusal or RefusedError(500, "internal error"))
+                    call.fail(more or RefusedError(500, "internal error"))
             self._blocks.give(block, layout.order)

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from serve_fakes import Affine, Tokens
 
 from lepton_xla.serve.errors import RefusedError
+from lepton_xla.serve.scheduler import Times
 from lepton_xla.serve.signature import signature_of
 from lepton_xla.serve.split import descriptors, hello
 from lepton_xla.serve.split.blocks import SMALLEST
@@ -89,19 +90,27 @@ def test_what_a_front_end_says_comes_out_as_it_went_in(entries):
     st.lists(
         st.tuples(st.sampled_from([descriptors.OK, descriptors.CANCELLED]), blocks)
         | st.tuples(st.integers(400, 599), blocks, texts, st.lists(texts, max_size=3))
+        | st.builds(Times, *[st.floats(allow_nan=False)] * 3, *[st.integers(0, 2**32 - 1)] * 2)
     )
 )
 def test_what_the_engine_answers_comes_out_as_it_went_in(entries):
     packet = b""
-    for status, block, *words in entries:
+    for entry in entries:
+        if isinstance(entry, Times):
+            packet += descriptors.ran(entry)
+            continue
+        status, block, *words = entry
         if words:
             packet += descriptors.refusal(RefusedError(status, words[0], *words[1]), block)
         else:
             packet += descriptors.answer(status, block)
     got = list(descriptors.answered(packet))
-    assert [(status, block) for status, block, _ in got] == [entry[:2] for entry in entries]
-    for (_, _, refusal), (status, _, *words) in zip(got, entries, strict=True):
-        assert (refusal is None) == (not words)
+    for (got_status, got_block, refusal), entry in zip(got, entries, strict=True):
+        if isinstance(entry, Times):
+            assert (got_status, refusal) == (descriptors.RAN, entry)
+            continue
+        status, block, *words = entry
+        assert (got_status, got_block, refusal is None) == (status, block, not words)
         if refusal is not None:
             assert (refusal.status, refusal.message, refusal.headers) == (status, words[0], tuple(words[1]))
 

@@ -135,6 +135,9 @@ def test_calls_of_all_sizes_get_their_results():
                     asked.append((both.ask(x, ns, outputs=outputs), x, ns, outputs))
             for call, x, ns, outputs in asked:
                 check(await call.told, x, ns, outputs)
+                started, staged, finished, rows, size = call.times
+                assert call.arrival_s <= started <= staged <= finished <= monotonic()
+                assert (0 if call.rows > 8 else call.rows) <= rows <= size <= 8
             assert both.engine_metrics.batch_rows.total == 3 * (1 + 3 + 8 + 20 + 1 + 50)
 
     run(main())
