@@ -100,7 +100,10 @@ class ObservedApp(App):
 
     def __call__(self, exchange: Exchange) -> None:
         """Handles one request; whatever happens it is answered."""
-        observers = [observer for observer in self.observers if observer.wants(exchange)]
+        observers: list[Observer] | None = None
+        for observer in self.observers:
+            if observer.wants(exchange):
+                observers = [*(observers or ()), observer]
         if observers:
             Tap(exchange, observers)
         super().__call__(exchange)
