@@ -122,8 +122,9 @@ class Scheduler:
         self._metrics = metrics
         self._loop = loop
         self._levels = levels
+        self._level = levels // 2
         self._max_timeout_s = math.inf if max_timeout_s is None else max_timeout_s
-        self._timeout_s = math.inf if default_timeout_s is None else default_timeout_s
+        self._timeout_s = min(math.inf if default_timeout_s is None else default_timeout_s, self._max_timeout_s)
         self._lock = threading.Lock()  # of the batcher
         self._scheduled = False
         self._alarm: asyncio.TimerHandle | None = None
@@ -171,11 +172,10 @@ class Scheduler:
                 timeout leaves no time to run it.
         """
         plan = call.request.plan
-        priority = plan.priority or self._levels // 2 + 1
-        if priority > self._levels:
-            raise RefusedError(400, f"parameter 'priority' must be 0 to {self._levels}, not {priority}")
-        call.level = priority - 1
-        timeout = min(self._timeout_s if plan.timeout_s is None else plan.timeout_s, self._max_timeout_s)
+        call.level = plan.priority - 1 if plan.priority else self._level
+        if call.level >= self._levels:
+            raise RefusedError(400, f"parameter 'priority' must be 0 to {self._levels}, not {plan.priority}")
+        timeout = self._timeout_s if plan.timeout_s is None else min(plan.timeout_s, self._max_timeout_s)
         if timeout != math.inf:
             call.deadline_s = call.arrival_s + timeout
             if call.deadline_s < self._alarm_s:
