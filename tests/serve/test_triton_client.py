@@ -106,7 +106,7 @@ def test_aio_infer(server, http, coding):
 
     asyncio.run(main())
     assert server.metrics.requests == 60
-    assert server.metrics.batch_rows.count < 60 * 61 / 2 / 4
+    assert server.metrics.batch_rows.count < 60 * 61 / 2 / 2
 
 
 @pytest.mark.parametrize("dtype", ["bool", "uint8", "uint64", "int8", "int16", "int64", "float16", "float64"])
