@@ -112,6 +112,11 @@ def test_a_wrong_measurement_at_load_costs_little_in_the_end(wrong, rows):
     assert serve(TRUE, at_load, rows) < 1.1
 
 
+def test_a_smallest_size_that_looked_bad_at_load_is_tried_too():
+    true = {size: 0.1 + 0.1 * size for size in TRUE}
+    assert serve(true, true | {1: 4.0}, 1) < 1.1
+
+
 @pytest.mark.parametrize("rows", [3, 20, 64])
 def test_trying_sizes_again_costs_little(rows):
     """Of a size that is three times as dear per row as the others, as where it no longer fits a cache."""

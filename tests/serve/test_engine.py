@@ -46,3 +46,15 @@ def test_a_request_split_over_batches_is_cut_piece_by_piece():
         out = completion.rows(part, 0, SIGNATURE.outputs[0])
         kept = tokens[part.start : part.start + part.rows]
         np.testing.assert_array_equal(np.frombuffer(out, np.int32).reshape(kept.shape), kept + 1)
+
+
+def test_a_batch_that_nobody_waits_for_is_not_run():
+    servable = Tokens()
+    works = [work(np.ones((1, 4), np.int32)) for _ in range(2)]
+    batch = Batch([Part(works[0], 0, 1, 0), Part(works[1], 0, 1, 1)], 2, 4, (4,))
+    engine = Engine(servable, SIGNATURE)
+    works[0].closed = True
+    assert engine.execute(batch).outputs
+    works[1].closed = True
+    assert not engine.execute(batch).outputs
+    assert servable.runs == [(4, 4)]

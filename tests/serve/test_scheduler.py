@@ -88,6 +88,17 @@ def test_a_request_that_runs_too_long_is_504_in_time_too(held):
     assert exchange(run.server, "POST", INFER, affine_json(np.zeros((1, 4)), [1]))[0] == 200
 
 
+def test_one_deadline_after_the_other_is_kept(held):
+    run = held()
+    start = time.monotonic()
+    sockets = [run.send(7, timeout=timeout) for timeout in (300_000, 100_000, 200_000)]
+    for sock, seconds in zip((sockets[1], sockets[2], sockets[0]), (0.1, 0.2, 0.3), strict=True):
+        assert status_of(sock)[0] == 504
+        assert seconds < time.monotonic() - start < seconds + 0.4
+    run.release()
+    assert status_of(run.first)[0] == 200
+
+
 def test_the_longest_timeout_bounds_those_that_clients_ask_for(held):
     run = held(max_timeout_s=0.1)
     start = time.monotonic()
