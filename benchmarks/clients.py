@@ -26,11 +26,11 @@ import uvloop
 from rich.console import Console
 from rich.table import Table
 
-from lepton_xla.serve.arrays import encode_infer
 from lepton_xla.serve.client import AsyncClient, Client
-from lepton_xla.serve.endpoint import endpoint
-from lepton_xla.serve.generator import generate
-from lepton_xla.serve.load import Load
+from lepton_xla.serve.client.arrays import encode_infer
+from lepton_xla.serve.client.endpoint import endpoint
+from lepton_xla.serve.load.generator import generate
+from lepton_xla.serve.load.result import Load
 
 X = np.random.default_rng(0).random((1, 784), np.float32)
 PATH = "/v2/models/m/infer"

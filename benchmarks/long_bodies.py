@@ -20,7 +20,8 @@ from typing import Any
 import numpy as np
 
 from lepton_xla.program import TensorSpec
-from lepton_xla.serve import Options, Server, app, jsondata
+from lepton_xla.serve import Options, Server, app
+from lepton_xla.serve.protocol import jsondata
 
 COLUMNS = 50_000
 SMALL = b"GET /v2/health/live HTTP/1.1\r\nHost: a\r\n\r\n"

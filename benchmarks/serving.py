@@ -40,9 +40,9 @@ import psutil
 from rich.console import Console
 
 import lepton_xla as lx
-from lepton_xla.serve.endpoint import endpoint
-from lepton_xla.serve.generator import generate
-from lepton_xla.serve.load import Load, Result
+from lepton_xla.serve.client.endpoint import endpoint
+from lepton_xla.serve.load.generator import generate
+from lepton_xla.serve.load.result import Load, Result
 
 RESULTS = harness.PAGES / "serving.json"
 SERVERS = pathlib.Path(__file__).parent / "servers"

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from lepton_xla.cli import _common
-from lepton_xla.serve.generator import Generator as Running
-from lepton_xla.serve.load import PERCENTILES, TIMED_OUT, Result
+from lepton_xla.serve.load.generator import Generator as Running
+from lepton_xla.serve.load.result import PERCENTILES, TIMED_OUT, Result
 
 type Watch = Callable[[Running], None]
 

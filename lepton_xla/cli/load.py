@@ -16,7 +16,7 @@ from lepton_xla.errors import InputError, LeptonError
 if TYPE_CHECKING:
     import numpy as np
 
-    from lepton_xla.serve.load import Load, Result
+    from lepton_xla.serve.load.result import Load, Result
 
 _SPARE_FILES = 64
 _VALUES = 100  # whole numbers are random below this: what every integer type holds, and every vocabulary
@@ -127,11 +127,11 @@ def load(
     with _common.progress() as step:
         step("ask for the model")
         from lepton_xla.cli import _load_views
-        from lepton_xla.serve.arrays import encode_infer
-        from lepton_xla.serve.calls import route
         from lepton_xla.serve.client import Client
-        from lepton_xla.serve.endpoint import endpoint
-        from lepton_xla.serve.generator import generate
+        from lepton_xla.serve.client.arrays import encode_infer
+        from lepton_xla.serve.client.calls import route
+        from lepton_xla.serve.client.endpoint import endpoint
+        from lepton_xla.serve.load.generator import generate
 
         loads = _loads(rates, connections, max_connections, seconds, warmup, timeout)
         target = endpoint(url, **access)
@@ -174,7 +174,7 @@ def _loads(
     warmup_s: float,
     timeout_s: float,
 ) -> list[Load]:
-    from lepton_xla.serve.load import Load
+    from lepton_xla.serve.load.result import Load
 
     if rates is not None and connections is not None:
         raise LeptonError("--rate and --connections exclude each other: give the open loop's or the closed one's")
@@ -241,7 +241,7 @@ def _inputs(
 
 
 def _declared(entry: Mapping[str, Any]) -> _Input:
-    from lepton_xla.serve.datatypes import DATATYPES
+    from lepton_xla.serve.protocol.datatypes import DATATYPES
 
     row = DATATYPES.get(entry["datatype"])
     if row is None:

@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from lepton_xla.errors import ServeError
-from lepton_xla.serve.limits import Limits
+from lepton_xla.serve.http.limits import Limits
 
 if TYPE_CHECKING:
+    from lepton_xla.serve.access.tls import TlsFiles
     from lepton_xla.serve.split.supervisor import Supervisor
-    from lepton_xla.serve.tls import TlsFiles
 
 # Files that a serving process has open beside its connections, with room to spare.
 _OTHER_DESCRIPTORS = 256
@@ -197,7 +197,7 @@ def serve(
     with 1 if --stop-timeout-s passed first. A second one stops at once.
     """
     # Imported here so that `--help` waits for none of it.
-    from lepton_xla.serve.logs import configure
+    from lepton_xla.serve.observe.logs import configure
     from lepton_xla.serve.server import Options, Server
 
     options = Options(
@@ -242,7 +242,7 @@ def serve(
         finished = Supervisor(path, options, frontends, json_logs=json_logs).run(on_ready=announce)
     else:
         from lepton_xla.compiler import load
-        from lepton_xla.serve.engine import run_on_calling_thread
+        from lepton_xla.serve.batching.engine import run_on_calling_thread
 
         run_on_calling_thread()
         finished = Server(load(path), options).run(on_ready=announce)
@@ -253,7 +253,7 @@ def serve(
 
 
 def _tls_files(cert: Path | None, key: Path | None, client_ca: Path | None) -> TlsFiles | None:
-    from lepton_xla.serve.tls import TlsFiles
+    from lepton_xla.serve.access.tls import TlsFiles
 
     if cert is None and key is None and client_ca is None:
         return None

@@ -12,7 +12,7 @@ import click
 from lepton_xla.cli import _common
 
 if TYPE_CHECKING:
-    from lepton_xla.serve.tokens import Scope, Token
+    from lepton_xla.serve.access.tokens import Scope, Token
 
 _SCOPES = ("infer", "read", "admin")
 _file_argument = click.argument("file", type=click.Path(path_type=Path))
@@ -64,7 +64,7 @@ def create(
     as_json: bool,
 ) -> None:
     """Add a token NAME to FILE, made if it is missing, and print its secret. The secret is kept nowhere."""
-    from lepton_xla.serve.tokens import create_token
+    from lepton_xla.serve.access.tokens import create_token
 
     now = datetime.datetime.now(datetime.UTC).replace(microsecond=0)
     expires = None if days is None else now + datetime.timedelta(days=days)
@@ -81,7 +81,7 @@ def create(
 @_file_argument
 def list_tokens(file: Path, as_json: bool) -> None:
     """Show the tokens of FILE, without their digests."""
-    from lepton_xla.serve.tokens import read_tokens
+    from lepton_xla.serve.access.tokens import read_tokens
 
     tokens = read_tokens(file)
     if as_json:
@@ -96,7 +96,7 @@ def list_tokens(file: Path, as_json: bool) -> None:
 @click.argument("name")
 def revoke(file: Path, name: str, as_json: bool) -> None:
     """Remove the token NAME from FILE; a running server refuses it within a second."""
-    from lepton_xla.serve.tokens import revoke_token
+    from lepton_xla.serve.access.tokens import revoke_token
 
     revoke_token(file, name)
     if as_json:

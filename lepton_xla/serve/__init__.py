@@ -5,9 +5,9 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from lepton_xla.serve.client import AsyncClient, Client
-    from lepton_xla.serve.limits import Limits
+    from lepton_xla.serve.http.limits import Limits
+    from lepton_xla.serve.protocol.signature import Servable
     from lepton_xla.serve.server import Options, Server, serve
-    from lepton_xla.serve.signature import Servable
 
 __all__ = ["AsyncClient", "Client", "Limits", "Options", "Servable", "Server", "serve"]
 
@@ -15,9 +15,9 @@ __all__ = ["AsyncClient", "Client", "Limits", "Options", "Servable", "Server", "
 _HOME = {
     "AsyncClient": "client",
     "Client": "client",
-    "Limits": "limits",
+    "Limits": "http.limits",
     "Options": "server",
-    "Servable": "signature",
+    "Servable": "protocol.signature",
     "Server": "server",
     "serve": "server",
 }

@@ -13,19 +13,19 @@ from typing import Any, Protocol
 
 import msgspec
 
-from lepton_xla.serve import encoding, metadata, openapi, routes
-from lepton_xla.serve.auth import Guard
+from lepton_xla.serve.access.auth import Guard
+from lepton_xla.serve.batching.scheduler import Call
 from lepton_xla.serve.errors import RefusedError
-from lepton_xla.serve.exchange import Exchange, Head
-from lepton_xla.serve.jsondata import PIECE_BYTES
-from lepton_xla.serve.limits import Limits
-from lepton_xla.serve.metrics import CONTENT_TYPE, Metrics
-from lepton_xla.serve.refusals import Refusals
-from lepton_xla.serve.response import encode_response
-from lepton_xla.serve.scheduler import Call
-from lepton_xla.serve.signature import Signature, is_safe
-from lepton_xla.serve.wire import Decoder, InferRequest
-from lepton_xla.serve.workers import Workers
+from lepton_xla.serve.http.exchange import Exchange, Head
+from lepton_xla.serve.http.limits import Limits
+from lepton_xla.serve.http.workers import Workers
+from lepton_xla.serve.observe.metrics import CONTENT_TYPE, Metrics
+from lepton_xla.serve.observe.refusals import Refusals
+from lepton_xla.serve.protocol import encoding, metadata, openapi, routes
+from lepton_xla.serve.protocol.jsondata import PIECE_BYTES
+from lepton_xla.serve.protocol.response import encode_response
+from lepton_xla.serve.protocol.signature import Signature, is_safe
+from lepton_xla.serve.protocol.wire import Decoder, InferRequest
 
 _log = logging.getLogger("lepton_xla.serve")
 

@@ -8,15 +8,15 @@ from collections.abc import Callable
 from time import monotonic
 from typing import TYPE_CHECKING
 
-from lepton_xla.serve.access import Access
-from lepton_xla.serve.access_log import AccessLog
+from lepton_xla.serve.access.entrance import Access
 from lepton_xla.serve.app import App, Backend, Gather
-from lepton_xla.serve.drain import Closable, Stop, drain
-from lepton_xla.serve.health import Health
-from lepton_xla.serve.http import Hub
-from lepton_xla.serve.metrics import Metrics
-from lepton_xla.serve.observe import ObservedApp, Observer
-from lepton_xla.serve.signature import Signature
+from lepton_xla.serve.http.connection import Hub
+from lepton_xla.serve.http.drain import Closable, Stop, drain
+from lepton_xla.serve.observe.access_log import AccessLog
+from lepton_xla.serve.observe.health import Health
+from lepton_xla.serve.observe.metrics import Metrics
+from lepton_xla.serve.observe.observer import ObservedApp, Observer
+from lepton_xla.serve.protocol.signature import Signature
 from lepton_xla.serve.tracing import tracing
 
 if TYPE_CHECKING:

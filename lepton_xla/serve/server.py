@@ -18,20 +18,20 @@ from typing import Self
 import uvloop
 
 from lepton_xla.errors import ServeError
-from lepton_xla.serve.access import Access
-from lepton_xla.serve.batcher import Batcher
-from lepton_xla.serve.costs import Costs, Measured
-from lepton_xla.serve.drain import Entrance, Stop
-from lepton_xla.serve.engine import Engine
+from lepton_xla.serve.access.entrance import Access
+from lepton_xla.serve.access.tls import TlsFiles
+from lepton_xla.serve.batching.batcher import Batcher
+from lepton_xla.serve.batching.costs import Costs, Measured
+from lepton_xla.serve.batching.engine import Engine
+from lepton_xla.serve.batching.scheduler import Call, Scheduler
 from lepton_xla.serve.front import Front
-from lepton_xla.serve.health import STALL_S, Health
-from lepton_xla.serve.limits import Limits
-from lepton_xla.serve.metadata import SERVER_NAME
-from lepton_xla.serve.metrics import Metrics
-from lepton_xla.serve.routes import OPEN_PATHS
-from lepton_xla.serve.scheduler import Call, Scheduler
-from lepton_xla.serve.signature import Servable, Signature, signature_of
-from lepton_xla.serve.tls import TlsFiles
+from lepton_xla.serve.http.drain import Entrance, Stop
+from lepton_xla.serve.http.limits import Limits
+from lepton_xla.serve.observe.health import STALL_S, Health
+from lepton_xla.serve.observe.metrics import Metrics
+from lepton_xla.serve.protocol.metadata import SERVER_NAME
+from lepton_xla.serve.protocol.routes import OPEN_PATHS
+from lepton_xla.serve.protocol.signature import Servable, Signature, signature_of
 from lepton_xla.serve.tracing import check_endpoint
 
 _log = logging.getLogger("lepton_xla.serve")

@@ -22,9 +22,9 @@ from opentelemetry.sdk.trace import SpanProcessor, TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor
 from opentelemetry.sdk.trace.sampling import ALWAYS_ON
 
-from lepton_xla.serve.exchange import Exchange
-from lepton_xla.serve.observe import GONE, Seen
-from lepton_xla.serve.refusals import ids
+from lepton_xla.serve.http.exchange import Exchange
+from lepton_xla.serve.observe.observer import GONE, Seen
+from lepton_xla.serve.observe.refusals import ids
 
 MOST_PER_S = 200
 """Requests traced in a second."""

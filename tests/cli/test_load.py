@@ -16,10 +16,10 @@ import trustme
 from lepton_xla.cli import _load_views
 from lepton_xla.program import TensorSpec
 from lepton_xla.serve import Options, Server
-from lepton_xla.serve.generator import Generator
-from lepton_xla.serve.load import Load
-from lepton_xla.serve.tls import TlsFiles
-from lepton_xla.serve.tokens import create_token
+from lepton_xla.serve.access.tls import TlsFiles
+from lepton_xla.serve.access.tokens import create_token
+from lepton_xla.serve.load.generator import Generator
+from lepton_xla.serve.load.result import Load
 
 SHORT = ("--seconds", 0.3, "--warmup", 0.1)
 

@@ -263,9 +263,9 @@ def memory(process: psutil.Process) -> int:
 
 def endurance(process: psutil.Process, port: int, count: int) -> list[str]:
     """Memory after `count` good requests over that after a hundredth of them."""
-    from lepton_xla.serve.endpoint import endpoint
-    from lepton_xla.serve.generator import generate
-    from lepton_xla.serve.load import Load
+    from lepton_xla.serve.client.endpoint import endpoint
+    from lepton_xla.serve.load.generator import generate
+    from lepton_xla.serve.load.result import Load
 
     target = endpoint(f"http://127.0.0.1:{port}")
     done, early, errors = 0, 0, 0

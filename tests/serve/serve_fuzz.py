@@ -35,10 +35,10 @@ except ImportError:
 with atheris.instrument_imports(include=["lepton_xla.serve"]) if atheris else contextlib.nullcontext():
     from lepton_xla.serve.app import App
     from lepton_xla.serve.errors import RefusedError
-    from lepton_xla.serve.http import Connection, Hub
-    from lepton_xla.serve.limits import Limits
-    from lepton_xla.serve.metrics import Metrics
-    from lepton_xla.serve.signature import signature_of
+    from lepton_xla.serve.http.connection import Connection, Hub
+    from lepton_xla.serve.http.limits import Limits
+    from lepton_xla.serve.observe.metrics import Metrics
+    from lepton_xla.serve.protocol.signature import signature_of
 
 # Header fields are bounded by their bytes alone here: those that are taken out of a head are not counted.
 LIMITS = Limits(max_body_bytes=1 << 16, max_header_bytes=2048, max_headers=1000, max_chunks=200, max_json_depth=30)

@@ -12,9 +12,9 @@ from collections import Counter
 
 import numpy as np
 
-from lepton_xla.serve.batcher import Batcher
-from lepton_xla.serve.costs import Costs
-from lepton_xla.serve.tickets import Reason, Ticket
+from lepton_xla.serve.batching.batcher import Batcher
+from lepton_xla.serve.batching.costs import Costs
+from lepton_xla.serve.batching.tickets import Reason, Ticket
 
 INF = math.inf
 

@@ -506,7 +506,7 @@ def test_a_client_that_leaves_while_its_body_is_read_is_not_run(make_server, aff
 
 
 def test_more_long_bodies_than_may_be_held_are_503(make_server, affine, monkeypatch):
-    from lepton_xla.serve import workers
+    from lepton_xla.serve.http import workers
 
     go_on = threading.Event()
     monkeypatch.setattr(workers.Workers, "run", limited(workers.Workers.run, go_on))

@@ -35,8 +35,8 @@ from serve_fakes import (
 
 import lepton_xla.serve
 from lepton_xla.serve import Limits
-from lepton_xla.serve.logs import JsonLines, PlainLines
-from lepton_xla.serve.tokens import create_token
+from lepton_xla.serve.access.tokens import create_token
+from lepton_xla.serve.observe.logs import JsonLines, PlainLines
 
 INFER = "/v2/models/affine/infer"
 X = np.ones((1, 4), np.float32)
@@ -326,7 +326,7 @@ def test_secrets_in_logs(make_server, tmp_path, caplog):
 
 def test_secret_comparison():
     """Digests are compared by `hmac.compare_digest`; nothing compares a secret or a digest with `==` or `in`."""
-    path = Path(lepton_xla.serve.__file__).parent / "auth.py"
+    path = Path(lepton_xla.serve.__file__).parent / "access" / "auth.py"
     tree = ast.parse(path.read_text())
     calls = [ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Call)]
     assert "hmac.compare_digest(grant.digest, digest)" in calls
@@ -406,7 +406,7 @@ def test_dimensions_that_are_no_numbers(make_server, shape):
 ])  # fmt: skip
 def test_integer_truncation(make_server, dtype, values):
     """A number that does not fit its type is refused, never cut to what fits."""
-    from lepton_xla.serve.datatypes import datatype_of
+    from lepton_xla.serve.protocol.datatypes import datatype_of
 
     server = make_server(Identity(dtype, ("batch",)))
     given = {"name": "x", "datatype": datatype_of(dtype).name, "shape": [1], "data": values}
@@ -512,7 +512,7 @@ def test_server_side_request_forgery():
                 continue
             assert not clients & set(found), (module, found)
             todo += [name for name in found if name.startswith("lepton_xla.serve")]
-    assert "lepton_xla.serve.http" in seen
+    assert "lepton_xla.serve.http.connection" in seen
 
 
 HOST = b"POST /v2/models/affine/infer HTTP/1.1\r\nHost: a\r\n"

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from simulation import Arrivals, Simulation, bursty, diurnal, poisson
 
-from lepton_xla.serve.batcher import Batcher
-from lepton_xla.serve.costs import Costs
-from lepton_xla.serve.tickets import Reason, Ticket
+from lepton_xla.serve.batching.batcher import Batcher
+from lepton_xla.serve.batching.costs import Costs
+from lepton_xla.serve.batching.tickets import Reason, Ticket
 
 INF = math.inf
 # 64 rows in 2 ms: 32,000 rows a second at most.

@@ -19,7 +19,7 @@ from serve_fakes import Affine, affine_binary, exchange
 
 from lepton_xla.errors import ServeError
 from lepton_xla.serve import Options, Server, spans, tracing
-from lepton_xla.serve.exchange import Exchange, Head
+from lepton_xla.serve.http.exchange import Exchange, Head
 
 INFER = "/v2/models/affine/infer"
 TRACE_ID, SPAN_ID = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"

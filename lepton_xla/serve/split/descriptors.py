@@ -14,11 +14,11 @@ from typing import Annotated
 
 import msgspec
 
+from lepton_xla.serve.batching.scheduler import Times
 from lepton_xla.serve.errors import RefusedError
-from lepton_xla.serve.scheduler import Times
-from lepton_xla.serve.signature import Signature, Tensor
+from lepton_xla.serve.protocol.signature import Signature, Tensor
+from lepton_xla.serve.protocol.wire import Plan
 from lepton_xla.serve.split.blocks import SMALLEST, order_of
-from lepton_xla.serve.wire import Plan
 
 # To the engine: what it is, bytes of terms that follow, the block's offset >> SMALLEST, when the request came.
 _TO_ENGINE = struct.Struct("<HHId")

@@ -16,18 +16,18 @@ from time import monotonic
 import uvloop
 
 from lepton_xla.errors import LeptonError
-from lepton_xla.serve.engine import Engine, run_on_calling_thread
+from lepton_xla.serve.batching.engine import Engine, run_on_calling_thread
+from lepton_xla.serve.batching.scheduler import Call, Scheduler, Times
 from lepton_xla.serve.errors import RefusedError
-from lepton_xla.serve.health import Health
-from lepton_xla.serve.logs import configure
-from lepton_xla.serve.metrics import Metrics
-from lepton_xla.serve.scheduler import Call, Scheduler, Times
+from lepton_xla.serve.observe.health import Health
+from lepton_xla.serve.observe.logs import configure
+from lepton_xla.serve.observe.metrics import Metrics
+from lepton_xla.serve.protocol.signature import Signature, signature_of
+from lepton_xla.serve.protocol.wire import InferRequest
 from lepton_xla.serve.server import schedule, watch
-from lepton_xla.serve.signature import Signature, signature_of
 from lepton_xla.serve.split import control, descriptors, hello, memory
 from lepton_xla.serve.split.descriptors import Layout
 from lepton_xla.serve.split.packets import MOST_BYTES, Packets, close_all
-from lepton_xla.serve.wire import InferRequest
 
 _log = logging.getLogger("lepton_xla.serve")
 

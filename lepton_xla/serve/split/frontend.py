@@ -17,11 +17,11 @@ from typing import Any
 import uvloop
 
 from lepton_xla.errors import LeptonError
-from lepton_xla.serve.drain import Stop
 from lepton_xla.serve.front import Front
-from lepton_xla.serve.http import Connection
-from lepton_xla.serve.logs import configure
-from lepton_xla.serve.metrics import Metrics
+from lepton_xla.serve.http.connection import Connection
+from lepton_xla.serve.http.drain import Stop
+from lepton_xla.serve.observe.logs import configure
+from lepton_xla.serve.observe.metrics import Metrics
 from lepton_xla.serve.split import control
 from lepton_xla.serve.split.control import Control
 from lepton_xla.serve.split.hello import Hello

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
-from lepton_xla.serve.signature import Signature, Tensor, signature_of
+from lepton_xla.serve.protocol.signature import Signature, Tensor, signature_of
 
 
 class Spec(msgspec.Struct, frozen=True):

@@ -8,10 +8,10 @@ import os
 import socket
 from collections.abc import Callable
 
+from lepton_xla.serve.batching.scheduler import Call, Times
 from lepton_xla.serve.errors import RefusedError
-from lepton_xla.serve.metrics import Metrics
-from lepton_xla.serve.scheduler import Call, Times
-from lepton_xla.serve.signature import Signature
+from lepton_xla.serve.observe.metrics import Metrics
+from lepton_xla.serve.protocol.signature import Signature
 from lepton_xla.serve.split import descriptors, hello, memory
 from lepton_xla.serve.split.blocks import Blocks, order_of
 from lepton_xla.serve.split.hello import Hello

@@ -19,8 +19,8 @@ from typing import Any
 import msgspec
 
 from lepton_xla.errors import ServeError
-from lepton_xla.serve.drain import Stop
-from lepton_xla.serve.metrics import added
+from lepton_xla.serve.http.drain import Stop
+from lepton_xla.serve.observe.metrics import added
 from lepton_xla.serve.server import Options, url_of
 from lepton_xla.serve.split import control
 from lepton_xla.serve.split.control import Control

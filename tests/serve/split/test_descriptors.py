@@ -11,12 +11,12 @@ import pytest
 from hypothesis import strategies as st
 from serve_fakes import Affine, Tokens
 
+from lepton_xla.serve.batching.scheduler import Times
 from lepton_xla.serve.errors import RefusedError
-from lepton_xla.serve.scheduler import Times
-from lepton_xla.serve.signature import signature_of
+from lepton_xla.serve.protocol.signature import signature_of
+from lepton_xla.serve.protocol.wire import Plan
 from lepton_xla.serve.split import descriptors, hello
 from lepton_xla.serve.split.blocks import SMALLEST
-from lepton_xla.serve.wire import Plan
 
 TOKENS = signature_of(Tokens())
 MAX_ROWS = 4096

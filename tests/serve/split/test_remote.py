@@ -14,18 +14,18 @@ import uvloop
 from serve_fakes import Affine, Tokens
 
 from lepton_xla.errors import ServeError
-from lepton_xla.serve import scheduler
-from lepton_xla.serve.engine import Engine
+from lepton_xla.serve.batching import scheduler
+from lepton_xla.serve.batching.engine import Engine
+from lepton_xla.serve.batching.scheduler import Call
 from lepton_xla.serve.errors import RefusedError
-from lepton_xla.serve.metrics import Metrics
-from lepton_xla.serve.scheduler import Call
+from lepton_xla.serve.observe.metrics import Metrics
+from lepton_xla.serve.protocol.signature import signature_of
+from lepton_xla.serve.protocol.wire import InferRequest, Plan
 from lepton_xla.serve.server import Options, schedule
-from lepton_xla.serve.signature import signature_of
 from lepton_xla.serve.split import descriptors, hello, memory, remote
 from lepton_xla.serve.split.engine import FrontEnd
 from lepton_xla.serve.split.packets import MOST_BYTES, Packets, pair
 from lepton_xla.serve.split.remote import RemoteScheduler
-from lepton_xla.serve.wire import InferRequest, Plan
 
 MEMORY = 1 << 16
 

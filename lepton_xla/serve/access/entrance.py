@@ -1,0 +1,114 @@
+"""Who can reach a server: the address it listens on, its certificates, and the tokens it asks for."""
+
+from __future__ import annotations
+
+import ipaddress
+import logging
+import socket
+from collections.abc import Set as AbstractSet
+from pathlib import Path
+from typing import Any
+
+from lepton_xla.errors import ServeError
+from lepton_xla.serve.access.auth import Guard
+from lepton_xla.serve.access.tls import Certificates, TlsFiles
+from lepton_xla.serve.http.limits import Limits
+
+_log = logging.getLogger("lepton_xla.serve")
+
+
+class Access:
+    """Checks once, before a model is loaded, that a server would not be open to whoever can reach it.
+
+    Args:
+        host: address or name to listen on.
+        port: port to listen on.
+        token_file: the tokens; None asks for none.
+        tls: the certificates; None speaks plain HTTP.
+        open_paths: paths that need no token.
+        public: whether an address that others can reach is wanted though everybody there may ask everything.
+
+    Attributes:
+        guard: asks for tokens; None where everybody may ask.
+        certificates: None where HTTP is plain.
+
+    Raises:
+        ServeError: if the host has no address, a file cannot be used, or nothing guards a public address.
+    """
+
+    def __init__(
+        self,
+        host: str,
+        port: int,
+        *,
+        token_file: Path | None,
+        tls: TlsFiles | None,
+        open_paths: AbstractSet[bytes],
+        public: bool,
+    ) -> None:
+        self._where = f"{host}:{port}"
+        try:
+            # The address that is checked is the one that is bound, whatever the name resolves to later.
+            self._found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        except OSError as error:
+            raise self._cannot(error) from error
+        guarded = token_file is not None or (tls is not None and tls.client_ca is not None)
+        if not (guarded or public or _is_loopback(self._found[4])):
+            raise ServeError(
+                f"{host} can be reached by other machines and nothing says who may ask: give --token-file or "
+                "--tls-client-ca, or --insecure-public if everybody may"
+            )
+        if token_file is not None and tls is None and not _is_loopback(self._found[4]):
+            _log.warning("without --tls-cert tokens cross the network readable; have TLS end in front of the server")
+        self.guard = None if token_file is None else Guard(token_file, frozenset(open_paths))
+        self.certificates = None if tls is None else Certificates(tls)
+
+    @property
+    def reloads(self) -> bool:
+        """Whether there is something that may change while the server runs."""
+        return self.guard is not None or self.certificates is not None
+
+    def refresh(self, *, force: bool = False) -> None:
+        """Reads again what changed, or everything."""
+        if self.guard is not None:
+            self.guard.refresh(force=force)
+        if self.certificates is not None:
+            self.certificates.refresh(force=force)
+
+    def tls_options(self, limits: Limits) -> dict[str, Any]:
+        """What the event loop has to be told to speak TLS, if it should."""
+        if self.certificates is None:
+            return {}
+        return {
+            "ssl": self.certificates.context,
+            "ssl_handshake_timeout": limits.head_timeout_s,
+            "ssl_shutdown_timeout": limits.write_timeout_s,
+        }
+
+    def listen(self) -> socket.socket:
+        """A bound socket, so that a taken port is found before a long warm-up.
+
+        Raises:
+            ServeError: if the address cannot be had.
+        """
+        family, kind, protocol, _, address = self._found
+        try:
+            listener = socket.socket(family, kind, protocol)
+        except OSError as error:
+            raise self._cannot(error) from error
+        try:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(address)
+        except OSError as error:
+            listener.close()
+            raise self._cannot(error) from error
+        return listener
+
+    def _cannot(self, error: OSError) -> ServeError:
+        return ServeError(f"cannot listen on {self._where}: {error.strerror}")
+
+
+def _is_loopback(address: tuple[Any, ...]) -> bool:
+    found = ipaddress.ip_address(address[0])
+    mapped = getattr(found, "ipv4_mapped", None)
+    return (mapped or found).is_loopback

@@ -1,0 +1,401 @@
+"""Which requests run together, and when: pure logic, told the time, with no thread, socket or clock of its own.
+
+It never waits while it could run (unless `max_delay_s` says so), and forms a batch as late as it can.
+
+*Order.* The level comes first; within a level the earliest deadline, and first come, first served among equals. Two
+rules keep anybody from starving: a request without a deadline counts as due `PATIENCE_S` after it came, and where
+lower levels wait, every eighth batch is headed by the one of theirs that is due first. What room a batch has left
+goes to requests that wait further back, if they can share it. A full queue drops the newest of lower levels for a
+request of a higher one, but leaves each level an eighth of its room.
+
+*Size.* The compiled size with the least cost per real row (see `costs`), while that meets the deadline of the request
+at the head. Where it does not, a smaller size is taken, unless more waits than one batch can hold: then there is no
+time to give away, and the request is answered as expired. A request larger than the largest size is split over
+batches.
+
+*Deadlines.* A request that cannot meet its deadline behind what is ahead of it is refused as it comes, as in Clockwork
+(Gujarati et al., OSDI 2020). One whose deadline passes while it waits or runs is dropped then.
+
+*Other dimensions.* Requests with different keys run apart, but if the time for both is less together, those with the
+smaller key are padded up to join the others.
+
+*Failures.* A batch that fails is run again in halves, down to single requests, so that one bad request does not fail
+its neighbours. See `Retries` for the bound.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import islice
+
+from lepton_xla.serve.batching.costs import Costs, Key
+from lepton_xla.serve.batching.line import Line
+from lepton_xla.serve.batching.retries import Retries
+from lepton_xla.serve.batching.tickets import Batch, Part, Reason, Ticket
+
+# Batches that a level may head in a row while lower ones wait.
+_TURNS = 7
+
+
+class Batcher[T: Ticket]:
+    """A bounded queue of requests that gives batches of compiled sizes.
+
+    Args:
+        ladder: compiled batch sizes, ascending.
+        costs: seconds per execution, told of each that finishes; without, each is free until it has run.
+        levels: number of priority levels.
+        max_delay_s: how long the oldest request may wait for company while nothing runs. Zero runs at once.
+        max_rows: rows the queue holds. A request of more rows than this can never fit.
+        max_bytes: memory of the requests that wait; a single one may exceed it.
+
+    Attributes:
+        rows: live rows waiting.
+        nbytes: memory of the live requests waiting.
+        wake_at: when to ask `next_batch` again though nothing arrives or finishes; None if there is no need.
+        dropped: requests that will get no result, and why, since the caller last emptied it. `add`, `next_batch`,
+            `finish`, `fail` and `expire` put them there.
+    """
+
+    def __init__(
+        self,
+        ladder: Sequence[int],
+        *,
+        costs: Costs | None = None,
+        levels: int = 1,
+        max_delay_s: float = 0.0,
+        max_rows: int = 4096,
+        max_bytes: int = 1 << 30,
+    ) -> None:
+        self.ladder = tuple(ladder)
+        self.costs = costs if costs is not None else Costs(ladder)
+        self.max_delay_s = max_delay_s
+        self.max_rows = max_rows
+        self.max_bytes = max_bytes
+        self.rows = 0
+        self.nbytes = 0
+        self.wake_at: float | None = None
+        self.dropped: list[tuple[T, Reason]] = []
+        self._levels: list[dict[Key, Line[T]]] = [{} for _ in range(levels)]
+        self._lines: list[Line[T]] = []
+        self._turns = 0
+        self._next_turns = 0
+        self._running = False
+        self._free_at = -math.inf
+        self._flying: set[T] = set()
+        self._retries: Retries[T] = Retries(ladder)
+
+    @property
+    def running(self) -> bool:
+        """Whether a batch has been given out that has neither finished nor failed."""
+        return self._running
+
+    def __len__(self) -> int:
+        """Requests waiting, those closed but not yet swept included."""
+        return sum(map(len, self._lines))
+
+    @property
+    def pending(self) -> bool:
+        """Whether anything is to be run, now or later."""
+        return self.rows > 0 or self._retries.pending
+
+    # In.
+
+    def add(self, ticket: T) -> Reason | None:
+        """Queues a request, or says why not."""
+        if ticket.deadline_s != math.inf and (reason := self._hopeless(ticket)) is not None:
+            return reason
+        rows = self.rows + ticket.rows
+        nbytes = self.nbytes + ticket.nbytes
+        if rows > self.max_rows or (nbytes > self.max_bytes and self.rows):
+            if not self._make_room(ticket, rows - self.max_rows, nbytes - self.max_bytes):
+                return Reason.FULL
+            rows = self.rows + ticket.rows
+            nbytes = self.nbytes + ticket.nbytes
+        line = self._levels[ticket.level].get(ticket.key)
+        if line is None:
+            line = self._open(ticket)
+        if ticket.deadline_s == math.inf:
+            line.plain.append(ticket)
+        else:
+            line.add_dated(ticket)
+        line.rows += ticket.rows
+        self.rows = rows
+        self.nbytes = nbytes
+        return None
+
+    def _open(self, ticket: T) -> Line[T]:
+        line: Line[T] = Line(ticket.level, ticket.key)
+        self._levels[ticket.level][ticket.key] = line
+        self._lines.append(line)
+        self._lines.sort(key=lambda line: line.level)
+        return line
+
+    def _make_room(self, ticket: T, rows: int, nbytes: int) -> bool:
+        """Drops the newest of lower levels until so much is free: all or nothing, and of no level all."""
+        victims: list[T] = []
+        for level in range(len(self._levels) - 1, ticket.level, -1):
+            lines = self._levels[level].values()
+            spare = sum(line.rows for line in lines) - self.max_rows // (_TURNS + 1)
+            for victim in (
+                victim for line in lines for queue in (line.plain, line.dated) for victim in reversed(queue)
+            ):
+                if victim.closed or victim.taken or victim.rows > spare:
+                    continue
+                victims.append(victim)
+                spare -= victim.rows
+                rows -= victim.rows
+                nbytes -= victim.nbytes
+                if rows <= 0 and nbytes <= 0:
+                    for each in victims:
+                        self._drop(each, Reason.OUTRANKED)
+                    return True
+        return False
+
+    def _hopeless(self, ticket: T) -> Reason | None:
+        """Why a request with a deadline cannot meet it, as things are."""
+        costs, now = self.costs, ticket.arrival_s
+        rows: dict[Key, int] = {ticket.key: ticket.rows}
+        for line in self._lines:
+            if line.rows and line.level <= ticket.level:
+                ahead = line.rows if line.level < ticket.level else line.rows_before(ticket.deadline_s)
+                rows[line.key] = rows.get(line.key, 0) + ahead
+        finish = max(self._free_at, now)
+        for key, count in rows.items():
+            finish += costs.seconds(key, count)
+        if finish < ticket.deadline_s:
+            return None
+        alone = now + costs.seconds(ticket.key, ticket.rows)
+        return Reason.OVERLOADED if alone < ticket.deadline_s else Reason.TOO_SHORT
+
+    def cancel(self, ticket: T) -> None:
+        """Forgets a request: rows of it that were not handed out never will be. Calling it twice is harmless."""
+        if ticket.closed:
+            return
+        ticket.closed = True
+        rows = ticket.rows - ticket.taken
+        if rows:
+            self.rows -= rows
+            self.nbytes -= ticket.nbytes
+            self._levels[ticket.level][ticket.key].close(rows)
+        self._flying.discard(ticket)
+
+    def _drop(self, ticket: T, reason: Reason) -> None:
+        self.cancel(ticket)
+        self.dropped.append((ticket, reason))
+
+    # Deadlines.
+
+    def next_deadline(self) -> float:
+        """When `expire` will next have something to do, at the earliest."""
+        first = math.inf
+        for line in self._lines:
+            if line.dated:
+                first = min(first, line.first_deadline_s())
+        for ticket in self._flying:
+            first = min(first, ticket.deadline_s)
+        return first
+
+    def expire(self, now: float) -> None:
+        """Drops the requests whose deadline has come, running ones too: their results will find nobody."""
+        for line in self._lines:
+            while line.dated and line.first_deadline_s() <= now:
+                self._drop(line.dated[0], Reason.EXPIRED)
+        for ticket in [ticket for ticket in self._flying if ticket.deadline_s <= now]:
+            self._drop(ticket, Reason.EXPIRED)
+
+    def drain_s(self, now: float) -> float:
+        """Seconds until everything that waits now has run."""
+        seconds = max(self._free_at - now, 0.0)
+        for key in {line.key for line in self._lines}:
+            seconds += self.costs.seconds(key, self._waiting(key))
+        return seconds
+
+    # Out.
+
+    def next_batch(self, now: float) -> Batch[T] | None:
+        """The next batch, if it should start now; it then counts as running until `finish` or `fail`.
+
+        Args:
+            now: the time, on the clock of `Ticket.arrival_s`.
+
+        Returns:
+            None if nothing waits, a batch is running, or waiting longer may fill the batch; see `wake_at`.
+        """
+        self.wake_at = None
+        if self._running:
+            return None
+        batch = self._retries.next_batch()
+        if batch is not None:
+            return self._start(batch, now)
+        while self.rows:
+            line = self._lines[0] if len(self._lines) == 1 else self._first_line()
+            head = line.queue()[0]
+            key, waiting = line.key, line.rows
+            other: Key | None = None
+            if len(self._lines) > 1:
+                waiting = self._waiting(key)
+                if waiting < self.rows and waiting < self.ladder[-1]:
+                    key, waiting, other = self._join(head, waiting, now)
+            if self.max_delay_s > 0 and waiting == self.rows and self._delay(waiting, key, now):
+                return None
+            size = self.costs.size(key, waiting)
+            if head.deadline_s != math.inf and not self._meets(head, key, size, now):
+                size = self._urgent_size(head, key, size, now)
+                if not size:
+                    self._drop(head, Reason.EXPIRED)
+                    continue
+            batch = self._take(line, other, size, key, now)
+            if batch.parts:
+                self._turns = self._next_turns
+                return self._start(batch, now)
+        return None
+
+    def _first_line(self) -> Line[T]:
+        """The line that heads the next batch."""
+        lines = [line for line in self._lines if line.rows]
+        level = lines[0].level
+        self._next_turns = 0
+        if lines[-1].level > level:
+            if self._turns >= _TURNS:
+                return min((line for line in lines if line.level > level), key=Line.due_s)
+            self._next_turns = self._turns + 1
+        return min((line for line in lines if line.level == level), key=Line.due_s)
+
+    def _waiting(self, key: Key) -> int:
+        return sum(line.rows for line in self._lines if line.key == key)
+
+    def _join(self, head: T, waiting: int, now: float) -> tuple[Key, int, Key | None]:
+        """Whether requests of another key should share the batch: the key to run, rows waiting for it, and that other.
+
+        Joining costs padding and saves a run; it is done if that is less time in all.
+        """
+        costs, key = self.costs, head.key
+        best: tuple[Key, int, Key | None] = (key, waiting, None)
+        most = 0.0
+        alone = costs.seconds(key, waiting)
+        for other in {line.key for line in self._lines if line.rows}:
+            wide = max(key, other)
+            if other == key or any(size > limit for size, limit in zip(min(key, other), wide, strict=True)):
+                continue
+            rows = self._waiting(other)
+            room = costs.size(wide, waiting) - waiting  # padding of this batch: those who fill it ride for nothing
+            for company in {min(rows, self.ladder[-1] - waiting), min(rows, room)}:
+                if company < 1:
+                    continue
+                apart = alone + costs.seconds(other, rows) - costs.seconds(other, rows - company)
+                together = costs.seconds(wide, waiting + company)
+                if apart - together > most and now + together < head.deadline_s:
+                    most = apart - together
+                    best = (wide, waiting + company, other)
+        return best
+
+    def _delay(self, waiting: int, key: Key, now: float) -> bool:
+        """Whether to wait for company; sets `wake_at`."""
+        if waiting >= self.ladder[-1]:
+            return False
+        last = self.costs.of(key, self.ladder[-1])
+        due = math.inf
+        for line in self._lines:
+            line.queue()
+            for ticket in (*line.dated, *islice(line.plain, 1)):
+                if not ticket.closed:
+                    due = min(due, ticket.arrival_s + self.max_delay_s, ticket.deadline_s - last)
+        if now >= due:
+            return False
+        self.wake_at = due
+        return True
+
+    def _meets(self, head: T, key: Key, size: int, now: float) -> bool:
+        rows = head.rows - head.taken
+        seconds = self.costs.of(key, size) if rows <= size else self.costs.seconds(key, rows)
+        return now + seconds < head.deadline_s
+
+    def _urgent_size(self, head: T, key: Key, size: int, now: float) -> int:
+        """The largest size under `size` that meets the deadline of `head`, if there is time for that; 0 if not."""
+        if self.rows > self.ladder[-1]:
+            return 0
+        for smaller in reversed(self.ladder):
+            if smaller < size and head.rows - head.taken <= smaller and self._meets(head, key, smaller, now):
+                return smaller
+        return 0
+
+    def _take(self, line: Line[T], other: Key | None, size: int, key: Key, now: float) -> Batch[T]:
+        batch: Batch[T] = Batch([], 0, size, key)
+        finish = now + self.costs.of(key, size)
+        self._fill(batch, line, finish)
+        if len(self._lines) > 1:
+            for mate in (line.key, other):
+                for each in self._lines:
+                    if each.key == mate and batch.rows < size:
+                        self._fill(batch, each, finish)
+        self.rows -= batch.rows
+        return batch
+
+    def _fill(self, batch: Batch[T], line: Line[T], finish: float) -> None:
+        """Moves rows of a line into a batch; what such a batch would be too late for is dropped."""
+        parts, filled, size = batch.parts, batch.rows, batch.size
+        before = filled
+        while filled < size and (queue := line.queue()):
+            ticket = queue[0]
+            rows = ticket.rows
+            if ticket.deadline_s != math.inf:
+                if ticket.deadline_s <= finish:
+                    self._drop(ticket, Reason.EXPIRED)
+                    continue
+                self._flying.add(ticket)
+                batch.dated = True
+            if ticket.taken or rows > size - filled:
+                rows = min(rows - ticket.taken, size - filled)
+            parts.append(Part(ticket, ticket.taken, rows, filled))
+            ticket.taken += rows
+            filled += rows
+            if ticket.taken == ticket.rows:
+                queue.popleft()
+                self.nbytes -= ticket.nbytes
+        line.rows -= filled - before
+        batch.rows = filled
+
+    def _start(self, batch: Batch[T], now: float) -> Batch[T]:
+        self._running = True
+        self._free_at = now + self.costs.of(batch.key, batch.size)
+        return batch
+
+    # Back.
+
+    def finish(self, batch: Batch[T], now: float, seconds: float | None) -> None:
+        """Told that a batch has run; those of its tickets that are not closed then have the results of their parts.
+
+        Args:
+            batch: the batch.
+            now: the time.
+            seconds: what it took; None if it was not run because it was not `wanted`.
+        """
+        self._stop(now)
+        if seconds is not None:
+            self._retries.succeeded()
+            self.costs.learn(batch.key, batch.size, seconds)
+        if batch.dated:
+            for part in batch.parts:
+                ticket = part.ticket
+                if ticket.deadline_s <= now and not ticket.closed:
+                    self._drop(ticket, Reason.EXPIRED)
+                self._flying.discard(ticket)
+
+    def fail(self, batch: Batch[T], now: float) -> list[T]:
+        """Told that a batch has failed.
+
+        Returns:
+            The tickets that fail for it, closed now; the others run again.
+        """
+        self._stop(now)
+        if self._retries.add(batch):
+            return []
+        failed = [part.ticket for part in batch.parts if not part.ticket.closed]
+        for ticket in failed:
+            self.cancel(ticket)
+        return failed
+
+    def _stop(self, now: float) -> None:
+        self._running = False
+        self._free_at = now

@@ -1,0 +1,100 @@
+"""A line of requests that wait: those of one level and key, in the order they are due."""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections import deque
+from operator import attrgetter
+
+from lepton_xla.serve.batching.costs import Key
+from lepton_xla.serve.batching.tickets import PATIENCE_S, Ticket
+
+# Fewer closed tickets than this are not worth a walk of the line.
+_SWEEP = 64
+
+_deadline = attrgetter("deadline_s")
+
+
+class Line[T: Ticket]:
+    """The tickets of one level and key: those without a deadline as they came, the others by their deadline.
+
+    Attributes:
+        level, key: of all its tickets.
+        rows: live rows waiting.
+        plain: tickets without a deadline.
+        dated: tickets with one, earliest first, and in order of arrival among equals.
+    """
+
+    __slots__ = ("_closed", "dated", "key", "level", "plain", "rows")
+
+    def __init__(self, level: int, key: Key) -> None:
+        self.level = level
+        self.key = key
+        self.rows = 0
+        self.plain: deque[T] = deque()
+        self.dated: deque[T] = deque()
+        self._closed = 0
+
+    def add_dated(self, ticket: T) -> None:
+        """Adds a ticket with a deadline; those without are appended to `plain`."""
+        dated = self.dated
+        if not dated or dated[-1].deadline_s <= ticket.deadline_s:
+            dated.append(ticket)
+        else:
+            dated.insert(bisect_right(dated, ticket.deadline_s, key=_deadline), ticket)
+
+    def close(self, rows: int) -> None:
+        """Told that a ticket in it, with so many rows to go, was closed."""
+        self.rows -= rows
+        self._closed += 1
+        # Swept when it reaches the head, or when the dead outnumber the living.
+        if self._closed > _SWEEP and 2 * self._closed > len(self):
+            self.plain = deque(ticket for ticket in self.plain if not ticket.closed)
+            self.dated = deque(ticket for ticket in self.dated if not ticket.closed)
+            self._closed = 0
+
+    def __len__(self) -> int:
+        """Tickets in it, those closed but not yet swept included."""
+        return len(self.plain) + len(self.dated)
+
+    def queue(self) -> deque[T]:
+        """`plain` or `dated`, whichever has the live ticket that is due first at its head; maybe an empty one."""
+        plain, dated = self.plain, self.dated
+        while plain and plain[0].closed:
+            plain.popleft()
+            self._closed -= 1
+        if not dated:
+            return plain
+        while dated and dated[0].closed:
+            dated.popleft()
+            self._closed -= 1
+        if dated and (not plain or dated[0].deadline_s <= plain[0].arrival_s + PATIENCE_S):
+            return dated
+        return plain
+
+    def due_s(self) -> float:
+        """When the first of it is due; it must have live rows."""
+        return self.queue()[0].due_s
+
+    def first_deadline_s(self) -> float:
+        """The earliest deadline in it."""
+        self.queue()
+        return self.dated[0].deadline_s if self.dated else math.inf
+
+    def rows_before(self, due_s: float) -> int:
+        """Rows that are due before a ticket that comes now: about as many, where requests differ in size."""
+        tickets = len(self)
+        if not tickets:
+            return 0
+        dated, plain = self.dated, self.plain
+        last_too = dated and dated[-1].deadline_s <= due_s
+        before = len(dated) if last_too else bisect_right(dated, due_s, key=_deadline)
+        if plain:
+            # Those without a deadline came one after the other; where among them it is, is interpolated.
+            first, last = plain[0].due_s, plain[-1].due_s
+            if last <= due_s:
+                before += len(plain)
+            elif first <= due_s:
+                before += int(len(plain) * (due_s - first) / (last - first))
+        return self.rows * before // tickets

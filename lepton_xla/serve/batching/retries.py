@@ -1,0 +1,63 @@
+"""Batches that failed, run again in halves: one bad request does not fail its neighbours."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+
+from lepton_xla.serve.batching.tickets import Batch, Budget, Part, Ticket
+
+
+class Retries[T: Ticket]:
+    """Halves of failed batches, each to run once.
+
+    Of n requests one culprit is found in 2 log2(n) runs; a failed batch may take twice as many, which is enough for
+    two. Where that does not do, the model fails whatever it is given, most likely, and nothing is halved until a run
+    succeeds.
+
+    Args:
+        ladder: compiled batch sizes, ascending.
+    """
+
+    def __init__(self, ladder: Sequence[int]) -> None:
+        self._ladder = tuple(ladder)
+        self._waiting: deque[Batch[T]] = deque()
+        self._useful = True
+
+    @property
+    def pending(self) -> bool:
+        """Whether there is one to run."""
+        return bool(self._waiting)
+
+    def add(self, batch: Batch[T]) -> bool:
+        """Takes in the halves of a failed batch; False if its requests have failed for good."""
+        if len(batch.parts) < 2 or not self._useful:
+            return False
+        budget = batch.budget or Budget(4 * (len(batch.parts) - 1).bit_length())
+        if budget.runs < 2:
+            self._useful = False
+            return False
+        budget.runs -= 2
+        middle = len(batch.parts) // 2
+        for half in (batch.parts[:middle], batch.parts[middle:]):
+            self._waiting.append(Batch(half, 0, 0, batch.key, batch.dated, budget))
+        return True
+
+    def succeeded(self) -> None:
+        """Told that a batch ran well."""
+        self._useful = True
+
+    def next_batch(self) -> Batch[T] | None:
+        """The next one to run, without the requests that were closed since."""
+        while self._waiting:
+            batch = self._waiting.popleft()
+            parts: list[Part[T]] = []
+            for part in batch.parts:
+                if not part.ticket.closed:
+                    parts.append(Part(part.ticket, part.start, part.rows, batch.rows))
+                    batch.rows += part.rows
+            if parts:
+                batch.parts = parts
+                batch.size = next(size for size in self._ladder if size >= batch.rows)
+                return batch
+        return None

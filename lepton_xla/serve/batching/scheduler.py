@@ -1,0 +1,337 @@
+"""Requests in, results out: the queue and the engine of one model, joined on the event loop.
+
+The app hands over calls and is called back; it does not know where they run.
+
+A batch that is predicted to be short runs on the event loop itself, between reading requests and writing answers: what
+it holds up is less than two threads would take to hand it over. Others run on the engine's thread, which takes the
+next batch itself the moment it is free, so that the device does not wait for the event loop and a batch holds all that
+has come until then.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import threading
+from collections.abc import Sequence
+from time import monotonic
+from typing import NamedTuple
+
+from lepton_xla.serve.batching.batcher import Batcher
+from lepton_xla.serve.batching.engine import Completion, Engine, Work
+from lepton_xla.serve.batching.tickets import Batch, Part, Reason
+from lepton_xla.serve.errors import RefusedError
+from lepton_xla.serve.observe.metrics import Metrics
+from lepton_xla.serve.protocol.signature import Signature
+from lepton_xla.serve.protocol.wire import InferRequest
+
+_log = logging.getLogger("lepton_xla.serve")
+
+# A batch of no more than this is run on the event loop.
+_SHORT_S = 1e-4
+
+_LONGEST_RETRY_S = 60
+
+# Status and words for those who get no result. 503 is the load, and may be tried again; 504 is the deadline.
+_REFUSALS: dict[Reason, tuple[int, str]] = {
+    Reason.FULL: (503, "the queue is full"),
+    Reason.OUTRANKED: (503, "the queue is full, and others have a higher priority"),
+    Reason.OVERLOADED: (503, "too much waits for an answer within the request's timeout"),
+    Reason.TOO_SHORT: (504, "the request's timeout is shorter than running it takes"),
+    Reason.EXPIRED: (504, "the request's timeout has passed"),
+}
+
+
+class Times(NamedTuple):
+    """When a batch ran, of the monotonic clock, and with what.
+
+    Attributes:
+        started_s: when the engine took it.
+        staged_s: when its rows were copied.
+        finished_s: when the outputs were there.
+        rows: real rows.
+        size: rows with padding.
+    """
+
+    started_s: float
+    staged_s: float
+    finished_s: float
+    rows: int
+    size: int
+
+
+class Call(Work):
+    """A request on its way through the scheduler: what came, and what is told when it is done.
+
+    Attributes:
+        missing: rows whose results are not here yet; kept where it is split over batches.
+        pieces: the results of those that are.
+        block: where its tensors lie in memory that two processes share, if they do; see `split`.
+        times: of the batch that it ran in; None until then.
+    """
+
+    __slots__ = ("block", "missing", "pieces", "times")
+
+    def __init__(self, request: InferRequest, arrival_s: float) -> None:
+        super().__init__(request, arrival_s)
+        self.missing = self.rows
+        self.pieces: list[bytearray] | None = None
+        self.block: int
+        self.times: Times | None = None
+
+    def finish(self, outputs: Sequence[memoryview]) -> None:
+        """Told the bytes of each output that was asked for. They are only good until it returns."""
+        raise NotImplementedError
+
+    def fail(self, refusal: RefusedError) -> None:
+        """Told why there is no result."""
+        raise NotImplementedError
+
+
+class Scheduler:
+    """Runs calls in batches on an engine of this process. All but `_post` is on the event loop.
+
+    Args:
+        signature: the model's.
+        batcher: the queue.
+        engine: takes the batches.
+        metrics: what is counted.
+        loop: the event loop.
+        levels: number of priority levels. Requests that do not say are on the middle one, the lower of two.
+        default_timeout_s: for requests that do not say; None never gives up on them.
+        max_timeout_s: no request is waited for longer; None sets no bound.
+    """
+
+    def __init__(
+        self,
+        signature: Signature,
+        batcher: Batcher[Call],
+        engine: Engine[Call],
+        metrics: Metrics,
+        loop: asyncio.AbstractEventLoop,
+        *,
+        levels: int = 1,
+        default_timeout_s: float | None = None,
+        max_timeout_s: float | None = None,
+    ) -> None:
+        self._outputs = signature.outputs
+        self._batcher = batcher
+        self._costs = batcher.costs
+        self._engine = engine
+        self._metrics = metrics
+        self._loop = loop
+        self._levels = levels
+        self._level = levels // 2
+        self._max_timeout_s = math.inf if max_timeout_s is None else max_timeout_s
+        self._timeout_s = min(math.inf if default_timeout_s is None else default_timeout_s, self._max_timeout_s)
+        self._lock = threading.Lock()  # of the batcher
+        self._scheduled = False
+        self._alarm: asyncio.TimerHandle | None = None
+        self._alarm_s = math.inf
+
+    @property
+    def max_rows(self) -> int:
+        """Most rows of one request."""
+        return self._batcher.max_rows
+
+    @property
+    def alive(self) -> bool:
+        """Whether there is a thread to run what has to run."""
+        return self._engine.alive
+
+    @property
+    def running(self) -> bool:
+        """Whether an execution has begun and not ended."""
+        return self._batcher.running
+
+    def check(self) -> None:
+        """Runs zeros, on any thread; raises what the model raises."""
+        self._engine.check()
+
+    def figures(self) -> dict[str, float]:
+        """What `Metrics` shows of the queue now, and of what executions are predicted to take."""
+        costs = {f"cost_s {'x'.join(map(str, key))} {size}": seconds for key, size, seconds in self._costs}
+        return {"queue_rows": self._batcher.rows, "queue_requests": len(self._batcher), **costs}
+
+    def start(self) -> None:
+        """Starts the engine's thread."""
+        self._engine.start(self._post)
+
+    def stop(self, timeout_s: float) -> None:
+        """Ends the engine's thread after the batch it has."""
+        self._engine.stop(timeout_s)
+
+    # In.
+
+    def submit(self, call: Call) -> None:
+        """Queues a call; `finish` or `fail` is told of its end, unless it is cancelled first.
+
+        Raises:
+            RefusedError: 400 for a priority that there is not, 503 where the queue is too full for it, 504 where its
+                timeout leaves no time to run it.
+        """
+        plan = call.request.plan
+        call.level = plan.priority - 1 if plan.priority else self._level
+        if call.level >= self._levels:
+            raise RefusedError(400, f"parameter 'priority' must be 0 to {self._levels}, not {plan.priority}")
+        timeout = self._timeout_s if plan.timeout_s is None else min(plan.timeout_s, self._max_timeout_s)
+        if timeout != math.inf:
+            call.deadline_s = call.arrival_s + timeout
+            if call.deadline_s < self._alarm_s:
+                self._set_alarm(call.deadline_s)
+        with self._lock:
+            reason = self._batcher.add(call)
+        if reason is not None:
+            raise self._refusal(reason)
+        if self._batcher.dropped:
+            self._tell_dropped()
+        self._pump_soon()
+
+    def cancel(self, call: Call) -> None:
+        """Forgets a call: nobody waits for it any more."""
+        self._metrics.cancelled += 1
+        with self._lock:
+            self._batcher.cancel(call)
+
+    def _refusal(self, reason: Reason) -> RefusedError:
+        status, words = _REFUSALS[reason]
+        if status != 503:
+            self._metrics.expired += 1
+            return RefusedError(status, words)
+        self._metrics.rejected += 1
+        with self._lock:
+            seconds = self._batcher.drain_s(monotonic())
+        return RefusedError(503, words, f"Retry-After: {min(max(math.ceil(seconds), 1), _LONGEST_RETRY_S)}")
+
+    def _tell_dropped(self) -> None:
+        """Answers those who will get no result."""
+        with self._lock:
+            dropped, self._batcher.dropped = self._batcher.dropped, []
+        for call, reason in dropped:
+            call.fail(self._refusal(reason))
+
+    # Time.
+
+    def _set_alarm(self, when: float) -> None:
+        if self._alarm is not None:
+            self._alarm.cancel()
+        self._alarm_s = when
+        # Up to the next millisecond, which is what the event loop counts in: never too early.
+        delay = math.ceil(max(when - monotonic(), 0.0) * 1e3) * 1e-3
+        self._alarm = self._loop.call_later(delay, self._ring)
+
+    def _ring(self) -> None:
+        self._alarm, self._alarm_s = None, math.inf
+        with self._lock:
+            self._batcher.expire(monotonic())
+            first = self._batcher.next_deadline()
+        if first != math.inf:
+            self._set_alarm(first)
+        self._pump()
+
+    # Out.
+
+    def _pump_soon(self) -> None:
+        """After the sockets that are readable now: what arrived together runs together, without a delay."""
+        if not self._scheduled:
+            self._scheduled = True
+            self._loop.call_soon(self._pump)
+
+    def _pump(self) -> None:
+        """Starts the next batch, or sees to it that it happens in time."""
+        self._scheduled = False
+        with self._lock:
+            batch = self._batcher.next_batch(monotonic())
+            wake_at = self._batcher.wake_at
+        if wake_at is not None and wake_at < self._alarm_s:
+            self._set_alarm(wake_at)
+        if batch is not None:
+            if self._costs.of(batch.key, batch.size) <= _SHORT_S:
+                completion = self._engine.execute(batch)
+                with self._lock:
+                    failed = self._settle(completion)
+                self._completed(completion, failed)
+            else:
+                self._engine.submit(batch)
+        if self._batcher.dropped:
+            self._tell_dropped()
+
+    def _post(self, completion: Completion[Call]) -> Batch[Call] | None:
+        """Takes a finished batch on the engine's thread, and gives the next."""
+        with self._lock:
+            failed = self._settle(completion)
+            batch = self._batcher.next_batch(monotonic())
+        try:
+            self._loop.call_soon_threadsafe(self._completed, completion, failed)
+        except RuntimeError:
+            # The event loop is closed: a hard stop left this batch behind, and nobody waits for it.
+            _log.warning("a batch finished after the server had stopped")
+            return None
+        return batch
+
+    # Back.
+
+    def _settle(self, completion: Completion[Call]) -> list[Call]:
+        """Tells the batcher; gives the calls that failed."""
+        batch, now = completion.batch, completion.finished_s
+        if completion.outputs is None:
+            return self._batcher.fail(batch, now)
+        self._batcher.finish(batch, now, now - completion.started_s if completion.outputs else None)
+        return []
+
+    def _completed(self, completion: Completion[Call], failed: list[Call]) -> None:
+        """Tells those whose batch is done."""
+        if completion.outputs:
+            metrics, batch = self._metrics, completion.batch
+            metrics.batch(
+                batch.rows,
+                batch.size,
+                completion.staged_s - completion.started_s,
+                completion.finished_s - completion.started_s,
+                len(batch.parts),
+            )
+            times = Times(
+                completion.started_s, completion.staged_s, completion.finished_s, batch.rows, batch.size
+            )  # fmt: skip
+            for part in batch.parts:
+                if not part.ticket.closed:
+                    part.ticket.times = times
+                    self._complete_part(completion, part)
+            metrics.output_s += (monotonic() - completion.finished_s) * len(batch.parts)
+        elif completion.outputs is None:
+            self._metrics.failed_batches += 1
+        for call in failed:
+            self._metrics.failures += 1
+            call.fail(RefusedError(500, "inference failed"))
+        if self._batcher.dropped:
+            self._tell_dropped()
+        if self._batcher.pending:
+            self._pump_soon()
+
+    def _complete_part(self, completion: Completion[Call], part: Part[Call]) -> None:
+        call = part.ticket
+        try:
+            outputs = [completion.rows(part, index, self._outputs[index]) for index, _ in call.request.plan.outputs]
+            if not part.start:
+                self._metrics.queue_s.observe(completion.started_s - call.arrival_s)
+            if part.rows == call.rows:
+                call.finish(outputs)
+            else:
+                self._join(call, part, outputs)
+        except Exception:
+            _log.exception("an answer could not be written")
+            with self._lock:
+                self._batcher.cancel(call)
+            call.fail(RefusedError(500, "internal error"))
+
+    def _join(self, call: Call, part: Part[Call], outputs: Sequence[memoryview]) -> None:
+        """Puts a piece of a split call in its place."""
+        if call.pieces is None:
+            call.pieces = [bytearray(len(output) // part.rows * call.rows) for output in outputs]
+        for piece, output in zip(call.pieces, outputs, strict=True):
+            row_bytes = len(piece) // call.rows
+            piece[part.start * row_bytes : (part.start + part.rows) * row_bytes] = output
+        call.missing -= part.rows
+        if not call.missing:
+            call.finish([memoryview(piece) for piece in call.pieces])

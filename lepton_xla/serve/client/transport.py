@@ -1,0 +1,250 @@
+"""HTTP/1.1 from the client's end, on httptools: one unanswered request a connection, blocking or on an event loop.
+
+A connection is handed the bytes of a whole request and gives the whole answer. Who may use it when, what is tried
+again and what an answer means is up to the caller.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import select
+import socket
+from time import monotonic
+from typing import Any
+
+import httptools
+
+from lepton_xla.errors import ServeError
+from lepton_xla.serve.client.endpoint import Endpoint
+
+_RECEIVE_BYTES = 1 << 18
+# Fields of an answer without which only the end of the connection ends it.
+_FRAMING = (b"content-length", b"transfer-encoding")
+
+
+class RequestError(ServeError):
+    """A request that was not answered as asked.
+
+    Attributes:
+        status: HTTP status of the answer; None where none came.
+        message: what the server said, or why there is no answer.
+    """
+
+    def __init__(self, status: int | None, message: str) -> None:
+        super().__init__(message if status is None else f"{message} (HTTP {status})")
+        self.status = status
+        self.message = message
+
+
+class DeadlineError(RequestError):
+    """A request whose time ran out, on the client's side or by the server's account."""
+
+
+class Answer:
+    """One HTTP answer: its status, its header fields by lower-case name, its whole body."""
+
+    __slots__ = ("body", "headers", "keep_alive", "status")
+
+    def __init__(self) -> None:
+        self.status = 0
+        self.headers: dict[bytes, bytes] = {}
+        self.body = b""
+        self.keep_alive = False
+
+
+class _Parser:
+    """Bytes to answers."""
+
+    def __init__(self) -> None:
+        self._parser: Any = httptools.HttpResponseParser(self)
+        self._pieces: list[bytes] = []
+        self._answer = Answer()
+        self._whole: Answer | None = None
+
+    def feed(self, data: bytes) -> Answer | None:
+        """The answer, once it is whole.
+
+        Raises:
+            RequestError: for what is not HTTP.
+        """
+        try:
+            self._parser.feed_data(data)
+        except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
+            if self._whole is None:
+                raise RequestError(None, "the server's answer is not HTTP/1.1") from error
+        whole, self._whole = self._whole, None
+        return whole
+
+    def end(self) -> Answer | None:
+        """The answer that the end of the connection completes, if there is one."""
+        answer = self._answer
+        if not answer.status or any(field in answer.headers for field in _FRAMING):
+            return None
+        answer.body = b"".join(self._pieces)
+        return answer
+
+    def on_message_begin(self) -> None:
+        if self._whole is not None:
+            self._whole.keep_alive = False  # what follows was not asked for, and would be taken for the next answer
+        self._answer = Answer()
+        self._pieces = []
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self._answer.headers[name.lower()] = value
+
+    def on_headers_complete(self) -> None:
+        self._answer.status = self._parser.get_status_code()
+        self._answer.keep_alive = self._parser.should_keep_alive()
+
+    def on_body(self, data: bytes) -> None:
+        self._pieces.append(data)
+
+    def on_message_complete(self) -> None:
+        answer, pieces = self._answer, self._pieces
+        if answer.status >= 200:  # before the answer proper there may be others, such as 103
+            answer.body = pieces[0] if len(pieces) == 1 else b"".join(pieces)
+            self._whole = self._whole or answer
+        self._answer, self._pieces = Answer(), []
+
+
+def left(deadline: float) -> float:
+    """Seconds until `deadline`, on the monotonic clock.
+
+    Raises:
+        TimeoutError: when there are none.
+    """
+    remaining = deadline - monotonic()
+    if remaining <= 0:
+        raise TimeoutError
+    return remaining
+
+
+class Connection:
+    """A blocking connection.
+
+    Raises:
+        OSError: if there is none to be had; TimeoutError if not before the deadline.
+    """
+
+    def __init__(self, target: Endpoint, deadline: float) -> None:
+        self.open = True
+        self._parser = _Parser()
+        self._socket = socket.create_connection((target.host, target.port), left(deadline))
+        try:
+            self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            if target.tls is not None:
+                self._socket = target.tls.wrap_socket(self._socket, server_hostname=target.host)
+        except BaseException:
+            self.close()
+            raise
+        self._poll = select.poll()
+        self._poll.register(self._socket, select.POLLIN)
+
+    def idle(self) -> bool:
+        """Whether it can take a request: the server has neither closed it nor said anything unasked."""
+        return self.open and not self._poll.poll(0)
+
+    def exchange(self, request: bytes, deadline: float) -> Answer:
+        """Sends a request and waits for its answer; afterwards `open` says whether it takes another.
+
+        Raises:
+            OSError: if the connection breaks; TimeoutError at the deadline.
+            RequestError: if the answer is not HTTP.
+        """
+        self.open = False
+        failure: OSError | None = None
+        self._socket.settimeout(left(deadline))
+        try:
+            self._socket.sendall(request)
+        except TimeoutError:
+            raise
+        except OSError as error:
+            failure = error  # a server that refuses a body may have answered and closed
+        answer = None
+        while answer is None:
+            self._socket.settimeout(left(deadline))
+            try:
+                data = self._socket.recv(_RECEIVE_BYTES)
+            except TimeoutError:
+                raise
+            except OSError as error:
+                raise failure or error from None
+            answer = self._parser.feed(data) if data else self._parser.end()
+            if not data and answer is None:
+                raise failure or ConnectionResetError("the server closed the connection")
+        self.open = answer.keep_alive and failure is None
+        return answer
+
+    def close(self) -> None:
+        """Ends the connection."""
+        self.open = False
+        self._socket.close()
+
+
+class Channel(asyncio.Protocol):
+    """A connection on an event loop. Its owner overrides `answered` and `failed`; one of them follows each `send`."""
+
+    __slots__ = ("_parser", "_transport", "_waiting", "open")
+
+    def __init__(self) -> None:
+        self.open = False
+        self._parser = _Parser()
+        self._transport: Any = None
+        self._waiting = False
+
+    def answered(self, answer: Answer) -> None:
+        """Takes the answer; `open` says whether the connection takes another request."""
+        raise NotImplementedError
+
+    def failed(self, error: Exception) -> None:
+        """Told that no answer will come."""
+        raise NotImplementedError
+
+    def lost(self) -> None:
+        """Told that the connection is gone, whether or not a request was on its way."""
+
+    def send(self, request: bytes) -> None:
+        """Sends a request; the one before it must have its answer."""
+        self._waiting = True
+        self._transport.write(request)
+
+    def abort(self) -> None:
+        """Ends the connection; nothing is told of a request on its way."""
+        self.open = self._waiting = False
+        if self._transport is not None:
+            self._transport.abort()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = transport
+        self.open = True
+
+    def data_received(self, data: bytes) -> None:
+        if not self._waiting:
+            self.abort()  # an answer to nothing
+            return
+        try:
+            answer = self._parser.feed(data)
+        except RequestError as error:
+            self.abort()
+            self.failed(error)
+            return
+        if answer is not None:
+            self._answer(answer)
+
+    def _answer(self, answer: Answer) -> None:
+        self._waiting = False
+        if not answer.keep_alive:
+            self.open = False
+            self._transport.close()
+        self.answered(answer)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.open = False
+        if self._waiting:
+            answer = self._parser.end() if exc is None else None
+            if answer is not None:
+                self._answer(answer)
+            else:
+                self._waiting = False
+                self.failed(exc or ConnectionResetError("the server closed the connection"))
+        self.lost()

@@ -1,0 +1,478 @@
+"""HTTP/1.1 on httptools (llhttp): bytes in, exchanges out, answers in order. It knows nothing of models.
+
+A connection parses requests, enforces every limit before it buffers, and hands each complete request to the handler
+as an `Exchange`. Answers may be given in any order and at any time; they leave in the order of the requests.
+
+Sources: RFC 9112 (HTTP/1.1 messages), RFC 9110 (semantics; 100-continue in section 10.1.1).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import math
+from collections import Counter, deque
+from collections.abc import Callable
+from time import monotonic
+from typing import Any
+
+import httptools
+
+from lepton_xla.serve.errors import RefusedError
+from lepton_xla.serve.http.exchange import Exchange, Head
+from lepton_xla.serve.http.limits import Limits
+from lepton_xla.serve.protocol.traceparent import take_out, valid
+
+_CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+_SINGLE = frozenset((b"inference-header-content-length", b"content-encoding", b"content-length", b"host"))
+_CACHED_HEADS = 512
+_CACHED_HEAD_BYTES = 2048
+_LINGER_S = 2.0
+# Unanswered requests of one connection, and bytes of their bodies, beyond which nothing more is read from it.
+_AHEAD = 64
+_AHEAD_BYTES = 1 << 20
+# Framing of a chunked body that is not data (sizes, extensions): what one chunk may cost on the wire.
+_CHUNK_OVERHEAD = 64
+
+
+@dataclasses.dataclass(slots=True)
+class Hub:
+    """What the connections of a server share.
+
+    Attributes:
+        handler: takes every complete request, on the event loop; must answer it sooner or later.
+        admit: told of a head before its body is read; raises `RefusedError` for one that may not bring any.
+        refused: told of errors answered that no handler saw, such as 400 for malformed HTTP.
+        limits: the bounds.
+        draining: set once for every connection to be closed by its next answer.
+        connections: those open.
+        addresses: how many of them come from each client address.
+        buffered_bytes: bodies that are arriving or not answered yet, of all connections.
+        heads: parsed heads by their bytes. Clients repeat them, and a hit costs a hundredth of a parse.
+    """
+
+    handler: Callable[[Exchange], None]
+    limits: Limits
+    admit: Callable[[Head], object] = lambda head: None
+    refused: Callable[[RefusedError], None] = lambda refusal: None
+    draining: bool = False
+    connections: set[Connection] = dataclasses.field(default_factory=set["Connection"])
+    addresses: Counter[str] = dataclasses.field(default_factory=Counter[str])
+    buffered_bytes: int = 0
+    heads: dict[bytes, Head] = dataclasses.field(default_factory=dict[bytes, Head])
+
+    @property
+    def in_flight(self) -> int:
+        """Requests that have no answer yet, or whose answer waits for one before it."""
+        return sum(connection.unanswered for connection in self.connections)
+
+    def figures(self) -> dict[str, float]:
+        """What `Metrics` shows of it."""
+        connections = len(self.connections)
+        return {"in_flight": self.in_flight, "connections": connections, "buffered_bytes": self.buffered_bytes}
+
+    def sweep(self, now: float) -> None:
+        """Enforces the time limits; called about once a second."""
+        for connection in tuple(self.connections):
+            connection.sweep(now)
+
+
+class Connection(asyncio.Protocol):
+    """One client connection."""
+
+    __slots__ = (
+        "_address", "_body", "_chunks", "_closing", "_complete", "_continue", "_deadline", "_fields", "_framing",
+        "_head", "_head_bytes", "_headers", "_hub", "_in_message", "_limits", "_messages", "_parser", "_paused_s",
+        "_pending", "_reading", "_stalled", "_target", "_trace", "_transport",
+    )  # fmt: skip
+
+    def __init__(self, hub: Hub) -> None:
+        self._hub = hub
+        self._limits = hub.limits
+        self._parser: Any = httptools.HttpRequestParser(self)
+        self._transport: Any = None
+        self._address = ""
+        self._pending: deque[Exchange] = deque()
+        self._closing = False
+        self._reading = True
+        self._paused_s = 0.0
+        self._stalled = math.inf
+        self._deadline = math.inf
+        self._in_message = False
+        self._continue = False
+        self._messages = 0
+        self._complete: Head | None = None
+        self._trace: bytes | None = None
+        self.on_message_begin()
+        self._in_message = False
+
+    # From the transport.
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = transport
+        hub, limits = self._hub, self._limits
+        hub.connections.add(self)
+        self._address = str((transport.get_extra_info("peername") or ("",))[0])
+        hub.addresses[self._address] += 1
+        self._deadline = monotonic() + limits.idle_timeout_s
+        if len(hub.connections) > limits.max_connections:
+            self._fail(RefusedError(503, "too many connections"))
+        elif hub.addresses[self._address] > limits.max_connections_per_address:
+            self._fail(RefusedError(503, "too many connections from this address"))
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        hub = self._hub
+        hub.connections.discard(self)
+        hub.addresses[self._address] -= 1
+        if not hub.addresses[self._address]:
+            del hub.addresses[self._address]
+        self._closing = True
+        self._forget_body()
+        for exchange in self._pending:
+            hub.buffered_bytes -= len(exchange.body)
+            exchange.abandon()
+        self._pending.clear()
+
+    def eof_received(self) -> None:
+        # Closing on this end too: a client that shuts its side down is taken to be gone, as in nginx.
+        self._closing = True
+
+    def pause_writing(self) -> None:
+        self._stalled = monotonic()
+        self._throttle()
+
+    def resume_writing(self) -> None:
+        self._stalled = math.inf
+        self._throttle()
+
+    def _throttle(self) -> None:
+        """Reads on only while the client reads too and not too much of its own is in hand."""
+        pending = self._pending
+        ahead = len(pending) > _AHEAD or (len(pending) > 1 and sum(len(each.body) for each in pending) > _AHEAD_BYTES)
+        reading = not ahead and self._stalled == math.inf
+        if reading != self._reading and not self._transport.is_closing():
+            self._reading = reading
+            if reading:
+                # The client could not send meanwhile, so its time stood still.
+                self._deadline += monotonic() - self._paused_s
+                self._transport.resume_reading()
+            else:
+                self._paused_s = monotonic()
+                self._transport.pause_reading()
+
+    def data_received(self, data: bytes) -> None:
+        if self._closing:
+            return
+        if self._in_message:
+            self._feed(data)
+            return
+        end = data.find(b"\r\n\r\n", 0, _CACHED_HEAD_BYTES)
+        if end < 0:
+            self._feed(data)
+            return
+        heads = self._hub.heads
+        head = heads.get(data[:end])
+        trace = None
+        if head is None:
+            taken = take_out(data[:end])
+            if taken is not None:
+                lines, trace = taken
+                data, end = lines + data[end:], len(lines)
+                head = heads.get(lines)
+        if head is not None and len(data) - end - 4 == head.content_length:
+            self._hub.buffered_bytes += head.content_length
+            self._dispatch(head, data[end + 4 :], trace)
+            return
+        self._trace = trace
+        self._feed(data)
+        if self._messages == 1 and not self._in_message and not self._closing:
+            self._remember(data, end)
+
+    def _feed(self, data: bytes) -> None:
+        began_before = self._in_message
+        self._messages = 0
+        try:
+            self._parser.feed_data(data)
+        except httptools.HttpParserError as error:
+            cause = error.__context__
+            if cause is not None and not isinstance(cause, RefusedError):
+                raise
+            self._fail(cause or RefusedError(400, "malformed HTTP request"))
+        else:
+            # llhttp holds back a field or a chunk extension until it is whole, where no callback sees it grow.
+            if began_before and self._in_message and not self._messages:
+                self._count(len(data))
+
+    def _count(self, size: int) -> None:
+        """Bounds the bytes of a message that are not its body."""
+        self._framing += size
+        if self._head is None:
+            if self._framing > self._limits.max_header_bytes:
+                self._fail(_header_refusal(self._limits))
+        elif self._framing > len(self._body) + self._chunks * _CHUNK_OVERHEAD + 2 * self._limits.max_header_bytes:
+            self._fail(RefusedError(400, "the chunked body has more framing than data"))
+
+    def _remember(self, data: bytes, end: int) -> None:
+        """Keeps the head of data that was exactly one request, with a body of the length its head says."""
+        head, heads = self._complete, self._hub.heads
+        if head is not None and len(data) - end - 4 == head.content_length:
+            if len(heads) >= _CACHED_HEADS:
+                heads.clear()
+            heads[data[:end]] = head
+
+    # From the parser.
+
+    def on_message_begin(self) -> None:
+        self._in_message = True
+        self._head: Head | None = None
+        self._target = b""
+        self._headers: dict[bytes, bytes] = {}
+        self._fields = 0
+        self._head_bytes = 0
+        self._framing = 0
+        self._body: bytes | bytearray = b""
+        self._chunks = 0
+        self._deadline = monotonic() + self._limits.head_timeout_s
+
+    def on_url(self, url: bytes) -> None:
+        self._target += url
+        self._grow_head(len(url))
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self._grow_head(len(name) + len(value) + 4)
+        if self._head is not None:
+            return  # a trailer: bounded, and of no interest
+        self._fields += 1
+        if self._fields > self._limits.max_headers:
+            raise RefusedError(431, f"more than {self._limits.max_headers} header fields")
+        name = name.lower()
+        headers = self._headers
+        if name in headers:
+            if name in _SINGLE:
+                raise RefusedError(400, f"header {name.decode('latin-1')} is given twice")
+            value = headers[name] + b", " + value
+        headers[name] = value
+
+    def _grow_head(self, size: int) -> None:
+        self._head_bytes += size
+        if self._head_bytes > self._limits.max_header_bytes:
+            raise _header_refusal(self._limits)
+
+    def on_headers_complete(self) -> None:
+        parser, headers = self._parser, self._headers
+        if parser.should_upgrade():
+            raise RefusedError(400, "upgrading the protocol is not supported")
+        old = parser.get_http_version() == "1.0"
+        head = Head(parser.get_method(), self._target, headers, parser.should_keep_alive(), old)
+        if b"transfer-encoding" in headers:
+            if headers[b"transfer-encoding"].lower() != b"chunked":
+                raise RefusedError(400, "the only transfer encoding supported is chunked")
+            head.content_length = -1
+        else:
+            head.content_length = int(headers.get(b"content-length", b"0"))
+            if head.content_length > self._limits.max_body_bytes:
+                raise _body_refusal(self._limits)
+        if b"host" not in headers and not old:
+            raise RefusedError(400, "the Host header is missing")
+        if head.content_length:
+            # Before the body: who may not ask cannot make the server hold one.
+            self._hub.admit(head)
+        self._head = head
+        self._framing = 0
+        self._head_bytes = 0
+        self._deadline = monotonic() + self._limits.body_timeout_s
+        if headers.get(b"expect", b"").lower() == b"100-continue" and not old:
+            self._continue = True
+            self._send_continue()
+
+    def _send_continue(self) -> None:
+        # Only once the answers before it are out, or it would be taken for one of them.
+        if self._continue and not self._pending:
+            self._continue = False
+            self._transport.write(_CONTINUE)
+
+    def on_chunk_header(self) -> None:
+        self._chunks += 1
+        if self._chunks > self._limits.max_chunks:
+            raise RefusedError(413, f"the body has more than {self._limits.max_chunks} chunks")
+
+    def on_body(self, data: bytes) -> None:
+        # One piece, not a list of them: an object a chunk would cost fifty times the bytes that it carries.
+        if not self._body:
+            self._body = data
+        elif type(self._body) is bytearray:
+            self._body += data
+        else:
+            self._body = bytearray(self._body) + data
+        hub = self._hub
+        hub.buffered_bytes += len(data)
+        if len(self._body) > self._limits.max_body_bytes:
+            raise _body_refusal(self._limits)
+        if hub.buffered_bytes > self._limits.max_buffered_bytes:
+            raise _buffer_refusal()
+
+    def _forget_body(self) -> None:
+        """Drops what arrived of a body that will not be handled."""
+        self._hub.buffered_bytes -= len(self._body)
+        self._body = b""
+
+    def on_message_complete(self) -> None:
+        head = self._complete = self._head
+        assert head is not None
+        self._in_message = False
+        self._continue = False
+        self._messages += 1
+        body, self._body = bytes(self._body), b""
+        trace, self._trace = self._trace, None
+        if trace is None and b"traceparent" in head.headers:
+            trace = valid(head.headers[b"traceparent"])
+        self._dispatch(head, body, trace)
+
+    # Exchanges.
+
+    def _dispatch(self, head: Head, body: bytes, trace: bytes | None) -> None:
+        hub = self._hub
+        if self._closing:
+            hub.buffered_bytes -= len(body)
+            return
+        if len(self._pending) >= self._limits.max_pipelined:
+            hub.buffered_bytes -= len(body)
+            self._fail(
+                RefusedError(400, f"more than {self._limits.max_pipelined} unanswered requests on one connection")
+            )
+            return
+        exchange = Exchange(self, head, body, monotonic())
+        if trace is not None:
+            exchange.trace = trace
+        self._pending.append(exchange)
+        self._deadline = math.inf
+        if not head.keep_alive:
+            self._closing = True
+        if len(self._pending) > 1:
+            self._throttle()
+        if hub.buffered_bytes > self._limits.max_buffered_bytes:
+            refusal = _buffer_refusal()
+            hub.refused(refusal)
+            exchange.refuse(refusal)
+            return
+        hub.handler(exchange)
+
+    def flush(self) -> None:
+        """Writes what is answered, as far as the order of the requests allows."""
+        pending = self._pending
+        if not pending:
+            return
+        while pending and (payload := pending[0].take_payload()) is not None:
+            exchange = pending.popleft()
+            head = exchange.head
+            self._hub.buffered_bytes -= len(exchange.body)
+            last = not head.keep_alive
+            if self._hub.draining and not self._in_message:
+                # What else may be on its way is not read: that this is the last answer tells the client so.
+                self._closing = True
+                last = last or not pending
+            if last:
+                payload = payload.replace(b"\r\n", b"\r\nConnection: close\r\n", 1)
+            elif head.old:
+                payload = payload.replace(b"\r\n", b"\r\nConnection: keep-alive\r\n", 1)
+            self._transport.write(payload)
+            if last:
+                self._finish(unread=not head.method or self._hub.draining)
+                return
+        if not self._reading:
+            self._throttle()
+        if not pending:
+            if self._in_message:
+                self._send_continue()
+            else:
+                self._deadline = monotonic() + self._limits.idle_timeout_s
+
+    def _fail(self, refusal: RefusedError) -> None:
+        """Answers a request that cannot be read, after the answers before it, and gives the connection up."""
+        if self._closing:
+            return
+        self._closing = True
+        self._forget_body()
+        self._hub.refused(refusal)
+        exchange = Exchange(self, Head(b"", b"", {}, keep_alive=False, old=False), b"", monotonic())
+        self._pending.append(exchange)
+        exchange.refuse(refusal)
+
+    def _finish(self, unread: bool) -> None:
+        self._closing = True
+        # TLS ends with a message of its own, after which what still comes in is thrown away.
+        if unread and self._transport.can_write_eof():
+            # Closing with unread bytes in the socket would reset the connection and could take the answer with it.
+            self._deadline = monotonic() + _LINGER_S
+            self._transport.write_eof()
+        else:
+            self._transport.close()
+
+    def abandoned(self) -> None:
+        """Nothing is to be done: whoever calls this knows."""
+
+    # For whoever stops the server.
+
+    @property
+    def unanswered(self) -> int:
+        """Requests that are read and whose answers are not written."""
+        return len(self._pending)
+
+    @property
+    def owing(self) -> bool:
+        """Whether a request that is read has no answer, or one that has not left the process."""
+        return bool(self._pending) or self._transport.get_write_buffer_size() > 0
+
+    def quiet_s(self, now: float) -> float:
+        """Seconds since the last answer, or since it was opened; -1 while a request is read or answered."""
+        if self._pending or self._in_message or self._closing:
+            return -1.0
+        return now - (self._deadline - self._limits.idle_timeout_s)
+
+    def fileno(self) -> int:
+        """Number of its socket."""
+        return self._transport.get_extra_info("socket").fileno()
+
+    def end(self) -> None:
+        """Closes a quiet connection."""
+        self._finish(unread=False)
+
+    def give_up(self, refusal: RefusedError) -> None:
+        """Answers with an error what has no answer yet, and closes."""
+        if self._in_message:
+            self._fail(refusal)
+        for exchange in tuple(self._pending):
+            cancel = exchange.on_cancel
+            if not exchange.answered:
+                self._hub.refused(refusal)
+                exchange.refuse(refusal)
+            if cancel is not None:
+                cancel()
+        if not self._closing:
+            self.end()
+
+    def abort(self) -> None:
+        """Ends the connection without waiting for anything."""
+        self._transport.abort()
+
+    def sweep(self, now: float) -> None:
+        """Ends the connection if a time limit has passed."""
+        if now - self._stalled > self._limits.write_timeout_s or (self._closing and now >= self._deadline):
+            self._transport.abort()
+        elif now >= self._deadline and (self._reading or not self._in_message):
+            if self._in_message:
+                self._fail(RefusedError(408, "the request did not arrive in time"))
+            else:
+                self._finish(unread=False)
+
+
+def _header_refusal(limits: Limits) -> RefusedError:
+    return RefusedError(431, f"the request line and header fields exceed {limits.max_header_bytes} bytes")
+
+
+def _buffer_refusal() -> RefusedError:
+    return RefusedError(503, "the server holds as many request bodies as it may")
+
+
+def _body_refusal(limits: Limits) -> RefusedError:
+    return RefusedError(413, f"the body exceeds {limits.max_body_bytes} bytes")

@@ -1,0 +1,178 @@
+"""Stopping without losing a request.
+
+A load balancer needs seconds to notice that a server is no longer ready, and a client that keeps a connection may be
+sending on it just as it is closed. So the order is: readiness says no, while connections are still taken and every
+answer asks the client to close its own; then no new connections, and what was accepted is answered; connections that
+nobody uses are closed last, and only if nothing has arrived on them. Source for the states: Kubernetes' termination of
+pods, where endpoints are removed at the same time as SIGTERM is sent, not before.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import select
+import signal
+import socket
+from collections.abc import Callable, Iterable
+from time import monotonic
+from typing import Any, Protocol
+
+from lepton_xla.serve.errors import RefusedError
+from lepton_xla.serve.http.connection import Connection, Hub
+
+_log = logging.getLogger("lepton_xla.serve")
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_TICK_S = 0.005
+# A connection whose last answer is younger than this is in use: its next request, and with it the answer that closes
+# it in order, is probably on its way.
+_QUIET_S = 0.5
+# For the answers that are left at the end, which say that there will be none, to leave the process.
+_PARTING_S = 0.1
+
+
+class Stop:
+    """Whether a stop is asked for, and whether it must not wait for anything.
+
+    Attributes:
+        asked: set once the server should stop.
+        hurried: set once it should do so at once.
+        warming: whether the model is being warmed up, which cannot be interrupted.
+    """
+
+    def __init__(self) -> None:
+        self.asked = asyncio.Event()
+        self.hurried = asyncio.Event()
+        self.warming = True
+
+    def listen(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Takes SIGTERM and SIGINT: the first asks, the second hurries, a third ends the process."""
+        for number in _SIGNALS:
+            loop.add_signal_handler(number, self._signal, loop)
+
+    def _signal(self, loop: asyncio.AbstractEventLoop) -> None:
+        if self.asked.is_set():
+            self.hurried.set()
+        self.asked.set()
+        if self.hurried.is_set() or self.warming:
+            for number in _SIGNALS:
+                loop.remove_signal_handler(number)
+                signal.signal(number, signal.SIG_DFL)
+
+    async def hurried_in(self, seconds: float) -> bool:
+        """Waits so long, or until the stop is hurried; gives whether it is."""
+        try:
+            await asyncio.wait_for(self.hurried.wait(), seconds)
+        except TimeoutError:
+            return False
+        return True
+
+
+class Closable(Protocol):
+    """Where connections come in."""
+
+    async def close(self) -> None:
+        """Lets in those that wait there, and no more."""
+        ...
+
+
+class Entrance:
+    """Where connections come in, until it is closed.
+
+    Args:
+        hub: what they share.
+        listener: a bound socket.
+        backlog: connections that may wait to be taken.
+        tls: what the event loop has to be told to speak TLS.
+    """
+
+    def __init__(self, hub: Hub, listener: socket.socket, backlog: int, tls: dict[str, Any]) -> None:
+        self._make: Callable[[], Connection] = lambda: Connection(hub)
+        self._listener = listener
+        self._backlog = backlog
+        self._tls = tls
+        self._late: set[asyncio.Task[Any]] = set()
+
+    async def open(self) -> None:
+        """Listens."""
+        # A duplicate, because the event loop closes the one that it is given.
+        self._server: asyncio.Server = await asyncio.get_running_loop().create_server(
+            self._make, sock=self._listener.dup(), backlog=self._backlog, **self._tls
+        )
+
+    async def close(self) -> None:
+        """Takes the connections that the kernel has accepted already, and no more."""
+        self._server.close()
+        loop = asyncio.get_running_loop()
+        self._listener.setblocking(False)
+        # Closing the socket with connections waiting at it would reset them.
+        for accepted in _accept_all(self._listener):
+            task = loop.create_task(self._take(accepted))
+            self._late.add(task)
+            task.add_done_callback(self._late.discard)
+        self._listener.close()
+        await asyncio.sleep(0)
+
+    async def _take(self, accepted: socket.socket) -> None:
+        try:
+            await asyncio.get_running_loop().connect_accepted_socket(self._make, accepted, **self._tls)
+        except OSError:
+            accepted.close()  # gone, or not TLS
+
+
+def _accept_all(listener: socket.socket) -> Iterable[socket.socket]:
+    while True:
+        try:
+            yield listener.accept()[0]
+        except ConnectionAbortedError:
+            continue
+        except OSError:
+            return
+
+
+async def drain(hub: Hub, entrance: Closable, stop: Stop, lame_duck_s: float, timeout_s: float) -> bool:
+    """Stops a server; readiness must say no already.
+
+    Args:
+        hub: the connections.
+        entrance: where they come in.
+        stop: may hurry it.
+        lame_duck_s: how long connections are still taken, and idle ones kept.
+        timeout_s: how long after that answers are waited for.
+
+    Returns:
+        Whether everything accepted was answered.
+    """
+    hub.draining = True
+    _log.info("stopping: %d connections open, %d requests in hand", len(hub.connections), hub.in_flight)
+    await stop.hurried_in(lame_duck_s)
+    await entrance.close()
+    deadline = monotonic() + timeout_s
+    while hub.connections and monotonic() < deadline and not stop.hurried.is_set():
+        _close_quiet(hub, monotonic())
+        await asyncio.sleep(_TICK_S)
+    owing = sum(connection.owing for connection in hub.connections)
+    for connection in tuple(hub.connections):
+        connection.give_up(RefusedError(503, "the server has stopped"))
+    if hub.connections:
+        await asyncio.sleep(_PARTING_S)
+    if owing:
+        _log.warning("stopped with %d connections that wait for an answer", owing)
+    else:
+        _log.info("stopped; everything accepted was answered")
+    return not owing
+
+
+def _close_quiet(hub: Hub, now: float) -> None:
+    """Closes the connections that nobody has used for a while, unless a request lies unread in their sockets."""
+    quiet = {each.fileno(): each for each in tuple(hub.connections) if each.quiet_s(now) >= _QUIET_S}
+    if not quiet:
+        return
+    poll = select.poll()
+    for number in quiet:
+        poll.register(number, select.POLLIN)
+    for number, _ in poll.poll(0):
+        del quiet[number]
+    for connection in quiet.values():
+        connection.end()

@@ -1,0 +1,301 @@
+"""What the server counts, cheaply enough for the hot path, shown in Prometheus' text format when scraped.
+
+`prometheus_client`'s own counters take a lock and a label lookup for each event. Here events are plain integers on
+the event loop, and a collector turns them into metric families at scrape time. Labels are the model's name and version
+and HTTP status codes, so their number is bounded whatever clients send. Triton's names for the same figures follow
+after ours, so that dashboards made for it work.
+"""
+
+from __future__ import annotations
+
+import time
+from bisect import bisect_left
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from prometheus_client import CollectorRegistry, ProcessCollector, exposition
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from lepton_xla.serve.observe import triton_metrics
+
+CONTENT_TYPE = exposition.CONTENT_TYPE_LATEST
+
+_SECONDS = (1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0)
+_ROWS = tuple(float(2**power) for power in range(13))
+_SHARES = tuple(eighth / 8 for eighth in range(8))
+_BYTES = tuple(float(4**power) for power in range(3, 14))
+_MOST_SIZES = 256
+
+_GAUGES = {
+    "queue_rows": "Rows waiting now.",
+    "queue_requests": "Inferences waiting now.",
+    "in_flight": "HTTP requests that have no answer yet.",
+    "connections": "Connections open now.",
+    "buffered_bytes": "Bodies of requests that are arriving or have no answer yet.",
+}
+_PROCESS = ProcessCollector(registry=None)
+# Of a server in several processes the sum is shown.
+_PROCESS_SUMS = frozenset(
+    f"process_{name}" for name in ("cpu_seconds_total", "resident_memory_bytes", "virtual_memory_bytes", "open_fds")
+)
+
+
+class Histogram:
+    """Counts of values by upper bound, and their sum."""
+
+    __slots__ = ("bounds", "counts", "total")
+
+    def __init__(self, bounds: Sequence[float]) -> None:
+        self.bounds = tuple(bounds)
+        self.counts = [0] * (len(bounds) + 1)
+        self.total = 0.0
+
+    def observe(self, value: float, times: int = 1) -> None:
+        """Adds one value, or several equal ones."""
+        self.counts[bisect_left(self.bounds, value)] += times
+        self.total += value * times
+
+    @property
+    def count(self) -> int:
+        """How many values were added."""
+        return sum(self.counts)
+
+    def cumulative(self) -> list[tuple[str, float]]:
+        """Prometheus buckets: upper bound -> values at or under it."""
+        running = 0
+        buckets: list[tuple[str, float]] = []
+        for bound, count in zip((*map(repr, self.bounds), "+Inf"), self.counts, strict=True):
+            running += count
+            buckets.append((bound, float(running)))
+        return buckets
+
+
+def added(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+    """The sum of what two processes have counted; of times of day the later."""
+    total = dict(one)
+    for name, value in other.items():
+        before = total.get(name)
+        if before is None:
+            total[name] = value
+        elif isinstance(value, Mapping):
+            total[name] = added(before, value)
+        elif isinstance(value, list):
+            total[name] = [x + y for x, y in zip(before, value, strict=True)]
+        else:
+            total[name] = max(before, value) if name == "last_s" else before + value
+    return total
+
+
+class Metrics(Collector):
+    """Counters of one server.
+
+    Args:
+        model: its name on the wire.
+        version: its version.
+
+    Attributes:
+        codes: HTTP answers by status.
+        failures: inferences that got 500 because their batch failed, alone too.
+        rejected: inferences refused for load: queue full, or a deadline that cannot be met behind others.
+        expired: inferences whose deadline passed, or is shorter than running them takes.
+        cancelled: inferences whose client went away first.
+        rows: real rows executed.
+        padding: padding rows executed.
+        failed_batches: executions that failed; they count nowhere else.
+        request_s: seconds from a whole request to its answer.
+        queue_s: seconds from a whole request to the start of its (first) batch.
+        compute_s: seconds of an execution, copying rows into staging arrays included.
+        batch_rows: real rows of an execution.
+        padding_share: padding rows of an execution, as a share of all its rows.
+        request_bytes, response_bytes: body of an infer request, and its answer with header fields.
+        input_s, infer_s, output_s: seconds that inferences spent in copying rows in, in execution, and from there to
+            their answers; a batch of eight requests counts eight times.
+        last_s: when the last batch finished, seconds since the epoch.
+        by_size: executions, their seconds of copying in and of computing, by compiled batch size.
+        now: figures that go up and down, as last looked at.
+        look: called before figures are shown, to bring `now` up to date.
+        ready: whether the server takes requests.
+        live: whether it is worth keeping; false where only a new process would help.
+    """
+
+    def __init__(self, model: str, version: str = "1") -> None:
+        self.model = model
+        self.version = version
+        self.codes: Counter[int] = Counter()
+        self.failures = self.rejected = self.expired = self.cancelled = 0
+        self.rows = self.padding = self.failed_batches = 0
+        self.ready = False
+        self.live = True
+        self.request_s = Histogram(_SECONDS)
+        self.queue_s = Histogram(_SECONDS)
+        self.compute_s = Histogram(_SECONDS)
+        self.batch_rows = Histogram(_ROWS)
+        self.padding_share = Histogram(_SHARES)
+        self.request_bytes = Histogram(_BYTES)
+        self.response_bytes = Histogram(_BYTES)
+        self.input_s = self.infer_s = self.output_s = 0.0
+        self.last_s = 0.0
+        self.by_size: dict[int, tuple[int, float, float]] = {}
+        self._sizes: defaultdict[tuple[int, int], int] = defaultdict(int)
+        self.now = dict.fromkeys(_GAUGES, 0.0)
+        self.look: Callable[[], object] | None = self._look_at_process
+        self._registry = CollectorRegistry()
+        self._registry.register(self)
+
+    @property
+    def requests(self) -> int:
+        """Inferences answered with a result."""
+        return self.request_s.count
+
+    def _look_at_process(self) -> None:
+        for family in _PROCESS.collect():
+            self.now |= {each.name: each.value for each in family.samples if each.name in _PROCESS_SUMS}
+
+    def watch(self, read: Callable[[], Mapping[str, float]]) -> None:
+        """Has figures of `now` read just before they are shown."""
+
+        def look() -> None:
+            self._look_at_process()
+            self.now |= read()
+
+        self.look = look
+
+    def counts(self) -> dict[str, Any]:
+        """What was counted so far, as plain data that another process may add to its own with `plus`.
+
+        Of a process that is gone, all but "now" still counts.
+        """
+        self._bring_up_to_date()
+        plain: dict[str, Any] = {}
+        for name, value in vars(self).items():
+            if isinstance(value, Histogram):
+                plain[name] = [*value.counts, value.total]
+            elif isinstance(value, int | float) and not isinstance(value, bool):
+                plain[name] = value
+        return plain | {
+            "codes": {str(code): count for code, count in self.codes.items()},
+            "by_size": {str(size): list(each) for size, each in self.by_size.items()},
+            "now": dict(self.now),
+        }
+
+    def plus(self, counts: Mapping[str, Any]) -> Metrics:
+        """What was counted here and elsewhere, of a server in several processes.
+
+        Args:
+            counts: from `counts`, or the sum of several by `added`.
+        """
+        total = Metrics(self.model, self.version)
+        total.ready, total.live, total.look = self.ready, self.live, None
+        for name, value in added(self.counts(), counts).items():
+            if name == "codes":
+                total.codes = Counter({int(code): count for code, count in value.items()})
+            elif name == "by_size":
+                total.by_size = {int(size): tuple(each) for size, each in value.items()}
+            elif isinstance(value, list):
+                histogram: Histogram = getattr(total, name)
+                *histogram.counts, histogram.total = value
+            else:
+                setattr(total, name, value)
+        return total
+
+    def answered(self, seconds: float, request_bytes: int, response_bytes: int) -> None:
+        """Counts an inference answered with its result."""
+        self.codes[200] += 1
+        self.request_s.observe(seconds)
+        # Requests are alike, and so are answers: counting them together takes half as long as two histograms.
+        sizes = self._sizes
+        sizes[request_bytes, response_bytes] += 1
+        if len(sizes) >= _MOST_SIZES:
+            self._count_sizes()
+
+    def _count_sizes(self) -> None:
+        sizes, self._sizes = self._sizes, defaultdict(int)
+        for (request_bytes, response_bytes), times in sizes.items():
+            self.request_bytes.observe(request_bytes, times)
+            self.response_bytes.observe(response_bytes, times)
+
+    def _bring_up_to_date(self) -> None:
+        self._count_sizes()
+        if self.look is not None:
+            self.look()
+
+    def batch(self, rows: int, size: int, staging_s: float, compute_s: float, requests: int = 1) -> None:
+        """Counts one execution.
+
+        Args:
+            rows: real rows.
+            size: rows with padding.
+            staging_s: seconds of copying rows in.
+            compute_s: seconds of all of it.
+            requests: how many inferences had a part in it.
+        """
+        self.rows += rows
+        self.padding += size - rows
+        self.batch_rows.observe(rows)
+        self.padding_share.observe((size - rows) / size)
+        self.compute_s.observe(compute_s)
+        self.input_s += staging_s * requests
+        self.infer_s += (compute_s - staging_s) * requests
+        self.last_s = time.time()
+        count, staging, computing = self.by_size.get(size, (0, 0.0, 0.0))
+        self.by_size[size] = (count + 1, staging + staging_s, computing + compute_s - staging_s)
+
+    def collect(self) -> Iterable[Metric]:
+        """The metric families; called by the registry."""
+        codes = CounterMetricFamily("lepton_http_responses", "HTTP answers by status code.", labels=["code"])
+        for code, count in sorted(self.codes.items()):
+            codes.add_metric([str(code)], count)
+        yield codes
+        for name, text, value in (
+            ("lepton_inference_requests", "Inferences answered with a result.", self.requests),
+            ("lepton_inference_failures", "Inferences that failed in execution.", self.failures),
+            ("lepton_inference_rejected", "Inferences refused for load.", self.rejected),
+            ("lepton_inference_expired", "Inferences whose deadline could not be met.", self.expired),
+            ("lepton_inference_cancelled", "Inferences whose client went away first.", self.cancelled),
+            ("lepton_rows", "Rows executed, padding not counted.", self.rows),
+            ("lepton_padding_rows", "Padding rows executed.", self.padding),
+            ("lepton_batches", "Executions.", self.batch_rows.count),
+            ("lepton_failed_batches", "Executions that failed.", self.failed_batches),
+        ):
+            counter = CounterMetricFamily(name, text, labels=["model"])
+            counter.add_metric([self.model], value)
+            yield counter
+        gauges = [(f"lepton_{name}", text, self.now[name]) for name, text in _GAUGES.items()]
+        for name, text, value in (
+            *gauges,
+            ("lepton_ready", "1 while the server takes requests.", self.ready),
+            ("lepton_live", "0 if only a new process would help.", self.live),
+        ):
+            gauge = GaugeMetricFamily(name, text, labels=["model"])
+            gauge.add_metric([self.model], float(value))
+            yield gauge
+        costs = GaugeMetricFamily(
+            "lepton_cost_seconds", "What one execution is predicted to take.", labels=["model", "shape", "batch"]
+        )
+        for name, value in self.now.items():
+            if name.startswith("cost_s "):
+                costs.add_metric([self.model, *name.split(" ")[1:]], value)
+        if costs.samples:
+            yield costs
+        for name, text, histogram in (
+            ("lepton_request_seconds", "From a whole request to its answer.", self.request_s),
+            ("lepton_queue_seconds", "From a whole request to the start of its batch.", self.queue_s),
+            ("lepton_compute_seconds", "One execution.", self.compute_s),
+            ("lepton_batch_rows", "Real rows of one execution.", self.batch_rows),
+            ("lepton_padding_share", "Padding rows of one execution as a share of its rows.", self.padding_share),
+            ("lepton_request_bytes", "Body of an infer request.", self.request_bytes),
+            ("lepton_response_bytes", "Answer to an infer request, header fields included.", self.response_bytes),
+        ):
+            family = HistogramMetricFamily(name, text, labels=["model"])
+            family.add_metric([self.model], histogram.cumulative(), histogram.total)
+            yield family
+        for family in _PROCESS.collect():
+            family.samples = [each._replace(value=self.now.get(each.name, each.value)) for each in family.samples]
+            yield family
+
+    def render(self) -> bytes:
+        """Prometheus' text exposition format."""
+        self._bring_up_to_date()
+        return exposition.generate_latest(self._registry) + triton_metrics.render(self)

@@ -1,0 +1,121 @@
+"""Requests that somebody wants to know more of: one in so many for the access log, and those that are traced.
+
+What is not watched costs nothing: a server that watches no requests uses `App` itself, and of a watched one only the
+answers' way out is led through here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from time import monotonic
+from typing import Protocol
+
+from lepton_xla.serve.app import App, InferCall
+from lepton_xla.serve.batching.scheduler import Times
+from lepton_xla.serve.http.exchange import Answers, Exchange
+from lepton_xla.serve.observe.refusals import template_of
+from lepton_xla.serve.protocol.wire import InferRequest
+
+GONE = 499
+"""Status of a request whose client went away before the answer; nginx' number for it."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Seen:
+    """A request that is over. Times are of the monotonic clock, in seconds.
+
+    Attributes:
+        exchange: request and answer.
+        route: its path with the names of parameters in it.
+        status: of the answer.
+        answer_bytes: of the whole answer.
+        ended_s: when it was given.
+        request: what came, of an infer request that could be read.
+        times: of the batch that it ran in, the last one if there were several; None where it is not known.
+    """
+
+    exchange: Exchange
+    route: str
+    status: int
+    answer_bytes: int
+    ended_s: float
+    request: InferRequest | None
+    times: Times | None
+
+
+class Observer(Protocol):
+    """Wants to know of some requests."""
+
+    def wants(self, exchange: Exchange) -> bool:
+        """Whether of this one; asked of every request, so it must be cheap."""
+        ...
+
+    def saw(self, seen: Seen) -> None:
+        """Told of one that it wanted, before the answer goes out."""
+        ...
+
+
+class Tap:
+    """Stands between a watched request and its connection.
+
+    Attributes:
+        request: what came, once it is read.
+        times: of its batch, once it has run.
+    """
+
+    __slots__ = ("_connection", "_exchange", "_observers", "request", "times")
+
+    def __init__(self, exchange: Exchange, observers: Sequence[Observer]) -> None:
+        self._exchange = exchange
+        self._observers = observers
+        self._connection: Answers = exchange.redirect(self)
+        self.request: InferRequest | None = None
+        self.times: Times | None = None
+
+    def flush(self) -> None:
+        """The answer is there."""
+        payload = self._exchange.payload or b""
+        self._end(int(payload[9:12]), len(payload))
+        self._connection.flush()
+
+    def abandoned(self) -> None:
+        """The client went away."""
+        self._end(GONE, 0)
+
+    def _end(self, status: int, answer_bytes: int) -> None:
+        exchange = self._exchange
+        exchange.redirect(self._connection)
+        seen = Seen(
+            exchange, template_of(exchange.head), status, answer_bytes, monotonic(), self.request, self.times
+        )  # fmt: skip
+        for observer in self._observers:
+            observer.saw(seen)
+
+
+class ObservedApp(App):
+    """An app some of whose requests are watched."""
+
+    observers: Sequence[Observer] = ()
+
+    def __call__(self, exchange: Exchange) -> None:
+        """Handles one request; whatever happens it is answered."""
+        observers: list[Observer] | None = None
+        for observer in self.observers:
+            if observer.wants(exchange):
+                observers = [*(observers or ()), observer]
+        if observers:
+            Tap(exchange, observers)
+        super().__call__(exchange)
+
+    def _submit(self, exchange: Exchange, accepted: str | None, request: InferRequest) -> None:
+        tap = exchange.connection
+        if isinstance(tap, Tap):
+            tap.request = request
+        super()._submit(exchange, accepted, request)
+
+    def _send(self, call: InferCall, payload: bytes) -> None:
+        tap = call.exchange.connection
+        if isinstance(tap, Tap):
+            tap.times = call.times
+        super()._send(call, payload)

@@ -1,0 +1,334 @@
+"""What the server says about itself and its model: the documents of every route but infer.
+
+Each is a type, so that the answers and the OpenAPI document cannot differ. Sources: Open Inference Protocol v2
+(metadata, health), Triton's extensions for model configuration, statistics, repository, logging and trace.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import logging
+from typing import Annotated, Any, Literal
+
+import msgspec
+
+from lepton_xla.serve.errors import RefusedError
+from lepton_xla.serve.observe.metrics import Histogram, Metrics
+from lepton_xla.serve.protocol.datatypes import DATATYPES
+from lepton_xla.serve.protocol.signature import Signature, Tensor
+
+SERVER_NAME = "lepton_xla"
+# Only what works whole: the repository can be listed but not loaded from, settings can be read but not changed.
+EXTENSIONS = ("binary_tensor_data", "classification", "model_configuration", "schedule_policy", "statistics")
+
+_LOGGER = logging.getLogger("lepton_xla")
+# Bodies of requests that are not for inference are a few settings.
+_SMALL_BODY = 1 << 16
+
+type Size = Annotated[int, msgspec.Meta(ge=0)]
+type Dims = Annotated[list[int], msgspec.Meta(description="-1 is a dimension that varies.")]
+type DatatypeName = Annotated[str, msgspec.Meta(extra_json_schema={"enum": list(DATATYPES)})]
+
+
+class ErrorMessage(msgspec.Struct, frozen=True):
+    """The body of every answer that is not a success."""
+
+    error: str
+
+
+class ServerLive(msgspec.Struct, frozen=True):
+    """The process answers."""
+
+    live: bool
+
+
+class ServerReady(msgspec.Struct, frozen=True):
+    """Whether infer requests are taken; `live` is there because the protocol's text calls the field so."""
+
+    ready: bool
+    live: bool
+
+
+class ServerMetadata(msgspec.Struct, frozen=True):
+    """What the server is."""
+
+    name: str
+    version: str
+    extensions: tuple[str, ...]
+
+
+class ModelReady(msgspec.Struct, frozen=True):
+    """Whether a model takes infer requests."""
+
+    name: str
+    ready: bool
+
+
+class TensorMetadata(msgspec.Struct, frozen=True):
+    """An input or output, batch dimension included."""
+
+    name: str
+    datatype: DatatypeName
+    shape: Dims
+
+
+class ModelMetadata(msgspec.Struct, frozen=True):
+    """What a model takes and gives."""
+
+    name: str
+    versions: list[str]
+    platform: str
+    inputs: list[TensorMetadata]
+    outputs: list[TensorMetadata]
+
+
+class TensorConfig(msgspec.Struct, frozen=True):
+    """An input or output as Triton's model configuration writes it, without the batch dimension."""
+
+    name: str
+    data_type: Annotated[str, msgspec.Meta(pattern="^TYPE_")]
+    dims: Dims
+
+
+class InputConfig(TensorConfig, frozen=True):
+    """An input, which Triton gives a format too: the order of an image's dimensions, where it knows it."""
+
+    format: str = "FORMAT_NONE"
+
+
+class DynamicBatching(msgspec.Struct, frozen=True):
+    """How requests are put together."""
+
+    preferred_batch_size: tuple[int, ...]
+    max_queue_delay_microseconds: Size
+
+
+class VersionPolicy(msgspec.Struct, frozen=True):
+    """Which versions are served."""
+
+    specific: dict[str, list[str]]
+
+
+class ModelConfig(msgspec.Struct, frozen=True):
+    """Triton's model configuration, as far as it means something here."""
+
+    name: str
+    platform: str
+    backend: str
+    version_policy: VersionPolicy
+    max_batch_size: Annotated[int, msgspec.Meta(ge=0, description="0: requests are never put together.")]
+    input: list[InputConfig]
+    output: list[TensorConfig]
+    dynamic_batching: DynamicBatching | msgspec.UnsetType = msgspec.UNSET
+
+
+class Duration(msgspec.Struct, frozen=True):
+    """How often, and nanoseconds of it all."""
+
+    count: Size
+    ns: Size
+
+
+class InferStatistics(msgspec.Struct, frozen=True):
+    """Where the time of infer requests went."""
+
+    success: Duration
+    fail: Duration
+    queue: Duration
+    compute_input: Duration
+    compute_infer: Duration
+    compute_output: Duration
+    cache_hit: Duration
+    cache_miss: Duration
+
+
+class BatchStatistics(msgspec.Struct, frozen=True):
+    """Executions of one compiled size."""
+
+    batch_size: int
+    compute_input: Duration
+    compute_infer: Duration
+    compute_output: Duration
+
+
+class ModelStatistics(msgspec.Struct, frozen=True):
+    """The statistics of one model; every figure only ever grows."""
+
+    name: str
+    version: str
+    last_inference: Annotated[int, msgspec.Meta(ge=0, description="Milliseconds since 1970; 0: none yet.")]
+    inference_count: Annotated[int, msgspec.Meta(ge=0, description="Rows, padding not counted.")]
+    execution_count: Size
+    inference_stats: InferStatistics
+    batch_stats: list[BatchStatistics]
+    memory_usage: list[dict[str, Any]]
+    response_stats: dict[str, Any]
+
+
+class Statistics(msgspec.Struct, frozen=True):
+    """The statistics of every model asked for."""
+
+    model_stats: list[ModelStatistics]
+
+
+class IndexRequest(msgspec.Struct, frozen=True):
+    """What to list of the repository."""
+
+    ready: Annotated[bool, msgspec.Meta(description="Whether to list ready models only.")] = False
+
+
+class IndexEntry(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A model of the repository."""
+
+    name: str
+    version: str
+    state: Literal["READY", "UNAVAILABLE", "LOADING", "UNLOADING"]
+    reason: str = ""
+
+
+class LogSettings(msgspec.Struct, frozen=True):
+    """What is logged, to stderr."""
+
+    log_file: str
+    log_info: bool
+    log_warning: bool
+    log_error: bool
+    log_verbose_level: int
+    log_format: str
+
+
+class TraceSettings(msgspec.Struct, frozen=True):
+    """Triton's traces to files, of which there are none: `traceparent` headers carry traces on instead."""
+
+    trace_file: str
+    trace_level: tuple[str, ...]
+    trace_rate: str
+    trace_count: str
+    log_frequency: str
+
+
+def server_metadata(name: str) -> ServerMetadata:
+    """The answer to `GET /v2`."""
+    return ServerMetadata(name, importlib.metadata.version("lepton-xla"), EXTENSIONS)
+
+
+def model_metadata(signature: Signature) -> ModelMetadata:
+    """The answer to `GET /v2/models/{model}`."""
+
+    def described(tensors: tuple[Tensor, ...]) -> list[TensorMetadata]:
+        return [TensorMetadata(tensor.name, tensor.datatype.name, _dims(tensor)) for tensor in tensors]
+
+    return ModelMetadata(
+        name=signature.name,
+        versions=[signature.version],
+        platform="jax_xla",
+        inputs=described(signature.inputs),
+        outputs=described(signature.outputs),
+    )
+
+
+def model_config(signature: Signature, max_delay_s: float) -> ModelConfig:
+    """The answer to `GET /v2/models/{model}/config`."""
+    skip = 0 if signature.batch is None else 1
+
+    def described[T: TensorConfig](kind: type[T], tensors: tuple[Tensor, ...]) -> list[T]:
+        return [kind(tensor.name, f"TYPE_{tensor.datatype.name}", _dims(tensor)[skip:]) for tensor in tensors]
+
+    batching: DynamicBatching | msgspec.UnsetType = msgspec.UNSET
+    if signature.batch is not None:
+        batching = DynamicBatching(signature.ladder, round(max_delay_s * 1e6))
+    return ModelConfig(
+        name=signature.name,
+        platform="jax_xla",
+        backend=SERVER_NAME,
+        version_policy=VersionPolicy({"versions": [signature.version]}),
+        max_batch_size=0 if signature.batch is None else signature.ladder[-1],
+        input=described(InputConfig, signature.inputs),
+        output=described(TensorConfig, signature.outputs),
+        dynamic_batching=batching,
+    )
+
+
+def statistics(signature: Signature, metrics: Metrics) -> Statistics:
+    """The answer to `GET /v2/models/{model}/stats`."""
+    none = _duration(0, 0.0)
+    batches, requests = metrics.batch_rows.count, metrics.requests
+    inference = InferStatistics(
+        success=_total(metrics.request_s),
+        fail=_duration(metrics.failures, 0.0),
+        queue=_total(metrics.queue_s),
+        compute_input=_duration(requests, metrics.input_s),
+        compute_infer=_duration(requests, metrics.infer_s),
+        compute_output=_duration(requests, metrics.output_s),
+        cache_hit=none,
+        cache_miss=none,
+    )
+    sizes = [
+        BatchStatistics(size, _duration(count, copying), _duration(count, computing), compute_output=none)
+        for size, (count, copying, computing) in sorted(metrics.by_size.items())
+    ]
+    model = ModelStatistics(
+        name=signature.name,
+        version=signature.version,
+        last_inference=int(metrics.last_s * 1e3),
+        inference_count=metrics.rows,
+        execution_count=batches,
+        inference_stats=inference,
+        batch_stats=sizes,
+        memory_usage=[],
+        response_stats={},
+    )
+    return Statistics([model])
+
+
+def repository_index(signature: Signature, ready: bool, body: bytes) -> list[IndexEntry]:
+    """The answer to `POST /v2/repository/index`.
+
+    Args:
+        signature: the model's.
+        ready: whether it takes requests.
+        body: an `IndexRequest`, or nothing.
+
+    Raises:
+        RefusedError: 400 for another body, 413 for one far too large.
+    """
+    if len(body) > _SMALL_BODY:
+        raise RefusedError(413, f"the body of this request may have {_SMALL_BODY} bytes")
+    try:
+        asked = msgspec.json.decode(body, type=IndexRequest) if body.strip() else IndexRequest()
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise RefusedError(400, 'the body must be empty or an object such as {"ready": true}') from error
+    if asked.ready and not ready:
+        return []
+    if ready:
+        return [IndexEntry(signature.name, signature.version, "READY")]
+    return [IndexEntry(signature.name, signature.version, "UNAVAILABLE", "it takes no requests now")]
+
+
+def log_settings() -> LogSettings:
+    """The answer to `GET /v2/logging`."""
+    return LogSettings(
+        log_file="",
+        log_info=_LOGGER.isEnabledFor(logging.INFO),
+        log_warning=_LOGGER.isEnabledFor(logging.WARNING),
+        log_error=_LOGGER.isEnabledFor(logging.ERROR),
+        log_verbose_level=int(_LOGGER.isEnabledFor(logging.DEBUG)),
+        log_format="ISO8601",
+    )
+
+
+def trace_settings() -> TraceSettings:
+    """The answer to `GET /v2/trace/setting`."""
+    return TraceSettings(trace_file="", trace_level=("OFF",), trace_rate="0", trace_count="0", log_frequency="0")
+
+
+def _dims(tensor: Tensor) -> list[int]:
+    return [-1 if isinstance(dim, str) else dim for dim in tensor.shape]
+
+
+def _duration(count: int, seconds: float) -> Duration:
+    return Duration(count, round(seconds * 1e9))
+
+
+def _total(histogram: Histogram) -> Duration:
+    return _duration(histogram.count, histogram.total)

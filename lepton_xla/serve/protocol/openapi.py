@@ -1,0 +1,159 @@
+"""The OpenAPI 3.1 document of the server, made of the tables it works with.
+
+Paths, methods and scopes are those of `routes.ROUTES`, schemas those of the types that are read and written. Routes
+which are always refused are left out. Source: OpenAPI Specification 3.1.0.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import re
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from lepton_xla.serve.observe.metrics import CONTENT_TYPE
+from lepton_xla.serve.protocol.metadata import ErrorMessage
+from lepton_xla.serve.protocol.request import InputHead, RequestHead
+from lepton_xla.serve.protocol.routes import ROUTES, Route
+from lepton_xla.serve.protocol.signature import Signature
+
+_JSON = "application/json"
+_BINARY = "application/octet-stream"
+_HEADER_LENGTH = "Inference-Header-Content-Length"
+_REFERENCE = "#/components/schemas/{name}"
+# What any route may answer instead; infer has more.
+_REFUSALS = {
+    400: "The request is malformed",
+    401: "A token is needed",
+    403: "The token is not good for this",
+    404: "There is no such model or version",
+    405: "The route takes another method",
+    408: "The request did not arrive in time",
+    413: "The request is too large",
+    429: "The token's rate is exceeded",
+    431: "The header fields are too large",
+    503: "The server cannot take it now; see Retry-After",
+}
+_INFER_REFUSALS = {
+    415: "The Content-Encoding is not supported",
+    500: "The model failed",
+    504: "The timeout passed first",
+}
+
+
+def document(signature: Signature) -> dict[str, Any]:
+    """The document, as JSON values.
+
+    Args:
+        signature: the model's, whose name and version the paths take, and whose inputs the example has.
+    """
+    types = [each for route in ROUTES if not route.refusal for each in (route.request, route.response) if each]
+    _, schemas = msgspec.json.schema_components([*types, ErrorMessage], ref_template=_REFERENCE)
+    paths: dict[str, dict[str, Any]] = {}
+    for route in ROUTES:
+        if not route.refusal:
+            for path in route.paths:
+                paths.setdefault(path, {})[route.method.lower()] = _operation(route, path, signature)
+    return {
+        "openapi": "3.1.0",
+        "info": {
+            "title": "lepton_xla",
+            "version": importlib.metadata.version("lepton-xla"),
+            "summary": "Open Inference Protocol v2 with Triton's extension for binary tensors",
+        },
+        "security": [{}, {"token": []}],
+        "paths": paths,
+        "components": {
+            "schemas": schemas,
+            "responses": {
+                str(status): {"description": text, "content": {_JSON: {"schema": _schema(ErrorMessage)}}}
+                for status, text in (_REFUSALS | _INFER_REFUSALS).items()
+            },
+            "securitySchemes": {
+                "token": {"type": "http", "scheme": "bearer", "description": "Only where the server asks for tokens."}
+            },
+        },
+    }
+
+
+def _operation(route: Route, path: str, signature: Signature) -> dict[str, Any]:
+    names = re.findall(r"{(\w+)}", path)
+    infer = route.name == "infer"
+    known = {"model": signature.name, "version": signature.version}
+    parameters: list[dict[str, Any]] = [
+        {"name": name, "in": "path", "required": True, "schema": {"type": "string", "enum": [known[name]]}}
+        for name in names
+    ]
+    if infer:
+        parameters += _infer_headers()
+    operation: dict[str, Any] = {
+        "operationId": route.name + "_version" * ("version" in names) + "_slash" * path.endswith("/"),
+        "summary": route.summary,
+        "description": f"Needs a token that is good for `{route.scope}`, where the server asks for tokens.",
+        "parameters": parameters,
+        "responses": _responses(route, infer=infer),
+    }
+    if route.scope == "health":
+        operation["description"] = "Needs no token."
+        operation["security"] = [{}]
+    if route.request is not None:
+        content: dict[str, Any] = {_JSON: {"schema": _schema(route.request)}}
+        if infer:
+            content[_JSON]["examples"] = {"zeros": {"value": _example(signature)}}
+            content[_BINARY] = {
+                "schema": {"type": "string", "format": "binary"},
+                # A string of JSON only is a body of this kind too.
+                "examples": {"zeros": {"value": msgspec.json.encode(_example(signature)).decode()}},
+            }
+        operation["requestBody"] = {"required": infer, "content": content}
+    return operation
+
+
+def _infer_headers() -> list[dict[str, Any]]:
+    length = (
+        "Bytes of the JSON part; the bytes of tensors follow it. Absent: all of it is JSON. 0: none is, and the body "
+        "is one row of the model's only input."
+    )
+    return [
+        {"name": _HEADER_LENGTH, "in": "header", "description": length, "schema": {"type": "integer", "minimum": 0}},
+        {
+            "name": "Content-Encoding",
+            "in": "header",
+            "description": "How the body is compressed.",
+            "schema": {"enum": ["identity", "gzip", "deflate"]},
+        },
+    ]
+
+
+def _responses(route: Route, *, infer: bool) -> dict[str, Any]:
+    if route.response is None:
+        content: dict[str, Any] = {CONTENT_TYPE: {"schema": {"type": "string"}}}
+    else:
+        content = {_JSON: {"schema": _schema(route.response)}}
+    good: dict[str, Any] = {"description": "As asked", "content": content}
+    if infer:
+        content[_BINARY] = {"schema": {"type": "string", "format": "binary"}}
+        text = "Bytes of the JSON part, where binary outputs follow it"
+        good["headers"] = {_HEADER_LENGTH: {"description": text, "schema": {"type": "integer"}}}
+    refusals = _REFUSALS | (_INFER_REFUSALS if infer else {})
+    responses = {"200": good} | {str(status): {"$ref": f"#/components/responses/{status}"} for status in refusals}
+    if route.name.endswith(("live", "ready")):
+        responses["503"] = {"description": "Not now", "content": content}
+    return dict(sorted(responses.items()))
+
+
+def _schema(kind: Any) -> dict[str, Any]:
+    (schema,), _ = msgspec.json.schema_components([kind], ref_template=_REFERENCE)
+    return schema
+
+
+def _example(signature: Signature) -> RequestHead:
+    """A request of the smallest sizes, all zeros, as far as JSON can carry it."""
+    sizes = signature.sizes(1, next(signature.shape_keys()))
+    inputs: list[InputHead] = []
+    for tensor in signature.inputs:
+        data = msgspec.Raw(msgspec.json.encode(np.zeros(tensor.at(sizes), bool).astype(int).ravel().tolist()))
+        inputs.append(InputHead(tensor.name, list(tensor.at(sizes)), tensor.datatype.name, data=data))
+    return RequestHead(inputs)

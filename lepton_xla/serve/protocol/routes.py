@@ -1,0 +1,174 @@
+"""The routes as data: what is served where, who may ask, and what goes in and out.
+
+One table routes requests, tells the guard what a token has to be good for, and is what the OpenAPI document is made
+of. Sources: Open Inference Protocol v2, and Triton's extensions to it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from typing import Any, Literal
+from urllib.parse import unquote
+
+from lepton_xla.serve.errors import RefusedError
+from lepton_xla.serve.protocol import metadata
+from lepton_xla.serve.protocol.request import RequestHead
+from lepton_xla.serve.protocol.response import ResponseHead
+
+type Scope = Literal["health", "read", "infer", "admin"]
+
+_NO_SHARED_MEMORY = "shared memory is not supported: send tensors in the body of the request"
+_NO_CONTROL = "models cannot be loaded or unloaded while the server runs"
+_NO_SETTING = "settings cannot be changed while the server runs"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Route:
+    """One row of the table.
+
+    Attributes:
+        name: what it is called here and, as `operationId`, in the OpenAPI document.
+        method: GET, which HEAD goes with, or POST.
+        path: with `{parameters}`, and a part in brackets that may be left out.
+        scope: what a token has to be good for; health needs no token.
+        summary: one line for readers.
+        request: type of the JSON body, if it takes one.
+        response: type of the JSON answer; None for one that is not JSON.
+        refusal: why it is not to be had, for a route that clients know and this server always refuses.
+        status: of that refusal.
+    """
+
+    name: str
+    method: str
+    path: str
+    scope: Scope
+    summary: str
+    request: Any = None
+    response: Any = None
+    refusal: str = ""
+    status: int = 501
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """Every path it is found at: without what is in brackets, and with."""
+        short, long = _OPTIONAL.sub("", self.path), _OPTIONAL.sub(r"\1", self.path)
+        return (short,) if short == long else (short, long)
+
+
+_OPTIONAL = re.compile(r"\[([^]]*)\]")
+_MODEL = "/v2/models/{model}[/versions/{version}]"
+
+ROUTES: tuple[Route, ...] = (
+    Route("server_live", "GET", "/v2/health/live", "health", "Whether the process answers",
+          response=metadata.ServerLive),
+    Route("server_ready", "GET", "/v2/health/ready", "health", "Whether infer requests are taken; 503 if not",
+          response=metadata.ServerReady),
+    Route("server_metadata", "GET", "/v2[/]", "read", "Name, version and extensions of the server",
+          response=metadata.ServerMetadata),
+    Route("openapi", "GET", "/v2/openapi.json", "read", "This document", response=dict[str, Any]),
+    Route("metrics", "GET", "/metrics", "read", "Metrics in Prometheus' text format"),
+    Route("model_metadata", "GET", _MODEL, "read", "Inputs and outputs of a model",
+          response=metadata.ModelMetadata),
+    Route("model_ready", "GET", f"{_MODEL}/ready", "read", "Whether a model takes infer requests; 503 if not",
+          response=metadata.ModelReady),
+    Route("model_config", "GET", f"{_MODEL}/config", "read", "A model's configuration, in Triton's words",
+          response=metadata.ModelConfig),
+    Route("model_statistics", "GET", f"{_MODEL}/stats", "read", "What a model did so far",
+          response=metadata.Statistics),
+    Route("statistics", "GET", "/v2/models/stats", "read", "What every model did so far",
+          response=metadata.Statistics),
+    Route("infer", "POST", f"{_MODEL}/infer", "infer", "Runs a model",
+          request=RequestHead, response=ResponseHead),
+    Route("repository_index", "POST", "/v2/repository/index", "read", "The models there are",
+          request=metadata.IndexRequest, response=list[metadata.IndexEntry]),
+    Route("log_settings", "GET", "/v2/logging", "read", "What is logged", response=metadata.LogSettings),
+    Route("trace_settings", "GET", "/v2/trace/setting", "read", "What is traced", response=metadata.TraceSettings),
+    Route("model_trace_settings", "GET", "/v2/models/{model}/trace/setting", "read", "What is traced of a model",
+          response=metadata.TraceSettings),
+    Route("set_logging", "POST", "/v2/logging", "admin", "Changes what is logged",
+          refusal=_NO_SETTING, status=405),
+    Route("set_tracing", "POST", "/v2/trace/setting", "admin", "Changes what is traced",
+          refusal=_NO_SETTING, status=405),
+    Route("set_model_tracing", "POST", "/v2/models/{model}/trace/setting", "admin", "Changes what is traced of a model",
+          refusal=_NO_SETTING, status=405),
+    Route("load", "POST", "/v2/repository/models/{model}/load", "admin", "Loads a model", refusal=_NO_CONTROL),
+    Route("unload", "POST", "/v2/repository/models/{model}/unload", "admin", "Unloads a model", refusal=_NO_CONTROL),
+    *(
+        Route(f"{kind}_shared_memory_{action}", method, f"/v2/{kind}sharedmemory{path}/{action}", "admin",
+              f"Shared memory: {action}", refusal=_NO_SHARED_MEMORY)
+        for kind in ("system", "cuda")
+        for action, method, path in (
+            ("status", "GET", "[/region/{region}]"),
+            ("register", "POST", "/region/{region}"),
+            ("unregister", "POST", "[/region/{region}]"),
+        )
+    ),
+)  # fmt: skip
+
+OPEN_PATHS = frozenset(path.encode() for route in ROUTES if route.scope == "health" for path in route.paths)
+
+_ANY = "{}"
+
+
+class _Node:
+    """A place in the tree of path segments."""
+
+    __slots__ = ("children", "parameter", "routes")
+
+    def __init__(self) -> None:
+        self.children: dict[str, _Node] = {}
+        self.parameter = ""
+        self.routes: dict[str, Route] = {}
+
+
+def _plant() -> _Node:
+    root = _Node()
+    for route in ROUTES:
+        for path in route.paths:
+            node = root
+            for segment in path[1:].split("/"):
+                name = segment[1:-1] if segment.startswith("{") else ""
+                node = node.children.setdefault(_ANY if name else segment, _Node())
+                node.parameter = name
+            node.routes[route.method] = route
+            if route.method == "GET":
+                node.routes["HEAD"] = route
+    return root
+
+
+_ROOT = _plant()
+
+
+def find(method: bytes, target: bytes) -> tuple[Route, dict[str, str]]:
+    """The route of a request, and its path parameters.
+
+    Args:
+        method: such as `b"GET"`.
+        target: the request target, percent-encoded, query included.
+
+    Raises:
+        RefusedError: 404 where there is no such path, 405 where it takes another method.
+    """
+    path = target.partition(b"?")[0]
+    if not path.startswith(b"/"):
+        raise RefusedError(404, "no such route")
+    node, parameters = _ROOT, dict[str, str]()
+    for segment in path[1:].split(b"/"):
+        # Decoded after splitting: an encoded slash is part of a name, not a separator.
+        text = unquote(segment.decode("latin-1"), errors="replace")
+        # A name never stands for a parameter's segment, not even one that is spelled like its mark.
+        child = node.children.get(text) if text != _ANY else None
+        if child is None:
+            child = node.children.get(_ANY) if text else None
+            if child is None:
+                raise RefusedError(404, "no such route")
+            parameters[child.parameter] = text
+        node = child
+    if not node.routes:
+        raise RefusedError(404, "no such route")
+    route = node.routes.get(method.decode("latin-1"))
+    if route is None:
+        allowed = sorted(name for name, known in node.routes.items() if known.status != 405)
+        raise RefusedError(405, f"this route takes {' or '.join(allowed)}", f"Allow: {', '.join(allowed)}")
+    return route, parameters

@@ -1,0 +1,171 @@
+"""What is served: the model a server needs, and its inputs and outputs as the wire sees them."""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+import itertools
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from lepton_xla.errors import ServeError
+from lepton_xla.serve.protocol.datatypes import Datatype, datatype_of
+
+_SEPARATORS = frozenset("/\\")
+
+
+class Spec(Protocol):
+    """Shape and dtype of an input or output."""
+
+    @property
+    def shape(self) -> tuple[int | str, ...]: ...
+    @property
+    def dtype(self) -> str: ...
+
+
+class Described(Protocol):
+    """What a server has to know of a model to check requests for it."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def version(self) -> str: ...
+    @property
+    def inputs(self) -> Mapping[str, Spec]: ...
+    @property
+    def outputs(self) -> Mapping[str, Spec]: ...
+    @property
+    def buckets(self) -> Mapping[str, tuple[int, ...]]: ...
+
+
+class Servable(Described, Protocol):
+    """A loaded model with one executable for each combination of bucket sizes."""
+
+    def run(self, sizes: Mapping[str, int], arrays: Sequence[np.ndarray]) -> Sequence[np.ndarray]:
+        """Runs the executable of these sizes on inputs of exactly that shape, in order; gives the outputs in order."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Tensor:
+    """One input or output: its name, datatype and shape, where a name in the shape is a dimension that varies."""
+
+    name: str
+    datatype: Datatype
+    shape: tuple[int | str, ...]
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """The NumPy dtype of its elements."""
+        assert self.datatype.dtype is not None
+        return self.datatype.dtype
+
+    def at(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
+        """The shape at these sizes of its symbolic dimensions."""
+        return tuple(sizes[dim] if isinstance(dim, str) else dim for dim in self.shape)
+
+    def row_bytes(self, sizes: Mapping[str, int]) -> int:
+        """Bytes of one index of the leading dimension."""
+        return math.prod(self.at(sizes)[1:]) * self.dtype.itemsize
+
+
+@dataclasses.dataclass(frozen=True)
+class Signature:
+    """The inputs, outputs and compiled sizes of a servable, checked once so that requests can be checked fast.
+
+    Attributes:
+        name: model name, as in the URL.
+        version: model version, as in the URL.
+        inputs: in the order the executable takes them.
+        outputs: in the order the executable gives them.
+        batch: the symbol that leads every input and output, whose rows of different requests may share a run; None
+            where there is none, and then every request runs alone.
+        ladder: compiled sizes of `batch`, ascending; `(1,)` where `batch` is None.
+        others: the other symbols, padded up to their next compiled size within a request.
+        buckets: symbol -> compiled sizes, ascending.
+    """
+
+    name: str
+    version: str
+    inputs: tuple[Tensor, ...]
+    outputs: tuple[Tensor, ...]
+    batch: str | None
+    ladder: tuple[int, ...]
+    others: tuple[str, ...]
+    buckets: dict[str, tuple[int, ...]]
+
+    def fit(self, symbol: str, size: int) -> int | None:
+        """The smallest compiled size of `symbol` that holds `size`, or None."""
+        sizes = self.buckets[symbol]
+        index = bisect.bisect_left(sizes, size)
+        return sizes[index] if index < len(sizes) else None
+
+    def shape_keys(self) -> Iterator[tuple[int, ...]]:
+        """Every combination of compiled sizes of the other symbols."""
+        return itertools.product(*(self.buckets[symbol] for symbol in self.others))
+
+    def sizes(self, rows: int, key: Sequence[int]) -> dict[str, int]:
+        """The size of every symbol, for a batch of `rows` and the sizes `key` of the others."""
+        sizes = dict(zip(self.others, key, strict=True))
+        if self.batch is not None:
+            sizes[self.batch] = rows
+        return sizes
+
+
+def signature_of(servable: Described, name: str | None = None) -> Signature:
+    """The signature of a servable.
+
+    Args:
+        servable: the model, or what describes one that runs elsewhere.
+        name: what to call it on the wire, if not its own name.
+
+    Raises:
+        ServeError: for a name that cannot be part of a URL, a dtype the protocol cannot carry, or a symbolic
+            dimension without compiled sizes.
+    """
+    name = servable.name if name is None else name
+    for what, value in (("model name", name), ("model version", servable.version)):
+        if not is_safe(value):
+            raise ServeError(f"{what} {value!r} cannot be part of a URL: no separators, blanks at the ends or controls")
+    if name == "stats":
+        raise ServeError("a model cannot be called 'stats': /v2/models/stats is the statistics route")
+    inputs = tuple(Tensor(key, datatype_of(spec.dtype), spec.shape) for key, spec in servable.inputs.items())
+    outputs = tuple(Tensor(key, datatype_of(spec.dtype), spec.shape) for key, spec in servable.outputs.items())
+    symbols = tuple(dict.fromkeys(dim for tensor in inputs for dim in tensor.shape if isinstance(dim, str)))
+    buckets = {symbol: tuple(sizes) for symbol, sizes in servable.buckets.items() if symbol in symbols}
+    for symbol in symbols:
+        sizes = buckets.get(symbol, ())
+        if not sizes or list(sizes) != sorted(set(sizes)) or sizes[0] < 1:
+            raise ServeError(f"dimension {symbol!r} needs ascending compiled sizes, got {sizes}")
+    batch = _batch_symbol(inputs, outputs)
+    return Signature(
+        name=name,
+        version=servable.version,
+        inputs=inputs,
+        outputs=outputs,
+        batch=batch,
+        ladder=(1,) if batch is None else buckets[batch],
+        others=tuple(symbol for symbol in symbols if symbol != batch),
+        buckets=buckets,
+    )
+
+
+def _batch_symbol(inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> str | None:
+    leading = {tensor.shape[0] if tensor.shape else None for tensor in (*inputs, *outputs)}
+    inner = {dim for tensor in (*inputs, *outputs) for dim in tensor.shape[1:]}
+    only = leading.pop() if len(leading) == 1 else None
+    return only if isinstance(only, str) and only not in inner else None
+
+
+def is_safe(name: str) -> bool:
+    """Whether a name may appear in a URL, a log line and a metric label."""
+    return (
+        0 < len(name) <= 255
+        and name == name.strip()
+        and name not in (".", "..")
+        and name.isprintable()
+        and not _SEPARATORS & set(name)
+    )

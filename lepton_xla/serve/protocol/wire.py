@@ -1,0 +1,321 @@
+"""The Open Inference Protocol v2 for infer requests: bytes to a typed request. The answer is in `response.py`.
+
+Sources: Open Inference Protocol v2 (`specification/protocol/inference_rest.md`) and Triton's binary tensor data
+extension (`docs/protocol/extension_binary_data.md`). A request body is a JSON object of H bytes, then the binary
+tensors in the order of its inputs; H is the header `Inference-Header-Content-Length`, and absent means all of it.
+
+Pure functions of bytes: nothing here knows HTTP, sockets or the batcher.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import re
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import msgspec
+import numpy as np
+
+from lepton_xla.serve.errors import RefusedError
+from lepton_xla.serve.http.limits import Limits
+from lepton_xla.serve.protocol.classification import classes_shape
+from lepton_xla.serve.protocol.request import (
+    OutputHead,
+    RequestHead,
+    binary_size,
+    check_input,
+    check_reserved,
+    check_tensor_parameters,
+    flag,
+    json_data,
+    number,
+    parse_head,
+)
+from lepton_xla.serve.protocol.signature import Signature
+
+_CACHED_HEADS = 512
+_CACHED_HEAD_BYTES = 4096
+# Where clients write an id, if they give one: first, and of letters that mean themselves.
+_ID = re.compile(rb'\{"id": ?"([ !#-\[\]-~]*)", ?')
+# Strings of a classification: each takes fifty times the bytes of the element that it is made of.
+_MOST_CLASSES = 1_000_000
+
+
+class Plan(msgspec.Struct, eq=False, kw_only=True):
+    """What the JSON part of a request says, checked against the signature. Shared by equal requests.
+
+    Attributes:
+        rows: size of the batch dimension, or 1 where there is none.
+        key: compiled size of each other symbol, in the order of `Signature.others`.
+        sizes: real size of every symbol; differs from `key` where rows are padded within.
+        cut: whether a symbol other than the batch is padded, so that outputs have to be cut.
+        slices: for each input in executable order, where its bytes lie in the binary tail; empty for JSON data.
+        tail_bytes: length the binary tail must have.
+        outputs: for each output asked for, its index in the signature and whether it goes out as binary.
+        classes: for each output asked for, how many of the largest elements are wanted in its place, 0 for the tensor
+            itself; empty where that is all of them.
+        id: the client's, echoed; None where it gave none.
+        timeout_s: seconds after which the client has no use for the answer; None if it said nothing.
+        priority: 0 is the default, 1 the highest, larger numbers are lower.
+        prefix: room for the transport to keep the response head it built; None until it does.
+        layout: room for a scheduler whose engine is elsewhere to keep where the tensors go; None until it does.
+    """
+
+    rows: int
+    key: tuple[int, ...]
+    sizes: dict[str, int]
+    cut: bool
+    slices: tuple[tuple[int, int], ...]
+    tail_bytes: int
+    outputs: tuple[tuple[int, bool], ...]
+    classes: tuple[int, ...] = ()
+    id: str | None = None
+    timeout_s: float | None = None
+    priority: int = 0
+    prefix: bytes | None = None
+    layout: Any = None
+
+    @property
+    def constant(self) -> bool:
+        """Whether the JSON part of the answer does not depend on the result: all outputs are binary tensors."""
+        return not self.classes and all(binary for _, binary in self.outputs)
+
+
+class _Options(NamedTuple):
+    """What a request says beside its inputs."""
+
+    outputs: tuple[tuple[int, bool], ...]
+    classes: tuple[int, ...] = ()
+    id: str | None = None
+    timeout_s: float | None = None
+    priority: int = 0
+
+
+class InferRequest:
+    """A request ready to run: its plan, and for each input the C-order little-endian bytes of its tensor."""
+
+    __slots__ = ("plan", "tensors")
+
+    def __init__(self, plan: Plan, tensors: list[memoryview]) -> None:
+        self.plan = plan
+        self.tensors = tensors
+
+
+class Decoder:
+    """Decodes infer requests of one model.
+
+    Clients repeat the JSON part byte for byte, so plans of purely binary requests are kept in a small cache.
+
+    Args:
+        signature: the model's.
+        limits: the bounds on a request.
+        max_rows: most rows one request may bring.
+    """
+
+    def __init__(self, signature: Signature, limits: Limits, max_rows: int) -> None:
+        self._signature = signature
+        self._limits = limits
+        self._max_rows = max_rows
+        self._inputs = {tensor.name: index for index, tensor in enumerate(signature.inputs)}
+        self._outputs = {tensor.name: index for index, tensor in enumerate(signature.outputs)}
+        self._bool_inputs = tuple(i for i, t in enumerate(signature.inputs) if t.datatype.name == "BOOL")
+        self._plans: dict[bytes, Plan] = {}
+
+    def decode(self, body: bytes, head_bytes: int | None) -> InferRequest:
+        """Decodes one request body.
+
+        Args:
+            body: after decompression.
+            head_bytes: length of the JSON part; None if all of it; 0 for a raw request, whose body is the only
+                input's bytes.
+
+        Raises:
+            RefusedError: 400 for anything malformed or that does not fit the model, 413 for too many rows.
+        """
+        total = len(body)
+        if head_bytes is None:
+            head, head_bytes = body, total
+        elif head_bytes > total:
+            raise RefusedError(400, f"Inference-Header-Content-Length is {head_bytes}, but the body has {total} bytes")
+        elif head_bytes == 0:
+            return self._raw(body)
+        else:
+            head = body[:head_bytes]
+        arrays: dict[int, bytes] = {}
+        plan = self._known(head) if head_bytes <= _CACHED_HEAD_BYTES else None
+        if plan is None:
+            plan = self._plan(head, arrays)
+            if head_bytes <= _CACHED_HEAD_BYTES and not arrays:
+                self._remember(head, plan)
+        if total - head_bytes != plan.tail_bytes:
+            raise RefusedError(
+                400,
+                f"the binary inputs need {plan.tail_bytes} bytes after the JSON part, but {total - head_bytes} follow",
+            )
+        view = memoryview(body)
+        tensors = [view[head_bytes + start : head_bytes + stop] for start, stop in plan.slices]
+        for index, data in arrays.items():
+            tensors[index] = memoryview(data)
+        if self._bool_inputs:
+            self._check_bools(tensors)
+        return InferRequest(plan, tensors)
+
+    def _known(self, head: bytes) -> Plan | None:
+        plan = self._plans.get(head)
+        if plan is None and (found := _ID.match(head)) is not None:
+            plan = self._plans.get(b"{" + head[found.end() :])
+            if plan is not None:
+                plan = copy.copy(plan)
+                plan.id = found[1].decode()
+                plan.prefix = None
+        return plan
+
+    def _remember(self, head: bytes, plan: Plan) -> None:
+        """Keeps a plan for equal requests. Those with an id are kept without it: each has its own."""
+        if plan.id is not None:
+            found = _ID.match(head)
+            head = b"{" + head[found.end() :] if found is not None else b""
+            # What is left must not say an id again, in whatever spelling.
+            if not head or b'"id"' in head or b"\\" in head:
+                return
+            plan = copy.copy(plan)
+            plan.id = plan.prefix = None
+        if len(self._plans) >= _CACHED_HEADS:
+            self._plans.clear()
+        self._plans[head] = plan
+
+    def _check_bools(self, tensors: Sequence[memoryview]) -> None:
+        for index in self._bool_inputs:
+            if len(tensors[index]) and np.frombuffer(tensors[index], np.uint8).max() > 1:
+                raise RefusedError(400, f"input {self._signature.inputs[index].name!r}: a BOOL byte is neither 0 nor 1")
+
+    def _plan(self, head: bytes, arrays: dict[int, bytes]) -> Plan:
+        request = parse_head(head, self._limits.max_json_depth)
+        check_reserved(request.parameters)
+        named = len(request.inputs) + len(request.outputs or ())
+        if named > self._limits.max_tensors:
+            raise RefusedError(400, f"the request names {named} tensors; it may name {self._limits.max_tensors}")
+        sizes: dict[str, int] = {}
+        slices: list[tuple[int, int] | None] = [None] * len(self._inputs)
+        cursor = 0
+        for given in request.inputs:
+            index = self._inputs.get(given.name)
+            if index is None:
+                raise RefusedError(400, f"the model has no input {given.name!r}; it has {_names(self._inputs)}")
+            if slices[index] is not None:
+                raise RefusedError(400, f"input {given.name!r} is given twice")
+            tensor = self._signature.inputs[index]
+            count = check_input(given, tensor, sizes)
+            if count > self._limits.max_elements:
+                raise RefusedError(
+                    400, f"input {given.name!r} has {count} elements; it may have {self._limits.max_elements}"
+                )
+            size = binary_size(given, count, tensor.datatype)
+            slices[index] = (cursor, cursor + (size or 0))
+            cursor += size or 0
+            if size is None:
+                arrays[index] = json_data(given, tensor)
+        missing = [name for name, index in self._inputs.items() if slices[index] is None]
+        if missing:
+            raise RefusedError(400, f"input {missing[0]!r} is missing; the model needs {_names(self._inputs)}")
+        return self._fit(sizes, tuple(s for s in slices if s is not None), cursor, self._options(request))
+
+    def _fit(
+        self, sizes: dict[str, int], slices: tuple[tuple[int, int], ...], tail_bytes: int, options: _Options
+    ) -> Plan:
+        """Checks the sizes against the compiled ones."""
+        signature = self._signature
+        key: list[int] = []
+        for symbol in signature.others:
+            fit = signature.fit(symbol, sizes[symbol])
+            if fit is None or not sizes[symbol]:
+                raise RefusedError(
+                    400, f"dimension {symbol!r} is {sizes[symbol]}; it must be 1 to {signature.buckets[symbol][-1]}"
+                )
+            key.append(fit)
+        rows = 1 if signature.batch is None else sizes[signature.batch]
+        if rows < 1:
+            raise RefusedError(400, f"dimension {signature.batch!r} is 0; a request needs at least one row")
+        if rows > self._max_rows:
+            raise RefusedError(
+                413, f"dimension {signature.batch!r} is {rows}; a request may bring {self._max_rows} rows"
+            )
+        for (index, _), count in zip(options.outputs, options.classes, strict=False):
+            shape = signature.outputs[index].at(sizes)
+            strings = math.prod(classes_shape(shape, count, batched=signature.batch is not None))
+            if strings > _MOST_CLASSES:
+                raise RefusedError(
+                    400, f"the classification asked for has {strings} elements; it may have {_MOST_CLASSES}"
+                )
+        return Plan(
+            rows=rows,
+            key=tuple(key),
+            sizes=sizes,
+            cut=any(sizes[symbol] != size for symbol, size in zip(signature.others, key, strict=True)),
+            slices=slices,
+            tail_bytes=tail_bytes,
+            outputs=options.outputs,
+            classes=options.classes,
+            id=options.id,
+            timeout_s=options.timeout_s,
+            priority=options.priority,
+        )
+
+    def _options(self, request: RequestHead) -> _Options:
+        parameters = request.parameters
+        outputs, classes = self._wanted(request)
+        timeout_us = number(parameters, "timeout", "the request")
+        return _Options(
+            outputs=outputs,
+            classes=classes,
+            id=request.id,
+            timeout_s=timeout_us * 1e-6 if timeout_us else None,
+            priority=number(parameters, "priority", "the request"),
+        )
+
+    def _wanted(self, request: RequestHead) -> tuple[tuple[tuple[int, bool], ...], tuple[int, ...]]:
+        """Which outputs, whether as binary, and how many classes of each."""
+        default = flag(request.parameters, "binary_data_output", "the request", default=False)
+        wanted: dict[int, bool] = {}
+        classes: list[int] = []
+        for output in request.outputs or [OutputHead(name) for name in self._outputs]:
+            where = f"output {output.name!r}"
+            index = self._outputs.get(output.name)
+            if index is None:
+                raise RefusedError(400, f"the model has no output {output.name!r}; it has {_names(self._outputs)}")
+            if index in wanted:
+                raise RefusedError(400, f"{where} is asked for twice")
+            check_tensor_parameters(output.parameters, where)
+            binary = wanted[index] = flag(output.parameters, "binary_data", where, default=default)
+            classes.append(number(output.parameters, "classification", where))
+            datatype = self._signature.outputs[index].datatype
+            if not binary and not classes[-1] and datatype.element is None:
+                raise RefusedError(400, f"{where} is {datatype.name}, which JSON cannot carry; ask for binary_data")
+        return tuple(wanted.items()), tuple(classes) if any(classes) else ()
+
+    def _raw(self, body: bytes) -> InferRequest:
+        """A body without a JSON part: the bytes of the only input, one row of it, and all outputs come back binary."""
+        signature = self._signature
+        if len(signature.inputs) != 1:
+            raise RefusedError(400, f"a raw request needs a model with one input; this one has {len(signature.inputs)}")
+        tensor = signature.inputs[0]
+        sizes = {} if signature.batch is None else {signature.batch: 1}
+        free = [dim for dim in tensor.shape if isinstance(dim, str) and dim not in sizes]
+        if len(free) > 1:
+            raise RefusedError(400, f"a raw request cannot say the sizes of {len(free)} dimensions; send a JSON part")
+        unit = math.prod(tensor.at(sizes | dict.fromkeys(free, 1))) * tensor.datatype.item_bytes
+        count, rest = divmod(len(body), unit) if unit else (0, len(body))
+        if rest or (not free and len(body) != unit):
+            raise RefusedError(400, f"input {tensor.name!r} needs a multiple of {unit} bytes, but {len(body)} came")
+        sizes |= dict.fromkeys(free, count)
+        options = _Options(tuple((index, True) for index in range(len(signature.outputs))))
+        plan = self._fit(sizes, ((0, len(body)),), len(body), options)
+        tensors = [memoryview(body)]
+        self._check_bools(tensors)
+        return InferRequest(plan, tensors)
+
+
+def _names(table: dict[str, int]) -> str:
+    return ", ".join(repr(name) for name in table)

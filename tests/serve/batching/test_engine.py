@@ -1,0 +1,60 @@
+"""Rows in, rows out: what the engine copies where."""
+
+import numpy as np
+import pytest
+from serve_fakes import Tokens
+
+from lepton_xla.serve.batching.engine import Engine, Work
+from lepton_xla.serve.batching.tickets import Batch, Part
+from lepton_xla.serve.protocol.signature import signature_of
+from lepton_xla.serve.protocol.wire import InferRequest, Plan
+
+SIGNATURE = signature_of(Tokens())
+
+
+def work(tokens):
+    rows, seq = tokens.shape
+    key = 4 if seq <= 4 else 8
+    plan = Plan(
+        rows=rows, key=(key,), sizes={"batch": rows, "seq": seq}, cut=seq != key, slices=(), tail_bytes=0,
+        outputs=((0, True), (1, True)),
+    )  # fmt: skip
+    return Work(InferRequest(plan, [memoryview(tokens.tobytes())]), 0.0)
+
+
+@pytest.mark.parametrize("key", [4, 8])
+@pytest.mark.parametrize("seqs", [(3, 3), (3, 4), (4, 2), (4, 4)])
+def test_each_request_of_a_padded_batch_gets_its_own_rows(key, seqs):
+    given = [np.arange(1, 1 + rows * seq, dtype=np.int32).reshape(rows, seq) * 100 ** rows for rows, seq in
+             zip((1, 2), seqs, strict=True)]  # fmt: skip
+    works = [work(tokens) for tokens in given]
+    batch = Batch([Part(works[0], 0, 1, 0), Part(works[1], 0, 2, 1)], 3, 4, (key,))
+    completion = Engine(Tokens(), SIGNATURE).execute(batch)
+    for part, tokens in zip(batch.parts, given, strict=True):
+        out, length = (completion.rows(part, index, SIGNATURE.outputs[index]) for index in (0, 1))
+        np.testing.assert_array_equal(np.frombuffer(out, np.int32).reshape(tokens.shape), tokens + 1)
+        np.testing.assert_array_equal(np.frombuffer(length, np.int32), tokens.shape[1])
+
+
+def test_a_request_split_over_batches_is_cut_piece_by_piece():
+    tokens = np.arange(1, 16, dtype=np.int32).reshape(5, 3)
+    ticket = work(tokens)
+    engine = Engine(Tokens(), SIGNATURE)
+    for part in (Part(ticket, 0, 3, 1), Part(ticket, 3, 2, 0)):
+        other = Part(work(np.full((1, 3), 7, np.int32)), 0, 1, 0 if part.offset else 2)
+        completion = engine.execute(Batch([part, other], part.rows + 1, 4, (4,)))
+        out = completion.rows(part, 0, SIGNATURE.outputs[0])
+        kept = tokens[part.start : part.start + part.rows]
+        np.testing.assert_array_equal(np.frombuffer(out, np.int32).reshape(kept.shape), kept + 1)
+
+
+def test_a_batch_that_nobody_waits_for_is_not_run():
+    servable = Tokens()
+    works = [work(np.ones((1, 4), np.int32)) for _ in range(2)]
+    batch = Batch([Part(works[0], 0, 1, 0), Part(works[1], 0, 1, 1)], 2, 4, (4,))
+    engine = Engine(servable, SIGNATURE)
+    works[0].closed = True
+    assert engine.execute(batch).outputs
+    works[1].closed = True
+    assert not engine.execute(batch).outputs
+    assert servable.runs == [(4, 4)]

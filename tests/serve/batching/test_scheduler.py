@@ -1,0 +1,255 @@
+"""Deadlines, priorities, failures and bounds, over HTTP with a model whose runs can be held back."""
+
+import contextlib
+import itertools
+import json
+import threading
+import time
+
+import numpy as np
+import pytest
+from serve_fakes import Affine, Tokens, affine_json, connect, exchange, raw_request, read_outputs, read_response
+
+from lepton_xla.serve.batching import scheduler
+
+INFER = "/v2/models/affine/infer"
+
+
+class Held:
+    """A server whose model is held in a run of one row; requests are sent on, and answers read later."""
+
+    def __init__(self, server, affine, stack):
+        self.server, self.affine, self.stack = server, affine, stack
+        affine.gate.clear()
+        affine.running.clear()
+        self.first = self.send(0)
+        assert affine.running.wait(5)
+        affine.seen.clear()
+
+    def send(self, *n, waiting=None, **parameters):
+        """Sends a request with these values of n; waits until so many rows are in the queue."""
+        sock = self.stack.enter_context(connect(self.server))
+        body = affine_json(np.zeros((len(n), 4)), n, parameters=parameters)
+        sock.sendall(raw_request("POST", INFER, body))
+        until = time.monotonic() + 5
+        while waiting is not None and f'lepton_queue_rows{{model="affine"}} {float(waiting)}' not in metrics(
+            self.server
+        ):
+            assert time.monotonic() < until
+        return sock
+
+    def release(self):
+        self.affine.gate.set()
+
+    def order(self):
+        """The values of n that ran since, padding and repetition apart."""
+        values = [int(value) for _, n in self.affine.seen for value in n if value]
+        return [value for value, _ in itertools.groupby(values)]
+
+
+@pytest.fixture
+def held(make_server, affine):
+    with contextlib.ExitStack() as stack:
+
+        def make(**options):
+            return Held(make_server(affine, **options), affine, stack)
+
+        yield make
+        affine.gate.set()
+
+
+def metrics(server):
+    return exchange(server, "GET", "/metrics")[2].decode()
+
+
+def status_of(sock):
+    status, _, body = read_response(sock)
+    return status, json.loads(body).get("error")
+
+
+def test_a_request_that_waits_too_long_is_504_in_time_and_never_run(held):
+    run = held()
+    start = time.monotonic()
+    sock = run.send(7, timeout=100_000)
+    assert status_of(sock) == (504, "the request's timeout has passed")
+    assert 0.09 < time.monotonic() - start < 0.6
+    run.release()
+    assert status_of(run.first)[0] == 200
+    assert run.order() == []
+    assert 'lepton_inference_expired_total{model="affine"} 1.0' in metrics(run.server)
+
+
+def test_a_request_that_runs_too_long_is_504_in_time_too(held):
+    run = held(default_timeout_s=0.1)
+    start = time.monotonic()
+    assert status_of(run.first)[0] == 504
+    assert time.monotonic() - start < 0.6
+    run.release()
+    assert exchange(run.server, "POST", INFER, affine_json(np.zeros((1, 4)), [1]))[0] == 200
+
+
+def test_one_deadline_after_the_other_is_kept(held):
+    run = held()
+    start = time.monotonic()
+    sockets = [run.send(7, timeout=timeout) for timeout in (300_000, 100_000, 200_000)]
+    for sock, seconds in zip((sockets[1], sockets[2], sockets[0]), (0.1, 0.2, 0.3), strict=True):
+        assert status_of(sock)[0] == 504
+        assert seconds < time.monotonic() - start < seconds + 0.4
+    run.release()
+    assert status_of(run.first)[0] == 200
+
+
+def test_the_longest_timeout_bounds_those_that_clients_ask_for(held):
+    run = held(max_timeout_s=0.1)
+    start = time.monotonic()
+    assert status_of(run.send(7, timeout=10_000_000))[0] == 504
+    assert status_of(run.first)[0] == 504
+    assert time.monotonic() - start < 0.6
+
+
+def test_a_split_request_that_expires_is_504_once(held):
+    run = held()
+    sock = run.send(*range(1, 21), timeout=150_000)
+    assert status_of(sock)[0] == 504
+    run.release()
+    assert status_of(run.first)[0] == 200
+
+
+def test_a_timeout_too_short_for_the_model_is_504_at_once(server):
+    server_costs = [line for line in metrics(server).splitlines() if line.startswith("lepton_cost_seconds{")]
+    assert len(server_costs) == 3
+    assert 'batch="8",model="affine",shape=""' in server_costs[-1]
+    body = affine_json(np.zeros((1, 4)), [1], parameters={"timeout": 20})
+    status, headers, answer = exchange(server, "POST", INFER, body)
+    assert (status, "shorter than running it takes" in json.loads(answer)["error"]) == (504, True)
+    assert "retry-after" not in headers
+
+
+def test_a_timeout_that_the_load_makes_too_short_is_503_with_the_time_to_wait(make_server):
+    class Slow(Affine):
+        def run(self, sizes, arrays):
+            time.sleep(0.15)
+            return super().run(sizes, arrays)
+
+    server = make_server(Slow((1,)))
+    body = affine_json(np.zeros((1, 4)), [1], parameters={"priority": 1})
+    with contextlib.ExitStack() as stack:
+        for _ in range(9):
+            stack.enter_context(connect(server)).sendall(raw_request("POST", INFER, body))
+        while 'lepton_queue_rows{model="affine"} 8.0' not in metrics(server):
+            pass
+        body = affine_json(np.zeros((1, 4)), [1], parameters={"timeout": 500_000})
+        status, headers, answer = exchange(server, "POST", INFER, body)
+        assert status == 503, answer
+        assert headers["retry-after"] in ("2", "3")  # 1.2 to 1.35 s where nothing else runs, rounded up
+
+
+def test_priority_decides_who_goes_first(held):
+    run = held(priority_levels=3)
+    sockets = [
+        run.send(*[10 + level] * 8, priority=level, waiting=8 * (index + 1)) for index, level in enumerate((3, 0, 1, 2))
+    ]
+    run.release()
+    for sock in sockets:
+        assert status_of(sock)[0] == 200
+    assert run.order() == [11, 10, 12, 13]
+
+
+def test_the_earliest_deadline_goes_first(held):
+    run = held()
+    sockets = [
+        run.send(*[seconds] * 8, timeout=seconds * 1_000_000, waiting=8 * (index + 1))
+        for index, seconds in enumerate((9, 5, 7))
+    ]
+    run.release()
+    for sock in sockets:
+        assert status_of(sock)[0] == 200
+    assert run.order() == [5, 7, 9]
+
+
+@pytest.mark.parametrize("priority", [4, 1000])
+def test_a_priority_that_there_is_not_is_400(server, priority):
+    body = affine_json(np.zeros((1, 4)), [1], parameters={"priority": priority})
+    status, _, answer = exchange(server, "POST", INFER, body)
+    assert (status, json.loads(answer)) == (400, {"error": f"parameter 'priority' must be 0 to 3, not {priority}"})
+
+
+def test_a_higher_priority_takes_the_place_of_a_lower_one_in_a_full_queue(held):
+    run = held(max_queue_rows=8)
+    low = [run.send(index, priority=3, waiting=index) for index in range(1, 9)]
+    high = run.send(99, priority=1)
+    assert status_of(low[-1]) == (503, "the queue is full, and others have a higher priority")
+    run.release()
+    assert status_of(high)[0] == 200
+    assert [status_of(sock)[0] for sock in low[:-1]] == [200] * 7
+
+
+def test_the_queue_is_bounded_by_bytes(held):
+    run = held(max_queue_bytes=50)
+    sock = run.send(1, 1, waiting=2)  # 40 bytes
+    status, headers, body = exchange(run.server, "POST", INFER, affine_json(np.zeros((1, 4)), [1]))
+    assert (status, headers["retry-after"], json.loads(body)) == (503, "1", {"error": "the queue is full"})
+    run.release()
+    assert status_of(sock)[0] == 200
+
+
+@pytest.mark.parametrize("short_s", [0.0, 10.0])
+def test_one_poisoned_request_does_not_fail_its_neighbours(make_server, affine, monkeypatch, short_s):
+    """On the engine's thread, and on the event loop."""
+    monkeypatch.setattr(scheduler, "_SHORT_S", short_s)
+    server = make_server(affine, max_delay_us=500_000)
+    values = [1, 2, -1, 4, 5, 6, 7, 8]
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(connect(server)) for _ in values]
+        for sock, value in zip(sockets, values, strict=True):
+            sock.sendall(raw_request("POST", INFER, affine_json(np.zeros((1, 4)), [value])))
+        for sock, value in zip(sockets, values, strict=True):
+            status, headers, body = read_response(sock)
+            assert status == (500 if value == -1 else 200)
+            if value != -1:
+                assert read_outputs(headers, body)["twice"].tolist() == [2 * value]
+    assert server.metrics.failures == 1
+    assert server.metrics.failed_batches in (3, 4)  # of eight, or of the four that went first
+
+
+def test_requests_that_left_are_not_run(held):
+    run = held()
+    for index in range(1, 4):
+        run.send(index, waiting=1).close()
+        while f'lepton_inference_cancelled_total{{model="affine"}} {float(index)}' not in metrics(run.server):
+            pass
+    run.send(9, waiting=1)
+    run.release()
+    assert status_of(run.first)[0] == 200
+    assert exchange(run.server, "POST", INFER, affine_json(np.zeros((1, 4)), [5]))[0] == 200
+    assert run.order() == [9, 5]
+
+
+def test_short_sequences_join_longer_ones_and_get_their_own_rows(make_server):
+    class Even(Tokens):
+        """Every run takes the same time, so that one is cheaper than two."""
+
+        def run(self, sizes, arrays):
+            time.sleep(0.005)
+            return super().run(sizes, arrays)
+
+    tokens = Even()
+    server = make_server(tokens)
+    answers = {}
+
+    def ask(seq):
+        given = {"name": "tokens", "datatype": "INT32", "shape": [1, seq], "data": list(range(1, seq + 1))}
+        body = json.dumps({"inputs": [given]}).encode()
+        _, headers, answer = exchange(server, "POST", "/v2/models/tokens/infer", body)
+        answers[seq] = read_outputs(headers, answer)
+
+    tokens.runs.clear()
+    threads = [threading.Thread(target=ask, args=(seq,)) for seq in (8, 3, 7, 4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(10)
+    for seq in (8, 3, 7, 4):
+        assert answers[seq]["out"].tolist() == [list(range(2, seq + 2))]
+        assert answers[seq]["length"].tolist() == [seq]
+    assert len(tokens.runs) < 4

@@ -1,0 +1,85 @@
+import contextlib
+import json
+import re
+from urllib.parse import quote
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from serve_fakes import exchange
+
+from lepton_xla.serve.errors import RefusedError
+from lepton_xla.serve.protocol.routes import OPEN_PATHS, ROUTES, find
+
+REFUSED = [route for route in ROUTES if route.refusal]
+names = st.text(min_size=1, max_size=8).filter(lambda name: name not in ("stats",))
+
+
+def filled(path, values):
+    return re.sub(r"{(\w+)}", lambda match: quote(values[match[1]], safe=""), path)
+
+
+@pytest.mark.parametrize("route", ROUTES, ids=lambda route: route.name)
+@given(names, names, names)
+def test_every_route_is_found_at_all_its_paths_with_any_name_in_them(route, model, version, region):
+    values = {"model": model, "version": version, "region": region}
+    for path in route.paths:
+        wanted = {name: values[name] for name in re.findall(r"{(\w+)}", path)}
+        target = filled(path, values).encode()
+        methods = (b"GET", b"HEAD") if route.method == "GET" else (b"POST",)
+        for method in methods:
+            assert find(method, target) == (route, wanted)
+            assert find(method, target + b"?a=/x") == (route, wanted)
+        with pytest.raises(RefusedError, match="no such route"):
+            find(methods[0], target + b"//")
+        with pytest.raises(RefusedError) as caught:
+            find(b"DELETE", target)
+        assert caught.value.status == 405
+        assert (route.method in caught.value.headers[0]) == (route.status != 405)
+
+
+def test_no_two_routes_share_a_method_and_a_path_and_none_goes_by_two_names():
+    places = [(route.method, re.sub("{.*?}", "{}", path)) for route in ROUTES for path in route.paths]
+    assert len(set(places)) == len(places)
+    assert len({route.name for route in ROUTES}) == len(ROUTES)
+
+
+def test_only_health_is_open_and_all_that_changes_anything_needs_admin():
+    assert set(OPEN_PATHS) == {b"/v2/health/live", b"/v2/health/ready"}
+    for route in ROUTES:
+        assert (route.scope == "health") == route.path.startswith("/v2/health/")
+        if route.method == "POST":
+            assert route.scope == {"infer": "infer", "repository_index": "read"}.get(route.name, "admin")
+
+
+targets = st.binary(max_size=30) | st.text("v2/models{}%.", max_size=20).map(str.encode)
+
+
+@given(targets, st.sampled_from([b"GET", b"POST", b"\xff"]))
+def test_any_target_is_found_or_refused(target, method):
+    with contextlib.suppress(RefusedError):
+        assert find(method, target)[0] in ROUTES
+
+
+@pytest.mark.parametrize("route", [route for route in ROUTES if not route.refusal], ids=lambda route: route.name)
+def test_every_route_of_the_table_is_answered(server, route):
+    values = {"model": "affine", "version": "3"}
+    for path in route.paths:
+        status, headers, body = exchange(server, route.method, filled(path, values))
+        assert status == (400 if route.name == "infer" else 200)
+        assert body
+        if route.method == "GET":
+            probe, probed, nothing = exchange(server, "HEAD", filled(path, values))
+            assert (probe, nothing) == (200, b"")
+            assert probed["content-type"] == headers["content-type"]
+            if route.response is not None:
+                assert probed["content-length"] == headers["content-length"]
+
+
+@pytest.mark.parametrize("route", REFUSED, ids=lambda route: route.name)
+def test_what_is_not_offered_says_so(server, route):
+    for path in route.paths:
+        target = filled(path, {"model": "affine", "region": "r"})
+        status, headers, body = exchange(server, route.method, target, b"{}")
+        assert (status, json.loads(body)) == (route.status, {"error": route.refusal})
+        assert headers.get("allow") == ("GET, HEAD" if status == 405 else None)
