@@ -221,7 +221,7 @@ def turn(server: Server) -> Iterator[None]:
     """Lets a stopped server run for a while."""
     server.signal(signal.SIGCONT)
     try:
-        server.ask()
+        server.wait()  # some take it for the end of their connections, or of their other processes
         yield
     finally:
         server.signal(signal.SIGSTOP)
