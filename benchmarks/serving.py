@@ -72,13 +72,18 @@ class Payload:
 
     Attributes:
         model: its name with us.
-        rows: input name -> array of one row.
-        outputs: name and expected value of that row's output.
+        rows: input name -> array of one row, or several.
+        outputs: name and expected value of their output.
     """
 
     model: str
     rows: Mapping[str, np.ndarray]
     outputs: Mapping[str, np.ndarray]
+
+    @property
+    def count(self) -> int:
+        """Rows a request."""
+        return len(next(iter(self.rows.values())))
 
     def oip(self) -> tuple[bytes, dict[str, str]]:
         """Body and header fields by the Open Inference Protocol, binary both ways."""
@@ -327,7 +332,7 @@ def bare(artifact: pathlib.Path, payload: Payload, seconds: float) -> dict[str, 
     sizes = {name: payload.rows[key].shape[axis] for key, spec in model.inputs.items()
              for axis, name in enumerate(spec.shape) if isinstance(name, str)}  # fmt: skip
     for size in model.buckets["batch"]:
-        arrays = [np.repeat(payload.rows[name], size, axis=0) for name in model.inputs]
+        arrays = [np.repeat(payload.rows[name][:1], size, axis=0) for name in model.inputs]
         run = model.runner({**sizes, "batch": size})
         run(arrays)
         count, began = 0, time.perf_counter()
@@ -353,8 +358,8 @@ def first10(folder: pathlib.Path, quick: bool) -> tuple[pathlib.Path, Payload]:
     return path, Payload("first10", {"x": row}, {"y": row[:, :10]})
 
 
-def benchmark_model(name: str, buckets: Mapping[str, tuple[int, ...]]) -> Any:
-    """A model of the other benchmarks with recipe `int8`."""
+def benchmark_model(name: str, buckets: Mapping[str, tuple[int, ...]], rows: int = 1) -> Any:
+    """A model of the other benchmarks with recipe `int8`, and so many rows a request."""
 
     def make(folder: pathlib.Path, quick: bool) -> tuple[pathlib.Path, Payload]:
         spec = models.load(name, quick=quick).spec
@@ -363,9 +368,9 @@ def benchmark_model(name: str, buckets: Mapping[str, tuple[int, ...]]) -> Any:
         )
         path = folder / f"{name}.lepton"
         lx.compile(small, buckets, name=name).save(path)
-        sizes = {"batch": 1} | {symbol: ladder[-1] for symbol, ladder in buckets.items() if symbol != "batch"}
-        rows = harness.example_inputs(spec.inputs, sizes)
-        return path, Payload(name, rows, lx.load(path)(**rows))
+        sizes = {"batch": rows} | {symbol: ladder[-1] for symbol, ladder in buckets.items() if symbol != "batch"}
+        arrays = harness.example_inputs(spec.inputs, sizes)
+        return path, Payload(name, arrays, lx.load(path)(**arrays))
 
     return make
 
@@ -373,6 +378,7 @@ def benchmark_model(name: str, buckets: Mapping[str, tuple[int, ...]]) -> Any:
 MODELS = {
     "first10": first10,
     "digits": benchmark_model("digits", {"batch": (1, 8, 32, 128)}),
+    "digits8": benchmark_model("digits", {"batch": (1, 8, 32, 128)}, rows=8),
     "minilm": benchmark_model("minilm", {"batch": (1, 4, 8), "seq": (128,)}),
 }
 
@@ -395,14 +401,14 @@ def start(
 ) -> tuple[list[Server], list[str]]:
     """Every server that can be had, each having given the right answer, and why others are missing."""
 
-    infer = f"/v2/models/{name}/infer"
+    infer = f"/v2/models/{payload.model}/infer"
     made: list[tuple[str, Any]] = []
     for label, flags in {
         OURS: (),
         **{f"{OURS} --frontends {n}": ("--frontends", str(n)) for n in options.frontends},
     }.items():
         made.append((label, functools.partial(ours, label, path, payload, *flags)))
-    if options.mosec:
+    if options.mosec and payload.count == 1:
         at = _port()
         command = [options.mosec, str(SERVERS / "mosec_server.py"), "--port", str(at)]
         env = {} if name == "first10" else {"LEPTON_ARTIFACT": str(path)}
@@ -498,7 +504,7 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
         finally:
             for server in servers:
                 server.stop()
-    return {"bare": bare_rows, "servers": rows, "overload": over, "notes": notes}
+    return {"bare": bare_rows, "rows": payload.count, "servers": rows, "overload": over, "notes": notes}
 
 
 def _medians(found: Sequence[Mapping[str, float]]) -> dict[str, float]:
@@ -518,6 +524,7 @@ def _line(rows: Mapping[str, Any], kind: str, key: str) -> str:
 TITLES = {
     "first10": "784 numbers in, 10 out",
     "digits": "The digits CNN, recipe int8: 64 numbers in, 10 out",
+    "digits8": "The digits CNN, recipe int8, 8 rows a request",
     "minilm": "MiniLM, recipe int8: 128 tokens in, 384 numbers out",
 }
 
@@ -527,15 +534,17 @@ def write_page(results: Mapping[str, Any]) -> None:
     parts = [
         "# Serving",
         (
-            "One row a request. Closed loop: connections that each have one request unanswered; open loop: requests "
-            "due at random moments at a share of the rate that the server reached with "
-            f"{CAPACITY_AT} connections, latency from when each was due. Times in milliseconds, medians of rounds in "
-            "which the servers took turns, those whose turn it was not stopped; the load generator runs on the same "
-            "machine and cores. `x` is the rate over that of mosec, CPU the server's processor seconds a thousand "
-            "requests with 64 connections, memory what its processes hold after the closed loops. mosec, LitServe and "
-            "Triton run NumPy for the first table; mosec runs our artifact for the others, from Python as its users "
-            "would. `bare` is the executable called in a loop without a server. The last table asks for twice the "
-            "capacity, as shares of it: the generator, on the same cores, may not manage that where the server is fast."
+            "One row a request where nothing else is said. Closed loop: connections that each have one "
+            "request unanswered; open loop: requests due at random moments at a share of the rate that the "
+            f"server reached with {CAPACITY_AT} connections, latency from when each was due. Times in "
+            "milliseconds, medians of rounds in which the servers took turns, those whose turn it was not "
+            "stopped; the load generator runs on the same machine and cores. `x` is the rate over that of "
+            "mosec, CPU the server's processor seconds a thousand requests with 64 connections, memory what "
+            "its processes hold after the closed loops. mosec, LitServe and Triton run NumPy for the first "
+            "table; mosec runs our artifact for the others, from Python as its users would, and takes one row "
+            "a request. `bare` is the executable called in a loop without a server. The last table asks for "
+            "twice the capacity, as shares of it: wrk measured the capacity, our generator, which takes more "
+            "of the same cores, asks."
         ),
     ]
     for name, result in results.items():
@@ -560,7 +569,7 @@ def _tables(result: Mapping[str, Any]) -> list[str]:
             label,
             *(_cell(found[k]) for k in keys),
             f"{top / base:.2f}" if base else "",
-            f"{100 * max(found[k]['rate'] for k in keys) / best:.0f} %",
+            f"{100 * result.get('rows', 1) * max(found[k]['rate'] for k in keys) / best:.0f} %",
             f"{found[at]['cpu_s_per_1000']:.3f}",
             f"{row['memory'] / 1e6:,.0f}",
             f"{sum(found[k]['errors'] for k in keys):.0f}",
