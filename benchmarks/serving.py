@@ -478,7 +478,14 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
                 turns: dict[str, list[dict[str, float]]] = {server.name: [] for server in servers}
                 for index in range(options.rounds):
                     for server in servers[index % len(servers) :] + servers[: index % len(servers)]:
-                        turns[server.name].append(closed(server, connections, options.seconds))
+                        try:
+                            turns[server.name].append(closed(server, connections, options.seconds))
+                        except RuntimeError as error:
+                            notes.append(f"{server.name} ended at {connections} connections: {error}")
+                            console.print(f"  {notes[-1]}")
+                            servers.remove(server)
+                            server.stop()
+                            del turns[server.name], rows[server.name]
                 for label, found in turns.items():
                     rows[label]["closed"][str(connections)] = _medians(found)
                 console.print(f"  {connections} connections: " + _line(rows, "closed", str(connections)))
