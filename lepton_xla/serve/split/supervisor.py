@@ -8,10 +8,8 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import logging
-import os
 import signal
 import socket
-import sys
 from collections.abc import Callable, Iterable
 from time import monotonic
 from typing import Any
@@ -23,6 +21,7 @@ from lepton_xla.serve.http.drain import Stop
 from lepton_xla.serve.observe.metrics import added
 from lepton_xla.serve.server import Options, url_of
 from lepton_xla.serve.split import control
+from lepton_xla.serve.split.child import ENDING_S, Child, ended
 from lepton_xla.serve.split.control import Control
 from lepton_xla.serve.split.packets import pair
 
@@ -33,47 +32,11 @@ _FIRST_WAIT_S = 0.1
 _LONGEST_WAIT_S = 10.0
 # A process that has lived so long is started again without a wait.
 _STABLE_S = 30.0
-# How long a process has to end once its socket is closed, and beyond its own time for stopping.
-_ENDING_S = 5.0
 # How long a scrape waits for a process that does not say what it has counted.
 _COUNTING_S = 0.5
 # After the machine has run out of descriptors.
 _FULL_S = 0.5
 _AT_ONCE = 64
-
-
-class Child:
-    """A process and what is known of it.
-
-    Attributes:
-        name: for the log.
-        module: what it runs.
-        control: the socket to it; None while it is not there.
-        process: the last one started.
-        ready: whether it has said so since it was started.
-        reason: why it could not go on, in its own words.
-        counts: what it has counted, as far as known.
-        open: connections of clients, as far as known.
-    """
-
-    def __init__(self, name: str, module: str) -> None:
-        self.name = name
-        self.module = module
-        self.control: Control | None = None
-        self.process: asyncio.subprocess.Process | None = None
-        self.forget()
-
-    def forget(self) -> None:
-        """A new process knows nothing of the last."""
-        self.ready = False
-        self.reason = ""
-        self.counts: dict[str, Any] = {}
-        self.open = 0
-
-    def send(self, message: control.Message) -> None:
-        """Sends a message, if there is somebody to send it to."""
-        if self.control is not None:
-            self.control.send(message)
 
 
 @dataclasses.dataclass(slots=True)
@@ -194,11 +157,7 @@ class Supervisor:
         child.forget()
         ours, theirs = pair()
         with theirs:
-            child.process = process = await asyncio.create_subprocess_exec(
-                sys.executable, *_python_flags(), "-m", child.module, str(theirs.fileno()),
-                stdin=asyncio.subprocess.DEVNULL, stdout=sys.stderr, pass_fds=(theirs.fileno(),),
-                process_group=0,  # a terminal's Ctrl-C is for the supervisor, which stops them in order
-            )  # fmt: skip
+            process = await child.start(theirs)
         gone = asyncio.Event()
         child.control = Control(
             ours, lambda message, _: self._told(child, message), gone.set, self._loop, with_fds=False
@@ -213,7 +172,7 @@ class Supervisor:
             child.control = None
             self._retire(child)
             self._accept_or_wait()
-        return await _ended(process)
+        return await ended(process)
 
     def _introduce(self, front: Child) -> None:
         if front.control is not None:
@@ -354,7 +313,7 @@ class Supervisor:
         self._listening = False
         self._listener.close()
         self._tell_fronts(control.Closed())
-        done, late = await asyncio.wait(keepers, timeout=self._options.stop_timeout_s + _ENDING_S)
+        done, late = await asyncio.wait(keepers, timeout=self._options.stop_timeout_s + ENDING_S)
         hurry.cancel()
         return not late and not any(task.result() for task in done)
 
@@ -371,7 +330,7 @@ class Supervisor:
             keepers[child].cancel()
             await asyncio.wait([keepers[child]])
             if child.process is not None:
-                await _ended(child.process)
+                await ended(child.process)
 
 
 def _deal(client: socket.socket, fronts: Iterable[Child]) -> None:
@@ -380,17 +339,3 @@ def _deal(client: socket.socket, fronts: Iterable[Child]) -> None:
         if front.control is not None and front.control.hand(control.Connections(), [client.fileno()]):
             front.open += 1
             return
-
-
-async def _ended(process: asyncio.subprocess.Process) -> int:
-    """The exit code of a process that should end by itself now."""
-    try:
-        return await asyncio.wait_for(process.wait(), _ENDING_S)
-    except TimeoutError:
-        process.kill()
-        return await process.wait()
-
-
-def _python_flags() -> list[str]:
-    """What keeps a new process from importing what this one would not: modules of the working directory."""
-    return [] if os.getcwd() in sys.path or "" in sys.path else ["-P"]
