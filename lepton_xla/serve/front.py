@@ -16,8 +16,8 @@ from lepton_xla.serve.observe.access_log import AccessLog
 from lepton_xla.serve.observe.health import Health
 from lepton_xla.serve.observe.metrics import Metrics
 from lepton_xla.serve.observe.observer import ObservedApp, Observer
+from lepton_xla.serve.observe.tracing import tracing
 from lepton_xla.serve.protocol.signature import Signature
-from lepton_xla.serve.tracing import tracing
 
 if TYPE_CHECKING:
     from lepton_xla.serve.server import Options

@@ -187,7 +187,6 @@ def test_tls_and_a_token(cli, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("kind", ["svg", "png"])
 def test_a_plot(cli, url, tmp_path, kind):
-    pytest.importorskip("matplotlib")
     path = tmp_path / f"load.{kind}"
     cli.ok("load", url, "--rate", "100,200", "--plot", path, *SHORT)
     start = path.read_bytes()[:300]

@@ -6,6 +6,7 @@ import types
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 from lepton_xla.cli.sensitivity import _draw
 
@@ -83,7 +84,7 @@ def test_a_plot_without_its_library(cli, plain, monkeypatch, tmp_path):
 
 
 def test_a_plot_has_a_bar_a_weight(document, tmp_path):
-    figure = pytest.importorskip("matplotlib.figure").Figure()
+    figure = Figure()
     path = tmp_path / "ranking.png"
     _draw(figure, document, 1, str(path))
     (axes,) = figure.axes
@@ -95,7 +96,6 @@ def test_a_plot_has_a_bar_a_weight(document, tmp_path):
 
 
 def test_a_kind_of_picture_that_is_none(cli, plain, files, tmp_path):
-    pytest.importorskip("matplotlib")
     args = ["--recipe", files / "int8.toml", "--metric", "output", "--plot"]
     assert "ranking.nothing cannot be written" in cli.refused("sensitivity", plain, *args, tmp_path / "ranking.nothing")
     cli.ok("sensitivity", plain, *args, tmp_path / "ranking.svg")

@@ -2,7 +2,12 @@
 
 import contextlib
 import json
+import os
+import pathlib
 import socket
+import subprocess
+import sys
+import textwrap
 import threading
 import time
 
@@ -77,6 +82,14 @@ class Identity:
 
     def run(self, sizes, arrays):
         return [arrays[0].copy()]
+
+
+def start_script(script, *arguments, environment=os.environ, **options):
+    """A `subprocess.Popen` of a script that may import this module and the package as it is here."""
+    here = pathlib.Path(__file__).parent
+    path = os.pathsep.join([str(here), str(here.parents[1]), environment.get("PYTHONPATH", "")])
+    command = [sys.executable, "-c", textwrap.dedent(script), *map(str, arguments)]
+    return subprocess.Popen(command, text=True, env={**environment, "PYTHONPATH": path}, **options)
 
 
 def connect(server, timeout=10.0):

@@ -13,8 +13,6 @@ import numpy as np
 import pytest
 from serve_fakes import raw_request, read_response
 
-pytest.importorskip("flatbuffers")  # jax.export needs it
-
 
 @pytest.fixture(scope="module")
 def artifact(tmp_path_factory):

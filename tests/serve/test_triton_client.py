@@ -1,6 +1,7 @@
 """NVIDIA's own client, sync and asyncio, unmodified, against a running server."""
 
 import asyncio
+import importlib
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ N = np.arange(100, dtype=np.int32)
 
 @pytest.fixture
 def http():
-    return pytest.importorskip("tritonclient.http")
+    return importlib.import_module("tritonclient.http")
 
 
 def inputs_of(http, rows, binary):
@@ -60,7 +61,7 @@ def test_sync_infer(server, http, binary_in, outputs, coding):
 
 
 def test_sync_everything_else(server, http):
-    utils = pytest.importorskip("tritonclient.utils")
+    utils = importlib.import_module("tritonclient.utils")
     with http.InferenceServerClient(server.url.removeprefix("http://"), concurrency=8) as client:
         assert client.is_server_live()
         assert client.is_server_ready()
@@ -85,7 +86,7 @@ def test_sync_everything_else(server, http):
 
 @pytest.mark.parametrize("coding", [None, "gzip", "deflate"])
 def test_aio_infer(server, http, coding):
-    aio = pytest.importorskip("tritonclient.http.aio")
+    aio = importlib.import_module("tritonclient.http.aio")
 
     async def main():
         async with aio.InferenceServerClient(server.url.removeprefix("http://")) as client:
@@ -111,7 +112,7 @@ def test_aio_infer(server, http, coding):
 
 @pytest.mark.parametrize("dtype", ["bool", "uint8", "uint64", "int8", "int16", "int64", "float16", "float64"])
 def test_every_dtype_of_numpy_round_trips(make_server, http, dtype):
-    utils = pytest.importorskip("tritonclient.utils")
+    utils = importlib.import_module("tritonclient.utils")
     server = make_server(Identity(dtype))
     array = np.array([[0, 1, 1], [1, 0, 1]]).astype(dtype)
     given = http.InferInput("x", [2, 3], utils.np_to_triton_dtype(array.dtype))
@@ -123,7 +124,7 @@ def test_every_dtype_of_numpy_round_trips(make_server, http, dtype):
 
 
 def test_a_client_gets_503_while_the_queue_is_full(make_server, http):
-    utils = pytest.importorskip("tritonclient.utils")
+    utils = importlib.import_module("tritonclient.utils")
     affine = Affine()
     server = make_server(affine, max_queue_rows=8)
     affine.gate.clear()
@@ -152,7 +153,7 @@ def ask(request, http):
                 return getattr(client, method)(*args, **kwargs)
 
         return call
-    aio = pytest.importorskip("tritonclient.http.aio")
+    aio = importlib.import_module("tritonclient.http.aio")
 
     def call_aio(server, method, *args, **kwargs):
         async def main():
@@ -235,14 +236,14 @@ def test_everything_that_can_be_asked_of_a_server(server, ask):
     ],
 )
 def test_what_is_not_there_is_an_error_of_the_server_and_not_one_of_decoding(server, ask, method, args, status, says):
-    utils = pytest.importorskip("tritonclient.utils")
+    utils = importlib.import_module("tritonclient.utils")
     with pytest.raises(utils.InferenceServerException, match=says) as caught:
         ask(server, method, *args)
     assert caught.value.status() == status
 
 
 def test_shared_memory_and_sequences_in_a_request_are_refused(server, http, ask):
-    utils = pytest.importorskip("tritonclient.utils")
+    utils = importlib.import_module("tritonclient.utils")
     shared = inputs_of(http, 1, binary=True)
     shared[0].set_shared_memory("region", 16)
     output = http.InferRequestedOutput("y")
@@ -273,7 +274,7 @@ def test_classification(server, http, ask, binary, count, kept):
 
 
 def test_bfloat16_goes_as_binary_only(make_server, http, ask):
-    utils = pytest.importorskip("tritonclient.utils")
+    utils = importlib.import_module("tritonclient.utils")
     server = make_server(Identity("bfloat16"))
     # float32 in older clients, ml_dtypes' own in newer ones; these numbers are the same in both.
     array = np.array([[1.5, -2.0, 3.25], [0.0, 2.0**100, -0.0]]).astype(utils.triton_to_np_dtype("BF16"))
@@ -289,7 +290,7 @@ def test_bfloat16_goes_as_binary_only(make_server, http, ask):
 
 
 def test_strings_for_a_model_of_numbers_are_refused(server, http, ask):
-    utils = pytest.importorskip("tritonclient.utils")
+    utils = importlib.import_module("tritonclient.utils")
     for binary in (True, False):
         inputs = inputs_of(http, 1, binary=True)
         inputs[0] = http.InferInput("x", [1, 4], "BYTES")
@@ -317,7 +318,7 @@ def test_bodies_made_and_read_by_the_client_without_its_transport(server, http):
 
 
 def test_nan_and_infinity_travel_as_binary_and_are_refused_in_json(make_server, http, ask):
-    utils = pytest.importorskip("tritonclient.utils")
+    utils = importlib.import_module("tritonclient.utils")
     server = make_server(Identity())
     array = np.array([[np.nan, np.inf, -np.inf]], np.float32)
     given = http.InferInput("x", [1, 3], "FP32")
@@ -334,7 +335,7 @@ def test_nan_and_infinity_travel_as_binary_and_are_refused_in_json(make_server, 
 
 
 def test_priorities_and_timeouts_that_are_none_are_refused(server, http, ask):
-    utils = pytest.importorskip("tritonclient.utils")
+    utils = importlib.import_module("tritonclient.utils")
     for option in ({"timeout": -1}, {"timeout": 1.5}, {"priority": -1}):
         with pytest.raises(utils.InferenceServerException, match="must be a whole number"):
             ask(server, "infer", "affine", inputs_of(http, 1, binary=True), **option)

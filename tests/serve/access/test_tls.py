@@ -1,20 +1,16 @@
 """TLS and mutual TLS, with certificates made here; what changes while the server runs; who may listen where."""
 
 import contextlib
-import os
 import signal
 import socket
 import ssl
 import subprocess
-import sys
-import textwrap
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 import trustme
-from serve_fakes import Affine, affine_binary, raw_request, read_outputs, read_response
+from serve_fakes import Affine, affine_binary, raw_request, read_outputs, read_response, start_script
 
 from lepton_xla.errors import ServeError
 from lepton_xla.serve import Limits, Options, Server
@@ -293,31 +289,23 @@ def test_tokens_in_the_clear_are_warned_of(tmp_path, pair, caplog):
     assert "readable" in caplog.text
 
 
-SCRIPT = textwrap.dedent(
-    """
+SCRIPT = """
     import sys
     from pathlib import Path
-    sys.path.insert(0, {here!r})
     from serve_fakes import Affine
     from lepton_xla.serve import Options, Server
     from lepton_xla.serve.observe.logs import configure
 
     configure(as_json=True)
-    options = Options(port=0, token_file=Path({file!r}))
+    options = Options(port=0, token_file=Path(sys.argv[1]))
     Server(Affine((1,)), options).run(on_ready=lambda server: print(server.address[1], flush=True))
-    """
-)
+"""
 
 
 def test_sighup_reads_the_files_again_and_stops_nothing(tmp_path):
     file = tmp_path / "tokens"
     create_token(file, "t", ["read"])
-    here = Path(__file__).parents[1]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(here.parents[1]), os.environ.get("PYTHONPATH", "")])}
-    command = [sys.executable, "-c", SCRIPT.format(here=str(here), file=str(file))]
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
-    ) as process:
+    with start_script(SCRIPT, file, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         try:
             port = int(process.stdout.readline())
             for _ in range(2):

@@ -2,19 +2,15 @@
 
 import contextlib
 import json
-import os
 import signal
 import socket
 import subprocess
-import sys
-import textwrap
 import threading
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
-from serve_fakes import Affine, affine_binary, connect, exchange, raw_request, read_outputs, read_response
+from serve_fakes import Affine, affine_binary, connect, exchange, raw_request, read_outputs, read_response, start_script
 
 INFER = "/v2/models/affine/infer"
 READY = raw_request("GET", "/v2/health/ready")
@@ -183,10 +179,8 @@ def test_a_stop_gives_up_at_its_deadline(make_server, affine):
     affine.gate.set()
 
 
-SCRIPT = textwrap.dedent(
-    """
+SCRIPT = """
     import json, logging, sys, time
-    sys.path.insert(0, {here!r})
     from serve_fakes import Affine
     from lepton_xla.serve import Options, Server
 
@@ -203,17 +197,13 @@ SCRIPT = textwrap.dedent(
     server = Server(Slow((1,)), Options(port=0, **options))
     done = server.run(on_ready=lambda server: print(server.address[1], flush=True))
     sys.exit(0 if done else 1)
-    """
-)
+"""
 
 
 @contextlib.contextmanager
 def process_of(**options):
     """A server in a process of its own, and its port."""
-    here = Path(__file__).parents[1]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(here.parents[1]), os.environ.get("PYTHONPATH", "")])}
-    command = [sys.executable, "-c", SCRIPT.format(here=str(here)), json.dumps(options)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+    with start_script(SCRIPT, json.dumps(options), stdout=subprocess.PIPE) as process:
         try:
             yield process, int(process.stdout.readline())
         finally:

@@ -6,16 +6,13 @@ import logging
 import os
 import re
 import subprocess
-import sys
-import textwrap
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from serve_fakes import affine_json, connect, raw_request, read_response
+from serve_fakes import affine_json, connect, raw_request, read_response, start_script
 
 from lepton_xla.serve.observe.logs import JsonLines, PlainLines, Repeats, Throttle, Writer
 
@@ -121,10 +118,8 @@ def test_what_is_queued_is_written_at_the_end():
     assert stream.getvalue().count("\n") == 100
 
 
-SCRIPT = textwrap.dedent(
-    """
+SCRIPT = """
     import sys
-    sys.path.insert(0, {here!r})
     from serve_fakes import Affine
     from lepton_xla.serve import Options, Server
     from lepton_xla.serve.observe.logs import configure
@@ -132,20 +127,14 @@ SCRIPT = textwrap.dedent(
     configure(as_json=True)
     options = Options(port=0, access_log_sample=float(sys.argv[1]))
     Server(Affine((1,)), options).run(on_ready=lambda server: print(server.address[1], flush=True))
-    """
-)
+"""
 
 
 class Running:
     """A server in a process of its own."""
 
     def __init__(self, share):
-        here = Path(__file__).parents[1]
-        path = os.pathsep.join([str(here.parents[1]), os.environ.get("PYTHONPATH", "")])
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", SCRIPT.format(here=str(here)), str(share)],
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": path},
-        )  # fmt: skip
+        self.process = start_script(SCRIPT, share, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         self.address = ("127.0.0.1", int(self.process.stdout.readline()))
 
     def stop(self):

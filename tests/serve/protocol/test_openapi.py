@@ -59,7 +59,6 @@ def test_its_example_is_a_request_that_is_answered(served):
 
 def test_schemathesis_finds_no_server_error_and_no_answer_that_is_not_documented(served, tmp_path):
     """Examples, edges of every field, random requests, and chains of them; valid ones and invalid ones."""
-    pytest.importorskip("schemathesis")
     command = [sys.executable, "-m", "schemathesis.cli", "run", f"{served.url}/v2/openapi.json", "--no-color"]
     # A request can be right by its schema and still not fit the model, which no schema says.
     command += ["--max-examples", "15", "--exclude-checks", "positive_data_acceptance", "--seed", "1"]

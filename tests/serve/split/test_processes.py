@@ -15,11 +15,9 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
-from serve_fakes import exchange, raw_request, read_response
+from serve_fakes import exchange, raw_request, read_response, start_script
 
 from lepton_xla.serve.client import Client, RequestError
-
-pytest.importorskip("flatbuffers")  # jax.export needs it
 
 ROOT = Path(__file__).parents[3]
 INFER = "/v2/models/wait/infer"
@@ -56,14 +54,11 @@ class Served:
     """A running command."""
 
     def __init__(self, path, *flags):
-        environment = os.environ | {
-            "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
-            "JAX_PLATFORMS": "cpu",
-        }
-        command = [sys.executable, "-c", "from lepton_xla.cli.serve import serve; serve()", str(path), "--json"]
-        self.process = subprocess.Popen(
-            [*command, "--port", "0", "--frontends", "2", *flags], stdout=subprocess.PIPE, text=True, env=environment
-        )
+        command = "from lepton_xla.cli.serve import serve; serve()"
+        self.process = start_script(
+            command, path, "--json", "--port", "0", "--frontends", "2", *flags,
+            environment=os.environ | {"JAX_PLATFORMS": "cpu"}, stdout=subprocess.PIPE,
+        )  # fmt: skip
         event = json.loads(self.process.stdout.readline())
         assert (event["event"], event["model"]) == ("listening", "wait")
         self.address = (event["host"], event["port"])

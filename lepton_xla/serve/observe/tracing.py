@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 from lepton_xla.errors import ServeError
 
 if TYPE_CHECKING:
-    from lepton_xla.serve.spans import Spans
+    from lepton_xla.serve.observe.spans import Spans
 
 _log = logging.getLogger("lepton_xla.serve")
 
@@ -55,7 +55,7 @@ def tracing(endpoint: str | None, environment: Mapping[str, str] = os.environ) -
         return None
     url = None if endpoint is None else check_endpoint(endpoint)
     try:
-        from lepton_xla.serve.spans import Spans, exporting
+        from lepton_xla.serve.observe.spans import Spans, exporting
     except ImportError as error:
         if endpoint is not None:
             raise ServeError(_MISSING) from error

@@ -4,10 +4,8 @@ import http.server
 import os
 import subprocess
 import sys
-import textwrap
 import threading
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,7 +13,7 @@ from opentelemetry import trace
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
-from serve_fakes import Affine, affine_binary, exchange
+from serve_fakes import Affine, affine_binary, exchange, start_script
 
 from lepton_xla.errors import ServeError
 from lepton_xla.serve import Options, Server, spans, tracing
@@ -185,7 +183,7 @@ def test_without_the_extra_one_is_told_what_to_install(monkeypatch):
 
 
 def test_variables_without_the_extra_warn_and_no_more(monkeypatch, caplog):
-    monkeypatch.setitem(sys.modules, "lepton_xla.serve.spans", None)  # importing it fails
+    monkeypatch.setitem(sys.modules, "lepton_xla.serve.observe.spans", None)  # importing it fails
     assert tracing.tracing(None, {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://c:4318"}) is None
     assert "lepton-xla[otel]" in caplog.text
 
@@ -237,26 +235,19 @@ def test_a_collector_that_is_not_there_holds_up_neither_answers_nor_the_stop(mon
     assert time.monotonic() - start < 4
 
 
-SCRIPT = textwrap.dedent(
-    """
+SCRIPT = """
     import sys
-    sys.path.insert(0, {here!r})
     from serve_fakes import Affine, affine_json, exchange
     from lepton_xla.serve import Options, Server
 
     with Server(Affine((1,)), Options(port=0)) as server:
         assert exchange(server, "POST", "/v2/models/affine/infer", affine_json([[1.0] * 4], [1]))[0] == 200
     print(sorted(name for name in sys.modules if name.startswith("opentelemetry")))
-    """
-)
+"""
 
 
 def test_nothing_is_imported_where_nothing_is_traced():
-    here = Path(__file__).parent
-    path = os.pathsep.join([str(here.parents[1]), os.environ.get("PYTHONPATH", "")])
     clean = {name: value for name, value in os.environ.items() if not name.startswith("OTEL_")}
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT.format(here=str(here))],
-        capture_output=True, text=True, timeout=60, env=clean | {"PYTHONPATH": path}, check=True,
-    )  # fmt: skip
-    assert done.stdout.strip() == "[]"
+    with start_script(SCRIPT, environment=clean, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        told, errors = process.communicate(timeout=60)
+    assert (process.returncode, told.strip()) == (0, "[]"), errors
