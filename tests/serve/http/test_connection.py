@@ -336,7 +336,7 @@ def test_an_idle_connection_is_closed_and_a_waiting_one_is_not(make_server, affi
 
 
 def test_a_client_that_does_not_read_is_dropped(make_server):
-    server = make_server(Affine(), limits=Limits(write_timeout_s=0.3), max_queue_rows=100_000)
+    server = make_server(Affine((20_000,)), limits=Limits(write_timeout_s=0.3), max_queue_rows=100_000)
     body, fields = affine_binary(np.zeros((20_000, 4)), np.zeros(20_000))
     with connect(server) as sock:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
