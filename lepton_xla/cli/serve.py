@@ -242,7 +242,7 @@ def serve(
         finished = Supervisor(path, options, frontends, json_logs=json_logs).run(on_ready=announce)
     else:
         from lepton_xla.compiler import load
-        from lepton_xla.serve.batching.engine import run_on_calling_thread
+        from lepton_xla.serve.process import run_on_calling_thread
 
         run_on_calling_thread()
         finished = Server(load(path), options).run(on_ready=announce)

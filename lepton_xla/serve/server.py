@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import functools
-import gc
 import logging
 import math
 import signal
@@ -30,6 +29,7 @@ from lepton_xla.serve.http.limits import Limits
 from lepton_xla.serve.observe.health import STALL_S, Health
 from lepton_xla.serve.observe.metrics import Metrics
 from lepton_xla.serve.observe.tracing import check_endpoint
+from lepton_xla.serve.process import settle
 from lepton_xla.serve.protocol.metadata import SERVER_NAME
 from lepton_xla.serve.protocol.routes import OPEN_PATHS
 from lepton_xla.serve.protocol.signature import Servable, Signature, signature_of
@@ -241,10 +241,7 @@ class Server:
             raise
 
         if signals:
-            # The process is the server's: what is loaded stays, and a full collection over all of JAX stops answers
-            # for tens of milliseconds.
-            gc.collect()
-            gc.freeze()
+            settle()  # the process is the server's
         scheduler.start()
         name = listener.getsockname()
         self.address = (name[0], name[1])

@@ -140,17 +140,6 @@ def _window(tensor: Tensor, sizes: dict[str, int], offset: int, rows: int, batch
     return (slice(offset, offset + rows), *inner[1:]) if batched else inner
 
 
-def run_on_calling_thread() -> None:
-    """Has XLA run CPU code on the thread that calls it, if nothing has used JAX in this process yet.
-
-    By default another thread does, for a caller that goes on meanwhile. The engine waits: between two threads that wait
-    for each other, a run of 16 us takes 40, and 100 or more where the processor has other things to do.
-    """
-    import jax
-
-    jax.config.update("jax_cpu_enable_async_dispatch", False)
-
-
 def _aligned(shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
     """Zeros that start where XLA wants them: on the CPU it then reads them where they are, else it copies them."""
     nbytes = math.prod(shape) * dtype.itemsize

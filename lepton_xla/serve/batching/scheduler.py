@@ -32,6 +32,8 @@ _log = logging.getLogger("lepton_xla.serve")
 _SHORT_S = 1e-4
 
 _LONGEST_RETRY_S = 60
+# How long a prediction of when the queue will have run is told to whoever is refused. It is told in whole seconds.
+_PREDICTED_S = 0.01
 
 # Status and words for those who get no result. 503 is the load, and may be tried again; 504 is the deadline.
 _REFUSALS: dict[Reason, tuple[int, str]] = {
@@ -129,6 +131,8 @@ class Scheduler:
         self._scheduled = False
         self._alarm: asyncio.TimerHandle | None = None
         self._alarm_s = math.inf
+        self._drain_s = 0.0
+        self._drain_until_s = -math.inf
 
     @property
     def max_rows(self) -> int:
@@ -200,9 +204,12 @@ class Scheduler:
             self._metrics.expired += 1
             return RefusedError(status, words)
         self._metrics.rejected += 1
-        with self._lock:
-            seconds = self._batcher.drain_s(monotonic())
-        return RefusedError(503, words, f"Retry-After: {min(max(math.ceil(seconds), 1), _LONGEST_RETRY_S)}")
+        now = monotonic()
+        if now >= self._drain_until_s:
+            with self._lock:
+                self._drain_s = self._batcher.drain_s(now)
+            self._drain_until_s = now + _PREDICTED_S
+        return RefusedError(503, words, f"Retry-After: {min(max(math.ceil(self._drain_s), 1), _LONGEST_RETRY_S)}")
 
     def _tell_dropped(self) -> None:
         """Answers those who will get no result."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from http import HTTPStatus
 from typing import Protocol
@@ -104,18 +105,12 @@ class Exchange:
 
     def answer(self, status: int, body: bytes, content_type: str = "application/json", *extra: str) -> None:
         """Answers with a status, a body, and further header lines such as `Retry-After: 1`."""
-        reason = HTTPStatus(status).phrase
-        lines = [f"HTTP/1.1 {status} {reason}", f"Content-Type: {content_type}", f"Content-Length: {len(body)}", *extra]
-        if self.head.method == b"HEAD":
-            body = b""
-        self._send("\r\n".join(lines).encode("latin-1") + b"\r\n\r\n" + body)
+        self._send(_head(status, len(body), content_type, extra) + (b"" if self.head.method == b"HEAD" else body))
 
     def refuse(self, refusal: RefusedError) -> None:
         """Answers with an error."""
-        headers = refusal.headers
-        if refusal.status == 503 and not any(line.startswith("Retry-After:") for line in headers):
-            headers = (*headers, "Retry-After: 1")
-        self.answer(refusal.status, msgspec.json.encode({"error": refusal.message}), "application/json", *headers)
+        head, body = _refusal(refusal.status, refusal.message, refusal.headers)
+        self._send(head if self.head.method == b"HEAD" else head + body)
 
     def _send(self, payload: bytes) -> None:
         if not self.answered:
@@ -131,3 +126,21 @@ class Exchange:
         """The answer, once."""
         payload, self._payload = self._payload, None
         return payload
+
+
+def _head(status: int, body_bytes: int, content_type: str, extra: tuple[str, ...]) -> bytes:
+    """Everything before a body, the blank line included."""
+    lines = (
+        f"HTTP/1.1 {status} {HTTPStatus(status).phrase}", f"Content-Type: {content_type}",
+        f"Content-Length: {body_bytes}", *extra, "\r\n",
+    )  # fmt: skip
+    return "\r\n".join(lines).encode("latin-1")
+
+
+@functools.lru_cache(maxsize=256)
+def _refusal(status: int, message: str, headers: tuple[str, ...]) -> tuple[bytes, bytes]:
+    """Head and body of an error. Kept, for an overloaded server writes the same one over and over."""
+    if status == 503 and not any(line.startswith("Retry-After:") for line in headers):
+        headers = (*headers, "Retry-After: 1")
+    body = msgspec.json.encode({"error": message})
+    return _head(status, len(body), "application/json", headers), body

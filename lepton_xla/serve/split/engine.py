@@ -6,7 +6,6 @@ It is started by the supervisor, as `python -m lepton_xla.serve.split.engine`, w
 from __future__ import annotations
 
 import asyncio
-import gc
 import logging
 import socket
 import sys
@@ -16,12 +15,13 @@ from time import monotonic
 import uvloop
 
 from lepton_xla.errors import LeptonError
-from lepton_xla.serve.batching.engine import Engine, run_on_calling_thread
+from lepton_xla.serve.batching.engine import Engine
 from lepton_xla.serve.batching.scheduler import Call, Scheduler, Times
 from lepton_xla.serve.errors import RefusedError
 from lepton_xla.serve.observe.health import Health
 from lepton_xla.serve.observe.logs import configure
 from lepton_xla.serve.observe.metrics import Metrics
+from lepton_xla.serve.process import run_on_calling_thread, settle
 from lepton_xla.serve.protocol.signature import Signature, signature_of
 from lepton_xla.serve.protocol.wire import InferRequest
 from lepton_xla.serve.server import schedule, watch
@@ -218,8 +218,7 @@ async def _serve(settings: control.Settings, end: socket.socket) -> None:
     measured = engine.warm_up()
     scheduler = schedule(engine, measured, signature, settings.options, metrics)
     health = watch(scheduler, measured, metrics)
-    gc.collect()
-    gc.freeze()
+    settle()
     await EngineProcess(scheduler, signature, metrics, health, asyncio.get_running_loop()).run(end)
 
 

@@ -7,7 +7,6 @@ takes the connections and deals them out: of several event loops at one listenin
 from __future__ import annotations
 
 import asyncio
-import gc
 import logging
 import socket
 import sys
@@ -22,6 +21,7 @@ from lepton_xla.serve.http.connection import Connection
 from lepton_xla.serve.http.drain import Stop
 from lepton_xla.serve.observe.logs import configure
 from lepton_xla.serve.observe.metrics import Metrics
+from lepton_xla.serve.process import settle
 from lepton_xla.serve.split import control
 from lepton_xla.serve.split.control import Control
 from lepton_xla.serve.split.hello import Hello
@@ -76,8 +76,7 @@ class FrontEndProcess:
         front = self._front = Front(
             self._hello.signature, self._scheduler, self._metrics, self._options, self._access, gather=self._gather
         )
-        gc.collect()
-        gc.freeze()
+        settle()
         reporting = self._loop.create_task(self._report(front))
         try:
             return await front.serve(self, self._stop, self._announce)
