@@ -3,10 +3,10 @@
     python benchmarks/serving.py [--models first10,digits,minilm] [--mosec PYTHON] [--litserve PYTHON] [--triton PYTHON]
 
 Every server gets the same rows, one a request. Closed loop: so many connections, each with one unanswered request (wrk
-where it is installed, else our generator). Open loop: requests due at random moments (Poisson) at a share of what the
-closed loop of 64 connections took, latency counted from when a request was due. All servers are up all the time; those
-whose turn it is not are stopped (SIGSTOP). The load generator runs on the same machine.
-Writes docs/benchmarks/serving.md. Each other server in an environment of its own, such as
+where it is installed, else our generator), on all cores, which the load generator shares; the servers take turns.
+Open loop: requests due at random moments (Poisson) at a share of what the server answers, latency counted from when a
+request was due; here the generator has one core and the server the others, so that asking for more takes nothing from
+the server. Writes docs/benchmarks/serving.md. Each other server in an environment of its own, such as
 
     python3.12 -m venv build/peers/triton && build/peers/triton/bin/pip install nvidia-pytriton==0.7.0
 """
@@ -30,7 +30,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import harness
@@ -50,6 +50,8 @@ CONNECTIONS = (1, 8, 64, 256)
 SHARES = (0.5, 0.8, 0.95)
 CAPACITY_AT = 64
 OPEN_CONNECTIONS = 512
+# Of a core, beyond which the generator's own lateness is most of the latency.
+GENERATOR_CORE = 0.9
 START_S = 180.0
 OURS = "lepton_xla"
 _LUA = """
@@ -123,6 +125,7 @@ class Server:
         path: of the route.
         request: body and header fields of one request.
         env: further environment.
+        idles: whether it takes no processor time while nothing is asked; else it is stopped (SIGSTOP) meanwhile.
     """
 
     def __init__(
@@ -133,8 +136,10 @@ class Server:
         path: str,
         request: tuple[bytes, dict[str, str]],
         env: Mapping[str, str] | None = None,
+        *,
+        idles: bool = True,
     ) -> None:
-        self.name, self.port, self.path, self.request = name, port, path, request
+        self.name, self.port, self.path, self.request, self.idles = name, port, path, request, idles
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 (closed by stop)
         self._process = subprocess.Popen(
             command,
@@ -223,13 +228,27 @@ class Server:
 
 @contextlib.contextmanager
 def turn(server: Server) -> Iterator[None]:
-    """Lets a stopped server run for a while."""
+    """Lets a server that was stopped run for a while."""
+    if server.idles:
+        yield
+        return
     server.signal(signal.SIGCONT)
     try:
         server.wait()  # some take it for the end of their connections, or of their other processes
         yield
     finally:
         server.signal(signal.SIGSTOP)
+
+
+@contextlib.contextmanager
+def on_cores(wanted: slice) -> Iterator[None]:
+    """Keeps this thread, and what it starts, on some of the cores; on a machine of one core does nothing."""
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, sorted(before)[wanted] or before)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
 
 
 def closed(server: Server, connections: int, seconds: float) -> dict[str, float]:
@@ -245,10 +264,54 @@ def closed(server: Server, connections: int, seconds: float) -> dict[str, float]
     return figures | {"cpu_s_per_1000": 1000 * used / max(figures["requests"], 1)}
 
 
-def opened(server: Server, rate: float, seconds: float) -> dict[str, float]:
-    """Figures of an open loop at `rate` requests/s."""
-    with turn(server):
-        return _load(server, rate, OPEN_CONNECTIONS, seconds)
+def alone(
+    make: Callable[[], Server], bounded: Callable[[int], Server] | None, options: argparse.Namespace
+) -> dict[str, Any]:
+    """Figures of the open loops of one server that has all cores but the last, which is the generator's.
+
+    Args:
+        make: starts it.
+        bounded: starts it with a queue of so many requests, if it is ours.
+        options: of the command line.
+
+    Returns:
+        `capacity`, requests/s of a closed loop; `unloaded_p50`, milliseconds of one connection; the open loops by
+        share of the capacity; of ours also `minute` and `batch_ms`, an execution of the largest size; `over`, what
+        becomes of more than the capacity, or None where the generator cannot ask for so much.
+    """
+    with on_cores(slice(None, -1)):
+        server = make()
+    try:
+        server.wait()
+        one = _load(server, None, 1, options.seconds)
+        full = _load(server, None, CAPACITY_AT, options.seconds)
+        capacity = full["rate"]
+        found: dict[str, Any] = {"capacity": capacity, "unloaded_p50": one["p50"], "generator": full["cores"]}
+        for share in SHARES:
+            found[f"{share:g}"] = _load(server, share * capacity, OPEN_CONNECTIONS, options.open_seconds)
+        most = capacity * GENERATOR_CORE / full["cores"]
+        found["over"] = None
+        if bounded is not None:
+            found["minute"] = _load(server, 0.8 * capacity, OPEN_CONNECTIONS, options.minute_seconds)
+            found["batch_ms"] = 1e3 * _largest_cost_s(server)
+            server.stop()
+            # A queue of a quarter of a second, which the generator's connections can fill.
+            queue = max(32, min(round(capacity / 4), OPEN_CONNECTIONS * 3 // 4))
+            with on_cores(slice(None, -1)):
+                server = bounded(queue)
+            server.wait()
+        if 2 * capacity <= most:
+            found["over"] = overloaded(server, capacity, options.open_seconds)
+    finally:
+        server.stop()
+    return found
+
+
+def _largest_cost_s(server: Server) -> float:
+    """What our server says that an execution of the largest size takes."""
+    with urllib.request.urlopen(f"http://127.0.0.1:{server.port}/metrics", timeout=10) as answer:
+        lines = answer.read().decode().splitlines()
+    return max(float(line.rpartition(" ")[2]) for line in lines if line.startswith("lepton_cost_seconds{"))
 
 
 def overloaded(server: Server, capacity: float, seconds: float) -> dict[str, float]:
@@ -259,9 +322,8 @@ def overloaded(server: Server, capacity: float, seconds: float) -> dict[str, flo
         them; `refused_p99`, milliseconds until a request was told no; `after_p99`, of those that were due in the first
         second after, and `later_p99`, of those due in the two seconds after that; `wrong`, answers but 200, 503, 429.
     """
-    with turn(server):
-        hard = _result(server, 2 * capacity, OPEN_CONNECTIONS, seconds, warmup_s=1.0)
-        soft = _result(server, capacity / 2, OPEN_CONNECTIONS, 3.0, warmup_s=0.0)
+    hard = _result(server, 2 * capacity, OPEN_CONNECTIONS, seconds, warmup_s=1.0)
+    soft = _result(server, capacity / 2, OPEN_CONNECTIONS, 3.0, warmup_s=0.0)
     refused = np.isin(hard.status, (503, 429))
     first = soft.due_s < 1
 
@@ -307,7 +369,8 @@ def _result(server: Server, rate: float | None, connections: int, seconds: float
     lines += [f"{name}: {value}" for name, value in fields.items()]
     request = "\r\n".join(lines).encode() + b"\r\n\r\n" + body
     load = Load(rate=rate, connections=connections, seconds=seconds, warmup_s=warmup_s, timeout_s=10.0)
-    return generate(endpoint(f"http://127.0.0.1:{server.port}"), request, load)
+    with on_cores(slice(-1, None)):
+        return generate(endpoint(f"http://127.0.0.1:{server.port}"), request, load)
 
 
 def _load(server: Server, rate: float | None, connections: int, seconds: float) -> dict[str, float]:
@@ -321,6 +384,7 @@ def _load(server: Server, rate: float | None, connections: int, seconds: float) 
         "p50": 1e3 * found["p50"],
         "p99": 1e3 * found["p99"],
         "p999": 1e3 * found["p99.9"],
+        "cores": result.cores,
         "lag_p99": 1e3 * result.percentiles(result.lag_s)["p99"],
     }
 
@@ -396,34 +460,36 @@ def ours(label: str, path: pathlib.Path, payload: Payload, *flags: str) -> Serve
     return Server(label, command, port, f"/v2/models/{payload.model}/infer", payload.oip())
 
 
-def start(
+def candidates(
     name: str, path: pathlib.Path, payload: Payload, options: argparse.Namespace
-) -> tuple[list[Server], list[str]]:
-    """Every server that can be had, each having given the right answer, and why others are missing."""
-
+) -> dict[str, Callable[[], Server]]:
+    """What starts each server that was asked for."""
     infer = f"/v2/models/{payload.model}/infer"
-    made: list[tuple[str, Any]] = []
-    for label, flags in {
-        OURS: (),
-        **{f"{OURS} --frontends {n}": ("--frontends", str(n)) for n in options.frontends},
-    }.items():
-        made.append((label, functools.partial(ours, label, path, payload, *flags)))
+    made: dict[str, Callable[[], Server]] = {OURS: lambda: ours(OURS, path, payload)}
+    for count in options.frontends:
+        label = f"{OURS} --frontends {count}"
+        made[label] = functools.partial(ours, label, path, payload, "--frontends", str(count))
     if options.mosec and payload.count == 1:
         at = _port()
         command = [options.mosec, str(SERVERS / "mosec_server.py"), "--port", str(at)]
         env = {} if name == "first10" else {"LEPTON_ARTIFACT": str(path)}
-        made.append(("mosec", lambda: Server("mosec", command, at, "/inference", payload.raw(), env)))
+        made["mosec"] = lambda: Server("mosec", command, at, "/inference", payload.raw(), env)
     if options.litserve and name == "first10":
         lit_at = _port()
         lit = [options.litserve, str(SERVERS / "litserve_server.py"), "--port", str(lit_at)]
-        made.append(("LitServe", lambda: Server("LitServe", lit, lit_at, "/predict", payload.json())))
+        made["LitServe"] = lambda: Server("LitServe", lit, lit_at, "/predict", payload.json(), idles=False)
     if options.triton and name == "first10":
         triton_at = _port()
         triton, env_triton = triton_command(options.triton, triton_at)
-        made.append(("Triton", lambda: Server("Triton", triton, triton_at, infer, payload.oip(), env_triton)))
+        made["Triton"] = lambda: Server("Triton", triton, triton_at, infer, payload.oip(), env_triton)
+    return made
+
+
+def start(makers: Mapping[str, Callable[[], Server]], payload: Payload) -> tuple[list[Server], list[str]]:
+    """Every server that can be had, each having given the right answer, and why others are missing."""
     running: list[Server] = []
     notes: list[str] = []
-    for label, make in made:
+    for label, make in makers.items():
         console.print(f"  starting {label} ...")
         server = make()
         try:
@@ -433,7 +499,8 @@ def start(
             notes.append(f"{label} is missing: {error}")
             console.print(f"  {notes[-1]}")
             continue
-        server.signal(signal.SIGSTOP)
+        if not server.idles:
+            server.signal(signal.SIGSTOP)
         running.append(server)
     return running, notes
 
@@ -470,48 +537,30 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         path, payload = MODELS[name](pathlib.Path(folder), options.quick)
         bare_rows = bare(path, payload, 0.2 if options.quick else 2.0)
-        servers, notes = start(name, path, payload, options)
+        makers = candidates(name, path, payload, options)
+        servers, notes = start(makers, payload)
         try:
-            rows: dict[str, dict[str, Any]] = {server.name: {"closed": {}, "open": {}} for server in servers}
-            over: dict[str, dict[str, float]] = {}
+            rows: dict[str, dict[str, Any]] = {server.name: {"closed": {}} for server in servers}
             for connections in options.connections:
                 turns: dict[str, list[dict[str, float]]] = {server.name: [] for server in servers}
                 for index in range(options.rounds):
                     for server in servers[index % len(servers) :] + servers[: index % len(servers)]:
-                        try:
-                            turns[server.name].append(closed(server, connections, options.seconds))
-                        except RuntimeError as error:
-                            notes.append(f"{server.name} ended at {connections} connections: {error}")
-                            console.print(f"  {notes[-1]}")
-                            servers.remove(server)
-                            server.stop()
-                            del turns[server.name], rows[server.name]
+                        turns[server.name].append(closed(server, connections, options.seconds))
                 for label, found in turns.items():
                     rows[label]["closed"][str(connections)] = _medians(found)
-                console.print(f"  {connections} connections: " + _line(rows, "closed", str(connections)))
+                console.print(f"  {connections} connections: " + _line(rows, str(connections)))
             for server in servers:
                 rows[server.name]["memory"] = server.memory()
-            for share in SHARES:
-                for server in servers:
-                    capacity = rows[server.name]["closed"][str(options.capacity_at)]["rate"]
-                    found = opened(server, share * capacity, options.open_seconds)
-                    rows[server.name]["open"][f"{share:g}"] = found | {"asked": share * capacity}
-                console.print(f"  {100 * share:g} % of capacity: " + _line(rows, "open", f"{share:g}"))
-            for server in tuple(servers):
-                capacity = rows[server.name]["closed"][str(options.capacity_at)]["rate"]
-                if server.name == OURS:
-                    rows[OURS]["minute"] = opened(server, 0.8 * capacity, options.minute_seconds)
-                    # A queue that the generator's connections can fill: of a quarter of a second.
-                    bound = max(32, min(round(capacity / 4), OPEN_CONNECTIONS * 3 // 4))
-                    server = ours(f"{OURS} --max-queue-rows {bound}", path, payload, "--max-queue-rows", str(bound))
-                    server.wait()
-                    servers.append(server)
-                over[server.name] = overloaded(server, capacity, options.open_seconds)
-                console.print(f"  twice the capacity: {server.name} {over[server.name]}")
         finally:
             for server in servers:
                 server.stop()
-    return {"bare": bare_rows, "rows": payload.count, "servers": rows, "overload": over, "notes": notes}
+        for label in rows:
+            console.print(f"  {label}: open loops ...")
+            again = None
+            if label == OURS:
+                again = lambda bound: ours(OURS, path, payload, "--max-queue-rows", str(bound * payload.count))  # noqa: E731
+            rows[label]["open"] = alone(makers[label], again, options)
+    return {"bare": bare_rows, "rows": payload.count, "servers": rows, "notes": notes}
 
 
 def _medians(found: Sequence[Mapping[str, float]]) -> dict[str, float]:
@@ -519,9 +568,10 @@ def _medians(found: Sequence[Mapping[str, float]]) -> dict[str, float]:
     return medians | {"errors": sum(each["errors"] for each in found)}
 
 
-def _line(rows: Mapping[str, Any], kind: str, key: str) -> str:
+def _line(rows: Mapping[str, Any], key: str) -> str:
     return ", ".join(
-        f"{label} {row[kind][key]['rate']:,.0f}/s p99 {row[kind][key]['p99']:.2f} ms" for label, row in rows.items()
+        f"{label} {row['closed'][key]['rate']:,.0f}/s p99 {row['closed'][key]['p99']:.2f} ms"
+        for label, row in rows.items()
     )
 
 
@@ -541,17 +591,20 @@ def write_page(results: Mapping[str, Any]) -> None:
     parts = [
         "# Serving",
         (
-            "One row a request where nothing else is said. Closed loop: connections that each have one "
-            "request unanswered; open loop: requests due at random moments at a share of the rate that the "
-            f"server reached with {CAPACITY_AT} connections, latency from when each was due. Times in "
-            "milliseconds, medians of rounds in which the servers took turns, those whose turn it was not "
-            "stopped; the load generator runs on the same machine and cores. `x` is the rate over that of "
-            "mosec, CPU the server's processor seconds a thousand requests with 64 connections, memory what "
-            "its processes hold after the closed loops. mosec, LitServe and Triton run NumPy for the first "
-            "table; mosec runs our artifact for the others, from Python as its users would, and takes one row "
-            "a request. `bare` is the executable called in a loop without a server. The last table asks for "
-            "twice the capacity, as shares of it: wrk measured the capacity, our generator, which takes more "
-            "of the same cores, asks."
+            "One row a request where nothing else is said. Times in milliseconds; the load generator runs on the same "
+            "machine. Closed loop: connections that each have one request unanswered, on all cores; medians of rounds "
+            "in which the servers took turns. `x` is the rate over that of mosec, CPU the server's processor seconds a "
+            "thousand requests with 64 connections, memory what its processes hold after the closed loops. mosec, "
+            "LitServe and Triton run NumPy for the first table; mosec runs our artifact for the others, from Python as "
+            "its users would, and takes one row a request. `bare` is the executable called in a loop without a server."
+        ),
+        (
+            "Open loop: requests due at random moments (Poisson) at a share of the capacity, latency from when each "
+            "was due. The generator has the last core and the server the others, so that asking for more takes nothing "
+            f"from the server; the capacity is what a closed loop of {CAPACITY_AT} connections got so. Where the "
+            "generator is busy for more than 90 % of its core, latencies are its own as much as the server's, and the "
+            "capacity may be the generator's; where it cannot ask for twice the capacity, that row is missing. Our "
+            "server had its default queue but for twice the capacity, where it held a quarter of a second of requests."
         ),
     ]
     for name, result in results.items():
@@ -582,16 +635,17 @@ def _tables(result: Mapping[str, Any]) -> list[str]:
             f"{sum(found[k]['errors'] for k in keys):.0f}",
         ])  # fmt: skip
     bare_line = ", ".join(f"{rows:,.0f} at {size}" for size, rows in result["bare"].items())
-    shares = list(next(iter(servers.values()))["open"]) if servers else []
-    open_header = ["open loop", *(f"{100 * float(s):g} %: req/s (p50, p99, p99.9)" for s in shares), "errors"]
+    open_header = ["open loop", "capacity: req/s (generator's core)"]
+    open_header += [f"{100 * share:g} %: req/s (p50, p99, p99.9; core)" for share in SHARES] + ["errors"]
     open_cells = [
         [
             label,
-            *(_cell(row["open"][share]) for share in shares),
-            f"{sum(row['open'][s]['errors'] for s in shares):.0f}",
+            f"{row['open']['capacity']:,.0f} ({100 * row['open']['generator']:.0f} %)",
+            *(_open_cell(row["open"][f"{share:g}"]) for share in SHARES),
+            f"{sum(row['open'][f'{share:g}']['errors'] for share in SHARES):.0f}",
         ]
         for label, row in servers.items()
-    ]  # fmt: skip
+    ]
     over_header = ["twice the capacity", "asked", "good answers", "p99 of them", "refused", "told so within (p99)"]
     over_header += ["p99 in the second after, at half the capacity", "in the two after that", "wrong answers"]
     over_cells = [
@@ -606,26 +660,37 @@ def _tables(result: Mapping[str, Any]) -> list[str]:
             f"{found['later_p99']:.1f}",
             f"{found['wrong']:,.0f}",
         ]
-        for label, found in result["overload"].items()
+        for label, row in servers.items()
+        if (found := row["open"]["over"]) is not None
     ]
     parts = [
         harness.markdown(header, cells),
         f"Bare executable, rows/s by batch size: {bare_line}.",
         harness.markdown(open_header, open_cells),
-        harness.markdown(over_header, over_cells),
     ]
+    if over_cells:
+        parts.append(harness.markdown(over_header, over_cells))
+    else:
+        parts.append("Twice the capacity is more than the generator can ask for.")
     if OURS in servers:
-        minute = servers[OURS]["minute"]
+        own = servers[OURS]["open"]
+        minute, unloaded, batch = own["minute"], own["unloaded_p50"], own["batch_ms"]
         parts.append(
             f"Ours for {minute['seconds']:.0f} s at 80 %: {minute['requests']:,.0f} requests, {minute['errors']:.0f} "
-            f"errors, p50 {minute['p50']:.2f} ms, p99 {minute['p99']:.2f} ms; the generator sent 99 % of them no later "
-            f"than {minute['lag_p99']:.2f} ms after they were due."
+            f"errors, p50 {minute['p50']:.2f} ms, p99 {minute['p99']:.2f} ms; the generator, busy for "
+            f"{100 * minute['cores']:.0f} % of its core, sent 99 % of them no later than {minute['lag_p99']:.2f} ms "
+            f"after they were due. Three times the unloaded latency of {unloaded:.2f} ms and an execution of the "
+            f"largest size, {batch:.2f} ms: {3 * unloaded + batch:.2f} ms."
         )
     return parts
 
 
 def _cell(found: Mapping[str, float]) -> str:
     return f"{found['rate']:,.0f} ({found['p50']:.2f}, {found['p99']:.2f}, {found['p999']:.2f})"
+
+
+def _open_cell(found: Mapping[str, float]) -> str:
+    return f"{_cell(found)[:-1]}; {100 * found['cores']:.0f} %)"
 
 
 def _provenance(result: Mapping[str, Any]) -> str:
@@ -659,7 +724,6 @@ def main() -> int:
     if options.quick:
         options.seconds, options.open_seconds, options.minute_seconds = 1.0, 0.5, 0.5
         options.rounds, options.connections = 1, (1, 8)
-    options.capacity_at = CAPACITY_AT if CAPACITY_AT in options.connections else options.connections[-1]
     wanted = options.models.split(",")
     if unknown := set(wanted) - set(MODELS):
         parser.error(f"no model {', '.join(sorted(unknown))}; there are {', '.join(MODELS)}")
