@@ -37,9 +37,11 @@ import harness
 import models
 import numpy as np
 import psutil
+from prometheus_client.parser import text_string_to_metric_families
 from rich.console import Console
 
 import lepton_xla as lx
+from lepton_xla.serve.batching.costs import Costs
 from lepton_xla.serve.client.endpoint import endpoint
 from lepton_xla.serve.load.generator import generate
 from lepton_xla.serve.load.result import Load, Result
@@ -265,19 +267,20 @@ def closed(server: Server, connections: int, seconds: float) -> dict[str, float]
 
 
 def alone(
-    make: Callable[[], Server], bounded: Callable[[int], Server] | None, options: argparse.Namespace
+    make: Callable[[], Server], bounded: Callable[[int], Server] | None, rows: int, options: argparse.Namespace
 ) -> dict[str, Any]:
     """Figures of the open loops of one server that has all cores but the last, which is the generator's.
 
     Args:
         make: starts it.
         bounded: starts it with a queue of so many requests, if it is ours.
+        rows: of a request.
         options: of the command line.
 
     Returns:
         `capacity`, requests/s of a closed loop; `unloaded_p50`, milliseconds of one connection; the open loops by
-        share of the capacity; of ours also `minute` and `batch_ms`, an execution of the largest size; `over`, what
-        becomes of more than the capacity, or None where the generator cannot ask for so much.
+        share of the capacity; of ours also `minute`, `batch_ms`, an execution of the largest size, and `queue_p99`, see
+        `queue_p99_s`; `over`, what becomes of twice the capacity, or None where the generator cannot ask for so much.
     """
     with on_cores(slice(None, -1)):
         server = make()
@@ -293,7 +296,9 @@ def alone(
         found["over"] = None
         if bounded is not None:
             found["minute"] = _load(server, 0.8 * capacity, OPEN_CONNECTIONS, options.minute_seconds)
-            found["batch_ms"] = 1e3 * _largest_cost_s(server)
+            costs = _costs(server)
+            found["batch_ms"] = 1e3 * max(costs.values())
+            found["queue_p99"] = 1e3 * queue_p99_s(costs, 0.8 * capacity * rows, rows)
             server.stop()
             # A queue of a quarter of a second, which the generator's connections can fill.
             queue = max(32, min(round(capacity / 4), OPEN_CONNECTIONS * 3 // 4))
@@ -307,11 +312,33 @@ def alone(
     return found
 
 
-def _largest_cost_s(server: Server) -> float:
-    """What our server says that an execution of the largest size takes."""
+def _costs(server: Server) -> dict[int, float]:
+    """What our server says that an execution takes, by batch size."""
     with urllib.request.urlopen(f"http://127.0.0.1:{server.port}/metrics", timeout=10) as answer:
-        lines = answer.read().decode().splitlines()
-    return max(float(line.rpartition(" ")[2]) for line in lines if line.startswith("lepton_cost_seconds{"))
+        families = text_string_to_metric_families(answer.read().decode())
+    (found,) = (family for family in families if family.name == "lepton_cost_seconds")
+    return {int(sample.labels["batch"]): sample.value for sample in found.samples}
+
+
+def queue_p99_s(costs: Mapping[int, float], rate: float, rows: int, count: int = 100_000) -> float:
+    """The 99th percentile of what requests of so many rows take that wait for nothing but executions.
+
+    A simulation: Poisson arrivals of `rate` rows/s, executions that take what the table says, one after the other, each
+    of the size with the least cost per waiting row. It is what a server gives whose HTTP costs nothing.
+    """
+    table = Costs(sorted(costs), {(): costs})
+    due = np.cumsum(np.random.default_rng(0).exponential(rows / rate, count))
+    taken = np.empty(count)
+    now, at = 0.0, 0
+    while at < count:
+        now = max(now, due[at])
+        waiting = int(np.searchsorted(due, now, side="right")) - at
+        size = table.size((), waiting * rows)
+        now += table.of((), size)
+        done = min(waiting, max(size // rows, 1))
+        taken[at : at + done] = now - due[at : at + done]
+        at += done
+    return float(np.percentile(taken, 99))
 
 
 def overloaded(server: Server, capacity: float, seconds: float) -> dict[str, float]:
@@ -559,7 +586,7 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
             again = None
             if label == OURS:
                 again = lambda bound: ours(OURS, path, payload, "--max-queue-rows", str(bound * payload.count))  # noqa: E731
-            rows[label]["open"] = alone(makers[label], again, options)
+            rows[label]["open"] = alone(makers[label], again, payload.count, options)
     return {"bare": bare_rows, "rows": payload.count, "servers": rows, "notes": notes}
 
 
@@ -680,7 +707,8 @@ def _tables(result: Mapping[str, Any]) -> list[str]:
             f"errors, p50 {minute['p50']:.2f} ms, p99 {minute['p99']:.2f} ms; the generator, busy for "
             f"{100 * minute['cores']:.0f} % of its core, sent 99 % of them no later than {minute['lag_p99']:.2f} ms "
             f"after they were due. Three times the unloaded latency of {unloaded:.2f} ms and an execution of the "
-            f"largest size, {batch:.2f} ms: {3 * unloaded + batch:.2f} ms."
+            f"largest size, {batch:.2f} ms: {3 * unloaded + batch:.2f} ms. A queue of such executions and nothing "
+            f"else, simulated at that rate, has a p99 of {own['queue_p99']:.2f} ms."
         )
     return parts
 
