@@ -13,14 +13,13 @@ import argparse
 import asyncio
 import http.client
 import importlib.util
-import json
+import pathlib
 import subprocess
 import sys
 import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-import httptools
 import numpy as np
 import uvloop
 from rich.console import Console
@@ -36,36 +35,6 @@ X = np.random.default_rng(0).random((1, 784), np.float32)
 PATH = "/v2/models/m/infer"
 AT_ONCE = 64
 RATES = (1_000.0, 15_000.0, 30_000.0, 50_000.0)
-
-HEAD = json.dumps(
-    {"outputs": [{"name": "y", "datatype": "FP32", "shape": [1, 10], "parameters": {"binary_data_size": 40}}]}
-).encode()
-ANSWER = (
-    b"HTTP/1.1 200 OK\r\nContent-Type: application/octet-stream\r\n"
-    + f"Inference-Header-Content-Length: {len(HEAD)}\r\nContent-Length: {len(HEAD) + 40}\r\n\r\n".encode()
-    + HEAD
-    + X[0, :10].tobytes()
-)
-
-
-class Null(asyncio.Protocol):
-    """Answers every request with the same bytes."""
-
-    def connection_made(self, transport: Any) -> None:
-        self.transport, self.parser = transport, httptools.HttpRequestParser(self)
-
-    def data_received(self, data: bytes) -> None:
-        self.parser.feed_data(data)
-
-    def on_message_complete(self) -> None:
-        self.transport.write(ANSWER)
-
-
-async def serve() -> None:
-    """The server: prints its port, runs until it is ended."""
-    server = await asyncio.get_running_loop().create_server(Null, "127.0.0.1", 0)
-    print(server.sockets[0].getsockname()[1], flush=True)
-    await server.serve_forever()
 
 
 def measure(call: Callable[[], Any], seconds: float) -> tuple[float, float]:
@@ -212,14 +181,11 @@ def main() -> None:
     """Measures and prints."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=3.0, help="of each measurement")
-    parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--quick", action="store_true", help="a tenth of a second each: does it run?")
     options = parser.parse_args()
-    if options.serve:
-        uvloop.run(serve())
     console = Console()
     seconds = 0.1 if options.quick else options.seconds
-    command = [sys.executable, __file__, "--serve"]
+    command = [sys.executable, str(pathlib.Path(__file__).parent / "servers" / "http_server.py")]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
         try:
             assert server.stdout is not None

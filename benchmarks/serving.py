@@ -56,6 +56,7 @@ OPEN_CONNECTIONS = 512
 GENERATOR_CORE = 0.9
 START_S = 180.0
 OURS = "lepton_xla"
+FLOOR = "HTTP alone"
 _LUA = """
 wrk.method = "POST"
 local file = io.open("{body}", "rb"); wrk.body = file:read("*all"); file:close()
@@ -496,6 +497,10 @@ def candidates(
     for count in options.frontends:
         label = f"{OURS} --frontends {count}"
         made[label] = functools.partial(ours, label, path, payload, "--frontends", str(count))
+    if name == "first10":
+        floor_at = _port()
+        floor = [sys.executable, str(SERVERS / "http_server.py"), "--port", str(floor_at)]
+        made[FLOOR] = lambda: Server(FLOOR, floor, floor_at, infer, payload.oip())
     if options.mosec and payload.count == 1:
         at = _port()
         command = [options.mosec, str(SERVERS / "mosec_server.py"), "--port", str(at)]
@@ -581,7 +586,7 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
         finally:
             for server in servers:
                 server.stop()
-        for label in rows:
+        for label in (label for label in rows if label != FLOOR):
             console.print(f"  {label}: open loops ...")
             again = None
             if label == OURS:
@@ -623,7 +628,9 @@ def write_page(results: Mapping[str, Any]) -> None:
             "in which the servers took turns. `x` is the rate over that of mosec, CPU the server's processor seconds a "
             "thousand requests with 64 connections, memory what its processes hold after the closed loops. mosec, "
             "LitServe and Triton run NumPy for the first table; mosec runs our artifact for the others, from Python as "
-            "its users would, and takes one row a request. `bare` is the executable called in a loop without a server."
+            "its users would, and takes one row a request. `HTTP alone` parses with httptools on uvloop, as ours does, "
+            "and answers the same bytes whatever comes: what a server in Python has to lose. `bare` is the executable "
+            "called in a loop without a server."
         ),
         (
             "Open loop: requests due at random moments (Poisson) at a share of the capacity, latency from when each "
@@ -664,6 +671,7 @@ def _tables(result: Mapping[str, Any]) -> list[str]:
     bare_line = ", ".join(f"{rows:,.0f} at {size}" for size, rows in result["bare"].items())
     open_header = ["open loop", "capacity: req/s (generator's core)"]
     open_header += [f"{100 * share:g} %: req/s (p50, p99, p99.9; core)" for share in SHARES] + ["errors"]
+    opened = {label: row for label, row in servers.items() if "open" in row}
     open_cells = [
         [
             label,
@@ -671,7 +679,7 @@ def _tables(result: Mapping[str, Any]) -> list[str]:
             *(_open_cell(row["open"][f"{share:g}"]) for share in SHARES),
             f"{sum(row['open'][f'{share:g}']['errors'] for share in SHARES):.0f}",
         ]
-        for label, row in servers.items()
+        for label, row in opened.items()
     ]
     over_header = ["twice the capacity", "asked", "good answers", "p99 of them", "refused", "told so within (p99)"]
     over_header += ["p99 in the second after, at half the capacity", "in the two after that", "wrong answers"]
@@ -687,7 +695,7 @@ def _tables(result: Mapping[str, Any]) -> list[str]:
             f"{found['later_p99']:.1f}",
             f"{found['wrong']:,.0f}",
         ]
-        for label, row in servers.items()
+        for label, row in opened.items()
         if (found := row["open"]["over"]) is not None
     ]
     parts = [

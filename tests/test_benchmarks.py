@@ -162,12 +162,13 @@ def test_the_server_is_timed_in_closed_and_open_loops_beside_the_bare_executable
         assert over["wrong"] == 0
     assert all(rows > 100 for rows in found["bare"].values())
     assert found["notes"] == []
+    assert found["servers"]["HTTP alone"]["closed"]["8"]["errors"] == 0
 
 
 def test_another_server_that_cannot_start_is_a_line_that_says_so(tmp_path: pathlib.Path) -> None:
     found = figures("serving.py", tmp_path, "--models", "first10", "--litserve", "/bin/false")["first10"]
     assert found["notes"] == ["LitServe is missing: ended: "]
-    assert list(found["servers"]) == ["lepton_xla"]
+    assert list(found["servers"]) == ["lepton_xla", "HTTP alone"]
 
 
 def test_clients_and_the_load_generator_are_timed_against_a_server_that_does_nothing() -> None:
