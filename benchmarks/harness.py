@@ -7,6 +7,7 @@ import importlib.metadata
 import os
 import pathlib
 import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -21,6 +22,11 @@ import lepton_xla as lx
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 PAGES = ROOT / "docs" / "benchmarks"
+# Processor flags of instructions that matter, the narrowest first.
+_NOTABLE = {
+    "avx2": "AVX2", "avx512f": "AVX-512", "avx512_vnni": "AVX-512 VNNI", "avx512_bf16": "AVX-512 VNNI",
+    "amx_int8": "AMX",
+}  # fmt: skip
 # A turn of one call lasts at least this long, so that the clock's own cost does not count.
 _TURN_S = 2e-3
 
@@ -85,13 +91,19 @@ def example_inputs(inputs: Mapping[str, lx.TensorSpec], sizes: Mapping[str, int]
     return made
 
 
+def processor(run: Mapping[str, str]) -> str:
+    """The widest instructions of the machine of a run that matter to int8 products, such as `AVX-512 VNNI`."""
+    named = [name for flag, name in _NOTABLE.items() if re.search(rf"\b{flag}\b", run["machine"])]
+    return named[-1] if named else run["machine"].rpartition(", ")[2]
+
+
 def machine(packages: Iterable[str] = ()) -> dict[str, str]:
     """What the figures were measured on and when: processor, cores, versions, commit, date."""
     info = pathlib.Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.is_file() else []
     model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
     flags = next((line.split() for line in lines if line.startswith("flags")), [])
-    notable = [flag for flag in ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8") if flag in flags]
+    notable = [flag for flag in _NOTABLE if flag in flags]
     found = {}
     for package in ("jax", "jaxlib", "flax", "numpy", *packages):
         try:
