@@ -277,7 +277,7 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
             raise RecipeError(f"recipe {self.name!r}: {_reason(error)}") from error
         for kind, rules in (("prune", self.prune), ("quantize", self.quantize)):
             for index, rule in enumerate(rules):
-                _check_rule(rule, f"recipe {self.name!r}: {kind}[{index}]")
+                check_rule(rule, f"recipe {self.name!r}: {kind}[{index}]")
         if (aim := self.shrink) is not None:
             try:
                 check_target(aim.sparsity, aim.flops, aim.bytes, aim.latency_ms, aim.round_to)
@@ -427,16 +427,26 @@ def _reason(error: Exception) -> str:
     return f"{reason}; there are {', '.join(get_args(getattr(kind, '__value__', kind)))}"
 
 
-def _check_rule(rule: PruneRule | QuantizeRule, where: str) -> None:
+def check_rule(rule: PruneRule | QuantizeRule, where: str, *, needs_sparsity: bool = True) -> None:
+    """Refuses a rule with a value that is none of its key, or does not go with the others.
+
+    Args:
+        rule: the rule.
+        where: names it in messages.
+        needs_sparsity: whether something has to say how much is pruned.
+
+    Raises:
+        RecipeError: naming the key.
+    """
+    if isinstance(rule, PruneRule):
+        check_prune_rule(rule, where, needs_sparsity=needs_sparsity)
+    else:
+        _check_quantize_rule(rule, where)
     for key in ("sites", "exclude"):
         try:
             re.compile(getattr(rule, key))
         except (re.error, OverflowError, RecursionError) as error:
             raise RecipeError(f"{where}.{key} = {getattr(rule, key)!r} is not a regular expression: {error}") from error
-    if isinstance(rule, PruneRule):
-        check_prune_rule(rule, where)
-    else:
-        _check_quantize_rule(rule, where)
 
 
 def _check_quantize_rule(rule: QuantizeRule, where: str) -> None:

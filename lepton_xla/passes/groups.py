@@ -110,7 +110,7 @@ class Groups:
         for pattern in patterns:
             try:
                 matched = {group.name for group in items if group.matches(pattern)}
-            except re.error as error:
+            except (re.error, TypeError, OverflowError, RecursionError) as error:
                 raise RecipeError(f"protect = {pattern!r} is not a regular expression: {error}") from error
             if not matched:
                 raise RecipeError(
@@ -206,8 +206,9 @@ def find_groups(program: Program, *, sizes: Mapping[str, int] | None = None) -> 
     heads = {leaf for dimension in study.batched for leaf in leaves(dimension)}
     groups: list[Group] = []
     for leaf, named in members.items():
-        # What nothing reads is no group; what no product makes, such as a window or a vocabulary, is none of interest.
-        if not named or leaf.scans is None or (leaf.reason and leaf not in made):
+        # What nothing reads, or has no units, is no group; what no product makes, such as a window or a vocabulary, is
+        # none of interest.
+        if not named or leaf.size == 0 or leaf.scans is None or (leaf.reason and leaf not in made):
             continue
         path, convolution = made.get(leaf, (named[0][0], False))
         kind = "heads" if leaf in heads else "channels" if convolution else "units"

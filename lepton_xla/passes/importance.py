@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,7 @@ from lepton_xla.passes import matrix
 from lepton_xla.passes.dependencies import Axes
 from lepton_xla.passes.dimensions import Dimension, leaves, unit_sums, units_of
 from lepton_xla.passes.groups import Group, Groups
+from lepton_xla.passes.prune import check_finite
 from lepton_xla.passes.sites import find_sites, step_lengths
 from lepton_xla.passes.statistics import collect_statistics
 from lepton_xla.program import Program
@@ -53,8 +54,13 @@ def importance_scores(
 
     Raises:
         CalibrationError: if batches, or the loss, are needed and missing.
-        RecipeError: if a group has nothing that the method looks at.
+        RecipeError: if a group has nothing that the method looks at, or there is no such method.
+        ModelError: if a weight of a group that may lose units is not finite.
     """
+    if method not in get_args(Importance.__value__):
+        raise RecipeError(f"importance = {method!r}; there are {', '.join(get_args(Importance.__value__))}")
+    for path in dict.fromkeys(path for group in groups.removable for path in group.paths):
+        check_finite(path, program.weights[path])
     needs_data = method in ("taylor", "activation")
     batches = list(calibration) if calibration is not None and needs_data else []
     if method == "taylor" and loss is None:
@@ -112,7 +118,7 @@ def _taylor_scores(program: Program, groups: Groups, batches: Sequence[Any], los
 
     @jax.jit
     def products(weights: dict[str, Any], batch: Any) -> dict[str, jax.Array]:
-        gradients = jax.grad(lambda given: loss({**given, **rest}, batch))(weights)
+        gradients = jax.grad(lambda given: _scalar(loss({**given, **rest}, batch)))(weights)
         return {path: weights[path] * gradients[path] for path in weights}
 
     total: dict[str, list[np.ndarray]] = {}
@@ -128,6 +134,12 @@ def _taylor_scores(program: Program, groups: Groups, batches: Sequence[Any], los
             before = total.get(group.name, [np.zeros_like(score) for score in sums])
             total[group.name] = [a + b / len(batches) for a, b in zip(before, sums, strict=True)]
     return total
+
+
+def _scalar(value: Any) -> Any:
+    if jnp.shape(value) != ():
+        raise CalibrationError(f"importance = 'taylor': the loss is of shape {jnp.shape(value)}; it has to be a scalar")
+    return value
 
 
 def _activation_scores(program: Program, groups: Groups, batches: Sequence[Any]) -> dict[str, list[np.ndarray]]:

@@ -8,12 +8,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import numbers
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import jax
 import jax.numpy as jnp
+import msgspec
 import numpy as np
 from jax import lax
 
@@ -180,11 +182,12 @@ def _fits(site: Site, like: jax.ShapeDtypeStruct) -> bool:
 def leaf_targets(rules: Sequence[PruneRule], leaves: Mapping[str, Any]) -> list[Target]:
     """The leaves of a pytree that rules prune, known by their paths only; the first rule that matches one wins.
 
-    Leaves of less than two axes, biases, norms' scales and embeddings are left out, unless a rule matches nothing else.
+    Leaves of less than two axes, empty ones, biases, norms' scales and embeddings are left out, unless a rule matches
+    nothing else.
 
     Raises:
         RecipeError: if a rule matches nothing.
-        ModelError: if a leaf is not of floats.
+        ModelError: if a leaf is not of floats, or empty.
         UnsupportedError: if a pattern does not divide a leaf.
     """
     targets: dict[str, Target] = {}
@@ -204,12 +207,14 @@ _LEFT_OUT = {"bias", "b", "scale", "offset", "gain", "gamma", "beta", "embedding
 
 
 def _left_out(path: str, leaf: Any) -> bool:
-    return len(leaf.shape) < 2 or path.rpartition("/")[2] in _LEFT_OUT
+    return len(leaf.shape) < 2 or not math.prod(leaf.shape) or path.rpartition("/")[2] in _LEFT_OUT
 
 
 def _leaf_target(path: str, leaf: Any, rule: PruneRule) -> Target:
     if not jnp.issubdtype(leaf.dtype, jnp.floating):
         raise ModelError(f"weight {path!r} is {leaf.dtype}; only weights of floats are pruned, so exclude it")
+    if not math.prod(leaf.shape):
+        raise ModelError(f"weight {path!r} of shape {tuple(leaf.shape)} is empty; there is nothing to prune")
     width = leaf.shape[-1] if leaf.shape else 1
     depth = math.prod(leaf.shape) // max(width, 1)
     if reason := _undivided(Pattern.parse(rule.pattern), depth, width, f"{depth} rows"):
@@ -256,7 +261,9 @@ def unprunable(rule: PruneRule, site: Site, stored: Any, *, named: bool = False)
     if site.kind == "gather" and not named:
         return "an embedding"
     if stored is None or not jnp.issubdtype(stored.dtype, jnp.floating):
-        return f"its weight is {site.weight.dtype}"
+        return f"its weight is {site.weight.dtype if stored is None else stored.dtype}"
+    if not math.prod(stored.shape):
+        return "its weight is empty"
     if pattern.kind == "unstructured" and rule.method not in DATA_METHODS:
         return "" if matrix.steps_lead(site) or not _resizes(site) else "its weight is cut before its stacked axes lead"
     if site.kind == "gather":
@@ -304,10 +311,14 @@ def check_prune_rule(rule: PruneRule, where: str, *, needs_sparsity: bool = True
     Raises:
         RecipeError: naming the key.
     """
-    pattern = Pattern.parse(rule.pattern)
     has = f"{where}.sparsity = {rule.sparsity}"
-    if rule.sparsity is not None and not 0 <= rule.sparsity < 1:
+    if rule.sparsity is not None and not (isinstance(rule.sparsity, numbers.Real) and 0 <= rule.sparsity < 1):
         raise RecipeError(f"{has}: expected a share in [0, 1)")
+    try:  # a rule need not come from a file
+        msgspec.convert(msgspec.to_builtins(msgspec.structs.replace(rule, sparsity=None)), type(rule))
+    except (msgspec.MsgspecError, TypeError) as error:
+        raise RecipeError(f"{where}: {str(error).splitlines()[0]}") from error
+    pattern = Pattern.parse(rule.pattern)
     if pattern.kind == "groups" and not 0 < pattern.kept < pattern.rows:
         raise RecipeError(f"{where}.pattern = {rule.pattern!r}: expected N:M with 0 < N < M, such as '2:4'")
     if rule.method.startswith("deviation"):

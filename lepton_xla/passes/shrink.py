@@ -8,6 +8,7 @@ smaller weights; it equals the old model with all weights of the removed units s
 from __future__ import annotations
 
 import math
+import numbers
 import time
 from collections.abc import Mapping, Sequence
 from typing import Literal
@@ -76,6 +77,8 @@ def shrink(
     """
     start = time.perf_counter()
     check_target(sparsity, flops, bytes, latency_ms, round_to)
+    if scope not in ("local", "global"):
+        raise RecipeError(f"shrink: scope = {scope!r}: expected 'local' or 'global'")
     chosen = dict(sizes) if sizes is not None else probe_sizes(program.fn, program.weights, program.inputs)[0]
     groups = find_groups(program, sizes=chosen).protecting([protect] if isinstance(protect, str) else protect)
     scores = importance_scores(program, groups, importance, calibration=calibration, loss=loss)
@@ -87,7 +90,7 @@ def shrink(
         counts = _search(program, ranking, chosen, flops=flops, size=bytes, latency_ms=latency_ms)
     small = remove(program, groups, ranking.keep(counts))
     after = cost(small, chosen)
-    reports = tuple(_report(group, counts.get(group.name, group.units)) for group in groups)
+    reports = tuple(_report(group, counts.get(group.name, group.units), round_to) for group in groups)
     metrics = {
         "importance": importance,
         "scope": scope,
@@ -113,20 +116,30 @@ def check_target(
     if len(given) != 1:
         raise RecipeError(f"shrink takes one of {', '.join(targets)}; {' and '.join(given) or 'none'} given")
     ((name, value),) = given.items()
-    allowed = {"sparsity": 0 <= value < 1, "latency_ms": value > 0}.get(name, 0 < value <= 1)
+    allowed = isinstance(value, numbers.Real) and {
+        "sparsity": 0 <= value < 1,
+        "latency_ms": 0 < value < math.inf,
+    }.get(name, 0 < value <= 1)
     if not allowed:
         ranges = {"sparsity": "[0, 1): at least one unit of each group stays", "latency_ms": "(0, inf)"}
         raise RecipeError(f"shrink: {name} = {value} is not in {ranges.get(name, '(0, 1]')}")
-    if round_to < 1:
-        raise RecipeError(f"shrink: round_to = {round_to} is not at least 1")
+    if not isinstance(round_to, numbers.Integral) or round_to < 1:
+        raise RecipeError(f"shrink: round_to = {round_to} is not a whole number of at least 1")
 
 
-def _report(group: Group, kept: int) -> SiteReport:
+def _report(group: Group, kept: int, round_to: int) -> SiteReport:
     if group.protected:
         return SiteReport(group.name, f"kept {group.units} {group.kind}", group.protected)
     metrics = {"units": group.units, "kept": kept, "members": list(group.members)}
-    last = "its last one: something of every group stays" if kept == 1 < group.units else ""
-    return SiteReport(group.name, f"{group.units} -> {kept} {group.kind}", last, metrics=metrics)
+    reason = "its last one: something of every group stays" if kept == 1 < group.units else ""
+    if kept == group.units <= rounded_to(group, round_to) > 1:
+        reason = f"round_to = {round_to} leaves no fewer"
+    return SiteReport(group.name, f"{group.units} -> {kept} {group.kind}", reason, metrics=metrics)
+
+
+def rounded_to(group: Group, round_to: int) -> int:
+    """Of how many units what stays of a group is a multiple, so that positions are one of `round_to`."""
+    return round_to // math.gcd(round_to, group.inner)
 
 
 class Ranking:
@@ -190,7 +203,7 @@ class Ranking:
         return {group.name: self._rounded(group, group.units - lost[group.name]) for group in self.groups}
 
     def _rounded(self, group: Group, kept: int) -> int:
-        multiple = self._round_to // math.gcd(self._round_to, group.inner)
+        multiple = rounded_to(group, self._round_to)
         return min(group.units, max(1, math.ceil(kept / multiple)) * multiple)
 
     def keep(self, counts: Mapping[str, int]) -> Kept:
@@ -216,6 +229,9 @@ def _search(
 ) -> dict[str, int]:
     """The fewest units removed with which a target is reached, as far as bisection finds them."""
     before = cost(program, sizes)
+    if (flops is not None and not before.flops) or (size is not None and not before.weights_bytes):
+        what = "operations" if flops is not None else "bytes of weights"
+        raise RecipeError(f"shrink: the program has no {what} to take a share of at sizes {dict(sizes)}")
 
     def value(counts: Mapping[str, int]) -> float:
         kept = ranking.keep(counts)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import numbers
 from collections.abc import Callable
 from typing import Any
 
@@ -35,10 +37,13 @@ class Schedule:
     overrides: bool = False
 
     def __post_init__(self) -> None:
-        if self.begin < 0 or self.every < 1 or (self.end is not None and self.end < self.begin):
+        steps = (self.begin, self.begin if self.end is None else self.end, self.every)
+        if not all(isinstance(step, numbers.Integral) for step in steps) or not (
+            0 <= steps[0] <= steps[1] and self.every >= 1
+        ):
             raise RecipeError(
-                f"schedule: begin = {self.begin}, end = {self.end}, every = {self.every}; expected 0 <= begin <= end "
-                f"and every >= 1"
+                f"schedule: begin = {self.begin}, end = {self.end}, every = {self.every}; expected whole numbers, "
+                f"0 <= begin <= end and every >= 1"
             )
 
     @staticmethod
@@ -79,9 +84,12 @@ def polynomial(begin: int, end: int, *, initial: float = 0.0, power: float = 3.0
     Raises:
         RecipeError: if `end` is not after `begin`, `initial` is not in [0, 1), or `power` is not positive.
     """
-    if end <= begin or not 0 <= initial < 1 or not power > 0:
+    given = (begin, end, initial, power)
+    if not all(isinstance(value, numbers.Real) for value in given) or not (
+        begin < end and 0 <= initial < 1 and 0 < power < math.inf
+    ):
         raise RecipeError(
-            f"polynomial schedule: begin = {begin}, end = {end}, initial = {initial:g}, power = {power:g}; expected "
+            f"polynomial schedule: begin = {begin}, end = {end}, initial = {initial}, power = {power}; expected "
             f"begin < end, initial in [0, 1) and power > 0"
         )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import numbers
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -18,7 +19,6 @@ from lepton_xla.passes.masks import (
     DATA_METHODS,
     Regrowth,
     Target,
-    check_prune_rule,
     element_scores,
     find_masks,
     leaf_targets,
@@ -30,7 +30,7 @@ from lepton_xla.passes.masks import (
 )
 from lepton_xla.passes.prune import check_finite
 from lepton_xla.program import check_masks, name_leaves, some_names
-from lepton_xla.recipe import Plan, PruneRule
+from lepton_xla.recipe import Plan, PruneRule, check_rule
 from lepton_xla.train.schedules import Schedule
 
 type Rules = Plan | Mapping[str, float | None] | Sequence[PruneRule]
@@ -71,8 +71,8 @@ class Regrow:
     def __post_init__(self) -> None:
         if self.by not in ("gradient", "random"):
             raise RecipeError(f"Regrow(by={self.by!r}): expected 'gradient' or 'random'")
-        if not callable(self.share) and not 0 <= self.share <= 1:
-            raise RecipeError(f"Regrow(share={self.share:g}): expected a share in [0, 1]")
+        if not callable(self.share) and not (isinstance(self.share, numbers.Real) and 0 <= self.share <= 1):
+            raise RecipeError(f"Regrow(share={self.share}): expected a share in [0, 1]")
 
 
 def sparsify(
@@ -122,6 +122,8 @@ def sparsify(
             if masks, or the state, are of other weights.
     """
     chosen = _prune_rules(rules)
+    if not isinstance(schedule, Schedule) and not callable(schedule):
+        raise RecipeError(f"sparsify: schedule = {schedule!r}: expected a Schedule, or a function of the step")
     when = schedule if isinstance(schedule, Schedule) else Schedule.of(schedule)
     for index, rule in enumerate(chosen):
         _check(rule, f"prune[{index}]", when, regrow)
@@ -252,15 +254,19 @@ def _prune_rules(rules: Rules) -> tuple[PruneRule, ...]:
         chosen = tuple(rules.recipe.prune)
     elif isinstance(rules, Mapping):
         chosen = tuple(PruneRule(sites=sites, sparsity=sparsity) for sites, sparsity in rules.items())
-    else:
+    elif isinstance(rules, Sequence) and all(isinstance(rule, PruneRule) for rule in rules):
         chosen = tuple(rules)
+    else:
+        raise RecipeError(
+            f"sparsify: rules = {rules!r}: expected a plan, {{regular expression: sparsity}}, or a list of PruneRule"
+        )
     if not chosen:
         raise RecipeError("sparsify: there is no rule that prunes anything")
     return chosen
 
 
 def _check(rule: PruneRule, where: str, schedule: Schedule | None, regrow: Regrow | None) -> None:
-    check_prune_rule(rule, where, needs_sparsity=not (schedule is None or schedule.overrides))
+    check_rule(rule, where, needs_sparsity=not (schedule is None or schedule.overrides))
     if rule.method in DATA_METHODS:
         raise RecipeError(
             f"{where}.method = {rule.method!r} prunes a trained model once, with calibration data: use lx.optimize"

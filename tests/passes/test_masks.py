@@ -325,6 +325,24 @@ def test_nothing_left_of_one_layer_is_refused():
         masks_of(program, 'sparsity = 0.5\ndistribution = "global"')
 
 
+def test_a_weight_of_zeros_loses_the_first_and_an_empty_one_is_no_weight():
+    mask = np.ravel(masks_of(dense(jnp.zeros((4, 4))), "sparsity = 0.5")["w"])
+    np.testing.assert_array_equal(mask, np.arange(16) >= 8)
+    for rule in ("sparsity = 0.5", 'sparsity = 0.5\npattern = "channel"', 'sparsity = 0.5\ndistribution = "erk"'):
+        with pytest.raises(UnsupportedError, match=r"site 'w' .*: not pruned: its weight is empty"):
+            masks_of(dense(jnp.zeros((4, 0))), rule)
+
+
+def test_a_weight_of_whole_numbers_is_refused_by_its_own_dtype():
+    whole = trace(
+        lambda w, x: x @ w["w"].astype(jnp.float32),
+        {"w": jnp.ones((4, 4), jnp.int32)},
+        {"x": TensorSpec(("batch", 4), "float32")},
+    )
+    with pytest.raises(UnsupportedError, match=r"site 'w' .*: not pruned: its weight is int32"):
+        masks_of(whole, "sparsity = 0.5")
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_a_weight_that_is_not_finite_is_refused(value):
     with pytest.raises(ModelError, match="weight 'w' is not finite"):

@@ -637,6 +637,9 @@ def test_round_to(residual, lenient):
     assert kept["params/Conv_0/kernel[3]"] == 4
     assert kept["params/Conv_4/kernel[3]"] == 8 or kept["params/Conv_3/kernel[3]"] == 8
     assert kept["params/Conv_7/kernel[3]"] == 4  # 3 of 6 would stay
+    reasons = {site.site: site.reason for site in shrink(residual, sparsity=0.6, round_to=10).history[-1].sites}
+    assert reasons["params/Conv_0/kernel[3]"] == "round_to = 10 leaves no fewer"  # of 8
+    assert not reasons["params/Conv_4/kernel[3]"] or not reasons["params/Conv_3/kernel[3]"]  # of 12
     program = trace(scanned, scanned_weights(), {"x": TensorSpec(("batch", 5, 8), "float32")})
     small = shrink(program, sparsity=0.5, round_to=4, protect=r"layers/qkv\[2.1\]")
     assert shapes(small)["layers/out"] == (3, 4, 8)  # two heads of two
@@ -739,8 +742,17 @@ def test_weights_stay_on_their_devices():
         ({"sparsity": 0.5, "flops": 0.5}, "sparsity and flops given"),
         ({"sparsity": 1.0}, r"sparsity = 1.0 is not in \[0, 1\): at least one unit"),
         ({"flops": 0.0}, r"flops = 0.0 is not in \(0, 1\]"),
+        ({"flops": 1.5}, r"flops = 1.5 is not in \(0, 1\]"),
+        ({"flops": float("nan")}, r"flops = nan is not in \(0, 1\]"),
+        ({"bytes": "half"}, r"bytes = half is not in \(0, 1\]"),
         ({"latency_ms": -1}, "latency_ms = -1"),
-        ({"sparsity": 0.5, "round_to": 0}, "round_to = 0"),
+        ({"latency_ms": float("inf")}, r"latency_ms = inf is not in \(0, inf\)"),
+        ({"sparsity": 0.5, "round_to": 0}, "round_to = 0 is not a whole number of at least 1"),
+        ({"sparsity": 0.5, "round_to": 1.5}, "round_to = 1.5 is not a whole number"),
+        ({"sparsity": 0.5, "scope": "all"}, "scope = 'all': expected 'local' or 'global'"),
+        ({"sparsity": 0.5, "importance": "l0"}, "importance = 'l0'; there are l1, l2, scale, taylor, activation"),
+        ({"flops": 0.5, "sizes": {"batch": 0}}, r"no operations to take a share of at sizes {'batch': 0}"),
+        ({"flops": 0.5, "round_to": 9}, r"flops = 0.5 cannot be reached; the least is 1, one unit \(or round_to\)"),
         ({"sparsity": 0.5, "protect": "nothing"}, "protect = 'nothing' matches none of the groups: w0"),
         ({"sparsity": 0.5, "protect": "("}, "is not a regular expression"),
         (
@@ -760,6 +772,26 @@ def test_what_importance_needs():
         shrink(mlp(), sparsity=0.5, importance="activation")
     with pytest.raises(CalibrationError, match="'taylor' needs a loss"):
         shrink(mlp(), sparsity=0.5, importance="taylor", calibration=[{"x": array(2, 6)}])
+    with pytest.raises(CalibrationError, match=r"the loss is of shape \(2,\); it has to be a scalar"):
+        shrink(
+            mlp(), sparsity=0.5, importance="taylor", calibration=[{"x": array(2, 6)}], loss=lambda w, b: b["x"][:, 0]
+        )
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_units_of_a_weight_that_is_not_finite_are_not_ranked(value):
+    program = mlp()
+    broken = program.replace(weights=program.weights | {"w1": program.weights["w1"].at[2, 3].set(value)})
+    with pytest.raises(lx.ModelError, match="weight 'w1' is not finite, so its elements cannot be ranked"):
+        shrink(broken, sparsity=0.5)
+
+
+def test_weights_without_elements_and_weights_of_zeros():
+    program = mlp()
+    empty = program.replace(weights=program.weights | {"w0": jnp.zeros((6, 0)), "w1": jnp.zeros((0, 8))})
+    assert shapes(shrink(empty, sparsity=0.5)) == {"w0": (6, 0), "w1": (0, 4), "w2": (4, 3)}
+    small = shrink(program.replace(weights=jax.tree.map(jnp.zeros_like, program.weights)), sparsity=0.5)
+    assert shapes(small) == {"w0": (6, 4), "w1": (4, 4), "w2": (4, 3)}
 
 
 def test_a_quantized_program_is_refused():

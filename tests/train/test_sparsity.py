@@ -472,7 +472,15 @@ def rule(**parts):
     [
         ({"rules": {"w": 1.0}}, RecipeError, r"prune\[0\].sparsity = 1.0: expected a share in \[0, 1\)"),
         ({"rules": {"w": -0.1}}, RecipeError, "sparsity = -0.1"),
+        ({"rules": {"w": float("nan")}}, RecipeError, r"prune\[0\].sparsity = nan: expected a share in \[0, 1\)"),
+        ({"rules": {"w": "half"}}, RecipeError, r"prune\[0\].sparsity = half: expected a share in \[0, 1\)"),
         ({"rules": {"w": None}}, RecipeError, r"prune\[0\].sparsity is missing"),
+        ({"rules": {"(": 0.5}}, RecipeError, r"prune\[0\].sites = '\(' is not a regular expression: missing \)"),
+        ({"rules": rule(sparsity=0.5, pattern="rows")}, RecipeError, r"prune\[0\]: Expected .* at `\$.pattern`"),
+        ({"rules": rule(sparsity=0.5, method="l0")}, RecipeError, r"prune\[0\]: Expected .* at `\$.method`"),
+        ({"rules": rule(sparsity=0.5, distribution="all")}, RecipeError, "value 'all' - at `.*distribution`"),
+        ({"rules": [0.5]}, RecipeError, r"rules = \[0.5\]: expected a plan, {regular expression: sparsity}, or a list"),
+        ({"rules": {"w": 0.5}, "schedule": 0.5}, RecipeError, "schedule = 0.5: expected a Schedule, or a function"),
         ({"rules": {}}, RecipeError, "no rule that prunes anything"),
         ({"rules": {"v": 0.5}}, RecipeError, "sites = 'v' matches none of the weights bias, w"),
         (
@@ -520,6 +528,10 @@ def test_weights_that_cannot_be_pruned():
         run({"w": jnp.ones((4, 4), jnp.int32)}, {"w": 0.5})
     with pytest.raises(ModelError, match="weight 'w' is not finite"):
         run({"w": array(4, 4).at[0, 0].set(jnp.nan)}, {"w": 0.5})
+    with pytest.raises(ModelError, match=r"weight 'w' of shape \(0, 4\) is empty; there is nothing to prune"):
+        run({"w": jnp.zeros((0, 4))}, {"w": 0.5})
+    _, state = run(START | {"empty": jnp.zeros((3, 0))}, {".*": 0.5})
+    assert set(state.masks) == {"w"}
     plan = lx.Recipe.parse('[[prune]]\nsites = "head"\nsparsity = 0.5', name="test").resolve(program())
     with pytest.raises(ModelError, match=r"the plan prunes weight 'head', which is not among bias, w; give the tree"):
         run(START, plan)
