@@ -18,8 +18,9 @@ if TYPE_CHECKING:
 @_common.recipe_option
 @_common.buckets_option
 @click.option("--groups", is_flag=True, help="Show also which units (channels, heads) could be removed together.")
+@click.option("--plot", metavar="FILE.svg", help="Draw these groups: weights by groups; needs matplotlib.")
 @_common.json_option
-def plan(target: str, *, recipe: str, buckets: tuple[str, ...], groups: bool, as_json: bool) -> None:
+def plan(target: str, *, recipe: str, buckets: tuple[str, ...], groups: bool, plot: str | None, as_json: bool) -> None:
     """Show what a recipe would do to each site of the model TARGET; nothing is run.
 
     A site is a product, by a weight or of two activations, or an embedding's look-up. Operations are counted
@@ -28,9 +29,13 @@ def plan(target: str, *, recipe: str, buckets: tuple[str, ...], groups: bool, as
     \b
       leptonx plan digits.py:model --recipe int8
       leptonx plan my_package.models:encoder --recipe mine.toml --buckets batch=8
+      leptonx plan digits.py:model --recipe int8 --groups --plot groups.svg
       leptonx plan digits.py:model --recipe int8 --json | jq '.sites[] | select(.kept != "")'
     """
     given = _common.parse_buckets(buckets)
+    if plot is not None:
+        _common.figure()  # refuses where matplotlib is not installed
+    _common.check_folder(plot)
     with _common.progress() as step:
         step("load JAX")
         from lepton_xla.cli import _models
@@ -51,11 +56,14 @@ def plan(target: str, *, recipe: str, buckets: tuple[str, ...], groups: bool, as
         at = {symbol: smallest[symbol] for symbol in program.symbols} if set(program.symbols) <= set(smallest) else None
         step("count operations")
         counted = cost(planned_program, at)
-        units = find_groups(planned_program, sizes=at).to_json() if groups else None
+        units = find_groups(planned_program, sizes=at) if groups or plot is not None else None
     weighed = program if chosen.shrink is None else planned_program
     document = _document(target, found, counted, weighed.weights_bytes)
     removed = [report.to_json() for report in planned_program.history if report.name == "shrink"]
-    document |= ({"shrink": removed[0]} if removed else {}) | ({"groups": units} if units is not None else {})
+    document |= {"shrink": removed[0]} if removed else {}
+    document |= {"groups": units.to_json()} if units is not None and groups else {}
+    if units is not None and plot is not None:
+        units.draw(plot)
     if as_json:
         _common.print_json(document)
     else:

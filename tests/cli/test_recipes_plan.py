@@ -200,3 +200,14 @@ def test_plan_shows_the_units_that_go(cli, plain, tmp_path, monkeypatch):
     assert "it is part of the program's output" in text
     recipe.write_text("[shrink]\nflops = 0.0001\n")
     assert "flops = 0.0001 cannot be reached" in cli.refused("plan", plain, "--recipe", recipe)
+
+
+def test_plan_draws_which_weights_lose_units_together(cli, plain, tmp_path):
+    drawing = tmp_path / "groups.svg"
+    assert "groups" not in cli.json("plan", plain, "--recipe", "int8", "--plot", drawing)
+    text = drawing.read_text()
+    assert all(f"<!-- {label} -->" in text for label in ("hidden", "head", f"{models.HIDDEN} units"))
+    assert f"<!-- {models.OUT} units (kept) -->" in text
+    assert "nowhere" in cli.refused("plan", plain, "--recipe", "int8", "--plot", tmp_path / "nowhere" / "groups.svg")
+    line = cli.refused("plan", plain, "--recipe", "int8", "--plot", tmp_path / "groups.docx")
+    assert "groups.docx cannot be written" in line
