@@ -7,6 +7,7 @@ convolution has a stride of 2, so that it trains on two cores in minutes.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -92,6 +93,13 @@ def model(*, quick: bool = False) -> BenchModel:
         evaluate=judge(test_x, test_y),
     )
     return BenchModel("residual", MNIST_NOTE, spec, (module, variables))
+
+
+def training(weights: Mapping[str, jax.Array], image: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Logits as in training, and the statistics of the batch norms after them; weights and statistics by path."""
+    variables = traverse_util.unflatten_dict(dict(weights), sep="/")
+    logits, updated = ResidualNet().apply(variables, image, train=True, mutable=["batch_stats"])
+    return logits, traverse_util.flatten_dict(dict(updated), sep="/")
 
 
 def trained_on(small: lx.Program, images: np.ndarray, labels: np.ndarray, epochs: int) -> lx.Program:

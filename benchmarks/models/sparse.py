@@ -14,6 +14,7 @@ import optax
 
 import lepton_xla as lx
 from lepton_xla import train
+from models import residual
 from models.base import BenchModel, cached, mnist
 
 BATCH = 64
@@ -32,6 +33,8 @@ class Task:
         program: the float model.
         images, labels: to train on.
         accuracy: `accuracy(program) -> share` of the images to judge on.
+        training: `training(weights, images) -> (logits, statistics)`: what is trained; statistics are weights that it
+            sets itself, of batch norms.
     """
 
     name: str
@@ -39,6 +42,7 @@ class Task:
     images: np.ndarray
     labels: np.ndarray
     accuracy: Callable[[lx.Program], float]
+    training: Callable[..., tuple[jax.Array, dict[str, jax.Array]]]
 
     def steps(self, epochs: int) -> int:
         """Steps of so many epochs."""
@@ -59,10 +63,11 @@ class Task:
         Args:
             what: everything that tells this training from others of the model.
             weights: pytree to start from.
-            fn: what is trained; the float model's function by default.
+            fn: `fn(weights, images) -> logits`, in the place of the model's own training.
             options: as `teach` takes them.
         """
-        make = lambda: teach(self, fn or self.program.fn, weights, epochs=epochs, seed=seed, **options)[0]  # noqa: E731
+        training = self.training if fn is None else _without_statistics(fn)
+        make = lambda: teach(self, training, weights, epochs=epochs, seed=seed, **options)[0]  # noqa: E731
         return cached(self._file(what, weights, epochs, seed), make, weights)
 
     def _file(self, what: str, weights: Any, epochs: int, seed: int) -> str:
@@ -96,7 +101,7 @@ class Task:
         weights, masks = cached(
             self._file(what, program.weights, epochs, seed),
             lambda: train.finalize(
-                *teach(self, program.fn, program.weights, epochs=epochs, seed=seed, wrap=wrap, held=held, **options)
+                *teach(self, self.training, program.weights, epochs=epochs, seed=seed, wrap=wrap, held=held, **options)
             ),
             (program.weights, masks),
         )
@@ -120,12 +125,18 @@ def task(model: BenchModel, *, quick: bool, folded: bool = False) -> Task:
         jitted = jax.jit(given.fn)
         return evaluate(lambda image: {"output": np.asarray(jitted(given.weights, image))})["accuracy"]
 
-    return Task(model.name, program, images, labels, accuracy)
+    normed = model.name == "residual" and not folded
+    training = residual.training if normed else _without_statistics(program.fn)
+    return Task(model.name, program, images, labels, accuracy, training)
+
+
+def _without_statistics(fn: Callable[..., jax.Array]) -> Callable[..., tuple[jax.Array, dict[str, jax.Array]]]:
+    return lambda weights, image: (fn(weights, image), {})
 
 
 def teach(
     task: Task,
-    fn: Callable[..., jax.Array],
+    training: Callable[..., tuple[jax.Array, dict[str, jax.Array]]],
     weights: Any,
     *,
     epochs: int,
@@ -138,12 +149,12 @@ def teach(
     """Trains with Adam and a cosine schedule, images moved by up to two pixels; deterministic.
 
     Args:
-        fn: `fn(weights, images) -> logits`.
-        weights: pytree to start from.
+        training: as that of a task.
+        weights: a dict of pytrees to start from.
         distil: half of the loss is the divergence from the float model's answers (Hinton et al. 2015,
             arXiv:1503.02531), at temperature 2.
         wrap: `wrap(optimizer, steps)`, such as `lx.train.sparsify`.
-        held: `held(fn, state) -> fn`: what the loss uses.
+        held: `held(training, state) -> training`: what the loss uses.
 
     Returns:
         The weights and the optimizer's state.
@@ -154,17 +165,18 @@ def teach(
 
     @jax.jit
     def step(weights: Any, state: Any, known: Any, image: jax.Array, label: jax.Array) -> tuple[Any, Any]:
-        def loss(weights: Any) -> jax.Array:
-            logits = held(fn, state)(weights, image)
+        def loss(weights: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
+            logits, statistics = held(training, state)(weights, image)
             hard = optax.softmax_cross_entropy_with_integer_labels(logits, label).mean()
             if not distil:
-                return hard
+                return hard, statistics
             answers = jax.nn.softmax(teacher.fn(known, image) / TEMPERATURE)
             soft = optax.kl_divergence(jax.nn.log_softmax(logits / TEMPERATURE), answers).mean() * TEMPERATURE**2
-            return (hard + soft) / 2
+            return (hard + soft) / 2, statistics
 
-        updates, state = optimizer.update(jax.grad(loss)(weights), state, weights)
-        return optax.apply_updates(weights, updates), state
+        gradients, statistics = jax.grad(loss, has_aux=True)(weights)
+        updates, state = optimizer.update(gradients, state, weights)
+        return {**optax.apply_updates(weights, updates), **statistics}, state
 
     random = np.random.default_rng(seed)
     weights = jax.tree.map(jnp.asarray, weights)
