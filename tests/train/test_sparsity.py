@@ -142,6 +142,57 @@ def test_by_saliency_all_at_once():
     assert_same_training(history, numpy_training(6, {3: 0.5}, lambda w, g, m, n: keep(np.abs(w * g), n)))
 
 
+METHODS, PATTERNS = ("magnitude", "saliency", "random"), ("unstructured", "2:4", "block:4x2", "channel")
+SCHEDULES = {
+    "periodic": (periodic(0, every=2), {0: 0.5, 2: 0.5, 4: 0.5}),
+    "polynomial": (polynomial(0, 4, initial=0.25, power=1.0, every=2), {0: 0.25, 2: 0.375, 4: 0.5}),
+}
+
+
+def pattern_mask(scores, pattern, share):
+    """What stays of `[8, 4]`, by means of what is dropped together."""
+    if pattern == "unstructured":
+        return keep(scores, round(share * 32))
+    if pattern == "2:4":
+        groups = [keep(column, round(share * 4)) for part in (scores[:4], scores[4:]) for column in part.T]
+        return np.concatenate([np.stack(groups[:4], 1), np.stack(groups[4:], 1)])
+    if pattern == "channel":
+        return np.broadcast_to(keep(scores.mean(0), round(share * 4)), (8, 4))
+    blocks = keep(scores.reshape(2, 4, 2, 2).mean((1, 3)), round(share * 4))
+    return np.repeat(np.repeat(blocks, 4, 0), 2, 1)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_each_pattern_by_each_method_on_each_schedule(name):
+    schedule, found = SCHEDULES[name]
+    pairs = dict(enumerate(itertools.product(METHODS, PATTERNS)))
+    rules = [
+        PruneRule(sites=str(k), method=method, pattern=pattern, sparsity=None if pattern == "2:4" else 0.5)
+        for k, (method, pattern) in pairs.items()
+    ]
+    params = {str(k): array(8, 4, seed=k) for k in pairs}
+    gradients = {str(k): array(8, 4, seed=100 + k) for k in pairs}
+    optimizer = sparsify(optax.sgd(0.0), rules, schedule=schedule)
+    state = optimizer.init(params)
+    step = jax.jit(optimizer.update)
+    masks = {str(k): np.ones((8, 4), bool) for k in pairs}
+    for number in range(6):
+        if number in found:
+            for k, (method, pattern) in pairs.items():
+                weight, gradient = (np.asarray(tree[str(k)], np.float64) for tree in (params, gradients))
+                scores = np.abs(weight * (gradient if method == "saliency" else 1))
+                masks[str(k)] = pattern_mask(scores, pattern, found[number])
+        updates, state = step(gradients, state, params)
+        params = optax.apply_updates(params, updates)
+        for k, (method, pattern) in pairs.items():
+            mask, weight = np.asarray(state.masks[str(k)]), np.asarray(params[str(k)])
+            np.testing.assert_array_equal(weight == 0, ~mask)
+            if method == "random":  # as many, in the same pattern
+                np.testing.assert_array_equal(mask, pattern_mask(mask * 1.0, pattern, 1 - masks[str(k)].mean()))
+            else:
+                np.testing.assert_array_equal(mask, masks[str(k)], err_msg=f"step {number}: {method} {pattern}")
+
+
 def test_straight_through_lets_dropped_elements_come_back():
     optimizer = sparsify(optax.sgd(RATE), {"w": 0.6}, schedule=periodic(every=4), straight_through=True)
     history = trained(optimizer, 30, through=True)
@@ -421,7 +472,7 @@ def test_on_two_devices_masks_are_the_same_and_no_weight_is_gathered(kind):
         assert state.masks[path].sharding.is_equivalent_to(place[path], mask.ndim)
 
 
-def test_a_checkpoint_of_two_devices_goes_on_on_one(tmp_path):
+def test_a_checkpoint_of_two_devices_goes_on_on_one_and_on_another_mesh(tmp_path):
     optimizer = sparsify(adam(), {"w": 0.7}, schedule=polynomial(0, 8, every=2), regrow=Regrow("random", 0.2))
 
     @jax.jit
@@ -437,21 +488,26 @@ def test_a_checkpoint_of_two_devices_goes_on_on_one(tmp_path):
         params, state = step(params, state)
     assert len(state.masks["w"].sharding.device_set) == 2
     saved = {"params": params, "state": state}
-    one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=one), saved)
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(tmp_path / "five", saved)
-    with ocp.StandardCheckpointer() as checkpointer:
-        restored = checkpointer.restore(tmp_path / "five", like)
-    assert isinstance(restored["state"], SparsityState)
-    for before, after in zip(jax.tree.leaves(saved), jax.tree.leaves(restored), strict=True):
-        np.testing.assert_array_equal(before, after)
-    params, state = restored["params"], restored["state"]
-    for _ in range(4):
-        params, state = step(params, state)
-    whole, last = trained(optimizer, 9)[-1]
-    np.testing.assert_array_equal(state.masks["w"], last.masks["w"])
-    np.testing.assert_allclose(params["w"], whole["w"], rtol=1e-4, atol=1e-6)
+    whole, last = START, optimizer.init(START)
+    for _ in range(9):
+        whole, last = step(whole, last)
+    one, other = jax.sharding.SingleDeviceSharding(jax.devices()[0]), jax.make_mesh((2,), ("other",))
+    columns = lambda leaf: jax.NamedSharding(other, jax.P(None, "other") if leaf.ndim == 2 else jax.P())  # noqa: E731
+    for place in (lambda _leaf: one, columns):
+        like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place(leaf)), saved)  # noqa: B023
+        with ocp.StandardCheckpointer() as checkpointer:
+            restored = checkpointer.restore(tmp_path / "five", like)
+        assert isinstance(restored["state"], SparsityState)
+        for before, after in zip(jax.tree.leaves(saved), jax.tree.leaves(restored), strict=True):
+            np.testing.assert_array_equal(before, after)
+        params, state = restored["params"], restored["state"]
+        assert state.masks["w"].sharding == place(state.masks["w"])
+        for _ in range(4):
+            params, state = step(params, state)
+        np.testing.assert_array_equal(state.masks["w"], last.masks["w"])
+        np.testing.assert_allclose(params["w"], whole["w"], rtol=1e-4, atol=1e-6)
 
 
 # What does not fit.
