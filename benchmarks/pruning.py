@@ -40,13 +40,12 @@ COMPRESS = {"lenet5": (0.95, 8, 3), "lenet300": (0.95, 20, 6)}
 # Deep Compression (arXiv:1510.00149, table 1), as times smaller; trained on all 60,000 images.
 PUBLISHED = {"lenet300": 40, "lenet5": 39}
 TARGET_LOST = 0.002
-SPARSITIES = (0.5, 0.7, 0.8, 0.9, 0.95, 0.98)
 # Model -> epochs of training for each point, and the points: fewer where an epoch takes longer.
 CURVES = {
-    "residual": (2, (0.5, 0.8, 0.9, 0.95)),
-    "transformer": (3, (0.5, 0.7, 0.8, 0.9, 0.95)),
-    "lenet5": (4, SPARSITIES),
-    "lenet300": (5, SPARSITIES),
+    "residual": (1, (0.5, 0.8, 0.9)),
+    "transformer": (2, (0.5, 0.8, 0.9)),
+    "lenet5": (2, (0.8, 0.9, 0.95, 0.98)),
+    "lenet300": (4, (0.5, 0.7, 0.8, 0.9, 0.95, 0.98)),
 }
 # Model -> epochs of training after shrinking, and whether half of the loss is from the float model's answers. The
 # transformer, which loses more than the CNN, gets as many epochs as it was first trained for.
