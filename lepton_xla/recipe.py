@@ -14,7 +14,14 @@ import jax.numpy as jnp
 import msgspec
 
 from lepton_xla.errors import RecipeError, UnsupportedError
-from lepton_xla.passes.masks import check_prune_rule, other_matrix, sparsity_of, unprunable
+from lepton_xla.passes.masks import (
+    check_prune_rule,
+    other_matrix,
+    plan_targets,
+    something_left,
+    sparsity_of,
+    unprunable,
+)
 from lepton_xla.passes.products import contracted_size, unstorable, unsupported
 from lepton_xla.passes.shrink import check_target
 from lepton_xla.passes.sites import Site, find_sites
@@ -250,7 +257,8 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
 
         Raises:
             RecipeError: if a value is none that a file could hold, a pattern matches no site, a block is left none by
-                those before it, or two rules would treat one weight differently.
+                those before it, two rules would treat one weight differently, or nothing would be left of a weight, as
+                far as its shape tells.
             UnsupportedError: if a rule names a site that a pass cannot handle and `on_unsupported` is `error`.
         """
         self._check()
@@ -267,7 +275,9 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
                     f"recipe {self.name!r}: site {entry.site.name!r} ({entry.site.kind}): {entry.kept}. Exclude the "
                     f"site, or set on_unsupported = 'keep'"
                 )
-        return Plan(self, tuple(decided))
+        plan = Plan(self, tuple(decided))
+        something_left(plan_targets(plan, stored))
+        return plan
 
     def _check(self) -> None:
         """Refuses what is no value of its key, or not beside another; a recipe need not come from a file."""

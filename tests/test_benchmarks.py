@@ -140,6 +140,7 @@ def test_a_shrunk_model_equals_the_zeroed_one_and_steps_with_masks_are_timed(tmp
     small, whole = rows["shrunk to 48 %"], rows["float"]
     assert 0.3 < small["flops"] <= 1 / 2.1
     assert small["bytes"] < 0.6 * whole["bytes"]
+    assert rows["float, trained on for as long"]["accuracy"] > 0  # as many epochs, nothing removed
     assert small["difference"] < 1e-5
     assert rows["shrunk to 48 %, int8"]["bytes"] < 0.3 * small["bytes"]
     assert set(whole["faster"].values()) == {1.0}

@@ -206,10 +206,10 @@ def test_the_first_block_that_matches_wins():
         '[[quantize]]\nsites = "body/a"\nactivations = "none"\n'
         '[[quantize]]\nsites = ".*"\ndynamic = false\ncalibration = "percentile:99.9"\n'
         '[[prune]]\nsites = "head"\nsparsity = 0.125\n'
-        '[[prune]]\nsites = "body/.*"\nexclude = ".*/b"\nsparsity = 0.995\n'
+        '[[prune]]\nsites = "body/.*"\nexclude = ".*/b"\nsparsity = 0.875\n'
     )
     assert decisions(recipe.resolve(program())) == {
-        "body/a": "prune 99.5% uniform + int8 weights",
+        "body/a": "prune 87.5% uniform + int8 weights",
         "body/b": "int8 weights, int8 activations percentile:99.9",
         "head": "prune 12.5% uniform + int8 weights, int8 activations percentile:99.9",
     }

@@ -136,6 +136,14 @@ def test_rules_that_the_weights_do_not_allow(cli, variant, tmp_path, monkeypatch
     assert part in cli.refused(name, target, "--recipe", "rules.toml")
 
 
+def test_a_plan_that_would_leave_nothing_of_a_weight(cli, plain, tmp_path):
+    recipe = tmp_path / "all.toml"
+    recipe.write_text('[[prune]]\nsites = "head"\npattern = "channel"\nsparsity = 0.99')
+    line = cli.refused("plan", plain, "--recipe", recipe)
+    assert "weight 'head' of shape" in line
+    assert "would leave nothing of it; lower its sparsity or exclude it" in line
+
+
 def test_a_recipe_that_is_not_there(cli, plain):
     line = cli.refused("plan", plain, "--recipe", "missing.toml")
     assert "'missing.toml': neither a preset (codebook16, codebook16-prune90, fp8, " in line
