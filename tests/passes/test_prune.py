@@ -164,7 +164,8 @@ def test_pruning_again_and_more():
 
 def test_masked_holds_the_zeros_in_value_and_gradient():
     program = pruned(net(), recipe(0.5))
-    tree = {name: leaf + 1.0 for name, leaf in program.weights.items()}  # zeros no longer zero
+    # Zeros no longer zero, and all so small that no tanh saturates, on whatever machine.
+    tree = {name: 0.3 * leaf + 0.1 for name, leaf in program.weights.items()}
     held = masked(network, program.masks)
     x = array(4, 6, seed=9)
     expected = network({n: jnp.where(program.masks.get(n, True), w, 0.0) for n, w in tree.items()}, x)
