@@ -80,7 +80,7 @@ class Batcher[T: Ticket]:
         self._lines: list[Line[T]] = []
         self._turns = 0
         self._next_turns = 0
-        self._running = False
+        self._running: Batch[T] | None = None
         self._free_at = -math.inf
         self._flying: set[T] = set()
         self._retries: Retries[T] = Retries(ladder)
@@ -88,7 +88,7 @@ class Batcher[T: Ticket]:
     @property
     def running(self) -> bool:
         """Whether a batch has been given out that has neither finished nor failed."""
-        return self._running
+        return self._running is not None
 
     def __len__(self) -> int:
         """Requests waiting, those closed but not yet swept included."""
@@ -184,6 +184,22 @@ class Batcher[T: Ticket]:
         self.cancel(ticket)
         self.dropped.append((ticket, reason))
 
+    def clear(self) -> list[T]:
+        """Closes every request there is, a running one too, and gives them; a batch that runs still counts as running.
+
+        What was here before is not relied on: it may be a fault in it that ended the engine.
+        """
+        parts = [part for batch in (*self._retries.clear(), self._running) if batch is not None for part in batch.parts]
+        waiting = [ticket for line in self._lines for ticket in (*line.plain, *line.dated)]
+        live = dict.fromkeys(ticket for ticket in (*(part.ticket for part in parts), *waiting) if not ticket.closed)
+        for ticket in live:
+            ticket.closed = True
+        self._levels = [{} for _ in self._levels]
+        self._lines = []
+        self._flying.clear()
+        self.rows = self.nbytes = 0
+        return list(live)
+
     # Deadlines.
 
     def next_deadline(self) -> float:
@@ -223,7 +239,7 @@ class Batcher[T: Ticket]:
             None if nothing waits, a batch is running, or waiting longer may fill the batch; see `wake_at`.
         """
         self.wake_at = None
-        if self._running:
+        if self._running is not None:
             return None
         batch = self._retries.next_batch()
         if batch is not None:
@@ -357,7 +373,7 @@ class Batcher[T: Ticket]:
         batch.rows = filled
 
     def _start(self, batch: Batch[T], now: float) -> Batch[T]:
-        self._running = True
+        self._running = batch
         self._free_at = now + self.costs.of(batch.key, batch.size)
         return batch
 
@@ -397,5 +413,5 @@ class Batcher[T: Ticket]:
         return failed
 
     def _stop(self, now: float) -> None:
-        self._running = False
+        self._running = None
         self._free_at = now

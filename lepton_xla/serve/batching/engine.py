@@ -198,13 +198,14 @@ class Engine[T: Work]:
             times.append(self._clock() - start)
         return max(statistics.median(times), 1e-9)
 
-    def start(self, post: Callable[[Completion[T]], Batch[T] | None]) -> None:
+    def start(self, post: Callable[[Completion[T]], Batch[T] | None], ended: Callable[[], object]) -> None:
         """Starts the thread.
 
         Args:
             post: gets every completion, on that thread, and gives the batch to run next, if there is one already.
+            ended: told, on that thread, that it runs nothing any more, whatever the reason.
         """
-        self._thread = threading.Thread(target=self._loop, args=(post,), name="lepton-engine", daemon=True)
+        self._thread = threading.Thread(target=self._loop, args=(post, ended), name="lepton-engine", daemon=True)
         self._thread.start()
 
     def submit(self, batch: Batch[T]) -> None:
@@ -231,10 +232,16 @@ class Engine[T: Work]:
         self._thread.join(timeout_s)
         return not self._thread.is_alive()
 
-    def _loop(self, post: Callable[[Completion[T]], Batch[T] | None]) -> None:
-        while (batch := self._batches.get()) is not None:
-            while batch is not None:
-                batch = post(self.execute(batch))
+    def _loop(self, post: Callable[[Completion[T]], Batch[T] | None], ended: Callable[[], object]) -> None:
+        try:
+            while (batch := self._batches.get()) is not None:
+                while batch is not None:
+                    batch = post(self.execute(batch))
+        except Exception:
+            # A fault of this server, not of the model: what the queue holds cannot be relied on any more.
+            _log.exception("the engine's thread has failed")
+        finally:
+            ended()
 
     def execute(self, batch: Batch[T]) -> Completion[T]:
         """Runs one batch on the calling thread; a failure is in the completion, never raised. One at a time."""

@@ -47,6 +47,12 @@ class Retries[T: Ticket]:
         """Told that a batch ran well."""
         self._useful = True
 
+    def clear(self) -> list[Batch[T]]:
+        """Forgets those that wait, and gives them."""
+        waiting = list(self._waiting)
+        self._waiting.clear()
+        return waiting
+
     def next_batch(self) -> Batch[T] | None:
         """The next one to run, without the requests that were closed since."""
         while self._waiting:

@@ -11,6 +11,7 @@ has come until then.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import math
 import threading
@@ -128,6 +129,7 @@ class Scheduler:
         self._max_timeout_s = math.inf if max_timeout_s is None else max_timeout_s
         self._timeout_s = min(math.inf if default_timeout_s is None else default_timeout_s, self._max_timeout_s)
         self._lock = threading.Lock()  # of the batcher
+        self._ended = False
         self._scheduled = False
         self._alarm: asyncio.TimerHandle | None = None
         self._alarm_s = math.inf
@@ -160,11 +162,28 @@ class Scheduler:
 
     def start(self) -> None:
         """Starts the engine's thread."""
-        self._engine.start(self._post)
+        self._engine.start(self._post, self._end_soon)
 
     def stop(self, timeout_s: float) -> None:
         """Ends the engine's thread after the batch it has."""
         self._engine.stop(timeout_s)
+
+    def give_up(self) -> None:
+        """Fails all that waits or runs: nobody knows when it would be answered, if ever."""
+        with self._lock:
+            calls = self._batcher.clear()
+        for call in calls:
+            self._metrics.failures += 1
+            call.fail(_stopped())
+
+    def _end_soon(self) -> None:
+        """Told on the engine's thread that it ends."""
+        with contextlib.suppress(RuntimeError):  # the event loop is closed, and nobody waits
+            self._loop.call_soon_threadsafe(self._end)
+
+    def _end(self) -> None:
+        self._ended = True
+        self.give_up()
 
     # In.
 
@@ -172,9 +191,12 @@ class Scheduler:
         """Queues a call; `finish` or `fail` is told of its end, unless it is cancelled first.
 
         Raises:
-            RefusedError: 400 for a priority that there is not, 503 where the queue is too full for it, 504 where its
-                timeout leaves no time to run it.
+            RefusedError: 400 for a priority that there is not, 503 where the queue is too full for it or nothing
+                would run it, 504 where its timeout leaves no time to run it.
         """
+        if self._ended:
+            self._metrics.rejected += 1
+            raise _stopped()
         plan = call.request.plan
         call.level = plan.priority - 1 if plan.priority else self._level
         if call.level >= self._levels:
@@ -342,3 +364,7 @@ class Scheduler:
         call.missing -= part.rows
         if not call.missing:
             call.finish([memoryview(piece) for piece in call.pieces])
+
+
+def _stopped() -> RefusedError:
+    return RefusedError(503, "the engine has stopped")

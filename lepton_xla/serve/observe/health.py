@@ -8,6 +8,7 @@ able to make a server unready for all. So after a few failures in a row the serv
 which the model was warmed up, beside the batches. While that fails, the server is not ready, and asks again. When it
 has failed for a minute the process is not live any more: what a device has lost (a sticky error of a GPU, say), only a
 new process gets back. The same goes for an execution that does not end, and at once for an engine whose thread has.
+What waits then gets 503, for nobody knows when it would be answered.
 """
 
 from __future__ import annotations
@@ -46,6 +47,10 @@ class Runner(Protocol):
 
     def check(self) -> None:
         """Runs zeros, on any thread; raises what the model raises."""
+        ...
+
+    def give_up(self) -> None:
+        """Fails what waits for a run."""
         ...
 
 
@@ -129,3 +134,5 @@ class Health:
         if self.live and not live:
             _log.critical("not live: only a new process would help")
         self.live = live
+        if not live:
+            self._runner.give_up()

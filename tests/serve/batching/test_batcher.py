@@ -472,6 +472,27 @@ def test_only_the_poisoned_request_of_a_batch_fails():
         assert len(batches) == 1 + 2 * 3
 
 
+def test_clearing_closes_and_gives_every_request_once():
+    """Running, half handed out, waiting with and without a deadline, of a failed batch; not what was closed before."""
+    batcher = make(levels=2)
+    fill(batcher, *(Named(name) for name in "abcdefgh"))
+    batcher.fail(batcher.next_batch(0.0), 0.0)
+    gone, *_ = fill(batcher, Named("gone"), Named("x", 3, deadline_s=9.0), Named("y", 2, level=1), Named("z", key=(4,)))
+    batcher.cancel(gone)
+    running = batcher.next_batch(0.0)
+    assert running.rows == 4
+    cleared = batcher.clear()
+    assert sorted(ticket.name for ticket in cleared) == sorted("abcdefghxyz")
+    assert all(ticket.closed for ticket in cleared)
+    assert (batcher.rows, batcher.nbytes, batcher.pending, batcher.running) == (0, 0, False, True)
+    for ticket in cleared:
+        batcher.cancel(ticket)  # by whoever asked for it
+    assert batcher.fail(running, 1.0) == []
+    assert batcher.next_batch(1.0) is None
+    fill(batcher, Named("new"))
+    assert names(batcher, 1.0) == ["new"]
+
+
 def test_a_request_that_fails_alone_fails_at_once():
     batcher = make()
     (ticket,) = fill(batcher, Named("a", 20))

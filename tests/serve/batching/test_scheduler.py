@@ -212,6 +212,30 @@ def test_one_poisoned_request_does_not_fail_its_neighbours(make_server, affine, 
     assert server.metrics.failed_batches in (3, 4)  # of eight, or of the four that went first
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.parametrize("fault", [ValueError, SystemExit])
+def test_where_the_engine_has_ended_requests_are_503_at_once(held, monkeypatch, fault):
+    """A fault of the server's own ends the engine's thread: those behind it do not wait for their timeouts."""
+    run = held()
+    waiting = [run.send(index, waiting=index, **more) for index, more in ((1, {}), (2, {"timeout": 60_000_000}))]
+
+    def broken(self, completion):
+        raise fault("a fault of the queue")
+
+    monkeypatch.setattr(scheduler.Scheduler, "_settle", broken)
+    run.release()
+    for sock in (run.first, *waiting):
+        assert status_of(sock) == (503, "the engine has stopped")
+    for path, wanted in (("ready", 503), ("live", 503)):
+        until = time.monotonic() + 5
+        while exchange(run.server, "GET", f"/v2/health/{path}")[0] != wanted:
+            assert time.monotonic() < until
+    status, headers, body = exchange(run.server, "POST", INFER, affine_json(np.zeros((1, 4)), [1]))
+    assert (status, headers["retry-after"], json.loads(body)) == (503, "1", {"error": "the engine has stopped"})
+    assert run.order() == []
+    assert (run.server.metrics.failures, run.server.metrics.rejected) == (3, 1)
+
+
 def test_requests_that_left_are_not_run(held):
     run = held()
     for index in range(1, 4):

@@ -22,6 +22,10 @@ class Engine:
     works: bool = True
     hangs: bool = False
     checks: int = 0
+    given_up: int = 0
+
+    def give_up(self):
+        self.given_up += 1
 
     def check(self):
         self.checks += 1
@@ -91,8 +95,10 @@ def test_a_model_that_fails_is_not_ready_and_after_a_minute_not_live(watch):
     began = watch.now + 0.5
     while watch.now < began + 59:
         assert watch.step() == (False, True)
+    assert not watch.engine.given_up
     watch.step(1.5)
     assert watch.step() == (False, False)
+    assert watch.engine.given_up
 
 
 def test_it_is_ready_again_once_zeros_run(watch):
