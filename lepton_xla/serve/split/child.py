@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import socket
 import sys
@@ -27,6 +28,7 @@ class Child:
         reason: why it could not go on, in its own words.
         counts: what it has counted, as far as known.
         open: connections of clients, as far as known.
+        heard_s: when it last said anything.
     """
 
     def __init__(self, name: str, module: str) -> None:
@@ -42,6 +44,7 @@ class Child:
         self.reason = ""
         self.counts: dict[str, Any] = {}
         self.open = 0
+        self.heard_s = -math.inf
 
     def send(self, message: control.Message) -> None:
         """Sends a message, if there is somebody to send it to."""

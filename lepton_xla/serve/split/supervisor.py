@@ -32,6 +32,8 @@ _FIRST_WAIT_S = 0.1
 _LONGEST_WAIT_S = 10.0
 # A process that has lived so long is started again without a wait.
 _STABLE_S = 30.0
+# A process that was ready, and says nothing for so long, has an event loop that will not turn again.
+_SILENT_S = 60.0
 # How long a scrape waits for a process that does not say what it has counted.
 _COUNTING_S = 0.5
 # After the machine has run out of descriptors.
@@ -108,6 +110,7 @@ class Supervisor:
         stop.listen(loop)
         self._begun: asyncio.Future[None] = loop.create_future()
         keepers = {child: loop.create_task(self._keep(child)) for child in self._children}
+        watching = loop.create_task(self._watch())
         try:
             asked = loop.create_task(stop.asked.wait())
             await asyncio.wait([self._begun, asked], return_when=asyncio.FIRST_COMPLETED)
@@ -128,6 +131,7 @@ class Supervisor:
             await asked
             return await self._drain(stop, [keepers[front] for front in self._fronts])
         finally:
+            watching.cancel()
             self._listener.close()
             await self._end(keepers)
 
@@ -174,6 +178,19 @@ class Supervisor:
             self._accept_or_wait()
         return await ended(process)
 
+    async def _watch(self) -> None:
+        """Has every process end that does not say anything any more."""
+        while True:
+            await asyncio.sleep(control.REPORT_S)
+            self._end_silent(monotonic())
+
+    def _end_silent(self, now: float) -> None:
+        for child in self._children:
+            if child.ready and child.process is not None and now - child.heard_s > _SILENT_S:
+                child.ready = False
+                child.reason = f"it has said nothing for {_SILENT_S:g} s"
+                child.process.kill()
+
     def _introduce(self, front: Child) -> None:
         if front.control is not None:
             front.control.hand(msgspec.structs.replace(self._settings, model=self.name), [])
@@ -185,6 +202,7 @@ class Supervisor:
     # What they say.
 
     def _told(self, child: Child, message: control.Message) -> None:
+        child.heard_s = monotonic()
         match message:
             case control.Ready(model):
                 self._is_ready(child, model)

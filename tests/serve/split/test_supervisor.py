@@ -1,0 +1,44 @@
+"""The supervisor's own decisions, without its processes."""
+
+import pytest
+
+from lepton_xla.serve import Options
+from lepton_xla.serve.split import control, supervisor
+from lepton_xla.serve.split.supervisor import Supervisor
+
+
+class Process:
+    killed = False
+
+    def kill(self):
+        self.killed = True
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_process_that_says_nothing_for_a_minute_is_killed_and_no_other(monkeypatch, which):
+    """Its event loop will not turn again, so neither health of its own nor a message to it would help."""
+    now = 1000.0
+    monkeypatch.setattr(supervisor, "monotonic", lambda: now)
+    keeper = Supervisor("x.lepton", Options(port=0), 1)
+    children = keeper._children
+    for child in children:
+        child.process, child.ready = Process(), True
+        keeper._told(child, control.Counts({}))
+    silent, other = children[which], children[1 - which]
+    for _ in range(120):
+        now += 0.5
+        keeper._told(other, control.Counts({}))
+        keeper._end_silent(now)
+        assert not silent.process.killed
+    keeper._end_silent(now + 0.5)
+    assert silent.process.killed
+    assert not other.process.killed
+    assert "said nothing for 60 s" in silent.reason
+
+
+def test_a_process_that_is_being_started_may_take_its_time():
+    keeper = Supervisor("x.lepton", Options(port=0), 1)
+    for child in keeper._children:
+        child.process = Process()
+    keeper._end_silent(1e9)
+    assert not any(child.process.killed for child in keeper._children)
