@@ -17,7 +17,7 @@ import traceback
 from collections.abc import Callable, Hashable, Mapping
 from typing import IO, Any
 
-ACCESS = "lepton_xla.serve.access.entrance"
+ACCESS = "lepton_xla.serve.access"
 """Logger of the access log, whose lines are sampled and so not throttled."""
 
 _WORD = re.compile(r"[\w./:{}+-]+", re.ASCII)

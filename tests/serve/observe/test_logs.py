@@ -193,6 +193,6 @@ def test_an_access_log_that_nobody_reads_does_not_stop_the_server(run):
             sock.sendall(raw_request("GET", "/v2/health/live"))
             assert read_response(sock)[0] == 200
     lines = server.stop()
-    access = [line for line in lines if line["logger"] == "lepton_xla.serve.access.entrance"]
+    access = [line for line in lines if line["logger"] == "lepton_xla.serve.access"]
     assert len(access) == 3000
     assert {(line["route"], line["status"]) for line in access} == {("/v2/health/live", 200)}

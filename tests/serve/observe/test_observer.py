@@ -18,8 +18,8 @@ TRACE = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 @pytest.fixture
 def lines(caplog):
     """The fields of the access log's lines so far."""
-    caplog.set_level(logging.INFO, "lepton_xla.serve.access.entrance")
-    return lambda: [each.fields for each in caplog.records if each.name == "lepton_xla.serve.access.entrance"]
+    caplog.set_level(logging.INFO, "lepton_xla.serve.access")
+    return lambda: [each.fields for each in caplog.records if each.name == "lepton_xla.serve.access"]
 
 
 def test_a_line_says_what_was_asked_and_answered(make_server, affine, lines):

@@ -16,8 +16,9 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from serve_fakes import Affine, affine_binary, exchange, start_script
 
 from lepton_xla.errors import ServeError
-from lepton_xla.serve import Options, Server, spans, tracing
+from lepton_xla.serve import Options, Server
 from lepton_xla.serve.http.exchange import Exchange, Head
+from lepton_xla.serve.observe import spans, tracing
 
 INFER = "/v2/models/affine/infer"
 TRACE_ID, SPAN_ID = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
