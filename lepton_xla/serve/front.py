@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 from lepton_xla.serve.access.entrance import Access
 from lepton_xla.serve.app import App, Backend, Gather
-from lepton_xla.serve.http.connection import Hub
 from lepton_xla.serve.http.drain import Closable, Stop, drain
+from lepton_xla.serve.http.hub import Hub
 from lepton_xla.serve.observe.access_log import AccessLog
 from lepton_xla.serve.observe.health import Health
 from lepton_xla.serve.observe.metrics import Metrics

@@ -24,7 +24,8 @@ from lepton_xla.serve.batching.costs import Costs, Measured
 from lepton_xla.serve.batching.engine import Engine
 from lepton_xla.serve.batching.scheduler import Call, Scheduler
 from lepton_xla.serve.front import Front
-from lepton_xla.serve.http.drain import Entrance, Stop
+from lepton_xla.serve.http.arrivals import Entrance
+from lepton_xla.serve.http.drain import Stop
 from lepton_xla.serve.http.limits import Limits
 from lepton_xla.serve.observe.health import STALL_S, Health
 from lepton_xla.serve.observe.metrics import Metrics
@@ -235,7 +236,7 @@ class Server:
             health = watch(scheduler, measured, metrics)
             front = Front(self._signature, scheduler, metrics, options, access, health=health)
             entrance = Entrance(front.hub, listener, _BACKLOG, access.tls_options(options.limits))
-            await entrance.open()
+            entrance.open()
         except BaseException:
             listener.close()
             raise

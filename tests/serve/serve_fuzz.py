@@ -35,7 +35,8 @@ except ImportError:
 with atheris.instrument_imports(include=["lepton_xla.serve"]) if atheris else contextlib.nullcontext():
     from lepton_xla.serve.app import App
     from lepton_xla.serve.errors import RefusedError
-    from lepton_xla.serve.http.connection import Connection, Hub
+    from lepton_xla.serve.http.connection import Connection
+    from lepton_xla.serve.http.hub import Hub
     from lepton_xla.serve.http.limits import Limits
     from lepton_xla.serve.observe.metrics import Metrics
     from lepton_xla.serve.protocol.signature import signature_of

@@ -604,7 +604,7 @@ def test_slowloris(make_server, begin):
 
 def test_slowloris_by_unread_answers(make_server):
     """A client that asks and never reads is dropped, and holds no answers for longer than that."""
-    server = make_server(Affine(), limits=FAST, max_queue_rows=100_000)
+    server = make_server(Affine((20_000,)), limits=FAST, max_queue_rows=100_000)
     body, fields = affine_binary(np.zeros((20_000, 4)), np.zeros(20_000))
     with connect(server) as sock:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)

@@ -9,10 +9,8 @@ Sources: RFC 9112 (HTTP/1.1 messages), RFC 9110 (semantics; 100-continue in sect
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import math
-from collections import Counter, deque
-from collections.abc import Callable
+from collections import deque
 from time import monotonic
 from typing import Any
 
@@ -20,6 +18,7 @@ import httptools
 
 from lepton_xla.serve.errors import RefusedError
 from lepton_xla.serve.http.exchange import Exchange, Head
+from lepton_xla.serve.http.hub import Hub
 from lepton_xla.serve.http.limits import Limits
 from lepton_xla.serve.protocol.traceparent import take_out, valid
 
@@ -35,55 +34,13 @@ _AHEAD_BYTES = 1 << 20
 _CHUNK_OVERHEAD = 64
 
 
-@dataclasses.dataclass(slots=True)
-class Hub:
-    """What the connections of a server share.
-
-    Attributes:
-        handler: takes every complete request, on the event loop; must answer it sooner or later.
-        admit: told of a head before its body is read; raises `RefusedError` for one that may not bring any.
-        refused: told of errors answered that no handler saw, such as 400 for malformed HTTP.
-        limits: the bounds.
-        draining: set once for every connection to be closed by its next answer.
-        connections: those open.
-        addresses: how many of them come from each client address.
-        buffered_bytes: bodies that are arriving or not answered yet, of all connections.
-        heads: parsed heads by their bytes. Clients repeat them, and a hit costs a hundredth of a parse.
-    """
-
-    handler: Callable[[Exchange], None]
-    limits: Limits
-    admit: Callable[[Head], object] = lambda head: None
-    refused: Callable[[RefusedError], None] = lambda refusal: None
-    draining: bool = False
-    connections: set[Connection] = dataclasses.field(default_factory=set["Connection"])
-    addresses: Counter[str] = dataclasses.field(default_factory=Counter[str])
-    buffered_bytes: int = 0
-    heads: dict[bytes, Head] = dataclasses.field(default_factory=dict[bytes, Head])
-
-    @property
-    def in_flight(self) -> int:
-        """Requests that have no answer yet, or whose answer waits for one before it."""
-        return sum(connection.unanswered for connection in self.connections)
-
-    def figures(self) -> dict[str, float]:
-        """What `Metrics` shows of it."""
-        connections = len(self.connections)
-        return {"in_flight": self.in_flight, "connections": connections, "buffered_bytes": self.buffered_bytes}
-
-    def sweep(self, now: float) -> None:
-        """Enforces the time limits; called about once a second."""
-        for connection in tuple(self.connections):
-            connection.sweep(now)
-
-
 class Connection(asyncio.Protocol):
     """One client connection."""
 
     __slots__ = (
-        "_address", "_body", "_chunks", "_closing", "_complete", "_continue", "_deadline", "_fields", "_framing",
-        "_head", "_head_bytes", "_headers", "_hub", "_in_message", "_limits", "_messages", "_parser", "_paused_s",
-        "_pending", "_reading", "_stalled", "_target", "_trace", "_transport",
+        "_address", "_announced", "_body", "_chunks", "_closing", "_complete", "_continue", "_deadline", "_fields",
+        "_framing", "_head", "_head_bytes", "_headers", "_hub", "_in_message", "_limits", "_messages", "_parser",
+        "_paused_s", "_pending", "_reading", "_stalled", "_target", "_trace", "_transport",
     )  # fmt: skip
 
     def __init__(self, hub: Hub) -> None:
@@ -92,6 +49,7 @@ class Connection(asyncio.Protocol):
         self._parser: Any = httptools.HttpRequestParser(self)
         self._transport: Any = None
         self._address = ""
+        self._announced = False
         self._pending: deque[Exchange] = deque()
         self._closing = False
         self._reading = True
@@ -106,14 +64,40 @@ class Connection(asyncio.Protocol):
         self.on_message_begin()
         self._in_message = False
 
+    # From whoever accepts it.
+
+    def announce(self, address: str) -> None:
+        """Has it count while it shakes hands for TLS, before it is made."""
+        self._address = address
+        self._announced = True
+        self._hub.arriving += 1
+        self._hub.addresses[address] += 1
+
+    def recall(self) -> None:
+        """Has it count no more if it was announced and not made."""
+        if self._announced:
+            self._announced = False
+            self._hub.arriving -= 1
+            self._leave_address()
+
+    def _leave_address(self) -> None:
+        addresses = self._hub.addresses
+        addresses[self._address] -= 1
+        if not addresses[self._address]:
+            del addresses[self._address]
+
     # From the transport.
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = transport
         hub, limits = self._hub, self._limits
         hub.connections.add(self)
-        self._address = str((transport.get_extra_info("peername") or ("",))[0])
-        hub.addresses[self._address] += 1
+        if self._announced:
+            self._announced = False
+            hub.arriving -= 1
+        else:
+            self._address = str((transport.get_extra_info("peername") or ("",))[0])
+            hub.addresses[self._address] += 1
         self._deadline = monotonic() + limits.idle_timeout_s
         if len(hub.connections) > limits.max_connections:
             self._fail(RefusedError(503, "too many connections"))
@@ -123,9 +107,7 @@ class Connection(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         hub = self._hub
         hub.connections.discard(self)
-        hub.addresses[self._address] -= 1
-        if not hub.addresses[self._address]:
-            del hub.addresses[self._address]
+        self._leave_address()
         self._closing = True
         self._forget_body()
         for exchange in self._pending:
@@ -134,8 +116,10 @@ class Connection(asyncio.Protocol):
         self._pending.clear()
 
     def eof_received(self) -> None:
-        # Closing on this end too: a client that shuts its side down is taken to be gone, as in nginx.
+        # The transport closes this end too, after what is written. A client that ends its side cannot be told
+        # from one that gave up, and what that one queued has to be cancelled.
         self._closing = True
+        self._deadline = monotonic() + self._limits.write_timeout_s
 
     def pause_writing(self) -> None:
         self._stalled = monotonic()
@@ -406,6 +390,8 @@ class Connection(asyncio.Protocol):
             self._deadline = monotonic() + _LINGER_S
             self._transport.write_eof()
         else:
+            # Less than what makes the transport say that it is stalled may be left to write.
+            self._deadline = monotonic() + self._limits.write_timeout_s
             self._transport.close()
 
     def abandoned(self) -> None:

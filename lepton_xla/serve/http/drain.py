@@ -13,13 +13,11 @@ import asyncio
 import logging
 import select
 import signal
-import socket
-from collections.abc import Callable, Iterable
 from time import monotonic
-from typing import Any, Protocol
+from typing import Protocol
 
 from lepton_xla.serve.errors import RefusedError
-from lepton_xla.serve.http.connection import Connection, Hub
+from lepton_xla.serve.http.hub import Hub
 
 _log = logging.getLogger("lepton_xla.serve")
 
@@ -75,60 +73,6 @@ class Closable(Protocol):
     async def close(self) -> None:
         """Lets in those that wait there, and no more."""
         ...
-
-
-class Entrance:
-    """Where connections come in, until it is closed.
-
-    Args:
-        hub: what they share.
-        listener: a bound socket.
-        backlog: connections that may wait to be taken.
-        tls: what the event loop has to be told to speak TLS.
-    """
-
-    def __init__(self, hub: Hub, listener: socket.socket, backlog: int, tls: dict[str, Any]) -> None:
-        self._make: Callable[[], Connection] = lambda: Connection(hub)
-        self._listener = listener
-        self._backlog = backlog
-        self._tls = tls
-        self._late: set[asyncio.Task[Any]] = set()
-
-    async def open(self) -> None:
-        """Listens."""
-        # A duplicate, because the event loop closes the one that it is given.
-        self._server: asyncio.Server = await asyncio.get_running_loop().create_server(
-            self._make, sock=self._listener.dup(), backlog=self._backlog, **self._tls
-        )
-
-    async def close(self) -> None:
-        """Takes the connections that the kernel has accepted already, and no more."""
-        self._server.close()
-        loop = asyncio.get_running_loop()
-        self._listener.setblocking(False)
-        # Closing the socket with connections waiting at it would reset them.
-        for accepted in _accept_all(self._listener):
-            task = loop.create_task(self._take(accepted))
-            self._late.add(task)
-            task.add_done_callback(self._late.discard)
-        self._listener.close()
-        await asyncio.sleep(0)
-
-    async def _take(self, accepted: socket.socket) -> None:
-        try:
-            await asyncio.get_running_loop().connect_accepted_socket(self._make, accepted, **self._tls)
-        except OSError:
-            accepted.close()  # gone, or not TLS
-
-
-def _accept_all(listener: socket.socket) -> Iterable[socket.socket]:
-    while True:
-        try:
-            yield listener.accept()[0]
-        except ConnectionAbortedError:
-            continue
-        except OSError:
-            return
 
 
 async def drain(hub: Hub, entrance: Closable, stop: Stop, lame_duck_s: float, timeout_s: float) -> bool:

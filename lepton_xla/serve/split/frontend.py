@@ -17,7 +17,7 @@ import uvloop
 
 from lepton_xla.errors import LeptonError
 from lepton_xla.serve.front import Front
-from lepton_xla.serve.http.connection import Connection
+from lepton_xla.serve.http.arrivals import Arrivals
 from lepton_xla.serve.http.drain import Stop
 from lepton_xla.serve.observe.logs import configure
 from lepton_xla.serve.observe.metrics import Metrics
@@ -46,7 +46,6 @@ class FrontEndProcess:
     def __init__(self, settings: control.Settings, end: socket.socket, loop: asyncio.AbstractEventLoop) -> None:
         self._options = settings.options
         self._access = settings.options.access()
-        self._tls = self._access.tls_options(settings.options.limits)
         self._metrics = Metrics(settings.model)
         self._loop = loop
         self._stop = Stop()
@@ -56,7 +55,7 @@ class FrontEndProcess:
         self._front: Front | None = None
         self._askers: dict[int, Callable[[Metrics], object]] = {}
         self._asked = 0
-        self._arriving: set[asyncio.Task[Any]] = set()
+        self._arrivals: Arrivals | None = None
         self._control = Control(end, self._told, self._orphaned, loop)
         self._scheduler = RemoteScheduler(
             settings.options.limits.max_buffered_bytes, self._metrics, self._wish, self._met, loop
@@ -76,6 +75,7 @@ class FrontEndProcess:
         front = self._front = Front(
             self._hello.signature, self._scheduler, self._metrics, self._options, self._access, gather=self._gather
         )
+        self._arrivals = Arrivals(front.hub, self._access.tls_options(self._options.limits))
         settle()
         reporting = self._loop.create_task(self._report(front))
         try:
@@ -94,6 +94,8 @@ class FrontEndProcess:
         """Takes the connections that the supervisor has accepted already, and no more."""
         self._control.send(control.Leaving())
         await self._no_more.wait()
+        if self._arrivals is not None:
+            await self._arrivals.settle()
 
     # From the supervisor.
 
@@ -126,18 +128,10 @@ class FrontEndProcess:
         self._stop.asked.set()
 
     def _take(self, client: socket.socket) -> None:
-        if self._front is None:
+        if self._arrivals is None:
             client.close()
-            return
-        task = self._loop.create_task(self._arrive(client, self._front))
-        self._arriving.add(task)
-        task.add_done_callback(self._arriving.discard)
-
-    async def _arrive(self, client: socket.socket, front: Front) -> None:
-        try:
-            await self._loop.connect_accepted_socket(lambda: Connection(front.hub), client, **self._tls)
-        except OSError:
-            client.close()  # gone, or not TLS
+        else:
+            self._arrivals.take(client)
 
     # The engine.
 
@@ -160,7 +154,7 @@ class FrontEndProcess:
     async def _report(self, front: Front) -> None:
         while True:
             self._metrics.ready = self._scheduler.ready and not self._stop.asked.is_set()
-            self._control.send(control.Connections(len(front.hub.connections)))
+            self._control.send(control.Connections(front.hub.open))
             self._control.send(control.Counts(self._metrics.counts()))
             await asyncio.sleep(control.REPORT_S)
 

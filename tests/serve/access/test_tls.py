@@ -1,10 +1,12 @@
 """TLS and mutual TLS, with certificates made here; what changes while the server runs; who may listen where."""
 
 import contextlib
+import re
 import signal
 import socket
 import ssl
 import subprocess
+import threading
 import time
 
 import numpy as np
@@ -225,6 +227,66 @@ def test_a_handshake_that_does_not_come_is_given_up(make_server, pair):
         with contextlib.suppress(ConnectionResetError):
             assert sock.recv(1) == b""
         assert time.monotonic() - start < 3
+
+
+def closed_without_a_word(server, authority):
+    try:
+        status_of(server, client(authority))
+    except (ssl.SSLError, ConnectionError):
+        return True
+    return False
+
+
+@pytest.mark.parametrize("limit", ["max_connections", "max_connections_per_address"])
+def test_handshakes_count_as_connections_and_for_no_longer_than_they_may_take(make_server, authority, pair, limit):
+    server = make_server(Affine(), tls=pair, limits=Limits(head_timeout_s=2.0, **{limit: 3}))
+    with connect(server, client(authority)) as good, contextlib.ExitStack() as stack:
+        silent = [stack.enter_context(socket.create_connection(server.address, 10)) for _ in range(2)]
+        assert closed_without_a_word(server, authority)
+        for sock in silent:
+            with contextlib.suppress(ConnectionResetError):
+                assert sock.recv(1) == b""
+        wait_until(lambda: not closed_without_a_word(server, authority))
+
+        def open_now():
+            good.sendall(raw_request("GET", "/metrics"))
+            return re.search(rb'^lepton_connections{model="affine"} (.*)$', read_response(good)[2], re.MULTILINE)[1]
+
+        wait_until(lambda: open_now() == b"1.0")
+
+
+def test_handshakes_that_fail_leave_their_place(make_server, authority, pair):
+    server = make_server(Affine(), tls=pair, limits=Limits(max_connections=2))
+    stranger = ssl.create_default_context()
+    for number in range(12):
+        with socket.create_connection(server.address, 10) as sock:
+            match number % 4:
+                case 0:
+                    sock.sendall(b"GET / HTTP/1.1\r\n\r\n")
+                    sock.recv(100)
+                case 1:
+                    with pytest.raises(ssl.SSLError):
+                        stranger.wrap_socket(sock, server_hostname="127.0.0.1")
+                case 2:
+                    sock.sendall(b"\x16\x03\x01\x02\x00\x01")
+                case 3:
+                    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")  # reset
+        wait_until(lambda: not closed_without_a_word(server, authority))
+
+
+def test_a_handshake_under_way_when_the_server_stops_is_ended_and_answered(make_server, authority, pair):
+    server = make_server(Affine(), tls=pair)
+    with socket.create_connection(server.address, 10) as late:
+        time.sleep(0.1)
+        stopping = threading.Thread(target=server.stop)
+        stopping.start()
+        time.sleep(0.3)
+        with client(authority).wrap_socket(late, server_hostname="127.0.0.1") as sock:
+            sock.sendall(raw_request("POST", INFER, *affine_binary(X, [1])))
+            status, headers, _ = read_response(sock)
+            assert (status, headers["connection"]) == (200, "close")
+        stopping.join(5)
+        assert not stopping.is_alive()
 
 
 def test_a_server_does_not_start_with_files_that_do_not_fit(authority, stranger, pair, tmp_path):

@@ -21,6 +21,8 @@ from serve_fakes import (
     read_response,
 )
 
+from lepton_xla.serve.http.connection import Connection
+from lepton_xla.serve.http.hub import Hub
 from lepton_xla.serve.http.limits import Limits
 
 INFER = "/v2/models/affine/infer"
@@ -366,6 +368,81 @@ def test_a_client_that_goes_away_cancels_what_it_queued(server, affine):
     assert len(affine.runs) == 2
     metrics = exchange(server, "GET", "/metrics")[2].decode()
     assert re.search(r'^lepton_inference_cancelled_total{model="affine"} 3\.0$', metrics, re.MULTILINE)
+
+
+def test_a_client_that_ends_its_side_is_taken_to_have_gone(server, affine):
+    """It cannot be told from one that gave up: what it asked is cancelled, and the connection closed."""
+    affine.gate.clear()
+    affine.running.clear()
+    affine.seen.clear()
+    with connect(server) as first, connect(server) as half:
+        first.sendall(infer_bytes(1))
+        assert affine.running.wait(5)
+        half.sendall(infer_bytes(2))
+        half.shutdown(socket.SHUT_WR)
+        assert closed(half)
+        affine.gate.set()
+        check(read_response(first), 1)
+        check(exchange(server, "POST", INFER, *affine_binary(X, [4])), 4)
+    assert [n.max() for _, n in affine.seen] == [1, 4]
+    assert server.metrics.cancelled == 1
+
+
+def test_what_was_answered_before_a_client_ended_its_side_still_leaves(make_server):
+    """A large answer that it had not begun to read, and one to a request that was answered at once."""
+    rows = 300_000
+    server = make_server(Affine((rows,)), max_queue_rows=rows)
+    body, fields = affine_binary(np.ones((rows, 4)), np.arange(rows))
+    with connect(server) as half:
+        half.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 18)
+        half.sendall(raw_request("POST", INFER, body, fields))
+        half.recv(1, socket.MSG_PEEK)
+        half.shutdown(socket.SHUT_WR)
+        status, headers, answer = read_response(half)
+        assert status == 200
+        np.testing.assert_array_equal(read_outputs(headers, answer)["twice"], 2 * np.arange(rows))
+    with connect(server) as half:
+        half.sendall(raw_request("GET", "/v2/health/live"))
+        half.shutdown(socket.SHUT_WR)
+        assert read_response(half)[0] == 200
+        assert closed(half)
+
+
+class Unread:
+    """A transport whose client reads nothing: what is written stays, too little of it to make it say so."""
+
+    aborted = False
+
+    def get_extra_info(self, name):
+        return ("127.0.0.1", 1)
+
+    def write(self, data):
+        pass
+
+    def close(self):
+        pass
+
+    def can_write_eof(self):
+        return False
+
+    def abort(self):
+        self.aborted = True
+
+
+@pytest.mark.parametrize("end", ["by the answer", "by the client"])
+def test_the_last_answer_may_be_left_unread_for_no_longer_than_others(end):
+    hub = Hub(lambda exchange: exchange.answer(200, b"{}"), Limits(write_timeout_s=30))
+    connection, transport = Connection(hub), Unread()
+    connection.connection_made(transport)
+    fields = {"Connection": "close"} if end == "by the answer" else {}
+    connection.data_received(raw_request("GET", "/v2", b"", fields))
+    if end == "by the client":
+        connection.eof_received()
+    now = time.monotonic()
+    connection.sweep(now + 29)
+    assert not transport.aborted
+    connection.sweep(now + 31)
+    assert transport.aborted
 
 
 def test_clients_that_vanish_at_any_point_leave_the_server_well(server):

@@ -1,0 +1,129 @@
+"""From an accepted socket to a connection: TLS handshakes, and the bounds that hold while they last."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+from typing import Any
+
+from lepton_xla.serve.http.connection import Connection
+from lepton_xla.serve.http.hub import Hub
+
+_log = logging.getLogger("lepton_xla.serve")
+
+# Connections taken in one turn of the event loop.
+_AT_ONCE = 64
+# After the process has run out of descriptors.
+_FULL_S = 0.5
+# For handshakes that are under way when no more connections are taken.
+_SETTLE_S = 1.0
+
+
+class Arrivals:
+    """Takes accepted sockets to the hub. Those that speak TLS shake hands first, for no longer than `head_timeout_s`.
+
+    They count as connections from the start. One too many is closed without a word: saying why would take a handshake,
+    which is what costs most.
+
+    Args:
+        hub: where they go.
+        tls: what the event loop has to be told to speak TLS; empty for plain HTTP.
+    """
+
+    def __init__(self, hub: Hub, tls: dict[str, Any]) -> None:
+        self._hub = hub
+        self._tls = tls
+        self._loop = asyncio.get_running_loop()
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def take(self, accepted: socket.socket) -> None:
+        """Takes over a socket."""
+        hub = self._hub
+        connection = Connection(hub)
+        if self._tls:
+            try:
+                address = str(accepted.getpeername()[0])
+            except OSError:
+                accepted.close()  # gone
+                return
+            limits = hub.limits
+            if (
+                hub.open >= limits.max_connections
+                or hub.addresses.get(address, 0) >= limits.max_connections_per_address
+            ):
+                _log.warning("a connection is closed before its TLS handshake: there are as many as there may be")
+                accepted.close()
+                return
+            connection.announce(address)
+        task = self._loop.create_task(self._enter(accepted, connection))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _enter(self, accepted: socket.socket, connection: Connection) -> None:
+        try:
+            await self._loop.connect_accepted_socket(lambda: connection, accepted, **self._tls)
+        except OSError:
+            accepted.close()  # gone, or not TLS
+        finally:
+            connection.recall()
+
+    async def settle(self) -> None:
+        """Waits for those that are on their way, but not long for a client that does not go on."""
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=_SETTLE_S)
+
+
+class Entrance:
+    """Where connections come in, until it is closed.
+
+    Args:
+        hub: what they share.
+        listener: a bound socket.
+        backlog: connections that may wait to be taken.
+        tls: as of `Arrivals`.
+    """
+
+    def __init__(self, hub: Hub, listener: socket.socket, backlog: int, tls: dict[str, Any]) -> None:
+        self._arrivals = Arrivals(hub, tls)
+        self._listener = listener
+        self._backlog = backlog
+        self._loop = asyncio.get_running_loop()
+        self._closed = False
+
+    def open(self) -> None:
+        """Listens."""
+        self._listener.listen(self._backlog)
+        self._listener.setblocking(False)
+        self._watch()
+
+    def _watch(self) -> None:
+        if not self._closed:
+            self._loop.add_reader(self._listener, self._accept)
+
+    def _accept(self) -> bool:
+        """Takes the connections that are there; gives whether there may be more."""
+        for _ in range(_AT_ONCE):
+            try:
+                accepted, _ = self._listener.accept()
+            except BlockingIOError:
+                return False
+            except ConnectionAbortedError:
+                continue
+            except OSError as error:
+                _log.error("connections cannot be taken: %s", error.strerror)
+                self._loop.remove_reader(self._listener)
+                self._loop.call_later(_FULL_S, self._watch)
+                return False
+            self._arrivals.take(accepted)
+        return True
+
+    async def close(self) -> None:
+        """Takes the connections that the kernel has accepted already, and no more."""
+        # Closing the socket with connections waiting at it would reset them.
+        while self._accept():
+            pass
+        self._closed = True
+        self._loop.remove_reader(self._listener)
+        self._listener.close()
+        await self._arrivals.settle()

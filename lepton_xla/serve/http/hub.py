@@ -1,0 +1,63 @@
+"""What the connections of a server share: its limits, who takes their requests, and what there is of them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from lepton_xla.serve.errors import RefusedError
+from lepton_xla.serve.http.exchange import Exchange, Head
+from lepton_xla.serve.http.limits import Limits
+
+if TYPE_CHECKING:
+    from lepton_xla.serve.http.connection import Connection
+
+
+@dataclasses.dataclass(slots=True)
+class Hub:
+    """What the connections of a server share.
+
+    Attributes:
+        handler: takes every complete request, on the event loop; must answer it sooner or later.
+        admit: told of a head before its body is read; raises `RefusedError` for one that may not bring any.
+        refused: told of errors answered that no handler saw, such as 400 for malformed HTTP.
+        limits: the bounds.
+        draining: set once for every connection to be closed by its next answer.
+        connections: those open.
+        arriving: how many shake hands for TLS, and are not among them yet.
+        addresses: how many of both come from each client address.
+        buffered_bytes: bodies that are arriving or not answered yet, of all connections.
+        heads: parsed heads by their bytes. Clients repeat them, and a hit costs a hundredth of a parse.
+    """
+
+    handler: Callable[[Exchange], None]
+    limits: Limits
+    admit: Callable[[Head], object] = lambda head: None
+    refused: Callable[[RefusedError], None] = lambda refusal: None
+    draining: bool = False
+    connections: set[Connection] = dataclasses.field(default_factory=set["Connection"])
+    arriving: int = 0
+    addresses: Counter[str] = dataclasses.field(default_factory=Counter[str])
+    buffered_bytes: int = 0
+    heads: dict[bytes, Head] = dataclasses.field(default_factory=dict[bytes, Head])
+
+    @property
+    def open(self) -> int:
+        """Connections, those that shake hands included."""
+        return len(self.connections) + self.arriving
+
+    @property
+    def in_flight(self) -> int:
+        """Requests that have no answer yet, or whose answer waits for one before it."""
+        return sum(connection.unanswered for connection in self.connections)
+
+    def figures(self) -> dict[str, float]:
+        """What `Metrics` shows of it."""
+        return {"in_flight": self.in_flight, "connections": self.open, "buffered_bytes": self.buffered_bytes}
+
+    def sweep(self, now: float) -> None:
+        """Enforces the time limits; called about once a second."""
+        for connection in tuple(self.connections):
+            connection.sweep(now)
