@@ -384,15 +384,23 @@ class Connection(asyncio.Protocol):
 
     def _finish(self, unread: bool) -> None:
         self._closing = True
-        # TLS ends with a message of its own, after which what still comes in is thrown away.
-        if unread and self._transport.can_write_eof():
+        plain = self._transport.can_write_eof()
+        if unread and plain:
             # Closing with unread bytes in the socket would reset the connection and could take the answer with it.
             self._deadline = monotonic() + _LINGER_S
             self._transport.write_eof()
-        else:
-            # Less than what makes the transport say that it is stalled may be left to write.
-            self._deadline = monotonic() + self._limits.write_timeout_s
-            self._transport.close()
+            return
+        # Less than what makes the transport say that it is stalled may be left to write.
+        self._deadline = monotonic() + self._limits.write_timeout_s
+        self._transport.close()
+        if not plain:
+            # TLS ends with a message of its own, after which what still comes in is thrown away. A client that keeps
+            # the connection for later does not see it, and gives none back.
+            asyncio.get_running_loop().call_later(_LINGER_S, self._part)
+
+    def _part(self) -> None:
+        if not self._transport.get_write_buffer_size():
+            self._transport.abort()
 
     def abandoned(self) -> None:
         """Nothing is to be done: whoever calls this knows."""

@@ -289,6 +289,19 @@ def test_a_handshake_under_way_when_the_server_stops_is_ended_and_answered(make_
         assert not stopping.is_alive()
 
 
+def test_a_client_that_keeps_a_connection_does_not_keep_the_server(make_server, authority, pair):
+    """It does not read, so it does not see that TLS has ended, and does not say so in return."""
+    server = make_server(Affine(), tls=pair, stop_timeout_s=60)
+    with connect(server, client(authority)) as kept:
+        kept.sendall(raw_request("GET", "/v2"))
+        assert read_response(kept)[0] == 200
+        stopping = threading.Thread(target=server.stop)
+        stopping.start()
+        stopping.join(20)
+        assert not stopping.is_alive()
+        assert kept.recv(1) == b""
+
+
 def test_a_server_does_not_start_with_files_that_do_not_fit(authority, stranger, pair, tmp_path):
     from cryptography.hazmat.primitives import serialization
 

@@ -423,7 +423,7 @@ class Unread:
         pass
 
     def can_write_eof(self):
-        return False
+        return True
 
     def abort(self):
         self.aborted = True
