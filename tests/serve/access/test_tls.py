@@ -11,8 +11,8 @@ import time
 
 import numpy as np
 import pytest
-import trustme
 from serve_fakes import Affine, affine_binary, raw_request, read_outputs, read_response, start_script
+from serve_tls import Authority, client, connect, copy
 
 from lepton_xla.errors import ServeError
 from lepton_xla.serve import Limits, Options, Server
@@ -21,24 +21,6 @@ from lepton_xla.serve.access.tokens import create_token
 
 X = np.ones((1, 4), np.float32)
 INFER = "/v2/models/affine/infer"
-
-
-class Authority:
-    """A certificate authority that writes pairs of files."""
-
-    def __init__(self, folder):
-        self.folder = folder
-        self.ca = trustme.CA()
-        self.root = folder / "ca.pem"
-        self.ca.cert_pem.write_to_path(self.root)
-
-    def issue(self, stem, *names, **kwargs):
-        made = self.ca.issue_cert(*names, **kwargs)
-        cert, key = self.folder / f"{stem}.pem", self.folder / f"{stem}.key"
-        cert.write_bytes(b"".join(blob.bytes() for blob in made.cert_chain_pems))
-        key.touch(0o600)
-        key.write_bytes(made.private_key_pem.bytes())
-        return TlsFiles(cert, key)
 
 
 @pytest.fixture(scope="module")
@@ -58,30 +40,6 @@ def pair(authority, tmp_path):
     cert, key = tmp_path / "server.pem", tmp_path / "server.key"
     copy(made, TlsFiles(cert, key))
     return TlsFiles(cert, key)
-
-
-def copy(source, target):
-    for name in ("cert", "key"):
-        path = getattr(target, name)
-        if not path.exists():
-            path.touch(0o600)
-        path.write_bytes(getattr(source, name).read_bytes())
-
-
-def client(authority, own=None):
-    context = ssl.create_default_context(cafile=authority.root)
-    if own is not None:
-        context.load_cert_chain(own.cert, own.key)
-    return context
-
-
-def connect(server, context, **kwargs):
-    sock = socket.create_connection(server.address, 10)
-    try:
-        return contextlib.closing(context.wrap_socket(sock, server_hostname="127.0.0.1", **kwargs))
-    except BaseException:
-        sock.close()
-        raise
 
 
 def status_of(server, context, **kwargs):
@@ -239,7 +197,7 @@ def closed_without_a_word(server, authority):
 
 @pytest.mark.parametrize("limit", ["max_connections", "max_connections_per_address"])
 def test_handshakes_count_as_connections_and_for_no_longer_than_they_may_take(make_server, authority, pair, limit):
-    server = make_server(Affine(), tls=pair, limits=Limits(head_timeout_s=2.0, **{limit: 3}))
+    server = make_server(Affine(), tls=pair, limits=Limits(head_timeout_s=1.0, **{limit: 3}))
     with connect(server, client(authority)) as good, contextlib.ExitStack() as stack:
         silent = [stack.enter_context(socket.create_connection(server.address, 10)) for _ in range(2)]
         assert closed_without_a_word(server, authority)

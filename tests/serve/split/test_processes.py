@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -16,7 +17,10 @@ import numpy as np
 import psutil
 import pytest
 from serve_fakes import exchange, raw_request, read_response, start_script
+from serve_tls import Authority, client, connect, copy
 
+from lepton_xla.serve.access.tls import TlsFiles
+from lepton_xla.serve.access.tokens import create_token
 from lepton_xla.serve.client import Client, RequestError
 
 ROOT = Path(__file__).parents[3]
@@ -297,6 +301,55 @@ def test_sigterm_under_load_answers_everything(served):
     assert len(answered) > 8
     assert json.loads(served.process.stdout.readline()) == {"event": "stopped", "all_answered": True}
     assert served.process.wait(15) == 0
+
+
+def test_certificates_and_tokens_change_in_every_front_end(artifact, tmp_path):
+    authority = Authority(tmp_path)
+    pair = TlsFiles(tmp_path / "pair.pem", tmp_path / "pair.key")
+    copy(authority.issue("first", "127.0.0.1"), pair)
+    known = client(authority, authority.issue("client", "client"))
+    tokens = tmp_path / "tokens.jsonl"
+    infers, reads = create_token(tokens, "infers", ["infer"]), create_token(tokens, "reads", ["read"])
+    flags = {"token-file": tokens, "tls-cert": pair.cert, "tls-key": pair.key, "tls-client-ca": authority.root}
+    running = Served(artifact, *(f"--{name}={value}" for name, value in flags.items()))
+
+    def of_all(request, token, context=known):
+        """Serials of certificates, and statuses, on more connections than go to one front-end."""
+        with contextlib.ExitStack() as stack:
+            sockets = [stack.enter_context(connect(running, context)) for _ in range(6)]
+            for sock in sockets:
+                head, _, body = request.partition(b"\r\n\r\n")
+                sock.sendall(head + b"\r\nAuthorization: Bearer " + token.encode() + b"\r\n\r\n" + body)
+            statuses = {read_response(sock)[0] for sock in sockets}
+            return {sock.getpeercert()["serialNumber"] for sock in sockets}, statuses
+
+    def wait_for(true):
+        deadline = time.monotonic() + 10
+        while not true():
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+
+    try:
+        first, statuses = of_all(infer_bytes(), infers)
+        assert (len(first), statuses) == (1, {200})
+        assert of_all(infer_bytes(), reads)[1] == {403}
+        assert of_all(infer_bytes(), "leptonx_" + "w" * 43)[1] == {401}
+        with pytest.raises((ssl.SSLError, ConnectionError)):
+            of_all(infer_bytes(), infers, client(authority))
+        copy(authority.issue("second", "127.0.0.1"), pair)
+        wait_for(lambda: not of_all(infer_bytes(), infers)[0] & first)
+        tokens.write_text("".join(line for line in tokens.read_text().splitlines(True) if "reads" in line))
+        running.process.send_signal(signal.SIGHUP)
+        wait_for(lambda: of_all(infer_bytes(), infers)[1] == {401})
+        assert of_all(raw_request("GET", "/v2"), reads)[1] == {200}
+        with connect(running, known) as kept:
+            kept.sendall(raw_request("GET", "/v2/health/ready"))
+            assert read_response(kept)[0] == 200
+            running.process.terminate()
+            assert json.loads(running.process.stdout.readline()) == {"event": "stopped", "all_answered": True}
+            assert running.process.wait(20) == 0
+    finally:
+        running.kill()
 
 
 def test_without_their_supervisor_the_others_end(artifact):
