@@ -142,7 +142,11 @@ class Supervisor:
         wait = _FIRST_WAIT_S
         while True:
             started = monotonic()
-            code = await self._once(child)
+            try:
+                code = await self._once(child)
+            except OSError as error:
+                # The machine is out of processes or descriptors, which it may not be for ever.
+                child.reason, code = f"the {child.name} could not be started: {error.strerror}", 1
             if child in self._ending:
                 return code
             why = child.reason or (f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}")
@@ -160,8 +164,12 @@ class Supervisor:
     async def _once(self, child: Child) -> int:
         child.forget()
         ours, theirs = pair()
-        with theirs:
-            process = await child.start(theirs)
+        try:
+            with theirs:
+                process = await child.start(theirs)
+        except OSError:
+            ours.close()
+            raise
         gone = asyncio.Event()
         child.control = Control(
             ours, lambda message, _: self._told(child, message), gone.set, self._loop, with_fds=False

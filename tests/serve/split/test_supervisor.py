@@ -1,5 +1,9 @@
 """The supervisor's own decisions, without its processes."""
 
+import asyncio
+import errno
+import os
+
 import pytest
 
 from lepton_xla.serve import Options
@@ -42,3 +46,32 @@ def test_a_process_that_is_being_started_may_take_its_time():
         child.process = Process()
     keeper._end_silent(1e9)
     assert not any(child.process.killed for child in keeper._children)
+
+
+@pytest.mark.parametrize("begun", [True, False])
+def test_a_process_that_the_machine_has_no_room_for_is_tried_again(monkeypatch, begun):
+    """But not the first time: then the command ends, and says why."""
+    monkeypatch.setattr(supervisor, "_FIRST_WAIT_S", 0.0)
+    keeper = Supervisor("x.lepton", Options(port=0), 1)
+    tries = []
+
+    async def once(child):
+        tries.append(child)
+        if len(tries) == 3:
+            keeper._ending.add(child)
+            return 0
+        raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+
+    async def main():
+        keeper._once = once
+        keeper._begun = asyncio.get_running_loop().create_future()
+        if begun:
+            keeper._begun.set_result(None)
+        code = await asyncio.wait_for(keeper._keep(keeper._engine), 5)
+        return code, keeper._begun.exception()
+
+    code, failure = asyncio.run(main())
+    if begun:
+        assert (len(tries), code, failure) == (3, 0, None)
+    else:
+        assert (len(tries), str(failure)) == (1, "the engine could not be started: Resource temporarily unavailable")
