@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import re
 from collections import deque
 from time import monotonic
 from typing import Any
@@ -24,6 +25,8 @@ from lepton_xla.serve.protocol.traceparent import take_out, valid
 
 _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 _SINGLE = frozenset((b"inference-header-content-length", b"content-encoding", b"content-length", b"host"))
+# RFC 3986, section 3.2, without what comes before an @. Nothing here depends on it; what is in front may.
+_HOST = re.compile(rb"[A-Za-z0-9\-._~%!$&'()*+,;=:\[\]]*")
 _CACHED_HEADS = 512
 _CACHED_HEAD_BYTES = 2048
 _LINGER_S = 2.0
@@ -256,8 +259,11 @@ class Connection(asyncio.Protocol):
             head.content_length = int(headers.get(b"content-length", b"0"))
             if head.content_length > self._limits.max_body_bytes:
                 raise _body_refusal(self._limits)
-        if b"host" not in headers and not old:
+        host = headers.get(b"host")
+        if host is None and not old:
             raise RefusedError(400, "the Host header is missing")
+        if host is not None and not _HOST.fullmatch(host):
+            raise RefusedError(400, "the Host header is malformed")
         if head.content_length:
             # Before the body: who may not ask cannot make the server hold one.
             self._hub.admit(head)

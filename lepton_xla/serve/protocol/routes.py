@@ -109,6 +109,7 @@ ROUTES: tuple[Route, ...] = (
 OPEN_PATHS = frozenset(path.encode() for route in ROUTES if route.scope == "health" for path in route.paths)
 
 _ANY = "{}"
+_ORIGIN = re.compile(rb"https?://[^/?#]+(?=/)", re.IGNORECASE)
 
 
 class _Node:
@@ -152,7 +153,11 @@ def find(method: bytes, target: bytes) -> tuple[Route, dict[str, str]]:
     """
     path = target.partition(b"?")[0]
     if not path.startswith(b"/"):
-        raise RefusedError(404, "no such route")
+        # The absolute form, which clients send to proxies and every server has to accept (RFC 9112, section 3.2.2).
+        origin = _ORIGIN.match(path)
+        if origin is None:
+            raise RefusedError(404, "no such route")
+        path = path[origin.end() :]
     node, parameters = _ROOT, dict[str, str]()
     for segment in path[1:].split(b"/"):
         # Decoded after splitting: an encoded slash is part of a name, not a separator.

@@ -139,6 +139,20 @@ def test_head_has_the_headers_of_get_and_no_body(server):
     assert int(headers["content-length"]) == len(body)
 
 
+@pytest.mark.parametrize("host", ["", "a", "127.0.0.1:8000", "[::1]:8000", "a_b.example."])
+def test_every_host_that_there_may_be_is_taken(server, host):
+    assert exchange(server, "GET", "/v2", headers={"Host": host})[0] == 200
+
+
+@pytest.mark.parametrize("origin", ["http://a", "HTTPS://a.example:8443", "http://[::1]:80"])
+def test_the_absolute_form_of_a_target_is_taken(server, origin):
+    """RFC 9112, section 3.2.2: by every server, though only clients of proxies send it."""
+    check(exchange(server, "POST", origin + INFER, *affine_binary(X, [1])))
+    assert exchange(server, "GET", f"{origin}/v2?x=http://b/")[0] == 200
+    for target in (f"{origin}/v3", origin, f"ftp{origin[4:]}/v2", "http:///v2", "http://a?/v2"):
+        assert exchange(server, "GET", target)[0] in (400, 404)
+
+
 def test_http_10_and_connection_close_end_the_connection(server):
     for fields, version, kept in (
         ({"Connection": "close"}, "1.1", False),
@@ -165,6 +179,9 @@ def test_http_10_and_connection_close_end_the_connection(server):
         (b"GET /v2 HTTP/1.1\r\nHost: a\r\nBad Header: x\r\n\r\n", 400),
         (b"GET /v2 HTTP/1.1\nHost: a\n\n", 400),
         (b"GET /v2 HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n", 400),
+        (b"GET /v2 HTTP/1.1\r\nHost: a b\r\n\r\n", 400),
+        (b"GET /v2 HTTP/1.1\r\nHost: a, b/c\r\n\r\n", 400),
+        (b"GET /v2 HTTP/1.1\r\nHost: user@a\r\n\r\n", 400),
         (b"POST /v2 HTTP/1.1\r\nHost: a\r\nContent-Length: -1\r\n\r\n", 400),
         (b"POST /v2 HTTP/1.1\r\nHost: a\r\nContent-Length: 1x\r\n\r\n", 400),
         (b"POST /v2 HTTP/1.1\r\nHost: a\r\nContent-Length: 5\r\nContent-Length: 6\r\n\r\nhello", 400),
