@@ -1,9 +1,10 @@
 """What broke in servers like this one, a test for each class. The names of the tests are the classes.
 
-Classes that do not apply, and why: files or models fetched from an address in a request (there is no such route and no
-HTTP client in the server's process: `test_server_side_request_forgery`); forms, uploads and byte ranges (none is
-parsed: the only bodies read are those of routes with a JSON schema); sockets between processes that carry pickles (no
-module here imports one: `test_pickle_reachable`).
+Classes that do not apply, and what shows it: files or models fetched from an address in a request (there is no such
+route and no HTTP client in the server's process: `test_server_side_request_forgery`); forms, uploads and byte ranges
+(none is parsed: `test_form_parsing`, `test_header_confusion`); sockets between processes that carry pickles (no module
+here imports one: `test_pickle_reachable`); files that a load request brings (nothing is loaded over HTTP:
+`test_model_name_traversal`, `test_open_management_port`).
 """
 
 import ast
@@ -14,12 +15,15 @@ import io
 import json
 import logging
 import os
+import re
+import select
 import socket
 import time
 import zlib
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from serve_fakes import (
     Affine,
@@ -34,9 +38,11 @@ from serve_fakes import (
 )
 
 import lepton_xla.serve
-from lepton_xla.serve import Limits
+from lepton_xla.errors import ServeError
+from lepton_xla.serve import Limits, Options, Server
 from lepton_xla.serve.access.tokens import create_token
 from lepton_xla.serve.observe.logs import JsonLines, PlainLines
+from lepton_xla.serve.protocol.routes import ROUTES
 
 INFER = "/v2/models/affine/infer"
 X = np.ones((1, 4), np.float32)
@@ -460,6 +466,35 @@ def test_decompression_bomb(make_server):
     alive(server)
 
 
+def test_huge_payload(make_server):
+    """CVE-2025-33201: bodies too large by themselves, declared or not, or too large together, are not taken in."""
+    limits = Limits(max_body_bytes=1 << 20, max_buffered_bytes=4 << 20)
+    server = make_server(Affine(), limits=limits)
+    before = resident_bytes()
+    for fields in ({"Content-Length": str(1 << 50)}, {"Transfer-Encoding": "chunked"}):
+        with connect(server) as sock:
+            sock.sendall(raw_request("POST", INFER, b"", fields))
+            with contextlib.suppress(ConnectionError):
+                for _ in range(64):
+                    sock.sendall(b"100000\r\n" + bytes(1 << 20) + b"\r\n")
+            assert read_response(sock)[0] == 413
+    with contextlib.ExitStack() as stack:
+        held = [stack.enter_context(connect(server)) for _ in range(8)]
+        for sock in held:  # all but the last byte
+            sock.sendall(raw_request("POST", INFER, b"", {"Content-Length": str(1 << 20)}))
+            with contextlib.suppress(ConnectionError):
+                sock.sendall(bytes((1 << 20) - 1))
+        for _ in range(4):
+            (sock, *_), _, _ = select.select(held, [], [], 10)
+            assert read_response(sock)[0] == 503
+            held.remove(sock)
+        for sock in held:
+            sock.sendall(b"x")
+            assert read_response(sock)[0] == 400
+    assert resident_bytes() - before < 64 << 20
+    alive(server)
+
+
 def test_empty_gzip_members_do_not_keep_the_loop_busy(make_server):
     """Members that inflate to nothing: each one's end was found by copying all the rest."""
     server = make_server(Affine())
@@ -513,6 +548,47 @@ def test_server_side_request_forgery():
             assert not clients & set(found), (module, found)
             todo += [name for name in found if name.startswith("lepton_xla.serve")]
     assert "lepton_xla.serve.http.connection" in seen
+
+
+def test_open_management_port(make_server):
+    """One port, which only this machine can reach by default, and nothing on it that loads or sets anything."""
+
+    def listening():
+        return {each.laddr for each in psutil.Process().net_connections("inet") if each.status == psutil.CONN_LISTEN}
+
+    before = listening()
+    server = make_server(Affine())
+    assert listening() - before == {server.address}
+    assert server.address[0] == "127.0.0.1"
+    with pytest.raises(ServeError, match="--insecure-public"):
+        Server(Affine(), Options(host="0.0.0.0", port=0))
+    for route in ROUTES:
+        if route.scope == "admin":
+            for path in route.paths:
+                refusal(server, route.method, re.sub("{.*?}", "affine", path), b"{}", statuses=(405, 501))
+
+
+@pytest.mark.parametrize("headers", [
+    {"Range": "bytes=" + ",".join(f"{n}-" for n in range(2000))},
+    {"Range": "bytes=0-0"},
+    {"Host": "evil.example", "X-Forwarded-Host": "evil.example", "X-Forwarded-Prefix": "/evil"},
+], ids=["ranges", "range", "host"])  # fmt: skip
+def test_header_confusion(make_server, headers):
+    """Ranges (CVE-2025-62727) and hosts (CVE-2026-54282) of a request change nothing in its answer."""
+    server = make_server(Affine())
+    for path in ("/v2", "/v2/openapi.json", "/v2/models/affine"):
+        plain = exchange(server, "GET", path)
+        assert exchange(server, "GET", path, headers=headers) == plain
+        assert b"evil" not in plain[2]
+
+
+def test_form_parsing(make_server):
+    """Forms and uploads (CVE-2024-47874, CVE-2025-54121) are no JSON, and nothing else is read."""
+    server = make_server(Affine())
+    form = b'--x\r\nContent-Disposition: form-data; name="inputs"; filename="/etc/x"\r\n\r\n[]\r\n--x--\r\n'
+    refusal(server, "POST", INFER, form, {"Content-Type": "multipart/form-data; boundary=x"})
+    refusal(server, "POST", INFER, b"inputs=[]&id=1", {"Content-Type": "application/x-www-form-urlencoded"})
+    alive(server)
 
 
 HOST = b"POST /v2/models/affine/infer HTTP/1.1\r\nHost: a\r\n"
