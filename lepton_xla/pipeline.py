@@ -9,10 +9,10 @@ from typing import Any
 
 import msgspec
 
-from lepton_xla.errors import CalibrationError, CompileError
+from lepton_xla.errors import CalibrationError, CompileError, RecipeError
 from lepton_xla.passes.awq import awq
 from lepton_xla.passes.bias_correction import correct_bias
-from lepton_xla.passes.calibrate import calibrate, needs_range
+from lepton_xla.passes.calibrate import as_batches, calibrate, needs_range
 from lepton_xla.passes.cast import cast
 from lepton_xla.passes.equalize import equalize
 from lepton_xla.passes.fold import fold
@@ -84,6 +84,8 @@ def plan_for(
         RecipeError, UnsupportedError, CalibrationError: as `optimize`.
     """
     say = progress or (lambda _line: None)
+    if not isinstance(recipe, Recipe):
+        raise RecipeError(f"recipe {recipe!r:.80} is a {type(recipe).__name__}, not a Recipe; Recipe.load reads one")
     if recipe.fold:
         say("fold")
         program = fold(program)
@@ -242,10 +244,7 @@ def _prepare(
 
 
 def _as_list(calibration: Iterable[Mapping[str, Any]] | None) -> list[Mapping[str, Any]] | None:
-    if calibration is not None and (isinstance(calibration, Mapping) or not isinstance(calibration, Iterable)):
-        kind = type(calibration).__name__
-        raise CalibrationError(f"calibration data is a {kind}, not a list of batches such as [{{'image': array}}]")
-    return None if calibration is None else list(calibration)
+    return None if calibration is None else list(as_batches(calibration))
 
 
 def _needs_data(recipe: Recipe, what: str) -> CalibrationError:

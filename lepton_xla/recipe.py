@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import functools
 import importlib.resources
 import pathlib
 import re
+import tomllib
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, get_args, get_type_hints
 
@@ -243,7 +245,7 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         try:
             recipe = msgspec.toml.decode(text, type=Recipe)
         except (msgspec.MsgspecError, ValueError, RecursionError) as error:  # tomllib lets some of its own through
-            raise RecipeError(f"recipe {name!r}: {_reason(error)}") from error
+            raise RecipeError(f"recipe {name!r}: {_reason(error, text)}") from error
         recipe = recipe if recipe.name else msgspec.structs.replace(recipe, name=name)
         recipe._check()
         return recipe
@@ -281,10 +283,11 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
 
     def _check(self) -> None:
         """Refuses what is no value of its key, or not beside another; a recipe need not come from a file."""
+        given = msgspec.to_builtins(self)
         try:
-            msgspec.convert(msgspec.to_builtins(self), Recipe)
+            msgspec.convert(given, Recipe)
         except msgspec.MsgspecError as error:
-            raise RecipeError(f"recipe {self.name!r}: {_reason(error)}") from error
+            raise RecipeError(f"recipe {self.name!r}: {_reason(error, given)}") from error
         for kind, rules in (("prune", self.prune), ("quantize", self.quantize)):
             for index, rule in enumerate(rules):
                 check_rule(rule, f"recipe {self.name!r}: {kind}[{index}]")
@@ -421,20 +424,71 @@ def _preset_folder() -> Any:
     return importlib.resources.files("lepton_xla").joinpath("presets")
 
 
-def _reason(error: Exception) -> str:
-    """What msgspec or tomllib say, in one line; where a value is none of a few, with these."""
+# What a value may be, by its key, where that is neither a type nor one of a few words.
+_SPELLINGS = {
+    "granularity": "channel, tensor, group:G or group:~G, G a whole number of at least 1",
+    "calibration": "absmax, percentile:P with P in (0, 100], mse or entropy",
+    "aggregate": "pooled, max, mean or ema:M with M in [0, 1), such as ema:0.9",
+    "rescale": "none, awq or smooth:A with A in [0, 1]",
+    "pattern": "unstructured, channel, N:M or block:RxC",
+    "method": "magnitude, saliency, random, wanda, sparsegpt or deviation:F",
+}
+
+
+def _reason(error: Exception, given: Any) -> str:
+    """What msgspec or tomllib say, in one line that names key and value.
+
+    Args:
+        error: theirs.
+        given: the TOML text, or the recipe as plain dicts and lists.
+    """
     reason = (str(error).splitlines() or ["no message"])[0]
-    place = re.match(r"Invalid enum value .* at `\$\.(?:(\w+)(?:\[\d+\])?\.)?(\w+)`", reason)
+    place = re.fullmatch(r"(.*) - at `\$\.?(.*)`", reason)
     if place is None:
-        return reason
-    if place[2] == "importance" and "'taylor'" in reason:
+        return _unknown_key(reason, Recipe, "")
+    what, key = place[1], place[2]
+    names = re.match(r"(?:(prune|quantize|shrink)\b(?:\[\d+\])?\.?)?(\w*)", key)
+    assert names is not None
+    table = {"prune": PruneRule, "quantize": QuantizeRule, "shrink": ShrinkRule}.get(names[1], Recipe)
+    if not names[2] or "unknown field" in what or "missing required field" in what:
+        return _unknown_key(what, table, key)
+    value = _value_at(given, key)
+    if names[2] == "importance" and value == "taylor":
         return (
             "shrink.importance = 'taylor' needs a loss, which a file cannot hold: call lx.passes.shrink(program, "
             "importance='taylor', loss=..., calibration=...) and leave [shrink] out"
         )
-    table = {"prune": PruneRule, "quantize": QuantizeRule, "shrink": ShrinkRule}.get(place[1], Recipe)
-    kind = get_type_hints(table)[place[2]]
-    return f"{reason}; there are {', '.join(get_args(getattr(kind, '__value__', kind)))}"
+    said = f"{key} = {value!r:.80}: " if value is not None else f"{key}: "
+    if "matching regex" in what and names[2] in _SPELLINGS:
+        return f"{said}expected {_SPELLINGS[names[2]]}"
+    if what.startswith("Invalid enum value"):
+        kind = get_type_hints(table)[names[2]]
+        return f"{said}expected one of {', '.join(get_args(getattr(kind, '__value__', kind)))}"
+    return said + what[:1].lower() + what[1:]
+
+
+def _unknown_key(what: str, table: Any, where: str) -> str:
+    """A message of msgspec's on a key that is not there, or should not be; with the nearest that there is."""
+    at = f"{where}: " if where else ""
+    unknown = re.fullmatch(r"Object contains unknown field `(.*)`", what)
+    if unknown is None:
+        return at + what
+    keys = list(table.__struct_fields__)
+    near = difflib.get_close_matches(unknown[1], keys, 1, 0.75)
+    return f"{at}unknown key {unknown[1]!r}; " + (
+        f"did you mean {near[0]!r}?" if near else f"keys are {', '.join(keys)}"
+    )
+
+
+def _value_at(given: Any, key: str) -> Any:
+    """The value at a key such as `quantize[0].weights`, None where it cannot be found."""
+    try:
+        value = tomllib.loads(given) if isinstance(given, str) else given
+        for name in re.findall(r"\w+", key):
+            value = value[int(name)] if isinstance(value, Sequence) else value[name]
+    except (LookupError, TypeError, ValueError, RecursionError):
+        return None
+    return value
 
 
 def check_rule(rule: PruneRule | QuantizeRule, where: str, *, needs_sparsity: bool = True) -> None:

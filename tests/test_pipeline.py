@@ -266,6 +266,7 @@ X = np.asarray(array(4, 6))
         (None, "recipe 'need' has .*needs? calibration data"),
         ((), "calibration data is empty"),
         (3, "calibration data is a int, not a list of batches"),
+        ("x", "calibration data is a str, not a list of batches"),
         ({"x": X}, "calibration data is a dict, not a list of batches"),
         (X, "calibration batch 0 is a ndarray, not a dict"),
         ([{}], r"calibration batch 0 has inputs \[\]; the program takes \['x'\]"),
@@ -326,7 +327,7 @@ def test_a_channel_of_zeros(top, rules):
 def test_a_recipe_made_in_python_is_checked_too(net):
     rules = Recipe.parse('[[quantize]]\nsites = ".*"', name="python").quantize
     for change, message in [
-        ({"weights": "int3"}, r"'int3' .*quantize\[0\].weights`; there are int8, int4, "),
+        ({"weights": "int3"}, r"quantize\[0\].weights = 'int3': expected one of int8, int4, "),
         ({"weights": "nf4"}, r"quantize\[0\].activations = 'int8': there is no product with weights = 'nf4'"),
         ({"granularity": "row"}, r"quantize\[0\].granularity"),
         ({"sites": "("}, r"quantize\[0\].sites = '\(' is not a regular expression"),
@@ -334,3 +335,5 @@ def test_a_recipe_made_in_python_is_checked_too(net):
         changed = tuple(msgspec.structs.replace(rule, **change) for rule in rules)
         with pytest.raises(RecipeError, match=f"recipe 'python': .*{message}"):
             optimize(net, Recipe(name="python", quantize=changed))
+    with pytest.raises(RecipeError, match=r"recipe 'int8' is a str, not a Recipe; Recipe.load reads one"):
+        optimize(net, "int8")

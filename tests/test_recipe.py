@@ -88,7 +88,7 @@ def test_what_is_not_a_recipe_file(kind, tmp_path):
     ("text", "key"),
     [
         ("name = 1", "name"),
-        ("fold = 1", "fold"),
+        ("fold = 1", "fold = 1: expected `bool`, got `int`"),
         ('on_unsupported = "ignore"', "on_unsupported"),
         ('measure = "yes"', "measure"),
         ("speed = 1", "speed"),
@@ -128,6 +128,13 @@ def test_what_is_not_a_recipe_file(kind, tmp_path):
         (QUANTIZE.format(".*") + 'activations = "int16"', "activations"),
         (QUANTIZE.format(".*") + 'granularity = "row"', "granularity"),
         (QUANTIZE.format(".*") + 'granularity = "group:0"', "granularity"),
+        (
+            QUANTIZE.format(".*") + 'granularity = "group:-4"',
+            r"quantize\[0\].granularity = 'group:-4': expected channel, tensor, group:G or group:~G",
+        ),
+        (QUANTIZE.format(".*") + 'wieghts = "int8"', r"quantize\[0\]: unknown key 'wieghts'; did you mean 'weights'\?"),
+        (QUANTIZE.format(".*") + "frob = 1", r"quantize\[0\]: unknown key 'frob'; keys are sites, exclude, weights, "),
+        ('rescale = "smooth:2"', "rescale = 'smooth:2': expected none, awq or smooth:A with A in"),
         (QUANTIZE.format(".*") + 'granularity = "group:~0"', "granularity"),
         (QUANTIZE.format(".*") + 'granularity = "group:<=64"', "granularity"),
         (QUANTIZE.format(".*") + 'weight_range = "entropy"', "weight_range"),
@@ -141,12 +148,12 @@ def test_what_is_not_a_recipe_file(kind, tmp_path):
         ),
         (
             QUANTIZE.format(".*") + 'activations = "uint8"',
-            "activations`; there are int8, int4, fp8_e4m3, fp8_e5m2, none",
+            r"quantize\[0\].activations = 'uint8': expected one of int8, int4, fp8_e4m3, fp8_e5m2, none",
         ),
-        ('cast = "float8"', "cast`; there are none, bfloat16, float16"),
+        ('cast = "float8"', "cast = 'float8': expected one of none, bfloat16, float16"),
         (
             '[[prune]]\nsites = ".*"\nsparsity = 0.1\ndistribution = "x"',
-            "distribution`; there are uniform, global, erk",
+            r"prune\[0\].distribution = 'x': expected one of uniform, global, erk",
         ),
         (QUANTIZE.format(".*") + 'calibration = "mean"', "calibration"),
         (QUANTIZE.format(".*") + 'calibration = "percentile"', "calibration"),

@@ -24,6 +24,12 @@ if TYPE_CHECKING:
 _LEVEL, _COUNTS = ":level", ":counts"
 _FINITE = np.float32(np.finfo(np.float32).max).view(np.int32)
 
+# What is said of no batches.
+EMPTY = (
+    "calibration data is empty: give at least one batch, such as [{'image': array}]; a generator gives its batches "
+    "only once"
+)
+
 
 def calibrate(program: Program, plan: Plan, batches: Iterable[Mapping[str, Any]]) -> dict[str, jax.Array]:
     """Measures the range of each statically quantized site's activation, in one pass over the data.
@@ -53,7 +59,7 @@ def calibrate(program: Program, plan: Plan, batches: Iterable[Mapping[str, Any]]
     watched = {name: _SiteObserver.of(program, site, rule) for name, (site, rule) in sites.items()}
     levels: dict[str, np.ndarray] = {}
     number = 0
-    for number, batch in enumerate(batches, 1):
+    for number, batch in enumerate(as_batches(batches), 1):
         inputs = check_batch(program, batch, f"calibration batch {number - 1}")
         largest, counts, levels = observe(inputs, levels)
         for name in largest:
@@ -61,7 +67,7 @@ def calibrate(program: Program, plan: Plan, batches: Iterable[Mapping[str, Any]]
                 raise CalibrationError(f"the activation of site {name!r} is not finite on the calibration data")
             watched[name].add(largest[name], counts.get(name), levels.get(name))
     if number == 0:
-        raise CalibrationError("calibration data is empty: give at least one batch, such as [{'image': array}]")
+        raise CalibrationError(EMPTY)
     return {name: jnp.asarray(watcher.result(name)) for name, watcher in watched.items()}
 
 
@@ -206,6 +212,18 @@ def _some_steps(value: np.ndarray) -> str:
 def needs_range(rule: QuantizeRule) -> bool:
     """Whether a rule asks for calibration data."""
     return rule.activations != "none" and not rule.dynamic
+
+
+def as_batches(calibration: Any) -> Iterable[Any]:
+    """What a caller gave as calibration data, if it can be gone through.
+
+    Raises:
+        CalibrationError: if it is one batch and not a list of them, or nothing to go through at all.
+    """
+    if isinstance(calibration, Mapping | str) or not isinstance(calibration, Iterable):
+        kind = type(calibration).__name__
+        raise CalibrationError(f"calibration data is a {kind}, not a list of batches such as [{{'image': array}}]")
+    return calibration
 
 
 def check_batch(program: Program, batch: Mapping[str, Any], where: str) -> Sequence[jax.Array]:

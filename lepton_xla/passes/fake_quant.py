@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -10,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+import msgspec
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
 from lepton_xla import _compat
-from lepton_xla.errors import ModelError, UnsupportedError
+from lepton_xla.errors import ModelError, RecipeError, UnsupportedError
 from lepton_xla.passes import products
 from lepton_xla.passes.products import RANGE_SUFFIX, SCALE_SUFFIX
 from lepton_xla.passes.rewrite import Context, Values
@@ -37,7 +39,12 @@ _KEY_SUFFIX = ":key"
 
 
 def fake_quant(
-    fn: Callable[..., Any], plan: Plan, ranges: Mapping[str, jax.Array] | None = None, *, start: int = 0
+    fn: Callable[..., Any],
+    plan: Plan,
+    ranges: Mapping[str, jax.Array] | None = None,
+    *,
+    start: int = 0,
+    delay: int = 0,
 ) -> Callable[..., Any]:
     """Makes a function compute with quantized values, differentiable by the straight-through estimator.
 
@@ -52,20 +59,25 @@ def fake_quant(
         plan: which sites get what.
         ranges: site name -> calibrated absmax of its activation, as `calibrate` returns, for static scales.
         start: the training step at which quantization begins, where the new function is told the step.
+        delay: for how many steps from then on weights alone are rounded, and activations not yet.
 
     Returns:
         A function like `fn`, for use inside `jit`, `grad`, `vmap` and sharding, that takes by keyword also:
         `scales`: a `Scales` tree, in the place of what ranges give, whose integer scales get a gradient (LSQ): to
         train them, begin with `initial_scales`; so do the levels of a codebook, but for one that is zero;
-        `step`: int32, the training step, before `start` of which nothing is rounded, without a new compile;
+        `step`: int32, the training step, which `start` and `delay` are about; all stages are in one compiled program.
+        Without it everything is rounded;
         `key`: a `jax.random` key, with which rounding is up or down at random, but for products of two activations.
 
     Raises:
+        RecipeError: if `delay` is negative.
         CalibrationError: when called, if a static site has no range.
         ModelError: when called, if a weight that the plan quantizes is missing.
         UnsupportedError: when called with a key, for a format that is not of integers; when called, if something other
             than a mask changes a weight before its product, which would stay float.
     """
+    if delay < 0:
+        raise RecipeError(f"fake_quant: delay = {delay} is negative; activations cannot be rounded before weights are")
     planned = [entry for entry in plan.sites if entry.quantize is not None and entry.site.path is not None]
     paths = {entry.site.path for entry in planned}
 
@@ -87,12 +99,16 @@ def fake_quant(
     ) -> Any:
         met, escapes = set[str](), Escapes()
 
-        def rule(site: Site, context: Context, eqn: Any, values: Values) -> Values | None:
+        def rule(
+            site: Site, context: Context, eqn: Any, values: Values, *, weights_alone: bool = False
+        ) -> Values | None:
             met.add(site.name)
             entry = plan[site.name]
             if entry is None or entry.quantize is None:
                 return None
             decision = entry.quantize
+            if weights_alone:
+                decision = msgspec.structs.replace(decision, activations="none")
             operands = [operand_value(value) for value in values]
             if site.weight_operand is None:
                 # At other sizes than the plan's, another product may have this name.
@@ -111,8 +127,9 @@ def fake_quant(
                 return [_code_product(site, rounded, order)]
             return context.bind(eqn, [part.value for part in rounded])
 
-        def rounding() -> Any:
-            rewritten = rewrite_sites(fn, rule, beside=beside, escapes=escapes, follow={"select_n": through_mask})
+        def rounding(*, weights_alone: bool = False) -> Any:
+            chosen = functools.partial(rule, weights_alone=weights_alone)
+            rewritten = rewrite_sites(fn, chosen, beside=beside, escapes=escapes, follow={"select_n": through_mask})
             out = rewritten(weights, *inputs, **kwargs)
             _check_met(planned, met, escapes)
             return out
@@ -121,7 +138,11 @@ def fake_quant(
         if step is None:
             return rounding()
         # One choice for the whole function, so that each step does the work of one of them only.
-        return lax.cond(jnp.asarray(step) >= start, rounding, lambda: fn(weights, *inputs, **kwargs))
+        stages = {start: functools.partial(rounding, weights_alone=True), start + delay: rounding}
+        begun = [jnp.asarray(step) >= at for at in stages]
+        return lax.switch(
+            sum(flag.astype(jnp.int32) for flag in begun), [lambda: fn(weights, *inputs, **kwargs), *stages.values()]
+        )
 
     return run
 

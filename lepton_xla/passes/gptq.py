@@ -17,6 +17,7 @@ import numpy as np
 from jax import lax
 
 from lepton_xla.passes import matrix
+from lepton_xla.passes.calibrate import as_batches
 from lepton_xla.passes.grid import (
     GivenGrids,
     Planned,
@@ -226,7 +227,7 @@ def gptq(
     """
     start = time.perf_counter()
     options = options or Options()
-    data = list(batches)
+    data = list(as_batches(batches))
     weights: dict[str, Any] = dict(program.weights)
     all_planned, reports = planned_weights(program, plan)
     grids: GivenGrids = {}

@@ -57,6 +57,8 @@ def unsupported(site: Site, rule: QuantizeRule | None = None) -> str | None:
         return f"{site.kind} is not lowered"
     if not jnp.issubdtype(site.weight.dtype, jnp.floating):
         return f"its weight is {site.weight.dtype} already"
+    if 0 in site.weight.shape:
+        return f"its weight, of shape {list(site.weight.shape)}, has no elements"
     if site.kind != "gather" and not jnp.issubdtype(site.activation.dtype, jnp.floating):
         return f"its activation is {site.activation.dtype}"
     if rule is not None and rule.group and contracted_size(site) % rule.group:

@@ -17,6 +17,7 @@ import numpy as np
 from jax import lax
 
 from lepton_xla.passes import matrix
+from lepton_xla.passes.calibrate import as_batches
 from lepton_xla.passes.gptq import ELEMENTS_AT_ONCE, inverse_factor, output_squares
 from lepton_xla.passes.masks import Pattern, Target, group_masks, rule_shares
 from lepton_xla.passes.prune import pruned_targets, with_masks
@@ -151,7 +152,7 @@ def sparsegpt(
     """
     start = time.perf_counter()
     options = options or Options()
-    data = list(batches)
+    data = list(as_batches(batches))
     targets = pruned_targets(program, plan, lambda method: method == "sparsegpt")
     met, shares = products(plan, targets), rule_shares(targets)
     weights: dict[str, Any] = dict(program.weights)

@@ -14,7 +14,7 @@ import numpy as np
 from lepton_xla import _compat
 from lepton_xla.errors import CalibrationError
 from lepton_xla.passes import matrix
-from lepton_xla.passes.calibrate import check_batch
+from lepton_xla.passes.calibrate import EMPTY, as_batches, check_batch
 from lepton_xla.passes.rewrite import Context, Values, materialize
 from lepton_xla.passes.sites import Site, rewrite_sites
 from lepton_xla.program import Program
@@ -69,9 +69,9 @@ def collect_statistics(
         CalibrationError: if there are no batches, or one has a wrong name, dtype or shape, is empty or not finite; or
             if an activation is not finite.
     """
-    data = list(batches)
+    data = list(as_batches(batches))
     if not data:
-        raise CalibrationError("calibration data is empty: give at least one batch, such as [{'image': array}]")
+        raise CalibrationError(EMPTY)
     found: dict[str, Statistics] = {}
     for group in _groups(program, sites, limit_bytes if gram else None):
         found |= _collect(program, group, data, gram)

@@ -29,6 +29,9 @@ LOWER_SHARES = np.linspace(0, 1, 5, dtype=np.float32)
 FITS = 3
 
 _TINY = np.finfo(np.float32).tiny
+# What a grid covers at most: twice as much is a number still, so that the last code is, whatever rounding and a search
+# for scales make of it.
+_COVERED = np.float32(np.finfo(np.float32).max / 2)
 _BFLOAT16_MAX = np.float32(jnp.finfo(jnp.bfloat16).max)
 
 
@@ -116,7 +119,8 @@ def make_grid(
     """The grid for a matrix, in the parts that are not given.
 
     Args:
-        matrix: float [..., K, N]; leading axes have grids of their own.
+        matrix: float [..., K, N]; leading axes have grids of their own. Magnitudes above half of float32's largest
+            saturate, so that no code stands for infinity.
         target: the format.
         granularity: `channel`: a scale for each of the N columns; `tensor`: one; `group:g`: one for each g rows of
             each column.
@@ -130,7 +134,7 @@ def make_grid(
         RecipeError: if g does not divide K.
     """
     matrix = lax.stop_gradient(matrix.astype(jnp.float32))
-    blocks = as_blocks(matrix, _group_count(matrix.shape[-2], granularity))
+    blocks = as_blocks(jnp.clip(matrix, -_COVERED, _COVERED), _group_count(matrix.shape[-2], granularity))
     axes = _shared_axes(granularity)
     if scale is None and target.kind == "affine":
         low = jnp.min(blocks, axes, keepdims=True, initial=0)

@@ -20,7 +20,7 @@ from jax import lax
 from lepton_xla.errors import CalibrationError, InputError, ModelError, RecipeError
 from lepton_xla.modelspec import Predict
 from lepton_xla.passes import products
-from lepton_xla.passes.calibrate import calibrate, check_batch, needs_range
+from lepton_xla.passes.calibrate import as_batches, calibrate, check_batch, needs_range
 from lepton_xla.passes.fake_quant import fake_quant
 from lepton_xla.passes.lower import lower
 from lepton_xla.passes.measure import Timing, compare
@@ -167,7 +167,7 @@ def sensitivity(
     """
     start = time.perf_counter()
     say = progress or (lambda _stage, _done, _total: None)
-    batches = None if calibration is None else list(calibration)
+    batches = None if calibration is None else list(as_batches(calibration))
     judge = None if metric == OUTPUT else evaluate
     if metric not in (None, OUTPUT) and evaluate is None:
         raise ModelError(f"metric {metric!r} needs a model with evaluate; without one there is {OUTPUT!r}")

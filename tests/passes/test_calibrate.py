@@ -358,7 +358,9 @@ def test_zeros_give_no_range():
     [
         ([], "calibration data is empty"),
         (iter(()), "calibration data is empty"),
-        ({"x": array(3, 6)}, "batch 0 is a str, not a dict"),
+        (None, "calibration data is a NoneType, not a list of batches"),
+        ({"x": array(3, 6)}, "calibration data is a dict, not a list of batches"),
+        (["x"], "batch 0 is a str, not a dict"),
         ([array(3, 6)], "batch 0 is a .*, not a dict"),
         ([{"y": array(3, 6)}], r"batch 0 has inputs \['y'\]; the program takes \['x'\]"),
         ([{"x": array(3, 6), 1: 2}], r"has inputs \['1', 'x'\]"),

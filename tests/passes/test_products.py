@@ -255,6 +255,8 @@ def test_a_broken_row_stays_broken_and_alone():
             (4, 9, 4), (3, 4, 6), "batch groups",
         ),
         (lambda x, w: jnp.take(w, jnp.zeros(3, int), axis=0) + jnp.sum(x), (3, 4), (7, 5), None),
+        (lambda x, w: x @ w, (3, 4), (4, 0), r"its weight, of shape [4, 0], has no elements"),
+        (lambda x, w: x @ w, (3, 0), (0, 5), r"its weight, of shape [0, 5], has no elements"),
         (lambda x, w: lax.ragged_dot(x, w, jnp.asarray([1, 2])), (3, 4), (2, 4, 5), "ragged_dot"),
     ],
 )  # fmt: skip

@@ -203,7 +203,8 @@ def test_a_memory_limit_changes_the_passes_not_the_figures():
 @pytest.mark.parametrize(
     ("batches", "message"),
     [
-        ([], "calibration data is empty"),
+        ([], "calibration data is empty: .* a generator gives its batches only once"),
+        (None, "calibration data is a NoneType, not a list of batches"),
         ([{"x": np.zeros((0, 6), np.float32)}], "input 'x' is empty"),
         ([{"x": np.full((2, 6), np.nan, np.float32)}], "holds NaN or infinity"),
         ([{"y": np.zeros((2, 6), np.float32)}], "has inputs"),

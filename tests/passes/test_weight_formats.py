@@ -486,6 +486,21 @@ def test_rounding_begins_at_its_step_without_a_new_compile():
     assert np.abs(rounded - plain).max() > 0.01
 
 
+def test_activations_are_rounded_after_their_delay():
+    program = model("scan")
+    plan = recipe("int4", "channel", "int4", 'products = "all"').resolve(program)
+    weights_alone = recipe("int4").resolve(program)
+    staged = jax.jit(lambda w, x, step: fake_quant(program.fn, plan, start=10, delay=5)(w, x, step=step))
+    x = example(program)
+    plain = program(program.weights, x)
+    narrow, rounded = (fake_quant(program.fn, each)(program.weights, x) for each in (weights_alone, plan))
+    for step, expected in ((9, plain), (10, narrow), (14, narrow), (15, rounded), (99, rounded)):
+        np.testing.assert_allclose(staged(program.weights, x, step), expected, rtol=0, atol=1e-5)
+    assert min(np.abs(narrow - plain).max(), np.abs(narrow - rounded).max()) > 0.01
+    with pytest.raises(RecipeError, match="delay = -1 is negative"):
+        fake_quant(program.fn, plan, delay=-1)
+
+
 def test_random_rounding_is_right_on_average_and_differs_by_step_site_and_key():
     program = model("scan")
     program = program.replace(weights={"w": jnp.broadcast_to(array(6, 6), (3, 6, 6))})
