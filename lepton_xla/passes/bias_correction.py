@@ -88,14 +88,16 @@ def _bias_after(flow: Flow, place: Place | None) -> str | None:
     """The path of a bias vector that is added to a product, and to nothing else."""
     if place is None:
         return None
-    body, eqn = place.body, place.eqn
+    body, eqn, axis = place.body, place.eqn, _channel_axis(place)
     while True:
         var = eqn.outvars[0]
         readers = body.readers.get(var, [])
-        if len(readers) != 1 or readers[0] is None:
+        if len(readers) != 1 or readers[0] is None or axis is None:
             return None
         after = readers[0]
-        if after.primitive.name != "convert_element_type":
+        if after.primitive.name == "transpose":  # as `vmap` leaves it where the weight is on the left
+            axis = list(after.params["permutation"]).index(axis)
+        elif after.primitive.name != "convert_element_type":
             break
         eqn = after
     if after.primitive.name != "add":
@@ -103,8 +105,7 @@ def _bias_after(flow: Flow, place: Place | None) -> str | None:
     side = 1 - next(index for index, atom in enumerate(after.invars) if atom is var)
     operand = after.invars[side]
     source = body.source(operand)
-    axis = _channel_axis(place)
-    if source is None or axis is None or after.outvars[0].aval.shape != var.aval.shape:
+    if source is None or after.outvars[0].aval.shape != var.aval.shape:
         return None
     if operand.aval.ndim != var.aval.ndim or flow.uses.get(source.path, 0) != 1 or source.steps != place.source.steps:
         return None

@@ -7,6 +7,7 @@ Gram matrix of the inputs, `X^T X`, is needed.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -263,22 +264,29 @@ def _round(
     planned: Planned, gram: jax.Array, grid: Grid, options: Options, kept: jax.Array
 ) -> tuple[jax.Array, _Errors]:
     """`[*steps, B, K, N]` rounded, each column the better of two ways."""
-    exact, target = planned.exact, planned.target
-
-    @jax.jit
-    def run(arrays: Any) -> Any:
-        def one(weight: jax.Array, gram: jax.Array, grid: Grid, kept: jax.Array) -> Any:
-            plain = jnp.where(kept, nearest(weight, grid, target), jnp.zeros_like(weight))
-            chosen = gptq_values(weight, gram, grid, target, options, kept)
-            squares = [output_squares(weight - rounded, gram) for rounded in (chosen, plain)]
-            chosen = jnp.where(squares[0] <= squares[1], chosen, plain)
-            return chosen, jnp.minimum(*squares), squares[1], output_squares(weight, gram)
-
-        return matrix.batched_map(one, exact.shape[:-2], *arrays, at_once=ELEMENTS_AT_ONCE // exact.shape[-2] ** 2)
-
-    values, best, plain, total = run((exact, gram, grid, kept))
+    values, best, plain, total = _better_of_two(planned.exact, gram, grid, kept, planned.target, options)
     size = jnp.maximum(jnp.sum(total), jnp.finfo(jnp.float32).tiny)
     return values, _Errors(*(float(jnp.sqrt(jnp.sum(part) / size)) for part in (best, plain)))
+
+
+@functools.partial(jax.jit, static_argnames=("target", "options"))
+def _better_of_two(
+    exact: jax.Array, gram: jax.Array, grid: Grid, kept: jax.Array, target: Format, options: Options
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Rounded values, and the squares of their outputs' errors, of those to nearest, and of the outputs themselves.
+
+    Of its own, so that weights of one shape share what is compiled.
+    """
+
+    def one(weight: jax.Array, gram: jax.Array, grid: Grid, kept: jax.Array) -> Any:
+        plain = jnp.where(kept, nearest(weight, grid, target), jnp.zeros_like(weight))
+        chosen = gptq_values(weight, gram, grid, target, options, kept)
+        squares = [output_squares(weight - rounded, gram) for rounded in (chosen, plain)]
+        chosen = jnp.where(squares[0] <= squares[1], chosen, plain)
+        return chosen, jnp.minimum(*squares), squares[1], output_squares(weight, gram)
+
+    at_once = ELEMENTS_AT_ONCE // exact.shape[-2] ** 2
+    return matrix.batched_map(one, exact.shape[:-2], exact, gram, grid, kept, at_once=at_once)
 
 
 def output_squares(weight: jax.Array, gram: jax.Array) -> jax.Array:

@@ -261,6 +261,23 @@ def test_static_ranges_in_a_scan_are_per_step():
     assert np.abs(lowered(other, x) - lowered(lowered.weights, x)).max() > 0.01
 
 
+def test_under_static_scales_not_a_number_is_zero_and_infinity_saturates():
+    """In codes as in training. Under scales found at run time both show in their row."""
+    program = SINGLE["plain"]()
+    plan = recipe("dynamic = false").resolve(program)
+    x = array(4, 6, seed=3)
+    ranges = calibrate(program, plan, [{"x": x}])
+    largest = ranges["w"]
+    broken = x.at[1, 2].set(jnp.nan).at[2, 4].set(jnp.inf).at[3, 0].set(-jnp.inf)
+    meant = x.at[1, 2].set(0).at[2, 4].set(largest).at[3, 0].set(-largest)
+    static, dynamic = run_lower(program, plan, ranges), run_lower(program, recipe().resolve(program))
+    for run in (static, program.replace(fn=fake_quant(program.fn, plan, ranges))):
+        got, expected = (jax.jit(run.fn)(run.weights, rows) for rows in (broken, meant))
+        np.testing.assert_array_equal(got, expected)
+    shown = np.isnan(jax.jit(dynamic.fn)(dynamic.weights, broken)).all(1)
+    np.testing.assert_array_equal(shown, [False, True, True, True])
+
+
 def test_static_without_ranges_is_an_error():
     program = SINGLE["plain"]()
     with pytest.raises(CalibrationError, match="site 'w' has static activation scales"):
