@@ -133,13 +133,13 @@ def test_a_recipe_may_narrow_only() -> None:
     assert [report.name for report in small.history] == ["fold", "cast"]
     assert small.weights["up"].dtype == jnp.float16
     assert [report.name for report in lx.optimize(program(), lx.Recipe.parse("", name="none")).history] == ["fold"]
-    with pytest.raises(lx.RecipeError, match=r"\$.cast"):
+    with pytest.raises(lx.RecipeError, match="cast = 'float8': expected one of none, bfloat16, float16"):
         lx.Recipe.parse('cast = "float8"', name="eighth")
 
 
 @pytest.mark.parametrize("value", ["smooth", "smooth:2", "smooth:-1", "smooth:x", "quick"])
 def test_an_unknown_rescaling_is_refused(value: str) -> None:
-    with pytest.raises(lx.RecipeError, match=r"\$.rescale"):
+    with pytest.raises(lx.RecipeError, match=f"rescale = '{value}': expected none, awq or smooth:A"):
         lx.Recipe.parse(f'rescale = "{value}"', name="r")
 
 
