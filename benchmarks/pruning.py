@@ -197,11 +197,12 @@ def shrunk(options: argparse.Namespace) -> dict[str, Any]:
             )
         buckets = {"batch": (1,)} if options.quick else model.spec.buckets
         given = {"calibration": model.spec.calibration_batches(), "buckets": buckets}
-        for label, source, recipe in (
+        smaller = (
             ("int8", "float, folded", "int8"),
             ("half pruned, int8", "float, folded", "int8-prune50"),
             (f"shrunk to {100 * LEFT[1]:.0f} %, int8", f"shrunk to {100 * LEFT[1]:.0f} %", "int8"),
-        ):
+        )
+        for label, source, recipe in smaller[-1 if options.quick else 0 :]:
             console.print(f"  {name}: {label} ...")
             add(label, lx.optimize(timed[source], lx.Recipe.load(recipe), **given))
         at = {label: lambda inputs, program=program: _call(program, inputs) for label, program in timed.items()}

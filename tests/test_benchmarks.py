@@ -34,11 +34,13 @@ def figures(script: str, folder: pathlib.Path, *arguments: str) -> Any:
     return json.loads(found.read_text())
 
 
-def test_a_preset_is_judged_weighed_and_timed_at_every_bucket_on_flax_and_on_equinox(tmp_path: pathlib.Path) -> None:
-    found = figures("quantization.py", tmp_path, "--models", "digits,equinox", "--presets", "int8-weight-only")
+def test_a_preset_is_judged_weighed_and_timed_at_every_bucket_or_says_why_not(tmp_path: pathlib.Path) -> None:
+    presets = "int8-weight-only,no-such-recipe"
+    found = figures("quantization.py", tmp_path, "--models", "digits,equinox", "--presets", presets)
     assert list(found) == ["digits", "equinox"]
     for result in found.values():
-        plain, again, small = result["rows"]
+        plain, again, small, none = result["rows"]
+        assert "no-such-recipe" in none["note"]
         assert (plain["name"], small["name"]) == ("float", "int8-weight-only")
         assert all(0 < value < 100 for value in again["ratio"].values())
         assert abs(plain["metrics"]["accuracy"] - small["metrics"]["accuracy"]) <= 0.02
@@ -46,11 +48,6 @@ def test_a_preset_is_judged_weighed_and_timed_at_every_bucket_on_flax_and_on_equ
         assert set(plain["ratio"].values()) == {1.0}
         assert list(small["ratio"]) == ["1", "8", "32"]
         assert all(0 < value < 100 for value in small["ratio"].values())
-
-
-def test_a_preset_that_a_model_cannot_take_is_a_row_that_says_why(tmp_path: pathlib.Path) -> None:
-    found = figures("quantization.py", tmp_path, "--models", "equinox", "--presets", "no-such-recipe")
-    assert "no-such-recipe" in found["equinox"]["rows"][2]["note"]
 
 
 def test_a_model_without_its_data_is_skipped_with_the_reason(tmp_path: pathlib.Path) -> None:
@@ -148,8 +145,10 @@ def test_a_shrunk_model_equals_the_zeroed_one_and_steps_with_masks_are_timed(tmp
     assert (plain["ratio"], held["name"]) == (1.0, "with masks held")
 
 
-def test_the_server_is_timed_in_closed_and_open_loops_beside_the_bare_executable(tmp_path: pathlib.Path) -> None:
-    found = figures("serving.py", tmp_path, "--models", "first10")["first10"]
+def test_the_server_is_timed_in_closed_and_open_loops_and_one_that_cannot_start_is_a_line(
+    tmp_path: pathlib.Path,
+) -> None:
+    found = figures("serving.py", tmp_path, "--models", "first10", "--litserve", "/bin/false")["first10"]
     ours = found["servers"]["lepton_xla"]
     assert set(ours["closed"]) == {"1", "8"}
     for loop in (*ours["closed"].values(), *(ours["open"][share] for share in ("0.5", "0.8", "0.95", "minute"))):
@@ -163,14 +162,9 @@ def test_the_server_is_timed_in_closed_and_open_loops_beside_the_bare_executable
         assert over["asked"] > 1
         assert over["wrong"] == 0
     assert all(rows > 100 for rows in found["bare"].values())
-    assert found["notes"] == []
-    assert found["servers"]["HTTP alone"]["closed"]["8"]["errors"] == 0
-
-
-def test_another_server_that_cannot_start_is_a_line_that_says_so(tmp_path: pathlib.Path) -> None:
-    found = figures("serving.py", tmp_path, "--models", "first10", "--litserve", "/bin/false")["first10"]
     assert found["notes"] == ["LitServe is missing: ended: "]
     assert list(found["servers"]) == ["lepton_xla", "HTTP alone"]
+    assert found["servers"]["HTTP alone"]["closed"]["8"]["errors"] == 0
 
 
 def test_clients_and_the_load_generator_are_timed_against_a_server_that_does_nothing() -> None:

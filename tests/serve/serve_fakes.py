@@ -43,7 +43,7 @@ class Affine:
         self.runs.append(sizes["batch"])
         self.seen.append((x.copy(), n.copy()))
         self.running.set()
-        time.sleep(1e-4)
+        time.sleep(3e-4)
         assert self.gate.wait(20)
         if (n == -1).any():
             raise ValueError("/secret/path/of/weights is poisoned")

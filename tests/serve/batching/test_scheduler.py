@@ -277,3 +277,41 @@ def test_short_sequences_join_longer_ones_and_get_their_own_rows(make_server):
         assert answers[seq]["out"].tolist() == [list(range(2, seq + 2))]
         assert answers[seq]["length"].tolist() == [seq]
     assert len(tokens.runs) < 4
+
+
+class Where(Affine):
+    """Takes so long at load, so long afterwards, and remembers on which threads."""
+
+    def __init__(self, at_load_s, then_s):
+        super().__init__((1,))
+        self.pauses = at_load_s, then_s
+        self.threads = []
+
+    def run(self, sizes, arrays):
+        x, n = arrays
+        time.sleep(self.pauses[bool(n.any())])
+        if n.any():
+            self.threads.append(threading.current_thread().name)
+        return [2 * x + n[:, None].astype(np.float32), 2 * n]
+
+
+@pytest.mark.parametrize(
+    ("at_load_s", "then_s", "first", "last"),
+    [
+        (0.0, 0.0, "lepton-serve", "lepton-serve"),
+        (0.0, 5e-4, "lepton-serve", "lepton-serve"),  # a busy machine makes it longer than what is short at load
+        (0.0, 5e-3, "lepton-serve", "lepton-engine"),
+        (2e-3, 0.0, "lepton-engine", "lepton-engine"),
+    ],
+)
+def test_a_batch_that_was_short_at_load_runs_on_the_event_loop_until_it_takes_far_longer(
+    make_server, monkeypatch, at_load_s, then_s, first, last
+):
+    # Room for what a test's machine adds to either.
+    monkeypatch.setattr(scheduler, "_SHORT_S", 1e-3)
+    monkeypatch.setattr(scheduler, "_FAR_LONGER_S", 4e-3)
+    where = Where(at_load_s, then_s)
+    server = make_server(where)
+    for _ in range(30):
+        assert exchange(server, "POST", INFER, affine_json([[0.0] * 4], [1]))[0] == 200
+    assert (where.threads[0], where.threads[-1]) == (first, last)
