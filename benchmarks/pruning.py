@@ -1,6 +1,6 @@
 """What pruning and shrinking bring: bytes at no loss, curves of accuracy over sparsity, latency of shrunk models.
 
-    python benchmarks/pruning.py [--sections NAMES] [--peers] [--quick] [--json FILE]
+    python benchmarks/pruning.py [--sections NAMES] [--models NAMES] [--peers] [--quick] [--json FILE]
 
 Sections: `compress`: LeNet-300-100 and LeNet-5 as small as they get; `curves`: methods of unstructured pruning;
 `shrink`: a residual CNN and a transformer with channels, hidden units and heads removed, and in int8; `step`: what a
@@ -72,8 +72,9 @@ def stored_bytes(program: lx.Program) -> int:
 
 
 def _some(settings: dict[str, Any], options: argparse.Namespace) -> list[tuple[str, Any]]:
-    """The models of a section; the last only for a smoke test."""
-    return list(settings.items())[-1 if options.quick else 0 :]
+    """The models of a section that were asked for; the last only for a smoke test."""
+    wanted = [(name, setting) for name, setting in settings.items() if not options.models or name in options.models]
+    return wanted[-1 if options.quick else 0 :]
 
 
 def compress(options: argparse.Namespace) -> dict[str, Any]:
@@ -497,6 +498,11 @@ def main() -> int:
     """Measures, prints, writes."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sections", default=",".join(SECTIONS), help="comma-separated; default: all")
+    parser.add_argument(
+        "--models",
+        type=lambda text: text.split(","),
+        help="only these, comma-separated, in the sections that have them",
+    )
     parser.add_argument("--peers", action="store_true", help="also Torch-Pruning, where it is installed")
     parser.add_argument("--quick", action="store_true", help="little training, few rounds, no page: a smoke test")
     parser.add_argument(
@@ -508,6 +514,8 @@ def main() -> int:
     options = parser.parse_args()
     if unknown := set(options.sections.split(",")) - set(SECTIONS):
         parser.error(f"no section {', '.join(sorted(unknown))}; there are {', '.join(SECTIONS)}")
+    if unknown := set(options.models or ()) - {*COMPRESS, *CURVES, *SHRINK}:
+        parser.error(f"no model {', '.join(sorted(unknown))}; there are {', '.join({**COMPRESS, **CURVES, **SHRINK})}")
     if options.quick:
         options.rounds, options.seconds = 3, 1.0
     lacking = [name for name in ("torch", "torch_pruning") if importlib.util.find_spec(name) is None]
