@@ -29,8 +29,8 @@ from lepton_xla.serve.protocol.wire import InferRequest
 
 _log = logging.getLogger("lepton_xla.serve")
 
-# A batch that took no more than this at load, when nothing else ran, is run on the event loop, unless it has come to take
-# far longer there. What it takes on the other thread does not count: most of that is waiting for the interpreter.
+# A batch that took no more than this at load, when nothing else ran, is run on the event loop, unless it has come to
+# take far longer there. What it takes on the other thread does not count: most of that is waiting for the interpreter.
 _SHORT_S = 2.5e-4
 _FAR_LONGER_S = 1e-3
 
