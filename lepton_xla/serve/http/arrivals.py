@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
+from collections.abc import Callable
 from typing import Any
 
 from lepton_xla.serve.http.connection import Connection
@@ -12,12 +13,37 @@ from lepton_xla.serve.http.hub import Hub
 
 _log = logging.getLogger("lepton_xla.serve")
 
-# Connections taken in one turn of the event loop.
-_AT_ONCE = 64
+AT_ONCE = 64
+"""Connections taken in one turn of the event loop."""
+
 # After the process has run out of descriptors.
 _FULL_S = 0.5
 # For handshakes that are under way when no more connections are taken.
 _SETTLE_S = 1.0
+
+
+def accept(
+    listener: socket.socket, loop: asyncio.AbstractEventLoop, resume: Callable[[], object]
+) -> socket.socket | None:
+    """A connection that waits at a listening socket which does not block; None if none can be had now.
+
+    Args:
+        listener: the socket, watched by the event loop.
+        loop: the event loop. Where the machine has no room for a connection, it stops watching.
+        resume: called half a second after that, to have it watched again.
+    """
+    while True:
+        try:
+            return listener.accept()[0]
+        except BlockingIOError:
+            return None
+        except ConnectionAbortedError:
+            continue
+        except OSError as error:
+            _log.error("connections cannot be taken: %s", error.strerror)
+            loop.remove_reader(listener)
+            loop.call_later(_FULL_S, resume)
+            return None
 
 
 class Arrivals:
@@ -113,17 +139,9 @@ class Entrance:
 
     def _accept(self) -> bool:
         """Takes the connections that are there; gives whether there may be more."""
-        for _ in range(_AT_ONCE):
-            try:
-                accepted, _ = self._listener.accept()
-            except BlockingIOError:
-                return False
-            except ConnectionAbortedError:
-                continue
-            except OSError as error:
-                _log.error("connections cannot be taken: %s", error.strerror)
-                self._loop.remove_reader(self._listener)
-                self._loop.call_later(_FULL_S, self._watch)
+        for _ in range(AT_ONCE):
+            accepted = accept(self._listener, self._loop, self._watch)
+            if accepted is None:
                 return False
             self._arrivals.take(accepted)
         return True

@@ -17,6 +17,7 @@ from typing import Any
 import msgspec
 
 from lepton_xla.errors import ServeError
+from lepton_xla.serve.http.arrivals import AT_ONCE, accept
 from lepton_xla.serve.http.drain import Stop
 from lepton_xla.serve.observe.metrics import added
 from lepton_xla.serve.server import Options, url_of
@@ -36,9 +37,6 @@ _STABLE_S = 30.0
 _SILENT_S = 60.0
 # How long a scrape waits for a process that does not say what it has counted.
 _COUNTING_S = 0.5
-# After the machine has run out of descriptors.
-_FULL_S = 0.5
-_AT_ONCE = 64
 
 
 @dataclasses.dataclass(slots=True)
@@ -304,21 +302,13 @@ class Supervisor:
 
     def _accept(self) -> bool:
         """Deals out the connections that are there; gives whether there may be more."""
-        for _ in range(_AT_ONCE):
+        for _ in range(AT_ONCE):
             fronts = sorted((front for front in self._fronts if front.ready), key=lambda front: front.open)
             if not fronts:
                 self._loop.remove_reader(self._listener)
                 return False
-            try:
-                client, _ = self._listener.accept()
-            except BlockingIOError:
-                return False
-            except ConnectionAbortedError:
-                continue
-            except OSError as error:
-                _log.error("connections cannot be taken: %s", error.strerror)
-                self._loop.remove_reader(self._listener)
-                self._loop.call_later(_FULL_S, self._accept_or_wait)
+            client = accept(self._listener, self._loop, self._accept_or_wait)
+            if client is None:
                 return False
             with client:
                 _deal(client, fronts)
