@@ -124,6 +124,12 @@ def machine(packages: Iterable[str] = ()) -> dict[str, str]:
     }
 
 
+def provenance(run: Mapping[str, str]) -> str:
+    """The lines under figures: when, where and with what they were measured, and the command that repeats that."""
+    where = f"{run['date']}, commit {run['commit']}; {run['machine']}; load average {run['load']} before it started"
+    return f"{where}; {run['versions']}.\n\n    {run['command']}"
+
+
 def command() -> str:
     """The command that repeats this run."""
     script = pathlib.Path(sys.argv[0]).resolve()

@@ -487,10 +487,7 @@ def page(results: dict[str, Any]) -> str:
         parts += [INTRODUCTIONS[name], TABLES[name](found)]
         if name == "curves":
             parts += [f"![{model}]({plot(model, each)})" for model, each in found.items()]
-        parts.append(
-            f"{run['date']}, commit {run['commit']}; {run['machine']}; load average {run['load']} before it started; "
-            f"{run['versions']}.\n\n    {run['command']}"
-        )
+        parts.append(harness.provenance(run))
     return "\n\n".join(parts) + "\n"
 
 

@@ -276,11 +276,7 @@ def page(result: dict[str, Any]) -> str:
             f"modules only. Target: at most {TARGET_STEP_RATIO} times the plain step, and no more than qwix's ratio."
         ),
         second,
-        (
-            f"{run['date']}, commit {run['commit']}; {run['machine']}; load average {run['load']} before it "
-            f"started; {run['versions']}."
-        ),
-        f"    {run['command']}",
+        harness.provenance(run),
     ]
     return "\n\n".join(parts) + "\n"
 

@@ -269,17 +269,16 @@ def write_pages(results: Mapping[str, Any]) -> None:
     ]
     for name, result in results.items():
         header, cells = table(result)
-        parts += [f"## {name}", f"Data: {result['data']}.", harness.markdown(header, cells), _provenance(result)]
+        parts += [
+            f"## {name}",
+            f"Data: {result['data']}.",
+            harness.markdown(header, cells),
+            harness.provenance(result["run"]),
+        ]
     harness.PAGES.mkdir(parents=True, exist_ok=True)
     (harness.PAGES / "quantization.md").write_text("\n\n".join(parts) + "\n")
     if minilm := {name: result for name, result in results.items() if name.startswith("minilm ")}:
         (harness.PAGES / "minilm.md").write_text(minilm_page(minilm))
-
-
-def _provenance(result: Mapping[str, Any]) -> str:
-    run = result["run"]
-    load = f"; load average {run['load']} before it started" if "load" in run else ""
-    return f"{run['date']}, commit {run['commit']}; {run['machine']}{load}; {run['versions']}.\n\n    {run['command']}"
 
 
 def minilm_page(results: Mapping[str, Any]) -> str:
@@ -294,7 +293,7 @@ def minilm_page(results: Mapping[str, Any]) -> str:
     ]
     for name, result in results.items():
         processor = name.partition(" ")[2].strip("()")
-        parts += [f"## On a processor with {processor}", *_minilm_tables(result), _provenance(result)]
+        parts += [f"## On a processor with {processor}", *_minilm_tables(result), harness.provenance(result["run"])]
     parts.append("Every other preset on this model is in [quantization.md](quantization.md).")
     return "\n\n".join(parts) + "\n"
 

@@ -642,7 +642,7 @@ def write_page(results: Mapping[str, Any]) -> None:
         ),
     ]
     for name, result in results.items():
-        parts += [f"## {TITLES[name]}", *_tables(result), *result["notes"], _provenance(result)]
+        parts += [f"## {TITLES[name]}", *_tables(result), *result["notes"], harness.provenance(result["run"])]
     harness.PAGES.mkdir(parents=True, exist_ok=True)
     (harness.PAGES / "serving.md").write_text("\n\n".join(parts) + "\n")
 
@@ -727,12 +727,6 @@ def _cell(found: Mapping[str, float]) -> str:
 
 def _open_cell(found: Mapping[str, float]) -> str:
     return f"{_cell(found)[:-1]}; {100 * found['cores']:.0f} %)"
-
-
-def _provenance(result: Mapping[str, Any]) -> str:
-    run = result["run"]
-    where = f"{run['date']}, commit {run['commit']}; {run['machine']}; load average {run['load']} before it started"
-    return f"{where}; {run['versions']}.\n\n    {run['command']}"
 
 
 def _numbers(kind: type) -> Any:
