@@ -1,17 +1,20 @@
 """Products and a transformer block in bfloat16, int8 and fp8 on one NVIDIA GPU, beside PyTorch's on the same one.
 
-    python benchmarks/gpu.py [--quick] [--json FILE]
+    python benchmarks/gpu.py [--sections NAMES] [--quick] [--json FILE]
 
-Layers in a row, each a square product, at sizes that fill the GPU and at the few rows of decoding; and a transformer
-block. Ours are the recipes `int8` and `fp8`, applied to the bfloat16 program: rounding of activations, one scale a row,
-is part of the time. PyTorch's do the same by `torch._int_mm` and `torch._scaled_mm` under `torch.compile`, in CUDA
-graphs. Errors are of the whole result, from the program in float32. Writes docs/benchmarks/gpu.md. Without a GPU it
-says so and ends; --quick runs tiny sizes on any platform and takes nothing back.
+Sections: `products`: layers in a row, each a square product, at sizes that fill the GPU and at the few rows of
+decoding, and a transformer block. Ours are the recipes `int8` and `fp8`, applied to the bfloat16 program: rounding of
+activations, one scale a row, is part of the time. PyTorch's do the same by `torch._int_mm` and `torch._scaled_mm` under
+`torch.compile`, in CUDA graphs. Errors are of the whole result, from the program in float32. `checks`: products of
+codes of many shapes against NumPy's in float64. `steps`: what a training step with `fake_quant` and with masks costs.
+Writes docs/benchmarks/gpu.md; a run of some sections replaces theirs only. Without a GPU it says so and ends; --quick
+runs tiny sizes on any platform and takes nothing back.
 """
 
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
 import functools
 import importlib.util
 import json
@@ -20,7 +23,7 @@ import pathlib
 import re
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 # PyTorch needs room beside JAX.
@@ -29,8 +32,12 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 import harness
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import msgspec
 import numpy as np
+import pruning
+import qat
+from models import transformer
 from rich.console import Console
 
 import lepton_xla as lx
@@ -41,6 +48,15 @@ FLOAT, RECIPES = "JAX bfloat16", ("int8", "fp8")
 CHAINS = ((4096, 4096, 8), (16, 8192, 16), (64, 8192, 16), (8192, 8192, 4))
 # Batch, sequence, width, heads.
 BLOCK = (8, 2048, 4096, 32)
+# Rows, sum and columns of checked products: sums and matrices too short for some kernels, odd ones, usual ones.
+SHAPES = (
+    (1, 8, 8), (4, 8, 8), (5, 4, 4), (20, 8, 8), (3, 16, 24), (8, 24, 40), (6, 31, 7), (4, 32, 40), (16, 100, 64),
+    (64, 64, 64), (7, 129, 33), (16, 1024, 1000), (1024, 512, 512), (2048, 64, 96),
+)  # fmt: skip
+OPERANDS = {"weight": SHAPES, "a weight for each of 3 batches": SHAPES[1::3], "two activations": SHAPES[::3]}
+FORMATS = ("int8", "fp8_e4m3")
+# The transformer, and its batch, of which a training step is timed.
+STEP = (transformer.Size(8, 1024, 16, 256), 32)
 # What compiled code names its products by.
 KERNELS = {
     "cuBLASLt fp8": r'custom_call_target="__cublas\$lt\$matmul\$f8"',
@@ -343,10 +359,80 @@ def torch_calls(task: Task, torch: Any) -> dict[str, Callable[[], Any]]:
     return {name: functools.partial(make, linear) for name, linear in torch_linears(torch, weights).items()}
 
 
-def tables(result: Mapping[str, Any]) -> list[str]:
-    """One table a task."""
+def products(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Each task in every way."""
     found = []
-    for task in result["tasks"]:
+    for make in tasks(options.quick):
+        task = make()
+        console.print(f"{task.title} ...")
+        found.append(measure(task, options))
+        console.print(product_tables(found)[-1], soft_wrap=True)
+    return found
+
+
+def checks(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Products of codes under plain `jax.jit`, none taken back: how far the worst is from NumPy's in float64."""
+    found = []
+    with concurrent.futures.ThreadPoolExecutor(1 if options.quick else os.cpu_count()) as pool:
+        for dtype in ("float32", "bfloat16"):
+            for form in FORMATS:
+                for operands, shapes in OPERANDS.items():
+                    shapes = shapes[::4] if options.quick else shapes
+                    errors = list(pool.map(functools.partial(check, form, dtype, operands), shapes))
+                    worst = int(np.argmax(np.nan_to_num(errors, nan=np.inf)))
+                    facts = {"programs": len(shapes), "error": errors[worst], "at": shapes[worst]}
+                    found.append({"dtype": dtype, "format": form, "operands": operands, **facts})
+    return found
+
+
+def check(form: str, dtype: str, operands: str, shape: tuple[int, int, int]) -> float:
+    """The largest error of a product, as a share of its largest value."""
+    rows, depth, columns = shape
+    random = np.random.default_rng(0)
+    batch = () if operands == "weight" else (3,)
+    left, right = (
+        jnp.asarray(random.standard_normal((*batch, *sizes)), dtype) for sizes in ((rows, depth), (depth, columns))
+    )
+    text = f'measure = false\nfold = false\n[[quantize]]\nsites = ".*"\nweights = "{form}"\nactivations = "{form}"\n'
+    if operands == "two activations":
+        specs = {"left": lx.TensorSpec(left.shape, dtype), "right": lx.TensorSpec(right.shape, dtype)}
+        fn, weights, inputs = (lambda weights, left, right: left @ right), {}, (left, right)
+        text += 'products = "all"\n'
+    else:
+        specs = {"left": lx.TensorSpec(left.shape, dtype)}
+        fn, weights, inputs = (lambda weights, left: left @ weights["right"]), {"right": right}, (left,)
+    program = lx.trace(fn, weights, specs)
+    small = lx.passes.lower(program, lx.Recipe.parse(text, name=form).resolve(program))
+    got = np.asarray(jax.jit(small.fn)(small.weights, *inputs), np.float64)
+    exact = rounded(left, -1, form) @ rounded(right, -2, form)
+    return float(np.abs(got - exact).max() / np.abs(exact).max())
+
+
+def rounded(array: jax.Array, axis: int, form: str) -> np.ndarray:
+    """In codes and back, one scale for all along an axis."""
+    exact = np.asarray(array, np.float32)
+    scale = np.abs(exact).max(axis, keepdims=True) * np.float32(1 / (127 if form == "int8" else 448))
+    codes = np.rint(exact / scale) if form == "int8" else (exact / scale).astype(ml_dtypes.float8_e4m3fn)
+    return codes.astype(np.float64) * scale
+
+
+def steps(options: argparse.Namespace) -> dict[str, Any]:
+    """A training step of the scanned transformer, plain, with `fake_quant`, with masks."""
+    size, batch = STEP if not options.quick else (transformer.Size(2, 32, 2, 8), 2)
+    with_qwix = importlib.util.find_spec("qwix") is not None
+    return {
+        "fake_quant": [qat.step_cost(size, batch, options, with_qwix)],
+        "masks": pruning.step_cost(options, [(size, batch)]),
+    }
+
+
+SECTIONS: dict[str, Callable[[argparse.Namespace], Any]] = {"products": products, "checks": checks, "steps": steps}
+
+
+def product_tables(found: Sequence[Mapping[str, Any]]) -> list[str]:
+    """One table a task."""
+    made = []
+    for task in found:
         lines = []
         for row in task["rows"]:
             name = row["name"] + (f" ({row['in codes']} products)" if "in codes" in row else "")
@@ -357,27 +443,65 @@ def tables(result: Mapping[str, Any]) -> list[str]:
             figures = f"{row['us']:,.0f}", f"{row['tflops']:,.0f}", f"{row['ratio']:.2f}", f"{row['error']:.4f}"
             lines.append([name, *figures, "; ".join([named, *row.get("reasons", []), row.get("note", "")]).strip("; ")])
         header = [task["title"], "µs", "TFLOP/s", f"time / {FLOAT}", "error", "note"]
-        found.append(harness.markdown(header, lines))
-    return found
+        made.append(harness.markdown(header, lines))
+    return made
 
 
-def page(result: Mapping[str, Any]) -> str:
-    run = result["run"]
-    about = (
-        "One GPU. Ours are the recipes `int8` and `fp8` on the bfloat16 program, as `lx.optimize` leaves it: "
+def check_tables(found: Sequence[Mapping[str, Any]]) -> list[str]:
+    """One table of all."""
+    header = ["product of codes", "in a program of", "operands", "programs", "largest error", "at"]
+    rows = []
+    for each in found:
+        largest = f"{100 * each['error']:.3g} %", " x ".join(map(str, each["at"]))
+        rows.append([each["format"], each["dtype"], each["operands"], each["programs"], *largest])
+    return [harness.markdown(header, rows)]
+
+
+def step_tables(found: Mapping[str, Any]) -> list[str]:
+    """One table for `fake_quant`, one for masks."""
+    return [qat.step_tables(found["fake_quant"]), pruning.step_tables(found["masks"])]
+
+
+TABLES: dict[str, Callable[[Any], list[str]]] = {
+    "products": product_tables,
+    "checks": check_tables,
+    "steps": step_tables,
+}
+INTRODUCTIONS = {
+    "products": (
+        "Ours are the recipes `int8` and `fp8` on the bfloat16 program, as `lx.optimize` leaves it: "
         "activations are rounded at run time with one scale a row, and that is in the time. PyTorch's rows round "
         "alike, and run under `torch.compile` in a CUDA graph. `error` is that of the whole result from the program in "
         "float32, relative, by the Frobenius norm. The note says which products the compiled code calls. "
         "`16 x 8192 x 8192` is rows by what is summed over by columns. Medians over rounds in which all took turns."
-    )
-    foot = f"{run['date']}, commit {run['commit']}; {run['gpu']}; {run['machine']}; {run['versions']}."
-    parts = ["# On a GPU", about, *tables(result), *run.get("remarks", []), foot, f"    {run['command']}"]
+    ),
+    "checks": (
+        "## Are they right?\n\nEach product alone, of normal random values, lowered without being timed or taken back, "
+        "under `jax.jit`, against the same codes multiplied by NumPy in float64: the largest error of any value of any "
+        "program, as a share of the largest value. bfloat16 itself rounds by up to 0.2 %."
+    ),
+    "steps": (
+        "## What a training step costs\n\nOne step of AdamW on a transformer with layers under `lax.scan`, float32 "
+        "at JAX's default precision, random weights and data. The same mathematics in Flax Linen, for qwix, which "
+        "takes modules only. Masks: 90 % of the weights, by one global threshold."
+    ),
+}
+
+
+def page(results: Mapping[str, Any]) -> str:
+    """docs/benchmarks/gpu.md."""
+    parts = ["# On a GPU"]
+    for name in SECTIONS:
+        if name in results:
+            parts += [INTRODUCTIONS[name], *TABLES[name](results[name]["found"])]
+            parts += [*results[name].get("remarks", []), harness.provenance(results[name]["run"])]
     return "\n\n".join(parts) + "\n"
 
 
 def main() -> int:
     """Measures, prints, writes."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--sections", default=",".join(SECTIONS), help="comma-separated; default: all")
     parser.add_argument("--quick", action="store_true", help="tiny sizes on any platform, no page: a smoke test")
     parser.add_argument(
         "--torch", action=argparse.BooleanOptionalAction, default=True, help="PyTorch's, where installed"
@@ -392,19 +516,24 @@ def main() -> int:
     if options.quick:
         options.rounds, options.seconds = 3, 1.0
     options.torch = options.torch and importlib.util.find_spec("torch") is not None
-    run = harness.machine(("torch",)) | {"gpu": jax.devices()[0].device_kind, "command": harness.command()}
-    result: dict[str, Any] = {"run": run, "tasks": []}
-    for make in tasks(options.quick):
-        task = make()
-        console.print(f"{task.title} ...")
-        result["tasks"].append(measure(task, options))
-        console.print(tables(result)[-1], soft_wrap=True)
+    if unknown := set(options.sections.split(",")) - set(SECTIONS):
+        parser.error(f"no section {', '.join(sorted(unknown))}; there are {', '.join(SECTIONS)}")
+    results: dict[str, Any] = {}
+    for name in options.sections.split(","):
+        console.print(f"{name} ...")
+        run = {"load": f"{os.getloadavg()[0]:.1f}", "command": harness.command()}
+        found = SECTIONS[name](options)
+        run |= harness.machine(("torch", "qwix"))
+        run["machine"] = f"{jax.devices()[0].device_kind}; {run['machine']}"
+        results[name] = {"found": found, "run": run}
+        console.print("\n\n".join(TABLES[name](found)), soft_wrap=True)
         if options.json:
-            options.json.write_text(json.dumps(result, indent=1) + "\n")
-    if not options.quick:
-        harness.PAGES.mkdir(parents=True, exist_ok=True)
-        RESULTS.write_text(json.dumps(result, indent=1) + "\n")
-        (harness.PAGES / "gpu.md").write_text(page(result))
+            options.json.write_text(json.dumps(results, indent=1) + "\n")
+        if not options.quick:
+            harness.PAGES.mkdir(parents=True, exist_ok=True)
+            known = json.loads(RESULTS.read_text()) | results if RESULTS.is_file() else results
+            RESULTS.write_text(json.dumps(known, indent=1) + "\n")
+            (harness.PAGES / "gpu.md").write_text(page(known))
     console.print(f"repeat with: {harness.command()}")
     return 0
 

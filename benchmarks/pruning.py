@@ -17,7 +17,7 @@ import os
 import pathlib
 import statistics
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import harness
@@ -54,6 +54,8 @@ SHRINK = {"residual": (3, False), "transformer": (6, True)}
 LEFT = (0.7, 1 / 2.1, 0.3)
 # Channels in multiples of a vector of AVX: odd numbers of them are slower than more of them.
 ROUND_TO = 8
+# Transformers and batches of which a training step is timed.
+STEP_SIZES = ((transformer.Size(4, 128, 4, 64), 8), (transformer.Size(6, 256, 8, 64), 16))
 TARGET_RATIO, TARGET_STEP_RATIO = 1.6, 1.15
 PEER = (
     "Torch-Pruning: the same network, weights and rows to train on; its bytes are those of its parameters, its times "
@@ -267,11 +269,12 @@ def _shrunk(program: lx.Program, left: float) -> tuple[lx.Program, float]:
     return small.replace(masks={}), float(jnp.max(jnp.abs(got - expected)) / jnp.max(jnp.abs(expected)))
 
 
-def step_cost(options: argparse.Namespace) -> dict[str, Any]:
+def step_cost(
+    options: argparse.Namespace, sizes: Sequence[tuple[transformer.Size, int]] = STEP_SIZES
+) -> dict[str, Any]:
     """Milliseconds of a training step of the scanned transformer: plain, with masks held, and when they are found."""
-    sizes = [(transformer.Size(4, 128, 4, 64), 8), (transformer.Size(6, 256, 8, 64), 16)]
-    sizes = [(transformer.Size(2, 32, 2, 8), 2)] if options.quick else sizes
     found = {}
+    sizes = [(transformer.Size(2, 32, 2, 8), 2)] if options.quick else sizes
     for size, batch in sizes:
         weights, random = transformer.init(size), np.random.default_rng(0)
         images = random.random((batch, size.seq, size.inputs)).astype(np.float32)

@@ -17,7 +17,7 @@ import os
 import pathlib
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import harness
@@ -185,6 +185,7 @@ def step_cost(size: transformer.Size, batch: int, options: argparse.Namespace, w
             applied[f"qwix {name} x {name}, Flax Linen"] = (_qwix(module, name).apply, {"params": weights})
     calls, failed = {}, []
     for name, (apply, start) in applied.items():
+        console.print(f"  {name} ...")
         try:
             calls[name] = _step(apply, start, images, labels)
         except Exception as error:  # a peer may fail in any way; what it says goes into the table
@@ -238,9 +239,13 @@ def tables(result: dict[str, Any]) -> tuple[str, str]:
         cells.append([*cell, ", ".join(shares)])
     trained = f"after {found['epochs']} more epochs, {found['seeds']} seeds"
     header = ["", "accuracy % as it is", "lost, points", trained, "median, mean", "regained: median, mean"]
-    first = harness.markdown(header, cells)
+    return harness.markdown(header, cells), step_tables(result["steps"])
+
+
+def step_tables(found: Sequence[dict[str, Any]]) -> str:
+    """Step times."""
     parts = []
-    for cost in result["steps"]:
+    for cost in found:
         rows = [
             [row["name"], row["failed"], "", ""]
             if "failed" in row
@@ -249,7 +254,7 @@ def tables(result: dict[str, Any]) -> tuple[str, str]:
         ]
         header = [cost["shape"], "ms a step", "ratio to the plain step", "to the plain step of its own library"]
         parts.append(harness.markdown(header, rows))
-    return first, "\n\n".join(parts)
+    return "\n\n".join(parts)
 
 
 def page(result: dict[str, Any]) -> str:

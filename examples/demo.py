@@ -177,7 +177,8 @@ def ask(address, rows: queue.SimpleQueue, images: np.ndarray, expected: np.ndarr
         answer = connection.getresponse()
         payload = json.loads(answer.read())
         ms = (time.perf_counter() - start) * 1e3
-        right = answer.status == 200 and np.allclose(payload["outputs"][0]["data"], expected[row], rtol=1e-3, atol=1e-3)
+        # GPUs multiply in TensorFloat-32, otherwise for other numbers of rows; these logits reach 20.
+        right = answer.status == 200 and np.allclose(payload["outputs"][0]["data"], expected[row], rtol=1e-3, atol=2e-2)
         results.append((bool(right), ms))
     connection.close()
 

@@ -64,8 +64,8 @@ def test_an_unknown_model_is_refused_by_name() -> None:
 
 def test_gpu_rows_are_there_with_their_errors_in_codes_where_there_is_a_product_of_them(tmp_path: pathlib.Path) -> None:
     found = figures("gpu.py", tmp_path, "--no-torch")
-    assert len(found["tasks"]) == 2
-    for task in found["tasks"]:
+    assert len(found["products"]["found"]) == 2
+    for task in found["products"]["found"]:
         plain, int8, fp8 = task["rows"]
         assert [row["name"] for row in task["rows"]] == ["JAX bfloat16", "lepton_xla int8", "lepton_xla fp8"]
         assert plain["ratio"] == 1.0
@@ -73,10 +73,19 @@ def test_gpu_rows_are_there_with_their_errors_in_codes_where_there_is_a_product_
         assert 0.004 < int8["error"] < 0.04
         assert 0.01 < fp8["error"] < 0.15
         assert all(row["us"] > 0 for row in task["rows"])
-    chain, block = found["tasks"]
+    chain, block = found["products"]["found"]
     assert [row["in codes"] for row in chain["rows"][1:]] == ["2 of 2", "0 of 2"]
     assert block["rows"][1]["in codes"] == "4 of 6"
     assert "no fp8 product" in block["rows"][2]["reasons"][1]
+    checked = found["checks"]["found"]
+    assert len(checked) == 12
+    for each in checked:
+        if each["format"] == "int8":
+            assert each["error"] < (0.002 if each["dtype"] == "float32" else 0.006)  # a code may fall the other way
+    steps = found["steps"]["found"]
+    assert [row["name"] for row in steps["fake_quant"][0]["rows"]][:2] == ["plain step", "fake_quant int8 x int8"]
+    ((_, masked),) = steps["masks"].items()
+    assert [row["name"] for row in masked][:2] == ["plain step", "with masks held"]
 
 
 def test_gpu_without_one_says_so() -> None:

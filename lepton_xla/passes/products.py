@@ -35,7 +35,7 @@ COLUMN_PLATFORMS = ("gpu",)
 # From how many rows a library multiplies integers there, and not a Triton kernel that rescales as well.
 LIBRARY_ROWS = 1024
 # On NVIDIA's GPUs a Triton kernel that XLA may choose gives exactly twice an int8 product that sums over 16 or fewer;
-# over 24 or more none was wrong (an H200, jaxlib 0.11.2, shapes in docs/benchmarks/gpu.md).
+# over 24 or more none was wrong (an H200, jaxlib 0.11.2); docs/benchmarks/gpu.md has what is checked.
 SAFE_DEPTH = 32
 # Of fewer values than about 100 in both matrices, XLA multiplies fp8 in float16 there, which overflows to NaN.
 SAFE_FP8_VALUES = 256
