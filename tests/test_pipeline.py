@@ -61,7 +61,7 @@ def preset(name, **changes):
 # What each preset does, given data to calibrate on; without, what needs it is left out.
 PASSES = {
     "int8": ["fold", "smoothquant", "gptq", "lower"],
-    "int8-weight-only": ["fold", "lower"],
+    "int8-weight-only": ["fold", "gptq", "lower"],
     "int4-weight-only": ["fold", "gptq", "lower"],
     "int4-channel-weight-only": ["fold", "gptq", "lower"],
     "w4a4": ["fold", "smoothquant", "gptq", "lower"],

@@ -102,7 +102,8 @@ class Store:
                 self._check_size(name, status.st_size, limit)
                 return opened.read(limit + 1)
         except (FileNotFoundError, NotADirectoryError) as error:
-            raise ArtifactError(f"{self.location}: {name} is missing") from error
+            where = "" if os.path.isdir(self._root) else ": there is no such folder"
+            raise ArtifactError(f"{self.location}: {name} is missing{where}") from error
         except OSError as error:
             raise ArtifactError(f"{self.location}: {name} cannot be read: {error}") from error
 

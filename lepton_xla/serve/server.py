@@ -236,7 +236,7 @@ class Server:
             health = watch(scheduler, measured, metrics)
             front = Front(self._signature, scheduler, metrics, options, access, health=health)
             entrance = Entrance(front.hub, listener, _BACKLOG, access.tls_options(options.limits))
-            await entrance.open()
+            entrance.open()
         except BaseException:
             listener.close()
             raise

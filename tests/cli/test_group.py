@@ -108,7 +108,7 @@ def test_a_process_ends_with_2_and_no_traceback(tmp_path):
     done = run("verify", tmp_path / "nothing.lepton")
     lines = [line for line in done.stderr.splitlines() if not line.startswith("... ")]
     assert (done.returncode, done.stdout, len(lines)) == (2, "", 1)
-    assert "manifest.json is missing" in lines[0]
+    assert "nothing.lepton: manifest.json is missing: there is no such folder" in lines[0]
 
 
 @pytest.mark.parametrize("args", [["inspect", "--json"], ["inspect"]])

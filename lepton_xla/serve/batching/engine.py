@@ -159,6 +159,10 @@ class Engine[T: Work]:
         servable: the model.
         signature: its signature.
         clock: seconds, monotonic.
+
+    Attributes:
+        processor_s: of the executions that `warm_up` timed, seconds of this process's processors for each second. Next
+            to nothing where another device does the work.
     """
 
     def __init__(self, servable: Servable, signature: Signature, clock: Callable[[], float] = time.monotonic) -> None:
@@ -169,6 +173,7 @@ class Engine[T: Work]:
         self._batches: queue.SimpleQueue[Batch[T] | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self._turn = threading.Lock()
+        self.processor_s = 0.0
 
     def warm_up(self) -> Measured:
         """Runs every compiled size on zeros and measures it.
@@ -180,8 +185,10 @@ class Engine[T: Work]:
             ServeError: if an output is not what the signature says.
         """
         costs: dict[Key, dict[int, float]] = {}
+        self._timed_s = self._used_s = 0.0
         for key in self._signature.shape_keys():
             costs[key] = {size: self._measure(size, key) for size in self._signature.ladder}
+        self.processor_s = self._used_s / self._timed_s
         return costs
 
     def _measure(self, size: int, key: Key) -> float:
@@ -192,10 +199,13 @@ class Engine[T: Work]:
         if actual != expected:
             raise ServeError(f"at {stage.sizes} the model gives {actual}, but its signature says {expected}")
         times: list[float] = []
+        used = time.process_time()
         while len(times) < _MOST_RUNS and sum(times) < (_MOST_S if len(times) < _LEAST_RUNS else _ENOUGH_S):
             start = self._clock()
             self._servable.run(stage.sizes, stage.arrays)
             times.append(self._clock() - start)
+        self._used_s += time.process_time() - used
+        self._timed_s += sum(times)
         return max(statistics.median(times), 1e-9)
 
     def start(self, post: Callable[[Completion[T]], Batch[T] | None], ended: Callable[[], object]) -> None:

@@ -14,6 +14,7 @@ import asyncio
 import contextlib
 import logging
 import math
+import os
 import threading
 from collections.abc import Sequence
 from time import monotonic
@@ -32,7 +33,10 @@ _log = logging.getLogger("lepton_xla.serve")
 # A batch that took no more than this at load, when nothing else ran, is run on the event loop, unless it has come to
 # take far longer there. What it takes on the other thread does not count: most of that is waiting for the interpreter.
 _SHORT_S = 2.5e-4
-_FAR_LONGER_S = 1e-3
+# Where there is one core and the model runs on it, nothing is won by a second thread: each request that comes while a
+# batch runs would only stop it.
+_SHORT_ON_ONE_CORE_S = 5e-3
+_FAR_LONGER = 4
 
 _LONGEST_RETRY_S = 60
 # How long a prediction of when the queue will have run is told to whoever is refused. It is told in whole seconds.
@@ -123,7 +127,8 @@ class Scheduler:
         self._outputs = signature.outputs
         self._batcher = batcher
         self._costs = batcher.costs
-        self._short = {(key, size) for key, size, seconds in batcher.costs if seconds <= _SHORT_S}
+        self._short_s = _short_s(engine)
+        self._short = {(key, size) for key, size, seconds in batcher.costs if seconds <= self._short_s}
         self._engine = engine
         self._metrics = metrics
         self._loop = loop
@@ -279,7 +284,8 @@ class Scheduler:
         if wake_at is not None and wake_at < self._alarm_s:
             self._set_alarm(wake_at)
         if batch is not None:
-            if (batch.key, batch.size) in self._short and self._costs.of(batch.key, batch.size) <= _FAR_LONGER_S:
+            seconds = self._costs.of(batch.key, batch.size)
+            if (batch.key, batch.size) in self._short and seconds <= _FAR_LONGER * self._short_s:
                 completion = self._engine.execute(batch)
                 with self._lock:
                     failed = self._settle(completion)
@@ -367,6 +373,11 @@ class Scheduler:
         call.missing -= part.rows
         if not call.missing:
             call.finish([memoryview(piece) for piece in call.pieces])
+
+
+def _short_s(engine: Engine[Call]) -> float:
+    alone = len(os.sched_getaffinity(0)) == 1 and engine.processor_s > 0.5
+    return _SHORT_ON_ONE_CORE_S if alone else _SHORT_S
 
 
 def _stopped() -> RefusedError:

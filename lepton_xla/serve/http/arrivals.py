@@ -111,27 +111,17 @@ class Entrance:
     """
 
     def __init__(self, hub: Hub, listener: socket.socket, backlog: int, tls: dict[str, Any]) -> None:
-        self._hub = hub
         self._arrivals = Arrivals(hub, tls)
-        self._plain = not tls
-        self._server: asyncio.Server | None = None
         self._listener = listener
         self._backlog = backlog
         self._loop = asyncio.get_running_loop()
         self._closed = False
 
-    async def open(self) -> None:
-        """Listens."""
+    def open(self) -> None:
+        """Listens. uvloop's own server would take one connection in each turn of the event loop."""
         self._listener.setblocking(False)
-        if self._plain:
-            # A duplicate, because the event loop closes the one that it is given. It takes connections in two thirds of
-            # the time, but shakes hands for TLS without telling.
-            self._server = await self._loop.create_server(
-                lambda: Connection(self._hub), sock=self._listener.dup(), backlog=self._backlog
-            )
-        else:
-            self._listener.listen(self._backlog)
-            self._watch()
+        self._listener.listen(self._backlog)
+        self._watch()
 
     def _watch(self) -> None:
         if not self._closed:
@@ -148,8 +138,6 @@ class Entrance:
 
     async def close(self) -> None:
         """Takes the connections that the kernel has accepted already, and no more."""
-        if self._server is not None:
-            self._server.close()
         # Closing the socket with connections waiting at it would reset them.
         while self._accept():
             pass

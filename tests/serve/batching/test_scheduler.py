@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import json
+import os
 import threading
 import time
 
@@ -196,7 +197,7 @@ def test_the_queue_is_bounded_by_bytes(held):
 @pytest.mark.parametrize("short_s", [0.0, 10.0])
 def test_one_poisoned_request_does_not_fail_its_neighbours(make_server, affine, monkeypatch, short_s):
     """On the engine's thread, and on the event loop."""
-    monkeypatch.setattr(scheduler, "_SHORT_S", short_s)
+    monkeypatch.setattr(scheduler, "_short_s", lambda _: short_s)
     server = make_server(affine, max_delay_us=500_000)
     values = [1, 2, -1, 4, 5, 6, 7, 8]
     with contextlib.ExitStack() as stack:
@@ -280,16 +281,21 @@ def test_short_sequences_join_longer_ones_and_get_their_own_rows(make_server):
 
 
 class Where(Affine):
-    """Takes so long at load, so long afterwards, and remembers on which threads."""
+    """Takes so long at load, so long afterwards, busy or asleep, and remembers on which threads."""
 
-    def __init__(self, at_load_s, then_s):
+    def __init__(self, at_load_s, then_s, busy=False):
         super().__init__((1,))
         self.pauses = at_load_s, then_s
+        self.busy = busy
         self.threads = []
 
     def run(self, sizes, arrays):
         x, n = arrays
-        time.sleep(self.pauses[bool(n.any())])
+        pause = self.pauses[bool(n.any())]
+        until = time.thread_time() + pause
+        while self.busy and time.thread_time() < until:
+            pass
+        time.sleep(0 if self.busy else pause)
         if n.any():
             self.threads.append(threading.current_thread().name)
         return [2 * x + n[:, None].astype(np.float32), 2 * n]
@@ -308,10 +314,24 @@ def test_a_batch_that_was_short_at_load_runs_on_the_event_loop_until_it_takes_fa
     make_server, monkeypatch, at_load_s, then_s, first, last
 ):
     # Room for what a test's machine adds to either.
-    monkeypatch.setattr(scheduler, "_SHORT_S", 1e-3)
-    monkeypatch.setattr(scheduler, "_FAR_LONGER_S", 4e-3)
+    monkeypatch.setattr(scheduler, "_short_s", lambda _: 1e-3)
     where = Where(at_load_s, then_s)
     server = make_server(where)
     for _ in range(30):
         assert exchange(server, "POST", INFER, affine_json([[0.0] * 4], [1]))[0] == 200
     assert (where.threads[0], where.threads[-1]) == (first, last)
+
+
+@pytest.mark.parametrize(
+    ("cores", "busy", "thread"),
+    [({0}, True, "lepton-serve"), ({0}, False, "lepton-engine"), ({0, 1}, True, "lepton-engine")],
+)
+def test_where_the_model_has_the_only_core_the_event_loop_runs_batches_of_a_millisecond_too(
+    make_server, monkeypatch, cores, busy, thread
+):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: cores)
+    where = Where(1e-3, 1e-3, busy=busy)
+    server = make_server(where)
+    for _ in range(3):
+        assert exchange(server, "POST", INFER, affine_json([[0.0] * 4], [1]))[0] == 200
+    assert set(where.threads) == {thread}
