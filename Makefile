@@ -29,7 +29,7 @@ lint: setup  ## formatting, lint and types
 
 bench: setup  ## every benchmark; each prints the command that repeats it
 	$(RUN)/python benchmarks/loading.py
-	$(RUN)/python benchmarks/encodings.py
+	$(RUN)/python benchmarks/storage.py
 	$(RUN)/python benchmarks/long_bodies.py
 	$(RUN)/python benchmarks/clients.py
 	$(RUN)/python benchmarks/quantization.py --no-pages

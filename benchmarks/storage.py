@@ -1,6 +1,6 @@
 """Bytes of pruned and quantized weights by encoding, and how fast each decodes: LeNet-300-100 and LeNet-5.
 
-    python benchmarks/encodings.py [--json FILE]
+    python benchmarks/storage.py [--json FILE]
 
 Weights are normal, pruned by size to a density and then clustered to 16 values by k-means, one matrix at a time, as in
 Han, Mao, Dally 2016, Deep Compression, arXiv:1510.00149. `entropy` is Shannon's bound for codes that do not depend on
