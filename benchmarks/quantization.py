@@ -124,7 +124,7 @@ def as_loaded(program: lx.Program) -> lx.Program:
     """The program as an artifact runs it: with the weights that loading unpacks unpacked."""
     if program.expansion is None:
         return program
-    return program.replace(fn=program.expansion.fn, weights=program.expansion.expand(program.weights))
+    return program.replace(fn=program.expansion.fn, weights=program.expansion.expand(program.weights), masks={})
 
 
 def _at(program: lx.Program, inputs: Mapping[str, np.ndarray]) -> Callable[[], Any]:

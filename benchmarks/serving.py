@@ -609,7 +609,16 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
             if label == OURS:
                 again = lambda bound: ours(OURS, path, payload, "--max-queue-rows", str(bound * payload.count))  # noqa: E731
             rows[label]["open"] = alone(makers[label], again, payload.count, options)
-    return {"bare": bare_rows, "rows": payload.count, "servers": rows, "notes": notes}
+        steps = hot_path(pathlib.Path(folder), options.quick) if name == "first10" else {}
+    return {"bare": bare_rows, "rows": payload.count, "servers": rows, "notes": notes, "steps": steps}
+
+
+def hot_path(folder: pathlib.Path, quick: bool) -> dict[str, float]:
+    """Microseconds of a request by what our server does with it; see `hot_path.py`."""
+    script, file = pathlib.Path(__file__).parent / "hot_path.py", folder / "steps.json"
+    rounds = "20" if quick else "1000"
+    done = subprocess.run([sys.executable, str(script), "--rounds", rounds, "--json", str(file)], check=False)
+    return json.loads(file.read_text()) if done.returncode == 0 else {}
 
 
 def _medians(found: Sequence[Mapping[str, float]]) -> dict[str, float]:
@@ -728,6 +737,16 @@ def _tables(result: Mapping[str, Any]) -> list[str]:
         parts.append(harness.markdown(over_header, over_cells))
     else:
         parts.append("Twice the capacity is more than the generator can ask for.")
+    if steps := result.get("steps"):
+        taken = f"{1e3 * servers[OURS]['closed'][at]['cpu_s_per_1000']:.1f}"
+        floor = f"{1e3 * servers[FLOOR]['closed'][at]['cpu_s_per_1000']:.1f}" if FLOOR in servers else "?"
+        text = (
+            f"Ours takes {taken} µs of processor time a request with {at} connections, {FLOOR} {floor} µs. What "
+            "its own steps take, each by itself without sockets (`python benchmarks/hot_path.py`); the rest is "
+            "the system's, uvloop's and waiting for memory:"
+        )
+        lines = [[step, f"{micros:.1f}"] for step, micros in (*steps.items(), ("together", sum(steps.values())))]
+        parts += [text, harness.markdown(["step, 64 requests at once", "µs a request"], lines)]
     if OURS in servers:
         own = servers[OURS]["open"]
         minute, unloaded, batch = own["minute"], own["unloaded_p50"], own["batch_ms"]

@@ -7,7 +7,9 @@ import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
+import jax
 import msgspec
+import numpy as np
 
 from lepton_xla.errors import CalibrationError, CompileError, RecipeError
 from lepton_xla.passes.awq import awq
@@ -20,6 +22,7 @@ from lepton_xla.passes.gptq import gptq
 from lepton_xla.passes.grid import GivenGrids, round_to_nearest
 from lepton_xla.passes.lower import AT_LOAD, lower
 from lepton_xla.passes.masks import DATA_METHODS
+from lepton_xla.passes.measure import time_programs
 from lepton_xla.passes.prune import prune
 from lepton_xla.passes.shrink import shrink
 from lepton_xla.passes.smoothquant import MULTIPLIED, smooth
@@ -31,6 +34,8 @@ from lepton_xla.report import PassReport, SiteReport
 
 # Sizes of a symbolic dimension at which arithmetic is timed where the caller gives no buckets: one request, a batch.
 DEFAULT_LADDER = (1, 32)
+# Of the time of what it was made from, beyond which a shrunk program counts as slower: timings differ by less.
+SLOWER = 1.03
 
 
 def optimize(
@@ -90,9 +95,7 @@ def plan_for(
         say("fold")
         program = fold(program)
     if recipe.shrink is not None:
-        say("shrink")
-        asked = msgspec.structs.asdict(recipe.shrink)
-        program = shrink(program, **asked, calibration=calibration, sizes=grid(program, buckets)[0])
+        program = _shrunk(program, recipe, _as_list(calibration), grid(program, buckets), say)
     return program, recipe.resolve(program)
 
 
@@ -133,6 +136,46 @@ def apply_plan(
         say(f"cast to {recipe.cast}")
         program = cast(program, recipe.cast, on_unsupported=recipe.on_unsupported)
     return program
+
+
+def _shrunk(
+    program: Program,
+    recipe: Recipe,
+    batches: Sequence[Mapping[str, Any]] | None,
+    sizes: Sequence[Mapping[str, int]],
+    say: Callable[[str], None],
+) -> Program:
+    """Shrunk by the recipe's rule; where it gives several multiples, to those of the one that measures fastest.
+
+    That is the one which is slower than the whole program at the fewest sizes, and of those the one that takes the
+    smallest share of its time.
+    """
+    assert recipe.shrink is not None
+    rule: dict[str, Any] = msgspec.structs.asdict(recipe.shrink)
+    multiples: tuple[int, ...] = recipe.shrink.multiples if recipe.measure else recipe.shrink.multiples[:1]
+    found: dict[Any, Program] = {}
+    refusal: RecipeError | None = None
+    for multiple in multiples:
+        say("shrink" if len(multiples) == 1 else f"shrink to multiples of {multiple}")
+        rule["round_to"] = multiple
+        try:
+            small = shrink(program, **rule, calibration=batches, sizes=sizes[0])
+        except RecipeError as error:  # a larger multiple may leave no way to the target
+            refusal = refusal or error
+        else:
+            shapes = tuple(leaf.shape for leaf in jax.tree.leaves(small.weights))
+            found.setdefault(shapes, small)
+    if not found:
+        assert refusal is not None
+        raise refusal
+    if len(found) == 1:
+        return next(iter(found.values()))
+    say("time what was shrunk")
+    functions = [(each.fn, each.weights) for each in (program, *found.values())]
+    times = np.array([time_programs(functions, program.abstract_inputs(at)) for at in sizes])
+    shares = times[:, 1:] / times[:, :1]
+    ranks = zip((shares > SLOWER).sum(0).tolist(), np.log(shares).mean(0).tolist(), range(len(found)), strict=True)
+    return list(found.values())[min(ranks)[-1]]
 
 
 def _quantized(

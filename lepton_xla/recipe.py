@@ -156,7 +156,8 @@ class ShrinkRule(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
             (`scale`; set `fold = false`, which else takes scales away) or by calibration data (`activation`).
             `taylor` needs a loss, so only `passes.shrink` takes it.
         scope: `local`: every group of units loses the same share; `global`: all are ranked together.
-        round_to: what stays of a group is a multiple of this.
+        round_to: what stays of a group is a multiple of this; of several, the one that measures fastest at the compiled
+            sizes, or the first where the recipe has `measure = false`.
         protect: regular expressions for groups, or weights, that lose nothing; one, or a list.
     """
 
@@ -166,8 +167,13 @@ class ShrinkRule(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     latency_ms: float | None = None
     importance: Literal["l1", "l2", "scale", "activation"] = "l2"
     scope: Literal["local", "global"] = "local"
-    round_to: int = 1
+    round_to: int | tuple[int, ...] = 1
     protect: str | tuple[str, ...] = ()
+
+    @property
+    def multiples(self) -> tuple[int, ...]:
+        """What `round_to` gives, one or several."""
+        return self.round_to if isinstance(self.round_to, tuple) else (self.round_to,)
 
 
 class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -293,7 +299,10 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
                 check_rule(rule, f"recipe {self.name!r}: {kind}[{index}]")
         if (aim := self.shrink) is not None:
             try:
-                check_target(aim.sparsity, aim.flops, aim.bytes, aim.latency_ms, aim.round_to)
+                if not aim.multiples:
+                    raise RecipeError("shrink: round_to is an empty list")
+                for multiple in aim.multiples:
+                    check_target(aim.sparsity, aim.flops, aim.bytes, aim.latency_ms, multiple)
             except RecipeError as error:
                 raise RecipeError(f"recipe {self.name!r}: {error}") from error
 

@@ -174,6 +174,8 @@ def test_the_server_is_timed_in_closed_and_open_loops_and_one_that_cannot_start_
     assert found["notes"] == ["LitServe is missing: ended: "]
     assert list(found["servers"]) == ["lepton_xla", "HTTP alone"]
     assert found["servers"]["HTTP alone"]["closed"]["8"]["errors"] == 0
+    assert len(found["steps"]) == 7
+    assert found["steps"]["execution"] > 0
 
 
 def test_clients_and_the_load_generator_are_timed_against_a_server_that_does_nothing() -> None:

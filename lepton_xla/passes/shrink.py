@@ -94,6 +94,7 @@ def shrink(
     metrics = {
         "importance": importance,
         "scope": scope,
+        "round_to": round_to,
         "flops_before": before.flops,
         "flops_after": after.flops,
         "weights_bytes_before": program.weights_bytes,

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import lepton_xla as lx
+from lepton_xla import pipeline
 from lepton_xla.errors import CalibrationError, RecipeError
 from lepton_xla.passes import cost
 from lepton_xla.recipe import ShrinkRule
@@ -54,6 +55,8 @@ def test_calibration_reaches_the_ranking():
         ("", "recipe 'mine': shrink takes one of sparsity, flops, bytes, latency_ms; none given"),
         ("sparsity = 0.5\nbytes = 0.5", "sparsity and bytes given"),
         ("flops = 1.5", "flops = 1.5 is not in"),
+        ("flops = 0.5\nround_to = []", "recipe 'mine': shrink: round_to is an empty list"),
+        ("flops = 0.5\nround_to = [8, 0]", "round_to = 0 is not a whole number"),
         ("flops = 0.5\nimportance = 'luck'", "shrink.importance = 'luck': expected one of l1, l2, "),
         ("flops = 0.5\nsites = '.*'", "shrink: unknown key 'sites'; keys are sparsity, "),
     ],
@@ -76,3 +79,37 @@ def test_taylor_is_for_python_alone():
 def test_patterns_that_match_nothing():
     with pytest.raises(RecipeError, match="protect = 'w9' matches none of the groups"):
         lx.optimize(PROGRAM, recipe("sparsity = 0.5\nprotect = 'w9'"))
+
+
+@pytest.mark.parametrize(
+    ("times", "fastest"),
+    [
+        ([[100, 60, 50, 40], [100, 60, 50, 40]], 32),
+        ([[100, 60, 70, 80], [100, 60, 70, 80]], 4),
+        ([[100, 20, 80, 40], [100, 120, 80, 104]], 8),  # the only one that is nowhere slower than the whole
+        ([[100, 110, 120, 130], [100, 80, 60, 120]], 8),  # slower at one size each, but for the last
+    ],
+)
+def test_of_several_multiples_the_fastest_is_taken(monkeypatch, times, fastest):
+    asked = []
+
+    def time_programs(functions, inputs):
+        asked.append(inputs[0].shape[0])
+        assert [weights["w0"].shape[1] for _, weights in functions] == [64, *widths]
+        return list(map(float, times[len(asked) - 1]))
+
+    recipes = [recipe(f"flops = 0.6\nround_to = {multiple}") for multiple in (4, 8, 32)]
+    widths = [lx.optimize(PROGRAM, each).weights["w0"].shape[1] for each in recipes]
+    assert len(set(widths)) == 3
+    monkeypatch.setattr(pipeline, "time_programs", time_programs)
+    several = lx.Recipe.parse("[shrink]\nflops = 0.6\nround_to = [4, 8, 8, 32, 1000]", name="several")
+    small = lx.optimize(PROGRAM, several, buckets={"batch": (1, 5)})
+    assert asked == [1, 5]
+    assert small.history[-1].metrics["round_to"] == fastest
+    unmeasured = lx.optimize(PROGRAM, recipe("flops = 0.6\nround_to = [8, 4]"), buckets={"batch": (1, 5)})
+    assert (unmeasured.history[-1].metrics["round_to"], asked) == (8, [1, 5])
+
+
+def test_where_no_multiple_reaches_the_target_the_first_says_why():
+    with pytest.raises(RecipeError, match=r"flops = 0.1 cannot be reached; the least is 0.522"):
+        lx.optimize(PROGRAM, lx.Recipe.parse("[shrink]\nflops = 0.1\nround_to = [32, 64]", name="several"))

@@ -1,0 +1,182 @@
+"""Where the time of a one-row request goes inside the server: each step in one thread, without sockets.
+
+    python benchmarks/hot_path.py [--json FILE]
+
+784 numbers to 10. 64 connections bring a request each, then the batch runs: the server's own objects, told by hand, on
+a transport that writes nowhere. `benchmarks/serving.py` has what a request takes with sockets, and puts this beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import pathlib
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from typing import Any
+
+import serving
+import uvloop
+from rich.console import Console
+from rich.table import Table
+
+import lepton_xla as lx
+from lepton_xla.serve.app import App
+from lepton_xla.serve.batching.batcher import Batcher
+from lepton_xla.serve.batching.costs import Costs
+from lepton_xla.serve.batching.engine import Engine
+from lepton_xla.serve.batching.scheduler import Scheduler
+from lepton_xla.serve.http.connection import Connection
+from lepton_xla.serve.http.hub import Hub
+from lepton_xla.serve.http.limits import Limits
+from lepton_xla.serve.observe.metrics import Metrics
+from lepton_xla.serve.process import run_on_calling_thread, settle
+from lepton_xla.serve.protocol.signature import signature_of
+from lepton_xla.serve.protocol.wire import Decoder
+
+AT_ONCE = 64
+
+
+class Nowhere:
+    """A transport that counts what it is given."""
+
+    def __init__(self) -> None:
+        self.answers = 0
+
+    def write(self, data: bytes) -> None:
+        """Counts."""
+        self.answers += 1
+
+    def get_extra_info(self, name: str) -> Any:
+        """Nobody."""
+        return ("", 0)
+
+    def is_closing(self) -> bool:
+        """Never."""
+        return False
+
+
+class Held(Scheduler):
+    """Runs a batch when it is told to."""
+
+    def _pump_soon(self) -> None:
+        pass
+
+
+class Timed(Engine[Any]):
+    """Adds up what copying rows and executing take."""
+
+    copying = executing = 0.0
+
+    def execute(self, batch: Any) -> Any:
+        """One batch."""
+        done = super().execute(batch)
+        self.copying += done.staged_s - done.started_s
+        self.executing += done.finished_s - done.staged_s
+        return done
+
+
+def seconds_of(work: Callable[[], object]) -> float:
+    """Of one call."""
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
+
+
+def stages(path: pathlib.Path, payload: serving.Payload, rounds: int = 400) -> dict[str, float]:
+    """Microseconds of a request by step: medians over rounds of 64 requests."""
+
+    async def measured() -> dict[str, float]:
+        model = lx.load(path)
+        signature = signature_of(model)
+        engine = Timed(model, signature)
+        costs = Costs(signature.ladder, engine.warm_up())
+        batcher: Batcher[Any] = Batcher(signature.ladder, costs=costs, levels=3)
+        metrics, limits = Metrics(signature.name), Limits()
+        scheduler = Held(signature, batcher, engine, metrics, asyncio.get_running_loop(), levels=3)
+        # Whatever it takes here, on this thread.
+        scheduler._short = {(key, size) for key, size, _ in costs}
+        scheduler._short_s = 1.0
+        held: list[Any] = []
+        framing, whole = Hub(held.append, limits), Hub(App(signature, scheduler, metrics, limits), limits)
+        decoder = Decoder(signature, limits, batcher.max_rows)
+        body, fields = payload.oip()
+        head = f"POST /v2/models/{payload.model}/infer HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: {len(body)}\r\n"
+        data = (head + "".join(f"{name}: {value}\r\n" for name, value in fields.items()) + "\r\n").encode() + body
+        json_bytes = int(fields["Inference-Header-Content-Length"])
+        answer = b"Content-Length: 0\r\n\r\n"
+        connections: dict[int, list[Connection]] = {}
+        for hub in (framing, whole):
+            connections[id(hub)] = [Connection(hub) for _ in range(AT_ONCE)]
+            for connection in connections[id(hub)]:
+                connection.connection_made(Nowhere())  # type: ignore[arg-type]
+
+        def bring(hub: Hub) -> Callable[[], None]:
+            def read() -> None:
+                for connection in connections[id(hub)]:
+                    connection.data_received(data)
+
+            return read
+
+        def write() -> None:
+            for exchange in held:
+                exchange.send(answer)
+            held.clear()
+
+        def run() -> None:
+            while batcher.pending:
+                scheduler._pump()
+
+        def decode() -> None:
+            for _ in range(AT_ONCE):
+                decoder.decode(body, json_bytes)
+
+        found: list[dict[str, float]] = []
+        for _ in range(rounds):
+            framed, written, decoded = seconds_of(bring(framing)), seconds_of(write), seconds_of(decode)
+            engine.copying = engine.executing = 0.0
+            brought, ran = seconds_of(bring(whole)), seconds_of(run)
+            found.append({
+                "read one request of a connection": framed,
+                "decode its body": decoded,
+                "queue it": brought - framed - decoded,
+                "copy its row into the batch": engine.copying,
+                "execution": engine.executing,
+                "form the batch, cut its result up, count": ran - engine.copying - engine.executing - written,
+                "write the answer": written,
+            })  # fmt: skip
+        assert dict(metrics.codes) == {200: rounds * AT_ONCE}
+        transport: Any = connections[id(whole)][0]._transport
+        assert transport.answers == rounds
+        return {step: 1e6 * statistics.median(each[step] for each in found) / AT_ONCE for step in found[0]}
+
+    run_on_calling_thread()
+    settle()
+    return uvloop.run(measured())
+
+
+def main() -> int:
+    """Measures and prints."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=400, help="of 64 requests each")
+    parser.add_argument("--json", type=pathlib.Path, help="write the figures to this file")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        found = stages(*serving.first10(pathlib.Path(folder), quick=False), rounds=options.rounds)
+    table = Table(title=f"784 numbers in, 10 out, {AT_ONCE} at once")
+    table.add_column("step")
+    table.add_column("µs a request", justify="right")
+    for step, micros in found.items():
+        table.add_row(step, f"{micros:.1f}")
+    table.add_row("together", f"{sum(found.values()):.1f}")
+    Console(width=100).print(table)
+    if options.json:
+        options.json.write_text(json.dumps(found, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
