@@ -263,10 +263,10 @@ def infer_outputs(fn: Callable[..., Any], weights: Weights, inputs: Mapping[str,
         ModelError: as `trace`.
     """
     base, unit = probe_sizes(fn, weights, inputs)
-    reference = _abstract_outputs(fn, weights, inputs, base)
+    reference = abstract_outputs(fn, weights, inputs, base)
     shapes: dict[str, list[int | str]] = {name: list(leaf.shape) for name, leaf in reference.items()}
     for symbol in base:
-        changed = _abstract_outputs(fn, weights, inputs, {**base, symbol: base[symbol] + unit})
+        changed = abstract_outputs(fn, weights, inputs, {**base, symbol: base[symbol] + unit})
         if _ranks(changed) != _ranks(reference):
             raise ModelError(f"the names or ranks of the outputs change with the size of {symbol!r}")
         for name, leaf in changed.items():
@@ -300,8 +300,8 @@ def probe_sizes(
         sizes = {name: unit * (2 * index + 2) for index, name in enumerate(symbols)}
         try:
             for symbol in symbols:
-                _abstract_outputs(fn, weights, inputs, {**sizes, symbol: sizes[symbol] + unit})
-            _abstract_outputs(fn, weights, inputs, sizes)
+                abstract_outputs(fn, weights, inputs, {**sizes, symbol: sizes[symbol] + unit})
+            abstract_outputs(fn, weights, inputs, sizes)
         except ModelError:
             if unit == _PROBE_UNITS[-1]:
                 raise
@@ -310,9 +310,14 @@ def probe_sizes(
     raise AssertionError("unreachable")
 
 
-def _abstract_outputs(
+def abstract_outputs(
     fn: Callable[..., Any], weights: Weights, inputs: Mapping[str, TensorSpec], sizes: Mapping[str, int]
 ) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes and dtypes of the outputs at sizes of the symbolic dimensions.
+
+    Raises:
+        ModelError: if `fn` cannot be traced at these.
+    """
     try:
         out = jax.eval_shape(fn, abstract(weights), *(spec.at(sizes) for spec in inputs.values()))
     except ModelError:

@@ -12,10 +12,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from lepton_xla.errors import LeptonError, RecipeError, UnsupportedError
+from lepton_xla.errors import LeptonError, ModelError, RecipeError, UnsupportedError
 from lepton_xla.passes.dependencies import Study
-from lepton_xla.passes.dimensions import Dimension, inner_size, leaves, units_of
-from lepton_xla.program import Program, abstract, leaf_bytes, probe_sizes
+from lepton_xla.passes.dimensions import Dimension, Kept, inner_size, leaves, mask_of, unit_sums, units_of
+from lepton_xla.program import Program, abstract, abstract_outputs, leaf_bytes, probe_sizes
+
+type Masks = dict[str, tuple[np.ndarray | None, ...]]
+"""Weight path -> for each axis, which positions stay, bool `[*steps, size]`; None where all do."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -180,7 +183,8 @@ def find_groups(program: Program, *, sizes: Mapping[str, int] | None = None) -> 
 
     Args:
         program: a program whose weights are arrays.
-        sizes: sizes of the symbolic dimensions to look at; some at which the program can be traced by default.
+        sizes: sizes of the symbolic dimensions to look at; some at which the program can be traced by default. What
+            cannot be removed at larger ones, such as positions that these do not reach, is protected too.
 
     Raises:
         UnsupportedError: if a weight is quantized.
@@ -189,8 +193,8 @@ def find_groups(program: Program, *, sizes: Mapping[str, int] | None = None) -> 
         if not hasattr(weight, "shape") or len(jax.tree.leaves(weight)) != 1:
             raise UnsupportedError(f"weight {path!r} is quantized; shrink a program before it is quantized")
     chosen = sizes if sizes is not None else probe_sizes(program.fn, program.weights, program.inputs)[0]
-    closed = jax.make_jaxpr(program.fn)(abstract(program.weights), *program.abstract_inputs(chosen))
-    study = Study(closed, program.weights, list(program.inputs))
+    study = _study(program, chosen)
+    larger = _larger(program, chosen)
     made: dict[Dimension, tuple[str, bool]] = {}
     for product in study.products:
         for dimension in product.made:
@@ -215,17 +219,23 @@ def find_groups(program: Program, *, sizes: Mapping[str, int] | None = None) -> 
         name = next((label for owner, label in named if owner == path), named[0][1])
         owners = dict.fromkeys(owner for owner, _ in named)
         elements = {owner: _per_unit(study.weights[owner], leaf) for owner in owners}
+        steps = program.weights[named[0][0]].shape[: len(leaf.scans)]
+        reason = leaf.reason
+        if not reason and larger is not None:
+            none = masks_of(study, {leaf: np.zeros((*steps, leaf.size), bool)})
+            reason = transferred(larger, none)[1]
+            reason = reason and f"at larger sizes of the inputs, {reason}"
         groups.append(
             Group(
                 name,
                 kind,
                 leaf.size,
-                program.weights[named[0][0]].shape[: len(leaf.scans)],
+                steps,
                 tuple(label for _, label in named),
                 sum(elements.values()),
                 sum(leaf_bytes((count,), program.weights[owner].dtype) for owner, count in elements.items()),
                 math.gcd(*(inner_size(d, leaf) for owner in owners for d in study.weights[owner])),
-                leaf.reason,
+                reason,
                 leaf,
             )
         )
@@ -239,3 +249,59 @@ def _per_unit(axes: Sequence[Dimension], leaf: Dimension) -> int:
         whole *= dimension.size
         rest *= dimension.size - int(np.count_nonzero(units_of(dimension, leaf) == 0))
     return whole - rest
+
+
+def _study(program: Program, sizes: Mapping[str, int]) -> Study:
+    closed = jax.make_jaxpr(program.fn)(abstract(program.weights), *program.abstract_inputs(sizes))
+    return Study(closed, program.weights, list(program.inputs))
+
+
+def _larger(program: Program, sizes: Mapping[str, int]) -> Study | None:
+    """The same at sizes of the symbolic dimensions that are one larger or, where they cannot be, twice as large."""
+    for more in ({name: size + 1 for name, size in sizes.items()}, {name: 2 * size for name, size in sizes.items()}):
+        if more != sizes:
+            try:
+                abstract_outputs(program.fn, program.weights, program.inputs, more)
+            except ModelError:
+                continue
+            return _study(program, more)
+    return None
+
+
+def masks_of(study: Study, kept: Kept) -> Masks:
+    """What stays of the weights where units of some leaves go."""
+    masks: Masks = {}
+    for path, axes in study.weights.items():
+        cut = tuple(mask_of(dimension, kept) if loses(dimension, kept) else None for dimension in axes)
+        if any(mask is not None for mask in cut):
+            masks[path] = cut
+    return masks
+
+
+def loses(dimension: Dimension, kept: Kept) -> bool:
+    """Whether units of it may go."""
+    return any(leaf in kept for leaf in leaves(dimension))
+
+
+def transferred(study: Study, masks: Masks) -> tuple[Kept, str]:
+    """What masks of weights say of the leaves of another study of the same function, at other sizes of its inputs.
+
+    Returns:
+        Which of their units stay; and what cannot be removed there, and why, or nothing.
+    """
+    kept: dict[Dimension, np.ndarray] = {}
+    for path, cut in masks.items():
+        for dimension, mask in zip(study.weights[path], cut, strict=True):
+            for leaf in leaves(dimension) if mask is not None else ():
+                assert mask is not None
+                stays = unit_sums(mask, units_of(dimension, leaf), leaf.size) > 0
+                if not stays.all():
+                    kept[leaf] = stays if len(leaf.scans or ()) else stays.reshape(-1, leaf.size)[0]
+    for path, axes in study.weights.items():
+        cut = masks.get(path, (None,) * len(axes))
+        for axis, (dimension, mask) in enumerate(zip(axes, cut, strict=True)):
+            whole = np.ones(dimension.size, bool) if mask is None else mask
+            blocked = next((leaf.reason for leaf in leaves(dimension) if leaf in kept and leaf.reason), "")
+            if blocked or np.any(mask_of(dimension, kept) != whole):
+                return kept, f"{path}[{axis}] cannot lose what was removed: {blocked or 'it is tied to other units'}"
+    return kept, ""

@@ -15,13 +15,10 @@ from jax.sharding import NamedSharding, PartitionSpec
 from lepton_xla import _compat
 from lepton_xla.errors import UnsupportedError
 from lepton_xla.passes.dependencies import Axes, Study, inside
-from lepton_xla.passes.dimensions import Dimension, Kept, leaves, mask_of, unit_sums, units_of
-from lepton_xla.passes.groups import Groups
+from lepton_xla.passes.dimensions import Kept, mask_of
+from lepton_xla.passes.groups import Groups, Masks, loses, masks_of, transferred
 from lepton_xla.passes.rewrite import Context, Rule, Values, materialize, rewrite
 from lepton_xla.program import Program, abstract
-
-type Masks = dict[str, tuple[np.ndarray | None, ...]]
-"""Weight path -> for each axis, which positions stay, bool `[*steps, size]`; None where all do."""
 
 
 def remove(program: Program, groups: Groups, kept: Kept, *, shapes_only: bool = False) -> Program:
@@ -33,13 +30,7 @@ def remove(program: Program, groups: Groups, kept: Kept, *, shapes_only: bool = 
         kept: leaf of a group -> which of its units stay, bool `[*steps, units]`.
         shapes_only: gives shapes and dtypes in the place of the weights.
     """
-    masks: Masks = {}
-    for path, axes in groups.study.weights.items():
-        cut = tuple(
-            mask_of(dimension, kept) if any(leaf in kept for leaf in leaves(dimension)) else None for dimension in axes
-        )
-        if any(mask is not None for mask in cut):
-            masks[path] = cut
+    masks = masks_of(groups.study, kept)
     cut = _cut_shape if shapes_only else _cut
     weights = {
         path: _placed(cut(weight, masks[path]), weight) if path in masks else weight
@@ -112,7 +103,11 @@ def on_smaller_weights(
 
     def rules(closed: Any) -> dict[str, Rule]:
         study = Study(closed, like, inputs, keep_outputs=keep_outputs)
-        kept = _transferred(study, masks)
+        kept, refusal = transferred(study, masks)
+        if refusal:
+            raise UnsupportedError(
+                f"the program was shrunk at other sizes of its inputs; at these, {refusal}. Protect it when shrinking"
+            )
 
         def adapt(context: Context, eqn: Any, values: Values) -> Values | None:
             change = study.changes.get(context.key)
@@ -121,7 +116,7 @@ def on_smaller_weights(
                 return None
             operands = [materialize(value) for value in values]
             for index in constants:
-                cut = [mask_of(d, kept) if _loses(d, kept) else None for d in study.constants[context.key, index]]
+                cut = [mask_of(d, kept) if loses(d, kept) else None for d in study.constants[context.key, index]]
                 operands[index] = _cut_constant(operands[index], cut)
             return _compat.bind(eqn, operands, **(change(kept) if change is not None else {}))
 
@@ -157,8 +152,8 @@ def _with_derivative(
     like = {name: jax.ShapeDtypeStruct(aval.shape, aval.dtype) for name, aval in zip(names, before, strict=True)}
     cuts: Masks = {}
     for name, dimensions in zip(names, axes, strict=True):
-        if dimensions is not None and any(_loses(dimension, kept) for dimension in dimensions):
-            cuts[name] = tuple(_first_step(mask_of(d, kept)) if _loses(d, kept) else None for d in dimensions)
+        if dimensions is not None and any(loses(dimension, kept) for dimension in dimensions):
+            cuts[name] = tuple(_first_step(mask_of(d, kept)) if loses(d, kept) else None for d in dimensions)
     given, made = names[:count], names[count:]
 
     def original(*arrays: Any) -> Values:
@@ -202,37 +197,6 @@ def _first_step(mask: np.ndarray) -> np.ndarray:
     return mask.reshape(-1, mask.shape[mask.ndim - 1])[0]
 
 
-def _loses(dimension: Dimension, kept: Kept) -> bool:
-    return any(leaf in kept for leaf in leaves(dimension))
-
-
 def _cut_constant(constant: Any, masks: Sequence[np.ndarray | None]) -> jax.Array:
     """A constant without the slices of removed units; where these differ by step, it is the same along that axis."""
     return _cut(constant, [_first_step(mask) if mask is not None else None for mask in masks])
-
-
-def _transferred(study: Study, masks: Masks) -> Kept:
-    """What masks of weights say of the leaves of another study of the same function, at other sizes of its inputs.
-
-    Raises:
-        UnsupportedError: if the function depends on what was removed at these sizes.
-    """
-    kept: dict[Dimension, np.ndarray] = {}
-    for path, cut in masks.items():
-        for dimension, mask in zip(study.weights[path], cut, strict=True):
-            for leaf in leaves(dimension) if mask is not None else ():
-                assert mask is not None
-                stays = unit_sums(mask, units_of(dimension, leaf), leaf.size) > 0
-                if not stays.all():
-                    kept[leaf] = stays if len(leaf.scans or ()) else stays.reshape(-1, leaf.size)[0]
-    for path, axes in study.weights.items():
-        cut = masks.get(path, (None,) * len(axes))
-        for axis, (dimension, mask) in enumerate(zip(axes, cut, strict=True)):
-            whole = np.ones(dimension.size, bool) if mask is None else mask
-            blocked = next((leaf.reason for leaf in leaves(dimension) if leaf in kept and leaf.reason), "")
-            if blocked or np.any(mask_of(dimension, kept) != whole):
-                raise UnsupportedError(
-                    f"the program was shrunk at other sizes of its inputs; at these, {path}[{axis}] cannot lose what "
-                    f"was removed: {blocked or 'it is tied to other units'}. Protect it when shrinking"
-                )
-    return kept

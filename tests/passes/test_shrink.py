@@ -804,13 +804,13 @@ def test_a_quantized_program_is_refused():
 def test_a_program_that_ties_units_at_some_sizes_only_is_refused_there():
     def fn(weights, x):
         hidden = jax.nn.relu(x @ weights["w0"])
-        return (jnp.sort(hidden, -1) if x.shape[0] == 3 else hidden) @ weights["w1"]
+        return (jnp.sort(hidden, -1) if x.shape[0] == 5 else hidden) @ weights["w1"]
 
     program = trace(fn, {"w0": array(6, 8), "w1": array(8, 3, seed=1)}, ROWS)
     small = shrink(program, sparsity=0.5, sizes={"batch": 2})
     assert small.fn(small.weights, array(2, 6)).shape == (2, 3)
     with pytest.raises(UnsupportedError, match=r"other sizes .* w0\[1\] cannot lose what was removed: `sort` runs"):
-        small.fn(small.weights, array(3, 6))
+        small.fn(small.weights, array(5, 6))
 
 
 def test_groups_are_drawn(tmp_path):
@@ -819,3 +819,28 @@ def test_groups_are_drawn(tmp_path):
     assert "w1" in (tmp_path / "groups.svg").read_text()
     with pytest.raises(lx.LeptonError, match="cannot be written"):
         groups.draw(str(tmp_path / "groups.nothing"))
+
+
+@pytest.mark.parametrize("step", [1, 2])
+def test_what_only_larger_inputs_need_stays(step):
+    """Positions that the sizes given do not reach are read at others, which may have to be even."""
+
+    def fn(weights, x):
+        if x.shape[1] % step:
+            raise TypeError("an odd length")
+        hidden = jax.nn.relu(x @ weights["w0"] + weights["place"][None, : x.shape[1]])
+        return hidden @ weights["w1"]
+
+    weights = {"w0": array(6, 8), "place": array(64, 8, seed=1), "w1": array(8, 3, seed=2)}
+    program = trace(fn, weights, {"x": TensorSpec(("batch", "length", 6), "float32")})
+    groups = find_groups(program, sizes={"batch": 1, "length": 4})
+    (place,) = (group for group in groups if group.name.startswith("place[0"))
+    assert place.protected.startswith("at larger sizes of the inputs, place[0] cannot lose what was removed: ")
+    small = shrink(program, sparsity=0.5, sizes={"batch": 1, "length": 4})
+    assert shapes(small) == {"w0": (6, 4), "place": (64, 4), "w1": (4, 3)}
+    whole = {path: np.asarray(weight) for path, weight in weights.items()}
+    kept = [int(np.flatnonzero((unit == whole["w0"].T).all(1))[0]) for unit in np.asarray(small.weights["w0"]).T]
+    for length in (2, 4, 8, 64):
+        x = array(2, length, 6, seed=length)
+        hidden = np.maximum(np.asarray(x) @ whole["w0"][:, kept] + whole["place"][:length, kept], 0)
+        np.testing.assert_allclose(small.fn(small.weights, x), hidden @ whole["w1"][kept], rtol=1e-4, atol=1e-4)
