@@ -222,9 +222,11 @@ def find_groups(program: Program, *, sizes: Mapping[str, int] | None = None) -> 
         steps = program.weights[named[0][0]].shape[: len(leaf.scans)]
         reason = leaf.reason
         if not reason and larger is not None:
-            none = masks_of(study, {leaf: np.zeros((*steps, leaf.size), bool)})
-            reason = transferred(larger, none)[1]
-            reason = reason and f"at larger sizes of the inputs, {reason}"
+            first = np.arange(leaf.size) == 0
+            for stays in (first, ~first):  # each unit goes in one of them, and never all do
+                masks = masks_of(study, {leaf: np.broadcast_to(stays, (*steps, leaf.size))})
+                refusal = transferred(larger, masks)[1] if stays.any() else ""
+                reason = reason or (refusal and f"at larger sizes of the inputs, {refusal}")
         groups.append(
             Group(
                 name,
