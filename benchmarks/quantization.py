@@ -15,6 +15,7 @@ import functools
 import json
 import os
 import pathlib
+import re
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -53,6 +54,7 @@ class Row:
         latency_ms: bucket -> median milliseconds.
         ratio: bucket -> time over float's in the same rounds.
         prepare_s: seconds that optimizing took.
+        same: whether what runs is operation for operation the float program, folded: no other times than noise.
         note: what is different, or why there are no figures.
     """
 
@@ -64,6 +66,7 @@ class Row:
     latency_ms: dict[str, float] = dataclasses.field(default_factory=dict[str, float])
     ratio: dict[str, float] = dataclasses.field(default_factory=dict[str, float])
     prepare_s: float = 0.0
+    same: bool = False
     note: str = ""
 
 
@@ -79,6 +82,8 @@ def measure(model: models.BenchModel, wanted: list[str], options: argparse.Names
     rows.append(Row(AGAIN, metrics=rows[0].metrics, weights_bytes=program.weights_bytes))
     timed: dict[str, At] = dict.fromkeys(("float", AGAIN), functools.partial(_at, program))
     recipes: list[lx.Recipe] = []
+    sizes = grid(program, model.spec.buckets)[0]
+    folded = operations(lx.passes.fold(program), sizes)
     for preset in wanted:
         row = Row(preset)
         rows.append(row)
@@ -100,7 +105,9 @@ def measure(model: models.BenchModel, wanted: list[str], options: argparse.Names
         row.covered_before, row.covered_after = _covered(program, small)
         row.weights_bytes = small.weights_bytes
         row.note = _arithmetic(small)
-        timed[preset] = functools.partial(_at, as_loaded(small))
+        small = as_loaded(small)
+        row.same = operations(small, sizes) == folded
+        timed[preset] = functools.partial(_at, small)
     if options.peers:
         for row, at in _peer_rows(model, recipes, judge):
             rows.append(row)
@@ -125,6 +132,12 @@ def as_loaded(program: lx.Program) -> lx.Program:
     if program.expansion is None:
         return program
     return program.replace(fn=program.expansion.fn, weights=program.expansion.expand(program.weights), masks={})
+
+
+def operations(program: lx.Program, sizes: Mapping[str, int]) -> str:
+    """What XLA is given to compile: StableHLO, but for the name of the function."""
+    text = jax.jit(program.fn).lower(program.weights, *program.abstract_inputs(sizes)).as_text()
+    return re.sub(r"^module @\S+", "module", text)
 
 
 def _at(program: lx.Program, inputs: Mapping[str, np.ndarray]) -> Callable[[], Any]:
@@ -246,6 +259,7 @@ def table(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
         for bucket in buckets:
             latency, ratio = row["latency_ms"].get(bucket), row["ratio"].get(bucket)
             slow = " slower" if ratio is not None and ratio > max(NOISE_RATIO, twice.get(bucket, 0.0)) else ""
+            slow = " the same" if row.get("same") else slow
             cell.append(f"{latency:.3f} ({ratio:.2f}{slow})" if latency is not None else "")
         cells.append([*cell, row["note"]])
     return header, cells
@@ -261,9 +275,10 @@ def write_pages(results: Mapping[str, Any]) -> None:
             "outputs is the norm of their difference from the float model's over the norm of those: accuracy on some "
             "hundred or thousand examples moves by chance, this hardly does. The ratio beside a time is to the float "
             "model under `jax.jit`, median over rounds in which everything of the section took turns; marked as slower "
-            f"is what is over {NOISE_RATIO} and over the float model timed twice. Integer products depend on the "
-            "processor's instructions, so runs on several kinds stand beside each other. Covered weights are those a "
-            "preset stores otherwise than in float, scales "
+            f"is what is over {NOISE_RATIO} and over the float model timed twice; as the same, what XLA is given "
+            "operation for operation as for the folded float model, with weights that loading has unpacked: other "
+            "times than its are noise. Integer products depend on the processor's instructions, so runs on several "
+            "kinds stand beside each other. Covered weights are those a preset stores otherwise than in float, scales "
             "included. Peers get the same weights and the same calibration data. Losing rows are left in."
         ),
     ]

@@ -1,6 +1,7 @@
 """Lowering to int8: the fake-quantized model's numbers, really in integers, and taken back where it does not pay."""
 
 import dataclasses
+import re
 
 import equinox as eqx
 import flax.linen as nn
@@ -601,6 +602,11 @@ def clock_by_weights(monkeypatch, site_us, small_us, float_us):
     monkeypatch.setattr(lower_module, "time_programs", time_programs)
 
 
+def operations(fn, *args):
+    """What XLA is given to compile, but for the name of the function."""
+    return re.sub(r"^module @\S+", "module", jax.jit(fn).lower(*args).as_text())
+
+
 @pytest.mark.parametrize("small_us", [90.0, 102.0, 140.0])
 def test_weights_multiplied_in_float_are_unpacked_on_loading_where_that_is_faster(monkeypatch, small_us):
     clock_by_weights(monkeypatch, {}, small_us, 100.0)
@@ -620,6 +626,8 @@ def test_weights_multiplied_in_float_are_unpacked_on_loading_where_that_is_faste
         np.testing.assert_array_equal(
             jax.jit(lowered.expansion.fn)(unpacked, x), jax.jit(lowered.fn)(lowered.weights, x)
         )
+        # What runs then is the float program, and so no slower.
+        assert operations(lowered.expansion.fn, unpacked, x) == operations(program.fn, program.weights, x)
         servable = compile_program(lowered, {"batch": (1, 4)}).servable()
         np.testing.assert_allclose(servable(x=np.asarray(x))["output"], want, rtol=1e-5, atol=1e-6)
         assert servable.weights_bytes == 4 * (6 * 8 + 8 * 3)
