@@ -720,7 +720,7 @@ def _tables(result: Mapping[str, Any]) -> list[str]:
             f"{found['p99']:.1f}",
             f"{found['refused']:,.0f}",
             f"{found['refused_p99']:.1f}",
-            f"{found['refusal_us']:.0f}",
+            f"{found.get('refusal_us', float('nan')):.0f}",  # older figures have none
             f"{found['after_p99']:.1f}",
             f"{found['later_p99']:.1f}",
             f"{found['wrong']:,.0f}",
