@@ -84,8 +84,8 @@ def test_gpu_rows_are_there_with_their_errors_in_codes_where_there_is_a_product_
             assert each["error"] < (0.002 if each["dtype"] == "float32" else 0.006)  # a code may fall the other way
     steps = found["steps"]["found"]
     assert [row["name"] for row in steps["fake_quant"][0]["rows"]][:2] == ["plain step", "fake_quant int8 x int8"]
-    ((_, masked),) = steps["masks"].items()
-    assert [row["name"] for row in masked][:2] == ["plain step", "with masks held"]
+    ((plain, held, _),) = steps["masks"].values()
+    assert (plain["ratio"], held["name"]) == (1.0, "with masks held")
 
 
 def test_gpu_without_one_says_so() -> None:
@@ -140,8 +140,8 @@ def test_pruned_models_are_judged_and_weighed_at_each_step_and_sparsity(tmp_path
 
 
 @needs_data
-def test_a_shrunk_model_equals_the_zeroed_one_and_steps_with_masks_are_timed(tmp_path: pathlib.Path) -> None:
-    found = figures("pruning.py", tmp_path, "--sections", "shrink,step")
+def test_a_shrunk_model_equals_the_zeroed_one(tmp_path: pathlib.Path) -> None:
+    found = figures("pruning.py", tmp_path, "--sections", "shrink")
     rows = {row["name"]: row for row in found["shrink"]["found"]["transformer"]["rows"]}
     small, whole = rows["shrunk to 48 %"], rows["float"]
     assert 0.3 < small["flops"] <= 1 / 2.1
@@ -150,8 +150,6 @@ def test_a_shrunk_model_equals_the_zeroed_one_and_steps_with_masks_are_timed(tmp
     assert small["difference"] < 1e-5
     assert rows["shrunk to 48 %, int8"]["bytes"] < 0.3 * small["bytes"]
     assert set(whole["faster"].values()) == {1.0}
-    ((plain, held, _),) = found["step"]["found"].values()
-    assert (plain["ratio"], held["name"]) == (1.0, "with masks held")
 
 
 def test_the_server_is_timed_in_closed_and_open_loops_and_one_that_cannot_start_is_a_line(
