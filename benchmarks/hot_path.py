@@ -99,7 +99,7 @@ def stages(path: pathlib.Path, payload: serving.Payload, rounds: int = 400) -> d
         scheduler = Held(signature, batcher, engine, metrics, asyncio.get_running_loop(), levels=3)
         # Whatever it takes here, on this thread.
         scheduler._short = {(key, size) for key, size, _ in costs}
-        scheduler._short_s = 1.0
+        scheduler._longest_s = 1.0
         held: list[Any] = []
         framing, whole = Hub(held.append, limits), Hub(App(signature, scheduler, metrics, limits), limits)
         decoder = Decoder(signature, limits, batcher.max_rows)

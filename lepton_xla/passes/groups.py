@@ -222,11 +222,7 @@ def find_groups(program: Program, *, sizes: Mapping[str, int] | None = None) -> 
         steps = program.weights[named[0][0]].shape[: len(leaf.scans)]
         reason = leaf.reason
         if not reason and larger is not None:
-            first = np.arange(leaf.size) == 0
-            for stays in (first, ~first):  # each unit goes in one of them, and never all do
-                masks = masks_of(study, {leaf: np.broadcast_to(stays, (*steps, leaf.size))})
-                refusal = transferred(larger, masks)[1] if stays.any() else ""
-                reason = reason or (refusal and f"at larger sizes of the inputs, {refusal}")
+            reason = _needed(larger, study, leaf, steps)
         groups.append(
             Group(
                 name,
@@ -268,6 +264,18 @@ def _larger(program: Program, sizes: Mapping[str, int]) -> Study | None:
                 continue
             return _study(program, more)
     return None
+
+
+def _needed(larger: Study, study: Study, leaf: Dimension, steps: tuple[int, ...]) -> str:
+    """Why a leaf cannot lose units at larger sizes; empty where it can."""
+    first = np.arange(leaf.size) == 0
+    for stays in (first, ~first):  # each unit goes in one of them, and never all do
+        if stays.any():
+            masks = masks_of(study, {leaf: np.broadcast_to(stays, (*steps, leaf.size))})
+            refusal = transferred(larger, masks)[1]
+            if refusal:
+                return f"at larger sizes of the inputs, {refusal}"
+    return ""
 
 
 def masks_of(study: Study, kept: Kept) -> Masks:

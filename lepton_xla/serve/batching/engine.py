@@ -161,8 +161,8 @@ class Engine[T: Work]:
         clock: seconds, monotonic.
 
     Attributes:
-        processor_s: of the executions that `warm_up` timed, seconds of this process's processors for each second. Next
-            to nothing where another device does the work.
+        busy_processors: how many of this machine's processors the executions that `warm_up` timed kept busy, on
+            average. Next to none where another device does the work.
     """
 
     def __init__(self, servable: Servable, signature: Signature, clock: Callable[[], float] = time.monotonic) -> None:
@@ -173,7 +173,7 @@ class Engine[T: Work]:
         self._batches: queue.SimpleQueue[Batch[T] | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self._turn = threading.Lock()
-        self.processor_s = 0.0
+        self.busy_processors = 0.0
 
     def warm_up(self) -> Measured:
         """Runs every compiled size on zeros and measures it.
@@ -185,13 +185,19 @@ class Engine[T: Work]:
             ServeError: if an output is not what the signature says.
         """
         costs: dict[Key, dict[int, float]] = {}
-        self._timed_s = self._used_s = 0.0
+        timed_s = used_s = 0.0
         for key in self._signature.shape_keys():
-            costs[key] = {size: self._measure(size, key) for size in self._signature.ladder}
-        self.processor_s = self._used_s / self._timed_s
+            costs[key] = {}
+            for size in self._signature.ladder:
+                times, used = self._measure(size, key)
+                costs[key][size] = max(statistics.median(times), 1e-9)
+                timed_s += sum(times)
+                used_s += used
+        self.busy_processors = used_s / max(timed_s, 1e-9)
         return costs
 
-    def _measure(self, size: int, key: Key) -> float:
+    def _measure(self, size: int, key: Key) -> tuple[list[float], float]:
+        """Seconds of each timed execution, and of this process's processors for all of them."""
         stage = self._stage(size, key)
         outputs = self._servable.run(stage.sizes, stage.arrays)
         expected = [(tensor.at(stage.sizes), tensor.dtype) for tensor in self._signature.outputs]
@@ -204,9 +210,7 @@ class Engine[T: Work]:
             start = self._clock()
             self._servable.run(stage.sizes, stage.arrays)
             times.append(self._clock() - start)
-        self._used_s += time.process_time() - used
-        self._timed_s += sum(times)
-        return max(statistics.median(times), 1e-9)
+        return times, time.process_time() - used
 
     def start(self, post: Callable[[Completion[T]], Batch[T] | None], ended: Callable[[], object]) -> None:
         """Starts the thread.

@@ -127,8 +127,9 @@ class Scheduler:
         self._outputs = signature.outputs
         self._batcher = batcher
         self._costs = batcher.costs
-        self._short_s = _short_s(engine)
-        self._short = {(key, size) for key, size, seconds in batcher.costs if seconds <= self._short_s}
+        short_s = _short_s(engine)
+        self._short = {(key, size) for key, size, seconds in batcher.costs if seconds <= short_s}
+        self._longest_s = _FAR_LONGER * short_s
         self._engine = engine
         self._metrics = metrics
         self._loop = loop
@@ -284,8 +285,7 @@ class Scheduler:
         if wake_at is not None and wake_at < self._alarm_s:
             self._set_alarm(wake_at)
         if batch is not None:
-            seconds = self._costs.of(batch.key, batch.size)
-            if (batch.key, batch.size) in self._short and seconds <= _FAR_LONGER * self._short_s:
+            if (batch.key, batch.size) in self._short and self._costs.of(batch.key, batch.size) <= self._longest_s:
                 completion = self._engine.execute(batch)
                 with self._lock:
                     failed = self._settle(completion)
@@ -376,7 +376,8 @@ class Scheduler:
 
 
 def _short_s(engine: Engine[Call]) -> float:
-    alone = len(os.sched_getaffinity(0)) == 1 and engine.processor_s > 0.5
+    """Up to how many seconds a batch counts as short."""
+    alone = len(os.sched_getaffinity(0)) == 1 and engine.busy_processors > 0.5
     return _SHORT_ON_ONE_CORE_S if alone else _SHORT_S
 
 
