@@ -354,8 +354,14 @@ def overloaded(server: Server, seconds: float) -> dict[str, float]:
         requests/s over the capacity as the generator managed them; `p99` of good answers; `refused`; `refused_p99`,
         milliseconds until a request was told no; `refusal_us`, what goodput lacks to the capacity by refusal;
         `after_p99`, of those that were due in the first second after, and `later_p99`, of those due in the two seconds
-        after that; `wrong`, answers but 200, 503, 429.
+        after that, of which `later_refused` were; `wrong`, answers but 200, 503, 429.
     """
+
+    def refusals(result: Result) -> np.ndarray:
+        return np.isin(result.status, (503, 429))
+
+    def wrong(result: Result) -> float:
+        return float((~refusals(result) & (result.status != 200)).sum())
 
     def p99(latencies: np.ndarray) -> float:
         return 1e3 * float(np.percentile(latencies, 99)) if len(latencies) else float("nan")
@@ -365,7 +371,7 @@ def overloaded(server: Server, seconds: float) -> dict[str, float]:
     for _ in range(OVER_ROUNDS):
         capacity = _load(server, None, CAPACITY_AT, seconds / OVER_ROUNDS)["rate"]
         hard = _result(server, 2 * capacity, OPEN_CONNECTIONS, seconds / OVER_ROUNDS, warmup_s=1.0)
-        refused = np.isin(hard.status, (503, 429))
+        refused = refusals(hard)
         goodput, asked = (count / hard.seconds / capacity for count in (hard.good, len(hard.status)))
         no_rate = refused.sum() / hard.seconds
         rounds.append({
@@ -375,16 +381,17 @@ def overloaded(server: Server, seconds: float) -> dict[str, float]:
             "refused": float(refused.sum()),
             "refused_p99": p99(hard.latency_s[refused]),
             "refusal_us": 1e6 * max(1 - goodput, 0.0) / no_rate if no_rate else float("nan"),
-            "wrong": float((~refused & (hard.status != 200)).sum()),
+            "wrong": wrong(hard),
         })  # fmt: skip
     soft = _result(server, capacity / 2, OPEN_CONNECTIONS, 3.0, warmup_s=0.0)
-    first = soft.due_s < 1
+    first, good = soft.due_s < 1, soft.status == 200
     found = {key: statistics.median(each[key] for each in rounds) for key in rounds[0]}
     return found | {
         "refused": sum(each["refused"] for each in rounds),
-        "wrong": sum(each["wrong"] for each in rounds) + soft.errors,
-        "after_p99": p99(soft.latency_s[first]),
-        "later_p99": p99(soft.latency_s[~first]),
+        "wrong": sum(each["wrong"] for each in rounds) + wrong(soft),
+        "after_p99": p99(soft.latency_s[first & good]),
+        "later_p99": p99(soft.latency_s[~first & good]),
+        "later_refused": float((~first & refusals(soft)).sum()),
     }
 
 
@@ -711,7 +718,8 @@ def _tables(result: Mapping[str, Any]) -> list[str]:
     ]
     over_header = ["twice the capacity", "asked", "good answers", "p99 of them", "refused", "told so within (p99)"]
     over_header += ["goodput lost by refusal, µs"]
-    over_header += ["p99 in the second after, at half the capacity", "in the two after that", "wrong answers"]
+    over_header += ["p99 in the second after, at half the capacity", "in the two after that", "refused then"]
+    over_header += ["wrong answers"]
     over_cells = [
         [
             label,
@@ -723,6 +731,7 @@ def _tables(result: Mapping[str, Any]) -> list[str]:
             f"{found.get('refusal_us', float('nan')):.0f}",  # older figures have none
             f"{found['after_p99']:.1f}",
             f"{found['later_p99']:.1f}",
+            f"{found.get('later_refused', 0.0):,.0f}",  # older figures had none: they would have been wrong answers
             f"{found['wrong']:,.0f}",
         ]
         for label, row in opened.items()
