@@ -23,7 +23,7 @@ import pathlib
 import re
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 # PyTorch needs room beside JAX.
@@ -45,7 +45,7 @@ import lepton_xla as lx
 RESULTS = harness.PAGES / "gpu.json"
 FLOAT, RECIPES = "JAX bfloat16", ("int8", "fp8")
 # Rows, width, layers: enough layers that starting a program does not count.
-CHAINS = ((4096, 4096, 8), (16, 8192, 16), (64, 8192, 16), (8192, 8192, 4))
+CHAINS = ((8192, 8192, 4), (4096, 4096, 8), (64, 8192, 16), (16, 8192, 16))
 # Batch, sequence, width, heads.
 BLOCK = (8, 2048, 4096, 32)
 # Rows, sum and columns of checked products: sums and matrices too short for some kernels, odd ones, usual ones.
@@ -359,18 +359,17 @@ def torch_calls(task: Task, torch: Any) -> dict[str, Callable[[], Any]]:
     return {name: functools.partial(make, linear) for name, linear in torch_linears(torch, weights).items()}
 
 
-def products(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Each task in every way."""
+def products(options: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
+    """Each task in every way; what there is after each, since the time lent may end."""
     found = []
     for make in tasks(options.quick):
         task = make()
         console.print(f"{task.title} ...")
         found.append(measure(task, options))
-        console.print(product_tables(found)[-1], soft_wrap=True)
-    return found
+        yield found
 
 
-def checks(options: argparse.Namespace) -> list[dict[str, Any]]:
+def checks(options: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
     """Products of codes under plain `jax.jit`, none taken back: how far the worst is from NumPy's in float64."""
     found = []
     with concurrent.futures.ThreadPoolExecutor(1 if options.quick else os.cpu_count()) as pool:
@@ -382,7 +381,7 @@ def checks(options: argparse.Namespace) -> list[dict[str, Any]]:
                     worst = int(np.argmax(np.nan_to_num(errors, nan=np.inf)))
                     facts = {"programs": len(shapes), "error": errors[worst], "at": shapes[worst]}
                     found.append({"dtype": dtype, "format": form, "operands": operands, **facts})
-    return found
+    yield found
 
 
 def check(form: str, dtype: str, operands: str, shape: tuple[int, int, int]) -> float:
@@ -416,17 +415,21 @@ def rounded(array: jax.Array, axis: int, form: str) -> np.ndarray:
     return codes.astype(np.float64) * scale
 
 
-def steps(options: argparse.Namespace) -> dict[str, Any]:
+def steps(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """A training step of the scanned transformer, plain, with `fake_quant`, with masks."""
     size, batch = STEP if not options.quick else (transformer.Size(2, 32, 2, 8), 2)
     with_qwix = importlib.util.find_spec("qwix") is not None
-    return {
+    yield {
         "fake_quant": [qat.step_cost(size, batch, options, with_qwix)],
         "masks": pruning.step_cost(options, [(size, batch)]),
     }
 
 
-SECTIONS: dict[str, Callable[[argparse.Namespace], Any]] = {"products": products, "checks": checks, "steps": steps}
+SECTIONS: dict[str, Callable[[argparse.Namespace], Iterator[Any]]] = {
+    "products": products,
+    "checks": checks,
+    "steps": steps,
+}
 
 
 def product_tables(found: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -521,19 +524,21 @@ def main() -> int:
     results: dict[str, Any] = {}
     for name in options.sections.split(","):
         console.print(f"{name} ...")
-        run = {"load": f"{os.getloadavg()[0]:.1f}", "command": harness.command()}
-        found = SECTIONS[name](options)
-        run |= harness.machine(("torch", "qwix"))
-        run["machine"] = f"{jax.devices()[0].device_kind}; {run['machine']}"
-        results[name] = {"found": found, "run": run}
-        console.print("\n\n".join(TABLES[name](found)), soft_wrap=True)
-        if options.json:
-            options.json.write_text(json.dumps(results, indent=1) + "\n")
-        if not options.quick:
-            harness.PAGES.mkdir(parents=True, exist_ok=True)
-            known = json.loads(RESULTS.read_text()) | results if RESULTS.is_file() else results
-            RESULTS.write_text(json.dumps(known, indent=1) + "\n")
-            (harness.PAGES / "gpu.md").write_text(page(known))
+        load, shown = f"{os.getloadavg()[0]:.1f}", 0
+        for found in SECTIONS[name](options):
+            run = {"load": load, "command": harness.command(), **harness.machine(("torch", "qwix"))}
+            run["machine"] = f"{jax.devices()[0].device_kind}; {run['machine']}"
+            results[name] = {"found": found, "run": run}
+            tables = TABLES[name](found)
+            console.print("\n\n".join(tables[shown:]), soft_wrap=True)
+            shown = len(tables)
+            if options.json:
+                options.json.write_text(json.dumps(results, indent=1) + "\n")
+            if not options.quick:
+                harness.PAGES.mkdir(parents=True, exist_ok=True)
+                known = json.loads(RESULTS.read_text()) | results if RESULTS.is_file() else results
+                RESULTS.write_text(json.dumps(known, indent=1) + "\n")
+                (harness.PAGES / "gpu.md").write_text(page(known))
     console.print(f"repeat with: {harness.command()}")
     return 0
 

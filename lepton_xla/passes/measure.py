@@ -30,8 +30,12 @@ BUDGET_S = 2.0
 # scales are exact; what is left are the rounding of float32 and bfloat16, and codes that fall on the other side of a
 # half.
 WRONG = 0.05
-# A round runs the product often enough to last this long, so that the clock's own cost does not count.
+# A round runs the product often enough to last this long, so that the clock's own cost does not count; where calls only
+# queue work for a device, nor the wait for it.
 ROUND_S = 2e-4
+QUEUED_ROUND_S = 1e-2
+# How often one program then computes a product: to start it takes longer than many a product.
+REPEATS = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,14 +158,34 @@ def _compare(key: _Key) -> Timing:
         as_integer, args = of_weight, (act, stored, scale)
         rounded = [_rounded(act, products.activation_scale(site, act, name, scale), name)]
         rounded.insert(site.weight_operand, products.restore(site, stored))
-    in_float, in_codes = _compiled(as_float, *operands), [_compiled(as_integer, *args)]
+    repeats = REPEATS if _queues() else 1
+    in_float = _compiled(_repeated(as_float, repeats), *operands)
+    in_codes = [_compiled(_repeated(as_integer, repeats), *args)]
     if products.row_count(site) == 1:
-        in_codes.append(_compiled(functools.partial(as_integer, pad=True), *args))
+        in_codes.append(_compiled(_repeated(functools.partial(as_integer, pad=True), repeats), *args))
     expected = in_float(*rounded)
     errors = [float(_share(call(*args), expected)) for call in in_codes]
     calls = [functools.partial(in_float, *operands), *(functools.partial(call, *args) for call in in_codes)]
-    times = _medians_us(calls)
+    times = [time / repeats for time in _medians_us(calls)]
     return Timing({}, times[0], times[1], times[2] if len(times) == 3 else None, float(np.max(errors)))
+
+
+def _queues() -> bool:
+    """Whether a call only queues work for a device and returns."""
+    return jax.default_backend() != "cpu"
+
+
+def _repeated(fn: Callable[..., jax.Array], times: int) -> Callable[..., jax.Array]:
+    """A function that computes `fn` so often, each time anew."""
+
+    def again(_: Any, result: jax.Array, args: Any) -> jax.Array:
+        held, _ = jax.lax.optimization_barrier((args, result))  # else the compiler would compute it once
+        return fn(*held)
+
+    def repeated(*args: Any) -> jax.Array:
+        return jax.lax.fori_loop(1, times, functools.partial(again, args=args), fn(*args))
+
+    return repeated if times > 1 else fn
 
 
 def _random(seed: int, like: jax.ShapeDtypeStruct) -> jax.Array:
@@ -188,20 +212,30 @@ def _compiled(fn: Callable[..., Any], *args: Any) -> Callable[..., Any]:
 
 
 def _medians_us(calls: Sequence[Callable[[], Any]]) -> list[float]:
-    """Medians over rounds that take the calls in turn, so that a slow moment of the machine falls on all alike."""
+    """Medians over rounds that take the calls in turn, so that a slow moment of the machine falls on all alike.
+
+    Where calls only queue work for a device, a turn waits for its last call alone: waiting for each would add the time
+    to start a program to all of them and hide what the product takes.
+    """
+    queued = _queues()
     once = []
     for call in calls:
         jax.block_until_ready(call())
         start = time.perf_counter()
         jax.block_until_ready(call())
         once.append(max(time.perf_counter() - start, 1e-7))
-    counts = [max(1, min(50, int(ROUND_S / seconds))) for seconds in once]
+    round_s = QUEUED_ROUND_S if queued else ROUND_S
+    counts = [max(1, min(50, int(round_s / seconds))) for seconds in once]
     number = max(MIN_ROUNDS, min(ROUNDS, int(BUDGET_S / sum(once))))
     rounds: list[list[float]] = [[] for _ in calls]
+    result = None
     for _ in range(number):
         for call, count, times in zip(calls, counts, rounds, strict=True):
             start = time.perf_counter()
             for _ in range(count):
-                jax.block_until_ready(call())
+                result = call()
+                if not queued:
+                    jax.block_until_ready(result)
+            jax.block_until_ready(result)
             times.append((time.perf_counter() - start) / count * 1e6)
     return [statistics.median(times) for times in rounds]

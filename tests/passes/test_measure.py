@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -153,3 +154,21 @@ def test_a_wrong_product_is_found(monkeypatch, fault):
     assert timing.wrong
     expected = {"twice": 1.0, "one value": 0.2, "not a number": np.nan, "where padded": 1.0}[fault]
     np.testing.assert_allclose(timing.error, expected, rtol=1e-3)
+
+
+def test_a_repeated_product_is_computed_anew_each_time():
+    weights = np.arange(12, dtype=np.float32).reshape(3, 4)
+    seen = []
+
+    def product(rows: jax.Array) -> jax.Array:
+        jax.debug.callback(lambda: seen.append(1))
+        return rows @ weights
+
+    rows = np.ones((2, 3), np.float32)
+    repeated = jax.jit(measure._repeated(product, 5))
+    got = repeated(rows)
+    jax.effects_barrier()
+    np.testing.assert_allclose(got, rows @ weights)
+    assert len(seen) == 5
+    body = repeated.lower(rows).compile().as_text()
+    assert re.search(r"while/body/\S*dot_general", body)
