@@ -60,31 +60,31 @@ class Backend(Protocol):
         ...
 
 
-class InferCall(Call):
+class InferCall(Call, kw_only=True, eq=False):
     """An infer request on its way: where the answer goes, and how it is compressed."""
 
-    __slots__ = ("_app", "coding", "exchange")
+    app: App
+    exchange: Exchange
+    coding: str | None
 
-    def __init__(self, app: App, request: InferRequest, exchange: Exchange, coding: str | None) -> None:
-        super().__init__(request, exchange.started_s)
-        self._app = app
-        self.exchange = exchange
-        self.coding = coding
-
-    def finish(self, outputs: Sequence[memoryview]) -> None:
+    def finish(self, outputs: Sequence[bytes | memoryview]) -> None:
         """Answers."""
+        app, plan = self.app, self.request.plan
         try:
-            self._app.answer(self, outputs)
+            if plan.prefix is not None and self.coding is None:
+                app.send(self, b"".join((plan.prefix, *outputs)))
+            else:
+                app.answer(self, outputs)
         except RefusedError as refusal:
             self.fail(refusal)
 
     def fail(self, refusal: RefusedError) -> None:
         """Answers with an error."""
-        self._app.refuse(self.exchange, refusal, self.request.plan.id)
+        self.app.refuse(self.exchange, refusal, self.request.plan.id)
 
     def cancel(self) -> None:
         """The client went away."""
-        self._app.scheduler.cancel(self)
+        self.app.scheduler.cancel(self)
 
 
 class App:
@@ -275,7 +275,11 @@ class App:
         self._submit_later(exchange, accepted, read)
 
     def _submit(self, exchange: Exchange, accepted: str | None, request: InferRequest) -> None:
-        call = InferCall(self, request, exchange, accepted)
+        plan = request.plan
+        call = InferCall(
+            plan.rows, plan.key, exchange.started_s, nbytes=request.nbytes,
+            request=request, app=self, exchange=exchange, coding=accepted,
+        )  # fmt: skip
         self.scheduler.submit(call)
         exchange.on_cancel = call.cancel
 
@@ -289,26 +293,27 @@ class App:
 
         self._workers.run(len(exchange.body), read, submit, functools.partial(self.refuse, exchange))
 
-    def answer(self, call: InferCall, outputs: Sequence[memoryview]) -> None:
+    def answer(self, call: InferCall, outputs: Sequence[bytes | memoryview]) -> None:
         """Answers an infer request with the bytes of its outputs."""
         plan = call.request.plan
-        size = sum(map(len, outputs)) if call.coding is not None or plan.prefix is None else 0
+        size = sum(map(len, outputs))
         compressed = call.coding is not None and size >= self._compress_bytes
         if plan.prefix is not None and not compressed:
-            self._send(call, b"".join((plan.prefix, *outputs)))
+            self.send(call, b"".join((plan.prefix, *outputs)))
         elif size <= PIECE_BYTES or (plan.constant and not compressed):
-            self._send(call, self._write(call, outputs))
+            self.send(call, self._write(call, outputs))
         else:
             # They are only good until this returns.
             kept = [bytes(output) for output in outputs]
             self._workers.run(
                 size,
                 lambda: self._write(call, kept),
-                functools.partial(self._send, call),
+                functools.partial(self.send, call),
                 functools.partial(self.refuse, call.exchange),
             )
 
-    def _send(self, call: InferCall, payload: bytes) -> None:
+    def send(self, call: InferCall, payload: bytes) -> None:
+        """Answers an infer request with all that is to be sent."""
         exchange = call.exchange
         if not exchange.answered:
             self._metrics.answered(monotonic() - exchange.started_s, len(exchange.body), len(payload))
@@ -318,9 +323,12 @@ class App:
         """The answer, whose constant part, if it has one, stays with the plan for the next equal request."""
         plan = call.request.plan
         head, tail = encode_response(self._signature, plan, outputs)
-        fields = "Content-Type: application/json\r\n"
+        fields = "HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
         if tail:
-            fields = f"Content-Type: application/octet-stream\r\nInference-Header-Content-Length: {len(head)}\r\n"
+            fields = (
+                "HTTP/1.1 200 OK\r\nContent-Type: application/octet-stream\r\n"
+                f"Inference-Header-Content-Length: {len(head)}\r\n"
+            )
         body = b"".join((head, *tail))
         if call.coding is not None and len(body) >= self._compress_bytes:
             body = encoding.deflate(body, call.coding)

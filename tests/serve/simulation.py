@@ -9,6 +9,7 @@ import dataclasses
 import heapq
 import math
 from collections import Counter
+from typing import Any
 
 import numpy as np
 
@@ -19,23 +20,20 @@ from lepton_xla.serve.batching.tickets import Reason, Ticket
 INF = math.inf
 
 
-class Request(Ticket):
+class Request(Ticket, kw_only=True, eq=False):
     """A ticket that knows what has become of it.
 
     Attributes:
+        number: its own.
         outcome: None while it waits or runs; "ok", "failed", "cancelled" or a `Reason`.
         done: rows that ran well.
         poison: whether every batch that holds it fails.
     """
 
-    __slots__ = ("done", "number", "outcome", "poison")
-
-    def __init__(self, number, rows, key, arrival_s, deadline_s, level, poison):
-        super().__init__(rows, key, arrival_s, deadline_s, level, 100 * rows)
-        self.number = number
-        self.poison = poison
-        self.outcome = None
-        self.done = 0
+    number: int
+    poison: bool
+    outcome: Any = None
+    done: int = 0
 
 
 @dataclasses.dataclass
@@ -156,7 +154,7 @@ class Simulation:
         return self
 
     def _arrive(self, now, rows, key, level, timeout, cancel_after, poison):
-        request = Request(self._added, rows, key, now, now + timeout, level, poison)
+        request = Request(rows, key, now, now + timeout, level, 100 * rows, number=self._added, poison=poison)
         self._added += 1
         reason = self.batcher.add(request)
         if reason is not None:

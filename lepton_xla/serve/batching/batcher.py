@@ -352,7 +352,12 @@ class Batcher[T: Ticket]:
         """Moves rows of a line into a batch; what such a batch would be too late for is dropped."""
         parts, filled, size = batch.parts, batch.rows, batch.size
         before = filled
-        while filled < size and (queue := line.queue()):
+        queue = line.queue()
+        while filled < size:
+            if line.dated or not queue or queue[0].closed:
+                queue = line.queue()
+                if not queue:
+                    break
             ticket = queue[0]
             rows = ticket.rows
             if ticket.deadline_s != math.inf:

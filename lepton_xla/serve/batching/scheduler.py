@@ -26,7 +26,6 @@ from lepton_xla.serve.batching.tickets import Batch, Part, Reason
 from lepton_xla.serve.errors import RefusedError
 from lepton_xla.serve.observe.metrics import Metrics
 from lepton_xla.serve.protocol.signature import Signature
-from lepton_xla.serve.protocol.wire import InferRequest
 
 _log = logging.getLogger("lepton_xla.serve")
 
@@ -70,26 +69,22 @@ class Times(NamedTuple):
     size: int
 
 
-class Call(Work):
+class Call(Work, kw_only=True, eq=False):
     """A request on its way through the scheduler: what came, and what is told when it is done.
 
     Attributes:
-        missing: rows whose results are not here yet; kept where it is split over batches.
-        pieces: the results of those that are.
+        pieces: the results that are here, where it is split over batches.
+        missing: rows whose results are not here yet, once there are pieces.
         block: where its tensors lie in memory that two processes share, if they do; see `split`.
         times: of the batch that it ran in; None until then.
     """
 
-    __slots__ = ("block", "missing", "pieces", "times")
+    pieces: list[bytearray] | None = None
+    missing: int = 0
+    block: int = 0
+    times: Times | None = None
 
-    def __init__(self, request: InferRequest, arrival_s: float) -> None:
-        super().__init__(request, arrival_s)
-        self.missing = self.rows
-        self.pieces: list[bytearray] | None = None
-        self.block: int
-        self.times: Times | None = None
-
-    def finish(self, outputs: Sequence[memoryview]) -> None:
+    def finish(self, outputs: Sequence[bytes | memoryview]) -> None:
         """Told the bytes of each output that was asked for. They are only good until it returns."""
         raise NotImplementedError
 
@@ -332,10 +327,23 @@ class Scheduler:
             times = Times(
                 completion.started_s, completion.staged_s, completion.finished_s, batch.rows, batch.size
             )  # fmt: skip
+            started, waits = completion.started_s, []
             for part in batch.parts:
-                if not part.ticket.closed:
-                    part.ticket.times = times
-                    self._complete_part(completion, part)
+                call = part.ticket
+                if call.closed:
+                    continue
+                call.times = times
+                if not part.start:
+                    waits.append(started - call.arrival_s)
+                try:
+                    results = completion.results(part, self._outputs)
+                    if part.rows == call.rows:
+                        call.finish(results)
+                    else:
+                        self._join(call, part, results)
+                except Exception:
+                    self._broken(call)
+            metrics.waited(waits)
             metrics.output_s += (monotonic() - completion.finished_s) * len(batch.parts)
         elif completion.outputs is None:
             self._metrics.failed_batches += 1
@@ -347,26 +355,18 @@ class Scheduler:
         if self._batcher.pending:
             self._pump_soon()
 
-    def _complete_part(self, completion: Completion[Call], part: Part[Call]) -> None:
-        call = part.ticket
-        try:
-            outputs = [completion.rows(part, index, self._outputs[index]) for index, _ in call.request.plan.outputs]
-            if not part.start:
-                self._metrics.queue_s.observe(completion.started_s - call.arrival_s)
-            if part.rows == call.rows:
-                call.finish(outputs)
-            else:
-                self._join(call, part, outputs)
-        except Exception:
-            _log.exception("an answer could not be written")
-            with self._lock:
-                self._batcher.cancel(call)
-            call.fail(RefusedError(500, "internal error"))
+    def _broken(self, call: Call) -> None:
+        """Fails a call whose result is there and could not be told; in an exception's handler."""
+        _log.exception("an answer could not be written")
+        with self._lock:
+            self._batcher.cancel(call)
+        call.fail(RefusedError(500, "internal error"))
 
-    def _join(self, call: Call, part: Part[Call], outputs: Sequence[memoryview]) -> None:
+    def _join(self, call: Call, part: Part[Call], outputs: Sequence[bytes | memoryview]) -> None:
         """Puts a piece of a split call in its place."""
         if call.pieces is None:
             call.pieces = [bytearray(len(output) // part.rows * call.rows) for output in outputs]
+            call.missing = call.rows
         for piece, output in zip(call.pieces, outputs, strict=True):
             row_bytes = len(piece) // call.rows
             piece[part.start * row_bytes : (part.start + part.rows) * row_bytes] = output

@@ -6,6 +6,8 @@ import dataclasses
 import enum
 import math
 
+import msgspec
+
 from lepton_xla.serve.batching.costs import Key
 
 # A request without a deadline counts as due so long after it came where others have deadlines, so that an endless
@@ -28,7 +30,8 @@ class Reason(enum.Enum):
     """Its deadline passed, or came too near for another run."""
 
 
-class Ticket:
+# Tickets and parts are made for every request: msgspec makes one in a quarter of the time that `__init__` takes.
+class Ticket(msgspec.Struct, eq=False):
     """A request in the queue; what it is a request for is in a class that inherits from this one.
 
     Attributes:
@@ -42,25 +45,14 @@ class Ticket:
         closed: whether nobody waits for its answer any more: cancelled, refused or failed.
     """
 
-    __slots__ = ("arrival_s", "closed", "deadline_s", "key", "level", "nbytes", "rows", "taken")
-
-    def __init__(
-        self,
-        rows: int,
-        key: Key,
-        arrival_s: float,
-        deadline_s: float = math.inf,
-        level: int = 0,
-        nbytes: int = 0,
-    ) -> None:
-        self.rows = rows
-        self.key = key
-        self.arrival_s = arrival_s
-        self.deadline_s = deadline_s
-        self.level = level
-        self.nbytes = nbytes
-        self.taken = 0
-        self.closed = False
+    rows: int
+    key: Key
+    arrival_s: float
+    deadline_s: float = math.inf
+    level: int = 0
+    nbytes: int = 0
+    taken: int = 0
+    closed: bool = False
 
     @property
     def due_s(self) -> float:
@@ -68,9 +60,7 @@ class Ticket:
         return self.arrival_s + PATIENCE_S if self.deadline_s == math.inf else self.deadline_s
 
 
-# One is made a request, and a frozen dataclass takes three times as long to make.
-@dataclasses.dataclass(slots=True)
-class Part[T: Ticket]:
+class Part[T: Ticket](msgspec.Struct, eq=False):
     """Rows `[start, start + rows)` of a ticket, at row `offset` of the batch."""
 
     ticket: T

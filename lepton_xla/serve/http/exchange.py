@@ -11,8 +11,6 @@ import msgspec
 
 from lepton_xla.serve.errors import RefusedError
 
-_OK = b"HTTP/1.1 200 OK\r\n"
-
 
 class Answers(Protocol):
     """Where answers go: the connection, which keeps them in the order of the requests."""
@@ -37,9 +35,10 @@ class Head:
         old: HTTP/1.0, where keep-alive has to be said.
         content_length: of the body; 0 without one, -1 where only its chunks will tell.
         route: room for the handler to keep what it found out about this head.
+        start: its bytes, the blank line included, once it is known to come again.
     """
 
-    __slots__ = ("content_length", "headers", "keep_alive", "method", "old", "route", "target")
+    __slots__ = ("content_length", "headers", "keep_alive", "method", "old", "route", "start", "target")
 
     def __init__(self, method: bytes, target: bytes, headers: dict[bytes, bytes], keep_alive: bool, old: bool) -> None:
         self.method = method
@@ -49,46 +48,31 @@ class Head:
         self.old = old
         self.content_length = 0
         self.route: Callable[[Exchange], None] | None = None
+        self.start = b""
 
 
-class Exchange:
+class Exchange(msgspec.Struct, eq=False):
     """One request and the place for its answer.
 
     Attributes:
+        connection: where the answer goes.
         head: request line and headers.
         body: the whole body as sent.
         started_s: when the request was complete.
         on_cancel: called if the client goes away before the answer.
         answered: whether an answer was given.
+        payload: the answer.
         trace: the W3C `traceparent` it came with, if a valid one; it goes back with the answer.
     """
 
-    __slots__ = ("_connection", "_payload", "answered", "body", "head", "on_cancel", "started_s", "trace")
-
-    def __init__(self, connection: Answers, head: Head, body: bytes, started_s: float) -> None:
-        self._connection = connection
-        self._payload: bytes | None = None
-        self.head = head
-        self.body = body
-        self.started_s = started_s
-        self.on_cancel: Callable[[], None] | None = None
-        self.answered = False
-        self.trace: bytes | None = None
-
-    @property
-    def connection(self) -> Answers:
-        """Where the answer goes."""
-        return self._connection
-
-    @property
-    def payload(self) -> bytes | None:
-        """The answer, from when it is given until it is taken."""
-        return self._payload
-
-    def redirect(self, connection: Answers) -> Answers:
-        """Sends the answer elsewhere; gives where it would have gone."""
-        before, self._connection = self._connection, connection
-        return before
+    connection: Answers
+    head: Head
+    body: bytes
+    started_s: float
+    on_cancel: Callable[[], None] | None = None
+    answered: bool = False
+    payload: bytes | None = None
+    trace: bytes | None = None
 
     def abandon(self) -> None:
         """The client went away."""
@@ -97,35 +81,27 @@ class Exchange:
             cancel, self.on_cancel = self.on_cancel, None
             if cancel is not None:
                 cancel()
-            self._connection.abandoned()
-
-    def send(self, payload: bytes) -> None:
-        """Answers 200 with header fields, the blank line and the body in one piece (without the status line)."""
-        self._send(_OK + payload)
+            self.connection.abandoned()
 
     def answer(self, status: int, body: bytes, content_type: str = "application/json", *extra: str) -> None:
         """Answers with a status, a body, and further header lines such as `Retry-After: 1`."""
-        self._send(_head(status, len(body), content_type, extra) + (b"" if self.head.method == b"HEAD" else body))
+        self.send(_head(status, len(body), content_type, extra) + (b"" if self.head.method == b"HEAD" else body))
 
     def refuse(self, refusal: RefusedError) -> None:
         """Answers with an error."""
         head, body = _refusal(refusal.status, refusal.message, refusal.headers)
-        self._send(head if self.head.method == b"HEAD" else head + body)
+        self.send(head if self.head.method == b"HEAD" else head + body)
 
-    def _send(self, payload: bytes) -> None:
+    def send(self, payload: bytes) -> None:
+        """Answers with all that is to be sent, the status line first."""
         if not self.answered:
             self.answered = True
             # It refers back to this exchange; a cycle a request would keep the garbage collector busy.
             self.on_cancel = None
             if self.trace is not None:
                 payload = payload.replace(b"\r\n", b"\r\nTraceparent: " + self.trace + b"\r\n", 1)
-            self._payload = payload
-            self._connection.flush()
-
-    def take_payload(self) -> bytes | None:
-        """The answer, once."""
-        payload, self._payload = self._payload, None
-        return payload
+            self.payload = payload
+            self.connection.flush()
 
 
 def _head(status: int, body_bytes: int, content_type: str, extra: tuple[str, ...]) -> bytes:

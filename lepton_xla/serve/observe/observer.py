@@ -13,7 +13,7 @@ from typing import Protocol
 
 from lepton_xla.serve.app import App, InferCall
 from lepton_xla.serve.batching.scheduler import Times
-from lepton_xla.serve.http.exchange import Answers, Exchange
+from lepton_xla.serve.http.exchange import Exchange
 from lepton_xla.serve.observe.refusals import template_of
 from lepton_xla.serve.protocol.wire import InferRequest
 
@@ -69,13 +69,14 @@ class Tap:
     def __init__(self, exchange: Exchange, observers: Sequence[Observer]) -> None:
         self._exchange = exchange
         self._observers = observers
-        self._connection: Answers = exchange.redirect(self)
+        self._connection, exchange.connection = exchange.connection, self
         self.request: InferRequest | None = None
         self.times: Times | None = None
 
     def flush(self) -> None:
         """The answer is there."""
-        payload = self._exchange.payload or b""
+        payload = self._exchange.payload
+        assert payload is not None
         self._end(int(payload[9:12]), len(payload))
         self._connection.flush()
 
@@ -85,7 +86,7 @@ class Tap:
 
     def _end(self, status: int, answer_bytes: int) -> None:
         exchange = self._exchange
-        exchange.redirect(self._connection)
+        exchange.connection = self._connection
         seen = Seen(
             exchange, template_of(exchange.head), status, answer_bytes, monotonic(), self.request, self.times
         )  # fmt: skip
@@ -114,8 +115,9 @@ class ObservedApp(App):
             tap.request = request
         super()._submit(exchange, accepted, request)
 
-    def _send(self, call: InferCall, payload: bytes) -> None:
+    def send(self, call: InferCall, payload: bytes) -> None:
+        """Answers an infer request with all that is to be sent."""
         tap = call.exchange.connection
         if isinstance(tap, Tap):
             tap.times = call.times
-        super()._send(call, payload)
+        super().send(call, payload)

@@ -252,6 +252,7 @@ def model_config(signature: Signature, max_delay_s: float) -> ModelConfig:
 def statistics(signature: Signature, metrics: Metrics) -> Statistics:
     """The answer to `GET /v2/models/{model}/stats`."""
     none = _duration(0, 0.0)
+    metrics.bring_up_to_date()
     batches, requests = metrics.batch_rows.count, metrics.requests
     inference = InferStatistics(
         success=_total(metrics.request_s),

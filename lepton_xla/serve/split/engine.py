@@ -34,29 +34,22 @@ _log = logging.getLogger("lepton_xla.serve")
 _KEPT_LAYOUTS = 1024
 
 
-class RemoteCall(Call):
+class RemoteCall(Call, kw_only=True, eq=False):
     """A request of a front-end, whose tensors are in that one's memory."""
 
-    __slots__ = ("_front", "_layout")
+    front: FrontEnd
+    layout: Layout
 
-    def __init__(self, front: FrontEnd, layout: Layout, block: int, arrival_s: float) -> None:
-        shared = front.memory
-        tensors = [shared[block + start : block + stop] for start, stop in layout.inputs]
-        super().__init__(InferRequest(layout.plan, tensors), arrival_s)
-        self.block = block
-        self._front = front
-        self._layout = layout
-
-    def finish(self, outputs: Sequence[memoryview]) -> None:
+    def finish(self, outputs: Sequence[bytes | memoryview]) -> None:
         """Writes the results over the inputs."""
-        shared, block = self._front.memory, self.block
-        for (start, stop), output in zip(self._layout.outputs, outputs, strict=True):
+        shared, block = self.front.memory, self.block
+        for (start, stop), output in zip(self.layout.outputs, outputs, strict=True):
             shared[block + start : block + stop] = output
-        self._front.succeed(self)
+        self.front.succeed(self)
 
     def fail(self, refusal: RefusedError) -> None:
         """Tells the front-end why there is no result."""
-        self._front.answer(self.block, descriptors.refusal(refusal, self.block))
+        self.front.answer(self.block, descriptors.refusal(refusal, self.block))
 
 
 class FrontEnd:
@@ -121,7 +114,19 @@ class FrontEnd:
         size = 1 << layout.order
         if block in self._calls or block & (size - 1) or block + size > len(self.memory):
             raise ValueError(f"the block at {block} is not free, or none of {size} bytes")
-        call = self._calls[block] = RemoteCall(self, layout, block, arrival_s)
+        plan = layout.plan
+        tensors = [self.memory[block + start : block + stop] for start, stop in layout.inputs]
+        request = InferRequest(plan, tensors, sum(map(len, tensors)))
+        call = self._calls[block] = RemoteCall(
+            plan.rows,
+            plan.key,
+            arrival_s,
+            nbytes=request.nbytes,
+            request=request,
+            block=block,
+            front=self,
+            layout=layout,
+        )
         try:
             self._scheduler.submit(call)
         except RefusedError as refusal:

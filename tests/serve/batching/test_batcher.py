@@ -11,13 +11,15 @@ from lepton_xla.serve.batching.tickets import PATIENCE_S, Reason, Ticket
 LADDER = (1, 4, 8)
 
 
-class Named(Ticket):
-    def __init__(self, name, rows=1, key=(), arrival_s=0.0, **more):
-        super().__init__(rows, key, arrival_s, **more)
-        self.name = name
+class NamedTicket(Ticket, kw_only=True, eq=False):
+    name: str
 
     def __repr__(self):
         return f"<{self.name}>"
+
+
+def named(name, rows=1, key=(), arrival_s=0.0, **more):
+    return NamedTicket(rows, key, arrival_s, name=name, **more)
 
 
 def make(costs=None, ladder=LADDER, **options):
@@ -63,11 +65,11 @@ def dropped(batcher):
 def test_nothing_waits_then_a_request_runs_at_once_and_the_next_when_that_has_finished():
     batcher = make()
     assert batcher.next_batch(0.0) is None
-    fill(batcher, Named("a"))
+    fill(batcher, named("a"))
     batch = batcher.next_batch(0.0)
     assert (batch.rows, batch.size, batch.parts[0].ticket.name) == (1, 1, "a")
     assert batcher.rows == len(batcher) == 0
-    fill(batcher, Named("b"))
+    fill(batcher, named("b"))
     assert batcher.next_batch(0.0) is None
     assert batcher.wake_at is None
     batcher.finish(batch, 1.0, 1.0)
@@ -76,10 +78,10 @@ def test_nothing_waits_then_a_request_runs_at_once_and_the_next_when_that_has_fi
 
 def test_delay_is_measured_from_the_oldest_request():
     batcher = make(max_delay_s=1.0)
-    fill(batcher, Named("a", arrival_s=10.0))
+    fill(batcher, named("a", arrival_s=10.0))
     assert batcher.next_batch(10.0) is None
     assert batcher.wake_at == 11.0
-    fill(batcher, Named("b", arrival_s=10.9))
+    fill(batcher, named("b", arrival_s=10.9))
     assert batcher.next_batch(10.9) is None
     assert batcher.wake_at == 11.0
     assert batcher.next_batch(11.0).rows == 2
@@ -87,7 +89,7 @@ def test_delay_is_measured_from_the_oldest_request():
 
 def test_delay_leaves_time_to_meet_a_deadline():
     batcher = make({1: 0.1, 4: 0.2, 8: 0.3}, max_delay_s=1.0)
-    fill(batcher, Named("a"), Named("b", deadline_s=0.7))
+    fill(batcher, named("a"), named("b", deadline_s=0.7))
     assert batcher.next_batch(0.0) is None
     assert batcher.wake_at == pytest.approx(0.4)
     assert names(batcher, 0.4) == ["ba"]
@@ -96,11 +98,11 @@ def test_delay_leaves_time_to_meet_a_deadline():
 
 def test_a_full_batch_and_one_that_another_key_ends_do_not_wait():
     batcher = make(max_delay_s=1.0)
-    fill(batcher, *(Named(name) for name in "abcdefgh"))
+    fill(batcher, *(named(name) for name in "abcdefgh"))
     assert run(batcher) is not None
-    fill(batcher, Named("a", key=(4,)))
+    fill(batcher, named("a", key=(4,)))
     assert run(batcher) is None
-    fill(batcher, Named("b", key=(8,)))
+    fill(batcher, named("b", key=(8,)))
     assert run(batcher) is not None
 
 
@@ -119,7 +121,7 @@ def test_a_full_batch_and_one_that_another_key_ends_do_not_wait():
 )
 def test_size_is_the_one_with_the_least_cost_per_real_row(costs, rows, size):
     batcher = make(costs)
-    fill(batcher, *(Named(index) for index in range(rows)))
+    fill(batcher, *(named(index) for index in range(rows)))
     batch = batcher.next_batch(0.0)
     assert batch.size == size
     assert batch.rows == min(rows, size)
@@ -128,18 +130,18 @@ def test_size_is_the_one_with_the_least_cost_per_real_row(costs, rows, size):
 def test_size_follows_what_executions_take():
     batcher = make({1: 1.0, 4: 2.0, 8: 2.4})
     for _ in range(100):
-        fill(batcher, *(Named(index) for index in range(8)))
+        fill(batcher, *(named(index) for index in range(8)))
         batch = batcher.next_batch(0.0)
         batcher.finish(batch, 0.0, 10.0 if batch.size == 8 else 2.0)
         while run(batcher):
             pass
-    fill(batcher, *(Named(index) for index in range(8)))
+    fill(batcher, *(named(index) for index in range(8)))
     assert batcher.next_batch(0.0).size == 4
 
 
 def test_an_oversized_request_is_split_and_shares_its_last_batch():
     batcher = make()
-    fill(batcher, Named("big", 18), Named("small", 2))
+    fill(batcher, named("big", 18), named("small", 2))
     assert run(batcher) == [("big", 0, 8, 0)]
     assert run(batcher) == [("big", 8, 8, 0)]
     assert run(batcher) == [("big", 16, 2, 0), ("small", 0, 2, 2)]
@@ -151,47 +153,47 @@ def test_an_oversized_request_is_split_and_shares_its_last_batch():
 def test_the_earliest_deadline_goes_first_and_equal_ones_as_they_came():
     batcher = make(ladder=(1,))
     for name, deadline in (("a", 9.0), ("b", 3.0), ("c", 9.0), ("d", 3.0), ("e", 5.0)):
-        fill(batcher, Named(name, deadline_s=deadline))
+        fill(batcher, named(name, deadline_s=deadline))
     assert names(batcher) == list("bdeac")
 
 
 def test_requests_without_a_deadline_keep_their_order_and_are_due_after_a_while():
     batcher = make(ladder=(1,))
-    fill(batcher, Named("late", arrival_s=5.0, deadline_s=5.1 + PATIENCE_S))
-    fill(batcher, Named("a", arrival_s=5.0), Named("b", arrival_s=5.2))
-    fill(batcher, Named("soon", arrival_s=5.3, deadline_s=4.9 + PATIENCE_S))
+    fill(batcher, named("late", arrival_s=5.0, deadline_s=5.1 + PATIENCE_S))
+    fill(batcher, named("a", arrival_s=5.0), named("b", arrival_s=5.2))
+    fill(batcher, named("soon", arrival_s=5.3, deadline_s=4.9 + PATIENCE_S))
     assert names(batcher, 5.3) == ["soon", "a", "late", "b"]
 
 
 def test_the_highest_level_goes_first():
     batcher = make(ladder=(1,), levels=3)
-    fill(batcher, Named("c", level=2), Named("b", level=1), Named("a"), Named("d", level=2), Named("e"))
+    fill(batcher, named("c", level=2), named("b", level=1), named("a"), named("d", level=2), named("e"))
     assert names(batcher) == list("aebcd")
 
 
 def test_what_room_is_left_goes_to_lower_levels_that_can_share_it():
     costs = {1: 1.0, 4: 2.0, 8: 3.0}
     batcher = make({(4,): costs, (2,): {1: 0.1, 4: 0.2, 8: 0.3}}, levels=3)
-    fill(batcher, Named("c", key=(4,), level=2), Named("x", key=(2,), level=1))
-    fill(batcher, Named("a", key=(4,)), Named("b", key=(4,), level=1))
+    fill(batcher, named("c", key=(4,), level=2), named("x", key=(2,), level=1))
+    fill(batcher, named("a", key=(4,)), named("b", key=(4,), level=1))
     batch = batcher.next_batch(0.0)
     assert [part.ticket.name for part in batch.parts] == ["a", "b", "c", "x"]
     batcher = make(costs, levels=3)
-    fill(batcher, Named("c", level=2), Named("a"), Named("b", level=1))
+    fill(batcher, named("c", level=2), named("a"), named("b", level=1))
     assert names(batcher) == ["abc"]
 
 
 def test_a_lower_level_heads_every_eighth_batch():
     batcher = make(ladder=(1,), levels=3)
-    fill(batcher, *(Named("a") for _ in range(30)), *(Named("b", level=1) for _ in range(9)))
-    fill(batcher, Named("c", level=2, arrival_s=-1.0))
+    fill(batcher, *(named("a") for _ in range(30)), *(named("b", level=1) for _ in range(9)))
+    fill(batcher, named("c", level=2, arrival_s=-1.0))
     order = "".join(names(batcher))
     assert order[:32] == "aaaaaaac" + "aaaaaaab" * 3
 
 
 def test_a_lower_level_with_company_of_its_key_takes_its_turn_first():
     batcher = make({1: 1.0}, ladder=(1,), levels=2)
-    fill(batcher, *(Named("a") for _ in range(8)), Named("b", level=1))
+    fill(batcher, *(named("a") for _ in range(8)), named("b", level=1))
     assert "".join(names(batcher)) == "aaaaaaaba"
 
 
@@ -200,49 +202,49 @@ def test_a_lower_level_with_company_of_its_key_takes_its_turn_first():
 
 def test_a_deadline_shorter_than_a_run_is_refused_at_once():
     batcher = make({1: 1.0, 4: 2.0, 8: 3.0})
-    assert batcher.add(Named("a", deadline_s=0.9)) is Reason.TOO_SHORT
-    assert batcher.add(Named("b", rows=4, deadline_s=1.9)) is Reason.TOO_SHORT
-    assert batcher.add(Named("c", rows=12, deadline_s=4.9)) is Reason.TOO_SHORT
-    assert batcher.add(Named("d", rows=12, deadline_s=5.1)) is None
+    assert batcher.add(named("a", deadline_s=0.9)) is Reason.TOO_SHORT
+    assert batcher.add(named("b", rows=4, deadline_s=1.9)) is Reason.TOO_SHORT
+    assert batcher.add(named("c", rows=12, deadline_s=4.9)) is Reason.TOO_SHORT
+    assert batcher.add(named("d", rows=12, deadline_s=5.1)) is None
     assert batcher.rows == 12
 
 
 def test_what_is_ahead_decides_whether_a_deadline_can_be_met():
     batcher = make({1: 0.1, 4: 0.2, 8: 0.3}, levels=2)
-    fill(batcher, Named("r", 8))
+    fill(batcher, named("r", 8))
     running = batcher.next_batch(0.0)  # until 0.3
     # Level 1 is not ahead of level 0, however long it has waited.
-    fill(batcher, Named("x", 8, arrival_s=-1.0, level=1), Named("y", 8, deadline_s=0.9))
+    fill(batcher, named("x", 8, arrival_s=-1.0, level=1), named("y", 8, deadline_s=0.9))
     # Before y: alone after what runs.
-    assert batcher.add(Named("a", arrival_s=0.2, deadline_s=0.39)) is Reason.OVERLOADED
-    assert batcher.add(Named("a", arrival_s=0.2, deadline_s=0.41)) is None
+    assert batcher.add(named("a", arrival_s=0.2, deadline_s=0.39)) is Reason.OVERLOADED
+    assert batcher.add(named("a", arrival_s=0.2, deadline_s=0.41)) is None
     # After both: ten rows take 0.5.
-    assert batcher.add(Named("b", arrival_s=0.2, deadline_s=0.79)) is None
-    assert batcher.add(Named("c", arrival_s=0.2, deadline_s=0.95)) is None
+    assert batcher.add(named("b", arrival_s=0.2, deadline_s=0.79)) is None
+    assert batcher.add(named("c", arrival_s=0.2, deadline_s=0.95)) is None
     batcher.cancel(batcher._lines[0].dated[-1])
     # The level behind waits for all of the first, ten rows and eight that are due later, and its own eight.
-    fill(batcher, Named("z", 8, deadline_s=9.0))
-    assert batcher.add(Named("d", arrival_s=0.2, deadline_s=1.39, level=1)) is Reason.OVERLOADED
-    assert batcher.add(Named("d", arrival_s=0.2, deadline_s=1.41, level=1)) is None
+    fill(batcher, named("z", 8, deadline_s=9.0))
+    assert batcher.add(named("d", arrival_s=0.2, deadline_s=1.39, level=1)) is Reason.OVERLOADED
+    assert batcher.add(named("d", arrival_s=0.2, deadline_s=1.41, level=1)) is None
     # The batch takes longer than predicted.
-    assert batcher.add(Named("e", arrival_s=0.5, deadline_s=0.59)) is Reason.TOO_SHORT
-    assert batcher.add(Named("e", arrival_s=0.5, deadline_s=0.69)) is Reason.OVERLOADED
+    assert batcher.add(named("e", arrival_s=0.5, deadline_s=0.59)) is Reason.TOO_SHORT
+    assert batcher.add(named("e", arrival_s=0.5, deadline_s=0.69)) is Reason.OVERLOADED
     batcher.finish(running, 0.6, 0.6)
     assert not batcher.dropped
 
 
 def test_requests_without_a_deadline_are_ahead_of_those_that_are_due_later():
     batcher = make({1: 0.1}, ladder=(1,))
-    fill(batcher, *(Named(index, arrival_s=index * 0.1) for index in range(10)))  # due from 1.0 to 1.9
+    fill(batcher, *(named(index, arrival_s=index * 0.1) for index in range(10)))  # due from 1.0 to 1.9
     # Due at 1.5: after half of them, which take until 1.4.
-    assert batcher.add(Named("a", arrival_s=0.9, deadline_s=1.501)) is None
-    assert batcher.add(Named("b", arrival_s=0.9, deadline_s=1.45)) is Reason.OVERLOADED
+    assert batcher.add(named("a", arrival_s=0.9, deadline_s=1.501)) is None
+    assert batcher.add(named("b", arrival_s=0.9, deadline_s=1.45)) is Reason.OVERLOADED
 
 
 def test_what_has_expired_is_dropped_and_the_rest_is_told_when():
     batcher = make(ladder=(1,))
-    fill(batcher, Named("a", deadline_s=5.0), Named("b", arrival_s=3.0))
-    fill(batcher, Named("c", deadline_s=2.0), Named("d", rows=3, deadline_s=3.0))
+    fill(batcher, named("a", deadline_s=5.0), named("b", arrival_s=3.0))
+    fill(batcher, named("c", deadline_s=2.0), named("d", rows=3, deadline_s=3.0))
     batch = batcher.next_batch(0.0)  # c
     assert batcher.next_deadline() == 2.0
     batcher.expire(1.9)
@@ -264,7 +266,7 @@ def test_what_has_expired_is_dropped_and_the_rest_is_told_when():
 
 def test_a_batch_is_wanted_while_one_of_its_requests_is():
     batcher = make()
-    first, second = fill(batcher, Named("a"), Named("b"))
+    first, second = fill(batcher, named("a"), named("b"))
     batch = batcher.next_batch(0.0)
     batcher.cancel(first)
     assert batch.wanted
@@ -274,14 +276,14 @@ def test_a_batch_is_wanted_while_one_of_its_requests_is():
 
 def test_a_split_request_is_not_begun_if_it_cannot_be_ended_in_time():
     batcher = make({1: 0.1, 4: 0.2, 8: 0.3})
-    fill(batcher, Named("a", 12, deadline_s=0.6), Named("b"))
+    fill(batcher, named("a", 12, deadline_s=0.6), named("b"))
     assert names(batcher, 0.2) == ["b"]
     assert dropped(batcher) == [("a", Reason.EXPIRED)]
 
 
 def test_a_split_request_that_expires_between_its_parts_gives_no_more():
     batcher = make(ladder=(4,))
-    fill(batcher, Named("a", 8, deadline_s=1.0))
+    fill(batcher, named("a", 8, deadline_s=1.0))
     batch = batcher.next_batch(0.0)
     batcher.finish(batch, 0.5, None)
     assert batcher.next_deadline() == 1.0
@@ -292,7 +294,7 @@ def test_a_split_request_that_expires_between_its_parts_gives_no_more():
 
 def test_a_result_that_comes_too_late_is_none():
     batcher = make(ladder=(1,))
-    fill(batcher, Named("a", deadline_s=5.0))
+    fill(batcher, named("a", deadline_s=5.0))
     batch = batcher.next_batch(0.0)
     batcher.finish(batch, 5.0, 5.0)
     assert dropped(batcher) == [("a", Reason.EXPIRED)]
@@ -302,18 +304,18 @@ def test_a_result_that_comes_too_late_is_none():
 def test_a_smaller_size_is_taken_for_an_urgent_request_if_there_is_time():
     costs = {1: 0.1, 4: 0.2, 8: 0.3}
     batcher = make(costs)
-    fill(batcher, *(Named(name) for name in "abcdefg"), Named("u", deadline_s=0.25))
+    fill(batcher, *(named(name) for name in "abcdefg"), named("u", deadline_s=0.25))
     assert names(batcher) == ["uabc", "defg"]
     # With more than one batch can hold, there is not: it is dropped.
-    fill(batcher, *(Named(name) for name in "abcdefgh"), Named("u", deadline_s=0.25))
+    fill(batcher, *(named(name) for name in "abcdefgh"), named("u", deadline_s=0.25))
     assert names(batcher) == ["abcdefgh"]
     assert dropped(batcher) == [("u", Reason.EXPIRED)]
 
 
 def test_nothing_is_taken_along_that_the_batch_is_too_late_for():
     batcher = make({1: 1.0, 4: 2.0, 8: 3.0}, levels=2)
-    fill(batcher, Named("l", level=1, deadline_s=2.0), Named("m", level=1, deadline_s=9.0))
-    fill(batcher, Named("a"))
+    fill(batcher, named("l", level=1, deadline_s=2.0), named("m", level=1, deadline_s=9.0))
+    fill(batcher, named("a"))
     assert names(batcher) == ["am"]
     assert dropped(batcher) == [("l", Reason.EXPIRED)]
 
@@ -323,10 +325,10 @@ def test_nothing_is_taken_along_that_the_batch_is_too_late_for():
 
 def test_the_queue_is_bounded_by_rows_and_cancelling_makes_room():
     batcher = make(max_rows=4)
-    first, _ = Named("a", 3), None
+    first, _ = named("a", 3), None
     fill(batcher, first)
-    assert batcher.add(Named("b", 2)) is Reason.FULL
-    fill(batcher, Named("c"))
+    assert batcher.add(named("b", 2)) is Reason.FULL
+    fill(batcher, named("c"))
     batcher.cancel(first)
     batcher.cancel(first)
     assert batcher.rows == 1
@@ -335,50 +337,50 @@ def test_the_queue_is_bounded_by_rows_and_cancelling_makes_room():
 
 def test_the_queue_is_bounded_by_bytes_but_for_the_only_one():
     batcher = make(max_bytes=100)
-    fill(batcher, Named("a", nbytes=150))
-    assert batcher.add(Named("b", nbytes=1)) is Reason.FULL
+    fill(batcher, named("a", nbytes=150))
+    assert batcher.add(named("b", nbytes=1)) is Reason.FULL
     assert run(batcher) is not None
     assert batcher.nbytes == 0
-    fill(batcher, Named("c", nbytes=60), Named("d", nbytes=40))
-    assert batcher.add(Named("e", nbytes=1)) is Reason.FULL
+    fill(batcher, named("c", nbytes=60), named("d", nbytes=40))
+    assert batcher.add(named("e", nbytes=1)) is Reason.FULL
     batcher.cancel(batcher._lines[0].plain[0])
-    fill(batcher, Named("f", nbytes=60))
+    fill(batcher, named("f", nbytes=60))
     assert batcher.nbytes == 100
 
 
 def test_a_full_queue_makes_room_for_a_higher_level():
     batcher = make(levels=3, max_rows=8)
-    fill(batcher, Named("a", 2, level=1), Named("b", 2, level=1), *(Named(name, level=2) for name in "cdef"))
-    assert batcher.add(Named("y", level=2)) is Reason.FULL
-    assert batcher.add(Named("x", 3)) is None
+    fill(batcher, named("a", 2, level=1), named("b", 2, level=1), *(named(name, level=2) for name in "cdef"))
+    assert batcher.add(named("y", level=2)) is Reason.FULL
+    assert batcher.add(named("x", 3)) is None
     assert dropped(batcher) == [(name, Reason.OUTRANKED) for name in "fed"]
-    assert batcher.add(Named("w", level=1)) is Reason.FULL  # the last of its level stays
+    assert batcher.add(named("w", level=1)) is Reason.FULL  # the last of its level stays
     # All or nothing: what would not suffice is not thrown out.
-    assert batcher.add(Named("z", 4)) is Reason.FULL
+    assert batcher.add(named("z", 4)) is Reason.FULL
     assert not batcher.dropped
-    assert batcher.add(Named("v", 2)) is None
+    assert batcher.add(named("v", 2)) is None
     assert dropped(batcher) == [("b", Reason.OUTRANKED)]
     assert batcher.rows == 8
 
 
 def test_an_eighth_of_a_full_queue_is_left_to_lower_levels():
     batcher = make(levels=2, max_rows=16)
-    fill(batcher, *(Named(index, level=1) for index in range(16)))
-    assert [batcher.add(Named("x")) for _ in range(16)] == [None] * 14 + [Reason.FULL] * 2
+    fill(batcher, *(named(index, level=1) for index in range(16)))
+    assert [batcher.add(named("x")) for _ in range(16)] == [None] * 14 + [Reason.FULL] * 2
     assert [name for name, _ in dropped(batcher)] == list(range(15, 1, -1))
 
 
 def test_drain_time_counts_what_runs_and_what_waits():
     batcher = make({1: 1.0, 4: 2.0, 8: 3.0}, levels=2)
-    fill(batcher, Named("a", 8))
+    fill(batcher, named("a", 8))
     batcher.next_batch(0.0)
-    fill(batcher, Named("b", 9), Named("c", 8, level=1))
+    fill(batcher, named("b", 9), named("c", 8, level=1))
     assert batcher.drain_s(1.0) == pytest.approx(2.0 + 3.0 + 3.0 + 1.0)
 
 
 def test_a_request_cancelled_after_a_part_ran_gives_no_more_parts():
     batcher = make(ladder=(1, 4))
-    (ticket,) = fill(batcher, Named("a", 6))
+    (ticket,) = fill(batcher, named("a", 6))
     assert batcher.next_batch(0.0).rows == 4
     batcher.cancel(ticket)
     assert batcher.rows == 0
@@ -388,9 +390,9 @@ def test_a_request_cancelled_after_a_part_ran_gives_no_more_parts():
 @pytest.mark.parametrize("deadline_s", [math.inf, 9.0])
 def test_cancelled_requests_do_not_pile_up_behind_a_busy_engine(deadline_s):
     batcher = make(max_rows=10)
-    fill(batcher, Named("first"))
+    fill(batcher, named("first"))
     for index in range(10_000):
-        (ticket,) = fill(batcher, Named(index, deadline_s=deadline_s))
+        (ticket,) = fill(batcher, named(index, deadline_s=deadline_s))
         batcher.cancel(ticket)
     assert len(batcher) < 200
     assert batcher.rows == 1
@@ -404,14 +406,14 @@ KEYED = {(4,): {1: 1.0, 4: 2.0, 8: 3.0}, (8,): {1: 1.5, 4: 3.0, 8: 5.0}}
 
 def test_a_shorter_request_joins_a_longer_one_if_that_is_less_time():
     batcher = make(KEYED)
-    fill(batcher, Named("a", key=(4,)), Named("b", 3, key=(8,)))
+    fill(batcher, named("a", key=(4,)), named("b", 3, key=(8,)))
     batch = batcher.next_batch(0.0)  # 3.0 together; 1.0 + 3.0 apart
     assert (batch.key, batch.size, [part.ticket.name for part in batch.parts]) == ((8,), 4, ["a", "b"])
 
 
 def test_keys_stay_apart_if_together_is_not_less():
     batcher = make(KEYED)
-    fill(batcher, Named("a", 4, key=(4,)), Named("b", 4, key=(8,)))
+    fill(batcher, named("a", 4, key=(4,)), named("b", 4, key=(8,)))
     batch = batcher.next_batch(0.0)  # 5.0 together; 2.0 + 3.0 apart
     assert (batch.key, batch.size) == ((4,), 4)
     batcher.finish(batch, 0.0, None)
@@ -420,7 +422,7 @@ def test_keys_stay_apart_if_together_is_not_less():
 
 def test_the_padding_of_a_longer_batch_is_filled_by_shorter_requests():
     batcher = make(KEYED)
-    fill(batcher, Named("long", 6, key=(8,)), *(Named(index, key=(4,)) for index in range(8)))
+    fill(batcher, named("long", 6, key=(8,)), *(named(index, key=(4,)) for index in range(8)))
     batch = batcher.next_batch(0.0)
     assert (batch.key, batch.size, batch.rows) == ((8,), 8, 8)
     assert [part.ticket.name for part in batch.parts] == ["long", 0, 1]
@@ -429,7 +431,7 @@ def test_the_padding_of_a_longer_batch_is_filled_by_shorter_requests():
 def test_keys_of_which_neither_is_larger_never_join():
     costs = {(4, 8): {1: 9.0, 4: 9.0, 8: 9.0}, (8, 4): {1: 9.0, 4: 9.0, 8: 9.0}, (8, 8): {1: 9.0, 4: 9.0, 8: 9.0}}
     batcher = make(costs)
-    fill(batcher, Named("a", key=(4, 8)), Named("b", key=(8, 4)))
+    fill(batcher, named("a", key=(4, 8)), named("b", key=(8, 4)))
     assert names(batcher) == ["a", "b"]
 
 
@@ -437,7 +439,7 @@ def test_joining_does_not_cost_the_head_its_deadline():
     tenths = {key: {size: cost / 10 for size, cost in costs.items()} for key, costs in KEYED.items()}
     for deadline_s, key in ((0.29, (4,)), (0.31, (8,))):
         batcher = make(tenths)
-        fill(batcher, Named("a", key=(4,), deadline_s=deadline_s), Named("b", 3, key=(8,)))
+        fill(batcher, named("a", key=(4,), deadline_s=deadline_s), named("b", 3, key=(8,)))
         assert batcher.next_batch(0.0).key == key
 
 
@@ -465,7 +467,7 @@ def run_poisoned(batcher, poison):
 def test_only_the_poisoned_request_of_a_batch_fails():
     for culprit in range(8):
         batcher = make()
-        fill(batcher, *(Named(index) for index in range(8)))
+        fill(batcher, *(named(index) for index in range(8)))
         failed, ran, batches = run_poisoned(batcher, {culprit})
         assert failed == [culprit]
         assert sorted(ran) == [index for index in range(8) if index != culprit]
@@ -475,9 +477,9 @@ def test_only_the_poisoned_request_of_a_batch_fails():
 def test_clearing_closes_and_gives_every_request_once():
     """Running, half handed out, waiting with and without a deadline, of a failed batch; not what was closed before."""
     batcher = make(levels=2)
-    fill(batcher, *(Named(name) for name in "abcdefgh"))
+    fill(batcher, *(named(name) for name in "abcdefgh"))
     batcher.fail(batcher.next_batch(0.0), 0.0)
-    gone, *_ = fill(batcher, Named("gone"), Named("x", 3, deadline_s=9.0), Named("y", 2, level=1), Named("z", key=(4,)))
+    gone, *_ = fill(batcher, named("gone"), named("x", 3, deadline_s=9.0), named("y", 2, level=1), named("z", key=(4,)))
     batcher.cancel(gone)
     running = batcher.next_batch(0.0)
     assert running.rows == 4
@@ -489,13 +491,13 @@ def test_clearing_closes_and_gives_every_request_once():
         batcher.cancel(ticket)  # by whoever asked for it
     assert batcher.fail(running, 1.0) == []
     assert batcher.next_batch(1.0) is None
-    fill(batcher, Named("new"))
+    fill(batcher, named("new"))
     assert names(batcher, 1.0) == ["new"]
 
 
 def test_a_request_that_fails_alone_fails_at_once():
     batcher = make()
-    (ticket,) = fill(batcher, Named("a", 20))
+    (ticket,) = fill(batcher, named("a", 20))
     assert run_poisoned(batcher, {"a"}) == (["a"], [], [["a"]])
     assert ticket.closed
     assert batcher.rows == 0
@@ -504,25 +506,25 @@ def test_a_request_that_fails_alone_fails_at_once():
 def test_the_runs_after_a_failure_are_bounded():
     ladder = (1, 64)
     batcher = make(ladder=ladder)
-    fill(batcher, *(Named(index) for index in range(64)))
+    fill(batcher, *(named(index) for index in range(64)))
     failed, ran, batches = run_poisoned(batcher, set(range(64)))
     assert sorted(failed) == list(range(64))
     assert not ran
     assert len(batches) <= 1 + 4 * 6
     # Nothing is run twice any more, until something has run well.
-    fill(batcher, *(Named(index) for index in range(64)))
+    fill(batcher, *(named(index) for index in range(64)))
     assert len(run_poisoned(batcher, {5})[2]) == 1
-    fill(batcher, Named("good"))
+    fill(batcher, named("good"))
     run_poisoned(batcher, set())
-    fill(batcher, *(Named(index) for index in range(64)))
+    fill(batcher, *(named(index) for index in range(64)))
     assert run_poisoned(batcher, {5})[0] == [5]
 
 
 def test_halves_leave_out_who_has_gone_and_go_before_the_queue():
     batcher = make()
-    tickets = fill(batcher, *(Named(name) for name in "abcdefgh"))
+    tickets = fill(batcher, *(named(name) for name in "abcdefgh"))
     batch = batcher.next_batch(0.0)
-    fill(batcher, Named("next"))
+    fill(batcher, named("next"))
     assert batcher.fail(batch, 0.0) == []
     assert batcher.pending
     batcher.cancel(tickets[1])
@@ -534,7 +536,7 @@ def test_halves_leave_out_who_has_gone_and_go_before_the_queue():
 
 def test_a_deadline_passes_between_the_halves():
     batcher = make(ladder=(4,))
-    fill(batcher, Named("a", deadline_s=3.0), Named("b", deadline_s=2.0))
+    fill(batcher, named("a", deadline_s=3.0), named("b", deadline_s=2.0))
     assert batcher.fail(batcher.next_batch(0.0), 1.0) == []
     assert run(batcher, 1.0) == [("b", 0, 1, 0)]
     batcher.expire(3.0)
@@ -575,7 +577,7 @@ def test_every_row_that_is_not_cancelled_runs_once_and_in_order(actions):
 
     for action, number, key in actions:
         if action == "add":
-            ticket = Named(len(tickets), number, (key,), len(tickets) * 1e-3)
+            ticket = named(len(tickets), number, (key,), len(tickets) * 1e-3)
             accepted = batcher.add(ticket) is None
             assert accepted == (sum(map(len, rows.values())) + number <= 64)
             if accepted:

@@ -19,7 +19,7 @@ def work(tokens):
         rows=rows, key=(key,), sizes={"batch": rows, "seq": seq}, cut=seq != key, slices=(), tail_bytes=0,
         outputs=((0, True), (1, True)),
     )  # fmt: skip
-    return Work(InferRequest(plan, [memoryview(tokens.tobytes())]), 0.0)
+    return Work(rows, (key,), 0.0, request=InferRequest(plan, [memoryview(tokens.tobytes())], tokens.nbytes))
 
 
 @pytest.mark.parametrize("key", [4, 8])
@@ -31,7 +31,7 @@ def test_each_request_of_a_padded_batch_gets_its_own_rows(key, seqs):
     batch = Batch([Part(works[0], 0, 1, 0), Part(works[1], 0, 2, 1)], 3, 4, (key,))
     completion = Engine(Tokens(), SIGNATURE).execute(batch)
     for part, tokens in zip(batch.parts, given, strict=True):
-        out, length = (completion.rows(part, index, SIGNATURE.outputs[index]) for index in (0, 1))
+        out, length = completion.results(part, SIGNATURE.outputs)
         np.testing.assert_array_equal(np.frombuffer(out, np.int32).reshape(tokens.shape), tokens + 1)
         np.testing.assert_array_equal(np.frombuffer(length, np.int32), tokens.shape[1])
 
@@ -43,7 +43,7 @@ def test_a_request_split_over_batches_is_cut_piece_by_piece():
     for part in (Part(ticket, 0, 3, 1), Part(ticket, 3, 2, 0)):
         other = Part(work(np.full((1, 3), 7, np.int32)), 0, 1, 0 if part.offset else 2)
         completion = engine.execute(Batch([part, other], part.rows + 1, 4, (4,)))
-        out = completion.rows(part, 0, SIGNATURE.outputs[0])
+        out, _ = completion.results(part, SIGNATURE.outputs)
         kept = tokens[part.start : part.start + part.rows]
         np.testing.assert_array_equal(np.frombuffer(out, np.int32).reshape(kept.shape), kept + 1)
 

@@ -82,6 +82,26 @@ def test_any_cut_of_the_bytes_gives_the_same_answers(server):
             check(read_response(sock, buffer=buffer), 3)
 
 
+@pytest.mark.parametrize("cut", [20, -40, None])
+def test_what_follows_requests_with_the_same_head_is_read_for_what_it_is(server, cut):
+    """More than one request at once, or less, or another one, where the last ones were each whole and alike."""
+    buffer = bytearray()
+    with connect(server) as sock:
+        for n in range(3):
+            sock.sendall(infer_bytes(n))
+            check(read_response(sock, buffer=buffer), n)
+        data = infer_bytes(3) + (infer_bytes(4) if cut is None else b"")
+        sock.sendall(data[:cut])
+        time.sleep(0.01)
+        sock.sendall(data[cut:] if cut is not None else raw_request("GET", "/v2"))
+        check(read_response(sock, buffer=buffer), 3)
+        if cut is None:
+            check(read_response(sock, buffer=buffer), 4)
+            assert read_response(sock, buffer=buffer)[0] == 200
+        sock.sendall(infer_bytes(5, **{"X-Other": "1"}))
+        check(read_response(sock, buffer=buffer), 5)
+
+
 def test_a_remembered_head_is_not_taken_for_another_body_length(server):
     """The second request's head equals the first's; its body comes in two pieces, then the third's in one."""
     with connect(server) as sock:

@@ -216,6 +216,19 @@ def test_equal_heads_share_a_plan_and_the_cache_is_bounded():
     assert len(subject._plans) <= 512
 
 
+def test_a_head_that_begins_or_goes_on_as_the_last_one_is_another():
+    subject = decoder(Identity())
+    head = one(parameters={"binary_data_size": 12})
+    for _ in range(3):
+        subject.decode(head + bytes(12), len(head))
+    for body, size in ((head + b"x" + bytes(12), len(head) + 1), (head + bytes(11), len(head) - 1)):
+        with pytest.raises(RefusedError):
+            subject.decode(body, size)
+    assert subject.decode(head + b" " + bytes(12), len(head) + 1).plan is not subject.decode(
+        head + bytes(12), len(head)
+    ).plan  # fmt: skip
+
+
 def test_requests_with_an_id_of_their_own_do_not_push_others_out_of_the_cache():
     subject = decoder(Affine())
     body, headers = affine_binary(np.ones((1, 4)), [1])

@@ -36,12 +36,10 @@ def _both_ends_share_an_event_loop(monkeypatch):
     monkeypatch.setattr(scheduler, "_short_s", lambda _: 0.0)
 
 
-class Asked(Call):
+class Asked(Call, kw_only=True, eq=False):
     """A call that keeps what it is told."""
 
-    def __init__(self, request):
-        super().__init__(request, monotonic())
-        self.told = asyncio.get_running_loop().create_future()
+    told: asyncio.Future
 
     def finish(self, outputs):
         self.told.set_result([bytes(output) for output in outputs])
@@ -103,7 +101,12 @@ class Both:
             cut=any(sizes[symbol] != size for symbol, size in zip(self.signature.others, key, strict=True)),
             outputs=tuple((index, True) for index in wanted), **plan,
         )  # fmt: skip
-        call = Asked(InferRequest(plan, [memoryview(array.tobytes()) for array in arrays]))
+        request = InferRequest(
+            plan, [memoryview(array.tobytes()) for array in arrays], sum(array.nbytes for array in arrays)
+        )
+        call = Asked(
+            plan.rows, key, monotonic(), nbytes=request.nbytes, request=request, told=self.loop.create_future()
+        )
         self.remote.submit(call)
         return call
 
