@@ -136,6 +136,8 @@ class Batcher[T: Ticket]:
         victims: list[T] = []
         for level in range(len(self._levels) - 1, ticket.level, -1):
             lines = self._levels[level].values()
+            if not lines:
+                continue
             spare = sum(line.rows for line in lines) - self.max_rows // (_TURNS + 1)
             for victim in (
                 victim for line in lines for queue in (line.plain, line.dated) for victim in reversed(queue)

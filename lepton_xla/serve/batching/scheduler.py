@@ -137,8 +137,8 @@ class Scheduler:
         self._scheduled = False
         self._alarm: asyncio.TimerHandle | None = None
         self._alarm_s = math.inf
-        self._drain_s = 0.0
-        self._drain_until_s = -math.inf
+        self._retry_after = ""
+        self._retry_after_until_s = -math.inf
 
     @property
     def max_rows(self) -> int:
@@ -231,11 +231,12 @@ class Scheduler:
             return RefusedError(status, words)
         self._metrics.rejected += 1
         now = monotonic()
-        if now >= self._drain_until_s:
+        if now >= self._retry_after_until_s:
             with self._lock:
-                self._drain_s = self._batcher.drain_s(now)
-            self._drain_until_s = now + _PREDICTED_S
-        return RefusedError(503, words, f"Retry-After: {min(max(math.ceil(self._drain_s), 1), _LONGEST_RETRY_S)}")
+                seconds = self._batcher.drain_s(now)
+            self._retry_after = f"Retry-After: {min(max(math.ceil(seconds), 1), _LONGEST_RETRY_S)}"
+            self._retry_after_until_s = now + _PREDICTED_S
+        return RefusedError(503, words, self._retry_after)
 
     def _tell_dropped(self) -> None:
         """Answers those who will get no result."""
