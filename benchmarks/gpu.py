@@ -360,7 +360,7 @@ def torch_calls(task: Task, torch: Any) -> dict[str, Callable[[], Any]]:
 
 
 def products(options: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
-    """Each task in every way; what there is after each, since the time lent may end."""
+    """Each task in every way; what there is after each, so that a run that is stopped keeps it."""
     found = []
     for make in tasks(options.quick):
         task = make()

@@ -15,15 +15,13 @@ hypothesis.settings.register_profile(
 )
 hypothesis.settings.load_profile("lepton")
 
-# Folders of tests that compare what is computed with NumPy. They compile for most of their time, a third of it LLVM's
-# optimizations, which are not what they look at. What is compiled to be timed, kept or served is compiled as users do.
+# Folders of tests that compare what is computed with NumPy. They compile for most of their time, and optimizations of
+# LLVM are not what they look at. What is compiled to be timed, kept or served is compiled as users do.
 _MATHEMATICS = {"passes", "quant", "train"}
 _TIMED = {"test_attention", "test_lower", "test_measure", "test_products"}
 
 
 @pytest.fixture(autouse=True, scope="module")
 def _compiled_quickly(request):
-    path = request.path
-    jax.config.update(
-        "jax_disable_most_optimizations", path.parent.name in _MATHEMATICS and path.stem not in _TIMED
-    )  # fmt: skip
+    mathematics = request.path.parent.name in _MATHEMATICS and request.path.stem not in _TIMED
+    jax.config.update("jax_disable_most_optimizations", mathematics)

@@ -36,16 +36,18 @@ def figures(script: str, folder: pathlib.Path, *arguments: str) -> Any:
 
 def test_a_preset_is_judged_weighed_and_timed_at_every_bucket_or_says_why_not(tmp_path: pathlib.Path) -> None:
     presets = "int8-weight-only,no-such-recipe"
-    found = figures("quantization.py", tmp_path, "--models", "digits", "--presets", presets)
-    plain, again, small, none = found["digits"]["rows"]
-    assert "no-such-recipe" in none["note"]
-    assert (plain["name"], small["name"]) == ("float", "int8-weight-only")
-    assert all(0 < value < 100 for value in again["ratio"].values())
-    assert abs(plain["metrics"]["accuracy"] - small["metrics"]["accuracy"]) <= 0.02
-    assert 0.25 <= small["covered_after"] / small["covered_before"] <= 0.27
-    assert set(plain["ratio"].values()) == {1.0}
-    assert list(small["ratio"]) == ["1", "8", "32"]
-    assert all(0 < value < 100 for value in small["ratio"].values())
+    found = figures("quantization.py", tmp_path, "--models", "digits,equinox", "--presets", presets)
+    assert list(found) == ["digits", "equinox"]
+    for result in found.values():
+        plain, again, small, none = result["rows"]
+        assert "no-such-recipe" in none["note"]
+        assert (plain["name"], small["name"]) == ("float", "int8-weight-only")
+        assert all(0 < value < 100 for value in again["ratio"].values())
+        assert abs(plain["metrics"]["accuracy"] - small["metrics"]["accuracy"]) <= 0.02
+        assert 0.25 <= small["covered_after"] / small["covered_before"] <= 0.27
+        assert set(plain["ratio"].values()) == {1.0}
+        assert list(small["ratio"]) == ["1", "8", "32"]
+        assert all(0 < value < 100 for value in small["ratio"].values())
 
 
 def test_a_model_without_its_data_is_skipped_with_the_reason(tmp_path: pathlib.Path) -> None:
@@ -61,7 +63,7 @@ def test_an_unknown_model_is_refused_by_name() -> None:
 
 
 def test_gpu_rows_are_there_with_their_errors_in_codes_where_there_is_a_product_of_them(tmp_path: pathlib.Path) -> None:
-    found = figures("gpu.py", tmp_path, "--no-torch", "--sections", "products,checks")
+    found = figures("gpu.py", tmp_path, "--no-torch")
     assert len(found["products"]["found"]) == 2
     for task in found["products"]["found"]:
         plain, int8, fp8 = task["rows"]
@@ -80,6 +82,10 @@ def test_gpu_rows_are_there_with_their_errors_in_codes_where_there_is_a_product_
     for each in checked:
         if each["format"] == "int8":
             assert each["error"] < (0.002 if each["dtype"] == "float32" else 0.006)  # a code may fall the other way
+    steps = found["steps"]["found"]
+    assert [row["name"] for row in steps["fake_quant"][0]["rows"]][:2] == ["plain step", "fake_quant int8 x int8"]
+    ((plain, held, _),) = steps["masks"].values()
+    assert (plain["ratio"], held["name"]) == (1.0, "with masks held")
 
 
 def test_gpu_without_one_says_so() -> None:
@@ -110,7 +116,7 @@ def test_training_at_four_bits_and_the_cost_of_its_step(tmp_path: pathlib.Path) 
 
 @needs_data
 def test_pruned_models_are_judged_and_weighed_at_each_step_and_sparsity(tmp_path: pathlib.Path) -> None:
-    found = figures("pruning.py", tmp_path, "--sections", "compress,curves,step")
+    found = figures("pruning.py", tmp_path, "--sections", "compress,curves")
     small = found["compress"]["found"]["lenet300"]
     sizes = {row["name"]: row["bytes"][0] for row in small["rows"]}
     assert list(sizes) == [
@@ -131,8 +137,6 @@ def test_pruned_models_are_judged_and_weighed_at_each_step_and_sparsity(tmp_path
         "RigL",
     ]
     assert all(len(line) == 1 and 0 < line[0] < 1 for line in lines.values())
-    ((plain, held, _),) = found["step"]["found"].values()
-    assert (plain["ratio"], held["name"]) == (1.0, "with masks held")
 
 
 @needs_data

@@ -61,7 +61,13 @@ class Backend(Protocol):
 
 
 class InferCall(Call, kw_only=True, eq=False):
-    """An infer request on its way: where the answer goes, and how it is compressed."""
+    """An infer request on its way.
+
+    Attributes:
+        app: answers it.
+        exchange: where the answer goes.
+        coding: how it is compressed, where that is worth it; None never compresses.
+    """
 
     app: App
     exchange: Exchange

@@ -27,7 +27,7 @@ _LEAST_RUNS, _MOST_RUNS = 5, 101
 _ENOUGH_S, _MOST_S = 0.02, 0.5
 
 _ALIGNMENT = 64
-# Outputs up to this size are copied once for a whole batch: to cut `bytes` takes half the time to cut a `memoryview`.
+# Outputs up to this size are copied once for a batch: `bytes` are cut in less time than a `memoryview`.
 _SMALL_BYTES = 1 << 16
 
 

@@ -63,7 +63,7 @@ class Connection(asyncio.Protocol):
         self._continue = False
         self._messages = 0
         self._complete: Head | None = None
-        # What the client said last: most say it again, and to compare with one takes a third of looking it up.
+        # What the client said last: most say it again, and to compare with one takes less time than to look it up.
         self._last: Head | None = None
         self._trace: bytes | None = None
         self.on_message_begin()

@@ -126,7 +126,7 @@ class Decoder:
         self._outputs = {tensor.name: index for index, tensor in enumerate(signature.outputs)}
         self._bool_inputs = tuple(i for i, t in enumerate(signature.inputs) if t.datatype.name == "BOOL")
         self._plans: dict[bytes, Plan] = {}
-        # The last JSON part and its plan: to compare with one takes a third of looking it up among all.
+        # The last JSON part and its plan: to compare with one takes less time than to look it up among all.
         self._last_head = b""
         self._last: Plan | None = None
 

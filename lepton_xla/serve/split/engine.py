@@ -35,7 +35,12 @@ _KEPT_LAYOUTS = 1024
 
 
 class RemoteCall(Call, kw_only=True, eq=False):
-    """A request of a front-end, whose tensors are in that one's memory."""
+    """A request of a front-end, whose tensors are in that one's memory.
+
+    Attributes:
+        front: asks for it.
+        layout: where its tensors lie in its block.
+    """
 
     front: FrontEnd
     layout: Layout
