@@ -61,10 +61,17 @@ def _limit_options(command: Callable[..., None]) -> Callable[..., None]:
 @_option("--host", "127.0.0.1", "Address to listen on. The default can be reached from this machine only.")
 @_option("--port", 8000, "Port to listen on; 0 picks a free one.", type=click.IntRange(0, 65535))
 @_option(
+    "--workers",
+    1,
+    "Processes that each do all of it, model included, with one more that watches over them: for models so small that "
+    "one core is busy with requests while others are idle. 1 is one process in all.",
+    type=click.IntRange(1, 64),
+)
+@_option(
     "--frontends",
     0,
     "Processes that speak HTTP, TLS and JSON with clients, beside one that runs the model and one that watches over "
-    "them. 0 does all of it in one process.",
+    "them: for a model that is to be held once. 0 does all of it in one process.",
     type=click.IntRange(0, 64),
 )
 @_option("--name", None, "Model name in the URL.", show_default="the artifact's own")
@@ -158,6 +165,7 @@ def serve(
     *,
     host: str,
     port: int,
+    workers: int,
     frontends: int,
     name: str | None,
     server_name: str,
@@ -225,6 +233,8 @@ def serve(
     configure(json_logs)
     # Before the model is loaded, so that what is wrong here shows at once.
     options.access()
+    if workers > 1 and frontends:
+        raise ServeError("--workers and --frontends are two ways to use more processes; give one of them")
     _raise_descriptor_limit(options.limits)
 
     def announce(server: Server | Supervisor) -> None:
@@ -236,10 +246,11 @@ def serve(
         click.echo(line)
         sys.stdout.flush()
 
-    if frontends:
+    if workers > 1 or frontends:
         from lepton_xla.serve.split.supervisor import Supervisor
 
-        finished = Supervisor(path, options, frontends, json_logs=json_logs).run(on_ready=announce)
+        processes = Supervisor(path, options, frontends=frontends, workers=workers, json_logs=json_logs)
+        finished = processes.run(on_ready=announce)
     else:
         from lepton_xla.compiler import load
         from lepton_xla.serve.process import run_on_calling_thread

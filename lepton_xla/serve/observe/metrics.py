@@ -81,7 +81,7 @@ class Histogram:
 
 
 def added(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
-    """The sum of what two processes have counted; of times of day the later."""
+    """The sum of what two processes have counted; of times of day the later, of predictions the worse."""
     total = dict(one)
     for name, value in other.items():
         before = total.get(name)
@@ -92,7 +92,7 @@ def added(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
         elif isinstance(value, list):
             total[name] = [x + y for x, y in zip(before, value, strict=True)]
         else:
-            total[name] = max(before, value) if name == "last_s" else before + value
+            total[name] = max(before, value) if name == "last_s" or name.startswith("cost_s ") else before + value
     return total
 
 

@@ -1,4 +1,4 @@
-"""A process under the supervisor."""
+"""A process under the supervisor: as the supervisor has it, and how it starts."""
 
 from __future__ import annotations
 
@@ -7,8 +7,13 @@ import math
 import os
 import socket
 import sys
+from collections.abc import Awaitable, Callable
 from typing import Any
 
+import uvloop
+
+from lepton_xla.errors import LeptonError
+from lepton_xla.serve.observe.logs import configure
 from lepton_xla.serve.split import control
 from lepton_xla.serve.split.control import Control
 
@@ -73,3 +78,24 @@ async def ended(process: asyncio.subprocess.Process) -> int:
 def _python_flags() -> list[str]:
     """What keeps a new process from importing what this one would not: modules of the working directory."""
     return [] if os.getcwd() in sys.path or "" in sys.path else ["-P"]
+
+
+def run_child(main: Callable[[control.Settings, socket.socket], Awaitable[bool]]) -> int:
+    """What such a process does, from its command line on; gives its exit code.
+
+    Args:
+        main: gets what the server was told, and the process's end of the pair; gives whether all went well.
+    """
+    end = socket.socket(fileno=int(sys.argv[1]))
+    settings = control.settings_of(end)
+    configure(settings.json_logs)
+
+    async def run() -> bool:
+        return await main(settings, end)
+
+    try:
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            return 0 if runner.run(run()) else 1
+    except LeptonError as error:
+        control.say(end, control.Failed(str(error)))
+        return 1

@@ -32,9 +32,15 @@ class Settings(msgspec.Struct, tag="settings"):
 
 
 class Ready(msgspec.Struct, tag="ready"):
-    """From the engine when it is warm, and from a front-end when it has met an engine."""
+    """From the engine or a worker when it is warm, and from a front-end when it has met an engine.
+
+    Attributes:
+        model: its name on the wire.
+        digest: of the artifact's manifest, from a worker.
+    """
 
     model: str
+    digest: str = ""
 
 
 class Failed(msgspec.Struct, tag="failed"):
@@ -52,31 +58,31 @@ class Link(msgspec.Struct, tag="link"):
 
 
 class Connections(msgspec.Struct, tag="connections"):
-    """To a front-end, with connections of clients; from it, how many it has open."""
+    """To a process that speaks HTTP, with connections of clients; from it, how many it has open."""
 
     open: int = 0
 
 
 class Stop(msgspec.Struct, tag="stop"):
-    """To a front-end: answer what was accepted, then end."""
+    """To a process that speaks HTTP: answer what was accepted, then end."""
 
     hurried: bool = False
 
 
 class Reload(msgspec.Struct, tag="reload"):
-    """To a front-end: read the files again that say who may ask."""
+    """To a process that speaks HTTP: read the files again that say who may ask."""
 
 
 class Leaving(msgspec.Struct, tag="leaving"):
-    """From a front-end: it wants no more connections."""
+    """From a process that speaks HTTP: it wants no more connections."""
 
 
 class Closed(msgspec.Struct, tag="closed"):
-    """To a front-end: there will be no more connections."""
+    """To a process that speaks HTTP: there will be no more connections."""
 
 
 class Counts(msgspec.Struct, tag="counts"):
-    """What a process has counted so far; to a front-end, what all others have, those that are gone included."""
+    """What a process has counted so far; to one that speaks HTTP, what all others have, those that are gone included."""
 
     counts: dict[str, Any]
     number: int = 0
@@ -89,7 +95,7 @@ class Count(msgspec.Struct, tag="count"):
 
 
 class Total(msgspec.Struct, tag="total"):
-    """From a front-end, with what it has counted: it wants the `Counts` of the others, with this number."""
+    """From a process that speaks HTTP, with what it has counted: it wants the `Counts` of the others, with this number."""
 
     counts: dict[str, Any]
     number: int

@@ -12,20 +12,17 @@ import sys
 from collections.abc import Callable, Sequence
 from time import monotonic
 
-import uvloop
-
-from lepton_xla.errors import LeptonError
 from lepton_xla.serve.batching.engine import Engine
 from lepton_xla.serve.batching.scheduler import Call, Scheduler, Times
 from lepton_xla.serve.errors import RefusedError
 from lepton_xla.serve.observe.health import Health
-from lepton_xla.serve.observe.logs import configure
 from lepton_xla.serve.observe.metrics import Metrics
 from lepton_xla.serve.process import run_on_calling_thread, settle
 from lepton_xla.serve.protocol.signature import Signature, signature_of
 from lepton_xla.serve.protocol.wire import InferRequest
 from lepton_xla.serve.server import schedule, watch
 from lepton_xla.serve.split import control, descriptors, hello, memory
+from lepton_xla.serve.split.child import run_child
 from lepton_xla.serve.split.descriptors import Layout
 from lepton_xla.serve.split.packets import MOST_BYTES, Packets, close_all
 
@@ -217,7 +214,7 @@ class EngineProcess:
                 close_all(fds)
 
 
-async def _serve(settings: control.Settings, end: socket.socket) -> None:
+async def _main(settings: control.Settings, end: socket.socket) -> bool:
     from lepton_xla.compiler import load
 
     run_on_calling_thread()
@@ -230,21 +227,8 @@ async def _serve(settings: control.Settings, end: socket.socket) -> None:
     health = watch(scheduler, measured, metrics)
     settle()
     await EngineProcess(scheduler, signature, metrics, health, asyncio.get_running_loop()).run(end)
-
-
-def main() -> int:
-    """The process; gives its exit code."""
-    end = socket.socket(fileno=int(sys.argv[1]))
-    settings = control.settings_of(end)
-    configure(settings.json_logs)
-    try:
-        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            runner.run(_serve(settings, end))
-    except LeptonError as error:
-        control.say(end, control.Failed(str(error)))
-        return 1
-    return 0
+    return True
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_child(_main))

@@ -1,4 +1,4 @@
-"""The process above the others: it holds the address, starts the engine and the front-ends, and starts again what dies.
+"""The process above the others: it holds the address, starts them, and starts again what dies.
 
 It imports no JAX, runs no request, and is the one that must not fall: if it is killed, the others see it and stop.
 """
@@ -41,7 +41,7 @@ _COUNTING_S = 0.5
 
 @dataclasses.dataclass(slots=True)
 class _Counting:
-    """Counts that a front-end waits for, from others."""
+    """Counts that a process waits for, from others."""
 
     asker: Child
     number: int
@@ -49,36 +49,42 @@ class _Counting:
 
 
 class Supervisor:
-    """One engine, some front-ends, and the address they serve.
+    """The processes of a server, and the address they serve: front-ends with an engine, or workers.
 
     Args:
         artifact: path of what is served.
-        options: how to run. Limits are those of each front-end.
-        frontends: how many, at least one.
+        options: how to run. Limits are those of each process that speaks HTTP.
+        frontends: how many of them beside one engine; 0 for none, and no engine.
+        workers: how many, where there are no front-ends.
         json_logs: whether log lines are JSON.
 
     Attributes:
         address: host and port, once listening.
-        name: the model's name on the wire, once the engine has said it.
+        name: the model's name on the wire, once the engine or a worker has said it.
 
     Raises:
         ServeError: if the server would be open to all, see `Access`.
     """
 
-    def __init__(self, artifact: str, options: Options, frontends: int, *, json_logs: bool = False) -> None:
+    def __init__(
+        self, artifact: str, options: Options, *, frontends: int = 0, workers: int = 0, json_logs: bool = False
+    ) -> None:
         self._settings = control.Settings(artifact, options, json_logs)
         self._options = options
         self._access = options.access()
-        self._engine = Child("engine", "lepton_xla.serve.split.engine")
+        self._engine = Child("engine", "lepton_xla.serve.split.engine") if frontends else None
+        kind, module = ("front-end", "frontend") if frontends else ("worker", "worker")
+        self._kind = kind
         self._fronts = [
-            Child(f"front-end {number + 1}", "lepton_xla.serve.split.frontend") for number in range(frontends)
+            Child(f"{kind} {number + 1}", f"lepton_xla.serve.split.{module}") for number in range(frontends or workers)
         ]
+        self._digest = ""
         self._retired: dict[str, Any] = {}
         self._counting: dict[int, _Counting] = {}
         self._asked = 0
         self._listening = False
         self._ending: set[Child] = set()
-        self._children = (self._engine, *self._fronts)
+        self._children = (*self._fronts, self._engine) if self._engine else (*self._fronts,)
         self.address: tuple[str, int] = (options.host, options.port)
         self.name = ""
 
@@ -124,7 +130,7 @@ class Supervisor:
             name = self._listener.getsockname()
             self.address = (name[0], name[1])
             self._accept_or_wait()
-            _log.info("serving %s on %s with %d front-ends", self.name, self.url, len(self._fronts))
+            _log.info("serving %s on %s with %d %ss", self.name, self.url, len(self._fronts), self._kind)
             on_ready(self)
             await asked
             return await self._drain(stop, [keepers[front] for front in self._fronts])
@@ -172,7 +178,7 @@ class Supervisor:
         child.control = Control(
             ours, lambda message, _: self._told(child, message), gone.set, self._loop, with_fds=False
         )
-        if child is self._engine:
+        if child is self._engine or self._engine is None:
             child.control.hand(self._settings, [])
         elif self.name:
             self._introduce(child)
@@ -210,8 +216,8 @@ class Supervisor:
     def _told(self, child: Child, message: control.Message) -> None:
         child.heard_s = monotonic()
         match message:
-            case control.Ready(model):
-                self._is_ready(child, model)
+            case control.Ready(model, digest):
+                self._is_ready(child, model, digest)
             case control.Failed(reason):
                 child.reason = reason
             case control.NoLink():
@@ -231,23 +237,35 @@ class Supervisor:
             case _:
                 raise ValueError("a message that is not for the supervisor")
 
-    def _is_ready(self, child: Child, model: str) -> None:
+    def _is_ready(self, child: Child, model: str, digest: str) -> None:
         child.ready = True
         if child is self._engine:
             new, self.name = not self.name, model
             if new:
                 for front in self._fronts:
                     self._introduce(front)
+        elif self._engine is None:
+            self.name = model
+            if self._digest not in ("", digest):
+                self._replace_others(child)
+            self._digest = digest
         if all(each.ready for each in self._children) and not self._begun.done():
             self._begun.set_result(None)
         self._accept_or_wait()
+
+    def _replace_others(self, worker: Child) -> None:
+        """Has the workers end, and start again, that serve what the artifact was before."""
+        _log.warning("%s has found another model in the artifact; the others are started again", worker.name)
+        for other in self._fronts:
+            if other is not worker and other.ready:
+                other.send(control.Stop())
 
     def _link(self, front: Child) -> None:
         """Gives a front-end and the engine the ends of a pair. Without an engine the front-end's end is a dead one."""
         ends = pair()
         for child, end in zip((front, self._engine), ends, strict=True):
             with end:
-                if child.control is not None:
+                if child is not None and child.control is not None:
                     child.control.hand(control.Link(), [end.fileno()])
 
     # Counts.
@@ -293,7 +311,7 @@ class Supervisor:
     # Connections.
 
     def _accept_or_wait(self) -> None:
-        """Takes connections while there is a front-end for them; else they wait in the kernel."""
+        """Takes connections while there is somebody for them; else they wait in the kernel."""
         if self._listening:
             if any(front.ready for front in self._fronts):
                 self._loop.add_reader(self._listener, self._accept)
@@ -317,7 +335,7 @@ class Supervisor:
     # The end.
 
     async def _drain(self, stop: Stop, keepers: Iterable[asyncio.Task[int]]) -> bool:
-        """Has the front-ends answer what was accepted; gives whether they did."""
+        """Has what was accepted answered; gives whether it was."""
         self._ending.update(self._fronts)
         self._tell_fronts(control.Stop())
         hurry = self._loop.create_task(self._hurry(stop))
@@ -339,7 +357,7 @@ class Supervisor:
 
     async def _end(self, keepers: dict[Child, asyncio.Task[int]]) -> None:
         """Ends what is left, the engine last."""
-        for child in (*self._fronts, self._engine):
+        for child in self._children:
             self._ending.add(child)
             if child.control is not None:
                 child.control.close()

@@ -23,7 +23,7 @@ def test_a_process_that_says_nothing_for_a_minute_is_killed_and_no_other(monkeyp
     """Its event loop will not turn again, so neither health of its own nor a message to it would help."""
     now = 1000.0
     monkeypatch.setattr(supervisor, "monotonic", lambda: now)
-    keeper = Supervisor("x.lepton", Options(port=0), 1)
+    keeper = Supervisor("x.lepton", Options(port=0), frontends=1)
     children = keeper._children
     for child in children:
         child.process, child.ready = Process(), True
@@ -41,7 +41,7 @@ def test_a_process_that_says_nothing_for_a_minute_is_killed_and_no_other(monkeyp
 
 
 def test_a_process_that_is_being_started_may_take_its_time():
-    keeper = Supervisor("x.lepton", Options(port=0), 1)
+    keeper = Supervisor("x.lepton", Options(port=0), frontends=1)
     for child in keeper._children:
         child.process = Process()
     keeper._end_silent(1e9)
@@ -52,7 +52,7 @@ def test_a_process_that_is_being_started_may_take_its_time():
 def test_a_process_that_the_machine_has_no_room_for_is_tried_again(monkeypatch, begun):
     """But not the first time: then the command ends, and says why."""
     monkeypatch.setattr(supervisor, "_FIRST_WAIT_S", 0.0)
-    keeper = Supervisor("x.lepton", Options(port=0), 1)
+    keeper = Supervisor("x.lepton", Options(port=0), frontends=1)
     tries = []
 
     async def once(child):
