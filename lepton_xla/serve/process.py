@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import sys
 
 # How long a thread holds the interpreter while another asks for it. At Python's own 5 ms, an event loop that is never
@@ -19,6 +20,15 @@ def run_on_calling_thread() -> None:
     import jax
 
     jax.config.update("jax_cpu_enable_async_dispatch", False)
+
+
+def count_on_cores(count: int) -> None:
+    """Has XLA's CPU client start so many threads, if nothing has used JAX in this process yet.
+
+    By default it starts one for each core: with several processes that serve, each core would have as many.
+    """
+    # What the client asks for the size of its pool, before the number of cores.
+    os.environ.setdefault("NPROC", str(count))
 
 
 def settle() -> None:

@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import logging
 import math
+import os
 import signal
 import threading
 from collections.abc import Callable
@@ -263,9 +264,23 @@ def url_of(address: tuple[str, int], options: Options) -> str:
 
 
 def schedule(
-    engine: Engine[Call], measured: Measured, signature: Signature, options: Options, metrics: Metrics
+    engine: Engine[Call],
+    measured: Measured,
+    signature: Signature,
+    options: Options,
+    metrics: Metrics,
+    cores: int | None = None,
 ) -> Scheduler:
-    """The scheduler of a warm engine, to be used on the event loop that runs."""
+    """The scheduler of a warm engine, to be used on the event loop that runs.
+
+    Args:
+        engine: the engine.
+        measured: what executions took on it.
+        signature: the model's.
+        options: how the server runs.
+        metrics: what is counted.
+        cores: of this machine, as many as this process may count on; None for all.
+    """
     batcher: Batcher[Call] = Batcher(
         signature.ladder,
         costs=Costs(signature.ladder, measured),
@@ -278,6 +293,7 @@ def schedule(
         signature, batcher, engine, metrics, asyncio.get_running_loop(),
         levels=options.priority_levels,
         default_timeout_s=options.default_timeout_s, max_timeout_s=options.max_timeout_s,
+        cores=cores or len(os.sched_getaffinity(0)),
     )  # fmt: skip
 
 

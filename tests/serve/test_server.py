@@ -70,6 +70,12 @@ def test_a_missing_artifact_is_a_lepton_error(tmp_path):
     assert isinstance(result.exception, ArtifactError)
 
 
+def test_workers_and_front_ends_are_not_given_together(tmp_path):
+    result = CliRunner().invoke(serve_command, [str(tmp_path), "--workers", "2", "--frontends", "2"])
+    assert isinstance(result.exception, ServeError)
+    assert "give one of them" in str(result.exception)
+
+
 def test_a_request_leaves_nothing_for_the_garbage_collector(server):
     """A cycle a request would bring full collections, which stop every answer for as long as they take."""
     with connect(server) as sock:

@@ -14,7 +14,6 @@ import asyncio
 import contextlib
 import logging
 import math
-import os
 import threading
 from collections.abc import Sequence
 from time import monotonic
@@ -32,8 +31,8 @@ _log = logging.getLogger("lepton_xla.serve")
 # A batch that took no more than this at load, when nothing else ran, is run on the event loop, unless it has come to
 # take far longer there. What it takes on the other thread does not count: most of that is waiting for the interpreter.
 _SHORT_S = 2.5e-4
-# Where there is one core and the model runs on it, nothing is won by a second thread: each request that comes while a
-# batch runs would only stop it.
+# Where there is one core to count on and the model runs on it, nothing is won by a second thread: each request that
+# comes while a batch runs would only stop it.
 _SHORT_ON_ONE_CORE_S = 5e-3
 _FAR_LONGER = 4
 
@@ -105,6 +104,7 @@ class Scheduler:
         levels: number of priority levels. Requests that do not say are on the middle one, the lower of two.
         default_timeout_s: for requests that do not say; None never gives up on them.
         max_timeout_s: no request is waited for longer; None sets no bound.
+        cores: of this machine, as many as this process may count on.
     """
 
     def __init__(
@@ -118,11 +118,12 @@ class Scheduler:
         levels: int = 1,
         default_timeout_s: float | None = None,
         max_timeout_s: float | None = None,
+        cores: int,
     ) -> None:
         self._outputs = signature.outputs
         self._batcher = batcher
         self._costs = batcher.costs
-        short_s = _short_s(engine)
+        short_s = _SHORT_ON_ONE_CORE_S if cores == 1 and engine.busy_processors > 0.5 else _SHORT_S
         self._short = {(key, size) for key, size, seconds in batcher.costs if seconds <= short_s}
         self._longest_s = _FAR_LONGER * short_s
         self._engine = engine
@@ -374,12 +375,6 @@ class Scheduler:
         call.missing -= part.rows
         if not call.missing:
             call.finish([memoryview(piece) for piece in call.pieces])
-
-
-def _short_s(engine: Engine[Call]) -> float:
-    """Up to how many seconds a batch counts as short."""
-    alone = len(os.sched_getaffinity(0)) == 1 and engine.busy_processors > 0.5
-    return _SHORT_ON_ONE_CORE_S if alone else _SHORT_S
 
 
 def _stopped() -> RefusedError:

@@ -27,6 +27,7 @@ class Settings(msgspec.Struct, tag="settings"):
 
     artifact: str
     options: Options
+    workers: int = 0
     json_logs: bool = False
     model: str = ""
 
@@ -82,7 +83,7 @@ class Closed(msgspec.Struct, tag="closed"):
 
 
 class Counts(msgspec.Struct, tag="counts"):
-    """What a process has counted so far; to one that speaks HTTP, what all others have, those that are gone included."""
+    """What a process has counted so far; to one that asked for the total, what all others have, or had."""
 
     counts: dict[str, Any]
     number: int = 0
@@ -95,7 +96,7 @@ class Count(msgspec.Struct, tag="count"):
 
 
 class Total(msgspec.Struct, tag="total"):
-    """From a process that speaks HTTP, with what it has counted: it wants the `Counts` of the others, with this number."""
+    """From a process that speaks HTTP, with its own: it wants the `Counts` of the others, with this number."""
 
     counts: dict[str, Any]
     number: int

@@ -69,7 +69,7 @@ class Supervisor:
     def __init__(
         self, artifact: str, options: Options, *, frontends: int = 0, workers: int = 0, json_logs: bool = False
     ) -> None:
-        self._settings = control.Settings(artifact, options, json_logs)
+        self._settings = control.Settings(artifact, options, workers, json_logs)
         self._options = options
         self._access = options.access()
         self._engine = Child("engine", "lepton_xla.serve.split.engine") if frontends else None

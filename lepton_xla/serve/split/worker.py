@@ -6,13 +6,14 @@ It is started by the supervisor, as `python -m lepton_xla.serve.split.worker`, w
 from __future__ import annotations
 
 import asyncio
+import os
 import socket
 import sys
 
 from lepton_xla.serve.batching.engine import Engine
 from lepton_xla.serve.batching.scheduler import Call
 from lepton_xla.serve.observe.metrics import Metrics
-from lepton_xla.serve.process import run_on_calling_thread
+from lepton_xla.serve.process import count_on_cores, run_on_calling_thread
 from lepton_xla.serve.protocol.signature import signature_of
 from lepton_xla.serve.server import schedule, watch
 from lepton_xla.serve.split import control
@@ -23,13 +24,15 @@ from lepton_xla.serve.split.http_process import HttpProcess
 async def _main(settings: control.Settings, end: socket.socket) -> bool:
     from lepton_xla.compiler import load
 
+    cores = max(1, len(os.sched_getaffinity(0)) // settings.workers)
     run_on_calling_thread()
+    count_on_cores(cores)
     servable = load(settings.artifact)
     signature = signature_of(servable, settings.options.name)
     engine: Engine[Call] = Engine(servable, signature)
     measured = engine.warm_up()
     metrics = Metrics(signature.name)
-    scheduler = schedule(engine, measured, signature, settings.options, metrics)
+    scheduler = schedule(engine, measured, signature, settings.options, metrics, cores)
     process = HttpProcess(settings, metrics, end, asyncio.get_running_loop())
     scheduler.start()
     finished = False

@@ -197,7 +197,8 @@ def test_the_queue_is_bounded_by_bytes(held):
 @pytest.mark.parametrize("short_s", [0.0, 10.0])
 def test_one_poisoned_request_does_not_fail_its_neighbours(make_server, affine, monkeypatch, short_s):
     """On the engine's thread, and on the event loop."""
-    monkeypatch.setattr(scheduler, "_short_s", lambda _: short_s)
+    monkeypatch.setattr(scheduler, "_SHORT_S", short_s)
+    monkeypatch.setattr(scheduler, "_SHORT_ON_ONE_CORE_S", short_s)
     server = make_server(affine, max_delay_us=500_000)
     values = [1, 2, -1, 4, 5, 6, 7, 8]
     with contextlib.ExitStack() as stack:
@@ -314,7 +315,8 @@ def test_a_batch_that_was_short_at_load_runs_on_the_event_loop_until_it_takes_fa
     make_server, monkeypatch, at_load_s, then_s, first, last
 ):
     # Room for what a test's machine adds to either.
-    monkeypatch.setattr(scheduler, "_short_s", lambda _: 1e-3)
+    monkeypatch.setattr(scheduler, "_SHORT_S", 1e-3)
+    monkeypatch.setattr(scheduler, "_SHORT_ON_ONE_CORE_S", 1e-3)
     where = Where(at_load_s, then_s)
     server = make_server(where)
     for _ in range(30):

@@ -206,12 +206,12 @@ def test_several_processes_add_up():
     one.batch(3, 4, 0.001, 0.003, requests=2)
     other.batch(2, 2, 0.002, 0.003)
     other.batch(3, 4, 0.002, 0.003)
-    one.watch(lambda: {"queue_rows": 5, "connections": 1})
-    other.watch(lambda: {"queue_rows": 7, "connections": 2})
+    one.watch(lambda: {"queue_rows": 5, "connections": 1, "cost_s  4": 0.002})
+    other.watch(lambda: {"queue_rows": 7, "connections": 2, "cost_s  4": 0.003})
     families = parsed(one.plus(added(other.counts(), Metrics("m").counts())).render().decode())
     expected = {
         "lepton_inference_requests": 3, "lepton_rows": 8, "lepton_padding_rows": 2, "lepton_batches": 3,
-        "lepton_queue_rows": 12, "lepton_connections": 3, "nv_inference_count": 8,
+        "lepton_queue_rows": 12, "lepton_connections": 3, "lepton_cost_seconds": 0.003, "nv_inference_count": 8,
         "nv_inference_request_duration_us": 5_750_000, "nv_inference_compute_input_duration_us": 6000,
     }  # fmt: skip
     assert {name: value(families, name) for name in expected} == expected

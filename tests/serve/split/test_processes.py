@@ -1,8 +1,9 @@
-"""`leptonx serve --frontends 2` as its users have it: processes, an artifact, and what happens when one dies."""
+"""`leptonx serve --frontends 2` and `--workers 2` as users have them: processes, and what happens when one dies."""
 
 import contextlib
 import json
 import os
+import shutil
 import signal
 import socket
 import ssl
@@ -29,8 +30,7 @@ INFER = "/v2/models/wait/infer"
 LONG = 400_000_000
 
 
-@pytest.fixture(scope="module")
-def artifact(tmp_path_factory):
+def make_artifact(path, w):
     """y = tanh(w x) for each token, after as many turns of a loop as n says for its row."""
     import jax
     import jax.numpy as jnp
@@ -48,19 +48,24 @@ def artifact(tmp_path_factory):
         return jnp.tanh(x * weights["w"]) + jnp.float32(0) * value[:, None]
 
     inputs = {"x": TensorSpec(("batch", "seq"), "float32"), "n": TensorSpec(("batch",), "int32")}
-    program = trace(wait, {"w": np.float32(0.5)}, inputs)
-    path = tmp_path_factory.mktemp("artifact") / "wait.lepton"
+    program = trace(wait, {"w": np.float32(w)}, inputs)
     compile(program, {"batch": (1, 4), "seq": (4, 8)}, name="wait").save(path)
     return path
 
 
-class Served:
-    """A running command."""
+@pytest.fixture(scope="module")
+def artifact(tmp_path_factory):
+    return make_artifact(tmp_path_factory.mktemp("artifact") / "wait.lepton", 0.5)
 
-    def __init__(self, path, *flags):
+
+class Served:
+    """A running command; `speakers` are its processes that speak HTTP."""
+
+    def __init__(self, path, mode, *flags):
+        self.mode = mode
         command = "from lepton_xla.cli.serve import serve; serve()"
         self.process = start_script(
-            command, path, "--json", "--port", "0", "--frontends", "2", *flags,
+            command, path, "--json", "--port", "0", mode, "2", *flags,
             environment=os.environ | {"JAX_PLATFORMS": "cpu"}, stdout=subprocess.PIPE,
         )  # fmt: skip
         event = json.loads(self.process.stdout.readline())
@@ -76,6 +81,10 @@ class Served:
                 if f"lepton_xla.serve.split.{what}" in child.cmdline():
                     found.append(child)
         return found
+
+    @property
+    def speakers(self):
+        return self.children({"--frontends": "frontend", "--workers": "worker"}[self.mode])
 
     def client(self, **options):
         return Client(self.url, model="wait", **options)
@@ -102,11 +111,17 @@ class Served:
         self.process.stdout.close()
 
 
-@pytest.fixture(scope="module")
-def served(artifact):
-    running = Served(artifact)
+MODES = ["--frontends", "--workers"]
+
+
+@pytest.fixture(scope="module", params=MODES)
+def served(artifact, request):
+    running = Served(artifact, request.param)
     yield running
     running.kill()
+
+
+with_frontends = pytest.mark.parametrize("served", ["--frontends"], indirect=True, scope="module")
 
 
 def ask(client, rng, rows, seq):
@@ -129,11 +144,11 @@ def split(request):
 
 
 def on_each(served):
-    """A connection to each front-end: they are dealt out to the one that has fewest."""
+    """A connection to each that speaks HTTP: they are dealt out to the one that has fewest."""
     return [socket.create_connection(served.address, 20) for _ in range(2)]
 
 
-def test_answers_are_right_whatever_the_encoding_the_size_and_the_front_end(served):
+def test_answers_are_right_whatever_the_encoding_the_size_and_the_process(served):
     def work(number):
         rng = np.random.default_rng(number)
         with served.client(binary=bool(number % 2)) as client:
@@ -149,7 +164,7 @@ def test_answers_are_right_whatever_the_encoding_the_size_and_the_front_end(serv
 
 
 def shares(served):
-    """How many of twenty connections each front-end gets."""
+    """How many of twenty connections each process gets."""
     with contextlib.ExitStack() as stack:
         sockets = [stack.enter_context(socket.create_connection(served.address, 10)) for _ in range(20)]
         for sock in sockets:
@@ -159,7 +174,7 @@ def shares(served):
         ours = {sock.getsockname()[1] for sock in sockets}
         return [
             sum(bool(each.raddr) and each.raddr.port in ours for each in front.net_connections())
-            for front in served.children("frontend")
+            for front in served.speakers
         ]
 
 
@@ -175,13 +190,14 @@ def test_connections_are_dealt_out_evenly(served):
     wait_for_even_shares(served)
 
 
+@with_frontends
 def test_only_the_engine_has_jax(served):
     def has_jax(pid):
         return "jaxlib" in Path(f"/proc/{pid}/maps").read_text()
 
     assert [has_jax(engine.pid) for engine in served.children("engine")] == [True]
     assert not has_jax(served.process.pid)
-    assert [has_jax(front.pid) for front in served.children("frontend")] == [False, False]
+    assert [has_jax(front.pid) for front in served.speakers] == [False, False]
     check = (
         "import sys, lepton_xla.serve.split.frontend, lepton_xla.serve.split.supervisor\n"
         "print(sorted({name.partition('.')[0] for name in sys.modules} & {'jax', 'jaxlib', 'flax', 'multiprocessing'}))"
@@ -190,6 +206,7 @@ def test_only_the_engine_has_jax(served):
     assert done.stdout.strip() == "[]"
 
 
+@with_frontends
 def test_a_killed_engine_is_503_at_once_and_comes_back(served):
     (engine,) = served.children("engine")
     before = served.metric("lepton_rows_total")
@@ -219,11 +236,11 @@ def test_a_killed_engine_is_503_at_once_and_comes_back(served):
     assert served.metric("lepton_rows_total") >= before + 5
 
 
-def test_a_killed_front_end_takes_nobody_with_it(served):
+def test_a_killed_process_takes_nobody_with_it(served):
     before = served.metric("lepton_http_responses_total")
     with contextlib.ExitStack() as stack:
         sockets = {}
-        fronts = served.children("frontend")
+        fronts = served.speakers
         while len(sockets) < 2:
             sock = stack.enter_context(socket.create_connection(served.address, 10))
             sock.sendall(raw_request("GET", "/v2/health/ready"))
@@ -246,6 +263,7 @@ def test_a_killed_front_end_takes_nobody_with_it(served):
     assert served.metric("lepton_http_responses_total") > before
 
 
+@with_frontends
 def test_a_stopped_engine_is_given_up_and_taken_again(served):
     (engine,) = served.children("engine")
     engine.suspend()
@@ -263,6 +281,62 @@ def test_a_stopped_engine_is_given_up_and_taken_again(served):
     with served.client() as client:
         ask(client, np.random.default_rng(0), 5, 7)
     assert served.children("engine") == [engine]
+
+
+def test_workers_are_replaced_by_such_as_serve_what_the_artifact_is_now(artifact, tmp_path):
+    """One that starts again finds other weights; then all do, and nobody who asks meanwhile goes without an answer."""
+    path = shutil.copytree(artifact, tmp_path / "wait.lepton")
+    make_artifact(tmp_path / "new.lepton", 0.25)
+    running = Served(path, "--workers")
+    found, failures, over = [], [], threading.Event()
+
+    def work():
+        x = np.full((1, 4), 0.5, np.float32)
+        try:
+            with running.client() as client:
+                while not over.is_set():
+                    y = client.infer(x=x, n=np.zeros(1, np.int32))["output"]
+                    found.append(min((0.5, 0.25), key=lambda w: abs(np.tanh(w * 0.5) - y[0, 0])))
+                    np.testing.assert_allclose(y, np.tanh(np.float64(found[-1]) * x), atol=1e-5)
+        except Exception as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    try:
+        for thread in threads:
+            thread.start()
+        before = {worker.pid for worker in running.speakers}
+        path.rename(tmp_path / "old.lepton")
+        (tmp_path / "new.lepton").rename(path)
+        running.speakers[0].terminate()
+        deadline = time.monotonic() + 30
+        while len(after := running.speakers) < 2 or before & {worker.pid for worker in after}:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        running.wait_for("/v2/health/ready", 200)
+        wait_for_even_shares(running)
+        first = found[0]
+        found.clear()
+        time.sleep(0.3)
+    finally:
+        over.set()
+        for thread in threads:
+            thread.join(20)
+        running.kill()
+    assert not failures
+    assert first == 0.5
+    assert set(found) == {0.25}
+
+
+def test_workers_share_the_cores(artifact):
+    running = Served(artifact, "--workers")
+    try:
+        cores = len(os.sched_getaffinity(0))
+        for worker in running.speakers:
+            names = [path.read_text().strip() for path in Path(f"/proc/{worker.pid}/task").glob("*/comm")]
+            assert names.count("tf_XLAEigen") == max(1, cores // 2)
+    finally:
+        running.kill()
 
 
 def test_deadlines_and_priorities_reach_the_engine(served):
@@ -303,7 +377,8 @@ def test_sigterm_under_load_answers_everything(served):
     assert served.process.wait(15) == 0
 
 
-def test_certificates_and_tokens_change_in_every_front_end(artifact, tmp_path):
+@pytest.mark.parametrize("mode", MODES)
+def test_certificates_and_tokens_change_in_every_process(artifact, tmp_path, mode):
     authority = Authority(tmp_path)
     pair = TlsFiles(tmp_path / "pair.pem", tmp_path / "pair.key")
     copy(authority.issue("first", "127.0.0.1"), pair)
@@ -311,10 +386,10 @@ def test_certificates_and_tokens_change_in_every_front_end(artifact, tmp_path):
     tokens = tmp_path / "tokens.jsonl"
     infers, reads = create_token(tokens, "infers", ["infer"]), create_token(tokens, "reads", ["read"])
     flags = {"token-file": tokens, "tls-cert": pair.cert, "tls-key": pair.key, "tls-client-ca": authority.root}
-    running = Served(artifact, *(f"--{name}={value}" for name, value in flags.items()))
+    running = Served(artifact, mode, *(f"--{name}={value}" for name, value in flags.items()))
 
     def of_all(request, token, context=known):
-        """Serials of certificates, and statuses, on more connections than go to one front-end."""
+        """Serials of certificates, and statuses, on more connections than go to one process."""
         with contextlib.ExitStack() as stack:
             sockets = [stack.enter_context(connect(running, context)) for _ in range(6)]
             for sock in sockets:
@@ -352,11 +427,12 @@ def test_certificates_and_tokens_change_in_every_front_end(artifact, tmp_path):
         running.kill()
 
 
-def test_without_their_supervisor_the_others_end(artifact):
-    running = Served(artifact)
+@pytest.mark.parametrize(("mode", "count"), [("--frontends", 3), ("--workers", 2)])
+def test_without_their_supervisor_the_others_end(artifact, mode, count):
+    running = Served(artifact, mode)
     try:
         family = psutil.Process(running.process.pid).children()
-        assert len(family) == 3
+        assert len(family) == count
         running.process.kill()
         _, alive = psutil.wait_procs(family, 10)
         assert not alive
@@ -364,11 +440,12 @@ def test_without_their_supervisor_the_others_end(artifact):
         running.kill()
 
 
-def test_what_cannot_be_loaded_is_one_line(tmp_path):
+@pytest.mark.parametrize("mode", MODES)
+def test_what_cannot_be_loaded_is_one_line(tmp_path, mode):
     (tmp_path / "none.lepton").write_bytes(b"no artifact")
     code = "import sys; from lepton_xla.cli import main; sys.exit(main())"
     done = subprocess.run(
-        [sys.executable, "-c", code, "serve", str(tmp_path / "none.lepton"), "--port", "0", "--frontends", "2"],
+        [sys.executable, "-c", code, "serve", str(tmp_path / "none.lepton"), "--port", "0", mode, "2"],
         capture_output=True, text=True, cwd=ROOT, timeout=60,
     )  # fmt: skip
     assert done.returncode == 2

@@ -33,7 +33,8 @@ MEMORY = 1 << 16
 @pytest.fixture(autouse=True)
 def _both_ends_share_an_event_loop(monkeypatch):
     """Which a short batch would hold up, as it does only that of the engine where they do not."""
-    monkeypatch.setattr(scheduler, "_short_s", lambda _: 0.0)
+    monkeypatch.setattr(scheduler, "_SHORT_S", 0.0)
+    monkeypatch.setattr(scheduler, "_SHORT_ON_ONE_CORE_S", 0.0)
 
 
 class Asked(Call, kw_only=True, eq=False):
