@@ -96,7 +96,7 @@ def stages(path: pathlib.Path, payload: serving.Payload, rounds: int = 400) -> d
         costs = Costs(signature.ladder, engine.warm_up())
         batcher: Batcher[Any] = Batcher(signature.ladder, costs=costs, levels=3)
         metrics, limits = Metrics(signature.name), Limits()
-        scheduler = Held(signature, batcher, engine, metrics, asyncio.get_running_loop(), levels=3)
+        scheduler = Held(signature, batcher, engine, metrics, asyncio.get_running_loop(), levels=3, cores=1)
         # Whatever it takes here, on this thread.
         scheduler._short = {(key, size) for key, size, _ in costs}
         scheduler._longest_s = 1.0

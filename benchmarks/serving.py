@@ -58,6 +58,7 @@ OVER_ROUNDS = 3
 GENERATOR_CORE = 0.9
 START_S = 180.0
 OURS = "lepton_xla"
+MOSEC = "mosec"
 FLOOR = "HTTP alone"
 _LUA = """
 wrk.method = "POST"
@@ -513,32 +514,41 @@ def ours(label: str, path: pathlib.Path, payload: Payload, *flags: str) -> Serve
     return Server(label, command, port, f"/v2/models/{payload.model}/infer", payload.oip())
 
 
+def mosec(label: str, python: str, payload: Payload, env: dict[str, str]) -> Server:
+    """mosec, which as ours has as many processes that run the model as it is told."""
+    port = _port()
+    command = [python, str(SERVERS / "mosec_server.py"), "--port", str(port)]
+    return Server(label, command, port, "/inference", payload.raw(), env)
+
+
 def candidates(
     name: str, path: pathlib.Path, payload: Payload, options: argparse.Namespace
 ) -> dict[str, Callable[[], Server]]:
     """What starts each server that was asked for."""
     infer = f"/v2/models/{payload.model}/infer"
     made: dict[str, Callable[[], Server]] = {OURS: lambda: ours(OURS, path, payload)}
-    for count in options.frontends:
-        label = f"{OURS} --frontends {count}"
-        made[label] = functools.partial(ours, label, path, payload, "--frontends", str(count))
+    for flag, counts in (("--workers", options.workers), ("--frontends", options.frontends)):
+        for count in counts:
+            label = f"{OURS} {flag} {count}"
+            made[label] = functools.partial(ours, label, path, payload, flag, str(count))
     if name == "first10":
         floor_at = _port()
         floor = [sys.executable, str(SERVERS / "http_server.py"), "--port", str(floor_at)]
         made[FLOOR] = lambda: Server(FLOOR, floor, floor_at, infer, payload.oip())
     if options.mosec and payload.count == 1:
-        at = _port()
-        command = [options.mosec, str(SERVERS / "mosec_server.py"), "--port", str(at)]
         env = {} if name == "first10" else {"LEPTON_ARTIFACT": str(path)}
-        made["mosec"] = lambda: Server("mosec", command, at, "/inference", payload.raw(), env)
+        for count in (1, *options.workers):
+            label = MOSEC if count == 1 else f"{MOSEC}, {count} workers"
+            made[label] = functools.partial(mosec, label, options.mosec, payload, env | {"LEPTON_WORKERS": str(count)})
     if options.litserve and name == "first10":
         lit_at = _port()
         lit = [options.litserve, str(SERVERS / "litserve_server.py"), "--port", str(lit_at)]
         made["LitServe"] = lambda: Server("LitServe", lit, lit_at, "/predict", payload.json(), idles=False)
     if options.triton and name == "first10":
-        triton_at = _port()
-        triton, env_triton = triton_command(options.triton, triton_at)
-        made["Triton"] = lambda: Server("Triton", triton, triton_at, infer, payload.oip(), env_triton)
+        binary, env_triton = triton_installed(options.triton)
+        for count in (1, *options.workers):
+            label = "Triton" if count == 1 else f"Triton, {count} instances"
+            made[label] = functools.partial(triton, label, binary, env_triton, path.parent, payload, count)
     return made
 
 
@@ -572,8 +582,24 @@ def _check(body: bytes, payload: Payload, label: str) -> None:
         raise ValueError("the answer is wrong")
 
 
-def triton_command(python: str, port: int) -> tuple[list[str], dict[str, str]]:
-    """The Triton Inference Server out of the nvidia-pytriton wheel of that Python, and its environment."""
+def triton(
+    label: str, binary: pathlib.Path, env: dict[str, str], folder: pathlib.Path, payload: Payload, count: int
+) -> Server:
+    """The Triton Inference Server with so many processes that run the model."""
+    repository = folder / f"triton-{count}"
+    shutil.copytree(SERVERS / "triton", repository, dirs_exist_ok=True)
+    config = repository / payload.model / "config.pbtxt"
+    config.write_text(config.read_text().replace("count: 1", f"count: {count}"))
+    port = _port()
+    command = [
+        str(binary), f"--model-repository={repository}", f"--backend-directory={binary.parents[1] / 'backends'}",
+        "--http-address=127.0.0.1", f"--http-port={port}", "--allow-grpc=false", "--allow-metrics=false",
+    ]  # fmt: skip
+    return Server(label, command, port, f"/v2/models/{payload.model}/infer", payload.oip(), env)
+
+
+def triton_installed(python: str) -> tuple[pathlib.Path, dict[str, str]]:
+    """The program of the nvidia-pytriton wheel of that Python, and its environment."""
     ask = "import sysconfig, sys; print(sysconfig.get_path('purelib'), sysconfig.get_config_var('LIBDIR'), '%d.%d' % sys.version_info[:2])"  # noqa: E501
     site, libraries, version = subprocess.run(
         [python, "-c", ask], capture_output=True, text=True, check=True
@@ -581,12 +607,7 @@ def triton_command(python: str, port: int) -> tuple[list[str], dict[str, str]]:
     server = pathlib.Path(site) / "pytriton" / "tritonserver"
     stub = server / "python_backend_stubs" / version / "triton_python_backend_stub"
     shutil.copy(stub, server / "backends" / "python")
-    command = [
-        str(server / "bin" / "tritonserver"), f"--model-repository={SERVERS / 'triton'}",
-        f"--backend-directory={server / 'backends'}", "--http-address=127.0.0.1", f"--http-port={port}",
-        "--allow-grpc=false", "--allow-metrics=false",
-    ]  # fmt: skip
-    return command, {"LD_LIBRARY_PATH": libraries, "PEER_SITE": site}
+    return server / "bin" / "tritonserver", {"LD_LIBRARY_PATH": libraries, "PEER_SITE": site}
 
 
 def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
@@ -611,7 +632,8 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
         finally:
             for server in servers:
                 server.stop()
-        for label in (label for label in rows if label != FLOOR):
+        # Not of those in several processes, which would have but one core.
+        for label in (label for label in rows if label in (OURS, MOSEC, "LitServe", "Triton")):
             console.print(f"  {label}: open loops ...")
             again = None
             if label == OURS:
@@ -659,12 +681,13 @@ def write_page(results: Mapping[str, Any]) -> None:
         (
             "One row a request where nothing else is said. Times in milliseconds; the load generator runs on the same "
             "machine. Closed loop: connections that each have one request unanswered, on all cores; medians of rounds "
-            "in which the servers took turns. `x` is the rate over that of mosec, CPU the server's processor seconds a "
-            "thousand requests with 64 connections, memory what its processes hold after the closed loops. mosec, "
-            "LitServe and Triton run NumPy for the first table; mosec runs our artifact for the others, from Python as "
-            "its users would, and takes one row a request. `HTTP alone` parses with httptools on uvloop, as ours does, "
-            "and answers the same bytes whatever comes: what a server in Python has to lose. `bare` is the executable "
-            "called in a loop without a server."
+            "in which the servers took turns. `x` is the rate over that of mosec, the better of its two, CPU the "
+            "server's processor seconds a thousand requests with 64 connections, memory what its processes hold after "
+            "the closed loops. Where a server may have several processes that run the model there is a row with one "
+            "and a row with as many as cores. mosec, LitServe and Triton run NumPy for the first table; mosec runs "
+            "our artifact for the others, from Python as its users would, and takes one row a request. `HTTP alone` "
+            "parses with httptools on uvloop, as ours does, and answers the same bytes whatever comes: what a server "
+            "in Python has to lose. `bare` is the executable called in a loop without a server."
         ),
         (
             "Open loop: requests due at random moments (Poisson) at a share of the capacity, latency from when each "
@@ -690,7 +713,7 @@ def _tables(result: Mapping[str, Any]) -> list[str]:
     header = ["closed loop", *(f"{key} connections: req/s (p50, p99, p99.9)" for key in keys)]
     header += ["x", "of bare", "CPU", "memory MB", "errors"]
     at = str(CAPACITY_AT) if str(CAPACITY_AT) in keys else keys[-1]
-    base = servers.get("mosec", {}).get("closed", {}).get(at, {}).get("rate")
+    base = max((row["closed"][at]["rate"] for label, row in servers.items() if label.startswith(MOSEC)), default=None)
     cells = []
     for label, row in servers.items():
         found = row["closed"]
@@ -790,6 +813,11 @@ def main() -> int:
     parser.add_argument("--mosec", help="a Python that has mosec (and lepton_xla, for other models than first10)")
     parser.add_argument("--litserve", help="a Python that has litserve")
     parser.add_argument("--triton", help="a Python 3.12 that has nvidia-pytriton 0.7.0")
+    several = (len(os.sched_getaffinity(0)),) if len(os.sched_getaffinity(0)) > 1 else ()
+    parser.add_argument(
+        "--workers", type=_numbers(int), default=several,
+        help="also ours and mosec with so many processes; default: as many as there are cores",
+    )  # fmt: skip
     parser.add_argument("--frontends", type=_numbers(int), default=(), help="also ours with so many front-ends: 1,2")
     parser.add_argument(
         "--connections", type=_numbers(int), default=CONNECTIONS, help="closed loops; default 1,8,64,256"

@@ -2,6 +2,7 @@
 
     python mosec_server.py --port 8000            the first 10 of 784 numbers, by NumPy
 
+LEPTON_WORKERS is the number of processes that run the model, 1 where it is not given.
 With the path of an artifact in LEPTON_ARTIFACT it runs that, as `lx.load` gives it: inputs one after the other in the
 body, each one row.
 """
@@ -64,5 +65,6 @@ class Artifact(Worker):
 
 if __name__ == "__main__":
     server = Server()
-    server.append_worker(Artifact if ARTIFACT else First10, num=1, max_batch_size=32, max_wait_time=2)
+    count = int(os.environ.get("LEPTON_WORKERS", "1"))
+    server.append_worker(Artifact if ARTIFACT else First10, num=count, max_batch_size=32, max_wait_time=2)
     server.run()

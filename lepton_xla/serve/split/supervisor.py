@@ -193,8 +193,14 @@ class Supervisor:
     async def _watch(self) -> None:
         """Has every process end that does not say anything any more."""
         while True:
+            before = monotonic()
             await asyncio.sleep(control.REPORT_S)
-            self._end_silent(monotonic())
+            now = monotonic()
+            if now - before > 2 * control.REPORT_S:
+                # This one stood still itself, as where a container is paused: it may not have read what they said.
+                for child in self._children:
+                    child.heard_s = max(child.heard_s, now)
+            self._end_silent(now)
 
     def _end_silent(self, now: float) -> None:
         for child in self._children:

@@ -1,6 +1,6 @@
-"""One process beside `--frontends`: where it pays to speak HTTP, TLS and JSON in processes of their own.
+"""One process beside `--workers` and `--frontends`: where it pays to serve from several.
 
-    python benchmarks/frontends.py [--frontends 1,2] [--rounds 3] [--seconds 3]
+    python benchmarks/processes.py [--workers 2] [--frontends 1,2] [--rounds 3] [--seconds 3]
 
 784 numbers to 10, 64 connections, each with one unanswered request, from wrk on the same machine: a row in binary, the
 same over TLS, and a row and eight rows in JSON. Servers take turns; those whose turn it is not are stopped.
@@ -67,11 +67,14 @@ def certificate(folder: pathlib.Path) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--frontends", type=lambda text: [int(each) for each in text.split(",")], default=[1, 2])
+    for flag, default in (("--workers", "2"), ("--frontends", "1,2")):
+        parser.add_argument(flag, type=serving._numbers(int), default=default)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=3.0)
     options = parser.parse_args()
-    modes = {"one process": [], **{f"--frontends {n}": ["--frontends", str(n)] for n in options.frontends}}
+    modes = {"one process": []}
+    for flag, counts in (("--workers", options.workers), ("--frontends", options.frontends)):
+        modes |= {f"{flag} {count}": [flag, str(count)] for count in counts}
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name)
         artifact, payload = serving.first10(folder, quick=False)
