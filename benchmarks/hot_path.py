@@ -3,7 +3,8 @@
     python benchmarks/hot_path.py [--json FILE]
 
 784 numbers to 10. 64 connections bring a request each, then the batch runs: the server's own objects, told by hand, on
-a transport that writes nowhere. `benchmarks/serving.py` has what a request takes with sockets, and puts this beside it.
+a transport that writes nowhere. 64 more find the queue full, and are refused. `benchmarks/serving.py` has what a
+request takes with sockets, and puts this beside it.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ from lepton_xla.serve.protocol.signature import signature_of
 from lepton_xla.serve.protocol.wire import Decoder
 
 AT_ONCE = 64
+REFUSED = "or else, where the queue is full: refuse it, all in all"
 
 
 class Nowhere:
@@ -87,21 +89,29 @@ def seconds_of(work: Callable[[], object]) -> float:
 
 
 def stages(path: pathlib.Path, payload: serving.Payload, rounds: int = 400) -> dict[str, float]:
-    """Microseconds of a request by step: medians over rounds of 64 requests."""
+    """Microseconds of a request by step, of all steps, and of a refusal: medians over rounds of 64 requests."""
 
     async def measured() -> dict[str, float]:
         model = lx.load(path)
         signature = signature_of(model)
         engine = Timed(model, signature)
         costs = Costs(signature.ladder, engine.warm_up())
-        batcher: Batcher[Any] = Batcher(signature.ladder, costs=costs, levels=3)
+        batcher, full = (
+            Batcher[Any](signature.ladder, costs=costs, levels=3, max_rows=most) for most in (4096, AT_ONCE)
+        )
         metrics, limits = Metrics(signature.name), Limits()
-        scheduler = Held(signature, batcher, engine, metrics, asyncio.get_running_loop(), levels=3, cores=1)
+        loop = asyncio.get_running_loop()
+        scheduler, refusing = (
+            Held(signature, queue, engine, metrics, loop, levels=3, cores=1) for queue in (batcher, full)
+        )
         # Whatever it takes here, on this thread.
         scheduler._short = {(key, size) for key, size, _ in costs}
         scheduler._longest_s = 1.0
         held: list[Any] = []
-        framing, whole = Hub(held.append, limits), Hub(App(signature, scheduler, metrics, limits), limits)
+        framing = Hub(held.append, limits)
+        whole, filling, over = (
+            Hub(App(signature, each, metrics, limits), limits) for each in (scheduler, refusing, refusing)
+        )
         decoder = Decoder(signature, limits, batcher.max_rows)
         body, fields = payload.oip()
         head = f"POST /v2/models/{payload.model}/infer HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: {len(body)}\r\n"
@@ -109,7 +119,7 @@ def stages(path: pathlib.Path, payload: serving.Payload, rounds: int = 400) -> d
         json_bytes = int(fields["Inference-Header-Content-Length"])
         answer = b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n"
         connections: dict[int, list[Connection]] = {}
-        for hub in (framing, whole):
+        for hub in (framing, whole, filling, over):
             connections[id(hub)] = [Connection(hub) for _ in range(AT_ONCE)]
             for connection in connections[id(hub)]:
                 connection.connection_made(Nowhere())  # type: ignore[arg-type]
@@ -134,6 +144,7 @@ def stages(path: pathlib.Path, payload: serving.Payload, rounds: int = 400) -> d
             for _ in range(AT_ONCE):
                 decoder.decode(body, json_bytes)
 
+        bring(filling)()
         found: list[dict[str, float]] = []
         for _ in range(rounds):
             framed, written, decoded = seconds_of(bring(framing)), seconds_of(write), seconds_of(decode)
@@ -147,12 +158,15 @@ def stages(path: pathlib.Path, payload: serving.Payload, rounds: int = 400) -> d
                 "execution": engine.executing,
                 "form the batch, cut its result up, count": ran - engine.copying - engine.executing - written,
                 "write the answer": written,
+                REFUSED: seconds_of(bring(over)),
             })  # fmt: skip
         metrics.bring_up_to_date()
-        assert dict(metrics.codes) == {200: rounds * AT_ONCE}
+        assert dict(metrics.codes) == {200: rounds * AT_ONCE, 503: rounds * AT_ONCE}
         transport: Any = connections[id(whole)][0]._transport
         assert transport.answers == rounds
-        return {step: 1e6 * statistics.median(each[step] for each in found) / AT_ONCE for step in found[0]}
+        steps = {step: 1e6 * statistics.median(each[step] for each in found) / AT_ONCE for step in found[0]}
+        refused = steps.pop(REFUSED)
+        return {**steps, "together": sum(steps.values()), REFUSED: refused}
 
     settle()
     return uvloop.run(measured())
@@ -172,7 +186,6 @@ def main() -> int:
     table.add_column("µs a request", justify="right")
     for step, micros in found.items():
         table.add_row(step, f"{micros:.1f}")
-    table.add_row("together", f"{sum(found.values()):.1f}")
     Console(width=100).print(table)
     if options.json:
         options.json.write_text(json.dumps(found, indent=1) + "\n")

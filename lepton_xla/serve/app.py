@@ -48,11 +48,7 @@ class Backend(Protocol):
         ...
 
     def submit(self, call: Call) -> None:
-        """Takes a call; `finish` or `fail` is told of its end, unless it is cancelled first.
-
-        Raises:
-            RefusedError: why it does not.
-        """
+        """Takes a call; `finish` or `fail` is told of its end, at once if refused, unless it is cancelled first."""
         ...
 
     def cancel(self, call: Call) -> None:
@@ -286,8 +282,8 @@ class App:
             plan.rows, plan.key, exchange.started_s, nbytes=request.nbytes,
             request=request, app=self, exchange=exchange, coding=accepted,
         )  # fmt: skip
-        self.scheduler.submit(call)
         exchange.on_cancel = call.cancel
+        self.scheduler.submit(call)
 
     def _submit_later(self, exchange: Exchange, accepted: str | None, read: Callable[[], InferRequest]) -> None:
         """Reads a long body on another thread. Answers keep their order: that is the connection's business."""

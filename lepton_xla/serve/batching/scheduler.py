@@ -138,8 +138,10 @@ class Scheduler:
         self._scheduled = False
         self._alarm: asyncio.TimerHandle | None = None
         self._alarm_s = math.inf
-        self._retry_after = ""
-        self._retry_after_until_s = -math.inf
+        # What is told to whoever is refused for load, and until when.
+        self._overload: dict[Reason, RefusedError] = {}
+        self._predicted = ""
+        self._predicted_until_s = -math.inf
 
     @property
     def max_rows(self) -> int:
@@ -195,17 +197,19 @@ class Scheduler:
     def submit(self, call: Call) -> None:
         """Queues a call; `finish` or `fail` is told of its end, unless it is cancelled first.
 
-        Raises:
-            RefusedError: 400 for a priority that there is not, 503 where the queue is too full for it or nothing
-                would run it, 504 where its timeout leaves no time to run it.
+        It fails at once with 400 for a priority that there is not, 503 where the queue is too full for it or nothing
+        would run it, 504 where its timeout leaves no time to run it. An overloaded server refuses as often as it
+        answers, and to raise an error would take as long as all else that this does.
         """
         if self._ended:
             self._metrics.rejected += 1
-            raise _stopped()
+            call.fail(_stopped())
+            return
         plan = call.request.plan
         call.level = plan.priority - 1 if plan.priority else self._level
         if call.level >= self._levels:
-            raise RefusedError(400, f"parameter 'priority' must be 0 to {self._levels}, not {plan.priority}")
+            call.fail(RefusedError(400, f"parameter 'priority' must be 0 to {self._levels}, not {plan.priority}"))
+            return
         timeout = self._timeout_s if plan.timeout_s is None else min(plan.timeout_s, self._max_timeout_s)
         if timeout != math.inf:
             call.deadline_s = call.arrival_s + timeout
@@ -214,7 +218,8 @@ class Scheduler:
         with self._lock:
             reason = self._batcher.add(call)
         if reason is not None:
-            raise self._refusal(reason)
+            call.fail(self._refusal(reason))
+            return
         if self._batcher.dropped:
             self._tell_dropped()
         self._pump_soon()
@@ -232,12 +237,16 @@ class Scheduler:
             return RefusedError(status, words)
         self._metrics.rejected += 1
         now = monotonic()
-        if now >= self._retry_after_until_s:
+        if now >= self._predicted_until_s:
             with self._lock:
                 seconds = self._batcher.drain_s(now)
-            self._retry_after = f"Retry-After: {min(max(math.ceil(seconds), 1), _LONGEST_RETRY_S)}"
-            self._retry_after_until_s = now + _PREDICTED_S
-        return RefusedError(503, words, self._retry_after)
+            self._predicted = f"Retry-After: {min(max(math.ceil(seconds), 1), _LONGEST_RETRY_S)}"
+            self._predicted_until_s = now + _PREDICTED_S
+            self._overload.clear()
+        refusal = self._overload.get(reason)
+        if refusal is None:
+            refusal = self._overload[reason] = RefusedError(503, words, self._predicted)
+        return refusal
 
     def _tell_dropped(self) -> None:
         """Answers those who will get no result."""

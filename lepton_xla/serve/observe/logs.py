@@ -6,6 +6,7 @@ their own writes them, and drops what it cannot get rid of.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import queue
@@ -26,6 +27,15 @@ _QUEUED_LINES = 10_000
 _CLOSE_S = 1.0
 
 
+@dataclasses.dataclass(slots=True)
+class _Told:
+    """Of one kind: when the period began, how many were told, and how many were not since."""
+
+    began_s: float
+    count: int
+    left_out: int
+
+
 class Throttle:
     """Bounds how often things of a kind are told.
 
@@ -39,21 +49,21 @@ class Throttle:
         self._burst = burst
         self._period_s = period_s
         self._clock = clock
-        # Of each kind: when the period began, how many were told, how many were not.
-        self._kinds: dict[Hashable, tuple[float, int, int]] = {}
+        self._kinds: dict[Hashable, _Told] = {}
 
     def ask(self, kind: Hashable) -> int | None:
         """How many of the kind were left out since one was told; None if this one is to be left out too."""
         now = self._clock()
-        began, told, left_out = self._kinds.get(kind, (now, 0, 0))
-        if now - began >= self._period_s:
-            began, told = now, 0
-        if told >= self._burst:
-            self._kinds[kind] = (began, told, left_out + 1)
+        told = self._kinds.get(kind)
+        if told is None or now - told.began_s >= self._period_s:
+            if len(self._kinds) >= _MOST_KINDS:
+                self._kinds.clear()
+            told = self._kinds[kind] = _Told(now, 0, told.left_out if told else 0)
+        if told.count >= self._burst:
+            told.left_out += 1
             return None
-        if len(self._kinds) >= _MOST_KINDS:
-            self._kinds.clear()
-        self._kinds[kind] = (began, told + 1, 0)
+        told.count += 1
+        left_out, told.left_out = told.left_out, 0
         return left_out
 
 

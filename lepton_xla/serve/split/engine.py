@@ -129,10 +129,7 @@ class FrontEnd:
             front=self,
             layout=layout,
         )
-        try:
-            self._scheduler.submit(call)
-        except RefusedError as refusal:
-            call.fail(refusal)
+        self._scheduler.submit(call)
 
     def _layout(self, terms: bytes) -> Layout:
         if len(self._layouts) >= _KEPT_LAYOUTS:

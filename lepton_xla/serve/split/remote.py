@@ -143,12 +143,13 @@ class RemoteScheduler:
     def submit(self, call: Call) -> None:
         """Hands over a call; `finish` or `fail` is told of its end, unless it is cancelled first.
 
-        Raises:
-            RefusedError: 503 where there is no engine, or no room for the tensors, 413 where there never will be.
+        It fails at once with 503 where there is no engine, or no room for the tensors, 413 where there never will be.
         """
         packets, signature = self._packets, self._signature
         if packets is None or signature is None:
-            raise self._refused(RefusedError(503, "the engine is being started"))
+            self._metrics.rejected += 1
+            call.fail(RefusedError(503, "the engine is being started"))
+            return
         request = call.request
         layout = request.plan.layout
         if layout is None:
@@ -156,18 +157,17 @@ class RemoteScheduler:
         block = self._blocks.take(layout.order)
         if block is None:
             if layout.order > self._order:
-                raise RefusedError(413, "the request's tensors exceed the memory that there is for them")
-            raise self._refused(RefusedError(503, "too much waits for an answer"))
+                call.fail(RefusedError(413, "the request's tensors exceed the memory that there is for them"))
+                return
+            self._metrics.rejected += 1
+            call.fail(RefusedError(503, "too much waits for an answer"))
+            return
         shared = self._memory
         for (start, stop), tensor in zip(layout.inputs, request.tensors, strict=True):
             shared[block + start : block + stop] = tensor
         self._calls[block] = call
         call.block = block
         packets.write(descriptors.run(layout, block, call.arrival_s))
-
-    def _refused(self, refusal: RefusedError) -> RefusedError:
-        self._metrics.rejected += 1
-        return refusal
 
     def cancel(self, call: Call) -> None:
         """Forgets a call: nobody waits for it any more. Its block is free once the engine says so."""

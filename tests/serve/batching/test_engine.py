@@ -1,5 +1,7 @@
 """Rows in, rows out: what the engine copies where."""
 
+import time
+
 import numpy as np
 import pytest
 from serve_fakes import Tokens
@@ -46,6 +48,25 @@ def test_a_request_split_over_batches_is_cut_piece_by_piece():
         out, _ = completion.results(part, SIGNATURE.outputs)
         kept = tokens[part.start : part.start + part.rows]
         np.testing.assert_array_equal(np.frombuffer(out, np.int32).reshape(kept.shape), kept + 1)
+
+
+def test_how_many_processors_executions_keep_busy_is_measured():
+    class Busy(Tokens):
+        def run(self, sizes, arrays):
+            until = time.thread_time() + 1e-3
+            while time.thread_time() < until:
+                pass
+            return super().run(sizes, arrays)
+
+    class Asleep(Tokens):
+        def run(self, sizes, arrays):
+            time.sleep(1e-3)
+            return super().run(sizes, arrays)
+
+    busy, asleep = Engine(Busy(), SIGNATURE), Engine(Asleep(), SIGNATURE)
+    busy.warm_up()
+    asleep.warm_up()
+    assert 0 < 2 * asleep.busy_processors < busy.busy_processors < 1.5
 
 
 def test_a_batch_that_nobody_waits_for_is_not_run():

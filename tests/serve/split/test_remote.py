@@ -171,12 +171,12 @@ def test_memory_is_used_again_and_its_end_is_503():
             for turn in range(20):
                 asked = [(both.ask(*affine(1, turn)), turn) for _ in range(blocks)]
                 with pytest.raises(RefusedError, match="too much waits") as caught:
-                    both.ask(*affine(1, turn))
+                    await both.ask(*affine(1, turn)).told
                 assert caught.value.status == 503
                 for call, n in asked:
                     check(await call.told, *affine(1, n))
             with pytest.raises(RefusedError) as caught:
-                both.ask(*affine(600, 1))
+                await both.ask(*affine(600, 1)).told
             assert caught.value.status == 413
             assert both.metrics.rejected == 20
 
@@ -244,7 +244,7 @@ def test_an_engine_that_is_gone_fails_what_it_was_asked_and_the_next_serves():
             assert not asked[2].told.done()
             assert (both.remote.ready, both.wishes) == (False, 1)
             with pytest.raises(RefusedError) as caught:
-                both.ask(*affine(1, 1))
+                await both.ask(*affine(1, 1)).told
             assert caught.value.status == 503
             servable.gate.set()
             await both.link()
