@@ -1,6 +1,6 @@
 """Chaos: requests as no honest client sends them, then health and right answers; and memory over a million requests.
 
-    python tests/serve/chaos.py [--requests 10000] [--endurance 1000000] [--serve-option=--frontends=2]
+    python tests/serve/chaos.py [--requests 10000] [--endurance 1000000] [--serve-option=--workers=2]
 
 Starts `leptonx serve` on a small artifact of its own. Ends with 0 if nothing was found; each finding is a line.
 `test_chaos.py` runs the short form.
@@ -304,7 +304,7 @@ def main() -> int:
     parser.add_argument("--requests", type=int, default=10_000, help="clients of the storm")
     parser.add_argument("--endurance", type=int, default=0, help="good requests over which memory is watched")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--serve-option", action="append", default=[], help="for leptonx serve, such as --frontends=2")
+    parser.add_argument("--serve-option", action="append", default=[], help="for leptonx serve, such as --workers=2")
     options = parser.parse_args()
     wrong = run(options.requests, options.seed, options.endurance, tuple(options.serve_option))
     for line in wrong:
