@@ -63,8 +63,8 @@ def _limit_options(command: Callable[..., None]) -> Callable[..., None]:
 @_option(
     "--workers",
     1,
-    "Processes that each do all of it, model included, with one more that watches over them: for models so small that "
-    "one core is busy with requests while others are idle. 1 is one process in all.",
+    "Processes that each do all of it, model included, with one more that watches over them: for models on the CPU so "
+    "small that one core is busy with requests while others are idle. 1 is one process in all.",
     type=click.IntRange(1, 64),
 )
 @_option(

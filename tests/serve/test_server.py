@@ -10,6 +10,7 @@ from serve_fakes import Affine, Identity, affine_binary, connect, raw_request, r
 from lepton_xla.cli.serve import serve as serve_command
 from lepton_xla.errors import ServeError
 from lepton_xla.serve import Limits, Options, Server
+from lepton_xla.serve.split import worker
 
 INFER = "/v2/models/affine/infer"
 X = np.ones((1, 4), np.float32)
@@ -74,6 +75,13 @@ def test_workers_and_front_ends_are_not_given_together(tmp_path):
     result = CliRunner().invoke(serve_command, [str(tmp_path), "--workers", "2", "--frontends", "2"])
     assert isinstance(result.exception, ServeError)
     assert "give one of them" in str(result.exception)
+
+
+def test_workers_do_not_share_a_device(monkeypatch):
+    worker.check_device()
+    monkeypatch.setattr("jax.default_backend", lambda: "gpu")
+    with pytest.raises(ServeError, match="on the gpu: use --frontends"):
+        worker.check_device()
 
 
 def test_a_request_leaves_nothing_for_the_garbage_collector(server):

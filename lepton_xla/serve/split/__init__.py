@@ -1,5 +1,5 @@
-"""Serving by several processes: front-ends that speak HTTP, one engine that owns the device, and their supervisor.
+"""Serving by several processes: workers that do all of it, or front-ends beside one engine, and their supervisor.
 
-The front-ends decode requests and never import JAX; tensors lie in shared memory, and descriptors of a few bytes travel
-over Unix sockets. Nothing is pickled.
+Front-ends speak HTTP and never import JAX; the engine owns the device. Tensors lie in shared memory, and descriptors of
+a few bytes travel over Unix sockets. Nothing is pickled.
 """

@@ -196,14 +196,13 @@ class Supervisor:
             before = monotonic()
             await asyncio.sleep(control.REPORT_S)
             now = monotonic()
-            if now - before > 2 * control.REPORT_S:
-                # This one stood still itself, as where a container is paused: it may not have read what they said.
-                for child in self._children:
-                    child.heard_s = max(child.heard_s, now)
-            self._end_silent(now)
+            self._end_silent(now, now - before)
 
-    def _end_silent(self, now: float) -> None:
+    def _end_silent(self, now: float, slept_s: float) -> None:
         for child in self._children:
+            if slept_s > 2 * control.REPORT_S:
+                # This process stood still too, as where a container is paused, and may not have read what was said.
+                child.heard_s = max(child.heard_s, now)
             if child.ready and child.process is not None and now - child.heard_s > _SILENT_S:
                 child.ready = False
                 child.reason = f"it has said nothing for {_SILENT_S:g} s"

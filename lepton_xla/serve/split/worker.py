@@ -10,6 +10,7 @@ import os
 import socket
 import sys
 
+from lepton_xla.errors import ServeError
 from lepton_xla.serve.batching.engine import Engine
 from lepton_xla.serve.batching.scheduler import Call
 from lepton_xla.serve.observe.metrics import Metrics
@@ -21,12 +22,29 @@ from lepton_xla.serve.split.child import run_child
 from lepton_xla.serve.split.http_process import HttpProcess
 
 
+def check_device() -> None:
+    """Refuses to be one of several on a device that the others would want whole too.
+
+    Raises:
+        ServeError: where models do not run on the CPU.
+    """
+    import jax
+
+    platform = jax.default_backend()
+    if platform != "cpu":
+        raise ServeError(
+            f"each of --workers holds the model, and here it would run on the {platform}: use --frontends, which share "
+            "one that has the device, or set JAX_PLATFORMS=cpu"
+        )
+
+
 async def _main(settings: control.Settings, end: socket.socket) -> bool:
     from lepton_xla.compiler import load
 
     cores = max(1, len(os.sched_getaffinity(0)) // settings.workers)
     run_on_calling_thread()
     count_on_cores(cores)
+    check_device()
     servable = load(settings.artifact)
     signature = signature_of(servable, settings.options.name)
     engine: Engine[Call] = Engine(servable, signature)

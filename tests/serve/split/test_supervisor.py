@@ -32,19 +32,33 @@ def test_a_process_that_says_nothing_for_a_minute_is_killed_and_no_other(monkeyp
     for _ in range(120):
         now += 0.5
         keeper._told(other, control.Counts({}))
-        keeper._end_silent(now)
+        keeper._end_silent(now, 0.5)
         assert not silent.process.killed
-    keeper._end_silent(now + 0.5)
+    keeper._end_silent(now + 0.5, 0.5)
     assert silent.process.killed
     assert not other.process.killed
     assert "said nothing for 60 s" in silent.reason
+
+
+def test_nobody_is_silent_who_could_not_be_heard(monkeypatch):
+    """A container that was paused for two minutes: all stood still."""
+    monkeypatch.setattr(supervisor, "monotonic", lambda: 1000.0)
+    keeper = Supervisor("x.lepton", Options(port=0), workers=2)
+    for child in keeper._children:
+        child.process, child.ready = Process(), True
+        keeper._told(child, control.Counts({}))
+    keeper._end_silent(1120.0, 120.0)
+    keeper._end_silent(1120.5, 0.5)
+    assert not any(child.process.killed for child in keeper._children)
+    keeper._end_silent(1180.5, 0.5)
+    assert all(child.process.killed for child in keeper._children)
 
 
 def test_a_process_that_is_being_started_may_take_its_time():
     keeper = Supervisor("x.lepton", Options(port=0), frontends=1)
     for child in keeper._children:
         child.process = Process()
-    keeper._end_silent(1e9)
+    keeper._end_silent(1e9, 0.5)
     assert not any(child.process.killed for child in keeper._children)
 
 
