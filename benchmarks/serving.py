@@ -53,9 +53,11 @@ CONNECTIONS = (1, 8, 64, 256)
 SHARES = (0.5, 0.8, 0.95)
 CAPACITY_AT = 64
 OPEN_CONNECTIONS = 512
-OVER_ROUNDS = 5
+OPEN_ROUNDS, OVER_ROUNDS = 3, 9
 # Of a core, beyond which the generator's own lateness is most of the latency.
 GENERATOR_CORE = 0.9
+# Share of the capacity that good answers should keep, whatever is asked.
+GOODPUT = 0.9
 START_S = 180.0
 OURS = "lepton_xla"
 MOSEC = "mosec"
@@ -283,31 +285,40 @@ def alone(
 
     Returns:
         `capacity`, requests/s of a closed loop; `unloaded_p50`, milliseconds of one connection; the open loops by
-        share of the capacity; of ours also `minute`, `batch_ms`, an execution of the largest size, `queue_p99`, see
-        `queue_p99_s`, and `core_p99`, see `core_p99_s`; `over`, what becomes of twice the capacity, or None where the
-        generator cannot ask for so much.
+        share of the capacity, each right after a closed one; of ours also `minute`, a long one between two closed ones,
+        `batch_ms`, an execution of the largest size, `queue_p99`, see `queue_p99_s`, and `core_p99`, see `core_p99_s`;
+        `over`, what becomes of twice the capacity, or None where the generator cannot ask for so much.
     """
     with on_cores(slice(None, -1)):
         server = make()
     try:
         server.wait()
-        one = _load(server, None, 1, options.seconds)
-        full = _load(server, None, CAPACITY_AT, options.seconds)
-        capacity = full["rate"]
-        found: dict[str, Any] = {"capacity": capacity, "unloaded_p50": one["p50"], "generator": full["cores"]}
+        closed_s, open_s = options.open_seconds / OPEN_ROUNDS / 2, options.open_seconds / OPEN_ROUNDS
+        found: dict[str, Any] = {"unloaded_p50": _load(server, None, 1, options.seconds)["p50"]}
+        full: list[dict[str, float]] = []
         for share in SHARES:
-            found[f"{share:g}"] = _load(server, share * capacity, OPEN_CONNECTIONS, options.open_seconds)
-        most = capacity * GENERATOR_CORE / full["cores"]
+            rounds = []
+            for _ in range(OPEN_ROUNDS):
+                full.append(_load(server, None, CAPACITY_AT, closed_s))
+                rounds.append(_load(server, share * full[-1]["rate"], OPEN_CONNECTIONS, open_s))
+            found[f"{share:g}"] = _medians(rounds)
+        usual = _medians(full)
+        capacity = found["capacity"] = usual["rate"]
+        found["generator"] = usual["cores"]
+        most = capacity * GENERATOR_CORE / usual["cores"]
         found["over"] = None
         if bounded is not None:
-            found["minute"] = _load(server, 0.8 * capacity, OPEN_CONNECTIONS, options.minute_seconds)
+            before = _load(server, None, CAPACITY_AT, open_s)["rate"]
+            found["minute"] = _load(server, 0.8 * before, OPEN_CONNECTIONS, options.minute_seconds)
+            after = _load(server, None, CAPACITY_AT, open_s)["rate"]
+            found["minute"] |= {"capacity_before": before, "capacity_after": after}
             costs = _costs(server)
             found["batch_ms"] = 1e3 * max(costs.values())
             found["queue_p99"] = 1e3 * queue_p99_s(costs, 0.8 * capacity * rows, rows)
             found["core_p99"] = 1e3 * core_p99_s(options.minute_seconds / 3)
             server.stop()
-            # A queue of a quarter of a second, which the generator's connections can fill.
-            queue = max(32, min(round(capacity / 4), OPEN_CONNECTIONS * 3 // 4))
+            # A queue of a quarter of a second, which the generator's connections can fill and a closed loop does not.
+            queue = max(CAPACITY_AT, min(round(capacity / 4), OPEN_CONNECTIONS * 3 // 4))
             with on_cores(slice(None, -1)):
                 server = bounded(queue)
             server.wait()
@@ -468,7 +479,8 @@ def _result(server: Server, rate: float | None, connections: int, seconds: float
 
 def _load(server: Server, rate: float | None, connections: int, seconds: float) -> dict[str, float]:
     result = _result(server, rate, connections, seconds, warmup_s=1.0)
-    found = result.percentiles()
+    found, second = result.percentiles(), result.due_s.astype(int)
+    by_second = [result.percentiles(result.latency_s[second == each])["p99"] for each in np.unique(second)]
     return {
         "rate": result.good / result.seconds,
         "seconds": result.seconds,
@@ -479,25 +491,40 @@ def _load(server: Server, rate: float | None, connections: int, seconds: float) 
         "p999": 1e3 * found["p99.9"],
         "cores": result.cores,
         "lag_p99": 1e3 * result.percentiles(result.lag_s)["p99"],
+        "second_p99": 1e3 * float(np.median(by_second)),
     }
 
 
-def bare(artifact: pathlib.Path, payload: Payload, seconds: float) -> dict[str, float]:
-    """Rows/s of the executables without a server, by batch size: NumPy in, NumPy out, one call after the other."""
-    model = lx.load(artifact)
-    found = {}
-    sizes = {name: payload.rows[key].shape[axis] for key, spec in model.inputs.items()
-             for axis, name in enumerate(spec.shape) if isinstance(name, str)}  # fmt: skip
-    for size in model.buckets["batch"]:
-        arrays = [np.repeat(payload.rows[name][:1], size, axis=0) for name in model.inputs]
-        run = model.runner({**sizes, "batch": size})
-        run(arrays)
+class Bare:
+    """The executables without a server: NumPy in, NumPy out, one call after the other.
+
+    Args:
+        artifact: whose executables.
+        payload: the row that they get, as often as they take rows.
+    """
+
+    def __init__(self, artifact: pathlib.Path, payload: Payload) -> None:
+        model = lx.load(artifact)
+        sizes = {name: payload.rows[key].shape[axis] for key, spec in model.inputs.items()
+                 for axis, name in enumerate(spec.shape) if isinstance(name, str)}  # fmt: skip
+        self._calls: dict[int, Callable[[], object]] = {}
+        for size in model.buckets["batch"]:
+            arrays = [np.repeat(payload.rows[name][:1], size, axis=0) for name in model.inputs]
+            self._calls[size] = functools.partial(model.runner({**sizes, "batch": size}), arrays)
+
+    def by_size(self, seconds: float) -> dict[int, float]:
+        """Rows/s by batch size."""
+        return {size: self.rate(size, seconds) for size in self._calls}
+
+    def rate(self, size: int, seconds: float) -> float:
+        """Rows/s of one batch size."""
+        call = self._calls[size]
+        call()
         count, began = 0, time.perf_counter()
         while time.perf_counter() - began < seconds:
-            run(arrays)
+            call()
             count += 1
-        found[str(size)] = count * size / (time.perf_counter() - began)
-    return found
+        return count * size / (time.perf_counter() - began)
 
 
 # What is served.
@@ -655,18 +682,25 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
     """All figures of one model."""
     with tempfile.TemporaryDirectory() as folder:
         path, payload = MODELS[name](pathlib.Path(folder), options.quick)
-        bare_rows = bare(path, payload, 0.2 if options.quick else 2.0)
+        bare = Bare(path, payload)
+        bare_rows = bare.by_size(0.2 if options.quick else 2.0)
+        best = max(bare_rows, key=lambda size: bare_rows[size])
         makers = candidates(name, path, payload, options)
         servers, notes = start(makers, payload)
         try:
             rows: dict[str, dict[str, Any]] = {server.name: {"closed": {}} for server in servers}
             for connections in options.connections:
                 turns: dict[str, list[dict[str, float]]] = {server.name: [] for server in servers}
+                bare_rates = []
                 for index in range(options.rounds):
+                    bare_rates.append(bare.rate(best, options.seconds) / payload.count)
                     for server in servers[index % len(servers) :] + servers[: index % len(servers)]:
                         turns[server.name].append(closed(server, connections, options.seconds))
                 for label, found in turns.items():
-                    rows[label]["closed"][str(connections)] = _medians(found)
+                    ratios = {"of_bare": _ratio(found, bare_rates)}
+                    if mosec := [[each["rate"] for each in turns[name]] for name in turns if name.startswith(MOSEC)]:
+                        ratios["x"] = _ratio(found, max(mosec, key=statistics.median))
+                    rows[label]["closed"][str(connections)] = _medians(found) | ratios
                 console.print(f"  {connections} connections: " + _line(rows, str(connections)))
             for server in servers:
                 rows[server.name]["memory"] = server.memory()
@@ -697,6 +731,11 @@ def _medians(found: Sequence[Mapping[str, float]]) -> dict[str, float]:
     return medians | {"errors": sum(each["errors"] for each in found)}
 
 
+def _ratio(found: Sequence[Mapping[str, float]], others: Sequence[float]) -> float:
+    """The median of rates over others of the same rounds."""
+    return statistics.median(each["rate"] / other for each, other in zip(found, others, strict=True))
+
+
 def _line(rows: Mapping[str, Any], key: str) -> str:
     return ", ".join(
         f"{label} {row['closed'][key]['rate']:,.0f}/s p99 {row['closed'][key]['p99']:.2f} ms"
@@ -722,21 +761,23 @@ def write_page(results: Mapping[str, Any]) -> None:
         (
             "One row a request where nothing else is said. Times in milliseconds; the load generator runs on the same "
             "machine. Closed loop: connections that each have one request unanswered, on all cores; medians of rounds "
-            "in which the servers took turns. `x` is the rate over that of mosec, the better of its two, CPU the "
-            "server's processor seconds a thousand requests with 64 connections, memory what its processes hold after "
-            "the closed loops. Where a server may have several processes that run the model there is a row with one "
-            "and a row with as many as cores. mosec, LitServe and Triton run NumPy for the first table; mosec runs "
-            "our artifact for the others, from Python as its users would, and takes one row a request. `HTTP alone` "
-            "parses with httptools on uvloop, as ours does, and answers the same bytes whatever comes: what a server "
-            "in Python has to lose. `bare` is the executable called in a loop without a server."
+            f"in which the servers took turns. `x` is the rate with {CAPACITY_AT} connections over that of mosec in "
+            "the same round, the better of its two, CPU the server's processor seconds a thousand requests with as "
+            "many, memory what its processes hold after the closed loops. Where a server may have several processes "
+            "that run the model there is a row with one and a row with as many as cores. mosec, LitServe and Triton "
+            "run NumPy for the first table; mosec runs our artifact for the others, from Python as its users would, "
+            "and takes one row a request. `HTTP alone` parses with httptools on uvloop, as ours does, and answers the "
+            "same bytes whatever comes: what a server in Python has to lose. `of bare` is the most rows/s, with "
+            "whatever connections, over those of the executable's best size called in a loop in the same rounds."
         ),
         (
             "Open loop: requests due at random moments (Poisson) at a share of the capacity, latency from when each "
-            "was due. The generator has the last core and the server the others, so that asking for more takes nothing "
-            f"from the server; the capacity is what a closed loop of {CAPACITY_AT} connections got so. Where the "
-            "generator is busy for more than 90 % of its core, latencies are its own as much as the server's, and the "
-            "capacity may be the generator's; where it cannot ask for twice the capacity, that row is missing. Our "
-            "server had its default queue but for twice the capacity, where it held a quarter of a second of requests. "
+            "was due; medians of rounds. The generator has the last core and the server the others, so that asking "
+            f"for more takes nothing from the server; the capacity is what a closed loop of {CAPACITY_AT} connections "
+            "got so right before, for a shared machine is not always as fast. Where the generator is busy for more "
+            "than 90 % of its core, latencies are its own as much as the server's, and the capacity may be the "
+            "generator's; where it cannot ask for twice the capacity, that row is missing. Our server had its default "
+            "queue but for twice the capacity, where it held a quarter of a second of requests, or the closed loop's. "
             f"Twice the capacity: medians of {OVER_ROUNDS} rounds, each between two closed loops whose mean rate is "
             "the capacity; whoever is refused has been read and answered, and that time is what goodput lacks."
         ),
@@ -750,20 +791,17 @@ def write_page(results: Mapping[str, Any]) -> None:
 def _tables(result: Mapping[str, Any]) -> list[str]:
     servers = result["servers"]
     keys = list(next(iter(servers.values()))["closed"]) if servers else []
-    best = max(result["bare"].values())
     header = ["closed loop", *(f"{key} connections: req/s (p50, p99, p99.9)" for key in keys)]
     header += ["x", "of bare", "CPU", "memory MB", "errors"]
     at = str(CAPACITY_AT) if str(CAPACITY_AT) in keys else keys[-1]
-    base = max((row["closed"][at]["rate"] for label, row in servers.items() if label.startswith(MOSEC)), default=None)
     cells = []
     for label, row in servers.items():
         found = row["closed"]
-        top = found[at]["rate"]
         cells.append([
             label,
             *(_cell(found[k]) for k in keys),
-            f"{top / base:.2f}" if base else "",
-            f"{100 * result.get('rows', 1) * max(found[k]['rate'] for k in keys) / best:.0f} %",
+            f"{found[at]['x']:.2f}" if "x" in found[at] else "",
+            f"{100 * max(found[k]['of_bare'] for k in keys):.0f} %",
             f"{found[at]['cpu_s_per_1000']:.3f}",
             f"{row['memory'] / 1e6:,.0f}",
             f"{sum(found[k]['errors'] for k in keys):.0f}",
@@ -793,10 +831,10 @@ def _tables(result: Mapping[str, Any]) -> list[str]:
             f"{found['p99']:.1f}",
             f"{found['refused']:,.0f}",
             f"{found['refused_p99']:.1f}",
-            f"{found.get('refusal_us', float('nan')):.0f}",  # older figures have none
+            f"{found['refusal_us']:.0f}",
             f"{found['after_p99']:.1f}",
             f"{found['later_p99']:.1f}",
-            f"{found.get('later_refused', 0.0):,.0f}",  # older figures had none: they would have been wrong answers
+            f"{found['later_refused']:,.0f}",
             f"{found['wrong']:,.0f}",
         ]
         for label, row in opened.items()
@@ -826,26 +864,24 @@ def _tables(result: Mapping[str, Any]) -> list[str]:
         minute, unloaded, batch = own["minute"], own["unloaded_p50"], own["batch_ms"]
         parts.append(
             f"Ours for {minute['seconds']:.0f} s at 80 %: {minute['requests']:,.0f} requests, {minute['errors']:.0f} "
-            f"errors, p50 {minute['p50']:.2f} ms, p99 {minute['p99']:.2f} ms; the generator, busy for "
+            f"errors, p50 {minute['p50']:.2f} ms, p99 {minute['p99']:.2f} ms, by the second {minute['second_p99']:.2f} "
+            f"ms (median); the capacity was {minute['capacity_before']:,.0f}/s before and "
+            f"{minute['capacity_after']:,.0f}/s after it; the generator, busy for "
             f"{100 * minute['cores']:.0f} % of its core, sent 99 % of them no later than {minute['lag_p99']:.2f} ms "
             f"after they were due. Three times the unloaded latency of {unloaded:.2f} ms and an execution of the "
             f"largest size, {batch:.2f} ms: {3 * unloaded + batch:.2f} ms. A queue of such executions and nothing "
-            f"else, simulated at that rate, has a p99 of {own['queue_p99']:.2f} ms."
+            f"else, simulated at that rate, has a p99 of {own['queue_p99']:.2f} ms. What the machine adds: pieces of a "
+            "loop of Python, timed one after the other on the server's core, do not always take the same time; a core "
+            "that had 80 % of what it usually does to do would keep it waiting for "
+            f"{own['core_p99']:.1f} ms (p99)."
         )
-        if "core_p99" in own:  # older figures have none
-            parts[-1] += (
-                " What the machine adds: pieces of a loop of Python, timed one after the other on the server's core, "
-                "do not always take the same time; a core that had 80 % of what it usually does to do would keep it "
-                f"waiting for {own['core_p99']:.1f} ms (p99)."
-            )
         if FLOOR in servers and own["over"] is not None:
-            ours_s, floor_s = 1 / own["capacity"], 1e-3 * servers[FLOOR]["closed"][at]["cpu_s_per_1000"]
-            share = floor_s / ours_s
+            answer_us = 1e6 / own["capacity"]
+            floor_us = 1e3 * servers[FLOOR]["closed"][at]["cpu_s_per_1000"]
             parts.append(
-                f"Goodput at twice the capacity, if reading and refusing a request took no longer than {FLOOR} takes "
-                f"to answer one ({1e6 * floor_s:.1f} µs, where ours takes {1e6 * ours_s:.1f} for an answer on one "
-                "core): at "
-                f"most {(1 - 2 * share) / (1 - share):.2f}."
+                f"For good answers to be {GOODPUT:g} of the capacity at twice as many requests, reading and refusing "
+                f"one may take {answer_us * (1 - GOODPUT) / (2 - GOODPUT):.1f} µs, where an answer takes "
+                f"{answer_us:.1f} on one core; {FLOOR} takes {floor_us:.1f}."
             )
     return parts
 
