@@ -25,7 +25,7 @@ from lepton_xla.serve.protocol import encoding, metadata, openapi, routes
 from lepton_xla.serve.protocol.jsondata import PIECE_BYTES
 from lepton_xla.serve.protocol.response import encode_response
 from lepton_xla.serve.protocol.signature import Signature, is_safe
-from lepton_xla.serve.protocol.wire import Decoder, InferRequest
+from lepton_xla.serve.protocol.wire import Decoder, InferRequest, Plan
 
 _log = logging.getLogger("lepton_xla.serve")
 
@@ -41,6 +41,11 @@ class Backend(Protocol):
     @property
     def max_rows(self) -> int:
         """Most rows of one request."""
+        ...
+
+    @property
+    def shed(self) -> Callable[[Plan], RefusedError | None] | None:
+        """Says whether another request of a plan would be refused too; None where the last one was taken."""
         ...
 
     def figures(self) -> dict[str, float]:
@@ -255,6 +260,13 @@ class App:
     # Infer.
 
     def _infer(self, json_bytes: int | None, accepted: str | None, exchange: Exchange) -> None:
+        shed = self.scheduler.shed
+        if shed is not None:
+            # An overloaded server refuses as often as it answers, and what it would say does not depend on the tensors.
+            plan = self._decoder.repeated(exchange.body, json_bytes)
+            if plan is not None and (refusal := shed(plan)) is not None:
+                self.refuse(exchange, refusal, plan.id)
+                return
         self._submit(exchange, accepted, self._decoder.decode(exchange.body, json_bytes))
 
     def _infer_any(self, json_bytes: int | None, accepted: str | None, exchange: Exchange) -> None:

@@ -15,7 +15,7 @@ import contextlib
 import logging
 import math
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from time import monotonic
 from typing import NamedTuple
 
@@ -25,6 +25,7 @@ from lepton_xla.serve.batching.tickets import Batch, Part, Reason
 from lepton_xla.serve.errors import RefusedError
 from lepton_xla.serve.observe.metrics import Metrics
 from lepton_xla.serve.protocol.signature import Signature
+from lepton_xla.serve.protocol.wire import Plan
 
 _log = logging.getLogger("lepton_xla.serve")
 
@@ -105,6 +106,9 @@ class Scheduler:
         default_timeout_s: for requests that do not say; None never gives up on them.
         max_timeout_s: no request is waited for longer; None sets no bound.
         cores: of this machine, as many as this process may count on.
+
+    Attributes:
+        shed: says why another call of a plan would be refused, before one is made; None where the last one was taken.
     """
 
     def __init__(
@@ -138,6 +142,8 @@ class Scheduler:
         self._scheduled = False
         self._alarm: asyncio.TimerHandle | None = None
         self._alarm_s = math.inf
+        self.shed: Callable[[Plan], RefusedError | None] | None = None
+        self._full: Plan | None = None
         # What is told to whoever is refused for load, and until when.
         self._overload: dict[Reason, RefusedError] = {}
         self._predicted = ""
@@ -218,11 +224,21 @@ class Scheduler:
         with self._lock:
             reason = self._batcher.add(call)
         if reason is not None:
+            if reason is Reason.FULL and timeout == math.inf:
+                self._full, self.shed = plan, self._shed
             call.fail(self._refusal(reason))
             return
+        self.shed = None
         if self._batcher.dropped:
             self._tell_dropped()
         self._pump_soon()
+
+    def _shed(self, plan: Plan) -> RefusedError | None:
+        """Why a call is refused whose plan is that of one that was, if no rows have gone since to make room for it."""
+        batcher = self._batcher
+        if plan is not self._full or batcher.rows + plan.rows <= batcher.max_rows:
+            return None
+        return self._refusal(Reason.FULL)
 
     def cancel(self, call: Call) -> None:
         """Forgets a call: nobody waits for it any more."""

@@ -175,6 +175,13 @@ class Decoder:
             self._check_bools(tensors)
         return InferRequest(plan, tensors, nbytes)
 
+    def repeated(self, body: bytes, head_bytes: int | None) -> Plan | None:
+        """The plan of a body that says the same as the one before it, so far as that is easily seen."""
+        plan, head = self._last, self._last_head
+        if plan is None or head_bytes != len(head) or len(body) != len(head) + plan.tail_bytes:
+            return None
+        return plan if body.startswith(head) else None
+
     def _known(self, head: bytes) -> Plan | None:
         if len(head) > _CACHED_HEAD_BYTES:
             return None

@@ -42,7 +42,10 @@ class RemoteScheduler:
     Attributes:
         ready: whether there is an engine that takes calls, and can run them.
         max_rows: most rows of one request.
+        shed: nothing, for the queue is the engine's.
     """
+
+    shed = None
 
     def __init__(
         self,

@@ -9,10 +9,21 @@ import time
 
 import numpy as np
 import pytest
-from serve_fakes import Affine, Tokens, affine_json, connect, exchange, raw_request, read_outputs, read_response
+from serve_fakes import (
+    Affine,
+    Tokens,
+    affine_binary,
+    affine_json,
+    connect,
+    exchange,
+    raw_request,
+    read_outputs,
+    read_response,
+)
 
 from lepton_xla.serve.batching import scheduler
 from lepton_xla.serve.batching.engine import Engine
+from lepton_xla.serve.protocol.wire import Decoder
 
 INFER = "/v2/models/affine/infer"
 
@@ -184,6 +195,52 @@ def test_a_higher_priority_takes_the_place_of_a_lower_one_in_a_full_queue(held):
     run.release()
     assert status_of(high)[0] == 200
     assert [status_of(sock)[0] for sock in low[:-1]] == [200] * 7
+
+
+def test_while_the_queue_is_full_equal_requests_are_refused_unread_and_no_other(held, monkeypatch):
+    decoded = []
+    decode = Decoder.decode
+    monkeypatch.setattr(Decoder, "decode", lambda self, *of: decoded.append(of) or decode(self, *of))
+    run = held(max_queue_rows=2)
+
+    def ask(n, **extra):
+        sock = run.stack.enter_context(connect(run.server))
+        sock.sendall(raw_request("POST", INFER, *affine_binary(np.zeros((1, 4)), [n], **extra)))
+        return sock
+
+    def rows(count):
+        until = time.monotonic() + 5
+        while f'lepton_queue_rows{{model="affine"}} {float(count)}' not in metrics(run.server):
+            assert time.monotonic() < until
+
+    first, second = ask(1), ask(2)
+    rows(2)
+    decoded.clear()
+    for _ in range(5):
+        assert status_of(ask(3)) == (503, "the queue is full")
+    assert len(decoded) == 1
+    assert 'lepton_inference_rejected_total{model="affine"} 5.0' in metrics(run.server)
+    # What says something else gets its own answer, each time.
+    for _ in range(3):
+        late = ask(3, parameters={"timeout": 1, "binary_data_output": True})
+        assert status_of(late) == (504, "the request's timeout is shorter than running it takes")
+    # Too long for what it says: read, and found out.
+    body, fields = affine_binary(np.zeros((1, 4)), [3])
+    assert exchange(run.server, "POST", INFER, body + b"more", fields)[0] == 400
+    # What goes first has a place, and what left makes one.
+    urgent = ask(4, parameters={"priority": 1, "binary_data_output": True})
+    assert status_of(second) == (503, "the queue is full, and others have a higher priority")
+    assert status_of(ask(3)) == (503, "the queue is full")
+    first.close()
+    rows(1)
+    taken = ask(5)
+    rows(2)
+    run.release()
+    for sock, n in ((urgent, 4), (taken, 5)):
+        status, headers, answer = read_response(sock)
+        assert status == 200
+        np.testing.assert_array_equal(read_outputs(headers, answer)["y"], np.full((1, 4), n))
+    assert run.order() == [4, 5]
 
 
 def test_the_queue_is_bounded_by_bytes(held):
