@@ -34,7 +34,7 @@ class Server(serving.Server):
         self._scheme = "https" if "--tls-cert" in flags else "http"
         port = serving._port()
         command = [sys.executable, "-m", "lepton_xla", "serve", str(artifact), "--port", str(port), *flags]
-        super().__init__("", command, port, f"/v2/models/{payload.model}/infer", payload.oip())
+        super().__init__("", command, port, f"/v2/models/{payload.model}/infer", payload.oip(), idles=False)
 
     @property
     def url(self) -> str:
