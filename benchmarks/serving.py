@@ -269,6 +269,8 @@ def closed(server: Server, connections: int, seconds: float) -> dict[str, float]
             _wrk(server, connections, seconds) if shutil.which("wrk") else _load(server, None, connections, seconds)
         )
         used = server.cpu_s() - used
+    if not figures["requests"]:
+        raise RuntimeError(f"{server.name or server.url} answered nothing")
     return figures | {"cpu_s_per_1000": 1000 * used / max(figures["requests"], 1)}
 
 
@@ -293,13 +295,14 @@ def alone(
         server = make()
     try:
         server.wait()
-        closed_s, open_s = options.open_seconds / OPEN_ROUNDS / 2, options.open_seconds / OPEN_ROUNDS
+        open_rounds, over_rounds = (1, 1) if options.quick else (OPEN_ROUNDS, OVER_ROUNDS)
+        open_s = options.open_seconds / open_rounds
         found: dict[str, Any] = {"unloaded_p50": _load(server, None, 1, options.seconds)["p50"]}
         full: list[dict[str, float]] = []
         for share in SHARES:
             rounds = []
-            for _ in range(OPEN_ROUNDS):
-                full.append(_load(server, None, CAPACITY_AT, closed_s))
+            for _ in range(open_rounds):
+                full.append(_load(server, None, CAPACITY_AT, open_s / 2))
                 rounds.append(_load(server, share * full[-1]["rate"], OPEN_CONNECTIONS, open_s))
             found[f"{share:g}"] = _medians(rounds)
         usual = _medians(full)
@@ -323,7 +326,7 @@ def alone(
                 server = bounded(queue)
             server.wait()
         if 2 * capacity <= most:
-            found["over"] = overloaded(server, 3 * options.open_seconds)
+            found["over"] = overloaded(server, over_rounds, 3 * options.open_seconds / over_rounds)
     finally:
         server.stop()
     return found
@@ -389,10 +392,10 @@ def core_p99_s(seconds: float, load: float = 0.8) -> float:
     return float(np.percentile(waits, 99))
 
 
-def overloaded(server: Server, seconds: float) -> dict[str, float]:
+def overloaded(server: Server, count: int, seconds: float) -> dict[str, float]:
     """What becomes of twice the capacity, and of half of it right after.
 
-    Rounds of `seconds` altogether, each between two closed loops whose mean rate is the capacity of that round: a
+    So many rounds of `seconds`, each between two closed loops whose mean rate is the capacity of that round: a
     shared machine is not as fast in one second as in the next.
 
     Returns:
@@ -413,13 +416,13 @@ def overloaded(server: Server, seconds: float) -> dict[str, float]:
         return 1e3 * float(np.percentile(latencies, 99)) if len(latencies) else float("nan")
 
     def closed_loop() -> float:
-        return _load(server, None, CAPACITY_AT, seconds / OVER_ROUNDS / 2)["rate"]
+        return _load(server, None, CAPACITY_AT, seconds / 2)["rate"]
 
     rounds: list[dict[str, float]] = []
     capacity = closed_loop()
-    for _ in range(OVER_ROUNDS):
+    for _ in range(count):
         before = capacity
-        hard = _result(server, 2 * before, OPEN_CONNECTIONS, seconds / OVER_ROUNDS, warmup_s=1.0)
+        hard = _result(server, 2 * before, OPEN_CONNECTIONS, seconds, warmup_s=1.0)
         after = closed_loop()
         capacity = (before + after) / 2
         refused = refusals(hard)

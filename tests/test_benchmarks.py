@@ -155,7 +155,9 @@ def test_a_shrunk_model_equals_the_zeroed_one(tmp_path: pathlib.Path) -> None:
 def test_the_server_is_timed_in_closed_and_open_loops_and_one_that_cannot_start_is_a_line(
     tmp_path: pathlib.Path,
 ) -> None:
-    found = figures("serving.py", tmp_path, "--models", "first10", "--litserve", "/bin/false")["first10"]
+    found = figures("serving.py", tmp_path, "--models", "first10", "--workers", "2", "--litserve", "/bin/false")[
+        "first10"
+    ]
     ours = found["servers"]["lepton_xla"]
     assert set(ours["closed"]) == {"1", "8"}
     for loop in (*ours["closed"].values(), *(ours["open"][share] for share in ("0.5", "0.8", "0.95", "minute"))):
@@ -170,9 +172,9 @@ def test_the_server_is_timed_in_closed_and_open_loops_and_one_that_cannot_start_
         assert over["wrong"] == 0
     assert all(rows > 100 for rows in found["bare"].values())
     assert found["notes"] == ["LitServe is missing: ended: "]
-    assert list(found["servers"]) == ["lepton_xla", "HTTP alone"]
+    assert list(found["servers"]) == ["lepton_xla", "lepton_xla --workers 2", "HTTP alone"]
     assert found["servers"]["HTTP alone"]["closed"]["8"]["errors"] == 0
-    assert len(found["steps"]) == 7
+    assert len(found["steps"]) == 9
     assert found["steps"]["execution"] > 0
 
 
