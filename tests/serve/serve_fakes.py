@@ -138,6 +138,13 @@ def exchange(server, method, path, body=b"", headers=None):
         return read_response(sock, method)
 
 
+def wait_rows(server, rows):
+    """Waits until so many rows are in the queue of `Affine`'s server, for five seconds at most."""
+    until = time.monotonic() + 5
+    while f'lepton_queue_rows{{model="affine"}} {float(rows)}' not in exchange(server, "GET", "/metrics")[2].decode():
+        assert time.monotonic() < until
+
+
 def affine_json(x, n, **extra):
     """The body of a JSON infer request for `Affine`."""
     x, n = np.asarray(x, np.float32), np.asarray(n, np.int32)

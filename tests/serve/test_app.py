@@ -18,6 +18,7 @@ from serve_fakes import (
     raw_request,
     read_outputs,
     read_response,
+    wait_rows,
 )
 
 from lepton_xla.program import TensorSpec
@@ -233,19 +234,13 @@ def test_requests_that_wait_together_run_together(make_server):
     ]
     for thread in threads[1:]:
         thread.start()
-    while not wait_rows(server, 6):
-        pass
+    wait_rows(server, 6)
     affine.gate.set()
     for thread in threads:
         thread.join(10)
     assert len(affine.runs) == 2
     assert server.metrics.rows == 7
     assert server.metrics.requests == 5
-
-
-def wait_rows(server, rows):
-    text = exchange(server, "GET", "/metrics")[2].decode()
-    return f'lepton_queue_rows{{model="affine"}} {float(rows)}' in text
 
 
 def test_a_batch_of_zero_rows_is_400(server):
@@ -270,8 +265,7 @@ def test_a_full_queue_is_503_with_retry_after_and_recovers(make_server, affine):
         first.sendall(raw_request("POST", INFER, data, fields))
         assert affine.running.wait(5)
         second.sendall(raw_request("POST", INFER, data, fields))
-        while not wait_rows(server, 4):
-            pass
+        wait_rows(server, 4)
         status, headers, body = exchange(server, "POST", INFER, data, fields)
         assert (status, headers["retry-after"]) == (503, "1")
         assert "queue is full" in json.loads(body)["error"]

@@ -176,7 +176,15 @@ class Decoder:
         return InferRequest(plan, tensors, nbytes)
 
     def repeated(self, body: bytes, head_bytes: int | None) -> Plan | None:
-        """The plan of a body that says the same as the one before it, so far as that is easily seen."""
+        """The plan of a body that says the same as the one before it, so far as that is easily seen.
+
+        Args:
+            body: after decompression.
+            head_bytes: length of its JSON part, as for `decode`.
+
+        Returns:
+            None for what `decode` has to look at, if only to say what is wrong.
+        """
         plan, head = self._last, self._last_head
         if plan is None or head_bytes != len(head) or len(body) != len(head) + plan.tail_bytes:
             return None

@@ -19,6 +19,7 @@ from serve_fakes import (
     raw_request,
     read_outputs,
     read_response,
+    wait_rows,
 )
 
 from lepton_xla.serve.batching import scheduler
@@ -44,11 +45,8 @@ class Held:
         sock = self.stack.enter_context(connect(self.server))
         body = affine_json(np.zeros((len(n), 4)), n, parameters=parameters)
         sock.sendall(raw_request("POST", INFER, body))
-        until = time.monotonic() + 5
-        while waiting is not None and f'lepton_queue_rows{{model="affine"}} {float(waiting)}' not in metrics(
-            self.server
-        ):
-            assert time.monotonic() < until
+        if waiting is not None:
+            wait_rows(self.server, waiting)
         return sock
 
     def release(self):
@@ -149,8 +147,7 @@ def test_a_timeout_that_the_load_makes_too_short_is_503_with_the_time_to_wait(ma
     with contextlib.ExitStack() as stack:
         for _ in range(9):
             stack.enter_context(connect(server)).sendall(raw_request("POST", INFER, body))
-        while 'lepton_queue_rows{model="affine"} 8.0' not in metrics(server):
-            pass
+        wait_rows(server, 8)
         body = affine_json(np.zeros((1, 4)), [1], parameters={"timeout": 500_000})
         status, headers, answer = exchange(server, "POST", INFER, body)
         assert status == 503, answer
@@ -208,13 +205,8 @@ def test_while_the_queue_is_full_equal_requests_are_refused_unread_and_no_other(
         sock.sendall(raw_request("POST", INFER, *affine_binary(np.zeros((1, 4)), [n], **extra)))
         return sock
 
-    def rows(count):
-        until = time.monotonic() + 5
-        while f'lepton_queue_rows{{model="affine"}} {float(count)}' not in metrics(run.server):
-            assert time.monotonic() < until
-
     first, second = ask(1), ask(2)
-    rows(2)
+    wait_rows(run.server, 2)
     decoded.clear()
     for _ in range(5):
         assert status_of(ask(3)) == (503, "the queue is full")
@@ -232,9 +224,9 @@ def test_while_the_queue_is_full_equal_requests_are_refused_unread_and_no_other(
     assert status_of(second) == (503, "the queue is full, and others have a higher priority")
     assert status_of(ask(3)) == (503, "the queue is full")
     first.close()
-    rows(1)
+    wait_rows(run.server, 1)
     taken = ask(5)
-    rows(2)
+    wait_rows(run.server, 2)
     run.release()
     for sock, n in ((urgent, 4), (taken, 5)):
         status, headers, answer = read_response(sock)
