@@ -312,9 +312,14 @@ def alone(
         found["over"] = None
         if bounded is not None:
             before = _load(server, None, CAPACITY_AT, open_s)["rate"]
-            found["minute"] = _load(server, 0.8 * before, OPEN_CONNECTIONS, options.minute_seconds)
-            after = _load(server, None, CAPACITY_AT, open_s)["rate"]
-            found["minute"] |= {"capacity_before": before, "capacity_after": after}
+            minute = _result(server, 0.8 * before, OPEN_CONNECTIONS, options.minute_seconds, warmup_s=1.0)
+            second = minute.due_s.astype(int)
+            by_second = [minute.percentiles(minute.latency_s[second == each])["p99"] for each in np.unique(second)]
+            found["minute"] = _figures(minute) | {
+                "second_p99": 1e3 * statistics.median(by_second),
+                "capacity_before": before,
+                "capacity_after": _load(server, None, CAPACITY_AT, open_s)["rate"],
+            }
             costs = _costs(server)
             found["batch_ms"] = 1e3 * max(costs.values())
             found["queue_p99"] = 1e3 * queue_p99_s(costs, 0.8 * capacity * rows, rows)
@@ -481,9 +486,11 @@ def _result(server: Server, rate: float | None, connections: int, seconds: float
 
 
 def _load(server: Server, rate: float | None, connections: int, seconds: float) -> dict[str, float]:
-    result = _result(server, rate, connections, seconds, warmup_s=1.0)
-    found, second = result.percentiles(), result.due_s.astype(int)
-    by_second = [result.percentiles(result.latency_s[second == each])["p99"] for each in np.unique(second)]
+    return _figures(_result(server, rate, connections, seconds, warmup_s=1.0))
+
+
+def _figures(result: Result) -> dict[str, float]:
+    found = result.percentiles()
     return {
         "rate": result.good / result.seconds,
         "seconds": result.seconds,
@@ -494,7 +501,6 @@ def _load(server: Server, rate: float | None, connections: int, seconds: float) 
         "p999": 1e3 * found["p99.9"],
         "cores": result.cores,
         "lag_p99": 1e3 * result.percentiles(result.lag_s)["p99"],
-        "second_p99": 1e3 * float(np.median(by_second)),
     }
 
 
