@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 from jax._src import source_info_util
+from jax._src.interpreters import partial_eval
 from jax.extend import core as jex_core
 
 type Jaxpr = Any
@@ -70,6 +71,24 @@ def live(jaxpr: Jaxpr) -> tuple[list[Equation], set[Any]]:
             kept.append(eqn)
             needed.update(atom for atom in eqn.invars if not isinstance(atom, LITERAL))
     return kept[::-1], needed
+
+
+def inputs_read(jaxpr: Jaxpr, wanted: Sequence[bool]) -> list[bool]:
+    """Which inputs of an open jaxpr some of its outputs depend on, bodies of `jit`, `scan` and others looked into."""
+    _, used = partial_eval.dce_jaxpr(jaxpr, list(wanted))
+    return list(used)
+
+
+def handed_through(jaxpr: Jaxpr) -> list[int | None]:
+    """For each output of an open jaxpr the input that it is, through calls that only hand it on; None for others."""
+    places: dict[Any, int | None] = {var: index for index, var in enumerate(jaxpr.invars)}
+    for eqn in jaxpr.eqns:
+        inner = inner_jaxprs(eqn)
+        if eqn.primitive.name in ("jit", "remat2", "checkpoint") and len(inner) == 1:
+            for var, place in zip(eqn.outvars, handed_through(open_jaxpr(inner[0])[0]), strict=True):
+                given = None if place is None else eqn.invars[place]
+                places[var] = None if given is None or isinstance(given, LITERAL) else places.get(given)
+    return [None if isinstance(atom, LITERAL) else places.get(atom) for atom in jaxpr.outvars]
 
 
 def scan_split(eqn: Equation) -> tuple[int, int]:
