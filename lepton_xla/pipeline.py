@@ -161,13 +161,15 @@ def _shrunk(
         try:
             small = shrink(program, **rule, calibration=batches, sizes=sizes[0])
         except RecipeError as error:  # a larger multiple may leave no way to the target
-            refusal = refusal or error
+            refusal = refusal or error.with_traceback(None)
         else:
             shapes = tuple(leaf.shape for leaf in jax.tree.leaves(small.weights))
             found.setdefault(shapes, small)
-    if not found:
-        assert refusal is not None
-        raise refusal
+    try:
+        if refusal is not None and not found:
+            raise refusal
+    finally:
+        refusal = None  # its traceback leads back to this frame, which holds programs
     if len(found) == 1:
         return next(iter(found.values()))
     say("time what was shrunk")

@@ -52,6 +52,9 @@ def read_all(leaves: Sequence[WeightLeaf], files: VerifiedFiles) -> list[np.ndar
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
+        finally:
+            task = None  # a task holds its error, whose traceback leads back to this frame and the weights in it
+            tasks.clear()
     return [leaf.finish() for leaf in opened]
 
 

@@ -26,3 +26,10 @@ class RefusedError(ServeError):
         self.status = status
         self.message = message
         self.headers = headers
+
+    def bare(self) -> RefusedError:
+        """What it says without where it was raised: kept, that would keep alive all that was in hand there.
+
+        A frame that holds an error which was raised in it is a cycle, and its body stays until a collection finds it.
+        """
+        return RefusedError(self.status, self.message, *self.headers)

@@ -190,8 +190,12 @@ class Server:
         self._thread.start()
         if not self._started.wait(timeout_s):
             raise ServeError(f"the server did not start within {timeout_s} s")
-        if self._failure is not None:
-            raise self._failure
+        failure, self._failure = self._failure, None
+        try:
+            if failure is not None:
+                raise failure
+        finally:
+            failure = None  # its traceback leads back to this frame
         return self
 
     def stop(self, timeout_s: float | None = None) -> None:

@@ -1,3 +1,4 @@
+import contextlib
 import hashlib
 import json
 import os
@@ -12,6 +13,7 @@ from collections.abc import Callable
 import compiler_models as models
 import numpy as np
 import pytest
+from keeping import nothing_kept
 
 from lepton_xla import compiler
 from lepton_xla.compiler.storage import Store
@@ -123,6 +125,17 @@ def test_damage_to_any_file_is_found_and_the_file_named(
             damage(path / name)
             with pytest.raises(ArtifactError, match=re.escape(name)):
                 check(path)
+
+
+def test_weights_that_cannot_be_read_are_not_kept_by_the_error(
+    copy_dense: Callable[[], pathlib.Path], saved_dense: pathlib.Path
+) -> None:
+    path = copy_dense()
+    _flip(path / next(name for name in files_of(saved_dense) if "weights" in name))
+    with pytest.raises(ArtifactError):
+        compiler.load(path)
+    with nothing_kept(), contextlib.suppress(ArtifactError):
+        compiler.load(path)
 
 
 @pytest.mark.parametrize(

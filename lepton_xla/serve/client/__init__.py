@@ -164,7 +164,7 @@ class Client(Caller):
                 finally:
                     self._turns.release()
             except OSError as error:
-                outcome = error
+                outcome = error.with_traceback(None)  # which would lead back to this frame
             delay = attempts.delay(outcome)
             if delay is None:
                 assert isinstance(outcome, Answer)
@@ -314,7 +314,7 @@ class AsyncClient(Caller):
                 async with asyncio.timeout(left(attempts.deadline)), self._turns:
                     outcome = await self._exchange(request(attempts.left()))
             except OSError as error:
-                outcome = error
+                outcome = error.with_traceback(None)  # which would lead back to this frame
             delay = attempts.delay(outcome)
             if delay is None:
                 assert isinstance(outcome, Answer)

@@ -160,20 +160,31 @@ class Connection:
             raise
         except OSError as error:
             failure = error  # a server that refuses a body may have answered and closed
-        answer = None
-        while answer is None:
-            self._socket.settimeout(left(deadline))
-            try:
-                data = self._socket.recv(_RECEIVE_BYTES)
-            except TimeoutError:
-                raise
-            except OSError as error:
-                raise failure or error from None
-            answer = self._parser.feed(data) if data else self._parser.end()
-            if not data and answer is None:
-                raise failure or ConnectionResetError("the server closed the connection")
-        self.open = answer.keep_alive and failure is None
-        return answer
+        try:
+            answer = self._receive(deadline, failure)
+            self.open = answer.keep_alive and failure is None
+            return answer
+        finally:
+            failure = None  # its traceback leads back to this frame
+
+    def _receive(self, deadline: float, failure: OSError | None) -> Answer:
+        """The answer, or why there is none: first what sending it met."""
+        try:
+            answer = None
+            while answer is None:
+                self._socket.settimeout(left(deadline))
+                try:
+                    data = self._socket.recv(_RECEIVE_BYTES)
+                except TimeoutError:
+                    raise
+                except OSError as error:
+                    raise failure or error from None
+                answer = self._parser.feed(data) if data else self._parser.end()
+                if not data and answer is None:
+                    raise failure or ConnectionResetError("the server closed the connection")
+            return answer
+        finally:
+            failure = None
 
     def close(self) -> None:
         """Ends the connection."""

@@ -119,6 +119,8 @@ class Connection(asyncio.Protocol):
             hub.buffered_bytes -= len(exchange.body)
             exchange.abandon()
         self._pending.clear()
+        # The two refer to each other: without this, each connection would wait for the garbage collector.
+        self._parser = None
 
     def eof_received(self) -> None:
         # The transport closes this end too, after what is written. A client that ends its side cannot be told
@@ -190,10 +192,7 @@ class Connection(asyncio.Protocol):
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserError as error:
-            cause = error.__context__
-            if cause is not None and not isinstance(cause, RefusedError):
-                raise
-            self._fail(cause or RefusedError(400, "malformed HTTP request"))
+            self._fail(_refusal_in(error))
         else:
             # llhttp holds back a field or a chunk extension until it is whole, where no callback sees it grow.
             if began_before and self._in_message and not self._messages:
@@ -474,6 +473,16 @@ class Connection(asyncio.Protocol):
                 self._fail(RefusedError(408, "the request did not arrive in time"))
             else:
                 self._finish(unread=False)
+
+
+def _refusal_in(error: Exception) -> RefusedError:
+    """What the parser's error says, if it was not raised by a fault in a callback."""
+    cause = error.__context__
+    if cause is None:
+        return RefusedError(400, "malformed HTTP request")
+    if not isinstance(cause, RefusedError):
+        raise error
+    return cause.bare()
 
 
 def _header_refusal(limits: Limits) -> RefusedError:

@@ -47,9 +47,10 @@ class Workers:
 
         def finish(result: T | None, refusal: RefusedError | None) -> None:
             self._bytes -= size
+            if refusal is not None:
+                failed(refusal)
+                return
             try:
-                if refusal is not None:
-                    raise refusal
                 done(result)  # type: ignore[arg-type]
             except RefusedError as error:
                 failed(error)
@@ -63,7 +64,7 @@ class Workers:
             try:
                 result = work()
             except RefusedError as error:
-                refusal = error
+                refusal = error.bare()
             except Exception:
                 _log.exception("a request could not be handled")
                 refusal = RefusedError(500, "internal error")
