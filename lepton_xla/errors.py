@@ -25,6 +25,10 @@ class CompileError(LeptonError):
     """A program cannot be compiled ahead of time as asked."""
 
 
+class ExecutionError(LeptonError):
+    """Compiled code cannot run: there is no device, no memory, or it failed on the way."""
+
+
 class ArtifactError(LeptonError):
     """An artifact is missing, damaged, foreign, or cannot be written."""
 

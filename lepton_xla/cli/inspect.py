@@ -57,6 +57,7 @@ def _route(manifest: Manifest, here: Fingerprint) -> dict[str, Any]:
         "route": "executables" if found is not None and not missing else "stablehlo",
         "fingerprint": here.digest,
         "missing_buckets": missing,
+        "unwritten": found.unwritten if found is not None else {},
         "differences": {} if found is not None else differences,
     }
 
@@ -156,6 +157,7 @@ def _route_lines(route: Mapping[str, Any]) -> list[str]:
     lines = ["on this machine: would be compiled from StableHLO when it is loaded, because"]
     if route["missing_buckets"]:
         lines.append(f"  no compiled code for {'; '.join(route['missing_buckets'])}")
+    lines += [f"  XLA could not write the code of {name}: {why}" for name, why in route["unwritten"].items()]
     for digest, differences in route["differences"].items():
         lines += [f"  {digest} was compiled for another target: {line}" for line in differences]
     return lines if len(lines) > 1 else [*lines, "  it holds no compiled code"]

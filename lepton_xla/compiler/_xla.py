@@ -7,20 +7,71 @@ and no other.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+import threading
+from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 import jax
 import jaxlib.version
 import numpy as np
+from jax._src import compilation_cache
 from jax._src.core import ShapedArray
 from jax._src.lib import _jax  # pyright: ignore[reportPrivateImportUsage, reportPrivateUsage]
+
+from lepton_xla.errors import ExecutionError
+
+ERROR = jax.errors.JaxRuntimeError
+"""What XLA raises where it cannot compile, write or run something."""
+
+_CACHE = threading.Lock()
 
 type Device = Any
 """A `jax.Device`; JAX's own name for it is no type to a type checker."""
 
 type Loaded = Any
 """A `LoadedExecutable` of XLA's client, on one device."""
+
+
+def first_device() -> Device:
+    """This process's first device.
+
+    Raises:
+        ExecutionError: where JAX finds none, such as for a platform in `JAX_PLATFORMS` that this machine lacks.
+    """
+    try:
+        return jax.devices()[0]
+    except Exception as error:  # an AssertionError for one platform, a RuntimeError for the next
+        asked = jax.config.jax_platforms
+        raise ExecutionError(
+            f"JAX finds no device{f' of the platforms {asked!r} (JAX_PLATFORMS)' if asked else ''}: {reason(error)}"
+        ) from error
+
+
+def reason(error: BaseException) -> str:
+    """An error's kind and its first line: XLA adds a stack, and often a whole program, after it."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
+
+
+@contextlib.contextmanager
+def without_cache() -> Generator[None, None, None]:
+    """A block in which JAX compiles, and takes nothing from its cache on disk.
+
+    Code that was read from bytes has lost the functions that it hands to XLA's runtime, such as a sort's comparison:
+    it runs, but written once more it does not (jaxlib 0.12).
+    """
+    if not (jax.config.jax_enable_compilation_cache and jax.config.jax_compilation_cache_dir):
+        yield
+        return
+    with _CACHE:
+        jax.config.update("jax_enable_compilation_cache", False)
+        compilation_cache.reset_cache()  # it asks whether it is enabled once only
+        try:
+            yield
+        finally:
+            jax.config.update("jax_enable_compilation_cache", True)
+            compilation_cache.reset_cache()
 
 
 def loaded(compiled: jax.stages.Compiled) -> Loaded:
@@ -77,10 +128,18 @@ def putter(shape: Sequence[int], dtype: Any, device: Device) -> Callable[[np.nda
 
 
 def executor(executable: Loaded) -> Callable[[list[jax.Array]], list[jax.Array]]:
-    """A function that runs the executable on device arrays; it may return before the results are ready."""
+    """A function that runs the executable on device arrays; it may return before the results are ready.
+
+    It raises XLA's `ERROR` where the code fails, and so does reading a result; `failed` says it in our words.
+    """
     execute = executable.execute_sharded
 
     def run(arguments: list[jax.Array]) -> list[jax.Array]:
         return [shards[0] for shards in execute(arguments).disassemble_into_single_device_arrays()]
 
     return run
+
+
+def failed(error: BaseException, what: str = "the compiled model") -> ExecutionError:
+    """What to raise where code fails when it is run."""
+    return ExecutionError(f"{what} failed when it was run: {reason(error)}")

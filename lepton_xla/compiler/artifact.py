@@ -11,6 +11,7 @@ import msgspec
 
 from lepton_xla.compiler import _xla, weights
 from lepton_xla.compiler.buckets import bucket_name, combinations
+from lepton_xla.compiler.code import Code
 from lepton_xla.compiler.manifest import (
     EXPAND,
     MANIFEST,
@@ -22,7 +23,7 @@ from lepton_xla.compiler.manifest import (
     encode,
 )
 from lepton_xla.compiler.portable import Portable
-from lepton_xla.compiler.runtime import Runtime
+from lepton_xla.compiler.runtime import Runtime, run_expand
 from lepton_xla.compiler.servable import Servable
 from lepton_xla.compiler.storage import Store, VerifiedFiles, atomic_store
 from lepton_xla.errors import ArtifactError
@@ -43,7 +44,7 @@ class Artifact:
 
     manifest: Manifest
     weights: tuple[jax.Array, ...]
-    executables: dict[str, _xla.Loaded]
+    executables: dict[str, Code]
     programs: tuple[Portable, ...]
     expand: Portable | None = None
 
@@ -80,9 +81,11 @@ class Artifact:
                 digest: msgspec.structs.replace(entry, files={}) for digest, entry in self.manifest.executables.items()
             }
             for digest, entry in sets.items():
-                for key, executable in self.executables.items():
+                for key, code in self.executables.items():
+                    if code.blob is None:
+                        continue
                     name = f"executables/{digest}/{key}.xla"
-                    write(name, _xla.serialize(executable))
+                    write(name, code.blob)
                     entry.files[key] = name
             manifest = msgspec.structs.replace(
                 self.manifest, files=files, weights=leaves, programs=programs, expand=expand, executables=sets
@@ -95,10 +98,10 @@ class Artifact:
         """The model ready to run in this process, without a detour over files."""
         weights = self.weights
         if EXPAND in self.executables:
-            weights = _xla.executor(self.executables[EXPAND])(list(weights))
-        runtime = Runtime(self.manifest.input_specs(), weights, jax.devices()[0])
+            weights = run_expand(self.executables[EXPAND], weights)
+        runtime = Runtime(self.manifest.input_specs(), weights, _xla.first_device())
         for sizes in combinations(self.manifest.buckets):
-            runtime.add(sizes, self.executables[bucket_name(sizes)])
+            runtime.add(sizes, self.executables[bucket_name(sizes)].loaded)
         return Servable(self.manifest, self.manifest.buckets, runtime, "executables")
 
 

@@ -17,11 +17,12 @@ import numpy as np
 from lepton_xla.compiler import _xla, weights
 from lepton_xla.compiler.artifact import Artifact
 from lepton_xla.compiler.buckets import bucket_name, check_ladders, combinations, row_symbol
+from lepton_xla.compiler.code import Code
 from lepton_xla.compiler.fingerprint import Fingerprint
 from lepton_xla.compiler.independence import Checked, check_padding, check_rows, default_tolerance, product_dtypes
 from lepton_xla.compiler.manifest import EXPAND, SCHEMA, ExecutableSet, Manifest, Tensor, check_name
 from lepton_xla.compiler.portable import export_programs
-from lepton_xla.compiler.runtime import Runtime
+from lepton_xla.compiler.runtime import Runtime, run_expand
 from lepton_xla.errors import CompileError
 from lepton_xla.program import Program, TensorSpec, abstract, name_leaves
 
@@ -68,22 +69,22 @@ def compile(
     ladders = check_ladders(program.symbols, buckets)
     leaves = name_leaves(program.weights)
     entries = tuple(weights.describe(path, index, leaf) for index, (path, leaf) in enumerate(leaves.items()))
-    device = jax.devices()[0]
+    device = _xla.first_device()
     # Weights that were trained on several devices are brought together on the one that the executables are for.
-    arrays = [jax.device_put(leaf, device) for leaf in leaves.values()]
+    arrays = [_on_device(path, leaf, device) for path, leaf in leaves.items()]
     expand, flat = _flat_functions(program)
     examples = _check_examples(program, examples or {})
     bucket_list = combinations(ladders)
     steps = len(bucket_list) + 2
     tell = progress or (lambda stage, done, total: None)
 
-    executables: dict[str, _xla.Loaded] = {}
+    executables: dict[str, Code] = {}
     compile_s: dict[str, float] = {}
     stored = arrays
     expander = None
     if expand is not None:
         expander = _compiled(expand, arrays, [], "the unpacking of its weights")
-        arrays = _xla.executor(expander)(stored)
+        arrays = run_expand(expander, stored)
     runtime = Runtime(program.inputs, arrays, device)
     for done, sizes in enumerate(bucket_list):
         key = bucket_name(sizes)
@@ -91,14 +92,14 @@ def compile(
         started = time.perf_counter()
         executables[key] = _compiled(flat, arrays, program.abstract_inputs(sizes), f"bucket {key}")
         compile_s[key] = time.perf_counter() - started
-        runtime.add(sizes, executables[key])
+        runtime.add(sizes, executables[key].loaded)
 
     tell("check that rows and padding do not mix", steps - 2, steps)
     dtypes = {entry.dtype for entry in entries} | product_dtypes(program.jaxpr(bucket_list[0]))
     limit = default_tolerance(dtypes) if tolerance is None else tolerance
     model = Checked(runtime.run, program.inputs, program.outputs, ladders, limit, examples)
     _check_independence(
-        model, runtime, lambda sizes: _compiled(flat, arrays, program.abstract_inputs(sizes), bucket_name(sizes))
+        model, runtime, lambda sizes: _compiled(flat, arrays, program.abstract_inputs(sizes), bucket_name(sizes)).loaded
     )
 
     tell("export StableHLO", steps - 1, steps)
@@ -114,6 +115,9 @@ def compile(
         _LOG.warning("%s", note)
 
     target = Fingerprint.of(device)
+    unwritten = {key: code.why_none for key, code in executables.items() if code.blob is None}
+    for key, why in unwritten.items():
+        _LOG.warning("XLA cannot write the code of bucket %s: loading will compile it from StableHLO: %s", key, why)
     manifest = Manifest(
         schema=SCHEMA,
         name=name or "model",
@@ -124,7 +128,7 @@ def compile(
         buckets=ladders,
         programs=(),
         programs_note=note,
-        executables={target.digest: ExecutableSet(target=target, files={})},
+        executables={target.digest: ExecutableSet(target=target, files={}, unwritten=unwritten)},
         compile_s=compile_s,
         recipe=recipe,
         plan=plan,
@@ -137,6 +141,13 @@ def compile(
     )
     tell("done", steps, steps)
     return Artifact(manifest, tuple(stored), executables, tuple(programs), unpacking)
+
+
+def _on_device(path: str, leaf: Any, device: _xla.Device) -> jax.Array:
+    try:
+        return jax.device_put(leaf, device)
+    except RuntimeError as error:  # no memory for it, or it was deleted, as by a donation
+        raise CompileError(f"weight {path!r} cannot be put on {device}: {_xla.reason(error)}") from error
 
 
 def _shape(leaf: jax.Array) -> jax.ShapeDtypeStruct:
@@ -179,20 +190,22 @@ def _model(treedef: Any, fn: Callable[..., Any], names: Sequence[str]) -> _Flat:
     return flat
 
 
-def _compiled(fn: _Flat, arrays: Sequence[jax.Array], inputs: Sequence[jax.ShapeDtypeStruct], what: str) -> _xla.Loaded:
+def _compiled(fn: _Flat, arrays: Sequence[jax.Array], inputs: Sequence[jax.ShapeDtypeStruct], what: str) -> Code:
     try:
         traced = jax.jit(fn, keep_unused=True).trace(*arrays, *inputs)
         _check_constants(traced.jaxpr.consts)
-        return _xla.loaded(traced.lower().compile())
+        return Code.made(traced.lower())
     except CompileError:
         raise
     except Exception as error:  # anything a model or XLA can raise
-        raise CompileError(f"the model does not compile for {what}: {type(error).__name__}: {error}") from error
+        raise CompileError(f"the model does not compile for {what}: {_xla.reason(error)}") from error
 
 
 def _check_constants(constants: Sequence[Any]) -> None:
     """Weights that a model closes over would be in every executable, and no pass or update could reach them."""
-    total = sum(np.asarray(constant).nbytes for constant in constants)
+    total = sum(
+        constant.nbytes if hasattr(constant, "nbytes") else np.asarray(constant).nbytes for constant in constants
+    )
     advice = f"the model closes over {total / 2**20:.1f} MiB of constant arrays; what is learned belongs in its weights"
     if total > _CONSTANTS_LIMIT_BYTES:
         raise CompileError(f"{advice} (limit: {_CONSTANTS_LIMIT_BYTES >> 20} MiB)")

@@ -8,7 +8,6 @@ import pathlib
 import platform
 import re
 
-import jax
 import msgspec
 
 from lepton_xla.compiler import _xla
@@ -43,7 +42,7 @@ class Fingerprint(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     @classmethod
     def of(cls, device: _xla.Device = None) -> Fingerprint:
         """The fingerprint of this process on `device`, by default the first one."""
-        device = device or jax.devices()[0]
+        device = device or _xla.first_device()
         return cls(
             platform=device.platform,
             platform_version=_xla.platform_version(device),

@@ -16,6 +16,7 @@ import numpy as np
 from lepton_xla.compiler import _xla
 from lepton_xla.compiler.artifact import read_manifest
 from lepton_xla.compiler.buckets import Ladders, bucket_name, combinations
+from lepton_xla.compiler.code import Code
 from lepton_xla.compiler.fingerprint import Fingerprint
 from lepton_xla.compiler.manifest import (
     EXPAND,
@@ -28,10 +29,10 @@ from lepton_xla.compiler.manifest import (
 )
 from lepton_xla.compiler.portable import compile_portable
 from lepton_xla.compiler.reading import read_all
-from lepton_xla.compiler.runtime import Runtime
+from lepton_xla.compiler.runtime import Runtime, run_expand
 from lepton_xla.compiler.servable import Servable
 from lepton_xla.compiler.storage import Store, VerifiedFiles
-from lepton_xla.errors import ArtifactError
+from lepton_xla.errors import ArtifactError, ExecutionError
 
 _LOG = logging.getLogger(__name__)
 
@@ -46,7 +47,7 @@ def load(
 
     Every file that is used is checked against its digest before anything is executed. Where the artifact has compiled
     code for this very machine and version, that is loaded and nothing is compiled; else the portable program is
-    compiled for each bucket, with a warning in the log that says why.
+    compiled for each bucket that lacks it, with a warning in the log that says why.
 
     Args:
         location: a local folder, or a `gs://` or `s3://` prefix.
@@ -56,46 +57,46 @@ def load(
 
     Raises:
         ArtifactError: naming the file that is missing, damaged or foreign, or a bucket that the artifact lacks.
+        ExecutionError: where this process has no device, or the weights cannot be unpacked on it.
     """
     store = Store(location)
     manifest = read_manifest(store)
     files = VerifiedFiles(store, manifest.files)
     ladders = _choose(manifest, buckets)
-    device = jax.devices()[0]
+    device = _xla.first_device()
     target = Fingerprint.of(device)
     wanted = [(sizes, bucket_name(sizes)) for sizes in combinations(ladders)]
     found = manifest.executables.get(target.digest)
+    known = found.files if found is not None else {}
     names = [*((EXPAND,) if manifest.expand else ()), *(key for _, key in wanted)]
-    ready = found is not None and all(name in found.files for name in names)
+    missing = [name for name in names if name not in known]
     # All bytes are read and verified here; from the next step on, they are believed.
     every = (*manifest.programs, *((manifest.expand,) if manifest.expand else ()))
     portable = {program.file: files.read(program.file) for program in every}
-    blobs = {name: files.read(found.files[name]) for name in names} if ready and found is not None else {}
+    blobs = {name: files.read(known[name]) for name in names if name in known}
     arrays = _to_device(manifest, read_all(manifest.weights, files), device)
 
-    loaded: dict[str, _xla.Loaded] = {}
-    if ready:
-        with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-            code = pool.map(lambda name: _deserialize(blobs[name], device, name), names)
-            loaded = dict(zip(names, code, strict=True))
-    else:
-        why = _why(manifest, target)
-        _LOG.warning("%s: compiling %d buckets from StableHLO: %s", location, len(wanted), why)
-        if manifest.expand is not None:
-            loaded[EXPAND] = _compile(manifest.expand, portable, arrays, [])
-    if EXPAND in loaded:
-        arrays = _xla.executor(loaded[EXPAND])(arrays)
-    if not ready:
-        specs = manifest.input_specs().values()
-        for sizes, key in wanted:
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        read = pool.map(lambda name: Code.read(blobs[name], device, name), blobs)
+        codes = dict(zip(blobs, read, strict=True))
+    if missing:
+        count = len([name for name in missing if name != EXPAND]) or "no"
+        _LOG.warning("%s: compiling %s buckets from StableHLO: %s", location, count, _why(manifest, target, missing))
+    if manifest.expand is not None:
+        if EXPAND in missing:
+            codes[EXPAND] = _compile(manifest.expand, portable, arrays, [])
+        arrays = run_expand(codes[EXPAND], arrays)
+    specs = manifest.input_specs().values()
+    for sizes, key in wanted:
+        if key in missing:
             program = _program_for(manifest, sizes)
-            loaded[key] = _compile(program, portable, arrays, [spec.at(sizes) for spec in specs])
+            codes[key] = _compile(program, portable, arrays, [spec.at(sizes) for spec in specs])
     runtime = Runtime(manifest.input_specs(), arrays, device)
     for sizes, key in wanted:
-        runtime.add(sizes, loaded[key])
-    if write_back and not ready:
-        _write_back(store, target, loaded)
-    return Servable(manifest, ladders, runtime, "executables" if ready else "stablehlo")
+        runtime.add(sizes, codes[key].loaded)
+    if write_back and missing:
+        _write_back(store, target, {name: codes[name] for name in missing})
+    return Servable(manifest, ladders, runtime, "stablehlo" if missing else "executables")
 
 
 def _choose(manifest: Manifest, buckets: Mapping[str, Sequence[int]] | None) -> Ladders:
@@ -110,17 +111,13 @@ def _choose(manifest: Manifest, buckets: Mapping[str, Sequence[int]] | None) -> 
 
 def _to_device(manifest: Manifest, arrays: Sequence[np.ndarray], device: _xla.Device) -> list[jax.Array]:
     # On the CPU each array starts on a 64-byte boundary, so the device array is the same memory and no copy.
-    return [
-        _xla.putter(leaf.shape, jnp.dtype(leaf.dtype), device)(array)
-        for leaf, array in zip(manifest.weights, arrays, strict=True)
-    ]
-
-
-def _deserialize(blob: bytes, device: _xla.Device, key: str) -> _xla.Loaded:
     try:
-        return _xla.deserialize(blob, device)
-    except Exception as error:  # the client's own kinds
-        raise ArtifactError(f"the executable of bucket {key} cannot be loaded here: {error}") from error
+        return [
+            _xla.putter(leaf.shape, jnp.dtype(leaf.dtype), device)(array)
+            for leaf, array in zip(manifest.weights, arrays, strict=True)
+        ]
+    except _xla.ERROR as error:
+        raise ExecutionError(f"the weights cannot be put on {device}: {_xla.reason(error)}") from error
 
 
 def _program_for(manifest: Manifest, sizes: dict[str, int]) -> PortableProgram:
@@ -135,32 +132,39 @@ def _compile(
     portable: Mapping[str, bytes],
     weights: Sequence[jax.Array],
     inputs: Sequence[jax.ShapeDtypeStruct],
-) -> _xla.Loaded:
+) -> Code:
     leaves = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in weights]
-    return _xla.loaded(compile_portable(portable[program.file], program.file, leaves, inputs))
+    return compile_portable(portable[program.file], program.file, leaves, inputs)
 
 
-def _why(manifest: Manifest, target: Fingerprint) -> str:
-    if target.digest in manifest.executables:
-        return "the executables of this target are not complete"
+def _why(manifest: Manifest, target: Fingerprint, missing: Sequence[str]) -> str:
+    if (found := manifest.executables.get(target.digest)) is not None:
+        unwritten = [f"XLA could not write the code of {name}: {why}" for name, why in found.unwritten.items()]
+        lacking = [name for name in missing if name not in found.unwritten]
+        return "; ".join([*unwritten, *([f"there is no code of {', '.join(lacking)}"] if lacking else [])])
     nearest = [target.differences(entry.target) for entry in manifest.executables.values()]
     return "; ".join(min(nearest, key=len)) if nearest else "the artifact has no executables"
 
 
-def _write_back(store: Store, target: Fingerprint, made: Mapping[str, _xla.Loaded]) -> None:
+def _write_back(store: Store, target: Fingerprint, made: Mapping[str, Code]) -> None:
     """Adds executables; the manifest is replaced last, so that a reader sees the old state or the new one."""
     try:
         manifest = read_manifest(store)
         files, names = dict(manifest.files), {}
         known = manifest.executables.get(target.digest)
-        for key, executable in made.items():
-            blob = _xla.serialize(executable)
+        unwritten = dict(known.unwritten) if known else {}
+        for key, code in made.items():
+            if code.blob is None:
+                unwritten[key] = code.why_none
+                continue
+            blob = code.blob
             digest = hashlib.sha256(blob).hexdigest()
             # Named by content, so that two processes that write back at once cannot replace each other's file.
             names[key] = f"executables/{target.digest}/{key}-{digest[:8]}.xla"
             store.write(names[key], blob)
             files[names[key]] = FileEntry(size=len(blob), sha256=digest)
-        added = ExecutableSet(target=target, files=(dict(known.files) if known else {}) | names)
+            unwritten.pop(key, None)
+        added = ExecutableSet(target=target, files=(dict(known.files) if known else {}) | names, unwritten=unwritten)
         sets = {**manifest.executables, target.digest: added}
         store.write(MANIFEST, encode(msgspec.structs.replace(manifest, files=files, executables=sets)))
     except ArtifactError as error:

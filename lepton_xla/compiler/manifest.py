@@ -89,10 +89,17 @@ class PortableProgram(_Struct, frozen=True, kw_only=True):
 
 
 class ExecutableSet(_Struct, frozen=True, kw_only=True):
-    """Executables for one target: bucket name (or `expand`) -> file."""
+    """Executables for one target.
+
+    Attributes:
+        target: what they run on.
+        files: bucket name (or `expand`) -> file.
+        unwritten: bucket name (or `expand`) -> why XLA could not write its code; it is compiled at each loading.
+    """
 
     target: Fingerprint
     files: dict[str, str]
+    unwritten: dict[str, str] = {}
 
 
 class FileEntry(_Struct, frozen=True, kw_only=True):

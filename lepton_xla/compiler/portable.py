@@ -10,7 +10,9 @@ import jax
 import jax.export
 import jax.numpy as jnp
 
+from lepton_xla.compiler import _xla
 from lepton_xla.compiler.buckets import Ladders, bucket_name, combinations
+from lepton_xla.compiler.code import Code
 from lepton_xla.errors import ArtifactError, CompileError
 from lepton_xla.program import TensorSpec
 
@@ -56,20 +58,20 @@ def export_programs(
             shapes = _symbolic_inputs(inputs, ladders)
             return [_export("symbolic" if ladders else "fixed", fn, weights, shapes, None, platforms)], "; ".join(notes)
         except Exception as error:  # the reason is recorded, and the next best thing tried
-            notes.append(f"no symbolic program for {', '.join(platforms)}: {_first_line(error)}")
+            notes.append(f"no symbolic program for {', '.join(platforms)}: {_xla.reason(error)}")
     try:
         programs = [
             _export(bucket_name(sizes), fn, weights, [spec.at(sizes) for spec in inputs.values()], sizes, (here,))
             for sizes in combinations(ladders)
         ]
     except Exception as error:
-        raise CompileError(f"the model cannot be exported as StableHLO: {_first_line(error)}") from error
+        raise CompileError(f"the model cannot be exported as StableHLO: {_xla.reason(error)}") from error
     return programs, "; ".join(notes)
 
 
 def compile_portable(
     blob: bytes, name: str, weights: Sequence[jax.ShapeDtypeStruct], inputs: Sequence[jax.ShapeDtypeStruct]
-) -> jax.stages.Compiled:
+) -> Code:
     """Compiles a serialized program for one bucket on this machine.
 
     Raises:
@@ -77,9 +79,9 @@ def compile_portable(
     """
     try:
         exported = jax.export.deserialize(bytearray(blob))
-        return jax.jit(exported.call, keep_unused=True).lower(*weights, *inputs).compile()
+        return Code.made(jax.jit(exported.call, keep_unused=True).lower(*weights, *inputs))
     except Exception as error:  # a version, a platform, a custom call, XLA itself
-        raise ArtifactError(f"{name} cannot be compiled here: {_first_line(error)}") from error
+        raise ArtifactError(f"{name} cannot be compiled here: {_xla.reason(error)}") from error
 
 
 def _export(
@@ -111,8 +113,3 @@ def _symbolic_inputs(inputs: Mapping[str, TensorSpec], ladders: Ladders) -> list
 def _lowering_platform() -> str:
     platform = jax.default_backend()
     return "cuda" if platform == "gpu" else platform
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:300] if lines else ''}"

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from lepton_xla.compiler import _xla
+from lepton_xla.compiler.code import Code
 from lepton_xla.errors import InputError
 from lepton_xla.program import TensorSpec
 
@@ -60,6 +61,7 @@ class Runtime:
         Raises:
             KeyError: where there is no such bucket.
             InputError: where an array is not of exactly the bucket's shape and dtype.
+            ExecutionError: where the code fails, such as for want of memory.
         """
         return self._runners[self._key(sizes)](arrays)
 
@@ -78,4 +80,19 @@ class Runtime:
             if array.shape != shape or array.dtype != dtype:
                 raise InputError(f"input {name!r}: {array.dtype}{array.shape} came, {dtype}{shape} was expected")
             arguments.append(put(array))
-        return [np.asarray(output) for output in execute(arguments)]
+        try:
+            return [np.asarray(output) for output in execute(arguments)]
+        except _xla.ERROR as error:
+            raise _xla.failed(error) from error
+
+
+def run_expand(code: Code, stored: Sequence[jax.Array]) -> list[jax.Array]:
+    """Weights as the buckets' programs take them, from those that are stored.
+
+    Raises:
+        ExecutionError: where the code fails, such as for want of memory.
+    """
+    try:
+        return jax.block_until_ready(_xla.executor(code.loaded)(list(stored)))
+    except _xla.ERROR as error:
+        raise _xla.failed(error, "the unpacking of the weights") from error
