@@ -4,25 +4,28 @@
 
 Sections: `compress`: LeNet-300-100 and LeNet-5 as small as they get; `curves`: methods of unstructured pruning;
 `shrink`: a residual CNN and a transformer with channels, hidden units and heads removed, and in int8; `step`: what a
-training step with masks costs. `--peers` adds Torch-Pruning where it and PyTorch are installed. Writes
+training step with masks costs. A row is kept when it is measured, so that a run that was stopped goes on where it was;
+`--fresh` starts anew. `--peers` adds Torch-Pruning where it and PyTorch are installed. Writes
 docs/benchmarks/pruning.md and its plots; a run of some sections replaces theirs only.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.util
 import json
 import os
 import pathlib
 import statistics
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import harness
 import jax
 import jax.numpy as jnp
+import journal
 import models
 import numpy as np
 import optax
@@ -82,31 +85,35 @@ def _some(settings: dict[str, Any], options: argparse.Namespace) -> list[tuple[s
 def compress(options: argparse.Namespace) -> dict[str, Any]:
     """LeNets pruned while training, then with 16 shared values a weight, trained: accuracy and bytes of each step."""
     found: dict[str, Any] = {}
-    for name, (sparsity, pruning, sharing) in _some(COMPRESS, options):
-        model = models.load(name, quick=options.quick)
-        task = sparse.task(model, quick=options.quick)
-        seeds = (0,) if options.quick else (0, 1, 2)
-        pruning, sharing = (1, 1) if options.quick else (pruning, sharing)
-        plan = sparse.prune_plan(task.program, sparsity, "global")
-        longer = task.program.replace(weights=task.learned("longer", task.program.weights, epochs=pruning + sharing))
-        rows: dict[str, list[lx.Program]] = {"float": [task.program], "float, trained on for as long": [longer]}
-        for seed in seeds:
-            console.print(f"  {name}, seed {seed} ...")
-            what = f"compress-{sparsity}"
-            small = task.pruned(what, plan, epochs=pruning, seed=seed, schedule=sparse.gradual)
-            rows.setdefault("pruned while trained on", []).append(small)
-            as_is = lx.passes.lower(small, sparse.codebook_plan(small))
-            rows.setdefault("and 16 values a weight, as it is", []).append(as_is)
-            shared = sparse.share_values(task, small, epochs=sharing, what=what, seed=seed)
-            rows.setdefault("and 16 values a weight, trained on", []).append(shared)
-        found[name] = {
-            "data": model.data,
-            "sparsity": sparsity,
-            "epochs": [pruning, sharing],
-            "float32_bytes": task.program.weights_bytes,
-            "rows": [_compressed(task, label, programs) for label, programs in rows.items()],
-        }
+    for name, setting in _some(COMPRESS, options):
+        found[name] = options.rows.row(f"compress: {name}", lambda name=name, s=setting: _compress(name, *s, options))
     return found
+
+
+def _compress(name: str, sparsity: float, pruning: int, sharing: int, options: argparse.Namespace) -> dict[str, Any]:
+    model = models.load(name, quick=options.quick)
+    task = sparse.task(model, quick=options.quick)
+    seeds = (0,) if options.quick else (0, 1, 2)
+    pruning, sharing = (1, 1) if options.quick else (pruning, sharing)
+    plan = sparse.prune_plan(task.program, sparsity, "global")
+    longer = task.program.replace(weights=task.learned("longer", task.program.weights, epochs=pruning + sharing))
+    rows: dict[str, list[lx.Program]] = {"float": [task.program], "float, trained on for as long": [longer]}
+    for seed in seeds:
+        console.print(f"  {name}, seed {seed} ...")
+        what = f"compress-{sparsity}"
+        small = task.pruned(what, plan, epochs=pruning, seed=seed, schedule=sparse.gradual)
+        rows.setdefault("pruned while trained on", []).append(small)
+        as_is = lx.passes.lower(small, sparse.codebook_plan(small))
+        rows.setdefault("and 16 values a weight, as it is", []).append(as_is)
+        shared = sparse.share_values(task, small, epochs=sharing, what=what, seed=seed)
+        rows.setdefault("and 16 values a weight, trained on", []).append(shared)
+    return {
+        "data": model.data,
+        "sparsity": sparsity,
+        "epochs": [pruning, sharing],
+        "float32_bytes": task.program.weights_bytes,
+        "rows": [_compressed(task, label, programs) for label, programs in rows.items()],
+    }
 
 
 def _compressed(task: Task, name: str, programs: list[lx.Program]) -> dict[str, Any]:
@@ -129,8 +136,11 @@ def curves(options: argparse.Namespace) -> dict[str, Any]:
         lines: dict[str, list[float]] = {}
         for sparsity in wanted:
             console.print(f"  {name} at {100 * sparsity:.0f} % ...")
-            for label, program in _at_sparsity(task, sparsity, calibration, trained):
-                lines.setdefault(label, []).append(task.accuracy(program))
+            for label, make in _at_sparsity(task, sparsity, calibration, trained).items():
+                kept = options.rows.row(
+                    f"curves: {name} at {sparsity}: {label}", lambda make=make, task=task: task.accuracy(make())
+                )
+                lines.setdefault(label, []).append(kept)
         found[name] = {
             "data": model.data,
             "epochs": epochs,
@@ -144,27 +154,33 @@ def curves(options: argparse.Namespace) -> dict[str, Any]:
 
 def _at_sparsity(
     task: Task, sparsity: float, calibration: list[Any], trained: dict[str, Any]
-) -> Iterable[tuple[str, lx.Program]]:
+) -> dict[str, Callable[[], lx.Program]]:
+    """What makes the program of each method at a sparsity."""
     program = task.program
-    for method, distribution in (("magnitude", "global"), ("wanda", "uniform"), ("sparsegpt", "uniform")):
+
+    def once(method: str, distribution: str) -> lx.Program:
         recipe = sparse.prune_recipe(sparsity, distribution, method)
-        yield f"{method}, once", lx.optimize(program, recipe, calibration=calibration)
+        return lx.optimize(program, recipe, calibration=calibration)
+
     everywhere, spread = (sparse.prune_plan(program, sparsity, kind) for kind in ("global", "erk"))
-    yield "magnitude, gradual", task.pruned(f"gradual-{sparsity}", everywhere, schedule=sparse.gradual, **trained)
-    yield (
-        "straight-through",
-        task.pruned(f"ste-{sparsity}", everywhere, schedule=sparse.gradual, straight_through=True, **trained),
-    )
-    yield (
-        "RigL",
-        task.pruned(
+    return {
+        "magnitude, once": lambda: once("magnitude", "global"),
+        "wanda, once": lambda: once("wanda", "uniform"),
+        "sparsegpt, once": lambda: once("sparsegpt", "uniform"),
+        "magnitude, gradual": lambda: task.pruned(
+            f"gradual-{sparsity}", everywhere, schedule=sparse.gradual, **trained
+        ),
+        "straight-through": lambda: task.pruned(
+            f"ste-{sparsity}", everywhere, schedule=sparse.gradual, straight_through=True, **trained
+        ),
+        "RigL": lambda: task.pruned(
             f"rigl-{sparsity}",
             spread,
             schedule=lambda steps: train.periodic(0, int(sparse.PRUNING_SHARE * steps), every=sparse.EVERY),
             regrow=lambda steps: train.Regrow("gradient", optax.cosine_decay_schedule(0.3, steps)),
             **trained,
         ),
-    )
+    }
 
 
 def shrunk(options: argparse.Namespace) -> dict[str, Any]:
@@ -172,52 +188,101 @@ def shrunk(options: argparse.Namespace) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, (epochs, distil) in _some(SHRINK, options):
         model = models.load(name, quick=options.quick)
-        # Where there are batch norms, training on has them too; they are folded after it.
-        task = sparse.task(model, quick=options.quick, folded=name != "residual")
         epochs = 1 if options.quick else epochs
-        rows: list[dict[str, Any]] = []
-        timed: dict[str, lx.Program] = {}
-
-        def add(
-            label: str, program: lx.Program, *, rows: Any = rows, timed: Any = timed, task: Any = task, **more: Any
-        ) -> None:
-            timed[label] = program
-            rows.append({"name": label, "accuracy": task.accuracy(program), "bytes": stored_bytes(program)} | more)
-
-        whole = lx.passes.cost(task.program, {"batch": 1}).flops
-        add("float", model.spec.program(), flops=1.0)
-        add("float, folded", lx.passes.fold(task.program))
-        add("float, trained on for as long", _trained_on(task, task.program, "longer", epochs, distil))
-        for left in LEFT[1:2] if options.quick else LEFT:
-            console.print(f"  {name} at {100 * left:.0f} % of its operations ...")
-            small, difference = _shrunk(task.program, left)
-            add(
-                f"shrunk to {100 * left:.0f} %",
-                _trained_on(task, small, f"shrunk-{left:.3f}-{ROUND_TO}", epochs, distil),
-                flops=lx.passes.cost(small, {"batch": 1}).flops / whole,
-                before=task.accuracy(small),
-                difference=difference,
-            )
         buckets = {"batch": (1,)} if options.quick else model.spec.buckets
-        given = {"calibration": model.spec.calibration_batches(), "buckets": buckets}
+        shrink = Shrink(model, epochs, distil, buckets, options)
+        rows = [
+            options.rows.row(f"shrink: {name}: {label}", functools.partial(shrink.row, label))
+            for label in shrink.makers()
+        ]
+        if options.peers and name == "residual":
+            rows += options.rows.row(f"shrink: {name}: Torch-Pruning", shrink.peers)
+        found[name] = {"data": model.data, "epochs": epochs, "distil": distil, "rows": rows}
+    return found
+
+
+class Shrink:
+    """One model and its smaller ones, each made when it is asked for and timed in turns with the float model."""
+
+    def __init__(
+        self, model: models.BenchModel, epochs: int, distil: bool, buckets: Any, options: argparse.Namespace
+    ) -> None:
+        self.model, self.epochs, self.distil, self.buckets, self.options = model, epochs, distil, buckets, options
+        # Where there are batch norms, training on has them too; they are folded after it.
+        self.task = sparse.task(model, quick=options.quick, folded=model.name != "residual")
+        self.made: dict[str, tuple[lx.Program, dict[str, Any]]] = {}
+
+    def makers(self) -> dict[str, Callable[[], tuple[lx.Program, dict[str, Any]]]]:
+        """Label -> what makes a program, and figures of its own."""
+        task, quick = self.task, self.options.quick
+        makers: dict[str, Callable[[], tuple[lx.Program, dict[str, Any]]]] = {
+            "float": lambda: (self.model.spec.program(), {"flops": 1.0}),
+            "float, folded": lambda: (lx.passes.fold(task.program), {}),
+            "float, trained on for as long": lambda: (
+                _trained_on(task, task.program, "longer", self.epochs, self.distil),
+                {},
+            ),
+        }
+        for left in LEFT[1:2] if quick else LEFT:
+            makers[f"shrunk to {100 * left:.0f} %"] = lambda left=left: self._shrunk(left)
+        middle = f"shrunk to {100 * LEFT[1]:.0f} %"
         smaller = (
             ("int8", "float, folded", "int8"),
             ("half pruned, int8", "float, folded", "int8-prune50"),
-            (f"shrunk to {100 * LEFT[1]:.0f} %, int8", f"shrunk to {100 * LEFT[1]:.0f} %", "int8"),
+            (f"{middle}, int8", middle, "int8"),
         )
-        for label, source, recipe in smaller[-1 if options.quick else 0 :]:
-            console.print(f"  {name}: {label} ...")
-            add(label, lx.optimize(timed[source], lx.Recipe.load(recipe), **given))
-        at = {label: lambda inputs, program=program: _call(program, inputs) for label, program in timed.items()}
-        if options.peers and name == "residual":
-            from models import torch_residual
+        for label, source, recipe in smaller[-1 if quick else 0 :]:
+            makers[label] = lambda source=source, recipe=recipe: (self._optimized(source, recipe), {})
+        return makers
 
-            for row, call in torch_residual.rows(model, task, epochs, LEFT, ROUND_TO):
-                rows.append(row)
-                at[row["name"]] = call
-        _time(rows, at, model.spec, buckets, options)
-        found[name] = {"data": model.data, "epochs": epochs, "distil": distil, "rows": rows}
-    return found
+    def row(self, label: str) -> dict[str, Any]:
+        """A row, complete."""
+        console.print(f"  {self.model.name}: {label} ...")
+        program, more = self.program(label)
+        row = {"name": label, "accuracy": self.task.accuracy(program), "bytes": stored_bytes(program)} | more
+        at = functools.partial(_call, program)
+        self._time(row, at, at if label == "float" else functools.partial(_call, self.program("float")[0]))
+        console.print(f"    accuracy {harness.percent(row['accuracy'])} %, {row['bytes']:,} bytes", markup=False)
+        return row
+
+    def program(self, label: str) -> tuple[lx.Program, dict[str, Any]]:
+        """A program, made once."""
+        if label not in self.made:
+            self.made[label] = self.makers()[label]()
+        return self.made[label]
+
+    def peers(self) -> list[dict[str, Any]]:
+        """Torch-Pruning's rows, its own float model the first."""
+        from models import torch_residual
+
+        rows = torch_residual.rows(self.model, self.task, self.epochs, LEFT, ROUND_TO)
+        calls = {row["name"]: call for row, call in rows}
+        for row, call in rows:
+            self._time(row, call, calls[row["base"]])
+        return [row for row, _ in rows]
+
+    def _shrunk(self, left: float) -> tuple[lx.Program, dict[str, Any]]:
+        small, difference = _shrunk(self.task.program, left)
+        flops = [lx.passes.cost(program, {"batch": 1}).flops for program in (small, self.task.program)]
+        trained = _trained_on(self.task, small, f"shrunk-{left:.3f}-{ROUND_TO}", self.epochs, self.distil)
+        return trained, {"flops": flops[0] / flops[1], "before": self.task.accuracy(small), "difference": difference}
+
+    def _optimized(self, source: str, recipe: str) -> lx.Program:
+        calibration = self.model.spec.calibration_batches()
+        program = self.program(source)[0]
+        return lx.optimize(program, lx.Recipe.load(recipe), calibration=calibration, buckets=self.buckets)
+
+    def _time(self, row: dict[str, Any], at: Any, base: Any) -> None:
+        """Adds milliseconds and how many times faster than float, by batch."""
+        row |= {"ms": {}, "faster": {}}
+        for batch in self.buckets["batch"]:
+            inputs = harness.example_inputs(self.model.spec.inputs, {"batch": batch})
+            calls = {"row": at(inputs)} | ({"base": base(inputs)} if base is not at else {})
+            times = harness.interleave(calls, rounds=self.options.rounds, seconds=self.options.seconds)
+            times.setdefault("base", times["row"])
+            row["ms"][str(batch)] = statistics.median(times["row"]) * 1e3
+            row["faster"][str(batch)] = 1 / harness.ratio(times, "row", "base")
+            jax.clear_caches()
 
 
 def _trained_on(task: Task, small: lx.Program, what: str, epochs: int, distil: bool) -> lx.Program:
@@ -229,24 +294,6 @@ def _trained_on(task: Task, small: lx.Program, what: str, epochs: int, distil: b
 
 def _call(program: lx.Program, inputs: dict[str, np.ndarray]) -> Callable[[], Any]:
     return harness.compiled(program.fn, program.weights, *(inputs[name] for name in program.inputs))
-
-
-def _time(
-    rows: list[dict[str, Any]], at: dict[str, Any], spec: lx.ModelSpec, buckets: Any, options: argparse.Namespace
-) -> None:
-    """Adds milliseconds and how many times faster than float, by batch."""
-    for row in rows:
-        row |= {"ms": {}, "faster": {}}
-    for batch in buckets["batch"]:
-        console.print(f"  timing {len(at)} at batch {batch} ...")
-        inputs = harness.example_inputs(spec.inputs, {"batch": batch})
-        times = harness.interleave(
-            {name: call(inputs) for name, call in at.items()}, rounds=options.rounds, seconds=options.seconds
-        )
-        for row in rows:
-            row["ms"][str(batch)] = statistics.median(times[row["name"]]) * 1e3
-            row["faster"][str(batch)] = 1 / harness.ratio(times, row["name"], row.get("base", "float"))
-        jax.clear_caches()
 
 
 def _shrunk(program: lx.Program, left: float) -> tuple[lx.Program, float]:
@@ -437,7 +484,7 @@ INTRODUCTIONS = {
         "## Channels, hidden units and heads removed\n\n"
         f"`lx.passes.shrink(program, flops=..., round_to={ROUND_TO})`, by norms of weights, the same share of each "
         "group; then trained on, and batch norms folded. "
-        "Times faster: to the float model under `jax.jit`, everything taking turns. "
+        "Times faster: to the float model under `jax.jit`, each row taking turns with it. "
         "Targets: at 2.1 times fewer operations the residual CNN loses at most 0.3 points and is "
         f"{TARGET_RATIO} times faster at batch 32. `half pruned` is unstructured: it counts in bytes only."
     ),
@@ -509,6 +556,7 @@ def main() -> int:
         "--pages", action=argparse.BooleanOptionalAction, default=True, help="write docs/benchmarks/; not with --quick"
     )
     parser.add_argument("--json", type=pathlib.Path, help="write the figures to this file")
+    journal.add_option(parser)
     parser.add_argument("--rounds", type=int, default=31, help="turns of each")
     parser.add_argument("--seconds", type=float, default=20.0, help="of one batch size, at most")
     options = parser.parse_args()
@@ -522,6 +570,7 @@ def main() -> int:
     if options.peers and lacking:
         console.print(f"not installed, so Torch-Pruning is left out: {', '.join(lacking)}")
         options.peers = False
+    options.rows = journal.opened("pruning", options, "rounds", "seconds")
     results: dict[str, Any] = {}
     for name in options.sections.split(","):
         console.print(f"{name} ...")

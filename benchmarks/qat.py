@@ -4,12 +4,14 @@
 
 LeNet-5 at 4-bit weights and activations: the float model, that model quantized as it is, and trained on with
 `fake_quant`, over several seeds. The step's cost is that of one AdamW step of a scanned transformer, plain and with
-`fake_quant`, taking turns. `--peers` adds qwix where it is installed. Writes docs/benchmarks/qat.md.
+`fake_quant`, taking turns. A row is kept when it is measured, so that a run that was stopped goes on where it was;
+`--fresh` starts anew. `--peers` adds qwix where it is installed. Writes docs/benchmarks/qat.md.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.util
 import itertools
 import json
@@ -23,9 +25,11 @@ from typing import Any
 import harness
 import jax
 import jax.numpy as jnp
+import journal
 import models
 import numpy as np
 import optax
+from journal import Journal
 from models import transformer
 from models.base import mnist
 from rich.console import Console
@@ -47,8 +51,11 @@ def recipe(weights: str, activations: str, more: str = "") -> lx.Recipe:
     return lx.Recipe.parse('on_unsupported = "keep"\nfold = false\n' + text, name=f"{weights} x {activations}")
 
 
-def accuracy(quick: bool, with_qwix: bool) -> dict[str, Any]:
-    """LeNet-5: float, W4A4 as it is, W4A4 trained on; `regained` is the share of the loss that training takes back."""
+def accuracy(quick: bool, with_qwix: bool, kept: Journal) -> dict[str, Any]:
+    """LeNet-5: float, W4A4 as it is, W4A4 trained on; `regained` is the share of the loss that training takes back.
+
+    Rows that the journal has are not measured again.
+    """
     model = models.load("lenet5", quick=quick)
     program = model.spec.program()
     train_x, train_y, _, _ = mnist()
@@ -57,7 +64,7 @@ def accuracy(quick: bool, with_qwix: bool) -> dict[str, Any]:
     evaluate = model.spec.evaluate
     assert evaluate is not None
     console.print("  the float model's logits of every training image, moved every way ...")
-    lessons = Lessons(program.fn, program.weights, train_x, train_y)
+    lessons = functools.cache(lambda: Lessons(program.fn, program.weights, train_x, train_y))
 
     def judged(apply: Callable[..., jax.Array], weights: Any) -> float:
         jitted = jax.jit(apply)
@@ -70,31 +77,37 @@ def accuracy(quick: bool, with_qwix: bool) -> dict[str, Any]:
         started = time.perf_counter()
         found = {"name": name, "ptq": as_is() if as_is is not None else judged(apply, weights)}
         found["trained"] = [
-            judged(apply, lessons.teach(apply, weights, epochs=epochs, seed=seed)) for seed in range(seeds)
+            judged(apply, lessons().teach(apply, weights, epochs=epochs, seed=seed)) for seed in range(seeds)
         ]
         return found | {"seconds": time.perf_counter() - started}
 
     plan = recipe("int4", "int4").resolve(program)
     rows = [
-        row("float", program.fn, program.weights),
-        row("lepton_xla int4 x int4", lx.passes.fake_quant(program.fn, plan), program.weights),
+        kept.row("float", lambda: row("float", program.fn, program.weights)),
+        kept.row(
+            "lepton_xla int4 x int4",
+            lambda: row("lepton_xla int4 x int4", lx.passes.fake_quant(program.fn, plan), program.weights),
+        ),
     ]
     static = recipe("int4", "int4", 'dynamic = false\ncalibration = "mse"\n').resolve(program)
-    ranges = lx.passes.calibrate(program, static, model.spec.calibration_batches() or ())
-    quantized = lx.passes.fake_quant(program.fn, static, ranges)
-    rows.append(
-        row(
+
+    def with_learned_scales() -> dict[str, Any]:
+        ranges = lx.passes.calibrate(program, static, model.spec.calibration_batches() or ())
+        quantized = lx.passes.fake_quant(program.fn, static, ranges)
+        return row(
             "lepton_xla int4 x int4, learned scales",
             lambda learned, image: quantized(learned["weights"], image, scales=learned["scales"]),
             {"weights": program.weights, "scales": initial_scales(program.weights, static, ranges)},
             lambda: judged(quantized, program.weights),
         )
-    )
+
+    rows.append(kept.row("lepton_xla int4 x int4, learned scales", with_learned_scales))
     if with_qwix:
         assert model.linen is not None
         module, variables = model.linen
         try:
-            rows.append(row("qwix int4 x int4", _qwix(module, "int4").apply, variables))
+            apply = _qwix(module, "int4").apply
+            rows.append(kept.row("qwix int4 x int4", lambda: row("qwix int4 x int4", apply, variables)))
         except Exception as error:  # a peer may fail in any way; what it says goes into the table
             rows.append({"name": "qwix int4 x int4", "failed": _reason(error)})
     baseline = rows[0]["ptq"]
@@ -295,6 +308,7 @@ def main() -> int:
         "--pages", action=argparse.BooleanOptionalAction, default=True, help="write docs/benchmarks/; not with --quick"
     )
     parser.add_argument("--json", type=pathlib.Path, help="write the figures to this file")
+    journal.add_option(parser)
     parser.add_argument("--rounds", type=int, default=31, help="turns of each step")
     parser.add_argument("--seconds", type=float, default=40.0, help="of one transformer, at most")
     options = parser.parse_args()
@@ -305,13 +319,15 @@ def main() -> int:
     sizes = [(transformer.Size(4, 128, 4, 64), 8), (transformer.Size(6, 256, 8, 64), 16)]
     if options.quick:
         options.rounds, options.seconds, sizes = 3, 1.0, [(transformer.Size(2, 32, 2, 8), 2)]
+    kept = journal.opened("qat", options, "rounds", "seconds")
     result: dict[str, Any] = {"steps": []}
     for size, batch in sizes:
         console.print(f"a training step of {size.layers} layers of width {size.width} ...")
-        result["steps"].append(step_cost(size, batch, options, with_qwix))
+        name = f"step: {size}, batch {batch}{', qwix' if with_qwix else ''}"
+        result["steps"].append(kept.row(name, functools.partial(step_cost, size, batch, options, with_qwix)))
     try:
         console.print("LeNet-5 at W4A4 ...")
-        result["accuracy"] = accuracy(options.quick, with_qwix)
+        result["accuracy"] = accuracy(options.quick, with_qwix, kept)
     except models.MissingError as error:
         console.print(f"skipped: {error}")
         return 0

@@ -2,8 +2,10 @@
 
     python benchmarks/quantization.py [--models digits,lenet5] [--presets int8] [--peers] [--quick] [--json FILE]
 
-Latency is that of the whole compiled program at each bucket, everything of one model taking turns; ratios are to the
-float model under `jax.jit` in the same rounds. `--peers` adds qwix, ONNX Runtime and OpenVINO where they are installed.
+Latency is that of the whole compiled program at each bucket; each row takes turns with the float model under `jax.jit`,
+and its ratios are to that in the same rounds. A row is printed and kept when it is measured, so that a run that was
+stopped goes on where it was; `--fresh` starts anew. `--peers` adds qwix, ONNX Runtime and OpenVINO where they are
+installed.
 Writes docs/benchmarks/quantization.md and minilm.md; a run of some models replaces their sections only.
 """
 
@@ -23,9 +25,11 @@ from typing import Any
 
 import harness
 import jax
+import journal
 import models
 import numpy as np
 import peers
+from journal import Journal
 from rich.console import Console
 from rich.table import Table
 
@@ -73,58 +77,118 @@ class Row:
 type At = Callable[[Mapping[str, np.ndarray]], Callable[[], Any]]
 
 
-def measure(model: models.BenchModel, wanted: list[str], options: argparse.Namespace) -> dict[str, Any]:
-    """Every row of one model."""
-    program = model.spec.program()
-    rows = [Row("float", weights_bytes=program.weights_bytes)]
-    judge = Judge(model)
-    rows[0].metrics = judge(_predictor(program))
-    rows.append(Row(AGAIN, metrics=rows[0].metrics, weights_bytes=program.weights_bytes))
-    timed: dict[str, At] = dict.fromkeys(("float", AGAIN), functools.partial(_at, program))
-    recipes: list[lx.Recipe] = []
-    sizes = grid(program, model.spec.buckets)[0]
-    folded = operations(lx.passes.fold(program), sizes)
+def measure(model: models.BenchModel, wanted: list[str], options: argparse.Namespace, rows: Journal) -> dict[str, Any]:
+    """Every row of one model, each complete, printed and kept before the next is begun."""
+    bench = Bench(model, options)
+    found: list[dict[str, Any]] = []
+
+    def add(name: str, make: Callable[[], list[Row]]) -> None:
+        made = rows.row(f"{model.name}: {name}", lambda: [dataclasses.asdict(row) for row in make()])
+        for row in made:
+            console.print(f"    {_line(row)}", markup=False)
+        found.extend(made)
+        jax.clear_caches()
+
+    add("float", bench.float)
     for preset in wanted:
+        add(preset, lambda preset=preset: [bench.preset(preset)])
+    for name, make in _peer_makers(model, wanted).items() if options.peers else ():
+        add(name, lambda name=name, make=make: bench.peers(name, make))
+    return {"data": model.data, "rows": found}
+
+
+class Bench:
+    """One model, its rows measured one at a time, each in turns with the float model."""
+
+    def __init__(self, model: models.BenchModel, options: argparse.Namespace) -> None:
+        self.model = model
+        self.options = options
+        self.program = model.spec.program()
+
+    @functools.cached_property
+    def judge(self) -> Judge:
+        """What judged the float model first."""
+        judge = Judge(self.model)
+        self.float_metrics = judge(_predictor(self.program))
+        return judge
+
+    @functools.cached_property
+    def folded(self) -> str:
+        """What XLA is given of the folded float model."""
+        return operations(lx.passes.fold(self.program), self.sizes[0])
+
+    @property
+    def sizes(self) -> list[dict[str, int]]:
+        """What is timed."""
+        return grid(self.program, self.model.spec.buckets)
+
+    def float(self) -> list[Row]:
+        """The float model, and once more."""
+        assert self.judge
+        both = [Row(name, self.float_metrics, weights_bytes=self.program.weights_bytes) for name in ("float", AGAIN)]
+        self._time(both[1], functools.partial(_at, self.program), both[0])
+        return both
+
+    def preset(self, preset: str) -> Row:
+        """One preset's row."""
         row = Row(preset)
-        rows.append(row)
-        console.print(f"  {preset} ...")
+        spec = self.model.spec
+        console.print(f"  {self.model.name}: {preset} ...")
         try:
-            recipes.append(lx.Recipe.load(preset))
             started = time.perf_counter()
             small = lx.optimize(
-                program,
-                recipes[-1],
-                calibration=model.spec.calibration_batches(),
-                buckets=model.spec.buckets,
+                self.program, lx.Recipe.load(preset), calibration=spec.calibration_batches(), buckets=spec.buckets
             )
             row.prepare_s = time.perf_counter() - started
-            row.metrics = judge(_predictor(small))
+            row.metrics = self.judge(_predictor(small))
         except lx.LeptonError as error:
             row.note = f"{type(error).__name__}: {error}"
-            continue
-        row.covered_before, row.covered_after = _covered(program, small)
+            return row
+        row.covered_before, row.covered_after = _covered(self.program, small)
         row.weights_bytes = small.weights_bytes
         row.note = _arithmetic(small)
         small = as_loaded(small)
-        row.same = operations(small, sizes) == folded
-        timed[preset] = functools.partial(_at, small)
-    if options.peers:
-        for row, at in _peer_rows(model, recipes, judge):
-            rows.append(row)
-            if at is not None:
-                timed[row.name] = at
-    by_name = {row.name: row for row in rows}
-    for sizes in grid(program, model.spec.buckets):
-        bucket = "x".join(str(size) for size in sizes.values())
-        console.print(f"  timing {len(timed)} at {bucket} ...")
-        inputs = harness.example_inputs(model.spec.inputs, sizes)
-        calls = {name: at(inputs) for name, at in timed.items()}
-        times = harness.interleave(calls, rounds=options.rounds, seconds=options.seconds)
-        for name in timed:
-            by_name[name].latency_ms[bucket] = statistics.median(times[name]) * 1e3
-            by_name[name].ratio[bucket] = harness.ratio(times, name, "float")
-        jax.clear_caches()
-    return {"data": model.data, "rows": [dataclasses.asdict(row) for row in rows]}
+        row.same = operations(small, self.sizes[0]) == self.folded
+        self._time(row, functools.partial(_at, small))
+        return row
+
+    def peers(self, name: str, make: Callable[[], list[peers.Peer]]) -> list[Row]:
+        """The rows of one peer."""
+        console.print(f"  {self.model.name}: {name} ...")
+        found: list[Row] = []
+        try:
+            for peer in make():
+                row = Row(peer.name, covered_before=peer.bytes_before, covered_after=peer.bytes_after, note=peer.note)
+                row.metrics = self.judge(peer.predict)
+                self._time(row, peer.at)
+                found.append(row)
+        except Exception as error:  # a peer may fail in any way; what it says goes into the table
+            reason = (str(error).strip().splitlines() or [""])[0]
+            found.append(Row(name, note=f"failed: {type(error).__name__}: {reason[:160]}"))
+        return found
+
+    def _time(self, row: Row, at: At, base: Row | None = None) -> None:
+        """Times a row in turns with the float model, whose own row is `base` where that is wanted too."""
+        for sizes in self.sizes:
+            bucket = "x".join(str(size) for size in sizes.values())
+            inputs = harness.example_inputs(self.model.spec.inputs, sizes)
+            calls = {"float": _at(self.program, inputs), row.name: at(inputs)}
+            times = harness.interleave(calls, rounds=self.options.rounds, seconds=self.options.seconds)
+            for each, name in ((row, row.name), (base, "float")):
+                if each is not None:
+                    each.latency_ms[bucket] = statistics.median(times[name]) * 1e3
+                    each.ratio[bucket] = harness.ratio(times, name, "float")
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    """A row as it is printed when it is measured: the whole table comes at the end."""
+    if not row["metrics"]:
+        return f"{row['name']}: {row['note']}"
+    times = ", ".join(f"{bucket} {ratio:.2f}" for bucket, ratio in row["ratio"].items())
+    prepared = f"; optimized in {row['prepare_s']:.0f} s" if row["prepare_s"] else ""
+    return (
+        f"{row['name']}: accuracy {harness.percent(row['metrics']['accuracy'])} %; of float's time: {times}{prepared}"
+    )
 
 
 def as_loaded(program: lx.Program) -> lx.Program:
@@ -195,31 +259,22 @@ def _arithmetic(small: lx.Program) -> str:
     return ", ".join(f"{count} {action}" for action, count in counts.items())
 
 
-def _peer_rows(model: models.BenchModel, recipes: list[lx.Recipe], judge: Judge) -> list[tuple[Row, At | None]]:
-    made: list[tuple[Row, At | None]] = []
-    settings: dict[str, dict[str, Any]] = {}
+def _peer_makers(model: models.BenchModel, wanted: list[str]) -> dict[str, Callable[[], list[peers.Peer]]]:
+    """What makes the peers' models, by the name of their rows."""
+    makers: dict[str, Callable[[], list[peers.Peer]]] = {}
     if peers.available()["qwix"] and model.linen is not None:
-        for recipe in recipes:
+        for preset in wanted:
+            try:
+                recipe = lx.Recipe.load(preset)
+            except lx.LeptonError:  # its own row says so
+                continue
             setting = peers.qwix_setting(recipe.quantize[0]) if recipe.quantize and not recipe.prune else None
             if setting is not None:
-                settings[setting[0]] = setting[1]
-    makers: list[tuple[str, Callable[[], list[peers.Peer]]]] = [
-        (name, lambda name=name, arguments=arguments: [peers.qwix_ptq(model, name, arguments)])
-        for name, arguments in settings.items()
-    ]
+                name, arguments = setting
+                makers[name] = lambda name=name, arguments=arguments: [peers.qwix_ptq(model, name, arguments)]
     if model.name == "minilm":
-        makers.append(("ONNX Runtime, OpenVINO", lambda: peers.onnx_peers(model)))
-    for name, make in makers:
-        console.print(f"  {name} ...")
-        try:
-            for peer in make():
-                row = Row(peer.name, covered_before=peer.bytes_before, covered_after=peer.bytes_after, note=peer.note)
-                row.metrics = judge(peer.predict)
-                made.append((row, peer.at))
-        except Exception as error:  # a peer may fail in any way; what it says goes into the table
-            reason = (str(error).strip().splitlines() or [""])[0]
-            made.append((Row(name, note=f"failed: {type(error).__name__}: {reason[:160]}"), None))
-    return made
+        makers["ONNX Runtime, OpenVINO"] = lambda: peers.onnx_peers(model)
+    return makers
 
 
 def show(name: str, result: Mapping[str, Any]) -> None:
@@ -274,7 +329,7 @@ def write_pages(results: Mapping[str, Any]) -> None:
             "when, at which commit, and by which command it was measured. Accuracy is on held-out data. The error of "
             "outputs is the norm of their difference from the float model's over the norm of those: accuracy on some "
             "hundred or thousand examples moves by chance, this hardly does. The ratio beside a time is to the float "
-            "model under `jax.jit`, median over rounds in which everything of the section took turns; marked as slower "
+            "model under `jax.jit`, median over rounds in which the row and it took turns; marked as slower "
             f"is what is over {NOISE_RATIO} and over the float model timed twice; as the same, what XLA is given "
             "operation for operation as for the folded float model, with weights that loading has unpacked: other "
             "times than its are noise. Integer products depend on the processor's instructions, so runs on several "
@@ -301,8 +356,8 @@ def minilm_page(results: Mapping[str, Any]) -> str:
     parts = [
         "# MiniLM (all-MiniLM-L6-v2, 22.7 M parameters) in int8 on a CPU",
         (
-            "Latency of the whole model at batch x sequence length, all rows taking turns in one run, with as many "
-            "threads as there are cores. The ratio is to the float model under `jax.jit` in the same rounds; below 1 "
+            "Latency of the whole model at batch x sequence length, each row taking turns with the float model, with "
+            "as many threads as there are cores. The ratio is to float under `jax.jit` in the same rounds; below 1 "
             "is faster. On a shared machine believe the ratios, not the times."
         ),
     ]
@@ -348,6 +403,7 @@ def main() -> int:
         "--pages", action=argparse.BooleanOptionalAction, default=True, help="write docs/benchmarks/; not with --quick"
     )
     parser.add_argument("--json", type=pathlib.Path, help="write the figures to this file")
+    journal.add_option(parser)
     parser.add_argument("--rounds", type=int, default=21, help="turns of each at each bucket")
     parser.add_argument("--seconds", type=float, default=20.0, help="of one bucket, at most")
     options = parser.parse_args()
@@ -360,6 +416,7 @@ def main() -> int:
         lacking = [name for name, there in peers.available().items() if not there]
         if lacking:
             console.print(f"not installed, so left out: {', '.join(lacking)}")
+    rows = journal.opened("quantization", options, "rounds", "seconds")
     measured: dict[str, Any] = {}
     load = f"{os.getloadavg()[0]:.1f}"
     for name in options.models.split(","):
@@ -369,7 +426,7 @@ def main() -> int:
         except models.MissingError as error:
             console.print(f"{name}: skipped: {error}")
             continue
-        measured[name] = measure(model, wanted, options)
+        measured[name] = measure(model, wanted, options, rows)
         measured[name]["run"] = harness.machine(peers.PACKAGES if options.peers else ()) | {
             "command": harness.command(),
             "load": load,

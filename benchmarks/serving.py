@@ -6,7 +6,8 @@ Every server gets the same rows, one a request. Closed loop: so many connections
 where it is installed, else our generator), on all cores, which the load generator shares; the servers take turns.
 Open loop: requests due at random moments (Poisson) at a share of what the server answers, latency counted from when a
 request was due; here the generator has one core and the server the others, so that asking for more takes nothing from
-the server. Writes docs/benchmarks/serving.md. Each other server in an environment of its own, such as
+the server. A model's figures are kept when it is measured, so that a run that was stopped goes on with the next one;
+`--fresh` starts anew. Writes docs/benchmarks/serving.md. Each other server in an environment of its own, such as
 
     python3.12 -m venv build/peers/triton && build/peers/triton/bin/pip install nvidia-pytriton==0.7.0
 """
@@ -34,6 +35,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import harness
+import journal
 import models
 import numpy as np
 import psutil
@@ -929,6 +931,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=3, help="turns of each server at each number of connections")
     parser.add_argument("--quick", action="store_true", help="little of everything, no page: a smoke test")
     parser.add_argument("--json", type=pathlib.Path, help="write the figures to this file")
+    journal.add_option(parser)
     options = parser.parse_args()
     if options.quick:
         options.seconds, options.open_seconds, options.minute_seconds = 1.0, 0.5, 0.5
@@ -936,13 +939,16 @@ def main() -> int:
     wanted = options.models.split(",")
     if unknown := set(wanted) - set(MODELS):
         parser.error(f"no model {', '.join(sorted(unknown))}; there are {', '.join(MODELS)}")
+    figures = ("mosec", "litserve", "triton", "workers", "frontends", "connections", "rounds")
+    figures += ("seconds", "open_seconds", "minute_seconds")
+    rows = journal.opened("serving", options, *figures)
     run_on_calling_thread()  # as our server does: the bare executable is to be at its best
     measured: dict[str, Any] = {}
     for name in wanted:
         load = f"{os.getloadavg()[0]:.1f}"
         console.print(f"{name}: making the artifact ...")
         try:
-            measured[name] = measure(name, options)
+            measured[name] = rows.row(name, functools.partial(measure, name, options))
         except models.MissingError as error:
             console.print(f"{name}: skipped: {error}")
             continue

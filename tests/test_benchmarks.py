@@ -50,6 +50,37 @@ def test_a_preset_is_judged_weighed_and_timed_at_every_bucket_or_says_why_not(tm
         assert all(0 < value < 100 for value in small["ratio"].values())
 
 
+def test_a_run_that_was_stopped_goes_on_where_it_was(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    from journal import Journal
+
+    measured: list[str] = []
+
+    def row(name: str) -> dict[str, Any]:
+        measured.append(name)
+        return {"name": name, "ratio": {1: 0.5}}
+
+    def stopped() -> None:
+        raise KeyboardInterrupt
+
+    first = Journal("some", {"rounds": (3, 1)}, folder=tmp_path)
+    kept = first.row("a", lambda: row("a"))
+    with pytest.raises(KeyboardInterrupt):
+        first.row("b", stopped)
+    (file,) = tmp_path.iterdir()
+    file.write_text(file.read_text() + '{"key": {"half of a li')
+    again = Journal("some", {"rounds": (3, 1)}, folder=tmp_path)
+    assert again.row("a", stopped) == kept == {"name": "a", "ratio": {"1": 0.5}}
+    again.row("b", lambda: row("b"))
+    assert measured == ["a", "b"]
+    assert Journal("some", {"rounds": (3, 1)}, folder=tmp_path).row("b", stopped)["name"] == "b"
+    Journal("some", {"rounds": (5, 1)}, folder=tmp_path).row("a", lambda: row("a, other settings"))
+    anew = Journal("some", {"rounds": (3, 1)}, fresh=True, folder=tmp_path)
+    anew.row("a", lambda: row("a, anew"))
+    assert measured == ["a", "b", "a, other settings", "a, anew"]
+    assert Journal("some", {"rounds": (5, 1)}, folder=tmp_path).row("a", stopped)["name"] == "a, other settings"
+
+
 def test_a_model_without_its_data_is_skipped_with_the_reason(tmp_path: pathlib.Path) -> None:
     done = run("quantization.py", "--models", "lenet5", data=tmp_path)
     assert done.returncode == 1
