@@ -14,7 +14,7 @@ import numpy as np
 
 from lepton_xla.errors import LeptonError, ModelError, RecipeError, UnsupportedError
 from lepton_xla.passes.dependencies import Study
-from lepton_xla.passes.dimensions import Dimension, Kept, inner_size, leaves, mask_of, unit_sums, units_of
+from lepton_xla.passes.dimensions import Dimension, Kept, inner_size, leaves, mask_of, resolve, unit_sums, units_of
 from lepton_xla.program import Program, abstract, abstract_outputs, leaf_bytes, probe_sizes
 
 type Masks = dict[str, tuple[np.ndarray | None, ...]]
@@ -237,7 +237,34 @@ def find_groups(program: Program, *, sizes: Mapping[str, int] | None = None) -> 
                 leaf,
             )
         )
-    return Groups(tuple(groups), study)
+    return Groups((*groups, *_tied(program, study)), study)
+
+
+def _tied(program: Program, study: Study) -> list[Group]:
+    """What a product makes of which no position can go without all others, as after `x + jnp.roll(x, 1, -1)`."""
+    whole: dict[Dimension, tuple[str, bool]] = {}
+    for product in study.products:
+        for dimension in map(resolve, product.made):
+            if not leaves(dimension) and dimension.size > 1:
+                whole.setdefault(dimension, (product.path, product.convolution))
+    groups: list[Group] = []
+    for dimension, (path, convolution) in whole.items():
+        members = [
+            (owner, axis)
+            for owner, axes in study.weights.items()
+            for axis, d in enumerate(axes)
+            if d.found() is dimension
+        ]
+        labels = tuple(f"{owner}[{axis}]" for owner, axis in members)
+        counts = {owner: math.prod(program.weights[owner].shape) // dimension.size for owner, _ in members}
+        unit_bytes = sum(leaf_bytes((count,), program.weights[owner].dtype) for owner, count in counts.items())
+        name = next((label for (owner, _), label in zip(members, labels, strict=True) if owner == path), path)
+        kind = "channels" if convolution else "units"
+        reason = "its positions are tied to one another, so that none can go without all others"
+        groups.append(
+            Group(name, kind, dimension.size, (), labels, sum(counts.values()), unit_bytes, 1, reason, dimension)
+        )
+    return groups
 
 
 def _per_unit(axes: Sequence[Dimension], leaf: Dimension) -> int:

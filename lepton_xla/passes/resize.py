@@ -123,7 +123,10 @@ def on_smaller_weights(
         def derived(context: Context, eqn: Any, values: Values) -> Values | None:
             return _with_derivative(context, eqn, values, study.derivatives[context.key], kept)
 
-        return {"*": adapt, "custom_jvp_call": derived, "custom_vjp_call": derived}
+        def unchanged(context: Context, eqn: Any, values: Values) -> Values:
+            return context.bind(eqn, values)  # the study has not looked inside, and protects all that goes in
+
+        return {"*": adapt, "custom_jvp_call": derived, "custom_vjp_call": derived, "shard_map": unchanged}
 
     return rewrite(fn, rules, on_unknown="keep", example=lambda _weights, *args: (like, *args))
 

@@ -219,7 +219,8 @@ class Walk:
             if outs is not None:
                 return outs
         inner = _compat.inner_jaxprs(eqn)
-        if inner and (carried or self._site_in(inner)):
+        # A body may hold no equation and still depend on what a pass changes, such as the sizes of what it hands on.
+        if inner and (carried or "*" in self.rules or self._site_in(inner)):
             container = _CONTAINERS.get(name)
             if container is not None:
                 if name not in _TRANSPARENT:

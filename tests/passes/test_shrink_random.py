@@ -11,6 +11,37 @@ from lepton_xla.program import TensorSpec, trace
 
 SIDE = 4
 
+_same = jax.jit(lambda x: x)
+
+
+@jax.custom_jvp
+def _own(x):
+    return x
+
+
+_own.defjvp(lambda primals, tangents: (primals[0], tangents[0]))
+
+# What hands a value on as it is, or moves its channels; `[batch, ..., channels]` to the same shape.
+PASSING = [
+    _same,
+    jax.jit(lambda x: _same(x)),
+    jax.checkpoint(lambda x: x),
+    _own,
+    jax.shard_map(_own, mesh=jax.make_mesh((1,), ("x",)), in_specs=jax.P(), out_specs=jax.P()),
+    lambda x: sum(jax.jit(lambda y: (y, y))(x)),
+    lambda x: jax.jit(lambda y: (y + 1, y))(x)[1],
+    lambda x: jnp.multiply(*jax.jit(lambda y: (y, 2.0))(x)),
+    lambda x: jnp.roll(x, 1, -1),
+    lambda x: x + jnp.roll(x, 2, -1),
+    lambda x: jnp.flip(x, -1),
+    lambda x: jnp.clip(jnp.atleast_1d(x)),
+    lambda x: jnp.concatenate(jnp.split(x, [1], -1), -1),
+    lambda x: jnp.where(x > 0.1, x, 0.5),
+    lambda x: jax.lax.cond(x.sum() > 0, lambda y: y, lambda y: y, x),
+    lambda x: jax.lax.scan(lambda c, _: (c, None), x, None, length=2)[0],
+    lambda x: jax.lax.while_loop(lambda s: s[0] < 2, lambda s: (s[0] + 1, s[1]), (0, x))[1],
+]
+
 
 class Builder:
     """Draws a network as a list of steps, each a function of the weights and the values so far."""
@@ -37,7 +68,7 @@ class Builder:
         kind = self.draw(
             st.sampled_from(
                 ["dense", "conv", "grouped", "depthwise", "add", "concat", "norm", "act", "heads", "slice", "gate",
-                 "pool", "pad", "attend", "flatten"]
+                 "pool", "pad", "attend", "flatten", "passing"]
             )
         )  # fmt: skip
         getattr(self, f"make_{kind}")()
@@ -155,6 +186,10 @@ class Builder:
             return jnp.einsum("bhqk,bkhd->bqhd", scores, value).reshape(rows.shape[0], SIDE, SIDE, 8)
 
         self.add((SIDE, SIDE, 8), step)
+
+    def make_passing(self):
+        k, passing = self.pick(), self.draw(st.sampled_from(PASSING))
+        self.add(self.shapes[k], lambda w, v: passing(v[k]))
 
     def make_flatten(self):
         k = self.pick(lambda shape: len(shape) == 3 and shape[-1] <= 8)
