@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 from jax._src import source_info_util
+from jax._src.core import Tracer
 from jax._src.interpreters import partial_eval
 from jax.extend import core as jex_core
 
@@ -24,6 +25,11 @@ LITERAL = jex_core.Literal
 def open_jaxpr(jaxpr: Jaxpr) -> tuple[Jaxpr, Sequence[Any]]:
     """A jaxpr and its constants, whether it came closed or open."""
     return getattr(jaxpr, "jaxpr", jaxpr), getattr(jaxpr, "consts", ())
+
+
+def is_traced(value: Any) -> bool:
+    """Whether a value is one of a trace that is going on, not an array."""
+    return isinstance(value, Tracer)
 
 
 def is_jaxpr(value: Any) -> bool:

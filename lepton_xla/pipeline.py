@@ -23,6 +23,7 @@ from lepton_xla.passes.grid import GivenGrids, round_to_nearest
 from lepton_xla.passes.lower import AT_LOAD, lower
 from lepton_xla.passes.masks import DATA_METHODS
 from lepton_xla.passes.measure import time_programs
+from lepton_xla.passes.precompute import precompute
 from lepton_xla.passes.prune import prune
 from lepton_xla.passes.shrink import shrink
 from lepton_xla.passes.smoothquant import MULTIPLIED, smooth
@@ -46,7 +47,9 @@ def optimize(
     buckets: Mapping[str, Iterable[int]] | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> Program:
-    """Makes a program small and fast: fold, shrink, prune, equalize, rescale, round, correct, calibrate, lower, cast.
+    """Makes a program small and fast.
+
+    In this order: precompute, fold, shrink, prune, equalize, rescale, round, correct, calibrate, lower, cast.
 
     Args:
         program: a trained model.
@@ -77,13 +80,14 @@ def plan_for(
     buckets: Mapping[str, Iterable[int]] | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> tuple[Program, Plan]:
-    """The first half of `optimize`: what is done to each site, decided on the folded and shrunk program.
+    """The first half of `optimize`: what is done to each site, decided on the precomputed, folded and shrunk program.
 
     Args:
         program, recipe, calibration, buckets, progress: as in `optimize`.
 
     Returns:
-        The program, folded and shrunk where the recipe says so, and the plan for it.
+        The program, with what is computed from weights alone computed, folded and shrunk where the recipe says so, and
+        the plan for it.
 
     Raises:
         RecipeError, UnsupportedError, CalibrationError: as `optimize`.
@@ -91,6 +95,8 @@ def plan_for(
     say = progress or (lambda _line: None)
     if not isinstance(recipe, Recipe):
         raise RecipeError(f"recipe {recipe!r:.80} is a {type(recipe).__name__}, not a Recipe; Recipe.load reads one")
+    say("precompute")
+    program = precompute(program, sizes=_ends(grid(program, buckets)) if buckets else ())
     if recipe.fold:
         say("fold")
         program = fold(program)
@@ -136,6 +142,11 @@ def apply_plan(
         say(f"cast to {recipe.cast}")
         program = cast(program, recipe.cast, on_unsupported=recipe.on_unsupported)
     return program
+
+
+def _ends(sizes: Sequence[Mapping[str, int]]) -> list[Mapping[str, int]]:
+    """The first and the last of several sizes."""
+    return [sizes[0], sizes[-1]] if len(sizes) > 1 else list(sizes)
 
 
 def _shrunk(

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import msgspec
 
 from lepton_xla.errors import RecipeError, UnsupportedError
+from lepton_xla.passes.expressions import stored_shape
 from lepton_xla.passes.masks import (
     check_prune_rule,
     other_matrix,
@@ -274,6 +275,11 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         for kind, rules in (("prune", self.prune), ("quantize", self.quantize)):
             _check_used(rules, found, f"recipe {self.name!r}: {kind}")
         stored = name_leaves(program.weights)
+        stored |= {
+            site.path: stored_shape(site.source, program.weights)
+            for site in found
+            if site.path is not None and site.source is not None
+        }
         lookups = [rule for rule in self.prune if _names_lookups(rule, found)]
         decided = _share([self._decide(site, stored, lookups) for site in found], self.name)
         decided = [_with_own_group(entry) for entry in decided]
@@ -380,6 +386,7 @@ class SitePlan:
             "repeats": self.site.repeats,
             "decision": self.describe(),
             "kept": self.kept,
+            "computed_from": list(self.site.source.weights) if self.site.source is not None else [],
         }
 
 

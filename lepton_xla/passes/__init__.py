@@ -13,6 +13,7 @@ from lepton_xla.passes.grid import round_to_nearest
 from lepton_xla.passes.groups import find_groups
 from lepton_xla.passes.importance import importance_scores
 from lepton_xla.passes.lower import lower
+from lepton_xla.passes.precompute import precompute
 from lepton_xla.passes.prune import magnitude_masks, masked, prune
 from lepton_xla.passes.rewrite import rewrite
 from lepton_xla.passes.shrink import shrink
@@ -38,6 +39,7 @@ __all__ = [
     "lower",
     "magnitude_masks",
     "masked",
+    "precompute",
     "prune",
     "rewrite",
     "rewrite_sites",

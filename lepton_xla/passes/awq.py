@@ -18,6 +18,7 @@ from lepton_xla.errors import RecipeError
 from lepton_xla.passes import matrix
 from lepton_xla.passes.gptq import output_squares
 from lepton_xla.passes.grid import Planned, grid_matrices, nearest, planned_weights, whole_grid
+from lepton_xla.passes.precompute import for_plan
 from lepton_xla.passes.scaling import (
     Group,
     channel_vector,
@@ -79,6 +80,7 @@ def awq(
         RecipeError: if `points` is not positive, or groups do not divide a weight.
         CalibrationError: as `collect_statistics`.
     """
+    program = for_plan(program, plan)
     start = time.perf_counter()
     if points < 1:
         raise RecipeError(f"AWQ with {points} exponents to try does nothing")

@@ -18,6 +18,7 @@ import numpy as np
 from lepton_xla.passes import matrix
 from lepton_xla.passes.flow import Flow, Place, is_vector, output_axis
 from lepton_xla.passes.grid import planned_weights, weight_report
+from lepton_xla.passes.precompute import for_plan
 from lepton_xla.passes.rewrite import Context, Values, materialize
 from lepton_xla.passes.sites import Site, rewrite_sites
 from lepton_xla.passes.statistics import collect_statistics
@@ -54,6 +55,7 @@ def correct_bias(program: Program, rounded: Program, plan: Plan, batches: Iterab
     Raises:
         CalibrationError: as `collect_statistics`.
     """
+    program = for_plan(program, plan)
     start = time.perf_counter()
     flow = Flow(program)
     all_planned, reports = planned_weights(program, plan)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lepton_xla.errors import CalibrationError
+from lepton_xla.passes.precompute import for_plan
 from lepton_xla.passes.rewrite import Context, Values, materialize
 from lepton_xla.passes.sites import Site, rewrite_sites, step_lengths
 from lepton_xla.program import Program
@@ -50,6 +51,7 @@ def calibrate(program: Program, plan: Plan, batches: Iterable[Mapping[str, Any]]
             a site is not reached, or by zeros only, so that there is no range to take; or if its format has none of
             the kind that is asked for.
     """
+    program = for_plan(program, plan)
     sites = {
         planned.site.name: (planned.site, planned.quantize)
         for planned in plan.sites

@@ -18,6 +18,7 @@ from lepton_xla.errors import RecipeError
 from lepton_xla.passes import matrix
 from lepton_xla.passes.flow import Absorber
 from lepton_xla.passes.grid import weight_report
+from lepton_xla.passes.precompute import for_plan
 from lepton_xla.passes.scaling import Group, scale_groups, scaled_weights, usable, weight_absmax
 from lepton_xla.passes.sites import Site, find_sites
 from lepton_xla.program import Program
@@ -42,6 +43,7 @@ def equalize(program: Program, plan: Plan, *, rounds: int = 20, tolerance: float
     Raises:
         RecipeError: if `rounds` is not positive.
     """
+    program = for_plan(program, plan)
     start = time.perf_counter()
     if rounds < 1:
         raise RecipeError(f"equalization in {rounds} rounds does nothing")

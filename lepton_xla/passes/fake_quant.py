@@ -18,9 +18,21 @@ from jax.custom_derivatives import SymbolicZero
 from lepton_xla import _compat
 from lepton_xla.errors import ModelError, RecipeError, UnsupportedError
 from lepton_xla.passes import products
+from lepton_xla.passes.computed import Computed
+from lepton_xla.passes.precompute import computed_weights
 from lepton_xla.passes.products import RANGE_SUFFIX, SCALE_SUFFIX
 from lepton_xla.passes.rewrite import Context, Values
-from lepton_xla.passes.sites import Escapes, Site, Tracked, lay_out, operand_value, rewrite_sites
+from lepton_xla.passes.sites import (
+    Escapes,
+    Site,
+    Tracked,
+    lay_out,
+    made_of,
+    operand_value,
+    rewrite_sites,
+    stored_like,
+    stored_weight,
+)
 from lepton_xla.program import name_leaves, some_names
 from lepton_xla.quant import FORMATS, Format, encode, fake_quantize, make_grid
 from lepton_xla.quant.grid import matrix_codes, matrix_values, settle
@@ -79,7 +91,8 @@ def fake_quant(
     if delay < 0:
         raise RecipeError(f"fake_quant: delay = {delay} is negative; activations cannot be rounded before weights are")
     planned = [entry for entry in plan.sites if entry.quantize is not None and entry.site.path is not None]
-    paths = {entry.site.path for entry in planned}
+    paths = {path for entry in planned for path in (entry.site.path, *made_of(entry.site))}
+    computed = Computed(computed_weights([entry.site for entry in planned]))
 
     def through_mask(context: Context, eqn: Any, values: Values) -> Values | None:
         """A weight some of whose elements are taken from elsewhere, as `masked` does, is the weight all the same."""
@@ -129,7 +142,8 @@ def fake_quant(
 
         def rounding(*, weights_alone: bool = False) -> Any:
             chosen = functools.partial(rule, weights_alone=weights_alone)
-            rewritten = rewrite_sites(fn, chosen, beside=beside, escapes=escapes, follow={"select_n": through_mask})
+            moves = {"select_n": through_mask}
+            rewritten = rewrite_sites(fn, chosen, beside=beside, escapes=escapes, follow=moves, computed=computed)
             out = rewritten(weights, *inputs, **kwargs)
             _check_met(planned, met, escapes)
             return out
@@ -181,7 +195,7 @@ def initial_scales(weights: Any, plan: Plan, ranges: Mapping[str, jax.Array] | N
         for _ in range(site.stacked):
             make = jax.vmap(make)
         if LOG2 + "scale" not in scales.get(site.path, {}):
-            scale = make(lay_out(named[site.path], site.layout))
+            scale = make(lay_out(stored_weight(site, named), site.layout))
             scales.setdefault(site.path, {})[LOG2 + "scale"] = jnp.log2(scale)
         if rule.activations != "none" and site.name in (ranges or {}):
             scale = products.absmax_scale(jnp.asarray((ranges or {})[site.name]), FORMATS[rule.activations])
@@ -379,9 +393,10 @@ def _beside(
     for entry in planned:
         site = entry.site
         assert site.path is not None
-        if site.path not in named:
+        missing = [] if site.path in named else [path for path in made_of(site) if path not in named]
+        if missing:
             raise ModelError(
-                f"the plan quantizes weight {site.path!r}, which is not among {some_names(named)}; give the tree of "
+                f"the plan quantizes weight {missing[0]!r}, which is not among {some_names(named)}; give the tree of "
                 f"weights that the plan's program has"
             )
         for part, value in scales.get(site.path, {}).items():
@@ -391,7 +406,8 @@ def _beside(
             arrays[site.name + SCALE_SUFFIX] = scales[site.name]["activation"]
         if key is not None:
             own = jax.random.fold_in(key, zlib.crc32(site.name.encode()))
-            laid = jax.eval_shape(lambda array, site=site: lay_out(array, site.layout), named[site.path])
+            like = stored_like(site, named)
+            laid = jax.eval_shape(lambda array, site=site: lay_out(array, site.layout), like)
             steps = tuple(laid.shape[: site.stacked])
             arrays[site.name + _KEY_SUFFIX] = jax.random.split(own, (*steps, 2))
     return products.beside([entry.site for entry in planned], arrays, suffixes)
@@ -401,7 +417,7 @@ def _check_met(planned: Sequence[SitePlan], met: set[str], escapes: Escapes) -> 
     """Refuses a function that uses a planned weight, but not at its site: there it would silently stay float."""
     for entry in planned:
         name, path = entry.site.name, entry.site.path
-        if name not in met and path in escapes.paths:
+        if name not in met and not escapes.paths.isdisjoint((path, *made_of(entry.site))):
             where = f"site {name!r}" if name != path else "its product"
             raise UnsupportedError(
                 f"fake_quant: weight {path!r} is changed before it reaches {where}, which would stay float; what "

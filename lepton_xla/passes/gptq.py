@@ -29,6 +29,7 @@ from lepton_xla.passes.grid import (
     weight_report,
     whole_grid,
 )
+from lepton_xla.passes.precompute import for_plan
 from lepton_xla.passes.statistics import Statistics, collect_statistics, pooled
 from lepton_xla.program import Program
 from lepton_xla.quant import FORMATS
@@ -226,6 +227,7 @@ def gptq(
         CalibrationError: as `collect_statistics`.
         RecipeError, ModelError: as `whole_grid` and `planned_weights`.
     """
+    program = for_plan(program, plan)
     start = time.perf_counter()
     options = options or Options()
     data = list(as_batches(batches))

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from lepton_xla.errors import ModelError
 from lepton_xla.passes import matrix
+from lepton_xla.passes.precompute import for_plan
 from lepton_xla.passes.sites import Site
 from lepton_xla.program import Program, leaf_bytes
 from lepton_xla.quant import FORMATS
@@ -135,6 +136,7 @@ def round_to_nearest(program: Program, plan: Plan) -> tuple[Program, GivenGrids]
     Raises:
         RecipeError, ModelError: as `whole_grid` and `planned_weights`.
     """
+    program = for_plan(program, plan)
     start = time.perf_counter()
     weights: dict[str, Any] = dict(program.weights)
     grids: GivenGrids = {}

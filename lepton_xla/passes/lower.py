@@ -24,6 +24,7 @@ from lepton_xla.errors import CalibrationError, ModelError
 from lepton_xla.passes import matrix, products
 from lepton_xla.passes.calibrate import needs_range
 from lepton_xla.passes.measure import Timing, WholeTiming, compare, time_programs
+from lepton_xla.passes.precompute import for_plan
 from lepton_xla.passes.products import RANGE_SUFFIX, SCALE_SUFFIX
 from lepton_xla.passes.rewrite import Context, Values, materialize
 from lepton_xla.passes.sites import Site, find_sites, lay_out, rewrite_sites
@@ -98,6 +99,7 @@ def lower(
         CalibrationError: if a static site has no range, or one that is not finite.
         ModelError: if a weight that is to be quantized, or a scale, is not finite.
     """
+    program = for_plan(program, plan)
     start = time.perf_counter()
     say = progress or (lambda _line: None)
     given = raw_scales(scales)

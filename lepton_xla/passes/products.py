@@ -72,6 +72,9 @@ def unsupported(site: Site, rule: QuantizeRule | None = None) -> str | None:
 def _unpaired(site: Site, rule: QuantizeRule | None) -> str | None:
     """Why a product of two activations cannot be quantized (by this rule), or None if it can."""
     what = f"{site.kind} of two activations"
+    if site.made is not None:
+        made = site.why_made or f"computed on each call from {', '.join(site.made.weights) or 'constants'}"
+        what = f"{site.kind} of an activation and what is {made}"
     if site.kind != "dot_general" or rule is None:
         return what
     for operand in site.operands:

@@ -20,6 +20,7 @@ from lepton_xla.passes.masks import (
     plan_targets,
     rule_shares,
 )
+from lepton_xla.passes.precompute import for_plan
 from lepton_xla.passes.ranking import Ranking, keep_largest, keep_largest_on_host
 from lepton_xla.program import Program, check_masks, leaf_bytes, name_leaves
 from lepton_xla.report import PassReport, SiteReport
@@ -64,6 +65,7 @@ def prune(program: Program, plan: Plan, *, seed: int = 0) -> Program:
         RecipeError: if a rule's method needs gradients, or nothing would be left of a weight.
         ModelError: if a planned weight is not finite.
     """
+    program = for_plan(program, plan)
     start = time.perf_counter()
     targets = pruned_targets(program, plan, lambda method: method not in DATA_METHODS)
     weights = {target.path: program.weights[target.path] for target in targets}

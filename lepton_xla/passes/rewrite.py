@@ -40,8 +40,13 @@ class Carried:
         """The array this stands for."""
         raise NotImplementedError
 
-    def at_step(self) -> Carried:
-        """This value inside the body of a `scan` over its leading axis (the leaves are already sliced)."""
+    def at_step(self, scan: int) -> Carried:
+        """This value inside the body of a `scan` over its leading axis (the leaves are already sliced).
+
+        Args:
+            scan: identifies the scan.
+        """
+        del scan
         return self
 
     def in_specs(self, spec: Any) -> Any:
@@ -106,19 +111,23 @@ def rewrite(
     example: Callable[..., tuple[Any, ...]] | None = None,
     prepare: Callable[..., Any] | None = None,
     with_taps: bool = False,
+    constant: Callable[[Any], Any] | None = None,
 ) -> Callable[..., Any]:
     """Transforms a function by replacing equations of its jaxpr.
 
     Args:
         fn: any function that `jax.make_jaxpr` can trace.
         rules: primitive name -> rule; or a function that makes this table of the jaxpr that is about to be evaluated.
-        follow: rules asked only when an operand is `Carried`: how such a value moves through layout operations.
+        follow: rules asked only when an operand is `Carried`: how such a value moves through layout operations. The one
+            under `"*"` is asked after those, also of equations on literals alone and of containers as a whole.
         inline: False keeps `jit`, `remat`, and custom derivatives as containers, for functions that will be trained;
             True evaluates their bodies in place, for inference.
         on_unknown: what to do with a container the walker does not know that holds a primitive of `rules`.
         example: `example(*args) -> args` to trace `fn` with, where the new function takes other weights than `fn`.
         prepare: `prepare(*args) -> args`, with `Carried` leaves where the pass wants them; same tree as `example`'s.
         with_taps: whether the new function returns `(outputs, taps)`.
+        constant: what takes the place of an array that a jaxpr closes over, and of a literal that enters a container;
+            the array itself by default.
 
     Returns:
         A function with the signature of `fn`.
@@ -134,7 +143,7 @@ def rewrite(
         given = prepare(*args) if prepare else args
         values = jax.tree.leaves((given, kwargs), is_leaf=lambda leaf: isinstance(leaf, Carried))
         table = rules(closed) if callable(rules) else rules
-        walk = Walk(table, follow or {}, inline, on_unknown, with_taps)
+        walk = Walk(table, follow or {}, inline, on_unknown, with_taps, constant)
         outs, taps = walk.call(closed, values, Frame())
         result = jax.tree.unflatten(jax.tree.structure(out_shape), [materialize(out) for out in outs])
         return (result, taps) if with_taps else result
@@ -171,7 +180,9 @@ class Walk:
         inline: bool,
         on_unknown: str,
         tapped: bool = False,
+        constant: Callable[[Any], Any] | None = None,
     ) -> None:
+        self.constant = constant
         self.rules = rules
         self.follow = follow
         self.inline = inline
@@ -184,6 +195,8 @@ class Walk:
     def call(self, jaxpr: Any, values: Sequence[Any], frame: Frame) -> tuple[Values, Taps]:
         """Evaluates a jaxpr, dead equations left out; returns outputs, which may be `Carried`, and taps."""
         jaxpr, consts = _compat.open_jaxpr(jaxpr)
+        if self.constant is not None:
+            consts = [self.constant(value) for value in consts]
         taps: Taps = {}
         equations, _ = _compat.live(jaxpr)
         uses = _count_uses(equations, jaxpr.outvars)
@@ -211,7 +224,10 @@ class Walk:
         scope = "/".join(part for part in (frame.scope, _compat.scope(eqn)) if part)
         carried = any(isinstance(value, Carried) for value in values)
         rule = self.rules.get(name) or self.rules.get("*") or (self.follow.get(name) if carried else None)
-        if rule is not None and (name not in _CONTAINERS or name in self.rules):
+        asked = [rule] if rule is not None and (name not in _CONTAINERS or name in self.rules) else []
+        if "*" in self.follow and (carried or all(isinstance(atom, _compat.LITERAL) for atom in eqn.invars)):
+            asked.append(self.follow["*"])
+        for rule in asked:
             context = Context(
                 self, (*frame.key, id(eqn)), scope, frame.repeats, frame.container, frame.body, uses, taps
             )
@@ -225,6 +241,9 @@ class Walk:
             if container is not None:
                 if name not in _TRANSPARENT:
                     values = [v.materialize() if isinstance(v, Carried) and not v.crosses else v for v in values]
+                if self.constant is not None:
+                    literal = [isinstance(atom, _compat.LITERAL) for atom in eqn.invars]
+                    values = [self.constant(v) if fixed else v for v, fixed in zip(values, literal, strict=True)]
                 outs, inner_taps = container(self, eqn, values, frame)
                 taps.update(self.combined(taps, inner_taps))
                 return outs
@@ -327,7 +346,7 @@ def _scan(walk: Walk, eqn: Any, values: Values, frame: Frame) -> tuple[Values, T
     scanned = values[num_consts + num_carry :]
 
     def one(carry: Values, step: Values) -> tuple[Values, tuple[Values, Taps, Taps]]:
-        xs = [value.at_step() if isinstance(value, Carried) else value for value in step]
+        xs = [value.at_step(id(eqn)) if isinstance(value, Carried) else value for value in step]
         outs, taps = walk.call(params["jaxpr"], [*consts, *carry, *xs], inner)
         outs = [materialize(out) for out in outs]
         stacked = {name: value for name, value in taps.items() if name not in walk.sums}

@@ -1,7 +1,8 @@
 """Sites: the places where a weight meets an activation, found by following data, named by the weight's path.
 
 A weight is followed from the program's input through operations that only lay it out anew (convert, transpose, reshape,
-a step of a scanned stack, ...), in and out of every container, until it reaches a product.
+a step of a scanned stack, ...), in and out of every container, until it reaches a product. What is computed from
+weights and constants alone, and reaches a product, is a weight too: a computed one, named by what it is computed from.
 """
 
 from __future__ import annotations
@@ -16,6 +17,10 @@ import jax
 import jax.numpy as jnp
 
 from lepton_xla import _compat
+from lepton_xla.errors import UnsupportedError
+from lepton_xla.passes import expressions
+from lepton_xla.passes.computed import Computed, choose_computed
+from lepton_xla.passes.expressions import Expression
 from lepton_xla.passes.rewrite import Carried, Context, Rule, Values, materialize, rewrite
 from lepton_xla.program import Program, TensorSpec, abstract, name_leaves, probe_sizes
 
@@ -49,6 +54,10 @@ class LayoutOp:
 type Layout = tuple[LayoutOp | Step, ...]
 
 
+# Under what a computed weight of a stack travels, where it is given.
+GIVEN = "given:"
+
+
 class Escapes:
     """Paths of the weights that were used, in one walk, at something that is not a site."""
 
@@ -59,7 +68,7 @@ class Escapes:
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["value", "beside"],
-    meta_fields=["path", "layout", "escapes"],
+    meta_fields=["path", "layout", "escapes", "expression", "source"],
 )
 @dataclasses.dataclass(frozen=True)
 class Tracked(Carried):
@@ -72,6 +81,8 @@ class Tracked(Carried):
         path: the weight's path in the program.
         layout: the operations between the program's input and here.
         escapes: where uses that are not sites are noted.
+        expression: the value here, as it is computed from the program's weights.
+        source: of a computed weight, how it is computed; None for a weight of the program.
     """
 
     value: Any
@@ -79,13 +90,15 @@ class Tracked(Carried):
     path: str
     layout: Layout
     escapes: Escapes
+    expression: Expression
+    source: Expression | None = None
 
     def materialize(self) -> jax.Array:
         self.escapes.paths.add(self.path)
-        return self.value
+        return _present(self.value, self.expression)
 
-    def at_step(self) -> Tracked:
-        return dataclasses.replace(self, layout=(*self.layout, Step()))
+    def at_step(self, scan: int) -> Tracked:
+        return dataclasses.replace(self, layout=(*self.layout, Step()), expression=self.expression.step(scan))
 
     def in_specs(self, spec: Any) -> Any:
         # Every device has all that travels beside the weight, however the weight itself is cut.
@@ -95,9 +108,52 @@ class Tracked(Carried):
         """This weight after a layout-only operation; a replaced one is not touched, only its layout noted."""
         plain = isinstance(self.value, jax.Array)
         outs = _compat.bind(eqn, [self.value]) if plain else [self.value] * len(eqn.outvars)
+        made = expressions.call(eqn, [self.expression]) or [self.expression] * len(outs)
         return [
-            dataclasses.replace(self, value=out, layout=(*self.layout, LayoutOp(eqn, k))) for k, out in enumerate(outs)
+            dataclasses.replace(self, value=out, layout=(*self.layout, LayoutOp(eqn, k)), expression=made[k])
+            for k, out in enumerate(outs)
         ]
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["value", "beside"],
+    meta_fields=["expression", "escapes"],
+)
+@dataclasses.dataclass(frozen=True)
+class Made(Carried):
+    """A constant, or a value that is computed from weights and constants alone and is not, or not yet, a weight.
+
+    Attributes:
+        value: the array; None where weights that it is computed from are gone.
+        beside: what travels beside those weights.
+        expression: how it is computed.
+        escapes: where uses that are not sites are noted.
+    """
+
+    value: Any
+    beside: dict[str, jax.Array]
+    expression: Expression
+    escapes: Escapes
+
+    def materialize(self) -> jax.Array:
+        self.escapes.paths.update(self.expression.weights)
+        return _present(self.value, self.expression)
+
+    def at_step(self, scan: int) -> Made:
+        return dataclasses.replace(self, expression=self.expression.step(scan))
+
+    def in_specs(self, spec: Any) -> Any:
+        return dataclasses.replace(self, value=spec, beside=dict.fromkeys(self.beside, jax.P()))
+
+
+def _present(value: Any, expression: Expression) -> Any:
+    if value is None:
+        raise UnsupportedError(
+            f"at these sizes the program reads {', '.join(expression.weights)}, which it does not at those at which "
+            f"what is computed from weights was computed ahead; give them too, as buckets or precompute(sizes=...)"
+        )
+    return value
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,6 +173,9 @@ class Site:
         repeats: how often it runs in one call.
         container: the innermost control flow around it, empty at the top.
         exclusive: whether its weight is used at sites only (as far as `find_sites` saw).
+        source: for a computed weight, how it is computed from those of the program.
+        made: for a product without a weight, the operand that is computed from weights or constants, if there is one.
+        why_made: why that operand is no weight.
     """
 
     name: str
@@ -131,6 +190,9 @@ class Site:
     repeats: int
     container: str
     exclusive: bool = True
+    source: Expression | None = None
+    made: Expression | None = None
+    why_made: str = ""
 
     @property
     def params(self) -> Mapping[str, Any]:
@@ -159,12 +221,81 @@ _LAYOUT = (
     "convert_element_type", "transpose", "reshape", "squeeze", "expand_dims", "broadcast_in_dim", "copy", "copy_p",
     "slice", "split", "unstack", "sharding_constraint", "pvary", "pcast", "reduce_precision",
 )  # fmt: skip
+# What gives its operands on as they are, one output for each.
+_IDENTITIES = ("name", "stop_gradient", "optimization_barrier", "device_put")
 SITE_PRIMITIVES = ("dot_general", "conv_general_dilated", "ragged_dot_general", "gather")
+# Containers whose bodies run once: followed into, not taken for one operation.
+_ENTERED = ("jit", "closed_call", "core_call", "eval_jaxpr", "remat2", "checkpoint")
 
 
 def _follow(context: Context, eqn: Any, values: Values) -> Values | None:
     del context
     return values[0].through(eqn) if len(values) == 1 and isinstance(values[0], Tracked) else None
+
+
+def _hand_on(context: Context, eqn: Any, values: Values) -> Values | None:
+    """Values that stay what they are, each bound again where it is an array."""
+    del context
+    arrays = [value.value if isinstance(value, _Known) else value for value in values]
+    outs = _compat.bind(eqn, arrays) if all(isinstance(array, jax.Array) for array in arrays) else arrays
+    return [
+        dataclasses.replace(value, value=out) if isinstance(value, _Known) else out
+        for value, out in zip(values, outs, strict=True)
+    ]
+
+
+_Known = (Tracked, Made)
+
+
+def _compute(computed: Computed, escapes: Escapes, beside: Mapping[str, Any]) -> Rule:
+    """The rule for equations on weights and constants alone: what they compute is followed, and perhaps a weight."""
+
+    def rule(context: Context, eqn: Any, values: Values) -> Values | None:
+        operands = [_expression(atom, value) for atom, value in zip(eqn.invars, values, strict=True)]
+        parts = [operand for operand in operands if operand is not None]
+        if len(parts) < len(operands) or (eqn.primitive.name in _ENTERED and any(operand.weights for operand in parts)):
+            return None
+        made = expressions.call(eqn, parts)
+        if made is None:
+            return None
+        travelling: dict[str, jax.Array] = {}
+        for value in values:
+            travelling |= value.beside if isinstance(value, _Known) else {}
+        names = [computed.names.get(part.key) if part.weights and computed.names else None for part in made]
+        outs: Sequence[Any] = [None] * len(made)
+        arrays = [value.value if isinstance(value, _Known) else value for value in values]
+        if not any(array is None for array in arrays) and not (computed.given and all(names)):
+            outs = context.bind(eqn, arrays)
+        return [
+            Made(out, travelling, part, escapes)
+            if name is None
+            else _computed_weight(computed, name, part, out, travelling, beside.get(name, {}), escapes)
+            for name, part, out in zip(names, made, outs, strict=True)
+        ]
+
+    return rule
+
+
+def _computed_weight(
+    computed: Computed,
+    name: str,
+    expression: Expression,
+    value: Any,
+    travelling: Mapping[str, jax.Array],
+    own: Mapping[str, Any],
+    escapes: Escapes,
+) -> Tracked:
+    """The weight that a computed value is: what travels beside it came with the weights it is computed from."""
+    beside = {key: travelling.get(key, array) if expression.steps else array for key, array in own.items()}
+    if computed.given:
+        value = travelling[GIVEN + name] if expression.steps else computed.given[name]
+    return Tracked(value, beside, name, (Step(),) * len(expression.steps), escapes, expression, expression)
+
+
+def _expression(atom: Any, value: Any) -> Expression | None:
+    if isinstance(value, _Known):
+        return value.expression
+    return Expression.of_constant(value) if isinstance(atom, _compat.LITERAL) else None
 
 
 def rewrite_sites(
@@ -178,6 +309,7 @@ def rewrite_sites(
     escapes: Escapes | None = None,
     with_taps: bool = False,
     follow: Mapping[str, Rule] | None = None,
+    computed: Computed | None = None,
 ) -> Callable[..., Any]:
     """Transforms a function by replacing what it does at its sites.
 
@@ -192,36 +324,64 @@ def rewrite_sites(
         escapes: notes the weights that are used at something that is not a site.
         with_taps: as in `rewrite`.
         follow: how a weight moves through primitives that are no layout.
+        computed: which of the values that are computed from weights alone are weights.
 
     Returns:
         A function with the signature of `fn`.
     """
+    noted, known = escapes or Escapes(), computed or Computed()
+    along: dict[str, dict[str, jax.Array]] = {path: dict(arrays) for path, arrays in (beside or {}).items()}
+    for weight in known.weights:
+        # What travels beside a computed weight of a stack goes with a weight that the same scans step over.
+        if weight.expression.steps:
+            given = {GIVEN + weight.name: known.given[weight.name]} if known.given else {}
+            along.setdefault(weight.expression.carrier, {}).update(along.get(weight.name, {}) | given)
 
     def visit(context: Context, eqn: Any, values: Values) -> Values | None:
-        site = _site(context, eqn, values)
+        site = _site(context, eqn, values, known.found)
         return None if site is None else rule(site, context, eqn, values)
+
+    def constant(value: Any) -> Any:
+        expression = Expression.of_constant(value)
+        return value if expression is None else Made(value, {}, expression, noted)
+
+    compute = _compute(known, noted, along)
+
+    def after_computing(move: Rule) -> Rule:
+        """A rule of the pass's own, which is not asked of what is a computed weight."""
+
+        def asked(context: Context, eqn: Any, values: Values) -> Values | None:
+            outs = compute(context, eqn, values) if known.weights else None
+            if outs is not None and any(isinstance(out, Tracked) for out in outs):
+                return outs
+            return move(context, eqn, values)
+
+        return asked
+
+    moves = {**dict.fromkeys(_LAYOUT, _follow), **dict.fromkeys(_IDENTITIES, _hand_on)}
+    moves |= {name: after_computing(move) for name, move in (follow or {}).items()}
 
     def prepare(weights: Any, *inputs: Any) -> tuple[Any, ...]:
         shapes = weights if like is None else like
         names = list(name_leaves(shapes, prefix="weights"))
         treedef = jax.tree.structure(shapes)
         leaves = treedef.flatten_up_to(weights)
-        noted = escapes or Escapes()
         tracked = [
-            Tracked(leaf, dict((beside or {}).get(name, {})), name, (), noted)
-            for leaf, name in zip(leaves, names, strict=True)
+            Tracked(leaf, dict(along.get(name, {})), name, (), noted, Expression.weight(name, shape))
+            for leaf, shape, name in zip(leaves, jax.tree.leaves(shapes), names, strict=True)
         ]
         return (jax.tree.unflatten(treedef, tracked), *inputs)
 
     return rewrite(
         fn,
         dict.fromkeys(SITE_PRIMITIVES, visit),
-        follow={**dict.fromkeys(_LAYOUT, _follow), **(follow or {})},
+        follow={**moves, "*": compute},
         inline=inline,
         on_unknown=on_unknown,
         example=None if like is None else (lambda _weights, *inputs: (like, *inputs)),
         prepare=prepare,
         with_taps=with_taps,
+        constant=constant,
     )
 
 
@@ -240,6 +400,42 @@ def trace_sites(
 ) -> tuple[Site, ...]:
     """Every site of `fn(weights, *inputs)`, in the order of execution."""
     chosen = sizes if sizes is not None else probe_sizes(fn, weights, inputs)[0]
+    computed = Computed()
+    found, escapes = _walk_sites(fn, weights, inputs, chosen, computed)
+    reasons: dict[str, str] = {}
+    if any(expression.weights for expression in computed.found):
+        probed, unit = probe_sizes(fn, weights, inputs)
+        seen = [_found(fn, weights, inputs, probed)]  # first, so that names do not depend on the sizes looked at
+        seen += [_found(fn, weights, inputs, {name: size + unit for name, size in probed.items()}), computed.found]
+        known, reasons = choose_computed(seen, weights)
+        if known.weights:
+            found, escapes = _walk_sites(fn, weights, inputs, chosen, known)
+    return tuple(
+        dataclasses.replace(
+            site,
+            exclusive=site.path not in escapes.paths,
+            why_made="" if site.made is None else reasons.get(site.made.key, ""),
+        )
+        for site in found
+    )
+
+
+def _found(
+    fn: Callable[..., Any], weights: Any, inputs: Mapping[str, TensorSpec], sizes: Mapping[str, int]
+) -> list[Expression]:
+    """What is computed from weights or constants alone and reaches a product."""
+    computed = Computed()
+    _walk_sites(fn, weights, inputs, sizes, computed)
+    return computed.found
+
+
+def _walk_sites(
+    fn: Callable[..., Any],
+    weights: Any,
+    inputs: Mapping[str, TensorSpec],
+    sizes: Mapping[str, int],
+    computed: Computed,
+) -> tuple[list[Site], Escapes]:
     found: dict[str, Site] = {}
     escapes = Escapes()
 
@@ -247,19 +443,28 @@ def trace_sites(
         found[site.name] = site
         return context.bind(eqn, [operand_value(value) for value in values])
 
-    looked = rewrite_sites(fn, record, inline=True, on_unknown="keep", escapes=escapes)
-    jax.eval_shape(looked, abstract(weights), *(spec.at(chosen) for spec in inputs.values()))
-    return tuple(dataclasses.replace(site, exclusive=site.path not in escapes.paths) for site in found.values())
+    looked = rewrite_sites(fn, record, inline=True, on_unknown="keep", escapes=escapes, computed=computed)
+    jax.eval_shape(looked, abstract(weights), *(spec.at(sizes) for spec in inputs.values()))
+    return list(found.values()), escapes
 
 
-def _site(context: Context, eqn: Any, values: Values) -> Site | None:
+def _site(context: Context, eqn: Any, values: Values, computed: list[Expression]) -> Site | None:
     kind = eqn.primitive.name
     tracked = [index for index, value in enumerate(values[:2]) if isinstance(value, Tracked)]
-    if len(tracked) == 2:
-        return None  # a product of two weights is arithmetic on weights, not a site
-    if kind == "gather" and (tracked != [0] or not takes_rows(eqn)):
-        return None
+    made = [value.expression if isinstance(value, Made) else None for value in values[:2]]
+    if kind == "gather":
+        # A table may be looked up at places that are constants: it is an embedding all the same.
+        if 1 in tracked or (made[1] is not None and made[1].weights) or not takes_rows(eqn):
+            return None
+        if made[0] is not None:
+            computed.append(made[0])
+        if not tracked:
+            return None
+    elif all(isinstance(value, _Known) for value in values[:2]):
+        return None  # a product of weights is arithmetic on weights, not a site
     operand = tracked[0] if tracked else None
+    if kind != "gather":
+        computed += [part for part in made if part is not None]
     weight = values[operand] if operand is not None else None
     base = weight.path if weight is not None else "/".join(part for part in (context.scope, kind) if part)
     name = numbered(context, base, weighted=weight is not None)
@@ -275,6 +480,8 @@ def _site(context: Context, eqn: Any, values: Values) -> Site | None:
         scope=context.scope,
         repeats=context.repeats,
         container=context.container,
+        source=weight.source if weight is not None else None,
+        made=None if weight is not None else next((part for part in made if part is not None), None),
     )
 
 
@@ -308,6 +515,27 @@ def lay_out(array: jax.Array, layout: Sequence[LayoutOp | Step]) -> jax.Array:
     return jnp.asarray(array)
 
 
+def stored_like(site: Site, weights: Mapping[str, Any]) -> Any:
+    """Shape and dtype of a site's weight as it is stored, or would be: a computed one is not among the weights."""
+    assert site.path is not None
+    if site.source is None or site.path in weights:
+        return weights[site.path]
+    return expressions.stored_shape(site.source, weights)
+
+
+def stored_weight(site: Site, weights: Mapping[str, Any]) -> Any:
+    """A site's weight as it is stored; a computed one that is not yet is computed."""
+    assert site.path is not None
+    if site.source is None or site.path in weights:
+        return weights[site.path]
+    return expressions.evaluate([site.source], weights)[0]
+
+
+def made_of(site: Site) -> tuple[str, ...]:
+    """Paths of the weights that a site's weight is, or is computed from."""
+    return site.source.weights if site.source is not None else (site.path,) if site.path is not None else ()
+
+
 def step_lengths(site: Site, stored: Sequence[int]) -> tuple[int, ...]:
     """Lengths of the scans that step over a site's weight, of which `stored` is the shape as the program holds it."""
     shape, lengths = tuple(stored), list[int]()
@@ -328,5 +556,5 @@ def layout_key(layout: Layout) -> tuple[Any, ...]:
 
 
 def operand_value(value: Any) -> Any:
-    """The array, or replacement, at an operand of a site; taking it there does not count as an escape."""
+    """The array, or replacement, at an operand of a site; taking a weight there does not count as an escape."""
     return value.value if isinstance(value, Tracked) else materialize(value)

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from lepton_xla.errors import RecipeError
 from lepton_xla.passes.grid import weight_report
+from lepton_xla.passes.precompute import for_plan
 from lepton_xla.passes.scaling import (
     Group,
     channel_vector,
@@ -80,6 +81,7 @@ def smooth(
         RecipeError: if alpha is not in [0, 1].
         CalibrationError: as `collect_statistics`.
     """
+    program = for_plan(program, plan)
     start = time.perf_counter()
     if not 0 <= alpha <= 1:
         raise RecipeError(f"SmoothQuant's alpha = {alpha} is not in [0, 1]")

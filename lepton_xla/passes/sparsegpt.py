@@ -20,6 +20,7 @@ from lepton_xla.passes import matrix
 from lepton_xla.passes.calibrate import as_batches
 from lepton_xla.passes.gptq import ELEMENTS_AT_ONCE, inverse_factor, output_squares
 from lepton_xla.passes.masks import Pattern, Target, group_masks, rule_shares
+from lepton_xla.passes.precompute import for_plan
 from lepton_xla.passes.prune import pruned_targets, with_masks
 from lepton_xla.passes.ranking import Ranking, keep_largest, keep_largest_on_host
 from lepton_xla.passes.statistics import Statistics, collect_statistics, pooled
@@ -150,6 +151,7 @@ def sparsegpt(
         CalibrationError: as `collect_statistics`.
         RecipeError, ModelError: as `prune`.
     """
+    program = for_plan(program, plan)
     start = time.perf_counter()
     options = options or Options()
     data = list(as_batches(batches))

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lepton_xla.passes.masks import Pattern, Target, group_masks, rule_shares
+from lepton_xla.passes.precompute import for_plan
 from lepton_xla.passes.prune import pruned_targets, with_masks
 from lepton_xla.passes.ranking import Ranking, keep_largest_on_host
 from lepton_xla.passes.sites import Site
@@ -64,6 +65,7 @@ def wanda(program: Program, plan: Plan, batches: Iterable[Mapping[str, Any]]) ->
         CalibrationError: as `collect_statistics`.
         RecipeError, ModelError: as `prune`.
     """
+    program = for_plan(program, plan)
     start = time.perf_counter()
     targets = pruned_targets(program, plan, lambda method: method == "wanda")
     met = products(plan, targets)

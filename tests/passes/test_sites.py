@@ -274,12 +274,12 @@ def test_products_of_activations_are_named_by_scope_and_order():
 
 def test_what_is_not_a_site():
     def fn(weights, x):
-        folded = weights["a"] @ weights["b"]  # arithmetic on weights
+        folded = weights["a"] @ weights["b"]  # arithmetic on weights: no site, but a computed weight
         column = jnp.take(weights["table"], jnp.argmax(x, axis=1), axis=1)  # not whole rows of a table
         return x @ folded + column.T
 
     program = trace(fn, {"a": array(6, 5), "b": array(5, 4), "table": array(4, 6)}, ROWS)
-    assert [(site.path, site.kind) for site in find_sites(program)] == [(None, "dot_general")]
+    assert [(site.path, site.kind) for site in find_sites(program)] == [("dot_general:a+b", "dot_general")]
 
 
 def test_a_weight_used_elsewhere_too_is_not_exclusive():
