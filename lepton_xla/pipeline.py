@@ -11,6 +11,7 @@ import jax
 import msgspec
 import numpy as np
 
+from lepton_xla.compiler.buckets import as_sizes
 from lepton_xla.errors import CalibrationError, CompileError, RecipeError
 from lepton_xla.passes.awq import awq
 from lepton_xla.passes.bias_correction import correct_bias
@@ -327,7 +328,5 @@ def grid(program: Program, buckets: Mapping[str, Iterable[int]] | None) -> list[
     for name, sizes in (buckets or {}).items():
         if name not in ladders:
             raise CompileError(f"buckets name {name!r}; the model's symbolic dimensions are {list(ladders)}")
-        ladders[name] = tuple(sizes)
-        if not ladders[name] or min(ladders[name]) < 1:
-            raise CompileError(f"buckets[{name!r}] is {ladders[name]}; expected sizes of at least 1")
+        ladders[name] = as_sizes(name, sizes)
     return [dict(zip(ladders, sizes, strict=True)) for sizes in itertools.product(*ladders.values())]

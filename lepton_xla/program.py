@@ -46,7 +46,9 @@ class TensorSpec:
             raise ModelError(f"TensorSpec: the shape {self.shape!r} is not a tuple such as ('batch', 28)")
         object.__setattr__(self, "shape", tuple(self.shape))
         for dim in self.shape:
-            valid = dim.isidentifier() if isinstance(dim, str) else isinstance(dim, int) and dim >= 0
+            valid = isinstance(dim, int) and dim >= 0
+            if isinstance(dim, str):  # a part of file names, and of what jax.export parses
+                valid = dim.isidentifier() and dim.isascii()
             if not valid:
                 raise ModelError(
                     f"TensorSpec{self.shape}: dimension {dim!r} is neither a size >= 0 nor a name like 'batch'"
@@ -226,35 +228,67 @@ def trace(fn: Callable[..., Any], weights: Any, inputs: Mapping[str, TensorSpec]
     Args:
         fn: `fn(weights, *inputs) -> outputs`, traceable by `jax.jit`. Constants it closes over stay constants; what
             should be compressed or updated must be in `weights`.
-        weights: a pytree of arrays; its paths become the weights' names.
-        inputs: name -> spec, in call order.
+        weights: a pytree of arrays; its paths become the weights' names. A typed PRNG key becomes its data, `uint32`.
+        inputs: name -> spec, in call order; any printable names.
 
     Returns:
         The program, with output names, shapes and symbolic dimensions inferred by abstract evaluation.
 
     Raises:
-        ModelError: if `fn` cannot be traced at these inputs, a weight is not an array, an input's dtype is disabled in
-            JAX, or an output's size depends on a symbolic dimension in another way than being equal to it.
+        ModelError: if `fn` cannot be traced at these inputs, a weight is not an array, an input has no usable name or
+            its dtype is disabled in JAX, or an output's size depends on a symbolic dimension in another way than being
+            equal to it.
     """
     named = name_leaves(weights, prefix="weights")
     treedef = jax.tree.structure(weights)
-    for name, leaf in named.items():
-        if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
-            raise ModelError(f"weight {name!r} is a {type(leaf).__name__}, not an array")
-    names = tuple(named)
+    arrays = {name: _weight_array(name, leaf) for name, leaf in named.items()}
+    keys = {name: jax.random.key_impl(leaf) for name, leaf in named.items() if _is_key(leaf)}
 
     def flat_fn(flat: Weights, *args: Any) -> Any:
-        return fn(jax.tree.unflatten(treedef, [flat[name] for name in names]), *args)
+        leaves = [
+            jax.random.wrap_key_data(flat[name], impl=keys[name]) if name in keys else flat[name] for name in arrays
+        ]
+        return fn(jax.tree.unflatten(treedef, leaves), *args)
 
-    arrays = {name: jnp.asarray(leaf) for name, leaf in named.items()}
+    if not isinstance(inputs, Mapping):
+        raise ModelError(f"the inputs are a {type(inputs).__name__}, not a mapping such as {{'x': TensorSpec(...)}}")
     specs = dict(inputs)
+    _check_names("input", specs)
     for name, spec in specs.items():
+        if not isinstance(spec, TensorSpec):
+            raise ModelError(
+                f"input {name!r} is a {type(spec).__name__}, not a TensorSpec such as TensorSpec((4,), 'int8')"
+            )
         narrow = jax.dtypes.canonicalize_dtype(spec.dtype).name
         if narrow != spec.dtype:
             raise ModelError(
                 f"input {name!r} is {spec.dtype}, which JAX computes as {narrow} unless jax_enable_x64 is set"
             )
     return Program(flat_fn, arrays, specs, infer_outputs(flat_fn, arrays, specs))
+
+
+def _is_key(leaf: Any) -> bool:
+    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def _weight_array(name: str, leaf: Any) -> jax.Array:
+    """A weight as a program holds it."""
+    if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
+        raise ModelError(f"weight {name!r} is a {type(leaf).__name__}, not an array")
+    try:
+        return jax.random.key_data(leaf) if _is_key(leaf) else jnp.asarray(leaf)
+    except (TypeError, ValueError, RuntimeError, AssertionError) as error:  # its dtype, its memory, no device
+        reason = (str(error).strip().splitlines() or ["no message"])[0]
+        raise ModelError(
+            f"weight {name!r}, {leaf.dtype}{list(leaf.shape)}, cannot be made a JAX array: {reason}"
+        ) from error
+
+
+def _check_names(what: str, names: Iterable[Any]) -> None:
+    """Names go into files, requests and messages: text that prints, without blanks at its ends."""
+    for name in names:
+        if not isinstance(name, str) or not name or not name.isprintable() or name != name.strip():
+            raise ModelError(f"{what} name {name!r}: expected printable text without blanks at its ends, such as 'x'")
 
 
 def infer_outputs(fn: Callable[..., Any], weights: Weights, inputs: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:
@@ -280,6 +314,7 @@ def infer_outputs(fn: Callable[..., Any], weights: Weights, inputs: Mapping[str,
                         f"{symbol}={base[symbol] + unit}; an output dimension must equal {symbol} or be fixed"
                     )
                 shapes[name][axis] = symbol
+    _check_names("output", reference)
     return {name: TensorSpec(tuple(shapes[name]), leaf.dtype.name) for name, leaf in reference.items()}
 
 
@@ -356,7 +391,7 @@ def from_linen(
     Raises:
         ModelError: as `trace`.
     """
-    static = _inference_arguments(getattr(type(module), method or "__call__"), kwargs)
+    static = _inference_arguments(_method(module, method or "__call__"), kwargs)
 
     def fn(weights: Any, *args: Any) -> Any:
         return module.apply(weights, *args, method=method, **static)
@@ -364,7 +399,7 @@ def from_linen(
     return trace(fn, dict(variables), inputs)
 
 
-def from_nnx(module: Any, inputs: Mapping[str, TensorSpec], **kwargs: Any) -> Program:
+def from_nnx(module: Any, inputs: Mapping[str, TensorSpec], *, method: str | None = None, **kwargs: Any) -> Program:
     """Makes a `Program` of a Flax NNX module, whose state becomes the weights.
 
     The module is put into inference mode (`module.eval()`) on a copy; the module given is not changed. A program keeps
@@ -374,7 +409,8 @@ def from_nnx(module: Any, inputs: Mapping[str, TensorSpec], **kwargs: Any) -> Pr
 
     Args:
         module: a `flax.nnx.Module`.
-        inputs: name -> spec, in the order of `__call__`'s positional arguments.
+        inputs: name -> spec, in the order of the method's positional arguments.
+        method: the module's method to call; `__call__` by default.
         **kwargs: static keyword arguments for the call.
 
     Raises:
@@ -382,6 +418,13 @@ def from_nnx(module: Any, inputs: Mapping[str, TensorSpec], **kwargs: Any) -> Pr
     """
     from flax import nnx
 
+    if not isinstance(module, nnx.Module):
+        raise ModelError(
+            f"from_nnx takes a flax.nnx.Module, not a {type(module).__name__}; `trace` takes any function of weights "
+            f"and inputs"
+        )
+    name = method or "__call__"
+    _method(module, name)
     inference = nnx.clone(module)
     inference.eval()
     graph, variables, rest = nnx.split(inference, nnx.Not(nnx.RngState), ...)
@@ -394,7 +437,7 @@ def from_nnx(module: Any, inputs: Mapping[str, TensorSpec], **kwargs: Any) -> Pr
         nnx.replace_by_pure_dict(state, weights)
         nnx.replace_by_pure_dict(streams, random)
         called = nnx.merge(graph, state, streams)
-        out = called(*args, **kwargs)
+        out = getattr(called, name)(*args, **kwargs)
         after = nnx.state(called, nnx.RngState, nnx.Not(nnx.Intermediate))
         return out, nnx.to_pure_dict(after[1]), nnx.to_pure_dict(after[0])
 
@@ -438,6 +481,13 @@ def _refuse_written(call: Callable[..., Any], weights: Any, random: Any, inputs:
             f"the outputs depend on random numbers from {some_names(map(repr, drawn))}, which every call of a program "
             f"would draw alike; make them, or their key, an input"
         )
+
+
+def _method(module: Any, name: str) -> Callable[..., Any]:
+    found = getattr(type(module), name, None)
+    if not callable(found):
+        raise ModelError(f"a {type(module).__name__} has no method {name!r}")
+    return found
 
 
 def _inference_arguments(function: Callable[..., Any], given: Mapping[str, Any]) -> dict[str, Any]:

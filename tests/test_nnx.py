@@ -143,3 +143,29 @@ def test_what_a_module_sows_is_dropped():
     with pytest.warns(DeprecationWarning, match="sow"):
         program = from_nnx(module, ROWS)
     assert not [name for name in program.weights if "seen" in name]
+
+
+class TwoWays(Wrapped):
+    def __call__(self, x):
+        return self.block(x)
+
+    def encode(self, x, *, twice=False):
+        return self.block.linear(x) * (2 if twice else 1)
+
+
+def test_another_method():
+    module = TwoWays(nnx.Rngs(0))
+    x = np.random.default_rng(0).normal(size=(2, 4)).astype(np.float32)
+    program = from_nnx(module, ROWS, method="encode", twice=True)
+    np.testing.assert_allclose(program(program.weights, x), 2 * module.block.linear(x), rtol=1e-6)
+    with pytest.raises(ModelError, match="a TwoWays has no method 'decode'"):
+        from_nnx(module, ROWS, method="decode")
+    with pytest.raises(ModelError, match=r"from_nnx takes a flax\.nnx\.Module, not a dict"):
+        from_nnx({}, ROWS)
+
+
+def test_recurrent_modules():
+    module = nnx.RNN(nnx.LSTMCell(4, 3, rngs=nnx.Rngs(0)))
+    program = from_nnx(module, {"x": TensorSpec(("batch", 5, 4), "float32")})
+    x = np.random.default_rng(0).normal(size=(2, 5, 4)).astype(np.float32)
+    np.testing.assert_allclose(program(program.weights, x), module(x), rtol=1e-5, atol=1e-6)

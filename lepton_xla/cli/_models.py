@@ -172,7 +172,7 @@ def inputs_at(
                 range(len(shape)),
                 examples[name],
             )
-            made[name] = np.ascontiguousarray(cut)
+            made[name] = np.asarray(cut, order="C")
         elif jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.complexfloating):
             made[name] = random.standard_normal(shape).astype(dtype)
         else:

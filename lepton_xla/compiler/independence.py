@@ -159,7 +159,7 @@ def _probe(model: Checked, sizes: Mapping[str, int], *, seed: int, scale: float 
             array = random.standard_normal(shape)
         if jnp.issubdtype(dtype, jnp.floating):
             array = array * scale
-        arrays.append(np.ascontiguousarray(array).astype(dtype))
+        arrays.append(np.asarray(array, order="C").astype(dtype))
     return arrays
 
 

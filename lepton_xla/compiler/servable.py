@@ -65,7 +65,7 @@ class Servable:
         """`run` for one bucket, without its look-up: `runner(sizes)(arrays)`."""
         return self.runtime.runner(sizes)
 
-    def __call__(self, **inputs: Any) -> dict[str, np.ndarray]:
+    def __call__(self, /, **inputs: Any) -> dict[str, np.ndarray]:
         """Runs the model on named inputs: pads them to a bucket, splits larger batches, cuts the padding off.
 
         Args:
@@ -106,7 +106,7 @@ class Servable:
         for array, spec in zip(arrays, self.inputs.values(), strict=True):
             if self.row_symbol is not None and self.row_symbol in spec.symbols:
                 array = array[start : start + count]
-            part.append(np.ascontiguousarray(pad(array, spec.at(sizes).shape)))
+            part.append(np.asarray(pad(array, spec.at(sizes).shape), order="C"))
         for result, output in zip(results, self.runtime.run(sizes, part), strict=True):
             if self.row_symbol is not None:
                 result = result[start : start + count]
