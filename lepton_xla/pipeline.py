@@ -11,7 +11,6 @@ import jax
 import msgspec
 import numpy as np
 
-from lepton_xla.compiler.buckets import as_sizes
 from lepton_xla.errors import CalibrationError, CompileError, RecipeError
 from lepton_xla.passes.awq import awq
 from lepton_xla.passes.bias_correction import correct_bias
@@ -30,7 +29,7 @@ from lepton_xla.passes.shrink import shrink
 from lepton_xla.passes.smoothquant import MULTIPLIED, smooth
 from lepton_xla.passes.sparsegpt import sparsegpt
 from lepton_xla.passes.wanda import wanda
-from lepton_xla.program import Program
+from lepton_xla.program import Program, as_sizes
 from lepton_xla.recipe import Plan, Recipe
 from lepton_xla.report import PassReport, SiteReport
 

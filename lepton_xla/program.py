@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import math
+import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lepton_xla.errors import ModelError
+from lepton_xla.errors import CompileError, ModelError
 from lepton_xla.written import written
 
 if TYPE_CHECKING:
@@ -170,6 +171,26 @@ def check_masks(masks: Mapping[str, Any], weights: Mapping[str, Any]) -> None:
                 f"the mask of weight {path!r} has shape {shape}, the weight itself {wanted}; masks belong to the model "
                 f"that they were found for"
             )
+
+
+def as_sizes(name: str, given: Any) -> tuple[int, ...]:
+    """The sizes of one dimension as plain integers; NumPy's are as good.
+
+    Raises:
+        CompileError: where these are no integers of at least 1, or there are none.
+    """
+    sizes = () if isinstance(given, str) or not isinstance(given, Iterable) else tuple(given)
+    if not sizes:
+        raise CompileError(f"buckets[{name!r}] is {given!r}; expected a sequence of sizes, such as (1, 8, 32)")
+    plain: list[int] = []
+    for size in sizes:
+        try:
+            plain.append(0 if isinstance(size, bool) else operator.index(size))
+        except TypeError:
+            plain.append(0)
+        if plain[-1] < 1:
+            raise CompileError(f"buckets[{name!r}] holds {size!r}; a size is an integer of at least 1")
+    return tuple(plain)
 
 
 def some_names(names: Iterable[str], limit: int = 6) -> str:

@@ -25,7 +25,7 @@ from lepton_xla.compiler.manifest import (
 from lepton_xla.compiler.portable import Portable
 from lepton_xla.compiler.runtime import Runtime, run_expand
 from lepton_xla.compiler.servable import Servable
-from lepton_xla.compiler.storage import Store, VerifiedFiles, atomic_store
+from lepton_xla.compiler.storage import Store, VerifiedFiles, atomic_store, consistently
 from lepton_xla.errors import ArtifactError
 
 
@@ -141,7 +141,10 @@ def verify(location: str | os.PathLike[str]) -> Verification:
     Raises:
         ArtifactError: naming the first file that is missing, damaged, or not where it should be.
     """
-    store = Store(location)
+    return consistently(location, _verified)
+
+
+def _verified(store: Store) -> Verification:
     manifest = read_manifest(store)
     files = VerifiedFiles(store, manifest.files)
     for name in manifest.files:

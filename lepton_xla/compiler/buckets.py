@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import bisect
 import itertools
-import operator
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
 from lepton_xla.errors import CompileError
-from lepton_xla.program import TensorSpec
+from lepton_xla.program import TensorSpec, as_sizes
 
 type Ladders = dict[str, tuple[int, ...]]
 """Symbolic dimension -> its sizes, ascending."""
@@ -35,26 +33,6 @@ def check_ladders(symbols: Sequence[str], buckets: Mapping[str, Iterable[int]]) 
             raise CompileError(f"buckets[{name!r}] is {sizes}; sizes must ascend without repeats")
         ladders[name] = sizes
     return ladders
-
-
-def as_sizes(name: str, given: Any) -> tuple[int, ...]:
-    """The sizes of one dimension as plain integers; NumPy's are as good.
-
-    Raises:
-        CompileError: where these are no integers of at least 1, or there are none.
-    """
-    sizes = () if isinstance(given, str) or not isinstance(given, Iterable) else tuple(given)
-    if not sizes:
-        raise CompileError(f"buckets[{name!r}] is {given!r}; expected a sequence of sizes, such as (1, 8, 32)")
-    plain: list[int] = []
-    for size in sizes:
-        try:
-            plain.append(0 if isinstance(size, bool) else operator.index(size))
-        except TypeError:
-            plain.append(0)
-        if plain[-1] < 1:
-            raise CompileError(f"buckets[{name!r}] holds {size!r}; a size is an integer of at least 1")
-    return tuple(plain)
 
 
 def combinations(ladders: Mapping[str, Sequence[int]]) -> list[dict[str, int]]:

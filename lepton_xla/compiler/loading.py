@@ -31,7 +31,7 @@ from lepton_xla.compiler.portable import compile_portable
 from lepton_xla.compiler.reading import read_all
 from lepton_xla.compiler.runtime import Runtime, run_expand
 from lepton_xla.compiler.servable import Servable
-from lepton_xla.compiler.storage import Store, VerifiedFiles
+from lepton_xla.compiler.storage import Store, VerifiedFiles, consistently
 from lepton_xla.errors import ArtifactError, ExecutionError
 
 _LOG = logging.getLogger(__name__)
@@ -59,7 +59,10 @@ def load(
         ArtifactError: naming the file that is missing, damaged or foreign, or a bucket that the artifact lacks.
         ExecutionError: where this process has no device, or the weights cannot be unpacked on it.
     """
-    store = Store(location)
+    return consistently(location, lambda store: _load(store, buckets, write_back=write_back))
+
+
+def _load(store: Store, buckets: Mapping[str, Sequence[int]] | None, *, write_back: bool) -> Servable:
     manifest = read_manifest(store)
     files = VerifiedFiles(store, manifest.files)
     ladders = _choose(manifest, buckets)
@@ -81,7 +84,9 @@ def load(
         codes = dict(zip(blobs, read, strict=True))
     if missing:
         count = len([name for name in missing if name != EXPAND]) or "no"
-        _LOG.warning("%s: compiling %s buckets from StableHLO: %s", location, count, _why(manifest, target, missing))
+        _LOG.warning(
+            "%s: compiling %s buckets from StableHLO: %s", store.location, count, _why(manifest, target, missing)
+        )
     if manifest.expand is not None:
         if EXPAND in missing:
             codes[EXPAND] = _compile(manifest.expand, portable, arrays, [])
@@ -95,7 +100,7 @@ def load(
     for sizes, key in wanted:
         runtime.add(sizes, codes[key].loaded)
     if write_back and missing:
-        _write_back(store, target, {name: codes[name] for name in missing})
+        _write_back(store, manifest, target, {name: codes[name] for name in missing})
     return Servable(manifest, ladders, runtime, "stablehlo" if missing else "executables")
 
 
@@ -146,10 +151,13 @@ def _why(manifest: Manifest, target: Fingerprint, missing: Sequence[str]) -> str
     return "; ".join(min(nearest, key=len)) if nearest else "the artifact has no executables"
 
 
-def _write_back(store: Store, target: Fingerprint, made: Mapping[str, Code]) -> None:
+def _write_back(store: Store, loaded: Manifest, target: Fingerprint, made: Mapping[str, Code]) -> None:
     """Adds executables; the manifest is replaced last, so that a reader sees the old state or the new one."""
     try:
         manifest = read_manifest(store)
+        programs = [program.file for program in (*loaded.programs, *((loaded.expand,) if loaded.expand else ()))]
+        if store.is_replaced or any(manifest.files.get(name) != loaded.files[name] for name in programs):
+            raise ArtifactError(f"{store.location}: another artifact has taken its place")
         files, names = dict(manifest.files), {}
         known = manifest.executables.get(target.digest)
         unwritten = dict(known.unwritten) if known else {}

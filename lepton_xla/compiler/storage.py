@@ -1,10 +1,11 @@
-"""The files of an artifact, by name, in a local folder or an object store, through TensorStore's key-value layer."""
+"""The files of an artifact, by name, in a local folder, or in an object store through TensorStore's key-value layer."""
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
 import hashlib
+import logging
 import os
 import pathlib
 import re
@@ -17,13 +18,17 @@ from urllib.parse import unquote
 
 import tensorstore as ts
 
+from lepton_xla.compiler.exchange import exchange
 from lepton_xla.compiler.manifest import MANIFEST, FileEntry
 from lepton_xla.errors import ArtifactError
 
+_LOG = logging.getLogger(__name__)
 # One context for all stores: connections to an object store are shared, and memory:// stores outlive a call.
 _CONTEXT = ts.Context()
 # A save takes hold of its temporary folder at once; this leaves it time to.
 _ABANDONED_AFTER_S = 60.0
+# How often what is read is read again because it was replaced meanwhile.
+_READ_AGAIN = 20
 
 
 class Store:
@@ -31,20 +36,35 @@ class Store:
 
     Args:
         location: a local path, a `file://`, `gs://`, `s3://` or `memory://` address.
+
+    Raises:
+        ArtifactError: for an address that cannot be opened, or a path that no file can have.
     """
 
     def __init__(self, location: str | os.PathLike[str]) -> None:
-        self.location = os.fspath(location)
+        self.location = os.fsdecode(location)
         path = local_path(self.location)
-        self._root = None if path is None else os.path.realpath(path)
         try:
-            if self._root is not None:
-                spec = {"driver": "file", "path": f"{self._root}/"}
-                self._kv = ts.KvStore.open(spec, context=_CONTEXT).result()
-            else:
+            self._root = None if path is None else os.path.realpath(path)
+            self._identity = self._look()
+            if self._root is None:
                 self._kv = ts.KvStore.open(self.location.rstrip("/") + "/", context=_CONTEXT).result()
         except Exception as error:  # each TensorStore driver raises its own kinds
             raise ArtifactError(f"{self.location}: cannot be opened: {error}") from error
+
+    def _look(self) -> tuple[int, int] | None:
+        """What tells a folder from another one that took its place; None where there is none, or no folders are."""
+        path = local_path(self.location)
+        try:
+            found = None if path is None else os.stat(path)
+        except OSError:
+            return None
+        return None if found is None else (found.st_dev, found.st_ino)
+
+    @property
+    def is_replaced(self) -> bool:
+        """Whether the folder is no longer the one that was opened."""
+        return self._look() != self._identity
 
     def read(self, name: str, *, limit: int) -> bytes:
         """The content of a file of at most `limit` bytes.
@@ -70,9 +90,12 @@ class Store:
             ArtifactError: naming it, where it cannot be written.
         """
         try:
-            self._kv.write(name, data).result()
+            if self._root is not None:
+                _write_whole(os.path.join(self._root, name), data)
+            else:
+                self._kv.write(name, data).result()
         except Exception as error:
-            raise ArtifactError(f"{self.location}: {name} cannot be written: {error}") from error
+            raise ArtifactError(f"{self.location}: {name} cannot be written: {_said(error)}") from error
 
     def names(self) -> list[str]:
         """Every file there is, sorted.
@@ -81,13 +104,23 @@ class Store:
             ArtifactError: where they cannot be listed.
         """
         try:
+            if self._root is not None:
+                found = [os.path.join(folder, name) for folder, _, names in os.walk(self._root) for name in names]
+                return sorted(os.path.relpath(name, self._root) for name in found)
             return sorted(os.fsdecode(key) for key in self._kv.list().result())
         except Exception as error:
             raise ArtifactError(f"{self.location}: cannot be listed: {error}") from error
 
     def delete_all(self) -> None:
-        """Deletes every file there is."""
-        self._kv.delete_range(ts.KvStore.KeyRange()).result()
+        """Deletes every file there is in an object store.
+
+        Raises:
+            ArtifactError: where they cannot be deleted.
+        """
+        try:
+            self._kv.delete_range(ts.KvStore.KeyRange()).result()
+        except Exception as error:
+            raise ArtifactError(f"{self.location}: the files that are there cannot be deleted: {error}") from error
 
     def _read_local(self, name: str, limit: int) -> bytes:
         """Plain file reading: a third of the time that the key-value layer takes, and links are seen."""
@@ -105,7 +138,7 @@ class Store:
             where = "" if os.path.isdir(self._root) else ": there is no such folder"
             raise ArtifactError(f"{self.location}: {name} is missing{where}") from error
         except OSError as error:
-            raise ArtifactError(f"{self.location}: {name} cannot be read: {error}") from error
+            raise ArtifactError(f"{self.location}: {name} cannot be read: {_said(error)}") from error
 
     def _check_size(self, name: str, size: int, limit: int) -> None:
         if size > limit:
@@ -140,21 +173,71 @@ class VerifiedFiles:
         return data
 
 
+def consistently[T](location: str | os.PathLike[str], read: Callable[[Store], T]) -> T:
+    """What `read` makes of an artifact, all of it from one save: read again where another save took its place.
+
+    Raises:
+        ArtifactError: as `read` does of an artifact that stayed where it was.
+    """
+    for _ in range(_READ_AGAIN):
+        store = Store(location)
+        try:
+            return read(store)
+        except ArtifactError:
+            if not store.is_replaced:
+                raise
+    return read(Store(location))
+
+
+def _write_whole(file: str, data: bytes) -> None:
+    """Creates or replaces a file, flushed to the disk, whole or not at all."""
+    os.makedirs(os.path.dirname(file), exist_ok=True)
+    temporary = f"{file}.{secrets.token_hex(8)}.tmp"
+    try:
+        with open(temporary, "xb") as opened:
+            opened.write(data)
+            opened.flush()
+            os.fsync(opened.fileno())
+        os.replace(temporary, file)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
+
+
+def _said(error: BaseException) -> str:
+    """An error's reason, without the path beside it, which may be a temporary one."""
+    return (isinstance(error, OSError) and error.strerror) or str(error)
+
+
 def local_path(location: str | os.PathLike[str]) -> pathlib.Path | None:
-    """The local path of a location; None for one in an object store."""
-    text = os.fspath(location)
+    """The local path of a location; None for one in an object store.
+
+    Raises:
+        ArtifactError: for a path that no file can have: one with a null byte, or with text that has no bytes.
+    """
+    text = os.fsdecode(location)
     if text.startswith("file://"):
-        return pathlib.Path(unquote(text.removeprefix("file://")))
-    return None if "://" in text else pathlib.Path(text)
+        text = unquote(text.removeprefix("file://"))
+    elif "://" in text:
+        return None
+    try:
+        encoded = os.fsencode(text)
+    except UnicodeEncodeError as error:
+        raise ArtifactError(f"{text!r}: is not a path: {error.reason}") from error
+    if b"\0" in encoded:
+        raise ArtifactError(f"{text!r}: is not a path: it has a null byte in it")
+    return pathlib.Path(text)
 
 
 @contextlib.contextmanager
 def atomic_store(location: str | os.PathLike[str], *, overwrite: bool) -> Generator[Store, None, None]:
     """A store to write a whole artifact to, which appears at `location` when the block ends without an error.
 
-    A local one is written to a hidden folder beside the target, flushed to the disk, and renamed. What a process that
-    was killed has left there is removed first. An object store has no rename: files are written in place, and the
-    artifact begins to exist with its manifest, to be written last.
+    A local one is written to a hidden folder beside the target, flushed to the disk, and renamed, or exchanged with
+    what is there in one step; a warning says where the file system cannot do that. What a process that was killed has
+    left there is removed first. An object store has no rename: files are written in place, and the artifact begins to
+    exist with its manifest, to be written last.
 
     Raises:
         ArtifactError: where something is there already and `overwrite` is not set, or the target cannot be written.
@@ -168,23 +251,23 @@ def atomic_store(location: str | os.PathLike[str], *, overwrite: bool) -> Genera
         with _undone_by(lambda: store.delete_all()):
             yield store
         return
-    target = target.absolute()
     if os.path.lexists(target):
-        _check_replaceable(location, overwrite=overwrite, is_artifact=(target / MANIFEST).is_file())
-    temporary = target.parent / f".{target.name}.{secrets.token_hex(8)}.tmp"
+        _check_replaceable(location, overwrite=overwrite, is_artifact=os.path.isfile(target / MANIFEST))
     try:
+        target = target.absolute()
+        temporary = target.parent / f".{target.name}.{secrets.token_hex(8)}.tmp"
         target.parent.mkdir(parents=True, exist_ok=True)
         _remove_abandoned(target)
         temporary.mkdir()
     except OSError as error:
-        raise ArtifactError(f"{location}: cannot be created: {error}") from error
+        raise ArtifactError(f"{location}: cannot be created: {_said(error)}") from error
     with _undone_by(lambda: shutil.rmtree(temporary, ignore_errors=True)), _held(temporary):
         yield Store(temporary)
         try:
             _flush_tree(temporary)
             _put_in_place(temporary, target, overwrite=overwrite)
         except OSError as error:
-            raise ArtifactError(f"{location}: cannot be put in place: {error}") from error
+            raise ArtifactError(f"{location}: cannot be put in place: {_said(error)}") from error
 
 
 @contextlib.contextmanager
@@ -242,26 +325,32 @@ def _held(folder: str | os.PathLike[str]) -> Generator[bool, None, None]:
 
 
 def _put_in_place(temporary: pathlib.Path, target: pathlib.Path, *, overwrite: bool) -> None:
-    """Renames; an old artifact is moved aside first, put back where the rename fails, and deleted after it."""
-    aside = temporary.with_suffix(".old")
-    replaced = overwrite and os.path.lexists(target)
-    if replaced:
-        target.rename(aside)
-    try:
+    """Renames; an old artifact is exchanged for the new one, and deleted after it.
+
+    Where the file system cannot exchange, the old one is moved aside first, and put back where the rename fails.
+    """
+    if not (overwrite and os.path.lexists(target)):
         temporary.rename(target)
-    except BaseException:
-        if replaced:
+        _flush(target.parent)
+        return
+    aside = temporary
+    if not exchange(temporary, target):
+        _LOG.warning("%s: this file system cannot exchange folders: for a moment there is no artifact", target)
+        aside = temporary.with_suffix(".old")
+        target.rename(aside)
+        try:
+            temporary.rename(target)
+        except BaseException:
             aside.rename(target)
-        raise
+            raise
     _flush(target.parent)
-    if replaced:
-        shutil.rmtree(aside, ignore_errors=True) if not aside.is_symlink() else aside.unlink()
+    shutil.rmtree(aside, ignore_errors=True) if not aside.is_symlink() else aside.unlink()
 
 
 def _flush_tree(root: pathlib.Path) -> None:
-    for folder, _, files in os.walk(root, topdown=False):
-        for name in (*files, "."):
-            _flush(pathlib.Path(folder, name))
+    """Flushes the folders; each file was when it was written."""
+    for folder, _, _ in os.walk(root, topdown=False):
+        _flush(pathlib.Path(folder))
 
 
 def _flush(path: pathlib.Path) -> None:
