@@ -12,6 +12,7 @@ import msgspec
 import numpy as np
 
 from lepton_xla.errors import CalibrationError, CompileError, RecipeError
+from lepton_xla.passes.autotune import autotune
 from lepton_xla.passes.awq import awq
 from lepton_xla.passes.bias_correction import correct_bias
 from lepton_xla.passes.calibrate import as_batches, calibrate, needs_range
@@ -49,7 +50,8 @@ def optimize(
 ) -> Program:
     """Makes a program small and fast.
 
-    In this order: precompute, fold, shrink, prune, equalize, rescale, round, correct, calibrate, lower, cast.
+    In this order: precompute, fold, shrink, prune, equalize, rescale, round, correct, calibrate, lower, cast,
+    autotune.
 
     Args:
         program: a trained model.
@@ -141,7 +143,7 @@ def apply_plan(
     if recipe.cast != "none":
         say(f"cast to {recipe.cast}")
         program = cast(program, recipe.cast, on_unsupported=recipe.on_unsupported)
-    return program
+    return autotune(program, sizes=sizes, progress=say)
 
 
 def _ends(sizes: Sequence[Mapping[str, int]]) -> list[Mapping[str, int]]:

@@ -186,7 +186,9 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         fold: whether batch norm is folded into the weights before it, and dead and common code removed.
         on_unsupported: what to do at a site that a rule names and a pass cannot handle: `error`, or `keep` it as it
             is and say so in the report.
-        measure: whether integer arithmetic is timed against float at the compiled sizes and reverted where it loses.
+        measure: whether integer arithmetic, and other ways to compute what XLA is slow at, such as depthwise
+            convolutions, are timed at the compiled sizes and left out where they lose; False: planned integer
+            arithmetic is all used, the other ways are not.
         unpack: what becomes of weights that are stored small but multiplied in float. `measured`: they are unpacked
             once, when an artifact is loaded, where that is faster than on each call; `never`: they stay small in
             memory, and every call unpacks them.

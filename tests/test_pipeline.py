@@ -60,6 +60,7 @@ def preset(name, **changes):
 
 # What each preset does, given data to calibrate on; without, what needs it is left out.
 PASSES = {
+    "float": ["fold"],
     "int8": ["fold", "smoothquant", "gptq", "lower"],
     "int8-weight-only": ["fold", "gptq", "lower"],
     "int4-weight-only": ["fold", "gptq", "lower"],
@@ -78,6 +79,7 @@ PASSES = {
 NEEDS_DATA = {"smoothquant", "gptq"}
 # What the presets may lose on random weights.
 LOSS = {
+    "float": 1e-6,
     "int8": 0.05,
     "int8-weight-only": 0.05,
     "fp8": 0.15,
@@ -111,7 +113,7 @@ def test_a_preset_end_to_end(net, images, name):
     assert ("skipped" in done) == bool(NEEDS_DATA & set(PASSES[name]))
     assert small.inputs == net.inputs
     assert small.outputs == net.outputs
-    assert 1e-4 < error(small, net, images) < LOSS[name]
+    assert (0 if name == "float" else 1e-4) < error(small, net, images) < LOSS[name]
     assert not [path for path in small.weights if "batch_stats" in path]
     for path in KERNELS:
         weight = small.weights[path]

@@ -1,5 +1,6 @@
 """Passes: function in, function out, each a rule table on the one walker in `rewrite`."""
 
+from lepton_xla.passes.autotune import autotune
 from lepton_xla.passes.awq import awq
 from lepton_xla.passes.bias_correction import correct_bias
 from lepton_xla.passes.calibrate import calibrate
@@ -23,6 +24,7 @@ from lepton_xla.passes.sparsegpt import sparsegpt
 from lepton_xla.passes.wanda import wanda
 
 __all__ = [
+    "autotune",
     "awq",
     "calibrate",
     "cast",

@@ -146,7 +146,7 @@ def test_a_plan_that_would_leave_nothing_of_a_weight(cli, plain, tmp_path):
 
 def test_a_recipe_that_is_not_there(cli, plain):
     line = cli.refused("plan", plain, "--recipe", "missing.toml")
-    assert "'missing.toml': neither a preset (codebook16, codebook16-prune90, fp8, " in line
+    assert "'missing.toml': neither a preset (codebook16, codebook16-prune90, float, fp8, " in line
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,57 @@
+"""Products of one row in 16-bit floats, with the row padded to two: of one alone XLA:CPU has no fast product."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lepton_xla import _compat
+
+_NARROW = ("bfloat16", "float16")
+
+
+def fits(eqn: Any) -> bool:
+    """Whether an equation is a product of 16-bit floats, one operand of which has a single row for each batch."""
+    if eqn.primitive.name != "dot_general":
+        return False
+    operands = [var.aval for var in eqn.invars]
+    narrow = all(operand.dtype.name in _NARROW for operand in operands)
+    return narrow and eqn.params["out_sharding"] is None and single(eqn) is not None
+
+
+def multiply(eqn: Any, left: jax.Array, right: jax.Array) -> jax.Array:
+    """A product that `fits`, of two rows, the second of which is zeros and not kept.
+
+    Args:
+        eqn: the `dot_general`.
+        left: its left operand.
+        right: its right operand.
+    """
+    side = single(eqn)
+    assert side is not None
+    operands = [left, right]
+    _, batch = eqn.params["dimension_numbers"]
+    free = _free_axes(eqn, side)
+    axis = free[0] if free else operands[side].ndim
+    widened = operands[side] if free else jnp.expand_dims(operands[side], axis)
+    widths = [(0, int(index == axis)) for index in range(widened.ndim)]
+    operands[side] = jnp.pad(widened, widths)
+    (out,) = _compat.bind(eqn, operands)
+    first = len(batch[0]) + (len(_free_axes(eqn, 0)) if side else 0)
+    return jnp.reshape(jax.lax.slice_in_dim(out, 0, 1, axis=first), eqn.outvars[0].aval.shape)
+
+
+def single(eqn: Any) -> int | None:
+    """Which operand of a `dot_general` has a single row; None where neither has, or both: that is a dot of vectors."""
+    rows = [[eqn.invars[side].aval.shape[axis] for axis in _free_axes(eqn, side)] for side in (0, 1)]
+    one = [all(isinstance(size, int) for size in sizes) and math.prod(sizes) == 1 for sizes in rows]
+    return one.index(True) if sum(one) == 1 else None
+
+
+def _free_axes(eqn: Any, side: int) -> list[int]:
+    """Axes of an operand that are neither summed over nor shared with the other operand."""
+    contract, batch = eqn.params["dimension_numbers"]
+    return [axis for axis in range(eqn.invars[side].aval.ndim) if axis not in (*contract[side], *batch[side])]

@@ -1,0 +1,258 @@
+"""How an operation is computed is decided by the clock, here a fake one, and holds wherever the program goes."""
+
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+import lepton_xla as lx
+from lepton_xla.passes import cast, rewrite
+from lepton_xla.passes.autotune import XLA, autotune
+from lepton_xla.program import TensorSpec, trace
+from lepton_xla.quant import QTensor
+from lepton_xla.recipe import Recipe
+
+module = sys.modules["lepton_xla.passes.autotune"]
+SIZES = [{"batch": 1}, {"batch": 4}]
+IMAGES = {"x": TensorSpec(("batch", 6, 6, 4), "float32")}
+SHIFTED = "shifted multiply-adds"
+
+
+def array(*shape, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
+
+
+def convolution(x, w, **changes):
+    options = {"dimension_numbers": ("NHWC", "HWIO", "NHWC"), "feature_group_count": w.shape[-1], **changes}
+    return lax.conv_general_dilated(x, w, (1, 1), "SAME", **options)
+
+
+def two_layers():
+    weights = {"depthwise": array(3, 3, 1, 4), "pointwise": array(1, 1, 4, 4, seed=1)}
+    fn = lambda w, x: convolution(convolution(x, w["depthwise"]), w["pointwise"], feature_group_count=1)  # noqa: E731
+    return trace(fn, weights, IMAGES)
+
+
+def primitives(fn, *args):
+    names = []
+
+    def note(_context, eqn, values):
+        names.append(eqn.primitive.name)
+        del values
+
+    jax.eval_shape(rewrite(fn, {"*": note}, on_unknown="keep"), *args)
+    return names
+
+
+def convolutions(program, batch=2):
+    return primitives(program.fn, program.weights, *program.abstract_inputs({"batch": batch})).count(
+        "conv_general_dilated"
+    )
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that tells the time by a function's operations and the batch; it gives how many were timed together."""
+
+    def install(microseconds):
+        seen = []
+
+        def time_programs(functions, inputs):
+            seen.append(len(functions))
+            batch = inputs[0].shape[0]
+            return [microseconds(primitives(fn, weights, *inputs), batch) for fn, weights in functions]
+
+        monkeypatch.setattr(module, "time_programs", time_programs)
+        module._timed.cache_clear()
+        return seen
+
+    yield install
+    module._timed.cache_clear()
+
+
+def shifted_is_fast(names, _batch):
+    return 100.0 if "conv_general_dilated" in names and "pad" not in names else 10.0
+
+
+def test_what_is_faster_is_taken_and_reported(clock):
+    seen = clock(shifted_is_fast)
+    program, lines = two_layers(), []
+    tuned = autotune(program, sizes=SIZES, progress=lines.append)
+    assert (convolutions(program), convolutions(tuned)) == (2, 1)
+    assert seen == [2, 2, 2, 2]  # the operation alone at two sizes, the whole program at two
+    assert lines == ["ways to compute depthwise"] * 2 + ["the whole program at batch 1", "the whole program at batch 4"]
+    (report,) = tuned.history
+    (site,) = report.sites
+    assert (report.name, site.site, site.action) == ("autotune", "depthwise", SHIFTED)
+    assert site.reason == "0.10 of the time of XLA's own"
+    assert site.metrics == {"timings": [{"sizes": at, "float_us": {XLA: 100.0, SHIFTED: 10.0}} for at in SIZES]}
+    assert report.metrics["whole_program"][1] == {"sizes": {"batch": 4}, "before_us": 100.0, "autotuned_us": 10.0}
+    x = array(3, 6, 6, 4, seed=2)
+    np.testing.assert_allclose(tuned.fn(tuned.weights, x), program.fn(program.weights, x), rtol=1e-5, atol=1e-5)
+
+
+def slow_at_four(names, batch):
+    return 200.0 if "pad" in names and batch == 4 else shifted_is_fast(names, batch)
+
+
+def slow_together(names, batch):
+    return 400.0 if {"pad", "conv_general_dilated"} <= set(names) else shifted_is_fast(names, batch)
+
+
+@pytest.mark.parametrize(
+    ("microseconds", "reason"),
+    [
+        (slow_at_four, f"{SHIFTED} would take 2.00 of the time at batch 4"),
+        (slow_together, "alone another way is faster, but not in the whole program"),
+        (lambda names, _batch: 98.0 if "pad" in names else 100.0, f"{SHIFTED} would take 0.98 of the time at batch 1"),
+    ],
+)
+def test_what_is_slower_anywhere_or_faster_by_noise_is_not_taken(clock, microseconds, reason):
+    clock(microseconds)
+    program = two_layers()
+    tuned = autotune(program, sizes=SIZES)
+    assert tuned.fn is program.fn
+    (site,) = tuned.history[0].sites
+    assert (site.action, site.reason) == (XLA, reason)
+
+
+def test_a_program_without_such_operations_is_not_touched_or_timed(clock):
+    seen = clock(shifted_is_fast)
+    program = trace(lambda w, x: x @ w["a"], {"a": array(6, 8)}, {"x": TensorSpec(("batch", 6), "float32")})
+    assert autotune(program, sizes=SIZES) is program
+    assert autotune(two_layers(), sizes=[]).history == ()
+    assert seen == []
+
+
+def test_what_xla_cannot_run_is_no_candidate():
+    # XLA:CPU has this product of one row, and not that of two.
+    numbers = (((1,), (0,)), ((0,), (2,)))
+    multiply = lambda w, x: lax.dot_general(x, w["a"], numbers, preferred_element_type=jnp.float32)  # noqa: E731
+    inputs = {"x": TensorSpec((2, 8, 5), "bfloat16")}
+    program = trace(multiply, {"a": jnp.zeros((8, 1, 2), jnp.bfloat16)}, inputs)
+    (site,) = autotune(program, sizes=[{}]).history[0].sites
+    assert (site.action, site.reason) == (XLA, "XLA cannot run another way here")
+
+
+def test_single_rows_are_padded_where_that_is_faster(clock):
+    clock(lambda names, _batch: 10.0 if "pad" in names else 100.0)
+    program = trace(lambda w, x: x @ w["a"], {"a": array(6, 8)}, {"x": TensorSpec(("batch", 6), "float32")})
+    narrow = autotune(cast(program, "bfloat16"), sizes=SIZES)
+    shapes = lambda batch: str(narrow.jaxpr({"batch": batch}))  # noqa: E731
+    assert "bf16[2,6]" in shapes(1)
+    assert "bf16[2,6]" not in shapes(4)
+    assert [(site.site, site.action) for site in narrow.history[-1].sites] == [("a", "row padded to two")]
+    own = trace(  # a model that is bfloat16 of its own
+        lambda w, x: x @ w["a"], {"a": jnp.ones((6, 8), jnp.bfloat16)}, {"x": TensorSpec(("batch", 6), "bfloat16")}
+    )
+    tuned = autotune(own, sizes=SIZES)
+    assert "pad" in primitives(tuned.fn, tuned.weights, *tuned.abstract_inputs({"batch": 1}))
+    for batch in (1, 4):
+        x = jnp.ones((batch, 6), jnp.bfloat16)
+        np.testing.assert_array_equal(tuned.fn(tuned.weights, x), np.full((batch, 8), 6.0))
+
+
+def stacked(w, x):
+    """Two depthwise convolutions, one after the other, in a `scan` inside of a `jit`, with rematerialization."""
+    step = jax.checkpoint(lambda x, window: (jnp.tanh(convolution(x, window)), None))
+    return jax.jit(lambda w, x: lax.scan(step, x, w)[0])(w["windows"], x)
+
+
+def test_inside_containers_under_vmap_and_with_derivatives(clock):
+    clock(shifted_is_fast)
+    program = trace(stacked, {"windows": array(2, 3, 3, 1, 4)}, IMAGES)
+    tuned = autotune(program, sizes=SIZES)
+    assert [site.site for site in tuned.history[0].sites] == ["windows"]
+    assert convolutions(tuned) == 0
+    x = array(3, 6, 6, 4, seed=2)
+    np.testing.assert_allclose(tuned.fn(tuned.weights, x), program.fn(program.weights, x), rtol=1e-5, atol=1e-5)
+    loss = lambda fn: jax.grad(lambda w: jnp.sum(jnp.square(fn(w, x))))(program.weights)["windows"]  # noqa: E731
+    np.testing.assert_allclose(loss(tuned.fn), loss(program.fn), rtol=1e-4, atol=1e-4)
+    several = jnp.stack([x, -x])
+    np.testing.assert_allclose(
+        jax.vmap(tuned.fn, in_axes=(None, 0))(tuned.weights, several),
+        jax.vmap(program.fn, in_axes=(None, 0))(program.weights, several),
+        rtol=1e-5,
+        atol=1e-5,
+    )
+
+
+def test_a_vmapped_depthwise_convolution_is_one_too(clock):
+    clock(shifted_is_fast)
+    fn = lambda w, x: jax.vmap(convolution, in_axes=(None, 0))(x, w["windows"])  # noqa: E731
+    program = trace(fn, {"windows": array(2, 3, 3, 1, 4)}, IMAGES)
+    tuned = autotune(program, sizes=SIZES)
+    assert convolutions(tuned) == 0
+    x = array(3, 6, 6, 4, seed=2)
+    np.testing.assert_allclose(tuned.fn(tuned.weights, x), program.fn(program.weights, x), rtol=1e-5, atol=1e-5)
+
+
+def test_sharded_images_and_channels_are_not_gathered(clock):
+    clock(shifted_is_fast)
+    program = trace(lambda w, x: convolution(x, w["depthwise"]), {"depthwise": array(3, 3, 1, 4)}, IMAGES)
+    tuned = autotune(program, sizes=SIZES)
+    x = array(4, 6, 6, 4, seed=2)
+    expected = program.fn(program.weights, x)
+    mesh = jax.make_mesh((2,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+    for image, window in ((jax.P("d"), jax.P()), (jax.P(None, None, None, "d"), jax.P(None, None, None, "d"))):
+        weights = {"depthwise": jax.device_put(program.weights["depthwise"], jax.NamedSharding(mesh, window))}
+        placed = jax.device_put(x, jax.NamedSharding(mesh, image))
+        compiled = jax.jit(tuned.fn).lower(weights, placed).compile()
+        assert not any(word in compiled.as_text() for word in ("all-gather", "all-to-all", "collective-permute"))
+        np.testing.assert_allclose(compiled(weights, placed), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_saved_and_loaded_it_is_the_same_compiled_or_from_the_portable_program(clock, tmp_path):
+    clock(shifted_is_fast)
+    program = two_layers()
+    tuned = lx.optimize(program, Recipe.load("float"), buckets={"batch": (1, 2)})
+    assert [report.name for report in tuned.history] == ["fold", "autotune"]
+    lx.compile(tuned, {"batch": (1, 2)}).save(tmp_path / "net.lepton")
+    x = np.asarray(array(2, 6, 6, 4, seed=2))
+    expected = program.fn(program.weights, x)
+    loaded = lx.load(tmp_path / "net.lepton")
+    np.testing.assert_allclose(loaded(x=x)["output"], expected, rtol=1e-5, atol=1e-5)
+    symbolic = jax.export.symbolic_shape("b, 6, 6, 4")
+    exported = jax.export.export(jax.jit(tuned.fn))(tuned.weights, jax.ShapeDtypeStruct(symbolic, jnp.float32))
+    assert exported.mlir_module().count("stablehlo.convolution") == 1
+    np.testing.assert_allclose(exported.call(tuned.weights, x), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_spatial_dimensions_may_be_symbolic(clock, stride):
+    clock(shifted_is_fast)
+    fn = lambda w, x: lax.conv_general_dilated(  # noqa: E731
+        x, w["w"], (stride,), [(1, 1)], dimension_numbers=("NWC", "WIO", "NWC"), feature_group_count=4
+    )
+    program = trace(fn, {"w": array(3, 1, 4)}, {"x": TensorSpec(("batch", 8, 4), "float32")})
+    tuned = autotune(program, sizes=SIZES)
+    symbolic = jax.export.symbolic_shape("b, s, 4", constraints=["s >= 3"])
+    exported = jax.export.export(jax.jit(tuned.fn))(tuned.weights, jax.ShapeDtypeStruct(symbolic, jnp.float32))
+    assert "stablehlo.convolution" not in exported.mlir_module()
+    x = array(2, 7, 4, seed=2)
+    np.testing.assert_allclose(exported.call(tuned.weights, x), fn(program.weights, x), rtol=1e-5, atol=1e-5)
+
+
+def test_quantized_weights_stay_small_and_what_is_unpacked_on_loading_is_tuned_too(clock, monkeypatch):
+    clock(shifted_is_fast)
+    recipe = Recipe.parse('[[quantize]]\nsites = ".*"\nactivations = "none"', name="stored")
+    monkeypatch.setattr(
+        sys.modules["lepton_xla.passes.lower"],
+        "time_programs",
+        lambda functions, _inputs: [5.0, 1.0, 9.0][: len(functions)],
+    )
+    program = two_layers()
+    small = lx.optimize(program, recipe, buckets={"batch": (1, 4)})
+    assert isinstance(small.weights["depthwise"], QTensor)
+    assert convolutions(small) == 1
+    assert small.expansion is not None
+    loaded = small.expansion.expand(small.weights)
+    x = array(4, 6, 6, 4, seed=2)
+    assert primitives(small.expansion.fn, loaded, x).count("conv_general_dilated") == 1
+    np.testing.assert_allclose(small.expansion.fn(loaded, x), small.fn(small.weights, x), rtol=1e-5, atol=1e-5)
+    expected = np.asarray(program.fn(program.weights, x))
+    assert np.abs(small.fn(small.weights, x) - expected).max() < 0.05 * np.abs(expected).max()
+    assert [site.site for site in small.history[-1].sites] == ["depthwise"]
