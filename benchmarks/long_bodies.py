@@ -1,19 +1,21 @@
-"""How long small requests wait beside large ones in JSON, read beside the event loop or on it.
+"""How long small requests wait beside large ones in JSON, read beside the event loop or on it, and beside hostile ones.
 
     python benchmarks/long_bodies.py
 
 Three processes: a server, one client that sends large requests one after the other, and one that sends a small one
 every millisecond on each of four connections. The model gives back its input, so that all there is to measure is the
-protocol.
+protocol. Hostile requests are as long as a body may be, most of them compressed, and are all refused.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import gzip
 import json
 import multiprocessing
 import time
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -21,6 +23,7 @@ import numpy as np
 
 from lepton_xla.program import TensorSpec
 from lepton_xla.serve import Options, Server, app
+from lepton_xla.serve.http.limits import Limits
 from lepton_xla.serve.protocol import jsondata
 
 COLUMNS = 50_000
@@ -50,34 +53,96 @@ def serve(on_loop: bool, pipe: Connection) -> None:
         pipe.recv()
 
 
-async def ask(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, request: bytes) -> None:
+async def ask(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, request: bytes, status: int = 200) -> None:
     """One request and its answer."""
     writer.write(request)
     head = await reader.readuntil(b"\r\n\r\n")
-    assert head.startswith(b"HTTP/1.1 200 "), head
+    assert head.startswith(b"HTTP/1.1 %d " % status), head
     await reader.readexactly(int(head.lower().rpartition(b"\r\ncontent-length: ")[2].split(b"\r\n")[0]))
 
 
-def send_large(address: tuple[str, int], rows: int, count: int, pipe: Connection) -> None:
-    """The process of the client of large requests; gives its body's size, and the seconds of each request."""
+def infer(body: bytes, fields: str = "") -> bytes:
+    """A request."""
+    head = f"POST /v2/models/echo/infer HTTP/1.1\r\nHost: a\r\nContent-Length: {len(body)}\r\n{fields}\r\n"
+    return head.encode() + body
+
+
+def large(rows: int) -> tuple[bytes, int]:
+    """A request that is a lot of work, and its status."""
     x = np.random.default_rng(0).standard_normal((rows, COLUMNS)).astype(np.float32)
     given = {"name": "x", "datatype": "FP32", "shape": list(x.shape), "data": x.tolist()}
-    body = json.dumps({"inputs": [given]}).encode()
-    request = b"POST /v2/models/echo/infer HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n" % len(body) + body
-    pipe.send(len(body))
+    return infer(json.dumps({"inputs": [given]}).encode()), 200
+
+
+MOST = Limits().max_body_bytes
+
+
+def filled(text: str) -> bytes:
+    """JSON of the most bytes that a body may have: what is in braces is said again and again."""
+    start, unit, end = text.partition("<")[0], text.partition("<")[2].partition(">")[0], text.partition(">")[2]
+    return (start + unit * ((MOST - len(start) - len(end)) // len(unit)) + end).encode()
+
+
+def one_input(**changes: str) -> str:
+    """JSON of a request of one row."""
+    given = {"name": '"x"', "datatype": '"FP32"', "shape": f"[1, {COLUMNS}]", "data": "[1]"} | changes
+    return '{"inputs": [{' + ", ".join(f'"{name}": {value}' for name, value in given.items()) + "}]}"
+
+
+# In angle brackets what is repeated until the body is as long as it may be.
+HOSTILE: dict[str, Callable[[], tuple[bytes, int]]] = {
+    name: lambda text=text: (infer(gzip.compress(filled(text), 1), "Content-Encoding: gzip\r\n"), 400)
+    for name, text in {
+        "a shape of millions": one_input(shape="[<1,>1]"),
+        "millions of inputs": '{"inputs": [<{"name": "x", "datatype": "FP32", "shape": [1]}, >{}]}',
+        "millions of outputs": '{"outputs": [<{"name": "y"}, >{"name": "y"}], "inputs": []}',
+        "millions of parameters": one_input(parameters='{<"a": 1, >"b": 1}'),
+        "millions of unknown members": '{<"a": 1, >"inputs": []}',
+        "deep nesting": "<[>",
+        "data nested deep": one_input(data="[<[>]"),
+        "data of empty lists": one_input(data="[<[],>[]]"),
+        "data of millions of numbers": one_input(data="[<1,>1]"),
+        "data of strings": one_input(data='[<"a",>"a"]'),
+        "a number of millions of digits": one_input(data="[<1>]"),
+        "a size of millions of digits": one_input(shape="[<1>]"),
+        "white space": one_input(data="[< >1]"),
+        "a long name": one_input(name='"<x>"'),
+        "a long id": '{"id": "<x>", "inputs": []}',
+        "a long id of escapes": '{"id": "<\\u00e9>", "inputs": []}',
+        "backslashes": '{"id": "<\\\\>", "inputs": []}',
+        "quotes": '{"id": <"">, "inputs": []}',
+    }.items()
+} | {
+    "a bomb": lambda: (infer(gzip.compress(b"x" * 8 * MOST, 1), "Content-Encoding: gzip\r\n"), 413),
+    "a short body of gzip members": lambda: (infer(gzip.compress(b"", 1) * 3000, "Content-Encoding: gzip\r\n"), 400),
+    "a header of 16 KiB of commas": lambda: (infer(b"x", "Accept-Encoding: " + "," * 16_000 + "\r\n"), 400),
+}
+
+
+def send(
+    make: Callable[..., tuple[bytes, int]] | str, arguments: tuple[Any, ...], count: int, pipe: Connection
+) -> None:
+    """The process of the client of large requests; gives their size, and the seconds of each."""
+    request, status = (HOSTILE[make] if isinstance(make, str) else make)(*arguments)
+    pipe.send(len(request))
     pipe.recv()
 
     async def main() -> list[float]:
-        reader, writer = await asyncio.open_connection(*address, limit=1 << 20)
+        reader, writer = await asyncio.open_connection(*address_of(pipe), limit=1 << 20)
         seconds: list[float] = []
         for _ in range(count):
             start = time.perf_counter()
-            await ask(reader, writer, request)
+            await ask(reader, writer, request, status)
             seconds.append(time.perf_counter() - start)
         writer.close()
         return seconds
 
     pipe.send(asyncio.run(main()))
+
+
+def address_of(pipe: Connection) -> tuple[str, int]:
+    """What the other end says."""
+    return pipe.recv()
 
 
 async def small_latencies(address: tuple[str, int], pipe: Connection) -> tuple[list[float], list[float]]:
@@ -93,38 +158,59 @@ async def small_latencies(address: tuple[str, int], pipe: Connection) -> tuple[l
             await asyncio.sleep(0.001)
         writer.close()
 
-    pipe.send("go")
+    pipe.send(address)
     await asyncio.gather(*(client() for _ in range(4)))
     return seconds, pipe.recv()
 
 
-def measure(rows: int, count: int, *, on_loop: bool) -> None:
-    """Prints one line."""
+def measure(
+    make: Any, arguments: tuple[Any, ...], count: int, *, on_loop: bool
+) -> tuple[int, list[float], list[float]]:
+    """The size of a request, the seconds of small ones beside it, and its own."""
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()
     server = context.Process(target=serve, args=(on_loop, there), daemon=True)
     server.start()
     address = here.recv()
     mine, theirs = context.Pipe()
-    large = context.Process(target=send_large, args=(address, rows, count, theirs), daemon=True)
-    large.start()
+    client = context.Process(target=send, args=(make, arguments, count, theirs), daemon=True)
+    client.start()
     size = mine.recv()
+    mine.send("ready")
     small, long = asyncio.run(small_latencies(address, mine))
     here.send("stop")
-    large.join()
+    client.join()
     server.join()
-    p50, p99, most = (1e3 * value for value in (*np.percentile(small, [50, 99]), max(small)))
-    where = "on the event loop" if on_loop else "beside it"
-    print(
-        f"{size / 1e6:5.1f} MB read {where:17}: small p50 {p50:5.2f} ms, p99 {p99:6.1f} ms, max {most:6.1f} ms; "
-        f"large {1e3 * float(np.median(long)):4.0f} ms"
-    )
+    return size, small, long
+
+
+def main() -> int:
+    """Measures and prints."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--count", type=int, default=10, help="large requests")
+    parser.add_argument("--hostile", type=int, default=3, help="hostile requests of each kind; 0 for none")
+    parser.add_argument("--only", help="hostile requests whose name has this in it, and nothing else")
+    options = parser.parse_args()
+    for rows in () if options.only else (1, 16):
+        for on_loop in (True, False):
+            size, small, long = measure(large, (rows,), options.count, on_loop=on_loop)
+            p50, p99, most = (1e3 * value for value in (*np.percentile(small, [50, 99]), max(small)))
+            where = "on the event loop" if on_loop else "beside it"
+            print(
+                f"{size / 1e6:5.1f} MB read {where:17}: small p50 {p50:5.2f} ms, p99 {p99:6.1f} ms, "
+                f"max {most:6.1f} ms; large {1e3 * float(np.median(long)):4.0f} ms",
+                flush=True,
+            )
+    for name in HOSTILE if options.hostile else ():
+        if options.only is None or options.only in name:
+            size, small, long = measure(name, (), options.hostile, on_loop=False)
+            print(
+                f"{name:31} {size:10,} bytes sent: small max {1e3 * max(small):6.1f} ms, "
+                f"refused after {1e3 * float(np.median(long)):5.0f} ms",
+                flush=True,
+            )
+    return 0
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--count", type=int, default=10, help="large requests")
-    arguments = parser.parse_args()
-    for rows in (1, 16):
-        for on_loop in (True, False):
-            measure(rows, arguments.count, on_loop=on_loop)
+    raise SystemExit(main())

@@ -5,6 +5,18 @@ from __future__ import annotations
 from lepton_xla.errors import ServeError
 
 _LONGEST = 500
+_LONGEST_QUOTE = 100
+_MOST_QUOTED = 8
+
+
+def shortened(value: object) -> str:
+    """`repr` of what a client sent, of no more of it than a message has room for."""
+    if isinstance(value, str) and len(value) > _LONGEST_QUOTE:
+        return f"{value[:_LONGEST_QUOTE]!r}..."
+    if isinstance(value, list | tuple):
+        shown = ", ".join(shortened(each) for each in value[:_MOST_QUOTED])
+        return f"[{shown}, ...]" if len(value) > _MOST_QUOTED else f"[{shown}]"
+    return repr(value)
 
 
 class RefusedError(ServeError):

@@ -13,6 +13,7 @@ _WINDOW = {"gzip": 16 + zlib.MAX_WBITS, "deflate": zlib.MAX_WBITS}
 CODINGS = ", ".join(_WINDOW)
 _PIECE_BYTES = 1 << 14
 _MEMBERS = 4096  # of one gzip body; tools that make blocks for random access make one of every 64 KiB
+_LONGEST_ACCEPT = 1024  # of what a client accepts, no more is looked at
 _LEVEL = 1  # a server's time is dearer than the last tenth of a size
 
 
@@ -76,7 +77,7 @@ def choose(accept_encoding: str) -> str | None:
     """The coding to answer with: the one of ours that `Accept-Encoding` weighs most, or None for no coding."""
     best, best_weight = None, 0.0
     listed: dict[str, float] = {}
-    for item in accept_encoding.lower().split(","):
+    for item in accept_encoding[:_LONGEST_ACCEPT].lower().split(","):
         coding, *parameters = (part.strip() for part in item.split(";"))
         weight = 1.0
         for parameter in parameters:

@@ -30,37 +30,56 @@ _REST_S = 50e-6
 _SLICE_BYTES = 1 << 19
 
 _ARRAY = re.compile(rb"\s*\[")
-_EMPTY = re.compile(rb"[\s\[\],]*")
+_SPACE = b" \t\r\n"
+_NOTHING = _SPACE + b"[],"  # a flat list of nothing has no comma
 _NOT_STRUCTURE = bytes(set(range(256)) - set(b"[],"))
+_ELEMENTS_TO_ZEROS = bytes(each if each in b"[]," else ord("0") for each in range(256))
+# Far more than a number of any datatype has digits, and than anybody indents.
+_LONGEST_ELEMENT = 1 << 12
 
 
-def read_data(text: bytes, shape: Sequence[int], datatype: Datatype, where: str) -> bytes:
+def read_data(
+    text: bytes, shape: Sequence[int], datatype: Datatype, where: str, span: tuple[int, int] | None = None
+) -> memoryview:
     """The elements of a JSON array, as C-order little-endian bytes.
 
     Args:
-        text: the array, known to be valid JSON; flat, or nested as `shape` is.
+        text: holds the array; flat, or nested as `shape` is.
         shape: of the tensor.
         datatype: one that JSON can carry.
         where: what an error calls the tensor.
+        span: where the array lies in `text`; all of it by default.
 
     Raises:
-        RefusedError: 400 for elements of another type or out of its range, or another number or nesting of them.
+        RefusedError: 400 for what is no such array: elements of another type or out of its range, or another number or
+            nesting of them.
     """
     dtype, decoder = datatype.dtype, _decoder(datatype.name)
     assert dtype is not None
-    count = math.prod(shape)
-    outer = _ARRAY.match(text)
+    count, (start, stop) = math.prod(shape), span or (0, len(text))
+    outer = _ARRAY.match(text, start, stop)
     if outer is None:
         raise RefusedError(400, f"{where}: data is not a list")
-    if text.find(b"[", outer.end()) >= 0 and not _is_nested_as(text, shape):
+    nested = text.find(b"[", outer.end(), stop) >= 0
+    if not (_is_nested_as(text, start, stop, shape) if nested else text.find(b"]", start, stop) == stop - 1):
         raise RefusedError(400, f"{where}: data is neither flat nor nested as shape {list(shape)} is")
     # An element takes a byte of JSON at least, so that no shape makes this allocate more than came.
-    found, values = 0, np.empty(count if count <= len(text) else 0, dtype)
+    if count > stop - start or (not count and text[start:stop].translate(None, _NOTHING if nested else _NOTHING[:-1])):
+        raise RefusedError(400, f"{where}: shape {list(shape)} needs {count} elements, not these")
+    found, values = 0, np.empty(count, dtype)
     try:
-        for start, stop in _pieces(text) if count else ():
-            flat = text[start:stop].replace(b"[", b" ").replace(b"]", b" ")
-            part = _convert(decoder.decode(b"[" + flat + b"]"), dtype)
-            values[found : found + len(part)] = part[: len(values) - found]
+        for begin, end in _pieces(text, start, stop) if count else ():
+            if end - begin > PIECE_BYTES + _LONGEST_ELEMENT:
+                raise RefusedError(400, f"{where}: an element of data takes more than {_LONGEST_ELEMENT} bytes")
+            piece = text[begin:end]
+            if nested and _is_misplaced(piece):
+                raise RefusedError(400, f"{where}: data is neither flat nor nested as shape {list(shape)} is")
+            part = _convert(decoder.decode(b"[" + piece.replace(b"[", b" ").replace(b"]", b" ") + b"]"), dtype)
+            if not len(part):
+                raise RefusedError(400, f"{where}: an element is missing in data")
+            if found + len(part) > count:
+                raise RefusedError(400, f"{where}: shape {list(shape)} needs {count} elements, not {found + len(part)}")
+            values[found : found + len(part)] = part
             found += len(part)
     except msgspec.DecodeError as error:
         raise RefusedError(400, f"{where}: data is not {datatype.name}: {error}") from error
@@ -68,9 +87,9 @@ def read_data(text: bytes, shape: Sequence[int], datatype: Datatype, where: str)
         raise RefusedError(400, f"{where}: a number in data does not fit {datatype.name}") from error
     except RecursionError as error:
         raise RefusedError(400, f"{where}: data is nested too deeply") from error
-    if found != count or (not count and _EMPTY.fullmatch(text) is None):
-        raise RefusedError(400, f"{where}: shape {list(shape)} needs {count} elements, not {found or 'these'}")
-    return values.tobytes()
+    if found != count:
+        raise RefusedError(400, f"{where}: shape {list(shape)} needs {count} elements, not {found}")
+    return values.view(np.uint8).data
 
 
 def write_data(values: np.ndarray[Any, Any], where: str) -> bytes:
@@ -93,19 +112,28 @@ def write_data(values: np.ndarray[Any, Any], where: str) -> bytes:
     return b"[" + b",".join(pieces) + b"]"
 
 
-def _is_nested_as(text: bytes, shape: Sequence[int]) -> bool:
-    """Whether brackets and commas of a valid JSON array are those of a nested list of this shape."""
-    structure = b"".join(text[start:stop].translate(None, _NOT_STRUCTURE) for start, stop in slices(len(text)))
+def _is_nested_as(text: bytes, start: int, stop: int, shape: Sequence[int]) -> bool:
+    """Whether brackets and commas of an array are those of a nested list of this shape."""
     length = 0
     for size in reversed(shape):
         length = size * length + max(size - 1, 0) + 2
     # Compared before it is built: a shape is free to claim anything.
+    if length > stop - start:
+        return False
+    parts = (text[start + a : start + b].translate(None, _NOT_STRUCTURE) for a, b in slices(stop - start))
+    structure = b"".join(parts)
     if length != len(structure):
         return False
     expected = b""
     for size in reversed(shape):
-        expected = b"[" + b",".join([expected] * size) + b"]"
+        expected = b"[" + (expected + b",") * (size - 1) + (expected if size else b"") + b"]"
     return structure == expected
+
+
+def _is_misplaced(piece: bytes) -> bool:
+    """Whether an element stands right before an opening bracket, or behind a closing one."""
+    marks = piece.translate(_ELEMENTS_TO_ZEROS, _SPACE)
+    return b"0[" in marks or b"]0" in marks
 
 
 def slices(size: int, step: int = _SLICE_BYTES) -> Iterator[tuple[int, int]]:
@@ -116,16 +144,16 @@ def slices(size: int, step: int = _SLICE_BYTES) -> Iterator[tuple[int, int]]:
         yield start, min(start + step, size)
 
 
-def _pieces(text: bytes) -> Iterator[tuple[int, int]]:
+def _pieces(text: bytes, start: int, stop: int) -> Iterator[tuple[int, int]]:
     """Where a JSON array may be cut at commas, into parts of about `PIECE_BYTES`."""
-    start, size = 0, len(text)
-    while start < size:
-        if start:
+    begin = start
+    while begin < stop:
+        if begin > start:
             time.sleep(_REST_S)
-        stop = text.find(b",", start + PIECE_BYTES)
-        stop = size if stop < 0 else stop
-        yield start, stop
-        start = stop + 1
+        end = text.find(b",", begin + PIECE_BYTES, stop)
+        end = stop if end < 0 else end
+        yield begin, end
+        begin = end + 1
 
 
 @functools.cache

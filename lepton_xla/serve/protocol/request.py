@@ -11,17 +11,21 @@ from typing import Annotated
 import msgspec
 import numpy as np
 
-from lepton_xla.serve.errors import RefusedError
+from lepton_xla.serve.errors import RefusedError, shortened
+from lepton_xla.serve.http.limits import Limits
 from lepton_xla.serve.protocol.datatypes import DATATYPES, Datatype
-from lepton_xla.serve.protocol.jsondata import read_data, slices
+from lepton_xla.serve.protocol.jsondata import PIECE_BYTES, read_data, slices
+from lepton_xla.serve.protocol.outline import check_members, outline_of
 from lepton_xla.serve.protocol.signature import Tensor
 
+type Arrays = dict[bytes, tuple[int, int]]
 type Parameters = dict[str, bool | int | float | str | None]
 
 _NOT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 _BRACES_TO_BRACKETS = bytes.maketrans(b"{}", b"[]")
 
 _BACKSLASH = ord("\\")
+_LONGEST_MARK = 64
 
 type Shape = list[Annotated[int, msgspec.Meta(extra_json_schema={"minimum": 0})]]
 type Data = Annotated[
@@ -68,15 +72,22 @@ class RequestHead(msgspec.Struct, frozen=True):
 _DECODER = msgspec.json.Decoder(RequestHead)
 
 
-def parse_head(head: bytes, max_depth: int) -> RequestHead:
+def parse_head(head: bytes, limits: Limits) -> tuple[RequestHead, Arrays]:
     """Parses the JSON part; `data` stays unread.
 
+    Returns:
+        What it says; and where in `head` the data lies that was cut out of a long one, by what stands in its place.
+
     Raises:
-        RefusedError: 400 for what is no such object, or nested too deeply.
+        RefusedError: 400 for what is no such object, nested too deeply, or too much beside data.
     """
-    check_depth(head, max_depth)
+    arrays: Arrays = {}
+    if len(head) > PIECE_BYTES:
+        head, arrays = outline_of(head, limits.max_tensors)
+    check_members(head, limits.max_tensors)
+    check_depth(head, limits.max_json_depth)
     try:
-        return _DECODER.decode(head)
+        return _DECODER.decode(head), arrays
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise RefusedError(400, f"the request is not a valid inference request: {error}") from error
     except RecursionError as error:
@@ -115,10 +126,12 @@ def check_reserved(parameters: Parameters | None) -> None:
     """Refuses parameters of the request that mean something to the protocol and nothing here."""
     for name, value in (parameters or {}).items():
         if name.startswith("triton_") or name == "headers":
-            raise RefusedError(400, f"parameter {name!r} is reserved")
+            raise RefusedError(400, f"parameter {shortened(name)} is reserved")
         # A sequence that is said not to be one is what some clients send with every request.
         if name.startswith("sequence_") and value:
-            raise RefusedError(400, f"parameter {name!r}: models keep no state, so there are no sequences of requests")
+            raise RefusedError(
+                400, f"parameter {shortened(name)}: models keep no state, so there are no sequences of requests"
+            )
 
 
 def check_tensor_parameters(parameters: Parameters | None, where: str) -> None:
@@ -146,15 +159,16 @@ def number(parameters: Parameters | None, name: str, where: str) -> int:
 
 def check_input(given: InputHead, tensor: Tensor, sizes: dict[str, int]) -> int:
     """Checks datatype and shape, notes the sizes of symbols, and gives the number of elements."""
-    where = f"input {given.name!r}"
+    where = f"input {tensor.name!r}"
     if given.datatype != tensor.datatype.name:
         known = "" if given.datatype in DATATYPES else ", which is no datatype of the protocol"
         raise RefusedError(
-            400, f"{where}: datatype is {given.datatype!r}{known}; the model takes {tensor.datatype.name}"
+            400, f"{where}: datatype is {shortened(given.datatype)}{known}; the model takes {tensor.datatype.name}"
         )
     check_tensor_parameters(given.parameters, where)
     if len(given.shape) != len(tensor.shape):
-        raise RefusedError(400, f"{where}: shape {given.shape} has rank {len(given.shape)}, not {len(tensor.shape)}")
+        rank, shape = len(given.shape), shortened(given.shape)
+        raise RefusedError(400, f"{where}: shape {shape} has rank {rank}, not {len(tensor.shape)}")
     for axis, (size, dim) in enumerate(zip(given.shape, tensor.shape, strict=True)):
         if not 0 <= size < 2**63:
             raise RefusedError(400, f"{where}: dimension {axis} is {size}, which is no size")
@@ -179,7 +193,7 @@ def binary_size(given: InputHead, count: int, datatype: Datatype) -> int | None:
     if not no_data:
         raise RefusedError(400, f"{where}: both data and binary_data_size are given")
     if type(size) is not int or size < 0:
-        raise RefusedError(400, f"{where}: binary_data_size must be a whole number, not {size!r}")
+        raise RefusedError(400, f"{where}: binary_data_size must be a whole number, not {shortened(size)}")
     if size != count * datatype.item_bytes:
         raise RefusedError(
             400,
@@ -189,10 +203,20 @@ def binary_size(given: InputHead, count: int, datatype: Datatype) -> int | None:
     return size
 
 
-def json_data(given: InputHead, tensor: Tensor) -> bytes:
-    """The `data` of an input as C-order little-endian bytes."""
+def json_data(given: InputHead, tensor: Tensor, head: bytes, arrays: Arrays) -> memoryview:
+    """The `data` of an input as C-order little-endian bytes.
+
+    Args:
+        given: the input; checked.
+        tensor: what the model takes.
+        head: the JSON part that it came in.
+        arrays: as of `parse_head`.
+    """
     where = f"input {given.name!r}"
     if tensor.datatype.element is None:
         raise RefusedError(400, f"{where}: {tensor.datatype.name} cannot be sent as JSON; use binary_data_size")
     assert given.data is not msgspec.UNSET
+    span = arrays.get(bytes(given.data)) if arrays and len(given.data) < _LONGEST_MARK else None
+    if span is not None:
+        return read_data(head, given.shape, tensor.datatype, where, span)
     return read_data(bytes(given.data), given.shape, tensor.datatype, where)

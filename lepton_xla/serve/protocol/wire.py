@@ -18,10 +18,11 @@ from typing import Any, NamedTuple
 import msgspec
 import numpy as np
 
-from lepton_xla.serve.errors import RefusedError
+from lepton_xla.serve.errors import RefusedError, shortened
 from lepton_xla.serve.http.limits import Limits
 from lepton_xla.serve.protocol.classification import classes_shape
 from lepton_xla.serve.protocol.request import (
+    InputHead,
     OutputHead,
     RequestHead,
     binary_size,
@@ -152,7 +153,7 @@ class Decoder:
             head = self._last_head
         else:
             head = body[:head_bytes]
-        arrays: dict[int, bytes] | None = None
+        arrays: dict[int, memoryview] | None = None
         plan = self._last if head is self._last_head else self._known(head)
         if plan is None:
             arrays = {}
@@ -169,7 +170,7 @@ class Decoder:
         nbytes = plan.tail_bytes
         if arrays:
             for index, data in arrays.items():
-                tensors[index] = memoryview(data)
+                tensors[index] = data
                 nbytes += len(data)
         if self._bool_inputs:
             self._check_bools(tensors)
@@ -223,19 +224,21 @@ class Decoder:
             if len(tensors[index]) and np.frombuffer(tensors[index], np.uint8).max() > 1:
                 raise RefusedError(400, f"input {self._signature.inputs[index].name!r}: a BOOL byte is neither 0 nor 1")
 
-    def _plan(self, head: bytes, arrays: dict[int, bytes]) -> Plan:
-        request = parse_head(head, self._limits.max_json_depth)
+    def _plan(self, head: bytes, arrays: dict[int, memoryview]) -> Plan:
+        request, cut = parse_head(head, self._limits)
         check_reserved(request.parameters)
         named = len(request.inputs) + len(request.outputs or ())
         if named > self._limits.max_tensors:
             raise RefusedError(400, f"the request names {named} tensors; it may name {self._limits.max_tensors}")
         sizes: dict[str, int] = {}
+        in_json: dict[int, InputHead] = {}
         slices: list[tuple[int, int] | None] = [None] * len(self._inputs)
         cursor = 0
         for given in request.inputs:
             index = self._inputs.get(given.name)
             if index is None:
-                raise RefusedError(400, f"the model has no input {given.name!r}; it has {_names(self._inputs)}")
+                name = shortened(given.name)
+                raise RefusedError(400, f"the model has no input {name}; it has {_names(self._inputs)}")
             if slices[index] is not None:
                 raise RefusedError(400, f"input {given.name!r} is given twice")
             tensor = self._signature.inputs[index]
@@ -248,11 +251,15 @@ class Decoder:
             slices[index] = (cursor, cursor + (size or 0))
             cursor += size or 0
             if size is None:
-                arrays[index] = json_data(given, tensor)
+                in_json[index] = given
         missing = [name for name, index in self._inputs.items() if slices[index] is None]
         if missing:
             raise RefusedError(400, f"input {missing[0]!r} is missing; the model needs {_names(self._inputs)}")
-        return self._fit(sizes, tuple(s for s in slices if s is not None), cursor, self._options(request))
+        plan = self._fit(sizes, tuple(s for s in slices if s is not None), cursor, self._options(request))
+        # Last: all that is cheap to check is.
+        for index, given in in_json.items():
+            arrays[index] = json_data(given, self._signature.inputs[index], head, cut)
+        return plan
 
     def _fit(
         self, sizes: dict[str, int], slices: tuple[tuple[int, int], ...], tail_bytes: int, options: _Options
@@ -313,10 +320,11 @@ class Decoder:
         wanted: dict[int, bool] = {}
         classes: list[int] = []
         for output in request.outputs or [OutputHead(name) for name in self._outputs]:
-            where = f"output {output.name!r}"
             index = self._outputs.get(output.name)
             if index is None:
-                raise RefusedError(400, f"the model has no output {output.name!r}; it has {_names(self._outputs)}")
+                name = shortened(output.name)
+                raise RefusedError(400, f"the model has no output {name}; it has {_names(self._outputs)}")
+            where = f"output {output.name!r}"
             if index in wanted:
                 raise RefusedError(400, f"{where} is asked for twice")
             check_tensor_parameters(output.parameters, where)
