@@ -237,7 +237,7 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
             text = preset_text(str(name_or_path))
         else:
             try:
-                text = path.read_text(encoding="utf-8")
+                text = path.read_text(encoding="utf-8-sig")
             except (OSError, ValueError) as error:  # ValueError: not text, or a null byte in the name
                 raise RecipeError(
                     f"recipe {str(name_or_path)!r}: neither a preset ({', '.join(presets())}) nor a readable TOML file"
@@ -252,7 +252,7 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
             RecipeError: for malformed TOML, an unknown key, a wrong type, or an invalid pattern.
         """
         try:
-            recipe = msgspec.toml.decode(text, type=Recipe)
+            recipe = msgspec.toml.decode(text.removeprefix("\ufeff"), type=Recipe)
         except (msgspec.MsgspecError, ValueError, RecursionError) as error:  # tomllib lets some of its own through
             raise RecipeError(f"recipe {name!r}: {_reason(error, text)}") from error
         recipe = recipe if recipe.name else msgspec.structs.replace(recipe, name=name)

@@ -65,6 +65,9 @@ class LeptonGroup(click.Group):
     def make_context(
         self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
     ) -> click.Context:
+        for arg in args:
+            if "\0" in arg:  # from Python only: no shell hands one over
+                raise OneLineError(f"the argument {arg!r} has a null byte in it")
         try:
             return super().make_context(info_name, args, parent, **extra)
         except click.ClickException as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pathlib
@@ -32,7 +33,7 @@ def read(source: str) -> dict[str, Any]:
         InputError: naming the file that is missing or is something else.
     """
     if source == "-":
-        return _parse(sys.stdin.read(), "stdin")
+        return _parse(sys.stdin.read().removeprefix("\ufeff"), "stdin")
     name, equals, file = source.partition("=")
     suffix = pathlib.PurePath(source).suffix
     if suffix == ".npz" and not equals:
@@ -65,8 +66,8 @@ def _load(file: str) -> dict[str, Any]:
 
 def _text(file: str) -> str:
     try:
-        return pathlib.Path(file).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        return pathlib.Path(file).read_text(encoding="utf-8-sig")
+    except (OSError, ValueError) as error:  # ValueError: not text, or a path that no file can have
         raise InputError(f"{file}: cannot be read: {error}") from error
 
 
@@ -129,9 +130,11 @@ def write_npz(file: str, arrays: Mapping[str, np.ndarray]) -> None:
                     np.lib.format.write_array(entry, _storable(array), allow_pickle=False)
         os.replace(temporary, target)
     except BaseException as error:
-        temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            raise InputError(f"{file}: cannot be written: {error.strerror}") from error
+        with contextlib.suppress(OSError, ValueError):
+            temporary.unlink()
+        if isinstance(error, OSError | ValueError):  # ValueError: a path that no file can have
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise InputError(f"{file}: cannot be written: {reason}") from error
         raise
 
 

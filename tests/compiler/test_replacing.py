@@ -179,7 +179,9 @@ def test_paths_that_no_file_can_have(tmp_path, dense_artifact, name):
 def test_places_where_nothing_can_be_written(tmp_path, dense_artifact, monkeypatch):
     (tmp_path / "file").write_text("x")
     for path in (tmp_path / "file" / "m.lepton", tmp_path / ("x" * 300)):
-        with pytest.raises(ArtifactError, match=r"cannot be created: (File exists|Not a directory|File name too long)$"):
+        with pytest.raises(
+            ArtifactError, match=r"cannot be created: (File exists|Not a directory|File name too long)$"
+        ):
             dense_artifact.save(path)
         with pytest.raises(ArtifactError, match=r"manifest\.json (is missing|cannot be read: File name too long)"):
             compiler.load(path)

@@ -142,6 +142,8 @@ def _locked(path: Path) -> Generator[None]:
         directory = os.open(path.resolve().parent, os.O_RDONLY | os.O_DIRECTORY)
     except OSError as error:
         raise ServeError(f"cannot write the {_WHAT} {path}: {error.strerror}") from error
+    except ValueError as error:  # a path that no file can have
+        raise ServeError(f"cannot write the {_WHAT} {str(path)!r}: {error}") from error
     try:
         fcntl.flock(directory, fcntl.LOCK_EX)
         yield

@@ -57,7 +57,7 @@ class Watched[T]:
 def _state(path: Path) -> tuple[int, ...] | None:
     try:
         found = path.stat()
-    except OSError:
+    except (OSError, ValueError):  # ValueError: a path that no file can have
         return None
     # The change time tells of a mode that was put right.
     return found.st_mtime_ns, found.st_ctime_ns, found.st_size, found.st_ino
@@ -79,6 +79,8 @@ def read_private(path: Path, what: str) -> bytes:
             content = file.read()
     except OSError as error:
         raise ServeError(f"cannot read the {what} {path}: {error.strerror}") from error
+    except ValueError as error:  # a path that no file can have
+        raise ServeError(f"cannot read the {what} {str(path)!r}: {error}") from error
     if mode & 0o022:
         raise ServeError(f"the {what} {path} may be written by others (mode {mode:04o}); chmod 600 it")
     if mode & 0o044:
