@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from lepton_xla.errors import RecipeError
 from lepton_xla.passes import matrix
+from lepton_xla.passes.factors import fitted, usable
 from lepton_xla.passes.gptq import output_squares
 from lepton_xla.passes.grid import Planned, grid_matrices, nearest, planned_weights, whole_grid
 from lepton_xla.passes.precompute import for_plan
@@ -26,7 +27,6 @@ from lepton_xla.passes.scaling import (
     multiply_inputs,
     scale_groups,
     scaled_weights,
-    usable,
 )
 from lepton_xla.passes.sites import Site, find_sites
 from lepton_xla.passes.smoothquant import group_reports
@@ -102,6 +102,7 @@ def awq(
         if exponent == 0:
             reports += [SiteReport(site.name, "kept", "no factor errs less", metrics=metrics) for site in group.sites]
             continue
+        factor = fitted(weights, sites, group, factor)
         weights = scaled_weights(weights, sites, group, factor)
         if not group.absorbers:
             multiplied.append((group, 1 / factor))

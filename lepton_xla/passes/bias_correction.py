@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lepton_xla.passes import matrix
-from lepton_xla.passes.flow import Flow, Place, is_vector, output_axis
+from lepton_xla.passes.flow import Flow, Place, is_vector, not_float_name, output_axis
 from lepton_xla.passes.grid import planned_weights, weight_report
 from lepton_xla.passes.precompute import for_plan
 from lepton_xla.passes.rewrite import Context, Values, materialize
@@ -99,7 +99,7 @@ def _bias_after(flow: Flow, place: Place | None) -> str | None:
         after = readers[0]
         if after.primitive.name == "transpose":  # as `vmap` leaves it where the weight is on the left
             axis = list(after.params["permutation"]).index(axis)
-        elif after.primitive.name != "convert_element_type":
+        elif after.primitive.name != "convert_element_type" or not_float_name(after.outvars[0].aval.dtype):
             break
         eqn = after
     if after.primitive.name != "add":
@@ -107,12 +107,11 @@ def _bias_after(flow: Flow, place: Place | None) -> str | None:
     side = 1 - next(index for index, atom in enumerate(after.invars) if atom is var)
     operand = after.invars[side]
     source = body.source(operand)
-    if source is None or after.outvars[0].aval.shape != var.aval.shape:
+    if source is None or source.not_float or after.outvars[0].aval.shape != var.aval.shape:
         return None
     if operand.aval.ndim != var.aval.ndim or flow.uses.get(source.path, 0) != 1 or source.steps != place.source.steps:
         return None
-    vector = is_vector(flow.weights[source.path], source, operand, axis, var.aval.shape[axis])
-    return source.path if vector else None
+    return source.path if is_vector(flow.weights[source.path], body, operand, axis) else None
 
 
 def _channel_axis(place: Place) -> int | None:

@@ -188,6 +188,8 @@ def _kept_weight(leaf: Any, users: Sequence[Site], reasons: Mapping[str, str], d
     if not all(site.exclusive for site in users):
         return "it is also used where no product is"
     for site in users:
+        if site.not_float:
+            return f"it becomes {site.not_float} before site {site.name!r}"
         if reasons[site.name]:
             return f"site {site.name!r} stays as it is: {reasons[site.name]}"
     largest = float(jnp.max(jnp.abs(leaf), initial=0))

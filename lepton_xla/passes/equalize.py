@@ -8,18 +8,17 @@ between two products, channel i of the first weight is divided by `s_i` and of t
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 
 from lepton_xla.errors import RecipeError
-from lepton_xla.passes import matrix
+from lepton_xla.passes.factors import column_absmax, fitted, usable
 from lepton_xla.passes.flow import Absorber
 from lepton_xla.passes.grid import weight_report
 from lepton_xla.passes.precompute import for_plan
-from lepton_xla.passes.scaling import Group, scale_groups, scaled_weights, usable, weight_absmax
+from lepton_xla.passes.scaling import Group, scale_groups, scaled_weights, weight_absmax
 from lepton_xla.passes.sites import Site, find_sites
 from lepton_xla.program import Program
 from lepton_xla.report import PassReport, SiteReport
@@ -56,7 +55,8 @@ def equalize(program: Program, plan: Plan, *, rounds: int = 20, tolerance: float
     while done < rounds and largest > tolerance:
         done, largest = done + 1, 0.0
         for index, (group, first) in enumerate(pairs):
-            factor = pair_factor(column_absmax(weights, sites[first.site], first), weight_absmax(weights, group))
+            before = column_absmax(sites[first.site], first, weights[first.path])
+            factor = fitted(weights, sites, group, pair_factor(before, weight_absmax(weights, group)))
             weights = scaled_weights(weights, sites, group, factor)
             totals[index] = totals[index] * factor if index in totals else factor
             largest = max(largest, float(jnp.max(jnp.abs(jnp.log(factor)))))
@@ -80,18 +80,6 @@ def pair_factor(first: jax.Array, second: jax.Array) -> jax.Array:
     one = jnp.ones_like(first)
     ratio = jnp.where(alive, first, one) / jnp.where(alive, second, one)
     return jnp.where(alive, usable(jnp.sqrt(ratio)), one)
-
-
-def column_absmax(weights: Mapping[str, Any], site: Site, absorber: Absorber) -> jax.Array:
-    """The largest magnitude of each output channel along the absorber's axis: `[*steps, channels]`."""
-    matrices = matrix.stored_matrix(site, weights[absorber.path])
-    assert absorber.axis is not None
-    axes = tuple(axis for axis in range(len(site.weight.shape)) if axis != absorber.axis)
-
-    def of_step(part: jax.Array) -> jax.Array:
-        return jnp.max(jnp.abs(matrix.weight_operand(site, part).astype(jnp.float32)), axis=axes)
-
-    return matrix.each_step(site, of_step)(matrices)
 
 
 def _product_before(group: Group) -> Absorber | None:

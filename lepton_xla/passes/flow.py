@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -40,11 +40,13 @@ class Source:
         path: the weight's path.
         steps: the bodies of the scans that step over it.
         turned: whether a transpose was among the operations.
+        not_float: the first dtype on its way that is no float, and so holds no factor; empty if there is none.
     """
 
     path: str
     steps: tuple[int, ...] = ()
     turned: bool = False
+    not_float: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,17 +92,41 @@ class Body:
 
     def source(self, atom: Any) -> Source | None:
         """The weight that a variable is, laid out anew; None for anything else."""
-        turned = False
+        turned, not_float = False, ""
         while not isinstance(atom, _compat.LITERAL):
+            not_float = not_float_name(atom.aval.dtype) or not_float
             if atom in self.sources:
                 found = self.sources[atom]
-                return dataclasses.replace(found, turned=found.turned or turned)
+                return dataclasses.replace(found, turned=found.turned or turned, not_float=found.not_float or not_float)
             eqn = self.producers.get(atom)
             if eqn is None or eqn.primitive.name not in _SPREADS:
                 return None
             turned = turned or eqn.primitive.name == "transpose"
             atom = eqn.invars[0]
         return None
+
+    def lies_along(self, operand: Any, axis: int) -> bool:
+        """Whether a laid-out weight, as its body gets it, varies along this axis of a variable only."""
+        while operand not in self.sources:
+            eqn = self.producers[operand]
+            if eqn.primitive.name == "broadcast_in_dim":
+                places = eqn.params["broadcast_dimensions"]
+                if axis not in places:
+                    return False
+                axis = places.index(axis)
+            else:
+                try:
+                    axis = _moved_back(eqn, axis)
+                except NotAbsorbedError:
+                    return False
+            operand = eqn.invars[0]
+        shape = operand.aval.shape
+        return shape[axis] == math.prod(shape)
+
+
+def not_float_name(dtype: Any) -> str:
+    """The name of a dtype that is no float; empty for a float."""
+    return "" if jnp.issubdtype(dtype, jnp.floating) else jnp.dtype(dtype).name
 
 
 class Flow:
@@ -115,7 +141,7 @@ class Flow:
         self.places: dict[str, Place] = {}
         self.uses: dict[str, int] = {}
         self.weights = program.weights
-        self._counts: dict[str, int] = {}
+        self._ordinals: dict[str, int] = {}
 
         def leave(_context: Context, _eqn: Any, _values: Values) -> None:
             return None
@@ -136,17 +162,18 @@ class Flow:
             name = eqn.primitive.name
             found = [body.source(atom) for atom in eqn.invars]
             if name in _BODIES:
+                self._count(found[index] for index in _changing(eqn))
                 for inner, inner_sources in _inner(eqn, found):
                     self._read(inner, inner_sources)
                 continue
             if name in _SPREADS and found[0] is not None:
                 continue
-            for source in found:
-                if source is not None:
-                    self.uses[source.path] = self.uses.get(source.path, 0) + 1
+            self._count(found)
             self._note(body, eqn, found)
-        for atom in jaxpr.outvars:
-            source = body.source(atom)
+        self._count(body.source(atom) for atom in jaxpr.outvars)
+
+    def _count(self, found: Iterable[Source | None]) -> None:
+        for source in found:
             if source is not None:
                 self.uses[source.path] = self.uses.get(source.path, 0) + 1
 
@@ -158,8 +185,8 @@ class Flow:
         if len(tracked) != 1 or (kind == "gather" and (tracked[0][0] != 0 or not takes_rows(eqn))):
             return
         operand, source = tracked[0]
-        ordinal = self._counts.get(source.path, 0)
-        self._counts[source.path] = ordinal + 1
+        ordinal = self._ordinals.get(source.path, 0)
+        self._ordinals[source.path] = ordinal + 1
         name = f"{source.path}#{ordinal}" if ordinal else source.path
         self.places[name] = Place(name, eqn, operand, source, body)
 
@@ -253,22 +280,26 @@ class Flow:
         source = place.body.source(operand)
         assert source is not None
         self._check(place, source)
-        if not is_vector(self.weights[source.path], source, operand, axis, size):
+        if not is_vector(self.weights[source.path], place.body, operand, axis):
             raise NotAbsorbedError(f"{source.path!r} is not a vector of its channels")
         return Absorber(source.path)
 
     def _check(self, place: Place, source: Source) -> None:
+        if source.not_float:
+            raise NotAbsorbedError(f"{source.path!r} is {source.not_float}, which holds no factor")
         if self.uses.get(source.path, 0) != 1:
             raise NotAbsorbedError(f"{source.path!r} is also used elsewhere")
         if source.steps != place.source.steps:
             raise NotAbsorbedError(f"{source.path!r} is not stacked as its weight is")
 
 
-def is_vector(stored: Any, source: Source, operand: Any, axis: int, size: int) -> bool:
-    """Whether a laid-out weight is a stored vector (one for each step) spread along one axis of a variable."""
+def is_vector(stored: Any, body: Body, operand: Any, axis: int) -> bool:
+    """Whether a laid-out weight is a stored vector (one for each step) that varies along one axis of a variable."""
+    source, size = body.source(operand), operand.aval.shape[axis]
+    if source is None or source.turned or not body.lies_along(operand, axis):
+        return False
     rest = stored.shape[len(source.steps) :]
-    wide = operand.aval.shape[axis] == size and math.prod(rest) == size
-    return wide and not source.turned and max((*rest, 1)) == size
+    return math.prod(rest) == size and max((*rest, 1)) == size
 
 
 def output_axis(eqn: Any, weight_operand: int, axis: int) -> int | None:
@@ -282,6 +313,16 @@ def output_axis(eqn: Any, weight_operand: int, axis: int) -> int | None:
     ]
     index = axis - len(batch[0]) - (len(free[0]) if weight_operand == 1 else 0)
     return free[weight_operand][index] if 0 <= index < len(free[weight_operand]) else None
+
+
+def _changing(eqn: Any) -> range:
+    """Operands of a container that its bodies do not see as they are: what is carried, and which branch is taken."""
+    if eqn.primitive.name == "scan":
+        consts, carry = _compat.scan_split(eqn)
+        return range(consts, consts + carry)
+    if eqn.primitive.name == "while":
+        return range(eqn.params["cond_nconsts"] + eqn.params["body_nconsts"], len(eqn.invars))
+    return range(1)
 
 
 def _inner(eqn: Any, found: Sequence[Source | None]) -> list[tuple[Any, dict[Any, Source]]]:

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 
 from lepton_xla import _compat
 from lepton_xla.errors import UnsupportedError
+from lepton_xla.passes.factors import wider
 from lepton_xla.passes.rewrite import Carried, Context, Values, materialize, rewrite
 from lepton_xla.passes.sites import Layout, LayoutOp, Site, find_sites, lay_out
 from lepton_xla.program import Program, abstract, leaf_bytes, probe_sizes, tree_bytes
@@ -180,10 +181,12 @@ def fold(program: Program) -> Program:
     weights: dict[str, Any] = dict(program.weights)
     masks = dict(program.masks)
     reports = []
-    for path, entry in folds.items():
-        weights[path] = _scaled(program.weights, entry)
-        if entry.shift is not None and entry.bias is not None:
-            weights[entry.bias] = entry.shift(program.weights).astype(entry.dtype)
+    for path, entry in list(folds.items()):
+        made = _made(program.weights, entry)
+        if not made:
+            del folds[path]
+            continue
+        weights |= made
         if path in masks:
             # A layout may hold a conversion to a float dtype, which a mask must not keep.
             masks[path] = lay_out(masks[path].astype(like[path].dtype), entry.layout) != 0
@@ -207,7 +210,7 @@ def fold(program: Program) -> Program:
 def _foldable(site: Site) -> bool:
     if site.container or not site.exclusive or site.weight_operand != 1:
         return False
-    if not jnp.issubdtype(site.weight.dtype, jnp.floating) or site.stacked:
+    if site.not_float or site.stacked:
         return False
     if any(op.resizes for op in site.layout if isinstance(op, LayoutOp)):
         return False
@@ -247,12 +250,22 @@ def _folded(end: _Product, like: _Weights) -> _Fold | None:
     return _Fold(end.site, end.weight.layout, end.scale, end.shift, bias, end.steps, end.aval.dtype)
 
 
-def _scaled(weights: _Weights, entry: _Fold) -> jax.Array:
-    """The weight with its scale folded in, multiplied in float32 or wider."""
+def _made(weights: _Weights, entry: _Fold) -> dict[str, jax.Array]:
+    """The weight with its scale folded in, multiplied in float32 or wider, and its bias; empty if these lose something.
+
+    A narrow dtype may overflow, or lose a channel that falls below its normal numbers.
+    """
     laid = lay_out(weights[_path(entry.site)], entry.layout)
-    scale = entry.scale(weights)
-    wide = _wider(laid.dtype, scale.dtype)
-    return (laid.astype(wide) * _along(scale.astype(wide), _axis_of(entry.site, 1), laid.ndim)).astype(laid.dtype)
+    scale, axis = entry.scale(weights), _axis_of(entry.site, 1)
+    wide = wider(laid.dtype, scale.dtype)
+    exact = laid.astype(wide) * _along(scale.astype(wide), axis, laid.ndim)
+    made = {_path(entry.site): exact.astype(laid.dtype)}
+    if entry.shift is not None and entry.bias is not None:
+        made[entry.bias] = entry.shift(weights).astype(entry.dtype)
+    largest = jnp.max(jnp.abs(exact), axis=[k for k in range(exact.ndim) if k != axis], initial=0)
+    lost = jnp.any((largest > 0) & (largest < float(jnp.finfo(laid.dtype).tiny)))
+    finite = all(bool(jnp.all(jnp.isfinite(array))) for array in made.values())
+    return made if finite and not bool(lost) else {}
 
 
 def _along(vector: jax.Array, axis: int, ndim: int) -> jax.Array:
@@ -325,7 +338,7 @@ def _finish(entry: _Fold, product: _Product) -> jax.Array:
     given = product.weight.given
     out = _compat.bind(product.eqn, [product.activation, given[_path(entry.site)]])[0]
     if entry.bias is not None:
-        wide = _wider(out.dtype, entry.dtype)
+        wide = wider(out.dtype, entry.dtype)
         bias = _along(given[entry.bias].astype(wide), _axis_of(entry.site, 0), out.ndim)
         out = out.astype(wide) + bias
     out = out.astype(entry.dtype)
@@ -437,12 +450,7 @@ def _channel_vector(value: Any, axis: int, literal: bool) -> _Vector | None:
 
 
 def _widened(vector: jax.Array) -> jax.Array:
-    return vector.astype(_wider(vector.dtype))
-
-
-def _wider(*dtypes: Any) -> Any:
-    """The widest of these dtypes and float32."""
-    return max((jnp.dtype("float32"), *map(jnp.dtype, dtypes)), key=lambda dtype: dtype.itemsize)
+    return vector.astype(wider(vector.dtype))
 
 
 def _once(context: Context, eqn: Any, values: Values) -> Values:

@@ -55,8 +55,8 @@ def unsupported(site: Site, rule: QuantizeRule | None = None) -> str | None:
             return "a gather that does not drop the dimension it looks up in"
     elif site.kind != "dot_general":
         return f"{site.kind} is not lowered"
-    if not jnp.issubdtype(site.weight.dtype, jnp.floating):
-        return f"its weight is {site.weight.dtype} already"
+    if site.not_float:  # to round it again, or to scale it, would lose what it holds
+        return f"its weight is {site.not_float} already"
     if 0 in site.weight.shape:
         return f"its weight, of shape {list(site.weight.shape)}, has no elements"
     if site.kind != "gather" and not jnp.issubdtype(site.activation.dtype, jnp.floating):

@@ -16,6 +16,7 @@ from jax import lax
 
 from lepton_xla import _compat
 from lepton_xla.passes import matrix
+from lepton_xla.passes.factors import multiplied, row_absmax
 from lepton_xla.passes.flow import Absorber, Flow, NotAbsorbedError, Place
 from lepton_xla.passes.rewrite import Context, Values, materialize
 from lepton_xla.passes.sites import LayoutOp, Site, find_sites, rewrite_sites
@@ -131,6 +132,8 @@ def _unscalable(flow: Flow, site: Site) -> str:
         return "its weight is also used elsewhere"
     if any(op.resizes for op in site.layout if isinstance(op, LayoutOp)):
         return "its weight is broadcast or cut before use"
+    if site.not_float:
+        return f"its weight is {site.not_float}, which holds no factor"
     if not all(jnp.issubdtype(operand.dtype, jnp.floating) for operand in site.operands):
         return "it is no product of floats"
     return ""
@@ -138,11 +141,7 @@ def _unscalable(flow: Flow, site: Site) -> str:
 
 def weight_absmax(weights: Mapping[str, Any], group: Group) -> jax.Array:
     """The largest magnitude that each input channel of a group meets in its weights: `[*steps, channels]`."""
-    largest: list[jax.Array] = []
-    for site in group.sites:
-        rows = jnp.max(jnp.abs(matrix.stored_matrix(site, weights[str(site.path)]).astype(jnp.float32)), axis=-1)
-        largest.append(channel_vector(site, rows, jnp.max))
-    return jnp.max(jnp.stack(largest), axis=0)
+    return jnp.max(jnp.stack([row_absmax(site, weights[str(site.path)]) for site in group.sites]), axis=0)
 
 
 def scaled_weights(weights: Mapping[str, Any], sites: Mapping[str, Site], group: Group, factor: jax.Array) -> Any:
@@ -152,18 +151,18 @@ def scaled_weights(weights: Mapping[str, Any], sites: Mapping[str, Site], group:
         weights: all weights, by path.
         sites: all products, by name.
         group: the group.
-        factor: `[*steps, channels]`, positive.
+        factor: `[*steps, channels]`, as `fitted` gives it.
     """
     changed = dict(weights)
     for site in group.sites:
         path = str(site.path)
-        matrices = matrix.stored_matrix(site, changed[path]).astype(jnp.float32)
-        changed[path] = matrix.stored_weight(site, matrices * matrix_rows(site, factor), changed[path])
+        matrices = matrix.stored_matrix(site, changed[path])
+        scaled = multiplied(matrices, matrix_rows(site, factor))
+        changed[path] = matrix.stored_weight(site, scaled, changed[path])
     for absorber in group.absorbers:
         stored = changed[absorber.path]
         if absorber.axis is None:
-            by = jnp.reshape(factor, stored.shape)
-            changed[absorber.path] = (stored.astype(jnp.float32) / by).astype(stored.dtype)
+            changed[absorber.path] = multiplied(stored, 1 / jnp.reshape(factor, stored.shape))
             continue
         site = sites[absorber.site]
         shape = [1] * len(site.weight.shape)
@@ -172,8 +171,8 @@ def scaled_weights(weights: Mapping[str, Any], sites: Mapping[str, Site], group:
             jnp.reshape(factor, (*factor.shape[:-1], *shape)), (*factor.shape[:-1], *site.weight.shape)
         )
         by = matrix.each_step(site, lambda part, site=site: matrix.weight_matrix(site, part))(operand)
-        matrices = matrix.stored_matrix(site, stored).astype(jnp.float32)
-        changed[absorber.path] = matrix.stored_weight(site, matrices / by, stored)
+        matrices = matrix.stored_matrix(site, stored)
+        changed[absorber.path] = matrix.stored_weight(site, multiplied(matrices, 1 / by), stored)
     return changed
 
 
@@ -208,7 +207,7 @@ def multiply_inputs(program: Program, factors: Sequence[tuple[Group, jax.Array]]
         if id(activation) not in computed:
             computed[id(activation)] = activation, lax.optimization_barrier(activation)
         factor = _along_channels(site, weight.beside[site.name])
-        activation = (computed[id(activation)][1].astype(jnp.float32) * factor).astype(activation.dtype)
+        activation = multiplied(computed[id(activation)][1], factor)
         operands = (activation, weight.value) if site.weight_operand == 1 else (weight.value, activation)
         return context.bind(eqn, operands)
 
@@ -236,9 +235,3 @@ def _along_channels(site: Site, vector: jax.Array) -> jax.Array:
     parts = jnp.reshape(vector, [shape[axis] for axis in axes])
     parts = jnp.transpose(parts, [axes.index(axis) for axis in ordered])
     return jnp.reshape(parts, [size if axis in axes else 1 for axis, size in enumerate(shape)])
-
-
-def usable(factor: jax.Array, *, limit: float = 1e4) -> jax.Array:
-    """A factor without what cannot be divided by: 1 for what is not finite or not positive, within limits."""
-    safe = jnp.where(jnp.isfinite(factor) & (factor > 0), factor, jnp.ones_like(factor))
-    return jnp.clip(safe, 1 / limit, limit)

@@ -211,6 +211,13 @@ class Site:
         return self.operands[1 - self.weight_operand if self.weight_operand is not None else 0]
 
     @property
+    def not_float(self) -> str:
+        """The first dtype that is no float of those the weight has from where it is stored to here; empty if none."""
+        ops = [op for op in self.layout if isinstance(op, LayoutOp)]
+        dtypes = [*(op.eqn.invars[0].aval.dtype for op in ops), self.weight.dtype]
+        return next((dtype.name for dtype in dtypes if not jnp.issubdtype(dtype, jnp.floating)), "")
+
+    @property
     def stacked(self) -> int:
         """How many leading axes the stored weight has that a scan steps over."""
         return sum(isinstance(op, Step) for op in self.layout)

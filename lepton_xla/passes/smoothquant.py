@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from lepton_xla.errors import RecipeError
+from lepton_xla.passes.factors import fitted, usable
 from lepton_xla.passes.grid import weight_report
 from lepton_xla.passes.precompute import for_plan
 from lepton_xla.passes.scaling import (
@@ -23,7 +24,6 @@ from lepton_xla.passes.scaling import (
     multiply_inputs,
     scale_groups,
     scaled_weights,
-    usable,
     weight_absmax,
 )
 from lepton_xla.passes.sites import Site, find_sites
@@ -99,7 +99,7 @@ def smooth(
                 continue
         first = group.sites[0]
         act = channel_vector(first, found[first.name].absmax, jnp.max)
-        factor = smooth_factor(act, weight_absmax(weights, group), alpha)
+        factor = fitted(weights, sites, group, smooth_factor(act, weight_absmax(weights, group), alpha))
         weights = scaled_weights(weights, sites, group, factor)
         if not group.absorbers:
             multiplied.append((group, 1 / factor))
