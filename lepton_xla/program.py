@@ -223,11 +223,19 @@ def name_leaves(tree: Any, *, single: str | None = None, prefix: str = "") -> di
         tree: any pytree.
         single: the name of the only leaf where the tree is one.
         prefix: the first part of the names of leaves in a tuple or list: `output` gives `output_0`, `output_1`.
+
+    Raises:
+        ModelError: for two leaves with one path, such as those of `{"a/b": x, "a": {"b": y}}`.
     """
-    flat, _ = jax.tree_util.tree_flatten_with_path(tree)
+    try:
+        flat, _ = jax.tree_util.tree_flatten_with_path(tree)
+    except (TypeError, ValueError) as error:  # of keys that Python cannot sort
+        raise ModelError(
+            f"a dictionary has keys of several kinds, such as 1 and '1'; make all strings: {error}"
+        ) from error
     named: dict[str, Any] = {}
     for path, leaf in flat:
-        name = "/".join(_key_name(key) for key in path) or (single if single is not None else prefix)
+        name = "/".join(map(key_name, path)) or (single if single is not None else prefix)
         if single is not None and name.split("/")[0].isdigit():
             name = f"{single}_{name}"
         if name in named:
@@ -236,7 +244,8 @@ def name_leaves(tree: Any, *, single: str | None = None, prefix: str = "") -> di
     return named
 
 
-def _key_name(key: Any) -> str:
+def key_name(key: Any) -> str:
+    """One part of a leaf's path: a dictionary's key, a position or an attribute."""
     for attribute in ("key", "idx", "name"):
         if hasattr(key, attribute):
             return str(getattr(key, attribute))

@@ -18,6 +18,7 @@ import numpy as np
 from lepton_xla.passes import matrix
 from lepton_xla.passes.flow import Flow, Place, is_vector, not_float_name, output_axis
 from lepton_xla.passes.grid import planned_weights, weight_report
+from lepton_xla.passes.names import Key, fresh
 from lepton_xla.passes.precompute import for_plan
 from lepton_xla.passes.rewrite import Context, Values, materialize
 from lepton_xla.passes.sites import Site, rewrite_sites
@@ -28,8 +29,8 @@ from lepton_xla.report import PassReport, SiteReport
 if TYPE_CHECKING:
     from lepton_xla.recipe import Plan
 
-# A bias that is added travels among the weights under the site's name and this suffix.
-CORRECTION_SUFFIX = ":correction"
+# A bias that is added is called this, among the weights and beside them.
+CORRECTION = "correction"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,9 +137,7 @@ def _add_biases(program: Program, added: Mapping[str, _Added]) -> Program:
         return program
     names: dict[str, str] = {}
     for name in added:
-        names[name] = name + CORRECTION_SUFFIX
-        while names[name] in program.weights:  # from an earlier pass
-            names[name] += CORRECTION_SUFFIX
+        names[name] = fresh(name, CORRECTION, {*program.weights, *names.values()})
     like, inner = abstract(program.weights), program.fn
     sites = {name: entry.site for name, entry in added.items()}
 
@@ -148,13 +147,13 @@ def _add_biases(program: Program, added: Mapping[str, _Added]) -> Program:
         weight, activation = values[site.weight_operand], materialize(values[1 - site.weight_operand])
         operands = (activation, weight.value) if site.weight_operand == 1 else (weight.value, activation)
         (out,) = context.bind(eqn, operands)
-        bias = _along_outputs(site, weight.beside[site.name], out.ndim)
+        bias = _along_outputs(site, weight.beside[site.name, CORRECTION], out.ndim)
         return [(out.astype(jnp.float32) + bias).astype(out.dtype)]
 
     def run(weights: Mapping[str, Any], *inputs: Any) -> Any:
-        beside: dict[str, dict[str, jax.Array]] = {}
+        beside: dict[str, dict[Key, jax.Array]] = {}
         for name, site in sites.items():
-            beside.setdefault(str(site.path), {})[name] = weights[names[name]]
+            beside.setdefault(str(site.path), {})[name, CORRECTION] = weights[names[name]]
         own = {name: leaf for name, leaf in weights.items() if name in like}
         return rewrite_sites(inner, rule, inline=True, on_unknown="keep", beside=beside)(own, *inputs)
 

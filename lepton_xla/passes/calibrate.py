@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lepton_xla.errors import CalibrationError
+from lepton_xla.passes.names import Key
 from lepton_xla.passes.precompute import for_plan
 from lepton_xla.passes.rewrite import Context, Values, materialize
 from lepton_xla.passes.sites import Site, rewrite_sites, step_lengths
@@ -21,8 +22,9 @@ from lepton_xla.quant.observers import Aggregate, Histogram
 if TYPE_CHECKING:
     from lepton_xla.recipe import Plan, QuantizeRule
 
-# Levels travel beside a weight under the site's name and this suffix; so do taps of counts leave the program.
-_LEVEL, _COUNTS = ":level", ":counts"
+# What travels beside a weight to its site: a mark of the step, and the level to count at. What leaves the program.
+_MARK, _LEVEL = "mark", "level"
+_LARGEST, _COUNTS = "largest", "counts"
 _FINITE = np.float32(np.finfo(np.float32).max).view(np.int32)
 
 # What is said of no batches.
@@ -90,26 +92,28 @@ def _observer(
             return
         activation = materialize(values[1 - site.weight_operand])
         beside = values[site.weight_operand].beside
-        here = beside[site.name]
-        context.tap(site.name, here * observers.largest_bits(activation))
+        here = beside[site.name, _MARK]
+        context.tap((site.name, _LARGEST), here * observers.largest_bits(activation))
         if site.name in counted:
-            counts = observers.count(activation, beside[site.name + _LEVEL])
+            counts = observers.count(activation, beside[site.name, _LEVEL])
             counts = jnp.multiply.outer(here.astype(jnp.uint32), counts)
-            context.tap(site.name + _COUNTS, counts, combine="sum")
+            context.tap((site.name, _COUNTS), counts, combine="sum")
 
     # Which of the scans around a site step over its weight is not in a tap's shape. So a mark of the step travels with
     # the weight: zeros of the shape of all steps, with a one at this step.
-    marks: dict[str, dict[str, jax.Array]] = {}
+    marks: dict[str, dict[Key, jax.Array]] = {}
     for name, (site, _) in sites.items():
         assert site.path is not None
         steps = _steps(program, site)
-        marks.setdefault(site.path, {})[name] = jnp.eye(math.prod(steps), dtype=jnp.int32).reshape((*steps, *steps))
+        marks.setdefault(site.path, {})[name, _MARK] = jnp.eye(math.prod(steps), dtype=jnp.int32).reshape(
+            (*steps, *steps)
+        )
 
     @jax.jit
     def run(weights: Any, levels: Mapping[str, jax.Array], inputs: Sequence[jax.Array]) -> dict[str, jax.Array]:
-        beside = {path: dict(at) for path, at in marks.items()}
+        beside: dict[str, dict[Key, jax.Array]] = {path: dict(at) for path, at in marks.items()}
         for name, level in levels.items():
-            beside[str(sites[name][0].path)][name + _LEVEL] = level
+            beside[str(sites[name][0].path)][name, _LEVEL] = level
         tapped = rewrite_sites(program.fn, rule, inline=True, beside=beside, with_taps=True)
         return tapped(weights, *inputs)[1]
 
@@ -120,9 +124,9 @@ def _observer(
             taps = jax.device_get(run(program.weights, levels, inputs))
             largest = {
                 # Scans that do not step over the weight have stacked theirs before it.
-                name: np.max(taps[name], axis=tuple(range(taps[name].ndim - site.stacked)))
+                name: np.max(found, axis=tuple(range(found.ndim - site.stacked)))
                 for name, (site, _) in sites.items()
-                if name in taps
+                if (found := taps.get((name, _LARGEST))) is not None
             }
             needed = {
                 name: _next_level(
@@ -135,7 +139,7 @@ def _observer(
                 if name in counted
             }
             if all(np.array_equal(levels[name], level) for name, level in needed.items()):
-                counts = {name: taps[name + _COUNTS] for name in needed}
+                counts = {name: taps[name, _COUNTS] for name in needed}
                 return largest, counts, levels
             levels, again = levels | needed, True
 

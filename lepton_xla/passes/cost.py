@@ -19,7 +19,7 @@ import jax
 
 from lepton_xla import _compat
 from lepton_xla.passes.rewrite import Carried, Context, Values, rewrite
-from lepton_xla.passes.sites import SITE_PRIMITIVES, numbered, takes_rows
+from lepton_xla.passes.sites import SITE_PRIMITIVES, site_name, takes_rows
 from lepton_xla.program import Program, abstract, leaf_bytes, probe_sizes, tree_bytes
 
 
@@ -199,7 +199,6 @@ class _Counter:
     def _site(self, context: Context, eqn: Any, paths: Sequence[str | None]) -> SiteCost:
         kind = eqn.primitive.name
         path = next((path for path in paths if path is not None), None)
-        base = path if path is not None else "/".join(part for part in (context.scope, kind) if part)
         parameters = stored_bytes = read = 0
         if path is not None:
             parameters, stored_bytes = _size(self.weights[path]), tree_bytes(self.weights[path])
@@ -207,7 +206,7 @@ class _Counter:
             read = stored_bytes * _size(touched.aval) * context.repeats // max(parameters, 1)
         activations = [atom for atom, path in zip(eqn.invars, paths, strict=True) if path is None]
         return SiteCost(
-            site=numbered(context, base, weighted=path is not None),
+            site=site_name(context, kind, path, self.weights),
             kind=kind,
             repeats=context.repeats,
             container=context.container,

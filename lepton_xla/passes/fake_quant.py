@@ -19,8 +19,9 @@ from lepton_xla import _compat
 from lepton_xla.errors import ModelError, RecipeError, UnsupportedError
 from lepton_xla.passes import products
 from lepton_xla.passes.computed import Computed
+from lepton_xla.passes.names import Key
 from lepton_xla.passes.precompute import computed_weights
-from lepton_xla.passes.products import RANGE_SUFFIX, SCALE_SUFFIX
+from lepton_xla.passes.products import RANGE, SCALE
 from lepton_xla.passes.rewrite import Context, Values
 from lepton_xla.passes.sites import (
     Escapes,
@@ -47,7 +48,7 @@ type Scales = dict[str, dict[str, jax.Array]]
 of its `activation`. `log2_scale` and `log2_activation` give a scale by its logarithm. `lower` takes the same."""
 
 _PARTS = ("scale", "zero_point", "codebook")
-_KEY_SUFFIX = ":key"
+_KEY = "key"
 
 
 def fake_quant(
@@ -245,12 +246,12 @@ def _round(
 
 
 def _round_operands(
-    site: Site, operands: Sequence[jax.Array], rule: QuantizeRule, tracked: Any, beside: Mapping[str, jax.Array]
+    site: Site, operands: Sequence[jax.Array], rule: QuantizeRule, tracked: Any, beside: Mapping[Key, jax.Array]
 ) -> list[_Rounded]:
     """The operands of a site with a weight."""
     side = site.weight_operand
     assert side is not None
-    keys = _site_keys(beside.get(site.name + _KEY_SUFFIX))
+    keys = _site_keys(beside.get((site.name, _KEY)))
     rounded = [_Rounded(operand) for operand in operands]
     rounded[side] = _round_weight(site, operands[side], rule, beside, keys[0])
     if rule.activations != "none":
@@ -259,10 +260,10 @@ def _round_operands(
 
 
 def _round_weight(
-    site: Site, weight: jax.Array, rule: QuantizeRule, beside: Mapping[str, jax.Array], key: jax.Array | None
+    site: Site, weight: jax.Array, rule: QuantizeRule, beside: Mapping[Key, jax.Array], key: jax.Array | None
 ) -> _Rounded:
     target = FORMATS[rule.weights]
-    given = {part: beside[f"{site.name}:{part}"] for part in _PARTS if f"{site.name}:{part}" in beside}
+    given = {part: beside[site.name, part] for part in _PARTS if (site.name, part) in beside}
     matrix = products.to_matrix(site, weight)
     grid = make_grid(matrix, target, rule.granularity, rule.weight_range, **given)
     if target.learned:  # its levels have leading axes as the matrix does
@@ -292,7 +293,7 @@ def _round_activation(
     scale = products.activation_scale(site, activation, rule.activations, static)
     if key is not None:
         return _Rounded(stochastic_quantize(activation, scale, target, key))
-    if isinstance(weight, Tracked) and site.name + SCALE_SUFFIX in weight.beside and target.kind == "int":
+    if isinstance(weight, Tracked) and (site.name, SCALE) in weight.beside and target.kind == "int":
         shared = math.prod(activation.shape[axis] for axis in products.activation_axes(site))
         return _round(activation, settle(scale, "tensor"), target, shared=shared)
     return _round(activation, scale, target, clips=static is not None)
@@ -346,9 +347,9 @@ def _code_product(site: Site, rounded: Sequence[_Rounded], order: tuple[int, int
     return product(values, codes, scales)
 
 
-def _rows_alone(site: Site, rule: QuantizeRule, beside: Mapping[str, jax.Array]) -> bool:
+def _rows_alone(site: Site, rule: QuantizeRule, beside: Mapping[Key, jax.Array]) -> bool:
     """Whether a row of a table is rounded by what is in it: then those that are looked up are enough."""
-    given = any(f"{site.name}{suffix}" in beside for suffix in (_KEY_SUFFIX, *(f":{part}" for part in _PARTS)))
+    given = any((site.name, what) in beside for what in (_KEY, *_PARTS))
     return not given and rule.granularity != "tensor" and not FORMATS[rule.weights].learned
 
 
@@ -384,12 +385,11 @@ def _beside(
     scales: Mapping[str, Mapping[str, jax.Array]],
     key: jax.Array | None,
     weights: Any,
-) -> dict[str, dict[str, jax.Array]]:
+) -> dict[str, dict[Key, jax.Array]]:
     """What travels beside each weight to its sites, one step of a stack at a time."""
     _check_names(scales, planned)
     named = name_leaves(weights, prefix="weights")
-    arrays = {name + RANGE_SUFFIX: jnp.asarray(value) for name, value in ranges.items()}
-    suffixes = [RANGE_SUFFIX, SCALE_SUFFIX, _KEY_SUFFIX, *(f":{part}" for part in _PARTS)]
+    arrays: dict[Key, jax.Array] = {(name, RANGE): jnp.asarray(value) for name, value in ranges.items()}
     for entry in planned:
         site = entry.site
         assert site.path is not None
@@ -401,16 +401,16 @@ def _beside(
             )
         for part, value in scales.get(site.path, {}).items():
             if part in _PARTS:
-                arrays[f"{site.name}:{part}"] = value
+                arrays[site.name, part] = value
         if "activation" in scales.get(site.name, {}):
-            arrays[site.name + SCALE_SUFFIX] = scales[site.name]["activation"]
+            arrays[site.name, SCALE] = scales[site.name]["activation"]
         if key is not None:
             own = jax.random.fold_in(key, zlib.crc32(site.name.encode()))
             like = stored_like(site, named)
             laid = jax.eval_shape(lambda array, site=site: lay_out(array, site.layout), like)
             steps = tuple(laid.shape[: site.stacked])
-            arrays[site.name + _KEY_SUFFIX] = jax.random.split(own, (*steps, 2))
-    return products.beside([entry.site for entry in planned], arrays, suffixes)
+            arrays[site.name, _KEY] = jax.random.split(own, (*steps, 2))
+    return products.beside([entry.site for entry in planned], arrays)
 
 
 def _check_met(planned: Sequence[SitePlan], met: set[str], escapes: Escapes) -> None:

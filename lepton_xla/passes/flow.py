@@ -16,9 +16,10 @@ import jax
 import jax.numpy as jnp
 
 from lepton_xla import _compat
+from lepton_xla.passes.names import SiteNames
 from lepton_xla.passes.rewrite import Context, Values, rewrite
 from lepton_xla.passes.sites import takes_rows
-from lepton_xla.program import Program, abstract, probe_sizes
+from lepton_xla.program import Program, abstract, name_leaves, probe_sizes
 
 _MOVES = (
     "convert_element_type", "transpose", "reshape", "squeeze", "expand_dims", "copy", "copy_p", "reduce_precision",
@@ -141,7 +142,7 @@ class Flow:
         self.places: dict[str, Place] = {}
         self.uses: dict[str, int] = {}
         self.weights = program.weights
-        self._ordinals: dict[str, int] = {}
+        self._names = SiteNames(name_leaves(program.weights))
 
         def leave(_context: Context, _eqn: Any, _values: Values) -> None:
             return None
@@ -185,9 +186,7 @@ class Flow:
         if len(tracked) != 1 or (kind == "gather" and (tracked[0][0] != 0 or not takes_rows(eqn))):
             return
         operand, source = tracked[0]
-        ordinal = self._ordinals.get(source.path, 0)
-        self._ordinals[source.path] = ordinal + 1
-        name = f"{source.path}#{ordinal}" if ordinal else source.path
+        name = self._names.of_weight(source.path)
         self.places[name] = Place(name, eqn, operand, source, body)
 
     def activation(self, place: Place) -> tuple[Any, int]:

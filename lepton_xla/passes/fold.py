@@ -20,13 +20,14 @@ import jax.numpy as jnp
 from lepton_xla import _compat
 from lepton_xla.errors import UnsupportedError
 from lepton_xla.passes.factors import wider
+from lepton_xla.passes.names import fresh
 from lepton_xla.passes.rewrite import Carried, Context, Values, materialize, rewrite
 from lepton_xla.passes.sites import Layout, LayoutOp, Site, find_sites, lay_out
 from lepton_xla.program import Program, abstract, leaf_bytes, probe_sizes, tree_bytes
 from lepton_xla.report import PassReport, SiteReport
 
-# The folded shift of the weight at `path` is the weight `path:bias`.
-BIAS_SUFFIX = ":bias"
+# What the folded shift of a weight is called.
+BIAS = "bias"
 
 
 type _Weights = Mapping[str, Any]
@@ -176,7 +177,8 @@ def fold(program: Program) -> Program:
     like = abstract(program.weights)
     products: list[_Product] = []
     jax.eval_shape(_walk(program.fn, like, sites, found=products), like, *program.abstract_inputs(sizes))
-    folds = {_path(fold.site): fold for product in products if (fold := _folded(product.last(), like)) is not None}
+    taken = set(like)
+    folds = {_path(fold.site): fold for product in products if (fold := _folded(product.last(), taken)) is not None}
 
     weights: dict[str, Any] = dict(program.weights)
     masks = dict(program.masks)
@@ -238,15 +240,14 @@ def _axis_of(site: Site, operand: int) -> int:
     return axes[operand]
 
 
-def _folded(end: _Product, like: _Weights) -> _Fold | None:
-    """What the product's weight becomes, or None where nothing scales the product."""
+def _folded(end: _Product, taken: set[str]) -> _Fold | None:
+    """What the product's weight becomes, its bias named as nothing that is taken; None where nothing scales it."""
     if end.scale is None:
         return None
     bias = None
     if end.shift is not None:
-        bias = _path(end.site) + BIAS_SUFFIX
-        while bias in like:  # from an earlier fold
-            bias += BIAS_SUFFIX
+        bias = fresh(_path(end.site), BIAS, taken)
+        taken.add(bias)
     return _Fold(end.site, end.weight.layout, end.scale, end.shift, bias, end.steps, end.aval.dtype)
 
 

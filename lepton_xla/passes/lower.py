@@ -24,8 +24,9 @@ from lepton_xla.errors import CalibrationError, ModelError
 from lepton_xla.passes import matrix, products
 from lepton_xla.passes.calibrate import needs_range
 from lepton_xla.passes.measure import Timing, WholeTiming, compare, time_programs
+from lepton_xla.passes.names import Key, fresh
 from lepton_xla.passes.precompute import for_plan
-from lepton_xla.passes.products import RANGE_SUFFIX, SCALE_SUFFIX
+from lepton_xla.passes.products import RANGE, SCALE
 from lepton_xla.passes.rewrite import Context, Values, materialize
 from lepton_xla.passes.sites import Site, find_sites, lay_out, rewrite_sites
 from lepton_xla.program import Expansion, Program, abstract, leaf_bytes, tree_bytes
@@ -119,23 +120,25 @@ def lower(
     reasons = {planned.site.name: products.float_reason(planned.site, planned.rule) for planned in every}
     reasons |= {name: reason for name, reason in (in_float or {}).items() if name in reasons}
     candidates = [planned for planned in every if planned.rule.activations != "none" and not reasons[planned.site.name]]
-    values: dict[str, jax.Array] = {}
+    values: dict[Key, jax.Array] = {}
     for planned in candidates:
         trained = given.get(planned.site.name, {}).get("activation")
         if trained is not None:
-            values[planned.site.name + SCALE_SUFFIX] = settle(trained, "tensor")
+            values[planned.site.name, SCALE] = settle(trained, "tensor")
         elif needs_range(planned.rule):
-            values[planned.site.name + RANGE_SUFFIX] = _finite_range(planned.site, ranges)
+            values[planned.site.name, RANGE] = _finite_range(planned.site, ranges)
+    names = _names(values, like)
     timings = _time_sites(program, candidates, sizes, say)
     reasons |= {name: _wrong_reason(name, found) for name, found in timings.items() if any(t.wrong for t in found)}
     candidates = [planned for planned in candidates if not reasons[planned.site.name]]
 
     def build(integer: frozenset[str]) -> Callable[..., Any]:
-        return _lowered(program.fn, like, every, list(_own(values, integer)), _pads(integer, timings))
+        beside = {key: name for key, name in names.items() if key[0] in integer}
+        return _lowered(program.fn, like, every, beside, _pads(integer, timings))
 
     def variant(integer: frozenset[str], unpacked: bool) -> tuple[Callable[..., Any], Any]:
         """The program with these sites computed from codes, and the weights it takes."""
-        own = weights | _own(values, integer)
+        own = weights | _own(values, names, integer)
         return build(integer), _unpack(_unpackable(stored, integer), own) if unpacked else own
 
     def time_whole(variants: Sequence[tuple[Callable[..., Any], Any]]) -> list[WholeTiming]:
@@ -158,7 +161,7 @@ def lower(
         once = any(timed.set_us[0] < WORTH_RATIO * timed.set_us[1] for timed in whole)
         lowered_us = [timed.set_us[0 if once else 1] for timed in whole]
         expansion = Expansion(functools.partial(_unpack, unpackable), build(integer)) if once else None
-    weights |= _own(values, integer)
+    weights |= _own(values, names, integer)
     for planned in every:
         name, path = planned.site.name, planned.site.path
         entry = _report(planned, reasons[name], integer, timings.get(name, []))
@@ -193,7 +196,7 @@ def _lowered(
     fn: Callable[..., Any],
     like: Any,
     every: Sequence[_Planned],
-    beside: Sequence[str],
+    beside: Mapping[Key, str],
     pad_single: Mapping[str, bool],
 ) -> Callable[..., Any]:
     """The function on stored weights, the sites named in `pad_single` computed from codes.
@@ -202,7 +205,7 @@ def _lowered(
         fn: the float program's.
         like: its weights' shapes.
         every: the sites whose weights are stored small, and the products of two activations.
-        beside: names of the static ranges and scales among the new function's weights.
+        beside: site and what of it -> name of a static range or scale among the new function's weights.
         pad_single: site name -> whether a single row is padded to two.
     """
     by_name = {planned.site.name: planned.rule for planned in every}
@@ -235,10 +238,10 @@ def _lowered(
         return context.bind(eqn, (activation, weight) if site.weight_operand == 1 else (weight, activation))
 
     def run(weights: Mapping[str, Any], *inputs: Any) -> Any:
-        arrays = {name: weights[name] for name in beside}
+        arrays = {key: weights[name] for key, name in beside.items()}
         own = {name: leaf for name, leaf in weights.items() if name in like}
         own |= {name: _Unpacked(own[name]) for name in small if not isinstance(own[name], QTensor)}
-        travelling = products.beside(sites, arrays, (RANGE_SUFFIX, SCALE_SUFFIX))
+        travelling = products.beside(sites, arrays)
         return rewrite_sites(fn, rule, inline=True, on_unknown="keep", like=like, beside=travelling)(own, *inputs)
 
     return run
@@ -279,9 +282,12 @@ def _finite_range(site: Site, ranges: Mapping[str, jax.Array] | None) -> jax.Arr
     return value
 
 
-def _site_of(name: str) -> str:
-    """The site whose range or scale travels under this name."""
-    return name.removesuffix(RANGE_SUFFIX).removesuffix(SCALE_SUFFIX)
+def _names(values: Mapping[Key, Any], weights: Mapping[str, Any]) -> dict[Key, str]:
+    """What each static range and scale is called among the weights."""
+    names: dict[Key, str] = {}
+    for site, what in values:
+        names[site, what] = fresh(site, what, {*weights, *names.values()})
+    return names
 
 
 def _by_weight(plan: Plan) -> dict[str, list[_Planned]]:
@@ -366,9 +372,9 @@ def _spread(sizes: Sequence[Mapping[str, int]]) -> list[Mapping[str, int]]:
     return [sizes[round(k * (len(sizes) - 1) / (MAX_SIZES - 1))] for k in range(MAX_SIZES)]
 
 
-def _own(values: Mapping[str, jax.Array], integer: frozenset[str]) -> dict[str, jax.Array]:
-    """The static ranges and scales of the sites that are computed from codes."""
-    return {name: value for name, value in values.items() if _site_of(name) in integer}
+def _own(values: Mapping[Key, jax.Array], names: Mapping[Key, str], integer: frozenset[str]) -> dict[str, jax.Array]:
+    """The static ranges and scales of the sites that are computed from codes, by what they are called."""
+    return {names[key]: value for key, value in values.items() if key[0] in integer}
 
 
 def _pads(integer: frozenset[str], timings: Mapping[str, Sequence[Timing]]) -> dict[str, bool]:

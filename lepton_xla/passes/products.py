@@ -16,15 +16,15 @@ from jax import lax
 
 from lepton_xla import _compat
 from lepton_xla.errors import CalibrationError
+from lepton_xla.passes.names import Key
 from lepton_xla.passes.sites import LayoutOp, Site, Step, Tracked, layout_key
 from lepton_xla.quant import FORMATS, QTensor, absmax_scale, encode, magnitude, quantize
 
 if TYPE_CHECKING:
     from lepton_xla.recipe import QuantizeRule
 
-# Where an activation's static range, or a trained scale, travels: under the name of its site and these suffixes.
-RANGE_SUFFIX = ":act_absmax"
-SCALE_SUFFIX = ":act_scale"
+# What an activation's static range, and a trained scale, are called.
+RANGE, SCALE = "act_absmax", "act_scale"
 # Where XLA has products of fp8 operands; elsewhere it would convert them and multiply floats.
 FP8_PLATFORMS = ("gpu",)
 # Where XLA has no convolution of integers: on an H200, jaxlib 0.11.2, running one is an error (UNIMPLEMENTED).
@@ -516,11 +516,11 @@ def static_scale(site: Site, decision: QuantizeRule, weight: Any) -> jax.Array |
         CalibrationError: if the site is static and has none.
     """
     beside = weight.beside if isinstance(weight, Tracked) else {}
-    if site.name + SCALE_SUFFIX in beside:
-        return beside[site.name + SCALE_SUFFIX]
+    if (site.name, SCALE) in beside:
+        return beside[site.name, SCALE]
     if decision.dynamic:
         return None
-    found = beside.get(site.name + RANGE_SUFFIX)
+    found = beside.get((site.name, RANGE))
     return absmax_scale(range_of(site, {} if found is None else {site.name: found}), FORMATS[decision.activations])
 
 
@@ -537,16 +537,11 @@ def range_of(site: Site, ranges: Mapping[str, jax.Array] | None) -> jax.Array:
     return ranges[site.name]
 
 
-def beside(
-    sites: Iterable[Site], arrays: Mapping[str, jax.Array], suffixes: Sequence[str]
-) -> dict[str, dict[str, jax.Array]]:
-    """What there is for a site (under its name and one of the suffixes), by the path of its weight.
-
-    This is how `rewrite_sites` takes what travels beside a weight.
-    """
-    grouped: dict[str, dict[str, jax.Array]] = {}
-    for site in sites:
-        for name in (site.name + suffix for suffix in suffixes):
-            if site.path is not None and name in arrays:
-                grouped.setdefault(site.path, {})[name] = arrays[name]
+def beside(sites: Iterable[Site], arrays: Mapping[Key, jax.Array]) -> dict[str, dict[Key, jax.Array]]:
+    """What there is for some sites, by the path of their weight: how `rewrite_sites` takes what travels beside it."""
+    paths = {site.name: site.path for site in sites}
+    grouped: dict[str, dict[Key, jax.Array]] = {}
+    for key, array in arrays.items():
+        if (path := paths.get(key[0])) is not None:
+            grouped.setdefault(path, {})[key] = array
     return grouped

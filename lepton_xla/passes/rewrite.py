@@ -22,7 +22,8 @@ from lepton_xla.errors import UnsupportedError
 type Values = list[Any]
 type Rule = Callable[["Context", Any, Values], Values | None]
 """`rule(context, equation, operands) -> outputs`, or None to leave the equation as it is."""
-type Taps = dict[str, jax.Array]
+type TapName = tuple[str, ...]
+type Taps = dict[TapName, jax.Array]
 
 
 class Carried:
@@ -81,11 +82,11 @@ class Context:
     uses: Mapping[Any, int]
     taps: Taps
 
-    def tap(self, name: str, value: jax.Array, combine: Literal["max", "sum"] = "max") -> None:
+    def tap(self, name: TapName, value: jax.Array, combine: Literal["max", "sum"] = "max") -> None:
         """Sends a statistic out of every container around the equation.
 
         Args:
-            name: what the statistic is called; one name is combined one way everywhere.
+            name: what the statistic is of, and what it is; one name is combined one way everywhere.
             value: any array; not negative for `max`.
             combine: `max`: `scan` stacks it along a new leading axis; `while`, `cond`, `shard_map` and repeated taps
                 take the maximum. `sum`: it is added up over all that runs, and keeps its shape: over the steps of a
@@ -189,7 +190,7 @@ class Walk:
         self.on_unknown = on_unknown
         self.notes: dict[str, Any] = {}  # what rules remember during one evaluation
         self.tapped = tapped
-        self.sums: set[str] = set()  # names of the taps that are added up
+        self.sums: set[TapName] = set()  # names of the taps that are added up
         self._holds: dict[int, str | None] = {}
 
     def call(self, jaxpr: Any, values: Sequence[Any], frame: Frame) -> tuple[Values, Taps]:
@@ -255,7 +256,7 @@ class Walk:
                 )
         return _compat.bind(eqn, [materialize(value) for value in values])
 
-    def combined(self, taps: Mapping[str, jax.Array], others: Mapping[str, jax.Array]) -> Taps:
+    def combined(self, taps: Mapping[TapName, jax.Array], others: Mapping[TapName, jax.Array]) -> Taps:
         """The taps of two parts of a program as one."""
         both = {
             name: taps[name] + value if name in self.sums else jnp.maximum(taps[name], value)
@@ -424,7 +425,7 @@ def _cond(walk: Walk, eqn: Any, values: Values, frame: Frame) -> tuple[Values, T
         return body
 
     bodies = [branch(number, jaxpr) for number, jaxpr in enumerate(eqn.params["branches"])]
-    every: dict[str, Any] = {}
+    every: dict[TapName, Any] = {}
     for body in bodies:
         every |= jax.eval_shape(body, *operands)[1]
 
@@ -497,7 +498,7 @@ def _shard_map(walk: Walk, eqn: Any, values: Values, frame: Frame) -> tuple[Valu
         outs, taps = walk.call(params["jaxpr"], operands, frame.enter(eqn))
         return [materialize(out) for out in outs], {name: over_devices(name, value) for name, value in taps.items()}
 
-    def over_devices(name: str, value: jax.Array) -> jax.Array:
+    def over_devices(name: TapName, value: jax.Array) -> jax.Array:
         if name not in walk.sums:
             return lax.pmax(value, axes)
         # What is the same on all devices of an axis was computed once, as far as the program's meaning goes.
@@ -517,7 +518,7 @@ def _shard_map(walk: Walk, eqn: Any, values: Values, frame: Frame) -> tuple[Valu
     )(*values)
 
 
-def _zeros(taps: Mapping[str, Any], drop: int = 0) -> Taps:
+def _zeros(taps: Mapping[TapName, Any], drop: int = 0) -> Taps:
     """Zeros like the taps, without their first `drop` axes."""
     return {
         name: _compat.vary(jnp.zeros(value.shape[drop:], value.dtype), _compat.varying(value))

@@ -18,6 +18,7 @@ from lepton_xla import _compat
 from lepton_xla.passes import matrix
 from lepton_xla.passes.factors import multiplied, row_absmax
 from lepton_xla.passes.flow import Absorber, Flow, NotAbsorbedError, Place
+from lepton_xla.passes.names import Key, fresh
 from lepton_xla.passes.rewrite import Context, Values, materialize
 from lepton_xla.passes.sites import LayoutOp, Site, find_sites, rewrite_sites
 from lepton_xla.program import Program, abstract
@@ -25,8 +26,8 @@ from lepton_xla.program import Program, abstract
 if TYPE_CHECKING:
     from lepton_xla.recipe import Plan
 
-# What an activation is multiplied by travels among the weights under the site's name and this suffix.
-FACTOR_SUFFIX = ":input_factor"
+# What an activation is multiplied by is called this, among the weights and beside them.
+FACTOR = "input_factor"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,9 +191,7 @@ def multiply_inputs(program: Program, factors: Sequence[tuple[Group, jax.Array]]
     added: dict[str, jax.Array] = {}
     names: dict[str, str] = {}
     for group, vector in factors:
-        name = group.sites[0].name + FACTOR_SUFFIX
-        while name in program.weights:  # from an earlier pass
-            name += FACTOR_SUFFIX
+        name = fresh(group.sites[0].name, FACTOR, {*program.weights, *added})
         added[name] = vector
         names |= {site.name: name for site in group.sites}
     like, inner = abstract(program.weights), program.fn
@@ -206,15 +205,15 @@ def multiply_inputs(program: Program, factors: Sequence[tuple[Group, jax.Array]]
         computed: dict[int, tuple[Any, jax.Array]] = context.walk.notes.setdefault("computed", {})
         if id(activation) not in computed:
             computed[id(activation)] = activation, lax.optimization_barrier(activation)
-        factor = _along_channels(site, weight.beside[site.name])
+        factor = _along_channels(site, weight.beside[site.name, FACTOR])
         activation = multiplied(computed[id(activation)][1], factor)
         operands = (activation, weight.value) if site.weight_operand == 1 else (weight.value, activation)
         return context.bind(eqn, operands)
 
     def run(weights: Mapping[str, Any], *inputs: Any) -> Any:
-        beside: dict[str, dict[str, jax.Array]] = {}
+        beside: dict[str, dict[Key, jax.Array]] = {}
         for name, site in stored.items():
-            beside.setdefault(str(site.path), {})[name] = weights[names[name]]
+            beside.setdefault(str(site.path), {})[name, FACTOR] = weights[names[name]]
         own = {name: leaf for name, leaf in weights.items() if name in like}
         return rewrite_sites(inner, rule, inline=True, on_unknown="keep", beside=beside)(own, *inputs)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -21,6 +21,7 @@ from lepton_xla.errors import UnsupportedError
 from lepton_xla.passes import expressions
 from lepton_xla.passes.computed import Computed, choose_computed
 from lepton_xla.passes.expressions import Expression
+from lepton_xla.passes.names import Key, SiteNames
 from lepton_xla.passes.rewrite import Carried, Context, Rule, Values, materialize, rewrite
 from lepton_xla.program import Program, TensorSpec, abstract, name_leaves, probe_sizes
 
@@ -55,7 +56,7 @@ type Layout = tuple[LayoutOp | Step, ...]
 
 
 # Under what a computed weight of a stack travels, where it is given.
-GIVEN = "given:"
+GIVEN = "given"
 
 
 class Escapes:
@@ -76,8 +77,8 @@ class Tracked(Carried):
 
     Attributes:
         value: the array as laid out here; or, where a pass has replaced the weight, what it put in its place.
-        beside: site name -> array that travels with the weight without being laid out; a stacked weight's has the
-            same leading axes, so that each step of a scan sees its own.
+        beside: what travels with the weight without being laid out, by the name of a site and what of it; a stacked
+            weight's has the same leading axes, so that each step of a scan sees its own.
         path: the weight's path in the program.
         layout: the operations between the program's input and here.
         escapes: where uses that are not sites are noted.
@@ -86,7 +87,7 @@ class Tracked(Carried):
     """
 
     value: Any
-    beside: dict[str, jax.Array]
+    beside: dict[Key, jax.Array]
     path: str
     layout: Layout
     escapes: Escapes
@@ -132,7 +133,7 @@ class Made(Carried):
     """
 
     value: Any
-    beside: dict[str, jax.Array]
+    beside: dict[Key, jax.Array]
     expression: Expression
     escapes: Escapes
 
@@ -161,7 +162,7 @@ class Site:
     """One product in a program.
 
     Attributes:
-        name: the weight's path, with `#1`, `#2` for further uses; or `scope/primitive#ordinal` without a weight.
+        name: the weight's path, with `#1`, `#2` for further uses; or `scope/primitive#0` without a weight.
         path: the weight's path, None for a product of two activations.
         kind: the primitive: `dot_general`, `conv_general_dilated`, `ragged_dot_general` or `gather` (an embedding).
         weight_operand: which operand the weight is, None for a product of two activations.
@@ -254,7 +255,7 @@ def _hand_on(context: Context, eqn: Any, values: Values) -> Values | None:
 _Known = (Tracked, Made)
 
 
-def _compute(computed: Computed, escapes: Escapes, beside: Mapping[str, Any]) -> Rule:
+def _compute(computed: Computed, escapes: Escapes, beside: Mapping[str, Mapping[Key, Any]]) -> Rule:
     """The rule for equations on weights and constants alone: what they compute is followed, and perhaps a weight."""
 
     def rule(context: Context, eqn: Any, values: Values) -> Values | None:
@@ -265,7 +266,7 @@ def _compute(computed: Computed, escapes: Escapes, beside: Mapping[str, Any]) ->
         made = expressions.call(eqn, parts)
         if made is None:
             return None
-        travelling: dict[str, jax.Array] = {}
+        travelling: dict[Key, jax.Array] = {}
         for value in values:
             travelling |= value.beside if isinstance(value, _Known) else {}
         names = [computed.names.get(part.key) if part.weights and computed.names else None for part in made]
@@ -288,14 +289,14 @@ def _computed_weight(
     name: str,
     expression: Expression,
     value: Any,
-    travelling: Mapping[str, jax.Array],
-    own: Mapping[str, Any],
+    travelling: Mapping[Key, jax.Array],
+    own: Mapping[Key, Any],
     escapes: Escapes,
 ) -> Tracked:
     """The weight that a computed value is: what travels beside it came with the weights it is computed from."""
     beside = {key: travelling.get(key, array) if expression.steps else array for key, array in own.items()}
     if computed.given:
-        value = travelling[GIVEN + name] if expression.steps else computed.given[name]
+        value = travelling[name, GIVEN] if expression.steps else computed.given[name]
     return Tracked(value, beside, name, (Step(),) * len(expression.steps), escapes, expression, expression)
 
 
@@ -312,7 +313,7 @@ def rewrite_sites(
     inline: bool = False,
     on_unknown: Literal["error", "keep"] = "error",
     like: Any = None,
-    beside: Mapping[str, Mapping[str, jax.Array]] | None = None,
+    beside: Mapping[str, Mapping[Key, jax.Array]] | None = None,
     escapes: Escapes | None = None,
     with_taps: bool = False,
     follow: Mapping[str, Rule] | None = None,
@@ -327,7 +328,7 @@ def rewrite_sites(
         on_unknown: as in `rewrite`.
         like: the weights' shapes that `fn` was written for, where the new function takes other ones. A weight's place
             may then hold anything; the rule gets it as `Tracked.value`.
-        beside: weight path -> site name -> array that reaches the rule as `Tracked.beside`.
+        beside: weight path -> site name and what of it -> array that reaches the rule as `Tracked.beside`.
         escapes: notes the weights that are used at something that is not a site.
         with_taps: as in `rewrite`.
         follow: how a weight moves through primitives that are no layout.
@@ -337,15 +338,17 @@ def rewrite_sites(
         A function with the signature of `fn`.
     """
     noted, known = escapes or Escapes(), computed or Computed()
-    along: dict[str, dict[str, jax.Array]] = {path: dict(arrays) for path, arrays in (beside or {}).items()}
+    along: dict[str, dict[Key, jax.Array]] = {path: dict(arrays) for path, arrays in (beside or {}).items()}
     for weight in known.weights:
         # What travels beside a computed weight of a stack goes with a weight that the same scans step over.
         if weight.expression.steps:
-            given = {GIVEN + weight.name: known.given[weight.name]} if known.given else {}
+            given = {(weight.name, GIVEN): known.given[weight.name]} if known.given else {}
             along.setdefault(weight.expression.carrier, {}).update(along.get(weight.name, {}) | given)
 
+    paths: set[str] = set()
+
     def visit(context: Context, eqn: Any, values: Values) -> Values | None:
-        site = _site(context, eqn, values, known.found)
+        site = _site(context, eqn, values, known.found, paths)
         return None if site is None else rule(site, context, eqn, values)
 
     def constant(value: Any) -> Any:
@@ -371,6 +374,8 @@ def rewrite_sites(
     def prepare(weights: Any, *inputs: Any) -> tuple[Any, ...]:
         shapes = weights if like is None else like
         names = list(name_leaves(shapes, prefix="weights"))
+        paths.clear()
+        paths.update(names, known.names.values())
         treedef = jax.tree.structure(shapes)
         leaves = treedef.flatten_up_to(weights)
         tracked = [
@@ -455,7 +460,7 @@ def _walk_sites(
     return list(found.values()), escapes
 
 
-def _site(context: Context, eqn: Any, values: Values, computed: list[Expression]) -> Site | None:
+def _site(context: Context, eqn: Any, values: Values, computed: list[Expression], paths: Container[str]) -> Site | None:
     kind = eqn.primitive.name
     tracked = [index for index, value in enumerate(values[:2]) if isinstance(value, Tracked)]
     made = [value.expression if isinstance(value, Made) else None for value in values[:2]]
@@ -473,10 +478,8 @@ def _site(context: Context, eqn: Any, values: Values, computed: list[Expression]
     if kind != "gather":
         computed += [part for part in made if part is not None]
     weight = values[operand] if operand is not None else None
-    base = weight.path if weight is not None else "/".join(part for part in (context.scope, kind) if part)
-    name = numbered(context, base, weighted=weight is not None)
     return Site(
-        name=name,
+        name=site_name(context, kind, weight.path if weight is not None else None, paths),
         path=weight.path if weight is not None else None,
         kind=kind,
         weight_operand=operand,
@@ -492,15 +495,20 @@ def _site(context: Context, eqn: Any, values: Values, computed: list[Expression]
     )
 
 
-def numbered(context: Context, base: str, *, weighted: bool) -> str:
-    """The site's name: the same each time its equation is traced in one walk."""
-    names: dict[Any, str] = context.walk.notes.setdefault("site_names", {})
-    counts: dict[str, int] = context.walk.notes.setdefault("site_counts", {})
-    if context.key not in names:
-        ordinal = counts.get(base, 0)
-        counts[base] = ordinal + 1
-        names[context.key] = base if weighted and ordinal == 0 else f"{base}#{ordinal}"
-    return names[context.key]
+def site_name(context: Context, kind: str, path: str | None, paths: Container[str]) -> str:
+    """The name of the site at hand: the same each time its equation is traced in one walk.
+
+    Args:
+        context: where it stands.
+        kind: its primitive.
+        path: the weight's path; None for a product of activations.
+        paths: those of all weights.
+    """
+    given: dict[Any, str] = context.walk.notes.setdefault("site_names", {})
+    names: SiteNames = context.walk.notes.setdefault("names", SiteNames(paths))
+    if context.key not in given:
+        given[context.key] = names.of_activations(context.scope, kind) if path is None else names.of_weight(path)
+    return given[context.key]
 
 
 def takes_rows(eqn: Any) -> bool:

@@ -15,12 +15,15 @@ from lepton_xla import _compat
 from lepton_xla.errors import CalibrationError
 from lepton_xla.passes import matrix
 from lepton_xla.passes.calibrate import EMPTY, as_batches, check_batch
-from lepton_xla.passes.rewrite import Context, Values, materialize
+from lepton_xla.passes.names import Key
+from lepton_xla.passes.rewrite import Context, TapName, Values, materialize
 from lepton_xla.passes.sites import Site, rewrite_sites
 from lepton_xla.program import Program
 
 # Gram matrices collected in one pass over the data take at most this much memory, unless a single one takes more.
 GRAM_LIMIT_BYTES = 2**30
+# Which step of its scans a product belongs to, as that travels beside its weight.
+_STEP = "step"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,11 +124,11 @@ def _collect(
         rows = matrix.activation_matrix(site, materialize(values[1 - site.weight_operand]))
         weight = values[site.weight_operand]
         sizes = wanted[site.name]
-        step = tuple(weight.beside[site.name]) if sizes else ()
+        step = tuple(weight.beside[site.name, _STEP]) if sizes else ()
 
         def tap(what: str, value: jax.Array, combine: Any = "sum") -> None:
             whole = jnp.zeros((*sizes, *value.shape), value.dtype).at[step].set(value) if sizes else value
-            context.tap(f"{site.name}\n{what}", whole, combine)
+            context.tap((site.name, what), whole, combine)
 
         tap("rows", _compat.vary(jnp.float32(rows.shape[1]), _compat.varying(rows)))
         tap("absmax", jnp.max(jnp.abs(rows), axis=1, initial=0), "max")
@@ -136,20 +139,20 @@ def _collect(
             tap("gram", jnp.einsum("bmk,bml->bkl", rows, rows, precision=jax.lax.Precision.HIGHEST))
 
     # Which step of which scan a product belongs to is told by an index that travels with the weight.
-    beside: dict[str, dict[str, jax.Array]] = {}
+    beside: dict[str, dict[Key, jax.Array]] = {}
     for site in group:
         if wanted[site.name]:
             assert site.path is not None
             index = np.moveaxis(np.indices(wanted[site.name]), 0, -1)
-            beside.setdefault(site.path, {})[site.name] = jnp.asarray(index, jnp.int32)
+            beside.setdefault(site.path, {})[site.name, _STEP] = jnp.asarray(index, jnp.int32)
     observed = jax.jit(rewrite_sites(program.fn, rule, inline=True, beside=beside, on_unknown="keep", with_taps=True))
 
-    totals: dict[str, Any] = {}
+    totals: dict[TapName, Any] = {}
     for count, batch in enumerate(data):
         inputs = check_batch(program, batch, f"calibration batch {count}")
         _, taps = observed(program.weights, *inputs)
         for name, value in taps.items():
-            site, _, what = name.partition("\n")
+            site, what = name
             if what == "absmax":  # stacked by every scan around it, not only by those that step over the weight
                 value = jnp.max(value, axis=tuple(range(value.ndim - len(wanted[site]) - 2)))
                 totals[name] = jnp.maximum(totals[name], value) if name in totals else value
@@ -160,9 +163,9 @@ def _collect(
     return {name: _statistics(name, totals, gram) for name in wanted}
 
 
-def _statistics(site: str, totals: Mapping[str, Any], gram: bool) -> Statistics:
-    rows = totals[f"{site}\nrows"]
-    absmax = totals[f"{site}\nabsmax"]
+def _statistics(site: str, totals: Mapping[TapName, Any], gram: bool) -> Statistics:
+    rows = totals[site, "rows"]
+    absmax = totals[site, "absmax"]
     if not bool(jnp.all(jnp.isfinite(absmax))):
         raise CalibrationError(f"the activation of site {site!r} is not finite on the calibration data")
     share = jnp.asarray(1 / np.maximum(rows, 1), jnp.float32)
@@ -171,8 +174,8 @@ def _statistics(site: str, totals: Mapping[str, Any], gram: bool) -> Statistics:
     return Statistics(
         rows,
         absmax,
-        totals[f"{site}\nsum"] * per_column,
-        totals[f"{site}\nsum_abs"] * per_column,
-        totals[f"{site}\nsum_square"] * per_column,
-        totals[f"{site}\ngram"] * square if gram else None,
+        totals[site, "sum"] * per_column,
+        totals[site, "sum_abs"] * per_column,
+        totals[site, "sum_square"] * per_column,
+        totals[site, "gram"] * square if gram else None,
     )

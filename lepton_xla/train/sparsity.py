@@ -29,7 +29,7 @@ from lepton_xla.passes.masks import (
     sparsity_of,
 )
 from lepton_xla.passes.prune import check_finite
-from lepton_xla.program import check_masks, name_leaves, some_names
+from lepton_xla.program import check_masks, key_name, name_leaves, some_names
 from lepton_xla.recipe import Plan, PruneRule, check_rule
 from lepton_xla.train.schedules import Schedule
 
@@ -213,9 +213,11 @@ def _share(rule: PruneRule, schedule: Schedule, step: jax.Array) -> jax.Array:
 
 def _named(tree: Any) -> dict[str, Any]:
     """Leaves by path; those of an NNX state are named as `from_nnx` names them."""
-    named = name_leaves(tree, prefix="weights")
-    variables = all(path.endswith("/value") for path in named)
-    return {path.removesuffix("/value") if variables else path: leaf for path, leaf in named.items()}
+    paths, _ = jax.tree_util.tree_flatten_with_path(tree)
+    # What a variable holds is its attribute `value`; a user's dictionary may have a key of that name.
+    if paths and all(path and path[-1] == jax.tree_util.GetAttrKey("value") for path, _ in paths):
+        return {"/".join(map(key_name, path[:-1])): leaf for path, leaf in paths}
+    return name_leaves(tree, prefix="weights")
 
 
 def _each(tree: Any, by: Mapping[str, jax.Array], function: Callable[..., Any], *beside: Mapping[str, Any]) -> Any:

@@ -24,6 +24,8 @@ from lepton_xla.passes.calibrate import as_batches, calibrate, check_batch, need
 from lepton_xla.passes.fake_quant import fake_quant
 from lepton_xla.passes.lower import lower
 from lepton_xla.passes.measure import Timing, compare
+from lepton_xla.passes.names import Key
+from lepton_xla.passes.products import RANGE
 from lepton_xla.passes.rewrite import Context, Values
 from lepton_xla.passes.sites import Site, find_sites, operand_value, rewrite_sites, step_lengths
 from lepton_xla.pipeline import plan_for
@@ -36,7 +38,7 @@ OUTPUT = "output"
 type Progress = Callable[[str, int, int], None]
 """`progress(what begins, steps done, steps in all)`."""
 
-_ON = ":on"
+_ON = "on"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -311,7 +313,7 @@ class _Switched:
         return predict
 
     def _switched(self, weights: Any, setting: jax.Array, ranges: Mapping[str, jax.Array], *inputs: Any) -> Any:
-        beside: dict[str, dict[str, jax.Array]] = {}
+        beside: dict[str, dict[Key, jax.Array]] = {}
         for planned in self._plan.sites:
             site = planned.site
             if site.path is None or site.path not in self._paths:
@@ -319,9 +321,9 @@ class _Switched:
             on = setting[self._paths.index(site.path)]
             steps = step_lengths(site, self.program.weights[site.path].shape)
             own = beside.setdefault(site.path, {})
-            own[site.name + _ON] = jnp.broadcast_to(on, steps)
+            own[site.name, _ON] = jnp.broadcast_to(on, steps)
             if site.name in ranges:
-                own[site.name] = ranges[site.name]
+                own[site.name, RANGE] = ranges[site.name]
         run = rewrite_sites(self.program.fn, self._rule, inline=True, on_unknown="keep", beside=beside)
         return name_leaves(run(weights, *inputs), single="output")
 
@@ -331,8 +333,8 @@ class _Switched:
             return None
         beside = values[site.weight_operand].beside
         operands = [operand_value(value) for value in values]
-        quantized = _alone(planned, site, context, eqn, beside.get(site.name))
-        return lax.cond(beside[site.name + _ON], quantized, lambda *arrays: context.bind(eqn, arrays), *operands)
+        quantized = _alone(planned, site, context, eqn, beside.get((site.name, RANGE)))
+        return lax.cond(beside[site.name, _ON], quantized, lambda *arrays: context.bind(eqn, arrays), *operands)
 
 
 def _alone(

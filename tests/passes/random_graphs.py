@@ -54,7 +54,8 @@ class Builder:
         if dtype == "int8":
             return self.name(jnp.asarray(codes, "int8")), lambda w: _float(w) / 256
         if dtype == "cast":  # a float that is read as an integer
-            return self.name(jnp.asarray(codes / 4, "float32")), lambda w: _float(w.astype("int32")) / 64
+            between = codes + 0.25 * np.sign(codes)
+            return self.name(jnp.asarray(between, "float32")), lambda w: _float(w.astype("int32")) / 256
         return self.name(jnp.asarray(values, dtype)), _float
 
     def vector(self, size, lead=(), positive=False):
@@ -110,8 +111,10 @@ class Builder:
         """A vector along the channels, or along the positions of a value, as a function of the weights."""
         positions = self.rng.random() < 0.2
         name, read = self.vector(self.shapes[k][0] if positions else self.shapes[k][1])
-        shape = (1, -1, 1) if positions else (1, 1, -1)
-        return lambda w: read(w[name]).reshape(shape)
+        width = self.shapes[k][1]
+        if positions:
+            return lambda w: jnp.broadcast_to(read(w[name])[:, None], (POSITIONS, width))[None]
+        return lambda w: read(w[name])[None, None]
 
     def make_add(self):
         k = self.pick()
