@@ -16,6 +16,7 @@ import msgspec
 from lepton_xla.serve.access.auth import Guard
 from lepton_xla.serve.batching.scheduler import Call
 from lepton_xla.serve.errors import RefusedError
+from lepton_xla.serve.http.date import DATE
 from lepton_xla.serve.http.exchange import Exchange, Head
 from lepton_xla.serve.http.limits import Limits
 from lepton_xla.serve.http.workers import Workers
@@ -79,7 +80,7 @@ class InferCall(Call, kw_only=True, eq=False):
         app, plan = self.app, self.request.plan
         try:
             if plan.prefix is not None and self.coding is None:
-                app.send(self, b"".join((plan.prefix, *outputs)))
+                app.send(self, b"".join((DATE.ok, plan.prefix, *outputs)))
             else:
                 app.answer(self, outputs)
         except RefusedError as refusal:
@@ -162,6 +163,14 @@ class App:
         except Exception:
             _log.exception("a request could not be handled")
             self.refuse(exchange, RefusedError(500, "internal error"))
+
+    def invite(self, head: Head) -> None:
+        """Told of a head whose client waits to be told that its body is welcome.
+
+        Raises:
+            RefusedError: where there is nothing that would read it, or the client may not ask.
+        """
+        head.route = self._enter(head)
 
     # Routing. What it finds is kept with the head, so that a client's next request skips it.
 
@@ -313,7 +322,7 @@ class App:
         size = sum(map(len, outputs))
         compressed = call.coding is not None and size >= self._compress_bytes
         if plan.prefix is not None and not compressed:
-            self.send(call, b"".join((plan.prefix, *outputs)))
+            self.send(call, b"".join((DATE.ok, plan.prefix, *outputs)))
         elif size <= PIECE_BYTES or (plan.constant and not compressed):
             self.send(call, self._write(call, outputs))
         else:
@@ -337,21 +346,18 @@ class App:
         """The answer, whose constant part, if it has one, stays with the plan for the next equal request."""
         plan = call.request.plan
         head, tail = encode_response(self._signature, plan, outputs)
-        fields = "HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
+        fields = "Content-Type: application/json\r\n"
         if tail:
-            fields = (
-                "HTTP/1.1 200 OK\r\nContent-Type: application/octet-stream\r\n"
-                f"Inference-Header-Content-Length: {len(head)}\r\n"
-            )
+            fields = f"Content-Type: application/octet-stream\r\nInference-Header-Content-Length: {len(head)}\r\n"
         body = b"".join((head, *tail))
         if call.coding is not None and len(body) >= self._compress_bytes:
             body = encoding.deflate(body, call.coding)
             fields += f"Content-Encoding: {call.coding}\r\nVary: Accept-Encoding\r\n"
-            return f"{fields}Content-Length: {len(body)}\r\n\r\n".encode() + body
+            return b"".join((DATE.ok, f"{fields}Content-Length: {len(body)}\r\n\r\n".encode(), body))
         start = f"{fields}Content-Length: {len(body)}\r\n\r\n".encode()
         if plan.constant:
             plan.prefix = start + head
-        return start + body
+        return b"".join((DATE.ok, start, body))
 
     def close(self) -> None:
         """Lets go of the threads that read and write long bodies."""

@@ -24,8 +24,9 @@ class RefusedError(ServeError):
 
     Attributes:
         status: the HTTP status: 400 malformed, 401 no valid token, 403 a token that is not good for this, 404 unknown,
-            405 method, 408 too slow, 413 too large, 415 encoding, 429 too often, 431 header fields too large, 500
-            inference failed, 503 overloaded or stopping.
+            405 method, 408 too slow, 413 body too large, 414 target too long, 415 encoding, 429 too often, 431 header
+            fields too large, 500 inference failed, 501 not supported, 503 overloaded or stopping, 505 another version
+            of HTTP.
         message: what goes to the client, as the `error` of the JSON body. Never a path, a traceback or a payload; cut
             where a client's own words would make it long.
         headers: header lines that go with it, such as `Allow: GET`.

@@ -70,7 +70,7 @@ class Front:
         )  # fmt: skip
         if isinstance(self._app, ObservedApp):
             self._app.observers = observers
-        self.hub = Hub(self._app, options.limits, refused=self._app.refused)
+        self.hub = Hub(self._app, options.limits, invite=self._app.invite, refused=self._app.refused)
         metrics.version = signature.version
         metrics.watch(lambda: backend.figures() | self.hub.figures())
         if access.guard is not None:

@@ -3,14 +3,14 @@
 A connection parses requests, enforces every limit before it buffers, and hands each complete request to the handler
 as an `Exchange`. Answers may be given in any order and at any time; they leave in the order of the requests.
 
-Sources: RFC 9112 (HTTP/1.1 messages), RFC 9110 (semantics; 100-continue in section 10.1.1).
+Sources: RFC 9112 (HTTP/1.1 messages), RFC 9110 (semantics; 100-continue in section 10.1.1); clause by clause in
+`tests/serve/http/test_rfc.py`.
 """
 
 from __future__ import annotations
 
 import asyncio
 import math
-import re
 from collections import deque
 from time import monotonic
 from typing import Any
@@ -19,14 +19,20 @@ import httptools
 
 from lepton_xla.serve.errors import RefusedError
 from lepton_xla.serve.http.exchange import Exchange, Head
+from lepton_xla.serve.http.heads import (
+    SINGLE,
+    body_refusal,
+    buffer_refusal,
+    head_of,
+    header_refusal,
+    malformed,
+    target_refusal,
+)
 from lepton_xla.serve.http.hub import Hub
-from lepton_xla.serve.http.limits import Limits
+from lepton_xla.serve.http.upgrade import body_parser, request_parser
 from lepton_xla.serve.protocol.traceparent import take_out, valid
 
 _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
-_SINGLE = frozenset((b"inference-header-content-length", b"content-encoding", b"content-length", b"host"))
-# RFC 3986, section 3.2, without what comes before an @. Nothing here depends on it; what is in front may.
-_HOST = re.compile(rb"[A-Za-z0-9\-._~%!$&'()*+,;=:\[\]]*")
 _CACHED_HEADS = 512
 _CACHED_HEAD_BYTES = 2048
 _LINGER_S = 2.0
@@ -43,13 +49,13 @@ class Connection(asyncio.Protocol):
     __slots__ = (
         "_address", "_announced", "_body", "_chunks", "_closing", "_complete", "_continue", "_deadline", "_fields",
         "_framing", "_head", "_head_bytes", "_headers", "_hub", "_in_message", "_last", "_limits", "_messages",
-        "_parser", "_paused_s", "_pending", "_reading", "_stalled", "_target", "_trace", "_transport",
+        "_parser", "_paused_s", "_pending", "_reading", "_stalled", "_target", "_trace", "_transport", "_upgrading",
     )  # fmt: skip
 
     def __init__(self, hub: Hub) -> None:
         self._hub = hub
         self._limits = hub.limits
-        self._parser: Any = httptools.HttpRequestParser(self)
+        self._parser = request_parser(self)
         self._transport: Any = None
         self._address = ""
         self._announced = False
@@ -61,6 +67,7 @@ class Connection(asyncio.Protocol):
         self._deadline = math.inf
         self._in_message = False
         self._continue = False
+        self._upgrading = False
         self._messages = 0
         self._complete: Head | None = None
         # What the client said last: most say it again, and to compare with one takes less time than to look it up.
@@ -189,10 +196,22 @@ class Connection(asyncio.Protocol):
     def _feed(self, data: bytes) -> None:
         began_before = self._in_message
         self._messages = 0
+        rest: bytes | memoryview = data
         try:
-            self._parser.feed_data(data)
+            while True:
+                try:
+                    self._parser.feed_data(rest)
+                    break
+                except httptools.HttpParserUpgrade as pause:
+                    rest = memoryview(rest)[pause.args[0] :]
+                    if self._upgrading:
+                        self._upgrading = False
+                        assert self._head is not None
+                        self._parser = body_parser(self, self._head.content_length)
         except httptools.HttpParserError as error:
-            self._fail(_refusal_in(error))
+            # Where the method cannot be read, the request begins with the data, unless it came in pieces.
+            unknown = isinstance(error, httptools.HttpParserInvalidMethodError) and not self._messages
+            self._fail(_refusal_in(error) or malformed(data, unknown))
         else:
             # llhttp holds back a field or a chunk extension until it is whole, where no callback sees it grow.
             if began_before and self._in_message and not self._messages:
@@ -203,7 +222,7 @@ class Connection(asyncio.Protocol):
         self._framing += size
         if self._head is None:
             if self._framing > self._limits.max_header_bytes:
-                self._fail(_header_refusal(self._limits))
+                self._fail(header_refusal(self._limits))
         elif self._framing > len(self._body) + self._chunks * _CHUNK_OVERHEAD + 2 * self._limits.max_header_bytes:
             self._fail(RefusedError(400, "the chunked body has more framing than data"))
 
@@ -232,55 +251,43 @@ class Connection(asyncio.Protocol):
 
     def on_url(self, url: bytes) -> None:
         self._target += url
-        self._grow_head(len(url))
+        self._head_bytes += len(url)
+        if self._head_bytes > self._limits.max_header_bytes:
+            raise target_refusal(self._limits)
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        self._grow_head(len(name) + len(value) + 4)
+        self._head_bytes += len(name) + len(value) + 4
+        if self._head_bytes > self._limits.max_header_bytes:
+            raise header_refusal(self._limits)
         if self._head is not None:
             return  # a trailer: bounded, and of no interest
         self._fields += 1
         if self._fields > self._limits.max_headers:
             raise RefusedError(431, f"more than {self._limits.max_headers} header fields")
-        name = name.lower()
+        name, value = name.lower(), value.strip(b" \t")
         headers = self._headers
         if name in headers:
-            if name in _SINGLE:
+            if name in SINGLE:
                 raise RefusedError(400, f"header {name.decode('latin-1')} is given twice")
             value = headers[name] + b", " + value
         headers[name] = value
 
-    def _grow_head(self, size: int) -> None:
-        self._head_bytes += size
-        if self._head_bytes > self._limits.max_header_bytes:
-            raise _header_refusal(self._limits)
-
     def on_headers_complete(self) -> None:
         parser, headers = self._parser, self._headers
-        if parser.should_upgrade():
-            raise RefusedError(400, "upgrading the protocol is not supported")
-        old = parser.get_http_version() == "1.0"
-        head = Head(parser.get_method(), self._target, headers, parser.should_keep_alive(), old)
-        if b"transfer-encoding" in headers:
-            if headers[b"transfer-encoding"].lower() != b"chunked":
-                raise RefusedError(400, "the only transfer encoding supported is chunked")
-            head.content_length = -1
-        else:
-            head.content_length = int(headers.get(b"content-length", b"0"))
-            if head.content_length > self._limits.max_body_bytes:
-                raise _body_refusal(self._limits)
-        host = headers.get(b"host")
-        if host is None and not old:
-            raise RefusedError(400, "the Host header is missing")
-        if host is not None and not _HOST.fullmatch(host):
-            raise RefusedError(400, "the Host header is malformed")
+        version = parser.get_http_version()
+        head = head_of(
+            parser.get_method(), self._target, version, headers, parser.should_keep_alive(), self._limits
+        )  # fmt: skip
         if head.content_length:
             # Before the body: who may not ask cannot make the server hold one.
             self._hub.admit(head)
         self._head = head
+        self._upgrading = head.content_length != 0 and parser.should_upgrade()
         self._framing = 0
         self._head_bytes = 0
         self._deadline = monotonic() + self._limits.body_timeout_s
-        if headers.get(b"expect", b"").lower() == b"100-continue" and not old:
+        if headers.get(b"expect", b"").lower() == b"100-continue" and not head.old:
+            self._hub.invite(head)
             self._continue = True
             self._send_continue()
 
@@ -306,9 +313,9 @@ class Connection(asyncio.Protocol):
         hub = self._hub
         hub.buffered_bytes += len(data)
         if len(self._body) > self._limits.max_body_bytes:
-            raise _body_refusal(self._limits)
+            raise body_refusal(self._limits)
         if hub.buffered_bytes > self._limits.max_buffered_bytes:
-            raise _buffer_refusal()
+            raise buffer_refusal()
 
     def _forget_body(self) -> None:
         """Drops what arrived of a body that will not be handled."""
@@ -316,6 +323,8 @@ class Connection(asyncio.Protocol):
         self._body = b""
 
     def on_message_complete(self) -> None:
+        if self._upgrading:
+            return  # the body is to come
         head = self._complete = self._head
         assert head is not None
         self._in_message = False
@@ -336,9 +345,8 @@ class Connection(asyncio.Protocol):
             return
         if len(self._pending) >= self._limits.max_pipelined:
             hub.buffered_bytes -= len(body)
-            self._fail(
-                RefusedError(400, f"more than {self._limits.max_pipelined} unanswered requests on one connection")
-            )
+            many = f"more than {self._limits.max_pipelined} unanswered requests on one connection"
+            self._fail(RefusedError(400, many), head.method)
             return
         exchange = Exchange(self, head, body, monotonic())
         if trace is not None:
@@ -349,8 +357,8 @@ class Connection(asyncio.Protocol):
             self._closing = True
         if len(self._pending) > 1:
             self._throttle()
-        if hub.buffered_bytes > self._limits.max_buffered_bytes:
-            refusal = _buffer_refusal()
+        if body and hub.buffered_bytes > self._limits.max_buffered_bytes:
+            refusal = buffer_refusal()
             hub.refused(refusal)
             exchange.refuse(refusal)
             return
@@ -376,7 +384,7 @@ class Connection(asyncio.Protocol):
                 payload = payload.replace(b"\r\n", b"\r\nConnection: keep-alive\r\n", 1)
             self._transport.write(payload)
             if last:
-                self._finish(unread=not head.method or self._hub.draining)
+                self._finish(unread=not head.target or self._hub.draining)
                 return
         if not self._reading:
             self._throttle()
@@ -386,14 +394,21 @@ class Connection(asyncio.Protocol):
             else:
                 self._deadline = monotonic() + self._limits.idle_timeout_s
 
-    def _fail(self, refusal: RefusedError) -> None:
-        """Answers a request that cannot be read, after the answers before it, and gives the connection up."""
+    def _fail(self, refusal: RefusedError, method: bytes = b"") -> None:
+        """Answers a request that cannot be read, after the answers before it, and gives the connection up.
+
+        Args:
+            refusal: why.
+            method: of the request; by default of the one that is read, as far as it has come.
+        """
         if self._closing:
             return
+        if self._in_message and self._target:
+            method = self._parser.get_method()
         self._closing = True
         self._forget_body()
         self._hub.refused(refusal)
-        exchange = Exchange(self, Head(b"", b"", {}, keep_alive=False, old=False), b"", monotonic())
+        exchange = Exchange(self, Head(method, b"", {}, keep_alive=False, old=False), b"", monotonic())
         self._pending.append(exchange)
         exchange.refuse(refusal)
 
@@ -475,23 +490,11 @@ class Connection(asyncio.Protocol):
                 self._finish(unread=False)
 
 
-def _refusal_in(error: Exception) -> RefusedError:
-    """What the parser's error says, if it was not raised by a fault in a callback."""
+def _refusal_in(error: Exception) -> RefusedError | None:
+    """What a callback refused, if the parser's error is of one; a fault in a callback is raised."""
     cause = error.__context__
     if cause is None:
-        return RefusedError(400, "malformed HTTP request")
+        return None
     if not isinstance(cause, RefusedError):
         raise error
     return cause.bare()
-
-
-def _header_refusal(limits: Limits) -> RefusedError:
-    return RefusedError(431, f"the request line and header fields exceed {limits.max_header_bytes} bytes")
-
-
-def _buffer_refusal() -> RefusedError:
-    return RefusedError(503, "the server holds as many request bodies as it may")
-
-
-def _body_refusal(limits: Limits) -> RefusedError:
-    return RefusedError(413, f"the body exceeds {limits.max_body_bytes} bytes")

@@ -10,6 +10,7 @@ from typing import Protocol
 import msgspec
 
 from lepton_xla.serve.errors import RefusedError
+from lepton_xla.serve.http.date import DATE
 
 
 class Answers(Protocol):
@@ -89,7 +90,7 @@ class Exchange(msgspec.Struct, eq=False):
 
     def refuse(self, refusal: RefusedError) -> None:
         """Answers with an error."""
-        head, body = _refusal(refusal.status, refusal.message, refusal.headers)
+        head, body = _refusal(refusal.status, refusal.message, refusal.headers, DATE.field)
         self.send(head if self.head.method == b"HEAD" else head + body)
 
     def send(self, payload: bytes) -> None:
@@ -106,16 +107,14 @@ class Exchange(msgspec.Struct, eq=False):
 
 def _head(status: int, body_bytes: int, content_type: str, extra: tuple[str, ...]) -> bytes:
     """Everything before a body, the blank line included."""
-    lines = (
-        f"HTTP/1.1 {status} {HTTPStatus(status).phrase}", f"Content-Type: {content_type}",
-        f"Content-Length: {body_bytes}", *extra, "\r\n",
-    )  # fmt: skip
-    return "\r\n".join(lines).encode("latin-1")
+    lines = (f"Content-Type: {content_type}", f"Content-Length: {body_bytes}", *extra, "\r\n")
+    line = f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\n"
+    return line.encode() + DATE.field + "\r\n".join(lines).encode("latin-1")
 
 
 @functools.lru_cache(maxsize=256)
-def _refusal(status: int, message: str, headers: tuple[str, ...]) -> tuple[bytes, bytes]:
-    """Head and body of an error. Kept, for an overloaded server writes the same one over and over."""
+def _refusal(status: int, message: str, headers: tuple[str, ...], date: bytes) -> tuple[bytes, bytes]:
+    """Head and body of an error. Kept while the date is the same: an overloaded server writes one over and over."""
     if status == 503 and not any(line.startswith("Retry-After:") for line in headers):
         headers = (*headers, "Retry-After: 1")
     body = msgspec.json.encode({"error": message})

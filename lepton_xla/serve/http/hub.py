@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections import Counter
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from lepton_xla.serve.errors import RefusedError
+from lepton_xla.serve.http.date import DATE
 from lepton_xla.serve.http.exchange import Exchange, Head
 from lepton_xla.serve.http.limits import Limits
 
@@ -22,6 +24,7 @@ class Hub:
     Attributes:
         handler: takes every complete request, on the event loop; must answer it sooner or later.
         admit: told of a head before its body is read; raises `RefusedError` for one that may not bring any.
+        invite: told of a head that waits to be told that its body is welcome; raises `RefusedError` where it is not.
         refused: told of errors answered that no handler saw, such as 400 for malformed HTTP.
         limits: the bounds.
         draining: set once for every connection to be closed by its next answer.
@@ -35,6 +38,7 @@ class Hub:
     handler: Callable[[Exchange], None]
     limits: Limits
     admit: Callable[[Head], object] = lambda head: None
+    invite: Callable[[Head], object] = lambda head: None
     refused: Callable[[RefusedError], None] = lambda refusal: None
     draining: bool = False
     connections: set[Connection] = dataclasses.field(default_factory=set["Connection"])
@@ -58,6 +62,7 @@ class Hub:
         return {"in_flight": self.in_flight, "connections": self.open, "buffered_bytes": self.buffered_bytes}
 
     def sweep(self, now: float) -> None:
-        """Enforces the time limits; called about once a second."""
+        """Enforces the time limits, and takes the time for answers; called about once a second."""
+        DATE.tick(time.time())
         for connection in tuple(self.connections):
             connection.sweep(now)

@@ -10,6 +10,8 @@ import zlib
 from lepton_xla.serve.errors import RefusedError
 
 _WINDOW = {"gzip": 16 + zlib.MAX_WBITS, "deflate": zlib.MAX_WBITS}
+# RFC 9110, section 8.4.1.3.
+_SAME = {"x-gzip": "gzip"}
 CODINGS = ", ".join(_WINDOW)
 _PIECE_BYTES = 1 << 14
 _MEMBERS = 4096  # of one gzip body; tools that make blocks for random access make one of every 64 KiB
@@ -28,6 +30,7 @@ def inflate(body: bytes, coding: str, max_bytes: int) -> bytes:
     Raises:
         RefusedError: 415 for another coding, 400 for a damaged or truncated body, 413 if it becomes too large.
     """
+    coding = _SAME.get(coding, coding)
     window = _WINDOW.get(coding)
     if window is None:
         raise RefusedError(415, f"this Content-Encoding is not supported; use {CODINGS}", f"Accept-Encoding: {CODINGS}")
@@ -87,7 +90,7 @@ def choose(accept_encoding: str) -> str | None:
                     weight = float(value)
                 except ValueError:
                     weight = 0.0
-        listed[coding] = weight
+        listed[_SAME.get(coding, coding)] = weight
     for coding in _WINDOW:
         weight = listed.get(coding, listed.get("*", 0.0))
         if weight > best_weight:

@@ -149,14 +149,17 @@ def find(method: bytes, target: bytes) -> tuple[Route, dict[str, str]]:
         target: the request target, percent-encoded, query included.
 
     Raises:
-        RefusedError: 404 where there is no such path, 405 where it takes another method.
+        RefusedError: 400 for a target that is no path, 404 where there is no such path, 405 where it takes another
+            method.
     """
     path = target.partition(b"?")[0]
+    if path == b"*" and method == b"OPTIONS":
+        raise RefusedError(405, "the routes of this server take GET, HEAD or POST", "Allow: GET, HEAD, POST")
     if not path.startswith(b"/"):
         # The absolute form, which clients send to proxies and every server has to accept (RFC 9112, section 3.2.2).
         origin = _ORIGIN.match(path)
         if origin is None:
-            raise RefusedError(404, "no such route")
+            raise RefusedError(400, "the request target is neither a path nor a URL")
         path = path[origin.end() :]
     node, parameters = _ROOT, dict[str, str]()
     for segment in path[1:].split(b"/"):
