@@ -18,6 +18,8 @@ import traceback
 from collections.abc import Callable, Hashable, Mapping
 from typing import IO, Any
 
+from lepton_xla.serve.observe.sink import ClosedError, Sink
+
 ACCESS = "lepton_xla.serve.access"
 """Logger of the access log, whose lines are sampled and so not throttled."""
 
@@ -141,20 +143,28 @@ def _escaped(text: str) -> str:
 class Writer(logging.Handler):
     """Writes lines on a thread of its own, so that nobody waits for whoever reads them.
 
+    A stream that takes nothing now (a full pipe that does not block) is waited for, as one that blocks would be. What
+    it refuses otherwise (no room on the disk) is lost and counted, and the next line that gets through says so. Only a
+    pipe or a stream that is closed ends it.
+
     Args:
         stream: where to.
     """
 
     def __init__(self, stream: IO[str]) -> None:
         super().__init__()
-        self._stream = stream
+        self._out = Sink(stream)
         self._lines: queue.Queue[str | None] = queue.Queue(_QUEUED_LINES)
         self._lost = 0
+        self._why = ""
+        self._closed = False
         self._thread = threading.Thread(target=self._write, name="lepton-log", daemon=True)
         self._thread.start()
 
     def emit(self, record: logging.LogRecord) -> None:
         """Queues the line of a record, or drops it where too many wait."""
+        if self._closed:
+            return
         try:
             self._lines.put_nowait(self.format(record))
         except queue.Full:
@@ -166,14 +176,17 @@ class Writer(logging.Handler):
         while (line := self._lines.get()) is not None:
             lost, self._lost = self._lost, 0
             try:
-                self._stream.write(f"{line}\n" if not lost else f"{line}\n{self._loss(lost)}\n")
-                if self._lines.empty():
-                    self._stream.flush()
-            except (OSError, ValueError):
-                return  # closed: nobody reads any more
+                self._out.write(f"{line}\n" if not lost else f"{line}\n{self._loss(lost)}\n")
+                self._why = ""
+            except (ClosedError, ValueError):
+                self._closed = True
+                return
+            except OSError as error:
+                self._lost += lost + 1
+                self._why = error.strerror or "they could not be written"
 
     def _loss(self, lost: int) -> str:
-        text = f"{lost} lines were lost, because they were not read as fast as they came"
+        text = f"{lost} lines were lost: {self._why or 'they were not read as fast as they came'}"
         return self.format(logging.LogRecord(__name__, logging.WARNING, __file__, 0, text, None, None))
 
     def close(self) -> None:

@@ -118,6 +118,61 @@ def test_what_is_queued_is_written_at_the_end():
     assert stream.getvalue().count("\n") == 100
 
 
+def told(writer):
+    """Waits until all that was emitted is written or lost."""
+    until = time.monotonic() + 5
+    while writer._lines.qsize():
+        assert time.monotonic() < until
+        time.sleep(0.001)
+
+
+def test_a_full_disk_loses_lines_and_the_next_that_is_written_says_how_many(tmp_path):
+    """/dev/full is a disk without room; then the same descriptor is a file."""
+    file = tmp_path / "log"
+    with open("/dev/full", "w") as stream, file.open("w") as other:
+        writer = Writer(stream)
+        writer.setFormatter(PlainLines())
+        for n in range(5):
+            writer.emit(record("line %d", n))
+        told(writer)
+        time.sleep(0.05)
+        os.dup2(other.fileno(), stream.fileno())
+        for n in range(5, 8):
+            writer.emit(record("line %d", n))
+        writer.close()
+    lines = file.read_text().splitlines()
+    assert [line.split("ERROR ")[-1] for line in lines if "ERROR" in line] == ["line 5", "line 6", "line 7"]
+    assert sum("5 lines were lost: No space left on device" in line for line in lines) == 1
+    assert len(lines) == 4
+
+
+def test_a_full_pipe_that_does_not_block_is_waited_for():
+    read, write = os.pipe()
+    os.set_blocking(write, False)
+    with os.fdopen(write, "w") as stream, os.fdopen(read) as reader:
+        writer = Writer(stream)
+        writer.setFormatter(PlainLines())
+        for n in range(3000):
+            writer.emit(record("line %d %s", n, "x" * 100))
+        time.sleep(0.05)
+        assert writer._lines.qsize() > 1000  # the pipe is full
+        assert [int(reader.readline().split()[4]) for _ in range(3000)] == list(range(3000))
+        writer.close()
+
+
+def test_a_pipe_that_nobody_reads_any_more_ends_it():
+    read, write = os.pipe()
+    with os.fdopen(write, "w") as stream:
+        writer = Writer(stream)
+        writer.setFormatter(PlainLines())
+        os.close(read)
+        writer.emit(record("line"))
+        writer._thread.join(5)
+        assert not writer._thread.is_alive()
+        writer.emit(record("line"))
+        assert not writer._lines.qsize()  # and holds nothing for it
+
+
 SCRIPT = """
     import sys
     from serve_fakes import Affine
