@@ -7,6 +7,7 @@ import json as json_lines
 import logging
 import os
 import resource
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -208,6 +209,8 @@ def serve(
     from lepton_xla.serve.observe.logs import configure
     from lepton_xla.serve.server import Options, Server
 
+    # Until the server takes it, which reads files again: whoever sends it early must not end what is being loaded.
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     options = Options(
         host=host,
         port=port,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import functools
 import logging
 import math
 import os
@@ -168,7 +167,8 @@ class Server:
         """Serves until stopped.
 
         Args:
-            signals: whether SIGTERM and SIGINT stop it (main thread only); a second one stops it at once.
+            signals: whether SIGTERM and SIGINT stop it (main thread only), a second one at once, and SIGHUP has it read
+                its files again.
             on_ready: called once it listens.
 
         Returns:
@@ -227,8 +227,7 @@ class Server:
         stop = self._stop = Stop()
         if signals:
             stop.listen(loop)
-            if access.reloads:
-                loop.add_signal_handler(signal.SIGHUP, functools.partial(access.refresh, force=True))
+            loop.add_signal_handler(signal.SIGHUP, access.reload)
         listener = access.listen()
         try:
             # Off the loop, so that a signal during a long warm-up is seen as soon as it ends.

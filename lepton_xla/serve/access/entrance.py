@@ -68,6 +68,12 @@ class Access:
         """Whether there is something that may change while the server runs."""
         return self.guard is not None or self.certificates is not None
 
+    def reload(self) -> None:
+        """Reads everything again, as on SIGHUP; the log says what, or that there is nothing."""
+        if not self.reloads:
+            _log.info("SIGHUP: nothing is read again, for there is neither a token file nor a certificate")
+        self.refresh(force=True)
+
     def refresh(self, *, force: bool = False) -> None:
         """Reads again what changed, or everything."""
         if self.guard is not None:

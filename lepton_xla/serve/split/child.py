@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import os
+import signal
 import socket
 import sys
 from collections.abc import Awaitable, Callable
@@ -86,6 +87,8 @@ def run_child(main: Callable[[control.Settings, socket.socket], Awaitable[bool]]
     Args:
         main: gets what the server was told, and the process's end of the pair; gives whether all went well.
     """
+    # Those that have something to read again take it later.
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     end = socket.socket(fileno=int(sys.argv[1]))
     settings = control.settings_of(end)
     configure(settings.json_logs)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import signal
 import socket
 from collections.abc import Callable
 from typing import Any
@@ -47,6 +48,7 @@ class HttpProcess:
         self._stop = Stop()
         self._stop.listen(loop)
         self._stop.warming = False
+        loop.add_signal_handler(signal.SIGHUP, self._access.reload)
         self._no_more = asyncio.Event()
         self._askers: dict[int, Callable[[Metrics], object]] = {}
         self._asked = 0
@@ -104,7 +106,7 @@ class HttpProcess:
                 if hurried:
                     self._stop.hurried.set()
             case control.Reload():
-                self._access.refresh(force=True)
+                self._access.reload()
             case control.Closed():
                 self._no_more.set()
             case control.Count(number):

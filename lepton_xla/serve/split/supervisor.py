@@ -35,6 +35,9 @@ _LONGEST_WAIT_S = 10.0
 _STABLE_S = 30.0
 # A process that was ready, and says nothing for so long, has an event loop that will not turn again.
 _SILENT_S = 60.0
+# One that has said nothing for so long gets no connections: they would wait for it. It is twice as long as it takes one
+# that is well to say something.
+_HEARD_S = 2 * control.REPORT_S
 # How long a scrape waits for a process that does not say what it has counted.
 _COUNTING_S = 0.5
 
@@ -112,6 +115,7 @@ class Supervisor:
         self._listener = self._access.listen()
         stop = Stop()
         stop.listen(loop)
+        loop.add_signal_handler(signal.SIGHUP, self._reload)
         self._begun: asyncio.Future[None] = loop.create_future()
         keepers = {child: loop.create_task(self._keep(child)) for child in self._children}
         watching = loop.create_task(self._watch())
@@ -122,8 +126,6 @@ class Supervisor:
                 return True
             self._begun.result()
             stop.warming = False
-            if self._access.reloads:
-                loop.add_signal_handler(signal.SIGHUP, self._tell_fronts, control.Reload())
             self._listener.listen(_BACKLOG)
             self._listener.setblocking(False)
             self._listening = True
@@ -212,6 +214,13 @@ class Supervisor:
         if front.control is not None:
             front.control.hand(msgspec.structs.replace(self._settings, model=self.name), [])
 
+    def _reload(self) -> None:
+        """Has the processes that speak HTTP read their files again; this one says so where there are none."""
+        if self._access.reloads:
+            self._tell_fronts(control.Reload())
+        else:
+            self._access.reload()
+
     def _tell_fronts(self, message: control.Message) -> None:
         for front in self._fronts:
             front.send(message)
@@ -219,7 +228,9 @@ class Supervisor:
     # What they say.
 
     def _told(self, child: Child, message: control.Message) -> None:
-        child.heard_s = monotonic()
+        waited, child.heard_s = monotonic() - child.heard_s, monotonic()
+        if waited > _HEARD_S and child.ready:
+            self._accept_or_wait()
         match message:
             case control.Ready(model, digest):
                 self._is_ready(child, model, digest)
@@ -315,10 +326,16 @@ class Supervisor:
 
     # Connections.
 
+    def _open_fronts(self) -> list[Child]:
+        """Who may be given connections: those that are ready and have been heard from, the one with fewest first."""
+        since = monotonic() - _HEARD_S
+        found = (front for front in self._fronts if front.ready and front.heard_s >= since)
+        return sorted(found, key=lambda front: front.open)
+
     def _accept_or_wait(self) -> None:
         """Takes connections while there is somebody for them; else they wait in the kernel."""
         if self._listening:
-            if any(front.ready for front in self._fronts):
+            if self._open_fronts():
                 self._loop.add_reader(self._listener, self._accept)
             else:
                 self._loop.remove_reader(self._listener)
@@ -326,7 +343,7 @@ class Supervisor:
     def _accept(self) -> bool:
         """Deals out the connections that are there; gives whether there may be more."""
         for _ in range(AT_ONCE):
-            fronts = sorted((front for front in self._fronts if front.ready), key=lambda front: front.open)
+            fronts = self._open_fronts()
             if not fronts:
                 self._loop.remove_reader(self._listener)
                 return False

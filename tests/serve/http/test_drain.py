@@ -210,6 +210,22 @@ def process_of(**options):
             process.kill()
 
 
+def test_sighup_hurts_nobody_where_there_is_nothing_to_read_again():
+    with start_script(SCRIPT, json.dumps({"delay_s": 0.0}), stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        try:
+            port = int(process.stdout.readline())
+            process.send_signal(signal.SIGHUP)
+            while "SIGHUP: nothing is read again" not in (line := process.stderr.readline()):
+                assert line
+            with socket.create_connection(("127.0.0.1", port), 10) as sock:
+                sock.sendall(raw_request("GET", "/v2/health/ready"))
+                assert read_response(sock)[0] == 200
+            process.terminate()
+            assert process.wait(10) == 0
+        finally:
+            process.kill()
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_answers_what_was_accepted_and_exits_with_0(number):
     with process_of(delay_s=0.2) as (process, port):

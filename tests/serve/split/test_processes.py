@@ -283,6 +283,44 @@ def test_a_stopped_engine_is_given_up_and_taken_again(served):
     assert served.children("engine") == [engine]
 
 
+def test_a_stopped_process_gets_no_connections_until_it_goes_on(served):
+    """SIGSTOP, as a debugger or a frozen cgroup: it stays there, and answers nothing."""
+    stopped, other = served.speakers
+    stopped.suspend()
+    try:
+        time.sleep(1.3)
+        start = time.monotonic()
+        for _ in range(12):
+            assert served.get("/v2/health/live")[0] == 200
+        assert time.monotonic() - start < 5
+        # With nobody left, connections wait in the kernel; the first that goes on takes them.
+        other.suspend()
+        time.sleep(1.3)
+        with contextlib.closing(socket.create_connection(served.address, 10)) as sock:
+            sock.sendall(raw_request("GET", "/v2/health/live"))
+            sock.settimeout(0.5)
+            with pytest.raises(TimeoutError):
+                sock.recv(1)
+            other.resume()
+            sock.settimeout(10)
+            assert read_response(sock)[0] == 200
+    finally:
+        for each in (stopped, other):
+            each.resume()
+    wait_for_even_shares(served)
+    assert sorted(each.pid for each in served.speakers) == sorted([stopped.pid, other.pid])
+
+
+def test_sighup_ends_no_process(served):
+    """There is nothing to read again."""
+    before = [served.process.pid, *(child.pid for child in psutil.Process(served.process.pid).children())]
+    for pid in before:
+        os.kill(pid, signal.SIGHUP)
+    time.sleep(0.2)
+    assert served.get("/v2/health/ready")[0] == 200
+    assert [served.process.pid, *(child.pid for child in psutil.Process(served.process.pid).children())] == before
+
+
 def test_workers_are_replaced_by_such_as_serve_what_the_artifact_is_now(artifact, tmp_path):
     """One that starts again finds other weights; then all do, and nobody who asks meanwhile goes without an answer."""
     path = shutil.copytree(artifact, tmp_path / "wait.lepton")

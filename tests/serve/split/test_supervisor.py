@@ -40,6 +40,26 @@ def test_a_process_that_says_nothing_for_a_minute_is_killed_and_no_other(monkeyp
     assert "said nothing for 60 s" in silent.reason
 
 
+def test_who_has_not_been_heard_from_for_a_second_gets_no_connections(monkeypatch):
+    now = 1000.0
+    monkeypatch.setattr(supervisor, "monotonic", lambda: now)
+    keeper = Supervisor("x.lepton", Options(port=0), workers=2)
+    first, second = keeper._fronts
+    for child in (first, second):
+        child.ready = True
+        keeper._told(child, control.Connections(0))
+    first.open = 5
+    assert keeper._open_fronts() == [second, first]
+    now += 0.9
+    keeper._told(first, control.Connections(5))
+    now += 0.2
+    assert keeper._open_fronts() == [first]
+    now += 1.0
+    assert keeper._open_fronts() == []
+    keeper._told(second, control.Connections(0))
+    assert keeper._open_fronts() == [second]
+
+
 def test_nobody_is_silent_who_could_not_be_heard(monkeypatch):
     """A container that was paused for two minutes: all stood still."""
     monkeypatch.setattr(supervisor, "monotonic", lambda: 1000.0)
