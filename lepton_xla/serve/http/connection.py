@@ -55,7 +55,7 @@ class Connection(asyncio.Protocol):
     def __init__(self, hub: Hub) -> None:
         self._hub = hub
         self._limits = hub.limits
-        self._parser = request_parser(self)
+        self._parser: Any = request_parser(self)
         self._transport: Any = None
         self._address = ""
         self._announced = False
