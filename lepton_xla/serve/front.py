@@ -17,6 +17,7 @@ from lepton_xla.serve.observe.health import Health
 from lepton_xla.serve.observe.metrics import Metrics
 from lepton_xla.serve.observe.observer import ObservedApp, Observer
 from lepton_xla.serve.observe.tracing import tracing
+from lepton_xla.serve.protocol.routes import OPEN_PATHS
 from lepton_xla.serve.protocol.signature import Signature
 
 if TYPE_CHECKING:
@@ -70,7 +71,9 @@ class Front:
         )  # fmt: skip
         if isinstance(self._app, ObservedApp):
             self._app.observers = observers
-        self.hub = Hub(self._app, options.limits, invite=self._app.invite, refused=self._app.refused)
+        self.hub = Hub(
+            self._app, options.limits, invite=self._app.invite, refused=self._app.refused, always=OPEN_PATHS
+        )  # fmt: skip
         metrics.version = signature.version
         metrics.watch(lambda: backend.figures() | self.hub.figures())
         if access.guard is not None:

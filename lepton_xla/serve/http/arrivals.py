@@ -8,8 +8,10 @@ import socket
 from collections.abc import Callable
 from typing import Any
 
+from lepton_xla.serve.errors import RefusedError
 from lepton_xla.serve.http.connection import Connection
 from lepton_xla.serve.http.hub import Hub
+from lepton_xla.serve.http.reserve import HANDSHAKE_S, RESERVED, LastConnection
 
 _log = logging.getLogger("lepton_xla.serve")
 
@@ -18,6 +20,10 @@ AT_ONCE = 64
 
 # After the process has run out of descriptors.
 _FULL_S = 0.5
+_PLAIN = RefusedError(400, "plain HTTP was sent to a port that speaks TLS: use https://")
+
+# Of the event loop, in which those leave their places that were closed before another came.
+_TURNS = 3
 # For handshakes that are under way when no more connections are taken.
 _SETTLE_S = 1.0
 
@@ -46,11 +52,20 @@ def accept(
             return None
 
 
+def _address_of(accepted: socket.socket) -> str:
+    """The client's address; nothing where it is this machine, by a Unix socket.
+
+    Raises:
+        OSError: if the client has gone.
+    """
+    return "" if accepted.family == socket.AF_UNIX else str(accepted.getpeername()[0])
+
+
 class Arrivals:
     """Takes accepted sockets to the hub. Those that speak TLS shake hands first, for no longer than `head_timeout_s`.
 
-    They count as connections from the start. One too many is closed without a word: saying why would take a handshake,
-    which is what costs most.
+    They count as connections from the start. Those beyond the limits are told so by their first answer, unless they ask
+    for health; with TLS only few of them are let in that far, as the handshake is what costs most.
 
     Args:
         hub: where they go.
@@ -62,37 +77,78 @@ class Arrivals:
         self._tls = tls
         self._loop = asyncio.get_running_loop()
         self._tasks: set[asyncio.Task[None]] = set()
+        self._beyond = 0
 
     def take(self, accepted: socket.socket) -> None:
         """Takes over a socket."""
         hub = self._hub
+        try:
+            address = _address_of(accepted)
+        except OSError:
+            accepted.close()  # gone
+            return
         connection = Connection(hub)
-        if self._tls:
-            try:
-                address = str(accepted.getpeername()[0])
-            except OSError:
-                accepted.close()  # gone
-                return
-            limits = hub.limits
-            if (
-                hub.open >= limits.max_connections
-                or hub.addresses.get(address, 0) >= limits.max_connections_per_address
-            ):
-                _log.warning("a connection is closed before its TLS handshake: there are as many as there may be")
-                accepted.close()
-                return
+        if hub.full(address) is None:
             connection.announce(address)
-        task = self._loop.create_task(self._enter(accepted, connection))
+            entering = self._enter(accepted, connection)
+        elif self._tls and self._beyond >= RESERVED:
+            _log.warning("a connection is closed before its TLS handshake: there are as many as there may be")
+            accepted.close()
+            return
+        else:
+            self._beyond += 1
+            entering = self._enter_beyond(accepted, connection, address)
+        task = self._loop.create_task(entering)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _enter(self, accepted: socket.socket, connection: Connection) -> None:
+    async def _enter_beyond(self, accepted: socket.socket, connection: Connection, address: str) -> None:
+        hub = self._hub
         try:
-            await self._loop.connect_accepted_socket(lambda: connection, accepted, **self._tls)
+            for _ in range(_TURNS):
+                await asyncio.sleep(0)
+            refusal = hub.full(address)
+            if refusal is None:
+                connection.announce(address)
+            else:
+                connection = LastConnection(hub, refusal, hub.always)
+            await self._enter(accepted, connection)
+        finally:
+            self._beyond -= 1
+
+    async def _enter(self, accepted: socket.socket, connection: Connection) -> None:
+        tls: dict[str, Any] = self._tls
+        limit_s = self._hub.limits.head_timeout_s
+        try:
+            if tls:
+                if isinstance(connection, LastConnection):
+                    limit_s = min(HANDSHAKE_S, limit_s)
+                    tls = {**tls, "ssl_handshake_timeout": limit_s}
+                if await self._is_plain(accepted, limit_s):
+                    connection.recall()
+                    connection = LastConnection(self._hub, _PLAIN)
+                    tls = {}
+            taken = connection
+            await self._loop.connect_accepted_socket(lambda: taken, accepted, **tls)
         except OSError:
             accepted.close()  # gone, or not TLS
         finally:
             connection.recall()
+
+    async def _is_plain(self, accepted: socket.socket, limit_s: float) -> bool:
+        """Whether a client that should shake hands speaks plain HTTP: its first byte is a letter, not a record's type.
+
+        Raises:
+            OSError: if nothing comes in time.
+        """
+        came = asyncio.Event()
+        self._loop.add_reader(accepted, came.set)
+        try:
+            async with asyncio.timeout(limit_s):
+                await came.wait()
+        finally:
+            self._loop.remove_reader(accepted)
+        return accepted.recv(1, socket.MSG_PEEK).isalpha()
 
     async def settle(self) -> None:
         """Waits for those that are on their way, but not long for a client that does not go on."""

@@ -79,7 +79,7 @@ class Connection(asyncio.Protocol):
     # From whoever accepts it.
 
     def announce(self, address: str) -> None:
-        """Has it count while it shakes hands for TLS, before it is made."""
+        """Has it count before it is made, as while it shakes hands for TLS."""
         self._address = address
         self._announced = True
         self._hub.arriving += 1
@@ -111,10 +111,6 @@ class Connection(asyncio.Protocol):
             self._address = str((transport.get_extra_info("peername") or ("",))[0])
             hub.addresses[self._address] += 1
         self._deadline = monotonic() + limits.idle_timeout_s
-        if len(hub.connections) > limits.max_connections:
-            self._fail(RefusedError(503, "too many connections"))
-        elif hub.addresses[self._address] > limits.max_connections_per_address:
-            self._fail(RefusedError(503, "too many connections from this address"))
 
     def connection_lost(self, exc: Exception | None) -> None:
         hub = self._hub

@@ -15,6 +15,7 @@ from lepton_xla.serve.http.limits import Limits
 
 if TYPE_CHECKING:
     from lepton_xla.serve.http.connection import Connection
+    from lepton_xla.serve.http.reserve import LastConnection
 
 
 @dataclasses.dataclass(slots=True)
@@ -27,9 +28,12 @@ class Hub:
         invite: told of a head that waits to be told that its body is welcome; raises `RefusedError` where it is not.
         refused: told of errors answered that no handler saw, such as 400 for malformed HTTP.
         limits: the bounds.
+        always: paths that are answered whatever the limits say.
         draining: set once for every connection to be closed by its next answer.
         connections: those open.
-        arriving: how many shake hands for TLS, and are not among them yet.
+        arriving: how many are on their way, such as in a TLS handshake, and not among them yet.
+        last: how many of them are closed by their first answer, and do not count towards the limits.
+        reserve: those of them that may still be asking, oldest first.
         addresses: how many of both come from each client address.
         buffered_bytes: bodies that are arriving or not answered yet, of all connections.
         heads: parsed heads by their bytes. Clients repeat them, and a hit costs a hundredth of a parse.
@@ -40,17 +44,33 @@ class Hub:
     admit: Callable[[Head], object] = lambda head: None
     invite: Callable[[Head], object] = lambda head: None
     refused: Callable[[RefusedError], None] = lambda refusal: None
+    always: frozenset[bytes] = frozenset()
     draining: bool = False
     connections: set[Connection] = dataclasses.field(default_factory=set["Connection"])
     arriving: int = 0
+    last: int = 0
+    reserve: dict[LastConnection, None] = dataclasses.field(default_factory=dict["LastConnection", None])
     addresses: Counter[str] = dataclasses.field(default_factory=Counter[str])
     buffered_bytes: int = 0
     heads: dict[bytes, Head] = dataclasses.field(default_factory=dict[bytes, Head])
 
     @property
     def open(self) -> int:
-        """Connections, those that shake hands included."""
+        """Connections, those on their way included."""
         return len(self.connections) + self.arriving
+
+    def full(self, address: str) -> RefusedError | None:
+        """Why there may be no connection more.
+
+        Args:
+            address: of the client; empty on a Unix socket, where all of them share one.
+        """
+        limits = self.limits
+        if self.open - self.last >= limits.max_connections:
+            return RefusedError(503, "too many connections")
+        if address and self.addresses[address] >= limits.max_connections_per_address:
+            return RefusedError(503, "too many connections from this address")
+        return None
 
     @property
     def in_flight(self) -> int:

@@ -37,9 +37,7 @@ class Limits:
     max_tensors: int = _limit(1024, "Inputs and outputs that a request may name together; more get 400.")
     max_elements: int = _limit(1 << 28, "Elements of one input, the product of its shape; more get 400.")
     max_pipelined: int = _limit(1024, "Unanswered requests on one connection; more get 400.")
-    max_connections: int = _limit(
-        10_000, "Connections open at once; more get 503, or with TLS are closed before the handshake."
-    )
+    max_connections: int = _limit(10_000, "Connections open at once; more get 503 for whatever they ask but health.")
     max_connections_per_address: int = _limit(
         10_000, "Those of them from one client address; more get the same. Leave it where a proxy is in front."
     )

@@ -1,6 +1,7 @@
 """TLS and mutual TLS, with certificates made here; what changes while the server runs; who may listen where."""
 
 import contextlib
+import json
 import re
 import signal
 import socket
@@ -11,13 +12,14 @@ import time
 
 import numpy as np
 import pytest
-from serve_fakes import Affine, affine_binary, raw_request, read_outputs, read_response, start_script
+from serve_fakes import Affine, affine_binary, exchange, raw_request, read_outputs, read_response, start_script
 from serve_tls import Authority, client, connect, copy
 
 from lepton_xla.errors import ServeError
 from lepton_xla.serve import Limits, Options, Server
 from lepton_xla.serve.access.tls import TlsFiles
 from lepton_xla.serve.access.tokens import create_token
+from lepton_xla.serve.http.reserve import HANDSHAKE_S, RESERVED
 
 X = np.ones((1, 4), np.float32)
 INFER = "/v2/models/affine/infer"
@@ -42,9 +44,9 @@ def pair(authority, tmp_path):
     return TlsFiles(cert, key)
 
 
-def status_of(server, context, **kwargs):
+def status_of(server, context, path="/v2/health/live", **kwargs):
     with connect(server, context, **kwargs) as sock:
-        sock.sendall(raw_request("GET", "/v2/health/live"))
+        sock.sendall(raw_request("GET", path))
         return read_response(sock)[0]
 
 
@@ -88,14 +90,6 @@ def test_pipelined_requests_in_pieces_come_over_tls(make_server, authority, pair
             status, headers, body = read_response(sock, buffer=buffer)
             assert status == 200
             np.testing.assert_array_equal(read_outputs(headers, body)["y"], 2 * X + n)
-
-
-def test_plain_http_gets_nothing_from_a_tls_port(make_server, pair):
-    server = make_server(Affine(), tls=pair)
-    with socket.create_connection(server.address, 10) as sock:
-        sock.sendall(raw_request("GET", "/v2/health/live"))
-        with contextlib.suppress(ConnectionResetError):
-            assert not sock.recv(100).startswith(b"HTTP")
 
 
 @pytest.mark.filterwarnings("ignore:ssl.TLSVersion:DeprecationWarning")
@@ -187,12 +181,10 @@ def test_a_handshake_that_does_not_come_is_given_up(make_server, pair):
         assert time.monotonic() - start < 3
 
 
-def closed_without_a_word(server, authority):
-    try:
-        status_of(server, client(authority))
-    except (ssl.SSLError, ConnectionError):
-        return True
-    return False
+def is_full(server, authority):
+    """Whether a connection more gets 503, and yet the health of the server."""
+    assert status_of(server, client(authority)) == 200
+    return status_of(server, client(authority), path="/v2") == 503
 
 
 @pytest.mark.parametrize("limit", ["max_connections", "max_connections_per_address"])
@@ -200,17 +192,40 @@ def test_handshakes_count_as_connections_and_for_no_longer_than_they_may_take(ma
     server = make_server(Affine(), tls=pair, limits=Limits(head_timeout_s=1.0, **{limit: 3}))
     with connect(server, client(authority)) as good, contextlib.ExitStack() as stack:
         silent = [stack.enter_context(socket.create_connection(server.address, 10)) for _ in range(2)]
-        assert closed_without_a_word(server, authority)
+        assert is_full(server, authority)
         for sock in silent:
             with contextlib.suppress(ConnectionResetError):
                 assert sock.recv(1) == b""
-        wait_until(lambda: not closed_without_a_word(server, authority))
+        wait_until(lambda: not is_full(server, authority))
 
         def open_now():
             good.sendall(raw_request("GET", "/metrics"))
             return re.search(rb'^lepton_connections{model="affine"} (.*)$', read_response(good)[2], re.MULTILINE)[1]
 
         wait_until(lambda: open_now() == b"1.0")
+
+
+def test_handshakes_beyond_the_limits_are_few_and_short(make_server, authority, pair):
+    server = make_server(Affine(), tls=pair, limits=Limits(max_connections=1))
+    with connect(server, client(authority)), contextlib.ExitStack() as stack:
+        for _ in range(RESERVED):
+            stack.enter_context(socket.create_connection(server.address, 10))
+        time.sleep(0.1)
+        with pytest.raises((ssl.SSLError, ConnectionError)):
+            status_of(server, client(authority))
+        time.sleep(HANDSHAKE_S)
+        assert is_full(server, authority)
+
+
+@pytest.mark.parametrize("method", ["GET", "HEAD", "POST"])
+def test_plain_http_on_a_port_that_speaks_tls_is_told_so(make_server, pair, method):
+    server = make_server(Affine(), tls=pair)
+    status, headers, body = exchange(server, method, "/v2/health/live")
+    assert (status, headers["connection"]) == (400, "close")
+    if method == "HEAD":
+        assert not body
+    else:
+        assert json.loads(body)["error"].startswith("plain HTTP was sent to a port that speaks TLS")
 
 
 def test_handshakes_that_fail_leave_their_place(make_server, authority, pair):
@@ -229,7 +244,7 @@ def test_handshakes_that_fail_leave_their_place(make_server, authority, pair):
                     sock.sendall(b"\x16\x03\x01\x02\x00\x01")
                 case 3:
                     sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")  # reset
-        wait_until(lambda: not closed_without_a_word(server, authority))
+        wait_until(lambda: not is_full(server, authority))
 
 
 def test_a_handshake_under_way_when_the_server_stops_is_ended_and_answered(make_server, authority, pair):

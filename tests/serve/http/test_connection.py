@@ -317,8 +317,10 @@ def test_too_many_connections_get_503(make_server):
             sock.sendall(raw_request("GET", "/v2"))
             assert read_response(sock)[0] == 200
         with connect(server) as third:
+            third.sendall(infer_bytes())
             status, headers, _ = read_response(third)
-            assert (status, headers["retry-after"]) == (503, "1")
+            assert (status, headers["retry-after"], headers["connection"]) == (503, "1", "close")
+            assert closed(third)
 
 
 FAST = Limits(head_timeout_s=0.3, body_timeout_s=0.3, idle_timeout_s=0.3, write_timeout_s=0.3)

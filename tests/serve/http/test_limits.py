@@ -163,6 +163,7 @@ def test_connections_of_one_address_are_bounded_and_come_back(make_server):
                 sock.sendall(raw_request("GET", "/v2"))
                 assert read_response(sock)[0] == 200
             with connect(server) as third:
+                third.sendall(raw_request("GET", "/v2"))
                 status, headers, body = read_response(third)
                 assert (status, headers["retry-after"]) == (503, "1")
                 assert "address" in json.loads(body)["error"]
