@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from lepton_xla.cli._stdout import stdout_checked
 from lepton_xla.errors import LeptonError
 
 # What `leptonx --help` lists, in the order in which one uses it. A command's file is imported when the command is run,
@@ -69,13 +70,17 @@ class LeptonGroup(click.Group):
             if "\0" in arg:  # from Python only: no shell hands one over
                 raise OneLineError(f"the argument {arg!r} has a null byte in it")
         try:
-            return super().make_context(info_name, args, parent, **extra)
+            with stdout_checked():  # --help and --version print here
+                return super().make_context(info_name, args, parent, **extra)
+        except LeptonError as error:
+            raise OneLineError(str(error)) from error
         except click.ClickException as error:
             raise _one_line(error) from error
 
     def invoke(self, ctx: click.Context) -> object:
         try:
-            return super().invoke(ctx)
+            with stdout_checked():
+                return super().invoke(ctx)
         except LeptonError as error:
             raise OneLineError(str(error)) from error
         except click.ClickException as error:

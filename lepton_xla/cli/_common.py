@@ -161,7 +161,11 @@ def show(*parts: Group | str) -> None:
     """Tables and lines on stdout."""
     from rich.console import Console
 
-    console = Console(highlight=False, markup=False, soft_wrap=False)
+    class Lines(Console):
+        def on_broken_pipe(self) -> None:
+            raise
+
+    console = Lines(highlight=False, markup=False, soft_wrap=False)
     for part in parts:
         console.print(printable(part) if isinstance(part, str) else part, soft_wrap=isinstance(part, str))
 

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import os
 import re
 import subprocess
 import sys
@@ -111,13 +112,53 @@ def test_a_process_ends_with_2_and_no_traceback(tmp_path):
     assert "nothing.lepton: manifest.json is missing: there is no such folder" in lines[0]
 
 
-@pytest.mark.parametrize("args", [["inspect", "--json"], ["inspect"]])
-def test_a_reader_that_goes_away_is_no_error(artifact, args):
-    command = [sys.executable, "-m", "lepton_xla", *args, str(artifact)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        assert process.stderr is not None
-        process.stdout.close()
-        text = process.stderr.read()
-    assert process.returncode != 2
-    assert all(line.startswith("... ") for line in text.splitlines()), text
+def unread():
+    """A pipe whose reader has gone, as with `| head -0`."""
+    read, write = os.pipe()
+    os.close(read)
+    return write
+
+
+def full():
+    return os.open("/dev/full", os.O_WRONLY)
+
+
+@pytest.mark.parametrize(
+    ("args", "stdout", "why"),
+    [
+        (["inspect", "ARTIFACT"], unread, "Broken pipe"),
+        (["inspect", "ARTIFACT", "--json"], full, "No space left on device"),
+        (["inspect", "--help"], unread, "Broken pipe"),
+        (["--version"], full, "No space left on device"),
+    ],
+)
+def test_what_cannot_be_printed_is_one_line_and_exit_code_2(artifact, args, stdout, why):
+    """Whatever the command: the rest of them is checked where they print."""
+    args = [str(artifact) if arg == "ARTIFACT" else arg for arg in args]
+    number = stdout()
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "lepton_xla", *args], stdout=number, stderr=subprocess.PIPE, text=True, check=False
+        )  # fmt: skip
+    finally:
+        os.close(number)
+    lines = [line for line in done.stderr.splitlines() if not line.startswith("... ")]
+    assert (done.returncode, lines) == (2, [f"leptonx: stdout cannot be written: {why}"])
+
+
+def test_a_closed_stdout_is_one_line_and_exit_code_2(monkeypatch, capsys):
+    """As with `>&-`, where Python has no stdout at all."""
+    monkeypatch.setattr(sys, "stdout", None)
+    with pytest.raises(SystemExit) as ended:
+        main(["recipes"], prog_name="leptonx")
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.startswith("leptonx: stdout is closed")
+
+
+def test_an_error_of_another_file_is_not_taken_for_one_of_stdout(cli, monkeypatch):
+    def broken(name):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("lepton_xla.recipe.preset_text", broken)
+    with pytest.raises(OSError, match="No space left"):
+        cli("recipes", "int8")
