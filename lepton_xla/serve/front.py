@@ -90,6 +90,7 @@ class Front:
         Returns:
             Whether everything accepted was answered.
         """
+        self.hub.sweep(monotonic())
         sweeper = asyncio.create_task(self._sweep(stop))
         options = self._options
         try:
