@@ -18,6 +18,7 @@ import msgspec
 import numpy as np
 
 from lepton_xla.serve.errors import RefusedError
+from lepton_xla.serve.protocol.badelement import describe
 from lepton_xla.serve.protocol.datatypes import DATATYPES, Datatype
 
 # Bytes of JSON in a piece: a tenth of a millisecond of parsing.
@@ -66,7 +67,7 @@ def read_data(
     # An element takes a byte of JSON at least, so that no shape makes this allocate more than came.
     if count > stop - start or (not count and text[start:stop].translate(None, _NOTHING if nested else _NOTHING[:-1])):
         raise RefusedError(400, f"{where}: shape {list(shape)} needs {count} elements, not these")
-    found, values = 0, np.empty(count, dtype)
+    piece, found, values = b"", 0, np.empty(count, dtype)
     try:
         for begin, end in _pieces(text, start, stop) if count else ():
             if end - begin > PIECE_BYTES + _LONGEST_ELEMENT:
@@ -82,7 +83,8 @@ def read_data(
             values[found : found + len(part)] = part
             found += len(part)
     except msgspec.DecodeError as error:
-        raise RefusedError(400, f"{where}: data is not {datatype.name}: {error}") from error
+        why = describe(piece, datatype.element, found, shape if nested else None)
+        raise RefusedError(400, f"{where}: data is not {datatype.name}{why}") from error
     except (FloatingPointError, OverflowError) as error:
         raise RefusedError(400, f"{where}: a number in data does not fit {datatype.name}") from error
     except RecursionError as error:

@@ -127,3 +127,24 @@ def test_json_has_no_way_to_write_what_is_not_finite(value):
     with pytest.raises(RefusedError, match=r"output 'y' holds NaN or infinity.*ask for binary_data") as caught:
         write_data(np.array([1, value], np.float32), "output 'y'")
     assert caught.value.status == 400
+
+
+@pytest.mark.parametrize("pieces", ["whole", "small"])
+@pytest.mark.parametrize("nested", [True, False])
+@given(shape=hnp.array_shapes(min_dims=1, max_dims=3, min_side=1, max_side=7), data=st.data())
+def test_the_element_that_is_wrong_is_named_as_in_the_request(request, pieces, nested, shape, data):
+    if pieces == "small":
+        request.getfixturevalue("small_pieces")
+    place = tuple(data.draw(st.integers(0, size - 1)) for size in shape)
+    array = np.arange(math.prod(shape)).astype(object).reshape(shape)
+    array[place] = "seven"
+    text = json.dumps(array.tolist() if nested else array.ravel().tolist()).encode()
+    index = place if nested else (np.ravel_multi_index(place, shape),)
+    message = refused(text, shape, INT32)
+    assert message.endswith(
+        "data is not INT32: Expected `int`, got `str` - at `$" + "".join(f"[{i}]" for i in index) + "`"
+    )
+
+
+def test_an_element_that_is_cut_in_two_is_still_refused(small_pieces):
+    assert refused(json.dumps([1.0] * 10 + ["a,b" * 20] + [2.0] * 10).encode(), (21,)).endswith("data is not FP32")
