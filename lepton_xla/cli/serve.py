@@ -59,8 +59,21 @@ def _limit_options(command: Callable[..., None]) -> Callable[..., None]:
 
 @click.command()
 @click.argument("path", type=click.Path())
-@_option("--host", "127.0.0.1", "Address to listen on. The default can be reached from this machine only.")
+@_option(
+    "--host",
+    "127.0.0.1",
+    "Address to listen on, or a name, such as localhost, all of whose addresses are. The default can be reached from "
+    "this machine only.",
+)
 @_option("--port", 8000, "Port to listen on; 0 picks a free one.", type=click.IntRange(0, 65535))
+@_option(
+    "--unix-socket",
+    None,
+    "File of a Unix socket to listen on, instead of host and port, as for a proxy on this machine. The umask says who "
+    "may connect. One that was left behind is replaced, and it is removed at the end.",
+    type=click.Path(path_type=Path),
+    show_default=False,
+)
 @_option(
     "--workers",
     1,
@@ -166,6 +179,7 @@ def serve(
     *,
     host: str,
     port: int,
+    unix_socket: Path | None,
     workers: int,
     frontends: int,
     name: str | None,
@@ -214,6 +228,7 @@ def serve(
     options = Options(
         host=host,
         port=port,
+        unix_socket=unix_socket,
         name=name,
         server_name=server_name,
         max_delay_us=max_delay_us,
@@ -242,7 +257,8 @@ def serve(
 
     def announce(server: Server | Supervisor) -> None:
         if as_json:
-            at = {"host": server.address[0], "port": server.address[1]}
+            place = {"host": server.address[0], "port": server.address[1]}
+            at = place if unix_socket is None else {"unix_socket": str(unix_socket)}
             line = json_lines.dumps({"event": "listening", "url": server.url, "model": server.name, **at})
         else:
             line = f"serving {server.name} on {server.url}"

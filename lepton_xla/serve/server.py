@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Self
+from urllib.parse import quote
 
 import uvloop
 
@@ -47,6 +48,7 @@ class Options:
     Attributes:
         host: address to listen on; only this machine can reach the default.
         port: 0 picks a free one.
+        unix_socket: file of a Unix socket to listen on, instead of host and port.
         name: model name on the wire, if not the model's own.
         server_name: what the server's metadata calls it; some clients look for "triton".
         max_delay_us: how long a request may wait for company while the engine is idle, in microseconds.
@@ -74,6 +76,7 @@ class Options:
 
     host: str = "127.0.0.1"
     port: int = 8000
+    unix_socket: Path | None = None
     name: str | None = None
     server_name: str = SERVER_NAME
     max_delay_us: int = 0
@@ -119,6 +122,7 @@ class Options:
         return Access(
             self.host, self.port,
             token_file=self.token_file, tls=self.tls, open_paths=OPEN_PATHS, public=self.insecure_public,
+            unix_socket=self.unix_socket,
         )  # fmt: skip
 
 
@@ -133,7 +137,7 @@ class Server:
         options: how to run.
 
     Attributes:
-        address: host and port, once listening.
+        address: host and port, once listening, of the first address; the path and 0 of a Unix socket.
         metrics: what was counted so far.
 
     Raises:
@@ -155,7 +159,7 @@ class Server:
 
     @property
     def url(self) -> str:
-        """Where it listens, such as `http://127.0.0.1:8000`."""
+        """Where it listens, such as `http://127.0.0.1:8000` or `http+unix://%2Frun%2Fdigits.sock`."""
         return url_of(self.address, self.options)
 
     @property
@@ -228,29 +232,31 @@ class Server:
         if signals:
             stop.listen(loop)
             loop.add_signal_handler(signal.SIGHUP, access.reload)
-        listener = access.listen()
+        listening = access.listen()
         try:
             # Off the loop, so that a signal during a long warm-up is seen as soon as it ends.
             measured = await loop.run_in_executor(None, self._engine.warm_up)
             stop.warming = False
             if stop.asked.is_set():
-                listener.close()
+                listening.close()
                 return True
             scheduler = schedule(self._engine, measured, self._signature, options, metrics)
             health = watch(scheduler, measured, metrics)
             front = Front(self._signature, scheduler, metrics, options, access, health=health)
-            entrance = Entrance(front.hub, listener, _BACKLOG, access.tls_options(options.limits))
+            entrance = Entrance(front.hub, listening, _BACKLOG, access.tls_options(options.limits))
             entrance.open()
         except BaseException:
-            listener.close()
+            listening.close()
             raise
 
         if signals:
             settle()  # the process is the server's
         scheduler.start()
-        name = listener.getsockname()
-        self.address = (name[0], name[1])
-        _log.info("serving %s on %s", self._signature.name, self.url)
+        addresses = listening.addresses
+        self.address = addresses[0]
+        _log.info(
+            "serving %s on %s", self._signature.name, " and ".join(url_of(each, options) for each in addresses)
+        )  # fmt: skip
         finished = False
         try:
             finished = await front.serve(entrance, stop, lambda: None if on_ready is None else on_ready(self))
@@ -262,6 +268,8 @@ class Server:
 def url_of(address: tuple[str, int], options: Options) -> str:
     """The URL of a server that listens there."""
     host, port = address
+    if options.unix_socket is not None:
+        return f"{'http' if options.tls is None else 'https'}+unix://{quote(host, safe='')}"
     scheme = "http" if options.tls is None else "https"
     return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
 

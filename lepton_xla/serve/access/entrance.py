@@ -11,6 +11,7 @@ from typing import Any
 
 from lepton_xla.errors import ServeError
 from lepton_xla.serve.access.auth import Guard
+from lepton_xla.serve.access.listening import Found, Listening, on_tcp, on_unix
 from lepton_xla.serve.access.tls import Certificates, TlsFiles
 from lepton_xla.serve.http.limits import Limits
 
@@ -26,6 +27,7 @@ class Access:
         token_file: the tokens; None asks for none.
         tls: the certificates; None speaks plain HTTP.
         open_paths: paths that need no token.
+        unix_socket: file to listen on instead of the address, which the machine's users can reach as its mode says.
         public: whether an address that others can reach is wanted though everybody there may ask everything.
 
     Attributes:
@@ -45,20 +47,28 @@ class Access:
         tls: TlsFiles | None,
         open_paths: AbstractSet[bytes],
         public: bool,
+        unix_socket: Path | None = None,
     ) -> None:
         self._where = f"{host}:{port}"
-        try:
-            # The address that is checked is the one that is bound, whatever the name resolves to later.
-            self._found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        except OSError as error:
-            raise self._cannot(error) from error
+        self._unix_socket = unix_socket
+        self._found: list[Found] = []
+        if unix_socket is None:
+            try:
+                # The addresses that are checked are those that are bound, whatever the name resolves to later.
+                named = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+            except OSError as error:
+                raise ServeError(f"cannot listen on {self._where}: {error.strerror}") from error
+            found = dict.fromkeys((family, kind, protocol, address) for family, kind, protocol, _, address in named)
+            # The address that is printed is one that everybody can reach.
+            self._found = sorted(found, key=lambda each: each[0] == socket.AF_INET6)
         guarded = token_file is not None or (tls is not None and tls.client_ca is not None)
-        if not (guarded or public or _is_loopback(self._found[4])):
+        local = all(_is_loopback(address) for *_, address in self._found)
+        if not (guarded or public or local):
             raise ServeError(
                 f"{host} can be reached by other machines and nothing says who may ask: give --token-file or "
                 "--tls-client-ca, or --insecure-public if everybody may"
             )
-        if token_file is not None and tls is None and not _is_loopback(self._found[4]):
+        if token_file is not None and tls is None and not local:
             _log.warning("without --tls-cert tokens cross the network readable; have TLS end in front of the server")
         self.guard = None if token_file is None else Guard(token_file, frozenset(open_paths))
         self.certificates = None if tls is None else Certificates(tls)
@@ -91,27 +101,13 @@ class Access:
             "ssl_shutdown_timeout": limits.write_timeout_s,
         }
 
-    def listen(self) -> socket.socket:
-        """A bound socket, so that a taken port is found before a long warm-up.
+    def listen(self) -> Listening:
+        """What to listen on, bound as far as it can be before a long warm-up.
 
         Raises:
-            ServeError: if the address cannot be had.
+            ServeError: if it cannot be had.
         """
-        family, kind, protocol, _, address = self._found
-        try:
-            listener = socket.socket(family, kind, protocol)
-        except OSError as error:
-            raise self._cannot(error) from error
-        try:
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listener.bind(address)
-        except OSError as error:
-            listener.close()
-            raise self._cannot(error) from error
-        return listener
-
-    def _cannot(self, error: OSError) -> ServeError:
-        return ServeError(f"cannot listen on {self._where}: {error.strerror}")
+        return on_tcp(self._found, self._where) if self._unix_socket is None else on_unix(self._unix_socket)
 
 
 def _is_loopback(address: tuple[Any, ...]) -> bool:

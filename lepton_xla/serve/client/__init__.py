@@ -19,7 +19,7 @@ import numpy as np
 
 from lepton_xla.errors import ServeError
 from lepton_xla.serve.client.calls import Attempts, Caller, RequestOf, arrays_of, is_good, json_of, only, route
-from lepton_xla.serve.client.transport import Answer, Channel, Connection, DeadlineError, RequestError, left
+from lepton_xla.serve.client.transport import Answer, Channel, Connection, DeadlineError, RequestError, connected, left
 
 __all__ = ["AsyncClient", "Client", "DeadlineError", "RequestError"]
 
@@ -31,7 +31,8 @@ class Client(Caller):
     before the server's `Retry-After`. Inference changes nothing on the server, so asking twice does no harm.
 
     Args:
-        url: such as `http://127.0.0.1:8000`, `https://models.example/prefix`, `localhost:8000`.
+        url: such as `http://127.0.0.1:8000`, `https://models.example/prefix`, `localhost:8000`, or
+            `http+unix://%2Frun%2Fdigits.sock` for a Unix socket.
         model: which model methods ask for that are not told; by default the server's only one.
         token: bearer token; by default that of the variable `LEPTON_TOKEN`, if it is set.
         token_file: file that holds the token.
@@ -344,8 +345,4 @@ class AsyncClient(Caller):
         return None
 
     async def _connect(self) -> _Lane:
-        target = self._endpoint
-        name = target.host if target.tls is not None else None
-        loop = asyncio.get_running_loop()
-        _, lane = await loop.create_connection(_Lane, target.host, target.port, ssl=target.tls, server_hostname=name)
-        return lane
+        return await connected(_Lane, self._endpoint)

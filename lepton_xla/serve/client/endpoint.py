@@ -22,11 +22,12 @@ class Endpoint:
 
     Attributes:
         url: as it was given, for messages.
-        host: name or address.
+        host: name or address; the path, where it is a Unix socket.
         port: port.
         prefix: path before every route, without a slash at its end.
         tls: how to speak TLS; None for plain TCP.
         fields: header lines of every request.
+        unix: whether it is a Unix socket.
     """
 
     url: str
@@ -35,6 +36,7 @@ class Endpoint:
     prefix: str
     tls: ssl.SSLContext | None = dataclasses.field(repr=False)
     fields: bytes = dataclasses.field(repr=False)
+    unix: bool = False
 
     def request(
         self, method: str, path: str, body: Sequence[bytes | memoryview] = (), head_bytes: int | None = None
@@ -69,7 +71,8 @@ def endpoint(
     """Where `url` points to and how to get in there.
 
     Args:
-        url: such as `https://models.example:8443`; without a scheme it is HTTP.
+        url: such as `https://models.example:8443`, or `http+unix://%2Frun%2Fdigits.sock` for a Unix socket; without a
+            scheme it is HTTP.
         token: bearer token. If neither it nor a file is given, the variable `LEPTON_TOKEN` is, where it is set.
         token_file: file that holds the token and nothing else.
         tls_ca: certificates (PEM) to trust instead of the system's.
@@ -80,11 +83,16 @@ def endpoint(
         ServeError: for a URL, token or file that cannot be used.
     """
     parts = urlsplit(url if "://" in url else f"http://{url}")
+    unix = parts.scheme == "http+unix"
     try:
-        port = parts.port or {"http": 80, "https": 443}.get(parts.scheme)
+        port = 0 if unix else parts.port or {"http": 80, "https": 443}.get(parts.scheme)
     except ValueError as error:
         raise ServeError(f"URL {url!r} has no valid port") from error
-    if parts.scheme not in ("http", "https") or port is None or not parts.hostname:
+    if unix and not parts.netloc:
+        raise ServeError(f"URL {url!r}: expected http+unix://PATH, where the path's slashes are written %2F")
+    if unix:
+        pass
+    elif parts.scheme not in ("http", "https") or port is None or not parts.hostname:
         raise ServeError(f"URL {url!r}: expected http://HOST:PORT or https://HOST:PORT")
     if "@" in parts.netloc or parts.query or parts.fragment:
         raise ServeError("a server's URL has no user, query or fragment; give a token instead of a password")
@@ -95,12 +103,15 @@ def endpoint(
         tls = _tls(tls_ca, tls_cert, tls_key)
     elif tls_ca or tls_cert or tls_key:
         raise ServeError(f"URL {url!r} is not https, but certificates are given")
-    host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
-    fields = f"Host: {host}:{port}\r\nUser-Agent: lepton-xla/{importlib.metadata.version('lepton-xla')}\r\n"
+    name = parts.hostname or ""
+    host = "localhost" if unix else f"[{name}]:{port}" if ":" in name else f"{name}:{port}"
+    fields = f"Host: {host}\r\nUser-Agent: lepton-xla/{importlib.metadata.version('lepton-xla')}\r\n"
     secret = _token(token, token_file)
     if secret is not None:
         fields += f"Authorization: Bearer {secret}\r\n"
-    return Endpoint(url, unquote(parts.hostname), port, parts.path.rstrip("/"), tls, fields.encode("ascii"))
+    # A name is the same in any case; a path is not.
+    where = unquote(parts.netloc if unix else name)
+    return Endpoint(url, where, port or 0, parts.path.rstrip("/"), tls, fields.encode("ascii"), unix)
 
 
 def _token(token: str | None, token_file: str | os.PathLike[str] | None) -> str | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import select
 import socket
+from collections.abc import Callable
 from time import monotonic
 from typing import Any
 
@@ -129,9 +130,16 @@ class Connection:
     def __init__(self, target: Endpoint, deadline: float) -> None:
         self.open = True
         self._parser = _Parser()
-        self._socket = socket.create_connection((target.host, target.port), left(deadline))
+        if target.unix:
+            self._socket = socket.socket(socket.AF_UNIX)
+        else:
+            self._socket = socket.create_connection((target.host, target.port), left(deadline))
         try:
-            self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            if target.unix:
+                self._socket.settimeout(left(deadline))
+                self._socket.connect(target.host)
+            else:
+                self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             if target.tls is not None:
                 self._socket = target.tls.wrap_socket(self._socket, server_hostname=target.host)
         except BaseException:
@@ -259,3 +267,16 @@ class Channel(asyncio.Protocol):
                 self._waiting = False
                 self.failed(exc or ConnectionResetError("the server closed the connection"))
         self.lost()
+
+
+async def connected[C: Channel](make: Callable[[], C], target: Endpoint) -> C:
+    """A channel to a server, on the event loop that runs.
+
+    Raises:
+        OSError: if there is none to be had.
+    """
+    loop = asyncio.get_running_loop()
+    if target.unix:
+        return (await loop.create_unix_connection(make, target.host))[1]
+    name = target.host if target.tls is not None else None
+    return (await loop.create_connection(make, target.host, target.port, ssl=target.tls, server_hostname=name))[1]

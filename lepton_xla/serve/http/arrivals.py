@@ -8,6 +8,7 @@ import socket
 from collections.abc import Callable
 from typing import Any
 
+from lepton_xla.serve.access.listening import Listening
 from lepton_xla.serve.errors import RefusedError
 from lepton_xla.serve.http.connection import Connection
 from lepton_xla.serve.http.hub import Hub
@@ -161,32 +162,32 @@ class Entrance:
 
     Args:
         hub: what they share.
-        listener: a bound socket.
+        listening: what to listen on.
         backlog: connections that may wait to be taken.
         tls: as of `Arrivals`.
     """
 
-    def __init__(self, hub: Hub, listener: socket.socket, backlog: int, tls: dict[str, Any]) -> None:
+    def __init__(self, hub: Hub, listening: Listening, backlog: int, tls: dict[str, Any]) -> None:
         self._arrivals = Arrivals(hub, tls)
-        self._listener = listener
+        self._listening = listening
         self._backlog = backlog
         self._loop = asyncio.get_running_loop()
         self._closed = False
 
     def open(self) -> None:
         """Listens. uvloop's own server would take one connection in each turn of the event loop."""
-        self._listener.setblocking(False)
-        self._listener.listen(self._backlog)
+        self._listening.open(self._backlog)
         self._watch()
 
     def _watch(self) -> None:
         if not self._closed:
-            self._loop.add_reader(self._listener, self._accept)
+            for listener in self._listening.sockets:
+                self._loop.add_reader(listener, self._accept, listener)
 
-    def _accept(self) -> bool:
+    def _accept(self, listener: socket.socket) -> bool:
         """Takes the connections that are there; gives whether there may be more."""
         for _ in range(AT_ONCE):
-            accepted = accept(self._listener, self._loop, self._watch)
+            accepted = accept(listener, self._loop, self._watch)
             if accepted is None:
                 return False
             self._arrivals.take(accepted)
@@ -195,9 +196,10 @@ class Entrance:
     async def close(self) -> None:
         """Takes the connections that the kernel has accepted already, and no more."""
         # Closing the socket with connections waiting at it would reset them.
-        while self._accept():
-            pass
+        for listener in self._listening.sockets:
+            while self._accept(listener):
+                pass
+            self._loop.remove_reader(listener)
         self._closed = True
-        self._loop.remove_reader(self._listener)
-        self._listener.close()
+        self._listening.close()
         await self._arrivals.settle()

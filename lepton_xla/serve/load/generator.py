@@ -24,7 +24,7 @@ import numpy as np
 import uvloop
 
 from lepton_xla.serve.client.endpoint import Endpoint
-from lepton_xla.serve.client.transport import Answer, Channel
+from lepton_xla.serve.client.transport import Answer, Channel, connected
 from lepton_xla.serve.load.result import BROKEN, NO_CONNECTION, TIMED_OUT, Load, Result
 
 _BLOCK = 4096  # arrivals drawn at once
@@ -212,12 +212,8 @@ class Generator:
             task.add_done_callback(self._opened)
 
     async def _open(self) -> None:
-        target = self._target
-        name = target.host if target.tls is not None else None
         async with asyncio.timeout(self.load.timeout_s):
-            _, lane = await self._loop.create_connection(
-                lambda: _Lane(self), target.host, target.port, ssl=target.tls, server_hostname=name
-            )
+            lane = await connected(lambda: _Lane(self), self._target)
         if not lane.open:
             raise ConnectionResetError
         self._lanes.add(lane)

@@ -62,7 +62,7 @@ class Supervisor:
         json_logs: whether log lines are JSON.
 
     Attributes:
-        address: host and port, once listening.
+        address: host and port, once listening, of the first address; the path and 0 of a Unix socket.
         name: the model's name on the wire, once the engine or a worker has said it.
 
     Raises:
@@ -112,7 +112,7 @@ class Supervisor:
 
     async def _main(self, on_ready: Callable[[Supervisor], object]) -> bool:
         loop = self._loop = asyncio.get_running_loop()
-        self._listener = self._access.listen()
+        self._entrance = self._access.listen()
         stop = Stop()
         stop.listen(loop)
         loop.add_signal_handler(signal.SIGHUP, self._reload)
@@ -126,19 +126,19 @@ class Supervisor:
                 return True
             self._begun.result()
             stop.warming = False
-            self._listener.listen(_BACKLOG)
-            self._listener.setblocking(False)
+            self._entrance.open(_BACKLOG)
             self._listening = True
-            name = self._listener.getsockname()
-            self.address = (name[0], name[1])
+            addresses = self._entrance.addresses
+            self.address = addresses[0]
             self._accept_or_wait()
-            _log.info("serving %s on %s with %d %ss", self.name, self.url, len(self._fronts), self._kind)
+            urls = " and ".join(url_of(each, self._options) for each in addresses)
+            _log.info("serving %s on %s with %d %ss", self.name, urls, len(self._fronts), self._kind)
             on_ready(self)
             await asked
             return await self._drain(stop, [keepers[front] for front in self._fronts])
         finally:
             watching.cancel()
-            self._listener.close()
+            self._entrance.close()
             await self._end(keepers)
 
     # Processes.
@@ -335,19 +335,21 @@ class Supervisor:
     def _accept_or_wait(self) -> None:
         """Takes connections while there is somebody for them; else they wait in the kernel."""
         if self._listening:
-            if self._open_fronts():
-                self._loop.add_reader(self._listener, self._accept)
-            else:
-                self._loop.remove_reader(self._listener)
+            some = bool(self._open_fronts())
+            for listener in self._entrance.sockets:
+                if some:
+                    self._loop.add_reader(listener, self._accept, listener)
+                else:
+                    self._loop.remove_reader(listener)
 
-    def _accept(self) -> bool:
+    def _accept(self, listener: socket.socket) -> bool:
         """Deals out the connections that are there; gives whether there may be more."""
         for _ in range(AT_ONCE):
             fronts = self._open_fronts()
             if not fronts:
-                self._loop.remove_reader(self._listener)
+                self._accept_or_wait()
                 return False
-            client = accept(self._listener, self._loop, self._accept_or_wait)
+            client = accept(listener, self._loop, self._accept_or_wait)
             if client is None:
                 return False
             with client:
@@ -363,11 +365,12 @@ class Supervisor:
         hurry = self._loop.create_task(self._hurry(stop))
         await stop.hurried_in(self._options.lame_duck_s)
         # Closing the socket with connections waiting at it would reset them.
-        while self._accept():
-            pass
-        self._loop.remove_reader(self._listener)
+        for listener in self._entrance.sockets:
+            while self._accept(listener):
+                pass
+            self._loop.remove_reader(listener)
         self._listening = False
-        self._listener.close()
+        self._entrance.close()
         self._tell_fronts(control.Closed())
         done, late = await asyncio.wait(keepers, timeout=self._options.stop_timeout_s + ENDING_S)
         hurry.cancel()

@@ -6,6 +6,7 @@ import socket
 
 import uvloop
 
+from lepton_xla.serve.access.listening import Listening
 from lepton_xla.serve.http.arrivals import Entrance
 from lepton_xla.serve.http.hub import Hub
 from lepton_xla.serve.http.limits import Limits
@@ -18,7 +19,7 @@ def test_connections_that_wait_are_taken_in_few_turns():
         hub = Hub(lambda exchange: None, Limits())
         listener = socket.create_server(("127.0.0.1", 0))
         address = listener.getsockname()
-        entrance = Entrance(hub, listener, COUNT, {})
+        entrance = Entrance(hub, Listening([listener]), COUNT, {})
         entrance.open()
         with contextlib.ExitStack() as stack:
             for _ in range(COUNT):

@@ -489,3 +489,28 @@ def test_what_cannot_be_loaded_is_one_line(tmp_path, mode):
     assert done.returncode == 2
     assert "none.lepton" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_workers_serve_a_unix_socket(artifact, tmp_path):
+    path = tmp_path / "a.sock"
+    process = start_script(
+        "from lepton_xla.cli.serve import serve; serve()",
+        artifact, "--json", "--workers", "2", "--unix-socket", path,
+        environment=os.environ | {"JAX_PLATFORMS": "cpu"}, stdout=subprocess.PIPE,
+    )  # fmt: skip
+    try:
+        event = json.loads(process.stdout.readline())
+        assert event["unix_socket"] == str(path)
+        with Client(event["url"], model="wait") as client:
+            for rows in (1, 3, 5):
+                ask(client, np.random.default_rng(rows), rows, 7)
+        process.terminate()
+        assert json.loads(process.stdout.readline()) == {"event": "stopped", "all_answered": True}
+        assert process.wait(20) == 0
+        assert not path.exists()
+    finally:
+        if process.poll() is None:
+            for each in (*psutil.Process(process.pid).children(), process):
+                each.kill()
+        process.wait(10)
+        process.stdout.close()
