@@ -205,13 +205,17 @@ class Connection(asyncio.Protocol):
                         assert self._head is not None
                         self._parser = body_parser(self, self._head.content_length)
         except httptools.HttpParserError as error:
-            # Where the method cannot be read, the request begins with the data, unless it came in pieces.
-            unknown = isinstance(error, httptools.HttpParserInvalidMethodError) and not self._messages
-            self._fail(_refusal_in(error) or malformed(data, unknown))
+            unknown = isinstance(error, httptools.HttpParserInvalidMethodError)
+            self._fail(_refusal_in(error) or malformed(self._method, unknown))
         else:
             # llhttp holds back a field or a chunk extension until it is whole, where no callback sees it grow.
             if began_before and self._in_message and not self._messages:
                 self._count(len(data))
+
+    @property
+    def _method(self) -> bytes:
+        """Of the request that is read, as far as it has come."""
+        return self._parser.get_method() if self._in_message and self._target else b""
 
     def _count(self, size: int) -> None:
         """Bounds the bytes of a message that are not its body."""
@@ -399,8 +403,7 @@ class Connection(asyncio.Protocol):
         """
         if self._closing:
             return
-        if self._in_message and self._target:
-            method = self._parser.get_method()
+        method = method or self._method
         self._closing = True
         self._forget_body()
         self._hub.refused(refusal)

@@ -17,10 +17,6 @@ SINGLE = frozenset((b"inference-header-content-length", b"content-encoding", b"c
 # RFC 3986, section 3.2, without what comes before an @. Nothing here depends on it; what is in front may.
 _HOST = re.compile(rb"[A-Za-z0-9\-._~%!$&'()*+,;=:\[\]]*")
 _CODINGS = re.compile(rb"\s*,\s*")
-_TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
-_REQUEST_LINE = re.compile(rb"(?:\r\n)*" + _TOKEN + rb" [^\s]+ HTTP/\d\.\d\r\n")
-# How a client of HTTP/2 begins that does not ask first (RFC 9113, section 3.4).
-_HTTP2 = b"PRI * HTTP/2.0\r\n"
 
 
 def head_of(
@@ -67,17 +63,17 @@ def head_of(
     return head
 
 
-def malformed(data: bytes, unknown_method: bool) -> RefusedError:
-    """Why bytes that are no HTTP/1 are refused.
+def malformed(method: bytes, unknown_method: bool) -> RefusedError:
+    """Why bytes that are no HTTP/1 are refused. It depends on no more than what came before the fault.
 
     Args:
-        data: how the request begins, as far as known.
+        method: of the request, as far as known.
         unknown_method: whether the method is what cannot be read.
     """
-    if data.startswith(_HTTP2):
-        return version_refusal()
-    if unknown_method and _REQUEST_LINE.match(data):
-        return RefusedError(501, "the method is not supported")
+    if method == b"PRI":
+        return version_refusal()  # HTTP/2 that was not asked for (RFC 9113, section 3.4)
+    if unknown_method:
+        return RefusedError(501, "the request begins with no method of HTTP that this server knows")
     return RefusedError(400, "malformed HTTP request")
 
 

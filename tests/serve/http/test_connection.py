@@ -192,8 +192,8 @@ def test_http_10_and_connection_close_end_the_connection(server):
 @pytest.mark.parametrize(
     ("data", "status"),
     [
-        (b"\x00\x01\x02\r\n\r\n", 400),
-        (b"GET\r\n\r\n", 400),
+        (b"\x00\x01\x02\r\n\r\n", 501),
+        (b"GET\r\n\r\n", 501),
         (b"GET / HTTP/9.9\r\n\r\n", 505),
         (b"GET /v2 HTTP/1.1\r\n\r\n", 400),  # no Host
         (b"GET /v2 HTTP/1.1\r\nHost: a\r\nBad Header: x\r\n\r\n", 400),
@@ -209,7 +209,7 @@ def test_http_10_and_connection_close_end_the_connection(server):
         (b"POST /v2 HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: gzip, chunked\r\n\r\n0\r\n\r\n", 501),
         (b"POST /v2 HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n\r\n", 400),
         (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 505),
-        (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", 400),  # a TLS hello
+        (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", 501),  # a TLS hello
         (b"GET /v2 HTTP/1.1\r\nHost: a\r\nX: " + b"y" * 20_000 + b"\r\n\r\n", 431),
         (b"GET /" + b"y" * 20_000 + b" HTTP/1.1\r\nHost: a\r\n\r\n", 414),
         (b"GET /v2 HTTP/1.1\r\nHost: a\r\n" + b"".join(b"X%d: y\r\n" % i for i in range(100)) + b"\r\n", 431),
@@ -232,7 +232,7 @@ def test_answers_before_a_malformed_request_still_come(server, affine):
         buffer = bytearray()
         sock.sendall(infer_bytes(1) + b"nonsense\r\n\r\n")
         check(read_response(sock, buffer=buffer))
-        assert read_response(sock, buffer=buffer)[0] == 400
+        assert read_response(sock, buffer=buffer)[0] == 501
         assert closed(sock)
 
 
