@@ -6,19 +6,21 @@ Lin et al. 2023, arXiv:2306.00978. Channel j of the weight is multiplied by `s_j
 
 from __future__ import annotations
 
-import dataclasses
+import functools
 import time
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from lepton_xla.errors import RecipeError
 from lepton_xla.passes import matrix
+from lepton_xla.passes.alike import Alike
 from lepton_xla.passes.factors import fitted, usable
 from lepton_xla.passes.gptq import output_squares
-from lepton_xla.passes.grid import Planned, grid_matrices, nearest, planned_weights, whole_grid
+from lepton_xla.passes.grid import Planned, exact_matrices, grid_matrices, nearest, planned_weights, whole_grid
 from lepton_xla.passes.precompute import for_plan
 from lepton_xla.passes.scaling import (
     Group,
@@ -32,10 +34,11 @@ from lepton_xla.passes.sites import Site, find_sites
 from lepton_xla.passes.smoothquant import group_reports
 from lepton_xla.passes.statistics import Statistics, collect_statistics
 from lepton_xla.program import Program
+from lepton_xla.quant import FORMATS
 from lepton_xla.report import PassReport, SiteReport
 
 if TYPE_CHECKING:
-    from lepton_xla.recipe import Plan
+    from lepton_xla.recipe import Plan, QuantizeRule
 
 
 def awq_factor(mean_abs: jax.Array, exponent: float | jax.Array) -> jax.Array:
@@ -105,7 +108,7 @@ def awq(
         factor = fitted(weights, sites, group, factor)
         weights = scaled_weights(weights, sites, group, factor)
         if not group.absorbers:
-            multiplied.append((group, 1 / factor))
+            multiplied.append((group, jnp.asarray(1 / np.asarray(factor))))
         reports += group_reports(group, factor, weights, metrics)
     reports += [SiteReport(name, "kept", reason) for name, reason in kept.items()]
     changed = multiply_inputs(program.replace(weights=weights), multiplied)
@@ -116,35 +119,48 @@ def awq(
 def _search(planned: list[Planned], found: Statistics, points: int) -> tuple[float, jax.Array, tuple[float, float]]:
     """The exponent that errs least over all products of a group, its factor, and relative errors at 0 and there."""
     assert found.gram is not None
-    site = planned[0].site
-    mean_abs = channel_vector(site, found.mean_abs, jnp.mean)
-    total = sum(float(jnp.sum(_squares(each.exact, found.gram))) for each in planned)
+    kinds = tuple((Alike(each.site), each.rule) for each in planned)
+    stored = [each.stored for each in planned]
     candidates = [0.0, *((point + 1) / points for point in range(points))]
-
-    @jax.jit
-    def error(exponent: jax.Array, exact: list[jax.Array], gram: jax.Array, mean_abs: jax.Array) -> jax.Array:
-        factor = awq_factor(mean_abs, exponent)
-        parts = [
-            rounded_error(dataclasses.replace(each, exact=weight), gram, factor)
-            for each, weight in zip(planned, exact, strict=True)
-        ]
-        return sum(parts[1:], parts[0])
-
-    exact = [each.exact for each in planned]
-    errors = [float(error(jnp.float32(exponent), exact, found.gram, mean_abs)) for exponent in candidates]
+    measured = [_error(np.float32(exponent), stored, found.gram, found.mean_abs, kinds) for exponent in candidates]
+    errors = [float(error) for error, _ in measured]
     best = min(range(len(candidates)), key=errors.__getitem__)
-    scale = max(total, float(jnp.finfo(jnp.float32).tiny))
+    scale = max(float(_outputs(stored, found.gram, kinds)), float(np.finfo(np.float32).tiny))
     relative = ((errors[0] / scale) ** 0.5, (errors[best] / scale) ** 0.5)
-    return candidates[best], awq_factor(mean_abs, candidates[best]), relative
+    return candidates[best], measured[best][1], relative
 
 
-def rounded_error(planned: Planned, gram: jax.Array, factor: jax.Array) -> jax.Array:
+type _Kinds = tuple[tuple[Alike, QuantizeRule], ...]
+
+
+@functools.partial(jax.jit, static_argnames="kinds")
+def _error(
+    exponent: jax.Array, stored: list[jax.Array], gram: jax.Array, mean_abs: jax.Array, kinds: _Kinds
+) -> tuple[jax.Array, jax.Array]:
+    """The squared error of a group's outputs at an exponent, and the factor there."""
+    factor = awq_factor(channel_vector(kinds[0][0].site, mean_abs, jnp.mean), exponent)
+    errors = [
+        rounded_error(like.site, rule, exact_matrices(weight, like), gram, factor)
+        for weight, (like, rule) in zip(stored, kinds, strict=True)
+    ]
+    return sum(errors[1:], errors[0]), factor
+
+
+@functools.partial(jax.jit, static_argnames="kinds")
+def _outputs(stored: list[jax.Array], gram: jax.Array, kinds: _Kinds) -> jax.Array:
+    """The sum of squares of a group's outputs."""
+    squares = [
+        jnp.sum(_squares(exact_matrices(weight, like), gram)) for weight, (like, _) in zip(stored, kinds, strict=True)
+    ]
+    return sum(squares[1:], squares[0])
+
+
+def rounded_error(site: Site, rule: QuantizeRule, exact: jax.Array, gram: jax.Array, factor: jax.Array) -> jax.Array:
     """`||X (W - Q(s W) / s)||^2` over the rows of `X`, with the grid that covers the scaled weight."""
-    rows = matrix_rows(planned.site, factor)
-    exact = planned.exact * rows
-    scaled = dataclasses.replace(planned, exact=exact)
-    rounded = nearest(exact, grid_matrices(scaled, whole_grid(scaled)), planned.target)
-    return jnp.sum(_squares(planned.exact - rounded / rows, gram))
+    rows = matrix_rows(site, factor)
+    scaled = exact * rows
+    rounded = nearest(scaled, grid_matrices(site, whole_grid(site, rule, scaled)), FORMATS[rule.weights])
+    return jnp.sum(_squares(exact - rounded / rows, gram))
 
 
 def _squares(difference: jax.Array, gram: jax.Array) -> jax.Array:

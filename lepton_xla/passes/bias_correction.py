@@ -7,6 +7,7 @@ over the data, which is subtracted from the bias after the product; where there 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
@@ -16,8 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from lepton_xla.passes import matrix
+from lepton_xla.passes.alike import Alike
 from lepton_xla.passes.flow import Flow, Place, is_vector, not_float_name, output_axis
-from lepton_xla.passes.grid import planned_weights, weight_report
+from lepton_xla.passes.grid import exact_matrices, planned_weights, weight_report
 from lepton_xla.passes.names import Key, fresh
 from lepton_xla.passes.precompute import for_plan
 from lepton_xla.passes.rewrite import Context, Values, materialize
@@ -64,27 +66,37 @@ def correct_bias(program: Program, rounded: Program, plan: Plan, batches: Iterab
     weights: dict[str, Any] = dict(rounded.weights)
     added: dict[str, _Added] = {}
     for planned in all_planned:
-        error = matrix.stored_matrix(planned.site, rounded.weights[planned.path]).astype(jnp.float32) - planned.exact
+        after = rounded.weights[planned.path]
         for site in planned.products:
             seen = found[site.name]
             if not np.all(seen.rows > 0):
                 reports.append(SiteReport(site.name, "kept", "the calibration data does not reach it"))
                 continue
-            shift = jnp.einsum("...k,...kn->...n", seen.mean, error, precision=jax.lax.Precision.HIGHEST)
+            shift = _shift(planned.stored, after, seen.mean, Alike(planned.site))
             bias = _bias_after(flow, flow.places.get(site.name))
             if bias is None:
                 added[site.name] = _Added(site, -shift)
                 action = "a bias added"
             else:
-                stored = weights[bias]
-                corrected = stored.astype(jnp.float32) - jnp.reshape(_channels(site, shift), stored.shape)
-                weights[bias] = corrected.astype(stored.dtype)
+                weights[bias] = _corrected(weights[bias], _channels(site, shift))
                 action = f"{bias} corrected"
-            metrics = {"largest_shift": float(jnp.max(jnp.abs(shift)))}
+            metrics = {"largest_shift": float(np.max(np.abs(np.asarray(shift))))}
             reports.append(weight_report(site, action, weights[planned.path], metrics=metrics))
     changed = _add_biases(rounded.replace(weights=weights), added)
     report = PassReport("bias_correction", time.perf_counter() - start, tuple(reports))
     return changed.replace(history=(*rounded.history, report))
+
+
+@functools.partial(jax.jit, static_argnames="like")
+def _shift(before: jax.Array, after: jax.Array, mean: jax.Array, like: Alike) -> jax.Array:
+    """What rounding a weight adds to the mean of its outputs: `[*steps, B, N]`."""
+    error = exact_matrices(after, like) - exact_matrices(before, like)
+    return jnp.einsum("...k,...kn->...n", mean, error, precision=jax.lax.Precision.HIGHEST)
+
+
+@jax.jit
+def _corrected(bias: jax.Array, shift: jax.Array) -> jax.Array:
+    return (bias.astype(jnp.float32) - jnp.reshape(shift, bias.shape)).astype(bias.dtype)
 
 
 def _bias_after(flow: Flow, place: Place | None) -> str | None:

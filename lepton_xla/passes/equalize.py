@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from lepton_xla.errors import RecipeError
 from lepton_xla.passes.factors import column_absmax, fitted, usable
@@ -50,7 +51,7 @@ def equalize(program: Program, plan: Plan, *, rounds: int = 20, tolerance: float
     sites: dict[str, Site] = {site.name: site for site in find_sites(program) if site.path is not None}
     weights: dict[str, Any] = dict(program.weights)
     pairs = [(group, first) for group in groups if (first := _product_before(group)) is not None]
-    totals: dict[int, jax.Array] = {}
+    totals: dict[int, np.ndarray] = {}
     done, largest = 0, float("inf")
     while done < rounds and largest > tolerance:
         done, largest = done + 1, 0.0
@@ -58,11 +59,12 @@ def equalize(program: Program, plan: Plan, *, rounds: int = 20, tolerance: float
             before = column_absmax(sites[first.site], first, weights[first.path])
             factor = fitted(weights, sites, group, pair_factor(before, weight_absmax(weights, group)))
             weights = scaled_weights(weights, sites, group, factor)
-            totals[index] = totals[index] * factor if index in totals else factor
-            largest = max(largest, float(jnp.max(jnp.abs(jnp.log(factor)))))
+            host = np.asarray(factor)
+            totals[index] = totals[index] * host if index in totals else host
+            largest = max(largest, float(np.max(np.abs(np.log(host)))))
     reports = [SiteReport(name, "kept", reason) for name, reason in kept.items()]
     for index, (group, first) in enumerate(pairs):
-        metrics = {"largest_factor": float(jnp.max(totals[index])), "smallest_factor": float(jnp.min(totals[index]))}
+        metrics = {"largest_factor": float(totals[index].max()), "smallest_factor": float(totals[index].min())}
         for site in group.sites:
             action = f"equalized with {first.site}"
             reports.append(weight_report(site, action, weights[str(site.path)], metrics=metrics))
@@ -74,6 +76,7 @@ def equalize(program: Program, plan: Plan, *, rounds: int = 20, tolerance: float
     return program.replace(weights=weights, history=(*program.history, report))
 
 
+@jax.jit
 def pair_factor(first: jax.Array, second: jax.Array) -> jax.Array:
     """What channels of the first weight are divided by: `sqrt(first / second)`, 1 where either range is zero."""
     alive = (first > 0) & (second > 0)

@@ -7,6 +7,7 @@ rounds nothing: a bfloat16 weight has eight bits, and two roundings of them are 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from lepton_xla.passes import matrix
+from lepton_xla.passes.alike import Alike
 from lepton_xla.passes.sites import LayoutOp, Site
 
 if TYPE_CHECKING:
@@ -39,20 +41,38 @@ def fitted(weights: Mapping[str, Any], sites: Mapping[str, Site], group: Group, 
     Returns:
         Likewise; a power of two where a weight, or the activation between, has fewer bits than float32.
     """
+    before = tuple((None if a.axis is None else Alike(sites[a.site]), a.axis) for a in group.absorbers)
+    return _fitted(
+        factor,
+        [weights[str(site.path)] for site in group.sites],
+        [weights[absorber.path] for absorber in group.absorbers],
+        tuple(Alike(site) for site in group.sites),
+        before,
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("products", "before"))
+def _fitted(
+    factor: jax.Array,
+    stored: Sequence[jax.Array],
+    stored_before: Sequence[jax.Array],
+    products: tuple[Alike, ...],
+    before: tuple[tuple[Alike | None, int | None], ...],
+) -> jax.Array:
     low, high = jnp.zeros_like(factor), jnp.full_like(factor, jnp.inf)
-    narrow = any(_is_narrow(site.activation.dtype) for site in group.sites)
-    for site in group.sites:
-        dtypes = _dtypes(site, weights[str(site.path)])
-        largest = row_absmax(site, weights[str(site.path)])
+    narrow = any(_is_narrow(like.site.activation.dtype) for like in products)
+    for like, weight in zip(products, stored, strict=True):
+        dtypes = _dtypes(like.site, weight)
+        largest = row_absmax(like.site, weight)
         low, high = jnp.maximum(low, _least(largest, dtypes)), jnp.minimum(high, _most(largest, dtypes))
         narrow = narrow or any(map(_is_narrow, dtypes))
-    for absorber in group.absorbers:
-        stored = weights[absorber.path]
-        dtypes = _dtypes(sites[absorber.site], stored) if absorber.axis is not None else [stored.dtype]
-        if absorber.axis is None:
-            largest = jnp.reshape(jnp.abs(stored.astype(jnp.float32)), factor.shape)
+    for (like, axis), weight in zip(before, stored_before, strict=True):
+        if like is None or axis is None:
+            dtypes = [weight.dtype]
+            largest = jnp.reshape(jnp.abs(weight.astype(jnp.float32)), factor.shape)
         else:
-            largest = column_absmax(sites[absorber.site], absorber, stored)
+            dtypes = _dtypes(like.site, weight)
+            largest = _column_absmax(weight, like, axis)
         # What is divided by the factor holds the inverse of each bound.
         low = jnp.maximum(low, 1 / _most(largest, dtypes))
         high = jnp.minimum(high, 1 / _least(largest, dtypes))
@@ -66,21 +86,31 @@ def fitted(weights: Mapping[str, Any], sites: Mapping[str, Site], group: Group, 
 
 def row_absmax(site: Site, stored: jax.Array) -> jax.Array:
     """The largest magnitude that each input channel of a product meets in its weight: `[*steps, channels]`."""
-    rows = jnp.max(jnp.abs(matrix.stored_matrix(site, stored).astype(jnp.float32)), axis=-1)
-    reduced = matrix.input_channels(site, rows, jnp.max)
+    return _row_absmax(stored, Alike(site))
+
+
+@functools.partial(jax.jit, static_argnames="like")
+def _row_absmax(stored: jax.Array, like: Alike) -> jax.Array:
+    rows = jnp.max(jnp.abs(matrix.stored_matrix(like.site, stored).astype(jnp.float32)), axis=-1)
+    reduced = matrix.input_channels(like.site, rows, jnp.max)
     return jnp.reshape(reduced, (*reduced.shape[:-2], -1))
 
 
 def column_absmax(site: Site, absorber: Absorber, stored: jax.Array) -> jax.Array:
     """The largest magnitude of each output channel along the absorber's axis: `[*steps, channels]`."""
-    matrices = matrix.stored_matrix(site, stored)
     assert absorber.axis is not None
-    axes = tuple(axis for axis in range(len(site.weight.shape)) if axis != absorber.axis)
+    return _column_absmax(stored, Alike(site), absorber.axis)
+
+
+@functools.partial(jax.jit, static_argnames=("like", "axis"))
+def _column_absmax(stored: jax.Array, like: Alike, axis: int) -> jax.Array:
+    site = like.site
+    axes = tuple(other for other in range(len(site.weight.shape)) if other != axis)
 
     def of_step(part: jax.Array) -> jax.Array:
         return jnp.max(jnp.abs(matrix.weight_operand(site, part).astype(jnp.float32)), axis=axes)
 
-    return matrix.each_step(site, of_step)(matrices)
+    return matrix.each_step(site, of_step)(matrix.stored_matrix(site, stored))
 
 
 def multiplied(array: jax.Array, factor: jax.Array) -> jax.Array:

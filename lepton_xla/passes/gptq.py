@@ -18,6 +18,7 @@ import numpy as np
 from jax import lax
 
 from lepton_xla.passes import matrix
+from lepton_xla.passes.alike import Alike
 from lepton_xla.passes.calibrate import as_batches
 from lepton_xla.passes.grid import (
     GivenGrids,
@@ -38,7 +39,7 @@ from lepton_xla.quant.grid import Grid, decode, encode, make_grid, matrix_codes
 from lepton_xla.report import PassReport, SiteReport
 
 if TYPE_CHECKING:
-    from lepton_xla.recipe import Plan
+    from lepton_xla.recipe import Plan, QuantizeRule
 
 # Where a Gram matrix cannot be factored at the damping asked for, ten times as much is tried, from this on, so often.
 LEAST_DAMPING, DAMPING_TRIES = 1e-6, 8
@@ -56,12 +57,13 @@ class Options:
         act_order: whether rows are rounded in the order of their inputs' magnitude, the largest first. Groups are of
             neighbouring rows of the weight either way.
         damping: what is added to the diagonal of the Gram matrix, as a share of its mean.
-        block: rows whose errors are carried on to the rest at once.
+        block: rows whose errors are carried on to the rest at once. Each row is taken off those of its block that
+            come after it, which a cache should hold.
     """
 
     act_order: bool = True
     damping: float = 0.01
-    block: int = 128
+    block: int = 32
 
 
 def gptq_values(
@@ -152,7 +154,7 @@ def gptq_codes(
     group: int = 0,
     act_order: bool = True,
     damping: float = 0.01,
-    block: int = 128,
+    block: int = 32,
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     """Quantizes one weight matrix to integers: `(codes - zero) * scale`.
 
@@ -189,15 +191,15 @@ def inverse_factor(gram: jax.Array, mean: jax.Array, damping: float) -> jax.Arra
         lower = jnp.linalg.cholesky(damped[::-1, ::-1])
         return lax.linalg.triangular_solve(lower, eye, left_side=True, lower=True)[::-1, ::-1]
 
-    def failed(state: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
-        return (state[0] < DAMPING_TRIES) & ~jnp.all(jnp.isfinite(state[2]))
+    def wanting(state: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
+        return (state[0] == 0) | ((state[0] <= DAMPING_TRIES) & ~jnp.all(jnp.isfinite(state[2])))
 
     def again(state: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
-        more = jnp.maximum(10 * state[1], LEAST_DAMPING)
+        more = jnp.where(state[0] == 0, state[1], jnp.maximum(10 * state[1], LEAST_DAMPING))
         return state[0] + 1, more, attempt(more)
 
-    first = jnp.asarray(damping, gram.dtype)
-    return lax.while_loop(failed, again, (jnp.int32(0), first, attempt(first)))[2]
+    # The first attempt is one turn of the loop, so that XLA compiles the factorization once and not twice.
+    return lax.while_loop(wanting, again, (jnp.int32(0), jnp.asarray(damping, gram.dtype), jnp.zeros_like(gram)))[2]
 
 
 def gptq(
@@ -240,14 +242,10 @@ def gptq(
     for planned in all_planned:
         if sequential:
             found = collect_statistics(program.replace(weights=weights), planned.products, data, gram=True)
-        site, path = planned.site, planned.path
-        grid = whole_grid(planned)
-        kept = jnp.ones(planned.exact.shape, bool)
-        if path in program.masks:
-            kept = matrix.stored_matrix(site, program.masks[path].astype(program.weights[path].dtype)) != 0
-        seen = [found[site.name] for site in planned.products]
-        values, errors = _round(planned, pooled(seen, "gram"), grid_matrices(planned, grid), options, kept)
-        weights[path] = matrix.stored_weight(site, values, program.weights[path])
+        path = planned.path
+        seen = [found.pop(site.name) for site in planned.products]
+        weights[path], grid, errors = _round(planned, pooled(seen, "gram"), program.masks.get(path), options)
+        seen = [dataclasses.replace(each, gram=None) for each in seen]
         grids[path] = given(grid)
         reports += _reports(planned, weights[path], seen, errors)
     report = PassReport("gptq", time.perf_counter() - start, tuple(reports))
@@ -263,22 +261,29 @@ class _Errors:
 
 
 def _round(
-    planned: Planned, gram: jax.Array, grid: Grid, options: Options, kept: jax.Array
-) -> tuple[jax.Array, _Errors]:
-    """`[*steps, B, K, N]` rounded, each column the better of two ways."""
-    values, best, plain, total = _better_of_two(planned.exact, gram, grid, kept, planned.target, options)
-    size = jnp.maximum(jnp.sum(total), jnp.finfo(jnp.float32).tiny)
-    return values, _Errors(*(float(jnp.sqrt(jnp.sum(part) / size)) for part in (best, plain)))
+    planned: Planned, gram: jax.Array, mask: jax.Array | None, options: Options
+) -> tuple[jax.Array, Grid, _Errors]:
+    """A stored weight rounded, each column the better of two ways, and its grid."""
+    rounded, grid, sums = _better_of_two(planned.stored, gram, mask, Alike(planned.site), planned.rule, options)
+    best, plain, total = (float(part) for part in sums)
+    size = max(total, float(np.finfo(np.float32).tiny))
+    return rounded, grid, _Errors((best / size) ** 0.5, (plain / size) ** 0.5)
 
 
-@functools.partial(jax.jit, static_argnames=("target", "options"))
+@functools.partial(jax.jit, static_argnames=("like", "rule", "options"))
 def _better_of_two(
-    exact: jax.Array, gram: jax.Array, grid: Grid, kept: jax.Array, target: Format, options: Options
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """Rounded values, and the squares of their outputs' errors, of those to nearest, and of the outputs themselves.
+    stored: jax.Array, gram: jax.Array, mask: jax.Array | None, like: Alike, rule: QuantizeRule, options: Options
+) -> tuple[jax.Array, Grid, jax.Array]:
+    """The weight rounded, its grid, and sums of squares of its outputs' errors, of those to nearest, of the outputs.
 
     Of its own, so that weights of one shape share what is compiled.
     """
+    site, target = like.site, FORMATS[rule.weights]
+    exact = matrix.stored_matrix(site, stored).astype(jnp.float32)
+    grid = whole_grid(site, rule, exact)
+    kept = jnp.ones(exact.shape, bool)
+    if mask is not None:
+        kept = matrix.stored_matrix(site, mask.astype(stored.dtype)) != 0
 
     def one(weight: jax.Array, gram: jax.Array, grid: Grid, kept: jax.Array) -> Any:
         plain = jnp.where(kept, nearest(weight, grid, target), jnp.zeros_like(weight))
@@ -288,7 +293,10 @@ def _better_of_two(
         return chosen, jnp.minimum(*squares), squares[1], output_squares(weight, gram)
 
     at_once = ELEMENTS_AT_ONCE // exact.shape[-2] ** 2
-    return matrix.batched_map(one, exact.shape[:-2], exact, gram, grid, kept, at_once=at_once)
+    matrices = grid_matrices(site, grid)
+    chosen, *squares = matrix.batched_map(one, exact.shape[:-2], exact, gram, matrices, kept, at_once=at_once)
+    sums = jnp.stack([jnp.sum(part) for part in squares])
+    return matrix.stored_weight(site, chosen, stored), grid, sums
 
 
 def output_squares(weight: jax.Array, gram: jax.Array) -> jax.Array:

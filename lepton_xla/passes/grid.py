@@ -7,15 +7,18 @@ takes scale, zero point and levels from there, and so finds exactly these codes.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from lepton_xla.errors import ModelError
 from lepton_xla.passes import matrix
+from lepton_xla.passes.alike import Alike
 from lepton_xla.passes.precompute import for_plan
 from lepton_xla.passes.sites import Site
 from lepton_xla.program import Program, leaf_bytes
@@ -40,14 +43,19 @@ class Planned:
         entries: the plans of all sites that use it.
         site: the first of them that is a product.
         rule: the rule of all of them.
-        exact: the weight's matrices `[*steps, B, K, N]`, float32.
+        stored: the weight as the program holds it.
     """
 
     path: str
     entries: tuple[SitePlan, ...]
     site: Site
     rule: QuantizeRule
-    exact: jax.Array
+    stored: jax.Array
+
+    @property
+    def exact(self) -> jax.Array:
+        """The weight's matrices `[*steps, B, K, N]`, float32, made anew each time: a copy of all would be large."""
+        return exact_matrices(self.stored, Alike(self.site))
 
     @property
     def target(self) -> Format:
@@ -79,21 +87,39 @@ def planned_weights(program: Program, plan: Plan) -> tuple[list[Planned], list[S
         if not sites:
             kept.append(SiteReport(entries[0].site.name, "kept", "only looked up, so rounded to nearest when stored"))
             continue
-        exact = matrix.stored_matrix(sites[0], program.weights[path]).astype(jnp.float32)
-        if not bool(jnp.all(jnp.isfinite(exact))):
+        if not is_finite(program.weights[path]):
             raise ModelError(f"the weight of site {sites[0].name!r} is not finite")
-        planned.append(Planned(path, tuple(entries), sites[0], rule, exact))
+        planned.append(Planned(path, tuple(entries), sites[0], rule, program.weights[path]))
     return planned, kept
 
 
-def whole_grid(planned: Planned) -> Grid:
+@functools.partial(jax.jit, static_argnames="like")
+def exact_matrices(stored: jax.Array, like: Alike) -> jax.Array:
+    """A stored weight's matrices `[*steps, B, K, N]`, float32."""
+    return matrix.stored_matrix(like.site, stored).astype(jnp.float32)
+
+
+def is_finite(array: jax.Array) -> bool:
+    """Whether all of an array is finite; looked at on the host, where nothing is compiled for it."""
+    host = np.asarray(array)
+    if host.dtype.kind not in "fc":  # a type that NumPy does not know as a float, such as bfloat16
+        host = host.astype(np.float32)
+    return bool(np.isfinite(host).all())
+
+
+def whole_grid(site: Site, rule: QuantizeRule, exact: jax.Array) -> Grid:
     """The grid that the rule asks for, as it lies beside stored codes.
+
+    Args:
+        site: the product.
+        rule: format, granularity and range.
+        exact: the weight's matrices `[*steps, B, K, N]`.
 
     Raises:
         RecipeError: if groups do not divide what is summed over; the message names the granularity.
     """
-    rule = planned.rule
-    return make_grid(matrix.as_stored(planned.site, planned.exact), planned.target, rule.granularity, rule.weight_range)
+    target = FORMATS[rule.weights]
+    return make_grid(matrix.as_stored(site, exact), target, rule.granularity, rule.weight_range)
 
 
 def given(grid: Grid) -> dict[str, jax.Array]:
@@ -102,12 +128,11 @@ def given(grid: Grid) -> dict[str, jax.Array]:
     return {name: array for name, array in parts.items() if array is not None}
 
 
-def grid_matrices(planned: Planned, grid: Grid) -> Grid:
-    """The grid with the axes of `Planned.exact`: scale `[*steps, B, G, N]`, levels `[*steps, B, levels]`."""
-    site = planned.site
+def grid_matrices(site: Site, grid: Grid) -> Grid:
+    """The grid with the axes of the weight's matrices: scale `[*steps, B, G, N]`, levels `[*steps, B, levels]`."""
     levels = grid.codebook
     if levels is not None:
-        lead, batch = levels.shape[: site.stacked], planned.exact.shape[site.stacked]
+        lead, batch = levels.shape[: site.stacked], matrix.matrix_shape(site)[0]
         levels = jnp.reshape(levels, (*lead, -1, levels.shape[-1]))
         levels = jnp.broadcast_to(levels, (*lead, batch, levels.shape[-1]))
     scale = matrix.from_stored(site, grid.scale)
@@ -142,11 +167,18 @@ def round_to_nearest(program: Program, plan: Plan) -> tuple[Program, GivenGrids]
     grids: GivenGrids = {}
     found, reports = planned_weights(program, plan)
     for planned in found:
-        grid = whole_grid(planned)
-        rounded = nearest(planned.exact, grid_matrices(planned, grid), planned.target)
-        weights[planned.path] = matrix.stored_weight(planned.site, rounded, program.weights[planned.path])
+        weights[planned.path], grid = _nearest(planned.stored, Alike(planned.site), planned.rule)
         grids[planned.path] = given(grid)
         action = f"{planned.rule.weights} nearest"
         reports += [weight_report(entry.site, action, weights[planned.path]) for entry in planned.entries]
     report = PassReport("round", time.perf_counter() - start, tuple(reports))
     return program.replace(weights=weights, history=(*program.history, report)), grids
+
+
+@functools.partial(jax.jit, static_argnames=("like", "rule"))
+def _nearest(stored: jax.Array, like: Alike, rule: QuantizeRule) -> tuple[jax.Array, Grid]:
+    """A stored weight rounded to the nearest values of its grid, and that grid."""
+    exact = matrix.stored_matrix(like.site, stored).astype(jnp.float32)
+    grid = whole_grid(like.site, rule, exact)
+    rounded = nearest(exact, grid_matrices(like.site, grid), FORMATS[rule.weights])
+    return matrix.stored_weight(like.site, rounded, stored), grid

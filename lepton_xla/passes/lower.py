@@ -19,10 +19,13 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from lepton_xla.errors import CalibrationError, ModelError
 from lepton_xla.passes import matrix, products
+from lepton_xla.passes.alike import Alike
 from lepton_xla.passes.calibrate import needs_range
+from lepton_xla.passes.grid import is_finite
 from lepton_xla.passes.measure import Timing, WholeTiming, compare, time_programs
 from lepton_xla.passes.names import Key, fresh
 from lepton_xla.passes.precompute import for_plan
@@ -253,31 +256,41 @@ def _store(planned: _Planned, weight: jax.Array, given: Mapping[str, jax.Array])
     Raises:
         ModelError: if the weight, or a scale given, is not finite.
     """
-    site, rule = planned.site, planned.rule
+    site = planned.site
     grid = {name: array for name, array in given.items() if name != "activation"}
     for what, array in (("it", weight), *((f"its {name}", array) for name, array in grid.items())):
-        if not bool(jnp.all(jnp.isfinite(array.astype(jnp.float32)))):
+        if not is_finite(array):
             raise ModelError(f"weight {site.path!r} cannot be quantized: {what} holds NaN or infinity")
-    laid = lay_out(weight, site.layout)
+    return _quantized(weight, grid, Alike(site), planned.rule)
+
+
+@functools.partial(jax.jit, static_argnames=("like", "rule"))
+def _quantized(weight: jax.Array, grid: Mapping[str, jax.Array], like: Alike, rule: QuantizeRule) -> QTensor:
+    """Compiled once for all weights of one shape."""
     format_of = (rule.weights, rule.granularity)
-    quantize = lambda step, grid: products.store(site, step, *format_of, grid, rule.weight_range)  # noqa: E731
-    for _ in range(site.stacked):
+    quantize = lambda step, grid: products.store(like.site, step, *format_of, grid, rule.weight_range)  # noqa: E731
+    for _ in range(like.site.stacked):
         quantize = jax.vmap(quantize)
-    return quantize(laid, grid)
+    return quantize(lay_out(weight, like.site.layout), grid)
 
 
 def _zero_channels(site: Site, weight: jax.Array) -> str:
     """Says how many output channels are all zero: they stay so, but somebody may not know."""
     if site.kind == "gather":  # a table's rows are no channels
         return ""
-    matrices = matrix.stored_matrix(site, weight)
-    zero, channels = int(jnp.sum(~jnp.any(matrices != 0, axis=-2))), matrices.size // matrices.shape[-2]
-    return f"{zero} of its {channels} channels are all zero" if zero else ""
+    zero = np.asarray(_zeros(weight, Alike(site)))
+    return f"{zero.sum()} of its {zero.size} channels are all zero" if zero.any() else ""
+
+
+@functools.partial(jax.jit, static_argnames="like")
+def _zeros(weight: jax.Array, like: Alike) -> jax.Array:
+    """Whether all of each output channel is zero: bool `[*steps, B, N]`."""
+    return ~jnp.any(matrix.stored_matrix(like.site, weight) != 0, axis=-2)
 
 
 def _finite_range(site: Site, ranges: Mapping[str, jax.Array] | None) -> jax.Array:
     value = products.range_of(site, ranges)
-    if not bool(jnp.all(jnp.isfinite(value))):
+    if not is_finite(value):
         raise CalibrationError(f"the activation range of site {site.name!r} is not finite")
     return value
 

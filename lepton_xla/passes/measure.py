@@ -15,6 +15,7 @@ import numpy as np
 
 from lepton_xla import _compat
 from lepton_xla.passes import products
+from lepton_xla.passes.alike import Alike
 from lepton_xla.passes.sites import Site
 from lepton_xla.quant import FORMATS, absmax_scale, encode
 from lepton_xla.quant.grid import decode
@@ -108,66 +109,65 @@ def compare(site: Site, decision: QuantizeRule, sizes: Mapping[str, int]) -> Tim
     return dataclasses.replace(_compare(_Key(site, decision)), sizes=dict(sizes))
 
 
-class _Key:
-    """A site as far as its product's time depends on it."""
+class _Key(Alike):
+    """A site and its rule as far as its product's time depends on them."""
 
     def __init__(self, site: Site, decision: QuantizeRule) -> None:
-        self.site = site
-        self.decision = decision
+        super().__init__(dataclasses.replace(site, layout=()))
+        self.rule = decision
         self.facts = (
-            site.kind,
-            site.weight_operand,
-            tuple((operand.shape, operand.dtype.name) for operand in site.operands),
-            str(sorted(site.params.items(), key=lambda item: item[0])),
+            *self.facts,
             decision.weights,
             decision.activations,
             decision.granularity,
             decision.dynamic,
         )
 
-    def __hash__(self) -> int:
-        return hash(self.facts)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Key) and self.facts == other.facts
-
 
 @functools.lru_cache(maxsize=1024)
 def _compare(key: _Key) -> Timing:
-    site, decision = key.site, key.decision
+    site = key.site
     operands = [_random(number, operand) for number, operand in enumerate(site.operands)]
-    name = decision.activations
 
     def as_float(*operands: jax.Array) -> jax.Array:
         return _compat.bind(site.eqn, operands)[0]
 
-    def of_weight(act: jax.Array, stored: Any, scale: Any, pad: bool = False) -> jax.Array:
-        return products.code_product(site, act, stored, name, scale, pad_single=pad)
-
-    def of_pair(left: jax.Array, right: jax.Array, pad: bool = False) -> jax.Array:
-        return products.pair_product(site, left, right, name, pad_single=pad)
-
-    if site.weight_operand is None:
-        as_integer, args = of_pair, operands
-        scales = products.pair_scales(site, operands[0], operands[1], name)
-        rounded = [_rounded(operand, scale, name) for operand, scale in zip(operands, scales, strict=True)]
-    else:
-        weight, act = operands[site.weight_operand], operands[1 - site.weight_operand]
-        stored = products.store(site, weight, decision.weights, decision.granularity)
-        scale = None if decision.dynamic else absmax_scale(jnp.max(jnp.abs(act)), FORMATS[name])
-        as_integer, args = of_weight, (act, stored, scale)
-        rounded = [_rounded(act, products.activation_scale(site, act, name, scale), name)]
-        rounded.insert(site.weight_operand, products.restore(site, stored))
+    prepare = jax.jit(functools.partial(_operands, key))
+    args, rounded = prepare(*operands)
     repeats = REPEATS if _queues() else 1
     in_float = _compiled(_repeated(as_float, repeats), *operands)
-    in_codes = [_compiled(_repeated(as_integer, repeats), *args)]
+    in_codes = [_compiled(_repeated(functools.partial(_in_codes, key), repeats), *args)]
     if products.row_count(site) == 1:
-        in_codes.append(_compiled(_repeated(functools.partial(as_integer, pad=True), repeats), *args))
+        in_codes.append(_compiled(_repeated(functools.partial(_in_codes, key, pad=True), repeats), *args))
     expected = in_float(*rounded)
-    errors = [float(_share(call(*args), expected)) for call in in_codes]
+    errors = [_share(call(*args), expected) for call in in_codes]
     calls = [functools.partial(in_float, *operands), *(functools.partial(call, *args) for call in in_codes)]
     times = [time / repeats for time in _medians_us(calls)]
     return Timing({}, times[0], times[1], times[2] if len(times) == 3 else None, float(np.max(errors)))
+
+
+def _operands(key: _Key, *operands: jax.Array) -> tuple[tuple[Any, ...], list[jax.Array]]:
+    """What a site's product of codes takes, and what these codes stand for."""
+    site, rule = key.site, key.rule
+    name = rule.activations
+    if site.weight_operand is None:
+        scales = products.pair_scales(site, operands[0], operands[1], name)
+        return operands, [_rounded(operand, scale, name) for operand, scale in zip(operands, scales, strict=True)]
+    weight, act = operands[site.weight_operand], operands[1 - site.weight_operand]
+    stored = products.store(site, weight, rule.weights, rule.granularity)
+    scale = None if rule.dynamic else absmax_scale(jnp.max(jnp.abs(act)), FORMATS[name])
+    rounded = [_rounded(act, products.activation_scale(site, act, name, scale), name)]
+    rounded.insert(site.weight_operand, products.restore(site, stored))
+    return (act, stored, scale), rounded
+
+
+def _in_codes(key: _Key, *args: Any, pad: bool = False) -> jax.Array:
+    """A site's product of codes, of what `_operands` gives."""
+    if key.site.weight_operand is None:
+        left, right = args
+        return products.pair_product(key.site, left, right, key.rule.activations, pad_single=pad)
+    act, stored, scale = args
+    return products.code_product(key.site, act, stored, key.rule.activations, scale, pad_single=pad)
 
 
 def _queues() -> bool:
@@ -189,22 +189,22 @@ def _repeated(fn: Callable[..., jax.Array], times: int) -> Callable[..., jax.Arr
 
 
 def _random(seed: int, like: jax.ShapeDtypeStruct) -> jax.Array:
-    """Normal values, made on the host: JAX would compile its generator anew for each shape."""
-    values = np.random.default_rng(seed).standard_normal(like.shape, np.float32)
-    return jnp.asarray(values).astype(like.dtype)
+    """Normal values, made on the host: JAX would compile its generator, and a cast, anew for each shape."""
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(like.shape, np.float32).astype(like.dtype))
 
 
-@functools.partial(jax.jit, static_argnames="name")
 def _rounded(array: jax.Array, scale: jax.Array, name: str) -> jax.Array:
     """What the codes of an activation stand for, in its dtype."""
     return decode(encode(array, scale, FORMATS[name]), scale, FORMATS[name]).astype(array.dtype)
 
 
-@jax.jit
-def _share(got: jax.Array, expected: jax.Array) -> jax.Array:
+def _share(got: jax.Array, expected: jax.Array) -> float:
     """The largest difference, as a share of the largest value expected."""
-    got, expected = got.astype(jnp.float32), expected.astype(jnp.float32)
-    return jnp.max(jnp.abs(got - expected), initial=0) / jnp.maximum(jnp.max(jnp.abs(expected), initial=0), 1e-30)
+    host, wanted = (np.asarray(array).astype(np.float32) for array in (got, expected))
+    if not host.size:
+        return 0.0
+    with np.errstate(invalid="ignore", over="ignore"):
+        return float(np.max(np.abs(host - wanted)) / max(np.max(np.abs(wanted)), np.float32(1e-30)))
 
 
 def _compiled(fn: Callable[..., Any], *args: Any) -> Callable[..., Any]:

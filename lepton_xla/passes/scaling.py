@@ -7,15 +7,18 @@ it where `flow` finds a way, and else into one multiplication of the activation 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from lepton_xla import _compat
 from lepton_xla.passes import matrix
+from lepton_xla.passes.alike import Alike
 from lepton_xla.passes.factors import multiplied, row_absmax
 from lepton_xla.passes.flow import Absorber, Flow, NotAbsorbedError, Place
 from lepton_xla.passes.names import Key, fresh
@@ -142,7 +145,8 @@ def _unscalable(flow: Flow, site: Site) -> str:
 
 def weight_absmax(weights: Mapping[str, Any], group: Group) -> jax.Array:
     """The largest magnitude that each input channel of a group meets in its weights: `[*steps, channels]`."""
-    return jnp.max(jnp.stack([row_absmax(site, weights[str(site.path)]) for site in group.sites]), axis=0)
+    found = [np.asarray(row_absmax(site, weights[str(site.path)])) for site in group.sites]
+    return jnp.asarray(np.max(found, axis=0))
 
 
 def scaled_weights(weights: Mapping[str, Any], sites: Mapping[str, Site], group: Group, factor: jax.Array) -> Any:
@@ -156,25 +160,33 @@ def scaled_weights(weights: Mapping[str, Any], sites: Mapping[str, Site], group:
     """
     changed = dict(weights)
     for site in group.sites:
-        path = str(site.path)
-        matrices = matrix.stored_matrix(site, changed[path])
-        scaled = multiplied(matrices, matrix_rows(site, factor))
-        changed[path] = matrix.stored_weight(site, scaled, changed[path])
+        changed[str(site.path)] = _multiplied(changed[str(site.path)], factor, Alike(site))
     for absorber in group.absorbers:
-        stored = changed[absorber.path]
-        if absorber.axis is None:
-            changed[absorber.path] = multiplied(stored, 1 / jnp.reshape(factor, stored.shape))
-            continue
-        site = sites[absorber.site]
-        shape = [1] * len(site.weight.shape)
-        shape[absorber.axis] = -1
-        operand = jnp.broadcast_to(
-            jnp.reshape(factor, (*factor.shape[:-1], *shape)), (*factor.shape[:-1], *site.weight.shape)
-        )
-        by = matrix.each_step(site, lambda part, site=site: matrix.weight_matrix(site, part))(operand)
-        matrices = matrix.stored_matrix(site, stored)
-        changed[absorber.path] = matrix.stored_weight(site, multiplied(matrices, 1 / by), stored)
+        like = None if absorber.axis is None else Alike(sites[absorber.site])
+        changed[absorber.path] = _divided(changed[absorber.path], factor, like, absorber.axis)
     return changed
+
+
+@functools.partial(jax.jit, static_argnames="like")
+def _multiplied(stored: jax.Array, factor: jax.Array, like: Alike) -> jax.Array:
+    """A product's weight, its input channels multiplied."""
+    scaled = multiplied(matrix.stored_matrix(like.site, stored), matrix_rows(like.site, factor))
+    return matrix.stored_weight(like.site, scaled, stored)
+
+
+@functools.partial(jax.jit, static_argnames=("like", "axis"))
+def _divided(stored: jax.Array, factor: jax.Array, like: Alike | None, axis: int | None) -> jax.Array:
+    """A weight before the product, divided: a vector, or along an axis of another product's weight operand."""
+    if like is None or axis is None:
+        return multiplied(stored, 1 / jnp.reshape(factor, stored.shape))
+    site = like.site
+    shape = [1] * len(site.weight.shape)
+    shape[axis] = -1
+    operand = jnp.broadcast_to(
+        jnp.reshape(factor, (*factor.shape[:-1], *shape)), (*factor.shape[:-1], *site.weight.shape)
+    )
+    by = matrix.each_step(site, lambda part: matrix.weight_matrix(site, part))(operand)
+    return matrix.stored_weight(site, multiplied(matrix.stored_matrix(site, stored), 1 / by), stored)
 
 
 def multiply_inputs(program: Program, factors: Sequence[tuple[Group, jax.Array]]) -> Program:

@@ -7,14 +7,17 @@ the weight's row j is multiplied by it.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from collections.abc import Collection, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from lepton_xla.errors import RecipeError
+from lepton_xla.passes.alike import Alike
 from lepton_xla.passes.factors import fitted, usable
 from lepton_xla.passes.grid import weight_report
 from lepton_xla.passes.precompute import for_plan
@@ -54,6 +57,12 @@ def smooth_factor(act_absmax: jax.Array, weight_absmax: jax.Array, alpha: float)
     one = jnp.ones_like(act_absmax)
     act, weight = jnp.where(alive, act_absmax, one), jnp.where(alive, weight_absmax, one)
     return jnp.where(alive, usable(act**alpha / weight ** (1 - alpha)), one)
+
+
+@functools.partial(jax.jit, static_argnames=("like", "alpha"))
+def _factor(columns: jax.Array, weight_absmax: jax.Array, like: Alike, alpha: float) -> jax.Array:
+    """The factor of a product whose activation's columns `[*steps, B, K]` have these largest magnitudes."""
+    return smooth_factor(channel_vector(like.site, columns, jnp.max), weight_absmax, alpha)
 
 
 def smooth(
@@ -98,11 +107,11 @@ def smooth(
             if not group.sites:
                 continue
         first = group.sites[0]
-        act = channel_vector(first, found[first.name].absmax, jnp.max)
-        factor = fitted(weights, sites, group, smooth_factor(act, weight_absmax(weights, group), alpha))
+        factor = _factor(found[first.name].absmax, weight_absmax(weights, group), Alike(first), alpha)
+        factor = fitted(weights, sites, group, factor)
         weights = scaled_weights(weights, sites, group, factor)
         if not group.absorbers:
-            multiplied.append((group, 1 / factor))
+            multiplied.append((group, jnp.asarray(1 / np.asarray(factor))))
         reports += group_reports(group, factor, weights)
     reports += [SiteReport(name, "kept", reason) for name, reason in kept.items()]
     changed = multiply_inputs(program.replace(weights=weights), multiplied)
@@ -116,6 +125,7 @@ def group_reports(
     """A line for each product of a group: where its factor went, and further figures."""
     into = ", ".join(absorber.path for absorber in group.absorbers)
     action = f"factor folded into {into}" if group.absorbers else MULTIPLIED
-    metrics = {"largest_factor": float(jnp.max(factor)), "smallest_factor": float(jnp.min(factor))}
+    host = np.asarray(factor)
+    metrics = {"largest_factor": float(host.max()), "smallest_factor": float(host.min())}
     metrics |= dict(more or {})
     return [weight_report(site, action, weights[str(site.path)], group.reason, metrics) for site in group.sites]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
@@ -24,6 +25,10 @@ from lepton_xla.program import Program
 GRAM_LIMIT_BYTES = 2**30
 # Which step of its scans a product belongs to, as that travels beside its weight.
 _STEP = "step"
+# What is kept of each column of a site's activation, besides Gram matrices.
+_SUMS = ("absmax", "sum", "sum_abs", "sum_square")
+
+type _Totals = dict[TapName, jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,6 +88,8 @@ def collect_statistics(
 
 def pooled(statistics: Sequence[Statistics], what: Literal["mean_square", "gram"]) -> jax.Array:
     """A mean over all that meets one weight at several sites, in the proportion of their rows."""
+    if len(statistics) == 1:
+        return getattr(statistics[0], what)
     total = np.sum([found.rows for found in statistics], axis=0)
     parts: list[jax.Array] = []
     for found in statistics:
@@ -145,37 +152,60 @@ def _collect(
             assert site.path is not None
             index = np.moveaxis(np.indices(wanted[site.name]), 0, -1)
             beside.setdefault(site.path, {})[site.name, _STEP] = jnp.asarray(index, jnp.int32)
-    observed = jax.jit(rewrite_sites(program.fn, rule, inline=True, beside=beside, on_unknown="keep", with_taps=True))
+    observed = rewrite_sites(program.fn, rule, inline=True, beside=beside, on_unknown="keep", with_taps=True)
 
-    totals: dict[TapName, Any] = {}
-    for count, batch in enumerate(data):
-        inputs = check_batch(program, batch, f"calibration batch {count}")
-        _, taps = observed(program.weights, *inputs)
+    @functools.partial(jax.jit, donate_argnums=1)
+    def add(weights: Any, totals: _Totals, inputs: Sequence[jax.Array]) -> tuple[_Totals, _Totals]:
+        """The sums with one more batch, and how many rows it had: those are counted on the host, in float64."""
+        _, taps = observed(weights, *inputs)
+        rows: _Totals = {}
         for name, value in taps.items():
             site, what = name
             if what == "absmax":  # stacked by every scan around it, not only by those that step over the weight
                 value = jnp.max(value, axis=tuple(range(value.ndim - len(wanted[site]) - 2)))
-                totals[name] = jnp.maximum(totals[name], value) if name in totals else value
+                totals[name] = jnp.maximum(totals[name], value)
             elif what == "rows":
-                totals[name] = totals.get(name, 0) + np.asarray(value, np.float64)
+                rows[name] = value
             else:
-                totals[name] = totals[name] + value if name in totals else value
-    return {name: _statistics(name, totals, gram) for name in wanted}
+                totals[name] = totals[name] + value
+        return totals, rows
+
+    totals = {name: jnp.asarray(zeros) for name, zeros in _zeros(group, wanted, gram).items()}
+    counts: dict[TapName, np.ndarray] = {(name, "rows"): np.zeros(steps, np.float64) for name, steps in wanted.items()}
+    for count, batch in enumerate(data):
+        inputs = check_batch(program, batch, f"calibration batch {count}")
+        totals, rows = add(program.weights, totals, inputs)
+        for name, value in rows.items():
+            counts[name] = counts[name] + np.asarray(value, np.float64)
+    found: dict[str, Statistics] = {}
+    for name in wanted:
+        found[name] = _statistics(name, counts[name, "rows"], totals, gram)
+    return found
 
 
-def _statistics(site: str, totals: Mapping[TapName, Any], gram: bool) -> Statistics:
-    rows = totals[site, "rows"]
-    absmax = totals[site, "absmax"]
-    if not bool(jnp.all(jnp.isfinite(absmax))):
+def _zeros(sites: Sequence[Site], wanted: Mapping[str, tuple[int, ...]], gram: bool) -> dict[TapName, np.ndarray]:
+    """Where sums begin, by site and what is summed."""
+    zeros: dict[TapName, np.ndarray] = {}
+    for site in sites:
+        batch, depth, _ = matrix.matrix_shape(site)
+        shape = (*wanted[site.name], batch, depth)
+        zeros |= {(site.name, what): np.zeros(shape, np.float32) for what in _SUMS}
+        if gram:
+            zeros[site.name, "gram"] = np.zeros((*shape, depth), np.float32)
+    return zeros
+
+
+def _statistics(site: str, rows: np.ndarray, totals: dict[TapName, Any], gram: bool) -> Statistics:
+    """One site's; its sums are taken out of the totals."""
+    absmax, *sums = (np.asarray(totals.pop((site, what))) for what in _SUMS)
+    if not np.isfinite(absmax).all():
         raise CalibrationError(f"the activation of site {site!r} is not finite on the calibration data")
-    share = jnp.asarray(1 / np.maximum(rows, 1), jnp.float32)
-    per_column = jnp.reshape(share, (*share.shape, 1, 1))
-    square = jnp.reshape(share, (*share.shape, 1, 1, 1))
-    return Statistics(
-        rows,
-        absmax,
-        totals[site, "sum"] * per_column,
-        totals[site, "sum_abs"] * per_column,
-        totals[site, "sum_square"] * per_column,
-        totals[site, "gram"] * square if gram else None,
-    )
+    share = (1 / np.maximum(rows, 1)).astype(np.float32)
+    means = [jnp.asarray(each * share[..., None, None]) for each in sums]
+    square = _scaled(totals.pop((site, "gram")), share[..., None, None, None]) if gram else None
+    return Statistics(rows, jnp.asarray(absmax), *means, gram=square)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _scaled(gram: jax.Array, share: jax.Array) -> jax.Array:
+    return gram * share
