@@ -702,7 +702,7 @@ def _gather(study: Study, context: Context, eqn: Any, operands: list[Labelled]) 
     guard([table.axes[k] for k in numbers.collapsed_slice_dims], reason)
     whole: dict[int, Dimension] = {}
     for axis, k in zip(numbers.offset_dims, windows, strict=True):
-        if slices[k] == table.axes[k].size and k not in numbers.start_index_map:
+        if slices[k] == table.axes[k].size:  # an index into it fits at zero only, whatever its size
             axes[axis], zero[axis], whole[k] = table.axes[k], table.zero_at(k), table.axes[k]
         else:
             protect(table.axes[k], reason)

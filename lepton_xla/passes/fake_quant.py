@@ -356,7 +356,7 @@ def _rows_alone(site: Site, rule: QuantizeRule, beside: Mapping[Key, jax.Array])
 def _fake_rows(site: Site, rows: jax.Array, rule: QuantizeRule) -> jax.Array:
     """What a gather has looked up, rounded as the table would be."""
     target = FORMATS[rule.weights]
-    axis = site.params["dimension_numbers"].offset_dims[0]
+    axis = site.params["dimension_numbers"].offset_dims[-1]  # the first one may be the rows' dimension, kept
     exact = jnp.moveaxis(rows.astype(jnp.float32), axis, 0)
     matrix = exact.reshape((exact.shape[0], -1))
     grid = make_grid(matrix, target, rule.granularity, rule.weight_range)

@@ -50,10 +50,7 @@ def unsupported(site: Site, rule: QuantizeRule | None = None) -> str | None:
             return "convolution whose weight is the left operand"
         if site.params["batch_group_count"] != 1:
             return "convolution with batch groups"
-    elif site.kind == "gather":
-        if tuple(site.params["dimension_numbers"].collapsed_slice_dims) != (0,):
-            return "a gather that does not drop the dimension it looks up in"
-    elif site.kind != "dot_general":
+    elif site.kind not in ("dot_general", "gather"):
         return f"{site.kind} is not lowered"
     if site.not_float:  # to round it again, or to scale it, would lose what it holds
         return f"its weight is {site.not_float} already"
@@ -291,21 +288,29 @@ def look_up(site: Site, stored: QTensor, index: jax.Array) -> jax.Array:
     Args:
         site: a `gather` of whole rows.
         stored: the table [V, D] as the matrix [D, V].
-        index: the gather's indices [..., 1].
+        index: the gather's indices: [..., 1], or [..., 2] where it points into columns too, all of which it takes.
 
     Returns:
         What the gather gives, outside of the table too.
     """
     params, size = site.params, site.weight.shape[0]
-    rows = index[..., 0].astype(jnp.int32)
+    numbers = params["dimension_numbers"]
+    at = {axis: index[..., place].astype(jnp.int32) for place, axis in enumerate(numbers.start_index_map)}
+    rows = at[0]
     clipped = jnp.clip(rows, 0, size - 1)
     found = stored.columns(jnp.reshape(clipped, (-1,))).dequantize(site.weight.dtype)
     found = jnp.reshape(found, (found.shape[0], *rows.shape))
     if params["mode"] == lax.GatherScatterMode.FILL_OR_DROP:
         fill = params["fill_value"]
         fill = jnp.asarray(jnp.nan if fill is None else fill, found.dtype)
-        found = jnp.where((rows == clipped)[None], found, fill)
-    return jnp.moveaxis(found, 0, params["dimension_numbers"].offset_dims[0])
+        inside = rows == clipped
+        if 1 in at:  # all columns fit at one place only
+            inside &= at[1] == 0
+        found = jnp.where(inside[None], found, fill)
+    if numbers.collapsed_slice_dims:
+        return jnp.moveaxis(found, 0, numbers.offset_dims[0])
+    kept, columns = numbers.offset_dims  # ascending, as the table's axes are
+    return jnp.expand_dims(jnp.moveaxis(found, 0, columns - 1), kept)
 
 
 def code_product(

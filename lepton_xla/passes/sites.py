@@ -512,9 +512,10 @@ def site_name(context: Context, kind: str, path: str | None, paths: Container[st
 
 
 def takes_rows(eqn: Any) -> bool:
-    """Whether a gather looks up whole rows of a table: an embedding."""
-    table = eqn.invars[0].aval.shape
-    return len(table) == 2 and tuple(eqn.params["slice_sizes"]) == (1, table[1])
+    """Whether a gather looks up whole rows of a table: an embedding, whether the rows' dimension is dropped or kept."""
+    table, numbers = eqn.invars[0].aval.shape, eqn.params["dimension_numbers"]
+    whole = len(table) == 2 and tuple(eqn.params["slice_sizes"]) == (1, table[1])
+    return whole and 0 in numbers.start_index_map and not numbers.operand_batching_dims
 
 
 def _aval(atom: Any) -> jax.ShapeDtypeStruct:
