@@ -11,7 +11,7 @@ from collections.abc import Generator, Sequence
 from typing import Any
 
 import jax
-from jax._src import source_info_util
+from jax._src import debugging, source_info_util
 from jax._src.core import Tracer
 from jax._src.interpreters import partial_eval
 from jax.extend import core as jex_core
@@ -128,3 +128,52 @@ def scope(eqn: Equation) -> str:
     """The names of the modules and scopes an equation was traced in, joined by `/`, transforms stripped."""
     text = str(eqn.source_info.name_stack)
     return "/".join(part for part in re.sub(r"\b\w+\(|\)", "", text).split("/") if part)
+
+
+_DEBUG_EFFECTS = frozenset({debugging.debug_effect, debugging.ordered_debug_effect})
+DEBUG_CALLS = frozenset({"debug_callback", "debug_print", "inspect_sharding"})
+HOST_CALLS = frozenset({"pure_callback", "io_callback", "buffer_callback"})
+
+
+def calls_of(jaxpr: Jaxpr, names: frozenset[str]) -> list[Equation]:
+    """The equations of these primitives in a jaxpr, at any depth."""
+    found: list[Equation] = []
+    for eqn in open_jaxpr(jaxpr)[0].eqns:
+        if eqn.primitive.name in names:
+            found.append(eqn)
+        found.extend(call for inner in inner_jaxprs(eqn) for call in calls_of(inner, names))
+    return found
+
+
+def without_debugging(jaxpr: Jaxpr) -> Jaxpr:
+    """A jaxpr without its `DEBUG_CALLS`, which give nothing, at any depth."""
+    inner, _ = open_jaxpr(jaxpr)
+    if inner is not jaxpr:
+        return jaxpr.replace(jaxpr=without_debugging(inner))
+    kept = [
+        eqn.replace(
+            params={name: _each_jaxpr(value) for name, value in eqn.params.items()},
+            effects=eqn.effects - _DEBUG_EFFECTS,
+        )
+        for eqn in jaxpr.eqns
+        if eqn.primitive.name not in DEBUG_CALLS
+    ]
+    return jaxpr.replace(eqns=kept, effects=jaxpr.effects - _DEBUG_EFFECTS)
+
+
+def _each_jaxpr(value: Any) -> Any:
+    if is_jaxpr(value):
+        return without_debugging(value)
+    if type(value) in (tuple, list):
+        return type(value)(map(_each_jaxpr, value))
+    return value
+
+
+def source_of(eqn: Equation) -> str:
+    """Where the user's code made an equation, such as `model.py:12:4 (forward)`."""
+    return source_info_util.summarize(eqn.source_info)
+
+
+def evaluate(jaxpr: Jaxpr, values: Sequence[Any]) -> list[Any]:
+    """The outputs of a closed jaxpr."""
+    return list(jex_core.jaxpr_as_fun(jaxpr)(*values))

@@ -11,6 +11,7 @@ import jax
 import msgspec
 import numpy as np
 
+from lepton_xla.callbacks import without_callbacks
 from lepton_xla.errors import CalibrationError, CompileError, RecipeError
 from lepton_xla.passes.autotune import autotune
 from lepton_xla.passes.awq import awq
@@ -33,6 +34,7 @@ from lepton_xla.passes.wanda import wanda
 from lepton_xla.program import Program, as_sizes
 from lepton_xla.recipe import Plan, Recipe
 from lepton_xla.report import PassReport, SiteReport
+from lepton_xla.rows import check_rows_lead
 
 # Sizes of a symbolic dimension at which arithmetic is timed where the caller gives no buckets: one request, a batch.
 DEFAULT_LADDER = (1, 32)
@@ -68,6 +70,7 @@ def optimize(
         RecipeError: if the recipe does not fit the program.
         UnsupportedError: if a pass cannot handle a site and the recipe says `error`.
         CalibrationError: if calibration data is needed and missing, or unusable.
+        CompileError: if `buckets` does not fit the program, it calls back into Python, or an output has no rows.
     """
     batches = _as_list(calibration)
     program, plan = plan_for(program, recipe, calibration=batches, buckets=buckets, progress=progress)
@@ -92,11 +95,14 @@ def plan_for(
         the plan for it.
 
     Raises:
-        RecipeError, UnsupportedError, CalibrationError: as `optimize`.
+        RecipeError, UnsupportedError, CalibrationError, CompileError: as `optimize`.
     """
     say = progress or (lambda _line: None)
     if not isinstance(recipe, Recipe):
         raise RecipeError(f"recipe {recipe!r:.80} is a {type(recipe).__name__}, not a Recipe; Recipe.load reads one")
+    program = without_callbacks(program, grid(program, buckets)[0])
+    if buckets:
+        check_rows_lead(program.inputs, program.outputs)
     say("precompute")
     program = precompute(program, sizes=_ends(grid(program, buckets)) if buckets else ())
     if recipe.fold:

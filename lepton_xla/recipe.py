@@ -25,7 +25,7 @@ from lepton_xla.passes.masks import (
     sparsity_of,
     unprunable,
 )
-from lepton_xla.passes.products import contracted_size, unstorable, unsupported
+from lepton_xla.passes.products import contracted_size, not_float, unstorable, unsupported
 from lepton_xla.passes.shrink import check_target
 from lepton_xla.passes.sites import Site, find_sites
 from lepton_xla.program import Program, leaf_bytes, name_leaves, some_names
@@ -621,7 +621,7 @@ def _with_own_group(entry: SitePlan) -> SitePlan:
 def _unquantizable(site: Site, rule: QuantizeRule, stored: Any) -> str:
     """Why a site's weight cannot be quantized; empty if it can."""
     if stored is not None and not jnp.issubdtype(stored.dtype, jnp.floating):
-        return f"its weight is {stored.dtype} already"
+        return not_float(stored.dtype)
     return unsupported(site, rule) or ""
 
 

@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Iterable, Mapping, Sequence
 
 from lepton_xla.errors import CompileError
-from lepton_xla.program import TensorSpec, as_sizes
+from lepton_xla.program import as_sizes
 
 type Ladders = dict[str, tuple[int, ...]]
 """Symbolic dimension -> its sizes, ascending."""
@@ -57,18 +57,3 @@ def next_size(ladder: Sequence[int], size: int) -> int | None:
     """
     index = bisect.bisect_left(ladder, size)
     return ladder[index] if index < len(ladder) else None
-
-
-def row_symbol(inputs: Mapping[str, TensorSpec]) -> str | None:
-    """The symbol that counts rows: the first dimension of every input that has symbols, and no other dimension of any.
-
-    Inputs without symbols are shared by all rows. None where there is no such symbol: such a model is padded, but its
-    inputs are never split.
-    """
-    leaders = {spec.shape[0] if spec.shape else None for spec in inputs.values() if spec.symbols}
-    if len(leaders) != 1:
-        return None
-    leader = leaders.pop()
-    if not isinstance(leader, str) or any(spec.shape.count(leader) > 1 for spec in inputs.values()):
-        return None
-    return leader

@@ -14,9 +14,10 @@ from typing import Any
 import jax
 import numpy as np
 
+from lepton_xla.callbacks import without_callbacks
 from lepton_xla.compiler import _xla, weights
 from lepton_xla.compiler.artifact import Artifact
-from lepton_xla.compiler.buckets import bucket_name, check_ladders, combinations, row_symbol
+from lepton_xla.compiler.buckets import bucket_name, check_ladders, combinations
 from lepton_xla.compiler.code import Code
 from lepton_xla.compiler.fingerprint import Fingerprint
 from lepton_xla.compiler.independence import Checked, check_padding, check_rows, default_tolerance, product_dtypes
@@ -25,6 +26,7 @@ from lepton_xla.compiler.portable import export_programs
 from lepton_xla.compiler.runtime import Runtime, run_expand
 from lepton_xla.errors import CompileError
 from lepton_xla.program import Program, TensorSpec, abstract, name_leaves
+from lepton_xla.rows import check_rows_lead, row_symbol
 
 _LOG = logging.getLogger(__name__)
 _CONSTANTS_WARNING_BYTES = 1 << 20
@@ -62,11 +64,15 @@ def compile(
         progress: called before each step.
 
     Raises:
-        CompileError: where the buckets do not fit the program, XLA refuses it, it holds large constants, or its rows
-            or its padding change each other's results.
+        CompileError: where the buckets do not fit the program, XLA refuses it, it holds large constants, it calls back
+            into Python (calls for debugging are left out), or its rows or its padding change each other's results.
+        ExecutionError: where there is no device, or the compiled code fails when it is checked.
     """
     check_name(name or "model")
     ladders = check_ladders(program.symbols, buckets)
+    check_rows_lead(program.inputs, program.outputs)
+    bucket_list = combinations(ladders)
+    program = without_callbacks(program, bucket_list[0])
     leaves = name_leaves(program.weights)
     entries = tuple(weights.describe(path, index, leaf) for index, (path, leaf) in enumerate(leaves.items()))
     device = _xla.first_device()
@@ -74,7 +80,6 @@ def compile(
     arrays = [_on_device(path, leaf, device) for path, leaf in leaves.items()]
     expand, flat = _flat_functions(program)
     examples = _check_examples(program, examples or {})
-    bucket_list = combinations(ladders)
     steps = len(bucket_list) + 2
     tell = progress or (lambda stage, done, total: None)
 

@@ -8,12 +8,13 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from lepton_xla.compiler.buckets import Ladders, next_size, row_symbol
+from lepton_xla.compiler.buckets import Ladders, next_size
 from lepton_xla.compiler.independence import pad
 from lepton_xla.compiler.manifest import Manifest
 from lepton_xla.compiler.runtime import Runner, Runtime
 from lepton_xla.errors import InputError
 from lepton_xla.program import TensorSpec
+from lepton_xla.rows import row_symbol
 
 
 class Servable:

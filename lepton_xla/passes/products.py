@@ -41,6 +41,13 @@ SAFE_DEPTH = 32
 SAFE_FP8_VALUES = 256
 
 
+def not_float(dtype: Any) -> str:
+    """Why a weight of a dtype that is no float cannot be quantized."""
+    return (
+        f"its weight is {dtype} already" if jnp.issubdtype(dtype, jnp.integer) else f"its weight is {dtype}, no float"
+    )
+
+
 def unsupported(site: Site, rule: QuantizeRule | None = None) -> str | None:
     """Why the site cannot be quantized (by this rule), or None if it can."""
     if site.weight_operand is None:
@@ -53,7 +60,7 @@ def unsupported(site: Site, rule: QuantizeRule | None = None) -> str | None:
     elif site.kind not in ("dot_general", "gather"):
         return f"{site.kind} is not lowered"
     if site.not_float:  # to round it again, or to scale it, would lose what it holds
-        return f"its weight is {site.not_float} already"
+        return not_float(site.not_float)
     if 0 in site.weight.shape:
         return f"its weight, of shape {list(site.weight.shape)}, has no elements"
     if site.kind != "gather" and not jnp.issubdtype(site.activation.dtype, jnp.floating):

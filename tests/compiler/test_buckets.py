@@ -1,8 +1,9 @@
 import pytest
 
-from lepton_xla.compiler.buckets import bucket_name, check_ladders, combinations, next_size, row_symbol
+from lepton_xla.compiler.buckets import bucket_name, check_ladders, combinations, next_size
 from lepton_xla.errors import CompileError
 from lepton_xla.program import TensorSpec
+from lepton_xla.rows import row_symbol
 
 
 def test_ladders_come_in_the_order_of_the_symbols() -> None:

@@ -1,0 +1,40 @@
+"""Which dimension counts rows: what a server may put together, pad and split."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from lepton_xla.errors import CompileError
+from lepton_xla.program import TensorSpec
+
+
+def row_symbol(inputs: Mapping[str, TensorSpec]) -> str | None:
+    """The symbol that counts rows: the first dimension of every input that has symbols, and no other dimension of any.
+
+    Inputs without symbols are shared by all rows. None where there is no such symbol: such a model is padded, but its
+    inputs are never split.
+    """
+    leaders = {spec.shape[0] if spec.shape else None for spec in inputs.values() if spec.symbols}
+    if len(leaders) != 1:
+        return None
+    leader = leaders.pop()
+    if not isinstance(leader, str) or any(spec.shape.count(leader) > 1 for spec in inputs.values()):
+        return None
+    return leader
+
+
+def check_rows_lead(inputs: Mapping[str, TensorSpec], outputs: Mapping[str, TensorSpec]) -> None:
+    """Checks that every output has its rows first, where the inputs have rows.
+
+    Raises:
+        CompileError: naming the output that has not.
+    """
+    symbol = row_symbol(inputs)
+    if symbol is None:
+        return
+    for name, spec in outputs.items():
+        if not spec.shape or spec.shape[0] != symbol or spec.shape.count(symbol) > 1:
+            raise CompileError(
+                f"output {name!r} is {spec}, so it is not one result a row: it mixes the rows along {symbol!r}. Return "
+                f"per-row results with {symbol!r} first, or give that input dimension a fixed size"
+            )
