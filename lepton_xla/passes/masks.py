@@ -21,7 +21,7 @@ from jax import lax
 
 from lepton_xla import _compat
 from lepton_xla.errors import ModelError, RecipeError, UnsupportedError
-from lepton_xla.passes import matrix
+from lepton_xla.passes import held, matrix
 from lepton_xla.passes.products import unsupported
 from lepton_xla.passes.ranking import LARGEST_RANKING, Masks, Ranking, exact_mean, keep_largest, largest_of_each
 from lepton_xla.passes.sites import LayoutOp, Site, lay_out, layout_key
@@ -473,8 +473,13 @@ def find_masks(
     *,
     rank: Callable[[Sequence[Ranking]], Masks] = keep_largest,
     regrowth: Regrowth | None = None,
+    earlier: Mapping[str, jax.Array] | None = None,
+    exchange: bool = False,
 ) -> dict[str, jax.Array]:
     """Masks of the elements to keep.
+
+    What earlier masks drop stays dropped and counts towards the share. With `regrowth` or `exchange` elements may come
+    back; then no fewer are dropped than before.
 
     Args:
         targets: which weights, and in which patterns.
@@ -483,10 +488,13 @@ def find_masks(
             and of each step of a stack, is always left: its largest.
         rank: `keep_largest`, or `keep_largest_on_host` outside of `jit`.
         regrowth: what is taken back in, for patterns other than N:M.
+        earlier: path -> bool array, the mask of every target so far; None where there is none.
+        exchange: whether others may be dropped in the place of those that `earlier` drops; inside `jit` only.
 
     Returns:
         Path -> bool array of the stored weight's shape; False is dropped.
     """
+    holds = earlier if regrowth is None and not exchange else None
     found: dict[str, jax.Array] = {}
     sets: dict[Any, list[Target]] = {}
     for target in targets:
@@ -498,14 +506,25 @@ def find_masks(
                 kept = kept | largest_of_each(weight, target.lead)
             found[target.path] = target.spread(kept)
         elif target.pattern.kind == "groups":
-            elements = target.matrices(scores[target.path])
-            found[target.path] = target.stored(group_masks(elements, target.pattern, sparsity[target.path]))
+            elements, least = target.matrices(scores[target.path]), None
+            if earlier is not None:
+                before = held.held_matrices(target, earlier[target.path])
+                elements = held.held_last(elements, before) if holds is not None else elements
+                least = held.dropped_of_each_group(before, target.pattern.rows) if exchange else None
+            kept = group_masks(elements, target.pattern, sparsity[target.path], least=least)
+            found[target.path] = target.stored(kept)
         else:
             sets.setdefault(id(target.rule) if _together([target]) else target.path, []).append(target)
     ranked = list(sets.values())
     units = [[target.units(scores[target.path]) for target in each] for each in ranked]
     dropped = [_dropped(each, parts, sparsity[each[0].path]) for each, parts in zip(ranked, units, strict=True)]
     leads = [0 if _together(each) else each[0].lead for each in ranked]
+    if earlier is not None:
+        alive = [[held.held_units(target, earlier[target.path]) for target in each] for each in ranked]
+        if holds is not None:
+            units = [list(map(held.held_last, *each)) for each in zip(units, alive, strict=True)]
+        else:
+            dropped = [_no_fewer(*each) for each in zip(ranked, units, dropped, alive, leads, strict=True)]
     if regrowth is None:
         spared = [_sparing(*each) for each in zip(ranked, units, dropped, strict=True)]
         kept = rank([Ranking(*each) for each in zip(spared, dropped, leads, strict=True)]) if ranked else []
@@ -513,7 +532,16 @@ def find_masks(
         kept = _regrown(ranked, units, dropped, leads, regrowth, rank)
     for each, masks in zip(ranked, kept, strict=True):
         found |= {target.path: target.spread(mask) for target, mask in zip(each, masks, strict=True)}
-    return found
+    return found if holds is None else {path: mask & holds[path] for path, mask in found.items()}
+
+
+def _no_fewer(
+    targets: Sequence[Target], units: Sequence[jax.Array], dropped: Any, alive: Sequence[jax.Array], lead: int
+) -> Any:
+    """How many units of each step are dropped, at least as many as are so already, and something of each left."""
+    most = Ranking(units, 0, lead).elements - _spared(targets, units)
+    before = jnp.minimum(held.dropped_so_far(alive, lead), jnp.uint32(max(0, most)))
+    return jnp.maximum(jnp.asarray(dropped, jnp.uint32), before)
 
 
 def _regrown(
@@ -582,19 +610,22 @@ def _dropped(targets: Sequence[Target], units: Sequence[jax.Array], sparsity: An
     return round(sparsity * count)
 
 
-def group_masks(scores: jax.Array, pattern: Pattern, sparsity: Any) -> jax.Array:
+def group_masks(scores: jax.Array, pattern: Pattern, sparsity: Any, *, least: jax.Array | None = None) -> jax.Array:
     """Drops the smallest of each `rows` neighbours along K, of equal ones those that come first.
 
     Args:
         scores: `[..., K, N]`, not negative.
         pattern: `rows` divides K.
         sparsity: the share asked for: the nearest number of each group, but at least `kept` are kept.
+        least: how many of each group are dropped whatever is asked for, as far as the pattern allows.
     """
     rows = pattern.rows
     if isinstance(sparsity, jax.Array):
         dropped = jnp.clip(jnp.round(sparsity.astype(jnp.float32) * rows), 0, rows - pattern.kept).astype(jnp.int32)
     else:
         dropped = jnp.int32(min(round(sparsity * rows), rows - pattern.kept))
+    if least is not None:
+        dropped = jnp.minimum(jnp.maximum(dropped, least), rows - pattern.kept)
     return _without_smallest(scores, rows, dropped)
 
 

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from lepton_xla.errors import ModelError, RecipeError
+from lepton_xla.passes.held import earlier_masks
 from lepton_xla.passes.masks import (
     DATA_METHODS,
     Target,
@@ -49,6 +50,9 @@ def magnitude_masks(weights: Sequence[jax.Array], sparsity: float) -> list[jax.A
 def prune(program: Program, plan: Plan, *, seed: int = 0) -> Program:
     """Sets elements of each planned weight to zero, by the methods that need no data.
 
+    Elements that the program's masks hold at zero already stay so, and count towards the target: 30 % of a weight of
+    which 50 % are held changes nothing, 70 % drops another fifth.
+
     On arrays that are cut over several devices it runs there; the zeros are the same as on one.
 
     Args:
@@ -68,12 +72,13 @@ def prune(program: Program, plan: Plan, *, seed: int = 0) -> Program:
     program = for_plan(program, plan)
     start = time.perf_counter()
     targets = pruned_targets(program, plan, lambda method: method not in DATA_METHODS)
-    weights = {target.path: program.weights[target.path] for target in targets}
+    weights = held_weights(program, targets)
     key = jax.random.key(seed)
     scores = {target.path: element_scores(target, weights[target.path], key=key) for target in targets}
     cut = any(len(weight.sharding.device_set) > 1 for weight in weights.values())
     rank = jax.jit(keep_largest) if cut else keep_largest_on_host
-    masks = find_masks(targets, scores, rule_shares(targets), rank=rank)
+    earlier = earlier_masks(targets, program.masks)
+    masks = find_masks(targets, scores, rule_shares(targets), rank=rank, earlier=earlier)
     kept = [SiteReport(entry.site.name, "kept", entry.not_pruned) for entry in plan.sites if entry.not_pruned]
     return with_masks(program, plan, "prune", start, targets, masks, kept=kept)
 
@@ -91,6 +96,17 @@ def pruned_targets(program: Program, plan: Plan, wanted: Callable[[str], bool]) 
     for target in targets:
         check_finite(target.path, program.weights[target.path])
     return targets
+
+
+def held_weights(program: Program, targets: Sequence[Target]) -> dict[str, jax.Array]:
+    """Path -> the weight of each target, zero where the program's masks hold it so."""
+    found: dict[str, jax.Array] = {}
+    for path in (target.path for target in targets):
+        weight = program.weights[path]
+        found[path] = (
+            jnp.where(program.masks[path], weight, jnp.zeros_like(weight)) if path in program.masks else weight
+        )
+    return found
 
 
 def with_masks(
@@ -122,9 +138,13 @@ def with_masks(
         RecipeError: if nothing would be left of a weight.
     """
     changed = dict(program.weights)
+    found: dict[str, jax.Array] = {}
     lines: list[SiteReport] = []
     for target in targets:
         path, mask = target.path, masks[target.path]
+        if path in program.masks:
+            mask = mask & program.masks[path]  # masks only ever grow
+        found[path] = mask
         if reason := nothing_left(target, mask):
             raise RecipeError(f"{reason}; lower its sparsity or exclude it")
         weight: Any = (weights or changed).get(path, changed[path])
@@ -135,7 +155,7 @@ def with_masks(
         sites = [entry.site.name for entry in plan.sites if entry.prune is not None and entry.site.path == path]
         lines += [SiteReport(site, "pruned", said, size, size, figures) for site in sites]
     report = PassReport(name, time.perf_counter() - start, (*lines, *kept))
-    return program.replace(weights=changed, masks=program.masks | dict(masks), history=(*program.history, report))
+    return program.replace(weights=changed, masks=program.masks | found, history=(*program.history, report))
 
 
 def check_finite(path: str, weight: jax.Array) -> None:

@@ -19,9 +19,10 @@ from jax import lax
 from lepton_xla.passes import matrix
 from lepton_xla.passes.calibrate import as_batches
 from lepton_xla.passes.gptq import ELEMENTS_AT_ONCE, inverse_factor, output_squares
+from lepton_xla.passes.held import block_quotas, earlier_masks, held_last, held_matrices
 from lepton_xla.passes.masks import Pattern, Target, group_masks, rule_shares
 from lepton_xla.passes.precompute import for_plan
-from lepton_xla.passes.prune import pruned_targets, with_masks
+from lepton_xla.passes.prune import held_weights, pruned_targets, with_masks
 from lepton_xla.passes.ranking import Ranking, keep_largest, keep_largest_on_host
 from lepton_xla.passes.statistics import Statistics, collect_statistics, pooled
 from lepton_xla.passes.wanda import products, unseen
@@ -45,7 +46,12 @@ class Options:
 
 
 def sparsegpt_values(
-    weight: jax.Array, gram: jax.Array, pattern: Pattern, sparsity: float, options: Options | None = None
+    weight: jax.Array,
+    gram: jax.Array,
+    pattern: Pattern,
+    sparsity: float,
+    options: Options | None = None,
+    kept: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Prunes one weight matrix.
 
@@ -56,6 +62,7 @@ def sparsegpt_values(
         pattern: `unstructured`, the same share of each block of rows, or N:M.
         sparsity: share to drop.
         options: how.
+        kept: bool `[K, N]`, False where an earlier mask holds the weight at zero; these go first, and stay zero.
 
     Returns:
         The weight with what is left changed to make up for what is dropped, and the bool mask, both `[K, N]`.
@@ -81,11 +88,23 @@ def sparsegpt_values(
     )
     ends = np.minimum(np.arange(0, depth + padding + 1, block), depth)
     dropped = jnp.asarray(np.diff([round(sparsity * columns * int(end)) for end in ends]), jnp.uint32)
+    earlier = None
+    if kept is not None:
+        dropped = block_quotas(kept, sparsity, block)
+        earlier = jnp.pad(kept, ((0, padding), (0, 0)), constant_values=True)
     later = jnp.arange(rows.shape[0])
 
     def scores(part: jax.Array, start: jax.Array) -> jax.Array:
         at = lax.dynamic_slice(worth, (start, 0), (part.shape[0], 1))
-        return jnp.where(jnp.isinf(at), at, part * part * at).astype(jnp.float32)
+        found = jnp.where(jnp.isinf(at), at, part * part * at).astype(jnp.float32)
+        return held_last(found, held_at(part, start))
+
+    def held_at(part: jax.Array, start: jax.Array) -> jax.Array | None:
+        return None if earlier is None else lax.dynamic_slice(earlier, (start, 0), part.shape)
+
+    def without_held(chosen: jax.Array, start: jax.Array) -> jax.Array:
+        before = held_at(chosen, start)
+        return chosen if before is None else chosen & before
 
     def prune_row(row: jax.Array, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         part, kept, errors, corner = state
@@ -105,7 +124,7 @@ def sparsegpt_values(
             part, kept, errors, corner = state
             begin = index * group
             now = lax.dynamic_slice(part, (begin, 0), (group, columns))
-            chosen = group_masks(scores(now, start + begin), pattern, sparsity)
+            chosen = without_held(group_masks(scores(now, start + begin), pattern, sparsity), start + begin)
             kept = lax.dynamic_update_slice(kept, chosen, (begin, 0))
             return lax.fori_loop(begin, begin + group, prune_row, (part, kept, errors, corner))
 
@@ -115,6 +134,7 @@ def sparsegpt_values(
             part, kept, errors, _ = lax.fori_loop(0, block // group, prune_group, state)
         else:
             ((kept,),) = keep_largest([Ranking([scores(part, start)], dropped[number])])
+            kept = without_held(kept, start)
             part, kept, errors, _ = lax.fori_loop(0, block, prune_row, (part, kept, blank, corner))
         influence = jnp.where(later[None, :] >= start + block, influence, jnp.zeros_like(influence))
         rest = rest - jnp.matmul(influence.T, errors, precision=lax.Precision.HIGHEST)
@@ -157,7 +177,8 @@ def sparsegpt(
     data = list(as_batches(batches))
     targets = pruned_targets(program, plan, lambda method: method == "sparsegpt")
     met, shares = products(plan, targets), rule_shares(targets)
-    weights: dict[str, Any] = dict(program.weights)
+    weights: dict[str, Any] = {**program.weights, **held_weights(program, targets)}
+    earlier = earlier_masks(targets, program.masks)
     masks: dict[str, jax.Array] = {}
     reasons: dict[str, str] = {}
     metrics: dict[str, dict[str, float]] = {}
@@ -170,7 +191,8 @@ def sparsegpt(
             found = collect_statistics(program.replace(weights=weights), met[path], data, gram=True)
         seen = [found[site.name] for site in met[path]]
         share = float(shares[path])
-        values, mask, metrics[path] = _pruned(target, weights[path], pooled(seen, "gram"), share, options)
+        kept = held_matrices(target, earlier[path]) if earlier is not None else None
+        values, mask, metrics[path] = _pruned(target, weights[path], pooled(seen, "gram"), share, options, kept)
         assert target.site is not None
         weights[path] = matrix.stored_weight(target.site, values, program.weights[path])
         masks[path] = target.stored(mask)
@@ -183,30 +205,36 @@ def sparsegpt(
 
 
 def _pruned(
-    target: Target, stored: jax.Array, gram: jax.Array, sparsity: float, options: Options
+    target: Target,
+    stored: jax.Array,
+    gram: jax.Array,
+    sparsity: float,
+    options: Options,
+    kept: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array, dict[str, float]]:
     """`[*steps, B, K, N]` pruned, the mask, and relative errors of the outputs, by this and by magnitude alone."""
     exact = target.matrices(stored).astype(jnp.float32)
-    plain = exact * _magnitude_mask(target, exact, sparsity).astype(jnp.float32)
+    plain = exact * _magnitude_mask(target, exact, sparsity, kept).astype(jnp.float32)
+    held = () if kept is None else (kept,)
 
     @jax.jit
     def run(arrays: Any) -> Any:
-        def one(weight: jax.Array, plain: jax.Array, gram: jax.Array) -> Any:
-            values, mask = sparsegpt_values(weight, gram, target.pattern, sparsity, options)
+        def one(weight: jax.Array, plain: jax.Array, gram: jax.Array, *kept: jax.Array) -> Any:
+            values, mask = sparsegpt_values(weight, gram, target.pattern, sparsity, options, *kept)
             squares = [output_squares(part, gram) for part in (weight - values, weight - plain, weight)]
             return values, mask, jnp.stack([jnp.sum(part) for part in squares])
 
         return matrix.batched_map(one, exact.shape[:-2], *arrays, at_once=ELEMENTS_AT_ONCE // exact.shape[-2] ** 2)
 
-    values, mask, squares = run((exact, plain, gram))
+    values, mask, squares = run((exact, plain, gram, *held))
     error, plain_error, total = np.sum(np.asarray(squares, np.float64).reshape(-1, 3), axis=0)
     share = lambda part: float(np.sqrt(part / max(total, np.finfo(np.float32).tiny)))  # noqa: E731
     return values, mask, {"output_error": share(error), "magnitude_output_error": share(plain_error)}
 
 
-def _magnitude_mask(target: Target, exact: jax.Array, sparsity: float) -> jax.Array:
-    """What magnitudes alone would keep of `[*steps, B, K, N]`."""
-    scores = jnp.abs(exact)
+def _magnitude_mask(target: Target, exact: jax.Array, sparsity: float, kept: jax.Array | None) -> jax.Array:
+    """What magnitudes alone would keep of `[*steps, B, K, N]`, of which what is held is zero."""
+    scores = held_last(jnp.abs(exact), kept)
     if target.pattern.kind == "groups":
         return group_masks(scores, target.pattern, sparsity)
     dropped = round(sparsity * scores[(0,) * target.lead].size)

@@ -13,9 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lepton_xla.passes.held import earlier_masks, held_last, held_matrices
 from lepton_xla.passes.masks import Pattern, Target, group_masks, rule_shares
 from lepton_xla.passes.precompute import for_plan
-from lepton_xla.passes.prune import pruned_targets, with_masks
+from lepton_xla.passes.prune import held_weights, pruned_targets, with_masks
 from lepton_xla.passes.ranking import Ranking, keep_largest_on_host
 from lepton_xla.passes.sites import Site
 from lepton_xla.passes.statistics import Statistics, collect_statistics, pooled
@@ -27,7 +28,9 @@ if TYPE_CHECKING:
 UNSEEN = "by magnitude where the calibration data does not reach it"
 
 
-def wanda_mask(weight: jax.Array, mean_square: jax.Array, pattern: Pattern, sparsity: float) -> jax.Array:
+def wanda_mask(
+    weight: jax.Array, mean_square: jax.Array, pattern: Pattern, sparsity: float, kept: jax.Array | None = None
+) -> jax.Array:
     """The mask of one weight, on the host.
 
     Args:
@@ -35,19 +38,21 @@ def wanda_mask(weight: jax.Array, mean_square: jax.Array, pattern: Pattern, spar
         mean_square: of each input, `[..., K]`; where all are zero, magnitudes decide alone.
         pattern: `unstructured`, over the K weights of each output, or N:M.
         sparsity: share to drop.
+        kept: bool like the weight, False where an earlier mask holds it at zero; these go first.
 
     Returns:
-        bool `[..., K, N]`; each column loses the same number.
+        bool `[..., K, N]`; each column loses the same number, but for one of which more is held.
     """
     seen = jnp.any(mean_square > 0, axis=-1, keepdims=True)
     norms = jnp.where(seen, jnp.sqrt(mean_square), jnp.ones_like(mean_square))
-    scores = jnp.abs(weight.astype(jnp.float32)) * norms[..., None]
+    scores = held_last(jnp.abs(weight.astype(jnp.float32)) * norms[..., None], kept)
+    whole = jnp.ones(scores.shape, bool) if kept is None else kept
     if pattern.kind == "groups":
-        return group_masks(scores, pattern, sparsity)
+        return group_masks(scores, pattern, sparsity) & whole
     columns = jnp.swapaxes(scores, -1, -2)
     dropped = round(sparsity * columns.shape[-1])
     ((mask,),) = keep_largest_on_host([Ranking([columns], dropped, columns.ndim - 1)])
-    return jnp.swapaxes(mask, -1, -2)
+    return jnp.swapaxes(mask, -1, -2) & whole
 
 
 def wanda(program: Program, plan: Plan, batches: Iterable[Mapping[str, Any]]) -> Program:
@@ -70,13 +75,15 @@ def wanda(program: Program, plan: Plan, batches: Iterable[Mapping[str, Any]]) ->
     targets = pruned_targets(program, plan, lambda method: method == "wanda")
     met = products(plan, targets)
     found = collect_statistics(program, [site for sites in met.values() for site in sites], batches)
-    shares = rule_shares(targets)
+    shares, weights = rule_shares(targets), held_weights(program, targets)
+    earlier = earlier_masks(targets, program.masks)
     masks: dict[str, jax.Array] = {}
     reasons: dict[str, str] = {}
     for target in targets:
         seen = [found[site.name] for site in met[target.path]]
-        weight = target.matrices(program.weights[target.path])
-        mask = wanda_mask(weight, pooled(seen, "mean_square"), target.pattern, float(shares[target.path]))
+        weight = target.matrices(weights[target.path])
+        kept = held_matrices(target, earlier[target.path]) if earlier is not None else None
+        mask = wanda_mask(weight, pooled(seen, "mean_square"), target.pattern, float(shares[target.path]), kept)
         masks[target.path] = target.stored(mask)
         reasons[target.path] = unseen(seen)
     return with_masks(program, plan, "wanda", start, targets, masks, reasons=reasons)

@@ -88,8 +88,10 @@ def sparsify(
     """Wraps an optimizer so that it prunes what it trains.
 
     Masks are found by what the weights are before the update of a step that is due, and hold from that update on:
-    dropped elements become exactly zero and stay so, their gradients do not reach the optimizer inside. On all other
-    steps nothing is ranked. It must be the outermost transformation, since what comes after it would move the zeros.
+    dropped elements become exactly zero, and their gradients do not reach the optimizer inside. What is dropped stays
+    so, whatever the schedule asks for later, and counts towards that: masks only ever grow. With `regrow` or
+    `straight_through` elements come back as others go; then no fewer are dropped than before. On all other steps
+    nothing is ranked. It must be the outermost transformation, since what comes after it would move the zeros.
 
     Something is left of every weight, and of every step of one that is stacked for a scan: where several are ranked
     together (`distribution = "global"`), or a factor decides (`deviation`), the largest unit of each is never dropped,
@@ -107,7 +109,8 @@ def sparsify(
         regrow: how elements come back, if they do.
         straight_through: weights stay dense and are only used masked, so that dropped elements are trained on and can
             come back. The loss has to use them so: `masked(fn, masks_of(state), straight_through=True)`.
-        masks: masks to begin with, such as `Program.masks`; everything is kept otherwise.
+        masks: masks to begin with, such as `Program.masks`; everything is kept otherwise. They hold as those that are
+            found later do.
         seed: for what is random.
 
     Returns:
@@ -200,7 +203,9 @@ def _renewed(
         }
         replaced = regrow.share(step) if callable(regrow.share) else regrow.share
         regrowth = Regrowth(state.masks, promise, replaced)
-    found = find_masks(targets, scores, shares, regrowth=regrowth)
+    found = find_masks(
+        targets, scores, shares, regrowth=regrowth, earlier=state.masks, exchange=straight_through or regrow is not None
+    )
     # NaN is never dropped, so that it is seen; and a mask is cut over devices as its weight is.
     found = {path: mask | (used[path] != used[path]) for path, mask in found.items()}
     return found, {path: jnp.asarray(share, jnp.float32) for path, share in shares.items()}
