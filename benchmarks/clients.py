@@ -22,9 +22,8 @@ from typing import Any
 
 import numpy as np
 import uvloop
-from rich.console import Console
-from rich.table import Table
 
+from lepton_xla.cli.tables import Table, show
 from lepton_xla.serve.client import AsyncClient, Client
 from lepton_xla.serve.client.arrays import encode_infer
 from lepton_xla.serve.client.endpoint import endpoint
@@ -153,28 +152,22 @@ def loads(port: int, seconds: float) -> Table:
     target = endpoint(f"http://127.0.0.1:{port}")
     head, tail = encode_infer({"x": X})
     request = target.request("POST", PATH, (head, *tail), len(head))
-    table = Table(title="load generator, open loop")
-    for column in ("requests/s asked", "answers/s", "us of a core a request", "send lag p50 us", "p99 us"):
-        table.add_column(column, justify="right")
+    columns = (">requests/s asked", ">answers/s", ">us of a core a request", ">send lag p50 us", ">p99 us")
+    rows: list[tuple[str, ...]] = []
     for rate in RATES:
         result = generate(target, request, Load(rate, 1000, seconds, 1.0, 10.0))
         lag = result.percentiles(result.lag_s)
         each = result.cores * result.seconds / max(1, result.answered)
-        table.add_row(
-            f"{rate:.0f}", f"{result.answered / result.seconds:.0f}", f"{each * 1e6:.1f}",
-            f"{lag['p50'] * 1e6:.0f}", f"{lag['p99'] * 1e6:.0f}",
-        )  # fmt: skip
-    return table
+        figures = (rate, result.answered / result.seconds, lag["p50"] * 1e6, lag["p99"] * 1e6)
+        asked, answered, *lags = (f"{figure:.0f}" for figure in figures)
+        rows.append((asked, answered, f"{each * 1e6:.1f}", *lags))
+    return Table("load generator, open loop", columns, rows)
 
 
-def show(title: str, found: dict[str, tuple[float, float]]) -> Table:
+def compared(title: str, found: dict[str, tuple[float, float]]) -> Table:
     """A table of clients."""
-    table = Table(title=title)
-    for column in ("client", "requests/s", "us of a core a request"):
-        table.add_column(column, justify="left" if column == "client" else "right")
-    for name, (rate, each) in found.items():
-        table.add_row(name, f"{rate:.0f}", f"{each * 1e6:.1f}")
-    return table
+    rows = [(name, f"{rate:.0f}", f"{each * 1e6:.1f}") for name, (rate, each) in found.items()]
+    return Table(title, ("client", ">requests/s", ">us of a core a request"), rows)
 
 
 def main() -> None:
@@ -183,16 +176,15 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=3.0, help="of each measurement")
     parser.add_argument("--quick", action="store_true", help="a tenth of a second each: does it run?")
     options = parser.parse_args()
-    console = Console()
     seconds = 0.1 if options.quick else options.seconds
     command = [sys.executable, str(pathlib.Path(__file__).parent / "servers" / "http_server.py")]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
         try:
             assert server.stdout is not None
             port = int(server.stdout.readline())
-            console.print(show("one request after the other", blocking(port, seconds)))
-            console.print(show(f"{AT_ONCE} requests at once", uvloop.run(asynchronous(port, seconds))))
-            console.print(loads(port, seconds))
+            show(compared("one request after the other", blocking(port, seconds)))
+            show(compared(f"{AT_ONCE} requests at once", uvloop.run(asynchronous(port, seconds))))
+            show(loads(port, seconds))
         finally:
             server.kill()
 

@@ -21,10 +21,9 @@ from typing import Any
 
 import serving
 import uvloop
-from rich.console import Console
-from rich.table import Table
 
 import lepton_xla as lx
+from lepton_xla.cli.tables import Table, show
 from lepton_xla.serve.app import App
 from lepton_xla.serve.batching.batcher import Batcher
 from lepton_xla.serve.batching.costs import Costs
@@ -181,12 +180,8 @@ def main() -> int:
     run_on_calling_thread()  # as a server does, before anything uses JAX
     with tempfile.TemporaryDirectory() as folder:
         found = stages(*serving.first10(pathlib.Path(folder), quick=False), rounds=options.rounds)
-    table = Table(title=f"784 numbers in, 10 out, {AT_ONCE} at once")
-    table.add_column("step")
-    table.add_column("µs a request", justify="right")
-    for step, micros in found.items():
-        table.add_row(step, f"{micros:.1f}")
-    Console(width=100).print(table)
+    rows = [(step, f"{micros:.1f}") for step, micros in found.items()]
+    show(Table(f"784 numbers in, 10 out, {AT_ONCE} at once", ("step", ">µs a request"), rows))
     if options.json:
         options.json.write_text(json.dumps(found, indent=1) + "\n")
     return 0

@@ -20,11 +20,10 @@ import urllib.request
 import numpy as np
 import serving
 import trustme
-from rich.console import Console
-from rich.table import Table
+
+from lepton_xla.cli.tables import Table, show
 
 CONNECTIONS = 64
-console = Console(width=120, highlight=False)
 
 
 class Server(serving.Server):
@@ -85,7 +84,7 @@ def main() -> None:
             "a row in JSON": ([], json_request(row, 1)),
             "8 rows in JSON": ([], json_request(row, 8)),
         }
-        table = Table("requests/s, p99, processor time a request", *modes)
+        rows: list[tuple[str, ...]] = []
         for kind, (flags, request) in kinds.items():
             servers = [Server(artifact, payload, [*more, *flags]) for more in modes.values()]
             found: list[list[dict[str, float]]] = [[] for _ in servers]
@@ -100,8 +99,8 @@ def main() -> None:
             finally:
                 for server in servers:
                     server.stop()
-            table.add_row(kind, *map(_cell, found))
-        console.print(table)
+            rows.append((kind, *map(_cell, found)))
+        show(Table("requests/s, p99, processor time a request", ("", *(f">{mode}" for mode in modes)), rows))
 
 
 def _cell(found: list[dict[str, float]]) -> str:

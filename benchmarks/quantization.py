@@ -31,9 +31,9 @@ import numpy as np
 import peers
 from journal import Journal
 from rich.console import Console
-from rich.table import Table
 
 import lepton_xla as lx
+from lepton_xla.cli import tables
 from lepton_xla.pipeline import grid
 from lepton_xla.program import tree_bytes
 from lepton_xla.recipe import presets
@@ -280,12 +280,8 @@ def _peer_makers(model: models.BenchModel, wanted: list[str]) -> dict[str, Calla
 def show(name: str, result: Mapping[str, Any]) -> None:
     """Prints one model's table."""
     header, cells = table(result)
-    shown = Table(title=f"{name}: {result['data']}", title_justify="left")
-    for index, title in enumerate(header):
-        shown.add_column(title, justify="left" if index in (0, len(header) - 1) else "right")
-    for row in cells:
-        shown.add_row(*row)
-    console.print(shown)
+    columns = [title if index in (0, len(header) - 1) else f">{title}" for index, title in enumerate(header)]
+    tables.show(tables.Table(f"{name}: {result['data']}", columns, cells))
 
 
 def table(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:

@@ -954,7 +954,7 @@ def main() -> int:
             continue
         measured[name]["run"] = harness.machine() | {"command": harness.command(), "load": load}
         for part in _tables(measured[name]):
-            console.print(part, markup=False)
+            console.print(part, markup=False, soft_wrap=True)
         if not options.quick:
             known = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
             known |= {name: measured[name]}

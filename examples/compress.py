@@ -42,7 +42,10 @@ def main() -> None:
 
     inputs = {"image": lx.TensorSpec(("batch", 8, 8, 1), "float32")}
     program = lx.from_linen(digits.DigitsNet(), digits.train(epochs), inputs)
-    console.print(COLUMNS.format("", "accuracy", "operations", "weights, bytes", "on disk, bytes", "ms", "of float"))
+    console.print(
+        COLUMNS.format("", "accuracy", "operations", "weights, bytes", "on disk, bytes", "ms", "of float"),
+        soft_wrap=True,
+    )
     report("float", program, program)
 
     # Batch norms first: their statistics are of the channels that are removed next.
@@ -126,7 +129,7 @@ def report(name: str, program: lx.Program, plain: lx.Program) -> None:
         f"{latency:.3f}",
         f"{of_float:.2f}",
     )
-    console.print(row)
+    console.print(row, soft_wrap=True)
 
 
 def stored_bytes(path: pathlib.Path) -> int:

@@ -23,9 +23,9 @@ import digits
 import jax
 import numpy as np
 from rich.console import Console
-from rich.table import Table
 
 import lepton_xla as lx
+from lepton_xla.cli.tables import Table, show
 
 RECIPE = "int8-prune50"
 REQUESTS = 1000
@@ -93,13 +93,10 @@ def latency_ms(models: dict, batches: tuple[int, ...]) -> dict[str, dict[str, fl
 
 def print_table(summary: dict) -> None:
     """Float against optimized."""
-    table = Table(title="handwritten digits: float against optimized")
-    for heading in ("", "float", "optimized", "optimized / float"):
-        table.add_column(heading, justify="left" if not heading else "right")
+    rows: list[tuple[str, ...]] = []
     small, large = summary["accuracy_optimized"], summary["accuracy_float"]
-    table.add_row(
-        "accuracy, 450 held-out images", f"{large:.2%}", f"{small:.2%}", f"{(small - large) * 100:+.2f} points"
-    )
+    lost = f"{(small - large) * 100:+.2f} points"
+    rows.append(("accuracy, 450 held-out images", f"{large:.2%}", f"{small:.2%}", lost))
     for label, figures, form in (
         (
             "weight bytes (float in memory, optimized on disk)",
@@ -109,11 +106,12 @@ def print_table(summary: dict) -> None:
         ("compile, then load (s)", ("compile_s", "load_s"), "{:.3f}"),
     ):
         before, after = (summary[key] for key in figures)
-        table.add_row(label, form.format(before), form.format(after), f"{after / before:.2f}")
+        rows.append((label, form.format(before), form.format(after), f"{after / before:.2f}"))
     for batch in summary["latency_ms"]["float"]:
         before, after = (summary["latency_ms"][name][batch] for name in ("float", "optimized"))
-        table.add_row(f"latency at batch {batch} (ms)", f"{before:.3f}", f"{after:.3f}", f"{after / before:.2f}")
-    console.print(table)
+        rows.append((f"latency at batch {batch} (ms)", f"{before:.3f}", f"{after:.3f}", f"{after / before:.2f}"))
+    headings = ("", ">float", ">optimized", ">optimized / float")
+    show(Table("handwritten digits: float against optimized", headings, rows))
 
 
 def serve_and_ask(artifact_path: pathlib.Path, local: lx.Servable) -> dict[str, float]:

@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from lepton_xla.cli.tables import Table, printable
+from lepton_xla.cli.tables import show as show
 from lepton_xla.errors import CompileError, LeptonError
 
 if TYPE_CHECKING:
-    from rich.console import Group
     from rich.progress import TaskID
 
     from lepton_xla.compiler import Manifest
@@ -81,11 +82,6 @@ def print_json(document: Any) -> None:
     click.echo(json.dumps(plain(document), indent=2, allow_nan=False))
 
 
-def printable(value: Any) -> str:
-    """Text that leaves a terminal alone, whatever a foreign file says."""
-    return "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in str(value))
-
-
 def size(size_bytes: float) -> str:
     """Bytes for people.
 
@@ -137,37 +133,9 @@ def weights_on_disk(manifest: Manifest) -> int:
     return sum(entry.size for name, entry in manifest.files.items() if name.startswith("weights/"))
 
 
-def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], *, total: Sequence[Any] = ()) -> Group:
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], *, total: Sequence[Any] = ()) -> Table:
     """A table; columns whose heading starts with `>` are figures, to the right."""
-    from rich import box
-    from rich.console import Group
-    from rich.table import Table
-    from rich.text import Text
-
-    drawn = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_footer=bool(total))
-    footers = [Text(printable(cell)) for cell in total] or [Text("") for _ in columns]
-    for column, footer in zip(columns, footers, strict=True):
-        right = column.startswith(">")
-        drawn.add_column(
-            Text(column.lstrip(">")), footer, justify="right" if right else "left", no_wrap=right, overflow="fold"
-        )
-    for row in rows:
-        drawn.add_row(*(Text(printable(cell)) for cell in row))
-    # A title of the table's own would be cut to its width.
-    return Group(Text(printable(title), "bold"), drawn)
-
-
-def show(*parts: Group | str) -> None:
-    """Tables and lines on stdout."""
-    from rich.console import Console
-
-    class Lines(Console):
-        def on_broken_pipe(self) -> None:
-            raise
-
-    console = Lines(highlight=False, markup=False, soft_wrap=False)
-    for part in parts:
-        console.print(printable(part) if isinstance(part, str) else part, soft_wrap=isinstance(part, str))
+    return Table(title, columns, rows, total)
 
 
 def check_folder(path: str | None) -> None:

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import collections
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lepton_xla.cli import _common
 
-if TYPE_CHECKING:
-    from rich.console import Group
 
-
-def passes_table(reports: Sequence[Mapping[str, Any]]) -> Group:
+def passes_table(reports: Sequence[Mapping[str, Any]]) -> _common.Table:
     """One row a pass: what it did, how often, and what that did to the weights."""
     rows = []
     for report in reports:
@@ -30,7 +27,7 @@ def passes_table(reports: Sequence[Mapping[str, Any]]) -> Group:
     return _common.table("passes", ("pass", ">time", "sites", ">weights of these sites"), rows)
 
 
-def sites_table(reports: Sequence[Mapping[str, Any]]) -> Group:
+def sites_table(reports: Sequence[Mapping[str, Any]]) -> _common.Table:
     """One row a pass and site: what was done there and why."""
     rows = [
         (report.get("name", ""), site.get("site", ""), site.get("action", ""), site.get("reason", ""))

@@ -1,0 +1,156 @@
+"""Tables for people, of any width: a name may fold, a figure is never cut.
+
+In a pipe a table has its natural width. On a terminal that is too narrow for it, names fold; where that is not enough,
+each row becomes a paragraph of one line a column.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+# No name folds to less than this.
+_LEAST = 10
+_GAP = "  "
+# Behind these a word that is too long for its column is folded.
+_BREAKS = "/,;:=.-_"
+
+
+def printable(value: Any) -> str:
+    """Text that leaves a terminal alone, whatever a foreign file says."""
+    return "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in str(value))
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """A table.
+
+    Attributes:
+        title: the line above; empty for none.
+        columns: headings, of one or more lines; those that start with `>` are of figures, to the right.
+        rows: cells, as many as columns in each.
+        total: the last row, below a line; empty for none.
+    """
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[Any]]
+    total: Sequence[Any] = ()
+
+    def lines(self, width: int | None = None, *, rule: str = "\N{BOX DRAWINGS LIGHT HORIZONTAL}") -> list[str]:
+        """What is below the title, no line wider than `width` unless a figure and its heading are; None for any width.
+
+        Args:
+            width: columns of the terminal.
+            rule: what lines are drawn of.
+        """
+        right = [column.startswith(">") for column in self.columns]
+        headings = ["\n".join(map(printable, column.removeprefix(">").split("\n"))) for column in self.columns]
+        rows = [[printable(cell) for cell in row] for row in self.rows]
+        total = [printable(cell) for cell in self.total]
+        body = [*rows, *([total] if total else [])]
+        for row in body:
+            if len(row) != len(headings):
+                raise ValueError(f"a row of {len(row)} cells in a table of {len(headings)} columns: {row}")
+        natural = [
+            max(len(line) for line in (*heading.split("\n"), *(row[k] for row in body)))
+            for k, heading in enumerate(headings)
+        ]
+        widths = _fitted(natural, right, width)
+        if widths is None:
+            return _paragraphs(headings, body)
+        ruled = rule * (sum(widths) + len(_GAP) * (len(widths) - 1))
+        drawn = [*_row(headings, widths, right, bottom=True), ruled]
+        for row in rows:
+            drawn += _row(row, widths, right)
+        return [*drawn, *([ruled, *_row(total, widths, right)] if total else [])]
+
+
+def _fitted(natural: Sequence[int], right: Sequence[bool], width: int | None) -> list[int] | None:
+    """How wide columns are; None where names would have to fold to less than `_LEAST`."""
+    widths = [size if figures else min(size, _LEAST) for size, figures in zip(natural, right, strict=True)]
+    left = (width if width is not None else 10**9) - sum(widths) - len(_GAP) * (len(widths) - 1)
+    if left < 0:
+        return None
+    # What is left goes to the names, in equal parts where it is not enough for all of them.
+    wanting = sorted((size - widths[k], k) for k, size in enumerate(natural))
+    for place, (more, k) in enumerate(wanting):
+        given = min(more, left // (len(wanting) - place))
+        widths[k] += given
+        left -= given
+    return widths
+
+
+def _row(cells: Sequence[str], widths: Sequence[int], right: Sequence[bool], *, bottom: bool = False) -> list[str]:
+    """The lines of one row; `bottom` aligns the lines of shorter cells below."""
+    folded = [
+        [line for part in cell.split("\n") for line in fold(part, size)]
+        for cell, size in zip(cells, widths, strict=True)
+    ]
+    height = max(map(len, folded))
+    padded = [[""] * (height - len(lines)) + lines if bottom else lines for lines in folded]
+    return [
+        _GAP.join(
+            line.rjust(size) if figures else line.ljust(size)
+            for line, size, figures in zip(parts, widths, right, strict=True)
+        ).rstrip()
+        for parts in itertools.zip_longest(*padded, fillvalue="")
+    ]
+
+
+def _paragraphs(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Each row as its first cell and, below, a line for every other cell that is not empty."""
+    names = [" ".join(heading.split()) for heading in headings]
+    wide = max((len(name) for name in names[1:]), default=0)
+    drawn: list[str] = []
+    for row in rows:
+        drawn.append(f"{names[0]} {row[0]}".strip())
+        drawn += [f"  {name.ljust(wide)}  {cell}" for name, cell in zip(names[1:], row[1:], strict=True) if cell]
+    return drawn
+
+
+def fold(text: str, width: int) -> list[str]:
+    """Text in lines of at most `width` characters, broken at spaces or else behind punctuation; at least one line.
+
+    >>> fold("layers/3/attention/query kernel", 16)
+    ['layers/3/', 'attention/query', 'kernel']
+    """
+    lines: list[str] = []
+    rest = text
+    while len(rest) > width:
+        at = rest.rfind(" ", 0, width + 1)
+        if at <= 0:
+            at = max(rest.rfind(mark, 0, width) for mark in _BREAKS) + 1
+        at = at if at > width // 3 else width
+        lines.append(rest[:at].rstrip())
+        rest = rest[at:].lstrip(" ")
+    return [*lines, rest]
+
+
+def show(*parts: Table | str, ends: str = "") -> None:
+    """Prints tables and lines on stdout: in a pipe whole, on a terminal as wide as that is.
+
+    Args:
+        parts: what to print.
+        ends: what follows each table.
+    """
+    from rich.console import Console
+    from rich.text import Text
+
+    class Lines(Console):
+        def on_broken_pipe(self) -> None:
+            raise
+
+    console = Lines(highlight=False, markup=False)
+    rule = "\N{BOX DRAWINGS LIGHT HORIZONTAL}" if console.encoding.startswith("utf") else "-"
+    width = console.width if console.is_terminal else None
+    for part in parts:
+        if isinstance(part, str):
+            console.print(printable(part), soft_wrap=True)
+            continue
+        if part.title:
+            console.print(Text(printable(part.title), "bold"), soft_wrap=True)
+        for line in (*part.lines(width, rule=rule), ends):
+            console.print(Text(line), soft_wrap=True)
