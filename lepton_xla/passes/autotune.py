@@ -1,6 +1,6 @@
 """Computes operations that XLA is slow at in another way, where that measures faster.
 
-There are few such ways: `shifted` for grouped convolutions, `padded` for products of a single row. Each is timed
+There are few such ways: `shifted` for grouped convolutions, `single_row` for products of a single row. Each is timed
 against XLA's own operation at the sizes the program will be compiled for; then the whole program is timed with all that
 won, since what an operation costs beside its neighbours differs from what it costs alone.
 """
@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from lepton_xla import _compat
-from lepton_xla.passes import padded, shifted
+from lepton_xla.passes import shifted, single_row
 from lepton_xla.passes.measure import time_programs
 from lepton_xla.passes.rewrite import Context, Values, materialize, rewrite
 from lepton_xla.passes.sites import trace_sites
@@ -43,8 +43,9 @@ def ways(eqn: Any) -> dict[str, Callable[..., jax.Array]]:
         found["shifted multiply-adds"] = convolve
         if not shifted.has_channels_last(eqn):
             found["shifted multiply-adds, channels last"] = functools.partial(convolve, channels_last=True)
-    if padded.fits(eqn):
-        found["row padded to two"] = functools.partial(padded.multiply, eqn)
+    if single_row.fits(eqn):
+        found["row padded to two"] = functools.partial(single_row.padded, eqn)
+        found["in float32"] = functools.partial(single_row.widened, eqn)
     return found
 
 
@@ -166,6 +167,11 @@ def choose(program: Program, sizes: Sequence[Mapping[str, int]], say: Callable[[
     return Choices({kind: _fastest(found) for kind, found in timings.items()}, timings)
 
 
+def times_us(eqn: Any) -> list[float]:
+    """Microseconds of an operation in every way, XLA's own among them; empty where there is no other."""
+    return list(_timed(_Operation(eqn)).values()) if ways(eqn) else []
+
+
 class _Operation:
     """An equation as far as its time depends on it."""
 
@@ -221,7 +227,7 @@ def _kind(eqn: Any) -> Any:
     params, operands = eqn.params, [var.aval for var in eqn.invars]
     dtypes = tuple(each.dtype.name for each in (*operands, eqn.outvars[0].aval))
     if eqn.primitive.name == "dot_general":
-        side = padded.single(eqn)
+        side = single_row.single(eqn)
         return (params["dimension_numbers"], side, None if side is None else operands[1 - side].shape, dtypes)
     names = ("dimension_numbers", "window_strides", "lhs_dilation", "rhs_dilation", "feature_group_count")
     return (*(params[name] for name in names), operands[1].shape, dtypes)

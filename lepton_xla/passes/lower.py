@@ -24,6 +24,7 @@ import numpy as np
 from lepton_xla.errors import CalibrationError, ModelError
 from lepton_xla.passes import matrix, products
 from lepton_xla.passes.alike import Alike
+from lepton_xla.passes.autotune import choose, times_us
 from lepton_xla.passes.calibrate import needs_range
 from lepton_xla.passes.grid import is_finite
 from lepton_xla.passes.measure import Timing, WholeTiming, compare, time_programs
@@ -131,6 +132,7 @@ def lower(
         elif needs_range(planned.rule):
             values[planned.site.name, RANGE] = _finite_range(planned.site, ranges)
     names = _names(values, like)
+    choices = choose(program, sizes if candidates else (), say)
     timings = _time_sites(program, candidates, sizes, say)
     reasons |= {name: _wrong_reason(name, found) for name, found in timings.items() if any(t.wrong for t in found)}
     candidates = [planned for planned in candidates if not reasons[planned.site.name]]
@@ -148,7 +150,9 @@ def lower(
         timed: list[WholeTiming] = []
         for at in _spread(sizes):
             say(f"the whole program at {', '.join(f'{name} {size}' for name, size in at.items()) or 'its size'}")
-            times = time_programs([(program.fn, program.weights), *variants], program.abstract_inputs(at))
+            functions = [(program.fn, program.weights), *variants]
+            tuned = [(choices.apply(fn), own) for fn, own in functions]  # as `autotune` will leave them
+            times = time_programs(tuned, program.abstract_inputs(at))
             timed.append(WholeTiming(dict(at), times[0], tuple(times[1:])))
         return timed
 
@@ -323,8 +327,14 @@ def _time_sites(
         if found:
             say(name)
         # A program may take another way at some sizes.
-        timings[name] = [compare(by_name[name], planned.rule, at) for at, by_name in found if name in by_name]
+        timings[name] = [_compared(by_name[name], planned.rule, at) for at, by_name in found if name in by_name]
     return timings
+
+
+def _compared(site: Site, rule: QuantizeRule, at: Mapping[str, int]) -> Timing:
+    """The product in codes against the best of float."""
+    timing = compare(site, rule, at)
+    return dataclasses.replace(timing, float_us=min([timing.float_us, *times_us(site.eqn)]))
 
 
 def _wrong_reason(name: str, timings: Sequence[Timing]) -> str:

@@ -16,6 +16,7 @@ from jax import lax
 
 from lepton_xla import _compat
 from lepton_xla.errors import CalibrationError
+from lepton_xla.passes import shifted
 from lepton_xla.passes.names import Key
 from lepton_xla.passes.sites import LayoutOp, Site, Step, Tracked, layout_key
 from lepton_xla.quant import FORMATS, QTensor, absmax_scale, encode, magnitude, quantize
@@ -494,17 +495,23 @@ def _convolve(site: Site, codes: jax.Array, scale: jax.Array, stored: QTensor) -
     window = len(numbers.rhs_spec) - 2
     matrix_spec = (window + 1, window, *range(window))
     shape = [site.weight.shape[axis] for axis in (*numbers.rhs_spec[2:], numbers.rhs_spec[1], numbers.rhs_spec[0])]
-    out = lax.conv_general_dilated(
-        codes,
-        jnp.reshape(stored.codes(), shape),
-        window_strides=params["window_strides"],
-        padding=params["padding"],
-        lhs_dilation=params["lhs_dilation"],
-        rhs_dilation=params["rhs_dilation"],
-        dimension_numbers=lax.ConvDimensionNumbers(numbers.lhs_spec, matrix_spec, numbers.out_spec),
-        feature_group_count=params["feature_group_count"],
-        preferred_element_type=jnp.int32,
-    )
+    depthwise = site.weight.shape[numbers.rhs_spec[1]] == 1 and shifted.fits(site.eqn)
+    numbers = lax.ConvDimensionNumbers(numbers.lhs_spec, matrix_spec, numbers.out_spec)
+    kernel = jnp.reshape(stored.codes(), shape)
+    if depthwise:  # XLA:CPU takes several times as long for one of integers as for one of floats, which is long
+        out = shifted.convolve({**params, "dimension_numbers": numbers}, codes, kernel, jnp.int32)
+    else:
+        out = lax.conv_general_dilated(
+            codes,
+            kernel,
+            window_strides=params["window_strides"],
+            padding=params["padding"],
+            lhs_dilation=params["lhs_dilation"],
+            rhs_dilation=params["rhs_dilation"],
+            dimension_numbers=numbers,
+            feature_group_count=params["feature_group_count"],
+            preferred_element_type=jnp.int32,
+        )
     per_example = [1] * out.ndim
     per_example[numbers.out_spec[0]] = scale.shape[numbers.lhs_spec[0]]
     per_channel = [1] * out.ndim

@@ -11,6 +11,7 @@ from jax import lax
 import lepton_xla as lx
 from lepton_xla.passes import cast, rewrite
 from lepton_xla.passes.autotune import XLA, autotune
+from lepton_xla.passes.measure import Timing
 from lepton_xla.program import TensorSpec, trace
 from lepton_xla.quant import QTensor
 from lepton_xla.recipe import Recipe
@@ -133,8 +134,9 @@ def test_what_xla_cannot_run_is_no_candidate():
     multiply = lambda w, x: lax.dot_general(x, w["a"], numbers, preferred_element_type=jnp.float32)  # noqa: E731
     inputs = {"x": TensorSpec((2, 8, 5), "bfloat16")}
     program = trace(multiply, {"a": jnp.zeros((8, 1, 2), jnp.bfloat16)}, inputs)
+    module._timed.cache_clear()
     (site,) = autotune(program, sizes=[{}]).history[0].sites
-    assert (site.action, site.reason) == (XLA, "XLA cannot run another way here")
+    assert set(site.metrics["timings"][0]["float_us"]) == {XLA, "in float32"}
 
 
 def test_single_rows_are_padded_where_that_is_faster(clock):
@@ -256,3 +258,22 @@ def test_quantized_weights_stay_small_and_what_is_unpacked_on_loading_is_tuned_t
     expected = np.asarray(program.fn(program.weights, x))
     assert np.abs(small.fn(small.weights, x) - expected).max() < 0.05 * np.abs(expected).max()
     assert [site.site for site in small.history[-1].sites] == ["depthwise"]
+
+
+def test_codes_are_compared_with_the_best_of_float(clock, monkeypatch):
+    clock(shifted_is_fast)
+    timed = lambda _site, _rule, at: Timing(dict(at), 100.0, 50.0, None)  # noqa: E731
+    monkeypatch.setattr(sys.modules["lepton_xla.passes.lower"], "compare", timed)
+    whole = []
+
+    def time_programs(functions, inputs):
+        whole.append([primitives(fn, weights, *inputs).count("conv_general_dilated") for fn, weights in functions])
+        return [100.0 - index for index in range(len(functions))]
+
+    monkeypatch.setattr(sys.modules["lepton_xla.passes.lower"], "time_programs", time_programs)
+    small = lx.optimize(two_layers(), Recipe.parse('[[quantize]]\nsites = ".*"', name="q"), buckets={"batch": (1, 4)})
+    lowered = next(report for report in small.history if report.name == "lower")
+    ratios = {site.site: site.metrics["integer_over_float"] for site in lowered.sites}
+    assert ratios == pytest.approx({"depthwise": 5.0, "pointwise": 0.5})
+    # Every program is timed as it will be in the end: its depthwise convolution is none any more.
+    assert {count for counts in whole for count in counts} == {1}

@@ -21,6 +21,7 @@ from lepton_xla.compiler import compile as compile_program
 from lepton_xla.errors import CalibrationError, UnsupportedError
 from lepton_xla.passes import calibrate, fake_quant, find_sites
 from lepton_xla.passes import lower as run_lower
+from lepton_xla.passes.autotune import Choices
 from lepton_xla.program import TensorSpec, from_linen, from_nnx, trace
 from lepton_xla.quant import QTensor
 from lepton_xla.recipe import Recipe
@@ -407,6 +408,8 @@ def fake_clock(monkeypatch, site_us, program_us=None):
 
     monkeypatch.setattr(lower_module, "compare", compare)
     monkeypatch.setattr(lower_module, "time_programs", time_programs)
+    monkeypatch.setattr(lower_module, "choose", lambda *_: Choices())
+    monkeypatch.setattr(lower_module, "times_us", lambda _eqn: [])
 
 
 def two_layers():
@@ -504,10 +507,10 @@ def test_single_rows_are_padded_where_that_is_faster(monkeypatch, padded_us):
     np.testing.assert_allclose(lowered(lowered.weights, x), unpadded(unpadded.weights, x), rtol=1e-6)
 
 
-def depthwise(w, x):
-    image = x.reshape(x.shape[0], 3, 1, 2)
+def grouped(w, x):
+    image = x.reshape(x.shape[0], 1, 1, 6)
     numbers = ("NHWC", "HWIO", "NHWC")
-    out = lax.conv_general_dilated(image, w["w"], (1, 1), "SAME", dimension_numbers=numbers, feature_group_count=2)
+    out = lax.conv_general_dilated(image, w["w"], (1, 1), "SAME", dimension_numbers=numbers, feature_group_count=3)
     return out.reshape(x.shape[0], -1)
 
 
@@ -516,7 +519,7 @@ def by_groups(w, x):
 
 
 TINY_GROUPS = {
-    "depthwise": lambda: trace(depthwise, {"w": array(3, 1, 1, 2)}, ROWS),
+    "grouped": lambda: trace(grouped, {"w": array(1, 1, 2, 6)}, ROWS),
     "a matrix a group": lambda: trace(by_groups, {"w": array(3, 2, 2)}, ROWS),
 }
 

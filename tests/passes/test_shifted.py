@@ -1,4 +1,4 @@
-"""Grouped convolutions as shifted multiply-adds, and single rows padded to two, against NumPy in float64."""
+"""Grouped convolutions as shifted multiply-adds, and products of single rows, against NumPy in float64."""
 
 import itertools
 
@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax import lax
 
-from lepton_xla.passes import padded, shifted
+from lepton_xla.passes import shifted, single_row
 
 
 def equation(fn, *operands):
@@ -165,17 +165,17 @@ def test_others_are_left_to_xla(image, window, changes):
         ((1, 1, 4, 2), (4, 2, 3, 2), (((2, 3), (0, 1)), ((), ()))),
     ],
 )
-def test_a_single_row_is_padded_to_two_and_cut_out_again(left, right, numbers):
+def test_a_single_row_is_multiplied_as_two_or_in_float32(left, right, numbers):
     random = np.random.default_rng(0)
     operands = [jnp.asarray(random.integers(-4, 4, shape), jnp.bfloat16) for shape in (left, right)]
     eqn = equation(lambda *at: lax.dot_general(*at, numbers, preferred_element_type=jnp.float32), *operands)
-    assert padded.fits(eqn)
-    text = str(jax.make_jaxpr(lambda *at: padded.multiply(eqn, *at))(*operands))
-    assert "pad" in text
-    found = padded.multiply(eqn, *operands)
+    assert single_row.fits(eqn)
+    assert "pad" in str(jax.make_jaxpr(lambda *at: single_row.padded(eqn, *at))(*operands))
     wide = [jnp.asarray(operand, jnp.float32) for operand in operands]
-    assert found.dtype == jnp.float32
-    np.testing.assert_array_equal(found, lax.dot_general(*wide, numbers))
+    for way in (single_row.padded, single_row.widened):
+        found = way(eqn, *operands)
+        assert found.dtype == jnp.float32
+        np.testing.assert_array_equal(found, lax.dot_general(*wide, numbers))
 
 
 @pytest.mark.parametrize(
@@ -183,4 +183,4 @@ def test_a_single_row_is_padded_to_two_and_cut_out_again(left, right, numbers):
     [((2, 8), (8, 5), "bfloat16"), ((1, 8), (8, 5), "float32"), ((1, 8), (8, 1), "bfloat16"), ((8,), (8,), "bfloat16")],
 )
 def test_other_products_are_left_to_xla(left, right, dtype):
-    assert not padded.fits(equation(jnp.dot, jnp.zeros(left, dtype), jnp.zeros(right, dtype)))
+    assert not single_row.fits(equation(jnp.dot, jnp.zeros(left, dtype), jnp.zeros(right, dtype)))

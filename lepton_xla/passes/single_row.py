@@ -1,4 +1,4 @@
-"""Products of one row in 16-bit floats, with the row padded to two: of one alone XLA:CPU has no fast product."""
+"""Products of one row in 16-bit floats, for which XLA:CPU has no fast kernel: of two rows, or in float32."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def fits(eqn: Any) -> bool:
     return narrow and eqn.params["out_sharding"] is None and single(eqn) is not None
 
 
-def multiply(eqn: Any, left: jax.Array, right: jax.Array) -> jax.Array:
+def padded(eqn: Any, left: jax.Array, right: jax.Array) -> jax.Array:
     """A product that `fits`, of two rows, the second of which is zeros and not kept.
 
     Args:
@@ -42,6 +42,20 @@ def multiply(eqn: Any, left: jax.Array, right: jax.Array) -> jax.Array:
     (out,) = _compat.bind(eqn, operands)
     first = len(batch[0]) + (len(_free_axes(eqn, 0)) if side else 0)
     return jnp.reshape(jax.lax.slice_in_dim(out, 0, 1, axis=first), eqn.outvars[0].aval.shape)
+
+
+def widened(eqn: Any, left: jax.Array, right: jax.Array) -> jax.Array:
+    """A product that `fits`, of its operands as float32, which holds the same numbers.
+
+    Args:
+        eqn: the `dot_general`.
+        left: its left operand.
+        right: its right operand.
+    """
+    wide = jnp.dtype("float32")
+    operands = [operand.astype(wide) for operand in (left, right)]
+    (out,) = _compat.bind(eqn, operands, preferred_element_type=wide, precision=None)
+    return out.astype(eqn.outvars[0].aval.dtype)
 
 
 def single(eqn: Any) -> int | None:
