@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
@@ -13,6 +14,7 @@ import numpy as np
 
 from lepton_xla.callbacks import without_callbacks
 from lepton_xla.errors import CalibrationError, CompileError, RecipeError
+from lepton_xla.flags import warn_of_slow_flags
 from lepton_xla.passes.autotune import autotune
 from lepton_xla.passes.awq import awq
 from lepton_xla.passes.bias_correction import correct_bias
@@ -36,6 +38,7 @@ from lepton_xla.recipe import Plan, Recipe
 from lepton_xla.report import PassReport, SiteReport
 from lepton_xla.rows import check_rows_lead
 
+_LOG = logging.getLogger(__name__)
 # Sizes of a symbolic dimension at which arithmetic is timed where the caller gives no buckets: one request, a batch.
 DEFAULT_LADDER = (1, 32)
 # Of the time of what it was made from, beyond which a shrunk program counts as slower: timings differ by less.
@@ -100,6 +103,7 @@ def plan_for(
     say = progress or (lambda _line: None)
     if not isinstance(recipe, Recipe):
         raise RecipeError(f"recipe {recipe!r:.80} is a {type(recipe).__name__}, not a Recipe; Recipe.load reads one")
+    warn_of_slow_flags(_LOG, jax.default_backend())
     program = without_callbacks(program, grid(program, buckets)[0])
     if buckets:
         check_rows_lead(program.inputs, program.outputs)

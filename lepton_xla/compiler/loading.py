@@ -33,6 +33,7 @@ from lepton_xla.compiler.runtime import Runtime, run_expand
 from lepton_xla.compiler.servable import Servable
 from lepton_xla.compiler.storage import Store, VerifiedFiles, consistently
 from lepton_xla.errors import ArtifactError, ExecutionError
+from lepton_xla.flags import warn_of_slow_flags
 
 _LOG = logging.getLogger(__name__)
 
@@ -67,6 +68,7 @@ def _load(store: Store, buckets: Mapping[str, Sequence[int]] | None, *, write_ba
     files = VerifiedFiles(store, manifest.files)
     ladders = _choose(manifest, buckets)
     device = _xla.first_device()
+    warn_of_slow_flags(_LOG, device.platform)
     target = Fingerprint.of(device)
     wanted = [(sizes, bucket_name(sizes)) for sizes in combinations(ladders)]
     found = manifest.executables.get(target.digest)
