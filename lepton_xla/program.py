@@ -233,11 +233,17 @@ def name_leaves(tree: Any, *, single: str | None = None, prefix: str = "") -> di
         raise ModelError(
             f"a dictionary has keys of several kinds, such as 1 and '1'; make all strings: {error}"
         ) from error
-    named: dict[str, Any] = {}
-    for path, leaf in flat:
+    names: list[str] = []
+    for path, _ in flat:
         name = "/".join(map(key_name, path)) or (single if single is not None else prefix)
-        if single is not None and name.split("/")[0].isdigit():
-            name = f"{single}_{name}"
+        names.append(f"{single}_{name}" if single is not None and name.split("/")[0].isdigit() else name)
+    # The parts of a `QTensor` are attributes, which nobody named: where a key has that path, they give way.
+    parts = [any(isinstance(key, jax.tree_util.GetAttrKey) for key in path) for path, _ in flat]
+    keys = {name for name, part in zip(names, parts, strict=True) if not part}
+    named: dict[str, Any] = {}
+    for name, part, (_, leaf) in zip(names, parts, flat, strict=True):
+        while part and (name in keys or name in named):
+            name += ":"
         if name in named:
             raise ModelError(f"two leaves have the path {name!r}; rename one of the dictionary keys")
         named[name] = leaf

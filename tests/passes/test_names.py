@@ -136,6 +136,20 @@ def _grouped(names):
     return [list(group) for _, group in itertools.groupby(sorted(names))]
 
 
+def test_a_weight_that_is_called_as_a_part_of_a_quantized_one(tmp_path):
+    weights = {
+        name: jnp.full((WIDTH, WIDTH), value) for name, value in (("w", 0.5), ("w/values", 0.25), ("w/scale", 2.0))
+    }
+    fn = lambda w, x: x @ w["w"] @ w["w/values"] + w["w/scale"][:3]  # noqa: E731
+    program = trace(fn, weights, {"x": TensorSpec((3, WIDTH), "float32")})
+    small = lx.optimize(
+        program, Recipe.parse("measure = false\n[[quantize]]\nsites = '.*'\nactivations = 'none'", name="w")
+    )
+    x = np.ones((3, WIDTH), np.float32)
+    lx.compile(small, {}).save(tmp_path / "m.lepton")
+    np.testing.assert_allclose(lx.load(tmp_path / "m.lepton")(x=x)["output"], program.fn(weights, x), rtol=1e-5)
+
+
 def test_training_beside_such_names():
     recipe = Recipe.parse("on_unsupported = 'keep'\n[[quantize]]\nsites = '.*'\ndynamic = false", name="static")
     names = ("w", "w:act_absmax")
