@@ -107,8 +107,9 @@ def plan_for(
     program = without_callbacks(program, grid(program, buckets)[0])
     if buckets:
         check_rows_lead(program.inputs, program.outputs)
-    say("precompute")
-    program = precompute(program, sizes=_ends(grid(program, buckets)) if buckets else ())
+    if recipe.fold or recipe.shrink is not None or recipe.prune or recipe.quantize:
+        say("precompute")
+        program = precompute(program, sizes=_ends(grid(program, buckets)) if buckets else ())
     if recipe.fold:
         say("fold")
         program = fold(program)

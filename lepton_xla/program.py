@@ -107,6 +107,7 @@ class Program:
         masks: path -> bool array of the weight's shape, for pruned weights: False marks a weight held at zero.
         history: one report a pass applied, oldest first.
         expansion: how a compiled program unpacks weights on loading; None where it runs on the stored ones.
+        origin: shapes and dtypes of the weights that the first pass was given; None before any pass.
 
     Raises:
         ModelError: for a mask without its weight, or of another shape.
@@ -119,6 +120,7 @@ class Program:
     masks: dict[str, jax.Array] = dataclasses.field(default_factory=dict[str, jax.Array])
     history: tuple[PassReport, ...] = ()
     expansion: Expansion | None = None
+    origin: Weights | None = None
 
     def __post_init__(self) -> None:
         check_masks(self.masks, self.weights)
@@ -150,9 +152,14 @@ class Program:
         return name_leaves(self.fn(weights, *inputs), single="output")
 
     def replace(self, **changes: Any) -> Program:
-        """A copy with the given fields changed; a new `fn` drops the expansion, which belongs to the old one."""
+        """A copy with the given fields changed.
+
+        A new `fn` drops the expansion, which belongs to the old one; the first `history` keeps what weights there were.
+        """
         if "fn" in changes:
             changes.setdefault("expansion", None)
+        if changes.get("history") and self.origin is None:
+            changes.setdefault("origin", abstract(self.weights))
         return dataclasses.replace(self, **changes)
 
 

@@ -382,6 +382,7 @@ class SitePlan:
         weight = self.site.weight if self.site.path is not None else None
         return {
             "site": self.site.name,
+            "weight": self.site.path,
             "kind": self.site.kind,
             "shape": list(weight.shape) if weight else None,
             "weight_bytes": self.weight_bytes,

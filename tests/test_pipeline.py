@@ -150,7 +150,7 @@ def test_measured_for_real(net, images):
         assert [timing["sizes"] for timing in site.metrics["timings"]] == [{"batch": 1}, {"batch": 4}]
         assert site.action in ("int8 x int8", "int8 weights")
         assert bool(site.reason) == (site.action == "int8 weights")
-    assert lines[:2] == ["fold", f"lower {KERNELS[0]}"]
+    assert lines[:3] == ["precompute", "fold", f"lower {KERNELS[0]}"]
     assert 1e-4 < error(small, net, images) < 0.05
 
 

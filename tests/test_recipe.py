@@ -379,12 +379,14 @@ def test_json_round_trip_and_figures():
     assert json.loads(json.dumps(entry)) == entry
     assert entry == {
         "site": "stack",
+        "weight": "stack",
         "kind": "dot_general",
         "shape": [6, 6],
         "weight_bytes": 3 * 6 * 6 * 4,
         "repeats": 15,
         "decision": "prune 50% global + int8 weights, int8 activations dynamic",
         "kept": "",
+        "computed_from": [],
     }
     converted = program(lambda w, x: x.astype(jnp.bfloat16) @ w["w"].astype(jnp.bfloat16), w=array(6, 4))
     (entry,) = Recipe.load("int8").resolve(converted).to_json()

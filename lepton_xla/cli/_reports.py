@@ -8,11 +8,16 @@ from typing import Any
 
 from lepton_xla.cli import _common
 
+# The name of the report that is on weights, not on sites.
+WEIGHTS = "weights"
+
 
 def passes_table(reports: Sequence[Mapping[str, Any]]) -> _common.Table:
     """One row a pass: what it did, how often, and what that did to the weights."""
     rows = []
     for report in reports:
+        if report.get("name") == WEIGHTS:
+            continue
         sites = _sites(report)
         actions = collections.Counter(str(site.get("action", "")) for site in sites)
         before, after = (sum(_number(site.get(f"bytes_{when}")) for site in sites) for when in ("before", "after"))
@@ -32,9 +37,54 @@ def sites_table(reports: Sequence[Mapping[str, Any]]) -> _common.Table:
     rows = [
         (report.get("name", ""), site.get("site", ""), site.get("action", ""), site.get("reason", ""))
         for report in reports
+        if report.get("name") != WEIGHTS
         for site in _sites(report)
     ]
     return _common.table("sites", ("pass", "site", "action", "why"), rows)
+
+
+def weights_table(reports: Sequence[Mapping[str, Any]]) -> _common.Table:
+    """What became of the weights, those of one fate together; bytes add up to those of the model, before and after."""
+    fates: dict[str, list[Mapping[str, Any]]] = {}
+    for report in reports:
+        for site in _sites(report) if report.get("name") == WEIGHTS else []:
+            fates.setdefault(_fate(site), []).append(site)
+    rows = [(fate, len(sites), *_bytes(sites)) for fate, sites in fates.items()]
+    every = [site for sites in fates.values() for site in sites]
+    total = ("total", len(every), *_bytes(every))
+    return _common.table("weights", ("what became of them", ">weights", ">before", ">after"), rows, total=total)
+
+
+def fates_table(reports: Sequence[Mapping[str, Any]]) -> _common.Table:
+    """What became of each weight, one row each."""
+    rows = [
+        (
+            site.get("site", ""),
+            "; ".join(str(site[key]) for key in ("action", "reason") if site.get(key)),
+            *_bytes([site]),
+        )
+        for report in reports
+        if report.get("name") == WEIGHTS
+        for site in _sites(report)
+    ]
+    return _common.table("what became of each weight", ("weight", "what became of it", ">before", ">after"), rows)
+
+
+def _fate(site: Mapping[str, Any]) -> str:
+    """What became of a weight, without what is its own: names of other weights, shares."""
+    action, reason = str(site.get("action", "")), str(site.get("reason", ""))
+    for start, said in (("part of", "part of a weight that is computed ahead"), ("folded into", "folded into others")):
+        if action.startswith(start):
+            return said
+    parts = [action]
+    parts += [said for said in ("computed ahead", "not multiplied", "added by a pass") if said in reason]
+    parts += [said for said in reason.split("; ") if said.startswith("to be ")]
+    return ", ".join(dict.fromkeys(parts))
+
+
+def _bytes(sites: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
+    before, after = (sum(_number(site.get(f"bytes_{when}")) for site in sites) for when in ("before", "after"))
+    return f"{before:,}", f"{after:,}"
 
 
 def _sites(report: Mapping[str, Any]) -> list[Mapping[str, Any]]:

@@ -108,6 +108,7 @@ def compile(
         "recipe": chosen.name,
         "buckets": manifest.buckets,
         "passes": [report.to_json() for report in small.history],
+        "weights": manifest.reports[-1],
         "weights_bytes_float": program.weights_bytes,
         "weights_bytes_optimized": servable.weights_bytes,
         "weights_bytes_on_disk": _common.weights_on_disk(manifest),
@@ -132,7 +133,7 @@ def _print(document: Mapping[str, Any]) -> None:
     from lepton_xla.cli import _reports
 
     if document["passes"]:
-        _common.show(_reports.passes_table(document["passes"]))
+        _common.show(_reports.passes_table(document["passes"]), _reports.weights_table([document["weights"]]))
     else:
         _common.show("no recipe: the float model is compiled as it is", "")
     large, small = document["weights_bytes_float"], document["weights_bytes_optimized"]

@@ -41,6 +41,7 @@ def plan(target: str, *, recipe: str, buckets: tuple[str, ...], groups: bool, pl
         from lepton_xla.cli import _models
         from lepton_xla.passes.cost import cost
         from lepton_xla.passes.groups import find_groups
+        from lepton_xla.passes.inventory import weights_report
         from lepton_xla.pipeline import plan_for
 
         chosen = _models.load_recipe(recipe)
@@ -57,10 +58,10 @@ def plan(target: str, *, recipe: str, buckets: tuple[str, ...], groups: bool, pl
         step("count operations")
         counted = cost(planned_program, at)
         units = find_groups(planned_program, sizes=at) if groups or plot is not None else None
-    weighed = program if chosen.shrink is None else planned_program
-    document = _document(target, found, counted, weighed.weights_bytes)
+    document = _document(target, found, counted, planned_program.weights_bytes)
     removed = [report.to_json() for report in planned_program.history if report.name == "shrink"]
     document |= {"shrink": removed[0]} if removed else {}
+    document["weights"] = weights_report(planned_program, found).to_json()
     document |= {"groups": units.to_json()} if units is not None and groups else {}
     if units is not None and plot is not None:
         units.draw(plot)
@@ -94,13 +95,19 @@ def _document(target: str, found: Plan, counted: CostReport, weights_bytes: int)
 
 
 def _print(document: dict[str, Any]) -> None:
+    from lepton_xla.cli import _reports
+
     totals = document["totals"]
+    # The bytes of a weight that several sites use stand at the first of them.
+    first = {
+        site["weight"]: site["site"] for site in reversed(document["sites"]) if site["weight"] is not None
+    }.values()
     rows = [
         (
             site["site"],
             site["kind"].replace("conv_general_dilated", "conv").replace("dot_general", "dot"),
             "x".join(map(str, site["shape"])) if site["shape"] else "",
-            _common.size(site["weight_bytes"]) if site["weight_bytes"] else "",
+            _common.size(site["weight_bytes"]) if site["site"] in first else "",
             site["repeats"],
             _common.short(site["flops"]),
             "; ".join(part for part in (site["decision"], site["kept"]) if part),
@@ -113,6 +120,7 @@ def _print(document: dict[str, Any]) -> None:
     at = ", ".join(f"{name}={size}" for name, size in document["sizes"].items())
     for title, columns, lines in _unit_tables(document):
         _common.show(_common.table(title, columns, lines))
+    _common.show(_reports.weights_table([document["weights"]]))
     _common.show(
         _common.table(
             f"{document['target']}, recipe {document['recipe']}",

@@ -25,6 +25,7 @@ from lepton_xla.compiler.manifest import EXPAND, SCHEMA, ExecutableSet, Manifest
 from lepton_xla.compiler.portable import export_programs
 from lepton_xla.compiler.runtime import Runtime, run_expand
 from lepton_xla.errors import CompileError
+from lepton_xla.passes.inventory import weights_report
 from lepton_xla.program import Program, TensorSpec, abstract, name_leaves
 from lepton_xla.rows import check_rows_lead, row_symbol
 
@@ -138,7 +139,7 @@ def compile(
         recipe=recipe,
         plan=plan,
         float32_bytes=_float32_bytes(program),
-        reports=tuple(report.to_json() for report in program.history),
+        reports=tuple(report.to_json() for report in (*program.history, weights_report(program, sizes=bucket_list[0]))),
         metrics=dict(metrics or {}),
         made_by=_made_by(target),
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),

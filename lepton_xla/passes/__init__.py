@@ -13,6 +13,7 @@ from lepton_xla.passes.gptq import gptq
 from lepton_xla.passes.grid import round_to_nearest
 from lepton_xla.passes.groups import find_groups
 from lepton_xla.passes.importance import importance_scores
+from lepton_xla.passes.inventory import weights_report
 from lepton_xla.passes.lower import lower
 from lepton_xla.passes.precompute import precompute
 from lepton_xla.passes.prune import magnitude_masks, masked, prune
@@ -50,4 +51,5 @@ __all__ = [
     "smooth",
     "sparsegpt",
     "wanda",
+    "weights_report",
 ]

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from lepton_xla import _compat
 from lepton_xla.errors import RecipeError
+from lepton_xla.passes.precompute import precompute
 from lepton_xla.passes.rewrite import Context, Values
 from lepton_xla.passes.sites import Site, find_sites, operand_value, rewrite_sites
 from lepton_xla.program import Expansion, Program, abstract, probe_sizes, tree_bytes
@@ -62,6 +63,7 @@ def cast(
     start = time.perf_counter()
     if dtype not in DTYPES:
         raise RecipeError(f"cast: dtype {dtype!r} is none of {', '.join(DTYPES)}")
+    program = precompute(program)  # else a weight that others are computed from would change for them too
     keep, sites = tuple(keep), find_sites(program)
     reasons = _kept_sites(sites, keep)
     weight_reasons = _kept_weights(program, sites, reasons, dtype)

@@ -273,6 +273,8 @@ def _spelled(value: Any) -> str:
             for c in consts
         ]
         return _ADDRESS.sub("", str(jaxpr)) + str(digests)
+    if isinstance(value, np.ndarray | jax.Array) and not _compat.is_traced(value):
+        return f"{value.dtype}{value.shape}{hashlib.sha256(np.asarray(value).tobytes()).hexdigest()}"
     if isinstance(value, tuple | list):
         return str([_spelled(entry) for entry in value])
     return _ADDRESS.sub("", str(value))

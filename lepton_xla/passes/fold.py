@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -21,6 +21,7 @@ from lepton_xla import _compat
 from lepton_xla.errors import UnsupportedError
 from lepton_xla.passes.factors import wider
 from lepton_xla.passes.names import fresh
+from lepton_xla.passes.precompute import precompute
 from lepton_xla.passes.rewrite import Carried, Context, Values, materialize, rewrite
 from lepton_xla.passes.sites import Layout, LayoutOp, Site, find_sites, lay_out
 from lepton_xla.program import Program, abstract, leaf_bytes, probe_sizes, tree_bytes
@@ -165,9 +166,10 @@ def fold(program: Program) -> Program:
     A weight is folded where it is used at one site only, outside control flow, and nothing else reads the product.
 
     Returns:
-        The program with fewer weights and operations; a folded weight keeps its path, laid out as its site takes it,
-        and what is added after it is `path:bias`.
+        The program, precomputed, with fewer weights and operations; a folded weight keeps its path, laid out as its
+        site takes it, and what is added after it is `path:bias`.
     """
+    program = precompute(program)  # else a weight that others are computed from would change for them too
     start = time.perf_counter()
     found = find_sites(program)
     uses = [site.path for site in found]
@@ -204,9 +206,27 @@ def fold(program: Program) -> Program:
         "equations_after": _count(jax.make_jaxpr(fn)(abstract(kept), *program.abstract_inputs(sizes))),
         "weights_bytes_before": program.weights_bytes,
         "weights_bytes_after": tree_bytes(kept),
+        "weights": _taken(like, [path for path in like if path not in kept], folds),
     }
     report = PassReport("fold", time.perf_counter() - start, tuple(reports), metrics)
     return program.replace(fn=fn, weights=kept, masks=masks, history=(*program.history, report))
+
+
+def _taken(like: _Weights, gone: Sequence[str], folds: Mapping[str, _Fold]) -> dict[str, str]:
+    """What became of the weights that are gone: folded, or read by nothing."""
+    into: dict[str, list[str]] = {path: [] for path in gone}
+    names = [name for name in sorted(like) for _ in jax.tree.leaves(like[name])]
+    for path, entry in folds.items():
+        vectors = [vector for vector in (entry.scale, entry.shift) if vector is not None]
+        closed = jax.make_jaxpr(lambda weights, vectors=vectors: [vector(weights) for vector in vectors])(dict(like))
+        jaxpr, _ = _compat.open_jaxpr(closed)
+        used = _compat.inputs_read(jaxpr, [True] * len(jaxpr.outvars))
+        for name in dict.fromkeys(name for name, flag in zip(names, used, strict=True) if flag and name in into):
+            into[name].append(path)
+    return {
+        name: f"folded into {', '.join(paths)}" if paths else "removed: nothing reads it"
+        for name, paths in into.items()
+    }
 
 
 def _foldable(site: Site) -> bool:

@@ -169,6 +169,7 @@ def lower(
         lowered_us = [timed.set_us[0 if once else 1] for timed in whole]
         expansion = Expansion(functools.partial(_unpack, unpackable), build(integer)) if once else None
     weights |= _own(values, names, integer)
+    counted: set[str] = set()
     for planned in every:
         name, path = planned.site.name, planned.site.path
         entry = _report(planned, reasons[name], integer, timings.get(name, []))
@@ -178,13 +179,16 @@ def lower(
                 part for part in (entry.reason, _zero_channels(planned.site, program.weights[path])) if part
             )
             after = tree_bytes(weights[path])
-            entry = dataclasses.replace(entry, reason=reason, bytes_before=before, bytes_after=after)
+            entry = dataclasses.replace(entry, reason=reason)
+            if path not in counted:  # the bytes of a weight that several sites use are told once
+                entry = dataclasses.replace(entry, bytes_before=before, bytes_after=after)
+            counted.add(path)
         reports.append(_at_load(entry) if expansion is not None and path in unpackable else entry)
-    reports += [
-        SiteReport(entry.site.name, "kept float", entry.not_quantized, entry.weight_bytes, entry.weight_bytes)
-        for entry in plan.sites
-        if entry.not_quantized
-    ]
+    for entry in plan.sites:
+        if entry.not_quantized:
+            size = 0 if entry.site.path in counted else entry.weight_bytes
+            counted.add(entry.site.path or "")
+            reports.append(SiteReport(entry.site.name, "kept float", entry.not_quantized, size, size))
     metrics: dict[str, Any] = {
         "weights_bytes_before": program.weights_bytes,
         "weights_bytes_after": tree_bytes(weights),

@@ -13,7 +13,7 @@ from lepton_xla.passes.computed import Computed, ComputedWeight
 from lepton_xla.passes.expressions import evaluate, support
 from lepton_xla.passes.rewrite import Context, Values
 from lepton_xla.passes.sites import Site, find_sites, rewrite_sites
-from lepton_xla.program import Program, abstract, leaf_bytes, probe_sizes, tree_bytes
+from lepton_xla.program import Program, abstract, abstract_outputs, leaf_bytes, probe_sizes, tree_bytes
 from lepton_xla.report import PassReport, SiteReport
 
 if TYPE_CHECKING:
@@ -60,7 +60,11 @@ def precompute(program: Program, *, sizes: Sequence[Mapping[str, int]] = ()) -> 
     gone = set(used) - _read(fn, weights, program, sizes)
     weights = {path: leaf for path, leaf in weights.items() if path not in gone}
     masks = {path: mask for path, mask in masks.items() if path not in gone}
-    metrics = {"weights_bytes_before": program.weights_bytes, "weights_bytes_after": tree_bytes(weights)}
+    metrics = {
+        "weights_bytes_before": program.weights_bytes,
+        "weights_bytes_after": tree_bytes(weights),
+        "weights": {path: f"part of {_whole(path, computed)}" for path in used if path in gone},
+    }
     report = PassReport("precompute", time.perf_counter() - start, tuple(reports), metrics)
     return program.replace(fn=fn, weights=weights, masks=masks, history=(*program.history, report))
 
@@ -103,11 +107,20 @@ def _read(
     # The variables of the weights come first, in the order in which JAX flattens a dict: by key.
     names = [path for path in sorted(weights) for _ in jax.tree.leaves(weights[path])]
     read: set[str] = set()
+    for at in sizes:
+        abstract_outputs(
+            program.fn, program.weights, program.inputs, at
+        )  # refuses sizes that the program does not take
     for at in (probed, {name: size + unit for name, size in probed.items()}, *sizes):
         jaxpr, _ = _compat.open_jaxpr(jax.make_jaxpr(fn)(shapes, *program.abstract_inputs(at)))
         used = _compat.inputs_read(jaxpr, [True] * len(jaxpr.outvars))
         read |= {path for path, flag in zip(names, used, strict=False) if flag}
     return read
+
+
+def _whole(path: str, computed: Sequence[ComputedWeight]) -> str:
+    """The computed weights that a weight is part of."""
+    return ", ".join(weight.name for weight in computed if path in weight.expression.weights)
 
 
 def _mask(weight: ComputedWeight, program: Program) -> jax.Array | None:

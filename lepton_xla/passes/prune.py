@@ -153,7 +153,9 @@ def with_masks(
         figures = {"sparsity": 1 - float(jnp.mean(mask))} | dict((metrics or {}).get(path, {}))
         said = (reasons or {}).get(path, "")
         sites = [entry.site.name for entry in plan.sites if entry.prune is not None and entry.site.path == path]
-        lines += [SiteReport(site, "pruned", said, size, size, figures) for site in sites]
+        # The bytes of a weight that several sites use are told once.
+        sizes = [size, *([0] * (len(sites) - 1))]
+        lines += [SiteReport(site, "pruned", said, b, b, figures) for site, b in zip(sites, sizes, strict=True)]
     report = PassReport(name, time.perf_counter() - start, (*lines, *kept))
     return program.replace(weights=changed, masks=program.masks | found, history=(*program.history, report))
 

@@ -4,12 +4,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax.ad_checkpoint import checkpoint_name
 
 import lepton_xla as lx
 from lepton_xla.errors import UnsupportedError
-from lepton_xla.passes import fake_quant, find_sites, initial_scales, lower, precompute
+from lepton_xla.passes import fake_quant, find_sites, initial_scales, lower, masked, precompute
 from lepton_xla.program import TensorSpec, from_linen, trace
 
 INT8 = lx.Recipe.parse('measure = false\non_unsupported = "keep"\n[[quantize]]\nsites = ".*"\n', name="int8")
@@ -224,9 +225,26 @@ def test_a_weight_that_is_read_elsewhere_stays_too():
     program = trace(lambda w, x: (x + w["k"][:1]) @ (w["k"] * 2) @ w["v"], {"k": W, "v": V}, ROWS)
     ahead = precompute(program)
     assert set(ahead.weights) == {"k", "v", "mul:k"}
-    assert ahead.history[-1].metrics == {"weights_bytes_before": 2048, "weights_bytes_after": 3072}
+    assert ahead.history[-1].metrics == {"weights_bytes_before": 2048, "weights_bytes_after": 3072, "weights": {}}
     (line,) = ahead.history[-1].sites
     assert (line.site, line.action, line.reason) == ("mul:k", "computed ahead", "from k")
+
+
+def test_a_weight_that_others_are_computed_from_is_not_changed_for_them():
+    def fn(w, x):
+        return (x @ w["k"]) * w["scale"] + x @ (w["k"] * 2)
+
+    weights = {"k": W, "scale": array(1, 16, seed=4)}
+    program = trace(fn, weights, ROWS)
+    x = array(3, 16, seed=9)
+    folded = lx.passes.fold(program)
+    assert [(report.name, len(report.sites)) for report in folded.history] == [("precompute", 1), ("fold", 1)]
+    np.testing.assert_allclose(folded.fn(folded.weights, x), fn(weights, x), rtol=1e-5, atol=1e-6)
+    half = lx.passes.cast(program, "bfloat16")
+    assert {path: leaf.dtype.name for path, leaf in half.weights.items()} == {
+        "k": "bfloat16", "mul:k": "bfloat16", "scale": "float32"
+    }  # fmt: skip
+    assert largest_difference(half.fn(half.weights, x), fn(weights, x)) < 0.01
 
 
 def test_masks_are_kept_where_zeros_are():
@@ -242,6 +260,17 @@ def test_masks_are_kept_where_zeros_are():
     np.testing.assert_array_equal(ahead.masks["concatenate:k+v+s"], np.concatenate([kept, lost.T], axis=1))
     assert set(ahead.masks) == {"concatenate:k+v+s"}
     assert "the mask of v is not kept" in ahead.history[-1].sites[1].reason
+
+
+def test_masks_of_what_a_weight_is_computed_from_hold_in_training():
+    program = MODELS["fused_qkv"][0]()
+    plan, masks, x = INT8.resolve(program), {"0": W > 0, "1": V > 0.1}, array(2, 16, seed=9)
+    held = {path: jnp.where(masks[path], leaf, 0) for path, leaf in program.weights.items()}
+    served = lower(program.replace(weights=held, masks=masks), plan)
+    assert float(served.masks["concatenate:0+1"].mean()) < 0.5
+    wanted = served.fn(served.weights, x)
+    for faked in (masked(fake_quant(program.fn, plan), masks), fake_quant(masked(program.fn, masks), plan)):
+        np.testing.assert_allclose(faked(program.weights, x), wanted, rtol=1e-5, atol=1e-6)
 
 
 def test_a_computed_weight_that_a_function_lacks_is_refused():
@@ -261,3 +290,55 @@ def test_weights_that_only_other_sizes_read_are_asked_for():
         ahead.fn(ahead.weights, array(3, 16))
     both = precompute(program, sizes=[{"batch": 3}])
     np.testing.assert_array_equal(both.fn(both.weights, array(3, 16)), fn(program.weights, array(3, 16)))
+
+
+class Tagger(nn.Module):
+    cell: type
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(4)(nn.RNN(self.cell(64))(x))
+
+
+CELLS = [nn.OptimizedLSTMCell, nn.LSTMCell, nn.GRUCell]
+
+
+@pytest.mark.parametrize("cell", [nn.LSTMCell, nn.GRUCell])
+def test_recurrent_cells_take_a_quarter_in_int8(cell):
+    program = linen(Tagger(cell))
+    small = lx.optimize(program, INT8)
+    assert small.weights_bytes <= 0.29 * program.weights_bytes  # a scale a channel, of 16 and 64 rows
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_recurrent_cells_shrink(cell):
+    program = linen(Tagger(cell))
+    name = next(path for path in program.weights if "Cell_0" in path).split("/")[1]
+    removed = np.random.default_rng(0).permutation(64)[:32]
+    weights = {}
+    for path, leaf in program.weights.items():  # units that no weight reads or writes: what is left gives the same
+        values = np.array(leaf)
+        if name in path:
+            values[..., removed] = 0
+            if path.split("/")[2].startswith("h") and path.endswith("kernel"):
+                values[removed] = 0
+        elif path.endswith("Dense_0/kernel"):
+            values[removed] = 0
+        weights[path] = jnp.asarray(values)
+    program = program.replace(weights=weights)
+    small = lx.optimize(program, lx.Recipe.parse("measure = false\n[shrink]\nsparsity = 0.5\n", name="half"))
+    x = array(2, 3, 16, seed=9)
+    np.testing.assert_allclose(small.fn(small.weights, x), program.fn(weights, x), rtol=1e-5, atol=1e-6)
+    assert small.weights["params/Dense_0/kernel"].shape == (32, 4)
+    hidden = 32 * (3 if cell is nn.GRUCell else 4)
+    inputs, bias = 16 * hidden, hidden if cell is not nn.GRUCell else 32 * 4
+    assert sum(leaf.size for leaf in small.weights.values()) == 32 * hidden + inputs + bias + 32 * 4 + 4
+
+
+def test_a_plan_for_a_computed_weight_does_not_prune_what_it_is_computed_from():
+    program = MODELS["fused_qkv"][0]()
+    plan = lx.Recipe.parse('[[prune]]\nsites = ".*"\nsparsity = 0.5\n', name="half").resolve(program)
+    pruned = lx.passes.prune(program, plan)
+    assert float(pruned.masks["concatenate:0+1"].mean()) == 0.5
+    with pytest.raises(lx.errors.ModelError, match="'concatenate:0\\+1', which is computed from 0, 1"):
+        lx.train.sparsify(optax.sgd(0.1), plan, schedule=lx.train.one_shot(1)).init(program.weights)

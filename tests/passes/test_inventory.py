@@ -1,0 +1,114 @@
+"""The report on weights: each of the original program once, and bytes that add up."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import lepton_xla as lx
+from lepton_xla.passes import weights_report
+from lepton_xla.program import TensorSpec, from_linen, trace, tree_bytes
+
+
+def recipe(text):
+    return lx.Recipe.parse(f'measure = false\non_unsupported = "keep"\n{text}', name="r")
+
+
+INT8 = '[[quantize]]\nsites = ".*"\nactivations = "none"\n'
+
+
+class Net(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Conv(12, (3,), use_bias=False)(x)
+        x = nn.BatchNorm(use_running_average=True)(x)
+        x = nn.LayerNorm()(nn.relu(x))
+        x = nn.RNN(nn.OptimizedLSTMCell(16))(x)
+        return nn.Dense(5)(x[:, -1])
+
+
+def net():
+    module = Net()
+    variables = module.init(jax.random.key(0), jnp.ones((1, 4, 8)))
+    return from_linen(module, variables, {"x": TensorSpec(("batch", 4, 8), "float32")})
+
+
+def tied():
+    weights = {
+        "embedding": jnp.asarray(np.random.default_rng(0).normal(size=(20, 8)), jnp.float32),
+        "bias": jnp.zeros((1, 20)),
+        "unread": jnp.zeros(7),
+    }
+    look = {"x": TensorSpec(("batch",), "int32")}
+    return trace(lambda w, x: w["embedding"][x] @ w["embedding"].T + w["bias"], weights, look)
+
+
+@pytest.mark.parametrize("make", [net, tied])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        INT8,
+        'cast = "bfloat16"\n' + INT8.replace('".*"', '".*Dense_0.*|embedding.*"'),
+        'fold = false\n[[prune]]\nsites = ".*"\nsparsity = 0.5\n' + INT8,
+    ],
+    ids=["fold", "int8", "cast", "prune"],
+)
+def test_every_weight_is_told_once_and_bytes_add_up(make, text):
+    program = make()
+    small = lx.optimize(program, recipe(text))
+    report = weights_report(small)
+    told = [line.site for line in report.sites]
+    assert sorted(told) == sorted({*program.weights, *small.weights})
+    assert told[: len(program.weights)] == list(program.weights)
+    assert sum(line.bytes_before for line in report.sites) == program.weights_bytes
+    assert sum(line.bytes_after for line in report.sites) == small.weights_bytes
+    for line in report.sites:
+        assert line.bytes_before == (tree_bytes(program.weights[line.site]) if line.site in program.weights else 0)
+        assert line.bytes_after == (tree_bytes(small.weights[line.site]) if line.site in small.weights else 0)
+
+
+def test_what_became_of_each_weight():
+    small = lx.optimize(net(), recipe(INT8))
+    lines = {line.site: (line.action, line.reason) for line in weights_report(small).sites}
+    cell, joined = "params/OptimizedLSTMCell_0", "concatenate:hi/kernel+hf/kernel+hg/kernel+ho/kernel"
+    gates = ", ".join(f"{cell}/{gate}/kernel" for gate in ("hi", "hf", "hg", "ho"))
+    assert lines[f"{cell}/hg/kernel"] == (f"part of {cell}/{joined}", "")
+    assert lines[f"{cell}/{joined}"] == ("int8", f"computed ahead from {gates}")
+    assert lines["params/Dense_0/kernel"] == ("int8", "")
+    assert lines["params/Conv_0/kernel"] == ("int8", "scale and shift folded in")
+    assert lines["batch_stats/BatchNorm_0/var"] == ("folded into params/Conv_0/kernel", "")
+    assert lines["params/LayerNorm_0/scale"] == ("float32", "not multiplied")
+    assert lines["params/Conv_0/kernel:bias"] == ("float32", "added by a pass")
+
+
+def test_reasons_and_unread_weights():
+    text = '[[quantize]]\nsites = ".*"\nweights = "int4"\ngranularity = "group:7"\nactivations = "none"\n'
+    small = lx.optimize(tied(), recipe(text))
+    lines = {line.site: (line.action, line.reason) for line in weights_report(small).sites}
+    assert lines["unread"] == ("removed: nothing reads it", "")
+    assert lines["embedding"][0] == "float32"
+    assert "'group:7' does not divide the 8 rows" in lines["embedding"][1]
+
+
+def test_a_tied_weight_counts_once_in_the_reports_of_passes():
+    weights = {"w": jnp.asarray(np.random.default_rng(0).normal(size=(8, 8)), jnp.float32)}
+    twice = trace(lambda w, x: jnp.tanh(x @ w["w"]) @ w["w"], weights, {"x": TensorSpec(("batch", 8), "float32")})
+    pruned = '[[prune]]\nsites = ".*"\nsparsity = 0.5\n' + INT8
+    for program, path, text in ((tied(), "embedding", INT8), (twice, "w", pruned)):
+        small = lx.optimize(program, recipe(text))
+        for report in small.history[1:]:
+            assert len(report.sites) == 2
+            assert sum(site.bytes_before for site in report.sites) == tree_bytes(program.weights[path])
+    plan = recipe(INT8).resolve(tied())
+    lines = {line.site: line.reason for line in weights_report(tied(), plan).sites}
+    assert lines["embedding"] == "to be int8 weights"
+    assert lines["bias"] == "not multiplied"
+
+
+def test_shrunk_weights():
+    small = lx.optimize(net(), recipe(INT8 + "[shrink]\nsparsity = 0.5\n"))
+    lines = {line.site: (line.action, line.reason) for line in weights_report(small).sites}
+    assert lines["params/Dense_0/kernel"] == ("int8", "shrunk to 0.5 of its 80 elements")
+    assert sum(line.bytes_before for line in weights_report(small).sites) == net().weights_bytes
