@@ -14,7 +14,9 @@ from models.minilm import HEAD_DIM, HEADS, LAYERS, WIDTH
 from onnx import TensorProto, helper, numpy_helper
 
 
-class _Graph:
+class Graph:
+    """Nodes and constants of a graph that is being written."""
+
     def __init__(self, weights: dict[str, Any]) -> None:
         self.weights = weights
         self.nodes: list[Any] = []
@@ -50,7 +52,7 @@ def build(weights: dict[str, Any]) -> onnx.ModelProto:
     Args:
         weights: by checkpoint names, as `models.minilm.load_weights` gives them.
     """
-    g = _Graph(weights)
+    g = Graph(weights)
     ints = lambda name, *values: g.constant(name, np.array(values, np.int64))  # noqa: E731
     seq = g.op("Shape", "ids", start=1, end=2)
     places = g.op("Slice", g.weight("embeddings.position_embeddings.weight"), ints("zero", 0), seq, ints("axis0", 0))

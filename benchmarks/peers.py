@@ -12,7 +12,7 @@ import io
 import os
 import pathlib
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -30,6 +30,10 @@ _QTYPES = {
     "nf4": "nf4",
 }
 THREADS = os.cpu_count() or 1
+# The models that are written as ONNX graphs too.
+IN_ONNX = ("minilm", "mobilenetv2", "efficientnet-b0")
+
+type _Layout = Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]]
 
 
 def available() -> dict[str, bool]:
@@ -139,47 +143,71 @@ def _bytes(leaf: Any) -> int:
 
 
 def onnx_peers(model: BenchModel) -> list[Peer]:
-    """MiniLM under ONNX Runtime and OpenVINO, in float and in int8, each with its own quantizer's usual settings."""
+    """A model of `IN_ONNX` under ONNX Runtime and OpenVINO, in float and in int8, each by its own quantizer."""
     import minilm_onnx
     import onnx
+    import vision_onnx
 
     folder = pathlib.Path(tempfile.mkdtemp())
     path = folder / "float.onnx"
-    onnx.save(minilm_onnx.build(model.spec.weights), path)
+    vision = model.name in vision_onnx.NAMES
+    made = vision_onnx.build(model.name, model.linen[1]) if vision else minilm_onnx.build(model.spec.weights)
+    onnx.save(made, path)
+
+    def laid(inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Inputs as the graph takes them: images with their channels first."""
+        given = {name: inputs[name] for name in model.spec.inputs}
+        return {name: np.ascontiguousarray(np.moveaxis(x, 3, 1)) for name, x in given.items()} if vision else given
+
+    batches = [laid(batch) for batch in model.spec.calibration_batches() or ()]
     peers: list[Peer] = []
     if available()["onnxruntime"]:
-        peers += _onnxruntime(path, folder / "int8.onnx")
+        peers += _onnxruntime(path, folder, batches if vision else None, laid)
     if available()["openvino"]:
-        peers += _openvino(path, model)
+        peers += _openvino(path, batches, laid, transformer=not vision)
     return peers
 
 
-def _onnxruntime(path: pathlib.Path, quantized: pathlib.Path) -> list[Peer]:
+def _onnxruntime(
+    path: pathlib.Path, folder: pathlib.Path, batches: Sequence[Mapping[str, np.ndarray]] | None, laid: _Layout
+) -> list[Peer]:
+    """Float and int8: with static scales where there are batches, which convolutions need there."""
     import onnxruntime
-    from onnxruntime.quantization import QuantType, quantize_dynamic
+    from onnxruntime import quantization
+    from onnxruntime.quantization.shape_inference import quant_pre_process
 
+    quantized, int8 = folder / "int8.onnx", quantization.QuantType.QInt8
     with contextlib.redirect_stdout(io.StringIO()):
-        quantize_dynamic(path, quantized, weight_type=QuantType.QInt8, per_channel=True)
+        if batches is None:
+            quantization.quantize_dynamic(path, quantized, weight_type=int8, per_channel=True)
+        else:
+            rows = iter(batches)
+            reader = type("Reader", (quantization.CalibrationDataReader,), {"get_next": lambda _: next(rows, None)})()
+            quant_pre_process(str(path), str(folder / "ready.onnx"), skip_symbolic_shape=True)
+            quantization.quantize_static(
+                folder / "ready.onnx", quantized, reader, weight_type=int8, activation_type=int8, per_channel=True
+            )
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = THREADS
+    note = f"`quantize_{'dynamic' if batches is None else 'static'}`, per channel"
     peers = []
-    for name, file, note in (
-        ("ONNX Runtime float32", path, ""),
-        ("ONNX Runtime int8", quantized, "`quantize_dynamic`, per channel"),
-    ):
+    for name, file, about in (("ONNX Runtime float32", path, ""), ("ONNX Runtime int8", quantized, note)):
         session = onnxruntime.InferenceSession(file, options)
-        peers.append(
-            Peer(
-                name,
-                lambda session=session, **inputs: {"output": session.run(None, inputs)[0]},
-                lambda inputs, session=session: lambda: session.run(None, dict(inputs)),
-                note=note,
-            )
-        )
+
+        def at(inputs: Mapping[str, np.ndarray], session: Any = session) -> Callable[[], Any]:
+            given = laid(inputs)
+            return lambda: session.run(None, given)
+
+        def predict(session: Any = session, **inputs: Any) -> dict[str, np.ndarray]:
+            return {"output": session.run(None, laid(inputs))[0]}
+
+        peers.append(Peer(name, predict, at, note=about))
     return peers
 
 
-def _openvino(path: pathlib.Path, model: BenchModel) -> list[Peer]:
+def _openvino(
+    path: pathlib.Path, batches: Sequence[Mapping[str, np.ndarray]], laid: _Layout, *, transformer: bool
+) -> list[Peer]:
     import openvino
 
     core = openvino.Core()
@@ -189,28 +217,29 @@ def _openvino(path: pathlib.Path, model: BenchModel) -> list[Peer]:
     if available()["nncf"]:
         import nncf
 
-        batches = [[batch["ids"], batch["mask"]] for batch in model.spec.calibration_batches() or ()]
+        settings = {"model_type": nncf.ModelType.TRANSFORMER} if transformer else {}
         with contextlib.redirect_stdout(io.StringIO()):
             small = nncf.quantize(
                 core.read_model(path),
-                nncf.Dataset(batches),
-                model_type=nncf.ModelType.TRANSFORMER,
+                nncf.Dataset([list(batch.values()) for batch in batches]),
                 subset_size=len(batches),
+                **settings,
             )
-        note = "`nncf.quantize`, transformer settings: static scales, SmoothQuant, bias correction"
-        found.append(("OpenVINO int8", small, {}, note))
+        note = f"`nncf.quantize`{', transformer settings' if transformer else ''}: static scales, bias correction"
+        found.append(("OpenVINO int8", small, {}, note + ", SmoothQuant" * transformer))
     peers = []
     for name, graph, options, note in found:
         dynamic = core.compile_model(graph, "CPU", common | options).create_infer_request()
 
         def predict(dynamic: Any = dynamic, **inputs: Any) -> dict[str, np.ndarray]:
-            return {"output": next(iter(dynamic.infer([inputs["ids"], inputs["mask"]]).values())).copy()}
+            return {"output": next(iter(dynamic.infer(list(laid(inputs).values())).values())).copy()}
 
         def at(inputs: Mapping[str, np.ndarray], graph: Any = graph, options: Any = options) -> Callable[[], Any]:
+            given = list(laid(inputs).values())
             fixed = graph.clone()
-            fixed.reshape({port: list(inputs["ids"].shape) for port in fixed.inputs})
+            fixed.reshape({port: list(array.shape) for port, array in zip(fixed.inputs, given, strict=True)})
             request = core.compile_model(fixed, "CPU", common | options).create_infer_request()
-            return lambda: request.infer([inputs["ids"], inputs["mask"]])
+            return lambda: request.infer(given)
 
         peers.append(Peer(name, predict, at, note=note))
     return peers

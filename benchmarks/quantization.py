@@ -252,9 +252,10 @@ def _covered(program: lx.Program, small: lx.Program) -> tuple[int, int]:
 
 
 def _arithmetic(small: lx.Program) -> str:
-    """How many sites the last pass left with what."""
+    """How many sites the last passes left with what."""
     counts: dict[str, int] = {}
-    for site in small.history[-1].sites if small.history else ():
+    last = small.history[-2:] if small.history and small.history[-1].name == "autotune" else small.history[-1:]
+    for site in (site for report in last for site in report.sites):
         counts[site.action] = counts.get(site.action, 0) + 1
     return ", ".join(f"{count} {action}" for action, count in counts.items())
 
@@ -272,7 +273,7 @@ def _peer_makers(model: models.BenchModel, wanted: list[str]) -> dict[str, Calla
             if setting is not None:
                 name, arguments = setting
                 makers[name] = lambda name=name, arguments=arguments: [peers.qwix_ptq(model, name, arguments)]
-    if model.name == "minilm":
+    if model.name in peers.IN_ONNX:
         makers["ONNX Runtime, OpenVINO"] = lambda: peers.onnx_peers(model)
     return makers
 

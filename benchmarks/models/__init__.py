@@ -19,6 +19,8 @@ MODELS = {
     "transformer": "models.transformer:model",
     "equinox": "models.equinox_cnn:model",
     "haiku": "models.haiku_mlp:model",
+    "mobilenetv2": "models.mobilenet:model",
+    "efficientnet-b0": "models.efficientnet:model",
 }
 
 
