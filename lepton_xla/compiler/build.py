@@ -23,6 +23,7 @@ from lepton_xla.compiler.fingerprint import Fingerprint
 from lepton_xla.compiler.independence import Checked, check_padding, check_rows, default_tolerance, product_dtypes
 from lepton_xla.compiler.manifest import EXPAND, SCHEMA, ExecutableSet, Manifest, Tensor, check_name
 from lepton_xla.compiler.portable import export_programs
+from lepton_xla.compiler.probes import table_sizes
 from lepton_xla.compiler.runtime import Runtime, run_expand
 from lepton_xla.errors import CompileError
 from lepton_xla.passes.inventory import weights_report
@@ -101,9 +102,12 @@ def compile(
         runtime.add(sizes, executables[key].loaded)
 
     tell("check that rows and padding do not mix", steps - 2, steps)
-    dtypes = {entry.dtype for entry in entries} | product_dtypes(program.jaxpr(bucket_list[0]))
+    jaxpr = program.jaxpr(bucket_list[0])
+    dtypes = {entry.dtype for entry in entries} | product_dtypes(jaxpr)
     limit = default_tolerance(dtypes) if tolerance is None else tolerance
-    model = Checked(runtime.run, program.inputs, program.outputs, ladders, limit, examples)
+    model = Checked(
+        runtime.run, program.inputs, program.outputs, ladders, limit, examples, table_sizes(jaxpr, list(program.inputs))
+    )
     _check_independence(
         model, runtime, lambda sizes: _compiled(flat, arrays, program.abstract_inputs(sizes), bucket_name(sizes)).loaded
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 
 from lepton_xla import _compat
 from lepton_xla.compiler.buckets import Ladders, bucket_name
+from lepton_xla.compiler.probes import probe
 from lepton_xla.errors import CompileError
 from lepton_xla.program import TensorSpec
 
@@ -37,6 +39,7 @@ class Checked:
         ladders: its buckets.
         tolerance: largest difference allowed between two executables, relative to the largest value of the output.
         examples: real inputs to probe with, by name; random ones where there is none.
+        tables: as in `probe`.
     """
 
     run: Run
@@ -45,6 +48,18 @@ class Checked:
     ladders: Ladders
     tolerance: float
     examples: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict[str, np.ndarray])
+    tables: Mapping[str, int] = dataclasses.field(default_factory=dict[str, int])
+
+    @property
+    def cure(self) -> str:
+        """What else to do where a check fails on inputs that were drawn."""
+        drawn = [name for name in self.inputs if name not in self.examples]
+        if not drawn:
+            return ""
+        return (
+            f". Random values were tried as {', '.join(drawn)}: if real ones are of another kind, give "
+            f"compile(examples=...) some (on the command line, the ModelSpec's calibration)"
+        )
 
 
 def product_dtypes(jaxpr: Any) -> set[str]:
@@ -86,6 +101,7 @@ def check_rows(model: Checked, symbol: str) -> None:
                 arrays[index][position] = rows[index][row]
         return [output[position] for output in model.run({**others, symbol: size}, arrays)]
 
+    compare = functools.partial(_compare, cure=model.cure)
     conclusive = dict.fromkeys(model.outputs, False)
     why = f"the rows along {symbol!r} see each other, so they cannot be batched or padded"
     for row in range(min(_ROWS_COMPARED, ladder[-1])):
@@ -96,9 +112,9 @@ def check_rows(model: Checked, symbol: str) -> None:
             # In a batch of one there are no others and no other position.
             beside, last = [run(size, row, place, strangers) if size > 1 else padded for place in (0, -1)]
             for index, name in enumerate(model.outputs):
-                same = _compare(beside[index], padded[index], _SAME_TOLERANCE, name, f"{why}: beside other rows", where)
-                _compare(padded[index], alone[index], model.tolerance, name, f"{why}: in a larger batch", where)
-                _compare(last[index], alone[index], model.tolerance, name, f"{why}: at another position", where)
+                same = compare(beside[index], padded[index], _SAME_TOLERANCE, name, f"{why}: beside other rows", where)
+                compare(padded[index], alone[index], model.tolerance, name, f"{why}: in a larger batch", where)
+                compare(last[index], alone[index], model.tolerance, name, f"{why}: at another position", where)
                 conclusive[name] |= same
     _require_conclusive(conclusive)
 
@@ -110,7 +126,8 @@ def check_padding(model: Checked, symbol: str, small: int, large: int, rows: str
         CompileError: naming the output that differs, and what usually causes it.
     """
     sizes = {name: ladder[0] if name == rows else ladder[-1] for name, ladder in model.ladders.items()}
-    real = _probe(model, {**sizes, symbol: small}, seed=2)
+    # All of it real: a row of nothing but zeros, which stand for padding, has no answer of its own.
+    real = _probe(model, {**sizes, symbol: small}, seed=2, lowest=1)
     padded = [
         pad(array, spec.at({**sizes, symbol: large}).shape)
         for array, spec in zip(real, model.inputs.values(), strict=True)
@@ -121,11 +138,12 @@ def check_padding(model: Checked, symbol: str, small: int, large: int, rows: str
         f"inputs shorter than a bucket are padded with zeros along {symbol!r}, and that changes the result of this "
         f"model. Mask the padding inside the model, or give that dimension a fixed size: padded from {small} to {large}"
     )
+    compare = functools.partial(_compare, cure=model.cure)
     conclusive: dict[str, bool] = {}
     for (name, spec), reference, output in zip(model.outputs.items(), expected, found, strict=True):
         cut = tuple(slice(small) if dim == symbol else slice(None) for dim in spec.shape)
         where = bucket_name({**sizes, symbol: large})
-        conclusive[name] = _compare(output[cut], reference, model.tolerance, name, why, where)
+        conclusive[name] = compare(output[cut], reference, model.tolerance, name, why, where)
     _require_conclusive(conclusive)
 
 
@@ -138,34 +156,15 @@ def pad(array: np.ndarray, shape: Sequence[int]) -> np.ndarray:
     return padded
 
 
-def _probe(model: Checked, sizes: Mapping[str, int], *, seed: int, scale: float = 1.0) -> list[np.ndarray]:
-    """Values for every input: the user's examples, repeated to size, or random ones."""
-    random = np.random.default_rng(seed)
-    arrays: list[np.ndarray] = []
-    for name, spec in model.inputs.items():
-        shape, dtype = spec.at(sizes).shape, jnp.dtype(spec.dtype)
-        if name in model.examples:
-            array = _resize(np.asarray(model.examples[name]), shape, seed)
-        elif dtype == np.dtype(bool) or jnp.issubdtype(dtype, jnp.integer):
-            # Valid both as a mask and as an index into a table of any size above one.
-            array = random.integers(0, 2, shape)
-        else:
-            array = random.standard_normal(shape)
-        if jnp.issubdtype(dtype, jnp.floating):
-            array = array * scale
-        arrays.append(np.asarray(array, order="C").astype(dtype))
-    return arrays
+def _probe(
+    model: Checked, sizes: Mapping[str, int], *, seed: int, scale: float = 1.0, lowest: int = 0
+) -> list[np.ndarray]:
+    return probe(model.inputs, sizes, model.examples, model.tables, seed=seed, scale=scale, lowest=lowest)
 
 
-def _resize(array: np.ndarray, shape: Sequence[int], seed: int) -> np.ndarray:
-    """Repeats or cuts an example to a shape, starting at another row for another seed."""
-    array = np.roll(array, -seed, axis=0) if array.ndim else array
-    for axis, size in enumerate(shape):
-        array = np.take(array, np.arange(size) % max(array.shape[axis], 1), axis=axis)
-    return array
-
-
-def _compare(found: np.ndarray, expected: np.ndarray, tolerance: float, name: str, why: str, where: str) -> bool:
+def _compare(
+    found: np.ndarray, expected: np.ndarray, tolerance: float, name: str, why: str, where: str, *, cure: str
+) -> bool:
     """Compares one output; False where no value of it is finite, so that nothing was shown.
 
     Raises:
@@ -175,19 +174,20 @@ def _compare(found: np.ndarray, expected: np.ndarray, tolerance: float, name: st
         # Indices and flags come from comparisons: two values that tie can swap when rounded in another order.
         share = float(np.mean(found != expected)) if expected.size else 0.0
         if share > (0.0 if tolerance == _SAME_TOLERANCE else _TIES):
-            raise CompileError(f"{why}, {share:.0%} of the values of output {name!r} differ (bucket {where})")
+            raise CompileError(f"{why}, {share:.0%} of the values of output {name!r} differ (bucket {where}){cure}")
         return True
     wide = np.complex128 if jnp.issubdtype(expected.dtype, jnp.complexfloating) else np.float64
     found, expected = found.astype(wide), expected.astype(wide)
     finite = np.isfinite(expected)
     if (np.isfinite(found) != finite).any():
-        raise CompileError(f"{why}, output {name!r} becomes not finite (bucket {where})")
+        raise CompileError(f"{why}, output {name!r} becomes not finite (bucket {where}){cure}")
     scale = np.abs(expected[finite]).max(initial=0.0)
     difference = np.abs(found[finite] - expected[finite]).max(initial=0.0)
     if difference > tolerance * scale:
         raise CompileError(
             f"{why}, output {name!r} differs by {difference:.3g} where its largest value is {scale:.3g} "
-            f"(bucket {where}). Usual causes: batch statistics, or a softmax, sum or maximum over that dimension"
+            f"(bucket {where}). Usual causes: batch statistics, or a softmax, sum or maximum over that "
+            f"dimension{cure}"
         )
     return not expected.size or bool(finite.any())
 
