@@ -30,6 +30,9 @@ from lepton_xla.serve.protocol.wire import Decoder, InferRequest, Plan
 
 _log = logging.getLogger("lepton_xla.serve")
 
+# An answer that takes no more than what holds the request does is not counted, nor is that.
+_SMALL_ANSWER_BYTES = 1024
+
 type Route = Callable[[Exchange], None]
 
 
@@ -299,6 +302,8 @@ class App:
 
     def _submit(self, exchange: Exchange, accepted: str | None, request: InferRequest) -> None:
         plan = request.plan
+        if plan.answer_bytes > _SMALL_ANSWER_BYTES:
+            exchange.reserve(plan.answer_bytes)
         call = InferCall(
             plan.rows, plan.key, exchange.started_s, nbytes=request.nbytes,
             request=request, app=self, exchange=exchange, coding=accepted,

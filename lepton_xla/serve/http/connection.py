@@ -29,6 +29,7 @@ from lepton_xla.serve.http.heads import (
     target_refusal,
 )
 from lepton_xla.serve.http.hub import Hub
+from lepton_xla.serve.http.outgoing import AHEAD_BYTES, Outgoing
 from lepton_xla.serve.http.upgrade import body_parser, request_parser
 from lepton_xla.serve.protocol.traceparent import take_out, valid
 
@@ -36,9 +37,8 @@ _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 _CACHED_HEADS = 512
 _CACHED_HEAD_BYTES = 2048
 _LINGER_S = 2.0
-# Unanswered requests of one connection, and bytes of their bodies, beyond which nothing more is read from it.
+# Unanswered requests of one connection beyond which nothing more is read from it.
 _AHEAD = 64
-_AHEAD_BYTES = 1 << 20
 # Framing of a chunked body that is not data (sizes, extensions): what one chunk may cost on the wire.
 _CHUNK_OVERHEAD = 64
 
@@ -48,7 +48,7 @@ class Connection(asyncio.Protocol):
 
     __slots__ = (
         "_address", "_announced", "_body", "_chunks", "_closing", "_complete", "_continue", "_deadline", "_fields",
-        "_framing", "_head", "_head_bytes", "_headers", "_hub", "_in_message", "_last", "_limits", "_messages",
+        "_framing", "_head", "_head_bytes", "_headers", "_hub", "_in_message", "_last", "_limits", "_messages", "_out",
         "_parser", "_paused_s", "_pending", "_reading", "_stalled", "_target", "_trace", "_transport", "_upgrading",
     )  # fmt: skip
 
@@ -60,6 +60,7 @@ class Connection(asyncio.Protocol):
         self._address = ""
         self._announced = False
         self._pending: deque[Exchange] = deque()
+        self._out = Outgoing(hub)
         self._closing = False
         self._reading = True
         self._paused_s = 0.0
@@ -118,6 +119,7 @@ class Connection(asyncio.Protocol):
         self._leave_address()
         self._closing = True
         self._forget_body()
+        self._out.end()
         for exchange in self._pending:
             hub.buffered_bytes -= len(exchange.body)
             exchange.abandon()
@@ -133,17 +135,20 @@ class Connection(asyncio.Protocol):
 
     def pause_writing(self) -> None:
         self._stalled = monotonic()
+        self._out.count(self._transport.get_write_buffer_size())
         self._throttle()
 
     def resume_writing(self) -> None:
         self._stalled = math.inf
+        self._out.count(0)  # or what is too little to count
+        self._out.go_on()
         self._throttle()
 
     def _throttle(self) -> None:
         """Reads on only while the client reads too and not too much of its own is in hand."""
         pending = self._pending
-        ahead = len(pending) > _AHEAD or (len(pending) > 1 and sum(len(each.body) for each in pending) > _AHEAD_BYTES)
-        reading = not ahead and self._stalled == math.inf
+        ahead = len(pending) > _AHEAD or (len(pending) > 1 and sum(len(each.body) for each in pending) > AHEAD_BYTES)
+        reading = not ahead and self._stalled == math.inf and not self._out.waiting
         if reading != self._reading and not self._transport.is_closing():
             self._reading = reading
             if reading:
@@ -355,14 +360,28 @@ class Connection(asyncio.Protocol):
         self._deadline = math.inf
         if not head.keep_alive:
             self._closing = True
-        if len(self._pending) > 1:
+        alone = len(self._pending) == 1 and self._stalled == math.inf
+        if not alone:
             self._throttle()
         if body and hub.buffered_bytes > self._limits.max_buffered_bytes:
             refusal = buffer_refusal()
             hub.refused(refusal)
             exchange.refuse(refusal)
             return
-        hub.handler(exchange)
+        if alone:
+            hub.handler(exchange)
+            return
+        self._out.handle(exchange)
+        if self._out.waiting and self._reading:
+            self._throttle()
+
+    def reserve(self, nbytes: int) -> None:
+        """Sets memory aside for the answer of a request that is handled.
+
+        Raises:
+            RefusedError: 503 where the server holds too much already.
+        """
+        self._out.reserve(nbytes)
 
     def flush(self) -> None:
         """Writes what is answered, as far as the order of the requests allows."""
@@ -373,6 +392,8 @@ class Connection(asyncio.Protocol):
             exchange = pending.popleft()
             head = exchange.head
             self._hub.buffered_bytes -= len(exchange.body)
+            if exchange.reserved:
+                self._out.reserve(-exchange.reserved)
             last = not head.keep_alive
             if self._hub.draining and not self._in_message:
                 # What else may be on its way is not read: that this is the last answer tells the client so.
@@ -383,10 +404,13 @@ class Connection(asyncio.Protocol):
             elif head.old:
                 payload = payload.replace(b"\r\n", b"\r\nConnection: keep-alive\r\n", 1)
             self._transport.write(payload)
+            if self._stalled != math.inf:
+                self._out.count(self._transport.get_write_buffer_size())
             if last:
                 self._finish(unread=not head.target or self._hub.draining)
                 return
         if not self._reading:
+            self._out.go_on()
             self._throttle()
         if not pending:
             if self._in_message:
@@ -480,6 +504,10 @@ class Connection(asyncio.Protocol):
 
     def sweep(self, now: float) -> None:
         """Ends the connection if a time limit has passed."""
+        if self._stalled != math.inf:
+            # A slow client has read some of it.
+            self._out.count(self._transport.get_write_buffer_size())
+            self._out.go_on()
         if now - self._stalled > self._limits.write_timeout_s or (self._closing and now >= self._deadline):
             self._transport.abort()
         elif now >= self._deadline and (self._reading or not self._in_message):

@@ -24,6 +24,10 @@ class Answers(Protocol):
         """Told that the client of an exchange went away before its answer."""
         ...
 
+    def reserve(self, nbytes: int) -> None:
+        """Sets memory aside for an answer, or gives it back where that is negative; may raise `RefusedError`, 503."""
+        ...
+
 
 class Head:
     """Request line and header fields of a request. Equal ones may share an object.
@@ -63,6 +67,7 @@ class Exchange(msgspec.Struct, eq=False):
         on_cancel: called if the client goes away before the answer.
         answered: whether an answer was given.
         payload: the answer.
+        reserved: bytes set aside for the answer, until it is written.
         trace: the W3C `traceparent` it came with, if a valid one; it goes back with the answer.
     """
 
@@ -74,6 +79,16 @@ class Exchange(msgspec.Struct, eq=False):
     answered: bool = False
     payload: bytes | None = None
     trace: bytes | None = None
+    reserved: int = 0
+
+    def reserve(self, nbytes: int) -> None:
+        """Sets memory aside for the answer.
+
+        Raises:
+            RefusedError: 503 where the server holds too much already.
+        """
+        self.connection.reserve(nbytes)
+        self.reserved += nbytes
 
     def abandon(self) -> None:
         """The client went away."""
@@ -102,6 +117,9 @@ class Exchange(msgspec.Struct, eq=False):
             if self.trace is not None:
                 payload = payload.replace(b"\r\n", b"\r\nTraceparent: " + self.trace + b"\r\n", 1)
             self.payload = payload
+            if self.reserved > len(payload):
+                # It may wait long for those before it.
+                self.reserve(len(payload) - self.reserved)
             self.connection.flush()
 
 

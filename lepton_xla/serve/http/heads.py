@@ -99,4 +99,4 @@ def body_refusal(limits: Limits) -> RefusedError:
 
 def buffer_refusal() -> RefusedError:
     """For one body more than the server holds."""
-    return RefusedError(503, "the server holds as many request bodies as it may")
+    return RefusedError(503, "the server holds as many request bodies and answers as it may")

@@ -28,7 +28,9 @@ class Limits:
         64 << 20, "Largest request body, as sent and after decompression; larger ones get 413."
     )
     max_buffered_bytes: int = _limit(
-        1 << 30, "Bodies of all unanswered requests together, those still arriving included; more get 503."
+        1 << 30,
+        "Bodies of all unanswered requests, those still arriving included, and all answers that are to come or not "
+        "sent yet, together; more get 503.",
     )
     max_header_bytes: int = _limit(16 << 10, "Largest request line and header fields together; larger ones get 431.")
     max_headers: int = _limit(64, "Header fields of a request; more get 431.")

@@ -35,7 +35,7 @@ _GAUGES = {
     "queue_requests": "Inferences waiting now.",
     "in_flight": "HTTP requests that have no answer yet.",
     "connections": "Connections open now.",
-    "buffered_bytes": "Bodies of requests that are arriving or have no answer yet.",
+    "buffered_bytes": "Bodies of requests that arrive or have no answer yet, and answers to come or not sent yet.",
 }
 _PROCESS = ProcessCollector(registry=None)
 # Of a server in several processes the sum is shown.

@@ -80,6 +80,10 @@ class Tap:
         self._end(int(payload[9:12]), len(payload))
         self._connection.flush()
 
+    def reserve(self, nbytes: int) -> None:
+        """Sets memory aside for the answer."""
+        self._connection.reserve(nbytes)
+
     def abandoned(self) -> None:
         """The client went away."""
         self._end(GONE, 0)

@@ -35,6 +35,7 @@ from lepton_xla.serve.protocol.request import (
     parse_head,
 )
 from lepton_xla.serve.protocol.signature import Signature
+from lepton_xla.serve.protocol.sizes import answer_bytes
 
 _CACHED_HEADS = 512
 _CACHED_HEAD_BYTES = 4096
@@ -57,6 +58,7 @@ class Plan(msgspec.Struct, eq=False, kw_only=True):
         outputs: for each output asked for, its index in the signature and whether it goes out as binary.
         classes: for each output asked for, how many of the largest elements are wanted in its place, 0 for the tensor
             itself; empty where that is all of them.
+        answer_bytes: memory that the answer takes, at most about.
         id: the client's, echoed; None where it gave none.
         timeout_s: seconds after which the client has no use for the answer; None if it said nothing.
         priority: 0 is the default, 1 the highest, larger numbers are lower.
@@ -72,6 +74,7 @@ class Plan(msgspec.Struct, eq=False, kw_only=True):
     tail_bytes: int
     outputs: tuple[tuple[int, bool], ...]
     classes: tuple[int, ...] = ()
+    answer_bytes: int = 0
     id: str | None = None
     timeout_s: float | None = None
     priority: int = 0
@@ -288,6 +291,13 @@ class Decoder:
                 raise RefusedError(
                     400, f"the classification asked for has {strings} elements; it may have {_MOST_CLASSES}"
                 )
+        taken = answer_bytes(signature, sizes, rows, options.outputs, options.classes)
+        if taken > self._limits.max_buffered_bytes:
+            raise RefusedError(
+                413,
+                f"the answer takes {taken} bytes of memory, and the server may hold {self._limits.max_buffered_bytes}; "
+                "ask for fewer rows or outputs, or for binary_data",
+            )
         return Plan(
             rows=rows,
             key=tuple(key),
@@ -297,6 +307,7 @@ class Decoder:
             tail_bytes=tail_bytes,
             outputs=options.outputs,
             classes=options.classes,
+            answer_bytes=taken,
             id=options.id,
             timeout_s=options.timeout_s,
             priority=options.priority,
