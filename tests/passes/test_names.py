@@ -59,7 +59,7 @@ ADVERSARIAL = (
     "w", "w#0", "w#1", "w:input_factor", "w:act_absmax", "w:act_scale", "w:bias", "w:correction", "w#1:act_absmax",
     "dot_general", "dot_general#0", "größe 1.0", "a.b c:0", "(?i)x+",
 )  # fmt: skip
-FEW = ("w", "w#1", "w:input_factor", "w:act_absmax")
+FEW = ("w", "w#1", "w:act_absmax", "w:input_factor")
 WIDTH = 4
 
 
