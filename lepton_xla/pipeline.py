@@ -13,7 +13,7 @@ import msgspec
 import numpy as np
 
 from lepton_xla.callbacks import without_callbacks
-from lepton_xla.errors import CalibrationError, CompileError, RecipeError
+from lepton_xla.errors import CalibrationError, CompileError, RecipeError, UnsupportedError
 from lepton_xla.flags import warn_of_slow_flags
 from lepton_xla.passes.autotune import autotune
 from lepton_xla.passes.awq import awq
@@ -140,6 +140,9 @@ def apply_plan(
     recipe = plan.recipe
     sizes = grid(program, buckets) if recipe.measure else []
     batches = _as_list(calibration)
+    if not plan.sites and (asked := [kind for kind in ("prune", "quantize") if getattr(recipe, kind)]):
+        skipped = PassReport("skipped", metrics={"left out, as the program has no product": ", ".join(asked)})
+        program = program.replace(history=(*program.history, skipped))
     if any(planned.prune or planned.not_pruned for planned in plan.sites):
         program = _pruned(program, plan, batches, say)
     if any(planned.quantize for planned in plan.sites):
@@ -178,20 +181,27 @@ def _shrunk(
     rule: dict[str, Any] = msgspec.structs.asdict(recipe.shrink)
     multiples: tuple[int, ...] = recipe.shrink.multiples if recipe.measure else recipe.shrink.multiples[:1]
     found: dict[Any, Program] = {}
-    refusal: RecipeError | None = None
+    refusal: RecipeError | UnsupportedError | None = None
     for multiple in multiples:
         say("shrink" if len(multiples) == 1 else f"shrink to multiples of {multiple}")
         rule["round_to"] = multiple
         try:
             small = shrink(program, **rule, calibration=batches, sizes=sizes[0])
-        except RecipeError as error:  # a larger multiple may leave no way to the target
+        except (RecipeError, UnsupportedError) as error:  # a larger multiple may leave no way to the target
             refusal = refusal or error.with_traceback(None)
         else:
             shapes = tuple(leaf.shape for leaf in jax.tree.leaves(small.weights))
             found.setdefault(shapes, small)
     try:
         if refusal is not None and not found:
-            raise refusal
+            if recipe.on_unsupported == "error":
+                raise refusal
+            if isinstance(refusal, UnsupportedError):
+                skipped = PassReport("skipped", metrics={"shrink left out": str(refusal)})
+                return program.replace(history=(*program.history, skipped))
+            say("shrink as far as can be")
+            rule["round_to"] = min(multiples)  # of several, the one that leaves least
+            return shrink(program, **rule, calibration=batches, sizes=sizes[0], on_unsupported="keep")
     finally:
         refusal = None  # its traceback leads back to this frame, which holds programs
     if len(found) == 1:

@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal, get_args, get_type_hints
 import jax.numpy as jnp
 import msgspec
 
+from lepton_xla import recipe_changes
 from lepton_xla.errors import RecipeError, UnsupportedError
 from lepton_xla.passes.expressions import stored_shape
 from lepton_xla.passes.masks import (
@@ -44,11 +45,11 @@ class _Rule(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
 
     Attributes:
         sites: regular expression that must match a site's whole name; the first block that matches a site wins.
-        exclude: regular expression for sites that this block leaves to the blocks after it; empty for none.
+        exclude: regular expressions for sites that this block leaves to the blocks after it; one, or a list.
     """
 
     sites: str
-    exclude: str = ""
+    exclude: str | tuple[str, ...] = ""
 
     def matches(self, site: Site) -> bool:
         """Whether this rule is for the site."""
@@ -56,11 +57,15 @@ class _Rule(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
 
     def matches_path(self, path: str) -> bool:
         """Whether this rule is for what has this name."""
-        return bool(re.fullmatch(self.sites, path)) and not (self.exclude and re.fullmatch(self.exclude, path))
+        return bool(re.fullmatch(self.sites, path)) and not any(
+            re.fullmatch(pattern, path) for pattern in self.exclusions
+        )
 
-    def excludes(self, site: Site) -> bool:
-        """Whether the site is one that this rule leaves to others."""
-        return bool(self.exclude) and bool(re.fullmatch(self.exclude, site.name))
+    @property
+    def exclusions(self) -> tuple[str, ...]:
+        """What `exclude` gives, none or several."""
+        patterns = (self.exclude,) if isinstance(self.exclude, str) else self.exclude
+        return tuple(pattern for pattern in patterns if pattern)
 
 
 class PruneRule(_Rule, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -185,7 +190,8 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         description: one line for people.
         fold: whether batch norm is folded into the weights before it, and dead and common code removed.
         on_unsupported: what to do at a site that a rule names and a pass cannot handle: `error`, or `keep` it as it
-            is and say so in the report.
+            is and say so in the report. With `keep`, a weight of which nothing would be left keeps its largest element,
+            `[shrink]` goes as far towards its target as it can, and a model without any product is left as it is.
         measure: whether integer arithmetic, and other ways to compute what XLA is slow at, such as depthwise
             convolutions, are timed at the compiled sizes and left out where they lose; False: planned integer
             arithmetic is all used, the other ways are not.
@@ -259,6 +265,35 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         recipe._check()
         return recipe
 
+    def replace(
+        self, changes: Mapping[str, Any] | None = None, /, *, exclude: str | Sequence[str] = (), **fields: Any
+    ) -> Recipe:
+        """The recipe with other values, checked as those of a file are.
+
+        Args:
+            changes: dotted key -> value, such as `{"quantize.0.weights": "int4"}`; None takes a key back to its
+                default.
+            exclude: regular expressions for sites that no block changes, and weights that shrinking leaves whole.
+            fields: keys of the recipe itself, such as `rescale="awq"`.
+
+        Raises:
+            RecipeError: for an unknown key or a value that is none of its key; the message names the key.
+
+        >>> Recipe.load("int8").replace({"quantize.0.weights": "int4"}, exclude="head").quantize[0].exclude
+        ('head',)
+        """
+        given: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(self))
+        plain = msgspec.to_builtins({**(changes or {}), **fields})
+        given = recipe_changes.changed(given, plain)
+        if patterns := [exclude] if isinstance(exclude, str) else list(exclude):
+            given = recipe_changes.excluded(given, patterns)
+        try:
+            recipe = msgspec.convert(given, Recipe)
+        except msgspec.MsgspecError as error:
+            raise RecipeError(f"recipe {self.name!r}: {_reason(error, given)}") from error
+        recipe._check()
+        return recipe
+
     def resolve(self, program: Program, *, sites: Sequence[Site] | None = None) -> Plan:
         """Decides what each site of a program gets.
 
@@ -275,7 +310,8 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         self._check()
         found = tuple(sites) if sites is not None else find_sites(program)
         for kind, rules in (("prune", self.prune), ("quantize", self.quantize)):
-            _check_used(rules, found, f"recipe {self.name!r}: {kind}")
+            if found or self.on_unsupported == "error":
+                _check_used(rules, found, f"recipe {self.name!r}: {kind}")
         stored = name_leaves(program.weights)
         stored |= {
             site.path: stored_shape(site.source, program.weights)
@@ -292,8 +328,8 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
                     f"site, or set on_unsupported = 'keep'"
                 )
         plan = Plan(self, tuple(decided))
-        something_left(plan_targets(plan, stored))
-        return plan
+        empty = something_left(plan_targets(plan, stored), keep=self.on_unsupported == "keep")
+        return dataclasses.replace(plan, sites=tuple(entry.without_pruning(empty) for entry in plan.sites))
 
     def _check(self) -> None:
         """Refuses what is no value of its key, or not beside another; a recipe need not come from a file."""
@@ -352,6 +388,11 @@ class SitePlan:
     not_pruned: str = ""
     not_quantized: str = ""
     weight_bytes: int = 0
+
+    def without_pruning(self, reasons: Mapping[str, str]) -> SitePlan:
+        """The same, not pruned where its weight has a reason."""
+        reason = reasons.get(self.site.path or "") if self.prune is not None else None
+        return dataclasses.replace(self, prune=None, not_pruned=reason) if reason else self
 
     @property
     def kept(self) -> str:
@@ -525,11 +566,12 @@ def check_rule(rule: PruneRule | QuantizeRule, where: str, *, needs_sparsity: bo
         check_prune_rule(rule, where, needs_sparsity=needs_sparsity)
     else:
         _check_quantize_rule(rule, where)
-    for key in ("sites", "exclude"):
-        try:
-            re.compile(getattr(rule, key))
-        except (re.error, OverflowError, RecursionError) as error:
-            raise RecipeError(f"{where}.{key} = {getattr(rule, key)!r} is not a regular expression: {error}") from error
+    for key, patterns in (("sites", (rule.sites,)), ("exclude", rule.exclusions)):
+        for pattern in patterns:
+            try:
+                re.compile(pattern)
+            except (re.error, OverflowError, RecursionError) as error:
+                raise RecipeError(f"{where}.{key} = {pattern!r} is not a regular expression: {error}") from error
 
 
 def _check_quantize_rule(rule: QuantizeRule, where: str) -> None:
@@ -564,10 +606,13 @@ def _check_used(rules: Sequence[_Rule], sites: Sequence[Site], where: str) -> No
     have = f"the program's {len(sites)} sites: {some_names([site.name for site in sites])}"
     left = list(sites)
     for index, rule in enumerate(rules):
-        if not any(rule.matches(site) for site in sites):
+        if not any(re.fullmatch(rule.sites, site.name) for site in sites):
             raise RecipeError(f"{where}[{index}].sites = {rule.sites!r} matches none of {have}")
-        if rule.exclude and not any(rule.excludes(site) for site in sites):
-            raise RecipeError(f"{where}[{index}].exclude = {rule.exclude!r} matches none of {have}")
+        for pattern in rule.exclusions:
+            if not any(re.fullmatch(pattern, site.name) for site in sites):
+                raise RecipeError(f"{where}[{index}].exclude = {pattern!r} matches none of {have}")
+        if not any(rule.matches(site) for site in sites):
+            raise RecipeError(f"{where}[{index}].exclude = {rule.exclude!r} leaves out all that its sites match")
         if not any(rule.matches(site) for site in left):
             raise RecipeError(
                 f"{where}[{index}].sites = {rule.sites!r} only matches sites that earlier blocks take; the first block "

@@ -33,6 +33,20 @@ recipe_option = click.option(
     metavar="NAME|FILE.toml",
     help="A preset's name (see `leptonx recipes`) or a TOML file. By default none: the float model as it is.",
 )
+set_option = click.option(
+    "--set",
+    "settings",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Change a key of the recipe, such as rescale=awq, quantize.0.weights=int4 (the first [[quantize]] block) or "
+    "shrink.flops=0.7; the value is TOML or a bare word, and nothing after = is the default. May be repeated.",
+)
+exclude_option = click.option(
+    "--exclude",
+    multiple=True,
+    metavar="PATTERN",
+    help="Leave sites alone whose whole name this regular expression matches, such as '.*/head'. May be repeated.",
+)
 buckets_option = click.option(
     "--buckets",
     "buckets",

@@ -8,7 +8,7 @@ import itertools
 import pathlib
 import re
 import sys
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -22,6 +22,7 @@ from lepton_xla.modelspec import ModelSpec, Predict, load_spec
 from lepton_xla.passes.calibrate import check_batch
 from lepton_xla.program import Program, TensorSpec
 from lepton_xla.recipe import Recipe
+from lepton_xla.recipe_changes import parse_setting
 
 
 def load_target(target: str) -> ModelSpec:
@@ -30,11 +31,26 @@ def load_target(target: str) -> ModelSpec:
         return load_spec(target)
 
 
-def load_recipe(name_or_path: str) -> Recipe:
-    """A recipe; `none` is the one that leaves the model as it is."""
+def load_recipe(name_or_path: str, settings: Sequence[str] = (), exclude: Sequence[str] = ()) -> Recipe:
+    """A recipe; `none` is the one that leaves the model as it is.
+
+    Args:
+        name_or_path: a preset or a file.
+        settings: `key=value` of what is changed in it.
+        exclude: regular expressions for sites that it leaves alone.
+
+    Raises:
+        RecipeError: if there is none, or the changes do not fit it.
+    """
     if name_or_path == NO_RECIPE:
-        return Recipe(name=NO_RECIPE, description="the float model as it is", fold=False)
-    return Recipe.load(name_or_path)
+        recipe = Recipe(name=NO_RECIPE, description="the float model as it is", fold=False)
+    else:
+        recipe = Recipe.load(name_or_path)
+    if not settings and not exclude:
+        return recipe
+    changes = dict(parse_setting(text) for text in settings)
+    recipe = recipe.replace(changes, exclude=exclude)
+    return recipe if "name" in changes else recipe.replace(name=f"{recipe.name}, changed")
 
 
 def ladders(spec: ModelSpec, program: Program, given: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:

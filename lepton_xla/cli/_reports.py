@@ -87,6 +87,20 @@ def _bytes(sites: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
     return f"{before:,}", f"{after:,}"
 
 
+def remarks(reports: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What was asked for and not done, or not as far, one line each."""
+    lines: list[str] = []
+    for report in reports:
+        metrics = report.get("metrics")
+        if not isinstance(metrics, Mapping):
+            continue
+        if report.get("name") == "skipped":
+            lines += [f"{key}: {value}" for key, value in metrics.items()]
+        elif metrics.get("not_reached"):
+            lines.append(f"{report.get('name', '')}: {metrics['not_reached']}")
+    return lines
+
+
 def _sites(report: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     sites = report.get("sites")
     return [site for site in sites if isinstance(site, Mapping)] if isinstance(sites, list | tuple) else []

@@ -18,6 +18,8 @@ from lepton_xla.errors import ArtifactError
 @click.command()
 @click.argument("target")
 @_common.recipe_option
+@_common.set_option
+@_common.exclude_option
 @_common.buckets_option
 @click.option(
     "-o", "--output", metavar="NAME.lepton", help="Where to write it. By default the model's name in this folder."
@@ -30,6 +32,8 @@ def compile(
     target: str,
     *,
     recipe: str,
+    settings: tuple[str, ...],
+    exclude: tuple[str, ...],
     buckets: tuple[str, ...],
     output: str | None,
     name: str | None,
@@ -46,6 +50,7 @@ def compile(
     \b
       leptonx compile digits.py:model --recipe int8-prune50 -o digits.lepton
       leptonx compile my_package.models:encoder --recipe int8 --buckets batch=1,8,32 --buckets seq=32,128
+      leptonx compile digits.py:model --recipe int8 --exclude '.*head' --set rescale=awq
       leptonx compile digits.py:model                        the float model as it is
     """
     given = _common.parse_buckets(buckets)
@@ -60,7 +65,7 @@ def compile(
         from lepton_xla.pipeline import apply_plan, plan_for
 
         # What needs no model is looked at first, so that a slip does not cost a long run.
-        chosen = _models.load_recipe(recipe)
+        chosen = _models.load_recipe(recipe, settings, exclude)
         stem = pathlib.PurePath(output).name.removesuffix(".lepton") if output else _models.default_name(target)
         model_name = check_name(name or stem)
         location = output or f"{model_name}.lepton"
@@ -78,7 +83,7 @@ def compile(
         small = apply_plan(planned_program, plan, calibration=batches, buckets=ladders, progress=step)
         optimize_s = time.perf_counter() - started
 
-        as_is = recipe == _common.NO_RECIPE
+        as_is = recipe == _common.NO_RECIPE and not settings
         started = time.perf_counter()
         artifact = compiler.compile(
             small,
@@ -134,6 +139,7 @@ def _print(document: Mapping[str, Any]) -> None:
 
     if document["passes"]:
         _common.show(_reports.passes_table(document["passes"]), _reports.weights_table([document["weights"]]))
+        _common.show(*_reports.remarks(document["passes"]))
     else:
         _common.show("no recipe: the float model is compiled as it is", "")
     large, small = document["weights_bytes_float"], document["weights_bytes_optimized"]

@@ -142,6 +142,7 @@ def _print(
     if manifest.reports:
         _common.show(_reports.passes_table(manifest.reports), _reports.sites_table(manifest.reports))
         _common.show(_reports.fates_table(manifest.reports), _reports.weights_table(manifest.reports))
+        _common.show(*_reports.remarks(manifest.reports))
     if manifest.metrics:
         _common.show(_common.table("metrics", ("metric", ">value"), _flat(manifest.metrics)))
     if manifest.programs_note:

@@ -16,11 +16,23 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("target")
 @_common.recipe_option
+@_common.set_option
+@_common.exclude_option
 @_common.buckets_option
 @click.option("--groups", is_flag=True, help="Show also which units (channels, heads) could be removed together.")
 @click.option("--plot", metavar="FILE.svg", help="Draw these groups: weights by groups; needs matplotlib.")
 @_common.json_option
-def plan(target: str, *, recipe: str, buckets: tuple[str, ...], groups: bool, plot: str | None, as_json: bool) -> None:
+def plan(
+    target: str,
+    *,
+    recipe: str,
+    settings: tuple[str, ...],
+    exclude: tuple[str, ...],
+    buckets: tuple[str, ...],
+    groups: bool,
+    plot: str | None,
+    as_json: bool,
+) -> None:
     """Show what a recipe would do to each site of the model TARGET; nothing is run.
 
     A site is a product, by a weight or of two activations, or an embedding's look-up. Operations are counted
@@ -28,6 +40,7 @@ def plan(target: str, *, recipe: str, buckets: tuple[str, ...], groups: bool, pl
 
     \b
       leptonx plan digits.py:model --recipe int8
+      leptonx plan digits.py:model --recipe shrink50 --set shrink.flops=0.7 --exclude '.*head'
       leptonx plan my_package.models:encoder --recipe mine.toml --buckets batch=8
       leptonx plan digits.py:model --recipe int8 --groups --plot groups.svg
       leptonx plan digits.py:model --recipe int8 --json | jq '.sites[] | select(.kept != "")'
@@ -44,7 +57,7 @@ def plan(target: str, *, recipe: str, buckets: tuple[str, ...], groups: bool, pl
         from lepton_xla.passes.inventory import weights_report
         from lepton_xla.pipeline import plan_for
 
-        chosen = _models.load_recipe(recipe)
+        chosen = _models.load_recipe(recipe, settings, exclude)
         step(f"load {target}")
         spec = _models.load_target(target)
         program = spec.program()
@@ -121,6 +134,7 @@ def _print(document: dict[str, Any]) -> None:
     for title, columns, lines in _unit_tables(document):
         _common.show(_common.table(title, columns, lines))
     _common.show(_reports.weights_table([document["weights"]]))
+    _common.show(*_reports.remarks([document["shrink"]] if "shrink" in document else []))
     _common.show(
         _common.table(
             f"{document['target']}, recipe {document['recipe']}",

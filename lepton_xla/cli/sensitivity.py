@@ -27,6 +27,8 @@ DEFAULT_RECIPE = "int8"
     help=f"Whose [[quantize]] rules to try: a preset's name (see `leptonx recipes`) or a TOML file; by default "
     f"{DEFAULT_RECIPE}.",
 )
+@_common.set_option
+@_common.exclude_option
 @click.option(
     "--metric",
     metavar="NAME",
@@ -44,6 +46,8 @@ def sensitivity(
     target: str,
     *,
     recipe: str,
+    settings: tuple[str, ...],
+    exclude: tuple[str, ...],
     metric: str | None,
     lower_is_better: bool,
     top: int | None,
@@ -61,6 +65,7 @@ def sensitivity(
 
     \b
       leptonx sensitivity digits.py:model
+      leptonx sensitivity digits.py:model --set quantize.0.weights=int4 --set quantize.0.activations=none
       leptonx sensitivity digits.py:model --recipe w4a4.toml --metric output --top 10
       leptonx sensitivity digits.py:model --latency -o ranking.json --plot ranking.png
       leptonx sensitivity digits.py:model --json | jq -r '.sites[:3][].site'
@@ -74,7 +79,7 @@ def sensitivity(
         from lepton_xla.cli import _models
         from lepton_xla.tune import sensitivity as measure
 
-        chosen = _models.load_recipe(recipe)
+        chosen = _models.load_recipe(recipe, settings, exclude)
         step(f"load {target}")
         spec = _models.load_target(target)
         program = spec.program()

@@ -107,7 +107,7 @@ class Groups:
                 `path[axis]` of one of its members.
 
         Raises:
-            RecipeError: if a pattern is malformed or matches no group.
+            RecipeError: if a pattern is malformed, or matches neither a group nor a weight.
         """
         items = self.items
         for pattern in patterns:
@@ -115,7 +115,7 @@ class Groups:
                 matched = {group.name for group in items if group.matches(pattern)}
             except (re.error, TypeError, OverflowError, RecursionError) as error:
                 raise RecipeError(f"protect = {pattern!r} is not a regular expression: {error}") from error
-            if not matched:
+            if not matched and not any(re.fullmatch(pattern, path) for path in self.study.weights):
                 raise RecipeError(
                     f"protect = {pattern!r} matches none of the groups: {', '.join(group.name for group in items)}"
                 )

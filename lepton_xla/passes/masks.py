@@ -227,12 +227,20 @@ def _leaf_target(path: str, leaf: Any, rule: PruneRule) -> Target:
     return Target(path, jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), rule)
 
 
-def something_left(targets: Sequence[Target]) -> None:
+def something_left(targets: Sequence[Target], *, keep: bool = False) -> dict[str, str]:
     """Refuses rules that would leave nothing of a weight, as far as that is known from its shape.
+
+    Args:
+        targets: of all rules.
+        keep: whether such weights are named instead. Of weights that are ranked together something is then left.
+
+    Returns:
+        Path -> why it cannot be pruned; empty unless `keep`.
 
     Raises:
         RecipeError: naming the weight.
     """
+    reasons: dict[str, str] = {}
     known = [target for target in targets if sparsity_of(target.rule) is not None and target.pattern.kind != "groups"]
     together: dict[int, list[tuple[Target, int, int]]] = {}
     for target, share in zip(known, rule_shares(known).values(), strict=True):
@@ -241,14 +249,17 @@ def something_left(targets: Sequence[Target]) -> None:
         if target.rule.distribution == "global":
             together.setdefault(id(target.rule), []).append((target, steps, steps * count))
         elif count and round(float(share) * count) >= count:
-            raise RecipeError(f"{_nothing_left(target)}; lower its sparsity or exclude it")
-    for each in together.values():
+            if not keep:
+                raise RecipeError(f"{_nothing_left(target)}; lower its sparsity or exclude it")
+            reasons[target.path] = f"{target.rule.describe()} would leave nothing of it"
+    for each in () if keep else together.values():
         rule, kept, count = each[0][0].rule, sum(part[1] for part in each), sum(part[2] for part in each)
         if count and round(float(sparsity_of(rule) or 0) * count) > count - kept:
             raise RecipeError(
                 f"sites = {rule.sites!r}: {rule.describe()} would not leave one of each of the weights "
                 f"{some_names(part[0].path for part in each)}; lower its sparsity or exclude some"
             )
+    return reasons
 
 
 def unprunable(rule: PruneRule, site: Site, stored: Any, *, named: bool = False) -> str:
@@ -480,6 +491,7 @@ def find_masks(
     regrowth: Regrowth | None = None,
     earlier: Mapping[str, jax.Array] | None = None,
     exchange: bool = False,
+    spare: bool = False,
 ) -> dict[str, jax.Array]:
     """Masks of the elements to keep.
 
@@ -494,6 +506,8 @@ def find_masks(
         rank: `keep_largest`, or `keep_largest_on_host` outside of `jit`.
         regrowth: what is taken back in, for patterns other than N:M.
         earlier: path -> bool array, the mask of every target so far; None where there is none.
+        spare: whether outside of `jit` too one unit of each weight that is ranked with others, and of each step of a
+            stack, is left.
         exchange: whether others may be dropped in the place of those that `earlier` drops; inside `jit` only.
 
     Returns:
@@ -522,7 +536,7 @@ def find_masks(
             sets.setdefault(id(target.rule) if _together([target]) else target.path, []).append(target)
     ranked = list(sets.values())
     units = [[target.units(scores[target.path]) for target in each] for each in ranked]
-    dropped = [_dropped(each, parts, sparsity[each[0].path]) for each, parts in zip(ranked, units, strict=True)]
+    dropped = [_dropped(each, parts, sparsity[each[0].path], spare) for each, parts in zip(ranked, units, strict=True)]
     leads = [0 if _together(each) else each[0].lead for each in ranked]
     if earlier is not None:
         alive = [[held.held_units(target, earlier[target.path]) for target in each] for each in ranked]
@@ -531,7 +545,7 @@ def find_masks(
         else:
             dropped = [_no_fewer(*each) for each in zip(ranked, units, dropped, alive, leads, strict=True)]
     if regrowth is None:
-        spared = [_sparing(*each) for each in zip(ranked, units, dropped, strict=True)]
+        spared = [_sparing(*each, spare=spare) for each in zip(ranked, units, dropped, strict=True)]
         kept = rank([Ranking(*each) for each in zip(spared, dropped, leads, strict=True)]) if ranked else []
     else:
         kept = _regrown(ranked, units, dropped, leads, regrowth, rank)
@@ -582,12 +596,14 @@ def _together(targets: Sequence[Target]) -> bool:
     return targets[0].rule.distribution == "global"
 
 
-def _sparing(targets: Sequence[Target], units: Sequence[jax.Array], dropped: Any) -> list[jax.Array]:
+def _sparing(
+    targets: Sequence[Target], units: Sequence[jax.Array], dropped: Any, *, spare: bool = False
+) -> list[jax.Array]:
     """Scores by which, of weights that are ranked together, the largest unit of each step of each is never dropped.
 
-    Outside of `jit` they stay as they are: there it can be refused, and is.
+    Outside of `jit` they stay as they are unless `spare` says otherwise: there it can be refused.
     """
-    if not (_together(targets) and isinstance(dropped, jax.Array)):
+    if not (_together(targets) and (spare or isinstance(dropped, jax.Array))):
         return list(units)
     spared = [largest_of_each(part, target.lead) for target, part in zip(targets, units, strict=True)]
     return [jnp.where(best, jnp.float32(jnp.inf), part) for best, part in zip(spared, units, strict=True)]
@@ -600,7 +616,7 @@ def _spared(targets: Sequence[Target], units: Sequence[jax.Array]) -> int:
     return sum(math.prod(part.shape[: target.lead]) for target, part in zip(targets, units, strict=True))
 
 
-def _dropped(targets: Sequence[Target], units: Sequence[jax.Array], sparsity: Any) -> Any:
+def _dropped(targets: Sequence[Target], units: Sequence[jax.Array], sparsity: Any, spare: bool) -> Any:
     lead = 0 if _together(targets) else targets[0].lead
     count = Ranking(units, 0, lead).elements
     if count > LARGEST_RANKING:
@@ -612,7 +628,8 @@ def _dropped(targets: Sequence[Target], units: Sequence[jax.Array], sparsity: An
         share = jnp.clip(sparsity.astype(jnp.float32), 0, 1)
         most = jnp.uint32(max(0, count - _spared(targets, units)))
         return jnp.minimum(jnp.round(share * count).astype(jnp.uint32), most)
-    return round(sparsity * count)
+    most = max(0, count - _spared(targets, units)) if spare and _together(targets) else count
+    return min(round(sparsity * count), most)
 
 
 def group_masks(scores: jax.Array, pattern: Pattern, sparsity: Any, *, least: jax.Array | None = None) -> jax.Array:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -66,7 +67,8 @@ def prune(program: Program, plan: Plan, *, seed: int = 0) -> Program:
         The program with pruned weights and their masks, so that training can go on with the zeros held.
 
     Raises:
-        RecipeError: if a rule's method needs gradients, or nothing would be left of a weight.
+        RecipeError: if a rule's method needs gradients, or nothing would be left of a weight, unless the recipe says
+            `keep`: then its largest element stays.
         ModelError: if a planned weight is not finite.
     """
     program = for_plan(program, plan)
@@ -78,9 +80,16 @@ def prune(program: Program, plan: Plan, *, seed: int = 0) -> Program:
     cut = any(len(weight.sharding.device_set) > 1 for weight in weights.values())
     rank = jax.jit(keep_largest) if cut else keep_largest_on_host
     earlier = earlier_masks(targets, program.masks)
-    masks = find_masks(targets, scores, rule_shares(targets), rank=rank, earlier=earlier)
+    spare = plan.recipe.on_unsupported == "keep"
+    masks = find_masks(targets, scores, rule_shares(targets), rank=rank, earlier=earlier, spare=spare)
+    last = "its largest is all that stays: something of every weight does"
+    reasons = {
+        target.path: last
+        for target in targets
+        if spare and masks[target.path].sum() <= 1 < math.prod(target.like.shape)
+    }
     kept = [SiteReport(entry.site.name, "kept", entry.not_pruned) for entry in plan.sites if entry.not_pruned]
-    return with_masks(program, plan, "prune", start, targets, masks, kept=kept)
+    return with_masks(program, plan, "prune", start, targets, masks, reasons=reasons, kept=kept)
 
 
 def pruned_targets(program: Program, plan: Plan, wanted: Callable[[str], bool]) -> list[Target]:
@@ -135,7 +144,7 @@ def with_masks(
         kept: lines on sites that were left as they are.
 
     Raises:
-        RecipeError: if nothing would be left of a weight.
+        RecipeError: if nothing would be left of a weight, unless the recipe says `keep`.
     """
     changed = dict(program.weights)
     found: dict[str, jax.Array] = {}
@@ -144,15 +153,18 @@ def with_masks(
         path, mask = target.path, masks[target.path]
         if path in program.masks:
             mask = mask & program.masks[path]  # masks only ever grow
-        found[path] = mask
+        sites = [entry.site.name for entry in plan.sites if entry.prune is not None and entry.site.path == path]
         if reason := nothing_left(target, mask):
-            raise RecipeError(f"{reason}; lower its sparsity or exclude it")
+            if plan.recipe.on_unsupported == "error":
+                raise RecipeError(f"{reason}; lower its sparsity or exclude it")
+            lines += [SiteReport(site, "kept", reason) for site in sites]
+            continue
+        found[path] = mask
         weight: Any = (weights or changed).get(path, changed[path])
         changed[path] = jnp.where(mask, weight, jnp.zeros_like(weight))
         size = leaf_bytes(weight.shape, weight.dtype)
         figures = {"sparsity": 1 - float(jnp.mean(mask))} | dict((metrics or {}).get(path, {}))
         said = (reasons or {}).get(path, "")
-        sites = [entry.site.name for entry in plan.sites if entry.prune is not None and entry.site.path == path]
         # The bytes of a weight that several sites use are told once.
         sizes = [size, *([0] * (len(sites) - 1))]
         lines += [SiteReport(site, "pruned", said, b, b, figures) for site, b in zip(sites, sizes, strict=True)]

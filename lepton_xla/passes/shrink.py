@@ -31,6 +31,18 @@ SEARCH_STEPS = 12
 LATENCY_SEARCH_STEPS = 7
 
 
+class _UnreachableError(RecipeError):
+    """A target that cannot be reached.
+
+    Attributes:
+        level: how far to go instead, as `Ranking.at_level` takes it.
+    """
+
+    def __init__(self, message: str, level: float = 1.0) -> None:
+        super().__init__(message)
+        self.level = level
+
+
 def shrink(
     program: Program,
     *,
@@ -45,6 +57,7 @@ def shrink(
     calibration: Batches | None = None,
     loss: Loss | None = None,
     sizes: Mapping[str, int] | None = None,
+    on_unsupported: Literal["error", "keep"] = "error",
 ) -> Program:
     """Removes the channels, hidden units and heads that matter least.
 
@@ -64,14 +77,16 @@ def shrink(
         calibration: batches for `importance = "activation"` or `"taylor"`.
         loss: for `"taylor"`: `loss(weights, batch) -> scalar`.
         sizes: sizes of the symbolic dimensions at which operations are counted and calls are timed.
+        on_unsupported: what to do where the target cannot be reached: `error`, or `keep`: remove all that can go, and
+            say in the report, under `not_reached`, how far that is and what stands in the way.
 
     Returns:
         A program of the same inputs and outputs with smaller weights, equal to the program with all weights of the
         removed units set to zero. Masks are cut likewise.
 
     Raises:
-        RecipeError: if an argument is out of range, a pattern matches nothing, or the target cannot be reached; the
-            message says what can be, and which groups stand in the way.
+        RecipeError: if an argument is out of range, a pattern matches nothing, or the target cannot be reached (unless
+            `on_unsupported` is `keep`); the message says what can be, and which groups stand in the way.
         CalibrationError: if data or the loss are missing.
         UnsupportedError: if a weight is quantized.
     """
@@ -84,10 +99,16 @@ def shrink(
     scores = importance_scores(program, groups, importance, calibration=calibration, loss=loss)
     ranking = Ranking(groups, scores, scope, round_to)
     before = cost(program, chosen)
-    if sparsity is not None:
-        counts = ranking.at_sparsity(sparsity)
-    else:
-        counts = _search(program, ranking, chosen, flops=flops, size=bytes, latency_ms=latency_ms)
+    not_reached = ""
+    try:
+        if sparsity is not None:
+            counts = ranking.at_sparsity(sparsity)
+        else:
+            counts = _search(program, ranking, chosen, flops=flops, size=bytes, latency_ms=latency_ms)
+    except _UnreachableError as error:
+        if on_unsupported == "error":
+            raise
+        counts, not_reached = ranking.at_level(error.level), str(error).removeprefix("shrink: ")
     small = remove(program, groups, ranking.keep(counts))
     after = cost(small, chosen)
     reports = tuple(_report(group, counts.get(group.name, group.units), round_to) for group in groups)
@@ -100,6 +121,7 @@ def shrink(
         "weights_bytes_before": program.weights_bytes,
         "weights_bytes_after": small.weights_bytes,
     }
+    metrics |= {"not_reached": not_reached} if not_reached else {}
     report = PassReport("shrink", time.perf_counter() - start, reports, metrics)
     return small.replace(history=(*program.history, report))
 
@@ -177,7 +199,7 @@ class Ranking:
         remove = math.floor(sparsity * self._total + 1e-9)
         most = sum(self._weight[name] for name in self._order)
         if remove > most:
-            raise RecipeError(
+            raise _UnreachableError(
                 f"shrink: sparsity = {sparsity} takes {remove} of {self._total} units, but only {most} can go: one "
                 f"unit of each group stays, of {some_names(f'{g.name!r} ({g.units})' for g in self.groups)}"
             )
@@ -232,7 +254,7 @@ def _search(
     before = cost(program, sizes)
     if (flops is not None and not before.flops) or (size is not None and not before.weights_bytes):
         what = "operations" if flops is not None else "bytes of weights"
-        raise RecipeError(f"shrink: the program has no {what} to take a share of at sizes {dict(sizes)}")
+        raise _UnreachableError(f"shrink: the program has no {what} to take a share of at sizes {dict(sizes)}", 0.0)
 
     def value(counts: Mapping[str, int]) -> float:
         kept = ranking.keep(counts)
@@ -252,7 +274,7 @@ def _search(
         return ranking.at_level(0.0)
     least = value(ranking.at_level(1.0))
     if least > target:
-        raise RecipeError(_unreachable(name, target, least, ranking.every))
+        raise _UnreachableError(_unreachable(name, target, least, ranking.every))
     for _ in range(LATENCY_SEARCH_STEPS if latency_ms is not None else SEARCH_STEPS):
         middle = (low + high) / 2
         low, high = (low, middle) if value(ranking.at_level(middle)) <= target else (middle, high)

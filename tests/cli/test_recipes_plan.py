@@ -1,5 +1,6 @@
 """`leptonx recipes` and `leptonx plan`, and every way in which a recipe or a model file can be wrong."""
 
+import re
 import sys
 import tomllib
 
@@ -219,3 +220,33 @@ def test_plan_draws_which_weights_lose_units_together(cli, plain, tmp_path):
     assert "nowhere" in cli.refused("plan", plain, "--recipe", "int8", "--plot", tmp_path / "nowhere" / "groups.svg")
     line = cli.refused("plan", plain, "--recipe", "int8", "--plot", tmp_path / "groups.docx")
     assert "groups.docx cannot be written" in line
+
+
+def test_set_and_exclude_change_a_preset(cli, plain):
+    changed = cli.json("plan", plain, "--recipe", "int8", "--set", "quantize.0.weights=int4", "--set",
+                       "quantize.0.activations=none", "--exclude", "head")  # fmt: skip
+    assert [site["decision"] for site in changed["sites"]] == ["int4 weights", "float"]
+    assert changed["recipe"] == "int8, changed"
+    alone = cli.json("plan", plain, "--set", "cast=bfloat16")
+    assert (alone["recipe"], alone["cast"]) == ("none, changed", "bfloat16")
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--set", "quantize.0.weights=int7"], "quantize[0].weights = 'int7': expected one of int8"),
+        (["--set", "weights=int4"], "unknown key 'weights'"),
+        (["--set", "fold"], "--set 'fold': expected key=value"),
+        (["--exclude", "nowhere"], "exclude = 'nowhere' matches none of"),
+        (["--exclude", "("], "exclude = '(' is not a regular expression"),
+    ],
+)
+def test_changes_that_do_not_fit_are_refused_in_one_line(cli, plain, more, message):
+    assert message in cli.refused("plan", plain, "--recipe", "int8", *more)
+
+
+@pytest.mark.parametrize("command", ["plan", "compile", "sensitivity"])
+def test_help_teaches_set_by_an_example(cli, command):
+    text = cli.ok(command, "--help")
+    assert "--exclude" in text
+    assert re.search(rf"leptonx {command} .*--set \S+=", text)

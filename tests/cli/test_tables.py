@@ -69,17 +69,24 @@ BENCH = {
     "buckets": [{"bucket": f"batch={n},seq=512", "rounds": 9, "float": SIDE, "artifact": SIDE, "speedup": 2.5}
                 for n in (1, 128)],
 }  # fmt: skip
+FATES = {
+    "name": "weights", "sites": [{"site": "head", "action": "int8", "reason": "", "bytes_before": 89_349_120,
+                                  "bytes_after": 22_337_280}],
+}  # fmt: skip
 COMPILED = {
+    "weights": FATES,
     "passes": REPORTS, "weights_bytes_float": 89_349_120, "weights_bytes_optimized": 22_000_000, "name": "a-model",
     "weights_bytes_on_disk": 21_000_000, "recipe": "int8", "path": "a.lepton", "artifact_bytes": 10**7,
     "metrics": {"float": {"accuracy": 0.9712345}, "optimized": {"accuracy": 0.9701234}}, "optimize_s": 1.0,
     "compile_s": 2.0, "compile_s_by_bucket": {"batch=1,seq=128": 1.0},
 }  # fmt: skip
-SITE = {"site": "encoder/layers/3/query", "sites": ["encoder/layers/3/query", "decoder/layers/3/query"], "kind": "dot",
+SITE = {"site": "encoder/layers/3/query", "weight": "encoder/layers/3/query",
+        "sites": ["encoder/layers/3/query", "decoder/layers/3/query"], "kind": "dot",
         "shape": [768, 3072], "weight_bytes": 9_437_184, "repeats": 12, "kept": "", "flops": 1.2e12, "decision": "int8",
         "metrics": {"accuracy": 0.97123}, "drop": 0.0123, "output_error": 0.00123, "cosine": 0.999912,
         "bytes_saved": 7_000_000, "latency_ratio": 0.55}  # fmt: skip
 PLANNED = {
+    "weights": FATES,
     "target": "digits.py:model", "recipe": "int8", "cast": "none", "sizes": {"batch": 1, "seq": 128},
     "sites": [SITE, {**SITE, "kept": "not quantized: it is inside shard_map", "decision": "float"}],
     "totals": {"sites": 2, "changed": 1, "kept": 1, "weight_bytes": 10**7, "site_weight_bytes": 9_437_184,
@@ -111,6 +118,7 @@ COMMANDS = {
     "sensitivity": lambda: sensitivity._print(RANKED, None, Sensitivity),
     "load": lambda: _load_views.show(LOADED),
     "passes": lambda: _common.show(_reports.passes_table(REPORTS), _reports.sites_table(REPORTS)),
+    "weights": lambda: _common.show(_reports.weights_table([FATES]), _reports.fates_table([FATES])),
 }
 
 
