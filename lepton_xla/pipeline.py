@@ -13,7 +13,7 @@ import msgspec
 import numpy as np
 
 from lepton_xla.callbacks import without_callbacks
-from lepton_xla.errors import CalibrationError, CompileError, RecipeError, UnsupportedError
+from lepton_xla.errors import CalibrationError, CompileError, ModelError, RecipeError, UnsupportedError
 from lepton_xla.flags import warn_of_slow_flags
 from lepton_xla.passes.autotune import autotune
 from lepton_xla.passes.awq import awq
@@ -33,7 +33,7 @@ from lepton_xla.passes.shrink import shrink
 from lepton_xla.passes.smoothquant import MULTIPLIED, smooth
 from lepton_xla.passes.sparsegpt import sparsegpt
 from lepton_xla.passes.wanda import wanda
-from lepton_xla.program import Program, as_sizes
+from lepton_xla.program import Program, abstract_outputs, as_sizes, probe_sizes
 from lepton_xla.recipe import Plan, Recipe
 from lepton_xla.report import PassReport, SiteReport
 from lepton_xla.rows import check_rows_lead
@@ -104,7 +104,9 @@ def plan_for(
     if not isinstance(recipe, Recipe):
         raise RecipeError(f"recipe {recipe!r:.80} is a {type(recipe).__name__}, not a Recipe; Recipe.load reads one")
     warn_of_slow_flags(_LOG, jax.default_backend())
-    program = without_callbacks(program, grid(program, buckets)[0])
+    # The model need not take the sizes that are timed where nobody names any.
+    asked = grid(program, buckets)[0] if buckets else probe_sizes(program.fn, program.weights, program.inputs)[0]
+    program = without_callbacks(program, asked)
     if buckets:
         check_rows_lead(program.inputs, program.outputs)
     if recipe.fold or recipe.shrink is not None or recipe.prune or recipe.quantize:
@@ -157,7 +159,19 @@ def apply_plan(
     if recipe.cast != "none":
         say(f"cast to {recipe.cast}")
         program = cast(program, recipe.cast, on_unsupported=recipe.on_unsupported)
-    return autotune(program, sizes=sizes, progress=say)
+    return autotune(program, sizes=sizes if buckets else _traceable(program, sizes), progress=say)
+
+
+def _traceable(program: Program, sizes: Sequence[Mapping[str, int]]) -> list[Mapping[str, int]]:
+    """Of sizes that nobody asked for, those that the model takes."""
+
+    def taken(at: Mapping[str, int]) -> bool:
+        try:
+            return bool(abstract_outputs(program.fn, program.weights, program.inputs, at))
+        except ModelError:
+            return False
+
+    return [at for at in sizes if taken(at)]
 
 
 def _ends(sizes: Sequence[Mapping[str, int]]) -> list[Mapping[str, int]]:

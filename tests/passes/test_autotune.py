@@ -223,6 +223,17 @@ def test_saved_and_loaded_it_is_the_same_compiled_or_from_the_portable_program(c
     np.testing.assert_allclose(exported.call(tuned.weights, x), expected, rtol=1e-5, atol=1e-5)
 
 
+def test_of_sizes_that_nobody_named_those_that_the_model_takes_are_timed(clock):
+    clock(shifted_is_fast)
+
+    def pairs(w, x):  # of an even batch
+        return convolution(x, w["depthwise"]).reshape(x.shape[0] // 2, 2, -1).sum(1).repeat(2, axis=0)
+
+    tuned = lx.optimize(trace(pairs, {"depthwise": array(3, 3, 1, 4)}, IMAGES), Recipe.load("float"))
+    (site,) = tuned.history[-1].sites
+    assert [timing["sizes"] for timing in site.metrics["timings"]] == [{"batch": 32}]
+
+
 @pytest.mark.parametrize("stride", [1, 2])
 def test_spatial_dimensions_may_be_symbolic(clock, stride):
     clock(shifted_is_fast)
