@@ -187,8 +187,8 @@ def _fits(site: Site, like: jax.ShapeDtypeStruct) -> bool:
 def leaf_targets(rules: Sequence[PruneRule], leaves: Mapping[str, Any]) -> list[Target]:
     """The leaves of a pytree that rules prune, known by their paths only; the first rule that matches one wins.
 
-    Leaves of less than two axes, empty ones, biases, norms' scales and embeddings are left out, unless a rule matches
-    nothing else.
+    Leaves of less than two axes, empty ones, biases and norms' scales of stacked layers or of several heads, and
+    embeddings are left out, unless a rule matches nothing else.
 
     Raises:
         RecipeError: if a rule matches nothing.
@@ -198,7 +198,7 @@ def leaf_targets(rules: Sequence[PruneRule], leaves: Mapping[str, Any]) -> list[
     targets: dict[str, Target] = {}
     for rule in rules:
         matched = [path for path in leaves if rule.matches_path(path)]
-        usual = [path for path in matched if not _left_out(path, leaves[path])]
+        usual = [path for path in matched if not _left_out(path, leaves)]
         if not matched:
             raise RecipeError(f"sites = {rule.sites!r} matches none of the weights {some_names(leaves)}")
         for path in usual or matched:
@@ -207,12 +207,28 @@ def leaf_targets(rules: Sequence[PruneRule], leaves: Mapping[str, Any]) -> list[
     return list(targets.values())
 
 
-# The last name of what is no matrix of a product, though stacked layers may give it two axes.
-_LEFT_OUT = {"bias", "b", "scale", "offset", "gain", "gamma", "beta", "embedding", "embeddings", "table"}
+# The last names of vectors, which have several axes where layers are stacked or a bias is of several heads.
+_VECTORS = {"bias", "b", "scale", "offset", "gain", "gamma", "beta"}
+_EMBEDDINGS = {"embedding", "embeddings", "table"}
 
 
-def _left_out(path: str, leaf: Any) -> bool:
-    return len(leaf.shape) < 2 or not math.prod(leaf.shape) or path.rpartition("/")[2] in _LEFT_OUT
+def _left_out(path: str, leaves: Mapping[str, Any]) -> bool:
+    """Whether a leaf is no matrix of a product; a vector's name says so only where the shapes of others agree."""
+    module, _, name = path.rpartition("/")
+    shape = tuple(leaves[path].shape)
+    if len(shape) < 2 or not math.prod(shape) or name in _EMBEDDINGS:
+        return True
+    if name not in _VECTORS:
+        return False
+
+    def has_vector(other: str) -> bool:
+        """Whether another leaf, with more axes, is stacked alike, or is of the same module and makes these outputs."""
+        wider = tuple(leaves[other].shape)
+        stacked = wider[: len(shape) - 1] == shape[:-1]
+        same = other.rpartition("/")[0] == module and wider[-len(shape) :] == shape
+        return len(wider) > len(shape) and (stacked or same)
+
+    return any(map(has_vector, leaves))
 
 
 def _leaf_target(path: str, leaf: Any, rule: PruneRule) -> Target:

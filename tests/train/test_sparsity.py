@@ -307,6 +307,20 @@ def test_flax_modules_and_what_is_left_out():
     assert set(named.masks) == {"Conv_0/bias", "Dense_0/bias", "Embed_0/embedding", "LayerNorm_0/bias"}
 
 
+def test_a_matrix_with_a_vectors_name_is_pruned():
+    """`b` of LoRA, `bias` of an attention; the shapes of others say which are vectors of stacked layers or of heads."""
+    lora = {"a": array(16, 8), "b": array(8, 4), "attention": {"bias": array(6, 6)}}
+    assert set(sparsify(adam(), {".*": 0.5}, schedule=one_shot()).init(lora).masks) == {"a", "b", "attention/bias"}
+    stacked = {
+        "dense": {"kernel": array(3, 8, 4), "bias": array(3, 4)},
+        "norm": {"scale": array(3, 8)},
+        "heads": {"kernel": array(8, 2, 4), "bias": array(2, 4)},
+        "lora": {"a": array(3, 8, 2), "b": array(3, 2, 8)},
+    }
+    masks = sparsify(adam(), {".*": 0.5}, schedule=one_shot()).init(stacked).masks
+    assert set(masks) == {"dense/kernel", "heads/kernel", "lora/a", "lora/b"}
+
+
 def test_nnx_optimizers():
     model = nnx.Linear(12, 6, rngs=nnx.Rngs(0))
     optimizer = nnx.Optimizer(model, sparsify(optax.sgd(RATE), {"kernel": 0.5}, schedule=one_shot()), wrt=nnx.Param)
