@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import logging
 import time
@@ -13,7 +14,14 @@ import msgspec
 import numpy as np
 
 from lepton_xla.callbacks import without_callbacks
-from lepton_xla.errors import CalibrationError, CompileError, ModelError, RecipeError, UnsupportedError
+from lepton_xla.errors import (
+    CalibrationError,
+    CompileError,
+    ExecutionError,
+    ModelError,
+    RecipeError,
+    UnsupportedError,
+)
 from lepton_xla.flags import warn_of_slow_flags
 from lepton_xla.passes.autotune import autotune
 from lepton_xla.passes.awq import awq
@@ -45,6 +53,20 @@ DEFAULT_LADDER = (1, 32)
 SLOWER = 1.03
 
 
+def _told_by_xla[**P, T](fn: Callable[P, T]) -> Callable[P, T]:
+    """Says in our words what XLA cannot compile or run while `fn` times and calibrates; nothing else is caught."""
+
+    @functools.wraps(fn)
+    def bounded(*args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return fn(*args, **kwargs)
+        except jax.errors.JaxRuntimeError as error:
+            reason = (str(error).strip().splitlines() or ["no message"])[0]
+            raise ExecutionError(f"XLA failed in the last step that began: {reason[:300]}") from error
+
+    return bounded
+
+
 def optimize(
     program: Program,
     recipe: Recipe,
@@ -74,12 +96,14 @@ def optimize(
         UnsupportedError: if a pass cannot handle a site and the recipe says `error`.
         CalibrationError: if calibration data is needed and missing, or unusable.
         CompileError: if `buckets` does not fit the program, it calls back into Python, or an output has no rows.
+        ExecutionError: if XLA cannot compile or run a step of it, such as for want of memory.
     """
     batches = _as_list(calibration)
     program, plan = plan_for(program, recipe, calibration=batches, buckets=buckets, progress=progress)
     return apply_plan(program, plan, calibration=batches, buckets=buckets, progress=progress)
 
 
+@_told_by_xla
 def plan_for(
     program: Program,
     recipe: Recipe,
@@ -120,6 +144,7 @@ def plan_for(
     return program, recipe.resolve(program)
 
 
+@_told_by_xla
 def apply_plan(
     program: Program,
     plan: Plan,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from typing import Any
 
 import click
@@ -85,6 +86,16 @@ class LeptonGroup(click.Group):
             raise OneLineError(str(error)) from error
         except click.ClickException as error:
             raise _one_line(error) from error
+        except RuntimeError as error:
+            if not _is_of_xla(error):
+                raise
+            raise OneLineError(f"XLA failed: {(str(error).strip().splitlines() or ['no message'])[0]}") from error
+
+
+def _is_of_xla(error: RuntimeError) -> bool:
+    """Whether XLA raised it, where code is compiled or run; JAX is not imported to ask."""
+    jax = sys.modules.get("jax")
+    return jax is not None and isinstance(error, jax.errors.JaxRuntimeError)
 
 
 @click.group(cls=LeptonGroup, context_settings={"help_option_names": ["-h", "--help"]})

@@ -12,7 +12,9 @@ from lepton_xla import compiler
 from lepton_xla.cli import main
 from lepton_xla.compiler import _xla
 from lepton_xla.errors import ArtifactError, CompileError, ExecutionError
+from lepton_xla.pipeline import optimize
 from lepton_xla.program import TensorSpec, trace
+from lepton_xla.recipe import Recipe
 
 
 def fail(*_args, **_kwargs):
@@ -96,3 +98,22 @@ def test_a_typed_key_that_a_model_closes_over():
     program = trace(lambda w, x: x + jax.random.normal(key, (1, 4)), {}, {"x": TensorSpec(("batch", 4), "float32")})
     found = compiler.compile(program, {"batch": (1,)}).servable()(x=np.zeros((1, 4), np.float32))
     np.testing.assert_allclose(found["output"], jax.random.normal(key, (1, 4)), rtol=1e-6)
+
+
+def test_what_xla_refuses_while_optimizing_is_said_in_one_line(monkeypatch):
+    monkeypatch.setattr(jax.stages.Lowered, "compile", fail)
+    with pytest.raises(ExecutionError, match=r"^XLA failed in the last step that began: .*no such thing here\.$"):
+        optimize(models.dense(), Recipe.load("int8"))
+
+
+def test_what_xla_refuses_in_a_command_is_one_line(saved_dense, monkeypatch):
+    from click.testing import CliRunner
+
+    from lepton_xla.cli import inspect
+
+    monkeypatch.setattr(inspect, "_route", fail)
+    done = CliRunner().invoke(main, ["inspect", str(saved_dense)])
+    assert (done.exit_code, done.stderr.splitlines()) == (
+        2,
+        ["leptonx: XLA failed: UNIMPLEMENTED: no such thing here."],
+    )

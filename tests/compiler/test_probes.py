@@ -12,22 +12,23 @@ from lepton_xla.errors import CompileError
 from lepton_xla.program import TensorSpec, trace
 
 IDS = {"ids": TensorSpec(("batch", "seq"), "int32")}
-SIZES = {"batch": (1, 2), "seq": (2, 8)}
+SIZES = {"batch": (3,), "seq": (2, 8)}
+PLACES = np.random.default_rng(1).standard_normal((1, 8, models.WIDTH)).astype(np.float32)
 
 
 def masked_attention(w, ids):
-    """Attention over all that is not id 0, as tokenizers pad: a row of nothing else has no answer."""
-    x = w["table"][ids]
+    """Attention over all that is not id 0, as tokenizers pad: of a row of nothing else, over every place there is."""
+    x = w["table"][ids] + w["places"][:, : ids.shape[1]]
     scores = jnp.where((ids != 0)[:, None], x @ x.mT, -1e9)
     return {"tokens": jax.nn.softmax(scores) @ x @ w["head"]}
 
 
 def test_a_model_that_masks_its_padding_by_id_is_compiled(tmp_path):
-    program = trace(masked_attention, models.text_weights(), IDS)
+    program = trace(masked_attention, models.text_weights() | {"places": PLACES}, IDS)
     compiler.compile(program, SIZES).save(tmp_path / "a.lepton")
     ids = np.array([[4, 7, 9]], np.int32)
     w = {name: value.astype(np.float64) for name, value in models.text_weights().items()}
-    x = w["table"][ids]
+    x = w["table"][ids] + PLACES[:, :3]
     share = np.exp(x @ x.mT)
     expected = share / share.sum(-1, keepdims=True) @ x @ w["head"]
     np.testing.assert_allclose(compiler.load(tmp_path / "a.lepton")(ids=ids)["tokens"], expected, rtol=1e-4, atol=1e-4)
