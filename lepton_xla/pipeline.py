@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import logging
@@ -13,6 +14,7 @@ import jax
 import msgspec
 import numpy as np
 
+from lepton_xla import memory
 from lepton_xla.callbacks import without_callbacks
 from lepton_xla.errors import (
     CalibrationError,
@@ -30,7 +32,7 @@ from lepton_xla.passes.calibrate import as_batches, calibrate, needs_range
 from lepton_xla.passes.cast import cast
 from lepton_xla.passes.equalize import equalize
 from lepton_xla.passes.fold import fold
-from lepton_xla.passes.gptq import gptq
+from lepton_xla.passes.gptq import Rounded, gptq
 from lepton_xla.passes.grid import GivenGrids, round_to_nearest
 from lepton_xla.passes.lower import AT_LOAD, lower
 from lepton_xla.passes.masks import DATA_METHODS
@@ -40,8 +42,10 @@ from lepton_xla.passes.prune import prune
 from lepton_xla.passes.shrink import shrink
 from lepton_xla.passes.smoothquant import MULTIPLIED, smooth
 from lepton_xla.passes.sparsegpt import sparsegpt
+from lepton_xla.passes.statistics import Statistics
 from lepton_xla.passes.wanda import wanda
 from lepton_xla.program import Program, abstract_outputs, as_sizes, probe_sizes
+from lepton_xla.quant import QTensor
 from lepton_xla.recipe import Plan, Recipe
 from lepton_xla.report import PassReport, SiteReport
 from lepton_xla.rows import check_rows_lead
@@ -173,18 +177,72 @@ def apply_plan(
     if any(planned.prune or planned.not_pruned for planned in plan.sites):
         program = _pruned(program, plan, batches, say)
     if any(planned.quantize for planned in plan.sites):
-        lowered = _quantized(program, plan, batches, sizes, say)
-        vain = _multiplied_in_vain(lowered)
-        if vain:
-            say(f"once more, without multiplying the activations of {len(vain)} products that are computed in float")
-            lowered = _quantized(program, plan, batches, sizes, say, in_float=vain)
-        program = lowered
+        program = _in_rounds(program, plan, batches, sizes, say)
     elif any(planned.not_quantized for planned in plan.sites):
         program = lower(program, plan, sizes=sizes)
     if recipe.cast != "none":
         say(f"cast to {recipe.cast}")
         program = cast(program, recipe.cast, on_unsupported=recipe.on_unsupported)
-    return autotune(program, sizes=sizes if buckets else _traceable(program, sizes), progress=say)
+    program = autotune(program, sizes=sizes if buckets else _traceable(program, sizes), progress=say)
+    memory.give_back()
+    return program
+
+
+@dataclasses.dataclass
+class _Known:
+    """What the first of two rounds found, so that the second does only what is different.
+
+    Attributes:
+        activations: statistics of the float program's, by site.
+        rounded: weights, by path.
+        stored: likewise.
+    """
+
+    activations: dict[str, Statistics] = dataclasses.field(default_factory=dict[str, Statistics])
+    rounded: dict[str, Rounded] = dataclasses.field(default_factory=dict[str, Rounded])
+    stored: dict[str, tuple[jax.Array, QTensor]] = dataclasses.field(
+        default_factory=dict[str, tuple[jax.Array, QTensor]]
+    )
+
+
+def _in_rounds(
+    program: Program,
+    plan: Plan,
+    batches: Sequence[Mapping[str, Any]] | None,
+    sizes: Sequence[Mapping[str, int]],
+    say: Callable[[str], None],
+) -> Program:
+    """Quantized; once more where activations were multiplied in vain."""
+    known = _Known()
+    lowered = _quantized(program, plan, batches, sizes, say, known)
+    vain = _multiplied_in_vain(lowered)
+    if not vain:
+        return lowered
+    say(f"once more, without multiplying the activations of {len(vain)} products that are computed in float")
+    first = lowered.history[len(program.history) :]
+    sites = next(report.sites for report in first if report.name == "lower")
+    among = frozenset(site.site for site in sites if " x " in site.action) if sizes else None
+    again = _quantized(program, plan, batches, sizes, say, known, in_float=vain, among=among)
+    return _with_seconds(again, first, len(program.history))
+
+
+def _with_seconds(program: Program, before: Sequence[PassReport], start: int) -> Program:
+    """The program with the seconds of a round before added to those of the same passes, from `start` of its history."""
+    spent = {report.name: report for report in before}
+
+    def both(report: PassReport) -> PassReport:
+        first = spent.get(report.name)
+        if first is None:
+            return report
+        parts = {
+            part: seconds + first.metrics.get("seconds", {}).get(part, 0.0)
+            for part, seconds in report.metrics.get("seconds", {}).items()
+        }
+        metrics = report.metrics | ({"seconds": parts} if parts else {})
+        return dataclasses.replace(report, seconds=report.seconds + first.seconds, metrics=metrics)
+
+    history = (*program.history[:start], *map(both, program.history[start:]))
+    return program.replace(history=history)
 
 
 def _traceable(program: Program, sizes: Sequence[Mapping[str, int]]) -> list[Mapping[str, int]]:
@@ -259,11 +317,13 @@ def _quantized(
     batches: Sequence[Mapping[str, Any]] | None,
     sizes: Sequence[Mapping[str, int]],
     say: Callable[[str], None],
+    known: _Known,
     *,
     in_float: Mapping[str, str] | None = None,
+    among: frozenset[str] | None = None,
 ) -> Program:
-    """Weights prepared, activation ranges taken, and all of it lowered; `in_float` as in `lower`."""
-    program, plan, grids = _prepare(program, plan, batches, say, unmultiplied=tuple(in_float or ()))
+    """Weights prepared, activation ranges taken, and all of it lowered; `in_float` and `among` as in `lower`."""
+    program, plan, grids = _prepare(program, plan, batches, say, known, unmultiplied=tuple(in_float or ()))
     ranges = None
     if any(planned.quantize is not None and needs_range(planned.quantize) for planned in plan.sites):
         if batches is None:
@@ -271,7 +331,10 @@ def _quantized(
         say("calibrate")
         program, ranges = _calibrated(program, plan, batches)
     tell = lambda site: say(f"lower {site}")  # noqa: E731
-    return lower(program, plan, ranges, scales=grids, sizes=sizes, in_float=in_float, progress=tell)
+    return lower(
+        program, plan, ranges, scales=grids, sizes=sizes, in_float=in_float, among=among, known=known.stored,
+        progress=tell,
+    )  # fmt: skip
 
 
 def _multiplied_in_vain(program: Program) -> dict[str, str]:
@@ -319,6 +382,7 @@ def _prepare(
     plan: Plan,
     batches: Sequence[Mapping[str, Any]] | None,
     say: Callable[[str], None],
+    known: _Known,
     unmultiplied: Collection[str],
 ) -> tuple[Program, Plan, GivenGrids]:
     """Everything that changes float weights so that rounding them hurts less, in the order in which it composes.
@@ -347,14 +411,18 @@ def _prepare(
         say(f"rescale {recipe.rescale}")
         alpha = recipe.rescale.partition(":")[2]
         if alpha:
-            program = smooth(program, plan, data, alpha=float(alpha), unmultiplied=unmultiplied)
+            program = smooth(
+                program, plan, data, alpha=float(alpha), unmultiplied=unmultiplied, known=known.activations
+            )
         else:
             program = awq(program, plan, data)
         plan = recipe.resolve(program)
     if not (recipe.rounding == "gptq" or recipe.correct_bias):
         return program, plan, {}
     say(f"round to {'least change of outputs (gptq)' if recipe.rounding == 'gptq' else 'nearest'}")
-    rounded, grids = gptq(program, plan, data) if recipe.rounding == "gptq" else round_to_nearest(program, plan)
+    rounded, grids = (
+        gptq(program, plan, data, known=known.rounded) if recipe.rounding == "gptq" else round_to_nearest(program, plan)
+    )
     if recipe.correct_bias:
         say("correct biases")
         rounded = correct_bias(program, rounded, plan, data)

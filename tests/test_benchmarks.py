@@ -81,6 +81,16 @@ def test_a_run_that_was_stopped_goes_on_where_it_was(tmp_path: pathlib.Path, mon
     assert Journal("some", {"rounds": (5, 1)}, folder=tmp_path).row("a", stopped)["name"] == "a, other settings"
 
 
+def test_optimizing_is_timed_by_phase_and_its_compiles_and_memory_counted(tmp_path: pathlib.Path) -> None:
+    (row,) = figures("optimizing.py", tmp_path, "--models", "mlp")["rows"]
+    assert row["weights_bytes"] == 4 * (64 * 128 + 128 + 128 * 64 + 64 + 64 * 32 + 32 + 32 * 10 + 10)
+    assert 10 < row["compiles"] < 150
+    passes = sum(seconds for phase, seconds in row["phases"].items() if ": " not in phase)
+    assert 0.5 * row["seconds"] < passes <= row["seconds"]
+    assert {"gptq", "lower: time products", "lower: time the whole program"} <= set(row["phases"])
+    assert row["peak_bytes"] >= row["after_bytes"]
+
+
 def test_a_model_without_its_data_is_skipped_with_the_reason(tmp_path: pathlib.Path) -> None:
     done = run("quantization.py", "--models", "lenet5", data=tmp_path)
     assert done.returncode == 1

@@ -13,7 +13,7 @@ WEIGHTS = "weights"
 
 
 def passes_table(reports: Sequence[Mapping[str, Any]]) -> _common.Table:
-    """One row a pass: what it did, how often, and what that did to the weights."""
+    """One row a pass: what it did, how often, what that did to the weights; and one for each part of its time."""
     rows = []
     for report in reports:
         if report.get("name") == WEIGHTS:
@@ -29,6 +29,10 @@ def passes_table(reports: Sequence[Mapping[str, Any]]) -> _common.Table:
                 f"{_common.size(before)} -> {_common.size(after)}" if before else "",
             )
         )
+        metrics = report.get("metrics")
+        parts = metrics.get("seconds") if isinstance(metrics, Mapping) else None
+        for part, seconds in parts.items() if isinstance(parts, Mapping) else ():
+            rows.append((f"  {part}", _common.seconds(_number(seconds)), "", ""))
     return _common.table("passes", ("pass", ">time", "sites", ">weights of these sites"), rows)
 
 

@@ -151,10 +151,12 @@ def _print(document: Mapping[str, Any]) -> None:
     if document["metrics"]:
         rows += _common.metric_rows(document["metrics"]["float"], document["metrics"]["optimized"])
     columns = ("", ">float", ">optimized", ">ratio or difference")
+    passes_s = sum(report["seconds"] for report in document["passes"])
     compiled = ", ".join(f"{bucket} {_common.seconds(s)}" for bucket, s in document["compile_s_by_bucket"].items())
     _common.show(
         _common.table(f"{document['name']}, recipe {document['recipe']}", columns, rows),
-        f"optimized in {_common.seconds(document['optimize_s'])}; compiled, checked and exported in "
+        f"optimized in {_common.seconds(document['optimize_s'])}, of which passes took {_common.seconds(passes_s)}; "
+        f"compiled, checked and exported in "
         f"{_common.seconds(document['compile_s'])} ({compiled})",
         f"wrote {document['path']}, {_common.size(document['artifact_bytes'])}",
     )

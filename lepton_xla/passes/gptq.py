@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -209,6 +210,7 @@ def gptq(
     *,
     options: Options | None = None,
     sequential: bool = False,
+    known: dict[str, Rounded] | None = None,
 ) -> tuple[Program, GivenGrids]:
     """Rounds each planned weight to its grid so that its outputs on the data change least.
 
@@ -221,6 +223,8 @@ def gptq(
         options: how.
         sequential: measure the inputs of each weight with those before it rounded already, as the paper does: one pass
             over the data for each weight. Otherwise all are measured in one pass on the float program.
+        known: what rounding came to before, by path: a weight that is what it was, at products that meet what they
+            met, is not rounded again. What is rounded is put there.
 
     Returns:
         The program with float weights on their grids, and the grids for what stores them.
@@ -236,20 +240,42 @@ def gptq(
     weights: dict[str, Any] = dict(program.weights)
     all_planned, reports = planned_weights(program, plan)
     grids: GivenGrids = {}
+    known = {} if known is None else known
+    digests = {planned.path: _digest(planned.stored) for planned in all_planned}
+    changed = [each for each in all_planned if each.path not in known or known[each.path].of != digests[each.path]]
     found: dict[str, Statistics] = {}
-    if not sequential:
-        found = collect_statistics(program, [site for each in all_planned for site in each.products], data, gram=True)
+    if changed and not sequential:
+        found = collect_statistics(program, [site for each in changed for site in each.products], data, gram=True)
     for planned in all_planned:
-        if sequential:
-            found = collect_statistics(program.replace(weights=weights), planned.products, data, gram=True)
         path = planned.path
-        seen = [found.pop(site.name) for site in planned.products]
-        weights[path], grid, errors = _round(planned, pooled(seen, "gram"), program.masks.get(path), options)
-        seen = [dataclasses.replace(each, gram=None) for each in seen]
-        grids[path] = given(grid)
-        reports += _reports(planned, weights[path], seen, errors)
+        if path not in known or known[path].of != digests[path]:
+            if sequential:
+                found = collect_statistics(program.replace(weights=weights), planned.products, data, gram=True)
+            seen = [found.pop(site.name) for site in planned.products]
+            rounded, grid, errors = _round(planned, pooled(seen, "gram"), program.masks.get(path), options)
+            reached = bool(np.all(np.sum([each.rows for each in seen], axis=0) > 0))
+            known[path] = Rounded(digests[path], rounded, given(grid), _reports(planned, rounded, reached, errors))
+        weights[path], grids[path] = known[path].weight, known[path].grid
+        reports += known[path].reports
     report = PassReport("gptq", time.perf_counter() - start, tuple(reports))
     return program.replace(weights=weights, history=(*program.history, report)), grids
+
+
+@dataclasses.dataclass(frozen=True)
+class Rounded:
+    """What rounding one weight came to.
+
+    Attributes:
+        of: a digest of the weight.
+        weight: it, rounded.
+        grid: the grid it is on.
+        reports: a line for each of its sites.
+    """
+
+    of: bytes
+    weight: jax.Array
+    grid: dict[str, jax.Array]
+    reports: list[SiteReport]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -304,9 +330,12 @@ def output_squares(weight: jax.Array, gram: jax.Array) -> jax.Array:
     return jnp.maximum(jnp.sum(weight * jnp.matmul(gram, weight, precision=_HIGHEST), axis=0), 0)
 
 
-def _reports(planned: Planned, stored: Any, seen: Sequence[Statistics], errors: _Errors) -> list[SiteReport]:
-    reached = bool(np.all(np.sum([each.rows for each in seen], axis=0) > 0))
+def _reports(planned: Planned, stored: Any, reached: bool, errors: _Errors) -> list[SiteReport]:
     reason = "" if reached else "to nearest where the calibration data does not reach it"
     metrics = {"output_error": errors.gptq, "nearest_output_error": errors.nearest}
     action = f"{planned.rule.weights} gptq"
     return [weight_report(entry.site, action, stored, reason, metrics) for entry in planned.entries]
+
+
+def _digest(weight: jax.Array) -> bytes:
+    return hashlib.sha256(np.ascontiguousarray(np.asarray(weight)).view(np.uint8)).digest()

@@ -27,12 +27,13 @@ from lepton_xla.passes.alike import Alike
 from lepton_xla.passes.autotune import choose, times_us
 from lepton_xla.passes.calibrate import needs_range
 from lepton_xla.passes.grid import is_finite
-from lepton_xla.passes.measure import Timing, WholeTiming, compare, time_programs
+from lepton_xla.passes.measure import Candidate, Timing, compare, time_programs
 from lepton_xla.passes.names import Key, fresh
 from lepton_xla.passes.precompute import for_plan
 from lepton_xla.passes.products import RANGE, SCALE
 from lepton_xla.passes.rewrite import Context, Values, materialize
 from lepton_xla.passes.sites import Site, find_sites, lay_out, rewrite_sites
+from lepton_xla.passes.whole_program import WORTH_RATIO, WholeProgram, WholeTiming, loses
 from lepton_xla.program import Expansion, Program, abstract, leaf_bytes, tree_bytes
 from lepton_xla.quant import QTensor
 from lepton_xla.quant.grid import settle
@@ -46,8 +47,6 @@ _LOG = logging.getLogger(__name__)
 
 # What a report says of weights that an artifact unpacks while it loads.
 AT_LOAD = "unpacked once, on loading: on each call it is slower"
-# A candidate must win by more than the clock's noise.
-WORTH_RATIO = 0.97
 # Alone at this share of float's time or more, a product is not tried in the whole program.
 HOPELESS_RATIO = 1.2
 # How many sets of integer sites are tried in the whole program, the empty one not counted.
@@ -80,6 +79,8 @@ def lower(
     scales: Mapping[str, Mapping[str, jax.Array]] | None = None,
     sizes: Sequence[Mapping[str, int]] = (),
     in_float: Mapping[str, str] | None = None,
+    among: frozenset[str] | None = None,
+    known: dict[str, tuple[jax.Array, QTensor]] | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> Program:
     """Stores planned weights in their formats and computes with their codes.
@@ -95,6 +96,9 @@ def lower(
         sizes: sizes of the symbolic dimensions, such as `[{"batch": 1}, {"batch": 32}]`, at which integer products are
             timed against float. Empty: nothing is timed and every planned site is computed as planned.
         in_float: site name -> why its product is computed in float although an integer one is planned.
+        among: names of the sites that measuring an almost equal program chose to compute from codes: it is they or
+            none of the planned ones here. None: sets of sites are tried.
+        known: float weights, by path, and as what they were stored before; what is stored is put there.
         progress: called with a line as each site is looked at.
 
     Returns:
@@ -112,8 +116,12 @@ def lower(
     like = abstract(program.weights)
     reports: list[SiteReport] = []
     stored: list[_Planned] = []
+    known = {} if known is None else known
     for path, group in _by_weight(plan).items():
-        weights[path] = _store(group[0], program.weights[path], given.get(path, {}))
+        weight = program.weights[path]
+        if path not in known or known[path][0] is not weight:
+            known[path] = weight, _store(group[0], weight, given.get(path, {}))
+        weights[path] = known[path][1]
         stored += group
     pairs = [
         _Planned(entry.site, entry.quantize)
@@ -132,41 +140,48 @@ def lower(
         elif needs_range(planned.rule):
             values[planned.site.name, RANGE] = _finite_range(planned.site, ranges)
     names = _names(values, like)
+    began = time.perf_counter()
     choices = choose(program, sizes if candidates else (), say)
     timings = _time_sites(program, candidates, sizes, say)
+    timed_s = time.perf_counter() - began
     reasons |= {name: _wrong_reason(name, found) for name, found in timings.items() if any(t.wrong for t in found)}
     candidates = [planned for planned in candidates if not reasons[planned.site.name]]
+
+    prepared_s = time.perf_counter() - start - timed_s
 
     def build(integer: frozenset[str]) -> Callable[..., Any]:
         beside = {key: name for key, name in names.items() if key[0] in integer}
         return _lowered(program.fn, like, every, beside, _pads(integer, timings))
 
+    compiled: dict[str, Any] = {}
+    laid: dict[str, jax.Array] = {}
+
     def variant(integer: frozenset[str], unpacked: bool) -> tuple[Callable[..., Any], Any]:
-        """The program with these sites computed from codes, and the weights it takes."""
+        """The program with these sites computed from codes, and the weights it takes.
+
+        In the place of an unpacked weight stands the float one that it was made from: it takes no memory of its own,
+        and an operation as much time.
+        """
         own = weights | _own(values, names, integer)
-        return build(integer), _unpack(_unpackable(stored, integer), own) if unpacked else own
+        for path, site in _unpackable(stored, integer).items() if unpacked else ():
+            if path not in laid:
+                laid[path] = _laid(program.weights[path], Alike(site)) if site.layout else program.weights[path]
+            own[path] = laid[path]
+        return Candidate(choices.apply(build(integer)), compiled), own  # as `autotune` will leave it
 
-    def time_whole(variants: Sequence[tuple[Callable[..., Any], Any]]) -> list[WholeTiming]:
-        timed: list[WholeTiming] = []
-        for at in _spread(sizes):
-            say(f"the whole program at {', '.join(f'{name} {size}' for name, size in at.items()) or 'its size'}")
-            functions = [(program.fn, program.weights), *variants]
-            tuned = [(choices.apply(fn), own) for fn, own in functions]  # as `autotune` will leave them
-            times = time_programs(tuned, program.abstract_inputs(at))
-            timed.append(WholeTiming(dict(at), times[0], tuple(times[1:])))
-        return timed
-
+    floating = (Candidate(choices.apply(program.fn), compiled), program.weights)
+    whole = WholeProgram(program, floating, variant, time_programs, say)
     may_unpack = plan.recipe.unpack == "measured"
-    sets = _candidate_sets(candidates, timings)
-    whole = time_whole([variant(chosen, may_unpack) for chosen in sets]) if len(sets) > 1 else []
-    integer = _fastest(sets, whole)
-    lowered_us = [timed.set_us[sets.index(integer)] for timed in whole]
+    sets = _candidate_sets(candidates, timings) if among is None else [frozenset(), among & set(timings)]
+    if len(set(sets)) == 1:
+        sets = sets[:1]
+    tried = whole.sets(sets, _spread(sizes), may_unpack) if len(sets) > 1 else []
+    integer = _fastest(sets, tried)
+    lowered_us = {at: timed.set_us[sets.index(integer)] for at, timed in enumerate(tried)}
     unpackable = _unpackable(stored, integer)
     expansion = None
     if unpackable and may_unpack and sizes:
-        whole = time_whole([variant(integer, True), variant(integer, False)])
-        once = any(timed.set_us[0] < WORTH_RATIO * timed.set_us[1] for timed in whole)
-        lowered_us = [timed.set_us[0 if once else 1] for timed in whole]
+        once, tried, lowered_us = whole.unpacking(integer, _spread(sizes), tried, lowered_us)
         expansion = Expansion(functools.partial(_unpack, unpackable), build(integer)) if once else None
     weights |= _own(values, names, integer)
     counted: set[str] = set()
@@ -193,14 +208,24 @@ def lower(
         "weights_bytes_before": program.weights_bytes,
         "weights_bytes_after": tree_bytes(weights),
     }
-    if whole:
+    if tried:
         metrics["whole_program"] = [
-            {"sizes": timed.sizes, "float_us": timed.float_us, "lowered_us": us}
-            for timed, us in zip(whole, lowered_us, strict=True)
+            {"sizes": timed.sizes, "float_us": timed.float_us, "lowered_us": lowered_us[at]}
+            for at, timed in enumerate(tried)
         ]
+    metrics["seconds"] = {
+        "store weights": prepared_s,
+        "time products": timed_s,
+        "time the whole program": whole.seconds,
+    }
     report = PassReport("lower", time.perf_counter() - start, tuple(reports), metrics)
     history = (*program.history, report)
     return program.replace(fn=build(integer), weights=weights, history=history, expansion=expansion)
+
+
+@functools.partial(jax.jit, static_argnames="like")
+def _laid(weight: jax.Array, like: Alike) -> jax.Array:
+    return lay_out(weight, like.site.layout)
 
 
 def _lowered(
@@ -385,9 +410,10 @@ def _fastest(sets: Sequence[frozenset[str]], whole: Sequence[WholeTiming]) -> fr
         return sets[-1]
     best, best_score = 0, statistics.geometric_mean([timed.set_us[0] for timed in whole])
     for index in range(1, len(sets)):
+        if any(loses(timed.set_us[index], timed.set_us[0]) for timed in whole):
+            continue
         score = statistics.geometric_mean([timed.set_us[index] for timed in whole])
-        loses = any(WORTH_RATIO * timed.set_us[index] > timed.set_us[0] for timed in whole)
-        if score < WORTH_RATIO * best_score and not loses:
+        if score < WORTH_RATIO * best_score:
             best, best_score = index, score
     return sets[best]
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
 import functools
+import hashlib
+import os
+import re
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -72,19 +76,21 @@ class Timing:
         return dataclasses.asdict(self)
 
 
-@dataclasses.dataclass(frozen=True)
-class WholeTiming:
-    """Median times of one call of the whole program, in microseconds.
+class Candidate:
+    """A function that is timed, perhaps several times: with what it shares, a program is compiled once.
 
     Attributes:
-        sizes: sizes of the symbolic dimensions.
-        float_us: as the program had it.
-        set_us: with each of the tried sets of sites in integers.
+        fn: `fn(weights, *inputs)`.
+        compiled: executables by a digest of what XLA was given; one dict for all functions that may be the same.
     """
 
-    sizes: dict[str, int]
-    float_us: float
-    set_us: tuple[float, ...]
+    def __init__(self, fn: Callable[..., Any], compiled: dict[str, Any]) -> None:
+        self.fn = fn
+        self.compiled = compiled
+
+    def __call__(self, weights: Any, *inputs: Any) -> Any:
+        """What the function gives."""
+        return self.fn(weights, *inputs)
 
 
 def time_programs(
@@ -93,15 +99,42 @@ def time_programs(
     """Median times in microseconds of functions of weights and the same inputs, timed in turn.
 
     Args:
-        functions: pairs of `fn(weights, *inputs)` and its weights.
+        functions: pairs of `fn(weights, *inputs)` and its weights; a `Candidate` is not compiled where an equal one
+            was before.
         inputs: shapes and dtypes; floats are drawn at random, anything else is zero.
     """
     arrays = [
-        _random(number, leaf) if jnp.issubdtype(leaf.dtype, jnp.floating) else jnp.zeros(leaf.shape, leaf.dtype)
+        _random(number, leaf)
+        if jnp.issubdtype(leaf.dtype, jnp.floating)
+        else jnp.asarray(np.zeros(leaf.shape, leaf.dtype))
         for number, leaf in enumerate(inputs)
     ]
-    calls = [functools.partial(_compiled(fn, weights, *arrays), weights, *arrays) for fn, weights in functions]
+    executables = _all_compiled([(fn, (weights, *arrays)) for fn, weights in functions])
+    calls = [
+        functools.partial(executable, weights, *arrays)
+        for executable, (_, weights) in zip(executables, functions, strict=True)
+    ]
     return _medians_us(calls)
+
+
+def _all_compiled(functions: Sequence[tuple[Callable[..., Any], tuple[Any, ...]]]) -> list[Any]:
+    """Executables of functions at arguments, compiled beside each other: XLA lets go of the interpreter meanwhile."""
+    plain: dict[str, Any] = {}
+    wanted: list[tuple[dict[str, Any], str]] = []
+    missing: dict[tuple[int, str], tuple[dict[str, Any], str, Any]] = {}
+    for fn, args in functions:
+        lowered = jax.jit(fn.fn if isinstance(fn, Candidate) else fn).lower(*args)
+        known = fn.compiled if isinstance(fn, Candidate) else plain
+        text = re.sub(r"^module @\S+", "module", lowered.as_text())
+        digest = hashlib.sha256(text.encode()).hexdigest()
+        wanted.append((known, digest))
+        if digest not in known:
+            missing.setdefault((id(known), digest), (known, digest, lowered))
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        made = pool.map(lambda each: each[2].compile(), missing.values())
+        for (known, digest, _), executable in zip(missing.values(), made, strict=True):
+            known[digest] = executable
+    return [known[digest] for known, digest in wanted]
 
 
 def compare(site: Site, decision: QuantizeRule, sizes: Mapping[str, int]) -> Timing:
@@ -135,10 +168,10 @@ def _compare(key: _Key) -> Timing:
     prepare = jax.jit(functools.partial(_operands, key))
     args, rounded = prepare(*operands)
     repeats = REPEATS if _queues() else 1
-    in_float = _compiled(_repeated(as_float, repeats), *operands)
-    in_codes = [_compiled(_repeated(functools.partial(_in_codes, key), repeats), *args)]
+    wanted = [(as_float, tuple(operands)), (functools.partial(_in_codes, key), args)]
     if products.row_count(site) == 1:
-        in_codes.append(_compiled(_repeated(functools.partial(_in_codes, key, pad=True), repeats), *args))
+        wanted.append((functools.partial(_in_codes, key, pad=True), args))
+    in_float, *in_codes = _all_compiled([(_repeated(fn, repeats), given) for fn, given in wanted])
     expected = in_float(*rounded)
     errors = [_share(call(*args), expected) for call in in_codes]
     calls = [functools.partial(in_float, *operands), *(functools.partial(call, *args) for call in in_codes)]
@@ -205,10 +238,6 @@ def _share(got: jax.Array, expected: jax.Array) -> float:
         return 0.0
     with np.errstate(invalid="ignore", over="ignore"):
         return float(np.max(np.abs(host - wanted)) / max(np.max(np.abs(wanted)), np.float32(1e-30)))
-
-
-def _compiled(fn: Callable[..., Any], *args: Any) -> Callable[..., Any]:
-    return jax.jit(fn).lower(*args).compile()
 
 
 def _medians_us(calls: Sequence[Callable[[], Any]]) -> list[float]:

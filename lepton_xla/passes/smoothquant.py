@@ -30,7 +30,7 @@ from lepton_xla.passes.scaling import (
     weight_absmax,
 )
 from lepton_xla.passes.sites import Site, find_sites
-from lepton_xla.passes.statistics import collect_statistics
+from lepton_xla.passes.statistics import Statistics, collect_statistics
 from lepton_xla.program import Program
 from lepton_xla.report import PassReport, SiteReport
 
@@ -72,6 +72,7 @@ def smooth(
     *,
     alpha: float = 0.5,
     unmultiplied: Collection[str] = (),
+    known: dict[str, Statistics] | None = None,
 ) -> Program:
     """Divides the activations of planned products by what suits their weights; the float function stays as it is.
 
@@ -85,6 +86,8 @@ def smooth(
         alpha: how much of the difficulty goes to the weights, in [0, 1].
         unmultiplied: names of products that are left as they are where no weight before them takes the factor up:
             those that are computed in float, for which multiplying would be work for nothing.
+        known: what was measured of this program's activations before, by site; what is not in it is measured and put
+            there.
 
     Raises:
         RecipeError: if alpha is not in [0, 1].
@@ -96,7 +99,10 @@ def smooth(
         raise RecipeError(f"SmoothQuant's alpha = {alpha} is not in [0, 1]")
     groups, kept = scale_groups(program, plan)
     sites: dict[str, Site] = {site.name: site for site in find_sites(program) if site.path is not None}
-    found = collect_statistics(program, [group.sites[0] for group in groups], batches)
+    found = {} if known is None else known
+    missing = [group.sites[0] for group in groups if group.sites[0].name not in found]
+    if missing:
+        found |= collect_statistics(program, missing, batches)
     weights: dict[str, Any] = dict(program.weights)
     multiplied: list[tuple[Group, jax.Array]] = []
     reports: list[SiteReport] = []

@@ -1,0 +1,197 @@
+"""What `optimize` takes: seconds by phase, XLA compiles, and memory, each model in a process of its own.
+
+    python benchmarks/optimizing.py [--models digits,residual,minilm] [--recipe int8] [--quick] [--json FILE]
+
+Memory is what the process takes beyond what it took with the model loaded: at the peak, and after, with the result
+still held. A row is printed and kept when it is measured, so that a run that was stopped goes on where it was;
+`--fresh` starts anew. Writes docs/benchmarks/optimizing.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import gc
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import harness
+import jax
+import journal
+import models
+import psutil
+from models import random_weights
+
+import lepton_xla as lx
+
+RESULTS = harness.PAGES / "optimizing.json"
+MODELS = ("mlp", "unet", "digits", "residual", "minilm", "gpt2")
+COMPILE = "/jax/core/compile/backend_compile_duration"
+HEADER = ["", "seconds", "in passes", "compiles", "XLA's seconds", "weights", "peak", "of weights", "after"]
+
+
+def measure(name: str, recipe: str, quick: bool) -> dict[str, Any]:
+    """One model's figures, in this process."""
+    spec = random_weights.MODELS[name]() if name in random_weights.MODELS else models.load(name, quick=quick).spec
+    program, batches = spec.program(), list(spec.calibration_batches() or ())
+    gc.collect()
+    compiles: list[float] = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, seconds, **_: compiles.append(seconds) if event == COMPILE else None
+    )
+    process = psutil.Process()
+    before = process.memory_info().rss
+    peak, done = [before], threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.01):
+            peak[0] = max(peak[0], process.memory_info().rss)
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    started = time.perf_counter()
+    small = lx.optimize(program, lx.Recipe.load(recipe), calibration=batches, buckets=spec.buckets)
+    seconds = time.perf_counter() - started
+    done.set()
+    watcher.join()
+    gc.collect()
+    return {
+        "name": name,
+        "seconds": seconds,
+        "compiles": len(compiles),
+        "compile_s": sum(compiles),
+        "phases": phases(small),
+        "weights_bytes": program.weights_bytes,
+        "small_bytes": small.weights_bytes,
+        "peak_bytes": peak[0] - before,
+        "after_bytes": process.memory_info().rss - before,
+    }
+
+
+def phases(small: lx.Program) -> dict[str, float]:
+    """Seconds by pass, and by what a pass says it spent them on."""
+    found: dict[str, float] = {}
+    for report in small.history:
+        found[report.name] = found.get(report.name, 0.0) + report.seconds
+        for part, seconds in dict(report.metrics.get("seconds", {})).items():
+            found[f"{report.name}: {part}"] = seconds
+    return found
+
+
+def alone(name: str, options: argparse.Namespace) -> dict[str, Any]:
+    """One model's figures, in a process of its own.
+
+    Raises:
+        MissingError: if something that the model needs is not there.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        file = pathlib.Path(folder) / "row.json"
+        command = [sys.executable, __file__, "--only", name, "--recipe", options.recipe, "--json", str(file)]
+        subprocess.run([*command, *(["--quick"] if options.quick else [])], check=True)
+        found = json.loads(file.read_text())
+    if "missing" in found:
+        raise models.MissingError(found["missing"])
+    return found
+
+
+def cells(row: Mapping[str, Any]) -> list[str]:
+    """A row of the table."""
+    passes = sum(seconds for phase, seconds in row["phases"].items() if ": " not in phase)
+    return [
+        row["name"],
+        f"{row['seconds']:.1f}",
+        f"{100 * passes / row['seconds']:.0f} %",
+        f"{row['compiles']}",
+        f"{row['compile_s']:.1f}",
+        f"{row['weights_bytes'] / 1e6:.1f} MB",
+        f"{row['peak_bytes'] / 1e6:,.0f} MB",
+        f"{row['peak_bytes'] / row['weights_bytes']:.1f}",
+        f"{row['after_bytes'] / 1e6:,.0f} MB",
+    ]
+
+
+def tables(rows: list[dict[str, Any]]) -> str:
+    """Both tables: figures, and seconds by phase."""
+    names = list(dict.fromkeys(phase for row in rows for phase in row["phases"]))
+    by_phase = [[name, *(f"{row['phases'].get(name, 0.0):.2f}" for row in rows)] for name in names]
+    phases_table = harness.markdown(["seconds", *(row["name"] for row in rows)], by_phase)
+    return harness.markdown(HEADER, map(cells, rows)) + "\n\n" + phases_table
+
+
+def page(result: Mapping[str, Any]) -> str:
+    """docs/benchmarks/optimizing.md."""
+    parts = [
+        "# What optimizing takes",
+        (
+            f"`lx.optimize` by recipe `{result['recipe']}` with calibration data, each model in a fresh process, at "
+            "the sizes of its buckets. In passes: the share of the seconds that the history explains. Compiles are "
+            "XLA's, and so are their seconds, which several threads may spend at once. Memory is resident memory "
+            "beyond that of the process with the model loaded: at the peak, as a multiple of the weights' bytes, and "
+            "after, with the result still held; some of it is code and what libraries keep, whatever the model. "
+            "`mlp`, `unet` and `gpt2` have random weights."
+        ),
+        tables(result["rows"]),
+        harness.provenance(result["run"]),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def main() -> int:
+    """Measures, prints, writes; exit code 1 where nothing could be measured."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--models", default=",".join(MODELS), help="comma-separated; default: all")
+    parser.add_argument("--only", choices=MODELS, help="measure this one in this process, for --json")
+    parser.add_argument("--recipe", default="int8", help="preset or file; default: int8")
+    parser.add_argument("--quick", action="store_true", help="little training, no page: a smoke test")
+    parser.add_argument(
+        "--pages", action=argparse.BooleanOptionalAction, default=True, help="write docs/benchmarks/; not with --quick"
+    )
+    parser.add_argument("--json", type=pathlib.Path, help="write the figures to this file")
+    journal.add_option(parser)
+    options = parser.parse_args()
+    if options.only:
+        try:
+            found = measure(options.only, options.recipe, options.quick)
+        except models.MissingError as error:
+            found = {"missing": str(error)}
+        (options.json or pathlib.Path("/dev/stdout")).write_text(json.dumps(found))
+        return 0
+    if unknown := set(options.models.split(",")) - set(MODELS):
+        parser.error(f"no model {', '.join(sorted(unknown))}; there are {', '.join(MODELS)}")
+    load = f"{os.getloadavg()[0]:.1f}"
+    kept = journal.opened("optimizing", options, "recipe")
+    rows: list[dict[str, Any]] = []
+    print(" | ".join(HEADER), flush=True)
+    for name in options.models.split(","):
+        try:
+            row = kept.row(name, functools.partial(alone, name, options))
+        except models.MissingError as error:
+            print(f"{name}: skipped: {error}", flush=True)
+            continue
+        rows.append(row)
+        print(" | ".join(cells(row)), flush=True)
+    if not rows:
+        return 1
+    result = {"recipe": options.recipe, "rows": rows, "run": harness.machine() | {"command": harness.command()}}
+    result["run"]["load"] = load
+    print(tables(rows))
+    if options.pages and not options.quick:
+        RESULTS.parent.mkdir(parents=True, exist_ok=True)
+        RESULTS.write_text(json.dumps(result, indent=1) + "\n")
+        (harness.PAGES / "optimizing.md").write_text(page(result))
+    if options.json:
+        options.json.write_text(json.dumps(result, indent=1) + "\n")
+    print(f"repeat with: {harness.command()}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

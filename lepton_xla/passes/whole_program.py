@@ -1,0 +1,122 @@
+"""Times the whole program with some of its sites in integers, and its weights unpacked once or on each call."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from lepton_xla.program import Program
+
+# A candidate must win by more than the clock's noise.
+WORTH_RATIO = 0.97
+
+type Variant = tuple[Callable[..., Any], Any]
+"""`fn(weights, *inputs)`, and its weights."""
+
+
+@dataclasses.dataclass(frozen=True)
+class WholeTiming:
+    """Median times of one call of the whole program, in microseconds.
+
+    Attributes:
+        sizes: sizes of the symbolic dimensions.
+        float_us: as the program had it.
+        set_us: with each of the tried sets of sites in integers.
+    """
+
+    sizes: dict[str, int]
+    float_us: float
+    set_us: tuple[float, ...]
+
+
+class WholeProgram:
+    """A program that is timed in variants of it.
+
+    Attributes:
+        seconds: what all the timing took.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        floating: Variant,
+        variant: Callable[[frozenset[str], bool], Variant],
+        time_programs: Callable[[Sequence[Variant], Any], list[float]],
+        say: Callable[[str], None],
+    ) -> None:
+        """Takes what it times.
+
+        Args:
+            program: the float program.
+            floating: the same, to be timed.
+            variant: `variant(sites, unpacked)`: the program with these sites computed from codes, and the others'
+                weights unpacked beforehand or on each call.
+            time_programs: gives microseconds.
+            say: called with a line as each size is timed.
+        """
+        self.seconds = 0.0
+        self._program = program
+        self._floating = floating
+        self._variant = variant
+        self._time_programs = time_programs
+        self._say = say
+
+    def sets(
+        self, sets: Sequence[frozenset[str]], sizes: Sequence[Mapping[str, int]], unpacked: bool
+    ) -> list[WholeTiming]:
+        """Times sets of sites in integers, the empty one first; one that lost at a size is infinite at later ones."""
+        left, found = list(range(len(sets))), list[WholeTiming]()
+        for at in sizes:
+            timed = self._time(at, [self._variant(sets[index], unpacked) for index in left])
+            by_set = dict(zip(left, timed.set_us, strict=True))
+            left = [index for index in left if not loses(by_set[index], by_set[0])]
+            set_us = tuple(by_set.get(index, math.inf) for index in range(len(sets)))
+            found.append(dataclasses.replace(timed, set_us=set_us))
+        return found
+
+    def unpacking(
+        self,
+        integer: frozenset[str],
+        sizes: Sequence[Mapping[str, int]],
+        tried: Sequence[WholeTiming],
+        lowered_us: Mapping[int, float],
+    ) -> tuple[bool, list[WholeTiming], dict[int, float]]:
+        """Whether weights are better unpacked once than on each call.
+
+        One size that gains decides. The others are then timed only where they were not before.
+
+        Args:
+            integer: the sites that are computed from codes.
+            sizes: at which.
+            tried: what `sets` gave at these sizes, unpacked; or nothing.
+            lowered_us: its times of this set, by the number of the size.
+
+        Returns:
+            Whether it is, and all timings and times of the better one.
+        """
+        again: dict[int, WholeTiming] = {}
+        once = False
+        for number, at in enumerate(sizes):
+            if once and number < len(tried):
+                break
+            variants = [self._variant(integer, True)] + ([] if once else [self._variant(integer, False)])
+            again[number] = self._time(at, variants)
+            once = once or again[number].set_us[0] < WORTH_RATIO * again[number].set_us[1]
+        chosen = {number: timed.set_us[0 if once else 1] for number, timed in again.items()}
+        found = {**dict(enumerate(tried)), **again}
+        return once, [found[number] for number in range(len(sizes))], {**lowered_us, **chosen}
+
+    def _time(self, at: Mapping[str, int], variants: Sequence[Variant]) -> WholeTiming:
+        start = time.perf_counter()
+        self._say(f"the whole program at {', '.join(f'{name} {size}' for name, size in at.items()) or 'its size'}")
+        times = self._time_programs([self._floating, *variants], self._program.abstract_inputs(at))
+        self.seconds += time.perf_counter() - start
+        return WholeTiming(dict(at), times[0], tuple(times[1:]))
+
+
+def loses(set_us: float, empty_us: float) -> bool:
+    """Whether a set of sites is out, however fast it is at other sizes; the empty one never is."""
+    return set_us != empty_us and WORTH_RATIO * set_us > empty_us
