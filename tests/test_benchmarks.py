@@ -1,5 +1,6 @@
 """Each benchmark runs to its end on tiny settings and prints figures; what the figures are worth is not looked at."""
 
+import importlib
 import json
 import os
 import pathlib
@@ -52,7 +53,8 @@ def test_a_preset_is_judged_weighed_and_timed_at_every_bucket_or_says_why_not(tm
 
 def test_a_run_that_was_stopped_goes_on_where_it_was(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    from journal import Journal
+    journal: Any = importlib.import_module("journal")
+    opened = journal.Journal
 
     measured: list[str] = []
 
@@ -63,22 +65,22 @@ def test_a_run_that_was_stopped_goes_on_where_it_was(tmp_path: pathlib.Path, mon
     def stopped() -> None:
         raise KeyboardInterrupt
 
-    first = Journal("some", {"rounds": (3, 1)}, folder=tmp_path)
+    first = opened("some", {"rounds": (3, 1)}, folder=tmp_path)
     kept = first.row("a", lambda: row("a"))
     with pytest.raises(KeyboardInterrupt):
         first.row("b", stopped)
     (file,) = tmp_path.iterdir()
     file.write_text(file.read_text() + '{"key": {"half of a li')
-    again = Journal("some", {"rounds": (3, 1)}, folder=tmp_path)
+    again = opened("some", {"rounds": (3, 1)}, folder=tmp_path)
     assert again.row("a", stopped) == kept == {"name": "a", "ratio": {"1": 0.5}}
     again.row("b", lambda: row("b"))
     assert measured == ["a", "b"]
-    assert Journal("some", {"rounds": (3, 1)}, folder=tmp_path).row("b", stopped)["name"] == "b"
-    Journal("some", {"rounds": (5, 1)}, folder=tmp_path).row("a", lambda: row("a, other settings"))
-    anew = Journal("some", {"rounds": (3, 1)}, fresh=True, folder=tmp_path)
+    assert opened("some", {"rounds": (3, 1)}, folder=tmp_path).row("b", stopped)["name"] == "b"
+    opened("some", {"rounds": (5, 1)}, folder=tmp_path).row("a", lambda: row("a, other settings"))
+    anew = opened("some", {"rounds": (3, 1)}, fresh=True, folder=tmp_path)
     anew.row("a", lambda: row("a, anew"))
     assert measured == ["a", "b", "a, other settings", "a, anew"]
-    assert Journal("some", {"rounds": (5, 1)}, folder=tmp_path).row("a", stopped)["name"] == "a, other settings"
+    assert opened("some", {"rounds": (5, 1)}, folder=tmp_path).row("a", stopped)["name"] == "a, other settings"
 
 
 def test_optimizing_is_timed_by_phase_and_its_compiles_and_memory_counted(tmp_path: pathlib.Path) -> None:
