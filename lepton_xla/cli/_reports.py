@@ -81,7 +81,11 @@ def _fate(site: Mapping[str, Any]) -> str:
         if action.startswith(start):
             return said
     parts = [action]
-    parts += [said for said in ("computed ahead", "not multiplied", "added by a pass") if said in reason]
+    parts += [
+        said
+        for said in ("computed ahead", "computed on each call", "not multiplied", "added by a pass")
+        if said in reason
+    ]
     parts += [said for said in reason.split("; ") if said.startswith("to be ")]
     return ", ".join(dict.fromkeys(parts))
 

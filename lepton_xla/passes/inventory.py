@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 
-from lepton_xla.passes.sites import find_sites
+from lepton_xla.passes.sites import find_sites, made_of
 from lepton_xla.program import Program, abstract, tree_bytes
 from lepton_xla.quant import QTensor
 from lepton_xla.report import PassReport, SiteReport
@@ -40,9 +40,13 @@ def weights_report(program: Program, plan: Plan | None = None, *, sizes: Mapping
     origin: Mapping[str, Any] = program.origin if program.origin is not None else abstract(program.weights)
     sites = [entry.site for entry in plan.sites] if plan is not None else find_sites(program, sizes=sizes)
     multiplied: dict[str, list[str]] = {}
+    parts: dict[str, list[str]] = {}  # of weights that are computed on each call
     for site in sites:
         if site.path is not None:
             multiplied.setdefault(site.path, []).append(site.name)
+        for path in made_of(site):
+            if site.path is not None and path != site.path:
+                parts.setdefault(path, []).append(site.path)
     taken, made, kept, folded = _told(program)
     lines: list[SiteReport] = []
     for path in (*origin, *(path for path in program.weights if path not in origin)):
@@ -62,7 +66,9 @@ def weights_report(program: Program, plan: Plan | None = None, *, sizes: Mapping
                 said += _planned(plan, multiplied.get(path, []))
             elif not isinstance(leaf, QTensor):
                 said += [kept[name] for name in multiplied.get(path, []) if name in kept]
-            if path in origin and path not in multiplied and not isinstance(leaf, QTensor):
+            if path in parts:
+                said.append(f"computed on each call into {', '.join(dict.fromkeys(parts[path]))}")
+            elif path in origin and path not in multiplied and not isinstance(leaf, QTensor):
                 said.append(NOT_MULTIPLIED)
             reason = "; ".join(dict.fromkeys(part for part in said if part))
         after = tree_bytes(program.weights[path]) if path in program.weights else 0

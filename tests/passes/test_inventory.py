@@ -82,6 +82,17 @@ def test_what_became_of_each_weight():
     assert lines["params/Conv_0/kernel:bias"] == ("float32", "added by a pass")
 
 
+def test_what_a_weight_is_computed_into_on_each_call():
+    w = jnp.ones((8, 8))
+    rows = {"x": TensorSpec(("batch", 8), "float32")}
+    program = trace(
+        lambda w, x: x @ jnp.hstack([w["a"], w["b"]]) + w["bias"], {"a": w, "b": w, "bias": w[:1, :1]}, rows
+    )
+    lines = {line.site: (line.action, line.reason) for line in weights_report(program).sites}
+    joined = "computed on each call into concatenate:a+b"
+    assert lines == {"a": ("float32", joined), "b": ("float32", joined), "bias": ("float32", "not multiplied")}
+
+
 def test_reasons_and_unread_weights():
     text = '[[quantize]]\nsites = ".*"\nweights = "int4"\ngranularity = "group:7"\nactivations = "none"\n'
     small = lx.optimize(tied(), recipe(text))
