@@ -53,7 +53,8 @@ def test_an_artifact_that_cannot_be_written_there_is_one_line(cli, plain, tmp_pa
 def test_files_that_begin_with_a_byte_order_mark(cli, plain, files, artifact, tmp_path, end):
     recipe = tmp_path / "int8.toml"
     recipe.write_bytes(end.join(["\ufeffmeasure = false", "[[quantize]]", 'sites = ".*"', ""]).encode())
-    assert cli.json("plan", plain, "--recipe", recipe) == cli.json("plan", plain, "--recipe", files / "int8.toml")
+    marked, plainly = (cli.json("plan", plain, "--recipe", path)["sites"] for path in (recipe, files / "int8.toml"))
+    assert marked == plainly
     document = tmp_path / "in.json"
     document.write_bytes(f'\ufeff{{"x":{end}[{[0.0] * 16}]}}'.encode())
     cli.ok("predict", artifact, "--input", document)
