@@ -93,12 +93,13 @@ ALLOWED = {
     "rows": {"errors", "program"},
     "callbacks": BOTTOM,
     "flags": set(),
+    "memory": set(),
     "quant": {"errors", "_compat"},
     "passes": BOTTOM | {"quant"},
     "recipe": PASSES | {"recipe_changes"},
     "recipe_changes": {"errors"},
     "modelspec": BOTTOM,
-    "pipeline": PASSES | {"recipe", "rows", "callbacks", "flags"},
+    "pipeline": PASSES | {"recipe", "rows", "callbacks", "flags", "memory"},
     "compiler": BOTTOM | {"rows", "callbacks", "flags"},
     "serve": {"errors", "program", "compiler"},
     "train": PASSES | {"recipe", "sharding"},
@@ -106,8 +107,8 @@ ALLOWED = {
     "kernels": {"errors", "_compat"},
     "tune": PASSES | {"recipe", "pipeline", "compiler", "modelspec"},
 }
-# For the checker of types only, which makes no dependency when the package runs.
-TYPES_ONLY = {("passes", "recipe"), ("quant", "recipe")}
+# For the checker of types only, or inside a function that neither loading nor serving calls.
+TYPES_ONLY = {("passes", "recipe"), ("quant", "recipe"), ("compiler", "passes")}
 # At the top: may import everything but each other's insides.
 TOP = {"", "cli", "__main__"}
 

@@ -26,7 +26,6 @@ from lepton_xla.compiler.portable import export_programs
 from lepton_xla.compiler.probes import table_sizes
 from lepton_xla.compiler.runtime import Runtime, run_expand
 from lepton_xla.errors import CompileError
-from lepton_xla.passes.inventory import weights_report
 from lepton_xla.program import Program, TensorSpec, abstract, name_leaves
 from lepton_xla.rows import check_rows_lead, row_symbol
 
@@ -70,6 +69,8 @@ def compile(
             into Python (calls for debugging are left out), or its rows or its padding change each other's results.
         ExecutionError: where there is no device, or the compiled code fails when it is checked.
     """
+    from lepton_xla.passes.inventory import weights_report  # here: loading and serving reach no pass
+
     check_name(name or "model")
     ladders = check_ladders(program.symbols, buckets)
     check_rows_lead(program.inputs, program.outputs)
