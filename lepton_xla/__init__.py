@@ -5,11 +5,13 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from lepton_xla import passes, train
+    from lepton_xla.adapters import from_linen, from_nnx
     from lepton_xla.compiler import Servable, compile, load, verify
     from lepton_xla.errors import (
         ArtifactError,
         CalibrationError,
         CompileError,
+        ExecutionError,
         InputError,
         LeptonError,
         ModelError,
@@ -20,7 +22,7 @@ if TYPE_CHECKING:
     from lepton_xla.modelspec import ModelSpec
     from lepton_xla.passes.sites import find_sites
     from lepton_xla.pipeline import optimize
-    from lepton_xla.program import Program, TensorSpec, from_linen, from_nnx, trace
+    from lepton_xla.program import Program, TensorSpec, trace
     from lepton_xla.recipe import Plan, Recipe
     from lepton_xla.report import PassReport, SiteReport
 
@@ -28,6 +30,7 @@ __all__ = [
     "ArtifactError",
     "CalibrationError",
     "CompileError",
+    "ExecutionError",
     "InputError",
     "LeptonError",
     "ModelError",
@@ -62,6 +65,7 @@ _HOMES = {
         "ArtifactError",
         "CalibrationError",
         "CompileError",
+        "ExecutionError",
         "InputError",
         "LeptonError",
         "ModelError",
@@ -72,7 +76,8 @@ _HOMES = {
     "lepton_xla.modelspec": ("ModelSpec",),
     "lepton_xla.passes.sites": ("find_sites",),
     "lepton_xla.pipeline": ("optimize",),
-    "lepton_xla.program": ("Program", "TensorSpec", "from_linen", "from_nnx", "trace"),
+    "lepton_xla.adapters": ("from_linen", "from_nnx"),
+    "lepton_xla.program": ("Program", "TensorSpec", "trace"),
     "lepton_xla.recipe": ("Plan", "Recipe"),
     "lepton_xla.report": ("PassReport", "SiteReport"),
 }

@@ -12,8 +12,9 @@ from typing import Any
 
 import numpy as np
 
+from lepton_xla.adapters import from_linen, from_nnx
 from lepton_xla.errors import LeptonError, ModelError
-from lepton_xla.program import Program, TensorSpec, from_linen, from_nnx, trace
+from lepton_xla.program import Program, TensorSpec, trace
 
 type Predict = Callable[..., dict[str, np.ndarray]]
 """`predict(**inputs) -> outputs`, both by name, any batch size."""

@@ -1,9 +1,8 @@
-"""A model as a pure function of its weights and its named inputs, and the ways to make one."""
+"""A model as a pure function of its weights and its named inputs."""
 
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import math
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -14,7 +13,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from lepton_xla.errors import CompileError, ModelError
-from lepton_xla.written import written
 
 if TYPE_CHECKING:
     from lepton_xla.report import PassReport
@@ -411,132 +409,3 @@ def abstract_outputs(
     if not named:
         raise ModelError("the model returns nothing")
     return named
-
-
-def from_linen(
-    module: Any,
-    variables: Mapping[str, Any],
-    inputs: Mapping[str, TensorSpec],
-    *,
-    method: str | None = None,
-    **kwargs: Any,
-) -> Program:
-    """Makes a `Program` of a Flax Linen module and its variables.
-
-    Args:
-        module: a `flax.linen.Module`.
-        variables: every collection the module reads (`params`, `batch_stats`, ...); all of it becomes weights.
-        inputs: name -> spec, in the order of the module's positional arguments.
-        method: the module's method to call; `__call__` by default.
-        **kwargs: static keyword arguments. Arguments named `train`, `training` or `is_training` are set False,
-            `deterministic` and `use_running_average` True, unless given here.
-
-    Raises:
-        ModelError: as `trace`.
-    """
-    static = _inference_arguments(_method(module, method or "__call__"), kwargs)
-
-    def fn(weights: Any, *args: Any) -> Any:
-        return module.apply(weights, *args, method=method, **static)
-
-    return trace(fn, dict(variables), inputs)
-
-
-def from_nnx(module: Any, inputs: Mapping[str, TensorSpec], *, method: str | None = None, **kwargs: Any) -> Program:
-    """Makes a `Program` of a Flax NNX module, whose state becomes the weights.
-
-    The module is put into inference mode (`module.eval()`) on a copy; the module given is not changed. A program keeps
-    nothing from one call to the next, so a module that writes state when it is called (`nnx.Cache`, a batch norm that
-    still trains, a counter) is refused. What it sows (`nnx.Intermediate`) is dropped. Streams of random numbers may be
-    advanced, as `nnx.split_rngs` does, as long as no output depends on them.
-
-    Args:
-        module: a `flax.nnx.Module`.
-        inputs: name -> spec, in the order of the method's positional arguments.
-        method: the module's method to call; `__call__` by default.
-        **kwargs: static keyword arguments for the call.
-
-    Raises:
-        ModelError: as `trace`; for a call that writes state, with its name.
-    """
-    from flax import nnx
-
-    if not isinstance(module, nnx.Module):
-        raise ModelError(
-            f"from_nnx takes a flax.nnx.Module, not a {type(module).__name__}; `trace` takes any function of weights "
-            f"and inputs"
-        )
-    name = method or "__call__"
-    _method(module, name)
-    inference = nnx.clone(module)
-    inference.eval()
-    graph, variables, rest = nnx.split(inference, nnx.Not(nnx.RngState), ...)
-    pure = nnx.to_pure_dict(variables)
-    suspects: set[str] = set()
-
-    def call(weights: Any, random: Any, *args: Any) -> tuple[Any, Any, Any]:
-        """The outputs, and the state after the call: what is no randomness, and what is."""
-        state, streams = jax.tree.map(lambda leaf: leaf, (variables, rest))
-        nnx.replace_by_pure_dict(state, weights)
-        nnx.replace_by_pure_dict(streams, random)
-        called = nnx.merge(graph, state, streams)
-        out = getattr(called, name)(*args, **kwargs)
-        after = nnx.state(called, nnx.RngState, nnx.Not(nnx.Intermediate))
-        return out, nnx.to_pure_dict(after[1]), nnx.to_pure_dict(after[0])
-
-    def fn(weights: Any, *args: Any) -> Any:
-        random = nnx.to_pure_dict(rest)
-        out, *after = call(weights, random, *args)
-        for given, left in zip((weights, random), after, strict=True):
-            known = name_leaves(given)
-            suspects.update(name for name, leaf in name_leaves(left).items() if known.get(name) is not leaf)
-        return out
-
-    program = trace(fn, pure, inputs)
-    if suspects:
-        _refuse_written(call, pure, nnx.to_pure_dict(rest), inputs)
-    return program
-
-
-def _refuse_written(call: Callable[..., Any], weights: Any, random: Any, inputs: Mapping[str, TensorSpec]) -> None:
-    """Raises `ModelError` for a call that writes state, or whose outputs depend on a random stream that it advances."""
-    trees = [jax.tree.structure(part) for part in (weights, random)]
-    names = [list(name_leaves(part)) for part in (weights, random)]
-    streams = set(names[1])
-
-    def flat_call(state: Mapping[str, Any], *args: Any) -> tuple[Any, Any]:
-        parts = [jax.tree.unflatten(t, [state[name] for name in own]) for t, own in zip(trees, names, strict=True)]
-        out, *after = call(*parts, *args)
-        return out, name_leaves(after[0]) | name_leaves(after[1])
-
-    state = abstract(name_leaves(weights) | name_leaves(random))
-    sizes, _ = probe_sizes(lambda flat, *args: flat_call(flat, *args)[0], state, inputs)
-    changed, read = written(flat_call, state, *(spec.at(sizes) for spec in inputs.values()))
-    kept = [name for name in changed if name not in streams]
-    if kept:
-        raise ModelError(
-            f"calling the module writes its state {some_names(map(repr, kept))}, which a program does not keep from "
-            f"one call to the next; hand it in as an input and back as an output"
-        )
-    drawn = [name for name in read if name in streams]
-    if drawn:
-        raise ModelError(
-            f"the outputs depend on random numbers from {some_names(map(repr, drawn))}, which every call of a program "
-            f"would draw alike; make them, or their key, an input"
-        )
-
-
-def _method(module: Any, name: str) -> Callable[..., Any]:
-    found = getattr(type(module), name, None)
-    if not callable(found):
-        raise ModelError(f"a {type(module).__name__} has no method {name!r}")
-    return found
-
-
-def _inference_arguments(function: Callable[..., Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """Keyword arguments that put a Linen module into inference mode."""
-    parameters = inspect.signature(function).parameters
-    inference = {"train": False, "training": False, "is_training": False, "deterministic": True}
-    inference["use_running_average"] = True
-    chosen = {name: value for name, value in inference.items() if name in parameters}
-    return chosen | dict(given)

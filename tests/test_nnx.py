@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from lepton_xla.adapters import from_nnx
 from lepton_xla.errors import ModelError
-from lepton_xla.program import TensorSpec, from_nnx
+from lepton_xla.program import TensorSpec
 
 ROWS = {"x": TensorSpec((2, 4), "float32")}
 

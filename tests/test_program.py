@@ -10,18 +10,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from lepton_xla.adapters import from_linen, from_nnx
 from lepton_xla.errors import ModelError
-from lepton_xla.program import (
-    Expansion,
-    Program,
-    TensorSpec,
-    from_linen,
-    from_nnx,
-    leaf_bytes,
-    name_leaves,
-    trace,
-    tree_bytes,
-)
+from lepton_xla.program import Expansion, Program, TensorSpec, leaf_bytes, name_leaves, trace, tree_bytes
 from lepton_xla.report import PassReport
 
 ROWS = {"x": TensorSpec(("batch", 3), "float32")}
@@ -350,7 +341,7 @@ def test_from_nnx_runs_a_copy_in_inference_mode():
 
 def test_a_program_is_plain_data():
     assert [field.name for field in dataclasses.fields(Program)] == [
-        "fn", "weights", "inputs", "outputs", "masks", "history", "expansion",
+        "fn", "weights", "inputs", "outputs", "masks", "history", "expansion", "origin",
     ]  # fmt: skip
 
 

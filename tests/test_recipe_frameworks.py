@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from lepton_xla.adapters import from_linen, from_nnx
 from lepton_xla.passes import calibrate, fake_quant
 from lepton_xla.passes.fake_quant import initial_scales
 from lepton_xla.passes.lower import lower
 from lepton_xla.passes.sites import find_sites
 from lepton_xla.pipeline import optimize
-from lepton_xla.program import TensorSpec, from_linen, from_nnx, name_leaves, trace
+from lepton_xla.program import TensorSpec, name_leaves, trace
 from lepton_xla.quant import QTensor
 from lepton_xla.recipe import Recipe, presets
 

@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 from jax import lax
 
+from lepton_xla.adapters import from_linen
 from lepton_xla.errors import CalibrationError
 from lepton_xla.passes.bias_correction import correct_bias
 from lepton_xla.passes.gptq import gptq
 from lepton_xla.passes.grid import round_to_nearest
-from lepton_xla.program import TensorSpec, from_linen, trace
+from lepton_xla.program import TensorSpec, trace
 from lepton_xla.recipe import Recipe
 
 ROWS = {"x": TensorSpec(("batch", 6), "float32")}

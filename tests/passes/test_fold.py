@@ -10,8 +10,9 @@ import pytest
 from flax import nnx
 from jax import lax
 
+from lepton_xla.adapters import from_linen, from_nnx
 from lepton_xla.passes import find_sites, fold, lower, prune
-from lepton_xla.program import Program, TensorSpec, from_linen, from_nnx, trace
+from lepton_xla.program import Program, TensorSpec, trace
 from lepton_xla.recipe import Recipe
 
 ROWS = {"x": TensorSpec(("batch", 6), "float32")}

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 import lepton_xla as lx
+from lepton_xla.adapters import from_linen
 from lepton_xla.passes import weights_report
-from lepton_xla.program import TensorSpec, from_linen, trace, tree_bytes
+from lepton_xla.program import TensorSpec, trace, tree_bytes
 
 
 def recipe(text):

@@ -17,12 +17,13 @@ from jax.sharding import PartitionSpec as P
 
 import lepton_xla.passes.measure as measure
 from lepton_xla import _compat
+from lepton_xla.adapters import from_linen, from_nnx
 from lepton_xla.compiler import compile as compile_program
 from lepton_xla.errors import CalibrationError, UnsupportedError
 from lepton_xla.passes import calibrate, fake_quant, find_sites
 from lepton_xla.passes import lower as run_lower
 from lepton_xla.passes.autotune import Choices
-from lepton_xla.program import TensorSpec, from_linen, from_nnx, trace
+from lepton_xla.program import TensorSpec, trace
 from lepton_xla.quant import QTensor
 from lepton_xla.recipe import Recipe
 

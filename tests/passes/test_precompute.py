@@ -9,9 +9,10 @@ import pytest
 from jax.ad_checkpoint import checkpoint_name
 
 import lepton_xla as lx
+from lepton_xla.adapters import from_linen
 from lepton_xla.errors import UnsupportedError
 from lepton_xla.passes import fake_quant, find_sites, initial_scales, lower, masked, precompute
-from lepton_xla.program import TensorSpec, from_linen, trace
+from lepton_xla.program import TensorSpec, trace
 
 INT8 = lx.Recipe.parse('measure = false\non_unsupported = "keep"\n[[quantize]]\nsites = ".*"\n', name="int8")
 ROWS = {"x": TensorSpec(("batch", 16), "float32")}

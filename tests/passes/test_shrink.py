@@ -15,9 +15,10 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 import lepton_xla as lx
+from lepton_xla.adapters import from_linen, from_nnx
 from lepton_xla.errors import CalibrationError, RecipeError, UnsupportedError
 from lepton_xla.passes import cost, find_groups, find_sites, fold, lower, prune, shrink
-from lepton_xla.program import TensorSpec, from_linen, from_nnx, trace
+from lepton_xla.program import TensorSpec, trace
 from lepton_xla.recipe import Recipe
 
 ROWS = {"x": TensorSpec(("batch", 6), "float32")}

@@ -13,8 +13,9 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import lepton_xla.program as lp
+from lepton_xla.adapters import from_linen, from_nnx
 from lepton_xla.passes.sites import SITE_PRIMITIVES, find_sites, lay_out, operand_value, rewrite_sites
-from lepton_xla.program import TensorSpec, from_linen, from_nnx, trace
+from lepton_xla.program import TensorSpec, trace
 
 ROWS = {"x": TensorSpec(("batch", 6), "float32")}
 IMAGES = {"image": TensorSpec(("batch", 6, 6, 2), "float32")}

@@ -9,10 +9,11 @@ import pytest
 from flax import nnx
 from jax import lax
 
+from lepton_xla.adapters import from_linen, from_nnx
 from lepton_xla.errors import CalibrationError, RecipeError
 from lepton_xla.passes.grid import round_to_nearest
 from lepton_xla.passes.smoothquant import smooth, smooth_factor
-from lepton_xla.program import TensorSpec, from_linen, from_nnx, trace
+from lepton_xla.program import TensorSpec, trace
 from lepton_xla.recipe import Recipe
 
 ROWS = {"x": TensorSpec(("batch", 6), "float32")}

@@ -9,10 +9,11 @@ from jax import lax
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from lepton_xla.adapters import from_linen
 from lepton_xla.errors import CalibrationError
 from lepton_xla.passes import find_sites, matrix
 from lepton_xla.passes.statistics import collect_statistics
-from lepton_xla.program import TensorSpec, from_linen, trace
+from lepton_xla.program import TensorSpec, trace
 
 ROWS = {"x": TensorSpec(("batch", 6), "float32")}
 IMAGES = {"x": TensorSpec(("batch", 6, 5, 4), "float32")}
