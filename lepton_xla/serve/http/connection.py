@@ -1,7 +1,7 @@
-"""HTTP/1.1 on httptools (llhttp): bytes in, exchanges out, answers in order. It knows nothing of models.
+"""HTTP/1.1: bytes in, exchanges out, answers in order. It knows nothing of models.
 
-A connection parses requests, enforces every limit before it buffers, and hands each complete request to the handler
-as an `Exchange`. Answers may be given in any order and at any time; they leave in the order of the requests.
+A connection has each request that came in whole (`Incoming`) handled as an `Exchange`. Answers may be given in any
+order and at any time; they leave in the order of the requests.
 
 Sources: RFC 9112 (HTTP/1.1 messages), RFC 9110 (semantics; 100-continue in section 10.1.1); clause by clause in
 `tests/serve/http/test_rfc.py`.
@@ -15,23 +15,13 @@ from collections import deque
 from time import monotonic
 from typing import Any
 
-import httptools
-
 from lepton_xla.serve.errors import RefusedError
 from lepton_xla.serve.http.exchange import Exchange, Head
-from lepton_xla.serve.http.heads import (
-    SINGLE,
-    body_refusal,
-    buffer_refusal,
-    head_of,
-    header_refusal,
-    malformed,
-    target_refusal,
-)
+from lepton_xla.serve.http.heads import buffer_refusal
 from lepton_xla.serve.http.hub import Hub
+from lepton_xla.serve.http.incoming import Incoming
 from lepton_xla.serve.http.outgoing import AHEAD_BYTES, Outgoing
-from lepton_xla.serve.http.upgrade import body_parser, request_parser
-from lepton_xla.serve.protocol.traceparent import take_out, valid
+from lepton_xla.serve.protocol.traceparent import take_out
 
 _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 _CACHED_HEADS = 512
@@ -39,43 +29,34 @@ _CACHED_HEAD_BYTES = 2048
 _LINGER_S = 2.0
 # Unanswered requests of one connection beyond which nothing more is read from it.
 _AHEAD = 64
-# Framing of a chunked body that is not data (sizes, extensions): what one chunk may cost on the wire.
-_CHUNK_OVERHEAD = 64
 
 
 class Connection(asyncio.Protocol):
     """One client connection."""
 
     __slots__ = (
-        "_address", "_announced", "_body", "_chunks", "_closing", "_complete", "_continue", "_deadline", "_fields",
-        "_framing", "_head", "_head_bytes", "_headers", "_hub", "_in_message", "_last", "_limits", "_messages", "_out",
-        "_parser", "_paused_s", "_pending", "_reading", "_stalled", "_target", "_trace", "_transport", "_upgrading",
+        "_address", "_announced", "_closing", "_continue", "_deadline", "_going_on", "_hub", "_in", "_last", "_limits",
+        "_out", "_paused_s", "_pending", "_reading", "_stalled", "_transport",
     )  # fmt: skip
 
     def __init__(self, hub: Hub) -> None:
         self._hub = hub
         self._limits = hub.limits
-        self._parser: Any = request_parser(self)
         self._transport: Any = None
         self._address = ""
         self._announced = False
         self._pending: deque[Exchange] = deque()
+        self._in = Incoming(hub, self)
         self._out = Outgoing(hub)
         self._closing = False
         self._reading = True
         self._paused_s = 0.0
         self._stalled = math.inf
         self._deadline = math.inf
-        self._in_message = False
         self._continue = False
-        self._upgrading = False
-        self._messages = 0
-        self._complete: Head | None = None
+        self._going_on = False
         # What the client said last: most say it again, and to compare with one takes less time than to look it up.
         self._last: Head | None = None
-        self._trace: bytes | None = None
-        self.on_message_begin()
-        self._in_message = False
 
     # From whoever accepts it.
 
@@ -118,14 +99,12 @@ class Connection(asyncio.Protocol):
         hub.connections.discard(self)
         self._leave_address()
         self._closing = True
-        self._forget_body()
+        self._in.end()
         self._out.end()
         for exchange in self._pending:
             hub.buffered_bytes -= len(exchange.body)
             exchange.abandon()
         self._pending.clear()
-        # The two refer to each other: without this, each connection would wait for the garbage collector.
-        self._parser = None
 
     def eof_received(self) -> None:
         # The transport closes this end too, after what is written. A client that ends its side cannot be told
@@ -149,6 +128,11 @@ class Connection(asyncio.Protocol):
         pending = self._pending
         ahead = len(pending) > _AHEAD or (len(pending) > 1 and sum(len(each.body) for each in pending) > AHEAD_BYTES)
         reading = not ahead and self._stalled == math.inf and not self._out.waiting
+        if self._in.rest or self._going_on:
+            if reading and not self._going_on:
+                self._going_on = True
+                asyncio.get_running_loop().call_soon(self._go_on)
+            reading = False
         if reading != self._reading and not self._transport.is_closing():
             self._reading = reading
             if reading:
@@ -159,16 +143,29 @@ class Connection(asyncio.Protocol):
                 self._paused_s = monotonic()
                 self._transport.pause_reading()
 
+    def _go_on(self) -> None:
+        """Reads more of what one turn of the event loop had too much of."""
+        rest = self._in.take_rest()
+        if not self._closing:
+            try:
+                self._feed(rest)
+            except Exception:
+                self._transport.abort()  # as transports do where `data_received` fails
+                raise
+        self._going_on = False
+        self._throttle()
+
     def data_received(self, data: bytes) -> None:
         if self._closing:
             return
-        if self._in_message:
+        incoming = self._in
+        if incoming.begun:
             self._feed(data)
             return
         head = self._last
         if head is not None and data.startswith(head.start) and len(data) == len(head.start) + head.content_length:
             self._hub.buffered_bytes += head.content_length
-            self._dispatch(head, data[len(head.start) :], None)
+            self.dispatch(head, data[len(head.start) :], None)
             return
         end = data.find(b"\r\n\r\n", 0, _CACHED_HEAD_BYTES)
         if end < 0:
@@ -187,114 +184,42 @@ class Connection(asyncio.Protocol):
             if trace is None:
                 self._last = head
             self._hub.buffered_bytes += head.content_length
-            self._dispatch(head, data[end + 4 :], trace)
+            self.dispatch(head, data[end + 4 :], trace)
             return
-        self._trace = trace
+        incoming.trace = trace
         self._feed(data)
-        if self._messages == 1 and not self._in_message and not self._closing:
+        if incoming.messages == 1 and not incoming.begun and not self._closing:
             self._remember(data, end)
 
-    def _feed(self, data: bytes) -> None:
-        began_before = self._in_message
-        self._messages = 0
-        rest: bytes | memoryview = data
-        try:
-            while True:
-                try:
-                    self._parser.feed_data(rest)
-                    break
-                except httptools.HttpParserUpgrade as pause:
-                    rest = memoryview(rest)[pause.args[0] :]
-                    if self._upgrading:
-                        self._upgrading = False
-                        assert self._head is not None
-                        self._parser = body_parser(self, self._head.content_length)
-        except httptools.HttpParserError as error:
-            unknown = isinstance(error, httptools.HttpParserInvalidMethodError)
-            self._fail(_refusal_in(error) or malformed(self._method, unknown))
-        else:
-            # llhttp holds back a field or a chunk extension until it is whole, where no callback sees it grow.
-            if began_before and self._in_message and not self._messages:
-                self._count(len(data))
-
-    @property
-    def _method(self) -> bytes:
-        """Of the request that is read, as far as it has come."""
-        return self._parser.get_method() if self._in_message and self._target else b""
-
-    def _count(self, size: int) -> None:
-        """Bounds the bytes of a message that are not its body."""
-        self._framing += size
-        if self._head is None:
-            if self._framing > self._limits.max_header_bytes:
-                self._fail(header_refusal(self._limits))
-        elif self._framing > len(self._body) + self._chunks * _CHUNK_OVERHEAD + 2 * self._limits.max_header_bytes:
-            self._fail(RefusedError(400, "the chunked body has more framing than data"))
+    def _feed(self, data: bytes | memoryview) -> None:
+        refusal = self._in.feed(data)
+        if refusal is not None:
+            self._fail(refusal)
+        elif self._in.rest:
+            self._throttle()
 
     def _remember(self, data: bytes, end: int) -> None:
         """Keeps the head of data that was exactly one request, with a body of the length its head says."""
-        head, heads = self._complete, self._hub.heads
+        head, heads = self._in.complete, self._hub.heads
         if head is not None and len(data) - end - 4 == head.content_length:
             if len(heads) >= _CACHED_HEADS:
                 heads.clear()
             head.start = data[: end + 4]
             heads[data[:end]] = head
 
-    # From the parser.
+    # From what comes in.
 
-    def on_message_begin(self) -> None:
-        self._in_message = True
-        self._head: Head | None = None
-        self._target = b""
-        self._headers: dict[bytes, bytes] = {}
-        self._fields = 0
-        self._head_bytes = 0
-        self._framing = 0
-        self._body: bytes | bytearray = b""
-        self._chunks = 0
-        self._deadline = monotonic() + self._limits.head_timeout_s
+    def expect(self, seconds: float) -> None:
+        """The client may take so long for what it sends next."""
+        self._deadline = monotonic() + seconds
 
-    def on_url(self, url: bytes) -> None:
-        self._target += url
-        self._head_bytes += len(url)
-        if self._head_bytes > self._limits.max_header_bytes:
-            raise target_refusal(self._limits)
+    def consider(self, target: bytes, headers: dict[bytes, bytes]) -> None:
+        """Any request may be asked here."""
 
-    def on_header(self, name: bytes, value: bytes) -> None:
-        self._head_bytes += len(name) + len(value) + 4
-        if self._head_bytes > self._limits.max_header_bytes:
-            raise header_refusal(self._limits)
-        if self._head is not None:
-            return  # a trailer: bounded, and of no interest
-        self._fields += 1
-        if self._fields > self._limits.max_headers:
-            raise RefusedError(431, f"more than {self._limits.max_headers} header fields")
-        name, value = name.lower(), value.strip(b" \t")
-        headers = self._headers
-        if name in headers:
-            if name in SINGLE:
-                raise RefusedError(400, f"header {name.decode('latin-1')} is given twice")
-            value = headers[name] + b", " + value
-        headers[name] = value
-
-    def on_headers_complete(self) -> None:
-        parser, headers = self._parser, self._headers
-        version = parser.get_http_version()
-        head = head_of(
-            parser.get_method(), self._target, version, headers, parser.should_keep_alive(), self._limits
-        )  # fmt: skip
-        if head.content_length:
-            # Before the body: who may not ask cannot make the server hold one.
-            self._hub.admit(head)
-        self._head = head
-        self._upgrading = head.content_length != 0 and parser.should_upgrade()
-        self._framing = 0
-        self._head_bytes = 0
-        self._deadline = monotonic() + self._limits.body_timeout_s
-        if headers.get(b"expect", b"").lower() == b"100-continue" and not head.old:
-            self._hub.invite(head)
-            self._continue = True
-            self._send_continue()
+    def invite(self) -> None:
+        """The client waits to be told that its body is welcome."""
+        self._continue = True
+        self._send_continue()
 
     def _send_continue(self) -> None:
         # Only once the answers before it are out, or it would be taken for one of them.
@@ -302,49 +227,10 @@ class Connection(asyncio.Protocol):
             self._continue = False
             self._transport.write(_CONTINUE)
 
-    def on_chunk_header(self) -> None:
-        self._chunks += 1
-        if self._chunks > self._limits.max_chunks:
-            raise RefusedError(413, f"the body has more than {self._limits.max_chunks} chunks")
-
-    def on_body(self, data: bytes) -> None:
-        # One piece, not a list of them: an object a chunk would cost fifty times the bytes that it carries.
-        if not self._body:
-            self._body = data
-        elif type(self._body) is bytearray:
-            self._body += data
-        else:
-            self._body = bytearray(self._body) + data
+    def dispatch(self, head: Head, body: bytes, trace: bytes | None) -> None:
+        """Has a request handled, or refuses it."""
         hub = self._hub
-        hub.buffered_bytes += len(data)
-        if len(self._body) > self._limits.max_body_bytes:
-            raise body_refusal(self._limits)
-        if hub.buffered_bytes > self._limits.max_buffered_bytes:
-            raise buffer_refusal()
-
-    def _forget_body(self) -> None:
-        """Drops what arrived of a body that will not be handled."""
-        self._hub.buffered_bytes -= len(self._body)
-        self._body = b""
-
-    def on_message_complete(self) -> None:
-        if self._upgrading:
-            return  # the body is to come
-        head = self._complete = self._head
-        assert head is not None
-        self._in_message = False
         self._continue = False
-        self._messages += 1
-        body, self._body = bytes(self._body), b""
-        trace, self._trace = self._trace, None
-        if trace is None and b"traceparent" in head.headers:
-            trace = valid(head.headers[b"traceparent"])
-        self._dispatch(head, body, trace)
-
-    # Exchanges.
-
-    def _dispatch(self, head: Head, body: bytes, trace: bytes | None) -> None:
-        hub = self._hub
         if self._closing:
             hub.buffered_bytes -= len(body)
             return
@@ -395,7 +281,7 @@ class Connection(asyncio.Protocol):
             if exchange.reserved:
                 self._out.reserve(-exchange.reserved)
             last = not head.keep_alive
-            if self._hub.draining and not self._in_message:
+            if self._hub.draining and not self._in.begun:
                 # What else may be on its way is not read: that this is the last answer tells the client so.
                 self._closing = True
                 last = last or not pending
@@ -413,7 +299,7 @@ class Connection(asyncio.Protocol):
             self._out.go_on()
             self._throttle()
         if not pending:
-            if self._in_message:
+            if self._in.begun:
                 self._send_continue()
             else:
                 self._deadline = monotonic() + self._limits.idle_timeout_s
@@ -427,9 +313,9 @@ class Connection(asyncio.Protocol):
         """
         if self._closing:
             return
-        method = method or self._method
+        method = method or self._in.method
         self._closing = True
-        self._forget_body()
+        self._in.forget()
         self._hub.refused(refusal)
         exchange = Exchange(self, Head(method, b"", {}, keep_alive=False, old=False), b"", monotonic())
         self._pending.append(exchange)
@@ -472,7 +358,7 @@ class Connection(asyncio.Protocol):
 
     def quiet_s(self, now: float) -> float:
         """Seconds since the last answer, or since it was opened; -1 while a request is read or answered."""
-        if self._pending or self._in_message or self._closing:
+        if self._pending or self._in.begun or self._in.rest or self._closing:
             return -1.0
         return now - (self._deadline - self._limits.idle_timeout_s)
 
@@ -486,7 +372,7 @@ class Connection(asyncio.Protocol):
 
     def give_up(self, refusal: RefusedError) -> None:
         """Answers with an error what has no answer yet, and closes."""
-        if self._in_message:
+        if self._in.begun:
             self._fail(refusal)
         for exchange in tuple(self._pending):
             cancel = exchange.on_cancel
@@ -510,18 +396,8 @@ class Connection(asyncio.Protocol):
             self._out.go_on()
         if now - self._stalled > self._limits.write_timeout_s or (self._closing and now >= self._deadline):
             self._transport.abort()
-        elif now >= self._deadline and (self._reading or not self._in_message):
-            if self._in_message:
+        elif now >= self._deadline and (self._reading or not self._in.begun):
+            if self._in.begun:
                 self._fail(RefusedError(408, "the request did not arrive in time"))
             else:
                 self._finish(unread=False)
-
-
-def _refusal_in(error: Exception) -> RefusedError | None:
-    """What a callback refused, if the parser's error is of one; a fault in a callback is raised."""
-    cause = error.__context__
-    if cause is None:
-        return None
-    if not isinstance(cause, RefusedError):
-        raise error
-    return cause.bare()

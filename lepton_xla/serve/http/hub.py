@@ -35,7 +35,8 @@ class Hub:
         last: how many of them are closed by their first answer, and do not count towards the limits.
         reserve: those of them that may still be asking, oldest first.
         addresses: how many of both come from each client address.
-        buffered_bytes: bodies that are arriving or not answered yet, of all connections.
+        buffered_bytes: of all connections, bodies that are arriving or not answered yet, what was read and waits for
+            its turn, and answers that are to come or not sent.
         heads: parsed heads by their bytes. Clients repeat them, and a hit costs a hundredth of a parse.
     """
 

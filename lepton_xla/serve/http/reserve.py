@@ -63,16 +63,16 @@ class LastConnection(Connection):
     def _is_answered(self, target: bytes) -> bool:
         return target.partition(b"?")[0] in self._answered
 
-    def on_headers_complete(self) -> None:
-        headers = self._headers
+    def consider(self, target: bytes, headers: dict[bytes, bytes]) -> None:
+        """Only health may be asked here, without a body."""
         with_body = headers.get(b"content-length", b"0") != b"0" or b"transfer-encoding" in headers
-        if with_body or not self._is_answered(self._target):
+        if with_body or not self._is_answered(target):
             raise self._refusal.bare()
-        super().on_headers_complete()
 
-    def _dispatch(self, head: Head, body: bytes, trace: bytes | None) -> None:
+    def dispatch(self, head: Head, body: bytes, trace: bytes | None) -> None:
+        """Has it handled if it asks for health."""
         if body or not self._is_answered(head.target):
             self._hub.buffered_bytes -= len(body)
             self._fail(self._refusal.bare(), head.method)
             return
-        super()._dispatch(Head(head.method, head.target, head.headers, keep_alive=False, old=head.old), body, trace)
+        super().dispatch(Head(head.method, head.target, head.headers, keep_alive=False, old=head.old), body, trace)

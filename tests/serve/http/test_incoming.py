@@ -1,0 +1,240 @@
+"""What a client sends at once is handled in shares, so that others need not wait for all of it; counted, not timed."""
+
+import asyncio
+
+import pytest
+from serve_fakes import Affine, connect, raw_request, read_response
+
+from lepton_xla.serve.http.connection import Connection
+from lepton_xla.serve.http.exchange import Exchange
+from lepton_xla.serve.http.hub import Hub
+from lepton_xla.serve.http.incoming import SHARE, SLICE_BYTES
+from lepton_xla.serve.http.limits import Limits
+
+READ = 256 << 10
+"""What uvloop reads at once."""
+
+TINY = raw_request("GET", "/")
+# Requests of the slice that fills the share are handled too.
+MOST = SHARE + SLICE_BYTES // len(TINY) + 1
+
+
+class Wire:
+    """A transport of which everything leaves at once, until it is stalled."""
+
+    def __init__(self):
+        self.written = []
+        self.reading = True
+        self.stalled = 0
+
+    def write(self, data):
+        self.written.append(data)
+
+    def get_write_buffer_size(self):
+        return self.stalled
+
+    def get_extra_info(self, name):
+        return ("", 0)
+
+    def is_closing(self):
+        return False
+
+    def can_write_eof(self):
+        return True
+
+    def write_eof(self):
+        pass
+
+    def close(self):
+        pass
+
+    def abort(self):
+        self.aborted = True
+
+    def pause_reading(self):
+        self.reading = False
+
+    def resume_reading(self):
+        self.reading = True
+
+
+class Client:
+    """A connection whose requests are answered with their bodies, at once or when `answers` is set."""
+
+    def __init__(self, **limits):
+        self.seen: list[Exchange] = []
+        self.answers = True
+        self.hub = Hub(self.handle, Limits(**limits))
+        self.wire = Wire()
+        self.connection = Connection(self.hub)
+        self.connection.connection_made(self.wire)
+
+    def handle(self, exchange):
+        self.seen.append(exchange)
+        if self.answers:
+            exchange.send(b"%s " % (exchange.body or exchange.head.target))
+
+    def send(self, data):
+        """Requests handled in this turn of the event loop, and in each that follows until there is no more."""
+
+        async def turns():
+            counts = []
+            before = len(self.seen)
+            self.connection.data_received(data)
+            while True:
+                counts.append(len(self.seen) - before)
+                before = len(self.seen)
+                if not self.connection._going_on:
+                    return counts
+                assert len(counts) < 1000
+                assert not self.wire.reading
+                assert 0 < self.hub.buffered_bytes <= len(data)
+                await asyncio.sleep(0)
+
+        return asyncio.run(turns())
+
+
+async def finish(client):
+    """Lets turns of the event loop go by until nothing is left of what came."""
+    for _ in range(1000):
+        if not client.connection._going_on:
+            return
+        await asyncio.sleep(0)
+    raise AssertionError("it goes on and on")
+
+
+@pytest.fixture
+def client():
+    return Client()
+
+
+def test_thousands_of_requests_in_one_read_are_handled_in_shares_and_in_order(client):
+    paths = [b"/%d" % n for n in range(9000)]
+    counts = client.send(b"".join(raw_request("GET", path.decode()) for path in paths)[:READ])
+    count = len(client.seen)
+    assert count > 5000 > 20 * MOST
+    assert max(counts) <= MOST
+    assert sum(counts) == count
+    assert b"".join(client.wire.written).split() == paths[:count]
+    assert client.wire.reading
+    assert client.hub.buffered_bytes == 0
+
+
+def test_thousands_of_chunks_are_read_in_shares(client):
+    chunks = 6000
+    counts = client.send(
+        b"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n" + b"1\r\nx\r\n" * chunks + b"0\r\n\r\n"
+    )
+    assert len(counts) >= chunks // (SHARE + SLICE_BYTES // 6 + 1)
+    assert [each.body for each in client.seen] == [b"x" * chunks]
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        TINY,
+        raw_request("POST", "/", b"x" * (READ - 100)),
+        b"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n%x\r\n%s\r\n0\r\n\r\n"
+        % (60000, b"x" * 60000),
+        raw_request("POST", "/", b"x" * 5000) * 40,
+    ],
+    ids=["one", "one body", "one chunk", "forty bodies"],
+)
+def test_what_is_no_more_than_a_share_needs_one_turn(client, data):
+    assert len(client.send(data)) == 1
+    assert {len(each.body) for each in client.seen} <= {0, 5000, 60000, READ - 100}
+
+
+def test_a_body_is_given_to_the_parser_in_two_slices(client):
+    """The one that its head ends in, and all the rest."""
+    fed = []
+    parse = type(client.connection._in)._parse
+
+    class Counted(type(client.connection._in)):
+        __slots__ = ()
+
+        def _parse(self, data):
+            fed.append(len(data))
+            return parse(self, data)
+
+    client.connection._in.__class__ = Counted
+    data = raw_request("POST", "/", b"x" * 100_000)
+    client.send(data)
+    assert fed == [SLICE_BYTES, len(data) - SLICE_BYTES]
+
+
+def test_the_rest_of_a_read_waits_while_answers_do(client):
+    client.answers = False
+    counts = client.send(TINY * 1000)
+    assert len(counts) == 1
+    assert counts[0] <= MOST  # handled, or waiting for the answers before them
+    assert not client.wire.reading
+    # All but what was handled, and a part of the next.
+    assert 0 <= len(TINY) * (1000 - counts[0]) - client.hub.buffered_bytes < len(TINY)
+
+    async def answer():
+        client.answers = True
+        for exchange in tuple(client.seen):
+            exchange.send(b"/ ")
+        await finish(client)
+
+    asyncio.run(answer())
+    assert len(b"".join(client.wire.written).split()) == 1000
+    assert client.wire.reading
+    assert client.hub.buffered_bytes == 0
+
+
+@pytest.mark.parametrize("end", ["lost", "close", "malformed", "draining"])
+def test_the_rest_of_a_read_is_dropped_with_its_connection(client, end):
+    last = {"close": raw_request("GET", "/last", headers={"Connection": "close"}), "malformed": b"\x00\r\n\r\n"}
+    data = TINY * 500 + last.get(end, b"") + TINY * 500
+
+    async def go():
+        client.connection.data_received(data)
+        assert client.hub.buffered_bytes > 0
+        client.hub.draining = end == "draining"
+        if end == "lost":
+            client.connection.connection_lost(None)
+        await finish(client)
+
+    asyncio.run(go())
+    assert client.hub.buffered_bytes == 0
+    if end in last:
+        assert len(client.seen) == 500 + (end == "close")
+    else:
+        assert len(client.seen) <= 2 * MOST
+
+
+def test_a_fault_in_a_later_turn_ends_the_connection(client):
+    """As one in the first turn does, of which the event loop takes care."""
+
+    async def go():
+        failures = []
+        asyncio.get_running_loop().set_exception_handler(lambda loop, context: failures.append(context["exception"]))
+        client.connection.data_received(TINY * 1000)
+        client.hub.handler = None
+        await asyncio.sleep(0.01)
+        return failures
+
+    (failure,) = asyncio.run(go())
+    assert isinstance(failure.__context__, TypeError)
+    assert client.wire.aborted
+
+
+def test_the_rest_of_a_read_counts_against_the_limit_of_all_bodies():
+    client = Client(max_body_bytes=1000, max_buffered_bytes=1000)
+    client.send(TINY * 1000)
+    assert b" 503 " in client.wire.written[-1]
+    assert len(client.seen) <= MOST
+    assert client.hub.buffered_bytes == 0
+
+
+def test_a_client_that_pipelines_thousands_gets_them_all(make_server):
+    server = make_server(Affine())
+    count = 3000
+    buffer = bytearray()
+    with connect(server) as sock:
+        sock.sendall(raw_request("GET", "/v2/health/live") * count)
+        for _ in range(count):
+            assert read_response(sock, buffer=buffer)[0] == 200
+        assert not buffer
