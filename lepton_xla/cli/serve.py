@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json as json_lines
-import logging
 import os
-import resource
 import signal
 import sys
 from collections.abc import Callable
@@ -21,9 +19,6 @@ from lepton_xla.serve.http.limits import Limits
 if TYPE_CHECKING:
     from lepton_xla.serve.access.tls import TlsFiles
     from lepton_xla.serve.split.supervisor import Supervisor
-
-# Files that a serving process has open beside its connections, with room to spare.
-_OTHER_DESCRIPTORS = 256
 
 
 def _twin(flag: str) -> str:
@@ -220,6 +215,7 @@ def serve(
     with 1 if --stop-timeout-s passed first. A second one stops at once.
     """
     # Imported here so that `--help` waits for none of it.
+    from lepton_xla.serve.http.files import make_room
     from lepton_xla.serve.observe.logs import configure
     from lepton_xla.serve.server import Options, Server
 
@@ -253,7 +249,7 @@ def serve(
     options.access()
     if workers > 1 and frontends:
         raise ServeError("--workers and --frontends are two ways to use more processes; give one of them")
-    _raise_descriptor_limit(options.limits)
+    options = dataclasses.replace(options, limits=make_room(options.limits))
 
     def announce(server: Server | Supervisor) -> None:
         if as_json:
@@ -290,17 +286,3 @@ def _tls_files(cert: Path | None, key: Path | None, client_ca: Path | None) -> T
     if cert is None or key is None:
         raise ServeError("TLS needs both --tls-cert and --tls-key")
     return TlsFiles(cert, key, client_ca)
-
-
-def _raise_descriptor_limit(limits: Limits) -> None:
-    """Lets the process open as many sockets as it may have connections."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = limits.max_connections + _OTHER_DESCRIPTORS
-    if hard != resource.RLIM_INFINITY and hard < wanted:
-        logging.getLogger("lepton_xla.serve").warning(
-            "this process may open %d files: that many connections fail, not the %d of --max-connections",
-            hard, limits.max_connections,
-        )  # fmt: skip
-        wanted = hard
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))

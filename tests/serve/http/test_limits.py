@@ -16,6 +16,7 @@ from lepton_xla.cli.serve import serve as serve_command
 from lepton_xla.errors import ServeError
 from lepton_xla.serve import Limits, Options
 from lepton_xla.serve.access.tls import TlsFiles
+from lepton_xla.serve.http.files import make_room
 
 FIELDS = dataclasses.fields(Limits)
 INFER = "/v2/models/affine/infer"
@@ -36,7 +37,7 @@ def served(monkeypatch):
 
     monkeypatch.setattr("lepton_xla.serve.server.Server", Recorder)
     monkeypatch.setattr("lepton_xla.compiler.load", lambda path: None)
-    monkeypatch.setattr("resource.setrlimit", lambda *args: None)
+    monkeypatch.setattr("resource.getrlimit", lambda kind: (1 << 20, 1 << 20))
 
     def run(*args, **environment):
         result = CliRunner().invoke(main, ["serve", "x.lepton", *args], env=environment, catch_exceptions=False)
@@ -55,6 +56,34 @@ def refused(*args, **environment):
     assert line.startswith("leptonx: ")
     assert "nothing.lepton" not in line
     return line
+
+
+@pytest.mark.parametrize(
+    ("files", "asked", "raised", "connections"),
+    [
+        ((1024, 1 << 20), 10_000, 10_320, 10_000),
+        ((1024, -1), 10_000, 10_320, 10_000),  # no bound
+        ((1024, 4096), 10_000, 4096, 4096 - 64 - 256),
+        ((1024, 4096), 3000, 3320, 3000),
+        ((200, 400), 10_000, 400, 400 - 64 - 100),
+        ((160, 160), 10_000, None, 160 - 64 - 64),
+        ((160, 160), 20, None, 20),
+    ],
+)
+def test_connections_are_no_more_than_there_may_be_files(monkeypatch, caplog, files, asked, raised, connections):
+    seen = []
+    monkeypatch.setattr("resource.getrlimit", lambda kind: files)
+    monkeypatch.setattr("resource.setrlimit", lambda kind, limits: seen.append(limits))
+    assert make_room(Limits(max_connections=asked)) == Limits(max_connections=connections)
+    assert seen == ([] if raised is None else [(raised, files[1])])
+    warned = [record.getMessage() for record in caplog.records]
+    assert len(warned) == (connections < asked)
+    assert all(f"{connections}, not {asked}," in line for line in warned)
+
+
+def test_too_few_files_for_any_connection_are_refused(monkeypatch):
+    monkeypatch.setattr("resource.getrlimit", lambda kind: (100, 100))
+    assert refused().startswith("leptonx: this process may open 100 files, and a server needs 129: raise")
 
 
 def test_every_limit_and_option_has_a_flag_and_a_twin():

@@ -23,6 +23,7 @@ from serve_tls import Authority, client, connect, copy
 from lepton_xla.serve.access.tls import TlsFiles
 from lepton_xla.serve.access.tokens import create_token
 from lepton_xla.serve.client import Client, RequestError
+from lepton_xla.serve.http.reserve import RESERVED
 
 ROOT = Path(__file__).parents[3]
 INFER = "/v2/models/wait/infer"
@@ -61,12 +62,15 @@ def artifact(tmp_path_factory):
 class Served:
     """A running command; `speakers` are its processes that speak HTTP."""
 
-    def __init__(self, path, mode, *flags):
+    def __init__(self, path, mode, *flags, files=None, errors=None):
         self.mode = mode
         command = "from lepton_xla.cli.serve import serve; serve()"
+        if files is not None:
+            few = f"import resource; resource.setrlimit(resource.RLIMIT_NOFILE, ({files}, {files}))"
+            command = f"{few}; {command}"
         self.process = start_script(
             command, path, "--json", "--port", "0", mode, "2", *flags,
-            environment=os.environ | {"JAX_PLATFORMS": "cpu"}, stdout=subprocess.PIPE,
+            environment=os.environ | {"JAX_PLATFORMS": "cpu"}, stdout=subprocess.PIPE, stderr=errors,
         )  # fmt: skip
         event = json.loads(self.process.stdout.readline())
         assert (event["event"], event["model"]) == ("listening", "wait")
@@ -309,6 +313,25 @@ def test_a_stopped_process_gets_no_connections_until_it_goes_on(served):
             each.resume()
     wait_for_even_shares(served)
     assert sorted(each.pid for each in served.speakers) == sorted([stopped.pid, other.pid])
+
+
+def test_health_is_answered_beyond_the_connections_that_there_are_files_for(artifact, tmp_path):
+    """Each of two workers may open few files, and has as many connections as that leaves room for, and its reserve."""
+    with (tmp_path / "log").open("w") as log, contextlib.ExitStack() as stack:
+        served = Served(artifact, "--workers", files=160, errors=log)
+        stack.callback(served.kill)
+        line = "may open 160 files: --max-connections is 32, not 10000"
+        assert (tmp_path / "log").read_text().count(line) == 1
+        for _ in range(2 * 32):
+            sock = stack.enter_context(contextlib.closing(socket.create_connection(served.address, 20)))
+            sock.sendall(raw_request("GET", "/v2/health/live"))
+            assert read_response(sock)[0] == 200
+        for _ in range(2 * RESERVED):
+            stack.enter_context(contextlib.closing(socket.create_connection(served.address, 20)))
+        for path in ("/v2/health/live", "/v2/health/ready") * 5:
+            assert served.get(path)[0] == 200
+        assert served.get("/v2")[0] == 503
+    assert "cannot be taken" not in (tmp_path / "log").read_text()
 
 
 def test_sighup_ends_no_process(served):
