@@ -139,8 +139,8 @@ def exchange(server, method, path, body=b"", headers=None):
 
 
 def wait_rows(server, rows):
-    """Waits until so many rows are in the queue of `Affine`'s server, for five seconds at most."""
-    until = time.monotonic() + 5
+    """Waits until so many rows are in the queue of `Affine`'s server, for twenty seconds at most."""
+    until = time.monotonic() + 20
     while f'lepton_queue_rows{{model="affine"}} {float(rows)}' not in exchange(server, "GET", "/metrics")[2].decode():
         assert time.monotonic() < until
 

@@ -211,6 +211,7 @@ class Connection(asyncio.Protocol):
 
     def expect(self, seconds: float) -> None:
         """The client may take so long for what it sends next."""
+        self._continue = False
         self._deadline = monotonic() + seconds
 
     def consider(self, target: bytes, headers: dict[bytes, bytes]) -> None:
@@ -230,7 +231,6 @@ class Connection(asyncio.Protocol):
     def dispatch(self, head: Head, body: bytes, trace: bytes | None) -> None:
         """Has a request handled, or refuses it."""
         hub = self._hub
-        self._continue = False
         if self._closing:
             hub.buffered_bytes -= len(body)
             return

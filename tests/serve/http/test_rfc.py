@@ -260,7 +260,7 @@ def test_the_date_goes_on_while_the_server_runs(warm):
             sock.sendall(post())
             return read_response(sock)[1]["date"]
 
-    first, until = date(), time.monotonic() + 5
+    first, until = date(), time.monotonic() + 20
     while date() == first:
         assert time.monotonic() < until
         time.sleep(0.05)
