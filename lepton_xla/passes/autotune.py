@@ -20,7 +20,7 @@ import jax.numpy as jnp
 
 from lepton_xla import _compat
 from lepton_xla.passes import shifted, single_row
-from lepton_xla.passes.measure import time_programs
+from lepton_xla.passes.measure import OPERATION_BUDGET_S, time_programs
 from lepton_xla.passes.rewrite import Context, Values, materialize, rewrite
 from lepton_xla.passes.sites import trace_sites
 from lepton_xla.program import Expansion, Program, abstract
@@ -198,7 +198,7 @@ def _timed(operation: _Operation) -> dict[str, float]:
         plain: Callable[..., Any] = lambda *operands: _compat.bind(eqn, operands)[0]  # noqa: E731
         candidates = {XLA: plain} | {name: others[name] for name in chosen}
         functions = [(functools.partial(_without_weights, fn), ()) for fn in candidates.values()]
-        return dict(zip(candidates, time_programs(functions, inputs), strict=True))
+        return dict(zip(candidates, time_programs(functions, inputs, OPERATION_BUDGET_S), strict=True))
 
     try:
         return timed(others)

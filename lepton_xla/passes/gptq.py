@@ -6,11 +6,13 @@ Gram matrix of the inputs, `X^T X`, is needed.
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
 import functools
 import hashlib
+import os
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -31,6 +33,7 @@ from lepton_xla.passes.grid import (
     weight_report,
     whole_grid,
 )
+from lepton_xla.passes.inverse_factor import inverse_factor
 from lepton_xla.passes.precompute import for_plan
 from lepton_xla.passes.statistics import Statistics, collect_statistics, pooled
 from lepton_xla.program import Program
@@ -42,10 +45,10 @@ from lepton_xla.report import PassReport, SiteReport
 if TYPE_CHECKING:
     from lepton_xla.recipe import Plan, QuantizeRule
 
-# Where a Gram matrix cannot be factored at the damping asked for, ten times as much is tried, from this on, so often.
-LEAST_DAMPING, DAMPING_TRIES = 1e-6, 8
 # Elements of Gram matrices that are factored at once.
 ELEMENTS_AT_ONCE = 2**22
+# Elements of a weight up to which it is rounded beside others.
+SMALL = 2**20
 
 _HIGHEST = lax.Precision.HIGHEST
 
@@ -92,13 +95,29 @@ def gptq_values(
         `[K, N]`, values of the grid.
     """
     options = options or Options()
-    depth, columns = weight.shape
-    dtype = weight.dtype
-    gram = gram.astype(dtype)
+    return _rounded(weight, _ordered(gram.astype(weight.dtype), options), grid, target, options, mask)
+
+
+def _ordered(gram: jax.Array, options: Options) -> tuple[jax.Array, jax.Array]:
+    """The order in which the rows of a weight are rounded, `[K]`, and `inverse_factor` with rows and columns in it."""
     seen = jnp.diagonal(gram)
     gram = gram + jnp.diag(jnp.where(seen <= 0, jnp.ones_like(seen), jnp.zeros_like(seen)))
-    order = jnp.argsort(-seen) if options.act_order else jnp.arange(depth)
-    factor = inverse_factor(jnp.take(jnp.take(gram, order, 0), order, 1), jnp.mean(seen), options.damping)
+    order = jnp.argsort(-seen) if options.act_order else jnp.arange(len(seen))
+    return order, inverse_factor(jnp.take(jnp.take(gram, order, 0), order, 1), jnp.mean(seen), options.damping)
+
+
+def _rounded(
+    weight: jax.Array,
+    ordered: tuple[jax.Array, jax.Array],
+    grid: Grid,
+    target: Format,
+    options: Options,
+    mask: jax.Array | None = None,
+) -> jax.Array:
+    """`gptq_values` with what `_ordered` makes of the Gram matrix."""
+    depth, columns = weight.shape
+    dtype = weight.dtype
+    order, factor = ordered
 
     # Rows are padded to whole blocks; a padded row is zero, and no other depends on it.
     block = min(options.block, depth)
@@ -179,30 +198,6 @@ def gptq_codes(
     return matrix_codes(values, grid, target).astype(jnp.int32), grid.scale, grid.zero_point
 
 
-def inverse_factor(gram: jax.Array, mean: jax.Array, damping: float) -> jax.Array:
-    """The upper triangular `U` with `U^T U = (gram + damping * mean * I)^-1`; damping grows until there is one.
-
-    `gram = R R^T` with an upper `R`, which is the Cholesky factor with rows and columns in reverse; `U` is `R^-1`. So
-    the inverse itself, which loses digits, is never formed.
-    """
-    eye = jnp.eye(gram.shape[0], dtype=gram.dtype)
-
-    def attempt(damping: jax.Array) -> jax.Array:
-        damped = gram + damping * jnp.where(mean > 0, mean, jnp.ones_like(mean)) * eye
-        lower = jnp.linalg.cholesky(damped[::-1, ::-1])
-        return lax.linalg.triangular_solve(lower, eye, left_side=True, lower=True)[::-1, ::-1]
-
-    def wanting(state: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
-        return (state[0] == 0) | ((state[0] <= DAMPING_TRIES) & ~jnp.all(jnp.isfinite(state[2])))
-
-    def again(state: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
-        more = jnp.where(state[0] == 0, state[1], jnp.maximum(10 * state[1], LEAST_DAMPING))
-        return state[0] + 1, more, attempt(more)
-
-    # The first attempt is one turn of the loop, so that XLA compiles the factorization once and not twice.
-    return lax.while_loop(wanting, again, (jnp.int32(0), jnp.asarray(damping, gram.dtype), jnp.zeros_like(gram)))[2]
-
-
 def gptq(
     program: Program,
     plan: Plan,
@@ -246,19 +241,34 @@ def gptq(
     found: dict[str, Statistics] = {}
     if changed and not sequential:
         found = collect_statistics(program, [site for each in changed for site in each.products], data, gram=True)
+
+    def round_one(planned: Planned) -> None:
+        seen = [found.pop(site.name) for site in planned.products]
+        rounded, grid, errors = _round(planned, pooled(seen, "gram"), program.masks.get(planned.path), options)
+        reached = bool(np.all(np.sum([each.rows for each in seen], axis=0) > 0))
+        reports = _reports(planned, rounded, reached, errors)
+        known[planned.path] = Rounded(digests[planned.path], rounded, given(grid), reports)
+
+    if not sequential:
+        # Compiling is most of it where weights are small, and leaves the interpreter to others meanwhile.
+        with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+            list(pool.map(round_one, _small_of_each_kind(changed)))
     for planned in all_planned:
         path = planned.path
         if path not in known or known[path].of != digests[path]:
             if sequential:
                 found = collect_statistics(program.replace(weights=weights), planned.products, data, gram=True)
-            seen = [found.pop(site.name) for site in planned.products]
-            rounded, grid, errors = _round(planned, pooled(seen, "gram"), program.masks.get(path), options)
-            reached = bool(np.all(np.sum([each.rows for each in seen], axis=0) > 0))
-            known[path] = Rounded(digests[path], rounded, given(grid), _reports(planned, rounded, reached, errors))
+            round_one(planned)
         weights[path], grids[path] = known[path].weight, known[path].grid
         reports += known[path].reports
     report = PassReport("gptq", time.perf_counter() - start, tuple(reports))
     return program.replace(weights=weights, history=(*program.history, report)), grids
+
+
+def _small_of_each_kind(planned: Sequence[Planned]) -> list[Planned]:
+    """One of the weights of each shape that share what is compiled, of those that several of fit the memory."""
+    small = [each for each in planned if each.stored.size <= SMALL]
+    return list({(Alike(each.site), each.rule): each for each in reversed(small)}.values())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -290,15 +300,32 @@ def _round(
     planned: Planned, gram: jax.Array, mask: jax.Array | None, options: Options
 ) -> tuple[jax.Array, Grid, _Errors]:
     """A stored weight rounded, each column the better of two ways, and its grid."""
-    rounded, grid, sums = _better_of_two(planned.stored, gram, mask, Alike(planned.site), planned.rule, options)
+    ordered = _all_ordered(gram, options)
+    rounded, grid, sums = _better_of_two(
+        planned.stored, gram, ordered, mask, Alike(planned.site), planned.rule, options
+    )
     best, plain, total = (float(part) for part in sums)
     size = max(total, float(np.finfo(np.float32).tiny))
     return rounded, grid, _Errors((best / size) ** 0.5, (plain / size) ** 0.5)
 
 
+@functools.partial(jax.jit, static_argnames="options")
+def _all_ordered(gram: jax.Array, options: Options) -> tuple[jax.Array, jax.Array]:
+    """`_ordered` of each of `[*steps, B, K, K]`; of its own, so that weights of one depth share what is compiled."""
+    at_once = ELEMENTS_AT_ONCE // gram.shape[-1] ** 2
+    order = functools.partial(_ordered, options=options)
+    return matrix.batched_map(order, gram.shape[:-2], gram.astype(jnp.float32), at_once=at_once)
+
+
 @functools.partial(jax.jit, static_argnames=("like", "rule", "options"))
 def _better_of_two(
-    stored: jax.Array, gram: jax.Array, mask: jax.Array | None, like: Alike, rule: QuantizeRule, options: Options
+    stored: jax.Array,
+    gram: jax.Array,
+    ordered: tuple[jax.Array, jax.Array],
+    mask: jax.Array | None,
+    like: Alike,
+    rule: QuantizeRule,
+    options: Options,
 ) -> tuple[jax.Array, Grid, jax.Array]:
     """The weight rounded, its grid, and sums of squares of its outputs' errors, of those to nearest, of the outputs.
 
@@ -311,16 +338,19 @@ def _better_of_two(
     if mask is not None:
         kept = matrix.stored_matrix(site, mask.astype(stored.dtype)) != 0
 
-    def one(weight: jax.Array, gram: jax.Array, grid: Grid, kept: jax.Array) -> Any:
+    def one(
+        weight: jax.Array, gram: jax.Array, ordered: tuple[jax.Array, jax.Array], grid: Grid, kept: jax.Array
+    ) -> Any:
         plain = jnp.where(kept, nearest(weight, grid, target), jnp.zeros_like(weight))
-        chosen = gptq_values(weight, gram, grid, target, options, kept)
+        chosen = _rounded(weight, ordered, grid, target, options, kept)
         squares = [output_squares(weight - rounded, gram) for rounded in (chosen, plain)]
         chosen = jnp.where(squares[0] <= squares[1], chosen, plain)
         return chosen, jnp.minimum(*squares), squares[1], output_squares(weight, gram)
 
     at_once = ELEMENTS_AT_ONCE // exact.shape[-2] ** 2
     matrices = grid_matrices(site, grid)
-    chosen, *squares = matrix.batched_map(one, exact.shape[:-2], exact, gram, matrices, kept, at_once=at_once)
+    parts = (exact, gram, ordered, matrices, kept)
+    chosen, *squares = matrix.batched_map(one, exact.shape[:-2], *parts, at_once=at_once)
     sums = jnp.stack([jnp.sum(part) for part in squares])
     return matrix.stored_weight(site, chosen, stored), grid, sums
 

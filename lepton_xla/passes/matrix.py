@@ -190,5 +190,10 @@ def batched_map(function: Callable[..., Any], lead: Sequence[int], *trees: Any, 
     """A function of arrays without their leading axes `lead`, mapped over these, at most `at_once` at a time."""
     count = math.prod(lead)
     flat = jax.tree.map(lambda leaf: jnp.reshape(leaf, (count, *leaf.shape[len(lead) :])), trees)
-    out = lax.map(lambda parts: function(*parts), flat, batch_size=max(1, min(at_once, count)))
+    # One at a time they are not batched: a batch of one takes several times as long where there are loops in it.
+    if count == 1:
+        out = jax.tree.map(lambda leaf: leaf[None], function(*jax.tree.map(lambda leaf: leaf[0], flat)))
+    else:
+        at_once = min(at_once, count)
+        out = lax.map(lambda parts: function(*parts), flat, batch_size=at_once if at_once > 1 else None)
     return jax.tree.map(lambda leaf: jnp.reshape(leaf, (*lead, *leaf.shape[1:])), out)

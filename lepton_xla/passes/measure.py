@@ -29,8 +29,14 @@ if TYPE_CHECKING:
 
 ROUNDS = 21
 MIN_ROUNDS = 3
-# Rounds are fewer where they would take longer than this in all.
+# Rounds are fewer where they would take longer than this in all: for whole programs, and for single operations, of
+# which there are many.
 BUDGET_S = 2.0
+OPERATION_BUDGET_S = 0.5
+# What takes this many times as long as the fastest is timed no further: after a single call where that is so long that
+# the clock's noise does not count, else after the fewest rounds.
+LOST = 3.0
+LONG_S = 0.02
 # A product of codes whose largest error is more than this share of the largest result is taken for wrong. Codes and
 # scales are exact; what is left are the rounding of float32 and bfloat16, and codes that fall on the other side of a
 # half.
@@ -94,7 +100,9 @@ class Candidate:
 
 
 def time_programs(
-    functions: Sequence[tuple[Callable[..., Any], Any]], inputs: Sequence[jax.ShapeDtypeStruct]
+    functions: Sequence[tuple[Callable[..., Any], Any]],
+    inputs: Sequence[jax.ShapeDtypeStruct],
+    budget_s: float = BUDGET_S,
 ) -> list[float]:
     """Median times in microseconds of functions of weights and the same inputs, timed in turn.
 
@@ -102,6 +110,7 @@ def time_programs(
         functions: pairs of `fn(weights, *inputs)` and its weights; a `Candidate` is not compiled where an equal one
             was before.
         inputs: shapes and dtypes; floats are drawn at random, anything else is zero.
+        budget_s: seconds that timing takes about, at most; each function is called at least twice.
     """
     arrays = [
         _random(number, leaf)
@@ -114,7 +123,7 @@ def time_programs(
         functools.partial(executable, weights, *arrays)
         for executable, (_, weights) in zip(executables, functions, strict=True)
     ]
-    return _medians_us(calls)
+    return _medians_us(calls, budget_s)
 
 
 def _all_compiled(functions: Sequence[tuple[Callable[..., Any], tuple[Any, ...]]]) -> list[Any]:
@@ -175,7 +184,7 @@ def _compare(key: _Key) -> Timing:
     expected = in_float(*rounded)
     errors = [_share(call(*args), expected) for call in in_codes]
     calls = [functools.partial(in_float, *operands), *(functools.partial(call, *args) for call in in_codes)]
-    times = [time / repeats for time in _medians_us(calls)]
+    times = [time / repeats for time in _medians_us(calls, OPERATION_BUDGET_S)]
     return Timing({}, times[0], times[1], times[2] if len(times) == 3 else None, float(np.max(errors)))
 
 
@@ -240,14 +249,14 @@ def _share(got: jax.Array, expected: jax.Array) -> float:
         return float(np.max(np.abs(host - wanted)) / max(np.max(np.abs(wanted)), np.float32(1e-30)))
 
 
-def _medians_us(calls: Sequence[Callable[[], Any]]) -> list[float]:
+def _medians_us(calls: Sequence[Callable[[], Any]], budget_s: float = BUDGET_S) -> list[float]:
     """Medians over rounds that take the calls in turn, so that a slow moment of the machine falls on all alike.
 
     Where calls only queue work for a device, a turn waits for its last call alone: waiting for each would add the time
     to start a program to all of them and hide what the product takes.
     """
     queued = _queues()
-    once = []
+    once: list[float] = []
     for call in calls:
         jax.block_until_ready(call())
         start = time.perf_counter()
@@ -255,16 +264,20 @@ def _medians_us(calls: Sequence[Callable[[], Any]]) -> list[float]:
         once.append(max(time.perf_counter() - start, 1e-7))
     round_s = QUEUED_ROUND_S if queued else ROUND_S
     counts = [max(1, min(50, int(round_s / seconds))) for seconds in once]
-    number = max(MIN_ROUNDS, min(ROUNDS, int(BUDGET_S / sum(once))))
+    left = [index for index, seconds in enumerate(once) if seconds < max(LONG_S, LOST * min(once))]
+    number = max(MIN_ROUNDS, min(ROUNDS, int(budget_s / sum(once[index] for index in left))))
     rounds: list[list[float]] = [[] for _ in calls]
     result = None
-    for _ in range(number):
-        for call, count, times in zip(calls, counts, rounds, strict=True):
+    for done in range(number):
+        if done == MIN_ROUNDS:
+            fastest = min(min(rounds[index]) for index in left)
+            left = [index for index in left if min(rounds[index]) < LOST * fastest]
+        for index in left:
             start = time.perf_counter()
-            for _ in range(count):
-                result = call()
+            for _ in range(counts[index]):
+                result = calls[index]()
                 if not queued:
                     jax.block_until_ready(result)
             jax.block_until_ready(result)
-            times.append((time.perf_counter() - start) / count * 1e6)
-    return [statistics.median(times) for times in rounds]
+            rounds[index].append((time.perf_counter() - start) / counts[index] * 1e6)
+    return [statistics.median(times or [seconds * 1e6]) for times, seconds in zip(rounds, once, strict=True)]

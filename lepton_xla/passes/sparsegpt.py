@@ -18,8 +18,9 @@ from jax import lax
 
 from lepton_xla.passes import matrix
 from lepton_xla.passes.calibrate import as_batches
-from lepton_xla.passes.gptq import ELEMENTS_AT_ONCE, inverse_factor, output_squares
+from lepton_xla.passes.gptq import ELEMENTS_AT_ONCE, output_squares
 from lepton_xla.passes.held import block_quotas, earlier_masks, held_last, held_matrices
+from lepton_xla.passes.inverse_factor import inverse_factor
 from lepton_xla.passes.masks import Pattern, Target, group_masks, rule_shares
 from lepton_xla.passes.precompute import for_plan
 from lepton_xla.passes.prune import held_weights, pruned_targets, with_masks

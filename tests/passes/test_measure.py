@@ -1,5 +1,6 @@
 """The clock behind the measured revert: what it times, and that it takes turns."""
 
+import functools
 import itertools
 import json
 import re
@@ -55,7 +56,7 @@ def test_best_is_padded_only_where_asked_and_there():
 
 def test_sites_that_look_the_same_are_timed_once(monkeypatch):
     timed = []
-    monkeypatch.setattr(measure, "_medians_us", lambda calls: timed.append(len(calls)) or [1.0] * len(calls))
+    monkeypatch.setattr(measure, "_medians_us", lambda calls, _budget: timed.append(len(calls)) or [1.0] * len(calls))
     sites = sites_at(4)
     for name in ("a", "like_a", "a"):
         measure.compare(sites[name], rule(), {"batch": 4})
@@ -109,6 +110,23 @@ def test_slow_calls_run_fewer_rounds(monkeypatch):
 
     measure._medians_us([call])
     assert count[0] == 2 + measure.MIN_ROUNDS
+
+
+@pytest.mark.parametrize(("seconds", "times"), [(1.0, 2), (0.001, 2 + measure.MIN_ROUNDS)])
+def test_what_has_lost_is_timed_no_further(monkeypatch, seconds, times):
+    """A long call that takes four times the fastest's is made no more; a short one after the fewest rounds."""
+    monkeypatch.setattr(measure, "ROUNDS", 7)
+    now, counts = [0.0], {1: 0, 2: 0, 4: 0}
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: now[0])
+
+    def call(share):
+        counts[share] += 1
+        now[0] += share * seconds
+        return jnp.zeros(())
+
+    medians = measure._medians_us([functools.partial(call, share) for share in counts], 1000.0)
+    np.testing.assert_allclose(medians, [seconds * 1e6 * share for share in counts], rtol=1e-6)
+    assert counts == {1: 9, 2: 9, 4: times}
 
 
 def test_programs_are_timed_on_inputs_of_their_dtype():

@@ -1,0 +1,47 @@
+"""The factor of a Gram matrix's inverse, and how often it is compiled."""
+
+import importlib
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lepton_xla.passes import matrix
+from lepton_xla.passes.inverse_factor import LEAF, inverse_factor
+from lepton_xla.program import TensorSpec, trace
+from lepton_xla.recipe import Recipe
+
+# The package's `gptq` is the function.
+gptq = importlib.import_module("lepton_xla.passes.gptq")
+
+
+@pytest.mark.parametrize("size", [1, LEAF, LEAF + 1, 3 * LEAF - 5])
+def test_it_is_the_factor_of_the_damped_inverse(size):
+    rows = np.random.default_rng(size).normal(
+        size=(size // 2 + 1, size)
+    )  # fewer than columns: damping makes it regular
+    gram = rows.T @ rows
+    mean = np.mean(np.diag(gram))
+    wanted = np.linalg.cholesky(np.linalg.inv(gram + 0.1 * mean * np.eye(size))).T
+    found = np.asarray(inverse_factor(jnp.asarray(gram, jnp.float32), jnp.float32(mean), 0.1))
+    np.testing.assert_array_equal(np.tril(found, -1), 0)
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-4 * np.abs(wanted).max())
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_what_is_mapped_one_at_a_time_is_not_batched(count):
+    seen = []
+    matrix.batched_map(lambda x: seen.append(type(x).__name__) or x @ x, (count,), jnp.ones((count, 3, 3)), at_once=1)
+    assert not any("Batch" in name for name in seen)
+
+
+def test_weights_of_one_depth_share_one_compiled_factorization():
+    depth = 13
+    weights = {name: jnp.ones((depth, columns)) for name, columns in (("a", 5), ("b", 7), ("c", 9))}
+    program = trace(
+        lambda w, x: [x @ w["a"], x @ w["b"], x @ w["c"]], weights, {"x": TensorSpec(("batch", depth), "float32")}
+    )
+    gptq._all_ordered.clear_cache()
+    plan = Recipe.load("int8-weight-only").resolve(program)
+    gptq.gptq(program, plan, [{"x": np.random.default_rng(0).normal(size=(8, depth)).astype(np.float32)}])
+    assert gptq._all_ordered._cache_size() == 1
