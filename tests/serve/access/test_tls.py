@@ -223,6 +223,19 @@ def test_handshakes_beyond_the_limits_are_few_and_short(make_server, authority, 
         assert is_full(server, authority)
 
 
+def test_thousands_of_requests_at_once_are_all_answered(make_server, authority, pair):
+    """Reading pauses and goes on between them, which TLS does by other means."""
+    server = make_server(Affine(), tls=pair)
+    buffer = bytearray()
+    with connect(server, client(authority)) as sock:
+        sender = threading.Thread(target=sock.sendall, args=[raw_request("GET", "/v2/health/live") * 8000])
+        sender.start()
+        for _ in range(8000):
+            assert read_response(sock, buffer=buffer)[0] == 200
+        sender.join(10)
+        assert not buffer
+
+
 @pytest.mark.parametrize("method", ["GET", "HEAD", "POST"])
 def test_plain_http_on_a_port_that_speaks_tls_is_told_so(make_server, pair, method):
     server = make_server(Affine(), tls=pair)
