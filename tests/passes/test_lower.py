@@ -552,8 +552,8 @@ def test_the_real_clock_reports_what_it_found(monkeypatch, name):
     assert min(timing["float_us"], timing["integer_us"], site.metrics["integer_over_float"]) > 0
     assert (site.action, bool(site.reason)) in [("int8 x int8", False), ("int8 weights", True)]
     # Where a product has one row, padding it to two is tried too.
-    assert (timing["padded_us"] is not None) == (name != "depthwise")
-    assert ("single_rows_padded" in site.metrics) == (site.action == "int8 x int8" and name != "depthwise")
+    assert (timing["padded_us"] is not None) == (name != "grouped")
+    assert ("single_rows_padded" in site.metrics) == (site.action == "int8 x int8" and name != "grouped")
 
 
 def test_a_site_that_is_not_there_at_a_size_is_not_timed_there(monkeypatch):

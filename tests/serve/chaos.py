@@ -31,7 +31,7 @@ import psutil
 WIDTH = 16
 INFER = "/v2/models/chaos/infer"
 # What clients may be told, whatever they send. 503 is for too many of them at once.
-ALLOWED = {200, 400, 401, 404, 405, 408, 413, 415, 417, 426, 429, 431, 501, 503, 505}
+ALLOWED = {200, 400, 401, 404, 405, 408, 413, 414, 415, 417, 426, 429, 431, 501, 503, 505}
 LEAKS = re.compile(rb"Traceback|File \"|/lepton_xla/|/tmp/|0x[0-9a-f]{8}")
 AT_ONCE = 64
 # Limits that the storm is to meet.

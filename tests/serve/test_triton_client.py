@@ -132,14 +132,18 @@ def test_a_client_gets_503_while_the_queue_is_full(make_server, http):
     with http.InferenceServerClient(server.url.removeprefix("http://"), concurrency=8) as client:
         # A refusal while others wait: one runs, one fills the queue, the third is too many.
         handles = [client.async_infer("affine", inputs_of(http, 8, True)) for _ in range(3)]
-        # Asked for on eight connections, so which of the three is refused is open; the first error says.
-        errors = []
-        for handle in reversed(handles):
+        # Asked for on eight connections, so which of the three is refused is open.
+        errors, waiting = [], list(handles)
+        while waiting:
+            handle = waiting.pop(0)
             try:
-                handle.get_result(timeout=5)
+                handle.get_result(timeout=0.2)
             except utils.InferenceServerException as error:
-                errors.append((error.status(), error.message()))
-                affine.gate.set()
+                if error.status() is None:  # no answer yet
+                    waiting.append(handle)
+                else:
+                    errors.append((error.status(), error.message()))
+                    affine.gate.set()
     assert errors == [("503", "the queue is full")]
 
 
