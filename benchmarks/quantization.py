@@ -42,6 +42,8 @@ RESULTS = harness.PAGES / "quantization.json"
 # Slower is what is above this ratio, and above that of the float model timed twice: what runs of one program differ by.
 NOISE_RATIO = 1.03
 AGAIN = "float, once more"
+# Rows whose preset is called as the float model itself is.
+ROWS = {"float": "float, optimized"}
 console = Console(width=150, highlight=False)
 
 
@@ -91,7 +93,7 @@ def measure(model: models.BenchModel, wanted: list[str], options: argparse.Names
 
     add("float", bench.float)
     for preset in wanted:
-        add(preset, lambda preset=preset: [bench.preset(preset)])
+        add(ROWS.get(preset, preset), lambda preset=preset: [bench.preset(preset)])
     for name, make in _peer_makers(model, wanted).items() if options.peers else ():
         add(name, lambda name=name, make=make: bench.peers(name, make))
     return {"data": model.data, "rows": found}
@@ -131,7 +133,7 @@ class Bench:
 
     def preset(self, preset: str) -> Row:
         """One preset's row."""
-        row = Row(preset)
+        row = Row(ROWS.get(preset, preset))
         spec = self.model.spec
         console.print(f"  {self.model.name}: {preset} ...")
         try:
