@@ -61,7 +61,7 @@ def clock(monkeypatch):
     def install(microseconds):
         seen = []
 
-        def time_programs(functions, inputs):
+        def time_programs(functions, inputs, budget_s=0.0):
             seen.append(len(functions))
             batch = inputs[0].shape[0]
             return [microseconds(primitives(fn, weights, *inputs), batch) for fn, weights in functions]
@@ -277,7 +277,7 @@ def test_codes_are_compared_with_the_best_of_float(clock, monkeypatch):
     monkeypatch.setattr(sys.modules["lepton_xla.passes.lower"], "compare", timed)
     whole = []
 
-    def time_programs(functions, inputs):
+    def time_programs(functions, inputs, budget_s=0.0):
         whole.append([primitives(fn, weights, *inputs).count("conv_general_dilated") for fn, weights in functions])
         return [100.0 - index for index in range(len(functions))]
 
