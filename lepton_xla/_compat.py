@@ -11,7 +11,7 @@ from collections.abc import Generator, Sequence
 from typing import Any
 
 import jax
-from jax._src import debugging, source_info_util
+from jax._src import config, debugging, source_info_util
 from jax._src.core import Tracer
 from jax._src.interpreters import partial_eval
 from jax.extend import core as jex_core
@@ -77,6 +77,11 @@ def live(jaxpr: Jaxpr) -> tuple[list[Equation], set[Any]]:
             kept.append(eqn)
             needed.update(atom for atom in eqn.invars if not isinstance(atom, LITERAL))
     return kept[::-1], needed
+
+
+def settings() -> Any:
+    """JAX's settings in this thread, comparable: what a context manager sets is set in no other thread."""
+    return config.trace_context()
 
 
 def inputs_read(jaxpr: Jaxpr, wanted: Sequence[bool]) -> list[bool]:

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from lepton_xla import _compat
 from lepton_xla.passes import matrix
 from lepton_xla.passes.alike import Alike
 from lepton_xla.passes.calibrate import as_batches
@@ -252,7 +253,8 @@ def gptq(
     if not sequential:
         # Compiling is most of it where weights are small, and leaves the interpreter to others meanwhile.
         with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-            list(pool.map(round_one, _small_of_each_kind(changed)))
+            if pool.submit(_compat.settings).result() == _compat.settings():  # else the threads would compute otherwise
+                list(pool.map(round_one, _small_of_each_kind(changed)))
     for planned in all_planned:
         path = planned.path
         if path not in known or known[path].of != digests[path]:

@@ -1,6 +1,9 @@
 """GPTQ against the algorithm written down in NumPy float64, and against rounding to nearest."""
 
+import contextlib
 import functools
+import importlib
+import threading
 
 import equinox as eqx
 import flax.linen as nn
@@ -23,6 +26,7 @@ from lepton_xla.quant import FORMATS, QTensor, quantize
 from lepton_xla.quant.grid import Grid, make_grid
 from lepton_xla.recipe import Recipe
 
+module = importlib.import_module("lepton_xla.passes.gptq")
 DEPTH = 24
 ROWS = {"x": TensorSpec(("batch", DEPTH), "float32")}
 INT8 = Recipe.parse("[[quantize]]\nsites = '.*'\nactivations = 'none'", name="int8")
@@ -413,3 +417,14 @@ def test_an_embedding_is_left_to_what_stores_it():
     assert grids.keys() == {"w"}
     np.testing.assert_array_equal(changed.weights["table"], program.weights["table"])
     assert {site.site: site.action for site in changed.history[-1].sites} == {"table": "kept", "w": "int8 gptq"}
+
+
+@pytest.mark.parametrize("device", [None, 1])
+def test_weights_are_rounded_in_threads_only_where_these_have_the_settings_of_the_caller(monkeypatch, device):
+    threads = set()
+    plain = module._round
+    monkeypatch.setattr(module, "_round", lambda *args: threads.add(threading.current_thread()) or plain(*args))
+    program = trace(lambda w, x: x @ w["w"], {"w": array(DEPTH, 5)}, ROWS)
+    with contextlib.nullcontext() if device is None else jax.default_device(jax.devices()[device]):
+        gptq(program, INT8.resolve(program), [{"x": np.asarray(correlated(64), np.float32)}])
+    assert (threading.current_thread() in threads) == (device is not None)
