@@ -52,7 +52,7 @@ def weights_table(reports: Sequence[Mapping[str, Any]]) -> _common.Table:
     fates: dict[str, list[Mapping[str, Any]]] = {}
     for report in reports:
         for site in _sites(report) if report.get("name") == WEIGHTS else []:
-            fates.setdefault(_fate(site), []).append(site)
+            fates.setdefault(str(site.get("metrics", {}).get("fate", site.get("action", ""))), []).append(site)
     rows = [(fate, len(sites), *_bytes(sites)) for fate, sites in fates.items()]
     every = [site for sites in fates.values() for site in sites]
     total = ("total", len(every), *_bytes(every))
@@ -72,22 +72,6 @@ def fates_table(reports: Sequence[Mapping[str, Any]]) -> _common.Table:
         for site in _sites(report)
     ]
     return _common.table("what became of each weight", ("weight", "what became of it", ">before", ">after"), rows)
-
-
-def _fate(site: Mapping[str, Any]) -> str:
-    """What became of a weight, without what is its own: names of other weights, shares."""
-    action, reason = str(site.get("action", "")), str(site.get("reason", ""))
-    for start, said in (("part of", "part of a weight that is computed ahead"), ("folded into", "folded into others")):
-        if action.startswith(start):
-            return said
-    parts = [action]
-    parts += [
-        said
-        for said in ("computed ahead", "computed on each call", "not multiplied", "added by a pass")
-        if said in reason
-    ]
-    parts += [said for said in reason.split("; ") if said.startswith("to be ")]
-    return ", ".join(dict.fromkeys(parts))
 
 
 def _bytes(sites: Sequence[Mapping[str, Any]]) -> tuple[str, str]:

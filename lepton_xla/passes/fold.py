@@ -213,7 +213,7 @@ def fold(program: Program) -> Program:
 
 
 def _taken(like: _Weights, gone: Sequence[str], folds: Mapping[str, _Fold]) -> dict[str, str]:
-    """What became of the weights that are gone: folded, or read by nothing."""
+    """Into what the weights that are gone were folded; the others of them are read by nothing."""
     into: dict[str, list[str]] = {path: [] for path in gone}
     names = [name for name in sorted(like) for _ in jax.tree.leaves(like[name])]
     for path, entry in folds.items():
@@ -223,10 +223,7 @@ def _taken(like: _Weights, gone: Sequence[str], folds: Mapping[str, _Fold]) -> d
         used = _compat.inputs_read(jaxpr, [True] * len(jaxpr.outvars))
         for name in dict.fromkeys(name for name, flag in zip(names, used, strict=True) if flag and name in into):
             into[name].append(path)
-    return {
-        name: f"folded into {', '.join(paths)}" if paths else "removed: nothing reads it"
-        for name, paths in into.items()
-    }
+    return {name: f"folded into {', '.join(paths)}" for name, paths in into.items() if paths}
 
 
 def _foldable(site: Site) -> bool:

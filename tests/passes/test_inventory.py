@@ -8,7 +8,7 @@ import pytest
 
 import lepton_xla as lx
 from lepton_xla.adapters import from_linen
-from lepton_xla.passes import weights_report
+from lepton_xla.passes import fold, weights_report
 from lepton_xla.program import TensorSpec, trace, tree_bytes
 
 
@@ -123,3 +123,17 @@ def test_shrunk_weights():
     lines = {line.site: (line.action, line.reason) for line in weights_report(small).sites}
     assert lines["params/Dense_0/kernel"] == ("int8", "shrunk to 0.5 of its 80 elements")
     assert sum(line.bytes_before for line in weights_report(small).sites) == net().weights_bytes
+
+
+def test_weights_with_one_fate_are_told_apart_by_what_passes_did_to_them():
+    weights = {"w": jnp.ones((4, 6)), "bias": jnp.ones((1, 6)), "scale": jnp.ones((1, 6)), "unused": jnp.ones(3)}
+    program = trace(
+        lambda w, x: x @ (w["w"] * w["scale"]) + w["bias"], weights, {"x": TensorSpec(("batch", 4), "float32")}
+    )
+    fates = {site.site: site.metrics["fate"] for site in weights_report(fold(program)).sites}
+    part = "part of a weight that is computed ahead"
+    computed = next(name for name in fates if name not in weights)
+    assert fates == {
+        "w": part, "scale": part, "unused": "removed: nothing reads it", "bias": "float32, not multiplied",
+        computed: "float32, computed ahead",
+    }  # fmt: skip
