@@ -35,7 +35,7 @@ from models.base import mnist
 from rich.console import Console
 
 import lepton_xla as lx
-from lepton_xla.passes.fake_quant import initial_scales
+from lepton_xla.passes.quantization.fake_quantization import initial_scales
 
 RESULTS = harness.PAGES / "qat.json"
 TARGET_REGAINED, TARGET_STEP_RATIO = 0.9, 1.4

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
         UnsupportedError,
     )
     from lepton_xla.modelspec import ModelSpec
-    from lepton_xla.passes.sites import find_sites
+    from lepton_xla.passes.core.sites import find_sites
     from lepton_xla.pipeline import optimize
     from lepton_xla.program import Program, TensorSpec, trace
     from lepton_xla.recipe import Plan, Recipe
@@ -74,7 +74,7 @@ _HOMES = {
         "UnsupportedError",
     ),
     "lepton_xla.modelspec": ("ModelSpec",),
-    "lepton_xla.passes.sites": ("find_sites",),
+    "lepton_xla.passes.core.sites": ("find_sites",),
     "lepton_xla.pipeline": ("optimize",),
     "lepton_xla.adapters": ("from_linen", "from_nnx"),
     "lepton_xla.program": ("Program", "TensorSpec", "trace"),

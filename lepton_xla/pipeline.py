@@ -25,25 +25,25 @@ from lepton_xla.errors import (
     UnsupportedError,
 )
 from lepton_xla.flags import warn_of_slow_flags
-from lepton_xla.passes.autotune import autotune
-from lepton_xla.passes.awq import awq
-from lepton_xla.passes.bias_correction import correct_bias
-from lepton_xla.passes.calibrate import as_batches, calibrate, needs_range
-from lepton_xla.passes.cast import cast
-from lepton_xla.passes.equalize import equalize
-from lepton_xla.passes.fold import fold
-from lepton_xla.passes.gptq import Rounded, gptq
-from lepton_xla.passes.grid import GivenGrids, round_to_nearest
-from lepton_xla.passes.lower import AT_LOAD, lower
-from lepton_xla.passes.masks import DATA_METHODS
-from lepton_xla.passes.measure import time_programs
-from lepton_xla.passes.precompute import precompute
-from lepton_xla.passes.prune import prune
-from lepton_xla.passes.shrink import shrink
-from lepton_xla.passes.smoothquant import MULTIPLIED, smooth
-from lepton_xla.passes.sparsegpt import sparsegpt
-from lepton_xla.passes.statistics import Statistics
-from lepton_xla.passes.wanda import wanda
+from lepton_xla.passes.alternatives.autotuning import autotune
+from lepton_xla.passes.core.calibration import as_batches, calibrate, needs_range
+from lepton_xla.passes.core.precomputation import precompute
+from lepton_xla.passes.core.statistics import Statistics
+from lepton_xla.passes.folding.norms import fold
+from lepton_xla.passes.pruning.magnitude import prune
+from lepton_xla.passes.pruning.masks import DATA_METHODS
+from lepton_xla.passes.pruning.sparsegpt import sparsegpt
+from lepton_xla.passes.pruning.wanda import wanda
+from lepton_xla.passes.quantization.bias_correction import correct_bias
+from lepton_xla.passes.quantization.casting import cast
+from lepton_xla.passes.quantization.gptq import Rounded, gptq
+from lepton_xla.passes.quantization.lowering import AT_LOAD, lower
+from lepton_xla.passes.quantization.measurement import time_programs
+from lepton_xla.passes.quantization.rounding import GivenGrids, round_to_nearest
+from lepton_xla.passes.rescaling.awq import awq
+from lepton_xla.passes.rescaling.equalization import equalize
+from lepton_xla.passes.rescaling.smoothquant import MULTIPLIED, smooth
+from lepton_xla.passes.shrinking.removal import shrink
 from lepton_xla.program import Program, abstract_outputs, as_sizes, probe_sizes
 from lepton_xla.quant import QTensor
 from lepton_xla.recipe import Plan, Recipe

@@ -17,8 +17,9 @@ import msgspec
 
 from lepton_xla import recipe_changes
 from lepton_xla.errors import RecipeError, UnsupportedError
-from lepton_xla.passes.expressions import stored_shape
-from lepton_xla.passes.masks import (
+from lepton_xla.passes.core.expressions import stored_shape
+from lepton_xla.passes.core.sites import Site, find_sites
+from lepton_xla.passes.pruning.masks import (
     check_prune_rule,
     other_matrix,
     plan_targets,
@@ -26,9 +27,8 @@ from lepton_xla.passes.masks import (
     sparsity_of,
     unprunable,
 )
-from lepton_xla.passes.products import contracted_size, not_float, unstorable, unsupported
-from lepton_xla.passes.shrink import check_target
-from lepton_xla.passes.sites import Site, find_sites
+from lepton_xla.passes.quantization.products import contracted_size, not_float, unstorable, unsupported
+from lepton_xla.passes.shrinking.removal import check_target
 from lepton_xla.program import Program, leaf_bytes, name_leaves, some_names
 from lepton_xla.quant.formats import FORMATS
 from lepton_xla.quant.grid import group_size, nearest_group

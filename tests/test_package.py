@@ -77,7 +77,7 @@ def reached(module):
 
 
 def part(module):
-    """The first part below the root: `passes` for `lepton_xla.passes.rewrite`."""
+    """The first part below the root: `passes` for `lepton_xla.passes.core.walker`."""
     return module.split(".")[1] if module.count(".") else ""
 
 

@@ -14,9 +14,9 @@ from flax import nnx
 
 from lepton_xla.adapters import from_linen, from_nnx
 from lepton_xla.passes import calibrate, fake_quant
-from lepton_xla.passes.fake_quant import initial_scales
-from lepton_xla.passes.lower import lower
-from lepton_xla.passes.sites import find_sites
+from lepton_xla.passes.core.sites import find_sites
+from lepton_xla.passes.quantization.fake_quantization import initial_scales
+from lepton_xla.passes.quantization.lowering import lower
 from lepton_xla.pipeline import optimize
 from lepton_xla.program import TensorSpec, name_leaves, trace
 from lepton_xla.quant import QTensor

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 import lepton_xla as lx
-from lepton_xla.passes.measure import Timing
-from lepton_xla.passes.smoothquant import WORTHLESS
+from lepton_xla.passes.quantization.measurement import Timing
+from lepton_xla.passes.rescaling.smoothquant import WORTHLESS
 
-lower_module = sys.modules["lepton_xla.passes.lower"]
+lower_module = sys.modules["lepton_xla.passes.quantization.lowering"]
 
 WIDTH = 32
 

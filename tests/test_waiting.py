@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import lepton_xla as lx
-from lepton_xla.passes.smoothquant import MULTIPLIED
+from lepton_xla.passes.rescaling.smoothquant import MULTIPLIED
 from lepton_xla.program import tree_bytes
 
 COMPILE = "/jax/core/compile/backend_compile_duration"
@@ -105,10 +105,10 @@ def test_a_second_round_does_only_what_is_different(monkeypatch: pytest.MonkeyPa
     """A round without multiplying rounds those weights again whose factor it takes back, and counts both rounds."""
     import sys
 
-    from lepton_xla.passes.measure import Timing
+    from lepton_xla.passes.quantization.measurement import Timing
 
-    lower_module = sys.modules["lepton_xla.passes.lower"]
-    gptq_module = sys.modules["lepton_xla.passes.gptq"]
+    lower_module = sys.modules["lepton_xla.passes.quantization.lowering"]
+    gptq_module = sys.modules["lepton_xla.passes.quantization.gptq"]
     tried: list[int] = []
     rounded: list[str] = []
     plain: Callable[..., Any] = gptq_module._round

@@ -19,7 +19,7 @@ from lepton_xla.cli._common import NO_RECIPE
 from lepton_xla.compiler import Servable
 from lepton_xla.errors import ArtifactError, CompileError, InputError, LeptonError, ModelError
 from lepton_xla.modelspec import ModelSpec, Predict, load_spec
-from lepton_xla.passes.calibrate import check_batch
+from lepton_xla.passes.core.calibration import check_batch
 from lepton_xla.program import Program, TensorSpec
 from lepton_xla.recipe import Recipe
 from lepton_xla.recipe_changes import parse_setting

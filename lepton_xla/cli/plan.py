@@ -9,7 +9,7 @@ import click
 from lepton_xla.cli import _common
 
 if TYPE_CHECKING:
-    from lepton_xla.passes.cost import CostReport
+    from lepton_xla.passes.core.costs import CostReport
     from lepton_xla.recipe import Plan
 
 
@@ -52,9 +52,9 @@ def plan(
     with _common.progress() as step:
         step("load JAX")
         from lepton_xla.cli import _models
-        from lepton_xla.passes.cost import cost
-        from lepton_xla.passes.groups import find_groups
-        from lepton_xla.passes.inventory import weights_report
+        from lepton_xla.passes.core.costs import cost
+        from lepton_xla.passes.core.inventory import weights_report
+        from lepton_xla.passes.shrinking.groups import find_groups
         from lepton_xla.pipeline import plan_for
 
         chosen = _models.load_recipe(recipe, settings, exclude)

@@ -69,7 +69,7 @@ def compile(
             into Python (calls for debugging are left out), or its rows or its padding change each other's results.
         ExecutionError: where there is no device, or the compiled code fails when it is checked.
     """
-    from lepton_xla.passes.inventory import weights_report  # here: loading and serving reach no pass
+    from lepton_xla.passes.core.inventory import weights_report  # here: loading and serving reach no pass
 
     check_name(name or "model")
     ladders = check_ladders(program.symbols, buckets)

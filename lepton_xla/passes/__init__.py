@@ -1,28 +1,28 @@
 """Passes: function in, function out, each a rule table on the one walker in `rewrite`."""
 
-from lepton_xla.passes.autotune import autotune
-from lepton_xla.passes.awq import awq
-from lepton_xla.passes.bias_correction import correct_bias
-from lepton_xla.passes.calibrate import calibrate
-from lepton_xla.passes.cast import cast
-from lepton_xla.passes.cost import cost
-from lepton_xla.passes.equalize import equalize
-from lepton_xla.passes.fake_quant import fake_quant, initial_scales
-from lepton_xla.passes.fold import fold
-from lepton_xla.passes.gptq import gptq
-from lepton_xla.passes.grid import round_to_nearest
-from lepton_xla.passes.groups import find_groups
-from lepton_xla.passes.importance import importance_scores
-from lepton_xla.passes.inventory import weights_report
-from lepton_xla.passes.lower import lower
-from lepton_xla.passes.precompute import precompute
-from lepton_xla.passes.prune import magnitude_masks, masked, prune
-from lepton_xla.passes.rewrite import rewrite
-from lepton_xla.passes.shrink import shrink
-from lepton_xla.passes.sites import find_sites, rewrite_sites
-from lepton_xla.passes.smoothquant import smooth
-from lepton_xla.passes.sparsegpt import sparsegpt
-from lepton_xla.passes.wanda import wanda
+from lepton_xla.passes.alternatives.autotuning import autotune
+from lepton_xla.passes.core.calibration import calibrate
+from lepton_xla.passes.core.costs import cost
+from lepton_xla.passes.core.inventory import weights_report
+from lepton_xla.passes.core.precomputation import precompute
+from lepton_xla.passes.core.sites import find_sites, rewrite_sites
+from lepton_xla.passes.core.walker import rewrite
+from lepton_xla.passes.folding.norms import fold
+from lepton_xla.passes.pruning.magnitude import magnitude_masks, masked, prune
+from lepton_xla.passes.pruning.sparsegpt import sparsegpt
+from lepton_xla.passes.pruning.wanda import wanda
+from lepton_xla.passes.quantization.bias_correction import correct_bias
+from lepton_xla.passes.quantization.casting import cast
+from lepton_xla.passes.quantization.fake_quantization import fake_quant, initial_scales
+from lepton_xla.passes.quantization.gptq import gptq
+from lepton_xla.passes.quantization.lowering import lower
+from lepton_xla.passes.quantization.rounding import round_to_nearest
+from lepton_xla.passes.rescaling.awq import awq
+from lepton_xla.passes.rescaling.equalization import equalize
+from lepton_xla.passes.rescaling.smoothquant import smooth
+from lepton_xla.passes.shrinking.groups import find_groups
+from lepton_xla.passes.shrinking.importance import importance_scores
+from lepton_xla.passes.shrinking.removal import shrink
 
 __all__ = [
     "autotune",

@@ -15,7 +15,8 @@ from jax import lax
 from jax.core import Tracer
 
 from lepton_xla.errors import ModelError, RecipeError
-from lepton_xla.passes.masks import (
+from lepton_xla.passes.pruning.magnitude import check_finite
+from lepton_xla.passes.pruning.masks import (
     DATA_METHODS,
     Regrowth,
     Target,
@@ -28,7 +29,6 @@ from lepton_xla.passes.masks import (
     something_left,
     sparsity_of,
 )
-from lepton_xla.passes.prune import check_finite
 from lepton_xla.program import check_masks, key_name, name_leaves, some_names
 from lepton_xla.recipe import Plan, PruneRule, check_rule
 from lepton_xla.train.schedules import Schedule

@@ -19,15 +19,15 @@ from jax import lax
 
 from lepton_xla.errors import CalibrationError, InputError, ModelError, RecipeError
 from lepton_xla.modelspec import Predict
-from lepton_xla.passes import products
-from lepton_xla.passes.calibrate import as_batches, calibrate, check_batch, needs_range
-from lepton_xla.passes.fake_quant import fake_quant
-from lepton_xla.passes.lower import lower
-from lepton_xla.passes.measure import Timing, compare
-from lepton_xla.passes.names import Key
-from lepton_xla.passes.products import RANGE
-from lepton_xla.passes.rewrite import Context, Values
-from lepton_xla.passes.sites import Site, find_sites, operand_value, rewrite_sites, step_lengths
+from lepton_xla.passes.core.calibration import as_batches, calibrate, check_batch, needs_range
+from lepton_xla.passes.core.names import Key
+from lepton_xla.passes.core.sites import Site, find_sites, operand_value, rewrite_sites, step_lengths
+from lepton_xla.passes.core.walker import Context, Values
+from lepton_xla.passes.quantization import products
+from lepton_xla.passes.quantization.fake_quantization import fake_quant
+from lepton_xla.passes.quantization.lowering import lower
+from lepton_xla.passes.quantization.measurement import Timing, compare
+from lepton_xla.passes.quantization.products import RANGE
 from lepton_xla.pipeline import plan_for
 from lepton_xla.program import Program, TensorSpec, name_leaves
 from lepton_xla.recipe import Plan, Recipe, SitePlan

@@ -12,7 +12,7 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-from lepton_xla.passes.masks import (  # noqa: E402
+from lepton_xla.passes.pruning.masks import (  # noqa: E402
     Regrowth,
     Target,
     element_scores,
@@ -21,7 +21,7 @@ from lepton_xla.passes.masks import (  # noqa: E402
     rule_shares,
     sparsity_of,
 )
-from lepton_xla.passes.ranking import keep_largest, keep_largest_on_host  # noqa: E402
+from lepton_xla.passes.pruning.ranking import keep_largest, keep_largest_on_host  # noqa: E402
 from lepton_xla.program import TensorSpec, trace  # noqa: E402
 from lepton_xla.recipe import Recipe  # noqa: E402
 

@@ -15,12 +15,12 @@ from jax.sharding import PartitionSpec as P
 import lepton_xla as lx
 from lepton_xla import _compat
 from lepton_xla.passes import awq, calibrate, correct_bias, equalize, fake_quant, gptq, lower, prune, smooth
-from lepton_xla.passes.grid import round_to_nearest
+from lepton_xla.passes.quantization.rounding import round_to_nearest
 
 HEADS, WIDTH, LAYERS = 2, 8, 2
 SHAPE = (4, 5, WIDTH)
 PAIR, BOTH = ".*dot_general#[0-9]", ".*"
-LOWER = sys.modules["lepton_xla.passes.lower"]  # the module, which the package's function hides
+LOWER = sys.modules["lepton_xla.passes.quantization.lowering"]  # the module, which the package's function hides
 
 
 def array(*shape, seed=0):
@@ -208,7 +208,9 @@ def test_single_rows_are_timed_padded_and_come_out_the_same(monkeypatch):
     program, plan = QUERY, recipe().resolve(QUERY)
     times = itertools.count(100, -10)
     monkeypatch.setattr(LOWER, "time_programs", lambda functions, _inputs: [next(times) for _ in functions])
-    monkeypatch.setattr(LOWER, "compare", lambda site, rule, at: lx.passes.measure.Timing(dict(at), 9.0, 4.0, 2.0))
+    monkeypatch.setattr(
+        LOWER, "compare", lambda site, rule, at: lx.passes.quantization.measurement.Timing(dict(at), 9.0, 4.0, 2.0)
+    )
     small = lower(program, plan, sizes=[{"batch": 2, "seq": 5}])
     pairs = {site.site: site for site in small.history[-1].sites if "dot_general" in site.site}
     assert [(site.action, site.metrics["single_rows_padded"]) for site in pairs.values()] == [("int8 x int8", True)] * 2
@@ -223,7 +225,7 @@ def test_what_loses_stays_float_and_is_said(monkeypatch, integer_us):
     def compare(site, rule, at):
         assert (rule.weights, rule.activations, rule.dynamic) == ("int8", "int8", True)
         us = integer_us if site.name == "dot_general#0" else 5.0
-        return lx.passes.measure.Timing(dict(at), 10.0, us, None)
+        return lx.passes.quantization.measurement.Timing(dict(at), 10.0, us, None)
 
     def time_programs(functions, inputs):
         return [100.0 - 10 * products_in_codes(fn, weights, *inputs) for fn, weights in functions]
@@ -255,7 +257,7 @@ def test_fp8_products_of_two_activations(monkeypatch):
     ] * 2
     np.testing.assert_array_equal(run(small, X), run(ONE, X))
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    monkeypatch.setattr(lx.passes.products, "SAFE_FP8_VALUES", 0)
+    monkeypatch.setattr(lx.passes.quantization.products, "SAFE_FP8_VALUES", 0)
     small = lower(ONE, plan)
     dtypes = [left.dtype.name for left in left_operands(small, {"batch": 4, "seq": 5})]
     assert dtypes.count("float8_e4m3fn") == 2

@@ -10,13 +10,13 @@ from jax import lax
 
 import lepton_xla as lx
 from lepton_xla.passes import cast, rewrite
-from lepton_xla.passes.autotune import XLA, autotune
-from lepton_xla.passes.measure import Timing
+from lepton_xla.passes.alternatives.autotuning import XLA, autotune
+from lepton_xla.passes.quantization.measurement import Timing
 from lepton_xla.program import TensorSpec, trace
 from lepton_xla.quant import QTensor
 from lepton_xla.recipe import Recipe
 
-module = sys.modules["lepton_xla.passes.autotune"]
+module = sys.modules["lepton_xla.passes.alternatives.autotuning"]
 SIZES = [{"batch": 1}, {"batch": 4}]
 IMAGES = {"x": TensorSpec(("batch", 6, 6, 4), "float32")}
 SHIFTED = "shifted multiply-adds"
@@ -253,7 +253,7 @@ def test_quantized_weights_stay_small_and_what_is_unpacked_on_loading_is_tuned_t
     clock(shifted_is_fast)
     recipe = Recipe.parse('[[quantize]]\nsites = ".*"\nactivations = "none"', name="stored")
     monkeypatch.setattr(
-        sys.modules["lepton_xla.passes.lower"],
+        sys.modules["lepton_xla.passes.quantization.lowering"],
         "time_programs",
         lambda functions, _inputs: [5.0, 1.0, 9.0][: len(functions)],
     )
@@ -274,14 +274,14 @@ def test_quantized_weights_stay_small_and_what_is_unpacked_on_loading_is_tuned_t
 def test_codes_are_compared_with_the_best_of_float(clock, monkeypatch):
     clock(shifted_is_fast)
     timed = lambda _site, _rule, at: Timing(dict(at), 100.0, 50.0, None)  # noqa: E731
-    monkeypatch.setattr(sys.modules["lepton_xla.passes.lower"], "compare", timed)
+    monkeypatch.setattr(sys.modules["lepton_xla.passes.quantization.lowering"], "compare", timed)
     whole = []
 
     def time_programs(functions, inputs, budget_s=0.0):
         whole.append([primitives(fn, weights, *inputs).count("conv_general_dilated") for fn, weights in functions])
         return [100.0 - index for index in range(len(functions))]
 
-    monkeypatch.setattr(sys.modules["lepton_xla.passes.lower"], "time_programs", time_programs)
+    monkeypatch.setattr(sys.modules["lepton_xla.passes.quantization.lowering"], "time_programs", time_programs)
     small = lx.optimize(two_layers(), Recipe.parse('[[quantize]]\nsites = ".*"', name="q"), buckets={"batch": (1, 4)})
     lowered = next(report for report in small.history if report.name == "lower")
     ratios = {site.site: site.metrics["integer_over_float"] for site in lowered.sites}

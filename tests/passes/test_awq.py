@@ -8,8 +8,8 @@ import pytest
 from jax import lax
 
 from lepton_xla.errors import CalibrationError, RecipeError
-from lepton_xla.passes.awq import awq, awq_factor
-from lepton_xla.passes.grid import round_to_nearest
+from lepton_xla.passes.quantization.rounding import round_to_nearest
+from lepton_xla.passes.rescaling.awq import awq, awq_factor
 from lepton_xla.program import TensorSpec, trace
 from lepton_xla.recipe import Recipe
 

@@ -9,9 +9,9 @@ from jax import lax
 
 from lepton_xla.adapters import from_linen
 from lepton_xla.errors import CalibrationError
-from lepton_xla.passes.bias_correction import correct_bias
-from lepton_xla.passes.gptq import gptq
-from lepton_xla.passes.grid import round_to_nearest
+from lepton_xla.passes.quantization.bias_correction import correct_bias
+from lepton_xla.passes.quantization.gptq import gptq
+from lepton_xla.passes.quantization.rounding import round_to_nearest
 from lepton_xla.program import TensorSpec, trace
 from lepton_xla.recipe import Recipe
 

@@ -10,8 +10,8 @@ import pytest
 from jax import lax
 
 from lepton_xla.errors import ModelError
-from lepton_xla.passes.cost import cost
-from lepton_xla.passes.sites import find_sites
+from lepton_xla.passes.core.costs import cost
+from lepton_xla.passes.core.sites import find_sites
 from lepton_xla.program import TensorSpec, trace
 from lepton_xla.quant import quantize
 

@@ -7,8 +7,8 @@ import pytest
 from jax import lax
 
 from lepton_xla.errors import RecipeError
-from lepton_xla.passes.equalize import equalize, pair_factor
-from lepton_xla.passes.grid import round_to_nearest
+from lepton_xla.passes.quantization.rounding import round_to_nearest
+from lepton_xla.passes.rescaling.equalization import equalize, pair_factor
 from lepton_xla.program import TensorSpec, trace
 from lepton_xla.recipe import Recipe
 

@@ -17,16 +17,16 @@ from jax import lax
 
 from lepton_xla.adapters import from_linen, from_nnx
 from lepton_xla.errors import LeptonError, ModelError, RecipeError
-from lepton_xla.passes import matrix
-from lepton_xla.passes.gptq import Options, gptq, gptq_codes, gptq_values
-from lepton_xla.passes.grid import nearest, round_to_nearest
-from lepton_xla.passes.lower import lower
+from lepton_xla.passes.core import matrix
+from lepton_xla.passes.quantization.gptq import Options, gptq, gptq_codes, gptq_values
+from lepton_xla.passes.quantization.lowering import lower
+from lepton_xla.passes.quantization.rounding import nearest, round_to_nearest
 from lepton_xla.program import TensorSpec, trace
 from lepton_xla.quant import FORMATS, QTensor, quantize
 from lepton_xla.quant.grid import Grid, make_grid
 from lepton_xla.recipe import Recipe
 
-module = importlib.import_module("lepton_xla.passes.gptq")
+module = importlib.import_module("lepton_xla.passes.quantization.gptq")
 DEPTH = 24
 ROWS = {"x": TensorSpec(("batch", DEPTH), "float32")}
 INT8 = Recipe.parse("[[quantize]]\nsites = '.*'\nactivations = 'none'", name="int8")

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import lepton_xla as lx
 from lepton_xla.passes import prune, shrink, sparsegpt, wanda
-from lepton_xla.passes.held import block_quotas
+from lepton_xla.passes.pruning.held import block_quotas
 from lepton_xla.train import Regrow, finalize, sparsify
 from lepton_xla.train.schedules import Schedule, one_shot, periodic, polynomial
 

@@ -6,13 +6,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lepton_xla.passes import matrix
-from lepton_xla.passes.inverse_factor import LEAF, inverse_factor
+from lepton_xla.passes.core import matrix
+from lepton_xla.passes.quantization.inverse_factor import LEAF, inverse_factor
 from lepton_xla.program import TensorSpec, trace
 from lepton_xla.recipe import Recipe
 
 # The package's `gptq` is the function.
-gptq = importlib.import_module("lepton_xla.passes.gptq")
+gptq = importlib.import_module("lepton_xla.passes.quantization.gptq")
 
 
 @pytest.mark.parametrize("size", [1, LEAF, LEAF + 1, 3 * LEAF - 5])

@@ -9,10 +9,10 @@ import pytest
 from jax import lax
 
 import lepton_xla as lx
-from lepton_xla.passes.cost import cost
-from lepton_xla.passes.fake_quant import fake_quant
-from lepton_xla.passes.shrink import shrink
-from lepton_xla.passes.sites import find_sites
+from lepton_xla.passes.core.costs import cost
+from lepton_xla.passes.core.sites import find_sites
+from lepton_xla.passes.quantization.fake_quantization import fake_quant
+from lepton_xla.passes.shrinking.removal import shrink
 
 V, D = 50, 16
 TABLE = np.random.default_rng(0).standard_normal((V, D)).astype(np.float32)

@@ -15,19 +15,19 @@ from jax import lax
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-import lepton_xla.passes.measure as measure
 from lepton_xla import _compat
 from lepton_xla.adapters import from_linen, from_nnx
 from lepton_xla.compiler import compile as compile_program
 from lepton_xla.errors import CalibrationError, UnsupportedError
 from lepton_xla.passes import calibrate, fake_quant, find_sites
 from lepton_xla.passes import lower as run_lower
-from lepton_xla.passes.autotune import Choices
+from lepton_xla.passes.alternatives.autotuning import Choices
+from lepton_xla.passes.quantization import measurement
 from lepton_xla.program import TensorSpec, trace
 from lepton_xla.quant import QTensor
 from lepton_xla.recipe import Recipe
 
-lower_module = __import__("sys").modules["lepton_xla.passes.lower"]
+lower_module = __import__("sys").modules["lepton_xla.passes.quantization.lowering"]
 ROWS = {"x": TensorSpec(("batch", 6), "float32")}
 
 
@@ -396,7 +396,7 @@ def fake_clock(monkeypatch, site_us, program_us=None):
 
     def compare(site, decision, sizes):
         del decision
-        return measure.Timing(dict(sizes), *site_us[site.name])
+        return measurement.Timing(dict(sizes), *site_us[site.name])
 
     def time_programs(functions, inputs):
         times = []
@@ -545,7 +545,7 @@ def test_groups_too_small_for_integer_kernels_are_timed_like_any_other(monkeypat
 
 @pytest.mark.parametrize("name", [*TINY_GROUPS, "plain"])
 def test_the_real_clock_reports_what_it_found(monkeypatch, name):
-    monkeypatch.setattr(measure, "ROUNDS", 3)
+    monkeypatch.setattr(measurement, "ROUNDS", 3)
     program = (TINY_GROUPS | SINGLE)[name]()
     (site,) = run_lower(program, recipe(head="").resolve(program), sizes=SIZES[:1]).history[-1].sites
     (timing,) = site.metrics["timings"]

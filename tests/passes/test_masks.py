@@ -14,7 +14,7 @@ from jax import lax
 
 from lepton_xla.errors import ModelError, RecipeError, UnsupportedError
 from lepton_xla.passes import prune
-from lepton_xla.passes.masks import (
+from lepton_xla.passes.pruning.masks import (
     Pattern,
     Regrowth,
     element_scores,

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import lepton_xla as lx
 from lepton_xla.errors import ModelError
 from lepton_xla.passes import fake_quant, find_sites, fold
-from lepton_xla.passes.names import SiteNames, fresh
+from lepton_xla.passes.core.names import SiteNames, fresh
 from lepton_xla.program import TensorSpec, trace
 from lepton_xla.recipe import Recipe
 

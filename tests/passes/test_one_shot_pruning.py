@@ -10,9 +10,9 @@ from jax import lax
 
 import lepton_xla as lx
 from lepton_xla.passes import sparsegpt, wanda
-from lepton_xla.passes.masks import Pattern
-from lepton_xla.passes.sparsegpt import Options, sparsegpt_values
-from lepton_xla.passes.wanda import UNSEEN, wanda_mask
+from lepton_xla.passes.pruning.masks import Pattern
+from lepton_xla.passes.pruning.sparsegpt import Options, sparsegpt_values
+from lepton_xla.passes.pruning.wanda import UNSEEN, wanda_mask
 
 DEPTH = 24
 ROWS = {"x": lx.TensorSpec(("batch", DEPTH), "float32")}

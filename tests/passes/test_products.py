@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jax import lax
 
-from lepton_xla.passes import find_sites, products
-from lepton_xla.passes.sites import lay_out
+from lepton_xla.passes import find_sites
+from lepton_xla.passes.core.sites import lay_out
+from lepton_xla.passes.quantization import products
 from lepton_xla.program import TensorSpec, trace
 from lepton_xla.quant import FORMATS, absmax_scale, encode
 from lepton_xla.recipe import Recipe

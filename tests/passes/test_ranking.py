@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from lepton_xla.passes.ranking import Ranking, exact_mean, keep_largest, keep_largest_on_host, largest_of_each
+from lepton_xla.passes.pruning.ranking import Ranking, exact_mean, keep_largest, keep_largest_on_host, largest_of_each
 
 jitted = jax.jit(keep_largest)
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax import lax
 
-from lepton_xla.passes import shifted, single_row
+from lepton_xla.passes.alternatives import shifted, single_row
 
 
 def equation(fn, *operands):

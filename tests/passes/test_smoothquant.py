@@ -11,8 +11,8 @@ from jax import lax
 
 from lepton_xla.adapters import from_linen, from_nnx
 from lepton_xla.errors import CalibrationError, RecipeError
-from lepton_xla.passes.grid import round_to_nearest
-from lepton_xla.passes.smoothquant import smooth, smooth_factor
+from lepton_xla.passes.quantization.rounding import round_to_nearest
+from lepton_xla.passes.rescaling.smoothquant import smooth, smooth_factor
 from lepton_xla.program import TensorSpec, trace
 from lepton_xla.recipe import Recipe
 

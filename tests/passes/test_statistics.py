@@ -11,8 +11,9 @@ from jax.sharding import PartitionSpec as P
 
 from lepton_xla.adapters import from_linen
 from lepton_xla.errors import CalibrationError
-from lepton_xla.passes import find_sites, matrix
-from lepton_xla.passes.statistics import collect_statistics
+from lepton_xla.passes import find_sites
+from lepton_xla.passes.core import matrix
+from lepton_xla.passes.core.statistics import collect_statistics
 from lepton_xla.program import TensorSpec, trace
 
 ROWS = {"x": TensorSpec(("batch", 6), "float32")}

@@ -12,9 +12,10 @@ from jax.sharding import PartitionSpec as P
 
 import lepton_xla as lx
 from lepton_xla.errors import CalibrationError, ModelError, RecipeError, UnsupportedError
-from lepton_xla.passes import calibrate, fake_quant, find_sites, lower, products
-from lepton_xla.passes.fake_quant import initial_scales
-from lepton_xla.passes.sites import lay_out
+from lepton_xla.passes import calibrate, fake_quant, find_sites, lower
+from lepton_xla.passes.core.sites import lay_out
+from lepton_xla.passes.quantization import products
+from lepton_xla.passes.quantization.fake_quantization import initial_scales
 from lepton_xla.program import TensorSpec, trace
 from lepton_xla.quant import QTensor, quantize
 from lepton_xla.quant.learned import raw_scales

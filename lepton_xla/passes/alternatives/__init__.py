@@ -1,0 +1,1 @@
+"""Other ways to compute what XLA is slow at, chosen by measuring."""

@@ -1,0 +1,285 @@
+"""Computes operations that XLA is slow at in another way, where that measures faster.
+
+There are few such ways: `shifted` for grouped convolutions, `single_row` for products of a single row. Each is timed
+against XLA's own operation at the sizes the program will be compiled for; then the whole program is timed with all that
+won, since what an operation costs beside its neighbours differs from what it costs alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lepton_xla import _compat
+from lepton_xla.passes.alternatives import shifted, single_row
+from lepton_xla.passes.core.sites import trace_sites
+from lepton_xla.passes.core.walker import Context, Values, materialize, rewrite
+from lepton_xla.passes.quantization.measurement import OPERATION_BUDGET_S, time_programs
+from lepton_xla.program import Expansion, Program, abstract
+from lepton_xla.report import PassReport, SiteReport
+
+# How an operation that stays as it is is called beside the ways to compute it.
+XLA = "XLA's own"
+# Another way must win by more than the clock's noise.
+WORTH_RATIO = 0.97
+# At how many sizes the whole program is timed at most.
+MAX_SIZES = 2
+_PRIMITIVES = ("conv_general_dilated", "dot_general")
+
+
+def ways(eqn: Any) -> dict[str, Callable[..., jax.Array]]:
+    """Other ways than XLA's own to compute an operation, by name: functions of its operands."""
+    found: dict[str, Callable[..., jax.Array]] = {}
+    if shifted.fits(eqn):
+        convolve = functools.partial(shifted.convolve, eqn.params, dtype=eqn.outvars[0].aval.dtype)
+        found["shifted multiply-adds"] = convolve
+        if not shifted.has_channels_last(eqn):
+            found["shifted multiply-adds, channels last"] = functools.partial(convolve, channels_last=True)
+    if single_row.fits(eqn):
+        found["row padded to two"] = functools.partial(single_row.padded, eqn)
+        found["in float32"] = functools.partial(single_row.widened, eqn)
+    return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    """Median times of one operation at one size.
+
+    Attributes:
+        site: the name of the site.
+        sizes: sizes of the symbolic dimensions.
+        way_us: microseconds by way, `XLA` among them.
+    """
+
+    site: str
+    sizes: dict[str, int]
+    way_us: dict[str, float]
+
+    def share(self, way: str) -> float:
+        """The time of a way over that of XLA's own; infinite where it cannot run."""
+        return self.way_us.get(way, math.inf) / self.way_us[XLA]
+
+
+@dataclasses.dataclass(frozen=True)
+class Choices:
+    """How the operations of a program are computed, for the program and for what other passes make of it.
+
+    Attributes:
+        way: kind of an operation -> how it is computed, `XLA` where no way is faster.
+        timings: kind -> what that was decided on.
+    """
+
+    way: Mapping[Any, str] = dataclasses.field(default_factory=dict[Any, str])
+    timings: Mapping[Any, Sequence[Timing]] = dataclasses.field(default_factory=dict[Any, Sequence[Timing]])
+
+    @property
+    def any(self) -> bool:
+        """Whether there is an operation that is computed otherwise."""
+        return any(way != XLA for way in self.way.values())
+
+    def apply(self, fn: Callable[..., Any]) -> Callable[..., Any]:
+        """The function with its operations computed in the ways chosen."""
+
+        def rule(_context: Context, eqn: Any, values: Values) -> Values | None:
+            compute = self.of(eqn)
+            return None if compute is None else [compute(*(materialize(value) for value in values))]
+
+        return rewrite(fn, dict.fromkeys(_PRIMITIVES, rule), inline=True, on_unknown="keep") if self.any else fn
+
+    def of(self, eqn: Any) -> Callable[..., jax.Array] | None:
+        """The way chosen for an operation, None where that is XLA's own."""
+        found = ways(eqn)
+        return found.get(self.way.get(_kind(eqn), XLA)) if found else None
+
+
+def autotune(
+    program: Program, *, sizes: Sequence[Mapping[str, int]], progress: Callable[[str], None] | None = None
+) -> Program:
+    """Computes grouped convolutions, and products of one row in 16-bit floats, in the way that measures fastest.
+
+    Args:
+        program: any program.
+        sizes: sizes of the symbolic dimensions, such as `[{"batch": 1}, {"batch": 32}]`, at which ways are timed.
+        progress: called with a line as something is timed.
+
+    Returns:
+        The program with those operations replaced that another way is faster for at all sizes, by more than noise; its
+        history has the times. The program itself where it has no such operation.
+    """
+    start, say = time.perf_counter(), progress or (lambda _line: None)
+    choices = choose(program, sizes, say)
+    if not choices.way:
+        return program
+    metrics: dict[str, Any] = {}
+    reason = ""
+    if choices.any:
+        try:
+            whole = _time_whole(program, choices, sizes, say)
+        except jax.errors.JaxRuntimeError:  # beside its neighbours an operation may get a layout that XLA cannot run
+            reason = "alone another way is faster, but XLA cannot run the whole program with it"
+        else:
+            metrics["whole_program"] = whole
+            if any(WORTH_RATIO * timed["autotuned_us"] > timed["before_us"] for timed in whole):
+                reason = "alone another way is faster, but not in the whole program"
+        if reason:
+            choices = dataclasses.replace(choices, way=dict.fromkeys(choices.way, XLA))
+    reports = tuple(
+        _report(site, choices.way[kind], reason, [timing for timing in timings if timing.site == site])
+        for kind, timings in choices.timings.items()
+        for site in dict.fromkeys(timing.site for timing in timings)
+    )
+    history = (*program.history, PassReport("autotune", time.perf_counter() - start, reports, metrics))
+    if not choices.any:
+        return program.replace(history=history)
+    expansion = program.expansion and Expansion(program.expansion.expand, choices.apply(program.expansion.fn))
+    return program.replace(fn=choices.apply(program.fn), expansion=expansion, history=history)
+
+
+def choose(program: Program, sizes: Sequence[Mapping[str, int]], say: Callable[[str], None]) -> Choices:
+    """Times every way of each operation at all sizes, and decides.
+
+    Args:
+        program: the program; where it unpacks weights on loading, what it is then.
+        sizes: as in `autotune`.
+        say: called with a line as something is timed.
+    """
+    fn, weights = program.fn, abstract(program.weights)
+    if program.expansion is not None:
+        fn, weights = program.expansion.fn, jax.eval_shape(program.expansion.expand, program.weights)
+    timings: dict[Any, list[Timing]] = {}
+    # A single row is one at the smallest size. A program without candidates there is not looked at any further.
+    for at in sorted(sizes, key=lambda at: math.prod(at.values())):
+        for site in trace_sites(fn, weights, program.inputs, at):
+            if ways(site.eqn):
+                say(f"ways to compute {site.name}")
+                timing = Timing(site.name, dict(at), _timed(_Operation(site.eqn)))
+                timings.setdefault(_kind(site.eqn), []).append(timing)
+        if not timings:
+            break
+    return Choices({kind: _fastest(found) for kind, found in timings.items()}, timings)
+
+
+def times_us(eqn: Any) -> list[float]:
+    """Microseconds of an operation in every way, XLA's own among them; empty where there is no other."""
+    return list(_timed(_Operation(eqn)).values()) if ways(eqn) else []
+
+
+class _Operation:
+    """An equation as far as its time depends on it."""
+
+    def __init__(self, eqn: Any) -> None:
+        self.eqn = eqn
+        operands = tuple((var.aval.shape, var.aval.dtype.name) for var in (*eqn.invars, *eqn.outvars))
+        self.facts = (eqn.primitive.name, operands, str(sorted(eqn.params.items(), key=lambda item: item[0])))
+
+    def __hash__(self) -> int:
+        return hash(self.facts)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Operation) and self.facts == other.facts
+
+
+@functools.lru_cache(maxsize=1024)
+def _timed(operation: _Operation) -> dict[str, float]:
+    """Microseconds by way; without those that XLA cannot run here."""
+    eqn = operation.eqn
+    inputs = [jax.ShapeDtypeStruct(var.aval.shape, var.aval.dtype) for var in eqn.invars]
+    others = ways(eqn)
+
+    def timed(chosen: Iterable[str]) -> dict[str, float]:
+        plain: Callable[..., Any] = lambda *operands: _compat.bind(eqn, operands)[0]  # noqa: E731
+        candidates = {XLA: plain} | {name: others[name] for name in chosen}
+        functions = [(functools.partial(_without_weights, fn), ()) for fn in candidates.values()]
+        return dict(zip(candidates, time_programs(functions, inputs, OPERATION_BUDGET_S), strict=True))
+
+    try:
+        return timed(others)
+    except jax.errors.JaxRuntimeError:
+        return timed([name for name in others if _runs(others[name], inputs)])
+
+
+def _without_weights(fn: Callable[..., Any], _weights: Any, *operands: Any) -> Any:
+    return fn(*operands)
+
+
+def _runs(fn: Callable[..., Any], inputs: Sequence[jax.ShapeDtypeStruct]) -> bool:
+    """Whether XLA can compile and run a function here: its products of 16-bit floats do not take every layout."""
+    try:
+        jax.block_until_ready(jax.jit(fn)(*(jnp.zeros(leaf.shape, leaf.dtype) for leaf in inputs)))
+    except jax.errors.JaxRuntimeError:
+        return False
+    return True
+
+
+def _kind(eqn: Any) -> Any:
+    """What decides which way is fastest, but for how much data there is.
+
+    So one decision holds for all sizes, for those that are symbolic too, and for the same operation in another program.
+    """
+    params, operands = eqn.params, [var.aval for var in eqn.invars]
+    dtypes = tuple(each.dtype.name for each in (*operands, eqn.outvars[0].aval))
+    if eqn.primitive.name == "dot_general":
+        side = single_row.single(eqn)
+        return (params["dimension_numbers"], side, None if side is None else operands[1 - side].shape, dtypes)
+    names = ("dimension_numbers", "window_strides", "lhs_dilation", "rhs_dilation", "feature_group_count")
+    return (*(params[name] for name in names), operands[1].shape, dtypes)
+
+
+def _fastest(timings: Sequence[Timing]) -> str:
+    """The way with the least time in all that is faster than XLA's own each time."""
+    best, least = XLA, 1.0
+    for way in dict.fromkeys(way for timing in timings for way in timing.way_us):
+        shares = [timing.share(way) for timing in timings]
+        if max(shares) < WORTH_RATIO and statistics.geometric_mean(shares) < least:
+            best, least = way, statistics.geometric_mean(shares)
+    return best
+
+
+def _time_whole(
+    program: Program, choices: Choices, sizes: Sequence[Mapping[str, int]], say: Callable[[str], None]
+) -> list[dict[str, Any]]:
+    """The whole program, as loaded, before and after."""
+    fn, weights = program.fn, program.weights
+    if program.expansion is not None:
+        fn, weights = program.expansion.fn, program.expansion.expand(program.weights)
+    timed: list[dict[str, Any]] = []
+    for at in (sizes[0], sizes[-1])[: min(len(sizes), MAX_SIZES)]:
+        say(f"the whole program{_named(at, ' at ')}")
+        before, after = time_programs([(fn, weights), (choices.apply(fn), weights)], program.abstract_inputs(at))
+        timed.append({"sizes": dict(at), "before_us": before, "autotuned_us": after})
+    return timed
+
+
+def _report(site: str, way: str, reason: str, timings: Sequence[Timing]) -> SiteReport:
+    metrics = {"timings": [{"sizes": timing.sizes, "float_us": timing.way_us} for timing in timings]}
+    return SiteReport(site, way, reason or _why(way, timings), metrics=metrics)
+
+
+def _why(way: str, timings: Sequence[Timing]) -> str:
+    """What was gained by the way chosen; or of the best of the others, where it loses most."""
+    others = [name for name in timings[0].way_us if name != XLA and all(name in timing.way_us for timing in timings)]
+    if not others:
+        return "XLA cannot run another way here"
+    shown = way if way != XLA else min(others, key=lambda name: _mean_share(timings, name))
+    if way != XLA:
+        return f"{_mean_share(timings, shown):.2f} of the time of XLA's own"
+    worst = max(timings, key=lambda timing: timing.share(shown))
+    return f"{shown} would take {worst.share(shown):.2f} of the time{_named(worst.sizes, ' at ')}"
+
+
+def _mean_share(timings: Sequence[Timing], way: str) -> float:
+    return statistics.geometric_mean([timing.share(way) for timing in timings])
+
+
+def _named(sizes: Mapping[str, int], before: str = "") -> str:
+    """Sizes for a message, such as `batch 8`; empty where there are none."""
+    named = ", ".join(f"{name} {size}" for name, size in sizes.items())
+    return named and before + named

@@ -1,0 +1,265 @@
+"""Ranges of the activations that meet planned sites, measured on data."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lepton_xla.errors import CalibrationError
+from lepton_xla.passes.core.names import Key
+from lepton_xla.passes.core.precomputation import for_plan
+from lepton_xla.passes.core.sites import Site, rewrite_sites, step_lengths
+from lepton_xla.passes.core.walker import Context, Values, materialize
+from lepton_xla.program import Program
+from lepton_xla.quant import FORMATS, observers
+from lepton_xla.quant.observers import Aggregate, Histogram
+
+if TYPE_CHECKING:
+    from lepton_xla.recipe import Plan, QuantizeRule
+
+# What travels beside a weight to its site: a mark of the step, and the level to count at. What leaves the program.
+_MARK, _LEVEL = "mark", "level"
+_LARGEST, _COUNTS = "largest", "counts"
+_FINITE = np.float32(np.finfo(np.float32).max).view(np.int32)
+
+# What is said of no batches.
+EMPTY = (
+    "calibration data is empty: give at least one batch, such as [{'image': array}]; a generator gives its batches "
+    "only once"
+)
+
+
+def calibrate(program: Program, plan: Plan, batches: Iterable[Mapping[str, Any]]) -> dict[str, jax.Array]:
+    """Measures the range of each statically quantized site's activation, in one pass over the data.
+
+    What is held at a time is one batch, and of each site and step a histogram of fixed size. A batch with larger
+    magnitudes than any before it is run again, on histograms that reach far enough.
+
+    Args:
+        program: the float program that the plan was made for.
+        plan: tells the sites, how each range is taken (`calibration`), and how batches come together (`aggregate`).
+        batches: input dicts, such as `{"image": array}`; at least one.
+
+    Returns:
+        Site name -> float32 range, more than 0; a scalar, or one a step where a scan steps over the site's weight.
+
+    Raises:
+        CalibrationError: if there are no batches, or one has a wrong name, dtype or shape, is empty or not finite; if
+            a site is not reached, or by zeros only, so that there is no range to take; or if its format has none of
+            the kind that is asked for.
+    """
+    program = for_plan(program, plan)
+    sites = {
+        planned.site.name: (planned.site, planned.quantize)
+        for planned in plan.sites
+        if planned.quantize is not None and needs_range(planned.quantize)
+    }
+    observe = _observer(program, sites)
+    watched = {name: _SiteObserver.of(program, site, rule) for name, (site, rule) in sites.items()}
+    levels: dict[str, np.ndarray] = {}
+    number = 0
+    for number, batch in enumerate(as_batches(batches), 1):
+        inputs = check_batch(program, batch, f"calibration batch {number - 1}")
+        largest, counts, levels = observe(inputs, levels)
+        for name in largest:
+            if not (largest[name] <= _FINITE).all():
+                raise CalibrationError(f"the activation of site {name!r} is not finite on the calibration data")
+            watched[name].add(largest[name], counts.get(name), levels.get(name))
+    if number == 0:
+        raise CalibrationError(EMPTY)
+    return {name: jnp.asarray(watcher.result(name)) for name, watcher in watched.items()}
+
+
+type _Sites = Mapping[str, tuple[Site, QuantizeRule]]
+type _Arrays = dict[str, np.ndarray]
+
+
+def _observer(
+    program: Program, sites: _Sites
+) -> Callable[[Sequence[jax.Array], _Arrays], tuple[_Arrays, _Arrays, _Arrays]]:
+    """Runs the program on inputs and gives, by site, the bits of the largest magnitudes, the counts, and the levels
+    that they were counted at; each with the axes of the site's steps leading."""
+    counted = [name for name, (_, rule) in sites.items() if observers.counts_needed(rule.calibration)]
+
+    def rule(site: Site, context: Context, eqn: Any, values: Values) -> None:
+        del eqn
+        if site.name not in sites or site.weight_operand is None:
+            return
+        activation = materialize(values[1 - site.weight_operand])
+        beside = values[site.weight_operand].beside
+        here = beside[site.name, _MARK]
+        context.tap((site.name, _LARGEST), here * observers.largest_bits(activation))
+        if site.name in counted:
+            counts = observers.count(activation, beside[site.name, _LEVEL])
+            counts = jnp.multiply.outer(here.astype(jnp.uint32), counts)
+            context.tap((site.name, _COUNTS), counts, combine="sum")
+
+    # Which of the scans around a site step over its weight is not in a tap's shape. So a mark of the step travels with
+    # the weight: zeros of the shape of all steps, with a one at this step.
+    marks: dict[str, dict[Key, jax.Array]] = {}
+    for name, (site, _) in sites.items():
+        assert site.path is not None
+        steps = _steps(program, site)
+        marks.setdefault(site.path, {})[name, _MARK] = jnp.eye(math.prod(steps), dtype=jnp.int32).reshape(
+            (*steps, *steps)
+        )
+
+    @jax.jit
+    def run(weights: Any, levels: Mapping[str, jax.Array], inputs: Sequence[jax.Array]) -> dict[str, jax.Array]:
+        beside: dict[str, dict[Key, jax.Array]] = {path: dict(at) for path, at in marks.items()}
+        for name, level in levels.items():
+            beside[str(sites[name][0].path)][name, _LEVEL] = level
+        tapped = rewrite_sites(program.fn, rule, inline=True, beside=beside, with_taps=True)
+        return tapped(weights, *inputs)[1]
+
+    def observe(inputs: Sequence[jax.Array], levels: _Arrays) -> tuple[_Arrays, _Arrays, _Arrays]:
+        levels = levels or {name: np.zeros(_steps(program, sites[name][0]), np.int32) for name in counted}
+        again = False
+        while True:
+            taps = jax.device_get(run(program.weights, levels, inputs))
+            largest = {
+                # Scans that do not step over the weight have stacked theirs before it.
+                name: np.max(found, axis=tuple(range(found.ndim - site.stacked)))
+                for name, (site, _) in sites.items()
+                if (found := taps.get((name, _LARGEST))) is not None
+            }
+            needed = {
+                name: _next_level(
+                    levels[name],
+                    np.asarray(observers.level_of(bits)),
+                    # A second run may only grow: one that rounds otherwise must not send it back and forth.
+                    grow=again or sites[name][1].aggregate == "pooled",
+                )
+                for name, bits in largest.items()
+                if name in counted
+            }
+            if all(np.array_equal(levels[name], level) for name, level in needed.items()):
+                counts = {name: taps[name, _COUNTS] for name in needed}
+                return largest, counts, levels
+            levels, again = levels | needed, True
+
+    return observe
+
+
+def _next_level(level: np.ndarray, needed: np.ndarray, *, grow: bool) -> np.ndarray:
+    """What to count at. A histogram of one batch has the level of that batch, a pooled one of all there were."""
+    if grow:
+        return np.maximum(level, needed)
+    return np.where(needed > 0, needed, level)  # a step that is not reached needs none
+
+
+def _steps(program: Program, site: Site) -> tuple[int, ...]:
+    assert site.path is not None
+    return step_lengths(site, program.weights[site.path].shape)
+
+
+class _SiteObserver:
+    """What one site has been seen to take, step by step."""
+
+    def __init__(self, rule: QuantizeRule, steps: tuple[int, ...]) -> None:
+        self.rule = rule
+        self.steps = steps
+        self.pooled = {step: Histogram() for step in np.ndindex(steps)}
+        self.aggregate = Aggregate.empty(rule.aggregate, steps)
+
+    @classmethod
+    def of(cls, program: Program, site: Site, rule: QuantizeRule) -> _SiteObserver:
+        """For a site of the program."""
+        return cls(rule, _steps(program, site))
+
+    def add(self, largest: np.ndarray, counts: np.ndarray | None, levels: np.ndarray | None) -> None:
+        """One more batch."""
+        seen: dict[tuple[int, ...], Histogram] = {}
+        for step in self.pooled:
+            absmax = np.asarray(largest[step]).view(np.float32).item()
+            if counts is None or levels is None:
+                seen[step] = Histogram(absmax=absmax)
+            else:
+                seen[step] = Histogram.of_counts(counts[step], levels[step], absmax)
+        if self.rule.aggregate == "pooled":
+            self.pooled = {step: self.pooled[step] + one for step, one in seen.items()}
+        else:
+            self.aggregate = self.aggregate.add(self._ranges(seen))
+
+    def result(self, name: str) -> np.ndarray:
+        """float32 ranges, of the shape of the steps.
+
+        Raises:
+            CalibrationError: where there is none.
+        """
+        value = self._ranges(self.pooled) if self.rule.aggregate == "pooled" else self.aggregate.value
+        value = value.astype(np.float32)
+        if not (value > 0).all():
+            raise CalibrationError(
+                f"site {name!r} has no range on the calibration data: it is not reached, or by zeros only (or by so "
+                f"many that {self.rule.calibration} falls on them){_some_steps(value)}; give data that reaches it, or "
+                f"dynamic = true"
+            )
+        return value
+
+    def _ranges(self, seen: Mapping[tuple[int, ...], Histogram]) -> np.ndarray:
+        target = FORMATS[self.rule.activations]
+        found = [observers.estimate_range(self.rule.calibration, one, target) for one in seen.values()]
+        return np.asarray(found, np.float64).reshape(self.steps)
+
+
+def _some_steps(value: np.ndarray) -> str:
+    if value.ndim == 0:
+        return ""
+    steps = np.argwhere(value <= 0)
+    return f", at step {', '.join('/'.join(map(str, step)) for step in steps[:4].tolist())} of its scan"
+
+
+def needs_range(rule: QuantizeRule) -> bool:
+    """Whether a rule asks for calibration data."""
+    return rule.activations != "none" and not rule.dynamic
+
+
+def as_batches(calibration: Any) -> Iterable[Any]:
+    """What a caller gave as calibration data, if it can be gone through.
+
+    Raises:
+        CalibrationError: if it is one batch and not a list of them, or nothing to go through at all.
+    """
+    if isinstance(calibration, Mapping | str) or not isinstance(calibration, Iterable):
+        kind = type(calibration).__name__
+        raise CalibrationError(f"calibration data is a {kind}, not a list of batches such as [{{'image': array}}]")
+    return calibration
+
+
+def check_batch(program: Program, batch: Mapping[str, Any], where: str) -> Sequence[jax.Array]:
+    """A batch's arrays in call order, checked against the program's inputs.
+
+    Raises:
+        CalibrationError: for a wrong name, dtype, rank or size, an empty array, or NaN or infinity.
+    """
+    if not isinstance(batch, Mapping):
+        raise CalibrationError(f"{where} is a {type(batch).__name__}, not a dict such as {{'image': array}}")
+    if set(batch) != set(program.inputs):
+        raise CalibrationError(
+            f"{where} has inputs {sorted(map(str, batch))}; the program takes {sorted(program.inputs)}"
+        )
+    sizes: dict[str, int] = {}
+    arrays = []
+    for name, spec in program.inputs.items():
+        try:
+            array = np.asarray(batch[name])
+        except (TypeError, ValueError) as error:
+            raise CalibrationError(f"{where}, input {name!r} is not an array: {error}") from error
+        expected = f"{where}, input {name!r}: expected {spec}, got {array.dtype}[{', '.join(map(str, array.shape))}]"
+        if array.dtype.name != spec.dtype or array.ndim != len(spec.shape):
+            raise CalibrationError(expected)
+        for dim, size in zip(spec.shape, array.shape, strict=True):
+            if size != (sizes.setdefault(dim, size) if isinstance(dim, str) else dim):
+                raise CalibrationError(expected)
+        if array.size == 0:
+            raise CalibrationError(f"{where}, input {name!r} is empty")
+        if array.dtype.kind not in "biu" and not np.isfinite(array.astype(np.float32)).all():
+            raise CalibrationError(f"{where}, input {name!r} holds NaN or infinity")
+        arrays.append(jnp.asarray(array))
+    return arrays

@@ -1,0 +1,148 @@
+"""Which values that are computed from weights alone are weights, and what they are called."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import math
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+from lepton_xla.passes.core.expressions import Expression, stored_shape
+from lepton_xla.program import leaf_bytes
+
+# A computed value takes the place of the weights it is computed from where it has at most this many times their bytes:
+# the product of two low-rank matrices, or an outer product, is better computed on each call than stored.
+MOST_GROWTH = 2.0
+# How many weights a name tells.
+_NAMED = 4
+# What does not change which values there are: it may as well come after the computed weight.
+_LAID_OUT = (
+    "transpose", "reshape", "squeeze", "expand_dims", "broadcast_in_dim", "copy", "copy_p", "convert_element_type",
+    "reduce_precision", "sharding_constraint",
+)  # fmt: skip
+_CUT = ("slice", "split", "unstack")
+
+
+@dataclasses.dataclass(frozen=True)
+class ComputedWeight:
+    """A value that is computed from weights and constants alone, and multiplies an activation.
+
+    Attributes:
+        name: what it is called: the folder of the weights it is computed from, the last operation, and these weights,
+            such as `params/cell/concatenate:hi/kernel+hf/kernel`.
+        expression: how it is computed.
+    """
+
+    name: str
+    expression: Expression
+
+
+@dataclasses.dataclass(frozen=True)
+class Computed:
+    """The computed weights of a program, as one walk takes them.
+
+    Attributes:
+        weights: all of them.
+        given: name -> array, of weights that were computed before; empty where the walk computes them.
+        found: what the walk has seen reach a product without being among them.
+    """
+
+    weights: tuple[ComputedWeight, ...] = ()
+    given: Mapping[str, Any] = dataclasses.field(default_factory=dict[str, Any])
+    found: list[Expression] = dataclasses.field(default_factory=list[Expression])
+
+    @functools.cached_property
+    def names(self) -> dict[str, str]:
+        """Key of an expression -> name."""
+        return {weight.expression.key: weight.name for weight in self.weights}
+
+
+def choose_computed(
+    found: Sequence[Sequence[Expression]], weights: Mapping[str, Any]
+) -> tuple[Computed, dict[str, str]]:
+    """The computed weights of a program.
+
+    Args:
+        found: what reached a product, at several sizes of the inputs: what is not the same at all of them, because it
+            depends on these sizes, is none.
+        weights: path -> array, or its shape.
+
+    Returns:
+        The computed weights; and for what is none, by the key of what reached the product, the reason.
+    """
+    common = set[str].intersection(*({part.key for each in some for part in _candidates(each)} for some in found))
+    chosen: dict[str, Expression] = {}
+    reasons: dict[str, str] = {}
+    for expression in itertools.chain(*found):
+        if not expression.weights or not all(path in weights for path in expression.weights):
+            continue
+        candidates = _candidates(expression)
+        usable = [part for part in candidates if part.key in common]
+        if not usable:
+            reasons[expression.key] = f"{_listed(expression)} and the sizes of the inputs"
+        elif growth := _growth(usable[0], weights):
+            reasons[expression.key] = (
+                f"{_listed(expression)}: computed ahead it would take {growth:.3g} times their bytes"
+            )
+        else:
+            chosen.setdefault(usable[0].key, usable[0])
+    names: dict[str, Expression] = {}
+    for expression in chosen.values():
+        names[_unused(_name(expression, weights), {*names, *weights})] = expression
+    return Computed(tuple(ComputedWeight(name, part) for name, part in names.items())), reasons
+
+
+def _candidates(expression: Expression) -> list[Expression]:
+    """What may be the computed weight behind an operand, best first: layout that comes last is left to the program."""
+    parts: list[Expression] = []
+    part, cut = expression, False
+    while True:
+        name = "" if part.eqn is None else part.eqn.primitive.name
+        follows = name in (*_LAID_OUT, *_CUT) or (part.eqn is None and bool(part.operands))
+        if not follows and part.eqn is not None and part.weights:
+            return [*parts, part]
+        if not follows:
+            return parts
+        if name in _CUT and not cut:
+            parts.append(part)
+            cut = True
+        part = part.operands[0]
+
+
+def _growth(expression: Expression, weights: Mapping[str, Any]) -> float:
+    """How many times the bytes of its weights it takes, where that is too many; else 0."""
+    stored = stored_shape(expression, weights)
+    before = sum(leaf_bytes(weights[path].shape, weights[path].dtype) for path in expression.weights)
+    ratio = leaf_bytes(stored.shape, stored.dtype) / before if before else math.inf
+    return ratio if ratio > MOST_GROWTH else 0.0
+
+
+def _listed(expression: Expression) -> str:
+    paths = expression.weights
+    more = f" and {len(paths) - _NAMED} more weights" if len(paths) > _NAMED else ""
+    return f"computed on each call from {', '.join(paths[:_NAMED])}{more}"
+
+
+def _name(expression: Expression, weights: Mapping[str, Any]) -> str:
+    sizes = {path: math.prod(weights[path].shape) for path in expression.weights}
+    paths = sorted(sizes, key=lambda path: -sizes[path])  # of equal ones, in the order in which they are met
+    folders = [path.split("/")[:-1] for path in paths]
+    folder = folders[0]
+    while folder and any(other[: len(folder)] != folder for other in folders):
+        folder = folder[:-1]
+    folder = folder or folders[0]
+    lead = "".join(f"{part}/" for part in folder)
+    rest = [path.removeprefix(lead) for path in paths]
+    more = f"+{len(rest) - _NAMED} more" if len(rest) > _NAMED else ""
+    operation = expression.eqn.primitive.name.removesuffix("_call")
+    return f"{lead}{operation}:{'+'.join(rest[:_NAMED])}{more}"
+
+
+def _unused(name: str, taken: Collection[str]) -> str:
+    lead, _, rest = name.partition(":")
+    number = 1
+    while (found := name if number == 1 else f"{lead}.{number}:{rest}") in taken:
+        number += 1
+    return found

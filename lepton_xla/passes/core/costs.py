@@ -1,0 +1,304 @@
+"""What a program costs, counted from its jaxpr: floating-point operations, bytes moved and parameters, site by site.
+
+Counts are of the arithmetic as written, before any compiler: a multiply and an add are two operations. A convolution
+counts its whole window at every output position, padding included, as model tables in papers do (XLA's own count
+leaves out the positions that fall on padding, so it is lower for `SAME` padding and equal for `VALID`). A scanned body
+counts once a step, the body of a `while` once, every branch of a `cond` as if it were taken, and what is inside a
+`shard_map` for one device.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+
+from lepton_xla import _compat
+from lepton_xla.passes.core.sites import SITE_PRIMITIVES, site_name, takes_rows
+from lepton_xla.passes.core.walker import Carried, Context, Values, rewrite
+from lepton_xla.program import Program, abstract, leaf_bytes, probe_sizes, tree_bytes
+
+
+@dataclasses.dataclass(frozen=True)
+class SiteCost:
+    """What one site costs in one call of the program.
+
+    Attributes:
+        site: the site's name, as `find_sites` gives it; a weight that is dequantized first keeps its name here.
+        kind: the primitive.
+        repeats: how often it runs: the product of the lengths of the scans around it.
+        container: the innermost control flow around it, empty at the top.
+        flops: over all repeats; 0 for an embedding.
+        parameters: elements of the stored weight, over a whole stack; 0 for a product of two activations.
+        weights_bytes: bytes of the stored weight as held in memory, scales included.
+        weights_read_bytes: bytes of it read over all repeats: an embedding reads the rows it looks up, a weight
+            that every step of a scan uses is read at every step.
+        inputs_bytes: bytes of the activations read over all repeats.
+        outputs_bytes: bytes of the results written over all repeats.
+    """
+
+    site: str
+    kind: str
+    repeats: int
+    container: str
+    flops: int
+    parameters: int
+    weights_bytes: int
+    weights_read_bytes: int
+    inputs_bytes: int
+    outputs_bytes: int
+
+    @property
+    def bytes_moved(self) -> int:
+        """Bytes read and written over all repeats, nothing kept in a cache."""
+        return self.weights_read_bytes + self.inputs_bytes + self.outputs_bytes
+
+
+@dataclasses.dataclass(frozen=True)
+class CostReport:
+    """What a program costs in one call.
+
+    Attributes:
+        sizes: the sizes of the symbolic dimensions it was counted at.
+        sites: one entry a site, in the order of execution.
+        other_flops: operations outside the sites: one for each element of an element-wise result, of a reduction's
+            operand, and of the window of a pooling; moving and retyping data is free.
+        parameters: elements of all weights, model state included, each weight once.
+        weights_bytes: their bytes as held in memory.
+        uncounted: primitives whose arithmetic is not in these figures because it cannot be looked into.
+    """
+
+    sizes: dict[str, int]
+    sites: tuple[SiteCost, ...]
+    other_flops: int
+    parameters: int
+    weights_bytes: int
+    uncounted: tuple[str, ...] = ()
+
+    @property
+    def site_flops(self) -> int:
+        """Operations at the sites."""
+        return sum(site.flops for site in self.sites)
+
+    @property
+    def flops(self) -> int:
+        """All operations."""
+        return self.site_flops + self.other_flops
+
+    @property
+    def bytes_moved(self) -> int:
+        """Bytes read and written at the sites."""
+        return sum(site.bytes_moved for site in self.sites)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain dicts, lists and numbers, totals included."""
+        totals = {"flops": self.flops, "site_flops": self.site_flops, "bytes_moved": self.bytes_moved}
+        sites = [dataclasses.asdict(site) | {"bytes_moved": site.bytes_moved} for site in self.sites]
+        return dataclasses.asdict(self) | totals | {"sites": sites, "uncounted": list(self.uncounted)}
+
+    def __str__(self) -> str:
+        rows = [("site", "kind", "runs", "FLOPs", "parameters", "weights", "moved")]
+        for site in self.sites:
+            counts = (str(site.repeats), _short(site.flops), _short(site.parameters))
+            rows.append((site.site, site.kind, *counts, _short(site.weights_bytes, "B"), _short(site.bytes_moved, "B")))
+        rows.append(("elsewhere", "", "", _short(self.other_flops), "", "", ""))
+        sums = (_short(self.parameters), _short(self.weights_bytes, "B"), _short(self.bytes_moved, "B"))
+        rows.append(("total", "", "", _short(self.flops), *sums))
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = [
+            "  ".join(
+                cell.ljust(width) if k < 2 else cell.rjust(width)
+                for k, (cell, width) in enumerate(zip(row, widths, strict=True))
+            )
+            for row in rows
+        ]
+        at = ", ".join(f"{name}={size}" for name, size in self.sizes.items())
+        title = ["cost of one call" + (f" at {at}" if at else "")]
+        notes = [f"not counted: {', '.join(self.uncounted)}"] if self.uncounted else []
+        return "\n".join([*title, *lines, *notes])
+
+
+def cost(program: Program, sizes: Mapping[str, int] | None = None) -> CostReport:
+    """Counts what one call of a program costs.
+
+    Args:
+        program: any program, before or after passes.
+        sizes: sizes of the symbolic dimensions, such as `{"batch": 1}`; some at which it can be traced by default.
+
+    Raises:
+        ModelError: if a size is missing.
+    """
+    chosen = dict(sizes) if sizes is not None else probe_sizes(program.fn, program.weights, program.inputs)[0]
+    counter = _Counter(program)
+
+    def prepare(weights: Mapping[str, Any], *inputs: Any) -> tuple[Any, ...]:
+        marked = {
+            path: jax.tree.map(functools.partial(_Constant, path=path), weight) for path, weight in weights.items()
+        }
+        return marked, *inputs
+
+    counted = rewrite(program.fn, {"*": counter.visit}, inline=True, on_unknown="keep", prepare=prepare)
+    jax.eval_shape(counted, abstract(program.weights), *program.abstract_inputs(chosen))
+    return CostReport(
+        sizes=chosen,
+        sites=tuple(counter.sites.values()),
+        other_flops=sum(counter.other_flops.values()),
+        parameters=sum(map(_size, program.weights.values())),
+        weights_bytes=program.weights_bytes,
+        uncounted=tuple(dict.fromkeys(counter.uncounted.values())),
+    )
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["value"], meta_fields=["path"])
+@dataclasses.dataclass(frozen=True)
+class _Constant(Carried):
+    """An array that no input goes into; `path` is the largest weight that does, None where there is none."""
+
+    value: jax.Array
+    path: str | None
+
+    def materialize(self) -> jax.Array:
+        return self.value
+
+
+class _Counter:
+    """The figures of one walk, by equation, since a walk may trace a body more than once."""
+
+    def __init__(self, program: Program) -> None:
+        self.weights = program.weights
+        self.sites: dict[Any, SiteCost] = {}
+        self.other_flops: dict[Any, int] = {}
+        self.uncounted: dict[Any, str] = {}
+
+    def visit(self, context: Context, eqn: Any, values: Values) -> Values | None:
+        """The rule: counts every equation and leaves it as it is."""
+        kind = eqn.primitive.name
+        paths = [value.path if isinstance(value, _Constant) else None for value in values]
+        weights = [path for path in paths if path is not None]
+        if _is_site(eqn, paths):
+            self.sites[context.key] = self._site(context, eqn, paths)
+            return None
+        if _is_opaque(eqn):
+            self.uncounted[context.key] = kind
+            return None
+        flops = _product_flops(eqn) if kind in SITE_PRIMITIVES else _elementwise_flops(eqn)
+        self.other_flops[context.key] = flops * context.repeats
+        constant = all(
+            isinstance(atom, _compat.LITERAL) or isinstance(value, _Constant)
+            for atom, value in zip(eqn.invars, values, strict=True)
+        )
+        if not constant or eqn.effects:
+            return None
+        largest = max(weights, key=lambda path: _size(self.weights[path]), default=None)
+        return [_Constant(out, largest) for out in context.bind(eqn, values)]
+
+    def _site(self, context: Context, eqn: Any, paths: Sequence[str | None]) -> SiteCost:
+        kind = eqn.primitive.name
+        path = next((path for path in paths if path is not None), None)
+        parameters = stored_bytes = read = 0
+        if path is not None:
+            parameters, stored_bytes = _size(self.weights[path]), tree_bytes(self.weights[path])
+            touched = eqn.outvars[0] if kind == "gather" else eqn.invars[paths.index(path)]
+            read = stored_bytes * _size(touched.aval) * context.repeats // max(parameters, 1)
+        activations = [atom for atom, path in zip(eqn.invars, paths, strict=True) if path is None]
+        return SiteCost(
+            site=site_name(context, kind, path, self.weights),
+            kind=kind,
+            repeats=context.repeats,
+            container=context.container,
+            flops=_product_flops(eqn) * context.repeats,
+            parameters=parameters,
+            weights_bytes=stored_bytes,
+            weights_read_bytes=read,
+            inputs_bytes=sum(map(_bytes, activations)) * context.repeats,
+            outputs_bytes=_bytes(eqn.outvars[0]) * context.repeats,
+        )
+
+
+def _is_site(eqn: Any, paths: Sequence[str | None]) -> bool:
+    """Whether a weight, or an activation, meets an activation here; `paths` are the operands' weights."""
+    if eqn.primitive.name == "gather":
+        return paths[0] is not None and takes_rows(eqn)
+    return eqn.primitive.name in SITE_PRIMITIVES and sum(path is not None for path in paths[:2]) < 2
+
+
+def _product_flops(eqn: Any) -> int:
+    """Operations of one run of a product: two for each multiplication that adds into an element of the result."""
+    left, right = (atom.aval.shape for atom in eqn.invars[:2])
+    out = _size(eqn.outvars[0].aval)
+    match eqn.primitive.name:
+        case "dot_general":
+            (contracted, _), _ = eqn.params["dimension_numbers"]
+            return 2 * out * math.prod(left[axis] for axis in contracted)
+        case "conv_general_dilated":
+            channels = right[eqn.params["dimension_numbers"].rhs_spec[0]]
+            return 2 * out * math.prod(right) // max(channels, 1)
+        case "ragged_dot_general":
+            numbers = eqn.params["ragged_dot_dimension_numbers"]
+            (contracted, _), _ = numbers.dot_dimension_numbers
+            depth = math.prod(left[axis] for axis in contracted)
+            # Ragged along the contraction, the groups share the depth between them.
+            shared = set(numbers.lhs_ragged_dimensions) <= set(contracted)
+            return 2 * out * depth // (eqn.invars[2].aval.shape[-1] if shared else 1)
+        case _:
+            return 0
+
+
+# Primitives that move, retype or name data and compute nothing.
+_FREE = {
+    "bitcast_convert_type", "broadcast_in_dim", "concatenate", "convert_element_type", "copy", "copy_p", "device_put",
+    "dynamic_slice", "dynamic_update_slice", "expand_dims", "gather", "iota", "name", "optimization_barrier", "pad",
+    "pcast", "pvary", "random_clone", "random_seed", "random_unwrap", "random_wrap", "reduce_precision", "reshape",
+    "rev", "scatter", "select_n", "sharding_constraint", "slice", "sort", "split", "squeeze", "stack", "transpose",
+    "unstack",
+}  # fmt: skip
+# Primitives whose operations are no simple multiple of their elements.
+_ALGORITHMS = {
+    "cholesky", "eig", "eigh", "fft", "geqrf", "hessenberg", "householder_product", "lu", "qr", "schur", "svd",
+    "triangular_solve", "tridiagonal", "tridiagonal_solve",
+}  # fmt: skip
+
+
+def _elementwise_flops(eqn: Any) -> int:
+    name = eqn.primitive.name
+    if name in _FREE:
+        return 0
+    results = max((_size(var.aval) for var in eqn.outvars), default=0)
+    if name.startswith("reduce_window"):
+        return results * math.prod(eqn.params["window_dimensions"])
+    if name.startswith("scatter"):
+        return _size(eqn.invars[-1].aval)
+    if name.startswith(("reduce", "argm")):
+        return max(_size(atom.aval) for atom in eqn.invars)
+    return results
+
+
+def _is_opaque(eqn: Any) -> bool:
+    """Whether an equation may compute anything: a call to outside, or a container that the walker does not know."""
+    name = eqn.primitive.name
+    return name in _ALGORITHMS or "call" in name or bool(_compat.inner_jaxprs(eqn))
+
+
+def _size(array: Any) -> int:
+    """Elements of an array, or of what a quantized one stands for."""
+    shape = getattr(array, "shape", None)
+    return math.prod(shape) if shape is not None else sum(map(_size, jax.tree.leaves(array)))
+
+
+def _bytes(atom: Any) -> int:
+    return leaf_bytes(atom.aval.shape, atom.aval.dtype)
+
+
+def _short(number: int, unit: str = "") -> str:
+    """A number with three digits and a decimal prefix: `1.23 M`."""
+    value, prefix = float(number), ""
+    for prefix in ("", "k", "M", "G", "T", "P"):
+        if value < 999.5 or prefix == "P":
+            break
+        value /= 1000
+    digits = f"{value:.0f}" if prefix == "" else f"{value:.3g}"
+    return f"{digits} {prefix}{unit}".rstrip()

@@ -1,0 +1,128 @@
+"""What became of each weight: every one of the original program once, with its bytes before and after."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+
+from lepton_xla.passes.core.precomputation import COMPUTED
+from lepton_xla.passes.core.sites import find_sites, made_of
+from lepton_xla.program import Program, abstract, tree_bytes
+from lepton_xla.quant import QTensor
+from lepton_xla.report import PassReport, SiteReport
+
+if TYPE_CHECKING:
+    from lepton_xla.recipe import Plan
+
+# The report's name, and the key under which a pass says, in its figures, what became of the weights that it took away.
+WEIGHTS = "weights"
+NOT_MULTIPLIED = "not multiplied"
+ADDED = "added by a pass"
+ON_EACH_CALL = "computed on each call"
+# What became of the weights that a pass took away, in terms that hold for all of them.
+GONE = {"precompute": f"part of a weight that is {COMPUTED}", "fold": "folded into others"}
+
+
+def weights_report(program: Program, plan: Plan | None = None, *, sizes: Mapping[str, int] | None = None) -> PassReport:
+    """What became of each weight of the program that the first pass was given, and what passes have added.
+
+    Args:
+        program: the program after all passes.
+        plan: what is still to be done to it, which is then said of the weights it names.
+        sizes: sizes of the symbolic dimensions to look at; some at which the program can be traced by default.
+
+    Returns:
+        One entry a weight: `action` is what it is now (`int8`, `float32`, `part of ...`, `folded into ...`,
+        `removed`), `reason` why, or what else was done to it; `metrics["fate"]` is what it has in common with others,
+        without names and shares of its own. `bytes_before` add up to those of the original weights,
+        `bytes_after` to `program.weights_bytes`.
+    """
+    start = time.perf_counter()
+    origin: Mapping[str, Any] = program.origin if program.origin is not None else abstract(program.weights)
+    sites = [entry.site for entry in plan.sites] if plan is not None else find_sites(program, sizes=sizes)
+    multiplied: dict[str, list[str]] = {}
+    parts: dict[str, list[str]] = {}  # of weights that are computed on each call
+    for site in sites:
+        if site.path is not None:
+            multiplied.setdefault(site.path, []).append(site.name)
+        for path in made_of(site):
+            if site.path is not None and path != site.path:
+                parts.setdefault(path, []).append(site.path)
+    taken, gone, made, kept, folded = _told(program)
+    lines: list[SiteReport] = []
+    for path in (*origin, *(path for path in program.weights if path not in origin)):
+        before = tree_bytes(origin[path]) if path in origin else 0
+        if path not in program.weights:
+            action, reason = taken.get(path, "removed: nothing reads it"), ""
+            fate = [gone.get(path, action)]
+        else:
+            leaf = program.weights[path]
+            action = leaf.format if isinstance(leaf, QTensor) else _dtypes(leaf)
+            said = [made.get(path, "") if path not in origin else _shrunk(origin[path], leaf)]
+            fate = [action, *((COMPUTED,) if path in made and path not in origin else ())]
+            if path not in origin and path not in made:
+                said.append(ADDED)
+                fate.append(ADDED)
+            said.append("scale and shift folded in" if path in folded else "")
+            if path in program.masks:
+                said.append(f"{1 - float(jnp.mean(program.masks[path])):.3g} of it pruned")
+            if plan is not None:
+                planned = _planned(plan, multiplied.get(path, []))
+                said += [part for each in planned for part in each]
+                fate += [decision for decision, _ in planned]
+            elif not isinstance(leaf, QTensor):
+                said += [kept[name] for name in multiplied.get(path, []) if name in kept]
+            if path in parts:
+                said.append(f"{ON_EACH_CALL} into {', '.join(dict.fromkeys(parts[path]))}")
+                fate.append(ON_EACH_CALL)
+            elif path in origin and path not in multiplied and not isinstance(leaf, QTensor):
+                said.append(NOT_MULTIPLIED)
+                fate.append(NOT_MULTIPLIED)
+            reason = "; ".join(dict.fromkeys(part for part in said if part))
+        after = tree_bytes(program.weights[path]) if path in program.weights else 0
+        metrics = {"fate": ", ".join(dict.fromkeys(fate))}
+        lines.append(SiteReport(path, action, reason, before, after, metrics))
+    totals = {
+        "weights_bytes_before": sum(line.bytes_before for line in lines),
+        "weights_bytes_after": sum(line.bytes_after for line in lines),
+    }
+    return PassReport(WEIGHTS, time.perf_counter() - start, tuple(lines), totals)
+
+
+def _told(program: Program) -> tuple[dict[str, str], dict[str, str], dict[str, str], dict[str, str], set[str]]:
+    """What passes have told: of weights taken away, and in general terms; of those made; why sites were kept; folds."""
+    taken, gone, made, kept = dict[str, str](), dict[str, str](), dict[str, str](), dict[str, str]()
+    folded: set[str] = set()
+    for report in program.history:
+        told = report.metrics.get(WEIGHTS, {})
+        taken |= told
+        gone |= dict.fromkeys(told, GONE[report.name]) if report.name in GONE else {}
+        for site in report.sites:
+            if site.action.startswith("kept") and site.reason:
+                kept[site.site] = site.reason
+            if report.name == "precompute":
+                made[site.site] = f"{site.action} {site.reason}"
+            if report.name == "fold":
+                folded.add(site.site)
+    return taken, gone, made, kept, folded
+
+
+def _planned(plan: Plan, names: list[str]) -> list[tuple[str, str]]:
+    """For each site what is to be done, and why something is not."""
+    entries = [entry for name in names if (entry := plan[name]) is not None]
+    return [(f"to be {entry.describe()}", entry.kept) for entry in entries]
+
+
+def _shrunk(before: Any, leaf: Any) -> str:
+    if not isinstance(before, jax.ShapeDtypeStruct) or math.prod(before.shape) == math.prod(leaf.shape):
+        return ""
+    return f"shrunk to {math.prod(leaf.shape) / math.prod(before.shape):.3g} of its {math.prod(before.shape)} elements"
+
+
+def _dtypes(leaf: Any) -> str:
+    return ", ".join(dict.fromkeys(str(part.dtype) for part in jax.tree.leaves(leaf)))

@@ -1,0 +1,199 @@
+"""A site's product as matrix products: activation `[B, M, K]` by weight `[B, K, N]`, for dots and convolutions alike.
+
+`B` are batch axes of a dot and feature groups of a convolution; `K` is all that is summed over, for a convolution the
+window's positions by the input channels of a group, channels fastest. Stored codes are matrices `[*batch, K, N]`, a
+convolution's feature groups side by side in `N`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from lepton_xla.passes.core.sites import Layout, LayoutOp, Site, Step, lay_out
+
+
+def weight_order(site: Site) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    """Axes of a dot's weight operand: batch, contracted, free."""
+    assert site.weight_operand is not None
+    return _order(site, site.weight_operand)
+
+
+def _order(site: Site, side: int) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    contract, batch = site.params["dimension_numbers"]
+    axes = range(len(site.operands[side].shape))
+    free = tuple(axis for axis in axes if axis not in (*contract[side], *batch[side]))
+    return tuple(batch[side]), tuple(contract[side]), free
+
+
+def weight_matrix(site: Site, weight: jax.Array) -> jax.Array:
+    """The weight operand, one step of a stack, as `[B, K, N]`."""
+    if site.kind == "dot_general":
+        batch, contract, free = weight_order(site)
+        moved = jnp.transpose(weight, (*batch, *contract, *free))
+        return jnp.reshape(moved, [math.prod(weight.shape[axis] for axis in axes) for axes in (batch, contract, free)])
+    out, inner, *window = site.params["dimension_numbers"].rhs_spec
+    groups = site.params["feature_group_count"]
+    moved = jnp.transpose(weight, (out, *window, inner))
+    return jnp.swapaxes(jnp.reshape(moved, (groups, weight.shape[out] // groups, -1)), 1, 2)
+
+
+def weight_operand(site: Site, matrix: jax.Array) -> jax.Array:
+    """The weight operand that a `[B, K, N]` matrix stands for: the inverse of `weight_matrix`."""
+    shape = site.weight.shape
+    if site.kind == "dot_general":
+        batch, contract, free = weight_order(site)
+        order = (*batch, *contract, *free)
+    else:
+        out, inner, *window = site.params["dimension_numbers"].rhs_spec
+        order = (out, *window, inner)
+        matrix = jnp.swapaxes(matrix, 1, 2)
+    moved = jnp.reshape(matrix, [shape[axis] for axis in order])
+    return jnp.transpose(moved, [order.index(axis) for axis in range(len(order))])
+
+
+def activation_matrix(site: Site, activation: jax.Array) -> jax.Array:
+    """The activation operand as float32 `[B, M, K]`; a convolution's as the patches that its windows see."""
+    assert site.weight_operand is not None
+    activation = activation.astype(jnp.float32)
+    if site.kind == "dot_general":
+        batch, contract, free = _order(site, 1 - site.weight_operand)
+        moved = jnp.transpose(activation, (*batch, *free, *contract))
+        sizes = [math.prod(activation.shape[axis] for axis in axes) for axes in (batch, free, contract)]
+        return jnp.reshape(moved, sizes)
+    params = site.params
+    numbers = params["dimension_numbers"]
+    channels_first = jnp.transpose(activation, numbers.lhs_spec)
+    patches = lax.conv_general_dilated_patches(
+        channels_first,
+        [site.weight.shape[axis] for axis in numbers.rhs_spec[2:]],
+        params["window_strides"],
+        params["padding"],
+        lhs_dilation=params["lhs_dilation"],
+        rhs_dilation=params["rhs_dilation"],
+        precision=lax.Precision.HIGHEST,
+    )  # [N, C * window, *space]
+    groups, window = params["feature_group_count"], window_size(site)
+    depth = patches.shape[1] // groups
+    split = jnp.reshape(patches, (patches.shape[0], groups, depth // window, window, -1))
+    return jnp.reshape(jnp.transpose(split, (1, 0, 4, 3, 2)), (groups, -1, depth))
+
+
+def input_channels(site: Site, vector: jax.Array, reduce: Callable[..., jax.Array]) -> jax.Array:
+    """What `[..., B, K]` says of each input channel, `[..., B, C]`: a window's positions reduced to one."""
+    window = window_size(site)
+    return reduce(jnp.reshape(vector, (*vector.shape[:-1], window, vector.shape[-1] // window)), axis=-2)
+
+
+def window_size(site: Site) -> int:
+    """How many positions a convolution's window has; 1 for a dot."""
+    if site.kind == "dot_general":
+        return 1
+    return math.prod(site.weight.shape[axis] for axis in site.params["dimension_numbers"].rhs_spec[2:])
+
+
+def matrix_shape(site: Site) -> tuple[int, int, int]:
+    """`B`, `K` and `N` of a site."""
+    batch, rows, columns = jax.eval_shape(lambda weight: weight_matrix(site, weight), site.weight).shape
+    return batch, rows, columns
+
+
+def steps(site: Site, stored: jax.Array | jax.ShapeDtypeStruct) -> tuple[int, ...]:
+    """The leading axes of a stored weight that scans step over, as they come after its layout."""
+    shape = jax.eval_shape(lambda array: lay_out(array, _layout(site)), stored).shape
+    return tuple(shape[: site.stacked])
+
+
+def stored_matrix(site: Site, stored: jax.Array) -> jax.Array:
+    """A stored weight as `[*steps, B, K, N]`."""
+    return each_step(site, lambda weight: weight_matrix(site, weight))(lay_out(stored, _layout(site)))
+
+
+def stored_weight(site: Site, matrix: jax.Array, like: jax.Array | jax.ShapeDtypeStruct) -> jax.Array:
+    """The stored weight, in the shape and dtype of `like`, that a `[*steps, B, K, N]` matrix stands for.
+
+    The inverse of `stored_matrix` up to the rounding of dtypes; the site's layout must not resize.
+    """
+    assert not any(op.resizes for op in site.layout if isinstance(op, LayoutOp))
+    operand = each_step(site, lambda part: weight_operand(site, part))(matrix).astype(site.weight.dtype)
+    # A layout only moves elements, so that its transpose is its inverse.
+    (stored,) = jax.linear_transpose(lambda array: lay_out(array, _layout(site)), like)(operand)
+    return stored
+
+
+def steps_lead(site: Site) -> bool:
+    """Whether the axes that scans step over are the first of the stored weight, in their order."""
+    before = _before_steps(site)
+    return all(isinstance(op, Step) or op.eqn.primitive.name in ("convert_element_type", "slice") for op in before)
+
+
+def steps_first(site: Site, stored: jax.Array) -> jax.Array:
+    """A stored weight, or what belongs to its elements, with the axes that scans step over first."""
+    return stored if steps_lead(site) else lay_out(stored, _before_steps(site))
+
+
+def steps_back(site: Site, laid: jax.Array, like: jax.Array | jax.ShapeDtypeStruct) -> jax.Array:
+    """The mask of a stored weight, in the shape of `like`, from one with the axes that scans step over first."""
+    if steps_lead(site):
+        return laid
+    forward = lambda array: lay_out(array, _before_steps(site))  # noqa: E731
+    (stored,) = jax.linear_transpose(forward, like)(laid.astype(jax.eval_shape(forward, like).dtype))
+    return stored != 0
+
+
+def _before_steps(site: Site) -> Layout:
+    """The site's layout up to the last scan that steps over the weight."""
+    layout = _layout(site)
+    last = max((index for index, op in enumerate(layout) if isinstance(op, Step)), default=-1)
+    return layout[: last + 1]
+
+
+def as_stored(site: Site, array: jax.Array) -> jax.Array:
+    """`[*steps, B, rows, N]` with the axes of stored codes: `[*steps, *batch, rows, N]`."""
+    lead = array.shape[: site.stacked]
+    if site.kind == "dot_general":
+        batch, _, _ = weight_order(site)
+        return jnp.reshape(array, (*lead, *(site.weight.shape[axis] for axis in batch), *array.shape[-2:]))
+    return jnp.reshape(jnp.swapaxes(array, -3, -2), (*lead, array.shape[-2], -1))
+
+
+def from_stored(site: Site, array: jax.Array) -> jax.Array:
+    """What lies beside stored codes, `[*steps, *batch, rows, N or 1]`, as `[*steps, B, rows, N]`."""
+    lead = array.shape[: site.stacked]
+    groups, _, columns = matrix_shape(site)
+    if site.kind == "dot_general":
+        flat = jnp.reshape(array, (*lead, groups, *array.shape[-2:]))
+        return jnp.broadcast_to(flat, (*flat.shape[:-1], columns))
+    whole = jnp.broadcast_to(array, (*array.shape[:-1], groups * columns))
+    return jnp.swapaxes(jnp.reshape(whole, (*lead, array.shape[-2], groups, columns)), -3, -2)
+
+
+def _layout(site: Site) -> Layout:
+    """The site's layout without the marks of `shard_map`, which have no meaning outside of it."""
+    marks = ("pvary", "pcast")
+    return tuple(op for op in site.layout if not (isinstance(op, LayoutOp) and op.eqn.primitive.name in marks))
+
+
+def each_step(site: Site, function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """A function of one step of a stack, for all steps at once."""
+    for _ in range(site.stacked):
+        function = jax.vmap(function)
+    return function
+
+
+def batched_map(function: Callable[..., Any], lead: Sequence[int], *trees: Any, at_once: int) -> Any:
+    """A function of arrays without their leading axes `lead`, mapped over these, at most `at_once` at a time."""
+    count = math.prod(lead)
+    flat = jax.tree.map(lambda leaf: jnp.reshape(leaf, (count, *leaf.shape[len(lead) :])), trees)
+    # One at a time they are not batched: a batch of one takes several times as long where there are loops in it.
+    if count == 1:
+        out = jax.tree.map(lambda leaf: leaf[None], function(*jax.tree.map(lambda leaf: leaf[0], flat)))
+    else:
+        at_once = min(at_once, count)
+        out = lax.map(lambda parts: function(*parts), flat, batch_size=at_once if at_once > 1 else None)
+    return jax.tree.map(lambda leaf: jnp.reshape(leaf, (*lead, *leaf.shape[1:])), out)

@@ -1,0 +1,142 @@
+"""Computes ahead what a program computes from its weights alone, and makes weights of it (constant folding)."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import jax
+
+from lepton_xla import _compat
+from lepton_xla.passes.core.computed import Computed, ComputedWeight
+from lepton_xla.passes.core.expressions import evaluate, support
+from lepton_xla.passes.core.sites import Site, find_sites, rewrite_sites
+from lepton_xla.passes.core.walker import Context, Values
+from lepton_xla.program import Program, abstract, abstract_outputs, leaf_bytes, probe_sizes, tree_bytes
+from lepton_xla.report import PassReport, SiteReport
+
+if TYPE_CHECKING:
+    from lepton_xla.recipe import Plan
+
+# What a report says a computed weight is.
+COMPUTED = "computed ahead"
+
+
+def precompute(program: Program, *, sizes: Sequence[Mapping[str, int]] = ()) -> Program:
+    """Computes once what the program computes on each call from weights and constants alone, and then multiplies.
+
+    Concatenated kernels (Flax's `OptimizedLSTMCell`), normalized ones (weight or spectral norm), masked, flipped,
+    scaled, or merged (LoRA) ones are weights from then on, which other passes prune, quantize and shrink. A weight that
+    nothing reads any more leaves the program. What depends on the sizes of the inputs too, draws random numbers, or
+    would take more than `MOST_GROWTH` times the bytes of the weights it is computed from, stays as it is, and the
+    reports of sites say so; so does what is not multiplied but added, say.
+
+    Masks are kept where zeros of the weights are zeros of the computed one for certain, through layout, concatenation,
+    sums and products; the report says where a mask is lost.
+
+    Args:
+        program: any program.
+        sizes: sizes of the symbolic dimensions at which the program will run, where it reads other weights at some.
+
+    Returns:
+        The program on the computed weights; the same one where nothing is computed from weights alone.
+    """
+    start = time.perf_counter()
+    computed = computed_weights(find_sites(program))
+    if not computed:
+        return program
+    like = abstract(program.weights)
+    used = {path: program.weights[path] for weight in computed for path in weight.expression.weights}
+    values = jax.jit(lambda own: evaluate([weight.expression for weight in computed], own))(used)
+    masks, reports = dict(program.masks), list[SiteReport]()
+    weights: dict[str, Any] = dict(program.weights)
+    for weight, value in zip(computed, values, strict=True):
+        weights[weight.name] = value
+        kept = _mask(weight, program)
+        masks |= {} if kept is None else {weight.name: kept}
+        reports.append(_report(weight, value, program, kept))
+    fn = _on_computed(program.fn, like, computed)
+    gone = set(used) - _read(fn, weights, program, sizes)
+    weights = {path: leaf for path, leaf in weights.items() if path not in gone}
+    masks = {path: mask for path, mask in masks.items() if path not in gone}
+    metrics = {
+        "weights_bytes_before": program.weights_bytes,
+        "weights_bytes_after": tree_bytes(weights),
+        "weights": {path: f"part of {_whole(path, computed)}" for path in used if path in gone},
+    }
+    report = PassReport("precompute", time.perf_counter() - start, tuple(reports), metrics)
+    return program.replace(fn=fn, weights=weights, masks=masks, history=(*program.history, report))
+
+
+def computed_weights(sites: Sequence[Site]) -> tuple[ComputedWeight, ...]:
+    """The computed weights among those of sites."""
+    found = {site.path: ComputedWeight(site.path, site.source) for site in sites if site.path and site.source}
+    return tuple(found.values())
+
+
+def for_plan(program: Program, plan: Plan) -> Program:
+    """The program that has all weights that a plan names: the computed ones are computed where they are not yet."""
+    wanted = {entry.site.path for entry in plan.sites if entry.site.source is not None}
+    return precompute(program) if wanted - set(program.weights) else program
+
+
+def _on_computed(
+    fn: Callable[..., Any], like: Mapping[str, Any], computed: Sequence[ComputedWeight]
+) -> Callable[..., Any]:
+    """The function on weights that hold the computed ones, and may lack what these are computed from."""
+
+    def rule(_site: Site, context: Context, eqn: Any, values: Values) -> Values:
+        return context.bind(eqn, values)
+
+    def run(weights: Mapping[str, Any], *inputs: Any) -> Any:
+        given = {weight.name: weights[weight.name] for weight in computed}
+        own = {path: weights.get(path) for path in like}
+        known = Computed(tuple(computed), given)
+        return rewrite_sites(fn, rule, inline=True, on_unknown="keep", like=like, computed=known)(own, *inputs)
+
+    return run
+
+
+def _read(
+    fn: Callable[..., Any], weights: Mapping[str, Any], program: Program, sizes: Sequence[Mapping[str, int]]
+) -> set[str]:
+    """Paths of the weights that a function reads at sizes at which it can be traced, and at those given."""
+    shapes = abstract(weights)
+    probed, unit = probe_sizes(program.fn, program.weights, program.inputs)
+    # The variables of the weights come first, in the order in which JAX flattens a dict: by key.
+    names = [path for path in sorted(weights) for _ in jax.tree.leaves(weights[path])]
+    read: set[str] = set()
+    for at in sizes:
+        abstract_outputs(
+            program.fn, program.weights, program.inputs, at
+        )  # refuses sizes that the program does not take
+    for at in (probed, {name: size + unit for name, size in probed.items()}, *sizes):
+        jaxpr, _ = _compat.open_jaxpr(jax.make_jaxpr(fn)(shapes, *program.abstract_inputs(at)))
+        used = _compat.inputs_read(jaxpr, [True] * len(jaxpr.outvars))
+        read |= {path for path, flag in zip(names, used, strict=False) if flag}
+    return read
+
+
+def _whole(path: str, computed: Sequence[ComputedWeight]) -> str:
+    """The computed weights that a weight is part of."""
+    return ", ".join(weight.name for weight in computed if path in weight.expression.weights)
+
+
+def _mask(weight: ComputedWeight, program: Program) -> jax.Array | None:
+    """The mask of a computed weight, where a weight it is computed from has one and it is kept."""
+    masks = {path: program.masks[path] for path in weight.expression.weights if path in program.masks}
+    if not masks:
+        return None
+    mask = support(weight.expression, masks, program.weights)
+    return None if bool(mask.all()) else jax.numpy.asarray(mask)
+
+
+def _report(weight: ComputedWeight, value: jax.Array, program: Program, mask: jax.Array | None) -> SiteReport:
+    paths = weight.expression.weights
+    before = sum(leaf_bytes(program.weights[path].shape, program.weights[path].dtype) for path in paths)
+    lost = [path for path in paths if path in program.masks] if mask is None else []
+    reason = f"from {', '.join(paths)}" + (
+        f"; the mask of {', '.join(lost)} is not kept: its zeros are not zero here" if lost else ""
+    )
+    return SiteReport(weight.name, COMPUTED, reason, before, leaf_bytes(value.shape, value.dtype))

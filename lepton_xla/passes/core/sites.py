@@ -1,0 +1,576 @@
+"""Sites: the places where a weight meets an activation, found by following data, named by the weight's path.
+
+A weight is followed from the program's input through operations that only lay it out anew (convert, transpose, reshape,
+a step of a scanned stack, ...), in and out of every container, until it reaches a product. What is computed from
+weights and constants alone, and reaches a product, is a weight too: a computed one, named by what it is computed from.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Container, Mapping, Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from lepton_xla import _compat
+from lepton_xla.errors import UnsupportedError
+from lepton_xla.passes.core import expressions
+from lepton_xla.passes.core.computed import Computed, choose_computed
+from lepton_xla.passes.core.expressions import Expression
+from lepton_xla.passes.core.names import Key, SiteNames
+from lepton_xla.passes.core.walker import Carried, Context, Rule, Values, materialize, rewrite
+from lepton_xla.program import Program, TensorSpec, abstract, name_leaves, probe_sizes
+
+type SiteRule = Callable[["Site", Context, Any, Values], Values | None]
+"""`rule(site, context, equation, operands) -> outputs`, or None to leave the equation as it is."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """Marks, in a layout, where a `scan` takes one step of a stacked weight."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LayoutOp:
+    """One layout-only operation on a weight: an equation and which of its outputs was taken."""
+
+    eqn: Any
+    output: int = 0
+
+    @property
+    def resizes(self) -> bool:
+        """Whether it changes how many elements there are."""
+        before, after = self.eqn.invars[0].aval.shape, self.eqn.outvars[self.output].aval.shape
+        return math.prod(before) != math.prod(after)
+
+    def __call__(self, array: jax.Array) -> jax.Array:
+        with _compat.equation_context(self.eqn):
+            return _compat.bind(self.eqn, [array])[self.output]
+
+
+type Layout = tuple[LayoutOp | Step, ...]
+
+
+# Under what a computed weight of a stack travels, where it is given.
+GIVEN = "given"
+
+
+class Escapes:
+    """Paths of the weights that were used, in one walk, at something that is not a site."""
+
+    def __init__(self) -> None:
+        self.paths: set[str] = set()
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["value", "beside"],
+    meta_fields=["path", "layout", "escapes", "expression", "source"],
+)
+@dataclasses.dataclass(frozen=True)
+class Tracked(Carried):
+    """A weight on its way to its site.
+
+    Attributes:
+        value: the array as laid out here; or, where a pass has replaced the weight, what it put in its place.
+        beside: what travels with the weight without being laid out, by the name of a site and what of it; a stacked
+            weight's has the same leading axes, so that each step of a scan sees its own.
+        path: the weight's path in the program.
+        layout: the operations between the program's input and here.
+        escapes: where uses that are not sites are noted.
+        expression: the value here, as it is computed from the program's weights.
+        source: of a computed weight, how it is computed; None for a weight of the program.
+    """
+
+    value: Any
+    beside: dict[Key, jax.Array]
+    path: str
+    layout: Layout
+    escapes: Escapes
+    expression: Expression
+    source: Expression | None = None
+
+    def materialize(self) -> jax.Array:
+        self.escapes.paths.add(self.path)
+        return _present(self.value, self.expression)
+
+    def at_step(self, scan: int) -> Tracked:
+        return dataclasses.replace(self, layout=(*self.layout, Step()), expression=self.expression.step(scan))
+
+    def in_specs(self, spec: Any) -> Any:
+        # Every device has all that travels beside the weight, however the weight itself is cut.
+        return dataclasses.replace(self, value=spec, beside=dict.fromkeys(self.beside, jax.P()))
+
+    def through(self, eqn: Any) -> Values:
+        """This weight after a layout-only operation; a replaced one is not touched, only its layout noted."""
+        plain = isinstance(self.value, jax.Array)
+        outs = _compat.bind(eqn, [self.value]) if plain else [self.value] * len(eqn.outvars)
+        made = expressions.call(eqn, [self.expression]) or [self.expression] * len(outs)
+        return [
+            dataclasses.replace(self, value=out, layout=(*self.layout, LayoutOp(eqn, k)), expression=made[k])
+            for k, out in enumerate(outs)
+        ]
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["value", "beside"],
+    meta_fields=["expression", "escapes"],
+)
+@dataclasses.dataclass(frozen=True)
+class Made(Carried):
+    """A constant, or a value that is computed from weights and constants alone and is not, or not yet, a weight.
+
+    Attributes:
+        value: the array; None where weights that it is computed from are gone.
+        beside: what travels beside those weights.
+        expression: how it is computed.
+        escapes: where uses that are not sites are noted.
+    """
+
+    value: Any
+    beside: dict[Key, jax.Array]
+    expression: Expression
+    escapes: Escapes
+
+    def materialize(self) -> jax.Array:
+        self.escapes.paths.update(self.expression.weights)
+        return _present(self.value, self.expression)
+
+    def at_step(self, scan: int) -> Made:
+        return dataclasses.replace(self, expression=self.expression.step(scan))
+
+    def in_specs(self, spec: Any) -> Any:
+        return dataclasses.replace(self, value=spec, beside=dict.fromkeys(self.beside, jax.P()))
+
+
+def _present(value: Any, expression: Expression) -> Any:
+    if value is None:
+        raise UnsupportedError(
+            f"at these sizes the program reads {', '.join(expression.weights)}, which it does not at those at which "
+            f"what is computed from weights was computed ahead; give them too, as buckets or precompute(sizes=...)"
+        )
+    return value
+
+
+@dataclasses.dataclass(frozen=True)
+class Site:
+    """One product in a program.
+
+    Attributes:
+        name: the weight's path, with `#1`, `#2` for further uses; or `scope/primitive#0` without a weight.
+        path: the weight's path, None for a product of two activations.
+        kind: the primitive: `dot_general`, `conv_general_dilated`, `ragged_dot_general` or `gather` (an embedding).
+        weight_operand: which operand the weight is, None for a product of two activations.
+        operands: shape and dtype of both operands, at the sizes the program was looked at.
+        output: shape and dtype of the result, likewise.
+        layout: operations between the stored weight and the operand.
+        eqn: the equation.
+        scope: names of the modules and scopes around it, joined by `/`.
+        repeats: how often it runs in one call.
+        container: the innermost control flow around it, empty at the top.
+        exclusive: whether its weight is used at sites only (as far as `find_sites` saw).
+        source: for a computed weight, how it is computed from those of the program.
+        made: for a product without a weight, the operand that is computed from weights or constants, if there is one.
+        why_made: why that operand is no weight.
+    """
+
+    name: str
+    path: str | None
+    kind: str
+    weight_operand: int | None
+    operands: tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]
+    output: jax.ShapeDtypeStruct
+    layout: Layout
+    eqn: Any
+    scope: str
+    repeats: int
+    container: str
+    exclusive: bool = True
+    source: Expression | None = None
+    made: Expression | None = None
+    why_made: str = ""
+
+    @property
+    def params(self) -> Mapping[str, Any]:
+        """The equation's parameters."""
+        return self.eqn.params
+
+    @property
+    def weight(self) -> jax.ShapeDtypeStruct:
+        """Shape and dtype of the weight as the primitive sees it, one step of a stack."""
+        assert self.weight_operand is not None
+        return self.operands[self.weight_operand]
+
+    @property
+    def activation(self) -> jax.ShapeDtypeStruct:
+        """Shape and dtype of the other operand (of the left one in a product of two activations)."""
+        return self.operands[1 - self.weight_operand if self.weight_operand is not None else 0]
+
+    @property
+    def not_float(self) -> str:
+        """The first dtype that is no float of those the weight has from where it is stored to here; empty if none."""
+        ops = [op for op in self.layout if isinstance(op, LayoutOp)]
+        dtypes = [*(op.eqn.invars[0].aval.dtype for op in ops), self.weight.dtype]
+        return next((dtype.name for dtype in dtypes if not jnp.issubdtype(dtype, jnp.floating)), "")
+
+    @property
+    def stacked(self) -> int:
+        """How many leading axes the stored weight has that a scan steps over."""
+        return sum(isinstance(op, Step) for op in self.layout)
+
+
+# What only moves or retypes a weight. `split` and `unstack` have several outputs.
+_LAYOUT = (
+    "convert_element_type", "transpose", "reshape", "squeeze", "expand_dims", "broadcast_in_dim", "copy", "copy_p",
+    "slice", "split", "unstack", "sharding_constraint", "pvary", "pcast", "reduce_precision",
+)  # fmt: skip
+# What gives its operands on as they are, one output for each.
+_IDENTITIES = ("name", "stop_gradient", "optimization_barrier", "device_put")
+SITE_PRIMITIVES = ("dot_general", "conv_general_dilated", "ragged_dot_general", "gather")
+# Containers whose bodies run once: followed into, not taken for one operation.
+_ENTERED = ("jit", "closed_call", "core_call", "eval_jaxpr", "remat2", "checkpoint")
+
+
+def _follow(context: Context, eqn: Any, values: Values) -> Values | None:
+    del context
+    return values[0].through(eqn) if len(values) == 1 and isinstance(values[0], Tracked) else None
+
+
+def _hand_on(context: Context, eqn: Any, values: Values) -> Values | None:
+    """Values that stay what they are, each bound again where it is an array."""
+    del context
+    arrays = [value.value if isinstance(value, _Known) else value for value in values]
+    outs = _compat.bind(eqn, arrays) if all(isinstance(array, jax.Array) for array in arrays) else arrays
+    return [
+        dataclasses.replace(value, value=out) if isinstance(value, _Known) else out
+        for value, out in zip(values, outs, strict=True)
+    ]
+
+
+_Known = (Tracked, Made)
+
+
+def _compute(computed: Computed, escapes: Escapes, beside: Mapping[str, Mapping[Key, Any]]) -> Rule:
+    """The rule for equations on weights and constants alone: what they compute is followed, and perhaps a weight."""
+
+    def rule(context: Context, eqn: Any, values: Values) -> Values | None:
+        operands = [_expression(atom, value) for atom, value in zip(eqn.invars, values, strict=True)]
+        parts = [operand for operand in operands if operand is not None]
+        if len(parts) < len(operands) or (eqn.primitive.name in _ENTERED and any(operand.weights for operand in parts)):
+            return None
+        made = expressions.call(eqn, parts)
+        if made is None:
+            return None
+        travelling: dict[Key, jax.Array] = {}
+        for value in values:
+            travelling |= value.beside if isinstance(value, _Known) else {}
+        names = [computed.names.get(part.key) if part.weights and computed.names else None for part in made]
+        outs: Sequence[Any] = [None] * len(made)
+        arrays = [value.value if isinstance(value, _Known) else value for value in values]
+        if not any(array is None for array in arrays) and not (computed.given and all(names)):
+            outs = context.bind(eqn, arrays)
+        return [
+            Made(out, travelling, part, escapes)
+            if name is None
+            else _computed_weight(computed, name, part, out, travelling, beside.get(name, {}), escapes)
+            for name, part, out in zip(names, made, outs, strict=True)
+        ]
+
+    return rule
+
+
+def _computed_weight(
+    computed: Computed,
+    name: str,
+    expression: Expression,
+    value: Any,
+    travelling: Mapping[Key, jax.Array],
+    own: Mapping[Key, Any],
+    escapes: Escapes,
+) -> Tracked:
+    """The weight that a computed value is: what travels beside it came with the weights it is computed from."""
+    beside = {key: travelling.get(key, array) if expression.steps else array for key, array in own.items()}
+    if computed.given:
+        value = travelling[name, GIVEN] if expression.steps else computed.given[name]
+    return Tracked(value, beside, name, (Step(),) * len(expression.steps), escapes, expression, expression)
+
+
+def _expression(atom: Any, value: Any) -> Expression | None:
+    if isinstance(value, _Known):
+        return value.expression
+    return Expression.of_constant(value) if isinstance(atom, _compat.LITERAL) else None
+
+
+def rewrite_sites(
+    fn: Callable[..., Any],
+    rule: SiteRule,
+    *,
+    inline: bool = False,
+    on_unknown: Literal["error", "keep"] = "error",
+    like: Any = None,
+    beside: Mapping[str, Mapping[Key, jax.Array]] | None = None,
+    escapes: Escapes | None = None,
+    with_taps: bool = False,
+    follow: Mapping[str, Rule] | None = None,
+    computed: Computed | None = None,
+) -> Callable[..., Any]:
+    """Transforms a function by replacing what it does at its sites.
+
+    Args:
+        fn: `fn(weights, *inputs)`; weights are the first argument, any pytree; its paths name the sites.
+        rule: asked once for each site each time the function is traced.
+        inline: as in `rewrite`.
+        on_unknown: as in `rewrite`.
+        like: the weights' shapes that `fn` was written for, where the new function takes other ones. A weight's place
+            may then hold anything; the rule gets it as `Tracked.value`.
+        beside: weight path -> site name and what of it -> array that reaches the rule as `Tracked.beside`.
+        escapes: notes the weights that are used at something that is not a site.
+        with_taps: as in `rewrite`.
+        follow: how a weight moves through primitives that are no layout.
+        computed: which of the values that are computed from weights alone are weights.
+
+    Returns:
+        A function with the signature of `fn`.
+    """
+    noted, known = escapes or Escapes(), computed or Computed()
+    along: dict[str, dict[Key, jax.Array]] = {path: dict(arrays) for path, arrays in (beside or {}).items()}
+    for weight in known.weights:
+        # What travels beside a computed weight of a stack goes with a weight that the same scans step over.
+        if weight.expression.steps:
+            given = {(weight.name, GIVEN): known.given[weight.name]} if known.given else {}
+            along.setdefault(weight.expression.carrier, {}).update(along.get(weight.name, {}) | given)
+
+    paths: set[str] = set()
+
+    def visit(context: Context, eqn: Any, values: Values) -> Values | None:
+        site = _site(context, eqn, values, known.found, paths)
+        return None if site is None else rule(site, context, eqn, values)
+
+    def constant(value: Any) -> Any:
+        expression = Expression.of_constant(value)
+        return value if expression is None else Made(value, {}, expression, noted)
+
+    compute = _compute(known, noted, along)
+
+    def after_computing(move: Rule) -> Rule:
+        """A rule of the pass's own, which is not asked of what is a computed weight."""
+
+        def asked(context: Context, eqn: Any, values: Values) -> Values | None:
+            outs = compute(context, eqn, values) if known.weights else None
+            if outs is not None and any(isinstance(out, Tracked) for out in outs):
+                return outs
+            return move(context, eqn, values)
+
+        return asked
+
+    moves = {**dict.fromkeys(_LAYOUT, _follow), **dict.fromkeys(_IDENTITIES, _hand_on)}
+    moves |= {name: after_computing(move) for name, move in (follow or {}).items()}
+
+    def prepare(weights: Any, *inputs: Any) -> tuple[Any, ...]:
+        shapes = weights if like is None else like
+        names = list(name_leaves(shapes, prefix="weights"))
+        paths.clear()
+        paths.update(names, known.names.values())
+        treedef = jax.tree.structure(shapes)
+        leaves = treedef.flatten_up_to(weights)
+        tracked = [
+            Tracked(leaf, dict(along.get(name, {})), name, (), noted, Expression.weight(name, shape))
+            for leaf, shape, name in zip(leaves, jax.tree.leaves(shapes), names, strict=True)
+        ]
+        return (jax.tree.unflatten(treedef, tracked), *inputs)
+
+    return rewrite(
+        fn,
+        dict.fromkeys(SITE_PRIMITIVES, visit),
+        follow={**moves, "*": compute},
+        inline=inline,
+        on_unknown=on_unknown,
+        example=None if like is None else (lambda _weights, *inputs: (like, *inputs)),
+        prepare=prepare,
+        with_taps=with_taps,
+        constant=constant,
+    )
+
+
+def find_sites(program: Program, *, sizes: Mapping[str, int] | None = None) -> tuple[Site, ...]:
+    """Every site of a program, in the order of execution.
+
+    Args:
+        program: any program.
+        sizes: sizes of the symbolic dimensions to look at; some at which the program can be traced by default.
+    """
+    return trace_sites(program.fn, program.weights, program.inputs, sizes)
+
+
+def trace_sites(
+    fn: Callable[..., Any], weights: Any, inputs: Mapping[str, TensorSpec], sizes: Mapping[str, int] | None = None
+) -> tuple[Site, ...]:
+    """Every site of `fn(weights, *inputs)`, in the order of execution."""
+    chosen = sizes if sizes is not None else probe_sizes(fn, weights, inputs)[0]
+    computed = Computed()
+    found, escapes = _walk_sites(fn, weights, inputs, chosen, computed)
+    reasons: dict[str, str] = {}
+    if any(expression.weights for expression in computed.found):
+        probed, unit = probe_sizes(fn, weights, inputs)
+        seen = [_found(fn, weights, inputs, probed)]  # first, so that names do not depend on the sizes looked at
+        seen += [_found(fn, weights, inputs, {name: size + unit for name, size in probed.items()}), computed.found]
+        known, reasons = choose_computed(seen, weights)
+        if known.weights:
+            found, escapes = _walk_sites(fn, weights, inputs, chosen, known)
+    return tuple(
+        dataclasses.replace(
+            site,
+            exclusive=site.path not in escapes.paths,
+            why_made="" if site.made is None else reasons.get(site.made.key, ""),
+        )
+        for site in found
+    )
+
+
+def _found(
+    fn: Callable[..., Any], weights: Any, inputs: Mapping[str, TensorSpec], sizes: Mapping[str, int]
+) -> list[Expression]:
+    """What is computed from weights or constants alone and reaches a product."""
+    computed = Computed()
+    _walk_sites(fn, weights, inputs, sizes, computed)
+    return computed.found
+
+
+def _walk_sites(
+    fn: Callable[..., Any],
+    weights: Any,
+    inputs: Mapping[str, TensorSpec],
+    sizes: Mapping[str, int],
+    computed: Computed,
+) -> tuple[list[Site], Escapes]:
+    found: dict[str, Site] = {}
+    escapes = Escapes()
+
+    def record(site: Site, context: Context, eqn: Any, values: Values) -> Values:
+        found[site.name] = site
+        return context.bind(eqn, [operand_value(value) for value in values])
+
+    looked = rewrite_sites(fn, record, inline=True, on_unknown="keep", escapes=escapes, computed=computed)
+    jax.eval_shape(looked, abstract(weights), *(spec.at(sizes) for spec in inputs.values()))
+    return list(found.values()), escapes
+
+
+def _site(context: Context, eqn: Any, values: Values, computed: list[Expression], paths: Container[str]) -> Site | None:
+    kind = eqn.primitive.name
+    tracked = [index for index, value in enumerate(values[:2]) if isinstance(value, Tracked)]
+    made = [value.expression if isinstance(value, Made) else None for value in values[:2]]
+    if kind == "gather":
+        # A table may be looked up at places that are constants: it is an embedding all the same.
+        if 1 in tracked or (made[1] is not None and made[1].weights) or not takes_rows(eqn):
+            return None
+        if made[0] is not None:
+            computed.append(made[0])
+        if not tracked:
+            return None
+    elif all(isinstance(value, _Known) for value in values[:2]):
+        return None  # a product of weights is arithmetic on weights, not a site
+    operand = tracked[0] if tracked else None
+    if kind != "gather":
+        computed += [part for part in made if part is not None]
+    weight = values[operand] if operand is not None else None
+    return Site(
+        name=site_name(context, kind, weight.path if weight is not None else None, paths),
+        path=weight.path if weight is not None else None,
+        kind=kind,
+        weight_operand=operand,
+        operands=(_aval(eqn.invars[0]), _aval(eqn.invars[1])),
+        output=_aval(eqn.outvars[0]),
+        layout=weight.layout if weight is not None else (),
+        eqn=eqn,
+        scope=context.scope,
+        repeats=context.repeats,
+        container=context.container,
+        source=weight.source if weight is not None else None,
+        made=None if weight is not None else next((part for part in made if part is not None), None),
+    )
+
+
+def site_name(context: Context, kind: str, path: str | None, paths: Container[str]) -> str:
+    """The name of the site at hand: the same each time its equation is traced in one walk.
+
+    Args:
+        context: where it stands.
+        kind: its primitive.
+        path: the weight's path; None for a product of activations.
+        paths: those of all weights.
+    """
+    given: dict[Any, str] = context.walk.notes.setdefault("site_names", {})
+    names: SiteNames = context.walk.notes.setdefault("names", SiteNames(paths))
+    if context.key not in given:
+        given[context.key] = names.of_activations(context.scope, kind) if path is None else names.of_weight(path)
+    return given[context.key]
+
+
+def takes_rows(eqn: Any) -> bool:
+    """Whether a gather looks up whole rows of a table: an embedding, whether the rows' dimension is dropped or kept."""
+    table, numbers = eqn.invars[0].aval.shape, eqn.params["dimension_numbers"]
+    whole = len(table) == 2 and tuple(eqn.params["slice_sizes"]) == (1, table[1])
+    return whole and 0 in numbers.start_index_map and not numbers.operand_batching_dims
+
+
+def _aval(atom: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(atom.aval.shape, atom.aval.dtype)
+
+
+def lay_out(array: jax.Array, layout: Sequence[LayoutOp | Step]) -> jax.Array:
+    """Applies a weight's layout to the stored weight: the operand as its site sees it, stacked axes leading."""
+    for index, op in enumerate(layout):
+        if isinstance(op, Step):
+            return jax.vmap(lambda step, rest=layout[index + 1 :]: lay_out(step, rest))(array)
+        array = op(array)
+    return jnp.asarray(array)
+
+
+def stored_like(site: Site, weights: Mapping[str, Any]) -> Any:
+    """Shape and dtype of a site's weight as it is stored, or would be: a computed one is not among the weights."""
+    assert site.path is not None
+    if site.source is None or site.path in weights:
+        return weights[site.path]
+    return expressions.stored_shape(site.source, weights)
+
+
+def stored_weight(site: Site, weights: Mapping[str, Any]) -> Any:
+    """A site's weight as it is stored; a computed one that is not yet is computed."""
+    assert site.path is not None
+    if site.source is None or site.path in weights:
+        return weights[site.path]
+    return expressions.evaluate([site.source], weights)[0]
+
+
+def made_of(site: Site) -> tuple[str, ...]:
+    """Paths of the weights that a site's weight is, or is computed from."""
+    return site.source.weights if site.source is not None else (site.path,) if site.path is not None else ()
+
+
+def step_lengths(site: Site, stored: Sequence[int]) -> tuple[int, ...]:
+    """Lengths of the scans that step over a site's weight, of which `stored` is the shape as the program holds it."""
+    shape, lengths = tuple(stored), list[int]()
+    for op in site.layout:
+        if isinstance(op, Step):
+            lengths.append(shape[0])
+            shape = shape[1:]
+        else:
+            shape = op.eqn.outvars[op.output].aval.shape
+    return tuple(lengths)
+
+
+def layout_key(layout: Layout) -> tuple[Any, ...]:
+    """Equal for two layouts that do the same."""
+    return tuple(
+        "step" if isinstance(op, Step) else (op.eqn.primitive.name, op.output, str(op.eqn.params)) for op in layout
+    )
+
+
+def operand_value(value: Any) -> Any:
+    """The array, or replacement, at an operand of a site; taking a weight there does not count as an escape."""
+    return value.value if isinstance(value, Tracked) else materialize(value)

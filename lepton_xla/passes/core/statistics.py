@@ -1,0 +1,211 @@
+"""What post-training methods need to know of the activations that meet a weight, measured in one pass over data."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lepton_xla import _compat
+from lepton_xla.errors import CalibrationError
+from lepton_xla.passes.core import matrix
+from lepton_xla.passes.core.calibration import EMPTY, as_batches, check_batch
+from lepton_xla.passes.core.names import Key
+from lepton_xla.passes.core.sites import Site, rewrite_sites
+from lepton_xla.passes.core.walker import Context, TapName, Values, materialize
+from lepton_xla.program import Program
+
+# Gram matrices collected in one pass over the data take at most this much memory, unless a single one takes more.
+GRAM_LIMIT_BYTES = 2**30
+# Which step of its scans a product belongs to, as that travels beside its weight.
+_STEP = "step"
+# What is kept of each column of a site's activation, besides Gram matrices.
+_SUMS = ("absmax", "sum", "sum_abs", "sum_square")
+
+type _Totals = dict[TapName, jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Statistics:
+    """The activations `X` that met one site, as rows of the matrices of `passes.core.matrix`.
+
+    Attributes:
+        rows: how many rows, `[*steps]`, float64 on the host; 0 where the data never reached a step.
+        absmax: largest magnitude of each column, `[*steps, B, K]`, float32.
+        mean: mean of each column, likewise; 0 where there are no rows.
+        mean_abs: mean magnitude of each column, likewise.
+        mean_square: mean square of each column, likewise.
+        gram: `X^T X / rows`, `[*steps, B, K, K]`, float32; None where it was not asked for.
+    """
+
+    rows: np.ndarray
+    absmax: jax.Array
+    mean: jax.Array
+    mean_abs: jax.Array
+    mean_square: jax.Array
+    gram: jax.Array | None = None
+
+
+def collect_statistics(
+    program: Program,
+    sites: Sequence[Site],
+    batches: Iterable[Mapping[str, Any]],
+    *,
+    gram: bool = False,
+    limit_bytes: int = GRAM_LIMIT_BYTES,
+) -> dict[str, Statistics]:
+    """Measures the activations at some sites, on the device, one pass over the data for each group of sites.
+
+    Args:
+        program: a program whose weights at these sites are float arrays.
+        sites: `dot_general` or `conv_general_dilated` sites with a weight, as `find_sites` gives them.
+        batches: input dicts, such as `{"image": array}`; at least one.
+        gram: whether the Gram matrices are needed.
+        limit_bytes: bytes of Gram matrices above which the sites are measured in several passes over the data.
+
+    Returns:
+        Site name -> statistics. A scan that steps over a site's weight has them for each step; all else that runs a
+        site repeatedly adds to one count.
+
+    Raises:
+        CalibrationError: if there are no batches, or one has a wrong name, dtype or shape, is empty or not finite; or
+            if an activation is not finite.
+    """
+    data = list(as_batches(batches))
+    if not data:
+        raise CalibrationError(EMPTY)
+    found: dict[str, Statistics] = {}
+    for group in _groups(program, sites, limit_bytes if gram else None):
+        found |= _collect(program, group, data, gram)
+    return found
+
+
+def pooled(statistics: Sequence[Statistics], what: Literal["mean_square", "gram"]) -> jax.Array:
+    """A mean over all that meets one weight at several sites, in the proportion of their rows."""
+    if len(statistics) == 1:
+        return getattr(statistics[0], what)
+    total = np.sum([found.rows for found in statistics], axis=0)
+    parts: list[jax.Array] = []
+    for found in statistics:
+        value = getattr(found, what)
+        share = jnp.asarray(found.rows / np.maximum(total, 1), jnp.float32)
+        parts.append(value * jnp.reshape(share, share.shape + (1,) * (value.ndim - share.ndim)))
+    return sum(parts[1:], parts[0])
+
+
+def _groups(program: Program, sites: Sequence[Site], limit_bytes: int | None) -> list[list[Site]]:
+    """The sites in groups whose Gram matrices fit the limit."""
+    groups: list[list[Site]] = []
+    free = 0
+    for site in sites:
+        batch, depth, _ = matrix.matrix_shape(site)
+        size = math.prod(_steps(program, site)) * batch * depth * depth * 4
+        if not groups or (limit_bytes is not None and size > free):
+            groups.append([])
+            free = limit_bytes or 0
+        groups[-1].append(site)
+        free -= size
+    return groups
+
+
+def _steps(program: Program, site: Site) -> tuple[int, ...]:
+    assert site.path is not None
+    return matrix.steps(site, program.weights[site.path])
+
+
+def _collect(
+    program: Program, group: Sequence[Site], data: Sequence[Mapping[str, Any]], gram: bool
+) -> dict[str, Statistics]:
+    wanted = {site.name: _steps(program, site) for site in group}
+
+    def rule(site: Site, context: Context, eqn: Any, values: Values) -> None:
+        del eqn
+        if site.name not in wanted or site.weight_operand is None:
+            return
+        rows = matrix.activation_matrix(site, materialize(values[1 - site.weight_operand]))
+        weight = values[site.weight_operand]
+        sizes = wanted[site.name]
+        step = tuple(weight.beside[site.name, _STEP]) if sizes else ()
+
+        def tap(what: str, value: jax.Array, combine: Any = "sum") -> None:
+            whole = jnp.zeros((*sizes, *value.shape), value.dtype).at[step].set(value) if sizes else value
+            context.tap((site.name, what), whole, combine)
+
+        tap("rows", _compat.vary(jnp.float32(rows.shape[1]), _compat.varying(rows)))
+        tap("absmax", jnp.max(jnp.abs(rows), axis=1, initial=0), "max")
+        tap("sum", jnp.sum(rows, axis=1))
+        tap("sum_abs", jnp.sum(jnp.abs(rows), axis=1))
+        tap("sum_square", jnp.sum(rows * rows, axis=1))
+        if gram:
+            tap("gram", jnp.einsum("bmk,bml->bkl", rows, rows, precision=jax.lax.Precision.HIGHEST))
+
+    # Which step of which scan a product belongs to is told by an index that travels with the weight.
+    beside: dict[str, dict[Key, jax.Array]] = {}
+    for site in group:
+        if wanted[site.name]:
+            assert site.path is not None
+            index = np.moveaxis(np.indices(wanted[site.name]), 0, -1)
+            beside.setdefault(site.path, {})[site.name, _STEP] = jnp.asarray(index, jnp.int32)
+    observed = rewrite_sites(program.fn, rule, inline=True, beside=beside, on_unknown="keep", with_taps=True)
+
+    @functools.partial(jax.jit, donate_argnums=1)
+    def add(weights: Any, totals: _Totals, inputs: Sequence[jax.Array]) -> tuple[_Totals, _Totals]:
+        """The sums with one more batch, and how many rows it had: those are counted on the host, in float64."""
+        _, taps = observed(weights, *inputs)
+        rows: _Totals = {}
+        for name, value in taps.items():
+            site, what = name
+            if what == "absmax":  # stacked by every scan around it, not only by those that step over the weight
+                value = jnp.max(value, axis=tuple(range(value.ndim - len(wanted[site]) - 2)))
+                totals[name] = jnp.maximum(totals[name], value)
+            elif what == "rows":
+                rows[name] = value
+            else:
+                totals[name] = totals[name] + value
+        return totals, rows
+
+    totals = {name: jnp.asarray(zeros) for name, zeros in _zeros(group, wanted, gram).items()}
+    counts: dict[TapName, np.ndarray] = {(name, "rows"): np.zeros(steps, np.float64) for name, steps in wanted.items()}
+    for count, batch in enumerate(data):
+        inputs = check_batch(program, batch, f"calibration batch {count}")
+        totals, rows = add(program.weights, totals, inputs)
+        for name, value in rows.items():
+            counts[name] = counts[name] + np.asarray(value, np.float64)
+    found: dict[str, Statistics] = {}
+    for name in wanted:
+        found[name] = _statistics(name, counts[name, "rows"], totals, gram)
+    return found
+
+
+def _zeros(sites: Sequence[Site], wanted: Mapping[str, tuple[int, ...]], gram: bool) -> dict[TapName, np.ndarray]:
+    """Where sums begin, by site and what is summed."""
+    zeros: dict[TapName, np.ndarray] = {}
+    for site in sites:
+        batch, depth, _ = matrix.matrix_shape(site)
+        shape = (*wanted[site.name], batch, depth)
+        zeros |= {(site.name, what): np.zeros(shape, np.float32) for what in _SUMS}
+        if gram:
+            zeros[site.name, "gram"] = np.zeros((*shape, depth), np.float32)
+    return zeros
+
+
+def _statistics(site: str, rows: np.ndarray, totals: dict[TapName, Any], gram: bool) -> Statistics:
+    """One site's; its sums are taken out of the totals."""
+    absmax, *sums = (np.asarray(totals.pop((site, what))) for what in _SUMS)
+    if not np.isfinite(absmax).all():
+        raise CalibrationError(f"the activation of site {site!r} is not finite on the calibration data")
+    share = (1 / np.maximum(rows, 1)).astype(np.float32)
+    means = [jnp.asarray(each * share[..., None, None]) for each in sums]
+    square = _scaled(totals.pop((site, "gram")), share[..., None, None, None]) if gram else None
+    return Statistics(rows, jnp.asarray(absmax), *means, gram=square)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _scaled(gram: jax.Array, share: jax.Array) -> jax.Array:
+    return gram * share

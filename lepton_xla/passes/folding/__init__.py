@@ -1,0 +1,1 @@
+"""Batch norms and scales that go into the weights beside them."""

@@ -1,0 +1,1 @@
+"""Masks: which elements of a weight stay."""

@@ -1,0 +1,226 @@
+"""Pruning once: elements of weights are set to zero and held there by masks (Han et al. 2015, arXiv:1506.02626)."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+
+from lepton_xla.errors import ModelError, RecipeError
+from lepton_xla.passes.core.precomputation import for_plan
+from lepton_xla.passes.pruning.held import earlier_masks
+from lepton_xla.passes.pruning.masks import (
+    DATA_METHODS,
+    Target,
+    check_prune_rule,
+    element_scores,
+    find_masks,
+    nothing_left,
+    plan_targets,
+    rule_shares,
+)
+from lepton_xla.passes.pruning.ranking import Ranking, keep_largest, keep_largest_on_host
+from lepton_xla.program import Program, check_masks, leaf_bytes, name_leaves
+from lepton_xla.report import PassReport, SiteReport
+
+if TYPE_CHECKING:
+    from lepton_xla.recipe import Plan
+
+
+def magnitude_masks(weights: Sequence[jax.Array], sparsity: float) -> list[jax.Array]:
+    """Masks of the elements to keep, ranked by magnitude over all the weights together.
+
+    Runs on the host, on real arrays, in time linear in the number of elements.
+
+    Args:
+        weights: arrays of any shapes. NaN counts as largest, so that it stays visible.
+        sparsity: share of all elements to drop, in [0, 1).
+
+    Returns:
+        A bool array for each weight; over all of them exactly `round(sparsity * elements)` are False, at the smallest
+        magnitudes; of equal ones, those that come first.
+    """
+    dropped = round(sparsity * sum(weight.size for weight in weights))
+    return keep_largest_on_host([Ranking(weights, dropped)])[0]
+
+
+def prune(program: Program, plan: Plan, *, seed: int = 0) -> Program:
+    """Sets elements of each planned weight to zero, by the methods that need no data.
+
+    Elements that the program's masks hold at zero already stay so, and count towards the target: 30 % of a weight of
+    which 50 % are held changes nothing, 70 % drops another fifth.
+
+    On arrays that are cut over several devices it runs there; the zeros are the same as on one.
+
+    Args:
+        program: a program whose planned weights are float arrays.
+        plan: which sites, how much of each, in which pattern and by which method. With `distribution = "uniform"` each
+            weight, and each step of a weight stacked for a scan, loses the same share; with `"global"` all weights of
+            one rule are ranked together; with `"erk"` wide weights lose more.
+        seed: for `method = "random"`.
+
+    Returns:
+        The program with pruned weights and their masks, so that training can go on with the zeros held.
+
+    Raises:
+        RecipeError: if a rule's method needs gradients, or nothing would be left of a weight, unless the recipe says
+            `keep`: then its largest element stays.
+        ModelError: if a planned weight is not finite.
+    """
+    program = for_plan(program, plan)
+    start = time.perf_counter()
+    targets = pruned_targets(program, plan, lambda method: method not in DATA_METHODS)
+    weights = held_weights(program, targets)
+    key = jax.random.key(seed)
+    scores = {target.path: element_scores(target, weights[target.path], key=key) for target in targets}
+    cut = any(len(weight.sharding.device_set) > 1 for weight in weights.values())
+    rank = jax.jit(keep_largest) if cut else keep_largest_on_host
+    earlier = earlier_masks(targets, program.masks)
+    spare = plan.recipe.on_unsupported == "keep"
+    masks = find_masks(targets, scores, rule_shares(targets), rank=rank, earlier=earlier, spare=spare)
+    last = "its largest is all that stays: something of every weight does"
+    reasons = {
+        target.path: last
+        for target in targets
+        if spare and masks[target.path].sum() <= 1 < math.prod(target.like.shape)
+    }
+    kept = [SiteReport(entry.site.name, "kept", entry.not_pruned) for entry in plan.sites if entry.not_pruned]
+    return with_masks(program, plan, "prune", start, targets, masks, reasons=reasons, kept=kept)
+
+
+def pruned_targets(program: Program, plan: Plan, wanted: Callable[[str], bool]) -> list[Target]:
+    """The weights that a plan prunes by the methods wanted, all of them finite.
+
+    Raises:
+        RecipeError: for a rule whose parts do not go together.
+        ModelError: if one of them is not finite.
+    """
+    for index, rule in enumerate(plan.recipe.prune):
+        check_prune_rule(rule, f"recipe {plan.recipe.name!r}: prune[{index}]")
+    targets = [target for target in plan_targets(plan, program.weights) if wanted(target.rule.method)]
+    for target in targets:
+        check_finite(target.path, program.weights[target.path])
+    return targets
+
+
+def held_weights(program: Program, targets: Sequence[Target]) -> dict[str, jax.Array]:
+    """Path -> the weight of each target, zero where the program's masks hold it so."""
+    found: dict[str, jax.Array] = {}
+    for path in (target.path for target in targets):
+        weight = program.weights[path]
+        found[path] = (
+            jnp.where(program.masks[path], weight, jnp.zeros_like(weight)) if path in program.masks else weight
+        )
+    return found
+
+
+def with_masks(
+    program: Program,
+    plan: Plan,
+    name: str,
+    start: float,
+    targets: Sequence[Target],
+    masks: Mapping[str, jax.Array],
+    *,
+    weights: Mapping[str, jax.Array] | None = None,
+    metrics: Mapping[str, Mapping[str, Any]] | None = None,
+    reasons: Mapping[str, str] | None = None,
+    kept: Sequence[SiteReport] = (),
+) -> Program:
+    """The program with weights pruned by masks, and a report.
+
+    Args:
+        program, plan: the program that is pruned, and its plan.
+        name: the pass.
+        start: when it began, as `time.perf_counter` says.
+        targets: what was pruned.
+        masks: path -> mask of each.
+        weights: path -> what takes the weight's place before it is masked.
+        metrics, reasons: path -> further figures, and what has to be said.
+        kept: lines on sites that were left as they are.
+
+    Raises:
+        RecipeError: if nothing would be left of a weight, unless the recipe says `keep`.
+    """
+    changed = dict(program.weights)
+    found: dict[str, jax.Array] = {}
+    lines: list[SiteReport] = []
+    for target in targets:
+        path, mask = target.path, masks[target.path]
+        if path in program.masks:
+            mask = mask & program.masks[path]  # masks only ever grow
+        sites = [entry.site.name for entry in plan.sites if entry.prune is not None and entry.site.path == path]
+        if reason := nothing_left(target, mask):
+            if plan.recipe.on_unsupported == "error":
+                raise RecipeError(f"{reason}; lower its sparsity or exclude it")
+            lines += [SiteReport(site, "kept", reason) for site in sites]
+            continue
+        found[path] = mask
+        weight: Any = (weights or changed).get(path, changed[path])
+        changed[path] = jnp.where(mask, weight, jnp.zeros_like(weight))
+        size = leaf_bytes(weight.shape, weight.dtype)
+        figures = {"sparsity": 1 - float(jnp.mean(mask))} | dict((metrics or {}).get(path, {}))
+        said = (reasons or {}).get(path, "")
+        # The bytes of a weight that several sites use are told once.
+        sizes = [size, *([0] * (len(sites) - 1))]
+        lines += [SiteReport(site, "pruned", said, b, b, figures) for site, b in zip(sites, sizes, strict=True)]
+    report = PassReport(name, time.perf_counter() - start, (*lines, *kept))
+    return program.replace(weights=changed, masks=program.masks | found, history=(*program.history, report))
+
+
+def check_finite(path: str, weight: jax.Array) -> None:
+    """Refuses a weight that holds NaN or infinities.
+
+    Raises:
+        ModelError: naming it.
+    """
+    if not bool(jnp.all(jnp.isfinite(weight))):
+        raise ModelError(f"weight {path!r} is not finite, so its elements cannot be ranked")
+
+
+def masked(
+    fn: Callable[..., Any], masks: Mapping[str, jax.Array], *, straight_through: bool = False
+) -> Callable[..., Any]:
+    """Holds pruned weights at zero while training.
+
+    With `fake_quant`, either may be outside: `masked(fake_quant(fn, plan), masks)` and `fake_quant(masked(fn, masks),
+    plan)` are the same, and zero stays zero in every format.
+
+    Args:
+        fn: `fn(weights, *args)`, weights any pytree.
+        masks: weight path -> bool array of the weight's shape; other weights pass as they are.
+        straight_through: whether masked elements get the gradient that they would have if they were there, so that
+            they can come back (Bengio et al. 2013, arXiv:1308.3432); else a masked element has none.
+
+    Returns:
+        A function like `fn` that uses each weight times its mask: a masked element has no effect.
+
+    Raises:
+        ModelError: when called, for a mask without its weight, or of another shape.
+    """
+
+    def hold(leaf: jax.Array, mask: jax.Array) -> jax.Array:
+        return jnp.where(mask, leaf, _nothing(leaf) if straight_through else jnp.zeros_like(leaf))
+
+    def run(weights: Any, *args: Any, **kwargs: Any) -> Any:
+        named = name_leaves(weights, prefix="weights")
+        check_masks(masks, named)
+        held = [hold(leaf, masks[name]) if name in masks else leaf for name, leaf in named.items()]
+        return fn(jax.tree.unflatten(jax.tree.structure(weights), held), *args, **kwargs)
+
+    return run
+
+
+@jax.custom_jvp
+def _nothing(weight: jax.Array) -> jax.Array:
+    """Zeros that have the gradient of the weight: what is selected from both has it whole."""
+    return jnp.zeros_like(weight)
+
+
+@_nothing.defjvp
+def _nothing_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    return _nothing(*primals), tangents[0]

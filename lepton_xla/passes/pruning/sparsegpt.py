@@ -1,0 +1,242 @@
+"""SparseGPT: drops the weights that are cheapest to do without, and has those still to come make up for them.
+
+Frantar and Alistarh 2023, arXiv:2301.00774. As in GPTQ, rows of the weight are gone over in blocks with the Cholesky
+factor of the inverse Gram matrix of the inputs; what is dropped is chosen as each block, or group of N:M, begins.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from lepton_xla.passes.core import matrix
+from lepton_xla.passes.core.calibration import as_batches
+from lepton_xla.passes.core.precomputation import for_plan
+from lepton_xla.passes.core.statistics import Statistics, collect_statistics, pooled
+from lepton_xla.passes.pruning.held import block_quotas, earlier_masks, held_last, held_matrices
+from lepton_xla.passes.pruning.magnitude import held_weights, pruned_targets, with_masks
+from lepton_xla.passes.pruning.masks import Pattern, Target, group_masks, rule_shares
+from lepton_xla.passes.pruning.ranking import Ranking, keep_largest, keep_largest_on_host
+from lepton_xla.passes.pruning.wanda import products, unseen
+from lepton_xla.passes.quantization.gptq import ELEMENTS_AT_ONCE, output_squares
+from lepton_xla.passes.quantization.inverse_factor import inverse_factor
+from lepton_xla.program import Program
+
+if TYPE_CHECKING:
+    from lepton_xla.recipe import Plan
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """How SparseGPT goes over a weight.
+
+    Attributes:
+        damping: what is added to the diagonal of the Gram matrix, as a share of its mean.
+        block: rows of which the mask is chosen at once, and whose errors are carried on to the rest at once.
+    """
+
+    damping: float = 0.01
+    block: int = 128
+
+
+def sparsegpt_values(
+    weight: jax.Array,
+    gram: jax.Array,
+    pattern: Pattern,
+    sparsity: float,
+    options: Options | None = None,
+    kept: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Prunes one weight matrix.
+
+    Args:
+        weight: `[K, N]`, float32 or float64; all but the ranking is computed in its dtype.
+        gram: `[K, K]`, `X^T X` up to a factor. A row of zeros is an input that was never seen: its weights go first.
+            Where none was seen, magnitudes decide alone.
+        pattern: `unstructured`, the same share of each block of rows, or N:M.
+        sparsity: share to drop.
+        options: how.
+        kept: bool `[K, N]`, False where an earlier mask holds the weight at zero; these go first, and stay zero.
+
+    Returns:
+        The weight with what is left changed to make up for what is dropped, and the bool mask, both `[K, N]`.
+    """
+    options = options or Options()
+    depth, columns = weight.shape
+    gram = gram.astype(weight.dtype)
+    seen = jnp.diagonal(gram)
+    absent = seen <= 0
+    gram = gram + jnp.diag(jnp.where(absent, jnp.ones_like(seen), jnp.zeros_like(seen)))
+    factor = inverse_factor(gram, jnp.mean(seen), options.damping)
+    first = absent & ~jnp.all(absent)
+    worth = jnp.where(first, jnp.zeros_like(seen), 1 / jnp.diagonal(factor) ** 2)
+
+    # Rows are padded to whole blocks; a padded row is zero, is never dropped, and no other depends on it.
+    group = pattern.rows
+    block = min(-(-options.block // group) * group, depth)
+    padding = -depth % block
+    rows = jnp.pad(weight, ((0, padding), (0, 0)))
+    worth = jnp.pad(worth, (0, padding), constant_values=jnp.inf)[:, None]
+    factor = jnp.pad(factor, ((0, padding), (0, padding))) + jnp.diag(
+        jnp.pad(jnp.zeros(depth, weight.dtype), (0, padding), constant_values=1)
+    )
+    ends = np.minimum(np.arange(0, depth + padding + 1, block), depth)
+    dropped = jnp.asarray(np.diff([round(sparsity * columns * int(end)) for end in ends]), jnp.uint32)
+    earlier = None
+    if kept is not None:
+        dropped = block_quotas(kept, sparsity, block)
+        earlier = jnp.pad(kept, ((0, padding), (0, 0)), constant_values=True)
+    later = jnp.arange(rows.shape[0])
+
+    def scores(part: jax.Array, start: jax.Array) -> jax.Array:
+        at = lax.dynamic_slice(worth, (start, 0), (part.shape[0], 1))
+        found = jnp.where(jnp.isinf(at), at, part * part * at).astype(jnp.float32)
+        return held_last(found, held_at(part, start))
+
+    def held_at(part: jax.Array, start: jax.Array) -> jax.Array | None:
+        return None if earlier is None else lax.dynamic_slice(earlier, (start, 0), part.shape)
+
+    def without_held(chosen: jax.Array, start: jax.Array) -> jax.Array:
+        before = held_at(chosen, start)
+        return chosen if before is None else chosen & before
+
+    def prune_row(row: jax.Array, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        part, kept, errors, corner = state
+        value = jnp.where(kept[row], part[row], jnp.zeros_like(part[row]))
+        error = (part[row] - value) / corner[row, row]
+        part = (part - jnp.outer(corner[row], error)).at[row].set(value)
+        return part, kept, errors.at[row].set(error), corner
+
+    def prune_block(number: jax.Array, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        rest, done, masks = state
+        start = number * block
+        part = lax.dynamic_slice(rest, (start, 0), (block, columns))
+        influence = lax.dynamic_slice(factor, (start, 0), (block, factor.shape[1]))
+        corner = lax.dynamic_slice(influence, (0, start), (block, block))
+
+        def prune_group(index: jax.Array, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+            part, kept, errors, corner = state
+            begin = index * group
+            now = lax.dynamic_slice(part, (begin, 0), (group, columns))
+            chosen = without_held(group_masks(scores(now, start + begin), pattern, sparsity), start + begin)
+            kept = lax.dynamic_update_slice(kept, chosen, (begin, 0))
+            return lax.fori_loop(begin, begin + group, prune_row, (part, kept, errors, corner))
+
+        blank = jnp.zeros_like(part)
+        if pattern.kind == "groups":
+            state = (part, jnp.ones(part.shape, bool), blank, corner)
+            part, kept, errors, _ = lax.fori_loop(0, block // group, prune_group, state)
+        else:
+            ((kept,),) = keep_largest([Ranking([scores(part, start)], dropped[number])])
+            kept = without_held(kept, start)
+            part, kept, errors, _ = lax.fori_loop(0, block, prune_row, (part, kept, blank, corner))
+        influence = jnp.where(later[None, :] >= start + block, influence, jnp.zeros_like(influence))
+        rest = rest - jnp.matmul(influence.T, errors, precision=lax.Precision.HIGHEST)
+        done = lax.dynamic_update_slice(done, part, (start, 0))
+        return rest, done, lax.dynamic_update_slice(masks, kept, (start, 0))
+
+    state = (rows, jnp.zeros_like(rows), jnp.zeros(rows.shape, bool))
+    _, values, mask = lax.fori_loop(0, rows.shape[0] // block, prune_block, state)
+    return values[:depth], mask[:depth]
+
+
+def sparsegpt(
+    program: Program,
+    plan: Plan,
+    batches: Iterable[Mapping[str, Any]],
+    *,
+    options: Options | None = None,
+    sequential: bool = False,
+) -> Program:
+    """Prunes the weights that a plan gives to `method = "sparsegpt"`.
+
+    Args:
+        program: the float program that the plan was made for.
+        plan: which weights, how much of each, unstructured or N:M.
+        batches: input dicts, such as `{"image": array}`; at least one.
+        options: how.
+        sequential: measure the inputs of each weight with those before it pruned already, as the paper does: one pass
+            over the data for each weight. Otherwise all are measured in one pass on the float program.
+
+    Returns:
+        The program with pruned and changed weights, and their masks.
+
+    Raises:
+        CalibrationError: as `collect_statistics`.
+        RecipeError, ModelError: as `prune`.
+    """
+    program = for_plan(program, plan)
+    start = time.perf_counter()
+    options = options or Options()
+    data = list(as_batches(batches))
+    targets = pruned_targets(program, plan, lambda method: method == "sparsegpt")
+    met, shares = products(plan, targets), rule_shares(targets)
+    weights: dict[str, Any] = {**program.weights, **held_weights(program, targets)}
+    earlier = earlier_masks(targets, program.masks)
+    masks: dict[str, jax.Array] = {}
+    reasons: dict[str, str] = {}
+    metrics: dict[str, dict[str, float]] = {}
+    found: dict[str, Statistics] = {}
+    if not sequential:
+        found = collect_statistics(program, [site for sites in met.values() for site in sites], data, gram=True)
+    for target in targets:
+        path = target.path
+        if sequential:
+            found = collect_statistics(program.replace(weights=weights), met[path], data, gram=True)
+        seen = [found[site.name] for site in met[path]]
+        share = float(shares[path])
+        kept = held_matrices(target, earlier[path]) if earlier is not None else None
+        values, mask, metrics[path] = _pruned(target, weights[path], pooled(seen, "gram"), share, options, kept)
+        assert target.site is not None
+        weights[path] = matrix.stored_weight(target.site, values, program.weights[path])
+        masks[path] = target.stored(mask)
+        # What rounds to zero in the weight's own dtype is dropped all the same; what is dropped is exactly zero.
+        weights[path] = jnp.where(masks[path], weights[path], jnp.zeros_like(weights[path]))
+        reasons[path] = unseen(seen)
+    return with_masks(
+        program, plan, "sparsegpt", start, targets, masks, weights=weights, metrics=metrics, reasons=reasons
+    )
+
+
+def _pruned(
+    target: Target,
+    stored: jax.Array,
+    gram: jax.Array,
+    sparsity: float,
+    options: Options,
+    kept: jax.Array | None,
+) -> tuple[jax.Array, jax.Array, dict[str, float]]:
+    """`[*steps, B, K, N]` pruned, the mask, and relative errors of the outputs, by this and by magnitude alone."""
+    exact = target.matrices(stored).astype(jnp.float32)
+    plain = exact * _magnitude_mask(target, exact, sparsity, kept).astype(jnp.float32)
+    held = () if kept is None else (kept,)
+
+    @jax.jit
+    def run(arrays: Any) -> Any:
+        def one(weight: jax.Array, plain: jax.Array, gram: jax.Array, *kept: jax.Array) -> Any:
+            values, mask = sparsegpt_values(weight, gram, target.pattern, sparsity, options, *kept)
+            squares = [output_squares(part, gram) for part in (weight - values, weight - plain, weight)]
+            return values, mask, jnp.stack([jnp.sum(part) for part in squares])
+
+        return matrix.batched_map(one, exact.shape[:-2], *arrays, at_once=ELEMENTS_AT_ONCE // exact.shape[-2] ** 2)
+
+    values, mask, squares = run((exact, plain, gram, *held))
+    error, plain_error, total = np.sum(np.asarray(squares, np.float64).reshape(-1, 3), axis=0)
+    share = lambda part: float(np.sqrt(part / max(total, np.finfo(np.float32).tiny)))  # noqa: E731
+    return values, mask, {"output_error": share(error), "magnitude_output_error": share(plain_error)}
+
+
+def _magnitude_mask(target: Target, exact: jax.Array, sparsity: float, kept: jax.Array | None) -> jax.Array:
+    """What magnitudes alone would keep of `[*steps, B, K, N]`, of which what is held is zero."""
+    scores = held_last(jnp.abs(exact), kept)
+    if target.pattern.kind == "groups":
+        return group_masks(scores, target.pattern, sparsity)
+    dropped = round(sparsity * scores[(0,) * target.lead].size)
+    return keep_largest_on_host([Ranking([scores], dropped, target.lead)])[0][0]

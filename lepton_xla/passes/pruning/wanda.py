@@ -1,0 +1,104 @@
+"""Wanda: drops, in each output, the weights whose magnitude times that of their input is smallest.
+
+Sun et al. 2023, arXiv:2306.11695. One pass over calibration data, no change of the weights that stay.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lepton_xla.passes.core.precomputation import for_plan
+from lepton_xla.passes.core.sites import Site
+from lepton_xla.passes.core.statistics import Statistics, collect_statistics, pooled
+from lepton_xla.passes.pruning.held import earlier_masks, held_last, held_matrices
+from lepton_xla.passes.pruning.magnitude import held_weights, pruned_targets, with_masks
+from lepton_xla.passes.pruning.masks import Pattern, Target, group_masks, rule_shares
+from lepton_xla.passes.pruning.ranking import Ranking, keep_largest_on_host
+from lepton_xla.program import Program
+
+if TYPE_CHECKING:
+    from lepton_xla.recipe import Plan
+
+UNSEEN = "by magnitude where the calibration data does not reach it"
+
+
+def wanda_mask(
+    weight: jax.Array, mean_square: jax.Array, pattern: Pattern, sparsity: float, kept: jax.Array | None = None
+) -> jax.Array:
+    """The mask of one weight, on the host.
+
+    Args:
+        weight: `[..., K, N]`.
+        mean_square: of each input, `[..., K]`; where all are zero, magnitudes decide alone.
+        pattern: `unstructured`, over the K weights of each output, or N:M.
+        sparsity: share to drop.
+        kept: bool like the weight, False where an earlier mask holds it at zero; these go first.
+
+    Returns:
+        bool `[..., K, N]`; each column loses the same number, but for one of which more is held.
+    """
+    seen = jnp.any(mean_square > 0, axis=-1, keepdims=True)
+    norms = jnp.where(seen, jnp.sqrt(mean_square), jnp.ones_like(mean_square))
+    scores = held_last(jnp.abs(weight.astype(jnp.float32)) * norms[..., None], kept)
+    whole = jnp.ones(scores.shape, bool) if kept is None else kept
+    if pattern.kind == "groups":
+        return group_masks(scores, pattern, sparsity) & whole
+    columns = jnp.swapaxes(scores, -1, -2)
+    dropped = round(sparsity * columns.shape[-1])
+    ((mask,),) = keep_largest_on_host([Ranking([columns], dropped, columns.ndim - 1)])
+    return jnp.swapaxes(mask, -1, -2) & whole
+
+
+def wanda(program: Program, plan: Plan, batches: Iterable[Mapping[str, Any]]) -> Program:
+    """Prunes the weights that a plan gives to `method = "wanda"`.
+
+    Args:
+        program: the float program that the plan was made for.
+        plan: which weights, how much of each, unstructured or N:M.
+        batches: input dicts, such as `{"image": array}`; at least one.
+
+    Returns:
+        The program with pruned weights and their masks.
+
+    Raises:
+        CalibrationError: as `collect_statistics`.
+        RecipeError, ModelError: as `prune`.
+    """
+    program = for_plan(program, plan)
+    start = time.perf_counter()
+    targets = pruned_targets(program, plan, lambda method: method == "wanda")
+    met = products(plan, targets)
+    found = collect_statistics(program, [site for sites in met.values() for site in sites], batches)
+    shares, weights = rule_shares(targets), held_weights(program, targets)
+    earlier = earlier_masks(targets, program.masks)
+    masks: dict[str, jax.Array] = {}
+    reasons: dict[str, str] = {}
+    for target in targets:
+        seen = [found[site.name] for site in met[target.path]]
+        weight = target.matrices(weights[target.path])
+        kept = held_matrices(target, earlier[target.path]) if earlier is not None else None
+        mask = wanda_mask(weight, pooled(seen, "mean_square"), target.pattern, float(shares[target.path]), kept)
+        masks[target.path] = target.stored(mask)
+        reasons[target.path] = unseen(seen)
+    return with_masks(program, plan, "wanda", start, targets, masks, reasons=reasons)
+
+
+def products(plan: Plan, targets: Sequence[Target]) -> dict[str, list[Site]]:
+    """Path -> the products that a weight takes part in."""
+    sites: dict[str, list[Site]] = {target.path: [] for target in targets}
+    for entry in plan.sites:
+        if entry.prune is not None and entry.site.path in sites and entry.site.kind != "gather":
+            sites[entry.site.path].append(entry.site)
+    return sites
+
+
+def unseen(statistics: Sequence[Statistics]) -> str:
+    """What has to be said of a weight that the data did not reach; empty where it did."""
+    reached = bool(np.all(np.sum([found.rows for found in statistics], axis=0) > 0))
+    return "" if reached else UNSEEN

@@ -1,0 +1,437 @@
+"""Rounds weights and activations to what a plan's formats hold: for training, and as lower's reference."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import msgspec
+from jax import lax
+from jax.custom_derivatives import SymbolicZero
+
+from lepton_xla import _compat
+from lepton_xla.errors import ModelError, RecipeError, UnsupportedError
+from lepton_xla.passes.core.computed import Computed
+from lepton_xla.passes.core.names import Key
+from lepton_xla.passes.core.precomputation import computed_weights
+from lepton_xla.passes.core.sites import (
+    Escapes,
+    Site,
+    Tracked,
+    lay_out,
+    made_of,
+    operand_value,
+    rewrite_sites,
+    stored_like,
+    stored_weight,
+)
+from lepton_xla.passes.core.walker import Context, Values
+from lepton_xla.passes.quantization import products
+from lepton_xla.passes.quantization.products import RANGE, SCALE
+from lepton_xla.program import name_leaves, some_names
+from lepton_xla.quant import FORMATS, Format, encode, fake_quantize, make_grid
+from lepton_xla.quant.grid import matrix_codes, matrix_values, settle
+from lepton_xla.quant.learned import LOG2, initial_scale, learned_quantize, raw_scales, stochastic_quantize
+from lepton_xla.quant.qtensor import straight_through
+
+if TYPE_CHECKING:
+    from lepton_xla.recipe import Plan, QuantizeRule, SitePlan
+
+type Scales = dict[str, dict[str, jax.Array]]
+"""Weight path -> parts of its grid (`scale`, `zero_point`, `codebook`, stacked axes leading); site name -> the scale
+of its `activation`. `log2_scale` and `log2_activation` give a scale by its logarithm. `lower` takes the same."""
+
+_PARTS = ("scale", "zero_point", "codebook")
+_KEY = "key"
+
+
+def fake_quant(
+    fn: Callable[..., Any],
+    plan: Plan,
+    ranges: Mapping[str, jax.Array] | None = None,
+    *,
+    start: int = 0,
+    delay: int = 0,
+) -> Callable[..., Any]:
+    """Makes a function compute with quantized values, differentiable by the straight-through estimator.
+
+    A `dot_general` of integers around zero, with a scale for each channel or tensor, is computed from codes, bit for
+    bit as `lower` computes it; other products are those of the floats that codes stand for. The gradient is that of
+    the float product in both cases. Codes, not floats, are kept for the backward pass of the former.
+
+    With `masked` it does not matter which is outside: a weight that a mask has some elements of is the site's weight.
+
+    Args:
+        fn: `fn(weights, *inputs)`, weights any pytree whose paths are those of the plan's program.
+        plan: which sites get what.
+        ranges: site name -> calibrated absmax of its activation, as `calibrate` returns, for static scales.
+        start: the training step at which quantization begins, where the new function is told the step.
+        delay: for how many steps from then on weights alone are rounded, and activations not yet.
+
+    Returns:
+        A function like `fn`, for use inside `jit`, `grad`, `vmap` and sharding, that takes by keyword also:
+        `scales`: a `Scales` tree, in the place of what ranges give, whose integer scales get a gradient (LSQ): to
+        train them, begin with `initial_scales`; so do the levels of a codebook, but for one that is zero;
+        `step`: int32, the training step, which `start` and `delay` are about; all stages are in one compiled program.
+        Without it everything is rounded;
+        `key`: a `jax.random` key, with which rounding is up or down at random, but for products of two activations.
+
+    Raises:
+        RecipeError: if `delay` is negative.
+        CalibrationError: when called, if a static site has no range.
+        ModelError: when called, if a weight that the plan quantizes is missing.
+        UnsupportedError: when called with a key, for a format that is not of integers; when called, if something other
+            than a mask changes a weight before its product, which would stay float.
+    """
+    if delay < 0:
+        raise RecipeError(f"fake_quant: delay = {delay} is negative; activations cannot be rounded before weights are")
+    planned = [entry for entry in plan.sites if entry.quantize is not None and entry.site.path is not None]
+    paths = {path for entry in planned for path in (entry.site.path, *made_of(entry.site))}
+    computed = Computed(computed_weights([entry.site for entry in planned]))
+
+    def through_mask(context: Context, eqn: Any, values: Values) -> Values | None:
+        """A weight some of whose elements are taken from elsewhere, as `masked` does, is the weight all the same."""
+        weights = [value for value in values[1:] if isinstance(value, Tracked)]
+        if len(weights) != 1 or weights[0].path not in paths:
+            return None
+        (held,) = context.bind(eqn, [operand_value(value) for value in values])
+        return [dataclasses.replace(weights[0], value=held)]
+
+    def run(
+        weights: Any,
+        *inputs: Any,
+        scales: Mapping[str, Mapping[str, jax.Array]] | None = None,
+        step: jax.Array | int | None = None,
+        key: jax.Array | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        met, escapes = set[str](), Escapes()
+
+        def rule(
+            site: Site, context: Context, eqn: Any, values: Values, *, weights_alone: bool = False
+        ) -> Values | None:
+            met.add(site.name)
+            entry = plan[site.name]
+            if entry is None or entry.quantize is None:
+                return None
+            decision = entry.quantize
+            if weights_alone:
+                decision = msgspec.structs.replace(decision, activations="none")
+            operands = [operand_value(value) for value in values]
+            if site.weight_operand is None:
+                # At other sizes than the plan's, another product may have this name.
+                if products.unsupported(site, decision) or products.float_reason(site, decision):
+                    return None
+                rounded = _round_pair(site, operands, decision)
+            else:
+                tracked = values[site.weight_operand]
+                beside = tracked.beside if isinstance(tracked, Tracked) else {}
+                if site.kind == "gather" and _rows_alone(site, decision, beside):
+                    (rows,) = context.bind(eqn, operands)
+                    return [_fake_rows(site, rows, decision)]
+                rounded = _round_operands(site, operands, decision, tracked, beside)
+            order = _code_order(site, decision, rounded)
+            if order is not None:
+                return [_code_product(site, rounded, order)]
+            return context.bind(eqn, [part.value for part in rounded])
+
+        def rounding(*, weights_alone: bool = False) -> Any:
+            chosen = functools.partial(rule, weights_alone=weights_alone)
+            moves = {"select_n": through_mask}
+            rewritten = rewrite_sites(fn, chosen, beside=beside, escapes=escapes, follow=moves, computed=computed)
+            out = rewritten(weights, *inputs, **kwargs)
+            _check_met(planned, met, escapes)
+            return out
+
+        beside = _beside(planned, ranges or {}, raw_scales(scales), key, weights)
+        if step is None:
+            return rounding()
+        # One choice for the whole function, so that each step does the work of one of them only.
+        stages = {start: functools.partial(rounding, weights_alone=True), start + delay: rounding}
+        begun = [jnp.asarray(step) >= at for at in stages]
+        return lax.switch(
+            sum(flag.astype(jnp.int32) for flag in begun), [lambda: fn(weights, *inputs, **kwargs), *stages.values()]
+        )
+
+    return run
+
+
+def initial_scales(weights: Any, plan: Plan, ranges: Mapping[str, jax.Array] | None = None) -> Scales:
+    """Scales to be trained beside the weights (LSQ, arXiv:1902.08153), for `fake_quant` and then `lower`.
+
+    They are logarithms (as in TQT, arXiv:1903.08066, section 4), which an optimizer may take as they are: Adam moves
+    all it trains by about its rate, which for a logarithm is the same share of any scale, and never passes zero. Leave
+    weight decay off for them: it would pull every scale to 1.
+
+    Args:
+        weights: the weights, a pytree whose paths are those of the plan's program.
+        plan: which sites get what.
+        ranges: site name -> calibrated range; the activation of a site without one keeps its dynamic scale.
+
+    Returns:
+        float32 leaves only: for each weight path a `log2_scale`, with the stacked axes leading; for each site that has
+        a range a `log2_activation`.
+
+    Raises:
+        UnsupportedError: for a site whose format is not of integers around zero.
+    """
+    named = name_leaves(weights, prefix="weights")
+    scales: Scales = {}
+    for entry in plan.sites:
+        site, rule = entry.site, entry.quantize
+        if rule is None or site.path is None:
+            continue
+        target = FORMATS[rule.weights]
+        if target.kind != "int":
+            raise UnsupportedError(f"site {site.name!r}: scales are trained for int8 and int4, not for {target.name}")
+        make = lambda step, site=site, target=target, rule=rule: initial_scale(  # noqa: E731
+            products.to_matrix(site, step), target, rule.granularity
+        )
+        for _ in range(site.stacked):
+            make = jax.vmap(make)
+        if LOG2 + "scale" not in scales.get(site.path, {}):
+            scale = make(lay_out(stored_weight(site, named), site.layout))
+            scales.setdefault(site.path, {})[LOG2 + "scale"] = jnp.log2(scale)
+        if rule.activations != "none" and site.name in (ranges or {}):
+            scale = products.absmax_scale(jnp.asarray((ranges or {})[site.name]), FORMATS[rule.activations])
+            scales.setdefault(site.name, {})[LOG2 + "activation"] = jnp.log2(scale)
+    return scales
+
+
+@dataclasses.dataclass(frozen=True)
+class _Rounded:
+    """An operand as a product takes it.
+
+    Attributes:
+        value: the floats that its codes stand for, in the operand's dtype, with the gradient of training.
+        codes: its codes, in its shape; None where it has none, or stays as it was.
+        scale: theirs, float32, broadcastable to the operand, without a gradient.
+    """
+
+    value: jax.Array
+    codes: jax.Array | None = None
+    scale: jax.Array | None = None
+
+
+def _round(
+    array: jax.Array,
+    scale: jax.Array,
+    target: Format,
+    zero_point: jax.Array | None = None,
+    *,
+    shared: int | None = None,
+    clips: bool = True,
+) -> _Rounded:
+    """Rounds an operand to the nearest code.
+
+    Args:
+        array: the operand.
+        scale: float32, broadcastable to it.
+        target: the format.
+        zero_point: likewise, for affine formats.
+        shared: how many elements share a scale that is trained; None for one that is not.
+        clips: whether a value may lie beyond the last code, where it has no gradient.
+    """
+    fixed = lax.stop_gradient(scale)
+    codes = encode(lax.stop_gradient(array), fixed, target, zero_point)
+    if shared is not None:
+        return _Rounded(learned_quantize(array, codes, scale, target, shared, zero_point), codes, fixed)
+    return _Rounded(fake_quantize(array, codes, fixed, target, zero_point, clips=clips), codes, fixed)
+
+
+def _round_operands(
+    site: Site, operands: Sequence[jax.Array], rule: QuantizeRule, tracked: Any, beside: Mapping[Key, jax.Array]
+) -> list[_Rounded]:
+    """The operands of a site with a weight."""
+    side = site.weight_operand
+    assert side is not None
+    keys = _site_keys(beside.get((site.name, _KEY)))
+    rounded = [_Rounded(operand) for operand in operands]
+    rounded[side] = _round_weight(site, operands[side], rule, beside, keys[0])
+    if rule.activations != "none":
+        rounded[1 - side] = _round_activation(site, operands[1 - side], rule, tracked, keys[1])
+    return rounded
+
+
+def _round_weight(
+    site: Site, weight: jax.Array, rule: QuantizeRule, beside: Mapping[Key, jax.Array], key: jax.Array | None
+) -> _Rounded:
+    target = FORMATS[rule.weights]
+    given = {part: beside[site.name, part] for part in _PARTS if (site.name, part) in beside}
+    matrix = products.to_matrix(site, weight)
+    grid = make_grid(matrix, target, rule.granularity, rule.weight_range, **given)
+    if target.learned:  # its levels have leading axes as the matrix does
+        codes = matrix_codes(lax.stop_gradient(matrix), grid, target)
+        rounded = products.from_matrix(site, matrix_values(codes, grid, target))
+        # Levels that are trained get their gradient (Deep Compression, arXiv:1510.00149, section 3.3).
+        return _Rounded(_with_gradient_of_both(weight, rounded))
+    if "scale" in given:
+        grid = dataclasses.replace(grid, scale=settle(given["scale"], rule.granularity))
+    scale, zero_point = (_spread(site, part) for part in (grid.scale, grid.zero_point))
+    assert scale is not None
+    scale = scale.astype(jnp.float32)
+    if key is not None:
+        return _Rounded(stochastic_quantize(weight, scale, target, key, zero_point))
+    shared = None
+    if "scale" in given and target.kind in ("int", "affine"):
+        shared = max(1, math.prod(site.weight.shape) // math.prod(grid.scale.shape))
+    clips = "scale" in given or rule.weight_range != "absmax"
+    return _round(weight, scale, target, zero_point, shared=shared, clips=clips)
+
+
+def _round_activation(
+    site: Site, activation: jax.Array, rule: QuantizeRule, weight: Any, key: jax.Array | None
+) -> _Rounded:
+    target = FORMATS[rule.activations]
+    static = products.static_scale(site, rule, weight)
+    scale = products.activation_scale(site, activation, rule.activations, static)
+    if key is not None:
+        return _Rounded(stochastic_quantize(activation, scale, target, key))
+    if isinstance(weight, Tracked) and (site.name, SCALE) in weight.beside and target.kind == "int":
+        shared = math.prod(activation.shape[axis] for axis in products.activation_axes(site))
+        return _round(activation, settle(scale, "tensor"), target, shared=shared)
+    return _round(activation, scale, target, clips=static is not None)
+
+
+def _round_pair(site: Site, operands: Sequence[jax.Array], rule: QuantizeRule) -> list[_Rounded]:
+    """Both operands of a product of two activations, to the nearest code."""
+    scales = products.pair_scales(site, operands[0], operands[1], rule.activations)
+    target = FORMATS[rule.activations]
+    return [_round(operand, scale, target, clips=False) for operand, scale in zip(operands, scales, strict=True)]
+
+
+def _code_order(site: Site, rule: QuantizeRule, rounded: Sequence[_Rounded]) -> tuple[int, int] | None:
+    """The order of the operands in a product of their codes, or None where it is one of floats."""
+    if site.kind != "dot_general" or FORMATS[rule.weights].kind != "int" or products.float_reason(site, rule):
+        return None
+    return products.code_order(site) if all(part.codes is not None for part in rounded) else None
+
+
+def _code_product(site: Site, rounded: Sequence[_Rounded], order: tuple[int, int]) -> jax.Array:
+    """The product of codes, with the gradient of the float product of what they stand for."""
+    values = [part.value for part in rounded]
+    codes = [part.codes for part in rounded]
+    scales = [part.scale for part in rounded]
+
+    @jax.custom_jvp
+    def product(values: Sequence[jax.Array], codes: Any, scales: Any) -> jax.Array:
+        del values  # what a derivative is taken by; the codes hold the same numbers
+        return products.multiply_in_place(site, codes, scales, order)
+
+    def derivative(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+        values, codes, scales = primals
+        codes = lax.optimization_barrier(codes)  # rounded once: XLA would do it again for each use
+        moving = {side: t for side, t in enumerate(tangents[0]) if not isinstance(t, SymbolicZero)}
+
+        def linear(codes: Any, scales: Any, moving: dict[int, jax.Array]) -> jax.Array:
+            floats = [
+                (code.astype(jnp.float32) * scale).astype(operand.dtype)
+                for code, scale, operand in zip(codes, scales, site.operands, strict=True)
+            ]
+            terms = [
+                _compat.bind(site.eqn, [tangent if k == side else floats[k] for k in range(2)])[0]
+                for side, tangent in moving.items()
+            ]
+            return terms[0] if len(terms) == 1 else terms[0] + terms[1]
+
+        # Codes are kept for the derivative, a quarter of the bytes of the floats that are made of them again.
+        return product(values, codes, scales), jax.checkpoint(linear, prevent_cse=False)(codes, scales, moving)
+
+    product.defjvp(derivative, symbolic_zeros=True)
+    return product(values, codes, scales)
+
+
+def _rows_alone(site: Site, rule: QuantizeRule, beside: Mapping[Key, jax.Array]) -> bool:
+    """Whether a row of a table is rounded by what is in it: then those that are looked up are enough."""
+    given = any((site.name, what) in beside for what in (_KEY, *_PARTS))
+    return not given and rule.granularity != "tensor" and not FORMATS[rule.weights].learned
+
+
+def _fake_rows(site: Site, rows: jax.Array, rule: QuantizeRule) -> jax.Array:
+    """What a gather has looked up, rounded as the table would be."""
+    target = FORMATS[rule.weights]
+    axis = site.params["dimension_numbers"].offset_dims[-1]  # the first one may be the rows' dimension, kept
+    exact = jnp.moveaxis(rows.astype(jnp.float32), axis, 0)
+    matrix = exact.reshape((exact.shape[0], -1))
+    grid = make_grid(matrix, target, rule.granularity, rule.weight_range)
+    rounded = matrix_values(matrix_codes(lax.stop_gradient(matrix), grid, target), grid, target)
+    faked = straight_through(exact, rounded.reshape(exact.shape), True)
+    return jnp.moveaxis(faked, 0, axis).astype(rows.dtype)
+
+
+def _with_gradient_of_both(weight: jax.Array, rounded: jax.Array) -> jax.Array:
+    through = weight.astype(jnp.float32)
+    return (rounded + (through - lax.stop_gradient(through))).astype(weight.dtype)
+
+
+def _spread(site: Site, part: jax.Array | None) -> jax.Array | None:
+    """A part of a grid [..., G, N], broadcastable to the weight operand."""
+    if part is None:
+        return None
+    groups = part.shape[-2]
+    rows = products.contracted_size(site) // groups
+    return products.from_matrix(site, jnp.repeat(part, rows, axis=-2) if groups > 1 else part)
+
+
+def _beside(
+    planned: list[SitePlan],
+    ranges: Mapping[str, jax.Array],
+    scales: Mapping[str, Mapping[str, jax.Array]],
+    key: jax.Array | None,
+    weights: Any,
+) -> dict[str, dict[Key, jax.Array]]:
+    """What travels beside each weight to its sites, one step of a stack at a time."""
+    _check_names(scales, planned)
+    named = name_leaves(weights, prefix="weights")
+    arrays: dict[Key, jax.Array] = {(name, RANGE): jnp.asarray(value) for name, value in ranges.items()}
+    for entry in planned:
+        site = entry.site
+        assert site.path is not None
+        missing = [] if site.path in named else [path for path in made_of(site) if path not in named]
+        if missing:
+            raise ModelError(
+                f"the plan quantizes weight {missing[0]!r}, which is not among {some_names(named)}; give the tree of "
+                f"weights that the plan's program has"
+            )
+        for part, value in scales.get(site.path, {}).items():
+            if part in _PARTS:
+                arrays[site.name, part] = value
+        if "activation" in scales.get(site.name, {}):
+            arrays[site.name, SCALE] = scales[site.name]["activation"]
+        if key is not None:
+            own = jax.random.fold_in(key, zlib.crc32(site.name.encode()))
+            like = stored_like(site, named)
+            laid = jax.eval_shape(lambda array, site=site: lay_out(array, site.layout), like)
+            steps = tuple(laid.shape[: site.stacked])
+            arrays[site.name, _KEY] = jax.random.split(own, (*steps, 2))
+    return products.beside([entry.site for entry in planned], arrays)
+
+
+def _check_met(planned: Sequence[SitePlan], met: set[str], escapes: Escapes) -> None:
+    """Refuses a function that uses a planned weight, but not at its site: there it would silently stay float."""
+    for entry in planned:
+        name, path = entry.site.name, entry.site.path
+        if name not in met and not escapes.paths.isdisjoint((path, *made_of(entry.site))):
+            where = f"site {name!r}" if name != path else "its product"
+            raise UnsupportedError(
+                f"fake_quant: weight {path!r} is changed before it reaches {where}, which would stay float; what "
+                f"changes it belongs outside, as in masked(fake_quant(fn, plan), masks)"
+            )
+
+
+def _check_names(scales: Mapping[str, Mapping[str, Any]], planned: list[SitePlan]) -> None:
+    known = {entry.site.path for entry in planned} | {entry.site.name for entry in planned}
+    for name in scales:
+        if name not in known:
+            raise ModelError(f"scales are given for {name!r}, which the plan does not quantize")
+
+
+def _site_keys(keys: jax.Array | None) -> tuple[jax.Array | None, jax.Array | None]:
+    """Keys for the weight and for the activation."""
+    return (None, None) if keys is None else (keys[0], keys[1])

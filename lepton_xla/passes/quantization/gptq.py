@@ -1,0 +1,373 @@
+"""GPTQ: rounds a weight row by row, each row's error made up for by the rows still to come.
+
+Frantar et al. 2022, arXiv:2210.17323. The error that counts is that of the outputs, `||X (W - Q)||`, for which only the
+Gram matrix of the inputs, `X^T X`, is needed.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import functools
+import hashlib
+import os
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from lepton_xla import _compat
+from lepton_xla.passes.core import matrix
+from lepton_xla.passes.core.alike import Alike
+from lepton_xla.passes.core.calibration import as_batches
+from lepton_xla.passes.core.precomputation import for_plan
+from lepton_xla.passes.core.statistics import Statistics, collect_statistics, pooled
+from lepton_xla.passes.quantization.inverse_factor import inverse_factor
+from lepton_xla.passes.quantization.rounding import (
+    GivenGrids,
+    Planned,
+    given,
+    grid_matrices,
+    nearest,
+    planned_weights,
+    weight_report,
+    whole_grid,
+)
+from lepton_xla.program import Program
+from lepton_xla.quant import FORMATS
+from lepton_xla.quant.formats import Format
+from lepton_xla.quant.grid import Grid, decode, encode, make_grid, matrix_codes
+from lepton_xla.report import PassReport, SiteReport
+
+if TYPE_CHECKING:
+    from lepton_xla.recipe import Plan, QuantizeRule
+
+# Elements of Gram matrices that are factored at once.
+ELEMENTS_AT_ONCE = 2**22
+# Elements of a weight up to which it is rounded beside others.
+SMALL = 2**20
+
+_HIGHEST = lax.Precision.HIGHEST
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """How GPTQ goes over a weight.
+
+    Attributes:
+        act_order: whether rows are rounded in the order of their inputs' magnitude, the largest first. Groups are of
+            neighbouring rows of the weight either way.
+        damping: what is added to the diagonal of the Gram matrix, as a share of its mean.
+        block: rows whose errors are carried on to the rest at once. Each row is taken off those of its block that
+            come after it, which a cache should hold.
+    """
+
+    act_order: bool = True
+    damping: float = 0.01
+    block: int = 32
+
+
+def gptq_values(
+    weight: jax.Array,
+    gram: jax.Array,
+    grid: Grid,
+    target: Format,
+    options: Options | None = None,
+    mask: jax.Array | None = None,
+) -> jax.Array:
+    """Rounds one weight matrix to a grid.
+
+    Groups have the scales that they start with: rounding one group does not move the grid of the next.
+
+    Args:
+        weight: `[K, N]`, float32 or float64; all is computed in its dtype.
+        gram: `[K, K]`, `X^T X` up to a factor. A row of zeros is an input that was never seen; its weights are rounded
+            to nearest. A matrix that is singular at the damping asked for gets more of it.
+        grid: scale `[G, N]` for G groups of rows, zero point likewise, levels `[levels]`.
+        target: the format.
+        options: how.
+        mask: bool `[K, N]`: False marks a weight that stays zero, whose error the others make up for.
+
+    Returns:
+        `[K, N]`, values of the grid.
+    """
+    options = options or Options()
+    return _rounded(weight, _ordered(gram.astype(weight.dtype), options), grid, target, options, mask)
+
+
+def _ordered(gram: jax.Array, options: Options) -> tuple[jax.Array, jax.Array]:
+    """The order in which the rows of a weight are rounded, `[K]`, and `inverse_factor` with rows and columns in it."""
+    seen = jnp.diagonal(gram)
+    gram = gram + jnp.diag(jnp.where(seen <= 0, jnp.ones_like(seen), jnp.zeros_like(seen)))
+    order = jnp.argsort(-seen) if options.act_order else jnp.arange(len(seen))
+    return order, inverse_factor(jnp.take(jnp.take(gram, order, 0), order, 1), jnp.mean(seen), options.damping)
+
+
+def _rounded(
+    weight: jax.Array,
+    ordered: tuple[jax.Array, jax.Array],
+    grid: Grid,
+    target: Format,
+    options: Options,
+    mask: jax.Array | None = None,
+) -> jax.Array:
+    """`gptq_values` with what `_ordered` makes of the Gram matrix."""
+    depth, columns = weight.shape
+    dtype = weight.dtype
+    order, factor = ordered
+
+    # Rows are padded to whole blocks; a padded row is zero, and no other depends on it.
+    block = min(options.block, depth)
+    padding = -depth % block
+    groups = order // (depth // grid.scale.shape[0])
+    rows = jnp.pad(jnp.take(weight, order, 0), ((0, padding), (0, 0)))
+    scale = jnp.broadcast_to(grid.scale, (grid.scale.shape[0], columns)).astype(jnp.float32)
+    scale = jnp.pad(jnp.take(scale, groups, 0), ((0, padding), (0, 0)), constant_values=1)
+    zero = jnp.zeros_like(scale)
+    if grid.zero_point is not None:
+        zero = jnp.broadcast_to(grid.zero_point, (grid.scale.shape[0], columns)).astype(jnp.float32)
+        zero = jnp.pad(jnp.take(zero, groups, 0), ((0, padding), (0, 0)))
+    kept = jnp.ones(rows.shape, bool)
+    if mask is not None:
+        kept = jnp.pad(jnp.take(mask, order, 0), ((0, padding), (0, 0)))
+    factor = jnp.pad(factor, ((0, padding), (0, padding)))
+    diagonal = jnp.diagonal(factor)
+    diagonal = jnp.where(diagonal == 0, jnp.ones_like(diagonal), diagonal)
+    later = jnp.arange(rows.shape[0])
+
+    def round_row(row: jax.Array, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        start, part, rounded, errors, corner = state
+        at = start + row
+        exact = part[row]
+        code = encode(exact, scale[at], target, zero[at], grid.codebook)
+        value = decode(code, scale[at], target, zero[at], grid.codebook).astype(dtype)
+        value = jnp.where(kept[at], value, jnp.zeros_like(value))
+        error = (exact - value) / diagonal[at]
+        part = part - jnp.outer(corner[row], error)
+        return start, part, rounded.at[row].set(value), errors.at[row].set(error), corner
+
+    def round_block(number: jax.Array, state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        rest, done = state
+        start = number * block
+        part = lax.dynamic_slice(rest, (start, 0), (block, columns))
+        influence = lax.dynamic_slice(factor, (start, 0), (block, factor.shape[1]))
+        corner = lax.dynamic_slice(influence, (0, start), (block, block))
+        blank = jnp.zeros_like(part)
+        _, _, rounded, errors, _ = lax.fori_loop(0, block, round_row, (start, part, blank, blank, corner))
+        influence = jnp.where(later[None, :] >= start + block, influence, jnp.zeros_like(influence))
+        rest = rest - jnp.matmul(influence.T, errors, precision=_HIGHEST)
+        return rest, lax.dynamic_update_slice(done, rounded, (start, 0))
+
+    _, done = lax.fori_loop(0, rows.shape[0] // block, round_block, (rows, jnp.zeros_like(rows)))
+    return jnp.zeros_like(weight).at[order].set(done[:depth])
+
+
+def gptq_codes(
+    weight: jax.Array,
+    gram: jax.Array,
+    *,
+    bits: int = 4,
+    symmetric: bool = True,
+    group: int = 0,
+    act_order: bool = True,
+    damping: float = 0.01,
+    block: int = 32,
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """Quantizes one weight matrix to integers: `(codes - zero) * scale`.
+
+    Args:
+        weight: `[K, N]`.
+        gram: `[K, K]`, `X^T X` up to a factor.
+        bits: 4 or 8.
+        symmetric: the codes of `int4` or `int8`, without a zero point; else from 0 up with one.
+        group: rows that share a scale; 0 for all.
+        act_order, damping, block: as in `Options`.
+
+    Returns:
+        Codes `[K, N]` in int32, scale `[K / group, N]`, and zero point likewise or None.
+
+    Raises:
+        RecipeError: if the groups do not divide `K`.
+    """
+    target = FORMATS[f"{'int' if symmetric else 'uint'}{bits}"]
+    grid = make_grid(weight, target, f"group:{group}" if group else "channel")
+    values = gptq_values(weight, gram, grid, target, Options(act_order, damping, block))
+    return matrix_codes(values, grid, target).astype(jnp.int32), grid.scale, grid.zero_point
+
+
+def gptq(
+    program: Program,
+    plan: Plan,
+    batches: Iterable[Mapping[str, Any]],
+    *,
+    options: Options | None = None,
+    sequential: bool = False,
+    known: dict[str, Rounded] | None = None,
+) -> tuple[Program, GivenGrids]:
+    """Rounds each planned weight to its grid so that its outputs on the data change least.
+
+    Each output column is rounded by GPTQ or to nearest, whichever errs less on the data. Pruned weights stay zero.
+
+    Args:
+        program: the float program that the plan was made for.
+        plan: which weights, to which formats.
+        batches: input dicts, such as `{"image": array}`; at least one.
+        options: how.
+        sequential: measure the inputs of each weight with those before it rounded already, as the paper does: one pass
+            over the data for each weight. Otherwise all are measured in one pass on the float program.
+        known: what rounding came to before, by path: a weight that is what it was, at products that meet what they
+            met, is not rounded again. What is rounded is put there.
+
+    Returns:
+        The program with float weights on their grids, and the grids for what stores them.
+
+    Raises:
+        CalibrationError: as `collect_statistics`.
+        RecipeError, ModelError: as `whole_grid` and `planned_weights`.
+    """
+    program = for_plan(program, plan)
+    start = time.perf_counter()
+    options = options or Options()
+    data = list(as_batches(batches))
+    weights: dict[str, Any] = dict(program.weights)
+    all_planned, reports = planned_weights(program, plan)
+    grids: GivenGrids = {}
+    known = {} if known is None else known
+    digests = {planned.path: _digest(planned.stored) for planned in all_planned}
+    changed = [each for each in all_planned if each.path not in known or known[each.path].of != digests[each.path]]
+    found: dict[str, Statistics] = {}
+    if changed and not sequential:
+        found = collect_statistics(program, [site for each in changed for site in each.products], data, gram=True)
+
+    def round_one(planned: Planned) -> None:
+        seen = [found.pop(site.name) for site in planned.products]
+        rounded, grid, errors = _round(planned, pooled(seen, "gram"), program.masks.get(planned.path), options)
+        reached = bool(np.all(np.sum([each.rows for each in seen], axis=0) > 0))
+        reports = _reports(planned, rounded, reached, errors)
+        known[planned.path] = Rounded(digests[planned.path], rounded, given(grid), reports)
+
+    if not sequential:
+        # Compiling is most of it where weights are small, and leaves the interpreter to others meanwhile.
+        with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+            if pool.submit(_compat.settings).result() == _compat.settings():  # else the threads would compute otherwise
+                list(pool.map(round_one, _small_of_each_kind(changed)))
+    for planned in all_planned:
+        path = planned.path
+        if path not in known or known[path].of != digests[path]:
+            if sequential:
+                found = collect_statistics(program.replace(weights=weights), planned.products, data, gram=True)
+            round_one(planned)
+        weights[path], grids[path] = known[path].weight, known[path].grid
+        reports += known[path].reports
+    report = PassReport("gptq", time.perf_counter() - start, tuple(reports))
+    return program.replace(weights=weights, history=(*program.history, report)), grids
+
+
+def _small_of_each_kind(planned: Sequence[Planned]) -> list[Planned]:
+    """One of the weights of each shape that share what is compiled, of those that several of fit the memory."""
+    small = [each for each in planned if each.stored.size <= SMALL]
+    return list({(Alike(each.site), each.rule): each for each in reversed(small)}.values())
+
+
+@dataclasses.dataclass(frozen=True)
+class Rounded:
+    """What rounding one weight came to.
+
+    Attributes:
+        of: a digest of the weight.
+        weight: it, rounded.
+        grid: the grid it is on.
+        reports: a line for each of its sites.
+    """
+
+    of: bytes
+    weight: jax.Array
+    grid: dict[str, jax.Array]
+    reports: list[SiteReport]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Errors:
+    """Relative errors of the outputs, `||X (W - Q)|| / ||X W||`, over all steps."""
+
+    gptq: float
+    nearest: float
+
+
+def _round(
+    planned: Planned, gram: jax.Array, mask: jax.Array | None, options: Options
+) -> tuple[jax.Array, Grid, _Errors]:
+    """A stored weight rounded, each column the better of two ways, and its grid."""
+    ordered = _all_ordered(gram, options)
+    rounded, grid, sums = _better_of_two(
+        planned.stored, gram, ordered, mask, Alike(planned.site), planned.rule, options
+    )
+    best, plain, total = (float(part) for part in sums)
+    size = max(total, float(np.finfo(np.float32).tiny))
+    return rounded, grid, _Errors((best / size) ** 0.5, (plain / size) ** 0.5)
+
+
+@functools.partial(jax.jit, static_argnames="options")
+def _all_ordered(gram: jax.Array, options: Options) -> tuple[jax.Array, jax.Array]:
+    """`_ordered` of each of `[*steps, B, K, K]`; of its own, so that weights of one depth share what is compiled."""
+    at_once = ELEMENTS_AT_ONCE // gram.shape[-1] ** 2
+    order = functools.partial(_ordered, options=options)
+    return matrix.batched_map(order, gram.shape[:-2], gram.astype(jnp.float32), at_once=at_once)
+
+
+@functools.partial(jax.jit, static_argnames=("like", "rule", "options"))
+def _better_of_two(
+    stored: jax.Array,
+    gram: jax.Array,
+    ordered: tuple[jax.Array, jax.Array],
+    mask: jax.Array | None,
+    like: Alike,
+    rule: QuantizeRule,
+    options: Options,
+) -> tuple[jax.Array, Grid, jax.Array]:
+    """The weight rounded, its grid, and sums of squares of its outputs' errors, of those to nearest, of the outputs.
+
+    Of its own, so that weights of one shape share what is compiled.
+    """
+    site, target = like.site, FORMATS[rule.weights]
+    exact = matrix.stored_matrix(site, stored).astype(jnp.float32)
+    grid = whole_grid(site, rule, exact)
+    kept = jnp.ones(exact.shape, bool)
+    if mask is not None:
+        kept = matrix.stored_matrix(site, mask.astype(stored.dtype)) != 0
+
+    def one(
+        weight: jax.Array, gram: jax.Array, ordered: tuple[jax.Array, jax.Array], grid: Grid, kept: jax.Array
+    ) -> Any:
+        plain = jnp.where(kept, nearest(weight, grid, target), jnp.zeros_like(weight))
+        chosen = _rounded(weight, ordered, grid, target, options, kept)
+        squares = [output_squares(weight - rounded, gram) for rounded in (chosen, plain)]
+        chosen = jnp.where(squares[0] <= squares[1], chosen, plain)
+        return chosen, jnp.minimum(*squares), squares[1], output_squares(weight, gram)
+
+    at_once = ELEMENTS_AT_ONCE // exact.shape[-2] ** 2
+    matrices = grid_matrices(site, grid)
+    parts = (exact, gram, ordered, matrices, kept)
+    chosen, *squares = matrix.batched_map(one, exact.shape[:-2], *parts, at_once=at_once)
+    sums = jnp.stack([jnp.sum(part) for part in squares])
+    return matrix.stored_weight(site, chosen, stored), grid, sums
+
+
+def output_squares(weight: jax.Array, gram: jax.Array) -> jax.Array:
+    """`||X w||^2` of each column of `[K, N]`."""
+    return jnp.maximum(jnp.sum(weight * jnp.matmul(gram, weight, precision=_HIGHEST), axis=0), 0)
+
+
+def _reports(planned: Planned, stored: Any, reached: bool, errors: _Errors) -> list[SiteReport]:
+    reason = "" if reached else "to nearest where the calibration data does not reach it"
+    metrics = {"output_error": errors.gptq, "nearest_output_error": errors.nearest}
+    action = f"{planned.rule.weights} gptq"
+    return [weight_report(entry.site, action, stored, reason, metrics) for entry in planned.entries]
+
+
+def _digest(weight: jax.Array) -> bytes:
+    return hashlib.sha256(np.ascontiguousarray(np.asarray(weight)).view(np.uint8)).digest()

@@ -1,0 +1,489 @@
+"""Stores planned weights small, computes with their codes where that is possible, and takes back what does not pay.
+
+A candidate is judged by the clock, not by hope. Each integer product is timed against float at the sizes the program
+will be compiled for; then the whole program is timed with ever more of the promising ones, since what a product costs
+beside its neighbours differs from what it costs alone. A site that does not make the whole faster keeps float
+arithmetic, with its weight still stored small, and unpacked once on loading where unpacking it on each call costs time.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import logging
+import math
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lepton_xla.errors import CalibrationError, ModelError
+from lepton_xla.passes.alternatives.autotuning import choose, times_us
+from lepton_xla.passes.core import matrix
+from lepton_xla.passes.core.alike import Alike
+from lepton_xla.passes.core.calibration import needs_range
+from lepton_xla.passes.core.names import Key, fresh
+from lepton_xla.passes.core.precomputation import for_plan
+from lepton_xla.passes.core.sites import Site, find_sites, lay_out, rewrite_sites
+from lepton_xla.passes.core.walker import Context, Values, materialize
+from lepton_xla.passes.quantization import products
+from lepton_xla.passes.quantization.measurement import Candidate, Timing, compare, time_programs
+from lepton_xla.passes.quantization.products import RANGE, SCALE
+from lepton_xla.passes.quantization.rounding import is_finite
+from lepton_xla.passes.quantization.whole_program import WORTH_RATIO, WholeProgram, WholeTiming, loses
+from lepton_xla.program import Expansion, Program, abstract, leaf_bytes, tree_bytes
+from lepton_xla.quant import QTensor
+from lepton_xla.quant.grid import settle
+from lepton_xla.quant.learned import raw_scales
+from lepton_xla.report import PassReport, SiteReport
+
+if TYPE_CHECKING:
+    from lepton_xla.recipe import Plan, QuantizeRule
+
+_LOG = logging.getLogger(__name__)
+
+# What a report says of weights that an artifact unpacks while it loads.
+AT_LOAD = "unpacked once, on loading: on each call it is slower"
+# Alone at this share of float's time or more, a product is not tried in the whole program.
+HOPELESS_RATIO = 1.2
+# How many sets of integer sites are tried in the whole program, the empty one not counted.
+MAX_SETS = 4
+# At how many sizes the whole program is timed at most.
+MAX_SIZES = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class _Planned:
+    """A site that is to be quantized, and by which rule."""
+
+    site: Site
+    rule: QuantizeRule
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["operand"], meta_fields=[])
+@dataclasses.dataclass(frozen=True)
+class _Unpacked:
+    """A stored weight that loading has made the float operand of its product: no longer to be laid out."""
+
+    operand: jax.Array
+
+
+def lower(
+    program: Program,
+    plan: Plan,
+    ranges: Mapping[str, jax.Array] | None = None,
+    *,
+    scales: Mapping[str, Mapping[str, jax.Array]] | None = None,
+    sizes: Sequence[Mapping[str, int]] = (),
+    in_float: Mapping[str, str] | None = None,
+    among: frozenset[str] | None = None,
+    known: dict[str, tuple[jax.Array, QTensor]] | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> Program:
+    """Stores planned weights in their formats and computes with their codes.
+
+    Args:
+        program: the float program that the plan was made for.
+        plan: which sites get what.
+        ranges: site name -> range, from `calibrate`; needed for static sites.
+        scales: what training or another pass has found, in the place of what a weight's range gives: weight path ->
+            any of `scale`, `zero_point`, `codebook`, with the stacked axes leading, as `QTensor` has them; and site
+            name -> `activation`, the scale of its activation, static from then on. Or their logarithms, as
+            `initial_scales` has them.
+        sizes: sizes of the symbolic dimensions, such as `[{"batch": 1}, {"batch": 32}]`, at which integer products are
+            timed against float. Empty: nothing is timed and every planned site is computed as planned.
+        in_float: site name -> why its product is computed in float although an integer one is planned.
+        among: names of the sites that measuring an almost equal program chose to compute from codes: it is they or
+            none of the planned ones here. None: sets of sites are tried.
+        known: float weights, by path, and as what they were stored before; what is stored is put there.
+        progress: called with a line as each site is looked at.
+
+    Returns:
+        A program whose planned weights are `QTensor`s, and whose history says what each site became and why.
+
+    Raises:
+        CalibrationError: if a static site has no range, or one that is not finite.
+        ModelError: if a weight that is to be quantized, or a scale, is not finite.
+    """
+    program = for_plan(program, plan)
+    start = time.perf_counter()
+    say = progress or (lambda _line: None)
+    given = raw_scales(scales)
+    weights: dict[str, Any] = dict(program.weights)
+    like = abstract(program.weights)
+    reports: list[SiteReport] = []
+    stored: list[_Planned] = []
+    known = {} if known is None else known
+    for path, group in _by_weight(plan).items():
+        weight = program.weights[path]
+        if path not in known or known[path][0] is not weight:
+            known[path] = weight, _store(group[0], weight, given.get(path, {}))
+        weights[path] = known[path][1]
+        stored += group
+    pairs = [
+        _Planned(entry.site, entry.quantize)
+        for entry in plan.sites
+        if entry.quantize is not None and entry.site.path is None
+    ]
+    every = [*stored, *pairs]
+    reasons = {planned.site.name: products.float_reason(planned.site, planned.rule) for planned in every}
+    reasons |= {name: reason for name, reason in (in_float or {}).items() if name in reasons}
+    candidates = [planned for planned in every if planned.rule.activations != "none" and not reasons[planned.site.name]]
+    values: dict[Key, jax.Array] = {}
+    for planned in candidates:
+        trained = given.get(planned.site.name, {}).get("activation")
+        if trained is not None:
+            values[planned.site.name, SCALE] = settle(trained, "tensor")
+        elif needs_range(planned.rule):
+            values[planned.site.name, RANGE] = _finite_range(planned.site, ranges)
+    names = _names(values, like)
+    began = time.perf_counter()
+    choices = choose(program, sizes if candidates else (), say)
+    timings = _time_sites(program, candidates, sizes, say)
+    timed_s = time.perf_counter() - began
+    reasons |= {name: _wrong_reason(name, found) for name, found in timings.items() if any(t.wrong for t in found)}
+    candidates = [planned for planned in candidates if not reasons[planned.site.name]]
+
+    prepared_s = time.perf_counter() - start - timed_s
+
+    def build(integer: frozenset[str]) -> Callable[..., Any]:
+        beside = {key: name for key, name in names.items() if key[0] in integer}
+        return _lowered(program.fn, like, every, beside, _pads(integer, timings))
+
+    compiled: dict[str, Any] = {}
+    laid: dict[str, jax.Array] = {}
+
+    def variant(integer: frozenset[str], unpacked: bool) -> tuple[Callable[..., Any], Any]:
+        """The program with these sites computed from codes, and the weights it takes.
+
+        In the place of an unpacked weight stands the float one that it was made from: it takes no memory of its own,
+        and an operation as much time.
+        """
+        own = weights | _own(values, names, integer)
+        for path, site in _unpackable(stored, integer).items() if unpacked else ():
+            if path not in laid:
+                laid[path] = _laid(program.weights[path], Alike(site)) if site.layout else program.weights[path]
+            own[path] = laid[path]
+        return Candidate(choices.apply(build(integer)), compiled), own  # as `autotune` will leave it
+
+    floating = (Candidate(choices.apply(program.fn), compiled), program.weights)
+    whole = WholeProgram(program, floating, variant, time_programs, say)
+    may_unpack = plan.recipe.unpack == "measured"
+    sets = _candidate_sets(candidates, timings) if among is None else [frozenset(), among & set(timings)]
+    if len(set(sets)) == 1:
+        sets = sets[:1]
+    tried = whole.sets(sets, _spread(sizes), may_unpack) if len(sets) > 1 else []
+    integer = _fastest(sets, tried)
+    lowered_us = {at: timed.set_us[sets.index(integer)] for at, timed in enumerate(tried)}
+    unpackable = _unpackable(stored, integer)
+    expansion = None
+    if unpackable and may_unpack and sizes:
+        once, tried, lowered_us = whole.unpacking(integer, _spread(sizes), tried, lowered_us)
+        expansion = Expansion(functools.partial(_unpack, unpackable), build(integer)) if once else None
+    weights |= _own(values, names, integer)
+    counted: set[str] = set()
+    for planned in every:
+        name, path = planned.site.name, planned.site.path
+        entry = _report(planned, reasons[name], integer, timings.get(name, []))
+        if path is not None:
+            before = leaf_bytes(like[path].shape, like[path].dtype)
+            reason = "; ".join(
+                part for part in (entry.reason, _zero_channels(planned.site, program.weights[path])) if part
+            )
+            after = tree_bytes(weights[path])
+            entry = dataclasses.replace(entry, reason=reason)
+            if path not in counted:  # the bytes of a weight that several sites use are told once
+                entry = dataclasses.replace(entry, bytes_before=before, bytes_after=after)
+            counted.add(path)
+        reports.append(_at_load(entry) if expansion is not None and path in unpackable else entry)
+    for entry in plan.sites:
+        if entry.not_quantized:
+            size = 0 if entry.site.path in counted else entry.weight_bytes
+            counted.add(entry.site.path or "")
+            reports.append(SiteReport(entry.site.name, "kept float", entry.not_quantized, size, size))
+    metrics: dict[str, Any] = {
+        "weights_bytes_before": program.weights_bytes,
+        "weights_bytes_after": tree_bytes(weights),
+    }
+    if tried:
+        metrics["whole_program"] = [
+            {"sizes": timed.sizes, "float_us": timed.float_us, "lowered_us": lowered_us[at]}
+            for at, timed in enumerate(tried)
+        ]
+    metrics["seconds"] = {
+        "store weights": prepared_s,
+        "time products": timed_s,
+        "time the whole program": whole.seconds,
+    }
+    report = PassReport("lower", time.perf_counter() - start, tuple(reports), metrics)
+    history = (*program.history, report)
+    return program.replace(fn=build(integer), weights=weights, history=history, expansion=expansion)
+
+
+@functools.partial(jax.jit, static_argnames="like")
+def _laid(weight: jax.Array, like: Alike) -> jax.Array:
+    return lay_out(weight, like.site.layout)
+
+
+def _lowered(
+    fn: Callable[..., Any],
+    like: Any,
+    every: Sequence[_Planned],
+    beside: Mapping[Key, str],
+    pad_single: Mapping[str, bool],
+) -> Callable[..., Any]:
+    """The function on stored weights, the sites named in `pad_single` computed from codes.
+
+    Args:
+        fn: the float program's.
+        like: its weights' shapes.
+        every: the sites whose weights are stored small, and the products of two activations.
+        beside: site and what of it -> name of a static range or scale among the new function's weights.
+        pad_single: site name -> whether a single row is padded to two.
+    """
+    by_name = {planned.site.name: planned.rule for planned in every}
+    sites = [planned.site for planned in every]
+    small = {site.path for site in sites if site.path is not None}
+
+    def rule(site: Site, context: Context, eqn: Any, values: Values) -> Values | None:
+        planned = by_name.get(site.name)
+        if planned is None:
+            return None
+        if site.weight_operand is None:
+            # At other sizes than the plan's, another product may have this name.
+            unfit = products.unsupported(site, planned) or products.float_reason(site, planned)
+            if site.name not in pad_single or unfit:
+                return None
+            left, right = (materialize(value) for value in values)
+            pad = pad_single[site.name]
+            return [products.pair_product(site, left, right, planned.activations, pad_single=pad)]
+        tracked = values[site.weight_operand]
+        activation = materialize(values[1 - site.weight_operand])
+        if site.kind == "gather":
+            return [products.look_up(site, tracked.value, activation)]
+        if site.name in pad_single:
+            scale = products.static_scale(site, planned, tracked)
+            pad = pad_single[site.name]
+            name = planned.activations
+            return [products.code_product(site, activation, tracked.value, name, scale, pad_single=pad)]
+        stored = tracked.value
+        weight = stored.operand if isinstance(stored, _Unpacked) else products.restore(site, stored)
+        return context.bind(eqn, (activation, weight) if site.weight_operand == 1 else (weight, activation))
+
+    def run(weights: Mapping[str, Any], *inputs: Any) -> Any:
+        arrays = {key: weights[name] for key, name in beside.items()}
+        own = {name: leaf for name, leaf in weights.items() if name in like}
+        own |= {name: _Unpacked(own[name]) for name in small if not isinstance(own[name], QTensor)}
+        travelling = products.beside(sites, arrays)
+        return rewrite_sites(fn, rule, inline=True, on_unknown="keep", like=like, beside=travelling)(own, *inputs)
+
+    return run
+
+
+def _store(planned: _Planned, weight: jax.Array, given: Mapping[str, jax.Array]) -> QTensor:
+    """Quantizes one stored weight, stacked axes and all, in its site's layout.
+
+    Raises:
+        ModelError: if the weight, or a scale given, is not finite.
+    """
+    site = planned.site
+    grid = {name: array for name, array in given.items() if name != "activation"}
+    for what, array in (("it", weight), *((f"its {name}", array) for name, array in grid.items())):
+        if not is_finite(array):
+            raise ModelError(f"weight {site.path!r} cannot be quantized: {what} holds NaN or infinity")
+    return _quantized(weight, grid, Alike(site), planned.rule)
+
+
+@functools.partial(jax.jit, static_argnames=("like", "rule"))
+def _quantized(weight: jax.Array, grid: Mapping[str, jax.Array], like: Alike, rule: QuantizeRule) -> QTensor:
+    """Compiled once for all weights of one shape."""
+    format_of = (rule.weights, rule.granularity)
+    quantize = lambda step, grid: products.store(like.site, step, *format_of, grid, rule.weight_range)  # noqa: E731
+    for _ in range(like.site.stacked):
+        quantize = jax.vmap(quantize)
+    return quantize(lay_out(weight, like.site.layout), grid)
+
+
+def _zero_channels(site: Site, weight: jax.Array) -> str:
+    """Says how many output channels are all zero: they stay so, but somebody may not know."""
+    if site.kind == "gather":  # a table's rows are no channels
+        return ""
+    zero = np.asarray(_zeros(weight, Alike(site)))
+    return f"{zero.sum()} of its {zero.size} channels are all zero" if zero.any() else ""
+
+
+@functools.partial(jax.jit, static_argnames="like")
+def _zeros(weight: jax.Array, like: Alike) -> jax.Array:
+    """Whether all of each output channel is zero: bool `[*steps, B, N]`."""
+    return ~jnp.any(matrix.stored_matrix(like.site, weight) != 0, axis=-2)
+
+
+def _finite_range(site: Site, ranges: Mapping[str, jax.Array] | None) -> jax.Array:
+    value = products.range_of(site, ranges)
+    if not is_finite(value):
+        raise CalibrationError(f"the activation range of site {site.name!r} is not finite")
+    return value
+
+
+def _names(values: Mapping[Key, Any], weights: Mapping[str, Any]) -> dict[Key, str]:
+    """What each static range and scale is called among the weights."""
+    names: dict[Key, str] = {}
+    for site, what in values:
+        names[site, what] = fresh(site, what, {*weights, *names.values()})
+    return names
+
+
+def _by_weight(plan: Plan) -> dict[str, list[_Planned]]:
+    """Planned sites by the weight they share."""
+    groups: dict[str, list[_Planned]] = {}
+    for planned in plan.sites:
+        if planned.quantize is not None and planned.site.path is not None:
+            groups.setdefault(planned.site.path, []).append(_Planned(planned.site, planned.quantize))
+    return groups
+
+
+def _time_sites(
+    program: Program, candidates: Sequence[_Planned], sizes: Sequence[Mapping[str, int]], say: Callable[[str], None]
+) -> dict[str, list[Timing]]:
+    """Float against integer arithmetic at each site and size; empty lists where there is no size to time at."""
+    found = [(at, {site.name: site for site in find_sites(program, sizes=at)}) for at in sizes]
+    timings: dict[str, list[Timing]] = {}
+    for planned in candidates:
+        name = planned.site.name
+        if found:
+            say(name)
+        # A program may take another way at some sizes.
+        timings[name] = [_compared(by_name[name], planned.rule, at) for at, by_name in found if name in by_name]
+    return timings
+
+
+def _compared(site: Site, rule: QuantizeRule, at: Mapping[str, int]) -> Timing:
+    """The product in codes against the best of float."""
+    timing = compare(site, rule, at)
+    return dataclasses.replace(timing, float_us=min([timing.float_us, *times_us(site.eqn)]))
+
+
+def _wrong_reason(name: str, timings: Sequence[Timing]) -> str:
+    """Why a product of codes that came out wrong here is not used, also in the log: it is a fault of the platform."""
+    worst = next(timing for timing in timings if timing.wrong)
+    at = "".join(f", {symbol} {size}" for symbol, size in worst.sizes.items())
+    how = f"is wrong by {worst.error:.0%} of the largest value" if math.isfinite(worst.error) else "is not finite"
+    reason = f"XLA's product of codes {how} on this {jax.default_backend()}{at}, so it is computed in float"
+    _LOG.warning("%s: %s", name, reason)
+    return reason
+
+
+def _padded(timings: Sequence[Timing]) -> bool:
+    """Whether single rows are better padded to two."""
+    return any(timing.padded_us is not None and timing.padded_us < timing.integer_us for timing in timings)
+
+
+def _ratio(timings: Sequence[Timing]) -> float:
+    """Integer time over float time, the geometric mean over sizes; 0 where nothing was timed."""
+    if not timings:
+        return 0.0
+    pad = _padded(timings)
+    return statistics.geometric_mean([timing.best_us(pad) / timing.float_us for timing in timings])
+
+
+def _candidate_sets(candidates: Sequence[_Planned], timings: Mapping[str, Sequence[Timing]]) -> list[frozenset[str]]:
+    """Sets of sites to try in integers: none, then ever more, the most promising first."""
+    ratios = {planned.site.name: _ratio(timings[planned.site.name]) for planned in candidates}
+    if all(ratio == 0 for ratio in ratios.values()):
+        return [frozenset(ratios)]  # nothing was timed, so everything is done as planned
+    promising = sorted({ratio for ratio in ratios.values() if ratio < HOPELESS_RATIO})
+    # Sites that look the same share a ratio, so they come in together.
+    limits = [promising[(len(promising) * (k + 1) - 1) // MAX_SETS] for k in range(MAX_SETS)] if promising else []
+    sets = [frozenset(name for name, ratio in ratios.items() if ratio <= limit) for limit in sorted(set(limits))]
+    return [frozenset[str](), *sets]
+
+
+def _fastest(sets: Sequence[frozenset[str]], whole: Sequence[WholeTiming]) -> frozenset[str]:
+    """The set with the best time over the sizes that is slower than the empty set at none of them.
+
+    A larger set must earn its place.
+    """
+    if not whole:
+        return sets[-1]
+    best, best_score = 0, statistics.geometric_mean([timed.set_us[0] for timed in whole])
+    for index in range(1, len(sets)):
+        if any(loses(timed.set_us[index], timed.set_us[0]) for timed in whole):
+            continue
+        score = statistics.geometric_mean([timed.set_us[index] for timed in whole])
+        if score < WORTH_RATIO * best_score:
+            best, best_score = index, score
+    return sets[best]
+
+
+def _spread(sizes: Sequence[Mapping[str, int]]) -> list[Mapping[str, int]]:
+    """At most `MAX_SIZES` of the sizes, the first and the last among them."""
+    if len(sizes) <= MAX_SIZES:
+        return list(sizes)
+    return [sizes[round(k * (len(sizes) - 1) / (MAX_SIZES - 1))] for k in range(MAX_SIZES)]
+
+
+def _own(values: Mapping[Key, jax.Array], names: Mapping[Key, str], integer: frozenset[str]) -> dict[str, jax.Array]:
+    """The static ranges and scales of the sites that are computed from codes, by what they are called."""
+    return {names[key]: value for key, value in values.items() if key[0] in integer}
+
+
+def _pads(integer: frozenset[str], timings: Mapping[str, Sequence[Timing]]) -> dict[str, bool]:
+    return {name: _padded(timings[name]) for name in integer}
+
+
+def _unpackable(stored: Sequence[_Planned], integer: frozenset[str]) -> dict[str, Site]:
+    """Weights that are multiplied in float, by path, and a site of each; a table that is looked up is not unpacked."""
+    kept = {planned.site.path for planned in stored if planned.site.name in integer or planned.site.kind == "gather"}
+    return {
+        planned.site.path: planned.site
+        for planned in stored
+        if planned.site.path is not None and planned.site.path not in kept
+    }
+
+
+def _unpack(sites: Mapping[str, Site], weights: Mapping[str, Any]) -> dict[str, Any]:
+    """The weights with those of these sites as the float operands that their products take."""
+
+    def operand(site: Site, stored: Any) -> jax.Array:
+        restore = functools.partial(products.restore, site)
+        for _ in range(site.stacked):
+            restore = jax.vmap(restore)
+        return restore(stored)
+
+    return {name: operand(sites[name], leaf) if name in sites else leaf for name, leaf in weights.items()}
+
+
+def _at_load(report: SiteReport) -> SiteReport:
+    reason = "; ".join(part for part in (report.reason, AT_LOAD) if part)
+    return dataclasses.replace(report, reason=reason)
+
+
+def _report(
+    planned: _Planned,
+    reason: str,
+    integer: frozenset[str],
+    timings: Sequence[Timing],
+) -> SiteReport:
+    rule = planned.rule
+    metrics: dict[str, Any] = {"timings": [timing.to_json() for timing in timings]} if timings else {}
+    ratio = _ratio(timings)
+    if timings:
+        metrics["integer_over_float"] = ratio
+    if rule.group:
+        metrics["group"] = rule.group
+    paired = planned.site.path is None
+    action = "kept float" if paired else f"{rule.weights} weights"
+    if planned.site.name in integer:
+        action = f"{rule.weights} x {rule.activations}"
+        if any(timing.padded_us is not None for timing in timings):
+            metrics["single_rows_padded"] = _padded(timings)
+    elif rule.activations != "none" and not reason:
+        kept = "it stays float" if paired else "only the weight is stored small"
+        reason = f"integer arithmetic takes {ratio:.2f} of float's time here, so {kept}"
+        if ratio < HOPELESS_RATIO:
+            reason = f"integer arithmetic ({ratio:.2f} of float's time alone) does not make the whole program faster"
+    return SiteReport(planned.site.name, action, reason, metrics=metrics)

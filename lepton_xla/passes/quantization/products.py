@@ -1,0 +1,566 @@
+"""The arithmetic of a site: which axes share a scale, and the product in float and of codes.
+
+Used by every pass that quantizes, so that what is trained and what is compiled are the same numbers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from lepton_xla import _compat
+from lepton_xla.errors import CalibrationError
+from lepton_xla.passes.alternatives import shifted
+from lepton_xla.passes.core.names import Key
+from lepton_xla.passes.core.sites import LayoutOp, Site, Step, Tracked, layout_key
+from lepton_xla.quant import FORMATS, QTensor, absmax_scale, encode, magnitude, quantize
+
+if TYPE_CHECKING:
+    from lepton_xla.recipe import QuantizeRule
+
+# What an activation's static range, and a trained scale, are called.
+RANGE, SCALE = "act_absmax", "act_scale"
+# Where XLA has products of fp8 operands; elsewhere it would convert them and multiply floats.
+FP8_PLATFORMS = ("gpu",)
+# Where XLA has no convolution of integers: on an H200, jaxlib 0.11.2, running one is an error (UNIMPLEMENTED).
+NO_INTEGER_CONVOLUTION = ("gpu",)
+# Where the libraries that multiply codes take both operands with the axis that is summed over last; for a weight that
+# has it first, XLA would transpose it on each call, which takes longer than a product with a few rows.
+COLUMN_PLATFORMS = ("gpu",)
+# From how many rows a library multiplies integers there, and not a Triton kernel that rescales as well.
+LIBRARY_ROWS = 1024
+# On NVIDIA's GPUs a Triton kernel that XLA may choose gives exactly twice an int8 product that sums over 16 or fewer;
+# over 24 or more none was wrong (an H200, jaxlib 0.11.2); docs/benchmarks/gpu.md has what is checked.
+SAFE_DEPTH = 32
+# Of fewer values than about 100 in both matrices, XLA multiplies fp8 in float16 there, which overflows to NaN.
+SAFE_FP8_VALUES = 256
+
+
+def not_float(dtype: Any) -> str:
+    """Why a weight of a dtype that is no float cannot be quantized."""
+    return (
+        f"its weight is {dtype} already" if jnp.issubdtype(dtype, jnp.integer) else f"its weight is {dtype}, no float"
+    )
+
+
+def unsupported(site: Site, rule: QuantizeRule | None = None) -> str | None:
+    """Why the site cannot be quantized (by this rule), or None if it can."""
+    if site.weight_operand is None:
+        return _unpaired(site, rule)
+    if site.kind == "conv_general_dilated":
+        if site.weight_operand != 1:
+            return "convolution whose weight is the left operand"
+        if site.params["batch_group_count"] != 1:
+            return "convolution with batch groups"
+    elif site.kind not in ("dot_general", "gather"):
+        return f"{site.kind} is not lowered"
+    if site.not_float:  # to round it again, or to scale it, would lose what it holds
+        return not_float(site.not_float)
+    if 0 in site.weight.shape:
+        return f"its weight, of shape {list(site.weight.shape)}, has no elements"
+    if site.kind != "gather" and not jnp.issubdtype(site.activation.dtype, jnp.floating):
+        return f"its activation is {site.activation.dtype}"
+    if rule is not None and rule.group and contracted_size(site) % rule.group:
+        return (
+            f"granularity = 'group:{rule.group}' does not divide the {contracted_size(site)} rows that it sums over; "
+            f"'group:~{rule.group}' takes the nearest size that does"
+        )
+    return None
+
+
+def _unpaired(site: Site, rule: QuantizeRule | None) -> str | None:
+    """Why a product of two activations cannot be quantized (by this rule), or None if it can."""
+    what = f"{site.kind} of two activations"
+    if site.made is not None:
+        made = site.why_made or f"computed on each call from {', '.join(site.made.weights) or 'constants'}"
+        what = f"{site.kind} of an activation and what is {made}"
+    if site.kind != "dot_general" or rule is None:
+        return what
+    for operand in site.operands:
+        if not jnp.issubdtype(operand.dtype, jnp.floating):
+            return f"{what}, one of them {operand.dtype}"
+    if rule.products != "all":
+        return f"{what}, which products = {rule.products!r} leaves float"
+    return f"{what}, which activations = 'none' leaves float" if rule.activations == "none" else None
+
+
+def float_reason(site: Site, rule: QuantizeRule) -> str:
+    """Why a site that could be quantized is multiplied in float all the same; empty for a product of codes."""
+    if rule.activations == "none":
+        return ""
+    small = "so it stays float" if site.weight_operand is None else "so only the weight is stored small"
+    if rule.group:
+        return f"groups have no product of codes, {small}"
+    if FORMATS[rule.weights].kind == "int":
+        if site.kind == "conv_general_dilated" and jax.default_backend() in NO_INTEGER_CONVOLUTION:
+            return f"the platform {jax.default_backend()!r} has no convolution of integers, {small}"
+        depth = contracted_size(as_weighted(site))
+        largest = FORMATS[rule.weights].largest * FORMATS[rule.activations].largest
+        if isinstance(depth, int) and depth * largest >= 2**31:  # where it is symbolic, nobody knows yet
+            return f"it sums over {depth} products, which int32 may not hold, {small}"
+    if FORMATS[rule.weights].kind == "float":
+        if site.kind != "dot_general":
+            return f"a {site.kind} has no fp8 product, {small}"
+        if jax.default_backend() not in FP8_PLATFORMS:
+            return f"the platform {jax.default_backend()!r} has no fp8 product, {small}"
+        if rule.weights == rule.activations == "fp8_e5m2":
+            return f"no platform multiplies fp8_e5m2 by itself, {small}"
+    return ""
+
+
+def unstorable(sites: Sequence[Site]) -> str | None:
+    """Why the weight that these sites share cannot be stored as an integer, or None if it can."""
+    first = sites[0]
+    for site in sites:
+        if not site.exclusive:
+            return "its weight is also used where no product is"
+        if _compat.is_manual(site.eqn):
+            return "it is inside shard_map, where the weight is one shard"
+        if _matrix_key(site) != _matrix_key(first):
+            return f"its weight is used in another layout at {first.name!r}"
+        if any(op.resizes for op in site.layout if isinstance(op, LayoutOp)):
+            return "its weight is broadcast or cut before use"
+    return None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Dims:
+    """Axes of both operands of a dot_general, by role."""
+
+    act_contract: tuple[int, ...]
+    act_batch: tuple[int, ...]
+    act_free: tuple[int, ...]
+    weight_contract: tuple[int, ...]
+    weight_batch: tuple[int, ...]
+    weight_free: tuple[int, ...]
+
+
+def _dims(site: Site) -> _Dims:
+    (contract, batch) = site.params["dimension_numbers"]
+    weight = site.weight_operand
+    assert weight is not None
+    act = 1 - weight
+    free = [
+        tuple(axis for axis in range(len(site.operands[k].shape)) if axis not in (*contract[k], *batch[k]))
+        for k in range(2)
+    ]
+    return _Dims(
+        tuple(contract[act]), tuple(batch[act]), free[act], tuple(contract[weight]), tuple(batch[weight]), free[weight]
+    )
+
+
+def _weight_order(site: Site) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    """Axes of the weight operand: batch, contracted, free."""
+    if site.kind == "dot_general":
+        dims = _dims(site)
+        return dims.weight_batch, dims.weight_contract, dims.weight_free
+    if site.kind == "gather":  # a table [V, D] is the matrix [D, V]: a scale a row that is looked up
+        return (), (1,), (0,)
+    out, inner, *window = site.params["dimension_numbers"].rhs_spec
+    return (), (*window, inner), (out,)
+
+
+def _matrix_key(site: Site) -> tuple[Any, ...]:
+    """Equal for two sites of one weight whose matrices are the same matrix."""
+    order = _weight_order(site)
+    axes = list(range(len(site.weight.shape) + site.stacked))
+    steps: list[int] = []
+    converted: list[str] = []
+    for op in site.layout:
+        if isinstance(op, Step):
+            steps.append(axes.pop(0))
+        elif op.eqn.primitive.name == "transpose":
+            axes = [axes[axis] for axis in op.eqn.params["permutation"]]
+        elif op.eqn.primitive.name == "convert_element_type":
+            converted.append(str(op.eqn.params["new_dtype"]))
+        else:
+            return (layout_key(site.layout), order)
+    return (steps, converted, *([axes[axis] for axis in part] for part in order))
+
+
+def contracted_size(site: Site) -> int:
+    """K: how many products are added up for one element of the result."""
+    return math.prod(site.weight.shape[axis] for axis in _weight_order(site)[1])
+
+
+def weight_axes(site: Site, granularity: str) -> tuple[int, ...]:
+    """Axes of the weight operand that share a scale: all but the output channels, or also these per tensor."""
+    _, contract, free = _weight_order(site)
+    return (*contract, *free) if granularity == "tensor" else contract
+
+
+def to_matrix(site: Site, weight: jax.Array) -> jax.Array:
+    """The weight operand, one step of a stack, as [batch..., K, N]: what is summed over, then the output channels.
+
+    A convolution's K is the window's positions, then the input channels of a group; a table's K is its row.
+    """
+    batch, contract, free = _weight_order(site)
+    moved = jnp.transpose(weight, (*batch, *contract, *free))
+    sizes = [math.prod(weight.shape[axis] for axis in axes) for axes in (contract, free)]
+    return jnp.reshape(moved, (*(weight.shape[axis] for axis in batch), *sizes))
+
+
+def from_matrix(site: Site, matrix: jax.Array) -> jax.Array:
+    """The weight operand that a matrix stands for, or what goes with it: K, N or both may be 1, to be broadcast."""
+    batch, contract, free = _weight_order(site)
+    shape = site.weight.shape
+    rows, columns = matrix.shape[-2:]
+    sizes = [
+        *(size for size in matrix.shape[:-2]),
+        *(shape[axis] if rows > 1 else 1 for axis in contract),
+        *(shape[axis] if columns > 1 else 1 for axis in free),
+    ]
+    order = (*batch, *contract, *free)
+    return jnp.transpose(jnp.reshape(matrix, sizes), [order.index(axis) for axis in range(len(order))])
+
+
+def activation_axes(site: Site) -> tuple[int, ...]:
+    """Axes of the activation operand that share a dynamic scale: one scale a row (dot) or an example (convolution)."""
+    if site.kind == "dot_general":
+        return _dims(site).act_contract
+    batch = site.params["dimension_numbers"].lhs_spec[0]
+    return tuple(axis for axis in range(len(site.activation.shape)) if axis != batch)
+
+
+def activation_scale(site: Site, activation: jax.Array, name: str, static: jax.Array | None) -> jax.Array:
+    """The activation's scale, broadcastable to it: the static one given, else dynamic."""
+    if static is not None:
+        return jnp.reshape(static, (1,) * activation.ndim)
+    return absmax_scale(magnitude(activation, activation_axes(site)), FORMATS[name])
+
+
+def as_weighted(site: Site) -> Site:
+    """A product of two activations as if its right operand were a weight; a site with a weight as it is."""
+    return site if site.weight_operand is not None else dataclasses.replace(site, weight_operand=1)
+
+
+def pair_scales(site: Site, left: jax.Array, right: jax.Array, name: str) -> list[jax.Array]:
+    """Scales at run time of both operands of a product of two activations, each broadcastable to its operand.
+
+    One for each row of the left and each column of the right, over all that is summed over, masked positions too.
+    """
+    contract, _ = site.params["dimension_numbers"]
+    operands = zip((left, right), contract, strict=True)
+    return [absmax_scale(magnitude(operand, axes), FORMATS[name]) for operand, axes in operands]
+
+
+def row_count(site: Site) -> Any:
+    """How many rows of activations one product takes; 0 where rows are not the unit (a convolution)."""
+    if site.kind != "dot_general":
+        return 0
+    site = as_weighted(site)
+    return _product(site.activation.shape[axis] for axis in _dims(site).act_free)
+
+
+def store(
+    site: Site,
+    weight: jax.Array,
+    name: str,
+    granularity: str,
+    given: Mapping[str, jax.Array] | None = None,
+    weight_range: str = "absmax",
+) -> QTensor:
+    """Quantizes a weight and lays it out for the fast path.
+
+    Args:
+        site: the site, as found.
+        weight: the operand as the site sees it (one step of a stack; `vmap` over stacked axes).
+        name: the format.
+        granularity: `channel`, `tensor` or `group:g`.
+        given: the parts of the grid that something else has found: `scale`, `zero_point`, `codebook`.
+        weight_range: how its scale is chosen, where it is not given: `absmax` or `mse`.
+
+    Returns:
+        A matrix `[batch..., K, N]`, laid out as this platform multiplies it, so that no transpose is left at run time:
+        row-major, or for `COLUMN_PLATFORMS` column-major.
+    """
+    stored = quantize(to_matrix(site, weight), name, granularity, weight_range, **(given or {}))
+    whole = FORMATS[name].bits == 8 and site.kind == "dot_general"
+    return stored.by_columns() if whole and jax.default_backend() in COLUMN_PLATFORMS else stored
+
+
+def restore(site: Site, stored: QTensor) -> jax.Array:
+    """The float weight operand that a stored weight stands for, in the layout and dtype the site's primitive takes."""
+    return from_matrix(site, stored.dequantize(site.weight.dtype))
+
+
+def look_up(site: Site, stored: QTensor, index: jax.Array) -> jax.Array:
+    """Rows of a stored table: only the codes that are looked up become floats.
+
+    Args:
+        site: a `gather` of whole rows.
+        stored: the table [V, D] as the matrix [D, V].
+        index: the gather's indices: [..., 1], or [..., 2] where it points into columns too, all of which it takes.
+
+    Returns:
+        What the gather gives, outside of the table too.
+    """
+    params, size = site.params, site.weight.shape[0]
+    numbers = params["dimension_numbers"]
+    at = {axis: index[..., place].astype(jnp.int32) for place, axis in enumerate(numbers.start_index_map)}
+    rows = at[0]
+    clipped = jnp.clip(rows, 0, size - 1)
+    found = stored.columns(jnp.reshape(clipped, (-1,))).dequantize(site.weight.dtype)
+    found = jnp.reshape(found, (found.shape[0], *rows.shape))
+    if params["mode"] == lax.GatherScatterMode.FILL_OR_DROP:
+        fill = params["fill_value"]
+        fill = jnp.asarray(jnp.nan if fill is None else fill, found.dtype)
+        inside = rows == clipped
+        if 1 in at:  # all columns fit at one place only
+            inside &= at[1] == 0
+        found = jnp.where(inside[None], found, fill)
+    if numbers.collapsed_slice_dims:
+        return jnp.moveaxis(found, 0, numbers.offset_dims[0])
+    kept, columns = numbers.offset_dims  # ascending, as the table's axes are
+    return jnp.expand_dims(jnp.moveaxis(found, 0, columns - 1), kept)
+
+
+def code_product(
+    site: Site, activation: jax.Array, stored: QTensor, name: str, static: jax.Array | None, *, pad_single: bool
+) -> jax.Array:
+    """The site's product of codes: integers accumulated in int32, small floats in float32, rescaled after.
+
+    Args:
+        site: the site, with the operands' shapes as they are here.
+        activation: the float operand.
+        stored: the weight, as `store` made it, with one scale a channel or tensor.
+        name: the activation's format, of the same kind as the weight's.
+        static: the activation's scale, or None for dynamic ones.
+        pad_single: whether a single row is padded to two, since one row misses XLA's int8 kernels on CPU.
+    """
+    scale = activation_scale(site, activation, name, static)
+    codes = encode(activation, scale, FORMATS[name])
+    if site.kind == "conv_general_dilated":
+        return _convolve(site, codes, scale, stored).astype(site.output.dtype)
+    return _multiply(site, codes, scale, stored.codes(), stored.scale, pad_single).astype(site.output.dtype)
+
+
+def pair_product(site: Site, left: jax.Array, right: jax.Array, name: str, *, pad_single: bool) -> jax.Array:
+    """The product of codes of two activations, both with scales at run time.
+
+    Args:
+        site: a `dot_general` of two activations, with the operands' shapes as they are here.
+        left, right: the float operands.
+        name: the format of both.
+        pad_single: as in `code_product`.
+    """
+    weighted, target = as_weighted(site), FORMATS[name]
+    scale, _ = pair_scales(site, left, right, name)
+    # The right operand becomes a matrix before it is rounded, since XLA does not merge a transpose into codes.
+    matrix = to_matrix(weighted, right)
+    columns = absmax_scale(magnitude(matrix, (-2,)), target)
+    codes = encode(left, scale, target), encode(matrix, columns, target)
+    return _multiply(weighted, codes[0], scale, codes[1], columns, pad_single).astype(site.output.dtype)
+
+
+def code_order(site: Site) -> tuple[int, int] | None:
+    """The order in which the codes of both operands multiply fast; None where float is faster on a CPU.
+
+    XLA's integer kernels want the first operand summed over its last axes, and others take ten times as long.
+    """
+    contract, _ = site.params["dimension_numbers"]
+    ranks = [len(operand.shape) for operand in site.operands]
+    last = [sorted(axes) == list(range(rank - len(axes), rank)) for axes, rank in zip(contract, ranks, strict=True)]
+    if last[0]:
+        return (0, 1)
+    # The sharding that is asked for is that of the result in its own order.
+    return (1, 0) if last[1] and site.params["out_sharding"] is None else None
+
+
+def multiply_in_place(
+    site: Site, codes: Sequence[jax.Array], scales: Sequence[jax.Array], order: tuple[int, int]
+) -> jax.Array:
+    """A `dot_general` of the codes of its operands in the layout they have there: for training, and any sharding.
+
+    Args:
+        site: the `dot_general`, of a weight or of two activations.
+        codes: those of the left and of the right operand, integers whose products int32 can add up.
+        scales: theirs, float32, broadcastable to the operands, of size 1 along what is summed over.
+        order: from `code_order`.
+
+    Returns:
+        The same numbers as `code_product`: integers are exact, and one product of both scales rescales them.
+    """
+    contract, batch = site.params["dimension_numbers"]
+    numbers = tuple(tuple(axes[side] for side in order) for axes in (contract, batch))
+    changes = {"dimension_numbers": numbers, "preferred_element_type": jnp.dtype("int32"), "precision": None}
+    operands = [_deepened(codes[side], contract[side]) for side in order]
+    (total,) = _compat.bind(site.eqn, operands, **changes)
+    if order == (1, 0):
+        lead, split = len(batch[0]), total.ndim - (len(site.operands[0].shape) - len(contract[0]) - len(batch[0]))
+        total = jnp.transpose(total, (*range(lead), *range(split, total.ndim), *range(lead, split)))
+    left, right = (_at_output(site, scale, side) for side, scale in enumerate(scales))
+    return (total.astype(jnp.float32) * (left * right)).astype(site.output.dtype)
+
+
+def _at_output(site: Site, scale: jax.Array, side: int) -> jax.Array:
+    """An operand's scale, broadcastable to the result: its axes are batch, those of the left operand, of the right."""
+    contract, batch = site.params["dimension_numbers"]
+    ranks = [len(operand.shape) for operand in site.operands]
+    free = [[axis for axis in range(ranks[k]) if axis not in (*contract[k], *batch[k])] for k in range(2)]
+    kept = (*batch[side], *free[side])
+    own = jnp.squeeze(jnp.transpose(scale, (*kept, *contract[side])), tuple(range(len(kept), ranks[side])))
+    others = len(free[1 - side])
+    first = own.ndim if side == 0 else len(batch[side])
+    return jnp.expand_dims(own, tuple(range(first, first + others)))
+
+
+def _multiply(
+    site: Site, codes: jax.Array, scale: jax.Array, matrix: jax.Array, columns_scale: jax.Array, pad_single: bool
+) -> jax.Array:
+    """Codes of activations by the codes `[batch..., K, N]` of a weight with scales `[batch..., 1, N or 1]`."""
+    dims = _dims(site)
+    batch = tuple(codes.shape[axis] for axis in dims.act_batch)
+    rows = tuple(codes.shape[axis] for axis in dims.act_free)
+    order = (*dims.act_batch, *dims.act_free, *dims.act_contract)
+    depth = _product(codes.shape[axis] for axis in dims.act_contract)
+    count = _product(rows)
+    left = jnp.reshape(jnp.transpose(codes, order), (*batch, count, depth))
+    single = pad_single and isinstance(count, int) and count == 1
+    if single:
+        left = jnp.concatenate([left, jnp.zeros_like(left)], axis=-2)
+    lead = tuple(range(len(batch)))
+    numbers = (((left.ndim - 1,), (left.ndim - 2,)), (lead, lead))
+    if jnp.issubdtype(codes.dtype, jnp.integer):
+        left, matrix = _deepened(left, (left.ndim - 1,)), _deepened(matrix, (left.ndim - 2,))
+        out = lax.dot_general(left, matrix, numbers, preferred_element_type=jnp.int32)
+        if jax.default_backend() in COLUMN_PLATFORMS and isinstance(count, int) and count >= LIBRARY_ROWS:
+            # XLA would join the conversion that follows to a Triton kernel of the product, and where it takes a
+            # library's in the end, the conversion is left over as a pass of its own (4096 cubed: 190 us, not 153).
+            out = lax.optimization_barrier(out)
+    else:
+        out = _float_product(left, matrix, numbers, site.output.dtype)
+    out = out[..., :1, :] if single else out
+    row_shape = tuple(1 if scale.shape[axis] == 1 else size for axis, size in zip(dims.act_free, rows, strict=True))
+    row_scale = jnp.reshape(
+        jnp.transpose(scale, order), (*(scale.shape[axis] for axis in dims.act_batch), _product(row_shape), 1)
+    )
+    out = out.astype(jnp.float32) * (row_scale * columns_scale)
+    columns = tuple(site.weight.shape[axis] for axis in dims.weight_free)
+    out = jnp.reshape(out, (*batch, *rows, *columns))
+    if site.weight_operand == 0:  # the primitive puts the left operand's free axes first
+        lead_axes = len(batch)
+        moved = (
+            *range(lead_axes),
+            *range(lead_axes + len(rows), out.ndim),
+            *range(lead_axes, lead_axes + len(rows)),
+        )
+        out = jnp.transpose(out, moved)
+    return out
+
+
+def _deepened(codes: jax.Array, axes: Sequence[int]) -> jax.Array:
+    """Integer codes with zeros added along the first of the axes that are summed over, to `SAFE_DEPTH` sums at least.
+
+    On every platform alike, since a program may be exported on one and run on another. Where the length of the sum is
+    not known yet, the zeros are enough for any.
+    """
+    if not axes:
+        return codes
+    size, others = codes.shape[axes[0]], _product(codes.shape[axis] for axis in axes[1:])
+    if not isinstance(others, int):
+        others = 1
+    added = max(0, -(-SAFE_DEPTH // max(1, others)) - size) if isinstance(size, int) else SAFE_DEPTH - 1
+    if not added:
+        return codes
+    widths = [(0, added if axis == axes[0] else 0) for axis in range(codes.ndim)]
+    return jnp.pad(codes, widths)
+
+
+def _float_product(left: jax.Array, right: jax.Array, numbers: Any, dtype: jnp.dtype) -> jax.Array:
+    """The product of matrices `[..., M, K]` and `[..., K, N]` of fp8 codes, right at every size.
+
+    Where they are smaller than `SAFE_FP8_VALUES`, or may be, they go as bfloat16, which holds the same numbers. A model
+    of bfloat16 gets its result in it: sums are float32 all the same, and half the bytes are written.
+    """
+    rows, depth, columns = (size if isinstance(size, int) else 1 for size in (*left.shape[-2:], right.shape[-1]))
+    if depth * (rows + columns) < SAFE_FP8_VALUES:
+        # Without the barrier XLA leaves out the rounding to fp8: it may keep more precision than it was asked for.
+        left, right = (codes.astype(jnp.bfloat16) for codes in lax.optimization_barrier((left, right)))
+        return lax.dot_general(left, right, numbers, preferred_element_type=jnp.float32)
+    accumulator = jnp.bfloat16 if dtype == jnp.bfloat16 else jnp.float32
+    return lax.dot_general(left, right, numbers, preferred_element_type=accumulator)
+
+
+def _convolve(site: Site, codes: jax.Array, scale: jax.Array, stored: QTensor) -> jax.Array:
+    params = site.params
+    numbers = params["dimension_numbers"]
+    # The codes are a matrix of positions and input channels by output channels, and stay in that order.
+    window = len(numbers.rhs_spec) - 2
+    matrix_spec = (window + 1, window, *range(window))
+    shape = [site.weight.shape[axis] for axis in (*numbers.rhs_spec[2:], numbers.rhs_spec[1], numbers.rhs_spec[0])]
+    depthwise = site.weight.shape[numbers.rhs_spec[1]] == 1 and shifted.fits(site.eqn)
+    numbers = lax.ConvDimensionNumbers(numbers.lhs_spec, matrix_spec, numbers.out_spec)
+    kernel = jnp.reshape(stored.codes(), shape)
+    if depthwise:  # XLA:CPU takes several times as long for one of integers as for one of floats, which is long
+        out = shifted.convolve({**params, "dimension_numbers": numbers}, codes, kernel, jnp.int32)
+    else:
+        out = lax.conv_general_dilated(
+            codes,
+            kernel,
+            window_strides=params["window_strides"],
+            padding=params["padding"],
+            lhs_dilation=params["lhs_dilation"],
+            rhs_dilation=params["rhs_dilation"],
+            dimension_numbers=numbers,
+            feature_group_count=params["feature_group_count"],
+            preferred_element_type=jnp.int32,
+        )
+    per_example = [1] * out.ndim
+    per_example[numbers.out_spec[0]] = scale.shape[numbers.lhs_spec[0]]
+    per_channel = [1] * out.ndim
+    per_channel[numbers.out_spec[1]] = stored.scale.shape[-1]
+    factor = jnp.reshape(scale, per_example) * jnp.reshape(stored.scale, per_channel)
+    return out.astype(jnp.float32) * factor
+
+
+def _product(sizes: Any) -> Any:
+    """Product that keeps symbolic sizes symbolic."""
+    total: Any = 1
+    for size in sizes:
+        total = total * size
+    return total
+
+
+def static_scale(site: Site, decision: QuantizeRule, weight: Any) -> jax.Array | None:
+    """The activation scale that travels beside a site's weight, itself or as a range; None where scales are dynamic.
+
+    Raises:
+        CalibrationError: if the site is static and has none.
+    """
+    beside = weight.beside if isinstance(weight, Tracked) else {}
+    if (site.name, SCALE) in beside:
+        return beside[site.name, SCALE]
+    if decision.dynamic:
+        return None
+    found = beside.get((site.name, RANGE))
+    return absmax_scale(range_of(site, {} if found is None else {site.name: found}), FORMATS[decision.activations])
+
+
+def range_of(site: Site, ranges: Mapping[str, jax.Array] | None) -> jax.Array:
+    """A static site's calibrated range.
+
+    Raises:
+        CalibrationError: if it has none.
+    """
+    if ranges is None or site.name not in ranges:
+        raise CalibrationError(
+            f"site {site.name!r} has static activation scales (dynamic = false), which need calibration data"
+        )
+    return ranges[site.name]
+
+
+def beside(sites: Iterable[Site], arrays: Mapping[Key, jax.Array]) -> dict[str, dict[Key, jax.Array]]:
+    """What there is for some sites, by the path of their weight: how `rewrite_sites` takes what travels beside it."""
+    paths = {site.name: site.path for site in sites}
+    grouped: dict[str, dict[Key, jax.Array]] = {}
+    for key, array in arrays.items():
+        if (path := paths.get(key[0])) is not None:
+            grouped.setdefault(path, {})[key] = array
+    return grouped

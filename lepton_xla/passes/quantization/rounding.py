@@ -1,0 +1,184 @@
+"""Planned weights rounded onto the grid of their format, in float, for methods that choose the codes themselves.
+
+Such a method gives a program whose float weights lie on their grids, and the grids. What stores the weights afterwards
+takes scale, zero point and levels from there, and so finds exactly these codes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import time
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lepton_xla.errors import ModelError
+from lepton_xla.passes.core import matrix
+from lepton_xla.passes.core.alike import Alike
+from lepton_xla.passes.core.precomputation import for_plan
+from lepton_xla.passes.core.sites import Site
+from lepton_xla.program import Program, leaf_bytes
+from lepton_xla.quant import FORMATS
+from lepton_xla.quant.formats import Format
+from lepton_xla.quant.grid import Grid, make_grid, matrix_codes, matrix_values
+from lepton_xla.report import PassReport, SiteReport
+
+if TYPE_CHECKING:
+    from lepton_xla.recipe import Plan, QuantizeRule, SitePlan
+
+type GivenGrids = dict[str, dict[str, jax.Array]]
+"""Weight path -> `scale`, and `zero_point` or `codebook` where the format has them, as they lie beside stored codes."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Planned:
+    """A weight that is to be stored.
+
+    Attributes:
+        path: the weight's path.
+        entries: the plans of all sites that use it.
+        site: the first of them that is a product.
+        rule: the rule of all of them.
+        stored: the weight as the program holds it.
+    """
+
+    path: str
+    entries: tuple[SitePlan, ...]
+    site: Site
+    rule: QuantizeRule
+    stored: jax.Array
+
+    @property
+    def exact(self) -> jax.Array:
+        """The weight's matrices `[*steps, B, K, N]`, float32, made anew each time: a copy of all would be large."""
+        return exact_matrices(self.stored, Alike(self.site))
+
+    @property
+    def target(self) -> Format:
+        """The format it is stored in."""
+        return FORMATS[self.rule.weights]
+
+    @property
+    def products(self) -> tuple[Site, ...]:
+        """Its sites but for look-ups, which have no inputs to sum over."""
+        return tuple(entry.site for entry in self.entries if entry.site.kind != "gather")
+
+
+def planned_weights(program: Program, plan: Plan) -> tuple[list[Planned], list[SiteReport]]:
+    """The weights that are to be stored and take part in products; and a line for each site that is left out.
+
+    Raises:
+        ModelError: if one of them is not finite.
+    """
+    groups: dict[str, list[SitePlan]] = {}
+    for entry in plan.sites:
+        if entry.quantize is not None and entry.site.path is not None:
+            groups.setdefault(entry.site.path, []).append(entry)
+    planned: list[Planned] = []
+    kept = [SiteReport(entry.site.name, "kept", entry.not_quantized) for entry in plan.sites if entry.not_quantized]
+    for path, entries in groups.items():
+        sites = [entry.site for entry in entries if entry.site.kind != "gather"]
+        rule = entries[0].quantize
+        assert rule is not None
+        if not sites:
+            kept.append(SiteReport(entries[0].site.name, "kept", "only looked up, so rounded to nearest when stored"))
+            continue
+        if not is_finite(program.weights[path]):
+            raise ModelError(f"the weight of site {sites[0].name!r} is not finite")
+        planned.append(Planned(path, tuple(entries), sites[0], rule, program.weights[path]))
+    return planned, kept
+
+
+@functools.partial(jax.jit, static_argnames="like")
+def exact_matrices(stored: jax.Array, like: Alike) -> jax.Array:
+    """A stored weight's matrices `[*steps, B, K, N]`, float32."""
+    return matrix.stored_matrix(like.site, stored).astype(jnp.float32)
+
+
+def is_finite(array: jax.Array) -> bool:
+    """Whether all of an array is finite; looked at on the host, where nothing is compiled for it."""
+    host = np.asarray(array)
+    if host.dtype.kind not in "fc":  # a type that NumPy does not know as a float, such as bfloat16
+        host = host.astype(np.float32)
+    return bool(np.isfinite(host).all())
+
+
+def whole_grid(site: Site, rule: QuantizeRule, exact: jax.Array) -> Grid:
+    """The grid that the rule asks for, as it lies beside stored codes.
+
+    Args:
+        site: the product.
+        rule: format, granularity and range.
+        exact: the weight's matrices `[*steps, B, K, N]`.
+
+    Raises:
+        RecipeError: if groups do not divide what is summed over; the message names the granularity.
+    """
+    target = FORMATS[rule.weights]
+    return make_grid(matrix.as_stored(site, exact), target, rule.granularity, rule.weight_range)
+
+
+def given(grid: Grid) -> dict[str, jax.Array]:
+    """The parts of a grid by name."""
+    parts = {"scale": grid.scale, "zero_point": grid.zero_point, "codebook": grid.codebook}
+    return {name: array for name, array in parts.items() if array is not None}
+
+
+def grid_matrices(site: Site, grid: Grid) -> Grid:
+    """The grid with the axes of the weight's matrices: scale `[*steps, B, G, N]`, levels `[*steps, B, levels]`."""
+    levels = grid.codebook
+    if levels is not None:
+        lead, batch = levels.shape[: site.stacked], matrix.matrix_shape(site)[0]
+        levels = jnp.reshape(levels, (*lead, -1, levels.shape[-1]))
+        levels = jnp.broadcast_to(levels, (*lead, batch, levels.shape[-1]))
+    scale = matrix.from_stored(site, grid.scale)
+    return Grid(scale, None if grid.zero_point is None else matrix.from_stored(site, grid.zero_point), levels)
+
+
+def nearest(values: jax.Array, grid: Grid, target: Format) -> jax.Array:
+    """The nearest values of a grid to matrices `[..., K, N]`."""
+    return matrix_values(matrix_codes(values, grid, target), grid, target)
+
+
+def weight_report(
+    site: Site, action: str, stored: Any, reason: str = "", metrics: Mapping[str, Any] | None = None
+) -> SiteReport:
+    """A line on a site whose weight keeps its bytes."""
+    size = leaf_bytes(stored.shape, stored.dtype)
+    return SiteReport(site.name, action, reason, size, size, dict(metrics or {}))
+
+
+def round_to_nearest(program: Program, plan: Plan) -> tuple[Program, GivenGrids]:
+    """Rounds each planned weight to its grid in float: what storing it does, to compare methods with.
+
+    Returns:
+        The program with rounded float weights, and its grids.
+
+    Raises:
+        RecipeError, ModelError: as `whole_grid` and `planned_weights`.
+    """
+    program = for_plan(program, plan)
+    start = time.perf_counter()
+    weights: dict[str, Any] = dict(program.weights)
+    grids: GivenGrids = {}
+    found, reports = planned_weights(program, plan)
+    for planned in found:
+        weights[planned.path], grid = _nearest(planned.stored, Alike(planned.site), planned.rule)
+        grids[planned.path] = given(grid)
+        action = f"{planned.rule.weights} nearest"
+        reports += [weight_report(entry.site, action, weights[planned.path]) for entry in planned.entries]
+    report = PassReport("round", time.perf_counter() - start, tuple(reports))
+    return program.replace(weights=weights, history=(*program.history, report)), grids
+
+
+@functools.partial(jax.jit, static_argnames=("like", "rule"))
+def _nearest(stored: jax.Array, like: Alike, rule: QuantizeRule) -> tuple[jax.Array, Grid]:
+    """A stored weight rounded to the nearest values of its grid, and that grid."""
+    exact = matrix.stored_matrix(like.site, stored).astype(jnp.float32)
+    grid = whole_grid(like.site, rule, exact)
+    rounded = nearest(exact, grid_matrices(like.site, grid), FORMATS[rule.weights])
+    return matrix.stored_weight(like.site, rounded, stored), grid

@@ -1,0 +1,91 @@
+"""Cross-layer equalization: makes the channels between two products equally large in the weights of both.
+
+Nagel et al. 2019, arXiv:1906.04721, section 4.1. Where only a positively homogeneous function such as relu stands
+between two products, channel i of the first weight is divided by `s_i` and of the second multiplied by it, with
+`s_i = sqrt(r1_i / r2_i)` for the ranges `r` of both: then both are `sqrt(r1_i r2_i)`. No data is needed.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lepton_xla.errors import RecipeError
+from lepton_xla.passes.core.flow import Absorber
+from lepton_xla.passes.core.precomputation import for_plan
+from lepton_xla.passes.core.sites import Site, find_sites
+from lepton_xla.passes.folding.factors import column_absmax, fitted, usable
+from lepton_xla.passes.quantization.rounding import weight_report
+from lepton_xla.passes.rescaling.scaling import Group, scale_groups, scaled_weights, weight_absmax
+from lepton_xla.program import Program
+from lepton_xla.report import PassReport, SiteReport
+
+if TYPE_CHECKING:
+    from lepton_xla.recipe import Plan
+
+
+def equalize(program: Program, plan: Plan, *, rounds: int = 20, tolerance: float = 1e-3) -> Program:
+    """Equalizes every pair of products that the plan quantizes the second of; the float function stays as it is.
+
+    Pairs are found by following data, in a stack of layers within each step. Each changes the ranges that the next one
+    sees, so all are gone over until nothing moves.
+
+    Args:
+        program: the float program that the plan was made for.
+        plan: which products: those that it quantizes.
+        rounds: how often all pairs are gone over at most.
+        tolerance: a round whose factors are all this near to 1 is the last.
+
+    Raises:
+        RecipeError: if `rounds` is not positive.
+    """
+    program = for_plan(program, plan)
+    start = time.perf_counter()
+    if rounds < 1:
+        raise RecipeError(f"equalization in {rounds} rounds does nothing")
+    groups, kept = scale_groups(program, plan)
+    sites: dict[str, Site] = {site.name: site for site in find_sites(program) if site.path is not None}
+    weights: dict[str, Any] = dict(program.weights)
+    pairs = [(group, first) for group in groups if (first := _product_before(group)) is not None]
+    totals: dict[int, np.ndarray] = {}
+    done, largest = 0, float("inf")
+    while done < rounds and largest > tolerance:
+        done, largest = done + 1, 0.0
+        for index, (group, first) in enumerate(pairs):
+            before = column_absmax(sites[first.site], first, weights[first.path])
+            factor = fitted(weights, sites, group, pair_factor(before, weight_absmax(weights, group)))
+            weights = scaled_weights(weights, sites, group, factor)
+            host = np.asarray(factor)
+            totals[index] = totals[index] * host if index in totals else host
+            largest = max(largest, float(np.max(np.abs(np.log(host)))))
+    reports = [SiteReport(name, "kept", reason) for name, reason in kept.items()]
+    for index, (group, first) in enumerate(pairs):
+        metrics = {"largest_factor": float(totals[index].max()), "smallest_factor": float(totals[index].min())}
+        for site in group.sites:
+            action = f"equalized with {first.site}"
+            reports.append(weight_report(site, action, weights[str(site.path)], metrics=metrics))
+    paired = {site.name for group, _ in pairs for site in group.sites}
+    for group in groups:
+        reason = group.reason or "no product stands before it"
+        reports += [SiteReport(site.name, "kept", reason) for site in group.sites if site.name not in paired]
+    report = PassReport("equalize", time.perf_counter() - start, tuple(reports), {"rounds": done})
+    return program.replace(weights=weights, history=(*program.history, report))
+
+
+@jax.jit
+def pair_factor(first: jax.Array, second: jax.Array) -> jax.Array:
+    """What channels of the first weight are divided by: `sqrt(first / second)`, 1 where either range is zero."""
+    alive = (first > 0) & (second > 0)
+    one = jnp.ones_like(first)
+    ratio = jnp.where(alive, first, one) / jnp.where(alive, second, one)
+    return jnp.where(alive, usable(jnp.sqrt(ratio)), one)
+
+
+def _product_before(group: Group) -> Absorber | None:
+    """The one product among what takes a group's factor up, if there is one."""
+    found = [absorber for absorber in group.absorbers if absorber.axis is not None]
+    return found[0] if len(found) == 1 else None

@@ -1,0 +1,137 @@
+"""SmoothQuant: moves outliers from activations to weights, channel by channel, so that both are quantized well.
+
+Xiao et al. 2022, arXiv:2211.10438. Input channel j of a product is divided by `s_j = max|x_j|^a / max|w_j|^(1 - a)` and
+the weight's row j is multiplied by it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import time
+from collections.abc import Collection, Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lepton_xla.errors import RecipeError
+from lepton_xla.passes.core.alike import Alike
+from lepton_xla.passes.core.precomputation import for_plan
+from lepton_xla.passes.core.sites import Site, find_sites
+from lepton_xla.passes.core.statistics import Statistics, collect_statistics
+from lepton_xla.passes.folding.factors import fitted, usable
+from lepton_xla.passes.quantization.rounding import weight_report
+from lepton_xla.passes.rescaling.scaling import (
+    Group,
+    channel_vector,
+    multiply_inputs,
+    scale_groups,
+    scaled_weights,
+    weight_absmax,
+)
+from lepton_xla.program import Program
+from lepton_xla.report import PassReport, SiteReport
+
+if TYPE_CHECKING:
+    from lepton_xla.recipe import Plan
+
+
+MULTIPLIED = "activation multiplied"
+WORTHLESS = "it is computed in float, where multiplying its activation brings nothing"
+
+
+def smooth_factor(act_absmax: jax.Array, weight_absmax: jax.Array, alpha: float) -> jax.Array:
+    """What an activation's channels are divided by.
+
+    Args:
+        act_absmax: largest magnitude of each input channel on the data, any shape.
+        weight_absmax: largest magnitude of what each meets in the weights, likewise.
+        alpha: how much of the difficulty goes to the weights, in [0, 1].
+
+    Returns:
+        Positive and finite; 1 for a channel whose inputs or weights are all zero.
+    """
+    alive = (act_absmax > 0) & (weight_absmax > 0)
+    one = jnp.ones_like(act_absmax)
+    act, weight = jnp.where(alive, act_absmax, one), jnp.where(alive, weight_absmax, one)
+    return jnp.where(alive, usable(act**alpha / weight ** (1 - alpha)), one)
+
+
+@functools.partial(jax.jit, static_argnames=("like", "alpha"))
+def _factor(columns: jax.Array, weight_absmax: jax.Array, like: Alike, alpha: float) -> jax.Array:
+    """The factor of a product whose activation's columns `[*steps, B, K]` have these largest magnitudes."""
+    return smooth_factor(channel_vector(like.site, columns, jnp.max), weight_absmax, alpha)
+
+
+def smooth(
+    program: Program,
+    plan: Plan,
+    batches: Iterable[Mapping[str, Any]],
+    *,
+    alpha: float = 0.5,
+    unmultiplied: Collection[str] = (),
+    known: dict[str, Statistics] | None = None,
+) -> Program:
+    """Divides the activations of planned products by what suits their weights; the float function stays as it is.
+
+    Products that share an activation share its factor. It goes into the weights before them, such as a norm's scale and
+    shift, where nothing else reads the activation; else the activation is multiplied at the product.
+
+    Args:
+        program: the float program that the plan was made for.
+        plan: which products: those that it quantizes.
+        batches: input dicts, such as `{"image": array}`; at least one.
+        alpha: how much of the difficulty goes to the weights, in [0, 1].
+        unmultiplied: names of products that are left as they are where no weight before them takes the factor up:
+            those that are computed in float, for which multiplying would be work for nothing.
+        known: what was measured of this program's activations before, by site; what is not in it is measured and put
+            there.
+
+    Raises:
+        RecipeError: if alpha is not in [0, 1].
+        CalibrationError: as `collect_statistics`.
+    """
+    program = for_plan(program, plan)
+    start = time.perf_counter()
+    if not 0 <= alpha <= 1:
+        raise RecipeError(f"SmoothQuant's alpha = {alpha} is not in [0, 1]")
+    groups, kept = scale_groups(program, plan)
+    sites: dict[str, Site] = {site.name: site for site in find_sites(program) if site.path is not None}
+    found = {} if known is None else known
+    missing = [group.sites[0] for group in groups if group.sites[0].name not in found]
+    if missing:
+        found |= collect_statistics(program, missing, batches)
+    weights: dict[str, Any] = dict(program.weights)
+    multiplied: list[tuple[Group, jax.Array]] = []
+    reports: list[SiteReport] = []
+    for group in groups:
+        if not group.absorbers:
+            reports += [SiteReport(site.name, "kept", WORTHLESS) for site in group.sites if site.name in unmultiplied]
+            group = dataclasses.replace(group, sites=tuple(s for s in group.sites if s.name not in unmultiplied))
+            if not group.sites:
+                continue
+        first = group.sites[0]
+        factor = _factor(found[first.name].absmax, weight_absmax(weights, group), Alike(first), alpha)
+        factor = fitted(weights, sites, group, factor)
+        weights = scaled_weights(weights, sites, group, factor)
+        if not group.absorbers:
+            multiplied.append((group, jnp.asarray(1 / np.asarray(factor))))
+        reports += group_reports(group, factor, weights)
+    reports += [SiteReport(name, "kept", reason) for name, reason in kept.items()]
+    changed = multiply_inputs(program.replace(weights=weights), multiplied)
+    report = PassReport("smoothquant", time.perf_counter() - start, tuple(reports), {"alpha": alpha})
+    return changed.replace(history=(*program.history, report))
+
+
+def group_reports(
+    group: Group, factor: jax.Array, weights: Mapping[str, Any], more: Mapping[str, Any] | None = None
+) -> list[SiteReport]:
+    """A line for each product of a group: where its factor went, and further figures."""
+    into = ", ".join(absorber.path for absorber in group.absorbers)
+    action = f"factor folded into {into}" if group.absorbers else MULTIPLIED
+    host = np.asarray(factor)
+    metrics = {"largest_factor": float(host.max()), "smallest_factor": float(host.min())}
+    metrics |= dict(more or {})
+    return [weight_report(site, action, weights[str(site.path)], group.reason, metrics) for site in group.sites]

@@ -1,0 +1,1 @@
+"""Channels, heads and units that are removed, so that arrays get smaller."""

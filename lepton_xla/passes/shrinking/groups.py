@@ -1,0 +1,353 @@
+"""Groups of slices of weights that can only be removed together, to be printed, drawn, ranked and cut."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from lepton_xla.errors import LeptonError, ModelError, RecipeError, UnsupportedError
+from lepton_xla.passes.shrinking.dependencies import Study
+from lepton_xla.passes.shrinking.dimensions import (
+    Dimension,
+    Kept,
+    inner_size,
+    leaves,
+    mask_of,
+    resolve,
+    unit_sums,
+    units_of,
+)
+from lepton_xla.program import Program, abstract, abstract_outputs, leaf_bytes, probe_sizes
+
+type Masks = dict[str, tuple[np.ndarray | None, ...]]
+"""Weight path -> for each axis, which positions stay, bool `[*steps, size]`; None where all do."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Group:
+    """Units (channels, hidden units, heads) each of which is one slice in every member.
+
+    Attributes:
+        name: the member that makes the units: `path[axis]`, or `path[axis.k]` for the k-th part of a flattened or
+            joined axis, such as heads and the positions in them.
+        kind: `channels` of a convolution, `heads` that a product of two activations is batched over, or `units`.
+        units: how many there are.
+        steps: lengths of the scans in whose every step other units may be removed; empty where it is the same ones.
+        members: `path[axis]` of every weight that is cut, in the weights' order.
+        parameters: elements of the weights that one unit takes, over all steps.
+        unit_bytes: their bytes.
+        inner: how many neighbouring positions of the members' axes one unit is: the width of a head.
+        protected: why no unit may be removed; empty where they may.
+        leaf: the dimension.
+    """
+
+    name: str
+    kind: str
+    units: int
+    steps: tuple[int, ...]
+    members: tuple[str, ...]
+    parameters: int
+    unit_bytes: int
+    inner: int
+    protected: str
+    leaf: Dimension = dataclasses.field(repr=False)
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """Paths of the weights that are cut."""
+        return tuple(dict.fromkeys(member.rpartition("[")[0] for member in self.members))
+
+    def matches(self, pattern: str) -> bool:
+        """Whether a regular expression matches the whole of the group's name, a member or a member's path."""
+        return any(re.fullmatch(pattern, text) for text in (self.name, *self.members, *self.paths))
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain dicts, lists and numbers."""
+        plain = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "leaf"}
+        return plain | {"steps": list(self.steps), "members": list(self.members)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Groups:
+    """All groups of a program, in the order in which their units are made.
+
+    Attributes:
+        items: the groups.
+        study: what they were found by.
+    """
+
+    items: tuple[Group, ...]
+    study: Study = dataclasses.field(repr=False)
+
+    def __iter__(self) -> Iterator[Group]:
+        return iter(self.items)
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, name: str) -> Group:
+        """The group with this name.
+
+        Raises:
+            KeyError: if there is none.
+        """
+        return next((group for group in self.items if group.name == name), None) or self._missing(name)
+
+    def _missing(self, name: str) -> Group:
+        raise KeyError(f"no group {name!r}; there are {', '.join(group.name for group in self.items)}")
+
+    @property
+    def removable(self) -> tuple[Group, ...]:
+        """The groups that may lose units."""
+        return tuple(group for group in self.items if not group.protected)
+
+    def protecting(self, patterns: Sequence[str]) -> Groups:
+        """The same groups, those that a pattern matches protected.
+
+        Args:
+            patterns: regular expressions, each of which must match the whole of a group's name, or of the path or
+                `path[axis]` of one of its members.
+
+        Raises:
+            RecipeError: if a pattern is malformed, or matches neither a group nor a weight.
+        """
+        items = self.items
+        for pattern in patterns:
+            try:
+                matched = {group.name for group in items if group.matches(pattern)}
+            except (re.error, TypeError, OverflowError, RecursionError) as error:
+                raise RecipeError(f"protect = {pattern!r} is not a regular expression: {error}") from error
+            if not matched and not any(re.fullmatch(pattern, path) for path in self.study.weights):
+                raise RecipeError(
+                    f"protect = {pattern!r} matches none of the groups: {', '.join(group.name for group in items)}"
+                )
+            items = tuple(
+                dataclasses.replace(group, protected=group.protected or f"by the pattern {pattern!r}")
+                if group.name in matched
+                else group
+                for group in items
+            )
+        return dataclasses.replace(self, items=items)
+
+    def to_json(self) -> list[dict[str, Any]]:
+        """Plain dicts, lists and numbers."""
+        return [group.to_json() for group in self.items]
+
+    def __str__(self) -> str:
+        rows = [("group", "kind", "units", "parameters", "bytes", "members")]
+        for group in self.items:
+            steps = "".join(f" x {length} steps" for length in group.steps)
+            members = ", ".join(group.members) + (f"  ({group.protected})" if group.protected else "")
+            sizes = (f"{group.units}{steps}", str(group.parameters), str(group.unit_bytes))
+            rows.append((group.name, f"{group.kind}{' kept' if group.protected else ''}", *sizes, members))
+        widths = [max(len(row[k]) for row in rows) for k in range(5)]
+        cells = [[cell.ljust(width) for cell, width in zip(row, widths, strict=False)] for row in rows]
+        lines = ["  ".join([*line, row[5]]).rstrip() for line, row in zip(cells, rows, strict=True)]
+        return "\n".join([f"{len(self.items)} groups, {len(self.removable)} of which may lose units", *lines])
+
+    def draw(self, path: str) -> None:
+        """Draws which axes of which weights belong to which group: a row a weight, a column a group.
+
+        Args:
+            path: the file to write; its ending says which kind (`.svg`, `.png`, `.pdf`).
+
+        Raises:
+            LeptonError: if matplotlib is not installed, or the file cannot be written.
+        """
+        try:
+            figure = importlib.import_module("matplotlib.figure").Figure()
+        except ImportError as error:
+            raise LeptonError(f"drawing needs matplotlib: pip install 'lepton-xla[plot]' ({error})") from error
+        rows = {name: k for k, name in enumerate(dict.fromkeys(path for group in self.items for path in group.paths))}
+        figure.set_size_inches(4 + 0.3 * len(self.items), 3 + 0.22 * len(rows))
+        axes = figure.add_subplot()
+        for column, group in enumerate(self.items):
+            marks = sorted({rows[name] for name in group.paths})
+            color = "#b0b0b0" if group.protected else f"C{column % 10}"
+            axes.plot([column, column], [marks[0], marks[-1]], color=color, linewidth=1)
+            for member in group.members:
+                name, _, axis = member.rpartition("[")
+                axes.plot(column, rows[name], "s", color=color, markersize=11)
+                axes.text(column, rows[name], axis[:-1], color="white", size=6, ha="center", va="center")
+        labels = [f"{group.units} {group.kind}{' (kept)' if group.protected else ''}" for group in self.items]
+        axes.set_xticks(range(len(self.items)), labels, rotation=90, size=7)
+        axes.set_yticks(range(len(rows)), list(rows), size=7)
+        axes.invert_yaxis()
+        axes.set_title("axes of weights that lose units together", size=9)
+        try:
+            figure.savefig(path, bbox_inches="tight", dpi=150)
+        except (OSError, ValueError) as error:
+            raise LeptonError(f"{path} cannot be written: {error}") from error
+
+
+def find_groups(program: Program, *, sizes: Mapping[str, int] | None = None) -> Groups:
+    """Which channels, hidden units and heads of a program can be removed, and which slices of which weights each is.
+
+    Args:
+        program: a program whose weights are arrays.
+        sizes: sizes of the symbolic dimensions to look at; some at which the program can be traced by default. What
+            cannot be removed at larger ones, such as positions that these do not reach, is protected too.
+
+    Raises:
+        UnsupportedError: if a weight is quantized.
+    """
+    for path, weight in program.weights.items():
+        if not hasattr(weight, "shape") or len(jax.tree.leaves(weight)) != 1:
+            raise UnsupportedError(f"weight {path!r} is quantized; shrink a program before it is quantized")
+    chosen = sizes if sizes is not None else probe_sizes(program.fn, program.weights, program.inputs)[0]
+    study = _study(program, chosen)
+    larger = _larger(program, chosen)
+    made: dict[Dimension, tuple[str, bool]] = {}
+    for product in study.products:
+        for dimension in product.made:
+            for leaf in leaves(dimension):
+                made.setdefault(leaf, (product.path, product.convolution))
+    members: dict[Dimension, list[tuple[str, str]]] = {leaf: [] for leaf in made}
+    for path, axes in study.weights.items():
+        for axis, dimension in enumerate(axes):
+            parts = leaves(dimension)
+            for k, leaf in enumerate(parts):
+                label = f"{path}[{axis}]" if len(parts) == 1 else f"{path}[{axis}.{k}]"
+                members.setdefault(leaf, []).append((path, label))
+    heads = {leaf for dimension in study.batched for leaf in leaves(dimension)}
+    groups: list[Group] = []
+    for leaf, named in members.items():
+        # What nothing reads, or has no units, is no group; what no product makes, such as a window or a vocabulary, is
+        # none of interest.
+        if not named or leaf.size == 0 or leaf.scans is None or (leaf.reason and leaf not in made):
+            continue
+        path, convolution = made.get(leaf, (named[0][0], False))
+        kind = "heads" if leaf in heads else "channels" if convolution else "units"
+        name = next((label for owner, label in named if owner == path), named[0][1])
+        owners = dict.fromkeys(owner for owner, _ in named)
+        elements = {owner: _per_unit(study.weights[owner], leaf) for owner in owners}
+        steps = program.weights[named[0][0]].shape[: len(leaf.scans)]
+        reason = leaf.reason
+        if not reason and larger is not None:
+            reason = _needed(larger, study, leaf, steps)
+        groups.append(
+            Group(
+                name,
+                kind,
+                leaf.size,
+                steps,
+                tuple(label for _, label in named),
+                sum(elements.values()),
+                sum(leaf_bytes((count,), program.weights[owner].dtype) for owner, count in elements.items()),
+                math.gcd(*(inner_size(d, leaf) for owner in owners for d in study.weights[owner])),
+                reason,
+                leaf,
+            )
+        )
+    return Groups((*groups, *_tied(program, study)), study)
+
+
+def _tied(program: Program, study: Study) -> list[Group]:
+    """What a product makes of which no position can go without all others, as after `x + jnp.roll(x, 1, -1)`."""
+    whole: dict[Dimension, tuple[str, bool]] = {}
+    for product in study.products:
+        for dimension in map(resolve, product.made):
+            if not leaves(dimension) and dimension.size > 1:
+                whole.setdefault(dimension, (product.path, product.convolution))
+    groups: list[Group] = []
+    for dimension, (path, convolution) in whole.items():
+        members = [
+            (owner, axis)
+            for owner, axes in study.weights.items()
+            for axis, d in enumerate(axes)
+            if d.found() is dimension
+        ]
+        labels = tuple(f"{owner}[{axis}]" for owner, axis in members)
+        counts = {owner: math.prod(program.weights[owner].shape) // dimension.size for owner, _ in members}
+        unit_bytes = sum(leaf_bytes((count,), program.weights[owner].dtype) for owner, count in counts.items())
+        name = next((label for (owner, _), label in zip(members, labels, strict=True) if owner == path), path)
+        kind = "channels" if convolution else "units"
+        reason = "its positions are tied to one another, so that none can go without all others"
+        groups.append(
+            Group(name, kind, dimension.size, (), labels, sum(counts.values()), unit_bytes, 1, reason, dimension)
+        )
+    return groups
+
+
+def _per_unit(axes: Sequence[Dimension], leaf: Dimension) -> int:
+    """Elements of a weight that go with one unit."""
+    whole, rest = 1, 1
+    for dimension in axes:
+        whole *= dimension.size
+        rest *= dimension.size - int(np.count_nonzero(units_of(dimension, leaf) == 0))
+    return whole - rest
+
+
+def _study(program: Program, sizes: Mapping[str, int]) -> Study:
+    closed = jax.make_jaxpr(program.fn)(abstract(program.weights), *program.abstract_inputs(sizes))
+    return Study(closed, program.weights, list(program.inputs))
+
+
+def _larger(program: Program, sizes: Mapping[str, int]) -> Study | None:
+    """The same at sizes of the symbolic dimensions that are one larger or, where they cannot be, twice as large."""
+    for more in ({name: size + 1 for name, size in sizes.items()}, {name: 2 * size for name, size in sizes.items()}):
+        if more != sizes:
+            try:
+                abstract_outputs(program.fn, program.weights, program.inputs, more)
+            except ModelError:
+                continue
+            return _study(program, more)
+    return None
+
+
+def _needed(larger: Study, study: Study, leaf: Dimension, steps: tuple[int, ...]) -> str:
+    """Why a leaf cannot lose units at larger sizes; empty where it can."""
+    first = np.arange(leaf.size) == 0
+    for stays in (first, ~first):  # each unit goes in one of them, and never all do
+        if stays.any():
+            masks = masks_of(study, {leaf: np.broadcast_to(stays, (*steps, leaf.size))})
+            refusal = transferred(larger, masks)[1]
+            if refusal:
+                return f"at larger sizes of the inputs, {refusal}"
+    return ""
+
+
+def masks_of(study: Study, kept: Kept) -> Masks:
+    """What stays of the weights where units of some leaves go."""
+    masks: Masks = {}
+    for path, axes in study.weights.items():
+        cut = tuple(mask_of(dimension, kept) if loses(dimension, kept) else None for dimension in axes)
+        if any(mask is not None for mask in cut):
+            masks[path] = cut
+    return masks
+
+
+def loses(dimension: Dimension, kept: Kept) -> bool:
+    """Whether units of it may go."""
+    return any(leaf in kept for leaf in leaves(dimension))
+
+
+def transferred(study: Study, masks: Masks) -> tuple[Kept, str]:
+    """What masks of weights say of the leaves of another study of the same function, at other sizes of its inputs.
+
+    Returns:
+        Which of their units stay; and what cannot be removed there, and why, or nothing.
+    """
+    kept: dict[Dimension, np.ndarray] = {}
+    for path, cut in masks.items():
+        for dimension, mask in zip(study.weights[path], cut, strict=True):
+            for leaf in leaves(dimension) if mask is not None else ():
+                assert mask is not None
+                stays = unit_sums(mask, units_of(dimension, leaf), leaf.size) > 0
+                if not stays.all():
+                    kept[leaf] = stays if len(leaf.scans or ()) else stays.reshape(-1, leaf.size)[0]
+    for path, axes in study.weights.items():
+        cut = masks.get(path, (None,) * len(axes))
+        for axis, (dimension, mask) in enumerate(zip(axes, cut, strict=True)):
+            whole = np.ones(dimension.size, bool) if mask is None else mask
+            blocked = next((leaf.reason for leaf in leaves(dimension) if leaf in kept and leaf.reason), "")
+            if blocked or np.any(mask_of(dimension, kept) != whole):
+                return kept, f"{path}[{axis}] cannot lose what was removed: {blocked or 'it is tied to other units'}"
+    return kept, ""

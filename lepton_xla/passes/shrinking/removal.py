@@ -1,0 +1,291 @@
+"""Physical removal of channels, hidden units and heads: the same model with smaller weights, from any jaxpr.
+
+What belongs together is found by `groups`, what matters least by `importance`, and `resize` makes the function of the
+smaller weights; it equals the old model with all weights of the removed units set to zero. After DepGraph (Fang et al.
+2023, arXiv:2301.12900).
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+import time
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import numpy as np
+
+from lepton_xla.errors import RecipeError
+from lepton_xla.passes.core.costs import cost
+from lepton_xla.passes.quantization.measurement import time_programs
+from lepton_xla.passes.shrinking.dimensions import Dimension, Kept
+from lepton_xla.passes.shrinking.groups import Group, Groups, find_groups
+from lepton_xla.passes.shrinking.importance import Batches, Importance, Loss, importance_scores
+from lepton_xla.passes.shrinking.resizing import remove
+from lepton_xla.program import Program, probe_sizes, some_names
+from lepton_xla.report import PassReport, SiteReport
+
+# A search for a target halves the range of possible sparsities this often.
+SEARCH_STEPS = 12
+# Each step of a search for a latency compiles and times the model.
+LATENCY_SEARCH_STEPS = 7
+
+
+class _UnreachableError(RecipeError):
+    """A target that cannot be reached.
+
+    Attributes:
+        level: how far to go instead, as `Ranking.at_level` takes it.
+    """
+
+    def __init__(self, message: str, level: float = 1.0) -> None:
+        super().__init__(message)
+        self.level = level
+
+
+def shrink(
+    program: Program,
+    *,
+    sparsity: float | None = None,
+    flops: float | None = None,
+    bytes: float | None = None,
+    latency_ms: float | None = None,
+    importance: Importance = "l2",
+    scope: Literal["local", "global"] = "local",
+    round_to: int = 1,
+    protect: Sequence[str] = (),
+    calibration: Batches | None = None,
+    loss: Loss | None = None,
+    sizes: Mapping[str, int] | None = None,
+    on_unsupported: Literal["error", "keep"] = "error",
+) -> Program:
+    """Removes the channels, hidden units and heads that matter least.
+
+    Give one of `sparsity`, `flops`, `bytes` and `latency_ms`. At least one unit of each group stays.
+
+    Args:
+        program: a program with float weights, before pruning masks or quantization are of use.
+        sparsity: share of units to remove, in [0, 1): of each group (`scope = "local"`), or of all units together.
+        flops: the share of floating-point operations to reach, in (0, 1], as `cost` counts them.
+        bytes: the share of the weights' bytes to reach, in (0, 1].
+        latency_ms: the measured median time of one call to reach, in milliseconds.
+        importance: how units are ranked; see `importance_scores`.
+        scope: `local`: every group loses the same share; `global`: all groups' normalized scores are ranked together.
+        round_to: what stays of each group is a multiple of this where the group has as many.
+        protect: regular expressions: groups whose name, or the path or `path[axis]` of a member, one matches as a
+            whole lose nothing.
+        calibration: batches for `importance = "activation"` or `"taylor"`.
+        loss: for `"taylor"`: `loss(weights, batch) -> scalar`.
+        sizes: sizes of the symbolic dimensions at which operations are counted and calls are timed.
+        on_unsupported: what to do where the target cannot be reached: `error`, or `keep`: remove all that can go, and
+            say in the report, under `not_reached`, how far that is and what stands in the way.
+
+    Returns:
+        A program of the same inputs and outputs with smaller weights, equal to the program with all weights of the
+        removed units set to zero. Masks are cut likewise.
+
+    Raises:
+        RecipeError: if an argument is out of range, a pattern matches nothing, or the target cannot be reached (unless
+            `on_unsupported` is `keep`); the message says what can be, and which groups stand in the way.
+        CalibrationError: if data or the loss are missing.
+        UnsupportedError: if a weight is quantized.
+    """
+    start = time.perf_counter()
+    check_target(sparsity, flops, bytes, latency_ms, round_to)
+    if scope not in ("local", "global"):
+        raise RecipeError(f"shrink: scope = {scope!r}: expected 'local' or 'global'")
+    chosen = dict(sizes) if sizes is not None else probe_sizes(program.fn, program.weights, program.inputs)[0]
+    groups = find_groups(program, sizes=chosen).protecting([protect] if isinstance(protect, str) else protect)
+    scores = importance_scores(program, groups, importance, calibration=calibration, loss=loss)
+    ranking = Ranking(groups, scores, scope, round_to)
+    before = cost(program, chosen)
+    not_reached = ""
+    try:
+        if sparsity is not None:
+            counts = ranking.at_sparsity(sparsity)
+        else:
+            counts = _search(program, ranking, chosen, flops=flops, size=bytes, latency_ms=latency_ms)
+    except _UnreachableError as error:
+        if on_unsupported == "error":
+            raise
+        counts, not_reached = ranking.at_level(error.level), str(error).removeprefix("shrink: ")
+    small = remove(program, groups, ranking.keep(counts))
+    after = cost(small, chosen)
+    reports = tuple(_report(group, counts.get(group.name, group.units), round_to) for group in groups)
+    metrics = {
+        "importance": importance,
+        "scope": scope,
+        "round_to": round_to,
+        "flops_before": before.flops,
+        "flops_after": after.flops,
+        "weights_bytes_before": program.weights_bytes,
+        "weights_bytes_after": small.weights_bytes,
+    }
+    metrics |= {"not_reached": not_reached} if not_reached else {}
+    report = PassReport("shrink", time.perf_counter() - start, reports, metrics)
+    return small.replace(history=(*program.history, report))
+
+
+def check_target(
+    sparsity: float | None, flops: float | None, size: float | None, latency_ms: float | None, round_to: int
+) -> None:
+    """Refuses what `shrink` cannot aim at.
+
+    Raises:
+        RecipeError: unless exactly one target is given, and it and `round_to` are in range.
+    """
+    targets = {"sparsity": sparsity, "flops": flops, "bytes": size, "latency_ms": latency_ms}
+    given = {name: value for name, value in targets.items() if value is not None}
+    if len(given) != 1:
+        raise RecipeError(f"shrink takes one of {', '.join(targets)}; {' and '.join(given) or 'none'} given")
+    ((name, value),) = given.items()
+    allowed = isinstance(value, numbers.Real) and {
+        "sparsity": 0 <= value < 1,
+        "latency_ms": 0 < value < math.inf,
+    }.get(name, 0 < value <= 1)
+    if not allowed:
+        ranges = {"sparsity": "[0, 1): at least one unit of each group stays", "latency_ms": "(0, inf)"}
+        raise RecipeError(f"shrink: {name} = {value} is not in {ranges.get(name, '(0, 1]')}")
+    if not isinstance(round_to, numbers.Integral) or round_to < 1:
+        raise RecipeError(f"shrink: round_to = {round_to} is not a whole number of at least 1")
+
+
+def _report(group: Group, kept: int, round_to: int) -> SiteReport:
+    if group.protected:
+        return SiteReport(group.name, f"kept {group.units} {group.kind}", group.protected)
+    metrics = {"units": group.units, "kept": kept, "members": list(group.members)}
+    reason = "its last one: something of every group stays" if kept == 1 < group.units else ""
+    if kept == group.units <= rounded_to(group, round_to) > 1:
+        reason = f"round_to = {round_to} leaves no fewer"
+    return SiteReport(group.name, f"{group.units} -> {kept} {group.kind}", reason, metrics=metrics)
+
+
+def rounded_to(group: Group, round_to: int) -> int:
+    """Of how many units what stays of a group is a multiple, so that positions are one of `round_to`."""
+    return round_to // math.gcd(round_to, group.inner)
+
+
+class Ranking:
+    """Units in the order in which they go.
+
+    Attributes:
+        every: all groups.
+        groups: those that may lose units.
+        scores: group name -> `[*steps, units]`.
+    """
+
+    def __init__(self, groups: Groups, scores: Mapping[str, np.ndarray], scope: str, round_to: int) -> None:
+        self.every = groups
+        self.groups = groups.removable
+        self.scores = scores
+        self._round_to = round_to
+        # Each step of a scan loses as many units: what counts is the mean score of those that go at the same time.
+        ordered = {g.name: np.sort(scores[g.name], -1).reshape(-1, g.units).mean(0) for g in self.groups}
+        weight = {g.name: math.prod(g.steps) for g in self.groups}
+        # The last unit of each group is no candidate.
+        pool = sorted((score, g.name) for g in self.groups for score in ordered[g.name][:-1])
+        self._order = [name for _, name in pool] if scope == "global" else None
+        self._weight = weight
+        self._total = sum(g.units * weight[g.name] for g in self.groups)
+
+    def at_sparsity(self, sparsity: float) -> dict[str, int]:
+        """Group name -> how many units stay where this share is removed.
+
+        Raises:
+            RecipeError: if it takes more units than there are, one of each group left.
+        """
+        if self._order is None:
+            return self._local(sparsity)
+        remove = math.floor(sparsity * self._total + 1e-9)
+        most = sum(self._weight[name] for name in self._order)
+        if remove > most:
+            raise _UnreachableError(
+                f"shrink: sparsity = {sparsity} takes {remove} of {self._total} units, but only {most} can go: one "
+                f"unit of each group stays, of {some_names(f'{g.name!r} ({g.units})' for g in self.groups)}"
+            )
+        lost = 0
+        for end, name in enumerate(self._order):
+            if lost + self._weight[name] > remove:
+                return self._after(self._order[:end])
+            lost += self._weight[name]
+        return self._after(self._order)
+
+    def at_level(self, level: float) -> dict[str, int]:
+        """The same, for a level between 0, where all stay, and 1, where as many go as can."""
+        if self._order is None:
+            return self._local(level)
+        return self._after(self._order[: math.floor(level * len(self._order) + 1e-9)])
+
+    def _local(self, share: float) -> dict[str, int]:
+        return {g.name: self._rounded(g, g.units - math.floor(share * g.units + 1e-9)) for g in self.groups}
+
+    def _after(self, gone: Sequence[str]) -> dict[str, int]:
+        lost = {group.name: 0 for group in self.groups}
+        for name in gone:
+            lost[name] += 1
+        return {group.name: self._rounded(group, group.units - lost[group.name]) for group in self.groups}
+
+    def _rounded(self, group: Group, kept: int) -> int:
+        multiple = rounded_to(group, self._round_to)
+        return min(group.units, max(1, math.ceil(kept / multiple)) * multiple)
+
+    def keep(self, counts: Mapping[str, int]) -> Kept:
+        """Which units stay: those with the largest scores; of equal ones, the first."""
+        kept: dict[Dimension, np.ndarray] = {}
+        for group in self.groups:
+            if counts[group.name] < group.units:
+                order = np.argsort(-self.scores[group.name], axis=-1, kind="stable")
+                mask = np.zeros(order.shape, bool)
+                np.put_along_axis(mask, order[..., : counts[group.name]], True, -1)
+                kept[group.leaf] = mask
+        return kept
+
+
+def _search(
+    program: Program,
+    ranking: Ranking,
+    sizes: Mapping[str, int],
+    *,
+    flops: float | None,
+    size: float | None,
+    latency_ms: float | None,
+) -> dict[str, int]:
+    """The fewest units removed with which a target is reached, as far as bisection finds them."""
+    before = cost(program, sizes)
+    if (flops is not None and not before.flops) or (size is not None and not before.weights_bytes):
+        what = "operations" if flops is not None else "bytes of weights"
+        raise _UnreachableError(f"shrink: the program has no {what} to take a share of at sizes {dict(sizes)}", 0.0)
+
+    def value(counts: Mapping[str, int]) -> float:
+        kept = ranking.keep(counts)
+        if latency_ms is not None:
+            small = remove(program, ranking.every, kept)
+            return time_programs([(small.fn, small.weights)], small.abstract_inputs(sizes))[0] / 1000
+        after = cost(remove(program, ranking.every, kept, shapes_only=True), sizes)
+        return after.flops / before.flops if flops is not None else after.weights_bytes / before.weights_bytes
+
+    name, target = next(
+        (name, given)
+        for name, given in (("flops", flops), ("bytes", size), ("latency_ms", latency_ms))
+        if given is not None
+    )
+    low, high = 0.0, 1.0
+    if value(ranking.at_level(0.0)) <= target:
+        return ranking.at_level(0.0)
+    least = value(ranking.at_level(1.0))
+    if least > target:
+        raise _UnreachableError(_unreachable(name, target, least, ranking.every))
+    for _ in range(LATENCY_SEARCH_STEPS if latency_ms is not None else SEARCH_STEPS):
+        middle = (low + high) / 2
+        low, high = (low, middle) if value(ranking.at_level(middle)) <= target else (middle, high)
+    return ranking.at_level(high)
+
+
+def _unreachable(name: str, target: float, least: float, groups: Groups) -> str:
+    standing = sorted((group for group in groups if group.protected), key=lambda group: -group.unit_bytes * group.units)
+    names = "; ".join(f"{group.name!r}: {group.protected}" for group in standing[:6])
+    more = f"; and {len(standing) - 6} more" if len(standing) > 6 else ""
+    return (
+        f"shrink: {name} = {target:g} cannot be reached; the least is {least:.3g}, one unit (or round_to) of each "
+        f"group left. Protected groups: {names or 'none'}{more}"
+    )
