@@ -41,6 +41,7 @@ from models import transformer
 from rich.console import Console
 
 import lepton_xla as lx
+from lepton_xla.passes.planning import resolve
 
 RESULTS = harness.PAGES / "gpu.json"
 FLOAT, RECIPES = "JAX bfloat16", ("int8", "fp8")
@@ -235,7 +236,7 @@ def attention() -> str:
     try:
         fn = lambda weights, rows: block(Jax("cudnn"), 2, jax_linear(weights), rows)  # noqa: E731
         program = lx.trace(fn, weights_of(block_shapes(256)), {"rows": lx.TensorSpec(("batch", 128, 256), "bfloat16")})
-        small = lx.passes.lower(program, lx.Recipe.load("int8").resolve(program))
+        small = lx.passes.lower(program, resolve(lx.Recipe.load("int8"), program))
         jax.block_until_ready(jax.jit(small.fn)(small.weights, jnp.ones((2, 128, 256), jnp.bfloat16)))
     except Exception as problem:
         console.print(f"attention by XLA, since cuDNN's cannot be had: {type(problem).__name__}: {str(problem)[:300]}")
@@ -401,7 +402,7 @@ def check(form: str, dtype: str, operands: str, shape: tuple[int, int, int]) -> 
         specs = {"left": lx.TensorSpec(left.shape, dtype)}
         fn, weights, inputs = (lambda weights, left: left @ weights["right"]), {"right": right}, (left,)
     program = lx.trace(fn, weights, specs)
-    small = lx.passes.lower(program, lx.Recipe.parse(text, name=form).resolve(program))
+    small = lx.passes.lower(program, resolve(lx.Recipe.parse(text, name=form), program))
     got = np.asarray(jax.jit(small.fn)(small.weights, *inputs), np.float64)
     exact = rounded(left, -1, form) @ rounded(right, -2, form)
     return float(np.abs(got - exact).max() / np.abs(exact).max())

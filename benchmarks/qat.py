@@ -35,6 +35,7 @@ from models.base import mnist
 from rich.console import Console
 
 import lepton_xla as lx
+from lepton_xla.passes.planning import resolve
 from lepton_xla.passes.quantization.fake_quantization import initial_scales
 
 RESULTS = harness.PAGES / "qat.json"
@@ -81,7 +82,7 @@ def accuracy(quick: bool, with_qwix: bool, kept: Journal) -> dict[str, Any]:
         ]
         return found | {"seconds": time.perf_counter() - started}
 
-    plan = recipe("int4", "int4").resolve(program)
+    plan = resolve(recipe("int4", "int4"), program)
     rows = [
         kept.row("float", lambda: row("float", program.fn, program.weights)),
         kept.row(
@@ -89,7 +90,7 @@ def accuracy(quick: bool, with_qwix: bool, kept: Journal) -> dict[str, Any]:
             lambda: row("lepton_xla int4 x int4", lx.passes.fake_quant(program.fn, plan), program.weights),
         ),
     ]
-    static = recipe("int4", "int4", 'dynamic = false\ncalibration = "mse"\n').resolve(program)
+    static = resolve(recipe("int4", "int4", 'dynamic = false\ncalibration = "mse"\n'), program)
 
     def with_learned_scales() -> dict[str, Any]:
         ranges = lx.passes.calibrate(program, static, model.spec.calibration_batches() or ())
@@ -189,7 +190,7 @@ def step_cost(size: transformer.Size, batch: int, options: argparse.Namespace, w
     program = lx.trace(plain, weights, {"x": lx.TensorSpec(("batch", size.seq, size.inputs), "float32")})
     applied: dict[str, tuple[Callable[..., jax.Array], Any]] = {"plain step": (plain, weights)}
     for name in ("int8", "int4"):
-        plan = recipe(name, name).resolve(program)
+        plan = resolve(recipe(name, name), program)
         applied[f"fake_quant {name} x {name}"] = (lx.passes.fake_quant(plain, plan), weights)
     module = transformer.LinenTransformer(size)
     applied["plain step, Flax Linen"] = (module.apply, {"params": weights})

@@ -25,6 +25,7 @@ from rich.console import Console
 
 import lepton_xla as lx
 from lepton_xla import train
+from lepton_xla.passes.planning import resolve
 
 FOLDER = pathlib.Path(__file__).parent.parent / "build" / "compress"
 BATCH = 64
@@ -63,7 +64,7 @@ def main() -> None:
     small = small.replace(weights=weights, masks=masks)
     report("pruned while trained on", small, program)
 
-    plan = FOUR_BITS.resolve(small)
+    plan = resolve(FOUR_BITS, small)
     quantized = lx.passes.masked(lx.passes.fake_quant(small.fn, plan), small.masks)
     weights, _ = learn(quantized, small.weights, program, epochs, rate=3e-4)
     held = {path: jnp.where(small.masks[path], w, 0) if path in small.masks else w for path, w in weights.items()}

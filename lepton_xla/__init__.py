@@ -20,10 +20,11 @@ if TYPE_CHECKING:
         UnsupportedError,
     )
     from lepton_xla.modelspec import ModelSpec
+    from lepton_xla.passes.core.plans import Plan
     from lepton_xla.passes.core.sites import find_sites
     from lepton_xla.pipeline import optimize
     from lepton_xla.program import Program, TensorSpec, trace
-    from lepton_xla.recipe import Plan, Recipe
+    from lepton_xla.recipe import Recipe
     from lepton_xla.report import PassReport, SiteReport
 
 __all__ = [
@@ -78,7 +79,8 @@ _HOMES = {
     "lepton_xla.pipeline": ("optimize",),
     "lepton_xla.adapters": ("from_linen", "from_nnx"),
     "lepton_xla.program": ("Program", "TensorSpec", "trace"),
-    "lepton_xla.recipe": ("Plan", "Recipe"),
+    "lepton_xla.passes.core.plans": ("Plan",),
+    "lepton_xla.recipe": ("Recipe",),
     "lepton_xla.report": ("PassReport", "SiteReport"),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}

@@ -27,11 +27,12 @@ from lepton_xla.errors import (
 from lepton_xla.flags import warn_of_slow_flags
 from lepton_xla.passes.alternatives.autotuning import autotune
 from lepton_xla.passes.core.calibration import as_batches, calibrate, needs_range
+from lepton_xla.passes.core.plans import Plan
 from lepton_xla.passes.core.precomputation import precompute
 from lepton_xla.passes.core.statistics import Statistics
 from lepton_xla.passes.folding.norms import fold
+from lepton_xla.passes.planning import resolve
 from lepton_xla.passes.pruning.magnitude import prune
-from lepton_xla.passes.pruning.masks import DATA_METHODS
 from lepton_xla.passes.pruning.sparsegpt import sparsegpt
 from lepton_xla.passes.pruning.wanda import wanda
 from lepton_xla.passes.quantization.bias_correction import correct_bias
@@ -46,7 +47,8 @@ from lepton_xla.passes.rescaling.smoothquant import MULTIPLIED, smooth
 from lepton_xla.passes.shrinking.removal import shrink
 from lepton_xla.program import Program, abstract_outputs, as_sizes, probe_sizes
 from lepton_xla.quant import QTensor
-from lepton_xla.recipe import Plan, Recipe
+from lepton_xla.recipe import Recipe
+from lepton_xla.recipe.rules import DATA_METHODS
 from lepton_xla.report import PassReport, SiteReport
 from lepton_xla.rows import check_rows_lead
 
@@ -145,7 +147,7 @@ def plan_for(
         program = fold(program)
     if recipe.shrink is not None:
         program = _shrunk(program, recipe, _as_list(calibration), grid(program, buckets), say)
-    return program, recipe.resolve(program)
+    return program, resolve(recipe, program)
 
 
 @_told_by_xla
@@ -364,7 +366,7 @@ def _pruned(
         if recipe.without_calibration == "error":
             raise _needs_data(recipe, f"prune.method = {wanted[0]!r}, which needs")
         plain = [msgspec.structs.replace(r, method="magnitude") if r.method in wanted else r for r in recipe.prune]
-        plan = msgspec.structs.replace(recipe, prune=tuple(plain)).resolve(program)
+        plan = resolve(msgspec.structs.replace(recipe, prune=tuple(plain)), program)
         why = "by magnitude, for want of calibration data"
         program = program.replace(history=(*program.history, PassReport("skipped", metrics={why: ", ".join(wanted)})))
         methods, wanted = {"magnitude"}, []
@@ -394,7 +396,7 @@ def _prepare(
     if recipe.equalize:
         say("equalize")
         program = equalize(program, plan)
-        plan = recipe.resolve(program)
+        plan = resolve(recipe, program)
     asked = {
         f"rescale = {recipe.rescale!r}": recipe.rescale != "none",
         "rounding = 'gptq'": recipe.rounding == "gptq",
@@ -416,7 +418,7 @@ def _prepare(
             )
         else:
             program = awq(program, plan, data)
-        plan = recipe.resolve(program)
+        plan = resolve(recipe, program)
     if not (recipe.rounding == "gptq" or recipe.correct_bias):
         return program, plan, {}
     say(f"round to {'least change of outputs (gptq)' if recipe.rounding == 'gptq' else 'nearest'}")
@@ -426,7 +428,7 @@ def _prepare(
     if recipe.correct_bias:
         say("correct biases")
         rounded = correct_bias(program, rounded, plan, data)
-    return rounded, recipe.resolve(rounded), grids
+    return rounded, resolve(recipe, rounded), grids
 
 
 def _as_list(calibration: Iterable[Mapping[str, Any]] | None) -> list[Mapping[str, Any]] | None:

@@ -11,6 +11,7 @@ from jax.experimental import io_callback
 import lepton_xla as lx
 from lepton_xla import pipeline
 from lepton_xla.errors import CompileError, UnsupportedError
+from lepton_xla.passes.planning import resolve
 
 INT8 = lx.Recipe.parse("measure = false\n[[quantize]]\nsites = '.*'\ndynamic = false", name="static")
 WEIGHTS = {"w": np.random.default_rng(0).standard_normal((16, 64)).astype(np.float32)}
@@ -95,4 +96,4 @@ def test_a_complex_weight_is_no_float():
         lambda w, x: (x.astype(jnp.complex64) @ w["w"]).real, {"w": WEIGHTS["w"].astype(np.complex64)}, ROWS
     )
     with pytest.raises(UnsupportedError, match="its weight is complex64, no float"):
-        INT8.resolve(program)
+        resolve(INT8, program)

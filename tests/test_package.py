@@ -96,9 +96,8 @@ ALLOWED = {
     "flags": set(),
     "memory": set(),
     "quant": {"errors", "_compat"},
-    "passes": BOTTOM | {"quant"},
-    "recipe": PASSES | {"recipe_changes"},
-    "recipe_changes": {"errors"},
+    "passes": BOTTOM | {"quant", "recipe"},
+    "recipe": {"errors", "quant"},
     "modelspec": BOTTOM | {"adapters"},
     "pipeline": PASSES | {"recipe", "rows", "callbacks", "flags", "memory"},
     "compiler": BOTTOM | {"rows", "callbacks", "flags"},
@@ -109,7 +108,7 @@ ALLOWED = {
     "tune": PASSES | {"recipe", "pipeline", "compiler", "modelspec"},
 }
 # For the checker of types only, or inside a function that neither loading nor serving calls.
-TYPES_ONLY = {("passes", "recipe"), ("quant", "recipe"), ("compiler", "passes")}
+TYPES_ONLY = {("compiler", "passes")}
 # At the top: may import everything but each other's insides.
 TOP = {"", "cli", "__main__"}
 

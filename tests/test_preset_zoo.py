@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import lepton_xla as lx
+from lepton_xla.passes.planning import resolve
 from lepton_xla.pipeline import plan_for
 from lepton_xla.recipe import presets
 
@@ -86,7 +87,7 @@ def test_what_was_kept_is_in_the_report():
     assert skipped.metrics == {"left out, as the program has no product": "quantize"}
     uniform = lx.Recipe.parse('on_unsupported = "keep"\n[[prune]]\nsites = ".*"\nsparsity = 0.9', name="test")
     fn, weights, inputs = ZOO["weights of size one"]
-    plan = uniform.resolve(lx.trace(fn, weights, inputs))
+    plan = resolve(uniform, lx.trace(fn, weights, inputs))
     assert plan["k"].kept == "not pruned: prune 90% uniform would leave nothing of it"
 
 

@@ -10,8 +10,10 @@ from hypothesis import strategies as st
 from jax import lax
 
 from lepton_xla.errors import RecipeError, UnsupportedError
+from lepton_xla.passes.core.plans import Plan
+from lepton_xla.passes.planning import resolve
 from lepton_xla.program import TensorSpec, trace
-from lepton_xla.recipe import Plan, Recipe, presets
+from lepton_xla.recipe import Recipe, presets
 
 QUANTIZE = '[[quantize]]\nsites = "{}"\n'
 
@@ -50,7 +52,7 @@ def test_presets_load(name):
     assert recipe.name == name
     assert recipe.description
     assert recipe.on_unsupported == "keep"
-    assert recipe.resolve(program()).sites
+    assert resolve(recipe, program()).sites
 
 
 def test_there_are_the_presets_the_documentation_names():
@@ -215,7 +217,7 @@ def test_the_first_block_that_matches_wins():
         '[[prune]]\nsites = "head"\nsparsity = 0.125\n'
         '[[prune]]\nsites = "body/.*"\nexclude = ".*/b"\nsparsity = 0.875\n'
     )
-    assert decisions(recipe.resolve(program())) == {
+    assert decisions(resolve(recipe, program())) == {
         "body/a": "prune 87.5% uniform + int8 weights",
         "body/b": "int8 weights, int8 activations percentile:99.9",
         "head": "prune 12.5% uniform + int8 weights, int8 activations percentile:99.9",
@@ -224,10 +226,10 @@ def test_the_first_block_that_matches_wins():
 
 def test_exclude_leaves_a_site_to_the_blocks_after():
     recipe = parse(QUANTIZE.format(".*") + 'exclude = "head"\n' + QUANTIZE.format("head") + 'activations = "none"')
-    plan = recipe.resolve(program())
+    plan = resolve(recipe, program())
     assert decisions(plan)["head"] == "int8 weights"
     assert decisions(plan)["body/a"] == "int8 weights, int8 activations dynamic"
-    alone = parse(QUANTIZE.format(".*") + 'exclude = "head"').resolve(program())
+    alone = resolve(parse(QUANTIZE.format(".*") + 'exclude = "head"'), program())
     assert decisions(alone)["head"] == "float"
     assert alone["head"].kept == ""
     assert alone["no such site"] is None
@@ -237,7 +239,7 @@ def test_a_pattern_matches_the_whole_name():
     with pytest.raises(
         RecipeError, match=r"quantize\[0\].sites = 'body' matches none of the program's 3 sites: body/a"
     ):
-        parse(QUANTIZE.format("body")).resolve(program())
+        resolve(parse(QUANTIZE.format("body")), program())
 
 
 @pytest.mark.parametrize(
@@ -258,15 +260,15 @@ def test_a_pattern_matches_the_whole_name():
 )
 def test_a_pattern_without_effect_is_refused(text, message):
     with pytest.raises(RecipeError, match=message):
-        parse(text).resolve(program())
+        resolve(parse(text), program())
 
 
 def test_a_program_without_sites():
     bare = program(lambda w, x: x * w["scale"], scale=jnp.float32(2))
     with pytest.raises(RecipeError, match="matches none of the program's 0 sites: there is none"):
-        parse(QUANTIZE.format(".*")).resolve(bare)
-    assert Recipe.load("int8").resolve(bare).sites == ()  # it says `keep`
-    assert parse("fold = true").resolve(bare).sites == ()
+        resolve(parse(QUANTIZE.format(".*")), bare)
+    assert resolve(Recipe.load("int8"), bare).sites == ()  # it says `keep`
+    assert resolve(parse("fold = true"), bare).sites == ()
 
 
 def test_what_cannot_be_done_is_an_error_or_kept_and_said():
@@ -277,9 +279,9 @@ def test_what_cannot_be_done_is_an_error_or_kept_and_said():
     attention = program(fn, dense=array(6, 5), table=array(9, 4))
     text = QUANTIZE.format(".*") + '[[prune]]\nsites = ".*"\nsparsity = 0.5'
     with pytest.raises(UnsupportedError, match=r"site 'dot_general#0' .*not quantized: dot_general of two activations"):
-        parse(text).resolve(attention)
+        resolve(parse(text), attention)
     left = "dot_general of two activations, which products = 'weights' leaves float"
-    plan = parse('on_unsupported = "keep"\n' + text).resolve(attention)
+    plan = resolve(parse('on_unsupported = "keep"\n' + text), attention)
     assert {planned.site.name: planned.kept for planned in plan.sites} == {
         "dense": "",
         "dot_general#0": f"not pruned: no weight; not quantized: {left}",
@@ -288,20 +290,20 @@ def test_what_cannot_be_done_is_an_error_or_kept_and_said():
     }
     assert decisions(plan)["table"] == "int8 weights"  # it is looked up, so there is no activation to round
     # A recipe that does not name them may say `error`.
-    assert parse(QUANTIZE.format("dense")).resolve(attention)["table"].kept == ""
+    assert resolve(parse(QUANTIZE.format("dense")), attention)["table"].kept == ""
 
 
 def test_integers_are_not_pruned():
     whole = program(lambda w, x: x @ w["codes"].astype(jnp.float32), codes=jnp.ones((6, 4), jnp.int8))
     with pytest.raises(UnsupportedError, match=r"site 'codes' .*not pruned: its weight is"):
-        parse('[[prune]]\nsites = ".*"\nsparsity = 0.5').resolve(whole)
+        resolve(parse('[[prune]]\nsites = ".*"\nsparsity = 0.5'), whole)
 
 
 def test_a_tied_embedding_is_quantized_and_kept_whole():
     text = QUANTIZE.format(".*") + '[[prune]]\nsites = ".*"\nsparsity = 0.5'
     with pytest.raises(UnsupportedError, match="site 'table'"):
-        parse(text).resolve(tied())
-    plan = parse('on_unsupported = "keep"\n' + text).resolve(tied())
+        resolve(parse(text), tied())
+    plan = resolve(parse('on_unsupported = "keep"\n' + text), tied())
     assert decisions(plan)["table"] == "int8 weights"
     assert decisions(plan)["table#1"] == "int8 weights, int8 activations dynamic"
     assert plan["table#1"].not_pruned == "its weight is shared with 'table': an embedding"
@@ -314,10 +316,10 @@ def test_two_rules_for_one_weight():
 
     shared = program(twice, w=array(6, 6))
     with pytest.raises(RecipeError, match="'w' and 'w#1' use one weight but get different treatment"):
-        parse(QUANTIZE.format("w")).resolve(shared)
+        resolve(parse(QUANTIZE.format("w")), shared)
     with pytest.raises(RecipeError, match="'table' and 'table#1' use one weight"):
-        parse(QUANTIZE.format(".*") + 'exclude = "table"').resolve(tied())
-    plan = parse(QUANTIZE.format("w.*")).resolve(shared)
+        resolve(parse(QUANTIZE.format(".*") + 'exclude = "table"'), tied())
+    plan = resolve(parse(QUANTIZE.format("w.*")), shared)
     assert decisions(plan)["w"] == decisions(plan)["w#1"] == "int8 weights, int8 activations dynamic"
 
 
@@ -328,27 +330,27 @@ def test_groups_of_about_a_size_fit_each_weight():
     }
     model = program(lambda w, x: sum(jnp.tanh(x @ w[name]) @ w[f"{name}_out"] for name in widths), **weights)
     text = QUANTIZE.format(".*_out") + 'activations = "none"\nweights = "int4"\n'
-    plan = parse(text + 'granularity = "group:~64"').resolve(model)
+    plan = resolve(parse(text + 'granularity = "group:~64"'), model)
     groups = {"w784": 56, "w300": 60, "w25": 25, "w134": 67}
     assert {name: plan[f"{name}_out"].quantize.granularity for name in widths} == {
         name: f"group:{size}" for name, size in groups.items()
     }
     assert decisions(plan)["w784_out"] == "int4 weights in groups of 56"
-    searched = parse(text + 'granularity = "group:~64"\nweight_range = "mse"').resolve(model)
+    searched = resolve(parse(text + 'granularity = "group:~64"\nweight_range = "mse"'), model)
     assert decisions(searched)["w25_out"] == "int4 weights in groups of 25, range by mse"
     with pytest.raises(UnsupportedError, match=r"'group:64' does not divide the 784 rows .*'group:~64' takes the near"):
-        parse(text + 'granularity = "group:64"').resolve(model)
+        resolve(parse(text + 'granularity = "group:64"'), model)
 
 
 def test_groups_of_about_a_size_at_a_weight_with_several_sites():
     text = QUANTIZE.format(".*") + 'activations = "none"\ngranularity = "group:~5"'
-    plan = parse(text).resolve(tied())
+    plan = resolve(parse(text), tied())
     assert plan["table"].quantize == plan["table#1"].quantize
     assert decisions(plan) == dict.fromkeys(("table", "dense", "table#1"), "int8 weights in groups of 6")
     # In two layouts the sums have other lengths: that, and not their groups, is what is said.
     model = program(lambda w, x: jnp.tanh(x @ w["w"]) @ w["w"].T, w=array(6, 9))
     with pytest.raises(UnsupportedError, match="its weight is used in another layout at 'w'"):
-        parse(text).resolve(model)
+        resolve(parse(text), model)
 
 
 @pytest.mark.parametrize(
@@ -362,8 +364,8 @@ def test_groups_of_about_a_size_at_a_weight_with_several_sites():
 def test_a_weight_that_cannot_be_stored_is_known_before_anything_runs(fn, reason):
     model = program(fn, w=array(6, 6))
     with pytest.raises(UnsupportedError, match=f"site 'w(#1)?' .*{reason}"):
-        parse(QUANTIZE.format(".*")).resolve(model)
-    plan = parse('on_unsupported = "keep"\n' + QUANTIZE.format(".*")).resolve(model)
+        resolve(parse(QUANTIZE.format(".*")), model)
+    plan = resolve(parse('on_unsupported = "keep"\n' + QUANTIZE.format(".*")), model)
     assert all(planned.quantize is None for planned in plan.sites)
     assert {planned.not_quantized for planned in plan.sites} == {reason}
 
@@ -379,7 +381,7 @@ def test_json_round_trip_and_figures():
         return lax.scan(layers, x, None, length=5)[0]
 
     model = program(fn, stack=array(3, 6, 6))
-    (entry,) = Recipe.load("int8-prune50").resolve(model).to_json()
+    (entry,) = resolve(Recipe.load("int8-prune50"), model).to_json()
     assert json.loads(json.dumps(entry)) == entry
     assert entry == {
         "site": "stack",
@@ -393,5 +395,5 @@ def test_json_round_trip_and_figures():
         "computed_from": [],
     }
     converted = program(lambda w, x: x.astype(jnp.bfloat16) @ w["w"].astype(jnp.bfloat16), w=array(6, 4))
-    (entry,) = Recipe.load("int8").resolve(converted).to_json()
+    (entry,) = resolve(Recipe.load("int8"), converted).to_json()
     assert entry["weight_bytes"] == 6 * 4 * 4  # as stored, not as used

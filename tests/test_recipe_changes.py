@@ -7,9 +7,10 @@ import pytest
 
 import lepton_xla as lx
 from lepton_xla.passes import find_groups
+from lepton_xla.passes.planning import resolve
 from lepton_xla.pipeline import plan_for
 from lepton_xla.recipe import PruneRule
-from lepton_xla.recipe_changes import parse_setting
+from lepton_xla.recipe.changes import parse_setting
 
 INT8 = lx.Recipe.load("int8")
 
@@ -93,8 +94,8 @@ def test_what_is_excluded_stays():
 
 def test_excluding_nothing_or_everything_is_a_mistake():
     with pytest.raises(lx.RecipeError, match=r"exclude = 'd' matches none of the program's 3 sites"):
-        INT8.replace(exclude="d").resolve(program())
+        resolve(INT8.replace(exclude="d"), program())
     with pytest.raises(lx.RecipeError, match="leaves out all that its sites match"):
-        INT8.replace(exclude=".*").resolve(program())
+        resolve(INT8.replace(exclude=".*"), program())
     with pytest.raises(lx.RecipeError, match="there is nothing to exclude from"):
         lx.Recipe(name="none").replace(exclude="a")

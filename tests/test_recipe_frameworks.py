@@ -15,6 +15,7 @@ from flax import nnx
 from lepton_xla.adapters import from_linen, from_nnx
 from lepton_xla.passes import calibrate, fake_quant
 from lepton_xla.passes.core.sites import find_sites
+from lepton_xla.passes.planning import resolve
 from lepton_xla.passes.quantization.fake_quantization import initial_scales
 from lepton_xla.passes.quantization.lowering import lower
 from lepton_xla.pipeline import optimize
@@ -175,7 +176,7 @@ def test_training_and_what_is_compiled_of_it_are_the_same(programs, framework):
     recipe = Recipe.parse(text, name="qat")
 
     def trained(program):
-        plan = recipe.resolve(program)
+        plan = resolve(recipe, program)
         scales = initial_scales(program.weights, plan, calibrate(program, plan, [{"x": X}]))
         quantized = fake_quant(program.fn, plan)
         loss = lambda w, s: jnp.mean(quantized(w, X, scales=s) ** 2)  # noqa: E731

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import lepton_xla as lx
+from lepton_xla.passes.planning import resolve
 from lepton_xla.passes.quantization.measurement import Timing
 from lepton_xla.passes.rescaling.smoothquant import WORTHLESS
 
@@ -128,7 +129,7 @@ def test_what_is_left_in_float_is_narrowed_last(text: str, formats: str, passes:
 
 def test_a_recipe_may_narrow_only() -> None:
     recipe = lx.Recipe.parse('cast = "float16"', name="half")
-    assert "2 sites, products left in float are made float16" in str(recipe.resolve(program()))
+    assert "2 sites, products left in float are made float16" in str(resolve(recipe, program()))
     small = lx.optimize(program(), recipe)
     assert [report.name for report in small.history] == ["fold", "cast", "autotune"]
     assert small.weights["up"].dtype == jnp.float16

@@ -14,6 +14,7 @@ import optax
 
 import lepton_xla as lx
 from lepton_xla import train
+from lepton_xla.passes.planning import resolve
 from models import residual
 from models.base import BenchModel, cached, mnist
 
@@ -197,7 +198,7 @@ def gradual(steps: int) -> train.Schedule:
 
 def prune_plan(program: lx.Program, sparsity: float, distribution: str, method: str = "magnitude") -> lx.Plan:
     """All sites at one sparsity."""
-    return prune_recipe(sparsity, distribution, method).resolve(program)
+    return resolve(prune_recipe(sparsity, distribution, method), program)
 
 
 def prune_recipe(sparsity: float, distribution: str, method: str = "magnitude") -> lx.Recipe:
@@ -209,7 +210,7 @@ def prune_recipe(sparsity: float, distribution: str, method: str = "magnitude") 
 def codebook_plan(program: lx.Program) -> lx.Plan:
     """All sites with 16 shared values a weight, float arithmetic."""
     text = f'[[quantize]]\nsites = ".*"\nweights = "{FORMAT}"\nactivations = "none"\ngranularity = "tensor"'
-    return lx.Recipe.parse(f'on_unsupported = "keep"\nfold = false\n{text}', name=FORMAT).resolve(program)
+    return resolve(lx.Recipe.parse(f'on_unsupported = "keep"\nfold = false\n{text}', name=FORMAT), program)
 
 
 def share_values(task: Task, program: lx.Program, *, epochs: int, what: str, seed: int) -> lx.Program:

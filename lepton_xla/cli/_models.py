@@ -22,7 +22,7 @@ from lepton_xla.modelspec import ModelSpec, Predict, load_spec
 from lepton_xla.passes.core.calibration import check_batch
 from lepton_xla.program import Program, TensorSpec
 from lepton_xla.recipe import Recipe
-from lepton_xla.recipe_changes import parse_setting
+from lepton_xla.recipe.changes import parse_setting
 
 
 def load_target(target: str) -> ModelSpec:

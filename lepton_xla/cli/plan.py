@@ -10,7 +10,7 @@ from lepton_xla.cli import _common
 
 if TYPE_CHECKING:
     from lepton_xla.passes.core.costs import CostReport
-    from lepton_xla.recipe import Plan
+    from lepton_xla.passes.core.plans import Plan
 
 
 @click.command()

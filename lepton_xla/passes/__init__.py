@@ -8,6 +8,7 @@ from lepton_xla.passes.core.precomputation import precompute
 from lepton_xla.passes.core.sites import find_sites, rewrite_sites
 from lepton_xla.passes.core.walker import rewrite
 from lepton_xla.passes.folding.norms import fold
+from lepton_xla.passes.planning import resolve
 from lepton_xla.passes.pruning.magnitude import magnitude_masks, masked, prune
 from lepton_xla.passes.pruning.sparsegpt import sparsegpt
 from lepton_xla.passes.pruning.wanda import wanda
@@ -44,6 +45,7 @@ __all__ = [
     "masked",
     "precompute",
     "prune",
+    "resolve",
     "rewrite",
     "rewrite_sites",
     "round_to_nearest",

@@ -15,6 +15,7 @@ from jax import lax
 from jax.core import Tracer
 
 from lepton_xla.errors import ModelError, RecipeError
+from lepton_xla.passes.core.plans import Plan
 from lepton_xla.passes.pruning.magnitude import check_finite
 from lepton_xla.passes.pruning.masks import (
     DATA_METHODS,
@@ -30,7 +31,8 @@ from lepton_xla.passes.pruning.masks import (
     sparsity_of,
 )
 from lepton_xla.program import check_masks, key_name, name_leaves, some_names
-from lepton_xla.recipe import Plan, PruneRule, check_rule
+from lepton_xla.recipe import PruneRule
+from lepton_xla.recipe.rules import check_rule
 from lepton_xla.train.schedules import Schedule
 
 type Rules = Plan | Mapping[str, float | None] | Sequence[PruneRule]

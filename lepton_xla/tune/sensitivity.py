@@ -21,6 +21,7 @@ from lepton_xla.errors import CalibrationError, InputError, ModelError, RecipeEr
 from lepton_xla.modelspec import Predict
 from lepton_xla.passes.core.calibration import as_batches, calibrate, check_batch, needs_range
 from lepton_xla.passes.core.names import Key
+from lepton_xla.passes.core.plans import Plan, SitePlan
 from lepton_xla.passes.core.sites import Site, find_sites, operand_value, rewrite_sites, step_lengths
 from lepton_xla.passes.core.walker import Context, Values
 from lepton_xla.passes.quantization import products
@@ -30,7 +31,7 @@ from lepton_xla.passes.quantization.measurement import Timing, compare
 from lepton_xla.passes.quantization.products import RANGE
 from lepton_xla.pipeline import plan_for
 from lepton_xla.program import Program, TensorSpec, name_leaves
-from lepton_xla.recipe import Plan, Recipe, SitePlan
+from lepton_xla.recipe import Recipe
 
 OUTPUT = "output"
 """The metric that needs no evaluation: the relative error of the outputs."""

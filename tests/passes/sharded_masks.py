@@ -12,6 +12,7 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
+from lepton_xla.passes.planning import resolve  # noqa: E402
 from lepton_xla.passes.pruning.masks import (  # noqa: E402
     Regrowth,
     Target,
@@ -58,7 +59,7 @@ weights["global/stack"] = weights["global/stack"].at[0].mul(1e-3)  # all of this
 promise = {path: jnp.asarray(random.random(leaf.shape), jnp.float32) for path, leaf in weights.items()}
 program = trace(network, weights, {"x": TensorSpec(("b", 32), "float32")})
 blocks = "".join(f'\n[[prune]]\nsites = "{name}/.*"\n{rule}' for name, rule in RULES.items())
-targets = plan_targets(Recipe.parse(blocks, name="test").resolve(program), weights)
+targets = plan_targets(resolve(Recipe.parse(blocks, name="test"), program), weights)
 
 
 def share(rule):

@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 import lepton_xla as lx
 from lepton_xla import _compat
 from lepton_xla.passes import awq, calibrate, correct_bias, equalize, fake_quant, gptq, lower, prune, smooth
+from lepton_xla.passes.planning import resolve
 from lepton_xla.passes.quantization.rounding import round_to_nearest
 
 HEADS, WIDTH, LAYERS = 2, 8, 2
@@ -103,7 +104,7 @@ def close(got, expected):
 def served(name, sites=BOTH):
     """A program lowered as a recipe for these sites says, and what it gives for X: made once for all tests."""
     program = {"one": ONE, "stacked": STACKED}[name]
-    small = lower(program, recipe(sites).resolve(program))
+    small = lower(program, resolve(recipe(sites), program))
     return small, np.asarray(run(small, X))
 
 
@@ -161,11 +162,11 @@ def test_inside_shard_map_scales_are_of_what_a_device_has(monkeypatch):
         return jax.shard_map(attend, mesh=mesh, in_specs=(P(), P("data")), out_specs=P("data"))(w, x)
 
     program = lx.trace(fn, ONE.weights, INPUTS)
-    plan = recipe(head='on_unsupported = "keep"').resolve(program)
+    plan = resolve(recipe(head='on_unsupported = "keep"'), program)
     assert {entry.site.name for entry in plan.sites if entry.quantize} == {"dot_general#0", "dot_general#1"}
     # A product is timed, one row of a sequence padded too; how long the whole program takes is of no interest here.
     monkeypatch.setattr(LOWER, "time_programs", lambda functions, _inputs: [1.0] * len(functions))
-    one = recipe("dot_general#0").resolve(program)
+    one = resolve(recipe("dot_general#0"), program)
     small = lower(program, one, sizes=[{"batch": 2, "seq": 1}, {"batch": 2, "seq": 5}])
     (timings,) = [site.metrics["timings"] for site in small.history[-1].sites]
     assert [timing["padded_us"] is None for timing in timings] == [False, True]
@@ -205,7 +206,7 @@ def test_compiled_saved_and_loaded(tmp_path, sites, batches, length, off):
 
 
 def test_single_rows_are_timed_padded_and_come_out_the_same(monkeypatch):
-    program, plan = QUERY, recipe().resolve(QUERY)
+    program, plan = QUERY, resolve(recipe(), QUERY)
     times = itertools.count(100, -10)
     monkeypatch.setattr(LOWER, "time_programs", lambda functions, _inputs: [next(times) for _ in functions])
     monkeypatch.setattr(
@@ -232,7 +233,7 @@ def test_what_loses_stays_float_and_is_said(monkeypatch, integer_us):
 
     monkeypatch.setattr(LOWER, "compare", compare)
     monkeypatch.setattr(LOWER, "time_programs", time_programs)
-    small = lower(ONE, recipe().resolve(ONE), sizes=[{"batch": 1, "seq": 5}, {"batch": 4, "seq": 5}])
+    small = lower(ONE, resolve(recipe(), ONE), sizes=[{"batch": 1, "seq": 5}, {"batch": 4, "seq": 5}])
     assert products_in_codes(small.fn, small.weights, X) == (6 if integer_us == 5 else 5)
     reports = {site.site: site for site in small.history[-1].sites}
     assert reports["dot_general#1"].action == "int8 x int8"
@@ -242,7 +243,7 @@ def test_what_loses_stays_float_and_is_said(monkeypatch, integer_us):
         kept if integer_us == 30 else ("int8 x int8", "")
     )
     monkeypatch.setattr(LOWER, "time_programs", lambda functions, _inputs: [100.0] * len(functions))
-    small = lower(ONE, recipe(PAIR).resolve(ONE), sizes=[{"batch": 1, "seq": 5}])
+    small = lower(ONE, resolve(recipe(PAIR), ONE), sizes=[{"batch": 1, "seq": 5}])
     assert products_in_codes(small.fn, small.weights, X) == 0
     assert small.history[-1].sites[1].action == "kept float"
     assert "does not make the whole program faster" in small.history[-1].sites[1].reason
@@ -250,7 +251,7 @@ def test_what_loses_stays_float_and_is_said(monkeypatch, integer_us):
 
 def test_fp8_products_of_two_activations(monkeypatch):
     fp8 = recipe(PAIR, 'weights = "fp8_e4m3"\nactivations = "fp8_e4m3"')
-    plan = fp8.resolve(ONE)
+    plan = resolve(fp8, ONE)
     small = lower(ONE, plan)
     assert [(site.action, site.reason) for site in small.history[-1].sites] == [
         ("kept float", "the platform 'cpu' has no fp8 product, so it stays float")
@@ -263,7 +264,7 @@ def test_fp8_products_of_two_activations(monkeypatch):
     assert dtypes.count("float8_e4m3fn") == 2
     exact = np.asarray(run(ONE, X))
     assert 1e-3 < np.abs(np.asarray(run(small, X)) - exact).max() / np.abs(exact).max() < 0.1
-    both = lower(ONE, recipe(PAIR, 'weights = "fp8_e4m3"\nactivations = "fp8_e5m2"').resolve(ONE))
+    both = lower(ONE, resolve(recipe(PAIR, 'weights = "fp8_e4m3"\nactivations = "fp8_e5m2"'), ONE))
     assert "no platform multiplies fp8_e5m2 by itself, so it stays float" in both.history[-1].sites[0].reason
 
 
@@ -275,7 +276,7 @@ def test_another_product_of_that_name_at_another_size_is_left():
         return (x @ x.transpose(0, 2, 1)).sum() + x @ w["w"]
 
     program = lx.trace(fn, {"w": array(WIDTH, WIDTH)}, INPUTS)
-    small = lower(program, recipe(PAIR).resolve(program))
+    small = lower(program, resolve(recipe(PAIR), program))
     assert products_in_codes(small.fn, small.weights, X) == 1
     assert products_in_codes(small.fn, small.weights, X[:1]) == 0
     np.testing.assert_array_equal(run(small, X[:1]), run(program, X[:1]))
@@ -287,10 +288,10 @@ def test_another_product_of_that_name_at_another_size_is_left():
 @pytest.mark.parametrize("name", ["one", "stacked"])
 def test_training_computes_what_is_served(name):
     program = {"one": ONE, "stacked": STACKED}[name]
-    trained = np.asarray(jax.jit(fake_quant(program.fn, recipe().resolve(program)))(program.weights, X))
+    trained = np.asarray(jax.jit(fake_quant(program.fn, resolve(recipe(), program)))(program.weights, X))
     close(trained, served(name)[1])
     with_weights_only = lx.Recipe.parse(f'on_unsupported = "keep"\n[[quantize]]\nsites = "{BOTH}"', name="weights")
-    weights_only = jax.jit(fake_quant(program.fn, with_weights_only.resolve(program)))(program.weights, X)
+    weights_only = jax.jit(fake_quant(program.fn, resolve(with_weights_only, program)))(program.weights, X)
     assert np.abs(weights_only - trained).max() > 1e-3 * np.abs(trained).max()
 
 
@@ -298,12 +299,12 @@ def test_the_gradient_is_that_of_the_rounded_operands_passed_straight_through():
     program = lx.trace(
         lambda w, x: w["c"] * (x @ x.transpose(0, 2, 1)), {"c": array(4, 5, 5)}, {"x": lx.TensorSpec(SHAPE, "float32")}
     )
-    fn = fake_quant(program.fn, recipe().resolve(program))
+    fn = fake_quant(program.fn, resolve(recipe(), program))
     got = jax.jit(jax.grad(lambda x: jnp.sum(fn(program.weights, x))))(X)
     c, x = (np.asarray(value, np.float64) for value in (program.weights["c"], X))
     expected = (c + c.transpose(0, 2, 1)) @ rounded(x, -1)
     np.testing.assert_allclose(got, expected, rtol=0, atol=2e-6 * np.abs(expected).max())
-    later = jax.jit(fake_quant(program.fn, recipe().resolve(program), start=3))
+    later = jax.jit(fake_quant(program.fn, resolve(recipe(), program), start=3))
     np.testing.assert_array_equal(later(program.weights, X, step=2), run(program, X))
     np.testing.assert_allclose(later(program.weights, X, step=3), jax.jit(fn)(program.weights, X), rtol=0, atol=1e-5)
 
@@ -313,7 +314,7 @@ def test_the_gradient_is_that_of_the_rounded_operands_passed_straight_through():
 
 def test_a_plan_says_what_becomes_of_products_of_two_activations():
     options = 'weights = "int4"\nactivations = "int8"\ngranularity = "group:4"\ndynamic = false\ncalibration = "mse"'
-    plan = recipe(options=options).resolve(STACKED)
+    plan = resolve(recipe(options=options), STACKED)
     name = next(entry.site.name for entry in plan.sites if entry.site.path is None)
     assert plan[name].describe() == "int8 x int8 activations dynamic"
     entry = next(entry for entry in plan.to_json() if entry["site"] == name)
@@ -325,16 +326,16 @@ def test_a_plan_says_what_becomes_of_products_of_two_activations():
     assert plan["query"].describe() == "int4 weights in groups of 4, int8 activations mse"
     left = lx.Recipe.parse(f'[[quantize]]\nsites = "{BOTH}"', name="left")
     with pytest.raises(lx.UnsupportedError, match=r"two activations, which products = 'weights' leaves float"):
-        left.resolve(STACKED)
+        resolve(left, STACKED)
 
 
 def test_a_static_recipe_takes_these_scales_at_run_time_and_calibrates_the_others():
-    plan = recipe(options="dynamic = false").resolve(STACKED)
+    plan = resolve(recipe(options="dynamic = false"), STACKED)
     ranges = calibrate(STACKED, plan, [{"x": X}])
     assert set(ranges) == {"query", "key", "value", "out"}
     small = lower(STACKED, plan, ranges)
     assert products_in_codes(small.fn, small.weights, X) == 6
-    only = recipe(PAIR, "dynamic = false").resolve(STACKED)
+    only = resolve(recipe(PAIR, "dynamic = false"), STACKED)
     assert calibrate(STACKED, only, [{"x": X}]) == {}
     # No site of the plan has a static range, so no data is asked for.
     alone = lx.optimize(STACKED, recipe(PAIR, "dynamic = false", "measure = false"))
@@ -362,14 +363,14 @@ OTHERS = {
 @pytest.mark.parametrize("name", OTHERS)
 def test_what_prepares_weights_leaves_these_products_alone(name):
     head = 'on_unsupported = "keep"\n[[prune]]\nsites = ".*"\nsparsity = 0.5'
-    with_pairs = recipe(head=head).resolve(QUERY)
-    without = lx.Recipe.parse(f'{head}\n[[quantize]]\nsites = ".*"', name="without").resolve(QUERY)
+    with_pairs = resolve(recipe(head=head), QUERY)
+    without = resolve(lx.Recipe.parse(f'{head}\n[[quantize]]\nsites = ".*"', name="without"), QUERY)
     changed, expected = (OTHERS[name](QUERY, plan) for plan in (with_pairs, without))
     assert jax.tree.structure(changed.weights) == jax.tree.structure(expected.weights)
     for got, want in zip(jax.tree.leaves(changed.weights), jax.tree.leaves(expected.weights), strict=True):
         np.testing.assert_array_equal(got, want)
     # And with nothing but these products in the plan, they have nothing to do.
-    only = recipe(PAIR).resolve(QUERY)
+    only = resolve(recipe(PAIR), QUERY)
     for leaf, want in zip(jax.tree.leaves(OTHERS[name](QUERY, only).weights), QUERY.weights.values(), strict=True):
         np.testing.assert_array_equal(leaf, want)
 

@@ -8,6 +8,7 @@ import pytest
 from jax import lax
 
 from lepton_xla.errors import CalibrationError, RecipeError
+from lepton_xla.passes.planning import resolve
 from lepton_xla.passes.quantization.rounding import round_to_nearest
 from lepton_xla.passes.rescaling.awq import awq, awq_factor
 from lepton_xla.program import TensorSpec, trace
@@ -30,7 +31,7 @@ def outliers(*shape, seed=0):
 
 
 def changed_by_awq(program, x, **options):
-    changed = awq(program, INT4.resolve(program), [{"x": x}], **options)
+    changed = awq(program, resolve(INT4, program), [{"x": x}], **options)
     want = program.fn(program.weights, x)
     for a, b in zip(jax.tree.leaves(changed.fn(changed.weights, x)), jax.tree.leaves(want), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4 * float(jnp.abs(b).max()))
@@ -38,7 +39,7 @@ def changed_by_awq(program, x, **options):
 
 
 def rounded_error(program, reference, x):
-    rounded, _ = round_to_nearest(program, INT4.resolve(program))
+    rounded, _ = round_to_nearest(program, resolve(INT4, program))
     want = np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(reference.fn(reference.weights, x))])
     got = np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(rounded.fn(rounded.weights, x))])
     return np.linalg.norm(got - want)
@@ -126,6 +127,6 @@ def test_dead_channels_and_bad_input():
     program = trace(lambda w, x: x @ w["w"], {"w": array(DEPTH, 3)}, ROWS)
     changed_by_awq(program, outliers(9, DEPTH).at[:, 3].set(0))
     with pytest.raises(RecipeError, match="0 exponents"):
-        awq(program, INT4.resolve(program), [{"x": array(2, DEPTH)}], points=0)
+        awq(program, resolve(INT4, program), [{"x": array(2, DEPTH)}], points=0)
     with pytest.raises(CalibrationError, match="calibration data is empty"):
-        awq(program, INT4.resolve(program), [])
+        awq(program, resolve(INT4, program), [])

@@ -9,6 +9,7 @@ from jax import lax
 
 from lepton_xla.adapters import from_linen
 from lepton_xla.errors import CalibrationError
+from lepton_xla.passes.planning import resolve
 from lepton_xla.passes.quantization.bias_correction import correct_bias
 from lepton_xla.passes.quantization.gptq import gptq
 from lepton_xla.passes.quantization.rounding import round_to_nearest
@@ -33,7 +34,7 @@ def row(vector):
 
 
 def corrected(program, x, rounded=None):
-    plan = INT4.resolve(program)
+    plan = resolve(INT4, program)
     rounded = rounded or round_to_nearest(program, plan)[0]
     changed = correct_bias(program, rounded, plan, [{"x": x[:4]}, {"x": x[4:]}])
     return rounded, changed, {site.site: site.action for site in changed.history[-1].sites}
@@ -125,7 +126,7 @@ class Net(nn.Module):
 def test_linen_after_gptq():
     program = from_linen(Net(), Net().init(jax.random.key(0), jnp.zeros((1, 6))), ROWS)
     x = shifted(12, 6)
-    chosen, grids = gptq(program, INT4.resolve(program), [{"x": x}])
+    chosen, grids = gptq(program, resolve(INT4, program), [{"x": x}])
     rounded, changed, became = corrected(program, x, chosen)
     assert became == {f"params/{name}/kernel": f"params/{name}/bias corrected" for name in ("first", "last")}
     assert changed.weights.keys() == program.weights.keys()
@@ -140,4 +141,4 @@ def test_what_the_data_does_not_reach_is_kept():
     assert became == {"a": "kept", "b": "a bias added"}
     assert "a:correction" not in changed.weights
     with pytest.raises(CalibrationError, match="calibration data is empty"):
-        correct_bias(program, program, INT4.resolve(program), [])
+        correct_bias(program, program, resolve(INT4, program), [])

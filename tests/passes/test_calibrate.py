@@ -9,10 +9,12 @@ from jax.sharding import PartitionSpec as P
 
 from lepton_xla.errors import CalibrationError
 from lepton_xla.passes import calibrate, find_sites
+from lepton_xla.passes.core.plans import Plan, SitePlan
+from lepton_xla.passes.planning import resolve
 from lepton_xla.program import TensorSpec, trace
 from lepton_xla.quant import FORMATS
 from lepton_xla.quant.observers import BINS, Histogram, estimate_range
-from lepton_xla.recipe import Plan, Recipe, SitePlan
+from lepton_xla.recipe import Recipe
 
 INT8 = FORMATS["int8"]
 
@@ -29,7 +31,7 @@ def batches(number=3, rows=5):
 
 def ranges(program, data, calibration="absmax", aggregate="pooled", *, shared=False):
     text = f'[[quantize]]\nsites = ".*"\ndynamic = false\ncalibration = "{calibration}"\naggregate = "{aggregate}"'
-    plan = Recipe.parse(text, name="static").resolve(program) if not shared else shared_plan(program, text)
+    plan = resolve(Recipe.parse(text, name="static"), program) if not shared else shared_plan(program, text)
     return calibrate(program, plan, data)
 
 
@@ -229,7 +231,7 @@ def test_a_percentile_that_falls_on_zeros():
 def test_only_static_sites_are_measured():
     program = two_layers()
     text = '[[quantize]]\nsites = "a"\ndynamic = false\n[[quantize]]\nsites = "b"\n'
-    assert set(calibrate(program, Recipe.parse(text, name="t").resolve(program), batches())) == {"a"}
+    assert set(calibrate(program, resolve(Recipe.parse(text, name="t"), program), batches())) == {"a"}
 
 
 def test_narrow_models_have_float32_ranges():

@@ -7,6 +7,7 @@ import pytest
 from jax import lax
 
 from lepton_xla.errors import RecipeError
+from lepton_xla.passes.planning import resolve
 from lepton_xla.passes.quantization.rounding import round_to_nearest
 from lepton_xla.passes.rescaling.equalization import equalize, pair_factor
 from lepton_xla.program import TensorSpec, trace
@@ -34,7 +35,7 @@ def row(vector):
 
 
 def equalized(program, x, recipe=ALL, **options):
-    changed = equalize(program, recipe.resolve(program), **options)
+    changed = equalize(program, resolve(recipe, program), **options)
     want = program.fn(program.weights, x)
     np.testing.assert_allclose(changed.fn(changed.weights, x), want, rtol=1e-3, atol=1e-4 * float(jnp.abs(want).max()))
     return changed, {site.site: (site.action, site.reason) for site in changed.history[-1].sites}
@@ -88,7 +89,7 @@ def test_per_tensor_rounding_loses_less():
     want = program.fn(program.weights, x)
     errors = []
     for candidate in (changed, program):
-        rounded, _ = round_to_nearest(candidate, PER_TENSOR.resolve(candidate))
+        rounded, _ = round_to_nearest(candidate, resolve(PER_TENSOR, candidate))
         errors.append(np.linalg.norm(rounded.fn(rounded.weights, x) - want))
     assert errors[0] < 0.3 * errors[1]
 
@@ -142,4 +143,4 @@ def test_dead_channels_and_bad_rounds():
     np.testing.assert_array_equal(changed.weights["a"][:, 3], given["a"][:, 3])
     np.testing.assert_array_equal(pair_factor(jnp.asarray([0.0, 4.0, 4.0]), jnp.asarray([1.0, 0.0, 1.0])), [1, 1, 2])
     with pytest.raises(RecipeError, match="0 rounds"):
-        equalize(trace(mlp, given, ROWS), ALL.resolve(trace(mlp, given, ROWS)), rounds=0)
+        equalize(trace(mlp, given, ROWS), resolve(ALL, trace(mlp, given, ROWS)), rounds=0)

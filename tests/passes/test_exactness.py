@@ -15,6 +15,7 @@ from lepton_xla.passes import cast, fake_quant, fold, lower, prune
 from lepton_xla.passes.core.precomputation import precompute
 from lepton_xla.passes.core.sites import find_sites
 from lepton_xla.passes.folding.factors import fitted
+from lepton_xla.passes.planning import resolve
 from lepton_xla.passes.quantization.bias_correction import correct_bias
 from lepton_xla.passes.quantization.gptq import gptq
 from lepton_xla.passes.quantization.rounding import round_to_nearest
@@ -44,7 +45,7 @@ def assert_alike(got, want, continuous=True, tolerance=3e-4):
 def test_passes_that_are_exact_in_real_arithmetic(seed):
     graph, x, data = random_graph(seed), inputs(seed), [{"x": inputs(seed + 10**6, 8)}]
     program = graph.program
-    plan, want = WEIGHTS.resolve(program), outputs(program.fn, program.weights, x)
+    plan, want = resolve(WEIGHTS, program), outputs(program.fn, program.weights, x)
     for changed in (fold(program), equalize(program, plan), smooth(program, plan, data), awq(program, plan, data)):
         assert_alike(outputs(changed.fn, changed.weights, x), want, graph.continuous)
 
@@ -53,7 +54,7 @@ def test_passes_that_are_exact_in_real_arithmetic(seed):
 def test_passes_that_round_what_needs_no_rounding(seed):
     graph, x, data = random_graph(seed), inputs(seed), [{"x": inputs(seed + 10**6, 8)}]
     program = graph.program
-    plan, want = WEIGHTS.resolve(program), outputs(program.fn, program.weights, x)
+    plan, want = resolve(WEIGHTS, program), outputs(program.fn, program.weights, x)
     rounded = round_to_nearest(program, plan)[0]
     for changed in (
         gptq(program, plan, data)[0],
@@ -62,11 +63,11 @@ def test_passes_that_round_what_needs_no_rounding(seed):
         program.replace(fn=fake_quant(program.fn, plan)),
     ):
         assert_alike(outputs(changed.fn, changed.weights, x), want, graph.continuous)
-    both = BOTH.resolve(program)
+    both = resolve(BOTH, program)
     lowered = lower(program, both, sizes=[])
     faked = outputs(fake_quant(program.fn, both), program.weights, x)
     assert_alike(outputs(lowered.fn, lowered.weights, x), faked, graph.continuous)
-    pruned = prune(program, PRUNED.resolve(program))
+    pruned = prune(program, resolve(PRUNED, program))
     ahead = precompute(program)  # as `prune` does for weights that are computed from weights
     held = {name: jnp.where(mask, ahead.weights[name], 0) for name, mask in pruned.masks.items()}
     masked = outputs(ahead.fn, ahead.weights | held, x)
@@ -123,7 +124,7 @@ def test_a_factor_goes_only_where_it_is_held(case):
     }
     fn = lambda w, x: between(x @ w["first"], w["v"]) @ w["second"]  # noqa: E731
     program = trace(fn, weights, {"x": TensorSpec(("batch", 4, 4), "float32")})
-    x, plan = inputs(1), WEIGHTS.resolve(program)
+    x, plan = inputs(1), resolve(WEIGHTS, program)
     want, data = outputs(program.fn, program.weights, x), [{"x": inputs(2, 8)}]
     for changed in (fold(program), equalize(program, plan), smooth(program, plan, data)):
         assert_alike(outputs(changed.fn, changed.weights, x), want, tolerance=1e-5)
@@ -138,7 +139,7 @@ def test_a_mask_is_named_as_the_reason():
     weights = {"first": jnp.ones((4, 4)), "second": jnp.ones((4, 3)), "keep": jnp.arange(4) < 3}
     fn = lambda w, x: (x @ w["first"] + row(w["keep"])) @ w["second"]  # noqa: E731
     program = trace(fn, weights, {"x": TensorSpec(("batch", 4, 4), "float32")})
-    report = smooth(program, WEIGHTS.resolve(program), [{"x": inputs(0)}]).history[-1]
+    report = smooth(program, resolve(WEIGHTS, program), [{"x": inputs(0)}]).history[-1]
     assert {site.site: site.reason for site in report.sites}["second"] == "'keep' is bool, which holds no factor"
 
 
@@ -149,7 +150,7 @@ def test_the_weight_of_a_product_that_is_no_float_is_kept(dtype, reason):
     weights = {"first": jnp.ones((4, 4)), "second": jnp.asarray(np.eye(4, 3), dtype)}
     fn = lambda w, x: x @ w["first"] @ w["second"].astype("float32")  # noqa: E731
     program = trace(fn, weights, {"x": TensorSpec(("batch", 4, 4), "float32")})
-    plan, data = WEIGHTS.resolve(program), [{"x": inputs(0)}]
+    plan, data = resolve(WEIGHTS, program), [{"x": inputs(0)}]
     assert plan["second"].not_quantized == reason
     for changed in (smooth(program, plan, data), gptq(program, plan, data)[0]):
         assert changed.weights["second"] is program.weights["second"]
@@ -172,7 +173,7 @@ def test_factors_on_narrow_weights_round_nothing(dtype):
     )
     fn = lambda w, x: jax.nn.relu(x @ w["first"].astype("float32")) @ w["second"].astype("float32")  # noqa: E731
     program = trace(fn, {"first": first, "second": second}, {"x": TensorSpec(("batch", 4, 4), "float32")})
-    x, plan = inputs(0), WEIGHTS.resolve(program)
+    x, plan = inputs(0), resolve(WEIGHTS, program)
     want = outputs(program.fn, program.weights, x)
     for changed in (equalize(program, plan), smooth(program, plan, [{"x": x}])):
         assert any((changed.weights[name] != program.weights[name]).any() for name in program.weights)
@@ -184,7 +185,7 @@ def test_a_factor_stays_within_what_a_dtype_holds():
     weights = {"w": jnp.asarray(np.array([[30000.0], [1e-4], [1.0]]), "float16")}
     fn = lambda w, x: x @ w["w"].astype("float32")  # noqa: E731
     program = trace(fn, weights, {"x": TensorSpec(("batch", 3), "float32")})
-    (group,), _ = scale_groups(program, WEIGHTS.resolve(program))
+    (group,), _ = scale_groups(program, resolve(WEIGHTS, program))
     sites = {site.name: site for site in find_sites(program)}
     factor = fitted(program.weights, sites, group, jnp.asarray([64.0, 1 / 64, 64.0]))
     np.testing.assert_array_equal(factor, [1, 1, 64])

@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from lepton_xla.errors import CalibrationError, ModelError, UnsupportedError
 from lepton_xla.passes import calibrate, fake_quant, lower, masked
+from lepton_xla.passes.planning import resolve
 from lepton_xla.program import TensorSpec, trace
 from lepton_xla.recipe import Recipe
 
@@ -39,7 +40,7 @@ def test_one_product(granularity, activations):
     program = trace(lambda w, x: x @ w["w"], {"w": array(6, 5)}, ROWS)
     options = f'granularity = "{granularity}"\n'
     options += {"dynamic": "", "static": "dynamic = false", "none": 'activations = "none"'}[activations]
-    plan = recipe(options).resolve(program)
+    plan = resolve(recipe(options), program)
     x = array(4, 6, seed=3)
     ranges = {"w": jnp.float32(1.5)} if activations == "static" else None
     act = {
@@ -54,7 +55,7 @@ def test_one_product(granularity, activations):
 
 def test_static_without_a_range_names_the_site():
     program = trace(lambda w, x: x @ w["w"], {"w": array(6, 5)}, ROWS)
-    plan = recipe("dynamic = false").resolve(program)
+    plan = resolve(recipe("dynamic = false"), program)
     for ranges in (None, {}, {"other": jnp.float32(1)}):
         with pytest.raises(CalibrationError, match="site 'w' has static activation scales"):
             fake_quant(program.fn, plan, ranges)(program.weights, array(3, 6))
@@ -62,7 +63,7 @@ def test_static_without_a_range_names_the_site():
 
 def test_unplanned_sites_stay_float():
     program = trace(lambda w, x: (x @ w["a"]) @ w["b"], {"a": array(6, 5), "b": array(5, 4)}, ROWS)
-    plan = recipe(sites="b").resolve(program)
+    plan = resolve(recipe(sites="b"), program)
     x = array(3, 6, seed=2)
     hidden = np.asarray(x, np.float64) @ np.asarray(program.weights["a"], np.float64)
     expected = rounded(hidden, 1) @ rounded(program.weights["b"], 0)
@@ -78,7 +79,7 @@ def test_what_a_plan_keeps_stays_float():
     )
     ids = jnp.asarray([1, 5, 2])
     np.testing.assert_array_equal(
-        fake_quant(tied.fn, recipe().resolve(tied))(tied.weights, ids), tied(tied.weights, ids)
+        fake_quant(tied.fn, resolve(recipe(), tied))(tied.weights, ids), tied(tied.weights, ids)
     )
 
 
@@ -88,7 +89,7 @@ def test_a_scan_has_a_scale_a_step(static):
         return lax.scan(lambda x, w: (2.0 * jnp.sin(x @ w), None), x, w["stack"])[0]
 
     program = trace(fn, {"stack": array(3, 6, 6) * jnp.asarray([1.0, 10.0, 0.1]).reshape(3, 1, 1)}, ROWS)
-    plan = recipe("dynamic = false" if static else "").resolve(program)
+    plan = resolve(recipe("dynamic = false" if static else ""), program)
     x = array(4, 6, seed=3)
     ranges = calibrate(program, plan, [{"x": x}]) if static else None
     got = fake_quant(fn, plan, ranges)(program.weights, x)
@@ -103,7 +104,7 @@ def test_a_scan_has_a_scale_a_step(static):
 
 def test_gradient_is_straight_through():
     program = trace(lambda w, x: x @ w["w"], {"w": array(6, 5)}, ROWS)
-    plan = recipe().resolve(program)
+    plan = resolve(recipe(), program)
     x, upstream = array(4, 6, seed=3), array(4, 5, seed=4)
     quantized = fake_quant(program.fn, plan)
     by_weight, by_input = jax.grad(lambda w, x: jnp.sum(quantized(w, x) * upstream), (0, 1))(program.weights, x)
@@ -114,7 +115,7 @@ def test_gradient_is_straight_through():
 
 def test_static_gradient_is_zero_where_saturated():
     program = trace(lambda w, x: x @ w["w"], {"w": array(6, 5)}, ROWS)
-    plan = recipe("dynamic = false").resolve(program)
+    plan = resolve(recipe("dynamic = false"), program)
     x = array(4, 6, seed=3)
     quantized = fake_quant(program.fn, plan, {"w": jnp.float32(1.0)})
     by_input = jax.grad(lambda x: jnp.sum(quantized(program.weights, x)))(x)
@@ -128,7 +129,7 @@ def test_composes_with_jit_vmap_grad_and_remat():
         return jnp.sum(jax.checkpoint(lambda x: jnp.tanh(x @ w["a"]))(x) @ w["b"])
 
     program = trace(fn, {"a": array(6, 5), "b": array(5, 4)}, ROWS)
-    quantized = fake_quant(fn, recipe().resolve(program))
+    quantized = fake_quant(fn, resolve(recipe(), program))
     xs = array(3, 4, 6, seed=5)
     one_by_one = [jax.grad(quantized)(program.weights, x)["a"] for x in xs]
     together = jax.jit(jax.vmap(jax.grad(quantized), (None, 0)))(program.weights, xs)["a"]
@@ -141,7 +142,7 @@ def test_trains_to_where_it_is_quantized():
     """Gradient descent through the rounding lowers the quantized loss."""
     x, target = array(32, 6, seed=1), array(32, 3, seed=2)
     program = trace(lambda w, x: x @ w["w"], {"w": jnp.zeros((6, 3))}, ROWS)
-    quantized = fake_quant(program.fn, recipe().resolve(program))
+    quantized = fake_quant(program.fn, resolve(recipe(), program))
     loss = jax.jit(jax.value_and_grad(lambda w: jnp.mean((quantized(w, x) - target) ** 2)))
     weights, first = program.weights, None
     for _ in range(60):
@@ -189,7 +190,7 @@ def einsum_model(name, dtype="float32"):
 def test_the_value_is_that_of_codes_and_the_gradient_that_of_floats(name):
     spec = EINSUMS[name][0]
     program, x, (act_axes, weight_axes) = einsum_model(name)
-    quantized = fake_quant(program.fn, recipe().resolve(program))
+    quantized = fake_quant(program.fn, resolve(recipe(), program))
     left_first = name.startswith(("weight", "first"))
     operands = [rounded(x, act_axes), rounded(program.weights["w"], weight_axes)]
     value = np.einsum(spec, *(operands[::-1] if left_first else operands))
@@ -214,7 +215,7 @@ def test_the_value_is_that_of_codes_and_the_gradient_that_of_floats(name):
 @pytest.mark.parametrize("options", ["", 'weights = "int4"\nactivations = "int4"', "dynamic = false"])
 def test_what_is_trained_is_what_is_served_bit_for_bit(name, options):
     program, x, _ = einsum_model(name, "bfloat16" if name == "dense" else "float32")
-    plan = recipe(options).resolve(program)
+    plan = resolve(recipe(options), program)
     ranges = calibrate(program, plan, [{"x": x}]) if "false" in options else None
     small = lower(program, plan, ranges)
     trained = jax.jit(fake_quant(program.fn, plan, ranges))(program.weights, x)
@@ -230,7 +231,7 @@ def attention(weights, x):
 def test_products_of_two_activations():
     program = trace(attention, {"q": array(6, 6)}, {"x": TensorSpec(("batch", 4, 2, 6), "float32")})
     x = array(3, 4, 2, 6, seed=2)
-    plan = recipe('products = "all"').resolve(program)
+    plan = resolve(recipe('products = "all"'), program)
     quantized = fake_quant(attention, plan)
     total = lambda x: jnp.sum(quantized(program.weights, x) ** 2)  # noqa: E731
     small = lower(program, plan)
@@ -243,7 +244,7 @@ def test_products_of_two_activations():
     scores = rounded(scores / scores.sum(-1, keepdims=True), 3)
     value = np.einsum("bhqk,bkhd->bqhd", scores, rounded(x, 1))
     assert np.median(np.abs(got - value)) < 1e-5  # a code may fall on the other side of a tie
-    only_weights = fake_quant(attention, recipe().resolve(program))(program.weights, x)
+    only_weights = fake_quant(attention, resolve(recipe(), program))(program.weights, x)
     assert np.abs(np.asarray(only_weights) - value).max() > 1e-3
     assert np.isfinite(gradient).all()
     assert np.abs(np.asarray(gradient)).min() > 0
@@ -255,7 +256,7 @@ def test_codes_are_made_once_and_are_all_that_is_kept_for_the_backward_pass():
 
     weights = {"stack": array(3, 64, 64)}
     program = trace(fn, weights, {"x": TensorSpec(("batch", 64), "float32")})
-    quantized = fake_quant(fn, recipe().resolve(program))
+    quantized = fake_quant(fn, resolve(recipe(), program))
     x = array(32, 64, seed=1)
     _, pullback = jax.vjp(quantized, weights, x)
     kept = {(str(leaf.dtype), leaf.shape) for leaf in jax.tree.leaves(pullback)}
@@ -278,7 +279,7 @@ def test_shards_as_the_float_program_does(kind, split):
 
     weights, x = {"w": array(8, 6), "v": array(6, 8, seed=1)}, array(4, 3, 8, seed=2)
     program = trace(model(None), weights, {"x": TensorSpec(("batch", 3, 8), "float32")})
-    plan = recipe().resolve(program)
+    plan = resolve(recipe(), program)
     expected = jax.jit(jax.value_and_grad(fake_quant(model(None), plan)))(weights, x)
     specs = {"w": P(None, "m"), "v": P("m", None)} if split == "weights" else {"w": P(), "v": P()}
     with jax.set_mesh(mesh):
@@ -290,7 +291,7 @@ def test_shards_as_the_float_program_does(kind, split):
 
 def test_before_its_step_the_gradient_is_the_float_one():
     program = trace(lambda w, x: x @ w["w"], {"w": array(6, 5)}, ROWS)
-    quantized = fake_quant(program.fn, recipe().resolve(program), start=7)
+    quantized = fake_quant(program.fn, resolve(recipe(), program), start=7)
     x = array(4, 6, seed=3)
     at = jax.jit(jax.grad(lambda w, step: jnp.sum(quantized(w, x, step=step) ** 2)))
     plain = jax.grad(lambda w: jnp.sum(program.fn(w, x) ** 2))(program.weights)["w"]
@@ -312,7 +313,7 @@ def stacked_and_shared(w, x):
 def test_masks_may_be_inside_or_outside(straight_through, options):
     weights, x = {"stack": array(2, 6, 6), "w": array(6, 6, seed=1)}, array(4, 6, seed=2)
     masks = {name: array(*leaf.shape, seed=7) > 0 for name, leaf in weights.items()}
-    plan = recipe(options).resolve(trace(stacked_and_shared, weights, ROWS))
+    plan = resolve(recipe(options), trace(stacked_and_shared, weights, ROWS))
     hold = lambda fn: masked(fn, masks, straight_through=straight_through)  # noqa: E731
 
     def trained(fn):
@@ -331,7 +332,7 @@ def test_masks_may_be_inside_or_outside(straight_through, options):
 @pytest.mark.parametrize("change", [lambda w: 2 * w, lambda w: w * (w > 0).astype(w.dtype), jnp.tanh])
 def test_a_weight_that_is_changed_before_its_product_is_refused(change):
     program = trace(lambda w, x: x @ w["w"].T @ w["w"].T, {"w": array(6, 6)}, ROWS)
-    plan = recipe().resolve(program)
+    plan = resolve(recipe(), program)
     with pytest.raises(
         UnsupportedError, match=r"weight 'w' is changed before it reaches its product, .* as in masked\("
     ):
@@ -349,6 +350,6 @@ def test_a_weight_that_is_changed_before_its_product_is_refused(change):
 
 def test_weights_of_another_tree_are_refused():
     program = trace(lambda w, x: x @ w["layer"]["w"], {"layer": {"w": array(6, 5)}}, ROWS)
-    plan = recipe().resolve(program)
+    plan = resolve(recipe(), program)
     with pytest.raises(ModelError, match="the plan quantizes weight 'layer/w', which is not among w; give the tree"):
         fake_quant(lambda w, x: x @ w["w"], plan)({"w": array(6, 5)}, array(3, 6))

@@ -12,6 +12,7 @@ from jax import lax
 
 from lepton_xla.adapters import from_linen, from_nnx
 from lepton_xla.passes import find_sites, fold, lower, prune
+from lepton_xla.passes.planning import resolve
 from lepton_xla.program import Program, TensorSpec, trace
 from lepton_xla.recipe import Recipe
 
@@ -416,7 +417,7 @@ def test_masks_follow_their_weight():
     recipe = Recipe.parse('on_unsupported = "keep"\n[[prune]]\nsites = ".*"\nsparsity = 0.5', name="half")
     for options in ({}, {"dtype": "bfloat16"}):
         program = linen(**options)
-        pruned = prune(program, recipe.resolve(program))
+        pruned = prune(program, resolve(recipe, program))
         folded = fold(pruned)
         for name, mask in folded.masks.items():
             assert mask.dtype == bool
@@ -425,7 +426,7 @@ def test_masks_follow_their_weight():
             assert not np.asarray(folded.weights[name], np.float32)[~np.asarray(mask)].any()
 
     transposed = dense_norm(lambda w, x: norm(x @ w["w"].T, w), w=array(5, 6, seed=3))
-    folded = fold(prune(transposed, recipe.resolve(transposed)))
+    folded = fold(prune(transposed, resolve(recipe, transposed)))
     assert folded.masks["w"].shape == folded.weights["w"].shape == (6, 5)
     assert not np.asarray(folded.weights["w"])[~np.asarray(folded.masks["w"])].any()
 
@@ -434,7 +435,7 @@ def test_fold_then_lower_and_fold_again():
     program = linen()
     folded = fold(program)
     assert_same(program, fold(folded))
-    plan = Recipe.load("int8").resolve(folded)
+    plan = resolve(Recipe.load("int8"), folded)
     lowered = lower(folded, plan)
     assert {site.site for site in lowered.history[-1].sites} == {site.name for site in find_sites(folded)}
     again = fold(lowered)

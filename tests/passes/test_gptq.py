@@ -18,6 +18,7 @@ from jax import lax
 from lepton_xla.adapters import from_linen, from_nnx
 from lepton_xla.errors import LeptonError, ModelError, RecipeError
 from lepton_xla.passes.core import matrix
+from lepton_xla.passes.planning import resolve
 from lepton_xla.passes.quantization.gptq import Options, gptq, gptq_codes, gptq_values
 from lepton_xla.passes.quantization.lowering import lower
 from lepton_xla.passes.quantization.rounding import nearest, round_to_nearest
@@ -277,7 +278,7 @@ PROGRAMS = {
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_on_models(name):
     program = PROGRAMS[name]()
-    plan = INT8.resolve(program)
+    plan = resolve(INT8, program)
     x = jnp.asarray(correlated(64), jnp.float32)
     changed, grids = gptq(program, plan, [{"x": x[:32]}, {"x": x[32:]}])
     assert_on_grid(changed, grids, plan)
@@ -307,7 +308,7 @@ def test_on_models(name):
 def test_groups_over_a_window_are_those_of_the_stored_codes(feature_groups, options):
     program = conv_program(feature_groups)
     rules = f"[[quantize]]\nsites = '.*'\nactivations = 'none'\nweights = 'int4'\ngranularity = 'group:6'\n{options}"
-    plan = Recipe.parse(rules, name="groups").resolve(program)
+    plan = resolve(Recipe.parse(rules, name="groups"), program)
     x = jnp.asarray(correlated(64), jnp.float32)
     changed, grids = gptq(program, plan, [{"x": x}])
     stored, plain = lower(changed, plan, scales=grids), lower(program, plan)
@@ -320,7 +321,7 @@ def test_groups_over_a_window_are_those_of_the_stored_codes(feature_groups, opti
 def test_each_step_of_a_stack_is_the_core_on_its_own_inputs():
     program = stacked_program()
     x = jnp.asarray(correlated(64), jnp.float32)
-    changed, grids = gptq(program, INT8.resolve(program), [{"x": x}])
+    changed, grids = gptq(program, resolve(INT8, program), [{"x": x}])
     state = x
     for step in range(3):
         weight = program.weights["w"][step].T
@@ -333,7 +334,7 @@ def test_each_step_of_a_stack_is_the_core_on_its_own_inputs():
 def test_a_weight_used_twice_sees_the_inputs_of_both():
     program = trace(lambda w, x: (x @ w["w"], (x[:, ::-1] * 9) @ w["w"]), {"w": array(DEPTH, 5)}, ROWS)
     x = jnp.asarray(correlated(64), jnp.float32)
-    changed, grids = gptq(program, INT8.resolve(program), [{"x": x}])
+    changed, grids = gptq(program, resolve(INT8, program), [{"x": x}])
     rows = np.concatenate([x, x[:, ::-1] * 9]).astype(np.float64)
     gram = jnp.asarray(rows.T @ rows, jnp.float32)
     want = gptq_values(program.weights["w"], gram, Grid(grids["w"]["scale"]), FORMATS["int8"])
@@ -343,7 +344,7 @@ def test_a_weight_used_twice_sees_the_inputs_of_both():
 def test_sequential_sees_what_the_rounded_layers_give():
     program = PROGRAMS["linen"]()
     x = jnp.asarray(correlated(64), jnp.float32)
-    plan = INT8.resolve(program)
+    plan = resolve(INT8, program)
     once, _ = gptq(program, plan, [{"x": x}])
     changed, grids = gptq(program, plan, [{"x": x}], sequential=True)
     first, last = "params/first/kernel", "params/last/kernel"
@@ -357,14 +358,14 @@ def test_pruned_weights_stay_zero_in_the_pass():
     program = trace(lambda w, x: x @ w["w"], {"w": array(DEPTH, 5)}, ROWS)
     mask = jnp.asarray(np.random.default_rng(1).random((DEPTH, 5)) < 0.4)
     program = program.replace(weights={"w": jnp.where(mask, program.weights["w"], 0)}, masks={"w": mask})
-    changed, _ = gptq(program, INT8.resolve(program), [{"x": jnp.asarray(correlated(64), jnp.float32)}])
+    changed, _ = gptq(program, resolve(INT8, program), [{"x": jnp.asarray(correlated(64), jnp.float32)}])
     np.testing.assert_array_equal(np.asarray(changed.weights["w"])[~np.asarray(mask)], 0)
 
 
 def test_weights_that_the_data_does_not_reach_are_reported():
     fn = lambda w, x: lax.cond(x[0, 0] > 1e9, lambda x: x @ w["a"], lambda x: x @ w["b"], x)  # noqa: E731
     program = trace(fn, {"a": array(DEPTH, 5), "b": array(DEPTH, 5)}, ROWS)
-    plan = INT8.resolve(program)
+    plan = resolve(INT8, program)
     changed, _ = gptq(program, plan, [{"x": jnp.ones((2, DEPTH))}])
     reasons = {site.site: site.reason for site in changed.history[-1].sites}
     assert reasons == {"a": "to nearest where the calibration data does not reach it", "b": ""}
@@ -374,13 +375,13 @@ def test_weights_that_the_data_does_not_reach_are_reported():
 def test_kept_sites_are_in_the_report_and_bad_weights_are_named():
     recipe = Recipe.parse("on_unsupported = 'keep'\n[[quantize]]\nsites = '.*'\nactivations = 'none'", name="lenient")
     program = trace(lambda w, x: (x @ w["w"]) @ (x @ w["w"]).T, {"w": array(DEPTH, 5)}, ROWS)
-    changed, _ = gptq(program, recipe.resolve(program), [{"x": jnp.ones((2, DEPTH))}])
+    changed, _ = gptq(program, resolve(recipe, program), [{"x": jnp.ones((2, DEPTH))}])
     assert [site.action for site in changed.history[-1].sites].count("kept") == 1
     broken = program.replace(weights={"w": program.weights["w"].at[0, 0].set(jnp.nan)})
     with pytest.raises(ModelError, match="the weight of site 'w' is not finite"):
-        gptq(broken, recipe.resolve(broken), [{"x": jnp.ones((2, DEPTH))}])
+        gptq(broken, resolve(recipe, broken), [{"x": jnp.ones((2, DEPTH))}])
     with pytest.raises(LeptonError, match="calibration data is empty"):
-        gptq(program, recipe.resolve(program), [])
+        gptq(program, resolve(recipe, program), [])
 
 
 def test_groups_in_the_pass():
@@ -388,7 +389,7 @@ def test_groups_in_the_pass():
         "[[quantize]]\nsites = '.*'\nactivations = 'none'\nweights = 'uint4'\ngranularity = 'group:8'", name="groups"
     )
     program = PROGRAMS["stacked"]()
-    plan = recipe.resolve(program)
+    plan = resolve(recipe, program)
     changed, grids = gptq(program, plan, [{"x": jnp.asarray(correlated(64), jnp.float32)}])
     assert grids["w"]["scale"].shape == (3, 3, DEPTH)
     assert_on_grid(changed, grids, plan)
@@ -399,7 +400,7 @@ def test_groups_in_the_pass():
 @pytest.mark.parametrize("groups", [1, 2, 4])
 def test_grouped_convolutions(groups):
     program = conv_program(groups)
-    plan = INT8.resolve(program)
+    plan = resolve(INT8, program)
     changed, grids = gptq(program, plan, [{"x": jnp.asarray(correlated(64), jnp.float32)}])
     assert_on_grid(changed, grids, plan)
     want = np.abs(np.asarray(program.weights["w"])).max((0, 1, 2)) / 127
@@ -413,7 +414,7 @@ def test_an_embedding_is_left_to_what_stores_it():
         {"table": array(7, DEPTH), "w": array(DEPTH, 5)},
         {"x": TensorSpec(("batch",), "int32")},
     )
-    changed, grids = gptq(program, recipe.resolve(program), [{"x": jnp.arange(7, dtype=jnp.int32)}])
+    changed, grids = gptq(program, resolve(recipe, program), [{"x": jnp.arange(7, dtype=jnp.int32)}])
     assert grids.keys() == {"w"}
     np.testing.assert_array_equal(changed.weights["table"], program.weights["table"])
     assert {site.site: site.action for site in changed.history[-1].sites} == {"table": "kept", "w": "int8 gptq"}
@@ -426,5 +427,5 @@ def test_weights_are_rounded_in_threads_only_where_these_have_the_settings_of_th
     monkeypatch.setattr(module, "_round", lambda *args: threads.add(threading.current_thread()) or plain(*args))
     program = trace(lambda w, x: x @ w["w"], {"w": array(DEPTH, 5)}, ROWS)
     with contextlib.nullcontext() if device is None else jax.default_device(jax.devices()[device]):
-        gptq(program, INT8.resolve(program), [{"x": np.asarray(correlated(64), np.float32)}])
+        gptq(program, resolve(INT8, program), [{"x": np.asarray(correlated(64), np.float32)}])
     assert (threading.current_thread() in threads) == (device is not None)

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 import lepton_xla as lx
 from lepton_xla.passes import prune, shrink, sparsegpt, wanda
+from lepton_xla.passes.planning import resolve
 from lepton_xla.passes.pruning.held import block_quotas
 from lepton_xla.train import Regrow, finalize, sparsify
 from lepton_xla.train.schedules import Schedule, one_shot, periodic, polynomial
@@ -35,7 +36,7 @@ BATCHES = [{"x": np.random.default_rng(7).standard_normal((40, 16)).astype(np.fl
 
 
 def pruned(program, text):
-    plan = lx.Recipe.parse(f'[[prune]]\nsites = ".*"\n{text}', name="test").resolve(program)
+    plan = resolve(lx.Recipe.parse(f'[[prune]]\nsites = ".*"\n{text}', name="test"), program)
     for method, by in (("wanda", wanda), ("sparsegpt", sparsegpt)):
         if method in text:
             return by(program, plan, BATCHES)
@@ -152,7 +153,7 @@ def test_sparsify_goes_on_from_masks(name):
     held = pruned(model(), 'pattern = "2:4"' if "2:4" in name else 'sparsity = 0.5\nmethod = "random"')
     if name == "SET":
         held = pruned(model(), 'sparsity = 0.5\npattern = "block:4x2"')
-    plan = lx.Recipe.parse(f'[[prune]]\nsites = ".*"\n{rule}', name="test").resolve(held)
+    plan = resolve(lx.Recipe.parse(f'[[prune]]\nsites = ".*"\n{rule}', name="test"), held)
     if not isinstance(schedule, Schedule):
         schedule = Schedule.of(schedule, every=1, end=3)
     optimizer = sparsify(optax.sgd(0.05), plan, schedule=schedule, masks=held.masks, **more)

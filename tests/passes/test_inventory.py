@@ -9,6 +9,7 @@ import pytest
 import lepton_xla as lx
 from lepton_xla.adapters import from_linen
 from lepton_xla.passes import fold, weights_report
+from lepton_xla.passes.planning import resolve
 from lepton_xla.program import TensorSpec, trace, tree_bytes
 
 
@@ -112,7 +113,7 @@ def test_a_tied_weight_counts_once_in_the_reports_of_passes():
         for report in small.history[1:]:
             assert len(report.sites) == 2
             assert sum(site.bytes_before for site in report.sites) == tree_bytes(program.weights[path])
-    plan = recipe(INT8).resolve(tied())
+    plan = resolve(recipe(INT8), tied())
     lines = {line.site: line.reason for line in weights_report(tied(), plan).sites}
     assert lines["embedding"] == "to be int8 weights"
     assert lines["bias"] == "not multiplied"

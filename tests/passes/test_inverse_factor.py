@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from lepton_xla.passes.core import matrix
+from lepton_xla.passes.planning import resolve
 from lepton_xla.passes.quantization.inverse_factor import LEAF, inverse_factor
 from lepton_xla.program import TensorSpec, trace
 from lepton_xla.recipe import Recipe
@@ -42,6 +43,6 @@ def test_weights_of_one_depth_share_one_compiled_factorization():
         lambda w, x: [x @ w["a"], x @ w["b"], x @ w["c"]], weights, {"x": TensorSpec(("batch", depth), "float32")}
     )
     gptq._all_ordered.clear_cache()
-    plan = Recipe.load("int8-weight-only").resolve(program)
+    plan = resolve(Recipe.load("int8-weight-only"), program)
     gptq.gptq(program, plan, [{"x": np.random.default_rng(0).normal(size=(8, depth)).astype(np.float32)}])
     assert gptq._all_ordered._cache_size() == 1

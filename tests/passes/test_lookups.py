@@ -11,6 +11,7 @@ from jax import lax
 import lepton_xla as lx
 from lepton_xla.passes.core.costs import cost
 from lepton_xla.passes.core.sites import find_sites
+from lepton_xla.passes.planning import resolve
 from lepton_xla.passes.quantization.fake_quantization import fake_quant
 from lepton_xla.passes.shrinking.removal import shrink
 
@@ -41,7 +42,7 @@ def test_equinox_embeddings_are_stored_in_codes_and_looked_up_there(tmp_path):
     assert small.weights_bytes < 0.35 * program.weights_bytes
     ids = np.random.default_rng(1).integers(0, V, (2, 3)).astype(np.int32)
     np.testing.assert_allclose(small(small.weights, ids), nearest()[ids], rtol=1e-2, atol=1e-6)
-    trained = fake_quant(program, RECIPE.resolve(program))
+    trained = fake_quant(program, resolve(RECIPE, program))
     np.testing.assert_allclose(trained(program.weights, ids), small(small.weights, ids), rtol=1e-6)
     gradient = jax.grad(lambda w: trained(w, ids).sum())(program.weights)["table"]
     np.testing.assert_array_equal(gradient, np.bincount(ids.ravel(), minlength=V)[:, None] * np.ones((1, D)))
@@ -74,7 +75,7 @@ def test_every_form_of_lookup(mode, offsets, collapsed, index_map):
     index = np.stack([by_axis[axis] for axis in index_map], -1)
     expected = lax.gather(jnp.asarray(rounded), jnp.asarray(index), numbers, (1, D), mode=mode)
     np.testing.assert_allclose(small(small.weights, ids), expected, rtol=1e-6)
-    trained = fake_quant(program, RECIPE.resolve(program))
+    trained = fake_quant(program, resolve(RECIPE, program))
     np.testing.assert_allclose(trained(program.weights, ids), expected, rtol=1e-2, atol=1e-6)
 
 

@@ -22,6 +22,7 @@ from lepton_xla.errors import CalibrationError, UnsupportedError
 from lepton_xla.passes import calibrate, fake_quant, find_sites
 from lepton_xla.passes import lower as run_lower
 from lepton_xla.passes.alternatives.autotuning import Choices
+from lepton_xla.passes.planning import resolve
 from lepton_xla.passes.quantization import measurement
 from lepton_xla.program import TensorSpec, trace
 from lepton_xla.quant import QTensor
@@ -40,7 +41,7 @@ def recipe(options="", sites=".*", head='on_unsupported = "keep"'):
 
 
 def lowered_and_reference(program, chosen, batch):
-    plan = chosen.resolve(program)
+    plan = resolve(chosen, program)
     static = any(p.quantize is not None and not p.quantize.dynamic for p in plan.sites)
     ranges = calibrate(program, plan, [batch]) if static else None
     return run_lower(program, plan, ranges), fake_quant(program.fn, plan, ranges), plan
@@ -202,7 +203,7 @@ def transformer():
 
 def test_a_transformer_stays_close_and_its_report_is_its_plan():
     program = transformer()
-    plan = recipe().resolve(program)
+    plan = resolve(recipe(), program)
     lowered = run_lower(program, plan)
     ids = jnp.asarray(np.random.default_rng(0).integers(0, 20, (6, 9)))
     expected = jax.jit(program.fn)(program.weights, ids)
@@ -226,7 +227,7 @@ def test_a_transformer_stays_close_and_its_report_is_its_plan():
 
 def test_a_row_does_not_depend_on_its_neighbours():
     program = transformer()
-    lowered = run_lower(program, recipe().resolve(program))
+    lowered = run_lower(program, resolve(recipe(), program))
     run = jax.jit(lowered.fn)
     ids = jnp.asarray(np.random.default_rng(0).integers(0, 20, (5, 8)))
     alone = jnp.concatenate([run(lowered.weights, ids[row : row + 1]) for row in range(5)])
@@ -236,7 +237,7 @@ def test_a_row_does_not_depend_on_its_neighbours():
 
 def test_a_row_of_huge_values_does_not_coarsen_the_others():
     program = SINGLE["linen conv"]()
-    lowered = run_lower(program, recipe().resolve(program))
+    lowered = run_lower(program, resolve(recipe(), program))
     x = array(3, 7, 7, 4, seed=3)
     beside_huge = lowered(lowered.weights, x.at[1].multiply(1e6))
     np.testing.assert_array_equal(beside_huge[::2], lowered(lowered.weights, x)[::2])
@@ -267,13 +268,13 @@ def test_static_ranges_in_a_scan_are_per_step():
 def test_under_static_scales_not_a_number_is_zero_and_infinity_saturates():
     """In codes as in training. Under scales found at run time both show in their row."""
     program = SINGLE["plain"]()
-    plan = recipe("dynamic = false").resolve(program)
+    plan = resolve(recipe("dynamic = false"), program)
     x = array(4, 6, seed=3)
     ranges = calibrate(program, plan, [{"x": x}])
     largest = ranges["w"]
     broken = x.at[1, 2].set(jnp.nan).at[2, 4].set(jnp.inf).at[3, 0].set(-jnp.inf)
     meant = x.at[1, 2].set(0).at[2, 4].set(largest).at[3, 0].set(-largest)
-    static, dynamic = run_lower(program, plan, ranges), run_lower(program, recipe().resolve(program))
+    static, dynamic = run_lower(program, plan, ranges), run_lower(program, resolve(recipe(), program))
     for run in (static, program.replace(fn=fake_quant(program.fn, plan, ranges))):
         got, expected = (jax.jit(run.fn)(run.weights, rows) for rows in (broken, meant))
         np.testing.assert_array_equal(got, expected)
@@ -284,7 +285,7 @@ def test_under_static_scales_not_a_number_is_zero_and_infinity_saturates():
 def test_static_without_ranges_is_an_error():
     program = SINGLE["plain"]()
     with pytest.raises(CalibrationError, match="site 'w' has static activation scales"):
-        run_lower(program, recipe("dynamic = false").resolve(program))
+        run_lower(program, resolve(recipe("dynamic = false"), program))
 
 
 # What is kept.
@@ -296,7 +297,7 @@ def tied(w, x):
 
 def test_a_tied_embedding_is_stored_once():
     program = trace(tied, {"table": array(10, 6), "dense": array(6, 6, seed=1)}, ROWS)
-    lowered = run_lower(program, recipe().resolve(program))
+    lowered = run_lower(program, resolve(recipe(), program))
     assert lowered.weights["table"].values.shape == (6, 10)
     assert lowered.weights["table"].values.dtype == jnp.int8
     reports = {site.site: (site.action, site.reason) for site in lowered.history[-1].sites}
@@ -311,12 +312,12 @@ def test_a_table_used_in_two_layouts_is_kept_and_said_or_refused():
         return jnp.take(w["table"], jnp.argmax(x, 1), axis=0) @ w["table"]
 
     program = trace(fn, {"table": array(6, 6)}, ROWS)
-    lowered = run_lower(program, recipe().resolve(program))
+    lowered = run_lower(program, resolve(recipe(), program))
     assert lowered.weights["table"].dtype == jnp.float32
     reports = {site.site: (site.action, site.reason) for site in lowered.history[-1].sites}
     assert reports["table#1"] == ("kept float", "its weight is used in another layout at 'table'")
     with pytest.raises(UnsupportedError, match="site 'table'"):
-        recipe(head="").resolve(program)
+        resolve(recipe(head=""), program)
 
 
 def test_a_weight_used_twice_alike_is_stored_once():
@@ -344,7 +345,7 @@ def test_a_site_in_shard_map_is_kept(inside_scan):
         return sharded(x, w["in"]) @ w["out"]
 
     program = trace(fn, {"in": array(6, 6), "out": array(6, 4)}, ROWS)
-    lowered = run_lower(program, recipe().resolve(program))
+    lowered = run_lower(program, resolve(recipe(), program))
     reports = {site.site: (site.action, site.reason) for site in lowered.history[-1].sites}
     assert reports["in"] == ("kept float", "it is inside shard_map, where the weight is one shard")
     assert reports["out"][0] == "int8 x int8"
@@ -355,8 +356,8 @@ def test_a_site_in_shard_map_is_kept(inside_scan):
 
 def test_lowering_twice_is_harmless():
     program = SINGLE["plain"]()
-    once = run_lower(program, recipe().resolve(program))
-    twice = run_lower(once, recipe().resolve(once))
+    once = run_lower(program, resolve(recipe(), program))
+    twice = run_lower(once, resolve(recipe(), once))
     x = array(4, 6, seed=3)
     np.testing.assert_array_equal(twice(twice.weights, x), once(once.weights, x))
     assert [report.name for report in twice.history] == ["lower", "lower"]
@@ -367,7 +368,7 @@ def test_lowering_twice_is_harmless():
 def test_the_program_given_is_not_changed():
     program = SINGLE["plain"]()
     before = np.asarray(program.weights["w"])
-    run_lower(program, recipe().resolve(program))
+    run_lower(program, resolve(recipe(), program))
     np.testing.assert_array_equal(program.weights["w"], before)
     assert program.history == ()
 
@@ -377,7 +378,7 @@ def test_the_program_given_is_not_changed():
 
 def test_symbolic_sizes_through_export():
     program = transformer()
-    lowered = run_lower(program, recipe().resolve(program))
+    lowered = run_lower(program, resolve(recipe(), program))
     batch, seq = jax.export.symbolic_shape("batch, seq")
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), lowered.weights)
     leaves, treedef = jax.tree.flatten(shapes)
@@ -423,7 +424,7 @@ SIZES = [{"batch": 1}, {"batch": 4}]
 def test_what_is_faster_is_kept(monkeypatch):
     fake_clock(monkeypatch, {"a": (10.0, 5.0, None), "b": (10.0, 5.0, None)})
     program = two_layers()
-    lowered = run_lower(program, recipe().resolve(program), sizes=SIZES)
+    lowered = run_lower(program, resolve(recipe(), program), sizes=SIZES)
     assert products_of(lowered) == [INTEGER, INTEGER]
     assert [site.metrics["integer_over_float"] for site in lowered.history[-1].sites] == [0.5, 0.5]
     assert len(lowered.history[-1].sites[0].metrics["timings"]) == 2
@@ -433,7 +434,7 @@ def test_what_is_faster_is_kept(monkeypatch):
 def test_what_is_slower_is_taken_back_and_stays_small(monkeypatch):
     fake_clock(monkeypatch, {"a": (10.0, 5.0, None), "b": (10.0, 30.0, None)})
     program = two_layers()
-    plan = recipe("dynamic = false").resolve(program)
+    plan = resolve(recipe("dynamic = false"), program)
     ranges = calibrate(program, plan, [{"x": array(4, 6)}])
     lowered = run_lower(program, plan, ranges, sizes=SIZES)
     assert products_of(lowered) == [INTEGER, FLOAT]
@@ -453,7 +454,7 @@ def test_what_is_wrong_on_this_platform_is_taken_back_however_fast(monkeypatch, 
     faulty = lambda site, rule, at: dataclasses.replace(clock(site, rule, at), error=error if site.name == "a" else 0.0)  # noqa: E731
     monkeypatch.setattr(lower_module, "compare", faulty)
     program = two_layers()
-    lowered = run_lower(program, recipe().resolve(program), sizes=SIZES)
+    lowered = run_lower(program, resolve(recipe(), program), sizes=SIZES)
     assert products_of(lowered) == [FLOAT, INTEGER]
     report = next(site for site in lowered.history[-1].sites if site.site == "a")
     assert report.action == "int8 weights"
@@ -465,7 +466,7 @@ def test_what_is_wrong_on_this_platform_is_taken_back_however_fast(monkeypatch, 
 def test_sites_that_win_alone_and_lose_together_are_taken_back(monkeypatch):
     fake_clock(monkeypatch, {"a": (10.0, 5.0, None), "b": (10.0, 5.0, None)}, lambda count: 100.0 + count)
     program = two_layers()
-    lowered = run_lower(program, recipe().resolve(program), sizes=SIZES)
+    lowered = run_lower(program, resolve(recipe(), program), sizes=SIZES)
     assert products_of(lowered) == [FLOAT, FLOAT]
     assert all("does not make the whole program faster" in site.reason for site in lowered.history[-1].sites)
     assert lowered.history[-1].metrics["whole_program"][0]["lowered_us"] == 100.0
@@ -474,7 +475,7 @@ def test_sites_that_win_alone_and_lose_together_are_taken_back(monkeypatch):
 def test_a_win_within_the_noise_is_no_win(monkeypatch):
     fake_clock(monkeypatch, {"a": (10.0, 9.0, None), "b": (10.0, 9.0, None)}, lambda count: 100.0 - count)
     program = two_layers()
-    lowered = run_lower(program, recipe().resolve(program), sizes=SIZES)
+    lowered = run_lower(program, resolve(recipe(), program), sizes=SIZES)
     assert products_of(lowered) == [FLOAT, FLOAT]
 
 
@@ -483,7 +484,7 @@ def test_the_set_that_is_fastest_is_chosen(monkeypatch):
         monkeypatch, {"a": (10.0, 2.0, None), "b": (10.0, 8.0, None)}, lambda count: {0: 100.0, 1: 50.0, 2: 80.0}[count]
     )
     program = two_layers()
-    lowered = run_lower(program, recipe().resolve(program), sizes=SIZES)
+    lowered = run_lower(program, resolve(recipe(), program), sizes=SIZES)
     assert products_of(lowered) == [INTEGER, FLOAT]
 
 
@@ -493,7 +494,7 @@ def test_single_rows_are_padded_where_that_is_faster(monkeypatch, padded_us):
         monkeypatch, {"a": (10.0, 5.0, padded_us), "b": (10.0, 5.0, padded_us)}, lambda count: 100 - 30.0 * count
     )
     program = two_layers()
-    lowered = run_lower(program, recipe().resolve(program), sizes=SIZES)
+    lowered = run_lower(program, resolve(recipe(), program), sizes=SIZES)
     rows = {
         eqn.invars[0].aval.shape[0] for eqn in equations(lowered, {"batch": 1}) if eqn.primitive.name == "dot_general"
     }
@@ -504,7 +505,7 @@ def test_single_rows_are_padded_where_that_is_faster(monkeypatch, padded_us):
     assert rows == {4}
     assert [site.metrics["single_rows_padded"] for site in lowered.history[-1].sites] == [padded_us < 5] * 2
     x = array(1, 6, seed=3)
-    unpadded = run_lower(program, recipe().resolve(program))
+    unpadded = run_lower(program, resolve(recipe(), program))
     np.testing.assert_allclose(lowered(lowered.weights, x), unpadded(unpadded.weights, x), rtol=1e-6)
 
 
@@ -528,7 +529,7 @@ TINY_GROUPS = {
 @pytest.mark.parametrize("name", TINY_GROUPS)
 def test_groups_too_small_for_integer_kernels_are_timed_like_any_other(monkeypatch, name):
     program = TINY_GROUPS[name]()
-    plan = recipe(head="").resolve(program)
+    plan = resolve(recipe(head=""), program)
     fake_clock(monkeypatch, {"w": (10.0, 30.0, None)})
     slow = run_lower(program, plan, sizes=SIZES)
     assert products_of(slow) == [FLOAT]
@@ -547,7 +548,7 @@ def test_groups_too_small_for_integer_kernels_are_timed_like_any_other(monkeypat
 def test_the_real_clock_reports_what_it_found(monkeypatch, name):
     monkeypatch.setattr(measurement, "ROUNDS", 3)
     program = (TINY_GROUPS | SINGLE)[name]()
-    (site,) = run_lower(program, recipe(head="").resolve(program), sizes=SIZES[:1]).history[-1].sites
+    (site,) = run_lower(program, resolve(recipe(head=""), program), sizes=SIZES[:1]).history[-1].sites
     (timing,) = site.metrics["timings"]
     assert min(timing["float_us"], timing["integer_us"], site.metrics["integer_over_float"]) > 0
     assert (site.action, bool(site.reason)) in [("int8 x int8", False), ("int8 weights", True)]
@@ -562,7 +563,7 @@ def test_a_site_that_is_not_there_at_a_size_is_not_timed_there(monkeypatch):
 
     fake_clock(monkeypatch, {"a": (10.0, 5.0, None), "b": (10.0, 5.0, None)}, lambda count: 100 - 30.0 * count)
     program = trace(fn, {"a": array(6, 3), "b": array(6, 3, seed=1)}, ROWS)
-    lowered = run_lower(program, recipe().resolve(program), sizes=SIZES)
+    lowered = run_lower(program, resolve(recipe(), program), sizes=SIZES)
     (site,) = lowered.history[-1].sites
     assert site.site == "b"
     assert len(site.metrics["timings"]) == 1
@@ -571,7 +572,7 @@ def test_a_site_that_is_not_there_at_a_size_is_not_timed_there(monkeypatch):
 def test_weight_only_is_not_timed(monkeypatch):
     fake_clock(monkeypatch, {})
     program = two_layers()
-    lowered = run_lower(program, recipe('activations = "none"').resolve(program), sizes=SIZES)
+    lowered = run_lower(program, resolve(recipe('activations = "none"'), program), sizes=SIZES)
     assert products_of(lowered) == [FLOAT, FLOAT]
     assert [(site.action, site.reason) for site in lowered.history[-1].sites] == [("int8 weights", "")] * 2
 
@@ -580,13 +581,13 @@ def test_progress_names_each_site(monkeypatch):
     fake_clock(monkeypatch, {"a": (10.0, 5.0, None), "b": (10.0, 5.0, None)})
     lines = []
     program = two_layers()
-    run_lower(program, recipe().resolve(program), sizes=SIZES, progress=lines.append)
+    run_lower(program, resolve(recipe(), program), sizes=SIZES, progress=lines.append)
     assert lines[:2] == ["a", "b"]
 
 
 def test_sites_keep_their_shapes_at_any_size():
     program = two_layers()
-    lowered = run_lower(program, recipe().resolve(program))
+    lowered = run_lower(program, resolve(recipe(), program))
     assert [site.kind for site in find_sites(lowered)] == ["dot_general", "dot_general"]
     assert lowered.outputs == program.outputs
 
@@ -615,7 +616,7 @@ def operations(fn, *args):
 def test_weights_multiplied_in_float_are_unpacked_on_loading_where_that_is_faster(monkeypatch, small_us):
     clock_by_weights(monkeypatch, {}, small_us, 100.0)
     program = two_layers()
-    lowered = run_lower(program, recipe('activations = "none"').resolve(program), sizes=SIZES)
+    lowered = run_lower(program, resolve(recipe('activations = "none"'), program), sizes=SIZES)
     assert all(isinstance(lowered.weights[name], QTensor) for name in ("a", "b"))
     assert (lowered.expansion is not None) == (small_us > 103)
     assert [("unpacked once, on loading" in site.reason) for site in lowered.history[-1].sites] == [small_us > 103] * 2
@@ -652,7 +653,7 @@ def transposed_stack():
 def test_what_is_unpacked_on_loading_is_laid_out_once(monkeypatch, granularity):
     clock_by_weights(monkeypatch, {}, 300.0, 100.0)
     program = transposed_stack()
-    plan = recipe(f'activations = "none"\ngranularity = "{granularity}"').resolve(program)
+    plan = resolve(recipe(f'activations = "none"\ngranularity = "{granularity}"'), program)
     lowered = run_lower(program, plan, sizes=SIZES)
     assert lowered.expansion is not None
     unpacked = lowered.expansion.expand(lowered.weights)
@@ -669,7 +670,9 @@ def test_what_is_unpacked_on_loading_is_laid_out_once(monkeypatch, granularity):
 def test_weights_stay_small_in_memory_where_the_recipe_says_so(monkeypatch):
     clock_by_weights(monkeypatch, {}, 300.0, 100.0)
     program = two_layers()
-    plan = Recipe.parse('unpack = "never"\n[[quantize]]\nsites = ".*"\nactivations = "none"', name="r").resolve(program)
+    plan = resolve(
+        Recipe.parse('unpack = "never"\n[[quantize]]\nsites = ".*"\nactivations = "none"', name="r"), program
+    )
     assert run_lower(program, plan, sizes=SIZES).expansion is None
 
 
@@ -683,12 +686,12 @@ def test_integer_sites_stay_packed_when_the_others_are_unpacked(monkeypatch):
     fake_clock(monkeypatch, {"a": (10.0, 5.0, None), "b": (10.0, 30.0, None)})
     monkeypatch.setattr(lower_module, "time_programs", site_clock)
     program = two_layers()
-    lowered = run_lower(program, recipe().resolve(program), sizes=SIZES)
+    lowered = run_lower(program, resolve(recipe(), program), sizes=SIZES)
     assert lowered.expansion is None  # no faster, so nothing is gained by the memory
     sizes_of = lambda weights: {name: type(leaf).__name__ for name, leaf in weights.items()}  # noqa: E731
     times = iter([[100.0, 100.0, 40.0], [100.0, 100.0, 40.0], [100.0, 40.0, 60.0], [100.0, 40.0, 60.0]])
     monkeypatch.setattr(lower_module, "time_programs", lambda functions, inputs: next(times))
-    lowered = run_lower(program, recipe().resolve(program), sizes=SIZES)
+    lowered = run_lower(program, resolve(recipe(), program), sizes=SIZES)
     assert lowered.expansion is not None
     assert sizes_of(lowered.expansion.expand(lowered.weights)) == {"a": "QTensor", "b": "ArrayImpl"}
 
@@ -702,16 +705,16 @@ def test_what_is_slower_at_one_size_is_taken_back_however_fast_at_another(monkey
     fake_clock(monkeypatch, {"a": (10.0, 5.0, None), "b": (10.0, 5.0, None)})
     monkeypatch.setattr(lower_module, "time_programs", uneven)
     program = two_layers()
-    lowered = run_lower(program, recipe().resolve(program), sizes=SIZES)
+    lowered = run_lower(program, resolve(recipe(), program), sizes=SIZES)
     assert products_of(lowered) == [FLOAT, FLOAT]
-    lowered = run_lower(program, recipe().resolve(program), sizes=SIZES[1:])
+    lowered = run_lower(program, resolve(recipe(), program), sizes=SIZES[1:])
     assert products_of(lowered) == [INTEGER, INTEGER]
 
 
 def test_channels_that_are_all_zero_are_named_and_stay_zero():
     weights = {"a": array(6, 8).at[:, 2].set(0), "b": array(8, 3, seed=1)}
     program = trace(lambda w, x: jnp.tanh(x @ w["a"]) @ w["b"], weights, ROWS)
-    plan = Recipe.parse("[[quantize]]\nsites = '.*'", name="r").resolve(program)
+    plan = resolve(Recipe.parse("[[quantize]]\nsites = '.*'", name="r"), program)
     small = run_lower(program, plan)
     reasons = {site.site: site.reason for site in small.history[-1].sites}
     assert reasons == {"a": "1 of its 8 channels are all zero", "b": ""}

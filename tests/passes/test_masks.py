@@ -14,6 +14,7 @@ from jax import lax
 
 from lepton_xla.errors import ModelError, RecipeError, UnsupportedError
 from lepton_xla.passes import prune
+from lepton_xla.passes.planning import resolve
 from lepton_xla.passes.pruning.masks import (
     Pattern,
     Regrowth,
@@ -37,7 +38,9 @@ def parse(rule, sites=".*", more=""):
 
 
 def masks_of(program, rule, **more):
-    return {path: np.asarray(mask) for path, mask in prune(program, parse(rule, **more).resolve(program)).masks.items()}
+    return {
+        path: np.asarray(mask) for path, mask in prune(program, resolve(parse(rule, **more), program)).masks.items()
+    }
 
 
 def dense(weight, inputs=None):
@@ -225,7 +228,7 @@ def test_deviation_drops_what_is_below_so_many_standard_deviations():
 def test_random_drops_so_many_anywhere_and_what_is_zero_first():
     weight = np.asarray(array(10, 10)) * (np.arange(10) > 0)[:, None]
     program = dense(jnp.asarray(weight))
-    plan = parse('method = "random"\nsparsity = 0.5').resolve(program)
+    plan = resolve(parse('method = "random"\nsparsity = 0.5'), program)
     first, again, other = (np.asarray(prune(program, plan, seed=seed).masks["w"]) for seed in (0, 0, 1))
     assert (~first).sum() == 50
     assert not first[0].any()
@@ -244,7 +247,7 @@ def test_saliency_needs_gradients():
     program = dense(array(10, 10))
     with pytest.raises(RecipeError, match=r"weight 'w': method = 'saliency' needs gradients: train with"):
         masks_of(program, 'method = "saliency"\nsparsity = 0.5')
-    (target,) = plan_targets(parse('method = "saliency"\nsparsity = 0.5').resolve(program), program.weights)
+    (target,) = plan_targets(resolve(parse('method = "saliency"\nsparsity = 0.5'), program), program.weights)
     weight, gradient = array(10, 10), array(10, 10, seed=1)
     scores = {"w": element_scores(target, weight, gradient=gradient)}
     found = find_masks([target], scores, rule_shares([target]))["w"]
@@ -253,7 +256,7 @@ def test_saliency_needs_gradients():
 
 def test_regrowth_replaces_a_share_of_what_is_kept():
     program = dense(array(10, 10))
-    (target,) = plan_targets(parse("sparsity = 0.6").resolve(program), program.weights)
+    (target,) = plan_targets(resolve(parse("sparsity = 0.6"), program), program.weights)
     weight, promise = np.asarray(program.weights["w"]), np.abs(np.asarray(array(10, 10, seed=1)))
     old = rank(np.abs(weight), 50)
     scores = {"w": jnp.asarray(np.where(old, np.abs(weight), 0))}
@@ -279,9 +282,9 @@ def test_regrowth_replaces_a_share_of_what_is_kept():
 def test_a_pattern_that_does_not_divide_names_site_and_size(rule, shape, message):
     program = dense(array(*shape))
     with pytest.raises(UnsupportedError, match=message) as caught:
-        parse(rule).resolve(program)
+        resolve(parse(rule), program)
     assert "\n" not in str(caught.value)
-    plan = parse(rule, more='on_unsupported = "keep"').resolve(program)
+    plan = resolve(parse(rule, more='on_unsupported = "keep"'), program)
     small = prune(program, plan)
     assert not small.masks
     assert "do not divide" in small.history[-1].sites[0].reason
@@ -289,20 +292,20 @@ def test_a_pattern_that_does_not_divide_names_site_and_size(rule, shape, message
 
 def test_groups_do_not_straddle_a_convolutions_positions():
     with pytest.raises(UnsupportedError, match="groups of 4 do not divide its 2 input channels"):
-        parse('pattern = "2:4"').resolve(convolution(array(2, 2, 2, 3)))
+        resolve(parse('pattern = "2:4"'), convolution(array(2, 2, 2, 3)))
 
 
 def test_a_weight_used_in_two_layouts_has_no_one_matrix():
     program = trace(lambda w, x: x @ w["w"] @ w["w"].T, {"w": array(8, 8)}, {"x": TensorSpec(("b", 8), "float32")})
     with pytest.raises(UnsupportedError, match="its weight is used in another layout at"):
-        parse('pattern = "2:4"').resolve(program)
+        resolve(parse('pattern = "2:4"'), program)
     assert (~masks_of(program, "sparsity = 0.5")["w"]).sum() == 32
 
 
 def test_a_pattern_needs_the_whole_weight():
     program = trace(two_cuts, {"w": array(3, 8, 8)}, {"x": TensorSpec(("batch", 8), "float32")})
     with pytest.raises(UnsupportedError, match="its weight is broadcast or cut before use"):
-        parse('pattern = "channel"\nsparsity = 0.5').resolve(program)
+        resolve(parse('pattern = "channel"\nsparsity = 0.5'), program)
 
 
 @pytest.mark.parametrize(
@@ -357,7 +360,7 @@ def test_embeddings_are_pruned_where_the_rule_is_for_them_alone():
     assert set(masks_of(program, "sparsity = 0.5", more='on_unsupported = "keep"')) == {"dense"}
     assert (~masks_of(program, "sparsity = 0.25", sites="table")["table"]).sum() == 20
     with pytest.raises(UnsupportedError, match="not for embeddings"):
-        parse('pattern = "2:4"', sites="table").resolve(program)
+        resolve(parse('pattern = "2:4"', sites="table"), program)
 
 
 # Sharding.
@@ -375,7 +378,7 @@ def test_what_is_cut_over_devices_is_pruned_there():
     weight = array(16, 8)
     program = dense(weight)
     cut = program.replace(weights={"w": jax.device_put(weight, jax.NamedSharding(mesh, jax.P("d", None)))})
-    plan = parse("sparsity = 0.4").resolve(program)
+    plan = resolve(parse("sparsity = 0.4"), program)
     small = prune(cut, plan)
     assert small.weights["w"].sharding.spec == jax.P("d", None)
     np.testing.assert_array_equal(small.masks["w"], prune(program, plan).masks["w"])

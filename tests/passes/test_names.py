@@ -13,6 +13,7 @@ import lepton_xla as lx
 from lepton_xla.errors import ModelError
 from lepton_xla.passes import fake_quant, find_sites, fold
 from lepton_xla.passes.core.names import SiteNames, fresh
+from lepton_xla.passes.planning import resolve
 from lepton_xla.program import TensorSpec, trace
 from lepton_xla.recipe import Recipe
 
@@ -154,13 +155,13 @@ def test_training_beside_such_names():
     recipe = Recipe.parse("on_unsupported = 'keep'\n[[quantize]]\nsites = '.*'\ndynamic = false", name="static")
     names = ("w", "w:act_absmax")
     program = chain(names)
-    plan = recipe.resolve(program)
+    plan = resolve(recipe, program)
     ranges = {site.name: jnp.float32(1 + index) for index, site in enumerate(find_sites(program))}
     x = np.random.default_rng(0).standard_normal((3, WIDTH)).astype(np.float32)
     plain = chain(["w0", "w1"])
     renamed = {site.name: jnp.float32(1 + index) for index, site in enumerate(find_sites(plain))}
     got = fake_quant(program.fn, plan, ranges)(program.weights, x)
-    np.testing.assert_array_equal(got, fake_quant(plain.fn, recipe.resolve(plain), renamed)(plain.weights, x))
+    np.testing.assert_array_equal(got, fake_quant(plain.fn, resolve(recipe, plain), renamed)(plain.weights, x))
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,10 @@ from jax import lax
 
 import lepton_xla as lx
 from lepton_xla.passes import sparsegpt, wanda
-from lepton_xla.passes.pruning.masks import Pattern
+from lepton_xla.passes.planning import resolve
 from lepton_xla.passes.pruning.sparsegpt import Options, sparsegpt_values
 from lepton_xla.passes.pruning.wanda import UNSEEN, wanda_mask
+from lepton_xla.recipe.patterns import Pattern
 
 DEPTH = 24
 ROWS = {"x": lx.TensorSpec(("batch", DEPTH), "float32")}
@@ -191,7 +192,7 @@ def matrices(weights):
 
 def test_wanda_on_a_program():
     whole = program()
-    small = wanda(whole, recipe("wanda").resolve(whole), data())
+    small = wanda(whole, resolve(recipe("wanda"), whole), data())
     inputs, masks = inputs_of(whole), matrices(small.masks)
     for name, weight in matrices(whole.weights).items():
         want = wanda_of_the_paper(weight, (inputs[name] ** 2).mean(0), 0.5)
@@ -204,7 +205,7 @@ def test_wanda_on_a_program():
 @pytest.mark.parametrize("rule", ["sparsity = 0.5", 'pattern = "2:4"'])
 def test_sparsegpt_on_a_program(rule):
     whole = program()
-    small = sparsegpt(whole, recipe("sparsegpt", rule).resolve(whole), data())
+    small = sparsegpt(whole, resolve(recipe("sparsegpt", rule), whole), data())
     inputs = inputs_of(whole)
     changed = 0.0
     for name, weight in matrices(whole.weights).items():
@@ -223,7 +224,7 @@ def test_sparsegpt_on_a_program(rule):
 
 def test_sequential_sparsegpt_sees_the_pruned_weights_before_it():
     whole = program()
-    plan = recipe("sparsegpt", "sparsity = 0.6").resolve(whole)
+    plan = resolve(recipe("sparsegpt", "sparsity = 0.6"), whole)
     apart, behind = (sparsegpt(whole, plan, data(), sequential=flag) for flag in (False, True))
     np.testing.assert_array_equal(apart.weights["conv"], behind.weights["conv"])
     assert np.abs(np.asarray(apart.weights["head"] - behind.weights["head"])).max() > 1e-3
@@ -235,7 +236,7 @@ def test_a_branch_without_data_is_pruned_by_magnitude_and_says_so():
 
     whole = lx.trace(fn, {"rare": array(DEPTH, 6), "usual": array(DEPTH, 6, seed=1)}, ROWS)
     for method in (wanda, sparsegpt):
-        small = method(whole, recipe(method.__name__).resolve(whole), data())
+        small = method(whole, resolve(recipe(method.__name__), whole), data())
         assert {line.site: line.reason for line in small.history[-1].sites} == {"rare": UNSEEN, "usual": ""}
         mask, magnitude = np.asarray(small.masks["rare"]), np.abs(np.asarray(whole.weights["rare"]))
         assert (~mask).sum() == DEPTH * 3

@@ -12,6 +12,7 @@ import lepton_xla as lx
 from lepton_xla.adapters import from_linen
 from lepton_xla.errors import UnsupportedError
 from lepton_xla.passes import fake_quant, find_sites, initial_scales, lower, masked, precompute
+from lepton_xla.passes.planning import resolve
 from lepton_xla.program import TensorSpec, trace
 
 INT8 = lx.Recipe.parse('measure = false\non_unsupported = "keep"\n[[quantize]]\nsites = ".*"\n', name="int8")
@@ -141,7 +142,7 @@ def test_what_is_computed_from_weights_is_a_weight(name):
     wanted = program.fn(program.weights, x)
 
     ahead = precompute(program)
-    plan = INT8.resolve(program)
+    plan = resolve(INT8, program)
     assert [site.name for site in find_sites(ahead)] == [entry.site.name for entry in plan.sites] == names
     assert largest_difference(ahead.fn(ahead.weights, x), wanted) < 1e-5
 
@@ -156,7 +157,7 @@ def test_what_is_computed_from_weights_is_a_weight(name):
 
 def test_trained_scales_fit_the_computed_weight():
     program = MODELS["scanned"][0]()
-    plan = INT8.resolve(program)
+    plan = resolve(INT8, program)
     x = array(2, 16, seed=9)
     scales = jax.tree.map(lambda scale: scale + 0.3, initial_scales(program.weights, plan))
     assert scales["mul:kernel+scale"]["log2_scale"].shape == (2, 1, 16)
@@ -171,7 +172,7 @@ def test_trained_scales_fit_the_computed_weight():
 
 def test_a_gradient_reaches_all_that_a_weight_is_computed_from():
     program = MODELS["merged_lora"][0]()
-    faked = fake_quant(program.fn, INT8.resolve(program))
+    faked = fake_quant(program.fn, resolve(INT8, program))
     x = array(3, 16, seed=9)
     found = jax.grad(lambda w: faked(w, x).sum())(program.weights)
     through = np.asarray(x).sum(0)[:, None] * np.ones((1, 16))  # the gradient of `sum(x @ k)` by k
@@ -199,7 +200,7 @@ def test_a_product_of_low_rank_matrices_is_not_stored():
     weights = {"a": array(64, 2), "b": array(2, 64)}
     program = trace(lambda w, x: x @ (w["a"] @ w["b"]), weights, {"x": TensorSpec(("batch", 64), "float32")})
     assert precompute(program) is program
-    (entry,) = INT8.resolve(program).sites
+    (entry,) = resolve(INT8, program).sites
     assert entry.not_quantized == (
         "dot_general of an activation and what is computed on each call from a, b: computed ahead it would take 16 "
         "times their bytes, which products = 'weights' leaves float"
@@ -263,7 +264,7 @@ def test_masks_are_kept_where_zeros_are():
 
 def test_masks_of_what_a_weight_is_computed_from_hold_in_training():
     program = MODELS["fused_qkv"][0]()
-    plan, masks, x = INT8.resolve(program), {"0": W > 0, "1": V > 0.1}, array(2, 16, seed=9)
+    plan, masks, x = resolve(INT8, program), {"0": W > 0, "1": V > 0.1}, array(2, 16, seed=9)
     held = {path: jnp.where(masks[path], leaf, 0) for path, leaf in program.weights.items()}
     served = lower(program.replace(weights=held, masks=masks), plan)
     assert float(served.masks["concatenate:0+1"].mean()) < 0.5
@@ -274,7 +275,7 @@ def test_masks_of_what_a_weight_is_computed_from_hold_in_training():
 
 def test_a_computed_weight_that_a_function_lacks_is_refused():
     program = trace(lambda w, x: x @ -w["k"], {"k": W}, ROWS)
-    plan = INT8.resolve(program)
+    plan = resolve(INT8, program)
     with pytest.raises(UnsupportedError, match="weight 'neg:k' is changed before it reaches its product"):
         fake_quant(lambda w, x: x @ jnp.sin(w["k"]), plan)(program.weights, array(2, 16))
 
@@ -330,7 +331,7 @@ def test_an_lstm_shrinks():
 
 def test_a_plan_for_a_computed_weight_does_not_prune_what_it_is_computed_from():
     program = MODELS["fused_qkv"][0]()
-    plan = lx.Recipe.parse('[[prune]]\nsites = ".*"\nsparsity = 0.5\n', name="half").resolve(program)
+    plan = resolve(lx.Recipe.parse('[[prune]]\nsites = ".*"\nsparsity = 0.5\n', name="half"), program)
     pruned = lx.passes.prune(program, plan)
     assert float(pruned.masks["concatenate:0+1"].mean()) == 0.5
     with pytest.raises(lx.errors.ModelError, match="'concatenate:0\\+1', which is computed from 0, 1"):

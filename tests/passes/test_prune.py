@@ -11,6 +11,7 @@ from jax import lax
 
 from lepton_xla.errors import ModelError
 from lepton_xla.passes import find_sites, lower, magnitude_masks, masked, prune
+from lepton_xla.passes.planning import resolve
 from lepton_xla.program import TensorSpec, trace
 from lepton_xla.recipe import Recipe
 
@@ -27,7 +28,7 @@ def recipe(sparsity=0.5, sites=".*", distribution="uniform", more=""):
 
 
 def pruned(program, chosen):
-    return prune(program, chosen.resolve(program))
+    return prune(program, resolve(chosen, program))
 
 
 def smallest(values, dropped):
@@ -225,7 +226,7 @@ def test_zeros_survive_int8(granularity):
     program = net()
     chosen = recipe(0.5, more=more)
     small = pruned(program, chosen)
-    lowered = lower(small, chosen.resolve(program))
+    lowered = lower(small, resolve(chosen, program))
     codes = np.asarray(lowered.weights["first"].values)
     assert (codes[~np.asarray(small.masks["first"])] == 0).all()
     codes = np.asarray(lowered.weights["second"].values)  # laid out as its product takes it

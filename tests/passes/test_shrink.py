@@ -18,6 +18,7 @@ import lepton_xla as lx
 from lepton_xla.adapters import from_linen, from_nnx
 from lepton_xla.errors import CalibrationError, RecipeError, UnsupportedError
 from lepton_xla.passes import cost, find_groups, find_sites, fold, lower, prune, shrink
+from lepton_xla.passes.planning import resolve
 from lepton_xla.program import TensorSpec, trace
 from lepton_xla.recipe import Recipe
 
@@ -136,7 +137,7 @@ def test_a_shrunk_program_shrinks_prunes_and_quantizes():
     small = shrink(shrink(fold(mlp((6, 32, 32, 3))), sparsity=0.25), sparsity=0.25)
     assert shapes(small)["w1"] == (18, 18)
     recipe = Recipe.parse('measure = false\n[[prune]]\nsites = ".*"\nsparsity = 0.5\n', name="p")
-    pruned = prune(small, recipe.resolve(small))
+    pruned = prune(small, resolve(recipe, small))
     again = shrink(pruned, sparsity=0.3)
     assert {path: mask.shape for path, mask in again.masks.items()} == {
         path: shapes(again)[path] for path in pruned.masks
@@ -144,7 +145,7 @@ def test_a_shrunk_program_shrinks_prunes_and_quantizes():
     for path, mask in again.masks.items():
         np.testing.assert_array_equal(np.asarray(again.weights[path]) != 0, mask)
     quantize = Recipe.parse('measure = false\n[[quantize]]\nsites = ".*"\nactivations = "none"\n', name="q")
-    stored = lower(again, quantize.resolve(again))
+    stored = lower(again, resolve(quantize, again))
     assert stored.weights_bytes < 0.5 * again.weights_bytes
     expected = jax.jit(again.fn)(again.weights, rows)
     np.testing.assert_allclose(
@@ -797,7 +798,7 @@ def test_weights_without_elements_and_weights_of_zeros():
 
 def test_a_quantized_program_is_refused():
     recipe = Recipe.parse('measure = false\n[[quantize]]\nsites = ".*"\nactivations = "none"\n', name="q")
-    stored = lower(mlp(), recipe.resolve(mlp()))
+    stored = lower(mlp(), resolve(recipe, mlp()))
     with pytest.raises(UnsupportedError, match="'w0' is quantized; shrink a program before"):
         shrink(stored, sparsity=0.5)
 

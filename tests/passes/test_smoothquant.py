@@ -11,6 +11,7 @@ from jax import lax
 
 from lepton_xla.adapters import from_linen, from_nnx
 from lepton_xla.errors import CalibrationError, RecipeError
+from lepton_xla.passes.planning import resolve
 from lepton_xla.passes.quantization.rounding import round_to_nearest
 from lepton_xla.passes.rescaling.smoothquant import smooth, smooth_factor
 from lepton_xla.program import TensorSpec, trace
@@ -37,7 +38,7 @@ def row(vector):
 
 def smoothed(program, *inputs, recipe=ALL, **options):
     """The smoothed program, its float function compared, and what became of each product."""
-    plan = recipe.resolve(program)
+    plan = resolve(recipe, program)
     changed = smooth(program, plan, [{"x": x} for x in inputs], **options)
     for x in inputs:
         want = jax.tree.leaves(program.fn(program.weights, x))
@@ -335,7 +336,7 @@ def test_it_composes_with_itself_and_with_rounding():
     twice, _ = smoothed(once, 3 * x, x)
     assert twice.weights.keys() == once.weights.keys()
     assert twice.history[-1].sites[0].action == "factor folded into up:input_factor"
-    rounded, _ = round_to_nearest(twice, ALL.resolve(twice))
+    rounded, _ = round_to_nearest(twice, resolve(ALL, twice))
     want = program.fn(program.weights, x)
     got = rounded.fn(rounded.weights, x)
     assert 0 < np.linalg.norm(got - want) < 0.03 * np.linalg.norm(want)
@@ -344,6 +345,6 @@ def test_it_composes_with_itself_and_with_rounding():
 def test_bad_input():
     program = trace(mlp, {"up": array(6, 8), "bias": array(8), "down": array(8, 3)}, ROWS)
     with pytest.raises(RecipeError, match=r"alpha = 1\.5 is not in"):
-        smooth(program, ALL.resolve(program), [{"x": array(2, 6)}], alpha=1.5)
+        smooth(program, resolve(ALL, program), [{"x": array(2, 6)}], alpha=1.5)
     with pytest.raises(CalibrationError, match="calibration data is empty"):
-        smooth(program, ALL.resolve(program), [])
+        smooth(program, resolve(ALL, program), [])

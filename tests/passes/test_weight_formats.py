@@ -14,6 +14,7 @@ import lepton_xla as lx
 from lepton_xla.errors import CalibrationError, ModelError, RecipeError, UnsupportedError
 from lepton_xla.passes import calibrate, fake_quant, find_sites, lower
 from lepton_xla.passes.core.sites import lay_out
+from lepton_xla.passes.planning import resolve
 from lepton_xla.passes.quantization import products
 from lepton_xla.passes.quantization.fake_quantization import initial_scales
 from lepton_xla.program import TensorSpec, trace
@@ -88,7 +89,7 @@ FEW = ("transposed", "HWIO", "tied")
 )
 def test_fake_and_lowered_weights_are_the_same(name, weights, granularity):
     program = model(name)
-    plan = recipe(weights, granularity).resolve(program)
+    plan = resolve(recipe(weights, granularity), program)
     x = example(program)
     fake = jax.jit(fake_quant(program.fn, plan))(program.weights, x)
     small = lower(program, plan)
@@ -116,7 +117,7 @@ def test_fake_and_lowered_weights_are_the_same(name, weights, granularity):
 def test_a_searched_range_is_the_same_in_training_and_lowered(name, weights, granularity):
     program = model(name)
     plan, plain = (
-        recipe(weights, granularity, options=f'weight_range = "{how}"').resolve(program) for how in ("mse", "absmax")
+        resolve(recipe(weights, granularity, options=f'weight_range = "{how}"'), program) for how in ("mse", "absmax")
     )
     x = example(program)
     fake = jax.jit(fake_quant(program.fn, plan))(program.weights, x)
@@ -136,7 +137,7 @@ def test_the_operand_is_exactly_the_same(weights):
         weight = array(5, 6).astype(dtype)
         program = trace(lambda w, x: x @ w["w"].T, {"w": weight}, {"x": TensorSpec(("batch", 6), dtype)})
         for granularity in ("channel", "group:3"):
-            plan = recipe(weights, granularity).resolve(program)
+            plan = resolve(recipe(weights, granularity), program)
             (site,) = find_sites(program)
             stored = products.store(site, lay_out(weight, site.layout), weights, granularity)
             eye = jnp.eye(6, dtype=dtype)
@@ -152,7 +153,7 @@ def test_the_operand_is_exactly_the_same(weights):
 @pytest.mark.parametrize("name", ["dense", "transposed", "HWIO", "OIHW", "scan", "experts"])
 def test_integer_products(weights, activations, name):
     program = model(name)
-    plan = recipe(weights, "channel", activations).resolve(program)
+    plan = resolve(recipe(weights, "channel", activations), program)
     small = lower(program, plan)
     x = example(program)
     jaxpr = str(jax.make_jaxpr(small.fn)(small.weights, x))
@@ -170,12 +171,12 @@ def test_integer_products(weights, activations, name):
 
 def test_what_has_no_product_of_codes_is_stored_small_and_says_why():
     program = model("dense")
-    small = lower(program, recipe("int4", "group:2", "int8").resolve(program))
+    small = lower(program, resolve(recipe("int4", "group:2", "int8"), program))
     (site,) = small.history[-1].sites
     assert (site.action, site.reason) == (
         "int4 weights", "groups have no product of codes, so only the weight is stored small",
     )  # fmt: skip
-    small = lower(program, recipe("fp8_e4m3", "channel", "fp8_e4m3").resolve(program))
+    small = lower(program, resolve(recipe("fp8_e4m3", "channel", "fp8_e4m3"), program))
     (site,) = small.history[-1].sites
     assert (site.action, site.reason) == (
         "fp8_e4m3 weights", "the platform 'cpu' has no fp8 product, so only the weight is stored small",
@@ -186,16 +187,16 @@ def test_fp8_products_where_the_platform_has_them(monkeypatch):
     monkeypatch.setattr(products, "SAFE_FP8_VALUES", 0)
     monkeypatch.setattr(products, "FP8_PLATFORMS", ("cpu",))
     program = model("dense")
-    small = lower(program, recipe("fp8_e4m3", "channel", "fp8_e4m3").resolve(program))
+    small = lower(program, resolve(recipe("fp8_e4m3", "channel", "fp8_e4m3"), program))
     assert small.history[-1].sites[0].action == "fp8_e4m3 x fp8_e4m3"
     jaxpr = jax.make_jaxpr(small.fn)(small.weights, example(program))
     (dot,) = [eqn for eqn in jaxpr.eqns if eqn.primitive.name == "dot_general"]
     assert [var.aval.dtype.name for var in dot.invars] == ["float8_e4m3fn", "float8_e4m3fn"]
     assert dot.params["preferred_element_type"] == jnp.float32
     x = example(program)
-    fake = fake_quant(program.fn, recipe("fp8_e4m3", "channel", "fp8_e4m3").resolve(program))(program.weights, x)
+    fake = fake_quant(program.fn, resolve(recipe("fp8_e4m3", "channel", "fp8_e4m3"), program))(program.weights, x)
     np.testing.assert_allclose(small(small.weights, x), fake, rtol=1e-5, atol=1e-5)
-    both = recipe("fp8_e5m2", "channel", "fp8_e5m2").resolve(program)
+    both = resolve(recipe("fp8_e5m2", "channel", "fp8_e5m2"), program)
     assert "fp8_e5m2 by itself" in lower(program, both).history[-1].sites[0].reason
 
 
@@ -209,7 +210,7 @@ def test_a_table_is_looked_up_in_codes(mode, weights):
         lambda w, ids: jnp.take(w["table"], ids, axis=0, mode=mode), {"table": array(11, 8)},
         {"ids": TensorSpec(("batch", "seq"), "int32")},
     )  # fmt: skip
-    small = lower(program, recipe(weights, "group:4").resolve(program))
+    small = lower(program, resolve(recipe(weights, "group:4"), program))
     ids = jnp.asarray([[0, 10, 3], [11, -1, 500], [-11, -12, 5]])
     table = small.weights["table"].dequantize().T
     got = jax.jit(small.fn)(small.weights, ids)
@@ -231,7 +232,7 @@ def test_training_rounds_only_the_rows_that_are_looked_up():
         {"ids": TensorSpec(("batch", "seq"), "int32")},
     )  # fmt: skip
     ids = jnp.asarray([[0, 10, 3], [1, 1, 7]])
-    quantized = fake_quant(program.fn, recipe("int4", "group:4").resolve(program))
+    quantized = fake_quant(program.fn, resolve(recipe("int4", "group:4"), program))
     jaxpr = str(jax.make_jaxpr(quantized)(program.weights, ids))
     assert "round" in jaxpr
     assert not [line for line in jaxpr.splitlines() if "[11,8]" in line and ("round" in line or " div" in line)]
@@ -263,10 +264,10 @@ def test_granularities_that_are_none(granularity):
 def test_a_group_that_does_not_divide_is_an_error_or_kept():
     program = model("dense")
     with pytest.raises(UnsupportedError, match=r"site 'w' .*'group:4' does not divide the 6 rows") as caught:
-        recipe("int4", "group:4").resolve(program)
+        resolve(recipe("int4", "group:4"), program)
     assert "\n" not in str(caught.value)
     text = 'on_unsupported = "keep"\n[[quantize]]\nsites = ".*"\nweights = "int4"\nactivations = "none"\n'
-    kept = Recipe.parse(text + 'granularity = "group:4"', name="test").resolve(program)
+    kept = resolve(Recipe.parse(text + 'granularity = "group:4"', name="test"), program)
     assert lower(program, kept).history[-1].sites[0].action == "kept float"
 
 
@@ -275,13 +276,13 @@ def test_integer_weights_are_refused():
     for weights in ("int4", "nf4"):
         # The product sees floats, so the conversion is looked through, and the stored integers are named.
         with pytest.raises(UnsupportedError, match=r"site 'w' .*int8"):
-            recipe(weights).resolve(program)
+            resolve(recipe(weights), program)
 
 
 @pytest.mark.parametrize("broken", [np.nan, np.inf])
 def test_broken_numbers_are_refused_by_name(broken):
     program = model("dense")
-    plan = recipe("int8", "channel", "int8", "dynamic = false").resolve(program)
+    plan = resolve(recipe("int8", "channel", "int8", "dynamic = false"), program)
     with pytest.raises(CalibrationError, match="range of site 'w' is not finite"):
         lower(program, plan, {"w": jnp.float32(broken)})
     worse = program.replace(weights={"w": program.weights["w"].at[0, 0].set(broken)})
@@ -307,7 +308,7 @@ def numpy_lsq(values, scale, lowest, largest, shared):
 @pytest.mark.parametrize("granularity", ["channel", "tensor", "group:3"])
 def test_trained_scales_have_the_gradient_of_the_paper(weights, granularity):
     program = model("dense")
-    plan = recipe(weights, granularity).resolve(program)
+    plan = resolve(recipe(weights, granularity), program)
     scales = jax.tree.map(lambda s: s * 0.8, raw_scales(initial_scales(program.weights, plan)))
     scale = scales["w"]["scale"]
     assert scale.shape == {"channel": (1, 5), "tensor": (1, 1), "group:3": (2, 5)}[granularity]
@@ -330,14 +331,14 @@ def test_trained_scales_have_the_gradient_of_the_paper(weights, granularity):
 
 def test_the_first_scale_is_that_of_the_paper():
     program = model("scan")
-    scales = initial_scales(program.weights, recipe("int4").resolve(program))
+    scales = initial_scales(program.weights, resolve(recipe("int4"), program))
     expected = 2 * np.abs(np.asarray(program.weights["w"], np.float64)).mean(1, keepdims=True) / np.sqrt(7)
     assert scales["w"]["log2_scale"].shape == (3, 1, 6)
     np.testing.assert_allclose(scales["w"]["log2_scale"], np.log2(expected), rtol=1e-5)
-    zero = initial_scales({"w": jnp.zeros((3, 6, 6))}, recipe("int4").resolve(program))
+    zero = initial_scales({"w": jnp.zeros((3, 6, 6))}, resolve(recipe("int4"), program))
     np.testing.assert_array_equal(zero["w"]["log2_scale"], 0)
     with pytest.raises(UnsupportedError, match="site 'w': scales are trained for int8 and int4, not for nf4"):
-        initial_scales(program.weights, recipe("nf4").resolve(program))
+        initial_scales(program.weights, resolve(recipe("nf4"), program))
 
 
 @pytest.mark.parametrize("name", ["dense", "scan", "HWIO"])
@@ -346,7 +347,7 @@ def test_what_was_trained_is_what_is_compiled(name, granularity):
     """Train weights and scales together; the stored codes and scales are those of the last step, exactly."""
     program = model(name)
     activations = "int4" if not granularity.startswith("group") else "none"
-    plan = recipe("int4", granularity, activations, "dynamic = false").resolve(program)
+    plan = resolve(recipe("int4", granularity, activations, "dynamic = false"), program)
     x = jnp.concatenate([example(program, seed) for seed in range(3, 19)])
     ranges = calibrate(program, plan, [{"x": x}]) if activations != "none" else {}
     params = {"weights": program.weights, "scales": initial_scales(program.weights, plan, ranges)}
@@ -399,7 +400,7 @@ def test_adam_trains_scales_as_logarithms(rate):
     fn = lambda w, x: jnp.tanh(x @ w["a"]) @ w["b"]  # noqa: E731
     weights, x = {"a": 0.02 * array(6, 32), "b": 0.02 * array(32, 4, seed=1)}, array(256, 6, seed=2)
     program = trace(fn, weights, ROWS)
-    plan = recipe("int8", "channel", "int8", "dynamic = false").resolve(program)
+    plan = resolve(recipe("int8", "channel", "int8", "dynamic = false"), program)
     quantized, target = fake_quant(fn, plan), fn(weights, x)
     optimizer = optax.adam(optax.cosine_decay_schedule(rate, 200))
 
@@ -432,7 +433,7 @@ def test_adam_trains_scales_as_logarithms(rate):
 
 def test_scales_for_nothing_are_refused():
     program = model("dense")
-    plan = recipe("int4").resolve(program)
+    plan = resolve(recipe("int4"), program)
     lower_with = lambda scales: lower(program, plan, scales=scales)  # noqa: E731
     with pytest.raises(ModelError, match="scales are given for 'v'"):
         fake_quant(program.fn, plan)(program.weights, jnp.eye(6), scales={"v": {"scale": jnp.ones((1, 5))}})
@@ -451,7 +452,7 @@ def test_scales_for_nothing_are_refused():
 
 def test_levels_are_trained_too():
     program = model("dense")
-    plan = recipe("codebook4", "tensor").resolve(program)
+    plan = resolve(recipe("codebook4", "tensor"), program)
     stored = lower(program, plan).weights["w"]
     scales = {"w": {"scale": stored.scale, "codebook": stored.codebook}}
     quantized = fake_quant(program.fn, plan)
@@ -471,7 +472,7 @@ def test_levels_are_trained_too():
 
 def test_rounding_begins_at_its_step_without_a_new_compile():
     program = model("scan")
-    plan = recipe("int4", "channel", "int4").resolve(program)
+    plan = resolve(recipe("int4", "channel", "int4"), program)
     traces = []
 
     def fn(w, x):
@@ -489,8 +490,8 @@ def test_rounding_begins_at_its_step_without_a_new_compile():
 
 def test_activations_are_rounded_after_their_delay():
     program = model("scan")
-    plan = recipe("int4", "channel", "int4", 'products = "all"').resolve(program)
-    weights_alone = recipe("int4").resolve(program)
+    plan = resolve(recipe("int4", "channel", "int4", 'products = "all"'), program)
+    weights_alone = resolve(recipe("int4"), program)
     staged = jax.jit(lambda w, x, step: fake_quant(program.fn, plan, start=10, delay=5)(w, x, step=step))
     x = example(program)
     plain = program(program.weights, x)
@@ -505,7 +506,7 @@ def test_activations_are_rounded_after_their_delay():
 def test_random_rounding_is_right_on_average_and_differs_by_step_site_and_key():
     program = model("scan")
     program = program.replace(weights={"w": jnp.broadcast_to(array(6, 6), (3, 6, 6))})
-    plan = recipe("int4").resolve(program)
+    plan = resolve(recipe("int4"), program)
 
     def operands(key):
         fn = lambda w, x: lax.scan(lambda c, s: (c, x @ s), 0, w["w"])[1]  # noqa: E731
@@ -524,7 +525,7 @@ def test_random_rounding_is_right_on_average_and_differs_by_step_site_and_key():
     gradient = jax.grad(lambda w: jnp.sum(fake_quant(program.fn, plan)(w, jnp.eye(6), key=jax.random.key(1))))
     assert np.isfinite(gradient(program.weights)["w"]).all()
     with pytest.raises(UnsupportedError, match="nf4 has no steps of one size"):
-        fake_quant(program.fn, recipe("nf4").resolve(program))(program.weights, jnp.eye(6), key=jax.random.key(0))
+        fake_quant(program.fn, resolve(recipe("nf4"), program))(program.weights, jnp.eye(6), key=jax.random.key(0))
 
 
 @pytest.mark.parametrize("weights", ["int4", "uint4", "fp8_e4m3", "nf4", "codebook4"])
@@ -546,7 +547,7 @@ def test_composes(weights):
 
     weights_tree = {"w": array(6, 6), "stack": array(2, 6, 6, seed=1)}
     single = trace(plain, weights_tree, ROWS)
-    plan = recipe(weights, "group:3").resolve(single)
+    plan = resolve(recipe(weights, "group:3"), single)
     x = array(4, 6, seed=3)
     scales = initial_scales(weights_tree, plan) if weights == "int4" else None
 
@@ -601,7 +602,7 @@ def test_an_artifact_gives_it_back(weights, tmp_path):
         return jnp.tanh(jnp.take(w["table"], jnp.argmax(x, 1), axis=0)) @ w["dense"]
 
     program = trace(fn, {"table": array(6, 16), "dense": array(16, 32)}, ROWS)
-    small = lower(program, recipe(weights, "group:8").resolve(program))
+    small = lower(program, resolve(recipe(weights, "group:8"), program))
     x = np.asarray(array(3, 6, seed=3))
     expected = np.asarray(jax.jit(small.fn)(small.weights, x))
     lx.compile(small, {"batch": (1, 4)}, name="it").save(tmp_path / "it.lepton")

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 import lepton_xla as lx
 from lepton_xla.passes import fake_quant, lower, masked
+from lepton_xla.passes.planning import resolve
 from lepton_xla.program import TensorSpec, trace
 from lepton_xla.quant import FORMATS
 from lepton_xla.recipe import Recipe
@@ -39,7 +40,7 @@ PROGRAM = trace(
     {kind: jnp.ones((ROWS, COLUMNS)) for kind in KINDS},
     {"x": TensorSpec(("batch", ROWS), "float32")},
 )
-PLAN = Recipe.parse("\n".join(map(block, KINDS)), name="every kind").resolve(PROGRAM)
+PLAN = resolve(Recipe.parse("\n".join(map(block, KINDS)), name="every kind"), PROGRAM)
 UNIT = jnp.eye(ROWS)  # the product with it is the weight as it is used
 
 
@@ -107,7 +108,7 @@ def test_zeros_stay_zero_from_training_to_what_is_loaded(tmp_path_factory, drawn
 def test_rounding_at_random_keeps_zeros(name):
     kinds = {kind for kind in KINDS if kind.startswith(name)}
     text = "\n".join(block(kind) for kind in sorted(kinds))
-    plan = Recipe.parse(text, name="some kinds").resolve(PROGRAM)
+    plan = resolve(Recipe.parse(text, name="some kinds"), PROGRAM)
     random = np.random.default_rng(0)
     weights = {kind: jnp.asarray(random.standard_normal((ROWS, COLUMNS)), jnp.float32) for kind in KINDS}
     masks = {kind: weights[kind] > 0.2 for kind in kinds}
@@ -117,7 +118,7 @@ def test_rounding_at_random_keeps_zeros(name):
 
 def test_levels_that_are_trained_keep_the_one_that_is_zero():
     program = trace(lambda w, x: x @ w["w"], {"w": jnp.ones((ROWS, COLUMNS))}, PROGRAM.inputs)
-    plan = Recipe.parse(block("codebook16/channel").replace("codebook16/channel", "w"), name="w").resolve(program)
+    plan = resolve(Recipe.parse(block("codebook16/channel").replace("codebook16/channel", "w"), name="w"), program)
     weight = jnp.asarray(np.random.default_rng(1).standard_normal((ROWS, COLUMNS)), jnp.float32)
     masks = {"w": jnp.abs(weight) > 0.5}
     stored = lower(program.replace(weights={"w": jnp.where(masks["w"], weight, 0.0)}), plan).weights["w"]

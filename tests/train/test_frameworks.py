@@ -11,6 +11,7 @@ from flax import nnx
 
 import lepton_xla as lx
 from lepton_xla.passes import prune, shrink
+from lepton_xla.passes.planning import resolve
 from lepton_xla.train import finalize, one_shot, sparsify
 
 ROWS = {"x": lx.TensorSpec(("batch", 8), "float32")}
@@ -86,7 +87,7 @@ def network(up, down, shift=SHIFT):
 def test_pruned_and_shrunk_alike_in_every_framework(make):
     with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
         program, weights = make()
-        plan = lx.Recipe.parse('[[prune]]\nsites = ".*"\npattern = "2:4"', name="test").resolve(program)
+        plan = resolve(lx.Recipe.parse('[[prune]]\nsites = ".*"\npattern = "2:4"', name="test"), program)
         expected = network(two_of_four(UP), two_of_four(DOWN))
         small = prune(program, plan)
         np.testing.assert_allclose(small.fn(small.weights, X), expected, rtol=1e-4, atol=1e-5)

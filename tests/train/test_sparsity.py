@@ -17,6 +17,7 @@ from jax import lax
 import lepton_xla as lx
 from lepton_xla.errors import ModelError, RecipeError, UnsupportedError
 from lepton_xla.passes import fake_quant, masked
+from lepton_xla.passes.planning import resolve
 from lepton_xla.quant import FORMATS
 from lepton_xla.train import (
     PruneRule,
@@ -353,7 +354,7 @@ PLANS = {
 @pytest.mark.parametrize("name", PLANS)
 def test_plans_prune_as_at_once_and_masks_go_back_into_the_program(name):
     model = program()
-    plan = lx.Recipe.parse(f'[[prune]]\nsites = ".*"\n{PLANS[name]}', name="test").resolve(model)
+    plan = resolve(lx.Recipe.parse(f'[[prune]]\nsites = ".*"\n{PLANS[name]}', name="test"), model)
     optimizer = sparsify(optax.sgd(0.0), plan, schedule=one_shot())
     still = jax.tree.map(jnp.zeros_like, model.weights)
     updates, state = optimizer.update(still, optimizer.init(model.weights), model.weights)
@@ -408,7 +409,7 @@ def test_ranked_together_something_of_each_layer_and_each_pattern_stays():
     model = lx.trace(lambda w, x: lax.scan(lambda x, k: (x @ k, None), x, w["stack"])[0], weights, program().inputs)
     for pattern, unit in (("unstructured", 1), ("channel", 8), ("block:4x2", 8)):
         text = f'[[prune]]\nsites = ".*"\nsparsity = 0.75\ndistribution = "global"\npattern = "{pattern}"'
-        plan = lx.Recipe.parse(text, name="test").resolve(model)
+        plan = resolve(lx.Recipe.parse(text, name="test"), model)
         _, state = run(weights, plan)
         assert masks_of(state)["stack"].sum((1, 2)).tolist() == [48 - 2 * unit, unit, unit]
 
@@ -443,7 +444,7 @@ def test_training_goes_on_from_masks():
 def test_masked_then_quantized_keeps_zeros_in_every_format(name):
     model = lx.trace(lambda w, x: x @ w["w"], {"w": array(16, 6)}, {"x": lx.TensorSpec(("batch", 16), "float32")})
     text = f'[[quantize]]\nsites = ".*"\nweights = "{name}"\nactivations = "none"'
-    plan = lx.Recipe.parse(text, name="test").resolve(model)
+    plan = resolve(lx.Recipe.parse(text, name="test"), model)
     mask = jnp.asarray(keep(np.abs(np.asarray(model.weights["w"])), 40))
     weights = {"w": model.weights["w"] + 0.5}
     seen = masked(fake_quant(model.fn, plan), {"w": mask})(weights, jnp.eye(16))
@@ -459,7 +460,7 @@ def test_on_two_devices_masks_are_the_same_and_no_weight_is_gathered(kind):
     weights = program().weights | {"head": array(6, 8, seed=1)}
     model = lx.trace(layers, weights, {"x": lx.TensorSpec(("batch", 8), "float32")})
     text = '[[prune]]\nsites = "stack"\nsparsity = 0.5\n[[prune]]\nsites = "head"\nsparsity = 0.5\npattern = "channel"'
-    plan = lx.Recipe.parse(text, name="test").resolve(model)
+    plan = resolve(lx.Recipe.parse(text, name="test"), model)
     gradients = {"stack": array(3, 8, 8, seed=4), "head": array(6, 8, seed=5)}
     optimizer = sparsify(adam(), plan, schedule=periodic(every=1))
 
@@ -602,7 +603,7 @@ def test_weights_that_cannot_be_pruned():
         run({"w": jnp.zeros((0, 4))}, {"w": 0.5})
     _, state = run(START | {"empty": jnp.zeros((3, 0))}, {".*": 0.5})
     assert set(state.masks) == {"w"}
-    plan = lx.Recipe.parse('[[prune]]\nsites = "head"\nsparsity = 0.5', name="test").resolve(program())
+    plan = resolve(lx.Recipe.parse('[[prune]]\nsites = "head"\nsparsity = 0.5', name="test"), program())
     with pytest.raises(ModelError, match=r"the plan prunes weight 'head', which is not among bias, w; give the tree"):
         run(START, plan)
     with pytest.raises(ModelError, match=r"weight 'head' has shape \(6, 8\), which it has not in the plan's program"):

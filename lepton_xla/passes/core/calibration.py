@@ -20,7 +20,8 @@ from lepton_xla.quant import FORMATS, observers
 from lepton_xla.quant.observers import Aggregate, Histogram
 
 if TYPE_CHECKING:
-    from lepton_xla.recipe import Plan, QuantizeRule
+    from lepton_xla.passes.core.plans import Plan
+    from lepton_xla.recipe import QuantizeRule
 
 # What travels beside a weight to its site: a mark of the step, and the level to count at. What leaves the program.
 _MARK, _LEVEL = "mark", "level"

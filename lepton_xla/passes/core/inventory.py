@@ -17,7 +17,7 @@ from lepton_xla.quant import QTensor
 from lepton_xla.report import PassReport, SiteReport
 
 if TYPE_CHECKING:
-    from lepton_xla.recipe import Plan
+    from lepton_xla.passes.core.plans import Plan
 
 # The report's name, and the key under which a pass says, in its figures, what became of the weights that it took away.
 WEIGHTS = "weights"

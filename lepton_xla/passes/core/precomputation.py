@@ -17,7 +17,7 @@ from lepton_xla.program import Program, abstract, abstract_outputs, leaf_bytes, 
 from lepton_xla.report import PassReport, SiteReport
 
 if TYPE_CHECKING:
-    from lepton_xla.recipe import Plan
+    from lepton_xla.passes.core.plans import Plan
 
 # What a report says a computed weight is.
 COMPUTED = "computed ahead"

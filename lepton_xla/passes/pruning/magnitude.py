@@ -14,9 +14,7 @@ from lepton_xla.errors import ModelError, RecipeError
 from lepton_xla.passes.core.precomputation import for_plan
 from lepton_xla.passes.pruning.held import earlier_masks
 from lepton_xla.passes.pruning.masks import (
-    DATA_METHODS,
     Target,
-    check_prune_rule,
     element_scores,
     find_masks,
     nothing_left,
@@ -25,10 +23,11 @@ from lepton_xla.passes.pruning.masks import (
 )
 from lepton_xla.passes.pruning.ranking import Ranking, keep_largest, keep_largest_on_host
 from lepton_xla.program import Program, check_masks, leaf_bytes, name_leaves
+from lepton_xla.recipe.rules import DATA_METHODS, check_rule
 from lepton_xla.report import PassReport, SiteReport
 
 if TYPE_CHECKING:
-    from lepton_xla.recipe import Plan
+    from lepton_xla.passes.core.plans import Plan
 
 
 def magnitude_masks(weights: Sequence[jax.Array], sparsity: float) -> list[jax.Array]:
@@ -100,7 +99,7 @@ def pruned_targets(program: Program, plan: Plan, wanted: Callable[[str], bool]) 
         ModelError: if one of them is not finite.
     """
     for index, rule in enumerate(plan.recipe.prune):
-        check_prune_rule(rule, f"recipe {plan.recipe.name!r}: prune[{index}]")
+        check_rule(rule, f"recipe {plan.recipe.name!r}: prune[{index}]")
     targets = [target for target in plan_targets(plan, program.weights) if wanted(target.rule.method)]
     for target in targets:
         check_finite(target.path, program.weights[target.path])

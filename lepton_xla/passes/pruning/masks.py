@@ -8,14 +8,12 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-import numbers
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
-import msgspec
 import numpy as np
 from jax import lax
 
@@ -27,46 +25,12 @@ from lepton_xla.passes.pruning import held
 from lepton_xla.passes.pruning.ranking import LARGEST_RANKING, Masks, Ranking, exact_mean, keep_largest, largest_of_each
 from lepton_xla.passes.quantization.products import unsupported
 from lepton_xla.program import some_names
+from lepton_xla.recipe.patterns import Pattern
+from lepton_xla.recipe.rules import DATA_METHODS, PruneRule, sparsity_of
 
 if TYPE_CHECKING:
-    from lepton_xla.recipe import Plan, PruneRule
-
-# Methods that choose a mask from calibration data; passes of their own do it.
-DATA_METHODS = ("wanda", "sparsegpt")
-
-
-@dataclasses.dataclass(frozen=True)
-class Pattern:
-    """What is dropped together.
-
-    Attributes:
-        kind: `unstructured`; `groups`: all but `kept` of each `rows` neighbours along K; `block`: `rows` by `columns`
-            of `[K, N]`; `channel`: a column.
-        rows, columns: the size of a group or block.
-        kept: how many of each group are kept, for `groups`.
-    """
-
-    kind: Literal["unstructured", "groups", "block", "channel"]
-    rows: int = 1
-    columns: int = 1
-    kept: int = 0
-
-    @staticmethod
-    @functools.cache
-    def parse(text: str) -> Pattern:
-        """Reads `unstructured`, `N:M`, `block:RxC` or `channel`."""
-        if text in ("unstructured", "channel"):
-            return Pattern("unstructured" if text == "unstructured" else "channel")
-        if text.startswith("block:"):
-            rows, columns = map(int, text.removeprefix("block:").split("x"))
-            return Pattern("block", rows, columns)
-        kept, rows = map(int, text.split(":"))
-        return Pattern("groups", rows, kept=kept)
-
-    @property
-    def sparsity(self) -> float | None:
-        """The share that is dropped, where the pattern says so."""
-        return 1 - self.kept / self.rows if self.kind == "groups" else None
+    from lepton_xla.passes.core.plans import Plan
+    from lepton_xla.recipe import PruneRule
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,7 +162,7 @@ def leaf_targets(rules: Sequence[PruneRule], leaves: Mapping[str, Any]) -> list[
     """
     targets: dict[str, Target] = {}
     for rule in rules:
-        matched = [path for path in leaves if rule.matches_path(path)]
+        matched = [path for path in leaves if rule.matches(path)]
         usual = [path for path in matched if not _left_out(path, leaves)]
         if not matched:
             raise RecipeError(f"sites = {rule.sites!r} matches none of the weights {some_names(leaves)}")
@@ -331,56 +295,6 @@ def other_matrix(rule: PruneRule, sites: Sequence[Site]) -> str:
     keys = [(layout_key(site.layout), site.kind, str(site.params["dimension_numbers"])) for site in sites]
     differs = next((site for site, key in zip(sites, keys, strict=True) if key != keys[0]), None)
     return f"its weight is used in another layout at {differs.name!r}" if differs is not None else ""
-
-
-def check_prune_rule(rule: PruneRule, where: str, *, needs_sparsity: bool = True) -> None:
-    """Refuses a rule whose parts do not go together.
-
-    Args:
-        rule: the rule.
-        where: names it in messages.
-        needs_sparsity: whether something has to say how much is dropped.
-
-    Raises:
-        RecipeError: naming the key.
-    """
-    has = f"{where}.sparsity = {rule.sparsity}"
-    if rule.sparsity is not None and not (isinstance(rule.sparsity, numbers.Real) and 0 <= rule.sparsity < 1):
-        raise RecipeError(f"{has}: expected a share in [0, 1)")
-    try:  # a rule need not come from a file
-        msgspec.convert(msgspec.to_builtins(msgspec.structs.replace(rule, sparsity=None)), type(rule))
-    except (msgspec.MsgspecError, TypeError) as error:
-        raise RecipeError(f"{where}: {str(error).splitlines()[0]}") from error
-    pattern = Pattern.parse(rule.pattern)
-    if pattern.kind == "groups" and not 0 < pattern.kept < pattern.rows:
-        raise RecipeError(f"{where}.pattern = {rule.pattern!r}: expected N:M with 0 < N < M, such as '2:4'")
-    if rule.method.startswith("deviation"):
-        if rule.sparsity is not None or rule.pattern != "unstructured" or rule.distribution != "uniform":
-            raise RecipeError(
-                f"{where}.method = {rule.method!r} says by itself what is dropped of each weight; leave out sparsity, "
-                f"pattern and distribution"
-            )
-        return
-    if pattern.sparsity is not None and rule.sparsity not in (None, pattern.sparsity):
-        raise RecipeError(f"{has}: pattern = {rule.pattern!r} is a sparsity of {pattern.sparsity:g}; leave it out")
-    if pattern.kind == "groups" and rule.distribution != "uniform":
-        raise RecipeError(
-            f"{where}.distribution = {rule.distribution!r}: pattern {rule.pattern!r} is the same everywhere"
-        )
-    if rule.method in DATA_METHODS:
-        if rule.distribution == "global":
-            raise RecipeError(f"{where}.distribution = 'global': method = {rule.method!r} ranks each weight by itself")
-        if pattern.kind not in ("unstructured", "groups"):
-            raise RecipeError(
-                f"{where}.pattern = {rule.pattern!r}: method = {rule.method!r} knows unstructured and N:M"
-            )
-    if needs_sparsity and sparsity_of(rule) is None:
-        raise RecipeError(f"{where}.sparsity is missing: give a share in [0, 1)")
-
-
-def sparsity_of(rule: PruneRule) -> float | None:
-    """The share that a rule drops in the end, where it says so."""
-    return rule.sparsity if rule.sparsity is not None else Pattern.parse(rule.pattern).sparsity
 
 
 def shares(targets: Sequence[Target], sparsity: Any) -> list[Any]:

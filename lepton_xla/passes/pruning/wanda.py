@@ -18,12 +18,13 @@ from lepton_xla.passes.core.sites import Site
 from lepton_xla.passes.core.statistics import Statistics, collect_statistics, pooled
 from lepton_xla.passes.pruning.held import earlier_masks, held_last, held_matrices
 from lepton_xla.passes.pruning.magnitude import held_weights, pruned_targets, with_masks
-from lepton_xla.passes.pruning.masks import Pattern, Target, group_masks, rule_shares
+from lepton_xla.passes.pruning.masks import Target, group_masks, rule_shares
 from lepton_xla.passes.pruning.ranking import Ranking, keep_largest_on_host
 from lepton_xla.program import Program
+from lepton_xla.recipe.patterns import Pattern
 
 if TYPE_CHECKING:
-    from lepton_xla.recipe import Plan
+    from lepton_xla.passes.core.plans import Plan
 
 UNSEEN = "by magnitude where the calibration data does not reach it"
 

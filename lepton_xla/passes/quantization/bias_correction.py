@@ -29,7 +29,7 @@ from lepton_xla.program import Program, abstract
 from lepton_xla.report import PassReport, SiteReport
 
 if TYPE_CHECKING:
-    from lepton_xla.recipe import Plan
+    from lepton_xla.passes.core.plans import Plan
 
 # A bias that is added is called this, among the weights and beside them.
 CORRECTION = "correction"

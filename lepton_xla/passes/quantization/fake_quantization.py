@@ -41,7 +41,8 @@ from lepton_xla.quant.learned import LOG2, initial_scale, learned_quantize, raw_
 from lepton_xla.quant.qtensor import straight_through
 
 if TYPE_CHECKING:
-    from lepton_xla.recipe import Plan, QuantizeRule, SitePlan
+    from lepton_xla.passes.core.plans import Plan, SitePlan
+    from lepton_xla.recipe import QuantizeRule
 
 type Scales = dict[str, dict[str, jax.Array]]
 """Weight path -> parts of its grid (`scale`, `zero_point`, `codebook`, stacked axes leading); site name -> the scale

@@ -44,7 +44,8 @@ from lepton_xla.quant.grid import Grid, decode, encode, make_grid, matrix_codes
 from lepton_xla.report import PassReport, SiteReport
 
 if TYPE_CHECKING:
-    from lepton_xla.recipe import Plan, QuantizeRule
+    from lepton_xla.passes.core.plans import Plan
+    from lepton_xla.recipe import QuantizeRule
 
 # Elements of Gram matrices that are factored at once.
 ELEMENTS_AT_ONCE = 2**22

@@ -42,7 +42,8 @@ from lepton_xla.quant.learned import raw_scales
 from lepton_xla.report import PassReport, SiteReport
 
 if TYPE_CHECKING:
-    from lepton_xla.recipe import Plan, QuantizeRule
+    from lepton_xla.passes.core.plans import Plan
+    from lepton_xla.recipe import QuantizeRule
 
 _LOG = logging.getLogger(__name__)
 

@@ -28,7 +28,8 @@ from lepton_xla.quant.grid import Grid, make_grid, matrix_codes, matrix_values
 from lepton_xla.report import PassReport, SiteReport
 
 if TYPE_CHECKING:
-    from lepton_xla.recipe import Plan, QuantizeRule, SitePlan
+    from lepton_xla.passes.core.plans import Plan, SitePlan
+    from lepton_xla.recipe import QuantizeRule
 
 type GivenGrids = dict[str, dict[str, jax.Array]]
 """Weight path -> `scale`, and `zero_point` or `codebook` where the format has them, as they lie beside stored codes."""

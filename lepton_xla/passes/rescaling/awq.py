@@ -45,7 +45,8 @@ from lepton_xla.quant import FORMATS
 from lepton_xla.report import PassReport, SiteReport
 
 if TYPE_CHECKING:
-    from lepton_xla.recipe import Plan, QuantizeRule
+    from lepton_xla.passes.core.plans import Plan
+    from lepton_xla.recipe import QuantizeRule
 
 
 def awq_factor(mean_abs: jax.Array, exponent: float | jax.Array) -> jax.Array:

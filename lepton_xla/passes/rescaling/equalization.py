@@ -25,7 +25,7 @@ from lepton_xla.program import Program
 from lepton_xla.report import PassReport, SiteReport
 
 if TYPE_CHECKING:
-    from lepton_xla.recipe import Plan
+    from lepton_xla.passes.core.plans import Plan
 
 
 def equalize(program: Program, plan: Plan, *, rounds: int = 20, tolerance: float = 1e-3) -> Program:

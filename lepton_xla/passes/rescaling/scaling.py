@@ -27,7 +27,7 @@ from lepton_xla.passes.folding.factors import multiplied, row_absmax
 from lepton_xla.program import Program, abstract
 
 if TYPE_CHECKING:
-    from lepton_xla.recipe import Plan
+    from lepton_xla.passes.core.plans import Plan
 
 # What an activation is multiplied by is called this, among the weights and beside them.
 FACTOR = "input_factor"

@@ -8,7 +8,6 @@ smaller weights; it equals the old model with all weights of the removed units s
 from __future__ import annotations
 
 import math
-import numbers
 import time
 from collections.abc import Mapping, Sequence
 from typing import Literal
@@ -23,6 +22,7 @@ from lepton_xla.passes.shrinking.groups import Group, Groups, find_groups
 from lepton_xla.passes.shrinking.importance import Batches, Importance, Loss, importance_scores
 from lepton_xla.passes.shrinking.resizing import remove
 from lepton_xla.program import Program, probe_sizes, some_names
+from lepton_xla.recipe.rules import check_target
 from lepton_xla.report import PassReport, SiteReport
 
 # A search for a target halves the range of possible sparsities this often.
@@ -124,30 +124,6 @@ def shrink(
     metrics |= {"not_reached": not_reached} if not_reached else {}
     report = PassReport("shrink", time.perf_counter() - start, reports, metrics)
     return small.replace(history=(*program.history, report))
-
-
-def check_target(
-    sparsity: float | None, flops: float | None, size: float | None, latency_ms: float | None, round_to: int
-) -> None:
-    """Refuses what `shrink` cannot aim at.
-
-    Raises:
-        RecipeError: unless exactly one target is given, and it and `round_to` are in range.
-    """
-    targets = {"sparsity": sparsity, "flops": flops, "bytes": size, "latency_ms": latency_ms}
-    given = {name: value for name, value in targets.items() if value is not None}
-    if len(given) != 1:
-        raise RecipeError(f"shrink takes one of {', '.join(targets)}; {' and '.join(given) or 'none'} given")
-    ((name, value),) = given.items()
-    allowed = isinstance(value, numbers.Real) and {
-        "sparsity": 0 <= value < 1,
-        "latency_ms": 0 < value < math.inf,
-    }.get(name, 0 < value <= 1)
-    if not allowed:
-        ranges = {"sparsity": "[0, 1): at least one unit of each group stays", "latency_ms": "(0, inf)"}
-        raise RecipeError(f"shrink: {name} = {value} is not in {ranges.get(name, '(0, 1]')}")
-    if not isinstance(round_to, numbers.Integral) or round_to < 1:
-        raise RecipeError(f"shrink: round_to = {round_to} is not a whole number of at least 1")
 
 
 def _report(group: Group, kept: int, round_to: int) -> SiteReport:

@@ -1,0 +1,165 @@
+"""A recipe resolved against one program: what each of its sites gets, and why not."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import msgspec
+
+from lepton_xla.errors import RecipeError, UnsupportedError
+from lepton_xla.passes.core.expressions import stored_shape
+from lepton_xla.passes.core.plans import Plan, SitePlan
+from lepton_xla.passes.core.sites import Site, find_sites
+from lepton_xla.passes.pruning.masks import other_matrix, plan_targets, something_left, unprunable
+from lepton_xla.passes.quantization.products import contracted_size, not_float, unstorable, unsupported
+from lepton_xla.program import Program, leaf_bytes, name_leaves, some_names
+from lepton_xla.quant.grid import nearest_group
+from lepton_xla.recipe import PruneRule, QuantizeRule, Recipe
+from lepton_xla.recipe.rules import Rule
+
+
+def resolve(recipe: Recipe, program: Program, *, sites: Sequence[Site] | None = None) -> Plan:
+    """Decides what each site of a program gets.
+
+    Args:
+        recipe: what to do.
+        program: the program.
+        sites: its sites, where the caller has found them already.
+
+    Raises:
+        RecipeError: if a value is none that a file could hold, a pattern matches no site, a block is left none by
+            those before it, two rules would treat one weight differently, or nothing would be left of a weight, as
+            far as its shape tells.
+        UnsupportedError: if a rule names a site that a pass cannot handle and `on_unsupported` is `error`.
+    """
+    recipe.check()
+    found = tuple(sites) if sites is not None else find_sites(program)
+    for kind, rules in (("prune", recipe.prune), ("quantize", recipe.quantize)):
+        if found or recipe.on_unsupported == "error":
+            _check_used(rules, found, f"recipe {recipe.name!r}: {kind}")
+    stored = name_leaves(program.weights)
+    stored |= {
+        site.path: stored_shape(site.source, program.weights)
+        for site in found
+        if site.path is not None and site.source is not None
+    }
+    lookups = [rule for rule in recipe.prune if _names_lookups(rule, found)]
+    decided = _share([_decide(recipe, site, stored, lookups) for site in found], recipe.name)
+    decided = [_with_own_group(entry) for entry in decided]
+    for entry in decided:
+        if entry.kept and recipe.on_unsupported == "error":
+            raise UnsupportedError(
+                f"recipe {recipe.name!r}: site {entry.site.name!r} ({entry.site.kind}): {entry.kept}. Exclude the "
+                f"site, or set on_unsupported = 'keep'"
+            )
+    plan = Plan(recipe, tuple(decided))
+    empty = something_left(plan_targets(plan, stored), keep=recipe.on_unsupported == "keep")
+    return dataclasses.replace(plan, sites=tuple(entry.without_pruning(empty) for entry in plan.sites))
+
+
+def _decide(recipe: Recipe, site: Site, stored: Mapping[str, Any], lookups: Sequence[PruneRule]) -> SitePlan:
+    prune = next((rule for rule in recipe.prune if rule.matches(site.name)), None)
+    quantize = next((rule for rule in recipe.quantize if rule.matches(site.name)), None)
+    if quantize is not None and site.kind == "gather":  # a table is looked up, not multiplied
+        quantize = msgspec.structs.replace(quantize, activations="none")
+    if quantize is not None and site.path is None and quantize.activations != "none":  # both operands are alike
+        both = quantize.activations
+        quantize = msgspec.structs.replace(quantize, weights=both, granularity="channel", dynamic=True)
+    leaf = stored.get(site.path) if site.path is not None else None
+    return SitePlan(
+        site,
+        prune,
+        quantize,
+        not_pruned=unprunable(prune, site, leaf, named=prune in lookups) if prune is not None else "",
+        not_quantized=_unquantizable(site, quantize, leaf) if quantize is not None else "",
+        weight_bytes=leaf_bytes(leaf.shape, leaf.dtype) if leaf is not None else 0,
+    )
+
+
+def _check_used(rules: Sequence[Rule], sites: Sequence[Site], where: str) -> None:
+    """Refuses a pattern that matches nothing, and a block that those before it leave nothing to do."""
+    have = f"the program's {len(sites)} sites: {some_names([site.name for site in sites])}"
+    left = list(sites)
+    for index, rule in enumerate(rules):
+        if not any(re.fullmatch(rule.sites, site.name) for site in sites):
+            raise RecipeError(f"{where}[{index}].sites = {rule.sites!r} matches none of {have}")
+        for pattern in rule.exclusions:
+            if not any(re.fullmatch(pattern, site.name) for site in sites):
+                raise RecipeError(f"{where}[{index}].exclude = {pattern!r} matches none of {have}")
+        if not any(rule.matches(site.name) for site in sites):
+            raise RecipeError(f"{where}[{index}].exclude = {rule.exclude!r} leaves out all that its sites match")
+        if not any(rule.matches(site.name) for site in left):
+            raise RecipeError(
+                f"{where}[{index}].sites = {rule.sites!r} only matches sites that earlier blocks take; the first block "
+                f"that matches a site wins, so put it before them"
+            )
+        left = [site for site in left if not rule.matches(site.name)]
+
+
+def _names_lookups(rule: PruneRule, sites: Sequence[Site]) -> bool:
+    """Whether a rule is for embeddings, which are left out where one matches them among others, or matches anything."""
+    return not re.fullmatch(rule.sites, "\0") and all(
+        site.kind == "gather" for site in sites if rule.matches(site.name)
+    )
+
+
+def _share(planned: Sequence[SitePlan], recipe: str) -> list[SitePlan]:
+    """What each site gets, all sites of one weight the same: it is one array, pruned and quantized one way."""
+    groups: dict[str, list[SitePlan]] = {}
+    for entry in planned:
+        if entry.site.path is not None:
+            groups.setdefault(entry.site.path, []).append(entry)
+    return [_with_group(entry, groups.get(entry.site.path or "", [entry]), recipe) for entry in planned]
+
+
+def _with_group(entry: SitePlan, group: Sequence[SitePlan], recipe: str) -> SitePlan:
+    first = group[0]
+    if not _alike(first, entry):
+        raise RecipeError(
+            f"recipe {recipe!r}: sites {first.site.name!r} and {entry.site.name!r} use one weight but get different "
+            f"treatment ({first.describe()}; {entry.describe()}); give both the same rule"
+        )
+    changes: dict[str, Any] = {}
+    if entry.prune is not None:
+        reason = entry.not_pruned or _because_of([(other, other.not_pruned) for other in group])
+        reason = reason or other_matrix(entry.prune, [other.site for other in group])
+        changes |= {"prune": None, "not_pruned": reason} if reason else {}
+    if entry.quantize is not None:
+        reason = entry.not_quantized or _because_of([(other, other.not_quantized) for other in group])
+        if not reason and entry.site.path is not None:
+            reason = unstorable([other.site for other in group])
+        changes |= {"quantize": None, "not_quantized": reason} if reason else {}
+    return dataclasses.replace(entry, **changes)
+
+
+def _with_own_group(entry: SitePlan) -> SitePlan:
+    """The plan with `group:~G` made the `group:g` of its own weight; all sites of a weight have the same matrix."""
+    rule = entry.quantize
+    if rule is None or "~" not in rule.granularity:
+        return entry
+    size = nearest_group(contracted_size(entry.site), int(rule.granularity.partition("~")[2]))
+    return dataclasses.replace(entry, quantize=msgspec.structs.replace(rule, granularity=f"group:{size}"))
+
+
+def _unquantizable(site: Site, rule: QuantizeRule, stored: Any) -> str:
+    """Why a site's weight cannot be quantized; empty if it can."""
+    if stored is not None and not jnp.issubdtype(stored.dtype, jnp.floating):
+        return not_float(stored.dtype)
+    return unsupported(site, rule) or ""
+
+
+def _alike(first: SitePlan, second: SitePlan) -> bool:
+    """Whether two sites treat their weight the same way; a table that is looked up has no use for activations."""
+    rules = [first.quantize, second.quantize]
+    if "gather" in (first.site.kind, second.site.kind):
+        rules = [rule and msgspec.structs.replace(rule, activations="none") for rule in rules]
+    return first.prune == second.prune and rules[0] == rules[1]
+
+
+def _because_of(reasons: Sequence[tuple[SitePlan, str]]) -> str:
+    """The first reason that another site of the same weight has."""
+    return next((f"its weight is shared with {other.site.name!r}: {why}" for other, why in reasons if why), "")
