@@ -1,6 +1,6 @@
-"""One process beside `--workers` and `--frontends`: where it pays to serve from several.
+"""One process beside `--workers`: where it pays to serve from several.
 
-    python benchmarks/processes.py [--workers 2] [--frontends 1,2] [--rounds 3] [--seconds 3]
+    python benchmarks/processes.py [--workers 2] [--rounds 3] [--seconds 3]
 
 784 numbers to 10, 64 connections, each with one unanswered request, from wrk on the same machine: a row in binary, the
 same over TLS, and a row and eight rows in JSON. Servers take turns; those whose turn it is not are stopped.
@@ -66,14 +66,12 @@ def certificate(folder: pathlib.Path) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for flag, default in (("--workers", "2"), ("--frontends", "1,2")):
-        parser.add_argument(flag, type=serving._numbers(int), default=default)
+    parser.add_argument("--workers", type=serving._numbers(int), default="2")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=3.0)
     options = parser.parse_args()
     modes = {"one process": []}
-    for flag, counts in (("--workers", options.workers), ("--frontends", options.frontends)):
-        modes |= {f"{flag} {count}": [flag, str(count)] for count in counts}
+    modes |= {f"--workers {count}": ["--workers", str(count)] for count in options.workers}
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name)
         artifact, payload = serving.first10(folder, quick=False)

@@ -604,10 +604,9 @@ def candidates(
     """What starts each server that was asked for."""
     infer = f"/v2/models/{payload.model}/infer"
     made: dict[str, Callable[[], Server]] = {OURS: lambda: ours(OURS, path, payload)}
-    for flag, counts in (("--workers", options.workers), ("--frontends", options.frontends)):
-        for count in counts:
-            label = f"{OURS} {flag} {count}"
-            made[label] = functools.partial(ours, label, path, payload, flag, str(count))
+    for count in options.workers:
+        label = f"{OURS} --workers {count}"
+        made[label] = functools.partial(ours, label, path, payload, "--workers", str(count))
     if name != "minilm":  # beside which it is nothing
         floor_at = _port()
         floor = [sys.executable, str(SERVERS / "http_server.py"), "--port", str(floor_at)]
@@ -921,7 +920,6 @@ def main() -> int:
         "--workers", type=_numbers(int), default=several,
         help="also ours and mosec with so many processes; default: as many as there are cores",
     )  # fmt: skip
-    parser.add_argument("--frontends", type=_numbers(int), default=(), help="also ours with so many front-ends: 1,2")
     parser.add_argument(
         "--connections", type=_numbers(int), default=CONNECTIONS, help="closed loops; default 1,8,64,256"
     )
@@ -939,7 +937,7 @@ def main() -> int:
     wanted = options.models.split(",")
     if unknown := set(wanted) - set(MODELS):
         parser.error(f"no model {', '.join(sorted(unknown))}; there are {', '.join(MODELS)}")
-    figures = ("mosec", "litserve", "triton", "workers", "frontends", "connections", "rounds")
+    figures = ("mosec", "litserve", "triton", "workers", "connections", "rounds")
     figures += ("seconds", "open_seconds", "minute_seconds")
     rows = journal.opened("serving", options, *figures)
     run_on_calling_thread()  # as our server does: the bare executable is to be at its best

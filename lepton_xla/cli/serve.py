@@ -76,13 +76,6 @@ def _limit_options(command: Callable[..., None]) -> Callable[..., None]:
     "small that one core is busy with requests while others are idle. 1 is one process in all.",
     type=click.IntRange(1, 64),
 )
-@_option(
-    "--frontends",
-    0,
-    "Processes that speak HTTP, TLS and JSON with clients, beside one that runs the model and one that watches over "
-    "them: for a model that is to be held once. 0 does all of it in one process.",
-    type=click.IntRange(0, 64),
-)
 @_option("--name", None, "Model name in the URL.", show_default="the artifact's own")
 @_option("--server-name", "lepton_xla", 'What the server calls itself; some clients look for "triton".')
 @_option(
@@ -176,7 +169,6 @@ def serve(
     port: int,
     unix_socket: Path | None,
     workers: int,
-    frontends: int,
     name: str | None,
     server_name: str,
     max_delay_us: int,
@@ -247,8 +239,6 @@ def serve(
     configure(json_logs)
     # Before the model is loaded, so that what is wrong here shows at once.
     options.access()
-    if workers > 1 and frontends:
-        raise ServeError("--workers and --frontends are two ways to use more processes; give one of them")
     options = dataclasses.replace(options, limits=make_room(options.limits))
 
     def announce(server: Server | Supervisor) -> None:
@@ -261,10 +251,10 @@ def serve(
         click.echo(line)
         sys.stdout.flush()
 
-    if workers > 1 or frontends:
+    if workers > 1:
         from lepton_xla.serve.split.supervisor import Supervisor
 
-        processes = Supervisor(path, options, frontends=frontends, workers=workers, json_logs=json_logs)
+        processes = Supervisor(path, options, workers, json_logs=json_logs)
         finished = processes.run(on_ready=announce)
     else:
         from lepton_xla.compiler import load

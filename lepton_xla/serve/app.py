@@ -9,12 +9,12 @@ import functools
 import logging
 from collections.abc import Callable, Sequence
 from time import monotonic
-from typing import Any, Protocol
+from typing import Any
 
 import msgspec
 
 from lepton_xla.serve.access.auth import Guard
-from lepton_xla.serve.batching.scheduler import Call
+from lepton_xla.serve.batching.scheduler import Call, Scheduler
 from lepton_xla.serve.errors import RefusedError
 from lepton_xla.serve.http.date import DATE
 from lepton_xla.serve.http.exchange import Exchange, Head
@@ -26,7 +26,7 @@ from lepton_xla.serve.protocol import encoding, metadata, openapi, routes
 from lepton_xla.serve.protocol.jsondata import PIECE_BYTES
 from lepton_xla.serve.protocol.response import encode_response
 from lepton_xla.serve.protocol.signature import Signature, is_safe
-from lepton_xla.serve.protocol.wire import Decoder, InferRequest, Plan
+from lepton_xla.serve.protocol.wire import Decoder, InferRequest
 
 _log = logging.getLogger("lepton_xla.serve")
 
@@ -34,35 +34,7 @@ _log = logging.getLogger("lepton_xla.serve")
 _SMALL_ANSWER_BYTES = 1024
 
 type Route = Callable[[Exchange], None]
-
-
 type Gather = Callable[[Callable[[Metrics], object]], object]
-
-
-class Backend(Protocol):
-    """Where calls run: `Scheduler` on an engine of this process, `RemoteScheduler` on that of another."""
-
-    @property
-    def max_rows(self) -> int:
-        """Most rows of one request."""
-        ...
-
-    @property
-    def shed(self) -> Callable[[Plan], RefusedError | None] | None:
-        """Says whether another request of a plan would be refused too; None where the last one was taken."""
-        ...
-
-    def figures(self) -> dict[str, float]:
-        """What `Metrics` shows of the queue now."""
-        ...
-
-    def submit(self, call: Call) -> None:
-        """Takes a call; `finish` or `fail` is told of its end, at once if refused, unless it is cancelled first."""
-        ...
-
-    def cancel(self, call: Call) -> None:
-        """Forgets a call: nobody waits for it any more."""
-        ...
 
 
 class InferCall(Call, kw_only=True, eq=False):
@@ -116,7 +88,7 @@ class App:
     def __init__(
         self,
         signature: Signature,
-        scheduler: Backend,
+        scheduler: Scheduler,
         metrics: Metrics,
         limits: Limits,
         *,

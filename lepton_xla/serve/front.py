@@ -9,7 +9,8 @@ from time import monotonic
 from typing import TYPE_CHECKING
 
 from lepton_xla.serve.access.entrance import Access
-from lepton_xla.serve.app import App, Backend, Gather
+from lepton_xla.serve.app import App, Gather
+from lepton_xla.serve.batching.scheduler import Scheduler
 from lepton_xla.serve.http.drain import Closable, Stop, drain
 from lepton_xla.serve.http.hub import Hub
 from lepton_xla.serve.observe.access_log import AccessLog
@@ -33,12 +34,12 @@ class Front:
 
     Args:
         signature: the model's.
-        backend: runs its calls.
+        scheduler: runs its calls.
         metrics: what is counted.
         options: how the server runs.
         access: who can reach it.
+        health: says whether the scheduler works.
         gather: see `App`.
-        health: says whether the backend works; None where the backend itself says so in `metrics`.
 
     Attributes:
         hub: what the connections share.
@@ -47,12 +48,12 @@ class Front:
     def __init__(
         self,
         signature: Signature,
-        backend: Backend,
+        scheduler: Scheduler,
         metrics: Metrics,
         options: Options,
         access: Access,
+        health: Health,
         gather: Gather | None = None,
-        health: Health | None = None,
     ) -> None:
         self._metrics = metrics
         self._health = health
@@ -65,7 +66,7 @@ class Front:
         if self._spans is not None:
             observers.append(self._spans)
         self._app = (ObservedApp if observers else App)(
-            signature, backend, metrics, options.limits,
+            signature, scheduler, metrics, options.limits,
             guard=access.guard, server_name=options.server_name,
             max_delay_s=options.max_delay_us * 1e-6, compress_bytes=options.compress_bytes, gather=gather,
         )  # fmt: skip
@@ -75,7 +76,7 @@ class Front:
             self._app, options.limits, invite=self._app.invite, refused=self._app.refused, always=OPEN_PATHS
         )  # fmt: skip
         metrics.version = signature.version
-        metrics.watch(lambda: backend.figures() | self.hub.figures())
+        metrics.watch(lambda: scheduler.figures() | self.hub.figures())
         if access.guard is not None:
             self.hub.admit = access.guard.authenticate
 
@@ -113,10 +114,9 @@ class Front:
             try:
                 self.hub.sweep(monotonic())
                 self._access.refresh()
-                if self._health is not None:
-                    self._health.check(monotonic())
-                    self._metrics.live = self._health.live
-                    self._metrics.ready = self._health.ready and not stop.asked.is_set()
+                self._health.check(monotonic())
+                self._metrics.live = self._health.live
+                self._metrics.ready = self._health.ready and not stop.asked.is_set()
             except Exception:
                 # Without the sweeper no time limit would hold any more.
                 _log.exception("the sweep of connections and files failed")

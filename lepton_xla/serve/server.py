@@ -242,7 +242,7 @@ class Server:
                 return True
             scheduler = schedule(self._engine, measured, self._signature, options, metrics)
             health = watch(scheduler, measured, metrics)
-            front = Front(self._signature, scheduler, metrics, options, access, health=health)
+            front = Front(self._signature, scheduler, metrics, options, access, health)
             entrance = Entrance(front.hub, listening, _BACKLOG, access.tls_options(options.limits))
             entrance.open()
         except BaseException:

@@ -71,16 +71,10 @@ def test_a_missing_artifact_is_a_lepton_error(tmp_path):
     assert isinstance(result.exception, ArtifactError)
 
 
-def test_workers_and_front_ends_are_not_given_together(tmp_path):
-    result = CliRunner().invoke(serve_command, [str(tmp_path), "--workers", "2", "--frontends", "2"])
-    assert isinstance(result.exception, ServeError)
-    assert "give one of them" in str(result.exception)
-
-
 def test_workers_do_not_share_a_device(monkeypatch):
     worker.check_device()
     monkeypatch.setattr("jax.default_backend", lambda: "gpu")
-    with pytest.raises(ServeError, match="on the gpu: use --frontends"):
+    with pytest.raises(ServeError, match="on the gpu: serve from one process"):
         worker.check_device()
 
 

@@ -75,13 +75,11 @@ class Call(Work, kw_only=True, eq=False):
     Attributes:
         pieces: the results that are here, where it is split over batches.
         missing: rows whose results are not here yet, once there are pieces.
-        block: where its tensors lie in memory that two processes share, if they do; see `split`.
         times: of the batch that it ran in; None until then.
     """
 
     pieces: list[bytearray] | None = None
     missing: int = 0
-    block: int = 0
     times: Times | None = None
 
     def finish(self, outputs: Sequence[bytes | memoryview]) -> None:

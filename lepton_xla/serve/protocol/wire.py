@@ -13,7 +13,7 @@ import copy
 import math
 import re
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import msgspec
 import numpy as np
@@ -63,7 +63,6 @@ class Plan(msgspec.Struct, eq=False, kw_only=True):
         timeout_s: seconds after which the client has no use for the answer; None if it said nothing.
         priority: 0 is the default, 1 the highest, larger numbers are lower.
         prefix: room for the transport to keep the response head it built; None until it does.
-        layout: room for a scheduler whose engine is elsewhere to keep where the tensors go; None until it does.
     """
 
     rows: int
@@ -79,7 +78,6 @@ class Plan(msgspec.Struct, eq=False, kw_only=True):
     timeout_s: float | None = None
     priority: int = 0
     prefix: bytes | None = None
-    layout: Any = None
 
     @property
     def constant(self) -> bool:

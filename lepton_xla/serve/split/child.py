@@ -1,4 +1,4 @@
-"""A process under the supervisor: as the supervisor has it, and how it starts."""
+"""A worker process: as the supervisor has it, and how it starts."""
 
 from __future__ import annotations
 
@@ -21,13 +21,14 @@ from lepton_xla.serve.split.control import Control
 ENDING_S = 5.0
 """How long a process has to end once its socket is closed, and beyond its own time for stopping."""
 
+_MODULE = "lepton_xla.serve.split.worker"
+
 
 class Child:
     """A process and what is known of it.
 
     Attributes:
         name: for the log.
-        module: what it runs.
         control: the socket to it; None while it is not there.
         process: the last one started.
         ready: whether it has said so since it was started.
@@ -37,9 +38,8 @@ class Child:
         heard_s: when it last said anything.
     """
 
-    def __init__(self, name: str, module: str) -> None:
+    def __init__(self, name: str) -> None:
         self.name = name
-        self.module = module
         self.control: Control | None = None
         self.process: asyncio.subprocess.Process | None = None
         self.forget()
@@ -60,7 +60,7 @@ class Child:
     async def start(self, end: socket.socket) -> asyncio.subprocess.Process:
         """Starts it, with one end of a pair."""
         self.process = await asyncio.create_subprocess_exec(
-            sys.executable, *_python_flags(), "-m", self.module, str(end.fileno()),
+            sys.executable, *_python_flags(), "-m", _MODULE, str(end.fileno()),
             stdin=asyncio.subprocess.DEVNULL, stdout=sys.stderr, pass_fds=(end.fileno(),),
             process_group=0,  # a terminal's Ctrl-C is for the supervisor, which stops them in order
         )  # fmt: skip

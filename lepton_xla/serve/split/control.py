@@ -1,6 +1,6 @@
-"""What the supervisor and the processes under it tell each other: JSON, one message a line, over their own socket.
+"""What the supervisor and its workers tell each other: JSON, one message a line, over their own socket.
 
-The end of that socket is the end of the other side. Descriptors go with `Link` and `Connections`.
+The end of that socket is the end of the other side. Descriptors go with `Connections`.
 """
 
 from __future__ import annotations
@@ -19,92 +19,81 @@ from lepton_xla.serve.server import Options
 from lepton_xla.serve.split.packets import Packets
 
 REPORT_S = 0.5
-"""How often a process says what it has counted, in case it is killed."""
+"""How often a worker says what it has counted, in case it is killed."""
 
 
 class Settings(msgspec.Struct, tag="settings"):
-    """To every process, first: what `leptonx serve` was told; to a front-end also the model's name on the wire."""
+    """To a worker, first: what `leptonx serve` was told."""
 
     artifact: str
     options: Options
-    workers: int = 0
-    json_logs: bool = False
-    model: str = ""
+    workers: int
+    json_logs: bool
 
 
 class Ready(msgspec.Struct, tag="ready"):
-    """From the engine or a worker when it is warm, and from a front-end when it has met an engine.
+    """From a worker that is warm.
 
     Attributes:
         model: its name on the wire.
-        digest: of the artifact's manifest, from a worker.
+        digest: of the artifact's manifest.
     """
 
     model: str
-    digest: str = ""
+    digest: str
 
 
 class Failed(msgspec.Struct, tag="failed"):
-    """From a process that cannot go on, and why."""
+    """From a worker that cannot go on, and why."""
 
     reason: str
 
 
-class NoLink(msgspec.Struct, tag="no-link"):
-    """From a front-end: it would like to be linked with the engine."""
-
-
-class Link(msgspec.Struct, tag="link"):
-    """To a front-end and the engine, each with one end of a pair."""
-
-
 class Connections(msgspec.Struct, tag="connections"):
-    """To a process that speaks HTTP, with connections of clients; from it, how many it has open."""
+    """To a worker, with connections of clients; from it, how many it has open."""
 
     open: int = 0
 
 
 class Stop(msgspec.Struct, tag="stop"):
-    """To a process that speaks HTTP: answer what was accepted, then end."""
+    """To a worker: answer what was accepted, then end."""
 
     hurried: bool = False
 
 
 class Reload(msgspec.Struct, tag="reload"):
-    """To a process that speaks HTTP: read the files again that say who may ask."""
+    """To a worker: read the files again that say who may ask."""
 
 
 class Leaving(msgspec.Struct, tag="leaving"):
-    """From a process that speaks HTTP: it wants no more connections."""
+    """From a worker: it wants no more connections."""
 
 
 class Closed(msgspec.Struct, tag="closed"):
-    """To a process that speaks HTTP: there will be no more connections."""
+    """To a worker: there will be no more connections."""
 
 
 class Counts(msgspec.Struct, tag="counts"):
-    """What a process has counted so far; to one that asked for the total, what all others have, or had."""
+    """What a worker has counted so far; to one that asked for the total, what all others have, or had."""
 
     counts: dict[str, Any]
     number: int = 0
 
 
 class Count(msgspec.Struct, tag="count"):
-    """To a process: send `Counts` with this number."""
+    """To a worker: send `Counts` with this number."""
 
     number: int
 
 
 class Total(msgspec.Struct, tag="total"):
-    """From a process that speaks HTTP, with its own: it wants the `Counts` of the others, with this number."""
+    """From a worker, with its own: it wants the `Counts` of the others, with this number."""
 
     counts: dict[str, Any]
     number: int
 
 
-type Message = (
-    Settings | Ready | Failed | NoLink | Link | Connections | Stop | Reload | Leaving | Closed | Counts | Count | Total
-)
+type Message = Settings | Ready | Failed | Connections | Stop | Reload | Leaving | Closed | Counts | Count | Total
 
 
 def _plain(value: Any) -> str:
@@ -122,7 +111,7 @@ _DECODER: msgspec.json.Decoder[Message] = msgspec.json.Decoder(Message, dec_hook
 
 
 class Control:
-    """One end of the socket between the supervisor and a process.
+    """One end of the socket between the supervisor and a worker.
 
     Args:
         sock: from `pair`.

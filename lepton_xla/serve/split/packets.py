@@ -31,13 +31,10 @@ class Packets:
             closes the connection: such a packet cannot be.
         lost: told once that the peer is gone or sent such a packet.
         loop: the event loop.
+        with_fds: whether packets may bring descriptors; where not, they are dropped.
 
     Attributes:
-        received: as given; may be set anew.
         closed: whether nothing comes or goes any more.
-        with_fds: whether packets may bring descriptors; where not, they are dropped.
-        patience: turns of the event loop that what is written may wait for more, as long as each brings some. It costs
-            little, since each turn has work of its own, and spares both ends most of the packets under load.
     """
 
     def __init__(
@@ -47,21 +44,18 @@ class Packets:
         lost: Callable[[], object],
         loop: asyncio.AbstractEventLoop,
         *,
-        with_fds: bool = False,
-        patience: int = 0,
+        with_fds: bool,
     ) -> None:
         sock.setblocking(False)
         self._socket = sock
-        self.received = received
+        self._received = received
         self._lost = lost
         self._loop = loop
         self._entries: list[bytes] = []
         self._scheduled = False
         self._blocked = False
-        self._waited = self._before = 0
-        self.patience = patience
         self.closed = False
-        self.with_fds = with_fds
+        self._with_fds = with_fds
         loop.add_reader(sock, self._read)
 
     def write(self, entry: bytes) -> None:
@@ -119,13 +113,6 @@ class Packets:
             self._loop.remove_writer(self._socket)
 
     def _flush(self) -> None:
-        count = len(self._entries)
-        if self._waited < self.patience and count > self._before:
-            self._waited += 1
-            self._before = count
-            self._loop.call_soon(self._flush)
-            return
-        self._waited = self._before = 0
         self._scheduled = False
         self.flush()
 
@@ -151,14 +138,14 @@ class Packets:
             self._lost()
 
     def _receive(self) -> tuple[bytes, list[int]]:
-        if not self.with_fds:
+        if not self._with_fds:
             return self._socket.recv(MOST_BYTES), []
         packet, fds, _, _ = socket.recv_fds(self._socket, MOST_BYTES, MOST_FDS)
         return packet, fds
 
     def _hand_over(self, packet: bytes, fds: list[int]) -> bool:
         try:
-            self.received(packet, fds)
+            self._received(packet, fds)
         except Exception:
             _log.exception("a packet of another process of this server cannot be")
             return False

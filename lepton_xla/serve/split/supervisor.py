@@ -14,8 +14,6 @@ from collections.abc import Callable, Iterable
 from time import monotonic
 from typing import Any
 
-import msgspec
-
 from lepton_xla.errors import ServeError
 from lepton_xla.serve.http.arrivals import AT_ONCE, accept
 from lepton_xla.serve.http.drain import Stop
@@ -52,42 +50,33 @@ class _Counting:
 
 
 class Supervisor:
-    """The processes of a server, and the address they serve: front-ends with an engine, or workers.
+    """The workers of a server, and the address they serve.
 
     Args:
         artifact: path of what is served.
-        options: how to run. Limits are those of each process that speaks HTTP.
-        frontends: how many of them beside one engine; 0 for none, and no engine.
-        workers: how many, where there are no front-ends.
+        options: how to run. Limits are those of each worker.
+        workers: how many.
         json_logs: whether log lines are JSON.
 
     Attributes:
         address: host and port, once listening, of the first address; the path and 0 of a Unix socket.
-        name: the model's name on the wire, once the engine or a worker has said it.
+        name: the model's name on the wire, once a worker has said it.
 
     Raises:
         ServeError: if the server would be open to all, see `Access`.
     """
 
-    def __init__(
-        self, artifact: str, options: Options, *, frontends: int = 0, workers: int = 0, json_logs: bool = False
-    ) -> None:
+    def __init__(self, artifact: str, options: Options, workers: int, *, json_logs: bool = False) -> None:
         self._settings = control.Settings(artifact, options, workers, json_logs)
         self._options = options
         self._access = options.access()
-        self._engine = Child("engine", "lepton_xla.serve.split.engine") if frontends else None
-        kind, module = ("front-end", "frontend") if frontends else ("worker", "worker")
-        self._kind = kind
-        self._fronts = [
-            Child(f"{kind} {number + 1}", f"lepton_xla.serve.split.{module}") for number in range(frontends or workers)
-        ]
+        self._workers = [Child(f"worker {number + 1}") for number in range(workers)]
         self._digest = ""
         self._retired: dict[str, Any] = {}
         self._counting: dict[int, _Counting] = {}
         self._asked = 0
         self._listening = False
         self._ending: set[Child] = set()
-        self._children = (*self._fronts, self._engine) if self._engine else (*self._fronts,)
         self.address: tuple[str, int] = (options.host, options.port)
         self.name = ""
 
@@ -117,7 +106,7 @@ class Supervisor:
         stop.listen(loop)
         loop.add_signal_handler(signal.SIGHUP, self._reload)
         self._begun: asyncio.Future[None] = loop.create_future()
-        keepers = {child: loop.create_task(self._keep(child)) for child in self._children}
+        keepers = {child: loop.create_task(self._keep(child)) for child in self._workers}
         watching = loop.create_task(self._watch())
         try:
             asked = loop.create_task(stop.asked.wait())
@@ -132,10 +121,10 @@ class Supervisor:
             self.address = addresses[0]
             self._accept_or_wait()
             urls = " and ".join(url_of(each, self._options) for each in addresses)
-            _log.info("serving %s on %s with %d %ss", self.name, urls, len(self._fronts), self._kind)
+            _log.info("serving %s on %s with %d workers", self.name, urls, len(self._workers))
             on_ready(self)
             await asked
-            return await self._drain(stop, [keepers[front] for front in self._fronts])
+            return await self._drain(stop, keepers.values())
         finally:
             watching.cancel()
             self._entrance.close()
@@ -152,16 +141,16 @@ class Supervisor:
                 code = await self._once(child)
             except OSError as error:
                 # The machine is out of processes or descriptors, which it may not be for ever.
-                child.reason, code = f"the {child.name} could not be started: {error.strerror}", 1
+                child.reason, code = f"{child.name} could not be started: {error.strerror}", 1
             if child in self._ending:
                 return code
             why = child.reason or (f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}")
             if not self._begun.done():
-                self._begun.set_exception(ServeError(child.reason or f"the {child.name} did not start: {why}"))
+                self._begun.set_exception(ServeError(child.reason or f"{child.name} did not start: {why}"))
                 return code
             if monotonic() - started > _STABLE_S:
                 wait = _FIRST_WAIT_S
-            _log.error("the %s has ended: %s; it is started again in %g s", child.name, why, wait)
+            _log.error("%s has ended: %s; it is started again in %g s", child.name, why, wait)
             await asyncio.sleep(wait)
             if child in self._ending:
                 return 0
@@ -180,10 +169,7 @@ class Supervisor:
         child.control = Control(
             ours, lambda message, _: self._told(child, message), gone.set, self._loop, with_fds=False
         )
-        if child is self._engine or self._engine is None:
-            child.control.hand(self._settings, [])
-        elif self.name:
-            self._introduce(child)
+        child.control.hand(self._settings, [])
         try:
             await gone.wait()
         finally:
@@ -201,7 +187,7 @@ class Supervisor:
             self._end_silent(now, now - before)
 
     def _end_silent(self, now: float, slept_s: float) -> None:
-        for child in self._children:
+        for child in self._workers:
             if slept_s > 2 * control.REPORT_S:
                 # This process stood still too, as where a container is paused, and may not have read what was said.
                 child.heard_s = max(child.heard_s, now)
@@ -210,20 +196,16 @@ class Supervisor:
                 child.reason = f"it has said nothing for {_SILENT_S:g} s"
                 child.process.kill()
 
-    def _introduce(self, front: Child) -> None:
-        if front.control is not None:
-            front.control.hand(msgspec.structs.replace(self._settings, model=self.name), [])
-
     def _reload(self) -> None:
-        """Has the processes that speak HTTP read their files again; this one says so where there are none."""
+        """Has the workers read their files again; this process says so where there are none."""
         if self._access.reloads:
-            self._tell_fronts(control.Reload())
+            self._tell_workers(control.Reload())
         else:
             self._access.reload()
 
-    def _tell_fronts(self, message: control.Message) -> None:
-        for front in self._fronts:
-            front.send(message)
+    def _tell_workers(self, message: control.Message) -> None:
+        for worker in self._workers:
+            worker.send(message)
 
     # What they say.
 
@@ -236,8 +218,6 @@ class Supervisor:
                 self._is_ready(child, model, digest)
             case control.Failed(reason):
                 child.reason = reason
-            case control.NoLink():
-                self._link(child)
             case control.Connections(count):
                 child.open = count
             case control.Leaving():
@@ -255,41 +235,27 @@ class Supervisor:
 
     def _is_ready(self, child: Child, model: str, digest: str) -> None:
         child.ready = True
-        if child is self._engine:
-            new, self.name = not self.name, model
-            if new:
-                for front in self._fronts:
-                    self._introduce(front)
-        elif self._engine is None:
-            self.name = model
-            if self._digest not in ("", digest):
-                self._replace_others(child)
-            self._digest = digest
-        if all(each.ready for each in self._children) and not self._begun.done():
+        self.name = model
+        if self._digest not in ("", digest):
+            self._replace_others(child)
+        self._digest = digest
+        if all(each.ready for each in self._workers) and not self._begun.done():
             self._begun.set_result(None)
         self._accept_or_wait()
 
     def _replace_others(self, worker: Child) -> None:
         """Has the workers end, and start again, that serve what the artifact was before."""
         _log.warning("%s has found another model in the artifact; the others are started again", worker.name)
-        for other in self._fronts:
+        for other in self._workers:
             if other is not worker and other.ready:
                 other.send(control.Stop())
-
-    def _link(self, front: Child) -> None:
-        """Gives a front-end and the engine the ends of a pair. Without an engine the front-end's end is a dead one."""
-        ends = pair()
-        for child, end in zip((front, self._engine), ends, strict=True):
-            with end:
-                if child is not None and child.control is not None:
-                    child.control.hand(control.Link(), [end.fileno()])
 
     # Counts.
 
     def _count(self, asker: Child, number: int) -> None:
         """Asks the others what they have counted, for one that wants to show it."""
         self._asked += 1
-        missing = {child for child in self._children if child.ready and child is not asker}
+        missing = {child for child in self._workers if child.ready and child is not asker}
         self._counting[self._asked] = _Counting(asker, number, missing)
         for child in missing:
             child.send(control.Count(self._asked))
@@ -307,7 +273,7 @@ class Supervisor:
         counting = self._counting.pop(number, None)
         if counting is not None:
             total = self._retired
-            for child in self._children:
+            for child in self._workers:
                 if child is not counting.asker:
                     total = added(total, child.counts)
             counting.asker.send(control.Counts(total, counting.number))
@@ -326,16 +292,16 @@ class Supervisor:
 
     # Connections.
 
-    def _open_fronts(self) -> list[Child]:
+    def _open_workers(self) -> list[Child]:
         """Who may be given connections: those that are ready and have been heard from, the one with fewest first."""
         since = monotonic() - _HEARD_S
-        found = (front for front in self._fronts if front.ready and front.heard_s >= since)
-        return sorted(found, key=lambda front: front.open)
+        found = (worker for worker in self._workers if worker.ready and worker.heard_s >= since)
+        return sorted(found, key=lambda worker: worker.open)
 
     def _accept_or_wait(self) -> None:
         """Takes connections while there is somebody for them; else they wait in the kernel."""
         if self._listening:
-            some = bool(self._open_fronts())
+            some = bool(self._open_workers())
             for listener in self._entrance.sockets:
                 if some:
                     self._loop.add_reader(listener, self._accept, listener)
@@ -345,23 +311,23 @@ class Supervisor:
     def _accept(self, listener: socket.socket) -> bool:
         """Deals out the connections that are there; gives whether there may be more."""
         for _ in range(AT_ONCE):
-            fronts = self._open_fronts()
-            if not fronts:
+            workers = self._open_workers()
+            if not workers:
                 self._accept_or_wait()
                 return False
             client = accept(listener, self._loop, self._accept_or_wait)
             if client is None:
                 return False
             with client:
-                _deal(client, fronts)
+                _deal(client, workers)
         return True
 
     # The end.
 
     async def _drain(self, stop: Stop, keepers: Iterable[asyncio.Task[int]]) -> bool:
         """Has what was accepted answered; gives whether it was."""
-        self._ending.update(self._fronts)
-        self._tell_fronts(control.Stop())
+        self._ending.update(self._workers)
+        self._tell_workers(control.Stop())
         hurry = self._loop.create_task(self._hurry(stop))
         await stop.hurried_in(self._options.lame_duck_s)
         # Closing the socket with connections waiting at it would reset them.
@@ -371,18 +337,18 @@ class Supervisor:
             self._loop.remove_reader(listener)
         self._listening = False
         self._entrance.close()
-        self._tell_fronts(control.Closed())
+        self._tell_workers(control.Closed())
         done, late = await asyncio.wait(keepers, timeout=self._options.stop_timeout_s + ENDING_S)
         hurry.cancel()
         return not late and not any(task.result() for task in done)
 
     async def _hurry(self, stop: Stop) -> None:
         await stop.hurried.wait()
-        self._tell_fronts(control.Stop(hurried=True))
+        self._tell_workers(control.Stop(hurried=True))
 
     async def _end(self, keepers: dict[Child, asyncio.Task[int]]) -> None:
-        """Ends what is left, the engine last."""
-        for child in self._children:
+        """Ends what is left."""
+        for child in self._workers:
             self._ending.add(child)
             if child.control is not None:
                 child.control.close()
@@ -392,9 +358,9 @@ class Supervisor:
                 await ended(child.process)
 
 
-def _deal(client: socket.socket, fronts: Iterable[Child]) -> None:
+def _deal(client: socket.socket, workers: Iterable[Child]) -> None:
     """Hands a connection to the first that has room for it; it is closed where none has."""
-    for front in fronts:
-        if front.control is not None and front.control.hand(control.Connections(), [client.fileno()]):
-            front.open += 1
+    for worker in workers:
+        if worker.control is not None and worker.control.hand(control.Connections(), [client.fileno()]):
+            worker.open += 1
             return

@@ -1,4 +1,4 @@
-"""`leptonx serve --frontends 2` and `--workers 2` as users have them: processes, and what happens when one dies."""
+"""`leptonx serve --workers 2` as users have it: processes, and what happens when one dies."""
 
 import contextlib
 import json
@@ -60,16 +60,15 @@ def artifact(tmp_path_factory):
 
 
 class Served:
-    """A running command; `speakers` are its processes that speak HTTP."""
+    """A running command with two workers."""
 
-    def __init__(self, path, mode, *flags, files=None, errors=None):
-        self.mode = mode
+    def __init__(self, path, *flags, files=None, errors=None):
         command = "from lepton_xla.cli.serve import serve; serve()"
         if files is not None:
             few = f"import resource; resource.setrlimit(resource.RLIMIT_NOFILE, ({files}, {files}))"
             command = f"{few}; {command}"
         self.process = start_script(
-            command, path, "--json", "--port", "0", mode, "2", *flags,
+            command, path, "--json", "--port", "0", "--workers", "2", *flags,
             environment=os.environ | {"JAX_PLATFORMS": "cpu"}, stdout=subprocess.PIPE, stderr=errors,
         )  # fmt: skip
         event = json.loads(self.process.stdout.readline())
@@ -77,18 +76,15 @@ class Served:
         self.address = (event["host"], event["port"])
         self.url = event["url"]
 
-    def children(self, what):
-        """Processes that run this module of the package."""
+    @property
+    def workers(self):
+        """Those that have got as far as running the worker's module."""
         found = []
         for child in psutil.Process(self.process.pid).children():
             with contextlib.suppress(psutil.NoSuchProcess):
-                if f"lepton_xla.serve.split.{what}" in child.cmdline():
+                if "lepton_xla.serve.split.worker" in child.cmdline():
                     found.append(child)
         return found
-
-    @property
-    def speakers(self):
-        return self.children({"--frontends": "frontend", "--workers": "worker"}[self.mode])
 
     def client(self, **options):
         return Client(self.url, model="wait", **options)
@@ -115,17 +111,11 @@ class Served:
         self.process.stdout.close()
 
 
-MODES = ["--frontends", "--workers"]
-
-
-@pytest.fixture(scope="module", params=MODES)
-def served(artifact, request):
-    running = Served(artifact, request.param)
+@pytest.fixture(scope="module")
+def served(artifact):
+    running = Served(artifact)
     yield running
     running.kill()
-
-
-with_frontends = pytest.mark.parametrize("served", ["--frontends"], indirect=True, scope="module")
 
 
 def ask(client, rng, rows, seq):
@@ -145,11 +135,6 @@ def infer_bytes(rows=1, turns=0, **parameters):
 def split(request):
     """Body and header fields of a request, for `exchange`."""
     return request.partition(b"\r\n\r\n")[2], {}
-
-
-def on_each(served):
-    """A connection to each that speaks HTTP: they are dealt out to the one that has fewest."""
-    return [socket.create_connection(served.address, 20) for _ in range(2)]
 
 
 def test_answers_are_right_whatever_the_encoding_the_size_and_the_process(served):
@@ -177,8 +162,8 @@ def shares(served):
             assert read_response(sock)[0] == 200
         ours = {sock.getsockname()[1] for sock in sockets}
         return [
-            sum(bool(each.raddr) and each.raddr.port in ours for each in front.net_connections())
-            for front in served.speakers
+            sum(bool(each.raddr) and each.raddr.port in ours for each in worker.net_connections())
+            for worker in served.workers
         ]
 
 
@@ -194,65 +179,25 @@ def test_connections_are_dealt_out_evenly(served):
     wait_for_even_shares(served)
 
 
-@with_frontends
-def test_only_the_engine_has_jax(served):
-    def has_jax(pid):
-        return "jaxlib" in Path(f"/proc/{pid}/maps").read_text()
-
-    assert [has_jax(engine.pid) for engine in served.children("engine")] == [True]
-    assert not has_jax(served.process.pid)
-    assert [has_jax(front.pid) for front in served.speakers] == [False, False]
-    check = (
-        "import sys, lepton_xla.serve.split.frontend, lepton_xla.serve.split.supervisor\n"
-        "print(sorted({name.partition('.')[0] for name in sys.modules} & {'jax', 'jaxlib', 'flax', 'multiprocessing'}))"
-    )
-    done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, cwd=ROOT, check=True)
-    assert done.stdout.strip() == "[]"
-
-
-@with_frontends
-def test_a_killed_engine_is_503_at_once_and_comes_back(served):
-    (engine,) = served.children("engine")
-    before = served.metric("lepton_rows_total")
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(sock) for sock in on_each(served)]
-        for sock in sockets:
-            sock.sendall(infer_bytes(turns=LONG))
-        time.sleep(0.3)
-        start = time.monotonic()
-        engine.kill()
-        for sock in sockets:
-            status, headers, body = read_response(sock)
-            assert (status, "retry-after" in headers) == (503, True)
-            assert "engine" in json.loads(body)["error"]
-        assert time.monotonic() - start < 2
-        for sock in sockets:  # the same connections
-            sock.sendall(raw_request("GET", "/v2/health/ready"))
-            assert read_response(sock)[0] == 503
-            sock.sendall(raw_request("GET", "/v2/health/live"))
-            assert read_response(sock)[0] == 200
-            sock.sendall(infer_bytes())
-            assert read_response(sock)[0] == 503
-    served.wait_for("/v2/health/ready", 200)
-    with served.client() as client:  # tries again where the other front-end is not linked yet
-        ask(client, np.random.default_rng(0), 5, 7)
-    assert served.children("engine") != [engine]
-    assert served.metric("lepton_rows_total") >= before + 5
+def test_the_supervisor_has_no_jax(served):
+    assert "jaxlib" not in Path(f"/proc/{served.process.pid}/maps").read_text()
+    for worker in served.workers:
+        assert "jaxlib" in Path(f"/proc/{worker.pid}/maps").read_text()
 
 
 def test_a_killed_process_takes_nobody_with_it(served):
     before = served.metric("lepton_http_responses_total")
     with contextlib.ExitStack() as stack:
         sockets = {}
-        fronts = served.speakers
+        workers = served.workers
         while len(sockets) < 2:
             sock = stack.enter_context(socket.create_connection(served.address, 10))
             sock.sendall(raw_request("GET", "/v2/health/ready"))
             read_response(sock)
             mine = sock.getsockname()[1]
-            owner = next(f for f in fronts if mine in [each.raddr.port for each in f.net_connections() if each.raddr])
+            owner = next(w for w in workers if mine in [each.raddr.port for each in w.net_connections() if each.raddr])
             sockets[owner.pid] = sock
-        victim, other = fronts
+        victim, other = workers
         for sock in sockets.values():
             sock.sendall(infer_bytes(turns=LONG // 10))
         time.sleep(0.05)
@@ -267,29 +212,9 @@ def test_a_killed_process_takes_nobody_with_it(served):
     assert served.metric("lepton_http_responses_total") > before
 
 
-@with_frontends
-def test_a_stopped_engine_is_given_up_and_taken_again(served):
-    (engine,) = served.children("engine")
-    engine.suspend()
-    try:
-        start = time.monotonic()
-        status, headers, _ = exchange(served, "POST", INFER, *split(infer_bytes()))
-        assert (status, "retry-after" in headers) == (503, True)
-        assert time.monotonic() - start < 8
-        served.wait_for("/v2/health/ready", 503, 2)
-        assert served.get("/v2/health/live")[0] == 200
-        assert served.get("/metrics")[0] == 200  # without what the engine would say
-    finally:
-        engine.resume()
-    served.wait_for("/v2/health/ready", 200)
-    with served.client() as client:
-        ask(client, np.random.default_rng(0), 5, 7)
-    assert served.children("engine") == [engine]
-
-
 def test_a_stopped_process_gets_no_connections_until_it_goes_on(served):
     """SIGSTOP, as a debugger or a frozen cgroup: it stays there, and answers nothing."""
-    stopped, other = served.speakers
+    stopped, other = served.workers
     stopped.suspend()
     try:
         time.sleep(1.3)
@@ -310,13 +235,13 @@ def test_a_stopped_process_gets_no_connections_until_it_goes_on(served):
         for each in (stopped, other):
             each.resume()
     wait_for_even_shares(served)
-    assert sorted(each.pid for each in served.speakers) == sorted([stopped.pid, other.pid])
+    assert sorted(each.pid for each in served.workers) == sorted([stopped.pid, other.pid])
 
 
 def test_health_is_answered_beyond_the_connections_that_there_are_files_for(artifact, tmp_path):
     """Each of two workers may open few files, and has as many connections as that leaves room for, and its reserve."""
     with (tmp_path / "log").open("w") as log, contextlib.ExitStack() as stack:
-        served = Served(artifact, "--workers", files=160, errors=log)
+        served = Served(artifact, files=160, errors=log)
         stack.callback(served.kill)
         line = "may open 160 files: --max-connections is 32, not 10000"
         assert (tmp_path / "log").read_text().count(line) == 1
@@ -346,7 +271,7 @@ def test_workers_are_replaced_by_such_as_serve_what_the_artifact_is_now(artifact
     """One that starts again finds other weights; then all do, and nobody who asks meanwhile goes without an answer."""
     path = shutil.copytree(artifact, tmp_path / "wait.lepton")
     make_artifact(tmp_path / "new.lepton", 0.25)
-    running = Served(path, "--workers")
+    running = Served(path)
     found, failures, over = [], [], threading.Event()
 
     def work():
@@ -364,12 +289,12 @@ def test_workers_are_replaced_by_such_as_serve_what_the_artifact_is_now(artifact
     try:
         for thread in threads:
             thread.start()
-        before = {worker.pid for worker in running.speakers}
+        before = {worker.pid for worker in running.workers}
         path.rename(tmp_path / "old.lepton")
         (tmp_path / "new.lepton").rename(path)
-        running.speakers[0].terminate()
+        running.workers[0].terminate()
         deadline = time.monotonic() + 30
-        while len(after := running.speakers) < 2 or before & {worker.pid for worker in after}:
+        while len(after := running.workers) < 2 or before & {worker.pid for worker in after}:
             assert time.monotonic() < deadline
             time.sleep(0.05)
         running.wait_for("/v2/health/ready", 200)
@@ -388,10 +313,10 @@ def test_workers_are_replaced_by_such_as_serve_what_the_artifact_is_now(artifact
 
 
 def test_workers_share_the_cores(artifact):
-    running = Served(artifact, "--workers")
+    running = Served(artifact)
     try:
         cores = len(os.sched_getaffinity(0))
-        for worker in running.speakers:
+        for worker in running.workers:
             names = [path.read_text().strip() for path in Path(f"/proc/{worker.pid}/task").glob("*/comm")]
             assert names.count("tf_XLAEigen") == max(1, cores // 2)
     finally:
@@ -436,8 +361,7 @@ def test_sigterm_under_load_answers_everything(served):
     assert served.process.wait(15) == 0
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_certificates_and_tokens_change_in_every_process(artifact, tmp_path, mode):
+def test_certificates_and_tokens_change_in_every_process(artifact, tmp_path):
     authority = Authority(tmp_path)
     pair = TlsFiles(tmp_path / "pair.pem", tmp_path / "pair.key")
     copy(authority.issue("first", "127.0.0.1"), pair)
@@ -445,7 +369,7 @@ def test_certificates_and_tokens_change_in_every_process(artifact, tmp_path, mod
     tokens = tmp_path / "tokens.jsonl"
     infers, reads = create_token(tokens, "infers", ["infer"]), create_token(tokens, "reads", ["read"])
     flags = {"token-file": tokens, "tls-cert": pair.cert, "tls-key": pair.key, "tls-client-ca": authority.root}
-    running = Served(artifact, mode, *(f"--{name}={value}" for name, value in flags.items()))
+    running = Served(artifact, *(f"--{name}={value}" for name, value in flags.items()))
 
     def of_all(request, token, context=known):
         """Serials of certificates, and statuses, on more connections than go to one process."""
@@ -486,12 +410,11 @@ def test_certificates_and_tokens_change_in_every_process(artifact, tmp_path, mod
         running.kill()
 
 
-@pytest.mark.parametrize(("mode", "count"), [("--frontends", 3), ("--workers", 2)])
-def test_without_their_supervisor_the_others_end(artifact, mode, count):
-    running = Served(artifact, mode)
+def test_without_their_supervisor_the_others_end(artifact):
+    running = Served(artifact)
     try:
         family = psutil.Process(running.process.pid).children()
-        assert len(family) == count
+        assert len(family) == 2
         running.process.kill()
         _, alive = psutil.wait_procs(family, 10)
         assert not alive
@@ -499,12 +422,11 @@ def test_without_their_supervisor_the_others_end(artifact, mode, count):
         running.kill()
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_what_cannot_be_loaded_is_one_line(tmp_path, mode):
+def test_what_cannot_be_loaded_is_one_line(tmp_path):
     (tmp_path / "none.lepton").write_bytes(b"no artifact")
     code = "import sys; from lepton_xla.cli import main; sys.exit(main())"
     done = subprocess.run(
-        [sys.executable, "-c", code, "serve", str(tmp_path / "none.lepton"), "--port", "0", mode, "2"],
+        [sys.executable, "-c", code, "serve", str(tmp_path / "none.lepton"), "--port", "0", "--workers", "2"],
         capture_output=True, text=True, cwd=ROOT, timeout=60,
     )  # fmt: skip
     assert done.returncode == 2

@@ -23,8 +23,8 @@ def test_a_process_that_says_nothing_for_a_minute_is_killed_and_no_other(monkeyp
     """Its event loop will not turn again, so neither health of its own nor a message to it would help."""
     now = 1000.0
     monkeypatch.setattr(supervisor, "monotonic", lambda: now)
-    keeper = Supervisor("x.lepton", Options(port=0), frontends=1)
-    children = keeper._children
+    keeper = Supervisor("x.lepton", Options(port=0), 2)
+    children = keeper._workers
     for child in children:
         child.process, child.ready = Process(), True
         keeper._told(child, control.Counts({}))
@@ -43,50 +43,50 @@ def test_a_process_that_says_nothing_for_a_minute_is_killed_and_no_other(monkeyp
 def test_who_has_not_been_heard_from_for_a_second_gets_no_connections(monkeypatch):
     now = 1000.0
     monkeypatch.setattr(supervisor, "monotonic", lambda: now)
-    keeper = Supervisor("x.lepton", Options(port=0), workers=2)
-    first, second = keeper._fronts
+    keeper = Supervisor("x.lepton", Options(port=0), 2)
+    first, second = keeper._workers
     for child in (first, second):
         child.ready = True
         keeper._told(child, control.Connections(0))
     first.open = 5
-    assert keeper._open_fronts() == [second, first]
+    assert keeper._open_workers() == [second, first]
     now += 0.9
     keeper._told(first, control.Connections(5))
     now += 0.2
-    assert keeper._open_fronts() == [first]
+    assert keeper._open_workers() == [first]
     now += 1.0
-    assert keeper._open_fronts() == []
+    assert keeper._open_workers() == []
     keeper._told(second, control.Connections(0))
-    assert keeper._open_fronts() == [second]
+    assert keeper._open_workers() == [second]
 
 
 def test_nobody_is_silent_who_could_not_be_heard(monkeypatch):
     """A container that was paused for two minutes: all stood still."""
     monkeypatch.setattr(supervisor, "monotonic", lambda: 1000.0)
-    keeper = Supervisor("x.lepton", Options(port=0), workers=2)
-    for child in keeper._children:
+    keeper = Supervisor("x.lepton", Options(port=0), 2)
+    for child in keeper._workers:
         child.process, child.ready = Process(), True
         keeper._told(child, control.Counts({}))
     keeper._end_silent(1120.0, 120.0)
     keeper._end_silent(1120.5, 0.5)
-    assert not any(child.process.killed for child in keeper._children)
+    assert not any(child.process.killed for child in keeper._workers)
     keeper._end_silent(1180.5, 0.5)
-    assert all(child.process.killed for child in keeper._children)
+    assert all(child.process.killed for child in keeper._workers)
 
 
 def test_a_process_that_is_being_started_may_take_its_time():
-    keeper = Supervisor("x.lepton", Options(port=0), frontends=1)
-    for child in keeper._children:
+    keeper = Supervisor("x.lepton", Options(port=0), 2)
+    for child in keeper._workers:
         child.process = Process()
     keeper._end_silent(1e9, 0.5)
-    assert not any(child.process.killed for child in keeper._children)
+    assert not any(child.process.killed for child in keeper._workers)
 
 
 @pytest.mark.parametrize("begun", [True, False])
 def test_a_process_that_the_machine_has_no_room_for_is_tried_again(monkeypatch, begun):
     """But not the first time: then the command ends, and says why."""
     monkeypatch.setattr(supervisor, "_FIRST_WAIT_S", 0.0)
-    keeper = Supervisor("x.lepton", Options(port=0), frontends=1)
+    keeper = Supervisor("x.lepton", Options(port=0), 2)
     tries = []
 
     async def once(child):
@@ -101,11 +101,11 @@ def test_a_process_that_the_machine_has_no_room_for_is_tried_again(monkeypatch, 
         keeper._begun = asyncio.get_running_loop().create_future()
         if begun:
             keeper._begun.set_result(None)
-        code = await asyncio.wait_for(keeper._keep(keeper._engine), 5)
+        code = await asyncio.wait_for(keeper._keep(keeper._workers[0]), 5)
         return code, keeper._begun.exception()
 
     code, failure = asyncio.run(main())
     if begun:
         assert (len(tries), code, failure) == (3, 0, None)
     else:
-        assert (len(tries), str(failure)) == (1, "the engine could not be started: Resource temporarily unavailable")
+        assert (len(tries), str(failure)) == (1, "worker 1 could not be started: Resource temporarily unavailable")
