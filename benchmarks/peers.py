@@ -137,7 +137,7 @@ def _has_convolution(variables: Any) -> bool:
 
 
 def _bytes(leaf: Any) -> int:
-    from lepton_xla.program import leaf_bytes
+    from lepton_xla.trees import leaf_bytes
 
     return leaf_bytes(leaf.shape, leaf.dtype)
 

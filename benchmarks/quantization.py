@@ -34,9 +34,9 @@ from rich.console import Console
 
 import lepton_xla as lx
 from lepton_xla.cli import tables
-from lepton_xla.pipeline import grid
-from lepton_xla.program import tree_bytes
+from lepton_xla.optimization.pipeline import grid
 from lepton_xla.recipe import presets
+from lepton_xla.trees import tree_bytes
 
 RESULTS = harness.PAGES / "quantization.json"
 # Slower is what is above this ratio, and above that of the float model timed twice: what runs of one program differ by.

@@ -20,9 +20,9 @@ if TYPE_CHECKING:
         UnsupportedError,
     )
     from lepton_xla.modelspec import ModelSpec
+    from lepton_xla.optimization.pipeline import optimize
     from lepton_xla.passes.core.plans import Plan
     from lepton_xla.passes.core.sites import find_sites
-    from lepton_xla.pipeline import optimize
     from lepton_xla.program import Program, TensorSpec, trace
     from lepton_xla.recipe import Recipe
     from lepton_xla.report import PassReport, SiteReport
@@ -76,7 +76,7 @@ _HOMES = {
     ),
     "lepton_xla.modelspec": ("ModelSpec",),
     "lepton_xla.passes.core.sites": ("find_sites",),
-    "lepton_xla.pipeline": ("optimize",),
+    "lepton_xla.optimization.pipeline": ("optimize",),
     "lepton_xla.adapters": ("from_linen", "from_nnx"),
     "lepton_xla.program": ("Program", "TensorSpec", "trace"),
     "lepton_xla.passes.core.plans": ("Plan",),

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import operator
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -13,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lepton_xla.errors import CompileError, ModelError
+from lepton_xla.trees import abstract, name_leaves, some_names, tree_bytes
 
 if TYPE_CHECKING:
     from lepton_xla.report import PassReport
@@ -196,71 +196,6 @@ def as_sizes(name: str, given: Any) -> tuple[int, ...]:
         if plain[-1] < 1:
             raise CompileError(f"buckets[{name!r}] holds {size!r}; a size is an integer of at least 1")
     return tuple(plain)
-
-
-def some_names(names: Iterable[str], limit: int = 6) -> str:
-    """A few of the names, for a message."""
-    listed = list(names)
-    more = f", ... and {len(listed) - limit} more" if len(listed) > limit else ""
-    return (", ".join(listed[:limit]) or "there is none") + more
-
-
-def abstract(tree: Any) -> Any:
-    """The tree with every array replaced by its shape and dtype."""
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
-
-
-def tree_bytes(tree: Any) -> int:
-    """Bytes of every array in a tree as held in memory (sub-byte dtypes counted packed)."""
-    return sum(leaf_bytes(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(tree))
-
-
-def leaf_bytes(shape: Sequence[int], dtype: Any) -> int:
-    """Bytes of one array; int4 and uint4 count half a byte."""
-    bits = 4 if jnp.dtype(dtype).name in ("int4", "uint4") else jnp.dtype(dtype).itemsize * 8
-    return (math.prod(shape) * bits + 7) // 8
-
-
-def name_leaves(tree: Any, *, single: str | None = None, prefix: str = "") -> dict[str, Any]:
-    """Flattens a tree into `{path: leaf}`, paths joined by `/`.
-
-    Args:
-        tree: any pytree.
-        single: the name of the only leaf where the tree is one.
-        prefix: the first part of the names of leaves in a tuple or list: `output` gives `output_0`, `output_1`.
-
-    Raises:
-        ModelError: for two leaves with one path, such as those of `{"a/b": x, "a": {"b": y}}`.
-    """
-    try:
-        flat, _ = jax.tree_util.tree_flatten_with_path(tree)
-    except (TypeError, ValueError) as error:  # of keys that Python cannot sort
-        raise ModelError(
-            f"a dictionary has keys of several kinds, such as 1 and '1'; make all strings: {error}"
-        ) from error
-    names: list[str] = []
-    for path, _ in flat:
-        name = "/".join(map(key_name, path)) or (single if single is not None else prefix)
-        names.append(f"{single}_{name}" if single is not None and name.split("/")[0].isdigit() else name)
-    # The parts of a `QTensor` are attributes, which nobody named: where a key has that path, they give way.
-    parts = [any(isinstance(key, jax.tree_util.GetAttrKey) for key in path) for path, _ in flat]
-    keys = {name for name, part in zip(names, parts, strict=True) if not part}
-    named: dict[str, Any] = {}
-    for name, part, (_, leaf) in zip(names, parts, flat, strict=True):
-        while part and (name in keys or name in named):
-            name += ":"
-        if name in named:
-            raise ModelError(f"two leaves have the path {name!r}; rename one of the dictionary keys")
-        named[name] = leaf
-    return named
-
-
-def key_name(key: Any) -> str:
-    """One part of a leaf's path: a dictionary's key, a position or an attribute."""
-    for attribute in ("key", "idx", "name"):
-        if hasattr(key, attribute):
-            return str(getattr(key, attribute))
-    return str(key)
 
 
 def trace(fn: Callable[..., Any], weights: Any, inputs: Mapping[str, TensorSpec]) -> Program:

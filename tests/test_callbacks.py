@@ -9,8 +9,8 @@ import pytest
 from jax.experimental import io_callback
 
 import lepton_xla as lx
-from lepton_xla import pipeline
 from lepton_xla.errors import CompileError, UnsupportedError
+from lepton_xla.optimization import pipeline
 from lepton_xla.passes.planning import resolve
 
 INT8 = lx.Recipe.parse("measure = false\n[[quantize]]\nsites = '.*'\ndynamic = false", name="static")

@@ -82,30 +82,29 @@ def part(module):
 
 
 # What each part may import, besides itself. Parts that are not listed here are at the bottom: errors, data.
-BOTTOM = {"errors", "report", "program", "_compat"}
+BOTTOM = {"errors", "report", "trees", "program", "_compat"}
 PASSES = BOTTOM | {"quant", "passes"}
 ALLOWED = {
     "errors": set(),
     "report": set(),
     "_compat": set(),
-    "program": {"errors", "report"},
-    "adapters": {"errors", "program", "written"},
-    "written": {"_compat"},
+    "trees": {"errors"},
+    "program": {"errors", "report", "trees"},
+    "adapters": {"errors", "program", "trees", "_compat"},
     "rows": {"errors", "program"},
     "callbacks": BOTTOM,
     "flags": set(),
-    "memory": set(),
     "quant": {"errors", "_compat"},
     "passes": BOTTOM | {"quant", "recipe"},
     "recipe": {"errors", "quant"},
     "modelspec": BOTTOM | {"adapters"},
-    "pipeline": PASSES | {"recipe", "rows", "callbacks", "flags", "memory"},
+    "optimization": PASSES | {"recipe", "rows", "callbacks", "flags"},
     "compiler": BOTTOM | {"rows", "callbacks", "flags"},
     "serve": {"errors", "program", "compiler"},
     "train": PASSES | {"recipe", "sharding"},
     "sharding": BOTTOM,
     "kernels": {"errors", "_compat"},
-    "tune": PASSES | {"recipe", "pipeline", "compiler", "modelspec"},
+    "tuning": PASSES | {"recipe", "optimization", "compiler", "modelspec"},
 }
 # For the checker of types only, or inside a function that neither loading nor serving calls.
 TYPES_ONLY = {("compiler", "passes")}
@@ -126,17 +125,25 @@ def test_imports_point_one_way(module):
     assert anywhere - {here} <= ALLOWED[here] | types
 
 
+# What a process that serves has no use for.
+OFFLINE = {"passes", "quant", "recipe", "optimization", "tuning"}
+
+
 def test_a_serving_process_reaches_no_pass():
     for module in FILES:
         if part(module) == "serve":
-            held = {name for name in reached(module) if part(name) in {"passes", "quant", "recipe", "pipeline", "tune"}}
+            held = {
+                name
+                for name in reached(module)
+                if part(name) in {"passes", "quant", "recipe", "optimization", "tuning"}
+            }
             assert not held, f"{module} imports {sorted(held)}"
 
 
 def test_the_artifact_loader_reaches_no_pass():
     loader = reached("lepton_xla.compiler.loading")
     assert "lepton_xla.compiler" in loader
-    assert not {name for name in loader if part(name) in {"passes", "quant", "recipe", "pipeline", "serve", "cli"}}
+    assert not {name for name in loader if part(name) in {"passes", "quant", "recipe", "optimization", "serve", "cli"}}
 
 
 # JAX's internals.

@@ -7,10 +7,10 @@ import msgspec
 import numpy as np
 import pytest
 
-from lepton_xla import pipeline
 from lepton_xla.adapters import from_linen
 from lepton_xla.errors import CalibrationError, CompileError, ModelError, RecipeError, UnsupportedError
-from lepton_xla.pipeline import apply_plan, grid, optimize, plan_for
+from lepton_xla.optimization import pipeline
+from lepton_xla.optimization.pipeline import apply_plan, grid, optimize, plan_for
 from lepton_xla.program import TensorSpec, trace
 from lepton_xla.quant import QTensor
 from lepton_xla.recipe import Recipe, presets

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 import lepton_xla as lx
+from lepton_xla.optimization.pipeline import plan_for
 from lepton_xla.passes.planning import resolve
-from lepton_xla.pipeline import plan_for
 from lepton_xla.recipe import presets
 
 _rng = np.random.default_rng(0)

@@ -12,8 +12,9 @@ from flax import nnx
 
 from lepton_xla.adapters import from_linen, from_nnx
 from lepton_xla.errors import ModelError
-from lepton_xla.program import Expansion, Program, TensorSpec, leaf_bytes, name_leaves, trace, tree_bytes
+from lepton_xla.program import Expansion, Program, TensorSpec, trace
 from lepton_xla.report import PassReport
+from lepton_xla.trees import leaf_bytes, name_leaves, tree_bytes
 
 ROWS = {"x": TensorSpec(("batch", 3), "float32")}
 W = {"w": jnp.asarray(np.arange(6, dtype=np.float32).reshape(3, 2))}

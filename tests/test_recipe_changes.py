@@ -6,9 +6,9 @@ import jax.numpy as jnp
 import pytest
 
 import lepton_xla as lx
+from lepton_xla.optimization.pipeline import plan_for
 from lepton_xla.passes import find_groups
 from lepton_xla.passes.planning import resolve
-from lepton_xla.pipeline import plan_for
 from lepton_xla.recipe import PruneRule
 from lepton_xla.recipe.changes import parse_setting
 

@@ -13,15 +13,16 @@ import pytest
 from flax import nnx
 
 from lepton_xla.adapters import from_linen, from_nnx
+from lepton_xla.optimization.pipeline import optimize
 from lepton_xla.passes import calibrate, fake_quant
 from lepton_xla.passes.core.sites import find_sites
 from lepton_xla.passes.planning import resolve
 from lepton_xla.passes.quantization.fake_quantization import initial_scales
 from lepton_xla.passes.quantization.lowering import lower
-from lepton_xla.pipeline import optimize
-from lepton_xla.program import TensorSpec, name_leaves, trace
+from lepton_xla.program import TensorSpec, trace
 from lepton_xla.quant import QTensor
 from lepton_xla.recipe import Recipe, presets
+from lepton_xla.trees import name_leaves
 
 DEPTH, HIDDEN, OUT = 16, 24, 6
 ROWS = {"x": TensorSpec(("batch", DEPTH), "float32")}

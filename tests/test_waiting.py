@@ -13,7 +13,7 @@ import pytest
 
 import lepton_xla as lx
 from lepton_xla.passes.rescaling.smoothquant import MULTIPLIED
-from lepton_xla.program import tree_bytes
+from lepton_xla.trees import tree_bytes
 
 COMPILE = "/jax/core/compile/backend_compile_duration"
 

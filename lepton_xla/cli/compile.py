@@ -62,7 +62,7 @@ def compile(
         from lepton_xla.cli import _models
         from lepton_xla.compiler.buckets import check_ladders
         from lepton_xla.compiler.manifest import check_name
-        from lepton_xla.pipeline import apply_plan, plan_for
+        from lepton_xla.optimization.pipeline import apply_plan, plan_for
 
         # What needs no model is looked at first, so that a slip does not cost a long run.
         chosen = _models.load_recipe(recipe, settings, exclude)

@@ -63,7 +63,7 @@ def _route(manifest: Manifest, here: Fingerprint) -> dict[str, Any]:
 
 
 def _weights(manifest: Manifest) -> list[dict[str, Any]]:
-    from lepton_xla.program import leaf_bytes
+    from lepton_xla.trees import leaf_bytes
 
     on_disk = dict.fromkeys((leaf.folder for leaf in manifest.weights if leaf.is_zarr), 0)
     for name, entry in manifest.files.items():

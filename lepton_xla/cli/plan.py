@@ -52,10 +52,10 @@ def plan(
     with _common.progress() as step:
         step("load JAX")
         from lepton_xla.cli import _models
+        from lepton_xla.optimization.pipeline import plan_for
         from lepton_xla.passes.core.costs import cost
         from lepton_xla.passes.core.inventory import weights_report
         from lepton_xla.passes.shrinking.groups import find_groups
-        from lepton_xla.pipeline import plan_for
 
         chosen = _models.load_recipe(recipe, settings, exclude)
         step(f"load {target}")

@@ -13,7 +13,7 @@ from lepton_xla.cli import _common
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from lepton_xla.tune import Sensitivity
+    from lepton_xla.tuning import Sensitivity
 
 DEFAULT_RECIPE = "int8"
 
@@ -77,7 +77,7 @@ def sensitivity(
     with _common.progress() as step:
         step("load JAX")
         from lepton_xla.cli import _models
-        from lepton_xla.tune import sensitivity as measure
+        from lepton_xla.tuning import sensitivity as measure
 
         chosen = _models.load_recipe(recipe, settings, exclude)
         step(f"load {target}")

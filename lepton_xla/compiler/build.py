@@ -26,8 +26,9 @@ from lepton_xla.compiler.portable import export_programs
 from lepton_xla.compiler.probes import table_sizes
 from lepton_xla.compiler.runtime import Runtime, run_expand
 from lepton_xla.errors import CompileError
-from lepton_xla.program import Program, TensorSpec, abstract, name_leaves
+from lepton_xla.program import Program, TensorSpec
 from lepton_xla.rows import check_rows_lead, row_symbol
+from lepton_xla.trees import abstract, name_leaves
 
 _LOG = logging.getLogger(__name__)
 _CONSTANTS_WARNING_BYTES = 1 << 20

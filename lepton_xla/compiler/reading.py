@@ -25,7 +25,7 @@ from lepton_xla.compiler.packing import from_words, packed_size, unpack, words_o
 from lepton_xla.compiler.storage import VerifiedFiles
 from lepton_xla.compiler.weights import SCRATCH, open_array, pieces, plain_codecs
 from lepton_xla.errors import ArtifactError
-from lepton_xla.program import leaf_bytes
+from lepton_xla.trees import leaf_bytes
 
 # XLA:CPU reads a host array in place only where it starts on such a boundary.
 _ALIGNMENT = 64

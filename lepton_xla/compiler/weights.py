@@ -20,7 +20,7 @@ import tensorstore as ts
 from lepton_xla.compiler import entropy
 from lepton_xla.compiler.manifest import Encoding, Piece, WeightLeaf
 from lepton_xla.compiler.packing import needs_packing, pack, to_words
-from lepton_xla.program import leaf_bytes
+from lepton_xla.trees import leaf_bytes
 
 CHUNK_BYTES = 4 << 20
 # Smaller than a chunk, because a piece that is decoded takes several times its size for a moment.

@@ -16,10 +16,11 @@ from lepton_xla.passes.core.plans import Plan, SitePlan
 from lepton_xla.passes.core.sites import Site, find_sites
 from lepton_xla.passes.pruning.masks import other_matrix, plan_targets, something_left, unprunable
 from lepton_xla.passes.quantization.products import contracted_size, not_float, unstorable, unsupported
-from lepton_xla.program import Program, leaf_bytes, name_leaves, some_names
+from lepton_xla.program import Program
 from lepton_xla.quant.grid import nearest_group
 from lepton_xla.recipe import PruneRule, QuantizeRule, Recipe
 from lepton_xla.recipe.rules import Rule
+from lepton_xla.trees import leaf_bytes, name_leaves, some_names
 
 
 def resolve(recipe: Recipe, program: Program, *, sites: Sequence[Site] | None = None) -> Plan:

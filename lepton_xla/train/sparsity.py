@@ -30,10 +30,11 @@ from lepton_xla.passes.pruning.masks import (
     something_left,
     sparsity_of,
 )
-from lepton_xla.program import check_masks, key_name, name_leaves, some_names
+from lepton_xla.program import check_masks
 from lepton_xla.recipe import PruneRule
 from lepton_xla.recipe.rules import check_rule
 from lepton_xla.train.schedules import Schedule
+from lepton_xla.trees import key_name, name_leaves, some_names
 
 type Rules = Plan | Mapping[str, float | None] | Sequence[PruneRule]
 

@@ -8,7 +8,7 @@ import rich.console
 
 from lepton_xla.cli import _common, _load_views, _reports, bench, compile, inspect, plan, sensitivity, tables
 from lepton_xla.cli.tables import Table, fold
-from lepton_xla.tune import Sensitivity
+from lepton_xla.tuning import Sensitivity
 
 WIDE = Table(
     "two symbolic dimensions",

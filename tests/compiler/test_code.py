@@ -12,7 +12,7 @@ from lepton_xla import compiler
 from lepton_xla.cli import main
 from lepton_xla.compiler import _xla
 from lepton_xla.errors import ArtifactError, CompileError, ExecutionError
-from lepton_xla.pipeline import optimize
+from lepton_xla.optimization.pipeline import optimize
 from lepton_xla.program import TensorSpec, trace
 from lepton_xla.recipe import Recipe
 

@@ -10,7 +10,8 @@ import lepton_xla as lx
 from lepton_xla.adapters import from_linen
 from lepton_xla.passes import fold, weights_report
 from lepton_xla.passes.planning import resolve
-from lepton_xla.program import TensorSpec, trace, tree_bytes
+from lepton_xla.program import TensorSpec, trace
+from lepton_xla.trees import tree_bytes
 
 
 def recipe(text):

@@ -9,8 +9,8 @@ import pytest
 from keeping import nothing_kept
 
 import lepton_xla as lx
-from lepton_xla import pipeline
 from lepton_xla.errors import CalibrationError, RecipeError
+from lepton_xla.optimization import pipeline
 from lepton_xla.passes import cost
 from lepton_xla.recipe import ShrinkRule
 

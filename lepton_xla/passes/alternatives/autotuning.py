@@ -23,8 +23,9 @@ from lepton_xla.passes.alternatives import shifted, single_row
 from lepton_xla.passes.core.sites import trace_sites
 from lepton_xla.passes.core.walker import Context, Values, materialize, rewrite
 from lepton_xla.passes.quantization.measurement import OPERATION_BUDGET_S, time_programs
-from lepton_xla.program import Expansion, Program, abstract
+from lepton_xla.program import Expansion, Program
 from lepton_xla.report import PassReport, SiteReport
+from lepton_xla.trees import abstract
 
 # How an operation that stays as it is is called beside the ways to compute it.
 XLA = "XLA's own"

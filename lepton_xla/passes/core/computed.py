@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from lepton_xla.passes.core.expressions import Expression, stored_shape
-from lepton_xla.program import leaf_bytes
+from lepton_xla.trees import leaf_bytes
 
 # A computed value takes the place of the weights it is computed from where it has at most this many times their bytes:
 # the product of two low-rank matrices, or an outer product, is better computed on each call than stored.

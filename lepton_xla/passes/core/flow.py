@@ -19,7 +19,8 @@ from lepton_xla import _compat
 from lepton_xla.passes.core.names import SiteNames
 from lepton_xla.passes.core.sites import takes_rows
 from lepton_xla.passes.core.walker import Context, Values, rewrite
-from lepton_xla.program import Program, abstract, name_leaves, probe_sizes
+from lepton_xla.program import Program, probe_sizes
+from lepton_xla.trees import abstract, name_leaves
 
 _MOVES = (
     "convert_element_type", "transpose", "reshape", "squeeze", "expand_dims", "copy", "copy_p", "reduce_precision",

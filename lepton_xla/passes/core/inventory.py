@@ -12,9 +12,10 @@ import jax.numpy as jnp
 
 from lepton_xla.passes.core.precomputation import COMPUTED
 from lepton_xla.passes.core.sites import find_sites, made_of
-from lepton_xla.program import Program, abstract, tree_bytes
+from lepton_xla.program import Program
 from lepton_xla.quant import QTensor
 from lepton_xla.report import PassReport, SiteReport
+from lepton_xla.trees import abstract, tree_bytes
 
 if TYPE_CHECKING:
     from lepton_xla.passes.core.plans import Plan

@@ -13,8 +13,9 @@ from lepton_xla.passes.core.computed import Computed, ComputedWeight
 from lepton_xla.passes.core.expressions import evaluate, support
 from lepton_xla.passes.core.sites import Site, find_sites, rewrite_sites
 from lepton_xla.passes.core.walker import Context, Values
-from lepton_xla.program import Program, abstract, abstract_outputs, leaf_bytes, probe_sizes, tree_bytes
+from lepton_xla.program import Program, abstract_outputs, probe_sizes
 from lepton_xla.report import PassReport, SiteReport
+from lepton_xla.trees import abstract, leaf_bytes, tree_bytes
 
 if TYPE_CHECKING:
     from lepton_xla.passes.core.plans import Plan

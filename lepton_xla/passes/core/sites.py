@@ -23,7 +23,8 @@ from lepton_xla.passes.core.computed import Computed, choose_computed
 from lepton_xla.passes.core.expressions import Expression
 from lepton_xla.passes.core.names import Key, SiteNames
 from lepton_xla.passes.core.walker import Carried, Context, Rule, Values, materialize, rewrite
-from lepton_xla.program import Program, TensorSpec, abstract, name_leaves, probe_sizes
+from lepton_xla.program import Program, TensorSpec, probe_sizes
+from lepton_xla.trees import abstract, name_leaves
 
 type SiteRule = Callable[["Site", Context, Any, Values], Values | None]
 """`rule(site, context, equation, operands) -> outputs`, or None to leave the equation as it is."""

@@ -24,8 +24,9 @@ from lepton_xla.passes.core.precomputation import precompute
 from lepton_xla.passes.core.sites import Layout, LayoutOp, Site, find_sites, lay_out
 from lepton_xla.passes.core.walker import Carried, Context, Values, materialize, rewrite
 from lepton_xla.passes.folding.factors import wider
-from lepton_xla.program import Program, abstract, leaf_bytes, probe_sizes, tree_bytes
+from lepton_xla.program import Program, probe_sizes
 from lepton_xla.report import PassReport, SiteReport
+from lepton_xla.trees import abstract, leaf_bytes, tree_bytes
 
 # What the folded shift of a weight is called.
 BIAS = "bias"

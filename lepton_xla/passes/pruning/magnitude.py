@@ -22,9 +22,10 @@ from lepton_xla.passes.pruning.masks import (
     rule_shares,
 )
 from lepton_xla.passes.pruning.ranking import Ranking, keep_largest, keep_largest_on_host
-from lepton_xla.program import Program, check_masks, leaf_bytes, name_leaves
+from lepton_xla.program import Program, check_masks
 from lepton_xla.recipe.rules import DATA_METHODS, check_rule
 from lepton_xla.report import PassReport, SiteReport
+from lepton_xla.trees import leaf_bytes, name_leaves
 
 if TYPE_CHECKING:
     from lepton_xla.passes.core.plans import Plan

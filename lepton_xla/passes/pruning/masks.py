@@ -24,9 +24,9 @@ from lepton_xla.passes.core.sites import LayoutOp, Site, lay_out, layout_key
 from lepton_xla.passes.pruning import held
 from lepton_xla.passes.pruning.ranking import LARGEST_RANKING, Masks, Ranking, exact_mean, keep_largest, largest_of_each
 from lepton_xla.passes.quantization.products import unsupported
-from lepton_xla.program import some_names
 from lepton_xla.recipe.patterns import Pattern
 from lepton_xla.recipe.rules import DATA_METHODS, PruneRule, sparsity_of
+from lepton_xla.trees import some_names
 
 if TYPE_CHECKING:
     from lepton_xla.passes.core.plans import Plan

@@ -25,8 +25,9 @@ from lepton_xla.passes.core.sites import Site, rewrite_sites
 from lepton_xla.passes.core.statistics import collect_statistics
 from lepton_xla.passes.core.walker import Context, Values, materialize
 from lepton_xla.passes.quantization.rounding import exact_matrices, planned_weights, weight_report
-from lepton_xla.program import Program, abstract
+from lepton_xla.program import Program
 from lepton_xla.report import PassReport, SiteReport
+from lepton_xla.trees import abstract
 
 if TYPE_CHECKING:
     from lepton_xla.passes.core.plans import Plan

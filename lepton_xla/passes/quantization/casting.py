@@ -20,8 +20,9 @@ from lepton_xla.errors import RecipeError
 from lepton_xla.passes.core.precomputation import precompute
 from lepton_xla.passes.core.sites import Site, find_sites, operand_value, rewrite_sites
 from lepton_xla.passes.core.walker import Context, Values
-from lepton_xla.program import Expansion, Program, abstract, probe_sizes, tree_bytes
+from lepton_xla.program import Expansion, Program, probe_sizes
 from lepton_xla.report import PassReport, SiteReport
+from lepton_xla.trees import abstract, tree_bytes
 
 DTYPES = ("bfloat16", "float16")
 

@@ -34,11 +34,11 @@ from lepton_xla.passes.core.sites import (
 from lepton_xla.passes.core.walker import Context, Values
 from lepton_xla.passes.quantization import products
 from lepton_xla.passes.quantization.products import RANGE, SCALE
-from lepton_xla.program import name_leaves, some_names
 from lepton_xla.quant import FORMATS, Format, encode, fake_quantize, make_grid
 from lepton_xla.quant.grid import matrix_codes, matrix_values, settle
 from lepton_xla.quant.learned import LOG2, initial_scale, learned_quantize, raw_scales, stochastic_quantize
 from lepton_xla.quant.qtensor import straight_through
+from lepton_xla.trees import name_leaves, some_names
 
 if TYPE_CHECKING:
     from lepton_xla.passes.core.plans import Plan, SitePlan

@@ -35,11 +35,12 @@ from lepton_xla.passes.quantization.measurement import Candidate, Timing, compar
 from lepton_xla.passes.quantization.products import RANGE, SCALE
 from lepton_xla.passes.quantization.rounding import is_finite
 from lepton_xla.passes.quantization.whole_program import WORTH_RATIO, WholeProgram, WholeTiming, loses
-from lepton_xla.program import Expansion, Program, abstract, leaf_bytes, tree_bytes
+from lepton_xla.program import Expansion, Program
 from lepton_xla.quant import QTensor
 from lepton_xla.quant.grid import settle
 from lepton_xla.quant.learned import raw_scales
 from lepton_xla.report import PassReport, SiteReport
+from lepton_xla.trees import abstract, leaf_bytes, tree_bytes
 
 if TYPE_CHECKING:
     from lepton_xla.passes.core.plans import Plan

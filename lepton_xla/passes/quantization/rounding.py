@@ -21,11 +21,12 @@ from lepton_xla.passes.core import matrix
 from lepton_xla.passes.core.alike import Alike
 from lepton_xla.passes.core.precomputation import for_plan
 from lepton_xla.passes.core.sites import Site
-from lepton_xla.program import Program, leaf_bytes
+from lepton_xla.program import Program
 from lepton_xla.quant import FORMATS
 from lepton_xla.quant.formats import Format
 from lepton_xla.quant.grid import Grid, make_grid, matrix_codes, matrix_values
 from lepton_xla.report import PassReport, SiteReport
+from lepton_xla.trees import leaf_bytes
 
 if TYPE_CHECKING:
     from lepton_xla.passes.core.plans import Plan, SitePlan

@@ -24,7 +24,8 @@ from lepton_xla.passes.core.names import Key, fresh
 from lepton_xla.passes.core.sites import LayoutOp, Site, find_sites, rewrite_sites
 from lepton_xla.passes.core.walker import Context, Values, materialize
 from lepton_xla.passes.folding.factors import multiplied, row_absmax
-from lepton_xla.program import Program, abstract
+from lepton_xla.program import Program
+from lepton_xla.trees import abstract
 
 if TYPE_CHECKING:
     from lepton_xla.passes.core.plans import Plan

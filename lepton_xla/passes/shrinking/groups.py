@@ -24,7 +24,8 @@ from lepton_xla.passes.shrinking.dimensions import (
     unit_sums,
     units_of,
 )
-from lepton_xla.program import Program, abstract, abstract_outputs, leaf_bytes, probe_sizes
+from lepton_xla.program import Program, abstract_outputs, probe_sizes
+from lepton_xla.trees import abstract, leaf_bytes
 
 type Masks = dict[str, tuple[np.ndarray | None, ...]]
 """Weight path -> for each axis, which positions stay, bool `[*steps, size]`; None where all do."""

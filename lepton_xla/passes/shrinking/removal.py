@@ -21,9 +21,10 @@ from lepton_xla.passes.shrinking.dimensions import Dimension, Kept
 from lepton_xla.passes.shrinking.groups import Group, Groups, find_groups
 from lepton_xla.passes.shrinking.importance import Batches, Importance, Loss, importance_scores
 from lepton_xla.passes.shrinking.resizing import remove
-from lepton_xla.program import Program, probe_sizes, some_names
+from lepton_xla.program import Program, probe_sizes
 from lepton_xla.recipe.rules import check_target
 from lepton_xla.report import PassReport, SiteReport
+from lepton_xla.trees import some_names
 
 # A search for a target halves the range of possible sparsities this often.
 SEARCH_STEPS = 12

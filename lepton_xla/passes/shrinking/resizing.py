@@ -18,7 +18,8 @@ from lepton_xla.passes.core.walker import Context, Rule, Values, materialize, re
 from lepton_xla.passes.shrinking.dependencies import Axes, Study, inside
 from lepton_xla.passes.shrinking.dimensions import Kept, mask_of
 from lepton_xla.passes.shrinking.groups import Groups, Masks, loses, masks_of, transferred
-from lepton_xla.program import Program, abstract
+from lepton_xla.program import Program
+from lepton_xla.trees import abstract
 
 
 def remove(program: Program, groups: Groups, kept: Kept, *, shapes_only: bool = False) -> Program:

@@ -8,9 +8,10 @@ from typing import Any
 
 import jax
 
+from lepton_xla.adapters.written import written
 from lepton_xla.errors import ModelError
-from lepton_xla.program import Program, TensorSpec, abstract, name_leaves, probe_sizes, some_names, trace
-from lepton_xla.written import written
+from lepton_xla.program import Program, TensorSpec, probe_sizes, trace
+from lepton_xla.trees import abstract, name_leaves, some_names
 
 
 def from_linen(

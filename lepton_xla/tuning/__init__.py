@@ -1,5 +1,5 @@
 """Finding out what to quantize: measurements that help to write a recipe."""
 
-from lepton_xla.tune.sensitivity import Sensitivity, SiteSensitivity, sensitivity
+from lepton_xla.tuning.sensitivities import Sensitivity, SiteSensitivity, sensitivity
 
 __all__ = ["Sensitivity", "SiteSensitivity", "sensitivity"]

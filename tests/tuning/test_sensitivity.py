@@ -14,7 +14,7 @@ from lepton_xla.passes.core.plans import Plan
 from lepton_xla.passes.planning import resolve
 from lepton_xla.program import TensorSpec, trace
 from lepton_xla.recipe import Recipe
-from lepton_xla.tune import sensitivity
+from lepton_xla.tuning import sensitivity
 
 ROWS = {"x": TensorSpec(("batch", 6), "float32")}
 

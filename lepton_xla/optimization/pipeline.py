@@ -14,7 +14,6 @@ import jax
 import msgspec
 import numpy as np
 
-from lepton_xla import memory
 from lepton_xla.callbacks import without_callbacks
 from lepton_xla.errors import (
     CalibrationError,
@@ -25,6 +24,7 @@ from lepton_xla.errors import (
     UnsupportedError,
 )
 from lepton_xla.flags import warn_of_slow_flags
+from lepton_xla.optimization import memory
 from lepton_xla.passes.alternatives.autotuning import autotune
 from lepton_xla.passes.core.calibration import as_batches, calibrate, needs_range
 from lepton_xla.passes.core.plans import Plan

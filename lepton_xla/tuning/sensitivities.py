@@ -19,6 +19,7 @@ from jax import lax
 
 from lepton_xla.errors import CalibrationError, InputError, ModelError, RecipeError
 from lepton_xla.modelspec import Predict
+from lepton_xla.optimization.pipeline import plan_for
 from lepton_xla.passes.core.calibration import as_batches, calibrate, check_batch, needs_range
 from lepton_xla.passes.core.names import Key
 from lepton_xla.passes.core.plans import Plan, SitePlan
@@ -29,9 +30,9 @@ from lepton_xla.passes.quantization.fake_quantization import fake_quant
 from lepton_xla.passes.quantization.lowering import lower
 from lepton_xla.passes.quantization.measurement import Timing, compare
 from lepton_xla.passes.quantization.products import RANGE
-from lepton_xla.pipeline import plan_for
-from lepton_xla.program import Program, TensorSpec, name_leaves
+from lepton_xla.program import Program, TensorSpec
 from lepton_xla.recipe import Recipe
+from lepton_xla.trees import name_leaves
 
 OUTPUT = "output"
 """The metric that needs no evaluation: the relative error of the outputs."""
