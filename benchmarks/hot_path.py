@@ -31,7 +31,7 @@ from lepton_xla.serve.batching.engine import Engine
 from lepton_xla.serve.batching.scheduler import Scheduler
 from lepton_xla.serve.http.connection import Connection
 from lepton_xla.serve.http.hub import Hub
-from lepton_xla.serve.http.limits import Limits
+from lepton_xla.serve.limits import Limits
 from lepton_xla.serve.observe.metrics import Metrics
 from lepton_xla.serve.process import run_on_calling_thread, settle
 from lepton_xla.serve.protocol.signature import signature_of

@@ -24,7 +24,7 @@ import numpy as np
 
 from lepton_xla.program import TensorSpec
 from lepton_xla.serve import Options, Server, app
-from lepton_xla.serve.http.limits import Limits
+from lepton_xla.serve.limits import Limits
 from lepton_xla.serve.protocol import jsondata
 
 COLUMNS = 50_000

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from lepton_xla.errors import ServeError
-from lepton_xla.serve.http.limits import Limits
+from lepton_xla.serve.limits import Limits
 
 if TYPE_CHECKING:
     from lepton_xla.serve.access.tls import TlsFiles

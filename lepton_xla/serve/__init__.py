@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from lepton_xla.serve.client import AsyncClient, Client
-    from lepton_xla.serve.http.limits import Limits
+    from lepton_xla.serve.limits import Limits
     from lepton_xla.serve.protocol.signature import Servable
     from lepton_xla.serve.server import Options, Server, serve
 
@@ -15,7 +15,7 @@ __all__ = ["AsyncClient", "Client", "Limits", "Options", "Servable", "Server", "
 _HOME = {
     "AsyncClient": "client",
     "Client": "client",
-    "Limits": "http.limits",
+    "Limits": "limits",
     "Options": "server",
     "Servable": "protocol.signature",
     "Server": "server",

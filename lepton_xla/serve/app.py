@@ -18,8 +18,8 @@ from lepton_xla.serve.batching.scheduler import Call, Scheduler
 from lepton_xla.serve.errors import RefusedError
 from lepton_xla.serve.http.date import DATE
 from lepton_xla.serve.http.exchange import Exchange, Head
-from lepton_xla.serve.http.limits import Limits
 from lepton_xla.serve.http.workers import Workers
+from lepton_xla.serve.limits import Limits
 from lepton_xla.serve.observe.metrics import CONTENT_TYPE, Metrics
 from lepton_xla.serve.observe.refusals import Refusals
 from lepton_xla.serve.protocol import encoding, metadata, openapi, routes

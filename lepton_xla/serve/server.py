@@ -27,7 +27,7 @@ from lepton_xla.serve.batching.scheduler import Call, Scheduler
 from lepton_xla.serve.front import Front
 from lepton_xla.serve.http.arrivals import Entrance
 from lepton_xla.serve.http.drain import Stop
-from lepton_xla.serve.http.limits import Limits
+from lepton_xla.serve.limits import Limits
 from lepton_xla.serve.observe.health import STALL_S, Health
 from lepton_xla.serve.observe.metrics import Metrics
 from lepton_xla.serve.observe.tracing import check_endpoint

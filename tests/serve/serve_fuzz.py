@@ -37,7 +37,7 @@ with atheris.instrument_imports(include=["lepton_xla.serve"]) if atheris else co
     from lepton_xla.serve.errors import RefusedError
     from lepton_xla.serve.http.connection import Connection
     from lepton_xla.serve.http.hub import Hub
-    from lepton_xla.serve.http.limits import Limits
+    from lepton_xla.serve.limits import Limits
     from lepton_xla.serve.observe.metrics import Metrics
     from lepton_xla.serve.protocol.signature import signature_of
 

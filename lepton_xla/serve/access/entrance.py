@@ -11,9 +11,9 @@ from typing import Any
 
 from lepton_xla.errors import ServeError
 from lepton_xla.serve.access.auth import Guard
-from lepton_xla.serve.access.listening import Found, Listening, on_tcp, on_unix
 from lepton_xla.serve.access.tls import Certificates, TlsFiles
-from lepton_xla.serve.http.limits import Limits
+from lepton_xla.serve.http.listening import Found, Listening, on_tcp, on_unix
+from lepton_xla.serve.limits import Limits
 
 _log = logging.getLogger("lepton_xla.serve")
 

@@ -8,10 +8,10 @@ import socket
 from collections.abc import Callable
 from typing import Any
 
-from lepton_xla.serve.access.listening import Listening
 from lepton_xla.serve.errors import RefusedError
 from lepton_xla.serve.http.connection import Connection
 from lepton_xla.serve.http.hub import Hub
+from lepton_xla.serve.http.listening import Listening
 from lepton_xla.serve.http.reserve import HANDSHAKE_S, RESERVED, LastConnection
 
 _log = logging.getLogger("lepton_xla.serve")

@@ -10,8 +10,8 @@ import logging
 import resource
 
 from lepton_xla.errors import ServeError
-from lepton_xla.serve.http.limits import Limits
 from lepton_xla.serve.http.reserve import RESERVED
+from lepton_xla.serve.limits import Limits
 
 _log = logging.getLogger("lepton_xla.serve")
 

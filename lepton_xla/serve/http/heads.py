@@ -9,7 +9,7 @@ import re
 
 from lepton_xla.serve.errors import RefusedError
 from lepton_xla.serve.http.exchange import Head
-from lepton_xla.serve.http.limits import Limits
+from lepton_xla.serve.limits import Limits
 
 SINGLE = frozenset((b"inference-header-content-length", b"content-encoding", b"content-length", b"host"))
 """Fields that may be given once only."""

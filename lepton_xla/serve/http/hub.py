@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from lepton_xla.serve.errors import RefusedError
 from lepton_xla.serve.http.date import DATE
 from lepton_xla.serve.http.exchange import Exchange, Head
-from lepton_xla.serve.http.limits import Limits
+from lepton_xla.serve.limits import Limits
 
 if TYPE_CHECKING:
     from lepton_xla.serve.http.connection import Connection

@@ -12,7 +12,7 @@ import msgspec
 import numpy as np
 
 from lepton_xla.serve.errors import RefusedError, shortened
-from lepton_xla.serve.http.limits import Limits
+from lepton_xla.serve.limits import Limits
 from lepton_xla.serve.protocol.datatypes import DATATYPES, Datatype
 from lepton_xla.serve.protocol.jsondata import PIECE_BYTES, read_data, slices
 from lepton_xla.serve.protocol.outline import check_members, outline_of

@@ -19,7 +19,7 @@ import msgspec
 import numpy as np
 
 from lepton_xla.serve.errors import RefusedError, shortened
-from lepton_xla.serve.http.limits import Limits
+from lepton_xla.serve.limits import Limits
 from lepton_xla.serve.protocol.classification import classes_shape
 from lepton_xla.serve.protocol.request import (
     InputHead,

@@ -13,7 +13,7 @@ from serve_fakes import Affine, Identity
 
 from lepton_xla.errors import InputError
 from lepton_xla.serve.client.arrays import decode_infer, encode_infer
-from lepton_xla.serve.http.limits import Limits
+from lepton_xla.serve.limits import Limits
 from lepton_xla.serve.protocol.response import encode_response
 from lepton_xla.serve.protocol.signature import signature_of
 from lepton_xla.serve.protocol.wire import Decoder

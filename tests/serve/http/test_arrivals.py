@@ -6,10 +6,10 @@ import socket
 
 import uvloop
 
-from lepton_xla.serve.access.listening import Listening
 from lepton_xla.serve.http.arrivals import Entrance
 from lepton_xla.serve.http.hub import Hub
-from lepton_xla.serve.http.limits import Limits
+from lepton_xla.serve.http.listening import Listening
+from lepton_xla.serve.limits import Limits
 
 COUNT = 40
 

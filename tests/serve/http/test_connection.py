@@ -23,7 +23,7 @@ from serve_fakes import (
 
 from lepton_xla.serve.http.connection import Connection
 from lepton_xla.serve.http.hub import Hub
-from lepton_xla.serve.http.limits import Limits
+from lepton_xla.serve.limits import Limits
 
 INFER = "/v2/models/affine/infer"
 X = np.arange(4, dtype=np.float32).reshape(1, 4)

@@ -9,7 +9,7 @@ from lepton_xla.serve.http.connection import Connection
 from lepton_xla.serve.http.exchange import Exchange
 from lepton_xla.serve.http.hub import Hub
 from lepton_xla.serve.http.incoming import SHARE, SLICE_BYTES
-from lepton_xla.serve.http.limits import Limits
+from lepton_xla.serve.limits import Limits
 
 READ = 256 << 10
 """What uvloop reads at once."""

@@ -16,8 +16,8 @@ from lepton_xla.program import TensorSpec
 from lepton_xla.serve.errors import RefusedError
 from lepton_xla.serve.http.connection import Connection
 from lepton_xla.serve.http.hub import Hub
-from lepton_xla.serve.http.limits import Limits
 from lepton_xla.serve.http.outgoing import AHEAD_BYTES
+from lepton_xla.serve.limits import Limits
 from lepton_xla.serve.protocol.response import encode_response
 from lepton_xla.serve.protocol.signature import signature_of
 from lepton_xla.serve.protocol.wire import Decoder

@@ -7,8 +7,8 @@ import pytest
 from serve_fakes import Affine, affine_json, connect, exchange, raw_request, read_response
 
 from lepton_xla.serve.access.tokens import create_token
-from lepton_xla.serve.http.limits import Limits
 from lepton_xla.serve.http.reserve import RESERVED
+from lepton_xla.serve.limits import Limits
 
 INFER = "/v2/models/affine/infer"
 BODY = affine_json([[0, 0, 0, 0]], [1])

@@ -18,7 +18,7 @@ from serve_fakes import Affine, affine_json, read_response
 
 from lepton_xla.serve import Options, Server
 from lepton_xla.serve.http.date import Date
-from lepton_xla.serve.http.limits import Limits
+from lepton_xla.serve.limits import Limits
 
 BODY = affine_json(np.zeros((1, 4)), [1])
 LENGTH = b"Content-Length: %d\r\n" % len(BODY)

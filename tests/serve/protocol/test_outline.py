@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from serve_fakes import Affine, affine_json
 
 from lepton_xla.serve.errors import RefusedError, shortened
-from lepton_xla.serve.http.limits import Limits
+from lepton_xla.serve.limits import Limits
 from lepton_xla.serve.protocol import jsondata, outline, request
 from lepton_xla.serve.protocol.encoding import choose
 from lepton_xla.serve.protocol.outline import check_members, outline_of

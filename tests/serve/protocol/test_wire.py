@@ -16,7 +16,7 @@ from serve_fakes import Affine, Identity, Tokens, affine_binary, affine_json
 from lepton_xla.errors import ServeError
 from lepton_xla.program import TensorSpec
 from lepton_xla.serve.errors import RefusedError
-from lepton_xla.serve.http.limits import Limits
+from lepton_xla.serve.limits import Limits
 from lepton_xla.serve.protocol import request
 from lepton_xla.serve.protocol.datatypes import DATATYPES, datatype_of
 from lepton_xla.serve.protocol.jsondata import slices

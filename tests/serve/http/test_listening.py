@@ -15,8 +15,8 @@ from serve_fakes import Affine, raw_request, read_response
 
 from lepton_xla.errors import ServeError
 from lepton_xla.serve import Limits, Options, Server
-from lepton_xla.serve.access.listening import on_tcp
 from lepton_xla.serve.client import AsyncClient, Client
+from lepton_xla.serve.http.listening import on_tcp
 
 IPV4 = (socket.AF_INET, socket.SOCK_STREAM, 6, ("127.0.0.1", 0))
 IPV6 = (socket.AF_INET6, socket.SOCK_STREAM, 6, ("::1", 0, 0, 0))
