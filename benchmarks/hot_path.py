@@ -33,9 +33,9 @@ from lepton_xla.serve.http.connection import Connection
 from lepton_xla.serve.http.hub import Hub
 from lepton_xla.serve.limits import Limits
 from lepton_xla.serve.observe.metrics import Metrics
-from lepton_xla.serve.process import run_on_calling_thread, settle
 from lepton_xla.serve.protocol.signature import signature_of
 from lepton_xla.serve.protocol.wire import Decoder
+from lepton_xla.serve.runtime import run_on_calling_thread, settle
 
 AT_ONCE = 64
 REFUSED = "or else, where the queue is full: refuse it, all in all"

@@ -47,7 +47,7 @@ from lepton_xla.serve.batching.costs import Costs
 from lepton_xla.serve.client.endpoint import endpoint
 from lepton_xla.serve.load.generator import generate
 from lepton_xla.serve.load.result import Load, Result
-from lepton_xla.serve.process import run_on_calling_thread
+from lepton_xla.serve.runtime import run_on_calling_thread
 
 RESULTS = harness.PAGES / "serving.json"
 SERVERS = pathlib.Path(__file__).parent / "servers"

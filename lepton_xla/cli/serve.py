@@ -18,7 +18,7 @@ from lepton_xla.serve.limits import Limits
 
 if TYPE_CHECKING:
     from lepton_xla.serve.access.tls import TlsFiles
-    from lepton_xla.serve.split.supervisor import Supervisor
+    from lepton_xla.serve.processes.supervisor import Supervisor
 
 
 def _twin(flag: str) -> str:
@@ -252,13 +252,13 @@ def serve(
         sys.stdout.flush()
 
     if workers > 1:
-        from lepton_xla.serve.split.supervisor import Supervisor
+        from lepton_xla.serve.processes.supervisor import Supervisor
 
         processes = Supervisor(path, options, workers, json_logs=json_logs)
         finished = processes.run(on_ready=announce)
     else:
         from lepton_xla.compiler import load
-        from lepton_xla.serve.process import run_on_calling_thread
+        from lepton_xla.serve.runtime import run_on_calling_thread
 
         run_on_calling_thread()
         finished = Server(load(path), options).run(on_ready=announce)

@@ -31,10 +31,10 @@ from lepton_xla.serve.limits import Limits
 from lepton_xla.serve.observe.health import STALL_S, Health
 from lepton_xla.serve.observe.metrics import Metrics
 from lepton_xla.serve.observe.tracing import check_endpoint
-from lepton_xla.serve.process import settle
 from lepton_xla.serve.protocol.metadata import SERVER_NAME
 from lepton_xla.serve.protocol.routes import OPEN_PATHS
 from lepton_xla.serve.protocol.signature import Servable, Signature, signature_of
+from lepton_xla.serve.runtime import settle
 
 _log = logging.getLogger("lepton_xla.serve")
 

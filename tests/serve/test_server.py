@@ -10,7 +10,7 @@ from serve_fakes import Affine, Identity, affine_binary, connect, raw_request, r
 from lepton_xla.cli.serve import serve as serve_command
 from lepton_xla.errors import ServeError
 from lepton_xla.serve import Limits, Options, Server
-from lepton_xla.serve.split import worker
+from lepton_xla.serve.processes import worker
 
 INFER = "/v2/models/affine/infer"
 X = np.ones((1, 4), np.float32)

@@ -15,13 +15,13 @@ import uvloop
 
 from lepton_xla.errors import LeptonError
 from lepton_xla.serve.observe.logs import configure
-from lepton_xla.serve.split import control
-from lepton_xla.serve.split.control import Control
+from lepton_xla.serve.processes import control
+from lepton_xla.serve.processes.control import Control
 
 ENDING_S = 5.0
 """How long a process has to end once its socket is closed, and beyond its own time for stopping."""
 
-_MODULE = "lepton_xla.serve.split.worker"
+_MODULE = "lepton_xla.serve.processes.worker"
 
 
 class Child:

@@ -18,11 +18,11 @@ from lepton_xla.errors import ServeError
 from lepton_xla.serve.http.arrivals import AT_ONCE, accept
 from lepton_xla.serve.http.drain import Stop
 from lepton_xla.serve.observe.metrics import added
+from lepton_xla.serve.processes import control
+from lepton_xla.serve.processes.child import ENDING_S, Child, ended
+from lepton_xla.serve.processes.control import Control
+from lepton_xla.serve.processes.packets import pair
 from lepton_xla.serve.server import Options, url_of
-from lepton_xla.serve.split import control
-from lepton_xla.serve.split.child import ENDING_S, Child, ended
-from lepton_xla.serve.split.control import Control
-from lepton_xla.serve.split.packets import pair
 
 _log = logging.getLogger("lepton_xla.serve")
 

@@ -82,7 +82,7 @@ class Served:
         found = []
         for child in psutil.Process(self.process.pid).children():
             with contextlib.suppress(psutil.NoSuchProcess):
-                if "lepton_xla.serve.split.worker" in child.cmdline():
+                if "lepton_xla.serve.processes.worker" in child.cmdline():
                     found.append(child)
         return found
 

@@ -1,6 +1,6 @@
 """A worker process: a whole server of its own, which has its connections from the supervisor.
 
-The supervisor starts it, as `python -m lepton_xla.serve.split.worker`, with one end of a pair. It does not listen: the
+The supervisor starts it, as `python -m lepton_xla.serve.processes.worker`, with one end of a pair. It does not listen: the
 supervisor takes the connections and deals them out. Of several event loops at one listening socket, one gets nearly
 all.
 """
@@ -24,13 +24,13 @@ from lepton_xla.serve.http.arrivals import Arrivals
 from lepton_xla.serve.http.drain import Stop
 from lepton_xla.serve.observe.health import Health
 from lepton_xla.serve.observe.metrics import Metrics
-from lepton_xla.serve.process import count_on_cores, run_on_calling_thread, settle
+from lepton_xla.serve.processes import control
+from lepton_xla.serve.processes.child import run_child
+from lepton_xla.serve.processes.control import Control
+from lepton_xla.serve.processes.packets import close_all
 from lepton_xla.serve.protocol.signature import Signature, signature_of
+from lepton_xla.serve.runtime import count_on_cores, run_on_calling_thread, settle
 from lepton_xla.serve.server import schedule, watch
-from lepton_xla.serve.split import control
-from lepton_xla.serve.split.child import run_child
-from lepton_xla.serve.split.control import Control
-from lepton_xla.serve.split.packets import close_all
 
 _log = logging.getLogger("lepton_xla.serve")
 

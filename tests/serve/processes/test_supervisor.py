@@ -7,8 +7,8 @@ import os
 import pytest
 
 from lepton_xla.serve import Options
-from lepton_xla.serve.split import control, supervisor
-from lepton_xla.serve.split.supervisor import Supervisor
+from lepton_xla.serve.processes import control, supervisor
+from lepton_xla.serve.processes.supervisor import Supervisor
 
 
 class Process:

@@ -5,7 +5,7 @@ import asyncio
 import numpy as np
 import uvloop
 
-from lepton_xla.serve.split.packets import MOST_BYTES, Packets, pair
+from lepton_xla.serve.processes.packets import MOST_BYTES, Packets, pair
 
 
 def run(main, timeout=20):
