@@ -24,7 +24,7 @@ import uvloop
 
 import lepton_xla as lx
 from lepton_xla.cli.tables import Table, show
-from lepton_xla.serve.app import App
+from lepton_xla.serve.app.app import App
 from lepton_xla.serve.batching.batcher import Batcher
 from lepton_xla.serve.batching.costs import Costs
 from lepton_xla.serve.batching.engine import Engine

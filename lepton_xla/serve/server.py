@@ -20,11 +20,11 @@ import uvloop
 from lepton_xla.errors import ServeError
 from lepton_xla.serve.access.entrance import Access
 from lepton_xla.serve.access.tls import TlsFiles
+from lepton_xla.serve.app.front import Front
 from lepton_xla.serve.batching.batcher import Batcher
 from lepton_xla.serve.batching.costs import Costs, Measured
 from lepton_xla.serve.batching.engine import Engine
 from lepton_xla.serve.batching.scheduler import Call, Scheduler
-from lepton_xla.serve.front import Front
 from lepton_xla.serve.http.arrivals import Entrance
 from lepton_xla.serve.http.drain import Stop
 from lepton_xla.serve.limits import Limits

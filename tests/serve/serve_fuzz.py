@@ -33,7 +33,7 @@ except ImportError:
     atheris = None
 
 with atheris.instrument_imports(include=["lepton_xla.serve"]) if atheris else contextlib.nullcontext():
-    from lepton_xla.serve.app import App
+    from lepton_xla.serve.app.app import App
     from lepton_xla.serve.errors import RefusedError
     from lepton_xla.serve.http.connection import Connection
     from lepton_xla.serve.http.hub import Hub

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from time import monotonic
 from typing import Protocol
 
-from lepton_xla.serve.app import App, InferCall
+from lepton_xla.serve.app.app import App, InferCall
 from lepton_xla.serve.batching.scheduler import Times
 from lepton_xla.serve.http.exchange import Exchange
 from lepton_xla.serve.observe.refusals import template_of

@@ -1,7 +1,7 @@
 """A worker process: a whole server of its own, which has its connections from the supervisor.
 
-The supervisor starts it, as `python -m lepton_xla.serve.processes.worker`, with one end of a pair. It does not listen: the
-supervisor takes the connections and deals them out. Of several event loops at one listening socket, one gets nearly
+The supervisor starts it, as `python -m lepton_xla.serve.processes.worker`, with one end of a pair. It does not listen:
+the supervisor takes the connections and deals them out. Of several event loops at one listening socket, one gets nearly
 all.
 """
 
@@ -17,9 +17,9 @@ from collections.abc import Callable
 from typing import Any
 
 from lepton_xla.errors import ServeError
+from lepton_xla.serve.app.front import Front
 from lepton_xla.serve.batching.engine import Engine
 from lepton_xla.serve.batching.scheduler import Call, Scheduler
-from lepton_xla.serve.front import Front
 from lepton_xla.serve.http.arrivals import Arrivals
 from lepton_xla.serve.http.drain import Stop
 from lepton_xla.serve.observe.health import Health

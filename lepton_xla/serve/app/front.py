@@ -9,7 +9,7 @@ from time import monotonic
 from typing import TYPE_CHECKING
 
 from lepton_xla.serve.access.entrance import Access
-from lepton_xla.serve.app import App, Gather
+from lepton_xla.serve.app.app import App, Gather
 from lepton_xla.serve.batching.scheduler import Scheduler
 from lepton_xla.serve.http.drain import Closable, Stop, drain
 from lepton_xla.serve.http.hub import Hub
