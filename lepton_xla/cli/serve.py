@@ -207,9 +207,10 @@ def serve(
     with 1 if --stop-timeout-s passed first. A second one stops at once.
     """
     # Imported here so that `--help` waits for none of it.
+    from lepton_xla.serve.app.options import Options
     from lepton_xla.serve.http.files import make_room
     from lepton_xla.serve.observe.logs import configure
-    from lepton_xla.serve.server import Options, Server
+    from lepton_xla.serve.server import Server
 
     # Until the server takes it, which reads files again: whoever sends it early must not end what is being loaded.
     signal.signal(signal.SIGHUP, signal.SIG_IGN)

@@ -4,10 +4,11 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from lepton_xla.serve.app.options import Options
     from lepton_xla.serve.client import AsyncClient, Client
     from lepton_xla.serve.limits import Limits
     from lepton_xla.serve.protocol.signature import Servable
-    from lepton_xla.serve.server import Options, Server, serve
+    from lepton_xla.serve.server import Server, serve
 
 __all__ = ["AsyncClient", "Client", "Limits", "Options", "Servable", "Server", "serve"]
 
@@ -16,7 +17,7 @@ _HOME = {
     "AsyncClient": "client",
     "Client": "client",
     "Limits": "limits",
-    "Options": "server",
+    "Options": "app.options",
     "Servable": "protocol.signature",
     "Server": "server",
     "serve": "server",

@@ -3,127 +3,33 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import logging
-import math
 import os
 import signal
 import threading
 from collections.abc import Callable
-from pathlib import Path
 from types import TracebackType
 from typing import Self
-from urllib.parse import quote
 
 import uvloop
 
 from lepton_xla.errors import ServeError
-from lepton_xla.serve.access.entrance import Access
-from lepton_xla.serve.access.tls import TlsFiles
 from lepton_xla.serve.app.front import Front
+from lepton_xla.serve.app.options import Options, url_of
 from lepton_xla.serve.batching.batcher import Batcher
 from lepton_xla.serve.batching.costs import Costs, Measured
 from lepton_xla.serve.batching.engine import Engine
 from lepton_xla.serve.batching.scheduler import Call, Scheduler
 from lepton_xla.serve.http.arrivals import Entrance
 from lepton_xla.serve.http.drain import Stop
-from lepton_xla.serve.limits import Limits
 from lepton_xla.serve.observe.health import STALL_S, Health
 from lepton_xla.serve.observe.metrics import Metrics
-from lepton_xla.serve.observe.tracing import check_endpoint
-from lepton_xla.serve.protocol.metadata import SERVER_NAME
-from lepton_xla.serve.protocol.routes import OPEN_PATHS
 from lepton_xla.serve.protocol.signature import Servable, Signature, signature_of
 from lepton_xla.serve.runtime import settle
 
 _log = logging.getLogger("lepton_xla.serve")
 
 _BACKLOG = 1024
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Options:
-    """How a server runs.
-
-    Attributes:
-        host: address to listen on; only this machine can reach the default.
-        port: 0 picks a free one.
-        unix_socket: file of a Unix socket to listen on, instead of host and port.
-        name: model name on the wire, if not the model's own.
-        server_name: what the server's metadata calls it; some clients look for "triton".
-        max_delay_us: how long a request may wait for company while the engine is idle, in microseconds.
-        max_queue_rows: rows that may wait; more get 503. Also the most rows of one request.
-        max_queue_bytes: memory of the requests that may wait; more get 503.
-        default_timeout_s: for requests that give no timeout; None waits for ever.
-        max_timeout_s: the longest wait for any request; longer timeouts are cut to it. None sets no bound.
-        priority_levels: the parameter `priority` may be 1, which is the highest, to this. Requests that do not say are
-            on the middle level, the lower of two.
-        compress_bytes: the smallest answer worth compressing for a client that accepts it.
-        lame_duck_s: how long after a stop is asked for new connections are still taken and idle ones kept, readiness
-            already being 503.
-        stop_timeout_s: how long after that a stop waits for answers.
-        access_log_sample: of the requests, 0 to 1, that the log gets a line of.
-        otel_endpoint: URL of a collector of OpenTelemetry traces, over HTTP; None has the standard variables say.
-        limits: what clients may send.
-        token_file: the tokens to ask for, see `leptonx token`; None asks for none.
-        tls: certificates to listen with; None speaks plain HTTP.
-        insecure_public: listen on an address that other machines can reach though neither a token file nor the
-            certificates of clients say who may ask.
-
-    Raises:
-        ServeError: for a value out of range.
-    """
-
-    host: str = "127.0.0.1"
-    port: int = 8000
-    unix_socket: Path | None = None
-    name: str | None = None
-    server_name: str = SERVER_NAME
-    max_delay_us: int = 0
-    max_queue_rows: int = 4096
-    max_queue_bytes: int = 256 << 20
-    default_timeout_s: float | None = None
-    max_timeout_s: float | None = None
-    priority_levels: int = 3
-    compress_bytes: int = 4096
-    lame_duck_s: float = 0.0
-    stop_timeout_s: float = 30.0
-    access_log_sample: float = 0.0
-    otel_endpoint: str | None = None
-    limits: Limits = dataclasses.field(default_factory=Limits)
-    token_file: Path | None = None
-    tls: TlsFiles | None = None
-    insecure_public: bool = False
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.port < 65536:
-            raise ServeError(f"port must be 0 to 65535, not {self.port}")
-        for name, least in (
-            ("max_delay_us", 0), ("max_queue_rows", 1), ("max_queue_bytes", 1), ("priority_levels", 1),
-            ("lame_duck_s", 0), ("stop_timeout_s", 0),
-        ):  # fmt: skip
-            if not least <= getattr(self, name) < math.inf:
-                raise ServeError(f"{name} must be at least {least} and finite, not {getattr(self, name)!r}")
-        if self.otel_endpoint is not None:
-            check_endpoint(self.otel_endpoint)
-        if not 0 <= self.access_log_sample <= 1:
-            raise ServeError(f"access_log_sample must be 0 to 1, not {self.access_log_sample!r}")
-        for name in ("default_timeout_s", "max_timeout_s"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ServeError(f"{name} must be positive, or None for no bound, not {value!r}")
-
-    def access(self) -> Access:
-        """Reads the files that say who may ask.
-
-        Raises:
-            ServeError: see `Access`.
-        """
-        return Access(
-            self.host, self.port,
-            token_file=self.token_file, tls=self.tls, open_paths=OPEN_PATHS, public=self.insecure_public,
-            unix_socket=self.unix_socket,
-        )  # fmt: skip
 
 
 class Server:
@@ -263,15 +169,6 @@ class Server:
             return finished
         finally:
             scheduler.stop(5.0 if finished else 0.0)
-
-
-def url_of(address: tuple[str, int], options: Options) -> str:
-    """The URL of a server that listens there."""
-    host, port = address
-    if options.unix_socket is not None:
-        return f"{'http' if options.tls is None else 'https'}+unix://{quote(host, safe='')}"
-    scheme = "http" if options.tls is None else "https"
-    return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
 
 
 def schedule(

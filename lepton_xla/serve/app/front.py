@@ -6,10 +6,10 @@ import asyncio
 import logging
 from collections.abc import Callable
 from time import monotonic
-from typing import TYPE_CHECKING
 
 from lepton_xla.serve.access.entrance import Access
 from lepton_xla.serve.app.app import App, Gather
+from lepton_xla.serve.app.options import Options
 from lepton_xla.serve.batching.scheduler import Scheduler
 from lepton_xla.serve.http.drain import Closable, Stop, drain
 from lepton_xla.serve.http.hub import Hub
@@ -20,9 +20,6 @@ from lepton_xla.serve.observe.observer import ObservedApp, Observer
 from lepton_xla.serve.observe.tracing import tracing
 from lepton_xla.serve.protocol.routes import OPEN_PATHS
 from lepton_xla.serve.protocol.signature import Signature
-
-if TYPE_CHECKING:
-    from lepton_xla.serve.server import Options
 
 _log = logging.getLogger("lepton_xla.serve")
 

@@ -15,8 +15,8 @@ from typing import Any
 
 import msgspec
 
+from lepton_xla.serve.app.options import Options
 from lepton_xla.serve.processes.packets import Packets
-from lepton_xla.serve.server import Options
 
 REPORT_S = 0.5
 """How often a worker says what it has counted, in case it is killed."""

@@ -15,6 +15,7 @@ from time import monotonic
 from typing import Any
 
 from lepton_xla.errors import ServeError
+from lepton_xla.serve.app.options import Options, url_of
 from lepton_xla.serve.http.arrivals import AT_ONCE, accept
 from lepton_xla.serve.http.drain import Stop
 from lepton_xla.serve.observe.metrics import added
@@ -22,7 +23,6 @@ from lepton_xla.serve.processes import control
 from lepton_xla.serve.processes.child import ENDING_S, Child, ended
 from lepton_xla.serve.processes.control import Control
 from lepton_xla.serve.processes.packets import pair
-from lepton_xla.serve.server import Options, url_of
 
 _log = logging.getLogger("lepton_xla.serve")
 
