@@ -22,6 +22,7 @@ from lepton_xla.serve.http.workers import Workers
 from lepton_xla.serve.limits import Limits
 from lepton_xla.serve.observe.metrics import CONTENT_TYPE, Metrics
 from lepton_xla.serve.observe.refusals import Refusals
+from lepton_xla.serve.observe.statistics import model_statistics
 from lepton_xla.serve.protocol import encoding, metadata, openapi, routes
 from lepton_xla.serve.protocol.jsondata import PIECE_BYTES
 from lepton_xla.serve.protocol.response import encode_response
@@ -235,7 +236,7 @@ class App:
         self._json(exchange, metadata.repository_index(self._signature, self._metrics.ready, exchange.body))
 
     def _show_statistics(self, exchange: Exchange) -> None:
-        self._gather(lambda metrics: self._json(exchange, metadata.statistics(self._signature, metrics)))
+        self._gather(lambda metrics: self._json(exchange, model_statistics(self._signature, metrics)))
 
     def _show_metrics(self, exchange: Exchange) -> None:
         self._metrics.codes[200] += 1

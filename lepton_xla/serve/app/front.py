@@ -9,6 +9,7 @@ from time import monotonic
 
 from lepton_xla.serve.access.entrance import Access
 from lepton_xla.serve.app.app import App, Gather
+from lepton_xla.serve.app.observed import ObservedApp
 from lepton_xla.serve.app.options import Options
 from lepton_xla.serve.batching.scheduler import Scheduler
 from lepton_xla.serve.http.drain import Closable, Stop, drain
@@ -16,7 +17,7 @@ from lepton_xla.serve.http.hub import Hub
 from lepton_xla.serve.observe.access_log import AccessLog
 from lepton_xla.serve.observe.health import Health
 from lepton_xla.serve.observe.metrics import Metrics
-from lepton_xla.serve.observe.observer import ObservedApp, Observer
+from lepton_xla.serve.observe.observer import Observer
 from lepton_xla.serve.observe.tracing import tracing
 from lepton_xla.serve.protocol.routes import OPEN_PATHS
 from lepton_xla.serve.protocol.signature import Signature

@@ -17,13 +17,13 @@ import math
 import threading
 from collections.abc import Callable, Sequence
 from time import monotonic
-from typing import NamedTuple
 
 from lepton_xla.serve.batching.batcher import Batcher
 from lepton_xla.serve.batching.engine import Completion, Engine, Work
 from lepton_xla.serve.batching.tickets import Batch, Part, Reason
 from lepton_xla.serve.errors import RefusedError
 from lepton_xla.serve.observe.metrics import Metrics
+from lepton_xla.serve.observe.observer import Times
 from lepton_xla.serve.protocol.signature import Signature
 from lepton_xla.serve.protocol.wire import Plan
 
@@ -49,24 +49,6 @@ _REFUSALS: dict[Reason, tuple[int, str]] = {
     Reason.TOO_SHORT: (504, "the request's timeout is shorter than running it takes"),
     Reason.EXPIRED: (504, "the request's timeout has passed"),
 }
-
-
-class Times(NamedTuple):
-    """When a batch ran, of the monotonic clock, and with what.
-
-    Attributes:
-        started_s: when the engine took it.
-        staged_s: when its rows were copied.
-        finished_s: when the outputs were there.
-        rows: real rows.
-        size: rows with padding.
-    """
-
-    started_s: float
-    staged_s: float
-    finished_s: float
-    rows: int
-    size: int
 
 
 class Call(Work, kw_only=True, eq=False):

@@ -9,16 +9,32 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from time import monotonic
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
-from lepton_xla.serve.app.app import App, InferCall
-from lepton_xla.serve.batching.scheduler import Times
 from lepton_xla.serve.http.exchange import Exchange
 from lepton_xla.serve.observe.refusals import template_of
 from lepton_xla.serve.protocol.wire import InferRequest
 
 GONE = 499
 """Status of a request whose client went away before the answer; nginx' number for it."""
+
+
+class Times(NamedTuple):
+    """When a batch ran, of the monotonic clock, and with what.
+
+    Attributes:
+        started_s: when the engine took it.
+        staged_s: when its rows were copied.
+        finished_s: when the outputs were there.
+        rows: real rows.
+        size: rows with padding.
+    """
+
+    started_s: float
+    staged_s: float
+    finished_s: float
+    rows: int
+    size: int
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -96,32 +112,3 @@ class Tap:
         )  # fmt: skip
         for observer in self._observers:
             observer.saw(seen)
-
-
-class ObservedApp(App):
-    """An app some of whose requests are watched."""
-
-    observers: Sequence[Observer] = ()
-
-    def __call__(self, exchange: Exchange) -> None:
-        """Handles one request; whatever happens it is answered."""
-        observers: list[Observer] | None = None
-        for observer in self.observers:
-            if observer.wants(exchange):
-                observers = [*(observers or ()), observer]
-        if observers:
-            Tap(exchange, observers)
-        super().__call__(exchange)
-
-    def _submit(self, exchange: Exchange, accepted: str | None, request: InferRequest) -> None:
-        tap = exchange.connection
-        if isinstance(tap, Tap):
-            tap.request = request
-        super()._submit(exchange, accepted, request)
-
-    def send(self, call: InferCall, payload: bytes) -> None:
-        """Answers an infer request with all that is to be sent."""
-        tap = call.exchange.connection
-        if isinstance(tap, Tap):
-            tap.times = call.times
-        super().send(call, payload)

@@ -12,8 +12,8 @@ from typing import Any
 
 import msgspec
 import numpy as np
+from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
-from lepton_xla.serve.observe.metrics import CONTENT_TYPE
 from lepton_xla.serve.protocol.metadata import ErrorMessage
 from lepton_xla.serve.protocol.request import InputHead, RequestHead
 from lepton_xla.serve.protocol.routes import ROUTES, Route
@@ -129,7 +129,7 @@ def _infer_headers() -> list[dict[str, Any]]:
 
 def _responses(route: Route, *, infer: bool) -> dict[str, Any]:
     if route.response is None:
-        content: dict[str, Any] = {CONTENT_TYPE: {"schema": {"type": "string"}}}
+        content: dict[str, Any] = {CONTENT_TYPE_LATEST: {"schema": {"type": "string"}}}
     else:
         content = {_JSON: {"schema": _schema(route.response)}}
     good: dict[str, Any] = {"description": "As asked", "content": content}
