@@ -20,7 +20,8 @@ from lepton_xla.serve.http.date import DATE
 from lepton_xla.serve.http.exchange import Exchange, Head
 from lepton_xla.serve.http.workers import Workers
 from lepton_xla.serve.limits import Limits
-from lepton_xla.serve.observe.metrics import CONTENT_TYPE, Metrics
+from lepton_xla.serve.observe import exposition
+from lepton_xla.serve.observe.metrics import Metrics
 from lepton_xla.serve.observe.refusals import Refusals
 from lepton_xla.serve.observe.statistics import model_statistics
 from lepton_xla.serve.protocol import encoding, metadata, openapi, routes
@@ -240,7 +241,7 @@ class App:
 
     def _show_metrics(self, exchange: Exchange) -> None:
         self._metrics.codes[200] += 1
-        self._gather(lambda metrics: exchange.answer(200, metrics.render(), CONTENT_TYPE))
+        self._gather(lambda metrics: exchange.answer(200, exposition.render(metrics), exposition.CONTENT_TYPE))
 
     # Infer.
 

@@ -1,9 +1,7 @@
-"""What the server counts, cheaply enough for the hot path, shown in Prometheus' text format when scraped.
+"""What the server counts, cheaply enough for the hot path: plain integers on the event loop.
 
-`prometheus_client`'s own counters take a lock and a label lookup for each event. Here events are plain integers on
-the event loop, and a collector turns them into metric families at scrape time. Labels are the model's name and version
-and HTTP status codes, so their number is bounded whatever clients send. Triton's names for the same figures follow
-after ours, so that dashboards made for it work.
+`prometheus_client`'s own counters take a lock and a label lookup for each event. `exposition` shows these figures to
+Prometheus.
 """
 
 from __future__ import annotations
@@ -11,17 +9,11 @@ from __future__ import annotations
 import time
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from prometheus_client import CollectorRegistry, ProcessCollector, exposition
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
-from prometheus_client.registry import Collector
-
-from lepton_xla.serve.observe import triton_metrics
-
-CONTENT_TYPE = exposition.CONTENT_TYPE_LATEST
+from prometheus_client import ProcessCollector
 
 _SECONDS = (1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0)
 _ROWS = tuple(float(2**power) for power in range(13))
@@ -30,14 +22,9 @@ _BYTES = tuple(float(4**power) for power in range(3, 14))
 # So many answers are noted before they are counted, which takes less time for many at once than one by one.
 _NOTED = 1024
 
-_GAUGES = {
-    "queue_rows": "Rows waiting now.",
-    "queue_requests": "Inferences waiting now.",
-    "in_flight": "HTTP requests that have no answer yet.",
-    "connections": "Connections open now.",
-    "buffered_bytes": "Bodies of requests that arrive or have no answer yet, and answers to come or not sent yet.",
-}
-_PROCESS = ProcessCollector(registry=None)
+PROCESS = ProcessCollector(registry=None)
+"""What Prometheus' client knows of this process."""
+
 # Of a server in several processes the sum is shown.
 _PROCESS_SUMS = frozenset(
     f"process_{name}" for name in ("cpu_seconds_total", "resident_memory_bytes", "virtual_memory_bytes", "open_fds")
@@ -96,7 +83,7 @@ def added(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
     return total
 
 
-class Metrics(Collector):
+class Metrics:
     """Counters of one server.
 
     Args:
@@ -151,10 +138,8 @@ class Metrics(Collector):
         self._requests: list[int] = []
         self._responses: list[int] = []
         self._waits: list[float] = []
-        self.now = dict.fromkeys(_GAUGES, 0.0)
+        self.now = dict.fromkeys(("queue_rows", "queue_requests", "in_flight", "connections", "buffered_bytes"), 0.0)
         self.look: Callable[[], object] | None = self._look_at_process
-        self._registry = CollectorRegistry()
-        self._registry.register(self)
 
     @property
     def requests(self) -> int:
@@ -162,7 +147,7 @@ class Metrics(Collector):
         return self.request_s.count + len(self._seconds)
 
     def _look_at_process(self) -> None:
-        for family in _PROCESS.collect():
+        for family in PROCESS.collect():
             self.now |= {each.name: each.value for each in family.samples if each.name in _PROCESS_SUMS}
 
     def watch(self, read: Callable[[], Mapping[str, float]]) -> None:
@@ -265,61 +250,3 @@ class Metrics(Collector):
         self.last_s = time.time()
         count, staging, computing = self.by_size.get(size, (0, 0.0, 0.0))
         self.by_size[size] = (count + 1, staging + staging_s, computing + compute_s - staging_s)
-
-    def collect(self) -> Iterable[Metric]:
-        """The metric families; called by the registry."""
-        codes = CounterMetricFamily("lepton_http_responses", "HTTP answers by status code.", labels=["code"])
-        for code, count in sorted(self.codes.items()):
-            codes.add_metric([str(code)], count)
-        yield codes
-        for name, text, value in (
-            ("lepton_inference_requests", "Inferences answered with a result.", self.requests),
-            ("lepton_inference_failures", "Inferences that failed in execution.", self.failures),
-            ("lepton_inference_rejected", "Inferences refused for load.", self.rejected),
-            ("lepton_inference_expired", "Inferences whose deadline could not be met.", self.expired),
-            ("lepton_inference_cancelled", "Inferences whose client went away first.", self.cancelled),
-            ("lepton_rows", "Rows executed, padding not counted.", self.rows),
-            ("lepton_padding_rows", "Padding rows executed.", self.padding),
-            ("lepton_batches", "Executions.", self.batch_rows.count),
-            ("lepton_failed_batches", "Executions that failed.", self.failed_batches),
-        ):
-            counter = CounterMetricFamily(name, text, labels=["model"])
-            counter.add_metric([self.model], value)
-            yield counter
-        gauges = [(f"lepton_{name}", text, self.now[name]) for name, text in _GAUGES.items()]
-        for name, text, value in (
-            *gauges,
-            ("lepton_ready", "1 while the server takes requests.", self.ready),
-            ("lepton_live", "0 if only a new process would help.", self.live),
-        ):
-            gauge = GaugeMetricFamily(name, text, labels=["model"])
-            gauge.add_metric([self.model], float(value))
-            yield gauge
-        costs = GaugeMetricFamily(
-            "lepton_cost_seconds", "What one execution is predicted to take.", labels=["model", "shape", "batch"]
-        )
-        for name, value in self.now.items():
-            if name.startswith("cost_s "):
-                costs.add_metric([self.model, *name.split(" ")[1:]], value)
-        if costs.samples:
-            yield costs
-        for name, text, histogram in (
-            ("lepton_request_seconds", "From a whole request to its answer.", self.request_s),
-            ("lepton_queue_seconds", "From a whole request to the start of its batch.", self.queue_s),
-            ("lepton_compute_seconds", "One execution.", self.compute_s),
-            ("lepton_batch_rows", "Real rows of one execution.", self.batch_rows),
-            ("lepton_padding_share", "Padding rows of one execution as a share of its rows.", self.padding_share),
-            ("lepton_request_bytes", "Body of an infer request.", self.request_bytes),
-            ("lepton_response_bytes", "Answer to an infer request, header fields included.", self.response_bytes),
-        ):
-            family = HistogramMetricFamily(name, text, labels=["model"])
-            family.add_metric([self.model], histogram.cumulative(), histogram.total)
-            yield family
-        for family in _PROCESS.collect():
-            family.samples = [each._replace(value=self.now.get(each.name, each.value)) for each in family.samples]
-            yield family
-
-    def render(self) -> bytes:
-        """Prometheus' text exposition format."""
-        self.bring_up_to_date()
-        return exposition.generate_latest(self._registry) + triton_metrics.render(self)

@@ -7,10 +7,7 @@ Source: Triton Inference Server, `docs/user_guide/metrics.md`.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from lepton_xla.serve.observe.metrics import Metrics
+from lepton_xla.serve.observe.metrics import Metrics
 
 
 def render(metrics: Metrics) -> bytes:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 from serve_fakes import affine_binary, connect, exchange, raw_request, read_response
 
+from lepton_xla.serve.observe.exposition import render
 from lepton_xla.serve.observe.metrics import Histogram, Metrics, added
 
 INFER = "/v2/models/affine/infer"
@@ -178,7 +179,7 @@ def test_the_process_is_shown(server):
 
 def test_a_name_with_odd_characters_does_not_break_the_text():
     name = 'a"b\\c'
-    families = parsed(Metrics(name, "1").render().decode())
+    families = parsed(render(Metrics(name, "1")).decode())
     for family in ("lepton_rows", "nv_inference_count"):
         assert families[family].samples[0].labels["model"] == name
 
@@ -208,7 +209,7 @@ def test_several_processes_add_up():
     other.batch(3, 4, 0.002, 0.003)
     one.watch(lambda: {"queue_rows": 5, "connections": 1, "cost_s  4": 0.002})
     other.watch(lambda: {"queue_rows": 7, "connections": 2, "cost_s  4": 0.003})
-    families = parsed(one.plus(added(other.counts(), Metrics("m").counts())).render().decode())
+    families = parsed(render(one.plus(added(other.counts(), Metrics("m").counts()))).decode())
     expected = {
         "lepton_inference_requests": 3, "lepton_rows": 8, "lepton_padding_rows": 2, "lepton_batches": 3,
         "lepton_queue_rows": 12, "lepton_connections": 3, "lepton_cost_seconds": 0.003, "nv_inference_count": 8,
@@ -220,7 +221,7 @@ def test_several_processes_add_up():
         4: (2, 0.003, pytest.approx(0.003)),
         2: (1, 0.002, pytest.approx(0.001)),
     }
-    alone = value(parsed(one.render().decode()), "process_resident_memory_bytes")
+    alone = value(parsed(render(one).decode()), "process_resident_memory_bytes")
     assert value(families, "process_resident_memory_bytes") == pytest.approx(3 * alone, rel=0.2)
 
 
@@ -230,7 +231,7 @@ def test_sizes_are_counted_whenever_one_looks(sizes):
     metrics = Metrics("m")
     for request_bytes, response_bytes in sizes * 3:  # more than are noted before they are counted
         metrics.answered(0.001, request_bytes, response_bytes)
-    families = parsed(metrics.render().decode())
+    families = parsed(render(metrics).decode())
     for name, given_sizes in (("request", [one for one, _ in sizes]), ("response", [one for _, one in sizes])):
         family = f"lepton_{name}_bytes"
         assert value(families, family, f"{family}_sum") == 3 * sum(given_sizes)
