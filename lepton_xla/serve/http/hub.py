@@ -6,16 +6,58 @@ import dataclasses
 import time
 from collections import Counter
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from lepton_xla.serve.errors import RefusedError
 from lepton_xla.serve.http.date import DATE
 from lepton_xla.serve.http.exchange import Exchange, Head
 from lepton_xla.serve.limits import Limits
 
-if TYPE_CHECKING:
-    from lepton_xla.serve.http.connection import Connection
-    from lepton_xla.serve.http.reserve import LastConnection
+
+class OpenConnection(Protocol):
+    """A connection, as what all of them share sees it."""
+
+    @property
+    def unanswered(self) -> int:
+        """Requests that are read and whose answers are not written."""
+        ...
+
+    @property
+    def owing(self) -> bool:
+        """Whether a request that is read has no answer, or one that has not left the process."""
+        ...
+
+    def quiet_s(self, now: float) -> float:
+        """Seconds since the last answer; -1 while a request is read or answered."""
+        ...
+
+    def fileno(self) -> int:
+        """Number of its socket."""
+        ...
+
+    def end(self) -> None:
+        """Closes it if it is quiet."""
+        ...
+
+    def give_up(self, refusal: RefusedError) -> None:
+        """Answers with an error what has no answer yet, and closes it."""
+        ...
+
+    def abort(self) -> None:
+        """Ends it without waiting for anything."""
+        ...
+
+    def sweep(self, now: float) -> None:
+        """Ends it if a time limit has passed."""
+        ...
+
+
+class Reserved(OpenConnection, Protocol):
+    """A connection beyond the limits, whose first answer is its last."""
+
+    def refuse(self) -> None:
+        """Says that there is no more time to ask."""
+        ...
 
 
 @dataclasses.dataclass(slots=True)
@@ -47,10 +89,10 @@ class Hub:
     refused: Callable[[RefusedError], None] = lambda refusal: None
     always: frozenset[bytes] = frozenset()
     draining: bool = False
-    connections: set[Connection] = dataclasses.field(default_factory=set["Connection"])
+    connections: set[OpenConnection] = dataclasses.field(default_factory=set[OpenConnection])
     arriving: int = 0
     last: int = 0
-    reserve: dict[LastConnection, None] = dataclasses.field(default_factory=dict["LastConnection", None])
+    reserve: dict[Reserved, None] = dataclasses.field(default_factory=dict[Reserved, None])
     addresses: Counter[str] = dataclasses.field(default_factory=Counter[str])
     buffered_bytes: int = 0
     heads: dict[bytes, Head] = dataclasses.field(default_factory=dict[bytes, Head])

@@ -6,7 +6,7 @@ kept for the next turns, so that other connections need not wait for all of them
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import httptools
 
@@ -21,11 +21,9 @@ from lepton_xla.serve.http.heads import (
     malformed,
     target_refusal,
 )
+from lepton_xla.serve.http.hub import Hub
 from lepton_xla.serve.http.upgrade import body_parser, request_parser
 from lepton_xla.serve.protocol.traceparent import valid
-
-if TYPE_CHECKING:
-    from lepton_xla.serve.http.hub import Hub
 
 SLICE_BYTES = 4096
 """Given to the parser at once, unless they are one body."""

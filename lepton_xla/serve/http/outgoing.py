@@ -8,13 +8,10 @@ that asks on without reading has its further requests wait here, unhandled, and 
 from __future__ import annotations
 
 from collections import deque
-from typing import TYPE_CHECKING
 
 from lepton_xla.serve.http.exchange import Exchange
 from lepton_xla.serve.http.heads import buffer_refusal
-
-if TYPE_CHECKING:
-    from lepton_xla.serve.http.hub import Hub
+from lepton_xla.serve.http.hub import Hub
 
 AHEAD_BYTES = 1 << 20
 """Of the answers of one connection, and of its bodies: beyond it no further request is handled, or read."""
