@@ -1,17 +1,10 @@
-"""The package as a whole: its public names, which part may import which, and what nothing in it may do."""
+"""The package as a whole: its public names, what importing a part brings along, and what nothing in it may do."""
 
 import ast
-import pathlib
 import re
 
 import pytest
-
-ROOT = pathlib.Path(__file__).resolve().parents[1] / "lepton_xla"
-FILES = {
-    ".".join(("lepton_xla", *path.relative_to(ROOT).with_suffix("").parts)).removesuffix(".__init__"): path
-    for path in sorted(ROOT.rglob("*.py"))
-}
-TREES = {module: ast.parse(path.read_text(encoding="utf-8")) for module, path in FILES.items()}
+from sources import FILES, ROOT, TREES, imports
 
 PUBLIC = [
     "ArtifactError", "CalibrationError", "CompileError", "ExecutionError", "InputError", "LeptonError", "ModelError",
@@ -33,36 +26,6 @@ def test_public_names():
 # Imports.
 
 
-def imports(module, *, everywhere=True):
-    """Dotted names that a module imports.
-
-    With `everywhere` unset, only what runs when the module is imported: not inside functions or `TYPE_CHECKING`.
-    """
-    package = module if FILES[module].name == "__init__.py" else module.rpartition(".")[0]
-    found = set()
-    for node in _statements(TREES[module], everywhere):
-        if isinstance(node, ast.Import):
-            found.update(alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            parent = ".".join(package.split(".")[: len(package.split(".")) - node.level + 1]) if node.level else ""
-            source = ".".join(part for part in (parent, node.module) if part)
-            names = {f"{source}.{alias.name}" for alias in node.names}
-            # `from package import module` imports the module, `from module import name` only `module`.
-            found.update(source if name not in FILES and source in FILES else name for name in names)
-    return found
-
-
-def _statements(tree, everywhere):
-    for node in ast.iter_child_nodes(tree):
-        if not everywhere:
-            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
-                continue
-            if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
-                continue
-        yield node
-        yield from _statements(node, everywhere)
-
-
 def reached(module):
     """Modules of the package that importing `module` imports, itself included, the root package left out."""
     seen, todo = set(), [module]
@@ -79,50 +42,6 @@ def reached(module):
 def part(module):
     """The first part below the root: `passes` for `lepton_xla.passes.core.walker`."""
     return module.split(".")[1] if module.count(".") else ""
-
-
-# What each part may import, besides itself. Parts that are not listed here are at the bottom: errors, data.
-BOTTOM = {"errors", "report", "trees", "program", "_compat"}
-PASSES = BOTTOM | {"quant", "passes"}
-ALLOWED = {
-    "errors": set(),
-    "report": set(),
-    "_compat": set(),
-    "trees": {"errors"},
-    "program": {"errors", "report", "trees"},
-    "adapters": {"errors", "program", "trees", "_compat"},
-    "rows": {"errors", "program"},
-    "callbacks": BOTTOM,
-    "flags": set(),
-    "quant": {"errors", "_compat"},
-    "passes": BOTTOM | {"quant", "recipe"},
-    "recipe": {"errors", "quant"},
-    "modelspec": BOTTOM | {"adapters"},
-    "optimization": PASSES | {"recipe", "rows", "callbacks", "flags"},
-    "compiler": BOTTOM | {"rows", "callbacks", "flags"},
-    "serve": {"errors", "program", "compiler"},
-    "train": PASSES | {"recipe", "sharding"},
-    "sharding": BOTTOM,
-    "kernels": {"errors", "_compat"},
-    "tuning": PASSES | {"recipe", "optimization", "compiler", "modelspec"},
-}
-# For the checker of types only, or inside a function that neither loading nor serving calls.
-TYPES_ONLY = {("compiler", "passes")}
-# At the top: may import everything but each other's insides.
-TOP = {"", "cli", "__main__"}
-
-
-@pytest.mark.parametrize("module", FILES)
-def test_imports_point_one_way(module):
-    here = part(module)
-    if here in TOP:
-        return
-    assert here in ALLOWED, f"say in ALLOWED what {here!r} may import"
-    running = {part(name) for name in imports(module, everywhere=False) if name in FILES}
-    anywhere = {part(name) for name in imports(module) if name in FILES}
-    types = {there for user, there in TYPES_ONLY if user == here}
-    assert running - {here} <= ALLOWED[here]
-    assert anywhere - {here} <= ALLOWED[here] | types
 
 
 # What a process that serves has no use for.
