@@ -14,7 +14,9 @@ from lepton_xla.errors import RecipeError, UnsupportedError
 from lepton_xla.passes.core.expressions import stored_shape
 from lepton_xla.passes.core.plans import Plan, SitePlan
 from lepton_xla.passes.core.sites import Site, find_sites
-from lepton_xla.passes.pruning.masks import other_matrix, plan_targets, something_left, unprunable
+from lepton_xla.passes.pruning.eligibility import other_matrix, unprunable
+from lepton_xla.passes.pruning.shares import something_left
+from lepton_xla.passes.pruning.targets import plan_targets
 from lepton_xla.passes.quantization.products import contracted_size, not_float, unstorable, unsupported
 from lepton_xla.program import Program
 from lepton_xla.quant.grid import nearest_group

@@ -17,19 +17,10 @@ from jax.core import Tracer
 from lepton_xla.errors import ModelError, RecipeError
 from lepton_xla.passes.core.plans import Plan
 from lepton_xla.passes.pruning.magnitude import check_finite
-from lepton_xla.passes.pruning.masks import (
-    DATA_METHODS,
-    Regrowth,
-    Target,
-    element_scores,
-    find_masks,
-    leaf_targets,
-    plan_targets,
-    random_scores,
-    rule_shares,
-    something_left,
-    sparsity_of,
-)
+from lepton_xla.passes.pruning.masks import DATA_METHODS, Regrowth, find_masks, sparsity_of
+from lepton_xla.passes.pruning.scores import element_scores, random_scores
+from lepton_xla.passes.pruning.shares import rule_shares, something_left
+from lepton_xla.passes.pruning.targets import Target, leaf_targets, plan_targets
 from lepton_xla.program import check_masks
 from lepton_xla.recipe import PruneRule
 from lepton_xla.recipe.rules import check_rule

@@ -14,13 +14,13 @@ from random_graphs import inputs, random_graph
 from lepton_xla.passes import cast, fake_quant, fold, lower, prune
 from lepton_xla.passes.core.precomputation import precompute
 from lepton_xla.passes.core.sites import find_sites
-from lepton_xla.passes.folding.factors import fitted
 from lepton_xla.passes.planning import resolve
 from lepton_xla.passes.quantization.bias_correction import correct_bias
 from lepton_xla.passes.quantization.gptq import gptq
 from lepton_xla.passes.quantization.rounding import round_to_nearest
 from lepton_xla.passes.rescaling.awq import awq
 from lepton_xla.passes.rescaling.equalization import equalize
+from lepton_xla.passes.rescaling.factors import fitted
 from lepton_xla.passes.rescaling.scaling import scale_groups
 from lepton_xla.passes.rescaling.smoothquant import smooth
 from lepton_xla.program import TensorSpec, trace

@@ -15,16 +15,10 @@ from jax import lax
 from lepton_xla.errors import ModelError, RecipeError, UnsupportedError
 from lepton_xla.passes import prune
 from lepton_xla.passes.planning import resolve
-from lepton_xla.passes.pruning.masks import (
-    Pattern,
-    Regrowth,
-    element_scores,
-    erk_densities,
-    find_masks,
-    group_masks,
-    plan_targets,
-    rule_shares,
-)
+from lepton_xla.passes.pruning.masks import Pattern, Regrowth, find_masks, group_masks
+from lepton_xla.passes.pruning.scores import element_scores
+from lepton_xla.passes.pruning.shares import erk_densities, rule_shares
+from lepton_xla.passes.pruning.targets import plan_targets
 from lepton_xla.program import TensorSpec, trace
 from lepton_xla.recipe import Recipe
 

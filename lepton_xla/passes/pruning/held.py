@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-if TYPE_CHECKING:
-    from lepton_xla.passes.pruning.masks import Target
+from lepton_xla.passes.pruning.targets import Target
 
 # The least score of what is not held. It is a normal number, because XLA takes smaller ones for zero.
 _LEAST = float(np.finfo(np.float32).tiny)

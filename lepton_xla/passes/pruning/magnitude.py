@@ -13,15 +13,11 @@ import jax.numpy as jnp
 from lepton_xla.errors import ModelError, RecipeError
 from lepton_xla.passes.core.precomputation import for_plan
 from lepton_xla.passes.pruning.held import earlier_masks
-from lepton_xla.passes.pruning.masks import (
-    Target,
-    element_scores,
-    find_masks,
-    nothing_left,
-    plan_targets,
-    rule_shares,
-)
+from lepton_xla.passes.pruning.masks import find_masks
 from lepton_xla.passes.pruning.ranking import Ranking, keep_largest, keep_largest_on_host
+from lepton_xla.passes.pruning.scores import element_scores
+from lepton_xla.passes.pruning.shares import nothing_left, rule_shares
+from lepton_xla.passes.pruning.targets import Target, plan_targets
 from lepton_xla.program import Program, check_masks
 from lepton_xla.recipe.rules import DATA_METHODS, check_rule
 from lepton_xla.report import PassReport, SiteReport

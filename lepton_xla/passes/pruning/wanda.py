@@ -18,8 +18,10 @@ from lepton_xla.passes.core.sites import Site
 from lepton_xla.passes.core.statistics import Statistics, collect_statistics, pooled
 from lepton_xla.passes.pruning.held import earlier_masks, held_last, held_matrices
 from lepton_xla.passes.pruning.magnitude import held_weights, pruned_targets, with_masks
-from lepton_xla.passes.pruning.masks import Target, group_masks, rule_shares
+from lepton_xla.passes.pruning.masks import group_masks
 from lepton_xla.passes.pruning.ranking import Ranking, keep_largest_on_host
+from lepton_xla.passes.pruning.shares import rule_shares
+from lepton_xla.passes.pruning.targets import Target
 from lepton_xla.program import Program
 from lepton_xla.recipe.patterns import Pattern
 

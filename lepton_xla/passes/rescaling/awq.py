@@ -21,7 +21,6 @@ from lepton_xla.passes.core.alike import Alike
 from lepton_xla.passes.core.precomputation import for_plan
 from lepton_xla.passes.core.sites import Site, find_sites
 from lepton_xla.passes.core.statistics import Statistics, collect_statistics
-from lepton_xla.passes.folding.factors import fitted, usable
 from lepton_xla.passes.quantization.gptq import output_squares
 from lepton_xla.passes.quantization.rounding import (
     Planned,
@@ -31,8 +30,8 @@ from lepton_xla.passes.quantization.rounding import (
     planned_weights,
     whole_grid,
 )
+from lepton_xla.passes.rescaling.factors import FactorGroup, fitted, usable
 from lepton_xla.passes.rescaling.scaling import (
-    Group,
     channel_vector,
     matrix_rows,
     multiply_inputs,
@@ -99,7 +98,7 @@ def awq(
     sites: dict[str, Site] = {site.name: site for site in find_sites(program) if site.path is not None}
     found = collect_statistics(program, [group.sites[0] for group in groups], batches, gram=True)
     weights: dict[str, Any] = dict(program.weights)
-    multiplied: list[tuple[Group, jax.Array]] = []
+    multiplied: list[tuple[FactorGroup, jax.Array]] = []
     reports: list[SiteReport] = []
     for group in groups:
         if not group.absorbers and not multiply:

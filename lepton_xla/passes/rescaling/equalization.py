@@ -18,9 +18,9 @@ from lepton_xla.errors import RecipeError
 from lepton_xla.passes.core.flow import Absorber
 from lepton_xla.passes.core.precomputation import for_plan
 from lepton_xla.passes.core.sites import Site, find_sites
-from lepton_xla.passes.folding.factors import column_absmax, fitted, usable
 from lepton_xla.passes.quantization.rounding import weight_report
-from lepton_xla.passes.rescaling.scaling import Group, scale_groups, scaled_weights, weight_absmax
+from lepton_xla.passes.rescaling.factors import FactorGroup, column_absmax, fitted, usable
+from lepton_xla.passes.rescaling.scaling import scale_groups, scaled_weights, weight_absmax
 from lepton_xla.program import Program
 from lepton_xla.report import PassReport, SiteReport
 
@@ -85,7 +85,7 @@ def pair_factor(first: jax.Array, second: jax.Array) -> jax.Array:
     return jnp.where(alive, usable(jnp.sqrt(ratio)), one)
 
 
-def _product_before(group: Group) -> Absorber | None:
+def _product_before(group: FactorGroup) -> Absorber | None:
     """The one product among what takes a group's factor up, if there is one."""
     found = [absorber for absorber in group.absorbers if absorber.axis is not None]
     return found[0] if len(found) == 1 else None

@@ -6,7 +6,6 @@ it where `flow` finds a way, and else into one multiplication of the activation 
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -19,11 +18,11 @@ from jax import lax
 from lepton_xla import _compat
 from lepton_xla.passes.core import matrix
 from lepton_xla.passes.core.alike import Alike
-from lepton_xla.passes.core.flow import Absorber, Flow, NotAbsorbedError, Place
+from lepton_xla.passes.core.flow import Flow, NotAbsorbedError, Place
 from lepton_xla.passes.core.names import Key, fresh
 from lepton_xla.passes.core.sites import LayoutOp, Site, find_sites, rewrite_sites
 from lepton_xla.passes.core.walker import Context, Values, materialize
-from lepton_xla.passes.folding.factors import multiplied, row_absmax
+from lepton_xla.passes.rescaling.factors import FactorGroup, multiplied, row_absmax
 from lepton_xla.program import Program
 from lepton_xla.trees import abstract
 
@@ -32,21 +31,6 @@ if TYPE_CHECKING:
 
 # What an activation is multiplied by is called this, among the weights and beside them.
 FACTOR = "input_factor"
-
-
-@dataclasses.dataclass(frozen=True)
-class Group:
-    """Products that share an activation, and so its factors.
-
-    Attributes:
-        sites: the products; each of their weights takes the factor up.
-        absorbers: weights that take its inverse up; empty where the activation is multiplied instead.
-        reason: why it is multiplied; empty where it is not.
-    """
-
-    sites: tuple[Site, ...]
-    absorbers: tuple[Absorber, ...] = ()
-    reason: str = ""
 
 
 def channels(site: Site) -> int:
@@ -70,7 +54,7 @@ def matrix_rows(site: Site, vector: jax.Array) -> jax.Array:
     return jnp.reshape(spread, (*lead, batch, depth, 1))
 
 
-def scale_groups(program: Program, plan: Plan) -> tuple[list[Group], dict[str, str]]:
+def scale_groups(program: Program, plan: Plan) -> tuple[list[FactorGroup], dict[str, str]]:
     """The planned products in groups that share an activation, in the order of execution.
 
     A product that the plan leaves alone is in a group with planned ones whose activation it shares, if that is what it
@@ -84,7 +68,7 @@ def scale_groups(program: Program, plan: Plan) -> tuple[list[Group], dict[str, s
     sites = {site.name: site for site in find_sites(program) if site.path is not None}
     kept: dict[str, str] = {}
     shared: dict[tuple[Any, int], list[Site]] = {}
-    alone: list[Group] = []
+    alone: list[FactorGroup] = []
     order: dict[str, int] = {name: index for index, name in enumerate(sites)}
     for name, site in sites.items():
         reason = _unscalable(flow, site)
@@ -94,7 +78,7 @@ def scale_groups(program: Program, plan: Plan) -> tuple[list[Group], dict[str, s
         try:
             root = flow.activation(flow.places[name])
         except NotAbsorbedError as error:
-            alone += [Group((site,), (), str(error))] if name in planned else []
+            alone += [FactorGroup((site,), (), str(error))] if name in planned else []
             continue
         shared.setdefault(root, []).append(site)
     groups = list(alone)
@@ -104,18 +88,20 @@ def scale_groups(program: Program, plan: Plan) -> tuple[list[Group], dict[str, s
     return sorted(groups, key=lambda group: order[group.sites[0].name]), kept
 
 
-def _grouped(flow: Flow, root: tuple[Any, int], members: Sequence[Site], planned: set[str]) -> list[Group]:
+def _grouped(flow: Flow, root: tuple[Any, int], members: Sequence[Site], planned: set[str]) -> list[FactorGroup]:
     """The products on one activation: one group, whose factor goes before them if it can."""
     var, axis = root
     places = [flow.places[site.name] for site in members]
     own = tuple(site for site in members if site.name in planned)
     if len({place.source.steps for place in places}) > 1:  # a factor a step for some, one for all for others
-        return [Group((site,), (), "its activation also meets a weight that is stacked otherwise") for site in own]
+        return [
+            FactorGroup((site,), (), "its activation also meets a weight that is stacked otherwise") for site in own
+        ]
     try:
         _only_read_by(flow, places, var)
-        return [Group(tuple(members), tuple(flow.absorb(places[0], var, axis)))]
+        return [FactorGroup(tuple(members), tuple(flow.absorb(places[0], var, axis)))]
     except NotAbsorbedError as error:
-        return [Group(own, (), str(error))]
+        return [FactorGroup(own, (), str(error))]
 
 
 def _only_read_by(flow: Flow, places: Sequence[Place], var: Any) -> None:
@@ -144,13 +130,13 @@ def _unscalable(flow: Flow, site: Site) -> str:
     return ""
 
 
-def weight_absmax(weights: Mapping[str, Any], group: Group) -> jax.Array:
+def weight_absmax(weights: Mapping[str, Any], group: FactorGroup) -> jax.Array:
     """The largest magnitude that each input channel of a group meets in its weights: `[*steps, channels]`."""
     found = [np.asarray(row_absmax(site, weights[str(site.path)])) for site in group.sites]
     return jnp.asarray(np.max(found, axis=0))
 
 
-def scaled_weights(weights: Mapping[str, Any], sites: Mapping[str, Site], group: Group, factor: jax.Array) -> Any:
+def scaled_weights(weights: Mapping[str, Any], sites: Mapping[str, Site], group: FactorGroup, factor: jax.Array) -> Any:
     """The weights with a group's factor in its products and, where it can, the inverse before them.
 
     Args:
@@ -190,7 +176,7 @@ def _divided(stored: jax.Array, factor: jax.Array, like: Alike | None, axis: int
     return matrix.stored_weight(site, multiplied(matrix.stored_matrix(site, stored), 1 / by), stored)
 
 
-def multiply_inputs(program: Program, factors: Sequence[tuple[Group, jax.Array]]) -> Program:
+def multiply_inputs(program: Program, factors: Sequence[tuple[FactorGroup, jax.Array]]) -> Program:
     """Multiplies the activations of some products, each by a vector that becomes a weight of the program.
 
     Products on one activation share one vector, so that a compiler sees that they multiply, and round, the same thing.

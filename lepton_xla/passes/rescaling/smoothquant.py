@@ -21,10 +21,9 @@ from lepton_xla.passes.core.alike import Alike
 from lepton_xla.passes.core.precomputation import for_plan
 from lepton_xla.passes.core.sites import Site, find_sites
 from lepton_xla.passes.core.statistics import Statistics, collect_statistics
-from lepton_xla.passes.folding.factors import fitted, usable
 from lepton_xla.passes.quantization.rounding import weight_report
+from lepton_xla.passes.rescaling.factors import FactorGroup, fitted, usable
 from lepton_xla.passes.rescaling.scaling import (
-    Group,
     channel_vector,
     multiply_inputs,
     scale_groups,
@@ -104,7 +103,7 @@ def smooth(
     if missing:
         found |= collect_statistics(program, missing, batches)
     weights: dict[str, Any] = dict(program.weights)
-    multiplied: list[tuple[Group, jax.Array]] = []
+    multiplied: list[tuple[FactorGroup, jax.Array]] = []
     reports: list[SiteReport] = []
     for group in groups:
         if not group.absorbers:
@@ -126,7 +125,7 @@ def smooth(
 
 
 def group_reports(
-    group: Group, factor: jax.Array, weights: Mapping[str, Any], more: Mapping[str, Any] | None = None
+    group: FactorGroup, factor: jax.Array, weights: Mapping[str, Any], more: Mapping[str, Any] | None = None
 ) -> list[SiteReport]:
     """A line for each product of a group: where its factor went, and further figures."""
     into = ", ".join(absorber.path for absorber in group.absorbers)

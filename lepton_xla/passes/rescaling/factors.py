@@ -7,20 +7,34 @@ rounds nothing: a bfloat16 weight has eight bits, and two roundings of them are 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from lepton_xla.passes.core import matrix
 from lepton_xla.passes.core.alike import Alike
+from lepton_xla.passes.core.dtypes import wider
+from lepton_xla.passes.core.flow import Absorber
 from lepton_xla.passes.core.sites import LayoutOp, Site
 
-if TYPE_CHECKING:
-    from lepton_xla.passes.core.flow import Absorber
-    from lepton_xla.passes.rescaling.scaling import Group
+
+@dataclasses.dataclass(frozen=True)
+class FactorGroup:
+    """Products that share an activation, and so its factors.
+
+    Attributes:
+        sites: the products; each of their weights takes the factor up.
+        absorbers: weights that take its inverse up; empty where the activation is multiplied instead.
+        reason: why it is multiplied; empty where it is not.
+    """
+
+    sites: tuple[Site, ...]
+    absorbers: tuple[Absorber, ...] = ()
+    reason: str = ""
 
 
 def usable(factor: jax.Array, *, limit: float = 1e4) -> jax.Array:
@@ -29,7 +43,7 @@ def usable(factor: jax.Array, *, limit: float = 1e4) -> jax.Array:
     return jnp.clip(safe, 1 / limit, limit)
 
 
-def fitted(weights: Mapping[str, Any], sites: Mapping[str, Site], group: Group, factor: jax.Array) -> jax.Array:
+def fitted(weights: Mapping[str, Any], sites: Mapping[str, Site], group: FactorGroup, factor: jax.Array) -> jax.Array:
     """The factor nearest to this one that all weights of a group hold.
 
     Args:
@@ -117,11 +131,6 @@ def multiplied(array: jax.Array, factor: jax.Array) -> jax.Array:
     """An array times a factor, multiplied in float32 or wider, in the array's own dtype."""
     wide = wider(array.dtype)
     return (array.astype(wide) * factor.astype(wide)).astype(array.dtype)
-
-
-def wider(*dtypes: Any) -> Any:
-    """The widest of these dtypes and float32."""
-    return max((jnp.dtype("float32"), *map(jnp.dtype, dtypes)), key=lambda dtype: dtype.itemsize)
 
 
 def _dtypes(site: Site, stored: Any) -> list[Any]:

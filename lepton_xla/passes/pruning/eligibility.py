@@ -1,0 +1,62 @@
+"""Eligibility: which weights a rule can prune, and why not the others."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import jax.numpy as jnp
+
+from lepton_xla import _compat
+from lepton_xla.passes.core import matrix
+from lepton_xla.passes.core.sites import LayoutOp, Site, layout_key
+from lepton_xla.passes.pruning.targets import undivided
+from lepton_xla.passes.quantization.products import unsupported
+from lepton_xla.recipe.patterns import Pattern
+from lepton_xla.recipe.rules import DATA_METHODS, PruneRule
+
+if TYPE_CHECKING:
+    from lepton_xla.recipe import PruneRule
+
+
+def unprunable(rule: PruneRule, site: Site, stored: Any, *, named: bool = False) -> str:
+    """Why a rule cannot prune a site's weight; empty if it can.
+
+    Args:
+        rule: the rule.
+        site: the site.
+        stored: the weight as the program holds it.
+        named: whether the rule is for embeddings and nothing else, which are left out otherwise.
+    """
+    pattern = Pattern.parse(rule.pattern)
+    if site.path is None:
+        return "no weight"
+    if site.kind == "gather" and not named:
+        return "an embedding"
+    if stored is None or not jnp.issubdtype(stored.dtype, jnp.floating):
+        return f"its weight is {site.weight.dtype if stored is None else stored.dtype}"
+    if not math.prod(stored.shape):
+        return "its weight is empty"
+    if pattern.kind == "unstructured" and rule.method not in DATA_METHODS:
+        return "" if matrix.steps_lead(site) or not _resizes(site) else "its weight is cut before its stacked axes lead"
+    if site.kind == "gather":
+        return f"pattern = {rule.pattern!r} and method = {rule.method!r} are not for embeddings"
+    if _compat.is_manual(site.eqn):
+        return "it is inside shard_map, where the weight is one shard"
+    if _resizes(site):
+        return "its weight is broadcast or cut before use, so its matrix is not the whole of it"
+    return unsupported(site) or undivided(pattern, site)
+
+
+def other_matrix(rule: PruneRule, sites: Sequence[Site]) -> str:
+    """Why sites cannot share one mask: their weight is another matrix for one of them; empty if they can."""
+    if rule.pattern == "unstructured" and rule.method not in DATA_METHODS:
+        return ""
+    keys = [(layout_key(site.layout), site.kind, str(site.params["dimension_numbers"])) for site in sites]
+    differs = next((site for site, key in zip(sites, keys, strict=True) if key != keys[0]), None)
+    return f"its weight is used in another layout at {differs.name!r}" if differs is not None else ""
+
+
+def _resizes(site: Site) -> bool:
+    return any(op.resizes for op in site.layout if isinstance(op, LayoutOp))
