@@ -5,8 +5,8 @@ from lepton_xla.passes.core.calibration import calibrate
 from lepton_xla.passes.core.costs import cost
 from lepton_xla.passes.core.inventory import weights_report
 from lepton_xla.passes.core.precomputation import precompute
+from lepton_xla.passes.core.rewriting import rewrite
 from lepton_xla.passes.core.sites import find_sites, rewrite_sites
-from lepton_xla.passes.core.walker import rewrite
 from lepton_xla.passes.folding.norms import fold
 from lepton_xla.passes.planning import resolve
 from lepton_xla.passes.pruning.magnitude import magnitude_masks, masked, prune

@@ -17,7 +17,8 @@ from jax.sharding import PartitionSpec as P
 
 from lepton_xla import _compat
 from lepton_xla.errors import UnsupportedError
-from lepton_xla.passes.core.walker import Carried, Context, rewrite
+from lepton_xla.passes.core.rewriting import rewrite
+from lepton_xla.passes.core.walker import Carried, Context
 
 either_way = pytest.mark.parametrize("inline", [False, True])
 

@@ -20,8 +20,9 @@ import jax.numpy as jnp
 
 from lepton_xla import _compat
 from lepton_xla.passes.alternatives import shifted, single_row
+from lepton_xla.passes.core.rewriting import rewrite
 from lepton_xla.passes.core.sites import trace_sites
-from lepton_xla.passes.core.walker import Context, Values, materialize, rewrite
+from lepton_xla.passes.core.walker import Context, Values, materialize
 from lepton_xla.passes.quantization.measurement import OPERATION_BUDGET_S, time_programs
 from lepton_xla.program import Expansion, Program
 from lepton_xla.report import PassReport, SiteReport

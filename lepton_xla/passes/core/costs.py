@@ -18,8 +18,9 @@ from typing import Any
 import jax
 
 from lepton_xla import _compat
+from lepton_xla.passes.core.rewriting import rewrite
 from lepton_xla.passes.core.sites import SITE_PRIMITIVES, site_name, takes_rows
-from lepton_xla.passes.core.walker import Carried, Context, Values, rewrite
+from lepton_xla.passes.core.walker import Carried, Context, Values
 from lepton_xla.program import Program, probe_sizes
 from lepton_xla.trees import abstract, leaf_bytes, tree_bytes
 

@@ -17,8 +17,9 @@ import jax.numpy as jnp
 
 from lepton_xla import _compat
 from lepton_xla.passes.core.names import SiteNames
+from lepton_xla.passes.core.rewriting import rewrite
 from lepton_xla.passes.core.sites import takes_rows
-from lepton_xla.passes.core.walker import Context, Values, rewrite
+from lepton_xla.passes.core.walker import Context, Values
 from lepton_xla.program import Program, probe_sizes
 from lepton_xla.trees import abstract, name_leaves
 

@@ -22,7 +22,8 @@ from lepton_xla.passes.core import expressions
 from lepton_xla.passes.core.computed import Computed, choose_computed
 from lepton_xla.passes.core.expressions import Expression
 from lepton_xla.passes.core.names import Key, SiteNames
-from lepton_xla.passes.core.walker import Carried, Context, Rule, Values, materialize, rewrite
+from lepton_xla.passes.core.rewriting import rewrite
+from lepton_xla.passes.core.walker import Carried, Context, Rule, Values, materialize
 from lepton_xla.program import Program, TensorSpec, probe_sizes
 from lepton_xla.trees import abstract, name_leaves
 

@@ -22,8 +22,9 @@ from lepton_xla.errors import UnsupportedError
 from lepton_xla.passes.core.dtypes import wider
 from lepton_xla.passes.core.names import fresh
 from lepton_xla.passes.core.precomputation import precompute
+from lepton_xla.passes.core.rewriting import rewrite
 from lepton_xla.passes.core.sites import Layout, LayoutOp, Site, find_sites, lay_out
-from lepton_xla.passes.core.walker import Carried, Context, Values, materialize, rewrite
+from lepton_xla.passes.core.walker import Carried, Context, Values, materialize
 from lepton_xla.program import Program, probe_sizes
 from lepton_xla.report import PassReport, SiteReport
 from lepton_xla.trees import abstract, leaf_bytes, tree_bytes

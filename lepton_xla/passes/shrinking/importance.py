@@ -14,9 +14,9 @@ from lepton_xla.passes.core import matrix
 from lepton_xla.passes.core.sites import find_sites, step_lengths
 from lepton_xla.passes.core.statistics import collect_statistics
 from lepton_xla.passes.pruning.magnitude import check_finite
-from lepton_xla.passes.shrinking.dependencies import Axes
 from lepton_xla.passes.shrinking.dimensions import Dimension, leaves, unit_sums, units_of
 from lepton_xla.passes.shrinking.groups import Group, Groups
+from lepton_xla.passes.shrinking.labels import Axes
 from lepton_xla.program import Program
 
 type Importance = Literal["l1", "l2", "scale", "taylor", "activation"]

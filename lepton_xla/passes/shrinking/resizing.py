@@ -14,10 +14,12 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from lepton_xla import _compat
 from lepton_xla.errors import UnsupportedError
-from lepton_xla.passes.core.walker import Context, Rule, Values, materialize, rewrite
-from lepton_xla.passes.shrinking.dependencies import Axes, Study, inside
+from lepton_xla.passes.core.rewriting import rewrite
+from lepton_xla.passes.core.walker import Context, Rule, Values, materialize
+from lepton_xla.passes.shrinking.dependencies import Study, inside
 from lepton_xla.passes.shrinking.dimensions import Kept, mask_of
 from lepton_xla.passes.shrinking.groups import Groups, Masks, loses, masks_of, transferred
+from lepton_xla.passes.shrinking.labels import Axes
 from lepton_xla.program import Program
 from lepton_xla.trees import abstract
 
