@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 from lepton_xla import _compat
 from lepton_xla.errors import UnsupportedError
 from lepton_xla.passes.core.rewriting import rewrite
-from lepton_xla.passes.core.walker import Carried, Context
+from lepton_xla.passes.core.walker import Context, TracedValue
 
 either_way = pytest.mark.parametrize("inline", [False, True])
 
@@ -806,12 +806,12 @@ def test_taps_out_of_remat_and_out_of_custom_derivatives():
         tapped(custom, x, w, inline=False)
 
 
-# Carried values.
+# TracedValue values.
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Halved(Carried):
+class Halved(TracedValue):
     """Stands for twice the array it holds."""
 
     half: jax.Array

@@ -12,12 +12,12 @@ from jax import lax
 from lepton_xla import _compat
 from lepton_xla.errors import UnsupportedError
 from lepton_xla.passes.core.walker import (
-    Carried,
     ContainerRule,
     Context,
     Frame,
     TapName,
     Taps,
+    TracedValue,
     Values,
     Walk,
     materialize,
@@ -75,7 +75,7 @@ def _scan(walk: Walk, eqn: Any, values: Values, frame: Frame) -> tuple[Values, T
     scanned = values[num_consts + num_carry :]
 
     def one(carry: Values, step: Values) -> tuple[Values, tuple[Values, Taps, Taps]]:
-        xs = [value.at_step(id(eqn)) if isinstance(value, Carried) else value for value in step]
+        xs = [value.at_step(id(eqn)) if isinstance(value, TracedValue) else value for value in step]
         outs, taps = walk.call(params["jaxpr"], [*consts, *carry, *xs], inner)
         outs = [materialize(out) for out in outs]
         stacked = {name: value for name, value in taps.items() if name not in walk.sums}
@@ -237,7 +237,7 @@ def _shard_map(walk: Walk, eqn: Any, values: Values, frame: Frame) -> tuple[Valu
         body,
         mesh=params["mesh"],
         in_specs=tuple(
-            value.in_specs(spec) if isinstance(value, Carried) else spec
+            value.in_specs(spec) if isinstance(value, TracedValue) else spec
             for value, spec in zip(values, params["in_specs"], strict=True)
         ),
         out_specs=(list(params["out_specs"]), jax.P()),

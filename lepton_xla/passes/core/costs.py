@@ -20,7 +20,7 @@ import jax
 from lepton_xla import _compat
 from lepton_xla.passes.core.rewriting import rewrite
 from lepton_xla.passes.core.sites import SITE_PRIMITIVES, site_name, takes_rows
-from lepton_xla.passes.core.walker import Carried, Context, Values
+from lepton_xla.passes.core.walker import Context, TracedValue, Values
 from lepton_xla.program import Program, probe_sizes
 from lepton_xla.trees import abstract, leaf_bytes, tree_bytes
 
@@ -157,7 +157,7 @@ def cost(program: Program, sizes: Mapping[str, int] | None = None) -> CostReport
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["value"], meta_fields=["path"])
 @dataclasses.dataclass(frozen=True)
-class _Constant(Carried):
+class _Constant(TracedValue):
     """An array that no input goes into; `path` is the largest weight that does, None where there is none."""
 
     value: jax.Array

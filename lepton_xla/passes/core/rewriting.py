@@ -9,7 +9,7 @@ from typing import Any, Literal
 import jax
 
 from lepton_xla.passes.core.containers import CONTAINERS
-from lepton_xla.passes.core.walker import Carried, Frame, Rule, Walk, materialize
+from lepton_xla.passes.core.walker import Frame, Rule, TracedValue, Walk, materialize
 
 
 def rewrite(
@@ -29,13 +29,13 @@ def rewrite(
     Args:
         fn: any function that `jax.make_jaxpr` can trace.
         rules: primitive name -> rule; or a function that makes this table of the jaxpr that is about to be evaluated.
-        follow: rules asked only when an operand is `Carried`: how such a value moves through layout operations. The one
-            under `"*"` is asked after those, also of equations on literals alone and of containers as a whole.
+        follow: rules asked only when an operand is a `TracedValue`: how such a value moves through layout operations.
+            The one under `"*"` is asked after those, also of equations on literals alone and of whole containers.
         inline: False keeps `jit`, `remat`, and custom derivatives as containers, for functions that will be trained;
             True evaluates their bodies in place, for inference.
         on_unknown: what to do with a container the walker does not know that holds a primitive of `rules`.
         example: `example(*args) -> args` to trace `fn` with, where the new function takes other weights than `fn`.
-        prepare: `prepare(*args) -> args`, with `Carried` leaves where the pass wants them; same tree as `example`'s.
+        prepare: `prepare(*args) -> args`, with `TracedValue` leaves where the pass wants them; the tree is `example`'s.
         with_taps: whether the new function returns `(outputs, taps)`.
         constant: what takes the place of an array that a jaxpr closes over, and of a literal that enters a container;
             the array itself by default.
@@ -52,7 +52,7 @@ def rewrite(
         traced = example(*args) if example else args
         closed, out_shape = jax.make_jaxpr(fn, return_shape=True)(*traced, **kwargs)
         given = prepare(*args) if prepare else args
-        values = jax.tree.leaves((given, kwargs), is_leaf=lambda leaf: isinstance(leaf, Carried))
+        values = jax.tree.leaves((given, kwargs), is_leaf=lambda leaf: isinstance(leaf, TracedValue))
         table = rules(closed) if callable(rules) else rules
         walk = Walk(table, follow or {}, CONTAINERS, inline, on_unknown, with_taps, constant)
         outs, taps = walk.call(closed, values, Frame())

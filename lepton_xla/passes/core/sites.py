@@ -23,7 +23,7 @@ from lepton_xla.passes.core.computed import Computed, choose_computed
 from lepton_xla.passes.core.expressions import Expression
 from lepton_xla.passes.core.names import Key, SiteNames
 from lepton_xla.passes.core.rewriting import rewrite
-from lepton_xla.passes.core.walker import Carried, Context, Rule, Values, materialize
+from lepton_xla.passes.core.walker import Context, Rule, TracedValue, Values, materialize
 from lepton_xla.program import Program, TensorSpec, probe_sizes
 from lepton_xla.trees import abstract, name_leaves
 
@@ -74,7 +74,7 @@ class Escapes:
     meta_fields=["path", "layout", "escapes", "expression", "source"],
 )
 @dataclasses.dataclass(frozen=True)
-class Tracked(Carried):
+class Tracked(TracedValue):
     """A weight on its way to its site.
 
     Attributes:
@@ -124,7 +124,7 @@ class Tracked(Carried):
     meta_fields=["expression", "escapes"],
 )
 @dataclasses.dataclass(frozen=True)
-class Made(Carried):
+class Made(TracedValue):
     """A constant, or a value that is computed from weights and constants alone and is not, or not yet, a weight.
 
     Attributes:

@@ -26,7 +26,7 @@ type TapName = tuple[str, ...]
 type Taps = dict[TapName, jax.Array]
 
 
-class Carried:
+class TracedValue:
     """What a pass sends through the graph in the place of an array. Subclasses are pytrees of arrays.
 
     A primitive without a rule for it gets `materialize()`.
@@ -41,7 +41,7 @@ class Carried:
         """The array this stands for."""
         raise NotImplementedError
 
-    def at_step(self, scan: int) -> Carried:
+    def at_step(self, scan: int) -> TracedValue:
         """This value inside the body of a `scan` over its leading axis (the leaves are already sliced).
 
         Args:
@@ -57,7 +57,7 @@ class Carried:
 
 def materialize(value: Any) -> Any:
     """The array a value stands for; arrays stand for themselves."""
-    return value.materialize() if isinstance(value, Carried) else value
+    return value.materialize() if isinstance(value, TracedValue) else value
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,7 +146,7 @@ class Walk:
         self._holds: dict[int, str | None] = {}
 
     def call(self, jaxpr: Any, values: Sequence[Any], frame: Frame) -> tuple[Values, Taps]:
-        """Evaluates a jaxpr, dead equations left out; returns outputs, which may be `Carried`, and taps."""
+        """Evaluates a jaxpr, dead equations left out; returns outputs, which may be `TracedValue`, and taps."""
         jaxpr, consts = _compat.open_jaxpr(jaxpr)
         if self.constant is not None:
             consts = [self.constant(value) for value in consts]
@@ -175,7 +175,7 @@ class Walk:
     def _evaluate(self, eqn: Any, values: Values, frame: Frame, uses: Mapping[Any, int], taps: Taps) -> Values:
         name = eqn.primitive.name
         scope = "/".join(part for part in (frame.scope, _compat.scope(eqn)) if part)
-        carried = any(isinstance(value, Carried) for value in values)
+        carried = any(isinstance(value, TracedValue) for value in values)
         rule = self.rules.get(name) or self.rules.get("*") or (self.follow.get(name) if carried else None)
         asked = [rule] if rule is not None and (name not in self.containers or name in self.rules) else []
         if "*" in self.follow and (carried or all(isinstance(atom, _compat.LITERAL) for atom in eqn.invars)):
@@ -193,7 +193,7 @@ class Walk:
             container = self.containers.get(name)
             if container is not None:
                 if name not in TRANSPARENT:
-                    values = [v.materialize() if isinstance(v, Carried) and not v.crosses else v for v in values]
+                    values = [v.materialize() if isinstance(v, TracedValue) and not v.crosses else v for v in values]
                 if self.constant is not None:
                     literal = [isinstance(atom, _compat.LITERAL) for atom in eqn.invars]
                     values = [self.constant(v) if fixed else v for v, fixed in zip(values, literal, strict=True)]

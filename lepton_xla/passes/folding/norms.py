@@ -9,7 +9,6 @@ weight. What to fold is settled at one set of sizes, and holds at all of them.
 from __future__ import annotations
 
 import dataclasses
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -18,73 +17,31 @@ import jax
 import jax.numpy as jnp
 
 from lepton_xla import _compat
-from lepton_xla.errors import UnsupportedError
 from lepton_xla.passes.core.dtypes import wider
 from lepton_xla.passes.core.names import fresh
 from lepton_xla.passes.core.precomputation import precompute
 from lepton_xla.passes.core.rewriting import rewrite
 from lepton_xla.passes.core.sites import Layout, LayoutOp, Site, find_sites, lay_out
-from lepton_xla.passes.core.walker import Carried, Context, Values, materialize
+from lepton_xla.passes.core.walker import Context, Values, materialize
+from lepton_xla.passes.folding.chains import (
+    ArraysByPath,
+    ScaledProduct,
+    Vector,
+    WeightEquation,
+    WeightExpression,
+    axis_of,
+    channel_axes,
+    extended,
+    follow_expressions,
+    track_product,
+)
+from lepton_xla.passes.folding.simplification import count_equations, evaluate_once, used_weights
 from lepton_xla.program import Program, probe_sizes
 from lepton_xla.report import PassReport, SiteReport
 from lepton_xla.trees import abstract, leaf_bytes, tree_bytes
 
 # What the folded shift of a weight is called.
 BIAS = "bias"
-
-
-type _Weights = Mapping[str, Any]
-type _Vector = Callable[[_Weights], jax.Array]
-"""A vector over output channels (or a scalar), float32 or wider, as a function of the weights."""
-
-
-@dataclasses.dataclass(eq=False, repr=False)
-class _Arithmetic:
-    """An equation on weights alone, evaluated when one of its outputs is read."""
-
-    eqn: Any
-    operands: tuple[Any, ...]
-
-
-@dataclasses.dataclass(eq=False, repr=False)
-class _Expression(Carried):
-    """An expression in weights alone: a weight, or an output of an equation on expressions.
-
-    Attributes:
-        aval: its shape and dtype.
-        given: the weights of this walk.
-        known: what has been computed of them in this walk.
-        path: the weight's path, for a weight and what is made of it alone.
-        layout: the operations between that weight and here.
-        source: the equation; None for a weight.
-        output: which of the equation's outputs this is.
-    """
-
-    crosses = False
-    aval: Any
-    given: _Weights
-    known: dict[_Arithmetic, Values]
-    path: str | None = None
-    layout: Layout = ()
-    source: _Arithmetic | None = None
-    output: int = 0
-
-    def materialize(self) -> jax.Array:
-        return self.evaluate(self.given, self.known)
-
-    def evaluate(self, weights: _Weights, known: dict[_Arithmetic, Values]) -> jax.Array:
-        """The expression's value; `known` is what is known already for these weights, and grows."""
-        if self.source is None:
-            assert self.path is not None
-            return weights[self.path]
-        if self.source not in known:
-            operands = [
-                value.evaluate(weights, known) if isinstance(value, _Expression) else value
-                for value in self.source.operands
-            ]
-            with _compat.equation_context(self.source.eqn):
-                known[self.source] = _compat.bind(self.source.eqn, operands)
-        return known[self.source][self.output]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,63 +60,11 @@ class _Fold:
 
     site: Site
     layout: Layout
-    scale: _Vector
-    shift: _Vector | None
+    scale: Vector
+    shift: Vector | None
     bias: str | None
     steps: int
     dtype: Any
-
-
-@dataclasses.dataclass(eq=False, repr=False)
-class _Product(Carried):
-    """A site's product after `steps` operations that scale or shift its channels, or move axes.
-
-    Attributes:
-        site: the site.
-        eqn: its equation in this walk.
-        weight: its weight.
-        activation: its activation.
-        aval: shape and dtype after these operations.
-        value: the array, computed as the program does; None where it is to be computed from the folded weight.
-        scale: the operations' scale, or None.
-        shift: the operations' shift, or None.
-        steps: how many operations.
-        axis: the axis of the channels here.
-        moves: those of the operations that move axes.
-        read: whether something that is no such operation reads this value.
-        following: the values that such operations make of this one.
-    """
-
-    crosses = False
-    site: Site
-    eqn: Any
-    weight: _Expression
-    activation: jax.Array
-    aval: Any
-    value: jax.Array | None
-    axis: int
-    scale: _Vector | None = None
-    shift: _Vector | None = None
-    steps: int = 0
-    moves: tuple[Any, ...] = ()
-    read: bool = False
-    following: list[_Product] = dataclasses.field(default_factory=list)
-
-    def materialize(self) -> jax.Array:
-        if self.value is None:
-            raise UnsupportedError(
-                f"site {self.site.name!r}: the program goes on from it otherwise at these sizes than at those it was "
-                f"folded at; set fold = false"
-            )
-        self.read = True
-        return self.value
-
-    def last(self) -> _Product:
-        """The end of the chain of operations in which no value is read twice."""
-        product = self
-        while not product.read and len(product.following) == 1:
-            product = product.following[0]
-        return product
 
 
 def fold(program: Program) -> Program:
@@ -179,7 +84,7 @@ def fold(program: Program) -> Program:
     sizes = probe_sizes(program.fn, program.weights, program.inputs)[0]
 
     like = abstract(program.weights)
-    products: list[_Product] = []
+    products: list[ScaledProduct] = []
     jax.eval_shape(_walk(program.fn, like, sites, found=products), like, *program.abstract_inputs(sizes))
     taken = set(like)
     folds = {_path(fold.site): fold for product in products if (fold := _folded(product.last(), taken)) is not None}
@@ -200,12 +105,12 @@ def fold(program: Program) -> Program:
         reports.append(SiteReport(entry.site.name, "scale and shift folded in", "", before, after))
 
     fn = _walk(program.fn, like, sites, folds=folds)
-    used = _used_weights(fn, weights, program, sizes)
+    used = used_weights(fn, weights, program, sizes)
     kept = {name: value for name, value in weights.items() if name in used}
     masks = {name: mask for name, mask in masks.items() if name in used}
     metrics = {
-        "equations_before": _count(program.jaxpr(sizes)),
-        "equations_after": _count(jax.make_jaxpr(fn)(abstract(kept), *program.abstract_inputs(sizes))),
+        "equations_before": count_equations(program.jaxpr(sizes)),
+        "equations_after": count_equations(jax.make_jaxpr(fn)(abstract(kept), *program.abstract_inputs(sizes))),
         "weights_bytes_before": program.weights_bytes,
         "weights_bytes_after": tree_bytes(kept),
         "weights": _taken(like, [path for path in like if path not in kept], folds),
@@ -214,7 +119,7 @@ def fold(program: Program) -> Program:
     return program.replace(fn=fn, weights=kept, masks=masks, history=(*program.history, report))
 
 
-def _taken(like: _Weights, gone: Sequence[str], folds: Mapping[str, _Fold]) -> dict[str, str]:
+def _taken(like: ArraysByPath, gone: Sequence[str], folds: Mapping[str, _Fold]) -> dict[str, str]:
     """Into what the weights that are gone were folded; the others of them are read by nothing."""
     into: dict[str, list[str]] = {path: [] for path in gone}
     names = [name for name in sorted(like) for _ in jax.tree.leaves(like[name])]
@@ -235,17 +140,7 @@ def _foldable(site: Site) -> bool:
         return False
     if any(op.resizes for op in site.layout if isinstance(op, LayoutOp)):
         return False
-    return site.kind == "conv_general_dilated" or (site.kind == "dot_general" and _channel_axes(site) is not None)
-
-
-def _channel_axes(site: Site) -> tuple[int, int] | None:
-    """The output channel's axis in the result and in the weight operand, where there is one such axis."""
-    numbers = site.params["dimension_numbers"]
-    if site.kind == "conv_general_dilated":
-        return numbers.out_spec[1], numbers.rhs_spec[0]
-    (_, contract), (_, batch) = numbers
-    free = [axis for axis in range(len(site.weight.shape)) if axis not in (*contract, *batch)]
-    return (len(site.output.shape) - 1, free[0]) if len(free) == 1 and not batch else None
+    return site.kind == "conv_general_dilated" or (site.kind == "dot_general" and channel_axes(site) is not None)
 
 
 def _path(site: Site) -> str:
@@ -253,13 +148,7 @@ def _path(site: Site) -> str:
     return site.path
 
 
-def _axis_of(site: Site, operand: int) -> int:
-    axes = _channel_axes(site)
-    assert axes is not None
-    return axes[operand]
-
-
-def _folded(end: _Product, taken: set[str]) -> _Fold | None:
+def _folded(end: ScaledProduct, taken: set[str]) -> _Fold | None:
     """What the product's weight becomes, its bias named as nothing that is taken; None where nothing scales it."""
     if end.scale is None:
         return None
@@ -270,13 +159,13 @@ def _folded(end: _Product, taken: set[str]) -> _Fold | None:
     return _Fold(end.site, end.weight.layout, end.scale, end.shift, bias, end.steps, end.aval.dtype)
 
 
-def _made(weights: _Weights, entry: _Fold) -> dict[str, jax.Array]:
+def _made(weights: ArraysByPath, entry: _Fold) -> dict[str, jax.Array]:
     """The weight with its scale folded in, multiplied in float32 or wider, and its bias; empty if these lose something.
 
     A narrow dtype may overflow, or lose a channel that falls below its normal numbers.
     """
     laid = lay_out(weights[_path(entry.site)], entry.layout)
-    scale, axis = entry.scale(weights), _axis_of(entry.site, 1)
+    scale, axis = entry.scale(weights), axis_of(entry.site, 1)
     wide = wider(laid.dtype, scale.dtype)
     exact = laid.astype(wide) * _along(scale.astype(wide), axis, laid.ndim)
     made = {_path(entry.site): exact.astype(laid.dtype)}
@@ -298,7 +187,7 @@ def _walk(
     like: Mapping[str, Any],
     sites: Mapping[str | None, Site],
     *,
-    found: list[_Product] | None = None,
+    found: list[ScaledProduct] | None = None,
     folds: Mapping[str, _Fold] | None = None,
 ) -> Callable[..., Any]:
     """`fn` with its foldable products noted in `found`, or those of `folds` computed from folded weights."""
@@ -307,30 +196,32 @@ def _walk(
         if eqn.effects or _compat.inner_jaxprs(eqn):
             return None
         literal = [isinstance(atom, _compat.LITERAL) for atom in eqn.invars]
-        expression = [isinstance(value, _Expression) for value in values]
+        expression = [isinstance(value, WeightExpression) for value in values]
         if any(expression) and all(a or b for a, b in zip(expression, literal, strict=True)):
-            return _expressions(context, eqn, values)
+            return follow_expressions(context, eqn, values)
         if eqn.primitive.name in ("dot_general", "conv_general_dilated") and expression[1] and not context.container:
             path = values[1].path
             if found is not None and path in sites:
-                return [_product(eqn, sites[path], values, found)]
+                return [track_product(eqn, sites[path], values, found)]
             if folds is not None and path in folds:
                 activation = materialize(values[0])
-                axis = _axis_of(folds[path].site, 0)
-                return [_Product(folds[path].site, eqn, values[1], activation, eqn.outvars[0].aval, None, axis)]
+                axis = axis_of(folds[path].site, 0)
+                return [ScaledProduct(folds[path].site, eqn, values[1], activation, eqn.outvars[0].aval, None, axis)]
         for side, value in enumerate(values):
-            if isinstance(value, _Product):
-                extended = _extended(eqn, value, side, values, literal)
-                if extended is not None:
-                    value.following.append(extended)
+            if isinstance(value, ScaledProduct):
+                after = extended(eqn, value, side, values, literal)
+                if after is not None:
+                    value.following.append(after)
                     entry = (folds or {}).get(_path(value.site))
-                    return [_finish(entry, extended) if entry and extended.steps == entry.steps else extended]
-        return _once(context, eqn, values)
+                    return [_finish(entry, after) if entry and after.steps == entry.steps else after]
+        return evaluate_once(context, eqn, values)
 
     def prepare(weights: Mapping[str, Any], *inputs: Any) -> tuple[Any, ...]:
-        known: dict[_Arithmetic, Values] = {}
+        known: dict[WeightEquation, Values] = {}
         flat = {
-            name: _Expression(leaf, weights, known, name) if isinstance(leaf, jax.ShapeDtypeStruct) else weights[name]
+            name: WeightExpression(leaf, weights, known, name)
+            if isinstance(leaf, jax.ShapeDtypeStruct)
+            else weights[name]
             for name, leaf in like.items()
         }
         return (flat, *inputs)
@@ -345,176 +236,15 @@ def _walk(
     )
 
 
-def _product(eqn: Any, site: Site, values: Values, found: list[_Product]) -> _Product:
-    """The start of a chain, computed as the program does."""
-    activation, weight = materialize(values[0]), values[1]
-    value = _compat.bind(eqn, [activation, weight.materialize()])[0]
-    found.append(_Product(site, eqn, weight, activation, eqn.outvars[0].aval, value, _axis_of(site, 0)))
-    return found[-1]
-
-
-def _finish(entry: _Fold, product: _Product) -> jax.Array:
+def _finish(entry: _Fold, product: ScaledProduct) -> jax.Array:
     """The end of a chain, computed from the folded weight."""
     given = product.weight.given
     out = _compat.bind(product.eqn, [product.activation, given[_path(entry.site)]])[0]
     if entry.bias is not None:
         wide = wider(out.dtype, entry.dtype)
-        bias = _along(given[entry.bias].astype(wide), _axis_of(entry.site, 0), out.ndim)
+        bias = _along(given[entry.bias].astype(wide), axis_of(entry.site, 0), out.ndim)
         out = out.astype(wide) + bias
     out = out.astype(entry.dtype)
     for move in product.moves:
         out = _compat.bind(move, [out])[0]
     return out
-
-
-def _expressions(context: Context, eqn: Any, values: Values) -> Values:
-    """The outputs of an equation on weights alone, as expressions; equal equations are one."""
-    first = next(value for value in values if isinstance(value, _Expression))
-    alone = len(values) == 1 and first.path is not None
-    key = _identity(eqn, values)
-    known: dict[Any, _Arithmetic] = context.walk.notes.setdefault("arithmetic", {})
-    source = known.setdefault(key, _Arithmetic(eqn, tuple(values))) if key is not None else None
-    source = source or _Arithmetic(eqn, tuple(values))
-    made: dict[_Arithmetic, Values] = context.walk.notes.setdefault("expressions", {})
-    if source not in made:
-        made[source] = [
-            _Expression(
-                var.aval,
-                first.given,
-                first.known,
-                first.path if alone else None,
-                (*first.layout, LayoutOp(eqn, index)) if alone else (),
-                source,
-                index,
-            )
-            for index, var in enumerate(eqn.outvars)
-        ]
-    return list(made[source])
-
-
-def _extended(eqn: Any, product: _Product, side: int, values: Values, literal: list[bool]) -> _Product | None:
-    """The product after one more operation that scales or shifts its channels, or None if this is none."""
-    name = eqn.primitive.name
-    aval = eqn.outvars[0].aval
-    scale, shift, axis, moves = product.scale, product.shift, product.axis, product.moves
-    if name in ("reshape", "squeeze", "transpose"):
-        moved = _moved(eqn, product)
-        if moved is None or len(values) != 1:
-            return None
-        axis, moves = moved, (*moves, eqn)
-    elif name == "convert_element_type":
-        if not (jnp.issubdtype(aval.dtype, jnp.floating) and jnp.issubdtype(product.aval.dtype, jnp.floating)):
-            return None
-    elif name in ("add", "sub", "mul", "div"):
-        vector = _channel_vector(values[1 - side], axis, literal[1 - side])
-        alike = (aval.shape, aval.dtype) == (product.aval.shape, product.aval.dtype)
-        if vector is None or not alike or (name == "div" and side == 1):
-            return None
-        if name in ("mul", "div"):
-            factor = vector if name == "mul" else _map(lambda by: 1 / by, vector)
-            scale = factor if scale is None else _map(jnp.multiply, scale, factor)
-            shift = None if shift is None else _map(jnp.multiply, shift, factor)
-        else:
-            if name == "sub" and side == 1:  # vector - product
-                scale = (lambda _weights: jnp.float32(-1)) if scale is None else _map(jnp.negative, scale)
-                shift = None if shift is None else _map(jnp.negative, shift)
-            elif name == "sub":
-                vector = _map(jnp.negative, vector)
-            shift = vector if shift is None else _map(jnp.add, shift, vector)
-    else:
-        return None
-    value = None
-    if product.value is not None:
-        value = _compat.bind(eqn, [product.value if k == side else materialize(v) for k, v in enumerate(values)])[0]
-    return dataclasses.replace(
-        product,
-        aval=aval,
-        value=value,
-        axis=axis,
-        scale=scale,
-        shift=shift,
-        steps=product.steps + 1,
-        moves=moves,
-        read=False,
-        following=[],
-    )
-
-
-def _moved(eqn: Any, product: _Product) -> int | None:
-    """The axis of the channels after an operation that moves axes; None where they do not stay one axis."""
-    if eqn.primitive.name == "transpose":
-        return eqn.params["permutation"].index(product.axis)
-    before, after = product.aval.shape, eqn.outvars[0].aval.shape
-    channels = before[product.axis]
-    if channels == 1:
-        return None
-    lead = math.prod(before[: product.axis])
-    places = [k for k, size in enumerate(after) if size == channels and math.prod(after[:k]) == lead]
-    return places[0] if places else None
-
-
-def _map(operation: Callable[..., jax.Array], *vectors: _Vector) -> _Vector:
-    return lambda weights: operation(*(vector(weights) for vector in vectors))
-
-
-def _channel_vector(value: Any, axis: int, literal: bool) -> _Vector | None:
-    """A value that varies along one axis only, as a vector along it (or a scalar); None if it varies otherwise."""
-    if not isinstance(value, _Expression):
-        return (lambda _weights: _widened(jnp.asarray(value))) if literal and jnp.ndim(value) == 0 else None
-    if all(size == 1 for k, size in enumerate(value.aval.shape) if k != axis):
-        return lambda weights: _widened(jnp.ravel(value.evaluate(weights, {})))
-    if value.source is None or value.source.eqn.primitive.name != "broadcast_in_dim":
-        return None
-    inner, places = value.source.operands[0], value.source.eqn.params["broadcast_dimensions"]
-    return _channel_vector(inner, places.index(axis) if axis in places else -1, literal=True)
-
-
-def _widened(vector: jax.Array) -> jax.Array:
-    return vector.astype(wider(vector.dtype))
-
-
-def _once(context: Context, eqn: Any, values: Values) -> Values:
-    """Evaluates an equation, or gives what the same one on the same operands gave before (common subexpressions)."""
-    operands = [materialize(value) for value in values]
-    # A body of control flow may be traced several times, and a value of one trace must not reach another.
-    key = _identity(eqn, operands) if not context.container else None
-    if key is None:
-        return _compat.bind(eqn, operands)
-    seen: dict[Any, tuple[Values, Values]] = context.walk.notes.setdefault("seen", {})
-    if key not in seen:
-        seen[key] = operands, _compat.bind(eqn, operands)  # the operands are held so that their ids stay theirs
-    return list(seen[key][1])
-
-
-def _identity(eqn: Any, operands: Values) -> tuple[Any, ...] | None:
-    """Equal for two equations that compute the same; None where that cannot be told."""
-    values = tuple(
-        (str(value), str(atom.aval)) if isinstance(atom, _compat.LITERAL) else id(value)
-        for atom, value in zip(eqn.invars, operands, strict=True)
-    )
-    key = (eqn.primitive.name, values, tuple(sorted(eqn.params.items(), key=lambda item: item[0])), str(eqn.ctx))
-    try:
-        hash(key)
-    except TypeError:
-        return None
-    # What takes no operands is cheap, and may be large.
-    return key if any(isinstance(part, int) for part in values) else None
-
-
-def _used_weights(
-    fn: Callable[..., Any], weights: dict[str, Any], program: Program, sizes: Mapping[str, int]
-) -> set[str]:
-    """Names of the weights that the function reads."""
-    jaxpr, _ = _compat.open_jaxpr(jax.make_jaxpr(fn)(abstract(weights), *program.abstract_inputs(sizes)))
-    _, read = _compat.live(jaxpr)
-    # The variables of the weights come first, in the order in which JAX flattens a dict: by key.
-    names = [name for name in sorted(weights) for _ in jax.tree.leaves(weights[name])]
-    kept = {name for name, var in zip(names, jaxpr.invars, strict=False) if var in read}
-    # What is not a plain array was made by an earlier pass, whose function expects to find it.
-    return kept | {name for name, leaf in weights.items() if not isinstance(leaf, jax.Array)}
-
-
-def _count(jaxpr: Any) -> int:
-    """Equations of a jaxpr and of those inside it."""
-    jaxpr, _ = _compat.open_jaxpr(jaxpr)
-    return sum(1 + sum(map(_count, _compat.inner_jaxprs(eqn))) for eqn in jaxpr.eqns)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from lepton_xla import _compat
-from lepton_xla.passes.core.walker import Carried, Context
+from lepton_xla.passes.core.walker import Context, TracedValue
 from lepton_xla.passes.shrinking.dimensions import (
     Dimension,
     Kept,
@@ -26,7 +26,7 @@ type Handler = Callable[["Findings", Context, Any, list["Labelled"]], list["Labe
 
 
 @dataclasses.dataclass(frozen=True)
-class Labelled(Carried):
+class Labelled(TracedValue):
     """What stands for an array in the walk.
 
     Attributes:
