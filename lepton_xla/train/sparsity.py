@@ -17,13 +17,13 @@ from jax.core import Tracer
 from lepton_xla.errors import ModelError, RecipeError
 from lepton_xla.passes.core.plans import Plan
 from lepton_xla.passes.pruning.magnitude import check_finite
-from lepton_xla.passes.pruning.masks import DATA_METHODS, Regrowth, find_masks, sparsity_of
+from lepton_xla.passes.pruning.masks import Regrowth, find_masks
 from lepton_xla.passes.pruning.scores import element_scores, random_scores
 from lepton_xla.passes.pruning.shares import rule_shares, something_left
 from lepton_xla.passes.pruning.targets import Target, leaf_targets, plan_targets
 from lepton_xla.program import check_masks
 from lepton_xla.recipe import PruneRule
-from lepton_xla.recipe.rules import check_rule
+from lepton_xla.recipe.rules import DATA_METHODS, check_rule, sparsity_of
 from lepton_xla.train.schedules import Schedule
 from lepton_xla.trees import key_name, name_leaves, some_names
 

@@ -13,7 +13,8 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 from lepton_xla.passes.planning import resolve  # noqa: E402
-from lepton_xla.passes.pruning.masks import Regrowth, find_masks, sparsity_of  # noqa: E402
+from lepton_xla.passes.pruning.masks import Regrowth, find_masks  # noqa: E402
+from lepton_xla.recipe.rules import sparsity_of  # noqa: E402
 from lepton_xla.passes.pruning.ranking import keep_largest, keep_largest_on_host  # noqa: E402
 from lepton_xla.passes.pruning.scores import element_scores  # noqa: E402
 from lepton_xla.passes.pruning.shares import rule_shares  # noqa: E402
