@@ -14,13 +14,13 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 from lepton_xla.passes.planning import resolve  # noqa: E402
 from lepton_xla.passes.pruning.masks import Regrowth, find_masks  # noqa: E402
-from lepton_xla.recipe.rules import sparsity_of  # noqa: E402
 from lepton_xla.passes.pruning.ranking import keep_largest, keep_largest_on_host  # noqa: E402
 from lepton_xla.passes.pruning.scores import element_scores  # noqa: E402
 from lepton_xla.passes.pruning.shares import rule_shares  # noqa: E402
 from lepton_xla.passes.pruning.targets import Target, plan_targets  # noqa: E402
 from lepton_xla.program import TensorSpec, trace  # noqa: E402
 from lepton_xla.recipe import Recipe  # noqa: E402
+from lepton_xla.recipe.rules import sparsity_of  # noqa: E402
 
 # A stacked weight for each, and one more for some.
 RULES = {
