@@ -24,8 +24,8 @@ from lepton_xla.errors import (
     UnsupportedError,
 )
 from lepton_xla.flags import warn_of_slow_flags
-from lepton_xla.optimization import memory
 from lepton_xla.passes.alternatives.autotuning import autotune
+from lepton_xla.passes.core import memory
 from lepton_xla.passes.core.calibration import as_batches, calibrate, needs_range
 from lepton_xla.passes.core.plans import Plan
 from lepton_xla.passes.core.precomputation import precompute

@@ -18,6 +18,7 @@ from jax import lax
 from lepton_xla.adapters import from_linen, from_nnx
 from lepton_xla.errors import LeptonError, ModelError, RecipeError
 from lepton_xla.passes.core import matrix
+from lepton_xla.passes.core.alike import Alike
 from lepton_xla.passes.planning import resolve
 from lepton_xla.passes.quantization.gptq import Options, gptq, gptq_codes, gptq_values
 from lepton_xla.passes.quantization.lowering import lower
@@ -429,3 +430,60 @@ def test_weights_are_rounded_in_threads_only_where_these_have_the_settings_of_th
     with contextlib.nullcontext() if device is None else jax.default_device(jax.devices()[device]):
         gptq(program, resolve(INT8, program), [{"x": np.asarray(correlated(64), np.float32)}])
     assert (threading.current_thread() in threads) == (device is not None)
+
+
+def test_a_few_columns_at_a_time_are_rounded_as_all_at_once(monkeypatch):
+    mask = jnp.asarray(np.random.default_rng(4).random((DEPTH, 13)) < 0.6)
+    weight = jnp.where(mask, array(DEPTH, 13, seed=3), 0)
+    program = trace(lambda w, x: x @ w["w"], {"w": weight}, ROWS).replace(masks={"w": mask})
+    options = 'weights = "uint4"\nactivations = "none"\ngranularity = "group:4"'
+    plan = resolve(Recipe.parse(f"[[quantize]]\nsites = '.*'\n{options}", name="test"), program)
+    data = [{"x": np.asarray(correlated(64), np.float32)}]
+    whole, _ = gptq(program, plan, data)
+    module._better_of_two.clear_cache()
+    monkeypatch.setattr(module, "COLUMNS_AT_ONCE", 5)  # the last of three turns overlaps the one before
+    parts, _ = gptq(program, plan, data)
+    module._better_of_two.clear_cache()
+    np.testing.assert_allclose(parts.weights["w"], whole.weights["w"], rtol=1e-6)
+    for name in ("output_error", "nearest_output_error"):
+        got, wanted = (each.history[-1].sites[0].metrics[name] for each in (parts, whole))
+        np.testing.assert_allclose(got, wanted, rtol=1e-5)
+
+
+def test_rounding_a_wide_weight_takes_few_copies_of_it():
+    columns = 20 * module.COLUMNS_AT_ONCE + 1
+    weight = jnp.zeros((32, columns))
+    program = trace(lambda w, x: x @ w["w"], {"w": weight}, {"x": TensorSpec(("batch", 32), "float32")})
+    (planned,) = resolve(INT8, program).sites
+    gram = jax.ShapeDtypeStruct((1, 32, 32), jnp.float32)
+    ordered = (jax.ShapeDtypeStruct((1, 32), jnp.int32), gram)
+    lowered = module._better_of_two.lower(
+        weight, gram, ordered, None, like=Alike(planned.site), rule=planned.quantize, options=module.Options()
+    )
+    assert lowered.compile().memory_analysis().temp_size_in_bytes <= 2 * weight.nbytes
+
+
+def test_gram_matrices_that_fit_the_memory_are_held_at_a_time(monkeypatch):
+    held = []
+    plain = module._round
+
+    def counted(*args):
+        held.append(sum(leaf.shape == (1, DEPTH, DEPTH) for leaf in jax.live_arrays()))
+        return plain(*args)
+
+    def fn(w, x):
+        for name in "abcd":
+            x = jnp.tanh(x @ w[name])
+        return x
+
+    program = trace(fn, {name: array(DEPTH, DEPTH, seed=ord(name)) for name in "abcd"}, ROWS)
+    plan = resolve(INT8, program)
+    data = [{"x": np.asarray(correlated(64), np.float32)}]
+    want, _ = gptq(program, plan, data)
+    monkeypatch.setattr(module, "_round", counted)
+    monkeypatch.setattr(module, "GRAM_LIMIT_BYTES", 2 * 4 * DEPTH**2)
+    got, _ = gptq(program, plan, data)
+    assert len(held) == 4
+    assert max(held) <= 2
+    for name in "abcd":
+        np.testing.assert_array_equal(got.weights[name], want.weights[name])

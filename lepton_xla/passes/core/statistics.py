@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -22,7 +22,7 @@ from lepton_xla.passes.core.walker import Context, TapName, Values, materialize
 from lepton_xla.program import Program
 
 # Gram matrices collected in one pass over the data take at most this much memory, unless a single one takes more.
-GRAM_LIMIT_BYTES = 2**30
+GRAM_LIMIT_BYTES = 2**28
 # Which step of its scans a product belongs to, as that travels beside its weight.
 _STEP = "step"
 # What is kept of each column of a site's activation, besides Gram matrices.
@@ -81,8 +81,9 @@ def collect_statistics(
     if not data:
         raise CalibrationError(EMPTY)
     found: dict[str, Statistics] = {}
-    for group in _groups(program, sites, limit_bytes if gram else None):
-        found |= _collect(program, group, data, gram)
+    parts = in_parts(sites, functools.partial(gram_bytes, program), limit_bytes) if gram else [sites]
+    for part in parts if sites else []:
+        found |= _collect(program, part, data, gram)
     return found
 
 
@@ -99,19 +100,24 @@ def pooled(statistics: Sequence[Statistics], what: Literal["mean_square", "gram"
     return sum(parts[1:], parts[0])
 
 
-def _groups(program: Program, sites: Sequence[Site], limit_bytes: int | None) -> list[list[Site]]:
-    """The sites in groups whose Gram matrices fit the limit."""
-    groups: list[list[Site]] = []
+def in_parts[T](items: Sequence[T], size_bytes: Callable[[T], int], limit_bytes: int) -> list[list[T]]:
+    """Items, in their order, in lists of which each takes at most so many bytes, or is a single item."""
+    parts: list[list[T]] = []
     free = 0
-    for site in sites:
-        batch, depth, _ = matrix.matrix_shape(site)
-        size = math.prod(_steps(program, site)) * batch * depth * depth * 4
-        if not groups or (limit_bytes is not None and size > free):
-            groups.append([])
-            free = limit_bytes or 0
-        groups[-1].append(site)
+    for item in items:
+        size = size_bytes(item)
+        if not parts or size > free:
+            parts.append([])
+            free = limit_bytes
+        parts[-1].append(item)
         free -= size
-    return groups
+    return parts
+
+
+def gram_bytes(program: Program, site: Site) -> int:
+    """Bytes of the Gram matrices of one site, of all steps of its scans."""
+    batch, depth, _ = matrix.matrix_shape(site)
+    return math.prod(_steps(program, site)) * batch * depth * depth * 4
 
 
 def _steps(program: Program, site: Site) -> tuple[int, ...]:

@@ -12,7 +12,7 @@ import functools
 import hashlib
 import os
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -21,11 +21,18 @@ import numpy as np
 from jax import lax
 
 from lepton_xla import _compat
-from lepton_xla.passes.core import matrix
+from lepton_xla.passes.core import matrix, memory
 from lepton_xla.passes.core.alike import Alike
 from lepton_xla.passes.core.calibration import as_batches
 from lepton_xla.passes.core.precomputation import for_plan
-from lepton_xla.passes.core.statistics import Statistics, collect_statistics, pooled
+from lepton_xla.passes.core.statistics import (
+    GRAM_LIMIT_BYTES,
+    Statistics,
+    collect_statistics,
+    gram_bytes,
+    in_parts,
+    pooled,
+)
 from lepton_xla.passes.quantization.inverse_factor import inverse_factor
 from lepton_xla.passes.quantization.rounding import (
     GivenGrids,
@@ -51,6 +58,8 @@ if TYPE_CHECKING:
 ELEMENTS_AT_ONCE = 2**22
 # Elements of a weight up to which it is rounded beside others.
 SMALL = 2**20
+# Columns of a weight that are rounded at once: no column depends on another, and rounding takes several copies of them.
+COLUMNS_AT_ONCE = 4096
 
 _HIGHEST = lax.Precision.HIGHEST
 
@@ -241,8 +250,6 @@ def gptq(
     digests = {planned.path: _digest(planned.stored) for planned in all_planned}
     changed = [each for each in all_planned if each.path not in known or known[each.path].of != digests[each.path]]
     found: dict[str, Statistics] = {}
-    if changed and not sequential:
-        found = collect_statistics(program, [site for each in changed for site in each.products], data, gram=True)
 
     def round_one(planned: Planned) -> None:
         seen = [found.pop(site.name) for site in planned.products]
@@ -251,21 +258,34 @@ def gptq(
         reports = _reports(planned, rounded, reached, errors)
         known[planned.path] = Rounded(digests[planned.path], rounded, given(grid), reports)
 
-    if not sequential:
+    # Of few weights at a time, so that their Gram matrices fit the memory; those of what is rounded are let go of.
+    all_bytes = functools.partial(_gram_bytes, program)
+    for part in [] if sequential else in_parts(changed, all_bytes, GRAM_LIMIT_BYTES):
+        found |= collect_statistics(program, [site for each in part for site in each.products], data, gram=True)
+        memory.give_back()
         # Compiling is most of it where weights are small, and leaves the interpreter to others meanwhile.
+        first = _small_of_each_kind(part)
         with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-            if pool.submit(_compat.settings).result() == _compat.settings():  # else the threads would compute otherwise
-                list(pool.map(round_one, _small_of_each_kind(changed)))
+            if pool.submit(_compat.settings).result() != _compat.settings():  # else the threads would compute otherwise
+                first = []
+            list(pool.map(round_one, first))
+        for planned in part:
+            if planned.path not in {each.path for each in first}:
+                round_one(planned)
     for planned in all_planned:
         path = planned.path
         if path not in known or known[path].of != digests[path]:
-            if sequential:
-                found = collect_statistics(program.replace(weights=weights), planned.products, data, gram=True)
+            found = collect_statistics(program.replace(weights=weights), planned.products, data, gram=True)
             round_one(planned)
         weights[path], grids[path] = known[path].weight, known[path].grid
         reports += known[path].reports
+    memory.give_back()
     report = PassReport("gptq", time.perf_counter() - start, tuple(reports))
     return program.replace(weights=weights, history=(*program.history, report)), grids
+
+
+def _gram_bytes(program: Program, planned: Planned) -> int:
+    return sum(gram_bytes(program, site) for site in planned.products)
 
 
 def _small_of_each_kind(planned: Sequence[Planned]) -> list[Planned]:
@@ -337,18 +357,21 @@ def _better_of_two(
     site, target = like.site, FORMATS[rule.weights]
     exact = matrix.stored_matrix(site, stored).astype(jnp.float32)
     grid = whole_grid(site, rule, exact)
-    kept = jnp.ones(exact.shape, bool)
-    if mask is not None:
-        kept = matrix.stored_matrix(site, mask.astype(stored.dtype)) != 0
+    kept = None if mask is None else matrix.stored_matrix(site, mask.astype(stored.dtype)) != 0
 
     def one(
-        weight: jax.Array, gram: jax.Array, ordered: tuple[jax.Array, jax.Array], grid: Grid, kept: jax.Array
-    ) -> Any:
-        plain = jnp.where(kept, nearest(weight, grid, target), jnp.zeros_like(weight))
-        chosen = _rounded(weight, ordered, grid, target, options, kept)
-        squares = [output_squares(weight - rounded, gram) for rounded in (chosen, plain)]
-        chosen = jnp.where(squares[0] <= squares[1], chosen, plain)
-        return chosen, jnp.minimum(*squares), squares[1], output_squares(weight, gram)
+        weight: jax.Array, gram: jax.Array, ordered: tuple[jax.Array, jax.Array], grid: Grid, kept: jax.Array | None
+    ) -> tuple[jax.Array, ...]:
+        def columns(weight: jax.Array, grid: Grid, kept: jax.Array | None) -> tuple[jax.Array, ...]:
+            plain = nearest(weight, grid, target)
+            if kept is not None:
+                plain = jnp.where(kept, plain, jnp.zeros_like(plain))
+            chosen = _rounded(weight, ordered, grid, target, options, kept)
+            squares = [output_squares(weight - rounded, gram) for rounded in (chosen, plain)]
+            chosen = jnp.where(squares[0] <= squares[1], chosen, plain)
+            return chosen, jnp.minimum(*squares), squares[1], output_squares(weight, gram)
+
+        return _by_columns(columns, weight, grid, kept)
 
     at_once = ELEMENTS_AT_ONCE // exact.shape[-2] ** 2
     matrices = grid_matrices(site, grid)
@@ -356,6 +379,41 @@ def _better_of_two(
     chosen, *squares = matrix.batched_map(one, exact.shape[:-2], *parts, at_once=at_once)
     sums = jnp.stack([jnp.sum(part) for part in squares])
     return matrix.stored_weight(site, chosen, stored), grid, sums
+
+
+def _by_columns(
+    function: Callable[[jax.Array, Grid, jax.Array | None], tuple[jax.Array, ...]],
+    weight: jax.Array,
+    grid: Grid,
+    kept: jax.Array | None,
+) -> tuple[jax.Array, ...]:
+    """What a function gives of a weight `[K, N]`, computed of at most `COLUMNS_AT_ONCE` of its columns at a time.
+
+    Args:
+        function: gives arrays whose last axis is the weight's columns, each of which depends on its own column alone.
+        weight: `[K, N]`.
+        grid: scale `[G, N]`, zero point likewise, levels `[levels]`.
+        kept: bool `[K, N]` or None.
+    """
+    columns = weight.shape[-1]
+    turns = -(-columns // COLUMNS_AT_ONCE)
+    if turns <= 1:
+        return function(weight, grid, kept)
+    width = -(-columns // turns)
+
+    def cut(array: jax.Array | None, start: jax.Array) -> jax.Array | None:
+        return None if array is None else lax.dynamic_slice_in_dim(array, start, width, axis=-1)
+
+    def turn(number: jax.Array, done: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        start = jnp.minimum(number * width, columns - width)  # the last ones are computed twice
+        part = dataclasses.replace(grid, scale=cut(grid.scale, start), zero_point=cut(grid.zero_point, start))
+        made = function(lax.dynamic_slice_in_dim(weight, start, width, axis=-1), part, cut(kept, start))
+        return tuple(
+            lax.dynamic_update_slice_in_dim(whole, new, start, axis=-1) for whole, new in zip(done, made, strict=True)
+        )
+
+    shapes = jax.eval_shape(function, weight, grid, kept)
+    return lax.fori_loop(0, turns, turn, tuple(jnp.zeros(shape.shape, shape.dtype) for shape in shapes))
 
 
 def output_squares(weight: jax.Array, gram: jax.Array) -> jax.Array:

@@ -23,7 +23,7 @@ import numpy as np
 
 from lepton_xla.errors import CalibrationError, ModelError
 from lepton_xla.passes.alternatives.autotuning import choose, times_us
-from lepton_xla.passes.core import matrix
+from lepton_xla.passes.core import matrix, memory
 from lepton_xla.passes.core.alike import Alike
 from lepton_xla.passes.core.calibration import needs_range
 from lepton_xla.passes.core.names import Key, fresh
@@ -143,9 +143,11 @@ def lower(
         elif needs_range(planned.rule):
             values[planned.site.name, RANGE] = _finite_range(planned.site, ranges)
     names = _names(values, like)
+    memory.give_back()  # of the passes before, and below of large operands: who times also needs memory
     began = time.perf_counter()
     choices = choose(program, sizes if candidates else (), say)
     timings = _time_sites(program, candidates, sizes, say)
+    memory.give_back()
     timed_s = time.perf_counter() - began
     reasons |= {name: _wrong_reason(name, found) for name, found in timings.items() if any(t.wrong for t in found)}
     candidates = [planned for planned in candidates if not reasons[planned.site.name]]

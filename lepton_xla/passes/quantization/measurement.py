@@ -6,6 +6,7 @@ import concurrent.futures
 import dataclasses
 import functools
 import hashlib
+import math
 import os
 import re
 import statistics
@@ -45,6 +46,8 @@ WRONG = 0.05
 # queue work for a device, nor the wait for it.
 ROUND_S = 2e-4
 QUEUED_ROUND_S = 1e-2
+# How many random values are drawn of an operand: to draw all of a large one takes longer than to time it. A prime.
+DRAWN = 1_048_573
 # How often one program then computes a product: to start it takes longer than many a product.
 REPEATS = 16
 
@@ -176,14 +179,15 @@ def _compare(key: _Key) -> Timing:
 
     prepare = jax.jit(functools.partial(_operands, key))
     args, rounded = prepare(*operands)
+    del operands  # what their codes stand for takes as much time, and a weight may be large
     repeats = REPEATS if _queues() else 1
-    wanted = [(as_float, tuple(operands)), (functools.partial(_in_codes, key), args)]
+    wanted = [(as_float, tuple(rounded)), (functools.partial(_in_codes, key), args)]
     if products.row_count(site) == 1:
         wanted.append((functools.partial(_in_codes, key, pad=True), args))
     in_float, *in_codes = _all_compiled([(_repeated(fn, repeats), given) for fn, given in wanted])
     expected = in_float(*rounded)
     errors = [_share(call(*args), expected) for call in in_codes]
-    calls = [functools.partial(in_float, *operands), *(functools.partial(call, *args) for call in in_codes)]
+    calls = [functools.partial(in_float, *rounded), *(functools.partial(call, *args) for call in in_codes)]
     times = [time / repeats for time in _medians_us(calls, OPERATION_BUDGET_S)]
     return Timing({}, times[0], times[1], times[2] if len(times) == 3 else None, float(np.max(errors)))
 
@@ -231,8 +235,13 @@ def _repeated(fn: Callable[..., jax.Array], times: int) -> Callable[..., jax.Arr
 
 
 def _random(seed: int, like: jax.ShapeDtypeStruct) -> jax.Array:
-    """Normal values, made on the host: JAX would compile its generator, and a cast, anew for each shape."""
-    return jnp.asarray(np.random.default_rng(seed).standard_normal(like.shape, np.float32).astype(like.dtype))
+    """Normal values, made on the host: JAX would compile its generator, and a cast, anew for each shape.
+
+    Beyond `DRAWN` they are the same again, of which there is an odd number, so that they fill no two rows alike.
+    """
+    size = math.prod(like.shape)
+    drawn = np.random.default_rng(seed).standard_normal(min(size, DRAWN), np.float32).astype(like.dtype)
+    return jnp.asarray(np.resize(drawn, like.shape))
 
 
 def _rounded(array: jax.Array, scale: jax.Array, name: str) -> jax.Array:
@@ -242,11 +251,13 @@ def _rounded(array: jax.Array, scale: jax.Array, name: str) -> jax.Array:
 
 def _share(got: jax.Array, expected: jax.Array) -> float:
     """The largest difference, as a share of the largest value expected."""
-    host, wanted = (np.asarray(array).astype(np.float32) for array in (got, expected))
+    host, wanted = (np.asarray(array).astype(np.float32, copy=False) for array in (got, expected))
     if not host.size:
         return 0.0
     with np.errstate(invalid="ignore", over="ignore"):
-        return float(np.max(np.abs(host - wanted)) / max(np.max(np.abs(wanted)), np.float32(1e-30)))
+        apart = host - wanted
+        largest = max(np.max(wanted), -np.min(wanted), np.float32(1e-30))
+        return float(np.max(np.abs(apart, out=apart)) / largest)
 
 
 def _medians_us(calls: Sequence[Callable[[], Any]], budget_s: float = BUDGET_S) -> list[float]:
