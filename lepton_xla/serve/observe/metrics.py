@@ -138,7 +138,9 @@ class Metrics:
         self._requests: list[int] = []
         self._responses: list[int] = []
         self._waits: list[float] = []
-        self.now = dict.fromkeys(("queue_rows", "queue_requests", "in_flight", "connections", "buffered_bytes"), 0.0)
+        self.now: dict[str, float] = dict.fromkeys(
+            ("queue_rows", "queue_requests", "in_flight", "connections", "buffered_bytes"), 0.0
+        )
         self.look: Callable[[], object] | None = self._look_at_process
 
     @property
