@@ -78,8 +78,8 @@ def test_nothing_is_imported_that_is_not_drawn(package):
     assert drawn <= set(edges(package)), "an arrow that nothing needs"
 
 
-# Those have one yet.
-CIRCULAR = {"lepton_xla.passes", "lepton_xla.passes.pruning"}
+# It has one yet.
+CIRCULAR = {"lepton_xla.passes"}
 
 
 @pytest.mark.parametrize("package", [package for package in PACKAGES if package not in CIRCULAR])
