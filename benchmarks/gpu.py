@@ -473,21 +473,21 @@ TABLES: dict[str, Callable[[Any], list[str]]] = {
 }
 INTRODUCTIONS = {
     "products": (
-        "Ours are the recipes `int8` and `fp8` on the bfloat16 program, as `lx.optimize` leaves it: "
-        "activations are rounded at run time with one scale a row, and that is in the time. PyTorch's rows round "
-        "alike, and run under `torch.compile` in a CUDA graph. `error` is that of the whole result from the program in "
-        "float32, relative, by the Frobenius norm. The note says which products the compiled code calls. "
-        "`16 x 8192 x 8192` is rows by what is summed over by columns. Medians over rounds in which all took turns."
+        "Our rows are the recipes `int8` and `fp8`, applied by `lx.optimize` to the bfloat16 program. Activations are "
+        "rounded at run time with one scale per row, and the times include that. PyTorch's rows round in the same way "
+        "and run under `torch.compile` in a CUDA graph. `error` is the relative error of the whole result against the "
+        "program in float32 (Frobenius norm). The note says which kernels the compiled code calls. `16 x 8192 x 8192` "
+        "means rows x contracted dimension x columns. Figures are medians over rounds in which all rows take turns."
     ),
     "checks": (
-        "## Are they right?\n\nEach product alone, of normal random values, lowered without being timed or taken back, "
-        "under `jax.jit`, against the same codes multiplied by NumPy in float64: the largest error of any value of any "
-        "program, as a share of the largest value. bfloat16 itself rounds by up to 0.2 %."
+        "## Correctness\n\nEach product runs alone under `jax.jit` on normally distributed values, neither timed nor "
+        "reverted, and is compared with the same codes multiplied by NumPy in float64. The error is the largest of "
+        "any value of any program, as a share of the largest value. bfloat16 itself rounds by up to 0.2 %."
     ),
     "steps": (
-        "## What a training step costs\n\nOne step of AdamW on a transformer with layers under `lax.scan`, float32 "
-        "at JAX's default precision, random weights and data. The same mathematics in Flax Linen, for qwix, which "
-        "takes modules only. Masks: 90 % of the weights, by one global threshold."
+        "## Cost of a training step\n\nOne step of AdamW on a transformer with layers under `lax.scan`, float32 at "
+        "JAX's default precision, with random weights and data. qwix accepts modules only, so its rows use the same "
+        "mathematics in Flax Linen. Masks cover 90 % of the weights, by one global threshold."
     ),
 }
 

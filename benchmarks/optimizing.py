@@ -129,14 +129,14 @@ def tables(rows: list[dict[str, Any]]) -> str:
 def page(result: Mapping[str, Any]) -> str:
     """docs/benchmarks/optimizing.md."""
     parts = [
-        "# What optimizing takes",
+        "# Cost of optimizing",
         (
-            f"`lx.optimize` by recipe `{result['recipe']}` with calibration data, each model in a fresh process, at "
-            "the sizes of its buckets. In passes: the share of the seconds that the history explains. Compiles are "
-            "XLA's, and so are their seconds, which several threads may spend at once. Memory is resident memory "
-            "beyond that of the process with the model loaded: at the peak, as a multiple of the weights' bytes, and "
-            "after, with the result still held; some of it is code and what libraries keep, whatever the model. "
-            "`mlp`, `unet` and `gpt2` have random weights."
+            f"`lx.optimize` with recipe `{result['recipe']}` and calibration data, each model in a new process, at the "
+            'sizes of its buckets. "In passes" is the share of the seconds that the history explains. Compiles and '
+            "their seconds are XLA's; several threads may compile at once. Memory is resident memory beyond that of "
+            "the process with the model loaded: at the peak, the peak as a multiple of the weights' bytes, and "
+            "afterwards, with the result still held. Some of it is code and caches of libraries, which do not depend "
+            "on the model. `mlp`, `unet` and `gpt2` have random weights."
         ),
         tables(result["rows"]),
         harness.provenance(result["run"]),

@@ -61,8 +61,8 @@ ROUND_TO = 8
 STEP_SIZES = ((transformer.Size(4, 128, 4, 64), 8), (transformer.Size(6, 256, 8, 64), 16))
 TARGET_RATIO, TARGET_STEP_RATIO = 1.6, 1.15
 PEER = (
-    "Torch-Pruning: the same network, weights and rows to train on; its bytes are those of its parameters, its times "
-    "compare with float under PyTorch."
+    "Torch-Pruning: the same network, weights and training rows. Its bytes are those of its parameters; its times are "
+    "compared with the float model in PyTorch."
 )
 NO_PEER = "Torch-Pruning was not part of this run; `--peers` adds it."
 console = Console(width=120, highlight=False)
@@ -412,7 +412,7 @@ def curve_tables(found: dict[str, Any]) -> str:
         rows = [[label, *map(harness.percent, line)] for label, line in each["lines"].items()]
         parts.append(harness.markdown(header, rows))
         parts.append(
-            f"Float: {harness.percent(each['float'])} %; trained on for as many epochs ({each['epochs']}) without "
+            f"Float: {harness.percent(each['float'])} %. Fine-tuned for as many epochs ({each['epochs']}) without "
             f"pruning: {harness.percent(each['dense'])} %."
         )
     return "\n\n".join(parts)
@@ -437,9 +437,8 @@ def shrink_tables(found: dict[str, Any]) -> str:
             parts.append(PEER if any("base" in row for row in each["rows"]) else NO_PEER)
         labels = "half of the loss from the float model's answers" if each["distil"] else "plain labels"
         parts.append(
-            f"Trained on for {each['epochs']} epochs, {labels}. Largest difference between the outputs of a shrunk "
-            f"model and of the whole one with zeros in the place of what was removed: {largest:.1e} of the largest "
-            "output."
+            f"Fine-tuned for {each['epochs']} epochs, {labels}. The outputs of a shrunk model differ from those of the "
+            f"original with the removed weights set to zero by at most {largest:.1e} of the largest output."
         )
     return "\n\n".join(parts)
 
@@ -463,36 +462,35 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
 }
 INTRODUCTIONS = {
     "compress": (
-        "## As small as they get at no loss\n\n"
-        "Magnitude pruning while training on (all weights ranked together, polynomial schedule, half of the loss from "
-        "the float model's answers), then 16 shared values a weight, trained on with the weights, zero among them. "
-        "Bytes are those of the whole weights folder of the artifact: codes, values, scales, biases, headers. "
-        "Targets: 40 and 39 times smaller than float32 (Deep Compression, arXiv:1510.00149), at most "
-        f"{100 * TARGET_LOST:.1f} points lost. All training is on the 8,000 images, none on the 2,000; the "
-        "sparsity was chosen by its accuracy on these with the first seed: 97 % lost more. The paper trained on 60,000 "
-        "images and judged on the other 10,000, so its accuracies are not comparable."
+        "## Smallest models without loss\n\nThe models are pruned by magnitude during fine-tuning (all weights ranked "
+        "together, polynomial schedule, half of the loss from the float model's answers). Then each weight gets 16 "
+        "shared values, one of them zero, which are fine-tuned together with the weights. Bytes are those of the "
+        "artifact's whole weights folder: codes, values, scales, biases, headers. Targets: 40 and 39 times smaller "
+        f"than float32 (Deep Compression, arXiv:1510.00149), with at most {100 * TARGET_LOST:.1f} points lost. "
+        "Training uses only the 8,000 training images; the sparsity was chosen by the accuracy of the first seed on "
+        "the 2,000 test images (97 % lost more). The paper trained on 60,000 images and tested on the other 10,000, "
+        "so its accuracies are not comparable."
     ),
     "curves": (
-        "## Unstructured pruning: accuracy by sparsity\n\n"
-        '"Once": without training, on 256 calibration images where a method needs them; magnitude ranks all weights '
-        "together, Wanda and SparseGPT each by itself. The others start from the trained model and train on with plain "
-        "labels; gradual and straight-through rank all weights together, RigL keeps its sparsity from the first step "
-        "on, spread by Erdos-Renyi-Kernel. Larger models have fewer points and epochs. One seed. Unstructured sparsity "
-        "makes models smaller, not faster."
+        '## Unstructured pruning: accuracy by sparsity\n\n"Once" means one-shot pruning without training, on 256 '
+        "calibration images for methods that need data; magnitude ranks all weights together, Wanda and SparseGPT "
+        "each weight on its own. The other methods fine-tune the trained model with plain labels. Gradual and "
+        "straight-through rank all weights together; RigL keeps its sparsity from the first step on and distributes "
+        "it by Erdos-Renyi-Kernel. Larger models have fewer points and epochs. One seed. Unstructured sparsity makes "
+        "models smaller, not faster."
     ),
     "shrink": (
-        "## Channels, hidden units and heads removed\n\n"
-        f"`lx.passes.shrink(program, flops=..., round_to={ROUND_TO})`, by norms of weights, the same share of each "
-        "group; then trained on, and batch norms folded. "
-        "Times faster: to the float model under `jax.jit`, each row taking turns with it. "
-        "Targets: at 2.1 times fewer operations the residual CNN loses at most 0.3 points and is "
-        f"{TARGET_RATIO} times faster at batch 32. `half pruned` is unstructured: it counts in bytes only."
+        f"## Channels, hidden units and heads removed\n\n`lx.passes.shrink(program, flops=..., round_to={ROUND_TO})` "
+        "ranks units by the norm of their weights and removes the same share of each group. The model is then "
+        'fine-tuned, and batch norms are folded. "Times faster" compares with the float model under `jax.jit`; each '
+        "row takes turns with it. Targets: with 2.1 times fewer operations the residual CNN loses at most 0.3 points "
+        f"and is {TARGET_RATIO} times faster at batch 32. `half pruned` is unstructured pruning, which saves bytes "
+        "only."
     ),
     "step": (
-        "## What a training step with masks costs\n\n"
-        "One step of AdamW, wrapped by `lx.train.sparsify` at 90 %, on a transformer whose stacked layers `lax.scan` "
-        "steps over. Masks are found anew every 100 steps unless a schedule says otherwise, and held in all others. "
-        f"Target: at most {TARGET_STEP_RATIO} times the plain step."
+        "## Cost of a training step with masks\n\nOne step of AdamW, wrapped by `lx.train.sparsify` at 90 %, on a "
+        "transformer whose layers are stacked under `lax.scan`. Masks are recomputed every 100 steps unless a "
+        f"schedule says otherwise, and kept in between. Target: at most {TARGET_STEP_RATIO} times the plain step."
     ),
 }
 
@@ -526,8 +524,8 @@ def page(results: dict[str, Any]) -> str:
     parts = [
         "# Pruning and shrinking",
         (
-            "Written by `benchmarks/pruning.py` from `pruning.json` beside it. "
-            f"Data: {models.load('lenet300').data}. Losing rows are left in."
+            f"`benchmarks/pruning.py` writes this page from `pruning.json`. Data: {models.load('lenet300').data}. Rows "
+            "that lose are kept."
         ),
     ]
     for name in SECTIONS:

@@ -278,21 +278,23 @@ def page(result: dict[str, Any]) -> str:
         "# Training with quantization",
         "## W4A4 on LeNet-5",
         (
-            "Weights and activations in 4 bits at every convolution and dense layer: one scale for each output channel "
-            'of a weight, one for each row (example, for convolutions) of activations. "As it is" is the trained float '
-            "model rounded, without any training; then it is trained on with `lx.passes.fake_quant(fn, plan)`, by "
-            "labels and the float model's own logits (distillation, half each). The float model trained on in the same "
-            "way is the first row; seeds are pairs: the same images in the same order in each row. Learned scales "
-            "(LSQ, arXiv:1902.08153): `initial_scales` trained with the weights, one a tensor for activations; as it "
-            "is, with calibrated ones."
+            "Weights and activations have 4 bits at every convolution and dense layer: weights with one scale per "
+            'output channel, activations with one scale per row (per example for convolutions). "As it is" is the '
+            "trained float model, rounded without any training. It is then fine-tuned with `lx.passes.fake_quant(fn, "
+            "plan)`; half of the loss is from labels, half from the float model's logits (distillation). The first "
+            "row is the float model, fine-tuned in the same way. Seeds are paired: every row sees the same images in "
+            "the same order. Learned scales (LSQ, arXiv:1902.08153) start from `initial_scales` and are trained with "
+            'the weights, with one scale per tensor for activations; their "as it is" uses calibrated activation '
+            "scales."
         ),
         first,
         f"Data: {result['accuracy']['data']}. Target: at least {100 * TARGET_REGAINED:.0f} % of the loss regained.",
-        "## What a training step costs",
+        "## Cost of a training step",
         (
-            "One step of AdamW on a transformer whose stacked layers `lax.scan` steps over, random weights and data, "
-            "medians over rounds in which all took turns. The same mathematics in Flax Linen, for qwix, which takes "
-            f"modules only. Target: at most {TARGET_STEP_RATIO} times the plain step, and no more than qwix's ratio."
+            "One step of AdamW on a transformer whose layers are stacked under `lax.scan`, with random weights and "
+            "data. Figures are medians over rounds in which all rows take turns. qwix accepts modules only, so its "
+            f"rows use the same mathematics in Flax Linen. Target: at most {TARGET_STEP_RATIO} times the plain step, "
+            "and no more than qwix's ratio."
         ),
         second,
         harness.provenance(run),

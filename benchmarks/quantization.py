@@ -324,16 +324,17 @@ def write_pages(results: Mapping[str, Any]) -> None:
     parts = [
         "# Quantization: every preset on every benchmark model",
         (
-            "Written by `benchmarks/quantization.py` from `quantization.json` beside it; each model's section says "
-            "when, at which commit, and by which command it was measured. Accuracy is on held-out data. The error of "
-            "outputs is the norm of their difference from the float model's over the norm of those: accuracy on some "
-            "hundred or thousand examples moves by chance, this hardly does. The ratio beside a time is to the float "
-            "model under `jax.jit`, median over rounds in which the row and it took turns; marked as slower "
-            f"is what is over {NOISE_RATIO} and over the float model timed twice; as the same, what XLA is given "
-            "operation for operation as for the folded float model, with weights that loading has unpacked: other "
-            "times than its are noise. Integer products depend on the processor's instructions, so runs on several "
-            "kinds stand beside each other. Covered weights are those a preset stores otherwise than in float, scales "
-            "included. Peers get the same weights and the same calibration data. Losing rows are left in."
+            "`benchmarks/quantization.py` writes this page from `quantization.json`. The section of each model says "
+            "when, at which commit and by which command it was measured. How to read the columns:\n\n- Accuracy is on "
+            "held-out data. The error of outputs is `|outputs - float outputs| / |float outputs|`; with some hundred "
+            "or thousand test examples it says more than accuracy, which varies by chance.\n- The ratio after a time "
+            "is relative to the float model under `jax.jit`: the median over rounds in which the row and the float "
+            f'model take turns. "Slower" means a ratio above {NOISE_RATIO} and above that of the float model timed '
+            'against itself. "The same" means that XLA compiles exactly the operations of the folded float model, '
+            "because all weights are unpacked on loading; any difference in time is noise.\n- Integer products depend "
+            "on the processor's instructions, so some models were measured on several processors.\n- Covered weights "
+            "are those that a preset does not store in float, scales included.\n- Other libraries get the same "
+            "weights and the same calibration data. Rows that lose are kept."
         ),
     ]
     for name, result in results.items():
@@ -355,15 +356,15 @@ def minilm_page(results: Mapping[str, Any]) -> str:
     parts = [
         "# MiniLM (all-MiniLM-L6-v2, 22.7 M parameters) in int8 on a CPU",
         (
-            "Latency of the whole model at batch x sequence length, each row taking turns with the float model, with "
-            "as many threads as there are cores. The ratio is to float under `jax.jit` in the same rounds; below 1 "
-            "is faster. On a shared machine believe the ratios, not the times."
+            "Latency of the whole model at batch x sequence length, with one thread per core. Each row takes turns "
+            "with the float model under `jax.jit`, and the ratio compares the two in the same rounds; below 1 is "
+            "faster. On a shared machine trust the ratios, not the times."
         ),
     ]
     for name, result in results.items():
         processor = name.partition(" ")[2].strip("()")
         parts += [f"## On a processor with {processor}", *_minilm_tables(result), harness.provenance(result["run"])]
-    parts.append("Every other preset on this model is in [quantization.md](quantization.md).")
+    parts.append("All other presets for this model are in [quantization.md](quantization.md).")
     return "\n\n".join(parts) + "\n"
 
 

@@ -769,27 +769,29 @@ def write_page(results: Mapping[str, Any]) -> None:
     parts = [
         "# Serving",
         (
-            "One row a request where nothing else is said. Times in milliseconds; the load generator runs on the same "
-            "machine. Closed loop: connections that each have one request unanswered, on all cores; medians of rounds "
-            f"in which the servers took turns. `x` is the rate with {CAPACITY_AT} connections over that of mosec in "
-            "the same round, the better of its two, CPU the server's processor seconds a thousand requests with as "
-            "many, memory what its processes hold after the closed loops. Where a server may have several processes "
-            "that run the model there is a row with one and a row with as many as cores. mosec, LitServe and Triton "
-            "run NumPy for the first table; mosec runs our artifact for the others, from Python as its users would, "
-            "and takes one row a request. `HTTP alone` parses with httptools on uvloop, as ours does, and answers the "
-            "same bytes whatever comes: what a server in Python has to lose. `of bare` is the most rows/s, with "
-            "whatever connections, over those of the executable's best size called in a loop in the same rounds."
+            "Each request has one row unless stated otherwise. Times are in milliseconds; the load generator runs on "
+            "the same machine.\n\n**Closed loop**: every connection always has one request in flight. All cores are "
+            "used. Figures are medians over rounds in which the servers take turns. `x` is the request rate with "
+            f"{CAPACITY_AT} connections, relative to the better of mosec's two rows in the same round. `CPU` is "
+            "processor seconds per 1000 requests of the server at that number of connections, `memory` what its "
+            "processes hold after the closed loops. `of bare` is the highest rows/s at any number of connections, "
+            "relative to the executable called in a loop at its best batch size in the same rounds. Servers that can "
+            "run the model in several processes have a row with one process and a row with one per core.\n\nIn the "
+            "first table mosec, LitServe and Triton run the model in NumPy. In the others mosec runs our artifact "
+            "from Python, as its users would, one row a request. `HTTP alone` parses requests with httptools on "
+            "uvloop, as our server does, and always answers the same bytes: the upper limit for a server in Python."
         ),
         (
-            "Open loop: requests due at random moments (Poisson) at a share of the capacity, latency from when each "
-            "was due; medians of rounds. The generator has the last core and the server the others, so that asking "
-            f"for more takes nothing from the server; the capacity is what a closed loop of {CAPACITY_AT} connections "
-            "got so right before, for a shared machine is not always as fast. Where the generator is busy for more "
-            "than 90 % of its core, latencies are its own as much as the server's, and the capacity may be the "
-            "generator's; where it cannot ask for twice the capacity, that row is missing. Our server had its default "
-            "queue but for twice the capacity, where it held a quarter of a second of requests, or the closed loop's. "
-            f"Twice the capacity: medians of {OVER_ROUNDS} rounds, each between two closed loops whose mean rate is "
-            "the capacity; whoever is refused has been read and answered, and that time is what goodput lacks."
+            "**Open loop**: requests are due at random moments (a Poisson process) at a share of the capacity, and "
+            "latency counts from when a request was due; medians over rounds. The generator has the last core and the "
+            "server all others, so that a higher rate takes nothing from the server. The capacity is what a closed "
+            f"loop of {CAPACITY_AT} connections reached immediately before, because a shared machine is not always "
+            "equally fast. If the generator uses more than 90 % of its core, its own delay dominates the latencies, "
+            "and the capacity may be the generator's. A row is missing if the generator cannot reach twice the "
+            f"capacity.\n\n**Twice the capacity**: medians of {OVER_ROUNDS} rounds, each between two closed loops "
+            "whose mean rate is the capacity. Our server runs with its default queue, except here, where the queue "
+            "holds a quarter of a second of requests, or as many as the closed loop has. The server reads and answers "
+            "rejected requests too; goodput loses that time."
         ),
     ]
     for name, result in results.items():
@@ -858,14 +860,14 @@ def _tables(result: Mapping[str, Any]) -> list[str]:
     if over_cells:
         parts.append(harness.markdown(over_header, over_cells))
     else:
-        parts.append("Twice the capacity is more than the generator can ask for.")
+        parts.append("The generator could not reach twice the capacity.")
     if steps := result.get("steps"):
         taken = f"{1e3 * servers[OURS]['closed'][at]['cpu_s_per_1000']:.1f}"
         floor = f"{1e3 * servers[FLOOR]['closed'][at]['cpu_s_per_1000']:.1f}" if FLOOR in servers else "?"
         text = (
-            f"Ours takes {taken} µs of processor time a request with {at} connections, {FLOOR} {floor} µs. What "
-            "its own steps take, each by itself without sockets (`python benchmarks/hot_path.py`); the rest is "
-            "the system's, uvloop's and waiting for memory:"
+            f"Our server takes {taken} µs of processor time per request with {at} connections, {FLOOR} {floor} µs. The "
+            "table lists its own steps, each measured alone without sockets (`python benchmarks/hot_path.py`). The "
+            "rest is spent in the operating system, in uvloop, and waiting for memory."
         )
         lines = [[step, f"{micros:.1f}"] for step, micros in steps.items()]
         parts += [text, harness.markdown(["step, 64 requests at once", "µs a request"], lines)]
@@ -873,25 +875,25 @@ def _tables(result: Mapping[str, Any]) -> list[str]:
         own = servers[OURS]["open"]
         minute, unloaded, batch = own["minute"], own["unloaded_p50"], own["batch_ms"]
         parts.append(
-            f"Ours for {minute['seconds']:.0f} s at 80 %: {minute['requests']:,.0f} requests, {minute['errors']:.0f} "
-            f"errors, p50 {minute['p50']:.2f} ms, p99 {minute['p99']:.2f} ms, by the second {minute['second_p99']:.2f} "
-            f"ms (median); the capacity was {minute['capacity_before']:,.0f}/s before and "
-            f"{minute['capacity_after']:,.0f}/s after it; the generator, busy for "
-            f"{100 * minute['cores']:.0f} % of its core, sent 99 % of them no later than {minute['lag_p99']:.2f} ms "
-            f"after they were due. Three times the unloaded latency of {unloaded:.2f} ms and an execution of the "
-            f"largest size, {batch:.2f} ms: {3 * unloaded + batch:.2f} ms. A queue of such executions and nothing "
-            f"else, simulated at that rate, has a p99 of {own['queue_p99']:.2f} ms. What the machine adds: pieces of a "
-            "loop of Python, timed one after the other on the server's core, do not always take the same time; a core "
-            "that had 80 % of what it usually does to do would keep it waiting for "
-            f"{own['core_p99']:.1f} ms (p99)."
+            f"Our server for {minute['seconds']:.0f} s at 80 % of its capacity: {minute['requests']:,.0f} requests, "
+            f"{minute['errors']:.0f} errors, p50 {minute['p50']:.2f} ms, p99 {minute['p99']:.2f} ms; the median over "
+            f"the seconds of each second's p99 is {minute['second_p99']:.2f} ms. The capacity was "
+            f"{minute['capacity_before']:,.0f}/s before and {minute['capacity_after']:,.0f}/s after the run. The "
+            f"generator used {100 * minute['cores']:.0f} % of its core and sent 99 % of the requests at most "
+            f"{minute['lag_p99']:.2f} ms late. Two references for the p99: three times the unloaded latency of "
+            f"{unloaded:.2f} ms plus one execution of the largest size, {batch:.2f} ms, is {3 * unloaded + batch:.2f} "
+            "ms; a simulated queue at that rate, with these executions and no other work, has a p99 of "
+            f"{own['queue_p99']:.2f} ms. The machine adds its own delays: equal pieces of a Python loop, timed one "
+            "after the other on the server's core, do not all take the same time, and work that needs 80 % of that "
+            f"core would wait up to {own['core_p99']:.1f} ms (p99)."
         )
         if FLOOR in servers and own["over"] is not None:
             answer_us = 1e6 / own["capacity"]
             floor_us = 1e3 * servers[FLOOR]["closed"][at]["cpu_s_per_1000"]
             parts.append(
-                f"For good answers to be {GOODPUT:g} of the capacity at twice as many requests, reading and refusing "
-                f"one may take {answer_us * (1 - GOODPUT) / (2 - GOODPUT):.1f} µs, where an answer takes "
-                f"{answer_us:.1f} on one core; {FLOOR} takes {floor_us:.1f}."
+                f"To keep goodput at {GOODPUT:g} of the capacity at twice the requests, the server may spend "
+                f"{answer_us * (1 - GOODPUT) / (2 - GOODPUT):.1f} µs on reading and rejecting a request. An answer "
+                f"takes {answer_us:.1f} µs on one core; {FLOOR} takes {floor_us:.1f} µs."
             )
     return parts
 

@@ -22,8 +22,8 @@ import lepton_xla as lx
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 CACHE = ROOT / "build" / "benchmarks"
 MNIST_NOTE = (
-    "MNIST's 10,000 test-half images: rows 0-7999 train, 8000-9999 judge, so figures are not those of papers that "
-    "train on 60,000"
+    "MNIST's 10,000 test images: rows 0-7999 for training, 8000-9999 for testing, so figures are not comparable with "
+    "papers that train on all 60,000"
 )
 
 

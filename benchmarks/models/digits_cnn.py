@@ -21,7 +21,7 @@ def model(*, quick: bool = False) -> BenchModel:
     images = digits.data()[0]
     spec = lx_spec(digits, variables)
     spec = dataclasses.replace(spec, calibration=[{"image": images[k : k + 64]} for k in range(0, 256, 64)])
-    note = "1,797 UCI handwritten digits of 8 x 8 pixels (scikit-learn's copy): 1,347 train, 450 judge"
+    note = "1,797 UCI handwritten digits of 8 x 8 pixels (scikit-learn's copy): 1,347 for training, 450 for testing"
     return BenchModel("digits", note, spec, (digits.DigitsNet(), variables))
 
 

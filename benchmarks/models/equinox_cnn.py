@@ -58,5 +58,5 @@ def model(*, quick: bool = False) -> BenchModel:
         calibration=[{"image": train_x[start : start + 64]} for start in range(0, 256, 64)],
         evaluate=judge(test_x, test_y),
     )
-    note = "1,797 UCI handwritten digits of 8 x 8 pixels (scikit-learn's copy): 1,347 train, 450 judge"
+    note = "1,797 UCI handwritten digits of 8 x 8 pixels (scikit-learn's copy): 1,347 for training, 450 for testing"
     return BenchModel("equinox", note, spec)
