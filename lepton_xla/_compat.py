@@ -84,6 +84,17 @@ def settings() -> Any:
     return config.trace_context()
 
 
+def compile_settings() -> str:
+    """The settings of this process that change how XLA compiles a program, as text."""
+    names = ("jax_disable_most_optimizations", "jax_optimization_level")
+    return ", ".join(f"{name} = {jax.config.values.get(name)}" for name in names)
+
+
+def runtime_version(device: Any) -> str:
+    """What a device's client says of its runtime: a CUDA version, a libtpu build, or just `cpu`."""
+    return str(device.client.platform_version)
+
+
 def inputs_read(jaxpr: Jaxpr, wanted: Sequence[bool]) -> list[bool]:
     """Which inputs of an open jaxpr some of its outputs depend on, bodies of `jit`, `scan` and others looked into."""
     _, used = partial_eval.dce_jaxpr(jaxpr, list(wanted))

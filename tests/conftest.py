@@ -1,9 +1,12 @@
 """Strict JAX for every test: two fake devices, no implicit dtype or rank promotion, no silent 64-bit."""
 
+import os
+
 import hypothesis
 import jax
 import pytest
 
+os.environ["LEPTON_CACHE"] = "off"  # no test reads or writes the user's; also of processes that tests start
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 2)
 jax.config.update("jax_numpy_dtype_promotion", "strict")

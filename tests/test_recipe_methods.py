@@ -175,11 +175,11 @@ def test_no_activation_is_multiplied_for_a_product_that_stays_float(monkeypatch:
     recipe = lx.Recipe.parse(f'rescale = "smooth:0.5"\n[[quantize]]\nsites = ".*"\n{INT8}', name="method")
 
     def clock(slow: set[str]) -> lx.Program:
-        def compare(site, _rule, sizes):
+        def compare(site, _rule, sizes, _timer):
             integer = 30.0 if site.name in slow else 5.0
             return Timing(dict(sizes), 10.0, integer, None)
 
-        def time_programs(programs, _inputs):
+        def time_programs(programs, _inputs, timer=None):
             return [10.0 - index for index, _ in enumerate(programs)]
 
         monkeypatch.setattr(lower_module, "compare", compare)

@@ -113,10 +113,10 @@ def test_a_second_round_does_only_what_is_different(monkeypatch: pytest.MonkeyPa
     rounded: list[str] = []
     plain: Callable[..., Any] = gptq_module._round
 
-    def compare(site: Any, _rule: Any, sizes: Any) -> Timing:
+    def compare(site: Any, _rule: Any, sizes: Any, _timer: Any) -> Timing:
         return Timing(dict(sizes), 10.0, 30.0 if site.path == "0/kernel" else 5.0, None)
 
-    def time_programs(programs: Any, _inputs: Any) -> list[float]:
+    def time_programs(programs: Any, _inputs: Any, timer: Any = None) -> list[float]:
         tried.append(len(programs))
         return [10.0 - index for index, _ in enumerate(programs)]
 

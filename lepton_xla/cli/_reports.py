@@ -33,6 +33,9 @@ def passes_table(reports: Sequence[Mapping[str, Any]]) -> _common.Table:
         parts = metrics.get("seconds") if isinstance(metrics, Mapping) else None
         for part, seconds in parts.items() if isinstance(parts, Mapping) else ():
             rows.append((f"  {part}", _common.seconds(_number(seconds)), "", ""))
+        times = metrics.get("times") if isinstance(metrics, Mapping) else None
+        if isinstance(times, Mapping):
+            rows.append(("  times", "", ", ".join(f"{_number(count)} {source}" for source, count in times.items()), ""))
     return _common.table("passes", ("pass", ">time", "sites", ">weights of these sites"), rows)
 
 

@@ -47,6 +47,9 @@ def compile(
     and what was done. It appears whole or not at all. Where the model has calibration data, its first batch is what
     the check that rows do not see each other is run on.
 
+    Times that were measured before on this machine are taken from ~/.cache/lepton_xla (or $XDG_CACHE_HOME/lepton_xla).
+    LEPTON_CACHE=DIR moves them, LEPTON_CACHE=off measures everything.
+
     \b
       leptonx compile digits.py:model --recipe int8-prune50 -o digits.lepton
       leptonx compile my_package.models:encoder --recipe int8 --buckets batch=1,8,32 --buckets seq=32,128

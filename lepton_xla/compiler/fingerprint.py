@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import os
-import pathlib
 import platform
-import re
 
 import msgspec
 
 from lepton_xla.compiler import _xla
-
-# Flags that move files about or add fake devices; the code they give is the same.
-_HARMLESS_FLAGS = re.compile(r"--xla_(dump_.*|force_host_platform_device_count(=.*)?)")
+from lepton_xla.machine import cpu_features_digest, relevant_xla_flags
 
 
 class Fingerprint(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -63,35 +59,3 @@ class Fingerprint(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """One line a field that differs: `jaxlib: 0.11.2 here, 0.12.0 there`, with `self` as here."""
         pairs = ((name, getattr(self, name), getattr(other, name)) for name in self.__struct_fields__)
         return [f"{name}: {here!r} here, {there!r} there" for name, here, there in pairs if here != there]
-
-
-def relevant_xla_flags(text: str) -> str:
-    """`XLA_FLAGS` without the flags that cannot change compiled code, sorted.
-
-    >>> relevant_xla_flags("--xla_dump_to=/tmp/x --xla_cpu_max_isa=AVX2")
-    '--xla_cpu_max_isa=AVX2'
-    """
-    return " ".join(sorted(flag for flag in text.split() if not _HARMLESS_FLAGS.fullmatch(flag)))
-
-
-def cpu_features(text: str | None = None) -> tuple[str, ...]:
-    """The CPU's feature flags, sorted.
-
-    Args:
-        text: the content of `/proc/cpuinfo`; read from there by default.
-
-    Returns:
-        The flags that every core has. The processor's name alone where the system lists no flags.
-    """
-    if text is None:
-        path = pathlib.Path("/proc/cpuinfo")
-        text = path.read_text() if path.exists() else ""
-    cores = [set(flags.split()) for flags in re.findall(r"^(?:flags|Features)\s*:(.*)$", text, re.MULTILINE)]
-    if not cores:
-        return (platform.processor(),)
-    return tuple(sorted(set.intersection(*cores)))
-
-
-def cpu_features_digest() -> str:
-    """A short hash of `cpu_features()`."""
-    return hashlib.sha256(" ".join(cpu_features()).encode()).hexdigest()[:16]

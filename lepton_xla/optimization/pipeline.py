@@ -30,6 +30,7 @@ from lepton_xla.passes.core.calibration import as_batches, calibrate, needs_rang
 from lepton_xla.passes.core.plans import Plan
 from lepton_xla.passes.core.precomputation import precompute
 from lepton_xla.passes.core.statistics import Statistics
+from lepton_xla.passes.core.timing import Timer, time_programs
 from lepton_xla.passes.folding.norms import fold
 from lepton_xla.passes.planning import resolve
 from lepton_xla.passes.pruning.magnitude import prune
@@ -39,7 +40,6 @@ from lepton_xla.passes.quantization.bias_correction import correct_bias
 from lepton_xla.passes.quantization.casting import cast
 from lepton_xla.passes.quantization.gptq import Rounded, gptq
 from lepton_xla.passes.quantization.lowering import AT_LOAD, lower
-from lepton_xla.passes.quantization.measurement import time_programs
 from lepton_xla.passes.quantization.rounding import GivenGrids, round_to_nearest
 from lepton_xla.passes.rescaling.awq import awq
 from lepton_xla.passes.rescaling.equalization import equalize
@@ -79,6 +79,7 @@ def optimize(
     *,
     calibration: Iterable[Mapping[str, Any]] | None = None,
     buckets: Mapping[str, Iterable[int]] | None = None,
+    timer: Timer | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> Program:
     """Makes a program small and fast.
@@ -92,6 +93,8 @@ def optimize(
         calibration: input dicts, such as `[{"image": array}]`; needed where the recipe has `dynamic = false`,
             `rescale`, `rounding = "gptq"`, `correct_bias` or `shrink.importance = "activation"`.
         buckets: symbolic dimension -> sizes the program will be compiled for; arithmetic is timed at all of them.
+        timer: what times, and for which target; by default a new one for this process's device, which takes what was
+            measured before from the cache on disk.
         progress: called with a line as each step begins.
 
     Returns:
@@ -104,9 +107,9 @@ def optimize(
         CompileError: if `buckets` does not fit the program, it calls back into Python, or an output has no rows.
         ExecutionError: if XLA cannot compile or run a step of it, such as for want of memory.
     """
-    batches = _as_list(calibration)
-    program, plan = plan_for(program, recipe, calibration=batches, buckets=buckets, progress=progress)
-    return apply_plan(program, plan, calibration=batches, buckets=buckets, progress=progress)
+    batches, timer = _as_list(calibration), timer or Timer()
+    program, plan = plan_for(program, recipe, calibration=batches, buckets=buckets, timer=timer, progress=progress)
+    return apply_plan(program, plan, calibration=batches, buckets=buckets, timer=timer, progress=progress)
 
 
 @_told_by_xla
@@ -116,12 +119,13 @@ def plan_for(
     *,
     calibration: Iterable[Mapping[str, Any]] | None = None,
     buckets: Mapping[str, Iterable[int]] | None = None,
+    timer: Timer | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> tuple[Program, Plan]:
     """The first half of `optimize`: what is done to each site, decided on the precomputed, folded and shrunk program.
 
     Args:
-        program, recipe, calibration, buckets, progress: as in `optimize`.
+        program, recipe, calibration, buckets, timer, progress: as in `optimize`.
 
     Returns:
         The program, with what is computed from weights alone computed, folded and shrunk where the recipe says so, and
@@ -146,7 +150,7 @@ def plan_for(
         say("fold")
         program = fold(program)
     if recipe.shrink is not None:
-        program = _shrunk(program, recipe, _as_list(calibration), grid(program, buckets), say)
+        program = _shrunk(program, recipe, _as_list(calibration), grid(program, buckets), say, timer or Timer())
     return program, resolve(recipe, program)
 
 
@@ -157,6 +161,7 @@ def apply_plan(
     *,
     calibration: Iterable[Mapping[str, Any]] | None = None,
     buckets: Mapping[str, Iterable[int]] | None = None,
+    timer: Timer | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> Program:
     """The second half of `optimize`: what comes after folding, as far as the plan asks for it.
@@ -164,13 +169,14 @@ def apply_plan(
     Args:
         program: the program that the plan was made for, as `plan_for` gives it.
         plan: what each site gets.
-        calibration, buckets, progress: as in `optimize`.
+        calibration, buckets, timer, progress: as in `optimize`.
 
     Raises:
         CalibrationError, UnsupportedError: as `optimize`.
     """
     say = progress or (lambda _line: None)
     recipe = plan.recipe
+    timer = timer or Timer()
     sizes = grid(program, buckets) if recipe.measure else []
     batches = _as_list(calibration)
     if not plan.sites and (asked := [kind for kind in ("prune", "quantize") if getattr(recipe, kind)]):
@@ -179,13 +185,13 @@ def apply_plan(
     if any(planned.prune or planned.not_pruned for planned in plan.sites):
         program = _pruned(program, plan, batches, say)
     if any(planned.quantize for planned in plan.sites):
-        program = _in_rounds(program, plan, batches, sizes, say)
+        program = _in_rounds(program, plan, batches, sizes, say, timer)
     elif any(planned.not_quantized for planned in plan.sites):
-        program = lower(program, plan, sizes=sizes)
+        program = lower(program, plan, sizes=sizes, timer=timer)
     if recipe.cast != "none":
         say(f"cast to {recipe.cast}")
         program = cast(program, recipe.cast, on_unsupported=recipe.on_unsupported)
-    program = autotune(program, sizes=sizes if buckets else _traceable(program, sizes), progress=say)
+    program = autotune(program, sizes=sizes if buckets else _traceable(program, sizes), timer=timer, progress=say)
     memory.give_back()
     return program
 
@@ -213,10 +219,11 @@ def _in_rounds(
     batches: Sequence[Mapping[str, Any]] | None,
     sizes: Sequence[Mapping[str, int]],
     say: Callable[[str], None],
+    timer: Timer,
 ) -> Program:
     """Quantized; once more where activations were multiplied in vain."""
     known = _Known()
-    lowered = _quantized(program, plan, batches, sizes, say, known)
+    lowered = _quantized(program, plan, batches, sizes, say, timer, known)
     vain = _multiplied_in_vain(lowered)
     if not vain:
         return lowered
@@ -224,7 +231,7 @@ def _in_rounds(
     first = lowered.history[len(program.history) :]
     sites = next(report.sites for report in first if report.name == "lower")
     among = frozenset(site.site for site in sites if " x " in site.action) if sizes else None
-    again = _quantized(program, plan, batches, sizes, say, known, in_float=vain, among=among)
+    again = _quantized(program, plan, batches, sizes, say, timer, known, in_float=vain, among=among)
     return _with_seconds(again, first, len(program.history))
 
 
@@ -270,6 +277,7 @@ def _shrunk(
     batches: Sequence[Mapping[str, Any]] | None,
     sizes: Sequence[Mapping[str, int]],
     say: Callable[[str], None],
+    timer: Timer,
 ) -> Program:
     """Shrunk by the recipe's rule; where it gives several multiples, to those of the one that measures fastest.
 
@@ -285,7 +293,7 @@ def _shrunk(
         say("shrink" if len(multiples) == 1 else f"shrink to multiples of {multiple}")
         rule["round_to"] = multiple
         try:
-            small = shrink(program, **rule, calibration=batches, sizes=sizes[0])
+            small = shrink(program, **rule, calibration=batches, sizes=sizes[0], timer=timer)
         except (RecipeError, UnsupportedError) as error:  # a larger multiple may leave no way to the target
             refusal = refusal or error.with_traceback(None)
         else:
@@ -300,14 +308,14 @@ def _shrunk(
                 return program.replace(history=(*program.history, skipped))
             say("shrink as far as can be")
             rule["round_to"] = min(multiples)  # of several, the one that leaves least
-            return shrink(program, **rule, calibration=batches, sizes=sizes[0], on_unsupported="keep")
+            return shrink(program, **rule, calibration=batches, sizes=sizes[0], on_unsupported="keep", timer=timer)
     finally:
         refusal = None  # its traceback leads back to this frame, which holds programs
     if len(found) == 1:
         return next(iter(found.values()))
     say("time what was shrunk")
     functions = [(each.fn, each.weights) for each in (program, *found.values())]
-    times = np.array([time_programs(functions, program.abstract_inputs(at)) for at in sizes])
+    times = np.array([time_programs(functions, program.abstract_inputs(at), timer) for at in sizes])
     shares = times[:, 1:] / times[:, :1]
     ranks = zip((shares > SLOWER).sum(0).tolist(), np.log(shares).mean(0).tolist(), range(len(found)), strict=True)
     return list(found.values())[min(ranks)[-1]]
@@ -319,6 +327,7 @@ def _quantized(
     batches: Sequence[Mapping[str, Any]] | None,
     sizes: Sequence[Mapping[str, int]],
     say: Callable[[str], None],
+    timer: Timer,
     known: _Known,
     *,
     in_float: Mapping[str, str] | None = None,
@@ -335,7 +344,7 @@ def _quantized(
     tell = lambda site: say(f"lower {site}")  # noqa: E731
     return lower(
         program, plan, ranges, scales=grids, sizes=sizes, in_float=in_float, among=among, known=known.stored,
-        progress=tell,
+        timer=timer, progress=tell,
     )  # fmt: skip
 
 

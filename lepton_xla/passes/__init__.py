@@ -7,6 +7,8 @@ from lepton_xla.passes.core.inventory import weights_report
 from lepton_xla.passes.core.precomputation import precompute
 from lepton_xla.passes.core.rewriting import rewrite
 from lepton_xla.passes.core.sites import find_sites, rewrite_sites
+from lepton_xla.passes.core.targets import Target
+from lepton_xla.passes.core.timing import Timer
 from lepton_xla.passes.folding.norms import fold
 from lepton_xla.passes.planning import resolve
 from lepton_xla.passes.pruning.magnitude import magnitude_masks, masked, prune
@@ -26,6 +28,8 @@ from lepton_xla.passes.shrinking.importance import importance_scores
 from lepton_xla.passes.shrinking.removal import shrink
 
 __all__ = [
+    "Target",
+    "Timer",
     "autotune",
     "awq",
     "calibrate",

@@ -24,6 +24,7 @@ from lepton_xla.passes.core.calibration import as_batches, calibrate, check_batc
 from lepton_xla.passes.core.names import Key
 from lepton_xla.passes.core.plans import Plan, SitePlan
 from lepton_xla.passes.core.sites import Site, find_sites, operand_value, rewrite_sites, step_lengths
+from lepton_xla.passes.core.timing import Timer
 from lepton_xla.passes.core.walker import Context, Values
 from lepton_xla.passes.quantization import products
 from lepton_xla.passes.quantization.fake_quantization import fake_quant
@@ -430,11 +431,12 @@ def _timings(
     """Each product alone, where it has one of codes."""
     rules = {entry.site.name: entry.quantize for group in _groups(plan).values() for entry in group if entry.quantize}
     timings: dict[str, list[Timing]] = {}
+    timer = Timer()
     for at in sizes:
         found = [site for site in find_sites(program, sizes=at) if site.name in rules]
         for number, site in enumerate(found):
             say(f"time {site.name}", number, len(found))
             rule = rules[site.name]
             if rule.activations != "none" and not products.float_reason(site, rule):
-                timings.setdefault(site.name, []).append(compare(site, rule, at))
+                timings.setdefault(site.name, []).append(compare(site, rule, at, timer))
     return timings

@@ -59,7 +59,7 @@ REPORTS = [
         {"site": "encoder/layers/3/attention/query/kernel", "action": "int8 x int8", "reason": "", "bytes_before": 9e6,
          "bytes_after": 2.25e6},
         {"site": "head", "action": "kept", "reason": "its weight is shared with an embedding that is looked up"},
-    ]},
+    ], "metrics": {"seconds": {"time products": 2.5}, "times": {"measured": 1234, "from the cache": 4321}}},
 ]  # fmt: skip
 SIDE = {"median_s": 0.0123, "p99_s": 0.0456, "rows_per_s": 12345.0}
 BENCH = {
@@ -182,3 +182,8 @@ def test_words_fold_at_blanks_and_behind_punctuation():
 def test_a_row_of_another_length_is_a_mistake():
     with pytest.raises(ValueError, match="a row of 1 cells in a table of 2 columns"):
         Table("", ("a", "b"), [("x",)]).lines()
+
+
+def test_a_pass_says_how_many_times_it_measured_and_how_many_it_knew(capsys):
+    _common.show(_reports.passes_table(REPORTS))
+    assert "1234 measured, 4321 from the cache" in capsys.readouterr().out

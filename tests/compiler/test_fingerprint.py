@@ -4,7 +4,8 @@ import sys
 import msgspec
 import pytest
 
-from lepton_xla.compiler.fingerprint import Fingerprint, cpu_features, relevant_xla_flags
+from lepton_xla.compiler.fingerprint import Fingerprint
+from lepton_xla.machine import cpu_features, cpu_model, relevant_xla_flags
 
 
 def test_the_digest_is_the_same_in_another_process() -> None:
@@ -31,3 +32,8 @@ def test_cpu_features_are_those_of_every_core() -> None:
     assert cpu_features("flags\t\t: fpu avx2 avx512f\nmodel: 1\nflags\t\t: avx2 fpu\n") == ("avx2", "fpu")
     assert cpu_features("Features\t: fp asimd\n") == ("asimd", "fp")
     assert len(cpu_features("")) == 1
+
+
+def test_the_processor_is_named_where_the_system_tells() -> None:
+    assert cpu_model("flags : fpu\nmodel name\t: Some CPU @ 2 GHz\nmodel name\t: Other\n") == "Some CPU @ 2 GHz"
+    assert isinstance(cpu_model(""), str)

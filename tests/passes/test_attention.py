@@ -16,6 +16,7 @@ import lepton_xla as lx
 from lepton_xla import _compat
 from lepton_xla.passes import awq, calibrate, correct_bias, equalize, fake_quant, gptq, lower, prune, smooth
 from lepton_xla.passes.planning import resolve
+from lepton_xla.passes.quantization import measurement
 from lepton_xla.passes.quantization.rounding import round_to_nearest
 
 HEADS, WIDTH, LAYERS = 2, 8, 2
@@ -165,7 +166,7 @@ def test_inside_shard_map_scales_are_of_what_a_device_has(monkeypatch):
     plan = resolve(recipe(head='on_unsupported = "keep"'), program)
     assert {entry.site.name for entry in plan.sites if entry.quantize} == {"dot_general#0", "dot_general#1"}
     # A product is timed, one row of a sequence padded too; how long the whole program takes is of no interest here.
-    monkeypatch.setattr(LOWER, "time_programs", lambda functions, _inputs: [1.0] * len(functions))
+    monkeypatch.setattr(LOWER, "time_programs", lambda functions, _inputs, timer=None: [1.0] * len(functions))
     one = resolve(recipe("dot_general#0"), program)
     small = lower(program, one, sizes=[{"batch": 2, "seq": 1}, {"batch": 2, "seq": 5}])
     (timings,) = [site.metrics["timings"] for site in small.history[-1].sites]
@@ -208,10 +209,8 @@ def test_compiled_saved_and_loaded(tmp_path, sites, batches, length, off):
 def test_single_rows_are_timed_padded_and_come_out_the_same(monkeypatch):
     program, plan = QUERY, resolve(recipe(), QUERY)
     times = itertools.count(100, -10)
-    monkeypatch.setattr(LOWER, "time_programs", lambda functions, _inputs: [next(times) for _ in functions])
-    monkeypatch.setattr(
-        LOWER, "compare", lambda site, rule, at: lx.passes.quantization.measurement.Timing(dict(at), 9.0, 4.0, 2.0)
-    )
+    monkeypatch.setattr(LOWER, "time_programs", lambda functions, _inputs, timer=None: [next(times) for _ in functions])
+    monkeypatch.setattr(LOWER, "compare", lambda _site, _rule, at, _timer: measurement.Timing(dict(at), 9.0, 4.0, 2.0))
     small = lower(program, plan, sizes=[{"batch": 2, "seq": 5}])
     pairs = {site.site: site for site in small.history[-1].sites if "dot_general" in site.site}
     assert [(site.action, site.metrics["single_rows_padded"]) for site in pairs.values()] == [("int8 x int8", True)] * 2
@@ -223,12 +222,12 @@ def test_single_rows_are_timed_padded_and_come_out_the_same(monkeypatch):
 @pytest.mark.parametrize("integer_us", [5.0, 30.0])
 def test_what_loses_stays_float_and_is_said(monkeypatch, integer_us):
 
-    def compare(site, rule, at):
+    def compare(site, rule, at, _timer):
         assert (rule.weights, rule.activations, rule.dynamic) == ("int8", "int8", True)
         us = integer_us if site.name == "dot_general#0" else 5.0
         return lx.passes.quantization.measurement.Timing(dict(at), 10.0, us, None)
 
-    def time_programs(functions, inputs):
+    def time_programs(functions, inputs, timer=None):
         return [100.0 - 10 * products_in_codes(fn, weights, *inputs) for fn, weights in functions]
 
     monkeypatch.setattr(LOWER, "compare", compare)
@@ -242,7 +241,7 @@ def test_what_loses_stays_float_and_is_said(monkeypatch, integer_us):
     assert (reports["dot_general#0"].action, reports["dot_general#0"].reason) == (
         kept if integer_us == 30 else ("int8 x int8", "")
     )
-    monkeypatch.setattr(LOWER, "time_programs", lambda functions, _inputs: [100.0] * len(functions))
+    monkeypatch.setattr(LOWER, "time_programs", lambda functions, _inputs, timer=None: [100.0] * len(functions))
     small = lower(ONE, resolve(recipe(PAIR), ONE), sizes=[{"batch": 1, "seq": 5}])
     assert products_in_codes(small.fn, small.weights, X) == 0
     assert small.history[-1].sites[1].action == "kept float"

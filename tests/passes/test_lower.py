@@ -395,11 +395,11 @@ def test_symbolic_sizes_through_export():
 def fake_clock(monkeypatch, site_us, program_us=None):
     """`site_us[site name] = (float, integer, padded)`; `program_us(products) -> us` of a whole program."""
 
-    def compare(site, decision, sizes):
+    def compare(site, decision, sizes, _timer):
         del decision
         return measurement.Timing(dict(sizes), *site_us[site.name])
 
-    def time_programs(functions, inputs):
+    def time_programs(functions, inputs, timer=None):
         times = []
         for fn, weights in functions:
             text = str(jax.make_jaxpr(fn)(weights, *inputs))
@@ -411,7 +411,7 @@ def fake_clock(monkeypatch, site_us, program_us=None):
     monkeypatch.setattr(lower_module, "compare", compare)
     monkeypatch.setattr(lower_module, "time_programs", time_programs)
     monkeypatch.setattr(lower_module, "choose", lambda *_: Choices())
-    monkeypatch.setattr(lower_module, "times_us", lambda _eqn: [])
+    monkeypatch.setattr(lower_module, "times_us", lambda _eqn, _timer: [])
 
 
 def two_layers():
@@ -451,7 +451,10 @@ def test_what_is_slower_is_taken_back_and_stays_small(monkeypatch):
 def test_what_is_wrong_on_this_platform_is_taken_back_however_fast(monkeypatch, caplog, error, words):
     fake_clock(monkeypatch, {"a": (10.0, 5.0, None), "b": (10.0, 5.0, None)})
     clock = lower_module.compare
-    faulty = lambda site, rule, at: dataclasses.replace(clock(site, rule, at), error=error if site.name == "a" else 0.0)  # noqa: E731
+
+    def faulty(site, rule, at, timer):
+        return dataclasses.replace(clock(site, rule, at, timer), error=error if site.name == "a" else 0.0)
+
     monkeypatch.setattr(lower_module, "compare", faulty)
     program = two_layers()
     lowered = run_lower(program, resolve(recipe(), program), sizes=SIZES)
@@ -546,7 +549,7 @@ def test_groups_too_small_for_integer_kernels_are_timed_like_any_other(monkeypat
 
 @pytest.mark.parametrize("name", [*TINY_GROUPS, "plain"])
 def test_the_real_clock_reports_what_it_found(monkeypatch, name):
-    monkeypatch.setattr(measurement, "ROUNDS", 3)
+    monkeypatch.setattr("lepton_xla.passes.core.timing.ROUNDS", 3)
     program = (TINY_GROUPS | SINGLE)[name]()
     (site,) = run_lower(program, resolve(recipe(head=""), program), sizes=SIZES[:1]).history[-1].sites
     (timing,) = site.metrics["timings"]
@@ -596,7 +599,7 @@ def clock_by_weights(monkeypatch, site_us, small_us, float_us):
     """A whole program takes `small_us` where any weight is still to be unpacked, else `float_us`."""
     fake_clock(monkeypatch, site_us)
 
-    def time_programs(functions, inputs):
+    def time_programs(functions, inputs, timer=None):
         del inputs
         is_small = lambda leaf: isinstance(leaf, QTensor)  # noqa: E731
         return [
@@ -677,7 +680,7 @@ def test_weights_stay_small_in_memory_where_the_recipe_says_so(monkeypatch):
 
 
 def test_integer_sites_stay_packed_when_the_others_are_unpacked(monkeypatch):
-    def site_clock(functions, inputs):
+    def site_clock(functions, inputs, timer=None):
         return [
             40.0 if "preferred_element_type=int32" in str(jax.make_jaxpr(fn)(weights, *inputs)) else 100.0
             for fn, weights in functions
@@ -690,14 +693,14 @@ def test_integer_sites_stay_packed_when_the_others_are_unpacked(monkeypatch):
     assert lowered.expansion is None  # no faster, so nothing is gained by the memory
     sizes_of = lambda weights: {name: type(leaf).__name__ for name, leaf in weights.items()}  # noqa: E731
     times = iter([[100.0, 100.0, 40.0], [100.0, 100.0, 40.0], [100.0, 40.0, 60.0], [100.0, 40.0, 60.0]])
-    monkeypatch.setattr(lower_module, "time_programs", lambda functions, inputs: next(times))
+    monkeypatch.setattr(lower_module, "time_programs", lambda functions, inputs, timer=None: next(times))
     lowered = run_lower(program, resolve(recipe(), program), sizes=SIZES)
     assert lowered.expansion is not None
     assert sizes_of(lowered.expansion.expand(lowered.weights)) == {"a": "QTensor", "b": "ArrayImpl"}
 
 
 def test_what_is_slower_at_one_size_is_taken_back_however_fast_at_another(monkeypatch):
-    def uneven(functions, inputs):
+    def uneven(functions, inputs, timer=None):
         batch = inputs[0].shape[0]
         integer = ["preferred_element_type=int32" in str(jax.make_jaxpr(fn)(w, *inputs)) for fn, w in functions]
         return [(110.0 if batch == 1 else 20.0) if flag else 100.0 for flag in integer]

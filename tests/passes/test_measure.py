@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 
 from lepton_xla.passes import find_sites
+from lepton_xla.passes.core import timing
+from lepton_xla.passes.core.timing import Timer
 from lepton_xla.passes.quantization import measurement
 from lepton_xla.program import TensorSpec, trace
 from lepton_xla.recipe import Recipe
@@ -20,10 +22,11 @@ ROWS = {"x": TensorSpec(("batch", 16), "float32")}
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    monkeypatch.setattr(measurement, "ROUNDS", 3)
-    measurement._compare.cache_clear()
-    yield
-    measurement._compare.cache_clear()
+    monkeypatch.setattr(timing, "ROUNDS", 3)
+
+
+def compare(site, decision, sizes, timer=None):
+    return measurement.compare(site, decision, sizes, timer or Timer())
 
 
 def rule(options=""):
@@ -41,12 +44,12 @@ def sites_at(batch, width=24):
 @pytest.mark.parametrize("options", ["", "dynamic = false", 'granularity = "tensor"'])
 @pytest.mark.parametrize("batch", [1, 4])
 def test_times_are_positive_and_rows_padded_only_where_single(options, batch):
-    timing = measurement.compare(sites_at(batch)["a"], rule(options), {"batch": batch})
-    assert timing.sizes == {"batch": batch}
-    assert 0 < timing.float_us < 1e6
-    assert 0 < timing.integer_us < 1e6
-    assert (timing.padded_us is not None) == (batch == 1)
-    assert json.loads(json.dumps(timing.to_json()))["float_us"] == timing.float_us
+    timed = compare(sites_at(batch)["a"], rule(options), {"batch": batch})
+    assert timed.sizes == {"batch": batch}
+    assert 0 < timed.float_us < 1e6
+    assert 0 < timed.integer_us < 1e6
+    assert (timed.padded_us is not None) == (batch == 1)
+    assert json.loads(json.dumps(timed.to_json()))["float_us"] == timed.float_us
 
 
 def test_best_is_padded_only_where_asked_and_there():
@@ -58,26 +61,27 @@ def test_best_is_padded_only_where_asked_and_there():
 def test_sites_that_look_the_same_are_timed_once(monkeypatch):
     timed = []
 
-    def medians(calls, _budget):
+    def medians(_timer, calls, _budget):
         timed.append(len(calls))
         return [1.0] * len(calls)
 
-    monkeypatch.setattr(measurement, "_medians_us", medians)
+    monkeypatch.setattr(Timer, "medians_us", medians)
+    timer = Timer()
     sites = sites_at(4)
     for name in ("a", "like_a", "a"):
-        measurement.compare(sites[name], rule(), {"batch": 4})
+        compare(sites[name], rule(), {"batch": 4}, timer)
     assert timed == [2]
-    measurement.compare(sites["b"], rule(), {"batch": 4})
-    measurement.compare(sites_at(4, width=32)["a"], rule(), {"batch": 4})
-    measurement.compare(sites_at(1)["a"], rule(), {"batch": 1})
-    measurement.compare(sites["a"], rule("dynamic = false"), {"batch": 4})
+    compare(sites["b"], rule(), {"batch": 4}, timer)
+    compare(sites_at(4, width=32)["a"], rule(), {"batch": 4}, timer)
+    compare(sites_at(1)["a"], rule(), {"batch": 1}, timer)
+    compare(sites["a"], rule("dynamic = false"), {"batch": 4}, timer)
     assert timed == [2, 2, 2, 3, 2]
 
 
 def test_medians_of_calls_in_turn(monkeypatch):
     """A clock that each call moves by its own time, the second call by ten times more in one round."""
     now, order = [0.0], []
-    monkeypatch.setattr(measurement.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
     seconds = {"a": itertools.repeat(0.001), "b": itertools.chain([0.002] * 3, [0.02], itertools.repeat(0.002))}
 
     def call(name):
@@ -85,52 +89,52 @@ def test_medians_of_calls_in_turn(monkeypatch):
         now[0] += next(seconds[name])
         return jnp.zeros(())
 
-    medians = measurement._medians_us([lambda: call("a"), lambda: call("b")])
+    medians = Timer().medians_us([lambda: call("a"), lambda: call("b")])
     np.testing.assert_allclose(medians, [1000, 2000], rtol=1e-6)
     assert "".join(order) == "aabb" + "ab" * 3
 
 
 def test_quick_calls_run_often_enough_for_the_clock(monkeypatch):
     now, count = [0.0], [0]
-    monkeypatch.setattr(measurement.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
 
     def call():
         count[0] += 1
         now[0] += 1e-5
         return jnp.zeros(())
 
-    (median,) = measurement._medians_us([call])
+    (median,) = Timer().medians_us([call])
     np.testing.assert_allclose(median, 10, rtol=1e-6)
-    assert count[0] == 2 + 3 * round(measurement.ROUND_S / 1e-5)
+    assert count[0] == 2 + 3 * round(timing.ROUND_S / 1e-5)
 
 
 def test_slow_calls_run_fewer_rounds(monkeypatch):
-    monkeypatch.setattr(measurement, "ROUNDS", 100)
+    monkeypatch.setattr(timing, "ROUNDS", 100)
     now, count = [0.0], [0]
-    monkeypatch.setattr(measurement.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
 
     def call():
         count[0] += 1
-        now[0] += measurement.BUDGET_S
+        now[0] += timing.BUDGET_S
         return jnp.zeros(())
 
-    measurement._medians_us([call])
-    assert count[0] == 2 + measurement.MIN_ROUNDS
+    Timer().medians_us([call])
+    assert count[0] == 2 + timing.MIN_ROUNDS
 
 
-@pytest.mark.parametrize(("seconds", "times"), [(1.0, 2), (0.001, 2 + measurement.MIN_ROUNDS)])
+@pytest.mark.parametrize(("seconds", "times"), [(1.0, 2), (0.001, 2 + timing.MIN_ROUNDS)])
 def test_what_has_lost_is_timed_no_further(monkeypatch, seconds, times):
     """A long call that takes four times the fastest's is made no more; a short one after the fewest rounds."""
-    monkeypatch.setattr(measurement, "ROUNDS", 7)
+    monkeypatch.setattr(timing, "ROUNDS", 7)
     now, counts = [0.0], {1: 0, 2: 0, 4: 0}
-    monkeypatch.setattr(measurement.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
 
     def call(share):
         counts[share] += 1
         now[0] += share * seconds
         return jnp.zeros(())
 
-    medians = measurement._medians_us([functools.partial(call, share) for share in counts], 1000.0)
+    medians = Timer().medians_us([functools.partial(call, share) for share in counts], 1000.0)
     np.testing.assert_allclose(medians, [seconds * 1e6 * share for share in counts], rtol=1e-6)
     assert counts == {1: 9, 2: 9, 4: times}
 
@@ -143,7 +147,7 @@ def test_programs_are_timed_on_inputs_of_their_dtype():
         return x.sum() + w["w"].sum() + ids.sum().astype(jnp.float32)
 
     shapes = [jax.ShapeDtypeStruct((3, 4), jnp.float32), jax.ShapeDtypeStruct((5,), jnp.int32)]
-    times = measurement.time_programs([(fn, {"w": jnp.ones(2)}), (fn, {"w": jnp.ones(3)})], shapes)
+    times = timing.time_programs([(fn, {"w": jnp.ones(2)}), (fn, {"w": jnp.ones(3)})], shapes)
     assert len(times) == 2
     assert min(times) > 0
     assert set(seen) == {((3, 4), jnp.float32.dtype, jnp.int32.dtype)}
@@ -153,9 +157,9 @@ def test_programs_are_timed_on_inputs_of_their_dtype():
 @pytest.mark.parametrize("batch", [1, 4])
 def test_a_right_product_is_no_wrong_one(options, batch):
     for site in sites_at(batch).values():
-        timing = measurement.compare(site, rule(options), {"batch": batch})
-        assert timing.error < 1e-5
-        assert not timing.wrong
+        timed = compare(site, rule(options), {"batch": batch})
+        assert timed.error < 1e-5
+        assert not timed.wrong
 
 
 @pytest.mark.parametrize("fault", ["twice", "one value", "not a number", "where padded"])
@@ -174,10 +178,10 @@ def test_a_wrong_product_is_found(monkeypatch, fault):
         return faults[fault]
 
     monkeypatch.setattr(measurement.products, "code_product", wrong)
-    timing = measurement.compare(sites_at(1)["a"], rule(), {"batch": 1})
-    assert timing.wrong
+    timed = compare(sites_at(1)["a"], rule(), {"batch": 1})
+    assert timed.wrong
     expected = {"twice": 1.0, "one value": 0.2, "not a number": np.nan, "where padded": 1.0}[fault]
-    np.testing.assert_allclose(timing.error, expected, rtol=1e-3)
+    np.testing.assert_allclose(timed.error, expected, rtol=1e-3)
 
 
 def test_a_repeated_product_is_computed_anew_each_time():

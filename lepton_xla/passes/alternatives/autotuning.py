@@ -22,8 +22,8 @@ from lepton_xla import _compat
 from lepton_xla.passes.alternatives import shifted, single_row
 from lepton_xla.passes.core.rewriting import rewrite
 from lepton_xla.passes.core.sites import trace_sites
+from lepton_xla.passes.core.timing import OPERATION_BUDGET_S, Timer, time_programs
 from lepton_xla.passes.core.walker import Context, Values, materialize
-from lepton_xla.passes.quantization.measurement import OPERATION_BUDGET_S, time_programs
 from lepton_xla.program import Expansion, Program
 from lepton_xla.report import PassReport, SiteReport
 from lepton_xla.trees import abstract
@@ -103,13 +103,18 @@ class Choices:
 
 
 def autotune(
-    program: Program, *, sizes: Sequence[Mapping[str, int]], progress: Callable[[str], None] | None = None
+    program: Program,
+    *,
+    sizes: Sequence[Mapping[str, int]],
+    timer: Timer | None = None,
+    progress: Callable[[str], None] | None = None,
 ) -> Program:
     """Computes grouped convolutions, and products of one row in 16-bit floats, in the way that measures fastest.
 
     Args:
         program: any program.
         sizes: sizes of the symbolic dimensions, such as `[{"batch": 1}, {"batch": 32}]`, at which ways are timed.
+        timer: what times, and for which target; by default a new one for this process's device.
         progress: called with a line as something is timed.
 
     Returns:
@@ -117,14 +122,16 @@ def autotune(
         history has the times. The program itself where it has no such operation.
     """
     start, say = time.perf_counter(), progress or (lambda _line: None)
-    choices = choose(program, sizes, say)
+    timer = timer or Timer()
+    counts = timer.counts()
+    choices = choose(program, sizes, say, timer)
     if not choices.way:
         return program
     metrics: dict[str, Any] = {}
     reason = ""
     if choices.any:
         try:
-            whole = _time_whole(program, choices, sizes, say)
+            whole = _time_whole(program, choices, sizes, say, timer)
         except jax.errors.JaxRuntimeError:  # beside its neighbours an operation may get a layout that XLA cannot run
             reason = "alone another way is faster, but XLA cannot run the whole program with it"
         else:
@@ -138,6 +145,7 @@ def autotune(
         for kind, timings in choices.timings.items()
         for site in dict.fromkeys(timing.site for timing in timings)
     )
+    metrics |= timer.since(counts)
     history = (*program.history, PassReport("autotune", time.perf_counter() - start, reports, metrics))
     if not choices.any:
         return program.replace(history=history)
@@ -145,13 +153,14 @@ def autotune(
     return program.replace(fn=choices.apply(program.fn), expansion=expansion, history=history)
 
 
-def choose(program: Program, sizes: Sequence[Mapping[str, int]], say: Callable[[str], None]) -> Choices:
+def choose(program: Program, sizes: Sequence[Mapping[str, int]], say: Callable[[str], None], timer: Timer) -> Choices:
     """Times every way of each operation at all sizes, and decides.
 
     Args:
         program: the program; where it unpacks weights on loading, what it is then.
         sizes: as in `autotune`.
         say: called with a line as something is timed.
+        timer: what times.
     """
     fn, weights = program.fn, abstract(program.weights)
     if program.expansion is not None:
@@ -162,16 +171,16 @@ def choose(program: Program, sizes: Sequence[Mapping[str, int]], say: Callable[[
         for site in trace_sites(fn, weights, program.inputs, at):
             if ways(site.eqn):
                 say(f"ways to compute {site.name}")
-                timing = Timing(site.name, dict(at), _timed(_Operation(site.eqn)))
+                timing = Timing(site.name, dict(at), _timed(_Operation(site.eqn), timer))
                 timings.setdefault(_kind(site.eqn), []).append(timing)
         if not timings:
             break
     return Choices({kind: _fastest(found) for kind, found in timings.items()}, timings)
 
 
-def times_us(eqn: Any) -> list[float]:
+def times_us(eqn: Any, timer: Timer) -> list[float]:
     """Microseconds of an operation in every way, XLA's own among them; empty where there is no other."""
-    return list(_timed(_Operation(eqn)).values()) if ways(eqn) else []
+    return list(_timed(_Operation(eqn), timer).values()) if ways(eqn) else []
 
 
 class _Operation:
@@ -189,10 +198,12 @@ class _Operation:
         return isinstance(other, _Operation) and self.facts == other.facts
 
 
-@functools.lru_cache(maxsize=1024)
-def _timed(operation: _Operation) -> dict[str, float]:
+def _timed(operation: _Operation, timer: Timer) -> dict[str, float]:
     """Microseconds by way; without those that XLA cannot run here."""
-    eqn = operation.eqn
+    return timer.once(operation, functools.partial(_time_ways, operation.eqn, timer))
+
+
+def _time_ways(eqn: Any, timer: Timer) -> dict[str, float]:
     inputs = [jax.ShapeDtypeStruct(var.aval.shape, var.aval.dtype) for var in eqn.invars]
     others = ways(eqn)
 
@@ -200,7 +211,7 @@ def _timed(operation: _Operation) -> dict[str, float]:
         plain: Callable[..., Any] = lambda *operands: _compat.bind(eqn, operands)[0]  # noqa: E731
         candidates = {XLA: plain} | {name: others[name] for name in chosen}
         functions = [(functools.partial(_without_weights, fn), ()) for fn in candidates.values()]
-        return dict(zip(candidates, time_programs(functions, inputs, OPERATION_BUDGET_S), strict=True))
+        return dict(zip(candidates, time_programs(functions, inputs, timer, OPERATION_BUDGET_S), strict=True))
 
     try:
         return timed(others)
@@ -246,7 +257,7 @@ def _fastest(timings: Sequence[Timing]) -> str:
 
 
 def _time_whole(
-    program: Program, choices: Choices, sizes: Sequence[Mapping[str, int]], say: Callable[[str], None]
+    program: Program, choices: Choices, sizes: Sequence[Mapping[str, int]], say: Callable[[str], None], timer: Timer
 ) -> list[dict[str, Any]]:
     """The whole program, as loaded, before and after."""
     fn, weights = program.fn, program.weights
@@ -255,7 +266,8 @@ def _time_whole(
     timed: list[dict[str, Any]] = []
     for at in (sizes[0], sizes[-1])[: min(len(sizes), MAX_SIZES)]:
         say(f"the whole program{_named(at, ' at ')}")
-        before, after = time_programs([(fn, weights), (choices.apply(fn), weights)], program.abstract_inputs(at))
+        both = [(fn, weights), (choices.apply(fn), weights)]
+        before, after = time_programs(both, program.abstract_inputs(at), timer)
         timed.append({"sizes": dict(at), "before_us": before, "autotuned_us": after})
     return timed
 

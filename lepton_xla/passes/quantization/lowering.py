@@ -29,9 +29,11 @@ from lepton_xla.passes.core.calibration import needs_range
 from lepton_xla.passes.core.names import Key, fresh
 from lepton_xla.passes.core.precomputation import for_plan
 from lepton_xla.passes.core.sites import Site, find_sites, lay_out, rewrite_sites
+from lepton_xla.passes.core.targets import Target
+from lepton_xla.passes.core.timing import Candidate, Timer, time_programs
 from lepton_xla.passes.core.walker import Context, Values, materialize
 from lepton_xla.passes.quantization import products
-from lepton_xla.passes.quantization.measurement import Candidate, Timing, compare, time_programs
+from lepton_xla.passes.quantization.measurement import Timing, compare
 from lepton_xla.passes.quantization.products import RANGE, SCALE
 from lepton_xla.passes.quantization.rounding import is_finite
 from lepton_xla.passes.quantization.whole_program import WORTH_RATIO, WholeProgram, WholeTiming, loses
@@ -84,6 +86,7 @@ def lower(
     in_float: Mapping[str, str] | None = None,
     among: frozenset[str] | None = None,
     known: dict[str, tuple[jax.Array, QTensor]] | None = None,
+    timer: Timer | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> Program:
     """Stores planned weights in their formats and computes with their codes.
@@ -102,6 +105,7 @@ def lower(
         among: names of the sites that measuring an almost equal program chose to compute from codes: it is they or
             none of the planned ones here. None: sets of sites are tried.
         known: float weights, by path, and as what they were stored before; what is stored is put there.
+        timer: what times, and for which target; by default a new one for this process's device.
         progress: called with a line as each site is looked at.
 
     Returns:
@@ -114,6 +118,8 @@ def lower(
     program = for_plan(program, plan)
     start = time.perf_counter()
     say = progress or (lambda _line: None)
+    timer = timer or Timer()
+    counts = timer.counts()
     given = raw_scales(scales)
     weights: dict[str, Any] = dict(program.weights)
     like = abstract(program.weights)
@@ -145,11 +151,13 @@ def lower(
     names = _names(values, like)
     memory.give_back()  # of the passes before, and below of large operands: who times also needs memory
     began = time.perf_counter()
-    choices = choose(program, sizes if candidates else (), say)
-    timings = _time_sites(program, candidates, sizes, say)
+    choices = choose(program, sizes if candidates else (), say, timer)
+    timings = _time_sites(program, candidates, sizes, say, timer)
     memory.give_back()
     timed_s = time.perf_counter() - began
-    reasons |= {name: _wrong_reason(name, found) for name, found in timings.items() if any(t.wrong for t in found)}
+    reasons |= {
+        name: _wrong_reason(name, found, timer.target) for name, found in timings.items() if any(t.wrong for t in found)
+    }
     candidates = [planned for planned in candidates if not reasons[planned.site.name]]
 
     prepared_s = time.perf_counter() - start - timed_s
@@ -175,7 +183,7 @@ def lower(
         return Candidate(choices.apply(build(integer)), compiled), own  # as `autotune` will leave it
 
     floating = (Candidate(choices.apply(program.fn), compiled), program.weights)
-    whole = WholeProgram(program, floating, variant, time_programs, say)
+    whole = WholeProgram(program, floating, variant, functools.partial(time_programs, timer=timer), say)
     may_unpack = plan.recipe.unpack == "measured"
     sets = _candidate_sets(candidates, timings) if among is None else [frozenset(), among & set(timings)]
     if len(set(sets)) == 1:
@@ -218,6 +226,7 @@ def lower(
             {"sizes": timed.sizes, "float_us": timed.float_us, "lowered_us": lowered_us[at]}
             for at, timed in enumerate(tried)
         ]
+    metrics |= timer.since(counts)
     metrics["seconds"] = {
         "store weights": prepared_s,
         "time products": timed_s,
@@ -351,7 +360,11 @@ def _by_weight(plan: Plan) -> dict[str, list[_Planned]]:
 
 
 def _time_sites(
-    program: Program, candidates: Sequence[_Planned], sizes: Sequence[Mapping[str, int]], say: Callable[[str], None]
+    program: Program,
+    candidates: Sequence[_Planned],
+    sizes: Sequence[Mapping[str, int]],
+    say: Callable[[str], None],
+    timer: Timer,
 ) -> dict[str, list[Timing]]:
     """Float against integer arithmetic at each site and size; empty lists where there is no size to time at."""
     found = [(at, {site.name: site for site in find_sites(program, sizes=at)}) for at in sizes]
@@ -361,22 +374,22 @@ def _time_sites(
         if found:
             say(name)
         # A program may take another way at some sizes.
-        timings[name] = [_compared(by_name[name], planned.rule, at) for at, by_name in found if name in by_name]
+        timings[name] = [_compared(by_name[name], planned.rule, at, timer) for at, by_name in found if name in by_name]
     return timings
 
 
-def _compared(site: Site, rule: QuantizeRule, at: Mapping[str, int]) -> Timing:
+def _compared(site: Site, rule: QuantizeRule, at: Mapping[str, int], timer: Timer) -> Timing:
     """The product in codes against the best of float."""
-    timing = compare(site, rule, at)
-    return dataclasses.replace(timing, float_us=min([timing.float_us, *times_us(site.eqn)]))
+    timing = compare(site, rule, at, timer)
+    return dataclasses.replace(timing, float_us=min([timing.float_us, *times_us(site.eqn, timer)]))
 
 
-def _wrong_reason(name: str, timings: Sequence[Timing]) -> str:
+def _wrong_reason(name: str, timings: Sequence[Timing], target: Target) -> str:
     """Why a product of codes that came out wrong here is not used, also in the log: it is a fault of the platform."""
     worst = next(timing for timing in timings if timing.wrong)
     at = "".join(f", {symbol} {size}" for symbol, size in worst.sizes.items())
     how = f"is wrong by {worst.error:.0%} of the largest value" if math.isfinite(worst.error) else "is not finite"
-    reason = f"XLA's product of codes {how} on this {jax.default_backend()}{at}, so it is computed in float"
+    reason = f"XLA's product of codes {how} on this {target.platform}{at}, so it is computed in float"
     _LOG.warning("%s: %s", name, reason)
     return reason
 

@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-import concurrent.futures
 import dataclasses
 import functools
-import hashlib
 import math
-import os
-import re
-import statistics
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -21,6 +15,8 @@ import numpy as np
 from lepton_xla import _compat
 from lepton_xla.passes.core.alike import Alike
 from lepton_xla.passes.core.sites import Site
+from lepton_xla.passes.core.timing import OPERATION_BUDGET_S, Lowered, Timer, random_array
+from lepton_xla.passes.core.timing_cache import Times
 from lepton_xla.passes.quantization import products
 from lepton_xla.quant import FORMATS, absmax_scale, encode
 from lepton_xla.quant.grid import decode
@@ -28,26 +24,10 @@ from lepton_xla.quant.grid import decode
 if TYPE_CHECKING:
     from lepton_xla.recipe import QuantizeRule
 
-ROUNDS = 21
-MIN_ROUNDS = 3
-# Rounds are fewer where they would take longer than this in all: for whole programs, and for single operations, of
-# which there are many.
-BUDGET_S = 2.0
-OPERATION_BUDGET_S = 0.5
-# What takes this many times as long as the fastest is timed no further: after a single call where that is so long that
-# the clock's noise does not count, else after the fewest rounds.
-LOST = 3.0
-LONG_S = 0.02
 # A product of codes whose largest error is more than this share of the largest result is taken for wrong. Codes and
 # scales are exact; what is left are the rounding of float32 and bfloat16, and codes that fall on the other side of a
 # half.
 WRONG = 0.05
-# A round runs the product often enough to last this long, so that the clock's own cost does not count; where calls only
-# queue work for a device, nor the wait for it.
-ROUND_S = 2e-4
-QUEUED_ROUND_S = 1e-2
-# How many random values are drawn of an operand: to draw all of a large one takes longer than to time it. A prime.
-DRAWN = 1_048_573
 # How often one program then computes a product: to start it takes longer than many a product.
 REPEATS = 16
 
@@ -85,73 +65,10 @@ class Timing:
         return dataclasses.asdict(self)
 
 
-class Candidate:
-    """A function that is timed, perhaps several times: with what it shares, a program is compiled once.
-
-    Attributes:
-        fn: `fn(weights, *inputs)`.
-        compiled: executables by a digest of what XLA was given; one dict for all functions that may be the same.
-    """
-
-    def __init__(self, fn: Callable[..., Any], compiled: dict[str, Any]) -> None:
-        self.fn = fn
-        self.compiled = compiled
-
-    def __call__(self, weights: Any, *inputs: Any) -> Any:
-        """What the function gives."""
-        return self.fn(weights, *inputs)
-
-
-def time_programs(
-    functions: Sequence[tuple[Callable[..., Any], Any]],
-    inputs: Sequence[jax.ShapeDtypeStruct],
-    budget_s: float = BUDGET_S,
-) -> list[float]:
-    """Median times in microseconds of functions of weights and the same inputs, timed in turn.
-
-    Args:
-        functions: pairs of `fn(weights, *inputs)` and its weights; a `Candidate` is not compiled where an equal one
-            was before.
-        inputs: shapes and dtypes; floats are drawn at random, anything else is zero.
-        budget_s: seconds that timing takes about, at most; each function is called at least twice.
-    """
-    arrays = [
-        _random(number, leaf)
-        if jnp.issubdtype(leaf.dtype, jnp.floating)
-        else jnp.asarray(np.zeros(leaf.shape, leaf.dtype))
-        for number, leaf in enumerate(inputs)
-    ]
-    executables = _all_compiled([(fn, (weights, *arrays)) for fn, weights in functions])
-    calls = [
-        functools.partial(executable, weights, *arrays)
-        for executable, (_, weights) in zip(executables, functions, strict=True)
-    ]
-    return _medians_us(calls, budget_s)
-
-
-def _all_compiled(functions: Sequence[tuple[Callable[..., Any], tuple[Any, ...]]]) -> list[Any]:
-    """Executables of functions at arguments, compiled beside each other: XLA lets go of the interpreter meanwhile."""
-    plain: dict[str, Any] = {}
-    wanted: list[tuple[dict[str, Any], str]] = []
-    missing: dict[tuple[int, str], tuple[dict[str, Any], str, Any]] = {}
-    for fn, args in functions:
-        lowered = jax.jit(fn.fn if isinstance(fn, Candidate) else fn).lower(*args)
-        known = fn.compiled if isinstance(fn, Candidate) else plain
-        text = re.sub(r"^module @\S+", "module", lowered.as_text())
-        digest = hashlib.sha256(text.encode()).hexdigest()
-        wanted.append((known, digest))
-        if digest not in known:
-            missing.setdefault((id(known), digest), (known, digest, lowered))
-    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        made = pool.map(lambda each: each[2].compile(), missing.values())
-        for (known, digest, _), executable in zip(missing.values(), made, strict=True):
-            known[digest] = executable
-    return [known[digest] for known, digest in wanted]
-
-
-def compare(site: Site, decision: QuantizeRule, sizes: Mapping[str, int]) -> Timing:
+def compare(site: Site, decision: QuantizeRule, sizes: Mapping[str, int], timer: Timer) -> Timing:
     """Times and checks one site, found at the given sizes, on random operands; sites that look the same only once."""
-    return dataclasses.replace(_compare(_Key(site, decision)), sizes=dict(sizes))
+    key = _Key(site, decision)
+    return dataclasses.replace(timer.once(key, functools.partial(_compare, key, timer)), sizes=dict(sizes))
 
 
 class _Key(Alike):
@@ -169,27 +86,33 @@ class _Key(Alike):
         )
 
 
-@functools.lru_cache(maxsize=1024)
-def _compare(key: _Key) -> Timing:
+def _compare(key: _Key, timer: Timer) -> Timing:
     site = key.site
-    operands = [_random(number, operand) for number, operand in enumerate(site.operands)]
 
     def as_float(*operands: jax.Array) -> jax.Array:
         return _compat.bind(site.eqn, operands)[0]
 
     prepare = jax.jit(functools.partial(_operands, key))
-    args, rounded = prepare(*operands)
-    del operands  # what their codes stand for takes as much time, and a weight may be large
-    repeats = REPEATS if _queues() else 1
-    wanted = [(as_float, tuple(rounded)), (functools.partial(_in_codes, key), args)]
+    like, like_rounded = jax.eval_shape(prepare, *site.operands)
+    repeats = REPEATS if timer.target.queues else 1
+    wanted = [(as_float, like_rounded), (functools.partial(_in_codes, key), like)]
     if products.row_count(site) == 1:
-        wanted.append((functools.partial(_in_codes, key, pad=True), args))
-    in_float, *in_codes = _all_compiled([(_repeated(fn, repeats), given) for fn, given in wanted])
-    expected = in_float(*rounded)
-    errors = [_share(call(*args), expected) for call in in_codes]
-    calls = [functools.partial(in_float, *rounded), *(functools.partial(call, *args) for call in in_codes)]
-    times = [time / repeats for time in _medians_us(calls, OPERATION_BUDGET_S)]
-    return Timing({}, times[0], times[1], times[2] if len(times) == 3 else None, float(np.max(errors)))
+        wanted.append((functools.partial(_in_codes, key, pad=True), like))
+
+    def measure(executables: list[Any]) -> Times:
+        args, rounded = prepare(*(random_array(number, operand) for number, operand in enumerate(site.operands)))
+        in_float, *in_codes = executables
+        expected = in_float(*rounded)
+        errors = [_share(call(*args), expected) for call in in_codes]
+        # What the codes stand for takes as much time as what they were made from.
+        calls = [functools.partial(in_float, *rounded), *(functools.partial(call, *args) for call in in_codes)]
+        times = [time / repeats for time in timer.medians_us(calls, OPERATION_BUDGET_S)]
+        worst = float(np.max(errors))
+        return Times(times, worst if math.isfinite(worst) else None)
+
+    times = timer.recall([Lowered.of(_repeated(fn, repeats), *given) for fn, given in wanted], measure)
+    error = math.nan if times.error is None else times.error
+    return Timing({}, times.us[0], times.us[1], times.us[2] if len(times.us) == 3 else None, error)
 
 
 def _operands(key: _Key, *operands: jax.Array) -> tuple[tuple[Any, ...], list[jax.Array]]:
@@ -216,11 +139,6 @@ def _in_codes(key: _Key, *args: Any, pad: bool = False) -> jax.Array:
     return products.code_product(key.site, act, stored, key.rule.activations, scale, pad_single=pad)
 
 
-def _queues() -> bool:
-    """Whether a call only queues work for a device and returns."""
-    return jax.default_backend() != "cpu"
-
-
 def _repeated(fn: Callable[..., jax.Array], times: int) -> Callable[..., jax.Array]:
     """A function that computes `fn` so often, each time anew."""
 
@@ -232,16 +150,6 @@ def _repeated(fn: Callable[..., jax.Array], times: int) -> Callable[..., jax.Arr
         return jax.lax.fori_loop(1, times, functools.partial(again, args=args), fn(*args))
 
     return repeated if times > 1 else fn
-
-
-def _random(seed: int, like: jax.ShapeDtypeStruct) -> jax.Array:
-    """Normal values, made on the host: JAX would compile its generator, and a cast, anew for each shape.
-
-    Beyond `DRAWN` they are the same again, of which there is an odd number, so that they fill no two rows alike.
-    """
-    size = math.prod(like.shape)
-    drawn = np.random.default_rng(seed).standard_normal(min(size, DRAWN), np.float32).astype(like.dtype)
-    return jnp.asarray(np.resize(drawn, like.shape))
 
 
 def _rounded(array: jax.Array, scale: jax.Array, name: str) -> jax.Array:
@@ -258,37 +166,3 @@ def _share(got: jax.Array, expected: jax.Array) -> float:
         apart = host - wanted
         largest = max(np.max(wanted), -np.min(wanted), np.float32(1e-30))
         return float(np.max(np.abs(apart, out=apart)) / largest)
-
-
-def _medians_us(calls: Sequence[Callable[[], Any]], budget_s: float = BUDGET_S) -> list[float]:
-    """Medians over rounds that take the calls in turn, so that a slow moment of the machine falls on all alike.
-
-    Where calls only queue work for a device, a turn waits for its last call alone: waiting for each would add the time
-    to start a program to all of them and hide what the product takes.
-    """
-    queued = _queues()
-    once: list[float] = []
-    for call in calls:
-        jax.block_until_ready(call())
-        start = time.perf_counter()
-        jax.block_until_ready(call())
-        once.append(max(time.perf_counter() - start, 1e-7))
-    round_s = QUEUED_ROUND_S if queued else ROUND_S
-    counts = [max(1, min(50, int(round_s / seconds))) for seconds in once]
-    left = [index for index, seconds in enumerate(once) if seconds < max(LONG_S, LOST * min(once))]
-    number = max(MIN_ROUNDS, min(ROUNDS, int(budget_s / sum(once[index] for index in left))))
-    rounds: list[list[float]] = [[] for _ in calls]
-    result = None
-    for done in range(number):
-        if done == MIN_ROUNDS:
-            fastest = min(min(rounds[index]) for index in left)
-            left = [index for index in left if min(rounds[index]) < LOST * fastest]
-        for index in left:
-            start = time.perf_counter()
-            for _ in range(counts[index]):
-                result = calls[index]()
-                if not queued:
-                    jax.block_until_ready(result)
-            jax.block_until_ready(result)
-            rounds[index].append((time.perf_counter() - start) / counts[index] * 1e6)
-    return [statistics.median(times or [seconds * 1e6]) for times, seconds in zip(rounds, once, strict=True)]

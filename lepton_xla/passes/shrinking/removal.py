@@ -16,7 +16,7 @@ import numpy as np
 
 from lepton_xla.errors import RecipeError
 from lepton_xla.passes.core.costs import cost
-from lepton_xla.passes.quantization.measurement import time_programs
+from lepton_xla.passes.core.timing import Timer, time_programs
 from lepton_xla.passes.shrinking.dimensions import Dimension, Kept
 from lepton_xla.passes.shrinking.groups import Group, Groups, find_groups
 from lepton_xla.passes.shrinking.importance import Batches, Importance, Loss, importance_scores
@@ -58,6 +58,7 @@ def shrink(
     calibration: Batches | None = None,
     loss: Loss | None = None,
     sizes: Mapping[str, int] | None = None,
+    timer: Timer | None = None,
     on_unsupported: Literal["error", "keep"] = "error",
 ) -> Program:
     """Removes the channels, hidden units and heads that matter least.
@@ -78,6 +79,7 @@ def shrink(
         calibration: batches for `importance = "activation"` or `"taylor"`.
         loss: for `"taylor"`: `loss(weights, batch) -> scalar`.
         sizes: sizes of the symbolic dimensions at which operations are counted and calls are timed.
+        timer: what times calls; by default a new one for this process's device.
         on_unsupported: what to do where the target cannot be reached: `error`, or `keep`: remove all that can go, and
             say in the report, under `not_reached`, how far that is and what stands in the way.
 
@@ -105,7 +107,7 @@ def shrink(
         if sparsity is not None:
             counts = ranking.at_sparsity(sparsity)
         else:
-            counts = _search(program, ranking, chosen, flops=flops, size=bytes, latency_ms=latency_ms)
+            counts = _search(program, ranking, chosen, flops=flops, size=bytes, latency_ms=latency_ms, timer=timer)
     except _UnreachableError as error:
         if on_unsupported == "error":
             raise
@@ -226,6 +228,7 @@ def _search(
     flops: float | None,
     size: float | None,
     latency_ms: float | None,
+    timer: Timer | None,
 ) -> dict[str, int]:
     """The fewest units removed with which a target is reached, as far as bisection finds them."""
     before = cost(program, sizes)
@@ -237,7 +240,7 @@ def _search(
         kept = ranking.keep(counts)
         if latency_ms is not None:
             small = remove(program, ranking.every, kept)
-            return time_programs([(small.fn, small.weights)], small.abstract_inputs(sizes))[0] / 1000
+            return time_programs([(small.fn, small.weights)], small.abstract_inputs(sizes), timer)[0] / 1000
         after = cost(remove(program, ranking.every, kept, shapes_only=True), sizes)
         return after.flops / before.flops if flops is not None else after.weights_bytes / before.weights_bytes
 

@@ -1,0 +1,69 @@
+"""What programs are made for and timed on."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import os
+
+import jax
+
+from lepton_xla import _compat, machine
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """A device and what else the speed of a program on it depends on: times hold for an equal target only.
+
+    Attributes:
+        platform: `cpu`, `gpu` or `tpu`.
+        device_kind: the device's model name.
+        runtime: the runtime's own version text, such as that of CUDA.
+        processor: the host's processor, with a digest of its features.
+        cores: how many of its cores this process may use.
+        versions: of jax, jaxlib and lepton-xla.
+        xla_flags: the part of `XLA_FLAGS` that can change compiled code, sorted.
+        settings: settings of JAX's that change how a program is compiled.
+    """
+
+    platform: str
+    device_kind: str = ""
+    runtime: str = ""
+    processor: str = ""
+    cores: int = 1
+    versions: str = ""
+    xla_flags: str = ""
+    settings: str = ""
+
+    @classmethod
+    def here(cls) -> Target:
+        """This process's default device."""
+        device = jax.devices()[0]
+        return cls(
+            platform=jax.default_backend(),
+            device_kind=device.device_kind,
+            runtime=_compat.runtime_version(device),
+            processor=f"{machine.cpu_model()}, {machine.cpu_features_digest()}",
+            cores=machine.usable_cores(),
+            versions=", ".join(f"{name} {_version(name)}" for name in ("jax", "jaxlib", "lepton-xla")),
+            xla_flags=machine.relevant_xla_flags(os.environ.get("XLA_FLAGS", "")),
+            settings=_compat.compile_settings(),
+        )
+
+    @property
+    def queues(self) -> bool:
+        """Whether a call only queues work for the device and returns."""
+        return self.platform != "cpu"
+
+    @property
+    def digest(self) -> str:
+        """16 hexadecimal digits, the same in every process with equal fields."""
+        return hashlib.sha256(repr(dataclasses.astuple(self)).encode()).hexdigest()[:16]
+
+
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:  # run from its sources
+        return "of its sources"

@@ -1,0 +1,224 @@
+"""Times compiled functions, each but once."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import functools
+import hashlib
+import math
+import os
+import re
+import statistics
+import time
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lepton_xla.passes.core.targets import Target
+from lepton_xla.passes.core.timing_cache import Times, TimingCache
+
+ROUNDS = 21
+MIN_ROUNDS = 3
+# Rounds are fewer where they would take longer than this in all: for whole programs, and for single operations, of
+# which there are many.
+BUDGET_S = 2.0
+OPERATION_BUDGET_S = 0.5
+# What takes this many times as long as the fastest is timed no further: after a single call where that is so long that
+# the clock's noise does not count, else after the fewest rounds.
+LOST = 3.0
+LONG_S = 0.02
+# A round runs the product often enough to last this long, so that the clock's own cost does not count; where calls only
+# queue work for a device, nor the wait for it.
+ROUND_S = 2e-4
+QUEUED_ROUND_S = 1e-2
+# How many random values are drawn of an operand: to draw all of a large one takes longer than to time it. A prime.
+DRAWN = 1_048_573
+
+
+class Candidate:
+    """A function that is timed, perhaps several times: with what it shares, a program is compiled once.
+
+    Attributes:
+        fn: `fn(weights, *inputs)`.
+        compiled: executables by a digest of what XLA was given; one dict for all functions that may be the same.
+    """
+
+    def __init__(self, fn: Callable[..., Any], compiled: dict[str, Any]) -> None:
+        self.fn = fn
+        self.compiled = compiled
+
+    def __call__(self, weights: Any, *inputs: Any) -> Any:
+        """What the function gives."""
+        return self.fn(weights, *inputs)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Lowered:
+    """A function as XLA is given it.
+
+    Attributes:
+        digest: of its StableHLO, whatever it is called.
+        stage: what JAX compiles.
+        compiled: where its executable is kept, by digest.
+    """
+
+    digest: str
+    stage: Any
+    compiled: dict[str, Any]
+
+    @classmethod
+    def of(cls, fn: Callable[..., Any], *args: Any) -> Lowered:
+        """A function, perhaps a `Candidate`, at arguments, or at their shapes."""
+        stage = jax.jit(fn.fn if isinstance(fn, Candidate) else fn).lower(*args)
+        text = re.sub(r"^module @\S+", "module", stage.as_text())
+        compiled = fn.compiled if isinstance(fn, Candidate) else dict[str, Any]()
+        return cls(hashlib.sha256(text.encode()).hexdigest(), stage, compiled)
+
+
+class Timer:
+    """Times functions on one target, and remembers.
+
+    One is made for each `optimize`, or each pass that is called by itself, and handed on to whatever times.
+
+    >>> timer = Timer(cache=TimingCache(None))  # takes nothing from the disk
+    >>> timer.once("a name", lambda: 2.5), timer.once("a name", lambda: 7.5)
+    (2.5, 2.5)
+
+    Attributes:
+        target: what it times on.
+        cache: the measurements of other processes.
+        measured: how many times it measured.
+        recalled: how many it took from the cache.
+    """
+
+    def __init__(self, target: Target | None = None, cache: TimingCache | None = None) -> None:
+        self.target = target or Target.here()
+        self.cache = cache or TimingCache.default()
+        self.measured = 0
+        self.recalled = 0
+        self._known: dict[Hashable, Any] = {}
+
+    def once[T](self, key: Hashable, measure: Callable[[], T]) -> T:
+        """What `measure` gave when it was first called for this key."""
+        if key not in self._known:
+            self._known[key] = measure()
+        return self._known[key]
+
+    def recall(self, programs: Sequence[Lowered], measure: Callable[[list[Any]], Times]) -> Times:
+        """The times of programs: from the cache, or else what `measure` says of their executables."""
+        names = [self.target.digest, *(program.digest for program in programs)]
+        key = hashlib.sha256(" ".join(names).encode()).hexdigest()[:40]
+        times = self.cache.get(key, len(programs))
+        if times is not None:
+            self.recalled += len(programs)
+            return times
+        times = measure(_executables(programs))
+        self.measured += len(programs)
+        self.cache.put(key, times)
+        return times
+
+    def medians_us(self, calls: Sequence[Callable[[], Any]], budget_s: float = BUDGET_S) -> list[float]:
+        """Medians over rounds that take the calls in turn, so that a slow moment of the machine falls on all alike.
+
+        Where calls only queue work for a device, a turn waits for its last call alone: waiting for each would add the
+        time to start a program to all of them and hide what the product takes.
+        """
+        return _medians_us(calls, budget_s, queued=self.target.queues)
+
+    def counts(self) -> tuple[int, int]:
+        """How many times were measured so far, and how many came from the cache."""
+        return self.measured, self.recalled
+
+    def since(self, counts: tuple[int, int]) -> dict[str, dict[str, int]]:
+        """For the metrics of a report: what was counted since then; empty where nothing was."""
+        measured, recalled = self.measured - counts[0], self.recalled - counts[1]
+        return {"times": {"measured": measured, "from the cache": recalled}} if measured or recalled else {}
+
+
+def time_programs(
+    functions: Sequence[tuple[Callable[..., Any], Any]],
+    inputs: Sequence[jax.ShapeDtypeStruct],
+    timer: Timer | None = None,
+    budget_s: float = BUDGET_S,
+) -> list[float]:
+    """Median times in microseconds of functions of weights and the same inputs, timed in turn.
+
+    Args:
+        functions: pairs of `fn(weights, *inputs)` and its weights; a `Candidate` is not compiled where an equal one
+            was before.
+        inputs: shapes and dtypes; floats are drawn at random, anything else is zero.
+        timer: what times, and knows what was timed before; a new one by default.
+        budget_s: seconds that timing takes about, at most; each function is called at least twice.
+    """
+    timer = timer or Timer()
+
+    def measure(executables: list[Any]) -> Times:
+        arrays = [
+            random_array(number, leaf)
+            if jnp.issubdtype(leaf.dtype, jnp.floating)
+            else jnp.asarray(np.zeros(leaf.shape, leaf.dtype))
+            for number, leaf in enumerate(inputs)
+        ]
+        calls = [
+            functools.partial(executable, weights, *arrays)
+            for executable, (_, weights) in zip(executables, functions, strict=True)
+        ]
+        return Times(timer.medians_us(calls, budget_s))
+
+    return timer.recall([Lowered.of(fn, weights, *inputs) for fn, weights in functions], measure).us
+
+
+def random_array(seed: int, like: jax.ShapeDtypeStruct) -> jax.Array:
+    """Normal values, made on the host: JAX would compile its generator, and a cast, anew for each shape.
+
+    Beyond `DRAWN` they are the same again, of which there is an odd number, so that they fill no two rows alike.
+    """
+    size = math.prod(like.shape)
+    drawn = np.random.default_rng(seed).standard_normal(min(size, DRAWN), np.float32).astype(like.dtype)
+    return jnp.asarray(np.resize(drawn, like.shape))
+
+
+def _executables(programs: Sequence[Lowered]) -> list[Any]:
+    """Programs compiled beside each other, equal ones once: XLA lets go of the interpreter meanwhile."""
+    same: dict[str, Any] = {}
+    for program in programs:
+        if program.digest in program.compiled:
+            same[program.digest] = program.compiled[program.digest]
+    missing = {program.digest: program.stage for program in programs if program.digest not in same}
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        same |= dict(zip(missing, pool.map(lambda stage: stage.compile(), missing.values()), strict=True))
+    for program in programs:
+        program.compiled[program.digest] = same[program.digest]
+    return [same[program.digest] for program in programs]
+
+
+def _medians_us(calls: Sequence[Callable[[], Any]], budget_s: float, *, queued: bool) -> list[float]:
+    once: list[float] = []
+    for call in calls:
+        jax.block_until_ready(call())
+        start = time.perf_counter()
+        jax.block_until_ready(call())
+        once.append(max(time.perf_counter() - start, 1e-7))
+    round_s = QUEUED_ROUND_S if queued else ROUND_S
+    counts = [max(1, min(50, int(round_s / seconds))) for seconds in once]
+    left = [index for index, seconds in enumerate(once) if seconds < max(LONG_S, LOST * min(once))]
+    number = max(MIN_ROUNDS, min(ROUNDS, int(budget_s / sum(once[index] for index in left))))
+    rounds: list[list[float]] = [[] for _ in calls]
+    result = None
+    for done in range(number):
+        if done == MIN_ROUNDS:
+            fastest = min(min(rounds[index]) for index in left)
+            left = [index for index in left if min(rounds[index]) < LOST * fastest]
+        for index in left:
+            start = time.perf_counter()
+            for _ in range(counts[index]):
+                result = calls[index]()
+                if not queued:
+                    jax.block_until_ready(result)
+            jax.block_until_ready(result)
+            rounds[index].append((time.perf_counter() - start) / counts[index] * 1e6)
+    return [statistics.median(times or [seconds * 1e6]) for times, seconds in zip(rounds, once, strict=True)]

@@ -1,0 +1,132 @@
+"""Measured times on disk, so that a second process need not measure them again.
+
+Each measurement is a file of its own: it is written beside its place and renamed into it, so that processes that read
+and write at once see it whole or not at all. What cannot be read is measured again and replaced. No failure of the disk
+is an error.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import os
+import pathlib
+import tempfile
+import time
+
+import msgspec
+
+_LOG = logging.getLogger(__name__)
+
+# The environment variable that turns the cache off or moves it.
+VARIABLE = "LEPTON_CACHE"
+# Files that a folder holds at most; the oldest half goes where there are more.
+MAX_FILES = 8192
+# A file that is longer was not written here.
+_MAX_BYTES = 2**16
+# What a process that was killed has left half written is removed after so long.
+_LEFT_S = 3600.0
+
+
+class Times(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What one measurement gave.
+
+    Attributes:
+        us: median microseconds of each function, in their order.
+        error: how far the results were off, as `measurement.Timing` has it; None for NaN.
+    """
+
+    us: list[float]
+    error: float | None = 0.0
+
+
+class TimingCache:
+    """Measurements by key, in a folder.
+
+    Attributes:
+        folder: where they are; None for nowhere.
+    """
+
+    def __init__(self, folder: pathlib.Path | None) -> None:
+        self.folder = folder
+        self._written = False
+
+    @classmethod
+    def default(cls) -> TimingCache:
+        """The cache in `$LEPTON_CACHE`, or in `lepton_xla` in `$XDG_CACHE_HOME` or `~/.cache`; none where it is `off`.
+
+        As the XDG Base Directory Specification asks, a relative `$XDG_CACHE_HOME` does not count.
+        """
+        asked = os.environ.get(VARIABLE, "")
+        if asked == "off":
+            return cls(None)
+        if asked:
+            return cls(pathlib.Path(asked) / "times")
+        base = os.environ.get("XDG_CACHE_HOME", "")
+        try:
+            root = pathlib.Path(base) if os.path.isabs(base) else pathlib.Path.home() / ".cache"
+        except RuntimeError:  # this user has no home
+            return cls(None)
+        return cls(root / "lepton_xla" / "times")
+
+    def get(self, key: str, count: int) -> Times | None:
+        """What was measured under a key, `count` functions; None where that is not known, or cannot be read."""
+        if self.folder is None:
+            return None
+        path = self._path(key)
+        try:
+            with open(path, "rb") as file:
+                times = msgspec.json.decode(file.read(_MAX_BYTES), type=Times)
+            if len(times.us) != count or not all(math.isfinite(each) and each > 0 for each in times.us):
+                raise msgspec.ValidationError(f"not {count} times")
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            _LOG.info("%s: cannot be read (%s), so it is measured again", path, error.strerror)
+            return None
+        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+            _LOG.warning("%s: is damaged (%s), so it is measured again and replaced", path, error)
+            return None
+        return times
+
+    def put(self, key: str, times: Times) -> None:
+        """Keeps a measurement; where it cannot be written, nothing is from then on."""
+        if self.folder is None:
+            return
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if not self._written:
+                self._written = True
+                _make_room(self.folder)
+            with tempfile.NamedTemporaryFile(dir=self.folder, suffix=".tmp", delete=False) as file:
+                try:
+                    file.write(msgspec.json.encode(times))
+                    file.close()
+                    os.replace(file.name, self._path(key))
+                except BaseException:
+                    with contextlib.suppress(OSError):
+                        os.unlink(file.name)
+                    raise
+        except OSError as error:
+            _LOG.info("measured times are not kept: %s: %s", self.folder, error.strerror)
+            self.folder = None
+
+    def _path(self, key: str) -> pathlib.Path:
+        assert self.folder is not None
+        return self.folder / f"{key}.json"
+
+
+def _make_room(folder: pathlib.Path) -> None:
+    """Removes the oldest half of too many files, and what was left half written."""
+    with os.scandir(folder) as entries:
+        found: list[tuple[float, str]] = []
+        for entry in entries:
+            with contextlib.suppress(OSError):  # another process may remove it meanwhile
+                found.append((entry.stat(follow_symlinks=False).st_mtime, entry.path))
+    kept = sorted(each for each in found if each[1].endswith(".json"))
+    gone = kept[: len(kept) // 2] if len(kept) > MAX_FILES else []
+    gone += [each for each in found if each[1].endswith(".tmp") and each[0] < time.time() - _LEFT_S]
+    for _, path in gone:
+        with contextlib.suppress(OSError):
+            os.unlink(path)
