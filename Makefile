@@ -3,7 +3,7 @@ PYTHON ?= python3
 UV := $(shell command -v uv 2>/dev/null || echo build/tools/bin/uv)
 RUN := .venv/bin
 
-.PHONY: setup demo test lint bench clean
+.PHONY: setup demo test test-all test-oldest lint bench clean
 
 setup: .venv/.ready  ## make .venv with the package and its developer tools
 
@@ -19,8 +19,19 @@ build/tools/bin/uv:
 demo: setup  ## train a small model on real digits, compress it, compile it, serve it
 	$(RUN)/python examples/demo.py
 
-test: setup  ## the whole test suite on the CPU
+test: setup  ## the test suite on the CPU, without what is marked slow
 	JAX_PLATFORMS=cpu $(RUN)/python -m pytest -n 2 --dist worksteal
+
+test-all: setup  ## every test: benchmarks, long simulations and long storms too
+	JAX_PLATFORMS=cpu $(RUN)/python -m pytest -n 2 --dist worksteal -m ''
+
+build/oldest-venv/.ready: pyproject.toml | $(filter build/%,$(UV))
+	$(UV) venv --quiet --allow-existing build/oldest-venv
+	$(UV) pip install --quiet --python build/oldest-venv/bin/python --resolution lowest-direct --editable '.[dev]'
+	@touch $@
+
+test-oldest: build/oldest-venv/.ready  ## the tests of TESTS on the oldest JAX, Flax and others that pyproject.toml allows
+	JAX_PLATFORMS=cpu build/oldest-venv/bin/python -m pytest -n 2 --dist worksteal $(TESTS)
 
 lint: setup  ## formatting, lint and types
 	$(RUN)/ruff format --check .

@@ -1,6 +1,8 @@
 """Strict JAX for every test: two fake devices, no implicit dtype or rank promotion, no silent 64-bit."""
 
+import gc
 import os
+import shutil
 
 import hypothesis
 import jax
@@ -18,13 +20,35 @@ hypothesis.settings.register_profile(
 )
 hypothesis.settings.load_profile("lepton")
 
-# Folders of tests that compare what is computed with NumPy. They compile for most of their time, and optimizations of
-# LLVM are not what they look at. What is compiled to be timed, kept or served is compiled as users do.
+
+def pytest_configure(config):
+    """Keeps what XLA compiles for the next run, and for the other process of this one.
+
+    Two thirds of the time of most tests is XLA's. Entries are keyed by the program, the options, and the versions of
+    jaxlib and XLA. `compiler/` never reads them. `JAX_COMPILATION_CACHE_DIR` names another folder, which CI may keep.
+    """
+    cache = config.rootpath / "build" / "test-cache"
+    if not hasattr(config, "workerinput") and sum(file.stat().st_size for file in cache.glob("*")) > 1 << 30:
+        shutil.rmtree(cache, ignore_errors=True)
+    jax.config.update("jax_compilation_cache_dir", jax.config.jax_compilation_cache_dir or str(cache))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def pytest_collection_finish():
+    """Modules and tests stay to the end: the collector need not walk through them each time."""
+    gc.collect()
+    gc.freeze()
+
+
+# Tests that compare what is computed with NumPy. They compile for most of their time, and optimizations of LLVM are not
+# what they look at. What is compiled to be timed, kept or served is compiled as users do.
 _MATHEMATICS = {"passes", "quant", "train"}
 _TIMED = {"test_attention", "test_lower", "test_measure", "test_products"}
 
 
 @pytest.fixture(autouse=True, scope="module")
 def _compiled_quickly(request):
-    mathematics = request.path.parent.name in _MATHEMATICS and request.path.stem not in _TIMED
+    names = request.path.relative_to(request.config.rootpath).with_suffix("").parts
+    mathematics = bool(_MATHEMATICS.intersection(names)) and not _TIMED.intersection(names)
     jax.config.update("jax_disable_most_optimizations", mathematics)

@@ -1,6 +1,5 @@
 """Each benchmark runs to its end on tiny settings and prints figures; what the figures are worth is not looked at."""
 
-import importlib
 import json
 import os
 import pathlib
@@ -12,6 +11,7 @@ import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 DATA = pathlib.Path(os.environ.get("LEPTON_DATA", ROOT.parent / "shared" / "data"))
+pytestmark = pytest.mark.slow
 needs_data = pytest.mark.skipif(not (DATA / "mnist10k").is_dir(), reason="needs mnist10k in the folder LEPTON_DATA")
 
 
@@ -49,38 +49,6 @@ def test_a_preset_is_judged_weighed_and_timed_at_every_bucket_or_says_why_not(tm
         assert set(plain["ratio"].values()) == {1.0}
         assert list(small["ratio"]) == ["1", "8", "32"]
         assert all(0 < value < 100 for value in small["ratio"].values())
-
-
-def test_a_run_that_was_stopped_goes_on_where_it_was(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    journal: Any = importlib.import_module("journal")
-    opened = journal.Journal
-
-    measured: list[str] = []
-
-    def row(name: str) -> dict[str, Any]:
-        measured.append(name)
-        return {"name": name, "ratio": {1: 0.5}}
-
-    def stopped() -> None:
-        raise KeyboardInterrupt
-
-    first = opened("some", {"rounds": (3, 1)}, folder=tmp_path)
-    kept = first.row("a", lambda: row("a"))
-    with pytest.raises(KeyboardInterrupt):
-        first.row("b", stopped)
-    (file,) = tmp_path.iterdir()
-    file.write_text(file.read_text() + '{"key": {"half of a li')
-    again = opened("some", {"rounds": (3, 1)}, folder=tmp_path)
-    assert again.row("a", stopped) == kept == {"name": "a", "ratio": {"1": 0.5}}
-    again.row("b", lambda: row("b"))
-    assert measured == ["a", "b"]
-    assert opened("some", {"rounds": (3, 1)}, folder=tmp_path).row("b", stopped)["name"] == "b"
-    opened("some", {"rounds": (5, 1)}, folder=tmp_path).row("a", lambda: row("a, other settings"))
-    anew = opened("some", {"rounds": (3, 1)}, fresh=True, folder=tmp_path)
-    anew.row("a", lambda: row("a, anew"))
-    assert measured == ["a", "b", "a, other settings", "a, anew"]
-    assert opened("some", {"rounds": (5, 1)}, folder=tmp_path).row("a", stopped)["name"] == "a, other settings"
 
 
 def test_optimizing_is_timed_by_phase_and_its_compiles_and_memory_counted(tmp_path: pathlib.Path) -> None:

@@ -6,9 +6,12 @@ import re
 import subprocess
 import sys
 
+import pytest
+
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
+@pytest.mark.slow
 def test_each_step_is_a_row_and_the_artifact_is_small() -> None:
     done = subprocess.run(
         [sys.executable, ROOT / "examples" / "compress.py", "--epochs", "2"],

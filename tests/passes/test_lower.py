@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import pairs
 from flax import nnx
 from jax import lax
 from jax.sharding import AxisType
@@ -131,14 +132,12 @@ SINGLE = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", SINGLE)
-@pytest.mark.parametrize(
-    "options",
-    ["", 'granularity = "tensor"\ndynamic = false', 'activations = "none"'],
-    ids=["dynamic", "static", "none"],
-)
+OPTIONS = {"dynamic": "", "static": 'granularity = "tensor"\ndynamic = false', "none": 'activations = "none"'}
+
+
+@pytest.mark.parametrize(("name", "options"), pairs(SINGLE, OPTIONS, whole=("plain", "linen conv", "stacked")))
 def test_one_site_is_fake_quantization_to_rounding(name, options):
-    program = SINGLE[name]()
+    program, options = SINGLE[name](), OPTIONS[options]
     shape = [4 if isinstance(dim, str) else dim for dim in program.inputs["x"].shape]
     x = array(*shape, seed=3)
     lowered, reference, plan = lowered_and_reference(program, recipe(options), {"x": x})

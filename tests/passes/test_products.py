@@ -5,6 +5,7 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import pairs
 from hypothesis import given
 from hypothesis import strategies as st
 from jax import lax
@@ -92,9 +93,12 @@ DOTS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", DOTS)
-@pytest.mark.parametrize(("granularity", "static"), [("channel", False), ("tensor", True)])
-def test_dot(name, granularity, static):
+SCALES = [("channel", False), ("tensor", True)]
+
+
+@pytest.mark.parametrize(("name", "scales"), pairs(DOTS, SCALES, whole=("x @ W", "batched")))
+def test_dot(name, scales):
+    granularity, static = scales
     fn, act_shape, weight_shape = DOTS[name]
     act, weight = array(*act_shape, seed=1), array(*weight_shape, seed=2)
     act = act.at[..., :1].multiply(7.0)  # rows of different magnitudes
@@ -158,9 +162,9 @@ CONVS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", CONVS)
-@pytest.mark.parametrize(("granularity", "static"), [("channel", False), ("tensor", True)])
-def test_conv(name, granularity, static):
+@pytest.mark.parametrize(("name", "scales"), pairs(CONVS, SCALES, whole=("NHWC", "grouped")))
+def test_conv(name, scales):
+    granularity, static = scales
     act_shape, weight_shape, options, layout = CONVS[name]
     options = {"window_strides": (1,) * (len(act_shape) - 2)} | options
     fn = lambda x, w: lax.conv_general_dilated(x, w, dimension_numbers=layout, **options)  # noqa: E731

@@ -12,8 +12,9 @@ def test_what_the_changes_start_from_is_good():
         assert {head[:12] for head, _ in split(written)} == {b"HTTP/1.1 200"}
 
 
-def test_changed_requests_break_nothing():
-    assert run_random(4, seed=0) > 500
+@pytest.mark.parametrize("seconds", [1, pytest.param(20, marks=pytest.mark.slow)])
+def test_changed_requests_break_nothing(seconds):
+    assert run_random(seconds, seed=0) > 100 * seconds
 
 
 POST = b"POST /v2/models/affine/infer HTTP/1.1\r\nHost: a\r\n"

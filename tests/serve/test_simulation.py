@@ -1,4 +1,4 @@
-"""A million arrivals, and small cases beside the best of all schedules."""
+"""A million arrivals (a quarter of them by default), and small cases beside the best of all schedules."""
 
 import functools
 import itertools
@@ -17,12 +17,14 @@ INF = math.inf
 # 64 rows in 2 ms: 32,000 rows a second at most.
 COSTS = {(): {1: 0.0002, 4: 0.0003, 16: 0.0007, 64: 0.002}}
 CAPACITY = 64 / 0.002
+sizes = pytest.mark.parametrize("size", [0.25, pytest.param(1, marks=pytest.mark.slow)])
 KEYED = {(length,): {size: seconds * length / 128 for size, seconds in COSTS[()].items()} for length in (32, 64, 128)}
 
 
-def test_poisson():
+@sizes
+def test_poisson(size):
     rng = np.random.default_rng(0)
-    times = poisson(rng, 280_000, 0.7 * CAPACITY)
+    times = poisson(rng, int(280_000 * size), 0.7 * CAPACITY)
     run = Simulation(Arrivals.mixed(rng, times, cancel=0.01), COSTS, rng, noise=0.1).run()
     assert set(run.outcomes) == {"ok", "cancelled"}
     assert run.outcomes["ok"] > 0.98 * len(times)
@@ -31,9 +33,10 @@ def test_poisson():
     assert np.median(run.waits[0]) < 0.006
 
 
-def test_bursts_of_everything_mixed():
+@sizes
+def test_bursts_of_everything_mixed(size):
     rng = np.random.default_rng(1)
-    times = bursty(rng, 200_000, 0.35 * CAPACITY)
+    times = bursty(rng, int(200_000 * size), 0.35 * CAPACITY)
     arrivals = Arrivals.mixed(
         rng, times, rows=((1, 0.8), (3, 0.15), (20, 0.04), (150, 0.01)), keys=tuple(KEYED), levels=(0.1, 0.6, 0.3),
         timeouts=((INF, 0.5), (0.002, 0.1), (0.02, 0.2), (0.5, 0.2)), cancel=0.03, poison=1e-4,
@@ -45,10 +48,11 @@ def test_bursts_of_everything_mixed():
     assert run.outcomes["failed"] <= 2 * arrivals.poison.sum()
 
 
-def test_days_with_peaks_of_twice_the_capacity():
+@sizes
+def test_days_with_peaks_of_twice_the_capacity(size):
     """Deadlines of 50 ms: at the peaks goodput stays at the capacity, and what is refused is refused at once."""
     rng = np.random.default_rng(2)
-    times = diurnal(rng, 200_000, CAPACITY, peak=1.99)
+    times = diurnal(rng, int(200_000 * size), CAPACITY, peak=1.99, days=int(4 * size))
     arrivals = Arrivals.mixed(rng, times, timeouts=((0.05, 1.0),))
     run = Simulation(arrivals, COSTS, rng, noise=0.05).run()
     # Half of the time the load is over the capacity, on average 1 + 2 / pi of it.
@@ -57,20 +61,22 @@ def test_days_with_peaks_of_twice_the_capacity():
     assert run.outcomes[Reason.OVERLOADED] > 0.9 * (len(times) - run.outcomes["ok"])
 
 
-def test_no_deadlines_and_three_times_the_capacity():
+@sizes
+def test_no_deadlines_and_three_times_the_capacity(size):
     """The queue stays full: refusals only, and the lower levels get their share."""
     rng = np.random.default_rng(3)
-    times = poisson(rng, 120_000, 3 * CAPACITY)
+    times = poisson(rng, int(120_000 * size), 3 * CAPACITY)
     arrivals = Arrivals.mixed(rng, times, rows=((1, 0.9), (10, 0.1)), keys=((32,), (128,)), levels=(0.3, 0.4, 0.3))
     run = Simulation(arrivals, KEYED, rng, levels=3, max_rows=2000).run()
     assert set(run.outcomes) == {"ok", Reason.FULL, Reason.OUTRANKED}
     assert run.rows_done / run.busy_s > 0.9 * CAPACITY
-    assert min(len(run.waits[level]) for level in range(3)) > 500
+    assert min(len(run.waits[level]) for level in range(3)) > 500 * size
 
 
-def test_batches_that_fail():
+@sizes
+def test_batches_that_fail(size):
     rng = np.random.default_rng(4)
-    times = poisson(rng, 100_000, 0.3 * CAPACITY)
+    times = poisson(rng, int(100_000 * size), 0.3 * CAPACITY)
     arrivals = Arrivals.mixed(rng, times, rows=((1, 0.99), (100, 0.01)), timeouts=((INF, 0.5), (0.1, 0.5)), poison=1e-3)
     arrivals.rows[arrivals.poison] = 1
     run = Simulation(arrivals, COSTS, rng, max_rows=100_000).run()
@@ -82,9 +88,10 @@ def test_batches_that_fail():
     assert broken.outcomes["failed"] < 0.02 * len(times)
 
 
-def test_waiting_for_company():
+@sizes
+def test_waiting_for_company(size):
     rng = np.random.default_rng(5)
-    times = poisson(rng, 100_000, 0.1 * CAPACITY)
+    times = poisson(rng, int(100_000 * size), 0.1 * CAPACITY)
     arrivals = Arrivals.mixed(rng, times, timeouts=((INF, 0.8), (0.01, 0.2)), cancel=0.01)
     prompt = Simulation(arrivals, COSTS, rng).run()
     patient = Simulation(arrivals, COSTS, rng, max_delay_s=0.002).run()

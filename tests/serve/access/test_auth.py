@@ -200,7 +200,8 @@ def test_a_broken_file_keeps_the_tokens_and_says_so(guarded, secrets, file, capl
         else:
             file.write_text(damage)
         wait_until(lambda: caplog.records)
-        time.sleep(1.2)
+        if damage == "missing":
+            time.sleep(1.2)
     assert len(caplog.records) == 1  # once, not at every look
     assert "stays in use" in caplog.text
     assert ask(guarded, secrets["read"], "GET", "/v2")[0] == 200

@@ -57,11 +57,12 @@ def test_its_example_is_a_request_that_is_answered(served):
         assert status == 200, answer
 
 
-def test_schemathesis_finds_no_server_error_and_no_answer_that_is_not_documented(served, tmp_path):
+@pytest.mark.parametrize("examples", [3, pytest.param(15, marks=pytest.mark.slow)])
+def test_schemathesis_finds_no_server_error_and_no_answer_that_is_not_documented(served, tmp_path, examples):
     """Examples, edges of every field, random requests, and chains of them; valid ones and invalid ones."""
     command = [sys.executable, "-m", "schemathesis.cli", "run", f"{served.url}/v2/openapi.json", "--no-color"]
     # A request can be right by its schema and still not fit the model, which no schema says.
-    command += ["--max-examples", "15", "--exclude-checks", "positive_data_acceptance", "--seed", "1"]
+    command += ["--max-examples", str(examples), "--exclude-checks", "positive_data_acceptance", "--seed", "1"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "No issues found" in done.stdout
