@@ -59,6 +59,9 @@ def test_optimizing_is_timed_by_phase_and_its_compiles_and_memory_counted(tmp_pa
     assert 0.5 * row["seconds"] < passes <= row["seconds"]
     assert {"gptq", "lower: time products", "lower: time the whole program"} <= set(row["phases"])
     assert row["peak_bytes"] >= row["after_bytes"]
+    assert row["times"]["measured"] > row["times"]["from the cache"] == 0
+    assert row["again"]["times"] == {"measured": 0, "from the cache": row["times"]["measured"]}
+    assert row["again"]["compiles"] < row["compiles"]
 
 
 def test_a_model_without_its_data_is_skipped_with_the_reason(tmp_path: pathlib.Path) -> None:
