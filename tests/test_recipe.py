@@ -59,7 +59,7 @@ def test_there_are_the_presets_the_documentation_names():
     named = {"int8", "int8-weight-only", "prune50", "int8-prune50", "shrink50", "int8-shrink50", "codebook16-prune90"}
     assert named <= set(presets())
     for name in ("shrink50", "int8-shrink50", "codebook16-prune90"):
-        assert "accuracy is lost until" in Recipe.load(name).description
+        assert "to regain accuracy" in Recipe.load(name).description
 
 
 def test_a_file_is_named_by_its_stem_or_by_itself(tmp_path):
@@ -108,14 +108,14 @@ def test_what_is_not_a_recipe_file(kind, tmp_path):
         ('[[prune]]\nsites = ".*"\nsparsity = true', "sparsity"),
         (
             '[[prune]]\nsites = ".*"\nsparsity = 0.6\npattern = "2:4"',
-            "sparsity = 0.6: pattern = '2:4' is a sparsity of 0.5",
+            "sparsity = 0.6: pattern = '2:4' implies a sparsity of 0.5",
         ),
         ('[[prune]]\nsites = ".*"\npattern = "4:4"', "pattern = '4:4': expected N:M with 0 < N < M"),
         ('[[prune]]\nsites = ".*"\npattern = "2:4"\ndistribution = "erk"', "distribution = 'erk'"),
         ('[[prune]]\nsites = ".*"\nsparsity = 0.5\npattern = "block:0x1"', "pattern"),
         ('[[prune]]\nsites = ".*"\nsparsity = 0.5\npattern = "row"', "pattern"),
         ('[[prune]]\nsites = ".*"\nsparsity = 0.5\nmethod = "wander"', "method"),
-        ('[[prune]]\nsites = ".*"\nsparsity = 0.5\nmethod = "deviation:1"', "method = 'deviation:1' says by itself"),
+        ('[[prune]]\nsites = ".*"\nsparsity = 0.5\nmethod = "deviation:1"', "method = 'deviation:1' determines the sparsity"),
         ('[[prune]]\nsites = ".*"\nsparsity = 0.5\nmethod = "wanda"\ndistribution = "global"', "distribution"),
         ('[[prune]]\nsites = ".*"\nsparsity = 0.5\nmethod = "sparsegpt"\npattern = "channel"', "pattern"),
         ('[[prune]]\nsites = ".*"\nsparsity = 0.5\ndistribution = "layer"', "distribution"),

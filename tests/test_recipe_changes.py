@@ -61,9 +61,9 @@ def test_values_are_changed_and_begun():
         ({"shrink.flops": "half"}, "shrink.flops = 'half': expected"),
         (
             {"quantize.weights": "int4"},
-            "quantize.weights: there may be several blocks, so say which, such as quantize.0",
+            "quantize.weights: give the index of the block, such as quantize.0",
         ),
-        ({"quantize.0": "int4"}, "quantize.0: say which key of the block"),
+        ({"quantize.0": "int4"}, "quantize.0: name a key of the block"),
         ({"quantize.3.weights": "int4"}, "quantize.3: the recipe has 1 [[quantize]] blocks, counted from 0"),
         ({"quantize.1.weights": "int4"}, "missing required field `sites`"),
         ({"rescale.alpha": 0.5}, "rescale is a value and has no keys of its own"),

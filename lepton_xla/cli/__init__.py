@@ -1,4 +1,4 @@
-"""`leptonx`: one click command a file, all registered here."""
+"""`leptonx`: the command group. Each command is a click command in a file of its own."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ import click
 from lepton_xla.cli._stdout import stdout_checked
 from lepton_xla.errors import LeptonError
 
-# What `leptonx --help` lists, in the order in which one uses it. A command's file is imported when the command is run,
-# so that help does not wait for the rest.
+# What `leptonx --help` lists, in order of use. A command's file is imported only when the command runs, so `--help` is
+# fast.
 COMMANDS = {
-    "recipes": "List the recipes that come with leptonx.",
+    "recipes": "List the presets: recipes that come with leptonx.",
     "plan": "Show what a recipe would do to each site of a model.",
-    "sensitivity": "Rank the weights of a model by what quantizing them costs.",
+    "sensitivity": "Quantize one weight at a time and rank the errors.",
     "compile": "Optimize a model and compile it into an artifact.",
-    "inspect": "Show what is in an artifact.",
+    "inspect": "Show the contents of an artifact.",
     "verify": "Check every file of an artifact against its digest.",
     "eval": "Compare an artifact's accuracy with the float model's.",
-    "bench": "Measure an artifact, and the float model beside it.",
-    "predict": "Run an artifact on inputs from files.",
-    "serve": "Answer HTTP requests with an artifact.",
-    "load": "Put load on a server and measure how long its answers take.",
-    "token": "Make, list and revoke the tokens that a server asks for.",
+    "bench": "Measure an artifact's latency and compare it with the float model's.",
+    "predict": "Run an artifact on input files.",
+    "serve": "Serve an artifact over HTTP.",
+    "load": "Send load to a server and measure its latency.",
+    "token": "Create, list and revoke access tokens for a server.",
 }
 
 
 class OneLineError(click.ClickException):
-    """What the user can put right: one line on stderr, exit code 2."""
+    """An error that the user can fix: one line on stderr, exit code 2."""
 
     exit_code = 2
 
@@ -39,7 +39,7 @@ class OneLineError(click.ClickException):
 
 
 def _one_line(error: click.ClickException) -> click.ClickException:
-    """The same error on one line, with where to read on."""
+    """Returns the error as one line that names the command's help."""
     if isinstance(error, OneLineError | click.exceptions.NoArgsIsHelpError):
         return error
     context = getattr(error, "ctx", None)
@@ -48,7 +48,7 @@ def _one_line(error: click.ClickException) -> click.ClickException:
 
 
 class LeptonGroup(click.Group):
-    """A group that imports a command when it is run, and tells an error in one line on stderr with exit code 2."""
+    """A group that imports a command when it runs, and reports errors as one line on stderr with exit code 2."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)
@@ -68,8 +68,8 @@ class LeptonGroup(click.Group):
         self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
     ) -> click.Context:
         for arg in args:
-            if "\0" in arg:  # from Python only: no shell hands one over
-                raise OneLineError(f"the argument {arg!r} has a null byte in it")
+            if "\0" in arg:  # only from Python; a shell cannot pass one
+                raise OneLineError(f"the argument {arg!r} contains a null byte")
         try:
             with stdout_checked():  # --help and --version print here
                 return super().make_context(info_name, args, parent, **extra)
@@ -93,7 +93,7 @@ class LeptonGroup(click.Group):
 
 
 def _is_of_xla(error: RuntimeError) -> bool:
-    """Whether XLA raised it, where code is compiled or run; JAX is not imported to ask."""
+    """Whether XLA raised this error while compiling or running. Does not import JAX."""
     jax = sys.modules.get("jax")
     return jax is not None and isinstance(error, jax.errors.JaxRuntimeError)
 
@@ -104,12 +104,12 @@ def main() -> None:
     """Make a trained JAX model small and fast, compile it ahead of time, and serve it.
 
     \b
-      leptonx plan digits.py:model --recipe int8             what would be done, weight by weight
-      leptonx compile digits.py:model --recipe int8          makes digits.lepton
-      leptonx bench digits.lepton --target digits.py:model   latency beside the float model's
-      leptonx serve digits.lepton                            answers HTTP requests
+      leptonx plan digits.py:model --recipe int8             shows what the recipe would do to each weight
+      leptonx compile digits.py:model --recipe int8          writes digits.lepton
+      leptonx bench digits.lepton --target digits.py:model   compares latency with the float model
+      leptonx serve digits.lepton                            serves it over HTTP
 
-    A model is named FILE.py:NAME or package.module:NAME, where NAME is a lepton_xla.ModelSpec or a function that gives
-    one. Every command takes --json: one JSON document on stdout. Progress and errors go to stderr; what cannot be done
-    ends with one line there and exit code 2.
+    Name a model as FILE.py:NAME or package.module:NAME, where NAME is a lepton_xla.ModelSpec or a function that returns
+    one. With --json a command prints one JSON document on stdout. Progress and errors go to stderr; a command that
+    fails prints one line there and exits with code 2.
     """

@@ -1,4 +1,4 @@
-"""Arrays from and to files. Nothing is unpickled."""
+"""Reads and writes arrays. Never unpickles."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from lepton_xla.errors import InputError
 
 
 class Declared(Protocol):
-    """What a model says of an input, such as a `TensorSpec`; its text says it to people."""
+    """A model's declaration of an input, such as a `TensorSpec`; `str` of it is for people."""
 
     @property
     def dtype(self) -> str: ...
 
 
 def read(source: str) -> dict[str, Any]:
-    """The inputs that one `--input` names: arrays from .npy and .npz, nested lists from JSON.
+    """Reads the inputs that one `--input` names: arrays from .npy and .npz, nested lists from JSON.
 
     Raises:
-        InputError: naming the file that is missing or is something else.
+        InputError: if a file is missing or of another kind; names the file.
     """
     if source == "-":
         return _parse(sys.stdin.read().removeprefix("\ufeff"), "stdin")
@@ -44,14 +44,12 @@ def read(source: str) -> dict[str, Any]:
         raise InputError(f"--input {source!r}: expected NAME=FILE.npy, FILE.npz, FILE.json or - for JSON from stdin")
     found = _load(file)
     if list(found) != [""]:
-        raise InputError(
-            f"--input {source!r}: {file} is an .npz, which names its arrays itself; give it without {name}="
-        )
+        raise InputError(f"--input {source!r}: {file} is an .npz, whose arrays have names already; remove {name}=")
     return {name: found[""]}
 
 
 def _load(file: str) -> dict[str, Any]:
-    """The arrays of a file; that of an .npy is called ''."""
+    """Reads the arrays of a file by name; the array of an .npy has the name ''."""
     try:
         found = np.load(file, allow_pickle=False)
         if isinstance(found, np.ndarray):
@@ -67,7 +65,7 @@ def _load(file: str) -> dict[str, Any]:
 def _text(file: str) -> str:
     try:
         return pathlib.Path(file).read_text(encoding="utf-8-sig")
-    except (OSError, ValueError) as error:  # ValueError: not text, or a path that no file can have
+    except (OSError, ValueError) as error:  # ValueError: not text, or an impossible path
         raise InputError(f"{file}: cannot be read: {error}") from error
 
 
@@ -85,14 +83,14 @@ def _parse(text: str, where: str) -> dict[str, Any]:
 
 
 def as_declared(inputs: Mapping[str, Any], specs: Mapping[str, Declared]) -> dict[str, Any]:
-    """Nested lists as arrays of the model's dtype; NumPy's raw bytes as the narrow float that they are."""
+    """Converts nested lists to arrays of the model's dtype, and raw bytes to the narrow float that they hold."""
     return {name: _as_declared(name, value, specs[name]) if name in specs else value for name, value in inputs.items()}
 
 
 def _as_declared(name: str, value: Any, spec: Declared) -> Any:
     dtype = np.dtype(spec.dtype)
     if isinstance(value, np.ndarray):
-        # .npy has no name for bfloat16 and fp8: NumPy writes and reads them as bytes of their width.
+        # .npy cannot name bfloat16 and fp8: NumPy writes and reads them as raw bytes of the same width.
         raw = value.dtype.kind == "V" and value.dtype.names is None and value.dtype.itemsize == dtype.itemsize
         return value.view(dtype) if raw and dtype.kind == "V" else value
     if not _is_float(dtype):
@@ -105,25 +103,27 @@ def _as_declared(name: str, value: Any, spec: Declared) -> Any:
         narrow = wide.astype(dtype)
     lost = ~np.isfinite(narrow.astype(np.float64))
     if lost.any():
-        raise InputError(f"input {name!r} holds {wide[lost].flat[0]:g}, which {dtype} cannot; the model takes {spec}")
+        raise InputError(
+            f"input {name!r} holds {wide[lost].flat[0]:g}, which {dtype} cannot represent; the model takes {spec}"
+        )
     return narrow
 
 
 def _is_float(dtype: np.dtype[Any]) -> bool:
-    """Also for the dtypes of ml_dtypes, which are no subtypes of NumPy's."""
+    """Whether the dtype is a float; covers ml_dtypes, whose dtypes are not subtypes of NumPy's."""
     return dtype.kind == "f" or (dtype.kind == "V" and dtype.name.startswith(("bfloat", "float")))
 
 
 def write_npz(file: str, arrays: Mapping[str, np.ndarray]) -> None:
-    """Writes arrays under their names, the file whole or not at all.
+    """Writes named arrays to an .npz file, atomically.
 
     Raises:
-        InputError: where it cannot be written.
+        InputError: if the file cannot be written.
     """
     target = pathlib.Path(file)
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(8)}.tmp")
     try:
-        # By hand, because numpy.savez takes the names as keyword arguments, of which some are its own.
+        # Not numpy.savez: it takes the names as keyword arguments, and some names are its own parameters.
         with zipfile.ZipFile(temporary, "x") as archive:
             for name, array in arrays.items():
                 with archive.open(f"{name}.npy", "w", force_zip64=True) as entry:
@@ -132,14 +132,14 @@ def write_npz(file: str, arrays: Mapping[str, np.ndarray]) -> None:
     except BaseException as error:
         with contextlib.suppress(OSError, ValueError):
             temporary.unlink()
-        if isinstance(error, OSError | ValueError):  # ValueError: a path that no file can have
+        if isinstance(error, OSError | ValueError):  # ValueError: an impossible path
             reason = error.strerror if isinstance(error, OSError) else error
             raise InputError(f"{file}: cannot be written: {reason}") from error
         raise
 
 
 def _storable(array: np.ndarray) -> np.ndarray:
-    """.npy has no name for narrow floats and int4; a wider dtype holds them exactly."""
+    """Widens narrow floats and int4, which .npy cannot name, to a dtype that holds them exactly."""
     if array.dtype.isbuiltin == 1:
         return array
     return array.astype(np.float32 if _is_float(array.dtype) else np.int8)

@@ -1,4 +1,4 @@
-"""What the commands share: options, tables, JSON, progress. Light to import; rich is loaded when it draws."""
+"""Shared by the commands: options, tables, JSON, progress. Cheap to import; rich is imported when it draws."""
 
 from __future__ import annotations
 
@@ -26,42 +26,42 @@ if TYPE_CHECKING:
 NO_RECIPE = "none"
 _NOTICEABLE_S = 1.0
 
-json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout instead.")
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
 recipe_option = click.option(
     "--recipe",
     default=NO_RECIPE,
     metavar="NAME|FILE.toml",
-    help="A preset's name (see `leptonx recipes`) or a TOML file. By default none: the float model as it is.",
+    help="Name of a preset (see `leptonx recipes`) or a TOML file. By default the float model is left unchanged.",
 )
 set_option = click.option(
     "--set",
     "settings",
     multiple=True,
     metavar="KEY=VALUE",
-    help="Change a key of the recipe, such as rescale=awq, quantize.0.weights=int4 (the first [[quantize]] block) or "
-    "shrink.flops=0.7; the value is TOML or a bare word, and nothing after = is the default. May be repeated.",
+    help="Change a key of the recipe, such as rescale=awq, shrink.flops=0.7 or quantize.0.weights=int4 (in the first "
+    "[[quantize]] block). VALUE is TOML or a bare word; an empty VALUE restores the default. Repeatable.",
 )
 exclude_option = click.option(
     "--exclude",
     multiple=True,
     metavar="PATTERN",
-    help="Leave sites alone whose whole name this regular expression matches, such as '.*/head'. May be repeated.",
+    help="Leave sites unchanged whose whole name matches this regular expression, such as '.*/head'. Repeatable.",
 )
 buckets_option = click.option(
     "--buckets",
     "buckets",
     multiple=True,
     metavar="DIM=N,N,...",
-    help="Sizes of a symbolic dimension to compile for, such as batch=1,8,32; repeat it for further dimensions. "
-    "Replaces what the ModelSpec says for that dimension.",
+    help="Compile for these sizes of a symbolic dimension, such as batch=1,8,32. Overrides the ModelSpec for that "
+    "dimension. Repeatable.",
 )
 
 
 def parse_buckets(texts: Sequence[str]) -> dict[str, tuple[int, ...]]:
-    """Sizes by dimension, ascending.
+    """Parses `--buckets` into ascending sizes by dimension.
 
     Raises:
-        CompileError: for text of another form, or a dimension given twice.
+        CompileError: if a text has another form or a dimension occurs twice.
 
     >>> parse_buckets(["batch=32,1,8", "seq=128"])
     {'batch': (1, 8, 32), 'seq': (128,)}
@@ -73,13 +73,13 @@ def parse_buckets(texts: Sequence[str]) -> dict[str, tuple[int, ...]]:
         if not equals or not name or not all(part.isascii() and part.isdigit() and int(part) > 0 for part in parts):
             raise CompileError(f"--buckets {text!r}: expected a dimension and its sizes, such as batch=1,8,32")
         if name in found:
-            raise CompileError(f"--buckets names {name!r} twice; put its sizes into one: {name}=1,8,32")
+            raise CompileError(f"--buckets names {name!r} twice; give all its sizes at once: {name}=1,8,32")
         found[name] = tuple(sorted({int(part) for part in parts}))
     return found
 
 
 def plain(value: Any) -> Any:
-    """A value as JSON has it: NumPy numbers as numbers, tuples as lists, what is not finite as None."""
+    """Converts a value for JSON: NumPy scalars to numbers, tuples to lists, NaN and infinity to None."""
     if isinstance(value, Mapping):
         return {str(key): plain(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
@@ -92,12 +92,12 @@ def plain(value: Any) -> Any:
 
 
 def print_json(document: Any) -> None:
-    """One JSON document on stdout."""
+    """Prints one JSON document on stdout."""
     click.echo(json.dumps(plain(document), indent=2, allow_nan=False))
 
 
 def size(size_bytes: float) -> str:
-    """Bytes for people.
+    """Formats bytes for people.
 
     >>> [size(number) for number in (512, 46_000, 8_300_000)]
     ['512 B', '46.0 kB', '8.30 MB']
@@ -106,7 +106,7 @@ def size(size_bytes: float) -> str:
 
 
 def short(number: float, unit: str = "") -> str:
-    """A number with three digits and a decimal prefix."""
+    """Formats a number with three digits and a decimal prefix."""
     value, prefix = float(number), ""
     for prefix in ("", "k", "M", "G", "T", "P"):
         if abs(value) < 999.5 or prefix == "P":
@@ -117,7 +117,7 @@ def short(number: float, unit: str = "") -> str:
 
 
 def seconds(value_s: float) -> str:
-    """A time for people.
+    """Formats a time for people.
 
     >>> [seconds(value) for value in (0.0000031, 0.0451, 12.3)]
     ['3.1 us', '45.1 ms', '12.3 s']
@@ -128,12 +128,12 @@ def seconds(value_s: float) -> str:
 
 
 def ratio(after: float, before: float) -> str:
-    """`after / before`, or nothing where that says nothing."""
+    """Formats `after / before`; empty if the ratio is meaningless."""
     return f"{after / before:.2f}" if before else ""
 
 
 def metric_rows(before: Mapping[str, float], after: Mapping[str, float]) -> list[tuple[str, str, str, str]]:
-    """One row a metric: its name, before, after, difference."""
+    """One row per metric: name, before, after, difference."""
 
     def row(name: str, first: float | None, second: float | None) -> tuple[str, str, str, str]:
         figures = ["" if value is None else f"{value:.6g}" for value in (first, second)]
@@ -148,35 +148,35 @@ def weights_on_disk(manifest: Manifest) -> int:
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], *, total: Sequence[Any] = ()) -> Table:
-    """A table; columns whose heading starts with `>` are figures, to the right."""
+    """A table; columns whose heading starts with `>` are right-aligned numbers."""
     return Table(title, columns, rows, total)
 
 
 def check_folder(path: str | None) -> None:
-    """What takes minutes to measure must not fail to be written for a misspelt folder.
+    """Checks that the folder of an output file exists, before minutes of measurement.
 
     Raises:
-        LeptonError: if there is no such folder.
+        LeptonError: if the folder does not exist.
     """
     if path is not None and not pathlib.Path(path).absolute().parent.is_dir():
-        raise LeptonError(f"{path}: there is no folder {pathlib.Path(path).absolute().parent}")
+        raise LeptonError(f"{path}: the folder {pathlib.Path(path).absolute().parent} does not exist")
 
 
 def write(path: str, writer: Callable[[], Any]) -> None:
     """Writes a file.
 
     Raises:
-        LeptonError: with the reason why it cannot be written.
+        LeptonError: if the file cannot be written; gives the reason.
     """
     try:
         writer()
-    except (OSError, ValueError) as error:  # ValueError: matplotlib knows no such kind of file
+    except (OSError, ValueError) as error:  # ValueError: a file type that matplotlib does not support
         reason = (str(error).strip().splitlines() or ["no message"])[0]
         raise LeptonError(f"{path} cannot be written: {reason}") from error
 
 
 def figure() -> Any:
-    """An empty figure of matplotlib's; asked for before anything is measured.
+    """Creates an empty matplotlib figure. Called before anything is measured, so that a missing matplotlib fails early.
 
     Raises:
         LeptonError: if matplotlib is not installed.
@@ -188,12 +188,12 @@ def figure() -> Any:
 
 
 type Step = Callable[..., None]
-"""Says what begins now: `step("compile batch=8", done, total)`; the counts may be left out."""
+"""Reports the step that begins now: `step("compile batch=8", done, total)`; the counts are optional."""
 
 
 @contextlib.contextmanager
 def progress() -> Generator[Step, None, None]:
-    """Tells on stderr what is being done: a live line on a terminal, elsewhere a plain line for what takes a second."""
+    """Shows progress on stderr: a live line on a terminal, elsewhere a line for each step that takes a second."""
     with _live() if sys.stderr.isatty() else _plain() as step:
         yield step
 

@@ -1,4 +1,4 @@
-"""How `leptonx load` shows a load: live while it runs, a table and a plot afterwards."""
+"""Output of `leptonx load`: a live line while it runs, then a table and a plot."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _COLOURS = ("#3b6ea5", "#c2571a", "#4a8f4a", "#8a5ca8", "#a83b4c", "#7a6a3a")
 
 @contextlib.contextmanager
 def live(runs: int) -> Generator[Watch, None, None]:
-    """A line on stderr about the last half second, on a terminal only."""
+    """Shows a line about the last half second on stderr, on a terminal only."""
     if not sys.stderr.isatty():
         yield lambda generator: None
         return
@@ -33,7 +33,7 @@ def live(runs: int) -> Generator[Watch, None, None]:
     from rich.live import Live
     from rich.text import Text
 
-    # Drawn when told only: a thread that draws would hold the interpreter while answers come.
+    # No automatic refresh: a drawing thread would hold the interpreter lock while answers arrive.
     with Live(console=Console(stderr=True), auto_refresh=False, transient=True) as drawn:
         seen: dict[int, int] = {}
 
@@ -48,7 +48,7 @@ def live(runs: int) -> Generator[Watch, None, None]:
 
 
 def status_line(generator: Running, before: int) -> str:
-    """What there is to say of a running load; `before` is how many answers the last line had."""
+    """Describes a running load; `before` is the number of answers at the last line."""
     load, now = generator.load, monotonic()
     what = f"{load.connections} connections" if load.rate is None else f"{load.rate:g}/s"
     if now < generator.began:
@@ -64,7 +64,7 @@ def status_line(generator: Running, before: int) -> str:
 
 
 def show(document: Mapping[str, Any]) -> None:
-    """The table of all runs, and what it means."""
+    """Prints the table of all runs and how to read it."""
     runs: Sequence[Mapping[str, Any]] = document["runs"]
     open_loop = runs[0]["rate"] is not None
     rows = [
@@ -86,7 +86,7 @@ def show(document: Mapping[str, Any]) -> None:
         ),
         *(line for run in runs for line in _remarks(run, open_loop)),
         f"Each {runs[0]['seconds']:g} s after {document['warmup_s']:g} s of warm-up; {_payload(document)}.",
-        "Latency is that of good answers and of requests given up, "
+        "Latency covers good answers and requests given up,  "
         + ("from when each was due." if open_loop else "from when each was sent."),
     )
 
@@ -109,7 +109,7 @@ def _time(value_s: float) -> str:
 
 
 def _milliseconds(value_s: float) -> str:
-    """Three digits, none lost before the point."""
+    """Formats milliseconds with three digits, or more before the point."""
     if not np.isfinite(value_s):
         return ""
     value = value_s * 1e3
@@ -122,7 +122,7 @@ def _payload(document: Mapping[str, Any]) -> str:
 
 
 def draw(figure: Any, document: Mapping[str, Any], results: Sequence[Result], path: str) -> None:
-    """Latency by percentile, over time, and for several rates against the rate."""
+    """Draws latency by percentile, over time, and (for several rates) by rate."""
     sweep = len(results) > 1
     figure.set_size_inches(15 if sweep else 10.5, 4.2)
     panels = figure.subplots(1, 3 if sweep else 2, squeeze=False)[0]
@@ -146,11 +146,11 @@ def draw(figure: Any, document: Mapping[str, Any], results: Sequence[Result], pa
 
 
 def _by_percentile(axes: Any, result: Result, style: Mapping[str, Any]) -> None:
-    """The share of requests that are slower, on a logarithmic scale: 0.01 is p99."""
+    """Plots latency over the share of slower requests, on a logarithmic scale: 0.01 is p99."""
     latency_s = np.sort(result.latency_s[result.counted])
     if not len(latency_s):
         return
-    # As many points as can be seen, evenly on the logarithmic axis.
+    # Evenly spaced on the logarithmic axis; more points would not be visible.
     slower = np.unique(np.geomspace(1, len(latency_s), 400).astype(int))
     axes.plot(slower / len(latency_s), latency_s[len(latency_s) - slower] * 1e3, **style)
     axes.set_xscale("log")

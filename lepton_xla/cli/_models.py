@@ -1,4 +1,4 @@
-"""Models as the commands use them: imported, run in float, judged, and given something to run on."""
+"""Models for the commands: importing, calibration data, running in float, evaluation, test inputs."""
 
 from __future__ import annotations
 
@@ -26,21 +26,21 @@ from lepton_xla.recipe.changes import parse_setting
 
 
 def load_target(target: str) -> ModelSpec:
-    """The `ModelSpec` a command was given; what its file prints goes to stderr, so that stdout stays ours."""
+    """Imports a command's `ModelSpec`; what its file prints goes to stderr, because stdout is for results."""
     with contextlib.redirect_stdout(sys.stderr):
         return load_spec(target)
 
 
 def load_recipe(name_or_path: str, settings: Sequence[str] = (), exclude: Sequence[str] = ()) -> Recipe:
-    """A recipe; `none` is the one that leaves the model as it is.
+    """Loads a recipe; `none` leaves the model unchanged.
 
     Args:
         name_or_path: a preset or a file.
-        settings: `key=value` of what is changed in it.
-        exclude: regular expressions for sites that it leaves alone.
+        settings: changes, as `key=value`.
+        exclude: regular expressions for sites to leave unchanged.
 
     Raises:
-        RecipeError: if there is none, or the changes do not fit it.
+        RecipeError: if there is no such recipe, or a change does not fit it.
     """
     if name_or_path == NO_RECIPE:
         recipe = Recipe(name=NO_RECIPE, description="the float model as it is", fold=False)
@@ -54,23 +54,23 @@ def load_recipe(name_or_path: str, settings: Sequence[str] = (), exclude: Sequen
 
 
 def ladders(spec: ModelSpec, program: Program, given: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-    """The sizes to compile for: the command line's, else the model's own.
+    """Sizes to compile for: those of the command line, else those of the model.
 
     Raises:
-        CompileError: where a symbolic dimension has none.
+        CompileError: if a symbolic dimension has no sizes.
     """
     chosen = {**spec.buckets, **given}
     for symbol in program.symbols:
         if symbol not in chosen:
             raise CompileError(
-                f"no sizes to compile for are given for dimension {symbol!r}: add --buckets {symbol}=1,8,32, or "
-                f"buckets to the ModelSpec"
+                f"no sizes to compile for dimension {symbol!r}: add --buckets {symbol}=1,8,32, or buckets to the "
+                "ModelSpec"
             )
     return chosen
 
 
 def default_name(target: str) -> str:
-    """A model's name from where it is: `digits` for `examples/digits.py:model`."""
+    """Derives a model's name from its location: `digits` for `examples/digits.py:model`."""
     source = target.rpartition(":")[0]
     stem = pathlib.PurePath(source).stem if source.endswith(".py") else source.rpartition(".")[2]
     return re.sub(r"[^A-Za-z0-9._-]", "-", stem).lstrip("._-") or "model"
@@ -79,7 +79,7 @@ def default_name(target: str) -> str:
 def calibration(
     spec: ModelSpec, program: Program
 ) -> tuple[Iterable[Mapping[str, Any]] | None, dict[str, np.ndarray] | None]:
-    """The calibration data, and its first batch checked; None for both where the model has none.
+    """Returns the calibration data and its first batch, checked; None for both if the model has no data.
 
     Raises:
         CalibrationError: if the first batch does not fit the program, or holds NaN.
@@ -94,7 +94,7 @@ def calibration(
     if first is None:
         return (), None
     check_batch(program, first, "calibration batch 0")
-    # The data may be a generator, which gives the first batch only once, and may fail at any.
+    # The data may be a generator, which yields the first batch only once and may fail at any batch.
     rest = _guarded(rest)
     return itertools.chain([first], rest), {name: np.asarray(value) for name, value in first.items()}
 
@@ -110,10 +110,10 @@ def _guarded(batches: Iterator[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]
 
 
 def evaluate(spec: ModelSpec, predict: Predict) -> dict[str, float]:
-    """What the model's own `evaluate` says of a way to predict; nothing where it has none.
+    """Runs the model's `evaluate` with `predict`; returns its metrics, or none if it has no `evaluate`.
 
     Raises:
-        ModelError: if it fails, or gives something else than names and numbers.
+        ModelError: if it fails, or returns anything but names and numbers.
     """
     if spec.evaluate is None:
         return {}
@@ -129,18 +129,18 @@ def _user_code(what: str) -> Generator[None, None, None]:
             yield
     except LeptonError:
         raise
-    except Exception as error:  # whatever a user's code raises
+    except Exception as error:  # user code may raise anything
         raise ModelError(f"the model's {what} fails: {type(error).__name__}: {error}") from error
 
 
 def float_predict(program: Program) -> Callable[..., dict[str, np.ndarray]]:
-    """The program as it is, under `jax.jit`, called as a loaded artifact is."""
+    """The unchanged program under `jax.jit`, with the call signature of a loaded artifact."""
     compiled = jax.jit(program.named_outputs)
     names = list(program.inputs)
 
     def predict(**inputs: Any) -> dict[str, np.ndarray]:
         if set(inputs) != set(names):
-            raise InputError(f"inputs {sorted(inputs)} came; the model takes {sorted(names)}")
+            raise InputError(f"got inputs {sorted(inputs)}, but the model takes {sorted(names)}")
         arrays = [_as_declared(name, program.inputs[name], inputs[name]) for name in names]
         return jax.device_get(compiled(program.weights, *arrays))
 
@@ -148,10 +148,10 @@ def float_predict(program: Program) -> Callable[..., dict[str, np.ndarray]]:
 
 
 def check_same_inputs(servable: Servable, program: Program, path: str, target: str) -> None:
-    """An artifact can be compared with the model it was made of, not with another.
+    """Checks that an artifact has the inputs and outputs of the model that it is compared with.
 
     Raises:
-        ArtifactError: where their inputs or outputs differ.
+        ArtifactError: if their inputs or outputs differ.
     """
     for what in ("inputs", "outputs"):
         found, expected = getattr(servable, what), getattr(program, what)
@@ -177,7 +177,7 @@ def _as_declared(name: str, spec: TensorSpec, value: Any) -> np.ndarray:
 def inputs_at(
     specs: Mapping[str, TensorSpec], sizes: Mapping[str, int], examples: Mapping[str, np.ndarray] | None
 ) -> dict[str, np.ndarray]:
-    """Inputs of a bucket's sizes: examples repeated or cut to size, or random ones that any model takes."""
+    """Inputs of a bucket's sizes: examples, repeated or truncated, or random values that are valid for any model."""
     random = np.random.default_rng(0)
     made: dict[str, np.ndarray] = {}
     for name, spec in specs.items():
@@ -192,6 +192,6 @@ def inputs_at(
         elif jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.complexfloating):
             made[name] = random.standard_normal(shape).astype(dtype)
         else:
-            # Valid both as a mask and as an index into a table.
+            # 0 and 1 are valid both as a mask and as an index into a table.
             made[name] = random.integers(0, 2, shape).astype(dtype)
     return made

@@ -1,4 +1,4 @@
-"""What passes reported, as tables; also of an artifact made elsewhere, so that nothing is taken for granted."""
+"""Tables of pass reports. They may come from an artifact made elsewhere, so every field may be missing."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Any
 
 from lepton_xla.cli import _common
 
-# The name of the report that is on weights, not on sites.
+# Name of the report about weights; all others are about sites.
 WEIGHTS = "weights"
 
 
 def passes_table(reports: Sequence[Mapping[str, Any]]) -> _common.Table:
-    """One row a pass: what it did, how often, what that did to the weights; and one for each part of its time."""
+    """One row per pass: time, number of sites, bytes of their weights; and one row for each part of its time."""
     rows = []
     for report in reports:
         if report.get("name") == WEIGHTS:
@@ -40,7 +40,7 @@ def passes_table(reports: Sequence[Mapping[str, Any]]) -> _common.Table:
 
 
 def sites_table(reports: Sequence[Mapping[str, Any]]) -> _common.Table:
-    """One row a pass and site: what was done there and why."""
+    """One row per pass and site: the action and its reason."""
     rows = [
         (report.get("name", ""), site.get("site", ""), site.get("action", ""), site.get("reason", ""))
         for report in reports
@@ -51,7 +51,7 @@ def sites_table(reports: Sequence[Mapping[str, Any]]) -> _common.Table:
 
 
 def weights_table(reports: Sequence[Mapping[str, Any]]) -> _common.Table:
-    """What became of the weights, those of one fate together; bytes add up to those of the model, before and after."""
+    """What became of the weights, grouped by fate; the bytes add up to those of the model, before and after."""
     fates: dict[str, list[Mapping[str, Any]]] = {}
     for report in reports:
         for site in _sites(report) if report.get("name") == WEIGHTS else []:
@@ -63,7 +63,7 @@ def weights_table(reports: Sequence[Mapping[str, Any]]) -> _common.Table:
 
 
 def fates_table(reports: Sequence[Mapping[str, Any]]) -> _common.Table:
-    """What became of each weight, one row each."""
+    """One row per weight: what became of it."""
     rows = [
         (
             site.get("site", ""),
@@ -83,7 +83,7 @@ def _bytes(sites: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
 
 
 def remarks(reports: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What was asked for and not done, or not as far, one line each."""
+    """One line for each request of the recipe that was not, or only partly, fulfilled."""
     lines: list[str] = []
     for report in reports:
         metrics = report.get("metrics")

@@ -1,4 +1,4 @@
-"""What a command prints either gets out whole, or the command says that it did not."""
+"""Detects output that could not be written to stdout, and reports it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lepton_xla.errors import LeptonError
 
 
 class _Watched:
-    """Stdout, and what it refused: an `OSError` itself does not say whose it is."""
+    """Stdout that records its write errors, because an `OSError` does not say which file it is about."""
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream
@@ -38,15 +38,15 @@ class _Watched:
 
 @contextlib.contextmanager
 def stdout_checked() -> Generator[None, None, None]:
-    """Runs what prints to stdout, then sees that all of it was written.
+    """Checks after the block that everything it printed to stdout was written.
 
     Raises:
-        LeptonError: if stdout is closed, full, or a pipe that nobody reads.
+        LeptonError: if stdout is closed, is full, or is a pipe without a reader.
     """
     stream: Any = sys.stdout
     if stream is None:
-        # A file that is opened later would get its number, and whatever is printed.
-        raise LeptonError("stdout is closed; redirect it to /dev/null if nobody is to read it")
+        # The next file to be opened would get file descriptor 1, and with it everything that is printed.
+        raise LeptonError("stdout is closed; redirect it to /dev/null to discard the output")
     watched: Any = _Watched(stream)
     sys.stdout = watched
     try:
@@ -69,7 +69,7 @@ def _flush(watched: _Watched) -> None:
 
 
 def _give_up(stream: Any) -> None:
-    """Has the interpreter not try again when it ends, which would print an error of its own."""
+    """Stops the interpreter from flushing the stream again at exit, which would print a second error."""
     with contextlib.suppress(OSError, ValueError):
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, stream.fileno())

@@ -1,4 +1,4 @@
-"""`leptonx bench`: how fast an artifact is, beside the float model's."""
+"""`leptonx bench`: measures an artifact and compares it with the float model."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ _LEAST_ROUNDS = 5
 
 @click.command()
 @click.argument("path")
-@click.option("--target", metavar="TARGET", help="The model, FILE.py:NAME; its float jit is measured in the same run.")
-@click.option("--rounds", default=200, show_default=True, type=click.IntRange(1), help="Calls of each at each bucket.")
+@click.option("--target", metavar="TARGET", help="Compare with this model, FILE.py:NAME, under jax.jit in float.")
+@click.option("--rounds", default=200, show_default=True, type=click.IntRange(1), help="Calls per bucket.")
 @click.option(
     "--seconds",
     default=10.0,
     show_default=True,
     type=click.FloatRange(0, min_open=True),
-    help=f"Stop a bucket early after this long, but not before {_LEAST_ROUNDS} rounds.",
+    help=f"Stop measuring a bucket after this long, but not before {_LEAST_ROUNDS} calls.",
 )
 @_common.json_option
 def bench(path: str, *, target: str | None, rounds: int, seconds: float, as_json: bool) -> None:
-    """Measure the artifact at PATH at each bucket: latency from NumPy to NumPy, rows a second, loading, bytes.
+    """Measure the artifact at PATH: latency (NumPy in, NumPy out) and rows/s per bucket, load time, bytes.
 
-    With --target, the float model under jax.jit is measured in the same run, the two called in turn, so that a slow
-    moment of the machine falls on both. On shared machines believe the ratios, not the times.
+    With --target, artifact and float model (under jax.jit) are called in turn, so a slow moment of the machine affects
+    both. On shared machines trust the ratios, not the times.
 
     \b
       leptonx bench digits.lepton
@@ -47,7 +47,7 @@ def bench(path: str, *, target: str | None, rounds: int, seconds: float, as_json
         from lepton_xla.compiler import load
         from lepton_xla.compiler.buckets import bucket_name, combinations
 
-        jax.devices()  # its start is no part of loading
+        jax.devices()  # starting the backend is not part of loading
         step(f"load {path}")
         started = time.perf_counter()
         servable = load(path)
@@ -105,7 +105,7 @@ def bench(path: str, *, target: str | None, rounds: int, seconds: float, as_json
 def _measure(
     calls: Mapping[str, Callable[..., Any]], inputs: Mapping[str, Any], rounds: int, limit_s: float
 ) -> dict[str, list[float]]:
-    """Seconds of each call, the calls taken in turn."""
+    """Times the calls in turn; returns the seconds of each."""
     for _ in range(_WARM_UP):
         for call in calls.values():
             call(**inputs)

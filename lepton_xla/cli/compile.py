@@ -1,4 +1,4 @@
-"""`leptonx compile`: from a model to an artifact."""
+"""`leptonx compile`: optimizes a model and compiles it into an artifact."""
 
 from __future__ import annotations
 
@@ -22,11 +22,21 @@ from lepton_xla.errors import ArtifactError
 @_common.exclude_option
 @_common.buckets_option
 @click.option(
-    "-o", "--output", metavar="NAME.lepton", help="Where to write it. By default the model's name in this folder."
+    "-o",
+    "--output",
+    metavar="NAME.lepton",
+    help="Where to write the artifact. By default NAME.lepton in this folder.",
 )
-@click.option("--name", help="The model's name, in its URL when it is served. By default that of the output or file.")
-@click.option("--overwrite", is_flag=True, help="Replace an artifact that is there already.")
-@click.option("--evaluate/--no-evaluate", default=True, help="Run the ModelSpec's evaluate on both models.")
+@click.option(
+    "--name",
+    help="Name of the model, used in its URL when served. By default from --output, else from the model's file.",
+)
+@click.option("--overwrite", is_flag=True, help="Replace an existing artifact.")
+@click.option(
+    "--evaluate/--no-evaluate",
+    default=True,
+    help="Evaluate the float and the compiled model with the ModelSpec's evaluate.",
+)
 @_common.json_option
 def compile(
     target: str,
@@ -41,11 +51,11 @@ def compile(
     evaluate: bool,
     as_json: bool,
 ) -> None:
-    """Optimize the model TARGET by a recipe and compile it ahead of time into an artifact.
+    """Optimize the model TARGET with a recipe and compile it ahead of time into an artifact.
 
-    The artifact is a folder that holds compiled code for this machine, a portable program for any other, the weights,
-    and what was done. It appears whole or not at all. Where the model has calibration data, its first batch is what
-    the check that rows do not see each other is run on.
+    The artifact is a folder with compiled code for this machine, a portable program for others, the weights, and
+    reports of what was done. It is written atomically. Compiling checks that rows of a batch do not affect each other;
+    it uses the first batch of the calibration data, if the model has any.
 
     Times that were measured before on this machine are taken from ~/.cache/lepton_xla (or $XDG_CACHE_HOME/lepton_xla).
     LEPTON_CACHE=DIR moves them, LEPTON_CACHE=off measures everything.
@@ -54,7 +64,7 @@ def compile(
       leptonx compile digits.py:model --recipe int8-prune50 -o digits.lepton
       leptonx compile my_package.models:encoder --recipe int8 --buckets batch=1,8,32 --buckets seq=32,128
       leptonx compile digits.py:model --recipe int8 --exclude '.*head' --set rescale=awq
-      leptonx compile digits.py:model                        the float model as it is
+      leptonx compile digits.py:model                        without a recipe: the float model
     """
     given = _common.parse_buckets(buckets)
     with _common.progress() as step:
@@ -67,7 +77,7 @@ def compile(
         from lepton_xla.compiler.manifest import check_name
         from lepton_xla.optimization.pipeline import apply_plan, plan_for
 
-        # What needs no model is looked at first, so that a slip does not cost a long run.
+        # Check everything that does not need the model first, so that a typo fails early.
         chosen = _models.load_recipe(recipe, settings, exclude)
         stem = pathlib.PurePath(output).name.removesuffix(".lepton") if output else _models.default_name(target)
         model_name = check_name(name or stem)
@@ -134,7 +144,7 @@ def compile(
 
 def _check_free(location: str, *, overwrite: bool) -> None:
     if not overwrite and "://" not in location and os.path.lexists(location):
-        raise ArtifactError(f"{location}: exists already; give another --output, or --overwrite")
+        raise ArtifactError(f"{location} exists; give another --output, or --overwrite")
 
 
 def _print(document: Mapping[str, Any]) -> None:
@@ -144,7 +154,7 @@ def _print(document: Mapping[str, Any]) -> None:
         _common.show(_reports.passes_table(document["passes"]), _reports.weights_table([document["weights"]]))
         _common.show(*_reports.remarks(document["passes"]))
     else:
-        _common.show("no recipe: the float model is compiled as it is", "")
+        _common.show("no recipe: the float model is compiled unchanged", "")
     large, small = document["weights_bytes_float"], document["weights_bytes_optimized"]
     disk = document["weights_bytes_on_disk"]
     rows = [

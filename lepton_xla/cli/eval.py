@@ -1,4 +1,4 @@
-"""`leptonx eval`: is the artifact as good as the float model."""
+"""`leptonx eval`: compares the accuracy of an artifact with the float model's."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lepton_xla.errors import ModelError
 @click.argument("path")
 @_common.json_option
 def eval(target: str, path: str, as_json: bool) -> None:
-    """Run the evaluate of the model TARGET on the artifact at PATH and on the float model.
+    """Evaluate the artifact at PATH and the float model with the evaluate function of the model TARGET.
 
     \b
       leptonx eval digits.py:model digits.lepton
@@ -29,7 +29,7 @@ def eval(target: str, path: str, as_json: bool) -> None:
         step(f"load {target}")
         spec = _models.load_target(target)
         if spec.evaluate is None:
-            raise ModelError(f"{target} has no evaluate; give its ModelSpec evaluate=..., a function of predict")
+            raise ModelError(f"{target} has no evaluate; add evaluate=..., a function of predict, to its ModelSpec")
         program = spec.program()
         _models.check_same_inputs(servable, program, path, target)
         step("evaluate the float model")

@@ -1,4 +1,4 @@
-"""`leptonx inspect`: what is in an artifact."""
+"""`leptonx inspect`: shows the contents of an artifact."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 @click.argument("path")
 @_common.json_option
 def inspect(path: str, as_json: bool) -> None:
-    """Show what the artifact at PATH holds and how it would be loaded on this machine.
+    """Show the contents of the artifact at PATH, and how it would be loaded on this machine.
 
-    Reads the manifest only: nothing is executed, and no digest is checked (`leptonx verify` does that).
+    Reads only the manifest. Executes nothing and checks no digests; `leptonx verify` does that.
 
     \b
       leptonx inspect digits.lepton
@@ -46,7 +46,7 @@ def inspect(path: str, as_json: bool) -> None:
 
 
 def _route(manifest: Manifest, here: Fingerprint) -> dict[str, Any]:
-    """How `load` would go about it on this machine, and what stands against the compiled code where it would not."""
+    """How `load` would load the artifact on this machine, and why not from compiled code if it cannot."""
     from lepton_xla.compiler.buckets import bucket_name, combinations
 
     found = manifest.executables.get(here.digest)
@@ -67,7 +67,7 @@ def _weights(manifest: Manifest) -> list[dict[str, Any]]:
 
     on_disk = dict.fromkeys((leaf.folder for leaf in manifest.weights if leaf.is_zarr), 0)
     for name, entry in manifest.files.items():
-        # `weights/00001-kernel/c/0/0` is in the folder of its first two parts.
+        # The first two parts of a path name the leaf's folder: `weights/00001-kernel/c/0/0`.
         folder = "/".join(name.split("/")[:2])
         if folder in on_disk:
             on_disk[folder] += entry.size
@@ -90,7 +90,7 @@ def _weights(manifest: Manifest) -> list[dict[str, Any]]:
 
 
 def _totals(manifest: Manifest) -> dict[str, Any]:
-    """All weights, against the same ones in float32."""
+    """Bytes of all weights, compared with float32."""
     disk_bytes = _common.weights_on_disk(manifest)
     ratio = manifest.float32_bytes / disk_bytes if disk_bytes else None
     return {"weights_bytes_on_disk": disk_bytes, "float32_bytes": manifest.float32_bytes, "float32_ratio": ratio}
@@ -133,7 +133,7 @@ def _print(
             rows,
             total=("total", "", "", "", f"{memory:,}", f"{disk:,}", _times(memory / disk if disk else None)),
         ),
-        f"float32 would take {totals['float32_bytes']:,} bytes, {_times(totals['float32_ratio'])} those on disk",
+        f"float32 would take {totals['float32_bytes']:,} bytes, {_times(totals['float32_ratio'])} the bytes on disk",
         "",
     )
     _common.show(
@@ -155,11 +155,11 @@ def _times(ratio: float | None) -> str:
 
 def _route_lines(route: Mapping[str, Any]) -> list[str]:
     if route["route"] == "executables":
-        return [f"on this machine: loads compiled code, compiles nothing (fingerprint {route['fingerprint']})"]
-    lines = ["on this machine: would be compiled from StableHLO when it is loaded, because"]
+        return [f"on this machine: loads compiled code without compiling (fingerprint {route['fingerprint']})"]
+    lines = ["on this machine: loading would compile the StableHLO, because"]
     if route["missing_buckets"]:
         lines.append(f"  no compiled code for {'; '.join(route['missing_buckets'])}")
-    lines += [f"  XLA could not write the code of {name}: {why}" for name, why in route["unwritten"].items()]
+    lines += [f"  XLA could not serialize the code of {name}: {why}" for name, why in route["unwritten"].items()]
     for digest, differences in route["differences"].items():
         lines += [f"  {digest} was compiled for another target: {line}" for line in differences]
     return lines if len(lines) > 1 else [*lines, "  it holds no compiled code"]
@@ -175,7 +175,7 @@ def _bucket_rows(manifest: Manifest) -> list[tuple[str, str, str]]:
 
 
 def _flat(value: Any, prefix: str = "") -> list[tuple[str, str]]:
-    """Nested dicts and lists as `a.b[0].c` and value."""
+    """Flattens nested dicts and lists to rows of `a.b[0].c` and value."""
     if isinstance(value, Mapping):
         return [row for key, entry in value.items() for row in _flat(entry, f"{prefix}.{key}" if prefix else str(key))]
     if isinstance(value, list | tuple):

@@ -1,4 +1,4 @@
-"""`leptonx load`: ask a server as often as told, and say how long its answers took."""
+"""`leptonx load`: sends requests to a server at a given rate and measures latency."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from lepton_xla.serve.load.result import Load, Result
 
 _SPARE_FILES = 64
-_VALUES = 100  # whole numbers are random below this: what every integer type holds, and every vocabulary
+_VALUES = 100  # random integers are below this, so they fit every integer type and every vocabulary
 _file = click.Path(dir_okay=False)
 
 
@@ -43,36 +43,38 @@ class _Numbers(click.ParamType[tuple[float, ...]]):
 
 @click.command()
 @click.argument("url")
-@click.option("--model", metavar="NAME", help="Model to ask; by default the server's only one.")
+@click.option("--model", metavar="NAME", help="Model to send requests to. By default the server's only model.")
 @click.option(
     "--rate",
     "rates",
     type=_Numbers(float),
     metavar="N[,N...]",
-    help="Open loop: requests a second, at random moments; several rates run in turn. By default 100.",
+    help="Open loop: requests per second, at random moments. Several rates run in turn. By default 100.",
 )
 @click.option(
     "--connections",
     type=_Numbers(int),
     metavar="N[,N...]",
-    help="Closed loop instead: so many connections, each asking again as soon as it has its answer.",
+    help="Closed loop: number of connections; each sends its next request when it has its answer.",
 )
-@click.option("--seconds", default=10.0, show_default=True, help="How long to measure each.")
-@click.option("--warmup", default=2.0, show_default=True, help="Seconds of the same load before, not measured.")
+@click.option(
+    "--seconds", default=10.0, show_default=True, help="Seconds to measure each rate or number of connections."
+)
+@click.option("--warmup", default=2.0, show_default=True, help="Seconds of the same load before the measurement.")
 @click.option("--timeout", default=10.0, show_default=True, help="Seconds after which a request is given up.")
 @click.option(
     "--max-connections",
     default=1000,
     show_default=True,
     type=click.IntRange(1, 60_000),
-    help="Connections of the open loop; where all are busy, requests wait, and that counts.",
+    help="Connections of the open loop. While all are busy, due requests wait; the wait counts as latency.",
 )
 @click.option(
     "--input",
     "sources",
     multiple=True,
     metavar="NAME=FILE.npy|FILE.npz|FILE.json|-",
-    help="What to send; inputs that no file gives are random.",
+    help="Inputs to send. Inputs without a file are random. Repeatable.",
 )
 @click.option("--rows", default=1, show_default=True, type=click.IntRange(1), help="Rows of random inputs.")
 @click.option(
@@ -80,12 +82,12 @@ class _Numbers(click.ParamType[tuple[float, ...]]):
     "sizes",
     multiple=True,
     metavar="[INPUT=]N",
-    help="Size of the other dimensions that vary, of one input or of all.",
+    help="Size of the variable dimensions other than rows, for one input or for all. Repeatable.",
 )
 @click.option("--plot", metavar="FILE.svg", help="Draw latency by percentile, over time and by rate; needs matplotlib.")
-@click.option("--token-file", type=_file, help="File with the bearer token; by default the variable LEPTON_TOKEN.")
-@click.option("--tls-ca", type=_file, help="Certificates (PEM) to trust instead of the system's.")
-@click.option("--tls-cert", type=_file, help="The client's own certificate (PEM).")
+@click.option("--token-file", type=_file, help="File with the access token. By default the variable LEPTON_TOKEN.")
+@click.option("--tls-ca", type=_file, help="CA certificates (PEM) to trust instead of the system's.")
+@click.option("--tls-cert", type=_file, help="Client certificate (PEM).")
 @click.option("--tls-key", type=_file, help="Private key of --tls-cert, if not in the same file.")
 @_common.json_option
 def load(
@@ -105,12 +107,12 @@ def load(
     as_json: bool,
     **access: Any,
 ) -> None:
-    """Send the server at URL one infer request over and over, and measure how long its answers take.
+    """Send the same inference request to the server at URL repeatedly, and measure latency.
 
-    With --rate, requests become due at random moments whether or not earlier ones have their answers, and latency
-    counts from then: when the server stalls, all that became due meanwhile is late. With --connections, each
-    connection waits for its answer first: that finds out how many requests a second there are, not how long users
-    wait. Latency is that of good answers and of requests given up; refusals are counted only.
+    With --rate (open loop), requests are due at random moments, whether or not earlier ones were answered, and latency
+    counts from then. So if the server stalls, every request that is due meanwhile is late, as users would see it. With
+    --connections (closed loop), each connection waits for its answer before it sends again; use this to find the
+    maximum throughput. Latency covers good answers and requests given up. Rejected requests are only counted.
 
     \b
       leptonx load http://127.0.0.1:8000 --rate 1000
@@ -119,8 +121,8 @@ def load(
       leptonx load https://models.example --model encoder --size 128 --token-file token --json
       leptonx load http://127.0.0.1:8000 --input image=images.npy
 
-    Works with any server of the Open Inference Protocol v2 with binary tensors. Ctrl-C ends a run early. Exit code 0
-    if every request was answered well, 1 if not, 2 if nothing could be measured.
+    Works with any server of the Open Inference Protocol v2 that supports binary tensors. Ctrl-C ends a run early. Exit
+    code 0 if every request succeeded, 1 if any failed, 2 if nothing could be measured.
     """
     figure = _common.figure() if plot is not None else None
     _common.check_folder(plot)
@@ -139,7 +141,7 @@ def load(
             metadata = client.metadata(model)
             name = str(metadata.get("name", model))
             inputs = _inputs(metadata, sources, rows, sizes)
-            client.infer(name, inputs)  # what is wrong with the request is told here, in words
+            client.infer(name, inputs)  # fails here, with a readable message, if the request is wrong
     head, tail = encode_infer(inputs)
     request = target.request("POST", f"{route(name)}/infer", (head, *tail), len(head))
     _allow_files(max(entry.connections for entry in loads))
@@ -177,17 +179,17 @@ def _loads(
     from lepton_xla.serve.load.result import Load
 
     if rates is not None and connections is not None:
-        raise LeptonError("--rate and --connections exclude each other: give the open loop's or the closed one's")
+        raise LeptonError("give either --rate (open loop) or --connections (closed loop), not both")
     if connections is not None:
         return [Load(None, int(count), seconds, warmup_s, timeout_s) for count in connections]
     return [Load(rate, most, seconds, warmup_s, timeout_s) for rate in rates or (100.0,)]
 
 
 def _allow_files(connections: int) -> None:
-    """Lets this process open so many connections.
+    """Raises the limit of open files so that this process can open this many connections.
 
     Raises:
-        LeptonError: where the system does not.
+        LeptonError: if the system does not allow it.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     need = connections + _SPARE_FILES
@@ -200,7 +202,7 @@ def _allow_files(connections: int) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class _Input:
-    """One input as the server describes it; -1 is a dimension that varies."""
+    """An input as the server describes it; -1 is a variable dimension."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -212,7 +214,7 @@ class _Input:
 def _inputs(
     metadata: Mapping[str, Any], sources: Sequence[str], rows: int, sizes: Sequence[str]
 ) -> dict[str, np.ndarray]:
-    """The arrays to send: those from files, and random ones for the rest."""
+    """The arrays to send: from files, or random."""
     import numpy as np
 
     from lepton_xla.cli import _arrays
@@ -222,7 +224,7 @@ def _inputs(
     for source in sources:
         for name, value in _arrays.read(source).items():
             if name in given or name not in declared:
-                why = "given twice" if name in given else f"none of the model's: {', '.join(declared)}"
+                why = "given twice" if name in given else f"not an input of the model: {', '.join(declared)}"
                 raise InputError(f"input {name!r} is {why}")
             given[name] = value
     chosen = _sizes(sizes, declared)
@@ -245,13 +247,13 @@ def _declared(entry: Mapping[str, Any]) -> _Input:
 
     row = DATATYPES.get(entry["datatype"])
     if row is None:
-        raise InputError(f"input {entry['name']!r} is {entry['datatype']}, which is no datatype of the protocol")
+        raise InputError(f"input {entry['name']!r} is {entry['datatype']}, which is not a datatype of the protocol")
     # Triton writes sizes as numbers, some others as text.
     return _Input("object" if row.dtype is None else row.dtype.name, tuple(int(size) for size in entry["shape"]))
 
 
 def _sizes(texts: Sequence[str], declared: Mapping[str, _Input]) -> dict[str, int]:
-    """Sizes by input; that of '' is for all."""
+    """Parses `--size` into sizes by input; '' stands for all inputs."""
     found: dict[str, int] = {}
     for text in texts:
         name, _, number = text.rpartition("=")
@@ -266,7 +268,7 @@ def _sizes(texts: Sequence[str], declared: Mapping[str, _Input]) -> dict[str, in
 def _shape(name: str, spec: _Input, rows: int, sizes: Mapping[str, int]) -> tuple[int, ...]:
     other = sizes.get(name, sizes.get(""))
     if other is None and any(size < 0 for size in spec.shape[1:]):
-        raise InputError(f"input {name!r} is {spec}: say with --size how large its dimensions are that vary")
+        raise InputError(f"input {name!r} is {spec}: set its variable dimensions with --size")
     return tuple(size if size >= 0 else rows if axis == 0 else other or 0 for axis, size in enumerate(spec.shape))
 
 

@@ -1,4 +1,4 @@
-"""`leptonx plan`: what a recipe would do, before anything runs."""
+"""`leptonx plan`: shows what a recipe would do."""
 
 from __future__ import annotations
 
@@ -19,8 +19,10 @@ if TYPE_CHECKING:
 @_common.set_option
 @_common.exclude_option
 @_common.buckets_option
-@click.option("--groups", is_flag=True, help="Show also which units (channels, heads) could be removed together.")
-@click.option("--plot", metavar="FILE.svg", help="Draw these groups: weights by groups; needs matplotlib.")
+@click.option(
+    "--groups", is_flag=True, help="Also show the groups of units (channels, heads) that can only be removed together."
+)
+@click.option("--plot", metavar="FILE.svg", help="Draw the groups as a matrix of weights by groups; needs matplotlib.")
 @_common.json_option
 def plan(
     target: str,
@@ -33,10 +35,10 @@ def plan(
     plot: str | None,
     as_json: bool,
 ) -> None:
-    """Show what a recipe would do to each site of the model TARGET; nothing is run.
+    """Show what a recipe would do to each site of the model TARGET, without doing it.
 
-    A site is a product, by a weight or of two activations, or an embedding's look-up. Operations are counted
-    for one call at the smallest size of each bucket.
+    A site is a product with a weight, a product of two activations, or an embedding lookup. FLOPs are those of one call
+    at the smallest bucket.
 
     \b
       leptonx plan digits.py:model --recipe int8
@@ -47,7 +49,7 @@ def plan(
     """
     given = _common.parse_buckets(buckets)
     if plot is not None:
-        _common.figure()  # refuses where matplotlib is not installed
+        _common.figure()  # raises if matplotlib is not installed
     _common.check_folder(plot)
     with _common.progress() as step:
         step("load JAX")
@@ -111,7 +113,7 @@ def _print(document: dict[str, Any]) -> None:
     from lepton_xla.cli import _reports
 
     totals = document["totals"]
-    # The bytes of a weight that several sites use stand at the first of them.
+    # If several sites share a weight, only the first shows its bytes.
     first = {
         site["weight"]: site["site"] for site in reversed(document["sites"]) if site["weight"] is not None
     }.values()
@@ -149,7 +151,7 @@ def _print(document: dict[str, Any]) -> None:
 
 
 def _unit_tables(document: dict[str, Any]) -> list[tuple[str, tuple[str, ...], list[tuple[Any, ...]]]]:
-    """What is removed, and what could be removed from what is left, as titles, headings and rows."""
+    """Tables (title, headings, rows) of removed units, and of groups that could be removed."""
     tables: list[tuple[str, tuple[str, ...], list[tuple[Any, ...]]]] = []
     if "shrink" in document:
         report = document["shrink"]

@@ -1,4 +1,4 @@
-"""`leptonx predict`: run an artifact on files."""
+"""`leptonx predict`: runs an artifact on input files."""
 
 from __future__ import annotations
 
@@ -20,15 +20,18 @@ from lepton_xla.errors import InputError
     multiple=True,
     required=True,
     metavar="NAME=FILE.npy|FILE.npz|FILE.json|-",
-    help="Inputs: one array by name, all arrays of an .npz, or JSON {NAME: nested list} from a file or stdin.",
+    help="Inputs: a named array, all arrays of an .npz, or JSON {NAME: nested list} from a file or stdin. Repeatable.",
 )
-@click.option("-o", "--output", metavar="FILE.npz", help="Write the outputs there instead of printing them as JSON.")
+@click.option(
+    "-o", "--output", metavar="FILE.npz", help="Write the outputs to this file instead of printing them as JSON."
+)
 @_common.json_option
 def predict(path: str, *, sources: tuple[str, ...], output: str | None, as_json: bool) -> None:
-    """Run the artifact at PATH on inputs from files, and print its outputs as JSON or write them as .npz.
+    """Run the artifact at PATH on input files; print the outputs as JSON or write them to an .npz.
 
-    Any number of rows: they are padded to the compiled sizes, or split. Arrays from files must have the model's dtype;
-    numbers from JSON are converted to it where it can hold them. In an .npz, bfloat16 and fp8 outputs are float32.
+    Takes any number of rows: they are padded to a compiled size, or split. Arrays from files must have the model's
+        dtype. JSON numbers are converted to it, or refused if it cannot hold them. bfloat16 and fp8 outputs are written
+        to an .npz as float32.
 
     \b
       leptonx predict digits.lepton --input image=images.npy

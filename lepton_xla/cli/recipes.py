@@ -1,4 +1,4 @@
-"""`leptonx recipes`: the recipes that come with the package."""
+"""`leptonx recipes`: lists and prints the presets."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from lepton_xla.cli import _common
 @click.argument("name", required=False)
 @_common.json_option
 def recipes(name: str | None, as_json: bool) -> None:
-    """List the recipes that come with leptonx, or print one as TOML to start from.
+    """List the presets (recipes that come with leptonx), or print one as TOML.
 
     \b
-      leptonx recipes                       names and what they do
-      leptonx recipes int8 > mine.toml      a file to edit
+      leptonx recipes                       names and descriptions
+      leptonx recipes int8 > mine.toml      copies a preset to edit it
       leptonx plan digits.py:model --recipe mine.toml
     """
     from lepton_xla.recipe import Recipe, preset_text, presets

@@ -1,4 +1,4 @@
-"""`leptonx sensitivity`: which weights suffer from quantization, each quantized alone."""
+"""`leptonx sensitivity`: quantizes one weight at a time and ranks the errors."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ DEFAULT_RECIPE = "int8"
     "--recipe",
     default=DEFAULT_RECIPE,
     metavar="NAME|FILE.toml",
-    help=f"Whose [[quantize]] rules to try: a preset's name (see `leptonx recipes`) or a TOML file; by default "
+    help="Recipe whose [[quantize]] rules to apply: a preset (see `leptonx recipes`) or a TOML file. By default "
     f"{DEFAULT_RECIPE}.",
 )
 @_common.set_option
@@ -32,15 +32,17 @@ DEFAULT_RECIPE = "int8"
 @click.option(
     "--metric",
     metavar="NAME",
-    help="What to rank by: a metric that the ModelSpec's evaluate gives, such as accuracy, or output: the relative "
-    "error of the outputs on the calibration data. By default accuracy, or evaluate's first metric, if there is one.",
+    help="Rank by this metric of the ModelSpec's evaluate, such as accuracy, or by output: the relative error of the "
+    "outputs on the calibration data. By default accuracy, else evaluate's first metric, else output.",
 )
-@click.option("--lower-is-better", is_flag=True, help="The metric is a loss: less of it is better.")
-@click.option("--top", type=click.IntRange(min=1), metavar="N", help="Print the N most sensitive weights only.")
-@click.option("--latency", is_flag=True, help="Time each product alone, in float and of codes, at the smallest sizes.")
+@click.option("--lower-is-better", is_flag=True, help="The metric is a loss: lower is better.")
+@click.option("--top", type=click.IntRange(min=1), metavar="N", help="Print only the N most sensitive weights.")
+@click.option(
+    "--latency", is_flag=True, help="Also time each product alone, in float and quantized, at the smallest sizes."
+)
 @_common.buckets_option
-@click.option("-o", "--output", metavar="FILE.json", help="Write the whole document to this file as well.")
-@click.option("--plot", metavar="FILE.png", help="Draw the ranking into this file; needs matplotlib.")
+@click.option("-o", "--output", metavar="FILE.json", help="Also write the full JSON document to this file.")
+@click.option("--plot", metavar="FILE.png", help="Draw the ranking; needs matplotlib.")
 @_common.json_option
 def sensitivity(
     target: str,
@@ -57,11 +59,11 @@ def sensitivity(
     plot: str | None,
     as_json: bool,
 ) -> None:
-    """Quantize each weight of the model TARGET alone and rank what that costs.
+    """Quantize one weight of the model TARGET at a time and rank the weights by the resulting error.
 
-    One weight at a time is rounded by the recipe's rule for it, activations included, and the model is judged: by the
-    evaluate of its ModelSpec, and by how much its outputs on the calibration data change. The weights at the top are
-    those to exclude from a recipe, or to give more bits.
+    Each weight, and the activation it multiplies, is rounded by the recipe's rule for it. The model is then judged by
+    the evaluate of its ModelSpec, and by how much its outputs on the calibration data change. Exclude the most
+    sensitive weights from the recipe, or give them more bits.
 
     \b
       leptonx sensitivity digits.py:model
@@ -112,7 +114,7 @@ def sensitivity(
 
 
 def _draw(figure: Any, document: Mapping[str, Any], top: int | None, path: str) -> None:
-    """One horizontal bar a weight, the most sensitive at the top."""
+    """Draws one horizontal bar per weight, the most sensitive at the top."""
     sites = document["sites"][:top]
     figure.set_size_inches(9, 1.2 + 0.28 * len(sites))
     axes = figure.add_subplot()
@@ -147,14 +149,14 @@ def _print(document: Mapping[str, Any], top: int | None, found: Sensitivity) -> 
         return cells + ([rule] if len(rules) > 1 else [])
 
     rows = [row(entry, " ".join(entry["sites"]), entry["decision"]) for entry in sites[:top]]
-    lines = [f"{len(sites) - len(rows)} less sensitive ones are not shown."] if len(rows) < len(sites) else []
+    lines = [f"{len(sites) - len(rows)} less sensitive weights are not shown."] if len(rows) < len(sites) else []
     lines += [f"The rule: {rules[0]}."] if len(rules) == 1 else []
     if judged:
         lines.append(f"The float model has {metric} {document['float'][metric]:.6g}.")
     if document["together"]["output_error"] is not None:
-        lines.append("error: of the outputs on the calibration data, relative to them.")
+        lines.append("error: relative error of the outputs on the calibration data.")
     if timed:
-        lines.append("time: of the product of codes alone, float's being 1.")
+        lines.append("time: of the quantized product alone; float is 1.")
     lines += [f"{site} stays in float: {reason}" for site, reason in found.kept.items()]
     title = f"{document['target']}, recipe {document['recipe']}, one weight at a time, the most sensitive first"
     _common.show(

@@ -1,4 +1,4 @@
-"""`leptonx serve`: answer requests with an artifact."""
+"""`leptonx serve`: serves an artifact over HTTP."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ if TYPE_CHECKING:
 
 
 def _twin(flag: str) -> str:
-    """The environment twin of a flag: `LEPTON_MAX_DELAY_US` of `--max-delay-us`."""
+    """Environment variable of a flag: `LEPTON_MAX_DELAY_US` for `--max-delay-us`."""
     return "LEPTON_" + flag.lstrip("-").replace("-", "_").upper()
 
 
 def _option(flag: str, default: Any, text: str, **kwargs: Any) -> Callable[[Any], Any]:
-    """An option that says its default and its environment twin in the help."""
+    """An option that shows its default and its environment variable in the help."""
     kwargs.setdefault("show_default", True)
     return click.option(flag, default=default, envvar=_twin(flag), show_envvar=True, help=text, **kwargs)
 
 
 def _file_option(flag: str, text: str) -> Callable[[Any], Any]:
-    """An option for a file that guards the server: an environment twin that is set but empty does not switch it off."""
+    """An option for a file that protects the server; its environment variable may not be set to an empty text."""
 
     def check(context: click.Context, option: click.Parameter, value: Path | None) -> Path | None:
         if value is None and _twin(flag) in os.environ:
@@ -44,7 +44,7 @@ def _file_option(flag: str, text: str) -> Callable[[Any], Any]:
 
 
 def _limit_options(command: Callable[..., None]) -> Callable[..., None]:
-    """An option for each field of `Limits`, so that none can be forgotten."""
+    """Adds an option for each field of `Limits`."""
     for field in reversed(dataclasses.fields(Limits)):
         kind = click.IntRange(1) if isinstance(field.default, int) else click.FloatRange(0, min_open=True)
         flag = "--" + field.name.replace("_", "-")
@@ -57,86 +57,92 @@ def _limit_options(command: Callable[..., None]) -> Callable[..., None]:
 @_option(
     "--host",
     "127.0.0.1",
-    "Address to listen on, or a name, such as localhost, all of whose addresses are. The default can be reached from "
-    "this machine only.",
+    "Address to listen on, or a host name, such as localhost, to listen on all its addresses. The default is "
+    "reachable from this machine only.",
 )
 @_option("--port", 8000, "Port to listen on; 0 picks a free one.", type=click.IntRange(0, 65535))
 @_option(
     "--unix-socket",
     None,
-    "File of a Unix socket to listen on, instead of host and port, as for a proxy on this machine. The umask says who "
-    "may connect. One that was left behind is replaced, and it is removed at the end.",
+    "Listen on this Unix socket instead of host and port, for a proxy on the same machine. The umask decides who may "
+    "connect. A stale socket file is replaced; the file is removed at exit.",
     type=click.Path(path_type=Path),
     show_default=False,
 )
 @_option(
     "--workers",
     1,
-    "Processes that each do all of it, model included, with one more that watches over them: for models on the CPU so "
-    "small that one core is busy with requests while others are idle. 1 is one process in all.",
+    "Server processes, each with its own copy of the model, plus one that supervises them. Use it on the CPU for "
+    "small models, if one core is busy with requests while others are idle. 1 runs everything in one process.",
     type=click.IntRange(1, 64),
 )
 @_option("--name", None, "Model name in the URL.", show_default="the artifact's own")
-@_option("--server-name", "lepton_xla", 'What the server calls itself; some clients look for "triton".')
+@_option("--server-name", "lepton_xla", 'Name that the server reports; some clients expect "triton".')
 @_option(
     "--max-delay-us",
     0,
-    "How long a request may wait, in microseconds, for others to share its batch while the model is idle. "
-    "0 never waits: requests that arrive while a batch runs form the next one.",
+    "Microseconds that a request may wait for others to share its batch while the model is idle. With 0 it never "
+    "waits: requests that arrive while a batch runs form the next one.",
     type=click.IntRange(0),
 )
 @_option(
     "--max-queue-rows",
     4096,
-    "Rows that may wait; beyond them requests get 503 with Retry-After. Also the most rows of one request.",
+    "Maximum number of queued rows; further requests get 503 with Retry-After. Also the maximum rows of one request.",
     type=click.IntRange(1),
 )
 @_option(
     "--max-queue-bytes",
     256 << 20,
-    "Memory of the requests that may wait; beyond it requests get 503 with Retry-After.",
+    "Maximum bytes of queued requests; further requests get 503 with Retry-After.",
     type=click.IntRange(1),
 )
 @_option(
     "--default-timeout-s",
     None,
-    "Seconds after which a request that gives no timeout is answered 504.",
+    "Timeout in seconds for requests that give none; after it they get 504.",
     type=click.FloatRange(0, min_open=True),
     show_default="never",
 )
 @_option(
     "--max-timeout-s",
     None,
-    "Longest timeout of any request; longer ones are cut to it.",
+    "Maximum timeout of a request, in seconds; longer ones are reduced to it.",
     type=click.FloatRange(0, min_open=True),
     show_default="no bound",
 )
 @_option(
     "--priority-levels",
     3,
-    "Levels of the request parameter priority: 1 is the highest. Requests that do not say are on the middle one.",
+    "Number of priority levels. Requests choose one by the parameter priority, 1 is the highest; the default is the "
+    "middle one.",
     type=click.IntRange(1),
 )
-@_option("--compress-bytes", 4096, "Smallest answer compressed for a client that accepts it.", type=click.IntRange(0))
+@_option(
+    "--compress-bytes",
+    4096,
+    "Compress answers of at least this size for clients that accept it.",
+    type=click.IntRange(0),
+)
 @_option(
     "--lame-duck-s",
     0.0,
-    "Seconds to go on taking connections after SIGTERM, and keeping idle ones, while readiness already says no: the "
-    "time a load balancer needs to notice.",
+    "Seconds after SIGTERM during which the server reports not ready but still accepts connections: the time a load "
+    "balancer needs to notice.",
 )
-@_option("--stop-timeout-s", 30.0, "Seconds after that to wait for answers still owed; those left get 503.")
+@_option("--stop-timeout-s", 30.0, "Seconds after that to finish accepted requests; the rest get 503.")
 @_file_option(
     "--token-file",
-    "Ask for a token of this file on every route but health; made by `leptonx token create`. Read again when it "
+    "Require a token of this file on every route except health checks; see `leptonx token create`. Reloaded when it "
     "changes, and on SIGHUP.",
 )
-@_file_option("--tls-cert", "Speak TLS with this certificate chain (PEM). Read again when it changes, and on SIGHUP.")
+@_file_option("--tls-cert", "Serve TLS with this certificate chain (PEM). Reloaded when it changes, and on SIGHUP.")
 @_file_option("--tls-key", "Private key of --tls-cert (PEM, not encrypted).")
-@_file_option("--tls-client-ca", "Let in only clients with a certificate of these roots (PEM): mutual TLS.")
+@_file_option("--tls-client-ca", "Mutual TLS: accept only clients with a certificate from these CAs (PEM).")
 @_option(
     "--insecure-public",
     False,
-    "Listen on an address that other machines can reach though there is neither a token file nor --tls-client-ca.",
+    "Allow listening on an address that other machines can reach without --token-file or --tls-client-ca.",
     is_flag=True,
     show_default=False,
 )
@@ -144,24 +150,24 @@ def _limit_options(command: Callable[..., None]) -> Callable[..., None]:
 @_option(
     "--access-log-sample",
     0.0,
-    "Share of the requests that the log gets a line of, such as 0.01; 0 writes none and costs nothing.",
+    "Fraction of requests to log, such as 0.01; 0 logs none.",
     type=click.FloatRange(0, 1),
 )
 @_option(
     "--otel-endpoint",
     None,
-    "Trace requests with OpenTelemetry, and send spans to this collector with OTLP over HTTP. Samplers, headers and "
-    "the like come from the standard OTEL_ variables. Needs lepton-xla[otel].",
-    show_default="what OTEL_EXPORTER_OTLP_ENDPOINT says",
+    "Trace requests with OpenTelemetry and send spans to this collector by OTLP over HTTP. Samplers, headers and so "
+    "on come from the standard OTEL_ variables. Needs lepton-xla[otel].",
+    show_default="the value of OTEL_EXPORTER_OTLP_ENDPOINT",
 )
 @_option(
     "--log-format",
     None,
-    "How the log on stderr is written, a line an event.",
+    "Format of the log on stderr, one line per event.",
     type=click.Choice(["text", "json"]),
     show_default="text, or json with --json",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print events and log lines as JSON, one object a line.")
+@click.option("--json", "as_json", is_flag=True, help="Print events and log lines as JSON, one object per line.")
 def serve(
     path: str,
     *,
@@ -191,28 +197,28 @@ def serve(
     as_json: bool,
     **limits: Any,
 ) -> None:
-    """Answer HTTP requests with the artifact at PATH.
+    """Serve the artifact at PATH over HTTP.
 
-    Speaks the Open Inference Protocol v2, so tritonclient and KServe clients work. Requests of several clients are put
-    together into the batch sizes the artifact was compiled for.
+    The protocol is the Open Inference Protocol v2, so the clients of Triton and KServe work. The server batches
+    requests of several clients into the sizes that the artifact was compiled for.
 
     \b
       leptonx serve digits.lepton --port 8000
-      curl localhost:8000/v2/models/digits               what it takes and gives
+      curl localhost:8000/v2/models/digits               describes inputs and outputs
       curl localhost:8000/v2/models/digits/infer -d '{"inputs": [{"name": "image", "datatype": "FP32",
            "shape": [1, 64], "data": [...]}]}'
       curl localhost:8000/metrics                        Prometheus
 
-    The address is printed once requests are taken. SIGTERM and SIGINT answer what was accepted, then exit with 0;
-    with 1 if --stop-timeout-s passed first. A second one stops at once.
+    Prints the address when it accepts requests. On SIGTERM or SIGINT it answers accepted requests and exits with 0, or
+    with 1 if --stop-timeout-s passes first. A second signal stops it at once.
     """
-    # Imported here so that `--help` waits for none of it.
+    # Imported here so that `--help` stays fast.
     from lepton_xla.serve.app.options import Options
     from lepton_xla.serve.http.files import make_room
     from lepton_xla.serve.observe.logs import configure
     from lepton_xla.serve.server import Server
 
-    # Until the server takes it, which reads files again: whoever sends it early must not end what is being loaded.
+    # Ignored until the server's own handler (reload files) is installed: an early SIGHUP must not end the process.
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     options = Options(
         host=host,
@@ -238,7 +244,7 @@ def serve(
     )
     json_logs = as_json if log_format is None else log_format == "json"
     configure(json_logs)
-    # Before the model is loaded, so that what is wrong here shows at once.
+    # Before the model is loaded, so that errors show at once.
     options.access()
     options = dataclasses.replace(options, limits=make_room(options.limits))
 

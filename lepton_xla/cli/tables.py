@@ -1,7 +1,7 @@
-"""Tables for people, of any width: a name may fold, a figure is never cut.
+"""Tables that fit any width: names may wrap, numbers are never cut.
 
-In a pipe a table has its natural width. On a terminal that is too narrow for it, names fold; where that is not enough,
-each row becomes a paragraph of one line a column.
+In a pipe a table has its natural width. On a narrow terminal names wrap. If that is not enough, each row becomes a
+paragraph with one line per column.
 """
 
 from __future__ import annotations
@@ -11,15 +11,15 @@ import itertools
 from collections.abc import Sequence
 from typing import Any
 
-# No name folds to less than this.
+# Minimum width of a column that wraps.
 _LEAST = 10
 _GAP = "  "
-# Behind these a word that is too long for its column is folded.
+# A word that is too long for its column wraps after one of these.
 _BREAKS = "/,;:=.-_"
 
 
 def printable(value: Any) -> str:
-    """Text that leaves a terminal alone, whatever a foreign file says."""
+    """Replaces characters that could control a terminal."""
     return "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in str(value))
 
 
@@ -28,10 +28,10 @@ class Table:
     """A table.
 
     Attributes:
-        title: the line above; empty for none.
-        columns: headings, of one or more lines; those that start with `>` are of figures, to the right.
-        rows: cells, as many as columns in each.
-        total: the last row, below a line; empty for none.
+        title: line above the table; may be empty.
+        columns: headings, of one or more lines; `>` in front marks a right-aligned column of numbers.
+        rows: the cells of each row, one per column.
+        total: the last row, below a line; may be empty.
     """
 
     title: str
@@ -40,11 +40,11 @@ class Table:
     total: Sequence[Any] = ()
 
     def lines(self, width: int | None = None, *, rule: str = "\N{BOX DRAWINGS LIGHT HORIZONTAL}") -> list[str]:
-        """What is below the title, no line wider than `width` unless a figure and its heading are; None for any width.
+        """The lines below the title, at most `width` wide unless a number or its heading is wider.
 
         Args:
-            width: columns of the terminal.
-            rule: what lines are drawn of.
+            width: columns of the terminal; None for no limit.
+            rule: character for horizontal lines.
         """
         right = [column.startswith(">") for column in self.columns]
         headings = ["\n".join(map(printable, column.removeprefix(">").split("\n"))) for column in self.columns]
@@ -69,12 +69,12 @@ class Table:
 
 
 def _fitted(natural: Sequence[int], right: Sequence[bool], width: int | None) -> list[int] | None:
-    """How wide columns are; None where names would have to fold to less than `_LEAST`."""
+    """Widths of the columns; None if names would have to wrap to less than `_LEAST`."""
     widths = [size if figures else min(size, _LEAST) for size, figures in zip(natural, right, strict=True)]
     left = (width if width is not None else 10**9) - sum(widths) - len(_GAP) * (len(widths) - 1)
     if left < 0:
         return None
-    # What is left goes to the names, in equal parts where it is not enough for all of them.
+    # Distribute the rest among the names; in equal parts if it does not suffice.
     wanting = sorted((size - widths[k], k) for k, size in enumerate(natural))
     for place, (more, k) in enumerate(wanting):
         given = min(more, left // (len(wanting) - place))
@@ -84,7 +84,7 @@ def _fitted(natural: Sequence[int], right: Sequence[bool], width: int | None) ->
 
 
 def _row(cells: Sequence[str], widths: Sequence[int], right: Sequence[bool], *, bottom: bool = False) -> list[str]:
-    """The lines of one row; `bottom` aligns the lines of shorter cells below."""
+    """The lines of one row; `bottom` aligns shorter cells at the bottom."""
     folded = [
         [line for part in cell.split("\n") for line in fold(part, size)]
         for cell, size in zip(cells, widths, strict=True)
@@ -101,7 +101,7 @@ def _row(cells: Sequence[str], widths: Sequence[int], right: Sequence[bool], *, 
 
 
 def _paragraphs(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Each row as its first cell and, below, a line for every other cell that is not empty."""
+    """Each row as its first cell, then a line for every other non-empty cell."""
     names = [" ".join(heading.split()) for heading in headings]
     wide = max((len(name) for name in names[1:]), default=0)
     drawn: list[str] = []
@@ -112,7 +112,7 @@ def _paragraphs(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> list[
 
 
 def fold(text: str, width: int) -> list[str]:
-    """Text in lines of at most `width` characters, broken at spaces or else behind punctuation; at least one line.
+    """Wraps text to lines of at most `width` characters, at spaces or else after punctuation; at least one line.
 
     >>> fold("layers/3/attention/query kernel", 16)
     ['layers/3/', 'attention/query', 'kernel']
@@ -130,11 +130,11 @@ def fold(text: str, width: int) -> list[str]:
 
 
 def show(*parts: Table | str, ends: str = "") -> None:
-    """Prints tables and lines on stdout: in a pipe whole, on a terminal as wide as that is.
+    """Prints tables and lines on stdout; on a terminal, tables are fitted to its width.
 
     Args:
         parts: what to print.
-        ends: what follows each table.
+        ends: printed after each table.
     """
     from rich.console import Console
     from rich.text import Text

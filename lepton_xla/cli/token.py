@@ -1,4 +1,4 @@
-"""`leptonx token`: make, list and revoke the tokens that a server asks for."""
+"""`leptonx token`: creates, lists and revokes access tokens."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ _file_argument = click.argument("file", type=click.Path(path_type=Path))
 
 @click.group()
 def token() -> None:
-    """Make, list and revoke the tokens of a token file.
+    """Create, list and revoke the access tokens in a token file.
 
-    A server started with --token-file answers nothing but health checks without a token of that file. It reads the
-    file again within a second of a change. The file holds digests, never a secret.
+    A server started with --token-file requires a token from that file for every request except health checks. It
+    reloads the file within a second of a change. The file holds digests, never secrets.
 
     \b
       leptonx token create tokens.jsonl ci --scope infer --days 90      prints the secret, once
@@ -47,12 +47,16 @@ def _subcommand(name: str) -> Callable[[Callable[..., None]], click.Command]:
     "scopes",
     multiple=True,
     type=click.Choice(_SCOPES),
-    help="What it is good for; repeat it for several. infer: run models. read: metadata, statistics, metrics. "
-    "admin: load, unload, settings. None includes another. By default infer and read.",
+    help="What the token allows: infer (run models), read (metadata, statistics, metrics), admin (load, unload, "
+    "settings). No scope includes another. Repeatable. By default infer and read.",
 )
 @click.option("--days", type=click.IntRange(1, 36_500), help="Days until it expires; by default never.")
-@click.option("--requests-per-s", type=click.FloatRange(0, min_open=True), help="Requests a second; more get 429.")
-@click.option("--burst", type=click.IntRange(1), help="Requests at once after a pause; by default a second's worth.")
+@click.option(
+    "--requests-per-s", type=click.FloatRange(0, min_open=True), help="Maximum requests per second; more get 429."
+)
+@click.option(
+    "--burst", type=click.IntRange(1), help="Maximum requests at once after a pause. By default those of one second."
+)
 def create(
     file: Path,
     name: str,
@@ -63,7 +67,7 @@ def create(
     burst: int | None,
     as_json: bool,
 ) -> None:
-    """Add a token NAME to FILE, made if it is missing, and print its secret. The secret is kept nowhere."""
+    """Add a token NAME to FILE (created if missing) and print its secret, which is not stored anywhere."""
     from lepton_xla.serve.access.tokens import create_token
 
     now = datetime.datetime.now(datetime.UTC).replace(microsecond=0)
@@ -73,14 +77,14 @@ def create(
     if as_json:
         _common.print_json({"name": name, "token": secret})
         return
-    click.echo(f"this is the only time that {name!r} is shown; {file} keeps its digest", err=True)
+    click.echo(f"the secret of {name!r} is shown only now; {file} stores its digest", err=True)
     click.echo(secret)
 
 
 @_subcommand("list")
 @_file_argument
 def list_tokens(file: Path, as_json: bool) -> None:
-    """Show the tokens of FILE, without their digests."""
+    """List the tokens of FILE."""
     from lepton_xla.serve.access.tokens import read_tokens
 
     tokens = read_tokens(file)
@@ -95,7 +99,7 @@ def list_tokens(file: Path, as_json: bool) -> None:
 @_file_argument
 @click.argument("name")
 def revoke(file: Path, name: str, as_json: bool) -> None:
-    """Remove the token NAME from FILE; a running server refuses it within a second."""
+    """Remove the token NAME from FILE; a running server rejects it within a second."""
     from lepton_xla.serve.access.tokens import revoke_token
 
     revoke_token(file, name)

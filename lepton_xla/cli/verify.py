@@ -1,4 +1,4 @@
-"""`leptonx verify`: is every file of an artifact as it was written."""
+"""`leptonx verify`: checks every file of an artifact against its digest."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from lepton_xla.cli import _common
 @click.argument("path")
 @_common.json_option
 def verify(path: str, as_json: bool) -> None:
-    """Check the size and SHA-256 of every file of the artifact at PATH; nothing in it is executed.
+    """Check the size and SHA-256 of every file of the artifact at PATH. Executes nothing.
 
-    Exit code 0 where all is whole, 2 with the first bad file named where not.
+    Exit code 0 if all files are intact; else 2, with the name of the first bad file.
 
     \b
       leptonx verify digits.lepton
@@ -28,6 +28,6 @@ def verify(path: str, as_json: bool) -> None:
         counts = {"files": found.files, "size_bytes": found.size_bytes, "extra": found.extra}
         _common.print_json({"path": path, "ok": True, "name": found.manifest.name, **counts})
         return
-    _common.show(f"{path}: {found.files} files, {found.size_bytes:,} bytes, all as they were written")
+    _common.show(f"{path}: {found.files} files, {found.size_bytes:,} bytes, all intact")
     if found.extra:
-        _common.show(f"not listed in the manifest, so never read: {', '.join(found.extra)}")
+        _common.show(f"not in the manifest, so never read: {', '.join(found.extra)}")

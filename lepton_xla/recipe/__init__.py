@@ -1,4 +1,4 @@
-"""Recipes: what to do to a model, as data. Nothing here knows a pass."""
+"""Recipes: how to optimize a model, as data. This package imports no pass."""
 
 from lepton_xla.recipe.recipes import Recipe, preset_text, presets
 from lepton_xla.recipe.rules import PruneRule, QuantizeRule, ShrinkRule

@@ -12,10 +12,10 @@ _BLOCKS = ("prune", "quantize")
 
 
 def parse_setting(text: str) -> tuple[str, Any]:
-    """Key and value of `key=value`, the value as TOML has it; a bare word is a string, and nothing is the default.
+    """Parses `key=value`. The value is TOML or a bare word; an empty one means the default and gives None.
 
     Raises:
-        RecipeError: for text of another form.
+        RecipeError: if the text has another form.
 
     >>> parse_setting("quantize.0.weights=int4"), parse_setting("shrink.round_to=[8, 16]"), parse_setting("shrink=")
     (('quantize.0.weights', 'int4'), ('shrink.round_to', [8, 16]), ('shrink', None))
@@ -27,7 +27,7 @@ def parse_setting(text: str) -> tuple[str, Any]:
     if not value:
         return key, None
     if not value.isprintable():
-        raise RecipeError(f"--set {key}: the value is more than one line")
+        raise RecipeError(f"--set {key}: the value has more than one line")
     try:
         return key, tomllib.loads(f"value = {value}")["value"]
     except (ValueError, RecursionError) as error:
@@ -37,15 +37,14 @@ def parse_setting(text: str) -> tuple[str, Any]:
 
 
 def changed(recipe: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
-    """A recipe with other values, both as plain dicts and lists.
+    """Changes values of a recipe, given as plain dicts and lists.
 
     Args:
-        recipe: all of it; what is nested is changed in place.
-        settings: dotted key -> value; None takes the key back to its default. The number of a block that follows the
-            last one begins a new block.
+        recipe: the whole recipe; nested dicts and lists are changed in place.
+        settings: dotted key -> value; None restores the default. The index after the last block appends a new block.
 
     Raises:
-        RecipeError: for a key that leads nowhere.
+        RecipeError: if a key does not exist.
     """
     whole = dict(recipe)
     for key, value in settings.items():
@@ -54,8 +53,8 @@ def changed(recipe: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str,
         for depth, part in enumerate(way):
             node = _entered(node, part, ".".join(way[: depth + 1]), new=[] if part in _BLOCKS and not depth else {})
         if isinstance(node, list):
-            _entered(node, last, key, new=None)  # refuses what is no number of a block
-            raise RecipeError(f"{key}: say which key of the block, such as {key}.sites")
+            _entered(node, last, key, new=None)  # raises if it is not the index of a block
+            raise RecipeError(f"{key}: name a key of the block, such as {key}.sites")
         if value is None:
             node.pop(last, None)
         else:
@@ -66,7 +65,7 @@ def changed(recipe: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str,
 def _entered(node: Any, part: str, at: str, *, new: Any) -> Any:
     if isinstance(node, list):
         if not (part.isascii() and part.isdigit()):
-            raise RecipeError(f"{at}: there may be several blocks, so say which, such as {at.rpartition('.')[0]}.0")
+            raise RecipeError(f"{at}: give the index of the block, such as {at.rpartition('.')[0]}.0")
         if int(part) > len(node):
             kind = at.rpartition(".")[0]
             raise RecipeError(f"{at}: the recipe has {len(node)} [[{kind}]] blocks, counted from 0")
@@ -81,15 +80,15 @@ def _entered(node: Any, part: str, at: str, *, new: Any) -> Any:
 
 
 def excluded(recipe: Mapping[str, Any], patterns: Sequence[str]) -> dict[str, Any]:
-    """A recipe whose blocks all leave out what one of the patterns matches, as plain dicts and lists.
+    """Adds patterns to the exclusions of every block of a recipe, given as plain dicts and lists.
 
     Raises:
-        RecipeError: if the recipe has nothing that could leave something out.
+        RecipeError: if the recipe has no block.
     """
     whole = dict(recipe)
     tables = [block for kind in _BLOCKS for block in whole.get(kind) or ()]
     if not tables and not whole.get("shrink"):
-        raise RecipeError("there is nothing to exclude from: the recipe has no [[prune]], [[quantize]] or [shrink]")
+        raise RecipeError("nothing to exclude from: the recipe has no [[prune]], [[quantize]] or [shrink]")
     for table in tables:
         table["exclude"] = [*_several(table.get("exclude")), *patterns]
     if whole.get("shrink"):
@@ -98,5 +97,5 @@ def excluded(recipe: Mapping[str, Any], patterns: Sequence[str]) -> dict[str, An
 
 
 def _several(patterns: Any) -> list[Any]:
-    """One pattern or several as a list, empty ones left out."""
+    """One pattern or several as a list without empty ones."""
     return [pattern for pattern in ([patterns] if isinstance(patterns, str) else patterns or ()) if pattern]

@@ -1,4 +1,4 @@
-"""What msgspec and tomllib say about a recipe, as one line that names the key and the value."""
+"""Turns errors of msgspec and tomllib about a recipe into one line that names the key and the value."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import msgspec
 
 from lepton_xla.recipe.rules import PruneRule, QuantizeRule, ShrinkRule
 
-# What a value may be, by its key, where that is neither a type nor one of a few words.
+# Descriptions of valid values, for keys that take neither a plain type nor one of a few words.
 _SPELLINGS = {
     "granularity": "channel, tensor, group:G or group:~G, G a whole number of at least 1",
     "calibration": "absmax, percentile:P with P in (0, 100], mse or entropy",
@@ -24,10 +24,10 @@ _SPELLINGS = {
 
 
 def reason(error: Exception, given: Any, root: type[msgspec.Struct]) -> str:
-    """What msgspec or tomllib say, in one line that names key and value.
+    """Describes an error in one line that names the key and the value.
 
     Args:
-        error: theirs.
+        error: from msgspec or tomllib.
         given: the TOML text, or the recipe as plain dicts and lists.
         root: the type of a whole recipe.
     """
@@ -57,7 +57,7 @@ def reason(error: Exception, given: Any, root: type[msgspec.Struct]) -> str:
 
 
 def _unknown_key(what: str, table: Any, where: str) -> str:
-    """A message of msgspec's on a key that is not there, or should not be; with the nearest that there is."""
+    """Describes an unknown or missing key, and suggests the nearest known one."""
     at = f"{where}: " if where else ""
     unknown = re.fullmatch(r"Object contains unknown field `(.*)`", what)
     if unknown is None:
@@ -70,7 +70,7 @@ def _unknown_key(what: str, table: Any, where: str) -> str:
 
 
 def _value_at(given: Any, key: str) -> Any:
-    """The value at a key such as `quantize[0].weights`, None where it cannot be found."""
+    """The value at a key such as `quantize[0].weights`; None if there is none."""
     try:
         value = tomllib.loads(given) if isinstance(given, str) else given
         for name in re.findall(r"\w+", key):

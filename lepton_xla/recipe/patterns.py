@@ -1,4 +1,4 @@
-"""Patterns: which elements of a weight are dropped together."""
+"""Pruning patterns: which elements of a weight are pruned together."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Literal
 
 @dataclasses.dataclass(frozen=True)
 class Pattern:
-    """What is dropped together.
+    """Which elements of a matrix `[K, N]` are pruned together.
 
     Attributes:
-        kind: `unstructured`; `groups`: all but `kept` of each `rows` neighbours along K; `block`: `rows` by `columns`
-            of `[K, N]`; `channel`: a column.
+        kind: `unstructured`: single elements; `groups`: all but `kept` of each `rows` neighbours along K; `block`:
+            blocks of `rows` by `columns`; `channel`: columns.
         rows, columns: the size of a group or block.
-        kept: how many of each group are kept, for `groups`.
+        kept: number of elements kept in each group, for `groups`.
     """
 
     kind: Literal["unstructured", "groups", "block", "channel"]
@@ -37,5 +37,5 @@ class Pattern:
 
     @property
     def sparsity(self) -> float | None:
-        """The share that is dropped, where the pattern says so."""
+        """The sparsity that the pattern implies; None if it implies none."""
         return 1 - self.kept / self.rows if self.kind == "groups" else None

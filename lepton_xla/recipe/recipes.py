@@ -1,4 +1,4 @@
-"""What to do to a model, as data: a recipe is a TOML file."""
+"""Recipes: how to optimize a model, as a TOML file or a `Recipe`."""
 
 from __future__ import annotations
 
@@ -16,34 +16,37 @@ from lepton_xla.recipe.rules import PruneRule, QuantizeRule, ShrinkRule, check_r
 
 
 class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """What to do to a model.
+    """How to optimize a model.
 
     Attributes:
-        name: for tables and the artifact; a file's stem where the file gives none.
+        name: shown in tables and stored in the artifact; by default the stem of the file.
         description: one line for people.
-        fold: whether batch norm is folded into the weights before it, and dead and common code removed.
-        on_unsupported: what to do at a site that a rule names and a pass cannot handle: `error`, or `keep` it as it
-            is and say so in the report. With `keep`, a weight of which nothing would be left keeps its largest element,
-            `[shrink]` goes as far towards its target as it can, and a model without any product is left as it is.
-        measure: whether integer arithmetic, and other ways to compute what XLA is slow at, such as depthwise
-            convolutions, are timed at the compiled sizes and left out where they lose; False: planned integer
-            arithmetic is all used, the other ways are not.
-        unpack: what becomes of weights that are stored small but multiplied in float. `measured`: they are unpacked
-            once, when an artifact is loaded, where that is faster than on each call; `never`: they stay small in
-            memory, and every call unpacks them.
-        equalize: whether the ranges of weights that follow one another are evened out before rounding.
-        rescale: whether input channels are scaled so that rounding hurts less: `none`; `smooth:A`, SmoothQuant with
-            alpha A in [0, 1]; or `awq`. Needs calibration data.
-        rounding: `nearest`, or `gptq`: weights are rounded so that outputs on calibration data change least.
-        correct_bias: whether the mean shift of outputs by rounding is taken out by biases. Needs calibration data.
-        without_calibration: what becomes of `rescale`, `rounding`, `correct_bias` and pruning by `wanda` or
-            `sparsegpt` where no calibration data is given: an `error`, or they are left out (`skip`; pruning is then by
-            magnitude), with a line in the history.
-        cast: `bfloat16` or `float16`: what is still multiplied in float in the end is multiplied in it, with float32
-            sums, and weights that only go there are stored in it. Quantized weights keep their codes, integer products
-            their integers (they are timed against float32); what is between products stays as it is. `float16` has no
-            magnitudes above 65504.
-        shrink: the `[shrink]` table; None where nothing is removed.
+        fold: whether to fold batch norms into the preceding weights, and to remove dead code and common subexpressions.
+        on_unsupported: what to do at a site that a rule matches but a pass cannot handle: raise an `error`, or `keep`
+            the site unchanged and report it. With `keep`, also: a weight that would be pruned entirely keeps its
+            largest element, `[shrink]` goes as far towards its target as it can, and a model without products is left
+            unchanged.
+        measure: whether to time integer arithmetic, and alternative implementations of what XLA is slow at (such as
+            depthwise convolutions), at the compiled sizes, and to use them only where they win. False: use all planned
+            integer arithmetic and no alternative implementation.
+        unpack: when to unpack weights that are stored small but multiplied in float. `measured`: once, when the
+            artifact is loaded, if that is faster than on each call; `never`: on each call, so that they stay small in
+            memory.
+        equalize: whether to balance the ranges of consecutive weights before rounding (cross-layer equalization).
+        rescale: how to scale input channels to reduce the rounding error: `none`; `smooth:A`, SmoothQuant with alpha A
+            in [0, 1]; or `awq`. Needs calibration data.
+        rounding: `nearest`, or `gptq`: round weights so that the outputs on calibration data change least. `gptq` needs
+            calibration data.
+        correct_bias: whether biases compensate the mean error that rounding makes in the outputs. Needs calibration
+            data.
+        without_calibration: what to do about `rescale`, `rounding`, `correct_bias` and pruning by `wanda` or
+            `sparsegpt` without calibration data: raise an `error`, or `skip` them (and prune by magnitude), with a line
+            in the history.
+        cast: `bfloat16` or `float16`: compute the products that are still in float with operands of this type and
+            float32 sums, and store weights that are used only there in it. Quantized weights and integer products
+            (which were timed against float32) stay as they are, and so does everything between products. `float16`
+            overflows above 65504.
+        shrink: the `[shrink]` table; None to remove nothing.
         prune: `[[prune]]` blocks.
         quantize: `[[quantize]]` blocks.
     """
@@ -85,14 +88,14 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
 
     @staticmethod
     def parse(text: str, *, name: str) -> Recipe:
-        """Reads a recipe from TOML text; `name` is for messages, and the recipe's name where it gives none.
+        """Reads a recipe from TOML text; `name` is used in messages, and as the recipe's name if the text has none.
 
         Raises:
             RecipeError: for malformed TOML, an unknown key, a wrong type, or an invalid pattern.
         """
         try:
             recipe = msgspec.toml.decode(text.removeprefix("\ufeff"), type=Recipe)
-        except (msgspec.MsgspecError, ValueError, RecursionError) as error:  # tomllib lets some of its own through
+        except (msgspec.MsgspecError, ValueError, RecursionError) as error:  # tomllib raises these too
             raise RecipeError(f"recipe {name!r}: {reason(error, text, Recipe)}") from error
         recipe = recipe if recipe.name else msgspec.structs.replace(recipe, name=name)
         recipe.check()
@@ -101,16 +104,15 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     def replace(
         self, changes: Mapping[str, Any] | None = None, /, *, exclude: str | Sequence[str] = (), **fields: Any
     ) -> Recipe:
-        """The recipe with other values, checked as those of a file are.
+        """Returns the recipe with other values, validated like a file's.
 
         Args:
-            changes: dotted key -> value, such as `{"quantize.0.weights": "int4"}`; None takes a key back to its
-                default.
-            exclude: regular expressions for sites that no block changes, and weights that shrinking leaves whole.
+            changes: dotted key -> value, such as `{"quantize.0.weights": "int4"}`; None restores the default.
+            exclude: regular expressions for sites to leave unchanged, and for weights not to shrink.
             fields: keys of the recipe itself, such as `rescale="awq"`.
 
         Raises:
-            RecipeError: for an unknown key or a value that is none of its key; the message names the key.
+            RecipeError: for an unknown key or an invalid value; the message names the key.
 
         >>> Recipe.load("int8").replace({"quantize.0.weights": "int4"}, exclude="head").quantize[0].exclude
         ('head',)
@@ -128,12 +130,12 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         return recipe
 
     def check(self) -> None:
-        """Refuses a value that its key does not take, or that does not go with another one.
+        """Validates all values and their combinations.
 
-        A recipe that Python code builds is checked like a file's.
+        Recipes built in Python are checked like those of files.
 
         Raises:
-            RecipeError: naming the key.
+            RecipeError: if a value is invalid; names the key.
         """
         given = msgspec.to_builtins(self)
         try:
@@ -154,18 +156,18 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
 
 
 def presets() -> tuple[str, ...]:
-    """Names of the recipes that come with the package."""
+    """Names of the presets: the recipes that come with the package."""
     return tuple(sorted(entry.name.removesuffix(".toml") for entry in _preset_folder().iterdir() if entry.is_file()))
 
 
 def preset_text(name: str) -> str:
-    """A preset as TOML, to read or to start from.
+    """The TOML text of a preset.
 
     Raises:
         RecipeError: if there is no such preset.
     """
     if name not in presets():
-        raise RecipeError(f"recipe {name!r}: no such preset; there are {', '.join(presets())}")
+        raise RecipeError(f"recipe {name!r}: no such preset; the presets are {', '.join(presets())}")
     return _preset_folder().joinpath(f"{name}.toml").read_text(encoding="utf-8")
 
 

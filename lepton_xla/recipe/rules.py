@@ -1,4 +1,4 @@
-"""The blocks of a recipe: what is pruned, quantized and shrunk, and by what."""
+"""The blocks of a recipe: what to prune, quantize and shrink, and how."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lepton_xla.quant.formats import FORMATS
 from lepton_xla.quant.grid import group_size
 from lepton_xla.recipe.patterns import Pattern
 
-# Methods that choose a mask from calibration data; passes of their own do it.
+# Methods that choose masks from calibration data, each in a pass of its own.
 DATA_METHODS = ("wanda", "sparsegpt")
 type WeightFormat = Literal[
     "int8", "int4", "uint8", "uint4", "fp8_e4m3", "fp8_e5m2", "nf4",
@@ -24,25 +24,25 @@ type ActivationFormat = Literal["int8", "int4", "fp8_e4m3", "fp8_e5m2", "none"]
 
 
 class Rule(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """What both kinds of rule share.
+    """Common parts of `[[prune]]` and `[[quantize]]` blocks.
 
     Attributes:
-        sites: regular expression that must match a site's whole name; the first block that matches a site wins.
-        exclude: regular expressions for sites that this block leaves to the blocks after it; one, or a list.
+        sites: regular expression that must match the whole name of a site; the first block that matches a site wins.
+        exclude: regular expressions (one, or a list) for sites that this block does not match; later blocks may.
     """
 
     sites: str
     exclude: str | tuple[str, ...] = ""
 
     def matches(self, name: str) -> bool:
-        """Whether this rule is for the site, or weight, of this name."""
+        """Whether this rule applies to the site, or weight, of this name."""
         return bool(re.fullmatch(self.sites, name)) and not any(
             re.fullmatch(pattern, name) for pattern in self.exclusions
         )
 
     @property
     def exclusions(self) -> tuple[str, ...]:
-        """What `exclude` gives, none or several."""
+        """The patterns of `exclude`, as a tuple."""
         patterns = (self.exclude,) if isinstance(self.exclude, str) else self.exclude
         return tuple(pattern for pattern in patterns if pattern)
 
@@ -51,17 +51,18 @@ class PruneRule(Rule, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """A `[[prune]]` block.
 
     Attributes:
-        sparsity: share of elements set to zero, in [0, 1); not needed where pattern or method say it.
-        distribution: `uniform`: the same share of each weight; `global`: that share of all weights of the block,
-            ranked together, so that small sensitive weights lose less (to lose all of a weight is refused; while
-            training, its largest element stays); `erk`: wide weights lose more, in proportion to the sum of their
-            dimensions (Erdos-Renyi-Kernel).
-        pattern: what is dropped together, of the matrix `[K, N]` of a product, K what is summed over:
-            `unstructured`: any elements; `N:M`, such as `2:4`: all but N of each M neighbours along K; `block:RxC`:
+        sparsity: share of elements to set to zero, in [0, 1); leave it out if pattern or method imply it.
+        distribution: `uniform`: the same share of each weight; `global`: rank the elements of all weights of the block
+            together, so that weights with large elements lose fewer (a rule that would prune a weight entirely is
+            refused; in training its largest element stays); `erk`: more of wide weights, in proportion to the sum of
+            their dimensions (Erdos-Renyi-Kernel).
+        pattern: which elements of the matrix `[K, N]` of a product (K is contracted) are pruned together:
+            `unstructured`: single elements; `N:M`, such as `2:4`: all but N of each M neighbours along K; `block:RxC`:
             blocks of R by C; `channel`: output channels.
-        method: what goes first: `magnitude`: the smallest; `deviation:F`: all below F standard deviations;
-            `saliency`: the smallest weight times gradient, while training only; `random`; `wanda` or `sparsegpt`:
-            what changes outputs on calibration data least, where the latter also makes up for it with what is left.
+        method: which elements to prune first: `magnitude`: the smallest; `deviation:F`: all below F standard
+            deviations; `saliency`: the smallest weight times gradient, in training only; `random`; `wanda` or
+            `sparsegpt`: those that change outputs on calibration data least; `sparsegpt` also adjusts the remaining
+            elements to compensate.
     """
 
     sparsity: Annotated[float, msgspec.Meta(ge=0, lt=1)] | None = None
@@ -74,7 +75,7 @@ class PruneRule(Rule, frozen=True, forbid_unknown_fields=True, kw_only=True):
     ] = "magnitude"
 
     def describe(self) -> str:
-        """The rule in a few words."""
+        """Describes the rule in a few words."""
         share, plain = sparsity_of(self), self.pattern == "unstructured"
         words = (
             f"{100 * share:.4g}%" if share is not None else "",
@@ -91,22 +92,24 @@ class QuantizeRule(Rule, frozen=True, forbid_unknown_fields=True, kw_only=True):
     Attributes:
         weights: the format that weights are stored in: `int8`, `int4`, `uint8` or `uint4` with a zero point,
             `fp8_e4m3`, `fp8_e5m2`, `nf4`, or `codebookN` with N = 2, 4, ... 256 levels learned from each weight.
-        activations: the format that activations are rounded to for products of codes, or `none` for weights only.
-        granularity: `channel`: one scale for each output channel; `tensor`: one for the weight; `group:G`: one for
-            each G weights of a channel that are summed over; `group:~G`: likewise, of each weight the size of about G
-            that divides it, as `nearest_group` finds it.
-        weight_range: how a weight's scale is chosen: `absmax`: it covers the largest magnitude; `mse`: rounding and
-            saturation have the smallest squared error, which a search over scales finds without any data. Not for
-            codebooks, whose levels have it of themselves.
-        products: which products the block is for: `weights`: those with a weight; `all`: those of two activations
-            too, such as attention's. Both operands of these have the format `activations`, and scales at run time
-            whatever `dynamic` says: one for each row of the left and each column of the right one.
-        dynamic: True takes activation scales at run time, one a row; False takes one a tensor from calibration data.
-        calibration: how a static range is taken from data: `absmax`, `percentile:P` with P in (0, 100] (of the
+        activations: the format that activations are rounded to for quantized products, or `none` to quantize weights
+            only.
+        granularity: `channel`: one scale per output channel; `tensor`: one per weight; `group:G`: one for each G
+            weights of a channel along the contracted dimension; `group:~G`: likewise, with a group size near G that
+            divides the weight, chosen by `nearest_group`.
+        weight_range: how to choose the scale of a weight: `absmax`: cover the largest magnitude; `mse`: search for the
+            smallest squared error of rounding and saturation, which needs no data. Not for codebooks, whose levels
+            already minimize it.
+        products: which products the block applies to: `weights`: those with a weight; `all`: also those of two
+            activations, such as attention's. Both operands of these are rounded to the format `activations` with
+            dynamic scales (whatever `dynamic` says), one for each row of the left and each column of the right operand.
+        dynamic: True computes activation scales at run time, one per row; False uses one per tensor from calibration
+            data.
+        calibration: how to choose a static range from data: `absmax`, `percentile:P` with P in (0, 100] (of the
             magnitudes), `mse` (the smallest squared error of rounding and saturation) or `entropy` (the smallest
             Kullback-Leibler divergence, as TensorRT does).
-        aggregate: how batches come together: `pooled`: one range from what all of them hold; `max`, `mean` or `ema:M`:
-            of the ranges of each, the moving average keeping the share M of what there was before, in [0, 1).
+        aggregate: how to combine batches: `pooled`: one range from the values of all batches; `max`, `mean` or `ema:M`:
+            from the ranges of the batches; M in [0, 1) is the share of the old value in the moving average.
     """
 
     weights: WeightFormat = "int8"
@@ -120,7 +123,7 @@ class QuantizeRule(Rule, frozen=True, forbid_unknown_fields=True, kw_only=True):
 
     @property
     def group(self) -> int:
-        """How many weights share a scale under `group:G`; else 0, also where it depends on the weight (`group:~G`)."""
+        """Number of weights that share a scale under `group:G`; 0 for other granularities, `group:~G` included."""
         return 0 if "~" in self.granularity else group_size(self.granularity)
 
     @property
@@ -130,20 +133,21 @@ class QuantizeRule(Rule, frozen=True, forbid_unknown_fields=True, kw_only=True):
 
 
 class ShrinkRule(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """The `[shrink]` table: channels, hidden units and heads that are removed. One of the first four keys.
+    """The `[shrink]` table: how many channels, hidden units and heads to remove. Give one of the first four keys.
 
     Attributes:
         sparsity: share of units to remove, in [0, 1).
-        flops: share of floating-point operations to reach, in (0, 1], at the smallest of the compiled sizes.
-        bytes: share of the weights' bytes to reach, in (0, 1].
-        latency_ms: measured time of one call to reach, in milliseconds, at the smallest of the compiled sizes.
-        importance: how units are ranked: by the norm of their weights (`l1`, `l2`), by the scale of their norm
-            (`scale`; set `fold = false`, which else takes scales away) or by calibration data (`activation`).
-            `taylor` needs a loss, so only `passes.shrink` takes it.
-        scope: `local`: every group of units loses the same share; `global`: all are ranked together.
-        round_to: what stays of a group is a multiple of this; of several, the one that measures fastest at the compiled
-            sizes, or the first where the recipe has `measure = false`.
-        protect: regular expressions for groups, or weights, that lose nothing; one, or a list.
+        flops: share of floating-point operations to keep, in (0, 1], at the smallest of the compiled sizes.
+        bytes: share of the weights' bytes to keep, in (0, 1].
+        latency_ms: target for the measured time of one call, in milliseconds, at the smallest of the compiled sizes.
+        importance: how units are ranked: by the norm of their weights (`l1`, `l2`), by the scale of their norm layer
+            (`scale`; set `fold = false`, because folding removes the scales) or by their activations on calibration
+            data (`activation`). `taylor` needs a loss, so only `passes.shrink` takes it.
+        scope: `local`: every group loses the same share of its units; `global`: the units of all groups are ranked
+            together.
+        round_to: the number of units that a group keeps is a multiple of this. Of several values, the one that measures
+            fastest at the compiled sizes, or the first one if the recipe has `measure = false`.
+        protect: regular expressions (one, or a list) for groups or weights that lose no units.
     """
 
     sparsity: float | None = None
@@ -157,20 +161,20 @@ class ShrinkRule(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
 
     @property
     def multiples(self) -> tuple[int, ...]:
-        """What `round_to` gives, one or several."""
+        """The values of `round_to`, as a tuple."""
         return self.round_to if isinstance(self.round_to, tuple) else (self.round_to,)
 
 
 def check_rule(rule: PruneRule | QuantizeRule, where: str, *, needs_sparsity: bool = True) -> None:
-    """Refuses a rule with a value that is none of its key, or does not go with the others.
+    """Validates a rule's values and their combinations.
 
     Args:
         rule: the rule.
-        where: names it in messages.
-        needs_sparsity: whether something has to say how much is pruned.
+        where: name of the rule in messages.
+        needs_sparsity: whether the rule must determine how much is pruned.
 
     Raises:
-        RecipeError: naming the key.
+        RecipeError: if a value is invalid; names the key.
     """
     if isinstance(rule, PruneRule):
         _check_prune_rule(rule, where, needs_sparsity=needs_sparsity)
@@ -185,20 +189,20 @@ def check_rule(rule: PruneRule | QuantizeRule, where: str, *, needs_sparsity: bo
 
 
 def _check_prune_rule(rule: PruneRule, where: str, *, needs_sparsity: bool = True) -> None:
-    """Refuses a rule whose parts do not go together.
+    """Validates a `[[prune]]` block.
 
     Args:
         rule: the rule.
-        where: names it in messages.
-        needs_sparsity: whether something has to say how much is dropped.
+        where: name of the rule in messages.
+        needs_sparsity: whether the rule must determine how much is pruned.
 
     Raises:
-        RecipeError: naming the key.
+        RecipeError: if a value is invalid; names the key.
     """
     has = f"{where}.sparsity = {rule.sparsity}"
     if rule.sparsity is not None and not (isinstance(rule.sparsity, numbers.Real) and 0 <= rule.sparsity < 1):
         raise RecipeError(f"{has}: expected a share in [0, 1)")
-    try:  # a rule need not come from a file
+    try:  # the rule may not come from a file
         msgspec.convert(msgspec.to_builtins(msgspec.structs.replace(rule, sparsity=None)), type(rule))
     except (msgspec.MsgspecError, TypeError) as error:
         raise RecipeError(f"{where}: {str(error).splitlines()[0]}") from error
@@ -208,29 +212,32 @@ def _check_prune_rule(rule: PruneRule, where: str, *, needs_sparsity: bool = Tru
     if rule.method.startswith("deviation"):
         if rule.sparsity is not None or rule.pattern != "unstructured" or rule.distribution != "uniform":
             raise RecipeError(
-                f"{where}.method = {rule.method!r} says by itself what is dropped of each weight; leave out sparsity, "
-                f"pattern and distribution"
+                f"{where}.method = {rule.method!r} determines the sparsity; leave out sparsity, pattern and "
+                "distribution"
             )
         return
     if pattern.sparsity is not None and rule.sparsity not in (None, pattern.sparsity):
-        raise RecipeError(f"{has}: pattern = {rule.pattern!r} is a sparsity of {pattern.sparsity:g}; leave it out")
+        raise RecipeError(
+            f"{has}: pattern = {rule.pattern!r} implies a sparsity of {pattern.sparsity:g}; leave sparsity out"
+        )
     if pattern.kind == "groups" and rule.distribution != "uniform":
         raise RecipeError(
-            f"{where}.distribution = {rule.distribution!r}: pattern {rule.pattern!r} is the same everywhere"
+            f"{where}.distribution = {rule.distribution!r}: pattern {rule.pattern!r} removes the same share "
+            "everywhere; leave distribution out"
         )
     if rule.method in DATA_METHODS:
         if rule.distribution == "global":
-            raise RecipeError(f"{where}.distribution = 'global': method = {rule.method!r} ranks each weight by itself")
+            raise RecipeError(f"{where}.distribution = 'global': method = {rule.method!r} ranks each weight on its own")
         if pattern.kind not in ("unstructured", "groups"):
             raise RecipeError(
-                f"{where}.pattern = {rule.pattern!r}: method = {rule.method!r} knows unstructured and N:M"
+                f"{where}.pattern = {rule.pattern!r}: method = {rule.method!r} supports unstructured and N:M"
             )
     if needs_sparsity and sparsity_of(rule) is None:
         raise RecipeError(f"{where}.sparsity is missing: give a share in [0, 1)")
 
 
 def sparsity_of(rule: PruneRule) -> float | None:
-    """The share that a rule drops in the end, where it says so."""
+    """The final sparsity that a rule asks for; None if it does not determine one."""
     return rule.sparsity if rule.sparsity is not None else Pattern.parse(rule.pattern).sparsity
 
 
@@ -239,20 +246,20 @@ def _check_quantize_rule(rule: QuantizeRule, where: str) -> None:
         weights, activations = FORMATS[rule.weights].kind, FORMATS[rule.activations].kind
         if weights != activations:
             raise RecipeError(
-                f"{where}.activations = {rule.activations!r}: there is no product with weights = {rule.weights!r}; "
-                f"set activations = 'none'" + _alternative(weights)
+                f"{where}.activations = {rule.activations!r}: there is no quantized product "
+                f"with weights = {rule.weights!r}; set activations = 'none'" + _alternative(weights)
             )
         if rule.calibration == "entropy" and not rule.dynamic and activations != "int":
             raise RecipeError(
-                f"{where}.calibration = 'entropy' needs evenly spaced codes, which activations = {rule.activations!r} "
-                f"have not; set calibration = 'mse'"
+                f"{where}.calibration = 'entropy' needs evenly spaced codes; activations = {rule.activations!r} are "
+                "not evenly spaced. Set calibration = 'mse'"
             )
     if not 0 < rule.percentile <= 100:
         raise RecipeError(f"{where}.calibration = {rule.calibration!r}: the percentile must be in (0, 100]")
     if rule.weight_range != "absmax" and FORMATS[rule.weights].learned:
         raise RecipeError(
-            f"{where}.weight_range = {rule.weight_range!r}: the levels of weights = {rule.weights!r} are learned, with "
-            f"the least squared error of themselves; leave weight_range out"
+            f"{where}.weight_range = {rule.weight_range!r}: the levels of weights = {rule.weights!r} are learned and "
+            "minimize the squared error already; leave weight_range out"
         )
 
 
@@ -264,7 +271,7 @@ def _alternative(kind: str) -> str:
 def check_target(
     sparsity: float | None, flops: float | None, size: float | None, latency_ms: float | None, round_to: int
 ) -> None:
-    """Refuses what `shrink` cannot aim at.
+    """Validates the target of `shrink`.
 
     Raises:
         RecipeError: unless exactly one target is given, and it and `round_to` are in range.
@@ -272,7 +279,7 @@ def check_target(
     targets = {"sparsity": sparsity, "flops": flops, "bytes": size, "latency_ms": latency_ms}
     given = {name: value for name, value in targets.items() if value is not None}
     if len(given) != 1:
-        raise RecipeError(f"shrink takes one of {', '.join(targets)}; {' and '.join(given) or 'none'} given")
+        raise RecipeError(f"shrink takes exactly one of {', '.join(targets)}; {' and '.join(given) or 'none'} given")
     ((name, value),) = given.items()
     allowed = isinstance(value, numbers.Real) and {
         "sparsity": 0 <= value < 1,

@@ -16,7 +16,7 @@ def test_verify_counts_what_is_there(cli, artifact):
     size_bytes = sum(file.stat().st_size for file in files)
     found = cli.json("verify", artifact)
     assert (found["ok"], found["files"], found["size_bytes"], found["extra"]) == (True, len(files), size_bytes, [])
-    assert f"{len(files)} files, {size_bytes:,} bytes, all as they were written" in cli.ok("verify", artifact)
+    assert f"{len(files)} files, {size_bytes:,} bytes, all intact" in cli.ok("verify", artifact)
 
 
 def test_verify_names_what_is_not_listed(cli, damaged):
@@ -103,7 +103,7 @@ def test_inspect_prints_all_of_it(cli, artifact, monkeypatch):
     assert "quantize[0].weights int8" in lines
     assert "lower head int8 x int8" in lines
     assert any(line.startswith("float.largest ") for line in lines)
-    assert "on this machine: loads compiled code, compiles nothing" in text
+    assert "on this machine: loads compiled code without compiling" in text
 
 
 def test_inspect_says_why_it_would_compile(cli, artifact, monkeypatch):
@@ -113,7 +113,7 @@ def test_inspect_says_why_it_would_compile(cli, artifact, monkeypatch):
     assert found["route"] == "stablehlo"
     assert differences == ["xla_flags: '--xla_cpu_max_isa=AVX2' here, '' there"]
     text = cli.ok("inspect", artifact)
-    assert "would be compiled from StableHLO" in text
+    assert "loading would compile the StableHLO" in text
     assert differences[0] in text
 
 
@@ -129,7 +129,7 @@ def test_eval_compares_the_artifact_with_the_float_model(cli, plain, artifact):
 
 
 def test_eval_needs_an_evaluate(cli, variant, artifact):
-    assert "has no evaluate; give its ModelSpec evaluate=" in cli.refused("eval", variant("evaluate=None"), artifact)
+    assert "has no evaluate; add evaluate=" in cli.refused("eval", variant("evaluate=None"), artifact)
 
 
 @pytest.mark.parametrize("args", [["eval", "{target}", "{path}"], ["bench", "{path}", "--target", "{target}"]])

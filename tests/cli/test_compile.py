@@ -50,7 +50,7 @@ def test_the_manifest_tells_recipe_and_plan(cli, artifact, plain, files):
 def test_without_a_recipe_the_model_stays_float(cli, plain, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     text = cli.ok("compile", plain, "--buckets", "batch=2", "--no-evaluate")
-    assert "the float model is compiled as it is" in text
+    assert "the float model is compiled unchanged" in text
     manifest = json.loads((tmp_path / "plain_model.lepton" / "manifest.json").read_text())
     assert (manifest["name"], manifest["recipe"], manifest["plan"]) == ("plain_model", None, None)
     assert manifest["buckets"] == {"batch": [2]}
@@ -113,7 +113,7 @@ def test_an_artifact_is_replaced_only_on_request(cli, plain, artifact, tmp_path)
     path = shutil.copytree(artifact, tmp_path / "there.lepton")
     before = (path / "manifest.json").read_bytes()
     line = cli.refused("compile", plain, "-o", path)
-    assert "exists already; give another --output, or --overwrite" in line
+    assert "exists; give another --output, or --overwrite" in line
     assert (path / "manifest.json").read_bytes() == before
     found = cli.json("compile", plain, "-o", path, "--overwrite", "--no-evaluate")
     assert found["weights_bytes_optimized"] == found["weights_bytes_float"]
@@ -124,7 +124,7 @@ def test_an_artifact_is_replaced_only_on_request(cli, plain, artifact, tmp_path)
 @pytest.mark.parametrize(
     ("changes", "before", "part"),
     [
-        ("buckets={}", "", "no sizes to compile for are given for dimension 'batch': add --buckets batch=1,8,32"),
+        ("buckets={}", "", "no sizes to compile for dimension 'batch': add --buckets batch=1,8,32"),
         ("buckets={'rows': (1,), 'batch': (1,)}", "", "buckets name 'rows'"),
         ("fn=mixes, calibration=None", "def mixes(weights, x): return fn(weights, x) - fn(weights, x).mean(0)[None]",
          "the rows along 'batch' see each other"),

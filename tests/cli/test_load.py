@@ -111,7 +111,7 @@ def test_sizes_of_dimensions_that_vary(cli):
     keeper = Keeper("int8", ("batch", "seq"), seq=(4, 8))
     with Server(keeper, Options(port=0)) as server:
         line = cli.refused("load", server.url, *SHORT)
-        assert "input 'x' is int8[?, ?]: say with --size" in line
+        assert "input 'x' is int8[?, ?]: set its variable dimensions with --size" in line
         for size in ("8", "x=8"):
             assert cli.json("load", server.url, "--size", size, *SHORT)["inputs"]["x"]["shape"] == [1, 8]
         assert keeper.last[0].shape[1] == 8
@@ -125,20 +125,20 @@ def test_sizes_of_dimensions_that_vary(cli):
         (["--rate", "1,x"], "from 1 to a million"),
         (["--rate", "1e7"], "from 1 to a million"),
         (["--connections", "1.5"], "from 1 to a million"),
-        (["--connections", "1", "--rate", "1"], "exclude each other"),
+        (["--connections", "1", "--rate", "1"], "not both"),
         (["--seconds", "0"], "seconds must be"),
         (["--warmup", "-1"], "warmup_s must be"),
         (["--timeout", "nan"], "timeout_s must be"),
         (["--rows", "0"], "--rows"),
         (["--size", "x"], "expected a size"),
         (["--input", "w=w.npy"], "w.npy"),
-        (["--input", "w.json"], "none of the model's: x, y"),
+        (["--input", "w.json"], "not an input of the model: x, y"),
         (["--input", "bad.json"], "is not int32"),
         (["--model", "other"], "unknown model"),
         (["--rows", "5000"], "5000"),
         (["--token-file", "nothing"], "token file 'nothing' cannot be read"),
         (["--tls-ca", "ca.pem"], "not https"),
-        (["--plot", "no/folder.svg"], "there is no folder"),
+        (["--plot", "no/folder.svg"], "the folder"),
     ],
 )
 def test_what_cannot_be_done_is_one_line(cli, url, tmp_path, monkeypatch, args, part):

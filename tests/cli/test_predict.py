@@ -73,8 +73,8 @@ def test_no_rows_give_no_rows(cli, artifact, save):
         ("{", "stdin: not JSON"),
         ("[1]", "expected a JSON object such as {'image': [[0, 1]]}, got a list"),
         ('{"x": [[NaN]]}', "NaN is not JSON"),
-        ('{"x": [[1e39, 0]]}', "input 'x' holds 1e+39, which float32 cannot"),
-        ('{"x": [[1e999]]}', "input 'x' holds inf, which float32 cannot"),
+        ('{"x": [[1e39, 0]]}', "input 'x' holds 1e+39, which float32 cannot represent"),
+        ('{"x": [[1e999]]}', "input 'x' holds inf, which float32 cannot represent"),
         ('{"x": [[1, 2], [3]]}', "input 'x' is not a nested list of numbers"),
         ('{"x": [["a"]]}', "input 'x' is not a nested list of numbers"),
         ('{"x": {"y": 1}}', "input 'x' is not a nested list of numbers"),
@@ -109,7 +109,7 @@ def test_npy_that_is_no_input(cli, artifact, save, tmp_path):
     assert "'x' is given twice" in cli.refused("predict", artifact, "--input", f"x={fine}", "--input", f"x={fine}")
     assert "expected NAME=FILE.npy" in cli.refused("predict", artifact, "--input", fine)
     np.savez(tmp_path / "x.npz", x=x)
-    assert "names its arrays itself" in cli.refused("predict", artifact, "--input", f"x={tmp_path / 'x.npz'}")
+    assert "whose arrays have names already" in cli.refused("predict", artifact, "--input", f"x={tmp_path / 'x.npz'}")
 
 
 def test_outputs_that_cannot_be_written_leave_nothing(cli, artifact, save, tmp_path):

@@ -29,7 +29,7 @@ def test_a_preset_printed_is_a_recipe_file(cli, plain, tmp_path):
 
 
 def test_recipes_refuses_a_name_that_is_none(cli):
-    assert "'int7': no such preset; there are codebook16" in cli.refused("recipes", "int7")
+    assert "'int7': no such preset; the presets are codebook16" in cli.refused("recipes", "int7")
 
 
 def test_plan_has_the_right_figures(cli, plain, files):

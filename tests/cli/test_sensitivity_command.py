@@ -35,7 +35,7 @@ def test_the_table(cli, plain, files):
     assert "the most sensitive" in text
     assert ("hidden" in text) != ("head" in text)
     assert "all together" in text
-    assert "1 less sensitive ones are not shown." in text
+    assert "1 less sensitive weights are not shown." in text
     assert "The rule: int8 weights, int8 activations dynamic." in text
 
 
@@ -67,8 +67,8 @@ def test_without_evaluate_and_calibration(cli, variant):
         (["--recipe", "prune50"], "recipe 'prune50' quantizes no weight"),
         (["--metric", "accuracy"], "no metric 'accuracy': evaluate gives mean, largest"),
         (["--top", "0"], "--top"),
-        (["-o", "nowhere/a.json"], "nowhere/a.json: there is no folder"),
-        (["--plot", "nowhere/a.png"], "a.png: there is no folder"),
+        (["-o", "nowhere/a.json"], "nowhere/a.json: the folder"),
+        (["--plot", "nowhere/a.png"], "a.png: the folder"),
     ],
 )
 def test_what_cannot_be_done(cli, plain, args, part, monkeypatch):

@@ -740,7 +740,7 @@ def test_weights_stay_on_their_devices():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({}, "takes one of sparsity, flops, bytes, latency_ms; none given"),
+        ({}, "takes exactly one of sparsity, flops, bytes, latency_ms; none given"),
         ({"sparsity": 0.5, "flops": 0.5}, "sparsity and flops given"),
         ({"sparsity": 1.0}, r"sparsity = 1.0 is not in \[0, 1\): at least one unit"),
         ({"flops": 0.0}, r"flops = 0.0 is not in \(0, 1\]"),

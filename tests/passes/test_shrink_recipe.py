@@ -55,7 +55,7 @@ def test_calibration_reaches_the_ranking():
 @pytest.mark.parametrize(
     ("shrink", "message"),
     [
-        ("", "recipe 'mine': shrink takes one of sparsity, flops, bytes, latency_ms; none given"),
+        ("", "recipe 'mine': shrink takes exactly one of sparsity, flops, bytes, latency_ms; none given"),
         ("sparsity = 0.5\nbytes = 0.5", "sparsity and bytes given"),
         ("flops = 1.5", "flops = 1.5 is not in"),
         ("flops = 0.5\nround_to = []", "recipe 'mine': shrink: round_to is an empty list"),
