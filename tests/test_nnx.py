@@ -103,7 +103,7 @@ class Late(nnx.Module):
     ],
 )
 def test_state_that_a_call_writes_is_refused_by_name(make, names):
-    with pytest.raises(ModelError, match=f"writes its state {names}, which a program does not keep"):
+    with pytest.raises(ModelError, match=f"writes its state {names}, but a program is stateless"):
         from_nnx(make(nnx.Rngs(0)), ROWS)
 
 

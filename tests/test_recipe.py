@@ -115,7 +115,10 @@ def test_what_is_not_a_recipe_file(kind, tmp_path):
         ('[[prune]]\nsites = ".*"\nsparsity = 0.5\npattern = "block:0x1"', "pattern"),
         ('[[prune]]\nsites = ".*"\nsparsity = 0.5\npattern = "row"', "pattern"),
         ('[[prune]]\nsites = ".*"\nsparsity = 0.5\nmethod = "wander"', "method"),
-        ('[[prune]]\nsites = ".*"\nsparsity = 0.5\nmethod = "deviation:1"', "method = 'deviation:1' determines the sparsity"),
+        (
+            '[[prune]]\nsites = ".*"\nsparsity = 0.5\nmethod = "deviation:1"',
+            "method = 'deviation:1' determines the sparsity",
+        ),
         ('[[prune]]\nsites = ".*"\nsparsity = 0.5\nmethod = "wanda"\ndistribution = "global"', "distribution"),
         ('[[prune]]\nsites = ".*"\nsparsity = 0.5\nmethod = "sparsegpt"\npattern = "channel"', "pattern"),
         ('[[prune]]\nsites = ".*"\nsparsity = 0.5\ndistribution = "layer"', "distribution"),

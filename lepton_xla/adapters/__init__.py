@@ -1,4 +1,4 @@
-"""What knows Flax: Linen and NNX modules become programs."""
+"""Converts Flax modules, Linen and NNX, to programs. Only this package knows Flax."""
 
 from lepton_xla.adapters.modules import from_linen, from_nnx
 

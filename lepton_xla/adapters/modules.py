@@ -1,4 +1,4 @@
-"""Programs of Flax modules, Linen and NNX: all that knows Flax."""
+"""Converts Flax modules, Linen and NNX, to programs."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def from_linen(
     method: str | None = None,
     **kwargs: Any,
 ) -> Program:
-    """Makes a `Program` of a Flax Linen module and its variables.
+    """Makes a `Program` from a Flax Linen module and its variables.
 
     Args:
         module: a `flax.linen.Module`.
@@ -44,12 +44,12 @@ def from_linen(
 
 
 def from_nnx(module: Any, inputs: Mapping[str, TensorSpec], *, method: str | None = None, **kwargs: Any) -> Program:
-    """Makes a `Program` of a Flax NNX module, whose state becomes the weights.
+    """Makes a `Program` from a Flax NNX module, whose state becomes the weights.
 
-    The module is put into inference mode (`module.eval()`) on a copy; the module given is not changed. A program keeps
-    nothing from one call to the next, so a module that writes state when it is called (`nnx.Cache`, a batch norm that
-    still trains, a counter) is refused. What it sows (`nnx.Intermediate`) is dropped. Streams of random numbers may be
-    advanced, as `nnx.split_rngs` does, as long as no output depends on them.
+    A copy of the module is put into inference mode (`module.eval()`); the given module is not changed. A program is
+    stateless, so a module that writes state when it is called (`nnx.Cache`, a batch norm in training mode, a counter)
+    is refused. Intermediates (`nnx.Intermediate`) are dropped. Random streams may advance, as `nnx.split_rngs` does, if
+    no output depends on them.
 
     Args:
         module: a `flax.nnx.Module`.
@@ -58,7 +58,7 @@ def from_nnx(module: Any, inputs: Mapping[str, TensorSpec], *, method: str | Non
         **kwargs: static keyword arguments for the call.
 
     Raises:
-        ModelError: as `trace`; for a call that writes state, with its name.
+        ModelError: as `trace`; or if a call writes state, with its name.
     """
     from flax import nnx
 
@@ -76,7 +76,7 @@ def from_nnx(module: Any, inputs: Mapping[str, TensorSpec], *, method: str | Non
     suspects: set[str] = set()
 
     def call(weights: Any, random: Any, *args: Any) -> tuple[Any, Any, Any]:
-        """The outputs, and the state after the call: what is no randomness, and what is."""
+        """Returns the outputs and the state after the call: first the non-random, then the random part."""
         state, streams = jax.tree.map(lambda leaf: leaf, (variables, rest))
         nnx.replace_by_pure_dict(state, weights)
         nnx.replace_by_pure_dict(streams, random)
@@ -100,7 +100,7 @@ def from_nnx(module: Any, inputs: Mapping[str, TensorSpec], *, method: str | Non
 
 
 def _refuse_written(call: Callable[..., Any], weights: Any, random: Any, inputs: Mapping[str, TensorSpec]) -> None:
-    """Raises `ModelError` for a call that writes state, or whose outputs depend on a random stream that it advances."""
+    """Raises `ModelError` if a call writes state, or if its outputs depend on a random stream that it advances."""
     trees = [jax.tree.structure(part) for part in (weights, random)]
     names = [list(name_leaves(part)) for part in (weights, random)]
     streams = set(names[1])
@@ -116,14 +116,14 @@ def _refuse_written(call: Callable[..., Any], weights: Any, random: Any, inputs:
     kept = [name for name in changed if name not in streams]
     if kept:
         raise ModelError(
-            f"calling the module writes its state {some_names(map(repr, kept))}, which a program does not keep from "
-            f"one call to the next; hand it in as an input and back as an output"
+            f"calling the module writes its state {some_names(map(repr, kept))}, but a program is stateless; make the "
+            "state an input and an output"
         )
     drawn = [name for name in read if name in streams]
     if drawn:
         raise ModelError(
-            f"the outputs depend on random numbers from {some_names(map(repr, drawn))}, which every call of a program "
-            f"would draw alike; make them, or their key, an input"
+            f"the outputs depend on random numbers from {some_names(map(repr, drawn))}, which would be the same in "
+            "every call of a program; make them, or their key, an input"
         )
 
 

@@ -1,4 +1,4 @@
-"""Levels that are learned from the values they stand for: one-dimensional k-means, on the device.
+"""Learned codebooks: one-dimensional k-means, on the device.
 
 Han, Mao, Dally 2016, Deep Compression, arXiv:1510.00149, section 3: linear initialization, since few large weights
 matter more than many small ones, then Lloyd's iterations.
@@ -13,14 +13,14 @@ import jax.numpy as jnp
 from jax import lax
 
 MAX_ITERATIONS = 50
-# Levels that all move less than this share of the values' range have settled.
+# Iterations stop when no level moves by more than this share of the values' range.
 SETTLED = 1e-5
 # Up to this many levels, comparing with every boundary is faster than searching.
 _COMPARE_ALL = 16
 
 
 def nearest_level(values: jax.Array, levels: jax.Array) -> jax.Array:
-    """Index of the level nearest to each value, the lower one of two that are equally near.
+    """Index of the level nearest to each value; the lower one in a tie.
 
     Args:
         values: float32, any shape.
@@ -29,7 +29,7 @@ def nearest_level(values: jax.Array, levels: jax.Array) -> jax.Array:
     Returns:
         int32 of the values' shape.
     """
-    halves = levels * 0.5  # halved first, so that no sum overflows
+    halves = levels * 0.5  # halved first, so that the sum cannot overflow
     boundaries = halves[1:] + halves[:-1]
     method = "compare_all" if levels.shape[0] <= _COMPARE_ALL else "scan_unrolled"
     return jnp.searchsorted(boundaries, values, method=method)
@@ -37,15 +37,15 @@ def nearest_level(values: jax.Array, levels: jax.Array) -> jax.Array:
 
 @functools.partial(jax.jit, static_argnums=1)
 def learn_levels(values: jax.Array, count: int) -> jax.Array:
-    """The levels that minimize the squared error of rounding to them, as far as Lloyd's iterations find them.
+    """Finds levels with a small squared rounding error, by Lloyd's iterations.
 
     Args:
         values: float32 [n], n >= 1, finite.
-        count: how many levels, at least 2.
+        count: number of levels, at least 2.
 
     Returns:
-        float32 [count], ascending. If any value is exactly zero, so is one level, and zeros keep it: a pruned weight
-        stays pruned.
+        float32 [count], ascending. If any value is exactly zero, one level is too and stays so: pruned weights stay
+            pruned.
     """
     values = lax.stop_gradient(values)
     low, high = jnp.min(values), jnp.max(values)
@@ -60,7 +60,7 @@ def learn_levels(values: jax.Array, count: int) -> jax.Array:
     def iterate(state: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
         step, levels, _ = state
         nearest = nearest_level(values, levels)
-        # Sums of differences from the level stay small, so that float32 does not lose the last values of many.
+        # Sum differences from the level instead of values: the sums stay small, so float32 loses no precision.
         away = jnp.zeros(count, jnp.float32).at[nearest].add(values - levels[nearest])
         members = jnp.zeros(count, jnp.int32).at[nearest].add(1)
         shift = away / jnp.maximum(members, 1).astype(jnp.float32)
@@ -68,4 +68,4 @@ def learn_levels(values: jax.Array, count: int) -> jax.Array:
         return step + 1, levels + shift, jnp.max(jnp.abs(shift))
 
     _, levels, _ = lax.while_loop(going, iterate, (jnp.int32(0), levels, high - low))
-    return jnp.sort(levels)  # they are in order but for rounding
+    return jnp.sort(levels)  # already ascending, except for rounding

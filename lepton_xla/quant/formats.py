@@ -9,8 +9,8 @@ import jax.numpy as jnp
 
 type Kind = Literal["int", "affine", "float", "codebook"]
 
-# The 16 levels of NF4: quantiles of a normal distribution, zero and both ends among them.
-# Dettmers et al. 2023, QLoRA, arXiv:2305.14314, appendix E.
+# The 16 levels of NF4: quantiles of a normal distribution, including zero and both ends. Dettmers et al. 2023, QLoRA,
+# arXiv:2305.14314, appendix E.
 NF4_LEVELS = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
     -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
@@ -20,17 +20,17 @@ NF4_LEVELS = (
 
 @dataclasses.dataclass(frozen=True)
 class Format:
-    """How one number is stored.
+    """A number format.
 
     Attributes:
-        name: as recipes spell it.
-        kind: what a code stands for. `int`: code * scale. `affine`: (code - zero point) * scale. `float`: a small float
-            times the scale. `codebook`: level[code] * scale.
-        bits: bits of one code.
-        lowest: the smallest code, or what it stands for at a scale of one.
-        largest: the largest likewise; what the largest magnitude of a block is mapped to.
-        dtype: the dtype of one code. Codes of fewer than eight bits are packed into `uint8` where they are stored.
-        levels: the levels of a codebook that is the same for all weights; empty for one that is learned.
+        name: the name in recipes.
+        kind: the value of a code. `int`: code * scale; `affine`: (code - zero_point) * scale; `float`: small_float *
+            scale; `codebook`: level[code] * scale.
+        bits: bits per code.
+        lowest: the smallest code, or its value at scale 1.
+        largest: the largest code, or its value at scale 1; an absmax scale maps the largest magnitude to it.
+        dtype: dtype of a code. Codes of fewer than eight bits are packed into `uint8` for storage.
+        levels: levels of a codebook that all weights share; empty for a learned one.
     """
 
     name: str
@@ -43,7 +43,7 @@ class Format:
 
     @property
     def per_byte(self) -> int:
-        """How many codes are stored in a byte: 1, 2, 4 or 8."""
+        """Number of codes per byte: 1, 2, 4 or 8."""
         return max(count for count in (1, 2, 4, 8) if count * self.bits <= 8)
 
     @property
@@ -53,14 +53,14 @@ class Format:
 
     @property
     def symmetric(self) -> bool:
-        """Whether the negative of what a code stands for is that of another code."""
+        """Whether the negative of every value is a value too."""
         if self.levels:
             return self.levels == tuple(-level for level in reversed(self.levels))
         return self.lowest == -self.largest
 
     @property
     def integer(self) -> bool:
-        """Whether codes are integers proportional to values, as integer products need them."""
+        """Whether values are proportional to integer codes, as integer products require."""
         return self.kind == "int"
 
 
@@ -68,7 +68,7 @@ def _formats() -> dict[str, Format]:
     int8, uint8 = jnp.dtype("int8"), jnp.dtype("uint8")
     made = [
         Format("int8", "int", 8, -127, 127, int8),
-        # A scale that covers the range leaves -8 unused; one code of sixteen is worth having to a scale that does not.
+        # An absmax scale leaves -8 unused, but a searched scale profits from the sixteenth code.
         Format("int4", "int", 4, -8, 7, int8),
         Format("uint8", "affine", 8, 0, 255, uint8),
         Format("uint4", "affine", 4, 0, 15, uint8),

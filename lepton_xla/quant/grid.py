@@ -1,7 +1,7 @@
-"""Where the values lie that a format can hold: scales, zero points and levels, and rounding to them.
+"""Quantization grids: scales, zero points and levels, and rounding to them.
 
-One rounding rule is used everywhere, in training, calibration and the lowered program: nearest code, ties to even,
-saturating. So a fake-quantized and a lowered model differ by float rounding of their products only.
+Training, calibration and the quantized program share one rounding rule: nearest code, ties to even, saturating. So a
+fake-quantized and a quantized model differ only by float rounding of their products.
 """
 
 from __future__ import annotations
@@ -20,17 +20,16 @@ from lepton_xla.errors import RecipeError
 from lepton_xla.quant.codebook import learn_levels, nearest_level
 from lepton_xla.quant.formats import Format
 
-# What `mse` tries: scales as shares of the one that covers the range, 1.1 (in small groups chance decides) to 0.05.
-# At four bits the error is within 0.3 % of that of 1200 shares.
+# Candidates of the `mse` search: scales as fractions of the absmax scale, from 1.1 (better for some small groups) to
+# 0.05. At four bits the error is within 0.3 % of that of 1200 candidates.
 SHARES = np.linspace(1.05, 0.22, 48, dtype=np.float32) ** 2
-# Of an affine format, also how much of what a smaller scale does not reach is left out at the lower end.
+# For affine formats, also the share of the uncovered range that is cut off at the lower end.
 LOWER_SHARES = np.linspace(0, 1, 5, dtype=np.float32)
-# How often the best scale is then fitted to its own codes.
+# Number of least-squares fits of the best scale to its codes.
 FITS = 3
 
 _TINY = np.finfo(np.float32).tiny
-# What a grid covers at most: twice as much is a number still, so that the last code is, whatever rounding and a search
-# for scales make of it.
+# Clip at half of the largest float, so that the last code stays finite under any rounding and searched scale.
 _COVERED = np.float32(np.finfo(np.float32).max / 2)
 _BFLOAT16_MAX = np.float32(jnp.finfo(jnp.bfloat16).max)
 
@@ -38,12 +37,13 @@ _BFLOAT16_MAX = np.float32(jnp.finfo(jnp.bfloat16).max)
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Grid:
-    """What the codes of a matrix [..., K, N] stand for.
+    """The grid of a matrix [..., K, N]: `value[k, n] = scale[g, n] * (code[k, n] - zero_point[g, n])`, `g = k // (K //
+    G)`.
 
     Attributes:
         scale: float32, or bfloat16 for groups: [..., G, N], one for each of G groups of rows; [..., 1, 1] for one. It
-            may be negative where a format reaches further below zero than above.
-        zero_point: uint8 like `scale`, the code of zero, for affine formats; else None.
+            may be negative if the format reaches further below zero than above.
+        zero_point: uint8, the code of zero, shaped like `scale`, for affine formats; else None.
         codebook: float32 [..., levels], ascending, for learned formats; else None.
     """
 
@@ -53,16 +53,16 @@ class Grid:
 
 
 def group_size(granularity: str) -> int:
-    """Rows that share a scale for `group:g`, else 0."""
+    """g for `group:g`, the number of rows that share a scale; else 0."""
     return int(granularity.removeprefix("group:")) if granularity.startswith("group:") else 0
 
 
 def nearest_group(rows: int, size: int) -> int:
-    """The size of groups of about `size` that divides `rows`.
+    """Finds a group size near `size` that divides `rows`.
 
-    The largest divisor from 5/8 of `size` up to it; else the smallest above it; else all rows. Smaller groups would
-    need more scales than asked for: at four bits and a size of 64, codes and scales take at most 0.1375 of float32's
-    bytes, of any number of rows that is at least 40 and even.
+    It is the largest divisor from 5/8 of `size` up to `size`, else the smallest above, else `rows`. Smaller groups
+    would need more scales than requested: at four bits and size 64, codes and scales take at most 0.1375 of float32's
+    bytes for every even number of rows from 40 on.
 
     >>> [nearest_group(rows, 64) for rows in (768, 784, 400, 300, 25, 134, 1009)]
     [64, 56, 50, 60, 25, 67, 1009]
@@ -74,34 +74,35 @@ def nearest_group(rows: int, size: int) -> int:
 
 
 def magnitude(array: jax.Array, axes: Sequence[int] | None) -> jax.Array:
-    """Largest absolute value along `axes` (all of them for None), kept as size 1."""
+    """Largest absolute value along `axes` (None: all axes), which are kept with size 1."""
     return jnp.max(jnp.abs(array), axis=None if axes is None else tuple(axes), keepdims=True, initial=0)
 
 
 def absmax_scale(absmax: jax.Array, target: Format) -> jax.Array:
-    """Scale that maps `absmax` onto the largest code.
+    """The scale that maps `absmax` onto the largest code.
 
     Args:
-        absmax: largest magnitude of what shares a scale, any shape, float, not negative.
+        absmax: largest magnitude of the values that share a scale, any shape, float, not negative.
         target: the format.
 
     Returns:
-        float32 of the same shape: never zero or subnormal, and finite where `absmax` is; 1 where that is 0. A NaN stays
-        one, so that it shows in the result.
+        float32 of the same shape: never zero or subnormal, finite where `absmax` is, 1 where it is 0. NaN stays NaN, so
+            that it shows in the result.
     """
-    # XLA divides by a constant as it likes; multiplying is the same number in every program.
+    # XLA may rewrite a division by a constant; a multiplication gives the same number in every program.
     return _usable(absmax.astype(jnp.float32) * np.float32(1 / target.largest))
 
 
 def settle(scale: jax.Array, granularity: str) -> jax.Array:
-    """A scale as it is stored, still float32 and differentiable: normal, and of bfloat16's precision for groups.
+    """Rounds a scale to what can be stored: normal, and with bfloat16's precision for groups. Stays float32 and
+    differentiable.
 
-    Groups have many scales: at float32 they would be an eighth of the bytes of 4-bit codes in groups of 64.
+    Groups have many scales; in float32 they would take an eighth of the bytes of 4-bit codes in groups of 64.
     """
     scale = scale.astype(jnp.float32)
     size = jnp.maximum(jnp.abs(scale), _TINY)
     if group_size(granularity):
-        # Not a cast there and back, which XLA may drop.
+        # Not two casts, which XLA may remove.
         size = lax.reduce_precision(jnp.minimum(size, _BFLOAT16_MAX), exponent_bits=8, mantissa_bits=7)
     return jnp.where(scale < 0, -size, size)
 
@@ -116,17 +117,16 @@ def make_grid(
     zero_point: jax.Array | None = None,
     codebook: jax.Array | None = None,
 ) -> Grid:
-    """The grid for a matrix, in the parts that are not given.
+    """Makes the grid for a matrix; parts that are given are used as they are.
 
     Args:
-        matrix: float [..., K, N]; leading axes have grids of their own. Magnitudes above half of float32's largest
-            saturate, so that no code stands for infinity.
+        matrix: float [..., K, N]; each index of the leading axes has its own grid. Magnitudes above half of the largest
+            float32 saturate, so that no code stands for infinity.
         target: the format.
-        granularity: `channel`: a scale for each of the N columns; `tensor`: one; `group:g`: one for each g rows of
-            each column.
-        weight_range: `absmax` covers the whole range; `mse` searches the scale, and zero point, of the smallest
-            squared error of rounding and saturation. Learned levels have that of themselves.
-        scale: [..., G, N] or [..., 1, 1], where something else has found one.
+        granularity: `channel`: one scale per column; `tensor`: one scale; `group:g`: one per g rows of each column.
+        weight_range: `absmax` covers the whole range; `mse` searches for the scale (and zero point) with the smallest
+            squared error of rounding and saturation. Learned levels minimize it anyway.
+        scale: [..., G, N] or [..., 1, 1], if another pass has found one.
         zero_point: likewise, for affine formats; needs `scale`.
         codebook: likewise [..., levels], for learned formats, in any order.
 
@@ -139,7 +139,7 @@ def make_grid(
     if scale is None and target.kind == "affine":
         low = jnp.min(blocks, axes, keepdims=True, initial=0)
         high = jnp.max(blocks, axes, keepdims=True, initial=0)
-        # Halves are exact and never overflow: one rounding, the same however a compiler fuses it.
+        # Halving is exact and avoids overflow: a single rounding, however a compiler fuses it.
         block_scale = settle(_usable((high * 0.5 - low * 0.5) * np.float32(2 / target.largest)), granularity)
         zero_point = jnp.clip(jnp.round(-low / block_scale), 0, target.largest).astype(target.dtype)
     elif scale is None:
@@ -155,7 +155,7 @@ def make_grid(
         levels = jax.vmap(lambda part: learn_levels(part, 2**target.bits))(scaled)
         codebook = levels.reshape((*lead, -1))
     elif codebook is not None:
-        # Trained levels may pass each other. The one that is zero, as pruned weights are, has no gradient and stays.
+        # Trained levels may change their order. A level of zero (for pruned weights) has no gradient and stays zero.
         codebook = jnp.sort(jnp.where(codebook == 0, jnp.zeros_like(codebook), codebook))
     stored = block_scale[..., :, 0, :].astype(jnp.bfloat16 if group_size(granularity) else jnp.float32)
     if target.kind == "affine":
@@ -172,21 +172,21 @@ type _Choice = tuple[jax.Array, jax.Array, jax.Array | None]
 def _least_error(
     blocks: jax.Array, scale: jax.Array, zero_point: jax.Array | None, target: Format, granularity: str
 ) -> tuple[jax.Array, jax.Array | None]:
-    """The scale and zero point of the smallest squared error of rounding and saturation, as far as a search finds them.
+    """Searches for the scale and zero point with the smallest squared error of rounding and saturation.
 
-    Shares of the scale that covers the range are tried (Choukroun et al. 2019, arXiv:1902.06822, section 3); then the
-    best is fitted to its codes by least squares, and its codes to it, a few times. Errors are of values as they will be
-    stored, with a scale that is rounded already, so that none is larger than that of the scale given.
+    Tries fractions of the covering scale (Choukroun et al. 2019, arXiv:1902.06822, section 3), then alternates a few
+    times between fitting the scale to its codes by least squares and rounding to it. Errors are measured with the scale
+    as it will be stored, so the result is never worse than the given scale.
 
     Args:
         blocks: float32 [..., G, K / G, N].
         scale: [..., G, 1, N] or [..., 1, 1, 1], settled.
         zero_point: likewise, for affine formats.
         target: a format whose levels are not learned.
-        granularity: tells what shares a scale, and how a scale is stored.
+        granularity: determines which values share a scale, and how the scale is stored.
     """
     axes = _shared_axes(granularity)
-    unit = jnp.abs(scale)  # all sums are in it, so that none overflows or vanishes
+    unit = jnp.abs(scale)  # sums are in this unit, so that none overflows or underflows
     zero = None if zero_point is None else zero_point.astype(jnp.float32)
     below = -jnp.min(blocks, axes, keepdims=True, initial=0)
 
@@ -220,12 +220,12 @@ def _least_error(
 
 
 def matrix_codes(matrix: jax.Array, grid: Grid, target: Format) -> jax.Array:
-    """Codes of a matrix [..., K, N] on a grid, not yet packed."""
+    """Rounds a matrix [..., K, N] to codes on a grid; the codes are not packed."""
     return _by_blocks(encode, matrix, grid, target)
 
 
 def matrix_values(codes: jax.Array, grid: Grid, target: Format) -> jax.Array:
-    """The float32 matrix [..., K, N] that codes stand for."""
+    """Dequantizes codes to a float32 matrix [..., K, N]."""
     return _by_blocks(decode, codes, grid, target)
 
 
@@ -236,7 +236,7 @@ def encode(
     zero_point: jax.Array | None = None,
     codebook: jax.Array | None = None,
 ) -> jax.Array:
-    """Codes of `array`, saturating.
+    """Rounds `array` to codes, saturating.
 
     Args:
         array: float, any shape.
@@ -273,7 +273,7 @@ def decode(
     zero_point: jax.Array | None = None,
     codebook: jax.Array | None = None,
 ) -> jax.Array:
-    """The float32 values that codes stand for; arguments as `encode`'s."""
+    """Dequantizes codes to float32; the arguments are those of `encode`."""
     scale = scale.astype(jnp.float32)
     if target.kind == "affine":
         assert zero_point is not None
@@ -290,7 +290,7 @@ def decode(
 
 
 def as_blocks(matrix: jax.Array, groups: int) -> jax.Array:
-    """[..., K, N] as [..., G, K / G, N]."""
+    """Reshapes [..., K, N] to [..., G, K / G, N]."""
     *lead, rows, columns = matrix.shape
     return matrix.reshape((*lead, groups, rows // groups, columns))
 
@@ -309,10 +309,10 @@ def _shared_axes(granularity: str) -> tuple[int, ...]:
 def _group_count(rows: int, granularity: str) -> int:
     size = group_size(granularity)
     if size and rows % size:
-        raise RecipeError(f"granularity = 'group:{size}' does not divide the {rows} rows that are summed over")
+        raise RecipeError(f"granularity = 'group:{size}' does not divide the {rows} rows of the contracted dimension")
     return rows // size if size else 1
 
 
 def _usable(scale: jax.Array) -> jax.Array:
-    """1 in the place of zero, and never less than the smallest normal number; a NaN stays one."""
+    """Replaces zero by 1 and subnormals by the smallest normal number; NaN stays NaN."""
     return jnp.where(scale == 0, jnp.float32(1), jnp.maximum(scale, _TINY))

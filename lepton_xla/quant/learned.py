@@ -1,4 +1,4 @@
-"""Rounding for training: to a scale that is trained itself, and at random."""
+"""Rounding for training: with learned scales (LSQ), and stochastic."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from lepton_xla.quant.formats import Format
 from lepton_xla.quant.grid import as_blocks, decode, group_size, settle
 from lepton_xla.quant.qtensor import straight_through
 
-# Begins the name of a part that is given by its logarithm, to base 2.
+# Prefix of the names of parts that are given as logarithms to base 2.
 LOG2 = "log2_"
 SCALE_PARTS = ("scale", "zero_point", "codebook", "activation", LOG2 + "scale", LOG2 + "activation")
 
 
 def initial_scale(matrix: jax.Array, target: Format, granularity: str) -> jax.Array:
-    """Where training of a step size begins: 2 mean(|w|) / sqrt(largest code) (LSQ, arXiv:1902.08153, section 2.1).
+    """Initial value of a learned step size: 2 mean(|w|) / sqrt(largest code) (LSQ, arXiv:1902.08153, section 2.1).
 
     Args:
         matrix: float [..., K, N].
@@ -39,17 +39,16 @@ def initial_scale(matrix: jax.Array, target: Format, granularity: str) -> jax.Ar
 
 
 def raw_scales(scales: Mapping[str, Mapping[str, jax.Array]] | None) -> dict[str, dict[str, jax.Array]]:
-    """Scales as they are, of some that may be given by their logarithms.
+    """Converts scales that are given as logarithms to plain scales.
 
     Args:
-        scales: name -> part -> array. A part whose name begins with `log2_` is the logarithm, to base 2, of the part
-            without it.
+        scales: name -> part -> array. A part named `log2_x` is the logarithm, to base 2, of the part `x`.
 
     Returns:
-        The same without logarithms; empty for None.
+        The scales without logarithms; empty for None.
 
     Raises:
-        ModelError: if a part is unknown, or there both as it is and as a logarithm.
+        ModelError: if a part is unknown, or is given both plainly and as a logarithm.
     """
     raw: dict[str, dict[str, jax.Array]] = {}
     for name, parts in (scales or {}).items():
@@ -71,19 +70,19 @@ def learned_quantize(
     shared: int,
     zero_point: jax.Array | None = None,
 ) -> jax.Array:
-    """What codes stand for, at a scale that gets a gradient (Learned Step Size Quantization, arXiv:1902.08153).
+    """Dequantizes codes with a gradient for the scale (Learned Step Size Quantization, arXiv:1902.08153).
 
     Args:
         array: float, any shape.
-        codes: what `encode` gives for it at this scale.
+        codes: `encode(array, scale, target, zero_point)`.
         scale: float32, broadcastable to `array`.
         target: an integer or affine format.
-        shared: how many elements share one scale: its gradient is multiplied by 1 / sqrt(shared * largest code), which
-            balances its steps with those of the weights (section 2.2).
+        shared: number of elements that share a scale. Its gradient is multiplied by 1 / sqrt(shared * largest code),
+            which balances its steps with those of the weights (section 2.2).
         zero_point: broadcastable to `array`, for affine formats.
 
     Returns:
-        Exactly what `decode` gives, in the array's dtype.
+        Exactly the values of `decode`, in the array's dtype.
     """
     factor = np.float32(1 / math.sqrt(max(shared, 1) * _largest(target)))
     fixed = lax.stop_gradient(scale)
@@ -91,7 +90,7 @@ def learned_quantize(
     exact = array.astype(jnp.float32)
     position = lax.stop_gradient(exact) / fixed
     within = (position >= target.lowest - zero) & (position <= target.largest - zero)
-    # Inside, the step's gradient is the rounding error; what saturates has that of the last code.
+    # The gradient of the step is the rounding error inside the range, and the last code where a value saturates.
     error = codes.astype(jnp.float32) - zero - jnp.where(within, position, jnp.zeros_like(position))
     moving = error * (scale * factor)
     value = straight_through(exact, decode(codes, fixed, target, zero_point), within)
@@ -101,10 +100,10 @@ def learned_quantize(
 def stochastic_quantize(
     array: jax.Array, scale: jax.Array, target: Format, key: jax.Array, zero_point: jax.Array | None = None
 ) -> jax.Array:
-    """Rounds up or down at random, so that the mean over keys is the value itself (Gupta 2015, arXiv:1502.02551).
+    """Rounds stochastically: the mean over keys is the value itself (Gupta 2015, arXiv:1502.02551).
 
     Args:
-        array: float, any shape. Zeros, and values on a code, stay what they are.
+        array: float, any shape. Zeros and values that are on a code stay unchanged.
         scale: float32, broadcastable to `array`.
         target: an integer or affine format.
         key: a `jax.random` key.
@@ -127,5 +126,7 @@ def stochastic_quantize(
 
 def _largest(target: Format) -> float:
     if target.kind not in ("int", "affine"):
-        raise UnsupportedError(f"{target.name} has no steps of one size; train scales, or round at random, in integers")
+        raise UnsupportedError(
+            f"{target.name} has no uniform step; learned scales and stochastic rounding need an integer format"
+        )
     return target.largest

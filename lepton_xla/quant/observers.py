@@ -1,10 +1,9 @@
-"""Range estimators: how large the magnitudes are that a static scale should cover, judged from data.
+"""Range estimators: choose from data the magnitude that a static scale covers.
 
-What is seen is counted on the device, in a histogram of magnitudes with a fixed number of bins. Its range is a power of
-two, so that a range found too small later is doubled by merging neighbouring bins, exactly as if it had been that large
-from the start: one pass over the data is enough. Which bin a value falls into is decided on the bits of its float32, so
-that counts are the same on every platform, whatever it does to subnormal numbers. The range is then chosen on the host,
-in float64.
+Magnitudes are counted on the device, in a histogram with a fixed number of bins. Its range is a power of two. If it
+turns out too small, merging neighbouring bins doubles it, with the same counts as if it had been that large from the
+start; so one pass over the data suffices. A value's bin follows from the bits of its float32, so counts are equal on
+every platform, however it treats subnormal numbers. The range is then chosen on the host, in float64.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ _FRACTION = (1 << _FRACTION_BITS) - 1
 _LEADING_ONE = 1 << _FRACTION_BITS
 _MAGNITUDE = 0x7FFFFFFF
 
-# Two divergences that differ by less are equal: what is left is rounding.
+# Divergences that differ by less count as equal; the rest is rounding.
 _TIE = 1e-12
 
 
@@ -37,7 +36,7 @@ _TIE = 1e-12
 
 
 def magnitude_bits(array: jax.Array) -> jax.Array:
-    """The bits of the float32 magnitudes of an array, int32, same shape: in the order of the magnitudes, NaN last."""
+    """Bits of the float32 magnitudes, int32, same shape. They sort like the magnitudes, NaN last."""
     return lax.bitcast_convert_type(array.astype(jnp.float32), jnp.int32) & _MAGNITUDE
 
 
@@ -47,7 +46,7 @@ def largest_bits(array: jax.Array) -> jax.Array:
 
 
 def level_of(bits: jax.Array | np.ndarray) -> jax.Array | np.ndarray:
-    """The level of the smallest histogram that holds a magnitude: level `n` reaches up to 2**(n - 126), exclusive."""
+    """Level of the smallest histogram that holds a magnitude; level `n` covers magnitudes below 2**(n - 126)."""
     return bits >> _FRACTION_BITS
 
 
@@ -59,22 +58,22 @@ def count(array: jax.Array, level: jax.Array) -> jax.Array:
 
     Args:
         array: float array, any shape.
-        level: int32 scalar; the histogram's range is 2**(level - 126). What lies above is counted in the last bin.
+        level: int32 scalar; the histogram's range is 2**(level - 126). Larger magnitudes are counted in the last bin.
 
     Returns:
-        uint32[1 + BINS]: how many elements are exactly zero, then how many are in each of the bins of equal width.
+        uint32[1 + BINS]: number of elements that are exactly zero, then the count of each bin. Bins have equal width.
     """
     bits = magnitude_bits(array)
     exponent = bits >> _FRACTION_BITS
     mantissa = (bits & _FRACTION) | jnp.where(exponent > 0, _LEADING_ONE, 0)
-    # A value is mantissa * 2**(exponent - 150); a bin's width is 2**(level - 126 - BINS_LOG2).
+    # value = mantissa * 2**(exponent - 150); bin width = 2**(level - 126 - BINS_LOG2).
     shift = jnp.clip(24 - BINS_LOG2 + level - jnp.maximum(exponent, 1), 0, 31)
     index = jnp.where(bits == 0, 0, 1 + jnp.minimum(lax.shift_right_logical(mantissa, shift), BINS - 1))
     return jnp.zeros(1 + BINS, jnp.uint32).at[index].add(jnp.uint32(1), out_sharding=_whole(array))
 
 
 def _whole(array: jax.Array) -> jax.sharding.NamedSharding | None:
-    """Where the array's mesh has explicit axes, the sharding of a result that every device has; else None."""
+    """The sharding of a replicated result if the array's mesh has explicit axes; else None."""
     mesh = jax.typeof(array).sharding.mesh
     explicit = jax.sharding.AxisType.Explicit in (mesh.axis_types or ())
     return jax.sharding.NamedSharding(mesh, jax.P()) if explicit else None
@@ -85,12 +84,12 @@ def _whole(array: jax.Array) -> jax.sharding.NamedSharding | None:
 
 @dataclasses.dataclass(frozen=True)
 class Histogram:
-    """Magnitudes seen.
+    """A histogram of magnitudes.
 
     Attributes:
         level: the range is 2**(level - 126).
-        zeros: how many elements were exactly zero.
-        counts: int64[BINS], how many others were in each bin.
+        zeros: number of elements that are exactly zero.
+        counts: int64[BINS], number of other elements per bin.
         absmax: the largest magnitude.
     """
 
@@ -101,7 +100,7 @@ class Histogram:
 
     @classmethod
     def of_counts(cls, counted: np.ndarray, level: int, absmax: float) -> Histogram:
-        """From what `count` gave at a level."""
+        """Makes a histogram from the result of `count` at a level."""
         return cls(int(level), int(counted[0]), counted[1:].astype(np.int64), float(absmax))
 
     @property
@@ -111,12 +110,12 @@ class Histogram:
 
     @property
     def used(self) -> int:
-        """How many bins there are up to the last that is not empty."""
+        """Number of bins up to the last one that is not empty."""
         filled = np.flatnonzero(self.counts)
         return int(filled[-1]) + 1 if filled.size else 0
 
     def grown(self, level: int) -> Histogram:
-        """This histogram at a level that is not lower: each doubling of the range merges pairs of bins."""
+        """Returns the histogram at the same or a higher level; each doubling of the range merges pairs of bins."""
         counts = self.counts
         for _ in range(min(level - self.level, BINS_LOG2)):
             counts = np.concatenate([counts.reshape(-1, 2).sum(axis=1), np.zeros(BINS // 2, np.int64)])
@@ -129,10 +128,10 @@ class Histogram:
 
 
 def code_magnitudes(target: Format) -> np.ndarray:
-    """The magnitudes a symmetric format holds at a scale of 1, float64, ascending from 0.
+    """The magnitudes that a symmetric format represents at scale 1: float64, ascending from 0.
 
     Raises:
-        CalibrationError: for a format whose codes are neither integers nor the values of an eight-bit float.
+        CalibrationError: if the format is neither integer nor an eight-bit float.
     """
     dtype = jnp.dtype(target.dtype)
     if jnp.issubdtype(dtype, jnp.signedinteger):
@@ -144,13 +143,13 @@ def code_magnitudes(target: Format) -> np.ndarray:
 
 
 def mse_range(seen: Histogram, codes: np.ndarray) -> float:
-    """The range with the smallest mean squared error of rounding and saturation, of the bins' upper edges.
+    """The upper edge of a bin with the smallest mean squared error of rounding and saturation.
 
-    All of a bin's values count at its centre, so the choice is exact to within a bin.
+    Values count as the centre of their bin, so the choice is exact to within a bin.
 
     Args:
         seen: what the range is for, not all zero.
-        codes: as `code_magnitudes` gives them; the largest is mapped to the range.
+        codes: the result of `code_magnitudes`; the largest is mapped to the range.
 
     References:
         Nahshan et al., Loss aware post-training quantization, 2019, arXiv:1911.07190, section 3.
@@ -174,16 +173,16 @@ def _rounder(codes: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
 
 
 def entropy_range(seen: Histogram, levels: int) -> float:
-    """The range that loses the least information, by Kullback-Leibler divergence.
+    """The range with the smallest Kullback-Leibler divergence between values and codes.
 
-    For each number of bins kept, the reference is the distribution with what lies above added to the last bin; the
-    candidate is the distribution without that, its bins merged into `levels` groups, each group's mass spread evenly
-    over its bins that are not empty. Exact zeros, which every symmetric format holds, are left out of both. Of equally
-    good ranges the largest is taken.
+    For each number of kept bins, the reference is the distribution with everything above added to the last kept bin.
+    The candidate is the distribution without that, its bins merged into `levels` groups, and the mass of each group
+    spread evenly over its non-empty bins. Exact zeros, which every symmetric format represents, are excluded from both.
+    Ties go to the largest range.
 
     Args:
-        seen: what the range is for, not all zero.
-        levels: how many magnitudes the format tells apart: 128 for int8.
+        seen: the magnitudes, not all zero.
+        levels: number of magnitudes that the format distinguishes: 128 for int8.
 
     References:
         Migacz, 8-bit inference with TensorRT, GTC 2017.
@@ -196,7 +195,7 @@ def entropy_range(seen: Histogram, levels: int) -> float:
     mass, filled, ordered = (
         np.concatenate([[0.0], np.cumsum(part)]) for part in (counts, counts > 0, _times_log(counts))
     )
-    # Group g of `levels` has the bins b with floor(b * levels / kept) = g: those from ceil(g * kept / levels) on.
+    # Group g holds the bins b with floor(b * levels / kept) = g, which begin at ceil(g * kept / levels).
     edges = -(-np.arange(levels + 1) * kept[:, None] // levels)
     group_mass, group_filled = (np.diff(part[edges], axis=1) for part in (mass, filled))
     even = np.divide(group_mass, group_filled, out=np.ones_like(group_mass), where=group_filled > 0)
@@ -215,13 +214,13 @@ def _times_log(values: np.ndarray) -> np.ndarray:
 
 
 def percentile_range(seen: Histogram, percentile: float) -> float:
-    """The magnitude below which `percentile` per cent of all elements lie, zeros counted.
+    """The magnitude below which `percentile` per cent of all elements lie, zeros included.
 
-    It is that of the nearest element in the order of magnitudes, exact to within a bin.
+    Nearest rank, exact to within a bin.
 
     Args:
-        seen: what the range is for.
-        percentile: in (0, 100]; 100 is the largest magnitude, exactly.
+        seen: the magnitudes.
+        percentile: in (0, 100]; 100 is exactly the largest magnitude.
     """
     if percentile == 100:
         return seen.absmax
@@ -235,23 +234,23 @@ def percentile_range(seen: Histogram, percentile: float) -> float:
 
 
 def counts_needed(method: str) -> bool:
-    """Whether a way to take a range needs a histogram, and not only the largest magnitude."""
+    """Whether a method needs a histogram, and not only the largest magnitude."""
     return method not in ("absmax", "percentile:100")
 
 
 def estimate_range(method: str, seen: Histogram, target: Format) -> float:
-    """The range a recipe's `calibration` asks for.
+    """Computes the range by a recipe's `calibration` method.
 
     Args:
         method: `absmax`, `percentile:P`, `mse` or `entropy`.
-        seen: the magnitudes; `absmax` alone is enough where `counts_needed` says no.
-        target: the format that is to hold them.
+        seen: the magnitudes; only its `absmax` is used if `counts_needed(method)` is False.
+        target: the format of the codes.
 
     Returns:
-        The range; 0 where nothing but zeros was seen, or `percentile:P` falls on zeros.
+        The range; 0 if all values were zero, or `percentile:P` falls on zeros.
 
     Raises:
-        CalibrationError: for `mse` or `entropy` and a format it is not defined for.
+        CalibrationError: if `mse` or `entropy` is not defined for the format.
     """
     name, _, argument = method.partition(":")
     if seen.absmax == 0 or not np.isfinite(seen.absmax) or not counts_needed(method):
@@ -262,19 +261,19 @@ def estimate_range(method: str, seen: Histogram, target: Format) -> float:
         return mse_range(seen, code_magnitudes(target))
     assert name == "entropy"
     if not jnp.issubdtype(jnp.dtype(target.dtype), jnp.signedinteger):
-        raise CalibrationError(f"calibration = 'entropy' needs evenly spaced codes, which {target.name!r} has not")
+        raise CalibrationError(f"calibration = 'entropy' needs evenly spaced codes; those of {target.name!r} are not")
     return entropy_range(seen, int(target.largest) + 1)
 
 
 @dataclasses.dataclass(frozen=True)
 class Aggregate:
-    """Ranges of several batches as one.
+    """Combines the ranges of several batches into one.
 
     Attributes:
-        method: `max`, `mean`, or `ema:M`: `M` times what there is plus `1 - M` times the new one. A range of 0 says
-            nothing and changes nothing, so that a step no batch reaches keeps 0.
+        method: `max`, `mean`, or `ema:M`: `M * old + (1 - M) * new`. A range of 0 is ignored, so a scan step that no
+            batch reaches keeps 0.
         value: float64, the range so far, any shape.
-        number: how many ranges it is made of, same shape.
+        number: number of ranges combined so far, same shape.
     """
 
     method: str
@@ -287,8 +286,8 @@ class Aggregate:
         return cls(method, np.zeros(shape), np.zeros(shape, np.int64))
 
     def add(self, value: np.ndarray) -> Aggregate:
-        """With the range of one more batch."""
-        said = value != 0  # NaN says something: that it is not a number
+        """Adds the range of one more batch."""
+        said = value != 0  # NaN counts, so that it shows in the result
         number = self.number + said
         name, _, argument = self.method.partition(":")
         if name == "max":

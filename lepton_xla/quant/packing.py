@@ -1,7 +1,7 @@
-"""Codes of fewer than eight bits, several a byte, so that unpacking is a concatenation of whole blocks of rows.
+"""Packs codes of fewer than eight bits into bytes, so that unpacking concatenates whole blocks of rows.
 
 A byte of row r holds the codes of rows r, r + R, r + 2R, ... of its column, from the low bits up, where R is the number
-of packed rows. No two codes of a byte are neighbours, so a vector unit unpacks with shifts alone.
+of packed rows. The codes of a byte are never neighbours, so a vector unit unpacks with shifts alone.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from lepton_xla.quant.formats import Format
 
 
 def packed_rows(rows: int, target: Format) -> int:
-    """Rows of bytes that `rows` rows of codes take."""
+    """Number of rows of bytes that hold `rows` rows of codes."""
     return -(-rows // target.per_byte)
 
 
 def pack(codes: jax.Array, target: Format) -> jax.Array:
-    """Codes as they are stored.
+    """Packs codes for storage.
 
     Args:
         codes: [..., K, N] of the format's dtype.
         target: the format.
 
     Returns:
-        uint8 [..., ceil(K / codes a byte), N]; the codes themselves where one takes a byte.
+        uint8 [..., ceil(K / codes per byte), N]; codes of eight bits are returned unchanged.
     """
     count = target.per_byte
     if count == 1:
@@ -62,7 +62,7 @@ def unpack(stored: jax.Array, target: Format, rows: int) -> jax.Array:
     width = 8 // count
     blocks = []
     for place in range(count):
-        high = stored << jnp.uint8(8 - (place + 1) * width)  # the code in the top bits, so that its sign is the byte's
+        high = stored << jnp.uint8(8 - (place + 1) * width)  # sign bit of the code = sign bit of the byte
         shifted = lax.bitcast_convert_type(high, target.dtype) >> jnp.asarray(8 - width, target.dtype)
         blocks.append(shifted)
     return lax.slice_in_dim(jnp.concatenate(blocks, axis=-2), 0, rows, axis=-2)

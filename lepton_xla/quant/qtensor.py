@@ -1,4 +1,4 @@
-"""`QTensor`, a quantized matrix that is a pytree, and rounding to what one holds."""
+"""`QTensor`, a quantized matrix as a pytree, and fake quantization."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from lepton_xla.quant.packing import pack, unpack
 )
 @dataclasses.dataclass(frozen=True)
 class QTensor:
-    """A quantized matrix [..., K, N], K the contracted dimension; leading axes are batches, and steps of a scan.
+    """A quantized matrix [..., K, N], where K is contracted; leading axes are batches, and steps of a scan.
 
     Attributes:
-        values: codes [..., K, N], or [..., N, K] where `transposed`; of fewer than eight bits, packed: uint8
-            [..., ceil(K / codes a byte), N].
-        scale: float32 [..., 1, N] for one a channel, [..., 1, 1] for one a matrix; bfloat16 [..., G, N] for groups.
+        values: codes [..., K, N], or [..., N, K] if `transposed`; codes of fewer than eight bits are packed: uint8
+            [..., ceil(K / codes per byte), N].
+        scale: float32 [..., 1, N] per channel, [..., 1, 1] per matrix; bfloat16 [..., G, N] per group.
         format: the format's name.
         rows: K.
-        zero_point: uint8 like `scale`, for affine formats; else None.
+        zero_point: uint8, shaped like `scale`, for affine formats; else None.
         codebook: float32 [..., levels], for learned formats; else None.
-        transposed: whether the codes lie column by column, for platforms that multiply them so.
+        transposed: whether codes are stored column-major, for platforms that multiply them so.
     """
 
     values: jax.Array
@@ -44,12 +44,12 @@ class QTensor:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of the matrix this stands for: [..., K, N]."""
+        """Shape of the dequantized matrix: [..., K, N]."""
         return (*self.values.shape[:-2], self.rows, self.values.shape[-2 if self.transposed else -1])
 
     @property
     def grid(self) -> Grid:
-        """What the codes stand for."""
+        """The grid of the codes."""
         return Grid(self.scale, self.zero_point, self.codebook)
 
     def codes(self) -> jax.Array:
@@ -59,20 +59,20 @@ class QTensor:
         return unpack(self.values, FORMATS[self.format], self.rows)
 
     def by_columns(self) -> QTensor:
-        """The same matrix of eight-bit codes, which lie column by column then."""
+        """Returns the same matrix with its eight-bit codes stored column-major."""
         assert FORMATS[self.format].bits == 8
         assert not self.transposed
         return dataclasses.replace(self, values=jnp.swapaxes(self.values, -1, -2), transposed=True)
 
     def dequantize(self, dtype: jnp.dtype | str = "float32") -> jax.Array:
-        """The float matrix [..., K, N] that this stands for."""
+        """Returns the float matrix [..., K, N]."""
         return matrix_values(self.codes(), self.grid, FORMATS[self.format]).astype(dtype)
 
     def columns(self, index: jax.Array) -> QTensor:
-        """The columns at these positions: a `QTensor` of [K, len(index)].
+        """Selects columns: a `QTensor` of [K, len(index)].
 
         Args:
-            index: int [n], inside the matrix's N. The matrix has no leading axes.
+            index: int [n], each in [0, N). The matrix must have no leading axes.
         """
         take = lambda array: array.at[:, index].get(mode="promise_in_bounds")  # noqa: E731
         of = lambda array: array if array is None or array.shape[-1] == 1 else take(array)  # noqa: E731
@@ -90,7 +90,7 @@ def quantize(
     zero_point: jax.Array | None = None,
     codebook: jax.Array | None = None,
 ) -> QTensor:
-    """Quantizes a matrix: on the grid that `make_grid` chooses, or on one that something else has found.
+    """Quantizes a matrix on the grid that `make_grid` chooses, or on a given one.
 
     Args:
         matrix: float [..., K, N].
@@ -117,21 +117,21 @@ def fake_quantize(
     *,
     clips: bool = True,
 ) -> jax.Array:
-    """What codes stand for, with the gradient of what they were made of: for training and evaluation.
+    """Dequantizes codes with a straight-through gradient for the array: for training and evaluation.
 
-    The gradient passes straight through the rounding (Bengio et al. 2013, arXiv:1308.3432) and is zero where an
-    integer or small float saturates; the scale gets none.
+    The gradient passes straight through the rounding (Bengio et al. 2013, arXiv:1308.3432) and is zero where an integer
+    or small float saturates. The scale gets no gradient.
 
     Args:
         array: float, any shape.
-        codes: what `encode` gives for it at this scale.
+        codes: `encode(array, scale, target, zero_point)`.
         scale: float32, broadcastable to `array`.
         target: a format whose levels are not learned.
         zero_point: broadcastable to `array`, for affine formats.
-        clips: False says that no value is beyond the last codes, as under an absmax scale, and saves looking.
+        clips: False asserts that no value saturates, as under an absmax scale, which saves the check.
 
     Returns:
-        Exactly what `decode` gives, in the array's dtype.
+        Exactly the values of `decode`, in the array's dtype.
     """
     scale = lax.stop_gradient(scale)
     exact = array.astype(jnp.float32)
@@ -140,15 +140,15 @@ def fake_quantize(
 
 
 def inside(array: jax.Array, scale: jax.Array, target: Format) -> jax.Array:
-    """Where a value is not beyond the last codes.
+    """Where values do not saturate.
 
-    What rounds to the largest code is not: under an absmax scale the largest value of all is there.
+    A value that rounds to the largest code counts as inside: under an absmax scale the largest value is one.
     """
     position = array / scale
     return (position >= target.lowest - 0.5) & (position <= target.largest + 0.5)
 
 
 def straight_through(array: jax.Array, rounded: jax.Array, passing: jax.Array | bool) -> jax.Array:
-    """Exactly `rounded`, with the gradient of `array` where `passing`, and none elsewhere."""
+    """Returns exactly `rounded`, with the gradient of `array` where `passing`, and none elsewhere."""
     through = array if passing is True else jnp.where(passing, array, jnp.zeros_like(array))
     return lax.stop_gradient(rounded) + (through - lax.stop_gradient(through))

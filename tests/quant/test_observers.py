@@ -278,7 +278,7 @@ def test_a_single_value_is_its_own_range():
 
 def test_formats_that_a_method_is_not_for():
     seen = histogram(np.ones(3, np.float32))
-    with pytest.raises(CalibrationError, match="'entropy' needs evenly spaced codes, which 'float8_e4m3fn'"):
+    with pytest.raises(CalibrationError, match="'entropy' needs evenly spaced codes; those of 'float8_e4m3fn'"):
         observers.estimate_range("entropy", seen, Format(**fields("float8_e4m3fn", 448)))
     with pytest.raises(CalibrationError, match="not symmetric"):
         observers.estimate_range("mse", seen, Format(**fields("uint8", 255)))
