@@ -361,7 +361,10 @@ def test_groups_of_about_a_size_at_a_weight_with_several_sites():
     [
         (lambda w, x: jnp.tanh(x @ w["w"]) @ w["w"].T, "its weight is used in another layout at 'w'"),
         (lambda w, x: x @ w["w"] + jnp.sum(w["w"]), "its weight is also used where no product is"),
-        (lambda w, x: x @ w["w"][:, :2], "its weight is broadcast or cut before use"),
+        (
+            lambda w, x: x @ jnp.broadcast_to(w["w"][:, None], (6, 3, 6)).reshape(6, 18),
+            "its weight is broadcast or cut before use",
+        ),
     ],
 )
 def test_a_weight_that_cannot_be_stored_is_known_before_anything_runs(fn, reason):

@@ -25,6 +25,7 @@ def array(*shape, seed=0):
 
 
 W, V = array(16, 16), array(16, 16, seed=1)
+QKV, TALLER = jnp.concatenate([W, V, W + V], axis=1), array(17, 16, seed=5)
 TALL, WIDE = array(16, 4, seed=2), array(4, 16, seed=3)
 
 
@@ -43,6 +44,30 @@ def scanned(w, x):
 
 def branches(w, x):
     return jax.lax.cond(x.sum() > 0, lambda: x @ -w["k"], lambda: x @ (w["k"] + w["v"]))
+
+
+def split_attention(w, x):
+    q, k, v = jnp.split(w["qkv"], 3, axis=1)
+    return jnp.tanh(x @ q) * (x @ k) + x @ v
+
+
+def torch_attention(w, x):
+    q, k, v = (x @ w["qkv"][at : at + 16].T + w["b"][None, at : at + 16] for at in (0, 16, 32))
+    return jnp.tanh(q) * k + v
+
+
+def unrolled(w, x):
+    for layer in range(2):
+        x = jnp.tanh(x @ w["kernel"][layer] + w["b"][None, layer * 16 : layer * 16 + 16])
+    return x
+
+
+def split_in_a_scan(w, x):
+    def body(h, kernel):
+        left, right = jnp.split(kernel, 2)
+        return jnp.concatenate([h[:, :8] @ left, h[:, 8:] @ right], 1)[:, :16], None
+
+    return jax.lax.scan(body, x, w["pairs"])[0]
 
 
 def standardize(kernel):
@@ -111,6 +136,19 @@ MODELS = {
     ),
     "scanned": (lambda: trace(scanned, STACKED, ROWS), ["mul:kernel+scale", "mul:kernel+all"], 0.42),
     "branches": (lambda: trace(branches, {"k": W, "v": V}, ROWS), ["add:k+v", "neg:k"], 0.32),
+    "split": (
+        lambda: trace(split_attention, {"qkv": QKV}, ROWS), ["split:qkv", "split.2:qkv", "split.3:qkv"], 0.32
+    ),
+    "sliced": (
+        lambda: trace(torch_attention, {"qkv": QKV.T, "b": QKV[0]}, ROWS),
+        ["slice:qkv", "slice.2:qkv", "slice.3:qkv"],
+        0.36,
+    ),
+    "unrolled": (lambda: trace(unrolled, STACKED | {"b": QKV[0]}, ROWS), ["slice:kernel", "slice.2:kernel"], 0.45),
+    "split_in_a_scan": (
+        lambda: trace(split_in_a_scan, {"pairs": array(2, 16, 8)}, ROWS), ["split:pairs", "split.2:pairs"], 0.45
+    ),
+    "with_its_bias": (lambda: trace(lambda w, x: x @ w["k"][:-1] + w["k"][-1:], {"k": TALLER}, ROWS), ["slice:k"], 0.4),
     "handed_on": (
         lambda: trace(
             lambda w, x: (
@@ -228,6 +266,21 @@ def test_a_weight_that_is_read_elsewhere_stays_too():
     assert ahead.history[-1].metrics == {"weights_bytes_before": 2048, "weights_bytes_after": 3072, "weights": {}}
     (line,) = ahead.history[-1].sites
     assert (line.site, line.action, line.reason) == ("mul:k", "computed ahead", "from k")
+
+
+@pytest.mark.parametrize(
+    ("fn", "sites"),
+    [
+        (lambda w, x: x @ w["k"] + x @ w["k"][::-1] + x @ w["k"][:, :8].repeat(2, 1), ["k", "rev:k", "k#1"]),
+        (lambda w, x: x @ w["k"][:8].T @ w["k"][8:] * jnp.sum(w["k"]), ["k", "k#1"]),
+        (lambda w, x: sum(x[:, :8] @ w["k"][at : at + 8] for at in range(5)), ["k", "k#1", "k#2", "k#3", "k#4"]),
+    ],
+    ids=["multiplied as a whole", "summed as a whole", "overlapping"],
+)
+def test_parts_that_would_only_add_to_a_weight_are_left_in_it(fn, sites):
+    program = trace(fn, {"k": W}, ROWS)
+    assert [site.name for site in find_sites(program)] == sites
+    assert "k" in precompute(program).weights
 
 
 def test_a_weight_that_others_are_computed_from_is_not_changed_for_them():

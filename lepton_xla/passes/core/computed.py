@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from lepton_xla.passes.core.expressions import Expression, stored_shape
@@ -22,7 +22,7 @@ _LAID_OUT = (
     "transpose", "reshape", "squeeze", "expand_dims", "broadcast_in_dim", "copy", "copy_p", "convert_element_type",
     "reduce_precision", "sharding_constraint",
 )  # fmt: skip
-_CUT = ("slice", "split", "unstack")
+CUTS = ("slice", "split", "unstack")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,9 +58,19 @@ class Computed:
         """Key of an expression -> name."""
         return {weight.expression.key: weight.name for weight in self.weights}
 
+    @property
+    def cut(self) -> set[str]:
+        """Paths of the weights of which parts are among the computed ones."""
+        return {path for weight in self.weights if (path := _cut_from(weight.expression))}
+
+    def without_parts_of(self, paths: Collection[str]) -> Computed:
+        """All but the parts of some weights."""
+        kept = tuple(weight for weight in self.weights if _cut_from(weight.expression) not in paths)
+        return dataclasses.replace(self, weights=kept)
+
 
 def choose_computed(
-    found: Sequence[Sequence[Expression]], weights: Mapping[str, Any]
+    found: Sequence[Sequence[Expression]], weights: Mapping[str, Any], pieces: Sequence[Expression] = ()
 ) -> tuple[Computed, dict[str, str]]:
     """The computed weights of a program.
 
@@ -68,6 +78,7 @@ def choose_computed(
         found: what reached a product, at several sizes of the inputs: what is not the same at all of them, because it
             depends on these sizes, is none.
         weights: path -> array, or its shape.
+        pieces: parts of weights that reach no product; they are computed weights where other parts of the weight are.
 
     Returns:
         The computed weights; and for what is none, by the key of what reached the product, the reason.
@@ -88,6 +99,14 @@ def choose_computed(
             )
         else:
             chosen.setdefault(usable[0].key, usable[0])
+    cut = {path for part in chosen.values() if (path := _cut_from(part))}
+    for expression in pieces:
+        for part in _candidates(expression)[:1] if set(expression.weights) <= cut else ():
+            chosen.setdefault(part.key, part)
+    for path in cut:  # parts may overlap
+        parts = [part for part in chosen.values() if _cut_from(part) == path]
+        if sum(_stored_bytes(part, weights) for part in parts) > MOST_GROWTH * _bytes([path], weights):
+            chosen = {key: part for key, part in chosen.items() if _cut_from(part) != path}
     names: dict[str, Expression] = {}
     for expression in chosen.values():
         names[_unused(_name(expression, weights), {*names, *weights})] = expression
@@ -100,23 +119,43 @@ def _candidates(expression: Expression) -> list[Expression]:
     part, cut = expression, False
     while True:
         name = "" if part.eqn is None else part.eqn.primitive.name
-        follows = name in (*_LAID_OUT, *_CUT) or (part.eqn is None and bool(part.operands))
+        follows = name in (*_LAID_OUT, *CUTS) or (part.eqn is None and bool(part.operands))
         if not follows and part.eqn is not None and part.weights:
             return [*parts, part]
         if not follows:
             return parts
-        if name in _CUT and not cut:
+        if name in CUTS and not cut:
             parts.append(part)
             cut = True
         part = part.operands[0]
 
 
+def _cut_from(expression: Expression) -> str:
+    """The weight that a computed weight is a part of; empty where it is more than a part of one."""
+    part = expression
+    while not part.path:
+        if part.eqn is not None and part.eqn.primitive.name not in (*_LAID_OUT, *CUTS):
+            return ""
+        if part.constant is not None:
+            return ""
+        part = part.operands[0]
+    return part.path
+
+
 def _growth(expression: Expression, weights: Mapping[str, Any]) -> float:
     """How many times the bytes of its weights it takes, where that is too many; else 0."""
-    stored = stored_shape(expression, weights)
-    before = sum(leaf_bytes(weights[path].shape, weights[path].dtype) for path in expression.weights)
-    ratio = leaf_bytes(stored.shape, stored.dtype) / before if before else math.inf
+    before = _bytes(expression.weights, weights)
+    ratio = _stored_bytes(expression, weights) / before if before else math.inf
     return ratio if ratio > MOST_GROWTH else 0.0
+
+
+def _stored_bytes(expression: Expression, weights: Mapping[str, Any]) -> int:
+    stored = stored_shape(expression, weights)
+    return leaf_bytes(stored.shape, stored.dtype)
+
+
+def _bytes(paths: Iterable[str], weights: Mapping[str, Any]) -> int:
+    return sum(leaf_bytes(weights[path].shape, weights[path].dtype) for path in paths)
 
 
 def _listed(expression: Expression) -> str:

@@ -11,7 +11,7 @@ import jax
 from lepton_xla import _compat
 from lepton_xla.passes.core.computed import Computed, ComputedWeight
 from lepton_xla.passes.core.expressions import evaluate, support
-from lepton_xla.passes.core.sites import Site, find_sites, rewrite_sites
+from lepton_xla.passes.core.sites import Site, find_computed, rewrite_sites
 from lepton_xla.passes.core.walker import Context, Values
 from lepton_xla.program import Program, abstract_outputs, probe_sizes
 from lepton_xla.report import PassReport, SiteReport
@@ -44,7 +44,7 @@ def precompute(program: Program, *, sizes: Sequence[Mapping[str, int]] = ()) -> 
         The program on the computed weights; the same one where nothing is computed from weights alone.
     """
     start = time.perf_counter()
-    computed = computed_weights(find_sites(program))
+    computed = find_computed(program)
     if not computed:
         return program
     like = abstract(program.weights)

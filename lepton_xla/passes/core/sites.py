@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from lepton_xla import _compat
 from lepton_xla.errors import UnsupportedError
 from lepton_xla.passes.core import expressions
-from lepton_xla.passes.core.computed import Computed, choose_computed
+from lepton_xla.passes.core.computed import CUTS, Computed, ComputedWeight, choose_computed
 from lepton_xla.passes.core.expressions import Expression
 from lepton_xla.passes.core.names import Key, SiteNames
 from lepton_xla.passes.core.rewriting import rewrite
@@ -49,6 +49,11 @@ class LayoutOp:
         before, after = self.eqn.invars[0].aval.shape, self.eqn.outvars[self.output].aval.shape
         return math.prod(before) != math.prod(after)
 
+    @property
+    def cuts(self) -> bool:
+        """Whether it takes a part of the elements."""
+        return self.resizes and self.eqn.primitive.name in CUTS
+
     def __call__(self, array: jax.Array) -> jax.Array:
         with _compat.equation_context(self.eqn):
             return _compat.bind(self.eqn, [array])[self.output]
@@ -62,10 +67,16 @@ GIVEN = "given"
 
 
 class Escapes:
-    """Paths of the weights that were used, in one walk, at something that is not a site."""
+    """What was used, in one walk, at something that is not a site.
+
+    Attributes:
+        paths: paths of weights.
+        pieces: of such weights, the parts that were cut out of them.
+    """
 
     def __init__(self) -> None:
         self.paths: set[str] = set()
+        self.pieces: list[Expression] = []
 
 
 @functools.partial(
@@ -98,7 +109,14 @@ class Tracked(TracedValue):
 
     def materialize(self) -> jax.Array:
         self.escapes.paths.add(self.path)
+        if self.is_cut:
+            self.escapes.pieces.append(self.expression)
         return _present(self.value, self.expression)
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether it is a part of the weight."""
+        return any(op.cuts for op in self.layout if isinstance(op, LayoutOp))
 
     def at_step(self, scan: int) -> Tracked:
         return dataclasses.replace(self, layout=(*self.layout, Step()), expression=self.expression.step(scan))
@@ -257,6 +275,24 @@ def _hand_on(context: Context, eqn: Any, values: Values) -> Values | None:
 _Known = (Tracked, Made)
 
 
+def _cut(computed: Computed, escapes: Escapes, beside: Mapping[str, Mapping[Key, Any]]) -> Rule:
+    """The rule for equations that cut a weight: a part may be a weight of its own."""
+
+    def rule(context: Context, eqn: Any, values: Values) -> Values | None:
+        outs = _follow(context, eqn, values)
+        if outs is None:
+            return None
+        names = [computed.names.get(out.expression.key) for out in outs]
+        return [
+            out
+            if name is None
+            else _computed_weight(computed, name, out.expression, out.value, out.beside, beside.get(name, {}), escapes)
+            for name, out in zip(names, outs, strict=True)
+        ]
+
+    return rule
+
+
 def _compute(computed: Computed, escapes: Escapes, beside: Mapping[str, Mapping[Key, Any]]) -> Rule:
     """The rule for equations on weights and constants alone: what they compute is followed, and perhaps a weight."""
 
@@ -371,6 +407,8 @@ def rewrite_sites(
         return asked
 
     moves = {**dict.fromkeys(_LAYOUT, _follow), **dict.fromkeys(_IDENTITIES, _hand_on)}
+    if known.weights:
+        moves |= dict.fromkeys(CUTS, _cut(known, noted, along))
     moves |= {name: after_computing(move) for name, move in (follow or {}).items()}
 
     def prepare(weights: Any, *inputs: Any) -> tuple[Any, ...]:
@@ -414,16 +452,7 @@ def trace_sites(
 ) -> tuple[Site, ...]:
     """Every site of `fn(weights, *inputs)`, in the order of execution."""
     chosen = sizes if sizes is not None else probe_sizes(fn, weights, inputs)[0]
-    computed = Computed()
-    found, escapes = _walk_sites(fn, weights, inputs, chosen, computed)
-    reasons: dict[str, str] = {}
-    if any(expression.weights for expression in computed.found):
-        probed, unit = probe_sizes(fn, weights, inputs)
-        seen = [_found(fn, weights, inputs, probed)]  # first, so that names do not depend on the sizes looked at
-        seen += [_found(fn, weights, inputs, {name: size + unit for name, size in probed.items()}), computed.found]
-        known, reasons = choose_computed(seen, weights)
-        if known.weights:
-            found, escapes = _walk_sites(fn, weights, inputs, chosen, known)
+    known, reasons, found, escapes = _computed(fn, weights, inputs, chosen)
     return tuple(
         dataclasses.replace(
             site,
@@ -434,13 +463,45 @@ def trace_sites(
     )
 
 
-def _found(
+def find_computed(program: Program) -> tuple[ComputedWeight, ...]:
+    """The computed weights of a program: those of its sites, and parts of weights of which other parts are among them.
+
+    Without the latter, the weight that they are cut out of could not leave the program.
+    """
+    probed = probe_sizes(program.fn, program.weights, program.inputs)[0]
+    return _computed(program.fn, program.weights, program.inputs, probed)[0].weights
+
+
+def _computed(
     fn: Callable[..., Any], weights: Any, inputs: Mapping[str, TensorSpec], sizes: Mapping[str, int]
-) -> list[Expression]:
-    """What is computed from weights or constants alone and reaches a product."""
+) -> tuple[Computed, dict[str, str], list[Site], Escapes]:
+    """Computed weights, for what is none the reasons, and the sites and escapes at these sizes."""
     computed = Computed()
-    _walk_sites(fn, weights, inputs, sizes, computed)
-    return computed.found
+    found, escapes = _walk_sites(fn, weights, inputs, sizes, computed)
+    if not any(expression.weights for expression in computed.found):
+        return Computed(), {}, found, escapes
+    probed, unit = probe_sizes(fn, weights, inputs)
+    seen: list[list[Expression]] = []
+    pieces: list[Expression] = []
+    # Those probed come first, so that names do not depend on the sizes looked at.
+    for at in (probed, {name: size + unit for name, size in probed.items()}):
+        other = Computed()
+        _, used = _walk_sites(fn, weights, inputs, at, other)
+        seen.append(other.found)
+        pieces += used.pieces
+    known, reasons = choose_computed([*seen, computed.found], weights, [*pieces, *escapes.pieces])
+    walked: Any = None
+    while known.weights:
+        walked = probed
+        found, escapes = _walk_sites(fn, weights, inputs, probed, known)
+        # A weight that is read as a whole too stays in the program: parts of it would only add to that.
+        whole = {path for path in known.cut if path in escapes.paths or any(site.path == path for site in found)}
+        if not whole:
+            break
+        known, walked = known.without_parts_of(whole), None
+    if sizes != walked:
+        found, escapes = _walk_sites(fn, weights, inputs, sizes, known)
+    return known, reasons, found, escapes
 
 
 def _walk_sites(
@@ -479,6 +540,7 @@ def _site(context: Context, eqn: Any, values: Values, computed: list[Expression]
     operand = tracked[0] if tracked else None
     if kind != "gather":
         computed += [part for part in made if part is not None]
+    computed += [values[index].expression for index in tracked if values[index].is_cut]
     weight = values[operand] if operand is not None else None
     return Site(
         name=site_name(context, kind, weight.path if weight is not None else None, paths),
