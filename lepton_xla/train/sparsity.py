@@ -16,6 +16,7 @@ from jax.core import Tracer
 
 from lepton_xla.errors import ModelError, RecipeError
 from lepton_xla.passes.core.plans import Plan
+from lepton_xla.passes.pruning.carrying import Carrier
 from lepton_xla.passes.pruning.magnitude import check_finite
 from lepton_xla.passes.pruning.masks import Regrowth, find_masks
 from lepton_xla.passes.pruning.scores import element_scores, random_scores
@@ -36,7 +37,7 @@ class SparsityState(NamedTuple):
     Attributes:
         step: how many updates there were, int32.
         masks: weight path -> bool array of the weight's shape: what is kept.
-        sparsity: weight path -> float32 scalar: the share that the masks were last asked to drop.
+        sparsity: path of the pruned weight, which may be computed -> float32 scalar: the share last asked to drop.
         inner: the state of the optimizer inside.
     """
 
@@ -93,8 +94,9 @@ def sparsify(
 
     Args:
         optimizer: any.
-        rules: a plan, whose products say what the matrix `[K, N]` of each weight is; or rules for the paths of a
-            pytree, `{".*kernel": 0.5}` or `PruneRule`s, the first that matches a path winning. The last axis of a
+        rules: a plan, whose products say what the matrix `[K, N]` of each weight is, and where a weight is made of
+            others by layout, concatenation and cutting alone, the masks are those of these others; or rules for the
+            paths of a pytree, `{".*kernel": 0.5}` or `PruneRule`s, the first that matches a path winning. The last axis of a
             leaf is then N, all others are K, and leaves of less than two axes, biases and norms' scales of stacked
             layers or of several heads, and embeddings are left out unless a rule matches nothing else.
         schedule: when, and how much by then. A function of the step, such as optax has, gives the sparsity of all
@@ -116,7 +118,7 @@ def sparsify(
             nothing, or asks for more than leaves something of every weight.
         UnsupportedError: by `init` and `update`, if a pattern does not divide a weight.
         ModelError: by `init` and `update`, if a weight is missing, not of floats, not finite (where that is known), or
-            if masks, or the state, are of other weights.
+            is computed from others in a way that masks do not follow, or if masks, or the state, are of other weights.
     """
     chosen = _prune_rules(rules)
     if not isinstance(schedule, Schedule) and not callable(schedule):
@@ -128,23 +130,27 @@ def sparsify(
         raise RecipeError("sparsify: with straight_through elements come back by themselves; leave regrow out")
     inner = optax.with_extra_args_support(optimizer)
 
-    def targets_of(named: Mapping[str, Any]) -> list[Target]:
-        found = plan_targets(rules, named) if isinstance(rules, Plan) else leaf_targets(chosen, named)
+    def targets_of(named: Mapping[str, Any]) -> tuple[list[Target], Carrier]:
+        carrier = Carrier.of(rules, named) if isinstance(rules, Plan) else Carrier({})
+        shapes = carrier.shapes(named)
+        found = plan_targets(rules, shapes) if isinstance(rules, Plan) else leaf_targets(chosen, shapes)
         if not found:
             raise RecipeError("sparsify: none of the plan's weights is pruned; its sites say why")
         if not when.overrides:
             something_left(found)
-        return found
+        return found, carrier
 
     def init(params: Any) -> SparsityState:
         named = _named(params)
-        targets = targets_of(named)
-        check_masks(masks or {}, {target.path: named[target.path] for target in targets})
-        for target in targets:
-            if isinstance(named[target.path], jax.Array) and not isinstance(named[target.path], Tracer):
-                check_finite(target.path, named[target.path])
-        kept = {target.path: _first_mask(named[target.path], (masks or {}).get(target.path)) for target in targets}
-        nothing = {path: jnp.zeros((), jnp.float32) for path in kept}
+        targets, carrier = targets_of(named)
+        carrier.check_apart([target.path for target in targets], named)
+        paths = carrier.origins(target.path for target in targets)
+        check_masks(masks or {}, {path: named[path] for path in paths})
+        for path in paths:
+            if isinstance(named[path], jax.Array) and not isinstance(named[path], Tracer):
+                check_finite(path, named[path])
+        kept = {path: _first_mask(named[path], (masks or {}).get(path)) for path in paths}
+        nothing = {target.path: jnp.zeros((), jnp.float32) for target in targets}
         return SparsityState(jnp.zeros((), jnp.int32), kept, nothing, inner.init(params))
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, SparsityState]:
@@ -153,9 +159,15 @@ def sparsify(
                 "sparsify prunes parameters, so its update needs them: optimizer.update(grads, state, params)"
             )
         weights, gradients = _named(params), _named(updates)
-        targets = targets_of(weights)
-        _check_state(state, targets, weights)
-        renew = lambda: _renewed(targets, state, weights, gradients, when, regrow, straight_through, seed)  # noqa: E731
+        targets, carrier = targets_of(weights)
+        _check_state(state, carrier.origins(target.path for target in targets), weights)
+
+        def renew() -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+            # Masks are found for the matrices of products, and held on the weights that these are made of.
+            earlier, used, slopes = (carrier.there(arrays, weights) for arrays in (state.masks, weights, gradients))
+            found, asked = _renewed(targets, state.step, earlier, used, slopes, when, regrow, straight_through, seed)
+            return carrier.back(found, weights), asked
+
         new, sparsity = lax.cond(when.due(state.step), renew, lambda: (state.masks, state.sparsity))
         if not straight_through:
             updates = _each(updates, state.masks, _kept)
@@ -171,7 +183,8 @@ def sparsify(
 
 def _renewed(
     targets: Sequence[Target],
-    state: SparsityState,
+    step: jax.Array,
+    masks: Mapping[str, jax.Array],
     weights: Mapping[str, jax.Array],
     gradients: Mapping[str, jax.Array],
     schedule: Schedule,
@@ -180,10 +193,10 @@ def _renewed(
     seed: int,
 ) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
     """Masks found anew, and the sparsity asked of each weight."""
-    step, key = state.step, jax.random.fold_in(jax.random.key(seed), state.step)
+    key = jax.random.fold_in(jax.random.key(seed), step)
     used = {target.path: weights[target.path] for target in targets}
     if not straight_through:
-        used = {path: _kept(state.masks[path], leaf) for path, leaf in used.items()}
+        used = {path: _kept(masks[path], leaf) for path, leaf in used.items()}
     scores = {t.path: element_scores(t, used[t.path], gradient=gradients[t.path], key=key) for t in targets}
     shares = rule_shares(targets, lambda rule: _share(rule, schedule, step))
     regrowth = None
@@ -196,9 +209,9 @@ def _renewed(
             for t in targets
         }
         replaced = regrow.share(step) if callable(regrow.share) else regrow.share
-        regrowth = Regrowth(state.masks, promise, replaced)
+        regrowth = Regrowth(masks, promise, replaced)
     found = find_masks(
-        targets, scores, shares, regrowth=regrowth, earlier=state.masks, exchange=straight_through or regrow is not None
+        targets, scores, shares, regrowth=regrowth, earlier=masks, exchange=straight_through or regrow is not None
     )
     # NaN is never dropped, so that it is seen; and a mask is cut over devices as its weight is.
     found = {path: mask | (used[path] != used[path]) for path, mask in found.items()}
@@ -277,7 +290,7 @@ def _check(rule: PruneRule, where: str, schedule: Schedule | None, regrow: Regro
         raise RecipeError(f"{where}: {rule.describe()} leaves no choice of what grows back; leave regrow out")
 
 
-def _check_state(state: Any, targets: Sequence[Target], weights: Mapping[str, Any]) -> None:
+def _check_state(state: Any, paths: Sequence[str], weights: Mapping[str, Any]) -> None:
     """Refuses a state that was made with other weights, or with other rules, as a checkpoint may hold."""
     if not isinstance(state, SparsityState):
         raise ModelError(
@@ -285,7 +298,7 @@ def _check_state(state: Any, targets: Sequence[Target], weights: Mapping[str, An
             f"that optimizer.init(params) gives"
         )
     check_masks(state.masks, weights)
-    pruned = {target.path: tuple(target.like.shape) for target in targets}
+    pruned = {path: tuple(weights[path].shape) for path in paths}
     for path in sorted(pruned.keys() ^ state.masks.keys()):
         shape = f"weight {path!r} of shape {pruned.get(path, tuple(weights[path].shape))}"
         has = (

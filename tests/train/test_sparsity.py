@@ -368,6 +368,73 @@ def test_plans_prune_as_at_once_and_masks_go_back_into_the_program(name):
     np.testing.assert_allclose(held, back.fn(back.weights, array(4, 8)), rtol=1e-6)
 
 
+def gates_and_heads(w, x):
+    q, k = jnp.split(w["qk"], 2, axis=1)
+    return (jnp.tanh(x @ q) * (x @ k)) @ jnp.concatenate([w["i"], w["f"].T[::-1]], axis=1)
+
+
+MADE = {"qk": array(8, 12), "i": array(6, 4, seed=1), "f": array(5, 6, seed=2), "bias": array(4)}
+
+
+def made_plan(fn, rule, weights=MADE):
+    model = lx.trace(fn, weights, {"x": lx.TensorSpec(("batch", 8), "float32")})
+    return model, resolve(lx.Recipe.parse(f'[[prune]]\nsites = ".*"\n{rule}', name="test"), model)
+
+
+@pytest.mark.parametrize("rule", ["sparsity = 0.5", 'pattern = "1:2"'])
+def test_a_plans_computed_weights_are_pruned_in_the_weights_they_are_made_of(rule):
+    model, plan = made_plan(gates_and_heads, rule)
+    optimizer = sparsify(optax.sgd(0.1), plan, schedule=one_shot(at=1))
+    params, state = model.weights, optimizer.init(model.weights)
+    step = jax.jit(lambda params, state: optimizer.update(jax.tree.map(jnp.ones_like, params), state, params))
+    for _ in range(3):
+        updates, state = step(params, state)
+        params = optax.apply_updates(params, updates)
+    before = {path: np.asarray(leaf, np.float64) - 0.1 for path, leaf in MADE.items()}  # when the masks are found
+
+    def chosen(matrix):
+        if "1:2" in rule:
+            return groups(matrix)
+        return keep(np.abs(matrix), matrix.size // 2)
+
+    def groups(matrix):
+        pairs = np.abs(matrix).reshape(-1, 2, matrix.shape[1])
+        return (pairs == pairs.max(1, keepdims=True)).reshape(matrix.shape)
+
+    gates = chosen(np.concatenate([before["i"], before["f"].T[::-1]], axis=1))
+    halves = [chosen(half) for half in np.split(before["qk"], 2, axis=1)]
+    wanted = {"qk": np.concatenate(halves, axis=1), "i": gates[:, :4], "f": gates[::-1, 4:].T}
+    weights, masks = finalize(params, state)
+    assert set(masks) == set(wanted)
+    for path, mask in wanted.items():
+        np.testing.assert_array_equal(masks[path], mask)
+        np.testing.assert_allclose(weights[path], np.where(mask, MADE[path] - 0.3, 0), rtol=1e-5)
+    ahead = lx.passes.precompute(model.replace(weights=weights, masks=masks))
+    np.testing.assert_array_equal(ahead.masks["concatenate:f+i"], gates)
+    np.testing.assert_array_equal(ahead.masks["split.2:qk"], halves[1])
+
+
+@pytest.mark.parametrize(
+    ("fn", "message"),
+    [
+        (lambda w, x: x @ jnp.tanh(w["qk"]), "'tanh:qk', which is computed from qk, which changes their values"),
+        (
+            lambda w, x: x @ jnp.concatenate([w["qk"], w["qk"][:, ::-1]], 1),
+            "'concatenate:qk', which is computed from qk, some elements of which ('qk') are pruned more than once",
+        ),
+        (
+            lambda w, x: x @ w["qk"] + x @ w["qk"][::-1],
+            "'rev:qk', which is computed from qk, some elements of which ('qk') are pruned more than once",
+        ),
+    ],
+    ids=["changed", "taken twice", "pruned twice"],
+)
+def test_a_computed_weight_whose_mask_cannot_be_carried_is_refused(fn, message):
+    model, plan = made_plan(fn, "sparsity = 0.5")
+    with pytest.raises(ModelError, match=re.escape(message) + ".*by rules that name them"):
+        sparsify(optax.sgd(0.1), plan, schedule=one_shot()).init(model.weights)
+
+
 def test_a_patterns_schedule_drops_ever_more_of_each_group():
     rule = PruneRule(sites="w", pattern="1:4")
     history = trained(sparsify(optax.sgd(RATE), [rule], schedule=polynomial(0, 6, power=1.0, every=2)), 8)

@@ -197,6 +197,15 @@ _KEEPS_ZERO = (
 )
 
 
+def only_moves(expression: Expression) -> bool:
+    """Whether each element of an expression is an element of a weight, and weights and it are floats."""
+    parts = [part for part in _parts([expression]) if part.weights]
+    calls = [part.eqn.primitive.name for part in parts if part.eqn is not None]
+    moves = all(name in (*_MOVES, "convert_element_type", "reduce_precision") for name in calls)
+    constants = any(part.constant is not None for part in _parts([expression]))
+    return moves and not constants and all(jnp.issubdtype(part.dtype, jnp.floating) for part in parts)
+
+
 def _supports(part: Expression, values: Sequence[Any]) -> list[Any]:
     name = part.eqn.primitive.name
     if name in _MOVES:

@@ -452,7 +452,7 @@ def trace_sites(
 ) -> tuple[Site, ...]:
     """Every site of `fn(weights, *inputs)`, in the order of execution."""
     chosen = sizes if sizes is not None else probe_sizes(fn, weights, inputs)[0]
-    known, reasons, found, escapes = _computed(fn, weights, inputs, chosen)
+    _, reasons, found, escapes = _computed(fn, weights, inputs, chosen)
     return tuple(
         dataclasses.replace(
             site,
@@ -490,16 +490,15 @@ def _computed(
         seen.append(other.found)
         pieces += used.pieces
     known, reasons = choose_computed([*seen, computed.found], weights, [*pieces, *escapes.pieces])
-    walked: Any = None
-    while known.weights:
-        walked = probed
+    if not known.weights:
+        return known, reasons, found, escapes
+    # A weight that is read as a whole too stays in the program: parts of it would only add to that.
+    whole: set[str] | None = None
+    while whole is None or whole:
+        known = known.without_parts_of(whole or ())
         found, escapes = _walk_sites(fn, weights, inputs, probed, known)
-        # A weight that is read as a whole too stays in the program: parts of it would only add to that.
         whole = {path for path in known.cut if path in escapes.paths or any(site.path == path for site in found)}
-        if not whole:
-            break
-        known, walked = known.without_parts_of(whole), None
-    if sizes != walked:
+    if sizes != probed:
         found, escapes = _walk_sites(fn, weights, inputs, sizes, known)
     return known, reasons, found, escapes
 

@@ -111,11 +111,6 @@ def plan_targets(plan: Plan, weights: Mapping[str, Any]) -> list[Target]:
             sites.setdefault(entry.site.path, []).append(entry)
     targets: list[Target] = []
     for path, entries in sites.items():
-        if path not in weights and (source := entries[0].site.source) is not None:
-            raise ModelError(
-                f"the plan prunes {path!r}, which is computed from {some_names(source.weights)}: precompute makes a "
-                f"weight of it; while training, prune those weights themselves, by rules that name them"
-            )
         if path not in weights:
             raise ModelError(
                 f"the plan prunes weight {path!r}, which is not among {some_names(weights)}; give the tree of weights "
