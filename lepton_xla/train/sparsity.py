@@ -96,9 +96,9 @@ def sparsify(
         optimizer: any.
         rules: a plan, whose products say what the matrix `[K, N]` of each weight is, and where a weight is made of
             others by layout, concatenation and cutting alone, the masks are those of these others; or rules for the
-            paths of a pytree, `{".*kernel": 0.5}` or `PruneRule`s, the first that matches a path winning. The last axis of a
-            leaf is then N, all others are K, and leaves of less than two axes, biases and norms' scales of stacked
-            layers or of several heads, and embeddings are left out unless a rule matches nothing else.
+            paths of a pytree, `{".*kernel": 0.5}` or `PruneRule`s, the first that matches a path winning. The last
+            axis of a leaf is then N, all others are K, and leaves of less than two axes, biases and norms' scales of
+            stacked layers or of several heads, and embeddings are left out unless a rule matches nothing else.
         schedule: when, and how much by then. A function of the step, such as optax has, gives the sparsity of all
             rules, every 100 steps; `Schedule.of` has more to choose. N:M drops the nearest number of each group by
             then; `deviation:F` drops by its factor from the first step that is due.

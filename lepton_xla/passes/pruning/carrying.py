@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from lepton_xla.errors import ModelError
 from lepton_xla.passes.core.expressions import Expression, evaluate, only_moves, stored_shape
 from lepton_xla.passes.core.plans import Plan
-from lepton_xla.program import some_names
+from lepton_xla.trees import some_names
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,5 +112,5 @@ def _carried_back(source: Expression, flags: jax.Array, weights: Mapping[str, An
 def _refused(path: str, source: Expression, why: str) -> ModelError:
     return ModelError(
         f"the plan prunes {path!r}, which is computed from {some_names(source.weights)}, {why}; prune those weights "
-        f"themselves, by rules that name them instead of the plan, or train precompute(program), of which it is a weight"
+        f"themselves, by rules that name them, or train precompute(program), which has it for a weight"
     )

@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,9 +20,6 @@ from lepton_xla.passes.pruning import held
 from lepton_xla.passes.pruning.ranking import LARGEST_RANKING, Masks, Ranking, exact_mean, keep_largest, largest_of_each
 from lepton_xla.passes.pruning.targets import Target, split_axis
 from lepton_xla.recipe.patterns import Pattern
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclasses.dataclass(frozen=True)
