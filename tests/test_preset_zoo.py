@@ -109,6 +109,25 @@ def test_shrinking_goes_as_far_as_it_can():
     assert "only" in whole.history[-1].metrics["not_reached"]
 
 
+def integers_inside(w, x):
+    counts = jnp.round(jax.nn.relu(x @ w["a"]) @ w["b"]).astype(jnp.int32)
+    return x + (counts @ w["i"] @ w["j"]).astype(jnp.float32)
+
+
+def test_a_group_of_integers_is_left_and_named():
+    numbers = {"i": jnp.ones((8, 12), jnp.int32), "j": jnp.ones((12, 8), jnp.int32)}
+    program = lx.trace(integers_inside, {"a": array(8, 16), "b": array(16, 8), **numbers}, floats(8))
+    why = r"none of its weights is of floats: i \(int32\), j \(int32\)"
+    with pytest.raises(lx.RecipeError, match=rf"group 'i\[1\]' cannot be ranked, as {why}; name it under protect"):
+        lx.passes.shrink(program, sparsity=0.5)
+    small = lx.passes.shrink(program, sparsity=0.5, on_unsupported="keep")
+    assert {path: leaf.shape for path, leaf in small.weights.items()} == {
+        "a": (8, 8), "b": (8, 8), "i": (8, 12), "j": (12, 8)
+    }  # fmt: skip
+    left = next(site for site in small.history[-1].sites if site.site == "i[1]")
+    assert (left.action, left.reason) == ("kept 12 units", "none of its weights is of floats: i (int32), j (int32)")
+
+
 def test_an_already_quantized_program_is_not_shrunk_and_says_so():
     fn, weights, inputs = ZOO["one tiny layer"]
     int8 = lx.optimize(lx.trace(fn, weights, inputs), lx.Recipe.load("int8-weight-only").replace(measure=False))

@@ -606,7 +606,9 @@ def test_importance_by_the_scale_of_the_norm(residual, lenient):
         small.weights["params/BatchNorm_1/scale"],
         np.asarray(residual.weights["params/BatchNorm_1/scale"])[np.sort(np.argsort(-scale)[:4])],
     )
-    with pytest.raises(RecipeError, match="'params/Conv_6/kernel\\[3\\]' has no scale of a norm"):
+    with pytest.raises(
+        RecipeError, match="'params/Conv_6/kernel\\[3\\]' cannot be ranked, as it has no scale of a norm"
+    ):
         shrink(residual, sparsity=0.5, importance="scale", protect=["params/Conv_4.*"])
 
 
@@ -761,7 +763,7 @@ def test_weights_stay_on_their_devices():
             {"flops": 0.01, "protect": "w0"},
             r"flops = 0.01 cannot be reached; the least is 0\.\d+, .* Protected groups: 'w0\[1\]': by the pattern 'w0'",
         ),
-        ({"sparsity": 0.5, "importance": "scale"}, r"group 'w0\[1\]' has no scale of a norm"),
+        ({"sparsity": 0.5, "importance": "scale"}, r"group 'w0\[1\]' cannot be ranked, as it has no scale of a norm"),
     ],
 )
 def test_refusals(arguments, message):

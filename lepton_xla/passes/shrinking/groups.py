@@ -75,6 +75,12 @@ class Group:
         return plain | {"steps": list(self.steps), "members": list(self.members)}
 
 
+def _protected(groups: Sequence[Group], reasons: Mapping[str, str]) -> tuple[Group, ...]:
+    return tuple(
+        dataclasses.replace(group, protected=group.protected or reasons.get(group.name, "")) for group in groups
+    )
+
+
 @dataclasses.dataclass(frozen=True)
 class Groups:
     """All groups of a program, in the order in which their units are made.
@@ -129,13 +135,12 @@ class Groups:
                 raise RecipeError(
                     f"protect = {pattern!r} matches none of the groups: {', '.join(group.name for group in items)}"
                 )
-            items = tuple(
-                dataclasses.replace(group, protected=group.protected or f"by the pattern {pattern!r}")
-                if group.name in matched
-                else group
-                for group in items
-            )
+            items = _protected(items, dict.fromkeys(matched, f"by the pattern {pattern!r}"))
         return dataclasses.replace(self, items=items)
+
+    def without(self, reasons: Mapping[str, str]) -> Groups:
+        """The same groups, those protected whose name has a reason."""
+        return dataclasses.replace(self, items=_protected(self.items, reasons))
 
     def to_json(self) -> list[dict[str, Any]]:
         """Plain dicts, lists and numbers."""

@@ -18,6 +18,7 @@ from lepton_xla.passes.shrinking.dimensions import Dimension, leaves, unit_sums,
 from lepton_xla.passes.shrinking.groups import Group, Groups
 from lepton_xla.passes.shrinking.labels import Axes
 from lepton_xla.program import Program
+from lepton_xla.trees import some_names
 
 type Importance = Literal["l1", "l2", "scale", "taylor", "activation"]
 type Loss = Callable[[Any, Mapping[str, Any]], jax.Array]
@@ -50,11 +51,11 @@ def importance_scores(
         loss: `loss(weights, batch) -> scalar`, for `taylor`.
 
     Returns:
-        Group name -> float64 `[*steps, units]`.
+        Group name -> float64 `[*steps, units]`; without groups that have nothing that the method looks at.
 
     Raises:
         CalibrationError: if batches, or the loss, are needed and missing.
-        RecipeError: if a group has nothing that the method looks at, or there is no such method.
+        RecipeError: if there is no such method.
         ModelError: if a weight of a group that may lose units is not finite.
     """
     if method not in get_args(Importance.__value__):
@@ -77,16 +78,21 @@ def importance_scores(
         found = _taylor_scores(program, groups, batches, loss)
     else:
         found = {group.name: _weight_scores(program, groups, group, method) for group in groups.removable}
-    scores: dict[str, np.ndarray] = {}
-    for group in groups.removable:
-        if not found[group.name]:
-            what = "no scale of a norm (fold = true takes them away)" if method == "scale" else "nothing"
-            raise RecipeError(
-                f"importance = {method!r}: group {group.name!r} has {what} to be ranked by; protect it, or choose "
-                f"another importance"
-            )
-        scores[group.name] = np.mean([_normalized(score) for score in found[group.name]], axis=0)
-    return scores
+    return {
+        group.name: np.mean([_normalized(score) for score in found[group.name]], axis=0)
+        for group in groups.removable
+        if found[group.name]
+    }
+
+
+def unranked(program: Program, group: Group, method: str) -> str:
+    """Why a group has no score."""
+    dtypes = {path: program.weights[path].dtype for path in group.paths}
+    if not any(jnp.issubdtype(dtype, jnp.floating) for dtype in dtypes.values()):
+        return f"none of its weights is of floats: {some_names(f'{path} ({dtype})' for path, dtype in dtypes.items())}"
+    if method == "scale":
+        return "it has no scale of a norm (fold = true takes them away)"
+    return f"importance = {method!r} looks at none of its weights"
 
 
 def _normalized(score: np.ndarray) -> np.ndarray:

@@ -19,7 +19,7 @@ from lepton_xla.passes.core.costs import cost
 from lepton_xla.passes.core.timing import Timer, time_programs
 from lepton_xla.passes.shrinking.dimensions import Dimension, Kept
 from lepton_xla.passes.shrinking.groups import Group, Groups, find_groups
-from lepton_xla.passes.shrinking.importance import Batches, Importance, Loss, importance_scores
+from lepton_xla.passes.shrinking.importance import Batches, Importance, Loss, importance_scores, unranked
 from lepton_xla.passes.shrinking.resizing import remove
 from lepton_xla.program import Program, probe_sizes
 from lepton_xla.recipe.rules import check_target
@@ -80,16 +80,18 @@ def shrink(
         loss: for `"taylor"`: `loss(weights, batch) -> scalar`.
         sizes: sizes of the symbolic dimensions at which operations are counted and calls are timed.
         timer: what times calls; by default a new one for this process's device.
-        on_unsupported: what to do where the target cannot be reached: `error`, or `keep`: remove all that can go, and
-            say in the report, under `not_reached`, how far that is and what stands in the way.
+        on_unsupported: what to do where the target cannot be reached, or a group has nothing to be ranked by: `error`,
+            or `keep`: remove all that can go, and say in the report, under `not_reached` and of the group, how far that
+            is and what stands in the way.
 
     Returns:
         A program of the same inputs and outputs with smaller weights, equal to the program with all weights of the
         removed units set to zero. Masks are cut likewise.
 
     Raises:
-        RecipeError: if an argument is out of range, a pattern matches nothing, or the target cannot be reached (unless
-            `on_unsupported` is `keep`); the message says what can be, and which groups stand in the way.
+        RecipeError: if an argument is out of range or a pattern matches nothing; unless `on_unsupported` is `keep`, if
+            a group cannot be ranked, or the target cannot be reached; the message says what can be, and which groups
+            stand in the way.
         CalibrationError: if data or the loss are missing.
         UnsupportedError: if a weight is quantized.
     """
@@ -100,6 +102,15 @@ def shrink(
     chosen = dict(sizes) if sizes is not None else probe_sizes(program.fn, program.weights, program.inputs)[0]
     groups = find_groups(program, sizes=chosen).protecting([protect] if isinstance(protect, str) else protect)
     scores = importance_scores(program, groups, importance, calibration=calibration, loss=loss)
+    reasons = {
+        group.name: unranked(program, group, importance) for group in groups.removable if group.name not in scores
+    }
+    for name, why in reasons.items() if on_unsupported == "error" else ():
+        raise RecipeError(
+            f"shrink: group {name!r} cannot be ranked, as {why}; name it under protect, choose another importance, or "
+            f"leave it with on_unsupported = 'keep'"
+        )
+    groups = groups.without(reasons)
     ranking = Ranking(groups, scores, scope, round_to)
     before = cost(program, chosen)
     not_reached = ""
