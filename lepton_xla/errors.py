@@ -1,5 +1,14 @@
 """Every error a user can cause, in one tree: catch `LeptonError` and you have them all."""
 
+# Characters of another's message that are shown: XLA's may hold a whole program.
+_SHOWN = 300
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, cut where it is long: what JAX and XLA add after it is for themselves."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:_SHOWN] if lines else "no message"
+
 
 class LeptonError(Exception):
     """Something the user gave cannot be used; the message says what, where, and what to do."""

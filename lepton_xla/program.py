@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lepton_xla.errors import CompileError, ModelError
+from lepton_xla.errors import CompileError, ModelError, first_line
 from lepton_xla.trees import abstract, name_leaves, some_names, tree_bytes
 
 if TYPE_CHECKING:
@@ -254,9 +254,8 @@ def _weight_array(name: str, leaf: Any) -> jax.Array:
     try:
         return jax.random.key_data(leaf) if _is_key(leaf) else jnp.asarray(leaf)
     except (TypeError, ValueError, RuntimeError, AssertionError) as error:  # its dtype, its memory, no device
-        reason = (str(error).strip().splitlines() or ["no message"])[0]
         raise ModelError(
-            f"weight {name!r}, {leaf.dtype}{list(leaf.shape)}, cannot be made a JAX array: {reason}"
+            f"weight {name!r}, {leaf.dtype}{list(leaf.shape)}, cannot be made a JAX array: {first_line(error)}"
         ) from error
 
 
@@ -336,10 +335,8 @@ def abstract_outputs(
         raise
     except Exception as error:
         at = ", ".join(f"{name}: {spec}" for name, spec in inputs.items())
-        reason = (str(error).strip().splitlines() or ["no message"])[0]
-        raise ModelError(
-            f"the model cannot be traced with inputs {{{at}}} at {dict(sizes)}: {type(error).__name__}: {reason}"
-        ) from error
+        said = f"{type(error).__name__}: {first_line(error)}"
+        raise ModelError(f"the model cannot be traced with inputs {{{at}}} at {dict(sizes)}: {said}") from error
     named = name_leaves(out, single="output")
     if not named:
         raise ModelError("the model returns nothing")

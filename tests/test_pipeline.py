@@ -369,5 +369,7 @@ def test_a_recipe_made_in_python_is_checked_too(net):
         changed = tuple(msgspec.structs.replace(rule, **change) for rule in rules)
         with pytest.raises(RecipeError, match=f"recipe 'python': .*{message}"):
             optimize(net, Recipe(name="python", quantize=changed))
-    with pytest.raises(RecipeError, match=r"recipe 'int8' is a str, not a Recipe; Recipe.load reads one"):
+    with pytest.raises(
+        RecipeError, match=r"optimize: recipe = 'int8' is a str, not a Recipe; Recipe.load and Recipe.parse read one"
+    ):
         optimize(net, "int8")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+
 import flax.linen as nn
 import jax
 
 from models.base import BenchModel
-from models.untrained import untrained
+from models.untrained import normed, untrained
 
 # Expansion, window, output channels, blocks, stride of the first of them: table 1 of the paper.
 STAGES = (
@@ -14,21 +16,7 @@ STAGES = (
     (6, 3, 320, 1, 1),
 )  # fmt: skip
 
-
-class _Normed(nn.Module):
-    """A convolution and a batch norm; with `depthwise`, one filter a channel."""
-
-    features: int
-    window: int = 1
-    stride: int = 1
-    depthwise: bool = False
-
-    @nn.compact
-    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        groups = self.features if self.depthwise else 1
-        window = (self.window, self.window)
-        x = nn.Conv(self.features, window, self.stride, feature_group_count=groups, use_bias=False)(x)
-        return nn.BatchNorm(use_running_average=not train, epsilon=1e-3)(x)
+_normed = functools.partial(normed, epsilon=1e-3)
 
 
 class _SqueezeExcite(nn.Module):
@@ -54,10 +42,10 @@ class _Block(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         width = x.shape[-1] * self.expansion
-        y = nn.silu(_Normed(width)(x, train)) if self.expansion > 1 else x
-        y = nn.silu(_Normed(width, self.window, self.stride, depthwise=True)(y, train))
+        y = nn.silu(_normed(width)(x, train)) if self.expansion > 1 else x
+        y = nn.silu(_normed(width, self.window, self.stride, depthwise=True)(y, train))
         y = _SqueezeExcite(max(1, x.shape[-1] // 4))(y)
-        y = _Normed(self.features)(y, train)
+        y = _normed(self.features)(y, train)
         return x + y if self.stride == 1 and x.shape[-1] == self.features else y
 
 
@@ -66,11 +54,11 @@ class EfficientNetB0(nn.Module):
 
     @nn.compact
     def __call__(self, image: jax.Array, train: bool = False) -> jax.Array:
-        x = nn.silu(_Normed(32, 3, 2)(image, train))
+        x = nn.silu(_normed(32, 3, 2)(image, train))
         for expansion, window, features, blocks, stride in STAGES:
             for block in range(blocks):
                 x = _Block(expansion, window, features, 1 if block else stride)(x, train)
-        return nn.Dense(1000)(nn.silu(_Normed(1280)(x, train)).mean((1, 2)))
+        return nn.Dense(1000)(nn.silu(_normed(1280)(x, train)).mean((1, 2)))
 
 
 def model(*, quick: bool = False) -> BenchModel:

@@ -6,28 +6,12 @@ import flax.linen as nn
 import jax
 
 from models.base import BenchModel
-from models.untrained import untrained
+from models.untrained import normed, untrained
 
 # Expansion, output channels, blocks, stride of the first of them: table 2 of the paper.
 STAGES = (
     (1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1),
 )  # fmt: skip
-
-
-class _Normed(nn.Module):
-    """A convolution and a batch norm; with `depthwise`, one filter a channel."""
-
-    features: int
-    window: int = 1
-    stride: int = 1
-    depthwise: bool = False
-
-    @nn.compact
-    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        groups = self.features if self.depthwise else 1
-        window = (self.window, self.window)
-        x = nn.Conv(self.features, window, self.stride, feature_group_count=groups, use_bias=False)(x)
-        return nn.BatchNorm(use_running_average=not train)(x)
 
 
 class _Block(nn.Module):
@@ -40,9 +24,9 @@ class _Block(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         width = x.shape[-1] * self.expansion
-        y = nn.relu6(_Normed(width)(x, train)) if self.expansion > 1 else x
-        y = nn.relu6(_Normed(width, 3, self.stride, depthwise=True)(y, train))
-        y = _Normed(self.features)(y, train)
+        y = nn.relu6(normed(width)(x, train)) if self.expansion > 1 else x
+        y = nn.relu6(normed(width, 3, self.stride, depthwise=True)(y, train))
+        y = normed(self.features)(y, train)
         return x + y if self.stride == 1 and x.shape[-1] == self.features else y
 
 
@@ -51,11 +35,11 @@ class MobileNetV2(nn.Module):
 
     @nn.compact
     def __call__(self, image: jax.Array, train: bool = False) -> jax.Array:
-        x = nn.relu6(_Normed(32, 3, 2)(image, train))
+        x = nn.relu6(normed(32, 3, 2)(image, train))
         for expansion, features, blocks, stride in STAGES:
             for block in range(blocks):
                 x = _Block(expansion, features, 1 if block else stride)(x, train)
-        return nn.Dense(1000)(nn.relu6(_Normed(1280)(x, train)).mean((1, 2)))
+        return nn.Dense(1000)(nn.relu6(normed(1280)(x, train)).mean((1, 2)))
 
 
 def model(*, quick: bool = False) -> BenchModel:

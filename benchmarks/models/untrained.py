@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,6 +15,30 @@ from models.base import BenchModel, cached, judge
 SIZE = 224
 # What one step adds to Flax's moving averages of a batch's statistics.
 _SHARE = 1 - 0.99
+
+
+class _Normed(nn.Module):
+    """A convolution and a batch norm."""
+
+    features: int
+    window: int
+    stride: int
+    depthwise: bool
+    epsilon: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        groups = self.features if self.depthwise else 1
+        window = (self.window, self.window)
+        x = nn.Conv(self.features, window, self.stride, feature_group_count=groups, use_bias=False)(x)
+        return nn.BatchNorm(use_running_average=not train, epsilon=self.epsilon)(x)
+
+
+def normed(
+    features: int, window: int = 1, stride: int = 1, *, depthwise: bool = False, epsilon: float = 1e-5
+) -> nn.Module:
+    """A convolution and a batch norm, `module(x, train)`; with `depthwise`, one filter a channel."""
+    return _Normed(features, window, stride, depthwise, epsilon)
 
 
 def untrained(name: str, module: Any, *, quick: bool = False) -> BenchModel:

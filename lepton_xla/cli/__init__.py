@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from lepton_xla.cli._stdout import stdout_checked
-from lepton_xla.errors import LeptonError
+from lepton_xla.errors import LeptonError, first_line
 
 # What `leptonx --help` lists, in order of use. A command's file is imported only when the command runs, so `--help` is
 # fast.
@@ -89,7 +89,7 @@ class LeptonGroup(click.Group):
         except RuntimeError as error:
             if not _is_of_xla(error):
                 raise
-            raise OneLineError(f"XLA failed: {(str(error).strip().splitlines() or ['no message'])[0]}") from error
+            raise OneLineError(f"XLA failed: {first_line(error)}") from error
 
 
 def _is_of_xla(error: RuntimeError) -> bool:

@@ -16,7 +16,7 @@ import click
 
 from lepton_xla.cli.tables import Table, printable
 from lepton_xla.cli.tables import show as show
-from lepton_xla.errors import CompileError, LeptonError
+from lepton_xla.errors import CompileError, LeptonError, first_line
 
 if TYPE_CHECKING:
     from rich.progress import TaskID
@@ -171,8 +171,7 @@ def write(path: str, writer: Callable[[], Any]) -> None:
     try:
         writer()
     except (OSError, ValueError) as error:  # ValueError: a file type that matplotlib does not support
-        reason = (str(error).strip().splitlines() or ["no message"])[0]
-        raise LeptonError(f"{path} cannot be written: {reason}") from error
+        raise LeptonError(f"{path} cannot be written: {first_line(error)}") from error
 
 
 def figure() -> Any:

@@ -19,7 +19,7 @@ from jax._src import compilation_cache
 from jax._src.core import ShapedArray
 from jax._src.lib import _jax  # pyright: ignore[reportPrivateImportUsage, reportPrivateUsage]
 
-from lepton_xla.errors import ExecutionError
+from lepton_xla.errors import ExecutionError, first_line
 
 ERROR = jax.errors.JaxRuntimeError
 """What XLA raises where it cannot compile, write or run something."""
@@ -49,9 +49,8 @@ def first_device() -> Device:
 
 
 def reason(error: BaseException) -> str:
-    """An error's kind and its first line: XLA adds a stack, and often a whole program, after it."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
+    """An error's kind and its first line."""
+    return f"{type(error).__name__}: {first_line(error)}"
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ import os
 import jax
 import msgspec
 
+from lepton_xla.arguments import takes
 from lepton_xla.compiler import _xla, weights
 from lepton_xla.compiler.buckets import bucket_name, combinations
 from lepton_xla.compiler.code import Code
@@ -135,6 +136,7 @@ def read_manifest(store: Store) -> Manifest:
         raise ArtifactError(f"{store.location}: {error}") from error
 
 
+@takes(location=(str, os.PathLike))
 def verify(location: str | os.PathLike[str]) -> Verification:
     """Checks the size and digest of every file of an artifact; executes and deserializes nothing.
 

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from lepton_xla.arguments import takes
 from lepton_xla.callbacks import without_callbacks
 from lepton_xla.compiler import _xla, weights
 from lepton_xla.compiler.artifact import Artifact
@@ -38,6 +39,7 @@ type Progress = Callable[[str, int, int], None]
 """Called with what is being done, how many steps are done, and how many there are."""
 
 
+@takes(program=Program, buckets=Mapping, metrics=Mapping, examples=Mapping)
 def compile(
     program: Program,
     buckets: Mapping[str, Sequence[int]],

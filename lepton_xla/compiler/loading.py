@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import msgspec
 import numpy as np
 
+from lepton_xla.arguments import takes
 from lepton_xla.compiler import _xla
 from lepton_xla.compiler.artifact import read_manifest
 from lepton_xla.compiler.buckets import Ladders, bucket_name, combinations
@@ -38,6 +39,7 @@ from lepton_xla.flags import warn_of_slow_flags
 _LOG = logging.getLogger(__name__)
 
 
+@takes(location=(str, os.PathLike), buckets=Mapping)
 def load(
     location: str | os.PathLike[str],
     *,

@@ -14,6 +14,7 @@ import jax
 import msgspec
 import numpy as np
 
+from lepton_xla.arguments import takes
 from lepton_xla.callbacks import without_callbacks
 from lepton_xla.errors import (
     CalibrationError,
@@ -22,6 +23,7 @@ from lepton_xla.errors import (
     ModelError,
     RecipeError,
     UnsupportedError,
+    first_line,
 )
 from lepton_xla.flags import warn_of_slow_flags
 from lepton_xla.passes.alternatives.autotuning import autotune
@@ -67,12 +69,12 @@ def _told_by_xla[**P, T](fn: Callable[P, T]) -> Callable[P, T]:
         try:
             return fn(*args, **kwargs)
         except jax.errors.JaxRuntimeError as error:
-            reason = (str(error).strip().splitlines() or ["no message"])[0]
-            raise ExecutionError(f"XLA failed in the last step that began: {reason[:300]}") from error
+            raise ExecutionError(f"XLA failed in the last step that began: {first_line(error)}") from error
 
     return bounded
 
 
+@takes(program=Program, recipe=Recipe, buckets=Mapping, progress=Callable)
 def optimize(
     program: Program,
     recipe: Recipe,
@@ -112,6 +114,7 @@ def optimize(
     return apply_plan(program, plan, calibration=batches, buckets=buckets, timer=timer, progress=progress)
 
 
+@takes(program=Program, recipe=Recipe, buckets=Mapping, progress=Callable)
 @_told_by_xla
 def plan_for(
     program: Program,
@@ -135,8 +138,6 @@ def plan_for(
         RecipeError, UnsupportedError, CalibrationError, CompileError: as `optimize`.
     """
     say = progress or (lambda _line: None)
-    if not isinstance(recipe, Recipe):
-        raise RecipeError(f"recipe {recipe!r:.80} is a {type(recipe).__name__}, not a Recipe; Recipe.load reads one")
     warn_of_slow_flags(_LOG, jax.default_backend())
     # The model need not take the sizes that are timed where nobody names any.
     asked = grid(program, buckets)[0] if buckets else probe_sizes(program.fn, program.weights, program.inputs)[0]
@@ -154,6 +155,7 @@ def plan_for(
     return program, resolve(recipe, program)
 
 
+@takes(program=Program, plan=Plan, buckets=Mapping, progress=Callable)
 @_told_by_xla
 def apply_plan(
     program: Program,

@@ -10,6 +10,7 @@ from typing import Any
 import jax.numpy as jnp
 import msgspec
 
+from lepton_xla.arguments import takes
 from lepton_xla.errors import RecipeError, UnsupportedError
 from lepton_xla.passes.core.expressions import stored_shape
 from lepton_xla.passes.core.plans import Plan, SitePlan
@@ -25,6 +26,7 @@ from lepton_xla.recipe.rules import Rule
 from lepton_xla.trees import leaf_bytes, name_leaves, some_names
 
 
+@takes(recipe=Recipe, program=Program)
 def resolve(recipe: Recipe, program: Program, *, sites: Sequence[Site] | None = None) -> Plan:
     """Decides what each site of a program gets.
 

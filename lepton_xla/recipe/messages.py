@@ -10,6 +10,7 @@ from typing import Any, get_args, get_type_hints
 
 import msgspec
 
+from lepton_xla.errors import first_line
 from lepton_xla.recipe.rules import PruneRule, QuantizeRule, ShrinkRule
 
 # Descriptions of valid values, for keys that take neither a plain type nor one of a few words.
@@ -31,7 +32,7 @@ def reason(error: Exception, given: Any, root: type[msgspec.Struct]) -> str:
         given: the TOML text, or the recipe as plain dicts and lists.
         root: the type of a whole recipe.
     """
-    said = (str(error).splitlines() or ["no message"])[0]
+    said = first_line(error)
     place = re.fullmatch(r"(.*) - at `\$\.?(.*)`", said)
     if place is None:
         return _unknown_key(said, root, "")

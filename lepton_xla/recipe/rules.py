@@ -9,7 +9,7 @@ from typing import Annotated, Literal, get_args
 
 import msgspec
 
-from lepton_xla.errors import RecipeError
+from lepton_xla.errors import RecipeError, first_line
 from lepton_xla.quant.formats import FORMATS
 from lepton_xla.quant.grid import group_size
 from lepton_xla.recipe.patterns import Pattern
@@ -205,7 +205,7 @@ def _check_prune_rule(rule: PruneRule, where: str, *, needs_sparsity: bool = Tru
     try:  # the rule may not come from a file
         msgspec.convert(msgspec.to_builtins(msgspec.structs.replace(rule, sparsity=None)), type(rule))
     except (msgspec.MsgspecError, TypeError) as error:
-        raise RecipeError(f"{where}: {str(error).splitlines()[0]}") from error
+        raise RecipeError(f"{where}: {first_line(error)}") from error
     pattern = Pattern.parse(rule.pattern)
     if pattern.kind == "groups" and not 0 < pattern.kept < pattern.rows:
         raise RecipeError(f"{where}.pattern = {rule.pattern!r}: expected N:M with 0 < N < M, such as '2:4'")

@@ -14,6 +14,7 @@ import optax
 from jax import lax
 from jax.core import Tracer
 
+from lepton_xla.arguments import takes
 from lepton_xla.errors import ModelError, RecipeError
 from lepton_xla.passes.core.plans import Plan
 from lepton_xla.passes.pruning.carrying import Carrier
@@ -70,6 +71,7 @@ class Regrow:
             raise RecipeError(f"Regrow(share={self.share}): expected a share in [0, 1]")
 
 
+@takes(masks=Mapping)
 def sparsify(
     optimizer: optax.GradientTransformation,
     rules: Rules,

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from lepton_xla.arguments import takes
 from lepton_xla.errors import CalibrationError, InputError, ModelError, RecipeError
 from lepton_xla.modelspec import Predict
 from lepton_xla.optimization.pipeline import plan_for
@@ -136,6 +137,7 @@ class Sensitivity:
         }
 
 
+@takes(program=Program, recipe=Recipe, evaluate=Callable)
 def sensitivity(
     program: Program,
     recipe: Recipe,

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from lepton_xla import _compat
+from lepton_xla.arguments import takes
 from lepton_xla.passes.alternatives import shifted, single_row
 from lepton_xla.passes.core.rewriting import rewrite
 from lepton_xla.passes.core.sites import trace_sites
@@ -102,6 +103,7 @@ class Choices:
         return found.get(self.way.get(_kind(eqn), XLA)) if found else None
 
 
+@takes(program=Program, progress=Callable)
 def autotune(
     program: Program,
     *,

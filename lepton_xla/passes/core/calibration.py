@@ -4,24 +4,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lepton_xla.arguments import takes
 from lepton_xla.errors import CalibrationError
 from lepton_xla.passes.core.names import Key
+from lepton_xla.passes.core.plans import Plan
 from lepton_xla.passes.core.precomputation import for_plan
 from lepton_xla.passes.core.sites import Site, rewrite_sites, step_lengths
 from lepton_xla.passes.core.walker import Context, Values, materialize
 from lepton_xla.program import Program
 from lepton_xla.quant import FORMATS, observers
 from lepton_xla.quant.observers import Aggregate, Histogram
-
-if TYPE_CHECKING:
-    from lepton_xla.passes.core.plans import Plan
-    from lepton_xla.recipe import QuantizeRule
+from lepton_xla.recipe import QuantizeRule
 
 # What travels beside a weight to its site: a mark of the step, and the level to count at. What leaves the program.
 _MARK, _LEVEL = "mark", "level"
@@ -35,6 +34,7 @@ EMPTY = (
 )
 
 
+@takes(program=Program, plan=Plan)
 def calibrate(program: Program, plan: Plan, batches: Iterable[Mapping[str, Any]]) -> dict[str, jax.Array]:
     """Measures the range of each statically quantized site's activation, in one pass over the data.
 

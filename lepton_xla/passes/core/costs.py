@@ -18,6 +18,7 @@ from typing import Any
 import jax
 
 from lepton_xla import _compat
+from lepton_xla.arguments import takes
 from lepton_xla.passes.core.rewriting import rewrite
 from lepton_xla.passes.core.sites import SITE_PRIMITIVES, site_name, takes_rows
 from lepton_xla.passes.core.walker import Context, TracedValue, Values
@@ -124,6 +125,7 @@ class CostReport:
         return "\n".join([*title, *lines, *notes])
 
 
+@takes(program=Program, sizes=Mapping)
 def cost(program: Program, sizes: Mapping[str, int] | None = None) -> CostReport:
     """Counts what one call of a program costs.
 

@@ -5,20 +5,19 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from lepton_xla.arguments import takes
+from lepton_xla.passes.core.plans import Plan
 from lepton_xla.passes.core.precomputation import COMPUTED
 from lepton_xla.passes.core.sites import find_sites, made_of
 from lepton_xla.program import Program
 from lepton_xla.quant import QTensor
 from lepton_xla.report import PassReport, SiteReport
 from lepton_xla.trees import abstract, tree_bytes
-
-if TYPE_CHECKING:
-    from lepton_xla.passes.core.plans import Plan
 
 # The report's name, and the key under which a pass says, in its figures, what became of the weights that it took away.
 WEIGHTS = "weights"
@@ -29,6 +28,7 @@ ON_EACH_CALL = "computed on each call"
 GONE = {"precompute": f"part of a weight that is {COMPUTED}", "fold": "folded into others"}
 
 
+@takes(program=Program, plan=Plan, sizes=Mapping)
 def weights_report(program: Program, plan: Plan | None = None, *, sizes: Mapping[str, int] | None = None) -> PassReport:
     """What became of each weight of the program that the first pass was given, and what passes have added.
 

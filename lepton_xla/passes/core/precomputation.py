@@ -4,26 +4,26 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 
 from lepton_xla import _compat
+from lepton_xla.arguments import takes
 from lepton_xla.passes.core.computed import Computed, ComputedWeight
 from lepton_xla.passes.core.expressions import evaluate, support
+from lepton_xla.passes.core.plans import Plan
 from lepton_xla.passes.core.sites import Site, find_computed, rewrite_sites
 from lepton_xla.passes.core.walker import Context, Values
 from lepton_xla.program import Program, abstract_outputs, probe_sizes
 from lepton_xla.report import PassReport, SiteReport
 from lepton_xla.trees import abstract, leaf_bytes, tree_bytes
 
-if TYPE_CHECKING:
-    from lepton_xla.passes.core.plans import Plan
-
 # What a report says a computed weight is.
 COMPUTED = "computed ahead"
 
 
+@takes(program=Program)
 def precompute(program: Program, *, sizes: Sequence[Mapping[str, int]] = ()) -> Program:
     """Computes once what the program computes on each call from weights and constants alone, and then multiplies.
 

@@ -8,10 +8,12 @@ from typing import Any, Literal
 
 import jax
 
+from lepton_xla.arguments import takes
 from lepton_xla.passes.core.containers import CONTAINERS
 from lepton_xla.passes.core.walker import Frame, Rule, TracedValue, Walk, materialize
 
 
+@takes(fn=Callable, follow=Mapping, example=Callable, prepare=Callable, constant=Callable)
 def rewrite(
     fn: Callable[..., Any],
     rules: Mapping[str, Rule] | Callable[[Any], Mapping[str, Rule]],

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from lepton_xla import _compat
+from lepton_xla.arguments import takes
 from lepton_xla.errors import UnsupportedError
 from lepton_xla.passes.core import expressions
 from lepton_xla.passes.core.computed import CUTS, Computed, ComputedWeight, choose_computed
@@ -344,6 +345,7 @@ def _expression(atom: Any, value: Any) -> Expression | None:
     return Expression.of_constant(value) if isinstance(atom, _compat.LITERAL) else None
 
 
+@takes(fn=Callable, beside=Mapping, follow=Mapping)
 def rewrite_sites(
     fn: Callable[..., Any],
     rule: SiteRule,
@@ -437,6 +439,7 @@ def rewrite_sites(
     )
 
 
+@takes(program=Program, sizes=Mapping)
 def find_sites(program: Program, *, sizes: Mapping[str, int] | None = None) -> tuple[Site, ...]:
     """Every site of a program, in the order of execution.
 

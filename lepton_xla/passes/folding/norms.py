@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from lepton_xla import _compat
+from lepton_xla.arguments import takes
 from lepton_xla.passes.core.dtypes import wider
 from lepton_xla.passes.core.names import fresh
 from lepton_xla.passes.core.precomputation import precompute
@@ -67,6 +68,7 @@ class _Fold:
     dtype: Any
 
 
+@takes(program=Program)
 def fold(program: Program) -> Program:
     """Folds batch norms (any per-channel affine) into the weights before them and drops dead and repeated code.
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from lepton_xla.arguments import takes
 from lepton_xla.errors import ModelError, RecipeError
+from lepton_xla.passes.core.plans import Plan
 from lepton_xla.passes.core.precomputation import for_plan
 from lepton_xla.passes.pruning.held import earlier_masks
 from lepton_xla.passes.pruning.masks import find_masks
@@ -22,9 +24,6 @@ from lepton_xla.program import Program, check_masks
 from lepton_xla.recipe.rules import DATA_METHODS, check_rule
 from lepton_xla.report import PassReport, SiteReport
 from lepton_xla.trees import leaf_bytes, name_leaves
-
-if TYPE_CHECKING:
-    from lepton_xla.passes.core.plans import Plan
 
 
 def magnitude_masks(weights: Sequence[jax.Array], sparsity: float) -> list[jax.Array]:
@@ -44,6 +43,7 @@ def magnitude_masks(weights: Sequence[jax.Array], sparsity: float) -> list[jax.A
     return keep_largest_on_host([Ranking(weights, dropped)])[0]
 
 
+@takes(program=Program, plan=Plan)
 def prune(program: Program, plan: Plan, *, seed: int = 0) -> Program:
     """Sets elements of each planned weight to zero, by the methods that need no data.
 
@@ -178,6 +178,7 @@ def check_finite(path: str, weight: jax.Array) -> None:
         raise ModelError(f"weight {path!r} is not finite, so its elements cannot be ranked")
 
 
+@takes(fn=Callable, masks=Mapping)
 def masked(
     fn: Callable[..., Any], masks: Mapping[str, jax.Array], *, straight_through: bool = False
 ) -> Callable[..., Any]:

@@ -9,15 +9,17 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from lepton_xla.arguments import takes
 from lepton_xla.passes.core import matrix
 from lepton_xla.passes.core.calibration import as_batches
+from lepton_xla.passes.core.plans import Plan
 from lepton_xla.passes.core.precomputation import for_plan
 from lepton_xla.passes.core.statistics import Statistics, collect_statistics, pooled
 from lepton_xla.passes.pruning.held import block_quotas, earlier_masks, held_last, held_matrices
@@ -31,9 +33,6 @@ from lepton_xla.passes.quantization.gptq import ELEMENTS_AT_ONCE, output_squares
 from lepton_xla.passes.quantization.inverse_factor import inverse_factor
 from lepton_xla.program import Program
 from lepton_xla.recipe.patterns import Pattern
-
-if TYPE_CHECKING:
-    from lepton_xla.passes.core.plans import Plan
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,6 +149,7 @@ def sparsegpt_values(
     return values[:depth], mask[:depth]
 
 
+@takes(program=Program, plan=Plan)
 def sparsegpt(
     program: Program,
     plan: Plan,

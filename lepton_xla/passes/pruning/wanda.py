@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lepton_xla.arguments import takes
+from lepton_xla.passes.core.plans import Plan
 from lepton_xla.passes.core.precomputation import for_plan
 from lepton_xla.passes.core.sites import Site
 from lepton_xla.passes.core.statistics import Statistics, collect_statistics, pooled
@@ -24,9 +26,6 @@ from lepton_xla.passes.pruning.shares import rule_shares
 from lepton_xla.passes.pruning.targets import Target
 from lepton_xla.program import Program
 from lepton_xla.recipe.patterns import Pattern
-
-if TYPE_CHECKING:
-    from lepton_xla.passes.core.plans import Plan
 
 UNSEEN = "by magnitude where the calibration data does not reach it"
 
@@ -58,6 +57,7 @@ def wanda_mask(
     return jnp.swapaxes(mask, -1, -2) & whole
 
 
+@takes(program=Program, plan=Plan)
 def wanda(program: Program, plan: Plan, batches: Iterable[Mapping[str, Any]]) -> Program:
     """Prunes the weights that a plan gives to `method = "wanda"`.
 

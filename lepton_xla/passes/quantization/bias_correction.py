@@ -10,16 +10,18 @@ import dataclasses
 import functools
 import time
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lepton_xla.arguments import takes
 from lepton_xla.passes.core import matrix
 from lepton_xla.passes.core.alike import Alike
 from lepton_xla.passes.core.flow import Flow, Place, is_vector, not_float_name, output_axis
 from lepton_xla.passes.core.names import Key, fresh
+from lepton_xla.passes.core.plans import Plan
 from lepton_xla.passes.core.precomputation import for_plan
 from lepton_xla.passes.core.sites import Site, rewrite_sites
 from lepton_xla.passes.core.statistics import collect_statistics
@@ -28,9 +30,6 @@ from lepton_xla.passes.quantization.rounding import exact_matrices, planned_weig
 from lepton_xla.program import Program
 from lepton_xla.report import PassReport, SiteReport
 from lepton_xla.trees import abstract
-
-if TYPE_CHECKING:
-    from lepton_xla.passes.core.plans import Plan
 
 # A bias that is added is called this, among the weights and beside them.
 CORRECTION = "correction"
@@ -44,6 +43,7 @@ class _Added:
     vector: jax.Array
 
 
+@takes(program=Program, rounded=Program, plan=Plan)
 def correct_bias(program: Program, rounded: Program, plan: Plan, batches: Iterable[Mapping[str, Any]]) -> Program:
     """Corrects the biases of a program for the rounding of its weights.
 

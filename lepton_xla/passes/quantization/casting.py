@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from lepton_xla import _compat
+from lepton_xla.arguments import takes
 from lepton_xla.errors import RecipeError
 from lepton_xla.passes.core.precomputation import precompute
 from lepton_xla.passes.core.sites import Site, find_sites, operand_value, rewrite_sites
@@ -27,6 +28,7 @@ from lepton_xla.trees import abstract, tree_bytes
 DTYPES = ("bfloat16", "float16")
 
 
+@takes(program=Program)
 def cast(
     program: Program,
     dtype: str = "bfloat16",

@@ -6,8 +6,8 @@ import dataclasses
 import functools
 import math
 import zlib
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,9 +16,11 @@ from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
 from lepton_xla import _compat
+from lepton_xla.arguments import takes
 from lepton_xla.errors import ModelError, RecipeError, UnsupportedError
 from lepton_xla.passes.core.computed import Computed
 from lepton_xla.passes.core.names import Key
+from lepton_xla.passes.core.plans import Plan, SitePlan
 from lepton_xla.passes.core.precomputation import computed_weights
 from lepton_xla.passes.core.sites import (
     Escapes,
@@ -38,11 +40,8 @@ from lepton_xla.quant import FORMATS, Format, encode, fake_quantize, make_grid
 from lepton_xla.quant.grid import matrix_codes, matrix_values, settle
 from lepton_xla.quant.learned import LOG2, initial_scale, learned_quantize, raw_scales, stochastic_quantize
 from lepton_xla.quant.qtensor import straight_through
+from lepton_xla.recipe import QuantizeRule
 from lepton_xla.trees import name_leaves, some_names
-
-if TYPE_CHECKING:
-    from lepton_xla.passes.core.plans import Plan, SitePlan
-    from lepton_xla.recipe import QuantizeRule
 
 type Scales = dict[str, dict[str, jax.Array]]
 """Weight path -> parts of its grid (`scale`, `zero_point`, `codebook`, stacked axes leading); site name -> the scale
@@ -52,6 +51,7 @@ _PARTS = ("scale", "zero_point", "codebook")
 _KEY = "key"
 
 
+@takes(fn=Callable, plan=Plan, ranges=Mapping)
 def fake_quant(
     fn: Callable[..., Any],
     plan: Plan,
@@ -163,6 +163,7 @@ def fake_quant(
     return run
 
 
+@takes(plan=Plan, ranges=Mapping)
 def initial_scales(weights: Any, plan: Plan, ranges: Mapping[str, jax.Array] | None = None) -> Scales:
     """Scales to be trained beside the weights (LSQ, arXiv:1902.08153), for `fake_quant` and then `lower`.
 
@@ -182,7 +183,7 @@ def initial_scales(weights: Any, plan: Plan, ranges: Mapping[str, jax.Array] | N
     Raises:
         UnsupportedError: for a site whose format is not of integers around zero.
     """
-    named = name_leaves(weights, prefix="weights")
+    named = _named(weights, plan.sites)
     scales: Scales = {}
     for entry in plan.sites:
         site, rule = entry.site, entry.quantize
@@ -389,17 +390,11 @@ def _beside(
 ) -> dict[str, dict[Key, jax.Array]]:
     """What travels beside each weight to its sites, one step of a stack at a time."""
     _check_names(scales, planned)
-    named = name_leaves(weights, prefix="weights")
+    named = _named(weights, planned)
     arrays: dict[Key, jax.Array] = {(name, RANGE): jnp.asarray(value) for name, value in ranges.items()}
     for entry in planned:
         site = entry.site
         assert site.path is not None
-        missing = [] if site.path in named else [path for path in made_of(site) if path not in named]
-        if missing:
-            raise ModelError(
-                f"the plan quantizes weight {missing[0]!r}, which is not among {some_names(named)}; give the tree of "
-                f"weights that the plan's program has"
-            )
         for part, value in scales.get(site.path, {}).items():
             if part in _PARTS:
                 arrays[site.name, part] = value
@@ -412,6 +407,22 @@ def _beside(
             steps = tuple(laid.shape[: site.stacked])
             arrays[site.name, _KEY] = jax.random.split(own, (*steps, 2))
     return products.beside([entry.site for entry in planned], arrays)
+
+
+def _named(weights: Any, planned: Iterable[SitePlan]) -> dict[str, Any]:
+    """Leaves by path; refuses a tree that lacks a weight that is quantized."""
+    named = name_leaves(weights, prefix="weights")
+    for entry in planned:
+        site = entry.site
+        if entry.quantize is None or site.path in named:
+            continue
+        missing = [path for path in made_of(site) if path not in named]
+        if missing:
+            raise ModelError(
+                f"the plan quantizes weight {missing[0]!r}, which is not among {some_names(named)}; give the tree of "
+                f"weights that the plan's program has"
+            )
+    return named
 
 
 def _check_met(planned: Sequence[SitePlan], met: set[str], escapes: Escapes) -> None:

@@ -13,7 +13,7 @@ import hashlib
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,9 +21,11 @@ import numpy as np
 from jax import lax
 
 from lepton_xla import _compat
+from lepton_xla.arguments import takes
 from lepton_xla.passes.core import matrix, memory
 from lepton_xla.passes.core.alike import Alike
 from lepton_xla.passes.core.calibration import as_batches
+from lepton_xla.passes.core.plans import Plan
 from lepton_xla.passes.core.precomputation import for_plan
 from lepton_xla.passes.core.statistics import (
     GRAM_LIMIT_BYTES,
@@ -48,11 +50,8 @@ from lepton_xla.program import Program
 from lepton_xla.quant import FORMATS
 from lepton_xla.quant.formats import Format
 from lepton_xla.quant.grid import Grid, decode, encode, make_grid, matrix_codes
+from lepton_xla.recipe import QuantizeRule
 from lepton_xla.report import PassReport, SiteReport
-
-if TYPE_CHECKING:
-    from lepton_xla.passes.core.plans import Plan
-    from lepton_xla.recipe import QuantizeRule
 
 # Elements of Gram matrices that are factored at once.
 ELEMENTS_AT_ONCE = 2**22
@@ -209,6 +208,7 @@ def gptq_codes(
     return matrix_codes(values, grid, target).astype(jnp.int32), grid.scale, grid.zero_point
 
 
+@takes(program=Program, plan=Plan)
 def gptq(
     program: Program,
     plan: Plan,

@@ -15,18 +15,20 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lepton_xla.arguments import takes
 from lepton_xla.errors import CalibrationError, ModelError
 from lepton_xla.passes.alternatives.autotuning import choose, times_us
 from lepton_xla.passes.core import matrix, memory
 from lepton_xla.passes.core.alike import Alike
 from lepton_xla.passes.core.calibration import needs_range
 from lepton_xla.passes.core.names import Key, fresh
+from lepton_xla.passes.core.plans import Plan
 from lepton_xla.passes.core.precomputation import for_plan
 from lepton_xla.passes.core.sites import Site, find_sites, lay_out, rewrite_sites
 from lepton_xla.passes.core.targets import Target
@@ -41,12 +43,9 @@ from lepton_xla.program import Expansion, Program
 from lepton_xla.quant import QTensor
 from lepton_xla.quant.grid import settle
 from lepton_xla.quant.learned import raw_scales
+from lepton_xla.recipe import QuantizeRule
 from lepton_xla.report import PassReport, SiteReport
 from lepton_xla.trees import abstract, leaf_bytes, tree_bytes
-
-if TYPE_CHECKING:
-    from lepton_xla.passes.core.plans import Plan
-    from lepton_xla.recipe import QuantizeRule
 
 _LOG = logging.getLogger(__name__)
 
@@ -76,6 +75,7 @@ class _Unpacked:
     operand: jax.Array
 
 
+@takes(program=Program, plan=Plan, ranges=Mapping, scales=Mapping, in_float=Mapping, progress=Callable)
 def lower(
     program: Program,
     plan: Plan,

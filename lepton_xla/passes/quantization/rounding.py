@@ -10,27 +10,26 @@ import dataclasses
 import functools
 import time
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lepton_xla.arguments import takes
 from lepton_xla.errors import ModelError
 from lepton_xla.passes.core import matrix
 from lepton_xla.passes.core.alike import Alike
+from lepton_xla.passes.core.plans import Plan, SitePlan
 from lepton_xla.passes.core.precomputation import for_plan
 from lepton_xla.passes.core.sites import Site
 from lepton_xla.program import Program
 from lepton_xla.quant import FORMATS
 from lepton_xla.quant.formats import Format
 from lepton_xla.quant.grid import Grid, make_grid, matrix_codes, matrix_values
+from lepton_xla.recipe import QuantizeRule
 from lepton_xla.report import PassReport, SiteReport
 from lepton_xla.trees import leaf_bytes
-
-if TYPE_CHECKING:
-    from lepton_xla.passes.core.plans import Plan, SitePlan
-    from lepton_xla.recipe import QuantizeRule
 
 type GivenGrids = dict[str, dict[str, jax.Array]]
 """Weight path -> `scale`, and `zero_point` or `codebook` where the format has them, as they lie beside stored codes."""
@@ -154,6 +153,7 @@ def weight_report(
     return SiteReport(site.name, action, reason, size, size, dict(metrics or {}))
 
 
+@takes(program=Program, plan=Plan)
 def round_to_nearest(program: Program, plan: Plan) -> tuple[Program, GivenGrids]:
     """Rounds each planned weight to its grid in float: what storing it does, to compare methods with.
 

@@ -9,15 +9,17 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lepton_xla.arguments import takes
 from lepton_xla.errors import RecipeError
 from lepton_xla.passes.core import matrix
 from lepton_xla.passes.core.alike import Alike
+from lepton_xla.passes.core.plans import Plan
 from lepton_xla.passes.core.precomputation import for_plan
 from lepton_xla.passes.core.sites import Site, find_sites
 from lepton_xla.passes.core.statistics import Statistics, collect_statistics
@@ -41,11 +43,8 @@ from lepton_xla.passes.rescaling.scaling import (
 from lepton_xla.passes.rescaling.smoothquant import group_reports
 from lepton_xla.program import Program
 from lepton_xla.quant import FORMATS
+from lepton_xla.recipe import QuantizeRule
 from lepton_xla.report import PassReport, SiteReport
-
-if TYPE_CHECKING:
-    from lepton_xla.passes.core.plans import Plan
-    from lepton_xla.recipe import QuantizeRule
 
 
 def awq_factor(mean_abs: jax.Array, exponent: float | jax.Array) -> jax.Array:
@@ -65,6 +64,7 @@ def awq_factor(mean_abs: jax.Array, exponent: float | jax.Array) -> jax.Array:
     return jnp.where(alive, usable(factor / jnp.sqrt(high * low)), jnp.ones_like(factor))
 
 
+@takes(program=Program, plan=Plan)
 def awq(
     program: Program,
     plan: Plan,

@@ -8,14 +8,16 @@ between two products, channel i of the first weight is divided by `s_i` and of t
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lepton_xla.arguments import takes
 from lepton_xla.errors import RecipeError
 from lepton_xla.passes.core.flow import Absorber
+from lepton_xla.passes.core.plans import Plan
 from lepton_xla.passes.core.precomputation import for_plan
 from lepton_xla.passes.core.sites import Site, find_sites
 from lepton_xla.passes.quantization.rounding import weight_report
@@ -24,10 +26,8 @@ from lepton_xla.passes.rescaling.scaling import scale_groups, scaled_weights, we
 from lepton_xla.program import Program
 from lepton_xla.report import PassReport, SiteReport
 
-if TYPE_CHECKING:
-    from lepton_xla.passes.core.plans import Plan
 
-
+@takes(program=Program, plan=Plan)
 def equalize(program: Program, plan: Plan, *, rounds: int = 20, tolerance: float = 1e-3) -> Program:
     """Equalizes every pair of products that the plan quantizes the second of; the float function stays as it is.
 

@@ -10,14 +10,16 @@ import dataclasses
 import functools
 import time
 from collections.abc import Collection, Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lepton_xla.arguments import takes
 from lepton_xla.errors import RecipeError
 from lepton_xla.passes.core.alike import Alike
+from lepton_xla.passes.core.plans import Plan
 from lepton_xla.passes.core.precomputation import for_plan
 from lepton_xla.passes.core.sites import Site, find_sites
 from lepton_xla.passes.core.statistics import Statistics, collect_statistics
@@ -32,10 +34,6 @@ from lepton_xla.passes.rescaling.scaling import (
 )
 from lepton_xla.program import Program
 from lepton_xla.report import PassReport, SiteReport
-
-if TYPE_CHECKING:
-    from lepton_xla.passes.core.plans import Plan
-
 
 MULTIPLIED = "activation multiplied"
 WORTHLESS = "it is computed in float, where multiplying its activation brings nothing"
@@ -64,6 +62,7 @@ def _factor(columns: jax.Array, weight_absmax: jax.Array, like: Alike, alpha: fl
     return smooth_factor(channel_vector(like.site, columns, jnp.max), weight_absmax, alpha)
 
 
+@takes(program=Program, plan=Plan)
 def smooth(
     program: Program,
     plan: Plan,

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from lepton_xla.arguments import takes
 from lepton_xla.errors import LeptonError, ModelError, RecipeError, UnsupportedError
 from lepton_xla.passes.shrinking.dependencies import Study
 from lepton_xla.passes.shrinking.dimensions import (
@@ -193,6 +194,7 @@ class Groups:
             raise LeptonError(f"{path} cannot be written: {error}") from error
 
 
+@takes(program=Program, sizes=Mapping)
 def find_groups(program: Program, *, sizes: Mapping[str, int] | None = None) -> Groups:
     """Which channels, hidden units and heads of a program can be removed, and which slices of which weights each is.
 

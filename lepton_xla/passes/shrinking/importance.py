@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lepton_xla.arguments import takes
 from lepton_xla.errors import CalibrationError, RecipeError
 from lepton_xla.passes.core import matrix
 from lepton_xla.passes.core.sites import find_sites, step_lengths
@@ -26,6 +27,7 @@ type Loss = Callable[[Any, Mapping[str, Any]], jax.Array]
 type Batches = Iterable[Mapping[str, Any]]
 
 
+@takes(program=Program, groups=Groups)
 def importance_scores(
     program: Program,
     groups: Groups,

@@ -14,6 +14,7 @@ from typing import Literal
 
 import numpy as np
 
+from lepton_xla.arguments import takes
 from lepton_xla.errors import RecipeError
 from lepton_xla.passes.core.costs import cost
 from lepton_xla.passes.core.timing import Timer, time_programs
@@ -44,6 +45,7 @@ class _UnreachableError(RecipeError):
         self.level = level
 
 
+@takes(program=Program, sizes=Mapping)
 def shrink(
     program: Program,
     *,
