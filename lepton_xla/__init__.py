@@ -58,8 +58,8 @@ __all__ = [
     "verify",
 ]
 
-# Where each name lives: importing the package imports nothing else, so `leptonx --help` does not wait for JAX.
-# No name may also be a module of this package, for importing that module would replace it.
+# The module of each public name. Names are imported on first use, so that `leptonx --help` does not import JAX. No name
+# may equal a module of this package, because importing that module would replace it.
 _HOMES = {
     "lepton_xla.compiler": ("Servable", "compile", "load", "verify"),
     "lepton_xla.errors": (
@@ -85,7 +85,7 @@ _HOMES = {
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 
-if not TYPE_CHECKING:  # else every misspelt name would have a type
+if not TYPE_CHECKING:  # otherwise a type checker would accept every misspelled name
 
     def __getattr__(name: str) -> object:
         if name in ("passes", "train"):

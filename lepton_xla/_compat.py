@@ -1,6 +1,7 @@
-"""The only file that touches JAX internals: jaxprs, equations, and what differs between JAX versions.
+"""JAX internals: jaxprs, equations, and differences between JAX versions. Only this file and `compiler/_xla.py` use
+them.
 
-Written against jax 0.11.1 to 0.12; everything else in the project goes through these few functions.
+Written for jax 0.11.1 to 0.12.
 """
 
 from __future__ import annotations
@@ -23,12 +24,12 @@ LITERAL = jex_core.Literal
 
 
 def open_jaxpr(jaxpr: Jaxpr) -> tuple[Jaxpr, Sequence[Any]]:
-    """A jaxpr and its constants, whether it came closed or open."""
+    """The open jaxpr and its constants, from a closed or an open jaxpr."""
     return getattr(jaxpr, "jaxpr", jaxpr), getattr(jaxpr, "consts", ())
 
 
 def is_traced(value: Any) -> bool:
-    """Whether a value is one of a trace that is going on, not an array."""
+    """Whether a value is a tracer of an active trace, not an array."""
     return isinstance(value, Tracer)
 
 
@@ -38,9 +39,10 @@ def is_jaxpr(value: Any) -> bool:
 
 
 def inner_jaxprs(eqn: Equation) -> list[Jaxpr]:
-    """Every jaxpr found in an equation's parameters, one level deep.
+    """All jaxprs in an equation's parameters, one level deep.
 
-    The scalar functions by which reductions and scatters combine two elements are no code of the user's: left out.
+    The scalar functions that combine two elements in reductions and scatters are excluded: they are not the user's
+    code.
     """
     if eqn.primitive.name.startswith(("reduce", "scatter", "select_and_scatter")):
         return []
@@ -60,7 +62,7 @@ def equation_context(eqn: Equation) -> Generator[None, None, None]:
 
 
 def bind(eqn: Equation, values: Sequence[Any], **changes: Any) -> list[Any]:
-    """Evaluates one equation on other values, some of its parameters changed, and gives its outputs as a list.
+    """Evaluates an equation on other values, with some parameters changed; returns its outputs as a list.
 
     It runs in the caller's context; `equation_context` gives the equation's own.
     """
@@ -80,7 +82,7 @@ def live(jaxpr: Jaxpr) -> tuple[list[Equation], set[Any]]:
 
 
 def settings() -> Any:
-    """JAX's settings in this thread, comparable: what a context manager sets is set in no other thread."""
+    """JAX's settings in this thread, as a comparable value; context managers set them per thread."""
     return config.trace_context()
 
 
@@ -96,13 +98,13 @@ def runtime_version(device: Any) -> str:
 
 
 def inputs_read(jaxpr: Jaxpr, wanted: Sequence[bool]) -> list[bool]:
-    """Which inputs of an open jaxpr some of its outputs depend on, bodies of `jit`, `scan` and others looked into."""
+    """Which inputs of an open jaxpr the wanted outputs depend on, analyzing the bodies of `jit`, `scan` and so on."""
     _, used = partial_eval.dce_jaxpr(jaxpr, list(wanted))
     return list(used)
 
 
 def handed_through(jaxpr: Jaxpr) -> list[int | None]:
-    """For each output of an open jaxpr the input that it is, through calls that only hand it on; None for others."""
+    """For each output of an open jaxpr: the index of the input that it is, passed on unchanged; else None."""
     places: dict[Any, int | None] = {var: index for index, var in enumerate(jaxpr.invars)}
     for eqn in jaxpr.eqns:
         inner = inner_jaxprs(eqn)
@@ -114,7 +116,7 @@ def handed_through(jaxpr: Jaxpr) -> list[int | None]:
 
 
 def scan_split(eqn: Equation) -> tuple[int, int]:
-    """How many of a scan's operands are constants, and how many are carried."""
+    """Number of constants and of carries among a scan's operands."""
     consts, carry, _ = eqn.params["ft_in"].update(eqn.invars).unpack()
     return len(list(consts)), len(list(carry))
 
@@ -125,18 +127,18 @@ def is_manual(eqn: Equation) -> bool:
 
 
 def varying(value: Any) -> frozenset[str]:
-    """The manual mesh axes that an array, or its shape, varies along; empty where `shard_map` does not check them."""
+    """The manual mesh axes along which an array, or its shape, varies; empty if `shard_map` does not check them."""
     manual = (value if isinstance(value, jax.ShapeDtypeStruct) else jax.typeof(value)).manual_axis_type
     return frozenset(manual.varying) if manual is not None else frozenset()
 
 
 def vary(array: jax.Array, axes: frozenset[str]) -> jax.Array:
-    """The array, marked as one that varies along these manual mesh axes."""
+    """Marks an array as varying along these manual mesh axes."""
     return jax.lax.pcast(array, tuple(sorted(axes)), to="varying") if axes else array
 
 
 def user_shardings(shardings: Sequence[Any]) -> tuple[Any, ...]:
-    """A jit equation's shardings as `jax.jit` takes them: None where the user gave none."""
+    """A jit equation's shardings in the form that `jax.jit` takes: None where the user gave none."""
     return tuple(s if isinstance(s, jax.sharding.Sharding) else None for s in shardings)
 
 
@@ -162,7 +164,7 @@ def calls_of(jaxpr: Jaxpr, names: frozenset[str]) -> list[Equation]:
 
 
 def without_debugging(jaxpr: Jaxpr) -> Jaxpr:
-    """A jaxpr without its `DEBUG_CALLS`, which give nothing, at any depth."""
+    """Removes `DEBUG_CALLS`, which have no outputs, from a jaxpr at any depth."""
     inner, _ = open_jaxpr(jaxpr)
     if inner is not jaxpr:
         return jaxpr.replace(jaxpr=without_debugging(inner))
@@ -186,7 +188,7 @@ def _each_jaxpr(value: Any) -> Any:
 
 
 def source_of(eqn: Equation) -> str:
-    """Where the user's code made an equation, such as `model.py:12:4 (forward)`."""
+    """The location in the user's code that made an equation, such as `model.py:12:4 (forward)`."""
     return source_info_util.summarize(eqn.source_info)
 
 

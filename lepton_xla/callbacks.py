@@ -1,4 +1,4 @@
-"""Calls back into Python: refused by name in what is to be compiled, but for those that are there to debug."""
+"""Python callbacks in a model: debugging calls are removed before compiling, all others refused by name."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from lepton_xla.report import PassReport
 
 
 def without_callbacks(program: Program, sizes: Mapping[str, int]) -> Program:
-    """The program without `jax.debug.print`, `jax.debug.callback` and the like, and a line in its report that says so.
+    """Removes debugging calls such as `jax.debug.print` from a program, with a line in its report.
 
     Args:
         program: the program.
-        sizes: sizes of its symbolic dimensions to look at it.
+        sizes: sizes of its symbolic dimensions at which to trace it.
 
     Raises:
-        CompileError: for a callback whose result the model uses, or that has an effect: compiled code runs in another
-            process, where that function is not.
+        CompileError: if a callback has an effect or the model uses its result: compiled code runs in another process,
+            where that function does not exist.
     """
     jaxpr = program.jaxpr(sizes)
     for eqn in _compat.calls_of(jaxpr, _compat.HOST_CALLS):
         called = eqn.params.get("callback")
         name = getattr(getattr(called, "callback_func", called), "__name__", "a function")
         raise CompileError(
-            f"the model calls {name!r} in Python ({eqn.primitive.name} at {_compat.source_of(eqn)}), which is not "
-            f"there where compiled code runs: write it in JAX, or compute it before or after the model"
+            f"the model calls {name!r} in Python ({eqn.primitive.name} at {_compat.source_of(eqn)}), which does not "
+            "exist where compiled code runs: write it in JAX, or compute it before or after the model"
         )
     found = _compat.calls_of(jaxpr, _compat.DEBUG_CALLS)
     if not found:

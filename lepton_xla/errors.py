@@ -1,4 +1,4 @@
-"""Every error a user can cause, in one tree: catch `LeptonError` and you have them all."""
+"""All errors that a user can cause. Each is a `LeptonError`."""
 
 # Characters of another's message that are shown: XLA's may hold a whole program.
 _SHOWN = 300
@@ -11,7 +11,7 @@ def first_line(error: BaseException) -> str:
 
 
 class LeptonError(Exception):
-    """Something the user gave cannot be used; the message says what, where, and what to do."""
+    """Base class. The message says what is wrong, where, and what to do."""
 
 
 class ModelError(LeptonError):
@@ -23,7 +23,7 @@ class RecipeError(LeptonError):
 
 
 class UnsupportedError(LeptonError):
-    """A pass met a site, a primitive or a container that it cannot handle."""
+    """A pass found a site, a primitive or a container that it cannot handle."""
 
 
 class CalibrationError(LeptonError):
@@ -31,11 +31,11 @@ class CalibrationError(LeptonError):
 
 
 class CompileError(LeptonError):
-    """A program cannot be compiled ahead of time as asked."""
+    """A program cannot be compiled ahead of time."""
 
 
 class ExecutionError(LeptonError):
-    """Compiled code cannot run: there is no device, no memory, or it failed on the way."""
+    """Compiled code cannot run: there is no device or no memory, or it failed."""
 
 
 class ArtifactError(LeptonError):

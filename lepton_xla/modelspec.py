@@ -1,4 +1,4 @@
-"""What a user's file gives the command line: a model, what goes in, and optionally data to calibrate and judge it."""
+"""`ModelSpec`: a model for the command line, with its inputs and optionally calibration data and an evaluation."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ type Predict = Callable[..., dict[str, np.ndarray]]
 
 @dataclasses.dataclass(frozen=True)
 class ModelSpec:
-    """A model as the `leptonx` commands take it. Give either `fn` or `module`.
+    """A model for the `leptonx` commands. Give either `fn` or `module`.
 
     Attributes:
         inputs: name -> spec, in call order.
         fn: `fn(weights, *inputs)`, any JAX function.
         module: a Flax Linen module (its variables in `weights`) or NNX module (which holds its own).
         weights: a pytree of arrays; for Linen the variables, all collections.
-        buckets: symbolic dimension -> sizes to compile for; the command line's `--buckets` replaces it.
-        calibration: input dicts, or a function that gives them, for recipes with static activation scales.
-        evaluate: `evaluate(predict) -> {"accuracy": 0.98, ...}`; commands print what it gives beside size and speed.
+        buckets: symbolic dimension -> sizes to compile for; `--buckets` on the command line overrides it.
+        calibration: input dicts, or a function that returns them, for recipes that need calibration data.
+        evaluate: `evaluate(predict) -> {"accuracy": 0.98, ...}`; commands print these metrics next to size and speed.
     """
 
     inputs: Mapping[str, TensorSpec]
@@ -43,7 +43,7 @@ class ModelSpec:
     evaluate: Callable[[Predict], Mapping[str, float]] | None = None
 
     def program(self) -> Program:
-        """The program this describes.
+        """Makes the program.
 
         Raises:
             ModelError: if both or neither of `fn` and `module` are given, or the model cannot be traced.
@@ -68,7 +68,7 @@ def load_spec(target: str) -> ModelSpec:
 
     Args:
         target: `FILE.py:NAME` or `package.module:NAME`; NAME is a `ModelSpec`, or a function without arguments that
-            gives one.
+            returns one.
 
     Raises:
         ModelError: if the file or the name is missing, the file fails, or the name is something else.
@@ -89,7 +89,7 @@ def load_spec(target: str) -> ModelSpec:
         except Exception as error:
             raise ModelError(f"{target}: {type(error).__name__}: {error}") from error
     if not isinstance(found, ModelSpec):
-        raise ModelError(f"{target} is a {type(found).__name__}, not a ModelSpec or a function that gives one")
+        raise ModelError(f"{target} is a {type(found).__name__}, not a ModelSpec or a function that returns one")
     return found
 
 
@@ -97,18 +97,20 @@ def _import(source: str, target: str) -> Any:
     path = pathlib.Path(source)
     try:
         if path.suffix != ".py":
-            # A script's own folder is on the path, not the one it is run in, where people's packages are.
+            # `leptonx` is a script, so its own folder is on the path, but not the working directory, where users'
+            # packages are.
             if (here := str(pathlib.Path.cwd())) not in sys.path:
                 sys.path.insert(0, here)
             return importlib.import_module(source)
         if not path.is_file():
             raise ModelError(f"{target!r}: no file {source}")
-        # A name of its own, so that a file called json.py or jax.py takes nobody's place.
+        # A unique module name, so that a file called json.py or jax.py replaces no other module.
         spec = importlib.util.spec_from_file_location(f"leptonx_target_{path.stem}", path)
         assert spec is not None
         assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)
-        # Registered, and its folder on the path, as when Python runs a script: dataclasses and neighbours work.
+        # Register the module and add its folder to the path, as Python does for a script: dataclasses and imports of
+        # neighbouring files need it.
         sys.modules[spec.name] = module
         sys.path.insert(0, str(path.parent.resolve()))
         spec.loader.exec_module(module)

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 type Weights = dict[str, Any]
 """Weights by path (`params/Dense_0/kernel`): arrays, or pytrees of arrays such as `QTensor`."""
 
-# Units of the sizes at which a program is looked at: multiples of 8 first, since a sharded dimension must divide by
-# its mesh axis, then the smallest, since a table of positions may be short.
+# Units of the sizes at which a program is traced: multiples of 8 first, because a sharded dimension must be divisible
+# by its mesh axis; then 1, because a table of positions may be short.
 _PROBE_UNITS = (8, 1)
 
 
@@ -30,7 +30,7 @@ class TensorSpec:
     """Shape and dtype of one input or output.
 
     Attributes:
-        shape: ints, and names for the dimensions that vary: `("batch", 28, 28, 1)`.
+        shape: ints, and names for symbolic dimensions: `("batch", 28, 28, 1)`.
         dtype: the name of a NumPy or ml_dtypes dtype, such as `"float32"` or `"bfloat16"`.
 
     Raises:
@@ -46,14 +46,14 @@ class TensorSpec:
         object.__setattr__(self, "shape", tuple(self.shape))
         for dim in self.shape:
             valid = isinstance(dim, int) and dim >= 0
-            if isinstance(dim, str):  # a part of file names, and of what jax.export parses
+            if isinstance(dim, str):  # names become part of file names, and jax.export parses them
                 valid = dim.isidentifier() and dim.isascii()
             if not valid:
                 raise ModelError(
                     f"TensorSpec{self.shape}: dimension {dim!r} is neither a size >= 0 nor a name like 'batch'"
                 )
         try:
-            if self.dtype is None:  # which NumPy takes for float64
+            if self.dtype is None:  # NumPy would take None as float64
                 raise TypeError
             object.__setattr__(self, "dtype", jnp.dtype(self.dtype).name)
         except TypeError as error:
@@ -61,14 +61,14 @@ class TensorSpec:
 
     @property
     def symbols(self) -> tuple[str, ...]:
-        """Names of the dimensions that vary, in order."""
+        """Names of the symbolic dimensions, in order."""
         return tuple(dim for dim in self.shape if isinstance(dim, str))
 
     def at(self, sizes: Mapping[str, int]) -> jax.ShapeDtypeStruct:
         """This spec with every symbolic dimension replaced by its size.
 
         Raises:
-            ModelError: when `sizes` lacks one of the names.
+            ModelError: if `sizes` lacks a name.
         """
         missing = [name for name in self.symbols if name not in sizes]
         if missing:
@@ -82,11 +82,11 @@ class TensorSpec:
 
 @dataclasses.dataclass(frozen=True)
 class Expansion:
-    """The same model on weights that are unpacked once, when it is loaded, and not on each call.
+    """A variant of a program whose weights are unpacked once, on loading, instead of on each call.
 
     Attributes:
-        expand: `expand(weights) -> weights`: stored weights to the ones that `fn` takes, any pytree.
-        fn: `fn(expanded_weights, *inputs) -> outputs`, with the outputs of the program's own `fn`.
+        expand: `expand(stored_weights) -> expanded_weights`, any pytree.
+        fn: `fn(expanded_weights, *inputs) -> outputs`; the outputs equal those of the program's `fn`.
     """
 
     expand: Callable[[Weights], Any]
@@ -95,17 +95,17 @@ class Expansion:
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """A model: a pure function, its weights, and what goes in and out.
+    """A model: a pure function, its weights, and the specs of its inputs and outputs.
 
     Attributes:
         fn: `fn(weights, *inputs) -> outputs`; `weights` is the flat dict below, `inputs` in the order of `inputs`.
-        weights: path -> array, or a pytree of arrays (`QTensor`). Model state such as batch statistics is here too.
+        weights: path -> array, or a pytree of arrays (`QTensor`). Includes model state such as batch statistics.
         inputs: name -> spec, in call order.
         outputs: name -> spec; the names are the paths of the output tree, or `output` for a single array.
         masks: path -> bool array of the weight's shape, for pruned weights: False marks a weight held at zero.
-        history: one report a pass applied, oldest first.
-        expansion: how a compiled program unpacks weights on loading; None where it runs on the stored ones.
-        origin: shapes and dtypes of the weights that the first pass was given; None before any pass.
+        history: one report per applied pass, oldest first.
+        expansion: how weights are unpacked on loading; None if the compiled program runs on the stored ones.
+        origin: shapes and dtypes of the weights before the first pass; None if no pass was applied.
 
     Raises:
         ModelError: for a mask without its weight, or of another shape.
@@ -124,17 +124,17 @@ class Program:
         check_masks(self.masks, self.weights)
 
     def __call__(self, weights: Weights, *inputs: Any) -> Any:
-        """Runs the model; the result has the tree that the user's own function returns."""
+        """Runs the model; the result has the tree structure of the user's function."""
         return self.fn(weights, *inputs)
 
     @property
     def symbols(self) -> tuple[str, ...]:
-        """Names of the input dimensions that vary, in order of first appearance."""
+        """Names of the symbolic input dimensions, in order of first appearance."""
         return tuple(dict.fromkeys(name for spec in self.inputs.values() for name in spec.symbols))
 
     @property
     def weights_bytes(self) -> int:
-        """Bytes of all weights as held in memory."""
+        """Bytes of all weights in memory."""
         return tree_bytes(self.weights)
 
     def abstract_inputs(self, sizes: Mapping[str, int]) -> list[jax.ShapeDtypeStruct]:
@@ -146,13 +146,14 @@ class Program:
         return jax.make_jaxpr(self.fn)(abstract(self.weights), *self.abstract_inputs(sizes))
 
     def named_outputs(self, weights: Weights, *inputs: Any) -> dict[str, Any]:
-        """Runs the model and gives its outputs by name."""
+        """Runs the model and returns its outputs by name."""
         return name_leaves(self.fn(weights, *inputs), single="output")
 
     def replace(self, **changes: Any) -> Program:
-        """A copy with the given fields changed.
+        """Returns a copy with the given fields changed.
 
-        A new `fn` drops the expansion, which belongs to the old one; the first `history` keeps what weights there were.
+        A new `fn` drops `expansion`, which belongs to the old one. The first `history` sets `origin` to the shapes of
+        the current weights.
         """
         if "fn" in changes:
             changes.setdefault("expansion", None)
@@ -162,7 +163,8 @@ class Program:
 
 
 def check_masks(masks: Mapping[str, Any], weights: Mapping[str, Any]) -> None:
-    """Refuses masks that are not of these weights. Of one that is stored in codes the shape is not that of its mask.
+    """Checks that masks belong to these weights. The shape of a quantized weight differs from its mask's and is not
+    checked.
 
     Raises:
         ModelError: for a mask without its weight, or of another shape.
@@ -173,16 +175,16 @@ def check_masks(masks: Mapping[str, Any], weights: Mapping[str, Any]) -> None:
         shape, wanted = tuple(np.shape(mask)), tuple(np.shape(weights[path]))
         if shape != wanted and jax.tree_util.all_leaves([weights[path]]):
             raise ModelError(
-                f"the mask of weight {path!r} has shape {shape}, the weight itself {wanted}; masks belong to the model "
-                f"that they were found for"
+                f"the mask of weight {path!r} has shape {shape}, the weight {wanted}; use masks that were made for "
+                "this model"
             )
 
 
 def as_sizes(name: str, given: Any) -> tuple[int, ...]:
-    """The sizes of one dimension as plain integers; NumPy's are as good.
+    """Converts the sizes of one dimension, such as NumPy integers, to plain integers.
 
     Raises:
-        CompileError: where these are no integers of at least 1, or there are none.
+        CompileError: if there are none, or one is not an integer of at least 1.
     """
     sizes = () if isinstance(given, str) or not isinstance(given, Iterable) else tuple(given)
     if not sizes:
@@ -199,11 +201,11 @@ def as_sizes(name: str, given: Any) -> tuple[int, ...]:
 
 
 def trace(fn: Callable[..., Any], weights: Any, inputs: Mapping[str, TensorSpec]) -> Program:
-    """Makes a `Program` of any JAX function.
+    """Makes a `Program` from any JAX function.
 
     Args:
-        fn: `fn(weights, *inputs) -> outputs`, traceable by `jax.jit`. Constants it closes over stay constants; what
-            should be compressed or updated must be in `weights`.
+        fn: `fn(weights, *inputs) -> outputs`, traceable by `jax.jit`. Constants that it closes over stay constants;
+            whatever should be compressed or updated must be in `weights`.
         weights: a pytree of arrays; its paths become the weights' names. A typed PRNG key becomes its data, `uint32`.
         inputs: name -> spec, in call order; any printable names.
 
@@ -212,8 +214,8 @@ def trace(fn: Callable[..., Any], weights: Any, inputs: Mapping[str, TensorSpec]
 
     Raises:
         ModelError: if `fn` cannot be traced at these inputs, a weight is not an array, an input has no usable name or
-            its dtype is disabled in JAX, or an output's size depends on a symbolic dimension in another way than being
-            equal to it.
+            its dtype is disabled in JAX, or the size of an output depends on a symbolic dimension without being equal
+            to it.
     """
     named = name_leaves(weights, prefix="weights")
     treedef = jax.tree.structure(weights)
@@ -248,26 +250,26 @@ def _is_key(leaf: Any) -> bool:
 
 
 def _weight_array(name: str, leaf: Any) -> jax.Array:
-    """A weight as a program holds it."""
+    """Converts a leaf to an array of a program."""
     if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
         raise ModelError(f"weight {name!r} is a {type(leaf).__name__}, not an array")
     try:
         return jax.random.key_data(leaf) if _is_key(leaf) else jnp.asarray(leaf)
-    except (TypeError, ValueError, RuntimeError, AssertionError) as error:  # its dtype, its memory, no device
+    except (TypeError, ValueError, RuntimeError, AssertionError) as error:  # unsupported dtype, no memory, no device
         raise ModelError(
             f"weight {name!r}, {leaf.dtype}{list(leaf.shape)}, cannot be made a JAX array: {first_line(error)}"
         ) from error
 
 
 def _check_names(what: str, names: Iterable[Any]) -> None:
-    """Names go into files, requests and messages: text that prints, without blanks at its ends."""
+    """Checks that names are printable and have no blanks at their ends: they occur in files, requests and messages."""
     for name in names:
         if not isinstance(name, str) or not name or not name.isprintable() or name != name.strip():
             raise ModelError(f"{what} name {name!r}: expected printable text without blanks at its ends, such as 'x'")
 
 
 def infer_outputs(fn: Callable[..., Any], weights: Weights, inputs: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:
-    """Output names and specs of `fn`, found by evaluating it abstractly at two sizes of each symbolic dimension.
+    """Infers output names and specs of `fn` by abstract evaluation at two sizes of each symbolic dimension.
 
     Raises:
         ModelError: as `trace`.
@@ -300,14 +302,14 @@ def _ranks(outputs: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, int]:
 def probe_sizes(
     fn: Callable[..., Any], weights: Weights, inputs: Mapping[str, TensorSpec]
 ) -> tuple[dict[str, int], int]:
-    """Sizes of the symbolic dimensions at which `fn` can be traced, all different, and the unit between them.
+    """Finds distinct sizes of the symbolic dimensions at which `fn` can be traced, and the unit between them.
 
     Raises:
-        ModelError: if `fn` can be traced at none of the sizes tried.
+        ModelError: if `fn` cannot be traced at any of the tried sizes.
     """
     symbols = tuple(dict.fromkeys(name for spec in inputs.values() for name in spec.symbols))
     for unit in _PROBE_UNITS:
-        # Each size, and each size with one unit added, is distinct: no symbol can be taken for another.
+        # All sizes, with and without an added unit, are distinct, so that no symbol can be confused with another.
         sizes = {name: unit * (2 * index + 2) for index, name in enumerate(symbols)}
         try:
             for symbol in symbols:
@@ -327,7 +329,7 @@ def abstract_outputs(
     """Shapes and dtypes of the outputs at sizes of the symbolic dimensions.
 
     Raises:
-        ModelError: if `fn` cannot be traced at these.
+        ModelError: if `fn` cannot be traced at these sizes.
     """
     try:
         out = jax.eval_shape(fn, abstract(weights), *(spec.at(sizes) for spec in inputs.values()))

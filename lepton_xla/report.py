@@ -1,4 +1,4 @@
-"""What a pass did, as data: printed as a table for people, stored as JSON in the artifact."""
+"""Reports of passes, as data: printed as tables, stored as JSON in the artifact."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ class SiteReport:
 
     Attributes:
         site: the site's name.
-        action: what was done, such as `int8 x int8`, `pruned`, `kept`.
-        reason: why, where it is not the plain case: an unsupported primitive, a measured loss.
+        action: the action, such as `int8 x int8`, `pruned`, `kept`.
+        reason: the reason, unless the action is as planned: an unsupported primitive, a measured loss.
         bytes_before: bytes of the site's weight before the pass.
-        bytes_after: the same after it.
-        metrics: figures of the pass's own, such as `sparsity` or `float_us`.
+        bytes_after: bytes after the pass.
+        metrics: further results of the pass, such as `sparsity` or `float_us`.
     """
 
     site: str
@@ -32,10 +32,10 @@ class PassReport:
     """What one pass did to a program.
 
     Attributes:
-        name: the pass.
-        seconds: the time it took.
-        sites: one entry a site the pass looked at.
-        metrics: figures of the whole pass.
+        name: name of the pass.
+        seconds: time that it took.
+        sites: one entry per site that the pass considered.
+        metrics: results for the whole program.
     """
 
     name: str
@@ -57,7 +57,7 @@ class PassReport:
 
 
 def _figures(metrics: dict[str, Any]) -> str:
-    """The plain numbers and words among the figures; lists and tables are for `to_json`."""
+    """Formats the plain numbers and words among the metrics; lists and tables are in `to_json` only."""
     shown = {key: value for key, value in metrics.items() if isinstance(value, (bool, int, float, str))}
     return "".join(
         f"  {key}={value:.4g}" if isinstance(value, float) else f"  {key}={value}" for key, value in shown.items()

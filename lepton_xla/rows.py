@@ -1,4 +1,4 @@
-"""Which dimension counts rows: what a server may put together, pad and split."""
+"""The row dimension: the one along which a server may batch, pad and split requests."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from lepton_xla.program import TensorSpec
 
 
 def row_symbol(inputs: Mapping[str, TensorSpec]) -> str | None:
-    """The symbol that counts rows: the first dimension of every input that has symbols, and no other dimension of any.
+    """Finds the row dimension: the first dimension of every input that has symbols, and no other dimension of any
+    input.
 
-    Inputs without symbols are shared by all rows. None where there is no such symbol: such a model is padded, but its
-    inputs are never split.
+    Inputs without symbols are shared by all rows. Returns None if there is no such symbol; such a model's inputs are
+    padded but never split.
     """
     leaders = {spec.shape[0] if spec.shape else None for spec in inputs.values() if spec.symbols}
     if len(leaders) != 1:
@@ -24,10 +25,10 @@ def row_symbol(inputs: Mapping[str, TensorSpec]) -> str | None:
 
 
 def check_rows_lead(inputs: Mapping[str, TensorSpec], outputs: Mapping[str, TensorSpec]) -> None:
-    """Checks that every output has its rows first, where the inputs have rows.
+    """Checks that every output has the row dimension first, if the inputs have one.
 
     Raises:
-        CompileError: naming the output that has not.
+        CompileError: if an output does not; names it.
     """
     symbol = row_symbol(inputs)
     if symbol is None:
@@ -35,6 +36,6 @@ def check_rows_lead(inputs: Mapping[str, TensorSpec], outputs: Mapping[str, Tens
     for name, spec in outputs.items():
         if not spec.shape or spec.shape[0] != symbol or spec.shape.count(symbol) > 1:
             raise CompileError(
-                f"output {name!r} is {spec}, so it is not one result a row: it mixes the rows along {symbol!r}. Return "
-                f"per-row results with {symbol!r} first, or give that input dimension a fixed size"
+                f"output {name!r} is {spec}, so it does not have one result per row along {symbol!r}. Return per-row "
+                f"results with {symbol!r} first, or give that input dimension a fixed size"
             )

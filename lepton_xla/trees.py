@@ -1,4 +1,4 @@
-"""Trees of arrays: the paths of leaves, their bytes, their shapes."""
+"""Trees of arrays: paths, bytes and shapes of leaves."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lepton_xla.errors import ModelError
 
 
 def some_names(names: Iterable[str], limit: int = 6) -> str:
-    """A few of the names, for a message."""
+    """The first few names, for a message."""
     listed = list(names)
     more = f", ... and {len(listed) - limit} more" if len(listed) > limit else ""
     return (", ".join(listed[:limit]) or "there is none") + more
@@ -25,7 +25,7 @@ def abstract(tree: Any) -> Any:
 
 
 def tree_bytes(tree: Any) -> int:
-    """Bytes of every array in a tree as held in memory (sub-byte dtypes counted packed)."""
+    """Bytes of all arrays in a tree in memory; dtypes below one byte count as packed."""
     return sum(leaf_bytes(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(tree))
 
 
@@ -40,23 +40,23 @@ def name_leaves(tree: Any, *, single: str | None = None, prefix: str = "") -> di
 
     Args:
         tree: any pytree.
-        single: the name of the only leaf where the tree is one.
-        prefix: the first part of the names of leaves in a tuple or list: `output` gives `output_0`, `output_1`.
+        single: name of the leaf if the tree is a single leaf.
+        prefix: prefix of the names of leaves in a tuple or list: `output` gives `output_0`, `output_1`.
 
     Raises:
-        ModelError: for two leaves with one path, such as those of `{"a/b": x, "a": {"b": y}}`.
+        ModelError: if two leaves have the same path, as in `{"a/b": x, "a": {"b": y}}`.
     """
     try:
         flat, _ = jax.tree_util.tree_flatten_with_path(tree)
-    except (TypeError, ValueError) as error:  # of keys that Python cannot sort
+    except (TypeError, ValueError) as error:  # keys that Python cannot sort
         raise ModelError(
-            f"a dictionary has keys of several kinds, such as 1 and '1'; make all strings: {error}"
+            f"a dictionary has keys of different types, such as 1 and '1'; use strings only: {error}"
         ) from error
     names: list[str] = []
     for path, _ in flat:
         name = "/".join(map(key_name, path)) or (single if single is not None else prefix)
         names.append(f"{single}_{name}" if single is not None and name.split("/")[0].isdigit() else name)
-    # The parts of a `QTensor` are attributes, which nobody named: where a key has that path, they give way.
+    # Attribute names, as in a `QTensor`, are not the user's: if a dictionary key has the same path, the key keeps it.
     parts = [any(isinstance(key, jax.tree_util.GetAttrKey) for key in path) for path, _ in flat]
     keys = {name for name, part in zip(names, parts, strict=True) if not part}
     named: dict[str, Any] = {}

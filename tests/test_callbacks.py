@@ -85,7 +85,7 @@ def test_an_output_without_rows_is_refused_before_any_work():
         lambda: lx.optimize(program, INT8, buckets={"batch": (1, 4)}, progress=told.append),
         lambda: lx.compile(program, {"batch": (1, 4)}, progress=lambda *stage: told.append(stage)),
     ):
-        with pytest.raises(CompileError, match=r"output 'mean' is float32\[\], so it is not one result a row"):
+        with pytest.raises(CompileError, match=r"output 'mean' is float32\[\], so it does not have one result per row"):
             use()
     assert told == []
     assert pipeline.plan_for(program, INT8)  # nobody said that it will be compiled for sizes

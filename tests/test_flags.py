@@ -30,9 +30,7 @@ CASES = {
 @pytest.mark.parametrize(("value", "slow"), CASES.items())
 def test_what_a_flag_takes_away(value, slow):
     said = slow_flags(f"--xla_cpu_max_isa=AVX512 {FLAG}={value}")
-    assert said == (
-        f"{FLAG}={value}: without the kernels that it takes away, int8 {slow} are many times slower" * bool(slow)
-    )
+    assert said == (f"{FLAG}={value}: it disables kernels without which int8 {slow} are many times slower" * bool(slow))
 
 
 def test_the_last_one_counts_and_other_flags_do_not():

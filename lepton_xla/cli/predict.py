@@ -30,8 +30,8 @@ def predict(path: str, *, sources: tuple[str, ...], output: str | None, as_json:
     """Run the artifact at PATH on input files; print the outputs as JSON or write them to an .npz.
 
     Takes any number of rows: they are padded to a compiled size, or split. Arrays from files must have the model's
-        dtype. JSON numbers are converted to it, or refused if it cannot hold them. bfloat16 and fp8 outputs are written
-        to an .npz as float32.
+    dtype. JSON numbers are converted to it, or refused if it cannot hold them. bfloat16 and fp8 outputs are written to
+    an .npz as float32.
 
     \b
       leptonx predict digits.lepton --input image=images.npy

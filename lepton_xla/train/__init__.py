@@ -1,4 +1,4 @@
-"""Training with what a model will be served with."""
+"""Sparsity during training."""
 
 from lepton_xla.recipe import PruneRule
 from lepton_xla.train.schedules import Schedule, one_shot, periodic, polynomial

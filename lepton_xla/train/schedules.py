@@ -1,4 +1,4 @@
-"""When masks are found anew while training, and how much of the weights they drop by then."""
+"""Schedules of sparsity: when masks are updated during training, and to which sparsity."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from lepton_xla.errors import RecipeError
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """A schedule of sparsity.
+    """When to update masks, and the sparsity at each step.
 
     Attributes:
         sparsity: `sparsity(step, final) -> share` in [0, 1), both int32 and float32 scalars inside `jit`; `final` is
-            the sparsity that a rule asks for in the end.
-        begin: the first step at which masks are found.
-        end: the last one; None for no end. It always is one, so that the final sparsity is reached.
-        every: steps between them.
-        overrides: whether `final` is not used, so that rules need not say it.
+            the sparsity that a rule asks for.
+        begin: first step at which masks are updated.
+        end: last step; None for no end. Masks are always updated at `end`, so that the final sparsity is reached.
+        every: steps between updates.
+        overrides: whether `final` is ignored, so that rules need not give a sparsity.
 
     Raises:
-        RecipeError: for steps that make no schedule.
+        RecipeError: if the steps are invalid.
     """
 
     sparsity: Callable[[jax.Array, Any], Any]
@@ -48,10 +48,11 @@ class Schedule:
 
     @staticmethod
     def of(share: Callable[[Any], Any], *, begin: int = 0, end: int | None = None, every: int = 100) -> Schedule:
-        """A schedule from a function of the step, such as optax has: it gives the sparsity in the place of all rules'.
+        """Makes a schedule from a function of the step, such as an optax schedule; it replaces the sparsity of all
+        rules.
 
         Raises:
-            RecipeError: if it is outside of [0, 1) at the first or the last step.
+            RecipeError: if the function is outside of [0, 1) at the first or the last step.
         """
         for step in (begin, *([end] if end is not None else [])):
             value = float(share(step))
@@ -60,18 +61,18 @@ class Schedule:
         return Schedule(lambda step, _final: share(step), begin, end, every, overrides=True)
 
     def due(self, step: jax.Array) -> jax.Array:
-        """Whether masks are found anew at this step."""
+        """Whether masks are updated at this step."""
         regular = (step >= self.begin) & ((step - self.begin) % self.every == 0)
         return regular if self.end is None else (regular & (step <= self.end)) | (step == self.end)
 
 
 def one_shot(at: int = 0) -> Schedule:
-    """All at once, at one step."""
+    """The final sparsity at once, at one step."""
     return Schedule(lambda _step, final: final, begin=at, end=at)
 
 
 def periodic(begin: int = 0, end: int | None = None, *, every: int = 100) -> Schedule:
-    """The final sparsity from `begin` on, with masks found anew every so many steps, for what can come back."""
+    """The final sparsity from `begin` on; masks are updated every `every` steps, for methods that regrow elements."""
     return Schedule(lambda _step, final: final, begin, end, every)
 
 

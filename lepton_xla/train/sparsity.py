@@ -1,4 +1,4 @@
-"""An optimizer that prunes: masks live in its state, change on schedule inside `jit`, and hold weights at zero."""
+"""An optimizer that prunes: masks are in its state, are updated on schedule inside `jit`, and hold weights at zero."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ type Rules = Plan | Mapping[str, float | None] | Sequence[PruneRule]
 
 
 class SparsityState(NamedTuple):
-    """The state of an optimizer that `sparsify` made.
+    """State of an optimizer made by `sparsify`.
 
     Attributes:
-        step: how many updates there were, int32.
-        masks: weight path -> bool array of the weight's shape: what is kept.
-        sparsity: path of the pruned weight, which may be computed -> float32 scalar: the share last asked to drop.
-        inner: the state of the optimizer inside.
+        step: number of updates so far, int32.
+        masks: weight path -> bool array of the weight's shape; True keeps an element.
+        sparsity: path of the pruned weight, which may be a computed one -> float32 scalar: the last requested sparsity.
+        inner: state of the wrapped optimizer.
     """
 
     step: jax.Array
@@ -50,15 +50,16 @@ class SparsityState(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Regrow:
-    """Elements come back: each time, a share of those that are kept is dropped, and as many others take their place.
+    """Regrowth: at each update, a share of the kept elements is pruned and as many others are regrown.
 
     Attributes:
-        by: `gradient`: those whose gradient is largest (RigL, Evci et al. 2019, arXiv:1911.11134); `random`: any (SET,
-            Mocanu et al. 2018, arXiv:1707.04780).
-        share: how many, a float, or a function of the step: RigL's is `optax.cosine_decay_schedule(0.3, steps)`.
+        by: which elements to regrow: `gradient`: those with the largest gradient (RigL, Evci et al. 2019,
+            arXiv:1911.11134); `random` (SET, Mocanu et al. 2018, arXiv:1707.04780).
+        share: share to replace: a float, or a function of the step; RigL uses `optax.cosine_decay_schedule(0.3,
+            steps)`.
 
     Raises:
-        RecipeError: for a share that is not in [0, 1].
+        RecipeError: if the share is not in [0, 1].
     """
 
     by: Literal["gradient", "random"] = "gradient"
@@ -82,45 +83,43 @@ def sparsify(
     masks: Mapping[str, jax.Array] | None = None,
     seed: int = 0,
 ) -> optax.GradientTransformationExtraArgs:
-    """Wraps an optimizer so that it prunes what it trains.
+    """Wraps an optimizer so that it prunes the weights it trains.
 
-    Masks are found by what the weights are before the update of a step that is due, and hold from that update on:
-    dropped elements become exactly zero, and their gradients do not reach the optimizer inside. What is dropped stays
-    so, whatever the schedule asks for later, and counts towards that: masks only ever grow. With `regrow` or
-    `straight_through` elements come back as others go; then no fewer are dropped than before. On all other steps
-    nothing is ranked. It must be the outermost transformation, since what comes after it would move the zeros.
+    On scheduled steps, masks are computed from the weights before the update, and apply from that update on: pruned
+    elements become exactly zero, and their gradients do not reach the wrapped optimizer. Masks only grow: pruned
+    elements stay pruned and count towards later targets. Only `regrow` and `straight_through` bring elements back, and
+    prune others instead, so the sparsity never falls. On all other steps nothing is ranked. This must be the outermost
+    transformation, because a later one would move the zeros.
 
-    Something is left of every weight, and of every step of one that is stacked for a scan: where several are ranked
-    together (`distribution = "global"`), or a factor decides (`deviation`), the largest unit of each is never dropped,
-    and others go in its place.
+    No weight, and no step of a stacked weight, is pruned entirely: with `distribution = "global"` or the method
+    `deviation` the largest unit of each is kept, and others are pruned instead.
 
     Args:
-        optimizer: any.
-        rules: a plan, whose products say what the matrix `[K, N]` of each weight is, and where a weight is made of
-            others by layout, concatenation and cutting alone, the masks are those of these others; or rules for the
-            paths of a pytree, `{".*kernel": 0.5}` or `PruneRule`s, the first that matches a path winning. The last
-            axis of a leaf is then N, all others are K, and leaves of less than two axes, biases and norms' scales of
-            stacked layers or of several heads, and embeddings are left out unless a rule matches nothing else.
-        schedule: when, and how much by then. A function of the step, such as optax has, gives the sparsity of all
-            rules, every 100 steps; `Schedule.of` has more to choose. N:M drops the nearest number of each group by
-            then; `deviation:F` drops by its factor from the first step that is due.
-        regrow: how elements come back, if they do.
-        straight_through: weights stay dense and are only used masked, so that dropped elements are trained on and can
-            come back. The loss has to use them so: `masked(fn, masks_of(state), straight_through=True)`.
-        masks: masks to begin with, such as `Program.masks`; everything is kept otherwise. They hold as those that are
-            found later do.
-        seed: for what is random.
+        optimizer: any optax optimizer.
+        rules: a plan, whose products define the matrix `[K, N]` of each weight (if a weight is computed from others by
+            layout, concatenation and slicing alone, the masks are those of the others); or rules for the paths of a
+            pytree, `{".*kernel": 0.5}` or `PruneRule`s, of which the first match wins. Without a plan the last axis of
+            a leaf is N and the others are K. Leaves with fewer than two axes, embeddings, and biases and norm scales of
+            stacked layers or several heads are skipped, unless a rule matches nothing else.
+        schedule: when to prune, and to which sparsity. A function of the step, such as an optax schedule, gives the
+            sparsity of all rules, every 100 steps; `Schedule.of` has more options. N:M prunes the nearest number of
+            elements per group; `deviation:F` prunes by its factor from the first scheduled step on.
+        regrow: how to regrow elements, if at all.
+        straight_through: keep weights dense and mask them only where they are used, so that pruned elements are still
+            trained and can come back. The loss must use `masked(fn, masks_of(state), straight_through=True)`.
+        masks: initial masks, such as `Program.masks`; they hold like later ones. By default everything is kept.
+        seed: seed of random choices.
 
     Returns:
-        A transformation whose state is a `SparsityState`: its `update` needs the parameters. `finalize` gives the
-        weights and masks at the end.
+        A transformation with a `SparsityState`. Its `update` needs the parameters. `finalize` returns the final weights
+        and masks.
 
     Raises:
-        RecipeError: if rules, schedule and regrowth do not go together; by `init` and `update`, if a rule matches
-            nothing, or asks for more than leaves something of every weight.
-        UnsupportedError: by `init` and `update`, if a pattern does not divide a weight.
-        ModelError: by `init` and `update`, if a weight is missing, not of floats, not finite (where that is known), or
-            is computed from others in a way that masks do not follow, or if masks, or the state, are of other weights.
+        RecipeError: if rules, schedule and regrowth do not fit together; from `init` and `update`, if a rule matches
+            nothing or would prune a weight entirely.
+        UnsupportedError: from `init` and `update`, if a pattern does not divide a weight.
+        ModelError: from `init` and `update`, if a weight is missing, not float, not finite (where that can be checked)
+            or computed from others in a way that masks cannot follow, or if masks or the state belong to other weights.
     """
     chosen = _prune_rules(rules)
     if not isinstance(schedule, Schedule) and not callable(schedule):
@@ -129,7 +128,7 @@ def sparsify(
     for index, rule in enumerate(chosen):
         _check(rule, f"prune[{index}]", when, regrow)
     if regrow is not None and straight_through:
-        raise RecipeError("sparsify: with straight_through elements come back by themselves; leave regrow out")
+        raise RecipeError("sparsify: straight_through regrows elements itself; leave regrow out")
     inner = optax.with_extra_args_support(optimizer)
 
     def targets_of(named: Mapping[str, Any]) -> tuple[list[Target], Carrier]:
@@ -137,7 +136,7 @@ def sparsify(
         shapes = carrier.shapes(named)
         found = plan_targets(rules, shapes) if isinstance(rules, Plan) else leaf_targets(chosen, shapes)
         if not found:
-            raise RecipeError("sparsify: none of the plan's weights is pruned; its sites say why")
+            raise RecipeError("sparsify: the plan prunes no weight; its sites give the reasons")
         if not when.overrides:
             something_left(found)
         return found, carrier
@@ -175,7 +174,7 @@ def sparsify(
             updates = _each(updates, state.masks, _kept)
         updates, after = inner.update(updates, state.inner, params, **extra)
         if not straight_through:
-            # What has only just come back begins at zero.
+            # Regrown elements start at zero.
             held = new if regrow is None else {path: mask & state.masks[path] for path, mask in new.items()}
             updates = _each(updates, held, _zeroing, weights)
         return updates, SparsityState(state.step + 1, new, sparsity, after)
@@ -194,7 +193,7 @@ def _renewed(
     straight_through: bool,
     seed: int,
 ) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
-    """Masks found anew, and the sparsity asked of each weight."""
+    """Updates the masks; returns them and the requested sparsity of each weight."""
     key = jax.random.fold_in(jax.random.key(seed), step)
     used = {target.path: weights[target.path] for target in targets}
     if not straight_through:
@@ -215,7 +214,7 @@ def _renewed(
     found = find_masks(
         targets, scores, shares, regrowth=regrowth, earlier=masks, exchange=straight_through or regrow is not None
     )
-    # NaN is never dropped, so that it is seen; and a mask is cut over devices as its weight is.
+    # Keep NaN, so that it shows. A mask is sharded like its weight.
     found = {path: mask | (used[path] != used[path]) for path, mask in found.items()}
     return found, {path: jnp.asarray(share, jnp.float32) for path, share in shares.items()}
 
@@ -226,16 +225,16 @@ def _share(rule: PruneRule, schedule: Schedule, step: jax.Array) -> jax.Array:
 
 
 def _named(tree: Any) -> dict[str, Any]:
-    """Leaves by path; those of an NNX state are named as `from_nnx` names them."""
+    """Leaves by path; the leaves of an NNX state get the names that `from_nnx` gives them."""
     paths, _ = jax.tree_util.tree_flatten_with_path(tree)
-    # What a variable holds is its attribute `value`; a user's dictionary may have a key of that name.
+    # An NNX variable holds its array in the attribute `value`; a user's dictionary may have a key `value` instead.
     if paths and all(path and path[-1] == jax.tree_util.GetAttrKey("value") for path, _ in paths):
         return {"/".join(map(key_name, path[:-1])): leaf for path, leaf in paths}
     return name_leaves(tree, prefix="weights")
 
 
 def _each(tree: Any, by: Mapping[str, jax.Array], function: Callable[..., Any], *beside: Mapping[str, Any]) -> Any:
-    """The tree with `function(by[path], leaf, ...)` in the place of the leaves that `by` names."""
+    """Replaces the leaves that `by` names by `function(by[path], leaf, ...)`."""
     leaves = [
         function(by[path], leaf, *(other[path] for other in beside)) if path in by else leaf
         for path, leaf in _named(tree).items()
@@ -249,14 +248,14 @@ def _kept(mask: jax.Array, leaf: jax.Array) -> jax.Array:
 
 
 def _placed_as(mask: jax.Array, leaf: jax.Array) -> jax.Array:
-    """The leaf, where arrays carry their sharding in their type, cut as its mask is: gradients may come whole."""
+    """Shards a leaf like its mask, under explicit sharding: gradients may arrive replicated."""
     here, wanted = jax.typeof(leaf).sharding, jax.typeof(mask).sharding
     return leaf if here == wanted else jax.reshard(leaf, wanted)
 
 
 def _zeroing(mask: jax.Array, update: jax.Array, weight: jax.Array) -> jax.Array:
-    """An update that takes dropped elements to exactly zero."""
-    kind = np.promote_types(update.dtype, weight.dtype)  # so that the weight loses nothing
+    """An update that makes pruned elements exactly zero."""
+    kind = np.promote_types(update.dtype, weight.dtype)  # so that the weight keeps its precision
     return jnp.where(mask, _placed_as(mask, update.astype(kind)), _placed_as(mask, -weight.astype(kind)))
 
 
@@ -277,7 +276,7 @@ def _prune_rules(rules: Rules) -> tuple[PruneRule, ...]:
             f"sparsify: rules = {rules!r}: expected a plan, {{regular expression: sparsity}}, or a list of PruneRule"
         )
     if not chosen:
-        raise RecipeError("sparsify: there is no rule that prunes anything")
+        raise RecipeError("sparsify: no rule prunes anything")
     return chosen
 
 
@@ -289,11 +288,11 @@ def _check(rule: PruneRule, where: str, schedule: Schedule | None, regrow: Regro
         )
     fixed = rule.method.startswith("deviation") or (":" in rule.pattern and not rule.pattern.startswith("block"))
     if regrow is not None and fixed:
-        raise RecipeError(f"{where}: {rule.describe()} leaves no choice of what grows back; leave regrow out")
+        raise RecipeError(f"{where}: {rule.describe()} fixes which elements are kept; leave regrow out")
 
 
 def _check_state(state: Any, paths: Sequence[str], weights: Mapping[str, Any]) -> None:
-    """Refuses a state that was made with other weights, or with other rules, as a checkpoint may hold."""
+    """Refuses a state of other weights or rules, such as from an old checkpoint."""
     if not isinstance(state, SparsityState):
         raise ModelError(
             f"sparsify: its state is a {type(state).__name__}, not a SparsityState; restore a checkpoint into the tree "
@@ -309,13 +308,13 @@ def _check_state(state: Any, paths: Sequence[str], weights: Mapping[str, Any]) -
             else f"has a mask of {shape}, which no rule prunes"
         )
         raise ModelError(
-            f"sparsify: the state {has}; it was made with other weights or rules, its masks are of "
-            f"{some_names(state.masks)}"
+            f"sparsify: the state {has}; it belongs to other weights or rules (it has masks of "
+            f"{some_names(state.masks)})"
         )
 
 
 def state_of(optimizer_state: Any) -> SparsityState:
-    """The `SparsityState` in the state of an optimizer, at any depth.
+    """Finds the `SparsityState` in the state of an optimizer, at any depth.
 
     Raises:
         ModelError: if there is not exactly one.
@@ -323,28 +322,28 @@ def state_of(optimizer_state: Any) -> SparsityState:
     leaves = jax.tree.leaves(optimizer_state, is_leaf=lambda leaf: isinstance(leaf, SparsityState))
     found = [leaf for leaf in leaves if isinstance(leaf, SparsityState)]
     if len(found) != 1:
-        raise ModelError(f"expected the state of one optimizer that sparsify made, found {len(found)} in it")
+        raise ModelError(f"expected exactly one state made by sparsify, found {len(found)}")
     return found[0]
 
 
 def masks_of(optimizer_state: Any) -> dict[str, jax.Array]:
-    """Weight path -> mask, from the state of an optimizer that `sparsify` made, at any depth.
+    """Weight path -> mask, from the state of an optimizer made by `sparsify`, at any depth.
 
     Raises:
-        ModelError: if there is no such state in it, or more than one.
+        ModelError: if it holds no such state, or more than one.
     """
     return state_of(optimizer_state).masks
 
 
 def finalize(params: Any, optimizer_state: Any) -> tuple[Any, dict[str, jax.Array]]:
-    """What training leaves: weights with exact zeros, and masks for `Program.masks`.
+    """Returns the trained weights with exact zeros, and masks for `Program.masks`.
 
     Args:
         params: the trained parameters.
-        optimizer_state: the state of the optimizer, with what `sparsify` made at any depth.
+        optimizer_state: the optimizer's state, with the `SparsityState` at any depth.
 
     Returns:
-        The parameters with dropped elements zero, and weight path -> bool array.
+        The parameters with pruned elements zero, and weight path -> bool array.
 
     Raises:
         ModelError: if a pruned weight is not finite, or masks and weights do not belong together.

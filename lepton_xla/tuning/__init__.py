@@ -1,4 +1,4 @@
-"""Finding out what to quantize: measurements that help to write a recipe."""
+"""Measurements that help to write a recipe."""
 
 from lepton_xla.tuning.sensitivities import Sensitivity, SiteSensitivity, sensitivity
 

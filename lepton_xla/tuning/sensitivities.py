@@ -1,7 +1,7 @@
-"""Which sites suffer from quantization: each quantized alone, by a recipe's rule for it, the rest left in float.
+"""Sensitivity to quantization: one weight at a time is quantized by a recipe's rule, the rest stays in float.
 
-All of it runs on one compiled program, in which every planned site can be switched to quantized arithmetic when it is
-called; so a model of a hundred sites is compiled once, not a hundred times.
+All measurements use one compiled program with a runtime switch per weight, so a model with a hundred sites is compiled
+once.
 """
 
 from __future__ import annotations
@@ -40,27 +40,27 @@ OUTPUT = "output"
 """The metric that needs no evaluation: the relative error of the outputs."""
 
 type Progress = Callable[[str, int, int], None]
-"""`progress(what begins, steps done, steps in all)`."""
+"""`progress(step, steps_done, steps_total)`."""
 
 _ON = "on"
 
 
 @dataclasses.dataclass(frozen=True)
 class SiteSensitivity:
-    """What quantizing one weight does.
+    """The effect of quantizing one weight.
 
     Attributes:
         sites: the sites that use the weight, which are quantized together, in the order of execution.
         decision: the recipe's rule in a few words.
-        output_error: Euclidean norm of what the outputs change by, over that of the outputs, on all calibration
-            batches together; None without calibration data.
-        cosine: cosine between the outputs before and after, the mean over examples; None likewise.
-        metrics: what `evaluate` gives; empty where it is not run.
-        drop: by how much the metric gets worse, in its own unit; negative where it gets better. For `output` the
-            output error.
+        output_error: `|changed outputs - outputs| / |outputs|` over all calibration batches; None without calibration
+            data.
+        cosine: mean over examples of the cosine between the outputs before and after; None without calibration data.
+        metrics: result of `evaluate`; empty if it was not run.
+        drop: loss of the metric, in its own unit; negative if it improves. For `output`, the output error.
         bytes_before: bytes of the weight in float.
         bytes_after: bytes as the recipe stores it.
-        timings: the product alone, in float and of codes; empty where it is not timed or has no product of codes.
+        timings: times of the product alone, in float and quantized; empty if not timed, or if it has no quantized
+            product.
     """
 
     sites: tuple[str, ...]
@@ -75,12 +75,12 @@ class SiteSensitivity:
 
     @property
     def bytes_saved(self) -> int:
-        """How many bytes smaller the weight gets."""
+        """Bytes that quantizing the weight saves."""
         return self.bytes_before - self.bytes_after
 
     @property
     def latency_ratio(self) -> float | None:
-        """Time of the product of codes over float's, the geometric mean over sizes; None where it was not timed."""
+        """Time of the quantized product over that of float, geometric mean over sizes; None if not timed."""
         ratios = [timing.best_us(pad=True) / timing.float_us for timing in self.timings]
         return math.prod(ratios) ** (1 / len(ratios)) if ratios else None
 
@@ -104,15 +104,15 @@ class SiteSensitivity:
 
 @dataclasses.dataclass(frozen=True)
 class Sensitivity:
-    """What quantizing each weight alone does, and all of them together.
+    """The effect of quantizing each weight alone, and all of them together.
 
     Attributes:
         recipe: the recipe's name.
-        metric: what `drop` is of: `output`, or a metric of `evaluate`.
-        float_metrics: what `evaluate` gives of the float model; empty where it is not run.
-        sites: one entry a weight, the one that suffers most first.
-        together: all of them quantized; its drop can be more, or less, than the sum.
-        kept: site -> why it stays in float here though the recipe names it.
+        metric: the metric of `drop`: `output`, or a metric of `evaluate`.
+        float_metrics: result of `evaluate` on the float model; empty if it was not run.
+        sites: one entry per weight, the most sensitive first.
+        together: all weights quantized; the drop can be more or less than the sum of the single ones.
+        kept: site -> why it stays in float although the recipe matches it.
         seconds: the time it took.
     """
 
@@ -149,20 +149,20 @@ def sensitivity(
     sizes: Sequence[Mapping[str, int]] = (),
     progress: Progress | None = None,
 ) -> Sensitivity:
-    """Quantizes one weight at a time and measures what that does.
+    """Quantizes one weight at a time and measures the effect.
 
-    Pruning, if the recipe has any, is left out; sites of one weight, and the steps of a scanned stack, go together, as
-    a recipe treats them.
+    Pruning rules of the recipe are ignored. All sites of a weight, and all steps of a stacked weight, are quantized
+    together, as the recipe would.
 
     Args:
         program: a trained model.
-        recipe: what each site is to become.
-        calibration: input dicts, such as `[{"image": array}]`, all held in memory: what the output error is measured
-            on, and what static activation scales are taken from.
+        recipe: its `[[quantize]]` rules are applied.
+        calibration: input dicts, such as `[{"image": array}]`, all held in memory: for the output error and for static
+            activation scales.
         evaluate: `evaluate(predict) -> {"accuracy": 0.98, ...}`, called once for the float model, once for each
             weight, and once for all together.
-        metric: `output`, or a metric that `evaluate` gives. By default `accuracy` if it gives that, else its first
-            one, or `output` where there is no `evaluate`.
+        metric: `output`, or a metric of `evaluate`. By default `accuracy` if there is one, else the first metric, else
+            `output`.
         lower_is_better: whether the metric is a loss.
         sizes: sizes of the symbolic dimensions, such as `[{"batch": 1}]`, at which each product is timed alone.
         progress: called as each step begins.
@@ -177,9 +177,9 @@ def sensitivity(
     batches = None if calibration is None else list(as_batches(calibration))
     judge = None if metric == OUTPUT else evaluate
     if metric not in (None, OUTPUT) and evaluate is None:
-        raise ModelError(f"metric {metric!r} needs a model with evaluate; without one there is {OUTPUT!r}")
+        raise ModelError(f"metric {metric!r} needs a model with evaluate; without one, use {OUTPUT!r}")
     if judge is None and not batches:
-        raise CalibrationError("without an evaluate to judge by, the error of the outputs needs calibration data")
+        raise CalibrationError("a model without evaluate needs calibration data, to measure the error of the outputs")
     say("find sites", 0, 0)
     program, plan = plan_for(program, recipe)
     groups = _groups(plan)
@@ -231,12 +231,12 @@ def sensitivity(
         )
 
     entries = [entry(index, group) for index, group in enumerate(groups.values(), 1)]
-    # What is not a number is the worst there is; where a metric does not tell two sites apart, the outputs do.
+    # NaN sorts first; ties are broken by output error.
     entries.sort(key=lambda one: (_worst_first(one.drop), _worst_first(one.output_error or 0.0)))
     everything = [planned for group in groups.values() for planned in group]
     kept = {entry.site.name: entry.not_quantized for entry in plan.sites if entry.not_quantized}
     pairs = [entry.site.name for entry in plan.sites if entry.quantize is not None and entry.site.path is None]
-    kept |= dict.fromkeys(pairs, "a product of two activations, and only weights are tried")
+    kept |= dict.fromkeys(pairs, "a product of two activations; only weights are tested")
     return Sensitivity(
         recipe.name,
         chosen,
@@ -278,16 +278,16 @@ def _metric(asked: str | None, judged: Mapping[str, float], *, has_evaluate: boo
     if not has_evaluate:
         return OUTPUT
     if not judged:
-        raise ModelError(f"evaluate gives no metric; use metric {OUTPUT!r}")
+        raise ModelError(f"evaluate returns no metric; use metric {OUTPUT!r}")
     if asked is None:
         return "accuracy" if "accuracy" in judged else next(iter(judged))
     if asked not in judged:
-        raise ModelError(f"no metric {asked!r}: evaluate gives {', '.join(judged)}; {OUTPUT!r} is always there")
+        raise ModelError(f"no metric {asked!r}: evaluate returns {', '.join(judged)}; {OUTPUT!r} is always available")
     return asked
 
 
 class _Switched:
-    """The program with switches, one a weight, that turn its sites to quantized arithmetic."""
+    """The program with one switch per weight, which turns its sites to quantized arithmetic."""
 
     def __init__(self, program: Program, plan: Plan, paths: Sequence[str], ranges: Mapping[str, jax.Array]) -> None:
         self.program = program
@@ -306,12 +306,12 @@ class _Switched:
         return self._run(self.program.weights, jnp.asarray(setting), self._ranges, *inputs)
 
     def predict(self, setting: np.ndarray) -> Predict:
-        """The program as `evaluate` takes it."""
+        """The program as a function for `evaluate`."""
 
         def predict(**inputs: Any) -> dict[str, np.ndarray]:
             specs = self.program.inputs
             if set(inputs) != set(specs):
-                raise InputError(f"inputs {sorted(inputs)} came; the model takes {sorted(specs)}")
+                raise InputError(f"got inputs {sorted(inputs)}, but the model takes {sorted(specs)}")
             arrays = [_as_declared(name, spec, inputs[name]) for name, spec in specs.items()]
             return jax.device_get(self(setting, arrays))
 
@@ -345,7 +345,7 @@ class _Switched:
 def _alone(
     planned: SitePlan, site: Site, context: Context, eqn: Any, absmax: jax.Array | None
 ) -> Callable[..., list[jax.Array]]:
-    """One product, fake-quantized: a function of its operands."""
+    """A fake-quantized product, as a function of its operands."""
     side, path = site.weight_operand, site.path
     assert side is not None
     assert path is not None
@@ -353,7 +353,7 @@ def _alone(
     def product(weights: Mapping[str, jax.Array], *others: jax.Array) -> list[jax.Array]:
         return context.bind(eqn, [*others[:side], weights[path], *others[side:]])
 
-    # As its only site, it is called by its weight's path alone.
+    # The only site of a weight is named by the weight's path.
     only = dataclasses.replace(planned, site=dataclasses.replace(site, name=path, layout=()))
     ranges = {} if absmax is None else {path: absmax}
 
@@ -378,10 +378,10 @@ def _output_errors(
     batches: Sequence[Mapping[str, Any]],
     step: Callable[[str], None],
 ) -> list[tuple[float, float]]:
-    """Relative error and mean cosine of the outputs, for each setting against the first."""
+    """Relative error and mean cosine of the outputs, for each setting compared with the first."""
     specs = switched.program.outputs
     if not any(jnp.issubdtype(jnp.dtype(spec.dtype), jnp.floating) for spec in specs.values()):
-        raise ModelError(f"no output of the model is a float to measure an error of: {', '.join(map(str, specs))}")
+        raise ModelError(f"the model has no float output to measure an error of: {', '.join(map(str, specs))}")
     compared = jax.jit(lambda before, after: _distances(specs, before, after))
     totals = np.zeros((len(settings), 4))
     for number, batch in enumerate(batches):
@@ -395,7 +395,7 @@ def _output_errors(
         if not np.isfinite(totals[0]).all():
             raise ModelError(f"the model's outputs on calibration batch {number} are not finite")
     different, size, cosines, rows = totals.T
-    with np.errstate(divide="ignore", invalid="ignore"):  # all outputs zero: any difference is infinitely more
+    with np.errstate(divide="ignore", invalid="ignore"):  # if all outputs are zero, any difference is infinite
         relative = np.where(different == 0, 0.0, np.sqrt(different / size))
     return list(zip(relative.tolist(), (cosines / rows).tolist(), strict=True))
 
@@ -405,7 +405,7 @@ def _distances(
 ) -> jax.Array:
     """Squared norm of the difference, squared norm before, sum of cosines of examples, number of examples: float32[4].
 
-    Examples lie along the first axis of an output where that is symbolic; else the whole output is one.
+    The first axis of an output counts examples if it is symbolic; otherwise the whole output is one example.
     """
     totals = jnp.zeros(4, jnp.float32)
     for name, spec in specs.items():
@@ -422,7 +422,7 @@ def _distances(
 
 
 def _bytes(program: Program, plan: Plan, ranges: Mapping[str, jax.Array]) -> dict[str, tuple[int, int]]:
-    """Bytes of each site's weight before and after, as `lower` stores it."""
+    """Bytes of each site's weight in float, and as `lower` stores it."""
     report = lower(program, plan, ranges).history[-1]
     return {site.site: (site.bytes_before, site.bytes_after) for site in report.sites}
 
@@ -430,7 +430,7 @@ def _bytes(program: Program, plan: Plan, ranges: Mapping[str, jax.Array]) -> dic
 def _timings(
     program: Program, plan: Plan, sizes: Sequence[Mapping[str, int]], say: Progress
 ) -> dict[str, list[Timing]]:
-    """Each product alone, where it has one of codes."""
+    """Times each product alone, in float and quantized, if it has a quantized form."""
     rules = {entry.site.name: entry.quantize for group in _groups(plan).values() for entry in group if entry.quantize}
     timings: dict[str, list[Timing]] = {}
     timer = Timer()

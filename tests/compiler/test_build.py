@@ -71,7 +71,7 @@ def test_rows_that_see_each_other_are_refused(fn: Any, ladder: tuple[int, ...]) 
 
 
 def test_an_output_without_the_rows_is_refused() -> None:
-    with pytest.raises(CompileError, match=r"output 'output' is float32\[6\], so it is not one result a row"):
+    with pytest.raises(CompileError, match=r"output 'output' is float32\[6\], so it does not have one result per row"):
         compiler.compile(program(lambda w, x: x.mean(0) * w["scale"]), {"batch": (1, 4)})
 
 

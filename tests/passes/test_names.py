@@ -168,8 +168,8 @@ def test_training_beside_such_names():
     ("weights", "message"),
     [
         ({"a/b": jnp.ones(2), "a": {"b": jnp.ones(2)}}, "two leaves have the path 'a/b'; rename"),
-        ({1: jnp.ones(2), "1": jnp.ones(2)}, "a dictionary has keys of several kinds"),
-        ({"x": {1: jnp.ones(2), "b": jnp.ones(2)}}, "a dictionary has keys of several kinds"),
+        ({1: jnp.ones(2), "1": jnp.ones(2)}, "a dictionary has keys of different types"),
+        ({"x": {1: jnp.ones(2), "b": jnp.ones(2)}}, "a dictionary has keys of different types"),
     ],
 )
 def test_two_leaves_of_one_path(weights, message):

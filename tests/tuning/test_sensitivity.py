@@ -171,7 +171,7 @@ def test_sites_of_one_weight_go_together_and_others_stay():
     ("products", "reason"),
     [
         ("weights", "dot_general of two activations, which products = 'weights' leaves float"),
-        ("all", "a product of two activations, and only weights are tried"),
+        ("all", "a product of two activations; only weights are tested"),
     ],
 )
 def test_what_the_recipe_names_and_is_not_tried_is_said(products, reason):
@@ -274,14 +274,14 @@ def endless(w, x):
 @pytest.mark.parametrize(
     ("error", "message", "changes"),
     [
-        (CalibrationError, "error of the outputs needs calibration data", {"calibration": None}),
-        (CalibrationError, "error of the outputs needs calibration data", {"calibration": []}),
+        (CalibrationError, "without evaluate needs calibration data", {"calibration": None}),
+        (CalibrationError, "without evaluate needs calibration data", {"calibration": []}),
         (ModelError, "metric 'accuracy' needs a model with evaluate", {"metric": "accuracy"}),
         (ModelError, "no metric 'f1': evaluate gives m; 'output' is", {"metric": "f1", "evaluate": lambda p: {"m": 1}}),
-        (ModelError, "evaluate gives no metric", {"evaluate": lambda p: {}}),
+        (ModelError, "evaluate returns no metric", {"evaluate": lambda p: {}}),
         (RecipeError, "recipe 'none' quantizes no weight", {"recipe": Recipe(name="none")}),
         (CalibrationError, "batch 0 has inputs", {"calibration": [{"y": DATA[0]["x"]}]}),
-        (ModelError, "no output of the model is a float .*: output", {"program": integers}),
+        (ModelError, "the model has no float output .*: output", {"program": integers}),
         (ModelError, "outputs on calibration batch 0 are not finite", {"program": endless}),
         (InputError, "the model takes", {"evaluate": lambda predict: predict(y=1)}),
         (InputError, "input 'x' has dtype float64", {"evaluate": lambda predict: predict(x=np.zeros((2, 6)))}),
