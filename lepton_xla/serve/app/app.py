@@ -292,8 +292,14 @@ class App:
             # Set too where the client has gone.
             if not exchange.answered:
                 self._submit(exchange, accepted, request)
+            exchange.connection.hold(False)
 
-        self._workers.run(len(exchange.body), read, submit, functools.partial(self.refuse, exchange))
+        def refuse(refusal: RefusedError) -> None:
+            self.refuse(exchange, refusal)
+            exchange.connection.hold(False)
+
+        self._workers.run(len(exchange.body), read, submit, refuse)
+        exchange.connection.hold(True)
 
     def answer(self, call: InferCall, outputs: Sequence[bytes | memoryview]) -> None:
         """Answers an infer request with the bytes of its outputs."""

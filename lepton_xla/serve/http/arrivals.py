@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 from lepton_xla.serve.errors import RefusedError
@@ -66,7 +66,7 @@ class Arrivals:
     """Takes accepted sockets to the hub. Those that speak TLS shake hands first, for no longer than `head_timeout_s`.
 
     They count as connections from the start. Those beyond the limits are told so by their first answer, unless they ask
-    for health; with TLS only few of them are let in that far, as the handshake is what costs most.
+    for health. Of TLS handshakes beyond the limits `RESERVED` are under way; the oldest ends where another begins.
 
     Args:
         hub: where they go.
@@ -78,7 +78,7 @@ class Arrivals:
         self._tls = tls
         self._loop = asyncio.get_running_loop()
         self._tasks: set[asyncio.Task[None]] = set()
-        self._beyond = 0
+        self._beyond: dict[asyncio.Task[None], None] = {}
 
     def take(self, accepted: socket.socket) -> None:
         """Takes over a socket."""
@@ -91,31 +91,40 @@ class Arrivals:
         connection = Connection(hub)
         if hub.full(address) is None:
             connection.announce(address)
-            entering = self._enter(accepted, connection)
-        elif self._tls and self._beyond >= RESERVED:
-            _log.warning("a connection is closed before its TLS handshake: there are as many as there may be")
-            accepted.close()
+            self._begin(self._enter(accepted, connection))
             return
-        else:
-            self._beyond += 1
-            entering = self._enter_beyond(accepted, connection, address)
+        task = self._begin(self._enter_beyond(accepted, connection, address))
+        if self._tls:
+            beyond = self._beyond
+            beyond[task] = None
+
+            def leave(done: asyncio.Task[None]) -> None:
+                beyond.pop(done, None)
+                if done.cancelled():
+                    accepted.close()
+
+            task.add_done_callback(leave)
+            if len(beyond) > RESERVED:
+                oldest = next(iter(beyond))
+                del beyond[oldest]
+                oldest.cancel()
+
+    def _begin(self, entering: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = self._loop.create_task(entering)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task
 
     async def _enter_beyond(self, accepted: socket.socket, connection: Connection, address: str) -> None:
         hub = self._hub
-        try:
-            for _ in range(_TURNS):
-                await asyncio.sleep(0)
-            refusal = hub.full(address)
-            if refusal is None:
-                connection.announce(address)
-            else:
-                connection = LastConnection(hub, refusal, hub.always)
-            await self._enter(accepted, connection)
-        finally:
-            self._beyond -= 1
+        for _ in range(_TURNS):
+            await asyncio.sleep(0)
+        refusal = hub.full(address)
+        if refusal is None:
+            connection.announce(address)
+        else:
+            connection = LastConnection(hub, refusal, hub.always)
+        await self._enter(accepted, connection)
 
     async def _enter(self, accepted: socket.socket, connection: Connection) -> None:
         tls: dict[str, Any] = self._tls

@@ -269,6 +269,13 @@ class Connection(asyncio.Protocol):
         """
         self._out.reserve(nbytes)
 
+    def hold(self, held: bool) -> None:
+        """Has further requests wait until the size of an answer is known, or no longer."""
+        self._out.held = held
+        if not held:
+            self._out.go_on()
+            self._throttle()
+
     def flush(self) -> None:
         """Writes what is answered, as far as the order of the requests allows."""
         pending = self._pending

@@ -28,6 +28,10 @@ class Answers(Protocol):
         """Sets memory aside for an answer, or gives it back where that is negative; may raise `RefusedError`, 503."""
         ...
 
+    def hold(self, held: bool) -> None:
+        """Has the requests after this one wait until the size of its answer is known, or no longer."""
+        ...
+
 
 class Head:
     """Request line and header fields of a request. Equal ones may share an object.

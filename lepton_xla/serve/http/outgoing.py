@@ -2,7 +2,8 @@
 
 It counts against the bounds on what comes in, from before a request is handled: what its answer will take is set aside
 then, and given back when the transport has it; what the transport cannot send yet counts until it is gone. A client
-that asks on without reading has its further requests wait here, unhandled, and then is not read from.
+that asks on without reading has its further requests wait here, unhandled, and then is not read from. They also wait
+while a long body is read on another thread, because the size of its answer is not known before.
 """
 
 from __future__ import annotations
@@ -24,21 +25,22 @@ class Outgoing:
         hub: what the connections share.
 
     Attributes:
+        held: whether the size of an answer is not known yet.
         waiting: requests that are read and not handled yet, in their order.
     """
 
-    __slots__ = ("_hub", "_reserved", "_running", "_unsent", "waiting")
+    __slots__ = ("_hub", "_reserved", "_running", "_unsent", "held", "waiting")
 
     def __init__(self, hub: Hub) -> None:
         self._hub = hub
         self._reserved = self._unsent = 0
-        self._running = False
+        self._running = self.held = False
         self.waiting: deque[Exchange] = deque()
 
     @property
     def full(self) -> bool:
         """Whether another request has to wait."""
-        return self._reserved + self._unsent > AHEAD_BYTES
+        return self.held or self._reserved + self._unsent > AHEAD_BYTES
 
     def reserve(self, nbytes: int) -> None:
         """Sets so much aside for an answer, or gives it back where it is negative.
@@ -59,7 +61,7 @@ class Outgoing:
 
     def handle(self, exchange: Exchange) -> None:
         """Has a request handled, now or when there is room for its answer."""
-        if self._reserved + self._unsent > AHEAD_BYTES or self.waiting:
+        if self.full or self.waiting:
             self.waiting.append(exchange)
         else:
             self._hub.handler(exchange)

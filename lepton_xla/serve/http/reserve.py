@@ -1,7 +1,8 @@
 """Connections that get one answer: those beyond the limits, which may ask for health, and those that took a wrong turn.
 
 An orchestrator that cannot reach the health of a server takes it for dead, and ends one that only has much to do. So a
-few connections more than there may be are taken. Who is silent on one makes room for the next that comes.
+few connections beyond the limits are accepted. Where more come, the oldest is closed for each new one: however many
+there are, few files are open for them, and a new connection always has its chance.
 """
 
 from __future__ import annotations
@@ -15,10 +16,13 @@ from lepton_xla.serve.http.exchange import Head
 from lepton_xla.serve.http.hub import Hub
 
 RESERVED = 64
-"""Connections beyond the limits that may wait for their request, or be in a TLS handshake."""
+"""Connections beyond the limits that are kept until they are answered, and as many in a TLS handshake."""
 
 HANDSHAKE_S = 2.0
 """How long a TLS handshake beyond the limits may take."""
+
+# How long TLS may take to say goodbye on a connection that has to make room.
+_GOODBYE_S = 0.1
 
 
 class LastConnection(Connection):
@@ -46,7 +50,7 @@ class LastConnection(Connection):
         if len(hub.reserve) > RESERVED:
             oldest = next(iter(hub.reserve))
             del hub.reserve[oldest]
-            oldest.refuse()
+            oldest.make_room()
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
@@ -56,9 +60,12 @@ class LastConnection(Connection):
     def _leave_address(self) -> None:
         pass  # it has left
 
-    def refuse(self) -> None:
-        """Says that there is no more time to ask."""
+    def make_room(self) -> None:
+        """Refuses what has not been asked yet, and closes without waiting for the client to close too."""
         self._fail(self._refusal.bare())
+        self._transport.close()
+        if not self._transport.can_write_eof():
+            asyncio.get_running_loop().call_later(_GOODBYE_S, self._part)
 
     def _is_answered(self, target: bytes) -> bool:
         return target.partition(b"?")[0] in self._answered

@@ -100,6 +100,10 @@ class Tap:
         """Sets memory aside for the answer."""
         self._connection.reserve(nbytes)
 
+    def hold(self, held: bool) -> None:
+        """Has the requests after it wait, or no longer."""
+        self._connection.hold(held)
+
     def abandoned(self) -> None:
         """The client went away."""
         self._end(GONE, 0)

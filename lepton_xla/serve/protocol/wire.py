@@ -101,7 +101,7 @@ class InferRequest(msgspec.Struct, eq=False):
     Attributes:
         plan: what its JSON part says.
         tensors: for each input the C-order little-endian bytes of its tensor.
-        nbytes: of all of them.
+        nbytes: memory that they hold: the whole body, where one of them lies in it.
     """
 
     plan: Plan
@@ -168,7 +168,7 @@ class Decoder:
             )
         view = memoryview(body)
         tensors = [view[head_bytes + start : head_bytes + stop] for start, stop in plan.slices]
-        nbytes = plan.tail_bytes
+        nbytes = total if plan.tail_bytes else 0
         if arrays:
             for index, data in arrays.items():
                 tensors[index] = data

@@ -18,6 +18,8 @@ from lepton_xla.serve.http.connection import Connection
 from lepton_xla.serve.http.hub import Hub
 from lepton_xla.serve.http.outgoing import AHEAD_BYTES
 from lepton_xla.serve.limits import Limits
+from lepton_xla.serve.protocol.encoding import deflate
+from lepton_xla.serve.protocol.jsondata import PIECE_BYTES
 from lepton_xla.serve.protocol.response import encode_response
 from lepton_xla.serve.protocol.signature import signature_of
 from lepton_xla.serve.protocol.wire import Decoder
@@ -43,12 +45,16 @@ class Wide:
         return [arrays[0][:, None].astype(np.float32) + np.arange(columns, dtype=np.float32)]
 
 
-def ask(*numbers):
+def ask(*numbers, coding=None, blanks=0):
     x = np.array(numbers, np.int32)
     given = {"name": "x", "datatype": "INT32", "shape": [len(x)], "parameters": {"binary_data_size": x.nbytes}}
     head = json.dumps({"inputs": [given], "parameters": {"binary_data_output": True}}).encode()
-    fields = {"Inference-Header-Content-Length": str(len(head))}
-    return raw_request("POST", INFER, head + x.tobytes(), fields)
+    head += b" " * blanks
+    body, fields = head + x.tobytes(), {"Inference-Header-Content-Length": str(len(head))}
+    if coding is not None:
+        body = deflate(body, coding)
+        fields["Content-Encoding"] = coding
+    return raw_request("POST", INFER, body, fields)
 
 
 def buffered(server):
@@ -75,12 +81,13 @@ def connect_slowly(server):
     return contextlib.closing(sock)
 
 
-def test_what_a_client_does_not_read_is_not_computed_and_all_of_it_comes_in_order_at_last(make_server, wide):
+@pytest.mark.parametrize("sent", [{}, {"coding": "gzip", "blanks": PIECE_BYTES}], ids=["short", "read on a thread"])
+def test_what_a_client_does_not_read_is_not_computed_and_all_of_it_comes_in_order_at_last(make_server, wide, sent):
     server = make_server(wide, limits=Limits(max_body_bytes=16 * MIB, max_buffered_bytes=16 * MIB))
     exchange(server, "GET", "/v2")
     ran, before = wide.runs, resident_bytes()
     with connect_slowly(server) as sock:
-        sock.sendall(b"".join(ask(n) for n in range(120)))
+        sock.sendall(b"".join(ask(n, **sent) for n in range(120)))
         seen = []
         for _ in range(20):
             time.sleep(0.01)

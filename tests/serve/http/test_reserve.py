@@ -2,6 +2,8 @@
 
 import contextlib
 import json
+import re
+import time
 
 import pytest
 from serve_fakes import Affine, affine_json, connect, exchange, raw_request, read_response
@@ -64,6 +66,27 @@ def test_those_that_are_silent_make_room_for_the_next(make_server):
             each.sendall(raw_request("GET", "/v2/health/ready"))
             assert read_response(each)[0] == 200
     assert exchange(server, "GET", "/v2")[0] == 200
+
+
+@pytest.mark.parametrize("asks", [b"", raw_request("GET", "/v2"), raw_request("GET", "/v2/health/live")])
+def test_however_many_come_and_never_close_few_are_held(make_server, asks):
+    """Else the process would run out of files, and could not accept whoever asks for health."""
+    server = make_server(Affine(), limits=Limits(max_connections=1))
+    with connect(server) as first, contextlib.ExitStack() as stack:
+        flood = [stack.enter_context(connect(server)) for _ in range(4 * RESERVED)]
+        for sock in flood:
+            # Those that made room may be closed already.
+            with contextlib.suppress(ConnectionError):
+                sock.sendall(asks)
+        assert exchange(server, "GET", "/v2/health/live")[0] == 200
+        until = time.monotonic() + 1
+        while open_now(first) > RESERVED + 1:
+            assert time.monotonic() < until
+
+
+def open_now(sock):
+    sock.sendall(raw_request("GET", "/metrics"))
+    return float(re.search(rb'^lepton_connections{model="affine"} (.*)$', read_response(sock)[2], re.MULTILINE)[1])
 
 
 def test_what_is_refused_takes_no_place(make_server):

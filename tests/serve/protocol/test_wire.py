@@ -204,6 +204,17 @@ def test_inputs_may_come_in_any_order_with_json_and_binary_mixed():
     assert bytes(request.tensors[1]) == n.tobytes()
 
 
+@pytest.mark.parametrize("blanks", [0, 10**6])
+def test_a_request_counts_with_the_memory_that_it_holds(blanks):
+    """Its tensors are views of the body, which stays whole for them."""
+    x = np.ones(3, np.float32)
+    head = one(parameters={"binary_data_size": 12}) + b" " * blanks
+    request = decoder(Identity()).decode(head + x.tobytes(), len(head))
+    assert request.nbytes == len(request.tensors[0].obj)
+    request = decoder(Identity()).decode(one([1, 2, 3]), None)
+    assert request.nbytes == len(request.tensors[0].obj) == 12
+
+
 def test_equal_heads_share_a_plan_and_the_cache_is_bounded():
     subject = decoder(Affine())
     body, headers = affine_binary(np.ones((1, 4)), [1])
