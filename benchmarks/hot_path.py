@@ -32,6 +32,8 @@ from lepton_xla.serve.batching.scheduler import Scheduler
 from lepton_xla.serve.http.connection import Connection
 from lepton_xla.serve.http.hub import Hub
 from lepton_xla.serve.limits import Limits
+from lepton_xla.serve.models.handle import ModelHandle
+from lepton_xla.serve.models.registry import Registry
 from lepton_xla.serve.observe.metrics import Metrics
 from lepton_xla.serve.protocol.signature import signature_of
 from lepton_xla.serve.protocol.wire import Decoder
@@ -109,7 +111,8 @@ def stages(path: pathlib.Path, payload: serving.Payload, rounds: int = 400) -> d
         held: list[Any] = []
         framing = Hub(held.append, limits)
         whole, filling, over = (
-            Hub(App(signature, each, metrics, limits), limits) for each in (scheduler, refusing, refusing)
+            Hub(App(Registry(ModelHandle(signature, each, metrics, limits)), metrics, limits), limits)
+            for each in (scheduler, refusing, refusing)
         )
         decoder = Decoder(signature, limits, batcher.max_rows)
         body, fields = payload.oip()

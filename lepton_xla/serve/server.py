@@ -22,7 +22,9 @@ from lepton_xla.serve.batching.engine import Engine
 from lepton_xla.serve.batching.scheduler import Call, Scheduler
 from lepton_xla.serve.http.arrivals import Entrance
 from lepton_xla.serve.http.drain import Stop
-from lepton_xla.serve.observe.health import STALL_S, Health
+from lepton_xla.serve.models.handle import ModelHandle
+from lepton_xla.serve.models.registry import Registry
+from lepton_xla.serve.observe.health import STALL_S
 from lepton_xla.serve.observe.metrics import Metrics
 from lepton_xla.serve.protocol.signature import Servable, Signature, signature_of
 from lepton_xla.serve.runtime import settle
@@ -45,6 +47,7 @@ class Server:
     Attributes:
         address: host and port, once listening, of the first address; the path and 0 of a Unix socket.
         metrics: what was counted so far.
+        models: what it answers for, once listening; to be changed on its event loop only.
 
     Raises:
         ServeError: if the model cannot be served, see `signature_of`, or would be open to all, see `Access`.
@@ -56,7 +59,8 @@ class Server:
         self.address: tuple[str, int] = (self.options.host, self.options.port)
         self._signature = signature_of(servable, self.options.name)
         self._engine: Engine[Call] = Engine(servable, self._signature)
-        self.metrics = Metrics(self._signature.name)
+        self.metrics = Metrics(self._signature.name, self._signature.version)
+        self.models = Registry()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stop: Stop | None = None
         self._thread: threading.Thread | None = None
@@ -132,7 +136,7 @@ class Server:
             self._started.set()
 
     async def _main(self, signals: bool, on_ready: Callable[[Server], None] | None) -> bool:
-        options, metrics, access = self.options, self.metrics, self._access
+        options, models, access = self.options, self.models, self._access
         loop = self._loop = asyncio.get_running_loop()
         stop = self._stop = Stop()
         if signals:
@@ -146,9 +150,8 @@ class Server:
             if stop.asked.is_set():
                 listening.close()
                 return True
-            scheduler = schedule(self._engine, measured, self._signature, options, metrics)
-            health = watch(scheduler, measured, metrics)
-            front = Front(self._signature, scheduler, metrics, options, access, health)
+            models.put(open_model(self._engine, measured, self._signature, options, self.metrics))
+            front = Front(models, self.metrics, options, access)
             entrance = Entrance(front.hub, listening, _BACKLOG, access.tls_options(options.limits))
             entrance.open()
         except BaseException:
@@ -157,7 +160,8 @@ class Server:
 
         if signals:
             settle()  # the process is the server's
-        scheduler.start()
+        for model in models:
+            model.scheduler.start()
         addresses = listening.addresses
         self.address = addresses[0]
         _log.info(
@@ -168,18 +172,19 @@ class Server:
             finished = await front.serve(entrance, stop, lambda: None if on_ready is None else on_ready(self))
             return finished
         finally:
-            scheduler.stop(5.0 if finished else 0.0)
+            for model in models:
+                model.scheduler.stop(5.0 if finished else 0.0)
 
 
-def schedule(
+def open_model(
     engine: Engine[Call],
     measured: Measured,
     signature: Signature,
     options: Options,
     metrics: Metrics,
     cores: int | None = None,
-) -> Scheduler:
-    """The scheduler of a warm engine, to be used on the event loop that runs.
+) -> ModelHandle:
+    """What answers for a model on a warm engine, to be used on the event loop that runs once its scheduler is started.
 
     Args:
         engine: the engine.
@@ -197,17 +202,14 @@ def schedule(
         max_rows=options.max_queue_rows,
         max_bytes=options.max_queue_bytes,
     )
-    return Scheduler(
+    scheduler = Scheduler(
         signature, batcher, engine, metrics, asyncio.get_running_loop(),
         levels=options.priority_levels,
         default_timeout_s=options.default_timeout_s, max_timeout_s=options.max_timeout_s,
         cores=cores or len(os.sched_getaffinity(0)),
     )  # fmt: skip
-
-
-def watch(scheduler: Scheduler, measured: Measured, metrics: Metrics) -> Health:
-    """What tells whether a scheduler works."""
-    return Health(scheduler, metrics, STALL_S + 100 * max(max(costs.values()) for costs in measured.values()))
+    stall_s = STALL_S + 100 * max(max(costs.values()) for costs in measured.values())
+    return ModelHandle(signature, scheduler, metrics, options.limits, stall_s)
 
 
 def serve(servable: Servable, options: Options | None = None) -> bool:

@@ -38,6 +38,8 @@ with atheris.instrument_imports(include=["lepton_xla.serve"]) if atheris else co
     from lepton_xla.serve.http.connection import Connection
     from lepton_xla.serve.http.hub import Hub
     from lepton_xla.serve.limits import Limits
+    from lepton_xla.serve.models.handle import ModelHandle
+    from lepton_xla.serve.models.registry import Registry
     from lepton_xla.serve.observe.metrics import Metrics
     from lepton_xla.serve.protocol.signature import signature_of
 
@@ -118,7 +120,8 @@ class Fuzzed:
 
     def __init__(self):
         signature = signature_of(Affine())
-        self.app = App(signature, Now(), Metrics(signature.name), LIMITS)
+        metrics = Metrics(signature.name)
+        self.app = App(Registry(ModelHandle(signature, Now(), metrics, LIMITS)), metrics, LIMITS)
         self.app._workers = Inline()
         self.app._metrics.ready = True
         self.asked = 0

@@ -82,7 +82,7 @@ class _Guarded:
     def __call__(self, exchange: Exchange) -> None:
         grant = self._grant
         if not grant.live:
-            exchange.head.route = None
+            exchange.head.generation = -1
             self._again(exchange)
             return
         grant.admit(exchange.started_s)

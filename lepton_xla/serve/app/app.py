@@ -7,19 +7,22 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Sequence
 from time import monotonic
 from typing import Any
 
 import msgspec
 
 from lepton_xla.serve.access.auth import Guard
-from lepton_xla.serve.batching.scheduler import Call, Scheduler
+from lepton_xla.serve.batching.scheduler import Call
 from lepton_xla.serve.errors import RefusedError
 from lepton_xla.serve.http.date import DATE
 from lepton_xla.serve.http.exchange import Exchange, Head
 from lepton_xla.serve.http.workers import Workers
 from lepton_xla.serve.limits import Limits
+from lepton_xla.serve.models.handle import ModelHandle
+from lepton_xla.serve.models.registry import Registry
 from lepton_xla.serve.observe import exposition
 from lepton_xla.serve.observe.metrics import Metrics
 from lepton_xla.serve.observe.refusals import Refusals
@@ -27,8 +30,7 @@ from lepton_xla.serve.observe.statistics import model_statistics
 from lepton_xla.serve.protocol import encoding, metadata, openapi, routes
 from lepton_xla.serve.protocol.jsondata import PIECE_BYTES
 from lepton_xla.serve.protocol.response import encode_response
-from lepton_xla.serve.protocol.signature import Signature, is_safe
-from lepton_xla.serve.protocol.wire import Decoder, InferRequest
+from lepton_xla.serve.protocol.wire import InferRequest
 
 _log = logging.getLogger("lepton_xla.serve")
 
@@ -36,6 +38,7 @@ _log = logging.getLogger("lepton_xla.serve")
 _SMALL_ANSWER_BYTES = 1024
 
 type Route = Callable[[Exchange], None]
+type Page = Callable[[ModelHandle, Exchange], None]
 type Gather = Callable[[Callable[[Metrics], object]], object]
 
 
@@ -44,11 +47,13 @@ class InferCall(Call, kw_only=True, eq=False):
 
     Attributes:
         app: answers it.
+        model: runs it.
         exchange: where the answer goes.
         coding: how it is compressed, where that is worth it; None never compresses.
     """
 
     app: App
+    model: ModelHandle
     exchange: Exchange
     coding: str | None
 
@@ -69,16 +74,15 @@ class InferCall(Call, kw_only=True, eq=False):
 
     def cancel(self) -> None:
         """The client went away."""
-        self.app.scheduler.cancel(self)
+        self.model.scheduler.cancel(self)
 
 
 class App:
-    """Answers exchanges for one model.
+    """Answers exchanges.
 
     Args:
-        signature: the model's.
-        scheduler: runs calls, and tells them of their end on the event loop.
-        metrics: what is counted.
+        models: those there are.
+        metrics: what is counted of the server.
         limits: the bounds on a request.
         guard: asks for tokens; None lets everybody ask everything.
         server_name: what the server's metadata calls it.
@@ -89,8 +93,7 @@ class App:
 
     def __init__(
         self,
-        signature: Signature,
-        scheduler: Scheduler,
+        models: Registry,
         metrics: Metrics,
         limits: Limits,
         *,
@@ -100,40 +103,41 @@ class App:
         compress_bytes: int = 4096,
         gather: Gather | None = None,
     ) -> None:
-        self._signature = signature
-        self.scheduler = scheduler
+        self._models = models
         self._metrics = metrics
         self._limits = limits
         self._guard = guard
         self._compress_bytes = compress_bytes
-        self._decoder = Decoder(signature, limits, scheduler.max_rows)
         self._workers = Workers(limits.max_buffered_bytes)
         self._refusals = Refusals()
         self._gather: Gather = gather or (lambda then: then(metrics))
-        trace_settings = self._page(metadata.trace_settings)
         self._handlers: dict[str, Route] = {
             "server_live": self._show_live,
             "server_ready": self._show_ready,
             "server_metadata": self._page(lambda: metadata.server_metadata(server_name)),
-            "openapi": self._page(lambda: openapi.document(signature)),
+            "openapi": self._page(lambda: openapi.document([model.signature for model in models])),
             "metrics": self._show_metrics,
-            "model_metadata": self._page(lambda: metadata.model_metadata(signature)),
-            "model_ready": self._show_model_ready,
-            "model_config": self._page(lambda: metadata.model_config(signature, max_delay_s)),
-            "model_statistics": self._show_statistics,
-            "statistics": self._show_statistics,
+            "statistics": lambda exchange: self._show_statistics(models, exchange),
             "repository_index": self._show_index,
             "log_settings": self._page(metadata.log_settings),
-            "trace_settings": trace_settings,
-            "model_trace_settings": trace_settings,
+            "trace_settings": self._page(metadata.trace_settings),
+        }
+        self._model_pages: dict[str, Page] = {
+            "model_metadata": self._show_model,
+            "model_ready": self._show_model_ready,
+            "model_config": lambda model, exchange: self._json(
+                exchange, metadata.model_config(model.signature, max_delay_s)
+            ),
+            "model_statistics": lambda model, exchange: self._show_statistics([model], exchange),
+            "model_trace_settings": lambda model, exchange: self._json(exchange, metadata.trace_settings()),
         }
 
     def __call__(self, exchange: Exchange) -> None:
         """Handles one request; whatever happens it is answered."""
         head = exchange.head
         try:
-            if head.route is None:
-                head.route = self._enter(head)
+            if head.generation != self._models.generation:
+                self.invite(head)
             head.route(exchange)
         except RefusedError as refusal:
             self.refuse(exchange, refusal)
@@ -142,14 +146,15 @@ class App:
             self.refuse(exchange, RefusedError(500, "internal error"))
 
     def invite(self, head: Head) -> None:
-        """Told of a head whose client waits to be told that its body is welcome.
+        """Finds the route of a head, also where its client waits to be told that its body is welcome.
 
         Raises:
             RefusedError: where there is nothing that would read it, or the client may not ask.
         """
-        head.route = self._enter(head)
+        head.route, head.generation = self._enter(head), self._models.generation
 
-    # Routing. What it finds is kept with the head, so that a client's next request skips it.
+    # Routing. What it finds is kept with the head, so that a client's next request skips it. A model is kept by a weak
+    # reference, as a head may be kept for long after the model's place was taken.
 
     def _enter(self, head: Head) -> Route:
         """The route of a head, for those who may use it; the path is not looked at before the token."""
@@ -166,22 +171,14 @@ class App:
         if route.refusal:
             return route.scope, functools.partial(self._decline, route)
         model = parameters.get("model")
-        if model is not None:
-            self._check_model(model, parameters.get("version"))
+        if model is None:
+            return route.scope, self._handlers[route.name]
+        found = weakref.ref(self._models.find(model, parameters.get("version")))
         if route.name == "infer":
-            return route.scope, self._infer_route(head)
-        return route.scope, self._handlers[route.name]
+            return route.scope, self._infer_route(head, found)
+        return route.scope, functools.partial(self._show_page, self._model_pages[route.name], found)
 
-    def _check_model(self, model: str, version: str | None) -> None:
-        # In Triton's words, which its clients look for.
-        if model != self._signature.name:
-            known = f": {model!r} is not found" if is_safe(model) else ""
-            raise RefusedError(404, f"Request for unknown model{known}")
-        if version is not None and version != self._signature.version:
-            known = f" version {version!r} is not found" if is_safe(version) else " has no such version"
-            raise RefusedError(404, f"Request for unknown model: {model!r}{known}")
-
-    def _infer_route(self, head: Head) -> Route:
+    def _infer_route(self, head: Head, found: weakref.ref[ModelHandle]) -> Route:
         headers = head.headers
         length = headers.get(b"inference-header-content-length")
         if length is not None and not (length.isdigit() and len(length) < 20):
@@ -193,8 +190,8 @@ class App:
         if coding in ("", "identity"):
             # Only the JSON part takes long to read: where that is known to be small, nothing has to be looked at later.
             short = json_bytes is not None and json_bytes <= PIECE_BYTES
-            return functools.partial(self._infer if short else self._infer_any, json_bytes, accepted)
-        return functools.partial(self._infer_coded, coding, json_bytes, accepted)
+            return functools.partial(self._infer if short else self._infer_any, found, json_bytes, accepted)
+        return functools.partial(self._infer_coded, found, coding, json_bytes, accepted)
 
     # Everything but infer.
 
@@ -229,15 +226,30 @@ class App:
         ready = self._metrics.ready
         self._json(exchange, metadata.ServerReady(ready=ready, live=self._metrics.live), 200 if ready else 503)
 
-    def _show_model_ready(self, exchange: Exchange) -> None:
-        ready = self._metrics.ready
-        self._json(exchange, metadata.ModelReady(self._signature.name, ready), 200 if ready else 503)
+    def _show_page(self, page: Page, found: weakref.ref[ModelHandle], exchange: Exchange) -> None:
+        page(_held(found), exchange)
+
+    def _show_model(self, model: ModelHandle, exchange: Exchange) -> None:
+        signature = model.signature
+        self._json(exchange, metadata.model_metadata(signature, self._models.versions(signature.name)))
+
+    def _ready(self, model: ModelHandle) -> bool:
+        return self._metrics.ready and model.health.ready
+
+    def _show_model_ready(self, model: ModelHandle, exchange: Exchange) -> None:
+        ready = self._ready(model)
+        self._json(exchange, metadata.ModelReady(model.signature.name, ready), 200 if ready else 503)
 
     def _show_index(self, exchange: Exchange) -> None:
-        self._json(exchange, metadata.repository_index(self._signature, self._metrics.ready, exchange.body))
+        models = [(model.signature, self._ready(model)) for model in self._models]
+        self._json(exchange, metadata.repository_index(models, exchange.body))
 
-    def _show_statistics(self, exchange: Exchange) -> None:
-        self._gather(lambda metrics: self._json(exchange, model_statistics(self._signature, metrics)))
+    def _show_statistics(self, models: Iterable[ModelHandle], exchange: Exchange) -> None:
+        self._gather(
+            lambda metrics: self._json(
+                exchange, metadata.Statistics([model_statistics(model.signature, metrics) for model in models])
+            )
+        )
 
     def _show_metrics(self, exchange: Exchange) -> None:
         self._metrics.codes[200] += 1
@@ -245,61 +257,79 @@ class App:
 
     # Infer.
 
-    def _infer(self, json_bytes: int | None, accepted: str | None, exchange: Exchange) -> None:
-        shed = self.scheduler.shed
+    def _infer(
+        self, found: weakref.ref[ModelHandle], json_bytes: int | None, accepted: str | None, exchange: Exchange
+    ) -> None:
+        model = _held(found)
+        shed = model.scheduler.shed
         if shed is not None:
             # An overloaded server refuses as often as it answers, and what it would say does not depend on the tensors.
-            plan = self._decoder.repeated(exchange.body, json_bytes)
+            plan = model.decoder.repeated(exchange.body, json_bytes)
             if plan is not None and (refusal := shed(plan)) is not None:
                 self.refuse(exchange, refusal, plan.id)
                 return
-        self._submit(exchange, accepted, self._decoder.decode(exchange.body, json_bytes))
+        self._submit(model, exchange, accepted, model.decoder.decode(exchange.body, json_bytes))
 
-    def _infer_any(self, json_bytes: int | None, accepted: str | None, exchange: Exchange) -> None:
+    def _infer_any(
+        self, found: weakref.ref[ModelHandle], json_bytes: int | None, accepted: str | None, exchange: Exchange
+    ) -> None:
         body = exchange.body
         if len(body) <= PIECE_BYTES:
-            self._infer(json_bytes, accepted, exchange)
+            self._infer(found, json_bytes, accepted, exchange)
         else:
-            self._submit_later(exchange, accepted, lambda: self._decoder.decode(body, json_bytes))
+            model = _held(found)
+            self._submit_later(model, exchange, accepted, lambda: model.decoder.decode(body, json_bytes))
 
-    def _infer_coded(self, coding: str, json_bytes: int | None, accepted: str | None, exchange: Exchange) -> None:
-        body, most = exchange.body, self._limits.max_body_bytes
+    def _infer_coded(
+        self,
+        found: weakref.ref[ModelHandle],
+        coding: str,
+        json_bytes: int | None,
+        accepted: str | None,
+        exchange: Exchange,
+    ) -> None:
+        body, most, model = exchange.body, self._limits.max_body_bytes, _held(found)
         plain = encoding.inflate_short(body, coding, min(PIECE_BYTES, most))
         if plain is not None:
-            self._submit(exchange, accepted, self._decoder.decode(plain, json_bytes))
+            self._submit(model, exchange, accepted, model.decoder.decode(plain, json_bytes))
             return
 
         def read() -> InferRequest:
-            return self._decoder.decode(encoding.inflate(body, coding, most), json_bytes)
+            return model.decoder.decode(encoding.inflate(body, coding, most), json_bytes)
 
-        self._submit_later(exchange, accepted, read)
+        self._submit_later(model, exchange, accepted, read)
 
-    def _submit(self, exchange: Exchange, accepted: str | None, request: InferRequest) -> None:
+    def _submit(self, model: ModelHandle, exchange: Exchange, accepted: str | None, request: InferRequest) -> None:
         plan = request.plan
         if plan.answer_bytes > _SMALL_ANSWER_BYTES:
             exchange.reserve(plan.answer_bytes)
         call = InferCall(
             plan.rows, plan.key, exchange.started_s, nbytes=request.nbytes,
-            request=request, app=self, exchange=exchange, coding=accepted,
+            request=request, app=self, model=model, exchange=exchange, coding=accepted,
         )  # fmt: skip
         exchange.on_cancel = call.cancel
-        self.scheduler.submit(call)
+        model.scheduler.submit(call)
 
-    def _submit_later(self, exchange: Exchange, accepted: str | None, read: Callable[[], InferRequest]) -> None:
+    def _submit_later(
+        self, model: ModelHandle, exchange: Exchange, accepted: str | None, read: Callable[[], InferRequest]
+    ) -> None:
         """Reads a long body on another thread. Answers keep their order: that is the connection's business."""
 
         def submit(request: InferRequest) -> None:
             # Set too where the client has gone.
             if not exchange.answered:
-                self._submit(exchange, accepted, request)
+                self._submit(model, exchange, accepted, request)
             exchange.connection.hold(False)
 
         def refuse(refusal: RefusedError) -> None:
             self.refuse(exchange, refusal)
             exchange.connection.hold(False)
 
-        self._workers.run(len(exchange.body), read, submit, refuse)
         exchange.connection.hold(True)
+        try:
+            self._workers.run(len(exchange.body), read, submit, refuse)
+        except RefusedError as refusal:
+            refuse(refusal)
 
     def answer(self, call: InferCall, outputs: Sequence[bytes | memoryview]) -> None:
         """Answers an infer request with the bytes of its outputs."""
@@ -324,13 +354,13 @@ class App:
         """Answers an infer request with all that is to be sent."""
         exchange = call.exchange
         if not exchange.answered:
-            self._metrics.answered(monotonic() - exchange.started_s, len(exchange.body), len(payload))
+            call.model.metrics.answered(monotonic() - exchange.started_s, len(exchange.body), len(payload))
             exchange.send(payload)
 
     def _write(self, call: InferCall, outputs: Sequence[memoryview | bytes]) -> bytes:
         """The answer, whose constant part, if it has one, stays with the plan for the next equal request."""
         plan = call.request.plan
-        head, tail = encode_response(self._signature, plan, outputs)
+        head, tail = encode_response(call.model.signature, plan, outputs)
         fields = "Content-Type: application/json\r\n"
         if tail:
             fields = f"Content-Type: application/octet-stream\r\nInference-Header-Content-Length: {len(head)}\r\n"
@@ -347,3 +377,10 @@ class App:
     def close(self) -> None:
         """Lets go of the threads that read and write long bodies."""
         self._workers.close()
+
+
+def _held(found: weakref.ref[ModelHandle]) -> ModelHandle:
+    """The model that a route leads to; it is there, because the route is looked up anew once the registry changes."""
+    model = found()
+    assert model is not None
+    return model

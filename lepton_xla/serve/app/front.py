@@ -11,16 +11,14 @@ from lepton_xla.serve.access.entrance import Access
 from lepton_xla.serve.app.app import App, Gather
 from lepton_xla.serve.app.observed import ObservedApp
 from lepton_xla.serve.app.options import Options
-from lepton_xla.serve.batching.scheduler import Scheduler
 from lepton_xla.serve.http.drain import Closable, Stop, drain
 from lepton_xla.serve.http.hub import Hub
+from lepton_xla.serve.models.registry import Registry
 from lepton_xla.serve.observe.access_log import AccessLog
-from lepton_xla.serve.observe.health import Health
-from lepton_xla.serve.observe.metrics import Metrics
+from lepton_xla.serve.observe.metrics import Metrics, added
 from lepton_xla.serve.observe.observer import Observer
 from lepton_xla.serve.observe.tracing import tracing
 from lepton_xla.serve.protocol.routes import OPEN_PATHS
-from lepton_xla.serve.protocol.signature import Signature
 
 _log = logging.getLogger("lepton_xla.serve")
 
@@ -28,15 +26,13 @@ _SWEEP_S = 0.5
 
 
 class Front:
-    """Connections to one model.
+    """Connections to models.
 
     Args:
-        signature: the model's.
-        scheduler: runs its calls.
+        models: those there are.
         metrics: what is counted.
         options: how the server runs.
         access: who can reach it.
-        health: says whether the scheduler works.
         gather: see `App`.
 
     Attributes:
@@ -45,16 +41,14 @@ class Front:
 
     def __init__(
         self,
-        signature: Signature,
-        scheduler: Scheduler,
+        models: Registry,
         metrics: Metrics,
         options: Options,
         access: Access,
-        health: Health,
         gather: Gather | None = None,
     ) -> None:
         self._metrics = metrics
-        self._health = health
+        self._models = models
         self._options = options
         self._access = access
         observers: list[Observer] = []
@@ -64,7 +58,7 @@ class Front:
         if self._spans is not None:
             observers.append(self._spans)
         self._app = (ObservedApp if observers else App)(
-            signature, scheduler, metrics, options.limits,
+            models, metrics, options.limits,
             guard=access.guard, server_name=options.server_name,
             max_delay_s=options.max_delay_us * 1e-6, compress_bytes=options.compress_bytes, gather=gather,
         )  # fmt: skip
@@ -73,10 +67,16 @@ class Front:
         self.hub = Hub(
             self._app, options.limits, invite=self._app.invite, refused=self._app.refused, always=OPEN_PATHS
         )  # fmt: skip
-        metrics.version = signature.version
-        metrics.watch(lambda: scheduler.figures() | self.hub.figures())
+        metrics.watch(self._figures)
         if access.guard is not None:
             self.hub.admit = access.guard.authenticate
+
+    def _figures(self) -> dict[str, float]:
+        """What goes up and down: the queues of all models, and the connections."""
+        queues: dict[str, float] = {}
+        for model in self._models:
+            queues = added(queues, model.scheduler.figures())
+        return queues | self.hub.figures()
 
     async def serve(self, entrance: Closable, stop: Stop, on_ready: Callable[[], object]) -> bool:
         """Says that it is ready, and serves until it is told to stop.
@@ -112,9 +112,10 @@ class Front:
             try:
                 self.hub.sweep(monotonic())
                 self._access.refresh()
-                self._health.check(monotonic())
-                self._metrics.live = self._health.live
-                self._metrics.ready = self._health.ready and not stop.asked.is_set()
+                for model in self._models:
+                    model.health.check(monotonic())
+                self._metrics.live = all(model.health.live for model in self._models)
+                self._metrics.ready = all(model.health.ready for model in self._models) and not stop.asked.is_set()
             except Exception:
                 # Without the sweeper no time limit would hold any more.
                 _log.exception("the sweep of connections and files failed")

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from lepton_xla.serve.app.app import App, InferCall
 from lepton_xla.serve.http.exchange import Exchange
+from lepton_xla.serve.models.handle import ModelHandle
 from lepton_xla.serve.observe.observer import Observer, Tap
 from lepton_xla.serve.protocol.wire import InferRequest
 
@@ -25,11 +26,11 @@ class ObservedApp(App):
             Tap(exchange, observers)
         super().__call__(exchange)
 
-    def _submit(self, exchange: Exchange, accepted: str | None, request: InferRequest) -> None:
+    def _submit(self, model: ModelHandle, exchange: Exchange, accepted: str | None, request: InferRequest) -> None:
         tap = exchange.connection
         if isinstance(tap, Tap):
             tap.request = request
-        super()._submit(exchange, accepted, request)
+        super()._submit(model, exchange, accepted, request)
 
     def send(self, call: InferCall, payload: bytes) -> None:
         """Answers an infer request with all that is to be sent."""

@@ -43,11 +43,12 @@ class Head:
         keep_alive: whether the client wants the connection kept.
         old: HTTP/1.0, where keep-alive has to be said.
         content_length: of the body; 0 without one, -1 where only its chunks will tell.
-        route: room for the handler to keep what it found out about this head.
+        route: room for the handler to keep what answers this head.
+        generation: of what the handler knew when it found that; -1 before.
         start: its bytes, the blank line included, once it is known to come again.
     """
 
-    __slots__ = ("content_length", "headers", "keep_alive", "method", "old", "route", "start", "target")
+    __slots__ = ("content_length", "generation", "headers", "keep_alive", "method", "old", "route", "start", "target")
 
     def __init__(self, method: bytes, target: bytes, headers: dict[bytes, bytes], keep_alive: bool, old: bool) -> None:
         self.method = method
@@ -56,7 +57,8 @@ class Head:
         self.keep_alive = keep_alive
         self.old = old
         self.content_length = 0
-        self.route: Callable[[Exchange], None] | None = None
+        self.route: Callable[[Exchange], None]
+        self.generation = -1
         self.start = b""
 
 

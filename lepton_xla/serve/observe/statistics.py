@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from lepton_xla.serve.observe.metrics import Histogram, Metrics
-from lepton_xla.serve.protocol.metadata import BatchStatistics, Duration, InferStatistics, ModelStatistics, Statistics
+from lepton_xla.serve.protocol.metadata import BatchStatistics, Duration, InferStatistics, ModelStatistics
 from lepton_xla.serve.protocol.signature import Signature
 
 
-def model_statistics(signature: Signature, metrics: Metrics) -> Statistics:
-    """The answer to `GET /v2/models/{model}/stats`."""
+def model_statistics(signature: Signature, metrics: Metrics) -> ModelStatistics:
+    """What `GET /v2/models/{model}/stats` says of a model."""
     none = _duration(0, 0.0)
     metrics.bring_up_to_date()
     batches, requests = metrics.batch_rows.count, metrics.requests
@@ -26,7 +26,7 @@ def model_statistics(signature: Signature, metrics: Metrics) -> Statistics:
         BatchStatistics(size, _duration(count, copying), _duration(count, computing), compute_output=none)
         for size, (count, copying, computing) in sorted(metrics.by_size.items())
     ]
-    model = ModelStatistics(
+    return ModelStatistics(
         name=signature.name,
         version=signature.version,
         last_inference=int(metrics.last_s * 1e3),
@@ -37,7 +37,6 @@ def model_statistics(signature: Signature, metrics: Metrics) -> Statistics:
         memory_usage=[],
         response_stats={},
     )
-    return Statistics([model])
 
 
 def _duration(count: int, seconds: float) -> Duration:

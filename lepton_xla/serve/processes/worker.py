@@ -19,18 +19,19 @@ from typing import Any
 from lepton_xla.errors import ServeError
 from lepton_xla.serve.app.front import Front
 from lepton_xla.serve.batching.engine import Engine
-from lepton_xla.serve.batching.scheduler import Call, Scheduler
+from lepton_xla.serve.batching.scheduler import Call
 from lepton_xla.serve.http.arrivals import Arrivals
 from lepton_xla.serve.http.drain import Stop
-from lepton_xla.serve.observe.health import Health
+from lepton_xla.serve.models.handle import ModelHandle
+from lepton_xla.serve.models.registry import Registry
 from lepton_xla.serve.observe.metrics import Metrics
 from lepton_xla.serve.processes import control
 from lepton_xla.serve.processes.child import run_child
 from lepton_xla.serve.processes.control import Control
 from lepton_xla.serve.processes.packets import close_all
-from lepton_xla.serve.protocol.signature import Signature, signature_of
+from lepton_xla.serve.protocol.signature import signature_of
 from lepton_xla.serve.runtime import count_on_cores, run_on_calling_thread, settle
-from lepton_xla.serve.server import schedule, watch
+from lepton_xla.serve.server import open_model
 
 _log = logging.getLogger("lepton_xla.serve")
 
@@ -62,22 +63,20 @@ class Worker:
         self._arrivals: Arrivals | None = None
         self._control = Control(end, self._told, self._orphaned, loop)
 
-    async def serve(self, signature: Signature, digest: str, scheduler: Scheduler, health: Health) -> bool:
+    async def serve(self, model: ModelHandle, digest: str) -> bool:
         """Serves until stopped; gives whether everything accepted was answered.
 
         Args:
-            signature: the model's.
+            model: what is served.
             digest: of its artifact's manifest.
-            scheduler: runs its calls.
-            health: says whether the scheduler works.
         """
-        front = Front(signature, scheduler, self._metrics, self._options, self._access, health, self._gather)
+        front = Front(Registry(model), self._metrics, self._options, self._access, self._gather)
         self._arrivals = Arrivals(front.hub, self._access.tls_options(self._options.limits))
         settle()
         reporting = self._loop.create_task(self._report(front))
         try:
             return await front.serve(
-                self, self._stop, lambda: self._control.send(control.Ready(signature.name, digest))
+                self, self._stop, lambda: self._control.send(control.Ready(model.signature.name, digest))
             )  # fmt: skip
         finally:
             reporting.cancel()
@@ -175,17 +174,16 @@ async def _main(settings: control.Settings, end: socket.socket) -> bool:
     signature = signature_of(servable, settings.options.name)
     engine: Engine[Call] = Engine(servable, signature)
     measured = engine.warm_up()
-    metrics = Metrics(signature.name)
-    scheduler = schedule(engine, measured, signature, settings.options, metrics, cores)
+    metrics = Metrics(signature.name, signature.version)
+    model = open_model(engine, measured, signature, settings.options, metrics, cores)
     worker = Worker(settings, metrics, end, asyncio.get_running_loop())
-    scheduler.start()
+    model.scheduler.start()
     finished = False
     try:
-        health = watch(scheduler, measured, metrics)
-        finished = await worker.serve(signature, servable.manifest.sha256, scheduler, health)
+        finished = await worker.serve(model, servable.manifest.sha256)
         return finished
     finally:
-        scheduler.stop(5.0 if finished else 0.0)
+        model.scheduler.stop(5.0 if finished else 0.0)
 
 
 if __name__ == "__main__":

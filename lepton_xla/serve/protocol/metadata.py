@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import logging
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -211,7 +212,7 @@ def server_metadata(name: str) -> ServerMetadata:
     return ServerMetadata(name, importlib.metadata.version("lepton-xla"), EXTENSIONS)
 
 
-def model_metadata(signature: Signature) -> ModelMetadata:
+def model_metadata(signature: Signature, versions: list[str]) -> ModelMetadata:
     """The answer to `GET /v2/models/{model}`."""
 
     def described(tensors: tuple[Tensor, ...]) -> list[TensorMetadata]:
@@ -219,7 +220,7 @@ def model_metadata(signature: Signature) -> ModelMetadata:
 
     return ModelMetadata(
         name=signature.name,
-        versions=[signature.version],
+        versions=versions,
         platform="jax_xla",
         inputs=described(signature.inputs),
         outputs=described(signature.outputs),
@@ -248,12 +249,11 @@ def model_config(signature: Signature, max_delay_s: float) -> ModelConfig:
     )
 
 
-def repository_index(signature: Signature, ready: bool, body: bytes) -> list[IndexEntry]:
+def repository_index(models: Iterable[tuple[Signature, bool]], body: bytes) -> list[IndexEntry]:
     """The answer to `POST /v2/repository/index`.
 
     Args:
-        signature: the model's.
-        ready: whether it takes requests.
+        models: of each the signature, and whether it takes requests.
         body: an `IndexRequest`, or nothing.
 
     Raises:
@@ -265,11 +265,13 @@ def repository_index(signature: Signature, ready: bool, body: bytes) -> list[Ind
         asked = msgspec.json.decode(body, type=IndexRequest) if body.strip() else IndexRequest()
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise RefusedError(400, 'the body must be empty or an object such as {"ready": true}') from error
-    if asked.ready and not ready:
-        return []
-    if ready:
-        return [IndexEntry(signature.name, signature.version, "READY")]
-    return [IndexEntry(signature.name, signature.version, "UNAVAILABLE", "it takes no requests now")]
+    return [
+        IndexEntry(signature.name, signature.version, "READY")
+        if ready
+        else IndexEntry(signature.name, signature.version, "UNAVAILABLE", "it takes no requests now")
+        for signature, ready in models
+        if ready or not asked.ready
+    ]
 
 
 def log_settings() -> LogSettings:

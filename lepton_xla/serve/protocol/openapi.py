@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -43,11 +44,11 @@ _INFER_REFUSALS = {
 }
 
 
-def document(signature: Signature) -> dict[str, Any]:
+def document(signatures: Sequence[Signature]) -> dict[str, Any]:
     """The document, as JSON values.
 
     Args:
-        signature: the model's, whose name and version the paths take, and whose inputs the example has.
+        signatures: of the models, whose names and versions the paths take. The example has the inputs of the first.
     """
     types = [each for route in ROUTES if not route.refusal for each in (route.request, route.response) if each]
     _, schemas = msgspec.json.schema_components([*types, ErrorMessage], ref_template=_REFERENCE)
@@ -55,7 +56,7 @@ def document(signature: Signature) -> dict[str, Any]:
     for route in ROUTES:
         if not route.refusal:
             for path in route.paths:
-                paths.setdefault(path, {})[route.method.lower()] = _operation(route, path, signature)
+                paths.setdefault(path, {})[route.method.lower()] = _operation(route, path, signatures)
     return {
         "openapi": "3.1.0",
         "info": {
@@ -78,12 +79,15 @@ def document(signature: Signature) -> dict[str, Any]:
     }
 
 
-def _operation(route: Route, path: str, signature: Signature) -> dict[str, Any]:
+def _operation(route: Route, path: str, signatures: Sequence[Signature]) -> dict[str, Any]:
     names = re.findall(r"{(\w+)}", path)
     infer = route.name == "infer"
-    known = {"model": signature.name, "version": signature.version}
+    known = {
+        "model": list(dict.fromkeys(each.name for each in signatures)),
+        "version": list(dict.fromkeys(each.version for each in signatures)),
+    }
     parameters: list[dict[str, Any]] = [
-        {"name": name, "in": "path", "required": True, "schema": {"type": "string", "enum": [known[name]]}}
+        {"name": name, "in": "path", "required": True, "schema": {"type": "string", "enum": known[name]}}
         for name in names
     ]
     if infer:
@@ -101,11 +105,11 @@ def _operation(route: Route, path: str, signature: Signature) -> dict[str, Any]:
     if route.request is not None:
         content: dict[str, Any] = {_JSON: {"schema": _schema(route.request)}}
         if infer:
-            content[_JSON]["examples"] = {"zeros": {"value": _example(signature)}}
+            content[_JSON]["examples"] = {"zeros": {"value": _example(signatures[0])}}
             content[_BINARY] = {
                 "schema": {"type": "string", "format": "binary"},
                 # A string of JSON only is a body of this kind too.
-                "examples": {"zeros": {"value": msgspec.json.encode(_example(signature)).decode()}},
+                "examples": {"zeros": {"value": msgspec.json.encode(_example(signatures[0])).decode()}},
             }
         operation["requestBody"] = {"required": infer, "content": content}
     return operation

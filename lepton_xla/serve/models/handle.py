@@ -1,0 +1,43 @@
+"""A loaded model, and all that a request for it needs."""
+
+from __future__ import annotations
+
+from lepton_xla.serve.batching.scheduler import Scheduler
+from lepton_xla.serve.limits import Limits
+from lepton_xla.serve.observe.health import STALL_S, Health
+from lepton_xla.serve.observe.metrics import Metrics
+from lepton_xla.serve.protocol.signature import Signature
+from lepton_xla.serve.protocol.wire import Decoder
+
+
+class ModelHandle:
+    """One version of a model, loaded. Everything that is kept for it hangs on this object.
+
+    A handle keeps its model in memory. Whoever keeps one for longer than a request keeps a weak reference, so that a
+    model whose place another has taken goes with its last answer.
+
+    Args:
+        signature: the model's.
+        scheduler: runs its calls, and tells them of their end on the event loop.
+        metrics: counts its inferences.
+        limits: the bounds on a request.
+        stall_s: an execution that takes so long will not end.
+
+    Attributes:
+        signature: name, version, inputs and outputs.
+        scheduler: the queue and the engine.
+        metrics: what is counted.
+        health: whether it can answer.
+        decoder: reads its requests. The plans that it keeps hold the heads of the answers.
+    """
+
+    __slots__ = ("__weakref__", "decoder", "health", "metrics", "scheduler", "signature")
+
+    def __init__(
+        self, signature: Signature, scheduler: Scheduler, metrics: Metrics, limits: Limits, stall_s: float = STALL_S
+    ) -> None:
+        self.signature = signature
+        self.scheduler = scheduler
+        self.metrics = metrics
+        self.health = Health(scheduler, metrics, stall_s)
+        self.decoder = Decoder(signature, limits, scheduler.max_rows)
