@@ -96,6 +96,17 @@ def test_the_table(cli, url):
     assert "send lag p50" in text
 
 
+def test_a_server_on_a_unix_socket(cli, tmp_path, keeper):
+    with Server(keeper, Options(unix_socket=tmp_path / "s")) as server:
+        assert server.url.startswith("http+unix://%2F")
+        document = cli.json("load", server.url, "--rate", 50, *SHORT)
+        (run,) = document["runs"]
+        assert document["url"] == server.url
+        assert run["counts"] == {"200": run["requests"]}
+        assert cli.ok("load", server.url, "--rate", 50, *SHORT).startswith(f"keeper at {server.url}: ")
+    assert f"{server.url}: no answer after" in cli.refused("load", server.url, *SHORT)
+
+
 def test_arrays_from_files(cli, tmp_path):
     keeper = Keeper("bfloat16")
     x = np.array([[1, 2, 3]], ml_dtypes.bfloat16)

@@ -3,11 +3,13 @@
 import io
 import re
 
+import numpy as np
 import pytest
 import rich.console
 
 from lepton_xla.cli import _common, _load_views, _reports, bench, compile, inspect, plan, sensitivity, tables
 from lepton_xla.cli.tables import Table, fold
+from lepton_xla.serve.access.tokens import create_token
 from lepton_xla.tuning import Sensitivity
 
 WIDE = Table(
@@ -137,6 +139,49 @@ def test_every_commands_tables(name, monkeypatch):
             lines = text.splitlines()[1:]
             if width == 80:
                 assert all(len(line) <= 80 for line in lines), text
+
+
+def words(document):
+    """Every key, text and number of a JSON document."""
+    if isinstance(document, dict):
+        return {*document, *words(list(document.values()))}
+    return {word for each in document for word in words(each)} if isinstance(document, list) else {document}
+
+
+@pytest.mark.parametrize(
+    ("command", "says"),
+    [
+        (["eval", "PLAIN", "ARTIFACT"], ["mean", "largest"]),
+        (["predict", "ARTIFACT", "--input", "x=X", "-o", "OUT"], ["output", "float32", "3, 4"]),
+        (["token", "list", "TOKENS"], ["scraper", "read", "12.5", "100"]),
+        (["recipes"], ["int8", "codebook16-prune90"]),
+    ],
+    ids=lambda value: value[0],
+)
+def test_commands_that_are_cheap_to_run(cli, plain, artifact, tmp_path, monkeypatch, command, says):
+    """What they show: on 80 columns, in a pipe, and as JSON."""
+    np.save(tmp_path / "x.npy", np.ones((3, 16), np.float32))
+    create_token(tmp_path / "tokens", "scraper", ["read"], requests_per_s=12.5, burst=100)
+    places = {"PLAIN": plain, "ARTIFACT": artifact, "x=X": f"x={tmp_path / 'x.npy'}", "OUT": tmp_path / "out.npz",
+              "TOKENS": tmp_path / "tokens"}  # fmt: skip
+    command = [str(places.get(word, word)) for word in command]
+    found = []
+    with monkeypatch.context() as patched:
+        patched.setattr(_common, "show", lambda *parts: found.extend(parts))
+        assert cli.ok(*command) == ""
+    (part,) = found
+    text = shown(monkeypatch, 80, part)
+    whole(text, part, 80)
+    assert all(len(line) <= 80 for line in text.splitlines()[1:]), text
+    piped = cli.ok(*command)
+    rows = [line.split("  ") for line in piped.splitlines()]
+    for row in part.rows:
+        cells = [str(cell) for cell in row if str(cell)]
+        assert any([cell.strip() for cell in line if cell.strip()] == cells for line in rows), (row, piped)
+    for word in says:
+        assert word in piped
+    told = words(cli.json(*command))
+    assert all(row[0] in told for row in part.rows)
 
 
 def test_of_an_artifact(monkeypatch):
