@@ -17,13 +17,11 @@ import argparse
 import concurrent.futures
 import functools
 import importlib.util
-import json
 import os
-import pathlib
 import re
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 # PyTorch needs room beside JAX.
@@ -37,14 +35,16 @@ import msgspec
 import numpy as np
 import pruning
 import qat
+import sections
+from gpu_page import FLOAT, INTRODUCTIONS, check_tables, product_tables, step_tables
 from models import transformer
 from rich.console import Console
+from sections import Section
 
 import lepton_xla as lx
 from lepton_xla.passes.planning import resolve
 
-RESULTS = harness.PAGES / "gpu.json"
-FLOAT, RECIPES = "JAX bfloat16", ("int8", "fp8")
+RECIPES = ("int8", "fp8")
 # Rows, width, layers: enough layers that starting a program does not count.
 CHAINS = ((8192, 8192, 4), (4096, 4096, 8), (64, 8192, 16), (16, 8192, 16))
 # Batch, sequence, width, heads.
@@ -426,91 +426,29 @@ def steps(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     }
 
 
-SECTIONS: dict[str, Callable[[argparse.Namespace], Iterator[Any]]] = {
-    "products": products,
-    "checks": checks,
-    "steps": steps,
-}
-
-
-def product_tables(found: Sequence[Mapping[str, Any]]) -> list[str]:
-    """One table a task."""
-    made = []
-    for task in found:
-        lines = []
-        for row in task["rows"]:
-            name = row["name"] + (f" ({row['in codes']} products)" if "in codes" in row else "")
-            named = ", ".join(f"{count} {kernel}" for kernel, count in row.get("kernels", {}).items())
-            if "us" not in row:
-                lines.append([name, "", "", "", "", row.get("note", "")])
-                continue
-            figures = f"{row['us']:,.0f}", f"{row['tflops']:,.0f}", f"{row['ratio']:.2f}", f"{row['error']:.4f}"
-            lines.append([name, *figures, "; ".join([named, *row.get("reasons", []), row.get("note", "")]).strip("; ")])
-        header = [task["title"], "µs", "TFLOP/s", f"time / {FLOAT}", "error", "note"]
-        made.append(harness.markdown(header, lines))
-    return made
-
-
-def check_tables(found: Sequence[Mapping[str, Any]]) -> list[str]:
-    """One table of all."""
-    header = ["product of codes", "in a program of", "operands", "programs", "largest error", "at"]
-    rows = []
-    for each in found:
-        largest = f"{100 * each['error']:.3g} %", " x ".join(map(str, each["at"]))
-        rows.append([each["format"], each["dtype"], each["operands"], each["programs"], *largest])
-    return [harness.markdown(header, rows)]
-
-
-def step_tables(found: Mapping[str, Any]) -> list[str]:
-    """One table for `fake_quant`, one for masks."""
-    return [qat.step_tables(found["fake_quant"]), pruning.step_tables(found["masks"])]
-
-
-TABLES: dict[str, Callable[[Any], list[str]]] = {
-    "products": product_tables,
-    "checks": check_tables,
-    "steps": step_tables,
-}
-INTRODUCTIONS = {
-    "products": (
-        "Our rows are the recipes `int8` and `fp8`, applied by `lx.optimize` to the bfloat16 program. Activations are "
-        "rounded at run time with one scale per row, and the times include that. PyTorch's rows round in the same way "
-        "and run under `torch.compile` in a CUDA graph. `error` is the relative error of the whole result against the "
-        "program in float32 (Frobenius norm). The note says which kernels the compiled code calls. `16 x 8192 x 8192` "
-        "means rows x contracted dimension x columns. Figures are medians over rounds in which all rows take turns."
-    ),
-    "checks": (
-        "## Correctness\n\nEach product runs alone under `jax.jit` on normally distributed values, neither timed nor "
-        "reverted, and is compared with the same codes multiplied by NumPy in float64. The error is the largest of "
-        "any value of any program, as a share of the largest value. bfloat16 itself rounds by up to 0.2 %."
-    ),
-    "steps": (
-        "## Cost of a training step\n\nOne step of AdamW on a transformer with layers under `lax.scan`, float32 at "
-        "JAX's default precision, with random weights and data. qwix accepts modules only, so its rows use the same "
-        "mathematics in Flax Linen. Masks cover 90 % of the weights, by one global threshold."
-    ),
+SECTIONS = {
+    name: Section(measure, tables, INTRODUCTIONS[name])
+    for name, measure, tables in (
+        ("products", products, product_tables),
+        ("checks", checks, check_tables),
+        ("steps", steps, step_tables),
+    )
 }
 
 
 def page(results: Mapping[str, Any]) -> str:
     """docs/benchmarks/gpu.md."""
-    parts = ["# On a GPU"]
-    for name in SECTIONS:
-        if name in results:
-            parts += [INTRODUCTIONS[name], *TABLES[name](results[name]["found"])]
-            parts += [*results[name].get("remarks", []), harness.provenance(results[name]["run"])]
-    return "\n\n".join(parts) + "\n"
+    return sections.page(["# On a GPU"], SECTIONS, results, lambda name, result: result.get("remarks", []))
 
 
 def main() -> int:
     """Measures, prints, writes."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--sections", default=",".join(SECTIONS), help="comma-separated; default: all")
     parser.add_argument("--quick", action="store_true", help="tiny sizes on any platform, no page: a smoke test")
     parser.add_argument(
         "--torch", action=argparse.BooleanOptionalAction, default=True, help="PyTorch's, where installed"
     )
-    parser.add_argument("--json", type=pathlib.Path, help="write the figures to this file, after each task")
+    sections.add_options(parser, SECTIONS)
     parser.add_argument("--rounds", type=int, default=15, help="turns of each way")
     parser.add_argument("--seconds", type=float, default=8.0, help="of one task's rounds, at most")
     options = parser.parse_args()
@@ -520,27 +458,16 @@ def main() -> int:
     if options.quick:
         options.rounds, options.seconds = 3, 1.0
     options.torch = options.torch and importlib.util.find_spec("torch") is not None
-    if unknown := set(options.sections.split(",")) - set(SECTIONS):
-        parser.error(f"no section {', '.join(sorted(unknown))}; there are {', '.join(SECTIONS)}")
-    results: dict[str, Any] = {}
-    for name in options.sections.split(","):
-        console.print(f"{name} ...")
-        load, shown = f"{os.getloadavg()[0]:.1f}", 0
-        for found in SECTIONS[name](options):
-            run = {"load": load, "command": harness.command(), **harness.machine(("torch", "qwix"))}
-            run["machine"] = f"{jax.devices()[0].device_kind}; {run['machine']}"
-            results[name] = {"found": found, "run": run}
-            tables = TABLES[name](found)
-            console.print("\n\n".join(tables[shown:]), soft_wrap=True)
-            shown = len(tables)
-            if options.json:
-                options.json.write_text(json.dumps(results, indent=1) + "\n")
-            if not options.quick:
-                harness.PAGES.mkdir(parents=True, exist_ok=True)
-                known = json.loads(RESULTS.read_text()) | results if RESULTS.is_file() else results
-                RESULTS.write_text(json.dumps(known, indent=1) + "\n")
-                (harness.PAGES / "gpu.md").write_text(page(known))
-    console.print(f"repeat with: {harness.command()}")
+
+    def machine(name: str) -> dict[str, str]:
+        found = harness.machine(("torch", "qwix"))
+        return found | {"machine": f"{jax.devices()[0].device_kind}; {found['machine']}"}
+
+    def write(results: sections.Results) -> None:
+        if not options.quick:
+            harness.publish("gpu", results, page)
+
+    sections.run(SECTIONS, options, machine, write, console)
     return 0
 
 

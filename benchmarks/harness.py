@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import importlib.metadata
+import json
 import os
 import pathlib
 import platform
@@ -138,6 +140,49 @@ def command() -> str:
     script = pathlib.Path(sys.argv[0]).resolve()
     shown = script.relative_to(ROOT) if script.is_relative_to(ROOT) else script.name
     return " ".join(["python", str(shown), *sys.argv[1:]])
+
+
+def numbers(kind: type) -> Callable[[str], tuple[Any, ...]]:
+    """Reads an option of several numbers, separated by commas."""
+    return lambda text: tuple(kind(part) for part in text.split(",") if part)
+
+
+def add_names(parser: argparse.ArgumentParser, flag: str, known: Iterable[str]) -> None:
+    """Adds an option of several of these names, such as `--models`; by default all."""
+    known = list(known)
+
+    def read(text: str) -> list[str]:
+        if unknown := set(text.split(",")) - set(known):
+            named = f"no {flag[2:-1]} {', '.join(sorted(unknown))}"
+            raise argparse.ArgumentTypeError(f"{named}; there are {', '.join(known)}")
+        return text.split(",")
+
+    parser.add_argument(flag, type=read, default=known, help="comma-separated; default: all")
+
+
+def write_json(path: pathlib.Path | None, found: Any) -> None:
+    """Writes figures to a file, if one was asked for."""
+    if path is not None:
+        path.write_text(json.dumps(found, indent=1) + "\n")
+
+
+def publish(name: str, found: Mapping[str, Any], page: Callable[[Mapping[str, Any]], str]) -> dict[str, Any]:
+    """Adds figures to those in docs/benchmarks/NAME.json, and writes NAME.md from all that are there.
+
+    Args:
+        name: the benchmark's.
+        found: by key; what was there under a key before is replaced.
+        page: the page of figures, which it also orders.
+
+    Returns:
+        All figures.
+    """
+    file = PAGES / f"{name}.json"
+    known = (json.loads(file.read_text()) if file.is_file() else {}) | found
+    PAGES.mkdir(parents=True, exist_ok=True)
+    write_json(file, known)
+    (PAGES / f"{name}.md").write_text(page(known))
+    return known
 
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import pathlib
 import statistics
 import tempfile
@@ -19,7 +18,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import serving
+import harness
+import payloads
 import uvloop
 
 import lepton_xla as lx
@@ -89,7 +89,7 @@ def seconds_of(work: Callable[[], object]) -> float:
     return time.perf_counter() - began
 
 
-def stages(path: pathlib.Path, payload: serving.Payload, rounds: int = 400) -> dict[str, float]:
+def stages(path: pathlib.Path, payload: payloads.Payload, rounds: int = 400) -> dict[str, float]:
     """Microseconds of a request by step, of all steps, and of a refusal: medians over rounds of 64 requests."""
 
     async def measured() -> dict[str, float]:
@@ -182,11 +182,10 @@ def main() -> int:
     options = parser.parse_args()
     run_on_calling_thread()  # as a server does, before anything uses JAX
     with tempfile.TemporaryDirectory() as folder:
-        found = stages(*serving.first10(pathlib.Path(folder), quick=False), rounds=options.rounds)
+        found = stages(*payloads.first10(pathlib.Path(folder), quick=False), rounds=options.rounds)
     rows = [(step, f"{micros:.1f}") for step, micros in found.items()]
     show(Table(f"784 numbers in, 10 out, {AT_ONCE} at once", ("step", ">µs a request"), rows))
-    if options.json:
-        options.json.write_text(json.dumps(found, indent=1) + "\n")
+    harness.write_json(options.json, found)
     return 0
 
 

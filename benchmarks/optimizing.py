@@ -33,7 +33,6 @@ from models import random_weights
 
 import lepton_xla as lx
 
-RESULTS = harness.PAGES / "optimizing.json"
 MODELS = ("mlp", "unet", "digits", "residual", "minilm", "gpt2")
 COUNTS = ("measured", "from the cache")
 COMPILE = "/jax/core/compile/backend_compile_duration"
@@ -160,7 +159,7 @@ def page(result: Mapping[str, Any]) -> str:
 def main() -> int:
     """Measures, prints, writes; exit code 1 where nothing could be measured."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--models", default=",".join(MODELS), help="comma-separated; default: all")
+    harness.add_names(parser, "--models", MODELS)
     parser.add_argument("--only", choices=MODELS, help="measure this one in this process, for --json")
     parser.add_argument("--recipe", default="int8", help="preset or file; default: int8")
     parser.add_argument("--quick", action="store_true", help="little training, no page: a smoke test")
@@ -177,13 +176,11 @@ def main() -> int:
             found = {"missing": str(error)}
         (options.json or pathlib.Path("/dev/stdout")).write_text(json.dumps(found))
         return 0
-    if unknown := set(options.models.split(",")) - set(MODELS):
-        parser.error(f"no model {', '.join(sorted(unknown))}; there are {', '.join(MODELS)}")
     load = f"{os.getloadavg()[0]:.1f}"
     kept = journal.opened("optimizing", options, "recipe")
     rows: list[dict[str, Any]] = []
     print(" | ".join(HEADER), flush=True)
-    for name in options.models.split(","):
+    for name in options.models:
         try:
             row = kept.row(name, functools.partial(alone, name, options))
         except models.MissingError as error:
@@ -197,11 +194,8 @@ def main() -> int:
     result["run"]["load"] = load
     print(tables(rows))
     if options.pages and not options.quick:
-        RESULTS.parent.mkdir(parents=True, exist_ok=True)
-        RESULTS.write_text(json.dumps(result, indent=1) + "\n")
-        (harness.PAGES / "optimizing.md").write_text(page(result))
-    if options.json:
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
+        harness.publish("optimizing", result, page)
+    harness.write_json(options.json, result)
     print(f"repeat with: {harness.command()}")
     return 0
 

@@ -11,14 +11,18 @@ from __future__ import annotations
 import argparse
 import json
 import pathlib
+import signal
 import ssl
 import statistics
 import sys
 import tempfile
 import urllib.request
 
+import harness
+import loops
 import numpy as np
-import serving
+import payloads
+import server_process
 import trustme
 
 from lepton_xla.cli.tables import Table, show
@@ -26,12 +30,12 @@ from lepton_xla.cli.tables import Table, show
 CONNECTIONS = 64
 
 
-class Server(serving.Server):
+class Server(server_process.Server):
     """Ours, plain or over TLS."""
 
-    def __init__(self, artifact: pathlib.Path, payload: serving.Payload, flags: list[str]) -> None:
+    def __init__(self, artifact: pathlib.Path, payload: payloads.Payload, flags: list[str]) -> None:
         self._scheme = "https" if "--tls-cert" in flags else "http"
-        port = serving._port()
+        port = server_process.free_port()
         command = [sys.executable, "-m", "lepton_xla", "serve", str(artifact), "--port", str(port), *flags]
         super().__init__("", command, port, f"/v2/models/{payload.model}/infer", payload.oip(), idles=False)
 
@@ -66,7 +70,7 @@ def certificate(folder: pathlib.Path) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workers", type=serving._numbers(int), default="2")
+    parser.add_argument("--workers", type=harness.numbers(int), default="2")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=3.0)
     options = parser.parse_args()
@@ -74,7 +78,7 @@ def main() -> None:
     modes |= {f"--workers {count}": ["--workers", str(count)] for count in options.workers}
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name)
-        artifact, payload = serving.first10(folder, quick=False)
+        artifact, payload = payloads.first10(folder, quick=False)
         row = payload.rows["x"]
         kinds = {
             "a row in binary": ([], payload.oip()),
@@ -90,10 +94,10 @@ def main() -> None:
                 for server in servers:
                     server.request = request
                     server.wait()
-                    server.signal(serving.signal.SIGSTOP)
+                    server.signal(signal.SIGSTOP)
                 for _ in range(options.rounds):
                     for server, figures in zip(servers, found, strict=True):
-                        figures.append(serving.closed(server, CONNECTIONS, options.seconds))
+                        figures.append(loops.closed(server, CONNECTIONS, options.seconds))
             finally:
                 for server in servers:
                     server.stop()

@@ -14,12 +14,10 @@ from __future__ import annotations
 import argparse
 import functools
 import importlib.util
-import json
-import os
 import pathlib
 import statistics
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import harness
@@ -29,20 +27,19 @@ import journal
 import models
 import numpy as np
 import optax
+import sections
 from models import residual, sparse, transformer
 from models.base import mnist
 from models.sparse import Task
+from pruning_page import INTRODUCTIONS, ROUND_TO, compress_tables, curve_tables, plot, shrink_tables, step_tables
 from rich.console import Console
+from sections import Section
 
 import lepton_xla as lx
 from lepton_xla import train
 
-RESULTS = harness.PAGES / "pruning.json"
 # Model -> sparsity, epochs of pruning, epochs of training with shared values.
 COMPRESS = {"lenet5": (0.95, 8, 3), "lenet300": (0.95, 20, 6)}
-# Deep Compression (arXiv:1510.00149, table 1), as times smaller; trained on all 60,000 images.
-PUBLISHED = {"lenet300": 40, "lenet5": 39}
-TARGET_LOST = 0.002
 # Model -> epochs of training for each point, and the points: fewer where an epoch takes longer.
 CURVES = {
     "residual": (1, (0.5, 0.8, 0.9)),
@@ -55,16 +52,8 @@ CURVES = {
 SHRINK = {"residual": (3, False), "transformer": (6, True)}
 # What is left of the operations; the second is 2.1 times fewer.
 LEFT = (0.7, 1 / 2.1, 0.3)
-# Channels in multiples of a vector of AVX: odd numbers of them are slower than more of them.
-ROUND_TO = 8
 # Transformers and batches of which a training step is timed.
 STEP_SIZES = ((transformer.Size(4, 128, 4, 64), 8), (transformer.Size(6, 256, 8, 64), 16))
-TARGET_RATIO, TARGET_STEP_RATIO = 1.6, 1.15
-PEER = (
-    "Torch-Pruning: the same network, weights and training rows. Its bytes are those of its parameters; its times are "
-    "compared with the float model in PyTorch."
-)
-NO_PEER = "Torch-Pruning was not part of this run; `--peers` adds it."
 console = Console(width=120, highlight=False)
 
 
@@ -78,7 +67,7 @@ def stored_bytes(program: lx.Program) -> int:
 
 def _some(settings: dict[str, Any], options: argparse.Namespace) -> list[tuple[str, Any]]:
     """The models of a section that were asked for; the last only for a smoke test."""
-    wanted = [(name, setting) for name, setting in settings.items() if not options.models or name in options.models]
+    wanted = [(name, setting) for name, setting in settings.items() if name in options.models]
     return wanted[-1 if options.quick else 0 :]
 
 
@@ -369,199 +358,49 @@ def _step(
     return harness.compiled(step, weights, state, images, labels)
 
 
-SECTIONS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
-    "compress": compress,
-    "curves": curves,
-    "shrink": shrunk,
-    "step": step_cost,
-}
-
-
-def compress_tables(found: dict[str, Any]) -> str:
-    """Accuracy and bytes of the LeNets."""
-    parts: list[str] = []
-    for name, each in found.items():
-        base, rows = each["rows"][0]["accuracy"][0], []
-        for row in each["rows"]:
-            lost = statistics.median(100 * (base - value) for value in row["accuracy"])
-            shown = ", ".join(harness.percent(value) for value in row["accuracy"])
-            size = ", ".join(f"{value:,}" for value in row["bytes"])
-            rows.append([row["name"], shown, f"{lost:+.2f}", size, f"{min(row['ratio']):.1f}"])
-        seeds = len(each["rows"][-1]["bytes"])
-        header = [
-            name,
-            f"accuracy %, {seeds} seeds",
-            "lost, points (median)",
-            "bytes of weights",
-            "times smaller (least)",
-        ]
-        parts.append(harness.markdown(header, rows))
-        pruning, sharing = each["epochs"]
-        parts.append(
-            f"{100 * each['sparsity']:.0f} % of the weights pruned in {pruning} epochs, {sharing} more with 16 values. "
-            f"float32: {each['float32_bytes']:,} bytes. Published: {PUBLISHED[name]} times smaller."
-        )
-    return "\n\n".join(parts)
-
-
-def curve_tables(found: dict[str, Any]) -> str:
-    """Accuracy by method and sparsity."""
-    parts: list[str] = []
-    for name, each in found.items():
-        header = [name, *(f"{100 * sparsity:.0f} %" for sparsity in each["sparsities"])]
-        rows = [[label, *map(harness.percent, line)] for label, line in each["lines"].items()]
-        parts.append(harness.markdown(header, rows))
-        parts.append(
-            f"Float: {harness.percent(each['float'])} %. Fine-tuned for as many epochs ({each['epochs']}) without "
-            f"pruning: {harness.percent(each['dense'])} %."
-        )
-    return "\n\n".join(parts)
-
-
-def shrink_tables(found: dict[str, Any]) -> str:
-    """Accuracy, operations, bytes and latency."""
-    parts: list[str] = []
-    for name, each in found.items():
-        batches = list(each["rows"][0]["ms"])
-        header = [name, "operations", "accuracy % as shrunk", "trained on", "bytes on disk"]
-        header += [*(f"batch {batch}: ms (times faster)" for batch in batches)]
-        rows = []
-        for row in each["rows"]:
-            cells = [row["name"], f"{row['flops']:.2f}" if "flops" in row else ""]
-            cells.append(harness.percent(row["before"]) if "before" in row else "")
-            cells += [harness.percent(row["accuracy"]), f"{row['bytes']:,}" if "bytes" in row else ""]
-            rows.append([*cells, *(f"{row['ms'][batch]:.3f} ({row['faster'][batch]:.2f})" for batch in batches)])
-        parts.append(harness.markdown(header, rows))
-        largest = max((row["difference"] for row in each["rows"] if "difference" in row), default=0.0)
-        if name == "residual":
-            parts.append(PEER if any("base" in row for row in each["rows"]) else NO_PEER)
-        labels = "half of the loss from the float model's answers" if each["distil"] else "plain labels"
-        parts.append(
-            f"Fine-tuned for {each['epochs']} epochs, {labels}. The outputs of a shrunk model differ from those of the "
-            f"original with the removed weights set to zero by at most {largest:.1e} of the largest output."
-        )
-    return "\n\n".join(parts)
-
-
-def step_tables(found: dict[str, Any]) -> str:
-    """Step times."""
-    return "\n\n".join(
-        harness.markdown(
-            [shape, "ms a step", "ratio to the plain step"],
-            [[row["name"], f"{row['ms']:.1f}", f"{row['ratio']:.2f}"] for row in rows],
-        )
-        for shape, rows in found.items()
+SECTIONS = {
+    name: Section(lambda options, measure=measure: iter([measure(options)]), tables, INTRODUCTIONS[name])
+    for name, measure, tables in (
+        ("compress", compress, compress_tables),
+        ("curves", curves, curve_tables),
+        ("shrink", shrunk, shrink_tables),
+        ("step", step_cost, step_tables),
     )
-
-
-TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
-    "compress": compress_tables,
-    "curves": curve_tables,
-    "shrink": shrink_tables,
-    "step": step_tables,
-}
-INTRODUCTIONS = {
-    "compress": (
-        "## Smallest models without loss\n\nThe models are pruned by magnitude during fine-tuning (all weights ranked "
-        "together, polynomial schedule, half of the loss from the float model's answers). Then each weight gets 16 "
-        "shared values, one of them zero, which are fine-tuned together with the weights. Bytes are those of the "
-        "artifact's whole weights folder: codes, values, scales, biases, headers. Targets: 40 and 39 times smaller "
-        f"than float32 (Deep Compression, arXiv:1510.00149), with at most {100 * TARGET_LOST:.1f} points lost. "
-        "Training uses only the 8,000 training images; the sparsity was chosen by the accuracy of the first seed on "
-        "the 2,000 test images (97 % lost more). The paper trained on 60,000 images and tested on the other 10,000, "
-        "so its accuracies are not comparable."
-    ),
-    "curves": (
-        '## Unstructured pruning: accuracy by sparsity\n\n"Once" means one-shot pruning without training, on 256 '
-        "calibration images for methods that need data; magnitude ranks all weights together, Wanda and SparseGPT "
-        "each weight on its own. The other methods fine-tune the trained model with plain labels. Gradual and "
-        "straight-through rank all weights together; RigL keeps its sparsity from the first step on and distributes "
-        "it by Erdos-Renyi-Kernel. Larger models have fewer points and epochs. One seed. Unstructured sparsity makes "
-        "models smaller, not faster."
-    ),
-    "shrink": (
-        f"## Channels, hidden units and heads removed\n\n`lx.passes.shrink(program, flops=..., round_to={ROUND_TO})` "
-        "ranks units by the norm of their weights and removes the same share of each group. The model is then "
-        'fine-tuned, and batch norms are folded. "Times faster" compares with the float model under `jax.jit`; each '
-        "row takes turns with it. Targets: with 2.1 times fewer operations the residual CNN loses at most 0.3 points "
-        f"and is {TARGET_RATIO} times faster at batch 32. `half pruned` is unstructured pruning, which saves bytes "
-        "only."
-    ),
-    "step": (
-        "## Cost of a training step with masks\n\nOne step of AdamW, wrapped by `lx.train.sparsify` at 90 %, on a "
-        "transformer whose layers are stacked under `lax.scan`. Masks are recomputed every 100 steps unless a "
-        f"schedule says otherwise, and kept in between. Target: at most {TARGET_STEP_RATIO} times the plain step."
-    ),
 }
 
 
-def plot(name: str, each: dict[str, Any]) -> str:
-    """Draws one model's curves; returns the file's name."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    matplotlib.rcParams["svg.hashsalt"] = "pruning"  # else each drawing of the same curves differs
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(7, 4))
-    for label, line in each["lines"].items():
-        style = "--" if label.endswith("once") else "-"
-        axes.plot(each["sparsities"], [100 * value for value in line], style, marker="o", label=label)
-    axes.axhline(100 * each["float"], color="black", linewidth=0.8, label="float")
-    # Accuracies far below are told by the table.
-    axes.set_ylim(bottom=max(0, 100 * each["float"] - 12), top=100 * each["float"] + 1.5)
-    axes.set(xlabel="sparsity", ylabel="accuracy %", title=name)
-    axes.legend(fontsize="small")
-    figure.tight_layout()
-    file = f"pruning-{name}.svg"
-    figure.savefig(harness.PAGES / file, metadata={"Date": None})
-    pyplot.close(figure)
-    return file
-
-
-def page(results: dict[str, Any]) -> str:
+def page(results: Mapping[str, Any]) -> str:
     """docs/benchmarks/pruning.md."""
-    parts = [
+    head = [
         "# Pruning and shrinking",
         (
             f"`benchmarks/pruning.py` writes this page from `pruning.json`. Data: {models.load('lenet300').data}. Rows "
             "that lose are kept."
         ),
     ]
-    for name in SECTIONS:
-        if name not in results:
-            continue
-        found, run = results[name]["found"], results[name]["run"]
-        parts += [INTRODUCTIONS[name], TABLES[name](found)]
-        if name == "curves":
-            parts += [f"![{model}]({plot(model, each)})" for model, each in found.items()]
-        parts.append(harness.provenance(run))
-    return "\n\n".join(parts) + "\n"
+
+    def plots(name: str, result: dict[str, Any]) -> list[str]:
+        return (
+            [f"![{model}]({plot(model, each)})" for model, each in result["found"].items()] if name == "curves" else []
+        )
+
+    return sections.page(head, SECTIONS, results, plots)
 
 
 def main() -> int:
     """Measures, prints, writes."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--sections", default=",".join(SECTIONS), help="comma-separated; default: all")
-    parser.add_argument(
-        "--models",
-        type=lambda text: text.split(","),
-        help="only these, comma-separated, in the sections that have them",
-    )
+    sections.add_options(parser, SECTIONS)
+    harness.add_names(parser, "--models", COMPRESS | CURVES | SHRINK)
     parser.add_argument("--peers", action="store_true", help="also Torch-Pruning, where it is installed")
     parser.add_argument("--quick", action="store_true", help="little training, few rounds, no page: a smoke test")
     parser.add_argument(
         "--pages", action=argparse.BooleanOptionalAction, default=True, help="write docs/benchmarks/; not with --quick"
     )
-    parser.add_argument("--json", type=pathlib.Path, help="write the figures to this file")
     journal.add_option(parser)
     parser.add_argument("--rounds", type=int, default=31, help="turns of each")
     parser.add_argument("--seconds", type=float, default=20.0, help="of one batch size, at most")
     options = parser.parse_args()
-    if unknown := set(options.sections.split(",")) - set(SECTIONS):
-        parser.error(f"no section {', '.join(sorted(unknown))}; there are {', '.join(SECTIONS)}")
-    if unknown := set(options.models or ()) - {*COMPRESS, *CURVES, *SHRINK}:
-        parser.error(f"no model {', '.join(sorted(unknown))}; there are {', '.join({**COMPRESS, **CURVES, **SHRINK})}")
     if options.quick:
         options.rounds, options.seconds = 3, 1.0
     lacking = [name for name in ("torch", "torch_pruning") if importlib.util.find_spec(name) is None]
@@ -569,27 +408,15 @@ def main() -> int:
         console.print(f"not installed, so Torch-Pruning is left out: {', '.join(lacking)}")
         options.peers = False
     options.rows = journal.opened("pruning", options, "rounds", "seconds")
-    results: dict[str, Any] = {}
-    for name in options.sections.split(","):
-        console.print(f"{name} ...")
-        load = f"{os.getloadavg()[0]:.1f}"
-        try:
-            found = SECTIONS[name](options)
-        except models.MissingError as error:
-            console.print(f"{name}: skipped: {error}")
-            continue
-        packages = ("torch", "torch-pruning") if options.peers and name == "shrink" else ()
-        run = harness.machine(packages) | {"load": load, "command": harness.command()}
-        results[name] = {"found": found, "run": run}
-        console.print(TABLES[name](found), soft_wrap=True)
+
+    def machine(name: str) -> dict[str, str]:
+        return harness.machine(("torch", "torch-pruning") if options.peers and name == "shrink" else ())
+
+    def write(results: sections.Results) -> None:
         if options.pages and not options.quick:
-            known = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
-            known |= {name: results[name]}
-            RESULTS.write_text(json.dumps(known, indent=1) + "\n")
-            (harness.PAGES / "pruning.md").write_text(page(known))
-    if options.json:
-        options.json.write_text(json.dumps(results, indent=1) + "\n")
-    console.print(f"repeat with: {harness.command()}")
+            harness.publish("pruning", results, page)
+
+    sections.run(SECTIONS, options, machine, write, console)
     return 0
 
 

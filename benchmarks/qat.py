@@ -14,7 +14,6 @@ import argparse
 import functools
 import importlib.util
 import itertools
-import json
 import os
 import pathlib
 import statistics
@@ -38,7 +37,6 @@ import lepton_xla as lx
 from lepton_xla.passes.planning import resolve
 from lepton_xla.passes.quantization.fake_quantization import initial_scales
 
-RESULTS = harness.PAGES / "qat.json"
 TARGET_REGAINED, TARGET_STEP_RATIO = 0.9, 1.4
 # How LeNet-5 is trained on: chosen on rows 6000-7999 of the training images, with a float model of the other 6,000.
 EPOCHS, SEEDS, BATCH, SHIFT = 6, 5, 64, 2
@@ -337,11 +335,8 @@ def main() -> int:
     result["run"] = harness.machine(("qwix",) if with_qwix else ()) | run
     console.print("\n\n".join(tables(result)), soft_wrap=True)
     if options.pages and not options.quick:
-        harness.PAGES.mkdir(parents=True, exist_ok=True)
-        RESULTS.write_text(json.dumps(result, indent=1) + "\n")
-        (harness.PAGES / "qat.md").write_text(page(result))
-    if options.json:
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
+        harness.publish("qat", result, page)
+    harness.write_json(options.json, result)
     console.print(f"repeat with: {harness.command()}")
     return 0
 

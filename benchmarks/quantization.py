@@ -395,7 +395,7 @@ def _minilm_tables(result: Mapping[str, Any]) -> list[str]:
 def main() -> int:
     """Measures, prints, writes; exit code 1 where nothing could be measured."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--models", default=",".join(models.MODELS), help="comma-separated; default: all")
+    harness.add_names(parser, "--models", models.MODELS)
     parser.add_argument("--presets", default=",".join(presets()), help="comma-separated; default: all")
     parser.add_argument("--peers", action="store_true", help="also qwix, ONNX Runtime and OpenVINO where installed")
     parser.add_argument("--quick", action="store_true", help="little training, few rounds, no pages: a smoke test")
@@ -409,8 +409,6 @@ def main() -> int:
     options = parser.parse_args()
     if options.quick:
         options.rounds, options.seconds = 3, 1.0
-    if unknown := set(options.models.split(",")) - set(models.MODELS):
-        parser.error(f"no model {', '.join(sorted(unknown))}; there are {', '.join(models.MODELS)}")
     wanted = [name for name in options.presets.split(",") if name]
     if options.peers:
         lacking = [name for name, there in peers.available().items() if not there]
@@ -419,7 +417,7 @@ def main() -> int:
     rows = journal.opened("quantization", options, "rounds", "seconds")
     measured: dict[str, Any] = {}
     load = f"{os.getloadavg()[0]:.1f}"
-    for name in options.models.split(","):
+    for name in options.models:
         try:
             console.print(f"{name}: loading, or training where it was not trained before ...")
             model = models.load(name, quick=options.quick)
@@ -439,8 +437,7 @@ def main() -> int:
             RESULTS.parent.mkdir(parents=True, exist_ok=True)
             RESULTS.write_text(json.dumps(known, indent=1) + "\n")
             write_pages(known)
-    if options.json:
-        options.json.write_text(json.dumps(measured, indent=1) + "\n")
+    harness.write_json(options.json, measured)
     console.print(f"repeat with: {harness.command()}")
     return int(not measured)
 
