@@ -260,7 +260,8 @@ class App:
     def _infer(
         self, found: weakref.ref[ModelHandle], json_bytes: int | None, accepted: str | None, exchange: Exchange
     ) -> None:
-        model = _held(found)
+        model = found()
+        assert model is not None  # as in `_held`, without a call
         shed = model.scheduler.shed
         if shed is not None:
             # An overloaded server refuses as often as it answers, and what it would say does not depend on the tensors.
