@@ -308,7 +308,7 @@ class App:
             plan.rows, plan.key, exchange.started_s, nbytes=request.nbytes,
             request=request, app=self, model=model, exchange=exchange, coding=accepted,
         )  # fmt: skip
-        exchange.on_cancel = call.cancel
+        exchange.work = call
         model.scheduler.submit(call)
 
     def _submit_later(

@@ -382,12 +382,12 @@ class Connection(asyncio.Protocol):
         if self._in.begun:
             self._fail(refusal)
         for exchange in tuple(self._pending):
-            cancel = exchange.on_cancel
+            work = exchange.work
             if not exchange.answered:
                 self._hub.refused(refusal)
                 exchange.refuse(refusal)
-            if cancel is not None:
-                cancel()
+            if work is not None:
+                work.cancel()
         if not self._closing:
             self.end()
 

@@ -33,6 +33,14 @@ class Answers(Protocol):
         ...
 
 
+class Cancellable(Protocol):
+    """Work that will answer an exchange."""
+
+    def cancel(self) -> None:
+        """Told that the client went away."""
+        ...
+
+
 class Head:
     """Request line and header fields of a request. Equal ones may share an object.
 
@@ -70,7 +78,7 @@ class Exchange(msgspec.Struct, eq=False):
         head: request line and headers.
         body: the whole body as sent.
         started_s: when the request was complete.
-        on_cancel: called if the client goes away before the answer.
+        work: what will answer it, if that takes time; cancelled if the client goes away first.
         answered: whether an answer was given.
         payload: the answer.
         reserved: bytes set aside for the answer, until it is written.
@@ -81,7 +89,7 @@ class Exchange(msgspec.Struct, eq=False):
     head: Head
     body: bytes
     started_s: float
-    on_cancel: Callable[[], None] | None = None
+    work: Cancellable | None = None
     answered: bool = False
     payload: bytes | None = None
     trace: bytes | None = None
@@ -100,9 +108,9 @@ class Exchange(msgspec.Struct, eq=False):
         """The client went away."""
         if not self.answered:
             self.answered = True
-            cancel, self.on_cancel = self.on_cancel, None
-            if cancel is not None:
-                cancel()
+            work, self.work = self.work, None
+            if work is not None:
+                work.cancel()
             self.connection.abandoned()
 
     def answer(self, status: int, body: bytes, content_type: str = "application/json", *extra: str) -> None:
@@ -119,7 +127,7 @@ class Exchange(msgspec.Struct, eq=False):
         if not self.answered:
             self.answered = True
             # It refers back to this exchange; a cycle a request would keep the garbage collector busy.
-            self.on_cancel = None
+            self.work = None
             if self.trace is not None:
                 payload = payload.replace(b"\r\n", b"\r\nTraceparent: " + self.trace + b"\r\n", 1)
             self.payload = payload
