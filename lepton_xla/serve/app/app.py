@@ -1,6 +1,6 @@
-"""The routes, and the way of an infer request: decode, hand to the scheduler, answer. Runs on the event loop.
+"""Routes requests, and takes infer requests through decoding, scheduling and answering. Runs on the event loop.
 
-The path of an infer request is plain callbacks: no task and no future is made for it.
+An infer request is handled by plain callbacks, without a task or a future.
 """
 
 from __future__ import annotations
@@ -8,13 +8,11 @@ from __future__ import annotations
 import functools
 import logging
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from time import monotonic
-from typing import Any
-
-import msgspec
 
 from lepton_xla.serve.access.auth import Guard
+from lepton_xla.serve.app.pages import Gather, Pages
 from lepton_xla.serve.batching.scheduler import Call
 from lepton_xla.serve.errors import RefusedError
 from lepton_xla.serve.http.date import DATE
@@ -23,33 +21,29 @@ from lepton_xla.serve.http.workers import Workers
 from lepton_xla.serve.limits import Limits
 from lepton_xla.serve.models.handle import ModelHandle
 from lepton_xla.serve.models.registry import Registry
-from lepton_xla.serve.observe import exposition
 from lepton_xla.serve.observe.metrics import Metrics
 from lepton_xla.serve.observe.refusals import Refusals
-from lepton_xla.serve.observe.statistics import model_statistics
-from lepton_xla.serve.protocol import encoding, metadata, openapi, routes
+from lepton_xla.serve.protocol import encoding, metadata, routes
 from lepton_xla.serve.protocol.jsondata import PIECE_BYTES
 from lepton_xla.serve.protocol.response import encode_response
 from lepton_xla.serve.protocol.wire import InferRequest
 
 _log = logging.getLogger("lepton_xla.serve")
 
-# An answer that takes no more than what holds the request does is not counted, nor is that.
+# Smaller answers are not reserved: the objects of the request itself take as much, and are not counted either.
 _SMALL_ANSWER_BYTES = 1024
 
 type Route = Callable[[Exchange], None]
-type Page = Callable[[ModelHandle, Exchange], None]
-type Gather = Callable[[Callable[[Metrics], object]], object]
 
 
 class InferCall(Call, kw_only=True, eq=False):
-    """An infer request on its way.
+    """An infer request that waits for its result.
 
     Attributes:
-        app: answers it.
-        model: runs it.
-        exchange: where the answer goes.
-        coding: how it is compressed, where that is worth it; None never compresses.
+        app: writes the answer.
+        model: runs the request.
+        exchange: gets the answer.
+        coding: compression of the answer, if it is large enough; None for none.
     """
 
     app: App
@@ -58,7 +52,7 @@ class InferCall(Call, kw_only=True, eq=False):
     coding: str | None
 
     def finish(self, outputs: Sequence[bytes | memoryview]) -> None:
-        """Answers."""
+        """Answers with the outputs."""
         app, plan = self.app, self.request.plan
         try:
             if plan.prefix is not None and self.coding is None:
@@ -81,14 +75,14 @@ class App:
     """Answers exchanges.
 
     Args:
-        models: those there are.
-        metrics: what is counted of the server.
+        models: the models served.
+        metrics: the server's counters.
         limits: the bounds on a request.
-        guard: asks for tokens; None lets everybody ask everything.
-        server_name: what the server's metadata calls it.
-        max_delay_s: what the model's configuration says of waiting for company.
-        compress_bytes: the smallest infer answer worth compressing for a client that accepts it.
-        gather: calls back with what the whole server has counted; None if `metrics` is all of it.
+        guard: checks tokens; None admits everybody.
+        server_name: see `Pages`.
+        max_delay_s: see `Pages`.
+        compress_bytes: size from which infer answers are compressed for clients that accept it.
+        gather: see `Pages`.
     """
 
     def __init__(
@@ -110,30 +104,10 @@ class App:
         self._compress_bytes = compress_bytes
         self._workers = Workers(limits.max_buffered_bytes)
         self._refusals = Refusals()
-        self._gather: Gather = gather or (lambda then: then(metrics))
-        self._handlers: dict[str, Route] = {
-            "server_live": self._show_live,
-            "server_ready": self._show_ready,
-            "server_metadata": self._page(lambda: metadata.server_metadata(server_name)),
-            "openapi": self._page(lambda: openapi.document([model.signature for model in models])),
-            "metrics": self._show_metrics,
-            "statistics": lambda exchange: self._show_statistics(models, exchange),
-            "repository_index": self._show_index,
-            "log_settings": self._page(metadata.log_settings),
-            "trace_settings": self._page(metadata.trace_settings),
-        }
-        self._model_pages: dict[str, Page] = {
-            "model_metadata": self._show_model,
-            "model_ready": self._show_model_ready,
-            "model_config": lambda model, exchange: self._json(
-                exchange, metadata.model_config(model.signature, max_delay_s)
-            ),
-            "model_statistics": lambda model, exchange: self._show_statistics([model], exchange),
-            "model_trace_settings": lambda model, exchange: self._json(exchange, metadata.trace_settings()),
-        }
+        self._pages = Pages(models, metrics, server_name, max_delay_s, gather)
 
     def __call__(self, exchange: Exchange) -> None:
-        """Handles one request; whatever happens it is answered."""
+        """Handles one request. It gets an answer whatever happens."""
         head = exchange.head
         try:
             if head.generation != self._models.generation:
@@ -146,18 +120,17 @@ class App:
             self.refuse(exchange, RefusedError(500, "internal error"))
 
     def invite(self, head: Head) -> None:
-        """Finds the route of a head, also where its client waits to be told that its body is welcome.
+        """Finds the route of a head. Also called while a client waits for 100 (Continue) before it sends the body.
 
         Raises:
-            RefusedError: where there is nothing that would read it, or the client may not ask.
+            RefusedError: if there is no such route, or the client may not use it.
         """
         head.route, head.generation = self._enter(head), self._models.generation
 
-    # Routing. What it finds is kept with the head, so that a client's next request skips it. A model is kept by a weak
-    # reference, as a head may be kept for long after the model's place was taken.
+    # Routing. The head caches the result, and with it a weak reference to the model: a head may outlive the model.
 
     def _enter(self, head: Head) -> Route:
-        """The route of a head, for those who may use it; the path is not looked at before the token."""
+        """The route of a head. The token is checked before the path is looked at."""
         guard = self._guard
         if guard is None:
             return self._route(head)[1]
@@ -166,17 +139,18 @@ class App:
         return guard.protect(grant, scope, route, self)
 
     def _route(self, head: Head) -> tuple[str, Route]:
-        """What a token has to be good for on the route of a head, and what answers it."""
+        """The scope that the route of a head requires, and what answers it."""
         route, parameters = routes.find(head.method, head.target)
         if route.refusal:
             return route.scope, functools.partial(self._decline, route)
         model = parameters.get("model")
         if model is None:
-            return route.scope, self._handlers[route.name]
+            return route.scope, self._pages.server[route.name]
         found = weakref.ref(self._models.find(model, parameters.get("version")))
         if route.name == "infer":
             return route.scope, self._infer_route(head, found)
-        return route.scope, functools.partial(self._show_page, self._model_pages[route.name], found)
+        page = self._pages.model[route.name]
+        return route.scope, lambda exchange: page(_held(found), exchange)
 
     def _infer_route(self, head: Head, found: weakref.ref[ModelHandle]) -> Route:
         headers = head.headers
@@ -188,72 +162,28 @@ class App:
         json_bytes = None if length is None else int(length)
         accepted = encoding.choose(accept) if accept else None
         if coding in ("", "identity"):
-            # Only the JSON part takes long to read: where that is known to be small, nothing has to be looked at later.
+            # Only a long JSON part takes long to decode; a short one needs no check of the body's length.
             short = json_bytes is not None and json_bytes <= PIECE_BYTES
             return functools.partial(self._infer if short else self._infer_any, found, json_bytes, accepted)
         return functools.partial(self._infer_coded, found, coding, json_bytes, accepted)
 
-    # Everything but infer.
-
-    def _json(self, exchange: Exchange, value: Any, status: int = 200) -> None:
-        self._metrics.codes[status] += 1
-        exchange.answer(status, msgspec.json.encode(value))
+    # Errors.
 
     def refuse(self, exchange: Exchange, refusal: RefusedError, request_id: str | None = None) -> None:
-        """Answers with an error, unless there was an answer."""
+        """Answers with an error, unless the exchange has its answer already."""
         if not exchange.answered:
             self._metrics.codes[refusal.status] += 1
             self._refusals.note(refusal, exchange, request_id)
             exchange.refuse(refusal)
 
     def refused(self, refusal: RefusedError) -> None:
-        """Told of an error that was answered before there was a request to be handled."""
+        """Counts an error that the connection answered before there was a request to handle."""
         self._metrics.codes[refusal.status] += 1
         self._refusals.note(refusal)
-
-    def _page(self, make: Callable[[], Any]) -> Route:
-        return lambda exchange: self._json(exchange, make())
 
     def _decline(self, route: routes.Route, exchange: Exchange) -> None:
         headers = ("Allow: GET, HEAD",) if route.status == 405 else ()
         raise RefusedError(route.status, route.refusal, *headers)
-
-    def _show_live(self, exchange: Exchange) -> None:
-        live = self._metrics.live
-        self._json(exchange, metadata.ServerLive(live), 200 if live else 503)
-
-    def _show_ready(self, exchange: Exchange) -> None:
-        ready = self._metrics.ready
-        self._json(exchange, metadata.ServerReady(ready=ready, live=self._metrics.live), 200 if ready else 503)
-
-    def _show_page(self, page: Page, found: weakref.ref[ModelHandle], exchange: Exchange) -> None:
-        page(_held(found), exchange)
-
-    def _show_model(self, model: ModelHandle, exchange: Exchange) -> None:
-        signature = model.signature
-        self._json(exchange, metadata.model_metadata(signature, self._models.versions(signature.name)))
-
-    def _ready(self, model: ModelHandle) -> bool:
-        return self._metrics.ready and model.health.ready
-
-    def _show_model_ready(self, model: ModelHandle, exchange: Exchange) -> None:
-        ready = self._ready(model)
-        self._json(exchange, metadata.ModelReady(model.signature.name, ready), 200 if ready else 503)
-
-    def _show_index(self, exchange: Exchange) -> None:
-        models = [(model.signature, self._ready(model)) for model in self._models]
-        self._json(exchange, metadata.repository_index(models, exchange.body))
-
-    def _show_statistics(self, models: Iterable[ModelHandle], exchange: Exchange) -> None:
-        self._gather(
-            lambda metrics: self._json(
-                exchange, metadata.Statistics([model_statistics(model.signature, metrics) for model in models])
-            )
-        )
-
-    def _show_metrics(self, exchange: Exchange) -> None:
-        self._metrics.codes[200] += 1
-        self._gather(lambda metrics: exchange.answer(200, exposition.render(metrics), exposition.CONTENT_TYPE))
 
     # Infer.
 
@@ -264,7 +194,7 @@ class App:
         assert model is not None  # as in `_held`, without a call
         shed = model.scheduler.shed
         if shed is not None:
-            # An overloaded server refuses as often as it answers, and what it would say does not depend on the tensors.
+            # An overloaded server refuses as often as it answers: a repeated request is refused undecoded.
             plan = model.decoder.repeated(exchange.body, json_bytes)
             if plan is not None and (refusal := shed(plan)) is not None:
                 self.refuse(exchange, refusal, plan.id)
@@ -314,10 +244,10 @@ class App:
     def _submit_later(
         self, model: ModelHandle, exchange: Exchange, accepted: str | None, read: Callable[[], InferRequest]
     ) -> None:
-        """Reads a long body on another thread. Answers keep their order: that is the connection's business."""
+        """Decodes a long body on another thread. The connection keeps the answers in order."""
 
         def submit(request: InferRequest) -> None:
-            # Set too where the client has gone.
+            # An exchange whose client has gone counts as answered.
             if not exchange.answered:
                 self._submit(model, exchange, accepted, request)
             exchange.connection.hold(False)
@@ -342,7 +272,7 @@ class App:
         elif size <= PIECE_BYTES or (plan.constant and not compressed):
             self.send(call, self._write(call, outputs))
         else:
-            # They are only good until this returns.
+            # The outputs are only valid until this returns.
             kept = [bytes(output) for output in outputs]
             self._workers.run(
                 size,
@@ -352,14 +282,14 @@ class App:
             )
 
     def send(self, call: InferCall, payload: bytes) -> None:
-        """Answers an infer request with all that is to be sent."""
+        """Answers an infer request with a whole response."""
         exchange = call.exchange
         if not exchange.answered:
             call.model.metrics.answered(monotonic() - exchange.started_s, len(exchange.body), len(payload))
             exchange.send(payload)
 
     def _write(self, call: InferCall, outputs: Sequence[memoryview | bytes]) -> bytes:
-        """The answer, whose constant part, if it has one, stays with the plan for the next equal request."""
+        """The response. If its head does not depend on the result, the plan keeps it for the next equal request."""
         plan = call.request.plan
         head, tail = encode_response(call.model.signature, plan, outputs)
         fields = "Content-Type: application/json\r\n"
@@ -376,12 +306,12 @@ class App:
         return b"".join((DATE.ok, start, body))
 
     def close(self) -> None:
-        """Lets go of the threads that read and write long bodies."""
+        """Stops the threads that decode and encode long bodies."""
         self._workers.close()
 
 
 def _held(found: weakref.ref[ModelHandle]) -> ModelHandle:
-    """The model that a route leads to; it is there, because the route is looked up anew once the registry changes."""
+    """The model of a cached route. It exists: a change of the registry makes the app find the route again."""
     model = found()
     assert model is not None
     return model

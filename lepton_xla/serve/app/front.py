@@ -8,9 +8,10 @@ from collections.abc import Callable
 from time import monotonic
 
 from lepton_xla.serve.access.entrance import Access
-from lepton_xla.serve.app.app import App, Gather
+from lepton_xla.serve.app.app import App
 from lepton_xla.serve.app.observed import ObservedApp
 from lepton_xla.serve.app.options import Options
+from lepton_xla.serve.app.pages import Gather
 from lepton_xla.serve.http.drain import Closable, Stop, drain
 from lepton_xla.serve.http.hub import Hub
 from lepton_xla.serve.models.registry import Registry

@@ -1,0 +1,101 @@
+"""What a server tells about itself and its models: the answers of every route except infer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import msgspec
+
+from lepton_xla.serve.http.exchange import Exchange
+from lepton_xla.serve.models.handle import ModelHandle
+from lepton_xla.serve.models.registry import Registry
+from lepton_xla.serve.observe import exposition
+from lepton_xla.serve.observe.metrics import Metrics
+from lepton_xla.serve.observe.statistics import model_statistics
+from lepton_xla.serve.protocol import metadata, openapi
+
+type Gather = Callable[[Callable[[Metrics], object]], object]
+
+
+class Pages:
+    """Answers requests for information.
+
+    Args:
+        models: the models served.
+        metrics: the server's counters.
+        server_name: name in the server's metadata.
+        max_delay_s: batching delay shown in the configuration of a model.
+        gather: calls back with the counters of the whole server; None if `metrics` has them all.
+
+    Attributes:
+        server: by name of a route, what answers it.
+        model: the same for routes of one model.
+    """
+
+    def __init__(
+        self, models: Registry, metrics: Metrics, server_name: str, max_delay_s: float, gather: Gather | None
+    ) -> None:
+        self._models = models
+        self._metrics = metrics
+        self._gather: Gather = gather or (lambda then: then(metrics))
+        self.server: dict[str, Callable[[Exchange], None]] = {
+            "server_live": self._live,
+            "server_ready": self._ready,
+            "server_metadata": lambda exchange: self._json(exchange, metadata.server_metadata(server_name)),
+            "openapi": lambda exchange: self._json(exchange, openapi.document([each.signature for each in models])),
+            "metrics": self._show_metrics,
+            "statistics": lambda exchange: self._statistics(models, exchange),
+            "repository_index": self._index,
+            "log_settings": lambda exchange: self._json(exchange, metadata.log_settings()),
+            "trace_settings": lambda exchange: self._json(exchange, metadata.trace_settings()),
+        }
+        self.model: dict[str, Callable[[ModelHandle, Exchange], None]] = {
+            "model_metadata": self._model_metadata,
+            "model_ready": self._model_ready,
+            "model_config": lambda model, exchange: self._json(
+                exchange, metadata.model_config(model.signature, max_delay_s)
+            ),
+            "model_statistics": lambda model, exchange: self._statistics([model], exchange),
+            "model_trace_settings": lambda model, exchange: self._json(exchange, metadata.trace_settings()),
+        }
+
+    def _json(self, exchange: Exchange, value: Any, status: int = 200) -> None:
+        self._metrics.codes[status] += 1
+        exchange.answer(status, msgspec.json.encode(value))
+
+    def _live(self, exchange: Exchange) -> None:
+        live = self._metrics.live
+        self._json(exchange, metadata.ServerLive(live), 200 if live else 503)
+
+    def _ready(self, exchange: Exchange) -> None:
+        ready = self._metrics.ready
+        self._json(exchange, metadata.ServerReady(ready=ready, live=self._metrics.live), 200 if ready else 503)
+
+    def _model_metadata(self, model: ModelHandle, exchange: Exchange) -> None:
+        signature = model.signature
+        self._json(exchange, metadata.model_metadata(signature, self._models.versions(signature.name)))
+
+    def _is_ready(self, model: ModelHandle) -> bool:
+        return self._metrics.ready and model.health.ready
+
+    def _model_ready(self, model: ModelHandle, exchange: Exchange) -> None:
+        ready = self._is_ready(model)
+        self._json(exchange, metadata.ModelReady(model.signature.name, ready), 200 if ready else 503)
+
+    def _index(self, exchange: Exchange) -> None:
+        models = [(model.signature, self._is_ready(model)) for model in self._models]
+        self._json(exchange, metadata.repository_index(models, exchange.body))
+
+    def _statistics(self, models: Iterable[ModelHandle], exchange: Exchange) -> None:
+        signatures = [model.signature for model in models]
+
+        def show(metrics: Metrics) -> None:
+            told = [model_statistics(signature, metrics) for signature in signatures]
+            self._json(exchange, metadata.Statistics(told))
+
+        self._gather(show)
+
+    def _show_metrics(self, exchange: Exchange) -> None:
+        self._metrics.codes[200] += 1
+        self._gather(lambda metrics: exchange.answer(200, exposition.render(metrics), exposition.CONTENT_TYPE))
