@@ -1,0 +1,192 @@
+"""A client whose calls wait for their answers."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+
+from lepton_xla.errors import ServeError
+from lepton_xla.serve.client.calls import Attempts, Caller, RequestOf, arrays_of, is_good, json_of, only, route
+from lepton_xla.serve.client.transport import Answer, Connection, RequestError, left
+
+
+class Client(Caller):
+    """A client that waits for its answers. Threads may share one; it keeps a connection for each that asks at once.
+
+    A request that gets no answer, or 503 or 429, is sent again: after exponentially growing random delays, and not
+    before the server's `Retry-After`. Inference changes nothing on the server, so asking twice does no harm.
+
+    Args:
+        url: such as `http://127.0.0.1:8000`, `https://models.example/prefix`, `localhost:8000`, or
+            `http+unix://%2Frun%2Fdigits.sock` for a Unix socket.
+        model: which model methods ask for that are not told; by default the server's only one.
+        token: bearer token; by default that of the variable `LEPTON_TOKEN`, if it is set.
+        token_file: file that holds the token.
+        tls_ca: certificates (PEM) to trust instead of the system's.
+        tls_cert: the client's own certificate (PEM), for a server that asks for one.
+        tls_key: its private key, if not in the same file.
+        timeout_s: seconds for a call, all attempts and delays included; the server is told too.
+        retries: attempts after the first.
+        max_connections: requests on their way at once; more wait for their turn.
+        binary: whether tensors travel as bytes; unset for servers without the binary tensor extension.
+
+    Raises:
+        ServeError: for a URL, token or certificate that cannot be used.
+    """
+
+    def _open(self) -> None:
+        self._idle: list[Connection] = []
+        self._lock = threading.Lock()
+        self._turns = threading.BoundedSemaphore(self._max_connections)
+
+    def infer(
+        self,
+        model: str | None = None,
+        inputs: Mapping[str, Any] | None = None,
+        /,
+        *,
+        outputs: Sequence[str] | None = None,
+        timeout_s: float | None = None,
+        priority: int | None = None,
+        **more: Any,
+    ) -> dict[str, np.ndarray]:
+        """Runs a model.
+
+        Args:
+            model: its name.
+            inputs: arrays by name, for names that are no Python names; the others may be given as keywords.
+            outputs: which outputs to return; by default all.
+            timeout_s: seconds for this call, instead of the client's.
+            priority: 1 is served first, then 2 and so on; by default the server's own choice.
+            **more: inputs by name; anything `numpy.asarray` takes. bfloat16 is ml_dtypes'.
+
+        Returns:
+            The outputs by name, as arrays of their own. BYTES come as `bytes` objects.
+
+        Raises:
+            RequestError: with the server's message and HTTP status, or status None if it could not be reached;
+                DeadlineError if the time ran out.
+            InputError: for an array that the protocol cannot carry.
+        """
+        attempts = self._attempts(timeout_s)
+        name = self._name(model, attempts)
+        request = self._infer(name, {**(inputs or {}), **more}, outputs, priority)
+        return arrays_of(self._call(request, attempts))
+
+    def metadata(self, model: str | None = None) -> dict[str, Any]:
+        """Names, datatypes and shapes of a model's inputs and outputs; -1 is a dimension that varies."""
+        return self._get(model, "")
+
+    def config(self, model: str | None = None) -> dict[str, Any]:
+        """A model's configuration, as Triton writes it."""
+        return self._get(model, "/config")
+
+    def stats(self, model: str | None = None) -> dict[str, Any]:
+        """A model's statistics, as Triton writes them: counts and nanoseconds that only grow."""
+        return self._get(model, "/stats")
+
+    def server(self) -> dict[str, Any]:
+        """The server's name, version and extensions."""
+        return json_of(self._call(self._plain("/v2"), self._attempts()))
+
+    def index(self) -> list[dict[str, Any]]:
+        """The models that the server has, and their state."""
+        return json_of(self._call(self._plain("/v2/repository/index", "POST"), self._attempts()))
+
+    def ready(self, model: str | None = None) -> bool:
+        """Whether the server, or one model, takes requests now. One attempt; no answer is no.
+
+        Raises:
+            RequestError: if the token does not allow to ask.
+        """
+        return self._probe("/v2/health/ready" if model is None else f"{route(model)}/ready")
+
+    def live(self) -> bool:
+        """Whether the server answers at all. One attempt; no answer is no."""
+        return self._probe("/v2/health/live")
+
+    def close(self) -> None:
+        """Closes every idle connection; those in use are closed after their answer."""
+        with self._lock:
+            self._closed = True
+            idle, self._idle = self._idle, []
+        for connection in idle:
+            connection.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _name(self, model: str | None, attempts: Attempts) -> str:
+        if model is not None:
+            return model
+        if self._model is None:
+            self._model = only(json_of(self._call(self._plain("/v2/repository/index", "POST"), attempts)))
+        return self._model
+
+    def _get(self, model: str | None, action: str) -> dict[str, Any]:
+        attempts = self._attempts()
+        return json_of(self._call(self._plain(route(self._name(model, attempts)) + action), attempts))
+
+    def _probe(self, path: str) -> bool:
+        try:
+            return is_good(self._call(self._plain(path), self._attempts(retries=0)))
+        except RequestError as error:
+            if error.status is not None:
+                raise
+            return False
+
+    def _call(self, request: RequestOf, attempts: Attempts) -> Answer:
+        while True:
+            outcome: Answer | OSError
+            try:
+                if not self._turns.acquire(timeout=left(attempts.deadline)):
+                    raise TimeoutError
+                try:
+                    outcome = self._exchange(request(attempts.left()), attempts.deadline)
+                finally:
+                    self._turns.release()
+            except OSError as error:
+                outcome = error.with_traceback(None)  # which would lead back to this frame
+            delay = attempts.delay(outcome)
+            if delay is None:
+                assert isinstance(outcome, Answer)
+                return outcome
+            time.sleep(delay)
+
+    def _exchange(self, request: bytes, deadline: float) -> Answer:
+        connection = self._take() or Connection(self._endpoint, deadline)
+        try:
+            answer = connection.exchange(request, deadline)
+        except BaseException:
+            connection.close()
+            raise
+        with self._lock:
+            keep = connection.open and not self._closed
+            if keep:
+                self._idle.append(connection)
+        if not keep:
+            connection.close()
+        return answer
+
+    def _take(self) -> Connection | None:
+        """The connection used last, so that those not needed any more grow old and are closed by the server."""
+        while True:
+            with self._lock:
+                if self._closed:
+                    raise ServeError("the client is closed")
+                if not self._idle:
+                    return None
+                connection = self._idle.pop()
+            if connection.idle():
+                return connection
+            connection.close()
