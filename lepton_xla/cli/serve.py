@@ -171,31 +171,13 @@ def _limit_options(command: Callable[..., None]) -> Callable[..., None]:
 def serve(
     path: str,
     *,
-    host: str,
-    port: int,
-    unix_socket: Path | None,
     workers: int,
-    name: str | None,
-    server_name: str,
-    max_delay_us: int,
-    max_queue_rows: int,
-    max_queue_bytes: int,
-    default_timeout_s: float | None,
-    max_timeout_s: float | None,
-    priority_levels: int,
-    compress_bytes: int,
-    lame_duck_s: float,
-    stop_timeout_s: float,
-    token_file: Path | None,
     tls_cert: Path | None,
     tls_key: Path | None,
     tls_client_ca: Path | None,
-    insecure_public: bool,
-    access_log_sample: float,
-    otel_endpoint: str | None,
     log_format: str | None,
     as_json: bool,
-    **limits: Any,
+    **settings: Any,
 ) -> None:
     """Serve the artifact at PATH over HTTP.
 
@@ -220,28 +202,9 @@ def serve(
 
     # Ignored until the server's own handler (reload files) is installed: an early SIGHUP must not end the process.
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    options = Options(
-        host=host,
-        port=port,
-        unix_socket=unix_socket,
-        name=name,
-        server_name=server_name,
-        max_delay_us=max_delay_us,
-        max_queue_rows=max_queue_rows,
-        max_queue_bytes=max_queue_bytes,
-        default_timeout_s=default_timeout_s,
-        max_timeout_s=max_timeout_s,
-        priority_levels=priority_levels,
-        compress_bytes=compress_bytes,
-        lame_duck_s=lame_duck_s,
-        stop_timeout_s=stop_timeout_s,
-        access_log_sample=access_log_sample,
-        otel_endpoint=otel_endpoint,
-        limits=Limits(**limits),
-        token_file=token_file,
-        tls=_tls_files(tls_cert, tls_key, tls_client_ca),
-        insecure_public=insecure_public,
-    )
+    limits = Limits(**{field.name: settings.pop(field.name) for field in dataclasses.fields(Limits)})
+    # All other flags have the names of fields of `Options`.
+    options = Options(limits=limits, tls=_tls_files(tls_cert, tls_key, tls_client_ca), **settings)
     json_logs = as_json if log_format is None else log_format == "json"
     configure(json_logs)
     # Before the model is loaded, so that errors show at once.
@@ -251,7 +214,7 @@ def serve(
     def announce(server: Server | Supervisor) -> None:
         if as_json:
             place = {"host": server.address[0], "port": server.address[1]}
-            at = place if unix_socket is None else {"unix_socket": str(unix_socket)}
+            at = place if options.unix_socket is None else {"unix_socket": str(options.unix_socket)}
             line = json_lines.dumps({"event": "listening", "url": server.url, "model": server.name, **at})
         else:
             line = f"serving {server.name} on {server.url}"
