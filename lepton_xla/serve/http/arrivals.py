@@ -1,4 +1,4 @@
-"""From an accepted socket to a connection: TLS handshakes, and the bounds that hold while they last."""
+"""Accepts sockets and makes connections of them, after a TLS handshake if there is one."""
 
 from __future__ import annotations
 
@@ -17,27 +17,27 @@ from lepton_xla.serve.http.reserve import HANDSHAKE_S, RESERVED, LastConnection
 _log = logging.getLogger("lepton_xla.serve")
 
 AT_ONCE = 64
-"""Connections taken in one turn of the event loop."""
+"""Connections accepted in one turn of the event loop."""
 
-# After the process has run out of descriptors.
+# Pause after the process has run out of file descriptors.
 _FULL_S = 0.5
 _PLAIN = RefusedError(400, "plain HTTP was sent to a port that speaks TLS: use https://")
 
-# Of the event loop, in which those leave their places that were closed before another came.
+# Turns of the event loop before a connection counts as beyond the limits: closed ones leave meanwhile.
 _TURNS = 3
-# For handshakes that are under way when no more connections are taken.
+# Wait for handshakes that are under way when the server stops accepting.
 _SETTLE_S = 1.0
 
 
 def accept(
     listener: socket.socket, loop: asyncio.AbstractEventLoop, resume: Callable[[], object]
 ) -> socket.socket | None:
-    """A connection that waits at a listening socket which does not block; None if none can be had now.
+    """Accepts a connection at a non-blocking listening socket; None if there is none.
 
     Args:
         listener: the socket, watched by the event loop.
-        loop: the event loop. Where the machine has no room for a connection, it stops watching.
-        resume: called half a second after that, to have it watched again.
+        loop: the event loop. It stops watching if the process has no file descriptor left.
+        resume: called half a second later, to watch again.
     """
     while True:
         try:
@@ -54,7 +54,7 @@ def accept(
 
 
 def _address_of(accepted: socket.socket) -> str:
-    """The client's address; nothing where it is this machine, by a Unix socket.
+    """The client's address; empty for a Unix socket.
 
     Raises:
         OSError: if the client has gone.
@@ -63,14 +63,14 @@ def _address_of(accepted: socket.socket) -> str:
 
 
 class Arrivals:
-    """Takes accepted sockets to the hub. Those that speak TLS shake hands first, for no longer than `head_timeout_s`.
+    """Makes connections of accepted sockets. TLS handshakes take at most `head_timeout_s`.
 
-    They count as connections from the start. Those beyond the limits are told so by their first answer, unless they ask
-    for health. Of TLS handshakes beyond the limits `RESERVED` are under way; the oldest ends where another begins.
+    A socket counts as a connection from the start. Beyond the limits it gets one answer: health, or that there are too
+    many. At most `RESERVED` TLS handshakes run beyond the limits; each further one closes the oldest.
 
     Args:
-        hub: where they go.
-        tls: what the event loop has to be told to speak TLS; empty for plain HTTP.
+        hub: shared by all connections.
+        tls: options of the event loop for TLS; empty for plain HTTP.
     """
 
     def __init__(self, hub: Hub, tls: dict[str, Any]) -> None:
@@ -81,7 +81,7 @@ class Arrivals:
         self._beyond: dict[asyncio.Task[None], None] = {}
 
     def take(self, accepted: socket.socket) -> None:
-        """Takes over a socket."""
+        """Takes an accepted socket over."""
         hub = self._hub
         try:
             address = _address_of(accepted)
@@ -146,7 +146,7 @@ class Arrivals:
             connection.recall()
 
     async def _is_plain(self, accepted: socket.socket, limit_s: float) -> bool:
-        """Whether a client that should shake hands speaks plain HTTP: its first byte is a letter, not a record's type.
+        """Whether a client speaks plain HTTP instead of TLS: its first byte is a letter, not a record type.
 
         Raises:
             OSError: if nothing comes in time.
@@ -161,19 +161,19 @@ class Arrivals:
         return accepted.recv(1, socket.MSG_PEEK).isalpha()
 
     async def settle(self) -> None:
-        """Waits for those that are on their way, but not long for a client that does not go on."""
+        """Waits a moment for handshakes that are under way."""
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=_SETTLE_S)
 
 
 class Entrance:
-    """Where connections come in, until it is closed.
+    """Listens and accepts, until closed.
 
     Args:
-        hub: what they share.
-        listening: what to listen on.
-        backlog: connections that may wait to be taken.
-        tls: as of `Arrivals`.
+        hub: shared by all connections.
+        listening: the sockets.
+        backlog: connections that may wait in the kernel.
+        tls: see `Arrivals`.
     """
 
     def __init__(self, hub: Hub, listening: Listening, backlog: int, tls: dict[str, Any]) -> None:
@@ -184,7 +184,7 @@ class Entrance:
         self._closed = False
 
     def open(self) -> None:
-        """Listens. uvloop's own server would take one connection in each turn of the event loop."""
+        """Starts to listen. uvloop's own server would accept one connection a turn of the event loop."""
         self._listening.open(self._backlog)
         self._watch()
 
@@ -194,7 +194,7 @@ class Entrance:
                 self._loop.add_reader(listener, self._accept, listener)
 
     def _accept(self, listener: socket.socket) -> bool:
-        """Takes the connections that are there; gives whether there may be more."""
+        """Accepts the connections that wait; returns whether there may be more."""
         for _ in range(AT_ONCE):
             accepted = accept(listener, self._loop, self._watch)
             if accepted is None:
@@ -203,8 +203,8 @@ class Entrance:
         return True
 
     async def close(self) -> None:
-        """Takes the connections that the kernel has accepted already, and no more."""
-        # Closing the socket with connections waiting at it would reset them.
+        """Accepts the connections that the kernel has already, and stops listening."""
+        # Closing the socket resets connections that wait.
         for listener in self._listening.sockets:
             while self._accept(listener):
                 pass

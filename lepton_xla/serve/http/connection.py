@@ -27,7 +27,7 @@ _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 _CACHED_HEADS = 512
 _CACHED_HEAD_BYTES = 2048
 _LINGER_S = 2.0
-# Unanswered requests of one connection beyond which nothing more is read from it.
+# With more unanswered requests than this, the connection is not read.
 _AHEAD = 64
 
 
@@ -55,20 +55,20 @@ class Connection(asyncio.Protocol):
         self._deadline = math.inf
         self._continue = False
         self._going_on = False
-        # What the client said last: most say it again, and to compare with one takes less time than to look it up.
+        # The last head: most clients repeat it, and comparing is faster than a lookup.
         self._last: Head | None = None
 
-    # From whoever accepts it.
+    # Called by `Arrivals`.
 
     def announce(self, address: str) -> None:
-        """Has it count before it is made, as while it shakes hands for TLS."""
+        """Counts the connection before it is made, as during a TLS handshake."""
         self._address = address
         self._announced = True
         self._hub.arriving += 1
         self._hub.addresses[address] += 1
 
     def recall(self) -> None:
-        """Has it count no more if it was announced and not made."""
+        """Stops counting it if it was announced but never made."""
         if self._announced:
             self._announced = False
             self._hub.arriving -= 1
@@ -80,7 +80,7 @@ class Connection(asyncio.Protocol):
         if not addresses[self._address]:
             del addresses[self._address]
 
-    # From the transport.
+    # Called by the transport.
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = transport
@@ -107,8 +107,8 @@ class Connection(asyncio.Protocol):
         self._pending.clear()
 
     def eof_received(self) -> None:
-        # The transport closes this end too, after what is written. A client that ends its side cannot be told
-        # from one that gave up, and what that one queued has to be cancelled.
+        # The transport closes this side too once everything is written. A half-closed connection looks the same as one
+        # that the client gave up, whose requests have to be cancelled.
         self._closing = True
         self._deadline = monotonic() + self._limits.write_timeout_s
 
@@ -119,12 +119,12 @@ class Connection(asyncio.Protocol):
 
     def resume_writing(self) -> None:
         self._stalled = math.inf
-        self._out.count(0)  # or what is too little to count
+        self._out.count(0)  # below the low-water mark nothing counts
         self._out.go_on()
         self._throttle()
 
     def _throttle(self) -> None:
-        """Reads on only while the client reads too and not too much of its own is in hand."""
+        """Pauses reading while the client does not read its answers or has too many requests open, else resumes."""
         pending = self._pending
         ahead = len(pending) > _AHEAD or (len(pending) > 1 and sum(len(each.body) for each in pending) > AHEAD_BYTES)
         reading = not ahead and self._stalled == math.inf and not self._out.waiting
@@ -136,7 +136,7 @@ class Connection(asyncio.Protocol):
         if reading != self._reading and not self._transport.is_closing():
             self._reading = reading
             if reading:
-                # The client could not send meanwhile, so its time stood still.
+                # The time limit does not run while reading is paused.
                 self._deadline += monotonic() - self._paused_s
                 self._transport.resume_reading()
             else:
@@ -144,7 +144,7 @@ class Connection(asyncio.Protocol):
                 self._transport.pause_reading()
 
     def _go_on(self) -> None:
-        """Reads more of what one turn of the event loop had too much of."""
+        """Parses the rest of a read that was too much for one turn of the event loop."""
         rest = self._in.take_rest()
         if not self._closing:
             try:
@@ -199,7 +199,7 @@ class Connection(asyncio.Protocol):
             self._throttle()
 
     def _remember(self, data: bytes, end: int) -> None:
-        """Keeps the head of data that was exactly one request, with a body of the length its head says."""
+        """Caches the head of data that was exactly one request with a body of the declared length."""
         head, heads = self._in.complete, self._hub.heads
         if head is not None and len(data) - end - 4 == head.content_length:
             if len(heads) >= _CACHED_HEADS:
@@ -207,29 +207,29 @@ class Connection(asyncio.Protocol):
             head.start = data[: end + 4]
             heads[data[:end]] = head
 
-    # From what comes in.
+    # Called by `Incoming`.
 
     def expect(self, seconds: float) -> None:
-        """The client may take so long for what it sends next."""
+        """Sets the time limit for what the client sends next."""
         self._continue = False
         self._deadline = monotonic() + seconds
 
     def consider(self, target: bytes, headers: dict[bytes, bytes]) -> None:
-        """Any request may be asked here."""
+        """No-op: this connection takes every request."""
 
     def invite(self) -> None:
-        """The client waits to be told that its body is welcome."""
+        """Answers `Expect: 100-continue`."""
         self._continue = True
         self._send_continue()
 
     def _send_continue(self) -> None:
-        # Only once the answers before it are out, or it would be taken for one of them.
+        # Only after all earlier answers: the client would take it for one of them.
         if self._continue and not self._pending:
             self._continue = False
             self._transport.write(_CONTINUE)
 
     def dispatch(self, head: Head, body: bytes, trace: bytes | None) -> None:
-        """Has a request handled, or refuses it."""
+        """Passes a request to the handler, or refuses it."""
         hub = self._hub
         if self._closing:
             hub.buffered_bytes -= len(body)
@@ -262,22 +262,22 @@ class Connection(asyncio.Protocol):
             self._throttle()
 
     def reserve(self, nbytes: int) -> None:
-        """Sets memory aside for the answer of a request that is handled.
+        """Reserves memory for an answer.
 
         Raises:
-            RefusedError: 503 where the server holds too much already.
+            RefusedError: 503 if the server holds too much already.
         """
         self._out.reserve(nbytes)
 
     def hold(self, held: bool) -> None:
-        """Has further requests wait until the size of an answer is known, or no longer."""
+        """Starts or stops holding back further requests, while the size of an answer is unknown."""
         self._out.held = held
         if not held:
             self._out.go_on()
             self._throttle()
 
     def flush(self) -> None:
-        """Writes what is answered, as far as the order of the requests allows."""
+        """Writes the answers whose turn it is: answers leave in the order of the requests."""
         pending = self._pending
         if not pending:
             return
@@ -289,7 +289,7 @@ class Connection(asyncio.Protocol):
                 self._out.reserve(-exchange.reserved)
             last = not head.keep_alive
             if self._hub.draining and not self._in.begun:
-                # What else may be on its way is not read: that this is the last answer tells the client so.
+                # `Connection: close` tells the client that later requests are not read.
                 self._closing = True
                 last = last or not pending
             if last:
@@ -312,11 +312,11 @@ class Connection(asyncio.Protocol):
                 self._deadline = monotonic() + self._limits.idle_timeout_s
 
     def _fail(self, refusal: RefusedError, method: bytes = b"") -> None:
-        """Answers a request that cannot be read, after the answers before it, and gives the connection up.
+        """Answers a request that cannot be read, after all earlier answers, and closes.
 
         Args:
             refusal: why.
-            method: of the request; by default of the one that is read, as far as it has come.
+            method: of the request; by default of the one that is being read.
         """
         if self._closing:
             return
@@ -332,16 +332,16 @@ class Connection(asyncio.Protocol):
         self._closing = True
         plain = self._transport.can_write_eof()
         if unread and plain:
-            # Closing with unread bytes in the socket would reset the connection and could take the answer with it.
+            # Closing a socket with unread bytes resets the connection, and the client could lose the answer.
             self._deadline = monotonic() + _LINGER_S
             self._transport.write_eof()
             return
-        # Less than what makes the transport say that it is stalled may be left to write.
+        # Some data may be left to write: too little for the transport to call `pause_writing`.
         self._deadline = monotonic() + self._limits.write_timeout_s
         self._transport.close()
         if not plain:
-            # TLS ends with a message of its own, after which what still comes in is thrown away. A client that keeps
-            # the connection for later does not see it, and gives none back.
+            # TLS waits for the client's close_notify. A client that pools the connection does not read ours, and sends
+            # none.
             asyncio.get_running_loop().call_later(_LINGER_S, self._part)
 
     def _part(self) -> None:
@@ -349,36 +349,36 @@ class Connection(asyncio.Protocol):
             self._transport.abort()
 
     def abandoned(self) -> None:
-        """Nothing is to be done: whoever calls this knows."""
+        """No-op: `connection_lost` has already cleaned up."""
 
-    # For whoever stops the server.
+    # Called by `drain` and `Hub.sweep`.
 
     @property
     def unanswered(self) -> int:
-        """Requests that are read and whose answers are not written."""
+        """Number of requests read whose answers are not written yet."""
         return len(self._pending)
 
     @property
     def owing(self) -> bool:
-        """Whether a request that is read has no answer, or one that has not left the process."""
+        """Whether a request has no answer yet, or its answer has not left the process."""
         return bool(self._pending) or self._transport.get_write_buffer_size() > 0
 
     def quiet_s(self, now: float) -> float:
-        """Seconds since the last answer, or since it was opened; -1 while a request is read or answered."""
+        """Seconds since the last answer, or since the connection opened; -1 while a request is read or answered."""
         if self._pending or self._in.begun or self._in.rest or self._closing:
             return -1.0
         return now - (self._deadline - self._limits.idle_timeout_s)
 
     def fileno(self) -> int:
-        """Number of its socket."""
+        """The descriptor of its socket."""
         return self._transport.get_extra_info("socket").fileno()
 
     def end(self) -> None:
-        """Closes a quiet connection."""
+        """Closes an idle connection."""
         self._finish(unread=False)
 
     def give_up(self, refusal: RefusedError) -> None:
-        """Answers with an error what has no answer yet, and closes."""
+        """Answers every open request with an error, and closes."""
         if self._in.begun:
             self._fail(refusal)
         for exchange in tuple(self._pending):
@@ -392,13 +392,13 @@ class Connection(asyncio.Protocol):
             self.end()
 
     def abort(self) -> None:
-        """Ends the connection without waiting for anything."""
+        """Closes at once."""
         self._transport.abort()
 
     def sweep(self, now: float) -> None:
-        """Ends the connection if a time limit has passed."""
+        """Closes if a time limit has passed."""
         if self._stalled != math.inf:
-            # A slow client has read some of it.
+            # The client may be slow but reading.
             self._out.count(self._transport.get_write_buffer_size())
             self._out.go_on()
         if now - self._stalled > self._limits.write_timeout_s or (self._closing and now >= self._deadline):

@@ -1,4 +1,4 @@
-"""One HTTP request and its answer: what lies between the connection that reads bytes and the app that knows models."""
+"""One HTTP request and its answer: the interface between connection and app."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from lepton_xla.serve.http.date import DATE
 
 
 class Answers(Protocol):
-    """Where answers go: the connection, which keeps them in the order of the requests."""
+    """Takes answers: the connection, which sends them in the order of the requests."""
 
     def flush(self) -> None:
-        """Told that one more exchange has its answer."""
+        """An exchange has its answer."""
         ...
 
     def abandoned(self) -> None:
-        """Told that the client of an exchange went away before its answer."""
+        """The client of an exchange went away before its answer."""
         ...
 
     def reserve(self, nbytes: int) -> None:
-        """Sets memory aside for an answer, or gives it back where that is negative; may raise `RefusedError`, 503."""
+        """Reserves memory for an answer, or releases it if negative. May raise `RefusedError`, 503."""
         ...
 
     def hold(self, held: bool) -> None:
-        """Has the requests after this one wait until the size of its answer is known, or no longer."""
+        """Starts or stops holding back the requests after this one, while the size of its answer is unknown."""
         ...
 
 
@@ -37,23 +37,23 @@ class Cancellable(Protocol):
     """Work that will answer an exchange."""
 
     def cancel(self) -> None:
-        """Told that the client went away."""
+        """The client went away."""
         ...
 
 
 class Head:
-    """Request line and header fields of a request. Equal ones may share an object.
+    """Request line and header fields. Equal heads may share an object.
 
     Attributes:
         method: such as `b"POST"`.
         target: the request target, still percent-encoded.
         headers: lower-case name -> value; repeated fields joined by a comma.
-        keep_alive: whether the client wants the connection kept.
-        old: HTTP/1.0, where keep-alive has to be said.
-        content_length: of the body; 0 without one, -1 where only its chunks will tell.
-        route: room for the handler to keep what answers this head.
-        generation: of what the handler knew when it found that; -1 before.
-        start: its bytes, the blank line included, once it is known to come again.
+        keep_alive: whether the connection stays open after the answer.
+        old: HTTP/1.0, where keep-alive has to be announced.
+        content_length: of the body; 0 without one, -1 if it is chunked.
+        route: cached by the handler: what answers this head.
+        generation: of the handler's routes when it was cached; -1 if it is not.
+        start: its bytes with the blank line, if the head is cached.
     """
 
     __slots__ = ("content_length", "generation", "headers", "keep_alive", "method", "old", "route", "start", "target")
@@ -71,18 +71,18 @@ class Head:
 
 
 class Exchange(msgspec.Struct, eq=False):
-    """One request and the place for its answer.
+    """One request and its answer.
 
     Attributes:
-        connection: where the answer goes.
+        connection: takes the answer.
         head: request line and headers.
         body: the whole body as sent.
-        started_s: when the request was complete.
-        work: what will answer it, if that takes time; cancelled if the client goes away first.
-        answered: whether an answer was given.
+        started_s: when the request was complete, on the monotonic clock.
+        work: what will answer it; cancelled if the client goes away first.
+        answered: whether it has an answer or needs none any more.
         payload: the answer.
-        reserved: bytes set aside for the answer, until it is written.
-        trace: the W3C `traceparent` it came with, if a valid one; it goes back with the answer.
+        reserved: bytes reserved for the answer, until it is written.
+        trace: the W3C `traceparent` of the request, if valid; the answer repeats it.
     """
 
     connection: Answers
@@ -96,10 +96,10 @@ class Exchange(msgspec.Struct, eq=False):
     reserved: int = 0
 
     def reserve(self, nbytes: int) -> None:
-        """Sets memory aside for the answer.
+        """Reserves memory for the answer.
 
         Raises:
-            RefusedError: 503 where the server holds too much already.
+            RefusedError: 503 if the server holds too much already.
         """
         self.connection.reserve(nbytes)
         self.reserved += nbytes
@@ -123,22 +123,22 @@ class Exchange(msgspec.Struct, eq=False):
         self.send(head if self.head.method == b"HEAD" else head + body)
 
     def send(self, payload: bytes) -> None:
-        """Answers with all that is to be sent, the status line first."""
+        """Answers with a whole response, status line included."""
         if not self.answered:
             self.answered = True
-            # It refers back to this exchange; a cycle a request would keep the garbage collector busy.
+            # It refers to this exchange: without a cycle, reference counting frees both.
             self.work = None
             if self.trace is not None:
                 payload = payload.replace(b"\r\n", b"\r\nTraceparent: " + self.trace + b"\r\n", 1)
             self.payload = payload
             if self.reserved > len(payload):
-                # It may wait long for those before it.
+                # The answer may wait long for earlier ones.
                 self.reserve(len(payload) - self.reserved)
             self.connection.flush()
 
 
 def _head(status: int, body_bytes: int, content_type: str, extra: tuple[str, ...]) -> bytes:
-    """Everything before a body, the blank line included."""
+    """Status line and header fields, with the blank line."""
     lines = (f"Content-Type: {content_type}", f"Content-Length: {body_bytes}", *extra, "\r\n")
     line = f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\n"
     return line.encode() + DATE.field + "\r\n".join(lines).encode("latin-1")
@@ -146,7 +146,7 @@ def _head(status: int, body_bytes: int, content_type: str, extra: tuple[str, ...
 
 @functools.lru_cache(maxsize=256)
 def _refusal(status: int, message: str, headers: tuple[str, ...], date: bytes) -> tuple[bytes, bytes]:
-    """Head and body of an error. Kept while the date is the same: an overloaded server writes one over and over."""
+    """Head and body of an error, cached for one date: an overloaded server repeats them."""
     if status == 503 and not any(line.startswith("Retry-After:") for line in headers):
         headers = (*headers, "Retry-After: 1")
     body = msgspec.json.encode({"error": message})

@@ -1,4 +1,4 @@
-"""What the connections of a server share: its limits, who takes their requests, and what there is of them."""
+"""What the connections of a server share: limits, handler, counts."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from lepton_xla.serve.limits import Limits
 
 
 class OpenConnection(Protocol):
-    """A connection, as what all of them share sees it."""
+    """A connection, as the hub sees it."""
 
     @property
     def unanswered(self) -> int:
-        """Requests that are read and whose answers are not written."""
+        """Number of requests read whose answers are not written yet."""
         ...
 
     @property
     def owing(self) -> bool:
-        """Whether a request that is read has no answer, or one that has not left the process."""
+        """Whether a request has no answer yet, or its answer has not left the process."""
         ...
 
     def quiet_s(self, now: float) -> float:
@@ -32,31 +32,31 @@ class OpenConnection(Protocol):
         ...
 
     def fileno(self) -> int:
-        """Number of its socket."""
+        """The descriptor of its socket."""
         ...
 
     def end(self) -> None:
-        """Closes it if it is quiet."""
+        """Closes it if it is idle."""
         ...
 
     def give_up(self, refusal: RefusedError) -> None:
-        """Answers with an error what has no answer yet, and closes it."""
+        """Answers every open request with an error, and closes."""
         ...
 
     def abort(self) -> None:
-        """Ends it without waiting for anything."""
+        """Closes at once."""
         ...
 
     def sweep(self, now: float) -> None:
-        """Ends it if a time limit has passed."""
+        """Closes it if a time limit has passed."""
         ...
 
 
 class Reserved(OpenConnection, Protocol):
-    """A connection beyond the limits, whose first answer is its last."""
+    """A connection beyond the limits, which gets one answer."""
 
-    def refuse(self) -> None:
-        """Says that there is no more time to ask."""
+    def make_room(self) -> None:
+        """Refuses what has not been asked yet, and closes."""
         ...
 
 
@@ -99,11 +99,11 @@ class Hub:
 
     @property
     def open(self) -> int:
-        """Connections, those on their way included."""
+        """Number of connections, those in a handshake included."""
         return len(self.connections) + self.arriving
 
     def full(self, address: str) -> RefusedError | None:
-        """Why there may be no connection more.
+        """The reason to refuse another connection, or None.
 
         Args:
             address: of the client; empty on a Unix socket, where all of them share one.
@@ -117,15 +117,15 @@ class Hub:
 
     @property
     def in_flight(self) -> int:
-        """Requests that have no answer yet, or whose answer waits for one before it."""
+        """Number of requests without an answer, or whose answer waits for an earlier one."""
         return sum(connection.unanswered for connection in self.connections)
 
     def figures(self) -> dict[str, float]:
-        """What `Metrics` shows of it."""
+        """The gauges that `Metrics` shows."""
         return {"in_flight": self.in_flight, "connections": self.open, "buffered_bytes": self.buffered_bytes}
 
     def sweep(self, now: float) -> None:
-        """Enforces the time limits, and takes the time for answers; called about once a second."""
+        """Enforces the time limits and updates the `Date` of answers. Call it about once a second."""
         DATE.tick(time.time())
         for connection in tuple(self.connections):
             connection.sweep(now)

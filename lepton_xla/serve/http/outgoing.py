@@ -1,9 +1,9 @@
-"""Memory on the way out of a connection: answers that are to come, and answers that the client has not read.
+"""Memory of a connection's answers, from before the request is handled until the client has read the answer.
 
-It counts against the bounds on what comes in, from before a request is handled: what its answer will take is set aside
-then, and given back when the transport has it; what the transport cannot send yet counts until it is gone. A client
-that asks on without reading has its further requests wait here, unhandled, and then is not read from. They also wait
-while a long body is read on another thread, because the size of its answer is not known before.
+The size of an answer is reserved before its request is handled, and released when the transport takes the answer. What
+the transport cannot send yet counts until it is sent. Both count against the same limit as request bodies. If a client
+sends requests without reading answers, its further requests wait here unhandled, and then the connection is not read.
+They also wait while a long body is decoded on another thread, because the size of its answer is unknown until then.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from lepton_xla.serve.http.heads import buffer_refusal
 from lepton_xla.serve.http.hub import Hub
 
 AHEAD_BYTES = 1 << 20
-"""Of the answers of one connection, and of its bodies: beyond it no further request is handled, or read."""
+"""With more than this in answers, a connection's next request is not handled; in bodies, it is not read."""
 
 
 class Outgoing:
-    """What one connection has on its way out.
+    """The answers of one connection that have not left.
 
     Args:
-        hub: what the connections share.
+        hub: shared by all connections.
 
     Attributes:
-        held: whether the size of an answer is not known yet.
-        waiting: requests that are read and not handled yet, in their order.
+        held: whether the size of an answer is still unknown.
+        waiting: requests read but not handled yet, in order.
     """
 
     __slots__ = ("_hub", "_reserved", "_running", "_unsent", "held", "waiting")
@@ -39,14 +39,14 @@ class Outgoing:
 
     @property
     def full(self) -> bool:
-        """Whether another request has to wait."""
+        """Whether the next request has to wait."""
         return self.held or self._reserved + self._unsent > AHEAD_BYTES
 
     def reserve(self, nbytes: int) -> None:
-        """Sets so much aside for an answer, or gives it back where it is negative.
+        """Reserves bytes for an answer, or releases them if negative.
 
         Raises:
-            RefusedError: 503 where the server holds too much already.
+            RefusedError: 503 if the server holds too much already.
         """
         hub = self._hub
         if nbytes > 0 and hub.buffered_bytes + nbytes > hub.limits.max_buffered_bytes:
@@ -55,22 +55,22 @@ class Outgoing:
         self._reserved += nbytes
 
     def count(self, unsent: int) -> None:
-        """Told how much the transport holds."""
+        """Sets the number of bytes that the transport has not sent."""
         self._hub.buffered_bytes += unsent - self._unsent
         self._unsent = unsent
 
     def handle(self, exchange: Exchange) -> None:
-        """Has a request handled, now or when there is room for its answer."""
+        """Passes a request to the handler, now or when there is room for its answer."""
         if self.full or self.waiting:
             self.waiting.append(exchange)
         else:
             self._hub.handler(exchange)
 
     def go_on(self) -> None:
-        """Has requests handled that there is room for now."""
+        """Passes waiting requests to the handler while there is room."""
         waiting = self.waiting
         if self._running:
-            return  # an answer was there at once
+            return  # the handler answered at once, within the loop below
         self._running = True
         try:
             while waiting and not self.full:
@@ -81,7 +81,7 @@ class Outgoing:
             self._running = False
 
     def end(self) -> None:
-        """Gives everything back: the connection is lost."""
+        """Releases everything: the connection is lost."""
         self.waiting.clear()
         self._hub.buffered_bytes -= self._reserved + self._unsent
         self._reserved = self._unsent = 0

@@ -1,8 +1,8 @@
-"""Connections that get one answer: those beyond the limits, which may ask for health, and those that took a wrong turn.
+"""Connections that get one answer: beyond the limits they may ask for health; plain HTTP on a TLS port gets an error.
 
-An orchestrator that cannot reach the health of a server takes it for dead, and ends one that only has much to do. So a
-few connections beyond the limits are accepted. Where more come, the oldest is closed for each new one: however many
-there are, few files are open for them, and a new connection always has its chance.
+An orchestrator that gets no answer to a health check takes the server for dead, and kills one that is only busy. So the
+server accepts a few connections beyond the limits, and closes the oldest of them for each new one. However many come,
+few files are open for them, and every new connection can ask.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from lepton_xla.serve.http.exchange import Head
 from lepton_xla.serve.http.hub import Hub
 
 RESERVED = 64
-"""Connections beyond the limits that are kept until they are answered, and as many in a TLS handshake."""
+"""Number of connections kept beyond the limits, and of TLS handshakes beyond them."""
 
 HANDSHAKE_S = 2.0
-"""How long a TLS handshake beyond the limits may take."""
+"""Time limit of a TLS handshake beyond the limits."""
 
-# How long TLS may take to say goodbye on a connection that has to make room.
+# Time for the TLS close_notify of a connection that makes room.
 _GOODBYE_S = 0.1
 
 
@@ -29,9 +29,9 @@ class LastConnection(Connection):
     """A connection that is closed by its first answer. It does not count towards the limits.
 
     Args:
-        hub: as of any connection.
-        refusal: what every request gets.
-        answered: paths of which it gets an answer all the same.
+        hub: shared by all connections.
+        refusal: the answer to every request,
+        answered: except to those for these paths.
     """
 
     __slots__ = ("_answered", "_refusal")
@@ -58,10 +58,10 @@ class LastConnection(Connection):
         self._hub.reserve.pop(self, None)
 
     def _leave_address(self) -> None:
-        pass  # it has left
+        pass  # `connection_made` has done it
 
     def make_room(self) -> None:
-        """Refuses what has not been asked yet, and closes without waiting for the client to close too."""
+        """Refuses a request that has not come yet, and closes without waiting for the client."""
         self._fail(self._refusal.bare())
         self._transport.close()
         if not self._transport.can_write_eof():
@@ -71,13 +71,13 @@ class LastConnection(Connection):
         return target.partition(b"?")[0] in self._answered
 
     def consider(self, target: bytes, headers: dict[bytes, bytes]) -> None:
-        """Only health may be asked here, without a body."""
+        """Refuses everything except health checks without a body."""
         with_body = headers.get(b"content-length", b"0") != b"0" or b"transfer-encoding" in headers
         if with_body or not self._is_answered(target):
             raise self._refusal.bare()
 
     def dispatch(self, head: Head, body: bytes, trace: bytes | None) -> None:
-        """Has it handled if it asks for health."""
+        """Passes health checks to the handler, and refuses everything else."""
         if body or not self._is_answered(head.target):
             self._hub.buffered_bytes -= len(body)
             self._fail(self._refusal.bare(), head.method)

@@ -1,4 +1,4 @@
-"""Threads for long work on bodies, so that the event loop goes on meanwhile."""
+"""Threads that decode and encode long bodies while the event loop goes on."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ _THREADS = 2
 
 
 class Workers:
-    """Runs work on a few threads, and hands what comes of it to the event loop. Used on the event loop only.
+    """Runs work on a few threads, and returns results to the event loop. Call it on the event loop only.
 
     Args:
-        max_bytes: of bodies in hand and waiting; beyond them work is refused.
+        max_bytes: of bodies being worked on or waiting; more are refused.
     """
 
     def __init__(self, max_bytes: int) -> None:
@@ -32,13 +32,13 @@ class Workers:
         """Runs `work` on a thread, then `done` with its result, or `failed`, on the event loop.
 
         Args:
-            size: bytes it works on.
+            size: bytes of the body.
             work: may raise a `RefusedError`; any other exception is logged and becomes one with status 500.
-            done: gets what it gave; may raise as `work`.
-            failed: gets why there is nothing.
+            done: gets the result; may raise as `work` does.
+            failed: gets the error.
 
         Raises:
-            RefusedError: 503 where too much waits.
+            RefusedError: 503 if too much is waiting.
         """
         if self._bytes and self._bytes + size > self._max_bytes:
             raise RefusedError(503, "too many large requests are being read or written")
@@ -76,5 +76,5 @@ class Workers:
         self._pool.submit(task)
 
     def close(self) -> None:
-        """Takes no more work; what runs ends by itself."""
+        """Accepts no more work. What runs ends by itself."""
         self._pool.shutdown(wait=False, cancel_futures=True)
