@@ -1,26 +1,24 @@
-"""Which requests run together, and when: pure logic, told the time, with no thread, socket or clock of its own.
+"""Decides which requests share a batch, and when it runs. Pure logic: no thread, no socket, and the caller's clock.
 
-It never waits while it could run (unless `max_delay_s` says so), and forms a batch as late as it can.
+It never waits while the engine is idle (unless `max_delay_s` is set), and forms each batch as late as possible.
 
-*Order.* The level comes first; within a level the earliest deadline, and first come, first served among equals. Two
-rules keep anybody from starving: a request without a deadline counts as due `PATIENCE_S` after it came, and where
-lower levels wait, every eighth batch is headed by the one of theirs that is due first. What room a batch has left
-goes to requests that wait further back, if they can share it. A full queue drops the newest of lower levels for a
-request of a higher one, but leaves each level an eighth of its room.
+*Order.* By priority level, then by deadline, then by arrival. Two rules prevent starvation: a request without a
+deadline counts as due `PATIENCE_S` after its arrival, and while lower levels wait, every eighth batch starts with their
+most urgent request. Requests further back fill the rest of a batch if they can share it. A full queue drops the newest
+requests of lower levels to admit one of a higher level, but leaves each level an eighth of the queue.
 
-*Size.* The compiled size with the least cost per real row (see `costs`), while that meets the deadline of the request
-at the head. Where it does not, a smaller size is taken, unless more waits than one batch can hold: then there is no
-time to give away, and the request is answered as expired. A request larger than the largest size is split over
-batches.
+*Size.* The compiled size with the least cost per real row (see `costs`), if that meets the deadline of the first
+request. If not, a smaller size, unless more rows wait than one batch holds: then the request expires, because a smaller
+batch would delay the others. A request larger than the largest size is split over batches.
 
-*Deadlines.* A request that cannot meet its deadline behind what is ahead of it is refused as it comes, as in Clockwork
-(Gujarati et al., OSDI 2020). One whose deadline passes while it waits or runs is dropped then.
+*Deadlines.* A request that cannot meet its deadline behind those ahead of it is refused on arrival, as in Clockwork
+(Gujarati et al., OSDI 2020). A request whose deadline passes while it waits or runs is dropped.
 
-*Other dimensions.* Requests with different keys run apart, but if the time for both is less together, those with the
-smaller key are padded up to join the others.
+*Other dimensions.* Requests with different keys run in separate batches, unless padding the smaller key to the larger
+takes less time in total.
 
-*Failures.* A batch that fails is run again in halves, down to single requests, so that one bad request does not fail
-its neighbours. See `Retries` for the bound.
+*Failures.* A failed batch runs again in halves, down to single requests, so that one bad request does not fail its
+neighbours. `Retries` bounds this.
 """
 
 from __future__ import annotations
@@ -34,12 +32,12 @@ from lepton_xla.serve.batching.line import Line
 from lepton_xla.serve.batching.retries import Retries
 from lepton_xla.serve.batching.tickets import Batch, Part, Reason, Ticket
 
-# Batches that a level may head in a row while lower ones wait.
+# Batches that a level may start in a row while lower levels wait.
 _TURNS = 7
 
 
 class Batcher[T: Ticket]:
-    """A bounded queue of requests that gives batches of compiled sizes.
+    """A bounded queue of requests that forms batches of compiled sizes.
 
     Args:
         ladder: compiled batch sizes, ascending.
@@ -87,22 +85,22 @@ class Batcher[T: Ticket]:
 
     @property
     def running(self) -> bool:
-        """Whether a batch has been given out that has neither finished nor failed."""
+        """Whether a batch is running."""
         return self._running is not None
 
     def __len__(self) -> int:
-        """Requests waiting, those closed but not yet swept included."""
+        """Number of waiting requests, closed ones not yet removed included."""
         return sum(map(len, self._lines))
 
     @property
     def pending(self) -> bool:
-        """Whether anything is to be run, now or later."""
+        """Whether anything waits to run."""
         return self.rows > 0 or self._retries.pending
 
     # In.
 
     def add(self, ticket: T) -> Reason | None:
-        """Queues a request, or says why not."""
+        """Queues a request, or returns the reason why not."""
         if ticket.deadline_s != math.inf and (reason := self._hopeless(ticket)) is not None:
             return reason
         rows = self.rows + ticket.rows
@@ -132,7 +130,7 @@ class Batcher[T: Ticket]:
         return line
 
     def _make_room(self, ticket: T, rows: int, nbytes: int) -> bool:
-        """Drops the newest of lower levels until so much is free: all or nothing, and of no level all."""
+        """Drops the newest requests of lower levels to free so much, or drops nothing. Leaves each level its share."""
         victims: list[T] = []
         for level in range(len(self._levels) - 1, ticket.level, -1):
             lines = self._levels[level].values()
@@ -155,7 +153,7 @@ class Batcher[T: Ticket]:
         return False
 
     def _hopeless(self, ticket: T) -> Reason | None:
-        """Why a request with a deadline cannot meet it, as things are."""
+        """The reason why a request cannot meet its deadline now, or None."""
         costs, now = self.costs, ticket.arrival_s
         rows: dict[Key, int] = {ticket.key: ticket.rows}
         for line in self._lines:
@@ -171,7 +169,7 @@ class Batcher[T: Ticket]:
         return Reason.OVERLOADED if alone < ticket.deadline_s else Reason.TOO_SHORT
 
     def cancel(self, ticket: T) -> None:
-        """Forgets a request: rows of it that were not handed out never will be. Calling it twice is harmless."""
+        """Drops a request: its remaining rows never run. Calling it twice is harmless."""
         if ticket.closed:
             return
         ticket.closed = True
@@ -187,7 +185,7 @@ class Batcher[T: Ticket]:
         self.dropped.append((ticket, reason))
 
     def clear(self) -> list[T]:
-        """Closes every request there is, a running one too, and gives them; a batch that runs still counts as running.
+        """Closes and returns every request, running ones too. A batch that runs still counts as running.
 
         What was here before is not relied on: it may be a fault in it that ended the engine.
         """
@@ -205,7 +203,7 @@ class Batcher[T: Ticket]:
     # Deadlines.
 
     def next_deadline(self) -> float:
-        """When `expire` will next have something to do, at the earliest."""
+        """The earliest time at which `expire` may have something to do."""
         first = math.inf
         for line in self._lines:
             if line.dated:
@@ -215,7 +213,7 @@ class Batcher[T: Ticket]:
         return first
 
     def expire(self, now: float) -> None:
-        """Drops the requests whose deadline has come, running ones too: their results will find nobody."""
+        """Drops the requests whose deadline has passed, running ones too."""
         for line in self._lines:
             while line.dated and line.first_deadline_s() <= now:
                 self._drop(line.dated[0], Reason.EXPIRED)
@@ -223,7 +221,7 @@ class Batcher[T: Ticket]:
             self._drop(ticket, Reason.EXPIRED)
 
     def drain_s(self, now: float) -> float:
-        """Seconds until everything that waits now has run."""
+        """Predicted seconds until everything that waits now has run."""
         seconds = max(self._free_at - now, 0.0)
         for key in {line.key for line in self._lines}:
             seconds += self.costs.seconds(key, self._waiting(key))
@@ -232,7 +230,7 @@ class Batcher[T: Ticket]:
     # Out.
 
     def next_batch(self, now: float) -> Batch[T] | None:
-        """The next batch, if it should start now; it then counts as running until `finish` or `fail`.
+        """The next batch, if it should start now. It counts as running until `finish` or `fail`.
 
         Args:
             now: the time, on the clock of `Ticket.arrival_s`.
@@ -270,7 +268,7 @@ class Batcher[T: Ticket]:
         return None
 
     def _first_line(self) -> Line[T]:
-        """The line that heads the next batch."""
+        """The line of the request that starts the next batch."""
         lines = [line for line in self._lines if line.rows]
         level = lines[0].level
         self._next_turns = 0
@@ -284,9 +282,9 @@ class Batcher[T: Ticket]:
         return sum(line.rows for line in self._lines if line.key == key)
 
     def _join(self, head: T, waiting: int, now: float) -> tuple[Key, int, Key | None]:
-        """Whether requests of another key should share the batch: the key to run, rows waiting for it, and that other.
+        """Chooses whether requests of another key share the batch: the key to run, its waiting rows, and the other key.
 
-        Joining costs padding and saves a run; it is done if that is less time in all.
+        Sharing costs padding and saves a run; it is chosen if it takes less time in total.
         """
         costs, key = self.costs, head.key
         best: tuple[Key, int, Key | None] = (key, waiting, None)
@@ -297,7 +295,7 @@ class Batcher[T: Ticket]:
             if other == key or any(size > limit for size, limit in zip(min(key, other), wide, strict=True)):
                 continue
             rows = self._waiting(other)
-            room = costs.size(wide, waiting) - waiting  # padding of this batch: those who fill it ride for nothing
+            room = costs.size(wide, waiting) - waiting  # padding rows, which others may use at no cost
             for company in {min(rows, self.ladder[-1] - waiting), min(rows, room)}:
                 if company < 1:
                     continue
@@ -309,7 +307,7 @@ class Batcher[T: Ticket]:
         return best
 
     def _delay(self, waiting: int, key: Key, now: float) -> bool:
-        """Whether to wait for company; sets `wake_at`."""
+        """Whether to wait for more requests to share the batch; sets `wake_at`."""
         if waiting >= self.ladder[-1]:
             return False
         last = self.costs.of(key, self.ladder[-1])
@@ -330,7 +328,7 @@ class Batcher[T: Ticket]:
         return now + seconds < head.deadline_s
 
     def _urgent_size(self, head: T, key: Key, size: int, now: float) -> int:
-        """The largest size under `size` that meets the deadline of `head`, if there is time for that; 0 if not."""
+        """The largest size below `size` that meets the deadline of `head`; 0 for none."""
         if self.rows > self.ladder[-1]:
             return 0
         for smaller in reversed(self.ladder):
@@ -351,7 +349,7 @@ class Batcher[T: Ticket]:
         return batch
 
     def _fill(self, batch: Batch[T], line: Line[T], finish: float) -> None:
-        """Moves rows of a line into a batch; what such a batch would be too late for is dropped."""
+        """Moves rows of a line into a batch, and drops requests that the batch would be too late for."""
         parts, filled, size = batch.parts, batch.rows, batch.size
         before = filled
         queue = line.queue()
@@ -387,7 +385,7 @@ class Batcher[T: Ticket]:
     # Back.
 
     def finish(self, batch: Batch[T], now: float, seconds: float | None) -> None:
-        """Told that a batch has run; those of its tickets that are not closed then have the results of their parts.
+        """Reports that a batch has run. Its tickets that are still open after this have their results.
 
         Args:
             batch: the batch.
@@ -406,7 +404,7 @@ class Batcher[T: Ticket]:
                 self._flying.discard(ticket)
 
     def fail(self, batch: Batch[T], now: float) -> list[T]:
-        """Told that a batch has failed.
+        """Reports that a batch has failed.
 
         Returns:
             The tickets that fail for it, closed now; the others run again.

@@ -1,8 +1,8 @@
-"""What an execution costs, by key and compiled size: measured at load, and followed while serving.
+"""Execution time by key and compiled size: measured at load, and updated while serving.
 
-The rule for the size of a batch, least cost per real row, is that of TensorFlow's `MINIMIZE_TPU_COST_PER_REQUEST`
-padding policy. That compiled code takes the same time each run, so that a table of times can tell which requests will
-miss their deadline, is what Clockwork (Gujarati et al., OSDI 2020) builds on.
+A batch gets the size with the least cost per real row, as in TensorFlow's padding policy
+`MINIMIZE_TPU_COST_PER_REQUEST`. As in Clockwork (Gujarati et al., OSDI 2020), compiled code takes about the same time
+on every run, so the table predicts which requests will miss their deadline.
 """
 
 from __future__ import annotations
@@ -12,29 +12,27 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 
 type Key = tuple[int, ...]
-"""Sizes of the dimensions other than the batch; requests with equal keys share an execution."""
+"""Sizes of the dimensions other than the batch. Requests with equal keys may share an execution."""
 
 type Measured = Mapping[Key, Mapping[int, float]]
 """Seconds of one execution, by key and compiled batch size."""
 
-# A running estimate goes this far towards each new time, and further while it knows few.
+# Gain of the moving average; larger for the first samples.
 _GAIN = 0.1
-# A time further off than so many times the usual distance counts as that far off (Huber's rule): one stall of a busy
-# machine moves the estimate by a third of the usual distance, while a real change widens that distance at every run
-# and is followed within twenty.
+# Deviations are clipped at this multiple of the mean deviation (Huber). A single stall then moves the estimate by a
+# third of the mean deviation; a lasting change widens that with every run and is followed within twenty.
 _CLIP = 3.0
 _FIRST_SPREAD = 0.25
 _LEAST_SPREAD = 0.02
-# Times that the measurement at load counts for, that an estimate must know for another to be taken for an outlier, and
-# that it can know.
+# Pseudo-counts: the weight of the warm-up measurement; samples before clipping starts; the cap.
 _AT_LOAD = 2.0
 _TRUSTED = 5.0
 _MOST_KNOWN = 20.0
-# At each run, what the other sizes of its key know counts this much less, and below that it counts for nothing.
+# At each run the pseudo-counts of the key's other sizes shrink by this share; below `_FORGOTTEN` they count as none.
 _FORGET = 0.003
 _FORGOTTEN = 0.5
-# Runs of a size after which a change of its estimate is one of the machine, which other sizes share, and not the
-# measurement at load put right.
+# After this many runs of a size, a change of its estimate is taken for a change of the machine, which other sizes
+# share; before, for a correction of the warm-up measurement.
 _SETTLED = 10
 
 
@@ -42,11 +40,11 @@ class _Estimate:
     """A running estimate of one size.
 
     Attributes:
-        size: rows.
-        seconds: what it costs.
-        spread: the usual distance of a time from it.
-        known: times that it comes from, old ones counting less.
-        runs: times since load.
+        size: rows of the batch.
+        seconds: the estimate.
+        spread: mean absolute deviation of the samples.
+        known: pseudo-count of samples; old ones count less.
+        runs: samples since load.
     """
 
     __slots__ = ("known", "runs", "seconds", "size", "spread")
@@ -59,7 +57,7 @@ class _Estimate:
         self.runs = 0
 
     def learn(self, seconds: float) -> float:
-        """Takes in a time; gives the factor by which the machine seems to have changed."""
+        """Adds a sample; returns the factor by which the machine seems to have changed."""
         before = self.seconds
         change = seconds - before
         if self.known >= _TRUSTED:
@@ -73,7 +71,7 @@ class _Estimate:
         return self.seconds / before if self.runs > _SETTLED else 1.0
 
     def follow(self, factor: float) -> None:
-        """Told what another size has learned; the less is known of this one, the more it goes by that."""
+        """Follows a change of another size: the fewer samples this one has, the more."""
         self.seconds *= 1 + (factor - 1) * (1 - self.known / _MOST_KNOWN)
         self.known -= _FORGET * self.known
 
@@ -136,7 +134,7 @@ class Costs:
         return row
 
     def __iter__(self) -> Iterator[tuple[Key, int, float]]:
-        """Key, size and seconds of every execution known."""
+        """Key, size and seconds of every compiled execution."""
         for key, row in self._rows.items():
             for estimate in row.estimates:
                 yield key, estimate.size, estimate.seconds
@@ -146,11 +144,11 @@ class Costs:
         return (self._rows.get(key) or self._row(key)).by_size[size].seconds
 
     def learn(self, key: Key, size: int, seconds: float) -> None:
-        """Takes in what an execution took, copying its rows included."""
+        """Adds the time of an execution, copying of rows included."""
         (self._rows.get(key) or self._row(key)).learn(size, seconds)
 
     def size(self, key: Key, rows: int) -> int:
-        """The compiled size with the least cost per real row, where `rows` wait; of equal ones what finishes more."""
+        """The compiled size with the least cost per real row while `rows` wait; of equal ones the larger."""
         row = self._rows.get(key) or self._row(key)
         best, least = 0, float("inf")
         for estimate in row.estimates:
@@ -161,12 +159,12 @@ class Costs:
         return best
 
     def seconds(self, key: Key, rows: int) -> float:
-        """Seconds until `rows` have run, the size of each batch by `size` and nothing else joining."""
+        """Seconds to run `rows` in batches of the sizes that `size` chooses."""
         row = self._rows.get(key) or self._row(key)
         total = 0.0
         largest = self._ladder[-1]
         if rows > largest:
-            # While more wait than the largest size holds, the choice is the same each time.
+            # While more rows wait than the largest size holds, every choice is the same.
             full = -(-(rows - largest) // row.best.size)
             total = full * row.best.seconds
             rows -= full * row.best.size

@@ -1,11 +1,10 @@
-"""Requests in, results out: the queue and the engine of one model, joined on the event loop.
+"""Connects the queue and the engine of one model on the event loop.
 
-The app hands over calls and is called back; it does not know where they run.
+The app submits calls and is called back. It does not know where they run.
 
-A batch that is known to be short runs on the event loop itself, between reading requests and writing answers: what
-it holds up is less than two threads would take to hand it over. Others run on the engine's thread, which takes the
-next batch itself the moment it is free, so that the device does not wait for the event loop and a batch holds all that
-has come until then.
+Short batches run on the event loop itself, between reading requests and writing answers: handing them to another thread
+would take longer. Other batches run on the engine's thread. When that is free it takes the next batch itself: the
+device does not wait for the event loop, and a batch contains every request that has arrived by then.
 """
 
 from __future__ import annotations
@@ -29,19 +28,19 @@ from lepton_xla.serve.protocol.wire import Plan
 
 _log = logging.getLogger("lepton_xla.serve")
 
-# A batch that took no more than this at load, when nothing else ran, is run on the event loop, unless it has come to
-# take far longer there. What it takes on the other thread does not count: most of that is waiting for the interpreter.
+# A batch that took at most this long at load runs on the event loop, unless it has become far slower there. Times on
+# the engine's thread do not count: most of them is waiting for the interpreter.
 _SHORT_S = 2.5e-4
-# Where there is one core to count on and the model runs on it, nothing is won by a second thread: each request that
-# comes while a batch runs would only stop it.
+# The same on a single core that the model runs on: a second thread gains nothing, since each request that arrives
+# would interrupt the batch.
 _SHORT_ON_ONE_CORE_S = 5e-3
 _FAR_LONGER = 4
 
 _LONGEST_RETRY_S = 60
-# How long a prediction of when the queue will have run is told to whoever is refused. It is told in whole seconds.
+# How long a predicted `Retry-After` is reused. It is in whole seconds.
 _PREDICTED_S = 0.01
 
-# Status and words for those who get no result. 503 is the load, and may be tried again; 504 is the deadline.
+# Status and message for requests without a result. 503: overload, try again; 504: the deadline.
 _REFUSALS: dict[Reason, tuple[int, str]] = {
     Reason.FULL: (503, "the queue is full"),
     Reason.OUTRANKED: (503, "the queue is full, and others have a higher priority"),
@@ -52,12 +51,12 @@ _REFUSALS: dict[Reason, tuple[int, str]] = {
 
 
 class Call(Work, kw_only=True, eq=False):
-    """A request on its way through the scheduler: what came, and what is told when it is done.
+    """A request in the scheduler, with its callbacks.
 
     Attributes:
-        pieces: the results that are here, where it is split over batches.
-        missing: rows whose results are not here yet, once there are pieces.
-        times: of the batch that it ran in; None until then.
+        pieces: results so far, if the request is split over batches.
+        missing: rows without a result, if it is split.
+        times: when its batch ran; None before.
     """
 
     pieces: list[bytearray] | None = None
@@ -65,30 +64,31 @@ class Call(Work, kw_only=True, eq=False):
     times: Times | None = None
 
     def finish(self, outputs: Sequence[bytes | memoryview]) -> None:
-        """Told the bytes of each output that was asked for. They are only good until it returns."""
+        """Takes the bytes of each requested output. They are only valid until this returns."""
         raise NotImplementedError
 
     def fail(self, refusal: RefusedError) -> None:
-        """Told why there is no result."""
+        """Takes the reason why there is no result."""
         raise NotImplementedError
 
 
 class Scheduler:
-    """Runs calls in batches on an engine of this process. All but `_post` is on the event loop.
+    """Runs calls in batches on an engine. Everything except `_post` runs on the event loop.
 
     Args:
         signature: the model's.
         batcher: the queue.
-        engine: takes the batches.
-        metrics: what is counted.
+        engine: runs the batches.
+        metrics: the model's counters.
         loop: the event loop.
-        levels: number of priority levels. Requests that do not say are on the middle one, the lower of two.
-        default_timeout_s: for requests that do not say; None never gives up on them.
-        max_timeout_s: no request is waited for longer; None sets no bound.
-        cores: of this machine, as many as this process may count on.
+        levels: number of priority levels. Requests without a priority are on the middle level, the lower of two.
+        default_timeout_s: for requests without a timeout; None waits for ever.
+        max_timeout_s: upper bound of all timeouts; None for none.
+        cores: number of cores that this process may use.
 
     Attributes:
-        shed: says why another call of a plan would be refused, before one is made; None where the last one was taken.
+        shed: while the queue is full, gives the error for a request that repeats the last one refused, or None if it
+            may fit now. None while the queue takes requests.
     """
 
     def __init__(
@@ -124,7 +124,7 @@ class Scheduler:
         self._alarm_s = math.inf
         self.shed: Callable[[Plan], RefusedError | None] | None = None
         self._full: Plan | None = None
-        # What is told to whoever is refused for load, and until when.
+        # Errors for overload, reused until `_predicted_until_s`.
         self._overload: dict[Reason, RefusedError] = {}
         self._predicted = ""
         self._predicted_until_s = -math.inf
@@ -136,20 +136,20 @@ class Scheduler:
 
     @property
     def alive(self) -> bool:
-        """Whether there is a thread to run what has to run."""
+        """Whether the engine's thread is alive."""
         return self._engine.alive
 
     @property
     def running(self) -> bool:
-        """Whether an execution has begun and not ended."""
+        """Whether an execution is running."""
         return self._batcher.running
 
     def check(self) -> None:
-        """Runs zeros, on any thread; raises what the model raises."""
+        """Runs the model on zeros, on any thread. Raises what the model raises."""
         self._engine.check()
 
     def figures(self) -> dict[str, float]:
-        """What `Metrics` shows of the queue now, and of what executions are predicted to take."""
+        """The gauges that `Metrics` shows: the queue, and the predicted cost of executions."""
         costs = {f"cost_s {'x'.join(map(str, key))} {size}": seconds for key, size, seconds in self._costs}
         return {"queue_rows": self._batcher.rows, "queue_requests": len(self._batcher), **costs}
 
@@ -158,11 +158,11 @@ class Scheduler:
         self._engine.start(self._post, self._end_soon)
 
     def stop(self, timeout_s: float) -> None:
-        """Ends the engine's thread after the batch it has."""
+        """Stops the engine's thread after its batch."""
         self._engine.stop(timeout_s)
 
     def give_up(self) -> None:
-        """Fails all that waits or runs: nobody knows when it would be answered, if ever."""
+        """Fails every call that waits or runs."""
         with self._lock:
             calls = self._batcher.clear()
         for call in calls:
@@ -170,7 +170,7 @@ class Scheduler:
             call.fail(_stopped())
 
     def _end_soon(self) -> None:
-        """Told on the engine's thread that it ends."""
+        """Called on the engine's thread when it ends."""
         with contextlib.suppress(RuntimeError):  # the event loop is closed, and nobody waits
             self._loop.call_soon_threadsafe(self._end)
 
@@ -181,11 +181,11 @@ class Scheduler:
     # In.
 
     def submit(self, call: Call) -> None:
-        """Queues a call; `finish` or `fail` is told of its end, unless it is cancelled first.
+        """Queues a call. Calls its `finish` or `fail` later, unless it is cancelled first.
 
-        It fails at once with 400 for a priority that there is not, 503 where the queue is too full for it or nothing
-        would run it, 504 where its timeout leaves no time to run it. An overloaded server refuses as often as it
-        answers, and to raise an error would take as long as all else that this does.
+        The call fails at once with 400 for an unknown priority, 503 if the queue is full or the engine has stopped, 504
+        if its timeout is too short to run it. Errors go to `fail`, not to `raise`: raising takes as long as everything
+        else here, and an overloaded server refuses as often as it answers.
         """
         if self._ended:
             self._metrics.rejected += 1
@@ -214,14 +214,14 @@ class Scheduler:
         self._pump_soon()
 
     def _shed(self, plan: Plan) -> RefusedError | None:
-        """Why a call is refused whose plan is that of one that was, if no rows have gone since to make room for it."""
+        """Rejects at once a request identical to the last one rejected, unless there is room for it now."""
         batcher = self._batcher
         if plan is not self._full or batcher.rows + plan.rows <= batcher.max_rows:
             return None
         return self._refusal(Reason.FULL)
 
     def cancel(self, call: Call) -> None:
-        """Forgets a call: nobody waits for it any more."""
+        """Drops a call whose client has gone."""
         self._metrics.cancelled += 1
         with self._lock:
             self._batcher.cancel(call)
@@ -245,7 +245,7 @@ class Scheduler:
         return refusal
 
     def _tell_dropped(self) -> None:
-        """Answers those who will get no result."""
+        """Fails the calls that the batcher has dropped."""
         with self._lock:
             dropped, self._batcher.dropped = self._batcher.dropped, []
         for call, reason in dropped:
@@ -257,7 +257,7 @@ class Scheduler:
         if self._alarm is not None:
             self._alarm.cancel()
         self._alarm_s = when
-        # Up to the next millisecond, which is what the event loop counts in: never too early.
+        # Rounded up to the milliseconds of the event loop: never too early.
         delay = math.ceil(max(when - monotonic(), 0.0) * 1e3) * 1e-3
         self._alarm = self._loop.call_later(delay, self._ring)
 
@@ -273,13 +273,13 @@ class Scheduler:
     # Out.
 
     def _pump_soon(self) -> None:
-        """After the sockets that are readable now: what arrived together runs together, without a delay."""
+        """Runs `_pump` after all sockets that are readable now: requests that arrived together share a batch."""
         if not self._scheduled:
             self._scheduled = True
             self._loop.call_soon(self._pump)
 
     def _pump(self) -> None:
-        """Starts the next batch, or sees to it that it happens in time."""
+        """Starts the next batch, or sets the alarm for it."""
         self._scheduled = False
         with self._lock:
             batch = self._batcher.next_batch(monotonic())
@@ -298,14 +298,14 @@ class Scheduler:
             self._tell_dropped()
 
     def _post(self, completion: Completion[Call]) -> Batch[Call] | None:
-        """Takes a finished batch on the engine's thread, and gives the next."""
+        """Takes a finished batch on the engine's thread, and returns the next one."""
         with self._lock:
             failed = self._settle(completion)
             batch = self._batcher.next_batch(monotonic())
         try:
             self._loop.call_soon_threadsafe(self._completed, completion, failed)
         except RuntimeError:
-            # The event loop is closed: a hard stop left this batch behind, and nobody waits for it.
+            # The event loop is closed: after a hard stop nobody waits for this batch.
             _log.warning("a batch finished after the server had stopped")
             return None
         return batch
@@ -313,7 +313,7 @@ class Scheduler:
     # Back.
 
     def _settle(self, completion: Completion[Call]) -> list[Call]:
-        """Tells the batcher; gives the calls that failed."""
+        """Reports a batch to the batcher; returns the calls that failed."""
         batch, now = completion.batch, completion.finished_s
         if completion.outputs is None:
             return self._batcher.fail(batch, now)
@@ -321,7 +321,7 @@ class Scheduler:
         return []
 
     def _completed(self, completion: Completion[Call], failed: list[Call]) -> None:
-        """Tells those whose batch is done."""
+        """Calls back the calls of a finished batch."""
         if completion.outputs:
             metrics, batch = self._metrics, completion.batch
             metrics.batch(
@@ -363,14 +363,14 @@ class Scheduler:
             self._pump_soon()
 
     def _broken(self, call: Call) -> None:
-        """Fails a call whose result is there and could not be told; in an exception's handler."""
+        """Fails a call whose answer could not be written. Call it in the exception handler."""
         _log.exception("an answer could not be written")
         with self._lock:
             self._batcher.cancel(call)
         call.fail(RefusedError(500, "internal error"))
 
     def _join(self, call: Call, part: Part[Call], outputs: Sequence[bytes | memoryview]) -> None:
-        """Puts a piece of a split call in its place."""
+        """Copies the result of a part of a split call into place."""
         if call.pieces is None:
             call.pieces = [bytearray(len(output) // part.rows * call.rows) for output in outputs]
             call.missing = call.rows
