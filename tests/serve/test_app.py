@@ -22,6 +22,8 @@ from serve_fakes import (
 )
 
 from lepton_xla.program import TensorSpec
+from lepton_xla.serve.app.app import InferCall
+from lepton_xla.serve.protocol.wire import Decoder
 
 INFER = "/v2/models/affine/infer"
 
@@ -442,16 +444,14 @@ def test_long_bodies_are_read_and_written_elsewhere_and_their_answers_keep_the_o
 
 def test_outputs_are_used_only_until_the_call_was_told(make_server, monkeypatch):
     """They may lie in memory that the next batch is written to."""
-    from lepton_xla.serve import app
-
-    original = app.InferCall.finish
+    original = InferCall.finish
 
     def spoil(self, outputs):
         original(self, outputs)
         for output in outputs:
             output[:] = bytes(len(output))
 
-    monkeypatch.setattr(app.InferCall, "finish", spoil)
+    monkeypatch.setattr(InferCall, "finish", spoil)
     server = make_server(Affine((1, 4096)), max_queue_rows=1 << 16)
     for rows in (1, 6000):
         x, n = np.ones((rows, 4), np.float32), np.ones(rows, np.int32)
@@ -476,10 +476,8 @@ def test_a_long_body_that_is_refused_is_refused_as_a_short_one_is(server, coding
 
 
 def test_a_client_that_leaves_while_its_body_is_read_is_not_run(make_server, affine, monkeypatch):
-    from lepton_xla.serve import app
-
     reading, go_on = threading.Event(), threading.Event()
-    original = app.Decoder.decode
+    original = Decoder.decode
 
     def slow(self, body, size):
         if len(body) > 1 << 16:
@@ -487,7 +485,7 @@ def test_a_client_that_leaves_while_its_body_is_read_is_not_run(make_server, aff
             assert go_on.wait(10)
         return original(self, body, size)
 
-    monkeypatch.setattr(app.Decoder, "decode", slow)
+    monkeypatch.setattr(Decoder, "decode", slow)
     server = make_server(affine)
     affine.runs.clear()
     with connect(server) as sock:

@@ -34,7 +34,7 @@ def test_it_lists_exactly_what_is_served(served):
 
 
 def test_every_reference_leads_somewhere_and_every_operation_has_its_own_name():
-    spec = msgspec.json.decode(msgspec.json.encode(document(signature_of(Identity()))))
+    spec = msgspec.json.decode(msgspec.json.encode(document([signature_of(Identity())])))
     for reference in set(re.findall(r'"\$ref":"#/([^"]+)"', msgspec.json.encode(spec).decode())):
         place = spec
         for key in reference.split("/"):
