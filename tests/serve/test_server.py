@@ -61,7 +61,7 @@ def test_help_names_the_environment_twin_of_every_option():
     for option in serve_command.params:
         if option.param_type_name == "option" and option.name != "as_json":
             assert f"LEPTON_{option.name.upper()}" in text
-    assert "tritonclient" in text
+    assert "Triton" in text
 
 
 def test_a_missing_artifact_is_a_lepton_error(tmp_path):
