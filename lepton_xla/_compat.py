@@ -34,7 +34,7 @@ def is_traced(value: Any) -> bool:
 
 
 def is_jaxpr(value: Any) -> bool:
-    """Whether a parameter of an equation is a jaxpr, open or closed."""
+    """Tell whether a parameter of an equation is a jaxpr, open or closed."""
     return hasattr(value, "eqns")
 
 
@@ -122,7 +122,7 @@ def scan_split(eqn: Equation) -> tuple[int, int]:
 
 
 def is_manual(eqn: Equation) -> bool:
-    """Whether an equation was traced inside a `shard_map`, at any depth."""
+    """Tell whether an equation was traced inside a `shard_map`, at any depth."""
     return bool(getattr(eqn.ctx.cur_abstract_mesh, "manual_axes", ()))
 
 

@@ -23,7 +23,7 @@ class _Decorator(Protocol):
 
 
 def takes(**kinds: Any) -> _Decorator:
-    """Makes a function refuse arguments that are not instances of what is named here.
+    """Make a function refuse arguments that are not instances of what is named here.
 
     None is taken too where it is the default.
 

@@ -11,40 +11,99 @@ def first_line(error: BaseException) -> str:
 
 
 class LeptonError(Exception):
-    """Base class. The message says what is wrong, where, and what to do."""
+    """Base class. The message says what is wrong, where, and what to do.
+
+    >>> try:
+    ...     lx.Recipe.load("no-such-recipe")
+    ... except lx.LeptonError as error:
+    ...     type(error).__name__
+    'RecipeError'
+    """
 
 
 class ModelError(LeptonError):
-    """A model, its weights, or its inputs do not fit what was declared."""
+    """A model, its weights, or its inputs do not fit what was declared.
+
+    >>> lx.TensorSpec((-1, 3), "float32")
+    Traceback (most recent call last):
+    lepton_xla.errors.ModelError: TensorSpec(-1, 3): dimension -1 is neither a size >= 0 nor a name like 'batch'
+    """
 
 
 class RecipeError(LeptonError):
-    """A recipe is malformed, or does not fit the program it is applied to."""
+    """A recipe is malformed, or does not fit the program it is applied to.
+
+    >>> lx.Recipe.parse("prune = [{sites = '.*', sparsity = 2.0}]", name="mine")
+    Traceback (most recent call last):
+    lepton_xla.errors.RecipeError: recipe 'mine': prune[0].sparsity = 2.0: ...
+    """
 
 
 class UnsupportedError(LeptonError):
-    """A pass found a site, a primitive or a container that it cannot handle."""
+    """A pass found a site, a primitive or a container that it cannot handle.
+
+    >>> program = lx.trace(lambda w, x: x @ w["w"], {"w": jnp.ones((3, 4))}, {"x": lx.TensorSpec((2, 3), "float32")})
+    >>> rule = lx.train.PruneRule(sites=".*", pattern="2:4")
+    >>> lx.passes.resolve(lx.Recipe(prune=(rule,)), program)
+    Traceback (most recent call last):
+    lepton_xla.errors.UnsupportedError: recipe '': site 'w' (dot_general): not pruned: groups of 4 do not divide its ...
+    """
 
 
 class CalibrationError(LeptonError):
-    """Calibration data is missing, empty, wrongly shaped or not finite."""
+    """Calibration data is missing, empty, wrongly shaped or not finite.
+
+    >>> program = lx.trace(lambda w, x: x @ w["w"], {"w": jnp.ones((3, 4))}, {"x": lx.TensorSpec((2, 3), "float32")})
+    >>> plan = lx.passes.resolve(lx.Recipe.load("int8").replace({"quantize.0.dynamic": False}), program)
+    >>> lx.passes.calibrate(program, plan, [])
+    Traceback (most recent call last):
+    lepton_xla.errors.CalibrationError: calibration data is empty: give at least one batch, ...
+    """
 
 
 class CompileError(LeptonError):
-    """A program cannot be compiled ahead of time."""
+    """A program cannot be compiled ahead of time.
+
+    >>> program = lx.trace(lambda w, x: x @ w["w"], {"w": jnp.eye(4)}, {"x": lx.TensorSpec(("batch", 4), "float32")})
+    >>> lx.compile(program, {})
+    Traceback (most recent call last):
+    lepton_xla.errors.CompileError: buckets lack the dimension 'batch': give its sizes, such as {'batch': (1, 8, 32)}
+    """
 
 
 class ExecutionError(LeptonError):
-    """Compiled code cannot run: there is no device or no memory, or it failed."""
+    """Compiled code cannot run: there is no device or no memory, or it failed.
+
+    >>> issubclass(lx.ExecutionError, lx.LeptonError)
+    True
+    """
 
 
 class ArtifactError(LeptonError):
-    """An artifact is missing, damaged, foreign, or cannot be written."""
+    """An artifact is missing, damaged, foreign, or cannot be written.
+
+    >>> lx.load("nothing-here.lepton")
+    Traceback (most recent call last):
+    lepton_xla.errors.ArtifactError: nothing-here.lepton: manifest.json is missing: there is no such folder
+    """
 
 
 class InputError(LeptonError):
-    """An inference input has a wrong name, dtype, rank or size."""
+    """An inference input has a wrong name, dtype, rank or size.
+
+    >>> program = lx.trace(lambda w, x: x @ w["w"], {"w": jnp.eye(4)}, {"x": lx.TensorSpec(("batch", 4), "float32")})
+    >>> _ = lx.compile(program, {"batch": (1,)}).save("tiny.lepton")
+    >>> lx.load("tiny.lepton")(y=[[1.0, 2.0, 3.0, 4.0]])
+    Traceback (most recent call last):
+    lepton_xla.errors.InputError: unknown input 'y'; the model takes 'x'
+    """
 
 
 class ServeError(LeptonError):
-    """The server cannot start or cannot take a request."""
+    """The server cannot start or cannot take a request.
+
+    >>> from lepton_xla.serve import Options
+    >>> Options(port=70000)
+    Traceback (most recent call last):
+    lepton_xla.errors.ServeError: port must be 0 to 65535, not 70000
+    """

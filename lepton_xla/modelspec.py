@@ -64,7 +64,7 @@ class ModelSpec:
 
 
 def load_spec(target: str) -> ModelSpec:
-    """Imports a `ModelSpec` named on the command line.
+    """Import a `ModelSpec` named on the command line.
 
     Args:
         target: `FILE.py:NAME` or `package.module:NAME`; NAME is a `ModelSpec`, or a function without arguments that

@@ -35,6 +35,10 @@ class TensorSpec:
 
     Raises:
         ModelError: for a negative dimension, an empty name or an unknown dtype.
+
+    >>> image = lx.TensorSpec(("batch", 28, 28, 1), "float32")
+    >>> print(image, image.symbols, image.at({"batch": 8}).shape)
+    float32[batch, 28, 28, 1] ('batch',) (8, 28, 28, 1)
     """
 
     shape: tuple[int | str, ...]
@@ -65,7 +69,7 @@ class TensorSpec:
         return tuple(dim for dim in self.shape if isinstance(dim, str))
 
     def at(self, sizes: Mapping[str, int]) -> jax.ShapeDtypeStruct:
-        """This spec with every symbolic dimension replaced by its size.
+        """Replace every symbolic dimension by its size.
 
         Raises:
             ModelError: if `sizes` lacks a name.
@@ -87,6 +91,10 @@ class Expansion:
     Attributes:
         expand: `expand(stored_weights) -> expanded_weights`, any pytree.
         fn: `fn(expanded_weights, *inputs) -> outputs`; the outputs equal those of the program's `fn`.
+
+    >>> whole = Expansion(lambda weights: {"w": weights["codes"] * 0.5}, lambda weights, x: x @ weights["w"])
+    >>> whole.fn(whole.expand({"codes": np.eye(2, dtype=np.float32)}), np.ones((1, 2), np.float32)).tolist()
+    [[0.5, 0.5]]
     """
 
     expand: Callable[[Weights], Any]
@@ -109,6 +117,12 @@ class Program:
 
     Raises:
         ModelError: for a mask without its weight, or of another shape.
+
+    >>> program = lx.trace(lambda w, x: x @ w["w"], {"w": jnp.eye(4)}, {"x": lx.TensorSpec(("batch", 4), "float32")})
+    >>> print(program.outputs["output"], program.symbols, program.weights_bytes)
+    float32[batch, 4] ('batch',) 64
+    >>> program(program.weights, jnp.ones((1, 4))).tolist()
+    [[1.0, 1.0, 1.0, 1.0]]
     """
 
     fn: Callable[..., Any]
@@ -138,15 +152,30 @@ class Program:
         return tree_bytes(self.weights)
 
     def abstract_inputs(self, sizes: Mapping[str, int]) -> list[jax.ShapeDtypeStruct]:
-        """Input shapes at the given sizes of the symbolic dimensions, in call order."""
+        """Give the input shapes at these sizes of the symbolic dimensions, in call order.
+
+        >>> program = lx.trace(lambda w, x: x @ w, jnp.eye(4), {"x": lx.TensorSpec(("batch", 4), "float32")})
+        >>> [shape.shape for shape in program.abstract_inputs({"batch": 8})]
+        [(8, 4)]
+        """
         return [spec.at(sizes) for spec in self.inputs.values()]
 
     def jaxpr(self, sizes: Mapping[str, int]) -> Any:
-        """The jaxpr at the given sizes, such as `{"batch": 8}`."""
+        """Trace the jaxpr at these sizes, such as `{"batch": 8}`.
+
+        >>> program = lx.trace(lambda w, x: x @ w, jnp.eye(4), {"x": lx.TensorSpec(("batch", 4), "float32")})
+        >>> [equation.primitive.name for equation in program.jaxpr({"batch": 8}).eqns]
+        ['dot_general']
+        """
         return jax.make_jaxpr(self.fn)(abstract(self.weights), *self.abstract_inputs(sizes))
 
     def named_outputs(self, weights: Weights, *inputs: Any) -> dict[str, Any]:
-        """Runs the model and returns its outputs by name."""
+        """Runs the model and returns its outputs by name.
+
+        >>> program = lx.trace(lambda w, x: (x, x @ w), jnp.eye(4), {"x": lx.TensorSpec(("batch", 4), "float32")})
+        >>> list(program.named_outputs(program.weights, jnp.ones((1, 4))))
+        ['output_0', 'output_1']
+        """
         return name_leaves(self.fn(weights, *inputs), single="output")
 
     def replace(self, **changes: Any) -> Program:
@@ -154,6 +183,10 @@ class Program:
 
         A new `fn` drops `expansion`, which belongs to the old one. The first `history` sets `origin` to the shapes of
         the current weights.
+
+        >>> program = lx.trace(lambda w, x: x @ w, jnp.eye(4), {"x": lx.TensorSpec(("batch", 4), "float32")})
+        >>> program.replace(weights={"weights": 2 * jnp.eye(4)}).weights["weights"][0].tolist()
+        [2.0, 0.0, 0.0, 0.0]
         """
         if "fn" in changes:
             changes.setdefault("expansion", None)
@@ -168,6 +201,10 @@ def check_masks(masks: Mapping[str, Any], weights: Mapping[str, Any]) -> None:
 
     Raises:
         ModelError: for a mask without its weight, or of another shape.
+
+    >>> check_masks({"v": np.ones(2, bool)}, {"w": np.ones(2)})
+    Traceback (most recent call last):
+    lepton_xla.errors.ModelError: mask 'v' has no weight; the weights are w
     """
     for path, mask in masks.items():
         if path not in weights:
@@ -185,6 +222,9 @@ def as_sizes(name: str, given: Any) -> tuple[int, ...]:
 
     Raises:
         CompileError: if there are none, or one is not an integer of at least 1.
+
+    >>> as_sizes("batch", np.array([1, 8, 32]))
+    (1, 8, 32)
     """
     sizes = () if isinstance(given, str) or not isinstance(given, Iterable) else tuple(given)
     if not sizes:
@@ -216,6 +256,10 @@ def trace(fn: Callable[..., Any], weights: Any, inputs: Mapping[str, TensorSpec]
         ModelError: if `fn` cannot be traced at these inputs, a weight is not an array, an input has no usable name or
             its dtype is disabled in JAX, or the size of an output depends on a symbolic dimension without being equal
             to it.
+
+    >>> program = lx.trace(lambda w, x: x @ w["w"], {"w": jnp.eye(4)}, {"x": lx.TensorSpec(("batch", 4), "float32")})
+    >>> print(list(program.weights), program.outputs["output"])
+    ['w'] float32[batch, 4]
     """
     named = name_leaves(weights, prefix="weights")
     treedef = jax.tree.structure(weights)
@@ -273,6 +317,9 @@ def infer_outputs(fn: Callable[..., Any], weights: Weights, inputs: Mapping[str,
 
     Raises:
         ModelError: as `trace`.
+
+    >>> infer_outputs(lambda w, x: {"mean": x.mean(axis=1)}, {}, {"x": TensorSpec(("batch", 4), "float32")})
+    {'mean': TensorSpec(shape=('batch',), dtype='float32')}
     """
     base, unit = probe_sizes(fn, weights, inputs)
     reference = abstract_outputs(fn, weights, inputs, base)
@@ -306,6 +353,9 @@ def probe_sizes(
 
     Raises:
         ModelError: if `fn` cannot be traced at any of the tried sizes.
+
+    >>> probe_sizes(lambda w, x: x, {}, {"x": TensorSpec(("batch", "seq"), "float32")})
+    ({'batch': 16, 'seq': 32}, 8)
     """
     symbols = tuple(dict.fromkeys(name for spec in inputs.values() for name in spec.symbols))
     for unit in _PROBE_UNITS:
@@ -326,10 +376,13 @@ def probe_sizes(
 def abstract_outputs(
     fn: Callable[..., Any], weights: Weights, inputs: Mapping[str, TensorSpec], sizes: Mapping[str, int]
 ) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes and dtypes of the outputs at sizes of the symbolic dimensions.
+    """Find the shapes and dtypes of the outputs at sizes of the symbolic dimensions.
 
     Raises:
         ModelError: if `fn` cannot be traced at these sizes.
+
+    >>> abstract_outputs(lambda w, x: x.T, {}, {"x": TensorSpec(("batch", 4), "float32")}, {"batch": 2})["output"].shape
+    (4, 2)
     """
     try:
         out = jax.eval_shape(fn, abstract(weights), *(spec.at(sizes) for spec in inputs.values()))

@@ -17,6 +17,11 @@ class SiteReport:
         bytes_before: bytes of the site's weight before the pass.
         bytes_after: bytes after the pass.
         metrics: further results of the pass, such as `sparsity` or `float_us`.
+
+    >>> site = lx.SiteReport("dense/kernel", "int8 x int8", bytes_before=4096, bytes_after=1088)
+    >>> print(lx.PassReport("lower", 0.25, (site,)))
+    lower: 1 sites, 0.25 s
+      dense/kernel: int8 x int8  4096 -> 1088 bytes
     """
 
     site: str
@@ -36,6 +41,13 @@ class PassReport:
         seconds: time that it took.
         sites: one entry per site that the pass considered.
         metrics: results for the whole program.
+
+    >>> report = lx.PassReport("prune", 0.5, (lx.SiteReport("dense/kernel", "pruned", metrics={"sparsity": 0.5}),))
+    >>> print(report)
+    prune: 1 sites, 0.50 s
+      dense/kernel: pruned  sparsity=0.5
+    >>> report.to_json()["sites"][0]["action"]
+    'pruned'
     """
 
     name: str
@@ -44,7 +56,7 @@ class PassReport:
     metrics: dict[str, Any] = dataclasses.field(default_factory=dict[str, Any])
 
     def to_json(self) -> dict[str, Any]:
-        """Plain dicts, lists and numbers."""
+        """Give the report as plain dicts, lists and numbers."""
         return dataclasses.asdict(self)
 
     def __str__(self) -> str:

@@ -14,6 +14,9 @@ def row_symbol(inputs: Mapping[str, TensorSpec]) -> str | None:
 
     Inputs without symbols are shared by all rows. Returns None if there is no such symbol; such a model's inputs are
     padded but never split.
+
+    >>> row_symbol({"ids": TensorSpec(("batch", "seq"), "int32"), "temperature": TensorSpec((), "float32")})
+    'batch'
     """
     leaders = {spec.shape[0] if spec.shape else None for spec in inputs.values() if spec.symbols}
     if len(leaders) != 1:
@@ -29,6 +32,10 @@ def check_rows_lead(inputs: Mapping[str, TensorSpec], outputs: Mapping[str, Tens
 
     Raises:
         CompileError: if an output does not; names it.
+
+    >>> check_rows_lead({"x": TensorSpec(("batch", 4), "int8")}, {"sum": TensorSpec((4,), "int8")})
+    Traceback (most recent call last):
+    lepton_xla.errors.CompileError: output 'sum' is int8[4], so it is not one result a row: it mixes the rows ...
     """
     symbol = row_symbol(inputs)
     if symbol is None:

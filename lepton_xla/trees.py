@@ -13,30 +13,46 @@ from lepton_xla.errors import ModelError
 
 
 def some_names(names: Iterable[str], limit: int = 6) -> str:
-    """The first few names, for a message."""
+    """The first few names, for a message.
+
+    >>> some_names("abcdefgh", limit=3)
+    'a, b, c, ... and 5 more'
+    """
     listed = list(names)
     more = f", ... and {len(listed) - limit} more" if len(listed) > limit else ""
     return (", ".join(listed[:limit]) or "there is none") + more
 
 
 def abstract(tree: Any) -> Any:
-    """The tree with every array replaced by its shape and dtype."""
+    """Replace every array of a tree by its shape and dtype.
+
+    >>> abstract({"w": np.ones((2, 3), np.int8)})["w"].shape
+    (2, 3)
+    """
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
 
 
 def tree_bytes(tree: Any) -> int:
-    """Bytes of all arrays in a tree in memory; dtypes below one byte count as packed."""
+    """Bytes of all arrays in a tree in memory; dtypes below one byte count as packed.
+
+    >>> tree_bytes({"w": np.ones((2, 3), np.float32), "b": np.ones(3, np.int8)})
+    27
+    """
     return sum(leaf_bytes(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(tree))
 
 
 def leaf_bytes(shape: Sequence[int], dtype: Any) -> int:
-    """Bytes of one array; int4 and uint4 count half a byte."""
+    """Count the bytes of one array; int4 and uint4 count half a byte.
+
+    >>> leaf_bytes((3, 5), "float32"), leaf_bytes((3, 5), "int4")
+    (60, 8)
+    """
     bits = 4 if jnp.dtype(dtype).name in ("int4", "uint4") else jnp.dtype(dtype).itemsize * 8
     return (math.prod(shape) * bits + 7) // 8
 
 
 def name_leaves(tree: Any, *, single: str | None = None, prefix: str = "") -> dict[str, Any]:
-    """Flattens a tree into `{path: leaf}`, paths joined by `/`.
+    """Flatten a tree into `{path: leaf}`, paths joined by `/`.
 
     Args:
         tree: any pytree.
@@ -45,6 +61,9 @@ def name_leaves(tree: Any, *, single: str | None = None, prefix: str = "") -> di
 
     Raises:
         ModelError: if two leaves have the same path, as in `{"a/b": x, "a": {"b": y}}`.
+
+    >>> name_leaves({"dense": {"kernel": 1, "bias": 2}, "scales": [3, 4]})
+    {'dense/bias': 2, 'dense/kernel': 1, 'scales/0': 3, 'scales/1': 4}
     """
     try:
         flat, _ = jax.tree_util.tree_flatten_with_path(tree)
@@ -70,7 +89,11 @@ def name_leaves(tree: Any, *, single: str | None = None, prefix: str = "") -> di
 
 
 def key_name(key: Any) -> str:
-    """One part of a leaf's path: a dictionary's key, a position or an attribute."""
+    """Give one part of a leaf's path: a dictionary's key, a position or an attribute.
+
+    >>> key_name(jax.tree_util.DictKey("kernel")), key_name(jax.tree_util.SequenceKey(3))
+    ('kernel', '3')
+    """
     for attribute in ("key", "idx", "name"):
         if hasattr(key, attribute):
             return str(getattr(key, attribute))

@@ -28,7 +28,7 @@ from lepton_xla.trees import leaf_bytes, name_leaves, some_names
 
 @takes(recipe=Recipe, program=Program)
 def resolve(recipe: Recipe, program: Program, *, sites: Sequence[Site] | None = None) -> Plan:
-    """Decides what each site of a program gets.
+    """Decide what each site of a program gets.
 
     Args:
         recipe: what to do.
@@ -40,6 +40,11 @@ def resolve(recipe: Recipe, program: Program, *, sites: Sequence[Site] | None = 
             those before it, two rules would treat one weight differently, or nothing would be left of a weight, as
             far as its shape tells.
         UnsupportedError: if a rule names a site that a pass cannot handle and `on_unsupported` is `error`.
+
+    >>> program = lx.trace(lambda w, x: x @ w["w"], {"w": jnp.eye(4)}, {"x": lx.TensorSpec(("batch", 4), "float32")})
+    >>> print(lx.passes.resolve(lx.Recipe.load("int8"), program))
+    recipe int8: 1 sites
+      w  dot_general  int8 weights, int8 activations dynamic
     """
     recipe.check()
     found = tuple(sites) if sites is not None else find_sites(program)

@@ -28,6 +28,9 @@ def nearest_level(values: jax.Array, levels: jax.Array) -> jax.Array:
 
     Returns:
         int32 of the values' shape.
+
+    >>> nearest_level(jnp.array([-1.0, 0.5, 0.6]), jnp.array([0.0, 1.0])).tolist()
+    [0, 0, 1]
     """
     halves = levels * 0.5  # halved first, so that the sum cannot overflow
     boundaries = halves[1:] + halves[:-1]
@@ -37,7 +40,7 @@ def nearest_level(values: jax.Array, levels: jax.Array) -> jax.Array:
 
 @functools.partial(jax.jit, static_argnums=1)
 def learn_levels(values: jax.Array, count: int) -> jax.Array:
-    """Finds levels with a small squared rounding error, by Lloyd's iterations.
+    """Find levels with a small squared rounding error, by Lloyd's iterations.
 
     Args:
         values: float32 [n], n >= 1, finite.
@@ -46,6 +49,9 @@ def learn_levels(values: jax.Array, count: int) -> jax.Array:
     Returns:
         float32 [count], ascending. If any value is exactly zero, one level is too and stays so: pruned weights stay
             pruned.
+
+    >>> learn_levels(jnp.array([0.0, 2.0, 2.5, 5.0]), 3).tolist()
+    [0.0, 2.25, 5.0]
     """
     values = lax.stop_gradient(values)
     low, high = jnp.min(values), jnp.max(values)

@@ -31,6 +31,10 @@ class Format:
         largest: the largest code, or its value at scale 1; an absmax scale maps the largest magnitude to it.
         dtype: dtype of a code. Codes of fewer than eight bits are packed into `uint8` for storage.
         levels: levels of a codebook that all weights share; empty for a learned one.
+
+    >>> int4 = FORMATS["int4"]
+    >>> int4.per_byte, int4.learned, int4.symmetric, int4.integer, FORMATS["nf4"].integer
+    (2, False, False, True, False)
     """
 
     name: str

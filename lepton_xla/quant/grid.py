@@ -45,6 +45,10 @@ class Grid:
             may be negative if the format reaches further below zero than above.
         zero_point: uint8, the code of zero, shaped like `scale`, for affine formats; else None.
         codebook: float32 [..., levels], ascending, for learned formats; else None.
+
+    >>> from lepton_xla.quant import FORMATS, make_grid
+    >>> make_grid(jnp.array([[1.0, -254.0], [127.0, 0.0]]), FORMATS["int8"], "channel").scale.tolist()
+    [[1.0, 2.0]]
     """
 
     scale: jax.Array
@@ -53,12 +57,16 @@ class Grid:
 
 
 def group_size(granularity: str) -> int:
-    """g for `group:g`, the number of rows that share a scale; else 0."""
+    """g for `group:g`, the number of rows that share a scale; else 0.
+
+    >>> group_size("group:64"), group_size("channel")
+    (64, 0)
+    """
     return int(granularity.removeprefix("group:")) if granularity.startswith("group:") else 0
 
 
 def nearest_group(rows: int, size: int) -> int:
-    """Finds a group size near `size` that divides `rows`.
+    """Find a group size near `size` that divides `rows`.
 
     It is the largest divisor from 5/8 of `size` up to `size`, else the smallest above, else `rows`. Smaller groups
     would need more scales than requested: at four bits and size 64, codes and scales take at most 0.1375 of float32's
@@ -74,7 +82,12 @@ def nearest_group(rows: int, size: int) -> int:
 
 
 def magnitude(array: jax.Array, axes: Sequence[int] | None) -> jax.Array:
-    """Largest absolute value along `axes` (None: all axes), which are kept with size 1."""
+    """Largest absolute value along `axes` (None: all axes), which are kept with size 1.
+
+    >>> from lepton_xla.quant import magnitude
+    >>> magnitude(jnp.array([[1.0, -5.0], [3.0, 2.0]]), [0]).tolist()
+    [[3.0, 5.0]]
+    """
     return jnp.max(jnp.abs(array), axis=None if axes is None else tuple(axes), keepdims=True, initial=0)
 
 
@@ -88,16 +101,23 @@ def absmax_scale(absmax: jax.Array, target: Format) -> jax.Array:
     Returns:
         float32 of the same shape: never zero or subnormal, finite where `absmax` is, 1 where it is 0. NaN stays NaN, so
             that it shows in the result.
+
+    >>> from lepton_xla.quant import FORMATS, absmax_scale
+    >>> absmax_scale(jnp.array([254.0, 0.0]), FORMATS["int8"]).tolist()
+    [2.0, 1.0]
     """
     # XLA may rewrite a division by a constant; a multiplication gives the same number in every program.
     return _usable(absmax.astype(jnp.float32) * np.float32(1 / target.largest))
 
 
 def settle(scale: jax.Array, granularity: str) -> jax.Array:
-    """Rounds a scale to what can be stored: normal, and with bfloat16's precision for groups. Stays float32 and
+    """Round a scale to what can be stored: normal, and with bfloat16's precision for groups. Stays float32 and
     differentiable.
 
     Groups have many scales; in float32 they would take an eighth of the bytes of 4-bit codes in groups of 64.
+
+    >>> float(settle(jnp.float32(1.001), "group:64")), float(settle(jnp.float32(0), "channel")) > 0
+    (1.0, True)
     """
     scale = scale.astype(jnp.float32)
     size = jnp.maximum(jnp.abs(scale), _TINY)
@@ -117,7 +137,7 @@ def make_grid(
     zero_point: jax.Array | None = None,
     codebook: jax.Array | None = None,
 ) -> Grid:
-    """Makes the grid for a matrix; parts that are given are used as they are.
+    """Make the grid for a matrix; parts that are given are used as they are.
 
     Args:
         matrix: float [..., K, N]; each index of the leading axes has its own grid. Magnitudes above half of the largest
@@ -132,6 +152,11 @@ def make_grid(
 
     Raises:
         RecipeError: if g does not divide K.
+
+    >>> from lepton_xla.quant import FORMATS, make_grid
+    >>> grid = make_grid(jnp.array([[0.0, -10.0], [510.0, 245.0]]), FORMATS["uint8"], "channel")
+    >>> np.round(grid.scale, 4).tolist(), grid.zero_point.tolist()
+    ([[2.0, 1.0]], [[0, 10]])
     """
     matrix = lax.stop_gradient(matrix.astype(jnp.float32))
     blocks = as_blocks(jnp.clip(matrix, -_COVERED, _COVERED), _group_count(matrix.shape[-2], granularity))
@@ -220,12 +245,22 @@ def _least_error(
 
 
 def matrix_codes(matrix: jax.Array, grid: Grid, target: Format) -> jax.Array:
-    """Rounds a matrix [..., K, N] to codes on a grid; the codes are not packed."""
+    """Round a matrix [..., K, N] to codes on a grid; the codes are not packed.
+
+    >>> from lepton_xla.quant import FORMATS
+    >>> matrix_codes(jnp.array([[0.6], [-1.6]]), Grid(jnp.ones((1, 1))), FORMATS["int8"]).tolist()
+    [[1], [-2]]
+    """
     return _by_blocks(encode, matrix, grid, target)
 
 
 def matrix_values(codes: jax.Array, grid: Grid, target: Format) -> jax.Array:
-    """Dequantizes codes to a float32 matrix [..., K, N]."""
+    """Dequantize codes to a float32 matrix [..., K, N].
+
+    >>> from lepton_xla.quant import FORMATS
+    >>> matrix_values(jnp.array([[3], [-2]], jnp.int8), Grid(jnp.full((1, 1), 0.5)), FORMATS["int8"]).tolist()
+    [[1.5], [-1.0]]
+    """
     return _by_blocks(decode, codes, grid, target)
 
 
@@ -236,7 +271,7 @@ def encode(
     zero_point: jax.Array | None = None,
     codebook: jax.Array | None = None,
 ) -> jax.Array:
-    """Rounds `array` to codes, saturating.
+    """Round `array` to codes, saturating.
 
     Args:
         array: float, any shape.
@@ -247,6 +282,10 @@ def encode(
 
     Returns:
         Codes of the format's dtype, not packed.
+
+    >>> from lepton_xla.quant import FORMATS, encode
+    >>> encode(jnp.array([0.5, 1.5, -3.0, 1000.0]), jnp.float32(1), FORMATS["int8"]).tolist()
+    [0, 2, -3, 127]
     """
     scaled = array.astype(jnp.float32) / scale.astype(jnp.float32)
     if target.kind == "int":
@@ -273,7 +312,12 @@ def decode(
     zero_point: jax.Array | None = None,
     codebook: jax.Array | None = None,
 ) -> jax.Array:
-    """Dequantizes codes to float32; the arguments are those of `encode`."""
+    """Dequantize codes to float32; the arguments are those of `encode`.
+
+    >>> from lepton_xla.quant import FORMATS
+    >>> decode(jnp.array([0, 2, -3], jnp.int8), jnp.float32(0.5), FORMATS["int8"]).tolist()
+    [0.0, 1.0, -1.5]
+    """
     scale = scale.astype(jnp.float32)
     if target.kind == "affine":
         assert zero_point is not None
@@ -290,7 +334,11 @@ def decode(
 
 
 def as_blocks(matrix: jax.Array, groups: int) -> jax.Array:
-    """Reshapes [..., K, N] to [..., G, K / G, N]."""
+    """Reshape [..., K, N] to [..., G, K / G, N].
+
+    >>> as_blocks(jnp.zeros((8, 3)), 2).shape
+    (2, 4, 3)
+    """
     *lead, rows, columns = matrix.shape
     return matrix.reshape((*lead, groups, rows // groups, columns))
 

@@ -30,6 +30,10 @@ def initial_scale(matrix: jax.Array, target: Format, granularity: str) -> jax.Ar
 
     Returns:
         float32 [..., G, N] or [..., 1, 1], 1 where all weights are zero.
+
+    >>> from lepton_xla.quant import FORMATS
+    >>> round(float(initial_scale(jnp.ones((4, 1)), FORMATS["int8"], "channel")[0, 0]) * 127**0.5, 4)
+    2.0
     """
     size = group_size(granularity)
     blocks = as_blocks(jnp.abs(matrix.astype(jnp.float32)), matrix.shape[-2] // size if size else 1)
@@ -39,7 +43,7 @@ def initial_scale(matrix: jax.Array, target: Format, granularity: str) -> jax.Ar
 
 
 def raw_scales(scales: Mapping[str, Mapping[str, jax.Array]] | None) -> dict[str, dict[str, jax.Array]]:
-    """Converts scales that are given as logarithms to plain scales.
+    """Convert scales that are given as logarithms to plain scales.
 
     Args:
         scales: name -> part -> array. A part named `log2_x` is the logarithm, to base 2, of the part `x`.
@@ -49,6 +53,9 @@ def raw_scales(scales: Mapping[str, Mapping[str, jax.Array]] | None) -> dict[str
 
     Raises:
         ModelError: if a part is unknown, or is given both plainly and as a logarithm.
+
+    >>> {part: float(array) for part, array in raw_scales({"w": {"log2_scale": jnp.float32(-2)}})["w"].items()}
+    {'scale': 0.25}
     """
     raw: dict[str, dict[str, jax.Array]] = {}
     for name, parts in (scales or {}).items():
@@ -70,7 +77,7 @@ def learned_quantize(
     shared: int,
     zero_point: jax.Array | None = None,
 ) -> jax.Array:
-    """Dequantizes codes with a gradient for the scale (Learned Step Size Quantization, arXiv:1902.08153).
+    """Dequantize codes with a gradient for the scale (Learned Step Size Quantization, arXiv:1902.08153).
 
     Args:
         array: float, any shape.
@@ -83,6 +90,12 @@ def learned_quantize(
 
     Returns:
         Exactly the values of `decode`, in the array's dtype.
+
+    >>> from lepton_xla.quant import FORMATS, encode
+    >>> int4, w = FORMATS["int4"], jnp.array([0.4, 1.7])
+    >>> value = lambda scale: learned_quantize(w, encode(w, scale, int4), scale, int4, shared=2).sum()
+    >>> [round(float(x), 3) for x in jax.value_and_grad(value)(jnp.float32(1))]
+    [2.0, -0.027]
     """
     factor = np.float32(1 / math.sqrt(max(shared, 1) * _largest(target)))
     fixed = lax.stop_gradient(scale)
@@ -100,7 +113,7 @@ def learned_quantize(
 def stochastic_quantize(
     array: jax.Array, scale: jax.Array, target: Format, key: jax.Array, zero_point: jax.Array | None = None
 ) -> jax.Array:
-    """Rounds stochastically: the mean over keys is the value itself (Gupta 2015, arXiv:1502.02551).
+    """Round stochastically: the mean over keys is the value itself (Gupta 2015, arXiv:1502.02551).
 
     Args:
         array: float, any shape. Zeros and values that are on a code stay unchanged.
@@ -111,6 +124,12 @@ def stochastic_quantize(
 
     Returns:
         The rounded values in the array's dtype; the gradient passes straight through.
+
+    >>> from lepton_xla.quant import FORMATS
+    >>> values, key = np.full(1000, 0.25, np.float32), jax.random.key(0)
+    >>> rounded = np.asarray(stochastic_quantize(values, np.float32(1), FORMATS["int8"], key))
+    >>> np.unique(rounded).tolist(), bool(0.2 < rounded.mean() < 0.3)
+    ([0.0, 1.0], True)
     """
     lowest, largest = target.lowest, _largest(target)
     scale = lax.stop_gradient(scale)

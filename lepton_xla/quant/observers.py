@@ -36,22 +36,35 @@ _TIE = 1e-12
 
 
 def magnitude_bits(array: jax.Array) -> jax.Array:
-    """Bits of the float32 magnitudes, int32, same shape. They sort like the magnitudes, NaN last."""
+    """Bits of the float32 magnitudes, int32, same shape. They sort like the magnitudes, NaN last.
+
+    >>> np.asarray(magnitude_bits(jnp.array([-2.0, 3.0, -jnp.inf]))).view(np.float32).tolist()
+    [2.0, 3.0, inf]
+    """
     return lax.bitcast_convert_type(array.astype(jnp.float32), jnp.int32) & _MAGNITUDE
 
 
 def largest_bits(array: jax.Array) -> jax.Array:
-    """`magnitude_bits` of the largest magnitude, scalar; 0 for an empty array."""
+    """Give `magnitude_bits` of the largest magnitude, scalar; 0 for an empty array.
+
+    >>> np.int32(largest_bits(jnp.array([1.0, -3.0]))).view(np.float32).item()
+    3.0
+    """
     return jnp.max(magnitude_bits(array), initial=0)
 
 
 def level_of(bits: jax.Array | np.ndarray) -> jax.Array | np.ndarray:
-    """Level of the smallest histogram that holds a magnitude; level `n` covers magnitudes below 2**(n - 126)."""
+    """Level of the smallest histogram that holds a magnitude; level `n` covers magnitudes below 2**(n - 126).
+
+    >>> level = int(level_of(largest_bits(jnp.array([1.0, -3.0]))))
+    >>> 2.0 ** (level - 126)
+    4.0
+    """
     return bits >> _FRACTION_BITS
 
 
 def count(array: jax.Array, level: jax.Array) -> jax.Array:
-    """Counts magnitudes.
+    """Count magnitudes.
 
     Works inside `jit`, on sharded arrays too, inside `shard_map` (where the counts are those of one shard) and control
     flow.
@@ -62,6 +75,10 @@ def count(array: jax.Array, level: jax.Array) -> jax.Array:
 
     Returns:
         uint32[1 + BINS]: number of elements that are exactly zero, then the count of each bin. Bins have equal width.
+
+    >>> counted = count(jnp.array([0.0, 0.0, 1.0, -3.0]), jnp.int32(128))  # 128: magnitudes below 4
+    >>> int(counted[0]), np.flatnonzero(counted[1:]).tolist()
+    (2, [512, 1536])
     """
     bits = magnitude_bits(array)
     exponent = bits >> _FRACTION_BITS
@@ -91,6 +108,10 @@ class Histogram:
         zeros: number of elements that are exactly zero.
         counts: int64[BINS], number of other elements per bin.
         absmax: the largest magnitude.
+
+    >>> seen = Histogram.of_counts(np.ones(1 + BINS, np.uint32), level=127, absmax=2.0)  # one zero, and one a bin
+    >>> seen.zeros, seen.width * BINS, seen.used, (seen + seen).zeros, seen.grown(128).used
+    (1, 2.0, 2048, 2, 1024)
     """
 
     level: int = 0
@@ -100,7 +121,7 @@ class Histogram:
 
     @classmethod
     def of_counts(cls, counted: np.ndarray, level: int, absmax: float) -> Histogram:
-        """Makes a histogram from the result of `count` at a level."""
+        """Make a histogram from the result of `count` at a level."""
         return cls(int(level), int(counted[0]), counted[1:].astype(np.int64), float(absmax))
 
     @property
@@ -115,7 +136,7 @@ class Histogram:
         return int(filled[-1]) + 1 if filled.size else 0
 
     def grown(self, level: int) -> Histogram:
-        """Returns the histogram at the same or a higher level; each doubling of the range merges pairs of bins."""
+        """Return the histogram at the same or a higher level; each doubling of the range merges pairs of bins."""
         counts = self.counts
         for _ in range(min(level - self.level, BINS_LOG2)):
             counts = np.concatenate([counts.reshape(-1, 2).sum(axis=1), np.zeros(BINS // 2, np.int64)])
@@ -132,6 +153,10 @@ def code_magnitudes(target: Format) -> np.ndarray:
 
     Raises:
         CalibrationError: if the format is neither integer nor an eight-bit float.
+
+    >>> from lepton_xla.quant import FORMATS
+    >>> code_magnitudes(FORMATS["int4"]).tolist()
+    [0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0]
     """
     dtype = jnp.dtype(target.dtype)
     if jnp.issubdtype(dtype, jnp.signedinteger):
@@ -153,6 +178,11 @@ def mse_range(seen: Histogram, codes: np.ndarray) -> float:
 
     References:
         Nahshan et al., Loss aware post-training quantization, 2019, arXiv:1911.07190, section 3.
+
+    >>> from lepton_xla.quant import FORMATS
+    >>> seen = Histogram(level=127, counts=np.geomspace(1e6, 1, BINS).astype(int), absmax=2.0)  # few large ones
+    >>> round(mse_range(seen, code_magnitudes(FORMATS["int4"])), 1)
+    0.7
     """
     filled = np.flatnonzero(seen.counts)
     centres, weights = (filled + 0.5) * seen.width, seen.counts[filled].astype(np.float64)
@@ -186,6 +216,10 @@ def entropy_range(seen: Histogram, levels: int) -> float:
 
     References:
         Migacz, 8-bit inference with TensorRT, GTC 2017.
+
+    >>> seen = Histogram(level=127, counts=np.geomspace(1e6, 1, BINS).astype(int), absmax=2.0)  # few large ones
+    >>> round(entropy_range(seen, levels=8), 1)
+    0.9
     """
     counts = seen.counts.astype(np.float64)
     kept = np.arange(max(levels, int(np.flatnonzero(counts)[0]) + 1), seen.used + 1)
@@ -221,6 +255,10 @@ def percentile_range(seen: Histogram, percentile: float) -> float:
     Args:
         seen: the magnitudes.
         percentile: in (0, 100]; 100 is exactly the largest magnitude.
+
+    >>> seen = Histogram(level=127, counts=np.ones(BINS, np.int64), absmax=2.0)  # magnitudes evenly in [0, 2)
+    >>> round(percentile_range(seen, 90), 2), percentile_range(seen, 100)
+    (1.8, 2.0)
     """
     if percentile == 100:
         return seen.absmax
@@ -234,12 +272,16 @@ def percentile_range(seen: Histogram, percentile: float) -> float:
 
 
 def counts_needed(method: str) -> bool:
-    """Whether a method needs a histogram, and not only the largest magnitude."""
+    """Tell whether a method needs a histogram, and not only the largest magnitude.
+
+    >>> counts_needed("absmax"), counts_needed("percentile:99.9")
+    (False, True)
+    """
     return method not in ("absmax", "percentile:100")
 
 
 def estimate_range(method: str, seen: Histogram, target: Format) -> float:
-    """Computes the range by a recipe's `calibration` method.
+    """Compute the range by a recipe's `calibration` method.
 
     Args:
         method: `absmax`, `percentile:P`, `mse` or `entropy`.
@@ -251,6 +293,10 @@ def estimate_range(method: str, seen: Histogram, target: Format) -> float:
 
     Raises:
         CalibrationError: if `mse` or `entropy` is not defined for the format.
+
+    >>> from lepton_xla.quant import FORMATS
+    >>> estimate_range("absmax", Histogram(absmax=3.0), FORMATS["int8"])
+    3.0
     """
     name, _, argument = method.partition(":")
     if seen.absmax == 0 or not np.isfinite(seen.absmax) or not counts_needed(method):
@@ -274,6 +320,12 @@ class Aggregate:
             batch reaches keeps 0.
         value: float64, the range so far, any shape.
         number: number of ranges combined so far, same shape.
+
+    >>> ranges = Aggregate.empty("ema:0.75", ())
+    >>> for seen in (4.0, 8.0):
+    ...     ranges = ranges.add(np.float64(seen))
+    >>> float(ranges.value)
+    5.0
     """
 
     method: str
@@ -282,11 +334,11 @@ class Aggregate:
 
     @classmethod
     def empty(cls, method: str, shape: tuple[int, ...]) -> Aggregate:
-        """No range yet."""
+        """Begin with no range."""
         return cls(method, np.zeros(shape), np.zeros(shape, np.int64))
 
     def add(self, value: np.ndarray) -> Aggregate:
-        """Adds the range of one more batch."""
+        """Add the range of one more batch."""
         said = value != 0  # NaN counts, so that it shows in the result
         number = self.number + said
         name, _, argument = self.method.partition(":")

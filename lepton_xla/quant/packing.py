@@ -17,12 +17,17 @@ from lepton_xla.quant.formats import Format
 
 
 def packed_rows(rows: int, target: Format) -> int:
-    """Number of rows of bytes that hold `rows` rows of codes."""
+    """Number of rows of bytes that hold `rows` rows of codes.
+
+    >>> from lepton_xla.quant import FORMATS
+    >>> packed_rows(5, FORMATS["int4"]), packed_rows(5, FORMATS["int8"])
+    (3, 5)
+    """
     return -(-rows // target.per_byte)
 
 
 def pack(codes: jax.Array, target: Format) -> jax.Array:
-    """Packs codes for storage.
+    """Pack codes for storage.
 
     Args:
         codes: [..., K, N] of the format's dtype.
@@ -30,6 +35,10 @@ def pack(codes: jax.Array, target: Format) -> jax.Array:
 
     Returns:
         uint8 [..., ceil(K / codes per byte), N]; codes of eight bits are returned unchanged.
+
+    >>> from lepton_xla.quant import FORMATS
+    >>> pack(jnp.array([[1], [2], [-1]], jnp.int8), FORMATS["int4"]).tolist()  # rows 0 and 2 share a byte
+    [[241], [2]]
     """
     count = target.per_byte
     if count == 1:
@@ -46,7 +55,7 @@ def pack(codes: jax.Array, target: Format) -> jax.Array:
 
 
 def unpack(stored: jax.Array, target: Format, rows: int) -> jax.Array:
-    """The inverse of `pack`.
+    """Unpack what `pack` stored.
 
     Args:
         stored: uint8 [..., packed rows, N].
@@ -55,6 +64,10 @@ def unpack(stored: jax.Array, target: Format, rows: int) -> jax.Array:
 
     Returns:
         Codes [..., K, N] of the format's dtype.
+
+    >>> from lepton_xla.quant import FORMATS
+    >>> unpack(jnp.array([[241], [2]], jnp.uint8), FORMATS["int4"], rows=3).tolist()
+    [[1], [2], [-1]]
     """
     count = target.per_byte
     if count == 1:

@@ -32,6 +32,13 @@ class QTensor:
         zero_point: uint8, shaped like `scale`, for affine formats; else None.
         codebook: float32 [..., levels], for learned formats; else None.
         transposed: whether codes are stored column-major, for platforms that multiply them so.
+
+    >>> from lepton_xla.quant import quantize
+    >>> weight = quantize(jnp.array([[7.0, 3.5], [-3.0, 0.5], [1.0, -1.0]]), "int4")
+    >>> weight.shape, weight.values.shape, weight.grid.scale.tolist()
+    ((3, 2), (2, 2), [[1.0, 0.5]])
+    >>> weight.codes().tolist(), weight.dequantize()[0].tolist()
+    ([[7, 7], [-3, 1], [1, -2]], [7.0, 3.5])
     """
 
     values: jax.Array
@@ -53,26 +60,34 @@ class QTensor:
         return Grid(self.scale, self.zero_point, self.codebook)
 
     def codes(self) -> jax.Array:
-        """The codes, unpacked: [..., K, N] of the format's dtype."""
+        """Unpack the codes: [..., K, N] of the format's dtype."""
         if self.transposed:
             return jnp.swapaxes(self.values, -1, -2)
         return unpack(self.values, FORMATS[self.format], self.rows)
 
     def by_columns(self) -> QTensor:
-        """Returns the same matrix with its eight-bit codes stored column-major."""
+        """Return the same matrix with its eight-bit codes stored column-major.
+
+        >>> by_columns = quantize(jnp.ones((3, 2)), "int8").by_columns()
+        >>> by_columns.shape, by_columns.values.shape
+        ((3, 2), (2, 3))
+        """
         assert FORMATS[self.format].bits == 8
         assert not self.transposed
         return dataclasses.replace(self, values=jnp.swapaxes(self.values, -1, -2), transposed=True)
 
     def dequantize(self, dtype: jnp.dtype | str = "float32") -> jax.Array:
-        """Returns the float matrix [..., K, N]."""
+        """Return the float matrix [..., K, N]."""
         return matrix_values(self.codes(), self.grid, FORMATS[self.format]).astype(dtype)
 
     def columns(self, index: jax.Array) -> QTensor:
-        """Selects columns: a `QTensor` of [K, len(index)].
+        """Select columns: a `QTensor` of [K, len(index)].
 
         Args:
             index: int [n], each in [0, N). The matrix must have no leading axes.
+
+        >>> quantize(jnp.array([[1.0, 2.0, 127.0]]), "int8", "tensor").columns(jnp.array([2, 0])).dequantize().tolist()
+        [[127.0, 1.0]]
         """
         take = lambda array: array.at[:, index].get(mode="promise_in_bounds")  # noqa: E731
         of = lambda array: array if array is None or array.shape[-1] == 1 else take(array)  # noqa: E731
@@ -90,7 +105,7 @@ def quantize(
     zero_point: jax.Array | None = None,
     codebook: jax.Array | None = None,
 ) -> QTensor:
-    """Quantizes a matrix on the grid that `make_grid` chooses, or on a given one.
+    """Quantize a matrix on the grid that `make_grid` chooses, or on a given one.
 
     Args:
         matrix: float [..., K, N].
@@ -101,6 +116,10 @@ def quantize(
 
     Raises:
         RecipeError: if g does not divide K.
+
+    >>> from lepton_xla.quant import quantize
+    >>> quantize(jnp.array([[127.0, 1.0], [-63.6, 0.0]]), "int8").dequantize().round(2).tolist()
+    [[127.0, 1.0], [-64.0, 0.0]]
     """
     target = FORMATS[name]
     grid = make_grid(matrix, target, granularity, weight_range, scale=scale, zero_point=zero_point, codebook=codebook)
@@ -117,7 +136,7 @@ def fake_quantize(
     *,
     clips: bool = True,
 ) -> jax.Array:
-    """Dequantizes codes with a straight-through gradient for the array: for training and evaluation.
+    """Dequantize codes with a straight-through gradient for the array: for training and evaluation.
 
     The gradient passes straight through the rounding (Bengio et al. 2013, arXiv:1308.3432) and is zero where an integer
     or small float saturates. The scale gets no gradient.
@@ -132,6 +151,12 @@ def fake_quantize(
 
     Returns:
         Exactly the values of `decode`, in the array's dtype.
+
+    >>> from lepton_xla.quant import FORMATS, encode, fake_quantize
+    >>> int8, scale, x = FORMATS["int8"], jnp.float32(1), jnp.array([0.6, 500.0])
+    >>> rounded = lambda x: fake_quantize(x, encode(x, scale, int8), scale, int8)
+    >>> rounded(x).tolist(), jax.grad(lambda x: rounded(x).sum())(x).tolist()
+    ([1.0, 127.0], [1.0, 0.0])
     """
     scale = lax.stop_gradient(scale)
     exact = array.astype(jnp.float32)
@@ -143,12 +168,19 @@ def inside(array: jax.Array, scale: jax.Array, target: Format) -> jax.Array:
     """Where values do not saturate.
 
     A value that rounds to the largest code counts as inside: under an absmax scale the largest value is one.
+
+    >>> inside(jnp.array([127.4, 200.0]), jnp.float32(1), FORMATS["int8"]).tolist()
+    [True, False]
     """
     position = array / scale
     return (position >= target.lowest - 0.5) & (position <= target.largest + 0.5)
 
 
 def straight_through(array: jax.Array, rounded: jax.Array, passing: jax.Array | bool) -> jax.Array:
-    """Returns exactly `rounded`, with the gradient of `array` where `passing`, and none elsewhere."""
+    """Return exactly `rounded`, with the gradient of `array` where `passing`, and none elsewhere.
+
+    >>> jax.value_and_grad(lambda x: straight_through(x, jnp.round(x), True))(1.7)
+    (Array(2., dtype=float32, weak_type=True), Array(1., dtype=float32, weak_type=True))
+    """
     through = array if passing is True else jnp.where(passing, array, jnp.zeros_like(array))
     return lax.stop_gradient(rounded) + (through - lax.stop_gradient(through))

@@ -12,7 +12,7 @@ _BLOCKS = ("prune", "quantize")
 
 
 def parse_setting(text: str) -> tuple[str, Any]:
-    """Parses `key=value`. The value is TOML or a bare word; an empty one means the default and gives None.
+    """Parse `key=value`. The value is TOML or a bare word; an empty one means the default and gives None.
 
     Raises:
         RecipeError: if the text has another form.
@@ -37,7 +37,7 @@ def parse_setting(text: str) -> tuple[str, Any]:
 
 
 def changed(recipe: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Changes values of a recipe, given as plain dicts and lists.
+    """Change values of a recipe, given as plain dicts and lists.
 
     Args:
         recipe: the whole recipe; nested dicts and lists are changed in place.
@@ -45,6 +45,9 @@ def changed(recipe: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str,
 
     Raises:
         RecipeError: if a key does not exist.
+
+    >>> changed({"prune": [{"sites": ".*", "sparsity": 0.5}]}, {"prune.0.sparsity": 0.8, "cast": "bfloat16"})
+    {'prune': [{'sites': '.*', 'sparsity': 0.8}], 'cast': 'bfloat16'}
     """
     whole = dict(recipe)
     for key, value in settings.items():
@@ -80,10 +83,13 @@ def _entered(node: Any, part: str, at: str, *, new: Any) -> Any:
 
 
 def excluded(recipe: Mapping[str, Any], patterns: Sequence[str]) -> dict[str, Any]:
-    """Adds patterns to the exclusions of every block of a recipe, given as plain dicts and lists.
+    """Add patterns to the exclusions of every block of a recipe, given as plain dicts and lists.
 
     Raises:
         RecipeError: if the recipe has no block.
+
+    >>> excluded({"prune": [{"sites": ".*", "exclude": "stem"}]}, ["head"])
+    {'prune': [{'sites': '.*', 'exclude': ['stem', 'head']}]}
     """
     whole = dict(recipe)
     tables = [block for kind in _BLOCKS for block in whole.get(kind) or ()]

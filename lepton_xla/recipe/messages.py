@@ -25,12 +25,18 @@ _SPELLINGS = {
 
 
 def reason(error: Exception, given: Any, root: type[msgspec.Struct]) -> str:
-    """Describes an error in one line that names the key and the value.
+    """Describe an error in one line that names the key and the value.
 
     Args:
         error: from msgspec or tomllib.
         given: the TOML text, or the recipe as plain dicts and lists.
         root: the type of a whole recipe.
+
+    >>> try:
+    ...     msgspec.convert({"sites": 3}, PruneRule)
+    ... except msgspec.ValidationError as error:
+    ...     reason(error, {"sites": 3}, PruneRule)
+    'sites = 3: expected `str`, got `int`'
     """
     said = first_line(error)
     place = re.fullmatch(r"(.*) - at `\$\.?(.*)`", said)

@@ -16,6 +16,9 @@ class Pattern:
             blocks of `rows` by `columns`; `channel`: columns.
         rows, columns: the size of a group or block.
         kept: number of elements kept in each group, for `groups`.
+
+    >>> Pattern.parse("2:4").sparsity, Pattern.parse("block:4x1").rows
+    (0.5, 4)
     """
 
     kind: Literal["unstructured", "groups", "block", "channel"]
@@ -26,7 +29,7 @@ class Pattern:
     @staticmethod
     @functools.cache
     def parse(text: str) -> Pattern:
-        """Reads `unstructured`, `N:M`, `block:RxC` or `channel`."""
+        """Read `unstructured`, `N:M`, `block:RxC` or `channel`."""
         if text in ("unstructured", "channel"):
             return Pattern("unstructured" if text == "unstructured" else "channel")
         if text.startswith("block:"):

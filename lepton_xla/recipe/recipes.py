@@ -49,6 +49,10 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         shrink: the `[shrink]` table; None to remove nothing.
         prune: `[[prune]]` blocks.
         quantize: `[[quantize]]` blocks.
+
+    >>> recipe = lx.Recipe.load("int8-prune50")
+    >>> recipe.prune[0].sparsity, recipe.quantize[0].weights
+    (0.5, 'int8')
     """
 
     name: str = ""
@@ -69,10 +73,13 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
 
     @staticmethod
     def load(name_or_path: str | pathlib.Path) -> Recipe:
-        """Reads a preset by name, or a TOML file by path.
+        """Read a preset by name, or a TOML file by path.
 
         Raises:
             RecipeError: if there is no such preset or file, or it is malformed; the message names the key.
+
+        >>> lx.Recipe.load("int4-weight-only").quantize[0].granularity
+        'group:~64'
         """
         path = pathlib.Path(name_or_path)
         if str(name_or_path) in presets():
@@ -88,10 +95,13 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
 
     @staticmethod
     def parse(text: str, *, name: str) -> Recipe:
-        """Reads a recipe from TOML text; `name` is used in messages, and as the recipe's name if the text has none.
+        """Read a recipe from TOML text; `name` is used in messages, and as the recipe's name if the text has none.
 
         Raises:
             RecipeError: for malformed TOML, an unknown key, a wrong type, or an invalid pattern.
+
+        >>> lx.Recipe.parse('cast = "bfloat16"', name="half").cast
+        'bfloat16'
         """
         try:
             recipe = msgspec.toml.decode(text.removeprefix("\ufeff"), type=Recipe)
@@ -104,7 +114,7 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     def replace(
         self, changes: Mapping[str, Any] | None = None, /, *, exclude: str | Sequence[str] = (), **fields: Any
     ) -> Recipe:
-        """Returns the recipe with other values, validated like a file's.
+        """Return the recipe with other values, validated like a file's.
 
         Args:
             changes: dotted key -> value, such as `{"quantize.0.weights": "int4"}`; None restores the default.
@@ -130,12 +140,16 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         return recipe
 
     def check(self) -> None:
-        """Validates all values and their combinations.
+        """Validate all values and their combinations.
 
         Recipes built in Python are checked like those of files.
 
         Raises:
             RecipeError: if a value is invalid; names the key.
+
+        >>> lx.Recipe(name="mine", prune=(PruneRule(sites="["),)).check()
+        Traceback (most recent call last):
+        lepton_xla.errors.RecipeError: recipe 'mine': prune[0].sparsity is missing: give a share in [0, 1)
         """
         given = msgspec.to_builtins(self)
         try:
@@ -156,7 +170,12 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
 
 
 def presets() -> tuple[str, ...]:
-    """Names of the presets: the recipes that come with the package."""
+    """Names of the presets: the recipes that come with the package.
+
+    >>> from lepton_xla.recipe import presets
+    >>> "int8" in presets()
+    True
+    """
     return tuple(sorted(entry.name.removesuffix(".toml") for entry in _preset_folder().iterdir() if entry.is_file()))
 
 
@@ -165,6 +184,14 @@ def preset_text(name: str) -> str:
 
     Raises:
         RecipeError: if there is no such preset.
+
+    >>> from lepton_xla.recipe import preset_text
+    >>> print(preset_text("prune50").partition("[[")[2])
+    prune]]
+    sites = ".*"
+    sparsity = 0.5
+    distribution = "global"
+    <BLANKLINE>
     """
     if name not in presets():
         raise RecipeError(f"recipe {name!r}: no such preset; the presets are {', '.join(presets())}")

@@ -29,13 +29,17 @@ class Rule(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
     Attributes:
         sites: regular expression that must match the whole name of a site; the first block that matches a site wins.
         exclude: regular expressions (one, or a list) for sites that this block does not match; later blocks may.
+
+    >>> rule = Rule(sites=".*kernel", exclude="head/.*")
+    >>> rule.matches("dense/kernel"), rule.matches("head/kernel"), rule.exclusions
+    (True, False, ('head/.*',))
     """
 
     sites: str
     exclude: str | tuple[str, ...] = ""
 
     def matches(self, name: str) -> bool:
-        """Whether this rule applies to the site, or weight, of this name."""
+        """Tell whether this rule applies to the site, or weight, of this name."""
         return bool(re.fullmatch(self.sites, name)) and not any(
             re.fullmatch(pattern, name) for pattern in self.exclusions
         )
@@ -63,6 +67,11 @@ class PruneRule(Rule, frozen=True, forbid_unknown_fields=True, kw_only=True):
             deviations; `saliency`: the smallest weight times gradient, in training only; `random`; `wanda` or
             `sparsegpt`: those that change outputs on calibration data least; `sparsegpt` also adjusts the remaining
             elements to compensate.
+
+    >>> from lepton_xla.recipe import PruneRule
+    >>> rule = PruneRule(sites=".*kernel", exclude="head/.*", pattern="2:4")
+    >>> rule.describe(), rule.matches("head/kernel"), rule.exclusions
+    ('prune 50% 2:4', False, ('head/.*',))
     """
 
     sparsity: Annotated[float, msgspec.Meta(ge=0, lt=1)] | None = None
@@ -75,7 +84,7 @@ class PruneRule(Rule, frozen=True, forbid_unknown_fields=True, kw_only=True):
     ] = "magnitude"
 
     def describe(self) -> str:
-        """Describes the rule in a few words."""
+        """Describe the rule in a few words."""
         share, plain = sparsity_of(self), self.pattern == "unstructured"
         words = (
             f"{100 * share:.4g}%" if share is not None else "",
@@ -110,6 +119,11 @@ class QuantizeRule(Rule, frozen=True, forbid_unknown_fields=True, kw_only=True):
             Kullback-Leibler divergence, as TensorRT does).
         aggregate: how to combine batches: `pooled`: one range from the values of all batches; `max`, `mean` or `ema:M`:
             from the ranges of the batches; M in [0, 1) is the share of the old value in the moving average.
+
+    >>> from lepton_xla.recipe import QuantizeRule
+    >>> rule = QuantizeRule(sites=".*", weights="int4", activations="none", granularity="group:64")
+    >>> rule.group, rule.percentile, rule.matches("dense/kernel"), rule.exclusions
+    (64, 100.0, True, ())
     """
 
     weights: WeightFormat = "int8"
@@ -148,6 +162,10 @@ class ShrinkRule(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
         round_to: the number of units that a group keeps is a multiple of this. Of several values, the one that measures
             fastest at the compiled sizes, or the first one if the recipe has `measure = false`.
         protect: regular expressions (one, or a list) for groups or weights that lose no units.
+
+    >>> from lepton_xla.recipe import ShrinkRule
+    >>> lx.Recipe(shrink=ShrinkRule(flops=0.5, round_to=(8, 16))).shrink.multiples
+    (8, 16)
     """
 
     sparsity: float | None = None
@@ -166,7 +184,7 @@ class ShrinkRule(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
 
 
 def check_rule(rule: PruneRule | QuantizeRule, where: str, *, needs_sparsity: bool = True) -> None:
-    """Validates a rule's values and their combinations.
+    """Validate a rule's values and their combinations.
 
     Args:
         rule: the rule.
@@ -175,6 +193,10 @@ def check_rule(rule: PruneRule | QuantizeRule, where: str, *, needs_sparsity: bo
 
     Raises:
         RecipeError: if a value is invalid; names the key.
+
+    >>> check_rule(PruneRule(sites=".*", sparsity=1.5), "mine")
+    Traceback (most recent call last):
+    lepton_xla.errors.RecipeError: mine.sparsity = 1.5: expected a share in [0, 1)
     """
     if isinstance(rule, PruneRule):
         _check_prune_rule(rule, where, needs_sparsity=needs_sparsity)
@@ -237,7 +259,11 @@ def _check_prune_rule(rule: PruneRule, where: str, *, needs_sparsity: bool = Tru
 
 
 def sparsity_of(rule: PruneRule) -> float | None:
-    """The final sparsity that a rule asks for; None if it does not determine one."""
+    """The final sparsity that a rule asks for; None if it does not determine one.
+
+    >>> sparsity_of(PruneRule(sites=".*", pattern="1:4")), sparsity_of(PruneRule(sites=".*", method="deviation:1"))
+    (0.75, None)
+    """
     return rule.sparsity if rule.sparsity is not None else Pattern.parse(rule.pattern).sparsity
 
 
@@ -271,10 +297,14 @@ def _alternative(kind: str) -> str:
 def check_target(
     sparsity: float | None, flops: float | None, size: float | None, latency_ms: float | None, round_to: int
 ) -> None:
-    """Validates the target of `shrink`.
+    """Validate the target of `shrink`.
 
     Raises:
         RecipeError: unless exactly one target is given, and it and `round_to` are in range.
+
+    >>> check_target(0.5, None, 0.5, None, 1)
+    Traceback (most recent call last):
+    lepton_xla.errors.RecipeError: shrink takes exactly one of sparsity, flops, bytes, latency_ms; ...
     """
     targets = {"sparsity": sparsity, "flops": flops, "bytes": size, "latency_ms": latency_ms}
     given = {name: value for name, value in targets.items() if value is not None}

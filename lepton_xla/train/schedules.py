@@ -28,6 +28,10 @@ class Schedule:
 
     Raises:
         RecipeError: if the steps are invalid.
+
+    >>> schedule = lx.train.Schedule(lambda step, final: final * step / 1000, begin=0, end=1000, every=250)
+    >>> [bool(schedule.due(jnp.int32(step))) for step in (0, 1, 250, 1000, 1250)]
+    [True, False, True, True, False]
     """
 
     sparsity: Callable[[jax.Array, Any], Any]
@@ -53,6 +57,9 @@ class Schedule:
 
         Raises:
             RecipeError: if the function is outside of [0, 1) at the first or the last step.
+
+        >>> lx.train.Schedule.of(lambda step: 0.5, begin=100).overrides
+        True
         """
         for step in (begin, *([end] if end is not None else [])):
             value = float(share(step))
@@ -67,23 +74,37 @@ class Schedule:
 
 
 def one_shot(at: int = 0) -> Schedule:
-    """The final sparsity at once, at one step."""
+    """The final sparsity at once, at one step.
+
+    >>> schedule = lx.train.one_shot(at=500)
+    >>> bool(schedule.due(jnp.int32(500))), schedule.sparsity(jnp.int32(500), 0.8)
+    (True, 0.8)
+    """
     return Schedule(lambda _step, final: final, begin=at, end=at)
 
 
 def periodic(begin: int = 0, end: int | None = None, *, every: int = 100) -> Schedule:
-    """The final sparsity from `begin` on; masks are updated every `every` steps, for methods that regrow elements."""
+    """The final sparsity from `begin` on; masks are updated every `every` steps, for methods that regrow elements.
+
+    >>> schedule = lx.train.periodic(begin=0, every=100)
+    >>> bool(schedule.due(jnp.int32(300))), schedule.sparsity(jnp.int32(300), 0.8)
+    (True, 0.8)
+    """
     return Schedule(lambda _step, final: final, begin, end, every)
 
 
 def polynomial(begin: int, end: int, *, initial: float = 0.0, power: float = 3.0, every: int = 100) -> Schedule:
-    """From `initial` at step `begin` to the final sparsity at `end` (Zhu and Gupta 2017, arXiv:1710.01878).
+    """Go from `initial` at step `begin` to the final sparsity at `end` (Zhu and Gupta 2017, arXiv:1710.01878).
 
     `final + (initial - final) * (1 - (step - begin) / (end - begin)) ** power`. "0 to 0.5 between steps 1000 and
     10000" is `sparsify(optimizer, {".*kernel": 0.5}, schedule=polynomial(1000, 10000))`.
 
     Raises:
         RecipeError: if `end` is not after `begin`, `initial` is not in [0, 1), or `power` is not positive.
+
+    >>> schedule = lx.train.polynomial(1000, 10000)
+    >>> [round(float(schedule.sparsity(step, 0.5)), 3) for step in (1000, 5500, 10000)]
+    [0.0, 0.438, 0.5]
     """
     given = (begin, end, initial, power)
     if not all(isinstance(value, numbers.Real) for value in given) or not (

@@ -36,7 +36,7 @@ EMPTY = (
 
 @takes(program=Program, plan=Plan)
 def calibrate(program: Program, plan: Plan, batches: Iterable[Mapping[str, Any]]) -> dict[str, jax.Array]:
-    """Measures the range of each statically quantized site's activation, in one pass over the data.
+    """Measure the range of each statically quantized site's activation, in one pass over the data.
 
     What is held at a time is one batch, and of each site and step a histogram of fixed size. A batch with larger
     magnitudes than any before it is run again, on histograms that reach far enough.
@@ -53,6 +53,11 @@ def calibrate(program: Program, plan: Plan, batches: Iterable[Mapping[str, Any]]
         CalibrationError: if there are no batches, or one has a wrong name, dtype or shape, is empty or not finite; if
             a site is not reached, or by zeros only, so that there is no range to take; or if its format has none of
             the kind that is asked for.
+
+    >>> program = lx.trace(lambda w, x: x @ w["w"], {"w": jnp.eye(4)}, {"x": lx.TensorSpec(("batch", 4), "float32")})
+    >>> plan = lx.passes.resolve(lx.Recipe.load("int8").replace({"quantize.0.dynamic": False}), program)
+    >>> lx.passes.calibrate(program, plan, [{"x": np.float32([[1.0, -3.0, 2.0, 0.0]])}])
+    {'w': Array(3., dtype=float32)}
     """
     program = for_plan(program, plan)
     sites = {

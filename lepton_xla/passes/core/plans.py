@@ -22,6 +22,11 @@ class SitePlan:
         not_pruned: why the rule's pruning is not done here; empty where it is, or where none is asked for.
         not_quantized: the same of quantization.
         weight_bytes: bytes of the site's weight as the program holds it.
+
+    >>> program = lx.trace(lambda w, x: x @ w["w"], {"w": jnp.eye(4)}, {"x": lx.TensorSpec(("batch", 4), "float32")})
+    >>> planned = lx.passes.resolve(lx.Recipe.load("int8"), program)["w"]
+    >>> planned.describe(), planned.kept, planned.to_json()["weight_bytes"]
+    ('int8 weights, int8 activations dynamic', '', 64)
     """
 
     site: Site
@@ -32,7 +37,7 @@ class SitePlan:
     weight_bytes: int = 0
 
     def without_pruning(self, reasons: Mapping[str, str]) -> SitePlan:
-        """The same, not pruned where its weight has a reason."""
+        """Leave pruning out where the site's weight has a reason."""
         reason = reasons.get(self.site.path or "") if self.prune is not None else None
         return dataclasses.replace(self, prune=None, not_pruned=reason) if reason else self
 
@@ -43,7 +48,7 @@ class SitePlan:
         return "; ".join(f"{what}: {why}" for what, why in parts if why)
 
     def describe(self) -> str:
-        """The decision in a few words."""
+        """Describe the decision in a few words."""
         parts = [self.prune.describe()] if self.prune else []
         if self.quantize and self.site.path is None:
             parts.append(f"{self.quantize.weights} x {self.quantize.activations} activations dynamic")
@@ -61,7 +66,7 @@ class SitePlan:
         return " + ".join(parts) or "float"
 
     def to_json(self) -> dict[str, Any]:
-        """Plain dicts, lists and numbers."""
+        """Give plain dicts, lists and numbers."""
         weight = self.site.weight if self.site.path is not None else None
         return {
             "site": self.site.name,
@@ -78,13 +83,19 @@ class SitePlan:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """A recipe resolved against a program: one entry a site, in the order of execution."""
+    """A recipe resolved against a program: one entry a site, in the order of execution.
+
+    >>> program = lx.trace(lambda w, x: x @ w["w"], {"w": jnp.eye(4)}, {"x": lx.TensorSpec(("batch", 4), "float32")})
+    >>> plan = lx.passes.resolve(lx.Recipe.load("int8"), program)
+    >>> plan["w"].quantize.weights, plan.to_json()[0]["site"]
+    ('int8', 'w')
+    """
 
     recipe: Recipe
     sites: tuple[SitePlan, ...]
 
     def __getitem__(self, name: str) -> SitePlan | None:
-        """The plan of the site with this name, or None."""
+        """Give the plan of the site with this name, or None."""
         return self._by_name.get(name)
 
     def __str__(self) -> str:
@@ -102,5 +113,5 @@ class Plan:
         return {planned.site.name: planned for planned in self.sites}
 
     def to_json(self) -> list[dict[str, Any]]:
-        """Plain dicts, lists and numbers."""
+        """Give plain dicts, lists and numbers."""
         return [planned.to_json() for planned in self.sites]

@@ -25,7 +25,7 @@ COMPUTED = "computed ahead"
 
 @takes(program=Program)
 def precompute(program: Program, *, sizes: Sequence[Mapping[str, int]] = ()) -> Program:
-    """Computes once what the program computes on each call from weights and constants alone, and then multiplies.
+    """Compute once what the program computes on each call from weights and constants alone, and then multiplies.
 
     Concatenated kernels (Flax's `OptimizedLSTMCell`), normalized ones (weight or spectral norm), masked, flipped,
     scaled, or merged (LoRA) ones are weights from then on, which other passes prune, quantize and shrink. A weight that
@@ -42,6 +42,12 @@ def precompute(program: Program, *, sizes: Sequence[Mapping[str, int]] = ()) -> 
 
     Returns:
         The program on the computed weights; the same one where nothing is computed from weights alone.
+
+    >>> weights = {"q": jnp.ones((4, 2)), "k": jnp.ones((4, 2))}
+    >>> fn = lambda w, x: x @ jnp.concatenate([w["q"], w["k"]], axis=1)
+    >>> program = lx.trace(fn, weights, {"x": lx.TensorSpec(("batch", 4), "float32")})
+    >>> jax.tree.map(jnp.shape, lx.passes.precompute(program).weights)
+    {'concatenate:q+k': (4, 4)}
     """
     start = time.perf_counter()
     computed = find_computed(program)

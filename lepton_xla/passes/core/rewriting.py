@@ -26,7 +26,7 @@ def rewrite(
     with_taps: bool = False,
     constant: Callable[[Any], Any] | None = None,
 ) -> Callable[..., Any]:
-    """Transforms a function by replacing equations of its jaxpr.
+    """Transform a function by replacing equations of its jaxpr.
 
     Args:
         fn: any function that `jax.make_jaxpr` can trace.
@@ -47,6 +47,10 @@ def rewrite(
 
     Raises:
         UnsupportedError: when called, for an unknown container that holds a primitive of `rules`.
+
+    >>> fn = lx.passes.rewrite(lambda x: jnp.sin(x) + 1, {"sin": lambda context, eqn, values: [values[0] * 2]})
+    >>> float(fn(3.0))
+    7.0
     """
 
     @functools.wraps(fn)

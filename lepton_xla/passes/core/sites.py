@@ -359,7 +359,7 @@ def rewrite_sites(
     follow: Mapping[str, Rule] | None = None,
     computed: Computed | None = None,
 ) -> Callable[..., Any]:
-    """Transforms a function by replacing what it does at its sites.
+    """Transform a function by replacing what it does at its sites.
 
     Args:
         fn: `fn(weights, *inputs)`; weights are the first argument, any pytree; its paths name the sites.
@@ -376,6 +376,11 @@ def rewrite_sites(
 
     Returns:
         A function with the signature of `fn`.
+
+    >>> rule = lambda site, context, equation, operands: [2 * operands[0]]
+    >>> fn = lx.passes.rewrite_sites(lambda w, x: x @ w["w"], rule)
+    >>> fn({"w": jnp.eye(4)}, jnp.ones((1, 4))).tolist()
+    [[2.0, 2.0, 2.0, 2.0]]
     """
     noted, known = escapes or Escapes(), computed or Computed()
     along: dict[str, dict[Key, jax.Array]] = {path: dict(arrays) for path, arrays in (beside or {}).items()}
@@ -441,11 +446,15 @@ def rewrite_sites(
 
 @takes(program=Program, sizes=Mapping)
 def find_sites(program: Program, *, sizes: Mapping[str, int] | None = None) -> tuple[Site, ...]:
-    """Every site of a program, in the order of execution.
+    """Find every site of a program, in the order of execution.
 
     Args:
         program: any program.
         sizes: sizes of the symbolic dimensions to look at; some at which the program can be traced by default.
+
+    >>> program = lx.trace(lambda w, x: x @ w["w"], {"w": jnp.eye(4)}, {"x": lx.TensorSpec(("batch", 4), "float32")})
+    >>> [(site.name, site.kind, site.path) for site in lx.find_sites(program)]
+    [('w', 'dot_general', 'w')]
     """
     return trace_sites(program.fn, program.weights, program.inputs, sizes)
 

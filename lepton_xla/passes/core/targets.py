@@ -25,6 +25,12 @@ class Target:
         versions: of jax, jaxlib and lepton-xla.
         xla_flags: the part of `XLA_FLAGS` that can change compiled code, sorted.
         settings: settings of JAX's that change how a program is compiled.
+
+    >>> gpu = lx.passes.Target("gpu", device_kind="NVIDIA H100")
+    >>> gpu.queues, len(gpu.digest)
+    (True, 16)
+    >>> lx.passes.Target.here() == lx.passes.Target.here()
+    True
     """
 
     platform: str
@@ -38,7 +44,7 @@ class Target:
 
     @classmethod
     def here(cls) -> Target:
-        """This process's default device."""
+        """Describe this process's default device."""
         device = jax.devices()[0]
         return cls(
             platform=jax.default_backend(),

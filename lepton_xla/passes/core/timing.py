@@ -103,13 +103,19 @@ class Timer:
         self._known: dict[Hashable, Any] = {}
 
     def once[T](self, key: Hashable, measure: Callable[[], T]) -> T:
-        """What `measure` gave when it was first called for this key."""
+        """Give what `measure` gave when it was first called for this key."""
         if key not in self._known:
             self._known[key] = measure()
         return self._known[key]
 
     def recall(self, programs: Sequence[Lowered], measure: Callable[[list[Any]], Times]) -> Times:
-        """The times of programs: from the cache, or else what `measure` says of their executables."""
+        """Take the times of programs from the cache, or else measure their executables.
+
+        >>> timer = Timer(cache=TimingCache(None))
+        >>> double = Lowered.of(lambda x: 2 * x, jnp.ones(4))
+        >>> timer.recall([double], lambda executables: Times([len(executables) * 1.5])).us
+        [1.5]
+        """
         names = [self.target.digest, *(program.digest for program in programs)]
         key = hashlib.sha256(" ".join(names).encode()).hexdigest()[:40]
         times = self.cache.get(key, len(programs))
@@ -122,19 +128,31 @@ class Timer:
         return times
 
     def medians_us(self, calls: Sequence[Callable[[], Any]], budget_s: float = BUDGET_S) -> list[float]:
-        """Medians over rounds that take the calls in turn, so that a slow moment of the machine falls on all alike.
+        """Time calls in turn, so that a slow moment of the machine falls on all alike; medians over rounds.
 
         Where calls only queue work for a device, a turn waits for its last call alone: waiting for each would add the
         time to start a program to all of them and hide what the product takes.
+
+        >>> sleep, nothing = lx.passes.Timer().medians_us([lambda: time.sleep(1e-3), lambda: None], budget_s=0.01)
+        >>> sleep > 1000 > nothing
+        True
         """
         return _medians_us(calls, budget_s, queued=self.target.queues)
 
     def counts(self) -> tuple[int, int]:
-        """How many times were measured so far, and how many came from the cache."""
+        """Tell how many times were measured so far, and how many came from the cache.
+
+        >>> lx.passes.Timer().counts()
+        (0, 0)
+        """
         return self.measured, self.recalled
 
     def since(self, counts: tuple[int, int]) -> dict[str, dict[str, int]]:
-        """For the metrics of a report: what was counted since then; empty where nothing was."""
+        """Count for the metrics of a report: what was measured and recalled since then; empty where nothing was.
+
+        >>> lx.passes.Timer().since((0, 0))
+        {}
+        """
         measured, recalled = self.measured - counts[0], self.recalled - counts[1]
         return {"times": {"measured": measured, "from the cache": recalled}} if measured or recalled else {}
 

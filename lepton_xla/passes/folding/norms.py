@@ -70,13 +70,19 @@ class _Fold:
 
 @takes(program=Program)
 def fold(program: Program) -> Program:
-    """Folds batch norms (any per-channel affine) into the weights before them and drops dead and repeated code.
+    """Fold batch norms (any per-channel affine) into the weights before them and drop dead and repeated code.
 
     A weight is folded where it is used at one site only, outside control flow, and nothing else reads the product.
 
     Returns:
         The program, precomputed, with fewer weights and operations; a folded weight keeps its path, laid out as its
         site takes it, and what is added after it is `path:bias`.
+
+    >>> weights = {"w": jnp.eye(4), "scale": jnp.full((1, 4), 2.0)}
+    >>> fn = lambda w, x: x @ w["w"] * w["scale"]
+    >>> program = lx.trace(fn, weights, {"x": lx.TensorSpec(("batch", 4), "float32")})
+    >>> lx.passes.fold(program).weights["w"][0].tolist()
+    [2.0, 0.0, 0.0, 0.0]
     """
     program = precompute(program)  # else a weight that others are computed from would change for them too
     start = time.perf_counter()

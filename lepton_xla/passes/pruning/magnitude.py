@@ -27,7 +27,7 @@ from lepton_xla.trees import leaf_bytes, name_leaves
 
 
 def magnitude_masks(weights: Sequence[jax.Array], sparsity: float) -> list[jax.Array]:
-    """Masks of the elements to keep, ranked by magnitude over all the weights together.
+    """Give masks of the elements to keep, ranked by magnitude over all the weights together.
 
     Runs on the host, on real arrays, in time linear in the number of elements.
 
@@ -38,6 +38,9 @@ def magnitude_masks(weights: Sequence[jax.Array], sparsity: float) -> list[jax.A
     Returns:
         A bool array for each weight; over all of them exactly `round(sparsity * elements)` are False, at the smallest
         magnitudes; of equal ones, those that come first.
+
+    >>> [mask.tolist() for mask in lx.passes.magnitude_masks([jnp.array([1.0, -4.0]), jnp.array([3.0, 2.0])], 0.5)]
+    [[False, True], [True, False]]
     """
     dropped = round(sparsity * sum(weight.size for weight in weights))
     return keep_largest_on_host([Ranking(weights, dropped)])[0]
@@ -45,7 +48,7 @@ def magnitude_masks(weights: Sequence[jax.Array], sparsity: float) -> list[jax.A
 
 @takes(program=Program, plan=Plan)
 def prune(program: Program, plan: Plan, *, seed: int = 0) -> Program:
-    """Sets elements of each planned weight to zero, by the methods that need no data.
+    """Set elements of each planned weight to zero, by the methods that need no data.
 
     Elements that the program's masks hold at zero already stay so, and count towards the target: 30 % of a weight of
     which 50 % are held changes nothing, 70 % drops another fifth.
@@ -66,6 +69,12 @@ def prune(program: Program, plan: Plan, *, seed: int = 0) -> Program:
         RecipeError: if a rule's method needs gradients, or nothing would be left of a weight, unless the recipe says
             `keep`: then its largest element stays.
         ModelError: if a planned weight is not finite.
+
+    >>> weights = {"w": jnp.array([[1.0, -4.0], [3.0, 2.0]])}
+    >>> program = lx.trace(lambda w, x: x @ w["w"], weights, {"x": lx.TensorSpec(("batch", 2), "float32")})
+    >>> pruned = lx.passes.prune(program, lx.passes.resolve(lx.Recipe.load("prune50"), program))
+    >>> pruned.weights["w"].tolist(), pruned.masks["w"].tolist()
+    ([[0.0, -4.0], [3.0, 0.0]], [[False, True], [True, False]])
     """
     program = for_plan(program, plan)
     start = time.perf_counter()
@@ -182,7 +191,7 @@ def check_finite(path: str, weight: jax.Array) -> None:
 def masked(
     fn: Callable[..., Any], masks: Mapping[str, jax.Array], *, straight_through: bool = False
 ) -> Callable[..., Any]:
-    """Holds pruned weights at zero while training.
+    """Hold pruned weights at zero while training.
 
     With `fake_quant`, either may be outside: `masked(fake_quant(fn, plan), masks)` and `fake_quant(masked(fn, masks),
     plan)` are the same, and zero stays zero in every format.
@@ -198,6 +207,10 @@ def masked(
 
     Raises:
         ModelError: when called, for a mask without its weight, or of another shape.
+
+    >>> fn = lx.passes.masked(lambda w, x: x @ w["w"], {"w": jnp.array([[True], [False]])})
+    >>> jax.grad(lambda w: fn(w, jnp.ones((1, 2))).sum())({"w": jnp.ones((2, 1))})["w"].tolist()
+    [[1.0], [0.0]]
     """
 
     def hold(leaf: jax.Array, mask: jax.Array) -> jax.Array:

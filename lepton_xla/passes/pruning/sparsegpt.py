@@ -158,7 +158,7 @@ def sparsegpt(
     options: Options | None = None,
     sequential: bool = False,
 ) -> Program:
-    """Prunes the weights that a plan gives to `method = "sparsegpt"`.
+    """Prune the weights that a plan gives to `method = "sparsegpt"`.
 
     Args:
         program: the float program that the plan was made for.
@@ -174,6 +174,13 @@ def sparsegpt(
     Raises:
         CalibrationError: as `collect_statistics`.
         RecipeError, ModelError: as `prune`.
+
+    >>> program = lx.trace(lambda w, x: x @ w["w"], {"w": jnp.eye(4)}, {"x": lx.TensorSpec(("batch", 4), "float32")})
+    >>> rule = lx.train.PruneRule(sites=".*", sparsity=0.5, method="sparsegpt")
+    >>> plan = lx.passes.resolve(lx.Recipe(prune=(rule,)), program)
+    >>> pruned = lx.passes.sparsegpt(program, plan, [{"x": np.eye(4, dtype=np.float32)}])
+    >>> int(pruned.masks["w"].sum())
+    8
     """
     program = for_plan(program, plan)
     start = time.perf_counter()

@@ -59,7 +59,7 @@ def wanda_mask(
 
 @takes(program=Program, plan=Plan)
 def wanda(program: Program, plan: Plan, batches: Iterable[Mapping[str, Any]]) -> Program:
-    """Prunes the weights that a plan gives to `method = "wanda"`.
+    """Prune the weights that a plan gives to `method = "wanda"`.
 
     Args:
         program: the float program that the plan was made for.
@@ -72,6 +72,13 @@ def wanda(program: Program, plan: Plan, batches: Iterable[Mapping[str, Any]]) ->
     Raises:
         CalibrationError: as `collect_statistics`.
         RecipeError, ModelError: as `prune`.
+
+    >>> inputs = {"x": lx.TensorSpec(("batch", 2), "float32")}
+    >>> program = lx.trace(lambda w, x: x @ w["w"], {"w": jnp.ones((2, 1))}, inputs)
+    >>> rule = lx.train.PruneRule(sites=".*", sparsity=0.5, method="wanda")
+    >>> plan = lx.passes.resolve(lx.Recipe(prune=(rule,)), program)
+    >>> lx.passes.wanda(program, plan, [{"x": np.float32([[1, 9]])}]).weights["w"].tolist()
+    [[0.0], [1.0]]
     """
     program = for_plan(program, plan)
     start = time.perf_counter()

@@ -45,7 +45,7 @@ class _Added:
 
 @takes(program=Program, rounded=Program, plan=Plan)
 def correct_bias(program: Program, rounded: Program, plan: Plan, batches: Iterable[Mapping[str, Any]]) -> Program:
-    """Corrects the biases of a program for the rounding of its weights.
+    """Correct the biases of a program for the rounding of its weights.
 
     Args:
         program: the float program that the plan was made for.
@@ -58,6 +58,13 @@ def correct_bias(program: Program, rounded: Program, plan: Plan, batches: Iterab
 
     Raises:
         CalibrationError: as `collect_statistics`.
+
+    >>> program = lx.trace(lambda w, x: x @ w["w"], {"w": jnp.eye(4)}, {"x": lx.TensorSpec(("batch", 4), "float32")})
+    >>> plan = lx.passes.resolve(lx.Recipe.load("int4-weight-only"), program)
+    >>> rounded, grids = lx.passes.round_to_nearest(program, plan)
+    >>> corrected = lx.passes.correct_bias(program, rounded, plan, [{"x": np.ones((2, 4), np.float32)}])
+    >>> sorted(corrected.weights)
+    ['w', 'w:correction']
     """
     program = for_plan(program, plan)
     start = time.perf_counter()

@@ -36,7 +36,7 @@ def cast(
     keep: Iterable[str] = (),
     on_unsupported: Literal["error", "keep"] = "error",
 ) -> Program:
-    """Computes products on 16-bit floats, and stores the weights of products so.
+    """Compute products on 16-bit floats, and store the weights of products so.
 
     A weight is stored narrow if it goes into products and embedding lookups only, all of which are narrowed; any other
     (a bias, the scale of a norm) stays as it is. Products of two activations, such as attention's, are narrowed too. A
@@ -62,6 +62,11 @@ def cast(
     References:
         Micikevicius et al., Mixed precision training, 2018, arXiv:1710.03740.
         Kalamkar et al., A study of bfloat16 for deep learning training, 2019, arXiv:1905.12322.
+
+    >>> program = lx.trace(lambda w, x: x @ w["w"], {"w": jnp.eye(4)}, {"x": lx.TensorSpec(("batch", 4), "float32")})
+    >>> narrow = lx.passes.cast(program, "bfloat16")
+    >>> narrow.weights["w"].dtype.name, narrow.outputs["output"].dtype
+    ('bfloat16', 'float32')
     """
     start = time.perf_counter()
     if dtype not in DTYPES:

@@ -60,7 +60,7 @@ def fake_quant(
     start: int = 0,
     delay: int = 0,
 ) -> Callable[..., Any]:
-    """Makes a function compute with quantized values, differentiable by the straight-through estimator.
+    """Make a function compute with quantized values, differentiable by the straight-through estimator.
 
     A `dot_general` of integers around zero, with a scale for each channel or tensor, is computed from codes, bit for
     bit as `lower` computes it; other products are those of the floats that codes stand for. The gradient is that of
@@ -89,6 +89,13 @@ def fake_quant(
         ModelError: when called, if a weight that the plan quantizes is missing.
         UnsupportedError: when called with a key, for a format that is not of integers; when called, if something other
             than a mask changes a weight before its product, which would stay float.
+
+    >>> weights = {"w": jnp.array([[7.0], [2.6]])}
+    >>> program = lx.trace(lambda w, x: x @ w["w"], weights, {"x": lx.TensorSpec(("batch", 2), "float32")})
+    >>> recipe = lx.Recipe.load("int4-channel-weight-only").replace({"quantize.0.weight_range": "absmax"})
+    >>> quantized = lx.passes.fake_quant(program.fn, lx.passes.resolve(recipe, program))
+    >>> float(quantized(weights, jnp.ones((1, 2)))[0, 0])  # 2.6 is rounded to 3
+    10.0
     """
     if delay < 0:
         raise RecipeError(f"fake_quant: delay = {delay} is negative; activations cannot be rounded before weights are")
@@ -165,7 +172,7 @@ def fake_quant(
 
 @takes(plan=Plan, ranges=Mapping)
 def initial_scales(weights: Any, plan: Plan, ranges: Mapping[str, jax.Array] | None = None) -> Scales:
-    """Scales to be trained beside the weights (LSQ, arXiv:1902.08153), for `fake_quant` and then `lower`.
+    """Give scales to be trained beside the weights (LSQ, arXiv:1902.08153), for `fake_quant` and then `lower`.
 
     They are logarithms (as in TQT, arXiv:1903.08066, section 4), which an optimizer may take as they are: Adam moves
     all it trains by about its rate, which for a logarithm is the same share of any scale, and never passes zero. Leave
@@ -182,6 +189,12 @@ def initial_scales(weights: Any, plan: Plan, ranges: Mapping[str, jax.Array] | N
 
     Raises:
         UnsupportedError: for a site whose format is not of integers around zero.
+
+    >>> program = lx.trace(lambda w, x: x @ w["w"], {"w": jnp.eye(4)}, {"x": lx.TensorSpec(("batch", 4), "float32")})
+    >>> plan = lx.passes.resolve(lx.Recipe.load("int8"), program)
+    >>> scales = lx.passes.initial_scales(program.weights, plan)
+    >>> jax.tree.map(jnp.shape, scales)
+    {'w': {'log2_scale': (1, 4)}}
     """
     named = _named(weights, plan.sites)
     scales: Scales = {}

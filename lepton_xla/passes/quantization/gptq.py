@@ -218,7 +218,7 @@ def gptq(
     sequential: bool = False,
     known: dict[str, Rounded] | None = None,
 ) -> tuple[Program, GivenGrids]:
-    """Rounds each planned weight to its grid so that its outputs on the data change least.
+    """Round each planned weight to its grid so that its outputs on the data change least.
 
     Each output column is rounded by GPTQ or to nearest, whichever errs less on the data. Pruned weights stay zero.
 
@@ -238,6 +238,12 @@ def gptq(
     Raises:
         CalibrationError: as `collect_statistics`.
         RecipeError, ModelError: as `whole_grid` and `planned_weights`.
+
+    >>> program = lx.trace(lambda w, x: x @ w["w"], {"w": jnp.eye(4)}, {"x": lx.TensorSpec(("batch", 4), "float32")})
+    >>> plan = lx.passes.resolve(lx.Recipe.load("int4-weight-only"), program)
+    >>> rounded, grids = lx.passes.gptq(program, plan, [{"x": np.ones((2, 4), np.float32)}])
+    >>> list(grids)
+    ['w']
     """
     program = for_plan(program, plan)
     start = time.perf_counter()

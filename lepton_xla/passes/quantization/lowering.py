@@ -89,7 +89,7 @@ def lower(
     timer: Timer | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> Program:
-    """Stores planned weights in their formats and computes with their codes.
+    """Store planned weights in their formats and compute with their codes.
 
     Args:
         program: the float program that the plan was made for.
@@ -114,6 +114,11 @@ def lower(
     Raises:
         CalibrationError: if a static site has no range, or one that is not finite.
         ModelError: if a weight that is to be quantized, or a scale, is not finite.
+
+    >>> program = lx.trace(lambda w, x: x @ w["w"], {"w": jnp.eye(4)}, {"x": lx.TensorSpec(("batch", 4), "float32")})
+    >>> small = lx.passes.lower(program, lx.passes.resolve(lx.Recipe.load("int8"), program))
+    >>> small.weights["w"].values.dtype.name, program.weights_bytes, small.weights_bytes
+    ('int8', 64, 32)
     """
     program = for_plan(program, plan)
     start = time.perf_counter()

@@ -155,13 +155,20 @@ def weight_report(
 
 @takes(program=Program, plan=Plan)
 def round_to_nearest(program: Program, plan: Plan) -> tuple[Program, GivenGrids]:
-    """Rounds each planned weight to its grid in float: what storing it does, to compare methods with.
+    """Round each planned weight to its grid in float: what storing it does, to compare methods with.
 
     Returns:
         The program with rounded float weights, and its grids.
 
     Raises:
         RecipeError, ModelError: as `whole_grid` and `planned_weights`.
+
+    >>> weights = {"w": jnp.array([[7.0, 1.0], [2.6, 0.0]])}
+    >>> program = lx.trace(lambda w, x: x @ w["w"], weights, {"x": lx.TensorSpec(("batch", 2), "float32")})
+    >>> recipe = lx.Recipe.load("int4-channel-weight-only").replace({"quantize.0.weight_range": "absmax"})
+    >>> rounded, grids = lx.passes.round_to_nearest(program, lx.passes.resolve(recipe, program))
+    >>> np.round(rounded.weights["w"], 2).tolist()
+    [[7.0, 1.0], [3.0, 0.0]]
     """
     program = for_plan(program, plan)
     start = time.perf_counter()

@@ -73,7 +73,7 @@ def awq(
     points: int = 20,
     multiply: bool = True,
 ) -> Program:
-    """Scales the input channels of planned products by what their rounded weights do best with.
+    """Scale the input channels of planned products by what their rounded weights do best with.
 
     The float function stays as it is. As in `smooth`, products that share an activation share its factor, which goes
     into the weights before them where it can. Where no exponent beats 0 nothing is changed.
@@ -89,6 +89,12 @@ def awq(
     Raises:
         RecipeError: if `points` is not positive, or groups do not divide a weight.
         CalibrationError: as `collect_statistics`.
+
+    >>> program = lx.trace(lambda w, x: x @ w["w"], {"w": jnp.eye(4)}, {"x": lx.TensorSpec(("batch", 4), "float32")})
+    >>> plan = lx.passes.resolve(lx.Recipe.load("int8"), program)
+    >>> scaled = lx.passes.awq(program, plan, [{"x": np.ones((2, 4), np.float32)}], points=4)
+    >>> scaled.history[-1].name
+    'awq'
     """
     program = for_plan(program, plan)
     start = time.perf_counter()

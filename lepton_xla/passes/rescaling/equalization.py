@@ -29,7 +29,7 @@ from lepton_xla.report import PassReport, SiteReport
 
 @takes(program=Program, plan=Plan)
 def equalize(program: Program, plan: Plan, *, rounds: int = 20, tolerance: float = 1e-3) -> Program:
-    """Equalizes every pair of products that the plan quantizes the second of; the float function stays as it is.
+    """Equalize every pair of products that the plan quantizes the second of; the float function stays as it is.
 
     Pairs are found by following data, in a stack of layers within each step. Each changes the ranges that the next one
     sees, so all are gone over until nothing moves.
@@ -42,6 +42,12 @@ def equalize(program: Program, plan: Plan, *, rounds: int = 20, tolerance: float
 
     Raises:
         RecipeError: if `rounds` is not positive.
+
+    >>> weights = {"a": jnp.diag(jnp.array([1.0, 100.0])), "b": jnp.eye(2)}
+    >>> program = lx.trace(lambda w, x: x @ w["a"] @ w["b"], weights, {"x": lx.TensorSpec(("batch", 2), "float32")})
+    >>> even = lx.passes.equalize(program, lx.passes.resolve(lx.Recipe.load("int8"), program))
+    >>> jnp.diag(even.weights["a"]).tolist(), jnp.diag(even.weights["b"]).tolist()
+    ([1.0, 10.0], [1.0, 10.0])
     """
     program = for_plan(program, plan)
     start = time.perf_counter()

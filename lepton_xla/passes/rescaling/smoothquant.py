@@ -72,7 +72,7 @@ def smooth(
     unmultiplied: Collection[str] = (),
     known: dict[str, Statistics] | None = None,
 ) -> Program:
-    """Divides the activations of planned products by what suits their weights; the float function stays as it is.
+    """Divide the activations of planned products by what suits their weights; the float function stays as it is.
 
     Products that share an activation share its factor. It goes into the weights before them, such as a norm's scale and
     shift, where nothing else reads the activation; else the activation is multiplied at the product.
@@ -90,6 +90,12 @@ def smooth(
     Raises:
         RecipeError: if alpha is not in [0, 1].
         CalibrationError: as `collect_statistics`.
+
+    >>> program = lx.trace(lambda w, x: x @ w["w"], {"w": jnp.eye(4)}, {"x": lx.TensorSpec(("batch", 4), "float32")})
+    >>> plan = lx.passes.resolve(lx.Recipe.load("int8"), program)
+    >>> smooth = lx.passes.smooth(program, plan, [{"x": np.float32([[1, 1, 1, 16]])}])  # the last channel is an outlier
+    >>> jnp.diag(smooth.weights["w"]).tolist()
+    [1.0, 1.0, 1.0, 4.0]
     """
     program = for_plan(program, plan)
     start = time.perf_counter()

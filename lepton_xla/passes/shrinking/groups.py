@@ -196,7 +196,7 @@ class Groups:
 
 @takes(program=Program, sizes=Mapping)
 def find_groups(program: Program, *, sizes: Mapping[str, int] | None = None) -> Groups:
-    """Which channels, hidden units and heads of a program can be removed, and which slices of which weights each is.
+    """Find which channels, hidden units and heads of a program can be removed, and the slices of weights that each is.
 
     Args:
         program: a program whose weights are arrays.
@@ -205,6 +205,12 @@ def find_groups(program: Program, *, sizes: Mapping[str, int] | None = None) -> 
 
     Raises:
         UnsupportedError: if a weight is quantized.
+
+    >>> weights = {"up": jnp.ones((4, 8)), "down": jnp.ones((8, 4))}
+    >>> fn = lambda w, x: jax.nn.relu(x @ w["up"]) @ w["down"]
+    >>> program = lx.trace(fn, weights, {"x": lx.TensorSpec(("batch", 4), "float32")})
+    >>> [(group.name, group.units) for group in lx.passes.find_groups(program).removable]
+    [('up[1]', 8)]
     """
     for path, weight in program.weights.items():
         if not hasattr(weight, "shape") or len(jax.tree.leaves(weight)) != 1:

@@ -36,7 +36,7 @@ def importance_scores(
     calibration: Batches | None = None,
     loss: Loss | None = None,
 ) -> dict[str, np.ndarray]:
-    """Scores of the units of every group that may lose some.
+    """Score the units of every group that may lose some.
 
     A group's score is the mean over its weights of each weight's score, divided by its mean over the units, as in
     Torch-Pruning (Fang et al. 2023, arXiv:2301.12900); so a score of 1 is average, and groups can be ranked together.
@@ -59,6 +59,12 @@ def importance_scores(
         CalibrationError: if batches, or the loss, are needed and missing.
         RecipeError: if there is no such method.
         ModelError: if a weight of a group that may lose units is not finite.
+
+    >>> weights = {"up": jnp.array([[3.0, 1.0]]), "down": jnp.ones((2, 1))}
+    >>> fn = lambda w, x: jax.nn.relu(x @ w["up"]) @ w["down"]
+    >>> program = lx.trace(fn, weights, {"x": lx.TensorSpec(("batch", 1), "float32")})
+    >>> lx.passes.importance_scores(program, lx.passes.find_groups(program), "l1")
+    {'up[1]': array([1.25, 0.75])}
     """
     if method not in get_args(Importance.__value__):
         raise RecipeError(f"importance = {method!r}; there are {', '.join(get_args(Importance.__value__))}")

@@ -63,7 +63,7 @@ def shrink(
     timer: Timer | None = None,
     on_unsupported: Literal["error", "keep"] = "error",
 ) -> Program:
-    """Removes the channels, hidden units and heads that matter least.
+    """Remove the channels, hidden units and heads that matter least.
 
     Give one of `sparsity`, `flops`, `bytes` and `latency_ms`. At least one unit of each group stays.
 
@@ -96,6 +96,12 @@ def shrink(
             stand in the way.
         CalibrationError: if data or the loss are missing.
         UnsupportedError: if a weight is quantized.
+
+    >>> weights = {"up": jnp.array([[3.0, 1.0]]), "down": jnp.ones((2, 1))}
+    >>> fn = lambda w, x: jax.nn.relu(x @ w["up"]) @ w["down"]
+    >>> program = lx.trace(fn, weights, {"x": lx.TensorSpec(("batch", 1), "float32")})
+    >>> lx.passes.shrink(program, sparsity=0.5).weights["up"].tolist()
+    [[3.0]]
     """
     start = time.perf_counter()
     check_target(sparsity, flops, bytes, latency_ms, round_to)
