@@ -1,8 +1,7 @@
-"""The compiler's only contact with XLA's client below JAX's public API.
+"""XLA's client below JAX's public API. No other file uses it.
 
-Serialized executables go through the client's own format, never through `jax.experimental.serialize_executable`, which
-pickles. Everything here was read and run on jaxlib 0.12; a JAX release that moves one of these names breaks this file
-and no other.
+Executables are serialized in the client's own format, never by `jax.experimental.serialize_executable`, which pickles.
+Written for jaxlib 0.12; a JAX release that moves one of these names breaks only this file.
 """
 
 from __future__ import annotations
@@ -22,26 +21,26 @@ from jax._src.lib import _jax  # pyright: ignore[reportPrivateImportUsage, repor
 from lepton_xla.errors import ExecutionError, first_line
 
 ERROR = jax.errors.JaxRuntimeError
-"""What XLA raises where it cannot compile, write or run something."""
+"""The error that XLA raises if it cannot compile, serialize or run something."""
 
 _CACHE = threading.Lock()
 
 type Device = Any
-"""A `jax.Device`; JAX's own name for it is no type to a type checker."""
+"""A `jax.Device`; type checkers do not accept JAX's own name as a type."""
 
 type Loaded = Any
-"""A `LoadedExecutable` of XLA's client, on one device."""
+"""XLA's `LoadedExecutable`, on one device."""
 
 
 def first_device() -> Device:
     """This process's first device.
 
     Raises:
-        ExecutionError: where JAX finds none, such as for a platform in `JAX_PLATFORMS` that this machine lacks.
+        ExecutionError: if JAX finds none, for example because this machine lacks a platform in `JAX_PLATFORMS`.
     """
     try:
         return jax.devices()[0]
-    except Exception as error:  # an AssertionError for one platform, a RuntimeError for the next
+    except Exception as error:  # the type differs by platform: AssertionError, RuntimeError
         asked = jax.config.jax_platforms
         raise ExecutionError(
             f"JAX finds no device{f' of the platforms {asked!r} (JAX_PLATFORMS)' if asked else ''}: {reason(error)}"
@@ -55,17 +54,17 @@ def reason(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def without_cache() -> Generator[None, None, None]:
-    """A block in which JAX compiles, and takes nothing from its cache on disk.
+    """Disables JAX's persistent compilation cache in a block.
 
-    Code that was read from bytes has lost the functions that it hands to XLA's runtime, such as a sort's comparison:
-    it runs, but written once more it does not (jaxlib 0.12).
+    Deserialized code lacks the functions that it passes to XLA's runtime, such as the comparison of a sort. It runs,
+    but it does not survive a second serialization (jaxlib 0.12).
     """
     if not (jax.config.jax_enable_compilation_cache and jax.config.jax_compilation_cache_dir):
         yield
         return
     with _CACHE:
         jax.config.update("jax_enable_compilation_cache", False)
-        compilation_cache.reset_cache()  # it asks whether it is enabled once only
+        compilation_cache.reset_cache()  # JAX reads the setting only once
         try:
             yield
         finally:
@@ -79,14 +78,14 @@ def loaded(compiled: jax.stages.Compiled) -> Loaded:
 
 
 def serialize(executable: Loaded) -> bytes:
-    """Compiled code in the client's own format."""
+    """Serializes compiled code in the client's own format."""
     return bytes(executable.serialize())
 
 
 def deserialize(blob: bytes, device: Device) -> Loaded:
-    """Compiled code made ready to run on `device`; nothing is compiled.
+    """Loads serialized code onto `device`, without compiling.
 
-    The bytes must come from a source that is trusted to run code here: loading them may execute it.
+    The bytes must come from a trusted source: loading them may execute code.
     """
     if device.platform == "cpu" and b"lapack_" in blob:
         _register_lapack()
@@ -94,9 +93,9 @@ def deserialize(blob: bytes, device: Device) -> Loaded:
 
 
 def _register_lapack() -> None:
-    """Makes LAPACK's routines known; compiled code that calls one that is not jumps to address zero.
+    """Registers LAPACK's routines; compiled code that calls an unregistered one jumps to address zero.
 
-    Only where it is needed, because it imports SciPy, which takes a third of a second.
+    Called only if needed, because it imports SciPy, which takes a third of a second.
     """
     from jaxlib import lapack
 
@@ -109,15 +108,15 @@ def jaxlib_version() -> str:
 
 
 def platform_version(device: Device) -> str:
-    """What the client says about its runtime: a CUDA version, a libtpu build, or just `cpu`."""
+    """The runtime's version, as the client reports it: a CUDA version, a libtpu build, or just `cpu`."""
     return str(device.client.platform_version)
 
 
 def putter(shape: Sequence[int], dtype: Any, device: Device) -> Callable[[np.ndarray], jax.Array]:
-    """A function from a NumPy array of this shape and dtype to an array on `device`.
+    """Makes a function that puts NumPy arrays of this shape and dtype on `device`.
 
-    On the CPU an array aligned to 64 bytes is not copied: the device array keeps it alive and reads the same memory, so
-    it must not be written to while that device array is in use. A tenth of `jax.device_put`'s time a call.
+    On the CPU, an array aligned to 64 bytes is not copied: the device array keeps it alive and shares its memory, so do
+    not write to it while the device array is in use. A call takes a tenth of `jax.device_put`'s time.
     """
     aval = ShapedArray(tuple(shape), np.dtype(dtype))
     sharding = jax.sharding.SingleDeviceSharding(device)
@@ -127,9 +126,9 @@ def putter(shape: Sequence[int], dtype: Any, device: Device) -> Callable[[np.nda
 
 
 def executor(executable: Loaded) -> Callable[[list[jax.Array]], list[jax.Array]]:
-    """A function that runs the executable on device arrays; it may return before the results are ready.
+    """Makes a function that runs the executable on device arrays; it may return before the results are ready.
 
-    It raises XLA's `ERROR` where the code fails, and so does reading a result; `failed` says it in our words.
+    The function, and reading a result, raise `ERROR` if the code fails; `failed` converts it.
     """
     execute = executable.execute_sharded
 
@@ -140,5 +139,5 @@ def executor(executable: Loaded) -> Callable[[list[jax.Array]], list[jax.Array]]
 
 
 def failed(error: BaseException, what: str = "the compiled model") -> ExecutionError:
-    """What to raise where code fails when it is run."""
+    """Converts an error of running code to an `ExecutionError`."""
     return ExecutionError(f"{what} failed when it was run: {reason(error)}")

@@ -35,12 +35,14 @@ class Artifact:
     """A compiled model in memory.
 
     Attributes:
-        manifest: what it is; `files`, how weights are stored, and the file names of programs and executables are filled
-            in by `save`.
+        manifest: description of the model. `save` fills in `files`, the storage of weights, and the file names of
+            programs and executables.
         weights: device arrays as stored, in argument order.
-        executables: bucket name -> compiled code for this process's first device; and `expand`, if there is such.
+        executables: bucket name -> compiled code for this process's first device; also under `expand`, if there is an
+            `expand` program.
         programs: the portable programs.
-        expand: the portable program that unpacks the stored weights, if the buckets' programs take unpacked ones.
+        expand: the portable program that unpacks the stored weights, if the buckets' programs take unpacked weights;
+            else None.
     """
 
     manifest: Manifest
@@ -50,17 +52,17 @@ class Artifact:
     expand: Portable | None = None
 
     def save(self, location: str | os.PathLike[str], *, overwrite: bool = False) -> Manifest:
-        """Writes the artifact, whole or not at all.
+        """Writes the artifact, atomically.
 
         Args:
             location: a local folder (by custom `NAME.lepton`), or a `gs://` or `s3://` prefix.
-            overwrite: replace an artifact that is there already.
+            overwrite: whether to replace an existing artifact.
 
         Returns:
             The manifest as written.
 
         Raises:
-            ArtifactError: where something is there already, or it cannot be written; nothing is left behind then.
+            ArtifactError: if the location exists or cannot be written; nothing is left behind then.
         """
         with atomic_store(location, overwrite=overwrite) as store:
             files: dict[str, FileEntry] = {}
@@ -91,12 +93,12 @@ class Artifact:
             manifest = msgspec.structs.replace(
                 self.manifest, files=files, weights=leaves, programs=programs, expand=expand, executables=sets
             )
-            # Last, because in an object store the artifact begins to exist with its manifest.
+            # Written last: in an object store the artifact exists once its manifest does.
             store.write(MANIFEST, encode(manifest))
         return manifest
 
     def servable(self) -> Servable:
-        """The model ready to run in this process, without a detour over files."""
+        """Makes the model ready to run in this process, without files."""
         weights = self.weights
         if EXPAND in self.executables:
             weights = run_expand(self.executables[EXPAND], weights)
@@ -108,11 +110,11 @@ class Artifact:
 
 @dataclasses.dataclass(frozen=True)
 class Verification:
-    """What `verify` found in an artifact whose every listed file is whole.
+    """Result of `verify`, if every listed file is intact.
 
     Attributes:
         manifest: its manifest.
-        files: number of files checked, the manifest not among them.
+        files: number of files checked, without the manifest.
         size_bytes: their total size.
         extra: files that the manifest does not list; they are never read.
     """
@@ -124,10 +126,10 @@ class Verification:
 
 
 def read_manifest(store: Store) -> Manifest:
-    """The manifest of an artifact.
+    """Reads the manifest of an artifact.
 
     Raises:
-        ArtifactError: where it is missing, too large, or not a valid manifest.
+        ArtifactError: if it is missing, too large, or invalid.
     """
     data = store.read(MANIFEST, limit=MAX_MANIFEST_BYTES)
     try:
@@ -138,10 +140,10 @@ def read_manifest(store: Store) -> Manifest:
 
 @takes(location=(str, os.PathLike))
 def verify(location: str | os.PathLike[str]) -> Verification:
-    """Checks the size and digest of every file of an artifact; executes and deserializes nothing.
+    """Checks the size and digest of every file of an artifact. Executes and deserializes nothing.
 
     Raises:
-        ArtifactError: naming the first file that is missing, damaged, or not where it should be.
+        ArtifactError: if a file is missing or damaged; names the first one.
     """
     return consistently(location, _verified)
 

@@ -14,16 +14,15 @@ type Ladders = dict[str, tuple[int, ...]]
 
 
 def check_ladders(symbols: Sequence[str], buckets: Mapping[str, Iterable[int]]) -> Ladders:
-    """The ladders in the order of `symbols`.
+    """Validates buckets and returns them in the order of `symbols`.
 
     Raises:
-        CompileError: naming a symbol without a ladder, a ladder without a symbol, or a ladder that is not ascending
-            sizes of at least 1.
+        CompileError: if a symbol has no sizes, sizes belong to no symbol, or sizes are not ascending and at least 1.
     """
     for name in buckets:
         if name not in symbols:
             known = f"its symbolic dimensions are {', '.join(symbols)}" if symbols else "it has no symbolic dimension"
-            raise CompileError(f"buckets name {name!r}, which no input of the model has; {known}")
+            raise CompileError(f"buckets name {name!r}, which is not a dimension of any input; {known}")
     ladders: Ladders = {}
     for name in symbols:
         if name not in buckets:
@@ -36,7 +35,7 @@ def check_ladders(symbols: Sequence[str], buckets: Mapping[str, Iterable[int]]) 
 
 
 def combinations(ladders: Mapping[str, Sequence[int]]) -> list[dict[str, int]]:
-    """Every combination of sizes, one for each executable; a single empty one for a model without symbols."""
+    """All combinations of sizes, one per executable; a single empty one for a model without symbols."""
     return [dict(zip(ladders, sizes, strict=True)) for sizes in itertools.product(*ladders.values())]
 
 
@@ -50,7 +49,7 @@ def bucket_name(sizes: Mapping[str, int]) -> str:
 
 
 def next_size(ladder: Sequence[int], size: int) -> int | None:
-    """The smallest size of the ladder that holds `size`; None where the largest is too small.
+    """The smallest compiled size that is at least `size`; None if there is none.
 
     >>> next_size((1, 8, 32), 5)
     8

@@ -1,4 +1,4 @@
-"""Ahead-of-time compilation of a program: one executable a bucket, and the portable program beside them."""
+"""Ahead-of-time compilation of a program: one executable per bucket, and a portable program."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _CONSTANTS_WARNING_BYTES = 1 << 20
 _CONSTANTS_LIMIT_BYTES = 32 << 20
 
 type Progress = Callable[[str, int, int], None]
-"""Called with what is being done, how many steps are done, and how many there are."""
+"""`progress(step, steps_done, steps_total)`."""
 
 
 @takes(program=Program, buckets=Mapping, metrics=Mapping, examples=Mapping)
@@ -57,22 +57,26 @@ def compile(
 
     Args:
         program: the model; its weights stay arguments of the compiled code.
-        buckets: symbolic dimension -> ascending sizes, such as `{"batch": (1, 8, 32)}`; `{}` for a model without any.
+        buckets: symbolic dimension -> ascending sizes, such as `{"batch": (1, 8, 32)}`; `{}` for a model without
+            symbolic dimensions.
         name: the model's name, `model` by default.
         version: the model's version.
-        recipe, plan: plain JSON, kept in the manifest.
-        metrics: the user's own figures, kept in the manifest.
-        examples: real inputs by name, any number of rows, for the check that rows and padding do not mix.
-        tolerance: largest difference that check allows between two executables, relative to the largest value of an
-            output; by default 1e-3 where weights and products are float32, 3e-2 with 16 bits and 5e-2 with fewer.
+        recipe, plan: plain JSON, stored in the manifest.
+        metrics: the user's own metrics, stored in the manifest.
+        examples: real inputs by name, any number of rows, for the check that rows and padding do not affect other rows.
+        tolerance: largest difference between two executables that this check allows, relative to the largest value of
+            an output. By default 1e-3 if weights and products are float32, 3e-2 for 16 bits, 5e-2 for fewer bits.
         progress: called before each step.
 
     Raises:
-        CompileError: where the buckets do not fit the program, XLA refuses it, it holds large constants, it calls back
-            into Python (calls for debugging are left out), or its rows or its padding change each other's results.
-        ExecutionError: where there is no device, or the compiled code fails when it is checked.
+        CompileError: if the buckets do not fit the program, XLA refuses it, it holds large constants or Python
+            callbacks (except for debugging calls, which are dropped), or rows or padding change the results of other
+            rows.
+        ExecutionError: if there is no device, or the compiled code fails in the check.
     """
-    from lepton_xla.passes.core.inventory import weights_report  # here: loading and serving reach no pass
+    from lepton_xla.passes.core.inventory import (
+        weights_report,
+    )  # imported here, because loading and serving must not import a pass
 
     check_name(name or "model")
     ladders = check_ladders(program.symbols, buckets)
@@ -82,7 +86,7 @@ def compile(
     leaves = name_leaves(program.weights)
     entries = tuple(weights.describe(path, index, leaf) for index, (path, leaf) in enumerate(leaves.items()))
     device = _xla.first_device()
-    # Weights that were trained on several devices are brought together on the one that the executables are for.
+    # Weights that are sharded over several devices are gathered on the one that the executables are for.
     arrays = [_on_device(path, leaf, device) for path, leaf in leaves.items()]
     expand, flat = _flat_functions(program)
     examples = _check_examples(program, examples or {})
@@ -105,7 +109,7 @@ def compile(
         compile_s[key] = time.perf_counter() - started
         runtime.add(sizes, executables[key].loaded)
 
-    tell("check that rows and padding do not mix", steps - 2, steps)
+    tell("check that rows and padding do not affect other rows", steps - 2, steps)
     jaxpr = program.jaxpr(bucket_list[0])
     dtypes = {entry.dtype for entry in entries} | product_dtypes(jaxpr)
     limit = default_tolerance(dtypes) if tolerance is None else tolerance
@@ -131,7 +135,9 @@ def compile(
     target = Fingerprint.of(device)
     unwritten = {key: code.why_none for key, code in executables.items() if code.blob is None}
     for key, why in unwritten.items():
-        _LOG.warning("XLA cannot write the code of bucket %s: loading will compile it from StableHLO: %s", key, why)
+        _LOG.warning(
+            "XLA cannot serialize the code of bucket %s, so loading will compile it from StableHLO: %s", key, why
+        )
     manifest = Manifest(
         schema=SCHEMA,
         name=name or "model",
@@ -160,7 +166,7 @@ def compile(
 def _on_device(path: str, leaf: Any, device: _xla.Device) -> jax.Array:
     try:
         return jax.device_put(leaf, device)
-    except RuntimeError as error:  # no memory for it, or it was deleted, as by a donation
+    except RuntimeError as error:  # no memory, or the array was deleted, for example by donation
         raise CompileError(f"weight {path!r} cannot be put on {device}: {_xla.reason(error)}") from error
 
 
@@ -169,7 +175,7 @@ def _shape(leaf: jax.Array) -> jax.ShapeDtypeStruct:
 
 
 def _float32_bytes(program: Program) -> int:
-    """Bytes of the weights in float32; a quantized matrix has the shape of what its codes and scales stand for."""
+    """Bytes of the weights in float32; a quantized matrix counts with its dequantized shape."""
     shaped = jax.tree.leaves(program.weights, is_leaf=lambda node: hasattr(node, "shape"))
     return 4 * sum(math.prod(array.shape) for array in shaped)
 
@@ -178,9 +184,10 @@ type _Flat = Callable[..., tuple[Any, ...]]
 
 
 def _flat_functions(program: Program) -> tuple[_Flat | None, _Flat]:
-    """The program on flat arrays: what unpacks its weight leaves, if anything does, and the model itself.
+    """Returns the program as functions of flat arrays: the unpacking of its weights (or None), and the model.
 
-    The model takes weight leaves, unpacked ones where there are such, then its inputs, and gives its outputs in order.
+    The model takes the weight leaves (unpacked, if there is an unpacking), then the inputs, and returns the outputs in
+    order.
     """
     stored = jax.tree.structure(program.weights)
     if program.expansion is None:
@@ -211,20 +218,20 @@ def _compiled(fn: _Flat, arrays: Sequence[jax.Array], inputs: Sequence[jax.Shape
         return Code.made(traced.lower())
     except CompileError:
         raise
-    except Exception as error:  # anything a model or XLA can raise
+    except Exception as error:  # a model or XLA may raise anything
         raise CompileError(f"the model does not compile for {what}: {_xla.reason(error)}") from error
 
 
 def _check_constants(constants: Sequence[Any]) -> None:
-    """Weights that a model closes over would be in every executable, and no pass or update could reach them."""
+    """Refuses large constants: they would be copied into every executable, and no pass or update could reach them."""
     total = sum(
         constant.nbytes if hasattr(constant, "nbytes") else np.asarray(constant).nbytes for constant in constants
     )
-    advice = f"the model closes over {total / 2**20:.1f} MiB of constant arrays; what is learned belongs in its weights"
+    advice = f"the model closes over {total / 2**20:.1f} MiB of constant arrays; pass learned arrays as weights"
     if total > _CONSTANTS_LIMIT_BYTES:
         raise CompileError(f"{advice} (limit: {_CONSTANTS_LIMIT_BYTES >> 20} MiB)")
     if total > _CONSTANTS_WARNING_BYTES:
-        _LOG.warning("%s: it is stored in the executable of every bucket", advice)
+        _LOG.warning("%s: they are stored in the executable of every bucket", advice)
 
 
 def _check_independence(
@@ -238,7 +245,7 @@ def _check_independence(
             continue
         smaller = list(ladder[:-1])
         if not smaller and ladder[0] > 1:
-            # A ladder of one size has no executable to compare with, so one is made for this check.
+            # With a single size there is no second executable to compare with, so compile one for this check.
             smaller = [ladder[0] // 2]
             sizes = {name: sizes[0] if name == rows else sizes[-1] for name, sizes in model.ladders.items()}
             sizes[symbol] = smaller[0]

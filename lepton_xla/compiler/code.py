@@ -1,4 +1,4 @@
-"""Compiled code with its bytes, which are taken before it runs: code that sorts cannot be written once it has run."""
+"""Compiled code, serialized before it runs: XLA:CPU cannot serialize code with a sort that has run."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ class Code:
     """Compiled code for this process's first device.
 
     Attributes:
-        loaded: what runs.
-        blob: its bytes; None where XLA cannot write them, so that whoever loads the artifact compiles its StableHLO.
-        why_none: XLA's reason for that.
+        loaded: the executable.
+        blob: its serialized bytes; None if XLA cannot serialize it. Loading the artifact then compiles the StableHLO.
+        why_none: XLA's reason, if `blob` is None.
     """
 
     loaded: _xla.Loaded
@@ -26,10 +26,10 @@ class Code:
 
     @classmethod
     def made(cls, lowered: jax.stages.Lowered) -> Code:
-        """Compiles code that is to be written.
+        """Compiles and serializes code.
 
         Raises:
-            Exception: of XLA's kinds, where it does not compile; the caller knows what it is the code of.
+            Exception: any error of XLA, if it does not compile; the caller adds what was compiled.
         """
         with _xla.without_cache():
             loaded = _xla.loaded(lowered.compile())
@@ -40,14 +40,14 @@ class Code:
 
     @classmethod
     def read(cls, blob: bytes, device: _xla.Device, name: str) -> Code:
-        """Makes bytes ready to run; nothing is compiled.
+        """Loads serialized code, without compiling.
 
         Raises:
-            ArtifactError: naming the bucket, where the bytes are no code for this device.
+            ArtifactError: if the bytes are not code for this device; names the bucket.
         """
         try:
             return cls(_xla.deserialize(blob, device), blob)
-        except Exception as error:  # the client's own kinds
+        except Exception as error:  # XLA's client has its own error types
             raise ArtifactError(
                 f"the executable of bucket {name} cannot be loaded here: {_xla.reason(error)}"
             ) from error

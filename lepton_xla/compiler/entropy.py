@@ -1,11 +1,11 @@
-"""Pruned and quantized weights as few bytes, bit for bit, in two encodings that decode by whole arrays.
+"""Lossless compression of pruned and quantized weights: two encodings that decode with array operations.
 
-`gaps` leaves out the most frequent code, a pruned weight's zero: for each other one it holds how many of the left-out
-codes stand before it, and what it is. `deflate` holds every code. Both end in streams of bytes under DEFLATE's Huffman
-codes, where those make them smaller. This is Han, Mao, Dally 2016, Deep Compression, arXiv:1510.00149 (relative indices
-in section 2, Huffman coding in section 4), with gaps counted along the axis that makes them smaller.
+`gaps` omits the most frequent code (zero, in a pruned weight). For every other code it stores the number of omitted
+codes before it, and the code. `deflate` stores every code. Both are streams of bytes, Huffman-coded by DEFLATE if that
+makes them smaller. This is Han, Mao, Dally 2016, Deep Compression, arXiv:1510.00149 (relative indices in section 2,
+Huffman coding in section 4), with gaps along whichever axis makes them smaller.
 
-A code is an element's bits as an unsigned integer, or part of a byte that several codes were packed into.
+A code is the bits of an element as an unsigned integer, or one of several codes that were packed into a byte.
 
 An encoded array, numbers little-endian:
 
@@ -32,32 +32,33 @@ from lepton_xla.errors import ArtifactError
 _LONG_GAP = 255
 _COLUMNS, _PALETTE = 8, 16
 _LARGEST_PALETTE = 256
-# Of so many values, more than a palette holds are expected to differ if there are more at all.
+# Sample size: more than 256 distinct values in the sample rule out a palette.
 _PALETTE_SAMPLE = 4096
-# Columns must take so much less than rows, for decoding ends with a transpose.
+# Column order must save at least this much, because decoding it needs a transpose.
 _COLUMNS_WORTHWHILE = 0.995
-# Raw DEFLATE with the largest blocks: a block has a table of codes, and weights are alike throughout.
+# Raw DEFLATE with the largest blocks: each block has its own code table, but weights have the same distribution
+# throughout.
 _WINDOW, _MEMORY = -15, 9
 
 
 class Encoded(NamedTuple):
-    """An encoding, and how many bytes are put under Huffman codes in it, which is what decoding takes its time for."""
+    """Encoded bytes, and the number of Huffman-coded symbols, which determines the decoding time."""
 
     data: bytes
     symbols: int
 
 
 def encode(words: np.ndarray, *, gaps: bool) -> Encoded:
-    """Encodes an array of words, in the width and order of codes that take the fewest bytes.
+    """Encodes an array of words with the width and order of codes that give the fewest bytes.
 
     Args:
-        words: as `packing.to_words` gives them, not empty. The last two axes are a matrix.
-        gaps: leave the most frequent code out.
+        words: result of `packing.to_words`, not empty. The last two axes are a matrix.
+        gaps: whether to omit the most frequent code.
     """
     bits = _code_bits(words)
     codes, header, head, streams = _split(words, bits), bits.bit_length() - 1, b"", list[np.ndarray]()
     if gaps:
-        # Of wide words, zero is what pruning leaves; counting the others' values would tell nothing.
+        # Wide words (floats) rarely repeat, except for the zeros of pruning; so do not count them.
         left_out = int(np.bincount(codes.reshape(-1)).argmax()) if codes.itemsize == 1 else 0
         steps = _gap_bytes(codes, left_out)
         if codes.ndim > 1:
@@ -82,18 +83,18 @@ def encode(words: np.ndarray, *, gaps: bool) -> Encoded:
 
 
 def decode(data: bytes | memoryview, out: np.ndarray, *, gaps: bool) -> None:
-    """The inverse of `encode`, into an array of words of the same shape and dtype.
+    """Decodes the result of `encode` into an array of words of the same shape and dtype.
 
-    What it allocates is bounded by the size of `out`, whatever the data say.
+    Allocates memory in proportion to `out` only, whatever the data claim.
 
     Raises:
-        ArtifactError: where the data are not an encoding of such an array.
+        ArtifactError: if the data do not encode such an array.
     """
     reader = _Reader(data)
     header = reader.number(1)
     bits, columns = 1 << (header & 7), bool(header & _COLUMNS)
     if header > 31 or (bits not in (2, 4, 8) if out.itemsize == 1 else bits != out.itemsize * 8):
-        raise ArtifactError(f"header {header} is none of an array of {out.itemsize}-byte words")
+        raise ArtifactError(f"header {header} is invalid for {out.itemsize}-byte words")
     if columns and out.ndim < 2:
         raise ArtifactError("column order in an array without columns")
     count = out.size * (out.itemsize * 8 // bits)
@@ -112,9 +113,9 @@ def decode(data: bytes | memoryview, out: np.ndarray, *, gaps: bool) -> None:
 
 
 def estimate(words: np.ndarray) -> tuple[float, float]:
-    """About the least bytes and symbols that either encoding takes, from counts alone.
+    """Estimates the fewest bytes and symbols of either encoding, from counts alone.
 
-    The values of wide words count whole, though an eighth of a float's bits is not random.
+    Counts wide words with all their bits, although an eighth of a float's bits is not random.
     """
     if words.itemsize == 1:
         counts = np.bincount(words.reshape(-1), minlength=256)
@@ -127,7 +128,7 @@ def estimate(words: np.ndarray) -> tuple[float, float]:
 
 
 def _code_bits(words: np.ndarray) -> int:
-    """The width at which codes that do not depend on each other, and their table, take the fewest bytes."""
+    """The width of codes at which independent codes and their table take the fewest bytes."""
     if words.itemsize > 1:
         return words.itemsize * 8
     counts = np.bincount(words.reshape(-1), minlength=256)
@@ -140,20 +141,20 @@ def _code_bits(words: np.ndarray) -> int:
 
 
 def _code_counts(counts: np.ndarray, bits: int) -> np.ndarray:
-    """How often each code of a width is there, from how often each byte is: float [2 ** bits]."""
+    """Converts counts of bytes to counts of codes of a width: float [2 ** bits]."""
     byte, mask = np.arange(256), (1 << bits) - 1
     parts = [np.bincount(byte >> place & mask, counts, minlength=1 << bits) for place in range(0, 8, bits)]
     return np.sum(parts, axis=0)
 
 
 def _entropy_bytes(counts: np.ndarray) -> float:
-    """Shannon's bound for codes that are that frequent and do not depend on each other."""
+    """Entropy of independent codes with these counts, in bytes."""
     counts = counts[counts > 0].astype(np.float64)
     return float((counts * np.log2(counts.sum() / counts)).sum() / 8)
 
 
 def _split(words: np.ndarray, bits: int) -> np.ndarray:
-    """Words to codes: those of a byte go to different blocks of rows, which is how `quant.packing` packs."""
+    """Splits words into codes; the codes of a byte belong to different blocks of rows, as in `quant.packing`."""
     if bits == words.itemsize * 8:
         return words
     mask = np.uint8((1 << bits) - 1)
@@ -188,7 +189,7 @@ def _gap_bytes(codes: np.ndarray, left_out: int) -> np.ndarray:
 
 
 def _palette_of(codes: np.ndarray) -> np.ndarray | None:
-    """The different values among wide words, ascending, where they are few: weights that share values."""
+    """The distinct values of wide words, ascending, if there are few (weights that share values); else None."""
     if codes.itemsize == 1 or not codes.size or np.unique(codes[:_PALETTE_SAMPLE]).size > _LARGEST_PALETTE:
         return None
     palette = np.unique(codes)
@@ -196,7 +197,7 @@ def _palette_of(codes: np.ndarray) -> np.ndarray | None:
 
 
 def _stream(data: np.ndarray) -> bytes:
-    """The bytes under Huffman codes, or with runs of one byte taken together too, or as they are."""
+    """Encodes bytes with Huffman codes, with Huffman and run-length coding, or not at all, whichever is smallest."""
     plain, best, is_deflate = data.tobytes(), data.tobytes(), 0
     if _entropy_bytes(np.bincount(data, minlength=256)) < data.size:
         for strategy in (zlib.Z_HUFFMAN_ONLY, zlib.Z_RLE):
@@ -208,7 +209,7 @@ def _stream(data: np.ndarray) -> bytes:
 
 
 class _Reader:
-    """Takes an encoding apart from its start; nothing is believed."""
+    """Parses an encoding from its start, and checks everything."""
 
     def __init__(self, data: bytes | memoryview) -> None:
         self._data = memoryview(data)
@@ -227,7 +228,7 @@ class _Reader:
             raise ArtifactError(f"{len(self._data)} bytes too many")
 
     def stream(self, size: int) -> np.ndarray:
-        """A stream that holds so many bytes."""
+        """Reads a stream of this many bytes."""
         head = self.number(4)
         coded = self.take(head >> 1)
         if not head & 1:
@@ -248,7 +249,7 @@ class _Reader:
 
 
 def _positions(reader: _Reader, size: int, count: int) -> np.ndarray:
-    """Where the codes are that were not left out, of so many, from so many gap bytes."""
+    """Positions of the codes that were not omitted, among `count` codes, from `size` gap bytes."""
     if size > count + 1 + count // _LONG_GAP:
         raise ArtifactError(f"{size} gaps among {count} codes")
     steps = reader.stream(size)
@@ -262,7 +263,7 @@ def _positions(reader: _Reader, size: int, count: int) -> np.ndarray:
 
 
 def _values(reader: _Reader, count: int, dtype: np.dtype[Any], palette: np.ndarray | None) -> np.ndarray:
-    """So many codes: indices into a palette, or their bytes in a stream each."""
+    """Reads `count` codes: indices into a palette, or one stream for each byte of a code."""
     if palette is not None:
         indices = reader.stream(count)
         if count and indices.max() >= palette.size:

@@ -1,4 +1,4 @@
-"""Two folders exchanged in one step of the file system, so that at no moment is there none of them."""
+"""Exchanges two folders atomically, so that neither path is missing at any moment."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from collections.abc import Callable
 
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
-# No such call in this kernel; one that this file system does not offer.
+# The kernel, or the file system, lacks the call.
 _NOT_HERE = frozenset({errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTTY})
 
 
 def exchange(first: str | os.PathLike[str], second: str | os.PathLike[str]) -> bool:
-    """Gives each of two paths what the other one named.
+    """Exchanges two paths atomically.
 
     Returns:
-        False where the system or the file system cannot do that in one step; nothing has changed then.
+        False if the system or the file system cannot; nothing has changed then.
 
     Raises:
-        OSError: where it can, and it fails.
+        OSError: if the call is supported but fails.
     """
     call = _renameat2()
     if call is None:
@@ -36,7 +36,7 @@ def exchange(first: str | os.PathLike[str], second: str | os.PathLike[str]) -> b
 
 @functools.cache
 def _renameat2() -> Callable[..., int] | None:
-    """Linux's call, from the C library; None on other systems, and where the library is older than the call."""
+    """Linux's `renameat2` from the C library; None on other systems, and with older libraries."""
     try:
         call = ctypes.CDLL(None, use_errno=True).renameat2
     except (AttributeError, OSError, TypeError):

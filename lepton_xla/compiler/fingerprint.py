@@ -1,4 +1,4 @@
-"""What compiled code depends on: where any of it differs, the code is not loaded but compiled again."""
+"""Fingerprint of everything that compiled code depends on. If any of it differs, the code is compiled again."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ class Fingerprint(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         platform: `cpu`, `gpu` or `tpu`.
         platform_version: the runtime's own version text.
         device_kind: the device's model name.
-        device_count: devices that one executable uses.
+        device_count: number of devices that an executable uses.
         machine: the host's architecture, such as `x86_64`.
-        cpu_features: short hash of the CPU's feature flags; empty where the code runs on an accelerator.
+        cpu_features: short hash of the CPU's feature flags; empty on an accelerator.
         jaxlib: its version.
-        xla_flags: the part of `XLA_FLAGS` that can change the code, sorted.
+        xla_flags: the flags of `XLA_FLAGS` that can change the code, sorted.
     """
 
     platform: str
@@ -52,10 +52,10 @@ class Fingerprint(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     @property
     def digest(self) -> str:
-        """16 hexadecimal digits, the same in every process with equal fields."""
+        """Hash of all fields: 16 hexadecimal digits, equal in every process."""
         return hashlib.sha256(msgspec.json.encode(self, order="sorted")).hexdigest()[:16]
 
     def differences(self, other: Fingerprint) -> list[str]:
-        """One line a field that differs: `jaxlib: 0.11.2 here, 0.12.0 there`, with `self` as here."""
+        """One line per differing field, such as `jaxlib: 0.11.2 here, 0.12.0 there`; `self` is "here"."""
         pairs = ((name, getattr(self, name), getattr(other, name)) for name in self.__struct_fields__)
         return [f"{name}: {here!r} here, {there!r} there" for name, here, there in pairs if here != there]

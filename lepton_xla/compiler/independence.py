@@ -1,4 +1,4 @@
-"""Proof, by running it, that padding a batch or putting strangers in it does not change a row's answer."""
+"""Checks, by running the model, that padding and other rows of a batch do not change a row's result."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from lepton_xla.errors import CompileError
 from lepton_xla.program import TensorSpec
 
 type Run = Callable[[Mapping[str, int], Sequence[np.ndarray]], list[np.ndarray]]
-"""Runs the executable of the given sizes on arrays of exactly these sizes."""
+"""`run(sizes, arrays) -> outputs`: runs the executable of these sizes on arrays of exactly these sizes."""
 
-# One executable, one position: only the other rows differ, and a kernel computes a row in one way.
+# Same executable, same position, other neighbours: a kernel computes the row in the same way.
 _SAME_TOLERANCE = 1e-3
-# Two executables, or two positions: sums may run in another order. In low precision that can flip a rounding.
+# Another executable or position: sums may be ordered differently, which in low precision can flip a rounding.
 _TOLERANCES = {8: 5e-2, 16: 3e-2, 32: 1e-3, 64: 1e-3}
 _ROWS_COMPARED = 2
 _TIES = 0.25
-# Rows this much larger than usual would move a quantization scale that a row must not share.
+# Rows that are this much larger would change a quantization scale that rows must not share.
 _STRANGERS_SCALE = 10.0
 
 
@@ -36,9 +36,9 @@ class Checked:
     Attributes:
         run: runs an executable.
         inputs, outputs: the model's.
-        ladders: its buckets.
+        ladders: symbolic dimension -> compiled sizes.
         tolerance: largest difference allowed between two executables, relative to the largest value of the output.
-        examples: real inputs to probe with, by name; random ones where there is none.
+        examples: real inputs, by name; other inputs are random.
         tables: as in `probe`.
     """
 
@@ -52,18 +52,18 @@ class Checked:
 
     @property
     def cure(self) -> str:
-        """What else to do where a check fails on inputs that were drawn."""
+        """Advice for a check that fails on random inputs."""
         drawn = [name for name in self.inputs if name not in self.examples]
         if not drawn:
             return ""
         return (
-            f". Random values were tried as {', '.join(drawn)}: if real ones are of another kind, give "
-            f"compile(examples=...) some (on the command line, the ModelSpec's calibration)"
+            f". The check used random values for {', '.join(drawn)}; if real values are different, pass some as "
+            "compile(examples=...) (on the command line, as the ModelSpec's calibration)"
         )
 
 
 def product_dtypes(jaxpr: Any) -> set[str]:
-    """Dtypes of what is multiplied: of the operands of every matrix product and convolution, at any depth."""
+    """Dtypes of the operands of all matrix products and convolutions, at any depth."""
     found: set[str] = set()
     for eqn in _compat.open_jaxpr(jaxpr)[0].eqns:
         if eqn.primitive.name in ("dot_general", "ragged_dot_general", "conv_general_dilated"):
@@ -73,16 +73,16 @@ def product_dtypes(jaxpr: Any) -> set[str]:
 
 
 def default_tolerance(dtypes: Iterable[str]) -> float:
-    """The tolerance for a model whose weights and products have these dtypes: that of the narrowest number format."""
+    """The tolerance for the narrowest of the dtypes of a model's weights and products."""
     numbers = [jnp.dtype(name) for name in dtypes if jnp.issubdtype(jnp.dtype(name), jnp.number)]
     bits = [32, *(8 * dtype.itemsize for dtype in numbers if dtype.itemsize < 4)]
     return _TOLERANCES[min(bits)]
 
 
 def check_rows(model: Checked, symbol: str) -> None:
-    """Checks that rows along `symbol` do not see each other.
+    """Checks that rows along `symbol` do not affect each other.
 
-    Rows are run beside zeros, beside strangers ten times as large, at another position, and in every bucket size.
+    Runs rows next to zeros, next to rows ten times as large, at another position, and in every bucket size.
 
     Raises:
         CompileError: naming the output that differs, and what usually causes it.
@@ -103,16 +103,16 @@ def check_rows(model: Checked, symbol: str) -> None:
 
     compare = functools.partial(_compare, cure=model.cure)
     conclusive = dict.fromkeys(model.outputs, False)
-    why = f"the rows along {symbol!r} see each other, so they cannot be batched or padded"
+    why = f"the rows along {symbol!r} affect each other, so they cannot be batched or padded"
     for row in range(min(_ROWS_COMPARED, ladder[-1])):
         alone = run(ladder[0], row, 0, None)
         for size in ladder:
             where = bucket_name({**others, symbol: size})
             padded = alone if size == ladder[0] else run(size, row, 0, None)
-            # In a batch of one there are no others and no other position.
+            # A batch of one has no other rows and no other position.
             beside, last = [run(size, row, place, strangers) if size > 1 else padded for place in (0, -1)]
             for index, name in enumerate(model.outputs):
-                same = compare(beside[index], padded[index], _SAME_TOLERANCE, name, f"{why}: beside other rows", where)
+                same = compare(beside[index], padded[index], _SAME_TOLERANCE, name, f"{why}: next to other rows", where)
                 compare(padded[index], alone[index], model.tolerance, name, f"{why}: in a larger batch", where)
                 compare(last[index], alone[index], model.tolerance, name, f"{why}: at another position", where)
                 conclusive[name] |= same
@@ -120,13 +120,13 @@ def check_rows(model: Checked, symbol: str) -> None:
 
 
 def check_padding(model: Checked, symbol: str, small: int, large: int, rows: str | None) -> None:
-    """Checks that zero padding along `symbol`, from `small` to `large`, does not change the real part.
+    """Checks that zero padding along `symbol`, from `small` to `large`, does not change the results of the real part.
 
     Raises:
         CompileError: naming the output that differs, and what usually causes it.
     """
     sizes = {name: ladder[0] if name == rows else ladder[-1] for name, ladder in model.ladders.items()}
-    # All of it real: a row of nothing but zeros, which stand for padding, has no answer of its own.
+    # No zeros: a row of zeros looks like padding, and has no result of its own.
     real = _probe(model, {**sizes, symbol: small}, seed=2, lowest=1)
     padded = [
         pad(array, spec.at({**sizes, symbol: large}).shape)
@@ -135,8 +135,8 @@ def check_padding(model: Checked, symbol: str, small: int, large: int, rows: str
     expected = model.run({**sizes, symbol: small}, real)
     found = model.run({**sizes, symbol: large}, padded)
     why = (
-        f"inputs shorter than a bucket are padded with zeros along {symbol!r}, and that changes the result of this "
-        f"model. Mask the padding inside the model, or give that dimension a fixed size: padded from {small} to {large}"
+        f"inputs shorter than a bucket are padded with zeros along {symbol!r}, which changes this model's results. "
+        f"Mask the padding inside the model, or give that dimension a fixed size: padded from {small} to {large}"
     )
     compare = functools.partial(_compare, cure=model.cure)
     conclusive: dict[str, bool] = {}
@@ -148,7 +148,7 @@ def check_padding(model: Checked, symbol: str, small: int, large: int, rows: str
 
 
 def pad(array: np.ndarray, shape: Sequence[int]) -> np.ndarray:
-    """The array in the first corner of zeros of the given shape."""
+    """Pads an array with zeros at the ends to the given shape."""
     if array.shape == tuple(shape):
         return array
     padded = np.zeros(shape, array.dtype)
@@ -165,13 +165,13 @@ def _probe(
 def _compare(
     found: np.ndarray, expected: np.ndarray, tolerance: float, name: str, why: str, where: str, *, cure: str
 ) -> bool:
-    """Compares one output; False where no value of it is finite, so that nothing was shown.
+    """Compares one output; returns False if none of its values is finite, so that the comparison shows nothing.
 
     Raises:
-        CompileError: where the two differ by more than the tolerance times the largest expected value.
+        CompileError: if they differ by more than the tolerance times the largest expected value.
     """
     if not jnp.issubdtype(expected.dtype, jnp.inexact):
-        # Indices and flags come from comparisons: two values that tie can swap when rounded in another order.
+        # Indices and flags result from comparisons, and rounding can flip near-ties.
         share = float(np.mean(found != expected)) if expected.size else 0.0
         if share > (0.0 if tolerance == _SAME_TOLERANCE else _TIES):
             raise CompileError(f"{why}, {share:.0%} of the values of output {name!r} differ (bucket {where}){cure}")
@@ -196,6 +196,6 @@ def _require_conclusive(conclusive: Mapping[str, bool]) -> None:
     for name, shown in conclusive.items():
         if not shown:
             raise CompileError(
-                f"output {name!r} has no finite value on the probe inputs, so nothing shows whether rows or padding "
-                "mix in it; give compile(examples=...) real inputs"
+                f"output {name!r} has no finite value on the test inputs, so the check of rows and padding is "
+                "inconclusive; pass real inputs as compile(examples=...)"
             )

@@ -1,4 +1,4 @@
-"""Loading an artifact: digests first, then compiled code where it fits this machine, else StableHLO compiled here."""
+"""Loads an artifact: checks digests, then loads compiled code if it fits this machine, else compiles the StableHLO."""
 
 from __future__ import annotations
 
@@ -48,19 +48,19 @@ def load(
 ) -> Servable:
     """Loads an artifact onto this process's first device.
 
-    Every file that is used is checked against its digest before anything is executed. Where the artifact has compiled
-    code for this very machine and version, that is loaded and nothing is compiled; else the portable program is
-    compiled for each bucket that lacks it, with a warning in the log that says why.
+    Checks every file against its digest before executing anything. If the artifact has compiled code for this machine
+    and version, loading does not compile. Otherwise it compiles the portable program for each bucket without code, and
+    logs a warning with the reason.
 
     Args:
         location: a local folder, or a `gs://` or `s3://` prefix.
-        buckets: symbolic dimension -> the compiled sizes to load, where not all are wanted.
-        write_back: add code that had to be compiled to the artifact, for the next one to load. Where that fails, a
-            warning says so.
+        buckets: symbolic dimension -> the compiled sizes to load; by default all.
+        write_back: whether to add newly compiled code to the artifact, for the next load. A failure is logged as a
+            warning.
 
     Raises:
-        ArtifactError: naming the file that is missing, damaged or foreign, or a bucket that the artifact lacks.
-        ExecutionError: where this process has no device, or the weights cannot be unpacked on it.
+        ArtifactError: if a file is missing, damaged or foreign, or the artifact lacks a bucket; names it.
+        ExecutionError: if there is no device, or the weights cannot be unpacked on it.
     """
     return consistently(location, lambda store: _load(store, buckets, write_back=write_back))
 
@@ -77,7 +77,7 @@ def _load(store: Store, buckets: Mapping[str, Sequence[int]] | None, *, write_ba
     known = found.files if found is not None else {}
     names = [*((EXPAND,) if manifest.expand else ()), *(key for _, key in wanted)]
     missing = [name for name in names if name not in known]
-    # All bytes are read and verified here; from the next step on, they are believed.
+    # All bytes are read and verified here; later steps trust them.
     every = (*manifest.programs, *((manifest.expand,) if manifest.expand else ()))
     portable = {program.file: files.read(program.file) for program in every}
     blobs = {name: files.read(known[name]) for name in names if name in known}
@@ -119,7 +119,7 @@ def _choose(manifest: Manifest, buckets: Mapping[str, Sequence[int]] | None) -> 
 
 
 def _to_device(manifest: Manifest, arrays: Sequence[np.ndarray], device: _xla.Device) -> list[jax.Array]:
-    # On the CPU each array starts on a 64-byte boundary, so the device array is the same memory and no copy.
+    # Arrays start on a 64-byte boundary, so on the CPU the device arrays share their memory.
     try:
         return [
             _xla.putter(leaf.shape, jnp.dtype(leaf.dtype), device)(array)
@@ -148,15 +148,15 @@ def _compile(
 
 def _why(manifest: Manifest, target: Fingerprint, missing: Sequence[str]) -> str:
     if (found := manifest.executables.get(target.digest)) is not None:
-        unwritten = [f"XLA could not write the code of {name}: {why}" for name, why in found.unwritten.items()]
+        unwritten = [f"XLA could not serialize the code of {name}: {why}" for name, why in found.unwritten.items()]
         lacking = [name for name in missing if name not in found.unwritten]
-        return "; ".join([*unwritten, *([f"there is no code of {', '.join(lacking)}"] if lacking else [])])
+        return "; ".join([*unwritten, *([f"there is no code for {', '.join(lacking)}"] if lacking else [])])
     nearest = [target.differences(entry.target) for entry in manifest.executables.values()]
     return "; ".join(min(nearest, key=len)) if nearest else "the artifact has no executables"
 
 
 def _write_back(store: Store, loaded: Manifest, target: Fingerprint, made: Mapping[str, Code]) -> None:
-    """Adds executables; the manifest is replaced last, so that a reader sees the old state or the new one."""
+    """Adds executables to an artifact. The manifest is replaced last, so readers see the old or the new state."""
     try:
         manifest = read_manifest(store)
         programs = [program.file for program in (*loaded.programs, *((loaded.expand,) if loaded.expand else ()))]
@@ -171,7 +171,7 @@ def _write_back(store: Store, loaded: Manifest, target: Fingerprint, made: Mappi
                 continue
             blob = code.blob
             digest = hashlib.sha256(blob).hexdigest()
-            # Named by content, so that two processes that write back at once cannot replace each other's file.
+            # Named by content, so that concurrent write-backs cannot replace each other's files.
             names[key] = f"executables/{target.digest}/{key}-{digest[:8]}.xla"
             store.write(names[key], blob)
             files[names[key]] = FileEntry(size=len(blob), sha256=digest)

@@ -1,4 +1,4 @@
-"""`manifest.json`: what an artifact holds, and the size and digest of every other file in it."""
+"""`manifest.json`: contents of an artifact, with the size and digest of every other file."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lepton_xla.program import TensorSpec
 
 MANIFEST = "manifest.json"
 SCHEMA = 2
-# Beside the buckets, the name of the program that unpacks stored weights when an artifact is loaded.
+# Name, among those of the buckets, of the program that unpacks stored weights on loading.
 EXPAND = "expand"
 MAX_MANIFEST_BYTES = 64 << 20
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
@@ -25,7 +25,7 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 class _Struct(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Read from a file: a key that is missing, unknown or of another type is an error."""
+    """Base of structs that are read from a file; missing, unknown or mistyped keys are errors."""
 
 
 class Tensor(_Struct, frozen=True, kw_only=True):
@@ -37,11 +37,11 @@ class Tensor(_Struct, frozen=True, kw_only=True):
 
 
 type Encoding = Literal["plain", "zstd", "raw", "deflate", "gaps"]
-"""How a leaf is stored: a zarr array, plain or under zstd; or pieces, raw or by `entropy`."""
+"""Encoding of a leaf: a zarr array, `plain` or with `zstd`; or pieces, `raw` or encoded by `entropy`."""
 
 
 class Piece(_Struct, frozen=True, kw_only=True, array_like=True):
-    """A part of a leaf: `size` bytes of the file `weights/pack-N`, N being `pack`, from `start`."""
+    """A part of a leaf: `size` bytes from `start` of the file `weights/pack-N`, where N is `pack`."""
 
     pack: Annotated[int, msgspec.Meta(ge=0)]
     start: Annotated[int, msgspec.Meta(ge=0)]
@@ -59,11 +59,12 @@ class WeightLeaf(_Struct, frozen=True, kw_only=True):
     Attributes:
         path: the weight's path in the program, such as `params/Dense_0/kernel`.
         shape: its shape.
-        dtype: its true dtype; the stored one differs where `packed`.
-        packed: stored as a flat array of bytes, because zarr has no such dtype or it is narrower than a byte.
-        encoding: how it is stored; chosen when it is saved.
-        folder: where its zarr array is, if it is one.
-        pieces: where its parts are, if it is not, in the order of the leaf.
+        dtype: its dtype; the stored dtype differs if `packed`.
+        packed: whether it is stored as a flat array of bytes, because zarr lacks the dtype or it is narrower than a
+            byte.
+        encoding: how it is stored; chosen by `save`.
+        folder: folder of its zarr array, if it is one.
+        pieces: locations of its parts, in order, if it is not a zarr array.
     """
 
     path: str
@@ -76,12 +77,12 @@ class WeightLeaf(_Struct, frozen=True, kw_only=True):
 
     @property
     def is_zarr(self) -> bool:
-        """Whether it is a zarr array."""
+        """Whether the leaf is stored as a zarr array."""
         return self.encoding in ("plain", "zstd")
 
 
 class PortableProgram(_Struct, frozen=True, kw_only=True):
-    """A serialized StableHLO program; `sizes` is None where its dimensions are symbolic."""
+    """A serialized StableHLO program; `sizes` is None if its dimensions are symbolic."""
 
     file: str
     sizes: dict[str, int] | None
@@ -92,9 +93,9 @@ class ExecutableSet(_Struct, frozen=True, kw_only=True):
     """Executables for one target.
 
     Attributes:
-        target: what they run on.
+        target: the machine and versions that they run on.
         files: bucket name (or `expand`) -> file.
-        unwritten: bucket name (or `expand`) -> why XLA could not write its code; it is compiled at each loading.
+        unwritten: bucket name (or `expand`) -> why XLA could not serialize its code; it is compiled on each load.
     """
 
     target: Fingerprint
@@ -110,7 +111,7 @@ class FileEntry(_Struct, frozen=True, kw_only=True):
 
 
 class Manifest(_Struct, frozen=True, kw_only=True):
-    """The whole of `manifest.json`.
+    """The contents of `manifest.json`.
 
     Attributes:
         schema: version of this layout.
@@ -119,19 +120,19 @@ class Manifest(_Struct, frozen=True, kw_only=True):
         inputs, outputs: in call order.
         weights: in argument order.
         buckets: symbolic dimension -> sizes.
-        programs: portable programs; one symbolic, or one a bucket.
-        expand: the portable program that unpacks the stored weights, if the buckets' programs take unpacked ones.
-        programs_note: why there is no symbolic program, or not for all platforms; empty where there is.
+        programs: portable programs: a single symbolic one, or one per bucket.
+        expand: the portable program that unpacks the stored weights, if the buckets' programs take unpacked weights.
+        programs_note: why there is no symbolic program for all platforms; empty if there is one.
         executables: fingerprint -> executables.
-        compile_s: bucket name -> seconds its compilation took.
+        compile_s: bucket name -> seconds of compilation.
         recipe, plan: as given to `compile`.
-        float32_bytes: what the weights would take as float32 arrays, zeros and all.
-        reports: one a pass applied.
-        metrics: the user's own figures, such as accuracy.
+        float32_bytes: bytes of the weights as dense float32 arrays.
+        reports: one per applied pass.
+        metrics: the user's own metrics, such as accuracy.
         made_by: versions of the software, and the machine.
         created: time of making, UTC, ISO 8601.
         files: every other file of the artifact.
-        sha256: digest of this manifest as compact JSON with this field empty, so that damage to it is seen too.
+        sha256: digest of this manifest as compact JSON with this field empty, to detect damage to the manifest itself.
     """
 
     schema: int
@@ -170,10 +171,11 @@ class _Head(msgspec.Struct):
 
 
 def encode(manifest: Manifest) -> bytes:
-    """The file's content: indented JSON.
+    """Encodes a manifest as indented JSON.
 
     Raises:
-        ArtifactError: where the recipe, the plan, the reports or the metrics are not plain JSON, or it is too large.
+        ArtifactError: if the recipe, the plan, the reports or the metrics are not plain JSON, or the result is too
+            large.
     """
     try:
         plain = msgspec.json.encode(msgspec.structs.replace(manifest, sha256=""), enc_hook=_encode_scalar)
@@ -187,22 +189,26 @@ def encode(manifest: Manifest) -> bytes:
 
 
 def decode(data: bytes) -> Manifest:
-    """Reads the file's content and checks all that can be checked without the other files.
+    """Decodes a manifest and checks everything that can be checked without the other files.
 
     Raises:
-        ArtifactError: naming the file and the key at fault.
+        ArtifactError: if it is invalid; names the file and the key.
     """
     try:
         schema = msgspec.json.decode(data, type=_Head).schema
         if schema != SCHEMA:
-            advice = "compile the model again with this one" if schema < SCHEMA else "load it with the one that made it"
+            advice = (
+                "compile the model again with this version"
+                if schema < SCHEMA
+                else "load it with the version that made it"
+            )
             raise ArtifactError(
                 f"{MANIFEST}: schema version {schema}; this version of lepton_xla reads {SCHEMA}: {advice}"
             )
         manifest = msgspec.json.decode(data, type=Manifest)
         _check(manifest)
         if manifest.sha256 != _digest(data):
-            raise ArtifactError(f"{MANIFEST}: its SHA-256 is not the one it states: it was edited or damaged")
+            raise ArtifactError(f"{MANIFEST}: its SHA-256 does not match: it was edited or damaged")
     except ArtifactError:
         raise
     except (msgspec.MsgspecError, LeptonError, TypeError, ValueError, RecursionError) as error:
@@ -211,16 +217,16 @@ def decode(data: bytes) -> Manifest:
 
 
 def _digest(data: bytes) -> str:
-    """Of the JSON as it stands, whatever its keys, so that a later version with more keys computes the same."""
+    """Digest of the JSON with whatever keys it has, so that a later version with more keys computes the same digest."""
     plain = msgspec.json.decode(data, type=dict[str, Any]) | {"sha256": ""}
     return hashlib.sha256(msgspec.json.encode(plain)).hexdigest()
 
 
 def check_name(name: str) -> str:
-    """The name, if it can be a model's.
+    """Returns the name if it is valid for a model.
 
     Raises:
-        ArtifactError: otherwise.
+        ArtifactError: if it is not.
     """
     if not _NAME.fullmatch(name):
         raise ArtifactError(f"model name {name!r}: use letters, digits, '.', '_' and '-', at most 128, not '.' first")
@@ -228,7 +234,7 @@ def check_name(name: str) -> str:
 
 
 def _encode_scalar(value: Any) -> Any:
-    """NumPy and JAX scalars, which metrics often are, as numbers."""
+    """Encodes NumPy and JAX scalars, which occur in metrics, as numbers."""
     if getattr(value, "shape", None) == () and hasattr(value, "item"):
         return value.item()
     raise TypeError(f"{value!r} is a {type(value).__name__}")
@@ -258,17 +264,17 @@ def _check(manifest: Manifest) -> None:
         _check_listed(manifest, program.file)
     for digest, executables in manifest.executables.items():
         if executables.target.digest != digest:
-            raise ArtifactError(f"{MANIFEST}: executables[{digest!r}] is not the digest of the target beside it")
+            raise ArtifactError(f"{MANIFEST}: executables[{digest!r}] is not the digest of its target")
         for file in executables.files.values():
             _check_listed(manifest, file)
 
 
 def _check_listed(manifest: Manifest, file: str) -> None:
     if file not in manifest.files:
-        raise ArtifactError(f"{MANIFEST}: {file!r} has no entry in files, so no digest; it is not used without one")
+        raise ArtifactError(f"{MANIFEST}: {file!r} has no entry in files, so its digest is unknown")
 
 
 def _check_file_name(file: str) -> None:
-    """Only plain relative names: no `..`, no absolute path, no backslash, nothing hidden."""
+    """Accepts only plain relative names: no `..`, absolute path, backslash or hidden file."""
     if file == MANIFEST or len(file) > 1024 or not all(_FILE_PART.fullmatch(part) for part in file.split("/")):
         raise ArtifactError(f"{MANIFEST}: {file!r} is not a valid name for a file inside an artifact")

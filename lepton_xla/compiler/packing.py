@@ -1,4 +1,4 @@
-"""Elements as plain bytes or words and back, bit for bit: for dtypes that zarr lacks, and for `entropy`."""
+"""Converts elements to plain bytes or words and back, bit for bit, for dtypes that zarr lacks and for `entropy`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import tensorstore as ts
 
 
 def needs_packing(dtype: str) -> bool:
-    """True where zarr has no such dtype, or would spend a whole byte on an element narrower than one."""
+    """Whether zarr lacks the dtype, or would use a whole byte for a narrower element."""
     if _bits(jnp.dtype(dtype)) < 8:
         return True
     try:
@@ -22,12 +22,12 @@ def needs_packing(dtype: str) -> bool:
 
 
 def pack(array: np.ndarray) -> np.ndarray:
-    """The array's elements as flat bytes; those narrower than a byte are put together, the first in the low bits."""
+    """Converts an array to flat bytes; elements narrower than a byte are packed, the first in the low bits."""
     bits = _bits(array.dtype)
     flat = np.ascontiguousarray(array).reshape(-1)
     if bits == 8:
         return flat.view(np.uint8)
-    # Integers go through int8 because ml_dtypes does not promise what the unused bits of a byte hold.
+    # Integers go through int8, because ml_dtypes leaves the unused bits of a byte unspecified.
     values = flat.astype(np.int8).view(np.uint8) if _is_integer(array.dtype) else flat.view(np.uint8)
     per_byte = 8 // bits
     packed = np.zeros(packed_size(array.shape, array.dtype.name), np.uint8)
@@ -39,7 +39,7 @@ def pack(array: np.ndarray) -> np.ndarray:
 
 
 def packed_size(shape: Sequence[int], dtype: str) -> int:
-    """The bytes that `pack` gives for an array of this shape and dtype."""
+    """Number of bytes that `pack` gives for an array of this shape and dtype."""
     return -(-math.prod(shape) // (8 // _bits(jnp.dtype(dtype))))
 
 
@@ -62,7 +62,7 @@ def unpack(packed: np.ndarray, shape: Sequence[int], dtype: str) -> np.ndarray:
 
 
 def words_of(shape: Sequence[int], dtype: str) -> tuple[tuple[int, ...], np.dtype[Any]]:
-    """Shape and dtype of what `to_words` gives for an array of this shape and dtype."""
+    """Shape and dtype of `to_words` of an array of this shape and dtype."""
     kind = jnp.dtype(dtype)
     if _bits(kind) < 8:
         return (packed_size(shape, dtype),), np.dtype(np.uint8)
@@ -72,10 +72,10 @@ def words_of(shape: Sequence[int], dtype: str) -> tuple[tuple[int, ...], np.dtyp
 
 
 def to_words(array: np.ndarray) -> np.ndarray:
-    """The elements' bits as little-endian unsigned integers, of the array's shape but for these.
+    """Converts elements to little-endian unsigned integers with the same bits, in the array's shape.
 
-    Elements narrower than a byte are flat bytes, as `pack` puts them together; those of sixteen bytes are two words; an
-    array without axes has one.
+    Exceptions: elements narrower than a byte become flat bytes, as from `pack`; elements of sixteen bytes become two
+        words; a scalar gets one axis.
     """
     shape, word = words_of(array.shape, array.dtype.name)
     if _bits(array.dtype) < 8:

@@ -16,7 +16,7 @@ from lepton_xla.compiler.code import Code
 from lepton_xla.errors import ArtifactError, CompileError
 from lepton_xla.program import TensorSpec
 
-# What a server may run on; "cuda" is what JAX calls the platform of an NVIDIA GPU when lowering.
+# Platforms of servers; "cuda" is JAX's name for NVIDIA GPUs in lowering.
 _PLATFORMS = ("cpu", "cuda", "tpu")
 
 
@@ -25,10 +25,10 @@ class Portable:
     """One serialized program.
 
     Attributes:
-        name: for its file.
+        name: name of its file.
         blob: the bytes of `jax.export.Exported.serialize`, a flatbuffer.
-        sizes: the bucket it is for; None where it has symbolic dimensions and is for all.
-        platforms: what it can be compiled for.
+        sizes: its bucket; None if its dimensions are symbolic.
+        platforms: platforms that it can be compiled for.
     """
 
     name: str
@@ -46,10 +46,10 @@ def export_programs(
     """Exports a function of flat weights and inputs.
 
     Returns:
-        The programs, and why they are not one symbolic program for every platform: empty where they are.
+        The programs, and why they are not a single symbolic program for all platforms (empty if they are).
 
     Raises:
-        CompileError: where not even a program of fixed sizes for this platform can be exported.
+        CompileError: if not even a program with fixed sizes for this platform can be exported.
     """
     notes: list[str] = []
     here = _lowering_platform()
@@ -57,7 +57,7 @@ def export_programs(
         try:
             shapes = _symbolic_inputs(inputs, ladders)
             return [_export("symbolic" if ladders else "fixed", fn, weights, shapes, None, platforms)], "; ".join(notes)
-        except Exception as error:  # the reason is recorded, and the next best thing tried
+        except Exception as error:  # record the reason and try the next option
             notes.append(f"no symbolic program for {', '.join(platforms)}: {_xla.reason(error)}")
     try:
         programs = [
@@ -75,12 +75,12 @@ def compile_portable(
     """Compiles a serialized program for one bucket on this machine.
 
     Raises:
-        ArtifactError: naming the file, where it is not such a program or does not fit this machine.
+        ArtifactError: if it is not such a program or does not fit this machine; names the file.
     """
     try:
         exported = jax.export.deserialize(bytearray(blob))
         return Code.made(jax.jit(exported.call, keep_unused=True).lower(*weights, *inputs))
-    except Exception as error:  # a version, a platform, a custom call, XLA itself
+    except Exception as error:  # version, platform, custom call, or XLA itself
         raise ArtifactError(f"{name} cannot be compiled here: {_xla.reason(error)}") from error
 
 
@@ -97,7 +97,7 @@ def _export(
 
 
 def _symbolic_inputs(inputs: Mapping[str, TensorSpec], ladders: Ladders) -> list[jax.ShapeDtypeStruct]:
-    # The largest bucket bounds a dimension: a table of position embeddings, say, is only that long.
+    # Bound each dimension by its largest bucket: a table of position embeddings, for example, is only that long.
     constraints = [f"{name} <= {ladder[-1]}" for name, ladder in ladders.items()]
     symbols = list(ladders)
     dims = jax.export.symbolic_shape(", ".join(symbols), constraints=constraints) if symbols else ()

@@ -1,4 +1,4 @@
-"""Inputs that a model is run on to check it: the user's own, or random ones of values that it is made for."""
+"""Test inputs for the checks of a model: the user's examples, or valid random values."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 from lepton_xla import _compat
 from lepton_xla.program import TensorSpec
 
-# What an index goes through on its way into a table: laid out anew, counted from the end, kept inside.
+# Primitives between an index and the lookup in a table: layout changes, wrapping negative indices, clamping.
 _INDEXING = frozenset({
     "add", "broadcast_in_dim", "clamp", "concatenate", "convert_element_type", "copy", "expand_dims", "pjit",
     "reshape", "select_n", "slice", "squeeze", "stop_gradient", "transpose",
@@ -28,17 +28,17 @@ def probe(
     scale: float = 1.0,
     lowest: int = 0,
 ) -> list[np.ndarray]:
-    """Values for every input.
+    """Makes values for every input.
 
     Args:
         inputs: the model's.
-        sizes: of the symbolic dimensions.
-        examples: the user's, by name, repeated or cut to size; other inputs are random.
-        tables: rows of the smallest table that an input points into, by name; such an input gets 1 and above, since 0
-            often stands for padding.
-        seed: of the random numbers; examples start at another row for another seed.
+        sizes: sizes of the symbolic dimensions.
+        examples: the user's examples, by name, repeated or truncated to size; other inputs are random.
+        tables: rows of the smallest table that an input indexes, by name. Such an input gets values from 1 on, because
+            0 often means padding.
+        seed: seed of the random numbers; it also selects the first row of the examples.
         scale: factor of floats.
-        lowest: the least of the integers that point into no table; the largest is 1, so that they may be a mask.
+        lowest: smallest value of integers that index no table; the largest is 1, so that they are valid as a mask.
     """
     random = np.random.default_rng(seed)
     arrays: list[np.ndarray] = []
@@ -59,10 +59,10 @@ def probe(
 
 
 def table_sizes(jaxpr: Any, inputs: Sequence[str]) -> dict[str, int]:
-    """Rows of the smallest table that each input points into, by name; inputs that point into none are left out.
+    """Rows of the smallest table that each input indexes, by name; inputs that index no table are omitted.
 
     Args:
-        jaxpr: the model's, its inputs last.
+        jaxpr: the jaxpr of the model; the inputs are its last variables.
         inputs: their names.
     """
     found: dict[str, int] = {}
@@ -73,7 +73,7 @@ def table_sizes(jaxpr: Any, inputs: Sequence[str]) -> dict[str, int]:
 
 
 def _follow(jaxpr: Any, carried: dict[Any, set[str]], found: dict[str, int]) -> list[set[str]]:
-    """Follows inputs to the tables they point into; gives what each output of the jaxpr still is."""
+    """Follows inputs to the tables that they index; returns the inputs that each output of the jaxpr still is."""
     read = lambda atom: set[str]() if isinstance(atom, _compat.LITERAL) else carried.get(atom, set())  # noqa: E731
     for eqn in jaxpr.eqns:
         names = [read(atom) for atom in eqn.invars]
@@ -95,7 +95,7 @@ def _follow(jaxpr: Any, carried: dict[Any, set[str]], found: dict[str, int]) -> 
 
 
 def _resize(array: np.ndarray, shape: Sequence[int], seed: int) -> np.ndarray:
-    """Repeats or cuts an example to a shape, starting at another row for another seed."""
+    """Repeats or truncates an example to a shape; the seed selects the first row."""
     array = np.roll(array, -seed, axis=0) if array.ndim else array
     for axis, size in enumerate(shape):
         array = np.take(array, np.arange(size) % max(array.shape[axis], 1), axis=axis)

@@ -1,7 +1,7 @@
-"""Reading weights: each file is verified, then decoded in memory into its place in arrays that XLA can use as they are.
+"""Reads weights: each file is verified, then decoded in memory into arrays that XLA can use without a copy.
 
-A local folder and an object store take the same path, no byte is decoded whose digest was not checked, and no more than
-a file or two a thread, of some 4 MiB, is held beside the arrays themselves.
+Local folders and object stores take the same path. No byte is decoded before its digest is checked. Besides the arrays,
+each thread holds at most two files of about 4 MiB.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from lepton_xla.compiler.weights import SCRATCH, open_array, pieces, plain_codec
 from lepton_xla.errors import ArtifactError
 from lepton_xla.trees import leaf_bytes
 
-# XLA:CPU reads a host array in place only where it starts on such a boundary.
+# XLA:CPU uses a host array in place only if it starts on such a boundary.
 _ALIGNMENT = 64
 
 
@@ -35,7 +35,7 @@ def read_all(leaves: Sequence[WeightLeaf], files: VerifiedFiles) -> list[np.ndar
     """Reads leaves into new arrays that start on a 64-byte boundary, in parallel over files.
 
     Raises:
-        ArtifactError: naming the file that is missing, damaged, or not what the manifest says; and the leaf, where the
+        ArtifactError: if a file is missing, damaged, or not what the manifest says; names the file, and the leaf if the
             file holds several.
     """
     _check_memory(leaves)
@@ -53,13 +53,13 @@ def read_all(leaves: Sequence[WeightLeaf], files: VerifiedFiles) -> list[np.ndar
             pool.shutdown(cancel_futures=True)
             raise
         finally:
-            task = None  # a task holds its error, whose traceback leads back to this frame and the weights in it
+            task = None  # break the cycle: the task's error has a traceback with this frame, and so with the weights
             tasks.clear()
     return [leaf.finish() for leaf in opened]
 
 
 def _check_memory(leaves: Sequence[WeightLeaf]) -> None:
-    """A few bytes can stand for any number of zeros, so what is declared is checked before any of it is made."""
+    """Checks that the declared sizes fit into memory before allocating: a few bytes can encode any number of zeros."""
     declared = sum(leaf_bytes(leaf.shape, leaf.dtype) for leaf in leaves)
     present = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if declared > present:
@@ -72,7 +72,7 @@ def _open(leaf: WeightLeaf, files: VerifiedFiles) -> _ZarrLeaf | _PackedLeaf:
 
 @dataclasses.dataclass(frozen=True)
 class _PackedLeaf:
-    """A leaf being read from pieces of shared files: the array of its words, and the part of it in each piece."""
+    """A leaf that is read from pieces of shared files: the array of its words, and the part for each piece."""
 
     leaf: WeightLeaf
     out: np.ndarray
@@ -98,7 +98,7 @@ class _PackedLeaf:
             part[...] = np.frombuffer(data, part.dtype).reshape(part.shape)
 
     def finish(self) -> np.ndarray:
-        """The whole leaf, once every piece is read."""
+        """Returns the leaf, after all pieces were read."""
         return from_words(self.out, self.leaf.shape, self.leaf.dtype)
 
 
@@ -111,7 +111,7 @@ def _by_pack(leaves: Sequence[_PackedLeaf]) -> dict[str, list[tuple[_PackedLeaf,
 
 
 def _read_pack(name: str, parts: Sequence[tuple[_PackedLeaf, Piece, np.ndarray]], files: VerifiedFiles) -> None:
-    """Verifies a file and decodes all pieces in it."""
+    """Verifies a file and decodes all its pieces."""
     data = memoryview(files.read(name))
     for leaf, piece, part in parts:
         try:
@@ -122,7 +122,7 @@ def _read_pack(name: str, parts: Sequence[tuple[_PackedLeaf, Piece, np.ndarray]]
 
 @dataclasses.dataclass(frozen=True)
 class _ZarrLeaf:
-    """A zarr array being read: its verified metadata, and the array its chunks go to."""
+    """A zarr array that is being read: its verified metadata, and the array for its chunks."""
 
     leaf: WeightLeaf
     files: VerifiedFiles
@@ -167,7 +167,7 @@ class _ZarrLeaf:
         )
         try:
             if self.plain:
-                # What zarr would decode to; a float model loads a third faster for not asking it.
+                # Decoded here as zarr would; without TensorStore a float model loads a third faster.
                 elements = np.frombuffer(data, self.out.dtype).reshape(chunk)
                 self.out[region] = elements[tuple(slice(part.stop - part.start) for part in region)]
                 return
@@ -178,7 +178,7 @@ class _ZarrLeaf:
             raise ArtifactError(f"{name} cannot be decoded: {error}") from error
 
     def finish(self) -> np.ndarray:
-        """The whole leaf, once every chunk is read."""
+        """Returns the leaf, after all chunks were read."""
         return unpack(self.out, self.leaf.shape, self.leaf.dtype) if self.leaf.packed else self.out
 
     def _chunk_shape(self) -> tuple[int, ...]:
@@ -186,7 +186,7 @@ class _ZarrLeaf:
 
 
 def aligned_empty(shape: Sequence[int], dtype: Any) -> np.ndarray:
-    """An uninitialised array whose memory XLA:CPU can use without a copy."""
+    """An uninitialized array whose memory XLA:CPU can use without a copy."""
     size = math.prod(shape) * np.dtype(dtype).itemsize
     buffer = np.empty(size + _ALIGNMENT, np.uint8)
     start = -buffer.ctypes.data % _ALIGNMENT

@@ -1,4 +1,4 @@
-"""Executables of one model and the weights they share: arrays of exactly a bucket's sizes in, arrays out."""
+"""Runs the executables of a model, which share its weights, on arrays of exactly a bucket's sizes."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from lepton_xla.errors import InputError
 from lepton_xla.program import TensorSpec
 
 type Runner = Callable[[Sequence[np.ndarray]], list[np.ndarray]]
-"""Inputs of one bucket's exact shapes, in order, to outputs in order."""
+"""`runner(inputs) -> outputs`, in order, with the exact shapes of one bucket."""
 
 
 class Runtime:
-    """Runs compiled code; safe to use from several threads.
+    """Runs compiled code; thread-safe.
 
     Args:
         inputs: the model's inputs, in call order.
         weights: device arrays, in argument order.
-        device: where everything is.
+        device: the device of the weights and the code.
 
     Attributes:
-        weights: may be replaced as a whole by a list of equal shapes and dtypes, between two runs; a run that has begun
-            keeps the list it began with.
+        weights: the whole list may be replaced by one of equal shapes and dtypes at any time; a run uses the list that
+            it started with.
     """
 
     def __init__(self, inputs: Mapping[str, TensorSpec], weights: Sequence[jax.Array], device: _xla.Device) -> None:
@@ -38,7 +38,7 @@ class Runtime:
         self._runners: dict[tuple[int, ...], Runner] = {}
 
     def add(self, sizes: Mapping[str, int], executable: _xla.Loaded) -> None:
-        """Makes a bucket known."""
+        """Adds the executable of a bucket."""
         slots = []
         for name, spec in self._inputs.items():
             at = spec.at(sizes)
@@ -46,7 +46,7 @@ class Runtime:
         self._runners[self._key(sizes)] = functools.partial(self._execute, slots, _xla.executor(executable))
 
     def runner(self, sizes: Mapping[str, int]) -> Runner:
-        """The function that runs one bucket; for a caller that keeps it and saves the look-up.
+        """Returns the function that runs one bucket, so that a caller can save the lookup.
 
         Raises:
             KeyError: where there is no such bucket.
@@ -54,13 +54,13 @@ class Runtime:
         return self._runners[self._key(sizes)]
 
     def run(self, sizes: Mapping[str, int], arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """Runs one bucket on arrays of exactly its shapes and dtypes, in order; returns outputs in order, read-only.
+        """Runs one bucket on arrays of exactly its shapes and dtypes, in order. Returns read-only outputs, in order.
 
-        The input arrays must not be written to by another thread during the call.
+        No other thread may write to the input arrays during the call.
 
         Raises:
             KeyError: where there is no such bucket.
-            InputError: where an array is not of exactly the bucket's shape and dtype.
+            InputError: if an array does not have exactly the bucket's shape and dtype.
             ExecutionError: where the code fails, such as for want of memory.
         """
         return self._runners[self._key(sizes)](arrays)
@@ -76,9 +76,9 @@ class Runtime:
     ) -> list[np.ndarray]:
         arguments = list(self.weights)
         for (name, shape, dtype, put), array in zip(slots, arrays, strict=True):
-            # XLA trusts the sizes it is told, so a wrong one would read memory that is not the array's.
+            # XLA trusts the sizes, so a wrong one would read memory outside of the array.
             if array.shape != shape or array.dtype != dtype:
-                raise InputError(f"input {name!r}: {array.dtype}{array.shape} came, {dtype}{shape} was expected")
+                raise InputError(f"input {name!r}: got {array.dtype}{array.shape}, expected {dtype}{shape}")
             arguments.append(put(array))
         try:
             return [np.asarray(output) for output in execute(arguments)]
@@ -87,7 +87,7 @@ class Runtime:
 
 
 def run_expand(code: Code, stored: Sequence[jax.Array]) -> list[jax.Array]:
-    """Weights as the buckets' programs take them, from those that are stored.
+    """Unpacks the stored weights to those that the buckets' programs take.
 
     Raises:
         ExecutionError: where the code fails, such as for want of memory.

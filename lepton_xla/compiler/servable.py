@@ -1,4 +1,4 @@
-"""A loaded model: named arrays of any size in, named arrays out, over compiled code of fixed sizes."""
+"""A loaded model: maps named arrays of any size to named arrays, on compiled code of fixed sizes."""
 
 from __future__ import annotations
 
@@ -18,16 +18,15 @@ from lepton_xla.rows import row_symbol
 
 
 class Servable:
-    """A model ready to run; safe to call from several threads.
+    """A model ready to run; thread-safe.
 
     Attributes:
         name, version: the model's.
         inputs, outputs: name -> spec, in order.
         buckets: symbolic dimension -> the sizes that are loaded, ascending.
-        row_symbol: the dimension that counts rows: batches may be put together and split along it. None where the
-            model has no such dimension.
-        route: `executables` where compiled code was loaded, `stablehlo` where it was compiled on loading.
-        manifest: all that is known of the model.
+        row_symbol: the row dimension, along which batches may be joined and split; None if the model has none.
+        route: `executables` if compiled code was loaded, `stablehlo` if it was compiled on loading.
+        manifest: the artifact's manifest.
     """
 
     def __init__(self, manifest: Manifest, buckets: Ladders, runtime: Runtime, route: str) -> None:
@@ -47,42 +46,43 @@ class Servable:
         return sum(array.on_device_size_in_bytes() for array in self.runtime.weights)
 
     def run(self, sizes: Mapping[str, int], arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """The hot path: arrays of exactly one bucket's sizes, in order, to outputs in order.
+        """Runs one bucket without padding or splitting: the fast path.
 
         Args:
             sizes: the bucket, such as `{"batch": 8}`.
-            arrays: one an input, of exactly its dtype and shape at `sizes`. Not to be written to during the call.
+            arrays: one per input, in order, of exactly its dtype and shape at `sizes`. Do not write to them during the
+                call.
 
         Returns:
-            One array an output, of its shape at `sizes`, read-only.
+            One read-only array per output, in order, of its shape at `sizes`.
 
         Raises:
             KeyError: where there is no such bucket.
-            InputError: where an array is not of the bucket's shape and dtype.
+            InputError: if an array does not have the bucket's shape and dtype.
         """
         return self.runtime.run(sizes, arrays)
 
     def runner(self, sizes: Mapping[str, int]) -> Runner:
-        """`run` for one bucket, without its look-up: `runner(sizes)(arrays)`."""
+        """Returns `run` for one bucket, which saves the lookup: `runner(sizes)(arrays)`."""
         return self.runtime.runner(sizes)
 
     def __call__(self, /, **inputs: Any) -> dict[str, np.ndarray]:
-        """Runs the model on named inputs: pads them to a bucket, splits larger batches, cuts the padding off.
+        """Runs the model on named inputs: pads them to a bucket, splits larger batches, removes the padding.
 
         Args:
             **inputs: every input of the model: an array of its dtype, or nested lists of numbers.
 
         Returns:
-            Outputs by name; for a batch of no rows, outputs of no rows.
+            Outputs by name; a batch without rows gives outputs without rows.
 
         Raises:
-            InputError: for a missing or unknown name, another dtype or rank, a size that is not the model's, sizes
-                that disagree between inputs, or a dimension other than the rows' that is larger than any bucket.
+            InputError: if a name is missing or unknown, a dtype, rank or size is wrong, sizes disagree between inputs,
+                or a dimension other than the rows exceeds the largest bucket.
         """
         arrays = self._arrays(inputs)
         sizes = self._sizes(arrays)
         padded_sizes = self._padded_sizes(sizes)
-        if padded_sizes == sizes and 0 not in sizes.values():  # just a bucket: nothing to pad, split or cut
+        if padded_sizes == sizes and 0 not in sizes.values():  # exactly a bucket: nothing to pad or split
             whole = [array if array.flags.c_contiguous else array.copy() for array in arrays]
             return dict(zip(self.outputs, (out.copy() for out in self.runtime.run(sizes, whole)), strict=True))
         rows = sizes[self.row_symbol] if self.row_symbol is not None else 1
@@ -134,8 +134,8 @@ class Servable:
                 if isinstance(dim, int):
                     if size != dim:
                         raise InputError(
-                            f"input {name!r}: dimension {axis} is {size}, expected {dim}: shape {array.shape} came, "
-                            f"the model takes {spec}"
+                            f"input {name!r}: dimension {axis} is {size}, expected {dim}: got shape {array.shape}, the "
+                            f"model takes {spec}"
                         )
                 elif sizes.setdefault(dim, size) != size:
                     raise InputError(
@@ -160,7 +160,7 @@ class Servable:
 
 
 def _as_array(name: str, spec: TensorSpec, value: Any) -> np.ndarray:
-    """An array of exactly the input's dtype; lists of numbers are converted where no value changes."""
+    """Returns an array of exactly the input's dtype; lists of numbers are converted if no value changes."""
     dtype = jnp.dtype(spec.dtype)
     if hasattr(value, "dtype") and hasattr(value, "shape"):
         array = np.asarray(value)
@@ -181,5 +181,5 @@ def _as_array(name: str, spec: TensorSpec, value: Any) -> np.ndarray:
         raise InputError(f"input {name!r} cannot be made an array, expected {spec}: {error}") from error
     discrete = dtype == np.dtype(bool) or jnp.issubdtype(dtype, jnp.integer)
     if array.size and discrete and not (converted.astype(array.dtype) == array).all():
-        raise InputError(f"input {name!r} holds values that {dtype} cannot; the model takes {spec}")
+        raise InputError(f"input {name!r} holds values that {dtype} cannot represent; the model takes {spec}")
     return converted

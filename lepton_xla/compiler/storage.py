@@ -1,4 +1,4 @@
-"""The files of an artifact, by name, in a local folder, or in an object store through TensorStore's key-value layer."""
+"""Files of an artifact, in a local folder or, through TensorStore's key-value layer, in an object store."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from lepton_xla.compiler.manifest import MANIFEST, FileEntry
 from lepton_xla.errors import ArtifactError
 
 _LOG = logging.getLogger(__name__)
-# One context for all stores: connections to an object store are shared, and memory:// stores outlive a call.
+# One context for all stores, so that connections are shared and memory:// stores outlive a call.
 _CONTEXT = ts.Context()
-# A save takes hold of its temporary folder at once; this leaves it time to.
+# A save locks its temporary folder right after creating it; younger folders may not be locked yet.
 _ABANDONED_AFTER_S = 60.0
-# How often what is read is read again because it was replaced meanwhile.
+# Retries of a read whose artifact was replaced meanwhile.
 _READ_AGAIN = 20
 
 
@@ -38,7 +38,7 @@ class Store:
         location: a local path, a `file://`, `gs://`, `s3://` or `memory://` address.
 
     Raises:
-        ArtifactError: for an address that cannot be opened, or a path that no file can have.
+        ArtifactError: if the address cannot be opened, or the path is impossible.
     """
 
     def __init__(self, location: str | os.PathLike[str]) -> None:
@@ -49,11 +49,11 @@ class Store:
             self._identity = self._look()
             if self._root is None:
                 self._kv = ts.KvStore.open(self.location.rstrip("/") + "/", context=_CONTEXT).result()
-        except Exception as error:  # each TensorStore driver raises its own kinds
+        except Exception as error:  # each TensorStore driver has its own error types
             raise ArtifactError(f"{self.location}: cannot be opened: {error}") from error
 
     def _look(self) -> tuple[int, int] | None:
-        """What tells a folder from another one that took its place; None where there is none, or no folders are."""
+        """Identifies the folder, to detect a replacement; None if it does not exist, or in an object store."""
         path = local_path(self.location)
         try:
             found = None if path is None else os.stat(path)
@@ -67,10 +67,10 @@ class Store:
         return self._look() != self._identity
 
     def read(self, name: str, *, limit: int) -> bytes:
-        """The content of a file of at most `limit` bytes.
+        """Reads a file of at most `limit` bytes.
 
         Raises:
-            ArtifactError: naming it, where it is missing, larger, not a regular file inside the folder, or unreadable.
+            ArtifactError: if it is missing, larger, unreadable, or not a regular file inside the folder; names it.
         """
         if self._root is not None:
             return self._read_local(name, limit)
@@ -84,10 +84,10 @@ class Store:
         return found.value
 
     def write(self, name: str, data: bytes) -> None:
-        """Creates or replaces a file, whole or not at all.
+        """Creates or replaces a file, atomically.
 
         Raises:
-            ArtifactError: naming it, where it cannot be written.
+            ArtifactError: if it cannot be written; names it.
         """
         try:
             if self._root is not None:
@@ -98,10 +98,10 @@ class Store:
             raise ArtifactError(f"{self.location}: {name} cannot be written: {_said(error)}") from error
 
     def names(self) -> list[str]:
-        """Every file there is, sorted.
+        """Names of all files, sorted.
 
         Raises:
-            ArtifactError: where they cannot be listed.
+            ArtifactError: if they cannot be listed.
         """
         try:
             if self._root is not None:
@@ -112,18 +112,18 @@ class Store:
             raise ArtifactError(f"{self.location}: cannot be listed: {error}") from error
 
     def delete_all(self) -> None:
-        """Deletes every file there is in an object store.
+        """Deletes all files in an object store.
 
         Raises:
-            ArtifactError: where they cannot be deleted.
+            ArtifactError: if they cannot be deleted.
         """
         try:
             self._kv.delete_range(ts.KvStore.KeyRange()).result()
         except Exception as error:
-            raise ArtifactError(f"{self.location}: the files that are there cannot be deleted: {error}") from error
+            raise ArtifactError(f"{self.location}: the existing files cannot be deleted: {error}") from error
 
     def _read_local(self, name: str, limit: int) -> bytes:
-        """Plain file reading: a third of the time that the key-value layer takes, and links are seen."""
+        """Reads a local file directly: three times as fast as the key-value layer, and detects links."""
         assert self._root is not None
         file = os.path.join(self._root, name)
         try:
@@ -142,11 +142,11 @@ class Store:
 
     def _check_size(self, name: str, size: int, limit: int) -> None:
         if size > limit:
-            raise ArtifactError(f"{self.location}: {name} has {size} bytes, more than the {limit} that it may have")
+            raise ArtifactError(f"{self.location}: {name} has {size} bytes, more than the limit of {limit}")
 
 
 class VerifiedFiles:
-    """Reads files of a store only as their recorded size and digest say; what is not recorded is not read."""
+    """Reads files of a store and checks them against their recorded size and digest; refuses files without a record."""
 
     def __init__(self, store: Store, files: Mapping[str, FileEntry]) -> None:
         self._store = store
@@ -156,10 +156,10 @@ class VerifiedFiles:
         return name in self._files
 
     def read(self, name: str) -> bytes:
-        """The content of a file, exactly as it was written.
+        """Reads a file and verifies it.
 
         Raises:
-            ArtifactError: naming it, where it is missing, not recorded, or not as recorded.
+            ArtifactError: if it is missing, has no record, or differs from its record; names it.
         """
         where = self._store.location
         entry = self._files.get(name)
@@ -167,17 +167,17 @@ class VerifiedFiles:
             raise ArtifactError(f"{where}: {name} is not listed in the manifest, so it is not used")
         data = self._store.read(name, limit=entry.size)
         if len(data) != entry.size:
-            raise ArtifactError(f"{where}: {name} is damaged: {len(data)} bytes, {entry.size} were written")
+            raise ArtifactError(f"{where}: {name} is damaged: {len(data)} bytes instead of {entry.size}")
         if hashlib.sha256(data).hexdigest() != entry.sha256:
-            raise ArtifactError(f"{where}: {name} is damaged: its SHA-256 is not the one in the manifest")
+            raise ArtifactError(f"{where}: {name} is damaged: its SHA-256 differs from the manifest's")
         return data
 
 
 def consistently[T](location: str | os.PathLike[str], read: Callable[[Store], T]) -> T:
-    """What `read` makes of an artifact, all of it from one save: read again where another save took its place.
+    """Runs `read` on an artifact, and again if a save replaced the artifact meanwhile, so that all data is of one save.
 
     Raises:
-        ArtifactError: as `read` does of an artifact that stayed where it was.
+        ArtifactError: as raised by `read` on an artifact that was not replaced.
     """
     for _ in range(_READ_AGAIN):
         store = Store(location)
@@ -190,7 +190,7 @@ def consistently[T](location: str | os.PathLike[str], read: Callable[[Store], T]
 
 
 def _write_whole(file: str, data: bytes) -> None:
-    """Creates or replaces a file, flushed to the disk, whole or not at all."""
+    """Creates or replaces a file atomically, and flushes it to the disk."""
     os.makedirs(os.path.dirname(file), exist_ok=True)
     temporary = f"{file}.{secrets.token_hex(8)}.tmp"
     try:
@@ -206,15 +206,15 @@ def _write_whole(file: str, data: bytes) -> None:
 
 
 def _said(error: BaseException) -> str:
-    """An error's reason, without the path beside it, which may be a temporary one."""
+    """The reason of an error without its path, which may be temporary."""
     return (isinstance(error, OSError) and error.strerror) or str(error)
 
 
 def local_path(location: str | os.PathLike[str]) -> pathlib.Path | None:
-    """The local path of a location; None for one in an object store.
+    """The local path of a location; None in an object store.
 
     Raises:
-        ArtifactError: for a path that no file can have: one with a null byte, or with text that has no bytes.
+        ArtifactError: if the path is impossible: it has a null byte, or text that cannot be encoded.
     """
     text = os.fsdecode(location)
     if text.startswith("file://"):
@@ -226,21 +226,21 @@ def local_path(location: str | os.PathLike[str]) -> pathlib.Path | None:
     except UnicodeEncodeError as error:
         raise ArtifactError(f"{text!r}: is not a path: {error.reason}") from error
     if b"\0" in encoded:
-        raise ArtifactError(f"{text!r}: is not a path: it has a null byte in it")
+        raise ArtifactError(f"{text!r}: is not a path: it contains a null byte")
     return pathlib.Path(text)
 
 
 @contextlib.contextmanager
 def atomic_store(location: str | os.PathLike[str], *, overwrite: bool) -> Generator[Store, None, None]:
-    """A store to write a whole artifact to, which appears at `location` when the block ends without an error.
+    """A store for a new artifact, which appears at `location` when the block ends without an error.
 
-    A local one is written to a hidden folder beside the target, flushed to the disk, and renamed, or exchanged with
-    what is there in one step; a warning says where the file system cannot do that. What a process that was killed has
-    left there is removed first. An object store has no rename: files are written in place, and the artifact begins to
-    exist with its manifest, to be written last.
+    A local artifact is written to a hidden folder next to the target, flushed to the disk, and renamed, or atomically
+    exchanged with the existing one; if the file system cannot exchange folders, a warning is logged. Leftovers of
+    killed saves are removed first. An object store has no rename: files are written in place, and the artifact exists
+    once its manifest, written last, does.
 
     Raises:
-        ArtifactError: where something is there already and `overwrite` is not set, or the target cannot be written.
+        ArtifactError: if the target exists and `overwrite` is not set, or it cannot be written.
     """
     target = local_path(location)
     if target is None:
@@ -281,22 +281,22 @@ def _undone_by(undo: Callable[[], None]) -> Generator[None, None, None]:
 
 def _check_replaceable(location: str | os.PathLike[str], *, overwrite: bool, is_artifact: bool) -> None:
     if not overwrite:
-        raise ArtifactError(f"{location}: exists already; save elsewhere, or with overwrite=True")
+        raise ArtifactError(f"{location} exists; save elsewhere, or with overwrite=True")
     if not is_artifact:
-        raise ArtifactError(f"{location}: exists and is not an artifact (no {MANIFEST}), so it is not overwritten")
+        raise ArtifactError(f"{location} exists and is not an artifact (no {MANIFEST}), so it is not overwritten")
 
 
 def _remove_abandoned(target: pathlib.Path) -> None:
-    """Removes what saves to this target have left whose process was killed, and so no longer holds its folder.
+    """Removes leftovers of saves to this target whose process was killed, which are no longer locked.
 
-    An artifact that was moved aside is kept while nothing is in its place: it may be the only one.
+    An artifact that was moved aside is kept while the target is missing: it may be the only copy.
     """
     left = re.compile(rf"\.{re.escape(target.name)}\.[0-9a-f]{{16}}\.(tmp|old)")
     for entry in os.scandir(target.parent):
         found = left.fullmatch(entry.name)
         if not found or not entry.is_dir(follow_symlinks=False):
             continue
-        # A younger one may be of a save that is about to take hold of it.
+        # A younger folder may belong to a save that is about to lock it.
         is_done = time.time() - entry.stat(follow_symlinks=False).st_mtime > _ABANDONED_AFTER_S
         if found[1] == "old":
             is_done = os.path.lexists(target)
@@ -307,7 +307,7 @@ def _remove_abandoned(target: pathlib.Path) -> None:
 
 @contextlib.contextmanager
 def _held(folder: str | os.PathLike[str]) -> Generator[bool, None, None]:
-    """Holds a folder until the block or the process ends; false where another process does, or none can."""
+    """Locks a folder until the block or the process ends; yields False if it is locked already or cannot be."""
     try:
         descriptor = os.open(folder, os.O_RDONLY)
     except OSError:
@@ -316,7 +316,7 @@ def _held(folder: str | os.PathLike[str]) -> Generator[bool, None, None]:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         held = True
-    except OSError:  # held by another process, or a file system without locks
+    except OSError:  # locked by another process, or a file system without locks
         held = False
     try:
         yield held
@@ -325,9 +325,10 @@ def _held(folder: str | os.PathLike[str]) -> Generator[bool, None, None]:
 
 
 def _put_in_place(temporary: pathlib.Path, target: pathlib.Path, *, overwrite: bool) -> None:
-    """Renames; an old artifact is exchanged for the new one, and deleted after it.
+    """Renames the new artifact to the target; an old one is exchanged for it and then deleted.
 
-    Where the file system cannot exchange, the old one is moved aside first, and put back where the rename fails.
+    If the file system cannot exchange folders, the old artifact is moved aside first, and moved back if the rename
+    fails.
     """
     if not (overwrite and os.path.lexists(target)):
         temporary.rename(target)
@@ -335,7 +336,7 @@ def _put_in_place(temporary: pathlib.Path, target: pathlib.Path, *, overwrite: b
         return
     aside = temporary
     if not exchange(temporary, target):
-        _LOG.warning("%s: this file system cannot exchange folders: for a moment there is no artifact", target)
+        _LOG.warning("%s: this file system cannot exchange folders, so the artifact is missing for a moment", target)
         aside = temporary.with_suffix(".old")
         target.rename(aside)
         try:
@@ -348,7 +349,7 @@ def _put_in_place(temporary: pathlib.Path, target: pathlib.Path, *, overwrite: b
 
 
 def _flush_tree(root: pathlib.Path) -> None:
-    """Flushes the folders; each file was when it was written."""
+    """Flushes the folders; the files were flushed when they were written."""
     for folder, _, _ in os.walk(root, topdown=False):
         _flush(pathlib.Path(folder))
 

@@ -1,8 +1,8 @@
-"""Writing weights: each leaf by the encoding that measures smallest, as a zarr array or as pieces of shared files.
+"""Writes weights: each leaf with the smallest encoding, as a zarr array or as pieces of shared files.
 
-Large leaves that are not pruned are zarr arrays in zarr's own layout, encoded in memory a chunk at a time, so that
-every byte gets its digest before it goes to a disk or an object store. The others are cut into pieces, which fill files
-one after the other: zarr's metadata alone takes more than a bias.
+Large leaves that are not pruned are zarr arrays in zarr's own layout. They are encoded in memory chunk by chunk, so
+that the digest of every byte is known before it is written. The others are split into pieces that share files, because
+zarr's metadata alone is larger than a bias.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from lepton_xla.compiler.packing import needs_packing, pack, to_words
 from lepton_xla.trees import leaf_bytes
 
 CHUNK_BYTES = 4 << 20
-# Smaller than a chunk, because a piece that is decoded takes several times its size for a moment.
+# Smaller than a chunk, because decoding a piece temporarily takes several times its size.
 PIECE_BYTES = 1 << 20
 _PACK_BYTES = 1 << 20
-# Up to this size, a leaf is mostly the half kilobyte of zarr's metadata that it does without.
+# For leaves up to this size, zarr's half kilobyte of metadata would dominate.
 _RAW_BYTES = 8 << 10
 _ZARR_BYTES = 450
 _ZSTD_LEVEL = 3
 _SAMPLE_BYTES = 256 << 10
-# What a network of 100 MB/s brings in the time that decoding takes: bytes for each byte that zstd makes, and for each
-# symbol of `entropy`. An encoding must save more than that, or loading takes longer for it.
+# Bytes that a 100 MB/s network delivers in the time of decoding one byte of zstd, or one symbol of `entropy`. An
+# encoding must save more than that, or it makes loading slower.
 _ZSTD_COST, _SYMBOL_COST = 0.15, 0.35
-# All weights of a model up to this size are decoded in some ten milliseconds, where smaller is better than faster.
+# Models up to this size are decoded in about ten milliseconds, so only bytes matter.
 _SMALL_MODEL_BYTES = 4 << 20
 _SMALL_MODEL_FACTOR = 0.1
 _ZSTD = {"name": "zstd", "configuration": {"level": _ZSTD_LEVEL}}
@@ -44,15 +44,15 @@ SCRATCH = {"driver": "memory", "path": "leaf/"}
 def write_all(
     leaves: Sequence[WeightLeaf], arrays: Sequence[Any], write: Callable[[str, bytes], None]
 ) -> tuple[WeightLeaf, ...]:
-    """Writes all leaves of an artifact, each as it is smallest.
+    """Writes all leaves of an artifact, each with its smallest encoding.
 
     Args:
-        leaves: as `describe` gives them.
-        arrays: their arrays, in the same order; one at a time is brought to the host.
-        write: `write(name, content)` of a file.
+        leaves: results of `describe`.
+        arrays: their arrays, in the same order; they are copied to the host one at a time.
+        write: `write(name, content)` writes a file.
 
     Returns:
-        The leaves with how and where they are stored.
+        The leaves with their encodings and locations.
     """
     is_small = sum(leaf_bytes(leaf.shape, leaf.dtype) for leaf in leaves) <= _SMALL_MODEL_BYTES
     haste = _SMALL_MODEL_FACTOR if is_small else 1.0
@@ -74,7 +74,7 @@ def write_all(
 
 
 def describe(path: str, index: int, array: Any) -> WeightLeaf:
-    """The manifest's entry of a leaf; its folder is named after the path, and numbered so that no two can collide."""
+    """Makes the manifest's entry of a leaf; its folder is named after its path and a number, to be unique."""
     dtype = jnp.dtype(array.dtype).name
     readable = re.sub(r"[^A-Za-z0-9_-]+", ".", path).strip(".")[-100:]
     return WeightLeaf(
@@ -88,7 +88,7 @@ def describe(path: str, index: int, array: Any) -> WeightLeaf:
 
 
 def encode(leaf: WeightLeaf, array: Any) -> Iterator[tuple[str, bytes]]:
-    """The files of a leaf that is a zarr array: `(name, content)`, one at a time."""
+    """Encodes a leaf as a zarr array; yields `(name, content)` of its files."""
     stored = np.asarray(array)
     if leaf.packed:
         stored = pack(stored)
@@ -96,14 +96,14 @@ def encode(leaf: WeightLeaf, array: Any) -> Iterator[tuple[str, bytes]]:
     codecs = plain_codecs(stored.itemsize)
     if leaf.encoding == "zstd":
         codecs.append(_ZSTD)
-    # Every chunk is a file, also one of zeros: a chunk that is absent is then always damage.
+    # Chunks of zeros are stored too, so that a missing chunk always means damage.
     metadata = {
         "data_type": stored.dtype.name,
         "shape": list(stored.shape),
         "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": shape}},
         "codecs": codecs,
     }
-    # A context of its own: the scratch store is freed with it.
+    # A separate context, so that the scratch store is freed with it.
     context = ts.Context()
     handle = open_array(context, metadata=metadata, create=True)
     kv = ts.KvStore.open(SCRATCH, context=context).result()
@@ -114,7 +114,7 @@ def encode(leaf: WeightLeaf, array: Any) -> Iterator[tuple[str, bytes]]:
 
 
 def chunk_shape(shape: Sequence[int], itemsize: int, limit_bytes: int = CHUNK_BYTES) -> tuple[int, ...]:
-    """A chunk of at most so many bytes: whole trailing dimensions, the first ones cut, so that a chunk is contiguous.
+    """Shape of contiguous chunks of at most `limit_bytes`: splits leading dimensions and keeps trailing ones whole.
 
     >>> chunk_shape((30522, 384), 4)
     (2544, 384)
@@ -124,14 +124,14 @@ def chunk_shape(shape: Sequence[int], itemsize: int, limit_bytes: int = CHUNK_BY
         size_bytes = int(np.prod(sizes, dtype=np.int64)) * itemsize
         if size_bytes <= limit_bytes:
             break
-        # Chunks of nearly equal size, because zarr fills the last one up.
+        # Nearly equal chunks, because zarr pads the last one.
         chunks = -(-size // max(1, size * limit_bytes // size_bytes))
         sizes[axis] = -(-size // chunks)
     return tuple(sizes)
 
 
 def plain_codecs(itemsize: int) -> list[dict[str, Any]]:
-    """zarr's codecs for elements as they are in memory."""
+    """zarr's codecs for uncompressed elements."""
     return [{"name": "bytes", "configuration": {"endian": "little"}} if itemsize > 1 else {"name": "bytes"}]
 
 
@@ -144,13 +144,13 @@ def open_array(context: ts.Context, **options: Any) -> ts.TensorStore:
 
 
 def pieces(shape: Sequence[int], itemsize: int) -> list[tuple[slice, ...]]:
-    """The parts of an array of words that are stored as a piece each, in order."""
+    """The parts of an array of words that become a piece each, in order."""
     chunk = [max(size, 1) for size in chunk_shape(shape, itemsize, PIECE_BYTES)]
     return list(_regions(shape, chunk))
 
 
 def _regions(shape: Sequence[int], chunk: Sequence[int]) -> Iterator[tuple[slice, ...]]:
-    """The parts of an array that its chunks hold, in order."""
+    """The part of an array in each chunk, in order."""
     parts = [
         [slice(start, min(start + part, size)) for start in range(0, size, part)]
         for size, part in zip(shape, chunk, strict=True)
@@ -159,11 +159,11 @@ def _regions(shape: Sequence[int], chunk: Sequence[int]) -> Iterator[tuple[slice
 
 
 def _choose(words: np.ndarray, haste: float) -> Encoding:
-    """The encoding whose bytes, and the time to decode them, cost least; measured on a part of a large leaf.
+    """Chooses the encoding with the lowest cost of bytes and decoding time, measured on a part of a large leaf.
 
     Args:
         words: the leaf.
-        haste: factor of what decoding costs.
+        haste: weight of the decoding time.
     """
     whole, is_small = words.nbytes, words.nbytes <= _RAW_BYTES
     if not whole:
@@ -174,7 +174,7 @@ def _choose(words: np.ndarray, haste: float) -> Encoding:
     sample = words[parts[len(parts) // 2]]
     scale = whole / sample.nbytes
     cost = lambda size, symbols: (size + haste * _SYMBOL_COST * symbols) * scale  # noqa: E731
-    # What cannot win by its counts is not tried, but for the biases of small models, whose exponents shrink.
+    # Skip encodings that cannot win by their counts, except for biases of small models, whose exponents compress.
     if (is_small and haste < 1) or cost(*entropy.estimate(sample)) < min(costs.values()):
         for encoding in ("gaps", "deflate"):
             data, symbols = entropy.encode(sample, gaps=encoding == "gaps")
@@ -183,7 +183,7 @@ def _choose(words: np.ndarray, haste: float) -> Encoding:
 
 
 def zstd_share(words: np.ndarray) -> float:
-    """What zstd leaves of a leaf, measured on a part from its middle."""
+    """Compression ratio of zstd on a leaf, measured on a part from its middle."""
     flat = words.reshape(-1)
     middle = max(0, (flat.size - _SAMPLE_BYTES // words.itemsize) // 2)
     sample = flat[middle : middle + _SAMPLE_BYTES // words.itemsize]
@@ -202,7 +202,7 @@ def _encode_pieces(words: np.ndarray, encoding: Encoding) -> Iterator[bytes]:
 
 
 class _Packs:
-    """Files that pieces fill one after the other."""
+    """Writes pieces into files, one file after the other."""
 
     def __init__(self, write: Callable[[str, bytes], None]) -> None:
         self._write = write
@@ -217,7 +217,7 @@ class _Packs:
         return piece
 
     def close(self) -> None:
-        """Writes the file that is not full."""
+        """Writes the last, partly filled file."""
         if self._content:
             self._write(Piece(pack=self._number, start=0, size=0).file, bytes(self._content))
             self._number += 1

@@ -106,7 +106,7 @@ def test_the_check_of_rows_is_run_on_calibration_data(cli, variant, tmp_path):
     before = "def far(weights, x): return jnp.log(x - 50)"
     cli.ok("compile", variant("fn=far, calibration=[{'x': 100 + data}]", before), "-o", tmp_path / "x.lepton")
     line = cli.refused("compile", variant("fn=far, calibration=None", before), "-o", tmp_path / "y.lepton")
-    assert "no finite value on the probe inputs" in line
+    assert "no finite value on the test inputs" in line
 
 
 def test_an_artifact_is_replaced_only_on_request(cli, plain, artifact, tmp_path):
@@ -127,7 +127,7 @@ def test_an_artifact_is_replaced_only_on_request(cli, plain, artifact, tmp_path)
         ("buckets={}", "", "no sizes to compile for dimension 'batch': add --buckets batch=1,8,32"),
         ("buckets={'rows': (1,), 'batch': (1,)}", "", "buckets name 'rows'"),
         ("fn=mixes, calibration=None", "def mixes(weights, x): return fn(weights, x) - fn(weights, x).mean(0)[None]",
-         "the rows along 'batch' see each other"),
+         "the rows along 'batch' affect each other"),
         ("calibration=[{'x': data[:, :9]}]", "", "calibration batch 0, input 'x': expected float32[batch, 16]"),
         ("calibration=[{'x': data.astype(np.float64)}]", "", "got float64[32, 16]"),
         ("calibration=[{'y': data}]", "", "calibration batch 0 has inputs ['y']"),

@@ -23,7 +23,7 @@ def test_a_model_without_symbols_has_one_bucket() -> None:
     ("buckets", "message"),
     [
         ({}, "lack the dimension 'batch'"),
-        ({"batch": (1,), "seq": (8,)}, "name 'seq', which no input of the model has"),
+        ({"batch": (1,), "seq": (8,)}, "name 'seq', which is not a dimension of any input"),
         ({"batch": ()}, r"buckets\['batch'\] is \(\)"),
         ({"batch": 8}, r"buckets\['batch'\] is 8"),
         ({"batch": "18"}, r"buckets\['batch'\] is '18'"),

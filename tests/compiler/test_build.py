@@ -66,7 +66,7 @@ MIXING = [
     [(fn, ladder) for fn in MIXING for ladder in ((1, 4), (4,)) if fn is not divided_by_batch or len(ladder) > 1],
 )
 def test_rows_that_see_each_other_are_refused(fn: Any, ladder: tuple[int, ...]) -> None:
-    with pytest.raises(CompileError, match="rows along 'batch' see each other"):
+    with pytest.raises(CompileError, match="rows along 'batch' affect each other"):
         compiler.compile(program(fn), {"batch": ladder})
 
 
@@ -105,7 +105,7 @@ def per_token(w: Any, x: jax.Array) -> jax.Array:
 @pytest.mark.parametrize("ladder", [(2, 8), (8,)])
 @pytest.mark.parametrize("fn", [unmasked_mean, unmasked_attention])
 def test_padding_that_changes_results_is_refused(fn: Any, ladder: tuple[int, ...]) -> None:
-    with pytest.raises(CompileError, match="padded with zeros along 'seq', and that changes the result"):
+    with pytest.raises(CompileError, match="padded with zeros along 'seq', which changes this model's results"):
         compiler.compile(program(fn, TOKENS), {"batch": (1, 2), "seq": ladder})
 
 
@@ -119,7 +119,7 @@ def test_padding_that_is_masked_is_accepted(fn: Any) -> None:
 
 def test_examples_are_the_probes_where_random_numbers_show_nothing() -> None:
     model = program(lambda w, x: jnp.log(x - 100) * w["scale"][None])
-    with pytest.raises(CompileError, match="no finite value on the probe inputs"):
+    with pytest.raises(CompileError, match="no finite value on the test inputs"):
         compiler.compile(model, {"batch": (2,)})
     compiler.compile(model, {"batch": (2,)}, examples={"x": np.full((3, 6), 200.0, np.float32)})
 
@@ -210,7 +210,7 @@ def test_narrow_weights_do_not_hide_a_faint_mixing_of_rows() -> None:
         return x * w["scale"].astype(jnp.float32)[None] + 0.02 * x.mean(0, keepdims=True)
 
     weights = {"scale": np.arange(1, 7, dtype=np.int8)}
-    with pytest.raises(CompileError, match="beside other rows"):
+    with pytest.raises(CompileError, match="next to other rows"):
         compiler.compile(program(fn, weights=weights), {"batch": (4,)})
 
 

@@ -29,21 +29,23 @@ def test_what_xla_cannot_write_is_compiled_on_loading(monkeypatch, caplog, tmp_p
     with caplog.at_level(logging.WARNING):
         manifest = compiler.compile(models.dense(), {"batch": (1, 4)}).save(tmp_path / "a.lepton")
     why = "JaxRuntimeError: UNIMPLEMENTED: no such thing here."
-    assert f"cannot write the code of bucket batch=4: loading will compile it from StableHLO: {why}" in caplog.text
+    assert (
+        f"cannot serialize the code of bucket batch=4, so loading will compile it from StableHLO: {why}" in caplog.text
+    )
     (entry,) = manifest.executables.values()
     assert (set(entry.files), entry.unwritten) == ({"batch=1"}, {"batch=4": why})
     monkeypatch.undo()
     caplog.clear()
     with caplog.at_level(logging.WARNING):
         servable = compiler.load(tmp_path / "a.lepton")
-    assert f"compiling 1 buckets from StableHLO: XLA could not write the code of batch=4: {why}" in caplog.text
+    assert f"compiling 1 buckets from StableHLO: XLA could not serialize the code of batch=4: {why}" in caplog.text
     assert servable.route == "stablehlo"
     x = np.random.default_rng(0).standard_normal((5, 12)).astype(np.float32)
     np.testing.assert_allclose(servable(x=x)["output"], models.dense_reference(x), rtol=1e-5, atol=1e-6)
     from click.testing import CliRunner
 
     shown = CliRunner().invoke(main, ["inspect", str(tmp_path / "a.lepton")]).stdout
-    assert f"XLA could not write the code of batch=4: {why}" in shown
+    assert f"XLA could not serialize the code of batch=4: {why}" in shown
     # Written back where XLA can after all, it is there for the next one.
     compiler.load(tmp_path / "a.lepton", write_back=True)
     assert compiler.load(tmp_path / "a.lepton").route == "executables"

@@ -165,7 +165,7 @@ def test_code_without_a_digest_is_never_run(copy_dense: Callable[[], pathlib.Pat
     name = next(name for name in manifest["files"] if name.endswith(".xla"))
     del manifest["files"][name]
     (path / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(ArtifactError, match="has no entry in files, so no digest"):
+    with pytest.raises(ArtifactError, match="has no entry in files, so its digest is unknown"):
         compiler.load(path)
 
 

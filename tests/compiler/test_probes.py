@@ -39,7 +39,7 @@ def test_the_message_says_what_to_do():
         return w["table"][ids].mean(1)
 
     program = trace(unmasked, models.text_weights(), IDS)
-    cure = r"Random values were tried as ids: .* give compile\(examples=\.\.\.\) some"
+    cure = r"The check used random values for ids; .* pass some as compile\(examples=\.\.\.\)"
     with pytest.raises(CompileError, match=cure):
         compiler.compile(program, SIZES)
     given = {"ids": np.arange(1, 17, dtype=np.int32).reshape(2, 8)}

@@ -90,7 +90,7 @@ def test_run_takes_exactly_a_bucket(dense: compiler.Servable) -> None:
     x = np.random.default_rng(0).standard_normal((4, 12)).astype(np.float32)
     for out in (dense.run({"batch": 4}, [x]), dense.runner({"batch": 4})([x])):
         np.testing.assert_allclose(out[0], models.dense_reference(x), rtol=1e-5, atol=1e-6)
-    with pytest.raises(InputError, match=r"float32\(3, 12\) came, float32\(4, 12\) was expected"):
+    with pytest.raises(InputError, match=r"got float32\(3, 12\), expected float32\(4, 12\)"):
         dense.run({"batch": 4}, [x[:3]])
     with pytest.raises(InputError, match="float64"):
         dense.run({"batch": 4}, [x.astype(np.float64)])

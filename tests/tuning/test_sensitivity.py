@@ -277,7 +277,11 @@ def endless(w, x):
         (CalibrationError, "without evaluate needs calibration data", {"calibration": None}),
         (CalibrationError, "without evaluate needs calibration data", {"calibration": []}),
         (ModelError, "metric 'accuracy' needs a model with evaluate", {"metric": "accuracy"}),
-        (ModelError, "no metric 'f1': evaluate returns m; 'output' is", {"metric": "f1", "evaluate": lambda p: {"m": 1}}),
+        (
+            ModelError,
+            "no metric 'f1': evaluate returns m; 'output' is",
+            {"metric": "f1", "evaluate": lambda p: {"m": 1}},
+        ),
         (ModelError, "evaluate returns no metric", {"evaluate": lambda p: {}}),
         (RecipeError, "recipe 'none' quantizes no weight", {"recipe": Recipe(name="none")}),
         (CalibrationError, "batch 0 has inputs", {"calibration": [{"y": DATA[0]["x"]}]}),
