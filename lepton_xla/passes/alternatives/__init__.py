@@ -1,1 +1,1 @@
-"""Other ways to compute what XLA is slow at, chosen by measuring."""
+"""Alternative implementations of operations that XLA is slow at, chosen by measurement."""

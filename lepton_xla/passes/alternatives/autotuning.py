@@ -1,8 +1,8 @@
-"""Computes operations that XLA is slow at in another way, where that measures faster.
+"""Replaces operations that XLA is slow at by alternatives that measure faster.
 
-There are few such ways: `shifted` for grouped convolutions, `single_row` for products of a single row. Each is timed
-against XLA's own operation at the sizes the program will be compiled for; then the whole program is timed with all that
-won, since what an operation costs beside its neighbours differs from what it costs alone.
+Alternatives are `shifted` for grouped convolutions and `single_row` for products of a single row. Each is timed against
+XLA's own operation at the sizes to be compiled. Then the whole program is timed with all winners, because an operation
+costs more or less among its neighbours than alone.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ from lepton_xla.program import Expansion, Program
 from lepton_xla.report import PassReport, SiteReport
 from lepton_xla.trees import abstract
 
-# How an operation that stays as it is is called beside the ways to compute it.
+# Name of XLA's own implementation among the alternatives.
 XLA = "XLA's own"
-# Another way must win by more than the clock's noise.
+# An alternative must win by more than the noise of measurement.
 WORTH_RATIO = 0.97
-# At how many sizes the whole program is timed at most.
+# Maximum number of sizes at which the whole program is timed.
 MAX_SIZES = 2
 _PRIMITIVES = ("conv_general_dilated", "dot_general")
 
 
 def ways(eqn: Any) -> dict[str, Callable[..., jax.Array]]:
-    """Other ways than XLA's own to compute an operation, by name: functions of its operands."""
+    """Alternatives to XLA's own implementation of an operation, by name: functions of its operands."""
     found: dict[str, Callable[..., jax.Array]] = {}
     if shifted.fits(eqn):
         convolve = functools.partial(shifted.convolve, eqn.params, dtype=eqn.outvars[0].aval.dtype)
@@ -59,7 +59,7 @@ class Timing:
     Attributes:
         site: the name of the site.
         sizes: sizes of the symbolic dimensions.
-        way_us: microseconds by way, `XLA` among them.
+        way_us: microseconds by alternative, including `XLA`.
     """
 
     site: str
@@ -67,17 +67,17 @@ class Timing:
     way_us: dict[str, float]
 
     def share(self, way: str) -> float:
-        """The time of a way over that of XLA's own; infinite where it cannot run."""
+        """Time of an alternative over that of XLA's own; infinite if it cannot run."""
         return self.way_us.get(way, math.inf) / self.way_us[XLA]
 
 
 @dataclasses.dataclass(frozen=True)
 class Choices:
-    """How the operations of a program are computed, for the program and for what other passes make of it.
+    """The chosen alternatives for the operations of a program; they also apply to what other passes make of it.
 
     Attributes:
-        way: kind of an operation -> how it is computed, `XLA` where no way is faster.
-        timings: kind -> what that was decided on.
+        way: kind of operation -> chosen alternative, `XLA` if none is faster.
+        timings: kind -> the timings behind the choice.
     """
 
     way: Mapping[Any, str] = dataclasses.field(default_factory=dict[Any, str])
@@ -85,11 +85,11 @@ class Choices:
 
     @property
     def any(self) -> bool:
-        """Whether there is an operation that is computed otherwise."""
+        """Whether any operation has an alternative chosen."""
         return any(way != XLA for way in self.way.values())
 
     def apply(self, fn: Callable[..., Any]) -> Callable[..., Any]:
-        """The function with its operations computed in the ways chosen."""
+        """Returns the function with the chosen alternatives."""
 
         def rule(_context: Context, eqn: Any, values: Values) -> Values | None:
             compute = self.of(eqn)
@@ -98,7 +98,7 @@ class Choices:
         return rewrite(fn, dict.fromkeys(_PRIMITIVES, rule), inline=True, on_unknown="keep") if self.any else fn
 
     def of(self, eqn: Any) -> Callable[..., jax.Array] | None:
-        """The way chosen for an operation, None where that is XLA's own."""
+        """The chosen alternative for an operation; None for XLA's own."""
         found = ways(eqn)
         return found.get(self.way.get(_kind(eqn), XLA)) if found else None
 
@@ -111,17 +111,18 @@ def autotune(
     timer: Timer | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> Program:
-    """Compute grouped convolutions, and products of one row in 16-bit floats, in the way that measures fastest.
+    """Computes grouped convolutions, and products of one row in 16-bit floats, in the fastest measured way.
 
     Args:
         program: any program.
-        sizes: sizes of the symbolic dimensions, such as `[{"batch": 1}, {"batch": 32}]`, at which ways are timed.
-        timer: what times, and for which target; by default a new one for this process's device.
-        progress: called with a line as something is timed.
+        sizes: sizes of the symbolic dimensions, such as `[{"batch": 1}, {"batch": 32}]`, at which to time.
+        timer: times
+            calls, for its target; by default a new one for this process's device.
+        progress: called with a line before each measurement.
 
     Returns:
-        The program with those operations replaced that another way is faster for at all sizes, by more than noise; its
-        history has the times. The program itself where it has no such operation.
+        The program with the operations replaced for which an alternative is faster at all sizes, by more than noise;
+        its history has the times. The same program if it has no such operation.
 
     >>> program = lx.trace(lambda w, x: x @ w["w"], {"w": jnp.eye(4)}, {"x": lx.TensorSpec(("batch", 4), "float32")})
     >>> lx.passes.autotune(program, sizes=[{"batch": 1}]) is program  # it has no such operation
@@ -138,7 +139,7 @@ def autotune(
     if choices.any:
         try:
             whole = _time_whole(program, choices, sizes, say, timer)
-        except jax.errors.JaxRuntimeError:  # beside its neighbours an operation may get a layout that XLA cannot run
+        except jax.errors.JaxRuntimeError:  # among its neighbours an operation may get a layout that XLA cannot run
             reason = "alone another way is faster, but XLA cannot run the whole program with it"
         else:
             metrics["whole_program"] = whole
@@ -160,19 +161,19 @@ def autotune(
 
 
 def choose(program: Program, sizes: Sequence[Mapping[str, int]], say: Callable[[str], None], timer: Timer) -> Choices:
-    """Times every way of each operation at all sizes, and decides.
+    """Times all alternatives of each operation at all sizes, and chooses.
 
     Args:
-        program: the program; where it unpacks weights on loading, what it is then.
+        program: the program; with unpacked weights, if it unpacks them on loading.
         sizes: as in `autotune`.
-        say: called with a line as something is timed.
-        timer: what times.
+        say: called with a line before each measurement.
+        timer: times calls.
     """
     fn, weights = program.fn, abstract(program.weights)
     if program.expansion is not None:
         fn, weights = program.expansion.fn, jax.eval_shape(program.expansion.expand, program.weights)
     timings: dict[Any, list[Timing]] = {}
-    # A single row is one at the smallest size. A program without candidates there is not looked at any further.
+    # A single row occurs at the smallest size. A program without candidates there needs no further traces.
     for at in sorted(sizes, key=lambda at: math.prod(at.values())):
         for site in trace_sites(fn, weights, program.inputs, at):
             if ways(site.eqn):
@@ -185,12 +186,12 @@ def choose(program: Program, sizes: Sequence[Mapping[str, int]], say: Callable[[
 
 
 def times_us(eqn: Any, timer: Timer) -> list[float]:
-    """Microseconds of an operation in every way, XLA's own among them; empty where there is no other."""
+    """Microseconds of an operation with every alternative, including XLA's own; empty if there is none."""
     return list(_timed(_Operation(eqn), timer).values()) if ways(eqn) else []
 
 
 class _Operation:
-    """An equation as far as its time depends on it."""
+    """The properties of an equation that determine its time."""
 
     def __init__(self, eqn: Any) -> None:
         self.eqn = eqn
@@ -205,7 +206,7 @@ class _Operation:
 
 
 def _timed(operation: _Operation, timer: Timer) -> dict[str, float]:
-    """Microseconds by way; without those that XLA cannot run here."""
+    """Microseconds by alternative, without those that XLA cannot run here."""
     return timer.once(operation, functools.partial(_time_ways, operation.eqn, timer))
 
 
@@ -230,7 +231,7 @@ def _without_weights(fn: Callable[..., Any], _weights: Any, *operands: Any) -> A
 
 
 def _runs(fn: Callable[..., Any], inputs: Sequence[jax.ShapeDtypeStruct]) -> bool:
-    """Whether XLA can compile and run a function here: its products of 16-bit floats do not take every layout."""
+    """Whether XLA can compile and run a function here; its 16-bit float products do not support every layout."""
     try:
         jax.block_until_ready(jax.jit(fn)(*(jnp.zeros(leaf.shape, leaf.dtype) for leaf in inputs)))
     except jax.errors.JaxRuntimeError:
@@ -239,9 +240,9 @@ def _runs(fn: Callable[..., Any], inputs: Sequence[jax.ShapeDtypeStruct]) -> boo
 
 
 def _kind(eqn: Any) -> Any:
-    """What decides which way is fastest, but for how much data there is.
+    """The kind of an operation: everything that determines the fastest alternative, except for the amount of data.
 
-    So one decision holds for all sizes, for those that are symbolic too, and for the same operation in another program.
+    So one choice holds for all sizes, symbolic ones included, and for the same operation in another program.
     """
     params, operands = eqn.params, [var.aval for var in eqn.invars]
     dtypes = tuple(each.dtype.name for each in (*operands, eqn.outvars[0].aval))
@@ -253,7 +254,7 @@ def _kind(eqn: Any) -> Any:
 
 
 def _fastest(timings: Sequence[Timing]) -> str:
-    """The way with the least time in all that is faster than XLA's own each time."""
+    """The alternative with the least total time among those that are faster than XLA's own at every size."""
     best, least = XLA, 1.0
     for way in dict.fromkeys(way for timing in timings for way in timing.way_us):
         shares = [timing.share(way) for timing in timings]
@@ -265,7 +266,7 @@ def _fastest(timings: Sequence[Timing]) -> str:
 def _time_whole(
     program: Program, choices: Choices, sizes: Sequence[Mapping[str, int]], say: Callable[[str], None], timer: Timer
 ) -> list[dict[str, Any]]:
-    """The whole program, as loaded, before and after."""
+    """Times the whole program, as loaded, before and after."""
     fn, weights = program.fn, program.weights
     if program.expansion is not None:
         fn, weights = program.expansion.fn, program.expansion.expand(program.weights)
@@ -284,7 +285,7 @@ def _report(site: str, way: str, reason: str, timings: Sequence[Timing]) -> Site
 
 
 def _why(way: str, timings: Sequence[Timing]) -> str:
-    """What was gained by the way chosen; or of the best of the others, where it loses most."""
+    """The gain of the chosen alternative; or, for the best rejected one, its largest loss."""
     others = [name for name in timings[0].way_us if name != XLA and all(name in timing.way_us for timing in timings)]
     if not others:
         return "XLA cannot run another way here"
@@ -300,6 +301,6 @@ def _mean_share(timings: Sequence[Timing], way: str) -> float:
 
 
 def _named(sizes: Mapping[str, int], before: str = "") -> str:
-    """Sizes for a message, such as `batch 8`; empty where there are none."""
+    """Formats sizes for a message, such as `batch 8`; empty if there are none."""
     named = ", ".join(f"{name} {size}" for name, size in sizes.items())
     return named and before + named

@@ -1,6 +1,6 @@
-"""Grouped convolutions of few input channels a group, depthwise ones above all, as multiply-adds of shifted inputs.
+"""Grouped convolutions with few input channels per group, such as depthwise ones, as shifted multiply-adds.
 
-XLA:CPU has no kernel for them: for depthwise ones its generic loop takes 15 to 50 times what these multiply-adds take,
+XLA:CPU has no kernel for them. For depthwise ones its generic loop takes 15 to 50 times as long as these multiply-adds,
 which it fuses into one vectorized loop.
 """
 
@@ -16,12 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-# One term is made for each weight of an output channel, and compiling them takes ever longer.
+# Each weight of an output channel becomes a term, and compile time grows with the number of terms.
 MAX_TERMS = 128
 
 
 def fits(eqn: Any) -> bool:
-    """Whether `convolve` computes an equation: a convolution in groups, of real numbers, with few terms a sum."""
+    """Whether `convolve` can compute an equation: a grouped convolution of real numbers with few terms per sum."""
     if eqn.primitive.name != "conv_general_dilated":
         return False
     params, (image, window) = eqn.params, (var.aval for var in eqn.invars)
@@ -38,17 +38,18 @@ def fits(eqn: Any) -> bool:
 def convolve(
     params: Mapping[str, Any], image: jax.Array, window: jax.Array, dtype: Any, *, channels_last: bool = False
 ) -> jax.Array:
-    """A convolution that `fits`, as a sum over the positions k of its window and the I input channels of a group.
+    """Computes a convolution that `fits`, as a sum over the positions k of its window and the I input channels of a
+    group.
 
-    `out[n, p, g * M + m] = sum_ki padded[n, stride * p + dilation * k, g * I + i] * window[k, i, g * M + m]`, M the
-    output channels of a group. Sums of 16-bit floats are float32, those of integers at least int32.
+    `out[n, p, g * M + m] = sum_ki padded[n, stride * p + dilation * k, g * I + i] * window[k, i, g * M + m]`, where M
+    is the number of output channels per group. Sums of 16-bit floats are float32, those of integers at least int32.
 
     Args:
-        params: those of the `conv_general_dilated`.
+        params: parameters of the `conv_general_dilated`.
         image: its left operand.
         window: its right operand.
-        dtype: of the result.
-        channels_last: whether the channels are moved to the last axis first; else they stay where they are.
+        dtype: dtype of the result.
+        channels_last: whether to move the channels to the last axis first.
     """
     numbers, groups, wide = params["dimension_numbers"], params["feature_group_count"], _accumulator(jnp.dtype(dtype))
     batch, channel, *spatial = numbers.lhs_spec
@@ -62,7 +63,7 @@ def convolve(
     outputs, inputs, *positions = numbers.rhs_spec
     filters = jnp.transpose(window, (*positions, inputs, outputs)).astype(wide)
     *sizes, depth, count = filters.shape
-    # A group's channels are an axis of their own, after that of the groups, where there is more than one of them.
+    # If a group has several channels, they get an axis of their own, after that of the groups.
     several = (depth, count) != (1, groups)
     shape = [1] * image.ndim
     shape[channel : channel + 1] = [groups, count // groups] if several else [groups]
@@ -86,13 +87,13 @@ def convolve(
 
 
 def has_channels_last(eqn: Any) -> bool:
-    """Whether the left operand of a convolution has its channels as the last axis."""
+    """Whether the left operand of a convolution has its channels last."""
     spec = eqn.params["dimension_numbers"].lhs_spec
     return spec[1] == len(spec) - 1
 
 
 def _accumulator(dtype: Any) -> Any:
-    """The dtype of sums; integers wrap around in it as they would in a narrower one."""
+    """The dtype of sums; integers wrap around as they would in the narrower result dtype."""
     if dtype.itemsize >= 4:
         return dtype
     if jnp.issubdtype(dtype, jnp.floating):

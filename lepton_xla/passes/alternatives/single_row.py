@@ -1,4 +1,4 @@
-"""Products of one row in 16-bit floats, for which XLA:CPU has no fast kernel: of two rows, or in float32."""
+"""Products of one row in 16-bit floats, which XLA:CPU has no fast kernel for: padded to two rows, or in float32."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _NARROW = ("bfloat16", "float16")
 
 
 def fits(eqn: Any) -> bool:
-    """Whether an equation is a product of 16-bit floats, one operand of which has a single row for each batch."""
+    """Whether an equation is a product of 16-bit floats where one operand has a single row per batch."""
     if eqn.primitive.name != "dot_general":
         return False
     operands = [var.aval for var in eqn.invars]
@@ -23,7 +23,7 @@ def fits(eqn: Any) -> bool:
 
 
 def padded(eqn: Any, left: jax.Array, right: jax.Array) -> jax.Array:
-    """A product that `fits`, of two rows, the second of which is zeros and not kept.
+    """Computes a product that `fits` with a second row of zeros, which is dropped from the result.
 
     Args:
         eqn: the `dot_general`.
@@ -45,7 +45,7 @@ def padded(eqn: Any, left: jax.Array, right: jax.Array) -> jax.Array:
 
 
 def widened(eqn: Any, left: jax.Array, right: jax.Array) -> jax.Array:
-    """A product that `fits`, of its operands as float32, which holds the same numbers.
+    """Computes a product that `fits` in float32, which represents the operands exactly.
 
     Args:
         eqn: the `dot_general`.
@@ -59,13 +59,13 @@ def widened(eqn: Any, left: jax.Array, right: jax.Array) -> jax.Array:
 
 
 def single(eqn: Any) -> int | None:
-    """Which operand of a `dot_general` has a single row; None where neither has, or both: that is a dot of vectors."""
+    """Which operand of a `dot_general` has a single row; None if neither or both have (a dot of vectors)."""
     rows = [[eqn.invars[side].aval.shape[axis] for axis in _free_axes(eqn, side)] for side in (0, 1)]
     one = [all(isinstance(size, int) for size in sizes) and math.prod(sizes) == 1 for sizes in rows]
     return one.index(True) if sum(one) == 1 else None
 
 
 def _free_axes(eqn: Any, side: int) -> list[int]:
-    """Axes of an operand that are neither summed over nor shared with the other operand."""
+    """Axes of an operand that are neither contracted nor batch axes."""
     contract, batch = eqn.params["dimension_numbers"]
     return [axis for axis in range(eqn.invars[side].aval.ndim) if axis not in (*contract[side], *batch[side])]

@@ -1,1 +1,1 @@
-"""Channels, heads and units that are removed, so that arrays get smaller."""
+"""Structured pruning: physical removal of channels, heads and hidden units."""

@@ -1,4 +1,4 @@
-"""What arithmetic makes of its operands' axes: element-wise operations, sums, products."""
+"""How arithmetic (element-wise operations, sums, products) relates the axes of its operands and results."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ _ELEMENTWISE = _ZERO_TO_ZERO | {
 
 
 def elementwise(study: Findings, context: Context, eqn: Any, operands: list[Labelled]) -> list[Labelled]:
-    """All operands have the same axes, but for scalars, and axes of size one that are repeated."""
+    """All operands have the same axes, except for scalars and broadcast axes of size one."""
     del context
     name, sizes = eqn.primitive.name, eqn.outvars[0].aval.shape
     if name in ("mul", "div"):
@@ -73,7 +73,7 @@ def _flag(operand: Labelled, atom: Any, axis: int, size: Any) -> bool:
 
 
 def _zero_after(eqn: Any, flags: list[bool]) -> bool:
-    """Whether the result is zero where the operands are so as the flags say."""
+    """Whether the result is zero if the flagged operands are zero."""
     name = eqn.primitive.name
     match name:
         case "mul" | "and":
@@ -106,7 +106,7 @@ def _note_scales(study: Findings, operands: list[Labelled]) -> None:
 
 
 def _protect_means(eqn: Any, operands: list[Labelled]) -> None:
-    """Protects what is summed over and divided by the number of its elements, which is a constant of the program."""
+    """Protects axes that are summed and divided by their size, because the program holds the size as a constant."""
     for operand, other in zip(operands, reversed(eqn.invars), strict=True):
         by = literal(other)
         for axes, count in operand.means:
@@ -115,7 +115,7 @@ def _protect_means(eqn: Any, operands: list[Labelled]) -> None:
 
 
 def _along(names: str) -> Handler:
-    """A handler for what depends on positions along the axes of one parameter, and treats others one by one."""
+    """A handler for primitives that depend on positions along the axes of one parameter, and not along other axes."""
 
     def handler(study: Findings, context: Context, eqn: Any, operands: list[Labelled]) -> list[Labelled]:
         del study, context
@@ -132,7 +132,7 @@ def _along(names: str) -> Handler:
 
 
 def _reduce(study: Findings, context: Context, eqn: Any, operands: list[Labelled]) -> list[Labelled]:
-    """Sums may lose units that are zero in them; other reductions lose none."""
+    """Sums may lose units that are zero in them; other reductions may lose none."""
     del study, context
     name, operand, gone = eqn.primitive.name, operands[0], eqn.params["axes"]
     for axis in gone:
@@ -150,7 +150,7 @@ def _reduce(study: Findings, context: Context, eqn: Any, operands: list[Labelled
 
 
 def _reduce_window(study: Findings, context: Context, eqn: Any, operands: list[Labelled]) -> list[Labelled]:
-    """Axes that the window does not span pass."""
+    """Axes that the window does not span pass through."""
     del study, context
     params, operand, sizes = eqn.params, operands[0], eqn.outvars[0].aval.shape
     plain = (1, 1, (0, 0), 1, 1)
@@ -202,7 +202,7 @@ def _dot_general(study: Findings, context: Context, eqn: Any, operands: list[Lab
 
 
 def _ragged_dot_general(study: Findings, context: Context, eqn: Any, operands: list[Labelled]) -> list[Labelled]:
-    """A product of rows with the matrix of their group, as in a mixture of experts; the groups stay."""
+    """A product of rows with the matrix of their group, as in a mixture of experts; the groups are protected."""
     numbers = eqn.params["ragged_dot_dimension_numbers"]
     (contract, batch), groups = numbers.dot_dimension_numbers, numbers.rhs_group_dimensions
     left, right, counts = operands

@@ -1,9 +1,9 @@
-"""Which slices of which weights belong together, found from a jaxpr: dependency groups (Fang et al. 2023, DepGraph).
+"""Finds dependency groups in a jaxpr: slices of weights that belong together (Fang et al. 2023, DepGraph).
 
-One walk gives every axis of every value a `Dimension`; what a primitive does to its operands' axes unifies, flattens,
-joins or protects them. Besides, it follows where a value is zero if the weights' slices of a unit are: an operation
-that sums over units, but is no product with a weight, may lose only units that are zero there. So a model without some
-units is always the model in which all of their slices of weights are zero.
+One walk gives every axis of every value a `Dimension`; primitives unify, flatten, concatenate or protect the dimensions
+of their operands. The walk also tracks where a value is zero if a unit's slices of weights are zero: a sum over units,
+unless it is a product with a weight, may lose only units that are zero there. So the model without some units always
+equals the model in which their slices of weights are zero.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from lepton_xla.passes.shrinking.movement import MOVEMENT
 
 
 class Study(Findings):
-    """One walk of a jaxpr: every axis of every value gets a dimension."""
+    """One walk of a jaxpr, which gives every axis of every value a dimension."""
 
     def __init__(
         self, jaxpr: Any, weights: Mapping[str, Any], inputs: Sequence[str], *, keep_outputs: bool = True
@@ -55,7 +55,7 @@ class Study(Findings):
                 guard(out.axes, "it is part of the program's output")
 
     def use(self, values: Sequence[Any]) -> None:
-        """Notes a use of some values in the scans around."""
+        """Notes a use of some values in the surrounding scans."""
         for value in values:
             if isinstance(value, Labelled):
                 for dimension in value.axes:
@@ -65,7 +65,7 @@ class Study(Findings):
         operands = [self._labelled(context, eqn, index, value) for index, value in enumerate(values)]
         handler = handler_of(eqn.primitive.name)
         outs = handler(self, context, eqn, operands)
-        if len(operands) > 1 or handler is not elementwise:  # what looks at one element ties no steps together
+        if len(operands) > 1 or handler is not elementwise:  # element-wise operations do not tie steps together
             self.use([*operands, *outs])
         return list(outs)
 
@@ -79,7 +79,7 @@ class Study(Findings):
         if any(size > 1 for size in array.shape):
             self.constants[context.key, index] = axes
             for k, dimension in enumerate(axes):
-                if np.any(array != np.take(array, [0], k)):  # one that is the same all along it may be cut anywhere
+                if np.any(array != np.take(array, [0], k)):  # uniform constants may be cut
                     touch(dimension, ())
         return Labelled(axes, (bool(np.all(array == 0)),) * array.ndim)
 
@@ -92,11 +92,11 @@ class Study(Findings):
         return outs
 
     def _carried(self, eqn: Any, index: int, value: Any) -> Labelled:
-        """A value that a loop carries; a constant array there stays as it is."""
+        """A value that a loop carries; a constant array as the initial value is protected."""
         return value if isinstance(value, Labelled) else fixed(eqn.invars[index], _constant_in(eqn))
 
     def _loop(self, eqn: Any, init: list[Labelled], body: Callable[[list[Labelled]], Values]) -> list[Labelled]:
-        """Values carried around a loop: the same dimensions each time, zero only where they are so each time."""
+        """Values carried around a loop: equal dimensions in each iteration, and zero only if zero in all."""
         carry = init
         while True:
             outs = [
@@ -176,7 +176,7 @@ class Study(Findings):
 
 
 def inside(context: Context, eqn: Any, branch: int = 0) -> Frame:
-    """The frame of a body, with the key that the walker itself gives it."""
+    """The frame of a body, with the same key that the walker gives it."""
     return Frame(context.key[:-1]).enter(eqn, branch)
 
 
@@ -191,5 +191,5 @@ _INLINED = (
 
 
 def handler_of(name: str) -> Handler:
-    """What is known about a primitive."""
+    """The handler of a primitive."""
     return _HANDLERS.get(name, opaque)

@@ -1,11 +1,10 @@
-"""Axes of arrays as expressions over factors, made equal by unification: what decides which slices go together.
+"""Axes of arrays as expressions over factors, related by unification; they determine which slices go together.
 
-An axis is a leaf of `n` units, a product of axes (a flattened one, the first factor slowest) or a concatenation of
-axes. Where two axes must be the same, as in an addition, they are unified, as type inference unifies types: a leaf
-takes the other's structure, and two structures are cut finer until they line up. So a reshape of 768 channels to 12
-heads of 64 makes the leaf of 768 a product of a leaf of 12 and one of 64, wherever it occurs, and from then on a unit
-that can be removed is a head, or a position in all heads. What cannot be lined up is protected: nothing is removed
-from it.
+An axis is a leaf of `n` units, a product of axes (a flattened axis, the first factor slowest) or a concatenation of
+axes. Axes that must be equal, as in an addition, are unified, as type inference unifies types: a leaf takes the other
+axis's structure, and two structures are refined until they align. So a reshape of 768 channels to 12 heads of 64 turns
+the leaf of 768 into a product of leaves of 12 and 64 wherever it occurs; from then on a removable unit is a head, or a
+position in all heads. Axes that cannot be aligned are protected: they lose no units.
 """
 
 from __future__ import annotations
@@ -19,20 +18,20 @@ import numpy as np
 type Size = Any
 """An int, or a symbolic size of `jax.export`."""
 type Scans = tuple[Any, ...]
-"""The scans around a piece of a program, outermost first."""
+"""The scans around a part of a program, outermost first."""
 type Kept = Mapping["Dimension", np.ndarray]
-"""Leaf -> which units stay, bool `[*steps, units]`; as many in each step. Leaves that are absent stay whole."""
+"""Leaf -> which units stay, bool `[*steps, units]`, the same number in each step. Other leaves keep all units."""
 
 
 class Dimension:
     """One axis, as an expression. Compare with `resolve(a) is resolve(b)`.
 
     Attributes:
-        size: how many positions it has.
-        kind: what sort of expression it is.
-        parts: of a product or a concatenation.
-        reason: why no unit of this leaf may be removed; empty where it may.
-        scans: the scans in whose every step other units of this leaf may be removed; None before its first use.
+        size: number of positions.
+        kind: kind of expression.
+        parts: parts of a product or a concatenation.
+        reason: why the leaf is protected; empty if its units may be removed.
+        scans: the scans in which each step may lose different units of this leaf; None before its first use.
     """
 
     __slots__ = ("_same", "kind", "parts", "reason", "scans", "size")
@@ -59,7 +58,7 @@ class Dimension:
         return "(" + (" * " if found.kind == "product" else " + ").join(map(repr, found.parts)) + ")"
 
     def become(self, other: Dimension) -> None:
-        """Makes this leaf another expression of its size; what holds for it then holds for all leaves of that."""
+        """Replaces this leaf by an expression of the same size, whose leaves inherit its protection and scans."""
         for leaf in leaves(other):
             leaf.reason = leaf.reason or self.reason
             if self.scans is not None:
@@ -67,7 +66,7 @@ class Dimension:
         self._same = other
 
     def found(self) -> Dimension:
-        """What this dimension has become."""
+        """The dimension that this one was replaced by, or itself."""
         while self._same is not None:
             if self._same._same is not None:
                 self._same = self._same._same
@@ -76,19 +75,19 @@ class Dimension:
 
 
 class _MisalignedError(Exception):
-    """Two expressions cannot be lined up."""
+    """Two expressions cannot be aligned."""
 
 
 UNIT = Dimension(1, "product")
 
 
 def leaf(size: Size, reason: str = "") -> Dimension:
-    """A new axis about which nothing else is known."""
+    """A new, unconstrained axis."""
     return UNIT if _same(size, 1) else Dimension(size, reason=reason)
 
 
 def product(parts: Sequence[Dimension]) -> Dimension:
-    """Axes flattened into one, the first slowest."""
+    """Axes flattened into one, the first the slowest."""
     flat = [factor for part in parts for factor in factors(part)]
     if len(flat) == 1:
         return flat[0]
@@ -102,12 +101,12 @@ def concat(parts: Sequence[Dimension]) -> Dimension:
 
 
 def resolve(dimension: Dimension) -> Dimension:
-    """What a dimension is by now."""
+    """The current expression of a dimension."""
     return dimension.found()
 
 
 def factors(dimension: Dimension) -> list[Dimension]:
-    """The factors of a product, slowest first; the dimension itself where it is none; none for size 1."""
+    """The factors of a product, slowest first; the dimension itself if it is no product; empty for size 1."""
     dimension = resolve(dimension)
     if dimension.kind == "product":
         return [factor for part in dimension.parts for factor in factors(part)]
@@ -115,7 +114,7 @@ def factors(dimension: Dimension) -> list[Dimension]:
 
 
 def segments(dimension: Dimension) -> list[Dimension]:
-    """The parts of a concatenation in order; the dimension itself where it is none."""
+    """The parts of a concatenation in order; the dimension itself if it is none."""
     dimension = resolve(dimension)
     if dimension.kind == "concat":
         return [segment for part in dimension.parts for segment in segments(part)]
@@ -131,24 +130,24 @@ def leaves(dimension: Dimension) -> list[Dimension]:
 
 
 def is_protected(dimension: Dimension) -> bool:
-    """Whether no unit of it may be removed."""
+    """Whether no unit of a dimension may be removed: all its leaves are protected."""
     return all(found.reason or _same(found.size, 1) for found in leaves(dimension))
 
 
 def protect(dimension: Dimension, reason: str) -> None:
-    """Keeps every unit of a dimension; the first reason is the one that is told."""
+    """Protects a dimension; the first reason given is reported."""
     for found in leaves(dimension):
         found.reason = found.reason or reason
 
 
 def touch(dimension: Dimension, scans: Scans) -> None:
-    """Notes a use of a dimension within some scans: only these may remove other units of it in each step."""
+    """Notes a use of a dimension within some scans: only in these may each step lose different units."""
     for found in leaves(dimension):
         found.scans = _meet(found.scans, scans)
 
 
 def unify(a: Dimension, b: Dimension, why: str) -> None:
-    """Makes two dimensions of one size one; `why` is the reason for protecting them if they cannot be lined up."""
+    """Unifies two dimensions of the same size; `why` is the reason for protecting them if they cannot be aligned."""
     try:
         _unify(a, b)
     except _MisalignedError:
@@ -157,7 +156,7 @@ def unify(a: Dimension, b: Dimension, why: str) -> None:
 
 
 def split_off(dimension: Dimension, start: int, why: str) -> tuple[Dimension, Dimension]:
-    """The positions before `start`, and the rest; both protected where they cannot be told apart."""
+    """The positions before `start`, and the rest; both are protected if they cannot be separated."""
     try:
         return _split(dimension, start)
     except _MisalignedError:
@@ -166,7 +165,7 @@ def split_off(dimension: Dimension, start: int, why: str) -> tuple[Dimension, Di
 
 
 def reshaped(dimension: Dimension, sizes: Sequence[Size], why: str) -> list[Dimension]:
-    """A dimension as several of the given sizes, the first slowest."""
+    """Splits a dimension into several of the given sizes, the first the slowest."""
     rest, outs = dimension, list[Dimension]()
     try:
         for size in reversed(sizes[1:]):
@@ -179,7 +178,7 @@ def reshaped(dimension: Dimension, sizes: Sequence[Size], why: str) -> list[Dime
 
 
 def size_of(dimension: Dimension, kept: Kept) -> Size:
-    """How many positions stay."""
+    """Number of positions that stay."""
     dimension = resolve(dimension)
     if dimension.kind == "leaf":
         mask = kept.get(dimension)
@@ -208,7 +207,7 @@ def mask_of(dimension: Dimension, kept: Kept) -> np.ndarray:
 
 
 def units_of(dimension: Dimension, unit_of: Dimension) -> np.ndarray:
-    """Which unit of a leaf each position belongs to, int `[size]`; -1 for positions of other leaves."""
+    """The unit of a leaf that each position belongs to, int `[size]`; -1 for positions of other leaves."""
     dimension = resolve(dimension)
     if dimension.kind == "leaf":
         return np.arange(dimension.size) if dimension is unit_of else np.full(dimension.size, -1)
@@ -222,7 +221,7 @@ def units_of(dimension: Dimension, unit_of: Dimension) -> np.ndarray:
 
 
 def unit_sums(values: np.ndarray, units: np.ndarray, count: int) -> np.ndarray:
-    """Sums along the last axis over the positions of each unit, `[..., count]`; `units` as `units_of` gives them."""
+    """Sums over the positions of each unit along the last axis, `[..., count]`; `units` is a result of `units_of`."""
     total = np.zeros((*values.shape[:-1], count))
     own = units >= 0
     places: Any = (..., units[own])
@@ -231,7 +230,7 @@ def unit_sums(values: np.ndarray, units: np.ndarray, count: int) -> np.ndarray:
 
 
 def inner_size(dimension: Dimension, unit_of: Dimension) -> int:
-    """How many neighbouring positions of a flattened axis make one unit of a leaf; 0 where it is not in the axis."""
+    """Number of neighbouring positions of a flattened axis that form a unit of a leaf; 0 if the leaf is not in it."""
     dimension = resolve(dimension)
     if dimension.kind == "leaf":
         return int(dimension is unit_of)
@@ -243,7 +242,7 @@ def inner_size(dimension: Dimension, unit_of: Dimension) -> int:
 
 
 def _meet(a: Scans | None, b: Scans) -> Scans:
-    """The scans that both are in."""
+    """The common scans."""
     if a is None:
         return b
     shared = [x for x, y in zip(a, b, strict=False) if x == y]
@@ -277,7 +276,7 @@ def _unify(a: Dimension, b: Dimension) -> None:
 
 def _unify_segments(first: list[Dimension], second: list[Dimension]) -> None:
     while first and second:
-        # A step before may have cut what comes next.
+        # An earlier step may have split the next segments.
         first, second = [*segments(first[0]), *first[1:]], [*segments(second[0]), *second[1:]]
         (a, *first), (b, *second) = first, second
         if _same(a.size, b.size):
@@ -312,7 +311,7 @@ def _unify_factors(first: list[Dimension], second: list[Dimension]) -> None:
 
 
 def _factorize(dimension: Dimension, minor: Size) -> tuple[Dimension, Dimension]:
-    """A dimension as the product of two, the second of a given size."""
+    """Factorizes a dimension into two, the second of a given size."""
     dimension = resolve(dimension)
     if _same(minor, 1):
         return dimension, UNIT
@@ -344,7 +343,7 @@ def _factorize(dimension: Dimension, minor: Size) -> tuple[Dimension, Dimension]
 
 
 def _split(dimension: Dimension, start: int) -> tuple[Dimension, Dimension]:
-    """The positions of a dimension before `start` and the rest, neither of them empty."""
+    """Splits a dimension at `start` into two non-empty parts."""
     dimension = resolve(dimension)
     if not (isinstance(dimension.size, int) and 0 < start < dimension.size):
         raise _MisalignedError
@@ -368,7 +367,7 @@ def _split(dimension: Dimension, start: int) -> tuple[Dimension, Dimension]:
     if not part:
         assert before is not None
         return product([before, *rest]), product([after, *rest])
-    # The cut goes through one unit of the first factor, which then stands alone.
+    # The split goes through a unit of the first factor, which becomes a segment of its own.
     after = _split(after, 1)[1] if after.size > 1 else None
     head, tail = _split(product(rest), part)
     return (

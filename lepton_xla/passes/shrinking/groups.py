@@ -1,4 +1,4 @@
-"""Groups of slices of weights that can only be removed together, to be printed, drawn, ranked and cut."""
+"""Groups: slices of weights that can only be removed together."""
 
 from __future__ import annotations
 
@@ -29,24 +29,24 @@ from lepton_xla.program import Program, abstract_outputs, probe_sizes
 from lepton_xla.trees import abstract, leaf_bytes
 
 type Masks = dict[str, tuple[np.ndarray | None, ...]]
-"""Weight path -> for each axis, which positions stay, bool `[*steps, size]`; None where all do."""
+"""Weight path -> for each axis, which positions stay, bool `[*steps, size]`; None if all stay."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Group:
-    """Units (channels, hidden units, heads) each of which is one slice in every member.
+    """Units (channels, hidden units, heads), each of which is one slice of every member.
 
     Attributes:
-        name: the member that makes the units: `path[axis]`, or `path[axis.k]` for the k-th part of a flattened or
-            joined axis, such as heads and the positions in them.
-        kind: `channels` of a convolution, `heads` that a product of two activations is batched over, or `units`.
-        units: how many there are.
-        steps: lengths of the scans in whose every step other units may be removed; empty where it is the same ones.
-        members: `path[axis]` of every weight that is cut, in the weights' order.
-        parameters: elements of the weights that one unit takes, over all steps.
+        name: the member that produces the units: `path[axis]`, or `path[axis.k]` for the k-th part of a flattened or
+            concatenated axis, such as heads and the positions in them.
+        kind: `channels` of a convolution, `heads` (batch dimensions of a product of two activations), or `units`.
+        units: number of units.
+        steps: lengths of the scans in which each step may lose different units; empty if all steps lose the same.
+        members: `path[axis]` of every weight that has slices, in the weights' order.
+        parameters: number of weight elements per unit, over all steps.
         unit_bytes: their bytes.
-        inner: how many neighbouring positions of the members' axes one unit is: the width of a head.
-        protected: why no unit may be removed; empty where they may.
+        inner: number of neighbouring positions of the members' axes per unit: the width of a head.
+        protected: why no unit may be removed; empty if units may be removed.
         leaf: the dimension.
     """
 
@@ -63,11 +63,11 @@ class Group:
 
     @property
     def paths(self) -> tuple[str, ...]:
-        """Paths of the weights that are cut."""
+        """Paths of the members' weights."""
         return tuple(dict.fromkeys(member.rpartition("[")[0] for member in self.members))
 
     def matches(self, pattern: str) -> bool:
-        """Whether a regular expression matches the whole of the group's name, a member or a member's path."""
+        """Whether a regular expression matches the whole name of the group, of a member, or the path of a member."""
         return any(re.fullmatch(pattern, text) for text in (self.name, *self.members, *self.paths))
 
     def to_json(self) -> dict[str, Any]:
@@ -84,11 +84,11 @@ def _protected(groups: Sequence[Group], reasons: Mapping[str, str]) -> tuple[Gro
 
 @dataclasses.dataclass(frozen=True)
 class Groups:
-    """All groups of a program, in the order in which their units are made.
+    """All groups of a program, in the order in which their units are produced.
 
     Attributes:
         items: the groups.
-        study: what they were found by.
+        study: the analysis that found them.
     """
 
     items: tuple[Group, ...]
@@ -117,7 +117,7 @@ class Groups:
         return tuple(group for group in self.items if not group.protected)
 
     def protecting(self, patterns: Sequence[str]) -> Groups:
-        """The same groups, those that a pattern matches protected.
+        """Returns the groups with those protected that a pattern matches.
 
         Args:
             patterns: regular expressions, each of which must match the whole of a group's name, or of the path or
@@ -140,7 +140,7 @@ class Groups:
         return dataclasses.replace(self, items=items)
 
     def without(self, reasons: Mapping[str, str]) -> Groups:
-        """The same groups, those protected whose name has a reason."""
+        """Returns the groups with those protected whose name is in `reasons`."""
         return dataclasses.replace(self, items=_protected(self.items, reasons))
 
     def to_json(self) -> list[dict[str, Any]]:
@@ -160,10 +160,10 @@ class Groups:
         return "\n".join([f"{len(self.items)} groups, {len(self.removable)} of which may lose units", *lines])
 
     def draw(self, path: str) -> None:
-        """Draws which axes of which weights belong to which group: a row a weight, a column a group.
+        """Draws which axes of which weights belong to which group: one row per weight, one column per group.
 
         Args:
-            path: the file to write; its ending says which kind (`.svg`, `.png`, `.pdf`).
+            path: the file to write; its suffix selects the format (`.svg`, `.png`, `.pdf`).
 
         Raises:
             LeptonError: if matplotlib is not installed, or the file cannot be written.
@@ -196,12 +196,12 @@ class Groups:
 
 @takes(program=Program, sizes=Mapping)
 def find_groups(program: Program, *, sizes: Mapping[str, int] | None = None) -> Groups:
-    """Find which channels, hidden units and heads of a program can be removed, and the slices of weights that each is.
+    """Finds the channels, hidden units and heads of a program that can be removed, and their slices of weights.
 
     Args:
         program: a program whose weights are arrays.
-        sizes: sizes of the symbolic dimensions to look at; some at which the program can be traced by default. What
-            cannot be removed at larger ones, such as positions that these do not reach, is protected too.
+        sizes: sizes of the symbolic dimensions at which to trace the program; chosen by default. Units that cannot be
+            removed at larger sizes, such as positions that only longer inputs reach, are protected too.
 
     Raises:
         UnsupportedError: if a weight is quantized.
@@ -233,8 +233,8 @@ def find_groups(program: Program, *, sizes: Mapping[str, int] | None = None) -> 
     heads = {leaf for dimension in study.batched for leaf in leaves(dimension)}
     groups: list[Group] = []
     for leaf, named in members.items():
-        # What nothing reads, or has no units, is no group; what no product makes, such as a window or a vocabulary, is
-        # none of interest.
+        # Skip leaves that nothing reads or that have no units, and protected ones that no product makes, such as a
+        # window or a vocabulary.
         if not named or leaf.size == 0 or leaf.scans is None or (leaf.reason and leaf not in made):
             continue
         path, convolution = made.get(leaf, (named[0][0], False))
@@ -264,7 +264,7 @@ def find_groups(program: Program, *, sizes: Mapping[str, int] | None = None) -> 
 
 
 def _tied(program: Program, study: Study) -> list[Group]:
-    """What a product makes of which no position can go without all others, as after `x + jnp.roll(x, 1, -1)`."""
+    """Protected groups for axes whose positions all depend on each other, as after `x + jnp.roll(x, 1, -1)`."""
     whole: dict[Dimension, tuple[str, bool]] = {}
     for product in study.products:
         for dimension in map(resolve, product.made):
@@ -291,7 +291,7 @@ def _tied(program: Program, study: Study) -> list[Group]:
 
 
 def _per_unit(axes: Sequence[Dimension], leaf: Dimension) -> int:
-    """Elements of a weight that go with one unit."""
+    """Number of elements of a weight per unit."""
     whole, rest = 1, 1
     for dimension in axes:
         whole *= dimension.size
@@ -305,7 +305,7 @@ def _study(program: Program, sizes: Mapping[str, int]) -> Study:
 
 
 def _larger(program: Program, sizes: Mapping[str, int]) -> Study | None:
-    """The same at sizes of the symbolic dimensions that are one larger or, where they cannot be, twice as large."""
+    """Repeats the study with symbolic dimensions one larger or, if that fails, twice as large."""
     for more in ({name: size + 1 for name, size in sizes.items()}, {name: 2 * size for name, size in sizes.items()}):
         if more != sizes:
             try:
@@ -317,9 +317,9 @@ def _larger(program: Program, sizes: Mapping[str, int]) -> Study | None:
 
 
 def _needed(larger: Study, study: Study, leaf: Dimension, steps: tuple[int, ...]) -> str:
-    """Why a leaf cannot lose units at larger sizes; empty where it can."""
+    """Why a leaf cannot lose units at larger sizes; empty if it can."""
     first = np.arange(leaf.size) == 0
-    for stays in (first, ~first):  # each unit goes in one of them, and never all do
+    for stays in (first, ~first):  # every unit is removed in one of the two, and never all of them
         if stays.any():
             masks = masks_of(study, {leaf: np.broadcast_to(stays, (*steps, leaf.size))})
             refusal = transferred(larger, masks)[1]
@@ -329,7 +329,7 @@ def _needed(larger: Study, study: Study, leaf: Dimension, steps: tuple[int, ...]
 
 
 def masks_of(study: Study, kept: Kept) -> Masks:
-    """What stays of the weights where units of some leaves go."""
+    """Masks of the weights for the units that stay."""
     masks: Masks = {}
     for path, axes in study.weights.items():
         cut = tuple(mask_of(dimension, kept) if loses(dimension, kept) else None for dimension in axes)
@@ -339,15 +339,15 @@ def masks_of(study: Study, kept: Kept) -> Masks:
 
 
 def loses(dimension: Dimension, kept: Kept) -> bool:
-    """Whether units of it may go."""
+    """Whether a dimension loses units."""
     return any(leaf in kept for leaf in leaves(dimension))
 
 
 def transferred(study: Study, masks: Masks) -> tuple[Kept, str]:
-    """What masks of weights say of the leaves of another study of the same function, at other sizes of its inputs.
+    """Transfers masks of weights to the leaves of another study of the same function, at other sizes of its inputs.
 
     Returns:
-        Which of their units stay; and what cannot be removed there, and why, or nothing.
+        Which units of the leaves stay; and a refusal, if something cannot be removed there, else an empty text.
     """
     kept: dict[Dimension, np.ndarray] = {}
     for path, cut in masks.items():

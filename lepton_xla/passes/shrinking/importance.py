@@ -1,4 +1,4 @@
-"""How much each unit of a group matters, by its weights, its gradients or its activations."""
+"""Importance scores of the units of a group, from weights, gradients or activations."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from lepton_xla.trees import some_names
 
 type Importance = Literal["l1", "l2", "scale", "taylor", "activation"]
 type Loss = Callable[[Any, Mapping[str, Any]], jax.Array]
-"""`loss(weights, batch) -> scalar`, of the program's weights by path."""
+"""`loss(weights, batch) -> scalar`; `weights` are the program's weights by path."""
 type Batches = Iterable[Mapping[str, Any]]
 
 
@@ -36,7 +36,7 @@ def importance_scores(
     calibration: Batches | None = None,
     loss: Loss | None = None,
 ) -> dict[str, np.ndarray]:
-    """Score the units of every group that may lose some.
+    """Scores the units of every group that is not protected.
 
     A group's score is the mean over its weights of each weight's score, divided by its mean over the units, as in
     Torch-Pruning (Fang et al. 2023, arXiv:2301.12900); so a score of 1 is average, and groups can be ranked together.
@@ -44,16 +44,16 @@ def importance_scores(
     Args:
         program: the program.
         groups: its groups.
-        method: what a weight says of a unit: `l1`, `l2`: the norm of the unit's slice, of weights with at least two
-            axes (Li et al. 2017, arXiv:1608.08710); `scale`: the magnitude of the norm's scale (Liu et al. 2017,
+        method: how a weight scores a unit: `l1`, `l2`: the norm of the unit's slice, for weights with at least two axes
+            (Li et al. 2017, arXiv:1608.08710); `scale`: the magnitude of the norm layer's scale (Liu et al. 2017,
             arXiv:1708.06519); `taylor`: the magnitude of the sum of weight times gradient, averaged over batches
-            (Molchanov et al. 2019, arXiv:1906.10771); `activation`: the mean magnitude of what the unit hands to the
+            (Molchanov et al. 2019, arXiv:1906.10771); `activation`: the mean magnitude of the unit's activation at the
             weights that read it.
         calibration: batches: inputs by name for `activation`, whatever `loss` takes for `taylor`.
         loss: `loss(weights, batch) -> scalar`, for `taylor`.
 
     Returns:
-        Group name -> float64 `[*steps, units]`; without groups that have nothing that the method looks at.
+        Group name -> float64 `[*steps, units]`. Groups without anything that the method can score are missing.
 
     Raises:
         CalibrationError: if batches, or the loss, are needed and missing.
@@ -176,7 +176,7 @@ def _activation_scores(program: Program, groups: Groups, batches: Sequence[Any])
                 rows = np.asarray(matrix.stored_matrix(site, jnp.asarray(units, jnp.float32)))
                 rows = rows.reshape(-1, *rows.shape[lead:])[0]  # [B, K, N], the same in every step
                 if np.any(rows != rows[..., :1]):
-                    continue  # the weight makes these units and does not read them
+                    continue  # the weight produces these units, it does not read them
                 flat = magnitudes.reshape(*magnitudes.shape[:lead], -1)
                 found = unit_sums(flat, rows[..., 0].reshape(-1).astype(int), group.units)
                 extra = tuple(range(len(group.steps), lead))
@@ -185,7 +185,7 @@ def _activation_scores(program: Program, groups: Groups, batches: Sequence[Any])
 
 
 def _unit_maps(shape: Sequence[int], axes: Axes, leaf: Dimension) -> list[np.ndarray]:
-    """For each axis of a weight that holds units of a leaf, the unit of every element."""
+    """For each axis of a weight with units of a leaf, the unit of every element."""
     maps: list[np.ndarray] = []
     for axis, dimension in enumerate(axes):
         if leaf in leaves(dimension):
@@ -195,7 +195,7 @@ def _unit_maps(shape: Sequence[int], axes: Axes, leaf: Dimension) -> list[np.nda
 
 
 def _per_unit(values: np.ndarray, axes: Axes, group: Group) -> list[np.ndarray]:
-    """Sums of a weight-like array over the slices of each unit, `[*steps, units]`, one for each axis that has them."""
+    """Sums a weight-like array over the slices of each unit, `[*steps, units]`, for each axis with such slices."""
     steps = len(group.steps)
     sums: list[np.ndarray] = []
     for axis, dimension in enumerate(axes):

@@ -1,4 +1,4 @@
-"""Labels: what stands for an array in the walk that finds dependencies, and what the walk finds."""
+"""Labels of arrays in the dependency analysis, and its findings."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from lepton_xla.passes.shrinking.dimensions import (
 )
 
 type Axes = tuple[Dimension, ...]
-# The parameters of an equation that must change once some units are gone.
+# Computes the changed parameters of an equation when some units are removed.
 type Change = Callable[[Kept], dict[str, Any]]
 type Handler = Callable[["Findings", Context, Any, list["Labelled"]], list["Labelled"]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Labelled(TracedValue):
-    """What stands for an array in the walk.
+    """An array in the analysis.
 
     Attributes:
-        axes: one dimension an axis.
+        axes: one dimension per axis.
         zero: for each axis, whether the value is zero at the removed units of that axis.
-        path: the weight's path, where this is a weight that was only laid out anew.
-        means: dimensions that were summed over to get here, and over how many elements.
+        path: path of the weight, if this is a weight after layout operations only.
+        means: dimensions that were summed over to compute this, and the number of summed elements.
     """
 
     axes: Axes
@@ -42,17 +42,17 @@ class Labelled(TracedValue):
     means: tuple[tuple[Axes, int], ...] = ()
 
     def zero_at(self, axis: int) -> bool:
-        """Whether the value is zero at the removed units of an axis, or there can be none."""
+        """Whether the value is zero at the removed units of an axis, or the axis cannot lose units."""
         return self.zero[axis] or is_protected(self.axes[axis])
 
 
 @dataclasses.dataclass(frozen=True)
 class Product:
-    """A product in which a weight takes part.
+    """A product with a weight.
 
     Attributes:
         path: the weight's path.
-        made: dimensions of the result that come from the weight.
+        made: dimensions of the result that stem from the weight.
         convolution: whether it is a convolution.
     """
 
@@ -63,17 +63,17 @@ class Product:
 
 @dataclasses.dataclass
 class Findings:
-    """What one walk of a jaxpr found.
+    """The findings of one walk of a jaxpr.
 
     Attributes:
         weights: path -> the dimensions of the weight's axes.
         changes: equation (`Context.key`) -> how its parameters change.
-        constants: equation and operand -> the dimensions of the constant array there.
+        constants: equation and operand -> the dimensions of a constant array.
         products: products with a weight, in the order of execution.
-        batched: dimensions that a product of two activations is batched over, such as heads.
+        batched: batch dimensions of products of two activations, such as heads.
         scales: dimension and path of each weight vector that an activation is multiplied by.
-        derivatives: equation with a derivative of its own -> the dimensions of its operands and results; None for
-            constant arrays.
+        derivatives: equation with a custom derivative -> the dimensions of its operands and results; None for constant
+            arrays.
     """
 
     weights: dict[str, Axes] = dataclasses.field(default_factory=dict[str, Axes])
@@ -90,7 +90,7 @@ class Findings:
 
 
 def fixed(var: Any, reason: str) -> Labelled:
-    """A value none of whose axes may lose anything."""
+    """A value whose axes are all protected."""
     return Labelled(tuple(leaf(size, reason) for size in var.aval.shape), (False,) * len(var.aval.shape))
 
 
@@ -101,18 +101,18 @@ def guard(axes: Sequence[Dimension], reason: str) -> None:
 
 
 def pair(first: Sequence[Dimension], second: Sequence[Dimension], eqn: Any) -> None:
-    """Makes the axes of two values the same."""
+    """Unifies the axes of two values."""
     for a, b in zip(first, second, strict=True):
         unify(a, b, f"axes that do not line up meet in `{eqn.primitive.name}`")
 
 
 def every(values: Sequence[Labelled]) -> tuple[bool, ...]:
-    """Where all values are zero."""
+    """For each axis, whether all values are zero at its removed units."""
     return tuple(all(value.zero_at(axis) for value in values) for axis in range(len(values[0].axes)))
 
 
 def opaque(study: Findings, context: Context, eqn: Any, operands: list[Labelled]) -> list[Labelled]:
-    """Of a primitive about which nothing is known, nothing may change."""
+    """Handler of unknown primitives: protects all their axes."""
     del study, context
     reason = f"`{eqn.primitive.name}` depends on it"
     for operand in operands:

@@ -1,4 +1,4 @@
-"""What operations that move elements make of their operands' axes."""
+"""How operations that move elements relate the axes of their operands and results."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from lepton_xla.passes.shrinking.labels import (
 
 
 def shaped(study: Findings, context: Context, outs: list[Labelled], parameter: str) -> list[Labelled]:
-    """Notes that a parameter is the shape of the result."""
+    """Notes that a parameter holds the shape of the result."""
     study.changes[context.key] = lambda kept: {parameter: tuple(size_of(d, kept) for d in outs[0].axes)}
     return outs
 
@@ -57,7 +57,7 @@ def _reshape(study: Findings, context: Context, eqn: Any, operands: list[Labelle
 
 
 def blocks(before: Sequence[Any], after: Sequence[Any]) -> list[tuple[list[int], list[int]]]:
-    """The smallest runs of axes, sizes of one left out, that a reshape turns into one another."""
+    """The smallest runs of axes that a reshape maps to each other, ignoring sizes of one."""
     source = [k for k, size in enumerate(before) if size != 1]
     target = [k for k, size in enumerate(after) if size != 1]
     found: list[tuple[list[int], list[int]]] = []
@@ -137,7 +137,7 @@ def _slice(study: Findings, context: Context, eqn: Any, operands: list[Labelled]
     params, operand = eqn.params, operands[0]
     strides = params["strides"] or (1,) * len(operand.axes)
     axes: list[Dimension] = []
-    cuts: dict[int, list[Dimension]] = {}  # axis -> what comes before the part that is taken
+    cuts: dict[int, list[Dimension]] = {}  # axis -> dimensions before the selected part
     for k, (dimension, start, stride) in enumerate(zip(operand.axes, params["start_indices"], strides, strict=True)):
         size = eqn.outvars[0].aval.shape[k]
         if size == dimension.size:
@@ -207,7 +207,7 @@ def _pad(study: Findings, context: Context, eqn: Any, operands: list[Labelled]) 
 
 
 def _gather(study: Findings, context: Context, eqn: Any, operands: list[Labelled]) -> list[Labelled]:
-    """Axes that are taken whole pass; those that an index points into do not."""
+    """Axes that are read as a whole pass through; indexed axes are protected."""
     table, indices = operands
     numbers, slices = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
     out, reason = eqn.outvars[0].aval.shape, "`gather` takes positions of it"
@@ -221,7 +221,7 @@ def _gather(study: Findings, context: Context, eqn: Any, operands: list[Labelled
     guard([table.axes[k] for k in numbers.collapsed_slice_dims], reason)
     whole: dict[int, Dimension] = {}
     for axis, k in zip(numbers.offset_dims, windows, strict=True):
-        if slices[k] == table.axes[k].size:  # an index into it fits at zero only, whatever its size
+        if slices[k] == table.axes[k].size:  # taken whole, so the only valid index is zero
             axes[axis], zero[axis], whole[k] = table.axes[k], table.zero_at(k), table.axes[k]
         else:
             protect(table.axes[k], reason)
@@ -239,7 +239,7 @@ def _gather(study: Findings, context: Context, eqn: Any, operands: list[Labelled
 
 
 def _scatter(study: Findings, context: Context, eqn: Any, operands: list[Labelled]) -> list[Labelled]:
-    """Axes that are written whole pass; those that an index points into do not."""
+    """Axes that are written as a whole pass through; indexed axes are protected."""
     del study, context
     target, indices, updates = operands
     numbers, reason = eqn.params["dimension_numbers"], f"`{eqn.primitive.name}` writes to positions of it"

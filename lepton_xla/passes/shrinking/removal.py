@@ -1,7 +1,7 @@
-"""Physical removal of channels, hidden units and heads: the same model with smaller weights, from any jaxpr.
+"""Physical removal of channels, hidden units and heads from any jaxpr.
 
-What belongs together is found by `groups`, what matters least by `importance`, and `resize` makes the function of the
-smaller weights; it equals the old model with all weights of the removed units set to zero. After DepGraph (Fang et al.
+`groups` finds slices that belong together, `importance` ranks them, and `resizing` makes the function of the smaller
+weights. It equals the original model with all weights of the removed units set to zero. After DepGraph (Fang et al.
 2023, arXiv:2301.12900).
 """
 
@@ -27,9 +27,9 @@ from lepton_xla.recipe.rules import check_target
 from lepton_xla.report import PassReport, SiteReport
 from lepton_xla.trees import some_names
 
-# A search for a target halves the range of possible sparsities this often.
+# Bisection steps of a search for a target.
 SEARCH_STEPS = 12
-# Each step of a search for a latency compiles and times the model.
+# Fewer for a latency, because each step compiles and times the model.
 LATENCY_SEARCH_STEPS = 7
 
 
@@ -37,7 +37,7 @@ class _UnreachableError(RecipeError):
     """A target that cannot be reached.
 
     Attributes:
-        level: how far to go instead, as `Ranking.at_level` takes it.
+        level: how far to go instead, for `Ranking.at_level`.
     """
 
     def __init__(self, message: str, level: float = 1.0) -> None:
@@ -63,32 +63,33 @@ def shrink(
     timer: Timer | None = None,
     on_unsupported: Literal["error", "keep"] = "error",
 ) -> Program:
-    """Remove the channels, hidden units and heads that matter least.
+    """Removes the least important channels, hidden units and heads.
 
-    Give one of `sparsity`, `flops`, `bytes` and `latency_ms`. At least one unit of each group stays.
+    Give exactly one of `sparsity`, `flops`, `bytes` and `latency_ms`. Every group keeps at least one unit.
 
     Args:
-        program: a program with float weights, before pruning masks or quantization are of use.
+        program: a program with float weights, not yet quantized.
         sparsity: share of units to remove, in [0, 1): of each group (`scope = "local"`), or of all units together.
-        flops: the share of floating-point operations to reach, in (0, 1], as `cost` counts them.
-        bytes: the share of the weights' bytes to reach, in (0, 1].
-        latency_ms: the measured median time of one call to reach, in milliseconds.
+        flops: share of floating-point operations to keep, in (0, 1], as counted by `cost`.
+        bytes: share of the weights' bytes to keep, in (0, 1].
+        latency_ms: target for the measured median time of one call, in milliseconds.
         importance: how units are ranked; see `importance_scores`.
-        scope: `local`: every group loses the same share; `global`: all groups' normalized scores are ranked together.
-        round_to: what stays of each group is a multiple of this where the group has as many.
-        protect: regular expressions: groups whose name, or the path or `path[axis]` of a member, one matches as a
-            whole lose nothing.
+        scope: `local`: every group loses the same share; `global`: the normalized scores of all groups are ranked
+            together.
+        round_to: the number of units that a group keeps is a multiple of this, if the group has that many.
+        protect: regular expressions for groups to keep: one must match the whole name of the group, or the path or
+            `path[axis]` of a member.
         calibration: batches for `importance = "activation"` or `"taylor"`.
         loss: for `"taylor"`: `loss(weights, batch) -> scalar`.
         sizes: sizes of the symbolic dimensions at which operations are counted and calls are timed.
-        timer: what times calls; by default a new one for this process's device.
-        on_unsupported: what to do where the target cannot be reached, or a group has nothing to be ranked by: `error`,
-            or `keep`: remove all that can go, and say in the report, under `not_reached` and of the group, how far that
-            is and what stands in the way.
+        timer: times calls; by default a new one for this process's device.
+        on_unsupported: what to do if the target cannot be reached, or a group cannot be ranked: `error`, or `keep`:
+            remove what can be removed. The report then says how far that is and what prevents more (`not_reached`, and
+            the group's reason).
 
     Returns:
-        A program of the same inputs and outputs with smaller weights, equal to the program with all weights of the
-        removed units set to zero. Masks are cut likewise.
+        A program with the same inputs and outputs and smaller weights, equal to the program with all weights of the
+        removed units set to zero. Masks are sliced in the same way.
 
     Raises:
         RecipeError: if an argument is out of range or a pattern matches nothing; unless `on_unsupported` is `keep`, if
@@ -159,16 +160,16 @@ def _report(group: Group, kept: int, round_to: int) -> SiteReport:
 
 
 def rounded_to(group: Group, round_to: int) -> int:
-    """Of how many units what stays of a group is a multiple, so that positions are one of `round_to`."""
+    """The multiple of units to keep, so that the number of positions is a multiple of `round_to`."""
     return round_to // math.gcd(round_to, group.inner)
 
 
 class Ranking:
-    """Units in the order in which they go.
+    """The order in which units are removed.
 
     Attributes:
         every: all groups.
-        groups: those that may lose units.
+        groups: the groups that may lose units.
         scores: group name -> `[*steps, units]`.
     """
 
@@ -177,20 +178,20 @@ class Ranking:
         self.groups = groups.removable
         self.scores = scores
         self._round_to = round_to
-        # Each step of a scan loses as many units: what counts is the mean score of those that go at the same time.
+        # All steps of a scan lose the same number of units, so the k-th units of all steps share their mean score.
         ordered = {g.name: np.sort(scores[g.name], -1).reshape(-1, g.units).mean(0) for g in self.groups}
         weight = {g.name: math.prod(g.steps) for g in self.groups}
-        # The last unit of each group is no candidate.
+        # The best unit of each group always stays.
         pool = sorted((score, g.name) for g in self.groups for score in ordered[g.name][:-1])
         self._order = [name for _, name in pool] if scope == "global" else None
         self._weight = weight
         self._total = sum(g.units * weight[g.name] for g in self.groups)
 
     def at_sparsity(self, sparsity: float) -> dict[str, int]:
-        """Group name -> how many units stay where this share is removed.
+        """Group name -> number of units to keep when this share is removed.
 
         Raises:
-            RecipeError: if it takes more units than there are, one of each group left.
+            RecipeError: if that leaves less than one unit per group.
         """
         if self._order is None:
             return self._local(sparsity)
@@ -209,7 +210,7 @@ class Ranking:
         return self._after(self._order)
 
     def at_level(self, level: float) -> dict[str, int]:
-        """The same, for a level between 0, where all stay, and 1, where as many go as can."""
+        """The same for a level between 0 (keep all) and 1 (remove as many as possible)."""
         if self._order is None:
             return self._local(level)
         return self._after(self._order[: math.floor(level * len(self._order) + 1e-9)])
@@ -228,7 +229,7 @@ class Ranking:
         return min(group.units, max(1, math.ceil(kept / multiple)) * multiple)
 
     def keep(self, counts: Mapping[str, int]) -> Kept:
-        """Which units stay: those with the largest scores; of equal ones, the first."""
+        """Which units stay: those with the largest scores, the first in a tie."""
         kept: dict[Dimension, np.ndarray] = {}
         for group in self.groups:
             if counts[group.name] < group.units:
@@ -249,7 +250,7 @@ def _search(
     latency_ms: float | None,
     timer: Timer | None,
 ) -> dict[str, int]:
-    """The fewest units removed with which a target is reached, as far as bisection finds them."""
+    """Finds by bisection the fewest units to remove that reach a target."""
     before = cost(program, sizes)
     if (flops is not None and not before.flops) or (size is not None and not before.weights_bytes):
         what = "operations" if flops is not None else "bytes of weights"

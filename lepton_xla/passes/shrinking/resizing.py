@@ -1,4 +1,4 @@
-"""A program on smaller weights: the old function traced at the old shapes, and evaluated with every shape adapted."""
+"""Runs a program on smaller weights: traces the function at the original shapes and evaluates it with adapted ones."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from lepton_xla.trees import abstract
 
 
 def remove(program: Program, groups: Groups, kept: Kept, *, shapes_only: bool = False) -> Program:
-    """The program without the units that a mask leaves out.
+    """Removes units from a program.
 
     Args:
         program: the program.
         groups: its groups.
         kept: leaf of a group -> which of its units stay, bool `[*steps, units]`.
-        shapes_only: gives shapes and dtypes in the place of the weights.
+        shapes_only: whether to return shapes and dtypes instead of weights.
     """
     masks = masks_of(groups.study, kept)
     cut = _cut_shape if shapes_only else _cut
@@ -45,7 +45,7 @@ def remove(program: Program, groups: Groups, kept: Kept, *, shapes_only: bool = 
 
 
 def _cut(weight: Any, masks: Sequence[np.ndarray | None]) -> jax.Array:
-    """The slices of an array that stay; taken on the host, since each new shape would be compiled on a device."""
+    """Selects the slices that stay; on the host, because on a device each new shape would be compiled."""
     library: Any = jnp if isinstance(weight, Tracer) else np
     cut = weight if library is jnp else np.asarray(weight)
     for axis, mask in enumerate(masks):
@@ -63,7 +63,7 @@ def _cut(weight: Any, masks: Sequence[np.ndarray | None]) -> jax.Array:
 
 
 def _placed(cut: Any, weight: Any) -> Any:
-    """A cut weight on the devices that the whole one was on, cut up likewise where its shape allows."""
+    """Puts a smaller weight on the devices of the original, with the same sharding if its shape allows."""
     sharding = getattr(weight, "sharding", None)
     if not isinstance(sharding, NamedSharding) or not isinstance(cut, jax.Array):
         return cut
@@ -90,18 +90,18 @@ def on_smaller_weights(
     *,
     keep_outputs: bool = True,
 ) -> Callable[..., Any]:
-    """`fn(weights, *inputs)` for weights without the slices that the masks leave out.
+    """Makes `fn(weights, *inputs)` for weights without the slices that the masks remove.
 
     Args:
         fn: the function.
-        like: shapes and dtypes of the weights it was written for.
-        masks: what stays of them.
+        like: shapes and dtypes of the original weights.
+        masks: which slices of them stay.
         inputs: names of the inputs.
         keep_outputs: whether outputs must keep their shapes.
 
     Returns:
-        A function that traces `fn` at the old shapes whenever it is traced itself: pure, of any sizes of the inputs,
-        and as differentiable as `fn`.
+        A function that traces `fn` at the original shapes whenever it is traced. It is pure, accepts any input sizes,
+        and is as differentiable as `fn`.
     """
 
     def rules(closed: Any) -> dict[str, Rule]:
@@ -127,7 +127,7 @@ def on_smaller_weights(
             return _with_derivative(context, eqn, values, study.derivatives[context.key], kept)
 
         def unchanged(context: Context, eqn: Any, values: Values) -> Values:
-            return context.bind(eqn, values)  # the study has not looked inside, and protects all that goes in
+            return context.bind(eqn, values)  # the analysis treats it as opaque and protects all its inputs
 
         return {"*": adapt, "custom_jvp_call": derived, "custom_vjp_call": derived, "shard_map": unchanged}
 
@@ -137,10 +137,10 @@ def on_smaller_weights(
 def _with_derivative(
     context: Context, eqn: Any, values: Values, axes: Sequence[Axes | None], kept: Kept
 ) -> Values | None:
-    """A function with a derivative of its own, on smaller operands; the derivative is adapted as the function is.
+    """Adapts a function with a custom derivative to smaller operands, together with its derivative.
 
-    Where it cannot be, as when it depends on positions that the function itself does not, the smaller function is
-    differentiated instead.
+    If the derivative cannot be adapted, because it depends on positions that the function does not, the smaller
+    function is differentiated instead.
     """
     operands = [materialize(value) for value in values]
     before = [atom.aval for atom in (*eqn.invars, *eqn.outvars)]
@@ -199,10 +199,10 @@ def _with_derivative(
 
 
 def _first_step(mask: np.ndarray) -> np.ndarray:
-    """A mask as of the first step: what has no constants needs but the number of units."""
+    """The mask of the first step; without constants only the number of units matters."""
     return mask.reshape(-1, mask.shape[mask.ndim - 1])[0]
 
 
 def _cut_constant(constant: Any, masks: Sequence[np.ndarray | None]) -> jax.Array:
-    """A constant without the slices of removed units; where these differ by step, it is the same along that axis."""
+    """Removes slices of a constant. If steps remove different units, the constant is uniform along that axis."""
     return _cut(constant, [_first_step(mask) if mask is not None else None for mask in masks])
