@@ -29,7 +29,7 @@ def open_jaxpr(jaxpr: Jaxpr) -> tuple[Jaxpr, Sequence[Any]]:
 
 
 def is_traced(value: Any) -> bool:
-    """Whether a value is a tracer of an active trace, not an array."""
+    """Tell whether a value is a tracer of an active trace, not an array."""
     return isinstance(value, Tracer)
 
 
@@ -62,7 +62,7 @@ def equation_context(eqn: Equation) -> Generator[None, None, None]:
 
 
 def bind(eqn: Equation, values: Sequence[Any], **changes: Any) -> list[Any]:
-    """Evaluates an equation on other values, with some parameters changed; returns its outputs as a list.
+    """Evaluate an equation on other values, with some parameters changed; returns its outputs as a list.
 
     It runs in the caller's context; `equation_context` gives the equation's own.
     """
@@ -133,7 +133,7 @@ def varying(value: Any) -> frozenset[str]:
 
 
 def vary(array: jax.Array, axes: frozenset[str]) -> jax.Array:
-    """Marks an array as varying along these manual mesh axes."""
+    """Mark an array as varying along these manual mesh axes."""
     return jax.lax.pcast(array, tuple(sorted(axes)), to="varying") if axes else array
 
 
@@ -164,7 +164,7 @@ def calls_of(jaxpr: Jaxpr, names: frozenset[str]) -> list[Equation]:
 
 
 def without_debugging(jaxpr: Jaxpr) -> Jaxpr:
-    """Removes `DEBUG_CALLS`, which have no outputs, from a jaxpr at any depth."""
+    """Remove `DEBUG_CALLS`, which have no outputs, from a jaxpr at any depth."""
     inner, _ = open_jaxpr(jaxpr)
     if inner is not jaxpr:
         return jaxpr.replace(jaxpr=without_debugging(inner))

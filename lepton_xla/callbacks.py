@@ -15,7 +15,7 @@ from lepton_xla.report import PassReport
 
 
 def without_callbacks(program: Program, sizes: Mapping[str, int]) -> Program:
-    """Removes debugging calls such as `jax.debug.print` from a program, with a line in its report.
+    """Remove debugging calls such as `jax.debug.print` from a program, with a line in its report.
 
     Args:
         program: the program.

@@ -11,13 +11,15 @@ _KERNELS = {"individual_dot": "products", "individual_convolution": "convolution
 
 
 def slow_flags(text: str) -> str:
-    """Describes a flag that disables XLA:CPU's fast kernels, and its effect; empty if there is none.
+    """Describe a flag that disables XLA:CPU's fast kernels, and its effect; empty if there is none.
 
     Args:
         text: the content of `XLA_FLAGS`.
 
     >>> slow_flags("--xla_cpu_experimental_ynn_fusion_type=-individual_dot").partition(": ")[2]
-    'it disables kernels without which int8 products are many times slower' >>> slow_flags("--xla_cpu_max_isa=AVX2") ''
+    'it disables kernels without which int8 products are many times slower'
+    >>> slow_flags("--xla_cpu_max_isa=AVX2")
+    ''
     """
     given = [flag.partition("=")[2] for flag in text.split() if flag.partition("=")[0] == _YNN]
     if not given:
@@ -32,7 +34,7 @@ def slow_flags(text: str) -> str:
 
 
 def warn_of_slow_flags(log: logging.Logger, platform: str) -> None:
-    """Logs a warning if `XLA_FLAGS` has a flag that makes int8 slow on this platform."""
+    """Log a warning if `XLA_FLAGS` has a flag that makes int8 slow on this platform."""
     slow = slow_flags(os.environ.get("XLA_FLAGS", "")) if platform == "cpu" else ""
     if slow:
         log.warning("XLA_FLAGS has %s; remove it", slow)

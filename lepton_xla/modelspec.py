@@ -32,6 +32,10 @@ class ModelSpec:
         buckets: symbolic dimension -> sizes to compile for; `--buckets` on the command line overrides it.
         calibration: input dicts, or a function that returns them, for recipes that need calibration data.
         evaluate: `evaluate(predict) -> {"accuracy": 0.98, ...}`; commands print these metrics next to size and speed.
+
+    >>> spec = lx.ModelSpec({"x": lx.TensorSpec(("batch", 4), "float32")}, fn=lambda w, x: x @ w, weights=jnp.eye(4))
+    >>> print(spec.program().outputs["output"], spec.calibration_batches())
+    float32[batch, 4] None
     """
 
     inputs: Mapping[str, TensorSpec]
@@ -43,7 +47,7 @@ class ModelSpec:
     evaluate: Callable[[Predict], Mapping[str, float]] | None = None
 
     def program(self) -> Program:
-        """Makes the program.
+        """Make the program.
 
         Raises:
             ModelError: if both or neither of `fn` and `module` are given, or the model cannot be traced.
@@ -72,6 +76,10 @@ def load_spec(target: str) -> ModelSpec:
 
     Raises:
         ModelError: if the file or the name is missing, the file fails, or the name is something else.
+
+    >>> load_spec("model.py")
+    Traceback (most recent call last):
+    lepton_xla.errors.ModelError: ...
     """
     source, _, name = target.rpartition(":")
     if not source or not name:

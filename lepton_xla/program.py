@@ -138,7 +138,7 @@ class Program:
         check_masks(self.masks, self.weights)
 
     def __call__(self, weights: Weights, *inputs: Any) -> Any:
-        """Runs the model; the result has the tree structure of the user's function."""
+        """Run the model; the result has the tree structure of the user's function."""
         return self.fn(weights, *inputs)
 
     @property
@@ -170,7 +170,7 @@ class Program:
         return jax.make_jaxpr(self.fn)(abstract(self.weights), *self.abstract_inputs(sizes))
 
     def named_outputs(self, weights: Weights, *inputs: Any) -> dict[str, Any]:
-        """Runs the model and returns its outputs by name.
+        """Run the model and returns its outputs by name.
 
         >>> program = lx.trace(lambda w, x: (x, x @ w), jnp.eye(4), {"x": lx.TensorSpec(("batch", 4), "float32")})
         >>> list(program.named_outputs(program.weights, jnp.ones((1, 4))))
@@ -179,7 +179,7 @@ class Program:
         return name_leaves(self.fn(weights, *inputs), single="output")
 
     def replace(self, **changes: Any) -> Program:
-        """Returns a copy with the given fields changed.
+        """Return a copy with the given fields changed.
 
         A new `fn` drops `expansion`, which belongs to the old one. The first `history` sets `origin` to the shapes of
         the current weights.
@@ -196,7 +196,7 @@ class Program:
 
 
 def check_masks(masks: Mapping[str, Any], weights: Mapping[str, Any]) -> None:
-    """Checks that masks belong to these weights. The shape of a quantized weight differs from its mask's and is not
+    """Check that masks belong to these weights. The shape of a quantized weight differs from its mask's and is not
     checked.
 
     Raises:
@@ -218,7 +218,7 @@ def check_masks(masks: Mapping[str, Any], weights: Mapping[str, Any]) -> None:
 
 
 def as_sizes(name: str, given: Any) -> tuple[int, ...]:
-    """Converts the sizes of one dimension, such as NumPy integers, to plain integers.
+    """Convert the sizes of one dimension, such as NumPy integers, to plain integers.
 
     Raises:
         CompileError: if there are none, or one is not an integer of at least 1.
@@ -241,7 +241,7 @@ def as_sizes(name: str, given: Any) -> tuple[int, ...]:
 
 
 def trace(fn: Callable[..., Any], weights: Any, inputs: Mapping[str, TensorSpec]) -> Program:
-    """Makes a `Program` from any JAX function.
+    """Make a `Program` from any JAX function.
 
     Args:
         fn: `fn(weights, *inputs) -> outputs`, traceable by `jax.jit`. Constants that it closes over stay constants;
@@ -313,7 +313,7 @@ def _check_names(what: str, names: Iterable[Any]) -> None:
 
 
 def infer_outputs(fn: Callable[..., Any], weights: Weights, inputs: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:
-    """Infers output names and specs of `fn` by abstract evaluation at two sizes of each symbolic dimension.
+    """Infer output names and specs of `fn` by abstract evaluation at two sizes of each symbolic dimension.
 
     Raises:
         ModelError: as `trace`.
@@ -349,7 +349,7 @@ def _ranks(outputs: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, int]:
 def probe_sizes(
     fn: Callable[..., Any], weights: Weights, inputs: Mapping[str, TensorSpec]
 ) -> tuple[dict[str, int], int]:
-    """Finds distinct sizes of the symbolic dimensions at which `fn` can be traced, and the unit between them.
+    """Find distinct sizes of the symbolic dimensions at which `fn` can be traced, and the unit between them.
 
     Raises:
         ModelError: if `fn` cannot be traced at any of the tried sizes.

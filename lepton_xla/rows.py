@@ -9,7 +9,7 @@ from lepton_xla.program import TensorSpec
 
 
 def row_symbol(inputs: Mapping[str, TensorSpec]) -> str | None:
-    """Finds the row dimension: the first dimension of every input that has symbols, and no other dimension of any
+    """Find the row dimension: the first dimension of every input that has symbols, and no other dimension of any
     input.
 
     Inputs without symbols are shared by all rows. Returns None if there is no such symbol; such a model's inputs are
@@ -28,14 +28,14 @@ def row_symbol(inputs: Mapping[str, TensorSpec]) -> str | None:
 
 
 def check_rows_lead(inputs: Mapping[str, TensorSpec], outputs: Mapping[str, TensorSpec]) -> None:
-    """Checks that every output has the row dimension first, if the inputs have one.
+    """Check that every output has the row dimension first, if the inputs have one.
 
     Raises:
         CompileError: if an output does not; names it.
 
     >>> check_rows_lead({"x": TensorSpec(("batch", 4), "int8")}, {"sum": TensorSpec((4,), "int8")})
     Traceback (most recent call last):
-    lepton_xla.errors.CompileError: output 'sum' is int8[4], so it is not one result a row: it mixes the rows ...
+    lepton_xla.errors.CompileError: output 'sum' is int8[4], so it does not have one result per row along 'batch'. ...
     """
     symbol = row_symbol(inputs)
     if symbol is None:

@@ -18,7 +18,15 @@ from lepton_xla.serve import Options, Server
 AT_HAND = {"jax": jax, "jnp": jnp, "np": np, "lx": lx}
 FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 
-PUBLIC = ["lepton_xla.passes", "lepton_xla.quant", "lepton_xla.recipe"]
+PUBLIC = [
+    "lepton_xla",
+    "lepton_xla.optimization",
+    "lepton_xla.passes",
+    "lepton_xla.quant",
+    "lepton_xla.recipe",
+    "lepton_xla.train",
+    "lepton_xla.tuning",
+]
 
 
 def texts(module):
@@ -55,12 +63,14 @@ def url():
 
 @pytest.mark.parametrize("module", WITH_EXAMPLES)
 def test_examples_run(module, tmp_path, monkeypatch, request):
-    monkeypatch.chdir(tmp_path)  # examples may write files
     names = {**vars(importlib.import_module(module)), **AT_HAND}
     if module.startswith("lepton_xla.serve.client"):
         names["url"] = request.getfixturevalue("url")
     runner, said = doctest.DocTestRunner(verbose=False, optionflags=FLAGS), []
     for line, text in texts(module):
+        folder = tmp_path / str(line)  # examples may write files
+        folder.mkdir()
+        monkeypatch.chdir(folder)
         test = doctest.DocTestParser().get_doctest(text, dict(names), module, f"{module}, docstring at", line)
         runner.run(test, out=said.append)
     assert not said, "".join(said)

@@ -22,7 +22,7 @@ def from_linen(
     method: str | None = None,
     **kwargs: Any,
 ) -> Program:
-    """Makes a `Program` from a Flax Linen module and its variables.
+    """Make a `Program` from a Flax Linen module and its variables.
 
     Args:
         module: a `flax.linen.Module`.
@@ -34,6 +34,13 @@ def from_linen(
 
     Raises:
         ModelError: as `trace`.
+
+    >>> import flax.linen as nn
+    >>> module = nn.Dense(3)
+    >>> variables = module.init(jax.random.key(0), jnp.ones((1, 4)))
+    >>> program = lx.from_linen(module, variables, {"x": lx.TensorSpec(("batch", 4), "float32")})
+    >>> sorted(program.weights), str(program.outputs["output"])
+    (['params/bias', 'params/kernel'], 'float32[batch, 3]')
     """
     static = _inference_arguments(_method(module, method or "__call__"), kwargs)
 
@@ -44,7 +51,7 @@ def from_linen(
 
 
 def from_nnx(module: Any, inputs: Mapping[str, TensorSpec], *, method: str | None = None, **kwargs: Any) -> Program:
-    """Makes a `Program` from a Flax NNX module, whose state becomes the weights.
+    """Make a `Program` from a Flax NNX module, whose state becomes the weights.
 
     A copy of the module is put into inference mode (`module.eval()`); the given module is not changed. A program is
     stateless, so a module that writes state when it is called (`nnx.Cache`, a batch norm in training mode, a counter)
@@ -59,6 +66,12 @@ def from_nnx(module: Any, inputs: Mapping[str, TensorSpec], *, method: str | Non
 
     Raises:
         ModelError: as `trace`; or if a call writes state, with its name.
+
+    >>> from flax import nnx
+    >>> module = nnx.Linear(4, 3, rngs=nnx.Rngs(0))
+    >>> program = lx.from_nnx(module, {"x": lx.TensorSpec(("batch", 4), "float32")})
+    >>> sorted(program.weights), str(program.outputs["output"])
+    (['bias', 'kernel'], 'float32[batch, 3]')
     """
     from flax import nnx
 
@@ -76,7 +89,7 @@ def from_nnx(module: Any, inputs: Mapping[str, TensorSpec], *, method: str | Non
     suspects: set[str] = set()
 
     def call(weights: Any, random: Any, *args: Any) -> tuple[Any, Any, Any]:
-        """Returns the outputs and the state after the call: first the non-random, then the random part."""
+        """Return the outputs and the state after the call: first the non-random, then the random part."""
         state, streams = jax.tree.map(lambda leaf: leaf, (variables, rest))
         nnx.replace_by_pure_dict(state, weights)
         nnx.replace_by_pure_dict(streams, random)

@@ -54,7 +54,7 @@ def reason(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def without_cache() -> Generator[None, None, None]:
-    """Disables JAX's persistent compilation cache in a block.
+    """Disable JAX's persistent compilation cache in a block.
 
     Deserialized code lacks the functions that it passes to XLA's runtime, such as the comparison of a sort. It runs,
     but it does not survive a second serialization (jaxlib 0.12).
@@ -78,12 +78,12 @@ def loaded(compiled: jax.stages.Compiled) -> Loaded:
 
 
 def serialize(executable: Loaded) -> bytes:
-    """Serializes compiled code in the client's own format."""
+    """Serialize compiled code in the client's own format."""
     return bytes(executable.serialize())
 
 
 def deserialize(blob: bytes, device: Device) -> Loaded:
-    """Loads serialized code onto `device`, without compiling.
+    """Load serialized code onto `device`, without compiling.
 
     The bytes must come from a trusted source: loading them may execute code.
     """
@@ -113,7 +113,7 @@ def platform_version(device: Device) -> str:
 
 
 def putter(shape: Sequence[int], dtype: Any, device: Device) -> Callable[[np.ndarray], jax.Array]:
-    """Makes a function that puts NumPy arrays of this shape and dtype on `device`.
+    """Make a function that puts NumPy arrays of this shape and dtype on `device`.
 
     On the CPU, an array aligned to 64 bytes is not copied: the device array keeps it alive and shares its memory, so do
     not write to it while the device array is in use. A call takes a tenth of `jax.device_put`'s time.
@@ -126,7 +126,7 @@ def putter(shape: Sequence[int], dtype: Any, device: Device) -> Callable[[np.nda
 
 
 def executor(executable: Loaded) -> Callable[[list[jax.Array]], list[jax.Array]]:
-    """Makes a function that runs the executable on device arrays; it may return before the results are ready.
+    """Make a function that runs the executable on device arrays; it may return before the results are ready.
 
     The function, and reading a result, raise `ERROR` if the code fails; `failed` converts it.
     """
@@ -139,5 +139,5 @@ def executor(executable: Loaded) -> Callable[[list[jax.Array]], list[jax.Array]]
 
 
 def failed(error: BaseException, what: str = "the compiled model") -> ExecutionError:
-    """Converts an error of running code to an `ExecutionError`."""
+    """Convert an error of running code to an `ExecutionError`."""
     return ExecutionError(f"{what} failed when it was run: {reason(error)}")

@@ -43,6 +43,11 @@ class Artifact:
         programs: the portable programs.
         expand: the portable program that unpacks the stored weights, if the buckets' programs take unpacked weights;
             else None.
+
+    >>> program = lx.trace(lambda w, x: x @ w["w"], {"w": jnp.eye(4)}, {"x": lx.TensorSpec(("batch", 4), "float32")})
+    >>> artifact = lx.compile(program, {"batch": (1,)}, name="tiny")
+    >>> artifact.servable()(x=np.ones((2, 4), np.float32))["output"].shape, artifact.save("tiny.lepton").name
+    ((2, 4), 'tiny')
     """
 
     manifest: Manifest
@@ -52,7 +57,7 @@ class Artifact:
     expand: Portable | None = None
 
     def save(self, location: str | os.PathLike[str], *, overwrite: bool = False) -> Manifest:
-        """Writes the artifact, atomically.
+        """Write the artifact, atomically.
 
         Args:
             location: a local folder (by custom `NAME.lepton`), or a `gs://` or `s3://` prefix.
@@ -98,7 +103,7 @@ class Artifact:
         return manifest
 
     def servable(self) -> Servable:
-        """Makes the model ready to run in this process, without files."""
+        """Make the model ready to run in this process, without files."""
         weights = self.weights
         if EXPAND in self.executables:
             weights = run_expand(self.executables[EXPAND], weights)
@@ -117,6 +122,12 @@ class Verification:
         files: number of files checked, without the manifest.
         size_bytes: their total size.
         extra: files that the manifest does not list; they are never read.
+
+    >>> program = lx.trace(lambda w, x: x @ w["w"], {"w": jnp.eye(4)}, {"x": lx.TensorSpec(("batch", 4), "float32")})
+    >>> manifest = lx.compile(program, {"batch": (1,)}).save("tiny.lepton")
+    >>> verification = lx.verify("tiny.lepton")
+    >>> verification.files == len(manifest.files), verification.extra
+    (True, ())
     """
 
     manifest: Manifest
@@ -126,7 +137,7 @@ class Verification:
 
 
 def read_manifest(store: Store) -> Manifest:
-    """Reads the manifest of an artifact.
+    """Read the manifest of an artifact.
 
     Raises:
         ArtifactError: if it is missing, too large, or invalid.
@@ -140,10 +151,15 @@ def read_manifest(store: Store) -> Manifest:
 
 @takes(location=(str, os.PathLike))
 def verify(location: str | os.PathLike[str]) -> Verification:
-    """Checks the size and digest of every file of an artifact. Executes and deserializes nothing.
+    """Check the size and digest of every file of an artifact. Executes and deserializes nothing.
 
     Raises:
         ArtifactError: if a file is missing or damaged; names the first one.
+
+    >>> program = lx.trace(lambda w, x: x @ w["w"], {"w": jnp.eye(4)}, {"x": lx.TensorSpec(("batch", 4), "float32")})
+    >>> manifest = lx.compile(program, {"batch": (1,)}, name="tiny").save("tiny.lepton")
+    >>> lx.verify("tiny.lepton").manifest.name
+    'tiny'
     """
     return consistently(location, _verified)
 

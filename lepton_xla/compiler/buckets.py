@@ -14,10 +14,13 @@ type Ladders = dict[str, tuple[int, ...]]
 
 
 def check_ladders(symbols: Sequence[str], buckets: Mapping[str, Iterable[int]]) -> Ladders:
-    """Validates buckets and returns them in the order of `symbols`.
+    """Validate buckets and returns them in the order of `symbols`.
 
     Raises:
         CompileError: if a symbol has no sizes, sizes belong to no symbol, or sizes are not ascending and at least 1.
+
+    >>> check_ladders(["batch"], {"batch": [1, 8, 32]})
+    {'batch': (1, 8, 32)}
     """
     for name in buckets:
         if name not in symbols:
@@ -35,7 +38,11 @@ def check_ladders(symbols: Sequence[str], buckets: Mapping[str, Iterable[int]]) 
 
 
 def combinations(ladders: Mapping[str, Sequence[int]]) -> list[dict[str, int]]:
-    """All combinations of sizes, one per executable; a single empty one for a model without symbols."""
+    """All combinations of sizes, one per executable; a single empty one for a model without symbols.
+
+    >>> combinations({"batch": (1, 8), "seq": (64,)})
+    [{'batch': 1, 'seq': 64}, {'batch': 8, 'seq': 64}]
+    """
     return [dict(zip(ladders, sizes, strict=True)) for sizes in itertools.product(*ladders.values())]
 
 

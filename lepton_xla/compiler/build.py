@@ -53,7 +53,7 @@ def compile(
     tolerance: float | None = None,
     progress: Progress | None = None,
 ) -> Artifact:
-    """Compiles a program for every combination of bucket sizes, on this process's first device.
+    """Compile a program for every combination of bucket sizes, on this process's first device.
 
     Args:
         program: the model; its weights stay arguments of the compiled code.
@@ -73,6 +73,11 @@ def compile(
             callbacks (except for debugging calls, which are dropped), or rows or padding change the results of other
             rows.
         ExecutionError: if there is no device, or the compiled code fails in the check.
+
+    >>> program = lx.trace(lambda w, x: x @ w["w"], {"w": jnp.eye(4)}, {"x": lx.TensorSpec(("batch", 4), "float32")})
+    >>> manifest = lx.compile(program, {"batch": (1, 8)}, name="tiny").save("tiny.lepton")
+    >>> manifest.name, manifest.buckets
+    ('tiny', {'batch': (1, 8)})
     """
     from lepton_xla.passes.core.inventory import (
         weights_report,

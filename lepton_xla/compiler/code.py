@@ -26,7 +26,7 @@ class Code:
 
     @classmethod
     def made(cls, lowered: jax.stages.Lowered) -> Code:
-        """Compiles and serializes code.
+        """Compile and serializes code.
 
         Raises:
             Exception: any error of XLA, if it does not compile; the caller adds what was compiled.
@@ -40,7 +40,7 @@ class Code:
 
     @classmethod
     def read(cls, blob: bytes, device: _xla.Device, name: str) -> Code:
-        """Loads serialized code, without compiling.
+        """Load serialized code, without compiling.
 
         Raises:
             ArtifactError: if the bytes are not code for this device; names the bucket.

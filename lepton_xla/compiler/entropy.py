@@ -49,11 +49,18 @@ class Encoded(NamedTuple):
 
 
 def encode(words: np.ndarray, *, gaps: bool) -> Encoded:
-    """Encodes an array of words with the width and order of codes that give the fewest bytes.
+    """Encode an array of words with the width and order of codes that give the fewest bytes.
 
     Args:
         words: result of `packing.to_words`, not empty. The last two axes are a matrix.
         gaps: whether to omit the most frequent code.
+
+    >>> words = np.zeros(1000, np.uint8)
+    >>> encoded = encode(words, gaps=True)
+    >>> out = np.empty_like(words)
+    >>> decode(encoded.data, out, gaps=True)
+    >>> len(encoded.data) < 100, bool((out == words).all())
+    (True, True)
     """
     bits = _code_bits(words)
     codes, header, head, streams = _split(words, bits), bits.bit_length() - 1, b"", list[np.ndarray]()
@@ -83,7 +90,7 @@ def encode(words: np.ndarray, *, gaps: bool) -> Encoded:
 
 
 def decode(data: bytes | memoryview, out: np.ndarray, *, gaps: bool) -> None:
-    """Decodes the result of `encode` into an array of words of the same shape and dtype.
+    """Decode the result of `encode` into an array of words of the same shape and dtype.
 
     Allocates memory in proportion to `out` only, whatever the data claim.
 
@@ -113,7 +120,7 @@ def decode(data: bytes | memoryview, out: np.ndarray, *, gaps: bool) -> None:
 
 
 def estimate(words: np.ndarray) -> tuple[float, float]:
-    """Estimates the fewest bytes and symbols of either encoding, from counts alone.
+    """Estimate the fewest bytes and symbols of either encoding, from counts alone.
 
     Counts wide words with all their bits, although an eighth of a float's bits is not random.
     """
@@ -228,7 +235,7 @@ class _Reader:
             raise ArtifactError(f"{len(self._data)} bytes too many")
 
     def stream(self, size: int) -> np.ndarray:
-        """Reads a stream of this many bytes."""
+        """Read a stream of this many bytes."""
         head = self.number(4)
         coded = self.take(head >> 1)
         if not head & 1:

@@ -15,7 +15,7 @@ _NOT_HERE = frozenset({errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTT
 
 
 def exchange(first: str | os.PathLike[str], second: str | os.PathLike[str]) -> bool:
-    """Exchanges two paths atomically.
+    """Exchange two paths atomically.
 
     Returns:
         False if the system or the file system cannot; nothing has changed then.

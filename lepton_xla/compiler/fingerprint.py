@@ -24,6 +24,10 @@ class Fingerprint(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         cpu_features: short hash of the CPU's feature flags; empty on an accelerator.
         jaxlib: its version.
         xla_flags: the flags of `XLA_FLAGS` that can change the code, sorted.
+
+    >>> here = Fingerprint.of()
+    >>> here.platform, len(here.digest), here.differences(here)
+    ('cpu', 16, [])
     """
 
     platform: str

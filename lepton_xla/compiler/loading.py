@@ -46,7 +46,7 @@ def load(
     buckets: Mapping[str, Sequence[int]] | None = None,
     write_back: bool = False,
 ) -> Servable:
-    """Loads an artifact onto this process's first device.
+    """Load an artifact onto this process's first device.
 
     Checks every file against its digest before executing anything. If the artifact has compiled code for this machine
     and version, loading does not compile. Otherwise it compiles the portable program for each bucket without code, and
@@ -61,6 +61,11 @@ def load(
     Raises:
         ArtifactError: if a file is missing, damaged or foreign, or the artifact lacks a bucket; names it.
         ExecutionError: if there is no device, or the weights cannot be unpacked on it.
+
+    >>> program = lx.trace(lambda w, x: x @ w["w"], {"w": jnp.eye(4)}, {"x": lx.TensorSpec(("batch", 4), "float32")})
+    >>> manifest = lx.compile(program, {"batch": (1,)}).save("tiny.lepton")
+    >>> lx.load("tiny.lepton")(x=[[1.0, 2.0, 3.0, 4.0]])["output"]
+    array([[1., 2., 3., 4.]], dtype=float32)
     """
     return consistently(location, lambda store: _load(store, buckets, write_back=write_back))
 

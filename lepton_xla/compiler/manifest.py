@@ -171,7 +171,7 @@ class _Head(msgspec.Struct):
 
 
 def encode(manifest: Manifest) -> bytes:
-    """Encodes a manifest as indented JSON.
+    """Encode a manifest as indented JSON.
 
     Raises:
         ArtifactError: if the recipe, the plan, the reports or the metrics are not plain JSON, or the result is too
@@ -189,7 +189,7 @@ def encode(manifest: Manifest) -> bytes:
 
 
 def decode(data: bytes) -> Manifest:
-    """Decodes a manifest and checks everything that can be checked without the other files.
+    """Decode a manifest and checks everything that can be checked without the other files.
 
     Raises:
         ArtifactError: if it is invalid; names the file and the key.
@@ -223,10 +223,14 @@ def _digest(data: bytes) -> str:
 
 
 def check_name(name: str) -> str:
-    """Returns the name if it is valid for a model.
+    """Return the name if it is valid for a model.
 
     Raises:
         ArtifactError: if it is not.
+
+    >>> check_name("a/b")
+    Traceback (most recent call last):
+    lepton_xla.errors.ArtifactError: model name 'a/b': use letters, digits, '.', '_' and '-', at most 128, not '.' first
     """
     if not _NAME.fullmatch(name):
         raise ArtifactError(f"model name {name!r}: use letters, digits, '.', '_' and '-', at most 128, not '.' first")

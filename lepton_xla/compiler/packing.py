@@ -12,7 +12,11 @@ import tensorstore as ts
 
 
 def needs_packing(dtype: str) -> bool:
-    """Whether zarr lacks the dtype, or would use a whole byte for a narrower element."""
+    """Tell whether zarr lacks the dtype, or would use a whole byte for a narrower element.
+
+    >>> needs_packing("int4"), needs_packing("int8")
+    (True, False)
+    """
     if _bits(jnp.dtype(dtype)) < 8:
         return True
     try:
@@ -22,7 +26,7 @@ def needs_packing(dtype: str) -> bool:
 
 
 def pack(array: np.ndarray) -> np.ndarray:
-    """Converts an array to flat bytes; elements narrower than a byte are packed, the first in the low bits."""
+    """Convert an array to flat bytes; elements narrower than a byte are packed, the first in the low bits."""
     bits = _bits(array.dtype)
     flat = np.ascontiguousarray(array).reshape(-1)
     if bits == 8:
@@ -39,7 +43,11 @@ def pack(array: np.ndarray) -> np.ndarray:
 
 
 def packed_size(shape: Sequence[int], dtype: str) -> int:
-    """Number of bytes that `pack` gives for an array of this shape and dtype."""
+    """Number of bytes that `pack` gives for an array of this shape and dtype.
+
+    >>> packed_size((3, 5), "int4")
+    8
+    """
     return -(-math.prod(shape) // (8 // _bits(jnp.dtype(dtype))))
 
 
@@ -62,7 +70,11 @@ def unpack(packed: np.ndarray, shape: Sequence[int], dtype: str) -> np.ndarray:
 
 
 def words_of(shape: Sequence[int], dtype: str) -> tuple[tuple[int, ...], np.dtype[Any]]:
-    """Shape and dtype of `to_words` of an array of this shape and dtype."""
+    """Shape and dtype of `to_words` of an array of this shape and dtype.
+
+    >>> words_of((2, 3), "float32")
+    ((2, 3), dtype('uint32'))
+    """
     kind = jnp.dtype(dtype)
     if _bits(kind) < 8:
         return (packed_size(shape, dtype),), np.dtype(np.uint8)
@@ -72,10 +84,13 @@ def words_of(shape: Sequence[int], dtype: str) -> tuple[tuple[int, ...], np.dtyp
 
 
 def to_words(array: np.ndarray) -> np.ndarray:
-    """Converts elements to little-endian unsigned integers with the same bits, in the array's shape.
+    """Convert elements to little-endian unsigned integers with the same bits, in the array's shape.
 
     Exceptions: elements narrower than a byte become flat bytes, as from `pack`; elements of sixteen bytes become two
         words; a scalar gets one axis.
+
+    >>> to_words(np.float32([1.0])).tolist() == np.float32([1.0]).view(np.uint32).tolist()
+    True
     """
     shape, word = words_of(array.shape, array.dtype.name)
     if _bits(array.dtype) < 8:

@@ -43,7 +43,7 @@ def export_programs(
     inputs: Mapping[str, TensorSpec],
     ladders: Ladders,
 ) -> tuple[list[Portable], str]:
-    """Exports a function of flat weights and inputs.
+    """Export a function of flat weights and inputs.
 
     Returns:
         The programs, and why they are not a single symbolic program for all platforms (empty if they are).
@@ -72,7 +72,7 @@ def export_programs(
 def compile_portable(
     blob: bytes, name: str, weights: Sequence[jax.ShapeDtypeStruct], inputs: Sequence[jax.ShapeDtypeStruct]
 ) -> Code:
-    """Compiles a serialized program for one bucket on this machine.
+    """Compile a serialized program for one bucket on this machine.
 
     Raises:
         ArtifactError: if it is not such a program or does not fit this machine; names the file.

@@ -28,7 +28,7 @@ def probe(
     scale: float = 1.0,
     lowest: int = 0,
 ) -> list[np.ndarray]:
-    """Makes values for every input.
+    """Make values for every input.
 
     Args:
         inputs: the model's.

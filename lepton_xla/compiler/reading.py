@@ -32,7 +32,7 @@ _ALIGNMENT = 64
 
 
 def read_all(leaves: Sequence[WeightLeaf], files: VerifiedFiles) -> list[np.ndarray]:
-    """Reads leaves into new arrays that start on a 64-byte boundary, in parallel over files.
+    """Read leaves into new arrays that start on a 64-byte boundary, in parallel over files.
 
     Raises:
         ArtifactError: if a file is missing, damaged, or not what the manifest says; names the file, and the leaf if the
@@ -89,7 +89,7 @@ class _PackedLeaf:
         return cls(leaf, out, tuple(out[region] for region in regions))
 
     def read(self, data: memoryview, part: np.ndarray) -> None:
-        """Decodes one piece."""
+        """Decode one piece."""
         if self.leaf.encoding != "raw":
             entropy.decode(data, part, gaps=self.leaf.encoding == "gaps")
         elif len(data) != part.nbytes:
@@ -98,7 +98,7 @@ class _PackedLeaf:
             part[...] = np.frombuffer(data, part.dtype).reshape(part.shape)
 
     def finish(self) -> np.ndarray:
-        """Returns the leaf, after all pieces were read."""
+        """Return the leaf, after all pieces were read."""
         return from_words(self.out, self.leaf.shape, self.leaf.dtype)
 
 
@@ -158,7 +158,7 @@ class _ZarrLeaf:
         return list(np.ndindex(*_grid(self.out.shape, self._chunk_shape())))
 
     def read(self, index: tuple[int, ...]) -> None:
-        """Verifies and decodes one chunk."""
+        """Verify and decodes one chunk."""
         key = "/".join(("c", *map(str, index)))
         name = f"{self.leaf.folder}/{key}"
         data, chunk = self.files.read(name), self._chunk_shape()
@@ -178,7 +178,7 @@ class _ZarrLeaf:
             raise ArtifactError(f"{name} cannot be decoded: {error}") from error
 
     def finish(self) -> np.ndarray:
-        """Returns the leaf, after all chunks were read."""
+        """Return the leaf, after all chunks were read."""
         return unpack(self.out, self.leaf.shape, self.leaf.dtype) if self.leaf.packed else self.out
 
     def _chunk_shape(self) -> tuple[int, ...]:

@@ -38,7 +38,7 @@ class Runtime:
         self._runners: dict[tuple[int, ...], Runner] = {}
 
     def add(self, sizes: Mapping[str, int], executable: _xla.Loaded) -> None:
-        """Adds the executable of a bucket."""
+        """Add the executable of a bucket."""
         slots = []
         for name, spec in self._inputs.items():
             at = spec.at(sizes)
@@ -46,7 +46,7 @@ class Runtime:
         self._runners[self._key(sizes)] = functools.partial(self._execute, slots, _xla.executor(executable))
 
     def runner(self, sizes: Mapping[str, int]) -> Runner:
-        """Returns the function that runs one bucket, so that a caller can save the lookup.
+        """Return the function that runs one bucket, so that a caller can save the lookup.
 
         Raises:
             KeyError: where there is no such bucket.
@@ -54,7 +54,7 @@ class Runtime:
         return self._runners[self._key(sizes)]
 
     def run(self, sizes: Mapping[str, int], arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """Runs one bucket on arrays of exactly its shapes and dtypes, in order. Returns read-only outputs, in order.
+        """Run one bucket on arrays of exactly its shapes and dtypes, in order. Returns read-only outputs, in order.
 
         No other thread may write to the input arrays during the call.
 
@@ -87,7 +87,7 @@ class Runtime:
 
 
 def run_expand(code: Code, stored: Sequence[jax.Array]) -> list[jax.Array]:
-    """Unpacks the stored weights to those that the buckets' programs take.
+    """Unpack the stored weights to those that the buckets' programs take.
 
     Raises:
         ExecutionError: where the code fails, such as for want of memory.

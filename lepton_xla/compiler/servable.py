@@ -27,6 +27,13 @@ class Servable:
         row_symbol: the row dimension, along which batches may be joined and split; None if the model has none.
         route: `executables` if compiled code was loaded, `stablehlo` if it was compiled on loading.
         manifest: the artifact's manifest.
+
+    >>> program = lx.trace(lambda w, x: x @ w["w"], {"w": jnp.eye(4)}, {"x": lx.TensorSpec(("batch", 4), "float32")})
+    >>> servable = lx.compile(program, {"batch": (1, 8)}).servable()
+    >>> servable(x=np.ones((3, 4), np.float32))["output"].shape  # padded to 8 rows, cut to 3
+    (3, 4)
+    >>> servable.run({"batch": 1}, [np.ones((1, 4), np.float32)])[0].shape, servable.weights_bytes
+    ((1, 4), 64)
     """
 
     def __init__(self, manifest: Manifest, buckets: Ladders, runtime: Runtime, route: str) -> None:
@@ -46,7 +53,7 @@ class Servable:
         return sum(array.on_device_size_in_bytes() for array in self.runtime.weights)
 
     def run(self, sizes: Mapping[str, int], arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """Runs one bucket without padding or splitting: the fast path.
+        """Run one bucket without padding or splitting: the fast path.
 
         Args:
             sizes: the bucket, such as `{"batch": 8}`.
@@ -63,11 +70,17 @@ class Servable:
         return self.runtime.run(sizes, arrays)
 
     def runner(self, sizes: Mapping[str, int]) -> Runner:
-        """Returns `run` for one bucket, which saves the lookup: `runner(sizes)(arrays)`."""
+        """Return `run` for one bucket, which saves the lookup: `runner(sizes)(arrays)`.
+
+        >>> program = lx.trace(lambda w, x: x @ w, jnp.eye(4), {"x": lx.TensorSpec(("batch", 4), "float32")})
+        >>> run = lx.compile(program, {"batch": (1,)}).servable().runner({"batch": 1})
+        >>> run([np.ones((1, 4), np.float32)])[0].shape
+        (1, 4)
+        """
         return self.runtime.runner(sizes)
 
     def __call__(self, /, **inputs: Any) -> dict[str, np.ndarray]:
-        """Runs the model on named inputs: pads them to a bucket, splits larger batches, removes the padding.
+        """Run the model on named inputs: pads them to a bucket, splits larger batches, removes the padding.
 
         Args:
             **inputs: every input of the model: an array of its dtype, or nested lists of numbers.

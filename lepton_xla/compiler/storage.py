@@ -67,7 +67,7 @@ class Store:
         return self._look() != self._identity
 
     def read(self, name: str, *, limit: int) -> bytes:
-        """Reads a file of at most `limit` bytes.
+        """Read a file of at most `limit` bytes.
 
         Raises:
             ArtifactError: if it is missing, larger, unreadable, or not a regular file inside the folder; names it.
@@ -84,7 +84,7 @@ class Store:
         return found.value
 
     def write(self, name: str, data: bytes) -> None:
-        """Creates or replaces a file, atomically.
+        """Create or replaces a file, atomically.
 
         Raises:
             ArtifactError: if it cannot be written; names it.
@@ -112,7 +112,7 @@ class Store:
             raise ArtifactError(f"{self.location}: cannot be listed: {error}") from error
 
     def delete_all(self) -> None:
-        """Deletes all files in an object store.
+        """Delete all files in an object store.
 
         Raises:
             ArtifactError: if they cannot be deleted.
@@ -156,7 +156,7 @@ class VerifiedFiles:
         return name in self._files
 
     def read(self, name: str) -> bytes:
-        """Reads a file and verifies it.
+        """Read a file and verifies it.
 
         Raises:
             ArtifactError: if it is missing, has no record, or differs from its record; names it.
@@ -174,7 +174,7 @@ class VerifiedFiles:
 
 
 def consistently[T](location: str | os.PathLike[str], read: Callable[[Store], T]) -> T:
-    """Runs `read` on an artifact, and again if a save replaced the artifact meanwhile, so that all data is of one save.
+    """Run `read` on an artifact, and again if a save replaced the artifact meanwhile, so that all data is of one save.
 
     Raises:
         ArtifactError: as raised by `read` on an artifact that was not replaced.
@@ -215,6 +215,9 @@ def local_path(location: str | os.PathLike[str]) -> pathlib.Path | None:
 
     Raises:
         ArtifactError: if the path is impossible: it has a null byte, or text that cannot be encoded.
+
+    >>> local_path("models/tiny.lepton"), local_path("gs://bucket/tiny.lepton")
+    (PosixPath('models/tiny.lepton'), None)
     """
     text = os.fsdecode(location)
     if text.startswith("file://"):

@@ -44,7 +44,7 @@ SCRATCH = {"driver": "memory", "path": "leaf/"}
 def write_all(
     leaves: Sequence[WeightLeaf], arrays: Sequence[Any], write: Callable[[str, bytes], None]
 ) -> tuple[WeightLeaf, ...]:
-    """Writes all leaves of an artifact, each with its smallest encoding.
+    """Write all leaves of an artifact, each with its smallest encoding.
 
     Args:
         leaves: results of `describe`.
@@ -74,7 +74,7 @@ def write_all(
 
 
 def describe(path: str, index: int, array: Any) -> WeightLeaf:
-    """Makes the manifest's entry of a leaf; its folder is named after its path and a number, to be unique."""
+    """Make the manifest's entry of a leaf; its folder is named after its path and a number, to be unique."""
     dtype = jnp.dtype(array.dtype).name
     readable = re.sub(r"[^A-Za-z0-9_-]+", ".", path).strip(".")[-100:]
     return WeightLeaf(
@@ -88,7 +88,7 @@ def describe(path: str, index: int, array: Any) -> WeightLeaf:
 
 
 def encode(leaf: WeightLeaf, array: Any) -> Iterator[tuple[str, bytes]]:
-    """Encodes a leaf as a zarr array; yields `(name, content)` of its files."""
+    """Encode a leaf as a zarr array; yields `(name, content)` of its files."""
     stored = np.asarray(array)
     if leaf.packed:
         stored = pack(stored)
@@ -136,7 +136,7 @@ def plain_codecs(itemsize: int) -> list[dict[str, Any]]:
 
 
 def open_array(context: ts.Context, **options: Any) -> ts.TensorStore:
-    """Opens or creates the zarr array in a context's scratch store."""
+    """Open or creates the zarr array in a context's scratch store."""
     spec = {"driver": "zarr3", "kvstore": SCRATCH, "store_data_equal_to_fill_value": True}
     if "metadata" in options:
         spec["metadata"] = options.pop("metadata")
@@ -217,7 +217,7 @@ class _Packs:
         return piece
 
     def close(self) -> None:
-        """Writes the last, partly filled file."""
+        """Write the last, partly filled file."""
         if self._content:
             self._write(Piece(pack=self._number, start=0, size=0).file, bytes(self._content))
             self._number += 1

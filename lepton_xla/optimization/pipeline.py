@@ -84,7 +84,7 @@ def optimize(
     timer: Timer | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> Program:
-    """Makes a program small and fast.
+    """Make a program small and fast.
 
     In this order: precompute, fold, shrink, prune, equalize, rescale, round, correct, calibrate, lower, cast,
     autotune.
@@ -108,6 +108,11 @@ def optimize(
         CalibrationError: if calibration data is needed and missing, or unusable.
         CompileError: if `buckets` does not fit the program, it calls back into Python, or an output has no rows.
         ExecutionError: if XLA cannot compile or run a step of it, such as for want of memory.
+
+    >>> program = lx.trace(lambda w, x: x @ w["w"], {"w": jnp.eye(4)}, {"x": lx.TensorSpec(("batch", 4), "float32")})
+    >>> small = lx.optimize(program, lx.Recipe.load("int8"), buckets={"batch": (1, 8)})
+    >>> program.weights_bytes, small.weights_bytes, "lower" in [report.name for report in small.history]
+    (64, 32, True)
     """
     batches, timer = _as_list(calibration), timer or Timer()
     program, plan = plan_for(program, recipe, calibration=batches, buckets=buckets, timer=timer, progress=progress)
@@ -136,6 +141,12 @@ def plan_for(
 
     Raises:
         RecipeError, UnsupportedError, CalibrationError, CompileError: as `optimize`.
+
+    >>> from lepton_xla.optimization import plan_for
+    >>> program = lx.trace(lambda w, x: x @ w["w"], {"w": jnp.eye(4)}, {"x": lx.TensorSpec(("batch", 4), "float32")})
+    >>> folded, plan = plan_for(program, lx.Recipe.load("int4-weight-only"))
+    >>> plan["w"].describe()
+    'int4 weights in groups of 4, range by mse'
     """
     say = progress or (lambda _line: None)
     warn_of_slow_flags(_LOG, jax.default_backend())
@@ -175,6 +186,11 @@ def apply_plan(
 
     Raises:
         CalibrationError, UnsupportedError: as `optimize`.
+
+    >>> from lepton_xla.optimization import apply_plan, plan_for
+    >>> program = lx.trace(lambda w, x: x @ w["w"], {"w": jnp.eye(4)}, {"x": lx.TensorSpec(("batch", 4), "float32")})
+    >>> apply_plan(*plan_for(program, lx.Recipe.load("int8-weight-only"))).weights["w"].format
+    'int8'
     """
     say = progress or (lambda _line: None)
     recipe = plan.recipe

@@ -52,7 +52,7 @@ class Schedule:
 
     @staticmethod
     def of(share: Callable[[Any], Any], *, begin: int = 0, end: int | None = None, every: int = 100) -> Schedule:
-        """Makes a schedule from a function of the step, such as an optax schedule; it replaces the sparsity of all
+        """Make a schedule from a function of the step, such as an optax schedule; it replaces the sparsity of all
         rules.
 
         Raises:
@@ -68,7 +68,7 @@ class Schedule:
         return Schedule(lambda step, _final: share(step), begin, end, every, overrides=True)
 
     def due(self, step: jax.Array) -> jax.Array:
-        """Whether masks are updated at this step."""
+        """Tell whether masks are updated at this step."""
         regular = (step >= self.begin) & ((step - self.begin) % self.every == 0)
         return regular if self.end is None else (regular & (step <= self.end)) | (step == self.end)
 

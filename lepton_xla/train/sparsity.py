@@ -40,6 +40,12 @@ class SparsityState(NamedTuple):
         masks: weight path -> bool array of the weight's shape; True keeps an element.
         sparsity: path of the pruned weight, which may be a computed one -> float32 scalar: the last requested sparsity.
         inner: state of the wrapped optimizer.
+
+    >>> import optax
+    >>> optimizer = lx.train.sparsify(optax.sgd(0.1), {".*kernel": 0.5}, schedule=lx.train.one_shot(at=100))
+    >>> state = optimizer.init({"kernel": jnp.ones((2, 2))})
+    >>> int(state.step), state.masks["kernel"].tolist()
+    (0, [[True, True], [True, True]])
     """
 
     step: jax.Array
@@ -60,6 +66,10 @@ class Regrow:
 
     Raises:
         RecipeError: if the share is not in [0, 1].
+
+    >>> lx.train.Regrow(by="gradient", share=2.0)
+    Traceback (most recent call last):
+    lepton_xla.errors.RecipeError: ...
     """
 
     by: Literal["gradient", "random"] = "gradient"
@@ -83,7 +93,7 @@ def sparsify(
     masks: Mapping[str, jax.Array] | None = None,
     seed: int = 0,
 ) -> optax.GradientTransformationExtraArgs:
-    """Wraps an optimizer so that it prunes the weights it trains.
+    """Wrap an optimizer so that it prunes the weights it trains.
 
     On scheduled steps, masks are computed from the weights before the update, and apply from that update on: pruned
     elements become exactly zero, and their gradients do not reach the wrapped optimizer. Masks only grow: pruned
@@ -120,6 +130,13 @@ def sparsify(
         UnsupportedError: from `init` and `update`, if a pattern does not divide a weight.
         ModelError: from `init` and `update`, if a weight is missing, not float, not finite (where that can be checked)
             or computed from others in a way that masks cannot follow, or if masks or the state belong to other weights.
+
+    >>> import optax
+    >>> optimizer = lx.train.sparsify(optax.sgd(0.1), {".*kernel": 0.5}, schedule=lx.train.one_shot(at=0))
+    >>> weights = {"kernel": jnp.array([[1.0, -4.0], [3.0, 2.0]])}
+    >>> updates, state = optimizer.update(jax.tree.map(jnp.zeros_like, weights), optimizer.init(weights), weights)
+    >>> optax.apply_updates(weights, updates)["kernel"].tolist()
+    [[0.0, -4.0], [3.0, 0.0]]
     """
     chosen = _prune_rules(rules)
     if not isinstance(schedule, Schedule) and not callable(schedule):
@@ -314,10 +331,15 @@ def _check_state(state: Any, paths: Sequence[str], weights: Mapping[str, Any]) -
 
 
 def state_of(optimizer_state: Any) -> SparsityState:
-    """Finds the `SparsityState` in the state of an optimizer, at any depth.
+    """Find the `SparsityState` in the state of an optimizer, at any depth.
 
     Raises:
         ModelError: if there is not exactly one.
+
+    >>> import optax
+    >>> optimizer = sparsify(optax.sgd(0.1), {".*": 0.5}, schedule=Schedule.of(lambda step: 0.5))
+    >>> int(state_of((optimizer.init({"kernel": jnp.ones((2, 2))}), "another's state")).step)
+    0
     """
     leaves = jax.tree.leaves(optimizer_state, is_leaf=lambda leaf: isinstance(leaf, SparsityState))
     found = [leaf for leaf in leaves if isinstance(leaf, SparsityState)]
@@ -331,12 +353,17 @@ def masks_of(optimizer_state: Any) -> dict[str, jax.Array]:
 
     Raises:
         ModelError: if it holds no such state, or more than one.
+
+    >>> import optax
+    >>> optimizer = lx.train.sparsify(optax.sgd(0.1), {".*kernel": 0.5}, schedule=lx.train.one_shot(at=100))
+    >>> lx.train.masks_of(optimizer.init({"kernel": jnp.ones((1, 2))}))["kernel"].tolist()
+    [[True, True]]
     """
     return state_of(optimizer_state).masks
 
 
 def finalize(params: Any, optimizer_state: Any) -> tuple[Any, dict[str, jax.Array]]:
-    """Returns the trained weights with exact zeros, and masks for `Program.masks`.
+    """Return the trained weights with exact zeros, and masks for `Program.masks`.
 
     Args:
         params: the trained parameters.
@@ -347,6 +374,14 @@ def finalize(params: Any, optimizer_state: Any) -> tuple[Any, dict[str, jax.Arra
 
     Raises:
         ModelError: if a pruned weight is not finite, or masks and weights do not belong together.
+
+    >>> import optax
+    >>> masks = {"kernel": jnp.array([[True, False]])}
+    >>> optimizer = lx.train.sparsify(optax.sgd(0.1), {".*": 0.5}, schedule=lx.train.one_shot(at=100), masks=masks)
+    >>> weights = {"kernel": jnp.array([[3.0, 2.0]])}
+    >>> weights, masks = lx.train.finalize(weights, optimizer.init(weights))
+    >>> weights["kernel"].tolist(), masks["kernel"].tolist()
+    ([[3.0, 0.0]], [[True, False]])
     """
     masks = masks_of(optimizer_state)
     named = _named(params)

@@ -61,6 +61,13 @@ class SiteSensitivity:
         bytes_after: bytes as the recipe stores it.
         timings: times of the product alone, in float and quantized; empty if not timed, or if it has no quantized
             product.
+
+    >>> from lepton_xla.tuning import sensitivity
+    >>> program = lx.trace(lambda w, x: x @ w["w"], {"w": jnp.eye(4)}, {"x": lx.TensorSpec(("batch", 4), "float32")})
+    >>> calibration = [{"x": np.ones((2, 4), np.float32)}]
+    >>> (site,) = sensitivity(program, lx.Recipe.load("int8-weight-only"), calibration=calibration).sites
+    >>> site.bytes_saved, site.latency_ratio, site.to_json()["decision"]
+    (32, None, 'int8 weights')
     """
 
     sites: tuple[str, ...]
@@ -114,6 +121,13 @@ class Sensitivity:
         together: all weights quantized; the drop can be more or less than the sum of the single ones.
         kept: site -> why it stays in float although the recipe matches it.
         seconds: the time it took.
+
+    >>> from lepton_xla.tuning import sensitivity
+    >>> program = lx.trace(lambda w, x: x @ w["w"], {"w": jnp.eye(4)}, {"x": lx.TensorSpec(("batch", 4), "float32")})
+    >>> calibration = [{"x": np.ones((2, 4), np.float32)}]
+    >>> found = sensitivity(program, lx.Recipe.load("int8-weight-only"), calibration=calibration)
+    >>> found.metric, found.to_json()["recipe"]
+    ('output', 'int8-weight-only')
     """
 
     recipe: str
@@ -149,7 +163,7 @@ def sensitivity(
     sizes: Sequence[Mapping[str, int]] = (),
     progress: Progress | None = None,
 ) -> Sensitivity:
-    """Quantizes one weight at a time and measures the effect.
+    """Quantize one weight at a time and measures the effect.
 
     Pruning rules of the recipe are ignored. All sites of a weight, and all steps of a stacked weight, are quantized
     together, as the recipe would.
@@ -171,6 +185,14 @@ def sensitivity(
         RecipeError: if the recipe does not fit the program, or quantizes nothing.
         CalibrationError: if calibration data is needed and missing, or cannot be used.
         ModelError: if there is no such metric, or the float model's outputs are not finite or not floats.
+
+    >>> from lepton_xla.tuning import sensitivity
+    >>> weights = {"a": jnp.eye(2), "b": jnp.array([[1.0], [0.3]])}
+    >>> program = lx.trace(lambda w, x: x @ w["a"] @ w["b"], weights, {"x": lx.TensorSpec(("batch", 2), "float32")})
+    >>> calibration = [{"x": np.ones((2, 2), np.float32)}]
+    >>> found = sensitivity(program, lx.Recipe.load("int4-channel-weight-only"), calibration=calibration)
+    >>> [site.sites for site in found.sites]  # the weight that suffers most comes first
+    [('b',), ('a',)]
     """
     start = time.perf_counter()
     say = progress or (lambda _stage, _done, _total: None)
