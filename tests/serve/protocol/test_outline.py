@@ -149,6 +149,16 @@ def test_data_is_cut_out_and_nothing_else():
     assert outline._MARK.encode() in mark
 
 
+@pytest.mark.parametrize("unit", [b"x", b'\\"', b"\\\\"])
+def test_a_string_is_searched_for_its_end_so_far_and_no_further(unit):
+    """Each escaped quote is a step, so that these are bounded before all that is left is."""
+    most = outline._LONGEST_STRING
+    fits = b'"%b"' % (unit * ((most - 2) // len(unit)))
+    assert outline_of(fits, 1024).text == fits
+    with pytest.raises(RefusedError, match=f"no end within {most} bytes"):
+        outline_of(b'"%b"' % (unit * (most // len(unit))), 1024)
+
+
 GOOD = "[[1.0, 2.0, 3.0, 4.0]]"
 BAD = (
     "[1[, 2, 3, 4]]", "[[1, 2, 3], 4]", "[[1, 2, 3, ]4]", "[1, 2, 3, 4]]", "[1, 2, 3, 4,]", "[1, 2] [3, 4]",
