@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import msgspec
 import numpy as np
 import pytest
+from cases import pairs
 
 from lepton_xla.adapters import from_linen
 from lepton_xla.errors import CalibrationError, CompileError, ModelError, RecipeError, UnsupportedError
@@ -293,30 +294,30 @@ def with_need(need, rules=""):
 X = np.asarray(array(4, 6))
 
 
-@pytest.mark.parametrize("need", NEED_DATA)
-@pytest.mark.parametrize(
-    ("data", "message"),
-    [
-        (None, "recipe 'need' has .*needs? calibration data"),
-        ((), "calibration data is empty"),
-        (3, "calibration data is a int, not a list of batches"),
-        ("x", "calibration data is a str, not a list of batches"),
-        ({"x": X}, "calibration data is a dict, not a list of batches"),
-        (X, "calibration batch 0 is a ndarray, not a dict"),
-        ([{}], r"calibration batch 0 has inputs \[\]; the program takes \['x'\]"),
-        ([{"y": X}], r"calibration batch 0 has inputs \['y'\]"),
-        ([{"x": X, "y": X}], r"calibration batch 0 has inputs \['x', 'y'\]"),
-        ([{"x": X[0]}], r"expected float32\[batch, 6\], got float32\[6\]"),
-        ([{"x": X[:, :5]}], r"got float32\[4, 5\]"),
-        ([{"x": X.astype(np.float64)}], r"got float64\[4, 6\]"),
-        ([{"x": X > 0}], r"got bool\[4, 6\]"),
-        ([{"x": [["a"] * 6]}], r"got <U1\[1, 6\]"),
-        ([{"x": [[1.0], [1.0, 2.0]]}], "input 'x' is not an array"),
-        ([{"x": X[:0]}], "input 'x' is empty"),
-        ([{"x": X}, {"x": X * np.nan}], "calibration batch 1, input 'x' holds NaN or infinity"),
-    ],
-)
-def test_calibration_data_that_cannot_be_used(need, data, message):
+BAD_DATA = {  # what is said -> of what
+    "recipe 'need' has .*needs? calibration data": None,
+    "calibration data is empty": (),
+    "calibration data is a int, not a list of batches": 3,
+    "calibration data is a str, not a list of batches": "x",
+    "calibration data is a dict, not a list of batches": {"x": X},
+    "calibration batch 0 is a ndarray, not a dict": X,
+    r"calibration batch 0 has inputs \[\]; the program takes \['x'\]": [{}],
+    r"calibration batch 0 has inputs \['y'\]": [{"y": X}],
+    r"calibration batch 0 has inputs \['x', 'y'\]": [{"x": X, "y": X}],
+    r"expected float32\[batch, 6\], got float32\[6\]": [{"x": X[0]}],
+    r"got float32\[4, 5\]": [{"x": X[:, :5]}],
+    r"got float64\[4, 6\]": [{"x": X.astype(np.float64)}],
+    r"got bool\[4, 6\]": [{"x": X > 0}],
+    r"got <U1\[1, 6\]": [{"x": [["a"] * 6]}],
+    "input 'x' is not an array": [{"x": [[1.0], [1.0, 2.0]]}],
+    "input 'x' is empty": [{"x": X[:0]}],
+    "calibration batch 1, input 'x' holds NaN or infinity": [{"x": X}, {"x": X * np.nan}],
+}
+
+
+@pytest.mark.parametrize(("message", "need"), pairs(BAD_DATA, NEED_DATA, whole=list(BAD_DATA)[:2]))
+def test_calibration_data_that_cannot_be_used(message, need):
+    data = BAD_DATA[message]
     with pytest.raises(CalibrationError, match=message) as caught:
         optimize(dense(), with_need(need), calibration=data)
     assert "\n" not in str(caught.value)
@@ -338,16 +339,16 @@ def test_a_weight_that_is_not_finite(top, broken):
         optimize(program, recipe, calibration=[{"x": X}])
 
 
-@pytest.mark.parametrize("top", ["", *(top for top, _ in NEED_DATA.values() if top), "equalize = true"])
-@pytest.mark.parametrize(
-    "rules",
-    [
-        "",
-        "weights = 'int4'\nactivations = 'none'\ngranularity = 'group:~3'\nweight_range = 'mse'",
-        "weights = 'uint4'\nactivations = 'none'\nweight_range = 'mse'",
-        "weights = 'nf4'\nactivations = 'none'",
-    ],
-)
+TOPS = ["", *(top for top, _ in NEED_DATA.values() if top), "equalize = true"]
+RULES = [
+    "",
+    "weights = 'int4'\nactivations = 'none'\ngranularity = 'group:~3'\nweight_range = 'mse'",
+    "weights = 'uint4'\nactivations = 'none'\nweight_range = 'mse'",
+    "weights = 'nf4'\nactivations = 'none'",
+]
+
+
+@pytest.mark.parametrize(("top", "rules"), pairs(TOPS, RULES, whole=("", "rounding = 'gptq'")))
 def test_a_channel_of_zeros(top, rules):
     program = dense(up=array(6, 8).at[:, 2].set(0))
     recipe = Recipe.parse(f"measure = false\n{top}\n[[quantize]]\nsites = '.*'\n{rules}", name="zeros")

@@ -86,7 +86,7 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
             text = preset_text(str(name_or_path))
         else:
             try:
-                text = path.read_text(encoding="utf-8-sig")
+                text = path.read_text(encoding="utf-8")
             except (OSError, ValueError) as error:  # ValueError: not text, or a null byte in the name
                 raise RecipeError(
                     f"recipe {str(name_or_path)!r}: neither a preset ({', '.join(presets())}) nor a readable TOML file"

@@ -391,20 +391,14 @@ def test_shape_overflow(make_server, shape):
 
 @pytest.mark.parametrize("shape", [[-1, 4], [-1, -4], [1, -4], [-(2**63), 4], [-(2**70), -4]])
 def test_negative_dimensions(make_server, shape):
-    assert refusal(make_server(Affine()), "POST", INFER, one_input(shape=shape))
+    assert "no size" in refusal(make_server(Affine()), "POST", INFER, one_input(shape=shape))
 
 
 @pytest.mark.parametrize(
     "shape", [[1.0, 4], ["1", 4], [True, 4], [None, 4], [1.5, 4], [[1], 4], {"0": 1}, "14", 4, None, [1e30, 4]]
 )
 def test_dimensions_that_are_no_numbers(make_server, shape):
-    server = make_server(Affine())
-    status, headers, body = exchange(server, "POST", INFER, one_input(shape=shape))
-    if status == 200:  # 1.0 is a whole number in JSON
-        assert shape == [1.0, 4]
-        np.testing.assert_array_equal(read_outputs(headers, body)["y"], 2 * X + 1)
-    else:
-        assert status == 400
+    assert "shape" in refusal(make_server(Affine()), "POST", INFER, one_input(shape=shape), statuses=(400,))
 
 
 @pytest.mark.parametrize(("dtype", "values"), [
