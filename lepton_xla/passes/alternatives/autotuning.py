@@ -116,8 +116,7 @@ def autotune(
     Args:
         program: any program.
         sizes: sizes of the symbolic dimensions, such as `[{"batch": 1}, {"batch": 32}]`, at which to time.
-        timer: times
-            calls, for its target; by default a new one for this process's device.
+        timer: times calls, for its target; by default a new one for this process's device.
         progress: called with a line before each measurement.
 
     Returns:

@@ -1,1 +1,1 @@
-"""Batch norms and scales that go into the weights beside them."""
+"""Folds batch norms and scales into the preceding weights."""

@@ -1,4 +1,4 @@
-"""Chains: a product and the operations after it that scale or shift its channels, or move its axes."""
+"""Chains: a product, followed by operations that scale or shift its channels, or move its axes."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ class WeightExpression(TracedValue):
     Attributes:
         aval: its shape and dtype.
         given: the weights of this walk.
-        known: what has been computed of them in this walk.
-        path: the weight's path, for a weight and what is made of it alone.
-        layout: the operations between that weight and here.
+        known: values computed in this walk.
+        path: path of the weight, for a weight or an expression in it alone.
+        layout: the operations between that weight and this value.
         source: the equation; None for a weight.
-        output: which of the equation's outputs this is.
+        output: index among the equation's outputs.
     """
 
     crosses = False
@@ -57,7 +57,7 @@ class WeightExpression(TracedValue):
         return self.evaluate(self.given, self.known)
 
     def evaluate(self, weights: ArraysByPath, known: dict[WeightEquation, Values]) -> jax.Array:
-        """The expression's value; `known` is what is known already for these weights, and grows."""
+        """Evaluates the expression; `known` caches values for these weights."""
         if self.source is None:
             assert self.path is not None
             return weights[self.path]
@@ -73,7 +73,7 @@ class WeightExpression(TracedValue):
 
 @dataclasses.dataclass(eq=False, repr=False)
 class ScaledProduct(TracedValue):
-    """A site's product after `steps` operations that scale or shift its channels, or move axes.
+    """A site's product after `steps` operations that scale or shift its channels, or move its axes.
 
     Attributes:
         site: the site.
@@ -81,14 +81,14 @@ class ScaledProduct(TracedValue):
         weight: its weight.
         activation: its activation.
         aval: shape and dtype after these operations.
-        value: the array, computed as the program does; None where it is to be computed from the folded weight.
-        scale: the operations' scale, or None.
-        shift: the operations' shift, or None.
-        steps: how many operations.
-        axis: the axis of the channels here.
-        moves: those of the operations that move axes.
-        read: whether something that is no such operation reads this value.
-        following: the values that such operations make of this one.
+        value: the array, computed by the original program; None if it is to be computed from the folded weight.
+        scale: the product of all scales, or None.
+        shift: the combined shift, or None.
+        steps: number of operations.
+        axis: the axis of the channels in this value.
+        moves: the operations that move axes.
+        read: whether any other operation reads this value.
+        following: the values of such operations on this one.
     """
 
     crosses = False
@@ -109,14 +109,14 @@ class ScaledProduct(TracedValue):
     def materialize(self) -> jax.Array:
         if self.value is None:
             raise UnsupportedError(
-                f"site {self.site.name!r}: the program goes on from it otherwise at these sizes than at those it was "
-                f"folded at; set fold = false"
+                f"site {self.site.name!r}: at these sizes the program continues differently than at the sizes it was "
+                "folded at; set fold = false"
             )
         self.read = True
         return self.value
 
     def last(self) -> ScaledProduct:
-        """The end of the chain of operations in which no value is read twice."""
+        """The end of the chain, up to the first value that is read more than once."""
         product = self
         while not product.read and len(product.following) == 1:
             product = product.following[0]
@@ -124,7 +124,7 @@ class ScaledProduct(TracedValue):
 
 
 def track_product(eqn: Any, site: Site, values: Values, found: list[ScaledProduct]) -> ScaledProduct:
-    """The start of a chain, computed as the program does."""
+    """Starts a chain with the product of the original program."""
     activation, weight = materialize(values[0]), values[1]
     value = _compat.bind(eqn, [activation, weight.materialize()])[0]
     found.append(ScaledProduct(site, eqn, weight, activation, eqn.outvars[0].aval, value, axis_of(site, 0)))
@@ -132,7 +132,7 @@ def track_product(eqn: Any, site: Site, values: Values, found: list[ScaledProduc
 
 
 def follow_expressions(context: Context, eqn: Any, values: Values) -> Values:
-    """The outputs of an equation on weights alone, as expressions; equal equations are one."""
+    """The outputs of an equation on weights alone, as expressions; equal equations are shared."""
     first = next(value for value in values if isinstance(value, WeightExpression))
     alone = len(values) == 1 and first.path is not None
     key = identity(eqn, values)
@@ -157,7 +157,7 @@ def follow_expressions(context: Context, eqn: Any, values: Values) -> Values:
 
 
 def extended(eqn: Any, product: ScaledProduct, side: int, values: Values, literal: list[bool]) -> ScaledProduct | None:
-    """The product after one more operation that scales or shifts its channels, or None if this is none."""
+    """Extends a chain by an operation that scales or shifts channels; None if the operation does not."""
     name = eqn.primitive.name
     aval = eqn.outvars[0].aval
     scale, shift, axis, moves = product.scale, product.shift, product.axis, product.moves
@@ -205,7 +205,7 @@ def extended(eqn: Any, product: ScaledProduct, side: int, values: Values, litera
 
 
 def _moved(eqn: Any, product: ScaledProduct) -> int | None:
-    """The axis of the channels after an operation that moves axes; None where they do not stay one axis."""
+    """The axis of the channels after an operation that moves axes; None if they no longer form one axis."""
     if eqn.primitive.name == "transpose":
         return eqn.params["permutation"].index(product.axis)
     before, after = product.aval.shape, eqn.outvars[0].aval.shape
@@ -222,7 +222,7 @@ def mapped(operation: Callable[..., jax.Array], *vectors: Vector) -> Vector:
 
 
 def _channel_vector(value: Any, axis: int, literal: bool) -> Vector | None:
-    """A value that varies along one axis only, as a vector along it (or a scalar); None if it varies otherwise."""
+    """A value that varies along the given axis only, as a vector (or a scalar); else None."""
     if not isinstance(value, WeightExpression):
         return (lambda _weights: _widened(jnp.asarray(value))) if literal and jnp.ndim(value) == 0 else None
     if all(size == 1 for k, size in enumerate(value.aval.shape) if k != axis):
@@ -238,14 +238,14 @@ def _widened(vector: jax.Array) -> jax.Array:
 
 
 def axis_of(site: Site, operand: int) -> int:
-    """The axis of the output channels in a product's result (`operand` 0) or in its weight (1)."""
+    """The axis of the output channels in a product's result (`operand` 0) or weight (1)."""
     axes = channel_axes(site)
     assert axes is not None
     return axes[operand]
 
 
 def channel_axes(site: Site) -> tuple[int, int] | None:
-    """The output channel's axis in the result and in the weight operand, where there is one such axis."""
+    """The axis of the output channels in the result and in the weight operand; None if it is not a single axis."""
     numbers = site.params["dimension_numbers"]
     if site.kind == "conv_general_dilated":
         return numbers.out_spec[1], numbers.rhs_spec[0]

@@ -1,9 +1,9 @@
-"""Folds what follows a product channel by channel, above all batch norm, into the product's weight; drops double work.
+"""Folds per-channel operations after a product, such as batch norm, into its weight; removes duplicate work.
 
 `scale * (x @ W) + shift = x @ (scale * W) + shift` (Jacob et al. 2018, arXiv:1712.05877, section 3.2), where scale and
-shift depend on weights alone. It takes two walks. The first follows each product through the operations that scale and
-shift its channels, up to the first value that something else reads; the second computes that value from the folded
-weight. What to fold is settled at one set of sizes, and holds at all of them.
+shift depend on weights alone. There are two walks. The first follows each product through the operations that scale and
+shift its channels, up to the first value that another operation reads. The second computes that value from the folded
+weight. What to fold is decided at one set of sizes and holds for all.
 """
 
 from __future__ import annotations
@@ -41,22 +41,22 @@ from lepton_xla.program import Program, probe_sizes
 from lepton_xla.report import PassReport, SiteReport
 from lepton_xla.trees import abstract, leaf_bytes, tree_bytes
 
-# What the folded shift of a weight is called.
+# Name of the folded shift of a weight.
 BIAS = "bias"
 
 
 @dataclasses.dataclass(frozen=True)
 class _Fold:
-    """What one folded weight becomes.
+    """A folded weight.
 
     Attributes:
         site: the product.
         layout: operations between the stored weight and the product.
-        scale: what the weight is multiplied by.
-        shift: what is added to the product, or None.
+        scale: factor of the weight.
+        shift: added to the product, or None.
         bias: the path of the shift among the weights, or None.
-        steps: how many operations after the product are folded.
-        dtype: the dtype of the last one.
+        steps: number of folded operations after the product.
+        dtype: the dtype of the last operation.
     """
 
     site: Site
@@ -70,13 +70,14 @@ class _Fold:
 
 @takes(program=Program)
 def fold(program: Program) -> Program:
-    """Fold batch norms (any per-channel affine) into the weights before them and drop dead and repeated code.
+    """Folds batch norms (any per-channel affine) into the preceding weights; removes dead code and common
+    subexpressions.
 
-    A weight is folded where it is used at one site only, outside control flow, and nothing else reads the product.
+    A weight is folded if it is used at one site only, outside control flow, and nothing else reads the product.
 
     Returns:
-        The program, precomputed, with fewer weights and operations; a folded weight keeps its path, laid out as its
-        site takes it, and what is added after it is `path:bias`.
+        The program, precomputed, with fewer weights and operations. A folded weight keeps its path and has the layout
+        of its site; its shift is the weight `path:bias`.
 
     >>> weights = {"w": jnp.eye(4), "scale": jnp.full((1, 4), 2.0)}
     >>> fn = lambda w, x: x @ w["w"] * w["scale"]
@@ -84,7 +85,7 @@ def fold(program: Program) -> Program:
     >>> lx.passes.fold(program).weights["w"][0].tolist()
     [2.0, 0.0, 0.0, 0.0]
     """
-    program = precompute(program)  # else a weight that others are computed from would change for them too
+    program = precompute(program)  # otherwise folding would also change weights that are computed from a folded one
     start = time.perf_counter()
     found = find_sites(program)
     uses = [site.path for site in found]
@@ -107,7 +108,7 @@ def fold(program: Program) -> Program:
             continue
         weights |= made
         if path in masks:
-            # A layout may hold a conversion to a float dtype, which a mask must not keep.
+            # A layout may convert to a float dtype; the mask must stay bool.
             masks[path] = lay_out(masks[path].astype(like[path].dtype), entry.layout) != 0
         before, after = (leaf_bytes(leaf.shape, leaf.dtype) for leaf in (like[path], weights[path]))
         reports.append(SiteReport(entry.site.name, "scale and shift folded in", "", before, after))
@@ -128,7 +129,7 @@ def fold(program: Program) -> Program:
 
 
 def _taken(like: ArraysByPath, gone: Sequence[str], folds: Mapping[str, _Fold]) -> dict[str, str]:
-    """Into what the weights that are gone were folded; the others of them are read by nothing."""
+    """For each removed weight that was folded: what it was folded into. The other removed weights are unused."""
     into: dict[str, list[str]] = {path: [] for path in gone}
     names = [name for name in sorted(like) for _ in jax.tree.leaves(like[name])]
     for path, entry in folds.items():
@@ -157,7 +158,7 @@ def _path(site: Site) -> str:
 
 
 def _folded(end: ScaledProduct, taken: set[str]) -> _Fold | None:
-    """What the product's weight becomes, its bias named as nothing that is taken; None where nothing scales it."""
+    """Makes the fold of a chain, with an unused name for its bias; None if nothing scales or shifts the product."""
     if end.scale is None:
         return None
     bias = None
@@ -168,7 +169,7 @@ def _folded(end: ScaledProduct, taken: set[str]) -> _Fold | None:
 
 
 def _made(weights: ArraysByPath, entry: _Fold) -> dict[str, jax.Array]:
-    """The weight with its scale folded in, multiplied in float32 or wider, and its bias; empty if these lose something.
+    """Computes the folded weight, in float32 or wider, and its bias; empty if the result would lose precision.
 
     A narrow dtype may overflow, or lose a channel that falls below its normal numbers.
     """
@@ -186,7 +187,7 @@ def _made(weights: ArraysByPath, entry: _Fold) -> dict[str, jax.Array]:
 
 
 def _along(vector: jax.Array, axis: int, ndim: int) -> jax.Array:
-    """The vector, or scalar, as an array of the given rank that varies along one axis."""
+    """Reshapes a vector, or scalar, to an array of the given rank that varies along one axis."""
     return jnp.reshape(vector, [-1 if k == axis else 1 for k in range(ndim)])
 
 
@@ -198,7 +199,7 @@ def _walk(
     found: list[ScaledProduct] | None = None,
     folds: Mapping[str, _Fold] | None = None,
 ) -> Callable[..., Any]:
-    """`fn` with its foldable products noted in `found`, or those of `folds` computed from folded weights."""
+    """Makes `fn` record its foldable products in `found`, or compute those of `folds` from folded weights."""
 
     def rule(context: Context, eqn: Any, values: Values) -> Values | None:
         if eqn.effects or _compat.inner_jaxprs(eqn):
@@ -245,7 +246,7 @@ def _walk(
 
 
 def _finish(entry: _Fold, product: ScaledProduct) -> jax.Array:
-    """The end of a chain, computed from the folded weight."""
+    """Computes the end of a chain from the folded weight."""
     given = product.weight.given
     out = _compat.bind(product.eqn, [product.activation, given[_path(entry.site)]])[0]
     if entry.bias is not None:

@@ -1,4 +1,4 @@
-"""Work that is done twice or for nothing: common subexpressions, dead weights."""
+"""Removes duplicate and unused work: common subexpressions and dead weights."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from lepton_xla.trees import abstract
 
 
 def evaluate_once(context: Context, eqn: Any, values: Values) -> Values:
-    """Evaluates an equation, or gives what the same one on the same operands gave before (common subexpressions)."""
+    """Evaluates an equation, or reuses the result of the same equation on the same operands."""
     operands = [materialize(value) for value in values]
-    # A body of control flow may be traced several times, and a value of one trace must not reach another.
+    # Bodies of control flow may be traced several times, and values of one trace must not leak into another.
     key = identity(eqn, operands) if not context.container else None
     if key is None:
         return _compat.bind(eqn, operands)
     seen: dict[Any, tuple[Values, Values]] = context.walk.notes.setdefault("seen", {})
     if key not in seen:
-        seen[key] = operands, _compat.bind(eqn, operands)  # the operands are held so that their ids stay theirs
+        seen[key] = operands, _compat.bind(eqn, operands)  # keep the operands alive, so that their ids are not reused
     return list(seen[key][1])
 
 
 def identity(eqn: Any, operands: Values) -> tuple[Any, ...] | None:
-    """Equal for two equations that compute the same; None where that cannot be told."""
+    """A key that is equal for equations that compute the same; None if that cannot be determined."""
     values = tuple(
         (str(value), str(atom.aval)) if isinstance(atom, _compat.LITERAL) else id(value)
         for atom, value in zip(eqn.invars, operands, strict=True)
@@ -37,7 +37,7 @@ def identity(eqn: Any, operands: Values) -> tuple[Any, ...] | None:
         hash(key)
     except TypeError:
         return None
-    # What takes no operands is cheap, and may be large.
+    # Do not share equations without operands: they are cheap, and their results may be large.
     return key if any(isinstance(part, int) for part in values) else None
 
 
@@ -47,14 +47,14 @@ def used_weights(
     """Names of the weights that the function reads."""
     jaxpr, _ = _compat.open_jaxpr(jax.make_jaxpr(fn)(abstract(weights), *program.abstract_inputs(sizes)))
     _, read = _compat.live(jaxpr)
-    # The variables of the weights come first, in the order in which JAX flattens a dict: by key.
+    # The weights' variables come first, in the order in which JAX flattens a dict: by key.
     names = [name for name in sorted(weights) for _ in jax.tree.leaves(weights[name])]
     kept = {name for name, var in zip(names, jaxpr.invars, strict=False) if var in read}
-    # What is not a plain array was made by an earlier pass, whose function expects to find it.
+    # Keep leaves that are no plain arrays: an earlier pass made them, and its function expects them.
     return kept | {name for name, leaf in weights.items() if not isinstance(leaf, jax.Array)}
 
 
 def count_equations(jaxpr: Any) -> int:
-    """Equations of a jaxpr and of those inside it."""
+    """Number of equations of a jaxpr, nested ones included."""
     jaxpr, _ = _compat.open_jaxpr(jaxpr)
     return sum(1 + sum(map(count_equations, _compat.inner_jaxprs(eqn))) for eqn in jaxpr.eqns)

@@ -1,1 +1,1 @@
-"""Factors moved between weights and activations so that both round better: equalization, SmoothQuant, AWQ."""
+"""Moves factors between weights and activations to reduce rounding errors: equalization, SmoothQuant, AWQ."""

@@ -1,7 +1,8 @@
-"""AWQ: scales up the weights of the input channels that matter, so that rounding the weights hurts the outputs least.
+"""AWQ: scales up the weights of important input channels, so that rounding them changes the outputs less.
 
-Lin et al. 2023, arXiv:2306.00978. Channel j of the weight is multiplied by `s_j = mean|x_j|^a`, its activation divided;
-`a` is searched on a grid from 0 (nothing) to 1, by the error of the outputs with the weights rounded as planned.
+Lin et al. 2023, arXiv:2306.00978. Channel j of the weight is multiplied by `s_j = mean|x_j|^a`, and its activation
+divided by it. `a` is searched on a grid from 0 (no change) to 1, by the error of the outputs with weights rounded as
+planned.
 """
 
 from __future__ import annotations
@@ -48,14 +49,15 @@ from lepton_xla.report import PassReport, SiteReport
 
 
 def awq_factor(mean_abs: jax.Array, exponent: float | jax.Array) -> jax.Array:
-    """What weights are multiplied by: `mean|x|^exponent`, brought to a geometric middle of 1 over each step's range.
+    """The factor of the weights: `mean|x|^exponent`, normalized so that the geometric mean of each step's extremes is
+    1.
 
     Args:
         mean_abs: mean magnitude of each input channel, `[..., channels]`.
         exponent: in [0, 1].
 
     Returns:
-        Positive and finite; 1 for a channel that is always zero.
+        Positive and finite; 1 for channels that are always zero.
     """
     alive = mean_abs > 0
     factor = jnp.where(alive, mean_abs, jnp.ones_like(mean_abs)) ** exponent
@@ -73,18 +75,18 @@ def awq(
     points: int = 20,
     multiply: bool = True,
 ) -> Program:
-    """Scale the input channels of planned products by what their rounded weights do best with.
+    """Scales the input channels of planned products so that their rounded weights change the outputs least.
 
-    The float function stays as it is. As in `smooth`, products that share an activation share its factor, which goes
-    into the weights before them where it can. Where no exponent beats 0 nothing is changed.
+    The float function is unchanged. As in `smooth`, products that share an activation share its factor, which is folded
+    into preceding weights where possible. A group for which no exponent beats 0 is not changed.
 
     Args:
         program: the float program that the plan was made for.
-        plan: which products, and how their weights are rounded.
+        plan: the products, and how their weights are rounded.
         batches: input dicts, such as `{"image": array}`; at least one.
-        points: how many exponents are tried beside 0.
-        multiply: whether an activation may be multiplied where no weight before it takes the factor up; if not, its
-            products are left as they are.
+        points: number of exponents to try besides 0.
+        multiply: whether to multiply an activation if no preceding weight can absorb the factor; otherwise its products
+            are left unchanged.
 
     Raises:
         RecipeError: if `points` is not positive, or groups do not divide a weight.
@@ -130,7 +132,7 @@ def awq(
 
 
 def _search(planned: list[Planned], found: Statistics, points: int) -> tuple[float, jax.Array, tuple[float, float]]:
-    """The exponent that errs least over all products of a group, its factor, and relative errors at 0 and there."""
+    """The exponent with the least error over a group's products, its factor, and the relative errors at 0 and there."""
     assert found.gram is not None
     kinds = tuple((Alike(each.site), each.rule) for each in planned)
     stored = [each.stored for each in planned]
@@ -150,7 +152,7 @@ type _Kinds = tuple[tuple[Alike, QuantizeRule], ...]
 def _error(
     exponent: jax.Array, stored: list[jax.Array], gram: jax.Array, mean_abs: jax.Array, kinds: _Kinds
 ) -> tuple[jax.Array, jax.Array]:
-    """The squared error of a group's outputs at an exponent, and the factor there."""
+    """The squared error of a group's outputs at an exponent, and the factor."""
     factor = awq_factor(channel_vector(kinds[0][0].site, mean_abs, jnp.mean), exponent)
     errors = [
         rounded_error(like.site, rule, exact_matrices(weight, like), gram, factor)
@@ -169,7 +171,7 @@ def _outputs(stored: list[jax.Array], gram: jax.Array, kinds: _Kinds) -> jax.Arr
 
 
 def rounded_error(site: Site, rule: QuantizeRule, exact: jax.Array, gram: jax.Array, factor: jax.Array) -> jax.Array:
-    """`||X (W - Q(s W) / s)||^2` over the rows of `X`, with the grid that covers the scaled weight."""
+    """`||X (W - Q(s W) / s)||^2`, where Q uses the grid of the scaled weight."""
     rows = matrix_rows(site, factor)
     scaled = exact * rows
     rounded = nearest(scaled, grid_matrices(site, whole_grid(site, rule, scaled)), FORMATS[rule.weights])

@@ -1,8 +1,8 @@
-"""Cross-layer equalization: makes the channels between two products equally large in the weights of both.
+"""Cross-layer equalization: gives the channels between two products equal ranges in both weights.
 
-Nagel et al. 2019, arXiv:1906.04721, section 4.1. Where only a positively homogeneous function such as relu stands
-between two products, channel i of the first weight is divided by `s_i` and of the second multiplied by it, with
-`s_i = sqrt(r1_i / r2_i)` for the ranges `r` of both: then both are `sqrt(r1_i r2_i)`. No data is needed.
+Nagel et al. 2019, arXiv:1906.04721, section 4.1. If only positively homogeneous functions, such as relu, are between
+two products, channel i of the first weight is divided by `s_i = sqrt(r1_i / r2_i)`, and that of the second multiplied
+by it, where `r1`, `r2` are the ranges of both. Then both ranges are `sqrt(r1_i r2_i)`. Needs no data.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ from lepton_xla.report import PassReport, SiteReport
 
 @takes(program=Program, plan=Plan)
 def equalize(program: Program, plan: Plan, *, rounds: int = 20, tolerance: float = 1e-3) -> Program:
-    """Equalize every pair of products that the plan quantizes the second of; the float function stays as it is.
+    """Equalizes every pair of products of which the plan quantizes the second; the float function is unchanged.
 
-    Pairs are found by following data, in a stack of layers within each step. Each changes the ranges that the next one
-    sees, so all are gone over until nothing moves.
+    Pairs are found by data flow, in stacked layers within each step. Equalizing a pair changes the ranges of the next
+    one, so all pairs are repeated until the factors converge.
 
     Args:
         program: the float program that the plan was made for.
-        plan: which products: those that it quantizes.
-        rounds: how often all pairs are gone over at most.
-        tolerance: a round whose factors are all this near to 1 is the last.
+        plan: the products to equalize are those that it quantizes.
+        rounds: maximum number of rounds over all pairs.
+        tolerance: stop after a round whose factors all differ from 1 by at most this.
 
     Raises:
         RecipeError: if `rounds` is not positive.
@@ -84,7 +84,7 @@ def equalize(program: Program, plan: Plan, *, rounds: int = 20, tolerance: float
 
 @jax.jit
 def pair_factor(first: jax.Array, second: jax.Array) -> jax.Array:
-    """What channels of the first weight are divided by: `sqrt(first / second)`, 1 where either range is zero."""
+    """The divisor of the first weight's channels: `sqrt(first / second)`, or 1 if either range is zero."""
     alive = (first > 0) & (second > 0)
     one = jnp.ones_like(first)
     ratio = jnp.where(alive, first, one) / jnp.where(alive, second, one)
@@ -92,6 +92,6 @@ def pair_factor(first: jax.Array, second: jax.Array) -> jax.Array:
 
 
 def _product_before(group: FactorGroup) -> Absorber | None:
-    """The one product among what takes a group's factor up, if there is one."""
+    """The only product among a group's absorbers, if there is exactly one."""
     found = [absorber for absorber in group.absorbers if absorber.axis is not None]
     return found[0] if len(found) == 1 else None

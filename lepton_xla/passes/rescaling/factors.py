@@ -1,8 +1,8 @@
-"""Factors that the weights they go into can hold.
+"""Limits factors to what the weights that absorb them can represent.
 
-A factor is multiplied into weights of some dtype and rounded there. It must push nothing over the largest number of
-that dtype, nor a whole channel below its normal numbers. On floats of fewer than 32 bits it is a power of two, which
-rounds nothing: a bfloat16 weight has eight bits, and two roundings of them are worse than one.
+A factor is multiplied into weights of some dtype and rounded there. It must not overflow that dtype, nor push a whole
+channel below its normal numbers. In floats of fewer than 32 bits it is a power of two, which rounds nothing: a bfloat16
+weight has only eight bits, and a second rounding would add error.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from lepton_xla.passes.core.sites import LayoutOp, Site
 
 @dataclasses.dataclass(frozen=True)
 class FactorGroup:
-    """Products that share an activation, and so its factors.
+    """Products that share an activation, and therefore its factors.
 
     Attributes:
-        sites: the products; each of their weights takes the factor up.
-        absorbers: weights that take its inverse up; empty where the activation is multiplied instead.
-        reason: why it is multiplied; empty where it is not.
+        sites: the products; their weights are multiplied by the factor.
+        absorbers: preceding weights that are divided by it; empty if the activation is multiplied instead.
+        reason: why the activation is multiplied; empty if it is not.
     """
 
     sites: tuple[Site, ...]
@@ -38,22 +38,22 @@ class FactorGroup:
 
 
 def usable(factor: jax.Array, *, limit: float = 1e4) -> jax.Array:
-    """A factor without what cannot be divided by: 1 for what is not finite or not positive, within limits."""
+    """Makes a factor safe to divide by: 1 where it is not finite or not positive, clipped to limits."""
     safe = jnp.where(jnp.isfinite(factor) & (factor > 0), factor, jnp.ones_like(factor))
     return jnp.clip(safe, 1 / limit, limit)
 
 
 def fitted(weights: Mapping[str, Any], sites: Mapping[str, Site], group: FactorGroup, factor: jax.Array) -> jax.Array:
-    """The factor nearest to this one that all weights of a group hold.
+    """The nearest factor that all weights of a group can represent.
 
     Args:
         weights: all weights, by path.
         sites: all products, by name.
-        group: the group; its products are multiplied by the factor, what stands before them is divided by it.
+        group: the group; its products are multiplied by the factor, its absorbers divided by it.
         factor: `[*steps, channels]`, positive.
 
     Returns:
-        Likewise; a power of two where a weight, or the activation between, has fewer bits than float32.
+        `[*steps, channels]`; powers of two if a weight, or the activation between, has fewer bits than float32.
     """
     before = tuple((None if a.axis is None else Alike(sites[a.site]), a.axis) for a in group.absorbers)
     return _fitted(
@@ -87,11 +87,11 @@ def _fitted(
         else:
             dtypes = _dtypes(like.site, weight)
             largest = _column_absmax(weight, like, axis)
-        # What is divided by the factor holds the inverse of each bound.
+        # Absorbers are divided by the factor, so their bounds are inverted.
         low = jnp.maximum(low, 1 / _most(largest, dtypes))
         high = jnp.minimum(high, 1 / _least(largest, dtypes))
         narrow = narrow or any(map(_is_narrow, dtypes))
-    # A channel that is out of bounds already stays as it is.
+    # A channel that is out of bounds already is not changed.
     low, high = jnp.minimum(low, 1), jnp.maximum(high, 1)
     if not narrow:
         return jnp.clip(factor, low, high)
@@ -99,7 +99,7 @@ def _fitted(
 
 
 def row_absmax(site: Site, stored: jax.Array) -> jax.Array:
-    """The largest magnitude that each input channel of a product meets in its weight: `[*steps, channels]`."""
+    """Largest magnitude of the weight for each input channel of a product: `[*steps, channels]`."""
     return _row_absmax(stored, Alike(site))
 
 
@@ -111,7 +111,7 @@ def _row_absmax(stored: jax.Array, like: Alike) -> jax.Array:
 
 
 def column_absmax(site: Site, absorber: Absorber, stored: jax.Array) -> jax.Array:
-    """The largest magnitude of each output channel along the absorber's axis: `[*steps, channels]`."""
+    """Largest magnitude of each output channel along the absorber's axis: `[*steps, channels]`."""
     assert absorber.axis is not None
     return _column_absmax(stored, Alike(site), absorber.axis)
 
@@ -128,13 +128,13 @@ def _column_absmax(stored: jax.Array, like: Alike, axis: int) -> jax.Array:
 
 
 def multiplied(array: jax.Array, factor: jax.Array) -> jax.Array:
-    """An array times a factor, multiplied in float32 or wider, in the array's own dtype."""
+    """Multiplies an array by a factor, in float32 or wider; returns the array's dtype."""
     wide = wider(array.dtype)
     return (array.astype(wide) * factor.astype(wide)).astype(array.dtype)
 
 
 def _dtypes(site: Site, stored: Any) -> list[Any]:
-    """The dtypes that a weight has from where it is stored to its product."""
+    """The dtypes of a weight on its way from storage to its product."""
     return [stored.dtype, *(op.eqn.outvars[op.output].aval.dtype for op in site.layout if isinstance(op, LayoutOp))]
 
 
@@ -143,7 +143,7 @@ def _is_narrow(dtype: Any) -> bool:
 
 
 def _most(largest: jax.Array, dtypes: Sequence[Any]) -> jax.Array:
-    """What a channel of this magnitude can be multiplied by; half of the largest number is left for rounding."""
+    """The largest factor for a channel of this magnitude; leaves half of the largest number for rounding."""
     top = min(float(jnp.finfo(dtype).max) for dtype in dtypes) / 2
     return jnp.where(largest > 0, top / largest, jnp.inf)
 

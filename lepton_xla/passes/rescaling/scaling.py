@@ -1,7 +1,7 @@
-"""Factors on the input channels of products that leave what a program computes as it is: `(x / s) @ (s * W) = x @ W`.
+"""Function-preserving factors on the input channels of products: `(x / s) @ (s * W) = x @ W`.
 
-What SmoothQuant, AWQ and cross-layer equalization share. The weight takes `s` up; `1 / s` goes into the weights before
-it where `flow` finds a way, and else into one multiplication of the activation at the product.
+SmoothQuant, AWQ and cross-layer equalization share this module. The weight is multiplied by `s`. `1 / s` is folded into
+preceding weights if `flow` finds a way, else the activation is multiplied at the product.
 """
 
 from __future__ import annotations
@@ -29,24 +29,24 @@ from lepton_xla.trees import abstract
 if TYPE_CHECKING:
     from lepton_xla.passes.core.plans import Plan
 
-# What an activation is multiplied by is called this, among the weights and beside them.
+# Name of the factor of an activation, among the weights and as a side input.
 FACTOR = "input_factor"
 
 
 def channels(site: Site) -> int:
-    """How many input channels a product has: what is summed over, of all batches; a window's positions share one."""
+    """Number of input channels of a product, over all batches; the positions of a window share a channel."""
     batch, depth, _ = matrix.matrix_shape(site)
     return batch * depth // matrix.window_size(site)
 
 
 def channel_vector(site: Site, columns: jax.Array, reduce: Callable[..., jax.Array]) -> jax.Array:
-    """What `[*steps, B, K]` says of each input channel, `[*steps, channels]`."""
+    """Reduces `[*steps, B, K]` to input channels, `[*steps, channels]`."""
     reduced = matrix.input_channels(site, columns, reduce)
     return jnp.reshape(reduced, (*reduced.shape[:-2], -1))
 
 
 def matrix_rows(site: Site, vector: jax.Array) -> jax.Array:
-    """A vector of channels `[*steps, channels]` for the rows of weight matrices: `[*steps, B, K, 1]`."""
+    """Expands channels `[*steps, channels]` to the rows of weight matrices, `[*steps, B, K, 1]`."""
     batch, depth, _ = matrix.matrix_shape(site)
     window, lead = matrix.window_size(site), vector.shape[:-1]
     parts = jnp.reshape(vector, (*lead, batch, 1, -1))
@@ -55,13 +55,13 @@ def matrix_rows(site: Site, vector: jax.Array) -> jax.Array:
 
 
 def scale_groups(program: Program, plan: Plan) -> tuple[list[FactorGroup], dict[str, str]]:
-    """The planned products in groups that share an activation, in the order of execution.
+    """Groups the planned products by the activation that they share, in the order of execution.
 
-    A product that the plan leaves alone is in a group with planned ones whose activation it shares, if that is what it
-    takes for the weights before them to take the factor up.
+    A product that is not planned joins a group with which it shares the activation, if the preceding weights can absorb
+    the factor only then.
 
     Returns:
-        The groups, and the name of each planned product that can have no factor, and why.
+        The groups; and the names of the planned products that cannot have a factor, with the reasons.
     """
     flow = Flow(program)
     planned = {entry.site.name for entry in plan.sites if entry.quantize is not None and entry.site.path is not None}
@@ -89,11 +89,11 @@ def scale_groups(program: Program, plan: Plan) -> tuple[list[FactorGroup], dict[
 
 
 def _grouped(flow: Flow, root: tuple[Any, int], members: Sequence[Site], planned: set[str]) -> list[FactorGroup]:
-    """The products on one activation: one group, whose factor goes before them if it can."""
+    """Groups the products on one activation; preceding weights absorb the factor if possible."""
     var, axis = root
     places = [flow.places[site.name] for site in members]
     own = tuple(site for site in members if site.name in planned)
-    if len({place.source.steps for place in places}) > 1:  # a factor a step for some, one for all for others
+    if len({place.source.steps for place in places}) > 1:  # some need one factor per step, others one for all steps
         return [
             FactorGroup((site,), (), "its activation also meets a weight that is stacked otherwise") for site in own
         ]
@@ -105,14 +105,14 @@ def _grouped(flow: Flow, root: tuple[Any, int], members: Sequence[Site], planned
 
 
 def _only_read_by(flow: Flow, places: Sequence[Place], var: Any) -> None:
-    """Raises `NotAbsorbedError` where something but these products reads a variable."""
+    """Raises `NotAbsorbedError` if anything but these products reads a variable."""
     mine = {id(place.eqn) for place in places}
     if any(eqn is None or id(eqn) not in mine for eqn in flow.readers(places[0].body, var)):
         raise NotAbsorbedError("its activation is also read elsewhere")
 
 
 def _unscalable(flow: Flow, site: Site) -> str:
-    """Why no factor can be put on a product's inputs; empty if one can."""
+    """Why a product's inputs cannot have a factor; empty if they can."""
     if site.kind not in ("dot_general", "conv_general_dilated"):
         return f"a {site.kind} sums over no inputs"
     if site.kind == "conv_general_dilated" and (site.weight_operand != 1 or site.params["batch_group_count"] != 1):
@@ -131,19 +131,19 @@ def _unscalable(flow: Flow, site: Site) -> str:
 
 
 def weight_absmax(weights: Mapping[str, Any], group: FactorGroup) -> jax.Array:
-    """The largest magnitude that each input channel of a group meets in its weights: `[*steps, channels]`."""
+    """Largest magnitude of the weights for each input channel of a group: `[*steps, channels]`."""
     found = [np.asarray(row_absmax(site, weights[str(site.path)])) for site in group.sites]
     return jnp.asarray(np.max(found, axis=0))
 
 
 def scaled_weights(weights: Mapping[str, Any], sites: Mapping[str, Site], group: FactorGroup, factor: jax.Array) -> Any:
-    """The weights with a group's factor in its products and, where it can, the inverse before them.
+    """Multiplies a group's weights by its factor, and divides its absorbers by it.
 
     Args:
         weights: all weights, by path.
         sites: all products, by name.
         group: the group.
-        factor: `[*steps, channels]`, as `fitted` gives it.
+        factor: `[*steps, channels]`, a result of `fitted`.
     """
     changed = dict(weights)
     for site in group.sites:
@@ -156,14 +156,14 @@ def scaled_weights(weights: Mapping[str, Any], sites: Mapping[str, Site], group:
 
 @functools.partial(jax.jit, static_argnames="like")
 def _multiplied(stored: jax.Array, factor: jax.Array, like: Alike) -> jax.Array:
-    """A product's weight, its input channels multiplied."""
+    """Multiplies the input channels of a product's weight."""
     scaled = multiplied(matrix.stored_matrix(like.site, stored), matrix_rows(like.site, factor))
     return matrix.stored_weight(like.site, scaled, stored)
 
 
 @functools.partial(jax.jit, static_argnames=("like", "axis"))
 def _divided(stored: jax.Array, factor: jax.Array, like: Alike | None, axis: int | None) -> jax.Array:
-    """A weight before the product, divided: a vector, or along an axis of another product's weight operand."""
+    """Divides an absorber: a vector, or another product's weight along an axis of its operand."""
     if like is None or axis is None:
         return multiplied(stored, 1 / jnp.reshape(factor, stored.shape))
     site = like.site
@@ -177,13 +177,13 @@ def _divided(stored: jax.Array, factor: jax.Array, like: Alike | None, axis: int
 
 
 def multiply_inputs(program: Program, factors: Sequence[tuple[FactorGroup, jax.Array]]) -> Program:
-    """Multiplies the activations of some products, each by a vector that becomes a weight of the program.
+    """Multiplies the activations of products by vectors, which become weights of the program.
 
-    Products on one activation share one vector, so that a compiler sees that they multiply, and round, the same thing.
+    Products on one activation share one vector, so that the compiler can share the multiplication and the rounding.
 
     Args:
         program: the program.
-        factors: groups, and what their input channels are multiplied by, `[*steps, channels]`.
+        factors: groups and the factors of their input channels, `[*steps, channels]`.
     """
     if not factors:
         return program
@@ -200,7 +200,7 @@ def multiply_inputs(program: Program, factors: Sequence[tuple[FactorGroup, jax.A
         if site.name not in stored or site.weight_operand is None:
             return None
         weight, activation = values[site.weight_operand], materialize(values[1 - site.weight_operand])
-        # Rounding reads the product twice; without the barrier, XLA:CPU computes all that is before it twice as well.
+        # Rounding reads the result twice; without the barrier, XLA:CPU would also compute everything before it twice.
         computed: dict[int, tuple[Any, jax.Array]] = context.walk.notes.setdefault("computed", {})
         if id(activation) not in computed:
             computed[id(activation)] = activation, lax.optimization_barrier(activation)
@@ -220,7 +220,7 @@ def multiply_inputs(program: Program, factors: Sequence[tuple[FactorGroup, jax.A
 
 
 def _along_channels(site: Site, vector: jax.Array) -> jax.Array:
-    """A vector of input channels, as it is broadcast to the activation operand."""
+    """Reshapes a vector of input channels for broadcasting to the activation operand."""
     assert site.weight_operand is not None
     side = 1 - site.weight_operand
     shape = site.operands[side].shape

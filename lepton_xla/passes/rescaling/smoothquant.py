@@ -1,4 +1,4 @@
-"""SmoothQuant: moves outliers from activations to weights, channel by channel, so that both are quantized well.
+"""SmoothQuant: moves outliers from activations to weights, channel by channel, so that both quantize well.
 
 Xiao et al. 2022, arXiv:2211.10438. Input channel j of a product is divided by `s_j = max|x_j|^a / max|w_j|^(1 - a)` and
 the weight's row j is multiplied by it.
@@ -40,15 +40,15 @@ WORTHLESS = "it is computed in float, where multiplying its activation brings no
 
 
 def smooth_factor(act_absmax: jax.Array, weight_absmax: jax.Array, alpha: float) -> jax.Array:
-    """What an activation's channels are divided by.
+    """The divisor of an activation's channels.
 
     Args:
         act_absmax: largest magnitude of each input channel on the data, any shape.
-        weight_absmax: largest magnitude of what each meets in the weights, likewise.
-        alpha: how much of the difficulty goes to the weights, in [0, 1].
+        weight_absmax: largest magnitude of the weights for each input channel, same shape.
+        alpha: share of the range that moves to the weights, in [0, 1].
 
     Returns:
-        Positive and finite; 1 for a channel whose inputs or weights are all zero.
+        Positive and finite; 1 for channels whose inputs or weights are all zero.
     """
     alive = (act_absmax > 0) & (weight_absmax > 0)
     one = jnp.ones_like(act_absmax)
@@ -58,7 +58,7 @@ def smooth_factor(act_absmax: jax.Array, weight_absmax: jax.Array, alpha: float)
 
 @functools.partial(jax.jit, static_argnames=("like", "alpha"))
 def _factor(columns: jax.Array, weight_absmax: jax.Array, like: Alike, alpha: float) -> jax.Array:
-    """The factor of a product whose activation's columns `[*steps, B, K]` have these largest magnitudes."""
+    """The factor of a product, from the largest magnitudes of its activation's columns `[*steps, B, K]`."""
     return smooth_factor(channel_vector(like.site, columns, jnp.max), weight_absmax, alpha)
 
 
@@ -72,20 +72,19 @@ def smooth(
     unmultiplied: Collection[str] = (),
     known: dict[str, Statistics] | None = None,
 ) -> Program:
-    """Divide the activations of planned products by what suits their weights; the float function stays as it is.
+    """Divides the activations of planned products and multiplies their weights; the float function is unchanged.
 
-    Products that share an activation share its factor. It goes into the weights before them, such as a norm's scale and
-    shift, where nothing else reads the activation; else the activation is multiplied at the product.
+    Products that share an activation share its factor. It is folded into preceding weights, such as a norm's scale and
+    shift, if nothing else reads the activation; otherwise the activation is multiplied at the product.
 
     Args:
         program: the float program that the plan was made for.
-        plan: which products: those that it quantizes.
+        plan: the products to smooth are those that it quantizes.
         batches: input dicts, such as `{"image": array}`; at least one.
-        alpha: how much of the difficulty goes to the weights, in [0, 1].
-        unmultiplied: names of products that are left as they are where no weight before them takes the factor up:
-            those that are computed in float, for which multiplying would be work for nothing.
-        known: what was measured of this program's activations before, by site; what is not in it is measured and put
-            there.
+        alpha: share of the range that moves to the weights, in [0, 1].
+        unmultiplied: names of products that are left unchanged if no preceding weight can absorb the factor, because
+            they are computed in float and multiplying their activations would gain nothing.
+        known: cache of the statistics of this program's activations, by site; missing ones are measured and added.
 
     Raises:
         RecipeError: if alpha is not in [0, 1].
@@ -132,7 +131,7 @@ def smooth(
 def group_reports(
     group: FactorGroup, factor: jax.Array, weights: Mapping[str, Any], more: Mapping[str, Any] | None = None
 ) -> list[SiteReport]:
-    """A line for each product of a group: where its factor went, and further figures."""
+    """Reports for the products of a group: where the factor was folded into, and further metrics."""
     into = ", ".join(absorber.path for absorber in group.absorbers)
     action = f"factor folded into {into}" if group.absorbers else MULTIPLIED
     host = np.asarray(factor)
