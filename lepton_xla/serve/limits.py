@@ -22,6 +22,11 @@ class Limits:
 
     Raises:
         ServeError: for a limit below one, or a time that is not positive and finite.
+
+    >>> from lepton_xla.serve import Limits
+    >>> Limits(max_headers=0)
+    Traceback (most recent call last):
+    lepton_xla.errors.ServeError: limit max_headers must be positive and finite, not 0
     """
 
     max_body_bytes: int = _limit(

@@ -51,6 +51,13 @@ class Server:
 
     Raises:
         ServeError: if the model cannot be served, see `signature_of`, or would be open to all, see `Access`.
+
+    >>> from lepton_xla.serve import Client, Options, Server
+    >>> program = lx.trace(lambda w, x: x @ w["w"], {"w": jnp.eye(4)}, {"x": lx.TensorSpec(("batch", 4), "float32")})
+    >>> servable = lx.compile(program, {"batch": (1, 8)}, name="tiny").servable()
+    >>> with Server(servable, Options(port=0)) as server, Client(server.url) as client:
+    ...     server.name, client.infer("tiny", x=np.float32([[1, 2, 3, 4]]))["output"]
+    ('tiny', array([[1., 2., 3., 4.]], dtype=float32))
     """
 
     def __init__(self, servable: Servable, options: Options | None = None) -> None:
@@ -78,7 +85,7 @@ class Server:
         return self._signature.name
 
     def run(self, *, signals: bool = True, on_ready: Callable[[Server], None] | None = None) -> bool:
-        """Serves until stopped.
+        """Serve until stopped.
 
         Args:
             signals: whether SIGTERM and SIGINT stop it (main thread only), a second one at once, and SIGHUP has it read
@@ -90,15 +97,26 @@ class Server:
 
         Raises:
             ServeError: if the address cannot be listened on or the model does not run.
+
+        >>> program = lx.trace(lambda w, x: x @ w, jnp.eye(4), {"x": lx.TensorSpec(("batch", 4), "float32")})
+        >>> server = Server(lx.compile(program, {"batch": (1,)}).servable(), Options(port=0))
+        >>> server.run(signals=False, on_ready=Server.stop)  # everything accepted was answered
+        True
         """
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             return runner.run(self._main(signals, on_ready))
 
     def start(self, timeout_s: float = 120.0) -> Self:
-        """Serves on a thread of its own; returns once it listens.
+        """Serve on a thread of its own; returns once it listens.
 
         Raises:
             ServeError: as `run`.
+
+        >>> program = lx.trace(lambda w, x: x @ w, jnp.eye(4), {"x": lx.TensorSpec(("batch", 4), "float32")})
+        >>> server = Server(lx.compile(program, {"batch": (1,)}).servable(), Options(port=0)).start()
+        >>> server.url.startswith("http://127.0.0.1:")
+        True
+        >>> server.stop()
         """
         self._thread = threading.Thread(target=self._run_thread, name="lepton-serve", daemon=True)
         self._thread.start()
@@ -113,7 +131,7 @@ class Server:
         return self
 
     def stop(self, timeout_s: float | None = None) -> None:
-        """Stops as on SIGTERM; returns when everything accepted is answered. May be called from any thread."""
+        """Stop as on SIGTERM; returns when everything accepted is answered. May be called from any thread."""
         loop, stop = self._loop, self._stop
         if loop is not None and stop is not None and not loop.is_closed():
             loop.call_soon_threadsafe(stop.asked.set)
@@ -213,5 +231,14 @@ def open_model(
 
 
 def serve(servable: Servable, options: Options | None = None) -> bool:
-    """Serves a model until SIGTERM or SIGINT; see `Server.run`."""
+    """Serve a model until SIGTERM or SIGINT; see `Server.run`.
+
+    >>> from lepton_xla.serve import Options, Server, serve
+    >>> program = lx.trace(lambda w, x: x @ w["w"], {"w": jnp.eye(4)}, {"x": lx.TensorSpec(("batch", 4), "float32")})
+    >>> servable = lx.compile(program, {"batch": (1,)}).servable()
+    >>> with Server(servable, Options(port=0)) as server:
+    ...     serve(servable, Options(port=server.address[1]))  # would block, but the port is taken
+    Traceback (most recent call last):
+    lepton_xla.errors.ServeError: cannot listen on 127.0.0.1:...: Address already in use
+    """
     return Server(servable, options).run()

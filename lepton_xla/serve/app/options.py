@@ -47,6 +47,14 @@ class Options:
 
     Raises:
         ServeError: for a value out of range.
+
+    >>> from lepton_xla.serve import Limits, Options
+    >>> options = Options(port=0, max_delay_us=500, limits=Limits(max_body_bytes=1 << 20))
+    >>> options.host, options.limits.max_body_bytes
+    ('127.0.0.1', 1048576)
+    >>> Options(host="0.0.0.0").access()
+    Traceback (most recent call last):
+    lepton_xla.errors.ServeError: 0.0.0.0 can be reached by other machines and nothing says who may ask: ...
     """
 
     host: str = "127.0.0.1"
@@ -89,7 +97,7 @@ class Options:
                 raise ServeError(f"{name} must be positive, or None for no bound, not {value!r}")
 
     def access(self) -> Access:
-        """Reads the files that say who may ask.
+        """Read the files that say who may ask.
 
         Raises:
             ServeError: see `Access`.
@@ -102,7 +110,11 @@ class Options:
 
 
 def url_of(address: tuple[str, int], options: Options) -> str:
-    """The URL of a server that listens there."""
+    """The URL of a server that listens there.
+
+    >>> url_of(("127.0.0.1", 8000), Options()), url_of(("::1", 8000), Options())
+    ('http://127.0.0.1:8000', 'http://[::1]:8000')
+    """
     host, port = address
     if options.unix_socket is not None:
         return f"{'http' if options.tls is None else 'https'}+unix://{quote(host, safe='')}"

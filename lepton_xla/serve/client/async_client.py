@@ -20,7 +20,7 @@ class PooledConnection(Channel):
     __slots__ = ("_answer_future",)
 
     async def exchange(self, request: bytes) -> Answer:
-        """Sends a request and waits for its answer."""
+        """Send a request and waits for its answer."""
         self._answer_future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
         self.send(request)
         return await self._answer_future
@@ -35,7 +35,15 @@ class PooledConnection(Channel):
 
 
 class AsyncClient(Caller):
-    """`Client` for an event loop: the same options and methods, these to be awaited. One loop a client."""
+    """`Client` for an event loop: the same options and methods, these to be awaited. One loop a client.
+
+    >>> from lepton_xla.serve import AsyncClient
+    >>> async def ask():
+    ...     async with AsyncClient(url) as client:  # of a server with the model y = 2 x
+    ...         return await client.infer("double", x=np.float32([[1, 2]]))
+    >>> asyncio.run(ask())["y"]
+    array([[2., 4.]], dtype=float32)
+    """
 
     def _open(self) -> None:
         self._idle: list[PooledConnection] = []
@@ -87,7 +95,7 @@ class AsyncClient(Caller):
         return await self._probe("/v2/health/live")
 
     async def close(self) -> None:
-        """Closes every idle connection; those in use are closed after their answer."""
+        """Close every idle connection; those in use are closed after their answer."""
         self._closed = True
         idle, self._idle = self._idle, []
         for connection in idle:

@@ -149,7 +149,7 @@ def arrays_of(answer: Answer) -> dict[str, np.ndarray]:
 
 
 def is_good(answer: Answer) -> bool:
-    """Whether a probe says yes; what says that the caller may not ask is an error."""
+    """Tell whether a probe says yes; what says that the caller may not ask is an error."""
     if answer.status in (401, 403):
         checked(answer)
     return answer.status == 200

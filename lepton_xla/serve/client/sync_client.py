@@ -37,6 +37,11 @@ class Client(Caller):
 
     Raises:
         ServeError: for a URL, token or certificate that cannot be used.
+
+    >>> from lepton_xla.serve import Client
+    >>> with Client(url, model="double") as client:  # url: of a server with the model y = 2 x
+    ...     client.infer(x=np.float32([[1, 2]]))["y"]
+    array([[2., 4.]], dtype=float32)
     """
 
     def _open(self) -> None:
@@ -55,7 +60,7 @@ class Client(Caller):
         priority: int | None = None,
         **more: Any,
     ) -> dict[str, np.ndarray]:
-        """Runs a model.
+        """Run a model.
 
         Args:
             model: its name.
@@ -72,6 +77,10 @@ class Client(Caller):
             RequestError: with the server's message and HTTP status, or status None if it could not be reached;
                 DeadlineError if the time ran out.
             InputError: for an array that the protocol cannot carry.
+
+        >>> with Client(url) as client:
+        ...     client.infer("double", {"x": np.ones((1, 2), np.float32)}, outputs=["y"], timeout_s=10)
+        {'y': array([[2., 2.]], dtype=float32)}
         """
         attempts = self._attempts(timeout_s)
         name = self._name(model, attempts)
@@ -79,39 +88,80 @@ class Client(Caller):
         return arrays_of(self._call(request, attempts))
 
     def metadata(self, model: str | None = None) -> dict[str, Any]:
-        """Names, datatypes and shapes of a model's inputs and outputs; -1 is a dimension that varies."""
+        """Ask for the names, datatypes and shapes of a model's inputs and outputs; -1 is a dimension that varies.
+
+        >>> with Client(url) as client:
+        ...     client.metadata("double")["inputs"]
+        [{'name': 'x', 'datatype': 'FP32', 'shape': [-1, 2]}]
+        """
         return self._get(model, "")
 
     def config(self, model: str | None = None) -> dict[str, Any]:
-        """A model's configuration, as Triton writes it."""
+        """Ask for a model's configuration, as Triton writes it.
+
+        >>> with Client(url) as client:
+        ...     client.config("double")["max_batch_size"]
+        4
+        """
         return self._get(model, "/config")
 
     def stats(self, model: str | None = None) -> dict[str, Any]:
-        """A model's statistics, as Triton writes them: counts and nanoseconds that only grow."""
+        """Ask for a model's statistics, as Triton writes them: counts and nanoseconds that only grow.
+
+        >>> with Client(url) as client:
+        ...     client.stats("double")["model_stats"][0]["name"]
+        'double'
+        """
         return self._get(model, "/stats")
 
     def server(self) -> dict[str, Any]:
-        """The server's name, version and extensions."""
+        """Ask for the server's name, version and extensions.
+
+        >>> with Client(url) as client:
+        ...     client.server()["name"]
+        'lepton_xla'
+        """
         return json_of(self._call(self._plain("/v2"), self._attempts()))
 
     def index(self) -> list[dict[str, Any]]:
-        """The models that the server has, and their state."""
+        """Ask for the models that the server has, and their state.
+
+        >>> with Client(url) as client:
+        ...     client.index()
+        [{'name': 'double', 'version': '1', 'state': 'READY'}]
+        """
         return json_of(self._call(self._plain("/v2/repository/index", "POST"), self._attempts()))
 
     def ready(self, model: str | None = None) -> bool:
-        """Whether the server, or one model, takes requests now. One attempt; no answer is no.
+        """Ask whether the server, or one model, takes requests now. One attempt; no answer is no.
 
         Raises:
             RequestError: if the token does not allow to ask.
+
+        >>> with Client(url) as client:
+        ...     client.ready("double"), Client("http://127.0.0.1:1").ready()  # nobody listens there
+        (True, False)
         """
         return self._probe("/v2/health/ready" if model is None else f"{route(model)}/ready")
 
     def live(self) -> bool:
-        """Whether the server answers at all. One attempt; no answer is no."""
+        """Ask whether the server answers at all. One attempt; no answer is no.
+
+        >>> with Client(url) as client:
+        ...     client.live()
+        True
+        """
         return self._probe("/v2/health/live")
 
     def close(self) -> None:
-        """Closes every idle connection; those in use are closed after their answer."""
+        """Close every idle connection; those in use are closed after their answer.
+
+        >>> client = Client(url)
+        >>> client.close()
+        >>> client.live()
+        Traceback (most recent call last):
+        lepton_xla.errors.ServeError: the client is closed
+        """
         with self._lock:
             self._closed = True
             idle, self._idle = self._idle, []

@@ -29,6 +29,13 @@ class RequestError(ServeError):
     Attributes:
         status: HTTP status of the answer; None where none came.
         message: what the server said, or why there is no answer.
+
+    >>> from lepton_xla.serve.client import Client, RequestError
+    >>> try:
+    ...     Client("http://127.0.0.1:1", retries=0).infer("digits", x=[1.0])
+    ... except RequestError as error:
+    ...     error.status is None, error.message
+    (True, 'http://127.0.0.1:1: no answer after one attempt: Connection refused')
     """
 
     def __init__(self, status: int | None, message: str) -> None:
@@ -38,7 +45,12 @@ class RequestError(ServeError):
 
 
 class DeadlineError(RequestError):
-    """A request whose time ran out, on the client's side or by the server's account."""
+    """A request whose time ran out, on the client's side or by the server's account.
+
+    >>> from lepton_xla.serve.client import DeadlineError, RequestError
+    >>> issubclass(DeadlineError, RequestError), DeadlineError(504, "too late").status
+    (True, 504)
+    """
 
 
 class Answer:
@@ -113,6 +125,9 @@ def left(deadline: float) -> float:
 
     Raises:
         TimeoutError: when there are none.
+
+    >>> 9 < left(monotonic() + 10) <= 10
+    True
     """
     remaining = deadline - monotonic()
     if remaining <= 0:
@@ -149,11 +164,11 @@ class Connection:
         self._poll.register(self._socket, select.POLLIN)
 
     def idle(self) -> bool:
-        """Whether it can take a request: the server has neither closed it nor said anything unasked."""
+        """Tell whether it can take a request: the server has neither closed it nor said anything unasked."""
         return self.open and not self._poll.poll(0)
 
     def exchange(self, request: bytes, deadline: float) -> Answer:
-        """Sends a request and waits for its answer; afterwards `open` says whether it takes another.
+        """Send a request and waits for its answer; afterwards `open` says whether it takes another.
 
         Raises:
             OSError: if the connection breaks; TimeoutError at the deadline.
@@ -195,7 +210,7 @@ class Connection:
             failure = None
 
     def close(self) -> None:
-        """Ends the connection."""
+        """End the connection."""
         self.open = False
         self._socket.close()
 
@@ -212,7 +227,7 @@ class Channel(asyncio.Protocol):
         self._waiting = False
 
     def answered(self, answer: Answer) -> None:
-        """Takes the answer; `open` says whether the connection takes another request."""
+        """Take the answer; `open` says whether the connection takes another request."""
         raise NotImplementedError
 
     def failed(self, error: Exception) -> None:
@@ -223,12 +238,12 @@ class Channel(asyncio.Protocol):
         """Told that the connection is gone, whether or not a request was on its way."""
 
     def send(self, request: bytes) -> None:
-        """Sends a request; the one before it must have its answer."""
+        """Send a request; the one before it must have its answer."""
         self._waiting = True
         self._transport.write(request)
 
     def abort(self) -> None:
-        """Ends the connection; nothing is told of a request on its way."""
+        """End the connection; nothing is told of a request on its way."""
         self.open = self._waiting = False
         if self._transport is not None:
             self._transport.abort()

@@ -42,7 +42,16 @@ class Described(Protocol):
 
 
 class Servable(Described, Protocol):
-    """A loaded model with one executable for each combination of bucket sizes."""
+    """A loaded model with one executable for each combination of bucket sizes.
+
+    >>> class Double:
+    ...     name, version, buckets = "double", "1", {"batch": (1, 8)}
+    ...     inputs = outputs = {"x": lx.TensorSpec(("batch", 4), "float32")}
+    ...     def run(self, sizes, arrays):
+    ...         return [2 * arrays[0]]
+    >>> signature_of(Double()).ladder
+    (1, 8)
+    """
 
     def run(self, sizes: Mapping[str, int], arrays: Sequence[np.ndarray]) -> Sequence[np.ndarray]:
         """Runs the executable of these sizes on inputs of exactly that shape, in order; gives the outputs in order."""
