@@ -30,7 +30,7 @@ from lepton_xla.serve.batching.costs import Costs
 from lepton_xla.serve.batching.engine import Engine
 from lepton_xla.serve.batching.scheduler import Scheduler
 from lepton_xla.serve.http.connection import Connection
-from lepton_xla.serve.http.hub import Hub
+from lepton_xla.serve.http.server_state import ServerState
 from lepton_xla.serve.limits import Limits
 from lepton_xla.serve.models.handle import ModelHandle
 from lepton_xla.serve.models.registry import Registry
@@ -109,9 +109,9 @@ def stages(path: pathlib.Path, payload: payloads.Payload, rounds: int = 400) -> 
         scheduler._short = {(key, size) for key, size, _ in costs}
         scheduler._longest_s = 1.0
         held: list[Any] = []
-        framing = Hub(held.append, limits)
+        framing = ServerState(held.append, limits)
         whole, filling, over = (
-            Hub(App(Registry(ModelHandle(signature, each, metrics, limits)), metrics, limits), limits)
+            ServerState(App(Registry(ModelHandle(signature, each, metrics, limits)), metrics, limits), limits)
             for each in (scheduler, refusing, refusing)
         )
         decoder = Decoder(signature, limits, batcher.max_rows)
@@ -121,14 +121,14 @@ def stages(path: pathlib.Path, payload: payloads.Payload, rounds: int = 400) -> 
         json_bytes = int(fields["Inference-Header-Content-Length"])
         answer = b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n"
         connections: dict[int, list[Connection]] = {}
-        for hub in (framing, whole, filling, over):
-            connections[id(hub)] = [Connection(hub) for _ in range(AT_ONCE)]
-            for connection in connections[id(hub)]:
+        for state in (framing, whole, filling, over):
+            connections[id(state)] = [Connection(state) for _ in range(AT_ONCE)]
+            for connection in connections[id(state)]:
                 connection.connection_made(Nowhere())  # type: ignore[arg-type]
 
-        def bring(hub: Hub) -> Callable[[], None]:
+        def bring(state: ServerState) -> Callable[[], None]:
             def read() -> None:
-                for connection in connections[id(hub)]:
+                for connection in connections[id(state)]:
                     connection.data_received(data)
 
             return read

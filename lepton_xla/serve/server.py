@@ -14,13 +14,13 @@ from typing import Self
 import uvloop
 
 from lepton_xla.errors import ServeError
-from lepton_xla.serve.app.front import Front
+from lepton_xla.serve.app.front import HTTPFrontEnd
 from lepton_xla.serve.app.options import Options, url_of
 from lepton_xla.serve.batching.batcher import Batcher
 from lepton_xla.serve.batching.costs import Costs, Measured
 from lepton_xla.serve.batching.engine import Engine
 from lepton_xla.serve.batching.scheduler import Call, Scheduler
-from lepton_xla.serve.http.arrivals import Entrance
+from lepton_xla.serve.http.arrivals import Listener
 from lepton_xla.serve.http.drain import Stop
 from lepton_xla.serve.models.handle import ModelHandle
 from lepton_xla.serve.models.registry import Registry
@@ -169,8 +169,8 @@ class Server:
                 listening.close()
                 return True
             models.put(open_model(self._engine, measured, self._signature, options, self.metrics))
-            front = Front(models, self.metrics, options, access)
-            entrance = Entrance(front.hub, listening, _BACKLOG, access.tls_options(options.limits))
+            front = HTTPFrontEnd(models, self.metrics, options, access)
+            entrance = Listener(front.state, listening, _BACKLOG, access.tls_options(options.limits))
             entrance.open()
         except BaseException:
             listening.close()

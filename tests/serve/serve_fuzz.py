@@ -36,7 +36,7 @@ with atheris.instrument_imports(include=["lepton_xla.serve"]) if atheris else co
     from lepton_xla.serve.app.app import App
     from lepton_xla.serve.errors import RefusedError
     from lepton_xla.serve.http.connection import Connection
-    from lepton_xla.serve.http.hub import Hub
+    from lepton_xla.serve.http.server_state import ServerState
     from lepton_xla.serve.limits import Limits
     from lepton_xla.serve.models.handle import ModelHandle
     from lepton_xla.serve.models.registry import Registry
@@ -57,11 +57,11 @@ class Now:
 
     def submit(self, call):
         x, n = (np.frombuffer(data, dtype) for data, dtype in zip(call.request.tensors, ("<f4", "<i4"), strict=True))
-        assert x.size == 4 * n.size == 4 * call.request.plan.rows
+        assert x.size == 4 * n.size == 4 * call.request.spec.rows
         with np.errstate(all="ignore"):
             results = (2 * x.reshape(-1, 4) + n[:, None].astype("<f4"), 2 * n)
         try:
-            call.finish([memoryview(results[index].tobytes()) for index, _ in call.request.plan.outputs])
+            call.finish([memoryview(results[index].tobytes()) for index, _ in call.request.spec.outputs])
         except RefusedError as refusal:
             call.fail(refusal)
 
@@ -116,7 +116,7 @@ class Wire(asyncio.Transport):
 
 
 class Fuzzed:
-    """A server's app and hub, to be fed one connection after the other."""
+    """A server's app and state, to be fed one connection after the other."""
 
     def __init__(self):
         signature = signature_of(Affine())
@@ -131,24 +131,24 @@ class Fuzzed:
             self.app(exchange)
             assert exchange.answered, "left without an answer"
 
-        self.hub = Hub(handler, LIMITS)
+        self.state = ServerState(handler, LIMITS)
 
     def answers(self, pieces):
         """What comes back for bytes that arrive in these pieces: bytes, and whether the connection was closed."""
-        wire, connection = Wire(), Connection(self.hub)
+        wire, connection = Wire(), Connection(self.state)
         connection.connection_made(wire)
         for piece in pieces:
             if not wire.closed:
                 connection.data_received(piece)
         connection.connection_lost(None)
-        assert not self.hub.buffered_bytes
-        assert not self.hub.connections
-        assert not self.hub.addresses
+        assert not self.state.buffered_bytes
+        assert not self.state.connections
+        assert not self.state.addresses
         return bytes(wire.written), wire.closed
 
     def check(self, data, cuts=()):
         """Raises unless everything holds for these bytes."""
-        self.hub.heads.clear()
+        self.state.heads.clear()
         whole = self.answers([data])
         check_answers(whole[0])
         again = self.answers([data])  # now with heads that are remembered

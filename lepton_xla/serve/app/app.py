@@ -53,10 +53,10 @@ class InferCall(Call, kw_only=True, eq=False):
 
     def finish(self, outputs: Sequence[bytes | memoryview]) -> None:
         """Answers with the outputs."""
-        app, plan = self.app, self.request.plan
+        app, spec = self.app, self.request.spec
         try:
-            if plan.prefix is not None and self.coding is None:
-                app.send(self, b"".join((DATE.ok, plan.prefix, *outputs)))
+            if spec.prefix is not None and self.coding is None:
+                app.send(self, b"".join((DATE.ok, spec.prefix, *outputs)))
             else:
                 app.answer(self, outputs)
         except RefusedError as refusal:
@@ -64,7 +64,7 @@ class InferCall(Call, kw_only=True, eq=False):
 
     def fail(self, refusal: RefusedError) -> None:
         """Answers with an error."""
-        self.app.refuse(self.exchange, refusal, self.request.plan.id)
+        self.app.refuse(self.exchange, refusal, self.request.spec.id)
 
     def cancel(self) -> None:
         """The client went away."""
@@ -195,9 +195,9 @@ class App:
         shed = model.scheduler.shed
         if shed is not None:
             # An overloaded server refuses as often as it answers: a repeated request is refused undecoded.
-            plan = model.decoder.repeated(exchange.body, json_bytes)
-            if plan is not None and (refusal := shed(plan)) is not None:
-                self.refuse(exchange, refusal, plan.id)
+            spec = model.decoder.repeated(exchange.body, json_bytes)
+            if spec is not None and (refusal := shed(spec)) is not None:
+                self.refuse(exchange, refusal, spec.id)
                 return
         self._submit(model, exchange, accepted, model.decoder.decode(exchange.body, json_bytes))
 
@@ -231,11 +231,11 @@ class App:
         self._submit_later(model, exchange, accepted, read)
 
     def _submit(self, model: ModelHandle, exchange: Exchange, accepted: str | None, request: InferRequest) -> None:
-        plan = request.plan
-        if plan.answer_bytes > _SMALL_ANSWER_BYTES:
-            exchange.reserve(plan.answer_bytes)
+        spec = request.spec
+        if spec.answer_bytes > _SMALL_ANSWER_BYTES:
+            exchange.reserve(spec.answer_bytes)
         call = InferCall(
-            plan.rows, plan.key, exchange.started_s, nbytes=request.nbytes,
+            spec.rows, spec.key, exchange.started_s, nbytes=request.nbytes,
             request=request, app=self, model=model, exchange=exchange, coding=accepted,
         )  # fmt: skip
         exchange.work = call
@@ -264,12 +264,12 @@ class App:
 
     def answer(self, call: InferCall, outputs: Sequence[bytes | memoryview]) -> None:
         """Answers an infer request with the bytes of its outputs."""
-        plan = call.request.plan
+        spec = call.request.spec
         size = sum(map(len, outputs))
         compressed = call.coding is not None and size >= self._compress_bytes
-        if plan.prefix is not None and not compressed:
-            self.send(call, b"".join((DATE.ok, plan.prefix, *outputs)))
-        elif size <= PIECE_BYTES or (plan.constant and not compressed):
+        if spec.prefix is not None and not compressed:
+            self.send(call, b"".join((DATE.ok, spec.prefix, *outputs)))
+        elif size <= PIECE_BYTES or (spec.constant and not compressed):
             self.send(call, self._write(call, outputs))
         else:
             # The outputs are only valid until this returns.
@@ -289,9 +289,9 @@ class App:
             exchange.send(payload)
 
     def _write(self, call: InferCall, outputs: Sequence[memoryview | bytes]) -> bytes:
-        """The response. If its head does not depend on the result, the plan keeps it for the next equal request."""
-        plan = call.request.plan
-        head, tail = encode_response(call.model.signature, plan, outputs)
+        """The response. If its head does not depend on the result, the spec keeps it for the next equal request."""
+        spec = call.request.spec
+        head, tail = encode_response(call.model.signature, spec, outputs)
         fields = "Content-Type: application/json\r\n"
         if tail:
             fields = f"Content-Type: application/octet-stream\r\nInference-Header-Content-Length: {len(head)}\r\n"
@@ -301,8 +301,8 @@ class App:
             fields += f"Content-Encoding: {call.coding}\r\nVary: Accept-Encoding\r\n"
             return b"".join((DATE.ok, f"{fields}Content-Length: {len(body)}\r\n\r\n".encode(), body))
         start = f"{fields}Content-Length: {len(body)}\r\n\r\n".encode()
-        if plan.constant:
-            plan.prefix = start + head
+        if spec.constant:
+            spec.prefix = start + head
         return b"".join((DATE.ok, start, body))
 
     def close(self) -> None:

@@ -13,7 +13,7 @@ from lepton_xla.serve.app.observed import ObservedApp
 from lepton_xla.serve.app.options import Options
 from lepton_xla.serve.app.pages import Gather
 from lepton_xla.serve.http.drain import Closable, Stop, drain
-from lepton_xla.serve.http.hub import Hub
+from lepton_xla.serve.http.server_state import ServerState
 from lepton_xla.serve.models.registry import Registry
 from lepton_xla.serve.observe.access_log import AccessLog
 from lepton_xla.serve.observe.metrics import Metrics, added
@@ -26,7 +26,7 @@ _log = logging.getLogger("lepton_xla.serve")
 _SWEEP_S = 0.5
 
 
-class Front:
+class HTTPFrontEnd:
     """Connections to models.
 
     Args:
@@ -37,7 +37,7 @@ class Front:
         gather: see `App`.
 
     Attributes:
-        hub: what the connections share.
+        state: what the connections share.
     """
 
     def __init__(
@@ -65,19 +65,19 @@ class Front:
         )  # fmt: skip
         if isinstance(self._app, ObservedApp):
             self._app.observers = observers
-        self.hub = Hub(
+        self.state = ServerState(
             self._app, options.limits, invite=self._app.invite, refused=self._app.refused, always=OPEN_PATHS
         )  # fmt: skip
         metrics.watch(self._figures)
         if access.guard is not None:
-            self.hub.admit = access.guard.authenticate
+            self.state.admit = access.guard.authenticate
 
     def _figures(self) -> dict[str, float]:
         """What goes up and down: the queues of all models, and the connections."""
         queues: dict[str, float] = {}
         for model in self._models:
             queues = added(queues, model.scheduler.figures())
-        return queues | self.hub.figures()
+        return queues | self.state.figures()
 
     async def serve(self, entrance: Closable, stop: Stop, on_ready: Callable[[], object]) -> bool:
         """Says that it is ready, and serves until it is told to stop.
@@ -90,7 +90,7 @@ class Front:
         Returns:
             Whether everything accepted was answered.
         """
-        self.hub.sweep(monotonic())
+        self.state.sweep(monotonic())
         sweeper = asyncio.create_task(self._sweep(stop))
         options = self._options
         try:
@@ -98,10 +98,10 @@ class Front:
             on_ready()
             await stop.asked.wait()
             self._metrics.ready = False
-            return await drain(self.hub, entrance, stop, options.lame_duck_s, options.stop_timeout_s)
+            return await drain(self.state, entrance, stop, options.lame_duck_s, options.stop_timeout_s)
         finally:
             sweeper.cancel()
-            for connection in tuple(self.hub.connections):
+            for connection in tuple(self.state.connections):
                 connection.abort()
             self._app.close()
             if self._spans is not None:
@@ -111,7 +111,7 @@ class Front:
         while True:
             await asyncio.sleep(_SWEEP_S)
             try:
-                self.hub.sweep(monotonic())
+                self.state.sweep(monotonic())
                 self._access.refresh()
                 for model in self._models:
                     model.health.check(monotonic())

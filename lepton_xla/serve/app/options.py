@@ -26,7 +26,8 @@ class Options:
         unix_socket: file of a Unix socket to listen on, instead of host and port.
         name: model name on the wire, if not the model's own.
         server_name: what the server's metadata calls it; some clients look for "triton".
-        max_delay_us: how long a request may wait for company while the engine is idle, in microseconds.
+        max_delay_us: batching delay: how long a request may wait, in microseconds, for others to share its batch while
+            the engine is idle.
         max_queue_rows: rows that may wait; more get 503. Also the most rows of one request.
         max_queue_bytes: memory of the requests that may wait; more get 503.
         default_timeout_s: for requests that give no timeout; None waits for ever.

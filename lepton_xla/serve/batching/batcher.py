@@ -43,7 +43,7 @@ class Batcher[T: Ticket]:
         ladder: compiled batch sizes, ascending.
         costs: seconds per execution, told of each that finishes; without, each is free until it has run.
         levels: number of priority levels.
-        max_delay_s: how long the oldest request may wait for company while nothing runs. Zero runs at once.
+        max_delay_s: batching delay: how long the oldest request may wait for others while the engine is idle. Zero for none.
         max_rows: rows the queue holds. A request of more rows than this can never fit.
         max_bytes: memory of the requests that wait; a single one may exceed it.
 
@@ -296,14 +296,14 @@ class Batcher[T: Ticket]:
                 continue
             rows = self._waiting(other)
             room = costs.size(wide, waiting) - waiting  # padding rows, which others may use at no cost
-            for company in {min(rows, self.ladder[-1] - waiting), min(rows, room)}:
-                if company < 1:
+            for joining in {min(rows, self.ladder[-1] - waiting), min(rows, room)}:
+                if joining < 1:
                     continue
-                apart = alone + costs.seconds(other, rows) - costs.seconds(other, rows - company)
-                together = costs.seconds(wide, waiting + company)
+                apart = alone + costs.seconds(other, rows) - costs.seconds(other, rows - joining)
+                together = costs.seconds(wide, waiting + joining)
                 if apart - together > most and now + together < head.deadline_s:
                     most = apart - together
-                    best = (wide, waiting + company, other)
+                    best = (wide, waiting + joining, other)
         return best
 
     def _delay(self, waiting: int, key: Key, now: float) -> bool:

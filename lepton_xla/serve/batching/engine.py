@@ -83,19 +83,19 @@ class Completion[T: Work]:
             part: the part.
             tensors: the model's outputs.
         """
-        plan = part.ticket.request.plan
-        if plan.cut or plan.key != self.batch.key:
-            return [self._window_of(part, index, tensors[index]) for index, _ in plan.outputs]
+        spec = part.ticket.request.spec
+        if spec.cut or spec.key != self.batch.key:
+            return [self._window_of(part, index, tensors[index]) for index, _ in spec.outputs]
         start, stop = part.offset, part.offset + part.rows
         found: list[bytes | memoryview] = []
-        for index, _ in plan.outputs:
+        for index, _ in spec.outputs:
             view, row_bytes = self._views[index]
             found.append(view[start * row_bytes : stop * row_bytes])
         return found
 
     def _window_of(self, part: Part[T], index: int, tensor: Tensor) -> memoryview:
         assert self.outputs is not None
-        window = _window(tensor, part.ticket.request.plan.sizes, part.offset, part.rows, self._batched)
+        window = _window(tensor, part.ticket.request.spec.sizes, part.offset, part.rows, self._batched)
         return _bytes_of(np.ascontiguousarray(self.outputs[index][window]))
 
 
@@ -112,7 +112,7 @@ class _Stage:
 
     def fill(self, batch: Batch[Any]) -> None:
         """Copies the rows in and makes the padding zero."""
-        if batch.key and any(part.ticket.request.plan.cut or part.ticket.key != batch.key for part in batch.parts):
+        if batch.key and any(part.ticket.request.spec.cut or part.ticket.key != batch.key for part in batch.parts):
             self._fill_cut(batch)
             return
         for index, (view, row_bytes) in enumerate(self._views):
@@ -134,7 +134,7 @@ class _Stage:
             array[...] = 0
             for part in batch.parts:
                 request: InferRequest = part.ticket.request
-                sizes = request.plan.sizes
+                sizes = request.spec.sizes
                 source = np.frombuffer(request.tensors[index], tensor.dtype).reshape(tensor.at(sizes))
                 if self._batched:
                     source = source[part.start : part.start + part.rows]

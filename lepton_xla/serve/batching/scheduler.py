@@ -24,7 +24,7 @@ from lepton_xla.serve.errors import RefusedError
 from lepton_xla.serve.observe.metrics import Metrics
 from lepton_xla.serve.observe.observer import Times
 from lepton_xla.serve.protocol.signature import Signature
-from lepton_xla.serve.protocol.wire import Plan
+from lepton_xla.serve.protocol.wire import RequestSpec
 
 _log = logging.getLogger("lepton_xla.serve")
 
@@ -122,8 +122,8 @@ class Scheduler:
         self._scheduled = False
         self._alarm: asyncio.TimerHandle | None = None
         self._alarm_s = math.inf
-        self.shed: Callable[[Plan], RefusedError | None] | None = None
-        self._full: Plan | None = None
+        self.shed: Callable[[RequestSpec], RefusedError | None] | None = None
+        self._full: RequestSpec | None = None
         # Errors for overload, reused until `_predicted_until_s`.
         self._overload: dict[Reason, RefusedError] = {}
         self._predicted = ""
@@ -191,12 +191,12 @@ class Scheduler:
             self._metrics.rejected += 1
             call.fail(_stopped())
             return
-        plan = call.request.plan
-        call.level = plan.priority - 1 if plan.priority else self._level
+        spec = call.request.spec
+        call.level = spec.priority - 1 if spec.priority else self._level
         if call.level >= self._levels:
-            call.fail(RefusedError(400, f"parameter 'priority' must be 0 to {self._levels}, not {plan.priority}"))
+            call.fail(RefusedError(400, f"parameter 'priority' must be 0 to {self._levels}, not {spec.priority}"))
             return
-        timeout = self._timeout_s if plan.timeout_s is None else min(plan.timeout_s, self._max_timeout_s)
+        timeout = self._timeout_s if spec.timeout_s is None else min(spec.timeout_s, self._max_timeout_s)
         if timeout != math.inf:
             call.deadline_s = call.arrival_s + timeout
             if call.deadline_s < self._alarm_s:
@@ -205,7 +205,7 @@ class Scheduler:
             reason = self._batcher.add(call)
         if reason is not None:
             if reason is Reason.FULL and timeout == math.inf:
-                self._full, self.shed = plan, self._shed
+                self._full, self.shed = spec, self._shed
             call.fail(self._refusal(reason))
             return
         self.shed = None
@@ -213,10 +213,10 @@ class Scheduler:
             self._tell_dropped()
         self._pump_soon()
 
-    def _shed(self, plan: Plan) -> RefusedError | None:
+    def _shed(self, spec: RequestSpec) -> RefusedError | None:
         """Rejects at once a request identical to the last one rejected, unless there is room for it now."""
         batcher = self._batcher
-        if plan is not self._full or batcher.rows + plan.rows <= batcher.max_rows:
+        if spec is not self._full or batcher.rows + spec.rows <= batcher.max_rows:
             return None
         return self._refusal(Reason.FULL)
 

@@ -10,9 +10,9 @@ from typing import Any
 
 from lepton_xla.serve.errors import RefusedError
 from lepton_xla.serve.http.connection import Connection
-from lepton_xla.serve.http.hub import Hub
 from lepton_xla.serve.http.listening import Listening
 from lepton_xla.serve.http.reserve import HANDSHAKE_S, RESERVED, LastConnection
+from lepton_xla.serve.http.server_state import ServerState
 
 _log = logging.getLogger("lepton_xla.serve")
 
@@ -69,12 +69,12 @@ class Arrivals:
     many. At most `RESERVED` TLS handshakes run beyond the limits; each further one closes the oldest.
 
     Args:
-        hub: shared by all connections.
+        state: shared by all connections.
         tls: options of the event loop for TLS; empty for plain HTTP.
     """
 
-    def __init__(self, hub: Hub, tls: dict[str, Any]) -> None:
-        self._hub = hub
+    def __init__(self, state: ServerState, tls: dict[str, Any]) -> None:
+        self._state = state
         self._tls = tls
         self._loop = asyncio.get_running_loop()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -82,14 +82,14 @@ class Arrivals:
 
     def take(self, accepted: socket.socket) -> None:
         """Takes an accepted socket over."""
-        hub = self._hub
+        state = self._state
         try:
             address = _address_of(accepted)
         except OSError:
             accepted.close()  # gone
             return
-        connection = Connection(hub)
-        if hub.full(address) is None:
+        connection = Connection(state)
+        if state.full(address) is None:
             connection.announce(address)
             self._begin(self._enter(accepted, connection))
             return
@@ -116,19 +116,19 @@ class Arrivals:
         return task
 
     async def _enter_beyond(self, accepted: socket.socket, connection: Connection, address: str) -> None:
-        hub = self._hub
+        state = self._state
         for _ in range(_TURNS):
             await asyncio.sleep(0)
-        refusal = hub.full(address)
+        refusal = state.full(address)
         if refusal is None:
             connection.announce(address)
         else:
-            connection = LastConnection(hub, refusal, hub.always)
+            connection = LastConnection(state, refusal, state.always)
         await self._enter(accepted, connection)
 
     async def _enter(self, accepted: socket.socket, connection: Connection) -> None:
         tls: dict[str, Any] = self._tls
-        limit_s = self._hub.limits.head_timeout_s
+        limit_s = self._state.limits.head_timeout_s
         try:
             if tls:
                 if isinstance(connection, LastConnection):
@@ -136,7 +136,7 @@ class Arrivals:
                     tls = {**tls, "ssl_handshake_timeout": limit_s}
                 if await self._is_plain(accepted, limit_s):
                     connection.recall()
-                    connection = LastConnection(self._hub, _PLAIN)
+                    connection = LastConnection(self._state, _PLAIN)
                     tls = {}
             taken = connection
             await self._loop.connect_accepted_socket(lambda: taken, accepted, **tls)
@@ -166,18 +166,18 @@ class Arrivals:
             await asyncio.wait(self._tasks, timeout=_SETTLE_S)
 
 
-class Entrance:
+class Listener:
     """Listens and accepts, until closed.
 
     Args:
-        hub: shared by all connections.
+        state: shared by all connections.
         listening: the sockets.
         backlog: connections that may wait in the kernel.
         tls: see `Arrivals`.
     """
 
-    def __init__(self, hub: Hub, listening: Listening, backlog: int, tls: dict[str, Any]) -> None:
-        self._arrivals = Arrivals(hub, tls)
+    def __init__(self, state: ServerState, listening: Listening, backlog: int, tls: dict[str, Any]) -> None:
+        self._arrivals = Arrivals(state, tls)
         self._listening = listening
         self._backlog = backlog
         self._loop = asyncio.get_running_loop()

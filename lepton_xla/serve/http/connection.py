@@ -18,9 +18,9 @@ from typing import Any
 from lepton_xla.serve.errors import RefusedError
 from lepton_xla.serve.http.exchange import Exchange, Head
 from lepton_xla.serve.http.heads import buffer_refusal
-from lepton_xla.serve.http.hub import Hub
 from lepton_xla.serve.http.incoming import Incoming
 from lepton_xla.serve.http.outgoing import AHEAD_BYTES, Outgoing
+from lepton_xla.serve.http.server_state import ServerState
 from lepton_xla.serve.protocol.traceparent import take_out
 
 _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
@@ -35,19 +35,33 @@ class Connection(asyncio.Protocol):
     """One client connection."""
 
     __slots__ = (
-        "_address", "_announced", "_closing", "_continue", "_deadline", "_going_on", "_hub", "_in", "_last", "_limits",
-        "_out", "_paused_s", "_pending", "_reading", "_stalled", "_transport",
+        "_address",
+        "_announced",
+        "_closing",
+        "_continue",
+        "_deadline",
+        "_going_on",
+        "_in",
+        "_last",
+        "_limits",
+        "_out",
+        "_paused_s",
+        "_pending",
+        "_reading",
+        "_stalled",
+        "_state",
+        "_transport",
     )  # fmt: skip
 
-    def __init__(self, hub: Hub) -> None:
-        self._hub = hub
-        self._limits = hub.limits
+    def __init__(self, state: ServerState) -> None:
+        self._state = state
+        self._limits = state.limits
         self._transport: Any = None
         self._address = ""
         self._announced = False
         self._pending: deque[Exchange] = deque()
-        self._in = Incoming(hub, self)
-        self._out = Outgoing(hub)
+        self._in = Incoming(state, self)
+        self._out = Outgoing(state)
         self._closing = False
         self._reading = True
         self._paused_s = 0.0
@@ -64,18 +78,18 @@ class Connection(asyncio.Protocol):
         """Counts the connection before it is made, as during a TLS handshake."""
         self._address = address
         self._announced = True
-        self._hub.arriving += 1
-        self._hub.addresses[address] += 1
+        self._state.arriving += 1
+        self._state.addresses[address] += 1
 
     def recall(self) -> None:
         """Stops counting it if it was announced but never made."""
         if self._announced:
             self._announced = False
-            self._hub.arriving -= 1
+            self._state.arriving -= 1
             self._leave_address()
 
     def _leave_address(self) -> None:
-        addresses = self._hub.addresses
+        addresses = self._state.addresses
         addresses[self._address] -= 1
         if not addresses[self._address]:
             del addresses[self._address]
@@ -84,25 +98,25 @@ class Connection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = transport
-        hub, limits = self._hub, self._limits
-        hub.connections.add(self)
+        state, limits = self._state, self._limits
+        state.connections.add(self)
         if self._announced:
             self._announced = False
-            hub.arriving -= 1
+            state.arriving -= 1
         else:
             self._address = str((transport.get_extra_info("peername") or ("",))[0])
-            hub.addresses[self._address] += 1
+            state.addresses[self._address] += 1
         self._deadline = monotonic() + limits.idle_timeout_s
 
     def connection_lost(self, exc: Exception | None) -> None:
-        hub = self._hub
-        hub.connections.discard(self)
+        state = self._state
+        state.connections.discard(self)
         self._leave_address()
         self._closing = True
         self._in.end()
         self._out.end()
         for exchange in self._pending:
-            hub.buffered_bytes -= len(exchange.body)
+            state.buffered_bytes -= len(exchange.body)
             exchange.abandon()
         self._pending.clear()
 
@@ -164,14 +178,14 @@ class Connection(asyncio.Protocol):
             return
         head = self._last
         if head is not None and data.startswith(head.start) and len(data) == len(head.start) + head.content_length:
-            self._hub.buffered_bytes += head.content_length
+            self._state.buffered_bytes += head.content_length
             self.dispatch(head, data[len(head.start) :], None)
             return
         end = data.find(b"\r\n\r\n", 0, _CACHED_HEAD_BYTES)
         if end < 0:
             self._feed(data)
             return
-        heads = self._hub.heads
+        heads = self._state.heads
         head = heads.get(data[:end])
         trace = None
         if head is None:
@@ -183,7 +197,7 @@ class Connection(asyncio.Protocol):
         if head is not None and len(data) - end - 4 == head.content_length:
             if trace is None:
                 self._last = head
-            self._hub.buffered_bytes += head.content_length
+            self._state.buffered_bytes += head.content_length
             self.dispatch(head, data[end + 4 :], trace)
             return
         incoming.trace = trace
@@ -200,7 +214,7 @@ class Connection(asyncio.Protocol):
 
     def _remember(self, data: bytes, end: int) -> None:
         """Caches the head of data that was exactly one request with a body of the declared length."""
-        head, heads = self._in.complete, self._hub.heads
+        head, heads = self._in.complete, self._state.heads
         if head is not None and len(data) - end - 4 == head.content_length:
             if len(heads) >= _CACHED_HEADS:
                 heads.clear()
@@ -230,12 +244,12 @@ class Connection(asyncio.Protocol):
 
     def dispatch(self, head: Head, body: bytes, trace: bytes | None) -> None:
         """Passes a request to the handler, or refuses it."""
-        hub = self._hub
+        state = self._state
         if self._closing:
-            hub.buffered_bytes -= len(body)
+            state.buffered_bytes -= len(body)
             return
         if len(self._pending) >= self._limits.max_pipelined:
-            hub.buffered_bytes -= len(body)
+            state.buffered_bytes -= len(body)
             many = f"more than {self._limits.max_pipelined} unanswered requests on one connection"
             self._fail(RefusedError(400, many), head.method)
             return
@@ -249,13 +263,13 @@ class Connection(asyncio.Protocol):
         alone = len(self._pending) == 1 and self._stalled == math.inf
         if not alone:
             self._throttle()
-        if body and hub.buffered_bytes > self._limits.max_buffered_bytes:
+        if body and state.buffered_bytes > self._limits.max_buffered_bytes:
             refusal = buffer_refusal()
-            hub.refused(refusal)
+            state.refused(refusal)
             exchange.refuse(refusal)
             return
         if alone:
-            hub.handler(exchange)
+            state.handler(exchange)
             return
         self._out.handle(exchange)
         if self._out.waiting and self._reading:
@@ -284,11 +298,11 @@ class Connection(asyncio.Protocol):
         while pending and (payload := pending[0].payload) is not None:
             exchange = pending.popleft()
             head = exchange.head
-            self._hub.buffered_bytes -= len(exchange.body)
+            self._state.buffered_bytes -= len(exchange.body)
             if exchange.reserved:
                 self._out.reserve(-exchange.reserved)
             last = not head.keep_alive
-            if self._hub.draining and not self._in.begun:
+            if self._state.draining and not self._in.begun:
                 # `Connection: close` tells the client that later requests are not read.
                 self._closing = True
                 last = last or not pending
@@ -300,7 +314,7 @@ class Connection(asyncio.Protocol):
             if self._stalled != math.inf:
                 self._out.count(self._transport.get_write_buffer_size())
             if last:
-                self._finish(unread=not head.target or self._hub.draining)
+                self._finish(unread=not head.target or self._state.draining)
                 return
         if not self._reading:
             self._out.go_on()
@@ -323,7 +337,7 @@ class Connection(asyncio.Protocol):
         method = method or self._in.method
         self._closing = True
         self._in.forget()
-        self._hub.refused(refusal)
+        self._state.refused(refusal)
         exchange = Exchange(self, Head(method, b"", {}, keep_alive=False, old=False), b"", monotonic())
         self._pending.append(exchange)
         exchange.refuse(refusal)
@@ -351,7 +365,7 @@ class Connection(asyncio.Protocol):
     def abandoned(self) -> None:
         """No-op: `connection_lost` has already cleaned up."""
 
-    # Called by `drain` and `Hub.sweep`.
+    # Called by `drain` and `ServerState.sweep`.
 
     @property
     def unanswered(self) -> int:
@@ -384,7 +398,7 @@ class Connection(asyncio.Protocol):
         for exchange in tuple(self._pending):
             work = exchange.work
             if not exchange.answered:
-                self._hub.refused(refusal)
+                self._state.refused(refusal)
                 exchange.refuse(refusal)
             if work is not None:
                 work.cancel()

@@ -17,7 +17,7 @@ from time import monotonic
 from typing import Protocol
 
 from lepton_xla.serve.errors import RefusedError
-from lepton_xla.serve.http.hub import Hub
+from lepton_xla.serve.http.server_state import ServerState
 
 _log = logging.getLogger("lepton_xla.serve")
 
@@ -75,11 +75,11 @@ class Closable(Protocol):
         ...
 
 
-async def drain(hub: Hub, entrance: Closable, stop: Stop, lame_duck_s: float, timeout_s: float) -> bool:
+async def drain(state: ServerState, entrance: Closable, stop: Stop, lame_duck_s: float, timeout_s: float) -> bool:
     """Stops a server; readiness must say no already.
 
     Args:
-        hub: the connections.
+        state: the connections.
         entrance: where they come in.
         stop: may hurry it.
         lame_duck_s: how long connections are still taken, and idle ones kept.
@@ -88,18 +88,18 @@ async def drain(hub: Hub, entrance: Closable, stop: Stop, lame_duck_s: float, ti
     Returns:
         Whether everything accepted was answered.
     """
-    hub.draining = True
-    _log.info("stopping: %d connections open, %d requests in hand", len(hub.connections), hub.in_flight)
+    state.draining = True
+    _log.info("stopping: %d connections open, %d requests in hand", len(state.connections), state.in_flight)
     await stop.hurried_in(lame_duck_s)
     await entrance.close()
     deadline = monotonic() + timeout_s
-    while hub.connections and monotonic() < deadline and not stop.hurried.is_set():
-        _close_quiet(hub, monotonic())
+    while state.connections and monotonic() < deadline and not stop.hurried.is_set():
+        _close_quiet(state, monotonic())
         await asyncio.sleep(_TICK_S)
-    owing = sum(connection.owing for connection in hub.connections)
-    for connection in tuple(hub.connections):
+    owing = sum(connection.owing for connection in state.connections)
+    for connection in tuple(state.connections):
         connection.give_up(RefusedError(503, "the server has stopped"))
-    if hub.connections:
+    if state.connections:
         await asyncio.sleep(_PARTING_S)
     if owing:
         _log.warning("stopped with %d connections that wait for an answer", owing)
@@ -108,9 +108,9 @@ async def drain(hub: Hub, entrance: Closable, stop: Stop, lame_duck_s: float, ti
     return not owing
 
 
-def _close_quiet(hub: Hub, now: float) -> None:
+def _close_quiet(state: ServerState, now: float) -> None:
     """Closes the connections that nobody has used for a while, unless a request lies unread in their sockets."""
-    quiet = {each.fileno(): each for each in tuple(hub.connections) if each.quiet_s(now) >= _QUIET_S}
+    quiet = {each.fileno(): each for each in tuple(state.connections) if each.quiet_s(now) >= _QUIET_S}
     if not quiet:
         return
     poll = select.poll()

@@ -21,7 +21,7 @@ from lepton_xla.serve.http.heads import (
     malformed,
     target_refusal,
 )
-from lepton_xla.serve.http.hub import Hub
+from lepton_xla.serve.http.server_state import ServerState
 from lepton_xla.serve.http.upgrade import body_parser, request_parser
 from lepton_xla.serve.protocol.traceparent import valid
 
@@ -59,7 +59,7 @@ class Incoming:
     """What one connection has on its way in.
 
     Args:
-        hub: what the connections share.
+        state: what the connections share.
         owner: the connection.
 
     Attributes:
@@ -71,13 +71,30 @@ class Incoming:
     """
 
     __slots__ = (
-        "_body", "_chunks", "_fields", "_framing", "_head", "_head_bytes", "_headers", "_hub", "_limits", "_owner",
-        "_parser", "_steps", "_target", "_upgrading", "begun", "complete", "messages", "rest", "trace",
+        "_body",
+        "_chunks",
+        "_fields",
+        "_framing",
+        "_head",
+        "_head_bytes",
+        "_headers",
+        "_limits",
+        "_owner",
+        "_parser",
+        "_state",
+        "_steps",
+        "_target",
+        "_upgrading",
+        "begun",
+        "complete",
+        "messages",
+        "rest",
+        "trace",
     )  # fmt: skip
 
-    def __init__(self, hub: Hub, owner: Owner) -> None:
-        self._hub = hub
-        self._limits = hub.limits
+    def __init__(self, state: ServerState, owner: Owner) -> None:
+        self._state = state
+        self._limits = state.limits
         self._owner = owner
         self._parser: Any = request_parser(self)
         self._upgrading = False
@@ -114,12 +131,12 @@ class Incoming:
     def take_rest(self) -> bytes | memoryview:
         """Gives what is left of the last read, and keeps it no longer."""
         rest, self.rest = self.rest, b""
-        self._hub.buffered_bytes -= len(rest)
+        self._state.buffered_bytes -= len(rest)
         return rest
 
     def forget(self) -> None:
         """Drops what arrived and will not be handled."""
-        self._hub.buffered_bytes -= len(self._body)
+        self._state.buffered_bytes -= len(self._body)
         self._body = b""
         self.take_rest()
 
@@ -134,10 +151,10 @@ class Incoming:
         return self._head.content_length - len(self._body) if self.begun and self._head is not None else 0
 
     def _keep(self, rest: bytes | memoryview) -> RefusedError | None:
-        hub = self._hub
+        state = self._state
         self.rest = rest
-        hub.buffered_bytes += len(rest)
-        return buffer_refusal() if hub.buffered_bytes > self._limits.max_buffered_bytes else None
+        state.buffered_bytes += len(rest)
+        return buffer_refusal() if state.buffered_bytes > self._limits.max_buffered_bytes else None
 
     def _parse(self, data: bytes | memoryview) -> RefusedError | None:
         began_before, messages = self.begun, self.messages
@@ -220,14 +237,14 @@ class Incoming:
         )  # fmt: skip
         if head.content_length:
             # Before the body: who may not ask cannot make the server hold one.
-            self._hub.admit(head)
+            self._state.admit(head)
         self._head = head
         self._upgrading = head.content_length != 0 and parser.should_upgrade()
         self._framing = 0
         self._head_bytes = 0
         self._owner.expect(self._limits.body_timeout_s)
         if headers.get(b"expect", b"").lower() == b"100-continue" and not head.old:
-            self._hub.invite(head)
+            self._state.invite(head)
             self._owner.invite()
 
     def on_chunk_header(self) -> None:
@@ -244,11 +261,11 @@ class Incoming:
             self._body += data
         else:
             self._body = bytearray(self._body) + data
-        hub = self._hub
-        hub.buffered_bytes += len(data)
+        state = self._state
+        state.buffered_bytes += len(data)
         if len(self._body) > self._limits.max_body_bytes:
             raise body_refusal(self._limits)
-        if hub.buffered_bytes > self._limits.max_buffered_bytes:
+        if state.buffered_bytes > self._limits.max_buffered_bytes:
             raise buffer_refusal()
 
     def on_message_complete(self) -> None:

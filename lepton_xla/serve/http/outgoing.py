@@ -12,7 +12,7 @@ from collections import deque
 
 from lepton_xla.serve.http.exchange import Exchange
 from lepton_xla.serve.http.heads import buffer_refusal
-from lepton_xla.serve.http.hub import Hub
+from lepton_xla.serve.http.server_state import ServerState
 
 AHEAD_BYTES = 1 << 20
 """With more than this in answers, a connection's next request is not handled; in bodies, it is not read."""
@@ -22,17 +22,17 @@ class Outgoing:
     """The answers of one connection that have not left.
 
     Args:
-        hub: shared by all connections.
+        state: shared by all connections.
 
     Attributes:
         held: whether the size of an answer is still unknown.
         waiting: requests read but not handled yet, in order.
     """
 
-    __slots__ = ("_hub", "_reserved", "_running", "_unsent", "held", "waiting")
+    __slots__ = ("_reserved", "_running", "_state", "_unsent", "held", "waiting")
 
-    def __init__(self, hub: Hub) -> None:
-        self._hub = hub
+    def __init__(self, state: ServerState) -> None:
+        self._state = state
         self._reserved = self._unsent = 0
         self._running = self.held = False
         self.waiting: deque[Exchange] = deque()
@@ -48,15 +48,15 @@ class Outgoing:
         Raises:
             RefusedError: 503 if the server holds too much already.
         """
-        hub = self._hub
-        if nbytes > 0 and hub.buffered_bytes + nbytes > hub.limits.max_buffered_bytes:
+        state = self._state
+        if nbytes > 0 and state.buffered_bytes + nbytes > state.limits.max_buffered_bytes:
             raise buffer_refusal()
-        hub.buffered_bytes += nbytes
+        state.buffered_bytes += nbytes
         self._reserved += nbytes
 
     def count(self, unsent: int) -> None:
         """Sets the number of bytes that the transport has not sent."""
-        self._hub.buffered_bytes += unsent - self._unsent
+        self._state.buffered_bytes += unsent - self._unsent
         self._unsent = unsent
 
     def handle(self, exchange: Exchange) -> None:
@@ -64,7 +64,7 @@ class Outgoing:
         if self.full or self.waiting:
             self.waiting.append(exchange)
         else:
-            self._hub.handler(exchange)
+            self._state.handler(exchange)
 
     def go_on(self) -> None:
         """Passes waiting requests to the handler while there is room."""
@@ -76,12 +76,12 @@ class Outgoing:
             while waiting and not self.full:
                 exchange = waiting.popleft()
                 if not exchange.answered:
-                    self._hub.handler(exchange)
+                    self._state.handler(exchange)
         finally:
             self._running = False
 
     def end(self) -> None:
         """Releases everything: the connection is lost."""
         self.waiting.clear()
-        self._hub.buffered_bytes -= self._reserved + self._unsent
+        self._state.buffered_bytes -= self._reserved + self._unsent
         self._reserved = self._unsent = 0

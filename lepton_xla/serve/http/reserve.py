@@ -13,7 +13,7 @@ from collections.abc import Set as AbstractSet
 from lepton_xla.serve.errors import RefusedError
 from lepton_xla.serve.http.connection import Connection
 from lepton_xla.serve.http.exchange import Head
-from lepton_xla.serve.http.hub import Hub
+from lepton_xla.serve.http.server_state import ServerState
 
 RESERVED = 64
 """Number of connections kept beyond the limits, and of TLS handshakes beyond them."""
@@ -29,33 +29,33 @@ class LastConnection(Connection):
     """A connection that is closed by its first answer. It does not count towards the limits.
 
     Args:
-        hub: shared by all connections.
+        state: shared by all connections.
         refusal: the answer to every request,
         answered: except to those for these paths.
     """
 
     __slots__ = ("_answered", "_refusal")
 
-    def __init__(self, hub: Hub, refusal: RefusedError, answered: AbstractSet[bytes] = frozenset()) -> None:
-        super().__init__(hub)
+    def __init__(self, state: ServerState, refusal: RefusedError, answered: AbstractSet[bytes] = frozenset()) -> None:
+        super().__init__(state)
         self._refusal = refusal
         self._answered = answered
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
         super()._leave_address()
-        hub = self._hub
-        hub.last += 1
-        hub.reserve[self] = None
-        if len(hub.reserve) > RESERVED:
-            oldest = next(iter(hub.reserve))
-            del hub.reserve[oldest]
+        state = self._state
+        state.last += 1
+        state.reserve[self] = None
+        if len(state.reserve) > RESERVED:
+            oldest = next(iter(state.reserve))
+            del state.reserve[oldest]
             oldest.make_room()
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
-        self._hub.last -= 1
-        self._hub.reserve.pop(self, None)
+        self._state.last -= 1
+        self._state.reserve.pop(self, None)
 
     def _leave_address(self) -> None:
         pass  # `connection_made` has done it
@@ -79,7 +79,7 @@ class LastConnection(Connection):
     def dispatch(self, head: Head, body: bytes, trace: bytes | None) -> None:
         """Passes health checks to the handler, and refuses everything else."""
         if body or not self._is_answered(head.target):
-            self._hub.buffered_bytes -= len(body)
+            self._state.buffered_bytes -= len(body)
             self._fail(self._refusal.bare(), head.method)
             return
         super().dispatch(Head(head.method, head.target, head.headers, keep_alive=False, old=head.old), body, trace)

@@ -61,7 +61,7 @@ class _Alarm:
         os.close(self._file)
 
 
-class _Lane(Channel):
+class _PooledConnection(Channel):
     """A connection of the generator."""
 
     __slots__ = ("due", "generator")
@@ -108,8 +108,8 @@ class Generator:
         self._request = request
         self._random = np.random.default_rng(seed)
         self._lags = array.array("d")
-        self._idle: list[_Lane] = []
-        self._lanes: set[_Lane] = set()
+        self._idle: list[_PooledConnection] = []
+        self._pool: set[_PooledConnection] = set()
         self._queue: deque[float] = deque()
         self._opening: set[asyncio.Task[None]] = set()
         self._most = self._answered = self._good = 0
@@ -153,8 +153,8 @@ class Generator:
                 self._alarm.close()
             for task in self._opening:
                 task.cancel()
-            for lane in tuple(self._lanes):
-                lane.abort()
+            for connection in tuple(self._pool):
+                connection.abort()
             await asyncio.sleep(0)
 
     def stop(self) -> None:
@@ -198,27 +198,27 @@ class Generator:
         self._queue.append(due)
         self._open_if_needed()
 
-    def _send(self, lane: _Lane, due: float) -> None:
-        lane.due = due
-        lane.send(self._request)
+    def _send(self, connection: _PooledConnection, due: float) -> None:
+        connection.due = due
+        connection.send(self._request)
 
     # Connections.
 
     def _open_if_needed(self) -> None:
         opening = len(self._opening)
-        if opening < len(self._queue) and opening + len(self._lanes) < self.load.connections:
+        if opening < len(self._queue) and opening + len(self._pool) < self.load.connections:
             task = self._loop.create_task(self._open())
             self._opening.add(task)
             task.add_done_callback(self._opened)
 
     async def _open(self) -> None:
         async with asyncio.timeout(self.load.timeout_s):
-            lane = await connected(lambda: _Lane(self), self._target)
-        if not lane.open:
+            connection = await connected(lambda: _PooledConnection(self), self._target)
+        if not connection.open:
             raise ConnectionResetError
-        self._lanes.add(lane)
-        self._most = max(self._most, len(self._lanes))
-        self._free(lane)
+        self._pool.add(connection)
+        self._most = max(self._most, len(self._pool))
+        self._free(connection)
 
     def _opened(self, task: asyncio.Task[None]) -> None:
         self._opening.discard(task)
@@ -231,29 +231,29 @@ class Generator:
             self._note(self._queue.popleft(), NO_CONNECTION)
         self._open_if_needed()
 
-    def _free(self, lane: _Lane) -> None:
+    def _free(self, connection: _PooledConnection) -> None:
         """Gives a connection the request that has waited longest for one, if there is any."""
-        lane.due = -1.0
-        if not lane.open:
+        connection.due = -1.0
+        if not connection.open:
             return
         if self._queue:
-            self._send(lane, self._queue.popleft())
+            self._send(connection, self._queue.popleft())
         else:
-            self._idle.append(lane)
+            self._idle.append(connection)
 
-    def forget(self, lane: _Lane) -> None:
+    def forget(self, connection: _PooledConnection) -> None:
         """Takes out a connection that is gone."""
-        self._lanes.discard(lane)
-        if lane in self._idle:
-            self._idle.remove(lane)
+        self._pool.discard(connection)
+        if connection in self._idle:
+            self._idle.remove(connection)
         self._open_if_needed()
 
     # Answers.
 
-    def finish(self, lane: _Lane, status: int) -> None:
+    def finish(self, connection: _PooledConnection, status: int) -> None:
         """Notes what came of the request of a connection, and uses the connection again."""
-        due = lane.due
-        self._free(lane)
+        due = connection.due
+        self._free(connection)
         self._note(due, status)
 
     def _note(self, due: float, status: int) -> None:
@@ -282,10 +282,10 @@ class Generator:
         patience = self.load.timeout_s
         while self._queue and now - self._queue[0] > patience:
             self._note(self._queue.popleft(), TIMED_OUT)
-        for lane in tuple(self._lanes):
-            if lane.due >= 0 and now - lane.due > patience:
-                due, lane.due = lane.due, -1.0
-                lane.abort()
+        for connection in tuple(self._pool):
+            if connection.due >= 0 and now - connection.due > patience:
+                due, connection.due = connection.due, -1.0
+                connection.abort()
                 self._note(due, TIMED_OUT)
 
     def _result(self, used_before: float) -> Result:

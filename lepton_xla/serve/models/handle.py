@@ -28,7 +28,7 @@ class ModelHandle:
         scheduler: the queue and the engine.
         metrics: what is counted.
         health: whether it can answer.
-        decoder: reads its requests. The plans that it keeps hold the heads of the answers.
+        decoder: reads its requests. The specs that it keeps hold the heads of the answers.
     """
 
     __slots__ = ("__weakref__", "decoder", "health", "metrics", "scheduler", "signature")

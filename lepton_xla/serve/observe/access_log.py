@@ -42,8 +42,8 @@ class AccessLog:
         }
         request_id = None
         if seen.request is not None:
-            request_id = seen.request.plan.id
-            fields["rows"] = seen.request.plan.rows
+            request_id = seen.request.spec.id
+            fields["rows"] = seen.request.spec.rows
         if times is not None:
             fields |= {
                 "batch_rows": times.rows,

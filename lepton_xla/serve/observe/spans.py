@@ -122,8 +122,8 @@ def _attributes(seen: Seen, method: str) -> dict[str, Any]:
         attributes["error.type"] = str(seen.status)
     request_id = None
     if seen.request is not None:
-        request_id = seen.request.plan.id
-        attributes["lepton.rows"] = seen.request.plan.rows
+        request_id = seen.request.spec.id
+        attributes["lepton.rows"] = seen.request.spec.rows
     if (given := ids(exchange, request_id).get("request_id")) is not None:
         attributes["lepton.request_id"] = given
     return attributes

@@ -17,7 +17,7 @@ from lepton_xla.serve.protocol.classification import classes_shape, pack, top_cl
 from lepton_xla.serve.protocol.jsondata import write_data
 from lepton_xla.serve.protocol.metadata import DatatypeName
 from lepton_xla.serve.protocol.signature import Signature, Tensor
-from lepton_xla.serve.protocol.wire import Plan
+from lepton_xla.serve.protocol.wire import RequestSpec
 
 type Data = Annotated[
     msgspec.Raw | msgspec.UnsetType,
@@ -55,38 +55,38 @@ class ResponseHead(msgspec.Struct, frozen=True):
 
 
 def encode_response(
-    signature: Signature, plan: Plan, outputs: Sequence[memoryview | bytes]
+    signature: Signature, spec: RequestSpec, outputs: Sequence[memoryview | bytes]
 ) -> tuple[bytes, list[memoryview | bytes]]:
     """The JSON part of an answer, and the binary outputs that follow it, in order.
 
     Args:
         signature: the model's.
-        plan: the request's.
-        outputs: the bytes of each output asked for, in the order of `plan.outputs`.
+        spec: the request's.
+        outputs: the bytes of each output asked for, in the order of `spec.outputs`.
 
     Raises:
         RefusedError: 400 if an output that JSON should carry holds NaN or infinity.
     """
     described: list[OutputTensor] = []
     tail: list[memoryview | bytes] = []
-    for position, (index, binary) in enumerate(plan.outputs):
+    for position, (index, binary) in enumerate(spec.outputs):
         tensor = signature.outputs[index]
-        count = plan.classes[position] if plan.classes else 0
+        count = spec.classes[position] if spec.classes else 0
         if count:
-            entry, data = _classified(signature, tensor, plan, outputs[position], count, binary=binary)
+            entry, data = _classified(signature, tensor, spec, outputs[position], count, binary=binary)
         else:
-            entry, data = _described(tensor, plan, outputs[position], binary=binary)
+            entry, data = _described(tensor, spec, outputs[position], binary=binary)
         described.append(entry)
         if binary:
             tail.append(data)
-    response_id = msgspec.UNSET if plan.id is None else plan.id
+    response_id = msgspec.UNSET if spec.id is None else spec.id
     return msgspec.json.encode(ResponseHead(signature.name, signature.version, described, response_id)), tail
 
 
 def _described(
-    tensor: Tensor, plan: Plan, data: memoryview | bytes, *, binary: bool
+    tensor: Tensor, spec: RequestSpec, data: memoryview | bytes, *, binary: bool
 ) -> tuple[OutputTensor, memoryview | bytes]:
-    shape = tensor.at(plan.sizes)
+    shape = tensor.at(spec.sizes)
     if binary:
         return OutputTensor(tensor.name, tensor.datatype.name, shape, BinarySize(len(data))), data
     text = write_data(np.frombuffer(data, tensor.dtype), f"output {tensor.name!r}")
@@ -94,9 +94,9 @@ def _described(
 
 
 def _classified(
-    signature: Signature, tensor: Tensor, plan: Plan, data: memoryview | bytes, count: int, *, binary: bool
+    signature: Signature, tensor: Tensor, spec: RequestSpec, data: memoryview | bytes, count: int, *, binary: bool
 ) -> tuple[OutputTensor, bytes]:
-    shape = classes_shape(tensor.at(plan.sizes), count, batched=signature.batch is not None)
+    shape = classes_shape(tensor.at(spec.sizes), count, batched=signature.batch is not None)
     rows = math.prod(shape[:-1])
     values = np.frombuffer(data, tensor.dtype)
     texts = top_classes(values.reshape(rows, values.size // rows), shape[-1])

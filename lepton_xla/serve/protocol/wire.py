@@ -45,7 +45,7 @@ _ID = re.compile(rb'\{"id": ?"([ !#-\[\]-~]*)", ?')
 _MOST_CLASSES = 1_000_000
 
 
-class Plan(msgspec.Struct, eq=False, kw_only=True):
+class RequestSpec(msgspec.Struct, eq=False, kw_only=True):
     """What the JSON part of a request says, checked against the signature. Shared by equal requests.
 
     Attributes:
@@ -99,12 +99,12 @@ class InferRequest(msgspec.Struct, eq=False):
     """A request ready to run.
 
     Attributes:
-        plan: what its JSON part says.
+        spec: what its JSON part says.
         tensors: for each input the C-order little-endian bytes of its tensor.
         nbytes: memory that they hold: the whole body, where one of them lies in it.
     """
 
-    plan: Plan
+    spec: RequestSpec
     tensors: list[memoryview]
     nbytes: int
 
@@ -112,7 +112,7 @@ class InferRequest(msgspec.Struct, eq=False):
 class Decoder:
     """Decodes infer requests of one model.
 
-    Clients repeat the JSON part byte for byte, so plans of purely binary requests are kept in a small cache.
+    Clients repeat the JSON part byte for byte, so specs of purely binary requests are kept in a small cache.
 
     Args:
         signature: the model's.
@@ -127,10 +127,10 @@ class Decoder:
         self._inputs = {tensor.name: index for index, tensor in enumerate(signature.inputs)}
         self._outputs = {tensor.name: index for index, tensor in enumerate(signature.outputs)}
         self._bool_inputs = tuple(i for i, t in enumerate(signature.inputs) if t.datatype.name == "BOOL")
-        self._plans: dict[bytes, Plan] = {}
-        # The last JSON part and its plan: to compare with one takes less time than to look it up among all.
+        self._specs: dict[bytes, RequestSpec] = {}
+        # The last JSON part and its spec: to compare with one takes less time than to look it up among all.
         self._last_head = b""
-        self._last: Plan | None = None
+        self._last: RequestSpec | None = None
 
     def decode(self, body: bytes, head_bytes: int | None) -> InferRequest:
         """Decodes one request body.
@@ -155,30 +155,30 @@ class Decoder:
         else:
             head = body[:head_bytes]
         arrays: dict[int, memoryview] | None = None
-        plan = self._last if head is self._last_head else self._known(head)
-        if plan is None:
+        spec = self._last if head is self._last_head else self._known(head)
+        if spec is None:
             arrays = {}
-            plan = self._plan(head, arrays)
+            spec = self._spec(head, arrays)
             if head_bytes <= _CACHED_HEAD_BYTES and not arrays:
-                self._remember(head, plan)
-        if total - head_bytes != plan.tail_bytes:
+                self._remember(head, spec)
+        if total - head_bytes != spec.tail_bytes:
             raise RefusedError(
                 400,
-                f"the binary inputs need {plan.tail_bytes} bytes after the JSON part, but {total - head_bytes} follow",
+                f"the binary inputs need {spec.tail_bytes} bytes after the JSON part, but {total - head_bytes} follow",
             )
         view = memoryview(body)
-        tensors = [view[head_bytes + start : head_bytes + stop] for start, stop in plan.slices]
-        nbytes = total if plan.tail_bytes else 0
+        tensors = [view[head_bytes + start : head_bytes + stop] for start, stop in spec.slices]
+        nbytes = total if spec.tail_bytes else 0
         if arrays:
             for index, data in arrays.items():
                 tensors[index] = data
                 nbytes += len(data)
         if self._bool_inputs:
             self._check_bools(tensors)
-        return InferRequest(plan, tensors, nbytes)
+        return InferRequest(spec, tensors, nbytes)
 
-    def repeated(self, body: bytes, head_bytes: int | None) -> Plan | None:
-        """The plan of a body that says the same as the one before it, so far as that is easily seen.
+    def repeated(self, body: bytes, head_bytes: int | None) -> RequestSpec | None:
+        """The spec of a body that says the same as the one before it, so far as that is easily seen.
 
         Args:
             body: after decompression.
@@ -187,45 +187,45 @@ class Decoder:
         Returns:
             None for what `decode` has to look at, if only to say what is wrong.
         """
-        plan, head = self._last, self._last_head
-        if plan is None or head_bytes != len(head) or len(body) != len(head) + plan.tail_bytes:
+        spec, head = self._last, self._last_head
+        if spec is None or head_bytes != len(head) or len(body) != len(head) + spec.tail_bytes:
             return None
-        return plan if body.startswith(head) else None
+        return spec if body.startswith(head) else None
 
-    def _known(self, head: bytes) -> Plan | None:
+    def _known(self, head: bytes) -> RequestSpec | None:
         if len(head) > _CACHED_HEAD_BYTES:
             return None
-        plan = self._plans.get(head)
-        if plan is not None:
-            self._last_head, self._last = head, plan
+        spec = self._specs.get(head)
+        if spec is not None:
+            self._last_head, self._last = head, spec
         elif (found := _ID.match(head)) is not None:
-            plan = self._plans.get(b"{" + head[found.end() :])
-            if plan is not None:
-                plan = copy.copy(plan)
-                plan.id = found[1].decode()
-                plan.prefix = None
-        return plan
+            spec = self._specs.get(b"{" + head[found.end() :])
+            if spec is not None:
+                spec = copy.copy(spec)
+                spec.id = found[1].decode()
+                spec.prefix = None
+        return spec
 
-    def _remember(self, head: bytes, plan: Plan) -> None:
-        """Keeps a plan for equal requests. Those with an id are kept without it: each has its own."""
-        if plan.id is not None:
+    def _remember(self, head: bytes, spec: RequestSpec) -> None:
+        """Keeps a spec for equal requests. Those with an id are kept without it: each has its own."""
+        if spec.id is not None:
             found = _ID.match(head)
             head = b"{" + head[found.end() :] if found is not None else b""
             # What is left must not say an id again, in whatever spelling.
             if not head or b'"id"' in head or b"\\" in head:
                 return
-            plan = copy.copy(plan)
-            plan.id = plan.prefix = None
-        if len(self._plans) >= _CACHED_HEADS:
-            self._plans.clear()
-        self._plans[head] = plan
+            spec = copy.copy(spec)
+            spec.id = spec.prefix = None
+        if len(self._specs) >= _CACHED_HEADS:
+            self._specs.clear()
+        self._specs[head] = spec
 
     def _check_bools(self, tensors: Sequence[memoryview]) -> None:
         for index in self._bool_inputs:
             if len(tensors[index]) and np.frombuffer(tensors[index], np.uint8).max() > 1:
                 raise RefusedError(400, f"input {self._signature.inputs[index].name!r}: a BOOL byte is neither 0 nor 1")
 
-    def _plan(self, head: bytes, arrays: dict[int, memoryview]) -> Plan:
+    def _spec(self, head: bytes, arrays: dict[int, memoryview]) -> RequestSpec:
         request, cut = parse_head(head, self._limits)
         check_reserved(request.parameters)
         named = len(request.inputs) + len(request.outputs or ())
@@ -256,15 +256,15 @@ class Decoder:
         missing = [name for name, index in self._inputs.items() if slices[index] is None]
         if missing:
             raise RefusedError(400, f"input {missing[0]!r} is missing; the model needs {_names(self._inputs)}")
-        plan = self._fit(sizes, tuple(s for s in slices if s is not None), cursor, self._options(request))
+        spec = self._fit(sizes, tuple(s for s in slices if s is not None), cursor, self._options(request))
         # Last: all that is cheap to check is.
         for index, given in in_json.items():
             arrays[index] = json_data(given, self._signature.inputs[index], head, cut)
-        return plan
+        return spec
 
     def _fit(
         self, sizes: dict[str, int], slices: tuple[tuple[int, int], ...], tail_bytes: int, options: _Options
-    ) -> Plan:
+    ) -> RequestSpec:
         """Checks the sizes against the compiled ones."""
         signature = self._signature
         key: list[int] = []
@@ -296,7 +296,7 @@ class Decoder:
                 f"the answer takes {taken} bytes of memory, and the server may hold {self._limits.max_buffered_bytes}; "
                 "ask for fewer rows or outputs, or for binary_data",
             )
-        return Plan(
+        return RequestSpec(
             rows=rows,
             key=tuple(key),
             sizes=sizes,
@@ -360,10 +360,10 @@ class Decoder:
             raise RefusedError(400, f"input {tensor.name!r} needs a multiple of {unit} bytes, but {len(body)} came")
         sizes |= dict.fromkeys(free, count)
         options = _Options(tuple((index, True) for index in range(len(signature.outputs))))
-        plan = self._fit(sizes, ((0, len(body)),), len(body), options)
+        spec = self._fit(sizes, ((0, len(body)),), len(body), options)
         tensors = [memoryview(body)]
         self._check_bools(tensors)
-        return InferRequest(plan, tensors, len(body))
+        return InferRequest(spec, tensors, len(body))
 
 
 def _names(table: dict[str, int]) -> str:

@@ -9,7 +9,7 @@ from serve_fakes import Tokens
 from lepton_xla.serve.batching.engine import Engine, Work
 from lepton_xla.serve.batching.tickets import Batch, Part
 from lepton_xla.serve.protocol.signature import signature_of
-from lepton_xla.serve.protocol.wire import InferRequest, Plan
+from lepton_xla.serve.protocol.wire import InferRequest, RequestSpec
 
 SIGNATURE = signature_of(Tokens())
 
@@ -17,11 +17,11 @@ SIGNATURE = signature_of(Tokens())
 def work(tokens):
     rows, seq = tokens.shape
     key = 4 if seq <= 4 else 8
-    plan = Plan(
+    spec = RequestSpec(
         rows=rows, key=(key,), sizes={"batch": rows, "seq": seq}, cut=seq != key, slices=(), tail_bytes=0,
         outputs=((0, True), (1, True)),
     )  # fmt: skip
-    return Work(rows, (key,), 0.0, request=InferRequest(plan, [memoryview(tokens.tobytes())], tokens.nbytes))
+    return Work(rows, (key,), 0.0, request=InferRequest(spec, [memoryview(tokens.tobytes())], tokens.nbytes))
 
 
 @pytest.mark.parametrize("key", [4, 8])

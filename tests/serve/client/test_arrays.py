@@ -61,9 +61,9 @@ def test_what_is_encoded_is_what_the_server_decodes(dtype, data):
     plain = np.asarray(array)
     expected = np.ascontiguousarray(plain.astype(plain.dtype.newbyteorder("<")))
     assert bytes(request.tensors[0]) == expected.tobytes()
-    assert request.plan.sizes == {"batch": len(plain)}
-    assert request.plan.outputs == ((0, True),)
-    answer, rest = encode_response(signature_of(Identity(dtype)), request.plan, request.tensors)
+    assert request.spec.sizes == {"batch": len(plain)}
+    assert request.spec.outputs == ((0, True),)
+    answer, rest = encode_response(signature_of(Identity(dtype)), request.spec, request.tensors)
     output = decode_infer(answer + b"".join(rest), len(answer))["y"]
     assert output.dtype == np.dtype(dtype)
     assert output.shape == plain.shape
@@ -81,8 +81,8 @@ def test_tensors_in_json(values, n):
     request = decoder(servable).decode(head, None)
     assert bytes(request.tensors[0]) == x.tobytes()
     assert bytes(request.tensors[1]) == struct.pack("<i", n)
-    assert request.plan.outputs == ((0, False),)
-    answer, _ = encode_response(signature_of(servable), request.plan, [x.tobytes()])
+    assert request.spec.outputs == ((0, False),)
+    answer, _ = encode_response(signature_of(servable), request.spec, [x.tobytes()])
     np.testing.assert_array_equal(decode_infer(answer, None)["y"], x)
 
 

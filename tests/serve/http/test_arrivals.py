@@ -6,9 +6,9 @@ import socket
 
 import uvloop
 
-from lepton_xla.serve.http.arrivals import Entrance
-from lepton_xla.serve.http.hub import Hub
+from lepton_xla.serve.http.arrivals import Listener
 from lepton_xla.serve.http.listening import Listening
+from lepton_xla.serve.http.server_state import ServerState
 from lepton_xla.serve.limits import Limits
 
 COUNT = 40
@@ -16,16 +16,16 @@ COUNT = 40
 
 def test_connections_that_wait_are_taken_in_few_turns():
     async def turns_taken():
-        hub = Hub(lambda exchange: None, Limits())
+        state = ServerState(lambda exchange: None, Limits())
         listener = socket.create_server(("127.0.0.1", 0))
         address = listener.getsockname()
-        entrance = Entrance(hub, Listening([listener]), COUNT, {})
+        entrance = Listener(state, Listening([listener]), COUNT, {})
         entrance.open()
         with contextlib.ExitStack() as stack:
             for _ in range(COUNT):
                 stack.enter_context(socket.create_connection(address))
             turns = 0
-            while len(hub.connections) < COUNT:
+            while len(state.connections) < COUNT:
                 turns += 1
                 await asyncio.sleep(0)
             await entrance.close()

@@ -22,7 +22,7 @@ from serve_fakes import (
 )
 
 from lepton_xla.serve.http.connection import Connection
-from lepton_xla.serve.http.hub import Hub
+from lepton_xla.serve.http.server_state import ServerState
 from lepton_xla.serve.limits import Limits
 
 INFER = "/v2/models/affine/infer"
@@ -469,8 +469,8 @@ class Unread:
 
 @pytest.mark.parametrize("end", ["by the answer", "by the client"])
 def test_the_last_answer_may_be_left_unread_for_no_longer_than_others(end):
-    hub = Hub(lambda exchange: exchange.answer(200, b"{}"), Limits(write_timeout_s=30))
-    connection, transport = Connection(hub), Unread()
+    state = ServerState(lambda exchange: exchange.answer(200, b"{}"), Limits(write_timeout_s=30))
+    connection, transport = Connection(state), Unread()
     connection.connection_made(transport)
     fields = {"Connection": "close"} if end == "by the answer" else {}
     connection.data_received(raw_request("GET", "/v2", b"", fields))

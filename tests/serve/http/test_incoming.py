@@ -7,8 +7,8 @@ from serve_fakes import Affine, connect, raw_request, read_response
 
 from lepton_xla.serve.http.connection import Connection
 from lepton_xla.serve.http.exchange import Exchange
-from lepton_xla.serve.http.hub import Hub
 from lepton_xla.serve.http.incoming import SHARE, SLICE_BYTES
+from lepton_xla.serve.http.server_state import ServerState
 from lepton_xla.serve.limits import Limits
 
 READ = 256 << 10
@@ -64,9 +64,9 @@ class Client:
     def __init__(self, **limits):
         self.seen: list[Exchange] = []
         self.answers = True
-        self.hub = Hub(self.handle, Limits(**limits))
+        self.state = ServerState(self.handle, Limits(**limits))
         self.wire = Wire()
-        self.connection = Connection(self.hub)
+        self.connection = Connection(self.state)
         self.connection.connection_made(self.wire)
 
     def handle(self, exchange):
@@ -88,7 +88,7 @@ class Client:
                     return counts
                 assert len(counts) < 1000
                 assert not self.wire.reading
-                assert 0 < self.hub.buffered_bytes <= len(data)
+                assert 0 < self.state.buffered_bytes <= len(data)
                 await asyncio.sleep(0)
 
         return asyncio.run(turns())
@@ -117,7 +117,7 @@ def test_thousands_of_requests_in_one_read_are_handled_in_shares_and_in_order(cl
     assert sum(counts) == count
     assert b"".join(client.wire.written).split() == paths[:count]
     assert client.wire.reading
-    assert client.hub.buffered_bytes == 0
+    assert client.state.buffered_bytes == 0
 
 
 def test_thousands_of_chunks_are_read_in_shares(client):
@@ -170,7 +170,7 @@ def test_the_rest_of_a_read_waits_while_answers_do(client):
     assert counts[0] <= MOST  # handled, or waiting for the answers before them
     assert not client.wire.reading
     # All but what was handled, and a part of the next.
-    assert 0 <= len(TINY) * (1000 - counts[0]) - client.hub.buffered_bytes < len(TINY)
+    assert 0 <= len(TINY) * (1000 - counts[0]) - client.state.buffered_bytes < len(TINY)
 
     async def answer():
         client.answers = True
@@ -181,7 +181,7 @@ def test_the_rest_of_a_read_waits_while_answers_do(client):
     asyncio.run(answer())
     assert len(b"".join(client.wire.written).split()) == 1000
     assert client.wire.reading
-    assert client.hub.buffered_bytes == 0
+    assert client.state.buffered_bytes == 0
 
 
 @pytest.mark.parametrize("end", ["lost", "close", "malformed", "draining"])
@@ -191,14 +191,14 @@ def test_the_rest_of_a_read_is_dropped_with_its_connection(client, end):
 
     async def go():
         client.connection.data_received(data)
-        assert client.hub.buffered_bytes > 0
-        client.hub.draining = end == "draining"
+        assert client.state.buffered_bytes > 0
+        client.state.draining = end == "draining"
         if end == "lost":
             client.connection.connection_lost(None)
         await finish(client)
 
     asyncio.run(go())
-    assert client.hub.buffered_bytes == 0
+    assert client.state.buffered_bytes == 0
     if end in last:
         assert len(client.seen) == 500 + (end == "close")
     else:
@@ -212,7 +212,7 @@ def test_a_fault_in_a_later_turn_ends_the_connection(client):
         failures = []
         asyncio.get_running_loop().set_exception_handler(lambda loop, context: failures.append(context["exception"]))
         client.connection.data_received(TINY * 1000)
-        client.hub.handler = None
+        client.state.handler = None
         await asyncio.sleep(0.01)
         return failures
 
@@ -226,7 +226,7 @@ def test_the_rest_of_a_read_counts_against_the_limit_of_all_bodies():
     client.send(TINY * 1000)
     assert b" 503 " in client.wire.written[-1]
     assert len(client.seen) <= MOST
-    assert client.hub.buffered_bytes == 0
+    assert client.state.buffered_bytes == 0
 
 
 def test_a_client_that_pipelines_thousands_gets_them_all(make_server):

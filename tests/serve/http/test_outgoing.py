@@ -15,8 +15,8 @@ from serve_fakes import exchange, raw_request, read_outputs, read_response
 from lepton_xla.program import TensorSpec
 from lepton_xla.serve.errors import RefusedError
 from lepton_xla.serve.http.connection import Connection
-from lepton_xla.serve.http.hub import Hub
 from lepton_xla.serve.http.outgoing import AHEAD_BYTES
+from lepton_xla.serve.http.server_state import ServerState
 from lepton_xla.serve.limits import Limits
 from lepton_xla.serve.protocol.encoding import deflate
 from lepton_xla.serve.protocol.jsondata import PIECE_BYTES
@@ -172,7 +172,7 @@ def held():
 
 @pytest.fixture
 def connection(held):
-    made = Connection(Hub(held.append, Limits(max_body_bytes=4 * MIB, max_buffered_bytes=4 * MIB)))
+    made = Connection(ServerState(held.append, Limits(max_body_bytes=4 * MIB, max_buffered_bytes=4 * MIB)))
     made.connection_made(Pipe())
     return made
 
@@ -182,17 +182,17 @@ def get(count):
 
 
 def test_requests_wait_for_room_for_their_answers(connection, held):
-    hub, pipe = connection._hub, connection._transport
+    state, pipe = connection._state, connection._transport
 
     def handle(exchange):
         held.append(exchange)
         exchange.reserve(AHEAD_BYTES * 3 // 5)
 
-    hub.handler = handle
+    state.handler = handle
     connection.data_received(get(5))
     assert len(held) == 2  # the second passes the limit, and no third is handled
     assert not pipe.reading
-    assert hub.buffered_bytes == 2 * (AHEAD_BYTES * 3 // 5)
+    assert state.buffered_bytes == 2 * (AHEAD_BYTES * 3 // 5)
     held[1].send(b"second")
     assert (pipe.written, len(held)) == ([], 3)  # what it was found to take is all that counts now
     held[0].send(b"first ")
@@ -203,13 +203,13 @@ def test_requests_wait_for_room_for_their_answers(connection, held):
     held[2].send(b"third")
     held[3].send(b"fourth")
     assert len(held) == 4
-    assert hub.buffered_bytes == AHEAD_BYTES + len(b"thirdfourth")
+    assert state.buffered_bytes == AHEAD_BYTES + len(b"thirdfourth")
     pipe.written.clear()
     connection.resume_writing()
     assert len(held) == 5
     assert pipe.reading
     held[4].send(b"fifth")
-    assert hub.buffered_bytes == 0
+    assert state.buffered_bytes == 0
 
 
 def test_what_there_is_no_room_for_now_is_503(connection, held):
@@ -219,14 +219,14 @@ def test_what_there_is_no_room_for_now_is_503(connection, held):
         held[1].reserve(2 * MIB)
     assert caught.value.status == 503
     connection.connection_lost(None)
-    assert connection._hub.buffered_bytes == 0
+    assert connection._state.buffered_bytes == 0
 
 
 def test_answers_that_are_there_at_once_are_no_recursion(connection, held):
     connection._transport.written = [b"x" * 2 * AHEAD_BYTES]
     connection.pause_writing()
     connection._transport.written.clear()
-    connection._hub.handler = lambda exchange: exchange.send(b"x")
+    connection._state.handler = lambda exchange: exchange.send(b"x")
     connection.data_received(get(100))
     assert not connection._transport.written
     limit = sys.getrecursionlimit()
@@ -255,6 +255,6 @@ def test_an_answer_is_no_longer_than_what_is_set_aside_for_it(dtype, asked):
         "inputs": [{"name": "x", "datatype": "INT32", "shape": [5], "data": [1] * 5}],
         "outputs": [{"name": "y", "parameters": asked}],
     }
-    plan = Decoder(signature, Limits(), 100).decode(json.dumps(request).encode(), None).plan
-    head, tail = encode_response(signature, plan, [values.tobytes()])
-    assert values.nbytes <= sum(map(len, (head, *tail))) <= plan.answer_bytes + 300
+    spec = Decoder(signature, Limits(), 100).decode(json.dumps(request).encode(), None).spec
+    head, tail = encode_response(signature, spec, [values.tobytes()])
+    assert values.nbytes <= sum(map(len, (head, *tail))) <= spec.answer_bytes + 300

@@ -111,7 +111,7 @@ def verdict(body):
         got = Decoder(signature_of(Affine()), LIMITS, 4096).decode(body, None)
     except RefusedError as refusal:
         return refusal.status
-    return got.plan.id, got.plan.rows, got.plan.outputs, [bytes(each) for each in got.tensors]
+    return got.spec.id, got.spec.rows, got.spec.outputs, [bytes(each) for each in got.tensors]
 
 
 TEXT = st.text(st.sampled_from('"\\[]{},: data1é'), max_size=8)

@@ -137,9 +137,9 @@ def test_heads_that_differ_in_those_fields_only_are_one_head(make_server, affine
     hubs = []
     original = http.Connection.__init__
 
-    def spy(self, hub):
-        hubs.append(hub)
-        original(self, hub)
+    def spy(self, state):
+        hubs.append(state)
+        original(self, state)
 
     monkeypatch.setattr(http.Connection, "__init__", spy)
     server = make_server(affine)

@@ -110,7 +110,7 @@ def test_binary_bytes_arrive_as_they_were_sent(datatype, size, dtype, data):
     head = head[:-1] + b', "parameters": {"binary_data_output": true}}'
     request = decoder(Identity(dtype)).decode(head + raw, len(head))
     assert bytes(request.tensors[0]) == raw
-    assert request.plan.rows == rows
+    assert request.spec.rows == rows
 
 
 def pack(datatype, values):
@@ -158,8 +158,8 @@ def test_tritonclients_encoder_is_understood(datatype, size, dtype, data):
     )
     request = decoder(Identity(dtype)).decode(body, size)
     assert bytes(request.tensors[0]) == array.tobytes()
-    assert request.plan.outputs == ((0, True),)
-    assert request.plan.id == "7"
+    assert request.spec.outputs == ((0, True),)
+    assert request.spec.id == "7"
 
 
 @given(
@@ -180,8 +180,8 @@ def test_response_is_what_triton_reads(y, wanted):
     request = decoder(affine).decode(affine_json(np.zeros((rows, 4)), np.zeros(rows), **extra), None)
     results = {"y": y, "twice": twice}
     names = list(affine.outputs)
-    raws = [results[names[index]].tobytes() for index, _ in request.plan.outputs]
-    head, tail = encode_response(signature_of(affine), request.plan, raws)
+    raws = [results[names[index]].tobytes() for index, _ in request.spec.outputs]
+    head, tail = encode_response(signature_of(affine), request.spec, raws)
     body = head + b"".join(tail)
     result = http.InferResult.from_response_body(body, header_length=len(head) if tail else None)
     asked = wanted or [("y", False), ("twice", False)]
@@ -219,12 +219,12 @@ def test_equal_heads_share_a_plan_and_the_cache_is_bounded():
     subject = decoder(Affine())
     body, headers = affine_binary(np.ones((1, 4)), [1])
     size = int(headers["Inference-Header-Content-Length"])
-    plans = {id(subject.decode(body, size).plan) for _ in range(3)}
-    assert len(plans) == 1
+    specs = {id(subject.decode(body, size).spec) for _ in range(3)}
+    assert len(specs) == 1
     for index in range(2000):
         body, headers = affine_binary(np.ones((1, 4)), [1], custom=str(index))
         subject.decode(body, int(headers["Inference-Header-Content-Length"]))
-    assert len(subject._plans) <= 512
+    assert len(subject._specs) <= 512
 
 
 def test_a_head_that_begins_or_goes_on_as_the_last_one_is_another():
@@ -235,20 +235,20 @@ def test_a_head_that_begins_or_goes_on_as_the_last_one_is_another():
     for body, size in ((head + b"x" + bytes(12), len(head) + 1), (head + bytes(11), len(head) - 1)):
         with pytest.raises(RefusedError):
             subject.decode(body, size)
-    assert subject.decode(head + b" " + bytes(12), len(head) + 1).plan is not subject.decode(
+    assert subject.decode(head + b" " + bytes(12), len(head) + 1).spec is not subject.decode(
         head + bytes(12), len(head)
-    ).plan  # fmt: skip
+    ).spec  # fmt: skip
 
 
 def test_requests_with_an_id_of_their_own_do_not_push_others_out_of_the_cache():
     subject = decoder(Affine())
     body, headers = affine_binary(np.ones((1, 4)), [1])
     size = int(headers["Inference-Header-Content-Length"])
-    plan = subject.decode(body, size).plan
+    spec = subject.decode(body, size).spec
     for index in range(1000):
         other, headers = affine_binary(np.ones((1, 4)), [1], id=str(index))
-        assert subject.decode(other, int(headers["Inference-Header-Content-Length"])).plan.id == str(index)
-    assert subject.decode(body, size).plan is plan
+        assert subject.decode(other, int(headers["Inference-Header-Content-Length"])).spec.id == str(index)
+    assert subject.decode(body, size).spec is spec
 
 
 @pytest.mark.parametrize("again", [b'"id": "second"', b'"\\u0069d": "second"'])
@@ -257,8 +257,8 @@ def test_an_id_given_twice_is_the_last_one_and_no_other_requests(again):
     rest = one(parameters={"binary_data_size": 12})[1:-1] + b", " + again + b"}"
     for first in (b"first", b"second", b"third"):
         head = b'{"id": "' + first + b'", ' + rest
-        assert subject.decode(head + bytes(12), len(head)).plan.id == "second"
-    assert subject.decode(b"{" + rest + bytes(12), len(rest) + 1).plan.id == "second"
+        assert subject.decode(head + bytes(12), len(head)).spec.id == "second"
+    assert subject.decode(b"{" + rest + bytes(12), len(rest) + 1).spec.id == "second"
 
 
 def test_json_data_is_never_cached():
@@ -266,7 +266,7 @@ def test_json_data_is_never_cached():
     for value in (1.0, 2.0):
         request = subject.decode(affine_json(np.full((1, 4), value), [1]), None)
         assert bytes(request.tensors[0]) == np.full(4, value, "<f4").tobytes()
-    assert not subject._plans
+    assert not subject._specs
 
 
 @pytest.mark.parametrize("literal", ["NaN", "Infinity", "-Infinity", "nan", "1e999", "-1e999"])
@@ -371,13 +371,13 @@ def test_malformed_requests_are_refused(body, says):
 
 
 def test_timeout_and_priority_are_read():
-    plan = decoder(Identity()).decode(asking(parameters={"timeout": 1500, "priority": 2}), None).plan
-    assert (plan.timeout_s, plan.priority) == (0.0015, 2)
+    spec = decoder(Identity()).decode(asking(parameters={"timeout": 1500, "priority": 2}), None).spec
+    assert (spec.timeout_s, spec.priority) == (0.0015, 2)
     # The protocol's own defaults, and a sequence that is none: what some clients send with every request.
     default = {"timeout": 0, "priority": 0, "sequence_id": 0, "sequence_start": False, "sequence_end": False}
     for parameters in ({}, default, {"anything": "else", "and": None, "more": 1.5}):
-        plan = decoder(Identity()).decode(asking(parameters=parameters), None).plan
-        assert (plan.timeout_s, plan.priority) == (None, 0)
+        spec = decoder(Identity()).decode(asking(parameters=parameters), None).spec
+        assert (spec.timeout_s, spec.priority) == (None, 0)
 
 
 def test_a_duplicate_input_is_refused():
@@ -419,12 +419,12 @@ def test_raw_mode_takes_one_row_of_the_only_input():
     raw = np.arange(3, dtype="<f4").tobytes()
     request = decoder(Identity()).decode(raw, 0)
     assert bytes(request.tensors[0]) == raw
-    assert (request.plan.rows, request.plan.outputs) == (1, ((0, True),))
+    assert (request.spec.rows, request.spec.outputs) == (1, ((0, True),))
     refused(Identity(), raw + b"\0", 0)
     refused(Identity(), raw + raw, 0)
     refused(Affine(), raw, 0)
     tokens = decoder(Tokens()).decode(bytes(20), 0)
-    assert tokens.plan.sizes == {"batch": 1, "seq": 5}
+    assert tokens.spec.sizes == {"batch": 1, "seq": 5}
     assert "'seq'" in refused(Tokens(), bytes(4 * 9), 0)
     assert "'seq'" in refused(Tokens(), b"", 0)
 
@@ -435,21 +435,21 @@ def test_other_symbols_are_padded_to_their_next_compiled_size(seq):
     if seq > 8:
         assert "'seq'" in refused(Tokens(), body)
         return
-    plan = decoder(Tokens()).decode(body, None).plan
-    assert plan.key == (4 if seq <= 4 else 8,)
-    assert plan.cut == (seq not in (4, 8))
+    spec = decoder(Tokens()).decode(body, None).spec
+    assert spec.key == (4 if seq <= 4 else 8,)
+    assert spec.cut == (seq not in (4, 8))
 
 
 def test_nan_in_an_output_asked_for_as_json_is_an_error_and_as_binary_is_not():
     signature = signature_of(Identity())
     nan = np.array([[1.0, math.nan, 2.0]], np.float32).tobytes()
-    plan = decoder(Identity()).decode(one("[1,2,3]"), None).plan
+    spec = decoder(Identity()).decode(one("[1,2,3]"), None).spec
     with pytest.raises(RefusedError) as caught:
-        encode_response(signature, plan, [nan])
+        encode_response(signature, spec, [nan])
     assert caught.value.status == 400
     head = one(parameters={"binary_data_size": 12}).replace(b"}]}", b'}], "parameters": {"binary_data_output": true}}')
-    plan = decoder(Identity()).decode(head + bytes(12), len(head)).plan
-    head, tail = encode_response(signature, plan, [nan])
+    spec = decoder(Identity()).decode(head + bytes(12), len(head)).spec
+    head, tail = encode_response(signature, spec, [nan])
     assert json.loads(head)["outputs"][0]["parameters"] == {"binary_data_size": 12}
     assert tail == [nan]
 
@@ -553,7 +553,7 @@ def test_any_bytes_are_decoded_or_refused(servable, body, size):
         decoded = subject.decode(body, size)
         inputs = signature_of(servable).inputs
         assert [len(data) for data in decoded.tensors] == [
-            math.prod(tensor.at(decoded.plan.sizes)) * tensor.dtype.itemsize for tensor in inputs
+            math.prod(tensor.at(decoded.spec.sizes)) * tensor.dtype.itemsize for tensor in inputs
         ]
 
 
@@ -565,4 +565,4 @@ def test_a_valid_request_cut_or_overwritten_is_decoded_or_refused(noise, size, a
     damaged = body[:at] + noise + body[at + len(noise) :]
     with contextlib.suppress(RefusedError):
         request = decoder(Affine()).decode(damaged, size)
-        assert [len(tensor) for tensor in request.tensors] == [request.plan.rows * 16, request.plan.rows * 4]
+        assert [len(tensor) for tensor in request.tensors] == [request.spec.rows * 16, request.spec.rows * 4]

@@ -15,7 +15,7 @@ from lepton_xla.serve.limits import Limits
 
 
 class OpenConnection(Protocol):
-    """A connection, as the hub sees it."""
+    """A connection, as the state sees it."""
 
     @property
     def unanswered(self) -> int:
@@ -61,7 +61,7 @@ class Reserved(OpenConnection, Protocol):
 
 
 @dataclasses.dataclass(slots=True)
-class Hub:
+class ServerState:
     """What the connections of a server share.
 
     Attributes:
