@@ -96,9 +96,9 @@ def stages(path: pathlib.Path, payload: payloads.Payload, rounds: int = 400) -> 
         model = lx.load(path)
         signature = signature_of(model)
         engine = Timed(model, signature)
-        costs = Costs(signature.ladder, engine.warm_up())
+        costs = Costs(signature.bucket_sizes, engine.warm_up())
         batcher, full = (
-            Batcher[Any](signature.ladder, costs=costs, levels=3, max_rows=most) for most in (4096, AT_ONCE)
+            Batcher[Any](signature.bucket_sizes, costs=costs, levels=3, max_rows=most) for most in (4096, AT_ONCE)
         )
         metrics, limits = Metrics(signature.name), Limits()
         loop = asyncio.get_running_loop()

@@ -118,7 +118,9 @@ def benchmark_model(name: str, buckets: Mapping[str, tuple[int, ...]], rows: int
         )
         path = folder / f"{name}.lepton"
         lx.compile(small, buckets, name=name).save(path)
-        sizes = {"batch": rows} | {symbol: ladder[-1] for symbol, ladder in buckets.items() if symbol != "batch"}
+        sizes = {"batch": rows} | {
+            symbol: bucket_sizes[-1] for symbol, bucket_sizes in buckets.items() if symbol != "batch"
+        }
         arrays = harness.example_inputs(spec.inputs, sizes)
         return path, Payload(name, arrays, lx.load(path)(**arrays))
 

@@ -19,7 +19,7 @@ def shortened(value: object) -> str:
     return repr(value)
 
 
-class RefusedError(ServeError):
+class HTTPError(ServeError):
     """A request that gets an error for an answer.
 
     Attributes:
@@ -40,9 +40,9 @@ class RefusedError(ServeError):
         self.message = message
         self.headers = headers
 
-    def bare(self) -> RefusedError:
+    def bare(self) -> HTTPError:
         """What it says without where it was raised: kept, that would keep alive all that was in hand there.
 
         A frame that holds an error which was raised in it is a cycle, and its body stays until a collection finds it.
         """
-        return RefusedError(self.status, self.message, *self.headers)
+        return HTTPError(self.status, self.message, *self.headers)

@@ -213,8 +213,8 @@ def open_model(
         cores: of this machine, as many as this process may count on; None for all.
     """
     batcher: Batcher[Call] = Batcher(
-        signature.ladder,
-        costs=Costs(signature.ladder, measured),
+        signature.bucket_sizes,
+        costs=Costs(signature.bucket_sizes, measured),
         levels=options.priority_levels,
         max_delay_s=options.max_delay_us * 1e-6,
         max_rows=options.max_queue_rows,

@@ -26,10 +26,10 @@ class Affine:
     name = "affine"
     version = "3"
 
-    def __init__(self, ladder=(1, 4, 8)):
+    def __init__(self, bucket_sizes=(1, 4, 8)):
         self.inputs = {"x": TensorSpec(("batch", 4), "float32"), "n": TensorSpec(("batch",), "int32")}
         self.outputs = {"y": TensorSpec(("batch", 4), "float32"), "twice": TensorSpec(("batch",), "int32")}
-        self.buckets = {"batch": tuple(ladder)}
+        self.buckets = {"batch": tuple(bucket_sizes)}
         self.gate = threading.Event()
         self.gate.set()
         self.running = threading.Event()
@@ -75,10 +75,10 @@ class Identity:
     name = "identity"
     version = "1"
 
-    def __init__(self, dtype="float32", shape=("batch", 3), ladder=(1, 8)):
+    def __init__(self, dtype="float32", shape=("batch", 3), bucket_sizes=(1, 8)):
         self.inputs = {"x": TensorSpec(shape, dtype)}
         self.outputs = {"y": TensorSpec(shape, dtype)}
-        self.buckets = {"batch": ladder} if "batch" in shape else {}
+        self.buckets = {"batch": bucket_sizes} if "batch" in shape else {}
 
     def run(self, sizes, arrays):
         return [arrays[0].copy()]

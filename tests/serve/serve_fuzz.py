@@ -34,7 +34,7 @@ except ImportError:
 
 with atheris.instrument_imports(include=["lepton_xla.serve"]) if atheris else contextlib.nullcontext():
     from lepton_xla.serve.app.app import App
-    from lepton_xla.serve.errors import RefusedError
+    from lepton_xla.serve.errors import HTTPError
     from lepton_xla.serve.http.connection import Connection
     from lepton_xla.serve.http.server_state import ServerState
     from lepton_xla.serve.limits import Limits
@@ -62,7 +62,7 @@ class Now:
             results = (2 * x.reshape(-1, 4) + n[:, None].astype("<f4"), 2 * n)
         try:
             call.finish([memoryview(results[index].tobytes()) for index, _ in call.request.spec.outputs])
-        except RefusedError as refusal:
+        except HTTPError as refusal:
             call.fail(refusal)
 
     def cancel(self, call):
@@ -75,7 +75,7 @@ class Inline:
     def run(self, size, work, done, failed):
         try:
             done(work())
-        except RefusedError as refusal:
+        except HTTPError as refusal:
             failed(refusal)
 
 

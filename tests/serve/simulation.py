@@ -104,10 +104,10 @@ class Simulation:
         heads: how many batches each level headed while a lower one waited.
     """
 
-    def __init__(self, arrivals, costs, rng, *, ladder=(1, 4, 16, 64), noise=0.0, broken=0.0, **options):
+    def __init__(self, arrivals, costs, rng, *, bucket_sizes=(1, 4, 16, 64), noise=0.0, broken=0.0, **options):
         self.arrivals = arrivals
         self.costs = costs
-        self.batcher = Batcher(ladder, costs=Costs(ladder, costs), **options)
+        self.batcher = Batcher(bucket_sizes, costs=Costs(bucket_sizes, costs), **options)
         self.rng = rng
         self.noise = noise
         self.broken = broken
@@ -188,7 +188,7 @@ class Simulation:
                 assert not batcher.pending
             return
         assert 0 < batch.rows <= batch.size
-        assert batch.size in batcher.ladder
+        assert batch.size in batcher.bucket_sizes
         offset = 0
         for part in batch.parts:
             request = part.ticket

@@ -361,7 +361,7 @@ def test_two_symbols_are_padded_and_cut(make_server):
 
 
 def test_a_model_without_a_batch_dimension_runs_requests_alone(make_server):
-    server = make_server(Identity(shape=(2, 3), ladder=()))
+    server = make_server(Identity(shape=(2, 3), bucket_sizes=()))
     given = {"name": "x", "datatype": "FP32", "shape": [2, 3], "data": [1, 2, 3, 4, 5, 6]}
     body = json.dumps({"inputs": [given]}).encode()
     status, headers, answer = exchange(server, "POST", "/v2/models/identity/infer", body)
@@ -547,7 +547,7 @@ def test_nan_in_a_json_answer_is_the_clients_error_short_or_long(make_server):
 @pytest.mark.parametrize("shape", [("batch", 3), (2, 3)])
 @pytest.mark.parametrize("binary", [True, False])
 def test_classification_of_batches_and_of_what_has_none(make_server, shape, binary):
-    server = make_server(Identity(shape=shape, ladder=(1, 8) if "batch" in shape else ()))
+    server = make_server(Identity(shape=shape, bucket_sizes=(1, 8) if "batch" in shape else ()))
     outputs = [{"name": "y", "parameters": {"classification": 2, "binary_data": binary}}]
     given = {"name": "x", "datatype": "FP32", "shape": [2, 3], "data": [1, 5, 3, 4, 6, 2]}
     body = json.dumps({"inputs": [given], "outputs": outputs}).encode()

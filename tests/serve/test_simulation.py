@@ -103,9 +103,9 @@ def test_waiting_for_company(size):
 # Small cases beside the best schedule.
 
 
-def cost_of(ladder, costs, arrivals):
+def cost_of(bucket_sizes, costs, arrivals):
     """Engine seconds that the batcher spends."""
-    batcher = Batcher(ladder, costs=Costs(ladder, {(): costs}))
+    batcher = Batcher(bucket_sizes, costs=Costs(bucket_sizes, {(): costs}))
     coming = iter(arrivals)
     entry = next(coming, None)
     now = total = 0.0
@@ -124,7 +124,7 @@ def cost_of(ladder, costs, arrivals):
             now = entry[0]
 
 
-def least_cost(ladder, costs, arrivals):
+def least_cost(bucket_sizes, costs, arrivals):
     """Engine seconds of the best schedule that knows what will come.
 
     All schedules are tried that start a run whenever the engine is free and a row waits: every compiled size at every
@@ -144,23 +144,23 @@ def least_cost(ladder, costs, arrivals):
 
 
 def small_case(rng, load, shape):
-    """A ladder, costs, and up to eight arrivals of up to ten rows at a share of what the engine can do."""
-    ladder = rng.choice([(1, 4, 8), (1, 2, 4, 8), (2, 8), (1, 8), (1, 2, 4)])
+    """A bucket_sizes, costs, and up to eight arrivals of up to ten rows at a share of what the engine can do."""
+    bucket_sizes = rng.choice([(1, 4, 8), (1, 2, 4, 8), (2, 8), (1, 8), (1, 2, 4)])
     if shape == "affine":
         fixed, each = rng.random() * 3, rng.choice([0.1, 0.3, 1.0])
-        costs = {size: fixed + each * size for size in ladder}
+        costs = {size: fixed + each * size for size in bucket_sizes}
     elif shape == "concave":
         power = rng.uniform(0.2, 1)
-        costs = {size: size**power for size in ladder}
+        costs = {size: size**power for size in bucket_sizes}
     else:
-        steps = itertools.accumulate(rng.random() * size for size in ladder)
-        costs = dict(zip(ladder, steps, strict=True))
-    rate = load * ladder[-1] / costs[ladder[-1]] / 2.6  # 2.6 rows a request on average
+        steps = itertools.accumulate(rng.random() * size for size in bucket_sizes)
+        costs = dict(zip(bucket_sizes, steps, strict=True))
+    rate = load * bucket_sizes[-1] / costs[bucket_sizes[-1]] / 2.6  # 2.6 rows a request on average
     now, arrivals = 0.0, []
     for _ in range(rng.randint(1, 8)):
         arrivals.append((now, 1 if rng.random() < 0.7 else rng.randint(2, 10)))
         now += rng.expovariate(rate) if load < INF else 0.0
-    return ladder, costs, tuple(arrivals)
+    return bucket_sizes, costs, tuple(arrivals)
 
 
 @pytest.mark.parametrize("shape", ["affine", "concave", "steps"])

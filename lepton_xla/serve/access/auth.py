@@ -15,7 +15,7 @@ from time import time
 
 from lepton_xla.serve.access.tokens import Token, digest_of, read_tokens
 from lepton_xla.serve.access.watched import Watched
-from lepton_xla.serve.errors import RefusedError
+from lepton_xla.serve.errors import HTTPError
 from lepton_xla.serve.http.exchange import Exchange, Head
 
 type Route = Callable[[Exchange], None]
@@ -54,7 +54,7 @@ class Grant:
             now: the time on any one monotonic clock, in seconds.
 
         Raises:
-            RefusedError: 401 if the token has expired, 429 if the bucket is empty.
+            HTTPError: 401 if the token has expired, 429 if the bucket is empty.
         """
         if self.expires_s <= time():
             raise _invalid()
@@ -65,7 +65,7 @@ class Grant:
             # A nanosecond's grace, because sums of intervals are rounded.
             if early > 1e-9:
                 wait = max(1, math.ceil(early))
-                raise RefusedError(429, "too many requests with this token", f"Retry-After: {wait}")
+                raise HTTPError(429, "too many requests with this token", f"Retry-After: {wait}")
             self._full_at = full_at + interval
 
 
@@ -125,13 +125,13 @@ class Guard:
         """The grant of the token that a request brings; None on a path that is open to all.
 
         Raises:
-            RefusedError: 401 without a token, or with one that is unknown, revoked or expired.
+            HTTPError: 401 without a token, or with one that is unknown, revoked or expired.
         """
         if head.target.partition(b"?")[0] in self._open:
             return None
         given = head.headers.get(b"authorization")
         if given is None:
-            raise RefusedError(401, "a token is needed: Authorization: Bearer ...", _CHALLENGE)
+            raise HTTPError(401, "a token is needed: Authorization: Bearer ...", _CHALLENGE)
         match = _CREDENTIALS.fullmatch(given)
         if match is None:
             raise _invalid()
@@ -152,17 +152,17 @@ class Guard:
             again: takes the request if the token file changed since.
 
         Raises:
-            RefusedError: 403 if the token is not good for it.
+            HTTPError: 403 if the token is not good for it.
         """
         if grant is None:
             if scope != "health":
-                raise RefusedError(401, "a token is needed: Authorization: Bearer ...", _CHALLENGE)
+                raise HTTPError(401, "a token is needed: Authorization: Bearer ...", _CHALLENGE)
             return route
         if scope != "health" and scope not in grant.scopes:
             challenge = f'{_CHALLENGE}, error="insufficient_scope", scope="{scope}"'
-            raise RefusedError(403, f"this token is not good for {scope!r}", challenge)
+            raise HTTPError(403, f"this token is not good for {scope!r}", challenge)
         return _Guarded(grant, route, again)
 
 
-def _invalid() -> RefusedError:
-    return RefusedError(401, "the token is not valid", f'{_CHALLENGE}, error="invalid_token"')
+def _invalid() -> HTTPError:
+    return HTTPError(401, "the token is not valid", f'{_CHALLENGE}, error="invalid_token"')

@@ -14,7 +14,7 @@ from time import monotonic
 from lepton_xla.serve.access.auth import Guard
 from lepton_xla.serve.app.pages import Gather, Pages
 from lepton_xla.serve.batching.scheduler import Call
-from lepton_xla.serve.errors import RefusedError
+from lepton_xla.serve.errors import HTTPError
 from lepton_xla.serve.http.date import DATE
 from lepton_xla.serve.http.exchange import Exchange, Head
 from lepton_xla.serve.http.workers import Workers
@@ -59,10 +59,10 @@ class InferCall(Call, kw_only=True, eq=False):
                 app.send(self, b"".join((DATE.ok, spec.prefix, *outputs)))
             else:
                 app.answer(self, outputs)
-        except RefusedError as refusal:
+        except HTTPError as refusal:
             self.fail(refusal)
 
-    def fail(self, refusal: RefusedError) -> None:
+    def fail(self, refusal: HTTPError) -> None:
         """Answers with an error."""
         self.app.refuse(self.exchange, refusal, self.request.spec.id)
 
@@ -113,17 +113,17 @@ class App:
             if head.generation != self._models.generation:
                 self.invite(head)
             head.route(exchange)
-        except RefusedError as refusal:
+        except HTTPError as refusal:
             self.refuse(exchange, refusal)
         except Exception:
             _log.exception("a request could not be handled")
-            self.refuse(exchange, RefusedError(500, "internal error"))
+            self.refuse(exchange, HTTPError(500, "internal error"))
 
     def invite(self, head: Head) -> None:
         """Finds the route of a head. Also called while a client waits for 100 (Continue) before it sends the body.
 
         Raises:
-            RefusedError: if there is no such route, or the client may not use it.
+            HTTPError: if there is no such route, or the client may not use it.
         """
         head.route, head.generation = self._enter(head), self._models.generation
 
@@ -156,7 +156,7 @@ class App:
         headers = head.headers
         length = headers.get(b"inference-header-content-length")
         if length is not None and not (length.isdigit() and len(length) < 20):
-            raise RefusedError(400, "Inference-Header-Content-Length is not a number of bytes")
+            raise HTTPError(400, "Inference-Header-Content-Length is not a number of bytes")
         coding = headers.get(b"content-encoding", b"").decode("latin-1").strip().lower()
         accept = headers.get(b"accept-encoding", b"").decode("latin-1")
         json_bytes = None if length is None else int(length)
@@ -169,21 +169,21 @@ class App:
 
     # Errors.
 
-    def refuse(self, exchange: Exchange, refusal: RefusedError, request_id: str | None = None) -> None:
+    def refuse(self, exchange: Exchange, refusal: HTTPError, request_id: str | None = None) -> None:
         """Answers with an error, unless the exchange has its answer already."""
         if not exchange.answered:
             self._metrics.codes[refusal.status] += 1
             self._refusals.note(refusal, exchange, request_id)
             exchange.refuse(refusal)
 
-    def refused(self, refusal: RefusedError) -> None:
+    def refused(self, refusal: HTTPError) -> None:
         """Counts an error that the connection answered before there was a request to handle."""
         self._metrics.codes[refusal.status] += 1
         self._refusals.note(refusal)
 
     def _decline(self, route: routes.Route, exchange: Exchange) -> None:
         headers = ("Allow: GET, HEAD",) if route.status == 405 else ()
-        raise RefusedError(route.status, route.refusal, *headers)
+        raise HTTPError(route.status, route.refusal, *headers)
 
     # Infer.
 
@@ -252,14 +252,14 @@ class App:
                 self._submit(model, exchange, accepted, request)
             exchange.connection.hold(False)
 
-        def refuse(refusal: RefusedError) -> None:
+        def refuse(refusal: HTTPError) -> None:
             self.refuse(exchange, refusal)
             exchange.connection.hold(False)
 
         exchange.connection.hold(True)
         try:
             self._workers.run(len(exchange.body), read, submit, refuse)
-        except RefusedError as refusal:
+        except HTTPError as refusal:
             refuse(refusal)
 
     def answer(self, call: InferCall, outputs: Sequence[bytes | memoryview]) -> None:

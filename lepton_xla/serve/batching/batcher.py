@@ -40,10 +40,10 @@ class Batcher[T: Ticket]:
     """A bounded queue of requests that forms batches of compiled sizes.
 
     Args:
-        ladder: compiled batch sizes, ascending.
+        bucket_sizes: compiled batch sizes, ascending.
         costs: seconds per execution, told of each that finishes; without, each is free until it has run.
         levels: number of priority levels.
-        max_delay_s: batching delay: how long the oldest request may wait for others while the engine is idle. Zero for none.
+        max_delay_s: batching delay: how long the oldest request may wait for others while the engine is idle.
         max_rows: rows the queue holds. A request of more rows than this can never fit.
         max_bytes: memory of the requests that wait; a single one may exceed it.
 
@@ -57,7 +57,7 @@ class Batcher[T: Ticket]:
 
     def __init__(
         self,
-        ladder: Sequence[int],
+        bucket_sizes: Sequence[int],
         *,
         costs: Costs | None = None,
         levels: int = 1,
@@ -65,8 +65,8 @@ class Batcher[T: Ticket]:
         max_rows: int = 4096,
         max_bytes: int = 1 << 30,
     ) -> None:
-        self.ladder = tuple(ladder)
-        self.costs = costs if costs is not None else Costs(ladder)
+        self.bucket_sizes = tuple(bucket_sizes)
+        self.costs = costs if costs is not None else Costs(bucket_sizes)
         self.max_delay_s = max_delay_s
         self.max_rows = max_rows
         self.max_bytes = max_bytes
@@ -81,7 +81,7 @@ class Batcher[T: Ticket]:
         self._running: Batch[T] | None = None
         self._free_at = -math.inf
         self._flying: set[T] = set()
-        self._retries: Retries[T] = Retries(ladder)
+        self._retries: Retries[T] = Retries(bucket_sizes)
 
     @property
     def running(self) -> bool:
@@ -251,7 +251,7 @@ class Batcher[T: Ticket]:
             other: Key | None = None
             if len(self._lines) > 1:
                 waiting = self._waiting(key)
-                if waiting < self.rows and waiting < self.ladder[-1]:
+                if waiting < self.rows and waiting < self.bucket_sizes[-1]:
                     key, waiting, other = self._join(head, waiting, now)
             if self.max_delay_s > 0 and waiting == self.rows and self._delay(waiting, key, now):
                 return None
@@ -296,7 +296,7 @@ class Batcher[T: Ticket]:
                 continue
             rows = self._waiting(other)
             room = costs.size(wide, waiting) - waiting  # padding rows, which others may use at no cost
-            for joining in {min(rows, self.ladder[-1] - waiting), min(rows, room)}:
+            for joining in {min(rows, self.bucket_sizes[-1] - waiting), min(rows, room)}:
                 if joining < 1:
                     continue
                 apart = alone + costs.seconds(other, rows) - costs.seconds(other, rows - joining)
@@ -308,9 +308,9 @@ class Batcher[T: Ticket]:
 
     def _delay(self, waiting: int, key: Key, now: float) -> bool:
         """Whether to wait for more requests to share the batch; sets `wake_at`."""
-        if waiting >= self.ladder[-1]:
+        if waiting >= self.bucket_sizes[-1]:
             return False
-        last = self.costs.of(key, self.ladder[-1])
+        last = self.costs.of(key, self.bucket_sizes[-1])
         due = math.inf
         for line in self._lines:
             line.queue()
@@ -329,9 +329,9 @@ class Batcher[T: Ticket]:
 
     def _urgent_size(self, head: T, key: Key, size: int, now: float) -> int:
         """The largest size below `size` that meets the deadline of `head`; 0 for none."""
-        if self.rows > self.ladder[-1]:
+        if self.rows > self.bucket_sizes[-1]:
             return 0
-        for smaller in reversed(self.ladder):
+        for smaller in reversed(self.bucket_sizes):
             if smaller < size and head.rows - head.taken <= smaller and self._meets(head, key, smaller, now):
                 return smaller
         return 0

@@ -118,19 +118,19 @@ class Costs:
     """Seconds of executions, and the choices that follow from them.
 
     Args:
-        ladder: compiled batch sizes, ascending.
+        bucket_sizes: compiled batch sizes, ascending.
         measured: seconds at load. An execution that is not in there counts as free until it has run.
     """
 
-    def __init__(self, ladder: Sequence[int], measured: Measured | None = None) -> None:
-        self._ladder = tuple(ladder)
+    def __init__(self, bucket_sizes: Sequence[int], measured: Measured | None = None) -> None:
+        self._bucket_sizes = tuple(bucket_sizes)
         self._rows: dict[Key, _Row] = {}
         for key in measured or {}:
             self._row(key, measured)
 
     def _row(self, key: Key, measured: Measured | None = None) -> _Row:
         given = (measured or {}).get(key, {})
-        row = self._rows[key] = _Row([_Estimate(size, given.get(size, 0.0)) for size in self._ladder])
+        row = self._rows[key] = _Row([_Estimate(size, given.get(size, 0.0)) for size in self._bucket_sizes])
         return row
 
     def __iter__(self) -> Iterator[tuple[Key, int, float]]:
@@ -162,7 +162,7 @@ class Costs:
         """Seconds to run `rows` in batches of the sizes that `size` chooses."""
         row = self._rows.get(key) or self._row(key)
         total = 0.0
-        largest = self._ladder[-1]
+        largest = self._bucket_sizes[-1]
         if rows > largest:
             # While more rows wait than the largest size holds, every choice is the same.
             full = -(-(rows - largest) // row.best.size)

@@ -196,7 +196,7 @@ class Engine[T: Work]:
         timed_s = used_s = 0.0
         for key in self._signature.shape_keys():
             costs[key] = {}
-            for size in self._signature.ladder:
+            for size in self._signature.bucket_sizes:
                 times, used = self._measure(size, key)
                 costs[key][size] = max(statistics.median(times), 1e-9)
                 timed_s += sum(times)
@@ -241,7 +241,7 @@ class Engine[T: Work]:
 
     def check(self) -> None:
         """Runs the smallest size on zeros, between two batches, on the calling thread; raises what the model raises."""
-        stage = _Stage(self._signature, self._signature.ladder[0], next(self._signature.shape_keys()))
+        stage = _Stage(self._signature, self._signature.bucket_sizes[0], next(self._signature.shape_keys()))
         with self._turn:
             for array in self._servable.run(stage.sizes, stage.arrays):
                 np.asarray(array)

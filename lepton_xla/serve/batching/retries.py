@@ -16,11 +16,11 @@ class Retries[T: Ticket]:
     succeeds.
 
     Args:
-        ladder: compiled batch sizes, ascending.
+        bucket_sizes: compiled batch sizes, ascending.
     """
 
-    def __init__(self, ladder: Sequence[int]) -> None:
-        self._ladder = tuple(ladder)
+    def __init__(self, bucket_sizes: Sequence[int]) -> None:
+        self._bucket_sizes = tuple(bucket_sizes)
         self._waiting: deque[Batch[T]] = deque()
         self._useful = True
 
@@ -64,6 +64,6 @@ class Retries[T: Ticket]:
                     batch.rows += part.rows
             if parts:
                 batch.parts = parts
-                batch.size = next(size for size in self._ladder if size >= batch.rows)
+                batch.size = next(size for size in self._bucket_sizes if size >= batch.rows)
                 return batch
         return None

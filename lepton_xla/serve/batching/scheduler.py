@@ -20,7 +20,7 @@ from time import monotonic
 from lepton_xla.serve.batching.batcher import Batcher
 from lepton_xla.serve.batching.engine import Completion, Engine, Work
 from lepton_xla.serve.batching.tickets import Batch, Part, Reason
-from lepton_xla.serve.errors import RefusedError
+from lepton_xla.serve.errors import HTTPError
 from lepton_xla.serve.observe.metrics import Metrics
 from lepton_xla.serve.observe.observer import Times
 from lepton_xla.serve.protocol.signature import Signature
@@ -67,7 +67,7 @@ class Call(Work, kw_only=True, eq=False):
         """Takes the bytes of each requested output. They are only valid until this returns."""
         raise NotImplementedError
 
-    def fail(self, refusal: RefusedError) -> None:
+    def fail(self, refusal: HTTPError) -> None:
         """Takes the reason why there is no result."""
         raise NotImplementedError
 
@@ -122,10 +122,10 @@ class Scheduler:
         self._scheduled = False
         self._alarm: asyncio.TimerHandle | None = None
         self._alarm_s = math.inf
-        self.shed: Callable[[RequestSpec], RefusedError | None] | None = None
+        self.shed: Callable[[RequestSpec], HTTPError | None] | None = None
         self._full: RequestSpec | None = None
         # Errors for overload, reused until `_predicted_until_s`.
-        self._overload: dict[Reason, RefusedError] = {}
+        self._overload: dict[Reason, HTTPError] = {}
         self._predicted = ""
         self._predicted_until_s = -math.inf
 
@@ -194,7 +194,7 @@ class Scheduler:
         spec = call.request.spec
         call.level = spec.priority - 1 if spec.priority else self._level
         if call.level >= self._levels:
-            call.fail(RefusedError(400, f"parameter 'priority' must be 0 to {self._levels}, not {spec.priority}"))
+            call.fail(HTTPError(400, f"parameter 'priority' must be 0 to {self._levels}, not {spec.priority}"))
             return
         timeout = self._timeout_s if spec.timeout_s is None else min(spec.timeout_s, self._max_timeout_s)
         if timeout != math.inf:
@@ -213,7 +213,7 @@ class Scheduler:
             self._tell_dropped()
         self._pump_soon()
 
-    def _shed(self, spec: RequestSpec) -> RefusedError | None:
+    def _shed(self, spec: RequestSpec) -> HTTPError | None:
         """Rejects at once a request identical to the last one rejected, unless there is room for it now."""
         batcher = self._batcher
         if spec is not self._full or batcher.rows + spec.rows <= batcher.max_rows:
@@ -226,11 +226,11 @@ class Scheduler:
         with self._lock:
             self._batcher.cancel(call)
 
-    def _refusal(self, reason: Reason) -> RefusedError:
+    def _refusal(self, reason: Reason) -> HTTPError:
         status, words = _REFUSALS[reason]
         if status != 503:
             self._metrics.expired += 1
-            return RefusedError(status, words)
+            return HTTPError(status, words)
         self._metrics.rejected += 1
         now = monotonic()
         if now >= self._predicted_until_s:
@@ -241,7 +241,7 @@ class Scheduler:
             self._overload.clear()
         refusal = self._overload.get(reason)
         if refusal is None:
-            refusal = self._overload[reason] = RefusedError(503, words, self._predicted)
+            refusal = self._overload[reason] = HTTPError(503, words, self._predicted)
         return refusal
 
     def _tell_dropped(self) -> None:
@@ -356,7 +356,7 @@ class Scheduler:
             self._metrics.failed_batches += 1
         for call in failed:
             self._metrics.failures += 1
-            call.fail(RefusedError(500, "inference failed"))
+            call.fail(HTTPError(500, "inference failed"))
         if self._batcher.dropped:
             self._tell_dropped()
         if self._batcher.pending:
@@ -367,7 +367,7 @@ class Scheduler:
         _log.exception("an answer could not be written")
         with self._lock:
             self._batcher.cancel(call)
-        call.fail(RefusedError(500, "internal error"))
+        call.fail(HTTPError(500, "internal error"))
 
     def _join(self, call: Call, part: Part[Call], outputs: Sequence[bytes | memoryview]) -> None:
         """Copies the result of a part of a split call into place."""
@@ -382,5 +382,5 @@ class Scheduler:
             call.finish([memoryview(piece) for piece in call.pieces])
 
 
-def _stopped() -> RefusedError:
-    return RefusedError(503, "the engine has stopped")
+def _stopped() -> HTTPError:
+    return HTTPError(503, "the engine has stopped")

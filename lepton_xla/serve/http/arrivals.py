@@ -8,7 +8,7 @@ import socket
 from collections.abc import Callable, Coroutine
 from typing import Any
 
-from lepton_xla.serve.errors import RefusedError
+from lepton_xla.serve.errors import HTTPError
 from lepton_xla.serve.http.connection import Connection
 from lepton_xla.serve.http.listening import Listening
 from lepton_xla.serve.http.reserve import HANDSHAKE_S, RESERVED, LastConnection
@@ -21,7 +21,7 @@ AT_ONCE = 64
 
 # Pause after the process has run out of file descriptors.
 _FULL_S = 0.5
-_PLAIN = RefusedError(400, "plain HTTP was sent to a port that speaks TLS: use https://")
+_PLAIN = HTTPError(400, "plain HTTP was sent to a port that speaks TLS: use https://")
 
 # Turns of the event loop before a connection counts as beyond the limits: closed ones leave meanwhile.
 _TURNS = 3

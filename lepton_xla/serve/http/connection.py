@@ -15,7 +15,7 @@ from collections import deque
 from time import monotonic
 from typing import Any
 
-from lepton_xla.serve.errors import RefusedError
+from lepton_xla.serve.errors import HTTPError
 from lepton_xla.serve.http.exchange import Exchange, Head
 from lepton_xla.serve.http.heads import buffer_refusal
 from lepton_xla.serve.http.incoming import Incoming
@@ -251,7 +251,7 @@ class Connection(asyncio.Protocol):
         if len(self._pending) >= self._limits.max_pipelined:
             state.buffered_bytes -= len(body)
             many = f"more than {self._limits.max_pipelined} unanswered requests on one connection"
-            self._fail(RefusedError(400, many), head.method)
+            self._fail(HTTPError(400, many), head.method)
             return
         exchange = Exchange(self, head, body, monotonic())
         if trace is not None:
@@ -279,7 +279,7 @@ class Connection(asyncio.Protocol):
         """Reserves memory for an answer.
 
         Raises:
-            RefusedError: 503 if the server holds too much already.
+            HTTPError: 503 if the server holds too much already.
         """
         self._out.reserve(nbytes)
 
@@ -325,7 +325,7 @@ class Connection(asyncio.Protocol):
             else:
                 self._deadline = monotonic() + self._limits.idle_timeout_s
 
-    def _fail(self, refusal: RefusedError, method: bytes = b"") -> None:
+    def _fail(self, refusal: HTTPError, method: bytes = b"") -> None:
         """Answers a request that cannot be read, after all earlier answers, and closes.
 
         Args:
@@ -391,7 +391,7 @@ class Connection(asyncio.Protocol):
         """Closes an idle connection."""
         self._finish(unread=False)
 
-    def give_up(self, refusal: RefusedError) -> None:
+    def give_up(self, refusal: HTTPError) -> None:
         """Answers every open request with an error, and closes."""
         if self._in.begun:
             self._fail(refusal)
@@ -419,6 +419,6 @@ class Connection(asyncio.Protocol):
             self._transport.abort()
         elif now >= self._deadline and (self._reading or not self._in.begun):
             if self._in.begun:
-                self._fail(RefusedError(408, "the request did not arrive in time"))
+                self._fail(HTTPError(408, "the request did not arrive in time"))
             else:
                 self._finish(unread=False)

@@ -16,7 +16,7 @@ import signal
 from time import monotonic
 from typing import Protocol
 
-from lepton_xla.serve.errors import RefusedError
+from lepton_xla.serve.errors import HTTPError
 from lepton_xla.serve.http.server_state import ServerState
 
 _log = logging.getLogger("lepton_xla.serve")
@@ -98,7 +98,7 @@ async def drain(state: ServerState, entrance: Closable, stop: Stop, lame_duck_s:
         await asyncio.sleep(_TICK_S)
     owing = sum(connection.owing for connection in state.connections)
     for connection in tuple(state.connections):
-        connection.give_up(RefusedError(503, "the server has stopped"))
+        connection.give_up(HTTPError(503, "the server has stopped"))
     if state.connections:
         await asyncio.sleep(_PARTING_S)
     if owing:

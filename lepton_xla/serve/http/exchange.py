@@ -9,7 +9,7 @@ from typing import Protocol
 
 import msgspec
 
-from lepton_xla.serve.errors import RefusedError
+from lepton_xla.serve.errors import HTTPError
 from lepton_xla.serve.http.date import DATE
 
 
@@ -25,7 +25,7 @@ class Answers(Protocol):
         ...
 
     def reserve(self, nbytes: int) -> None:
-        """Reserves memory for an answer, or releases it if negative. May raise `RefusedError`, 503."""
+        """Reserves memory for an answer, or releases it if negative. May raise `HTTPError`, 503."""
         ...
 
     def hold(self, held: bool) -> None:
@@ -99,7 +99,7 @@ class Exchange(msgspec.Struct, eq=False):
         """Reserves memory for the answer.
 
         Raises:
-            RefusedError: 503 if the server holds too much already.
+            HTTPError: 503 if the server holds too much already.
         """
         self.connection.reserve(nbytes)
         self.reserved += nbytes
@@ -117,7 +117,7 @@ class Exchange(msgspec.Struct, eq=False):
         """Answers with a status, a body, and further header lines such as `Retry-After: 1`."""
         self.send(_head(status, len(body), content_type, extra) + (b"" if self.head.method == b"HEAD" else body))
 
-    def refuse(self, refusal: RefusedError) -> None:
+    def refuse(self, refusal: HTTPError) -> None:
         """Answers with an error."""
         head, body = _refusal(refusal.status, refusal.message, refusal.headers, DATE.field)
         self.send(head if self.head.method == b"HEAD" else head + body)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 
-from lepton_xla.serve.errors import RefusedError
+from lepton_xla.serve.errors import HTTPError
 from lepton_xla.serve.http.exchange import Head
 from lepton_xla.serve.limits import Limits
 
@@ -33,13 +33,13 @@ def head_of(
         limits: the bounds.
 
     Raises:
-        RefusedError: 400, 413, 501 or 505 for one after which nothing more can be read.
+        HTTPError: 400, 413, 501 or 505 for one after which nothing more can be read.
     """
     if not version.startswith("1."):
         raise version_refusal()
     if method == b"CONNECT":
         # What follows would be for somebody else.
-        raise RefusedError(501, "this server is no proxy: CONNECT is not supported")
+        raise HTTPError(501, "this server is no proxy: CONNECT is not supported")
     old = version == "1.0"
     coding = headers.get(b"transfer-encoding")
     # With that field the framing of HTTP/1.0 is faulty, and one request is enough (RFC 9112, section 6.1).
@@ -48,22 +48,22 @@ def head_of(
         head.content_length = -1
         *others, last = _CODINGS.split(coding.lower())
         if last != b"chunked" or last in others:
-            raise RefusedError(400, "the body has no length: chunked must be the last transfer coding, and only once")
+            raise HTTPError(400, "the body has no length: chunked must be the last transfer coding, and only once")
         if any(others):
-            raise RefusedError(501, "the only transfer coding supported is chunked")
+            raise HTTPError(501, "the only transfer coding supported is chunked")
     else:
         head.content_length = int(headers.get(b"content-length", b"0"))
         if head.content_length > limits.max_body_bytes:
             raise body_refusal(limits)
     host = headers.get(b"host")
     if host is None and not old:
-        raise RefusedError(400, "the Host header is missing")
+        raise HTTPError(400, "the Host header is missing")
     if host is not None and not _HOST.fullmatch(host):
-        raise RefusedError(400, "the Host header is malformed")
+        raise HTTPError(400, "the Host header is malformed")
     return head
 
 
-def malformed(method: bytes, unknown_method: bool) -> RefusedError:
+def malformed(method: bytes, unknown_method: bool) -> HTTPError:
     """Why bytes that are no HTTP/1 are refused. It depends on no more than what came before the fault.
 
     Args:
@@ -73,30 +73,30 @@ def malformed(method: bytes, unknown_method: bool) -> RefusedError:
     if method == b"PRI":
         return version_refusal()  # HTTP/2 that was not asked for (RFC 9113, section 3.4)
     if unknown_method:
-        return RefusedError(501, "the request begins with no method of HTTP that this server knows")
-    return RefusedError(400, "malformed HTTP request")
+        return HTTPError(501, "the request begins with no method of HTTP that this server knows")
+    return HTTPError(400, "malformed HTTP request")
 
 
-def version_refusal() -> RefusedError:
+def version_refusal() -> HTTPError:
     """For another version than HTTP/1."""
-    return RefusedError(505, "this server speaks HTTP/1.1")
+    return HTTPError(505, "this server speaks HTTP/1.1")
 
 
-def target_refusal(limits: Limits) -> RefusedError:
+def target_refusal(limits: Limits) -> HTTPError:
     """For a request target that is too long."""
-    return RefusedError(414, f"the request target exceeds {limits.max_header_bytes} bytes")
+    return HTTPError(414, f"the request target exceeds {limits.max_header_bytes} bytes")
 
 
-def header_refusal(limits: Limits) -> RefusedError:
+def header_refusal(limits: Limits) -> HTTPError:
     """For a head that is too long."""
-    return RefusedError(431, f"the request line and header fields exceed {limits.max_header_bytes} bytes")
+    return HTTPError(431, f"the request line and header fields exceed {limits.max_header_bytes} bytes")
 
 
-def body_refusal(limits: Limits) -> RefusedError:
+def body_refusal(limits: Limits) -> HTTPError:
     """For a body that is too long."""
-    return RefusedError(413, f"the body exceeds {limits.max_body_bytes} bytes")
+    return HTTPError(413, f"the body exceeds {limits.max_body_bytes} bytes")
 
 
-def buffer_refusal() -> RefusedError:
+def buffer_refusal() -> HTTPError:
     """For one body more than the server holds."""
-    return RefusedError(503, "the server holds as many request bodies and answers as it may")
+    return HTTPError(503, "the server holds as many request bodies and answers as it may")

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import httptools
 
-from lepton_xla.serve.errors import RefusedError
+from lepton_xla.serve.errors import HTTPError
 from lepton_xla.serve.http.exchange import Head
 from lepton_xla.serve.http.heads import (
     SINGLE,
@@ -43,7 +43,7 @@ class Owner(Protocol):
         ...
 
     def consider(self, target: bytes, headers: dict[bytes, bytes]) -> None:
-        """Told of a head before anything else is made of it; may raise `RefusedError`."""
+        """Told of a head before anything else is made of it; may raise `HTTPError`."""
         ...
 
     def invite(self) -> None:
@@ -113,7 +113,7 @@ class Incoming:
         """Of the request that is read, as far as it has come."""
         return self._parser.get_method() if self.begun and self._target else b""
 
-    def feed(self, data: bytes | memoryview) -> RefusedError | None:
+    def feed(self, data: bytes | memoryview) -> HTTPError | None:
         """Reads a turn's share of data and keeps the rest; gives why a request cannot be read, if one cannot."""
         self.messages = self._steps = 0
         if len(data) > SLICE_BYTES:
@@ -150,13 +150,13 @@ class Incoming:
         """How much of a body of known length is to come, which costs no more for coming at once."""
         return self._head.content_length - len(self._body) if self.begun and self._head is not None else 0
 
-    def _keep(self, rest: bytes | memoryview) -> RefusedError | None:
+    def _keep(self, rest: bytes | memoryview) -> HTTPError | None:
         state = self._state
         self.rest = rest
         state.buffered_bytes += len(rest)
         return buffer_refusal() if state.buffered_bytes > self._limits.max_buffered_bytes else None
 
-    def _parse(self, data: bytes | memoryview) -> RefusedError | None:
+    def _parse(self, data: bytes | memoryview) -> HTTPError | None:
         began_before, messages = self.begun, self.messages
         rest = data
         try:
@@ -178,14 +178,14 @@ class Incoming:
             return self._count(len(data))
         return None
 
-    def _count(self, size: int) -> RefusedError | None:
+    def _count(self, size: int) -> HTTPError | None:
         """Bounds the bytes of a message that are not its body."""
         self._framing += size
         if self._head is None:
             if self._framing > self._limits.max_header_bytes:
                 return header_refusal(self._limits)
         elif self._framing > len(self._body) + self._chunks * _CHUNK_OVERHEAD + 2 * self._limits.max_header_bytes:
-            return RefusedError(400, "the chunked body has more framing than data")
+            return HTTPError(400, "the chunked body has more framing than data")
         return None
 
     # From the parser.
@@ -219,12 +219,12 @@ class Incoming:
             return  # a trailer: bounded, and of no interest
         self._fields += 1
         if self._fields > self._limits.max_headers:
-            raise RefusedError(431, f"more than {self._limits.max_headers} header fields")
+            raise HTTPError(431, f"more than {self._limits.max_headers} header fields")
         name, value = name.lower(), value.strip(b" \t")
         headers = self._headers
         if name in headers:
             if name in SINGLE:
-                raise RefusedError(400, f"header {name.decode('latin-1')} is given twice")
+                raise HTTPError(400, f"header {name.decode('latin-1')} is given twice")
             value = headers[name] + b", " + value
         headers[name] = value
 
@@ -251,7 +251,7 @@ class Incoming:
         self._steps += 1
         self._chunks += 1
         if self._chunks > self._limits.max_chunks:
-            raise RefusedError(413, f"the body has more than {self._limits.max_chunks} chunks")
+            raise HTTPError(413, f"the body has more than {self._limits.max_chunks} chunks")
 
     def on_body(self, data: bytes) -> None:
         # One piece, not a list of them: an object a chunk would cost fifty times the bytes that it carries.
@@ -283,11 +283,11 @@ class Incoming:
         self._owner.dispatch(head, body, trace)
 
 
-def _refusal_in(error: Exception) -> RefusedError | None:
+def _refusal_in(error: Exception) -> HTTPError | None:
     """What a callback refused, if the parser's error is of one; a fault in a callback is raised."""
     cause = error.__context__
     if cause is None:
         return None
-    if not isinstance(cause, RefusedError):
+    if not isinstance(cause, HTTPError):
         raise error
     return cause.bare()

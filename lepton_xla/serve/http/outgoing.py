@@ -46,7 +46,7 @@ class Outgoing:
         """Reserves bytes for an answer, or releases them if negative.
 
         Raises:
-            RefusedError: 503 if the server holds too much already.
+            HTTPError: 503 if the server holds too much already.
         """
         state = self._state
         if nbytes > 0 and state.buffered_bytes + nbytes > state.limits.max_buffered_bytes:

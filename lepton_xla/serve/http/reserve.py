@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Set as AbstractSet
 
-from lepton_xla.serve.errors import RefusedError
+from lepton_xla.serve.errors import HTTPError
 from lepton_xla.serve.http.connection import Connection
 from lepton_xla.serve.http.exchange import Head
 from lepton_xla.serve.http.server_state import ServerState
@@ -36,7 +36,7 @@ class LastConnection(Connection):
 
     __slots__ = ("_answered", "_refusal")
 
-    def __init__(self, state: ServerState, refusal: RefusedError, answered: AbstractSet[bytes] = frozenset()) -> None:
+    def __init__(self, state: ServerState, refusal: HTTPError, answered: AbstractSet[bytes] = frozenset()) -> None:
         super().__init__(state)
         self._refusal = refusal
         self._answered = answered

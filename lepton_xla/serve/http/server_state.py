@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Protocol
 
-from lepton_xla.serve.errors import RefusedError
+from lepton_xla.serve.errors import HTTPError
 from lepton_xla.serve.http.date import DATE
 from lepton_xla.serve.http.exchange import Exchange, Head
 from lepton_xla.serve.limits import Limits
@@ -39,7 +39,7 @@ class OpenConnection(Protocol):
         """Closes it if it is idle."""
         ...
 
-    def give_up(self, refusal: RefusedError) -> None:
+    def give_up(self, refusal: HTTPError) -> None:
         """Answers every open request with an error, and closes."""
         ...
 
@@ -66,8 +66,8 @@ class ServerState:
 
     Attributes:
         handler: takes every complete request, on the event loop; must answer it sooner or later.
-        admit: told of a head before its body is read; raises `RefusedError` for one that may not bring any.
-        invite: told of a head that waits to be told that its body is welcome; raises `RefusedError` where it is not.
+        admit: told of a head before its body is read; raises `HTTPError` for one that may not bring any.
+        invite: told of a head that waits to be told that its body is welcome; raises `HTTPError` where it is not.
         refused: told of errors answered that no handler saw, such as 400 for malformed HTTP.
         limits: the bounds.
         always: paths that are answered whatever the limits say.
@@ -86,7 +86,7 @@ class ServerState:
     limits: Limits
     admit: Callable[[Head], object] = lambda head: None
     invite: Callable[[Head], object] = lambda head: None
-    refused: Callable[[RefusedError], None] = lambda refusal: None
+    refused: Callable[[HTTPError], None] = lambda refusal: None
     always: frozenset[bytes] = frozenset()
     draining: bool = False
     connections: set[OpenConnection] = dataclasses.field(default_factory=set[OpenConnection])
@@ -102,7 +102,7 @@ class ServerState:
         """Number of connections, those in a handshake included."""
         return len(self.connections) + self.arriving
 
-    def full(self, address: str) -> RefusedError | None:
+    def full(self, address: str) -> HTTPError | None:
         """The reason to refuse another connection, or None.
 
         Args:
@@ -110,9 +110,9 @@ class ServerState:
         """
         limits = self.limits
         if self.open - self.last >= limits.max_connections:
-            return RefusedError(503, "too many connections")
+            return HTTPError(503, "too many connections")
         if address and self.addresses[address] >= limits.max_connections_per_address:
-            return RefusedError(503, "too many connections from this address")
+            return HTTPError(503, "too many connections from this address")
         return None
 
     @property

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
-from lepton_xla.serve.errors import RefusedError
+from lepton_xla.serve.errors import HTTPError
 
 _log = logging.getLogger("lepton_xla.serve")
 
@@ -27,47 +27,47 @@ class Workers:
         self._bytes = 0
 
     def run[T](
-        self, size: int, work: Callable[[], T], done: Callable[[T], object], failed: Callable[[RefusedError], object]
+        self, size: int, work: Callable[[], T], done: Callable[[T], object], failed: Callable[[HTTPError], object]
     ) -> None:
         """Runs `work` on a thread, then `done` with its result, or `failed`, on the event loop.
 
         Args:
             size: bytes of the body.
-            work: may raise a `RefusedError`; any other exception is logged and becomes one with status 500.
+            work: may raise a `HTTPError`; any other exception is logged and becomes one with status 500.
             done: gets the result; may raise as `work` does.
             failed: gets the error.
 
         Raises:
-            RefusedError: 503 if too much is waiting.
+            HTTPError: 503 if too much is waiting.
         """
         if self._bytes and self._bytes + size > self._max_bytes:
-            raise RefusedError(503, "too many large requests are being read or written")
+            raise HTTPError(503, "too many large requests are being read or written")
         self._bytes += size
         loop = asyncio.get_running_loop()
 
-        def finish(result: T | None, refusal: RefusedError | None) -> None:
+        def finish(result: T | None, refusal: HTTPError | None) -> None:
             self._bytes -= size
             if refusal is not None:
                 failed(refusal)
                 return
             try:
                 done(result)  # type: ignore[arg-type]
-            except RefusedError as error:
+            except HTTPError as error:
                 failed(error)
             except Exception:
                 _log.exception("a request could not be handled")
-                failed(RefusedError(500, "internal error"))
+                failed(HTTPError(500, "internal error"))
 
         def task() -> None:
             result: T | None = None
-            refusal: RefusedError | None = None
+            refusal: HTTPError | None = None
             try:
                 result = work()
-            except RefusedError as error:
+            except HTTPError as error:
                 refusal = error.bare()
             except Exception:
                 _log.exception("a request could not be handled")
-                refusal = RefusedError(500, "internal error")
+                refusal = HTTPError(500, "internal error")
             try:
                 loop.call_soon_threadsafe(finish, result, refusal)
             except RuntimeError:

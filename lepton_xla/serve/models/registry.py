@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from lepton_xla.serve.errors import RefusedError
+from lepton_xla.serve.errors import HTTPError
 from lepton_xla.serve.models.handle import ModelHandle
 from lepton_xla.serve.protocol.signature import is_safe
 
@@ -46,17 +46,17 @@ class Registry:
         """The model of a name, of a version if one is given.
 
         Raises:
-            RefusedError: 404 where there is none.
+            HTTPError: 404 where there is none.
         """
         # The errors are in Triton's words, which its clients look for.
         versions = self._models.get(name)
         if versions is None:
             known = f": {name!r} is not found" if is_safe(name) else ""
-            raise RefusedError(404, f"Request for unknown model{known}")
+            raise HTTPError(404, f"Request for unknown model{known}")
         if version is None:
             return next(reversed(versions.values()))
         handle = versions.get(version)
         if handle is None:
             known = f" version {version!r} is not found" if is_safe(version) else " has no such version"
-            raise RefusedError(404, f"Request for unknown model: {name!r}{known}")
+            raise HTTPError(404, f"Request for unknown model: {name!r}{known}")
         return handle

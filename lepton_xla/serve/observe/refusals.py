@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from lepton_xla.serve.errors import RefusedError
+from lepton_xla.serve.errors import HTTPError
 from lepton_xla.serve.http.exchange import Exchange, Head
 from lepton_xla.serve.observe.logs import Throttle
 from lepton_xla.serve.protocol import routes
@@ -25,7 +25,7 @@ class Refusals:
     def __init__(self, throttle: Throttle | None = None) -> None:
         self._throttle = throttle or Throttle()
 
-    def note(self, refusal: RefusedError, exchange: Exchange | None = None, request_id: str | None = None) -> None:
+    def note(self, refusal: HTTPError, exchange: Exchange | None = None, request_id: str | None = None) -> None:
         """Told of one.
 
         Args:
@@ -61,6 +61,6 @@ def template_of(head: Head) -> str:
     """The path of a head's route with the names of its parameters in it, never what the client wrote."""
     try:
         route, parameters = routes.find(head.method, head.target)
-    except RefusedError:
+    except HTTPError:
         return "none"
     return route.paths[-1 if "version" in parameters else 0]

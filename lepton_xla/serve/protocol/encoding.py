@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import zlib
 
-from lepton_xla.serve.errors import RefusedError
+from lepton_xla.serve.errors import HTTPError
 
 _WINDOW = {"gzip": 16 + zlib.MAX_WBITS, "deflate": zlib.MAX_WBITS}
 # RFC 9110, section 8.4.1.3.
@@ -28,33 +28,33 @@ def inflate(body: bytes, coding: str, max_bytes: int) -> bytes:
         max_bytes: most bytes it may become.
 
     Raises:
-        RefusedError: 415 for another coding, 400 for a damaged or truncated body, 413 if it becomes too large.
+        HTTPError: 415 for another coding, 400 for a damaged or truncated body, 413 if it becomes too large.
     """
     coding = _SAME.get(coding, coding)
     window = _WINDOW.get(coding)
     if window is None:
-        raise RefusedError(415, f"this Content-Encoding is not supported; use {CODINGS}", f"Accept-Encoding: {CODINGS}")
+        raise HTTPError(415, f"this Content-Encoding is not supported; use {CODINGS}", f"Accept-Encoding: {CODINGS}")
     parts: list[bytes] = []
     view = memoryview(body)
     room, at, members = max_bytes, 0, 0
     while at < len(body):
         if members == (_MEMBERS if coding == "gzip" else 1):
-            raise RefusedError(400, f"the {coding} body goes on after its end")
+            raise HTTPError(400, f"the {coding} body goes on after its end")
         members += 1
         stream = zlib.decompressobj(window)
         while not stream.eof:
             if at == len(body):
-                raise RefusedError(400, f"the {coding} body is truncated")
+                raise HTTPError(400, f"the {coding} body is truncated")
             # In pieces, because zlib copies what follows a member: many members would copy all the rest for each.
             piece = view[at : at + _PIECE_BYTES]
             try:
                 # One byte more than allowed tells "too large" from "exactly as large as allowed".
                 part = stream.decompress(piece, room + 1)
             except zlib.error as error:
-                raise RefusedError(400, f"the body is not valid {coding}") from error
+                raise HTTPError(400, f"the body is not valid {coding}") from error
             room -= len(part)
             if room < 0:
-                raise RefusedError(413, f"the body exceeds {max_bytes} bytes when decompressed")
+                raise HTTPError(413, f"the body exceeds {max_bytes} bytes when decompressed")
             parts.append(part)
             at += len(piece) - len(stream.unused_data)
     return b"".join(parts)
@@ -64,13 +64,13 @@ def inflate_short(body: bytes, coding: str, max_bytes: int) -> bytes | None:
     """As `inflate`, but None where it becomes too large: an answer that is found in little time, whatever came.
 
     Raises:
-        RefusedError: 415 or 400, as `inflate`.
+        HTTPError: 415 or 400, as `inflate`.
     """
     if len(body) > max_bytes:
         return None
     try:
         return inflate(body, coding, max_bytes)
-    except RefusedError as refusal:
+    except HTTPError as refusal:
         if refusal.status != 413:
             raise
         return None

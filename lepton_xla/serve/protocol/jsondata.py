@@ -17,7 +17,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from lepton_xla.serve.errors import RefusedError
+from lepton_xla.serve.errors import HTTPError
 from lepton_xla.serve.protocol.badelement import describe
 from lepton_xla.serve.protocol.datatypes import DATATYPES, Datatype
 
@@ -52,7 +52,7 @@ def read_data(
         span: where the array lies in `text`; all of it by default.
 
     Raises:
-        RefusedError: 400 for what is no such array: elements of another type or out of its range, or another number or
+        HTTPError: 400 for what is no such array: elements of another type or out of its range, or another number or
             nesting of them.
     """
     dtype, decoder = datatype.dtype, _decoder(datatype.name)
@@ -60,37 +60,37 @@ def read_data(
     count, (start, stop) = math.prod(shape), span or (0, len(text))
     outer = _ARRAY.match(text, start, stop)
     if outer is None:
-        raise RefusedError(400, f"{where}: data is not a list")
+        raise HTTPError(400, f"{where}: data is not a list")
     nested = text.find(b"[", outer.end(), stop) >= 0
     if not (_is_nested_as(text, start, stop, shape) if nested else text.find(b"]", start, stop) == stop - 1):
-        raise RefusedError(400, f"{where}: data is neither flat nor nested as shape {list(shape)} is")
+        raise HTTPError(400, f"{where}: data is neither flat nor nested as shape {list(shape)} is")
     # An element takes a byte of JSON at least, so that no shape makes this allocate more than came.
     if count > stop - start or (not count and text[start:stop].translate(None, _NOTHING if nested else _NOTHING[:-1])):
-        raise RefusedError(400, f"{where}: shape {list(shape)} needs {count} elements, not these")
+        raise HTTPError(400, f"{where}: shape {list(shape)} needs {count} elements, not these")
     piece, found, values = b"", 0, np.empty(count, dtype)
     try:
         for begin, end in _pieces(text, start, stop) if count else ():
             if end - begin > PIECE_BYTES + _LONGEST_ELEMENT:
-                raise RefusedError(400, f"{where}: an element of data takes more than {_LONGEST_ELEMENT} bytes")
+                raise HTTPError(400, f"{where}: an element of data takes more than {_LONGEST_ELEMENT} bytes")
             piece = text[begin:end]
             if nested and _is_misplaced(piece):
-                raise RefusedError(400, f"{where}: data is neither flat nor nested as shape {list(shape)} is")
+                raise HTTPError(400, f"{where}: data is neither flat nor nested as shape {list(shape)} is")
             part = _convert(decoder.decode(b"[" + piece.replace(b"[", b" ").replace(b"]", b" ") + b"]"), dtype)
             if not len(part):
-                raise RefusedError(400, f"{where}: an element is missing in data")
+                raise HTTPError(400, f"{where}: an element is missing in data")
             if found + len(part) > count:
-                raise RefusedError(400, f"{where}: shape {list(shape)} needs {count} elements, not {found + len(part)}")
+                raise HTTPError(400, f"{where}: shape {list(shape)} needs {count} elements, not {found + len(part)}")
             values[found : found + len(part)] = part
             found += len(part)
     except msgspec.DecodeError as error:
         why = describe(piece, datatype.element, found, shape if nested else None)
-        raise RefusedError(400, f"{where}: data is not {datatype.name}{why}") from error
+        raise HTTPError(400, f"{where}: data is not {datatype.name}{why}") from error
     except (FloatingPointError, OverflowError) as error:
-        raise RefusedError(400, f"{where}: a number in data does not fit {datatype.name}") from error
+        raise HTTPError(400, f"{where}: a number in data does not fit {datatype.name}") from error
     except RecursionError as error:
-        raise RefusedError(400, f"{where}: data is nested too deeply") from error
+        raise HTTPError(400, f"{where}: data is nested too deeply") from error
     if found != count:
-        raise RefusedError(400, f"{where}: shape {list(shape)} needs {count} elements, not {found}")
+        raise HTTPError(400, f"{where}: shape {list(shape)} needs {count} elements, not {found}")
     return values.view(np.uint8).data
 
 
@@ -102,10 +102,10 @@ def write_data(values: np.ndarray[Any, Any], where: str) -> bytes:
         where: what an error calls the tensor.
 
     Raises:
-        RefusedError: 400 for NaN or infinity, which JSON has no way to write; the client has to ask for binary.
+        HTTPError: 400 for NaN or infinity, which JSON has no way to write; the client has to ask for binary.
     """
     if values.dtype.kind == "f" and not np.isfinite(values).all():
-        raise RefusedError(400, f"{where} holds NaN or infinity, which JSON cannot carry; ask for binary_data")
+        raise HTTPError(400, f"{where} holds NaN or infinity, which JSON cannot carry; ask for binary_data")
     if values.size <= _PIECE_ITEMS:
         return msgspec.json.encode(values.tolist())
     pieces: list[bytes] = []

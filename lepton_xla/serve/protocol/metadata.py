@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
-from lepton_xla.serve.errors import RefusedError
+from lepton_xla.serve.errors import HTTPError
 from lepton_xla.serve.protocol.datatypes import DATATYPES
 from lepton_xla.serve.protocol.signature import Signature, Tensor
 
@@ -236,13 +236,13 @@ def model_config(signature: Signature, max_delay_s: float) -> ModelConfig:
 
     batching: DynamicBatching | msgspec.UnsetType = msgspec.UNSET
     if signature.batch is not None:
-        batching = DynamicBatching(signature.ladder, round(max_delay_s * 1e6))
+        batching = DynamicBatching(signature.bucket_sizes, round(max_delay_s * 1e6))
     return ModelConfig(
         name=signature.name,
         platform="jax_xla",
         backend=SERVER_NAME,
         version_policy=VersionPolicy({"versions": [signature.version]}),
-        max_batch_size=0 if signature.batch is None else signature.ladder[-1],
+        max_batch_size=0 if signature.batch is None else signature.bucket_sizes[-1],
         input=described(InputConfig, signature.inputs),
         output=described(TensorConfig, signature.outputs),
         dynamic_batching=batching,
@@ -257,14 +257,14 @@ def repository_index(models: Iterable[tuple[Signature, bool]], body: bytes) -> l
         body: an `IndexRequest`, or nothing.
 
     Raises:
-        RefusedError: 400 for another body, 413 for one far too large.
+        HTTPError: 400 for another body, 413 for one far too large.
     """
     if len(body) > _SMALL_BODY:
-        raise RefusedError(413, f"the body of this request may have {_SMALL_BODY} bytes")
+        raise HTTPError(413, f"the body of this request may have {_SMALL_BODY} bytes")
     try:
         asked = msgspec.json.decode(body, type=IndexRequest) if body.strip() else IndexRequest()
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise RefusedError(400, 'the body must be empty or an object such as {"ready": true}') from error
+        raise HTTPError(400, 'the body must be empty or an object such as {"ready": true}') from error
     return [
         IndexEntry(signature.name, signature.version, "READY")
         if ready

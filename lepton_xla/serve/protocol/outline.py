@@ -10,7 +10,7 @@ from __future__ import annotations
 import secrets
 from typing import NamedTuple
 
-from lepton_xla.serve.errors import RefusedError
+from lepton_xla.serve.errors import HTTPError
 
 # Of what is left, for each tensor that a request may name: a kilobyte, and its fields with a few parameters.
 _BYTES_PER_TENSOR = 1 << 10
@@ -45,7 +45,7 @@ def outline_of(head: bytes, max_tensors: int) -> Outline:
         max_tensors: how many a request may name.
 
     Raises:
-        RefusedError: 400 where too much is left, or a string is too long.
+        HTTPError: 400 where too much is left, or a string is too long.
     """
     most, size = max_tensors * _BYTES_PER_TENSOR, len(head)
     parts: list[bytes] = []
@@ -63,7 +63,7 @@ def outline_of(head: bytes, max_tensors: int) -> Outline:
             at = kept = span[1]
         end = size if quote < 0 else _end_of_string(head, quote)
         if left + end - kept > most:
-            raise RefusedError(400, f"the JSON part has more than {most} bytes beside the data of tensors")
+            raise HTTPError(400, f"the JSON part has more than {most} bytes beside the data of tensors")
         if quote < 0:
             return Outline(b"".join((*parts, head[kept:])), arrays)
         named = head[quote:end] == _KEY
@@ -97,17 +97,17 @@ def _end_of_string(head: bytes, quote: int) -> int:
         if not (len(run) - len(run.rstrip(b"\\"))) % 2:
             return close + 1
         at = close + 1
-    raise RefusedError(400, f"a string in the JSON part has no end within {_LONGEST_STRING} bytes")
+    raise HTTPError(400, f"a string in the JSON part has no end within {_LONGEST_STRING} bytes")
 
 
 def check_members(text: bytes, max_tensors: int) -> None:
     """Refuses JSON whose objects have too many members together; each of them is a key and a colon.
 
     Raises:
-        RefusedError: 400.
+        HTTPError: 400.
     """
     most = max_tensors * _MEMBERS_PER_TENSOR
     if text.count(b":") > most:
         bare = b"".join(text.replace(rb"\\", b"").replace(rb"\"", b"").split(b'"')[::2])
         if bare.count(b":") > most:
-            raise RefusedError(400, f"the objects of the JSON part have more than {most} members")
+            raise HTTPError(400, f"the objects of the JSON part have more than {most} members")

@@ -11,7 +11,7 @@ from typing import Annotated
 import msgspec
 import numpy as np
 
-from lepton_xla.serve.errors import RefusedError, shortened
+from lepton_xla.serve.errors import HTTPError, shortened
 from lepton_xla.serve.limits import Limits
 from lepton_xla.serve.protocol.datatypes import DATATYPES, Datatype
 from lepton_xla.serve.protocol.jsondata import PIECE_BYTES, read_data, slices
@@ -79,7 +79,7 @@ def parse_head(head: bytes, limits: Limits) -> tuple[RequestHead, Arrays]:
         What it says; and where in `head` the data lies that was cut out of a long one, by what stands in its place.
 
     Raises:
-        RefusedError: 400 for what is no such object, nested too deeply, or too much beside data.
+        HTTPError: 400 for what is no such object, nested too deeply, or too much beside data.
     """
     arrays: Arrays = {}
     if len(head) > PIECE_BYTES:
@@ -89,16 +89,16 @@ def parse_head(head: bytes, limits: Limits) -> tuple[RequestHead, Arrays]:
     try:
         return _DECODER.decode(head), arrays
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise RefusedError(400, f"the request is not a valid inference request: {error}") from error
+        raise HTTPError(400, f"the request is not a valid inference request: {error}") from error
     except RecursionError as error:
-        raise RefusedError(400, "the JSON part is nested too deeply") from error
+        raise HTTPError(400, "the JSON part is nested too deeply") from error
 
 
 def check_depth(head: bytes, limit: int) -> None:
     """Refuses JSON nested more than `limit` deep, without recursion.
 
     Raises:
-        RefusedError: 400.
+        HTTPError: 400.
     """
     size = len(head)
     if sum(head.count(b"[", start, stop) + head.count(b"{", start, stop) for start, stop in slices(size)) <= limit:
@@ -118,7 +118,7 @@ def check_depth(head: bytes, limit: int) -> None:
         if len(brackets):
             levels = depth + np.cumsum(np.where(brackets == ord("["), 1, -1))
             if levels.max() > limit:
-                raise RefusedError(400, f"the JSON part is nested more than {limit} deep")
+                raise HTTPError(400, f"the JSON part is nested more than {limit} deep")
             depth = levels[-1]
 
 
@@ -126,10 +126,10 @@ def check_reserved(parameters: Parameters | None) -> None:
     """Refuses parameters of the request that mean something to the protocol and nothing here."""
     for name, value in (parameters or {}).items():
         if name.startswith("triton_") or name == "headers":
-            raise RefusedError(400, f"parameter {shortened(name)} is reserved")
+            raise HTTPError(400, f"parameter {shortened(name)} is reserved")
         # A sequence that is said not to be one is what some clients send with every request.
         if name.startswith("sequence_") and value:
-            raise RefusedError(
+            raise HTTPError(
                 400, f"parameter {shortened(name)}: models keep no state, so there are no sequences of requests"
             )
 
@@ -138,14 +138,14 @@ def check_tensor_parameters(parameters: Parameters | None, where: str) -> None:
     """Refuses tensor parameters of extensions that are not offered."""
     for name in parameters or ():
         if name.startswith("shared_memory_"):
-            raise RefusedError(400, f"{where}: shared memory is not supported; send tensors in the body")
+            raise HTTPError(400, f"{where}: shared memory is not supported; send tensors in the body")
 
 
 def flag(parameters: Parameters | None, name: str, where: str, *, default: bool) -> bool:
     """A parameter that is true or false."""
     value = default if parameters is None else parameters.get(name, default)
     if not isinstance(value, bool):
-        raise RefusedError(400, f"{where}: parameter {name!r} must be true or false")
+        raise HTTPError(400, f"{where}: parameter {name!r} must be true or false")
     return value
 
 
@@ -153,7 +153,7 @@ def number(parameters: Parameters | None, name: str, where: str) -> int:
     """A parameter that is a whole number; 0 where it is not given."""
     value = 0 if parameters is None else parameters.get(name, 0)
     if type(value) is not int or not 0 <= value < 2**64:
-        raise RefusedError(400, f"{where}: parameter {name!r} must be a whole number from 0 to 2**64 - 1")
+        raise HTTPError(400, f"{where}: parameter {name!r} must be a whole number from 0 to 2**64 - 1")
     return value
 
 
@@ -162,21 +162,21 @@ def check_input(given: InputHead, tensor: Tensor, sizes: dict[str, int]) -> int:
     where = f"input {tensor.name!r}"
     if given.datatype != tensor.datatype.name:
         known = "" if given.datatype in DATATYPES else ", which is no datatype of the protocol"
-        raise RefusedError(
+        raise HTTPError(
             400, f"{where}: datatype is {shortened(given.datatype)}{known}; the model takes {tensor.datatype.name}"
         )
     check_tensor_parameters(given.parameters, where)
     if len(given.shape) != len(tensor.shape):
         rank, shape = len(given.shape), shortened(given.shape)
-        raise RefusedError(400, f"{where}: shape {shape} has rank {rank}, not {len(tensor.shape)}")
+        raise HTTPError(400, f"{where}: shape {shape} has rank {rank}, not {len(tensor.shape)}")
     for axis, (size, dim) in enumerate(zip(given.shape, tensor.shape, strict=True)):
         if not 0 <= size < 2**63:
-            raise RefusedError(400, f"{where}: dimension {axis} is {size}, which is no size")
+            raise HTTPError(400, f"{where}: dimension {axis} is {size}, which is no size")
         if isinstance(dim, str):
             if sizes.setdefault(dim, size) != size:
-                raise RefusedError(400, f"{where}: {dim!r} is {size}, but {sizes[dim]} in another dimension")
+                raise HTTPError(400, f"{where}: {dim!r} is {size}, but {sizes[dim]} in another dimension")
         elif size != dim:
-            raise RefusedError(400, f"{where}: dimension {axis} is {size}; the model takes {dim}")
+            raise HTTPError(400, f"{where}: dimension {axis} is {size}; the model takes {dim}")
     return math.prod(given.shape)
 
 
@@ -188,14 +188,14 @@ def binary_size(given: InputHead, count: int, datatype: Datatype) -> int | None:
     no_data = given.data is msgspec.UNSET or (len(given.data) == 4 and bytes(given.data) == b"null")
     if size is None:
         if no_data:
-            raise RefusedError(400, f"{where}: neither data nor binary_data_size is given")
+            raise HTTPError(400, f"{where}: neither data nor binary_data_size is given")
         return None
     if not no_data:
-        raise RefusedError(400, f"{where}: both data and binary_data_size are given")
+        raise HTTPError(400, f"{where}: both data and binary_data_size are given")
     if type(size) is not int or size < 0:
-        raise RefusedError(400, f"{where}: binary_data_size must be a whole number, not {shortened(size)}")
+        raise HTTPError(400, f"{where}: binary_data_size must be a whole number, not {shortened(size)}")
     if size != count * datatype.item_bytes:
-        raise RefusedError(
+        raise HTTPError(
             400,
             f"{where}: binary_data_size is {size}, but {count} elements of {datatype.name} "
             f"are {count * datatype.item_bytes} bytes",
@@ -214,7 +214,7 @@ def json_data(given: InputHead, tensor: Tensor, head: bytes, arrays: Arrays) -> 
     """
     where = f"input {given.name!r}"
     if tensor.datatype.element is None:
-        raise RefusedError(400, f"{where}: {tensor.datatype.name} cannot be sent as JSON; use binary_data_size")
+        raise HTTPError(400, f"{where}: {tensor.datatype.name} cannot be sent as JSON; use binary_data_size")
     assert given.data is not msgspec.UNSET
     span = arrays.get(bytes(given.data)) if arrays and len(given.data) < _LONGEST_MARK else None
     if span is not None:

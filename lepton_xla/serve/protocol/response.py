@@ -65,7 +65,7 @@ def encode_response(
         outputs: the bytes of each output asked for, in the order of `spec.outputs`.
 
     Raises:
-        RefusedError: 400 if an output that JSON should carry holds NaN or infinity.
+        HTTPError: 400 if an output that JSON should carry holds NaN or infinity.
     """
     described: list[OutputTensor] = []
     tail: list[memoryview | bytes] = []

@@ -11,7 +11,7 @@ import re
 from typing import Any, Literal
 from urllib.parse import unquote
 
-from lepton_xla.serve.errors import RefusedError
+from lepton_xla.serve.errors import HTTPError
 from lepton_xla.serve.protocol import metadata
 from lepton_xla.serve.protocol.request import RequestHead
 from lepton_xla.serve.protocol.response import ResponseHead
@@ -149,17 +149,17 @@ def find(method: bytes, target: bytes) -> tuple[Route, dict[str, str]]:
         target: the request target, percent-encoded, query included.
 
     Raises:
-        RefusedError: 400 for a target that is no path, 404 where there is no such path, 405 where it takes another
+        HTTPError: 400 for a target that is no path, 404 where there is no such path, 405 where it takes another
             method.
     """
     path = target.partition(b"?")[0]
     if path == b"*" and method == b"OPTIONS":
-        raise RefusedError(405, "the routes of this server take GET, HEAD or POST", "Allow: GET, HEAD, POST")
+        raise HTTPError(405, "the routes of this server take GET, HEAD or POST", "Allow: GET, HEAD, POST")
     if not path.startswith(b"/"):
         # The absolute form, which clients send to proxies and every server has to accept (RFC 9112, section 3.2.2).
         origin = _ORIGIN.match(path)
         if origin is None:
-            raise RefusedError(400, "the request target is neither a path nor a URL")
+            raise HTTPError(400, "the request target is neither a path nor a URL")
         path = path[origin.end() :]
     node, parameters = _ROOT, dict[str, str]()
     for segment in path[1:].split(b"/"):
@@ -170,13 +170,13 @@ def find(method: bytes, target: bytes) -> tuple[Route, dict[str, str]]:
         if child is None:
             child = node.children.get(_ANY) if text else None
             if child is None:
-                raise RefusedError(404, "no such route")
+                raise HTTPError(404, "no such route")
             parameters[child.parameter] = text
         node = child
     if not node.routes:
-        raise RefusedError(404, "no such route")
+        raise HTTPError(404, "no such route")
     route = node.routes.get(method.decode("latin-1"))
     if route is None:
         allowed = sorted(name for name, known in node.routes.items() if known.status != 405)
-        raise RefusedError(405, f"this route takes {' or '.join(allowed)}", f"Allow: {', '.join(allowed)}")
+        raise HTTPError(405, f"this route takes {' or '.join(allowed)}", f"Allow: {', '.join(allowed)}")
     return route, parameters

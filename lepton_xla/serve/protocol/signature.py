@@ -92,7 +92,7 @@ class Signature:
         outputs: in the order the executable gives them.
         batch: the symbol that leads every input and output, whose rows of different requests may share a run; None
             where there is none, and then every request runs alone.
-        ladder: compiled sizes of `batch`, ascending; `(1,)` where `batch` is None.
+        bucket_sizes: compiled sizes of `batch`, ascending; `(1,)` where `batch` is None.
         others: the other symbols, padded up to their next compiled size within a request.
         buckets: symbol -> compiled sizes, ascending.
     """
@@ -102,7 +102,7 @@ class Signature:
     inputs: tuple[Tensor, ...]
     outputs: tuple[Tensor, ...]
     batch: str | None
-    ladder: tuple[int, ...]
+    bucket_sizes: tuple[int, ...]
     others: tuple[str, ...]
     buckets: dict[str, tuple[int, ...]]
 
@@ -156,7 +156,7 @@ def signature_of(servable: Described, name: str | None = None) -> Signature:
         inputs=inputs,
         outputs=outputs,
         batch=batch,
-        ladder=(1,) if batch is None else buckets[batch],
+        bucket_sizes=(1,) if batch is None else buckets[batch],
         others=tuple(symbol for symbol in symbols if symbol != batch),
         buckets=buckets,
     )

@@ -32,7 +32,7 @@ def answer_bytes(
         classes: for each, how many of the largest elements are wanted in its place; empty where that is none.
     """
     # What a run of its own size gives is copied once; the parts of several runs are put together before that.
-    copies = 2 if rows > signature.ladder[-1] else 1
+    copies = 2 if rows > signature.bucket_sizes[-1] else 1
     total = 0
     for position, (index, binary) in enumerate(outputs):
         tensor = signature.outputs[index]

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import msgspec
 import numpy as np
 
-from lepton_xla.serve.errors import RefusedError, shortened
+from lepton_xla.serve.errors import HTTPError, shortened
 from lepton_xla.serve.limits import Limits
 from lepton_xla.serve.protocol.classification import classes_shape
 from lepton_xla.serve.protocol.request import (
@@ -141,13 +141,13 @@ class Decoder:
                 input's bytes.
 
         Raises:
-            RefusedError: 400 for anything malformed or that does not fit the model, 413 for too many rows.
+            HTTPError: 400 for anything malformed or that does not fit the model, 413 for too many rows.
         """
         total = len(body)
         if head_bytes is None:
             head, head_bytes = body, total
         elif head_bytes > total:
-            raise RefusedError(400, f"Inference-Header-Content-Length is {head_bytes}, but the body has {total} bytes")
+            raise HTTPError(400, f"Inference-Header-Content-Length is {head_bytes}, but the body has {total} bytes")
         elif head_bytes == 0:
             return self._raw(body)
         elif head_bytes == len(self._last_head) and body.startswith(self._last_head):
@@ -162,7 +162,7 @@ class Decoder:
             if head_bytes <= _CACHED_HEAD_BYTES and not arrays:
                 self._remember(head, spec)
         if total - head_bytes != spec.tail_bytes:
-            raise RefusedError(
+            raise HTTPError(
                 400,
                 f"the binary inputs need {spec.tail_bytes} bytes after the JSON part, but {total - head_bytes} follow",
             )
@@ -223,14 +223,14 @@ class Decoder:
     def _check_bools(self, tensors: Sequence[memoryview]) -> None:
         for index in self._bool_inputs:
             if len(tensors[index]) and np.frombuffer(tensors[index], np.uint8).max() > 1:
-                raise RefusedError(400, f"input {self._signature.inputs[index].name!r}: a BOOL byte is neither 0 nor 1")
+                raise HTTPError(400, f"input {self._signature.inputs[index].name!r}: a BOOL byte is neither 0 nor 1")
 
     def _spec(self, head: bytes, arrays: dict[int, memoryview]) -> RequestSpec:
         request, cut = parse_head(head, self._limits)
         check_reserved(request.parameters)
         named = len(request.inputs) + len(request.outputs or ())
         if named > self._limits.max_tensors:
-            raise RefusedError(400, f"the request names {named} tensors; it may name {self._limits.max_tensors}")
+            raise HTTPError(400, f"the request names {named} tensors; it may name {self._limits.max_tensors}")
         sizes: dict[str, int] = {}
         in_json: dict[int, InputHead] = {}
         slices: list[tuple[int, int] | None] = [None] * len(self._inputs)
@@ -239,13 +239,13 @@ class Decoder:
             index = self._inputs.get(given.name)
             if index is None:
                 name = shortened(given.name)
-                raise RefusedError(400, f"the model has no input {name}; it has {_names(self._inputs)}")
+                raise HTTPError(400, f"the model has no input {name}; it has {_names(self._inputs)}")
             if slices[index] is not None:
-                raise RefusedError(400, f"input {given.name!r} is given twice")
+                raise HTTPError(400, f"input {given.name!r} is given twice")
             tensor = self._signature.inputs[index]
             count = check_input(given, tensor, sizes)
             if count > self._limits.max_elements:
-                raise RefusedError(
+                raise HTTPError(
                     400, f"input {given.name!r} has {count} elements; it may have {self._limits.max_elements}"
                 )
             size = binary_size(given, count, tensor.datatype)
@@ -255,7 +255,7 @@ class Decoder:
                 in_json[index] = given
         missing = [name for name, index in self._inputs.items() if slices[index] is None]
         if missing:
-            raise RefusedError(400, f"input {missing[0]!r} is missing; the model needs {_names(self._inputs)}")
+            raise HTTPError(400, f"input {missing[0]!r} is missing; the model needs {_names(self._inputs)}")
         spec = self._fit(sizes, tuple(s for s in slices if s is not None), cursor, self._options(request))
         # Last: all that is cheap to check is.
         for index, given in in_json.items():
@@ -271,27 +271,25 @@ class Decoder:
         for symbol in signature.others:
             fit = signature.fit(symbol, sizes[symbol])
             if fit is None or not sizes[symbol]:
-                raise RefusedError(
+                raise HTTPError(
                     400, f"dimension {symbol!r} is {sizes[symbol]}; it must be 1 to {signature.buckets[symbol][-1]}"
                 )
             key.append(fit)
         rows = 1 if signature.batch is None else sizes[signature.batch]
         if rows < 1:
-            raise RefusedError(400, f"dimension {signature.batch!r} is 0; a request needs at least one row")
+            raise HTTPError(400, f"dimension {signature.batch!r} is 0; a request needs at least one row")
         if rows > self._max_rows:
-            raise RefusedError(
-                413, f"dimension {signature.batch!r} is {rows}; a request may bring {self._max_rows} rows"
-            )
+            raise HTTPError(413, f"dimension {signature.batch!r} is {rows}; a request may bring {self._max_rows} rows")
         for (index, _), count in zip(options.outputs, options.classes, strict=False):
             shape = signature.outputs[index].at(sizes)
             strings = math.prod(classes_shape(shape, count, batched=signature.batch is not None))
             if strings > _MOST_CLASSES:
-                raise RefusedError(
+                raise HTTPError(
                     400, f"the classification asked for has {strings} elements; it may have {_MOST_CLASSES}"
                 )
         taken = answer_bytes(signature, sizes, rows, options.outputs, options.classes)
         if taken > self._limits.max_buffered_bytes:
-            raise RefusedError(
+            raise HTTPError(
                 413,
                 f"the answer takes {taken} bytes of memory, and the server may hold {self._limits.max_buffered_bytes}; "
                 "ask for fewer rows or outputs, or for binary_data",
@@ -332,32 +330,32 @@ class Decoder:
             index = self._outputs.get(output.name)
             if index is None:
                 name = shortened(output.name)
-                raise RefusedError(400, f"the model has no output {name}; it has {_names(self._outputs)}")
+                raise HTTPError(400, f"the model has no output {name}; it has {_names(self._outputs)}")
             where = f"output {output.name!r}"
             if index in wanted:
-                raise RefusedError(400, f"{where} is asked for twice")
+                raise HTTPError(400, f"{where} is asked for twice")
             check_tensor_parameters(output.parameters, where)
             binary = wanted[index] = flag(output.parameters, "binary_data", where, default=default)
             classes.append(number(output.parameters, "classification", where))
             datatype = self._signature.outputs[index].datatype
             if not binary and not classes[-1] and datatype.element is None:
-                raise RefusedError(400, f"{where} is {datatype.name}, which JSON cannot carry; ask for binary_data")
+                raise HTTPError(400, f"{where} is {datatype.name}, which JSON cannot carry; ask for binary_data")
         return tuple(wanted.items()), tuple(classes) if any(classes) else ()
 
     def _raw(self, body: bytes) -> InferRequest:
         """A body without a JSON part: the bytes of the only input, one row of it, and all outputs come back binary."""
         signature = self._signature
         if len(signature.inputs) != 1:
-            raise RefusedError(400, f"a raw request needs a model with one input; this one has {len(signature.inputs)}")
+            raise HTTPError(400, f"a raw request needs a model with one input; this one has {len(signature.inputs)}")
         tensor = signature.inputs[0]
         sizes = {} if signature.batch is None else {signature.batch: 1}
         free = [dim for dim in tensor.shape if isinstance(dim, str) and dim not in sizes]
         if len(free) > 1:
-            raise RefusedError(400, f"a raw request cannot say the sizes of {len(free)} dimensions; send a JSON part")
+            raise HTTPError(400, f"a raw request cannot say the sizes of {len(free)} dimensions; send a JSON part")
         unit = math.prod(tensor.at(sizes | dict.fromkeys(free, 1))) * tensor.datatype.item_bytes
         count, rest = divmod(len(body), unit) if unit else (0, len(body))
         if rest or (not free and len(body) != unit):
-            raise RefusedError(400, f"input {tensor.name!r} needs a multiple of {unit} bytes, but {len(body)} came")
+            raise HTTPError(400, f"input {tensor.name!r} needs a multiple of {unit} bytes, but {len(body)} came")
         sizes |= dict.fromkeys(free, count)
         options = _Options(tuple((index, True) for index in range(len(signature.outputs))))
         spec = self._fit(sizes, ((0, len(body)),), len(body), options)

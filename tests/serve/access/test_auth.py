@@ -21,7 +21,7 @@ from lepton_xla.errors import ServeError
 from lepton_xla.serve import Options, Server
 from lepton_xla.serve.access.auth import Grant, Guard
 from lepton_xla.serve.access.tokens import Token, create_token, read_tokens, revoke_token
-from lepton_xla.serve.errors import RefusedError
+from lepton_xla.serve.errors import HTTPError
 from lepton_xla.serve.http.exchange import Exchange, Head
 
 INFER = "/v2/models/affine/infer"
@@ -287,7 +287,7 @@ def test_the_bucket_is_the_bucket_of_the_textbook(rate, burst, gaps):
             grant.admit(float(now))
             level -= 1
         else:
-            with pytest.raises(RefusedError) as caught:
+            with pytest.raises(HTTPError) as caught:
                 grant.admit(float(now))
             wait = max(1, math.ceil((1 - level) / Fraction(rate)))
             assert (caught.value.status, caught.value.headers) == (429, (f"Retry-After: {wait}",))
@@ -298,7 +298,7 @@ def test_a_burst_left_out_is_one_seconds_worth():
         grant = Grant(token_of(rate), None)
         for _ in range(burst):
             grant.admit(5.0)
-        with pytest.raises(RefusedError):
+        with pytest.raises(HTTPError):
             grant.admit(5.0)
 
 
@@ -312,7 +312,7 @@ def test_a_token_is_found_by_its_digest_and_confirmed_in_constant_time(file, sec
     guard = Guard(file, OPEN)
     compared = []
     monkeypatch.setattr("hmac.compare_digest", lambda a, b: compared.append((a, b)) or False)
-    with pytest.raises(RefusedError):
+    with pytest.raises(HTTPError):
         guard.authenticate(head(secrets["read"]))
     digest = hashlib.sha256(secrets["read"].encode()).digest()
     assert compared == [(digest, digest)]
@@ -321,10 +321,10 @@ def test_a_token_is_found_by_its_digest_and_confirmed_in_constant_time(file, sec
 def test_a_route_of_no_scope_takes_a_token_too(file, secrets):
     """Fail closed: a path that is open but whose route is not, or a scope nobody has, is refused."""
     guard = Guard(file, OPEN)
-    with pytest.raises(RefusedError) as caught:
+    with pytest.raises(HTTPError) as caught:
         guard.protect(guard.authenticate(head(target=b"/v2/health/live")), "read", print, print)
     assert caught.value.status == 401
-    with pytest.raises(RefusedError) as caught:
+    with pytest.raises(HTTPError) as caught:
         guard.protect(guard.authenticate(head(secrets["all"])), "unheard of", print, print)
     assert caught.value.status == 403
 

@@ -22,11 +22,11 @@ def named(name, rows=1, key=(), arrival_s=0.0, **more):
     return NamedTicket(rows, key, arrival_s, name=name, **more)
 
 
-def make(costs=None, ladder=LADDER, **options):
+def make(costs=None, bucket_sizes=LADDER, **options):
     """A batcher whose executions cost what a dict of sizes, or of keys of dicts of sizes, says."""
     if costs is not None and not isinstance(next(iter(costs)), tuple):
         costs = {(): costs}
-    return Batcher(ladder, costs=Costs(ladder, costs), **options)
+    return Batcher(bucket_sizes, costs=Costs(bucket_sizes, costs), **options)
 
 
 def fill(batcher, *tickets):
@@ -151,14 +151,14 @@ def test_an_oversized_request_is_split_and_shares_its_last_batch():
 
 
 def test_the_earliest_deadline_goes_first_and_equal_ones_as_they_came():
-    batcher = make(ladder=(1,))
+    batcher = make(bucket_sizes=(1,))
     for name, deadline in (("a", 9.0), ("b", 3.0), ("c", 9.0), ("d", 3.0), ("e", 5.0)):
         fill(batcher, named(name, deadline_s=deadline))
     assert names(batcher) == list("bdeac")
 
 
 def test_requests_without_a_deadline_keep_their_order_and_are_due_after_a_while():
-    batcher = make(ladder=(1,))
+    batcher = make(bucket_sizes=(1,))
     fill(batcher, named("late", arrival_s=5.0, deadline_s=5.1 + PATIENCE_S))
     fill(batcher, named("a", arrival_s=5.0), named("b", arrival_s=5.2))
     fill(batcher, named("soon", arrival_s=5.3, deadline_s=4.9 + PATIENCE_S))
@@ -166,7 +166,7 @@ def test_requests_without_a_deadline_keep_their_order_and_are_due_after_a_while(
 
 
 def test_the_highest_level_goes_first():
-    batcher = make(ladder=(1,), levels=3)
+    batcher = make(bucket_sizes=(1,), levels=3)
     fill(batcher, named("c", level=2), named("b", level=1), named("a"), named("d", level=2), named("e"))
     assert names(batcher) == list("aebcd")
 
@@ -184,7 +184,7 @@ def test_what_room_is_left_goes_to_lower_levels_that_can_share_it():
 
 
 def test_a_lower_level_heads_every_eighth_batch():
-    batcher = make(ladder=(1,), levels=3)
+    batcher = make(bucket_sizes=(1,), levels=3)
     fill(batcher, *(named("a") for _ in range(30)), *(named("b", level=1) for _ in range(9)))
     fill(batcher, named("c", level=2, arrival_s=-1.0))
     order = "".join(names(batcher))
@@ -192,7 +192,7 @@ def test_a_lower_level_heads_every_eighth_batch():
 
 
 def test_a_lower_level_with_company_of_its_key_takes_its_turn_first():
-    batcher = make({1: 1.0}, ladder=(1,), levels=2)
+    batcher = make({1: 1.0}, bucket_sizes=(1,), levels=2)
     fill(batcher, *(named("a") for _ in range(8)), named("b", level=1))
     assert "".join(names(batcher)) == "aaaaaaaba"
 
@@ -234,7 +234,7 @@ def test_what_is_ahead_decides_whether_a_deadline_can_be_met():
 
 
 def test_requests_without_a_deadline_are_ahead_of_those_that_are_due_later():
-    batcher = make({1: 0.1}, ladder=(1,))
+    batcher = make({1: 0.1}, bucket_sizes=(1,))
     fill(batcher, *(named(index, arrival_s=index * 0.1) for index in range(10)))  # due from 1.0 to 1.9
     # Due at 1.5: after half of them, which take until 1.4.
     assert batcher.add(named("a", arrival_s=0.9, deadline_s=1.501)) is None
@@ -242,7 +242,7 @@ def test_requests_without_a_deadline_are_ahead_of_those_that_are_due_later():
 
 
 def test_what_has_expired_is_dropped_and_the_rest_is_told_when():
-    batcher = make(ladder=(1,))
+    batcher = make(bucket_sizes=(1,))
     fill(batcher, named("a", deadline_s=5.0), named("b", arrival_s=3.0))
     fill(batcher, named("c", deadline_s=2.0), named("d", rows=3, deadline_s=3.0))
     batch = batcher.next_batch(0.0)  # c
@@ -282,7 +282,7 @@ def test_a_split_request_is_not_begun_if_it_cannot_be_ended_in_time():
 
 
 def test_a_split_request_that_expires_between_its_parts_gives_no_more():
-    batcher = make(ladder=(4,))
+    batcher = make(bucket_sizes=(4,))
     fill(batcher, named("a", 8, deadline_s=1.0))
     batch = batcher.next_batch(0.0)
     batcher.finish(batch, 0.5, None)
@@ -293,7 +293,7 @@ def test_a_split_request_that_expires_between_its_parts_gives_no_more():
 
 
 def test_a_result_that_comes_too_late_is_none():
-    batcher = make(ladder=(1,))
+    batcher = make(bucket_sizes=(1,))
     fill(batcher, named("a", deadline_s=5.0))
     batch = batcher.next_batch(0.0)
     batcher.finish(batch, 5.0, 5.0)
@@ -379,7 +379,7 @@ def test_drain_time_counts_what_runs_and_what_waits():
 
 
 def test_a_request_cancelled_after_a_part_ran_gives_no_more_parts():
-    batcher = make(ladder=(1, 4))
+    batcher = make(bucket_sizes=(1, 4))
     (ticket,) = fill(batcher, named("a", 6))
     assert batcher.next_batch(0.0).rows == 4
     batcher.cancel(ticket)
@@ -504,8 +504,8 @@ def test_a_request_that_fails_alone_fails_at_once():
 
 
 def test_the_runs_after_a_failure_are_bounded():
-    ladder = (1, 64)
-    batcher = make(ladder=ladder)
+    bucket_sizes = (1, 64)
+    batcher = make(bucket_sizes=bucket_sizes)
     fill(batcher, *(named(index) for index in range(64)))
     failed, ran, batches = run_poisoned(batcher, set(range(64)))
     assert sorted(failed) == list(range(64))
@@ -535,7 +535,7 @@ def test_halves_leave_out_who_has_gone_and_go_before_the_queue():
 
 
 def test_a_deadline_passes_between_the_halves():
-    batcher = make(ladder=(4,))
+    batcher = make(bucket_sizes=(4,))
     fill(batcher, named("a", deadline_s=3.0), named("b", deadline_s=2.0))
     assert batcher.fail(batcher.next_batch(0.0), 1.0) == []
     assert run(batcher, 1.0) == [("b", 0, 1, 0)]

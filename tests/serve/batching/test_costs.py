@@ -90,8 +90,8 @@ def test_what_was_wrong_at_load_says_nothing_about_other_sizes():
 
 def serve(true, at_load, rows, runs=5000):
     """Batches of `rows` waiting rows, chosen as the estimates go; seconds per row, as a share of the least possible."""
-    ladder = tuple(true)
-    costs = Costs(ladder, {(): at_load})
+    bucket_sizes = tuple(true)
+    costs = Costs(bucket_sizes, {(): at_load})
     rng = random.Random(0)
     spent = done = 0
     for _ in range(runs):
@@ -99,7 +99,7 @@ def serve(true, at_load, rows, runs=5000):
         costs.learn((), size, true[size] * rng.lognormvariate(0, 0.1))
         spent += true[size]
         done += min(size, rows)
-    return spent / done / min(true[size] / min(size, rows) for size in ladder)
+    return spent / done / min(true[size] / min(size, rows) for size in bucket_sizes)
 
 
 TRUE = {size: 1 + 0.02 * size for size in (1, 2, 4, 8, 16, 32, 64)}

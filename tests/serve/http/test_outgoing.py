@@ -13,7 +13,7 @@ import pytest
 from serve_fakes import exchange, raw_request, read_outputs, read_response
 
 from lepton_xla.program import TensorSpec
-from lepton_xla.serve.errors import RefusedError
+from lepton_xla.serve.errors import HTTPError
 from lepton_xla.serve.http.connection import Connection
 from lepton_xla.serve.http.outgoing import AHEAD_BYTES
 from lepton_xla.serve.http.server_state import ServerState
@@ -215,7 +215,7 @@ def test_requests_wait_for_room_for_their_answers(connection, held):
 def test_what_there_is_no_room_for_now_is_503(connection, held):
     connection.data_received(get(2))
     held[0].reserve(3 * MIB)
-    with pytest.raises(RefusedError) as caught:
+    with pytest.raises(HTTPError) as caught:
         held[1].reserve(2 * MIB)
     assert caught.value.status == 503
     connection.connection_lost(None)

@@ -9,7 +9,7 @@ import pytest
 from serve_fakes import Affine, affine_binary, affine_json, connect, exchange, raw_request, read_outputs, read_response
 
 from lepton_xla.serve.batching.engine import Engine
-from lepton_xla.serve.errors import RefusedError
+from lepton_xla.serve.errors import HTTPError
 from lepton_xla.serve.models.registry import Registry
 from lepton_xla.serve.protocol.signature import signature_of
 from lepton_xla.serve.server import open_model
@@ -69,7 +69,7 @@ def test_find():
         ("b", "2", "Request for unknown model: 'b' version '2' is not found"),
         ("b", "2\n", "Request for unknown model: 'b' has no such version"),
     ):
-        with pytest.raises(RefusedError) as caught:
+        with pytest.raises(HTTPError) as caught:
             models.find(name, version)
         assert (caught.value.status, caught.value.message) == (404, says)
 

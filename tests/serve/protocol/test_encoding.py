@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lepton_xla.serve.errors import RefusedError
+from lepton_xla.serve.errors import HTTPError
 from lepton_xla.serve.protocol.encoding import choose, deflate, inflate
 
 # The standard library's one-shot functions are the reference for both formats.
@@ -15,7 +15,7 @@ CODINGS = ["gzip", "deflate"]
 
 
 def status_of(*args):
-    with pytest.raises(RefusedError) as caught:
+    with pytest.raises(HTTPError) as caught:
         inflate(*args)
     return caught.value.status
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from lepton_xla.serve.errors import RefusedError
+from lepton_xla.serve.errors import HTTPError
 from lepton_xla.serve.protocol import jsondata
 from lepton_xla.serve.protocol.datatypes import DATATYPES
 from lepton_xla.serve.protocol.jsondata import read_data, write_data
@@ -26,7 +26,7 @@ def small_pieces(monkeypatch):
 
 
 def refused(text, shape, datatype=FP32):
-    with pytest.raises(RefusedError) as caught:
+    with pytest.raises(HTTPError) as caught:
         read_data(text, shape, datatype, "input 'x'")
     assert caught.value.status == 400
     assert caught.value.message.startswith("input 'x'")
@@ -124,7 +124,7 @@ def test_deep_nesting_is_refused_without_recursion():
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_json_has_no_way_to_write_what_is_not_finite(value):
-    with pytest.raises(RefusedError, match=r"output 'y' holds NaN or infinity.*ask for binary_data") as caught:
+    with pytest.raises(HTTPError, match=r"output 'y' holds NaN or infinity.*ask for binary_data") as caught:
         write_data(np.array([1, value], np.float32), "output 'y'")
     assert caught.value.status == 400
 

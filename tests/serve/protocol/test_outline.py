@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from serve_fakes import Affine, affine_json
 
-from lepton_xla.serve.errors import RefusedError, shortened
+from lepton_xla.serve.errors import HTTPError, shortened
 from lepton_xla.serve.limits import Limits
 from lepton_xla.serve.protocol import jsondata, outline, request
 from lepton_xla.serve.protocol.encoding import choose
@@ -86,7 +86,7 @@ def test_a_refusal_costs_little_whatever_came(monkeypatch, body):
     decoder = Decoder(signature_of(Affine()), LIMITS, 4096)
     tracemalloc.start()
     try:
-        with pytest.raises(RefusedError) as caught:
+        with pytest.raises(HTTPError) as caught:
             decoder.decode(body, None)
         peak = tracemalloc.get_traced_memory()[1]
     finally:
@@ -101,7 +101,7 @@ def test_a_refusal_costs_little_whatever_came(monkeypatch, body):
 def test_a_short_body_makes_few_objects_too():
     members = ", ".join(f'"{index:04}": 1' for index in range(8192)).encode()
     check_members(b"{" + members[:-11], 1024)
-    with pytest.raises(RefusedError, match="more than 8192 members"):
+    with pytest.raises(HTTPError, match="more than 8192 members"):
         check_members(b"{" + members + b', "a": 1}', 1024)
     check_members(json.dumps({"a": ":" * 9000, 'b\\"': "\\"}).encode(), 1024)
 
@@ -109,7 +109,7 @@ def test_a_short_body_makes_few_objects_too():
 def verdict(body):
     try:
         got = Decoder(signature_of(Affine()), LIMITS, 4096).decode(body, None)
-    except RefusedError as refusal:
+    except HTTPError as refusal:
         return refusal.status
     return got.spec.id, got.spec.rows, got.spec.outputs, [bytes(each) for each in got.tensors]
 

@@ -15,7 +15,7 @@ from serve_fakes import Affine, Identity, Tokens, affine_binary, affine_json
 
 from lepton_xla.errors import ServeError
 from lepton_xla.program import TensorSpec
-from lepton_xla.serve.errors import RefusedError
+from lepton_xla.serve.errors import HTTPError
 from lepton_xla.serve.limits import Limits
 from lepton_xla.serve.protocol import request
 from lepton_xla.serve.protocol.datatypes import DATATYPES, datatype_of
@@ -50,7 +50,7 @@ def decoder(servable, max_rows=4096, **limits):
 
 def refused(servable, body, size=None, status=400, **kwargs):
     """The message of the refusal that this body must get."""
-    with pytest.raises(RefusedError) as caught:
+    with pytest.raises(HTTPError) as caught:
         decoder(servable, **kwargs).decode(body, size)
     assert caught.value.status == status
     return caught.value.message
@@ -233,7 +233,7 @@ def test_a_head_that_begins_or_goes_on_as_the_last_one_is_another():
     for _ in range(3):
         subject.decode(head + bytes(12), len(head))
     for body, size in ((head + b"x" + bytes(12), len(head) + 1), (head + bytes(11), len(head) - 1)):
-        with pytest.raises(RefusedError):
+        with pytest.raises(HTTPError):
             subject.decode(body, size)
     assert subject.decode(head + b" " + bytes(12), len(head) + 1).spec is not subject.decode(
         head + bytes(12), len(head)
@@ -444,7 +444,7 @@ def test_nan_in_an_output_asked_for_as_json_is_an_error_and_as_binary_is_not():
     signature = signature_of(Identity())
     nan = np.array([[1.0, math.nan, 2.0]], np.float32).tobytes()
     spec = decoder(Identity()).decode(one("[1,2,3]"), None).spec
-    with pytest.raises(RefusedError) as caught:
+    with pytest.raises(HTTPError) as caught:
         encode_response(signature, spec, [nan])
     assert caught.value.status == 400
     head = one(parameters={"binary_data_size": 12}).replace(b"}]}", b'}], "parameters": {"binary_data_output": true}}')
@@ -462,11 +462,11 @@ def test_json_is_refused_beyond_the_depth_limit_only(opening):
         if depth <= 100:
             check_depth(text, 100)
         else:
-            with pytest.raises(RefusedError, match="nested"):
+            with pytest.raises(HTTPError, match="nested"):
                 check_depth(text, 100)
     check_depth(json.dumps([[1, 2]] * 500).encode(), 100)
     late = b"[" + b"[]," * 100_000 + b"[" * 100 + b"]" * 101
-    with pytest.raises(RefusedError, match="nested"):
+    with pytest.raises(HTTPError, match="nested"):
         check_depth(late, 100)
     check_depth(late, 101)
     check_depth(json.dumps("[" * 500 + '\\"[').encode(), 100)
@@ -501,7 +501,7 @@ def test_depth_is_counted_outside_strings_only_wherever_the_text_is_cut(pieces, 
         if deepest <= limit:
             check_depth(text.encode(), limit)
         else:
-            with pytest.raises(RefusedError, match="nested"):
+            with pytest.raises(HTTPError, match="nested"):
                 check_depth(text.encode(), limit)
 
 
@@ -510,7 +510,7 @@ def test_no_cut_falls_between_a_backslash_and_what_it_escapes(monkeypatch, step)
     monkeypatch.setattr(request, "slices", lambda size: slices(size, step))
     for text in (rb'"\"[[[["', rb'"\\" []', rb'"\\\"[[[["', rb'"a\\\\"[]'):
         check_depth(text, 1)
-        with pytest.raises(RefusedError):
+        with pytest.raises(HTTPError):
             check_depth(text + b"[[", 1)
 
 
@@ -535,11 +535,18 @@ field = st.sampled_from(["name", "shape", "datatype", "parameters", "data", "inp
 )
 def test_json_of_any_shape_is_decoded_or_refused(fields, inputs):
     body = msgspec.json.encode(fields | {"inputs": inputs})
-    with contextlib.suppress(RefusedError):
+    with contextlib.suppress(HTTPError):
         decoder(Identity()).decode(body, None)
 
 
-SERVABLES = [Affine(), Identity(), Identity("bool"), Identity("bfloat16"), Tokens(), Identity(shape=(2, 3), ladder=())]
+SERVABLES = [
+    Affine(),
+    Identity(),
+    Identity("bool"),
+    Identity("bfloat16"),
+    Tokens(),
+    Identity(shape=(2, 3), bucket_sizes=()),
+]
 
 
 @given(
@@ -549,7 +556,7 @@ SERVABLES = [Affine(), Identity(), Identity("bool"), Identity("bfloat16"), Token
 )
 def test_any_bytes_are_decoded_or_refused(servable, body, size):
     subject = decoder(servable)
-    with contextlib.suppress(RefusedError):
+    with contextlib.suppress(HTTPError):
         decoded = subject.decode(body, size)
         inputs = signature_of(servable).inputs
         assert [len(data) for data in decoded.tensors] == [
@@ -563,6 +570,6 @@ def test_a_valid_request_cut_or_overwritten_is_decoded_or_refused(noise, size, a
     if size is None:
         size = int(headers["Inference-Header-Content-Length"])
     damaged = body[:at] + noise + body[at + len(noise) :]
-    with contextlib.suppress(RefusedError):
+    with contextlib.suppress(HTTPError):
         request = decoder(Affine()).decode(damaged, size)
         assert [len(tensor) for tensor in request.tensors] == [request.spec.rows * 16, request.spec.rows * 4]
