@@ -65,4 +65,5 @@ def test_schemathesis_finds_no_server_error_and_no_answer_that_is_not_documented
     command += ["--max-examples", str(examples), "--exclude-checks", "positive_data_acceptance", "--seed", "1"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "No issues found" in done.stdout
+    # A few examples may all be refused, which is told as a warning.
+    assert re.search(r"(\d+) generated, \1 passed", done.stdout), done.stdout

@@ -155,7 +155,7 @@ def test_a_string_is_searched_for_its_end_so_far_and_no_further(unit):
     most = outline._LONGEST_STRING
     fits = b'"%b"' % (unit * ((most - 2) // len(unit)))
     assert outline_of(fits, 1024).text == fits
-    with pytest.raises(RefusedError, match=f"no end within {most} bytes"):
+    with pytest.raises(HTTPError, match=f"no end within {most} bytes"):
         outline_of(b'"%b"' % (unit * (most // len(unit))), 1024)
 
 
