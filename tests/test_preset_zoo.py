@@ -78,7 +78,7 @@ def test_no_preset_refuses(name):
 
 
 @pytest.mark.parametrize(
-    ("preset", "name"), zip(presets(), itertools.islice(itertools.cycle(ZOO), 6, None), strict=False)
+    ("preset", "name"), list(zip(presets(), itertools.islice(itertools.cycle(ZOO), 6, None), strict=False))
 )
 def test_each_preset_on_one_model_and_each_model_by_one_preset(preset, name):
     fn, weights, inputs = ZOO[name]
