@@ -253,7 +253,7 @@ def test_a_pattern_matches_the_whole_name():
         (QUANTIZE.format(".*") + 'exclude = "haed"', r"quantize\[0\].exclude = 'haed' matches none"),
         (
             QUANTIZE.format(".*") + 'exclude = ".*"',
-            r"quantize\[0\].exclude = '\.\*' leaves out all that its sites match",
+            r"quantize\[0\].exclude = '\.\*' excludes everything that its sites match",
         ),
         (
             QUANTIZE.format(".*") + QUANTIZE.format("head"),

@@ -95,7 +95,7 @@ def test_what_is_excluded_stays():
 def test_excluding_nothing_or_everything_is_a_mistake():
     with pytest.raises(lx.RecipeError, match=r"exclude = 'd' matches none of the program's 3 sites"):
         resolve(INT8.replace(exclude="d"), program())
-    with pytest.raises(lx.RecipeError, match="leaves out all that its sites match"):
+    with pytest.raises(lx.RecipeError, match="excludes everything that its sites match"):
         resolve(INT8.replace(exclude=".*"), program())
     with pytest.raises(lx.RecipeError, match="nothing to exclude from"):
         lx.Recipe(name="none").replace(exclude="a")

@@ -1,4 +1,4 @@
-"""Passes: function in, function out, each a rule table on the one walker in `rewrite`."""
+"""Passes: function transforms. Each is a table of rules for the walker behind `rewrite`."""
 
 from lepton_xla.passes.alternatives.autotuning import autotune
 from lepton_xla.passes.core.calibration import calibrate

@@ -1,4 +1,4 @@
-"""A recipe resolved against one program: what each of its sites gets, and why not."""
+"""Resolves a recipe against a program: what each site gets, or why it gets nothing."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ from lepton_xla.trees import leaf_bytes, name_leaves, some_names
 
 @takes(recipe=Recipe, program=Program)
 def resolve(recipe: Recipe, program: Program, *, sites: Sequence[Site] | None = None) -> Plan:
-    """Decide what each site of a program gets.
+    """Decides what a recipe does to each site of a program.
 
     Args:
-        recipe: what to do.
+        recipe: the recipe.
         program: the program.
-        sites: its sites, where the caller has found them already.
+        sites: its sites, if the caller has found them already.
 
     Raises:
-        RecipeError: if a value is none that a file could hold, a pattern matches no site, a block is left none by
-            those before it, two rules would treat one weight differently, or nothing would be left of a weight, as
-            far as its shape tells.
-        UnsupportedError: if a rule names a site that a pass cannot handle and `on_unsupported` is `error`.
+        RecipeError: if a value is invalid, a pattern matches no site, earlier blocks leave a block without sites, two
+            rules would treat a weight differently, or a weight would be pruned entirely (as far as shapes determine
+            that).
+        UnsupportedError: if a rule matches a site that a pass cannot handle and `on_unsupported` is `error`.
 
     >>> program = lx.trace(lambda w, x: x @ w["w"], {"w": jnp.eye(4)}, {"x": lx.TensorSpec(("batch", 4), "float32")})
     >>> print(lx.passes.resolve(lx.Recipe.load("int8"), program))
@@ -74,9 +74,9 @@ def resolve(recipe: Recipe, program: Program, *, sites: Sequence[Site] | None = 
 def _decide(recipe: Recipe, site: Site, stored: Mapping[str, Any], lookups: Sequence[PruneRule]) -> SitePlan:
     prune = next((rule for rule in recipe.prune if rule.matches(site.name)), None)
     quantize = next((rule for rule in recipe.quantize if rule.matches(site.name)), None)
-    if quantize is not None and site.kind == "gather":  # a table is looked up, not multiplied
+    if quantize is not None and site.kind == "gather":  # a lookup table is not multiplied
         quantize = msgspec.structs.replace(quantize, activations="none")
-    if quantize is not None and site.path is None and quantize.activations != "none":  # both operands are alike
+    if quantize is not None and site.path is None and quantize.activations != "none":  # both operands are activations
         both = quantize.activations
         quantize = msgspec.structs.replace(quantize, weights=both, granularity="channel", dynamic=True)
     leaf = stored.get(site.path) if site.path is not None else None
@@ -91,7 +91,7 @@ def _decide(recipe: Recipe, site: Site, stored: Mapping[str, Any], lookups: Sequ
 
 
 def _check_used(rules: Sequence[Rule], sites: Sequence[Site], where: str) -> None:
-    """Refuses a pattern that matches nothing, and a block that those before it leave nothing to do."""
+    """Refuses patterns that match nothing, and blocks whose sites are all taken by earlier blocks."""
     have = f"the program's {len(sites)} sites: {some_names([site.name for site in sites])}"
     left = list(sites)
     for index, rule in enumerate(rules):
@@ -101,7 +101,7 @@ def _check_used(rules: Sequence[Rule], sites: Sequence[Site], where: str) -> Non
             if not any(re.fullmatch(pattern, site.name) for site in sites):
                 raise RecipeError(f"{where}[{index}].exclude = {pattern!r} matches none of {have}")
         if not any(rule.matches(site.name) for site in sites):
-            raise RecipeError(f"{where}[{index}].exclude = {rule.exclude!r} leaves out all that its sites match")
+            raise RecipeError(f"{where}[{index}].exclude = {rule.exclude!r} excludes everything that its sites match")
         if not any(rule.matches(site.name) for site in left):
             raise RecipeError(
                 f"{where}[{index}].sites = {rule.sites!r} only matches sites that earlier blocks take; the first block "
@@ -111,14 +111,14 @@ def _check_used(rules: Sequence[Rule], sites: Sequence[Site], where: str) -> Non
 
 
 def _names_lookups(rule: PruneRule, sites: Sequence[Site]) -> bool:
-    """Whether a rule is for embeddings, which are left out where one matches them among others, or matches anything."""
+    """Whether a rule is meant for embeddings: it matches embeddings only, and not everything."""
     return not re.fullmatch(rule.sites, "\0") and all(
         site.kind == "gather" for site in sites if rule.matches(site.name)
     )
 
 
 def _share(planned: Sequence[SitePlan], recipe: str) -> list[SitePlan]:
-    """What each site gets, all sites of one weight the same: it is one array, pruned and quantized one way."""
+    """Gives all sites of a weight the same plan, because it is a single array."""
     groups: dict[str, list[SitePlan]] = {}
     for entry in planned:
         if entry.site.path is not None:
@@ -147,7 +147,7 @@ def _with_group(entry: SitePlan, group: Sequence[SitePlan], recipe: str) -> Site
 
 
 def _with_own_group(entry: SitePlan) -> SitePlan:
-    """The plan with `group:~G` made the `group:g` of its own weight; all sites of a weight have the same matrix."""
+    """Replaces `group:~G` by the `group:g` that fits the weight; all sites of a weight have the same matrix."""
     rule = entry.quantize
     if rule is None or "~" not in rule.granularity:
         return entry
@@ -163,7 +163,7 @@ def _unquantizable(site: Site, rule: QuantizeRule, stored: Any) -> str:
 
 
 def _alike(first: SitePlan, second: SitePlan) -> bool:
-    """Whether two sites treat their weight the same way; a table that is looked up has no use for activations."""
+    """Whether two sites treat their weight in the same way; lookups ignore activations."""
     rules = [first.quantize, second.quantize]
     if "gather" in (first.site.kind, second.site.kind):
         rules = [rule and msgspec.structs.replace(rule, activations="none") for rule in rules]
@@ -171,5 +171,5 @@ def _alike(first: SitePlan, second: SitePlan) -> bool:
 
 
 def _because_of(reasons: Sequence[tuple[SitePlan, str]]) -> str:
-    """The first reason that another site of the same weight has."""
+    """The first reason of another site of the same weight."""
     return next((f"its weight is shared with {other.site.name!r}: {why}" for other, why in reasons if why), "")

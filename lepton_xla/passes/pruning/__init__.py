@@ -1,1 +1,1 @@
-"""Masks: which elements of a weight stay."""
+"""Pruning by masks: which elements of a weight are kept."""

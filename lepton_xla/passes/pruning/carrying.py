@@ -1,4 +1,4 @@
-"""Masks of computed weights as masks of the weights that they are computed from, where that only moves elements."""
+"""Maps masks of computed weights to the weights that they are computed from, if that only moves elements."""
 
 from __future__ import annotations
 
@@ -17,20 +17,22 @@ from lepton_xla.trees import some_names
 
 @dataclasses.dataclass(frozen=True)
 class Carrier:
-    """Takes arrays between weights and the computed weights of a plan.
+    """Maps arrays between weights and the computed weights of a plan.
 
     Attributes:
-        sources: computed weight's path -> how it is computed, by layout, concatenation and cutting alone.
+        sources: path of the computed weight -> its expression, which has only layout operations, concatenation and
+            slicing.
     """
 
     sources: Mapping[str, Expression]
 
     @staticmethod
     def of(plan: Plan, weights: Mapping[str, Any]) -> Carrier:
-        """The carrier for the computed weights that a plan prunes and that are not among `weights` (path -> array).
+        """Makes the carrier for the computed weights that a plan prunes and that are not among `weights` (path ->
+        array).
 
         Raises:
-            ModelError: naming a computed weight whose mask cannot be carried, and what to do instead.
+            ModelError: if the mask of a computed weight cannot be mapped; names it and says what to do.
         """
         pruned = {entry.site.path: entry.site.source for entry in plan.sites if entry.prune is not None}
         sources = {path: source for path, source in pruned.items() if path and source and path not in weights}
@@ -46,14 +48,14 @@ class Carrier:
         return Carrier(sources)
 
     def check_apart(self, paths: Iterable[str], weights: Mapping[str, Any]) -> None:
-        """Refuses an element of a weight that is in two of the weights that are pruned: each would want another mask.
+        """Checks that no element belongs to two pruned weights, which could need different masks.
 
         Args:
-            paths: those of all weights that are pruned, computed or not.
+            paths: paths of all pruned weights, computed or not.
             weights: path -> array, or its shape.
 
         Raises:
-            ModelError: naming one of them.
+            ModelError: if one does; names a weight.
         """
         with jax.ensure_compile_time_eval():
             taken = {path: jnp.ones(weights[path].shape) for path in paths if path not in self.sources}
@@ -65,18 +67,18 @@ class Carrier:
                         raise _refused(path, source, f"some elements of which ({other!r}) are pruned more than once")
 
     def origins(self, paths: Iterable[str]) -> list[str]:
-        """Paths of the weights that masks of `paths` are about."""
+        """Paths of the stored weights behind the masks of `paths`."""
         found = [self.sources[path].weights if path in self.sources else (path,) for path in paths]
         return list(dict.fromkeys(path for each in found for path in each))
 
     def shapes(self, weights: Mapping[str, Any]) -> dict[str, Any]:
-        """The weights, and shapes and dtypes of the computed ones."""
+        """The weights, together with shapes and dtypes of the computed ones."""
         return {**weights, **{path: stored_shape(source, weights) for path, source in self.sources.items()}}
 
     def there(self, arrays: Mapping[str, jax.Array], weights: Mapping[str, Any]) -> dict[str, jax.Array]:
-        """Arrays of the shapes of weights, by path, and with them what belongs to the elements of computed weights.
+        """Maps arrays with the shapes of weights to the computed weights; returns both, by path.
 
-        Booleans stay booleans; a weight that has no array counts as ones.
+        Booleans stay booleans; a weight without an array counts as ones.
         """
         found = dict(arrays)
         for path, source in self.sources.items():
@@ -92,7 +94,7 @@ class Carrier:
         return found
 
     def back(self, masks: Mapping[str, jax.Array], weights: Mapping[str, Any]) -> dict[str, jax.Array]:
-        """The masks of weights, False where the mask of the weight itself or of a computed one is."""
+        """Maps masks back to stored weights: False where the mask of the weight itself or of a computed one is."""
         found = {path: mask for path, mask in masks.items() if path not in self.sources}
         for path, source in self.sources.items():
             for other, count in _carried_back(source, ~masks[path], weights).items():
@@ -101,7 +103,7 @@ class Carrier:
 
 
 def _carried_back(source: Expression, flags: jax.Array, weights: Mapping[str, Any]) -> dict[str, jax.Array]:
-    """For each element of the weights, how many flagged elements of the computed weight it is."""
+    """For each element of the weights: how many flagged elements of the computed weight it became."""
     like = {path: jax.ShapeDtypeStruct(weights[path].shape, weights[path].dtype) for path in source.weights}
     (counts,) = jax.linear_transpose(lambda own: evaluate([source], own)[0], like)(
         flags.astype(stored_shape(source, weights).dtype)

@@ -26,8 +26,8 @@ def unprunable(rule: PruneRule, site: Site, stored: Any, *, named: bool = False)
     Args:
         rule: the rule.
         site: the site.
-        stored: the weight as the program holds it.
-        named: whether the rule is for embeddings and nothing else, which are left out otherwise.
+        stored: the weight in the program.
+        named: whether the rule matches embeddings only; otherwise embeddings are skipped.
     """
     pattern = Pattern.parse(rule.pattern)
     if site.path is None:
@@ -50,7 +50,7 @@ def unprunable(rule: PruneRule, site: Site, stored: Any, *, named: bool = False)
 
 
 def other_matrix(rule: PruneRule, sites: Sequence[Site]) -> str:
-    """Why sites cannot share one mask: their weight is another matrix for one of them; empty if they can."""
+    """Why sites of a weight cannot share a mask: it is a different matrix at one of them; empty if they can."""
     if rule.pattern == "unstructured" and rule.method not in DATA_METHODS:
         return ""
     keys = [(layout_key(site.layout), site.kind, str(site.params["dimension_numbers"])) for site in sites]

@@ -1,4 +1,4 @@
-"""Elements that earlier masks hold at zero: they go first, count towards what is dropped, and do not come back."""
+"""Elements that earlier masks hold at zero: they are pruned first, count towards the target, and do not come back."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ import numpy as np
 
 from lepton_xla.passes.pruning.targets import Target
 
-# The least score of what is not held. It is a normal number, because XLA takes smaller ones for zero.
+# The least score of an element that is not held. A normal number, because XLA flushes subnormal ones to zero.
 _LEAST = float(np.finfo(np.float32).tiny)
 
 
 def held_last(scores: jax.Array, kept: jax.Array | None) -> jax.Array:
-    """Scores by which what is held is worth least of all, less than a zero that is not held.
+    """Makes the scores of held elements the lowest, below zeros that are not held.
 
     Args:
         scores: float32, not negative.
-        kept: bool of their shape, False where held; None where nothing is.
+        kept: bool of their shape, False where held; None if nothing is.
     """
     if kept is None:
         return scores
@@ -28,7 +28,7 @@ def held_last(scores: jax.Array, kept: jax.Array | None) -> jax.Array:
 
 
 def held_units(target: Target, kept: jax.Array) -> jax.Array:
-    """Of the units of a target, which have an element that is not held: bool of the shape of `target.units`.
+    """Which units of a target have an element that is not held: bool of the shape of `target.units`.
 
     Args:
         target: the weight.
@@ -38,30 +38,30 @@ def held_units(target: Target, kept: jax.Array) -> jax.Array:
 
 
 def held_matrices(target: Target, kept: jax.Array) -> jax.Array:
-    """A mask of the stored weight as `[*steps, B, K, N]`."""
+    """Reshapes a mask of the stored weight to `[*steps, B, K, N]`."""
     return target.matrices(kept.astype(jnp.float32)) != 0
 
 
 def earlier_masks(targets: Sequence[Target], masks: Mapping[str, jax.Array]) -> dict[str, jax.Array] | None:
-    """Path -> the mask that each target has so far, all True where it has none; None where no target has one."""
+    """Path -> the earlier mask of each target, all True if it has none; None if no target has one."""
     if not any(target.path in masks for target in targets):
         return None
     return {target.path: masks.get(target.path, jnp.ones(target.like.shape, bool)) for target in targets}
 
 
 def dropped_so_far(units: Sequence[jax.Array], lead: int) -> jax.Array:
-    """How many units are dropped, uint32, one count for each step of the leading axes.
+    """Number of pruned units, uint32, for each step of the leading axes.
 
     Args:
-        units: of weights that are ranked together, False where dropped.
-        lead: leading axes, the same of all.
+        units: units of weights that are ranked together, False where pruned.
+        lead: number of leading axes, the same for all.
     """
     counts = [jnp.sum(~part, axis=tuple(range(lead, part.ndim)), dtype=jnp.uint32) for part in units]
     return sum(counts[1:], counts[0])
 
 
 def dropped_of_each_group(kept: jax.Array, rows: int) -> jax.Array:
-    """How many of each `rows` neighbours have to be dropped so that no fewer are dropped in all, int32.
+    """How many of each `rows` neighbours to prune so that the total does not fall, int32.
 
     Args:
         kept: bool `[..., K, N]`, `rows` dividing K.
@@ -72,12 +72,12 @@ def dropped_of_each_group(kept: jax.Array, rows: int) -> jax.Array:
 
 
 def block_quotas(kept: jax.Array, sparsity: float, block: int) -> jax.Array:
-    """How many elements go in each block of rows, uint32: those held, and of the rest the same share in each.
+    """Number of elements to prune in each block of rows, uint32: the held ones, and an equal share of the rest.
 
     Args:
         kept: bool `[K, N]`, False where held.
-        sparsity: the share of all elements that goes in the end; more where more is held.
-        block: rows of a block; it need not divide K.
+        sparsity: final share of all elements to prune; more if more are held.
+        block: rows per block; need not divide K.
     """
     depth, columns = kept.shape
     sizes = np.float32(np.minimum(block, depth - np.arange(0, depth, block)) * columns)

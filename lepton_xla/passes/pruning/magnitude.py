@@ -1,4 +1,4 @@
-"""Pruning once: elements of weights are set to zero and held there by masks (Han et al. 2015, arXiv:1506.02626)."""
+"""One-shot pruning: sets elements of weights to zero and adds masks (Han et al. 2015, arXiv:1506.02626)."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ from lepton_xla.trees import leaf_bytes, name_leaves
 
 
 def magnitude_masks(weights: Sequence[jax.Array], sparsity: float) -> list[jax.Array]:
-    """Give masks of the elements to keep, ranked by magnitude over all the weights together.
+    """Masks of the elements to keep, ranked by magnitude over all weights together.
 
     Runs on the host, on real arrays, in time linear in the number of elements.
 
     Args:
-        weights: arrays of any shapes. NaN counts as largest, so that it stays visible.
-        sparsity: share of all elements to drop, in [0, 1).
+        weights: arrays of any shapes. NaN counts as the largest, so that it stays visible.
+        sparsity: share of all elements to prune, in [0, 1).
 
     Returns:
-        A bool array for each weight; over all of them exactly `round(sparsity * elements)` are False, at the smallest
-        magnitudes; of equal ones, those that come first.
+        A bool array per weight. In total exactly `round(sparsity * elements)` are False: those with the smallest
+        magnitudes, the first in a tie.
 
     >>> [mask.tolist() for mask in lx.passes.magnitude_masks([jnp.array([1.0, -4.0]), jnp.array([3.0, 2.0])], 0.5)]
     [[False, True], [True, False]]
@@ -48,26 +48,26 @@ def magnitude_masks(weights: Sequence[jax.Array], sparsity: float) -> list[jax.A
 
 @takes(program=Program, plan=Plan)
 def prune(program: Program, plan: Plan, *, seed: int = 0) -> Program:
-    """Set elements of each planned weight to zero, by the methods that need no data.
+    """Sets elements of each planned weight to zero, by methods that need no data.
 
-    Elements that the program's masks hold at zero already stay so, and count towards the target: 30 % of a weight of
-    which 50 % are held changes nothing, 70 % drops another fifth.
+    Elements that the program's masks hold at zero stay zero and count towards the target: 30 % of a weight with 50 %
+    held changes nothing, 70 % prunes another fifth.
 
-    On arrays that are cut over several devices it runs there; the zeros are the same as on one.
+    Sharded arrays are pruned on their devices, with the same zeros as on a single one.
 
     Args:
         program: a program whose planned weights are float arrays.
-        plan: which sites, how much of each, in which pattern and by which method. With `distribution = "uniform"` each
-            weight, and each step of a weight stacked for a scan, loses the same share; with `"global"` all weights of
-            one rule are ranked together; with `"erk"` wide weights lose more.
+        plan: the sites to prune, and their sparsity, pattern and method. With `distribution = "uniform"` each weight,
+            and each step of a stacked weight, loses the same share; with `"global"` all weights of a rule are ranked
+            together; with `"erk"` wide weights lose more.
         seed: for `method = "random"`.
 
     Returns:
-        The program with pruned weights and their masks, so that training can go on with the zeros held.
+        The program with pruned weights, and with their masks, so that training can continue with the zeros held.
 
     Raises:
-        RecipeError: if a rule's method needs gradients, or nothing would be left of a weight, unless the recipe says
-            `keep`: then its largest element stays.
+        RecipeError: if a rule's method needs gradients, or a weight would be pruned entirely. With `keep` in the recipe
+            its largest element stays instead.
         ModelError: if a planned weight is not finite.
 
     >>> weights = {"w": jnp.array([[1.0, -4.0], [3.0, 2.0]])}
@@ -98,10 +98,10 @@ def prune(program: Program, plan: Plan, *, seed: int = 0) -> Program:
 
 
 def pruned_targets(program: Program, plan: Plan, wanted: Callable[[str], bool]) -> list[Target]:
-    """The weights that a plan prunes by the methods wanted, all of them finite.
+    """The weights that a plan prunes by the wanted methods, checked to be finite.
 
     Raises:
-        RecipeError: for a rule whose parts do not go together.
+        RecipeError: if a rule is inconsistent.
         ModelError: if one of them is not finite.
     """
     for index, rule in enumerate(plan.recipe.prune):
@@ -113,7 +113,7 @@ def pruned_targets(program: Program, plan: Plan, wanted: Callable[[str], bool]) 
 
 
 def held_weights(program: Program, targets: Sequence[Target]) -> dict[str, jax.Array]:
-    """Path -> the weight of each target, zero where the program's masks hold it so."""
+    """Path -> the weight of each target, with zeros where the program's masks hold them."""
     found: dict[str, jax.Array] = {}
     for path in (target.path for target in targets):
         weight = program.weights[path]
@@ -136,20 +136,20 @@ def with_masks(
     reasons: Mapping[str, str] | None = None,
     kept: Sequence[SiteReport] = (),
 ) -> Program:
-    """The program with weights pruned by masks, and a report.
+    """Applies masks to a program, and adds a report.
 
     Args:
-        program, plan: the program that is pruned, and its plan.
-        name: the pass.
-        start: when it began, as `time.perf_counter` says.
-        targets: what was pruned.
+        program, plan: the program to prune, and its plan.
+        name: name of the pass.
+        start: when the pass began, by `time.perf_counter`.
+        targets: the pruned weights.
         masks: path -> mask of each.
-        weights: path -> what takes the weight's place before it is masked.
-        metrics, reasons: path -> further figures, and what has to be said.
-        kept: lines on sites that were left as they are.
+        weights: path -> a replacement of the weight, before masking.
+        metrics, reasons: path -> further metrics, and a reason for the report.
+        kept: reports of sites that were left unchanged.
 
     Raises:
-        RecipeError: if nothing would be left of a weight, unless the recipe says `keep`.
+        RecipeError: if a weight would be pruned entirely, unless the recipe says `keep`.
     """
     changed = dict(program.weights)
     found: dict[str, jax.Array] = {}
@@ -157,7 +157,7 @@ def with_masks(
     for target in targets:
         path, mask = target.path, masks[target.path]
         if path in program.masks:
-            mask = mask & program.masks[path]  # masks only ever grow
+            mask = mask & program.masks[path]  # masks only grow
         sites = [entry.site.name for entry in plan.sites if entry.prune is not None and entry.site.path == path]
         if reason := nothing_left(target, mask):
             if plan.recipe.on_unsupported == "error":
@@ -170,7 +170,7 @@ def with_masks(
         size = leaf_bytes(weight.shape, weight.dtype)
         figures = {"sparsity": 1 - float(jnp.mean(mask))} | dict((metrics or {}).get(path, {}))
         said = (reasons or {}).get(path, "")
-        # The bytes of a weight that several sites use are told once.
+        # If several sites share a weight, its bytes are reported once.
         sizes = [size, *([0] * (len(sites) - 1))]
         lines += [SiteReport(site, "pruned", said, b, b, figures) for site, b in zip(sites, sizes, strict=True)]
     report = PassReport(name, time.perf_counter() - start, (*lines, *kept))
@@ -178,7 +178,7 @@ def with_masks(
 
 
 def check_finite(path: str, weight: jax.Array) -> None:
-    """Refuses a weight that holds NaN or infinities.
+    """Checks that a weight holds no NaN or infinity.
 
     Raises:
         ModelError: naming it.
@@ -191,22 +191,22 @@ def check_finite(path: str, weight: jax.Array) -> None:
 def masked(
     fn: Callable[..., Any], masks: Mapping[str, jax.Array], *, straight_through: bool = False
 ) -> Callable[..., Any]:
-    """Hold pruned weights at zero while training.
+    """Holds pruned weights at zero during training.
 
-    With `fake_quant`, either may be outside: `masked(fake_quant(fn, plan), masks)` and `fake_quant(masked(fn, masks),
-    plan)` are the same, and zero stays zero in every format.
+    Combines with `fake_quant` in either order: `masked(fake_quant(fn, plan), masks)` and `fake_quant(masked(fn, masks),
+    plan)` are equal, and zero stays zero in every format.
 
     Args:
         fn: `fn(weights, *args)`, weights any pytree.
-        masks: weight path -> bool array of the weight's shape; other weights pass as they are.
-        straight_through: whether masked elements get the gradient that they would have if they were there, so that
-            they can come back (Bengio et al. 2013, arXiv:1308.3432); else a masked element has none.
+        masks: weight path -> bool array of the weight's shape; other weights are not changed.
+        straight_through: whether masked elements get the gradient that they would have without the mask, so that they
+            can come back (Bengio et al. 2013, arXiv:1308.3432); otherwise they get none.
 
     Returns:
-        A function like `fn` that uses each weight times its mask: a masked element has no effect.
+        A function like `fn` that multiplies each weight by its mask.
 
     Raises:
-        ModelError: when called, for a mask without its weight, or of another shape.
+        ModelError: when called, if a mask has no weight or another shape.
 
     >>> fn = lx.passes.masked(lambda w, x: x @ w["w"], {"w": jnp.array([[True], [False]])})
     >>> jax.grad(lambda w: fn(w, jnp.ones((1, 2))).sum())({"w": jnp.ones((2, 1))})["w"].tolist()
@@ -227,7 +227,7 @@ def masked(
 
 @jax.custom_jvp
 def _nothing(weight: jax.Array) -> jax.Array:
-    """Zeros that have the gradient of the weight: what is selected from both has it whole."""
+    """Zeros with the gradient of the weight, so that a selection from both has the full gradient."""
     return jnp.zeros_like(weight)
 
 

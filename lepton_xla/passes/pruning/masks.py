@@ -1,6 +1,6 @@
-"""Which elements of weights are kept: how elements are scored, which are dropped together, and how many of each weight.
+"""Finds masks: scores elements, groups them by pattern, and prunes the lowest of each weight.
 
-Patterns are of the matrix `[K, N]` that a weight is in its product (`passes.core.matrix`): K is what is summed over.
+Patterns refer to the matrix `[K, N]` of a weight in its product (`passes.core.matrix`), where K is contracted.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from lepton_xla.recipe.patterns import Pattern
 
 @dataclasses.dataclass(frozen=True)
 class Regrowth:
-    """Elements to take back in after some of those that were kept have been dropped.
+    """Which elements to regrow after some of the kept ones have been pruned.
 
     Attributes:
-        masks: path -> bool array: what has been kept so far.
-        scores: path -> float32, not negative: what each element promises.
-        share: of those kept, how many are replaced: a scalar in [0, 1].
+        masks: path -> bool array, the elements kept so far.
+        scores: path -> float32, not negative; the elements with the highest scores are regrown.
+        share: share of the kept elements to replace, a scalar in [0, 1].
     """
 
     masks: Mapping[str, jax.Array]
@@ -48,25 +48,25 @@ def find_masks(
     exchange: bool = False,
     spare: bool = False,
 ) -> dict[str, jax.Array]:
-    """Masks of the elements to keep.
+    """Finds masks of the elements to keep.
 
-    What earlier masks drop stays dropped and counts towards the share. With `regrowth` or `exchange` elements may come
-    back; then no fewer are dropped than before.
+    Elements that earlier masks prune stay pruned and count towards the target. With `regrowth` or `exchange` elements
+    may come back, but the number of pruned elements never falls.
 
     Args:
-        targets: which weights, and in which patterns.
+        targets: the weights and their patterns.
         scores: path -> `element_scores`.
-        sparsity: path -> the share to drop: a float, or a float32 scalar inside `jit`, where one unit of each weight,
-            and of each step of a stack, is always left: its largest.
+        sparsity: path -> the share to prune: a float, or a float32 scalar inside `jit`. Inside `jit` each weight, and
+            each step of a stack, always keeps its largest unit.
         rank: `keep_largest`, or `keep_largest_on_host` outside of `jit`.
-        regrowth: what is taken back in, for patterns other than N:M.
-        earlier: path -> bool array, the mask of every target so far; None where there is none.
-        spare: whether outside of `jit` too one unit of each weight that is ranked with others, and of each step of a
-            stack, is left.
-        exchange: whether others may be dropped in the place of those that `earlier` drops; inside `jit` only.
+        regrowth: which elements to regrow, for patterns other than N:M.
+        earlier: path -> bool array, the earlier mask of every target; None if there is none.
+        spare: whether weights that are ranked together, and steps of a stack, keep their largest unit outside of `jit`
+            too.
+        exchange: whether elements that `earlier` prunes may be exchanged for others; inside `jit` only.
 
     Returns:
-        Path -> bool array of the stored weight's shape; False is dropped.
+        Path -> bool array of the stored weight's shape; False is pruned.
     """
     holds = earlier if regrowth is None and not exchange else None
     found: dict[str, jax.Array] = {}
@@ -112,7 +112,7 @@ def find_masks(
 def _no_fewer(
     targets: Sequence[Target], units: Sequence[jax.Array], dropped: Any, alive: Sequence[jax.Array], lead: int
 ) -> Any:
-    """How many units of each step are dropped, at least as many as are so already, and something of each left."""
+    """Number of units to prune in each step: at least those pruned already, and not all."""
     most = Ranking(units, 0, lead).elements - _spared(targets, units)
     before = jnp.minimum(held.dropped_so_far(alive, lead), jnp.uint32(max(0, most)))
     return jnp.maximum(jnp.asarray(dropped, jnp.uint32), before)
@@ -126,7 +126,7 @@ def _regrown(
     regrowth: Regrowth,
     rank: Callable[[Sequence[Ranking]], Masks],
 ) -> Masks:
-    """Keeps the best of what was kept so far, but for a share of it, which the most promising of the rest replace."""
+    """Keeps the best of the kept units except for a share, which the others with the highest scores replace."""
     first: list[Ranking] = []
     second: list[Ranking] = []
     promises: list[list[jax.Array]] = []
@@ -147,16 +147,16 @@ def _regrown(
 
 
 def _together(targets: Sequence[Target]) -> bool:
-    """Whether weights are ranked together, and not each step of each by itself."""
+    """Whether weights are ranked together, instead of each step of each weight on its own."""
     return targets[0].rule.distribution == "global"
 
 
 def _sparing(
     targets: Sequence[Target], units: Sequence[jax.Array], dropped: Any, *, spare: bool = False
 ) -> list[jax.Array]:
-    """Scores by which, of weights that are ranked together, the largest unit of each step of each is never dropped.
+    """Raises the scores of the largest unit of each step of each weight, so that a common ranking never prunes it.
 
-    Outside of `jit` they stay as they are unless `spare` says otherwise: there it can be refused.
+    Outside of `jit` scores are unchanged unless `spare` is set, because there such a rule can be refused.
     """
     if not (_together(targets) and (spare or isinstance(dropped, jax.Array))):
         return list(units)
@@ -165,7 +165,7 @@ def _sparing(
 
 
 def _spared(targets: Sequence[Target], units: Sequence[jax.Array]) -> int:
-    """How many units of one ranking are never dropped."""
+    """Number of units of a ranking that are never pruned."""
     if not _together(targets):
         return 1
     return sum(math.prod(part.shape[: target.lead]) for target, part in zip(targets, units, strict=True))
@@ -188,13 +188,13 @@ def _dropped(targets: Sequence[Target], units: Sequence[jax.Array], sparsity: An
 
 
 def group_masks(scores: jax.Array, pattern: Pattern, sparsity: Any, *, least: jax.Array | None = None) -> jax.Array:
-    """Drops the smallest of each `rows` neighbours along K, of equal ones those that come first.
+    """Prunes the smallest of each `rows` neighbours along K, the first in a tie.
 
     Args:
         scores: `[..., K, N]`, not negative.
         pattern: `rows` divides K.
-        sparsity: the share asked for: the nearest number of each group, but at least `kept` are kept.
-        least: how many of each group are dropped whatever is asked for, as far as the pattern allows.
+        sparsity: requested share; the nearest number of each group is pruned, but at least `kept` are kept.
+        least: minimum number to prune in each group, as far as the pattern allows.
     """
     rows = pattern.rows
     if isinstance(sparsity, jax.Array):
@@ -208,7 +208,7 @@ def group_masks(scores: jax.Array, pattern: Pattern, sparsity: Any, *, least: ja
 
 @functools.partial(jax.jit, static_argnames="rows")
 def _without_smallest(scores: jax.Array, rows: int, dropped: jax.Array) -> jax.Array:
-    """Drops so many of each `rows` neighbours of `[..., K, N]` along K."""
+    """Prunes the `dropped` smallest of each `rows` neighbours of `[..., K, N]` along K."""
     keys = split_axis(scores, scores.ndim - 2, rows)
     keys = jnp.where(jnp.isnan(keys), jnp.full_like(keys, jnp.inf), keys)
     place = lax.broadcasted_iota(jnp.int32, keys.shape, keys.ndim - 2)
@@ -221,13 +221,13 @@ def _without_smallest(scores: jax.Array, rows: int, dropped: jax.Array) -> jax.A
 
 @functools.partial(jax.jit, static_argnames=("factor", "lead"))
 def _beyond_deviation(weight: jax.Array, factor: float, lead: int) -> jax.Array:
-    """Whether magnitudes reach `factor` times the standard deviation (Han et al. 2015, arXiv:1506.02626)."""
+    """Where magnitudes reach `factor` times the standard deviation (Han et al. 2015, arXiv:1506.02626)."""
     axes = tuple(range(lead, weight.ndim))
     positive, negative, square = (
         exact_mean(part, axes, lead) for part in (jnp.maximum(weight, 0), jnp.maximum(-weight, 0), weight * weight)
     )
     mean = positive - negative
-    # A product of its own: contracted with the subtraction, it would round differently in another program.
+    # The barrier prevents a fused multiply-subtract, which would round differently in other programs.
     variance = square - lax.optimization_barrier(mean * mean)
     threshold = jnp.float32(factor) * jnp.sqrt(jnp.maximum(variance, 0))
     return ~(jnp.abs(weight) < jnp.reshape(threshold, threshold.shape + (1,) * len(axes)))

@@ -1,7 +1,7 @@
-"""The largest of many scores, found by counting.
+"""Finds the largest of many scores by counting.
 
-A threshold is found bit by bit, by how many scores lie below: sums of integers, which come out the same however the
-arrays are cut over devices, and for which no device needs more than its own part.
+The threshold is found bit by bit, by counting the scores below it. Counts are integer sums, which are the same for any
+sharding, and each device only needs its own shard.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-# Counts are uint32, so that this many scores can be ranked together.
+# Counts are uint32, which limits the number of scores in a ranking.
 LARGEST_RANKING = 2**32 - 1
 
 _MAGNITUDE_BITS = 31
@@ -26,12 +26,12 @@ _MAGNITUDE_BITS = 31
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["scores", "dropped"], meta_fields=["lead"])
 @dataclasses.dataclass(frozen=True)
 class Ranking:
-    """Scores that are ranked together.
+    """A set of scores that are ranked together.
 
     Attributes:
-        scores: float arrays, not negative; NaN counts as largest, so that it stays visible.
-        dropped: how many of the smallest are dropped: an int, or an integer array of the shape of the leading axes.
-        lead: leading axes, the same of all scores, each step of which is ranked by itself.
+        scores: float arrays, not negative; NaN counts as the largest, so that it stays visible.
+        dropped: number of smallest scores to prune: an int, or an integer array of the shape of the leading axes.
+        lead: number of leading axes, the same for all scores; each of their steps is ranked on its own.
     """
 
     scores: Sequence[jax.Array]
@@ -45,26 +45,26 @@ class Ranking:
 
     @property
     def elements(self) -> int:
-        """How many scores one step has."""
+        """Number of scores per step."""
         return sum(math.prod(part.shape[self.lead :]) for part in self.scores)
 
 
 type Masks = list[list[jax.Array]]
-"""For each ranking, a bool array for each of its scores: what is kept."""
+"""For each ranking, a bool array for each of its score arrays; True is kept."""
 
 
 def keep_largest(rankings: Sequence[Ranking]) -> Masks:
-    """Masks of the scores to keep, on the device, for use inside `jit` with sharded arrays.
+    """Masks of the scores to keep, computed on the device; works inside `jit` on sharded arrays.
 
-    Each pass of a loop over the bits of float32 reads all scores once and adds up counts; nothing is sorted, gathered
-    or scattered. Masks are the same bits on any mesh.
+    Each iteration of a loop over the bits of float32 reads all scores once and counts; nothing is sorted, gathered or
+    scattered. Masks are bit-identical on any mesh.
 
     Args:
-        rankings: at most `LARGEST_RANKING` scores in a step of each.
+        rankings: each with at most `LARGEST_RANKING` scores per step.
 
     Returns:
-        Of each ranking, and each step of its leading axes, exactly `dropped` are False: the smallest; of equal ones,
-        those that come first.
+        In each ranking, and each step of its leading axes, exactly `dropped` are False: the smallest, the first in a
+        tie.
     """
     keys = [[_keys(part) for part in ranking.scores] for ranking in rankings]
     wanted = [jnp.broadcast_to(jnp.asarray(ranking.dropped, jnp.uint32), ranking.steps) for ranking in rankings]
@@ -83,7 +83,7 @@ def keep_largest(rankings: Sequence[Ranking]) -> Masks:
             for count, dropped, higher, at in zip(below(tried), wanted, tried, found, strict=True)
         ]
 
-    # The largest threshold below which there are fewer than are dropped: the last that is dropped.
+    # The largest threshold with fewer than `dropped` scores below it, which is the largest pruned score.
     start = [jnp.zeros(dropped.shape, jnp.int32) for dropped in wanted]
     thresholds = lax.fori_loop(0, _MAGNITUDE_BITS, narrow, start)
     left = [dropped - count for dropped, count in zip(wanted, below(thresholds), strict=True)]
@@ -96,7 +96,7 @@ def keep_largest(rankings: Sequence[Ranking]) -> Masks:
 
 
 def _first_of_equal(equal: list[list[jax.Array]], left: Sequence[jax.Array]) -> Masks:
-    """Marks the first `left` places of those that are marked, over the arrays of each ranking in their order."""
+    """Marks the first `left` of the marked places, over the arrays of each ranking in order."""
     counts = [[_count(part, each.ndim) for part in parts] for parts, each in zip(equal, left, strict=True)]
     quotas: list[list[jax.Array]] = []
     for each, remaining in zip(counts, left, strict=True):
@@ -105,7 +105,7 @@ def _first_of_equal(equal: list[list[jax.Array]], left: Sequence[jax.Array]) -> 
             quotas[-1].append(jnp.minimum(count, remaining))
             remaining = remaining - quotas[-1][-1]
     places = [[_places(part.shape, each.ndim) for part in parts] for parts, each in zip(equal, left, strict=True)]
-    # Where all or none are taken there is no bound to look for, which is nearly always.
+    # If all or none are marked, which is nearly always, no bound is needed.
     split = jax.tree.map(lambda quota, count: (quota > 0) & (quota < count), quotas, counts)
     any_split = jnp.any(jnp.stack([jnp.any(part) for part in jax.tree.leaves(split)]))
     everything = jnp.uint32(LARGEST_RANKING)
@@ -131,9 +131,9 @@ def _first_of_equal(equal: list[list[jax.Array]], left: Sequence[jax.Array]) -> 
 
 
 def keep_largest_on_host(rankings: Sequence[Ranking]) -> Masks:
-    """What `keep_largest` gives, by NumPy's partition.
+    """The same masks as `keep_largest`, by NumPy's partition.
 
-    For what is done once: it needs no compile, and takes a quarter of the time that 31 passes over the scores take.
+    For one-shot use: it needs no compile, and takes a quarter of the time of 31 passes over the scores.
 
     Args:
         rankings: as for `keep_largest`; `dropped` are ints.
@@ -144,7 +144,7 @@ def keep_largest_on_host(rankings: Sequence[Ranking]) -> Masks:
 def _keep_on_host(ranking: Ranking) -> list[jax.Array]:
     rows, dropped = math.prod(ranking.steps), int(ranking.dropped)
     sizes = [math.prod(part.shape[ranking.lead :]) for part in ranking.scores]
-    # The bits of magnitudes are in the order of the magnitudes, with NaN as the largest.
+    # The bits of magnitudes sort like the magnitudes, with NaN as the largest.
     keys = [np.abs(np.asarray(part, np.float32)).reshape(rows, -1) for part in ranking.scores]
     flat = np.concatenate(keys, axis=1).view(np.uint32)
     keep = np.ones(flat.shape, bool)
@@ -161,15 +161,15 @@ def _keep_on_host(ranking: Ranking) -> list[jax.Array]:
 
 @functools.partial(jax.jit, static_argnames=("axes", "lead"))
 def exact_mean(values: jax.Array, axes: tuple[int, ...], lead: int = 0) -> jax.Array:
-    """The mean over some axes, the same bits in whatever order, or on however many devices, it is added up.
+    """The mean over some axes, bit-identical for any order of summation and any number of devices.
 
     Args:
-        values: float32, not negative. Added up in fixed point, in steps of 2^-31 of the largest.
-        axes: at most 2^31 elements together.
-        lead: leading axes each step of which has a largest of its own.
+        values: float32, not negative. Summed in fixed point, in steps of 2^-31 of the largest.
+        axes: the axes, with at most 2^31 elements in total.
+        lead: number of leading axes; each of their steps has its own largest value.
 
     Returns:
-        float32 without these axes; infinite where something in it is not finite.
+        float32 without these axes; infinite where a value is not finite.
     """
     count = math.prod(values.shape[axis] for axis in axes)
     if count == 1:
@@ -177,7 +177,7 @@ def exact_mean(values: jax.Array, axes: tuple[int, ...], lead: int = 0) -> jax.A
     finite = jnp.isfinite(values)
     values = jnp.where(finite, values, jnp.zeros_like(values))
     largest = jnp.max(values, axis=tuple(range(lead, values.ndim)), keepdims=True, initial=0)
-    # The power of two at or below the largest: dividing by it loses nothing.
+    # The power of two at or below the largest value; dividing by it is exact.
     exponent = lax.bitcast_convert_type(largest, jnp.int32) & jnp.int32(0x7F800000)
     unit = lax.bitcast_convert_type(jnp.maximum(exponent, jnp.int32(0x00800000)), jnp.float32)
     fixed = (values / unit * 2.0**30).astype(jnp.uint32)
@@ -192,14 +192,14 @@ def exact_mean(values: jax.Array, axes: tuple[int, ...], lead: int = 0) -> jax.A
 
 
 def largest_of_each(scores: jax.Array, lead: int) -> jax.Array:
-    """Marks the largest score of each step of the leading axes, of equal ones the last: what is dropped last.
+    """Marks the largest score of each step of the leading axes, the last in a tie: the one that is pruned last.
 
     Args:
-        scores: as of a `Ranking`, and at least one in each step.
-        lead: leading axes, each step of which has a largest of its own.
+        scores: as in a `Ranking`, at least one per step.
+        lead: number of leading axes.
 
     Returns:
-        A bool array of their shape, the same bits on any mesh.
+        A bool array of their shape, bit-identical on any mesh.
     """
     axes, keys = tuple(range(lead, scores.ndim)), _keys(scores)
     most = keys == _beside(jnp.max(keys, axis=axes), keys)
@@ -209,7 +209,7 @@ def largest_of_each(scores: jax.Array, lead: int) -> jax.Array:
 
 
 def _keys(scores: jax.Array) -> jax.Array:
-    """The bits of float32 magnitudes, in the order of the magnitudes, with NaN as the largest."""
+    """The bits of float32 magnitudes, which sort like the magnitudes, with NaN as the largest."""
     return lax.bitcast_convert_type(scores.astype(jnp.float32), jnp.int32) & jnp.int32(2**_MAGNITUDE_BITS - 1)
 
 
@@ -218,12 +218,12 @@ def _count(marked: jax.Array, lead: int) -> jax.Array:
 
 
 def _beside(at: jax.Array, part: jax.Array) -> jax.Array:
-    """What each step has one of, to be compared with all of the step."""
+    """Reshapes a per-step value for comparison with all elements of the step."""
     return jnp.reshape(at, at.shape + (1,) * (part.ndim - at.ndim))
 
 
 def _places(shape: Sequence[int], lead: int) -> jax.Array:
-    """The place of each element in its step, in row-major order."""
+    """The row-major index of each element in its step."""
     place = jnp.zeros(tuple(shape), jnp.uint32)
     for axis in range(lead, len(shape)):
         stride = jnp.uint32(math.prod(shape[axis + 1 :]))

@@ -1,4 +1,4 @@
-"""Scores: what an element of a weight is worth."""
+"""Scores: the importance of the elements of a weight."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 def element_scores(
     target: Target, weight: jax.Array, *, gradient: jax.Array | None = None, key: jax.Array | None = None
 ) -> jax.Array:
-    """What each element of a stored weight is worth by the rule's method, float32; signed for `deviation` only.
+    """Scores each element of a stored weight by the rule's method, float32; signed for `deviation` only.
 
     Raises:
-        RecipeError: for a method that needs what is not there.
+        RecipeError: if the method needs something that is missing.
     """
     method = target.rule.method
     if method.startswith("deviation"):
@@ -31,7 +31,7 @@ def element_scores(
         return jnp.abs(weight.astype(jnp.float32))
     if method == "saliency" and gradient is not None:
         return jnp.abs(weight.astype(jnp.float32) * gradient.astype(jnp.float32))
-    if method == "random" and key is not None:  # what is zero already goes first
+    if method == "random" and key is not None:  # zeros are pruned first
         return random_scores(target, key) * (weight != 0).astype(jnp.float32)
     raise RecipeError(f"weight {target.path!r}: method = {method!r} {_ELSEWHERE.get(method, 'is not known here')}")
 
@@ -43,6 +43,6 @@ _ELSEWHERE = {
 
 
 def random_scores(target: Target, key: jax.Array) -> jax.Array:
-    """Random scores of the stored weight's elements, of which none is zero: the same for the same key and path."""
+    """Nonzero random scores of the stored weight's elements, determined by key and path."""
     own = jax.random.fold_in(key, zlib.crc32(target.path.encode()))
     return jax.random.uniform(own, target.like.shape, jnp.float32, minval=jnp.finfo(jnp.float32).tiny)

@@ -1,4 +1,4 @@
-"""Shares: how many elements of each weight are dropped."""
+"""Shares: how much of each weight is pruned."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ if TYPE_CHECKING:
 
 
 def something_left(targets: Sequence[Target], *, keep: bool = False) -> dict[str, str]:
-    """Refuses rules that would leave nothing of a weight, as far as that is known from its shape.
+    """Refuses rules that would prune a weight entirely, as far as shapes determine that.
 
     Args:
-        targets: of all rules.
-        keep: whether such weights are named instead. Of weights that are ranked together something is then left.
+        targets: the targets of all rules.
+        keep: whether to return such weights instead of raising. Weights that are ranked together keep an element then.
 
     Returns:
-        Path -> why it cannot be pruned; empty unless `keep`.
+        Path -> why the weight cannot be pruned; empty unless `keep`.
 
     Raises:
         RecipeError: naming the weight.
@@ -56,10 +56,10 @@ def something_left(targets: Sequence[Target], *, keep: bool = False) -> dict[str
 
 
 def shares(targets: Sequence[Target], sparsity: Any) -> list[Any]:
-    """The share of each weight of one rule that is dropped, so that `sparsity` is that of them all.
+    """The share to prune of each weight of a rule, so that `sparsity` is the share of all of them.
 
     Args:
-        targets: of one rule.
+        targets: the targets of one rule.
         sparsity: a float, or a float32 scalar inside `jit`.
     """
     if targets[0].rule.distribution != "erk":
@@ -70,11 +70,11 @@ def shares(targets: Sequence[Target], sparsity: Any) -> list[Any]:
 
 
 def rule_shares(targets: Sequence[Target], sparsity: Callable[[PruneRule], Any] | None = None) -> dict[str, Any]:
-    """Path -> the share of each weight that is dropped.
+    """Path -> the share of each weight to prune.
 
     Args:
-        targets: of any rules.
-        sparsity: what each rule drops of all its weights; by default what the rule itself says.
+        targets: targets of any rules.
+        sparsity: the share that each rule prunes of all its weights; by default the rule's own.
     """
     rules: dict[int, list[Target]] = {}
     for target in targets:
@@ -87,20 +87,20 @@ def rule_shares(targets: Sequence[Target], sparsity: Callable[[PruneRule], Any] 
 
 
 def erk_densities(elements: Sequence[int], ratios: Sequence[float], sparsity: Any) -> list[Any]:
-    """Erdos-Renyi-Kernel shares of what is kept (Evci et al. 2019, arXiv:1911.11134): all but the widest are sparser.
+    """Erdos-Renyi-Kernel densities (Evci et al. 2019, arXiv:1911.11134): the shares to keep; wide weights are sparser.
 
     Args:
-        elements: of each weight.
-        ratios: of each: the sum of its dimensions over their product.
-        sparsity: of all together, a float or a float32 scalar.
+        elements: number of elements of each weight.
+        ratios: for each weight, the sum of its dimensions over their product.
+        sparsity: of all weights together, a float or a float32 scalar.
 
     Returns:
-        For each weight `min(1, e * ratio)`, with the `e` at which all together have that sparsity.
+        For each weight `min(1, e * ratio)`, with `e` such that all weights together have that sparsity.
     """
     library: Any = jnp if isinstance(sparsity, jax.Array) else np
     order = sorted(range(len(ratios)), key=lambda index: -ratios[index])
     size, ratio = (np.asarray([values[index] for index in order], np.float64) for values in (elements, ratios))
-    # With the first `j` kept whole, the others share what is left in the proportion of their ratios.
+    # If the first `j` are kept whole, the others share the rest in proportion to their ratios.
     whole = np.concatenate([[0], np.cumsum(size)[:-1]])
     rest = np.cumsum((size * ratio)[::-1])[::-1]
     total = float(size.sum())
@@ -111,7 +111,7 @@ def erk_densities(elements: Sequence[int], ratios: Sequence[float], sparsity: An
 
 
 def _sizes(target: Target) -> tuple[int, float]:
-    """Elements of a weight, and the sum of its dimensions over their product."""
+    """Number of elements of a weight, and the sum of its dimensions over their product."""
     if target.site is None:
         dimensions = target.like.shape
     elif target.site.kind == "conv_general_dilated":
@@ -125,7 +125,7 @@ def _sizes(target: Target) -> tuple[int, float]:
 
 
 def nothing_left(target: Target, mask: jax.Array) -> str:
-    """Why a mask would leave nothing of a weight, or of one of its steps; empty where it leaves something."""
+    """An error text if a mask prunes a weight, or one of its steps, entirely; else empty."""
     units = np.asarray(target.units(mask.astype(jnp.float32)) if target.lead else mask)
     steps = units.reshape(math.prod(units.shape[: target.lead]), -1)
     if steps.shape[1] == 0 or steps.any(axis=1).all():

@@ -1,7 +1,8 @@
-"""SparseGPT: drops the weights that are cheapest to do without, and has those still to come make up for them.
+"""SparseGPT: prunes the elements with the least effect on the outputs, and adjusts later rows to compensate.
 
-Frantar and Alistarh 2023, arXiv:2301.00774. As in GPTQ, rows of the weight are gone over in blocks with the Cholesky
-factor of the inverse Gram matrix of the inputs; what is dropped is chosen as each block, or group of N:M, begins.
+Frantar and Alistarh 2023, arXiv:2301.00774. As in GPTQ, rows of the weight are processed in blocks, with the Cholesky
+factor of the inverse Gram matrix of the inputs. The mask of a block, or of an N:M group, is chosen when the block
+begins.
 """
 
 from __future__ import annotations
@@ -37,11 +38,11 @@ from lepton_xla.recipe.patterns import Pattern
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """How SparseGPT goes over a weight.
+    """Options of SparseGPT.
 
     Attributes:
-        damping: what is added to the diagonal of the Gram matrix, as a share of its mean.
-        block: rows of which the mask is chosen at once, and whose errors are carried on to the rest at once.
+        damping: added to the diagonal of the Gram matrix, as a share of its mean.
+        block: number of rows whose mask is chosen together, and whose errors are propagated together.
     """
 
     damping: float = 0.01
@@ -59,16 +60,16 @@ def sparsegpt_values(
     """Prunes one weight matrix.
 
     Args:
-        weight: `[K, N]`, float32 or float64; all but the ranking is computed in its dtype.
-        gram: `[K, K]`, `X^T X` up to a factor. A row of zeros is an input that was never seen: its weights go first.
-            Where none was seen, magnitudes decide alone.
+        weight: `[K, N]`, float32 or float64; everything except the ranking is computed in its dtype.
+        gram: `[K, K]`, `X^T X` up to a factor. A row of zeros means an input that was never active: its weights are
+            pruned first. If all rows are zero, magnitudes decide.
         pattern: `unstructured`, the same share of each block of rows, or N:M.
-        sparsity: share to drop.
-        options: how.
-        kept: bool `[K, N]`, False where an earlier mask holds the weight at zero; these go first, and stay zero.
+        sparsity: share to prune.
+        options: see `Options`.
+        kept: bool `[K, N]`, False where an earlier mask holds the weight at zero; these are pruned first and stay zero.
 
     Returns:
-        The weight with what is left changed to make up for what is dropped, and the bool mask, both `[K, N]`.
+        The pruned weight, its remaining elements adjusted to compensate, and the bool mask, both `[K, N]`.
     """
     options = options or Options()
     depth, columns = weight.shape
@@ -80,7 +81,7 @@ def sparsegpt_values(
     first = absent & ~jnp.all(absent)
     worth = jnp.where(first, jnp.zeros_like(seen), 1 / jnp.diagonal(factor) ** 2)
 
-    # Rows are padded to whole blocks; a padded row is zero, is never dropped, and no other depends on it.
+    # Rows are padded to whole blocks; a padded row is zero, is never pruned, and affects no other row.
     group = pattern.rows
     block = min(-(-options.block // group) * group, depth)
     padding = -depth % block
@@ -158,18 +159,19 @@ def sparsegpt(
     options: Options | None = None,
     sequential: bool = False,
 ) -> Program:
-    """Prune the weights that a plan gives to `method = "sparsegpt"`.
+    """Prunes the weights for which the plan has `method = "sparsegpt"`.
 
     Args:
         program: the float program that the plan was made for.
-        plan: which weights, how much of each, unstructured or N:M.
+        plan: the weights, their sparsity, and the pattern (unstructured or N:M).
         batches: input dicts, such as `{"image": array}`; at least one.
-        options: how.
-        sequential: measure the inputs of each weight with those before it pruned already, as the paper does: one pass
-            over the data for each weight. Otherwise all are measured in one pass on the float program.
+        options: see `Options`.
+        sequential: whether to measure the inputs of each weight with all preceding weights already pruned, as the paper
+            does, which takes one pass over the data per weight. By default all inputs are measured in one pass on the
+            float program.
 
     Returns:
-        The program with pruned and changed weights, and their masks.
+        The program with pruned and adjusted weights, and their masks.
 
     Raises:
         CalibrationError: as `collect_statistics`.
@@ -207,7 +209,7 @@ def sparsegpt(
         assert target.site is not None
         weights[path] = matrix.stored_weight(target.site, values, program.weights[path])
         masks[path] = target.stored(mask)
-        # What rounds to zero in the weight's own dtype is dropped all the same; what is dropped is exactly zero.
+        # Pruned elements must be exactly zero in the weight's own dtype.
         weights[path] = jnp.where(masks[path], weights[path], jnp.zeros_like(weights[path]))
         reasons[path] = unseen(seen)
     return with_masks(
@@ -223,7 +225,7 @@ def _pruned(
     options: Options,
     kept: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array, dict[str, float]]:
-    """`[*steps, B, K, N]` pruned, the mask, and relative errors of the outputs, by this and by magnitude alone."""
+    """The pruned `[*steps, B, K, N]`, its mask, and relative errors of the outputs by SparseGPT and by magnitude."""
     exact = target.matrices(stored).astype(jnp.float32)
     plain = exact * _magnitude_mask(target, exact, sparsity, kept).astype(jnp.float32)
     held = () if kept is None else (kept,)
@@ -244,7 +246,7 @@ def _pruned(
 
 
 def _magnitude_mask(target: Target, exact: jax.Array, sparsity: float, kept: jax.Array | None) -> jax.Array:
-    """What magnitudes alone would keep of `[*steps, B, K, N]`, of which what is held is zero."""
+    """The mask of `[*steps, B, K, N]` by magnitudes alone; held elements are zero."""
     scores = held_last(jnp.abs(exact), kept)
     if target.pattern.kind == "groups":
         return group_masks(scores, target.pattern, sparsity)

@@ -1,4 +1,4 @@
-"""Targets: the weights to be masked, as stored and as the matrices that patterns are of."""
+"""Targets: the weights to prune, in their stored shape and as the matrices that patterns refer to."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """A weight to be masked.
+    """A weight to prune.
 
     Attributes:
         path: the weight's path.
         like: its shape and dtype as stored.
-        rule: how.
-        site: the product that gives it its matrix; None for a leaf that is known by its path only: its last axis is
-            then N, the others K.
+        rule: how to prune it.
+        site: the product that defines its matrix; None for a leaf that is known by its path only, whose last axis is N
+            and whose other axes are K.
     """
 
     path: str
@@ -43,28 +43,28 @@ class Target:
 
     @property
     def pattern(self) -> Pattern:
-        """What is dropped together."""
+        """The pattern of the rule."""
         return Pattern.parse(self.rule.pattern)
 
     @property
     def lead(self) -> int:
-        """How many leading axes of `units` are steps of scans, each ranked by itself."""
+        """Number of leading axes of `units` that are steps of scans, each ranked on its own."""
         return self.site.stacked if self.site is not None else 0
 
     def matrices(self, stored: jax.Array) -> jax.Array:
-        """The stored weight, or what belongs to its elements, as `[*steps, B, K, N]`."""
+        """Reshapes the stored weight, or an array of its shape, to `[*steps, B, K, N]`."""
         if self.site is not None:
             return matrix.stored_matrix(self.site, stored)
         return jnp.reshape(stored, (1, -1, stored.shape[-1]))
 
     def stored(self, mask: jax.Array) -> jax.Array:
-        """A mask `[*steps, B, K, N]` in the shape of the stored weight."""
+        """Reshapes a mask `[*steps, B, K, N]` to the stored weight."""
         if self.site is not None:
             return matrix.stored_weight(self.site, mask.astype(jnp.float32), self.like) != 0
         return jnp.reshape(mask, self.like.shape)
 
     def units(self, scores: jax.Array) -> jax.Array:
-        """Scores of what is dropped together, `[*steps, ...]`, from those of the stored weight's elements."""
+        """Scores of units (elements that are pruned together), `[*steps, ...]`, from scores of the stored elements."""
         pattern = self.pattern
         if pattern.kind == "unstructured":
             return scores if self.site is None else matrix.steps_first(self.site, scores)
@@ -75,7 +75,7 @@ class Target:
         return exact_mean(blocks, (blocks.ndim - 3, blocks.ndim - 1), self.lead)
 
     def spread(self, mask: jax.Array) -> jax.Array:
-        """The mask of the stored weight's elements, from one of `units`."""
+        """Expands a mask of `units` to the elements of the stored weight."""
         pattern = self.pattern
         if pattern.kind == "unstructured":
             return mask if self.site is None else matrix.steps_back(self.site, mask, self.like)
@@ -87,20 +87,21 @@ class Target:
 
 
 def split_axis(array: jax.Array, axis: int, size: int) -> jax.Array:
-    """An axis as two, the second of this size: one at a time, as arrays that carry their sharding want it."""
+    """Splits an axis in two, the second of this size; one axis at a time, as explicit sharding requires."""
     before, after = array.shape[:axis], array.shape[axis + 1 :]
     return jnp.reshape(array, (*before, array.shape[axis] // size, size, *after))
 
 
 def _repeat(array: jax.Array, axis: int, size: int) -> jax.Array:
-    """Each element of an axis so many times."""
+    """Repeats each element of an axis."""
     before, after = array.shape[: axis + 1], array.shape[axis + 1 :]
     wide = jnp.broadcast_to(jnp.expand_dims(array, axis + 1), (*before, size, *after))
     return jnp.reshape(wide, (*before[:-1], before[-1] * size, *after))
 
 
 def plan_targets(plan: Plan, weights: Mapping[str, Any]) -> list[Target]:
-    """The weights that a plan prunes; one that several sites use is one target, which its first product gives a matrix.
+    """The weights that a plan prunes. A weight that several sites share is one target, with the matrix of its first
+    product.
 
     Raises:
         ModelError: if `weights` lacks one of them, or has it in another shape.
@@ -125,8 +126,8 @@ def plan_targets(plan: Plan, weights: Mapping[str, Any]) -> list[Target]:
 
 
 def _fits(site: Site, like: jax.ShapeDtypeStruct) -> bool:
-    """Whether a weight of this shape reaches the site as it did when the site was found."""
-    if _compat.is_manual(site.eqn):  # where the site has seen one shard
+    """Whether a weight of this shape reaches the site in the same way as when the site was found."""
+    if _compat.is_manual(site.eqn):  # the site has seen one shard only
         return True
     try:
         laid = jax.eval_shape(lambda array: lay_out(array, site.layout), like)
@@ -136,14 +137,14 @@ def _fits(site: Site, like: jax.ShapeDtypeStruct) -> bool:
 
 
 def leaf_targets(rules: Sequence[PruneRule], leaves: Mapping[str, Any]) -> list[Target]:
-    """The leaves of a pytree that rules prune, known by their paths only; the first rule that matches one wins.
+    """The leaves of a pytree that rules prune, identified by their paths only; the first rule that matches wins.
 
-    Leaves of less than two axes, empty ones, biases and norms' scales of stacked layers or of several heads, and
-    embeddings are left out, unless a rule matches nothing else.
+    Skips leaves with fewer than two axes, empty leaves, embeddings, and biases and norm scales of stacked layers or
+    several heads, unless a rule matches nothing else.
 
     Raises:
         RecipeError: if a rule matches nothing.
-        ModelError: if a leaf is not of floats, or empty.
+        ModelError: if a leaf is not float, or is empty.
         UnsupportedError: if a pattern does not divide a leaf.
     """
     targets: dict[str, Target] = {}
@@ -158,7 +159,7 @@ def leaf_targets(rules: Sequence[PruneRule], leaves: Mapping[str, Any]) -> list[
     return list(targets.values())
 
 
-# The last names of vectors, which have several axes where layers are stacked or a bias is of several heads.
+# Last names of vectors, which have several axes if layers are stacked or a bias has several heads.
 _VECTORS = {"bias", "b", "scale", "offset", "gain", "gamma", "beta"}
 
 
@@ -166,7 +167,7 @@ _EMBEDDINGS = {"embedding", "embeddings", "table"}
 
 
 def _left_out(path: str, leaves: Mapping[str, Any]) -> bool:
-    """Whether a leaf is no matrix of a product; a vector's name says so only where the shapes of others agree."""
+    """Whether a leaf is not the matrix of a product; a vector's name counts only if the shapes of other leaves agree."""
     module, _, name = path.rpartition("/")
     shape = tuple(leaves[path].shape)
     if len(shape) < 2 or not math.prod(shape) or name in _EMBEDDINGS:
@@ -175,7 +176,7 @@ def _left_out(path: str, leaves: Mapping[str, Any]) -> bool:
         return False
 
     def has_vector(other: str) -> bool:
-        """Whether another leaf, with more axes, is stacked alike, or is of the same module and makes these outputs."""
+        """Whether another leaf with more axes is stacked alike, or makes these outputs in the same module."""
         wider = tuple(leaves[other].shape)
         stacked = wider[: len(shape) - 1] == shape[:-1]
         same = other.rpartition("/")[0] == module and wider[-len(shape) :] == shape
@@ -197,7 +198,7 @@ def _leaf_target(path: str, leaf: Any, rule: PruneRule) -> Target:
 
 
 def undivided(pattern: Pattern, site: Site) -> str:
-    """Why a pattern does not fit the matrix of a site; empty where it does."""
+    """Why a pattern does not fit the matrix of a site; empty if it does."""
     _, depth, width = matrix.matrix_shape(site)
     window = matrix.window_size(site)
     what = f"{depth // window} input channels" if window > 1 else f"{depth} rows"

@@ -1,6 +1,6 @@
-"""Wanda: drops, in each output, the weights whose magnitude times that of their input is smallest.
+"""Wanda: prunes, for each output, the weights with the smallest product of magnitude and input norm.
 
-Sun et al. 2023, arXiv:2306.11695. One pass over calibration data, no change of the weights that stay.
+Sun et al. 2023, arXiv:2306.11695. Needs one pass over calibration data; remaining weights are not changed.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ def wanda_mask(
 
     Args:
         weight: `[..., K, N]`.
-        mean_square: of each input, `[..., K]`; where all are zero, magnitudes decide alone.
+        mean_square: mean square of each input, `[..., K]`; if all are zero, magnitudes decide.
         pattern: `unstructured`, over the K weights of each output, or N:M.
-        sparsity: share to drop.
-        kept: bool like the weight, False where an earlier mask holds it at zero; these go first.
+        sparsity: share to prune.
+        kept: bool, shaped like the weight, False where an earlier mask holds it at zero; these are pruned first.
 
     Returns:
-        bool `[..., K, N]`; each column loses the same number, but for one of which more is held.
+        bool `[..., K, N]`; each column loses the same number, unless more of it is held.
     """
     seen = jnp.any(mean_square > 0, axis=-1, keepdims=True)
     norms = jnp.where(seen, jnp.sqrt(mean_square), jnp.ones_like(mean_square))
@@ -59,11 +59,11 @@ def wanda_mask(
 
 @takes(program=Program, plan=Plan)
 def wanda(program: Program, plan: Plan, batches: Iterable[Mapping[str, Any]]) -> Program:
-    """Prune the weights that a plan gives to `method = "wanda"`.
+    """Prunes the weights for which the plan has `method = "wanda"`.
 
     Args:
         program: the float program that the plan was made for.
-        plan: which weights, how much of each, unstructured or N:M.
+        plan: the weights, their sparsity, and the pattern (unstructured or N:M).
         batches: input dicts, such as `{"image": array}`; at least one.
 
     Returns:
@@ -100,7 +100,7 @@ def wanda(program: Program, plan: Plan, batches: Iterable[Mapping[str, Any]]) ->
 
 
 def products(plan: Plan, targets: Sequence[Target]) -> dict[str, list[Site]]:
-    """Path -> the products that a weight takes part in."""
+    """Path -> the products of each target."""
     sites: dict[str, list[Site]] = {target.path: [] for target in targets}
     for entry in plan.sites:
         if entry.prune is not None and entry.site.path in sites and entry.site.kind != "gather":
@@ -109,6 +109,6 @@ def products(plan: Plan, targets: Sequence[Target]) -> dict[str, list[Site]]:
 
 
 def unseen(statistics: Sequence[Statistics]) -> str:
-    """What has to be said of a weight that the data did not reach; empty where it did."""
+    """A remark for a weight that the data did not reach; empty if it did."""
     reached = bool(np.all(np.sum([found.rows for found in statistics], axis=0) > 0))
     return "" if reached else UNSEEN
