@@ -294,7 +294,7 @@ def _is_key(leaf: Any) -> bool:
 
 
 def _weight_array(name: str, leaf: Any) -> jax.Array:
-    """Converts a leaf to an array of a program."""
+    """Convert a leaf to an array of a program."""
     if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
         raise ModelError(f"weight {name!r} is a {type(leaf).__name__}, not an array")
     try:
@@ -306,7 +306,7 @@ def _weight_array(name: str, leaf: Any) -> jax.Array:
 
 
 def _check_names(what: str, names: Iterable[Any]) -> None:
-    """Checks that names are printable and have no blanks at their ends: they occur in files, requests and messages."""
+    """Check that names are printable and have no blanks at their ends: they occur in files, requests and messages."""
     for name in names:
         if not isinstance(name, str) or not name or not name.isprintable() or name != name.strip():
             raise ModelError(f"{what} name {name!r}: expected printable text without blanks at its ends, such as 'x'")

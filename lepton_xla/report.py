@@ -69,7 +69,7 @@ class PassReport:
 
 
 def _figures(metrics: dict[str, Any]) -> str:
-    """Formats the plain numbers and words among the metrics; lists and tables are in `to_json` only."""
+    """Format the plain numbers and words among the metrics; lists and tables are in `to_json` only."""
     shown = {key: value for key, value in metrics.items() if isinstance(value, (bool, int, float, str))}
     return "".join(
         f"  {key}={value:.4g}" if isinstance(value, float) else f"  {key}={value}" for key, value in shown.items()

@@ -113,7 +113,7 @@ def from_nnx(module: Any, inputs: Mapping[str, TensorSpec], *, method: str | Non
 
 
 def _refuse_written(call: Callable[..., Any], weights: Any, random: Any, inputs: Mapping[str, TensorSpec]) -> None:
-    """Raises `ModelError` if a call writes state, or if its outputs depend on a random stream that it advances."""
+    """Raise `ModelError` if a call writes state, or if its outputs depend on a random stream that it advances."""
     trees = [jax.tree.structure(part) for part in (weights, random)]
     names = [list(name_leaves(part)) for part in (weights, random)]
     streams = set(names[1])

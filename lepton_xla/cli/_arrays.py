@@ -27,7 +27,7 @@ class Declared(Protocol):
 
 
 def read(source: str) -> dict[str, Any]:
-    """Reads the inputs that one `--input` names: arrays from .npy and .npz, nested lists from JSON.
+    """Read the inputs that one `--input` names: arrays from .npy and .npz, nested lists from JSON.
 
     Raises:
         InputError: if a file is missing or of another kind; names the file.
@@ -49,7 +49,7 @@ def read(source: str) -> dict[str, Any]:
 
 
 def _load(file: str) -> dict[str, Any]:
-    """Reads the arrays of a file by name; the array of an .npy has the name ''."""
+    """Read the arrays of a file by name; the array of an .npy has the name ''."""
     try:
         found = np.load(file, allow_pickle=False)
         if isinstance(found, np.ndarray):
@@ -83,7 +83,7 @@ def _parse(text: str, where: str) -> dict[str, Any]:
 
 
 def as_declared(inputs: Mapping[str, Any], specs: Mapping[str, Declared]) -> dict[str, Any]:
-    """Converts nested lists to arrays of the model's dtype, and raw bytes to the narrow float that they hold."""
+    """Convert nested lists to arrays of the model's dtype, and raw bytes to the narrow float that they hold."""
     return {name: _as_declared(name, value, specs[name]) if name in specs else value for name, value in inputs.items()}
 
 
@@ -115,7 +115,7 @@ def _is_float(dtype: np.dtype[Any]) -> bool:
 
 
 def write_npz(file: str, arrays: Mapping[str, np.ndarray]) -> None:
-    """Writes named arrays to an .npz file, atomically.
+    """Write named arrays to an .npz file, atomically.
 
     Raises:
         InputError: if the file cannot be written.

@@ -58,7 +58,7 @@ buckets_option = click.option(
 
 
 def parse_buckets(texts: Sequence[str]) -> dict[str, tuple[int, ...]]:
-    """Parses `--buckets` into ascending sizes by dimension.
+    """Parse `--buckets` into ascending sizes by dimension.
 
     Raises:
         CompileError: if a text has another form or a dimension occurs twice.
@@ -79,7 +79,7 @@ def parse_buckets(texts: Sequence[str]) -> dict[str, tuple[int, ...]]:
 
 
 def plain(value: Any) -> Any:
-    """Converts a value for JSON: NumPy scalars to numbers, tuples to lists, NaN and infinity to None."""
+    """Convert a value for JSON: NumPy scalars to numbers, tuples to lists, NaN and infinity to None."""
     if isinstance(value, Mapping):
         return {str(key): plain(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
@@ -92,12 +92,12 @@ def plain(value: Any) -> Any:
 
 
 def print_json(document: Any) -> None:
-    """Prints one JSON document on stdout."""
+    """Print one JSON document on stdout."""
     click.echo(json.dumps(plain(document), indent=2, allow_nan=False))
 
 
 def size(size_bytes: float) -> str:
-    """Formats bytes for people.
+    """Format bytes for people.
 
     >>> [size(number) for number in (512, 46_000, 8_300_000)]
     ['512 B', '46.0 kB', '8.30 MB']
@@ -106,7 +106,7 @@ def size(size_bytes: float) -> str:
 
 
 def short(number: float, unit: str = "") -> str:
-    """Formats a number with three digits and a decimal prefix."""
+    """Format a number with three digits and a decimal prefix."""
     value, prefix = float(number), ""
     for prefix in ("", "k", "M", "G", "T", "P"):
         if abs(value) < 999.5 or prefix == "P":
@@ -117,7 +117,7 @@ def short(number: float, unit: str = "") -> str:
 
 
 def seconds(value_s: float) -> str:
-    """Formats a time for people.
+    """Format a time for people.
 
     >>> [seconds(value) for value in (0.0000031, 0.0451, 12.3)]
     ['3.1 us', '45.1 ms', '12.3 s']
@@ -128,7 +128,7 @@ def seconds(value_s: float) -> str:
 
 
 def ratio(after: float, before: float) -> str:
-    """Formats `after / before`; empty if the ratio is meaningless."""
+    """Format `after / before`; empty if the ratio is meaningless."""
     return f"{after / before:.2f}" if before else ""
 
 
@@ -153,7 +153,7 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], *, 
 
 
 def check_folder(path: str | None) -> None:
-    """Checks that the folder of an output file exists, before minutes of measurement.
+    """Check that the folder of an output file exists, before minutes of measurement.
 
     Raises:
         LeptonError: if the folder does not exist.
@@ -163,7 +163,7 @@ def check_folder(path: str | None) -> None:
 
 
 def write(path: str, writer: Callable[[], Any]) -> None:
-    """Writes a file.
+    """Write a file.
 
     Raises:
         LeptonError: if the file cannot be written; gives the reason.
@@ -175,7 +175,7 @@ def write(path: str, writer: Callable[[], Any]) -> None:
 
 
 def figure() -> Any:
-    """Creates an empty matplotlib figure. Called before anything is measured, so that a missing matplotlib fails early.
+    """Create an empty matplotlib figure. Called before anything is measured, so that a missing matplotlib fails early.
 
     Raises:
         LeptonError: if matplotlib is not installed.
@@ -192,7 +192,7 @@ type Step = Callable[..., None]
 
 @contextlib.contextmanager
 def progress() -> Generator[Step, None, None]:
-    """Shows progress on stderr: a live line on a terminal, elsewhere a line for each step that takes a second."""
+    """Show progress on stderr: a live line on a terminal, elsewhere a line for each step that takes a second."""
     with _live() if sys.stderr.isatty() else _plain() as step:
         yield step
 

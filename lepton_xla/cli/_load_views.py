@@ -25,7 +25,7 @@ _COLOURS = ("#3b6ea5", "#c2571a", "#4a8f4a", "#8a5ca8", "#a83b4c", "#7a6a3a")
 
 @contextlib.contextmanager
 def live(runs: int) -> Generator[Watch, None, None]:
-    """Shows a line about the last half second on stderr, on a terminal only."""
+    """Show a line about the last half second on stderr, on a terminal only."""
     if not sys.stderr.isatty():
         yield lambda generator: None
         return
@@ -48,7 +48,7 @@ def live(runs: int) -> Generator[Watch, None, None]:
 
 
 def status_line(generator: Running, before: int) -> str:
-    """Describes a running load; `before` is the number of answers at the last line."""
+    """Describe a running load; `before` is the number of answers at the last line."""
     load, now = generator.load, monotonic()
     what = f"{load.connections} connections" if load.rate is None else f"{load.rate:g}/s"
     if now < generator.began:
@@ -64,7 +64,7 @@ def status_line(generator: Running, before: int) -> str:
 
 
 def show(document: Mapping[str, Any]) -> None:
-    """Prints the table of all runs and how to read it."""
+    """Print the table of all runs and how to read it."""
     runs: Sequence[Mapping[str, Any]] = document["runs"]
     open_loop = runs[0]["rate"] is not None
     rows = [
@@ -109,7 +109,7 @@ def _time(value_s: float) -> str:
 
 
 def _milliseconds(value_s: float) -> str:
-    """Formats milliseconds with three digits, or more before the point."""
+    """Format milliseconds with three digits, or more before the point."""
     if not np.isfinite(value_s):
         return ""
     value = value_s * 1e3
@@ -122,7 +122,7 @@ def _payload(document: Mapping[str, Any]) -> str:
 
 
 def draw(figure: Any, document: Mapping[str, Any], results: Sequence[Result], path: str) -> None:
-    """Draws latency by percentile, over time, and (for several rates) by rate."""
+    """Draw latency by percentile, over time, and (for several rates) by rate."""
     sweep = len(results) > 1
     figure.set_size_inches(15 if sweep else 10.5, 4.2)
     panels = figure.subplots(1, 3 if sweep else 2, squeeze=False)[0]
@@ -146,7 +146,7 @@ def draw(figure: Any, document: Mapping[str, Any], results: Sequence[Result], pa
 
 
 def _by_percentile(axes: Any, result: Result, style: Mapping[str, Any]) -> None:
-    """Plots latency over the share of slower requests, on a logarithmic scale: 0.01 is p99."""
+    """Plot latency over the share of slower requests, on a logarithmic scale: 0.01 is p99."""
     latency_s = np.sort(result.latency_s[result.counted])
     if not len(latency_s):
         return

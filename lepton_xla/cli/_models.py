@@ -26,13 +26,13 @@ from lepton_xla.recipe.changes import parse_setting
 
 
 def load_target(target: str) -> ModelSpec:
-    """Imports a command's `ModelSpec`; what its file prints goes to stderr, because stdout is for results."""
+    """Import a command's `ModelSpec`; what its file prints goes to stderr, because stdout is for results."""
     with contextlib.redirect_stdout(sys.stderr):
         return load_spec(target)
 
 
 def load_recipe(name_or_path: str, settings: Sequence[str] = (), exclude: Sequence[str] = ()) -> Recipe:
-    """Loads a recipe; `none` leaves the model unchanged.
+    """Load a recipe; `none` leaves the model unchanged.
 
     Args:
         name_or_path: a preset or a file.
@@ -110,7 +110,7 @@ def _guarded(batches: Iterator[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]
 
 
 def evaluate(spec: ModelSpec, predict: Predict) -> dict[str, float]:
-    """Runs the model's `evaluate` with `predict`; returns its metrics, or none if it has no `evaluate`.
+    """Run the model's `evaluate` with `predict`; return its metrics, or none if it has no `evaluate`.
 
     Raises:
         ModelError: if it fails, or returns anything but names and numbers.
@@ -148,7 +148,7 @@ def float_predict(program: Program) -> Callable[..., dict[str, np.ndarray]]:
 
 
 def check_same_inputs(servable: Servable, program: Program, path: str, target: str) -> None:
-    """Checks that an artifact has the inputs and outputs of the model that it is compared with.
+    """Check that an artifact has the inputs and outputs of the model that it is compared with.
 
     Raises:
         ArtifactError: if their inputs or outputs differ.

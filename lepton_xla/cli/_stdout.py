@@ -38,7 +38,7 @@ class _Watched:
 
 @contextlib.contextmanager
 def stdout_checked() -> Generator[None, None, None]:
-    """Checks after the block that everything it printed to stdout was written.
+    """Check after the block that everything it printed to stdout was written.
 
     Raises:
         LeptonError: if stdout is closed, is full, or is a pipe without a reader.
@@ -69,7 +69,7 @@ def _flush(watched: _Watched) -> None:
 
 
 def _give_up(stream: Any) -> None:
-    """Stops the interpreter from flushing the stream again at exit, which would print a second error."""
+    """Stop the interpreter from flushing the stream again at exit, which would print a second error."""
     with contextlib.suppress(OSError, ValueError):
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, stream.fileno())

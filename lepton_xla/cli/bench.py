@@ -105,7 +105,7 @@ def bench(path: str, *, target: str | None, rounds: int, seconds: float, as_json
 def _measure(
     calls: Mapping[str, Callable[..., Any]], inputs: Mapping[str, Any], rounds: int, limit_s: float
 ) -> dict[str, list[float]]:
-    """Times the calls in turn; returns the seconds of each."""
+    """Time the calls in turn; return the seconds of each."""
     for _ in range(_WARM_UP):
         for call in calls.values():
             call(**inputs)

@@ -175,7 +175,7 @@ def _bucket_rows(manifest: Manifest) -> list[tuple[str, str, str]]:
 
 
 def _flat(value: Any, prefix: str = "") -> list[tuple[str, str]]:
-    """Flattens nested dicts and lists to rows of `a.b[0].c` and value."""
+    """Flatten nested dicts and lists to rows of `a.b[0].c` and value."""
     if isinstance(value, Mapping):
         return [row for key, entry in value.items() for row in _flat(entry, f"{prefix}.{key}" if prefix else str(key))]
     if isinstance(value, list | tuple):

@@ -186,7 +186,7 @@ def _loads(
 
 
 def _allow_files(connections: int) -> None:
-    """Raises the limit of open files so that this process can open this many connections.
+    """Raise the limit of open files so that this process can open this many connections.
 
     Raises:
         LeptonError: if the system does not allow it.
@@ -253,7 +253,7 @@ def _declared(entry: Mapping[str, Any]) -> _Input:
 
 
 def _sizes(texts: Sequence[str], declared: Mapping[str, _Input]) -> dict[str, int]:
-    """Parses `--size` into sizes by input; '' stands for all inputs."""
+    """Parse `--size` into sizes by input; '' stands for all inputs."""
     found: dict[str, int] = {}
     for text in texts:
         name, _, number = text.rpartition("=")

@@ -114,7 +114,7 @@ def sensitivity(
 
 
 def _draw(figure: Any, document: Mapping[str, Any], top: int | None, path: str) -> None:
-    """Draws one horizontal bar per weight, the most sensitive at the top."""
+    """Draw one horizontal bar per weight, the most sensitive at the top."""
     sites = document["sites"][:top]
     figure.set_size_inches(9, 1.2 + 0.28 * len(sites))
     axes = figure.add_subplot()

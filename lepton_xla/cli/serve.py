@@ -44,7 +44,7 @@ def _file_option(flag: str, text: str) -> Callable[[Any], Any]:
 
 
 def _limit_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Adds an option for each field of `Limits`."""
+    """Add an option for each field of `Limits`."""
     for field in reversed(dataclasses.fields(Limits)):
         kind = click.IntRange(1) if isinstance(field.default, int) else click.FloatRange(0, min_open=True)
         flag = "--" + field.name.replace("_", "-")

@@ -19,7 +19,7 @@ _BREAKS = "/,;:=.-_"
 
 
 def printable(value: Any) -> str:
-    """Replaces characters that could control a terminal."""
+    """Replace characters that could control a terminal."""
     return "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in str(value))
 
 
@@ -112,7 +112,7 @@ def _paragraphs(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> list[
 
 
 def fold(text: str, width: int) -> list[str]:
-    """Wraps text to lines of at most `width` characters, at spaces or else after punctuation; at least one line.
+    """Wrap text to lines of at most `width` characters, at spaces or else after punctuation; at least one line.
 
     >>> fold("layers/3/attention/query kernel", 16)
     ['layers/3/', 'attention/query', 'kernel']
@@ -130,7 +130,7 @@ def fold(text: str, width: int) -> list[str]:
 
 
 def show(*parts: Table | str, ends: str = "") -> None:
-    """Prints tables and lines on stdout; on a terminal, tables are fitted to its width.
+    """Print tables and lines on stdout; on a terminal, tables are fitted to its width.
 
     Args:
         parts: what to print.

@@ -93,7 +93,7 @@ def deserialize(blob: bytes, device: Device) -> Loaded:
 
 
 def _register_lapack() -> None:
-    """Registers LAPACK's routines; compiled code that calls an unregistered one jumps to address zero.
+    """Register LAPACK's routines; compiled code that calls an unregistered one jumps to address zero.
 
     Called only if needed, because it imports SciPy, which takes a third of a second.
     """

@@ -228,7 +228,7 @@ def _compiled(fn: _Flat, arrays: Sequence[jax.Array], inputs: Sequence[jax.Shape
 
 
 def _check_constants(constants: Sequence[Any]) -> None:
-    """Refuses large constants: they would be copied into every executable, and no pass or update could reach them."""
+    """Refuse large constants: they would be copied into every executable, and no pass or update could reach them."""
     total = sum(
         constant.nbytes if hasattr(constant, "nbytes") else np.asarray(constant).nbytes for constant in constants
     )

@@ -148,7 +148,7 @@ def _code_bits(words: np.ndarray) -> int:
 
 
 def _code_counts(counts: np.ndarray, bits: int) -> np.ndarray:
-    """Converts counts of bytes to counts of codes of a width: float [2 ** bits]."""
+    """Convert counts of bytes to counts of codes of a width: float [2 ** bits]."""
     byte, mask = np.arange(256), (1 << bits) - 1
     parts = [np.bincount(byte >> place & mask, counts, minlength=1 << bits) for place in range(0, 8, bits)]
     return np.sum(parts, axis=0)
@@ -161,7 +161,7 @@ def _entropy_bytes(counts: np.ndarray) -> float:
 
 
 def _split(words: np.ndarray, bits: int) -> np.ndarray:
-    """Splits words into codes; the codes of a byte belong to different blocks of rows, as in `quant.packing`."""
+    """Split words into codes; the codes of a byte belong to different blocks of rows, as in `quant.packing`."""
     if bits == words.itemsize * 8:
         return words
     mask = np.uint8((1 << bits) - 1)
@@ -204,7 +204,7 @@ def _palette_of(codes: np.ndarray) -> np.ndarray | None:
 
 
 def _stream(data: np.ndarray) -> bytes:
-    """Encodes bytes with Huffman codes, with Huffman and run-length coding, or not at all, whichever is smallest."""
+    """Encode bytes with Huffman codes, with Huffman and run-length coding, or not at all, whichever is smallest."""
     plain, best, is_deflate = data.tobytes(), data.tobytes(), 0
     if _entropy_bytes(np.bincount(data, minlength=256)) < data.size:
         for strategy in (zlib.Z_HUFFMAN_ONLY, zlib.Z_RLE):
@@ -270,7 +270,7 @@ def _positions(reader: _Reader, size: int, count: int) -> np.ndarray:
 
 
 def _values(reader: _Reader, count: int, dtype: np.dtype[Any], palette: np.ndarray | None) -> np.ndarray:
-    """Reads `count` codes: indices into a palette, or one stream for each byte of a code."""
+    """Read `count` codes: indices into a palette, or one stream for each byte of a code."""
     if palette is not None:
         indices = reader.stream(count)
         if count and indices.max() >= palette.size:

@@ -177,7 +177,7 @@ def _probe(
 def _compare(
     found: np.ndarray, expected: np.ndarray, tolerance: float, name: str, why: str, where: str, *, cure: str
 ) -> bool:
-    """Compares one output; returns False if none of its values is finite, so that the comparison shows nothing.
+    """Compare one output; return False if none of its values is finite, so that the comparison shows nothing.
 
     Raises:
         CompileError: if they differ by more than the tolerance times the largest expected value.

@@ -161,7 +161,7 @@ def _why(manifest: Manifest, target: Fingerprint, missing: Sequence[str]) -> str
 
 
 def _write_back(store: Store, loaded: Manifest, target: Fingerprint, made: Mapping[str, Code]) -> None:
-    """Adds executables to an artifact. The manifest is replaced last, so readers see the old or the new state."""
+    """Add executables to an artifact. The manifest is replaced last, so readers see the old or the new state."""
     try:
         manifest = read_manifest(store)
         programs = [program.file for program in (*loaded.programs, *((loaded.expand,) if loaded.expand else ()))]

@@ -238,7 +238,7 @@ def check_name(name: str) -> str:
 
 
 def _encode_scalar(value: Any) -> Any:
-    """Encodes NumPy and JAX scalars, which occur in metrics, as numbers."""
+    """Encode NumPy and JAX scalars, which occur in metrics, as numbers."""
     if getattr(value, "shape", None) == () and hasattr(value, "item"):
         return value.item()
     raise TypeError(f"{value!r} is a {type(value).__name__}")

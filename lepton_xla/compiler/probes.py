@@ -73,7 +73,7 @@ def table_sizes(jaxpr: Any, inputs: Sequence[str]) -> dict[str, int]:
 
 
 def _follow(jaxpr: Any, carried: dict[Any, set[str]], found: dict[str, int]) -> list[set[str]]:
-    """Follows inputs to the tables that they index; returns the inputs that each output of the jaxpr still is."""
+    """Follow inputs to the tables that they index; return the inputs that each output of the jaxpr still is."""
     read = lambda atom: set[str]() if isinstance(atom, _compat.LITERAL) else carried.get(atom, set())  # noqa: E731
     for eqn in jaxpr.eqns:
         names = [read(atom) for atom in eqn.invars]
@@ -95,7 +95,7 @@ def _follow(jaxpr: Any, carried: dict[Any, set[str]], found: dict[str, int]) -> 
 
 
 def _resize(array: np.ndarray, shape: Sequence[int], seed: int) -> np.ndarray:
-    """Repeats or truncates an example to a shape; the seed selects the first row."""
+    """Repeat or truncates an example to a shape; the seed selects the first row."""
     array = np.roll(array, -seed, axis=0) if array.ndim else array
     for axis, size in enumerate(shape):
         array = np.take(array, np.arange(size) % max(array.shape[axis], 1), axis=axis)

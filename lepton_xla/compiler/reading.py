@@ -59,7 +59,7 @@ def read_all(leaves: Sequence[WeightLeaf], files: VerifiedFiles) -> list[np.ndar
 
 
 def _check_memory(leaves: Sequence[WeightLeaf]) -> None:
-    """Checks that the declared sizes fit into memory before allocating: a few bytes can encode any number of zeros."""
+    """Check that the declared sizes fit into memory before allocating: a few bytes can encode any number of zeros."""
     declared = sum(leaf_bytes(leaf.shape, leaf.dtype) for leaf in leaves)
     present = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if declared > present:
@@ -111,7 +111,7 @@ def _by_pack(leaves: Sequence[_PackedLeaf]) -> dict[str, list[tuple[_PackedLeaf,
 
 
 def _read_pack(name: str, parts: Sequence[tuple[_PackedLeaf, Piece, np.ndarray]], files: VerifiedFiles) -> None:
-    """Verifies a file and decodes all its pieces."""
+    """Verify a file and decodes all its pieces."""
     data = memoryview(files.read(name))
     for leaf, piece, part in parts:
         try:

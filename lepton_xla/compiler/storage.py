@@ -53,7 +53,7 @@ class Store:
             raise ArtifactError(f"{self.location}: cannot be opened: {error}") from error
 
     def _look(self) -> tuple[int, int] | None:
-        """Identifies the folder, to detect a replacement; None if it does not exist, or in an object store."""
+        """Identify the folder, to detect a replacement; None if it does not exist, or in an object store."""
         path = local_path(self.location)
         try:
             found = None if path is None else os.stat(path)
@@ -123,7 +123,7 @@ class Store:
             raise ArtifactError(f"{self.location}: the existing files cannot be deleted: {error}") from error
 
     def _read_local(self, name: str, limit: int) -> bytes:
-        """Reads a local file directly: three times as fast as the key-value layer, and detects links."""
+        """Read a local file directly: three times as fast as the key-value layer, and detects links."""
         assert self._root is not None
         file = os.path.join(self._root, name)
         try:
@@ -190,7 +190,7 @@ def consistently[T](location: str | os.PathLike[str], read: Callable[[Store], T]
 
 
 def _write_whole(file: str, data: bytes) -> None:
-    """Creates or replaces a file atomically, and flushes it to the disk."""
+    """Create or replace a file atomically, and flush it to the disk."""
     os.makedirs(os.path.dirname(file), exist_ok=True)
     temporary = f"{file}.{secrets.token_hex(8)}.tmp"
     try:
@@ -290,7 +290,7 @@ def _check_replaceable(location: str | os.PathLike[str], *, overwrite: bool, is_
 
 
 def _remove_abandoned(target: pathlib.Path) -> None:
-    """Removes leftovers of saves to this target whose process was killed, which are no longer locked.
+    """Remove leftovers of saves to this target whose process was killed, which are no longer locked.
 
     An artifact that was moved aside is kept while the target is missing: it may be the only copy.
     """
@@ -310,7 +310,7 @@ def _remove_abandoned(target: pathlib.Path) -> None:
 
 @contextlib.contextmanager
 def _held(folder: str | os.PathLike[str]) -> Generator[bool, None, None]:
-    """Locks a folder until the block or the process ends; yields False if it is locked already or cannot be."""
+    """Lock a folder until the block or the process ends; yield False if it is locked already or cannot be."""
     try:
         descriptor = os.open(folder, os.O_RDONLY)
     except OSError:
@@ -328,7 +328,7 @@ def _held(folder: str | os.PathLike[str]) -> Generator[bool, None, None]:
 
 
 def _put_in_place(temporary: pathlib.Path, target: pathlib.Path, *, overwrite: bool) -> None:
-    """Renames the new artifact to the target; an old one is exchanged for it and then deleted.
+    """Rename the new artifact to the target; an old one is exchanged for it and then deleted.
 
     If the file system cannot exchange folders, the old artifact is moved aside first, and moved back if the rename
     fails.
@@ -352,7 +352,7 @@ def _put_in_place(temporary: pathlib.Path, target: pathlib.Path, *, overwrite: b
 
 
 def _flush_tree(root: pathlib.Path) -> None:
-    """Flushes the folders; the files were flushed when they were written."""
+    """Flush the folders; the files were flushed when they were written."""
     for folder, _, _ in os.walk(root, topdown=False):
         _flush(pathlib.Path(folder))
 

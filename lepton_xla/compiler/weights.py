@@ -159,7 +159,7 @@ def _regions(shape: Sequence[int], chunk: Sequence[int]) -> Iterator[tuple[slice
 
 
 def _choose(words: np.ndarray, haste: float) -> Encoding:
-    """Chooses the encoding with the lowest cost of bytes and decoding time, measured on a part of a large leaf.
+    """Choose the encoding with the lowest cost of bytes and decoding time, measured on a part of a large leaf.
 
     Args:
         words: the leaf.
@@ -225,7 +225,7 @@ class _Packs:
 
 
 def _drain(kv: ts.KvStore, folder: str) -> Iterator[tuple[str, bytes]]:
-    """Moves the chunks written so far out of the scratch store."""
+    """Move the chunks written so far out of the scratch store."""
     for key in kv.list().result():
         if key != b"zarr.json":
             yield f"{folder}/{key.decode()}", kv.read(key).result().value

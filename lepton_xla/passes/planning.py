@@ -28,7 +28,7 @@ from lepton_xla.trees import leaf_bytes, name_leaves, some_names
 
 @takes(recipe=Recipe, program=Program)
 def resolve(recipe: Recipe, program: Program, *, sites: Sequence[Site] | None = None) -> Plan:
-    """Decides what a recipe does to each site of a program.
+    """Decide what a recipe does to each site of a program.
 
     Args:
         recipe: the recipe.
@@ -91,7 +91,7 @@ def _decide(recipe: Recipe, site: Site, stored: Mapping[str, Any], lookups: Sequ
 
 
 def _check_used(rules: Sequence[Rule], sites: Sequence[Site], where: str) -> None:
-    """Refuses patterns that match nothing, and blocks whose sites are all taken by earlier blocks."""
+    """Refuse patterns that match nothing, and blocks whose sites are all taken by earlier blocks."""
     have = f"the program's {len(sites)} sites: {some_names([site.name for site in sites])}"
     left = list(sites)
     for index, rule in enumerate(rules):
@@ -118,7 +118,7 @@ def _names_lookups(rule: PruneRule, sites: Sequence[Site]) -> bool:
 
 
 def _share(planned: Sequence[SitePlan], recipe: str) -> list[SitePlan]:
-    """Gives all sites of a weight the same plan, because it is a single array."""
+    """Give all sites of a weight the same plan, because it is a single array."""
     groups: dict[str, list[SitePlan]] = {}
     for entry in planned:
         if entry.site.path is not None:
@@ -147,7 +147,7 @@ def _with_group(entry: SitePlan, group: Sequence[SitePlan], recipe: str) -> Site
 
 
 def _with_own_group(entry: SitePlan) -> SitePlan:
-    """Replaces `group:~G` by the `group:g` that fits the weight; all sites of a weight have the same matrix."""
+    """Replace `group:~G` by the `group:g` that fits the weight; all sites of a weight have the same matrix."""
     rule = entry.quantize
     if rule is None or "~" not in rule.granularity:
         return entry

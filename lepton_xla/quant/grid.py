@@ -197,7 +197,7 @@ type _Choice = tuple[jax.Array, jax.Array, jax.Array | None]
 def _least_error(
     blocks: jax.Array, scale: jax.Array, zero_point: jax.Array | None, target: Format, granularity: str
 ) -> tuple[jax.Array, jax.Array | None]:
-    """Searches for the scale and zero point with the smallest squared error of rounding and saturation.
+    """Search for the scale and zero point with the smallest squared error of rounding and saturation.
 
     Tries fractions of the covering scale (Choukroun et al. 2019, arXiv:1902.06822, section 3), then alternates a few
     times between fitting the scale to its codes by least squares and rounding to it. Errors are measured with the scale
@@ -362,5 +362,5 @@ def _group_count(rows: int, granularity: str) -> int:
 
 
 def _usable(scale: jax.Array) -> jax.Array:
-    """Replaces zero by 1 and subnormals by the smallest normal number; NaN stays NaN."""
+    """Replace zero by 1 and subnormals by the smallest normal number; NaN stays NaN."""
     return jnp.where(scale == 0, jnp.float32(1), jnp.maximum(scale, _TINY))

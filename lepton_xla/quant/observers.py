@@ -195,7 +195,7 @@ def mse_range(seen: Histogram, codes: np.ndarray) -> float:
 
 
 def _rounder(codes: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
-    """Rounds magnitudes to the nearest code, saturating."""
+    """Round magnitudes to the nearest code, saturating."""
     if np.array_equal(codes, np.arange(codes.size)):
         return lambda values: np.minimum(np.rint(values), codes[-1])
     middles = (codes[1:] + codes[:-1]) / 2

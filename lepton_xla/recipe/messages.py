@@ -64,7 +64,7 @@ def reason(error: Exception, given: Any, root: type[msgspec.Struct]) -> str:
 
 
 def _unknown_key(what: str, table: Any, where: str) -> str:
-    """Describes an unknown or missing key, and suggests the nearest known one."""
+    """Describe an unknown or missing key, and suggest the nearest known one."""
     at = f"{where}: " if where else ""
     unknown = re.fullmatch(r"Object contains unknown field `(.*)`", what)
     if unknown is None:

@@ -211,7 +211,7 @@ def check_rule(rule: PruneRule | QuantizeRule, where: str, *, needs_sparsity: bo
 
 
 def _check_prune_rule(rule: PruneRule, where: str, *, needs_sparsity: bool = True) -> None:
-    """Validates a `[[prune]]` block.
+    """Validate a `[[prune]]` block.
 
     Args:
         rule: the rule.

@@ -210,7 +210,7 @@ def _renewed(
     straight_through: bool,
     seed: int,
 ) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
-    """Updates the masks; returns them and the requested sparsity of each weight."""
+    """Update the masks; return them and the requested sparsity of each weight."""
     key = jax.random.fold_in(jax.random.key(seed), step)
     used = {target.path: weights[target.path] for target in targets}
     if not straight_through:
@@ -251,7 +251,7 @@ def _named(tree: Any) -> dict[str, Any]:
 
 
 def _each(tree: Any, by: Mapping[str, jax.Array], function: Callable[..., Any], *beside: Mapping[str, Any]) -> Any:
-    """Replaces the leaves that `by` names by `function(by[path], leaf, ...)`."""
+    """Replace the leaves that `by` names by `function(by[path], leaf, ...)`."""
     leaves = [
         function(by[path], leaf, *(other[path] for other in beside)) if path in by else leaf
         for path, leaf in _named(tree).items()
@@ -265,7 +265,7 @@ def _kept(mask: jax.Array, leaf: jax.Array) -> jax.Array:
 
 
 def _placed_as(mask: jax.Array, leaf: jax.Array) -> jax.Array:
-    """Shards a leaf like its mask, under explicit sharding: gradients may arrive replicated."""
+    """Shard a leaf like its mask, under explicit sharding: gradients may arrive replicated."""
     here, wanted = jax.typeof(leaf).sharding, jax.typeof(mask).sharding
     return leaf if here == wanted else jax.reshard(leaf, wanted)
 
@@ -309,7 +309,7 @@ def _check(rule: PruneRule, where: str, schedule: Schedule | None, regrow: Regro
 
 
 def _check_state(state: Any, paths: Sequence[str], weights: Mapping[str, Any]) -> None:
-    """Refuses a state of other weights or rules, such as from an old checkpoint."""
+    """Refuse a state of other weights or rules, such as from an old checkpoint."""
     if not isinstance(state, SparsityState):
         raise ModelError(
             f"sparsify: its state is a {type(state).__name__}, not a SparsityState; restore a checkpoint into the tree "

@@ -452,7 +452,7 @@ def _bytes(program: Program, plan: Plan, ranges: Mapping[str, jax.Array]) -> dic
 def _timings(
     program: Program, plan: Plan, sizes: Sequence[Mapping[str, int]], say: Progress
 ) -> dict[str, list[Timing]]:
-    """Times each product alone, in float and quantized, if it has a quantized form."""
+    """Time each product alone, in float and quantized, if it has a quantized form."""
     rules = {entry.site.name: entry.quantize for group in _groups(plan).values() for entry in group if entry.quantize}
     timings: dict[str, list[Timing]] = {}
     timer = Timer()

@@ -111,7 +111,7 @@ def autotune(
     timer: Timer | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> Program:
-    """Computes grouped convolutions, and products of one row in 16-bit floats, in the fastest measured way.
+    """Compute grouped convolutions, and products of one row in 16-bit floats, in the fastest measured way.
 
     Args:
         program: any program.
@@ -160,7 +160,7 @@ def autotune(
 
 
 def choose(program: Program, sizes: Sequence[Mapping[str, int]], say: Callable[[str], None], timer: Timer) -> Choices:
-    """Times all alternatives of each operation at all sizes, and chooses.
+    """Time all alternatives of each operation at all sizes, and choose.
 
     Args:
         program: the program; with unpacked weights, if it unpacks them on loading.
@@ -265,7 +265,7 @@ def _fastest(timings: Sequence[Timing]) -> str:
 def _time_whole(
     program: Program, choices: Choices, sizes: Sequence[Mapping[str, int]], say: Callable[[str], None], timer: Timer
 ) -> list[dict[str, Any]]:
-    """Times the whole program, as loaded, before and after."""
+    """Time the whole program, as loaded, before and after."""
     fn, weights = program.fn, program.weights
     if program.expansion is not None:
         fn, weights = program.expansion.fn, program.expansion.expand(program.weights)
@@ -300,6 +300,6 @@ def _mean_share(timings: Sequence[Timing], way: str) -> float:
 
 
 def _named(sizes: Mapping[str, int], before: str = "") -> str:
-    """Formats sizes for a message, such as `batch 8`; empty if there are none."""
+    """Format sizes for a message, such as `batch 8`; empty if there are none."""
     named = ", ".join(f"{name} {size}" for name, size in sizes.items())
     return named and before + named

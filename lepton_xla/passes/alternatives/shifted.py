@@ -38,7 +38,7 @@ def fits(eqn: Any) -> bool:
 def convolve(
     params: Mapping[str, Any], image: jax.Array, window: jax.Array, dtype: Any, *, channels_last: bool = False
 ) -> jax.Array:
-    """Computes a convolution that `fits`, as a sum over the positions k of its window and the I input channels of a
+    """Compute a convolution that `fits`, as a sum over the positions k of its window and the I input channels of a
     group.
 
     `out[n, p, g * M + m] = sum_ki padded[n, stride * p + dilation * k, g * I + i] * window[k, i, g * M + m]`, where M

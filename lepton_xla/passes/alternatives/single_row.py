@@ -23,7 +23,7 @@ def fits(eqn: Any) -> bool:
 
 
 def padded(eqn: Any, left: jax.Array, right: jax.Array) -> jax.Array:
-    """Computes a product that `fits` with a second row of zeros, which is dropped from the result.
+    """Compute a product that `fits` with a second row of zeros, which is dropped from the result.
 
     Args:
         eqn: the `dot_general`.
@@ -45,7 +45,7 @@ def padded(eqn: Any, left: jax.Array, right: jax.Array) -> jax.Array:
 
 
 def widened(eqn: Any, left: jax.Array, right: jax.Array) -> jax.Array:
-    """Computes a product that `fits` in float32, which represents the operands exactly.
+    """Compute a product that `fits` in float32, which represents the operands exactly.
 
     Args:
         eqn: the `dot_general`.

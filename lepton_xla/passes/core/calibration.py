@@ -88,7 +88,7 @@ type _Arrays = dict[str, np.ndarray]
 def _observer(
     program: Program, sites: _Sites
 ) -> Callable[[Sequence[jax.Array], _Arrays], tuple[_Arrays, _Arrays, _Arrays]]:
-    """Runs the program on inputs and gives, by site, the bits of the largest magnitudes, the counts, and the levels
+    """Run the program on inputs and give, by site, the bits of the largest magnitudes, the counts, and the levels
     that they were counted at; each with the axes of the site's steps leading."""
     counted = [name for name, (_, rule) in sites.items() if observers.counts_needed(rule.calibration)]
 

@@ -247,7 +247,7 @@ def _shard_map(walk: Walk, eqn: Any, values: Values, frame: Frame) -> tuple[Valu
 
 
 def _zeros(taps: Mapping[TapName, Any], drop: int = 0) -> Taps:
-    """Zeros like the taps, without their first `drop` axes."""
+    """Zero like the taps, without their first `drop` axes."""
     return {
         name: _compat.vary(jnp.zeros(value.shape[drop:], value.dtype), _compat.varying(value))
         for name, value in taps.items()

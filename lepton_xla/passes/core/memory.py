@@ -7,7 +7,7 @@ import sys
 
 
 def give_back() -> None:
-    """Makes the C library return what was freed, where it keeps that: glibc holds on to hundreds of MB of small blocks.
+    """Make the C library return what was freed, where it keeps that: glibc holds on to hundreds of MB of small blocks.
 
     Does nothing elsewhere.
     """

@@ -598,7 +598,7 @@ def _aval(atom: Any) -> jax.ShapeDtypeStruct:
 
 
 def lay_out(array: jax.Array, layout: Sequence[LayoutOp | Step]) -> jax.Array:
-    """Applies a weight's layout to the stored weight: the operand as its site sees it, stacked axes leading."""
+    """Apply a weight's layout to the stored weight: the operand as its site sees it, stacked axes leading."""
     for index, op in enumerate(layout):
         if isinstance(op, Step):
             return jax.vmap(lambda step, rest=layout[index + 1 :]: lay_out(step, rest))(array)

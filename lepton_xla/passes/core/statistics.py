@@ -60,7 +60,7 @@ def collect_statistics(
     gram: bool = False,
     limit_bytes: int = GRAM_LIMIT_BYTES,
 ) -> dict[str, Statistics]:
-    """Measures the activations at some sites, on the device, one pass over the data for each group of sites.
+    """Measure the activations at some sites, on the device, one pass over the data for each group of sites.
 
     Args:
         program: a program whose weights at these sites are float arrays.

@@ -91,7 +91,7 @@ class TimingCache:
         return times
 
     def put(self, key: str, times: Times) -> None:
-        """Keeps a measurement; where it cannot be written, nothing is from then on."""
+        """Keep a measurement; where it cannot be written, nothing is from then on."""
         if self.folder is None:
             return
         try:
@@ -118,7 +118,7 @@ class TimingCache:
 
 
 def _make_room(folder: pathlib.Path) -> None:
-    """Removes the oldest half of too many files, and what was left half written."""
+    """Remove the oldest half of too many files, and what was left half written."""
     with os.scandir(folder) as entries:
         found: list[tuple[float, str]] = []
         for entry in entries:

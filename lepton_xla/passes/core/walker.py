@@ -83,7 +83,7 @@ class Context:
     taps: Taps
 
     def tap(self, name: TapName, value: jax.Array, combine: Literal["max", "sum"] = "max") -> None:
-        """Sends a statistic out of every container around the equation.
+        """Send a statistic out of every container around the equation.
 
         Args:
             name: what the statistic is of, and what it is; one name is combined one way everywhere.
@@ -98,7 +98,7 @@ class Context:
         self.taps.update(self.walk.combined(self.taps, {name: value}))
 
     def bind(self, eqn: Any, values: Sequence[Any]) -> Values:
-        """Evaluates the equation as it is, on other operands."""
+        """Evaluate the equation as it is, on other operands."""
         return _compat.bind(eqn, [materialize(value) for value in values])
 
 
@@ -146,7 +146,7 @@ class Walk:
         self._holds: dict[int, str | None] = {}
 
     def call(self, jaxpr: Any, values: Sequence[Any], frame: Frame) -> tuple[Values, Taps]:
-        """Evaluates a jaxpr, dead equations left out; returns outputs, which may be `TracedValue`, and taps."""
+        """Evaluate a jaxpr, dead equations left out; return outputs, which may be `TracedValue`, and taps."""
         jaxpr, consts = _compat.open_jaxpr(jaxpr)
         if self.constant is not None:
             consts = [self.constant(value) for value in consts]

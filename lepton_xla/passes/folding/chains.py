@@ -57,7 +57,7 @@ class WeightExpression(TracedValue):
         return self.evaluate(self.given, self.known)
 
     def evaluate(self, weights: ArraysByPath, known: dict[WeightEquation, Values]) -> jax.Array:
-        """Evaluates the expression; `known` caches values for these weights."""
+        """Evaluate the expression; `known` caches values for these weights."""
         if self.source is None:
             assert self.path is not None
             return weights[self.path]
@@ -124,7 +124,7 @@ class ScaledProduct(TracedValue):
 
 
 def track_product(eqn: Any, site: Site, values: Values, found: list[ScaledProduct]) -> ScaledProduct:
-    """Starts a chain with the product of the original program."""
+    """Start a chain with the product of the original program."""
     activation, weight = materialize(values[0]), values[1]
     value = _compat.bind(eqn, [activation, weight.materialize()])[0]
     found.append(ScaledProduct(site, eqn, weight, activation, eqn.outvars[0].aval, value, axis_of(site, 0)))
@@ -157,7 +157,7 @@ def follow_expressions(context: Context, eqn: Any, values: Values) -> Values:
 
 
 def extended(eqn: Any, product: ScaledProduct, side: int, values: Values, literal: list[bool]) -> ScaledProduct | None:
-    """Extends a chain by an operation that scales or shifts channels; None if the operation does not."""
+    """Extend a chain by an operation that scales or shifts channels; None if the operation does not."""
     name = eqn.primitive.name
     aval = eqn.outvars[0].aval
     scale, shift, axis, moves = product.scale, product.shift, product.axis, product.moves

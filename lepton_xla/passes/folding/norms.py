@@ -70,7 +70,7 @@ class _Fold:
 
 @takes(program=Program)
 def fold(program: Program) -> Program:
-    """Folds batch norms (any per-channel affine) into the preceding weights; removes dead code and common
+    """Fold batch norms (any per-channel affine) into the preceding weights; remove dead code and common
     subexpressions.
 
     A weight is folded if it is used at one site only, outside control flow, and nothing else reads the product.
@@ -158,7 +158,7 @@ def _path(site: Site) -> str:
 
 
 def _folded(end: ScaledProduct, taken: set[str]) -> _Fold | None:
-    """Makes the fold of a chain, with an unused name for its bias; None if nothing scales or shifts the product."""
+    """Make the fold of a chain, with an unused name for its bias; None if nothing scales or shifts the product."""
     if end.scale is None:
         return None
     bias = None
@@ -169,7 +169,7 @@ def _folded(end: ScaledProduct, taken: set[str]) -> _Fold | None:
 
 
 def _made(weights: ArraysByPath, entry: _Fold) -> dict[str, jax.Array]:
-    """Computes the folded weight, in float32 or wider, and its bias; empty if the result would lose precision.
+    """Compute the folded weight, in float32 or wider, and its bias; empty if the result would lose precision.
 
     A narrow dtype may overflow, or lose a channel that falls below its normal numbers.
     """
@@ -187,7 +187,7 @@ def _made(weights: ArraysByPath, entry: _Fold) -> dict[str, jax.Array]:
 
 
 def _along(vector: jax.Array, axis: int, ndim: int) -> jax.Array:
-    """Reshapes a vector, or scalar, to an array of the given rank that varies along one axis."""
+    """Reshape a vector, or scalar, to an array of the given rank that varies along one axis."""
     return jnp.reshape(vector, [-1 if k == axis else 1 for k in range(ndim)])
 
 
@@ -199,7 +199,7 @@ def _walk(
     found: list[ScaledProduct] | None = None,
     folds: Mapping[str, _Fold] | None = None,
 ) -> Callable[..., Any]:
-    """Makes `fn` record its foldable products in `found`, or compute those of `folds` from folded weights."""
+    """Make `fn` record its foldable products in `found`, or compute those of `folds` from folded weights."""
 
     def rule(context: Context, eqn: Any, values: Values) -> Values | None:
         if eqn.effects or _compat.inner_jaxprs(eqn):
@@ -246,7 +246,7 @@ def _walk(
 
 
 def _finish(entry: _Fold, product: ScaledProduct) -> jax.Array:
-    """Computes the end of a chain from the folded weight."""
+    """Compute the end of a chain from the folded weight."""
     given = product.weight.given
     out = _compat.bind(product.eqn, [product.activation, given[_path(entry.site)]])[0]
     if entry.bias is not None:

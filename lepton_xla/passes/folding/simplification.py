@@ -14,7 +14,7 @@ from lepton_xla.trees import abstract
 
 
 def evaluate_once(context: Context, eqn: Any, values: Values) -> Values:
-    """Evaluates an equation, or reuses the result of the same equation on the same operands."""
+    """Evaluate an equation, or reuses the result of the same equation on the same operands."""
     operands = [materialize(value) for value in values]
     # Bodies of control flow may be traced several times, and values of one trace must not leak into another.
     key = identity(eqn, operands) if not context.container else None

@@ -28,7 +28,7 @@ class Carrier:
 
     @staticmethod
     def of(plan: Plan, weights: Mapping[str, Any]) -> Carrier:
-        """Makes the carrier for the computed weights that a plan prunes and that are not among `weights` (path ->
+        """Make the carrier for the computed weights that a plan prunes and that are not among `weights` (path ->
         array).
 
         Raises:
@@ -48,7 +48,7 @@ class Carrier:
         return Carrier(sources)
 
     def check_apart(self, paths: Iterable[str], weights: Mapping[str, Any]) -> None:
-        """Checks that no element belongs to two pruned weights, which could need different masks.
+        """Check that no element belongs to two pruned weights, which could need different masks.
 
         Args:
             paths: paths of all pruned weights, computed or not.
@@ -76,7 +76,7 @@ class Carrier:
         return {**weights, **{path: stored_shape(source, weights) for path, source in self.sources.items()}}
 
     def there(self, arrays: Mapping[str, jax.Array], weights: Mapping[str, Any]) -> dict[str, jax.Array]:
-        """Maps arrays with the shapes of weights to the computed weights; returns both, by path.
+        """Map arrays with the shapes of weights to the computed weights; return both, by path.
 
         Booleans stay booleans; a weight without an array counts as ones.
         """
@@ -94,7 +94,7 @@ class Carrier:
         return found
 
     def back(self, masks: Mapping[str, jax.Array], weights: Mapping[str, Any]) -> dict[str, jax.Array]:
-        """Maps masks back to stored weights: False where the mask of the weight itself or of a computed one is."""
+        """Map masks back to stored weights: False where the mask of the weight itself or of a computed one is."""
         found = {path: mask for path, mask in masks.items() if path not in self.sources}
         for path, source in self.sources.items():
             for other, count in _carried_back(source, ~masks[path], weights).items():

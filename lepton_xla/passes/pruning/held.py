@@ -16,7 +16,7 @@ _LEAST = float(np.finfo(np.float32).tiny)
 
 
 def held_last(scores: jax.Array, kept: jax.Array | None) -> jax.Array:
-    """Makes the scores of held elements the lowest, below zeros that are not held.
+    """Make the scores of held elements the lowest, below zeros that are not held.
 
     Args:
         scores: float32, not negative.
@@ -38,7 +38,7 @@ def held_units(target: Target, kept: jax.Array) -> jax.Array:
 
 
 def held_matrices(target: Target, kept: jax.Array) -> jax.Array:
-    """Reshapes a mask of the stored weight to `[*steps, B, K, N]`."""
+    """Reshape a mask of the stored weight to `[*steps, B, K, N]`."""
     return target.matrices(kept.astype(jnp.float32)) != 0
 
 

@@ -48,7 +48,7 @@ def magnitude_masks(weights: Sequence[jax.Array], sparsity: float) -> list[jax.A
 
 @takes(program=Program, plan=Plan)
 def prune(program: Program, plan: Plan, *, seed: int = 0) -> Program:
-    """Sets elements of each planned weight to zero, by methods that need no data.
+    """Set elements of each planned weight to zero, by methods that need no data.
 
     Elements that the program's masks hold at zero stay zero and count towards the target: 30 % of a weight with 50 %
     held changes nothing, 70 % prunes another fifth.
@@ -136,7 +136,7 @@ def with_masks(
     reasons: Mapping[str, str] | None = None,
     kept: Sequence[SiteReport] = (),
 ) -> Program:
-    """Applies masks to a program, and adds a report.
+    """Apply masks to a program, and add a report.
 
     Args:
         program, plan: the program to prune, and its plan.
@@ -178,7 +178,7 @@ def with_masks(
 
 
 def check_finite(path: str, weight: jax.Array) -> None:
-    """Checks that a weight holds no NaN or infinity.
+    """Check that a weight holds no NaN or infinity.
 
     Raises:
         ModelError: naming it.
@@ -191,7 +191,7 @@ def check_finite(path: str, weight: jax.Array) -> None:
 def masked(
     fn: Callable[..., Any], masks: Mapping[str, jax.Array], *, straight_through: bool = False
 ) -> Callable[..., Any]:
-    """Holds pruned weights at zero during training.
+    """Hold pruned weights at zero during training.
 
     Combines with `fake_quant` in either order: `masked(fake_quant(fn, plan), masks)` and `fake_quant(masked(fn, masks),
     plan)` are equal, and zero stays zero in every format.

@@ -48,7 +48,7 @@ def find_masks(
     exchange: bool = False,
     spare: bool = False,
 ) -> dict[str, jax.Array]:
-    """Finds masks of the elements to keep.
+    """Find masks of the elements to keep.
 
     Elements that earlier masks prune stay pruned and count towards the target. With `regrowth` or `exchange` elements
     may come back, but the number of pruned elements never falls.
@@ -126,7 +126,7 @@ def _regrown(
     regrowth: Regrowth,
     rank: Callable[[Sequence[Ranking]], Masks],
 ) -> Masks:
-    """Keeps the best of the kept units except for a share, which the others with the highest scores replace."""
+    """Keep the best of the kept units except for a share, which the others with the highest scores replace."""
     first: list[Ranking] = []
     second: list[Ranking] = []
     promises: list[list[jax.Array]] = []
@@ -154,7 +154,7 @@ def _together(targets: Sequence[Target]) -> bool:
 def _sparing(
     targets: Sequence[Target], units: Sequence[jax.Array], dropped: Any, *, spare: bool = False
 ) -> list[jax.Array]:
-    """Raises the scores of the largest unit of each step of each weight, so that a common ranking never prunes it.
+    """Raise the scores of the largest unit of each step of each weight, so that a common ranking never prunes it.
 
     Outside of `jit` scores are unchanged unless `spare` is set, because there such a rule can be refused.
     """
@@ -188,7 +188,7 @@ def _dropped(targets: Sequence[Target], units: Sequence[jax.Array], sparsity: An
 
 
 def group_masks(scores: jax.Array, pattern: Pattern, sparsity: Any, *, least: jax.Array | None = None) -> jax.Array:
-    """Prunes the smallest of each `rows` neighbours along K, the first in a tie.
+    """Prune the smallest of each `rows` neighbours along K, the first in a tie.
 
     Args:
         scores: `[..., K, N]`, not negative.
@@ -208,7 +208,7 @@ def group_masks(scores: jax.Array, pattern: Pattern, sparsity: Any, *, least: ja
 
 @functools.partial(jax.jit, static_argnames="rows")
 def _without_smallest(scores: jax.Array, rows: int, dropped: jax.Array) -> jax.Array:
-    """Prunes the `dropped` smallest of each `rows` neighbours of `[..., K, N]` along K."""
+    """Prune the `dropped` smallest of each `rows` neighbours of `[..., K, N]` along K."""
     keys = split_axis(scores, scores.ndim - 2, rows)
     keys = jnp.where(jnp.isnan(keys), jnp.full_like(keys, jnp.inf), keys)
     place = lax.broadcasted_iota(jnp.int32, keys.shape, keys.ndim - 2)

@@ -96,7 +96,7 @@ def keep_largest(rankings: Sequence[Ranking]) -> Masks:
 
 
 def _first_of_equal(equal: list[list[jax.Array]], left: Sequence[jax.Array]) -> Masks:
-    """Marks the first `left` of the marked places, over the arrays of each ranking in order."""
+    """Mark the first `left` of the marked places, over the arrays of each ranking in order."""
     counts = [[_count(part, each.ndim) for part in parts] for parts, each in zip(equal, left, strict=True)]
     quotas: list[list[jax.Array]] = []
     for each, remaining in zip(counts, left, strict=True):
@@ -192,7 +192,7 @@ def exact_mean(values: jax.Array, axes: tuple[int, ...], lead: int = 0) -> jax.A
 
 
 def largest_of_each(scores: jax.Array, lead: int) -> jax.Array:
-    """Marks the largest score of each step of the leading axes, the last in a tie: the one that is pruned last.
+    """Mark the largest score of each step of the leading axes, the last in a tie: the one that is pruned last.
 
     Args:
         scores: as in a `Ranking`, at least one per step.
@@ -218,7 +218,7 @@ def _count(marked: jax.Array, lead: int) -> jax.Array:
 
 
 def _beside(at: jax.Array, part: jax.Array) -> jax.Array:
-    """Reshapes a per-step value for comparison with all elements of the step."""
+    """Reshape a per-step value for comparison with all elements of the step."""
     return jnp.reshape(at, at.shape + (1,) * (part.ndim - at.ndim))
 
 

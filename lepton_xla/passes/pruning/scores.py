@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 def element_scores(
     target: Target, weight: jax.Array, *, gradient: jax.Array | None = None, key: jax.Array | None = None
 ) -> jax.Array:
-    """Scores each element of a stored weight by the rule's method, float32; signed for `deviation` only.
+    """Score each element of a stored weight by the rule's method, float32; signed for `deviation` only.
 
     Raises:
         RecipeError: if the method needs something that is missing.

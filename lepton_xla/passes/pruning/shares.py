@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def something_left(targets: Sequence[Target], *, keep: bool = False) -> dict[str, str]:
-    """Refuses rules that would prune a weight entirely, as far as shapes determine that.
+    """Refuse rules that would prune a weight entirely, as far as shapes determine that.
 
     Args:
         targets: the targets of all rules.

@@ -57,7 +57,7 @@ def sparsegpt_values(
     options: Options | None = None,
     kept: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Prunes one weight matrix.
+    """Prune one weight matrix.
 
     Args:
         weight: `[K, N]`, float32 or float64; everything except the ranking is computed in its dtype.
@@ -159,7 +159,7 @@ def sparsegpt(
     options: Options | None = None,
     sequential: bool = False,
 ) -> Program:
-    """Prunes the weights for which the plan has `method = "sparsegpt"`.
+    """Prune the weights for which the plan has `method = "sparsegpt"`.
 
     Args:
         program: the float program that the plan was made for.

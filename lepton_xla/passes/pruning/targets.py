@@ -52,13 +52,13 @@ class Target:
         return self.site.stacked if self.site is not None else 0
 
     def matrices(self, stored: jax.Array) -> jax.Array:
-        """Reshapes the stored weight, or an array of its shape, to `[*steps, B, K, N]`."""
+        """Reshape the stored weight, or an array of its shape, to `[*steps, B, K, N]`."""
         if self.site is not None:
             return matrix.stored_matrix(self.site, stored)
         return jnp.reshape(stored, (1, -1, stored.shape[-1]))
 
     def stored(self, mask: jax.Array) -> jax.Array:
-        """Reshapes a mask `[*steps, B, K, N]` to the stored weight."""
+        """Reshape a mask `[*steps, B, K, N]` to the stored weight."""
         if self.site is not None:
             return matrix.stored_weight(self.site, mask.astype(jnp.float32), self.like) != 0
         return jnp.reshape(mask, self.like.shape)
@@ -75,7 +75,7 @@ class Target:
         return exact_mean(blocks, (blocks.ndim - 3, blocks.ndim - 1), self.lead)
 
     def spread(self, mask: jax.Array) -> jax.Array:
-        """Expands a mask of `units` to the elements of the stored weight."""
+        """Expand a mask of `units` to the elements of the stored weight."""
         pattern = self.pattern
         if pattern.kind == "unstructured":
             return mask if self.site is None else matrix.steps_back(self.site, mask, self.like)
@@ -87,13 +87,13 @@ class Target:
 
 
 def split_axis(array: jax.Array, axis: int, size: int) -> jax.Array:
-    """Splits an axis in two, the second of this size; one axis at a time, as explicit sharding requires."""
+    """Split an axis in two, the second of this size; one axis at a time, as explicit sharding requires."""
     before, after = array.shape[:axis], array.shape[axis + 1 :]
     return jnp.reshape(array, (*before, array.shape[axis] // size, size, *after))
 
 
 def _repeat(array: jax.Array, axis: int, size: int) -> jax.Array:
-    """Repeats each element of an axis."""
+    """Repeat each element of an axis."""
     before, after = array.shape[: axis + 1], array.shape[axis + 1 :]
     wide = jnp.broadcast_to(jnp.expand_dims(array, axis + 1), (*before, size, *after))
     return jnp.reshape(wide, (*before[:-1], before[-1] * size, *after))
@@ -167,7 +167,7 @@ _EMBEDDINGS = {"embedding", "embeddings", "table"}
 
 
 def _left_out(path: str, leaves: Mapping[str, Any]) -> bool:
-    """Whether a leaf is not the matrix of a product; a vector's name counts only if the shapes of other leaves agree."""
+    """Whether a leaf is not the matrix of a product; a vector's name counts only if other shapes agree."""
     module, _, name = path.rpartition("/")
     shape = tuple(leaves[path].shape)
     if len(shape) < 2 or not math.prod(shape) or name in _EMBEDDINGS:

@@ -59,7 +59,7 @@ def wanda_mask(
 
 @takes(program=Program, plan=Plan)
 def wanda(program: Program, plan: Plan, batches: Iterable[Mapping[str, Any]]) -> Program:
-    """Prunes the weights for which the plan has `method = "wanda"`.
+    """Prune the weights for which the plan has `method = "wanda"`.
 
     Args:
         program: the float program that the plan was made for.

@@ -152,7 +152,7 @@ def _channels(site: Site, columns: jax.Array) -> jax.Array:
 
 
 def _add_biases(program: Program, added: Mapping[str, _Added]) -> Program:
-    """Adds a vector of the output channels to the results of some products."""
+    """Add a vector of the output channels to the results of some products."""
     if not added:
         return program
     names: dict[str, str] = {}

@@ -243,7 +243,7 @@ def _round(
     shared: int | None = None,
     clips: bool = True,
 ) -> _Rounded:
-    """Rounds an operand to the nearest code.
+    """Round an operand to the nearest code.
 
     Args:
         array: the operand.
@@ -423,7 +423,7 @@ def _beside(
 
 
 def _named(weights: Any, planned: Iterable[SitePlan]) -> dict[str, Any]:
-    """Leaves by path; refuses a tree that lacks a weight that is quantized."""
+    """Leaves by path; refuse a tree that lacks a weight that is quantized."""
     named = name_leaves(weights, prefix="weights")
     for entry in planned:
         site = entry.site
@@ -439,7 +439,7 @@ def _named(weights: Any, planned: Iterable[SitePlan]) -> dict[str, Any]:
 
 
 def _check_met(planned: Sequence[SitePlan], met: set[str], escapes: Escapes) -> None:
-    """Refuses a function that uses a planned weight, but not at its site: there it would silently stay float."""
+    """Refuse a function that uses a planned weight, but not at its site: there it would silently stay float."""
     for entry in planned:
         name, path = entry.site.name, entry.site.path
         if name not in met and not escapes.paths.isdisjoint((path, *made_of(entry.site))):

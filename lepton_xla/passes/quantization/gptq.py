@@ -88,7 +88,7 @@ def gptq_values(
     options: Options | None = None,
     mask: jax.Array | None = None,
 ) -> jax.Array:
-    """Rounds one weight matrix to a grid.
+    """Round one weight matrix to a grid.
 
     Groups have the scales that they start with: rounding one group does not move the grid of the next.
 
@@ -186,7 +186,7 @@ def gptq_codes(
     damping: float = 0.01,
     block: int = 32,
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-    """Quantizes one weight matrix to integers: `(codes - zero) * scale`.
+    """Quantize one weight matrix to integers: `(codes - zero) * scale`.
 
     Args:
         weight: `[K, N]`.

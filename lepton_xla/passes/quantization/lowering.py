@@ -303,7 +303,7 @@ def _lowered(
 
 
 def _store(planned: _Planned, weight: jax.Array, given: Mapping[str, jax.Array]) -> QTensor:
-    """Quantizes one stored weight, stacked axes and all, in its site's layout.
+    """Quantize one stored weight, stacked axes and all, in its site's layout.
 
     Raises:
         ModelError: if the weight, or a scale given, is not finite.
@@ -413,7 +413,7 @@ def _ratio(timings: Sequence[Timing]) -> float:
 
 
 def _candidate_sets(candidates: Sequence[_Planned], timings: Mapping[str, Sequence[Timing]]) -> list[frozenset[str]]:
-    """Sets of sites to try in integers: none, then ever more, the most promising first."""
+    """Set of sites to try in integers: none, then ever more, the most promising first."""
     ratios = {planned.site.name: _ratio(timings[planned.site.name]) for planned in candidates}
     if all(ratio == 0 for ratio in ratios.values()):
         return [frozenset(ratios)]  # nothing was timed, so everything is done as planned

@@ -66,7 +66,7 @@ class Timing:
 
 
 def compare(site: Site, decision: QuantizeRule, sizes: Mapping[str, int], timer: Timer) -> Timing:
-    """Times and checks one site, found at the given sizes, on random operands; sites that look the same only once."""
+    """Time and check one site, found at the given sizes, on random operands; sites that look the same only once."""
     key = _Key(site, decision)
     return dataclasses.replace(timer.once(key, functools.partial(_compare, key, timer)), sizes=dict(sizes))
 

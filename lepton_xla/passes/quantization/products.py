@@ -266,7 +266,7 @@ def store(
     given: Mapping[str, jax.Array] | None = None,
     weight_range: str = "absmax",
 ) -> QTensor:
-    """Quantizes a weight and lays it out for the fast path.
+    """Quantize a weight and lays it out for the fast path.
 
     Args:
         site: the site, as found.

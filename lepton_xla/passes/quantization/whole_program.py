@@ -47,7 +47,7 @@ class WholeProgram:
         time_programs: Callable[[Sequence[Variant], Any], list[float]],
         say: Callable[[str], None],
     ) -> None:
-        """Takes what it times.
+        """Take what it times.
 
         Args:
             program: the float program.
@@ -67,7 +67,7 @@ class WholeProgram:
     def sets(
         self, sets: Sequence[frozenset[str]], sizes: Sequence[Mapping[str, int]], unpacked: bool
     ) -> list[WholeTiming]:
-        """Times sets of sites in integers, the empty one first; one that lost at a size is infinite at later ones."""
+        """Time sets of sites in integers, the empty one first; one that lost at a size is infinite at later ones."""
         left, found = list(range(len(sets))), list[WholeTiming]()
         for at in sizes:
             timed = self._time(at, [self._variant(sets[index], unpacked) for index in left])

@@ -75,7 +75,7 @@ def awq(
     points: int = 20,
     multiply: bool = True,
 ) -> Program:
-    """Scales the input channels of planned products so that their rounded weights change the outputs least.
+    """Scale the input channels of planned products so that their rounded weights change the outputs least.
 
     The float function is unchanged. As in `smooth`, products that share an activation share its factor, which is folded
     into preceding weights where possible. A group for which no exponent beats 0 is not changed.

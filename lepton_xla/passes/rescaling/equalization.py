@@ -29,7 +29,7 @@ from lepton_xla.report import PassReport, SiteReport
 
 @takes(program=Program, plan=Plan)
 def equalize(program: Program, plan: Plan, *, rounds: int = 20, tolerance: float = 1e-3) -> Program:
-    """Equalizes every pair of products of which the plan quantizes the second; the float function is unchanged.
+    """Equalize every pair of products of which the plan quantizes the second; the float function is unchanged.
 
     Pairs are found by data flow, in stacked layers within each step. Equalizing a pair changes the ranges of the next
     one, so all pairs are repeated until the factors converge.

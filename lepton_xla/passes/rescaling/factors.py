@@ -38,7 +38,7 @@ class FactorGroup:
 
 
 def usable(factor: jax.Array, *, limit: float = 1e4) -> jax.Array:
-    """Makes a factor safe to divide by: 1 where it is not finite or not positive, clipped to limits."""
+    """Make a factor safe to divide by: 1 where it is not finite or not positive, clipped to limits."""
     safe = jnp.where(jnp.isfinite(factor) & (factor > 0), factor, jnp.ones_like(factor))
     return jnp.clip(safe, 1 / limit, limit)
 
@@ -128,7 +128,7 @@ def _column_absmax(stored: jax.Array, like: Alike, axis: int) -> jax.Array:
 
 
 def multiplied(array: jax.Array, factor: jax.Array) -> jax.Array:
-    """Multiplies an array by a factor, in float32 or wider; returns the array's dtype."""
+    """Multiply an array by a factor, in float32 or wider; return the array's dtype."""
     wide = wider(array.dtype)
     return (array.astype(wide) * factor.astype(wide)).astype(array.dtype)
 

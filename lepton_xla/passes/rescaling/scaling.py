@@ -40,13 +40,13 @@ def channels(site: Site) -> int:
 
 
 def channel_vector(site: Site, columns: jax.Array, reduce: Callable[..., jax.Array]) -> jax.Array:
-    """Reduces `[*steps, B, K]` to input channels, `[*steps, channels]`."""
+    """Reduce `[*steps, B, K]` to input channels, `[*steps, channels]`."""
     reduced = matrix.input_channels(site, columns, reduce)
     return jnp.reshape(reduced, (*reduced.shape[:-2], -1))
 
 
 def matrix_rows(site: Site, vector: jax.Array) -> jax.Array:
-    """Expands channels `[*steps, channels]` to the rows of weight matrices, `[*steps, B, K, 1]`."""
+    """Expand channels `[*steps, channels]` to the rows of weight matrices, `[*steps, B, K, 1]`."""
     batch, depth, _ = matrix.matrix_shape(site)
     window, lead = matrix.window_size(site), vector.shape[:-1]
     parts = jnp.reshape(vector, (*lead, batch, 1, -1))
@@ -55,7 +55,7 @@ def matrix_rows(site: Site, vector: jax.Array) -> jax.Array:
 
 
 def scale_groups(program: Program, plan: Plan) -> tuple[list[FactorGroup], dict[str, str]]:
-    """Groups the planned products by the activation that they share, in the order of execution.
+    """Group the planned products by the activation that they share, in the order of execution.
 
     A product that is not planned joins a group with which it shares the activation, if the preceding weights can absorb
     the factor only then.
@@ -89,7 +89,7 @@ def scale_groups(program: Program, plan: Plan) -> tuple[list[FactorGroup], dict[
 
 
 def _grouped(flow: Flow, root: tuple[Any, int], members: Sequence[Site], planned: set[str]) -> list[FactorGroup]:
-    """Groups the products on one activation; preceding weights absorb the factor if possible."""
+    """Group the products on one activation; preceding weights absorb the factor if possible."""
     var, axis = root
     places = [flow.places[site.name] for site in members]
     own = tuple(site for site in members if site.name in planned)
@@ -105,7 +105,7 @@ def _grouped(flow: Flow, root: tuple[Any, int], members: Sequence[Site], planned
 
 
 def _only_read_by(flow: Flow, places: Sequence[Place], var: Any) -> None:
-    """Raises `NotAbsorbedError` if anything but these products reads a variable."""
+    """Raise `NotAbsorbedError` if anything but these products reads a variable."""
     mine = {id(place.eqn) for place in places}
     if any(eqn is None or id(eqn) not in mine for eqn in flow.readers(places[0].body, var)):
         raise NotAbsorbedError("its activation is also read elsewhere")
@@ -137,7 +137,7 @@ def weight_absmax(weights: Mapping[str, Any], group: FactorGroup) -> jax.Array:
 
 
 def scaled_weights(weights: Mapping[str, Any], sites: Mapping[str, Site], group: FactorGroup, factor: jax.Array) -> Any:
-    """Multiplies a group's weights by its factor, and divides its absorbers by it.
+    """Multiply a group's weights by its factor, and divide its absorbers by it.
 
     Args:
         weights: all weights, by path.
@@ -156,14 +156,14 @@ def scaled_weights(weights: Mapping[str, Any], sites: Mapping[str, Site], group:
 
 @functools.partial(jax.jit, static_argnames="like")
 def _multiplied(stored: jax.Array, factor: jax.Array, like: Alike) -> jax.Array:
-    """Multiplies the input channels of a product's weight."""
+    """Multiply the input channels of a product's weight."""
     scaled = multiplied(matrix.stored_matrix(like.site, stored), matrix_rows(like.site, factor))
     return matrix.stored_weight(like.site, scaled, stored)
 
 
 @functools.partial(jax.jit, static_argnames=("like", "axis"))
 def _divided(stored: jax.Array, factor: jax.Array, like: Alike | None, axis: int | None) -> jax.Array:
-    """Divides an absorber: a vector, or another product's weight along an axis of its operand."""
+    """Divide an absorber: a vector, or another product's weight along an axis of its operand."""
     if like is None or axis is None:
         return multiplied(stored, 1 / jnp.reshape(factor, stored.shape))
     site = like.site
@@ -177,7 +177,7 @@ def _divided(stored: jax.Array, factor: jax.Array, like: Alike | None, axis: int
 
 
 def multiply_inputs(program: Program, factors: Sequence[tuple[FactorGroup, jax.Array]]) -> Program:
-    """Multiplies the activations of products by vectors, which become weights of the program.
+    """Multiply the activations of products by vectors, which become weights of the program.
 
     Products on one activation share one vector, so that the compiler can share the multiplication and the rounding.
 
@@ -220,7 +220,7 @@ def multiply_inputs(program: Program, factors: Sequence[tuple[FactorGroup, jax.A
 
 
 def _along_channels(site: Site, vector: jax.Array) -> jax.Array:
-    """Reshapes a vector of input channels for broadcasting to the activation operand."""
+    """Reshape a vector of input channels for broadcasting to the activation operand."""
     assert site.weight_operand is not None
     side = 1 - site.weight_operand
     shape = site.operands[side].shape

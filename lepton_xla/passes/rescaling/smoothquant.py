@@ -72,7 +72,7 @@ def smooth(
     unmultiplied: Collection[str] = (),
     known: dict[str, Statistics] | None = None,
 ) -> Program:
-    """Divides the activations of planned products and multiplies their weights; the float function is unchanged.
+    """Divide the activations of planned products and multiply their weights; the float function is unchanged.
 
     Products that share an activation share its factor. It is folded into preceding weights, such as a norm's scale and
     shift, if nothing else reads the activation; otherwise the activation is multiplied at the product.

@@ -98,7 +98,7 @@ def _zero_after(eqn: Any, flags: list[bool]) -> bool:
 
 
 def _note_scales(study: Findings, operands: list[Labelled]) -> None:
-    """Notes a weight vector that an activation is multiplied by."""
+    """Note a weight vector that an activation is multiplied by."""
     for operand in operands:
         if operand.path is not None:
             wide = [dimension for dimension in study.weights[operand.path] if not is_protected(dimension)]
@@ -106,7 +106,7 @@ def _note_scales(study: Findings, operands: list[Labelled]) -> None:
 
 
 def _protect_means(eqn: Any, operands: list[Labelled]) -> None:
-    """Protects axes that are summed and divided by their size, because the program holds the size as a constant."""
+    """Protect axes that are summed and divided by their size, because the program holds the size as a constant."""
     for operand, other in zip(operands, reversed(eqn.invars), strict=True):
         by = literal(other)
         for axes, count in operand.means:
@@ -132,7 +132,7 @@ def _along(names: str) -> Handler:
 
 
 def _reduce(study: Findings, context: Context, eqn: Any, operands: list[Labelled]) -> list[Labelled]:
-    """Sums may lose units that are zero in them; other reductions may lose none."""
+    """Sum may lose units that are zero in them; other reductions may lose none."""
     del study, context
     name, operand, gone = eqn.primitive.name, operands[0], eqn.params["axes"]
     for axis in gone:

@@ -55,7 +55,7 @@ class Study(Findings):
                 guard(out.axes, "it is part of the program's output")
 
     def use(self, values: Sequence[Any]) -> None:
-        """Notes a use of some values in the surrounding scans."""
+        """Note a use of some values in the surrounding scans."""
         for value in values:
             if isinstance(value, Labelled):
                 for dimension in value.axes:

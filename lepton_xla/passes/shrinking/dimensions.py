@@ -58,7 +58,7 @@ class Dimension:
         return "(" + (" * " if found.kind == "product" else " + ").join(map(repr, found.parts)) + ")"
 
     def become(self, other: Dimension) -> None:
-        """Replaces this leaf by an expression of the same size, whose leaves inherit its protection and scans."""
+        """Replace this leaf by an expression of the same size, whose leaves inherit its protection and scans."""
         for leaf in leaves(other):
             leaf.reason = leaf.reason or self.reason
             if self.scans is not None:
@@ -135,19 +135,19 @@ def is_protected(dimension: Dimension) -> bool:
 
 
 def protect(dimension: Dimension, reason: str) -> None:
-    """Protects a dimension; the first reason given is reported."""
+    """Protect a dimension; the first reason given is reported."""
     for found in leaves(dimension):
         found.reason = found.reason or reason
 
 
 def touch(dimension: Dimension, scans: Scans) -> None:
-    """Notes a use of a dimension within some scans: only in these may each step lose different units."""
+    """Note a use of a dimension within some scans: only in these may each step lose different units."""
     for found in leaves(dimension):
         found.scans = _meet(found.scans, scans)
 
 
 def unify(a: Dimension, b: Dimension, why: str) -> None:
-    """Unifies two dimensions of the same size; `why` is the reason for protecting them if they cannot be aligned."""
+    """Unify two dimensions of the same size; `why` is the reason for protecting them if they cannot be aligned."""
     try:
         _unify(a, b)
     except _MisalignedError:
@@ -165,7 +165,7 @@ def split_off(dimension: Dimension, start: int, why: str) -> tuple[Dimension, Di
 
 
 def reshaped(dimension: Dimension, sizes: Sequence[Size], why: str) -> list[Dimension]:
-    """Splits a dimension into several of the given sizes, the first the slowest."""
+    """Split a dimension into several of the given sizes, the first the slowest."""
     rest, outs = dimension, list[Dimension]()
     try:
         for size in reversed(sizes[1:]):
@@ -221,7 +221,7 @@ def units_of(dimension: Dimension, unit_of: Dimension) -> np.ndarray:
 
 
 def unit_sums(values: np.ndarray, units: np.ndarray, count: int) -> np.ndarray:
-    """Sums over the positions of each unit along the last axis, `[..., count]`; `units` is a result of `units_of`."""
+    """Sum over the positions of each unit along the last axis, `[..., count]`; `units` is a result of `units_of`."""
     total = np.zeros((*values.shape[:-1], count))
     own = units >= 0
     places: Any = (..., units[own])
@@ -311,7 +311,7 @@ def _unify_factors(first: list[Dimension], second: list[Dimension]) -> None:
 
 
 def _factorize(dimension: Dimension, minor: Size) -> tuple[Dimension, Dimension]:
-    """Factorizes a dimension into two, the second of a given size."""
+    """Factorize a dimension into two, the second of a given size."""
     dimension = resolve(dimension)
     if _same(minor, 1):
         return dimension, UNIT
@@ -343,7 +343,7 @@ def _factorize(dimension: Dimension, minor: Size) -> tuple[Dimension, Dimension]
 
 
 def _split(dimension: Dimension, start: int) -> tuple[Dimension, Dimension]:
-    """Splits a dimension at `start` into two non-empty parts."""
+    """Split a dimension at `start` into two non-empty parts."""
     dimension = resolve(dimension)
     if not (isinstance(dimension.size, int) and 0 < start < dimension.size):
         raise _MisalignedError

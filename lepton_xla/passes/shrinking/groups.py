@@ -160,7 +160,7 @@ class Groups:
         return "\n".join([f"{len(self.items)} groups, {len(self.removable)} of which may lose units", *lines])
 
     def draw(self, path: str) -> None:
-        """Draws which axes of which weights belong to which group: one row per weight, one column per group.
+        """Draw which axes of which weights belong to which group: one row per weight, one column per group.
 
         Args:
             path: the file to write; its suffix selects the format (`.svg`, `.png`, `.pdf`).
@@ -196,7 +196,7 @@ class Groups:
 
 @takes(program=Program, sizes=Mapping)
 def find_groups(program: Program, *, sizes: Mapping[str, int] | None = None) -> Groups:
-    """Finds the channels, hidden units and heads of a program that can be removed, and their slices of weights.
+    """Find the channels, hidden units and heads of a program that can be removed, and their slices of weights.
 
     Args:
         program: a program whose weights are arrays.
@@ -305,7 +305,7 @@ def _study(program: Program, sizes: Mapping[str, int]) -> Study:
 
 
 def _larger(program: Program, sizes: Mapping[str, int]) -> Study | None:
-    """Repeats the study with symbolic dimensions one larger or, if that fails, twice as large."""
+    """Repeat the study with symbolic dimensions one larger or, if that fails, twice as large."""
     for more in ({name: size + 1 for name, size in sizes.items()}, {name: 2 * size for name, size in sizes.items()}):
         if more != sizes:
             try:
@@ -344,7 +344,7 @@ def loses(dimension: Dimension, kept: Kept) -> bool:
 
 
 def transferred(study: Study, masks: Masks) -> tuple[Kept, str]:
-    """Transfers masks of weights to the leaves of another study of the same function, at other sizes of its inputs.
+    """Transfer masks of weights to the leaves of another study of the same function, at other sizes of its inputs.
 
     Returns:
         Which units of the leaves stay; and a refusal, if something cannot be removed there, else an empty text.

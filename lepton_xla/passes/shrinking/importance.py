@@ -36,7 +36,7 @@ def importance_scores(
     calibration: Batches | None = None,
     loss: Loss | None = None,
 ) -> dict[str, np.ndarray]:
-    """Scores the units of every group that is not protected.
+    """Score the units of every group that is not protected.
 
     A group's score is the mean over its weights of each weight's score, divided by its mean over the units, as in
     Torch-Pruning (Fang et al. 2023, arXiv:2301.12900); so a score of 1 is average, and groups can be ranked together.
@@ -195,7 +195,7 @@ def _unit_maps(shape: Sequence[int], axes: Axes, leaf: Dimension) -> list[np.nda
 
 
 def _per_unit(values: np.ndarray, axes: Axes, group: Group) -> list[np.ndarray]:
-    """Sums a weight-like array over the slices of each unit, `[*steps, units]`, for each axis with such slices."""
+    """Sum a weight-like array over the slices of each unit, `[*steps, units]`, for each axis with such slices."""
     steps = len(group.steps)
     sums: list[np.ndarray] = []
     for axis, dimension in enumerate(axes):

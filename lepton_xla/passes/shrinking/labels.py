@@ -95,13 +95,13 @@ def fixed(var: Any, reason: str) -> Labelled:
 
 
 def guard(axes: Sequence[Dimension], reason: str) -> None:
-    """Protects several dimensions."""
+    """Protect several dimensions."""
     for dimension in axes:
         protect(dimension, reason)
 
 
 def pair(first: Sequence[Dimension], second: Sequence[Dimension], eqn: Any) -> None:
-    """Unifies the axes of two values."""
+    """Unify the axes of two values."""
     for a, b in zip(first, second, strict=True):
         unify(a, b, f"axes that do not line up meet in `{eqn.primitive.name}`")
 

@@ -63,7 +63,7 @@ def shrink(
     timer: Timer | None = None,
     on_unsupported: Literal["error", "keep"] = "error",
 ) -> Program:
-    """Removes the least important channels, hidden units and heads.
+    """Remove the least important channels, hidden units and heads.
 
     Give exactly one of `sparsity`, `flops`, `bytes` and `latency_ms`. Every group keeps at least one unit.
 
@@ -250,7 +250,7 @@ def _search(
     latency_ms: float | None,
     timer: Timer | None,
 ) -> dict[str, int]:
-    """Finds by bisection the fewest units to remove that reach a target."""
+    """Find by bisection the fewest units to remove that reach a target."""
     before = cost(program, sizes)
     if (flops is not None and not before.flops) or (size is not None and not before.weights_bytes):
         what = "operations" if flops is not None else "bytes of weights"

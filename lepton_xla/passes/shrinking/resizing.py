@@ -25,7 +25,7 @@ from lepton_xla.trees import abstract
 
 
 def remove(program: Program, groups: Groups, kept: Kept, *, shapes_only: bool = False) -> Program:
-    """Removes units from a program.
+    """Remove units from a program.
 
     Args:
         program: the program.
@@ -45,7 +45,7 @@ def remove(program: Program, groups: Groups, kept: Kept, *, shapes_only: bool = 
 
 
 def _cut(weight: Any, masks: Sequence[np.ndarray | None]) -> jax.Array:
-    """Selects the slices that stay; on the host, because on a device each new shape would be compiled."""
+    """Select the slices that stay; on the host, because on a device each new shape would be compiled."""
     library: Any = jnp if isinstance(weight, Tracer) else np
     cut = weight if library is jnp else np.asarray(weight)
     for axis, mask in enumerate(masks):
@@ -63,7 +63,7 @@ def _cut(weight: Any, masks: Sequence[np.ndarray | None]) -> jax.Array:
 
 
 def _placed(cut: Any, weight: Any) -> Any:
-    """Puts a smaller weight on the devices of the original, with the same sharding if its shape allows."""
+    """Put a smaller weight on the devices of the original, with the same sharding if its shape allows."""
     sharding = getattr(weight, "sharding", None)
     if not isinstance(sharding, NamedSharding) or not isinstance(cut, jax.Array):
         return cut
@@ -90,7 +90,7 @@ def on_smaller_weights(
     *,
     keep_outputs: bool = True,
 ) -> Callable[..., Any]:
-    """Makes `fn(weights, *inputs)` for weights without the slices that the masks remove.
+    """Make `fn(weights, *inputs)` for weights without the slices that the masks remove.
 
     Args:
         fn: the function.
@@ -137,7 +137,7 @@ def on_smaller_weights(
 def _with_derivative(
     context: Context, eqn: Any, values: Values, axes: Sequence[Axes | None], kept: Kept
 ) -> Values | None:
-    """Adapts a function with a custom derivative to smaller operands, together with its derivative.
+    """Adapt a function with a custom derivative to smaller operands, together with its derivative.
 
     If the derivative cannot be adapted, because it depends on positions that the function does not, the smaller
     function is differentiated instead.
@@ -204,5 +204,5 @@ def _first_step(mask: np.ndarray) -> np.ndarray:
 
 
 def _cut_constant(constant: Any, masks: Sequence[np.ndarray | None]) -> jax.Array:
-    """Removes slices of a constant. If steps remove different units, the constant is uniform along that axis."""
+    """Remove slices of a constant. If steps remove different units, the constant is uniform along that axis."""
     return _cut(constant, [_first_step(mask) if mask is not None else None for mask in masks])
