@@ -31,7 +31,7 @@ class QTensor:
         rows: K.
         zero_point: uint8, shaped like `scale`, for affine formats; else None.
         codebook: float32 [..., levels], for learned formats; else None.
-        transposed: whether codes are stored column-major, for platforms that multiply them so.
+        transposed: whether codes are stored column-major, as products of codes are fastest.
 
     >>> from lepton_xla.quant import quantize
     >>> weight = quantize(jnp.array([[7.0, 3.5], [-3.0, 0.5], [1.0, -1.0]]), "int4")
@@ -73,8 +73,14 @@ class QTensor:
         ((3, 2), (2, 3))
         """
         assert FORMATS[self.format].bits == 8
-        assert not self.transposed
-        return dataclasses.replace(self, values=jnp.swapaxes(self.values, -1, -2), transposed=True)
+        return self if self.transposed else self._turned()
+
+    def by_rows(self) -> QTensor:
+        """Return the same matrix with its codes stored row-major."""
+        return self._turned() if self.transposed else self
+
+    def _turned(self) -> QTensor:
+        return dataclasses.replace(self, values=jnp.swapaxes(self.values, -1, -2), transposed=not self.transposed)
 
     def dequantize(self, dtype: jnp.dtype | str = "float32") -> jax.Array:
         """Return the float matrix [..., K, N]."""

@@ -153,6 +153,7 @@ def test_one_site_is_fake_quantization_to_rounding(name, options):
     (path,) = {site.site.path for site in plan.sites}
     assert lowered.weights[path].values.dtype == jnp.int8
     assert lowered.weights[path].values.size == program.weights[path].size
+    assert lowered.weights[path].transposed is ("none" not in options and name != "linen conv")
     assert products_of(lowered) == [FLOAT if "none" in options else INTEGER]
     float_leaves = [leaf for leaf in jax.tree.leaves(lowered.weights) if leaf.dtype == jnp.float32]
     assert all(leaf.size < program.weights[path].size for leaf in float_leaves)
@@ -297,7 +298,8 @@ def tied(w, x):
 def test_a_tied_embedding_is_stored_once():
     program = trace(tied, {"table": array(10, 6), "dense": array(6, 6, seed=1)}, ROWS)
     lowered = run_lower(program, resolve(recipe(), program))
-    assert lowered.weights["table"].values.shape == (6, 10)
+    assert lowered.weights["table"].shape == (6, 10)
+    assert lowered.weights["table"].values.shape == (10, 6)
     assert lowered.weights["table"].values.dtype == jnp.int8
     reports = {site.site: (site.action, site.reason) for site in lowered.history[-1].sites}
     assert reports == {"table": ("int8 weights", ""), "dense": ("int8 x int8", ""), "table#1": ("int8 x int8", "")}
@@ -439,6 +441,8 @@ def test_what_is_slower_is_taken_back_and_stays_small(monkeypatch):
     assert products_of(lowered) == [INTEGER, FLOAT]
     assert all(isinstance(lowered.weights[name], QTensor) for name in ("a", "b"))
     assert set(lowered.weights) == {"a", "b", "a:act_absmax"}
+    # Codes that are multiplied lie column by column; those that become floats first lie as float weights do.
+    assert [lowered.weights[name].values.shape for name in ("a", "b")] == [(8, 6), (8, 3)]
     reports = {site.site: site for site in lowered.history[-1].sites}
     assert (reports["a"].action, reports["a"].reason) == ("int8 x int8", "")
     assert reports["b"].action == "int8 weights"

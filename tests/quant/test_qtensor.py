@@ -150,6 +150,9 @@ def test_codes_that_lie_by_columns_stand_for_the_same_matrix(name):
     assert turned.values.shape == (5, 6)
     assert turned.shape == (6, 5)
     np.testing.assert_array_equal(turned.codes(), stored.codes())
+    np.testing.assert_array_equal(turned.by_rows().values, stored.values)
+    assert turned.by_columns() is turned
+    assert stored.by_rows() is stored
     np.testing.assert_array_equal(jax.jit(lambda q: q.dequantize())(turned), stored.dequantize())
     index = jnp.asarray([3, 0, 3])
     np.testing.assert_array_equal(turned.columns(index).dequantize(), stored.columns(index).dequantize())

@@ -129,14 +129,8 @@ def lower(
     weights: dict[str, Any] = dict(program.weights)
     like = abstract(program.weights)
     reports: list[SiteReport] = []
-    stored: list[_Planned] = []
-    known = {} if known is None else known
-    for path, group in _by_weight(plan).items():
-        weight = program.weights[path]
-        if path not in known or known[path][0] is not weight:
-            known[path] = weight, _store(group[0], weight, given.get(path, {}))
-        weights[path] = known[path][1]
-        stored += group
+    groups = _by_weight(plan)
+    stored = [planned for group in groups.values() for planned in group]
     pairs = [
         _Planned(entry.site, entry.quantize)
         for entry in plan.sites
@@ -146,6 +140,13 @@ def lower(
     reasons = {planned.site.name: products.float_reason(planned.site, planned.rule) for planned in every}
     reasons |= {name: reason for name, reason in (in_float or {}).items() if name in reasons}
     candidates = [planned for planned in every if planned.rule.activations != "none" and not reasons[planned.site.name]]
+    multiplied = {planned.site.path for planned in candidates if planned.site.kind == "dot_general"}
+    known = {} if known is None else known
+    for path, group in groups.items():
+        weight = program.weights[path]
+        if path not in known or known[path][0] is not weight:
+            known[path] = weight, _store(group[0], weight, given.get(path, {}), path in multiplied)
+        weights[path] = known[path][1]
     values: dict[Key, jax.Array] = {}
     for planned in candidates:
         trained = given.get(planned.site.name, {}).get("activation")
@@ -181,10 +182,10 @@ def lower(
         and an operation as much time.
         """
         own = weights | _own(values, names, integer)
-        for path, site in _unpackable(stored, integer).items() if unpacked else ():
-            if path not in laid:
+        for path, site in _unpackable(stored, integer).items():
+            if unpacked and path not in laid:
                 laid[path] = _laid(program.weights[path], Alike(site)) if site.layout else program.weights[path]
-            own[path] = laid[path]
+            own[path] = laid[path] if unpacked else weights[path].by_rows()
         return Candidate(choices.apply(build(integer)), compiled), own  # as `autotune` will leave it
 
     floating = (Candidate(choices.apply(program.fn), compiled), program.weights)
@@ -197,6 +198,7 @@ def lower(
     integer = _fastest(sets, tried)
     lowered_us = {at: timed.set_us[sets.index(integer)] for at, timed in enumerate(tried)}
     unpackable = _unpackable(stored, integer)
+    weights |= {path: weights[path].by_rows() for path in unpackable}
     expansion = None
     if unpackable and may_unpack and sizes:
         once, tried, lowered_us = whole.unpacking(integer, _spread(sizes), tried, lowered_us)
@@ -302,8 +304,8 @@ def _lowered(
     return run
 
 
-def _store(planned: _Planned, weight: jax.Array, given: Mapping[str, jax.Array]) -> QTensor:
-    """Quantize one stored weight, stacked axes and all, in its site's layout.
+def _store(planned: _Planned, weight: jax.Array, given: Mapping[str, jax.Array], multiplied: bool) -> QTensor:
+    """Quantize one stored weight, stacked axes and all, in its site's layout; its codes as a product takes them.
 
     Raises:
         ModelError: if the weight, or a scale given, is not finite.
@@ -313,17 +315,20 @@ def _store(planned: _Planned, weight: jax.Array, given: Mapping[str, jax.Array])
     for what, array in (("it", weight), *((f"its {name}", array) for name, array in grid.items())):
         if not is_finite(array):
             raise ModelError(f"weight {site.path!r} cannot be quantized: {what} holds NaN or infinity")
-    return _quantized(weight, grid, Alike(site), planned.rule)
+    return _quantized(weight, grid, Alike(site), planned.rule, multiplied)
 
 
-@functools.partial(jax.jit, static_argnames=("like", "rule"))
-def _quantized(weight: jax.Array, grid: Mapping[str, jax.Array], like: Alike, rule: QuantizeRule) -> QTensor:
+@functools.partial(jax.jit, static_argnames=("like", "rule", "multiplied"))
+def _quantized(
+    weight: jax.Array, grid: Mapping[str, jax.Array], like: Alike, rule: QuantizeRule, multiplied: bool
+) -> QTensor:
     """Compiled once for all weights of one shape."""
     format_of = (rule.weights, rule.granularity)
     quantize = lambda step, grid: products.store(like.site, step, *format_of, grid, rule.weight_range)  # noqa: E731
     for _ in range(like.site.stacked):
         quantize = jax.vmap(quantize)
-    return quantize(lay_out(weight, like.site.layout), grid)
+    stored = quantize(lay_out(weight, like.site.layout), grid)
+    return products.for_product(stored) if multiplied else stored
 
 
 def _zero_channels(site: Site, weight: jax.Array) -> str:

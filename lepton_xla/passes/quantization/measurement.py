@@ -127,7 +127,7 @@ def _operands(key: _Key, *operands: jax.Array) -> tuple[tuple[Any, ...], list[ja
     scale = None if rule.dynamic else absmax_scale(jnp.max(jnp.abs(act)), FORMATS[name])
     rounded = [_rounded(act, products.activation_scale(site, act, name, scale), name)]
     rounded.insert(site.weight_operand, products.restore(site, stored))
-    return (act, stored, scale), rounded
+    return (act, products.for_product(stored) if site.kind == "dot_general" else stored, scale), rounded
 
 
 def _in_codes(key: _Key, *args: Any, pad: bool = False) -> jax.Array:

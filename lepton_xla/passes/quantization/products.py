@@ -30,10 +30,8 @@ RANGE, SCALE = "act_absmax", "act_scale"
 FP8_PLATFORMS = ("gpu",)
 # Where XLA has no convolution of integers: on an H200, jaxlib 0.11.2, running one is an error (UNIMPLEMENTED).
 NO_INTEGER_CONVOLUTION = ("gpu",)
-# Where the libraries that multiply codes take both operands with the axis that is summed over last; for a weight that
-# has it first, XLA would transpose it on each call, which takes longer than a product with a few rows.
-COLUMN_PLATFORMS = ("gpu",)
-# From how many rows a library multiplies integers there, and not a Triton kernel that rescales as well.
+# Where, from how many rows on, a library multiplies integers and not a Triton kernel that rescales as well.
+LIBRARY_PLATFORMS = ("gpu",)
 LIBRARY_ROWS = 1024
 # On NVIDIA's GPUs a Triton kernel that XLA may choose gives exactly twice an int8 product that sums over 16 or fewer;
 # over 24 or more none was wrong (an H200, jaxlib 0.11.2); docs/benchmarks/gpu.md has what is checked.
@@ -277,12 +275,14 @@ def store(
         weight_range: how its scale is chosen, where it is not given: `absmax` or `mse`.
 
     Returns:
-        A matrix `[batch..., K, N]`, laid out as this platform multiplies it, so that no transpose is left at run time:
-        row-major, or for `COLUMN_PLATFORMS` column-major.
+        A matrix `[batch..., K, N]`, row-major.
     """
-    stored = quantize(to_matrix(site, weight), name, granularity, weight_range, **(given or {}))
-    whole = FORMATS[name].bits == 8 and site.kind == "dot_general"
-    return stored.by_columns() if whole and jax.default_backend() in COLUMN_PLATFORMS else stored
+    return quantize(to_matrix(site, weight), name, granularity, weight_range, **(given or {}))
+
+
+def for_product(stored: QTensor) -> QTensor:
+    """The stored weight of a `dot_general` of codes as that is fastest: column-major, unless its codes are packed."""
+    return stored.by_columns() if FORMATS[stored.format].bits == 8 else stored
 
 
 def restore(site: Site, stored: QTensor) -> jax.Array:
@@ -329,7 +329,7 @@ def code_product(
     Args:
         site: the site, with the operands' shapes as they are here.
         activation: the float operand.
-        stored: the weight, as `store` made it, with one scale a channel or tensor.
+        stored: the weight, row-major or column-major, with one scale a channel or tensor.
         name: the activation's format, of the same kind as the weight's.
         static: the activation's scale, or None for dynamic ones.
         pad_single: whether a single row is padded to two, since one row misses XLA's int8 kernels on CPU.
@@ -338,7 +338,8 @@ def code_product(
     codes = encode(activation, scale, FORMATS[name])
     if site.kind == "conv_general_dilated":
         return _convolve(site, codes, scale, stored).astype(site.output.dtype)
-    return _multiply(site, codes, scale, stored.codes(), stored.scale, pad_single).astype(site.output.dtype)
+    weight = (stored.values, -1) if stored.transposed else (stored.codes(), -2)
+    return _multiply(site, codes, scale, *weight, stored.scale, pad_single).astype(site.output.dtype)
 
 
 def pair_product(site: Site, left: jax.Array, right: jax.Array, name: str, *, pad_single: bool) -> jax.Array:
@@ -356,7 +357,7 @@ def pair_product(site: Site, left: jax.Array, right: jax.Array, name: str, *, pa
     matrix = to_matrix(weighted, right)
     columns = absmax_scale(magnitude(matrix, (-2,)), target)
     codes = encode(left, scale, target), encode(matrix, columns, target)
-    return _multiply(weighted, codes[0], scale, codes[1], columns, pad_single).astype(site.output.dtype)
+    return _multiply(weighted, codes[0], scale, codes[1], -2, columns, pad_single).astype(site.output.dtype)
 
 
 def code_order(site: Site) -> tuple[int, int] | None:
@@ -412,9 +413,15 @@ def _at_output(site: Site, scale: jax.Array, side: int) -> jax.Array:
 
 
 def _multiply(
-    site: Site, codes: jax.Array, scale: jax.Array, matrix: jax.Array, columns_scale: jax.Array, pad_single: bool
+    site: Site,
+    codes: jax.Array,
+    scale: jax.Array,
+    matrix: jax.Array,
+    summed: int,
+    columns_scale: jax.Array,
+    pad_single: bool,
 ) -> jax.Array:
-    """Codes of activations by the codes `[batch..., K, N]` of a weight with scales `[batch..., 1, N or 1]`."""
+    """Codes of activations by those of a weight, whose axis `summed` is K, with scales `[batch..., 1, N or 1]`."""
     dims = _dims(site)
     batch = tuple(codes.shape[axis] for axis in dims.act_batch)
     rows = tuple(codes.shape[axis] for axis in dims.act_free)
@@ -426,11 +433,12 @@ def _multiply(
     if single:
         left = jnp.concatenate([left, jnp.zeros_like(left)], axis=-2)
     lead = tuple(range(len(batch)))
-    numbers = (((left.ndim - 1,), (left.ndim - 2,)), (lead, lead))
+    contract = ((left.ndim - 1,), (left.ndim + summed,))
+    numbers = (contract, (lead, lead))
     if jnp.issubdtype(codes.dtype, jnp.integer):
-        left, matrix = _deepened(left, (left.ndim - 1,)), _deepened(matrix, (left.ndim - 2,))
+        left, matrix = (_deepened(operand, axes) for operand, axes in zip((left, matrix), contract, strict=True))
         out = lax.dot_general(left, matrix, numbers, preferred_element_type=jnp.int32)
-        if jax.default_backend() in COLUMN_PLATFORMS and isinstance(count, int) and count >= LIBRARY_ROWS:
+        if jax.default_backend() in LIBRARY_PLATFORMS and isinstance(count, int) and count >= LIBRARY_ROWS:
             # XLA would join the conversion that follows to a Triton kernel of the product, and where it takes a
             # library's in the end, the conversion is left over as a pass of its own (4096 cubed: 190 us, not 153).
             out = lax.optimization_barrier(out)
@@ -474,13 +482,13 @@ def _deepened(codes: jax.Array, axes: Sequence[int]) -> jax.Array:
 
 
 def _float_product(left: jax.Array, right: jax.Array, numbers: Any, dtype: jnp.dtype) -> jax.Array:
-    """The product of matrices `[..., M, K]` and `[..., K, N]` of fp8 codes, right at every size.
+    """The product of matrices `[..., M, K]` and `[..., K, N]` or `[..., N, K]` of fp8 codes, right at every size.
 
     Where they are smaller than `SAFE_FP8_VALUES`, or may be, they go as bfloat16, which holds the same numbers. A model
     of bfloat16 gets its result in it: sums are float32 all the same, and half the bytes are written.
     """
-    rows, depth, columns = (size if isinstance(size, int) else 1 for size in (*left.shape[-2:], right.shape[-1]))
-    if depth * (rows + columns) < SAFE_FP8_VALUES:
+    values = sum(math.prod(size for size in codes.shape[-2:] if isinstance(size, int)) for codes in (left, right))
+    if values < SAFE_FP8_VALUES:
         # Without the barrier XLA leaves out the rounding to fp8: it may keep more precision than it was asked for.
         left, right = (codes.astype(jnp.bfloat16) for codes in lax.optimization_barrier((left, right)))
         return lax.dot_general(left, right, numbers, preferred_element_type=jnp.float32)
