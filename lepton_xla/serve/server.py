@@ -1,4 +1,4 @@
-"""A server for one model: it warms the model up, listens, and on stopping answers what it accepted."""
+"""A server for one model: warms up, listens, serves, and drains on stop."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Server:
     Attributes:
         address: host and port, once listening, of the first address; the path and 0 of a Unix socket.
         metrics: what was counted so far.
-        models: what it answers for, once listening; to be changed on its event loop only.
+        models: the models served, once listening. Change them on the event loop only.
 
     Raises:
         ServeError: if the model cannot be served, see `signature_of`, or would be open to all, see `Access`.
@@ -162,7 +162,7 @@ class Server:
             loop.add_signal_handler(signal.SIGHUP, access.reload)
         listening = access.listen()
         try:
-            # Off the loop, so that a signal during a long warm-up is seen as soon as it ends.
+            # On another thread, so that signals are handled during a long warm-up.
             measured = await loop.run_in_executor(None, self._engine.warm_up)
             stop.warming = False
             if stop.asked.is_set():
@@ -177,7 +177,7 @@ class Server:
             raise
 
         if signals:
-            settle()  # the process is the server's
+            settle()  # only where the whole process is the server's
         for model in models:
             model.scheduler.start()
         addresses = listening.addresses
@@ -202,15 +202,15 @@ def open_model(
     metrics: Metrics,
     cores: int | None = None,
 ) -> ModelHandle:
-    """What answers for a model on a warm engine, to be used on the event loop that runs once its scheduler is started.
+    """The handle of a model whose engine is warm, for the running event loop. Start its scheduler before use.
 
     Args:
         engine: the engine.
-        measured: what executions took on it.
+        measured: the costs that the warm-up measured.
         signature: the model's.
-        options: how the server runs.
-        metrics: what is counted.
-        cores: of this machine, as many as this process may count on; None for all.
+        options: of the server.
+        metrics: counts the model's inferences.
+        cores: number of cores that this process may use; None for all.
     """
     batcher: Batcher[Call] = Batcher(
         signature.bucket_sizes,

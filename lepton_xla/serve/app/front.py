@@ -1,4 +1,4 @@
-"""The side of a server that clients see: its connections and what they are answered, until it is drained."""
+"""The HTTP side of a server: connections and app, from readiness to drain."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ _SWEEP_S = 0.5
 
 
 class HTTPFrontEnd:
-    """Connections to models.
+    """Connections, and the app that answers them.
 
     Args:
-        models: those there are.
-        metrics: what is counted.
+        models: the models served.
+        metrics: the server's counters.
         options: how the server runs.
         access: who can reach it.
-        gather: see `App`.
+        gather: see `Pages`.
 
     Attributes:
         state: what the connections share.
@@ -73,19 +73,19 @@ class HTTPFrontEnd:
             self.state.admit = access.guard.authenticate
 
     def _figures(self) -> dict[str, float]:
-        """What goes up and down: the queues of all models, and the connections."""
+        """The gauges: queues of all models, and connections."""
         queues: dict[str, float] = {}
         for model in self._models:
             queues = added(queues, model.scheduler.figures())
         return queues | self.state.figures()
 
     async def serve(self, entrance: Closable, stop: Stop, on_ready: Callable[[], object]) -> bool:
-        """Says that it is ready, and serves until it is told to stop.
+        """Becomes ready, and serves until told to stop.
 
         Args:
-            entrance: where connections come in, open already.
-            stop: tells when.
-            on_ready: called first.
+            entrance: accepts connections; open already.
+            stop: tells when to stop.
+            on_ready: called once ready.
 
         Returns:
             Whether everything accepted was answered.
@@ -118,5 +118,5 @@ class HTTPFrontEnd:
                 self._metrics.live = all(model.health.live for model in self._models)
                 self._metrics.ready = all(model.health.ready for model in self._models) and not stop.asked.is_set()
             except Exception:
-                # Without the sweeper no time limit would hold any more.
+                # The sweeper must go on: it enforces all time limits.
                 _log.exception("the sweep of connections and files failed")

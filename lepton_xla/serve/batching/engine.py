@@ -1,4 +1,4 @@
-"""The thread that owns execution: it stages the rows of a batch, runs the servable and reports back."""
+"""The thread that executes batches: copies their rows in, runs the servable, and reports back."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from lepton_xla.serve.protocol.wire import InferRequest
 
 _log = logging.getLogger("lepton_xla.serve")
 
-# Runs per size at start: the first is the warm-up, the median of the rest is the cost. Short ones are repeated, for
-# they are what a busy machine disturbs.
+# Runs per size at start. The first is the warm-up; the median of the others is the cost. Short runs are repeated more
+# often, because a busy machine disturbs them most.
 _LEAST_RUNS, _MOST_RUNS = 5, 101
 _ENOUGH_S, _MOST_S = 0.02, 0.5
 
 _ALIGNMENT = 64
-# Outputs up to this size are copied once for a batch: `bytes` are cut in less time than a `memoryview`.
+# Outputs up to this size are copied once per batch: slicing `bytes` is faster than slicing a `memoryview`.
 _SMALL_BYTES = 1 << 16
 
 
@@ -35,7 +35,7 @@ class Work(Ticket, kw_only=True, eq=False):
     """A ticket that the engine can run.
 
     Attributes:
-        request: what came.
+        request: the decoded request.
     """
 
     request: InferRequest
@@ -46,11 +46,11 @@ class Completion[T: Work]:
 
     Attributes:
         batch: the batch.
-        outputs: C-contiguous arrays in signature order, padding rows included; None if it failed, empty if it was not
-            run because nobody waited for it any more.
+        outputs: C-contiguous arrays in signature order, padding rows included; None if it failed, empty if it did not
+            run because all its requests were closed.
         started_s: when the engine took it.
-        staged_s: when its rows lay in the staging arrays.
-        finished_s: when the outputs were there.
+        staged_s: when its rows were copied.
+        finished_s: when it had its outputs.
     """
 
     __slots__ = ("_batched", "_views", "batch", "finished_s", "outputs", "staged_s", "started_s")
@@ -77,7 +77,7 @@ class Completion[T: Work]:
             self._views.append((view, array.nbytes // batch.size))
 
     def results(self, part: Part[T], tensors: Sequence[Tensor]) -> list[bytes | memoryview]:
-        """The bytes of each output that was asked for that belong to a part, without padding.
+        """The bytes of each requested output of a part, without padding.
 
         Args:
             part: the part.
@@ -100,7 +100,7 @@ class Completion[T: Work]:
 
 
 class _Stage:
-    """The input arrays of one combination of compiled sizes, reused from batch to batch."""
+    """The input arrays of one combination of compiled sizes. Batches reuse them."""
 
     def __init__(self, signature: Signature, size: int, key: Key) -> None:
         self.sizes = signature.sizes(size, key)
@@ -111,7 +111,7 @@ class _Stage:
         self._used = 0
 
     def fill(self, batch: Batch[Any]) -> None:
-        """Copies the rows in and makes the padding zero."""
+        """Copies the rows in and zeroes the padding."""
         if batch.key and any(part.ticket.request.spec.cut or part.ticket.key != batch.key for part in batch.parts):
             self._fill_cut(batch)
             return
@@ -143,13 +143,13 @@ class _Stage:
 
 
 def _window(tensor: Tensor, sizes: dict[str, int], offset: int, rows: int, batched: bool) -> tuple[slice, ...]:
-    """Where the rows of a part lie in a padded array."""
+    """The slice of a padded array that holds the rows of a part."""
     inner = tuple(slice(0, size) for size in tensor.at(sizes))
     return (slice(offset, offset + rows), *inner[1:]) if batched else inner
 
 
 def _aligned(shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
-    """Zeros that start where XLA wants them: on the CPU it then reads them where they are, else it copies them."""
+    """Zeros at an address that XLA:CPU reads in place; it copies arrays at others."""
     nbytes = math.prod(shape) * dtype.itemsize
     memory = np.zeros(nbytes + _ALIGNMENT, np.uint8)
     start = -memory.ctypes.data % _ALIGNMENT
@@ -161,7 +161,7 @@ def _bytes_of(array: np.ndarray) -> memoryview:
 
 
 class Engine[T: Work]:
-    """Runs batches one after the other, on a thread of its own or on the caller's.
+    """Runs batches one by one, on its own thread or on the caller's.
 
     Args:
         servable: the model.
@@ -169,8 +169,8 @@ class Engine[T: Work]:
         clock: seconds, monotonic.
 
     Attributes:
-        busy_processors: how many of this machine's processors the executions that `warm_up` timed kept busy, on
-            average. Next to none where another device does the work.
+        busy_processors: mean number of processors that the executions of `warm_up` kept busy; about 0 where another
+            device does the work.
     """
 
     def __init__(self, servable: Servable, signature: Signature, clock: Callable[[], float] = time.monotonic) -> None:
@@ -184,13 +184,13 @@ class Engine[T: Work]:
         self.busy_processors = 0.0
 
     def warm_up(self) -> Measured:
-        """Runs every compiled size on zeros and measures it.
+        """Runs and times every compiled size on zeros.
 
         Returns:
-            Median seconds of one execution by key and batch size.
+            Median seconds of an execution, by key and batch size.
 
         Raises:
-            ServeError: if an output is not what the signature says.
+            ServeError: if an output differs from the signature.
         """
         costs: dict[Key, dict[int, float]] = {}
         timed_s = used_s = 0.0
@@ -205,7 +205,7 @@ class Engine[T: Work]:
         return costs
 
     def _measure(self, size: int, key: Key) -> tuple[list[float], float]:
-        """Seconds of each timed execution, and of this process's processors for all of them."""
+        """Seconds of each timed execution, and processor seconds of all of them."""
         stage = self._stage(size, key)
         outputs = self._servable.run(stage.sizes, stage.arrays)
         expected = [(tensor.at(stage.sizes), tensor.dtype) for tensor in self._signature.outputs]
@@ -224,30 +224,30 @@ class Engine[T: Work]:
         """Starts the thread.
 
         Args:
-            post: gets every completion, on that thread, and gives the batch to run next, if there is one already.
-            ended: told, on that thread, that it runs nothing any more, whatever the reason.
+            post: called on that thread with every completion; returns the next batch, or None.
+            ended: called on that thread when it ends for any reason.
         """
         self._thread = threading.Thread(target=self._loop, args=(post, ended), name="lepton-engine", daemon=True)
         self._thread.start()
 
     def submit(self, batch: Batch[T]) -> None:
-        """Hands over a batch, from any thread; its completion is posted whatever happens."""
+        """Queues a batch, from any thread. Its completion is posted whatever happens."""
         self._batches.put(batch)
 
     @property
     def alive(self) -> bool:
-        """Whether the thread runs."""
+        """Whether the thread is alive."""
         return self._thread is not None and self._thread.is_alive()
 
     def check(self) -> None:
-        """Runs the smallest size on zeros, between two batches, on the calling thread; raises what the model raises."""
+        """Runs the smallest size on zeros, between two batches, on the calling thread. Raises what the model raises."""
         stage = _Stage(self._signature, self._signature.bucket_sizes[0], next(self._signature.shape_keys()))
         with self._turn:
             for array in self._servable.run(stage.sizes, stage.arrays):
                 np.asarray(array)
 
     def stop(self, timeout_s: float | None = None) -> bool:
-        """Ends the thread after the batches handed over; False if it did not end in time."""
+        """Stops the thread after the queued batches; returns whether it ended in time."""
         if self._thread is None:
             return True
         self._batches.put(None)
@@ -260,13 +260,13 @@ class Engine[T: Work]:
                 while batch is not None:
                     batch = post(self.execute(batch))
         except Exception:
-            # A fault of this server, not of the model: what the queue holds cannot be relied on any more.
+            # A fault of the server, not of the model: the state of the queue cannot be trusted any more.
             _log.exception("the engine's thread has failed")
         finally:
             ended()
 
     def execute(self, batch: Batch[T]) -> Completion[T]:
-        """Runs one batch on the calling thread; a failure is in the completion, never raised. One at a time."""
+        """Runs one batch on the calling thread. A failure is in the completion, never raised. Not reentrant."""
         started = staged = self._clock()
         if not batch.wanted:
             return Completion(batch, (), started, started, started)
@@ -279,7 +279,7 @@ class Engine[T: Work]:
             batched = self._signature.batch is not None
             return Completion(batch, outputs, started, staged, self._clock(), batched=batched)
         except Exception:
-            # Whatever the model raises is this batch's problem: its requests are answered, the thread goes on.
+            # Whatever the model raises fails this batch only; the thread goes on.
             _log.exception("a batch of %d rows at size %d failed", batch.rows, batch.size)
             return Completion(batch, None, started, staged, self._clock())
 

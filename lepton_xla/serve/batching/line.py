@@ -1,4 +1,4 @@
-"""A line of requests that wait: those of one level and key, in the order they are due."""
+"""Waiting requests of one level and key, in order of urgency."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from operator import attrgetter
 from lepton_xla.serve.batching.costs import Key
 from lepton_xla.serve.batching.tickets import PATIENCE_S, Ticket
 
-# Fewer closed tickets than this are not worth a walk of the line.
+# Fewer closed tickets than this are not removed early.
 _SWEEP = 64
 
 _deadline = attrgetter("deadline_s")
@@ -37,7 +37,7 @@ class Line[T: Ticket]:
         self._closed = 0
 
     def add_dated(self, ticket: T) -> None:
-        """Adds a ticket with a deadline; those without are appended to `plain`."""
+        """Adds a ticket with a deadline. Append others to `plain`."""
         dated = self.dated
         if not dated or dated[-1].deadline_s <= ticket.deadline_s:
             dated.append(ticket)
@@ -45,21 +45,21 @@ class Line[T: Ticket]:
             dated.insert(bisect_right(dated, ticket.deadline_s, key=_deadline), ticket)
 
     def close(self, rows: int) -> None:
-        """Told that a ticket in it, with so many rows to go, was closed."""
+        """A ticket with so many waiting rows was closed."""
         self.rows -= rows
         self._closed += 1
-        # Swept when it reaches the head, or when the dead outnumber the living.
+        # It is removed when it is first, or when most tickets are closed.
         if self._closed > _SWEEP and 2 * self._closed > len(self):
             self.plain = deque(ticket for ticket in self.plain if not ticket.closed)
             self.dated = deque(ticket for ticket in self.dated if not ticket.closed)
             self._closed = 0
 
     def __len__(self) -> int:
-        """Tickets in it, those closed but not yet swept included."""
+        """Number of tickets, closed ones not yet removed included."""
         return len(self.plain) + len(self.dated)
 
     def queue(self) -> deque[T]:
-        """`plain` or `dated`, whichever has the live ticket that is due first at its head; maybe an empty one."""
+        """`plain` or `dated`: the one whose first open ticket is more urgent. It may be empty."""
         plain, dated = self.plain, self.dated
         while plain and plain[0].closed:
             plain.popleft()
@@ -74,16 +74,16 @@ class Line[T: Ticket]:
         return plain
 
     def due_s(self) -> float:
-        """When the first of it is due; it must have live rows."""
+        """When its most urgent ticket is due. The line must have waiting rows."""
         return self.queue()[0].due_s
 
     def first_deadline_s(self) -> float:
-        """The earliest deadline in it."""
+        """The earliest deadline."""
         self.queue()
         return self.dated[0].deadline_s if self.dated else math.inf
 
     def rows_before(self, due_s: float) -> int:
-        """Rows that are due before a ticket that comes now: about as many, where requests differ in size."""
+        """Number of rows due before a new ticket; approximate if requests differ in size."""
         tickets = len(self)
         if not tickets:
             return 0
@@ -91,7 +91,7 @@ class Line[T: Ticket]:
         last_too = dated and dated[-1].deadline_s <= due_s
         before = len(dated) if last_too else bisect_right(dated, due_s, key=_deadline)
         if plain:
-            # Those without a deadline came one after the other; where among them it is, is interpolated.
+            # Tickets without a deadline are in order of arrival; the position among them is interpolated.
             first, last = plain[0].due_s, plain[-1].due_s
             if last <= due_s:
                 before += len(plain)

@@ -1,4 +1,4 @@
-"""Batches that failed, run again in halves: one bad request does not fail its neighbours."""
+"""Runs failed batches again in halves, so that one bad request does not fail its neighbours."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from lepton_xla.serve.batching.tickets import Batch, Budget, Part, Ticket
 
 
 class Retries[T: Ticket]:
-    """Halves of failed batches, each to run once.
+    """Halves of failed batches that wait to run.
 
     Of n requests one culprit is found in 2 log2(n) runs; a failed batch may take twice as many, which is enough for
     two. Where that does not do, the model fails whatever it is given, most likely, and nothing is halved until a run
@@ -26,11 +26,11 @@ class Retries[T: Ticket]:
 
     @property
     def pending(self) -> bool:
-        """Whether there is one to run."""
+        """Whether a half waits."""
         return bool(self._waiting)
 
     def add(self, batch: Batch[T]) -> bool:
-        """Takes in the halves of a failed batch; False if its requests have failed for good."""
+        """Adds the halves of a failed batch; returns False if its requests fail for good."""
         if len(batch.parts) < 2 or not self._useful:
             return False
         budget = batch.budget or Budget(4 * (len(batch.parts) - 1).bit_length())
@@ -44,17 +44,17 @@ class Retries[T: Ticket]:
         return True
 
     def succeeded(self) -> None:
-        """Told that a batch ran well."""
+        """A batch ran without an error."""
         self._useful = True
 
     def clear(self) -> list[Batch[T]]:
-        """Forgets those that wait, and gives them."""
+        """Removes and returns the waiting halves."""
         waiting = list(self._waiting)
         self._waiting.clear()
         return waiting
 
     def next_batch(self) -> Batch[T] | None:
-        """The next one to run, without the requests that were closed since."""
+        """The next half to run, without requests closed meanwhile."""
         while self._waiting:
             batch = self._waiting.popleft()
             parts: list[Part[T]] = []

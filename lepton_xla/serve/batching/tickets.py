@@ -1,4 +1,4 @@
-"""Requests as the batcher sees them, and the batches they leave the queue in."""
+"""Requests as the batcher sees them, and batches."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import msgspec
 
 from lepton_xla.serve.batching.costs import Key
 
-# A request without a deadline counts as due so long after it came where others have deadlines, so that an endless
-# stream of those does not hold it up for ever.
+# Beside requests with deadlines, one without counts as due this long after its arrival: else an endless stream of
+# deadlines would starve it.
 PATIENCE_S = 1.0
 
 
@@ -21,28 +21,28 @@ class Reason(enum.Enum):
     FULL = enum.auto()
     """The queue has no room for it."""
     OUTRANKED = enum.auto()
-    """It left a full queue to one of a higher level."""
+    """A request of a higher level took its place in a full queue."""
     OVERLOADED = enum.auto()
-    """What is ahead of it takes until after its deadline."""
+    """The requests ahead of it run past its deadline."""
     TOO_SHORT = enum.auto()
-    """Running it takes longer than its deadline leaves, whatever else waits."""
+    """Running it alone takes longer than its timeout."""
     EXPIRED = enum.auto()
-    """Its deadline passed, or came too near for another run."""
+    """Its deadline passed, or is too near for another run."""
 
 
-# Tickets and parts are made for every request, and msgspec makes them in less time than `__init__` does.
+# Every request makes a ticket and a part; msgspec makes them faster than `__init__`.
 class Ticket(msgspec.Struct, eq=False):
-    """A request in the queue; what it is a request for is in a class that inherits from this one.
+    """A request in the queue. Subclasses add what it requests.
 
     Attributes:
-        rows: rows it brings, at least one.
-        key: what it may share a batch with.
-        arrival_s: when it came.
-        deadline_s: when its answer is no longer wanted; infinity if that never is.
-        level: 0 goes first.
+        rows: number of rows, at least one.
+        key: sizes of the other dimensions; equal keys may share a batch.
+        arrival_s: when it arrived.
+        deadline_s: when its answer becomes useless; infinity for never.
+        level: priority level; 0 is the highest.
         nbytes: memory it holds while it waits.
-        taken: rows handed out in batches.
-        closed: whether nobody waits for its answer any more: cancelled, refused or failed.
+        taken: rows already in batches.
+        closed: whether it needs no answer any more: cancelled, refused or failed.
     """
 
     rows: int
@@ -56,7 +56,7 @@ class Ticket(msgspec.Struct, eq=False):
 
     @property
     def due_s(self) -> float:
-        """What orders it among those of its level."""
+        """Sort key within a level."""
         return self.arrival_s + PATIENCE_S if self.deadline_s == math.inf else self.deadline_s
 
 
@@ -70,7 +70,7 @@ class Part[T: Ticket](msgspec.Struct, eq=False):
 
 
 class Budget:
-    """Runs that are left to find out which requests of a failed batch made it fail."""
+    """Number of runs left to find the requests that made a batch fail."""
 
     __slots__ = ("runs",)
 
@@ -80,15 +80,15 @@ class Budget:
 
 @dataclasses.dataclass(slots=True)
 class Batch[T: Ticket]:
-    """What one execution takes.
+    """The rows of one execution.
 
     Attributes:
-        parts: in the order they were due; their rows fill the batch from row zero without gaps.
+        parts: in order of urgency; their rows fill the batch from row zero without gaps.
         rows: real rows, at most `size`.
-        size: the compiled size to run; the rows beyond `rows` are padding.
-        key: sizes of the other dimensions; no smaller than those of any ticket in it.
-        dated: whether a ticket in it has a deadline.
-        budget: of the batch that it was a part of, if that failed.
+        size: the compiled size; rows beyond `rows` are padding.
+        key: sizes of the other dimensions, no smaller than those of any of its tickets.
+        dated: whether one of its tickets has a deadline.
+        budget: of the failed batch that it is a half of, if it is one.
     """
 
     parts: list[Part[T]]
@@ -100,5 +100,5 @@ class Batch[T: Ticket]:
 
     @property
     def wanted(self) -> bool:
-        """Whether anybody still waits for a row of it."""
+        """Whether any of its tickets is open."""
         return not all(part.ticket.closed for part in self.parts)

@@ -1,14 +1,13 @@
-"""Whether a server can answer infer requests, and whether a new process could where it cannot.
+"""Readiness and liveness: whether the model can answer, and if not, whether only a new process could.
 
-*Ready* says whether to send requests here, *live* whether to keep the process. Neither has to do with load: a queue
-that is full is a server at work, and restarting it would give its work to the next.
+*Ready* tells clients whether to send requests here, *live* tells an orchestrator whether to keep the process. Neither
+depends on load: a server with a full queue works, and restarting it would only move its load to another.
 
-That batches fail says little by itself, for a client may send nothing but what the model cannot take, and must not be
-able to make a server unready for all. So after a few failures in a row the server asks the engine to run zeros, with
-which the model was warmed up, beside the batches. While that fails, the server is not ready, and asks again. When it
-has failed for a minute the process is not live any more: what a device has lost (a sticky error of a GPU, say), only a
-new process gets back. The same goes for an execution that does not end, and at once for an engine whose thread has.
-What waits then gets 503, for nobody knows when it would be answered.
+Failed batches alone prove little: a client may send only input that the model cannot take, and must not make the server
+unready for others. So after a few failures in a row the engine runs the model on zeros, as in the warm-up, between
+batches. While that fails the server is not ready and tries again. After a minute of failures the process is not live:
+some errors of a device (a sticky GPU error) need a new process. The same holds for an execution that does not end, and
+at once for an engine whose thread has ended. Waiting requests then get 503.
 """
 
 from __future__ import annotations
@@ -23,48 +22,48 @@ from lepton_xla.serve.observe.metrics import Metrics
 _log = logging.getLogger("lepton_xla.serve")
 
 _SUSPICIOUS = 3
-"""Failed executions in a row, none having succeeded in between, after which the engine is asked."""
+"""Failed executions in a row after which the engine is tested on zeros."""
 
 _HOPELESS_S = 60.0
-"""So long without a way to run anything, and the process is given up."""
+"""Seconds of not being ready after which the process is not live."""
 
 STALL_S = 30.0
-"""An execution that takes so much longer than a hundred of those at load will not end."""
+"""Seconds, beyond a hundred executions as timed at load, after which an execution counts as stuck."""
 
 
 class Runner(Protocol):
-    """What is watched: the `Scheduler`."""
+    """What health watches: the `Scheduler`."""
 
     @property
     def alive(self) -> bool:
-        """Whether there is a thread to run what has to run."""
+        """Whether the engine's thread is alive."""
         ...
 
     @property
     def running(self) -> bool:
-        """Whether an execution has begun and not ended."""
+        """Whether an execution is running."""
         ...
 
     def check(self) -> None:
-        """Runs zeros, on any thread; raises what the model raises."""
+        """Runs the model on zeros, on any thread. Raises what the model raises."""
         ...
 
     def give_up(self) -> None:
-        """Fails what waits for a run."""
+        """Fails every call that waits or runs."""
         ...
 
 
 class Health:
-    """Watches a scheduler, from its event loop.
+    """Watches a scheduler. Call it on the event loop.
 
     Args:
         runner: the scheduler.
-        metrics: what it counts.
-        stall_s: an execution that takes so long will not end.
+        metrics: the scheduler's counters.
+        stall_s: an execution that takes longer counts as stuck.
 
     Attributes:
-        live: whether waiting may help; else only a new process does.
-        reason: why infer requests cannot be answered; empty where they can.
+        live: false if only a new process would help.
+        reason: why infer requests cannot be answered; empty if they can.
     """
 
     def __init__(self, runner: Runner, metrics: Metrics, stall_s: float = STALL_S) -> None:
@@ -86,7 +85,7 @@ class Health:
         return not self.reason
 
     def check(self, now: float) -> None:
-        """Looks at what happened since the last time; to be called about twice a second."""
+        """Evaluates what happened since the last call. Call it about twice a second."""
         good, failed = self._metrics.batch_rows.count, self._metrics.failed_batches
         if good != self._good:
             self._streak = 0

@@ -1,4 +1,4 @@
-"""What the server counts, cheaply enough for the hot path: plain integers on the event loop.
+"""Counters cheap enough for the hot path: plain numbers, updated on the event loop.
 
 `prometheus_client`'s own counters take a lock and a label lookup for each event. `exposition` shows these figures to
 Prometheus.
@@ -19,20 +19,20 @@ _SECONDS = (1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 0.01, 0.025, 0.05, 0.1, 0.25
 _ROWS = tuple(float(2**power) for power in range(13))
 _SHARES = tuple(eighth / 8 for eighth in range(8))
 _BYTES = tuple(float(4**power) for power in range(3, 14))
-# So many answers are noted before they are counted, which takes less time for many at once than one by one.
+# Answers are counted in groups of this many, which is faster than one by one.
 _NOTED = 1024
 
 PROCESS = ProcessCollector(registry=None)
-"""What Prometheus' client knows of this process."""
+"""Metrics of this process from the Prometheus client."""
 
-# Of a server in several processes the sum is shown.
+# A server in several processes shows the sum of these.
 _PROCESS_SUMS = frozenset(
     f"process_{name}" for name in ("cpu_seconds_total", "resident_memory_bytes", "virtual_memory_bytes", "open_fds")
 )
 
 
 class Histogram:
-    """Counts of values by upper bound, and their sum."""
+    """A histogram: counts by upper bound, and the sum of all values."""
 
     __slots__ = ("bounds", "counts", "total")
 
@@ -54,11 +54,11 @@ class Histogram:
 
     @property
     def count(self) -> int:
-        """How many values were added."""
+        """Number of values added."""
         return sum(self.counts)
 
     def cumulative(self) -> list[tuple[str, float]]:
-        """Prometheus buckets: upper bound -> values at or under it."""
+        """Prometheus buckets: upper bound -> number of values up to it."""
         running = 0
         buckets: list[tuple[str, float]] = []
         for bound, count in zip((*map(repr, self.bounds), "+Inf"), self.counts, strict=True):
@@ -84,7 +84,7 @@ def added(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class Metrics:
-    """Counters of one server.
+    """The counters of a server.
 
     Args:
         model: its name on the wire.
@@ -133,7 +133,7 @@ class Metrics:
         self.input_s = self.infer_s = self.output_s = 0.0
         self.last_s = 0.0
         self.by_size: dict[int, tuple[int, float, float]] = {}
-        # Values that are not counted yet: of `request_s`, `request_bytes`, `response_bytes` and `queue_s`.
+        # Values not counted yet, of `request_s`, `request_bytes`, `response_bytes` and `queue_s`.
         self._seconds: list[float] = []
         self._requests: list[int] = []
         self._responses: list[int] = []
@@ -153,7 +153,7 @@ class Metrics:
             self.now |= {each.name: each.value for each in family.samples if each.name in _PROCESS_SUMS}
 
     def watch(self, read: Callable[[], Mapping[str, float]]) -> None:
-        """Has figures of `now` read just before they are shown."""
+        """Sets a function that reads gauges just before they are shown."""
 
         def look() -> None:
             self._look_at_process()
@@ -200,7 +200,7 @@ class Metrics:
         return total
 
     def answered(self, seconds: float, request_bytes: int, response_bytes: int) -> None:
-        """Counts an inference answered with its result."""
+        """Counts an inference that was answered with its result."""
         noted = self._seconds
         noted.append(seconds)
         self._requests.append(request_bytes)
@@ -209,7 +209,7 @@ class Metrics:
             self._count_noted()
 
     def waited(self, seconds: Sequence[float]) -> None:
-        """Counts how long inferences waited for their batch."""
+        """Counts the seconds that inferences waited for their batch."""
         waits = self._waits
         waits += seconds
         if len(waits) >= _NOTED:
@@ -227,7 +227,7 @@ class Metrics:
                 values.clear()
 
     def bring_up_to_date(self) -> None:
-        """Counts what was only noted so far, and looks at what goes up and down."""
+        """Counts values not counted yet, and reads the gauges."""
         self._count_noted()
         if self.look is not None:
             self.look()

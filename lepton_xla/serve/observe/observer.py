@@ -1,4 +1,4 @@
-"""Requests that somebody wants to know more of: one in so many for the access log, and those that are traced.
+"""Observed requests: samples for the access log, and those that are traced.
 
 What is not watched costs nothing: a server that watches no requests uses `App` itself, and of a watched one only the
 answers' way out is led through here.
@@ -16,7 +16,7 @@ from lepton_xla.serve.observe.refusals import template_of
 from lepton_xla.serve.protocol.wire import InferRequest
 
 GONE = 499
-"""Status of a request whose client went away before the answer; nginx' number for it."""
+"""Status of a request whose client went away before the answer, as in nginx."""
 
 
 class Times(NamedTuple):
@@ -39,7 +39,7 @@ class Times(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Seen:
-    """A request that is over. Times are of the monotonic clock, in seconds.
+    """A finished request. Times are in seconds of the monotonic clock.
 
     Attributes:
         exchange: request and answer.
@@ -61,19 +61,19 @@ class Seen:
 
 
 class Observer(Protocol):
-    """Wants to know of some requests."""
+    """Observes some of the requests."""
 
     def wants(self, exchange: Exchange) -> bool:
-        """Whether of this one; asked of every request, so it must be cheap."""
+        """Whether to observe this request. Called for every request, so it must be cheap."""
         ...
 
     def saw(self, seen: Seen) -> None:
-        """Told of one that it wanted, before the answer goes out."""
+        """Takes a finished request that it wanted, before the answer leaves."""
         ...
 
 
 class Tap:
-    """Stands between a watched request and its connection.
+    """Sits between an observed request and its connection.
 
     Attributes:
         request: what came, once it is read.
@@ -90,18 +90,18 @@ class Tap:
         self.times: Times | None = None
 
     def flush(self) -> None:
-        """The answer is there."""
+        """The exchange has its answer."""
         payload = self._exchange.payload
         assert payload is not None
         self._end(int(payload[9:12]), len(payload))
         self._connection.flush()
 
     def reserve(self, nbytes: int) -> None:
-        """Sets memory aside for the answer."""
+        """Reserves memory for the answer."""
         self._connection.reserve(nbytes)
 
     def hold(self, held: bool) -> None:
-        """Has the requests after it wait, or no longer."""
+        """Starts or stops holding back the requests after it."""
         self._connection.hold(held)
 
     def abandoned(self) -> None:
