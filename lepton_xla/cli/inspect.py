@@ -65,16 +65,9 @@ def _route(manifest: Manifest, here: Fingerprint) -> dict[str, Any]:
 def _weights(manifest: Manifest) -> list[dict[str, Any]]:
     from lepton_xla.trees import leaf_bytes
 
-    on_disk = dict.fromkeys((leaf.folder for leaf in manifest.weights if leaf.is_zarr), 0)
-    for name, entry in manifest.files.items():
-        # The first two parts of a path name the leaf's folder: `weights/00001-kernel/c/0/0`.
-        folder = "/".join(name.split("/")[:2])
-        if folder in on_disk:
-            on_disk[folder] += entry.size
     rows: list[dict[str, Any]] = []
-    for leaf in manifest.weights:
+    for leaf, disk_bytes in zip(manifest.weights, manifest.disk_bytes(), strict=True):
         size_bytes = leaf_bytes(leaf.shape, leaf.dtype)
-        disk_bytes = on_disk[leaf.folder] if leaf.is_zarr else sum(piece.size for piece in leaf.pieces)
         rows.append(
             {
                 "name": leaf.path,

@@ -76,7 +76,7 @@ class Artifact:
                 store.write(name, data)
                 files[name] = FileEntry(size=len(data), sha256=hashlib.sha256(data).hexdigest())
 
-            leaves = weights.write_all(self.manifest.weights, self.weights, write)
+            leaves, packed_rows = weights.write_all(self.manifest.weights, self.weights, write)
 
             def write_program(program: Portable, stem: str) -> PortableProgram:
                 name = f"programs/{stem}.stablehlo"
@@ -96,7 +96,13 @@ class Artifact:
                     write(name, code.blob)
                     entry.files[key] = name
             manifest = msgspec.structs.replace(
-                self.manifest, files=files, weights=leaves, programs=programs, expand=expand, executables=sets
+                self.manifest,
+                files=files,
+                weights=leaves,
+                packed_rows=packed_rows,
+                programs=programs,
+                expand=expand,
+                executables=sets,
             )
             # Written last: in an object store the artifact exists once its manifest does.
             store.write(MANIFEST, encode(manifest))

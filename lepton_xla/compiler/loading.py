@@ -86,7 +86,7 @@ def _load(store: Store, buckets: Mapping[str, Sequence[int]] | None, *, write_ba
     every = (*manifest.programs, *((manifest.expand,) if manifest.expand else ()))
     portable = {program.file: files.read(program.file) for program in every}
     blobs = {name: files.read(known[name]) for name in names if name in known}
-    arrays = _to_device(manifest, read_all(manifest.weights, files), device)
+    arrays = _to_device(manifest, read_all(manifest.weights, manifest.packed_rows, files), device)
 
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         read = pool.map(lambda name: Code.read(blobs[name], device, name), blobs)

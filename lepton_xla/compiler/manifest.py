@@ -15,8 +15,10 @@ from lepton_xla.errors import ArtifactError, LeptonError
 from lepton_xla.program import TensorSpec
 
 MANIFEST = "manifest.json"
-SCHEMA = 2
-# Name, among those of the buckets, of the program that unpacks stored weights on loading.
+SCHEMA = 3
+# The folder of the zarr array that holds the bytes of packed leaves.
+PACKED = "weights/packed"
+# Beside the buckets, the name of the program that unpacks stored weights when an artifact is loaded.
 EXPAND = "expand"
 MAX_MANIFEST_BYTES = 64 << 20
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
@@ -36,21 +38,17 @@ class Tensor(_Struct, frozen=True, kw_only=True):
     dtype: str
 
 
-type Encoding = Literal["plain", "zstd", "raw", "deflate", "gaps"]
-"""Encoding of a leaf: a zarr array, `plain` or with `zstd`; or pieces, `raw` or encoded by `entropy`."""
+# How a leaf is stored. `plain` and `zstd`: a zarr array of its own, without and with compression. `packed` and `gaps`:
+# in the zarr array of bytes that such leaves share, as byte planes or as the streams of `gaps`.
+type Encoding = Literal["plain", "zstd", "packed", "gaps"]
 
 
 class Piece(_Struct, frozen=True, kw_only=True, array_like=True):
-    """A part of a leaf: `size` bytes from `start` of the file `weights/pack-N`, where N is `pack`."""
+    """A part of a leaf: `size` bytes of row `row` of the packed array, from `start`."""
 
-    pack: Annotated[int, msgspec.Meta(ge=0)]
+    row: Annotated[int, msgspec.Meta(ge=0)]
     start: Annotated[int, msgspec.Meta(ge=0)]
     size: Annotated[int, msgspec.Meta(ge=0)]
-
-    @property
-    def file(self) -> str:
-        """The name of its file."""
-        return f"weights/pack-{self.pack:05d}"
 
 
 class WeightLeaf(_Struct, frozen=True, kw_only=True):
@@ -59,12 +57,12 @@ class WeightLeaf(_Struct, frozen=True, kw_only=True):
     Attributes:
         path: the weight's path in the program, such as `params/Dense_0/kernel`.
         shape: its shape.
-        dtype: its dtype; the stored dtype differs if `packed`.
-        packed: whether it is stored as a flat array of bytes, because zarr lacks the dtype or it is narrower than a
-            byte.
-        encoding: how it is stored; chosen by `save`.
-        folder: folder of its zarr array, if it is one.
-        pieces: locations of its parts, in order, if it is not a zarr array.
+        dtype: its true dtype; the stored one differs where `packed`.
+        packed: stored as a flat array of bytes, because zarr has no such dtype or it is narrower than a byte.
+        encoding: how it is stored; chosen when it is saved.
+        folder: its own zarr array, if it has one.
+        pieces: where its parts are in the packed array, if it has no array of its own; in the order of the leaf, one a
+            part if `packed`, two (gaps, codes) if `gaps`.
     """
 
     path: str
@@ -77,7 +75,7 @@ class WeightLeaf(_Struct, frozen=True, kw_only=True):
 
     @property
     def is_zarr(self) -> bool:
-        """Whether the leaf is stored as a zarr array."""
+        """Whether it has a zarr array of its own."""
         return self.encoding in ("plain", "zstd")
 
 
@@ -119,6 +117,7 @@ class Manifest(_Struct, frozen=True, kw_only=True):
         version: the model's version.
         inputs, outputs: in call order.
         weights: in argument order.
+        packed_rows: bytes used in each row of the packed array; a row is as long as the longest.
         buckets: symbolic dimension -> sizes.
         programs: portable programs: a single symbolic one, or one per bucket.
         expand: the portable program that unpacks the stored weights, if the buckets' programs take unpacked weights.
@@ -141,6 +140,7 @@ class Manifest(_Struct, frozen=True, kw_only=True):
     inputs: tuple[Tensor, ...]
     outputs: tuple[Tensor, ...]
     weights: tuple[WeightLeaf, ...]
+    packed_rows: tuple[Annotated[int, msgspec.Meta(ge=1)], ...] = ()
     buckets: dict[str, tuple[int, ...]]
     programs: tuple[PortableProgram, ...]
     expand: PortableProgram | None = None
@@ -160,6 +160,20 @@ class Manifest(_Struct, frozen=True, kw_only=True):
     def input_specs(self) -> dict[str, TensorSpec]:
         """Inputs by name, in call order."""
         return {tensor.name: TensorSpec(tensor.shape, tensor.dtype) for tensor in self.inputs}
+
+    def disk_bytes(self) -> list[int]:
+        """Bytes that each leaf takes in the artifact: those of its files, or its share of the packed array's rows."""
+        folders = dict.fromkeys((leaf.folder for leaf in self.weights if leaf.is_zarr), 0)
+        for name, entry in self.files.items():
+            # `weights/00001-kernel/c/0/0` is in the folder of its first two parts.
+            folder = "/".join(name.split("/")[:2])
+            if folder in folders:
+                folders[folder] += entry.size
+        shares = [self.files[row_file(row)].size / size for row, size in enumerate(self.packed_rows)]
+        return [
+            folders[leaf.folder] if leaf.is_zarr else round(sum(shares[each.row] * each.size for each in leaf.pieces))
+            for leaf in self.weights
+        ]
 
     def output_specs(self) -> dict[str, TensorSpec]:
         """Outputs by name, in order."""
@@ -222,6 +236,11 @@ def _digest(data: bytes) -> str:
     return hashlib.sha256(msgspec.json.encode(plain)).hexdigest()
 
 
+def row_file(row: int) -> str:
+    """The file that holds a row of the packed array."""
+    return f"{PACKED}/c/{row}/0"
+
+
 def check_name(name: str) -> str:
     """Return the name if it is valid for a model.
 
@@ -261,9 +280,13 @@ def _check(manifest: Manifest) -> None:
         if leaf.is_zarr:
             _check_listed(manifest, f"{leaf.folder}/zarr.json")
         for piece in leaf.pieces:
-            _check_listed(manifest, piece.file)
-            if piece.start + piece.size > manifest.files[piece.file].size:
-                raise ArtifactError(f"{MANIFEST}: weight {leaf.path!r} has a piece beyond the end of {piece.file}")
+            used = manifest.packed_rows[piece.row] if piece.row < len(manifest.packed_rows) else 0
+            if piece.start + piece.size > used:
+                raise ArtifactError(f"{MANIFEST}: weight {leaf.path!r} has a piece beyond the end of {PACKED}")
+    if manifest.packed_rows:
+        _check_listed(manifest, f"{PACKED}/zarr.json")
+    for row in range(len(manifest.packed_rows)):
+        _check_listed(manifest, row_file(row))
     for program in (*manifest.programs, *((manifest.expand,) if manifest.expand else ())):
         _check_listed(manifest, program.file)
     for digest, executables in manifest.executables.items():

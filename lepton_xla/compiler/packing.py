@@ -1,4 +1,4 @@
-"""Converts elements to plain bytes or words and back, bit for bit, for dtypes that zarr lacks and for `entropy`."""
+"""Elements as plain bytes or words and back, bit for bit: for dtypes that zarr lacks, and for `gaps`."""
 
 from __future__ import annotations
 

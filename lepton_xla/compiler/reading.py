@@ -1,7 +1,7 @@
 """Reads weights: each file is verified, then decoded in memory into arrays that XLA can use without a copy.
 
-Local folders and object stores take the same path. No byte is decoded before its digest is checked. Besides the arrays,
-each thread holds at most two files of about 4 MiB.
+A local folder and an object store take the same path, and no byte is decoded before its digest is checked. Beside the
+arrays themselves, memory holds a file or two a thread, of some 4 MiB, and the packed array until it is decoded.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ import msgspec
 import numpy as np
 import tensorstore as ts
 
-from lepton_xla.compiler import entropy
-from lepton_xla.compiler.manifest import Piece, WeightLeaf
+from lepton_xla.compiler import gaps
+from lepton_xla.compiler.manifest import PACKED, Piece, WeightLeaf
 from lepton_xla.compiler.packing import from_words, packed_size, unpack, words_of
 from lepton_xla.compiler.storage import VerifiedFiles
-from lepton_xla.compiler.weights import SCRATCH, open_array, pieces, plain_codecs
+from lepton_xla.compiler.weights import SCRATCH, open_array, part_regions, plain_codecs
 from lepton_xla.errors import ArtifactError
 from lepton_xla.trees import leaf_bytes
 
@@ -31,35 +31,58 @@ from lepton_xla.trees import leaf_bytes
 _ALIGNMENT = 64
 
 
-def read_all(leaves: Sequence[WeightLeaf], files: VerifiedFiles) -> list[np.ndarray]:
-    """Read leaves into new arrays that start on a 64-byte boundary, in parallel over files.
+def read_all(leaves: Sequence[WeightLeaf], packed_rows: Sequence[int], files: VerifiedFiles) -> list[np.ndarray]:
+    """Reads leaves into new arrays that start on a 64-byte boundary, in parallel over files.
+
+    Args:
+        leaves: the manifest's.
+        packed_rows: bytes used in each row of the packed array.
+        files: the artifact's.
 
     Raises:
-        ArtifactError: if a file is missing, damaged, or not what the manifest says; names the file, and the leaf if the
+        ArtifactError: naming the file that is missing, damaged, or not what the manifest says, and the leaf, if the
             file holds several.
     """
-    _check_memory(leaves)
+    rows_leaf = _packed_array(packed_rows)
+    _check_memory([*leaves, *([rows_leaf] if rows_leaf else [])])
     workers = min(8, os.cpu_count() or 1)
     with concurrent.futures.ThreadPoolExecutor(workers, "lepton-weights") as pool:
+        rows = _ZarrLeaf.open(rows_leaf, files) if rows_leaf else None
         opened = list(pool.map(lambda leaf: _open(leaf, files), leaves))
         arrays = [leaf for leaf in opened if isinstance(leaf, _ZarrLeaf)]
         packed = [leaf for leaf in opened if isinstance(leaf, _PackedLeaf)]
+        # The rows first: packed leaves are decoded from them.
+        _finish(pool, [pool.submit(rows.read, index) for index in rows.chunks()] if rows else [])
+        streams = rows.finish() if rows else np.empty((0, 0), np.uint8)
         tasks = [pool.submit(leaf.read, index) for leaf in arrays for index in leaf.chunks()]
-        tasks += [pool.submit(_read_pack, name, parts, files) for name, parts in _by_pack(packed).items()]
-        try:
-            for task in concurrent.futures.as_completed(tasks):
-                task.result()
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
-        finally:
-            task = None  # break the cycle: the task's error has a traceback with this frame, and so with the weights
-            tasks.clear()
+        tasks += [pool.submit(leaf.read, streams) for leaf in packed]
+        _finish(pool, tasks)
     return [leaf.finish() for leaf in opened]
 
 
+def _finish(pool: concurrent.futures.ThreadPoolExecutor, tasks: list[concurrent.futures.Future[None]]) -> None:
+    """Waits for tasks, and empties the list; the first error ends them all."""
+    try:
+        for task in concurrent.futures.as_completed(tasks):
+            task.result()
+    except BaseException:
+        pool.shutdown(cancel_futures=True)
+        raise
+    finally:
+        task = None  # a task holds its error, whose traceback leads back to this frame and the weights in it
+        tasks.clear()
+
+
+def _packed_array(rows: Sequence[int]) -> WeightLeaf | None:
+    """The array that packed leaves share, described as a leaf; None if there is none."""
+    if not rows:
+        return None
+    shape = (len(rows), max(rows))
+    return WeightLeaf(path="", shape=shape, dtype="uint8", packed=False, encoding="zstd", folder=PACKED)
+
+
 def _check_memory(leaves: Sequence[WeightLeaf]) -> None:
-    """Check that the declared sizes fit into memory before allocating: a few bytes can encode any number of zeros."""
+    """A few bytes can stand for any number of zeros, so declared sizes are checked before memory is taken for them."""
     declared = sum(leaf_bytes(leaf.shape, leaf.dtype) for leaf in leaves)
     present = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if declared > present:
@@ -72,52 +95,42 @@ def _open(leaf: WeightLeaf, files: VerifiedFiles) -> _ZarrLeaf | _PackedLeaf:
 
 @dataclasses.dataclass(frozen=True)
 class _PackedLeaf:
-    """A leaf that is read from pieces of shared files: the array of its words, and the part for each piece."""
+    """A leaf being read from the packed array: the array of its words, and each part of it with its pieces."""
 
     leaf: WeightLeaf
     out: np.ndarray
-    parts: tuple[np.ndarray, ...]
+    parts: tuple[tuple[np.ndarray, tuple[Piece, ...]], ...]
 
     @classmethod
     def open(cls, leaf: WeightLeaf) -> _PackedLeaf:
         shape, word = words_of(leaf.shape, leaf.dtype)
         out = aligned_empty(shape, word)
-        regions = pieces(shape, word.itemsize)
-        if len(leaf.pieces) != len(regions):
-            what = f"{leaf.dtype}{list(leaf.shape)}"
-            raise ArtifactError(f"weight {leaf.path!r}: {len(leaf.pieces)} pieces; {what} has {len(regions)}")
-        return cls(leaf, out, tuple(out[region] for region in regions))
+        regions = part_regions(shape, word.itemsize)
+        each = 2 if leaf.encoding == "gaps" else 1
+        if len(leaf.pieces) != each * len(regions):
+            what = f"{leaf.dtype}{list(leaf.shape)} in {leaf.encoding!r}"
+            raise ArtifactError(f"weight {leaf.path!r}: {len(leaf.pieces)} pieces; {what} has {each * len(regions)}")
+        groups = (leaf.pieces[each * index : each * (index + 1)] for index in range(len(regions)))
+        return cls(leaf, out, tuple((out[region], group) for region, group in zip(regions, groups, strict=True)))
 
-    def read(self, data: memoryview, part: np.ndarray) -> None:
-        """Decode one piece."""
-        if self.leaf.encoding != "raw":
-            entropy.decode(data, part, gaps=self.leaf.encoding == "gaps")
-        elif len(data) != part.nbytes:
-            raise ArtifactError(f"{len(data)} bytes, not {part.nbytes}")
-        else:
-            part[...] = np.frombuffer(data, part.dtype).reshape(part.shape)
+    def read(self, rows: np.ndarray) -> None:
+        """Decodes all parts from the packed array, uint8 `[rows, length]`."""
+        for part, group in self.parts:
+            streams = [rows[piece.row, piece.start : piece.start + piece.size] for piece in group if piece.size]
+            streams += [rows[:0].reshape(-1)] * (len(group) - len(streams))
+            try:
+                if self.leaf.encoding == "gaps":
+                    gaps.decode(streams[0], streams[1], part)
+                elif streams[0].size != part.nbytes:
+                    raise ArtifactError(f"{streams[0].size} bytes, not {part.nbytes}")
+                else:
+                    part[...] = gaps.from_planes(streams[0], part.dtype).reshape(part.shape)
+            except ArtifactError as error:
+                raise ArtifactError(f"{PACKED}: weight {self.leaf.path!r} cannot be decoded: {error}") from error
 
     def finish(self) -> np.ndarray:
-        """Return the leaf, after all pieces were read."""
+        """The whole leaf, once every part is read."""
         return from_words(self.out, self.leaf.shape, self.leaf.dtype)
-
-
-def _by_pack(leaves: Sequence[_PackedLeaf]) -> dict[str, list[tuple[_PackedLeaf, Piece, np.ndarray]]]:
-    packs: dict[str, list[tuple[_PackedLeaf, Piece, np.ndarray]]] = {}
-    for leaf in leaves:
-        for piece, part in zip(leaf.leaf.pieces, leaf.parts, strict=True):
-            packs.setdefault(piece.file, []).append((leaf, piece, part))
-    return packs
-
-
-def _read_pack(name: str, parts: Sequence[tuple[_PackedLeaf, Piece, np.ndarray]], files: VerifiedFiles) -> None:
-    """Verify a file and decodes all its pieces."""
-    data = memoryview(files.read(name))
-    for leaf, piece, part in parts:
-        try:
-            leaf.read(data[piece.start : piece.start + piece.size], part)
-        except ArtifactError as error:
-            raise ArtifactError(f"{name}: weight {leaf.leaf.path!r} cannot be decoded: {error}") from error
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,15 +1,15 @@
-"""Writes weights: each leaf with the smallest encoding, as a zarr array or as pieces of shared files.
+"""Writing weights: each leaf in the encoding that measures smallest.
 
-Large leaves that are not pruned are zarr arrays in zarr's own layout. They are encoded in memory chunk by chunk, so
-that the digest of every byte is known before it is written. The others are split into pieces that share files, because
-zarr's metadata alone is larger than a bias.
+A large leaf that is not pruned is a zarr array of its own. All others share one zarr array of bytes, since zarr's
+metadata alone takes more than a bias; its rows hold one kind of bytes each, which compress best by themselves. Arrays
+are encoded in memory a chunk at a time, so every byte has its digest before it goes to a disk or an object store.
 """
 
 from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -17,34 +17,35 @@ import msgspec
 import numpy as np
 import tensorstore as ts
 
-from lepton_xla.compiler import entropy
-from lepton_xla.compiler.manifest import Encoding, Piece, WeightLeaf
+from lepton_xla.compiler import gaps
+from lepton_xla.compiler.manifest import PACKED, Encoding, Piece, WeightLeaf
 from lepton_xla.compiler.packing import needs_packing, pack, to_words
 from lepton_xla.trees import leaf_bytes
 
 CHUNK_BYTES = 4 << 20
-# Smaller than a chunk, because decoding a piece temporarily takes several times its size.
-PIECE_BYTES = 1 << 20
-_PACK_BYTES = 1 << 20
-# For leaves up to this size, zarr's half kilobyte of metadata would dominate.
-_RAW_BYTES = 8 << 10
+# Smaller than a chunk, because decoding a part takes several times its size for a moment; the streams of a part, which
+# may have four codes a byte, always fit a row of a chunk's size.
+PART_BYTES = 512 << 10
+# A leaf of up to this size is never worth half a kilobyte of zarr's metadata.
+_TINY_BYTES = 8 << 10
 _ZARR_BYTES = 450
-_ZSTD_LEVEL = 3
 _SAMPLE_BYTES = 256 << 10
-# Bytes that a 100 MB/s network delivers in the time of decoding one byte of zstd, or one symbol of `entropy`. An
-# encoding must save more than that, or it makes loading slower.
-_ZSTD_COST, _SYMBOL_COST = 0.15, 0.35
-# Models up to this size are decoded in about ten milliseconds, so only bytes matter.
+# Bytes that a network of 100 MB/s brings while zstd makes one byte, and while one byte of gaps or codes is placed. An
+# encoding must save more than that, or loading takes longer for it.
+_ZSTD_COST, _GAPS_COST = 0.15, 0.35
+# All weights of a model up to this size are decoded in some ten milliseconds, so there smaller is better than faster.
 _SMALL_MODEL_BYTES = 4 << 20
 _SMALL_MODEL_FACTOR = 0.1
-_ZSTD = {"name": "zstd", "configuration": {"level": _ZSTD_LEVEL}}
+# The largest stream of codes with which gaps are tried, of the bytes of the leaf.
+_MOST_LEFT = 0.8
+_FAST_LEVEL, _SMALL_LEVEL = 3, 19
 SCRATCH = {"driver": "memory", "path": "leaf/"}
 
 
 def write_all(
     leaves: Sequence[WeightLeaf], arrays: Sequence[Any], write: Callable[[str, bytes], None]
-) -> tuple[WeightLeaf, ...]:
-    """Write all leaves of an artifact, each with its smallest encoding.
+) -> tuple[tuple[WeightLeaf, ...], tuple[int, ...]]:
+    """Writes all leaves of an artifact, each as it is smallest.
 
     Args:
         leaves: results of `describe`.
@@ -52,25 +53,25 @@ def write_all(
         write: `write(name, content)` writes a file.
 
     Returns:
-        The leaves with their encodings and locations.
+        The leaves with how and where they are stored, and the bytes used in each row of the packed array.
     """
     is_small = sum(leaf_bytes(leaf.shape, leaf.dtype) for leaf in leaves) <= _SMALL_MODEL_BYTES
-    haste = _SMALL_MODEL_FACTOR if is_small else 1.0
-    packs = _Packs(write)
+    rows = _Rows()
     stored: list[WeightLeaf] = []
     for leaf, given in zip(leaves, arrays, strict=True):
         array = np.asarray(given)
         words = to_words(array)
-        leaf = msgspec.structs.replace(leaf, encoding=_choose(words, haste))
+        leaf = msgspec.structs.replace(leaf, encoding=_choose(words, is_small))
         if leaf.is_zarr:
             for name, data in encode(leaf, array):
                 write(name, data)
         else:
-            placed = tuple(packs.add(data) for data in _encode_pieces(words, leaf.encoding))
+            placed = tuple(rows.add(kind, data) for kind, data in _streams(words, leaf.encoding))
             leaf = msgspec.structs.replace(leaf, folder="", pieces=placed)
         stored.append(leaf)
-    packs.close()
-    return tuple(stored)
+    for name, data in rows.encode(_SMALL_LEVEL if is_small else _FAST_LEVEL):
+        write(name, data)
+    return tuple(stored), rows.sizes
 
 
 def describe(path: str, index: int, array: Any) -> WeightLeaf:
@@ -88,29 +89,43 @@ def describe(path: str, index: int, array: Any) -> WeightLeaf:
 
 
 def encode(leaf: WeightLeaf, array: Any) -> Iterator[tuple[str, bytes]]:
-    """Encode a leaf as a zarr array; yields `(name, content)` of its files."""
+    """The files of a leaf that is a zarr array of its own: `(name, content)`, one at a time."""
     stored = np.asarray(array)
     if leaf.packed:
         stored = pack(stored)
-    shape = [max(size, 1) for size in chunk_shape(stored.shape, stored.dtype.itemsize)]
-    codecs = plain_codecs(stored.itemsize)
-    if leaf.encoding == "zstd":
-        codecs.append(_ZSTD)
-    # Chunks of zeros are stored too, so that a missing chunk always means damage.
+    chunk = [max(size, 1) for size in chunk_shape(stored.shape, stored.dtype.itemsize)]
+    level = _FAST_LEVEL if leaf.encoding == "zstd" else None
+    parts = ((region, stored[region]) for region in _regions(stored.shape, chunk))
+    yield from _zarr_files(leaf.folder, stored.shape, stored.dtype, chunk, level, parts)
+
+
+def _zarr_files(
+    folder: str,
+    shape: Sequence[int],
+    dtype: np.dtype[Any],
+    chunk: Sequence[int],
+    level: int | None,
+    parts: Iterable[tuple[tuple[slice, ...], np.ndarray]],
+) -> Iterator[tuple[str, bytes]]:
+    """The files of a zarr array, `(name, content)`, from its chunks; `level` is zstd's, None for no compression."""
     metadata = {
-        "data_type": stored.dtype.name,
-        "shape": list(stored.shape),
-        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": shape}},
-        "codecs": codecs,
+        "data_type": dtype.name,
+        "shape": list(shape),
+        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": list(chunk)}},
+        "codecs": [*plain_codecs(dtype.itemsize), *([_zstd(level)] if level is not None else [])],
     }
     # A separate context, so that the scratch store is freed with it.
     context = ts.Context()
     handle = open_array(context, metadata=metadata, create=True)
     kv = ts.KvStore.open(SCRATCH, context=context).result()
-    yield f"{leaf.folder}/zarr.json", kv.read("zarr.json").result().value
-    for region in _regions(stored.shape, shape):
-        handle[region].write(stored[region]).result()
-        yield from _drain(kv, leaf.folder)
+    yield f"{folder}/zarr.json", kv.read("zarr.json").result().value
+    for region, part in parts:
+        handle[region].write(part).result()
+        yield from _drain(kv, folder)
+
+
+def _zstd(level: int) -> dict[str, Any]:
+    return {"name": "zstd", "configuration": {"level": level}}
 
 
 def chunk_shape(shape: Sequence[int], itemsize: int, limit_bytes: int = CHUNK_BYTES) -> tuple[int, ...]:
@@ -143,9 +158,9 @@ def open_array(context: ts.Context, **options: Any) -> ts.TensorStore:
     return ts.open(spec, context=context, **options).result()
 
 
-def pieces(shape: Sequence[int], itemsize: int) -> list[tuple[slice, ...]]:
-    """The parts of an array of words that become a piece each, in order."""
-    chunk = [max(size, 1) for size in chunk_shape(shape, itemsize, PIECE_BYTES)]
+def part_regions(shape: Sequence[int], itemsize: int) -> list[tuple[slice, ...]]:
+    """The parts into which an array of words is cut for the packed array, in order."""
+    chunk = [max(size, 1) for size in chunk_shape(shape, itemsize, PART_BYTES)]
     return list(_regions(shape, chunk))
 
 
@@ -158,70 +173,92 @@ def _regions(shape: Sequence[int], chunk: Sequence[int]) -> Iterator[tuple[slice
     return itertools.product(*parts)
 
 
-def _choose(words: np.ndarray, haste: float) -> Encoding:
-    """Choose the encoding with the lowest cost of bytes and decoding time, measured on a part of a large leaf.
+def _choose(words: np.ndarray, is_small: bool) -> Encoding:
+    """The encoding whose bytes, and the time to decode them, cost least; measured on a part of a large leaf.
 
     Args:
         words: the leaf.
-        haste: weight of the decoding time.
+        is_small: whether the whole model is small, so that bytes count for more than time.
     """
-    whole, is_small = words.nbytes, words.nbytes <= _RAW_BYTES
+    whole, haste = words.nbytes, _SMALL_MODEL_FACTOR if is_small else 1.0
     if not whole:
-        return "raw"
-    costs: dict[Encoding, float] = {"raw": whole} if is_small else {"plain": whole + _ZARR_BYTES}
-    costs["zstd"] = (zstd_share(words) + haste * _ZSTD_COST) * whole + _ZARR_BYTES
-    parts = pieces(words.shape, words.itemsize)
-    sample = words[parts[len(parts) // 2]]
+        return "packed"
+    regions = part_regions(words.shape, words.itemsize)
+    sample = words[regions[len(regions) // 2]]
     scale = whole / sample.nbytes
-    cost = lambda size, symbols: (size + haste * _SYMBOL_COST * symbols) * scale  # noqa: E731
-    # Skip encodings that cannot win by their counts, except for biases of small models, whose exponents compress.
-    if (is_small and haste < 1) or cost(*entropy.estimate(sample)) < min(costs.values()):
-        for encoding in ("gaps", "deflate"):
-            data, symbols = entropy.encode(sample, gaps=encoding == "gaps")
-            costs[encoding] = cost(len(data), symbols)
+    costs: dict[Encoding, float]
+    if whole <= _TINY_BYTES:
+        costs = {"packed": _zstd_bytes(gaps.to_planes(sample), _SMALL_LEVEL) + haste * _ZSTD_COST * whole}
+    else:
+        costs = {"plain": whole + _ZARR_BYTES, "zstd": (zstd_share(words) + haste * _ZSTD_COST) * whole + _ZARR_BYTES}
+    streams = gaps.encode(sample)
+    if len(streams.codes) <= _MOST_LEFT * sample.nbytes:
+        size = sum(_zstd_bytes(stream, _FAST_LEVEL) for stream in streams)
+        costs["gaps"] = (size + haste * _GAPS_COST * sum(map(len, streams))) * scale
     return min(costs, key=lambda encoding: costs[encoding])
 
 
 def zstd_share(words: np.ndarray) -> float:
-    """Compression ratio of zstd on a leaf, measured on a part from its middle."""
+    """The share of its bytes that zstd leaves of a leaf, measured on a part from its middle."""
     flat = words.reshape(-1)
     middle = max(0, (flat.size - _SAMPLE_BYTES // words.itemsize) // 2)
     sample = flat[middle : middle + _SAMPLE_BYTES // words.itemsize]
-    context = ts.Context()
-    codecs = [*plain_codecs(sample.itemsize), _ZSTD]
-    metadata = {"data_type": sample.dtype.name, "shape": list(sample.shape), "codecs": codecs}
-    open_array(context, metadata=metadata, create=True).write(sample).result()
-    kv = ts.KvStore.open(SCRATCH, context=context).result()
-    return len(kv.read("c/0").result().value) / sample.nbytes
+    return _zstd_bytes(sample.tobytes(), _FAST_LEVEL) / sample.nbytes
 
 
-def _encode_pieces(words: np.ndarray, encoding: Encoding) -> Iterator[bytes]:
-    for region in pieces(words.shape, words.itemsize):
-        part = words[region]
-        yield part.tobytes() if encoding == "raw" else entropy.encode(part, gaps=encoding == "gaps").data
+def _zstd_bytes(data: bytes, level: int) -> int:
+    """How many bytes zstd makes of some."""
+    array = np.frombuffer(data, np.uint8)
+    if not array.size:
+        return 0
+    files = _zarr_files("", array.shape, array.dtype, array.shape, level, [((slice(None),), array)])
+    return len(dict(files)["/c/0"])
 
 
-class _Packs:
-    """Writes pieces into files, one file after the other."""
+def _streams(words: np.ndarray, encoding: Encoding) -> Iterator[tuple[str, bytes]]:
+    """The streams of a leaf's parts in order, each with its kind."""
+    for region in part_regions(words.shape, words.itemsize):
+        if encoding == "gaps":
+            yield from zip(("gaps", "codes"), gaps.encode(words[region]), strict=True)
+        else:
+            yield "planes", gaps.to_planes(words[region])
 
-    def __init__(self, write: Callable[[str, bytes], None]) -> None:
-        self._write = write
-        self._number = 0
-        self._content = bytearray()
 
-    def add(self, data: bytes) -> Piece:
-        if self._content and len(self._content) + len(data) > _PACK_BYTES:
-            self.close()
-        piece = Piece(pack=self._number, start=len(self._content), size=len(data))
-        self._content += data
-        return piece
+class _Rows:
+    """The packed array: each row holds streams of one kind, one after the other."""
 
-    def close(self) -> None:
-        """Write the last, partly filled file."""
-        if self._content:
-            self._write(Piece(pack=self._number, start=0, size=0).file, bytes(self._content))
-            self._number += 1
-            self._content = bytearray()
+    def __init__(self) -> None:
+        self._rows: list[bytearray] = []
+        self._open: dict[str, int] = {}
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Bytes used in each row."""
+        return tuple(map(len, self._rows))
+
+    def add(self, kind: str, data: bytes) -> Piece:
+        """Puts a stream at the end of its kind's row, or into a new one if that row would grow beyond a chunk."""
+        row = self._open.get(kind)
+        if not data:
+            return Piece(row=row or 0, start=0, size=0)
+        if row is None or len(self._rows[row]) + len(data) > CHUNK_BYTES:
+            row = self._open[kind] = len(self._rows)
+            self._rows.append(bytearray())
+        start = len(self._rows[row])
+        self._rows[row] += data
+        return Piece(row=row, start=start, size=len(data))
+
+    def encode(self, level: int) -> Iterator[tuple[str, bytes]]:
+        """The packed array's files: `(name, content)`, one row a chunk."""
+        if not self._rows:
+            return
+        length = max(self.sizes)
+
+        def parts() -> Iterator[tuple[tuple[slice, ...], np.ndarray]]:
+            for index, row in enumerate(self._rows):
+                yield (slice(index, index + 1), slice(0, len(row))), np.frombuffer(row, np.uint8)[None]
+
+        yield from _zarr_files(PACKED, (len(self._rows), length), np.dtype(np.uint8), (1, length), level, parts())
 
 
 def _drain(kv: ts.KvStore, folder: str) -> Iterator[tuple[str, bytes]]:

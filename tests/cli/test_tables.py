@@ -186,7 +186,7 @@ def test_commands_that_are_cheap_to_run(cli, plain, artifact, tmp_path, monkeypa
 
 def test_of_an_artifact(monkeypatch):
     rows = [
-        ("encoder/layers/3/attention/query/kernel", "768x3072", "float32", "raw", "9,437,184", "8,000,000", "1.18x")
+        ("encoder/layers/3/attention/query/kernel", "768x3072", "float32", "plain", "9,437,184", "8,000,000", "1.18x")
     ]
     columns = ("name", "shape", "dtype", "encoding", ">bytes", ">on disk", ">smaller")
     part = Table("weights", columns, rows, total=("total", "", "", "", "89,349,120", "8,000,000", "1.18x"))

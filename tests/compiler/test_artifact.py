@@ -54,11 +54,12 @@ def test_the_layout(saved_dense: pathlib.Path) -> None:
         ("bias", [5], "float32"), ("kernel", [12, 5], "float32"), ("large", [50, 60], "float32"),
     ]  # fmt: skip
     assert {name for name in manifest["files"] if name.startswith("weights/")} == {
-        "weights/00002-large/zarr.json", "weights/00002-large/c/0/0", "weights/pack-00000",
+        "weights/00002-large/zarr.json", "weights/00002-large/c/0/0",
+        "weights/packed/zarr.json", "weights/packed/c/0/0",
     }  # fmt: skip
-    assert [leaf["encoding"] for leaf in manifest["weights"]] == ["raw", "raw", "zstd"]
+    assert [leaf["encoding"] for leaf in manifest["weights"]] == ["packed", "packed", "zstd"]
     assert manifest["float32_bytes"] == 4 * (5 + 12 * 5 + 50 * 60)
-    assert manifest["schema"] == 2
+    assert manifest["schema"] == 3
     assert manifest["recipe"] == {"name": "none"}
     assert manifest["buckets"] == {"batch": [1, 4, 8]}
 
@@ -118,7 +119,7 @@ def test_damage_to_any_file_is_found_and_the_file_named(
     copy_dense: Callable[[], pathlib.Path], saved_dense: pathlib.Path, damage: Callable[[pathlib.Path], None]
 ) -> None:
     names = files_of(saved_dense)
-    assert len(names) == 8
+    assert len(names) == 9
     for name in names:
         for check in (compiler.verify, compiler.load):
             path = copy_dense()
@@ -141,8 +142,8 @@ def test_weights_that_cannot_be_read_are_not_kept_by_the_error(
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (lambda m: m.update(schema=1), "schema version 1; this version of lepton_xla reads 2: compile the model again"),
-        (lambda m: m.update(schema=3), "schema version 3; this version of lepton_xla reads 2: load it with the one"),
+        (lambda m: m.update(schema=1), "schema version 1; this version of lepton_xla reads 3: compile the model again"),
+        (lambda m: m.update(schema=4), "schema version 4; this version of lepton_xla reads 3: load it with the version"),
         (lambda m: m.pop("schema"), "missing required field `schema`"),
         (lambda m: m.pop("weights"), "missing required field `weights`"),
         (lambda m: m.update(surprise=1), "unknown field `surprise`"),
@@ -155,10 +156,16 @@ def test_weights_that_cannot_be_read_are_not_kept_by_the_error(
         (lambda m: m["weights"][0].update(shape=[6]), "weight 'bias' cannot be decoded: 20 bytes, not 24"),
         (
             lambda m: m["weights"][0].update(shape=[1 << 62]),
-            r"take 18446744073709563\d+ bytes, and this machine has \d+",
+            r"take 18446744073709\d+ bytes, and this machine has \d+",
         ),
-        (lambda m: m["weights"][0].update(shape=[1 << 20]), r"weight 'bias': 1 pieces; float32\[1048576\] has 4"),
-        (lambda m: m["weights"][0].update(encoding="gaps"), "weight 'bias' cannot be decoded: "),
+        (
+            lambda m: m["weights"][0].update(shape=[1 << 20]),
+            r"weight 'bias': 1 pieces; float32\[1048576\] in 'packed' has 8",
+        ),
+        (lambda m: m["weights"][0].update(encoding="gaps"), "weight 'bias': 1 pieces; "),
+        (lambda m: m.update(packed_rows=[1 << 62]), r"take 46116860184\d+ bytes, and this machine has \d+"),
+        (lambda m: m.update(packed_rows=[0]), r"Expected `int` >= 1 - at `\$.packed_rows"),
+        (lambda m: m.update(packed_rows=[300, 9]), "'weights/packed/c/1/0' has no entry in files"),
         (
             lambda m: m["weights"][0].update(encoding="lzma"),
             r"Invalid enum value 'lzma' - at `\$.weights\[0\].encoding`",
@@ -166,10 +173,13 @@ def test_weights_that_cannot_be_read_are_not_kept_by_the_error(
         (lambda m: m["weights"][0].update(encoding="zstd"), "'/zarr.json' has no entry in files"),
         (
             lambda m: m["weights"][0].update(pieces=[[0, 1, 400]]),
-            "weight 'bias' has a piece beyond the end of weights/p",
+            "weight 'bias' has a piece beyond the end of weights/packed",
         ),
         (lambda m: m["weights"][0].update(pieces=[[0, -1, 20]]), r"Expected `int` >= 0 - at `\$.weights\[0\].pieces"),
-        (lambda m: m["weights"][0].update(pieces=[[1, 0, 20]]), "'weights/pack-00001' has no entry in files"),
+        (
+            lambda m: m["weights"][0].update(pieces=[[1, 0, 20]]),
+            "weight 'bias' has a piece beyond the end of weights/packed",
+        ),
         (lambda m: m["weights"][2].update(shape=[6]), r"holds float32\[50, 60\]; the manifest says float32\[6\]"),
         (lambda m: m["weights"][2].update(folder="weights/x"), "'weights/x/zarr.json' has no entry in files"),
         (lambda m: m["programs"][0].update(file="../p"), "'../p' has no entry in files"),

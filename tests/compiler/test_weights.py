@@ -1,6 +1,7 @@
+import dataclasses
 import hashlib
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import jax.numpy as jnp
 import ml_dtypes
@@ -40,22 +41,37 @@ def random_bits(dtype: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
     return random.integers(0, 256, size * kind.itemsize).astype(np.uint8).view(kind).reshape(shape)
 
 
-def stored(array: np.ndarray, encoding: str | None = None) -> tuple[WeightLeaf, dict[str, bytes]]:
-    """The leaf and its files, by the encoding that is chosen or by this one."""
-    leaf, written = weights.describe("layer/kernel", 0, array), {}
+@dataclasses.dataclass
+class Written:
+    """What `write_all` made of some arrays."""
+
+    rows: tuple[int, ...]
+    files: dict[str, bytes]
+
+
+def write(arrays: Sequence[np.ndarray]) -> tuple[tuple[WeightLeaf, ...], Written]:
+    files: dict[str, bytes] = {}
+    described = [weights.describe("layer/kernel", index, array) for index, array in enumerate(arrays)]
+    leaves, rows = weights.write_all(described, arrays, files.__setitem__)
+    return leaves, Written(rows, files)
+
+
+def stored(array: np.ndarray, encoding: str | None = None) -> tuple[WeightLeaf, Written]:
+    """The leaf and its files, in the encoding that is chosen or in this one."""
     with pytest.MonkeyPatch.context() as patch:
         if encoding is not None:
             patch.setattr(weights, "_choose", lambda *_, **__: encoding)
-        (leaf,) = weights.write_all([leaf], [array], written.__setitem__)
+        (leaf,), written = write([array])
     return leaf, written
 
 
-def read(leaves: Sequence[WeightLeaf], written: Mapping[str, bytes]) -> list[np.ndarray]:
+def read(leaves: Sequence[WeightLeaf], written: Written) -> list[np.ndarray]:
     store = Store(f"memory://{secrets.token_hex(8)}/")
-    files = {name: FileEntry(size=len(data), sha256=hashlib.sha256(data).hexdigest()) for name, data in written.items()}
-    for name, data in written.items():
+    files: dict[str, FileEntry] = {}
+    for name, data in written.files.items():
+        files[name] = FileEntry(size=len(data), sha256=hashlib.sha256(data).hexdigest())
         store.write(name, data)
-    return reading.read_all(leaves, VerifiedFiles(store, files))
+    return reading.read_all(leaves, written.rows, VerifiedFiles(store, files))
 
 
 def as_bytes(array: np.ndarray) -> bytes:
@@ -69,7 +85,7 @@ def as_bytes(array: np.ndarray) -> bytes:
     st.sampled_from(DTYPES),
     st.lists(st.integers(0, 5), max_size=4).map(tuple),
     st.integers(0, 1000),
-    st.sampled_from(["plain", "zstd", "raw", "gaps", "deflate", None]),
+    st.sampled_from(["plain", "zstd", "packed", "gaps", None]),
 )
 def test_every_dtype_and_shape_comes_back_bit_for_bit(
     dtype: str, shape: tuple[int, ...], seed: int, encoding: str | None
@@ -94,9 +110,9 @@ def test_large_leaves_are_cut_and_stored_by_what_is_smallest(dtype: str, content
     leaf, written = stored(array)
     (found,) = read([leaf], written)
     assert as_bytes(found) == as_bytes(array)
-    assert max(map(len, written.values())) <= weights.CHUNK_BYTES + 1024
+    assert max(map(len, written.files.values())) <= weights.CHUNK_BYTES + 1024
     assert leaf.encoding == {"random": "plain", "repeated": "zstd", "pruned": "gaps"}[content]
-    total = sum(map(len, written.values()))
+    total = sum(map(len, written.files.values()))
     bits = {"float32": 32, "bfloat16": 16, "int8": 8, "int4": 4}[dtype]
     # Each of a tenth's positions takes 4.69 bits, and random values nothing less than all of theirs.
     largest = {"random": 1.02 * bits, "repeated": 0.1 * bits, "pruned": 1.02 * 0.1 * (4.69 + bits)}[content]
@@ -112,51 +128,56 @@ def test_large_weights_do_not_take_longer_to_load_for_a_few_bytes(density: float
     part = codes[:400]
     leaf, written = stored(part)  # a small model's
     assert leaf.encoding != "plain"
-    assert sum(map(len, written.values())) < 0.97 * part.size
+    assert sum(map(len, written.files.values())) < 0.97 * part.size
 
 
-def test_pieces_of_many_leaves_share_files_of_bounded_size() -> None:
-    kept = np.random.default_rng(0).random((8, 1 << 20)) < 0.2
+def test_leaves_share_rows_of_bounded_size() -> None:
+    kept = np.random.default_rng(0).random((44, 1 << 19)) < 0.2
     arrays = [np.where(mask, random_bits("int8", mask.shape, 0), np.int8(0)) for mask in kept]
-    leaves = [weights.describe(f"layer{index}", index, array) for index, array in enumerate(arrays)]
-    written: dict[str, bytes] = {}
-    placed = weights.write_all(leaves, arrays, written.__setitem__)
-    packs = sorted(name for name in written if name.startswith("weights/pack"))
-    assert packs == ["weights/pack-00000", "weights/pack-00001", "weights/pack-00002"]
-    assert all(len(written[name]) <= 1 << 20 for name in packs)
-    for array, found in zip(arrays, read(placed, written), strict=True):
+    leaves, written = write(arrays)
+    assert {leaf.encoding for leaf in leaves} == {"gaps"}
+    # A fifth of 22 MiB: 4.4 MiB of gaps, and as much of codes.
+    assert len(written.rows) == 4
+    assert max(written.rows) <= weights.CHUNK_BYTES
+    for array, found in zip(arrays, read(leaves, written), strict=True):
         np.testing.assert_array_equal(found, array)
 
 
-def test_small_leaves_take_no_more_than_their_bytes() -> None:
+def test_small_leaves_take_little_more_than_their_bytes() -> None:
     arrays = [random_bits("float32", (size,), size) for size in (1, 10, 100, 300, 1000)]
-    leaves = [weights.describe(f"bias{index}", index, array) for index, array in enumerate(arrays)]
-    written: dict[str, bytes] = {}
-    weights.write_all(leaves, arrays, written.__setitem__)
-    assert list(written) == ["weights/pack-00000"]
-    assert len(written["weights/pack-00000"]) == sum(array.nbytes for array in arrays)
+    leaves, written = write(arrays)
+    assert {leaf.encoding for leaf in leaves} == {"packed"}
+    assert sorted(written.files) == ["weights/packed/c/0/0", "weights/packed/zarr.json"]
+    assert sum(map(len, written.files.values())) <= sum(array.nbytes for array in arrays) + 350
 
 
-@pytest.mark.parametrize("encoding", ["raw", "gaps", "deflate"])
+@pytest.mark.parametrize("encoding", ["packed", "gaps"])
 def test_a_piece_that_is_not_of_its_leaf_is_refused_by_name(encoding: str) -> None:
     array = np.where(np.arange(600) % 5, 0, np.arange(600)).astype(np.int16).reshape(20, 30)
     leaf, written = stored(array, encoding)
-    (name,) = written
-    longer, shorter = written[name] + b"\0", written[name][:-1]
-    with pytest.raises(ArtifactError, match="weights/pack-00000: weight 'layer/kernel' cannot be decoded"):
-        read([leaf], {name: shorter})
-    (piece,) = leaf.pieces
-    stretched = msgspec.structs.replace(leaf, pieces=(msgspec.structs.replace(piece, size=piece.size + 1),))
-    with pytest.raises(ArtifactError, match="weights/pack-00000: weight 'layer/kernel' cannot be decoded"):
-        read([stretched], {name: longer})
+    for index, piece in enumerate(leaf.pieces):
+        for change in ({"size": piece.size - 1}, {"start": piece.start + 1, "size": piece.size - 1}):
+            cut = msgspec.structs.replace(piece, **change)
+            harmed = msgspec.structs.replace(leaf, pieces=(*leaf.pieces[:index], cut, *leaf.pieces[index + 1 :]))
+            with pytest.raises(ArtifactError, match="weights/packed: weight 'layer/kernel' cannot be decoded"):
+                read([harmed], written)
     other = msgspec.structs.replace(leaf, shape=(30, 20, 2))
     with pytest.raises(ArtifactError, match="weight 'layer/kernel'"):
         read([other], written)
+    with pytest.raises(ArtifactError, match="pieces; int16"):
+        read([msgspec.structs.replace(leaf, pieces=leaf.pieces[1:])], written)
+
+
+def test_rows_of_another_size_than_the_manifest_s_are_refused() -> None:
+    leaf, written = stored(np.arange(100, dtype=np.float32), "packed")
+    written.rows = (written.rows[0] + 1,)
+    with pytest.raises(ArtifactError, match=r"zarr.json: holds uint8\[1, 400\]; the manifest says uint8\[1, 401\]"):
+        read([leaf], written)
 
 
 def test_arrays_start_on_a_64_byte_boundary() -> None:
     for size in (1, 3, 1000):
-        for encoding in ("plain", "raw", "deflate"):
+        for encoding in ("plain", "packed", "gaps"):
             leaf, written = stored(np.arange(size, dtype=np.float32), encoding)
             (found,) = read([leaf], written)
             assert found.ctypes.data % 64 == 0
