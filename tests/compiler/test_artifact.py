@@ -143,7 +143,10 @@ def test_weights_that_cannot_be_read_are_not_kept_by_the_error(
     ("edit", "message"),
     [
         (lambda m: m.update(schema=1), "schema version 1; this version of lepton_xla reads 3: compile the model again"),
-        (lambda m: m.update(schema=4), "schema version 4; this version of lepton_xla reads 3: load it with the version"),
+        (
+            lambda m: m.update(schema=4),
+            "schema version 4; this version of lepton_xla reads 3: load it with the version",
+        ),
         (lambda m: m.pop("schema"), "missing required field `schema`"),
         (lambda m: m.pop("weights"), "missing required field `weights`"),
         (lambda m: m.update(surprise=1), "unknown field `surprise`"),
