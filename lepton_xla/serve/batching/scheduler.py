@@ -19,6 +19,7 @@ from time import monotonic
 
 from lepton_xla.serve.batching.batcher import Batcher
 from lepton_xla.serve.batching.engine import Completion, Engine, Work
+from lepton_xla.serve.batching.rejections import Rejections
 from lepton_xla.serve.batching.tickets import Batch, Part, Reason
 from lepton_xla.serve.errors import HTTPError
 from lepton_xla.serve.observe.metrics import Metrics
@@ -35,19 +36,6 @@ _SHORT_S = 2.5e-4
 # would interrupt the batch.
 _SHORT_ON_ONE_CORE_S = 5e-3
 _FAR_LONGER = 4
-
-_LONGEST_RETRY_S = 60
-# How long a predicted `Retry-After` is reused. It is in whole seconds.
-_PREDICTED_S = 0.01
-
-# Status and message for requests without a result. 503: overload, try again; 504: the deadline.
-_REFUSALS: dict[Reason, tuple[int, str]] = {
-    Reason.FULL: (503, "the queue is full"),
-    Reason.OUTRANKED: (503, "the queue is full, and others have a higher priority"),
-    Reason.OVERLOADED: (503, "too much waits for an answer within the request's timeout"),
-    Reason.TOO_SHORT: (504, "the request's timeout is shorter than running it takes"),
-    Reason.EXPIRED: (504, "the request's timeout has passed"),
-}
 
 
 class Call(Work, kw_only=True, eq=False):
@@ -124,10 +112,7 @@ class Scheduler:
         self._alarm_s = math.inf
         self.shed: Callable[[RequestSpec], HTTPError | None] | None = None
         self._full: RequestSpec | None = None
-        # Errors for overload, reused until `_predicted_until_s`.
-        self._overload: dict[Reason, HTTPError] = {}
-        self._predicted = ""
-        self._predicted_until_s = -math.inf
+        self._rejections = Rejections(metrics, self._drain_s)
 
     @property
     def max_rows(self) -> int:
@@ -206,7 +191,7 @@ class Scheduler:
         if reason is not None:
             if reason is Reason.FULL and timeout == math.inf:
                 self._full, self.shed = spec, self._shed
-            call.fail(self._refusal(reason))
+            call.fail(self._rejections.error(reason))
             return
         self.shed = None
         if self._batcher.dropped:
@@ -218,7 +203,7 @@ class Scheduler:
         batcher = self._batcher
         if spec is not self._full or batcher.rows + spec.rows <= batcher.max_rows:
             return None
-        return self._refusal(Reason.FULL)
+        return self._rejections.error(Reason.FULL)
 
     def cancel(self, call: Call) -> None:
         """Drops a call whose client has gone."""
@@ -226,30 +211,16 @@ class Scheduler:
         with self._lock:
             self._batcher.cancel(call)
 
-    def _refusal(self, reason: Reason) -> HTTPError:
-        status, words = _REFUSALS[reason]
-        if status != 503:
-            self._metrics.expired += 1
-            return HTTPError(status, words)
-        self._metrics.rejected += 1
-        now = monotonic()
-        if now >= self._predicted_until_s:
-            with self._lock:
-                seconds = self._batcher.drain_s(now)
-            self._predicted = f"Retry-After: {min(max(math.ceil(seconds), 1), _LONGEST_RETRY_S)}"
-            self._predicted_until_s = now + _PREDICTED_S
-            self._overload.clear()
-        refusal = self._overload.get(reason)
-        if refusal is None:
-            refusal = self._overload[reason] = HTTPError(503, words, self._predicted)
-        return refusal
+    def _drain_s(self, now: float) -> float:
+        with self._lock:
+            return self._batcher.drain_s(now)
 
     def _tell_dropped(self) -> None:
         """Fails the calls that the batcher has dropped."""
         with self._lock:
             dropped, self._batcher.dropped = self._batcher.dropped, []
         for call, reason in dropped:
-            call.fail(self._refusal(reason))
+            call.fail(self._rejections.error(reason))
 
     # Time.
 
