@@ -1,1 +1,1 @@
-"""What every pass stands on: the one walker, sites, weights that are computed, statistics."""
+"""The basis of every pass: the walker, sites, computed weights, statistics."""

@@ -1,4 +1,4 @@
-"""Sites of one shape: what is compiled, or timed, for one of them serves all."""
+"""Sites of equal shape, which share compiled code and measured times."""
 
 from __future__ import annotations
 
@@ -6,14 +6,13 @@ from lepton_xla.passes.core.sites import Site, layout_key
 
 
 class Alike:
-    """A site as far as its shapes: equal to that of any other site of the same product, operands and layout.
+    """A site that equals every other site with the same product, operand shapes and layout.
 
-    It is what jitted functions of passes take as their static argument, so that the equal layers of a model share what
-    is compiled. Operators of one shape differ in their weights' names and equations only, which such functions must
-    not look at.
+    Jitted functions of passes take it as a static argument, so that equal layers of a model share compiled code. Such
+    functions must not depend on the weight's name or the equation, which differ between alike sites.
 
     Attributes:
-        site: one of these sites.
+        site: one of the alike sites.
     """
 
     def __init__(self, site: Site) -> None:

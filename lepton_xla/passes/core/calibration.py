@@ -1,4 +1,4 @@
-"""Ranges of the activations that meet planned sites, measured on data."""
+"""Measures ranges of activations at planned sites."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from lepton_xla.quant import FORMATS, observers
 from lepton_xla.quant.observers import Aggregate, Histogram
 from lepton_xla.recipe import QuantizeRule
 
-# What travels beside a weight to its site: a mark of the step, and the level to count at. What leaves the program.
+# Side inputs of a weight: a one-hot mark of the step, and the level of the histogram. Then the names of taps.
 _MARK, _LEVEL = "mark", "level"
 _LARGEST, _COUNTS = "largest", "counts"
 _FINITE = np.float32(np.finfo(np.float32).max).view(np.int32)
 
-# What is said of no batches.
+# Message for empty calibration data.
 EMPTY = (
     "calibration data is empty: give at least one batch, such as [{'image': array}]; a generator gives its batches "
     "only once"
@@ -38,21 +38,21 @@ EMPTY = (
 def calibrate(program: Program, plan: Plan, batches: Iterable[Mapping[str, Any]]) -> dict[str, jax.Array]:
     """Measure the range of each statically quantized site's activation, in one pass over the data.
 
-    What is held at a time is one batch, and of each site and step a histogram of fixed size. A batch with larger
-    magnitudes than any before it is run again, on histograms that reach far enough.
+    Holds one batch at a time, and a histogram of fixed size for each site and step. A batch with larger magnitudes than
+    all before it is run again, with histograms that cover them.
 
     Args:
         program: the float program that the plan was made for.
-        plan: tells the sites, how each range is taken (`calibration`), and how batches come together (`aggregate`).
+        plan: gives the sites, how to choose each range (`calibration`), and how to combine batches (`aggregate`).
         batches: input dicts, such as `{"image": array}`; at least one.
 
     Returns:
-        Site name -> float32 range, more than 0; a scalar, or one a step where a scan steps over the site's weight.
+        Site name -> float32 range, positive; a scalar, or one per step if a scan steps over the site's weight.
 
     Raises:
-        CalibrationError: if there are no batches, or one has a wrong name, dtype or shape, is empty or not finite; if
-            a site is not reached, or by zeros only, so that there is no range to take; or if its format has none of
-            the kind that is asked for.
+        CalibrationError: if there are no batches, or one has a wrong name, dtype or shape, is empty or not finite; if a
+            site is not reached, or by zeros only, so that it has no range; or if the method is not defined for its
+            format.
 
     >>> program = lx.trace(lambda w, x: x @ w["w"], {"w": jnp.eye(4)}, {"x": lx.TensorSpec(("batch", 4), "float32")})
     >>> plan = lx.passes.resolve(lx.Recipe.load("int8").replace({"quantize.0.dynamic": False}), program)
@@ -105,8 +105,8 @@ def _observer(
             counts = jnp.multiply.outer(here.astype(jnp.uint32), counts)
             context.tap((site.name, _COUNTS), counts, combine="sum")
 
-    # Which of the scans around a site step over its weight is not in a tap's shape. So a mark of the step travels with
-    # the weight: zeros of the shape of all steps, with a one at this step.
+    # The shape of a tap does not tell which of the surrounding scans step over the weight. So a mark of the step is a
+    # side input of the weight: zeros of the shape of all steps, with a one at this step.
     marks: dict[str, dict[Key, jax.Array]] = {}
     for name, (site, _) in sites.items():
         assert site.path is not None
@@ -129,7 +129,7 @@ def _observer(
         while True:
             taps = jax.device_get(run(program.weights, levels, inputs))
             largest = {
-                # Scans that do not step over the weight have stacked theirs before it.
+                # Scans that do not step over the weight are stacked in front.
                 name: np.max(found, axis=tuple(range(found.ndim - site.stacked)))
                 for name, (site, _) in sites.items()
                 if (found := taps.get((name, _LARGEST))) is not None
@@ -138,7 +138,7 @@ def _observer(
                 name: _next_level(
                     levels[name],
                     np.asarray(observers.level_of(bits)),
-                    # A second run may only grow: one that rounds otherwise must not send it back and forth.
+                    # A repeated run may only raise levels, so that different rounding cannot make it oscillate.
                     grow=again or sites[name][1].aggregate == "pooled",
                 )
                 for name, bits in largest.items()
@@ -153,10 +153,10 @@ def _observer(
 
 
 def _next_level(level: np.ndarray, needed: np.ndarray, *, grow: bool) -> np.ndarray:
-    """What to count at. A histogram of one batch has the level of that batch, a pooled one of all there were."""
+    """Choose the level: a histogram of one batch uses that batch's level, a pooled one that of all batches so far."""
     if grow:
         return np.maximum(level, needed)
-    return np.where(needed > 0, needed, level)  # a step that is not reached needs none
+    return np.where(needed > 0, needed, level)  # a step that is not reached keeps its level
 
 
 def _steps(program: Program, site: Site) -> tuple[int, ...]:
@@ -165,7 +165,7 @@ def _steps(program: Program, site: Site) -> tuple[int, ...]:
 
 
 class _SiteObserver:
-    """What one site has been seen to take, step by step."""
+    """The magnitudes observed at one site, by step."""
 
     def __init__(self, rule: QuantizeRule, steps: tuple[int, ...]) -> None:
         self.rule = rule
@@ -175,11 +175,11 @@ class _SiteObserver:
 
     @classmethod
     def of(cls, program: Program, site: Site, rule: QuantizeRule) -> _SiteObserver:
-        """For a site of the program."""
+        """Make the observer of a site."""
         return cls(rule, _steps(program, site))
 
     def add(self, largest: np.ndarray, counts: np.ndarray | None, levels: np.ndarray | None) -> None:
-        """One more batch."""
+        """Add a batch."""
         seen: dict[tuple[int, ...], Histogram] = {}
         for step in self.pooled:
             absmax = np.asarray(largest[step]).view(np.float32).item()
@@ -193,10 +193,10 @@ class _SiteObserver:
             self.aggregate = self.aggregate.add(self._ranges(seen))
 
     def result(self, name: str) -> np.ndarray:
-        """float32 ranges, of the shape of the steps.
+        """Return the float32 ranges, in the shape of the steps.
 
         Raises:
-            CalibrationError: where there is none.
+            CalibrationError: if there is none.
         """
         value = self._ranges(self.pooled) if self.rule.aggregate == "pooled" else self.aggregate.value
         value = value.astype(np.float32)
@@ -227,10 +227,10 @@ def needs_range(rule: QuantizeRule) -> bool:
 
 
 def as_batches(calibration: Any) -> Iterable[Any]:
-    """What a caller gave as calibration data, if it can be gone through.
+    """Check that a caller's calibration data is iterable.
 
     Raises:
-        CalibrationError: if it is one batch and not a list of them, or nothing to go through at all.
+        CalibrationError: if it is a single batch instead of a list of batches, or not iterable.
     """
     if isinstance(calibration, Mapping | str) or not isinstance(calibration, Iterable):
         kind = type(calibration).__name__
@@ -239,10 +239,10 @@ def as_batches(calibration: Any) -> Iterable[Any]:
 
 
 def check_batch(program: Program, batch: Mapping[str, Any], where: str) -> Sequence[jax.Array]:
-    """A batch's arrays in call order, checked against the program's inputs.
+    """Return a batch's arrays in call order, checked against the program's inputs.
 
     Raises:
-        CalibrationError: for a wrong name, dtype, rank or size, an empty array, or NaN or infinity.
+        CalibrationError: if a name, dtype, rank or size is wrong, or an array is empty or not finite.
     """
     if not isinstance(batch, Mapping):
         raise CalibrationError(f"{where} is a {type(batch).__name__}, not a dict such as {{'image': array}}")

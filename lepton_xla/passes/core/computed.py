@@ -1,4 +1,4 @@
-"""Which values that are computed from weights alone are weights, and what they are called."""
+"""Computed weights: which values that depend on weights alone count as weights, and their names."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from typing import Any
 from lepton_xla.passes.core.expressions import Expression, stored_shape
 from lepton_xla.trees import leaf_bytes
 
-# A computed value takes the place of the weights it is computed from where it has at most this many times their bytes:
-# the product of two low-rank matrices, or an outer product, is better computed on each call than stored.
+# A computed value may have at most this many times the bytes of its weights. A product of two low-rank matrices, or an
+# outer product, is better computed on each call than stored.
 MOST_GROWTH = 2.0
-# How many weights a name tells.
+# Maximum number of weights in a name.
 _NAMED = 4
-# What does not change which values there are: it may as well come after the computed weight.
+# Primitives that only rearrange values; they may as well come after the computed weight.
 _LAID_OUT = (
     "transpose", "reshape", "squeeze", "expand_dims", "broadcast_in_dim", "copy", "copy_p", "convert_element_type",
     "reduce_precision", "sharding_constraint",
@@ -30,9 +30,9 @@ class ComputedWeight:
     """A value that is computed from weights and constants alone, and multiplies an activation.
 
     Attributes:
-        name: what it is called: the folder of the weights it is computed from, the last operation, and these weights,
-            such as `params/cell/concatenate:hi/kernel+hf/kernel`.
-        expression: how it is computed.
+        name: the folder of its weights, the last operation, and the weights, such as
+            `params/cell/concatenate:hi/kernel+hf/kernel`.
+        expression: its expression in the weights.
     """
 
     name: str
@@ -41,12 +41,12 @@ class ComputedWeight:
 
 @dataclasses.dataclass(frozen=True)
 class Computed:
-    """The computed weights of a program, as one walk takes them.
+    """The computed weights of a program, for one walk.
 
     Attributes:
-        weights: all of them.
-        given: name -> array, of weights that were computed before; empty where the walk computes them.
-        found: what the walk has seen reach a product without being among them.
+        weights: the computed weights.
+        given: name -> array, for weights that were computed before; empty if the walk computes them.
+        found: expressions that the walk has seen reach a product without being among them.
     """
 
     weights: tuple[ComputedWeight, ...] = ()
@@ -60,11 +60,11 @@ class Computed:
 
     @property
     def cut(self) -> set[str]:
-        """Paths of the weights of which parts are among the computed ones."""
+        """Paths of the weights that have parts among the computed weights."""
         return {path for weight in self.weights if (path := _cut_from(weight.expression))}
 
     def without_parts_of(self, paths: Collection[str]) -> Computed:
-        """All but the parts of some weights."""
+        """Return the computed weights without parts of these weights."""
         kept = tuple(weight for weight in self.weights if _cut_from(weight.expression) not in paths)
         return dataclasses.replace(self, weights=kept)
 
@@ -72,16 +72,16 @@ class Computed:
 def choose_computed(
     found: Sequence[Sequence[Expression]], weights: Mapping[str, Any], pieces: Sequence[Expression] = ()
 ) -> tuple[Computed, dict[str, str]]:
-    """The computed weights of a program.
+    """Choose the computed weights of a program.
 
     Args:
-        found: what reached a product, at several sizes of the inputs: what is not the same at all of them, because it
-            depends on these sizes, is none.
+        found: expressions that reached a product, at several input sizes. An expression that is not the same at all
+            sizes depends on them, and is no computed weight.
         weights: path -> array, or its shape.
-        pieces: parts of weights that reach no product; they are computed weights where other parts of the weight are.
+        pieces: parts of weights that reach no product; they are computed weights if other parts of the weight are.
 
     Returns:
-        The computed weights; and for what is none, by the key of what reached the product, the reason.
+        The computed weights; and for other expressions the reason, by key.
     """
     common = set[str].intersection(*({part.key for each in some for part in _candidates(each)} for some in found))
     chosen: dict[str, Expression] = {}
@@ -114,7 +114,7 @@ def choose_computed(
 
 
 def _candidates(expression: Expression) -> list[Expression]:
-    """What may be the computed weight behind an operand, best first: layout that comes last is left to the program."""
+    """Candidates for the computed weight behind an operand, best first, without final layout operations."""
     parts: list[Expression] = []
     part, cut = expression, False
     while True:
@@ -131,7 +131,7 @@ def _candidates(expression: Expression) -> list[Expression]:
 
 
 def _cut_from(expression: Expression) -> str:
-    """The weight that a computed weight is a part of; empty where it is more than a part of one."""
+    """The weight that a computed weight is a slice of; empty if it is more than a slice."""
     part = expression
     while not part.path:
         if part.eqn is not None and part.eqn.primitive.name not in (*_LAID_OUT, *CUTS):
@@ -143,7 +143,7 @@ def _cut_from(expression: Expression) -> str:
 
 
 def _growth(expression: Expression, weights: Mapping[str, Any]) -> float:
-    """How many times the bytes of its weights it takes, where that is too many; else 0."""
+    """How many times the bytes of its weights it takes, if that is too many; else 0."""
     before = _bytes(expression.weights, weights)
     ratio = _stored_bytes(expression, weights) / before if before else math.inf
     return ratio if ratio > MOST_GROWTH else 0.0
@@ -166,7 +166,7 @@ def _listed(expression: Expression) -> str:
 
 def _name(expression: Expression, weights: Mapping[str, Any]) -> str:
     sizes = {path: math.prod(weights[path].shape) for path in expression.weights}
-    paths = sorted(sizes, key=lambda path: -sizes[path])  # of equal ones, in the order in which they are met
+    paths = sorted(sizes, key=lambda path: -sizes[path])  # ties in the order of occurrence
     folders = [path.split("/")[:-1] for path in paths]
     folder = folders[0]
     while folder and any(other[: len(folder)] != folder for other in folders):

@@ -1,4 +1,4 @@
-"""How the walker evaluates control flow, calls, derivatives and sharding: one rule a primitive."""
+"""Rules by which the walker evaluates control flow, calls, derivatives and sharding, one per primitive."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def _scan(walk: Walk, eqn: Any, values: Values, frame: Frame) -> tuple[Values, T
         return (carry, walk.combined(state[1], added)), (ys, stacked)
 
     none_yet: Taps = {}
-    if walk.tapped:  # what is added up is carried along, so its shapes must be known before the first step
+    if walk.tapped:  # sums are carried, so their shapes must be known before the first step
         _, (_, _, added) = jax.eval_shape(lambda: lax.scan(one, init, scanned, length=params["length"]))
         none_yet = _zeros(added, drop=1)
     (carry, totals), (ys, taps) = lax.scan(
@@ -116,10 +116,10 @@ def _while(walk: Walk, eqn: Any, values: Values, frame: Frame) -> tuple[Values, 
         return materialize(outs[0]), taps
 
     answer, tested = jax.eval_shape(test, init)
-    batched = answer.shape != ()  # under `vmap`: a row whose own condition is false waits, unchanged, for the others
+    batched = answer.shape != ()  # under `vmap`, a row whose condition is false waits unchanged for the others
 
     def taps_of_test(carry: Values) -> Taps:
-        # A condition can hand nothing out of the loop but its answer: where it is tapped, it is evaluated again.
+        # A condition can return only its answer, so if it is tapped it is evaluated again outside.
         return test(carry)[1] if tested else {}
 
     def condition(state: tuple[Values, Taps]) -> jax.Array:
@@ -179,8 +179,8 @@ def _remat(walk: Walk, eqn: Any, values: Values, frame: Frame) -> tuple[Values, 
     if not params["differentiated"]:
         return checkpointed(*values)
 
-    # The recomputation of a derivative that was taken inside the function. Only the parameter keeps XLA from merging
-    # it with what it recomputes, and the public function cannot set that.
+    # The recomputation of a derivative that was taken inside the function. Only this parameter keeps XLA from merging
+    # it with the original, and the public function cannot set it.
     def mark(_context: Context, inner: Any, operands: Values) -> Values:
         return _compat.bind(inner, operands, differentiated=True)
 
@@ -191,7 +191,7 @@ def _remat(walk: Walk, eqn: Any, values: Values, frame: Frame) -> tuple[Values, 
 
 
 def _custom_derivative(walk: Walk, eqn: Any, values: Values, frame: Frame) -> tuple[Values, Taps]:
-    """The value is the rewritten body's; the derivative stays the one the user wrote for the original."""
+    """Evaluate the rewritten body, and keep the user's derivative of the original."""
     if walk.inline:
         return _inline(walk, eqn, values, frame)
     leaves, treedef = jax.tree.flatten(values)
@@ -229,7 +229,7 @@ def _shard_map(walk: Walk, eqn: Any, values: Values, frame: Frame) -> tuple[Valu
     def over_devices(name: TapName, value: jax.Array) -> jax.Array:
         if name not in walk.sums:
             return lax.pmax(value, axes)
-        # What is the same on all devices of an axis was computed once, as far as the program's meaning goes.
+        # A value that is equal on all devices of an axis counts once.
         along = tuple(axis for axis in axes if axis in _compat.varying(value)) if params["check_vma"] else axes
         return lax.psum(value, along)
 

@@ -1,10 +1,9 @@
-"""What a program costs, counted from its jaxpr: floating-point operations, bytes moved and parameters, site by site.
+"""Counts floating-point operations, bytes moved and parameters of a program's jaxpr, site by site.
 
-Counts are of the arithmetic as written, before any compiler: a multiply and an add are two operations. A convolution
-counts its whole window at every output position, padding included, as model tables in papers do (XLA's own count
-leaves out the positions that fall on padding, so it is lower for `SAME` padding and equal for `VALID`). A scanned body
-counts once a step, the body of a `while` once, every branch of a `cond` as if it were taken, and what is inside a
-`shard_map` for one device.
+Counts refer to the program as written, before compilation: a multiply and an add are two operations. A convolution
+counts its whole window at every output position, padding included, as tables in papers do (XLA's count excludes
+padding, so it is lower for `SAME` padding and equal for `VALID`). The body of a `scan` counts once per step, that of a
+`while` once, every branch of a `cond` as if taken, and the body of a `shard_map` for one device.
 """
 
 from __future__ import annotations
@@ -28,18 +27,18 @@ from lepton_xla.trees import abstract, leaf_bytes, tree_bytes
 
 @dataclasses.dataclass(frozen=True)
 class SiteCost:
-    """What one site costs in one call of the program.
+    """The cost of a site in one call of the program.
 
     Attributes:
-        site: the site's name, as `find_sites` gives it; a weight that is dequantized first keeps its name here.
+        site: the site's name, as from `find_sites`; a weight that is dequantized first keeps its name.
         kind: the primitive.
-        repeats: how often it runs: the product of the lengths of the scans around it.
-        container: the innermost control flow around it, empty at the top.
-        flops: over all repeats; 0 for an embedding.
-        parameters: elements of the stored weight, over a whole stack; 0 for a product of two activations.
-        weights_bytes: bytes of the stored weight as held in memory, scales included.
-        weights_read_bytes: bytes of it read over all repeats: an embedding reads the rows it looks up, a weight
-            that every step of a scan uses is read at every step.
+        repeats: number of runs: the product of the lengths of the surrounding scans.
+        container: the innermost surrounding control flow; empty at the top level.
+        flops: operations over all repeats; 0 for an embedding.
+        parameters: elements of the stored weight, of the whole stack; 0 for a product of two activations.
+        weights_bytes: bytes of the stored weight in memory, scales included.
+        weights_read_bytes: bytes of the weight read over all repeats: an embedding reads the rows that it looks up; a
+            weight that every step of a scan uses is read at every step.
         inputs_bytes: bytes of the activations read over all repeats.
         outputs_bytes: bytes of the results written over all repeats.
 
@@ -62,22 +61,22 @@ class SiteCost:
 
     @property
     def bytes_moved(self) -> int:
-        """Bytes read and written over all repeats, nothing kept in a cache."""
+        """Bytes read and written over all repeats, without any caching."""
         return self.weights_read_bytes + self.inputs_bytes + self.outputs_bytes
 
 
 @dataclasses.dataclass(frozen=True)
 class CostReport:
-    """What a program costs in one call.
+    """The cost of one call of a program.
 
     Attributes:
-        sizes: the sizes of the symbolic dimensions it was counted at.
-        sites: one entry a site, in the order of execution.
-        other_flops: operations outside the sites: one for each element of an element-wise result, of a reduction's
-            operand, and of the window of a pooling; moving and retyping data is free.
+        sizes: sizes of the symbolic dimensions of the call.
+        sites: one entry per site, in the order of execution.
+        other_flops: operations outside of sites: one per element of an element-wise result, of a reduction's operand,
+            and of a pooling window; moving and converting data is free.
         parameters: elements of all weights, model state included, each weight once.
-        weights_bytes: their bytes as held in memory.
-        uncounted: primitives whose arithmetic is not in these figures because it cannot be looked into.
+        weights_bytes: their bytes in memory.
+        uncounted: primitives whose arithmetic is not counted, because it cannot be inspected.
 
     >>> program = lx.trace(lambda w, x: x @ w["w"], {"w": jnp.eye(4)}, {"x": lx.TensorSpec(("batch", 4), "float32")})
     >>> report = lx.passes.cost(program, {"batch": 2})
@@ -137,11 +136,11 @@ class CostReport:
 
 @takes(program=Program, sizes=Mapping)
 def cost(program: Program, sizes: Mapping[str, int] | None = None) -> CostReport:
-    """Count what one call of a program costs.
+    """Count the cost of one call of a program.
 
     Args:
         program: any program, before or after passes.
-        sizes: sizes of the symbolic dimensions, such as `{"batch": 1}`; some at which it can be traced by default.
+        sizes: sizes of the symbolic dimensions, such as `{"batch": 1}`; chosen by default.
 
     Raises:
         ModelError: if a size is missing.
@@ -174,7 +173,7 @@ def cost(program: Program, sizes: Mapping[str, int] | None = None) -> CostReport
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["value"], meta_fields=["path"])
 @dataclasses.dataclass(frozen=True)
 class _Constant(TracedValue):
-    """An array that no input goes into; `path` is the largest weight that does, None where there is none."""
+    """An array that depends on no input; `path` is the largest weight that it depends on, None if there is none."""
 
     value: jax.Array
     path: str | None
@@ -184,7 +183,7 @@ class _Constant(TracedValue):
 
 
 class _Counter:
-    """The figures of one walk, by equation, since a walk may trace a body more than once."""
+    """The counts of one walk, by equation, because a walk may trace a body more than once."""
 
     def __init__(self, program: Program) -> None:
         self.weights = program.weights
@@ -193,7 +192,7 @@ class _Counter:
         self.uncounted: dict[Any, str] = {}
 
     def visit(self, context: Context, eqn: Any, values: Values) -> Values | None:
-        """The rule: counts every equation and leaves it as it is."""
+        """Count an equation, without changing it."""
         kind = eqn.primitive.name
         paths = [value.path if isinstance(value, _Constant) else None for value in values]
         weights = [path for path in paths if path is not None]
@@ -238,14 +237,14 @@ class _Counter:
 
 
 def _is_site(eqn: Any, paths: Sequence[str | None]) -> bool:
-    """Whether a weight, or an activation, meets an activation here; `paths` are the operands' weights."""
+    """Whether a weight, or an activation, multiplies an activation here; `paths` are the operands' weights."""
     if eqn.primitive.name == "gather":
         return paths[0] is not None and takes_rows(eqn)
     return eqn.primitive.name in SITE_PRIMITIVES and sum(path is not None for path in paths[:2]) < 2
 
 
 def _product_flops(eqn: Any) -> int:
-    """Operations of one run of a product: two for each multiplication that adds into an element of the result."""
+    """Operations of one run of a product: two per multiply-add."""
     left, right = (atom.aval.shape for atom in eqn.invars[:2])
     out = _size(eqn.outvars[0].aval)
     match eqn.primitive.name:
@@ -259,14 +258,14 @@ def _product_flops(eqn: Any) -> int:
             numbers = eqn.params["ragged_dot_dimension_numbers"]
             (contracted, _), _ = numbers.dot_dimension_numbers
             depth = math.prod(left[axis] for axis in contracted)
-            # Ragged along the contraction, the groups share the depth between them.
+            # If groups are ragged along the contracted dimension, they share its length.
             shared = set(numbers.lhs_ragged_dimensions) <= set(contracted)
             return 2 * out * depth // (eqn.invars[2].aval.shape[-1] if shared else 1)
         case _:
             return 0
 
 
-# Primitives that move, retype or name data and compute nothing.
+# Primitives that move, convert or name data and compute nothing.
 _FREE = {
     "bitcast_convert_type", "broadcast_in_dim", "concatenate", "convert_element_type", "copy", "copy_p", "device_put",
     "dynamic_slice", "dynamic_update_slice", "expand_dims", "gather", "iota", "name", "optimization_barrier", "pad",
@@ -274,7 +273,7 @@ _FREE = {
     "rev", "scatter", "select_n", "sharding_constraint", "slice", "sort", "split", "squeeze", "stack", "transpose",
     "unstack",
 }  # fmt: skip
-# Primitives whose operations are no simple multiple of their elements.
+# Primitives whose operations are not proportional to their elements.
 _ALGORITHMS = {
     "cholesky", "eig", "eigh", "fft", "geqrf", "hessenberg", "householder_product", "lu", "qr", "schur", "svd",
     "triangular_solve", "tridiagonal", "tridiagonal_solve",
@@ -296,13 +295,13 @@ def _elementwise_flops(eqn: Any) -> int:
 
 
 def _is_opaque(eqn: Any) -> bool:
-    """Whether an equation may compute anything: a call to outside, or a container that the walker does not know."""
+    """Whether an equation may compute anything: an external call, or a container that the walker does not know."""
     name = eqn.primitive.name
     return name in _ALGORITHMS or "call" in name or bool(_compat.inner_jaxprs(eqn))
 
 
 def _size(array: Any) -> int:
-    """Elements of an array, or of what a quantized one stands for."""
+    """Number of elements of an array; a quantized one counts with its dequantized shape."""
     shape = getattr(array, "shape", None)
     return math.prod(shape) if shape is not None else sum(map(_size, jax.tree.leaves(array)))
 
@@ -312,7 +311,7 @@ def _bytes(atom: Any) -> int:
 
 
 def _short(number: int, unit: str = "") -> str:
-    """A number with three digits and a decimal prefix: `1.23 M`."""
+    """Format a number with three digits and a decimal prefix: `1.23 M`."""
     value, prefix = float(number), ""
     for prefix in ("", "k", "M", "G", "T", "P"):
         if value < 999.5 or prefix == "P":

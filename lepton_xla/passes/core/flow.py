@@ -1,8 +1,8 @@
-"""Where a factor on the channels of a value can go without changing what a program computes.
+"""Finds weights that can absorb a factor on the channels of a value without changing the program's results.
 
-The program is flattened to equations, control flow apart, and read backwards from a product's activation: through
-operations that commute with a factor a channel, to the weights that can take it up: the scale and shift of a norm, or
-the output channels of the product before, with its bias.
+The program is flattened to equations, except for control flow, and followed backwards from a product's activation,
+through operations that commute with a per-channel factor, to the weights that can absorb it: the scale and shift of a
+norm, or the output channels of the preceding product and its bias.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _BODIES = ("scan", "while", "cond")
 
 
 class NotAbsorbedError(Exception):
-    """Says why a factor cannot go any further."""
+    """A factor cannot be absorbed; the message gives the reason."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Source:
         path: the weight's path.
         steps: the bodies of the scans that step over it.
         turned: whether a transpose was among the operations.
-        not_float: the first dtype on its way that is no float, and so holds no factor; empty if there is none.
+        not_float: the first dtype on its way that is no float and cannot hold a factor; empty if there is none.
     """
 
     path: str
@@ -54,11 +54,11 @@ class Source:
 
 @dataclasses.dataclass(frozen=True)
 class Absorber:
-    """A weight that takes a factor up.
+    """A weight that can absorb a factor.
 
     Attributes:
         path: the weight's path.
-        axis: for the weight of a product, the axis of its operand that the factor lies along; None for a vector.
+        axis: for the weight of a product, the operand's axis of the factor; None for a vector.
         site: the name of that product.
     """
 
@@ -69,7 +69,7 @@ class Absorber:
 
 @dataclasses.dataclass(eq=False)
 class Place:
-    """A product in the flattened program: its name, equation, the operand that is the weight, and the body it is in."""
+    """A product in the flattened program: its name, equation, weight operand, and body."""
 
     name: str
     eqn: Any
@@ -79,7 +79,7 @@ class Place:
 
 
 class Body:
-    """One jaxpr of the flattened program: who makes each variable, and who reads it."""
+    """One jaxpr of the flattened program: the producer and the readers of each variable."""
 
     def __init__(self, jaxpr: Any, sources: Mapping[Any, Source]) -> None:
         self.sources = dict(sources)
@@ -94,7 +94,7 @@ class Body:
                 self.readers.setdefault(atom, []).append(None)
 
     def source(self, atom: Any) -> Source | None:
-        """The weight that a variable is, laid out anew; None for anything else."""
+        """The weight that a variable is, up to layout operations; None for anything else."""
         turned, not_float = False, ""
         while not isinstance(atom, _compat.LITERAL):
             not_float = not_float_name(atom.aval.dtype) or not_float
@@ -109,7 +109,7 @@ class Body:
         return None
 
     def lies_along(self, operand: Any, axis: int) -> bool:
-        """Whether a laid-out weight, as its body gets it, varies along this axis of a variable only."""
+        """Whether a weight, after its layout operations, varies along this axis of a variable only."""
         while operand not in self.sources:
             eqn = self.producers[operand]
             if eqn.primitive.name == "broadcast_in_dim":
@@ -128,7 +128,7 @@ class Body:
 
 
 def not_float_name(dtype: Any) -> str:
-    """The name of a dtype that is no float; empty for a float."""
+    """The name of a dtype if it is no float; else empty."""
     return "" if jnp.issubdtype(dtype, jnp.floating) else jnp.dtype(dtype).name
 
 
@@ -136,8 +136,8 @@ class Flow:
     """A program flattened to equations.
 
     Attributes:
-        places: product name -> where it is, for the products of a weight and an activation.
-        uses: weight path -> how often the program reads it.
+        places: product name -> its place, for products of a weight and an activation.
+        uses: weight path -> number of reads in the program.
     """
 
     def __init__(self, program: Program) -> None:
@@ -192,10 +192,10 @@ class Flow:
         self.places[name] = Place(name, eqn, operand, source, body)
 
     def activation(self, place: Place) -> tuple[Any, int]:
-        """The variable that a product's activation is laid out from, and the axis of its input channels there.
+        """The variable behind a product's activation, before layout operations, and the axis of its input channels.
 
         Raises:
-            NotAbsorbedError: if the inputs are not one axis all the way.
+            NotAbsorbedError: if the input channels are not a single axis throughout.
         """
         eqn, side = place.eqn, 1 - place.weight_operand
         if eqn.primitive.name == "conv_general_dilated":
@@ -214,7 +214,7 @@ class Flow:
         return var, axis
 
     def readers(self, body: Body, var: Any) -> list[Any]:
-        """What reads a variable in the end, layout operations left out; None for an output of the body."""
+        """The equations that read a variable, through layout operations; None stands for an output of the body."""
         found: list[Any] = []
         for eqn in body.readers.get(var, []):
             if eqn is not None and eqn.primitive.name in _MOVES:
@@ -224,10 +224,10 @@ class Flow:
         return found
 
     def absorb(self, place: Place, var: Any, axis: int) -> list[Absorber]:
-        """The weights that can take up a factor on one axis of a variable, so that only its readers notice.
+        """The weights that can absorb a factor on an axis of a variable, such that only the variable's readers see it.
 
         Raises:
-            NotAbsorbedError: if there is a way on which no weight takes it up.
+            NotAbsorbedError: if no weight on some path can absorb it.
         """
         body = place.body
         if var not in body.producers:
@@ -295,7 +295,7 @@ class Flow:
 
 
 def is_vector(stored: Any, body: Body, operand: Any, axis: int) -> bool:
-    """Whether a laid-out weight is a stored vector (one for each step) that varies along one axis of a variable."""
+    """Whether a weight is stored as a vector (one per step) that varies along one axis of a variable."""
     source, size = body.source(operand), operand.aval.shape[axis]
     if source is None or source.turned or not body.lies_along(operand, axis):
         return False
@@ -304,7 +304,7 @@ def is_vector(stored: Any, body: Body, operand: Any, axis: int) -> bool:
 
 
 def output_axis(eqn: Any, weight_operand: int, axis: int) -> int | None:
-    """The axis of a product's weight operand that an axis of its result comes from; None where it is another's."""
+    """The axis of a product's weight operand that an axis of its result stems from; None if it stems from the other."""
     if eqn.primitive.name == "conv_general_dilated":
         numbers = eqn.params["dimension_numbers"]
         return numbers.rhs_spec[0] if weight_operand == 1 and axis == numbers.out_spec[1] else None
@@ -317,7 +317,7 @@ def output_axis(eqn: Any, weight_operand: int, axis: int) -> int | None:
 
 
 def _changing(eqn: Any) -> range:
-    """Operands of a container that its bodies do not see as they are: what is carried, and which branch is taken."""
+    """Operands of a container that its bodies do not see unchanged: carries, and the branch index."""
     if eqn.primitive.name == "scan":
         consts, carry = _compat.scan_split(eqn)
         return range(consts, consts + carry)
@@ -327,7 +327,7 @@ def _changing(eqn: Any) -> range:
 
 
 def _inner(eqn: Any, found: Sequence[Source | None]) -> list[tuple[Any, dict[Any, Source]]]:
-    """The bodies of a container and which of their variables are weights, in the order in which they are walked."""
+    """The bodies of a container and which of their variables are weights, in the order of the walk."""
     params = eqn.params
     if eqn.primitive.name == "scan":
         jaxpr, _ = _compat.open_jaxpr(params["jaxpr"])
@@ -353,10 +353,10 @@ def _inner(eqn: Any, found: Sequence[Source | None]) -> list[tuple[Any, dict[Any
 
 
 def _moved_back(eqn: Any, axis: int) -> int:
-    """The axis, before a layout operation, of the channels after it.
+    """The axis of the channels before a layout operation.
 
     Raises:
-        NotAbsorbedError: if they are not one axis there.
+        NotAbsorbedError: if they are not a single axis there.
     """
     if eqn.primitive.name == "transpose":
         return eqn.params["permutation"][axis]
@@ -375,7 +375,7 @@ def _zero(atom: Any) -> bool:
 
 
 def _first(ways: Sequence[Any]) -> list[Absorber]:
-    """What the first way gives that is one."""
+    """The result of the first alternative that applies."""
     reasons: list[NotAbsorbedError] = []
     for way in ways:
         try:

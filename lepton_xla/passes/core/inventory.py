@@ -1,4 +1,4 @@
-"""What became of each weight: every one of the original program once, with its bytes before and after."""
+"""Reports what became of each weight of the original program, with its bytes before and after."""
 
 from __future__ import annotations
 
@@ -19,28 +19,28 @@ from lepton_xla.quant import QTensor
 from lepton_xla.report import PassReport, SiteReport
 from lepton_xla.trees import abstract, tree_bytes
 
-# The report's name, and the key under which a pass says, in its figures, what became of the weights that it took away.
+# Name of the report, and the key in a pass's metrics that says what became of the weights that it removed.
 WEIGHTS = "weights"
 NOT_MULTIPLIED = "not multiplied"
 ADDED = "added by a pass"
 ON_EACH_CALL = "computed on each call"
-# What became of the weights that a pass took away, in terms that hold for all of them.
+# Fate of the weights that a pass removed, in general terms.
 GONE = {"precompute": f"part of a weight that is {COMPUTED}", "fold": "folded into others"}
 
 
 @takes(program=Program, plan=Plan, sizes=Mapping)
 def weights_report(program: Program, plan: Plan | None = None, *, sizes: Mapping[str, int] | None = None) -> PassReport:
-    """Report what became of each weight of the program that the first pass was given, and what passes have added.
+    """Report what became of each weight of the original program, and which weights passes have added.
 
     Args:
         program: the program after all passes.
-        plan: what is still to be done to it, which is then said of the weights it names.
-        sizes: sizes of the symbolic dimensions to look at; some at which the program can be traced by default.
+        plan: a plan that is still to be applied; its decisions are then reported for its weights.
+        sizes: sizes of the symbolic dimensions at which to trace the program; chosen by default.
 
     Returns:
-        One entry a weight: `action` is what it is now (`int8`, `float32`, `part of ...`, `folded into ...`,
-        `removed`), `reason` why, or what else was done to it; `metrics["fate"]` is what it has in common with others,
-        without names and shares of its own. `bytes_before` add up to those of the original weights,
+        One entry per weight: `action` is its present form (`int8`, `float32`, `part of ...`, `folded into ...`,
+        `removed`), `reason` explains it or lists what else was done; `metrics["fate"]` is a general form, without names
+        and numbers, by which weights can be grouped. `bytes_before` add up to those of the original weights,
         `bytes_after` to `program.weights_bytes`.
 
     >>> program = lx.trace(lambda w, x: x @ w["w"], {"w": jnp.eye(4)}, {"x": lx.TensorSpec(("batch", 4), "float32")})
@@ -53,7 +53,7 @@ def weights_report(program: Program, plan: Plan | None = None, *, sizes: Mapping
     origin: Mapping[str, Any] = program.origin if program.origin is not None else abstract(program.weights)
     sites = [entry.site for entry in plan.sites] if plan is not None else find_sites(program, sizes=sizes)
     multiplied: dict[str, list[str]] = {}
-    parts: dict[str, list[str]] = {}  # of weights that are computed on each call
+    parts: dict[str, list[str]] = {}  # weights that are computed on each call
     for site in sites:
         if site.path is not None:
             multiplied.setdefault(site.path, []).append(site.name)
@@ -102,7 +102,7 @@ def weights_report(program: Program, plan: Plan | None = None, *, sizes: Mapping
 
 
 def _told(program: Program) -> tuple[dict[str, str], dict[str, str], dict[str, str], dict[str, str], set[str]]:
-    """What passes have told: of weights taken away, and in general terms; of those made; why sites were kept; folds."""
+    """Collect from reports: fates of removed weights (specific, general), made weights, kept sites, folded sites."""
     taken, gone, made, kept = dict[str, str](), dict[str, str](), dict[str, str](), dict[str, str]()
     folded: set[str] = set()
     for report in program.history:
@@ -120,7 +120,7 @@ def _told(program: Program) -> tuple[dict[str, str], dict[str, str], dict[str, s
 
 
 def _planned(plan: Plan, names: list[str]) -> list[tuple[str, str]]:
-    """For each site what is to be done, and why something is not."""
+    """For each site: what is planned, and why something is not."""
     entries = [entry for name in names if (entry := plan[name]) is not None]
     return [(f"to be {entry.describe()}", entry.kept) for entry in entries]
 

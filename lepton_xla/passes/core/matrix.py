@@ -1,8 +1,8 @@
-"""A site's product as matrix products: activation `[B, M, K]` by weight `[B, K, N]`, for dots and convolutions alike.
+"""Products of sites as matrix products, activation `[B, M, K]` by weight `[B, K, N]`, for dots and convolutions.
 
-`B` are batch axes of a dot and feature groups of a convolution; `K` is all that is summed over, for a convolution the
-window's positions by the input channels of a group, channels fastest. Stored codes are matrices `[*batch, K, N]`, a
-convolution's feature groups side by side in `N`.
+`B` are batch axes of a dot, or feature groups of a convolution. `K` is the contracted dimension; for a convolution,
+window positions by input channels of a group, channels fastest. Stored codes are matrices `[*batch, K, N]`, with the
+feature groups of a convolution concatenated in `N`.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def _order(site: Site, side: int) -> tuple[tuple[int, ...], tuple[int, ...], tup
 
 
 def weight_matrix(site: Site, weight: jax.Array) -> jax.Array:
-    """The weight operand, one step of a stack, as `[B, K, N]`."""
+    """Reshape the weight operand, one step of a stack, to `[B, K, N]`."""
     if site.kind == "dot_general":
         batch, contract, free = weight_order(site)
         moved = jnp.transpose(weight, (*batch, *contract, *free))
@@ -44,7 +44,7 @@ def weight_matrix(site: Site, weight: jax.Array) -> jax.Array:
 
 
 def weight_operand(site: Site, matrix: jax.Array) -> jax.Array:
-    """The weight operand that a `[B, K, N]` matrix stands for: the inverse of `weight_matrix`."""
+    """Reshape a `[B, K, N]` matrix to the weight operand: the inverse of `weight_matrix`."""
     shape = site.weight.shape
     if site.kind == "dot_general":
         batch, contract, free = weight_order(site)
@@ -58,7 +58,7 @@ def weight_operand(site: Site, matrix: jax.Array) -> jax.Array:
 
 
 def activation_matrix(site: Site, activation: jax.Array) -> jax.Array:
-    """The activation operand as float32 `[B, M, K]`; a convolution's as the patches that its windows see."""
+    """Reshape the activation operand to float32 `[B, M, K]`; for a convolution, extract the patches of its windows."""
     assert site.weight_operand is not None
     activation = activation.astype(jnp.float32)
     if site.kind == "dot_general":
@@ -85,13 +85,13 @@ def activation_matrix(site: Site, activation: jax.Array) -> jax.Array:
 
 
 def input_channels(site: Site, vector: jax.Array, reduce: Callable[..., jax.Array]) -> jax.Array:
-    """What `[..., B, K]` says of each input channel, `[..., B, C]`: a window's positions reduced to one."""
+    """Reduce `[..., B, K]` to input channels, `[..., B, C]`, over the positions of a window."""
     window = window_size(site)
     return reduce(jnp.reshape(vector, (*vector.shape[:-1], window, vector.shape[-1] // window)), axis=-2)
 
 
 def window_size(site: Site) -> int:
-    """How many positions a convolution's window has; 1 for a dot."""
+    """Number of positions of a convolution's window; 1 for a dot."""
     if site.kind == "dot_general":
         return 1
     return math.prod(site.weight.shape[axis] for axis in site.params["dimension_numbers"].rhs_spec[2:])
@@ -104,41 +104,41 @@ def matrix_shape(site: Site) -> tuple[int, int, int]:
 
 
 def steps(site: Site, stored: jax.Array | jax.ShapeDtypeStruct) -> tuple[int, ...]:
-    """The leading axes of a stored weight that scans step over, as they come after its layout."""
+    """The sizes of a stored weight's axes that scans step over, in their order after its layout."""
     shape = jax.eval_shape(lambda array: lay_out(array, _layout(site)), stored).shape
     return tuple(shape[: site.stacked])
 
 
 def stored_matrix(site: Site, stored: jax.Array) -> jax.Array:
-    """A stored weight as `[*steps, B, K, N]`."""
+    """Reshape a stored weight to `[*steps, B, K, N]`."""
     return each_step(site, lambda weight: weight_matrix(site, weight))(lay_out(stored, _layout(site)))
 
 
 def stored_weight(site: Site, matrix: jax.Array, like: jax.Array | jax.ShapeDtypeStruct) -> jax.Array:
-    """The stored weight, in the shape and dtype of `like`, that a `[*steps, B, K, N]` matrix stands for.
+    """Reshape a `[*steps, B, K, N]` matrix to the stored weight, in the shape and dtype of `like`.
 
     The inverse of `stored_matrix` up to the rounding of dtypes; the site's layout must not resize.
     """
     assert not any(op.resizes for op in site.layout if isinstance(op, LayoutOp))
     operand = each_step(site, lambda part: weight_operand(site, part))(matrix).astype(site.weight.dtype)
-    # A layout only moves elements, so that its transpose is its inverse.
+    # A layout only moves elements, so its transpose is its inverse.
     (stored,) = jax.linear_transpose(lambda array: lay_out(array, _layout(site)), like)(operand)
     return stored
 
 
 def steps_lead(site: Site) -> bool:
-    """Whether the axes that scans step over are the first of the stored weight, in their order."""
+    """Whether the axes that scans step over are the leading ones of the stored weight, in their order."""
     before = _before_steps(site)
     return all(isinstance(op, Step) or op.eqn.primitive.name in ("convert_element_type", "slice") for op in before)
 
 
 def steps_first(site: Site, stored: jax.Array) -> jax.Array:
-    """A stored weight, or what belongs to its elements, with the axes that scans step over first."""
+    """Move the axes that scans step over to the front of a stored weight, or of an array of its shape."""
     return stored if steps_lead(site) else lay_out(stored, _before_steps(site))
 
 
 def steps_back(site: Site, laid: jax.Array, like: jax.Array | jax.ShapeDtypeStruct) -> jax.Array:
-    """The mask of a stored weight, in the shape of `like`, from one with the axes that scans step over first."""
+    """Undo `steps_first` for a mask; the result has the shape of `like`."""
     if steps_lead(site):
         return laid
     forward = lambda array: lay_out(array, _before_steps(site))  # noqa: E731
@@ -154,7 +154,7 @@ def _before_steps(site: Site) -> Layout:
 
 
 def as_stored(site: Site, array: jax.Array) -> jax.Array:
-    """`[*steps, B, rows, N]` with the axes of stored codes: `[*steps, *batch, rows, N]`."""
+    """Reshape `[*steps, B, rows, N]` to the axes of stored codes, `[*steps, *batch, rows, N]`."""
     lead = array.shape[: site.stacked]
     if site.kind == "dot_general":
         batch, _, _ = weight_order(site)
@@ -163,7 +163,7 @@ def as_stored(site: Site, array: jax.Array) -> jax.Array:
 
 
 def from_stored(site: Site, array: jax.Array) -> jax.Array:
-    """What lies beside stored codes, `[*steps, *batch, rows, N or 1]`, as `[*steps, B, rows, N]`."""
+    """Reshape an array that belongs to stored codes, `[*steps, *batch, rows, N or 1]`, to `[*steps, B, rows, N]`."""
     lead = array.shape[: site.stacked]
     groups, _, columns = matrix_shape(site)
     if site.kind == "dot_general":
@@ -174,23 +174,23 @@ def from_stored(site: Site, array: jax.Array) -> jax.Array:
 
 
 def _layout(site: Site) -> Layout:
-    """The site's layout without the marks of `shard_map`, which have no meaning outside of it."""
+    """The site's layout without the operations of `shard_map`, which have no meaning outside of it."""
     marks = ("pvary", "pcast")
     return tuple(op for op in site.layout if not (isinstance(op, LayoutOp) and op.eqn.primitive.name in marks))
 
 
 def each_step(site: Site, function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-    """A function of one step of a stack, for all steps at once."""
+    """Vectorize a function of one step of a stack over all steps."""
     for _ in range(site.stacked):
         function = jax.vmap(function)
     return function
 
 
 def batched_map(function: Callable[..., Any], lead: Sequence[int], *trees: Any, at_once: int) -> Any:
-    """A function of arrays without their leading axes `lead`, mapped over these, at most `at_once` at a time."""
+    """Map a function over the leading axes `lead` of arrays, at most `at_once` elements at a time."""
     count = math.prod(lead)
     flat = jax.tree.map(lambda leaf: jnp.reshape(leaf, (count, *leaf.shape[len(lead) :])), trees)
-    # One at a time they are not batched: a batch of one takes several times as long where there are loops in it.
+    # Single elements are not batched: with loops inside, a batch of one takes several times as long.
     if count == 1:
         out = jax.tree.map(lambda leaf: leaf[None], function(*jax.tree.map(lambda leaf: leaf[0], flat)))
     else:

@@ -1,4 +1,4 @@
-"""Memory that was freed, handed back to the system."""
+"""Returns freed memory to the system."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import sys
 
 
 def give_back() -> None:
-    """Make the C library return what was freed, where it keeps that: glibc holds on to hundreds of MB of small blocks.
+    """Make the C library return freed memory; glibc keeps hundreds of MB of small blocks.
 
-    Does nothing elsewhere.
+    A no-op with other C libraries.
     """
     if not sys.platform.startswith("linux"):
         return

@@ -1,8 +1,8 @@
-"""Names that passes make beside those that users gave; none is the name of something else, whatever users write.
+"""Names that passes make. They never collide with the names of users' weights.
 
-Weights bring their paths, which may hold any character. A name that is made ends in a mark, `#1` or `:bias`, and where
-a weight has that very name the next number, or one more mark, is taken. Nothing reads a name to find out what it was
-made of: what belongs to a site is found under the pair of the site's name and what it is.
+Paths of weights may hold any character. A made name ends in a suffix such as `#1` or `:bias`; if a weight has that
+name, the next number, or another suffix, is used. No code parses a name: values that belong to a site are stored under
+a `Key`.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ from __future__ import annotations
 from collections.abc import Container
 
 type Key = tuple[str, str]
-"""A site's name, and what of it: `("layer/kernel", "activation_scale")`."""
+"""A site's name and a property of it: `("layer/kernel", "activation_scale")`."""
 
 
 def fresh(base: str, what: str, taken: Container[str]) -> str:
-    """`base:what`, or with more of `:what` the first such name that is not taken."""
+    """Make the name `base:what`; append `:what` until the name is not taken."""
     name = f"{base}:{what}"
     while name in taken:
         name += f":{what}"
@@ -22,10 +22,10 @@ def fresh(base: str, what: str, taken: Container[str]) -> str:
 
 
 class SiteNames:
-    """Names of the sites of one program, given in the order in which they are met.
+    """Names the sites of a program in the order in which they are found.
 
-    The first site of a weight has the weight's path for a name, further ones `path#1`, `path#2`; a product without a
-    weight is `scope/primitive#0`, `#1`. Names that are weights' paths are passed over.
+    The first site of a weight is named by the weight's path, further ones `path#1`, `path#2`; products without a weight
+    are `scope/primitive#0`, `#1`. Names that are paths of weights are skipped.
     """
 
     def __init__(self, paths: Container[str]) -> None:
@@ -42,7 +42,7 @@ class SiteNames:
     def of_activations(self, scope: str, kind: str) -> str:
         """The name of the next product of activations of this kind in a scope."""
         base = "/".join(part for part in (scope, kind) if part)
-        while base in self._paths:  # else its names could be those of further sites of that weight
+        while base in self._paths:  # otherwise its names could be those of further sites of that weight
             base += "#"
         return self._numbered(base)
 

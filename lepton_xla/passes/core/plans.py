@@ -1,4 +1,4 @@
-"""A plan: what each site of one program gets."""
+"""Plans: what is done to each site of a program."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from lepton_xla.recipe import PruneRule, QuantizeRule, Recipe
 
 @dataclasses.dataclass(frozen=True)
 class SitePlan:
-    """What one site gets.
+    """The plan for one site.
 
     Attributes:
         site: the site.
         prune: the rule it is pruned by, or None.
         quantize: the rule it is quantized by, or None.
-        not_pruned: why the rule's pruning is not done here; empty where it is, or where none is asked for.
+        not_pruned: why the rule's pruning is not done; empty if it is done or not requested.
         not_quantized: the same of quantization.
-        weight_bytes: bytes of the site's weight as the program holds it.
+        weight_bytes: bytes of the site's weight in the program.
 
     >>> program = lx.trace(lambda w, x: x @ w["w"], {"w": jnp.eye(4)}, {"x": lx.TensorSpec(("batch", 4), "float32")})
     >>> planned = lx.passes.resolve(lx.Recipe.load("int8"), program)["w"]
@@ -37,13 +37,13 @@ class SitePlan:
     weight_bytes: int = 0
 
     def without_pruning(self, reasons: Mapping[str, str]) -> SitePlan:
-        """Leave pruning out where the site's weight has a reason."""
+        """Drop pruning if the site's weight is in `reasons`."""
         reason = reasons.get(self.site.path or "") if self.prune is not None else None
         return dataclasses.replace(self, prune=None, not_pruned=reason) if reason else self
 
     @property
     def kept(self) -> str:
-        """Why something that a rule asks for is not done here; empty otherwise."""
+        """Why something that a rule asks for is not done; else empty."""
         parts = (("not pruned", self.not_pruned), ("not quantized", self.not_quantized))
         return "; ".join(f"{what}: {why}" for what, why in parts if why)
 
@@ -83,7 +83,7 @@ class SitePlan:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """A recipe resolved against a program: one entry a site, in the order of execution.
+    """A recipe resolved against a program: one entry per site, in the order of execution.
 
     >>> program = lx.trace(lambda w, x: x @ w["w"], {"w": jnp.eye(4)}, {"x": lx.TensorSpec(("batch", 4), "float32")})
     >>> plan = lx.passes.resolve(lx.Recipe.load("int8"), program)

@@ -1,4 +1,4 @@
-"""A function in, the same function with some of its equations replaced out."""
+"""`rewrite`: transforms a function by replacing equations of its jaxpr."""
 
 from __future__ import annotations
 
@@ -30,23 +30,25 @@ def rewrite(
 
     Args:
         fn: any function that `jax.make_jaxpr` can trace.
-        rules: primitive name -> rule; or a function that makes this table of the jaxpr that is about to be evaluated.
-        follow: rules asked only when an operand is a `TracedValue`: how such a value moves through layout operations.
-            The one under `"*"` is asked after those, also of equations on literals alone and of whole containers.
-        inline: False keeps `jit`, `remat`, and custom derivatives as containers, for functions that will be trained;
-            True evaluates their bodies in place, for inference.
-        on_unknown: what to do with a container the walker does not know that holds a primitive of `rules`.
-        example: `example(*args) -> args` to trace `fn` with, where the new function takes other weights than `fn`.
-        prepare: `prepare(*args) -> args`, with `TracedValue` leaves where the pass wants them; the tree is `example`'s.
+        rules: primitive name -> rule; or a function that makes this table from the jaxpr.
+        follow: rules that are applied only if an operand is a `TracedValue`: how such a value moves through layout
+            operations. The rule `"*"` is applied after the others, also to equations on literals alone and to whole
+            containers.
+        inline: False keeps `jit`, `remat` and custom derivatives, for functions that will be trained; True inlines
+            them, for inference.
+        on_unknown: what to do with an unknown container that holds a primitive of `rules`.
+        example: `example(*args) -> args`: arguments to trace `fn` with, if the new function takes other weights than
+            `fn`.
+        prepare: `prepare(*args) -> args`: replaces leaves by `TracedValue`; the tree is that of `example`.
         with_taps: whether the new function returns `(outputs, taps)`.
-        constant: what takes the place of an array that a jaxpr closes over, and of a literal that enters a container;
-            the array itself by default.
+        constant: replaces each array that a jaxpr closes over, and each literal that enters a container; by default
+            they stay.
 
     Returns:
         A function with the signature of `fn`.
 
     Raises:
-        UnsupportedError: when called, for an unknown container that holds a primitive of `rules`.
+        UnsupportedError: when called, if an unknown container holds a primitive of `rules`.
 
     >>> fn = lx.passes.rewrite(lambda x: jnp.sin(x) + 1, {"sin": lambda context, eqn, values: [values[0] * 2]})
     >>> float(fn(3.0))

@@ -1,4 +1,4 @@
-"""What post-training methods need to know of the activations that meet a weight, measured in one pass over data."""
+"""Activation statistics for post-training methods, measured in one pass over data."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from lepton_xla.passes.core.sites import Site, rewrite_sites
 from lepton_xla.passes.core.walker import Context, TapName, Values, materialize
 from lepton_xla.program import Program
 
-# Gram matrices collected in one pass over the data take at most this much memory, unless a single one takes more.
+# Memory limit for the Gram matrices of one pass over the data; a single matrix may exceed it.
 GRAM_LIMIT_BYTES = 2**28
-# Which step of its scans a product belongs to, as that travels beside its weight.
+# Side input of a weight: the index of the product's scan step.
 _STEP = "step"
-# What is kept of each column of a site's activation, besides Gram matrices.
+# Statistics of each column of a site's activation, besides Gram matrices.
 _SUMS = ("absmax", "sum", "sum_abs", "sum_square")
 
 type _Totals = dict[TapName, jax.Array]
@@ -33,15 +33,15 @@ type _Totals = dict[TapName, jax.Array]
 
 @dataclasses.dataclass(frozen=True)
 class Statistics:
-    """The activations `X` that met one site, as rows of the matrices of `passes.core.matrix`.
+    """Statistics of the activations `X` of one site, as rows of the matrices of `passes.core.matrix`.
 
     Attributes:
-        rows: how many rows, `[*steps]`, float64 on the host; 0 where the data never reached a step.
+        rows: number of rows, `[*steps]`, float64 on the host; 0 where the data never reached a step.
         absmax: largest magnitude of each column, `[*steps, B, K]`, float32.
         mean: mean of each column, likewise; 0 where there are no rows.
         mean_abs: mean magnitude of each column, likewise.
         mean_square: mean square of each column, likewise.
-        gram: `X^T X / rows`, `[*steps, B, K, K]`, float32; None where it was not asked for.
+        gram: `X^T X / rows`, `[*steps, B, K, K]`, float32; None if not requested.
     """
 
     rows: np.ndarray
@@ -60,18 +60,18 @@ def collect_statistics(
     gram: bool = False,
     limit_bytes: int = GRAM_LIMIT_BYTES,
 ) -> dict[str, Statistics]:
-    """Measure the activations at some sites, on the device, one pass over the data for each group of sites.
+    """Measure activations at sites, on the device, with one pass over the data for each group of sites.
 
     Args:
         program: a program whose weights at these sites are float arrays.
-        sites: `dot_general` or `conv_general_dilated` sites with a weight, as `find_sites` gives them.
+        sites: `dot_general` or `conv_general_dilated` sites with a weight, from `find_sites`.
         batches: input dicts, such as `{"image": array}`; at least one.
-        gram: whether the Gram matrices are needed.
-        limit_bytes: bytes of Gram matrices above which the sites are measured in several passes over the data.
+        gram: whether to compute Gram matrices.
+        limit_bytes: memory limit for Gram matrices; if they exceed it, the data is read several times.
 
     Returns:
-        Site name -> statistics. A scan that steps over a site's weight has them for each step; all else that runs a
-        site repeatedly adds to one count.
+        Site name -> statistics, separate for each step of a scan that steps over the site's weight; other repetitions
+        of a site are added up.
 
     Raises:
         CalibrationError: if there are no batches, or one has a wrong name, dtype or shape, is empty or not finite; or
@@ -88,7 +88,7 @@ def collect_statistics(
 
 
 def pooled(statistics: Sequence[Statistics], what: Literal["mean_square", "gram"]) -> jax.Array:
-    """A mean over all that meets one weight at several sites, in the proportion of their rows."""
+    """Average statistics over the sites of a weight, weighted by their rows."""
     if len(statistics) == 1:
         return getattr(statistics[0], what)
     total = np.sum([found.rows for found in statistics], axis=0)
@@ -101,7 +101,7 @@ def pooled(statistics: Sequence[Statistics], what: Literal["mean_square", "gram"
 
 
 def in_parts[T](items: Sequence[T], size_bytes: Callable[[T], int], limit_bytes: int) -> list[list[T]]:
-    """Items, in their order, in lists of which each takes at most so many bytes, or is a single item."""
+    """Split items into lists of at most `limit_bytes` each, in order; a single item may exceed the limit."""
     parts: list[list[T]] = []
     free = 0
     for item in items:
@@ -115,7 +115,7 @@ def in_parts[T](items: Sequence[T], size_bytes: Callable[[T], int], limit_bytes:
 
 
 def gram_bytes(program: Program, site: Site) -> int:
-    """Bytes of the Gram matrices of one site, of all steps of its scans."""
+    """Bytes of the Gram matrices of a site, for all steps of its scans."""
     batch, depth, _ = matrix.matrix_shape(site)
     return math.prod(_steps(program, site)) * batch * depth * depth * 4
 
@@ -151,7 +151,7 @@ def _collect(
         if gram:
             tap("gram", jnp.einsum("bmk,bml->bkl", rows, rows, precision=jax.lax.Precision.HIGHEST))
 
-    # Which step of which scan a product belongs to is told by an index that travels with the weight.
+    # The index of a product's scan step is a side input of the weight.
     beside: dict[str, dict[Key, jax.Array]] = {}
     for site in group:
         if wanted[site.name]:
@@ -162,12 +162,12 @@ def _collect(
 
     @functools.partial(jax.jit, donate_argnums=1)
     def add(weights: Any, totals: _Totals, inputs: Sequence[jax.Array]) -> tuple[_Totals, _Totals]:
-        """The sums with one more batch, and how many rows it had: those are counted on the host, in float64."""
+        """Add a batch to the sums; return its number of rows separately, because the host counts them in float64."""
         _, taps = observed(weights, *inputs)
         rows: _Totals = {}
         for name, value in taps.items():
             site, what = name
-            if what == "absmax":  # stacked by every scan around it, not only by those that step over the weight
+            if what == "absmax":  # stacked by every surrounding scan, not only by those that step over the weight
                 value = jnp.max(value, axis=tuple(range(value.ndim - len(wanted[site]) - 2)))
                 totals[name] = jnp.maximum(totals[name], value)
             elif what == "rows":
@@ -190,7 +190,7 @@ def _collect(
 
 
 def _zeros(sites: Sequence[Site], wanted: Mapping[str, tuple[int, ...]], gram: bool) -> dict[TapName, np.ndarray]:
-    """Where sums begin, by site and what is summed."""
+    """Make zeros for the sums, by site and statistic."""
     zeros: dict[TapName, np.ndarray] = {}
     for site in sites:
         batch, depth, _ = matrix.matrix_shape(site)
@@ -202,7 +202,7 @@ def _zeros(sites: Sequence[Site], wanted: Mapping[str, tuple[int, ...]], gram: b
 
 
 def _statistics(site: str, rows: np.ndarray, totals: dict[TapName, Any], gram: bool) -> Statistics:
-    """One site's; its sums are taken out of the totals."""
+    """Compute the statistics of a site; removes its sums from the totals."""
     absmax, *sums = (np.asarray(totals.pop((site, what))) for what in _SUMS)
     if not np.isfinite(absmax).all():
         raise CalibrationError(f"the activation of site {site!r} is not finite on the calibration data")

@@ -1,4 +1,4 @@
-"""What programs are made for and timed on."""
+"""`Target`: the device that programs are made for and timed on."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from lepton_xla import _compat, machine
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """A device and what else the speed of a program on it depends on: times hold for an equal target only.
+    """A device and everything else that determines the speed of a program; times hold only for an equal target.
 
     Attributes:
         platform: `cpu`, `gpu` or `tpu`.
         device_kind: the device's model name.
         runtime: the runtime's own version text, such as that of CUDA.
         processor: the host's processor, with a digest of its features.
-        cores: how many of its cores this process may use.
+        cores: number of cores that this process may use.
         versions: of jax, jaxlib and lepton-xla.
         xla_flags: the part of `XLA_FLAGS` that can change compiled code, sorted.
-        settings: settings of JAX's that change how a program is compiled.
+        settings: settings of JAX that change how a program is compiled.
 
     >>> gpu = lx.passes.Target("gpu", device_kind="NVIDIA H100")
     >>> gpu.queues, len(gpu.digest)
@@ -59,7 +59,7 @@ class Target:
 
     @property
     def queues(self) -> bool:
-        """Whether a call only queues work for the device and returns."""
+        """Whether a call only queues work for the device, and returns before it is done."""
         return self.platform != "cpu"
 
     @property
@@ -71,5 +71,5 @@ class Target:
 def _version(name: str) -> str:
     try:
         return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:  # run from its sources
+    except importlib.metadata.PackageNotFoundError:  # run from source, not installed
         return "of its sources"

@@ -1,4 +1,4 @@
-"""Times compiled functions, each but once."""
+"""Times compiled functions, each only once."""
 
 from __future__ import annotations
 
@@ -23,28 +23,27 @@ from lepton_xla.passes.core.timing_cache import Times, TimingCache
 
 ROUNDS = 21
 MIN_ROUNDS = 3
-# Rounds are fewer where they would take longer than this in all: for whole programs, and for single operations, of
-# which there are many.
+# Time budgets of all rounds together: for whole programs, and for single operations, of which there are many.
 BUDGET_S = 2.0
 OPERATION_BUDGET_S = 0.5
-# What takes this many times as long as the fastest is timed no further: after a single call where that is so long that
-# the clock's noise does not count, else after the fewest rounds.
+# A function that takes this many times as long as the fastest is not timed any further: after a single call if that is
+# long enough to rule out noise, else after the minimum number of rounds.
 LOST = 3.0
 LONG_S = 0.02
-# A round runs the product often enough to last this long, so that the clock's own cost does not count; where calls only
-# queue work for a device, nor the wait for it.
+# Shortest round that is timed; it amortizes the clock and, where calls only queue work, the device synchronization.
 ROUND_S = 2e-4
 QUEUED_ROUND_S = 1e-2
-# How many random values are drawn of an operand: to draw all of a large one takes longer than to time it. A prime.
+# Number of random values that are drawn for an operand, then repeated: drawing all of a large one would take longer
+# than timing it. A prime.
 DRAWN = 1_048_573
 
 
 class Candidate:
-    """A function that is timed, perhaps several times: with what it shares, a program is compiled once.
+    """A function that may be timed several times but is compiled once.
 
     Attributes:
         fn: `fn(weights, *inputs)`.
-        compiled: executables by a digest of what XLA was given; one dict for all functions that may be the same.
+        compiled: executables by digest of their StableHLO; shared by all functions that may be equal.
     """
 
     def __init__(self, fn: Callable[..., Any], compiled: dict[str, Any]) -> None:
@@ -52,18 +51,18 @@ class Candidate:
         self.compiled = compiled
 
     def __call__(self, weights: Any, *inputs: Any) -> Any:
-        """What the function gives."""
+        """Call the function."""
         return self.fn(weights, *inputs)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Lowered:
-    """A function as XLA is given it.
+    """A function lowered to StableHLO.
 
     Attributes:
-        digest: of its StableHLO, whatever it is called.
-        stage: what JAX compiles.
-        compiled: where its executable is kept, by digest.
+        digest: digest of its StableHLO, without its name.
+        stage: JAX's lowered stage, which can be compiled.
+        compiled: cache of executables, by digest.
     """
 
     digest: str
@@ -72,7 +71,7 @@ class Lowered:
 
     @classmethod
     def of(cls, fn: Callable[..., Any], *args: Any) -> Lowered:
-        """A function, perhaps a `Candidate`, at arguments, or at their shapes."""
+        """Lower a function, possibly a `Candidate`, for arguments or their shapes."""
         stage = jax.jit(fn.fn if isinstance(fn, Candidate) else fn).lower(*args)
         text = re.sub(r"^module @\S+", "module", stage.as_text())
         compiled = fn.compiled if isinstance(fn, Candidate) else dict[str, Any]()
@@ -80,19 +79,19 @@ class Lowered:
 
 
 class Timer:
-    """Times functions on one target, and remembers.
+    """Times functions on a target, and remembers the results.
 
-    One is made for each `optimize`, or each pass that is called by itself, and handed on to whatever times.
+    Each `optimize`, or each pass that is called directly, makes one and passes it to everything that measures.
 
     >>> timer = Timer(cache=TimingCache(None))  # takes nothing from the disk
     >>> timer.once("a name", lambda: 2.5), timer.once("a name", lambda: 7.5)
     (2.5, 2.5)
 
     Attributes:
-        target: what it times on.
-        cache: the measurements of other processes.
-        measured: how many times it measured.
-        recalled: how many it took from the cache.
+        target: the target that it times on.
+        cache: measurements of other processes.
+        measured: number of times that were measured.
+        recalled: number of times that came from the cache.
     """
 
     def __init__(self, target: Target | None = None, cache: TimingCache | None = None) -> None:
@@ -103,13 +102,13 @@ class Timer:
         self._known: dict[Hashable, Any] = {}
 
     def once[T](self, key: Hashable, measure: Callable[[], T]) -> T:
-        """Give what `measure` gave when it was first called for this key."""
+        """Return the result of `measure`, which is called only the first time for each key."""
         if key not in self._known:
             self._known[key] = measure()
         return self._known[key]
 
     def recall(self, programs: Sequence[Lowered], measure: Callable[[list[Any]], Times]) -> Times:
-        """Take the times of programs from the cache, or else measure their executables.
+        """Return the times of programs from the cache, or measure their executables.
 
         >>> timer = Timer(cache=TimingCache(None))
         >>> double = Lowered.of(lambda x: 2 * x, jnp.ones(4))
@@ -130,8 +129,8 @@ class Timer:
     def medians_us(self, calls: Sequence[Callable[[], Any]], budget_s: float = BUDGET_S) -> list[float]:
         """Time calls in turn, so that a slow moment of the machine falls on all alike; medians over rounds.
 
-        Where calls only queue work for a device, a turn waits for its last call alone: waiting for each would add the
-        time to start a program to all of them and hide what the product takes.
+        If calls only queue work for a device, a turn waits only for its last call: waiting for each would add the time
+        to start a program, which can hide the time of the product.
 
         >>> sleep, nothing = lx.passes.Timer().medians_us([lambda: time.sleep(1e-3), lambda: None], budget_s=0.01)
         >>> sleep > 1000 > nothing
@@ -163,14 +162,14 @@ def time_programs(
     timer: Timer | None = None,
     budget_s: float = BUDGET_S,
 ) -> list[float]:
-    """Median times in microseconds of functions of weights and the same inputs, timed in turn.
+    """Time functions of weights and the same inputs in turn; return medians in microseconds.
 
     Args:
-        functions: pairs of `fn(weights, *inputs)` and its weights; a `Candidate` is not compiled where an equal one
-            was before.
+        functions: pairs of `fn(weights, *inputs)` and its weights; a `Candidate` is not compiled again if an equal one
+            was.
         inputs: shapes and dtypes; floats are drawn at random, anything else is zero.
-        timer: what times, and knows what was timed before; a new one by default.
-        budget_s: seconds that timing takes about, at most; each function is called at least twice.
+        timer: times calls and remembers results; a new one by default.
+        budget_s: approximate limit in seconds; each function is called at least twice.
     """
     timer = timer or Timer()
 
@@ -191,9 +190,9 @@ def time_programs(
 
 
 def random_array(seed: int, like: jax.ShapeDtypeStruct) -> jax.Array:
-    """Normal values, made on the host: JAX would compile its generator, and a cast, anew for each shape.
+    """Draw normal values on the host; JAX would compile its generator, and a cast, for each shape.
 
-    Beyond `DRAWN` they are the same again, of which there is an odd number, so that they fill no two rows alike.
+    After `DRAWN` values they repeat; the count is odd, so that no two rows are equal.
     """
     size = math.prod(like.shape)
     drawn = np.random.default_rng(seed).standard_normal(min(size, DRAWN), np.float32).astype(like.dtype)
@@ -201,7 +200,7 @@ def random_array(seed: int, like: jax.ShapeDtypeStruct) -> jax.Array:
 
 
 def _executables(programs: Sequence[Lowered]) -> list[Any]:
-    """Programs compiled beside each other, equal ones once: XLA lets go of the interpreter meanwhile."""
+    """Compile programs in parallel, equal ones once; XLA releases the interpreter lock meanwhile."""
     same: dict[str, Any] = {}
     for program in programs:
         if program.digest in program.compiled:

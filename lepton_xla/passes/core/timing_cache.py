@@ -1,8 +1,7 @@
-"""Measured times on disk, so that a second process need not measure them again.
+"""A disk cache of measured times, so that other processes need not measure them again.
 
-Each measurement is a file of its own: it is written beside its place and renamed into it, so that processes that read
-and write at once see it whole or not at all. What cannot be read is measured again and replaced. No failure of the disk
-is an error.
+Each measurement is a file, written under a temporary name and renamed, so that concurrent processes see it whole or not
+at all. Unreadable files are measured again and replaced. Disk failures are not errors.
 """
 
 from __future__ import annotations
@@ -21,20 +20,20 @@ _LOG = logging.getLogger(__name__)
 
 # The environment variable that turns the cache off or moves it.
 VARIABLE = "LEPTON_CACHE"
-# Files that a folder holds at most; the oldest half goes where there are more.
+# Maximum number of files; beyond it, the oldest half is removed.
 MAX_FILES = 8192
-# A file that is longer was not written here.
+# Longer files are not ours.
 _MAX_BYTES = 2**16
-# What a process that was killed has left half written is removed after so long.
+# Age after which partly written files of killed processes are removed.
 _LEFT_S = 3600.0
 
 
 class Times(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What one measurement gave.
+    """The result of one measurement.
 
     Attributes:
-        us: median microseconds of each function, in their order.
-        error: how far the results were off, as `measurement.Timing` has it; None for NaN.
+        us: median microseconds of each function, in order.
+        error: error of the results, as in `measurement.Timing`; None for NaN.
     """
 
     us: list[float]
@@ -45,7 +44,7 @@ class TimingCache:
     """Measurements by key, in a folder.
 
     Attributes:
-        folder: where they are; None for nowhere.
+        folder: folder of the files; None disables the cache.
     """
 
     def __init__(self, folder: pathlib.Path | None) -> None:
@@ -54,9 +53,9 @@ class TimingCache:
 
     @classmethod
     def default(cls) -> TimingCache:
-        """The cache in `$LEPTON_CACHE`, or in `lepton_xla` in `$XDG_CACHE_HOME` or `~/.cache`; none where it is `off`.
+        """The cache in `$LEPTON_CACHE`, else in `lepton_xla` in `$XDG_CACHE_HOME` or `~/.cache`; disabled by `off`.
 
-        As the XDG Base Directory Specification asks, a relative `$XDG_CACHE_HOME` does not count.
+        A relative `$XDG_CACHE_HOME` is ignored, as the XDG Base Directory Specification demands.
         """
         asked = os.environ.get(VARIABLE, "")
         if asked == "off":
@@ -66,12 +65,12 @@ class TimingCache:
         base = os.environ.get("XDG_CACHE_HOME", "")
         try:
             root = pathlib.Path(base) if os.path.isabs(base) else pathlib.Path.home() / ".cache"
-        except RuntimeError:  # this user has no home
+        except RuntimeError:  # the user has no home folder
             return cls(None)
         return cls(root / "lepton_xla" / "times")
 
     def get(self, key: str, count: int) -> Times | None:
-        """What was measured under a key, `count` functions; None where that is not known, or cannot be read."""
+        """Read the times of `count` functions under a key; None if they are missing or unreadable."""
         if self.folder is None:
             return None
         path = self._path(key)
@@ -91,7 +90,7 @@ class TimingCache:
         return times
 
     def put(self, key: str, times: Times) -> None:
-        """Keep a measurement; where it cannot be written, nothing is from then on."""
+        """Keep a measurement; if it cannot be written, disable writing."""
         if self.folder is None:
             return
         try:
@@ -118,7 +117,7 @@ class TimingCache:
 
 
 def _make_room(folder: pathlib.Path) -> None:
-    """Remove the oldest half of too many files, and what was left half written."""
+    """Remove the oldest half of the files if there are too many, and partly written files."""
     with os.scandir(folder) as entries:
         found: list[tuple[float, str]] = []
         for entry in entries:

@@ -1,8 +1,8 @@
-"""The one jaxpr walker: a function in, the same function with some of its equations replaced out.
+"""The jaxpr walker, which evaluates a function with some of its equations replaced.
 
-`rewrite` traces a function, then evaluates its equations again through public `jax` calls, letting a pass's rules take
-the equations they know. Like `jax.grad` it gives back a function, so it composes with `jit`, `grad`, `vmap`, sharding
-and itself. A pass is a rule table; all that has to do with control flow, derivatives and sharding is here.
+`rewrite` traces a function and evaluates its equations again through public `jax` calls; the rules of a pass replace
+the equations that they match. Like `jax.grad` it returns a function, so it composes with `jit`, `grad`, `vmap`,
+sharding and itself. A pass is a table of rules; control flow, derivatives and sharding are handled here.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from lepton_xla import _compat
 from lepton_xla.errors import UnsupportedError
 
 type Values = list[Any]
-# `rule(context, equation, operands) -> outputs`, or None to leave the equation as it is.
+# `rule(context, equation, operands) -> outputs`, or None to leave the equation unchanged.
 type Rule = Callable[["Context", Any, Values], Values | None]
 # `rule(walk, equation, operands, frame) -> (outputs, taps)` evaluates the bodies of a container.
 type ContainerRule = Callable[["Walk", Any, Values, "Frame"], tuple[Values, Taps]]
@@ -27,22 +27,22 @@ type Taps = dict[TapName, jax.Array]
 
 
 class TracedValue:
-    """What a pass sends through the graph in the place of an array. Subclasses are pytrees of arrays.
+    """A value that a pass sends through the graph instead of an array. Subclasses are pytrees of arrays.
 
-    A primitive without a rule for it gets `materialize()`.
+    Primitives without a rule for it get `materialize()`.
 
     Attributes:
-        crosses: whether it may enter the body of a container that is not evaluated in place.
+        crosses: whether it may enter the body of a container that is not inlined.
     """
 
     crosses = True
 
     def materialize(self) -> jax.Array:
-        """The array this stands for."""
+        """The array that this stands for."""
         raise NotImplementedError
 
     def at_step(self, scan: int) -> TracedValue:
-        """This value inside the body of a `scan` over its leading axis (the leaves are already sliced).
+        """Convert to a value inside the body of a `scan` over the leading axis; the leaves are already sliced.
 
         Args:
             scan: identifies the scan.
@@ -51,26 +51,26 @@ class TracedValue:
         return self
 
     def in_specs(self, spec: Any) -> Any:
-        """Partition specs of the leaves, a tree like this one or a prefix of it, where the array has `spec`."""
+        """Partition specs of the leaves, as a tree or a prefix of one, if the array has `spec`."""
         return spec
 
 
 def materialize(value: Any) -> Any:
-    """The array a value stands for; arrays stand for themselves."""
+    """Return the array that a value stands for; arrays are returned unchanged."""
     return value.materialize() if isinstance(value, TracedValue) else value
 
 
 @dataclasses.dataclass(frozen=True)
 class Context:
-    """Where in the program an equation stands, as a rule sees it.
+    """The place of an equation in the program, passed to rules.
 
     Attributes:
-        key: identifies the equation and the calls around it: the same each time a body is traced.
-        scope: names of the modules and scopes around it, joined by `/`.
-        repeats: how often it runs in one call: the product of the lengths of the scans around it.
-        container: the innermost container around it, such as `scan` or `shard_map`; empty at the top.
-        body: identifies the body that the innermost such container evaluates.
-        uses: how often each variable of the jaxpr at hand is read, outputs counted.
+        key: identifies the equation and its surrounding calls; the same each time a body is traced.
+        scope: names of the surrounding modules and scopes, joined by `/`.
+        repeats: number of runs in one call: the product of the lengths of the surrounding scans.
+        container: the innermost surrounding container, such as `scan` or `shard_map`; empty at the top level.
+        body: identifies the body of that container.
+        uses: number of reads of each variable of the current jaxpr, outputs included.
     """
 
     walk: Walk
@@ -83,28 +83,28 @@ class Context:
     taps: Taps
 
     def tap(self, name: TapName, value: jax.Array, combine: Literal["max", "sum"] = "max") -> None:
-        """Send a statistic out of every container around the equation.
+        """Send a statistic out of all surrounding containers.
 
         Args:
-            name: what the statistic is of, and what it is; one name is combined one way everywhere.
+            name: the name of the statistic; a name must be combined in the same way everywhere.
             value: any array; not negative for `max`.
             combine: `max`: `scan` stacks it along a new leading axis; `while`, `cond`, `shard_map` and repeated taps
-                take the maximum. `sum`: it is added up over all that runs, and keeps its shape: over the steps of a
-                `scan`, the rounds of a `while`, repeated taps, and the devices of a `shard_map` along the mesh axes
-                that it varies on (along all of them under `check_vma=False`). A branch not taken counts zero.
+                take the maximum. `sum`: it keeps its shape and is summed over the steps of a `scan`, the iterations of
+                a `while`, repeated taps, and the devices of a `shard_map` along the mesh axes on which it varies (all
+                axes under `check_vma=False`). A branch that is not taken counts zero.
         """
         if combine == "sum":
             self.walk.sums.add(name)
         self.taps.update(self.walk.combined(self.taps, {name: value}))
 
     def bind(self, eqn: Any, values: Sequence[Any]) -> Values:
-        """Evaluate the equation as it is, on other operands."""
+        """Evaluate the unchanged equation on other operands."""
         return _compat.bind(eqn, [materialize(value) for value in values])
 
 
 @dataclasses.dataclass(frozen=True)
 class Frame:
-    """The calls around a jaxpr."""
+    """The surrounding calls of a jaxpr."""
 
     key: tuple[int, ...] = ()
     scope: str = ""
@@ -140,13 +140,13 @@ class Walk:
         self.containers = containers
         self.inline = inline
         self.on_unknown = on_unknown
-        self.notes: dict[str, Any] = {}  # what rules remember during one evaluation
+        self.notes: dict[str, Any] = {}  # memory of rules during one evaluation
         self.tapped = tapped
-        self.sums: set[TapName] = set()  # names of the taps that are added up
+        self.sums: set[TapName] = set()  # names of the taps that are summed
         self._holds: dict[int, str | None] = {}
 
     def call(self, jaxpr: Any, values: Sequence[Any], frame: Frame) -> tuple[Values, Taps]:
-        """Evaluate a jaxpr, dead equations left out; return outputs, which may be `TracedValue`, and taps."""
+        """Evaluate a jaxpr without its dead equations; return outputs, which may be `TracedValue`, and taps."""
         jaxpr, consts = _compat.open_jaxpr(jaxpr)
         if self.constant is not None:
             consts = [self.constant(value) for value in consts]
@@ -160,7 +160,7 @@ class Walk:
         for eqn in equations:
             outs = self._equation(eqn, [read(atom) for atom in eqn.invars], frame, uses, taps)
             env.update(zip(eqn.outvars, outs, strict=True))
-            # Values that will not be read again must not outlive this loop when the walk runs on real arrays.
+            # When the walk runs on real arrays, free values after their last use.
             for atom in eqn.invars:
                 if not isinstance(atom, _compat.LITERAL):
                     remaining[atom] -= 1
@@ -188,7 +188,7 @@ class Walk:
             if outs is not None:
                 return outs
         inner = _compat.inner_jaxprs(eqn)
-        # A body may hold no equation and still depend on what a pass changes, such as the sizes of what it hands on.
+        # A body without equations may still depend on changes of a pass, such as the sizes of values that it passes on.
         if inner and (carried or "*" in self.rules or self._site_in(inner)):
             container = self.containers.get(name)
             if container is not None:
@@ -209,7 +209,7 @@ class Walk:
         return _compat.bind(eqn, [materialize(value) for value in values])
 
     def combined(self, taps: Mapping[TapName, jax.Array], others: Mapping[TapName, jax.Array]) -> Taps:
-        """The taps of two parts of a program as one."""
+        """Combine the taps of two parts of a program."""
         both = {
             name: taps[name] + value if name in self.sums else jnp.maximum(taps[name], value)
             for name, value in others.items()
@@ -218,7 +218,7 @@ class Walk:
         return {**taps, **others, **both}
 
     def _site_in(self, jaxprs: Sequence[Any]) -> str | None:
-        """The name of a primitive of the rules inside the jaxprs, at any depth."""
+        """The name of a primitive inside the jaxprs, at any depth, that has a rule; None if there is none."""
         for jaxpr in jaxprs:
             jaxpr, _ = _compat.open_jaxpr(jaxpr)
             if id(jaxpr) not in self._holds:
@@ -245,7 +245,7 @@ def _count_uses(equations: Sequence[Any], outvars: Sequence[Any]) -> dict[Any, i
     return uses
 
 
-# Containers whose body runs once, on values of the shapes seen outside.
+# Containers whose body runs once, on values of the same shapes as outside.
 TRANSPARENT = {
     "jit", "closed_call", "core_call", "eval_jaxpr", "remat2", "checkpoint", "custom_jvp_call", "custom_vjp_call",
 }  # fmt: skip
