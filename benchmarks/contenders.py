@@ -1,4 +1,4 @@
-"""The servers that `serving.py` compares: what starts each, and whether it gives the right answer."""
+"""The servers that `serving.py` compares: starts each, and checks its answer."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def ours(label: str, path: pathlib.Path, payload: Payload, *flags: str) -> Serve
 
 
 def mosec(label: str, python: str, payload: Payload, env: dict[str, str]) -> Server:
-    """mosec, which as ours has as many processes that run the model as it is told."""
+    """mosec, with as many processes that run the model as `LEPTON_WORKERS` says."""
     port = free_port()
     command = [python, str(SERVERS / "mosec_server.py"), "--port", str(port)]
     return Server(label, command, port, "/inference", payload.raw(), env)
@@ -41,7 +41,7 @@ def mosec(label: str, python: str, payload: Payload, env: dict[str, str]) -> Ser
 def candidates(
     name: str, path: pathlib.Path, payload: Payload, options: argparse.Namespace
 ) -> dict[str, Callable[[], Server]]:
-    """What starts each server that was asked for."""
+    """A function that starts each requested server, by name."""
     infer = f"/v2/models/{payload.model}/infer"
     made: dict[str, Callable[[], Server]] = {OURS: lambda: ours(OURS, path, payload)}
     for count in options.workers:
@@ -69,7 +69,7 @@ def candidates(
 
 
 def start(makers: Mapping[str, Callable[[], Server]], payload: Payload) -> tuple[list[Server], list[str]]:
-    """Every server that can be had, each having given the right answer, and why others are missing."""
+    """Starts every server; returns those that gave the right answer, and why the others are missing."""
     running: list[Server] = []
     notes: list[str] = []
     for label, make in makers.items():
@@ -103,7 +103,7 @@ def _check(body: bytes, payload: Payload, label: str) -> None:
 def triton(
     label: str, binary: pathlib.Path, env: dict[str, str], folder: pathlib.Path, payload: Payload, count: int
 ) -> Server:
-    """The Triton Inference Server with so many processes that run the model."""
+    """The Triton Inference Server with `count` instances of the model."""
     repository = folder / f"triton-{count}"
     shutil.copytree(SERVERS / "triton", repository, dirs_exist_ok=True)
     config = repository / payload.model / "config.pbtxt"
@@ -117,7 +117,7 @@ def triton(
 
 
 def triton_installed(python: str) -> tuple[pathlib.Path, dict[str, str]]:
-    """The program of the nvidia-pytriton wheel of that Python, and its environment."""
+    """The Triton executable of the nvidia-pytriton wheel of a Python, and its environment."""
     ask = "import sysconfig, sys; print(sysconfig.get_path('purelib'), sysconfig.get_config_var('LIBDIR'), '%d.%d' % sys.version_info[:2])"  # noqa: E501
     site, libraries, version = subprocess.run(
         [python, "-c", ask], capture_output=True, text=True, check=True

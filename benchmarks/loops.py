@@ -32,7 +32,7 @@ end
 
 @contextlib.contextmanager
 def on_cores(wanted: slice) -> Iterator[None]:
-    """Keeps this thread, and what it starts, on some of the cores; on a machine of one core does nothing."""
+    """Pins this thread, and what it starts, to some of the cores. No-op on a machine with one core."""
     before = os.sched_getaffinity(0)
     os.sched_setaffinity(0, sorted(before)[wanted] or before)
     try:

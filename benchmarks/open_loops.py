@@ -1,4 +1,4 @@
-"""One server under shares of its capacity and under twice of it, on all cores but the generator's."""
+"""Open loops: one server at shares of its capacity and at twice its capacity. The generator has its own core."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ GENERATOR_CORE = 0.9
 def alone(
     make: Callable[[], Server], bounded: Callable[[int], Server] | None, rows: int, options: argparse.Namespace
 ) -> dict[str, Any]:
-    """Figures of the open loops of one server that has all cores but the last, which is the generator's.
+    """Figures of the open loops of one server. It has all cores except the last, which is the generator's.
 
     Args:
         make: starts it.
@@ -91,7 +91,7 @@ def alone(
 
 
 def _costs(server: Server) -> dict[int, float]:
-    """What our server says that an execution takes, by batch size."""
+    """Seconds of an execution by batch size, from our server's metrics."""
     with urllib.request.urlopen(f"http://127.0.0.1:{server.port}/metrics", timeout=10) as answer:
         families = text_string_to_metric_families(answer.read().decode())
     (found,) = (family for family in families if family.name == "lepton_cost_seconds")
@@ -99,7 +99,7 @@ def _costs(server: Server) -> dict[int, float]:
 
 
 def queue_p99_s(costs: Mapping[int, float], rate: float, rows: int, count: int = 100_000) -> float:
-    """The 99th percentile of what requests of so many rows take that wait for nothing but executions.
+    """The 99th percentile of latency, in seconds, if requests waited for nothing but executions.
 
     A simulation: Poisson arrivals of `rate` rows/s, executions that take what the table says, one after the other, each
     of the size with the least cost per waiting row. It is what a server gives whose HTTP costs nothing.
@@ -120,7 +120,7 @@ def queue_p99_s(costs: Mapping[int, float], rate: float, rows: int, count: int =
 
 
 def core_p99_s(seconds: float, load: float = 0.8) -> float:
-    """The 99th percentile of what work waits for on a core that is slower in some moments than in others.
+    """The 99th percentile of waiting, in seconds, for a core whose speed varies.
 
     The core is the first of the server's. It runs pieces of a loop of Python, half a millisecond each, one after the
     other, while the generator's core does so too. Work that comes evenly, at `load` times what the core does in its
@@ -151,7 +151,7 @@ def core_p99_s(seconds: float, load: float = 0.8) -> float:
 
 
 def overloaded(server: Server, count: int, seconds: float) -> dict[str, float]:
-    """What becomes of twice the capacity, and of half of it right after.
+    """Figures at twice the capacity, and at half of it right after.
 
     So many rounds of `seconds`, each between two closed loops whose mean rate is the capacity of that round: a
     shared machine is not as fast in one second as in the next.

@@ -1,4 +1,4 @@
-"""What the servers of `serving.py` serve: models, one request of each, and the executable without a server."""
+"""What the servers of `serving.py` serve: models, a request for each, and the executable without a server."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A server in a process group of its own, which can be asked, stopped for a while, weighed and ended."""
+"""A server in its own process group: start, request, pause, measure, end."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class Server:
             return answer.read()
 
     def wait(self) -> bytes:
-        """The first answer.
+        """Waits for the first answer and returns it.
 
         Raises:
             RuntimeError: if the server ends or does not answer in time.
@@ -108,7 +108,7 @@ class Server:
         return used
 
     def memory(self) -> int:
-        """Bytes in memory of all its processes, shared pages shared out among them."""
+        """Bytes of memory of all its processes; shared pages are divided among them (PSS)."""
         total = 0
         for process in self._family():
             with contextlib.suppress(psutil.Error):
@@ -116,7 +116,7 @@ class Server:
         return total
 
     def stop(self) -> None:
-        """Ends it and all it started."""
+        """Ends the server and all its processes."""
         self.signal(signal.SIGCONT)
         family = self._family()
         with contextlib.suppress(ProcessLookupError):
@@ -131,7 +131,7 @@ class Server:
 
 @contextlib.contextmanager
 def turn(server: Server) -> Iterator[None]:
-    """Lets a server that was stopped run for a while."""
+    """Resumes a paused server for a while."""
     if server.idles:
         yield
         return

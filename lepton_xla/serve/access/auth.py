@@ -70,7 +70,7 @@ class Grant:
 
 
 class _Guarded:
-    """A route behind a grant, called for each request whose head is the one that was let in."""
+    """A route that checks a grant for every request. It is cached with the head that the grant admitted."""
 
     __slots__ = ("_again", "_grant", "_route")
 

@@ -1,4 +1,4 @@
-"""What the server says about itself and its model: the documents of every route but infer.
+"""The documents of every route except infer: what the server tells about itself and its models.
 
 Each is a type, so that the answers and the OpenAPI document cannot differ. Sources: Open Inference Protocol v2
 (metadata, health), Triton's extensions for model configuration, statistics, repository, logging and trace.
@@ -18,11 +18,11 @@ from lepton_xla.serve.protocol.datatypes import DATATYPES
 from lepton_xla.serve.protocol.signature import Signature, Tensor
 
 SERVER_NAME = "lepton_xla"
-# Only what works whole: the repository can be listed but not loaded from, settings can be read but not changed.
+# Only complete extensions: the repository can be listed but not loaded from, settings read but not changed.
 EXTENSIONS = ("binary_tensor_data", "classification", "model_configuration", "schedule_policy", "statistics")
 
 _LOGGER = logging.getLogger("lepton_xla")
-# Bodies of requests that are not for inference are a few settings.
+# Other bodies than those of inference are a few settings.
 _SMALL_BODY = 1 << 16
 
 type Size = Annotated[int, msgspec.Meta(ge=0)]
@@ -253,7 +253,7 @@ def repository_index(models: Iterable[tuple[Signature, bool]], body: bytes) -> l
     """The answer to `POST /v2/repository/index`.
 
     Args:
-        models: of each the signature, and whether it takes requests.
+        models: the signature of each, and whether it takes requests.
         body: an `IndexRequest`, or nothing.
 
     Raises:

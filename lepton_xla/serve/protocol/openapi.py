@@ -24,7 +24,7 @@ _JSON = "application/json"
 _BINARY = "application/octet-stream"
 _HEADER_LENGTH = "Inference-Header-Content-Length"
 _REFERENCE = "#/components/schemas/{name}"
-# What any route may answer instead; infer has more.
+# Errors of any route; infer has more.
 _REFUSALS = {
     400: "The request is malformed",
     401: "A token is needed",
@@ -48,7 +48,7 @@ def document(signatures: Sequence[Signature]) -> dict[str, Any]:
     """The document, as JSON values.
 
     Args:
-        signatures: of the models, whose names and versions the paths take. The example has the inputs of the first.
+        signatures: of the models. Paths take their names and versions; the example request is for the first.
     """
     types = [each for route in ROUTES if not route.refusal for each in (route.request, route.response) if each]
     _, schemas = msgspec.json.schema_components([*types, ErrorMessage], ref_template=_REFERENCE)

@@ -39,30 +39,30 @@ from lepton_xla.serve.protocol.sizes import answer_bytes
 
 _CACHED_HEADS = 512
 _CACHED_HEAD_BYTES = 4096
-# Where clients write an id, if they give one: first, and of letters that mean themselves.
+# The usual place of a client's id: first, and without escapes.
 _ID = re.compile(rb'\{"id": ?"([ !#-\[\]-~]*)", ?')
-# Strings of a classification: each takes fifty times the bytes of the element that it is made of.
+# Bound on the strings of a classification: each takes fifty times the bytes of its element.
 _MOST_CLASSES = 1_000_000
 
 
 class RequestSpec(msgspec.Struct, eq=False, kw_only=True):
-    """What the JSON part of a request says, checked against the signature. Shared by equal requests.
+    """The JSON part of a request, checked against the signature. Equal requests share one.
 
     Attributes:
-        rows: size of the batch dimension, or 1 where there is none.
+        rows: size of the batch dimension; 1 if there is none.
         key: compiled size of each other symbol, in the order of `Signature.others`.
-        sizes: real size of every symbol; differs from `key` where rows are padded within.
-        cut: whether a symbol other than the batch is padded, so that outputs have to be cut.
-        slices: for each input in executable order, where its bytes lie in the binary tail; empty for JSON data.
-        tail_bytes: length the binary tail must have.
-        outputs: for each output asked for, its index in the signature and whether it goes out as binary.
-        classes: for each output asked for, how many of the largest elements are wanted in its place, 0 for the tensor
-            itself; empty where that is all of them.
-        answer_bytes: memory that the answer takes, at most about.
-        id: the client's, echoed; None where it gave none.
-        timeout_s: seconds after which the client has no use for the answer; None if it said nothing.
+        sizes: real size of every symbol; larger in `key` where rows are padded within.
+        cut: whether a symbol other than the batch is padded, so that outputs must be cut.
+        slices: for each input in executable order, its place in the binary tail; empty for JSON data.
+        tail_bytes: required length of the binary tail.
+        outputs: for each requested output, its index in the signature, and whether it is sent as binary.
+        classes: for each requested output, the number of largest elements to send instead of the tensor, 0 for the
+            tensor itself; empty if all are tensors.
+        answer_bytes: upper estimate of the memory of the answer.
+        id: the client's id, which the answer repeats; None without one.
+        timeout_s: the client's timeout; None without one.
         priority: 0 is the default, 1 the highest, larger numbers are lower.
-        prefix: room for the transport to keep the response head it built; None until it does.
+        prefix: response head, cached by the app with the first answer.
     """
 
     rows: int
@@ -81,12 +81,12 @@ class RequestSpec(msgspec.Struct, eq=False, kw_only=True):
 
     @property
     def constant(self) -> bool:
-        """Whether the JSON part of the answer does not depend on the result: all outputs are binary tensors."""
+        """Whether the JSON part of the answer is the same for every result: all outputs are binary tensors."""
         return not self.classes and all(binary for _, binary in self.outputs)
 
 
 class _Options(NamedTuple):
-    """What a request says beside its inputs."""
+    """The part of a request that is not its inputs."""
 
     outputs: tuple[tuple[int, bool], ...]
     classes: tuple[int, ...] = ()
@@ -99,9 +99,9 @@ class InferRequest(msgspec.Struct, eq=False):
     """A request ready to run.
 
     Attributes:
-        spec: what its JSON part says.
-        tensors: for each input the C-order little-endian bytes of its tensor.
-        nbytes: memory that they hold: the whole body, where one of them lies in it.
+        spec: its JSON part.
+        tensors: for each input the bytes of its tensor, in C order, little-endian.
+        nbytes: memory that the tensors hold: the whole body if they are views of it.
     """
 
     spec: RequestSpec
@@ -112,12 +112,12 @@ class InferRequest(msgspec.Struct, eq=False):
 class Decoder:
     """Decodes infer requests of one model.
 
-    Clients repeat the JSON part byte for byte, so specs of purely binary requests are kept in a small cache.
+    Clients repeat the JSON part byte for byte, so specs of binary requests are cached.
 
     Args:
         signature: the model's.
         limits: the bounds on a request.
-        max_rows: most rows one request may bring.
+        max_rows: largest number of rows of a request.
     """
 
     def __init__(self, signature: Signature, limits: Limits, max_rows: int) -> None:
@@ -128,7 +128,7 @@ class Decoder:
         self._outputs = {tensor.name: index for index, tensor in enumerate(signature.outputs)}
         self._bool_inputs = tuple(i for i, t in enumerate(signature.inputs) if t.datatype.name == "BOOL")
         self._specs: dict[bytes, RequestSpec] = {}
-        # The last JSON part and its spec: to compare with one takes less time than to look it up among all.
+        # The last JSON part and its spec: comparing is faster than a lookup.
         self._last_head = b""
         self._last: RequestSpec | None = None
 
@@ -178,14 +178,14 @@ class Decoder:
         return InferRequest(spec, tensors, nbytes)
 
     def repeated(self, body: bytes, head_bytes: int | None) -> RequestSpec | None:
-        """The spec of a body that says the same as the one before it, so far as that is easily seen.
+        """The spec of a body that repeats the JSON part of the one before it.
 
         Args:
             body: after decompression.
             head_bytes: length of its JSON part, as for `decode`.
 
         Returns:
-            None for what `decode` has to look at, if only to say what is wrong.
+            None for any other body, malformed ones included: `decode` handles those.
         """
         spec, head = self._last, self._last_head
         if spec is None or head_bytes != len(head) or len(body) != len(head) + spec.tail_bytes:
@@ -207,11 +207,11 @@ class Decoder:
         return spec
 
     def _remember(self, head: bytes, spec: RequestSpec) -> None:
-        """Keeps a spec for equal requests. Those with an id are kept without it: each has its own."""
+        """Caches a spec for equal requests. One with an id is cached without it, since ids differ."""
         if spec.id is not None:
             found = _ID.match(head)
             head = b"{" + head[found.end() :] if found is not None else b""
-            # What is left must not say an id again, in whatever spelling.
+            # The rest must not contain an id again, in any spelling.
             if not head or b'"id"' in head or b"\\" in head:
                 return
             spec = copy.copy(spec)
@@ -257,7 +257,7 @@ class Decoder:
         if missing:
             raise HTTPError(400, f"input {missing[0]!r} is missing; the model needs {_names(self._inputs)}")
         spec = self._fit(sizes, tuple(s for s in slices if s is not None), cursor, self._options(request))
-        # Last: all that is cheap to check is.
+        # Last, after all cheap checks.
         for index, given in in_json.items():
             arrays[index] = json_data(given, self._signature.inputs[index], head, cut)
         return spec
@@ -322,7 +322,7 @@ class Decoder:
         )
 
     def _wanted(self, request: RequestHead) -> tuple[tuple[tuple[int, bool], ...], tuple[int, ...]]:
-        """Which outputs, whether as binary, and how many classes of each."""
+        """The requested outputs, whether each is binary, and the number of classes of each."""
         default = flag(request.parameters, "binary_data_output", "the request", default=False)
         wanted: dict[int, bool] = {}
         classes: list[int] = []
@@ -343,7 +343,7 @@ class Decoder:
         return tuple(wanted.items()), tuple(classes) if any(classes) else ()
 
     def _raw(self, body: bytes) -> InferRequest:
-        """A body without a JSON part: the bytes of the only input, one row of it, and all outputs come back binary."""
+        """Decodes a body without a JSON part: one row of the only input. All outputs are sent as binary."""
         signature = self._signature
         if len(signature.inputs) != 1:
             raise HTTPError(400, f"a raw request needs a model with one input; this one has {len(signature.inputs)}")
