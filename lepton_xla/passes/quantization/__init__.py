@@ -1,1 +1,1 @@
-"""Weights and activations in fewer bits: rounding, calibrated and trained, and real integer products."""
+"""Quantization of weights and activations: post-training, in training (QAT), and with integer products."""

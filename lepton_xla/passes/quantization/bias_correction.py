@@ -1,7 +1,7 @@
-"""Bias correction: takes back the mean by which rounding a weight shifts the outputs of its product.
+"""Bias correction: compensates the mean shift that rounding a weight causes in the outputs of its product.
 
-Nagel et al. 2019, arXiv:1906.04721, section 4.2. With rounded weights `Q`, outputs are off by `E[x] (Q - W)` on average
-over the data, which is subtracted from the bias after the product; where there is none, one is added.
+Nagel et al. 2019, arXiv:1906.04721, section 4.2. With rounded weights `Q`, outputs shift by `E[x] (Q - W)` on average
+over the data. This is subtracted from the bias of the product; if it has none, one is added.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from lepton_xla.program import Program
 from lepton_xla.report import PassReport, SiteReport
 from lepton_xla.trees import abstract
 
-# A bias that is added is called this, among the weights and beside them.
+# Name of an added bias, among the weights and as a side input.
 CORRECTION = "correction"
 
 
 @dataclasses.dataclass(frozen=True)
 class _Added:
-    """A bias that is added after a product: the site, and the vector `[*steps, *batch, *free]` of its weight's axes."""
+    """A bias to add after a product: the site, and the vector `[*steps, *batch, *free]` of its weight's axes."""
 
     site: Site
     vector: jax.Array
@@ -49,8 +49,8 @@ def correct_bias(program: Program, rounded: Program, plan: Plan, batches: Iterab
 
     Args:
         program: the float program that the plan was made for.
-        rounded: the same with its planned weights rounded, as `round_to_nearest` or `gptq` give it.
-        plan: which products: those that it quantizes.
+        rounded: the same program with its planned weights rounded, by `round_to_nearest` or `gptq`.
+        plan: the products to correct are those that it quantizes.
         batches: input dicts, such as `{"image": array}`; at least one. Means are taken on the float program.
 
     Returns:
@@ -97,7 +97,7 @@ def correct_bias(program: Program, rounded: Program, plan: Plan, batches: Iterab
 
 @functools.partial(jax.jit, static_argnames="like")
 def _shift(before: jax.Array, after: jax.Array, mean: jax.Array, like: Alike) -> jax.Array:
-    """What rounding a weight adds to the mean of its outputs: `[*steps, B, N]`."""
+    """The mean shift of the outputs by rounding a weight: `[*steps, B, N]`."""
     error = exact_matrices(after, like) - exact_matrices(before, like)
     return jnp.einsum("...k,...kn->...n", mean, error, precision=jax.lax.Precision.HIGHEST)
 
@@ -108,7 +108,7 @@ def _corrected(bias: jax.Array, shift: jax.Array) -> jax.Array:
 
 
 def _bias_after(flow: Flow, place: Place | None) -> str | None:
-    """The path of a bias vector that is added to a product, and to nothing else."""
+    """The path of a bias vector that is added to this product only; None if there is none."""
     if place is None:
         return None
     body, eqn, axis = place.body, place.eqn, _channel_axis(place)
@@ -118,7 +118,7 @@ def _bias_after(flow: Flow, place: Place | None) -> str | None:
         if len(readers) != 1 or readers[0] is None or axis is None:
             return None
         after = readers[0]
-        if after.primitive.name == "transpose":  # as `vmap` leaves it where the weight is on the left
+        if after.primitive.name == "transpose":  # from `vmap`, if the weight is the left operand
             axis = list(after.params["permutation"]).index(axis)
         elif after.primitive.name != "convert_element_type" or not_float_name(after.outvars[0].aval.dtype):
             break
@@ -136,7 +136,7 @@ def _bias_after(flow: Flow, place: Place | None) -> str | None:
 
 
 def _channel_axis(place: Place) -> int | None:
-    """The axis of the output channels in a product's result, where all of them are on one axis."""
+    """The axis of the output channels in a product's result; None if they are not on a single axis."""
     ndim = place.eqn.outvars[0].aval.ndim
     if place.eqn.primitive.name == "conv_general_dilated":
         return place.eqn.params["dimension_numbers"].out_spec[1]
@@ -147,7 +147,7 @@ def _channel_axis(place: Place) -> int | None:
 
 
 def _channels(site: Site, columns: jax.Array) -> jax.Array:
-    """`[*steps, B, N]` with one axis of channels: `[*steps, channels]`."""
+    """Reshape `[*steps, B, N]` to one axis of channels: `[*steps, channels]`."""
     return jnp.reshape(columns, (*columns.shape[: site.stacked], -1))
 
 
@@ -182,7 +182,7 @@ def _add_biases(program: Program, added: Mapping[str, _Added]) -> Program:
 
 
 def _along_outputs(site: Site, columns: jax.Array, ndim: int) -> jax.Array:
-    """`[B, N]` of a product as it is broadcast to its result."""
+    """Reshape `[B, N]` of a product for broadcasting to its result."""
     assert site.weight_operand is not None
     if site.kind == "conv_general_dilated":
         axis = site.params["dimension_numbers"].out_spec[1]

@@ -1,8 +1,8 @@
-"""Products in bfloat16 or float16: the weights of products stored in it, the products computed on it.
+"""Casts products to bfloat16 or float16: their weights are stored in it, and they are computed on it.
 
-Only products are narrowed, and they accumulate in float32 and give what they gave before. So everything between them
-keeps its dtype: norms and their statistics, softmax, sums, residual streams, the carries of loops; inputs and outputs
-are as declared. XLA fuses the conversions into what surrounds them.
+Only products are cast; they accumulate in float32 and return their original dtype. So everything between them keeps its
+dtype: norms and their statistics, softmax, sums, residual streams, loop carries, inputs and outputs. XLA fuses the
+conversions into the surrounding operations.
 """
 
 from __future__ import annotations
@@ -36,32 +36,33 @@ def cast(
     keep: Iterable[str] = (),
     on_unsupported: Literal["error", "keep"] = "error",
 ) -> Program:
-    """Compute products on 16-bit floats, and store the weights of products so.
+    """Compute products on 16-bit floats, and store their weights in that type.
 
-    A weight is stored narrow if it goes into products and embedding lookups only, all of which are narrowed; any other
-    (a bias, the scale of a norm) stays as it is. Products of two activations, such as attention's, are narrowed too. A
-    precision that a narrowed product asked for (`jax.default_matmul_precision`) is dropped. Integer products, and those
-    of 16-bit floats, are left alone. A quantized weight keeps its codes; where it is multiplied in float, it is narrow
-    once it is unpacked, on each call or on loading.
+    A weight is stored in 16 bits if it is used only in products and embedding lookups that are all cast; other weights
+    (a bias, the scale of a norm) are unchanged. Products of two activations, such as attention's, are cast too. A cast
+    product loses its requested precision (`jax.default_matmul_precision`). Integer products and products of 16-bit
+    floats are unchanged. A quantized weight keeps its codes; if it is multiplied in float, it is unpacked to 16 bits,
+    on each call or on loading.
 
     Args:
         program: any program.
-        dtype: `bfloat16`, with float32's range, or `float16`, with three bits more of precision, whose largest value is
-            65504: activations beyond it become infinite.
-        keep: regular expressions; sites whose whole name one matches stay as they are.
-        on_unsupported: what to do about a product inside a container that cannot be looked into: `keep` leaves it.
+        dtype: `bfloat16`, with float32's range, or `float16`, with three more bits of precision but a largest value of
+            65504: larger activations become infinite.
+        keep: regular expressions; sites whose whole name matches one are not cast.
+        on_unsupported: what to do about a product inside an unknown container: raise an `error`, or `keep` it
+            unchanged.
 
     Returns:
-        The program; its history says of each weight, and each product without one, what it became and why. Inputs and
-        outputs have the dtypes they had.
+        The program; its history reports each weight, and each product without one. Inputs and outputs keep their
+        dtypes.
 
     Raises:
-        RecipeError: for another dtype, or a pattern that is none or matches no site.
-        UnsupportedError: for a product that cannot be reached, unless `on_unsupported` says to keep it.
+        RecipeError: if the dtype is another, or a pattern is malformed or matches no site.
+        UnsupportedError: if a product cannot be reached, unless `on_unsupported` is `keep`.
 
     References:
-        Micikevicius et al., Mixed precision training, 2018, arXiv:1710.03740.
-        Kalamkar et al., A study of bfloat16 for deep learning training, 2019, arXiv:1905.12322.
+        Micikevicius et al., Mixed precision training, 2018, arXiv:1710.03740. Kalamkar et al., A study of bfloat16 for
+        deep learning training, 2019, arXiv:1905.12322.
 
     >>> program = lx.trace(lambda w, x: x @ w["w"], {"w": jnp.eye(4)}, {"x": lx.TensorSpec(("batch", 4), "float32")})
     >>> narrow = lx.passes.cast(program, "bfloat16")
@@ -71,7 +72,7 @@ def cast(
     start = time.perf_counter()
     if dtype not in DTYPES:
         raise RecipeError(f"cast: dtype {dtype!r} is none of {', '.join(DTYPES)}")
-    program = precompute(program)  # else a weight that others are computed from would change for them too
+    program = precompute(program)  # otherwise the cast would also change weights that are computed from a cast one
     keep, sites = tuple(keep), find_sites(program)
     reasons = _kept_sites(sites, keep)
     weight_reasons = _kept_weights(program, sites, reasons, dtype)
@@ -82,19 +83,19 @@ def cast(
     }
 
     def rule(site: Site, context: Context, eqn: Any, values: Values) -> Values | None:
-        # A site may be there at some sizes only, and so not among those found.
+        # A site may exist at some sizes only, and not be among those found.
         if reasons.get(site.name, _untouched(site)):
             return None
         operands = [operand_value(value) for value in values]
         if site.kind == "gather":
             return [out.astype(site.output.dtype) for out in context.bind(eqn, operands)]
-        # Further operands of a product, such as the sizes of the groups of a ragged one, are integers.
+        # Further operands of a product, such as the group sizes of a ragged one, are integers.
         narrow = [_narrowed(operand, dtype) for operand in operands]
         (out,) = _compat.bind(eqn, narrow, preferred_element_type=jnp.dtype("float32"), precision=None)
         return [out.astype(site.output.dtype)]
 
     fn = rewrite_sites(program.fn, rule, inline=True, on_unknown=on_unsupported, like=like)
-    # What cannot be reached is said now, not when the program runs.
+    # Trace once, so that unreachable products are reported now and not when the program runs.
     sizes, _ = probe_sizes(program.fn, program.weights, program.inputs)
     jax.eval_shape(fn, abstract(weights), *program.abstract_inputs(sizes))
     reports = [
@@ -122,12 +123,12 @@ def cast(
 def _cast_expansion(
     program: Program, dtype: str, keep: Sequence[str], on_unsupported: Literal["error", "keep"]
 ) -> Expansion | None:
-    """What runs on weights that are unpacked on loading: they are narrowed there."""
+    """Cast the expansion: weights that are unpacked on loading are cast there."""
     if program.expansion is None:
         return None
     expand = program.expansion.expand
     expanded = program.replace(fn=program.expansion.fn, weights=expand(program.weights))
-    # A weight that is unpacked on each call has another site, of another name, than one that is unpacked before.
+    # A weight that is unpacked on each call has a site of another name than one that is unpacked before.
     names = [site.name for site in find_sites(expanded)]
     there = [text for text in keep if any(re.fullmatch(text, name) for name in names)]
     narrow = cast(expanded, dtype, keep=there, on_unsupported=on_unsupported)
@@ -146,7 +147,7 @@ def _is_wide(dtype: Any) -> bool:
 
 
 def _untouched(site: Site) -> str:
-    """Why a site has nothing to narrow; empty where it has."""
+    """Why a site needs no cast; empty if it does."""
     operands = site.operands[:1] if site.kind == "gather" else site.operands
     for operand in operands:
         if not jnp.issubdtype(operand.dtype, jnp.floating):
@@ -157,10 +158,10 @@ def _untouched(site: Site) -> str:
 
 
 def _kept_sites(sites: Sequence[Site], keep: Sequence[str]) -> dict[str, str]:
-    """By site, why it stays as it is; empty where it is narrowed.
+    """For each site, why it is not cast; empty if it is.
 
     Raises:
-        RecipeError: for a pattern that is none or matches no site.
+        RecipeError: if a pattern is malformed or matches no site.
     """
     patterns: list[re.Pattern[str]] = []
     for text in keep:
@@ -178,7 +179,7 @@ def _kept_sites(sites: Sequence[Site], keep: Sequence[str]) -> dict[str, str]:
 
 
 def _kept_weights(program: Program, sites: Sequence[Site], reasons: Mapping[str, str], dtype: str) -> dict[str, str]:
-    """By weight, why it is stored as it was; empty where it is stored narrow."""
+    """For each weight, why its stored dtype is unchanged; empty if it is cast."""
     users: dict[str, list[Site]] = {}
     for site in sites:
         if site.path is not None:

@@ -1,4 +1,4 @@
-"""Rounds weights and activations to what a plan's formats hold: for training, and as lower's reference."""
+"""Fake quantization: rounds weights and activations to a plan's formats, for training and as a reference."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ from lepton_xla.trees import name_leaves, some_names
 
 type Scales = dict[str, dict[str, jax.Array]]
 """Weight path -> parts of its grid (`scale`, `zero_point`, `codebook`, stacked axes leading); site name -> the scale
-of its `activation`. `log2_scale` and `log2_activation` give a scale by its logarithm. `lower` takes the same."""
+of its `activation`. `log2_scale` and `log2_activation` are logarithms of scales. `lower` takes the same."""
 
 _PARTS = ("scale", "zero_point", "codebook")
 _KEY = "key"
@@ -62,33 +62,33 @@ def fake_quant(
 ) -> Callable[..., Any]:
     """Make a function compute with quantized values, differentiable by the straight-through estimator.
 
-    A `dot_general` of integers around zero, with a scale for each channel or tensor, is computed from codes, bit for
-    bit as `lower` computes it; other products are those of the floats that codes stand for. The gradient is that of
-    the float product in both cases. Codes, not floats, are kept for the backward pass of the former.
+    A `dot_general` of symmetric integer formats, with a scale per channel or tensor, is computed from the codes, bit
+    for bit like in `lower`. Other products are computed from the dequantized values. The gradient is that of the float
+    product in both cases. For products of codes, the backward pass keeps codes instead of floats.
 
-    With `masked` it does not matter which is outside: a weight that a mask has some elements of is the site's weight.
+    Combines with `masked` in either order.
 
     Args:
         fn: `fn(weights, *inputs)`, weights any pytree whose paths are those of the plan's program.
         plan: which sites get what.
-        ranges: site name -> calibrated absmax of its activation, as `calibrate` returns, for static scales.
-        start: the training step at which quantization begins, where the new function is told the step.
-        delay: for how many steps from then on weights alone are rounded, and activations not yet.
+        ranges: site name -> calibrated range of its activation, from `calibrate`, for static scales.
+        start: the training step at which quantization begins, if the new function gets the step.
+        delay: number of steps after `start` in which only weights are rounded, not activations.
 
     Returns:
-        A function like `fn`, for use inside `jit`, `grad`, `vmap` and sharding, that takes by keyword also:
-        `scales`: a `Scales` tree, in the place of what ranges give, whose integer scales get a gradient (LSQ): to
-        train them, begin with `initial_scales`; so do the levels of a codebook, but for one that is zero;
-        `step`: int32, the training step, which `start` and `delay` are about; all stages are in one compiled program.
-        Without it everything is rounded;
-        `key`: a `jax.random` key, with which rounding is up or down at random, but for products of two activations.
+        A function like `fn`, for use inside `jit`, `grad`, `vmap` and sharding, with further keyword arguments:
+        `scales`: a `Scales` tree that replaces the scales from ranges. Integer scales get a gradient (LSQ); to train
+        them, begin with `initial_scales`. Levels of a codebook get one too, except for a level of zero;
+        `step`: int32, the training step for `start` and `delay`; all stages are in one compiled program. Without it
+        everything is rounded;
+        `key`: a `jax.random` key for stochastic rounding, which does not apply to products of two activations.
 
     Raises:
         RecipeError: if `delay` is negative.
         CalibrationError: when called, if a static site has no range.
         ModelError: when called, if a weight that the plan quantizes is missing.
-        UnsupportedError: when called with a key, for a format that is not of integers; when called, if something other
-            than a mask changes a weight before its product, which would stay float.
+        UnsupportedError: when called, if a key is given and a format is not integer; or if anything but a mask changes
+            a planned weight before its product, which would then stay float.
 
     >>> weights = {"w": jnp.array([[7.0], [2.6]])}
     >>> program = lx.trace(lambda w, x: x @ w["w"], weights, {"x": lx.TensorSpec(("batch", 2), "float32")})
@@ -104,7 +104,7 @@ def fake_quant(
     computed = Computed(computed_weights([entry.site for entry in planned]))
 
     def through_mask(context: Context, eqn: Any, values: Values) -> Values | None:
-        """A weight some of whose elements are taken from elsewhere, as `masked` does, is the weight all the same."""
+        """Follow a weight through a selection of its elements, as made by `masked`."""
         weights = [value for value in values[1:] if isinstance(value, Tracked)]
         if len(weights) != 1 or weights[0].path not in paths:
             return None
@@ -133,7 +133,7 @@ def fake_quant(
                 decision = msgspec.structs.replace(decision, activations="none")
             operands = [operand_value(value) for value in values]
             if site.weight_operand is None:
-                # At other sizes than the plan's, another product may have this name.
+                # At other sizes than the plan's, a different product may have this name.
                 if products.unsupported(site, decision) or products.float_reason(site, decision):
                     return None
                 rounded = _round_pair(site, operands, decision)
@@ -160,7 +160,7 @@ def fake_quant(
         beside = _beside(planned, ranges or {}, raw_scales(scales), key, weights)
         if step is None:
             return rounding()
-        # One choice for the whole function, so that each step does the work of one of them only.
+        # One branch for the whole function, so that each step does the work of one stage only.
         stages = {start: functools.partial(rounding, weights_alone=True), start + delay: rounding}
         begun = [jnp.asarray(step) >= at for at in stages]
         return lax.switch(
@@ -172,11 +172,11 @@ def fake_quant(
 
 @takes(plan=Plan, ranges=Mapping)
 def initial_scales(weights: Any, plan: Plan, ranges: Mapping[str, jax.Array] | None = None) -> Scales:
-    """Give scales to be trained beside the weights (LSQ, arXiv:1902.08153), for `fake_quant` and then `lower`.
+    """Make initial scales to train with the weights (LSQ, arXiv:1902.08153), for `fake_quant` and then `lower`.
 
-    They are logarithms (as in TQT, arXiv:1903.08066, section 4), which an optimizer may take as they are: Adam moves
-    all it trains by about its rate, which for a logarithm is the same share of any scale, and never passes zero. Leave
-    weight decay off for them: it would pull every scale to 1.
+    They are logarithms (as in TQT, arXiv:1903.08066, section 4), which an optimizer can train directly: Adam moves
+    every parameter by about its learning rate, which for a logarithm is the same share of any scale and never crosses
+    zero. Do not apply weight decay to them: it would pull every scale to 1.
 
     Args:
         weights: the weights, a pytree whose paths are those of the plan's program.
@@ -184,11 +184,11 @@ def initial_scales(weights: Any, plan: Plan, ranges: Mapping[str, jax.Array] | N
         ranges: site name -> calibrated range; the activation of a site without one keeps its dynamic scale.
 
     Returns:
-        float32 leaves only: for each weight path a `log2_scale`, with the stacked axes leading; for each site that has
-        a range a `log2_activation`.
+        float32 leaves: for each weight path a `log2_scale`, with the stacked axes leading; for each site with a range a
+        `log2_activation`.
 
     Raises:
-        UnsupportedError: for a site whose format is not of integers around zero.
+        UnsupportedError: if the format of a site is not a symmetric integer format.
 
     >>> program = lx.trace(lambda w, x: x @ w["w"], {"w": jnp.eye(4)}, {"x": lx.TensorSpec(("batch", 4), "float32")})
     >>> plan = lx.passes.resolve(lx.Recipe.load("int8"), program)
@@ -221,12 +221,12 @@ def initial_scales(weights: Any, plan: Plan, ranges: Mapping[str, jax.Array] | N
 
 @dataclasses.dataclass(frozen=True)
 class _Rounded:
-    """An operand as a product takes it.
+    """A rounded operand of a product.
 
     Attributes:
-        value: the floats that its codes stand for, in the operand's dtype, with the gradient of training.
-        codes: its codes, in its shape; None where it has none, or stays as it was.
-        scale: theirs, float32, broadcastable to the operand, without a gradient.
+        value: the dequantized values, in the operand's dtype, with the gradient for training.
+        codes: the codes, in the operand's shape; None if it has none or is not rounded.
+        scale: scale of the codes, float32, broadcastable to the operand, without a gradient.
     """
 
     value: jax.Array
@@ -250,8 +250,8 @@ def _round(
         scale: float32, broadcastable to it.
         target: the format.
         zero_point: likewise, for affine formats.
-        shared: how many elements share a scale that is trained; None for one that is not.
-        clips: whether a value may lie beyond the last code, where it has no gradient.
+        shared: number of elements that share a trained scale; None if it is not trained.
+        clips: whether values may saturate; they get no gradient then.
     """
     fixed = lax.stop_gradient(scale)
     codes = encode(lax.stop_gradient(array), fixed, target, zero_point)
@@ -281,10 +281,10 @@ def _round_weight(
     given = {part: beside[site.name, part] for part in _PARTS if (site.name, part) in beside}
     matrix = products.to_matrix(site, weight)
     grid = make_grid(matrix, target, rule.granularity, rule.weight_range, **given)
-    if target.learned:  # its levels have leading axes as the matrix does
+    if target.learned:  # its levels have the leading axes of the matrix
         codes = matrix_codes(lax.stop_gradient(matrix), grid, target)
         rounded = products.from_matrix(site, matrix_values(codes, grid, target))
-        # Levels that are trained get their gradient (Deep Compression, arXiv:1510.00149, section 3.3).
+        # Trained levels get a gradient (Deep Compression, arXiv:1510.00149, section 3.3).
         return _Rounded(_with_gradient_of_both(weight, rounded))
     if "scale" in given:
         grid = dataclasses.replace(grid, scale=settle(given["scale"], rule.granularity))
@@ -315,33 +315,33 @@ def _round_activation(
 
 
 def _round_pair(site: Site, operands: Sequence[jax.Array], rule: QuantizeRule) -> list[_Rounded]:
-    """Both operands of a product of two activations, to the nearest code."""
+    """Round both operands of a product of two activations to the nearest code."""
     scales = products.pair_scales(site, operands[0], operands[1], rule.activations)
     target = FORMATS[rule.activations]
     return [_round(operand, scale, target, clips=False) for operand, scale in zip(operands, scales, strict=True)]
 
 
 def _code_order(site: Site, rule: QuantizeRule, rounded: Sequence[_Rounded]) -> tuple[int, int] | None:
-    """The order of the operands in a product of their codes, or None where it is one of floats."""
+    """The order of the operands in a product of their codes; None for a product of floats."""
     if site.kind != "dot_general" or FORMATS[rule.weights].kind != "int" or products.float_reason(site, rule):
         return None
     return products.code_order(site) if all(part.codes is not None for part in rounded) else None
 
 
 def _code_product(site: Site, rounded: Sequence[_Rounded], order: tuple[int, int]) -> jax.Array:
-    """The product of codes, with the gradient of the float product of what they stand for."""
+    """The product of codes, with the gradient of the float product of their values."""
     values = [part.value for part in rounded]
     codes = [part.codes for part in rounded]
     scales = [part.scale for part in rounded]
 
     @jax.custom_jvp
     def product(values: Sequence[jax.Array], codes: Any, scales: Any) -> jax.Array:
-        del values  # what a derivative is taken by; the codes hold the same numbers
+        del values  # only for the derivative; the codes hold the same numbers
         return products.multiply_in_place(site, codes, scales, order)
 
     def derivative(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
         values, codes, scales = primals
-        codes = lax.optimization_barrier(codes)  # rounded once: XLA would do it again for each use
+        codes = lax.optimization_barrier(codes)  # round once; XLA would round again for each use
         moving = {side: t for side, t in enumerate(tangents[0]) if not isinstance(t, SymbolicZero)}
 
         def linear(codes: Any, scales: Any, moving: dict[int, jax.Array]) -> jax.Array:
@@ -355,7 +355,7 @@ def _code_product(site: Site, rounded: Sequence[_Rounded], order: tuple[int, int
             ]
             return terms[0] if len(terms) == 1 else terms[0] + terms[1]
 
-        # Codes are kept for the derivative, a quarter of the bytes of the floats that are made of them again.
+        # Save codes for the backward pass, which dequantizes them: a quarter of the bytes of floats.
         return product(values, codes, scales), jax.checkpoint(linear, prevent_cse=False)(codes, scales, moving)
 
     product.defjvp(derivative, symbolic_zeros=True)
@@ -363,15 +363,15 @@ def _code_product(site: Site, rounded: Sequence[_Rounded], order: tuple[int, int
 
 
 def _rows_alone(site: Site, rule: QuantizeRule, beside: Mapping[Key, jax.Array]) -> bool:
-    """Whether a row of a table is rounded by what is in it: then those that are looked up are enough."""
+    """Whether the rows of a table are rounded independently, so that only the rows looked up need rounding."""
     given = any((site.name, what) in beside for what in (_KEY, *_PARTS))
     return not given and rule.granularity != "tensor" and not FORMATS[rule.weights].learned
 
 
 def _fake_rows(site: Site, rows: jax.Array, rule: QuantizeRule) -> jax.Array:
-    """What a gather has looked up, rounded as the table would be."""
+    """Round the rows that a gather has looked up, as the table would be rounded."""
     target = FORMATS[rule.weights]
-    axis = site.params["dimension_numbers"].offset_dims[-1]  # the first one may be the rows' dimension, kept
+    axis = site.params["dimension_numbers"].offset_dims[-1]  # the first one may be the kept row dimension
     exact = jnp.moveaxis(rows.astype(jnp.float32), axis, 0)
     matrix = exact.reshape((exact.shape[0], -1))
     grid = make_grid(matrix, target, rule.granularity, rule.weight_range)
@@ -386,7 +386,7 @@ def _with_gradient_of_both(weight: jax.Array, rounded: jax.Array) -> jax.Array:
 
 
 def _spread(site: Site, part: jax.Array | None) -> jax.Array | None:
-    """A part of a grid [..., G, N], broadcastable to the weight operand."""
+    """Reshape a part of a grid [..., G, N] for broadcasting to the weight operand."""
     if part is None:
         return None
     groups = part.shape[-2]
@@ -401,7 +401,7 @@ def _beside(
     key: jax.Array | None,
     weights: Any,
 ) -> dict[str, dict[Key, jax.Array]]:
-    """What travels beside each weight to its sites, one step of a stack at a time."""
+    """The side inputs of each weight, which its sites get one step of a stack at a time."""
     _check_names(scales, planned)
     named = _named(weights, planned)
     arrays: dict[Key, jax.Array] = {(name, RANGE): jnp.asarray(value) for name, value in ranges.items()}
@@ -423,7 +423,7 @@ def _beside(
 
 
 def _named(weights: Any, planned: Iterable[SitePlan]) -> dict[str, Any]:
-    """Leaves by path; refuse a tree that lacks a weight that is quantized."""
+    """Name the leaves of the weights by path, and check that all quantized weights are there."""
     named = name_leaves(weights, prefix="weights")
     for entry in planned:
         site = entry.site
@@ -439,7 +439,7 @@ def _named(weights: Any, planned: Iterable[SitePlan]) -> dict[str, Any]:
 
 
 def _check_met(planned: Sequence[SitePlan], met: set[str], escapes: Escapes) -> None:
-    """Refuse a function that uses a planned weight, but not at its site: there it would silently stay float."""
+    """Refuse a function that uses a planned weight but not at its site, where it would silently stay float."""
     for entry in planned:
         name, path = entry.site.name, entry.site.path
         if name not in met and not escapes.paths.isdisjoint((path, *made_of(entry.site))):

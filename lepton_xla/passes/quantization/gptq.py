@@ -1,7 +1,7 @@
-"""GPTQ: rounds a weight row by row, each row's error made up for by the rows still to come.
+"""GPTQ: rounds a weight row by row; the remaining rows compensate the error of each row.
 
-Frantar et al. 2022, arXiv:2210.17323. The error that counts is that of the outputs, `||X (W - Q)||`, for which only the
-Gram matrix of the inputs, `X^T X`, is needed.
+Frantar et al. 2022, arXiv:2210.17323. It minimizes the error of the outputs, `||X (W - Q)||`, which needs only the Gram
+matrix of the inputs, `X^T X`.
 """
 
 from __future__ import annotations
@@ -53,11 +53,11 @@ from lepton_xla.quant.grid import Grid, decode, encode, make_grid, matrix_codes
 from lepton_xla.recipe import QuantizeRule
 from lepton_xla.report import PassReport, SiteReport
 
-# Elements of Gram matrices that are factored at once.
+# Number of elements of Gram matrices that are factored together.
 ELEMENTS_AT_ONCE = 2**22
-# Elements of a weight up to which it is rounded beside others.
+# Weights of up to this many elements are rounded in parallel.
 SMALL = 2**20
-# Columns of a weight that are rounded at once: no column depends on another, and rounding takes several copies of them.
+# Number of columns of a weight that are rounded together: columns are independent, and rounding takes several copies.
 COLUMNS_AT_ONCE = 4096
 
 _HIGHEST = lax.Precision.HIGHEST
@@ -65,14 +65,14 @@ _HIGHEST = lax.Precision.HIGHEST
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """How GPTQ goes over a weight.
+    """Options of GPTQ.
 
     Attributes:
-        act_order: whether rows are rounded in the order of their inputs' magnitude, the largest first. Groups are of
+        act_order: whether to round rows in descending order of their inputs' magnitude. Groups are formed by
             neighbouring rows of the weight either way.
-        damping: what is added to the diagonal of the Gram matrix, as a share of its mean.
-        block: rows whose errors are carried on to the rest at once. Each row is taken off those of its block that
-            come after it, which a cache should hold.
+        damping: added to the diagonal of the Gram matrix, as a share of its mean.
+        block: number of rows whose errors are propagated to the rest together. Within a block each row updates all
+            later ones, so a block should fit into a cache.
     """
 
     act_order: bool = True
@@ -90,16 +90,16 @@ def gptq_values(
 ) -> jax.Array:
     """Round one weight matrix to a grid.
 
-    Groups have the scales that they start with: rounding one group does not move the grid of the next.
+    The scales of groups are fixed beforehand: rounding one group does not change the grid of the next.
 
     Args:
-        weight: `[K, N]`, float32 or float64; all is computed in its dtype.
-        gram: `[K, K]`, `X^T X` up to a factor. A row of zeros is an input that was never seen; its weights are rounded
-            to nearest. A matrix that is singular at the damping asked for gets more of it.
-        grid: scale `[G, N]` for G groups of rows, zero point likewise, levels `[levels]`.
+        weight: `[K, N]`, float32 or float64; everything is computed in its dtype.
+        gram: `[K, K]`, `X^T X` up to a factor. A row of zeros means an input that was never active; its weights are
+            rounded to nearest. If the matrix is singular, damping is increased.
+        grid: scale and zero point `[G, N]` for G groups of rows, levels `[levels]`.
         target: the format.
-        options: how.
-        mask: bool `[K, N]`: False marks a weight that stays zero, whose error the others make up for.
+        options: see `Options`.
+        mask: bool `[K, N]`: False marks an element that stays zero; the others compensate its error.
 
     Returns:
         `[K, N]`, values of the grid.
@@ -109,7 +109,7 @@ def gptq_values(
 
 
 def _ordered(gram: jax.Array, options: Options) -> tuple[jax.Array, jax.Array]:
-    """The order in which the rows of a weight are rounded, `[K]`, and `inverse_factor` with rows and columns in it."""
+    """The order in which rows are rounded, `[K]`, and the `inverse_factor` of the reordered Gram matrix."""
     seen = jnp.diagonal(gram)
     gram = gram + jnp.diag(jnp.where(seen <= 0, jnp.ones_like(seen), jnp.zeros_like(seen)))
     order = jnp.argsort(-seen) if options.act_order else jnp.arange(len(seen))
@@ -124,12 +124,12 @@ def _rounded(
     options: Options,
     mask: jax.Array | None = None,
 ) -> jax.Array:
-    """`gptq_values` with what `_ordered` makes of the Gram matrix."""
+    """Compute `gptq_values` from the result of `_ordered`."""
     depth, columns = weight.shape
     dtype = weight.dtype
     order, factor = ordered
 
-    # Rows are padded to whole blocks; a padded row is zero, and no other depends on it.
+    # Rows are padded to whole blocks; a padded row is zero, and affects no other row.
     block = min(options.block, depth)
     padding = -depth % block
     groups = order // (depth // grid.scale.shape[0])
@@ -192,12 +192,12 @@ def gptq_codes(
         weight: `[K, N]`.
         gram: `[K, K]`, `X^T X` up to a factor.
         bits: 4 or 8.
-        symmetric: the codes of `int4` or `int8`, without a zero point; else from 0 up with one.
-        group: rows that share a scale; 0 for all.
+        symmetric: whether to use `int4` or `int8` without a zero point; otherwise `uint4` or `uint8` with one.
+        group: number of rows that share a scale; 0 for all.
         act_order, damping, block: as in `Options`.
 
     Returns:
-        Codes `[K, N]` in int32, scale `[K / group, N]`, and zero point likewise or None.
+        Codes `[K, N]` in int32, scale `[K / group, N]`, and zero point of that shape or None.
 
     Raises:
         RecipeError: if the groups do not divide `K`.
@@ -218,22 +218,24 @@ def gptq(
     sequential: bool = False,
     known: dict[str, Rounded] | None = None,
 ) -> tuple[Program, GivenGrids]:
-    """Round each planned weight to its grid so that its outputs on the data change least.
+    """Round each planned weight to its grid such that its outputs on the data change least.
 
-    Each output column is rounded by GPTQ or to nearest, whichever errs less on the data. Pruned weights stay zero.
+    Each output column uses GPTQ or rounding to nearest, whichever has the smaller error on the data. Pruned elements
+    stay zero.
 
     Args:
         program: the float program that the plan was made for.
-        plan: which weights, to which formats.
+        plan: the weights and their formats.
         batches: input dicts, such as `{"image": array}`; at least one.
-        options: how.
-        sequential: measure the inputs of each weight with those before it rounded already, as the paper does: one pass
-            over the data for each weight. Otherwise all are measured in one pass on the float program.
-        known: what rounding came to before, by path: a weight that is what it was, at products that meet what they
-            met, is not rounded again. What is rounded is put there.
+        options: see `Options`.
+        sequential: whether to measure the inputs of each weight with all preceding weights already rounded, as the
+            paper does, which takes one pass over the data per weight. By default all inputs are measured in one pass on
+            the float program.
+        known: cache of rounded weights, by path. An unchanged weight whose products have unchanged inputs is not
+            rounded again.
 
     Returns:
-        The program with float weights on their grids, and the grids for what stores them.
+        The program with float weights on their grids, and the grids for `lower`.
 
     Raises:
         CalibrationError: as `collect_statistics`.
@@ -264,15 +266,17 @@ def gptq(
         reports = _reports(planned, rounded, reached, errors)
         known[planned.path] = Rounded(digests[planned.path], rounded, given(grid), reports)
 
-    # Of few weights at a time, so that their Gram matrices fit the memory; those of what is rounded are let go of.
+    # A few weights at a time, so that their Gram matrices fit into memory; they are released after rounding.
     all_bytes = functools.partial(_gram_bytes, program)
     for part in [] if sequential else in_parts(changed, all_bytes, GRAM_LIMIT_BYTES):
         found |= collect_statistics(program, [site for each in part for site in each.products], data, gram=True)
         memory.give_back()
-        # Compiling is most of it where weights are small, and leaves the interpreter to others meanwhile.
+        # For small weights most of the time is compiling, which releases the interpreter lock.
         first = _small_of_each_kind(part)
         with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-            if pool.submit(_compat.settings).result() != _compat.settings():  # else the threads would compute otherwise
+            if (
+                pool.submit(_compat.settings).result() != _compat.settings()
+            ):  # otherwise the threads would compute with other settings
                 first = []
             list(pool.map(round_one, first))
         for planned in part:
@@ -295,20 +299,20 @@ def _gram_bytes(program: Program, planned: Planned) -> int:
 
 
 def _small_of_each_kind(planned: Sequence[Planned]) -> list[Planned]:
-    """One of the weights of each shape that share what is compiled, of those that several of fit the memory."""
+    """One weight for each group that shares compiled code, among weights small enough to be rounded in parallel."""
     small = [each for each in planned if each.stored.size <= SMALL]
     return list({(Alike(each.site), each.rule): each for each in reversed(small)}.values())
 
 
 @dataclasses.dataclass(frozen=True)
 class Rounded:
-    """What rounding one weight came to.
+    """The result of rounding one weight.
 
     Attributes:
         of: a digest of the weight.
-        weight: it, rounded.
-        grid: the grid it is on.
-        reports: a line for each of its sites.
+        weight: the rounded weight.
+        grid: its grid.
+        reports: one for each of its sites.
     """
 
     of: bytes
@@ -328,7 +332,7 @@ class _Errors:
 def _round(
     planned: Planned, gram: jax.Array, mask: jax.Array | None, options: Options
 ) -> tuple[jax.Array, Grid, _Errors]:
-    """A stored weight rounded, each column the better of two ways, and its grid."""
+    """Round a stored weight, each column by the better of the two methods; return it and its grid."""
     ordered = _all_ordered(gram, options)
     rounded, grid, sums = _better_of_two(
         planned.stored, gram, ordered, mask, Alike(planned.site), planned.rule, options
@@ -340,7 +344,7 @@ def _round(
 
 @functools.partial(jax.jit, static_argnames="options")
 def _all_ordered(gram: jax.Array, options: Options) -> tuple[jax.Array, jax.Array]:
-    """`_ordered` of each of `[*steps, B, K, K]`; of its own, so that weights of one depth share what is compiled."""
+    """Apply `_ordered` to each of `[*steps, B, K, K]`; separate, so that weights with equal K share compiled code."""
     at_once = ELEMENTS_AT_ONCE // gram.shape[-1] ** 2
     order = functools.partial(_ordered, options=options)
     return matrix.batched_map(order, gram.shape[:-2], gram.astype(jnp.float32), at_once=at_once)
@@ -356,9 +360,9 @@ def _better_of_two(
     rule: QuantizeRule,
     options: Options,
 ) -> tuple[jax.Array, Grid, jax.Array]:
-    """The weight rounded, its grid, and sums of squares of its outputs' errors, of those to nearest, of the outputs.
+    """The rounded weight, its grid, and sums of squares: of the outputs' errors, of those by nearest, of the outputs.
 
-    Of its own, so that weights of one shape share what is compiled.
+    Separate, so that weights of equal shape share compiled code.
     """
     site, target = like.site, FORMATS[rule.weights]
     exact = matrix.stored_matrix(site, stored).astype(jnp.float32)
@@ -393,13 +397,12 @@ def _by_columns(
     grid: Grid,
     kept: jax.Array | None,
 ) -> tuple[jax.Array, ...]:
-    """What a function gives of a weight `[K, N]`, computed of at most `COLUMNS_AT_ONCE` of its columns at a time.
+    """Apply a function to a weight `[K, N]`, at most `COLUMNS_AT_ONCE` columns at a time.
 
     Args:
-        function: gives arrays whose last axis is the weight's columns, each of which depends on its own column alone.
+        function: returns arrays whose last axis is the weight's columns; each column depends only on the same column.
         weight: `[K, N]`.
-        grid: scale `[G, N]`, zero point likewise, levels `[levels]`.
-        kept: bool `[K, N]` or None.
+        grid: scale and zero point `[G, N]`, levels `[levels]`. kept: bool `[K, N]` or None.
     """
     columns = weight.shape[-1]
     turns = -(-columns // COLUMNS_AT_ONCE)
@@ -411,7 +414,7 @@ def _by_columns(
         return None if array is None else lax.dynamic_slice_in_dim(array, start, width, axis=-1)
 
     def turn(number: jax.Array, done: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        start = jnp.minimum(number * width, columns - width)  # the last ones are computed twice
+        start = jnp.minimum(number * width, columns - width)  # some of the last columns are computed twice
         part = dataclasses.replace(grid, scale=cut(grid.scale, start), zero_point=cut(grid.zero_point, start))
         made = function(lax.dynamic_slice_in_dim(weight, start, width, axis=-1), part, cut(kept, start))
         return tuple(

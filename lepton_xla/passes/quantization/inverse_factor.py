@@ -1,4 +1,4 @@
-"""The triangular factor of a Gram matrix's inverse, which GPTQ and SparseGPT carry errors on with."""
+"""The triangular factor of a Gram matrix's inverse, with which GPTQ and SparseGPT propagate errors."""
 
 from __future__ import annotations
 
@@ -6,19 +6,20 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-# Where a Gram matrix cannot be factored at the damping asked for, ten times as much is tried, from this on, so often.
+# If a Gram matrix cannot be factored with the requested damping, retry with ten times as much, from this minimum, this
+# often.
 LEAST_DAMPING, DAMPING_TRIES = 1e-6, 8
-# Matrices up to this size are LAPACK's. Larger ones are halved, and nearly all of the work is matrix products: on a
-# machine that has other things to do, the threads of its BLAS wait for each other, for up to a second in a Cholesky
-# factorization of 768 rows that takes 10 ms alone.
+# Matrices up to this size are factored by LAPACK. Larger ones are halved recursively, so that nearly all work is matrix
+# products: on a busy machine the BLAS threads of a Cholesky factorization wait for each other, up to a second for 768
+# rows that take 10 ms alone.
 LEAF = 128
 
 
 def inverse_factor(gram: jax.Array, mean: jax.Array, damping: float) -> jax.Array:
-    """The upper triangular `U` with `U^T U = (gram + damping * mean * I)^-1`; damping grows until there is one.
+    """The upper triangular `U` with `U^T U = (gram + damping * mean * I)^-1`; damping grows until it exists.
 
-    `gram = R R^T` with an upper `R`, which is the Cholesky factor with rows and columns in reverse; `U` is `R^-1`. So
-    the inverse itself, which loses digits, is never formed.
+    `gram = R R^T` with an upper `R`, the Cholesky factor of the reversed matrix; `U = R^-1`. The inverse itself, which
+    would lose digits, is never formed.
     """
     eye = jnp.eye(gram.shape[0], dtype=gram.dtype)
 
@@ -33,12 +34,12 @@ def inverse_factor(gram: jax.Array, mean: jax.Array, damping: float) -> jax.Arra
         more = jnp.where(state[0] == 0, state[1], jnp.maximum(10 * state[1], LEAST_DAMPING))
         return state[0] + 1, more, attempt(more)
 
-    # The first attempt is one turn of the loop, so that XLA compiles the factorization once and not twice.
+    # The first attempt is an iteration of the loop too, so that XLA compiles the factorization only once.
     return lax.while_loop(wanting, again, (jnp.int32(0), jnp.asarray(damping, gram.dtype), jnp.zeros_like(gram)))[2]
 
 
 def _inverse_of_cholesky(matrix: jax.Array) -> jax.Array:
-    """`L^-1` with `matrix = L L^T`, both `[K, K]`, L lower triangular; not finite where there is none.
+    """`L^-1` with `matrix = L L^T`, both `[K, K]`, L lower triangular; not finite if L does not exist.
 
     With `matrix = [[A, B^T], [B, C]]` and `P = B L_A^-T`, `L = [[L_A, 0], [P, L_S]]`, where `S = C - P P^T`.
     """

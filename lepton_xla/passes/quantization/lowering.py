@@ -1,9 +1,9 @@
-"""Stores planned weights small, computes with their codes where that is possible, and takes back what does not pay.
+"""Stores planned weights in their formats, computes with their codes, and reverts what does not pay.
 
-A candidate is judged by the clock, not by hope. Each integer product is timed against float at the sizes the program
-will be compiled for; then the whole program is timed with ever more of the promising ones, since what a product costs
-beside its neighbours differs from what it costs alone. A site that does not make the whole faster keeps float
-arithmetic, with its weight still stored small, and unpacked once on loading where unpacking it on each call costs time.
+Each integer product is timed against float at the sizes to be compiled. Then the whole program is timed with growing
+sets of the promising sites, because a product costs more or less among its neighbours than alone. A site that does not
+make the whole program faster returns to float arithmetic. Its weight is still stored small, and unpacked once on
+loading if unpacking on each call costs time.
 """
 
 from __future__ import annotations
@@ -49,19 +49,19 @@ from lepton_xla.trees import abstract, leaf_bytes, tree_bytes
 
 _LOG = logging.getLogger(__name__)
 
-# What a report says of weights that an artifact unpacks while it loads.
+# Reason in the report for weights that are unpacked on loading.
 AT_LOAD = "unpacked once, on loading: on each call it is slower"
-# Alone at this share of float's time or more, a product is not tried in the whole program.
+# A product that alone takes at least this share of float's time is not tried in the whole program.
 HOPELESS_RATIO = 1.2
-# How many sets of integer sites are tried in the whole program, the empty one not counted.
+# Maximum number of non-empty sets of integer sites that are tried in the whole program.
 MAX_SETS = 4
-# At how many sizes the whole program is timed at most.
+# Maximum number of sizes at which the whole program is timed.
 MAX_SIZES = 4
 
 
 @dataclasses.dataclass(frozen=True)
 class _Planned:
-    """A site that is to be quantized, and by which rule."""
+    """A site to quantize, and its rule."""
 
     site: Site
     rule: QuantizeRule
@@ -70,7 +70,7 @@ class _Planned:
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["operand"], meta_fields=[])
 @dataclasses.dataclass(frozen=True)
 class _Unpacked:
-    """A stored weight that loading has made the float operand of its product: no longer to be laid out."""
+    """A weight that was unpacked on loading to the float operand of its product; its layout is already applied."""
 
     operand: jax.Array
 
@@ -89,31 +89,30 @@ def lower(
     timer: Timer | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> Program:
-    """Store planned weights in their formats and compute with their codes.
+    """Quantize a program: store planned weights in their formats, and compute with their codes.
 
     Args:
         program: the float program that the plan was made for.
         plan: which sites get what.
         ranges: site name -> range, from `calibrate`; needed for static sites.
-        scales: what training or another pass has found, in the place of what a weight's range gives: weight path ->
-            any of `scale`, `zero_point`, `codebook`, with the stacked axes leading, as `QTensor` has them; and site
-            name -> `activation`, the scale of its activation, static from then on. Or their logarithms, as
-            `initial_scales` has them.
+        scales: scales from training or another pass, instead of those from ranges: weight path -> any of `scale`,
+            `zero_point`, `codebook`, with the stacked axes leading, as in `QTensor`; and site name -> `activation`, a
+            static scale of its activation. Logarithms are accepted too, as from `initial_scales`.
         sizes: sizes of the symbolic dimensions, such as `[{"batch": 1}, {"batch": 32}]`, at which integer products are
-            timed against float. Empty: nothing is timed and every planned site is computed as planned.
-        in_float: site name -> why its product is computed in float although an integer one is planned.
-        among: names of the sites that measuring an almost equal program chose to compute from codes: it is they or
-            none of the planned ones here. None: sets of sites are tried.
-        known: float weights, by path, and as what they were stored before; what is stored is put there.
-        timer: what times, and for which target; by default a new one for this process's device.
-        progress: called with a line as each site is looked at.
+            timed against float. If empty, nothing is timed and every planned site is computed as planned.
+        in_float: site name -> why its product must be computed in float although an integer one is planned.
+        among: names of the integer sites that an earlier measurement of a similar program chose: only this set and the
+            empty one are compared. None: sets of sites are tried.
+        known: cache of stored weights: path -> float weight and what it was stored as.
+        timer: times calls, for its target; by default a new one for this process's device.
+        progress: called with a line for each site.
 
     Returns:
-        A program whose planned weights are `QTensor`s, and whose history says what each site became and why.
+        A program whose planned weights are `QTensor`s; its history says what each site became and why.
 
     Raises:
         CalibrationError: if a static site has no range, or one that is not finite.
-        ModelError: if a weight that is to be quantized, or a scale, is not finite.
+        ModelError: if a planned weight, or a scale, is not finite.
 
     >>> program = lx.trace(lambda w, x: x @ w["w"], {"w": jnp.eye(4)}, {"x": lx.TensorSpec(("batch", 4), "float32")})
     >>> small = lx.passes.lower(program, lx.passes.resolve(lx.Recipe.load("int8"), program))
@@ -155,7 +154,7 @@ def lower(
         elif needs_range(planned.rule):
             values[planned.site.name, RANGE] = _finite_range(planned.site, ranges)
     names = _names(values, like)
-    memory.give_back()  # of the passes before, and below of large operands: who times also needs memory
+    memory.give_back()  # free memory of earlier passes, and below of large operands: timing needs memory too
     began = time.perf_counter()
     choices = choose(program, sizes if candidates else (), say, timer)
     timings = _time_sites(program, candidates, sizes, say, timer)
@@ -176,10 +175,10 @@ def lower(
     laid: dict[str, jax.Array] = {}
 
     def variant(integer: frozenset[str], unpacked: bool) -> tuple[Callable[..., Any], Any]:
-        """The program with these sites computed from codes, and the weights it takes.
+        """The program with these sites computed from codes, and its weights.
 
-        In the place of an unpacked weight stands the float one that it was made from: it takes no memory of its own,
-        and an operation as much time.
+        The original float weight stands for an unpacked weight: it takes no extra memory, and its operations the same
+        time.
         """
         own = weights | _own(values, names, integer)
         for path, site in _unpackable(stored, integer).items():
@@ -215,7 +214,7 @@ def lower(
             )
             after = tree_bytes(weights[path])
             entry = dataclasses.replace(entry, reason=reason)
-            if path not in counted:  # the bytes of a weight that several sites use are told once
+            if path not in counted:  # if several sites share a weight, its bytes are reported once
                 entry = dataclasses.replace(entry, bytes_before=before, bytes_after=after)
             counted.add(path)
         reports.append(_at_load(entry) if expansion is not None and path in unpackable else entry)
@@ -256,11 +255,11 @@ def _lowered(
     beside: Mapping[Key, str],
     pad_single: Mapping[str, bool],
 ) -> Callable[..., Any]:
-    """The function on stored weights, the sites named in `pad_single` computed from codes.
+    """Make the function of stored weights; the sites in `pad_single` are computed from codes.
 
     Args:
-        fn: the float program's.
-        like: its weights' shapes.
+        fn: the function of the float program.
+        like: shapes of its weights.
         every: the sites whose weights are stored small, and the products of two activations.
         beside: site and what of it -> name of a static range or scale among the new function's weights.
         pad_single: site name -> whether a single row is padded to two.
@@ -274,7 +273,7 @@ def _lowered(
         if planned is None:
             return None
         if site.weight_operand is None:
-            # At other sizes than the plan's, another product may have this name.
+            # At other sizes than the plan's, a different product may have this name.
             unfit = products.unsupported(site, planned) or products.float_reason(site, planned)
             if site.name not in pad_single or unfit:
                 return None
@@ -305,10 +304,10 @@ def _lowered(
 
 
 def _store(planned: _Planned, weight: jax.Array, given: Mapping[str, jax.Array], multiplied: bool) -> QTensor:
-    """Quantize one stored weight, stacked axes and all, in its site's layout; its codes as a product takes them.
+    """Quantize a stored weight, including stacked axes, in the layout of its site; codes are laid out for the product.
 
     Raises:
-        ModelError: if the weight, or a scale given, is not finite.
+        ModelError: if the weight, or a given scale, is not finite.
     """
     site = planned.site
     grid = {name: array for name, array in given.items() if name != "activation"}
@@ -322,7 +321,7 @@ def _store(planned: _Planned, weight: jax.Array, given: Mapping[str, jax.Array],
 def _quantized(
     weight: jax.Array, grid: Mapping[str, jax.Array], like: Alike, rule: QuantizeRule, multiplied: bool
 ) -> QTensor:
-    """Compiled once for all weights of one shape."""
+    """Quantize a weight; compiled once for all weights of equal shape."""
     format_of = (rule.weights, rule.granularity)
     quantize = lambda step, grid: products.store(like.site, step, *format_of, grid, rule.weight_range)  # noqa: E731
     for _ in range(like.site.stacked):
@@ -332,8 +331,8 @@ def _quantized(
 
 
 def _zero_channels(site: Site, weight: jax.Array) -> str:
-    """Says how many output channels are all zero: they stay so, but somebody may not know."""
-    if site.kind == "gather":  # a table's rows are no channels
+    """A remark on how many output channels are all zero, which the user may not know; empty if there are none."""
+    if site.kind == "gather":  # rows of a table are not channels
         return ""
     zero = np.asarray(_zeros(weight, Alike(site)))
     return f"{zero.sum()} of its {zero.size} channels are all zero" if zero.any() else ""
@@ -353,7 +352,7 @@ def _finite_range(site: Site, ranges: Mapping[str, jax.Array] | None) -> jax.Arr
 
 
 def _names(values: Mapping[Key, Any], weights: Mapping[str, Any]) -> dict[Key, str]:
-    """What each static range and scale is called among the weights."""
+    """Names of the static ranges and scales among the weights."""
     names: dict[Key, str] = {}
     for site, what in values:
         names[site, what] = fresh(site, what, {*weights, *names.values()})
@@ -376,26 +375,26 @@ def _time_sites(
     say: Callable[[str], None],
     timer: Timer,
 ) -> dict[str, list[Timing]]:
-    """Float against integer arithmetic at each site and size; empty lists where there is no size to time at."""
+    """Time float and integer arithmetic at each site and size; empty lists if no sizes are given."""
     found = [(at, {site.name: site for site in find_sites(program, sizes=at)}) for at in sizes]
     timings: dict[str, list[Timing]] = {}
     for planned in candidates:
         name = planned.site.name
         if found:
             say(name)
-        # A program may take another way at some sizes.
+        # A program may have other sites at some sizes.
         timings[name] = [_compared(by_name[name], planned.rule, at, timer) for at, by_name in found if name in by_name]
     return timings
 
 
 def _compared(site: Site, rule: QuantizeRule, at: Mapping[str, int], timer: Timer) -> Timing:
-    """The product in codes against the best of float."""
+    """Time the product of codes against the best float alternative."""
     timing = compare(site, rule, at, timer)
     return dataclasses.replace(timing, float_us=min([timing.float_us, *times_us(site.eqn, timer)]))
 
 
 def _wrong_reason(name: str, timings: Sequence[Timing], target: Target) -> str:
-    """Why a product of codes that came out wrong here is not used, also in the log: it is a fault of the platform."""
+    """Why a product of codes with a wrong result is not used; also logged, because it is a fault of the platform."""
     worst = next(timing for timing in timings if timing.wrong)
     at = "".join(f", {symbol} {size}" for symbol, size in worst.sizes.items())
     how = f"is wrong by {worst.error:.0%} of the largest value" if math.isfinite(worst.error) else "is not finite"
@@ -405,12 +404,12 @@ def _wrong_reason(name: str, timings: Sequence[Timing], target: Target) -> str:
 
 
 def _padded(timings: Sequence[Timing]) -> bool:
-    """Whether single rows are better padded to two."""
+    """Whether padding single rows to two is faster."""
     return any(timing.padded_us is not None and timing.padded_us < timing.integer_us for timing in timings)
 
 
 def _ratio(timings: Sequence[Timing]) -> float:
-    """Integer time over float time, the geometric mean over sizes; 0 where nothing was timed."""
+    """Integer time over float time, geometric mean over sizes; 0 if nothing was timed."""
     if not timings:
         return 0.0
     pad = _padded(timings)
@@ -418,21 +417,21 @@ def _ratio(timings: Sequence[Timing]) -> float:
 
 
 def _candidate_sets(candidates: Sequence[_Planned], timings: Mapping[str, Sequence[Timing]]) -> list[frozenset[str]]:
-    """Set of sites to try in integers: none, then ever more, the most promising first."""
+    """Sets of sites to try in integers: the empty set, then growing sets, the most promising sites first."""
     ratios = {planned.site.name: _ratio(timings[planned.site.name]) for planned in candidates}
     if all(ratio == 0 for ratio in ratios.values()):
-        return [frozenset(ratios)]  # nothing was timed, so everything is done as planned
+        return [frozenset(ratios)]  # nothing was timed, so follow the plan
     promising = sorted({ratio for ratio in ratios.values() if ratio < HOPELESS_RATIO})
-    # Sites that look the same share a ratio, so they come in together.
+    # Alike sites share a ratio, so they enter a set together.
     limits = [promising[(len(promising) * (k + 1) - 1) // MAX_SETS] for k in range(MAX_SETS)] if promising else []
     sets = [frozenset(name for name, ratio in ratios.items() if ratio <= limit) for limit in sorted(set(limits))]
     return [frozenset[str](), *sets]
 
 
 def _fastest(sets: Sequence[frozenset[str]], whole: Sequence[WholeTiming]) -> frozenset[str]:
-    """The set with the best time over the sizes that is slower than the empty set at none of them.
+    """The fastest set, by geometric mean over the sizes, among those that are slower than the empty set at no size.
 
-    A larger set must earn its place.
+    A larger set must win by more than noise.
     """
     if not whole:
         return sets[-1]
@@ -447,14 +446,14 @@ def _fastest(sets: Sequence[frozenset[str]], whole: Sequence[WholeTiming]) -> fr
 
 
 def _spread(sizes: Sequence[Mapping[str, int]]) -> list[Mapping[str, int]]:
-    """At most `MAX_SIZES` of the sizes, the first and the last among them."""
+    """At most `MAX_SIZES` of the sizes, including the first and the last."""
     if len(sizes) <= MAX_SIZES:
         return list(sizes)
     return [sizes[round(k * (len(sizes) - 1) / (MAX_SIZES - 1))] for k in range(MAX_SIZES)]
 
 
 def _own(values: Mapping[Key, jax.Array], names: Mapping[Key, str], integer: frozenset[str]) -> dict[str, jax.Array]:
-    """The static ranges and scales of the sites that are computed from codes, by what they are called."""
+    """The static ranges and scales of the integer sites, by name."""
     return {names[key]: value for key, value in values.items() if key[0] in integer}
 
 
@@ -463,7 +462,7 @@ def _pads(integer: frozenset[str], timings: Mapping[str, Sequence[Timing]]) -> d
 
 
 def _unpackable(stored: Sequence[_Planned], integer: frozenset[str]) -> dict[str, Site]:
-    """Weights that are multiplied in float, by path, and a site of each; a table that is looked up is not unpacked."""
+    """Weights that are multiplied in float, with a site of each; lookup tables are not unpacked."""
     kept = {planned.site.path for planned in stored if planned.site.name in integer or planned.site.kind == "gather"}
     return {
         planned.site.path: planned.site
@@ -473,7 +472,7 @@ def _unpackable(stored: Sequence[_Planned], integer: frozenset[str]) -> dict[str
 
 
 def _unpack(sites: Mapping[str, Site], weights: Mapping[str, Any]) -> dict[str, Any]:
-    """The weights with those of these sites as the float operands that their products take."""
+    """Unpack the weights of these sites to the float operands of their products."""
 
     def operand(site: Site, stored: Any) -> jax.Array:
         restore = functools.partial(products.restore, site)

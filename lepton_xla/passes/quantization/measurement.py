@@ -1,4 +1,4 @@
-"""Times products and whole programs, in float and in codes, as compiled here, and checks the products of codes."""
+"""Times compiled products in float and in codes, and checks the products of codes."""
 
 from __future__ import annotations
 
@@ -24,11 +24,10 @@ from lepton_xla.quant.grid import decode
 if TYPE_CHECKING:
     from lepton_xla.recipe import QuantizeRule
 
-# A product of codes whose largest error is more than this share of the largest result is taken for wrong. Codes and
-# scales are exact; what is left are the rounding of float32 and bfloat16, and codes that fall on the other side of a
-# half.
+# A product of codes is wrong if its largest error exceeds this share of the largest result. Codes and scales are exact,
+# so legitimate errors are rounding of float32 and bfloat16, and codes that round the other way near a half.
 WRONG = 0.05
-# How often one program then computes a product: to start it takes longer than many a product.
+# How often a timed program computes a product on such devices, because starting it takes longer than many a product.
 REPEATS = 16
 
 
@@ -38,11 +37,11 @@ class Timing:
 
     Attributes:
         sizes: sizes of the symbolic dimensions.
-        float_us: as the program had it.
-        integer_us: with int8 operands.
-        padded_us: with a single row padded to two, None where there are more.
-        error: largest difference of the integer product from the float product of what the codes stand for, as a share
-            of its largest value; NaN where the result holds one.
+        float_us: in float.
+        integer_us: with quantized operands.
+        padded_us: with a single row padded to two; None if there are more rows.
+        error: largest difference between the integer product and the float product of the dequantized values, as a
+            share of the largest value; NaN if the result holds NaN.
     """
 
     sizes: dict[str, int]
@@ -53,11 +52,11 @@ class Timing:
 
     @property
     def wrong(self) -> bool:
-        """Whether what was compiled does not compute the product: a compiler or a library has a fault there."""
+        """Whether the compiled product is wrong, because of a fault in a compiler or a library."""
         return not self.error <= WRONG
 
     def best_us(self, pad: bool) -> float:
-        """The integer product's time, single rows padded or not."""
+        """The time of the integer product, with or without padding of single rows."""
         return self.padded_us if pad and self.padded_us is not None else self.integer_us
 
     def to_json(self) -> dict[str, Any]:
@@ -66,13 +65,13 @@ class Timing:
 
 
 def compare(site: Site, decision: QuantizeRule, sizes: Mapping[str, int], timer: Timer) -> Timing:
-    """Time and check one site, found at the given sizes, on random operands; sites that look the same only once."""
+    """Time and check a site, found at the given sizes, on random operands; alike sites are measured once."""
     key = _Key(site, decision)
     return dataclasses.replace(timer.once(key, functools.partial(_compare, key, timer)), sizes=dict(sizes))
 
 
 class _Key(Alike):
-    """A site and its rule as far as its product's time depends on them."""
+    """The properties of a site and its rule that determine the time of its product."""
 
     def __init__(self, site: Site, decision: QuantizeRule) -> None:
         super().__init__(dataclasses.replace(site, layout=()))
@@ -104,7 +103,7 @@ def _compare(key: _Key, timer: Timer) -> Timing:
         in_float, *in_codes = executables
         expected = in_float(*rounded)
         errors = [_share(call(*args), expected) for call in in_codes]
-        # What the codes stand for takes as much time as what they were made from.
+        # The dequantized operands take the same time as the original ones.
         calls = [functools.partial(in_float, *rounded), *(functools.partial(call, *args) for call in in_codes)]
         times = [time / repeats for time in timer.medians_us(calls, OPERATION_BUDGET_S)]
         worst = float(np.max(errors))
@@ -116,7 +115,7 @@ def _compare(key: _Key, timer: Timer) -> Timing:
 
 
 def _operands(key: _Key, *operands: jax.Array) -> tuple[tuple[Any, ...], list[jax.Array]]:
-    """What a site's product of codes takes, and what these codes stand for."""
+    """Quantize operands: the arguments of a site's product of codes, and the dequantized operands."""
     site, rule = key.site, key.rule
     name = rule.activations
     if site.weight_operand is None:
@@ -131,7 +130,7 @@ def _operands(key: _Key, *operands: jax.Array) -> tuple[tuple[Any, ...], list[ja
 
 
 def _in_codes(key: _Key, *args: Any, pad: bool = False) -> jax.Array:
-    """A site's product of codes, of what `_operands` gives."""
+    """Compute a site's product of codes from the result of `_operands`."""
     if key.site.weight_operand is None:
         left, right = args
         return products.pair_product(key.site, left, right, key.rule.activations, pad_single=pad)
@@ -140,10 +139,10 @@ def _in_codes(key: _Key, *args: Any, pad: bool = False) -> jax.Array:
 
 
 def _repeated(fn: Callable[..., jax.Array], times: int) -> Callable[..., jax.Array]:
-    """A function that computes `fn` so often, each time anew."""
+    """Make a function that computes `fn` several times, without reuse of results."""
 
     def again(_: Any, result: jax.Array, args: Any) -> jax.Array:
-        held, _ = jax.lax.optimization_barrier((args, result))  # else the compiler would compute it once
+        held, _ = jax.lax.optimization_barrier((args, result))  # otherwise the compiler would compute it once
         return fn(*held)
 
     def repeated(*args: Any) -> jax.Array:
@@ -153,12 +152,12 @@ def _repeated(fn: Callable[..., jax.Array], times: int) -> Callable[..., jax.Arr
 
 
 def _rounded(array: jax.Array, scale: jax.Array, name: str) -> jax.Array:
-    """What the codes of an activation stand for, in its dtype."""
+    """Quantize and dequantize an activation, in its dtype."""
     return decode(encode(array, scale, FORMATS[name]), scale, FORMATS[name]).astype(array.dtype)
 
 
 def _share(got: jax.Array, expected: jax.Array) -> float:
-    """The largest difference, as a share of the largest value expected."""
+    """The largest difference, as a share of the largest expected value."""
     host, wanted = (np.asarray(array).astype(np.float32, copy=False) for array in (got, expected))
     if not host.size:
         return 0.0

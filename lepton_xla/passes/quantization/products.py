@@ -1,6 +1,6 @@
-"""The arithmetic of a site: which axes share a scale, and the product in float and of codes.
+"""Quantized arithmetic of a site: which axes share a scale, and the product of codes.
 
-Used by every pass that quantizes, so that what is trained and what is compiled are the same numbers.
+Every pass that quantizes uses this module, so that training and the compiled program compute the same numbers.
 """
 
 from __future__ import annotations
@@ -24,24 +24,25 @@ from lepton_xla.quant import FORMATS, QTensor, absmax_scale, encode, magnitude, 
 if TYPE_CHECKING:
     from lepton_xla.recipe import QuantizeRule
 
-# What an activation's static range, and a trained scale, are called.
+# Names of an activation's static range and trained scale.
 RANGE, SCALE = "act_absmax", "act_scale"
-# Where XLA has products of fp8 operands; elsewhere it would convert them and multiply floats.
+# Platforms where XLA has fp8 products; elsewhere it would convert the operands and multiply floats.
 FP8_PLATFORMS = ("gpu",)
-# Where XLA has no convolution of integers: on an H200, jaxlib 0.11.2, running one is an error (UNIMPLEMENTED).
+# Platforms where XLA has no integer convolution (on an H200, jaxlib 0.11.2, one raises UNIMPLEMENTED).
 NO_INTEGER_CONVOLUTION = ("gpu",)
-# Where, from how many rows on, a library multiplies integers and not a Triton kernel that rescales as well.
+# Platforms where, from this number of rows on, a library multiplies integers instead of a Triton kernel that also
+# rescales.
 LIBRARY_PLATFORMS = ("gpu",)
 LIBRARY_ROWS = 1024
-# On NVIDIA's GPUs a Triton kernel that XLA may choose gives exactly twice an int8 product that sums over 16 or fewer;
-# over 24 or more none was wrong (an H200, jaxlib 0.11.2); docs/benchmarks/gpu.md has what is checked.
+# On NVIDIA GPUs XLA may choose a Triton kernel that doubles int8 products with K of 16 or less; with 24 or more none
+# was wrong (H200, jaxlib 0.11.2; docs/benchmarks/gpu.md lists the checks).
 SAFE_DEPTH = 32
-# Of fewer values than about 100 in both matrices, XLA multiplies fp8 in float16 there, which overflows to NaN.
+# With fewer than about 100 values in both matrices, XLA multiplies fp8 in float16 there, which overflows to NaN.
 SAFE_FP8_VALUES = 256
 
 
 def not_float(dtype: Any) -> str:
-    """Why a weight of a dtype that is no float cannot be quantized."""
+    """Why a weight of a non-float dtype cannot be quantized."""
     return (
         f"its weight is {dtype} already" if jnp.issubdtype(dtype, jnp.integer) else f"its weight is {dtype}, no float"
     )
@@ -58,7 +59,7 @@ def unsupported(site: Site, rule: QuantizeRule | None = None) -> str | None:
             return "convolution with batch groups"
     elif site.kind not in ("dot_general", "gather"):
         return f"{site.kind} is not lowered"
-    if site.not_float:  # to round it again, or to scale it, would lose what it holds
+    if site.not_float:  # rounding it again, or scaling it, would lose information
         return not_float(site.not_float)
     if 0 in site.weight.shape:
         return f"its weight, of shape {list(site.weight.shape)}, has no elements"
@@ -89,7 +90,7 @@ def _unpaired(site: Site, rule: QuantizeRule | None) -> str | None:
 
 
 def float_reason(site: Site, rule: QuantizeRule) -> str:
-    """Why a site that could be quantized is multiplied in float all the same; empty for a product of codes."""
+    """Why a quantizable site must be multiplied in float; empty if it has a product of codes."""
     if rule.activations == "none":
         return ""
     small = "so it stays float" if site.weight_operand is None else "so only the weight is stored small"
@@ -100,7 +101,7 @@ def float_reason(site: Site, rule: QuantizeRule) -> str:
             return f"the platform {jax.default_backend()!r} has no convolution of integers, {small}"
         depth = contracted_size(as_weighted(site))
         largest = FORMATS[rule.weights].largest * FORMATS[rule.activations].largest
-        if isinstance(depth, int) and depth * largest >= 2**31:  # where it is symbolic, nobody knows yet
+        if isinstance(depth, int) and depth * largest >= 2**31:  # unknown yet if it is symbolic
             return f"it sums over {depth} products, which int32 may not hold, {small}"
     if FORMATS[rule.weights].kind == "float":
         if site.kind != "dot_general":
@@ -158,14 +159,14 @@ def _weight_order(site: Site) -> tuple[tuple[int, ...], tuple[int, ...], tuple[i
     if site.kind == "dot_general":
         dims = _dims(site)
         return dims.weight_batch, dims.weight_contract, dims.weight_free
-    if site.kind == "gather":  # a table [V, D] is the matrix [D, V]: a scale a row that is looked up
+    if site.kind == "gather":  # a table [V, D] is the matrix [D, V], with a scale per row of the table
         return (), (1,), (0,)
     out, inner, *window = site.params["dimension_numbers"].rhs_spec
     return (), (*window, inner), (out,)
 
 
 def _matrix_key(site: Site) -> tuple[Any, ...]:
-    """Equal for two sites of one weight whose matrices are the same matrix."""
+    """A key that is equal for sites of a weight with the same matrix."""
     order = _weight_order(site)
     axes = list(range(len(site.weight.shape) + site.stacked))
     steps: list[int] = []
@@ -183,18 +184,18 @@ def _matrix_key(site: Site) -> tuple[Any, ...]:
 
 
 def contracted_size(site: Site) -> int:
-    """K: how many products are added up for one element of the result."""
+    """K: number of products that are summed for an element of the result."""
     return math.prod(site.weight.shape[axis] for axis in _weight_order(site)[1])
 
 
 def weight_axes(site: Site, granularity: str) -> tuple[int, ...]:
-    """Axes of the weight operand that share a scale: all but the output channels, or also these per tensor."""
+    """Axes of the weight operand that share a scale: all except the output channels, or all for `tensor`."""
     _, contract, free = _weight_order(site)
     return (*contract, *free) if granularity == "tensor" else contract
 
 
 def to_matrix(site: Site, weight: jax.Array) -> jax.Array:
-    """The weight operand, one step of a stack, as [batch..., K, N]: what is summed over, then the output channels.
+    """Reshape the weight operand, one step of a stack, to [batch..., K, N]: contracted axes, then output channels.
 
     A convolution's K is the window's positions, then the input channels of a group; a table's K is its row.
     """
@@ -205,7 +206,7 @@ def to_matrix(site: Site, weight: jax.Array) -> jax.Array:
 
 
 def from_matrix(site: Site, matrix: jax.Array) -> jax.Array:
-    """The weight operand that a matrix stands for, or what goes with it: K, N or both may be 1, to be broadcast."""
+    """Reshape a matrix, or an array that belongs to it (K, N or both may be 1), to the weight operand."""
     batch, contract, free = _weight_order(site)
     shape = site.weight.shape
     rows, columns = matrix.shape[-2:]
@@ -219,7 +220,7 @@ def from_matrix(site: Site, matrix: jax.Array) -> jax.Array:
 
 
 def activation_axes(site: Site) -> tuple[int, ...]:
-    """Axes of the activation operand that share a dynamic scale: one scale a row (dot) or an example (convolution)."""
+    """Axes of the activation operand that share a dynamic scale: one scale per row (dot) or example (convolution)."""
     if site.kind == "dot_general":
         return _dims(site).act_contract
     batch = site.params["dimension_numbers"].lhs_spec[0]
@@ -227,21 +228,22 @@ def activation_axes(site: Site) -> tuple[int, ...]:
 
 
 def activation_scale(site: Site, activation: jax.Array, name: str, static: jax.Array | None) -> jax.Array:
-    """The activation's scale, broadcastable to it: the static one given, else dynamic."""
+    """The activation's scale, broadcastable to it: the static one if given, else a dynamic one."""
     if static is not None:
         return jnp.reshape(static, (1,) * activation.ndim)
     return absmax_scale(magnitude(activation, activation_axes(site)), FORMATS[name])
 
 
 def as_weighted(site: Site) -> Site:
-    """A product of two activations as if its right operand were a weight; a site with a weight as it is."""
+    """Treat the right operand of a product of two activations as a weight; a site with a weight is unchanged."""
     return site if site.weight_operand is not None else dataclasses.replace(site, weight_operand=1)
 
 
 def pair_scales(site: Site, left: jax.Array, right: jax.Array, name: str) -> list[jax.Array]:
-    """Scales at run time of both operands of a product of two activations, each broadcastable to its operand.
+    """Dynamic scales of both operands of a product of two activations, each broadcastable to its operand.
 
-    One for each row of the left and each column of the right, over all that is summed over, masked positions too.
+    One for each row of the left and each column of the right operand, over the contracted axes, masked positions
+    included.
     """
     contract, _ = site.params["dimension_numbers"]
     operands = zip((left, right), contract, strict=True)
@@ -249,7 +251,7 @@ def pair_scales(site: Site, left: jax.Array, right: jax.Array, name: str) -> lis
 
 
 def row_count(site: Site) -> Any:
-    """How many rows of activations one product takes; 0 where rows are not the unit (a convolution)."""
+    """Number of rows of activations of a product; 0 for a convolution."""
     if site.kind != "dot_general":
         return 0
     site = as_weighted(site)
@@ -264,15 +266,15 @@ def store(
     given: Mapping[str, jax.Array] | None = None,
     weight_range: str = "absmax",
 ) -> QTensor:
-    """Quantize a weight and lays it out for the fast path.
+    """Quantize a weight and lay it out for the product of codes.
 
     Args:
         site: the site, as found.
         weight: the operand as the site sees it (one step of a stack; `vmap` over stacked axes).
         name: the format.
         granularity: `channel`, `tensor` or `group:g`.
-        given: the parts of the grid that something else has found: `scale`, `zero_point`, `codebook`.
-        weight_range: how its scale is chosen, where it is not given: `absmax` or `mse`.
+        given: parts of the grid that another pass has found: `scale`, `zero_point`, `codebook`.
+        weight_range: how to choose a scale that is not given: `absmax` or `mse`.
 
     Returns:
         A matrix `[batch..., K, N]`, row-major.
@@ -281,25 +283,25 @@ def store(
 
 
 def for_product(stored: QTensor) -> QTensor:
-    """The stored weight of a `dot_general` of codes as that is fastest: column-major, unless its codes are packed."""
+    """Lay out the stored weight of a `dot_general` of codes: column-major, unless its codes are packed."""
     return stored.by_columns() if FORMATS[stored.format].bits == 8 else stored
 
 
 def restore(site: Site, stored: QTensor) -> jax.Array:
-    """The float weight operand that a stored weight stands for, in the layout and dtype the site's primitive takes."""
+    """Dequantize a stored weight to the float operand, in the layout and dtype of the site's primitive."""
     return from_matrix(site, stored.dequantize(site.weight.dtype))
 
 
 def look_up(site: Site, stored: QTensor, index: jax.Array) -> jax.Array:
-    """Rows of a stored table: only the codes that are looked up become floats.
+    """Look up rows of a stored table; only these are dequantized.
 
     Args:
         site: a `gather` of whole rows.
         stored: the table [V, D] as the matrix [D, V].
-        index: the gather's indices: [..., 1], or [..., 2] where it points into columns too, all of which it takes.
+        index: indices of the gather: [..., 1], or [..., 2] if it also indexes columns, of which it takes all.
 
     Returns:
-        What the gather gives, outside of the table too.
+        The result of the gather, also for indices outside of the table.
     """
     params, size = site.params, site.weight.shape[0]
     numbers = params["dimension_numbers"]
@@ -312,27 +314,27 @@ def look_up(site: Site, stored: QTensor, index: jax.Array) -> jax.Array:
         fill = params["fill_value"]
         fill = jnp.asarray(jnp.nan if fill is None else fill, found.dtype)
         inside = rows == clipped
-        if 1 in at:  # all columns fit at one place only
+        if 1 in at:  # all columns are taken, so only index 0 is valid
             inside &= at[1] == 0
         found = jnp.where(inside[None], found, fill)
     if numbers.collapsed_slice_dims:
         return jnp.moveaxis(found, 0, numbers.offset_dims[0])
-    kept, columns = numbers.offset_dims  # ascending, as the table's axes are
+    kept, columns = numbers.offset_dims  # ascending, like the table's axes
     return jnp.expand_dims(jnp.moveaxis(found, 0, columns - 1), kept)
 
 
 def code_product(
     site: Site, activation: jax.Array, stored: QTensor, name: str, static: jax.Array | None, *, pad_single: bool
 ) -> jax.Array:
-    """The site's product of codes: integers accumulated in int32, small floats in float32, rescaled after.
+    """The site's quantized product: integers accumulate in int32, fp8 in float32; scales are applied afterwards.
 
     Args:
-        site: the site, with the operands' shapes as they are here.
+        site: the site, with the shapes of these operands.
         activation: the float operand.
-        stored: the weight, row-major or column-major, with one scale a channel or tensor.
+        stored: the weight, row-major or column-major, with one scale per channel or tensor.
         name: the activation's format, of the same kind as the weight's.
         static: the activation's scale, or None for dynamic ones.
-        pad_single: whether a single row is padded to two, since one row misses XLA's int8 kernels on CPU.
+        pad_single: whether to pad a single row to two, because XLA's int8 kernels on the CPU need two.
     """
     scale = activation_scale(site, activation, name, static)
     codes = encode(activation, scale, FORMATS[name])
@@ -343,17 +345,17 @@ def code_product(
 
 
 def pair_product(site: Site, left: jax.Array, right: jax.Array, name: str, *, pad_single: bool) -> jax.Array:
-    """The product of codes of two activations, both with scales at run time.
+    """The quantized product of two activations, both with dynamic scales.
 
     Args:
-        site: a `dot_general` of two activations, with the operands' shapes as they are here.
+        site: a `dot_general` of two activations, with the shapes of these operands.
         left, right: the float operands.
         name: the format of both.
         pad_single: as in `code_product`.
     """
     weighted, target = as_weighted(site), FORMATS[name]
     scale, _ = pair_scales(site, left, right, name)
-    # The right operand becomes a matrix before it is rounded, since XLA does not merge a transpose into codes.
+    # Transpose the right operand before rounding, because XLA does not fuse a transpose of codes.
     matrix = to_matrix(weighted, right)
     columns = absmax_scale(magnitude(matrix, (-2,)), target)
     codes = encode(left, scale, target), encode(matrix, columns, target)
@@ -361,32 +363,33 @@ def pair_product(site: Site, left: jax.Array, right: jax.Array, name: str, *, pa
 
 
 def code_order(site: Site) -> tuple[int, int] | None:
-    """The order in which the codes of both operands multiply fast; None where float is faster on a CPU.
+    """The order of operands in which the product of codes is fast; None if float is faster on a CPU.
 
-    XLA's integer kernels want the first operand summed over its last axes, and others take ten times as long.
+    XLA's integer kernels need the first operand contracted over its last axes; otherwise they take ten times as long.
     """
     contract, _ = site.params["dimension_numbers"]
     ranks = [len(operand.shape) for operand in site.operands]
     last = [sorted(axes) == list(range(rank - len(axes), rank)) for axes, rank in zip(contract, ranks, strict=True)]
     if last[0]:
         return (0, 1)
-    # The sharding that is asked for is that of the result in its own order.
+    # A requested sharding refers to the result in its original order.
     return (1, 0) if last[1] and site.params["out_sharding"] is None else None
 
 
 def multiply_in_place(
     site: Site, codes: Sequence[jax.Array], scales: Sequence[jax.Array], order: tuple[int, int]
 ) -> jax.Array:
-    """A `dot_general` of the codes of its operands in the layout they have there: for training, and any sharding.
+    """A `dot_general` of codes in the original layout of the operands: for training, and any sharding.
 
     Args:
         site: the `dot_general`, of a weight or of two activations.
-        codes: those of the left and of the right operand, integers whose products int32 can add up.
-        scales: theirs, float32, broadcastable to the operands, of size 1 along what is summed over.
+        codes: codes of the left and the right operand, integers whose products fit into int32 sums.
+        scales: their scales, float32, broadcastable to the operands, of size 1 along contracted axes.
         order: from `code_order`.
 
     Returns:
-        The same numbers as `code_product`: integers are exact, and one product of both scales rescales them.
+        The same numbers as `code_product`: integers are exact, and the result is multiplied once by the product of both
+        scales.
     """
     contract, batch = site.params["dimension_numbers"]
     numbers = tuple(tuple(axes[side] for side in order) for axes in (contract, batch))
@@ -401,7 +404,7 @@ def multiply_in_place(
 
 
 def _at_output(site: Site, scale: jax.Array, side: int) -> jax.Array:
-    """An operand's scale, broadcastable to the result: its axes are batch, those of the left operand, of the right."""
+    """Reshape an operand's scale for broadcasting to the result, whose axes are batch, left and right."""
     contract, batch = site.params["dimension_numbers"]
     ranks = [len(operand.shape) for operand in site.operands]
     free = [[axis for axis in range(ranks[k]) if axis not in (*contract[k], *batch[k])] for k in range(2)]
@@ -421,7 +424,7 @@ def _multiply(
     columns_scale: jax.Array,
     pad_single: bool,
 ) -> jax.Array:
-    """Codes of activations by those of a weight, whose axis `summed` is K, with scales `[batch..., 1, N or 1]`."""
+    """Multiply codes of activations by those of a weight with K at axis `summed` and scales `[batch..., 1, N or 1]`."""
     dims = _dims(site)
     batch = tuple(codes.shape[axis] for axis in dims.act_batch)
     rows = tuple(codes.shape[axis] for axis in dims.act_free)
@@ -439,8 +442,8 @@ def _multiply(
         left, matrix = (_deepened(operand, axes) for operand, axes in zip((left, matrix), contract, strict=True))
         out = lax.dot_general(left, matrix, numbers, preferred_element_type=jnp.int32)
         if jax.default_backend() in LIBRARY_PLATFORMS and isinstance(count, int) and count >= LIBRARY_ROWS:
-            # XLA would join the conversion that follows to a Triton kernel of the product, and where it takes a
-            # library's in the end, the conversion is left over as a pass of its own (4096 cubed: 190 us, not 153).
+            # Without the barrier XLA fuses the following conversion into a Triton kernel; if it then uses a library
+            # kernel instead, the conversion remains as a pass of its own (4096 cubed: 190 us instead of 153).
             out = lax.optimization_barrier(out)
     else:
         out = _float_product(left, matrix, numbers, site.output.dtype)
@@ -464,10 +467,10 @@ def _multiply(
 
 
 def _deepened(codes: jax.Array, axes: Sequence[int]) -> jax.Array:
-    """Integer codes with zeros added along the first of the axes that are summed over, to `SAFE_DEPTH` sums at least.
+    """Pad integer codes with zeros along the first contracted axis, to a sum over at least `SAFE_DEPTH` elements.
 
-    On every platform alike, since a program may be exported on one and run on another. Where the length of the sum is
-    not known yet, the zeros are enough for any.
+    On all platforms, because a program may be exported on one and run on another. A symbolic length gets enough zeros
+    for any size.
     """
     if not axes:
         return codes
@@ -482,14 +485,14 @@ def _deepened(codes: jax.Array, axes: Sequence[int]) -> jax.Array:
 
 
 def _float_product(left: jax.Array, right: jax.Array, numbers: Any, dtype: jnp.dtype) -> jax.Array:
-    """The product of matrices `[..., M, K]` and `[..., K, N]` or `[..., N, K]` of fp8 codes, right at every size.
+    """The product of fp8 matrices `[..., M, K]` and `[..., K, N]` or `[..., N, K]`, correct at every size.
 
-    Where they are smaller than `SAFE_FP8_VALUES`, or may be, they go as bfloat16, which holds the same numbers. A model
-    of bfloat16 gets its result in it: sums are float32 all the same, and half the bytes are written.
+    If they are, or may be, smaller than `SAFE_FP8_VALUES`, they are converted to bfloat16, which represents the same
+    numbers. A bfloat16 model gets a bfloat16 result: sums are float32 anyway, and half the bytes are written.
     """
     values = sum(math.prod(size for size in codes.shape[-2:] if isinstance(size, int)) for codes in (left, right))
     if values < SAFE_FP8_VALUES:
-        # Without the barrier XLA leaves out the rounding to fp8: it may keep more precision than it was asked for.
+        # Without the barrier XLA may skip the rounding to fp8, because it may keep excess precision.
         left, right = (codes.astype(jnp.bfloat16) for codes in lax.optimization_barrier((left, right)))
         return lax.dot_general(left, right, numbers, preferred_element_type=jnp.float32)
     accumulator = jnp.bfloat16 if dtype == jnp.bfloat16 else jnp.float32
@@ -499,14 +502,14 @@ def _float_product(left: jax.Array, right: jax.Array, numbers: Any, dtype: jnp.d
 def _convolve(site: Site, codes: jax.Array, scale: jax.Array, stored: QTensor) -> jax.Array:
     params = site.params
     numbers = params["dimension_numbers"]
-    # The codes are a matrix of positions and input channels by output channels, and stay in that order.
+    # The codes stay a matrix of (positions, input channels) by output channels.
     window = len(numbers.rhs_spec) - 2
     matrix_spec = (window + 1, window, *range(window))
     shape = [site.weight.shape[axis] for axis in (*numbers.rhs_spec[2:], numbers.rhs_spec[1], numbers.rhs_spec[0])]
     depthwise = site.weight.shape[numbers.rhs_spec[1]] == 1 and shifted.fits(site.eqn)
     numbers = lax.ConvDimensionNumbers(numbers.lhs_spec, matrix_spec, numbers.out_spec)
     kernel = jnp.reshape(stored.codes(), shape)
-    if depthwise:  # XLA:CPU takes several times as long for one of integers as for one of floats, which is long
+    if depthwise:  # XLA:CPU is slow at these in float, and several times slower in integers
         out = shifted.convolve({**params, "dimension_numbers": numbers}, codes, kernel, jnp.int32)
     else:
         out = lax.conv_general_dilated(
@@ -537,7 +540,8 @@ def _product(sizes: Any) -> Any:
 
 
 def static_scale(site: Site, decision: QuantizeRule, weight: Any) -> jax.Array | None:
-    """The activation scale that travels beside a site's weight, itself or as a range; None where scales are dynamic.
+    """The static activation scale from the side inputs of a site's weight, given as a scale or a range; None if
+    dynamic.
 
     Raises:
         CalibrationError: if the site is static and has none.
@@ -565,7 +569,7 @@ def range_of(site: Site, ranges: Mapping[str, jax.Array] | None) -> jax.Array:
 
 
 def beside(sites: Iterable[Site], arrays: Mapping[Key, jax.Array]) -> dict[str, dict[Key, jax.Array]]:
-    """What there is for some sites, by the path of their weight: how `rewrite_sites` takes what travels beside it."""
+    """Arrange arrays of sites by the path of their weight, as side inputs for `rewrite_sites`."""
     paths = {site.name: site.path for site in sites}
     grouped: dict[str, dict[Key, jax.Array]] = {}
     for key, array in arrays.items():

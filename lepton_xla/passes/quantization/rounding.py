@@ -1,7 +1,7 @@
-"""Planned weights rounded onto the grid of their format, in float, for methods that choose the codes themselves.
+"""Rounds planned weights to the grids of their formats, in float, for methods that choose the codes.
 
-Such a method gives a program whose float weights lie on their grids, and the grids. What stores the weights afterwards
-takes scale, zero point and levels from there, and so finds exactly these codes.
+Such a method returns a program whose float weights lie on their grids, and the grids. `lower` later uses the same
+scales, zero points and levels, and so finds exactly these codes.
 """
 
 from __future__ import annotations
@@ -32,19 +32,19 @@ from lepton_xla.report import PassReport, SiteReport
 from lepton_xla.trees import leaf_bytes
 
 type GivenGrids = dict[str, dict[str, jax.Array]]
-"""Weight path -> `scale`, and `zero_point` or `codebook` where the format has them, as they lie beside stored codes."""
+"""Weight path -> `scale`, and `zero_point` or `codebook` if the format has them, with the axes of stored codes."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Planned:
-    """A weight that is to be stored.
+    """A weight to quantize.
 
     Attributes:
         path: the weight's path.
         entries: the plans of all sites that use it.
         site: the first of them that is a product.
-        rule: the rule of all of them.
-        stored: the weight as the program holds it.
+        rule: their common rule.
+        stored: the weight in the program.
     """
 
     path: str
@@ -55,22 +55,22 @@ class Planned:
 
     @property
     def exact(self) -> jax.Array:
-        """The weight's matrices `[*steps, B, K, N]`, float32, made anew each time: a copy of all would be large."""
+        """The weight's matrices `[*steps, B, K, N]`, float32; not cached, because copies of all would be large."""
         return exact_matrices(self.stored, Alike(self.site))
 
     @property
     def target(self) -> Format:
-        """The format it is stored in."""
+        """The storage format."""
         return FORMATS[self.rule.weights]
 
     @property
     def products(self) -> tuple[Site, ...]:
-        """Its sites but for look-ups, which have no inputs to sum over."""
+        """Its sites without lookups, which have no contracted inputs."""
         return tuple(entry.site for entry in self.entries if entry.site.kind != "gather")
 
 
 def planned_weights(program: Program, plan: Plan) -> tuple[list[Planned], list[SiteReport]]:
-    """The weights that are to be stored and take part in products; and a line for each site that is left out.
+    """The planned weights that are used in products; and reports of the skipped sites.
 
     Raises:
         ModelError: if one of them is not finite.
@@ -96,20 +96,20 @@ def planned_weights(program: Program, plan: Plan) -> tuple[list[Planned], list[S
 
 @functools.partial(jax.jit, static_argnames="like")
 def exact_matrices(stored: jax.Array, like: Alike) -> jax.Array:
-    """A stored weight's matrices `[*steps, B, K, N]`, float32."""
+    """Reshape a stored weight to matrices `[*steps, B, K, N]`, float32."""
     return matrix.stored_matrix(like.site, stored).astype(jnp.float32)
 
 
 def is_finite(array: jax.Array) -> bool:
-    """Whether all of an array is finite; looked at on the host, where nothing is compiled for it."""
+    """Whether an array is finite; checked on the host, where nothing must be compiled."""
     host = np.asarray(array)
-    if host.dtype.kind not in "fc":  # a type that NumPy does not know as a float, such as bfloat16
+    if host.dtype.kind not in "fc":  # a float that NumPy does not know, such as bfloat16
         host = host.astype(np.float32)
     return bool(np.isfinite(host).all())
 
 
 def whole_grid(site: Site, rule: QuantizeRule, exact: jax.Array) -> Grid:
-    """The grid that the rule asks for, as it lies beside stored codes.
+    """The grid of a rule, with the axes of stored codes.
 
     Args:
         site: the product.
@@ -117,7 +117,7 @@ def whole_grid(site: Site, rule: QuantizeRule, exact: jax.Array) -> Grid:
         exact: the weight's matrices `[*steps, B, K, N]`.
 
     Raises:
-        RecipeError: if groups do not divide what is summed over; the message names the granularity.
+        RecipeError: if groups do not divide the contracted dimension; the message names the granularity.
     """
     target = FORMATS[rule.weights]
     return make_grid(matrix.as_stored(site, exact), target, rule.granularity, rule.weight_range)
@@ -130,7 +130,7 @@ def given(grid: Grid) -> dict[str, jax.Array]:
 
 
 def grid_matrices(site: Site, grid: Grid) -> Grid:
-    """The grid with the axes of the weight's matrices: scale `[*steps, B, G, N]`, levels `[*steps, B, levels]`."""
+    """Reshape a grid to the axes of the weight's matrices: scale `[*steps, B, G, N]`, levels `[*steps, B, levels]`."""
     levels = grid.codebook
     if levels is not None:
         lead, batch = levels.shape[: site.stacked], matrix.matrix_shape(site)[0]
@@ -141,21 +141,21 @@ def grid_matrices(site: Site, grid: Grid) -> Grid:
 
 
 def nearest(values: jax.Array, grid: Grid, target: Format) -> jax.Array:
-    """The nearest values of a grid to matrices `[..., K, N]`."""
+    """Round matrices `[..., K, N]` to the nearest values of a grid."""
     return matrix_values(matrix_codes(values, grid, target), grid, target)
 
 
 def weight_report(
     site: Site, action: str, stored: Any, reason: str = "", metrics: Mapping[str, Any] | None = None
 ) -> SiteReport:
-    """A line on a site whose weight keeps its bytes."""
+    """Make the report of a site whose weight keeps its bytes."""
     size = leaf_bytes(stored.shape, stored.dtype)
     return SiteReport(site.name, action, reason, size, size, dict(metrics or {}))
 
 
 @takes(program=Program, plan=Plan)
 def round_to_nearest(program: Program, plan: Plan) -> tuple[Program, GivenGrids]:
-    """Round each planned weight to its grid in float: what storing it does, to compare methods with.
+    """Round each planned weight to its grid, in float, as storing it would do; a baseline for other methods.
 
     Returns:
         The program with rounded float weights, and its grids.
@@ -186,7 +186,7 @@ def round_to_nearest(program: Program, plan: Plan) -> tuple[Program, GivenGrids]
 
 @functools.partial(jax.jit, static_argnames=("like", "rule"))
 def _nearest(stored: jax.Array, like: Alike, rule: QuantizeRule) -> tuple[jax.Array, Grid]:
-    """A stored weight rounded to the nearest values of its grid, and that grid."""
+    """Round a stored weight to the nearest values of its grid; return it and the grid."""
     exact = matrix.stored_matrix(like.site, stored).astype(jnp.float32)
     grid = whole_grid(like.site, rule, exact)
     rounded = nearest(exact, grid_matrices(like.site, grid), FORMATS[rule.weights])

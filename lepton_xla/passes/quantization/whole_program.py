@@ -10,11 +10,11 @@ from typing import Any
 
 from lepton_xla.program import Program
 
-# A candidate must win by more than the clock's noise.
+# A candidate must win by more than the noise of measurement.
 WORTH_RATIO = 0.97
 
 type Variant = tuple[Callable[..., Any], Any]
-"""`fn(weights, *inputs)`, and its weights."""
+"""`fn(weights, *inputs)` and its weights."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,8 +23,8 @@ class WholeTiming:
 
     Attributes:
         sizes: sizes of the symbolic dimensions.
-        float_us: as the program had it.
-        set_us: with each of the tried sets of sites in integers.
+        float_us: time of the float program.
+        set_us: times with each tried set of sites in integers.
     """
 
     sizes: dict[str, int]
@@ -33,10 +33,10 @@ class WholeTiming:
 
 
 class WholeProgram:
-    """A program that is timed in variants of it.
+    """Times variants of a program.
 
     Attributes:
-        seconds: what all the timing took.
+        seconds: total time spent on timing.
     """
 
     def __init__(
@@ -47,15 +47,15 @@ class WholeProgram:
         time_programs: Callable[[Sequence[Variant], Any], list[float]],
         say: Callable[[str], None],
     ) -> None:
-        """Take what it times.
+        """Make the timer of variants.
 
         Args:
             program: the float program.
-            floating: the same, to be timed.
-            variant: `variant(sites, unpacked)`: the program with these sites computed from codes, and the others'
-                weights unpacked beforehand or on each call.
-            time_programs: gives microseconds.
-            say: called with a line as each size is timed.
+            floating: the float program as a variant.
+            variant: `variant(sites, unpacked)`: the program with these sites computed from codes, and the weights of
+                the others unpacked beforehand or on each call.
+            time_programs: measures variants, in microseconds.
+            say: called with a line for each size.
         """
         self.seconds = 0.0
         self._program = program
@@ -67,7 +67,7 @@ class WholeProgram:
     def sets(
         self, sets: Sequence[frozenset[str]], sizes: Sequence[Mapping[str, int]], unpacked: bool
     ) -> list[WholeTiming]:
-        """Time sets of sites in integers, the empty one first; one that lost at a size is infinite at later ones."""
+        """Time sets of sites in integers, the empty one first; a set that lost at a size is infinite at later ones."""
         left, found = list(range(len(sets))), list[WholeTiming]()
         for at in sizes:
             timed = self._time(at, [self._variant(sets[index], unpacked) for index in left])
@@ -84,18 +84,18 @@ class WholeProgram:
         tried: Sequence[WholeTiming],
         lowered_us: Mapping[int, float],
     ) -> tuple[bool, list[WholeTiming], dict[int, float]]:
-        """Whether weights are better unpacked once than on each call.
+        """Whether unpacking weights once is faster than on each call.
 
-        One size that gains decides. The others are then timed only where they were not before.
+        A gain at one size decides. The other sizes are then timed only if they were not before.
 
         Args:
             integer: the sites that are computed from codes.
-            sizes: at which.
-            tried: what `sets` gave at these sizes, unpacked; or nothing.
-            lowered_us: its times of this set, by the number of the size.
+            sizes: sizes at which to time.
+            tried: results of `sets` at these sizes with unpacked weights, if any.
+            lowered_us: its times of this set, by index of the size.
 
         Returns:
-            Whether it is, and all timings and times of the better one.
+            Whether it is; all timings; and the times of the better variant.
         """
         again: dict[int, WholeTiming] = {}
         once = False
