@@ -47,7 +47,7 @@ def outline_of(head: bytes, max_tensors: int) -> Outline:
     Raises:
         HTTPError: 400 where too much is left, or a string is too long.
     """
-    most, size = max_tensors * _BYTES_PER_TENSOR, len(head)
+    size = len(head)
     parts: list[bytes] = []
     arrays: dict[bytes, tuple[int, int]] = {}
     left = kept = at = 0
@@ -62,12 +62,22 @@ def outline_of(head: bytes, max_tensors: int) -> Outline:
             arrays[mark] = span
             at = kept = span[1]
         end = size if quote < 0 else _end_of_string(head, quote)
-        if left + end - kept > most:
-            raise HTTPError(400, f"the JSON part has more than {most} bytes beside the data of tensors")
+        check_size(left + end - kept, max_tensors)
         if quote < 0:
             return Outline(b"".join((*parts, head[kept:])), arrays)
         named = head[quote:end] == _KEY
         at = end
+
+
+def check_size(size_bytes: int, max_tensors: int) -> None:
+    """Refuses a JSON part that has too many bytes beside the data of tensors.
+
+    Raises:
+        HTTPError: 400.
+    """
+    most = max_tensors * _BYTES_PER_TENSOR
+    if size_bytes > most:
+        raise HTTPError(400, f"the JSON part has more than {most} bytes beside the data of tensors")
 
 
 def _array(head: bytes, start: int, stop: int) -> tuple[int, int] | None:

@@ -15,7 +15,7 @@ from lepton_xla.serve.errors import HTTPError, shortened
 from lepton_xla.serve.limits import Limits
 from lepton_xla.serve.protocol.datatypes import DATATYPES, Datatype
 from lepton_xla.serve.protocol.jsondata import PIECE_BYTES, read_data, slices
-from lepton_xla.serve.protocol.outline import check_members, outline_of
+from lepton_xla.serve.protocol.outline import check_members, check_size, outline_of
 from lepton_xla.serve.protocol.signature import Tensor
 
 type Arrays = dict[bytes, tuple[int, int]]
@@ -70,6 +70,7 @@ class RequestHead(msgspec.Struct, frozen=True):
 
 
 _DECODER = msgspec.json.Decoder(RequestHead)
+_ANYTHING = msgspec.json.Decoder(msgspec.Raw)
 
 
 def parse_head(head: bytes, limits: Limits) -> tuple[RequestHead, Arrays]:
@@ -92,6 +93,21 @@ def parse_head(head: bytes, limits: Limits) -> tuple[RequestHead, Arrays]:
         raise HTTPError(400, f"the request is not a valid inference request: {error}") from error
     except RecursionError as error:
         raise HTTPError(400, "the JSON part is nested too deeply") from error
+
+
+def check_unread(head: bytes, arrays: Arrays, limits: Limits) -> None:
+    """Checks the arrays that were cut out and belong to no tensor: they are ignored, but must be JSON, and few.
+
+    Raises:
+        HTTPError: 400.
+    """
+    check_size(sum(stop - start for start, stop in arrays.values()), limits.max_tensors)
+    for start, stop in arrays.values():
+        check_depth(head[start:stop], limits.max_json_depth)
+        try:
+            _ANYTHING.decode(head[start:stop])
+        except msgspec.DecodeError as error:
+            raise HTTPError(400, f"the request is not a valid inference request: {error}") from error
 
 
 def check_depth(head: bytes, limit: int) -> None:
@@ -210,13 +226,13 @@ def json_data(given: InputHead, tensor: Tensor, head: bytes, arrays: Arrays) -> 
         given: the input; checked.
         tensor: what the model takes.
         head: the JSON part that it came in.
-        arrays: as of `parse_head`.
+        arrays: as of `parse_head`; the one that is read is taken out.
     """
     where = f"input {given.name!r}"
     if tensor.datatype.element is None:
         raise HTTPError(400, f"{where}: {tensor.datatype.name} cannot be sent as JSON; use binary_data_size")
     assert given.data is not msgspec.UNSET
-    span = arrays.get(bytes(given.data)) if arrays and len(given.data) < _LONGEST_MARK else None
+    span = arrays.pop(bytes(given.data), None) if arrays and len(given.data) < _LONGEST_MARK else None
     if span is not None:
         return read_data(head, given.shape, tensor.datatype, where, span)
     return read_data(bytes(given.data), given.shape, tensor.datatype, where)

@@ -29,6 +29,7 @@ from lepton_xla.serve.protocol.request import (
     check_input,
     check_reserved,
     check_tensor_parameters,
+    check_unread,
     flag,
     json_data,
     number,
@@ -260,6 +261,7 @@ class Decoder:
         # Last, after all cheap checks.
         for index, given in in_json.items():
             arrays[index] = json_data(given, self._signature.inputs[index], head, cut)
+        check_unread(head, cut, self._limits)
         return spec
 
     def _fit(

@@ -159,6 +159,26 @@ def test_a_string_is_searched_for_its_end_so_far_and_no_further(unit):
         outline_of(b'"%b"' % (unit * (most // len(unit))), 1024)
 
 
+@pytest.mark.parametrize(
+    ("data", "same"),
+    [
+        ("[1, [2]]", True),
+        ("[1 2]", True),
+        ("[[1]", True),
+        ("[" * 70 + "]" * 70, True),
+        ("[1" + ", 1" * SIZE + "]", False),
+    ],
+    ids=["fine", "no JSON", "open", "deep", "long"],
+)
+def test_data_that_belongs_to_no_tensor_is_ignored_but_bounded_json(monkeypatch, data, same):
+    text = affine_json(np.arange(1, 5).reshape(1, 4), [1], more={"data": 0})
+    text = text.replace(b'"data": 0', f'"data": {data}'.encode())
+    monkeypatch.setattr(request, "PIECE_BYTES", 1 << 30)
+    whole = verdict(text)
+    monkeypatch.setattr(request, "PIECE_BYTES", 0)
+    assert verdict(text) == (whole if same else 400)
+
+
 GOOD = "[[1.0, 2.0, 3.0, 4.0]]"
 BAD = (
     "[1[, 2, 3, 4]]", "[[1, 2, 3], 4]", "[[1, 2, 3, ]4]", "[1, 2, 3, 4]]", "[1, 2, 3, 4,]", "[1, 2] [3, 4]",
