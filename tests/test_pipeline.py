@@ -363,7 +363,7 @@ def test_a_recipe_made_in_python_is_checked_too(net):
     rules = Recipe.parse('[[quantize]]\nsites = ".*"', name="python").quantize
     for change, message in [
         ({"weights": "int3"}, r"quantize\[0\].weights = 'int3': expected one of int8, int4, "),
-        ({"weights": "nf4"}, r"quantize\[0\].activations = 'int8': there is no product with weights = 'nf4'"),
+        ({"weights": "nf4"}, r"quantize\[0\].activations = 'int8': there is no quantized product with weights = 'nf4'"),
         ({"granularity": "row"}, r"quantize\[0\].granularity"),
         ({"sites": "("}, r"quantize\[0\].sites = '\(' is not a regular expression"),
     ]:

@@ -21,7 +21,7 @@ COMMANDS = {
     "inspect": "Show the contents of an artifact.",
     "verify": "Check every file of an artifact against its digest.",
     "eval": "Compare an artifact's accuracy with the float model's.",
-    "bench": "Measure an artifact's latency and compare it with the float model's.",
+    "bench": "Compare an artifact's latency with the float model's.",
     "predict": "Run an artifact on input files.",
     "serve": "Serve an artifact over HTTP.",
     "load": "Send load to a server and measure its latency.",

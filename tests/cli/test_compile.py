@@ -144,7 +144,7 @@ def test_an_artifact_is_replaced_only_on_request(cli, plain, artifact, tmp_path)
         ("calibration=[{'x': data}, None]", "", "calibration batch 1 is a NoneType, not a dict"),
         ("fn=far", "def far(weights, x): return fn(weights, x * 1e30 * 1e30)", "'hidden' is not finite on the calibr"),
         ("evaluate=broken", "def broken(predict): return {}['a']", "evaluate fails: KeyError"),
-        ("evaluate=broken", "def broken(predict): return predict(y=data)", "inputs ['y'] came"),
+        ("evaluate=broken", "def broken(predict): return predict(y=data)", "got inputs ['y']"),
         ("evaluate=broken", "def broken(predict): return {'a': 'good'}", "evaluate fails: ValueError"),
     ],
 )  # fmt: skip

@@ -103,7 +103,7 @@ def test_plan_says_why_a_site_is_kept(cli, variant, tmp_path):
         ("[[prune]]\nsites = '.*'\nsparsity = 0.5\nspeed = 1", "unknown key 'speed'"),
         ("[[quantize]]\nsites = '.*'\nweights = 'int9'", "quantize[0].weights = 'int9': expected one of int8, int4"),
         ("[[quantize]]\nsites = '.*'\ngranularity = 'group:7'", "'group:7' does not divide the 16 rows"),
-        ("[[quantize]]\nsites = '.*'\nactivations = 'fp8_e4m3'", "there is no product with weights = 'int8'"),
+        ("[[quantize]]\nsites = '.*'\nactivations = 'fp8_e4m3'", "there is no quantized product with weights = 'int8'"),
         ("cast = 'int8'", "cast = 'int8': expected one of none, "),
         ("[[quantize]]\nsites = 'nothing/.*'", "quantize[0].sites = 'nothing/.*' matches none"),
         ("[[quantize]]\nsites = '('", "quantize[0].sites = '(' is not a regular expression"),

@@ -65,7 +65,7 @@ def test_without_evaluate_and_calibration(cli, variant):
     ("args", "part"),
     [
         (["--recipe", "prune50"], "recipe 'prune50' quantizes no weight"),
-        (["--metric", "accuracy"], "no metric 'accuracy': evaluate gives mean, largest"),
+        (["--metric", "accuracy"], "no metric 'accuracy': evaluate returns mean, largest"),
         (["--top", "0"], "--top"),
         (["-o", "nowhere/a.json"], "nowhere/a.json: the folder"),
         (["--plot", "nowhere/a.png"], "a.png: the folder"),
