@@ -5,7 +5,11 @@ _SHOWN = 300
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message, cut where it is long: what JAX and XLA add after it is for themselves."""
+    """The first line of an error's message, cut where it is long: what JAX and XLA add after it is for themselves.
+
+    >>> first_line(ValueError(f"no such thing{chr(10)}because"))
+    'no such thing'
+    """
     lines = str(error).strip().splitlines()
     return lines[0][:_SHOWN] if lines else "no message"
 

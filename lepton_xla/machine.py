@@ -38,7 +38,11 @@ def cpu_features(text: str | None = None) -> tuple[str, ...]:
 
 
 def cpu_features_digest() -> str:
-    """A short hash of `cpu_features()`."""
+    """A short hash of `cpu_features()`.
+
+    >>> len(cpu_features_digest())
+    16
+    """
     return hashlib.sha256(" ".join(cpu_features()).encode()).hexdigest()[:16]
 
 
@@ -53,7 +57,11 @@ def cpu_model(text: str | None = None) -> str:
 
 
 def usable_cores() -> int:
-    """How many cores this process may run on."""
+    """How many cores this process may run on.
+
+    >>> usable_cores() >= 1
+    True
+    """
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

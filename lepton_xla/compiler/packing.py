@@ -26,7 +26,13 @@ def needs_packing(dtype: str) -> bool:
 
 
 def pack(array: np.ndarray) -> np.ndarray:
-    """Convert an array to flat bytes; elements narrower than a byte are packed, the first in the low bits."""
+    """Convert an array to flat bytes; elements narrower than a byte are packed, the first in the low bits.
+
+    >>> import ml_dtypes
+    >>> packed = pack(np.array([1, -1, 2], ml_dtypes.int4))
+    >>> packed.nbytes, unpack(packed, (3,), "int4").tolist()
+    (2, [1, -1, 2])
+    """
     bits = _bits(array.dtype)
     flat = np.ascontiguousarray(array).reshape(-1)
     if bits == 8:
@@ -52,7 +58,12 @@ def packed_size(shape: Sequence[int], dtype: str) -> int:
 
 
 def unpack(packed: np.ndarray, shape: Sequence[int], dtype: str) -> np.ndarray:
-    """The inverse of `pack`."""
+    """The inverse of `pack`.
+
+    >>> import ml_dtypes
+    >>> unpack(pack(np.array([1, -1], ml_dtypes.int4)), (2,), "int4").tolist()
+    [1, -1]
+    """
     kind = jnp.dtype(dtype)
     bits = _bits(kind)
     if bits == 8:
@@ -99,7 +110,11 @@ def to_words(array: np.ndarray) -> np.ndarray:
 
 
 def from_words(words: np.ndarray, shape: Sequence[int], dtype: str) -> np.ndarray:
-    """The inverse of `to_words`."""
+    """The inverse of `to_words`.
+
+    >>> from_words(to_words(np.float32([1.5])), (1,), "float32").tolist()
+    [1.5]
+    """
     kind = jnp.dtype(dtype)
     if _bits(kind) < 8:
         return unpack(words, shape, dtype)

@@ -64,6 +64,10 @@ def table_sizes(jaxpr: Any, inputs: Sequence[str]) -> dict[str, int]:
     Args:
         jaxpr: the jaxpr of the model; the inputs are its last variables.
         inputs: their names.
+
+    >>> jaxpr = jax.make_jaxpr(lambda table, ids: table[ids])(jnp.ones((10, 2)), jnp.array([1, 2]))
+    >>> table_sizes(jaxpr, ["table", "ids"])
+    {'ids': 10}
     """
     found: dict[str, int] = {}
     opened, _ = _compat.open_jaxpr(jaxpr)

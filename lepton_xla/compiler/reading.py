@@ -32,7 +32,7 @@ _ALIGNMENT = 64
 
 
 def read_all(leaves: Sequence[WeightLeaf], packed_rows: Sequence[int], files: VerifiedFiles) -> list[np.ndarray]:
-    """Reads leaves into new arrays that start on a 64-byte boundary, in parallel over files.
+    """Read leaves into new arrays that start on a 64-byte boundary, in parallel over files.
 
     Args:
         leaves: the manifest's.
@@ -114,7 +114,7 @@ class _PackedLeaf:
         return cls(leaf, out, tuple((out[region], group) for region, group in zip(regions, groups, strict=True)))
 
     def read(self, rows: np.ndarray) -> None:
-        """Decodes all parts from the packed array, uint8 `[rows, length]`."""
+        """Decode all parts from the packed array, uint8 `[rows, length]`."""
         for part, group in self.parts:
             streams = [rows[piece.row, piece.start : piece.start + piece.size] for piece in group if piece.size]
             streams += [rows[:0].reshape(-1)] * (len(group) - len(streams))
@@ -199,7 +199,11 @@ class _ZarrLeaf:
 
 
 def aligned_empty(shape: Sequence[int], dtype: Any) -> np.ndarray:
-    """An uninitialized array whose memory XLA:CPU can use without a copy."""
+    """An uninitialized array whose memory XLA:CPU can use without a copy.
+
+    >>> aligned_empty((3, 5), "float32").ctypes.data % 64
+    0
+    """
     size = math.prod(shape) * np.dtype(dtype).itemsize
     buffer = np.empty(size + _ALIGNMENT, np.uint8)
     start = -buffer.ctypes.data % _ALIGNMENT

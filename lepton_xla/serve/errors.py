@@ -10,7 +10,11 @@ _MOST_QUOTED = 8
 
 
 def shortened(value: object) -> str:
-    """`repr` of what a client sent, of no more of it than a message has room for."""
+    """`repr` of what a client sent, of no more of it than a message has room for.
+
+    >>> shortened([1, 2, "x"]), len(shortened("x" * 10_000)) < 200
+    ("[1, 2, 'x']", True)
+    """
     if isinstance(value, str) and len(value) > _LONGEST_QUOTE:
         return f"{value[:_LONGEST_QUOTE]!r}..."
     if isinstance(value, list | tuple):

@@ -14,7 +14,11 @@ type Key = tuple[str, str]
 
 
 def fresh(base: str, what: str, taken: Container[str]) -> str:
-    """Make the name `base:what`; append `:what` until the name is not taken."""
+    """Make the name `base:what`; append `:what` until the name is not taken.
+
+    >>> fresh("dense", "bias", {"dense:bias"})
+    'dense:bias:bias'
+    """
     name = f"{base}:{what}"
     while name in taken:
         name += f":{what}"

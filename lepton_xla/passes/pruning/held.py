@@ -21,6 +21,10 @@ def held_last(scores: jax.Array, kept: jax.Array | None) -> jax.Array:
     Args:
         scores: float32, not negative.
         kept: bool of their shape, False where held; None if nothing is.
+
+    >>> scores = held_last(jnp.array([0.0, 2.0, 3.0]), jnp.array([True, False, True]))
+    >>> np.argsort(scores).tolist()
+    [1, 0, 2]
     """
     if kept is None:
         return scores
@@ -55,6 +59,9 @@ def dropped_so_far(units: Sequence[jax.Array], lead: int) -> jax.Array:
     Args:
         units: units of weights that are ranked together, False where pruned.
         lead: number of leading axes, the same for all.
+
+    >>> int(dropped_so_far([jnp.array([True, False]), jnp.array([False, False])], lead=0))
+    3
     """
     counts = [jnp.sum(~part, axis=tuple(range(lead, part.ndim)), dtype=jnp.uint32) for part in units]
     return sum(counts[1:], counts[0])
@@ -65,6 +72,9 @@ def dropped_of_each_group(kept: jax.Array, rows: int) -> jax.Array:
 
     Args:
         kept: bool `[..., K, N]`, `rows` dividing K.
+
+    >>> int(dropped_of_each_group(jnp.array([[True], [False], [True], [True]]), rows=2))
+    1
     """
     groups = max(1, math.prod(kept.shape) // rows)
     dropped = jnp.sum(~kept, dtype=jnp.uint32)

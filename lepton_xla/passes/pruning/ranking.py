@@ -170,6 +170,9 @@ def exact_mean(values: jax.Array, axes: tuple[int, ...], lead: int = 0) -> jax.A
 
     Returns:
         float32 without these axes; infinite where a value is not finite.
+
+    >>> exact_mean(jnp.array([[1.0, 3.0], [5.0, 7.0]]), (1,)).tolist()
+    [2.0, 6.0]
     """
     count = math.prod(values.shape[axis] for axis in axes)
     if count == 1:
@@ -200,6 +203,9 @@ def largest_of_each(scores: jax.Array, lead: int) -> jax.Array:
 
     Returns:
         A bool array of their shape, bit-identical on any mesh.
+
+    >>> largest_of_each(jnp.array([[1.0, 3.0], [7.0, 5.0]]), lead=1).tolist()
+    [[False, True], [True, False]]
     """
     axes, keys = tuple(range(lead, scores.ndim)), _keys(scores)
     most = keys == _beside(jnp.max(keys, axis=axes), keys)

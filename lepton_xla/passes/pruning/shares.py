@@ -96,6 +96,9 @@ def erk_densities(elements: Sequence[int], ratios: Sequence[float], sparsity: An
 
     Returns:
         For each weight `min(1, e * ratio)`, with `e` such that all weights together have that sparsity.
+
+    >>> [round(float(density), 3) for density in erk_densities([100, 10_000], [0.2, 0.02], 0.8)]  # 10x10 and 100x100
+    [1.0, 0.192]
     """
     library: Any = jnp if isinstance(sparsity, jax.Array) else np
     order = sorted(range(len(ratios)), key=lambda index: -ratios[index])

@@ -84,7 +84,7 @@ class WholeProgram:
         tried: Sequence[WholeTiming],
         lowered_us: Mapping[int, float],
     ) -> tuple[bool, list[WholeTiming], dict[int, float]]:
-        """Whether unpacking weights once is faster than on each call.
+        """Tell whether unpacking weights once is faster than on each call.
 
         A gain at one size decides. The other sizes are then timed only if they were not before.
 
@@ -118,5 +118,9 @@ class WholeProgram:
 
 
 def loses(set_us: float, empty_us: float) -> bool:
-    """Whether a set of sites is out, however fast it is at other sizes; the empty one never is."""
+    """Tell whether a set of sites is out, however fast it is at other sizes; the empty one never is.
+
+    >>> loses(30.0, 20.0), loses(10.0, 20.0)
+    (True, False)
+    """
     return set_us != empty_us and WORTH_RATIO * set_us > empty_us

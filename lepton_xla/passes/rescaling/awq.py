@@ -58,6 +58,9 @@ def awq_factor(mean_abs: jax.Array, exponent: float | jax.Array) -> jax.Array:
 
     Returns:
         Positive and finite; 1 for channels that are always zero.
+
+    >>> awq_factor(jnp.array([1.0, 16.0, 0.0]), 0.5).tolist()
+    [0.5, 2.0, 1.0]
     """
     alive = mean_abs > 0
     factor = jnp.where(alive, mean_abs, jnp.ones_like(mean_abs)) ** exponent

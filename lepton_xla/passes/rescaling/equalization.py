@@ -84,7 +84,11 @@ def equalize(program: Program, plan: Plan, *, rounds: int = 20, tolerance: float
 
 @jax.jit
 def pair_factor(first: jax.Array, second: jax.Array) -> jax.Array:
-    """The divisor of the first weight's channels: `sqrt(first / second)`, or 1 if either range is zero."""
+    """The divisor of the first weight's channels: `sqrt(first / second)`, or 1 if either range is zero.
+
+    >>> pair_factor(jnp.array([1.0, 100.0]), jnp.array([1.0, 1.0])).tolist()
+    [1.0, 10.0]
+    """
     alive = (first > 0) & (second > 0)
     one = jnp.ones_like(first)
     ratio = jnp.where(alive, first, one) / jnp.where(alive, second, one)

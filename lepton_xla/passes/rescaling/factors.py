@@ -38,7 +38,11 @@ class FactorGroup:
 
 
 def usable(factor: jax.Array, *, limit: float = 1e4) -> jax.Array:
-    """Make a factor safe to divide by: 1 where it is not finite or not positive, clipped to limits."""
+    """Make a factor safe to divide by: 1 where it is not finite or not positive, clipped to limits.
+
+    >>> usable(jnp.array([2.0, 0.0, jnp.inf])).tolist()
+    [2.0, 1.0, 1.0]
+    """
     safe = jnp.where(jnp.isfinite(factor) & (factor > 0), factor, jnp.ones_like(factor))
     return jnp.clip(safe, 1 / limit, limit)
 

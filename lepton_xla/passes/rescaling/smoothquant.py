@@ -49,6 +49,9 @@ def smooth_factor(act_absmax: jax.Array, weight_absmax: jax.Array, alpha: float)
 
     Returns:
         Positive and finite; 1 for channels whose inputs or weights are all zero.
+
+    >>> smooth_factor(jnp.array([16.0, 1.0]), jnp.array([1.0, 1.0]), 0.5).tolist()
+    [4.0, 1.0]
     """
     alive = (act_absmax > 0) & (weight_absmax > 0)
     one = jnp.ones_like(act_absmax)

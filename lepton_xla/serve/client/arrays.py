@@ -52,6 +52,10 @@ def encode_infer(
 
     Raises:
         InputError: for an array that the protocol, or JSON, cannot carry.
+
+    >>> head, tensors = encode_infer({"x": np.float32([1, 2])})
+    >>> head.startswith(b'{"inputs":[{"name":"x","shape":[2]'), len(tensors[0])
+    (True, 8)
     """
     described: list[dict[str, Any]] = []
     tail: list[bytes | memoryview] = []
@@ -121,6 +125,9 @@ def decode_infer(body: bytes, head_bytes: int | None) -> dict[str, np.ndarray]:
 
     Raises:
         ValueError: for an answer that the protocol does not allow.
+
+    >>> decode_infer(b'{"outputs": [{"name": "y", "datatype": "FP32", "shape": [2], "data": [1, 2]}]}', None)
+    {'y': array([1., 2.], dtype=float32)}
     """
     size = len(body) if head_bytes is None else head_bytes
     if not 0 <= size <= len(body):

@@ -160,6 +160,9 @@ def only(index: Any) -> str:
 
     Raises:
         InputError: where it has none or several.
+
+    >>> only([{"name": "digits"}])
+    'digits'
     """
     names = sorted({str(entry["name"]) for entry in index})
     if len(names) != 1:
@@ -245,5 +248,9 @@ class Caller:
 
 
 def route(model: str) -> str:
-    """The path of a model."""
+    """The path of a model.
+
+    >>> route("digits")
+    '/v2/models/digits'
+    """
     return f"/v2/models/{quote(model, safe='')}"

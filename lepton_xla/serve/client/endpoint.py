@@ -81,6 +81,10 @@ def endpoint(
 
     Raises:
         ServeError: for a URL, token or file that cannot be used.
+
+    >>> there = endpoint("http+unix://%2Frun%2Fdigits.sock")
+    >>> there.unix, there.host
+    (True, '/run/digits.sock')
     """
     parts = urlsplit(url if "://" in url else f"http://{url}")
     unix = parts.scheme == "http+unix"

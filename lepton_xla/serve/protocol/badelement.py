@@ -20,6 +20,9 @@ def describe(piece: bytes, kind: Any, first: int, shape: Sequence[int] | None) -
         kind: the type.
         first: how many elements are before them.
         shape: of the array where it is nested; None where it is flat.
+
+    >>> describe(b'1.0, "x"', float, 0, None)
+    ': Expected `float`, got `str` - at `$[1]`'
     """
     try:
         elements = _ELEMENTS.decode(b"[" + piece.replace(b"[", b" ").replace(b"]", b" ") + b"]")

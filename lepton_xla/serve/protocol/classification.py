@@ -23,6 +23,9 @@ def classes_shape(shape: Sequence[int], count: int, *, batched: bool) -> tuple[i
         shape: the tensor's.
         count: how many of the largest elements are asked for; there may be fewer.
         batched: whether its first dimension counts rows, or all of it is one.
+
+    >>> classes_shape((8, 10), 3, batched=True), classes_shape((10,), 3, batched=False)
+    ((8, 3), (3,))
     """
     rows = tuple(shape[:1]) if batched else ()
     return (*rows, min(count, math.prod(shape[len(rows) :])))
@@ -34,6 +37,9 @@ def top_classes(rows: np.ndarray[Any, Any], count: int) -> Iterator[str]:
     Args:
         rows: of any number of elements, `[row, element]`.
         count: how many, at most the number of elements.
+
+    >>> list(top_classes(np.float32([[0.1, 0.7, 0.2]]), 2))
+    ['0.7:1', '0.2:2']
     """
     wide = rows.dtype if rows.dtype.kind in "biu" else np.result_type(rows.dtype, np.float32)
     for row in rows.astype(wide, copy=False) if count else ():
@@ -58,7 +64,12 @@ def _largest(row: np.ndarray[Any, Any], count: int) -> np.ndarray[Any, Any]:
 
 
 def pack(texts: Iterable[str]) -> bytes:
-    """The binary form of a BYTES tensor: each element behind its length, four bytes, little-endian."""
+    """The binary form of a BYTES tensor: each element behind its length, four bytes, little-endian.
+
+    >>> text = pack(["0.7:1"])
+    >>> list(text[:4]), text[4:]
+    ([5, 0, 0, 0], b'0.7:1')
+    """
     parts: list[bytes] = []
     for text in texts:
         element = text.encode()

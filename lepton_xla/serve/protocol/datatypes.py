@@ -71,6 +71,9 @@ def datatype_of(dtype: str) -> Datatype:
 
     Raises:
         ServeError: for a dtype the protocol cannot carry, such as `int4` or `float8_e4m3fn`.
+
+    >>> datatype_of("float32").name
+    'FP32'
     """
     found = _BY_DTYPE.get(dtype)
     if found is None:

@@ -20,7 +20,7 @@ _LEVEL = 1  # a server's time is dearer than the last tenth of a size
 
 
 def inflate(body: bytes, coding: str, max_bytes: int) -> bytes:
-    """Decompresses a request body.
+    """Decompress a request body.
 
     Args:
         body: as sent.
@@ -29,6 +29,9 @@ def inflate(body: bytes, coding: str, max_bytes: int) -> bytes:
 
     Raises:
         HTTPError: 415 for another coding, 400 for a damaged or truncated body, 413 if it becomes too large.
+
+    >>> inflate(deflate(b"tensors", "gzip"), "gzip", max_bytes=100)
+    b'tensors'
     """
     coding = _SAME.get(coding, coding)
     window = _WINDOW.get(coding)
@@ -65,6 +68,9 @@ def inflate_short(body: bytes, coding: str, max_bytes: int) -> bytes | None:
 
     Raises:
         HTTPError: 415 or 400, as `inflate`.
+
+    >>> inflate_short(deflate(bytes(1000), "gzip"), "gzip", max_bytes=100) is None
+    True
     """
     if len(body) > max_bytes:
         return None
@@ -77,7 +83,11 @@ def inflate_short(body: bytes, coding: str, max_bytes: int) -> bytes | None:
 
 
 def choose(accept_encoding: str) -> str | None:
-    """The coding to answer with: the one of ours that `Accept-Encoding` weighs most, or None for no coding."""
+    """The coding to answer with: the one of ours that `Accept-Encoding` weighs most, or None for no coding.
+
+    >>> choose("gzip;q=0.5, deflate"), choose("br")
+    ('deflate', None)
+    """
     best, best_weight = None, 0.0
     listed: dict[str, float] = {}
     for item in accept_encoding[:_LONGEST_ACCEPT].lower().split(","):
@@ -99,6 +109,10 @@ def choose(accept_encoding: str) -> str | None:
 
 
 def deflate(body: bytes, coding: str) -> bytes:
-    """Compresses a response body with a coding that `choose` gave."""
+    """Compress a response body with a coding that `choose` gave.
+
+    >>> len(deflate(bytes(1000), "deflate")) < 100
+    True
+    """
     stream = zlib.compressobj(_LEVEL, wbits=_WINDOW[coding])
     return stream.compress(body) + stream.flush()

@@ -54,6 +54,10 @@ def read_data(
     Raises:
         HTTPError: 400 for what is no such array: elements of another type or out of its range, or another number or
             nesting of them.
+
+    >>> from lepton_xla.serve.protocol.datatypes import datatype_of
+    >>> read_data(b"[1, 2, 3]", [3], datatype_of("uint8"), "input 'x'").tolist()
+    [1, 2, 3]
     """
     dtype, decoder = datatype.dtype, _decoder(datatype.name)
     assert dtype is not None
@@ -103,6 +107,9 @@ def write_data(values: np.ndarray[Any, Any], where: str) -> bytes:
 
     Raises:
         HTTPError: 400 for NaN or infinity, which JSON has no way to write; the client has to ask for binary.
+
+    >>> write_data(np.float32([0.5, 2.0]), "output 'y'")
+    b'[0.5,2.0]'
     """
     if values.dtype.kind == "f" and not np.isfinite(values).all():
         raise HTTPError(400, f"{where} holds NaN or infinity, which JSON cannot carry; ask for binary_data")

@@ -74,7 +74,7 @@ _ANYTHING = msgspec.json.Decoder(msgspec.Raw)
 
 
 def parse_head(head: bytes, limits: Limits) -> tuple[RequestHead, Arrays]:
-    """Parses the JSON part; `data` stays unread.
+    """Parse the JSON part; `data` stays unread.
 
     Returns:
         What it says; and where in `head` the data lies that was cut out of a long one, by what stands in its place.
@@ -111,10 +111,15 @@ def check_unread(head: bytes, arrays: Arrays, limits: Limits) -> None:
 
 
 def check_depth(head: bytes, limit: int) -> None:
-    """Refuses JSON nested more than `limit` deep, without recursion.
+    """Refuse JSON nested more than `limit` deep, without recursion.
 
     Raises:
         HTTPError: 400.
+
+    >>> check_depth(b"[[1]]", limit=2)
+    >>> check_depth(b"[[[1]]]", limit=2)
+    Traceback (most recent call last):
+    lepton_xla.serve.errors.HTTPError: the JSON part is nested more than 2 deep
     """
     size = len(head)
     if sum(head.count(b"[", start, stop) + head.count(b"{", start, stop) for start, stop in slices(size)) <= limit:
@@ -139,7 +144,7 @@ def check_depth(head: bytes, limit: int) -> None:
 
 
 def check_reserved(parameters: Parameters | None) -> None:
-    """Refuses parameters of the request that mean something to the protocol and nothing here."""
+    """Refuse parameters of the request that mean something to the protocol and nothing here."""
     for name, value in (parameters or {}).items():
         if name.startswith("triton_") or name == "headers":
             raise HTTPError(400, f"parameter {shortened(name)} is reserved")
@@ -151,7 +156,7 @@ def check_reserved(parameters: Parameters | None) -> None:
 
 
 def check_tensor_parameters(parameters: Parameters | None, where: str) -> None:
-    """Refuses tensor parameters of extensions that are not offered."""
+    """Refuse tensor parameters of extensions that are not offered."""
     for name in parameters or ():
         if name.startswith("shared_memory_"):
             raise HTTPError(400, f"{where}: shared memory is not supported; send tensors in the body")
@@ -174,7 +179,7 @@ def number(parameters: Parameters | None, name: str, where: str) -> int:
 
 
 def check_input(given: InputHead, tensor: Tensor, sizes: dict[str, int]) -> int:
-    """Checks datatype and shape, notes the sizes of symbols, and gives the number of elements."""
+    """Check datatype and shape, notes the sizes of symbols, and gives the number of elements."""
     where = f"input {tensor.name!r}"
     if given.datatype != tensor.datatype.name:
         known = "" if given.datatype in DATATYPES else ", which is no datatype of the protocol"

@@ -151,6 +151,10 @@ def find(method: bytes, target: bytes) -> tuple[Route, dict[str, str]]:
     Raises:
         HTTPError: 400 for a target that is no path, 404 where there is no such path, 405 where it takes another
             method.
+
+    >>> route, parameters = find(b"GET", b"/v2/models/digits/ready")
+    >>> parameters
+    {'model': 'digits'}
     """
     path = target.partition(b"?")[0]
     if path == b"*" and method == b"OPTIONS":

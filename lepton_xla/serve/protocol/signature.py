@@ -49,12 +49,12 @@ class Servable(Described, Protocol):
     ...     inputs = outputs = {"x": lx.TensorSpec(("batch", 4), "float32")}
     ...     def run(self, sizes, arrays):
     ...         return [2 * arrays[0]]
-    >>> signature_of(Double()).ladder
+    >>> signature_of(Double()).bucket_sizes
     (1, 8)
     """
 
     def run(self, sizes: Mapping[str, int], arrays: Sequence[np.ndarray]) -> Sequence[np.ndarray]:
-        """Runs the executable of these sizes on inputs of exactly that shape, in order; gives the outputs in order."""
+        """Run the executable of these sizes on inputs of exactly that shape, in order; gives the outputs in order."""
         ...
 
 
@@ -170,7 +170,11 @@ def _batch_symbol(inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> str | 
 
 
 def is_safe(name: str) -> bool:
-    """Whether a name may appear in a URL, a log line and a metric label."""
+    """Tell whether a name may appear in a URL, a log line and a metric label.
+
+    >>> is_safe("digits-v2"), is_safe("a/b"), is_safe("..")
+    (True, False, False)
+    """
     return (
         0 < len(name) <= 255
         and name == name.strip()

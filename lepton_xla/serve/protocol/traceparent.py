@@ -44,6 +44,11 @@ def valid(value: bytes) -> bytes | None:
     """The value of a `traceparent` header if it is one, as version 00; else None.
 
     A later version is read as far as version 00 goes, as the standard asks.
+
+    >>> valid(b"00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01")
+    b'00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01'
+    >>> valid(b"nonsense") is None
+    True
     """
     value = value.strip()
     found = _TRACEPARENT.fullmatch(value)
