@@ -132,3 +132,32 @@ def test_a_second_round_does_only_what_is_different(monkeypatch: pytest.MonkeyPa
     assert "0/kernel" not in {site.site for site in smooth.sites if site.action == MULTIPLIED}
     assert sorted(rounded) == ["0/kernel", "0/kernel", "1/kernel", "2/kernel"]
     assert max(tried[len(tried) // 2 :]) <= 3  # float, none of the sites, and those that the first round chose
+
+
+def test_equal_layers_are_pruned_and_folded_by_what_is_compiled_once(compiles: Compiles) -> None:
+    recipe = {
+        method: lx.Recipe.parse(
+            f'fold = false\n[[prune]]\nsites = ".*"\nmethod = "{method}"\npattern = "2:4"', name="p"
+        )
+        for method in ("wanda", "sparsegpt")
+    }
+    counts: dict[str, list[int]] = {name: [] for name in (*recipe, "fold")}
+    for layers in (2, 6):
+        program, data = mlp((24,) * layers, 24)
+        for method in recipe:
+            before = compiles.count
+            lx.optimize(program, recipe[method], calibration=data, buckets={"batch": (4,)})
+            counts[method].append(compiles.count - before)
+        weights = {f"{index}": {"w": jnp.ones((20, 20)), "s": jnp.full(20, 2.0)} for index in range(layers)}
+
+        def scaled(weights: Any, x: jax.Array, layers: int = layers) -> jax.Array:
+            for index in range(layers):
+                x = jax.nn.relu((x @ weights[f"{index}"]["w"]) * weights[f"{index}"]["s"][None])
+            return x
+
+        affine = lx.trace(scaled, weights, {"x": lx.TensorSpec(("batch", 20), "float32")})
+        before = compiles.count
+        folded = lx.passes.fold(affine)
+        counts["fold"].append(compiles.count - before)
+        np.testing.assert_array_equal(folded.weights["0/w"], np.full((20, 20), 2.0))
+    assert all(many <= few + 2 for few, many in counts.values()), counts

@@ -254,18 +254,18 @@ def _in_rounds(
 
 
 def _with_seconds(program: Program, before: Sequence[PassReport], start: int) -> Program:
-    """The program with the seconds of a round before added to those of the same passes, from `start` of its history."""
+    """The program with what a round before took added to what the same passes took, from `start` of its history."""
     spent = {report.name: report for report in before}
 
     def both(report: PassReport) -> PassReport:
         first = spent.get(report.name)
         if first is None:
             return report
-        parts = {
-            part: seconds + first.metrics.get("seconds", {}).get(part, 0.0)
-            for part, seconds in report.metrics.get("seconds", {}).items()
-        }
-        metrics = report.metrics | ({"seconds": parts} if parts else {})
+        metrics = dict(report.metrics)
+        for key in ("seconds", "times"):
+            one, other = first.metrics.get(key, {}), report.metrics.get(key, {})
+            if one or other:
+                metrics[key] = {part: one.get(part, 0) + other.get(part, 0) for part in {**one, **other}}
         return dataclasses.replace(report, seconds=report.seconds + first.seconds, metrics=metrics)
 
     history = (*program.history[:start], *map(both, program.history[start:]))

@@ -461,6 +461,6 @@ def _timings(
         for number, site in enumerate(found):
             say(f"time {site.name}", number, len(found))
             rule = rules[site.name]
-            if rule.activations != "none" and not products.float_reason(site, rule):
+            if rule.activations != "none" and not products.float_reason(site, rule, timer.target):
                 timings.setdefault(site.name, []).append(compare(site, rule, at, timer))
     return timings

@@ -15,6 +15,8 @@ from jax.sharding import PartitionSpec as P
 import lepton_xla as lx
 from lepton_xla import _compat
 from lepton_xla.passes import awq, calibrate, correct_bias, equalize, fake_quant, gptq, lower, prune, smooth
+from lepton_xla.passes.core.targets import Target
+from lepton_xla.passes.core.timing import Timer
 from lepton_xla.passes.planning import resolve
 from lepton_xla.passes.quantization import measurement
 from lepton_xla.passes.quantization.rounding import round_to_nearest
@@ -256,14 +258,14 @@ def test_fp8_products_of_two_activations(monkeypatch):
         ("kept float", "the platform 'cpu' has no fp8 product, so it stays float")
     ] * 2
     np.testing.assert_array_equal(run(small, X), run(ONE, X))
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(lx.passes.quantization.products, "SAFE_FP8_VALUES", 0)
-    small = lower(ONE, plan)
+    timer = Timer(Target("gpu"))
+    small = lower(ONE, plan, timer=timer)
     dtypes = [left.dtype.name for left in left_operands(small, {"batch": 4, "seq": 5})]
     assert dtypes.count("float8_e4m3fn") == 2
     exact = np.asarray(run(ONE, X))
     assert 1e-3 < np.abs(np.asarray(run(small, X)) - exact).max() / np.abs(exact).max() < 0.1
-    both = lower(ONE, resolve(recipe(PAIR, 'weights = "fp8_e4m3"\nactivations = "fp8_e5m2"'), ONE))
+    both = lower(ONE, resolve(recipe(PAIR, 'weights = "fp8_e4m3"\nactivations = "fp8_e5m2"'), ONE), timer=timer)
     assert "no platform multiplies fp8_e5m2 by itself, so it stays float" in both.history[-1].sites[0].reason
 
 

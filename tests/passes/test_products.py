@@ -12,6 +12,7 @@ from jax import lax
 
 from lepton_xla.passes import find_sites
 from lepton_xla.passes.core.sites import lay_out
+from lepton_xla.passes.core.targets import Target
 from lepton_xla.passes.quantization import products
 from lepton_xla.program import TensorSpec, trace
 from lepton_xla.quant import FORMATS, absmax_scale, encode
@@ -409,16 +410,19 @@ def test_which_products_of_two_activations_are_left(fn, options, reason):
 def test_sums_that_int32_may_not_hold_stay_float():
     ones = jax.ShapeDtypeStruct((2, 133_144), jnp.float32)
     site = pair_site((((1,), (1,)), ((), ())), ones, ones)
-    assert products.float_reason(site, rule('products = "all"')) == ""
+    assert products.float_reason(site, rule('products = "all"'), Target("cpu")) == ""
     ones = jax.ShapeDtypeStruct((2, 133_145), jnp.float32)
     site = pair_site((((1,), (1,)), ((), ())), ones, ones)
     assert "it sums over 133145 products, which int32 may not hold, so it stays float" in products.float_reason(
-        site, rule('products = "all"')
+        site, rule('products = "all"'), Target("cpu")
     )
-    assert products.float_reason(site, rule('products = "all"\nweights = "int4"\nactivations = "int4"')) == ""
+    small = rule('products = "all"\nweights = "int4"\nactivations = "int4"')
+    assert products.float_reason(site, small, Target("cpu")) == ""
     specs = {"x": TensorSpec((2, 133_145), "float32")}
     (site,) = find_sites(trace(lambda w, x: x @ w["w"], {"w": jnp.ones((133_145, 1))}, specs))
-    assert "int32 may not hold, so only the weight is stored small" in products.float_reason(site, rule(""))
+    assert "int32 may not hold, so only the weight is stored small" in products.float_reason(
+        site, rule(""), Target("cpu")
+    )
 
 
 def dots_of(fn, *args):
@@ -501,13 +505,14 @@ def test_fp8_of_small_matrices_is_multiplied_as_bfloat16(sizes, operands, dtype)
     assert np.abs(np.asarray(got, np.float64) - exact).max() < 0.06 * np.abs(exact).max()
 
 
-def test_where_integers_have_no_convolution_it_stays_float(monkeypatch):
+def test_where_integers_have_no_convolution_it_stays_float():
     fn = lambda x, w: lax.conv_general_dilated(x, w, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))  # noqa: E731
     site = only_site(fn, array(2, 6, 6, 4), array(3, 3, 4, 5))
     (rule,) = Recipe.parse('[[quantize]]\nsites = ".*"', name="test").quantize
-    assert products.float_reason(site, rule) == ""
-    monkeypatch.setattr(products, "NO_INTEGER_CONVOLUTION", ("cpu",))
-    assert products.float_reason(site, rule).startswith("the platform 'cpu' has no convolution of integers")
+    assert products.float_reason(site, rule, Target("cpu")) == ""
+    assert products.float_reason(site, rule, Target("gpu")).startswith(
+        "the platform 'gpu' has no convolution of integers"
+    )
 
 
 def test_sums_wait_for_their_conversion_where_a_library_multiplies(monkeypatch):

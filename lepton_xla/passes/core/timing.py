@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import concurrent.futures
-import dataclasses
 import functools
 import hashlib
 import math
-import os
-import re
 import statistics
 import time
 from collections.abc import Callable, Hashable, Sequence
@@ -18,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lepton_xla.passes.core.executables import Lowered, compile_all
 from lepton_xla.passes.core.targets import Target
 from lepton_xla.passes.core.timing_cache import Times, TimingCache
 
@@ -36,46 +33,6 @@ QUEUED_ROUND_S = 1e-2
 # Number of random values that are drawn for an operand, then repeated: drawing all of a large one would take longer
 # than timing it. A prime.
 DRAWN = 1_048_573
-
-
-class Candidate:
-    """A function that may be timed several times but is compiled once.
-
-    Attributes:
-        fn: `fn(weights, *inputs)`.
-        compiled: executables by digest of their StableHLO; shared by all functions that may be equal.
-    """
-
-    def __init__(self, fn: Callable[..., Any], compiled: dict[str, Any]) -> None:
-        self.fn = fn
-        self.compiled = compiled
-
-    def __call__(self, weights: Any, *inputs: Any) -> Any:
-        """Call the function."""
-        return self.fn(weights, *inputs)
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Lowered:
-    """A function lowered to StableHLO.
-
-    Attributes:
-        digest: digest of its StableHLO, without its name.
-        stage: JAX's lowered stage, which can be compiled.
-        compiled: cache of executables, by digest.
-    """
-
-    digest: str
-    stage: Any
-    compiled: dict[str, Any]
-
-    @classmethod
-    def of(cls, fn: Callable[..., Any], *args: Any) -> Lowered:
-        """Lower a function, possibly a `Candidate`, for arguments or their shapes."""
-        stage = jax.jit(fn.fn if isinstance(fn, Candidate) else fn).lower(*args)
-        text = re.sub(r"^module @\S+", "module", stage.as_text())
-        compiled = fn.compiled if isinstance(fn, Candidate) else dict[str, Any]()
-        return cls(hashlib.sha256(text.encode()).hexdigest(), stage, compiled)
 
 
 class Timer:
@@ -121,7 +78,7 @@ class Timer:
         if times is not None:
             self.recalled += len(programs)
             return times
-        times = measure(_executables(programs))
+        times = measure(compile_all(programs))
         self.measured += len(programs)
         self.cache.put(key, times)
         return times
@@ -197,20 +154,6 @@ def random_array(seed: int, like: jax.ShapeDtypeStruct) -> jax.Array:
     size = math.prod(like.shape)
     drawn = np.random.default_rng(seed).standard_normal(min(size, DRAWN), np.float32).astype(like.dtype)
     return jnp.asarray(np.resize(drawn, like.shape))
-
-
-def _executables(programs: Sequence[Lowered]) -> list[Any]:
-    """Compile programs in parallel, equal ones once; XLA releases the interpreter lock meanwhile."""
-    same: dict[str, Any] = {}
-    for program in programs:
-        if program.digest in program.compiled:
-            same[program.digest] = program.compiled[program.digest]
-    missing = {program.digest: program.stage for program in programs if program.digest not in same}
-    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        same |= dict(zip(missing, pool.map(lambda stage: stage.compile(), missing.values()), strict=True))
-    for program in programs:
-        program.compiled[program.digest] = same[program.digest]
-    return [same[program.digest] for program in programs]
 
 
 def _medians_us(calls: Sequence[Callable[[], Any]], budget_s: float, *, queued: bool) -> list[float]:

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from lepton_xla import _compat
 from lepton_xla.arguments import takes
 from lepton_xla.passes.core.dtypes import wider
+from lepton_xla.passes.core.executables import Lowered, compile_all
 from lepton_xla.passes.core.names import fresh
 from lepton_xla.passes.core.precomputation import precompute
 from lepton_xla.passes.core.rewriting import rewrite
@@ -101,8 +102,7 @@ def fold(program: Program) -> Program:
     weights: dict[str, Any] = dict(program.weights)
     masks = dict(program.masks)
     reports = []
-    for path, entry in list(folds.items()):
-        made = _made(program.weights, entry)
+    for (path, entry), made in zip(list(folds.items()), _all_made(program.weights, list(folds.values())), strict=True):
         if not made:
             del folds[path]
             continue
@@ -168,8 +168,47 @@ def _folded(end: ScaledProduct, taken: set[str]) -> _Fold | None:
     return _Fold(end.site, end.weight.layout, end.scale, end.shift, bias, end.steps, end.aval.dtype)
 
 
-def _made(weights: ArraysByPath, entry: _Fold) -> dict[str, jax.Array]:
-    """Compute the folded weight, in float32 or wider, and its bias; empty if the result would lose precision.
+class _Recorder(dict[str, Any]):
+    """Weights that note which of them are read."""
+
+    def __init__(self, weights: Mapping[str, Any]) -> None:
+        super().__init__(weights)
+        self.read: dict[str, None] = {}
+
+    def __getitem__(self, path: str) -> Any:
+        self.read[path] = None
+        return super().__getitem__(path)
+
+
+def _all_made(weights: Mapping[str, Any], folds: Sequence[_Fold]) -> list[dict[str, jax.Array]]:
+    """Compute each folded weight and its bias; empty where folding loses something. Equal folds are compiled once."""
+    programs: list[Lowered] = []
+    leaves: list[list[Any]] = []
+    for entry in folds:
+        recorders: list[_Recorder] = []
+
+        def recorded(given: Mapping[str, Any], entry: _Fold = entry, recorders: list[_Recorder] = recorders) -> Any:
+            recorders.append(_Recorder(given))
+            return _made(recorders[-1], entry)
+
+        jax.eval_shape(recorded, abstract(weights))
+        names = tuple(recorders[-1].read)
+
+        def made(*read: Any, entry: _Fold = entry, names: tuple[str, ...] = names) -> Any:
+            return _made(dict(zip(names, read, strict=True)), entry)
+
+        leaves.append([weights[name] for name in names])
+        programs.append(Lowered.of(made, *leaves[-1]))
+    found: list[dict[str, jax.Array]] = []
+    for entry, run, read in zip(folds, compile_all(programs), leaves, strict=True):
+        weight, bias, exact = run(*read)
+        both = {_path(entry.site): weight} | ({} if entry.bias is None else {entry.bias: bias})
+        found.append(both if bool(exact) else {})
+    return found
+
+
+def _made(weights: ArraysByPath, entry: _Fold) -> tuple[jax.Array, jax.Array | None, jax.Array]:
+    """Compute the folded weight, in float32 or wider, its bias, and whether these lose nothing.
 
     A narrow dtype may overflow, or lose a channel that falls below its normal numbers.
     """
@@ -177,13 +216,14 @@ def _made(weights: ArraysByPath, entry: _Fold) -> dict[str, jax.Array]:
     scale, axis = entry.scale(weights), axis_of(entry.site, 1)
     wide = wider(laid.dtype, scale.dtype)
     exact = laid.astype(wide) * _along(scale.astype(wide), axis, laid.ndim)
-    made = {_path(entry.site): exact.astype(laid.dtype)}
+    weight, bias = exact.astype(laid.dtype), None
+    fine = jnp.all(jnp.isfinite(weight))
     if entry.shift is not None and entry.bias is not None:
-        made[entry.bias] = entry.shift(weights).astype(entry.dtype)
+        bias = entry.shift(weights).astype(entry.dtype)
+        fine &= jnp.all(jnp.isfinite(bias))
     largest = jnp.max(jnp.abs(exact), axis=[k for k in range(exact.ndim) if k != axis], initial=0)
     lost = jnp.any((largest > 0) & (largest < float(jnp.finfo(laid.dtype).tiny)))
-    finite = all(bool(jnp.all(jnp.isfinite(array))) for array in made.values())
-    return made if finite and not bool(lost) else {}
+    return weight, bias, fine & ~lost
 
 
 def _along(vector: jax.Array, axis: int, ndim: int) -> jax.Array:

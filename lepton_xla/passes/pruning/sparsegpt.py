@@ -8,6 +8,7 @@ begins.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -228,27 +229,45 @@ def _pruned(
     """The pruned `[*steps, B, K, N]`, its mask, and relative errors of the outputs by SparseGPT and by magnitude."""
     exact = target.matrices(stored).astype(jnp.float32)
     plain = exact * _magnitude_mask(target, exact, sparsity, kept).astype(jnp.float32)
-    held = () if kept is None else (kept,)
-
-    @jax.jit
-    def run(arrays: Any) -> Any:
-        def one(weight: jax.Array, plain: jax.Array, gram: jax.Array, *kept: jax.Array) -> Any:
-            values, mask = sparsegpt_values(weight, gram, target.pattern, sparsity, options, *kept)
-            squares = [output_squares(part, gram) for part in (weight - values, weight - plain, weight)]
-            return values, mask, jnp.stack([jnp.sum(part) for part in squares])
-
-        return matrix.batched_map(one, exact.shape[:-2], *arrays, at_once=ELEMENTS_AT_ONCE // exact.shape[-2] ** 2)
-
-    values, mask, squares = run((exact, plain, gram, *held))
+    values, mask, squares = _swept(exact, plain, gram, kept, target.pattern, sparsity, options)
     error, plain_error, total = np.sum(np.asarray(squares, np.float64).reshape(-1, 3), axis=0)
     share = lambda part: float(np.sqrt(part / max(total, np.finfo(np.float32).tiny)))  # noqa: E731
     return values, mask, {"output_error": share(error), "magnitude_output_error": share(plain_error)}
 
 
+@functools.partial(jax.jit, static_argnames=("pattern", "sparsity", "options"))
+def _swept(
+    exact: jax.Array,
+    plain: jax.Array,
+    gram: jax.Array,
+    kept: jax.Array | None,
+    pattern: Pattern,
+    sparsity: float,
+    options: Options,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """`[*steps, B, K, N]` pruned, the mask, and sums of squares of the outputs' errors, of `plain`'s, of the outputs.
+
+    Compiled once for all weights of one shape.
+    """
+
+    def one(weight: jax.Array, plain: jax.Array, gram: jax.Array, kept: jax.Array | None) -> tuple[jax.Array, ...]:
+        values, mask = sparsegpt_values(weight, gram, pattern, sparsity, options, kept)
+        squares = [output_squares(part, gram) for part in (weight - values, weight - plain, weight)]
+        return values, mask, jnp.stack([jnp.sum(part) for part in squares])
+
+    at_once = ELEMENTS_AT_ONCE // exact.shape[-2] ** 2
+    return matrix.batched_map(one, exact.shape[:-2], exact, plain, gram, kept, at_once=at_once)
+
+
 def _magnitude_mask(target: Target, exact: jax.Array, sparsity: float, kept: jax.Array | None) -> jax.Array:
     """The mask of `[*steps, B, K, N]` by magnitudes alone; held elements are zero."""
-    scores = held_last(jnp.abs(exact), kept)
     if target.pattern.kind == "groups":
-        return group_masks(scores, target.pattern, sparsity)
+        return _group_mask(exact, kept, target.pattern, sparsity)
+    scores = held_last(jnp.abs(exact), kept)
     dropped = round(sparsity * scores[(0,) * target.lead].size)
     return keep_largest_on_host([Ranking([scores], dropped, target.lead)])[0][0]
+
+
+@functools.partial(jax.jit, static_argnames=("pattern", "sparsity"))
+def _group_mask(exact: jax.Array, kept: jax.Array | None, pattern: Pattern, sparsity: float) -> jax.Array:
+    return group_masks(held_last(jnp.abs(exact), kept), pattern, sparsity)

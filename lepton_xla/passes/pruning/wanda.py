@@ -5,6 +5,7 @@ Sun et al. 2023, arXiv:2306.11695. Needs one pass over calibration data; remaini
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -45,16 +46,39 @@ def wanda_mask(
     Returns:
         bool `[..., K, N]`; each column loses the same number, unless more of it is held.
     """
-    seen = jnp.any(mean_square > 0, axis=-1, keepdims=True)
-    norms = jnp.where(seen, jnp.sqrt(mean_square), jnp.ones_like(mean_square))
-    scores = held_last(jnp.abs(weight.astype(jnp.float32)) * norms[..., None], kept)
-    whole = jnp.ones(scores.shape, bool) if kept is None else kept
     if pattern.kind == "groups":
-        return group_masks(scores, pattern, sparsity) & whole
-    columns = jnp.swapaxes(scores, -1, -2)
+        return _group_mask(weight, mean_square, kept, pattern, sparsity)
+    columns = _columns(weight, mean_square, kept)
     dropped = round(sparsity * columns.shape[-1])
     ((mask,),) = keep_largest_on_host([Ranking([columns], dropped, columns.ndim - 1)])
-    return jnp.swapaxes(mask, -1, -2) & whole
+    return _back(mask, kept)
+
+
+@functools.partial(jax.jit, static_argnames=("pattern", "sparsity"))
+def _group_mask(
+    weight: jax.Array, mean_square: jax.Array, kept: jax.Array | None, pattern: Pattern, sparsity: float
+) -> jax.Array:
+    mask = group_masks(_scores(weight, mean_square, kept), pattern, sparsity)
+    return mask if kept is None else mask & kept
+
+
+@jax.jit
+def _columns(weight: jax.Array, mean_square: jax.Array, kept: jax.Array | None) -> jax.Array:
+    """What each element is worth, `[..., N, K]`."""
+    return jnp.swapaxes(_scores(weight, mean_square, kept), -1, -2)
+
+
+@jax.jit
+def _back(mask: jax.Array, kept: jax.Array | None) -> jax.Array:
+    """A mask `[..., N, K]` as `[..., K, N]`, without what is held at zero."""
+    mask = jnp.swapaxes(mask, -1, -2)
+    return mask if kept is None else mask & kept
+
+
+def _scores(weight: jax.Array, mean_square: jax.Array, kept: jax.Array | None) -> jax.Array:
+    seen = jnp.any(mean_square > 0, axis=-1, keepdims=True)
+    norms = jnp.where(seen, jnp.sqrt(mean_square), jnp.ones_like(mean_square))
+    return held_last(jnp.abs(weight.astype(jnp.float32)) * norms[..., None], kept)
 
 
 @takes(program=Program, plan=Plan)

@@ -33,6 +33,7 @@ from lepton_xla.passes.core.sites import (
     stored_like,
     stored_weight,
 )
+from lepton_xla.passes.core.targets import Target
 from lepton_xla.passes.core.walker import Context, Values
 from lepton_xla.passes.quantization import products
 from lepton_xla.passes.quantization.products import RANGE, SCALE
@@ -59,6 +60,7 @@ def fake_quant(
     *,
     start: int = 0,
     delay: int = 0,
+    target: Target | None = None,
 ) -> Callable[..., Any]:
     """Make a function compute with quantized values, differentiable by the straight-through estimator.
 
@@ -74,6 +76,8 @@ def fake_quant(
         ranges: site name -> calibrated range of its activation, from `calibrate`, for static scales.
         start: the training step at which quantization begins, if the new function gets the step.
         delay: number of steps after `start` in which only weights are rounded, not activations.
+        target: the device that the model will be served on, which decides what has a product of codes; default: this
+            process's device.
 
     Returns:
         A function like `fn`, for use inside `jit`, `grad`, `vmap` and sharding, with further keyword arguments:
@@ -99,6 +103,7 @@ def fake_quant(
     """
     if delay < 0:
         raise RecipeError(f"fake_quant: delay = {delay} is negative; activations cannot be rounded before weights are")
+    target = target or Target.here()
     planned = [entry for entry in plan.sites if entry.quantize is not None and entry.site.path is not None]
     paths = {path for entry in planned for path in (entry.site.path, *made_of(entry.site))}
     computed = Computed(computed_weights([entry.site for entry in planned]))
@@ -135,6 +140,8 @@ def fake_quant(
             if site.weight_operand is None:
                 # At other sizes than the plan's, a different product may have this name.
                 if products.unsupported(site, decision) or products.float_reason(site, decision):
+        target: the device that the model will be served on, which decides what has a product of codes; default: this
+            process's device.
                     return None
                 rounded = _round_pair(site, operands, decision)
             else:
@@ -144,7 +151,7 @@ def fake_quant(
                     (rows,) = context.bind(eqn, operands)
                     return [_fake_rows(site, rows, decision)]
                 rounded = _round_operands(site, operands, decision, tracked, beside)
-            order = _code_order(site, decision, rounded)
+            order = None if products.float_reason(site, decision, target) else _code_order(site, decision, rounded)
             if order is not None:
                 return [_code_product(site, rounded, order)]
             return context.bind(eqn, [part.value for part in rounded])
@@ -324,6 +331,8 @@ def _round_pair(site: Site, operands: Sequence[jax.Array], rule: QuantizeRule) -
 def _code_order(site: Site, rule: QuantizeRule, rounded: Sequence[_Rounded]) -> tuple[int, int] | None:
     """The order of the operands in a product of their codes; None for a product of floats."""
     if site.kind != "dot_general" or FORMATS[rule.weights].kind != "int" or products.float_reason(site, rule):
+        target: the device that the model will be served on, which decides what has a product of codes; default: this
+            process's device.
         return None
     return products.code_order(site) if all(part.codes is not None for part in rounded) else None
 

@@ -27,12 +27,13 @@ from lepton_xla.passes.alternatives.autotuning import choose, times_us
 from lepton_xla.passes.core import matrix, memory
 from lepton_xla.passes.core.alike import Alike
 from lepton_xla.passes.core.calibration import needs_range
+from lepton_xla.passes.core.executables import Candidate
 from lepton_xla.passes.core.names import Key, fresh
 from lepton_xla.passes.core.plans import Plan
 from lepton_xla.passes.core.precomputation import for_plan
 from lepton_xla.passes.core.sites import Site, find_sites, lay_out, rewrite_sites
 from lepton_xla.passes.core.targets import Target
-from lepton_xla.passes.core.timing import Candidate, Timer, time_programs
+from lepton_xla.passes.core.timing import Timer, time_programs
 from lepton_xla.passes.core.walker import Context, Values, materialize
 from lepton_xla.passes.quantization import products
 from lepton_xla.passes.quantization.measurement import Timing, compare
@@ -136,7 +137,7 @@ def lower(
         if entry.quantize is not None and entry.site.path is None
     ]
     every = [*stored, *pairs]
-    reasons = {planned.site.name: products.float_reason(planned.site, planned.rule) for planned in every}
+    reasons = {planned.site.name: products.float_reason(planned.site, planned.rule, timer.target) for planned in every}
     reasons |= {name: reason for name, reason in (in_float or {}).items() if name in reasons}
     candidates = [planned for planned in every if planned.rule.activations != "none" and not reasons[planned.site.name]]
     multiplied = {planned.site.path for planned in candidates if planned.site.kind == "dot_general"}
@@ -169,7 +170,7 @@ def lower(
 
     def build(integer: frozenset[str]) -> Callable[..., Any]:
         beside = {key: name for key, name in names.items() if key[0] in integer}
-        return _lowered(program.fn, like, every, beside, _pads(integer, timings))
+        return _lowered(program.fn, like, every, beside, _pads(integer, timings), timer.target)
 
     compiled: dict[str, Any] = {}
     laid: dict[str, jax.Array] = {}
@@ -254,6 +255,7 @@ def _lowered(
     every: Sequence[_Planned],
     beside: Mapping[Key, str],
     pad_single: Mapping[str, bool],
+    target: Target,
 ) -> Callable[..., Any]:
     """Make the function of stored weights; the sites in `pad_single` are computed from codes.
 
@@ -263,6 +265,7 @@ def _lowered(
         every: the sites whose weights are stored small, and the products of two activations.
         beside: site and what of it -> name of a static range or scale among the new function's weights.
         pad_single: site name -> whether a single row is padded to two.
+        target: what it is for.
     """
     by_name = {planned.site.name: planned.rule for planned in every}
     sites = [planned.site for planned in every]
@@ -274,7 +277,7 @@ def _lowered(
             return None
         if site.weight_operand is None:
             # At other sizes than the plan's, a different product may have this name.
-            unfit = products.unsupported(site, planned) or products.float_reason(site, planned)
+            unfit = products.unsupported(site, planned) or products.float_reason(site, planned, target)
             if site.name not in pad_single or unfit:
                 return None
             left, right = (materialize(value) for value in values)

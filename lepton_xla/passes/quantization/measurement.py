@@ -14,8 +14,9 @@ import numpy as np
 
 from lepton_xla import _compat
 from lepton_xla.passes.core.alike import Alike
+from lepton_xla.passes.core.executables import Lowered
 from lepton_xla.passes.core.sites import Site
-from lepton_xla.passes.core.timing import OPERATION_BUDGET_S, Lowered, Timer, random_array
+from lepton_xla.passes.core.timing import OPERATION_BUDGET_S, Timer, random_array
 from lepton_xla.passes.core.timing_cache import Times
 from lepton_xla.passes.quantization import products
 from lepton_xla.quant import FORMATS, absmax_scale, encode

@@ -19,6 +19,7 @@ from lepton_xla.errors import CalibrationError
 from lepton_xla.passes.alternatives import shifted
 from lepton_xla.passes.core.names import Key
 from lepton_xla.passes.core.sites import LayoutOp, Site, Step, Tracked, layout_key
+from lepton_xla.passes.core.targets import Target
 from lepton_xla.quant import FORMATS, QTensor, absmax_scale, encode, magnitude, quantize
 
 if TYPE_CHECKING:
@@ -89,7 +90,7 @@ def _unpaired(site: Site, rule: QuantizeRule | None) -> str | None:
     return f"{what}, which activations = 'none' leaves float" if rule.activations == "none" else None
 
 
-def float_reason(site: Site, rule: QuantizeRule) -> str:
+def float_reason(site: Site, rule: QuantizeRule, target: Target) -> str:
     """Why a quantizable site must be multiplied in float; empty if it has a product of codes."""
     if rule.activations == "none":
         return ""
@@ -97,8 +98,8 @@ def float_reason(site: Site, rule: QuantizeRule) -> str:
     if rule.group:
         return f"groups have no product of codes, {small}"
     if FORMATS[rule.weights].kind == "int":
-        if site.kind == "conv_general_dilated" and jax.default_backend() in NO_INTEGER_CONVOLUTION:
-            return f"the platform {jax.default_backend()!r} has no convolution of integers, {small}"
+        if site.kind == "conv_general_dilated" and target.platform in NO_INTEGER_CONVOLUTION:
+            return f"the platform {target.platform!r} has no convolution of integers, {small}"
         depth = contracted_size(as_weighted(site))
         largest = FORMATS[rule.weights].largest * FORMATS[rule.activations].largest
         if isinstance(depth, int) and depth * largest >= 2**31:  # unknown yet if it is symbolic
@@ -106,8 +107,8 @@ def float_reason(site: Site, rule: QuantizeRule) -> str:
     if FORMATS[rule.weights].kind == "float":
         if site.kind != "dot_general":
             return f"a {site.kind} has no fp8 product, {small}"
-        if jax.default_backend() not in FP8_PLATFORMS:
-            return f"the platform {jax.default_backend()!r} has no fp8 product, {small}"
+        if target.platform not in FP8_PLATFORMS:
+            return f"the platform {target.platform!r} has no fp8 product, {small}"
         if rule.weights == rule.activations == "fp8_e5m2":
             return f"no platform multiplies fp8_e5m2 by itself, {small}"
     return ""

@@ -1,0 +1,68 @@
+"""Functions compiled ahead of being called; those that are the same to XLA are compiled once."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import hashlib
+import os
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+
+
+class Candidate:
+    """A function that may be timed several times but is compiled once.
+
+    Attributes:
+        fn: `fn(weights, *inputs)`.
+        compiled: executables by digest of their StableHLO; shared by all functions that may be equal.
+    """
+
+    def __init__(self, fn: Callable[..., Any], compiled: dict[str, Any]) -> None:
+        self.fn = fn
+        self.compiled = compiled
+
+    def __call__(self, weights: Any, *inputs: Any) -> Any:
+        """Call the function."""
+        return self.fn(weights, *inputs)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Lowered:
+    """A function lowered to StableHLO.
+
+    Attributes:
+        digest: digest of its StableHLO, without its name, and of the shardings of its arguments.
+        stage: JAX's lowered stage, which can be compiled.
+        compiled: cache of executables, by digest.
+    """
+
+    digest: str
+    stage: Any
+    compiled: dict[str, Any]
+
+    @classmethod
+    def of(cls, fn: Callable[..., Any], *args: Any) -> Lowered:
+        """Lower a function, possibly a `Candidate`, for arguments or their shapes."""
+        stage = jax.jit(fn.fn if isinstance(fn, Candidate) else fn).lower(*args)
+        text = re.sub(r"^module @\S+", "module", stage.as_text())
+        text += str([leaf.sharding for leaf in jax.tree.leaves(args) if isinstance(leaf, jax.Array)])
+        compiled = fn.compiled if isinstance(fn, Candidate) else dict[str, Any]()
+        return cls(hashlib.sha256(text.encode()).hexdigest(), stage, compiled)
+
+
+def compile_all(programs: Sequence[Lowered]) -> list[Any]:
+    """Compile programs in parallel, equal ones once; XLA releases the interpreter lock meanwhile."""
+    same: dict[str, Any] = {}
+    for program in programs:
+        if program.digest in program.compiled:
+            same[program.digest] = program.compiled[program.digest]
+    missing = {program.digest: program.stage for program in programs if program.digest not in same}
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        same |= dict(zip(missing, pool.map(lambda stage: stage.compile(), missing.values()), strict=True))
+    for program in programs:
+        program.compiled[program.digest] = same[program.digest]
+    return [same[program.digest] for program in programs]
