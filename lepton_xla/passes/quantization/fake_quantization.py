@@ -139,9 +139,7 @@ def fake_quant(
             operands = [operand_value(value) for value in values]
             if site.weight_operand is None:
                 # At other sizes than the plan's, a different product may have this name.
-                if products.unsupported(site, decision) or products.float_reason(site, decision):
-        target: the device that the model will be served on, which decides what has a product of codes; default: this
-            process's device.
+                if products.unsupported(site, decision) or products.float_reason(site, decision, target):
                     return None
                 rounded = _round_pair(site, operands, decision)
             else:
@@ -330,9 +328,7 @@ def _round_pair(site: Site, operands: Sequence[jax.Array], rule: QuantizeRule) -
 
 def _code_order(site: Site, rule: QuantizeRule, rounded: Sequence[_Rounded]) -> tuple[int, int] | None:
     """The order of the operands in a product of their codes; None for a product of floats."""
-    if site.kind != "dot_general" or FORMATS[rule.weights].kind != "int" or products.float_reason(site, rule):
-        target: the device that the model will be served on, which decides what has a product of codes; default: this
-            process's device.
+    if site.kind != "dot_general" or FORMATS[rule.weights].kind != "int":
         return None
     return products.code_order(site) if all(part.codes is not None for part in rounded) else None
 
