@@ -1,10 +1,10 @@
-"""What a request costs its sender: our clients beside others, and our load generator; the server does nothing.
+"""Processor time of clients per request: our clients, others, and our load generator, at a server that does no work.
 
     python benchmarks/clients.py [--seconds 3 | --quick]
 
-The server is another process that answers every request with the same 10 floats; requests carry 784. httpx, urllib3 and
-tritonclient take part where they are installed. Times are of the sender's processor, which a busy machine changes less
-than requests a second.
+The server is a separate process that answers every request with the same 10 floats; requests carry 784. httpx, urllib3
+and tritonclient are included if they are installed. Times are processor times of the client, which vary less on a busy
+machine than requests per second.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ RATES = (1_000.0, 15_000.0, 30_000.0, 50_000.0)
 
 
 def measure(call: Callable[[], Any], seconds: float) -> tuple[float, float]:
-    """Requests a second, and seconds of this processor a request, one after the other."""
+    """Requests per second and processor seconds per request, one request after the other."""
     for _ in range(100):
         call()
     count, began, used = 0, time.perf_counter(), time.process_time()
@@ -48,7 +48,7 @@ def measure(call: Callable[[], Any], seconds: float) -> tuple[float, float]:
 
 
 async def measure_async(call: Callable[[], Awaitable[Any]], seconds: float) -> tuple[float, float]:
-    """The same with `AT_ONCE` requests on their way."""
+    """The same with `AT_ONCE` requests in flight."""
     count = [0]
 
     async def ask() -> None:
@@ -73,7 +73,7 @@ def has(package: str) -> bool:
 
 
 def blocking(port: int, seconds: float) -> dict[str, tuple[float, float]]:
-    """Each blocking client."""
+    """Measure each blocking client."""
     url = f"http://127.0.0.1:{port}"
     head, tail = encode_infer({"x": X})
     body = head + b"".join(tail)
@@ -119,7 +119,7 @@ def blocking(port: int, seconds: float) -> dict[str, tuple[float, float]]:
 
 
 async def asynchronous(port: int, seconds: float) -> dict[str, tuple[float, float]]:
-    """Each client for event loops."""
+    """Measure each asynchronous client."""
     url = f"http://127.0.0.1:{port}"
     found: dict[str, tuple[float, float]] = {}
     async with AsyncClient(url) as client:
@@ -148,7 +148,7 @@ async def asynchronous(port: int, seconds: float) -> dict[str, tuple[float, floa
 
 
 def loads(port: int, seconds: float) -> Table:
-    """The load generator at growing rates."""
+    """Measure the load generator at growing rates."""
     target = endpoint(f"http://127.0.0.1:{port}")
     head, tail = encode_infer({"x": X})
     request = target.request("POST", PATH, (head, *tail), len(head))
@@ -174,7 +174,7 @@ def main() -> None:
     """Measures and prints."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=3.0, help="of each measurement")
-    parser.add_argument("--quick", action="store_true", help="a tenth of a second each: does it run?")
+    parser.add_argument("--quick", action="store_true", help="a tenth of a second each: a smoke test")
     options = parser.parse_args()
     seconds = 0.1 if options.quick else options.seconds
     command = [sys.executable, str(pathlib.Path(__file__).parent / "servers" / "http_server.py")]

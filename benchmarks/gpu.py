@@ -1,14 +1,14 @@
-"""Products and a transformer block in bfloat16, int8 and fp8 on one NVIDIA GPU, beside PyTorch's on the same one.
+"""Products and a transformer block in bfloat16, int8 and fp8 on an NVIDIA GPU, compared with PyTorch.
 
     python benchmarks/gpu.py [--sections NAMES] [--quick] [--json FILE]
 
-Sections: `products`: layers in a row, each a square product, at sizes that fill the GPU and at the few rows of
-decoding, and a transformer block. Ours are the recipes `int8` and `fp8`, applied to the bfloat16 program: rounding of
-activations, one scale a row, is part of the time. PyTorch's do the same by `torch._int_mm` and `torch._scaled_mm` under
-`torch.compile`, in CUDA graphs. Errors are of the whole result, from the program in float32. `checks`: products of
-codes of many shapes against NumPy's in float64. `steps`: what a training step with `fake_quant` and with masks costs.
-Writes docs/benchmarks/gpu.md; a run of some sections replaces theirs only. Without a GPU it says so and ends; --quick
-runs tiny sizes on any platform and takes nothing back.
+Section `products`: chains of square products, at sizes that fill the GPU and at the few rows of decoding, and a
+transformer block. Our rows are the recipes `int8` and `fp8`, applied to the bfloat16 program; the time includes
+rounding activations with one scale per row. PyTorch's rows do the same by `torch._int_mm` and `torch._scaled_mm` under
+`torch.compile`, in CUDA graphs. Errors are those of the whole result against the program in float32. Section `checks`:
+quantized products of many shapes against NumPy in float64. Section `steps`: cost of a training step with `fake_quant`
+and with masks. Writes docs/benchmarks/gpu.md; a run of some sections replaces only these. Needs a GPU; --quick runs
+tiny sizes on any platform and reverts nothing.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-# PyTorch needs room beside JAX.
+# Leave memory for PyTorch.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 import harness
@@ -45,20 +45,20 @@ import lepton_xla as lx
 from lepton_xla.passes.planning import resolve
 
 RECIPES = ("int8", "fp8")
-# Rows, width, layers: enough layers that starting a program does not count.
+# Rows, width, layers: enough layers to amortize the start of a program.
 CHAINS = ((8192, 8192, 4), (4096, 4096, 8), (64, 8192, 16), (16, 8192, 16))
 # Batch, sequence, width, heads.
 BLOCK = (8, 2048, 4096, 32)
-# Rows, sum and columns of checked products: sums and matrices too short for some kernels, odd ones, usual ones.
+# Rows, contracted dimension and columns of checked products: too small for some kernels, odd, and usual sizes.
 SHAPES = (
     (1, 8, 8), (4, 8, 8), (5, 4, 4), (20, 8, 8), (3, 16, 24), (8, 24, 40), (6, 31, 7), (4, 32, 40), (16, 100, 64),
     (64, 64, 64), (7, 129, 33), (16, 1024, 1000), (1024, 512, 512), (2048, 64, 96),
 )  # fmt: skip
 OPERANDS = {"weight": SHAPES, "a weight for each of 3 batches": SHAPES[1::3], "two activations": SHAPES[::3]}
 FORMATS = ("int8", "fp8_e4m3")
-# The transformer, and its batch, of which a training step is timed.
+# Transformer and batch of the timed training step.
 STEP = (transformer.Size(8, 1024, 16, 256), 32)
-# What compiled code names its products by.
+# Patterns by which kernels are recognized in compiled code.
 KERNELS = {
     "cuBLASLt fp8": r'custom_call_target="__cublas\$lt\$matmul\$f8"',
     "cuBLASLt": r'custom_call_target="__cublas\$lt\$matmul"',
@@ -69,11 +69,11 @@ KERNELS = {
 console = Console(width=140, highlight=False)
 
 type Linear = Callable[[Any, str], Any]
-"""A product of rows and the weight of this name."""
+"""`linear(rows, name)`: a product with the weight of this name."""
 
 
 def weights_of(shapes: Mapping[str, tuple[int, int]]) -> dict[str, jax.Array]:
-    """Normal bfloat16 matrices that keep the size of what they multiply."""
+    """Normally distributed bfloat16 matrices that preserve the norm of what they multiply."""
     keys = jax.random.split(jax.random.key(0), len(shapes))
     scaled = {name: (key, shape) for key, (name, shape) in zip(keys, shapes.items(), strict=True)}
     return {
@@ -82,7 +82,7 @@ def weights_of(shapes: Mapping[str, tuple[int, int]]) -> dict[str, jax.Array]:
 
 
 def chain(layers: int, linear: Linear, rows: Any) -> Any:
-    """Square products in a row, of JAX's or PyTorch's arrays."""
+    """A chain of square products, of JAX or PyTorch arrays."""
     for layer in range(layers):
         rows = linear(rows, f"layer{layer:02}")
     return rows
@@ -93,7 +93,7 @@ def chain_shapes(width: int, layers: int) -> dict[str, tuple[int, int]]:
 
 
 def block(library: Any, heads: int, linear: Linear, rows: Any) -> Any:
-    """A transformer block before whose halves is RMSNorm: attention to all positions, and a GELU layer four wide."""
+    """A pre-norm transformer block with RMSNorm, full attention, and a GELU layer of four times the width."""
     batch, length, width = rows.shape
     mixed = linear(library.norm(rows), "query_key_value").reshape(batch, length, 3, heads, width // heads)
     attended = library.attend(mixed[:, :, 0], mixed[:, :, 1], mixed[:, :, 2]).reshape(batch, length, width)
@@ -111,7 +111,7 @@ def block_shapes(width: int) -> dict[str, tuple[int, int]]:
 
 
 class Jax:
-    """What a block needs, in JAX."""
+    """The operations of a block, in JAX."""
 
     gelu = staticmethod(functools.partial(jax.nn.gelu, approximate=True))
 
@@ -127,7 +127,7 @@ class Jax:
 
 
 class Torch:
-    """The same in PyTorch."""
+    """The operations of a block, in PyTorch."""
 
     def __init__(self, torch: Any) -> None:
         self.torch = torch
@@ -147,7 +147,7 @@ def jax_linear(weights: Mapping[str, jax.Array]) -> Linear:
 
 
 def torch_linears(torch: Any, weights: Mapping[str, Any]) -> dict[str, Linear]:
-    """Products of PyTorch's in bfloat16, and of codes with a scale for each row and each output channel."""
+    """PyTorch's products in bfloat16, and quantized with a scale per row and output channel."""
 
     def largest(array: Any, axis: int, top: float) -> Any:
         return array.abs().amax(axis, keepdim=True).float().clamp_min(1e-30) / top
@@ -186,11 +186,11 @@ def torch_linears(torch: Any, weights: Mapping[str, Any]) -> dict[str, Linear]:
 
 
 class Task:
-    """One thing to time, in every way.
+    """A task to time with every library and format.
 
     Attributes:
-        flops: of its products.
-        repeat: runs of a timed call, so that starting them does not count.
+        flops: operations of its products.
+        repeat: runs per timed call, to amortize their start.
     """
 
     def __init__(self, title: str, shapes: Mapping[str, tuple[int, int]], rows: tuple[int, ...], fn: Any, flops: float):
@@ -205,7 +205,7 @@ class Task:
 
 
 def tasks(quick: bool) -> list[Callable[[], Task]]:
-    """What is timed, made when its turn comes, since the weights are large."""
+    """The tasks, each created when its turn comes, because the weights are large."""
     chains = CHAINS if not quick else ((8, 64, 2),)
     batch, length, width, heads = BLOCK if not quick else (2, 16, 32, 4)
 
@@ -230,7 +230,7 @@ def tasks(quick: bool) -> list[Callable[[], Task]]:
 
 
 def attention() -> str:
-    """cuDNN's attention where a program with it can be lowered, else XLA's."""
+    """cuDNN's attention if a program with it can be lowered, else XLA's."""
     if jax.default_backend() != "gpu":
         return "xla"
     try:
@@ -245,13 +245,13 @@ def attention() -> str:
 
 
 def kernels(text: str) -> dict[str, int]:
-    """How often compiled code calls each kind of product."""
+    """Number of calls of each kind of kernel in compiled code."""
     counts = {name: len(re.findall(pattern, text)) for name, pattern in KERNELS.items()}
     return {name: count for name, count in counts.items() if count}
 
 
 def measure(task: Task, options: argparse.Namespace) -> dict[str, Any]:
-    """Every way of one task: microseconds, rate, ratio to JAX in bfloat16, error, and what was compiled."""
+    """Measure a task in all ways: microseconds, rate, ratio to JAX in bfloat16, error, and kernels."""
     program = task.program()
     with jax.default_matmul_precision("highest"):
         wide = {name: weight.astype(jnp.float32) for name, weight in task.weights.items()}
@@ -270,7 +270,7 @@ def measure(task: Task, options: argparse.Namespace) -> dict[str, Any]:
             got = to_numpy(call())
             error = float(np.linalg.norm(got - exact) / np.linalg.norm(exact))
             calls[name], rows[name] = call, {"name": name, "error": error, **facts}
-        except Exception as problem:  # a row that says why
+        except Exception as problem:  # the row shows the reason
             rows[name] = {
                 "name": name,
                 "note": f"{type(problem).__name__}: {str(problem).strip().splitlines()[0][:160]}",
@@ -315,7 +315,7 @@ def jax_call(task: Task, program: lx.Program) -> tuple[Callable[[], Any], dict[s
 
 
 def lowered(task: Task, program: lx.Program, recipe: str, *, timed: bool) -> tuple[Any, dict[str, Any], Any]:
-    """Our way with a recipe; `timed` says whether products of codes are timed against float and may be taken back."""
+    """Our program with a recipe; `timed`: whether products of codes are timed against float and may be reverted."""
     wanted = msgspec.structs.replace(lx.Recipe.load(recipe), measure=timed)
     small = lx.optimize(program, wanted, buckets={"batch": (task.rows.shape[0],)})
     call, facts, to_numpy = jax_call(task, small)
@@ -327,14 +327,14 @@ def lowered(task: Task, program: lx.Program, recipe: str, *, timed: bool) -> tup
 
 
 def torch_calls(task: Task, torch: Any) -> dict[str, Callable[[], Any]]:
-    """PyTorch's ways, each compiled and then captured in a CUDA graph."""
+    """PyTorch's variants, each compiled and captured in a CUDA graph."""
     weights = {name: torch.from_dlpack(weight) for name, weight in task.weights.items()}
     rows = torch.from_dlpack(task.rows)
     on_gpu = rows.is_cuda
 
     def make(linear: Linear) -> tuple[Callable[[], Any], dict[str, Any], Callable[[Any], np.ndarray]]:
         run = lambda rows: task.fn(Torch(torch), linear, rows)  # noqa: E731
-        torch.compiler.reset()  # else the ninth function made here would run uncompiled, without a word
+        torch.compiler.reset()  # otherwise the ninth function would silently run uncompiled
         run = torch.compile(run, dynamic=False) if on_gpu else run
         with torch.no_grad():
             for _ in range(3):
@@ -361,7 +361,7 @@ def torch_calls(task: Task, torch: Any) -> dict[str, Callable[[], Any]]:
 
 
 def products(options: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
-    """Each task in every way; what there is after each, so that a run that is stopped keeps it."""
+    """Measure all tasks; yield the results after each, so that an interrupted run keeps them."""
     found = []
     for make in tasks(options.quick):
         task = make()
@@ -371,7 +371,7 @@ def products(options: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
 
 
 def checks(options: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
-    """Products of codes under plain `jax.jit`, none taken back: how far the worst is from NumPy's in float64."""
+    """Compare products of codes under plain `jax.jit`, none reverted, with NumPy in float64."""
     found = []
     with concurrent.futures.ThreadPoolExecutor(1 if options.quick else os.cpu_count()) as pool:
         for dtype in ("float32", "bfloat16"):
@@ -409,7 +409,7 @@ def check(form: str, dtype: str, operands: str, shape: tuple[int, int, int]) -> 
 
 
 def rounded(array: jax.Array, axis: int, form: str) -> np.ndarray:
-    """In codes and back, one scale for all along an axis."""
+    """Quantize and dequantize, with one scale along an axis."""
     exact = np.asarray(array, np.float32)
     scale = np.abs(exact).max(axis, keepdims=True) * np.float32(1 / (127 if form == "int8" else 448))
     codes = np.rint(exact / scale) if form == "int8" else (exact / scale).astype(ml_dtypes.float8_e4m3fn)
@@ -417,7 +417,7 @@ def rounded(array: jax.Array, axis: int, form: str) -> np.ndarray:
 
 
 def steps(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """A training step of the scanned transformer, plain, with `fake_quant`, with masks."""
+    """Time a training step of the scanned transformer: plain, with `fake_quant`, with masks."""
     size, batch = STEP if not options.quick else (transformer.Size(2, 32, 2, 8), 2)
     with_qwix = importlib.util.find_spec("qwix") is not None
     yield {
@@ -453,7 +453,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=8.0, help="of one task's rounds, at most")
     options = parser.parse_args()
     if jax.default_backend() != "gpu" and not options.quick:
-        console.print("no GPU: there is nothing to measure here; --quick tries the script out on tiny sizes")
+        console.print("no GPU, so nothing to measure; --quick runs tiny sizes as a smoke test")
         return 0
     if options.quick:
         options.rounds, options.seconds = 3, 1.0

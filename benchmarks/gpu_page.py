@@ -1,4 +1,4 @@
-"""docs/benchmarks/gpu.md: tables and words, from the figures of `gpu.py`."""
+"""Makes docs/benchmarks/gpu.md from the results of `gpu.py`."""
 
 from __future__ import annotations
 

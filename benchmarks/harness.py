@@ -1,4 +1,4 @@
-"""What every benchmark shares: interleaved timing, what the machine is, and Markdown tables."""
+"""Shared by all benchmarks: interleaved timing, description of the machine, Markdown tables."""
 
 from __future__ import annotations
 
@@ -22,31 +22,31 @@ import numpy as np
 
 import lepton_xla as lx
 
-# What is decided by timing is timed anew: the user's cache may have been filled while the machine was busy.
+# Do not use the user's timing cache, which may have been filled on a busy machine.
 os.environ["LEPTON_CACHE"] = os.environ.get("LEPTON_CACHE", "off")
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 PAGES = ROOT / "docs" / "benchmarks"
-# Processor flags of instructions that matter, the narrowest first.
+# Processor flags of relevant instructions, the narrowest first.
 _NOTABLE = {
     "avx2": "AVX2", "avx512f": "AVX-512", "avx512_vnni": "AVX-512 VNNI", "avx512_bf16": "AVX-512 VNNI",
     "amx_int8": "AMX",
 }  # fmt: skip
-# A turn of one call lasts at least this long, so that the clock's own cost does not count.
+# Shortest turn; it amortizes the clock.
 _TURN_S = 2e-3
 
 
 def interleave(
     calls: Mapping[str, Callable[[], Any]], *, rounds: int = 21, seconds: float = 20.0
 ) -> dict[str, list[float]]:
-    """Seconds a call, taking turns, so that a slow moment of a shared machine falls on all alike.
+    """Time calls in turn, so that a slow moment of a shared machine affects all of them.
 
-    Each turn starts with one call that is not timed, which brings back caches and thread pools from the others' turns.
+    Each turn starts with an untimed call, which warms up caches and thread pools again.
 
     Args:
-        calls: name -> function that blocks until its result is there.
-        rounds: turns of each.
-        seconds: fewer rounds are made, but at least five, where all would take longer than this.
+        calls: name -> function that blocks until its result is ready.
+        rounds: number of turns of each call.
+        seconds: limit for all rounds; at least five rounds are made.
     """
     counts = {}
     for name, call in calls.items():
@@ -71,19 +71,19 @@ def interleave(
 
 
 def ratio(times: Mapping[str, Sequence[float]], name: str, base: str) -> float:
-    """Median over rounds of one call's time over another's in the same round."""
+    """Median over rounds of the ratio of two calls' times in the same round."""
     return statistics.median(a / b for a, b in zip(times[name], times[base], strict=True))
 
 
 def compiled(fn: Callable[..., Any], *args: Any) -> Callable[[], Any]:
-    """A function without arguments that runs `fn(*args)`, compiled ahead of time, and waits for the result."""
+    """Compile `fn(*args)` ahead of time; return a function that runs it and waits for the result."""
     args = jax.tree.map(jax.numpy.asarray, args)
     ready = jax.jit(fn).lower(*args).compile()
     return lambda: jax.block_until_ready(ready(*args))
 
 
 def example_inputs(inputs: Mapping[str, lx.TensorSpec], sizes: Mapping[str, int]) -> dict[str, np.ndarray]:
-    """Inputs to time a model at: floats in [0, 1), integers as token ids, a `mask` of ones."""
+    """Inputs for timing a model: floats in [0, 1), integers as token ids, a `mask` of ones."""
     random = np.random.default_rng(0)
     made = {}
     for name, spec in inputs.items():
@@ -97,13 +97,13 @@ def example_inputs(inputs: Mapping[str, lx.TensorSpec], sizes: Mapping[str, int]
 
 
 def processor(run: Mapping[str, str]) -> str:
-    """The widest instructions of the machine of a run that matter to int8 products, such as `AVX-512 VNNI`."""
+    """The widest instructions for int8 products on the machine of a run, such as `AVX-512 VNNI`."""
     named = [name for flag, name in _NOTABLE.items() if re.search(rf"\b{flag}\b", run["machine"])]
     return named[-1] if named else run["machine"].rpartition(", ")[2]
 
 
 def machine(packages: Iterable[str] = ()) -> dict[str, str]:
-    """What the figures were measured on and when: processor, cores, versions, commit, date."""
+    """Describe the measurement: processor, cores, versions, commit, date."""
     info = pathlib.Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.is_file() else []
     model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
@@ -130,7 +130,7 @@ def machine(packages: Iterable[str] = ()) -> dict[str, str]:
 
 
 def provenance(run: Mapping[str, str]) -> str:
-    """The lines under figures: when, where and with what they were measured, and the command that repeats that."""
+    """The lines below results: when, where and with which versions they were measured, and the command."""
     where = f"{run['date']}, commit {run['commit']}; {run['machine']}; load average {run['load']} before it started"
     return f"{where}; {run['versions']}.\n\n    {run['command']}"
 
@@ -143,12 +143,12 @@ def command() -> str:
 
 
 def numbers(kind: type) -> Callable[[str], tuple[Any, ...]]:
-    """Reads an option of several numbers, separated by commas."""
+    """Make a parser for options of comma-separated numbers."""
     return lambda text: tuple(kind(part) for part in text.split(",") if part)
 
 
 def add_names(parser: argparse.ArgumentParser, flag: str, known: Iterable[str]) -> None:
-    """Adds an option of several of these names, such as `--models`; by default all."""
+    """Add an option that takes several of these names, such as `--models`; by default all."""
     known = list(known)
 
     def read(text: str) -> list[str]:
@@ -161,21 +161,21 @@ def add_names(parser: argparse.ArgumentParser, flag: str, known: Iterable[str]) 
 
 
 def write_json(path: pathlib.Path | None, found: Any) -> None:
-    """Writes figures to a file, if one was asked for."""
+    """Write results to a file, if one is given."""
     if path is not None:
         path.write_text(json.dumps(found, indent=1) + "\n")
 
 
 def publish(name: str, found: Mapping[str, Any], page: Callable[[Mapping[str, Any]], str]) -> dict[str, Any]:
-    """Adds figures to those in docs/benchmarks/NAME.json, and writes NAME.md from all that are there.
+    """Add results to docs/benchmarks/NAME.json, and write NAME.md from all results in it.
 
     Args:
-        name: the benchmark's.
-        found: by key; what was there under a key before is replaced.
-        page: the page of figures, which it also orders.
+        name: name of the benchmark.
+        found: results by key; they replace earlier ones.
+        page: makes the page from all results, and orders them.
 
     Returns:
-        All figures.
+        All results.
     """
     file = PAGES / f"{name}.json"
     known = (json.loads(file.read_text()) if file.is_file() else {}) | found

@@ -1,10 +1,10 @@
-"""Where the time of a one-row request goes inside the server: each step in one thread, without sockets.
+"""Time of each step of a one-row request inside the server, in one thread and without sockets.
 
     python benchmarks/hot_path.py [--json FILE]
 
-784 numbers to 10. 64 connections bring a request each, then the batch runs: the server's own objects, told by hand, on
-a transport that writes nowhere. 64 more find the queue full, and are refused. `benchmarks/serving.py` has what a
-request takes with sockets, and puts this beside it.
+The model maps 784 numbers to 10. 64 connections receive a request each, then the batch runs. The server's own objects
+are driven by hand, on a transport that discards its data. 64 more requests find the queue full and are rejected.
+`benchmarks/serving.py` measures requests with sockets and includes these results.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ REFUSED = "or else, where the queue is full: refuse it, all in all"
 
 
 class Nowhere:
-    """A transport that counts what it is given."""
+    """A transport that counts writes and discards data."""
 
     def __init__(self) -> None:
         self.answers = 0
@@ -63,14 +63,14 @@ class Nowhere:
 
 
 class Held(Scheduler):
-    """Runs a batch when it is told to."""
+    """A scheduler that runs a batch only on request."""
 
     def _pump_soon(self) -> None:
         pass
 
 
 class Timed(Engine[Any]):
-    """Adds up what copying rows and executing take."""
+    """An engine that sums the times of copying rows and executing."""
 
     copying = executing = 0.0
 
@@ -90,7 +90,7 @@ def seconds_of(work: Callable[[], object]) -> float:
 
 
 def stages(path: pathlib.Path, payload: payloads.Payload, rounds: int = 400) -> dict[str, float]:
-    """Microseconds of a request by step, of all steps, and of a refusal: medians over rounds of 64 requests."""
+    """Microseconds per request of each step, of all steps, and of a rejection: medians over rounds of 64 requests."""
 
     async def measured() -> dict[str, float]:
         model = lx.load(path)

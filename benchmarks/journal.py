@@ -1,4 +1,4 @@
-"""Rows that a benchmark has measured so far, kept on disk: a run that was stopped goes on where it was."""
+"""Keeps measured rows on disk, so that an interrupted benchmark can continue."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ FOLDER = harness.ROOT / "build" / "benchmarks" / "rows"
 
 
 class Journal:
-    """Measured rows by name, one JSON line each, written as soon as a row is there.
+    """Measured rows by name, one JSON line each, written as soon as a row is measured.
 
-    A row is taken up again only where it would be measured on the same machine, from the same code and with the same
-    settings; rows of other settings stay in the file beside it.
+    A row is reused only on the same machine, with the same code and the same settings. Rows of other settings stay in
+    the file.
     """
 
     def __init__(self, name: str, settings: Mapping[str, Any], *, fresh: bool = False, folder: pathlib.Path = FOLDER):
-        """Opens a benchmark's journal.
+        """Open the journal of a benchmark.
 
         Args:
-            name: the benchmark's, which names the file.
-            settings: what its figures depend on besides machine and code.
-            fresh: start anew: rows kept under these settings are dropped.
-            folder: where the file is.
+            name: name of the benchmark and the file.
+            settings: what results depend on besides machine and code.
+            fresh: whether to drop rows with these settings.
+            folder: folder of the file.
         """
         run = harness.machine()
         where = {key: run[key] for key in ("machine", "versions", "commit")} | {"changes": _changes()}
@@ -43,20 +43,20 @@ class Journal:
         self._rows: dict[str, Any] = {line["row"]: line["found"] for line in lines if line["key"] == self._key}
 
     def row(self, name: str, measure: Callable[[], Any]) -> Any:
-        """A row as it was kept; else as `measure` gives it, which is kept. It must go into JSON."""
+        """Return a kept row, or call `measure` and keep its result, which must be JSON."""
         if name in self._rows:
             print(f"  {name}: kept from a run before", flush=True)
         else:
             text = json.dumps(measure())
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            with self._path.open("a") as file:  # on a line of its own, even where a stopped run left half of one
+            with self._path.open("a") as file:  # the leading newline ends a partial line of an interrupted run
                 file.write(f'\n{{"key": {json.dumps(self._key)}, "row": {json.dumps(name)}, "found": {text}}}\n')
             self._rows[name] = json.loads(text)
         return self._rows[name]
 
 
 class NoJournal(Journal):
-    """Measures everything, and keeps nothing: for smoke tests."""
+    """A journal that keeps nothing, for smoke tests."""
 
     def __init__(self) -> None:
         self._rows = {}
@@ -69,17 +69,17 @@ class NoJournal(Journal):
 def add_option(parser: argparse.ArgumentParser) -> None:
     """`--fresh`."""
     parser.add_argument(
-        "--fresh", action="store_true", help="measure every row anew, also those kept from a run that was stopped"
+        "--fresh", action="store_true", help="measure every row again, including those kept from an interrupted run"
     )
 
 
 def opened(name: str, options: argparse.Namespace, *settings: str) -> Journal:
-    """A benchmark's journal under its options.
+    """Open a benchmark's journal for its options.
 
     Args:
-        name: the benchmark's.
-        options: of which `fresh` and `quick` are read; `--quick` keeps nothing.
-        settings: names of the options that figures depend on.
+        name: name of the benchmark.
+        options: parsed options with `fresh` and `quick`; `--quick` keeps nothing.
+        settings: names of the options that results depend on.
     """
     if options.quick:
         return NoJournal()
@@ -87,7 +87,7 @@ def opened(name: str, options: argparse.Namespace, *settings: str) -> Journal:
 
 
 def _lines(path: pathlib.Path) -> list[dict[str, Any]]:
-    """What a journal holds; a line that a stopped run wrote half of is left out."""
+    """Read the rows of a journal, without partial lines."""
     found: list[dict[str, Any]] = []
     for line in path.read_text().splitlines() if path.is_file() else ():
         try:
@@ -98,7 +98,7 @@ def _lines(path: pathlib.Path) -> list[dict[str, Any]]:
 
 
 def _changes() -> str:
-    """A digest of what differs from the commit in the working tree; empty where nothing does."""
+    """A digest of the uncommitted changes in the working tree; empty if there are none."""
     git = ["git", "diff", "HEAD", "--", "lepton_xla", "benchmarks", "examples"]
     diff = subprocess.run(git, cwd=harness.ROOT, capture_output=True, check=False).stdout
     return hashlib.sha256(diff).hexdigest()[:12] if diff else ""

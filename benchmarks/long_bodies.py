@@ -1,11 +1,11 @@
-"""How long small requests wait beside large ones in JSON, read beside the event loop or on it, and beside hostile ones.
+"""Latency of small requests next to large JSON requests, parsed off or on the event loop, and next to hostile ones.
 
     python benchmarks/long_bodies.py
 
-Three processes: a server, one client that sends large requests one after the other, and one that sends a small one
-every millisecond on each of four connections. The model gives back its input, so that all there is to measure is the
-protocol. Hostile requests are as long as a body may be, most of them compressed, and are all refused; but for those
-that are tiny and come by the thousand at once, which are answered.
+Three processes: a server, a client that sends large requests one after the other, and a client that sends a small
+request every millisecond on each of four connections. The model returns its input, so only the protocol is measured.
+Hostile requests have the maximum body size, most are compressed, and all are rejected, except for tiny requests that
+arrive by the thousand at once, which are answered.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ SMALL = b"GET /v2/health/live HTTP/1.1\r\nHost: a\r\n\r\n"
 
 
 class Echo:
-    """Gives back its input."""
+    """A model that returns its input."""
 
     name = "echo"
     version = "1"
@@ -46,7 +46,7 @@ class Echo:
 
 
 def serve(on_loop: bool, pipe: Connection) -> None:
-    """The process of the server, until anything comes through the pipe."""
+    """Run the server process until anything arrives through the pipe."""
     if on_loop:
         app.PIECE_BYTES = jsondata.PIECE_BYTES = jsondata._PIECE_ITEMS = 1 << 40
     with Server(Echo(), Options(port=0)) as server:
@@ -57,7 +57,7 @@ def serve(on_loop: bool, pipe: Connection) -> None:
 async def ask(
     reader: asyncio.StreamReader, writer: asyncio.StreamWriter, request: bytes, status: int = 200, count: int = 1
 ) -> None:
-    """A request and its answer; or several requests at once, and their answers."""
+    """Send one or several requests at once, and read the answers."""
     writer.write(request)
     for _ in range(count):
         head = await reader.readuntil(b"\r\n\r\n")
@@ -72,7 +72,7 @@ def infer(body: bytes, fields: str = "") -> bytes:
 
 
 def large(rows: int) -> tuple[bytes, int]:
-    """A request that is a lot of work, and its status."""
+    """A request that is much work, and its expected status."""
     x = np.random.default_rng(0).standard_normal((rows, COLUMNS)).astype(np.float32)
     given = {"name": "x", "datatype": "FP32", "shape": list(x.shape), "data": x.tolist()}
     return infer(json.dumps({"inputs": [given]}).encode()), 200
@@ -82,7 +82,7 @@ MOST = Limits().max_body_bytes
 
 
 def filled(text: str) -> bytes:
-    """JSON of the most bytes that a body may have: what is in braces is said again and again."""
+    """JSON of the maximum body size; the text in angle brackets is repeated."""
     start, unit, end = text.partition("<")[0], text.partition("<")[2].partition(">")[0], text.partition(">")[2]
     return (start + unit * ((MOST - len(start) - len(end)) // len(unit)) + end).encode()
 
@@ -96,7 +96,7 @@ def one_input(**changes: str) -> str:
 TINY = "256 KiB of tiny requests"
 PIPELINED = (256 << 10) // len(SMALL)
 
-# In angle brackets what is repeated until the body is as long as it may be.
+# The text in angle brackets is repeated up to the maximum body size.
 HOSTILE: dict[str, Callable[[], tuple[bytes, int]]] = {
     name: lambda text=text: (infer(gzip.compress(filled(text), 1), "Content-Encoding: gzip\r\n"), 400)
     for name, text in {
@@ -130,7 +130,7 @@ HOSTILE: dict[str, Callable[[], tuple[bytes, int]]] = {
 def send(
     make: Callable[..., tuple[bytes, int]] | str, arguments: tuple[Any, ...], count: int, pipe: Connection
 ) -> None:
-    """The process of the client of large requests; gives their size, and the seconds of each."""
+    """Run the client of large requests; reports their size and the seconds of each."""
     request, status = (HOSTILE[make] if isinstance(make, str) else make)(*arguments)
     answers = PIPELINED if make == TINY else 1
     pipe.send(len(request))
@@ -150,12 +150,12 @@ def send(
 
 
 def address_of(pipe: Connection) -> tuple[str, int]:
-    """What the other end says."""
+    """Receive the server's address."""
     return pipe.recv()
 
 
 async def small_latencies(address: tuple[str, int], pipe: Connection) -> tuple[list[float], list[float]]:
-    """Seconds of small requests while the other process sends its large ones, and what that one says."""
+    """Seconds of small requests while the other process sends large ones, and that process's results."""
     seconds: list[float] = []
 
     async def client() -> None:
@@ -175,7 +175,7 @@ async def small_latencies(address: tuple[str, int], pipe: Connection) -> tuple[l
 def measure(
     make: Any, arguments: tuple[Any, ...], count: int, *, on_loop: bool
 ) -> tuple[int, list[float], list[float]]:
-    """The size of a request, the seconds of small ones beside it, and its own."""
+    """The size of a large request, the seconds of small requests next to it, and its own seconds."""
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()
     server = context.Process(target=serve, args=(on_loop, there), daemon=True)
@@ -198,7 +198,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--count", type=int, default=10, help="large requests")
     parser.add_argument("--hostile", type=int, default=3, help="hostile requests of each kind; 0 for none")
-    parser.add_argument("--only", help="hostile requests whose name has this in it, and nothing else")
+    parser.add_argument("--only", help="run only hostile requests whose name contains this")
     options = parser.parse_args()
     for rows in () if options.only else (1, 16):
         for on_loop in (True, False):

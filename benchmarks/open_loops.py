@@ -23,7 +23,7 @@ SHARES = (0.5, 0.8, 0.95)
 CAPACITY_AT = 64
 OPEN_CONNECTIONS = 512
 OPEN_ROUNDS, OVER_ROUNDS = 3, 9
-# Of a core, beyond which the generator's own lateness is most of the latency.
+# Share of its core above which the generator's own delay dominates the latency.
 GENERATOR_CORE = 0.9
 
 
@@ -33,10 +33,10 @@ def alone(
     """Figures of the open loops of one server. It has all cores except the last, which is the generator's.
 
     Args:
-        make: starts it.
-        bounded: starts it with a queue of so many requests, if it is ours.
-        rows: of a request.
-        options: of the command line.
+        make: starts the server.
+        bounded: starts it with a queue of this many requests, if it is ours.
+        rows: rows per request.
+        options: options of the command line.
 
     Returns:
         `capacity`, requests/s of a closed loop; `unloaded_p50`, milliseconds of one connection; the open loops by
@@ -78,7 +78,7 @@ def alone(
             found["queue_p99"] = 1e3 * queue_p99_s(costs, 0.8 * capacity * rows, rows)
             found["core_p99"] = 1e3 * core_p99_s(options.minute_seconds / 3)
             server.stop()
-            # A queue of a quarter of a second, which the generator's connections can fill and a closed loop does not.
+            # A queue of a quarter of a second, which the generator's connections can fill and a closed loop cannot.
             queue = max(CAPACITY_AT, min(round(capacity / 4), OPEN_CONNECTIONS * 3 // 4))
             with on_cores(slice(None, -1)):
                 server = bounded(queue)
@@ -101,8 +101,8 @@ def _costs(server: Server) -> dict[int, float]:
 def queue_p99_s(costs: Mapping[int, float], rate: float, rows: int, count: int = 100_000) -> float:
     """The 99th percentile of latency, in seconds, if requests waited for nothing but executions.
 
-    A simulation: Poisson arrivals of `rate` rows/s, executions that take what the table says, one after the other, each
-    of the size with the least cost per waiting row. It is what a server gives whose HTTP costs nothing.
+    A simulation of a server without HTTP cost: Poisson arrivals of `rate` rows/s; executions run one after the other,
+    take the times of the table, and have the size with the least cost per waiting row.
     """
     table = Costs(sorted(costs), {(): costs})
     due = np.cumsum(np.random.default_rng(0).exponential(rows / rate, count))
@@ -122,9 +122,9 @@ def queue_p99_s(costs: Mapping[int, float], rate: float, rows: int, count: int =
 def core_p99_s(seconds: float, load: float = 0.8) -> float:
     """The 99th percentile of waiting, in seconds, for a core whose speed varies.
 
-    The core is the first of the server's. It runs pieces of a loop of Python, half a millisecond each, one after the
-    other, while the generator's core does so too. Work that comes evenly, at `load` times what the core does in its
-    median piece, then has to wait whenever pieces take longer than that: no server on this core waits less.
+    The server's first core runs pieces of a Python loop, half a millisecond each, one after the other, while the
+    generator's core does the same. Work that arrives evenly, at `load` times the core's median speed, must wait
+    whenever pieces take longer. No server on this core can wait less.
     """
     piece = (
         "import sys, time\n"
@@ -153,15 +153,15 @@ def core_p99_s(seconds: float, load: float = 0.8) -> float:
 def overloaded(server: Server, count: int, seconds: float) -> dict[str, float]:
     """Figures at twice the capacity, and at half of it right after.
 
-    So many rounds of `seconds`, each between two closed loops whose mean rate is the capacity of that round: a
-    shared machine is not as fast in one second as in the next.
+    Each of `count` rounds of `seconds` runs between two closed loops, whose mean rate is the capacity of that round,
+    because a shared machine is not equally fast in every second.
 
     Returns:
-        Medians of the rounds, or sums where they count: `goodput`, good answers/s over the capacity; `asked`,
-        requests/s over the capacity as the generator managed them; `p99` of good answers; `refused`; `refused_p99`,
-        milliseconds until a request was told no; `refusal_us`, what goodput lacks to the capacity by refusal;
-        `after_p99`, of those that were due in the first second after, and `later_p99`, of those due in the two seconds
-        after that, of which `later_refused` were; `wrong`, answers but 200, 503, 429.
+        Medians of the rounds, or sums where they count: `goodput`, good answers/s over the capacity; `asked`, sent
+        requests/s over the capacity; `p99` of good answers; `refused`, rejected requests; `refused_p99`, milliseconds
+        until a rejection; `refusal_us`, goodput lost per rejection; `after_p99`, of requests due in the first second
+        after the overload; `later_p99`, of those due in the next two seconds, of which `later_refused` were rejected;
+        `wrong`, answers other than 200, 503, 429.
     """
 
     def refusals(result: Result) -> np.ndarray:

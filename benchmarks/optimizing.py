@@ -1,11 +1,11 @@
-"""What `optimize` takes: seconds by phase, XLA compiles, and memory, each model in a process of its own.
+"""Cost of `optimize`: seconds by phase, XLA compiles, and memory, each model in its own process.
 
     python benchmarks/optimizing.py [--models digits,residual,minilm] [--recipe int8] [--quick] [--json FILE]
 
-Each is optimized twice, by two processes: the second finds in the cache on disk, which is empty before, the times that
-the first measured. Memory is what the first takes beyond what it took with the model loaded: at the peak, and after,
-with the result still held. A row is printed and kept when it is measured, so that a run that was stopped goes on where
-it was; `--fresh` starts anew. Writes docs/benchmarks/optimizing.md.
+Each model is optimized twice, by two processes. The disk cache is empty at first; the second process finds the times
+that the first one measured. Memory is that of the first process beyond what it used with the model loaded: at the peak,
+and afterwards with the result still held. Each row is printed and kept when it is measured, so an interrupted run can
+continue; `--fresh` measures everything again. Writes docs/benchmarks/optimizing.md.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def measure(name: str, recipe: str, quick: bool) -> dict[str, Any]:
 
 
 def phases(small: lx.Program) -> dict[str, float]:
-    """Seconds by pass, and by what a pass says it spent them on."""
+    """Seconds by pass, and by phase of a pass that reports phases."""
     found: dict[str, float] = {}
     for report in small.history:
         found[report.name] = found.get(report.name, 0.0) + report.seconds
@@ -92,10 +92,10 @@ def phases(small: lx.Program) -> dict[str, float]:
 
 
 def alone(name: str, options: argparse.Namespace) -> dict[str, Any]:
-    """One model's figures, in a process of its own; and of a second one, those that its times are known to.
+    """Measure a model in a new process, and again in a second one that finds the cached times.
 
     Raises:
-        MissingError: if something that the model needs is not there.
+        MissingError: if the model's data or packages are missing.
     """
     with tempfile.TemporaryDirectory() as folder:
         file = pathlib.Path(folder) / "row.json"

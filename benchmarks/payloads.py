@@ -1,4 +1,4 @@
-"""What the servers of `serving.py` serve: models, a request for each, and the executable without a server."""
+"""Models for `serving.py`, a request for each, and the executable without a server."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ import lepton_xla as lx
 
 @dataclasses.dataclass(frozen=True)
 class Payload:
-    """One request's row, as each kind of server takes it.
+    """A request, in the format of each kind of server.
 
     Attributes:
-        model: its name with us.
-        rows: input name -> array of one row, or several.
-        outputs: name and expected value of their output.
+        model: name of the model.
+        rows: input name -> array of one or several rows.
+        outputs: name and expected value of the output.
     """
 
     model: str
@@ -33,11 +33,11 @@ class Payload:
 
     @property
     def count(self) -> int:
-        """Rows a request."""
+        """Rows per request."""
         return len(next(iter(self.rows.values())))
 
     def oip(self) -> tuple[bytes, dict[str, str]]:
-        """Body and header fields by the Open Inference Protocol, binary both ways."""
+        """Body and header fields for the Open Inference Protocol, binary both ways."""
         types = {"float32": "FP32", "int32": "INT32"}
         inputs = [
             {
@@ -65,11 +65,11 @@ class Payload:
 
 
 class Bare:
-    """The executables without a server: NumPy in, NumPy out, one call after the other.
+    """The executables without a server, called one after the other with NumPy arrays.
 
     Args:
-        artifact: whose executables.
-        payload: the row that they get, as often as they take rows.
+        artifact: the artifact with the executables.
+        payload: its row is repeated to each batch size.
     """
 
     def __init__(self, artifact: pathlib.Path, payload: Payload) -> None:
@@ -97,7 +97,7 @@ class Bare:
 
 
 def first10(folder: pathlib.Path, quick: bool) -> tuple[pathlib.Path, Payload]:
-    """784 numbers to 10: a product with the first columns of the unit matrix, which is what the others copy."""
+    """A model of 784 numbers to 10: a product with identity columns, so other servers just copy."""
     del quick
     weights = {"kernel": np.eye(784, 10, dtype=np.float32)}
     inputs = {"x": lx.TensorSpec(("batch", 784), "float32")}
@@ -109,7 +109,7 @@ def first10(folder: pathlib.Path, quick: bool) -> tuple[pathlib.Path, Payload]:
 
 
 def benchmark_model(name: str, buckets: Mapping[str, tuple[int, ...]], rows: int = 1) -> Any:
-    """A model of the other benchmarks with recipe `int8`, and so many rows a request."""
+    """A model of the other benchmarks with recipe `int8`, and `rows` rows per request."""
 
     def make(folder: pathlib.Path, quick: bool) -> tuple[pathlib.Path, Payload]:
         spec = models.load(name, quick=quick).spec

@@ -1,6 +1,6 @@
-"""What a user would pick instead, on the same weights and calibration data: qwix, ONNX Runtime, OpenVINO.
+"""Alternatives to this library on the same weights and calibration data: qwix, ONNX Runtime, OpenVINO.
 
-Each is used where it is installed; `available()` says what is missing.
+Each is used if it is installed; `available()` reports which are.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _QTYPES = {
     "nf4": "nf4",
 }
 THREADS = os.cpu_count() or 1
-# The models that are written as ONNX graphs too.
+# The models that also exist as ONNX graphs.
 IN_ONNX = ("minilm", "mobilenetv2", "efficientnet-b0")
 
 type _Layout = Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]]
@@ -47,11 +47,11 @@ class Peer:
 
     Attributes:
         name: for tables.
-        predict: as `ModelSpec.evaluate` takes it, any shape.
+        predict: function for `ModelSpec.evaluate`, any shape.
         at: `at(inputs) -> call`, a function without arguments that runs the model at these inputs' shapes.
-        bytes_before: float bytes of the weights that it quantized; 0 where that cannot be told.
-        bytes_after: the same quantized, scales included.
-        note: what is different from ours.
+        bytes_before: float bytes of the weights that it quantized; 0 if unknown.
+        bytes_after: their quantized bytes, scales included.
+        note: differences from our setting.
     """
 
     name: str
@@ -63,7 +63,7 @@ class Peer:
 
 
 def qwix_setting(rule: QuantizeRule) -> tuple[str, dict[str, Any]] | None:
-    """A rule's name and arguments in qwix, None where qwix has no such setting."""
+    """A rule's name and arguments in qwix; None if qwix has no such setting."""
     act = getattr(rule, "activations", "none")
     if rule.weights not in _QTYPES or (act != "none" and (act not in _QTYPES or not rule.dynamic)):
         return None
@@ -80,7 +80,7 @@ def qwix_setting(rule: QuantizeRule) -> tuple[str, dict[str, Any]] | None:
 
 
 def qwix_ptq(model: BenchModel, name: str, arguments: Mapping[str, Any]) -> Peer:
-    """qwix's post-training quantization of every layer, activation scales at run time."""
+    """qwix's post-training quantization of every layer, with dynamic activation scales."""
     import qwix
     from flax import traverse_util
     from qwix import PtqProvider, QuantizationRule
@@ -93,7 +93,7 @@ def qwix_ptq(model: BenchModel, name: str, arguments: Mapping[str, Any]) -> Peer
         # qwix refuses convolutions whose operands differ in format.
         options["op_names"] = ("dot_general", "einsum", "dot")
         note = "dense layers only: qwix quantizes no convolution's weights alone" if _has_convolution(variables) else ""
-    # `.+`: what happens in named layers, so weights' products, as ours; the products of two activations are at the top.
+    # `.+` matches named layers, so products with weights; products of two activations are at the top level.
     small = qwix.quantize_model(module, PtqProvider([QuantizationRule(module_path=".+", **options)]))
     batch = next(iter(model.spec.calibration_batches() or ()))
     others = {key: value for key, value in variables.items() if key != "params"}
@@ -123,7 +123,7 @@ def qwix_ptq(model: BenchModel, name: str, arguments: Mapping[str, Any]) -> Peer
 
 
 def _quantize_params(quantize: Any, params: Any, abstract: Any, stacked: tuple[str, ...]) -> Any:
-    """qwix's `quantize_params`, which knows no stacked layers: they are given to it one at a time."""
+    """Apply qwix's `quantize_params`, which does not support stacked layers, to one layer at a time."""
     flat = {name: leaf for name, leaf in params.items() if name not in stacked}
     found = quantize(flat, abstract)
     for name in stacked:
@@ -143,7 +143,7 @@ def _bytes(leaf: Any) -> int:
 
 
 def onnx_peers(model: BenchModel) -> list[Peer]:
-    """A model of `IN_ONNX` under ONNX Runtime and OpenVINO, in float and in int8, each by its own quantizer."""
+    """A model of `IN_ONNX` in ONNX Runtime and OpenVINO, in float and in int8, each with its own quantizer."""
     import minilm_onnx
     import onnx
     import vision_onnx
@@ -155,7 +155,7 @@ def onnx_peers(model: BenchModel) -> list[Peer]:
     onnx.save(made, path)
 
     def laid(inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Inputs as the graph takes them: images with their channels first."""
+        """Inputs for the graph: images with channels first."""
         given = {name: inputs[name] for name in model.spec.inputs}
         return {name: np.ascontiguousarray(np.moveaxis(x, 3, 1)) for name, x in given.items()} if vision else given
 
@@ -171,7 +171,7 @@ def onnx_peers(model: BenchModel) -> list[Peer]:
 def _onnxruntime(
     path: pathlib.Path, folder: pathlib.Path, batches: Sequence[Mapping[str, np.ndarray]] | None, laid: _Layout
 ) -> list[Peer]:
-    """Float and int8: with static scales where there are batches, which convolutions need there."""
+    """Float and int8; with static scales if batches are given, which convolutions need there."""
     import onnxruntime
     from onnxruntime import quantization
     from onnxruntime.quantization.shape_inference import quant_pre_process

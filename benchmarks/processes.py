@@ -1,9 +1,9 @@
-"""One process beside `--workers`: where it pays to serve from several.
+"""Compare one server process with `--workers`.
 
     python benchmarks/processes.py [--workers 2] [--rounds 3] [--seconds 3]
 
-784 numbers to 10, 64 connections, each with one unanswered request, from wrk on the same machine: a row in binary, the
-same over TLS, and a row and eight rows in JSON. Servers take turns; those whose turn it is not are stopped.
+The model maps 784 numbers to 10. wrk on the same machine keeps 64 connections with one request in flight each: a row in
+binary, the same over TLS, and one and eight rows in JSON. Servers take turns; the others are stopped meanwhile.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ CONNECTIONS = 64
 
 
 class Server(server_process.Server):
-    """Ours, plain or over TLS."""
+    """Our server, plain or with TLS."""
 
     def __init__(self, artifact: pathlib.Path, payload: payloads.Payload, flags: list[str]) -> None:
         self._scheme = "https" if "--tls-cert" in flags else "http"
@@ -53,13 +53,13 @@ class Server(server_process.Server):
 
 
 def json_request(row: np.ndarray, rows: int) -> tuple[bytes, dict[str, str]]:
-    """Body and header fields with the numbers as text, answered the same way."""
+    """Body and header fields of a JSON request with a JSON answer."""
     given = {"name": "x", "shape": [rows, row.size], "datatype": "FP32", "data": row.ravel().tolist() * rows}
     return json.dumps({"inputs": [given]}).encode(), {"Content-Type": "application/json"}
 
 
 def certificate(folder: pathlib.Path) -> list[str]:
-    """The flags that have a server speak TLS."""
+    """Make a certificate; return the server's TLS flags."""
     made = trustme.CA().issue_cert("127.0.0.1")
     chain, key = folder / "chain.pem", folder / "key.pem"
     chain.write_bytes(b"".join(each.bytes() for each in made.cert_chain_pems))

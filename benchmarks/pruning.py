@@ -1,12 +1,12 @@
-"""What pruning and shrinking bring: bytes at no loss, curves of accuracy over sparsity, latency of shrunk models.
+"""Pruning and shrinking: smallest models without loss, accuracy by sparsity, latency of shrunk models.
 
     python benchmarks/pruning.py [--sections NAMES] [--models NAMES] [--peers] [--quick] [--json FILE]
 
-Sections: `compress`: LeNet-300-100 and LeNet-5 as small as they get; `curves`: methods of unstructured pruning;
-`shrink`: a residual CNN and a transformer with channels, hidden units and heads removed, and in int8; `step`: what a
-training step with masks costs. A row is kept when it is measured, so that a run that was stopped goes on where it was;
-`--fresh` starts anew. `--peers` adds Torch-Pruning where it and PyTorch are installed. Writes
-docs/benchmarks/pruning.md and its plots; a run of some sections replaces theirs only.
+Sections: `compress`: the smallest LeNet-300-100 and LeNet-5 without loss; `curves`: methods of unstructured pruning;
+`shrink`: a residual CNN and a transformer with channels, hidden units and heads removed, and in int8; `step`: cost of a
+training step with masks. Rows are kept when they are measured, so an interrupted run can continue; `--fresh` measures
+everything again. `--peers` adds Torch-Pruning, if it and PyTorch are installed. Writes docs/benchmarks/pruning.md and
+its plots; a run of some sections replaces only these.
 """
 
 from __future__ import annotations
@@ -40,25 +40,25 @@ from lepton_xla import train
 
 # Model -> sparsity, epochs of pruning, epochs of training with shared values.
 COMPRESS = {"lenet5": (0.95, 8, 3), "lenet300": (0.95, 20, 6)}
-# Model -> epochs of training for each point, and the points: fewer where an epoch takes longer.
+# Model -> epochs for each point, and the points; fewer if an epoch takes longer.
 CURVES = {
     "residual": (1, (0.5, 0.8, 0.9)),
     "transformer": (2, (0.5, 0.8, 0.9)),
     "lenet5": (2, (0.8, 0.9, 0.95, 0.98)),
     "lenet300": (4, (0.5, 0.7, 0.8, 0.9, 0.95, 0.98)),
 }
-# Model -> epochs of training after shrinking, and whether half of the loss is from the float model's answers. The
-# transformer, which loses more than the CNN, gets as many epochs as it was first trained for.
+# Model -> epochs of fine-tuning after shrinking, and whether half of the loss is from the float model's answers. The
+# transformer loses more than the CNN and gets as many epochs as its first training.
 SHRINK = {"residual": (3, False), "transformer": (6, True)}
-# What is left of the operations; the second is 2.1 times fewer.
+# Shares of the operations to keep; the second is 2.1 times fewer.
 LEFT = (0.7, 1 / 2.1, 0.3)
-# Transformers and batches of which a training step is timed.
+# Transformers and batches of the timed training steps.
 STEP_SIZES = ((transformer.Size(4, 128, 4, 64), 8), (transformer.Size(6, 256, 8, 64), 16))
 console = Console(width=120, highlight=False)
 
 
 def stored_bytes(program: lx.Program) -> int:
-    """Bytes of the weights folder of the program's artifact: everything that is stored of the weights."""
+    """Bytes of the weights folder of the program's artifact."""
     with tempfile.TemporaryDirectory() as folder:
         path = pathlib.Path(folder) / "model.lepton"
         lx.compile(program, dict.fromkeys(program.symbols, (1,)), name="model").save(path)
@@ -66,13 +66,13 @@ def stored_bytes(program: lx.Program) -> int:
 
 
 def _some(settings: dict[str, Any], options: argparse.Namespace) -> list[tuple[str, Any]]:
-    """The models of a section that were asked for; the last only for a smoke test."""
+    """The requested models of a section; only the last one in a smoke test."""
     wanted = [(name, setting) for name, setting in settings.items() if name in options.models]
     return wanted[-1 if options.quick else 0 :]
 
 
 def compress(options: argparse.Namespace) -> dict[str, Any]:
-    """LeNets pruned while training, then with 16 shared values a weight, trained: accuracy and bytes of each step."""
+    """Prune LeNets during training, then train 16 shared values per weight: accuracy and bytes of each step."""
     found: dict[str, Any] = {}
     for name, setting in _some(COMPRESS, options):
         found[name] = options.rows.row(f"compress: {name}", lambda name=name, s=setting: _compress(name, *s, options))
@@ -113,7 +113,7 @@ def _compressed(task: Task, name: str, programs: list[lx.Program]) -> dict[str, 
 
 
 def curves(options: argparse.Namespace) -> dict[str, Any]:
-    """Accuracy of each method at each sparsity: pruned once without training, and while training on."""
+    """Accuracy of each method at each sparsity: one-shot without training, and during fine-tuning."""
     found: dict[str, Any] = {}
     for name, (epochs, sparsities) in _some(CURVES, options):
         model = models.load(name, quick=options.quick)
@@ -144,7 +144,7 @@ def curves(options: argparse.Namespace) -> dict[str, Any]:
 def _at_sparsity(
     task: Task, sparsity: float, calibration: list[Any], trained: dict[str, Any]
 ) -> dict[str, Callable[[], lx.Program]]:
-    """What makes the program of each method at a sparsity."""
+    """Functions that make the program of each method at a sparsity."""
     program = task.program
 
     def once(method: str, distribution: str) -> lx.Program:
@@ -173,7 +173,7 @@ def _at_sparsity(
 
 
 def shrunk(options: argparse.Namespace) -> dict[str, Any]:
-    """Models with ever less of their operations: accuracy before and after training on, bytes, latency."""
+    """Models with fewer and fewer operations: accuracy before and after fine-tuning, bytes, latency."""
     found: dict[str, Any] = {}
     for name, (epochs, distil) in _some(SHRINK, options):
         model = models.load(name, quick=options.quick)
@@ -191,18 +191,18 @@ def shrunk(options: argparse.Namespace) -> dict[str, Any]:
 
 
 class Shrink:
-    """One model and its smaller ones, each made when it is asked for and timed in turns with the float model."""
+    """A model and its shrunk variants, each made on demand and timed in turns with the float model."""
 
     def __init__(
         self, model: models.BenchModel, epochs: int, distil: bool, buckets: Any, options: argparse.Namespace
     ) -> None:
         self.model, self.epochs, self.distil, self.buckets, self.options = model, epochs, distil, buckets, options
-        # Where there are batch norms, training on has them too; they are folded after it.
+        # Models with batch norms are fine-tuned with them; they are folded afterwards.
         self.task = sparse.task(model, quick=options.quick, folded=model.name != "residual")
         self.made: dict[str, tuple[lx.Program, dict[str, Any]]] = {}
 
     def makers(self) -> dict[str, Callable[[], tuple[lx.Program, dict[str, Any]]]]:
-        """Label -> what makes a program, and figures of its own."""
+        """Label -> function that makes a program, and further results."""
         task, quick = self.task, self.options.quick
         makers: dict[str, Callable[[], tuple[lx.Program, dict[str, Any]]]] = {
             "float": lambda: (self.model.spec.program(), {"flops": 1.0}),
@@ -241,7 +241,7 @@ class Shrink:
         return self.made[label]
 
     def peers(self) -> list[dict[str, Any]]:
-        """Torch-Pruning's rows, its own float model the first."""
+        """Torch-Pruning's rows, first its float model."""
         from models import torch_residual
 
         rows = torch_residual.rows(self.model, self.task, self.epochs, LEFT, ROUND_TO)
@@ -262,7 +262,7 @@ class Shrink:
         return lx.optimize(program, lx.Recipe.load(recipe), calibration=calibration, buckets=self.buckets)
 
     def _time(self, row: dict[str, Any], at: Any, base: Any) -> None:
-        """Adds milliseconds and how many times faster than float, by batch."""
+        """Add milliseconds and speed-up over float, by batch."""
         row |= {"ms": {}, "faster": {}}
         for batch in self.buckets["batch"]:
             inputs = harness.example_inputs(self.model.spec.inputs, {"batch": batch})
@@ -286,10 +286,10 @@ def _call(program: lx.Program, inputs: dict[str, np.ndarray]) -> Callable[[], An
 
 
 def _shrunk(program: lx.Program, left: float) -> tuple[lx.Program, float]:
-    """The shrunk program, and how far it is from the whole one with zeros in the place of what was removed.
+    """The shrunk program, and its difference from the original with the removed weights set to zero.
 
-    The largest difference of outputs over the largest output. Masks are cut as weights are: numbers in the place of a
-    mask's elements tell which are left.
+    The difference is the largest of the outputs over the largest output. Masks are sliced like weights, so a mask that
+    holds indices tells which elements are left.
     """
     numbers = {path: np.arange(w.size, dtype=np.int32).reshape(w.shape) for path, w in program.weights.items()}
     small = lx.passes.shrink(program.replace(masks=numbers), flops=left, round_to=ROUND_TO)
@@ -308,7 +308,7 @@ def _shrunk(program: lx.Program, left: float) -> tuple[lx.Program, float]:
 def step_cost(
     options: argparse.Namespace, sizes: Sequence[tuple[transformer.Size, int]] = STEP_SIZES
 ) -> dict[str, Any]:
-    """Milliseconds of a training step of the scanned transformer: plain, with masks held, and when they are found."""
+    """Milliseconds of a training step of the scanned transformer: plain, with fixed masks, and with updated masks."""
     found = {}
     sizes = [(transformer.Size(2, 32, 2, 8), 2)] if options.quick else sizes
     for size, batch in sizes:
@@ -343,7 +343,7 @@ def step_cost(
 def _step(
     apply: Callable[..., jax.Array], optimizer: Any, weights: Any, images: Any, labels: Any, *, done: int = 0
 ) -> Callable[[], Any]:
-    """One step; `done` of them have been made before."""
+    """Make a training step, after `done` earlier ones."""
 
     def step(weights: Any, state: Any, images: jax.Array, labels: jax.Array) -> tuple[Any, Any]:
         def loss(weights: Any) -> jax.Array:

@@ -1,4 +1,4 @@
-"""docs/benchmarks/pruning.md: tables, plots and words, from the figures of `pruning.py`."""
+"""Makes docs/benchmarks/pruning.md from the results of `pruning.py`."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from typing import Any
 
 import harness
 
-# Deep Compression (arXiv:1510.00149, table 1), as times smaller; trained on all 60,000 images.
+# Compression ratios of Deep Compression (arXiv:1510.00149, table 1), trained on all 60,000 images.
 PUBLISHED = {"lenet300": 40, "lenet5": 39}
 TARGET_LOST = 0.002
-# Channels in multiples of a vector of AVX: odd numbers of them are slower than more of them.
+# Channels in multiples of an AVX vector: odd numbers can be slower than more channels.
 ROUND_TO = 8
 TARGET_RATIO, TARGET_STEP_RATIO = 1.6, 1.15
 PEER = (
@@ -137,7 +137,7 @@ def plot(name: str, each: dict[str, Any]) -> str:
     import matplotlib
 
     matplotlib.use("svg")
-    matplotlib.rcParams["svg.hashsalt"] = "pruning"  # else each drawing of the same curves differs
+    matplotlib.rcParams["svg.hashsalt"] = "pruning"  # otherwise the file differs each time
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(7, 4))
@@ -145,7 +145,7 @@ def plot(name: str, each: dict[str, Any]) -> str:
         style = "--" if label.endswith("once") else "-"
         axes.plot(each["sparsities"], [100 * value for value in line], style, marker="o", label=label)
     axes.axhline(100 * each["float"], color="black", linewidth=0.8, label="float")
-    # Accuracies far below are told by the table.
+    # The table has accuracies that are far below.
     axes.set_ylim(bottom=max(0, 100 * each["float"] - 12), top=100 * each["float"] + 1.5)
     axes.set(xlabel="sparsity", ylabel="accuracy %", title=name)
     axes.legend(fontsize="small")

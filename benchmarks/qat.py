@@ -1,11 +1,11 @@
-"""Training with quantization: what it regains at W4A4 on LeNet-5, and what a training step costs on a transformer.
+"""Quantization-aware training: accuracy regained at W4A4 on LeNet-5, and cost of a training step.
 
     python benchmarks/qat.py [--peers] [--quick] [--json FILE]
 
-LeNet-5 at 4-bit weights and activations: the float model, that model quantized as it is, and trained on with
-`fake_quant`, over several seeds. The step's cost is that of one AdamW step of a scanned transformer, plain and with
-`fake_quant`, taking turns. A row is kept when it is measured, so that a run that was stopped goes on where it was;
-`--fresh` starts anew. `--peers` adds qwix where it is installed. Writes docs/benchmarks/qat.md.
+LeNet-5 with 4-bit weights and activations: the float model, that model quantized without training, and fine-tuned with
+`fake_quant`, over several seeds. The cost is that of one AdamW step of a scanned transformer, plain and with
+`fake_quant`, taking turns. Rows are kept when they are measured, so an interrupted run can continue; `--fresh` measures
+everything again. `--peers` adds qwix, if it is installed. Writes docs/benchmarks/qat.md.
 """
 
 from __future__ import annotations
@@ -38,22 +38,23 @@ from lepton_xla.passes.planning import resolve
 from lepton_xla.passes.quantization.fake_quantization import initial_scales
 
 TARGET_REGAINED, TARGET_STEP_RATIO = 0.9, 1.4
-# How LeNet-5 is trained on: chosen on rows 6000-7999 of the training images, with a float model of the other 6,000.
+# Settings of fine-tuning LeNet-5, chosen on rows 6000-7999 of the training images with a float model of the other
+# 6,000.
 EPOCHS, SEEDS, BATCH, SHIFT = 6, 5, 64, 2
 RATE, TEMPERATURE = 3e-3, 2.0
 console = Console(width=120, highlight=False)
 
 
 def recipe(weights: str, activations: str, more: str = "") -> lx.Recipe:
-    """Every site in these formats: a scale for each output channel, and one for each row of activations."""
+    """A recipe with these formats at every site: a scale per output channel, and per row of activations."""
     text = f'[[quantize]]\nsites = ".*"\nweights = "{weights}"\nactivations = "{activations}"\n{more}'
     return lx.Recipe.parse('on_unsupported = "keep"\nfold = false\n' + text, name=f"{weights} x {activations}")
 
 
 def accuracy(quick: bool, with_qwix: bool, kept: Journal) -> dict[str, Any]:
-    """LeNet-5: float, W4A4 as it is, W4A4 trained on; `regained` is the share of the loss that training takes back.
+    """Accuracy of LeNet-5 in float, in W4A4, and fine-tuned; `regained` is the share of the lost accuracy regained.
 
-    Rows that the journal has are not measured again.
+    Rows in the journal are not measured again.
     """
     model = models.load("lenet5", quick=quick)
     program = model.spec.program()
@@ -107,7 +108,7 @@ def accuracy(quick: bool, with_qwix: bool, kept: Journal) -> dict[str, Any]:
         try:
             apply = _qwix(module, "int4").apply
             rows.append(kept.row("qwix int4 x int4", lambda: row("qwix int4 x int4", apply, variables)))
-        except Exception as error:  # a peer may fail in any way; what it says goes into the table
+        except Exception as error:  # a peer may fail in any way; the table shows its message
             rows.append({"name": "qwix int4 x int4", "failed": _reason(error)})
     baseline = rows[0]["ptq"]
     for found in rows:
@@ -124,9 +125,10 @@ def accuracy(quick: bool, with_qwix: bool, kept: Journal) -> dict[str, Any]:
 
 
 class Lessons:
-    """Training images, moved by up to `SHIFT` pixels each way, with the float model's logits of each.
+    """Training images, shifted by up to `SHIFT` pixels in each direction, with the float model's logits for each.
 
-    Knowledge distillation (Hinton et al. 2015, arXiv:1503.02531): labels and the float model's answers count alike.
+    Knowledge distillation (Hinton et al. 2015, arXiv:1503.02531): labels and the float model's answers have equal
+    weight.
     """
 
     def __init__(self, teacher: Callable[..., jax.Array], weights: Any, images: np.ndarray, labels: np.ndarray) -> None:
@@ -138,11 +140,11 @@ class Lessons:
         self.logits = np.stack([np.concatenate(parts) for parts in logits])
 
     def moved(self, move: tuple[int, int], rows: Any) -> np.ndarray:
-        """Images of these rows, moved."""
+        """Shifted images of these rows."""
         return np.roll(self.images[rows], move, axis=(1, 2))
 
     def teach(self, apply: Callable[..., jax.Array], weights: Any, *, epochs: int, seed: int) -> Any:
-        """Weights after some epochs of Adam, its rate decaying to zero; one seed is one order of the same batches."""
+        """Train with Adam and a decaying rate; return the weights. The seed determines the order of the batches."""
         steps = epochs * (len(self.images) // BATCH)
         optimizer = optax.adam(optax.cosine_decay_schedule(RATE, steps))
 
@@ -173,7 +175,7 @@ def _qwix(module: Any, name: str) -> Any:
     import qwix
     from qwix import QtProvider, QtRule
 
-    # `.+`: what happens in named layers, so weights' products, as ours; the products of two activations are at the top.
+    # `.+` matches named layers, so products with weights; products of two activations are at the top level.
     rule = QtRule(module_path=".+", weight_qtype=name, act_qtype=name)
     return qwix.quantize_model(module, QtProvider([rule]))
 
@@ -200,7 +202,7 @@ def step_cost(size: transformer.Size, batch: int, options: argparse.Namespace, w
         console.print(f"  {name} ...")
         try:
             calls[name] = _step(apply, start, images, labels)
-        except Exception as error:  # a peer may fail in any way; what it says goes into the table
+        except Exception as error:  # a peer may fail in any way; the table shows its message
             if "qwix" not in name:
                 raise
             failed.append({"name": name, "failed": _reason(error)})

@@ -1,12 +1,11 @@
-"""Accuracy, bytes and latency of every preset on every benchmark model, beside float and beside other libraries.
+"""Accuracy, bytes and latency of every preset on every benchmark model, compared with float and other libraries.
 
     python benchmarks/quantization.py [--models digits,lenet5] [--presets int8] [--peers] [--quick] [--json FILE]
 
-Latency is that of the whole compiled program at each bucket; each row takes turns with the float model under `jax.jit`,
-and its ratios are to that in the same rounds. A row is printed and kept when it is measured, so that a run that was
-stopped goes on where it was; `--fresh` starts anew. `--peers` adds qwix, ONNX Runtime and OpenVINO where they are
-installed.
-Writes docs/benchmarks/quantization.md and minilm.md; a run of some models replaces their sections only.
+Latency is that of the whole compiled program at each bucket. Each row takes turns with the float model under `jax.jit`,
+and ratios compare the two in the same rounds. Rows are printed and kept when they are measured, so an interrupted run
+can continue; `--fresh` measures everything again. `--peers` adds qwix, ONNX Runtime and OpenVINO, if they are
+installed. Writes docs/benchmarks/quantization.md and minilm.md; a run of some models replaces only their sections.
 """
 
 from __future__ import annotations
@@ -39,10 +38,10 @@ from lepton_xla.recipe import presets
 from lepton_xla.trees import tree_bytes
 
 RESULTS = harness.PAGES / "quantization.json"
-# Slower is what is above this ratio, and above that of the float model timed twice: what runs of one program differ by.
+# A row is slower if its ratio exceeds this, and that of the float model timed against itself.
 NOISE_RATIO = 1.03
 AGAIN = "float, once more"
-# Rows whose preset is called as the float model itself is.
+# Labels of presets that would be confused with the float model.
 ROWS = {"float": "float, optimized"}
 console = Console(width=150, highlight=False)
 

@@ -1,9 +1,9 @@
-"""From a float model to a small artifact, training on between the steps: shrink, prune, train in 4 bits, compile.
+"""Compress a model in steps with fine-tuning in between: shrink, prune, quantize to 4 bits, compile.
 
     python examples/compress.py [--epochs N]
 
-The CNN of `digits.py` on scikit-learn's handwritten digits. Prints a row after each step: accuracy on 450 held-out
-images, operations, bytes of the weights in memory and in an artifact, and milliseconds a call. Writes
+Uses the CNN of `digits.py` on scikit-learn's handwritten digits. Prints a row after each step: accuracy on 450 held-out
+images, operations, bytes of the weights in memory and in an artifact, and milliseconds per call. Writes
 build/compress/digits.lepton.
 """
 
@@ -36,9 +36,9 @@ console = Console(width=120, highlight=False)
 
 
 def main() -> None:
-    """Runs every step."""
+    """Run all steps."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--epochs", type=int, default=digits.EPOCHS, help="of training before and after each step")
+    parser.add_argument("--epochs", type=int, default=digits.EPOCHS, help="epochs of each training")
     epochs = parser.parse_args().epochs
 
     inputs = {"image": lx.TensorSpec(("batch", 8, 8, 1), "float32")}
@@ -49,7 +49,7 @@ def main() -> None:
     )
     report("float", program, program)
 
-    # Batch norms first: their statistics are of the channels that are removed next.
+    # Fold batch norms first, because their statistics belong to channels that shrinking removes.
     small = lx.passes.shrink(lx.passes.fold(program), flops=0.5, round_to=8)
     report("shrunk to half", small, program)
     small = small.replace(weights=learn(small.fn, small.weights, program, epochs)[0])
@@ -57,7 +57,7 @@ def main() -> None:
 
     rules = [train.PruneRule(sites=".*kernel", sparsity=0.8, distribution="global")]
     steps = epochs * (len(digits.data()[0]) // BATCH)
-    # Gradually, over the first two thirds of the steps; the rest trains what is left.
+    # Prune gradually during the first two thirds of the steps; the rest fine-tunes.
     schedule = train.polynomial(0, max(1, 2 * steps // 3), every=20)
     wrap = lambda optimizer: train.sparsify(optimizer, rules, schedule=schedule)  # noqa: E731
     weights, masks = train.finalize(*learn(small.fn, small.weights, program, epochs, wrap))
@@ -87,10 +87,10 @@ def learn(
     *,
     rate: float = 2e-3,
 ) -> tuple[Any, Any]:
-    """Trains `fn(weights, images)` on; half of the loss is the divergence from the float model's answers.
+    """Fine-tune `fn(weights, images)`; half of the loss is the divergence from the float model's answers.
 
     Returns:
-        The weights and the optimizer's state.
+        The weights and the optimizer state.
     """
     images, labels, _, _ = digits.data()
     optimizer = wrap(optax.adam(optax.cosine_decay_schedule(rate, epochs * (len(images) // BATCH))))
@@ -116,7 +116,7 @@ def learn(
 
 
 def report(name: str, program: lx.Program, plain: lx.Program) -> None:
-    """Prints one row."""
+    """Print one row."""
     path = FOLDER / "step.lepton"
     lx.compile(program, {"batch": (TIMED_BATCH,)}, name="step").save(path, overwrite=True)
     latency, of_float = times(program, plain)
@@ -134,12 +134,12 @@ def report(name: str, program: lx.Program, plain: lx.Program) -> None:
 
 
 def stored_bytes(path: pathlib.Path) -> int:
-    """Everything that an artifact stores of the weights."""
+    """Bytes of an artifact's weights folder."""
     return sum(file.stat().st_size for file in (path / "weights").rglob("*") if file.is_file())
 
 
 def times(program: lx.Program, plain: lx.Program) -> tuple[float, float]:
-    """Median milliseconds a call, and the ratio to the float model's, taken in turn."""
+    """Median milliseconds per call, and the ratio to the float model; the two take turns."""
     images = jnp.asarray(digits.data()[2][:TIMED_BATCH])
     calls = [jax.jit(each.fn).lower(each.weights, images).compile() for each in (program, plain)]
     rounds: list[tuple[float, ...]] = []

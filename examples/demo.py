@@ -1,8 +1,8 @@
-"""The whole way, on real digits: train, optimize, compile, save, load, serve, ask a thousand times, check every answer.
+"""End-to-end demo on real digits: train, optimize, compile, save, load, serve, and check a thousand answers.
 
     make demo
 
-Writes build/demo/summary.json with every figure it prints.
+Writes all printed results to build/demo/summary.json.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ console = Console(width=100, highlight=False)
 
 
 def main() -> None:
-    """Runs every step and prints one table."""
+    """Run all steps and print a table."""
     FOLDER.mkdir(parents=True, exist_ok=True)
     artifact_path = FOLDER / "digits.lepton"
     console.print("training a small CNN on scikit-learn's handwritten digits ...")
@@ -78,7 +78,7 @@ def main() -> None:
 
 
 def latency_ms(models: dict, batches: tuple[int, ...]) -> dict[str, dict[str, float]]:
-    """Median latency of a call from NumPy to NumPy, by model and batch, the models taken in turn."""
+    """Median latency of a call (NumPy in, NumPy out) by model and batch; the models take turns."""
     _, _, images, _ = digits.data()
     times = {name: {str(batch): [] for batch in batches} for name in models}
     for batch in batches:
@@ -92,7 +92,7 @@ def latency_ms(models: dict, batches: tuple[int, ...]) -> dict[str, dict[str, fl
 
 
 def print_table(summary: dict) -> None:
-    """Float against optimized."""
+    """Print the comparison of the float and the optimized model."""
     rows: list[tuple[str, ...]] = []
     small, large = summary["accuracy_optimized"], summary["accuracy_float"]
     lost = f"{(small - large) * 100:+.2f} points"
@@ -115,7 +115,7 @@ def print_table(summary: dict) -> None:
 
 
 def serve_and_ask(artifact_path: pathlib.Path, local: lx.Servable) -> dict[str, float]:
-    """Starts a server process, asks it from many connections at once, compares each answer with the local model's."""
+    """Start a server, send requests over many connections at once, and compare each answer with the local model."""
     _, _, images, _ = digits.data()
     command = [sys.executable, "-m", "lepton_xla", "serve", str(artifact_path), "--port", "0", "--json"]
     log = (FOLDER / "server.log").open("w")
@@ -152,7 +152,7 @@ def serve_and_ask(artifact_path: pathlib.Path, local: lx.Servable) -> dict[str, 
 
 
 def listening_url(server: subprocess.Popen) -> str:
-    """The address the server prints once it takes requests."""
+    """The address that the server prints when it accepts requests."""
     for line in server.stdout:
         event = json.loads(line)
         if event.get("event") == "listening":
@@ -161,7 +161,7 @@ def listening_url(server: subprocess.Popen) -> str:
 
 
 def ask(address, rows: queue.SimpleQueue, images: np.ndarray, expected: np.ndarray, results: list) -> None:
-    """One client: takes row after row, asks over one kept connection (Open Inference Protocol, JSON)."""
+    """Run one client, which sends row after row over one connection (Open Inference Protocol, JSON)."""
     connection = http.client.HTTPConnection(address.hostname, address.port, timeout=30)
     while True:
         try:
@@ -175,7 +175,7 @@ def ask(address, rows: queue.SimpleQueue, images: np.ndarray, expected: np.ndarr
         answer = connection.getresponse()
         payload = json.loads(answer.read())
         ms = (time.perf_counter() - start) * 1e3
-        # GPUs multiply in TensorFloat-32, otherwise for other numbers of rows; these logits reach 20.
+        # On GPUs, TensorFloat-32 results depend on the number of rows; these logits reach 20.
         right = answer.status == 200 and np.allclose(payload["outputs"][0]["data"], expected[row], rtol=1e-3, atol=2e-2)
         results.append((bool(right), ms))
     connection.close()

@@ -33,7 +33,7 @@ class DigitsNet(nn.Module):
             x = nn.Conv(features, (3, 3), use_bias=False)(x)
             x = nn.relu(nn.BatchNorm(use_running_average=not train, momentum=0.9)(x))
         x = nn.max_pool(x, (2, 2), strides=(2, 2))
-        # Dropout spreads what the model knows over its weights, which is what makes pruning them cheap.
+        # Dropout spreads information over the weights, so that pruning costs less accuracy.
         x = nn.Dropout(0.3, deterministic=not train)(x.reshape(x.shape[0], -1))
         x = nn.relu(nn.Dense(64)(x))
         x = nn.Dropout(0.3, deterministic=not train)(x)
@@ -42,7 +42,7 @@ class DigitsNet(nn.Module):
 
 @functools.cache
 def data() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Training images and labels, then held-out ones: 1,347 and 450, split once and for all."""
+    """Training images and labels (1,347), then held-out images and labels (450), always the same split."""
     images, labels = load_digits(return_X_y=True)
     images = (images / 16).astype(np.float32).reshape(-1, 8, 8, 1)
     train_x, test_x, train_y, test_y = train_test_split(
@@ -52,7 +52,7 @@ def data() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
 
 
 def train(epochs: int = EPOCHS) -> dict:
-    """Trains from a fixed seed; returns the variables (`params` and `batch_stats`)."""
+    """Train from a fixed seed; return the variables (`params` and `batch_stats`)."""
     train_x, train_y, _, _ = data()
     net = DigitsNet()
     key = jax.random.key(2)
@@ -92,7 +92,7 @@ def evaluate(predict: lx.modelspec.Predict) -> dict[str, float]:
 
 @functools.cache
 def model() -> lx.ModelSpec:
-    """The trained model, as `leptonx` takes it."""
+    """The trained model for `leptonx`."""
     train_x, _, _, _ = data()
     return lx.ModelSpec(
         module=DigitsNet(),
