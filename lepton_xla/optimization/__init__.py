@@ -1,4 +1,4 @@
-"""A recipe applied to a program: every pass in its order."""
+"""Applies a recipe to a program: all passes in order."""
 
 from lepton_xla.optimization.pipeline import apply_plan, optimize, plan_for
 

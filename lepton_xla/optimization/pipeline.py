@@ -1,4 +1,4 @@
-"""A recipe applied to a program: every pass in its order, each leaving a report."""
+"""Applies a recipe to a program: all passes in order, each with a report."""
 
 from __future__ import annotations
 
@@ -55,14 +55,14 @@ from lepton_xla.report import PassReport, SiteReport
 from lepton_xla.rows import check_rows_lead
 
 _LOG = logging.getLogger(__name__)
-# Sizes of a symbolic dimension at which arithmetic is timed where the caller gives no buckets: one request, a batch.
+# Sizes of a symbolic dimension at which arithmetic is timed if the caller gives no buckets: one request, and a batch.
 DEFAULT_LADDER = (1, 32)
-# Of the time of what it was made from, beyond which a shrunk program counts as slower: timings differ by less.
+# A shrunk program is slower if it takes more than this share of the original's time; noise is less.
 SLOWER = 1.03
 
 
 def _told_by_xla[**P, T](fn: Callable[P, T]) -> Callable[P, T]:
-    """Says in our words what XLA cannot compile or run while `fn` times and calibrates; nothing else is caught."""
+    """Convert XLA's errors of compiling or running in `fn` to `ExecutionError`; other errors pass through."""
 
     @functools.wraps(fn)
     def bounded(*args: P.args, **kwargs: P.kwargs) -> T:
@@ -91,23 +91,23 @@ def optimize(
 
     Args:
         program: a trained model.
-        recipe: what to do.
-        calibration: input dicts, such as `[{"image": array}]`; needed where the recipe has `dynamic = false`,
-            `rescale`, `rounding = "gptq"`, `correct_bias` or `shrink.importance = "activation"`.
+        recipe: how to optimize it.
+        calibration: input dicts, such as `[{"image": array}]`; needed if the recipe has `dynamic = false`, `rescale`,
+            `rounding = "gptq"`, `correct_bias` or `shrink.importance = "activation"`.
         buckets: symbolic dimension -> sizes the program will be compiled for; arithmetic is timed at all of them.
-        timer: what times, and for which target; by default a new one for this process's device, which takes what was
-            measured before from the cache on disk.
-        progress: called with a line as each step begins.
+        timer: times calls, for its target; by default a new one for this process's device, which reuses measurements
+            from the disk cache.
+        progress: called with a line when a step begins.
 
     Returns:
-        The optimized program; `history` has one report a pass.
+        The optimized program; `history` has one report per pass.
 
     Raises:
         RecipeError: if the recipe does not fit the program.
         UnsupportedError: if a pass cannot handle a site and the recipe says `error`.
         CalibrationError: if calibration data is needed and missing, or unusable.
         CompileError: if `buckets` does not fit the program, it calls back into Python, or an output has no rows.
-        ExecutionError: if XLA cannot compile or run a step of it, such as for want of memory.
+        ExecutionError: if XLA cannot compile or run a step, for example for lack of memory.
 
     >>> program = lx.trace(lambda w, x: x @ w["w"], {"w": jnp.eye(4)}, {"x": lx.TensorSpec(("batch", 4), "float32")})
     >>> small = lx.optimize(program, lx.Recipe.load("int8"), buckets={"batch": (1, 8)})
@@ -130,14 +130,13 @@ def plan_for(
     timer: Timer | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> tuple[Program, Plan]:
-    """The first half of `optimize`: what is done to each site, decided on the precomputed, folded and shrunk program.
+    """Plan the first half of `optimize`: precompute, fold and shrink, then decide what to do at each site.
 
     Args:
         program, recipe, calibration, buckets, timer, progress: as in `optimize`.
 
     Returns:
-        The program, with what is computed from weights alone computed, folded and shrunk where the recipe says so, and
-        the plan for it.
+        The precomputed program, folded and shrunk if the recipe says so, and the plan for it.
 
     Raises:
         RecipeError, UnsupportedError, CalibrationError, CompileError: as `optimize`.
@@ -150,7 +149,7 @@ def plan_for(
     """
     say = progress or (lambda _line: None)
     warn_of_slow_flags(_LOG, jax.default_backend())
-    # The model need not take the sizes that are timed where nobody names any.
+    # The model may not accept the default sizes.
     asked = grid(program, buckets)[0] if buckets else probe_sizes(program.fn, program.weights, program.inputs)[0]
     program = without_callbacks(program, asked)
     if buckets:
@@ -177,11 +176,11 @@ def apply_plan(
     timer: Timer | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> Program:
-    """The second half of `optimize`: what comes after folding, as far as the plan asks for it.
+    """Run the second half of `optimize`: the passes that the plan asks for.
 
     Args:
-        program: the program that the plan was made for, as `plan_for` gives it.
-        plan: what each site gets.
+        program: the program of the plan, from `plan_for`.
+        plan: the plan.
         calibration, buckets, timer, progress: as in `optimize`.
 
     Raises:
@@ -216,12 +215,12 @@ def apply_plan(
 
 @dataclasses.dataclass
 class _Known:
-    """What the first of two rounds found, so that the second does only what is different.
+    """Results of the first of two rounds, so that the second computes only the differences.
 
     Attributes:
-        activations: statistics of the float program's, by site.
-        rounded: weights, by path.
-        stored: likewise.
+        activations: statistics of the float program's activations, by site.
+        rounded: rounded weights, by path.
+        stored: stored weights, by path.
     """
 
     activations: dict[str, Statistics] = dataclasses.field(default_factory=dict[str, Statistics])
@@ -239,7 +238,7 @@ def _in_rounds(
     say: Callable[[str], None],
     timer: Timer,
 ) -> Program:
-    """Quantized; once more where activations were multiplied in vain."""
+    """Quantize; repeat without multiplying the activations of products that stay in float."""
     known = _Known()
     lowered = _quantized(program, plan, batches, sizes, say, timer, known)
     vain = _multiplied_in_vain(lowered)
@@ -273,7 +272,7 @@ def _with_seconds(program: Program, before: Sequence[PassReport], start: int) ->
 
 
 def _traceable(program: Program, sizes: Sequence[Mapping[str, int]]) -> list[Mapping[str, int]]:
-    """Of sizes that nobody asked for, those that the model takes."""
+    """Filter default sizes to those that the model accepts."""
 
     def taken(at: Mapping[str, int]) -> bool:
         try:
@@ -285,7 +284,7 @@ def _traceable(program: Program, sizes: Sequence[Mapping[str, int]]) -> list[Map
 
 
 def _ends(sizes: Sequence[Mapping[str, int]]) -> list[Mapping[str, int]]:
-    """The first and the last of several sizes."""
+    """The first and the last of the sizes."""
     return [sizes[0], sizes[-1]] if len(sizes) > 1 else list(sizes)
 
 
@@ -297,10 +296,10 @@ def _shrunk(
     say: Callable[[str], None],
     timer: Timer,
 ) -> Program:
-    """Shrunk by the recipe's rule; where it gives several multiples, to those of the one that measures fastest.
+    """Shrink by the recipe's rule; of several multiples, choose the one that measures fastest.
 
-    That is the one which is slower than the whole program at the fewest sizes, and of those the one that takes the
-    smallest share of its time.
+    That is the one that is slower than the original program at the fewest sizes, and of those the one with the smallest
+    share of its time.
     """
     assert recipe.shrink is not None
     rule: dict[str, Any] = msgspec.structs.asdict(recipe.shrink)
@@ -312,7 +311,7 @@ def _shrunk(
         rule["round_to"] = multiple
         try:
             small = shrink(program, **rule, calibration=batches, sizes=sizes[0], timer=timer)
-        except (RecipeError, UnsupportedError) as error:  # a larger multiple may leave no way to the target
+        except (RecipeError, UnsupportedError) as error:  # a larger multiple may make the target unreachable
             refusal = refusal or error.with_traceback(None)
         else:
             shapes = tuple(leaf.shape for leaf in jax.tree.leaves(small.weights))
@@ -325,10 +324,10 @@ def _shrunk(
                 skipped = PassReport("skipped", metrics={"shrink left out": str(refusal)})
                 return program.replace(history=(*program.history, skipped))
             say("shrink as far as can be")
-            rule["round_to"] = min(multiples)  # of several, the one that leaves least
+            rule["round_to"] = min(multiples)  # the smallest multiple allows to remove most
             return shrink(program, **rule, calibration=batches, sizes=sizes[0], on_unsupported="keep", timer=timer)
     finally:
-        refusal = None  # its traceback leads back to this frame, which holds programs
+        refusal = None  # break the cycle: its traceback has this frame, which holds programs
     if len(found) == 1:
         return next(iter(found.values()))
     say("time what was shrunk")
@@ -351,7 +350,7 @@ def _quantized(
     in_float: Mapping[str, str] | None = None,
     among: frozenset[str] | None = None,
 ) -> Program:
-    """Weights prepared, activation ranges taken, and all of it lowered; `in_float` and `among` as in `lower`."""
+    """Prepare weights, calibrate activation ranges, and quantize; `in_float` and `among` as in `lower`."""
     program, plan, grids = _prepare(program, plan, batches, say, known, unmultiplied=tuple(in_float or ()))
     ranges = None
     if any(planned.quantize is not None and needs_range(planned.quantize) for planned in plan.sites):
@@ -367,9 +366,9 @@ def _quantized(
 
 
 def _multiplied_in_vain(program: Program) -> dict[str, str]:
-    """Products whose activations SmoothQuant multiplies, though they were left in float in the end, and why they were.
+    """Products whose activations SmoothQuant multiplies although they stay in float, with the reasons for float.
 
-    Only with all timings is it known which those are.
+    They are known only after all timings.
     """
     reports = {report.name: report for report in program.history}
     if "smoothquant" not in reports:
@@ -385,7 +384,7 @@ def _multiplied_in_vain(program: Program) -> dict[str, str]:
 def _pruned(
     program: Program, plan: Plan, batches: Sequence[Mapping[str, Any]] | None, say: Callable[[str], None]
 ) -> Program:
-    """Each rule's weights pruned by its method; by magnitude where it needs data, there is none, and that may be."""
+    """Prune each rule's weights by its method; by magnitude if the method needs data and the recipe may skip it."""
     recipe = plan.recipe
     methods = {rule.method for rule in recipe.prune}
     wanted = sorted(methods & set(DATA_METHODS))
@@ -414,10 +413,10 @@ def _prepare(
     known: _Known,
     unmultiplied: Collection[str],
 ) -> tuple[Program, Plan, GivenGrids]:
-    """Everything that changes float weights so that rounding them hurts less, in the order in which it composes.
+    """Run the passes that change float weights to reduce rounding errors, in order.
 
     Returns:
-        The program; the plan for it, resolved anew where the function changed; and the grids that weights are on.
+        The program; its plan, resolved again if the function changed; and the grids of the weights.
     """
     recipe = plan.recipe
     if recipe.equalize:
@@ -477,10 +476,10 @@ def _calibrated(program: Program, plan: Plan, batches: Iterable[Mapping[str, Any
 
 
 def grid(program: Program, buckets: Mapping[str, Iterable[int]] | None) -> list[dict[str, int]]:
-    """Every combination of sizes of a program's symbolic dimensions, `DEFAULT_LADDER` where none are given.
+    """All combinations of sizes of a program's symbolic dimensions; `DEFAULT_LADDER` if none are given.
 
     Raises:
-        CompileError: if `buckets` names no dimension of the program, or gives it no sizes of at least 1.
+        CompileError: if `buckets` names a dimension that the program lacks, or gives invalid sizes.
     """
     ladders: dict[str, tuple[int, ...]] = dict.fromkeys(program.symbols, DEFAULT_LADDER)
     for name, sizes in (buckets or {}).items():

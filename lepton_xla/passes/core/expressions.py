@@ -1,4 +1,4 @@
-"""Values that are computed from weights and constants alone, as expressions that can be compared and evaluated."""
+"""Values computed from weights and constants alone, as expressions that can be compared and evaluated."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ import numpy as np
 
 from lepton_xla import _compat
 
-# Equations that are not the same each time, or that reach outside of the program.
+# Primitives that are not deterministic, or that reach outside of the program.
 _NEVER = re.compile(r"random_|rng_|threefry|.*callback|infeed|outfeed|.*debug|axis_index|shard_map|p(sum|max|min)\b")
-# Where a function is printed with its address, which differs from trace to trace.
+# Addresses in the text of functions, which differ between traces.
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+|\bid=\d+")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Expression:
-    """A weight, a constant, a step of a stack, or an output of an equation on such.
+    """A weight, a constant, a step of a stack, or an output of an equation on expressions.
 
-    Two are equal where they compute the same from the same, also when they come from two traces.
+    Two expressions are equal if they compute the same from the same inputs, even if they come from different traces.
 
     Attributes:
-        shape: of one step, where scans step over it.
+        shape: shape of one step, if scans step over it.
         dtype: its dtype.
-        path: the weight's path; empty for anything else.
-        constant: the array, for a constant.
+        path: path of a weight; empty for anything else.
+        constant: the array of a constant.
         eqn: the equation; None for a weight, a constant and a step of a stack.
-        output: which of the equation's outputs this is.
-        operands: the equation's operands; the stack, for a step of one.
+        output: index among the equation's outputs.
+        operands: operands of the equation; for a step, the stack.
         steps: the scans that step over it, outermost first.
     """
 
@@ -54,7 +54,7 @@ class Expression:
 
     @staticmethod
     def of_constant(value: Any) -> Expression | None:
-        """A constant of the program; None for what is none, or cannot be compared."""
+        """Make a constant; None if the value is none, or cannot be compared."""
         if _compat.is_traced(value) or not hasattr(value, "dtype"):
             return None
         if jnp.issubdtype(value.dtype, jax.dtypes.extended):
@@ -62,12 +62,12 @@ class Expression:
         return Expression(tuple(np.shape(value)), value.dtype, constant=value)
 
     def step(self, scan: int) -> Expression:
-        """One step of this stack, inside the body of a scan."""
+        """Take one step of this stack, inside the body of a scan."""
         return Expression(self.shape[1:], self.dtype, operands=(self,), steps=(*self.steps, scan))
 
     @functools.cached_property
     def call_key(self) -> str:
-        """Equal for the outputs of one equation."""
+        """A key that is equal for the outputs of one equation."""
         if self.path:
             said: tuple[Any, ...] = ("weight", self.path)
         elif self.constant is not None:
@@ -83,7 +83,7 @@ class Expression:
 
     @functools.cached_property
     def key(self) -> str:
-        """Equal for equal expressions."""
+        """A key that is equal for equal expressions."""
         return f"{self.call_key}:{self.output}"
 
     def __eq__(self, other: object) -> bool:
@@ -94,12 +94,12 @@ class Expression:
 
     @functools.cached_property
     def weights(self) -> tuple[str, ...]:
-        """Paths of the weights it is computed from, in the order in which they are met."""
+        """Paths of its weights, in the order of occurrence."""
         return tuple(dict.fromkeys(part.path for part in _parts([self]) if part.path))
 
     @property
     def carrier(self) -> str:
-        """A weight that all the scans step over which step over this."""
+        """The path of a weight that the same scans step over."""
         part = self
         while not part.path:
             inside = [operand for operand in part.operands if operand.weights]
@@ -108,12 +108,12 @@ class Expression:
 
 
 def call(eqn: Any, operands: Sequence[Expression]) -> list[Expression] | None:
-    """The outputs of an equation on expressions; None where it must run each time."""
+    """Apply an equation to expressions; None if it must run on each call."""
     if eqn.effects or _compat.is_manual(eqn) or _NEVER.match(eqn.primitive.name):
         return None
     steps = max((operand.steps for operand in operands), key=len, default=())
     if any(operand.steps != steps[: len(operand.steps)] for operand in operands):
-        return None  # the steps of two scans, each inside another body
+        return None  # steps of two scans in different bodies
     if any(jnp.issubdtype(var.aval.dtype, jax.dtypes.extended) for var in eqn.outvars):
         return None
     if any(_runs_each_time(inner) for inner in _compat.inner_jaxprs(eqn)):
@@ -125,11 +125,11 @@ def call(eqn: Any, operands: Sequence[Expression]) -> list[Expression] | None:
 
 
 def evaluate(expressions: Iterable[Expression], weights: Mapping[str, Any]) -> list[jax.Array]:
-    """Values of expressions, the axes that scans step over leading.
+    """Evaluate expressions; axes that scans step over are leading.
 
     Args:
-        expressions: what to compute; what several have in common is computed once.
-        weights: path -> array, of the weights that they are made of at least.
+        expressions: the expressions; common parts are computed once.
+        weights: path -> array, with at least their weights.
     """
     wanted = list(expressions)
     known: dict[str, list[Any]] = {}
@@ -148,20 +148,20 @@ def evaluate(expressions: Iterable[Expression], weights: Mapping[str, Any]) -> l
 
 
 def stored_shape(expression: Expression, weights: Mapping[str, Any]) -> jax.ShapeDtypeStruct:
-    """Shape and dtype of an expression's value, the axes that scans step over leading."""
+    """Shape and dtype of an expression's value; axes that scans step over are leading."""
     used = {path: weights[path] for path in expression.weights}
     return jax.eval_shape(lambda own: evaluate([expression], own)[0], used)
 
 
 def support(expression: Expression, masks: Mapping[str, Any], weights: Mapping[str, Any]) -> jax.Array:
-    """Where an expression may differ from zero, given where weights may: False only where it is zero for certain.
+    """Where an expression may be nonzero, given where weights may be: False only where it is certainly zero.
 
-    Zeros are followed through layout, concatenation, sums, products and what maps zero to zero; anything else may make
-    any value of them.
+    Zeros are tracked through layout, concatenation, sums, products and functions with f(0) = 0. Other operations may
+    return anything.
 
     Args:
-        expression: what is computed.
-        masks: path -> bool array, False where the weight is zero; other weights have no zeros.
+        expression: the expression.
+        masks: path -> bool array, False where the weight is zero; other weights count as nonzero.
         weights: path -> array or its shape.
     """
     known: dict[str, list[Any]] = {}
@@ -198,7 +198,7 @@ _KEEPS_ZERO = (
 
 
 def only_moves(expression: Expression) -> bool:
-    """Whether each element of an expression is an element of a weight, and weights and it are floats."""
+    """Whether each element of an expression is an element of a weight, and it and the weights are floats."""
     parts = [part for part in _parts([expression]) if part.weights]
     calls = [part.eqn.primitive.name for part in parts if part.eqn is not None]
     moves = all(name in (*_MOVES, "convert_element_type", "reduce_precision") for name in calls)
@@ -225,7 +225,7 @@ def _supports(part: Expression, values: Sequence[Any]) -> list[Any]:
 
 
 def _each(part: Expression, function: Any, values: Sequence[Any]) -> Any:
-    """A function of two operands that may be broadcast to one another, one step at a time."""
+    """Apply a function of two broadcastable operands, one step at a time."""
     shape = part.shape
     return _over_steps(
         part, lambda *pair: jnp.broadcast_to(function(*(jnp.broadcast_to(v, shape) for v in pair)), shape)
@@ -238,7 +238,7 @@ def _lead(part: Expression, values: Sequence[Any]) -> tuple[int, ...]:
 
 
 def _over_steps(part: Expression, function: Any) -> Any:
-    """A function of one step's operands, for all steps at once."""
+    """Vectorize a function of one step's operands over all steps."""
     for level in reversed(range(len(part.steps))):
         function = jax.vmap(function, in_axes=tuple(0 if len(o.steps) > level else None for o in part.operands))
     return function
@@ -258,7 +258,7 @@ def _value(known: Mapping[str, list[Any]], part: Expression) -> Any:
 
 
 def _parts(expressions: Iterable[Expression]) -> Iterator[Expression]:
-    """Everything that expressions are made of, and they themselves, each after its operands."""
+    """All parts of expressions and the expressions themselves, each after its operands."""
     seen: set[int] = set()
     waiting = [(expression, False) for expression in reversed(list(expressions))]
     while waiting:
@@ -272,7 +272,7 @@ def _parts(expressions: Iterable[Expression]) -> Iterator[Expression]:
 
 
 def _spelled(value: Any) -> str:
-    """Parameters of an equation as text that is the same in each trace."""
+    """Parameters of an equation as text that is equal in each trace."""
     if isinstance(value, Mapping):
         return str([(str(key), _spelled(entry)) for key, entry in sorted(value.items(), key=lambda item: str(item[0]))])
     if _compat.is_jaxpr(value):

@@ -1,4 +1,4 @@
-"""Computes ahead what a program computes from its weights alone, and makes weights of it (constant folding)."""
+"""Evaluates what a program computes from its weights alone, and stores the results as weights (constant folding)."""
 
 from __future__ import annotations
 
@@ -19,29 +19,29 @@ from lepton_xla.program import Program, abstract_outputs, probe_sizes
 from lepton_xla.report import PassReport, SiteReport
 from lepton_xla.trees import abstract, leaf_bytes, tree_bytes
 
-# What a report says a computed weight is.
+# Text for computed weights in reports.
 COMPUTED = "computed ahead"
 
 
 @takes(program=Program)
 def precompute(program: Program, *, sizes: Sequence[Mapping[str, int]] = ()) -> Program:
-    """Compute once what the program computes on each call from weights and constants alone, and then multiplies.
+    """Evaluate once what the program computes on each call from weights and constants alone and then multiplies.
 
-    Concatenated kernels (Flax's `OptimizedLSTMCell`), normalized ones (weight or spectral norm), masked, flipped,
-    scaled, or merged (LoRA) ones are weights from then on, which other passes prune, quantize and shrink. A weight that
-    nothing reads any more leaves the program. What depends on the sizes of the inputs too, draws random numbers, or
-    would take more than `MOST_GROWTH` times the bytes of the weights it is computed from, stays as it is, and the
-    reports of sites say so; so does what is not multiplied but added, say.
+    Concatenated kernels (Flax's `OptimizedLSTMCell`), normalized (weight or spectral norm), masked, flipped, scaled, or
+    merged (LoRA) kernels become weights, which other passes can prune, quantize and shrink. Unused weights are dropped.
+    Values that depend on input sizes, draw random numbers, or would take more than `MOST_GROWTH` times the bytes of
+    their weights are left in the program, and the reports of sites say so. Values that are not multiplied, only added
+    for example, are left too.
 
-    Masks are kept where zeros of the weights are zeros of the computed one for certain, through layout, concatenation,
-    sums and products; the report says where a mask is lost.
+    Masks are kept if zeros of the weights are certainly zeros of the computed weight, through layout, concatenation,
+    sums and products. The report names lost masks.
 
     Args:
         program: any program.
-        sizes: sizes of the symbolic dimensions at which the program will run, where it reads other weights at some.
+        sizes: sizes of the symbolic dimensions at which the program will run; needed if it reads other weights at some.
 
     Returns:
-        The program on the computed weights; the same one where nothing is computed from weights alone.
+        The program with computed weights; the same program if nothing is computed from weights alone.
 
     >>> weights = {"q": jnp.ones((4, 2)), "k": jnp.ones((4, 2))}
     >>> fn = lambda w, x: x @ jnp.concatenate([w["q"], w["k"]], axis=1)
@@ -77,13 +77,13 @@ def precompute(program: Program, *, sizes: Sequence[Mapping[str, int]] = ()) -> 
 
 
 def computed_weights(sites: Sequence[Site]) -> tuple[ComputedWeight, ...]:
-    """The computed weights among those of sites."""
+    """The computed weights of sites."""
     found = {site.path: ComputedWeight(site.path, site.source) for site in sites if site.path and site.source}
     return tuple(found.values())
 
 
 def for_plan(program: Program, plan: Plan) -> Program:
-    """The program that has all weights that a plan names: the computed ones are computed where they are not yet."""
+    """Evaluate the computed weights that a plan names, if the program does not have them yet."""
     wanted = {entry.site.path for entry in plan.sites if entry.site.source is not None}
     return precompute(program) if wanted - set(program.weights) else program
 
@@ -91,7 +91,7 @@ def for_plan(program: Program, plan: Plan) -> Program:
 def _on_computed(
     fn: Callable[..., Any], like: Mapping[str, Any], computed: Sequence[ComputedWeight]
 ) -> Callable[..., Any]:
-    """The function on weights that hold the computed ones, and may lack what these are computed from."""
+    """Make a function of weights that include the computed ones, and may lack those that they are computed from."""
 
     def rule(_site: Site, context: Context, eqn: Any, values: Values) -> Values:
         return context.bind(eqn, values)
@@ -108,16 +108,16 @@ def _on_computed(
 def _read(
     fn: Callable[..., Any], weights: Mapping[str, Any], program: Program, sizes: Sequence[Mapping[str, int]]
 ) -> set[str]:
-    """Paths of the weights that a function reads at sizes at which it can be traced, and at those given."""
+    """Paths of the weights that a function reads, at the given sizes and at probed ones."""
     shapes = abstract(weights)
     probed, unit = probe_sizes(program.fn, program.weights, program.inputs)
-    # The variables of the weights come first, in the order in which JAX flattens a dict: by key.
+    # The weights' variables come first, in the order in which JAX flattens a dict: by key.
     names = [path for path in sorted(weights) for _ in jax.tree.leaves(weights[path])]
     read: set[str] = set()
     for at in sizes:
         abstract_outputs(
             program.fn, program.weights, program.inputs, at
-        )  # refuses sizes that the program does not take
+        )  # raises if the program does not accept these sizes
     for at in (probed, {name: size + unit for name, size in probed.items()}, *sizes):
         jaxpr, _ = _compat.open_jaxpr(jax.make_jaxpr(fn)(shapes, *program.abstract_inputs(at)))
         used = _compat.inputs_read(jaxpr, [True] * len(jaxpr.outvars))
@@ -126,12 +126,12 @@ def _read(
 
 
 def _whole(path: str, computed: Sequence[ComputedWeight]) -> str:
-    """The computed weights that a weight is part of."""
+    """Names of the computed weights that a weight is part of."""
     return ", ".join(weight.name for weight in computed if path in weight.expression.weights)
 
 
 def _mask(weight: ComputedWeight, program: Program) -> jax.Array | None:
-    """The mask of a computed weight, where a weight it is computed from has one and it is kept."""
+    """The mask of a computed weight; None if no weight that it is computed from has one, or it is lost."""
     masks = {path: program.masks[path] for path in weight.expression.weights if path in program.masks}
     if not masks:
         return None

@@ -1,8 +1,8 @@
-"""Sites: the places where a weight meets an activation, found by following data, named by the weight's path.
+"""Sites: products of a weight with an activation, found by data flow and named by the weight's path.
 
-A weight is followed from the program's input through operations that only lay it out anew (convert, transpose, reshape,
-a step of a scanned stack, ...), in and out of every container, until it reaches a product. What is computed from
-weights and constants alone, and reaches a product, is a weight too: a computed one, named by what it is computed from.
+A weight is followed from the program's input through layout operations (convert, transpose, reshape, a step of a
+scanned stack, ...), into and out of every container, until it reaches a product. A value that is computed from weights
+and constants alone and reaches a product is a computed weight, named by what it is computed from.
 """
 
 from __future__ import annotations
@@ -29,30 +29,30 @@ from lepton_xla.program import Program, TensorSpec, probe_sizes
 from lepton_xla.trees import abstract, name_leaves
 
 type SiteRule = Callable[["Site", Context, Any, Values], Values | None]
-"""`rule(site, context, equation, operands) -> outputs`, or None to leave the equation as it is."""
+"""`rule(site, context, equation, operands) -> outputs`, or None to leave the equation unchanged."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """Marks, in a layout, where a `scan` takes one step of a stacked weight."""
+    """Marks in a layout that a `scan` takes one step of a stacked weight here."""
 
 
 @dataclasses.dataclass(frozen=True)
 class LayoutOp:
-    """One layout-only operation on a weight: an equation and which of its outputs was taken."""
+    """A layout operation on a weight: an equation and the index of the output that was used."""
 
     eqn: Any
     output: int = 0
 
     @property
     def resizes(self) -> bool:
-        """Whether it changes how many elements there are."""
+        """Whether it changes the number of elements."""
         before, after = self.eqn.invars[0].aval.shape, self.eqn.outvars[self.output].aval.shape
         return math.prod(before) != math.prod(after)
 
     @property
     def cuts(self) -> bool:
-        """Whether it takes a part of the elements."""
+        """Whether it selects a part of the elements."""
         return self.resizes and self.eqn.primitive.name in CUTS
 
     def __call__(self, array: jax.Array) -> jax.Array:
@@ -63,16 +63,16 @@ class LayoutOp:
 type Layout = tuple[LayoutOp | Step, ...]
 
 
-# Under what a computed weight of a stack travels, where it is given.
+# Side input that holds a given computed weight of a stack.
 GIVEN = "given"
 
 
 class Escapes:
-    """What was used, in one walk, at something that is not a site.
+    """Weights that one walk found used outside of sites.
 
     Attributes:
         paths: paths of weights.
-        pieces: of such weights, the parts that were cut out of them.
+        pieces: slices of weights that were used outside of sites.
     """
 
     def __init__(self) -> None:
@@ -90,14 +90,14 @@ class Tracked(TracedValue):
     """A weight on its way to its site.
 
     Attributes:
-        value: the array as laid out here; or, where a pass has replaced the weight, what it put in its place.
-        beside: what travels with the weight without being laid out, by the name of a site and what of it; a stacked
-            weight's has the same leading axes, so that each step of a scan sees its own.
+        value: the array after its layout operations; or the pass's replacement of the weight.
+        beside: values that follow the weight to its sites without layout operations, by `Key`. Those of a
+            stacked weight have its leading axes, so each step of a scan gets its own.
         path: the weight's path in the program.
-        layout: the operations between the program's input and here.
-        escapes: where uses that are not sites are noted.
-        expression: the value here, as it is computed from the program's weights.
-        source: of a computed weight, how it is computed; None for a weight of the program.
+        layout: the operations from the program's input to this value.
+        escapes: records uses outside of sites.
+        expression: this value as an expression in the program's weights.
+        source: the expression of a computed weight; None for a weight of the program.
     """
 
     value: Any
@@ -116,18 +116,18 @@ class Tracked(TracedValue):
 
     @property
     def is_cut(self) -> bool:
-        """Whether it is a part of the weight."""
+        """Whether this is a slice of the weight."""
         return any(op.cuts for op in self.layout if isinstance(op, LayoutOp))
 
     def at_step(self, scan: int) -> Tracked:
         return dataclasses.replace(self, layout=(*self.layout, Step()), expression=self.expression.step(scan))
 
     def in_specs(self, spec: Any) -> Any:
-        # Every device has all that travels beside the weight, however the weight itself is cut.
+        # Side inputs are replicated, however the weight itself is sharded.
         return dataclasses.replace(self, value=spec, beside=dict.fromkeys(self.beside, jax.P()))
 
     def through(self, eqn: Any) -> Values:
-        """This weight after a layout-only operation; a replaced one is not touched, only its layout noted."""
+        """Apply a layout operation; for a replaced weight only record it."""
         plain = isinstance(self.value, jax.Array)
         outs = _compat.bind(eqn, [self.value]) if plain else [self.value] * len(eqn.outvars)
         made = expressions.call(eqn, [self.expression]) or [self.expression] * len(outs)
@@ -144,13 +144,13 @@ class Tracked(TracedValue):
 )
 @dataclasses.dataclass(frozen=True)
 class Made(TracedValue):
-    """A constant, or a value that is computed from weights and constants alone and is not, or not yet, a weight.
+    """A constant, or a value that is computed from weights and constants alone and is not (yet) a weight.
 
     Attributes:
-        value: the array; None where weights that it is computed from are gone.
+        value: the array; None if weights that it is computed from are missing.
         beside: what travels beside those weights.
-        expression: how it is computed.
-        escapes: where uses that are not sites are noted.
+        expression: its expression.
+        escapes: records uses outside of sites.
     """
 
     value: Any
@@ -172,8 +172,8 @@ class Made(TracedValue):
 def _present(value: Any, expression: Expression) -> Any:
     if value is None:
         raise UnsupportedError(
-            f"at these sizes the program reads {', '.join(expression.weights)}, which it does not at those at which "
-            f"what is computed from weights was computed ahead; give them too, as buckets or precompute(sizes=...)"
+            f"at these sizes the program reads {', '.join(expression.weights)}, which it did not at the sizes of "
+            "precompute; pass these sizes too, as buckets or precompute(sizes=...)"
         )
     return value
 
@@ -186,18 +186,18 @@ class Site:
         name: the weight's path, with `#1`, `#2` for further uses; or `scope/primitive#0` without a weight.
         path: the weight's path, None for a product of two activations.
         kind: the primitive: `dot_general`, `conv_general_dilated`, `ragged_dot_general` or `gather` (an embedding).
-        weight_operand: which operand the weight is, None for a product of two activations.
-        operands: shape and dtype of both operands, at the sizes the program was looked at.
-        output: shape and dtype of the result, likewise.
+        weight_operand: index of the weight operand; None for a product of two activations.
+        operands: shape and dtype of both operands, at the sizes of the trace.
+        output: shape and dtype of the result, at the sizes of the trace.
         layout: operations between the stored weight and the operand.
         eqn: the equation.
-        scope: names of the modules and scopes around it, joined by `/`.
-        repeats: how often it runs in one call.
-        container: the innermost control flow around it, empty at the top.
-        exclusive: whether its weight is used at sites only (as far as `find_sites` saw).
-        source: for a computed weight, how it is computed from those of the program.
-        made: for a product without a weight, the operand that is computed from weights or constants, if there is one.
-        why_made: why that operand is no weight.
+        scope: names of the surrounding modules and scopes, joined by `/`.
+        repeats: number of runs in one call.
+        container: the innermost surrounding control flow; empty at the top level.
+        exclusive: whether its weight is used at sites only (at the sizes that `find_sites` traced).
+        source: the expression of a computed weight.
+        made: for a product without a weight, the operand that is computed from weights or constants, if any.
+        why_made: why that operand is not a computed weight.
     """
 
     name: str
@@ -223,37 +223,37 @@ class Site:
 
     @property
     def weight(self) -> jax.ShapeDtypeStruct:
-        """Shape and dtype of the weight as the primitive sees it, one step of a stack."""
+        """Shape and dtype of the weight operand, one step of a stack."""
         assert self.weight_operand is not None
         return self.operands[self.weight_operand]
 
     @property
     def activation(self) -> jax.ShapeDtypeStruct:
-        """Shape and dtype of the other operand (of the left one in a product of two activations)."""
+        """Shape and dtype of the other operand (the left one in a product of two activations)."""
         return self.operands[1 - self.weight_operand if self.weight_operand is not None else 0]
 
     @property
     def not_float(self) -> str:
-        """The first dtype that is no float of those the weight has from where it is stored to here; empty if none."""
+        """The first non-float dtype of the weight on its way from storage to this site; empty if there is none."""
         ops = [op for op in self.layout if isinstance(op, LayoutOp)]
         dtypes = [*(op.eqn.invars[0].aval.dtype for op in ops), self.weight.dtype]
         return next((dtype.name for dtype in dtypes if not jnp.issubdtype(dtype, jnp.floating)), "")
 
     @property
     def stacked(self) -> int:
-        """How many leading axes the stored weight has that a scan steps over."""
+        """Number of leading axes of the stored weight that scans step over."""
         return sum(isinstance(op, Step) for op in self.layout)
 
 
-# What only moves or retypes a weight. `split` and `unstack` have several outputs.
+# Primitives that only move or convert a weight. `split` and `unstack` have several outputs.
 _LAYOUT = (
     "convert_element_type", "transpose", "reshape", "squeeze", "expand_dims", "broadcast_in_dim", "copy", "copy_p",
     "slice", "split", "unstack", "sharding_constraint", "pvary", "pcast", "reduce_precision",
 )  # fmt: skip
-# What gives its operands on as they are, one output for each.
+# Primitives that return their operands unchanged, one output each.
 _IDENTITIES = ("name", "stop_gradient", "optimization_barrier", "device_put")
 SITE_PRIMITIVES = ("dot_general", "conv_general_dilated", "ragged_dot_general", "gather")
-# Containers whose bodies run once: followed into, not taken for one operation.
+# Containers whose bodies run once; they are entered instead of treated as one operation.
 _ENTERED = ("jit", "closed_call", "core_call", "eval_jaxpr", "remat2", "checkpoint")
 
 
@@ -263,7 +263,7 @@ def _follow(context: Context, eqn: Any, values: Values) -> Values | None:
 
 
 def _hand_on(context: Context, eqn: Any, values: Values) -> Values | None:
-    """Values that stay what they are, each bound again where it is an array."""
+    """Pass values on unchanged; arrays are bound again."""
     del context
     arrays = [value.value if isinstance(value, _Known) else value for value in values]
     outs = _compat.bind(eqn, arrays) if all(isinstance(array, jax.Array) for array in arrays) else arrays
@@ -277,7 +277,7 @@ _Known = (Tracked, Made)
 
 
 def _cut(computed: Computed, escapes: Escapes, beside: Mapping[str, Mapping[Key, Any]]) -> Rule:
-    """The rule for equations that cut a weight: a part may be a weight of its own."""
+    """Make the rule for equations that slice a weight: a slice may be a computed weight."""
 
     def rule(context: Context, eqn: Any, values: Values) -> Values | None:
         outs = _follow(context, eqn, values)
@@ -295,7 +295,7 @@ def _cut(computed: Computed, escapes: Escapes, beside: Mapping[str, Mapping[Key,
 
 
 def _compute(computed: Computed, escapes: Escapes, beside: Mapping[str, Mapping[Key, Any]]) -> Rule:
-    """The rule for equations on weights and constants alone: what they compute is followed, and perhaps a weight."""
+    """Make the rule for equations on weights and constants alone, whose results may be computed weights."""
 
     def rule(context: Context, eqn: Any, values: Values) -> Values | None:
         operands = [_expression(atom, value) for atom, value in zip(eqn.invars, values, strict=True)]
@@ -332,7 +332,7 @@ def _computed_weight(
     own: Mapping[Key, Any],
     escapes: Escapes,
 ) -> Tracked:
-    """The weight that a computed value is: what travels beside it came with the weights it is computed from."""
+    """Turn a computed value into a weight; its side inputs came with the weights that it is computed from."""
     beside = {key: travelling.get(key, array) if expression.steps else array for key, array in own.items()}
     if computed.given:
         value = travelling[name, GIVEN] if expression.steps else computed.given[name]
@@ -359,20 +359,20 @@ def rewrite_sites(
     follow: Mapping[str, Rule] | None = None,
     computed: Computed | None = None,
 ) -> Callable[..., Any]:
-    """Transform a function by replacing what it does at its sites.
+    """Transform a function by replacing its sites.
 
     Args:
         fn: `fn(weights, *inputs)`; weights are the first argument, any pytree; its paths name the sites.
-        rule: asked once for each site each time the function is traced.
+        rule: called once per site each time the function is traced.
         inline: as in `rewrite`.
         on_unknown: as in `rewrite`.
-        like: the weights' shapes that `fn` was written for, where the new function takes other ones. A weight's place
-            may then hold anything; the rule gets it as `Tracked.value`.
+        like: shapes of the weights of `fn`, if the new function takes others. A weight may then be replaced by
+            anything, which the rule gets as `Tracked.value`.
         beside: weight path -> site name and what of it -> array that reaches the rule as `Tracked.beside`.
-        escapes: notes the weights that are used at something that is not a site.
+        escapes: records the weights that are used outside of sites.
         with_taps: as in `rewrite`.
-        follow: how a weight moves through primitives that are no layout.
-        computed: which of the values that are computed from weights alone are weights.
+        follow: rules for weights at other primitives than layout operations.
+        computed: the computed weights.
 
     Returns:
         A function with the signature of `fn`.
@@ -385,7 +385,7 @@ def rewrite_sites(
     noted, known = escapes or Escapes(), computed or Computed()
     along: dict[str, dict[Key, jax.Array]] = {path: dict(arrays) for path, arrays in (beside or {}).items()}
     for weight in known.weights:
-        # What travels beside a computed weight of a stack goes with a weight that the same scans step over.
+        # Side inputs of a computed weight of a stack follow a weight that the same scans step over.
         if weight.expression.steps:
             given = {(weight.name, GIVEN): known.given[weight.name]} if known.given else {}
             along.setdefault(weight.expression.carrier, {}).update(along.get(weight.name, {}) | given)
@@ -403,7 +403,7 @@ def rewrite_sites(
     compute = _compute(known, noted, along)
 
     def after_computing(move: Rule) -> Rule:
-        """A rule of the pass's own, which is not asked of what is a computed weight."""
+        """Wrap a rule of the pass, so that it is not applied to computed weights."""
 
         def asked(context: Context, eqn: Any, values: Values) -> Values | None:
             outs = compute(context, eqn, values) if known.weights else None
@@ -450,7 +450,7 @@ def find_sites(program: Program, *, sizes: Mapping[str, int] | None = None) -> t
 
     Args:
         program: any program.
-        sizes: sizes of the symbolic dimensions to look at; some at which the program can be traced by default.
+        sizes: sizes of the symbolic dimensions at which to trace the program; chosen by default.
 
     >>> program = lx.trace(lambda w, x: x @ w["w"], {"w": jnp.eye(4)}, {"x": lx.TensorSpec(("batch", 4), "float32")})
     >>> [(site.name, site.kind, site.path) for site in lx.find_sites(program)]
@@ -462,7 +462,7 @@ def find_sites(program: Program, *, sizes: Mapping[str, int] | None = None) -> t
 def trace_sites(
     fn: Callable[..., Any], weights: Any, inputs: Mapping[str, TensorSpec], sizes: Mapping[str, int] | None = None
 ) -> tuple[Site, ...]:
-    """Every site of `fn(weights, *inputs)`, in the order of execution."""
+    """Find every site of `fn(weights, *inputs)`, in the order of execution."""
     chosen = sizes if sizes is not None else probe_sizes(fn, weights, inputs)[0]
     _, reasons, found, escapes = _computed(fn, weights, inputs, chosen)
     return tuple(
@@ -476,9 +476,9 @@ def trace_sites(
 
 
 def find_computed(program: Program) -> tuple[ComputedWeight, ...]:
-    """The computed weights of a program: those of its sites, and parts of weights of which other parts are among them.
+    """Find the computed weights of a program: those of its sites, and other slices of weights with slices among them.
 
-    Without the latter, the weight that they are cut out of could not leave the program.
+    Without the latter, the sliced weight would have to stay in the program.
     """
     probed = probe_sizes(program.fn, program.weights, program.inputs)[0]
     return _computed(program.fn, program.weights, program.inputs, probed)[0].weights
@@ -487,7 +487,7 @@ def find_computed(program: Program) -> tuple[ComputedWeight, ...]:
 def _computed(
     fn: Callable[..., Any], weights: Any, inputs: Mapping[str, TensorSpec], sizes: Mapping[str, int]
 ) -> tuple[Computed, dict[str, str], list[Site], Escapes]:
-    """Computed weights, for what is none the reasons, and the sites and escapes at these sizes."""
+    """Find computed weights, the reasons for values that are none, and the sites and escapes at these sizes."""
     computed = Computed()
     found, escapes = _walk_sites(fn, weights, inputs, sizes, computed)
     if not any(expression.weights for expression in computed.found):
@@ -495,7 +495,7 @@ def _computed(
     probed, unit = probe_sizes(fn, weights, inputs)
     seen: list[list[Expression]] = []
     pieces: list[Expression] = []
-    # Those probed come first, so that names do not depend on the sizes looked at.
+    # Probed sizes come first, so that names do not depend on the given sizes.
     for at in (probed, {name: size + unit for name, size in probed.items()}):
         other = Computed()
         _, used = _walk_sites(fn, weights, inputs, at, other)
@@ -504,7 +504,7 @@ def _computed(
     known, reasons = choose_computed([*seen, computed.found], weights, [*pieces, *escapes.pieces])
     if not known.weights:
         return known, reasons, found, escapes
-    # A weight that is read as a whole too stays in the program: parts of it would only add to that.
+    # A weight that is also read as a whole stays in the program, so slices of it would only add bytes.
     whole: set[str] | None = None
     while whole is None or whole:
         known = known.without_parts_of(whole or ())
@@ -539,7 +539,7 @@ def _site(context: Context, eqn: Any, values: Values, computed: list[Expression]
     tracked = [index for index, value in enumerate(values[:2]) if isinstance(value, Tracked)]
     made = [value.expression if isinstance(value, Made) else None for value in values[:2]]
     if kind == "gather":
-        # A table may be looked up at places that are constants: it is an embedding all the same.
+        # Lookups at constant indices are embeddings too.
         if 1 in tracked or (made[1] is not None and made[1].weights) or not takes_rows(eqn):
             return None
         if made[0] is not None:
@@ -547,7 +547,7 @@ def _site(context: Context, eqn: Any, values: Values, computed: list[Expression]
         if not tracked:
             return None
     elif all(isinstance(value, _Known) for value in values[:2]):
-        return None  # a product of weights is arithmetic on weights, not a site
+        return None  # a product of two weights is not a site
     operand = tracked[0] if tracked else None
     if kind != "gather":
         computed += [part for part in made if part is not None]
@@ -571,13 +571,13 @@ def _site(context: Context, eqn: Any, values: Values, computed: list[Expression]
 
 
 def site_name(context: Context, kind: str, path: str | None, paths: Container[str]) -> str:
-    """The name of the site at hand: the same each time its equation is traced in one walk.
+    """The name of a site; the same each time its equation is traced in one walk.
 
     Args:
-        context: where it stands.
+        context: its context.
         kind: its primitive.
         path: the weight's path; None for a product of activations.
-        paths: those of all weights.
+        paths: paths of all weights.
     """
     given: dict[Any, str] = context.walk.notes.setdefault("site_names", {})
     names: SiteNames = context.walk.notes.setdefault("names", SiteNames(paths))
@@ -587,7 +587,7 @@ def site_name(context: Context, kind: str, path: str | None, paths: Container[st
 
 
 def takes_rows(eqn: Any) -> bool:
-    """Whether a gather looks up whole rows of a table: an embedding, whether the rows' dimension is dropped or kept."""
+    """Whether a gather looks up whole rows of a table (an embedding), with or without keeping the row dimension."""
     table, numbers = eqn.invars[0].aval.shape, eqn.params["dimension_numbers"]
     whole = len(table) == 2 and tuple(eqn.params["slice_sizes"]) == (1, table[1])
     return whole and 0 in numbers.start_index_map and not numbers.operand_batching_dims
@@ -598,7 +598,7 @@ def _aval(atom: Any) -> jax.ShapeDtypeStruct:
 
 
 def lay_out(array: jax.Array, layout: Sequence[LayoutOp | Step]) -> jax.Array:
-    """Apply a weight's layout to the stored weight: the operand as its site sees it, stacked axes leading."""
+    """Apply a layout to a stored weight; return the operand of its site, with stacked axes leading."""
     for index, op in enumerate(layout):
         if isinstance(op, Step):
             return jax.vmap(lambda step, rest=layout[index + 1 :]: lay_out(step, rest))(array)
@@ -607,7 +607,7 @@ def lay_out(array: jax.Array, layout: Sequence[LayoutOp | Step]) -> jax.Array:
 
 
 def stored_like(site: Site, weights: Mapping[str, Any]) -> Any:
-    """Shape and dtype of a site's weight as it is stored, or would be: a computed one is not among the weights."""
+    """Shape and dtype of a site's stored weight; for a computed weight, those that it would have."""
     assert site.path is not None
     if site.source is None or site.path in weights:
         return weights[site.path]
@@ -615,7 +615,7 @@ def stored_like(site: Site, weights: Mapping[str, Any]) -> Any:
 
 
 def stored_weight(site: Site, weights: Mapping[str, Any]) -> Any:
-    """A site's weight as it is stored; a computed one that is not yet is computed."""
+    """A site's stored weight; a computed weight is evaluated if it is not stored."""
     assert site.path is not None
     if site.source is None or site.path in weights:
         return weights[site.path]
@@ -623,12 +623,12 @@ def stored_weight(site: Site, weights: Mapping[str, Any]) -> Any:
 
 
 def made_of(site: Site) -> tuple[str, ...]:
-    """Paths of the weights that a site's weight is, or is computed from."""
+    """Paths of the weights behind a site's weight: its own, or those that it is computed from."""
     return site.source.weights if site.source is not None else (site.path,) if site.path is not None else ()
 
 
 def step_lengths(site: Site, stored: Sequence[int]) -> tuple[int, ...]:
-    """Lengths of the scans that step over a site's weight, of which `stored` is the shape as the program holds it."""
+    """Lengths of the scans that step over a site's weight; `stored` is the shape of the stored weight."""
     shape, lengths = tuple(stored), list[int]()
     for op in site.layout:
         if isinstance(op, Step):
@@ -640,12 +640,12 @@ def step_lengths(site: Site, stored: Sequence[int]) -> tuple[int, ...]:
 
 
 def layout_key(layout: Layout) -> tuple[Any, ...]:
-    """Equal for two layouts that do the same."""
+    """A key that is equal for equivalent layouts."""
     return tuple(
         "step" if isinstance(op, Step) else (op.eqn.primitive.name, op.output, str(op.eqn.params)) for op in layout
     )
 
 
 def operand_value(value: Any) -> Any:
-    """The array, or replacement, at an operand of a site; taking a weight there does not count as an escape."""
+    """The array, or replacement, of an operand of a site; this use of a weight is no escape."""
     return value.value if isinstance(value, Tracked) else materialize(value)
