@@ -12,16 +12,16 @@ class Pattern:
     """Which elements of a matrix `[K, N]` are pruned together.
 
     Attributes:
-        kind: `unstructured`: single elements; `groups`: all but `kept` of each `rows` neighbours along K; `block`:
+        kind: `unstructured`: single elements; `n_m`: all but `kept` of each `rows` neighbours along K; `block`:
             blocks of `rows` by `columns`; `channel`: columns.
         rows, columns: the size of a group or block.
-        kept: number of elements kept in each group, for `groups`.
+        kept: number of elements kept in each group, for `n_m`.
 
     >>> Pattern.parse("2:4").sparsity, Pattern.parse("block:4x1").rows
     (0.5, 4)
     """
 
-    kind: Literal["unstructured", "groups", "block", "channel"]
+    kind: Literal["unstructured", "n_m", "block", "channel"]
     rows: int = 1
     columns: int = 1
     kept: int = 0
@@ -36,9 +36,9 @@ class Pattern:
             rows, columns = map(int, text.removeprefix("block:").split("x"))
             return Pattern("block", rows, columns)
         kept, rows = map(int, text.split(":"))
-        return Pattern("groups", rows, kept=kept)
+        return Pattern("n_m", rows, kept=kept)
 
     @property
     def sparsity(self) -> float | None:
         """The sparsity that the pattern implies; None if it implies none."""
-        return 1 - self.kept / self.rows if self.kind == "groups" else None
+        return 1 - self.kept / self.rows if self.kind == "n_m" else None

@@ -229,7 +229,7 @@ def _check_prune_rule(rule: PruneRule, where: str, *, needs_sparsity: bool = Tru
     except (msgspec.MsgspecError, TypeError) as error:
         raise RecipeError(f"{where}: {first_line(error)}") from error
     pattern = Pattern.parse(rule.pattern)
-    if pattern.kind == "groups" and not 0 < pattern.kept < pattern.rows:
+    if pattern.kind == "n_m" and not 0 < pattern.kept < pattern.rows:
         raise RecipeError(f"{where}.pattern = {rule.pattern!r}: expected N:M with 0 < N < M, such as '2:4'")
     if rule.method.startswith("deviation"):
         if rule.sparsity is not None or rule.pattern != "unstructured" or rule.distribution != "uniform":
@@ -242,7 +242,7 @@ def _check_prune_rule(rule: PruneRule, where: str, *, needs_sparsity: bool = Tru
         raise RecipeError(
             f"{has}: pattern = {rule.pattern!r} implies a sparsity of {pattern.sparsity:g}; leave sparsity out"
         )
-    if pattern.kind == "groups" and rule.distribution != "uniform":
+    if pattern.kind == "n_m" and rule.distribution != "uniform":
         raise RecipeError(
             f"{where}.distribution = {rule.distribution!r}: pattern {rule.pattern!r} removes the same share "
             "everywhere; leave distribution out"
@@ -250,7 +250,7 @@ def _check_prune_rule(rule: PruneRule, where: str, *, needs_sparsity: bool = Tru
     if rule.method in DATA_METHODS:
         if rule.distribution == "global":
             raise RecipeError(f"{where}.distribution = 'global': method = {rule.method!r} ranks each weight on its own")
-        if pattern.kind not in ("unstructured", "groups"):
+        if pattern.kind not in ("unstructured", "n_m"):
             raise RecipeError(
                 f"{where}.pattern = {rule.pattern!r}: method = {rule.method!r} supports unstructured and N:M"
             )

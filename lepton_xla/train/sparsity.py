@@ -250,10 +250,10 @@ def _named(tree: Any) -> dict[str, Any]:
     return name_leaves(tree, prefix="weights")
 
 
-def _each(tree: Any, by: Mapping[str, jax.Array], function: Callable[..., Any], *beside: Mapping[str, Any]) -> Any:
+def _each(tree: Any, by: Mapping[str, jax.Array], function: Callable[..., Any], *others: Mapping[str, Any]) -> Any:
     """Replace the leaves that `by` names by `function(by[path], leaf, ...)`."""
     leaves = [
-        function(by[path], leaf, *(other[path] for other in beside)) if path in by else leaf
+        function(by[path], leaf, *(other[path] for other in others)) if path in by else leaf
         for path, leaf in _named(tree).items()
     ]
     return jax.tree.unflatten(jax.tree.structure(tree), leaves)

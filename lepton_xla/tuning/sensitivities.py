@@ -340,28 +340,28 @@ class _Switched:
         return predict
 
     def _switched(self, weights: Any, setting: jax.Array, ranges: Mapping[str, jax.Array], *inputs: Any) -> Any:
-        beside: dict[str, dict[Key, jax.Array]] = {}
+        side_inputs: dict[str, dict[Key, jax.Array]] = {}
         for planned in self._plan.sites:
             site = planned.site
             if site.path is None or site.path not in self._paths:
                 continue
             on = setting[self._paths.index(site.path)]
             steps = step_lengths(site, self.program.weights[site.path].shape)
-            own = beside.setdefault(site.path, {})
+            own = side_inputs.setdefault(site.path, {})
             own[site.name, _ON] = jnp.broadcast_to(on, steps)
             if site.name in ranges:
                 own[site.name, RANGE] = ranges[site.name]
-        run = rewrite_sites(self.program.fn, self._rule, inline=True, on_unknown="keep", beside=beside)
+        run = rewrite_sites(self.program.fn, self._rule, inline=True, on_unknown="keep", side_inputs=side_inputs)
         return name_leaves(run(weights, *inputs), single="output")
 
     def _rule(self, site: Site, context: Context, eqn: Any, values: Values) -> Values | None:
         planned = self._plan[site.name]
         if planned is None or planned.quantize is None or site.weight_operand is None:
             return None
-        beside = values[site.weight_operand].beside
+        side_inputs = values[site.weight_operand].side_inputs
         operands = [operand_value(value) for value in values]
-        quantized = _alone(planned, site, context, eqn, beside.get((site.name, RANGE)))
-        return lax.cond(beside[site.name, _ON], quantized, lambda *arrays: context.bind(eqn, arrays), *operands)
+        quantized = _alone(planned, site, context, eqn, side_inputs.get((site.name, RANGE)))
+        return lax.cond(side_inputs[site.name, _ON], quantized, lambda *arrays: context.bind(eqn, arrays), *operands)
 
 
 def _alone(

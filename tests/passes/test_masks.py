@@ -73,7 +73,7 @@ def test_groups_keep_the_largest_of_each(kept, of):
 @settings(max_examples=20)
 @given(st.integers(1, 7), st.integers(2, 8), st.floats(0, 1), st.integers(0, 3))
 def test_groups_never_drop_more_than_the_pattern_and_equal_ones_in_order(kept, of, sparsity, seed):
-    pattern = Pattern("groups", of, kept=min(kept, of - 1))
+    pattern = Pattern("n_m", of, kept=min(kept, of - 1))
     scores = np.random.default_rng(seed).integers(0, 3, (of * 2, 3)).astype(np.float32)
     mask = group_masks(jnp.asarray(scores), pattern, sparsity)
     left = of - min(round(sparsity * of), of - pattern.kept)

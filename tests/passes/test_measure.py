@@ -164,7 +164,7 @@ def test_a_right_product_is_no_wrong_one(options, batch):
 
 @pytest.mark.parametrize("fault", ["twice", "one value", "not a number", "where padded"])
 def test_a_wrong_product_is_found(monkeypatch, fault):
-    right = measurement.products.code_product
+    right = measurement.products.quantized_dot
 
     def wrong(*args, pad_single):
         out = right(*args, pad_single=pad_single)
@@ -177,7 +177,7 @@ def test_a_wrong_product_is_found(monkeypatch, fault):
         }
         return faults[fault]
 
-    monkeypatch.setattr(measurement.products, "code_product", wrong)
+    monkeypatch.setattr(measurement.products, "quantized_dot", wrong)
     timed = compare(sites_at(1)["a"], rule(), {"batch": 1})
     assert timed.wrong
     expected = {"twice": 1.0, "one value": 0.2, "not a number": np.nan, "where padded": 1.0}[fault]

@@ -122,7 +122,7 @@ def test_dot(name, scales):
         codes, scale = quantized(act, act_contract)
     total, factor = dot_reference(site, (codes,), reference, scale)
     for pad in (False, True):
-        got = products.code_product(site, act, stored, "int8", scale_of(absmax), pad_single=pad)
+        got = products.quantized_dot(site, act, stored, "int8", scale_of(absmax), pad_single=pad)
         assert got.shape == site.output.shape
         np.testing.assert_allclose(got, total * factor, rtol=3e-6, atol=1e-7)
     # And it is the float product, to what eight bits can hold.
@@ -138,7 +138,7 @@ def test_dot(name, scales):
     batch = len(site.params["dimension_numbers"][1][0])
     assert stored.values.ndim == batch + 2
     jaxpr = str(
-        jax.make_jaxpr(lambda a, s: products.code_product(site, a, s, "int8", scale_of(absmax), pad_single=False))(
+        jax.make_jaxpr(lambda a, s: products.quantized_dot(site, a, s, "int8", scale_of(absmax), pad_single=False))(
             act, stored
         )
     )
@@ -192,7 +192,7 @@ def test_conv(name, scales):
     out_shape = np.ones(act.ndim, int)
     out_shape[layout[2].index("C")] = -1
     expected = total * act_scale.reshape(shape) * weight_scale.reshape(out_shape)
-    got = products.code_product(site, act, stored, "int8", scale_of(absmax), pad_single=False)
+    got = products.quantized_dot(site, act, stored, "int8", scale_of(absmax), pad_single=False)
     np.testing.assert_allclose(got, expected, rtol=3e-6, atol=1e-7)
     np.testing.assert_allclose(products.restore(site, stored), weight_codes * weight_scale, rtol=1e-6, atol=1e-9)
 
@@ -202,7 +202,7 @@ def test_narrow_models_keep_their_dtype(dtype):
     act, weight = array(5, 12, seed=1).astype(dtype), array(12, 6, seed=2).astype(dtype)
     site = only_site(lambda x, w: x @ w, act, weight)
     stored = products.store(site, weight, "int8", "channel")
-    got = products.code_product(site, act, stored, "int8", None, pad_single=False)
+    got = products.quantized_dot(site, act, stored, "int8", None, pad_single=False)
     assert got.dtype == jnp.dtype(dtype)
     assert products.restore(site, stored).dtype == jnp.dtype(dtype)
     (codes, scale), (weight_codes, weight_scale) = quantized(act, (1,)), quantized(weight, (0,))
@@ -213,7 +213,7 @@ def test_narrow_models_keep_their_dtype(dtype):
 def test_large_activations_of_float16_do_not_overflow():
     act, weight = jnp.full((3, 4), 60000.0, jnp.float16), jnp.full((4, 2), 1e-4, jnp.float16)
     site = only_site(lambda x, w: x @ w, act, weight)
-    got = products.code_product(
+    got = products.quantized_dot(
         site, act, products.store(site, weight, "int8", "channel"), "int8", None, pad_single=False
     )
     np.testing.assert_allclose(np.asarray(got, np.float64), 24.0, rtol=0.01)
@@ -224,14 +224,14 @@ def test_a_result_wider_than_its_operands(dtype):
     act, weight = array(5, 12, seed=1).astype(dtype), array(12, 6, seed=2).astype(dtype)
     site = only_site(lambda x, w: lax.dot(x, w, preferred_element_type=jnp.float32), act, weight)
     stored = products.store(site, weight, "int8", "channel")
-    assert products.code_product(site, act, stored, "int8", None, pad_single=False).dtype == jnp.float32
+    assert products.quantized_dot(site, act, stored, "int8", None, pad_single=False).dtype == jnp.float32
 
 
 def test_zero_rows_and_channels_are_exactly_zero():
     act, weight = array(4, 6).at[1].set(0), array(6, 5, seed=1).at[:, 2].set(0)
     site = only_site(lambda x, w: x @ w, act, weight)
     stored = products.store(site, weight, "int8", "channel")
-    got = np.asarray(products.code_product(site, act, stored, "int8", None, pad_single=False))
+    got = np.asarray(products.quantized_dot(site, act, stored, "int8", None, pad_single=False))
     assert (got[1] == 0).all()
     assert (got[:, 2] == 0).all()
     assert np.isfinite(got).all()
@@ -241,7 +241,7 @@ def test_a_broken_row_stays_broken_and_alone():
     act, weight = array(4, 6).at[1, 3].set(jnp.nan), array(6, 5, seed=1)
     site = only_site(lambda x, w: x @ w, act, weight)
     stored = products.store(site, weight, "int8", "channel")
-    got = np.asarray(products.code_product(site, act, stored, "int8", None, pad_single=False))
+    got = np.asarray(products.quantized_dot(site, act, stored, "int8", None, pad_single=False))
     assert np.isnan(got[1]).all()
     assert np.isfinite(got[[0, 2, 3]]).all()
 
@@ -325,10 +325,12 @@ def test_a_product_of_two_activations(name):
     expected = np.einsum(equation, codes * scale, right_codes * right_scale)
     site = pair_site(numbers, left, right)
     for pad in (False, True):
-        got = products.pair_product(site, left, right, "int8", pad_single=pad)
+        got = products.quantized_dot_pair(site, left, right, "int8", pad_single=pad)
         assert got.shape == site.output.shape
         np.testing.assert_allclose(got, expected, rtol=3e-6, atol=1e-6 * np.abs(expected).max())
-    jaxpr = str(jax.make_jaxpr(lambda a, b: products.pair_product(site, a, b, "int8", pad_single=False))(left, right))
+    jaxpr = str(
+        jax.make_jaxpr(lambda a, b: products.quantized_dot_pair(site, a, b, "int8", pad_single=False))(left, right)
+    )
     assert jaxpr.count("preferred_element_type=int32") == 1
     free = [size for axis, size in enumerate(left_shape) if axis not in (*numbers[0][0], *numbers[1][0])]
     assert products.row_count(site) == np.prod(free)
@@ -339,7 +341,7 @@ MIXING = PAIRS["mixing"][1]
 
 @jax.jit
 def mixed(left, right):
-    return products.pair_product(pair_site(MIXING, left, right), left, right, "int8", pad_single=False)
+    return products.quantized_dot_pair(pair_site(MIXING, left, right), left, right, "int8", pad_single=False)
 
 
 @given(st.integers(0, 2**31), st.integers(-30, 30))
@@ -435,7 +437,7 @@ def test_short_sums_of_integers_are_filled_up_with_zeros(depth, expected):
     act, weight = array(6, depth, seed=1), array(depth, 7, seed=2)
     site = only_site(lambda x, w: x @ w, act, weight)
     stored = products.store(site, weight, "int8", "channel")
-    product = lambda a: products.code_product(site, a, stored, "int8", None, pad_single=False)  # noqa: E731
+    product = lambda a: products.quantized_dot(site, a, stored, "int8", None, pad_single=False)  # noqa: E731
     (dot,) = dots_of(product, act)
     assert [var.aval.shape for var in dot.invars] == [(6, expected), (expected, 7)]
     (codes, scale), (weight_codes, weight_scale) = quantized(act, (1,)), quantized(weight, (0,))
@@ -472,7 +474,7 @@ def test_a_weight_that_lies_by_columns_is_multiplied_as_it_lies(name, format_nam
     act, weight = array(*act_shape, seed=1), array(*weight_shape, seed=2)
     site = only_site(fn, act, weight)
     weight = lay_out(weight, site.layout)
-    product = lambda a, stored: products.code_product(site, a, stored, format_name, None, pad_single=False)  # noqa: E731
+    product = lambda a, stored: products.quantized_dot(site, a, stored, format_name, None, pad_single=False)  # noqa: E731
     by_rows = products.store(site, weight, format_name, "channel")
     by_columns = products.for_product(by_rows)
     assert by_columns.values.shape[-2:] == (40, 48)
@@ -495,7 +497,7 @@ def test_fp8_of_small_matrices_is_multiplied_as_bfloat16(sizes, operands, dtype)
     act, weight = array(rows, depth, seed=1).astype(dtype), array(depth, columns, seed=2).astype(dtype)
     site = only_site(lambda x, w: x @ w, act, weight)
     stored = products.store(site, weight, "fp8_e4m3", "channel")
-    product = lambda a: products.code_product(site, a, stored, "fp8_e4m3", None, pad_single=False)  # noqa: E731
+    product = lambda a: products.quantized_dot(site, a, stored, "fp8_e4m3", None, pad_single=False)  # noqa: E731
     (dot,) = dots_of(product, act)
     assert [var.aval.dtype.name for var in dot.invars] == [operands] * 2
     assert dot.outvars[0].aval.dtype == (dtype if operands == "float8_e4m3fn" else "float32")
@@ -520,7 +522,7 @@ def test_sums_wait_for_their_conversion_where_a_library_multiplies(monkeypatch):
     monkeypatch.setattr(products, "LIBRARY_ROWS", 8)
     site = only_site(lambda x, w: x @ w, array(8, 40), array(40, 7))
     stored = products.store(site, array(40, 7, seed=2), "int8", "channel")
-    product = lambda a: products.code_product(site, a, stored, "int8", None, pad_single=False)  # noqa: E731
+    product = lambda a: products.quantized_dot(site, a, stored, "int8", None, pad_single=False)  # noqa: E731
     for rows, barriers in ((7, 0), (8, 1)):
         jaxpr = str(jax.make_jaxpr(product)(array(rows, 40)))
         assert jaxpr.count("optimization_barrier") == barriers

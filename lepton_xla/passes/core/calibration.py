@@ -97,11 +97,11 @@ def _observer(
         if site.name not in sites or site.weight_operand is None:
             return
         activation = materialize(values[1 - site.weight_operand])
-        beside = values[site.weight_operand].beside
-        here = beside[site.name, _MARK]
+        side_inputs = values[site.weight_operand].side_inputs
+        here = side_inputs[site.name, _MARK]
         context.tap((site.name, _LARGEST), here * observers.largest_bits(activation))
         if site.name in counted:
-            counts = observers.count(activation, beside[site.name, _LEVEL])
+            counts = observers.count(activation, side_inputs[site.name, _LEVEL])
             counts = jnp.multiply.outer(here.astype(jnp.uint32), counts)
             context.tap((site.name, _COUNTS), counts, combine="sum")
 
@@ -117,10 +117,10 @@ def _observer(
 
     @jax.jit
     def run(weights: Any, levels: Mapping[str, jax.Array], inputs: Sequence[jax.Array]) -> dict[str, jax.Array]:
-        beside: dict[str, dict[Key, jax.Array]] = {path: dict(at) for path, at in marks.items()}
+        side_inputs: dict[str, dict[Key, jax.Array]] = {path: dict(at) for path, at in marks.items()}
         for name, level in levels.items():
-            beside[str(sites[name][0].path)][name, _LEVEL] = level
-        tapped = rewrite_sites(program.fn, rule, inline=True, beside=beside, with_taps=True)
+            side_inputs[str(sites[name][0].path)][name, _LEVEL] = level
+        tapped = rewrite_sites(program.fn, rule, inline=True, side_inputs=side_inputs, with_taps=True)
         return tapped(weights, *inputs)[1]
 
     def observe(inputs: Sequence[jax.Array], levels: _Arrays) -> tuple[_Arrays, _Arrays, _Arrays]:

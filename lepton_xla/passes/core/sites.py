@@ -82,7 +82,7 @@ class Escapes:
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["value", "beside"],
+    data_fields=["value", "side_inputs"],
     meta_fields=["path", "layout", "escapes", "expression", "source"],
 )
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +91,7 @@ class Tracked(TracedValue):
 
     Attributes:
         value: the array after its layout operations; or the pass's replacement of the weight.
-        beside: values that follow the weight to its sites without layout operations, by `Key`. Those of a
+        side_inputs: values that follow the weight to its sites without layout operations, by `Key`. Those of a
             stacked weight have its leading axes, so each step of a scan gets its own.
         path: the weight's path in the program.
         layout: the operations from the program's input to this value.
@@ -101,7 +101,7 @@ class Tracked(TracedValue):
     """
 
     value: Any
-    beside: dict[Key, jax.Array]
+    side_inputs: dict[Key, jax.Array]
     path: str
     layout: Layout
     escapes: Escapes
@@ -124,7 +124,7 @@ class Tracked(TracedValue):
 
     def in_specs(self, spec: Any) -> Any:
         # Side inputs are replicated, however the weight itself is sharded.
-        return dataclasses.replace(self, value=spec, beside=dict.fromkeys(self.beside, jax.P()))
+        return dataclasses.replace(self, value=spec, side_inputs=dict.fromkeys(self.side_inputs, jax.P()))
 
     def through(self, eqn: Any) -> Values:
         """Apply a layout operation; for a replaced weight only record it."""
@@ -139,7 +139,7 @@ class Tracked(TracedValue):
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["value", "beside"],
+    data_fields=["value", "side_inputs"],
     meta_fields=["expression", "escapes"],
 )
 @dataclasses.dataclass(frozen=True)
@@ -148,13 +148,13 @@ class Made(TracedValue):
 
     Attributes:
         value: the array; None if weights that it is computed from are missing.
-        beside: what travels beside those weights.
+        side_inputs: the side inputs of those weights.
         expression: its expression.
         escapes: records uses outside of sites.
     """
 
     value: Any
-    beside: dict[Key, jax.Array]
+    side_inputs: dict[Key, jax.Array]
     expression: Expression
     escapes: Escapes
 
@@ -166,7 +166,7 @@ class Made(TracedValue):
         return dataclasses.replace(self, expression=self.expression.step(scan))
 
     def in_specs(self, spec: Any) -> Any:
-        return dataclasses.replace(self, value=spec, beside=dict.fromkeys(self.beside, jax.P()))
+        return dataclasses.replace(self, value=spec, side_inputs=dict.fromkeys(self.side_inputs, jax.P()))
 
 
 def _present(value: Any, expression: Expression) -> Any:
@@ -276,7 +276,7 @@ def _hand_on(context: Context, eqn: Any, values: Values) -> Values | None:
 _Known = (Tracked, Made)
 
 
-def _cut(computed: Computed, escapes: Escapes, beside: Mapping[str, Mapping[Key, Any]]) -> Rule:
+def _cut(computed: Computed, escapes: Escapes, side_inputs: Mapping[str, Mapping[Key, Any]]) -> Rule:
     """Make the rule for equations that slice a weight: a slice may be a computed weight."""
 
     def rule(context: Context, eqn: Any, values: Values) -> Values | None:
@@ -287,14 +287,16 @@ def _cut(computed: Computed, escapes: Escapes, beside: Mapping[str, Mapping[Key,
         return [
             out
             if name is None
-            else _computed_weight(computed, name, out.expression, out.value, out.beside, beside.get(name, {}), escapes)
+            else _computed_weight(
+                computed, name, out.expression, out.value, out.side_inputs, side_inputs.get(name, {}), escapes
+            )
             for name, out in zip(names, outs, strict=True)
         ]
 
     return rule
 
 
-def _compute(computed: Computed, escapes: Escapes, beside: Mapping[str, Mapping[Key, Any]]) -> Rule:
+def _compute(computed: Computed, escapes: Escapes, side_inputs: Mapping[str, Mapping[Key, Any]]) -> Rule:
     """Make the rule for equations on weights and constants alone, whose results may be computed weights."""
 
     def rule(context: Context, eqn: Any, values: Values) -> Values | None:
@@ -307,7 +309,7 @@ def _compute(computed: Computed, escapes: Escapes, beside: Mapping[str, Mapping[
             return None
         travelling: dict[Key, jax.Array] = {}
         for value in values:
-            travelling |= value.beside if isinstance(value, _Known) else {}
+            travelling |= value.side_inputs if isinstance(value, _Known) else {}
         names = [computed.names.get(part.key) if part.weights and computed.names else None for part in made]
         outs: Sequence[Any] = [None] * len(made)
         arrays = [value.value if isinstance(value, _Known) else value for value in values]
@@ -316,7 +318,7 @@ def _compute(computed: Computed, escapes: Escapes, beside: Mapping[str, Mapping[
         return [
             Made(out, travelling, part, escapes)
             if name is None
-            else _computed_weight(computed, name, part, out, travelling, beside.get(name, {}), escapes)
+            else _computed_weight(computed, name, part, out, travelling, side_inputs.get(name, {}), escapes)
             for name, part, out in zip(names, made, outs, strict=True)
         ]
 
@@ -333,10 +335,10 @@ def _computed_weight(
     escapes: Escapes,
 ) -> Tracked:
     """Turn a computed value into a weight; its side inputs came with the weights that it is computed from."""
-    beside = {key: travelling.get(key, array) if expression.steps else array for key, array in own.items()}
+    side_inputs = {key: travelling.get(key, array) if expression.steps else array for key, array in own.items()}
     if computed.given:
         value = travelling[name, GIVEN] if expression.steps else computed.given[name]
-    return Tracked(value, beside, name, (Step(),) * len(expression.steps), escapes, expression, expression)
+    return Tracked(value, side_inputs, name, (Step(),) * len(expression.steps), escapes, expression, expression)
 
 
 def _expression(atom: Any, value: Any) -> Expression | None:
@@ -345,7 +347,7 @@ def _expression(atom: Any, value: Any) -> Expression | None:
     return Expression.of_constant(value) if isinstance(atom, _compat.LITERAL) else None
 
 
-@takes(fn=Callable, beside=Mapping, follow=Mapping)
+@takes(fn=Callable, side_inputs=Mapping, follow=Mapping)
 def rewrite_sites(
     fn: Callable[..., Any],
     rule: SiteRule,
@@ -353,7 +355,7 @@ def rewrite_sites(
     inline: bool = False,
     on_unknown: Literal["error", "keep"] = "error",
     like: Any = None,
-    beside: Mapping[str, Mapping[Key, jax.Array]] | None = None,
+    side_inputs: Mapping[str, Mapping[Key, jax.Array]] | None = None,
     escapes: Escapes | None = None,
     with_taps: bool = False,
     follow: Mapping[str, Rule] | None = None,
@@ -368,7 +370,7 @@ def rewrite_sites(
         on_unknown: as in `rewrite`.
         like: shapes of the weights of `fn`, if the new function takes others. A weight may then be replaced by
             anything, which the rule gets as `Tracked.value`.
-        beside: weight path -> site name and what of it -> array that reaches the rule as `Tracked.beside`.
+        side_inputs: weight path -> site name and what of it -> array that reaches the rule as `Tracked.side_inputs`.
         escapes: records the weights that are used outside of sites.
         with_taps: as in `rewrite`.
         follow: rules for weights at other primitives than layout operations.
@@ -383,7 +385,7 @@ def rewrite_sites(
     [[2.0, 2.0, 2.0, 2.0]]
     """
     noted, known = escapes or Escapes(), computed or Computed()
-    along: dict[str, dict[Key, jax.Array]] = {path: dict(arrays) for path, arrays in (beside or {}).items()}
+    along: dict[str, dict[Key, jax.Array]] = {path: dict(arrays) for path, arrays in (side_inputs or {}).items()}
     for weight in known.weights:
         # Side inputs of a computed weight of a stack follow a weight that the same scans step over.
         if weight.expression.steps:

@@ -137,7 +137,7 @@ def _collect(
         rows = matrix.activation_matrix(site, materialize(values[1 - site.weight_operand]))
         weight = values[site.weight_operand]
         sizes = wanted[site.name]
-        step = tuple(weight.beside[site.name, _STEP]) if sizes else ()
+        step = tuple(weight.side_inputs[site.name, _STEP]) if sizes else ()
 
         def tap(what: str, value: jax.Array, combine: Any = "sum") -> None:
             whole = jnp.zeros((*sizes, *value.shape), value.dtype).at[step].set(value) if sizes else value
@@ -152,13 +152,13 @@ def _collect(
             tap("gram", jnp.einsum("bmk,bml->bkl", rows, rows, precision=jax.lax.Precision.HIGHEST))
 
     # The index of a product's scan step is a side input of the weight.
-    beside: dict[str, dict[Key, jax.Array]] = {}
+    side_inputs: dict[str, dict[Key, jax.Array]] = {}
     for site in group:
         if wanted[site.name]:
             assert site.path is not None
             index = np.moveaxis(np.indices(wanted[site.name]), 0, -1)
-            beside.setdefault(site.path, {})[site.name, _STEP] = jnp.asarray(index, jnp.int32)
-    observed = rewrite_sites(program.fn, rule, inline=True, beside=beside, on_unknown="keep", with_taps=True)
+            side_inputs.setdefault(site.path, {})[site.name, _STEP] = jnp.asarray(index, jnp.int32)
+    observed = rewrite_sites(program.fn, rule, inline=True, side_inputs=side_inputs, on_unknown="keep", with_taps=True)
 
     @functools.partial(jax.jit, donate_argnums=1)
     def add(weights: Any, totals: _Totals, inputs: Sequence[jax.Array]) -> tuple[_Totals, _Totals]:

@@ -79,7 +79,7 @@ def find_masks(
             if isinstance(sparsity[target.path], jax.Array):
                 kept = kept | largest_of_each(weight, target.lead)
             found[target.path] = target.spread(kept)
-        elif target.pattern.kind == "groups":
+        elif target.pattern.kind == "n_m":
             elements, least = target.matrices(scores[target.path]), None
             if earlier is not None:
                 before = held.held_matrices(target, earlier[target.path])

@@ -71,7 +71,7 @@ def keep_largest(rankings: Sequence[Ranking]) -> Masks:
 
     def below(thresholds: Sequence[jax.Array]) -> list[jax.Array]:
         return [
-            sum((_count(part < _beside(at, part), at.ndim) for part in parts), jnp.zeros_like(dropped))
+            sum((_count(part < _expanded(at, part), at.ndim) for part in parts), jnp.zeros_like(dropped))
             for parts, at, dropped in zip(keys, thresholds, wanted, strict=True)
         ]
 
@@ -87,10 +87,10 @@ def keep_largest(rankings: Sequence[Ranking]) -> Masks:
     start = [jnp.zeros(dropped.shape, jnp.int32) for dropped in wanted]
     thresholds = lax.fori_loop(0, _MAGNITUDE_BITS, narrow, start)
     left = [dropped - count for dropped, count in zip(wanted, below(thresholds), strict=True)]
-    equal = [[part == _beside(at, part) for part in parts] for parts, at in zip(keys, thresholds, strict=True)]
+    equal = [[part == _expanded(at, part) for part in parts] for parts, at in zip(keys, thresholds, strict=True)]
     firsts = _first_of_equal(equal, left)
     return [
-        [(part > _beside(at, part)) | (same & ~first) for part, same, first in zip(*each, strict=True)]
+        [(part > _expanded(at, part)) | (same & ~first) for part, same, first in zip(*each, strict=True)]
         for at, *each in zip(thresholds, keys, equal, firsts, strict=True)
     ]
 
@@ -119,7 +119,7 @@ def _first_of_equal(equal: list[list[jax.Array]], left: Sequence[jax.Array]) -> 
 
         def one(at: jax.Array, quota: jax.Array, searched: jax.Array, part: jax.Array, place: jax.Array) -> jax.Array:
             higher = at | bit
-            count = _count(part & (place < _beside(higher, part)), at.ndim)
+            count = _count(part & (place < _expanded(higher, part)), at.ndim)
             return jnp.where(searched & (count <= quota), higher, at)
 
         return number - 1, jax.tree.map(one, found, quotas, split, equal, places)
@@ -127,7 +127,7 @@ def _first_of_equal(equal: list[list[jax.Array]], left: Sequence[jax.Array]) -> 
     longest = max(math.prod(part.shape[each.ndim :]) for parts, each in zip(equal, left, strict=True) for part in parts)
     top = jnp.int32(longest.bit_length() - 1)
     _, bounds = lax.while_loop(lambda state: (state[0] >= 0) & any_split, narrow, (top, bounds))
-    return jax.tree.map(lambda part, place, at: part & (place < _beside(at, part)), equal, places, bounds)
+    return jax.tree.map(lambda part, place, at: part & (place < _expanded(at, part)), equal, places, bounds)
 
 
 def keep_largest_on_host(rankings: Sequence[Ranking]) -> Masks:
@@ -208,10 +208,10 @@ def largest_of_each(scores: jax.Array, lead: int) -> jax.Array:
     [[False, True], [True, False]]
     """
     axes, keys = tuple(range(lead, scores.ndim)), _keys(scores)
-    most = keys == _beside(jnp.max(keys, axis=axes), keys)
+    most = keys == _expanded(jnp.max(keys, axis=axes), keys)
     places = _places(scores.shape, lead)
     last = jnp.max(places * most.astype(jnp.uint32), axis=axes)
-    return most & (places == _beside(last, places))
+    return most & (places == _expanded(last, places))
 
 
 def _keys(scores: jax.Array) -> jax.Array:
@@ -223,7 +223,7 @@ def _count(marked: jax.Array, lead: int) -> jax.Array:
     return jnp.sum(marked, axis=tuple(range(lead, marked.ndim)), dtype=jnp.uint32)
 
 
-def _beside(at: jax.Array, part: jax.Array) -> jax.Array:
+def _expanded(at: jax.Array, part: jax.Array) -> jax.Array:
     """Reshape a per-step value for comparison with all elements of the step."""
     return jnp.reshape(at, at.shape + (1,) * (part.ndim - at.ndim))
 

@@ -34,7 +34,7 @@ def something_left(targets: Sequence[Target], *, keep: bool = False) -> dict[str
         RecipeError: naming the weight.
     """
     reasons: dict[str, str] = {}
-    known = [target for target in targets if sparsity_of(target.rule) is not None and target.pattern.kind != "groups"]
+    known = [target for target in targets if sparsity_of(target.rule) is not None and target.pattern.kind != "n_m"]
     together: dict[int, list[tuple[Target, int, int]]] = {}
     for target, share in zip(known, rule_shares(known).values(), strict=True):
         units = jax.eval_shape(target.units, jax.ShapeDtypeStruct(target.like.shape, jnp.float32)).shape

@@ -134,7 +134,7 @@ def sparsegpt_values(
             return lax.fori_loop(begin, begin + group, prune_row, (part, kept, errors, corner))
 
         blank = jnp.zeros_like(part)
-        if pattern.kind == "groups":
+        if pattern.kind == "n_m":
             state = (part, jnp.ones(part.shape, bool), blank, corner)
             part, kept, errors, _ = lax.fori_loop(0, block // group, prune_group, state)
         else:
@@ -261,7 +261,7 @@ def _swept(
 
 def _magnitude_mask(target: Target, exact: jax.Array, sparsity: float, kept: jax.Array | None) -> jax.Array:
     """The mask of `[*steps, B, K, N]` by magnitudes alone; held elements are zero."""
-    if target.pattern.kind == "groups":
+    if target.pattern.kind == "n_m":
         return _group_mask(exact, kept, target.pattern, sparsity)
     scores = held_last(jnp.abs(exact), kept)
     dropped = round(sparsity * scores[(0,) * target.lead].size)

@@ -46,7 +46,7 @@ def wanda_mask(
     Returns:
         bool `[..., K, N]`; each column loses the same number, unless more of it is held.
     """
-    if pattern.kind == "groups":
+    if pattern.kind == "n_m":
         return _group_mask(weight, mean_square, kept, pattern, sparsity)
     columns = _columns(weight, mean_square, kept)
     dropped = round(sparsity * columns.shape[-1])

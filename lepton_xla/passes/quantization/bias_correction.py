@@ -167,15 +167,15 @@ def _add_biases(program: Program, added: Mapping[str, _Added]) -> Program:
         weight, activation = values[site.weight_operand], materialize(values[1 - site.weight_operand])
         operands = (activation, weight.value) if site.weight_operand == 1 else (weight.value, activation)
         (out,) = context.bind(eqn, operands)
-        bias = _along_outputs(site, weight.beside[site.name, CORRECTION], out.ndim)
+        bias = _along_outputs(site, weight.side_inputs[site.name, CORRECTION], out.ndim)
         return [(out.astype(jnp.float32) + bias).astype(out.dtype)]
 
     def run(weights: Mapping[str, Any], *inputs: Any) -> Any:
-        beside: dict[str, dict[Key, jax.Array]] = {}
+        side_inputs: dict[str, dict[Key, jax.Array]] = {}
         for name, site in sites.items():
-            beside.setdefault(str(site.path), {})[name, CORRECTION] = weights[names[name]]
+            side_inputs.setdefault(str(site.path), {})[name, CORRECTION] = weights[names[name]]
         own = {name: leaf for name, leaf in weights.items() if name in like}
-        return rewrite_sites(inner, rule, inline=True, on_unknown="keep", beside=beside)(own, *inputs)
+        return rewrite_sites(inner, rule, inline=True, on_unknown="keep", side_inputs=side_inputs)(own, *inputs)
 
     vectors = {names[name]: entry.vector for name, entry in added.items()}
     return program.replace(fn=run, weights={**program.weights, **vectors})

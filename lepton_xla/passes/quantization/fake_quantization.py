@@ -144,25 +144,27 @@ def fake_quant(
                 rounded = _round_pair(site, operands, decision)
             else:
                 tracked = values[site.weight_operand]
-                beside = tracked.beside if isinstance(tracked, Tracked) else {}
-                if site.kind == "gather" and _rows_alone(site, decision, beside):
+                side_inputs = tracked.side_inputs if isinstance(tracked, Tracked) else {}
+                if site.kind == "gather" and _rows_alone(site, decision, side_inputs):
                     (rows,) = context.bind(eqn, operands)
                     return [_fake_rows(site, rows, decision)]
-                rounded = _round_operands(site, operands, decision, tracked, beside)
+                rounded = _round_operands(site, operands, decision, tracked, side_inputs)
             order = None if products.float_reason(site, decision, target) else _code_order(site, decision, rounded)
             if order is not None:
-                return [_code_product(site, rounded, order)]
+                return [_quantized_dot(site, rounded, order)]
             return context.bind(eqn, [part.value for part in rounded])
 
         def rounding(*, weights_alone: bool = False) -> Any:
             chosen = functools.partial(rule, weights_alone=weights_alone)
             moves = {"select_n": through_mask}
-            rewritten = rewrite_sites(fn, chosen, beside=beside, escapes=escapes, follow=moves, computed=computed)
+            rewritten = rewrite_sites(
+                fn, chosen, side_inputs=side_inputs, escapes=escapes, follow=moves, computed=computed
+            )
             out = rewritten(weights, *inputs, **kwargs)
             _check_met(planned, met, escapes)
             return out
 
-        beside = _beside(planned, ranges or {}, raw_scales(scales), key, weights)
+        side_inputs = _side_inputs(planned, ranges or {}, raw_scales(scales), key, weights)
         if step is None:
             return rounding()
         # One branch for the whole function, so that each step does the work of one stage only.
@@ -266,24 +268,24 @@ def _round(
 
 
 def _round_operands(
-    site: Site, operands: Sequence[jax.Array], rule: QuantizeRule, tracked: Any, beside: Mapping[Key, jax.Array]
+    site: Site, operands: Sequence[jax.Array], rule: QuantizeRule, tracked: Any, side_inputs: Mapping[Key, jax.Array]
 ) -> list[_Rounded]:
     """The operands of a site with a weight."""
     side = site.weight_operand
     assert side is not None
-    keys = _site_keys(beside.get((site.name, _KEY)))
+    keys = _site_keys(side_inputs.get((site.name, _KEY)))
     rounded = [_Rounded(operand) for operand in operands]
-    rounded[side] = _round_weight(site, operands[side], rule, beside, keys[0])
+    rounded[side] = _round_weight(site, operands[side], rule, side_inputs, keys[0])
     if rule.activations != "none":
         rounded[1 - side] = _round_activation(site, operands[1 - side], rule, tracked, keys[1])
     return rounded
 
 
 def _round_weight(
-    site: Site, weight: jax.Array, rule: QuantizeRule, beside: Mapping[Key, jax.Array], key: jax.Array | None
+    site: Site, weight: jax.Array, rule: QuantizeRule, side_inputs: Mapping[Key, jax.Array], key: jax.Array | None
 ) -> _Rounded:
     target = FORMATS[rule.weights]
-    given = {part: beside[site.name, part] for part in _PARTS if (site.name, part) in beside}
+    given = {part: side_inputs[site.name, part] for part in _PARTS if (site.name, part) in side_inputs}
     matrix = products.to_matrix(site, weight)
     grid = make_grid(matrix, target, rule.granularity, rule.weight_range, **given)
     if target.learned:  # its levels have the leading axes of the matrix
@@ -313,7 +315,7 @@ def _round_activation(
     scale = products.activation_scale(site, activation, rule.activations, static)
     if key is not None:
         return _Rounded(stochastic_quantize(activation, scale, target, key))
-    if isinstance(weight, Tracked) and (site.name, SCALE) in weight.beside and target.kind == "int":
+    if isinstance(weight, Tracked) and (site.name, SCALE) in weight.side_inputs and target.kind == "int":
         shared = math.prod(activation.shape[axis] for axis in products.activation_axes(site))
         return _round(activation, settle(scale, "tensor"), target, shared=shared)
     return _round(activation, scale, target, clips=static is not None)
@@ -333,7 +335,7 @@ def _code_order(site: Site, rule: QuantizeRule, rounded: Sequence[_Rounded]) -> 
     return products.code_order(site) if all(part.codes is not None for part in rounded) else None
 
 
-def _code_product(site: Site, rounded: Sequence[_Rounded], order: tuple[int, int]) -> jax.Array:
+def _quantized_dot(site: Site, rounded: Sequence[_Rounded], order: tuple[int, int]) -> jax.Array:
     """The product of codes, with the gradient of the float product of their values."""
     values = [part.value for part in rounded]
     codes = [part.codes for part in rounded]
@@ -367,9 +369,9 @@ def _code_product(site: Site, rounded: Sequence[_Rounded], order: tuple[int, int
     return product(values, codes, scales)
 
 
-def _rows_alone(site: Site, rule: QuantizeRule, beside: Mapping[Key, jax.Array]) -> bool:
+def _rows_alone(site: Site, rule: QuantizeRule, side_inputs: Mapping[Key, jax.Array]) -> bool:
     """Whether the rows of a table are rounded independently, so that only the rows looked up need rounding."""
-    given = any((site.name, what) in beside for what in (_KEY, *_PARTS))
+    given = any((site.name, what) in side_inputs for what in (_KEY, *_PARTS))
     return not given and rule.granularity != "tensor" and not FORMATS[rule.weights].learned
 
 
@@ -399,7 +401,7 @@ def _spread(site: Site, part: jax.Array | None) -> jax.Array | None:
     return products.from_matrix(site, jnp.repeat(part, rows, axis=-2) if groups > 1 else part)
 
 
-def _beside(
+def _side_inputs(
     planned: list[SitePlan],
     ranges: Mapping[str, jax.Array],
     scales: Mapping[str, Mapping[str, jax.Array]],
@@ -424,7 +426,7 @@ def _beside(
             laid = jax.eval_shape(lambda array, site=site: lay_out(array, site.layout), like)
             steps = tuple(laid.shape[: site.stacked])
             arrays[site.name, _KEY] = jax.random.split(own, (*steps, 2))
-    return products.beside([entry.site for entry in planned], arrays)
+    return products.arrange_side_inputs([entry.site for entry in planned], arrays)
 
 
 def _named(weights: Any, planned: Iterable[SitePlan]) -> dict[str, Any]:

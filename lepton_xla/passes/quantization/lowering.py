@@ -169,8 +169,8 @@ def lower(
     prepared_s = time.perf_counter() - start - timed_s
 
     def build(integer: frozenset[str]) -> Callable[..., Any]:
-        beside = {key: name for key, name in names.items() if key[0] in integer}
-        return _lowered(program.fn, like, every, beside, _pads(integer, timings), timer.target)
+        side_inputs = {key: name for key, name in names.items() if key[0] in integer}
+        return _lowered(program.fn, like, every, side_inputs, _pads(integer, timings), timer.target)
 
     compiled: dict[str, Any] = {}
     laid: dict[str, jax.Array] = {}
@@ -253,7 +253,7 @@ def _lowered(
     fn: Callable[..., Any],
     like: Any,
     every: Sequence[_Planned],
-    beside: Mapping[Key, str],
+    side_inputs: Mapping[Key, str],
     pad_single: Mapping[str, bool],
     target: Target,
 ) -> Callable[..., Any]:
@@ -263,7 +263,7 @@ def _lowered(
         fn: the function of the float program.
         like: shapes of its weights.
         every: the sites whose weights are stored small, and the products of two activations.
-        beside: site and what of it -> name of a static range or scale among the new function's weights.
+        side_inputs: site and what of it -> name of a static range or scale among the new function's weights.
         pad_single: site name -> whether a single row is padded to two.
         target: what it is for.
     """
@@ -282,7 +282,7 @@ def _lowered(
                 return None
             left, right = (materialize(value) for value in values)
             pad = pad_single[site.name]
-            return [products.pair_product(site, left, right, planned.activations, pad_single=pad)]
+            return [products.quantized_dot_pair(site, left, right, planned.activations, pad_single=pad)]
         tracked = values[site.weight_operand]
         activation = materialize(values[1 - site.weight_operand])
         if site.kind == "gather":
@@ -291,17 +291,17 @@ def _lowered(
             scale = products.static_scale(site, planned, tracked)
             pad = pad_single[site.name]
             name = planned.activations
-            return [products.code_product(site, activation, tracked.value, name, scale, pad_single=pad)]
+            return [products.quantized_dot(site, activation, tracked.value, name, scale, pad_single=pad)]
         stored = tracked.value
         weight = stored.operand if isinstance(stored, _Unpacked) else products.restore(site, stored)
         return context.bind(eqn, (activation, weight) if site.weight_operand == 1 else (weight, activation))
 
     def run(weights: Mapping[str, Any], *inputs: Any) -> Any:
-        arrays = {key: weights[name] for key, name in beside.items()}
+        arrays = {key: weights[name] for key, name in side_inputs.items()}
         own = {name: leaf for name, leaf in weights.items() if name in like}
         own |= {name: _Unpacked(own[name]) for name in small if not isinstance(own[name], QTensor)}
-        travelling = products.beside(sites, arrays)
-        return rewrite_sites(fn, rule, inline=True, on_unknown="keep", like=like, beside=travelling)(own, *inputs)
+        travelling = products.arrange_side_inputs(sites, arrays)
+        return rewrite_sites(fn, rule, inline=True, on_unknown="keep", like=like, side_inputs=travelling)(own, *inputs)
 
     return run
 

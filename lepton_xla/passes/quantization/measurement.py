@@ -134,9 +134,9 @@ def _in_codes(key: _Key, *args: Any, pad: bool = False) -> jax.Array:
     """Compute a site's product of codes from the result of `_operands`."""
     if key.site.weight_operand is None:
         left, right = args
-        return products.pair_product(key.site, left, right, key.rule.activations, pad_single=pad)
+        return products.quantized_dot_pair(key.site, left, right, key.rule.activations, pad_single=pad)
     act, stored, scale = args
-    return products.code_product(key.site, act, stored, key.rule.activations, scale, pad_single=pad)
+    return products.quantized_dot(key.site, act, stored, key.rule.activations, scale, pad_single=pad)
 
 
 def _repeated(fn: Callable[..., jax.Array], times: int) -> Callable[..., jax.Array]:

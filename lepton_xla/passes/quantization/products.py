@@ -324,7 +324,7 @@ def look_up(site: Site, stored: QTensor, index: jax.Array) -> jax.Array:
     return jnp.expand_dims(jnp.moveaxis(found, 0, columns - 1), kept)
 
 
-def code_product(
+def quantized_dot(
     site: Site, activation: jax.Array, stored: QTensor, name: str, static: jax.Array | None, *, pad_single: bool
 ) -> jax.Array:
     """The site's quantized product: integers accumulate in int32, fp8 in float32; scales are applied afterwards.
@@ -345,14 +345,14 @@ def code_product(
     return _multiply(site, codes, scale, *weight, stored.scale, pad_single).astype(site.output.dtype)
 
 
-def pair_product(site: Site, left: jax.Array, right: jax.Array, name: str, *, pad_single: bool) -> jax.Array:
+def quantized_dot_pair(site: Site, left: jax.Array, right: jax.Array, name: str, *, pad_single: bool) -> jax.Array:
     """The quantized product of two activations, both with dynamic scales.
 
     Args:
         site: a `dot_general` of two activations, with the shapes of these operands.
         left, right: the float operands.
         name: the format of both.
-        pad_single: as in `code_product`.
+        pad_single: as in `quantized_dot`.
     """
     weighted, target = as_weighted(site), FORMATS[name]
     scale, _ = pair_scales(site, left, right, name)
@@ -389,7 +389,7 @@ def multiply_in_place(
         order: from `code_order`.
 
     Returns:
-        The same numbers as `code_product`: integers are exact, and the result is multiplied once by the product of both
+        The same numbers as `quantized_dot`: integers are exact, and the result is scaled once by the product of both
         scales.
     """
     contract, batch = site.params["dimension_numbers"]
@@ -547,12 +547,12 @@ def static_scale(site: Site, decision: QuantizeRule, weight: Any) -> jax.Array |
     Raises:
         CalibrationError: if the site is static and has none.
     """
-    beside = weight.beside if isinstance(weight, Tracked) else {}
-    if (site.name, SCALE) in beside:
-        return beside[site.name, SCALE]
+    side_inputs = weight.side_inputs if isinstance(weight, Tracked) else {}
+    if (site.name, SCALE) in side_inputs:
+        return side_inputs[site.name, SCALE]
     if decision.dynamic:
         return None
-    found = beside.get((site.name, RANGE))
+    found = side_inputs.get((site.name, RANGE))
     return absmax_scale(range_of(site, {} if found is None else {site.name: found}), FORMATS[decision.activations])
 
 
@@ -569,7 +569,7 @@ def range_of(site: Site, ranges: Mapping[str, jax.Array] | None) -> jax.Array:
     return ranges[site.name]
 
 
-def beside(sites: Iterable[Site], arrays: Mapping[Key, jax.Array]) -> dict[str, dict[Key, jax.Array]]:
+def arrange_side_inputs(sites: Iterable[Site], arrays: Mapping[Key, jax.Array]) -> dict[str, dict[Key, jax.Array]]:
     """Arrange arrays of sites by the path of their weight, as side inputs for `rewrite_sites`."""
     paths = {site.name: site.path for site in sites}
     grouped: dict[str, dict[Key, jax.Array]] = {}

@@ -204,17 +204,17 @@ def multiply_inputs(program: Program, factors: Sequence[tuple[FactorGroup, jax.A
         computed: dict[int, tuple[Any, jax.Array]] = context.walk.notes.setdefault("computed", {})
         if id(activation) not in computed:
             computed[id(activation)] = activation, lax.optimization_barrier(activation)
-        factor = _along_channels(site, weight.beside[site.name, FACTOR])
+        factor = _along_channels(site, weight.side_inputs[site.name, FACTOR])
         activation = multiplied(computed[id(activation)][1], factor)
         operands = (activation, weight.value) if site.weight_operand == 1 else (weight.value, activation)
         return context.bind(eqn, operands)
 
     def run(weights: Mapping[str, Any], *inputs: Any) -> Any:
-        beside: dict[str, dict[Key, jax.Array]] = {}
+        side_inputs: dict[str, dict[Key, jax.Array]] = {}
         for name, site in stored.items():
-            beside.setdefault(str(site.path), {})[name, FACTOR] = weights[names[name]]
+            side_inputs.setdefault(str(site.path), {})[name, FACTOR] = weights[names[name]]
         own = {name: leaf for name, leaf in weights.items() if name in like}
-        return rewrite_sites(inner, rule, inline=True, on_unknown="keep", beside=beside)(own, *inputs)
+        return rewrite_sites(inner, rule, inline=True, on_unknown="keep", side_inputs=side_inputs)(own, *inputs)
 
     return program.replace(fn=run, weights={**program.weights, **added})
 
