@@ -19,23 +19,23 @@ from lepton_xla.serve.processes import control
 from lepton_xla.serve.processes.control import Control
 
 ENDING_S = 5.0
-"""How long a process has to end once its socket is closed, and beyond its own time for stopping."""
+"""How long a worker may take to exit once its socket is closed, or beyond its own time for stopping."""
 
 _MODULE = "lepton_xla.serve.processes.worker"
 
 
 class Child:
-    """A process and what is known of it.
+    """A worker as the supervisor sees it.
 
     Attributes:
-        name: for the log.
-        control: the socket to it; None while it is not there.
+        name: name in the log.
+        control: the socket to it; None while it does not run.
         process: the last one started.
-        ready: whether it has said so since it was started.
-        reason: why it could not go on, in its own words.
-        counts: what it has counted, as far as known.
-        open: connections of clients, as far as known.
-        heard_s: when it last said anything.
+        ready: whether it has reported that it is ready since it was started.
+        reason: why it could not go on, as it reported.
+        counts: the counts it last reported.
+        open: the number of client connections it last reported.
+        heard_s: when its last message came.
     """
 
     def __init__(self, name: str) -> None:
@@ -45,7 +45,7 @@ class Child:
         self.forget()
 
     def forget(self) -> None:
-        """A new process knows nothing of the last."""
+        """Resets what was known of the previous process."""
         self.ready = False
         self.reason = ""
         self.counts: dict[str, Any] = {}
@@ -53,12 +53,12 @@ class Child:
         self.heard_s = -math.inf
 
     def send(self, message: control.Message) -> None:
-        """Sends a message, if there is somebody to send it to."""
+        """Sends a message, if the worker runs."""
         if self.control is not None:
             self.control.send(message)
 
     async def start(self, end: socket.socket) -> asyncio.subprocess.Process:
-        """Starts it, with one end of a pair."""
+        """Starts the process with one end of a pair."""
         self.process = await asyncio.create_subprocess_exec(
             sys.executable, *_python_flags(), "-m", _MODULE, str(end.fileno()),
             stdin=asyncio.subprocess.DEVNULL, stdout=sys.stderr, pass_fds=(end.fileno(),),
@@ -68,7 +68,7 @@ class Child:
 
 
 async def ended(process: asyncio.subprocess.Process) -> int:
-    """The exit code of a process that should end by itself now."""
+    """Waits for a process that should exit by itself, kills it if it takes too long, and returns its exit code."""
     try:
         return await asyncio.wait_for(process.wait(), ENDING_S)
     except TimeoutError:
@@ -77,17 +77,17 @@ async def ended(process: asyncio.subprocess.Process) -> int:
 
 
 def _python_flags() -> list[str]:
-    """What keeps a new process from importing what this one would not: modules of the working directory."""
+    """Flags that keep a new process from importing modules of the working directory, if this one would not."""
     return [] if os.getcwd() in sys.path or "" in sys.path else ["-P"]
 
 
 def run_child(main: Callable[[control.Settings, socket.socket], Awaitable[bool]]) -> int:
-    """What such a process does, from its command line on; gives its exit code.
+    """Runs a worker from its command line on; returns its exit code.
 
     Args:
-        main: gets what the server was told, and the process's end of the pair; gives whether all went well.
+        main: called with the server's settings and this end of the pair; returns whether all went well.
     """
-    # Those that have something to read again take it later.
+    # Until there is something to reload.
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     end = socket.socket(fileno=int(sys.argv[1]))
     settings = control.settings_of(end)

@@ -1,6 +1,6 @@
-"""What the supervisor and its workers tell each other: JSON, one message a line, over their own socket.
+"""Messages between the supervisor and its workers: JSON, one message a line, over one socket for each worker.
 
-The end of that socket is the end of the other side. Descriptors go with `Connections`.
+When the socket closes, the other side has ended. `Connections` carries file descriptors.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from lepton_xla.serve.app.options import Options
 from lepton_xla.serve.processes.packets import Packets
 
 REPORT_S = 0.5
-"""How often a worker says what it has counted, in case it is killed."""
+"""How often a worker reports its counts, in case it is killed."""
 
 
 class Settings(msgspec.Struct, tag="settings"):
-    """To a worker, first: what `leptonx serve` was told."""
+    """To a worker, its first message: the settings of `leptonx serve`."""
 
     artifact: str
     options: Options
@@ -32,7 +32,7 @@ class Settings(msgspec.Struct, tag="settings"):
 
 
 class Ready(msgspec.Struct, tag="ready"):
-    """From a worker that is warm.
+    """From a worker whose model is warm.
 
     Attributes:
         model: its name on the wire.
@@ -44,13 +44,13 @@ class Ready(msgspec.Struct, tag="ready"):
 
 
 class Failed(msgspec.Struct, tag="failed"):
-    """From a worker that cannot go on, and why."""
+    """From a worker that cannot go on: the reason."""
 
     reason: str
 
 
 class Connections(msgspec.Struct, tag="connections"):
-    """To a worker, with connections of clients; from it, how many it has open."""
+    """To a worker: connections of clients. From it: how many it has open."""
 
     open: int = 0
 
@@ -62,7 +62,7 @@ class Stop(msgspec.Struct, tag="stop"):
 
 
 class Reload(msgspec.Struct, tag="reload"):
-    """To a worker: read the files again that say who may ask."""
+    """To a worker: reload the token file and the certificates."""
 
 
 class Leaving(msgspec.Struct, tag="leaving"):
@@ -74,7 +74,7 @@ class Closed(msgspec.Struct, tag="closed"):
 
 
 class Counts(msgspec.Struct, tag="counts"):
-    """What a worker has counted so far; to one that asked for the total, what all others have, or had."""
+    """From a worker: its counts so far. To one that asked for the total: the sum of all others, ended ones too."""
 
     counts: dict[str, Any]
     number: int = 0
@@ -87,7 +87,7 @@ class Count(msgspec.Struct, tag="count"):
 
 
 class Total(msgspec.Struct, tag="total"):
-    """From a worker, with its own: it wants the `Counts` of the others, with this number."""
+    """From a worker: its own counts, and a request for the `Counts` of the others, with this number."""
 
     counts: dict[str, Any]
     number: int
@@ -115,10 +115,10 @@ class Control:
 
     Args:
         sock: from `pair`.
-        received: gets each message, and the descriptors that came in its packet, which are its own to close.
-        lost: told once that the other side is gone.
+        received: called with each message and the descriptors that came with its packet, which it has to close.
+        lost: called once when the other side is gone.
         loop: the event loop.
-        with_fds: whether any may come.
+        with_fds: whether packets may carry descriptors.
     """
 
     def __init__(
@@ -138,11 +138,11 @@ class Control:
         self._packets.write(_ENCODER.encode(message) + b"\n")
 
     def hand(self, message: Message, fds: Sequence[int]) -> bool:
-        """Sends a message with copies of descriptors, which stay the caller's; False where there is no room for it."""
+        """Sends a message with copies of descriptors; the caller keeps its own. False if the socket is full."""
         return self._packets.offer(_ENCODER.encode(message) + b"\n", fds)
 
     def close(self) -> None:
-        """Sends what was to be sent, and ends the connection."""
+        """Sends what is still queued, and closes the socket."""
         self._packets.flush()
         self._packets.close()
 
@@ -152,16 +152,16 @@ class Control:
 
 
 def say(sock: socket.socket, message: Message) -> None:
-    """Sends a message from a process that has no event loop any more."""
+    """Sends a message from a process whose event loop has ended."""
     with contextlib.suppress(OSError):
         sock.send(_ENCODER.encode(message))
 
 
 def settings_of(sock: socket.socket) -> Settings:
-    """The first message to a new process, waited for.
+    """Waits for the first message to a new process.
 
     Raises:
-        SystemExit: where the supervisor is gone already.
+        SystemExit: if the supervisor is already gone.
     """
     line = sock.recv(1 << 16)
     if not line:

@@ -1,4 +1,4 @@
-"""Packets between two processes of the server, over a Unix socket that keeps their bounds, on an event loop."""
+"""Packets between two processes of a server, over a Unix socket that preserves their boundaries (SOCK_SEQPACKET)."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from collections.abc import Callable, Sequence
 _log = logging.getLogger("lepton_xla.serve")
 
 MOST_BYTES = 1 << 16
-"""Bytes of the largest packet."""
+"""Size of the largest packet."""
 
 MOST_FDS = 64
-"""Descriptors that may go with a packet."""
+"""Most file descriptors in one packet."""
 
 
 def pair() -> tuple[socket.socket, socket.socket]:
@@ -23,18 +23,18 @@ def pair() -> tuple[socket.socket, socket.socket]:
 
 
 class Packets:
-    """One end of a connection. What one turn of the event loop writes goes out together.
+    """One end of a connection. What is written in one turn of the event loop goes out in one packet.
 
     Args:
         sock: from `pair`.
-        received: gets each packet, and the descriptors that came with it, which are its own to close. What it raises
-            closes the connection: such a packet cannot be.
-        lost: told once that the peer is gone or sent such a packet.
+        received: called with each packet and its descriptors, which it has to close. If it raises, the packet is
+            invalid and the connection closes.
+        lost: called once when the peer is gone or has sent an invalid packet.
         loop: the event loop.
-        with_fds: whether packets may bring descriptors; where not, they are dropped.
+        with_fds: whether packets may carry descriptors; otherwise they are dropped.
 
     Attributes:
-        closed: whether nothing comes or goes any more.
+        closed: whether the connection has ended.
     """
 
     def __init__(
@@ -59,14 +59,14 @@ class Packets:
         loop.add_reader(sock, self._read)
 
     def write(self, entry: bytes) -> None:
-        """Sends an entry, in a packet with what else is written before the event loop turns. Entries stay whole."""
+        """Queues an entry. All entries of one turn of the event loop share a packet; none is split."""
         self._entries.append(entry)
         if not self._scheduled:
             self._scheduled = True
             self._loop.call_soon(self._flush)
 
     def offer(self, packet: bytes, fds: Sequence[int]) -> bool:
-        """Sends a packet of its own now, with copies of descriptors; False if there is no room for it."""
+        """Sends a packet at once, with copies of descriptors; False if the socket is full."""
         if self.closed:
             return False
         try:
@@ -79,7 +79,7 @@ class Packets:
         return True
 
     def close(self) -> None:
-        """Ends the connection without telling `lost`; what was written and is not sent is lost."""
+        """Closes the connection without calling `lost`; unsent entries are dropped."""
         if not self.closed:
             self.closed = True
             self._loop.remove_reader(self._socket)
@@ -88,7 +88,7 @@ class Packets:
             self._socket.close()
 
     def flush(self) -> None:
-        """Sends now what was written, as far as there is room."""
+        """Sends the queued entries, as far as the socket takes them."""
         entries = self._entries
         try:
             while entries and not self.closed:
@@ -106,7 +106,7 @@ class Packets:
         except (BrokenPipeError, ConnectionResetError):
             entries.clear()  # the reader sees it too, after what the peer had sent
         except OSError:
-            _log.exception("a packet cannot be sent to another process of this server")
+            _log.exception("a packet could not be sent to another process of this server")
             self._fail()
         if self._blocked and not self.closed:
             self._blocked = False
@@ -147,13 +147,13 @@ class Packets:
         try:
             self._received(packet, fds)
         except Exception:
-            _log.exception("a packet of another process of this server cannot be")
+            _log.exception("another process of this server sent an invalid packet")
             return False
         return True
 
 
 def _first(entries: Sequence[bytes]) -> tuple[bytes, int]:
-    """The first entries that fit a packet, at least one, and how many they are."""
+    """As many of the first entries as fit into a packet, at least one, and their number."""
     size = count = 0
     for entry in entries:
         size += len(entry)
@@ -164,6 +164,6 @@ def _first(entries: Sequence[bytes]) -> tuple[bytes, int]:
 
 
 def close_all(fds: Sequence[int]) -> None:
-    """Closes descriptors that nobody wants."""
+    """Closes file descriptors."""
     for fd in fds:
         os.close(fd)

@@ -1,69 +1,55 @@
-"""The process above the others: it holds the address, starts them, and starts again what dies.
+"""The supervisor process: it owns the address, starts the workers, and restarts those that die.
 
-It imports no JAX, runs no request, and is the one that must not fall: if it is killed, the others see it and stop.
+It imports no JAX and handles no request. It must not crash: if it dies, the workers notice and stop.
 """
 
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import logging
 import signal
 import socket
 from collections.abc import Callable, Iterable
 from time import monotonic
-from typing import Any
 
 from lepton_xla.errors import ServeError
 from lepton_xla.serve.app.options import Options, url_of
 from lepton_xla.serve.http.arrivals import AT_ONCE, accept
 from lepton_xla.serve.http.drain import Stop
-from lepton_xla.serve.observe.metrics import added
 from lepton_xla.serve.processes import control
 from lepton_xla.serve.processes.child import ENDING_S, Child, ended
 from lepton_xla.serve.processes.control import Control
 from lepton_xla.serve.processes.packets import pair
+from lepton_xla.serve.processes.tally import Tally
 
 _log = logging.getLogger("lepton_xla.serve")
 
 _BACKLOG = 1024
 _FIRST_WAIT_S = 0.1
 _LONGEST_WAIT_S = 10.0
-# A process that has lived so long is started again without a wait.
+# A worker that ran for at least this long is restarted without a longer delay.
 _STABLE_S = 30.0
-# A process that was ready, and says nothing for so long, has an event loop that will not turn again.
+# A ready worker that sends nothing for this long has a stuck event loop and is killed.
 _SILENT_S = 60.0
-# One that has said nothing for so long gets no connections: they would wait for it. It is twice as long as it takes one
-# that is well to say something.
+# A worker that has sent nothing for this long gets no new connections. A healthy one reports twice as often.
 _HEARD_S = 2 * control.REPORT_S
-# How long a scrape waits for a process that does not say what it has counted.
-_COUNTING_S = 0.5
-
-
-@dataclasses.dataclass(slots=True)
-class _Counting:
-    """Counts that a process waits for, from others."""
-
-    asker: Child
-    number: int
-    missing: set[Child]
 
 
 class Supervisor:
     """The workers of a server, and the address they serve.
 
     Args:
-        artifact: path of what is served.
-        options: how to run. Limits are those of each worker.
-        workers: how many.
+        artifact: path of the artifact to serve.
+        options: how to run; limits apply to each worker on its own.
+        workers: number of worker processes.
         json_logs: whether log lines are JSON.
 
     Attributes:
         address: host and port, once listening, of the first address; the path and 0 of a Unix socket.
-        name: the model's name on the wire, once a worker has said it.
+        name: the model's name on the wire, once a worker has reported it.
 
     Raises:
-        ServeError: if the server would be open to all, see `Access`.
+        ServeError: if the server would be open to everyone, see `Access`.
     """
 
     def __init__(self, artifact: str, options: Options, workers: int, *, json_logs: bool = False) -> None:
@@ -71,10 +57,8 @@ class Supervisor:
         self._options = options
         self._access = options.access()
         self._workers = [Child(f"worker {number + 1}") for number in range(workers)]
+        self._tally = Tally(self._workers)
         self._digest = ""
-        self._retired: dict[str, Any] = {}
-        self._counting: dict[int, _Counting] = {}
-        self._asked = 0
         self._listening = False
         self._ending: set[Child] = set()
         self.address: tuple[str, int] = (options.host, options.port)
@@ -82,20 +66,20 @@ class Supervisor:
 
     @property
     def url(self) -> str:
-        """Where it listens."""
+        """The URL it listens on."""
         return url_of(self.address, self._options)
 
     def run(self, *, on_ready: Callable[[Supervisor], object]) -> bool:
-        """Serves until SIGTERM or SIGINT; a second one stops it at once.
+        """Serves until SIGTERM or SIGINT; a second signal stops it at once.
 
         Args:
-            on_ready: called once every process is there.
+            on_ready: called once every worker is ready.
 
         Returns:
-            Whether everything accepted was answered.
+            Whether every accepted request was answered.
 
         Raises:
-            ServeError: if the address cannot be listened on, or a process cannot be started the first time.
+            ServeError: if the address is not available, or a worker fails to start the first time.
         """
         return asyncio.run(self._main(on_ready))
 
@@ -133,14 +117,14 @@ class Supervisor:
     # Processes.
 
     async def _keep(self, child: Child) -> int:
-        """Runs a process, again and again until it is ending; gives its last exit code."""
+        """Runs a worker and restarts it until the server stops; returns its last exit code."""
         wait = _FIRST_WAIT_S
         while True:
             started = monotonic()
             try:
                 code = await self._once(child)
             except OSError as error:
-                # The machine is out of processes or descriptors, which it may not be for ever.
+                # The machine is out of processes or descriptors, perhaps only for a while.
                 child.reason, code = f"{child.name} could not be started: {error.strerror}", 1
             if child in self._ending:
                 return code
@@ -174,12 +158,13 @@ class Supervisor:
             await gone.wait()
         finally:
             child.control = None
-            self._retire(child)
+            child.ready = False
+            self._tally.retire(child)
             self._accept_or_wait()
         return await ended(process)
 
     async def _watch(self) -> None:
-        """Has every process end that does not say anything any more."""
+        """Kills workers that have gone silent."""
         while True:
             before = monotonic()
             await asyncio.sleep(control.REPORT_S)
@@ -189,7 +174,7 @@ class Supervisor:
     def _end_silent(self, now: float, slept_s: float) -> None:
         for child in self._workers:
             if slept_s > 2 * control.REPORT_S:
-                # This process stood still too, as where a container is paused, and may not have read what was said.
+                # This process was frozen too, say in a paused container, and may not have read their messages yet.
                 child.heard_s = max(child.heard_s, now)
             if child.ready and child.process is not None and now - child.heard_s > _SILENT_S:
                 child.ready = False
@@ -197,7 +182,7 @@ class Supervisor:
                 child.process.kill()
 
     def _reload(self) -> None:
-        """Has the workers read their files again; this process says so where there are none."""
+        """Has the workers reload their files; without any, this process logs that there are none."""
         if self._access.reloads:
             self._tell_workers(control.Reload())
         else:
@@ -207,7 +192,7 @@ class Supervisor:
         for worker in self._workers:
             worker.send(message)
 
-    # What they say.
+    # Messages from workers.
 
     def _told(self, child: Child, message: control.Message) -> None:
         waited, child.heard_s = monotonic() - child.heard_s, monotonic()
@@ -226,10 +211,10 @@ class Supervisor:
                     child.send(control.Closed())
             case control.Counts(counts, number):
                 child.counts = counts
-                self._counted(child, number)
+                self._tally.counted(child, number)
             case control.Total(counts, number):
                 child.counts = counts
-                self._count(child, number)
+                self._tally.count(child, number)
             case _:
                 raise ValueError("a message that is not for the supervisor")
 
@@ -244,62 +229,22 @@ class Supervisor:
         self._accept_or_wait()
 
     def _replace_others(self, worker: Child) -> None:
-        """Has the workers end, and start again, that serve what the artifact was before."""
+        """Restarts the workers that still serve the previous artifact."""
         _log.warning("%s has found another model in the artifact; the others are started again", worker.name)
         for other in self._workers:
             if other is not worker and other.ready:
                 other.send(control.Stop())
 
-    # Counts.
-
-    def _count(self, asker: Child, number: int) -> None:
-        """Asks the others what they have counted, for one that wants to show it."""
-        self._asked += 1
-        missing = {child for child in self._workers if child.ready and child is not asker}
-        self._counting[self._asked] = _Counting(asker, number, missing)
-        for child in missing:
-            child.send(control.Count(self._asked))
-        self._loop.call_later(_COUNTING_S, self._show, self._asked)
-        self._counted(asker, self._asked)
-
-    def _counted(self, child: Child, number: int) -> None:
-        counting = self._counting.get(number)
-        if counting is not None:
-            counting.missing.discard(child)
-            if not counting.missing:
-                self._show(number)
-
-    def _show(self, number: int) -> None:
-        counting = self._counting.pop(number, None)
-        if counting is not None:
-            total = self._retired
-            for child in self._workers:
-                if child is not counting.asker:
-                    total = added(total, child.counts)
-            counting.asker.send(control.Counts(total, counting.number))
-
-    def _retire(self, child: Child) -> None:
-        """Keeps what a process has counted that is gone, so that no sum ever falls."""
-        child.counts.pop("now", None)
-        self._retired = added(self._retired, child.counts)
-        child.counts = {}
-        child.ready = False
-        for number, counting in tuple(self._counting.items()):
-            if counting.asker is child:
-                del self._counting[number]
-            else:
-                self._counted(child, number)
-
     # Connections.
 
     def _open_workers(self) -> list[Child]:
-        """Who may be given connections: those that are ready and have been heard from, the one with fewest first."""
+        """The workers that may get connections (ready, and heard from lately), the one with the fewest first."""
         since = monotonic() - _HEARD_S
         found = (worker for worker in self._workers if worker.ready and worker.heard_s >= since)
         return sorted(found, key=lambda worker: worker.open)
 
     def _accept_or_wait(self) -> None:
-        """Takes connections while there is somebody for them; else they wait in the kernel."""
+        """Accepts connections while a worker can take them; otherwise they wait in the kernel."""
         if self._listening:
             some = bool(self._open_workers())
             for listener in self._entrance.sockets:
@@ -309,7 +254,7 @@ class Supervisor:
                     self._loop.remove_reader(listener)
 
     def _accept(self, listener: socket.socket) -> bool:
-        """Deals out the connections that are there; gives whether there may be more."""
+        """Hands out waiting connections; returns whether there may be more."""
         for _ in range(AT_ONCE):
             workers = self._open_workers()
             if not workers:
@@ -325,7 +270,7 @@ class Supervisor:
     # The end.
 
     async def _drain(self, stop: Stop, keepers: Iterable[asyncio.Task[int]]) -> bool:
-        """Has what was accepted answered; gives whether it was."""
+        """Lets workers answer what they accepted; returns whether they did."""
         self._ending.update(self._workers)
         self._tell_workers(control.Stop())
         hurry = self._loop.create_task(self._hurry(stop))
@@ -347,7 +292,7 @@ class Supervisor:
         self._tell_workers(control.Stop(hurried=True))
 
     async def _end(self, keepers: dict[Child, asyncio.Task[int]]) -> None:
-        """Ends what is left."""
+        """Ends the workers that are left."""
         for child in self._workers:
             self._ending.add(child)
             if child.control is not None:
@@ -359,7 +304,7 @@ class Supervisor:
 
 
 def _deal(client: socket.socket, workers: Iterable[Child]) -> None:
-    """Hands a connection to the first that has room for it; it is closed where none has."""
+    """Hands a connection to the first worker with room in its socket; without one the connection is closed."""
     for worker in workers:
         if worker.control is not None and worker.control.hand(control.Connections(), [client.fileno()]):
             worker.open += 1
