@@ -30,6 +30,7 @@ from lepton_xla.serve.batching.costs import Costs
 from lepton_xla.serve.batching.engine import Engine
 from lepton_xla.serve.batching.scheduler import Scheduler
 from lepton_xla.serve.http.connection import Connection
+from lepton_xla.serve.http.response import Response
 from lepton_xla.serve.http.server_state import ServerState
 from lepton_xla.serve.limits import Limits
 from lepton_xla.serve.models.handle import ModelHandle
@@ -119,7 +120,7 @@ def stages(path: pathlib.Path, payload: payloads.Payload, rounds: int = 400) -> 
         head = f"POST /v2/models/{payload.model}/infer HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: {len(body)}\r\n"
         data = (head + "".join(f"{name}: {value}\r\n" for name, value in fields.items()) + "\r\n").encode() + body
         json_bytes = int(fields["Inference-Header-Content-Length"])
-        answer = b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n"
+        answer = Response(200, b"Content-Length: 0\r\n\r\n", 21)
         connections: dict[int, list[Connection]] = {}
         for state in (framing, whole, filling, over):
             connections[id(state)] = [Connection(state) for _ in range(AT_ONCE)]
@@ -135,7 +136,7 @@ def stages(path: pathlib.Path, payload: payloads.Payload, rounds: int = 400) -> 
 
         def write() -> None:
             for exchange in held:
-                exchange.send(answer)
+                exchange.send(answer, ())
             held.clear()
 
         def run() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from lepton_xla.errors import ServeError
 
 _LONGEST = 500
@@ -34,6 +36,7 @@ class HTTPError(ServeError):
         message: what goes to the client, as the `error` of the JSON body. Never a path, a traceback or a payload; cut
             where a client's own words would make it long.
         headers: header lines that go with it, such as `Allow: GET`.
+        response: place for the answer made of it: an overloaded server gives one error to many requests.
     """
 
     def __init__(self, status: int, message: str, *headers: str) -> None:
@@ -43,6 +46,7 @@ class HTTPError(ServeError):
         self.status = status
         self.message = message
         self.headers = headers
+        self.response: Any = None
 
     def bare(self) -> HTTPError:
         """What it says without where it was raised: kept, that would keep alive all that was in hand there.

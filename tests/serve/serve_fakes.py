@@ -14,6 +14,7 @@ import time
 import numpy as np
 
 from lepton_xla.program import TensorSpec
+from lepton_xla.serve.http.response import Response
 
 
 class Affine:
@@ -262,3 +263,13 @@ def raw_answer(status, body=b"", headers=None):
     fields = {"Content-Length": str(len(body))} | (headers or {})
     lines = [f"HTTP/1.1 {status} Whatever", *(f"{key}: {value}" for key, value in fields.items())]
     return "\r\n".join(lines).encode("latin-1") + b"\r\n\r\n" + body
+
+
+def send(exchange, body):
+    """Answers without header fields."""
+    exchange.send(Response(200, b"\r\n", len(body)), (body,))
+
+
+def bodies(messages):
+    """What answers of `send` hold, in one."""
+    return b"".join(message.partition(b"\r\n\r\n")[2] for message in messages)

@@ -15,8 +15,8 @@ from lepton_xla.serve.access.auth import Guard
 from lepton_xla.serve.app.pages import Gather, Pages
 from lepton_xla.serve.batching.scheduler import Call
 from lepton_xla.serve.errors import HTTPError
-from lepton_xla.serve.http.date import DATE
 from lepton_xla.serve.http.exchange import Exchange, Head
+from lepton_xla.serve.http.response import Response, respond
 from lepton_xla.serve.http.workers import Workers
 from lepton_xla.serve.limits import Limits
 from lepton_xla.serve.models.handle import ModelHandle
@@ -53,14 +53,24 @@ class InferCall(Call, kw_only=True, eq=False):
 
     def finish(self, outputs: Sequence[bytes | memoryview]) -> None:
         """Answers with the outputs."""
-        app, spec = self.app, self.request.spec
+        response = self.request.spec.response
+        if response is not None and self.coding is None:
+            exchange = self.exchange
+            if not exchange.answered:
+                self.model.metrics.answered(monotonic() - exchange.started_s, len(exchange.body), response.nbytes)
+                exchange.send(response, outputs)
+            return
         try:
-            if spec.prefix is not None and self.coding is None:
-                app.send(self, b"".join((DATE.ok, spec.prefix, *outputs)))
-            else:
-                app.answer(self, outputs)
+            self.app.answer(self, outputs)
         except HTTPError as refusal:
             self.fail(refusal)
+
+    def send(self, response: Response, body: Sequence[bytes | memoryview]) -> None:
+        """Answers with the result, and counts that."""
+        exchange = self.exchange
+        if not exchange.answered:
+            self.model.metrics.answered(monotonic() - exchange.started_s, len(exchange.body), response.nbytes)
+            exchange.send(response, body)
 
     def fail(self, refusal: HTTPError) -> None:
         """Answers with an error."""
@@ -232,13 +242,12 @@ class App:
 
     def _submit(self, model: ModelHandle, exchange: Exchange, accepted: str | None, request: InferRequest) -> None:
         spec = request.spec
-        if spec.answer_bytes > _SMALL_ANSWER_BYTES:
-            exchange.reserve(spec.answer_bytes)
-        call = InferCall(
+        exchange.work = call = InferCall(
             spec.rows, spec.key, exchange.started_s, nbytes=request.nbytes,
             request=request, app=self, model=model, exchange=exchange, coding=accepted,
         )  # fmt: skip
-        exchange.work = call
+        if spec.answer_bytes > _SMALL_ANSWER_BYTES:
+            exchange.reserve(spec.answer_bytes)
         model.scheduler.submit(call)
 
     def _submit_later(
@@ -267,43 +276,38 @@ class App:
         spec = call.request.spec
         size = sum(map(len, outputs))
         compressed = call.coding is not None and size >= self._compress_bytes
-        if spec.prefix is not None and not compressed:
-            self.send(call, b"".join((DATE.ok, spec.prefix, *outputs)))
+        if spec.response is not None and not compressed:
+            call.send(spec.response, outputs)
         elif size <= PIECE_BYTES or (spec.constant and not compressed):
-            self.send(call, self._write(call, outputs))
+            call.send(*self._write(call, outputs))
         else:
             # The outputs are only valid until this returns.
             kept = [bytes(output) for output in outputs]
             self._workers.run(
                 size,
                 lambda: self._write(call, kept),
-                functools.partial(self.send, call),
+                lambda written: call.send(*written),
                 functools.partial(self.refuse, call.exchange),
             )
 
-    def send(self, call: InferCall, payload: bytes) -> None:
-        """Answers an infer request with a whole response."""
-        exchange = call.exchange
-        if not exchange.answered:
-            call.model.metrics.answered(monotonic() - exchange.started_s, len(exchange.body), len(payload))
-            exchange.send(payload)
-
-    def _write(self, call: InferCall, outputs: Sequence[memoryview | bytes]) -> bytes:
-        """The response. If its head does not depend on the result, the spec keeps it for the next equal request."""
+    def _write(
+        self, call: InferCall, outputs: Sequence[memoryview | bytes]
+    ) -> tuple[Response, Sequence[bytes | memoryview]]:
+        """The response and its body. What does not depend on the result, the spec keeps for the next equal request."""
         spec = call.request.spec
         head, tail = encode_response(call.model.signature, spec, outputs)
-        fields = "Content-Type: application/json\r\n"
+        content_type, extra = "application/json", ()
         if tail:
-            fields = f"Content-Type: application/octet-stream\r\nInference-Header-Content-Length: {len(head)}\r\n"
-        body = b"".join((head, *tail))
-        if call.coding is not None and len(body) >= self._compress_bytes:
-            body = encoding.deflate(body, call.coding)
-            fields += f"Content-Encoding: {call.coding}\r\nVary: Accept-Encoding\r\n"
-            return b"".join((DATE.ok, f"{fields}Content-Length: {len(body)}\r\n\r\n".encode(), body))
-        start = f"{fields}Content-Length: {len(body)}\r\n\r\n".encode()
+            content_type, extra = "application/octet-stream", (f"Inference-Header-Content-Length: {len(head)}",)
+        body_bytes = len(head) + sum(map(len, tail))
+        if call.coding is not None and body_bytes >= self._compress_bytes:
+            body = encoding.deflate(b"".join((head, *tail)), call.coding)
+            extra = (*extra, f"Content-Encoding: {call.coding}", "Vary: Accept-Encoding")
+            return respond(200, len(body), content_type, *extra), (body,)
+        response = respond(200, body_bytes, content_type, *extra)
         if spec.constant:
-            spec.prefix = start + head
-        return b"".join((DATE.ok, start, body))
+            spec.response = Response(200, response.fields + head, response.nbytes)
+        return response, (head, *tail)
 
     def close(self) -> None:
         """Stops the threads that decode and encode long bodies."""

@@ -9,7 +9,6 @@ from time import monotonic
 
 from lepton_xla.serve.access.entrance import Access
 from lepton_xla.serve.app.app import App
-from lepton_xla.serve.app.observed import ObservedApp
 from lepton_xla.serve.app.options import Options
 from lepton_xla.serve.app.pages import Gather
 from lepton_xla.serve.http.drain import Closable, Stop, drain
@@ -17,7 +16,7 @@ from lepton_xla.serve.http.server_state import ServerState
 from lepton_xla.serve.models.registry import Registry
 from lepton_xla.serve.observe.access_log import AccessLog
 from lepton_xla.serve.observe.metrics import Metrics, added
-from lepton_xla.serve.observe.observer import Observer
+from lepton_xla.serve.observe.observer import Observer, watching
 from lepton_xla.serve.observe.tracing import tracing
 from lepton_xla.serve.protocol.routes import OPEN_PATHS
 
@@ -58,15 +57,14 @@ class HTTPFrontEnd:
         self._spans = tracing(options.otel_endpoint)
         if self._spans is not None:
             observers.append(self._spans)
-        self._app = (ObservedApp if observers else App)(
+        self._app = App(
             models, metrics, options.limits,
             guard=access.guard, server_name=options.server_name,
             max_delay_s=options.max_delay_us * 1e-6, compress_bytes=options.compress_bytes, gather=gather,
         )  # fmt: skip
-        if isinstance(self._app, ObservedApp):
-            self._app.observers = observers
         self.state = ServerState(
-            self._app, options.limits, invite=self._app.invite, refused=self._app.refused, always=OPEN_PATHS
+            watching(self._app, observers), options.limits,
+            invite=self._app.invite, refused=self._app.refused, always=OPEN_PATHS,
         )  # fmt: skip
         metrics.watch(self._figures)
         if access.guard is not None:

@@ -23,9 +23,9 @@ neighbours. `Retries` bounds this.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from itertools import islice
+from math import inf
 
 from lepton_xla.serve.batching.costs import Costs, Key
 from lepton_xla.serve.batching.line import Line
@@ -79,7 +79,7 @@ class Batcher[T: Ticket]:
         self._turns = 0
         self._next_turns = 0
         self._running: Batch[T] | None = None
-        self._free_at = -math.inf
+        self._free_at = -inf
         self._flying: set[T] = set()
         self._retries: Retries[T] = Retries(bucket_sizes)
 
@@ -101,7 +101,7 @@ class Batcher[T: Ticket]:
 
     def add(self, ticket: T) -> Reason | None:
         """Queues a request, or returns the reason why not."""
-        if ticket.deadline_s != math.inf and (reason := self._hopeless(ticket)) is not None:
+        if ticket.deadline_s != inf and (reason := self._hopeless(ticket)) is not None:
             return reason
         rows = self.rows + ticket.rows
         nbytes = self.nbytes + ticket.nbytes
@@ -113,7 +113,7 @@ class Batcher[T: Ticket]:
         line = self._levels[ticket.level].get(ticket.key)
         if line is None:
             line = self._open(ticket)
-        if ticket.deadline_s == math.inf:
+        if ticket.deadline_s == inf:
             line.plain.append(ticket)
         else:
             line.add_dated(ticket)
@@ -204,7 +204,7 @@ class Batcher[T: Ticket]:
 
     def next_deadline(self) -> float:
         """The earliest time at which `expire` may have something to do."""
-        first = math.inf
+        first = inf
         for line in self._lines:
             if line.dated:
                 first = min(first, line.first_deadline_s())
@@ -256,7 +256,7 @@ class Batcher[T: Ticket]:
             if self.max_delay_s > 0 and waiting == self.rows and self._delay(waiting, key, now):
                 return None
             size = self.costs.size(key, waiting)
-            if head.deadline_s != math.inf and not self._meets(head, key, size, now):
+            if head.deadline_s != inf and not self._meets(head, key, size, now):
                 size = self._urgent_size(head, key, size, now)
                 if not size:
                     self._drop(head, Reason.EXPIRED)
@@ -311,7 +311,7 @@ class Batcher[T: Ticket]:
         if waiting >= self.bucket_sizes[-1]:
             return False
         last = self.costs.of(key, self.bucket_sizes[-1])
-        due = math.inf
+        due = inf
         for line in self._lines:
             line.queue()
             for ticket in (*line.dated, *islice(line.plain, 1)):
@@ -360,7 +360,7 @@ class Batcher[T: Ticket]:
                     break
             ticket = queue[0]
             rows = ticket.rows
-            if ticket.deadline_s != math.inf:
+            if ticket.deadline_s != inf:
                 if ticket.deadline_s <= finish:
                     self._drop(ticket, Reason.EXPIRED)
                     continue

@@ -15,6 +15,7 @@ import logging
 import math
 import threading
 from collections.abc import Callable, Sequence
+from math import inf
 from time import monotonic
 
 from lepton_xla.serve.batching.batcher import Batcher
@@ -103,13 +104,13 @@ class Scheduler:
         self._loop = loop
         self._levels = levels
         self._level = levels // 2
-        self._max_timeout_s = math.inf if max_timeout_s is None else max_timeout_s
-        self._timeout_s = min(math.inf if default_timeout_s is None else default_timeout_s, self._max_timeout_s)
+        self._max_timeout_s = inf if max_timeout_s is None else max_timeout_s
+        self._timeout_s = min(inf if default_timeout_s is None else default_timeout_s, self._max_timeout_s)
         self._lock = threading.Lock()  # of the batcher
         self._ended = False
         self._scheduled = False
         self._alarm: asyncio.TimerHandle | None = None
-        self._alarm_s = math.inf
+        self._alarm_s = inf
         self.shed: Callable[[RequestSpec], HTTPError | None] | None = None
         self._full: RequestSpec | None = None
         self._rejections = Rejections(metrics, self._drain_s)
@@ -182,14 +183,14 @@ class Scheduler:
             call.fail(HTTPError(400, f"parameter 'priority' must be 0 to {self._levels}, not {spec.priority}"))
             return
         timeout = self._timeout_s if spec.timeout_s is None else min(spec.timeout_s, self._max_timeout_s)
-        if timeout != math.inf:
+        if timeout != inf:
             call.deadline_s = call.arrival_s + timeout
             if call.deadline_s < self._alarm_s:
                 self._set_alarm(call.deadline_s)
         with self._lock:
             reason = self._batcher.add(call)
         if reason is not None:
-            if reason is Reason.FULL and timeout == math.inf:
+            if reason is Reason.FULL and timeout == inf:
                 self._full, self.shed = spec, self._shed
             call.fail(self._rejections.error(reason))
             return
@@ -233,11 +234,11 @@ class Scheduler:
         self._alarm = self._loop.call_later(delay, self._ring)
 
     def _ring(self) -> None:
-        self._alarm, self._alarm_s = None, math.inf
+        self._alarm, self._alarm_s = None, inf
         with self._lock:
             self._batcher.expire(monotonic())
             first = self._batcher.next_deadline()
-        if first != math.inf:
+        if first != inf:
             self._set_alarm(first)
         self._pump()
 

@@ -10,12 +10,13 @@ Sources: RFC 9112 (HTTP/1.1 messages), RFC 9110 (semantics; 100-continue in sect
 from __future__ import annotations
 
 import asyncio
-import math
 from collections import deque
+from math import inf
 from time import monotonic
 from typing import Any
 
 from lepton_xla.serve.errors import HTTPError
+from lepton_xla.serve.http.date import DATE
 from lepton_xla.serve.http.exchange import Exchange, Head
 from lepton_xla.serve.http.heads import buffer_refusal
 from lepton_xla.serve.http.incoming import Incoming
@@ -65,8 +66,8 @@ class Connection(asyncio.Protocol):
         self._closing = False
         self._reading = True
         self._paused_s = 0.0
-        self._stalled = math.inf
-        self._deadline = math.inf
+        self._stalled = inf
+        self._deadline = inf
         self._continue = False
         self._going_on = False
         # The last head: most clients repeat it, and comparing is faster than a lookup.
@@ -132,7 +133,7 @@ class Connection(asyncio.Protocol):
         self._throttle()
 
     def resume_writing(self) -> None:
-        self._stalled = math.inf
+        self._stalled = inf
         self._out.count(0)  # below the low-water mark nothing counts
         self._out.go_on()
         self._throttle()
@@ -141,7 +142,7 @@ class Connection(asyncio.Protocol):
         """Pauses reading while the client does not read its answers or has too many requests open, else resumes."""
         pending = self._pending
         ahead = len(pending) > _AHEAD or (len(pending) > 1 and sum(len(each.body) for each in pending) > AHEAD_BYTES)
-        reading = not ahead and self._stalled == math.inf and not self._out.waiting
+        reading = not ahead and self._stalled == inf and not self._out.waiting
         if self._in.rest or self._going_on:
             if reading and not self._going_on:
                 self._going_on = True
@@ -244,11 +245,12 @@ class Connection(asyncio.Protocol):
 
     def dispatch(self, head: Head, body: bytes, trace: bytes | None) -> None:
         """Passes a request to the handler, or refuses it."""
-        state = self._state
+        state, pending = self._state, self._pending
         if self._closing:
             state.buffered_bytes -= len(body)
             return
-        if len(self._pending) >= self._limits.max_pipelined:
+        alone = not pending and self._stalled == inf
+        if pending and len(pending) >= self._limits.max_pipelined:
             state.buffered_bytes -= len(body)
             many = f"more than {self._limits.max_pipelined} unanswered requests on one connection"
             self._fail(HTTPError(400, many), head.method)
@@ -256,11 +258,10 @@ class Connection(asyncio.Protocol):
         exchange = Exchange(self, head, body, monotonic())
         if trace is not None:
             exchange.trace = trace
-        self._pending.append(exchange)
-        self._deadline = math.inf
+        pending.append(exchange)
+        self._deadline = inf
         if not head.keep_alive:
             self._closing = True
-        alone = len(self._pending) == 1 and self._stalled == math.inf
         if not alone:
             self._throttle()
         if body and state.buffered_bytes > self._limits.max_buffered_bytes:
@@ -290,32 +291,37 @@ class Connection(asyncio.Protocol):
             self._out.go_on()
             self._throttle()
 
-    def flush(self) -> None:
+    def flush(self, exchange: Exchange) -> None:
         """Writes the answers whose turn it is: answers leave in the order of the requests."""
-        pending = self._pending
+        state, pending = self._state, self._pending
         if not pending:
             return
-        while pending and (payload := pending[0].payload) is not None:
-            exchange = pending.popleft()
+        if pending[0] is not exchange:
+            exchange.body_out = (b"".join(exchange.body_out),)
+            exchange = pending[0]
+        while (response := exchange.response) is not None:
+            pending.popleft()
             head = exchange.head
-            self._state.buffered_bytes -= len(exchange.body)
+            state.buffered_bytes -= len(exchange.body)
             if exchange.reserved:
                 self._out.reserve(-exchange.reserved)
             last = not head.keep_alive
-            if self._state.draining and not self._in.begun:
+            if state.draining and not self._in.begun:
                 # `Connection: close` tells the client that later requests are not read.
                 self._closing = True
                 last = last or not pending
-            if last:
-                payload = payload.replace(b"\r\n", b"\r\nConnection: close\r\n", 1)
-            elif head.old:
-                payload = payload.replace(b"\r\n", b"\r\nConnection: keep-alive\r\n", 1)
-            self._transport.write(payload)
-            if self._stalled != math.inf:
+            start, body = DATE.starts[response.status], exchange.body_out
+            if last or head.old or exchange.trace is not None:
+                start += _fields(exchange, last=last)
+            self._transport.write(b"".join((start, response.fields, *body)) if body else start + response.fields)
+            if self._stalled != inf:
                 self._out.count(self._transport.get_write_buffer_size())
             if last:
-                self._finish(unread=not head.target or self._state.draining)
+                self._finish(unread=not head.target or state.draining)
                 return
+            if not pending:
+                break
+            exchange = pending[0]
         if not self._reading:
             self._out.go_on()
             self._throttle()
@@ -361,9 +367,6 @@ class Connection(asyncio.Protocol):
     def _part(self) -> None:
         if not self._transport.get_write_buffer_size():
             self._transport.abort()
-
-    def abandoned(self) -> None:
-        """No-op: `connection_lost` has already cleaned up."""
 
     # Called by `drain` and `ServerState.sweep`.
 
@@ -411,7 +414,7 @@ class Connection(asyncio.Protocol):
 
     def sweep(self, now: float) -> None:
         """Closes if a time limit has passed."""
-        if self._stalled != math.inf:
+        if self._stalled != inf:
             # The client may be slow but reading.
             self._out.count(self._transport.get_write_buffer_size())
             self._out.go_on()
@@ -422,3 +425,9 @@ class Connection(asyncio.Protocol):
                 self._fail(HTTPError(408, "the request did not arrive in time"))
             else:
                 self._finish(unread=False)
+
+
+def _fields(exchange: Exchange, *, last: bool) -> bytes:
+    """The header lines that depend on the connection and its request."""
+    lines = b"Connection: close\r\n" if last else b"Connection: keep-alive\r\n" if exchange.head.old else b""
+    return lines if exchange.trace is None else lines + b"Traceparent: " + exchange.trace + b"\r\n"

@@ -4,25 +4,27 @@ from __future__ import annotations
 
 import time
 from email.utils import formatdate
+from http import HTTPStatus
+
+_STATUS_LINES = {int(each): f"HTTP/1.1 {each} {each.phrase}\r\n".encode("ascii") for each in HTTPStatus}
 
 
 class Date:
     """The time as answers say it.
 
     Attributes:
-        field: `Date: ...` as a line of a head.
-        ok: how every answer with status 200 begins: the status line and the date.
+        starts: how answers begin, by status: the status line and the date.
     """
 
-    __slots__ = ("field", "ok")
+    __slots__ = ("starts",)
 
     def __init__(self) -> None:
         self.tick(time.time())
 
     def tick(self, now_s: float) -> None:
         """Takes the time (Unix)."""
-        self.field = f"Date: {formatdate(now_s, usegmt=True)}\r\n".encode("ascii")
-        self.ok = b"HTTP/1.1 200 OK\r\n" + self.field
+        date = f"Date: {formatdate(now_s, usegmt=True)}\r\n".encode("ascii")
+        self.starts = {status: line + date for status, line in _STATUS_LINES.items()}
 
 
 DATE = Date()

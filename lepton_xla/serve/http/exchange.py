@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
-from http import HTTPStatus
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import msgspec
 
 from lepton_xla.serve.errors import HTTPError
-from lepton_xla.serve.http.date import DATE
+from lepton_xla.serve.http.response import Response, refuse, respond
+
+
+class Watcher(Protocol):
+    """Is told how an exchange ends, while its `work` is still known."""
+
+    def answered(self, exchange: Exchange, response: Response) -> None:
+        """An answer is about to be sent."""
+        ...
+
+    def gone(self, exchange: Exchange) -> None:
+        """The client went away before its answer."""
+        ...
 
 
 class Answers(Protocol):
     """Takes answers: the connection, which sends them in the order of the requests."""
 
-    def flush(self) -> None:
-        """An exchange has its answer."""
-        ...
-
-    def abandoned(self) -> None:
-        """The client of an exchange went away before its answer."""
+    def flush(self, exchange: Exchange) -> None:
+        """An exchange has its answer. The pieces of its body are only valid until this returns."""
         ...
 
     def reserve(self, nbytes: int) -> None:
@@ -79,8 +85,10 @@ class Exchange(msgspec.Struct, eq=False):
         body: the whole body as sent.
         started_s: when the request was complete, on the monotonic clock.
         work: what will answer it; cancelled if the client goes away first.
+        watcher: told how it ended; None for most requests.
         answered: whether it has an answer or needs none any more.
-        payload: the answer.
+        response: status and header fields of the answer.
+        body_out: pieces of its body.
         reserved: bytes reserved for the answer, until it is written.
         trace: the W3C `traceparent` of the request, if valid; the answer repeats it.
     """
@@ -90,8 +98,10 @@ class Exchange(msgspec.Struct, eq=False):
     body: bytes
     started_s: float
     work: Cancellable | None = None
+    watcher: Watcher | None = None
     answered: bool = False
-    payload: bytes | None = None
+    response: Response | None = None
+    body_out: Sequence[bytes | memoryview] = ()
     trace: bytes | None = None
     reserved: int = 0
 
@@ -108,46 +118,41 @@ class Exchange(msgspec.Struct, eq=False):
         """The client went away."""
         if not self.answered:
             self.answered = True
+            if self.watcher is not None:
+                self.watcher.gone(self)
             work, self.work = self.work, None
             if work is not None:
                 work.cancel()
-            self.connection.abandoned()
 
     def answer(self, status: int, body: bytes, content_type: str = "application/json", *extra: str) -> None:
         """Answers with a status, a body, and further header lines such as `Retry-After: 1`."""
-        self.send(_head(status, len(body), content_type, extra) + (b"" if self.head.method == b"HEAD" else body))
+        self.send(respond(status, len(body), content_type, *extra), () if self.head.method == b"HEAD" else (body,))
 
     def refuse(self, refusal: HTTPError) -> None:
         """Answers with an error."""
-        head, body = _refusal(refusal.status, refusal.message, refusal.headers, DATE.field)
-        self.send(head if self.head.method == b"HEAD" else head + body)
+        if self.head.method == b"HEAD":
+            self.send(refuse(refusal.status, refusal.message, refusal.headers, bodiless=True), ())
+            return
+        if refusal.response is None:
+            refusal.response = refuse(refusal.status, refusal.message, refusal.headers, bodiless=False)
+        self.send(refusal.response, ())
 
-    def send(self, payload: bytes) -> None:
-        """Answers with a whole response, status line included."""
+    def send(self, response: Response, body: Sequence[bytes | memoryview]) -> None:
+        """Answers, unless there is an answer already.
+
+        Args:
+            response: status and header fields.
+            body: pieces of the body. They need only be valid until this returns.
+        """
         if not self.answered:
             self.answered = True
+            self.response = response
+            self.body_out = body
+            if self.watcher is not None:
+                self.watcher.answered(self, response)
             # It refers to this exchange: without a cycle, reference counting frees both.
             self.work = None
-            if self.trace is not None:
-                payload = payload.replace(b"\r\n", b"\r\nTraceparent: " + self.trace + b"\r\n", 1)
-            self.payload = payload
-            if self.reserved > len(payload):
+            if self.reserved > response.nbytes:
                 # The answer may wait long for earlier ones.
-                self.reserve(len(payload) - self.reserved)
-            self.connection.flush()
-
-
-def _head(status: int, body_bytes: int, content_type: str, extra: tuple[str, ...]) -> bytes:
-    """Status line and header fields, with the blank line."""
-    lines = (f"Content-Type: {content_type}", f"Content-Length: {body_bytes}", *extra, "\r\n")
-    line = f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\n"
-    return line.encode() + DATE.field + "\r\n".join(lines).encode("latin-1")
-
-
-@functools.lru_cache(maxsize=256)
-def _refusal(status: int, message: str, headers: tuple[str, ...], date: bytes) -> tuple[bytes, bytes]:
-    """Head and body of an error, cached for one date: an overloaded server repeats them."""
-    if status == 503 and not any(line.startswith("Retry-After:") for line in headers):
-        headers = (*headers, "Retry-After: 1")
-    body = msgspec.json.encode({"error": message})
-    return _head(status, len(body), "application/json", headers), body
+                self.reserve(response.nbytes - self.reserved)
+            self.connection.flush(self)

@@ -1,32 +1,32 @@
-"""Observed requests: samples for the access log, and those that are traced.
+"""Observers of single requests: the access log, which takes a sample, and tracing.
 
-What is not watched costs nothing: a server that watches no requests uses `App` itself, and of a watched one only the
-answers' way out is led through here.
+A server without observers pays nothing for this.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from time import monotonic
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from lepton_xla.serve.http.exchange import Exchange
+from lepton_xla.serve.http.response import Response
 from lepton_xla.serve.observe.refusals import template_of
 from lepton_xla.serve.protocol.wire import InferRequest
 
 GONE = 499
-"""Status of a request whose client went away before the answer, as in nginx."""
+"""Status of a request whose client went away before the answer; nginx' number for it."""
 
 
 class Times(NamedTuple):
-    """When a batch ran, of the monotonic clock, and with what.
+    """When a batch ran, on the monotonic clock, and its size.
 
     Attributes:
         started_s: when the engine took it.
         staged_s: when its rows were copied.
-        finished_s: when the outputs were there.
-        rows: real rows.
+        finished_s: when the outputs were ready.
+        rows: rows without padding.
         size: rows with padding.
     """
 
@@ -39,16 +39,16 @@ class Times(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Seen:
-    """A finished request. Times are in seconds of the monotonic clock.
+    """A request that has ended. Times are seconds on the monotonic clock.
 
     Attributes:
         exchange: request and answer.
-        route: its path with the names of parameters in it.
-        status: of the answer.
-        answer_bytes: of the whole answer.
-        ended_s: when it was given.
-        request: what came, of an infer request that could be read.
-        times: of the batch that it ran in, the last one if there were several; None where it is not known.
+        route: its path with parameter names in place of their values.
+        status: status of the answer; `GONE` if the client went away first.
+        answer_bytes: size of the answer's header fields and body.
+        ended_s: when it was answered.
+        request: the decoded infer request; None for other requests and those that could not be decoded.
+        times: when its last batch ran; None if none did.
     """
 
     exchange: Exchange
@@ -61,58 +61,66 @@ class Seen:
 
 
 class Observer(Protocol):
-    """Observes some of the requests."""
+    """Observes some requests."""
 
     def wants(self, exchange: Exchange) -> bool:
         """Whether to observe this request. Called for every request, so it must be cheap."""
         ...
 
     def saw(self, seen: Seen) -> None:
-        """Takes a finished request that it wanted, before the answer leaves."""
+        """Called at the end of an observed request, before its answer is sent."""
         ...
 
 
-class Tap:
-    """Sits between an observed request and its connection.
+@runtime_checkable
+class Inference(Protocol):
+    """The `work` of an infer request.
 
     Attributes:
-        request: what came, once it is read.
-        times: of its batch, once it has run.
+        request: the decoded request.
+        times: when its batch ran; None until then.
     """
 
-    __slots__ = ("_connection", "_exchange", "_observers", "request", "times")
+    request: InferRequest
+    times: Times | None
 
-    def __init__(self, exchange: Exchange, observers: Sequence[Observer]) -> None:
-        self._exchange = exchange
+
+class Watch:
+    """The watcher of an exchange: tells observers how it ended.
+
+    Args:
+        observers: those that want this exchange.
+    """
+
+    __slots__ = ("_observers",)
+
+    def __init__(self, observers: Sequence[Observer]) -> None:
         self._observers = observers
-        self._connection, exchange.connection = exchange.connection, self
-        self.request: InferRequest | None = None
-        self.times: Times | None = None
 
-    def flush(self) -> None:
-        """The exchange has its answer."""
-        payload = self._exchange.payload
-        assert payload is not None
-        self._end(int(payload[9:12]), len(payload))
-        self._connection.flush()
+    def answered(self, exchange: Exchange, response: Response) -> None:
+        """Tells observers about the answer."""
+        self._end(exchange, response.status, response.nbytes)
 
-    def reserve(self, nbytes: int) -> None:
-        """Reserves memory for the answer."""
-        self._connection.reserve(nbytes)
+    def gone(self, exchange: Exchange) -> None:
+        """Tells observers that the client went away."""
+        self._end(exchange, GONE, 0)
 
-    def hold(self, held: bool) -> None:
-        """Starts or stops holding back the requests after it."""
-        self._connection.hold(held)
-
-    def abandoned(self) -> None:
-        """The client went away."""
-        self._end(GONE, 0)
-
-    def _end(self, status: int, answer_bytes: int) -> None:
-        exchange = self._exchange
-        exchange.connection = self._connection
-        seen = Seen(
-            exchange, template_of(exchange.head), status, answer_bytes, monotonic(), self.request, self.times
-        )  # fmt: skip
+    def _end(self, exchange: Exchange, status: int, answer_bytes: int) -> None:
+        request, times = None, None
+        if isinstance(exchange.work, Inference):
+            request, times = exchange.work.request, exchange.work.times
+        seen = Seen(exchange, template_of(exchange.head), status, answer_bytes, monotonic(), request, times)
         for observer in self._observers:
             observer.saw(seen)
+
+
+def watching(handle: Callable[[Exchange], None], observers: Sequence[Observer]) -> Callable[[Exchange], None]:
+    """What handles exchanges and has observers see those that they want; `handle` itself where there are none."""
+
+    def watched(exchange: Exchange) -> None:
+        wanted = [observer for observer in observers if observer.wants(exchange)]
+        if wanted:
+            exchange.watcher = Watch(wanted)
+        handle(exchange)
+
+    return watched if observers else handle

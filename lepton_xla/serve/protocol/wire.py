@@ -13,7 +13,7 @@ import copy
 import math
 import re
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
@@ -63,7 +63,7 @@ class RequestSpec(msgspec.Struct, eq=False, kw_only=True):
         id: the client's id, which the answer repeats; None without one.
         timeout_s: the client's timeout; None without one.
         priority: 0 is the default, 1 the highest, larger numbers are lower.
-        prefix: response head, cached by the app with the first answer.
+        response: header fields and JSON part that all its answers share, cached by the app with the first answer.
     """
 
     rows: int
@@ -78,7 +78,7 @@ class RequestSpec(msgspec.Struct, eq=False, kw_only=True):
     id: str | None = None
     timeout_s: float | None = None
     priority: int = 0
-    prefix: bytes | None = None
+    response: Any = None
 
     @property
     def constant(self) -> bool:
@@ -204,7 +204,7 @@ class Decoder:
             if spec is not None:
                 spec = copy.copy(spec)
                 spec.id = found[1].decode()
-                spec.prefix = None
+                spec.response = None
         return spec
 
     def _remember(self, head: bytes, spec: RequestSpec) -> None:
@@ -216,7 +216,7 @@ class Decoder:
             if not head or b'"id"' in head or b"\\" in head:
                 return
             spec = copy.copy(spec)
-            spec.id = spec.prefix = None
+            spec.id = spec.response = None
         if len(self._specs) >= _CACHED_HEADS:
             self._specs.clear()
         self._specs[head] = spec

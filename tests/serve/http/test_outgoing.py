@@ -10,12 +10,13 @@ import time
 
 import numpy as np
 import pytest
-from serve_fakes import exchange, raw_request, read_outputs, read_response
+from serve_fakes import bodies, exchange, raw_request, read_outputs, read_response, send
 
 from lepton_xla.program import TensorSpec
 from lepton_xla.serve.errors import HTTPError
 from lepton_xla.serve.http.connection import Connection
 from lepton_xla.serve.http.outgoing import AHEAD_BYTES
+from lepton_xla.serve.http.response import Response
 from lepton_xla.serve.http.server_state import ServerState
 from lepton_xla.serve.limits import Limits
 from lepton_xla.serve.protocol.encoding import deflate
@@ -193,23 +194,33 @@ def test_requests_wait_for_room_for_their_answers(connection, held):
     assert len(held) == 2  # the second passes the limit, and no third is handled
     assert not pipe.reading
     assert state.buffered_bytes == 2 * (AHEAD_BYTES * 3 // 5)
-    held[1].send(b"second")
+    send(held[1], b"second")
     assert (pipe.written, len(held)) == ([], 3)  # what it was found to take is all that counts now
-    held[0].send(b"first ")
-    assert (b"".join(pipe.written), len(held)) == (b"first second", 4)
+    send(held[0], b"first ")
+    assert (bodies(pipe.written), len(held)) == (b"first second", 4)
     connection.pause_writing()
     pipe.written = [b"x" * AHEAD_BYTES]
     connection.sweep(time.monotonic())
-    held[2].send(b"third")
-    held[3].send(b"fourth")
+    send(held[2], b"third")
+    send(held[3], b"fourth")
     assert len(held) == 4
-    assert state.buffered_bytes == AHEAD_BYTES + len(b"thirdfourth")
+    assert state.buffered_bytes == pipe.get_write_buffer_size() > AHEAD_BYTES + len(b"thirdfourth")
     pipe.written.clear()
     connection.resume_writing()
     assert len(held) == 5
     assert pipe.reading
-    held[4].send(b"fifth")
+    send(held[4], b"fifth")
     assert state.buffered_bytes == 0
+
+
+def test_an_answer_that_waits_for_another_keeps_what_it_said(connection, held):
+    """The bytes of outputs are the engine's, which writes the next batch over them."""
+    connection.data_received(get(2))
+    outputs = bytearray(b"second")
+    held[1].send(Response(200, b"\r\nthe ", 10), (memoryview(outputs),))
+    outputs[:] = b"------"
+    send(held[0], b"first, ")
+    assert bodies(connection._transport.written) == b"first, the second"
 
 
 def test_what_there_is_no_room_for_now_is_503(connection, held):
@@ -226,7 +237,7 @@ def test_answers_that_are_there_at_once_are_no_recursion(connection, held):
     connection._transport.written = [b"x" * 2 * AHEAD_BYTES]
     connection.pause_writing()
     connection._transport.written.clear()
-    connection._state.handler = lambda exchange: exchange.send(b"x")
+    connection._state.handler = lambda exchange: send(exchange, b"x")
     connection.data_received(get(100))
     assert not connection._transport.written
     limit = sys.getrecursionlimit()
