@@ -14,7 +14,7 @@ from typing import Self
 import uvloop
 
 from lepton_xla.errors import ServeError
-from lepton_xla.serve.app.front import HTTPFrontEnd
+from lepton_xla.serve.app.frontend import HTTPFrontEnd
 from lepton_xla.serve.app.options import Options, url_of
 from lepton_xla.serve.batching.batcher import Batcher
 from lepton_xla.serve.batching.costs import Costs, Measured
@@ -169,9 +169,9 @@ class Server:
                 listening.close()
                 return True
             models.put(open_model(self._engine, measured, self._signature, options, self.metrics))
-            front = HTTPFrontEnd(models, self.metrics, options, access)
-            entrance = Listener(front.state, listening, _BACKLOG, access.tls_options(options.limits))
-            entrance.open()
+            frontend = HTTPFrontEnd(models, self.metrics, options, access)
+            listener = Listener(frontend.state, listening, _BACKLOG, access.tls_options(options.limits))
+            listener.open()
         except BaseException:
             listening.close()
             raise
@@ -187,7 +187,7 @@ class Server:
         )  # fmt: skip
         finished = False
         try:
-            finished = await front.serve(entrance, stop, lambda: None if on_ready is None else on_ready(self))
+            finished = await frontend.serve(listener, stop, lambda: None if on_ready is None else on_ready(self))
             return finished
         finally:
             for model in models:

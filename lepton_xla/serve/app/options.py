@@ -8,7 +8,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from lepton_xla.errors import ServeError
-from lepton_xla.serve.access.entrance import Access
+from lepton_xla.serve.access.access import Access
 from lepton_xla.serve.access.tls import TlsFiles
 from lepton_xla.serve.limits import Limits
 from lepton_xla.serve.observe.tracing import check_endpoint

@@ -75,12 +75,12 @@ class Closable(Protocol):
         ...
 
 
-async def drain(state: ServerState, entrance: Closable, stop: Stop, lame_duck_s: float, timeout_s: float) -> bool:
+async def drain(state: ServerState, listener: Closable, stop: Stop, lame_duck_s: float, timeout_s: float) -> bool:
     """Stops a server; readiness must say no already.
 
     Args:
         state: the connections.
-        entrance: where they come in.
+        listener: where they come in.
         stop: may hurry it.
         lame_duck_s: how long connections are still taken, and idle ones kept.
         timeout_s: how long after that answers are waited for.
@@ -91,7 +91,7 @@ async def drain(state: ServerState, entrance: Closable, stop: Stop, lame_duck_s:
     state.draining = True
     _log.info("stopping: %d connections open, %d requests in hand", len(state.connections), state.in_flight)
     await stop.hurried_in(lame_duck_s)
-    await entrance.close()
+    await listener.close()
     deadline = monotonic() + timeout_s
     while state.connections and monotonic() < deadline and not stop.hurried.is_set():
         _close_quiet(state, monotonic())

@@ -59,7 +59,7 @@ class Supervisor:
         self._workers = [Child(f"worker {number + 1}") for number in range(workers)]
         self._tally = Tally(self._workers)
         self._digest = ""
-        self._listening = False
+        self._open = False
         self._ending: set[Child] = set()
         self.address: tuple[str, int] = (options.host, options.port)
         self.name = ""
@@ -85,7 +85,7 @@ class Supervisor:
 
     async def _main(self, on_ready: Callable[[Supervisor], object]) -> bool:
         loop = self._loop = asyncio.get_running_loop()
-        self._entrance = self._access.listen()
+        self._listening = self._access.listen()
         stop = Stop()
         stop.listen(loop)
         loop.add_signal_handler(signal.SIGHUP, self._reload)
@@ -99,9 +99,9 @@ class Supervisor:
                 return True
             self._begun.result()
             stop.warming = False
-            self._entrance.open(_BACKLOG)
-            self._listening = True
-            addresses = self._entrance.addresses
+            self._listening.open(_BACKLOG)
+            self._open = True
+            addresses = self._listening.addresses
             self.address = addresses[0]
             self._accept_or_wait()
             urls = " and ".join(url_of(each, self._options) for each in addresses)
@@ -111,7 +111,7 @@ class Supervisor:
             return await self._drain(stop, keepers.values())
         finally:
             watching.cancel()
-            self._entrance.close()
+            self._listening.close()
             await self._end(keepers)
 
     # Processes.
@@ -245,9 +245,9 @@ class Supervisor:
 
     def _accept_or_wait(self) -> None:
         """Accepts connections while a worker can take them; otherwise they wait in the kernel."""
-        if self._listening:
+        if self._open:
             some = bool(self._open_workers())
-            for listener in self._entrance.sockets:
+            for listener in self._listening.sockets:
                 if some:
                     self._loop.add_reader(listener, self._accept, listener)
                 else:
@@ -276,12 +276,12 @@ class Supervisor:
         hurry = self._loop.create_task(self._hurry(stop))
         await stop.hurried_in(self._options.lame_duck_s)
         # Closing the socket with connections waiting at it would reset them.
-        for listener in self._entrance.sockets:
+        for listener in self._listening.sockets:
             while self._accept(listener):
                 pass
             self._loop.remove_reader(listener)
-        self._listening = False
-        self._entrance.close()
+        self._open = False
+        self._listening.close()
         self._tell_workers(control.Closed())
         done, late = await asyncio.wait(keepers, timeout=self._options.stop_timeout_s + ENDING_S)
         hurry.cancel()

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from typing import Any
 
 from lepton_xla.errors import ServeError
-from lepton_xla.serve.app.front import HTTPFrontEnd
+from lepton_xla.serve.app.frontend import HTTPFrontEnd
 from lepton_xla.serve.batching.engine import Engine
 from lepton_xla.serve.batching.scheduler import Call
 from lepton_xla.serve.http.arrivals import Arrivals
@@ -70,12 +70,12 @@ class Worker:
             model: what is served.
             digest: of its artifact's manifest.
         """
-        front = HTTPFrontEnd(Registry(model), self._metrics, self._options, self._access, self._gather)
-        self._arrivals = Arrivals(front.state, self._access.tls_options(self._options.limits))
+        frontend = HTTPFrontEnd(Registry(model), self._metrics, self._options, self._access, self._gather)
+        self._arrivals = Arrivals(frontend.state, self._access.tls_options(self._options.limits))
         settle()
-        reporting = self._loop.create_task(self._report(front))
+        reporting = self._loop.create_task(self._report(frontend))
         try:
-            return await front.serve(
+            return await frontend.serve(
                 self, self._stop, lambda: self._control.send(control.Ready(model.signature.name, digest))
             )  # fmt: skip
         finally:
@@ -125,11 +125,11 @@ class Worker:
 
     # What is counted.
 
-    async def _report(self, front: HTTPFrontEnd) -> None:
+    async def _report(self, frontend: HTTPFrontEnd) -> None:
         while True:
             if not self._metrics.live:
                 self._stop.asked.set()
-            self._control.send(control.Connections(front.state.open))
+            self._control.send(control.Connections(frontend.state.open))
             self._control.send(control.Counts(self._metrics.counts()))
             await asyncio.sleep(control.REPORT_S)
 

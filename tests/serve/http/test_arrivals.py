@@ -19,8 +19,8 @@ def test_connections_that_wait_are_taken_in_few_turns():
         state = ServerState(lambda exchange: None, Limits())
         listener = socket.create_server(("127.0.0.1", 0))
         address = listener.getsockname()
-        entrance = Listener(state, Listening([listener]), COUNT, {})
-        entrance.open()
+        listener = Listener(state, Listening([listener]), COUNT, {})
+        listener.open()
         with contextlib.ExitStack() as stack:
             for _ in range(COUNT):
                 stack.enter_context(socket.create_connection(address))
@@ -28,7 +28,7 @@ def test_connections_that_wait_are_taken_in_few_turns():
             while len(state.connections) < COUNT:
                 turns += 1
                 await asyncio.sleep(0)
-            await entrance.close()
+            await listener.close()
         return turns
 
     assert uvloop.run(turns_taken()) < 10

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable
 from time import monotonic
 
-from lepton_xla.serve.access.entrance import Access
+from lepton_xla.serve.access.access import Access
 from lepton_xla.serve.app.app import App
 from lepton_xla.serve.app.options import Options
 from lepton_xla.serve.app.pages import Gather
@@ -77,11 +77,11 @@ class HTTPFrontEnd:
             queues = added(queues, model.scheduler.figures())
         return queues | self.state.figures()
 
-    async def serve(self, entrance: Closable, stop: Stop, on_ready: Callable[[], object]) -> bool:
+    async def serve(self, listener: Closable, stop: Stop, on_ready: Callable[[], object]) -> bool:
         """Becomes ready, and serves until told to stop.
 
         Args:
-            entrance: accepts connections; open already.
+            listener: accepts connections; open already.
             stop: tells when to stop.
             on_ready: called once ready.
 
@@ -96,7 +96,7 @@ class HTTPFrontEnd:
             on_ready()
             await stop.asked.wait()
             self._metrics.ready = False
-            return await drain(self.state, entrance, stop, options.lame_duck_s, options.stop_timeout_s)
+            return await drain(self.state, listener, stop, options.lame_duck_s, options.stop_timeout_s)
         finally:
             sweeper.cancel()
             for connection in tuple(self.state.connections):
