@@ -28,7 +28,7 @@ from itertools import islice
 from math import inf
 
 from lepton_xla.serve.batching.costs import Costs, Key
-from lepton_xla.serve.batching.line import Line
+from lepton_xla.serve.batching.queue import Queue
 from lepton_xla.serve.batching.retries import Retries
 from lepton_xla.serve.batching.tickets import Batch, Part, Reason, Ticket
 
@@ -74,8 +74,8 @@ class Batcher[T: Ticket]:
         self.nbytes = 0
         self.wake_at: float | None = None
         self.dropped: list[tuple[T, Reason]] = []
-        self._levels: list[dict[Key, Line[T]]] = [{} for _ in range(levels)]
-        self._lines: list[Line[T]] = []
+        self._levels: list[dict[Key, Queue[T]]] = [{} for _ in range(levels)]
+        self._queues: list[Queue[T]] = []
         self._turns = 0
         self._next_turns = 0
         self._running: Batch[T] | None = None
@@ -90,7 +90,7 @@ class Batcher[T: Ticket]:
 
     def __len__(self) -> int:
         """Number of waiting requests, closed ones not yet removed included."""
-        return sum(map(len, self._lines))
+        return sum(map(len, self._queues))
 
     @property
     def pending(self) -> bool:
@@ -110,35 +110,35 @@ class Batcher[T: Ticket]:
                 return Reason.FULL
             rows = self.rows + ticket.rows
             nbytes = self.nbytes + ticket.nbytes
-        line = self._levels[ticket.level].get(ticket.key)
-        if line is None:
-            line = self._open(ticket)
+        queue = self._levels[ticket.level].get(ticket.key)
+        if queue is None:
+            queue = self._open(ticket)
         if ticket.deadline_s == inf:
-            line.plain.append(ticket)
+            queue.plain.append(ticket)
         else:
-            line.add_dated(ticket)
-        line.rows += ticket.rows
+            queue.add_dated(ticket)
+        queue.rows += ticket.rows
         self.rows = rows
         self.nbytes = nbytes
         return None
 
-    def _open(self, ticket: T) -> Line[T]:
-        line: Line[T] = Line(ticket.level, ticket.key)
-        self._levels[ticket.level][ticket.key] = line
-        self._lines.append(line)
-        self._lines.sort(key=lambda line: line.level)
-        return line
+    def _open(self, ticket: T) -> Queue[T]:
+        queue: Queue[T] = Queue(ticket.level, ticket.key)
+        self._levels[ticket.level][ticket.key] = queue
+        self._queues.append(queue)
+        self._queues.sort(key=lambda queue: queue.level)
+        return queue
 
     def _make_room(self, ticket: T, rows: int, nbytes: int) -> bool:
         """Drops the newest requests of lower levels to free so much, or drops nothing. Leaves each level its share."""
         victims: list[T] = []
         for level in range(len(self._levels) - 1, ticket.level, -1):
-            lines = self._levels[level].values()
-            if not lines:
+            queues = self._levels[level].values()
+            if not queues:
                 continue
-            spare = sum(line.rows for line in lines) - self.max_rows // (_TURNS + 1)
+            spare = sum(queue.rows for queue in queues) - self.max_rows // (_TURNS + 1)
             for victim in (
-                victim for line in lines for queue in (line.plain, line.dated) for victim in reversed(queue)
+                victim for queue in queues for tickets in (queue.plain, queue.dated) for victim in reversed(tickets)
             ):
                 if victim.closed or victim.taken or victim.rows > spare:
                     continue
@@ -156,10 +156,10 @@ class Batcher[T: Ticket]:
         """The reason why a request cannot meet its deadline now, or None."""
         costs, now = self.costs, ticket.arrival_s
         rows: dict[Key, int] = {ticket.key: ticket.rows}
-        for line in self._lines:
-            if line.rows and line.level <= ticket.level:
-                ahead = line.rows if line.level < ticket.level else line.rows_before(ticket.deadline_s)
-                rows[line.key] = rows.get(line.key, 0) + ahead
+        for queue in self._queues:
+            if queue.rows and queue.level <= ticket.level:
+                ahead = queue.rows if queue.level < ticket.level else queue.rows_before(ticket.deadline_s)
+                rows[queue.key] = rows.get(queue.key, 0) + ahead
         finish = max(self._free_at, now)
         for key, count in rows.items():
             finish += costs.seconds(key, count)
@@ -190,12 +190,12 @@ class Batcher[T: Ticket]:
         What was here before is not relied on: it may be a fault in it that ended the engine.
         """
         parts = [part for batch in (*self._retries.clear(), self._running) if batch is not None for part in batch.parts]
-        waiting = [ticket for line in self._lines for ticket in (*line.plain, *line.dated)]
+        waiting = [ticket for queue in self._queues for ticket in (*queue.plain, *queue.dated)]
         live = dict.fromkeys(ticket for ticket in (*(part.ticket for part in parts), *waiting) if not ticket.closed)
         for ticket in live:
             ticket.closed = True
         self._levels = [{} for _ in self._levels]
-        self._lines = []
+        self._queues = []
         self._flying.clear()
         self.rows = self.nbytes = 0
         return list(live)
@@ -205,25 +205,25 @@ class Batcher[T: Ticket]:
     def next_deadline(self) -> float:
         """The earliest time at which `expire` may have something to do."""
         first = inf
-        for line in self._lines:
-            if line.dated:
-                first = min(first, line.first_deadline_s())
+        for queue in self._queues:
+            if queue.dated:
+                first = min(first, queue.first_deadline_s())
         for ticket in self._flying:
             first = min(first, ticket.deadline_s)
         return first
 
     def expire(self, now: float) -> None:
         """Drops the requests whose deadline has passed, running ones too."""
-        for line in self._lines:
-            while line.dated and line.first_deadline_s() <= now:
-                self._drop(line.dated[0], Reason.EXPIRED)
+        for queue in self._queues:
+            while queue.dated and queue.first_deadline_s() <= now:
+                self._drop(queue.dated[0], Reason.EXPIRED)
         for ticket in [ticket for ticket in self._flying if ticket.deadline_s <= now]:
             self._drop(ticket, Reason.EXPIRED)
 
     def drain_s(self, now: float) -> float:
         """Predicted seconds until everything that waits now has run."""
         seconds = max(self._free_at - now, 0.0)
-        for key in {line.key for line in self._lines}:
+        for key in {queue.key for queue in self._queues}:
             seconds += self.costs.seconds(key, self._waiting(key))
         return seconds
 
@@ -245,11 +245,11 @@ class Batcher[T: Ticket]:
         if batch is not None:
             return self._start(batch, now)
         while self.rows:
-            line = self._lines[0] if len(self._lines) == 1 else self._first_line()
-            head = line.queue()[0]
-            key, waiting = line.key, line.rows
+            queue = self._queues[0] if len(self._queues) == 1 else self._first_queue()
+            head = queue.first()[0]
+            key, waiting = queue.key, queue.rows
             other: Key | None = None
-            if len(self._lines) > 1:
+            if len(self._queues) > 1:
                 waiting = self._waiting(key)
                 if waiting < self.rows and waiting < self.bucket_sizes[-1]:
                     key, waiting, other = self._join(head, waiting, now)
@@ -261,25 +261,25 @@ class Batcher[T: Ticket]:
                 if not size:
                     self._drop(head, Reason.EXPIRED)
                     continue
-            batch = self._take(line, other, size, key, now)
+            batch = self._take(queue, other, size, key, now)
             if batch.parts:
                 self._turns = self._next_turns
                 return self._start(batch, now)
         return None
 
-    def _first_line(self) -> Line[T]:
-        """The line of the request that starts the next batch."""
-        lines = [line for line in self._lines if line.rows]
-        level = lines[0].level
+    def _first_queue(self) -> Queue[T]:
+        """The queue of the request that starts the next batch."""
+        queues = [queue for queue in self._queues if queue.rows]
+        level = queues[0].level
         self._next_turns = 0
-        if lines[-1].level > level:
+        if queues[-1].level > level:
             if self._turns >= _TURNS:
-                return min((line for line in lines if line.level > level), key=Line.due_s)
+                return min((queue for queue in queues if queue.level > level), key=Queue.due_s)
             self._next_turns = self._turns + 1
-        return min((line for line in lines if line.level == level), key=Line.due_s)
+        return min((queue for queue in queues if queue.level == level), key=Queue.due_s)
 
     def _waiting(self, key: Key) -> int:
-        return sum(line.rows for line in self._lines if line.key == key)
+        return sum(queue.rows for queue in self._queues if queue.key == key)
 
     def _join(self, head: T, waiting: int, now: float) -> tuple[Key, int, Key | None]:
         """Chooses whether requests of another key share the batch: the key to run, its waiting rows, and the other key.
@@ -290,7 +290,7 @@ class Batcher[T: Ticket]:
         best: tuple[Key, int, Key | None] = (key, waiting, None)
         most = 0.0
         alone = costs.seconds(key, waiting)
-        for other in {line.key for line in self._lines if line.rows}:
+        for other in {queue.key for queue in self._queues if queue.rows}:
             wide = max(key, other)
             if other == key or any(size > limit for size, limit in zip(min(key, other), wide, strict=True)):
                 continue
@@ -312,9 +312,9 @@ class Batcher[T: Ticket]:
             return False
         last = self.costs.of(key, self.bucket_sizes[-1])
         due = inf
-        for line in self._lines:
-            line.queue()
-            for ticket in (*line.dated, *islice(line.plain, 1)):
+        for queue in self._queues:
+            queue.first()
+            for ticket in (*queue.dated, *islice(queue.plain, 1)):
                 if not ticket.closed:
                     due = min(due, ticket.arrival_s + self.max_delay_s, ticket.deadline_s - last)
         if now >= due:
@@ -336,29 +336,29 @@ class Batcher[T: Ticket]:
                 return smaller
         return 0
 
-    def _take(self, line: Line[T], other: Key | None, size: int, key: Key, now: float) -> Batch[T]:
+    def _take(self, queue: Queue[T], other: Key | None, size: int, key: Key, now: float) -> Batch[T]:
         batch: Batch[T] = Batch([], 0, size, key)
         finish = now + self.costs.of(key, size)
-        self._fill(batch, line, finish)
-        if len(self._lines) > 1:
-            for mate in (line.key, other):
-                for each in self._lines:
+        self._fill(batch, queue, finish)
+        if len(self._queues) > 1:
+            for mate in (queue.key, other):
+                for each in self._queues:
                     if each.key == mate and batch.rows < size:
                         self._fill(batch, each, finish)
         self.rows -= batch.rows
         return batch
 
-    def _fill(self, batch: Batch[T], line: Line[T], finish: float) -> None:
-        """Moves rows of a line into a batch, and drops requests that the batch would be too late for."""
+    def _fill(self, batch: Batch[T], queue: Queue[T], finish: float) -> None:
+        """Moves rows of a queue into a batch, and drops requests that the batch would be too late for."""
         parts, filled, size = batch.parts, batch.rows, batch.size
         before = filled
-        queue = line.queue()
+        tickets = queue.first()
         while filled < size:
-            if line.dated or not queue or queue[0].closed:
-                queue = line.queue()
-                if not queue:
+            if queue.dated or not tickets or tickets[0].closed:
+                tickets = queue.first()
+                if not tickets:
                     break
-            ticket = queue[0]
+            ticket = tickets[0]
             rows = ticket.rows
             if ticket.deadline_s != inf:
                 if ticket.deadline_s <= finish:
@@ -372,9 +372,9 @@ class Batcher[T: Ticket]:
             ticket.taken += rows
             filled += rows
             if ticket.taken == ticket.rows:
-                queue.popleft()
+                tickets.popleft()
                 self.nbytes -= ticket.nbytes
-        line.rows -= filled - before
+        queue.rows -= filled - before
         batch.rows = filled
 
     def _start(self, batch: Batch[T], now: float) -> Batch[T]:

@@ -221,7 +221,7 @@ def test_what_is_ahead_decides_whether_a_deadline_can_be_met():
     # After both: ten rows take 0.5.
     assert batcher.add(named("b", arrival_s=0.2, deadline_s=0.79)) is None
     assert batcher.add(named("c", arrival_s=0.2, deadline_s=0.95)) is None
-    batcher.cancel(batcher._lines[0].dated[-1])
+    batcher.cancel(batcher._queues[0].dated[-1])
     # The level behind waits for all of the first, ten rows and eight that are due later, and its own eight.
     fill(batcher, named("z", 8, deadline_s=9.0))
     assert batcher.add(named("d", arrival_s=0.2, deadline_s=1.39, level=1)) is Reason.OVERLOADED
@@ -343,7 +343,7 @@ def test_the_queue_is_bounded_by_bytes_but_for_the_only_one():
     assert batcher.nbytes == 0
     fill(batcher, named("c", nbytes=60), named("d", nbytes=40))
     assert batcher.add(named("e", nbytes=1)) is Reason.FULL
-    batcher.cancel(batcher._lines[0].plain[0])
+    batcher.cancel(batcher._queues[0].plain[0])
     fill(batcher, named("f", nbytes=60))
     assert batcher.nbytes == 100
 

@@ -16,7 +16,7 @@ _SWEEP = 64
 _deadline = attrgetter("deadline_s")
 
 
-class Line[T: Ticket]:
+class Queue[T: Ticket]:
     """The tickets of one level and key: those without a deadline as they came, the others by their deadline.
 
     Attributes:
@@ -58,7 +58,7 @@ class Line[T: Ticket]:
         """Number of tickets, closed ones not yet removed included."""
         return len(self.plain) + len(self.dated)
 
-    def queue(self) -> deque[T]:
+    def first(self) -> deque[T]:
         """`plain` or `dated`: the one whose first open ticket is more urgent. It may be empty."""
         plain, dated = self.plain, self.dated
         while plain and plain[0].closed:
@@ -74,12 +74,12 @@ class Line[T: Ticket]:
         return plain
 
     def due_s(self) -> float:
-        """When its most urgent ticket is due. The line must have waiting rows."""
-        return self.queue()[0].due_s
+        """When its most urgent ticket is due. The queue must have waiting rows."""
+        return self.first()[0].due_s
 
     def first_deadline_s(self) -> float:
         """The earliest deadline."""
-        self.queue()
+        self.first()
         return self.dated[0].deadline_s if self.dated else math.inf
 
     def rows_before(self, due_s: float) -> int:
