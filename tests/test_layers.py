@@ -78,11 +78,7 @@ def test_nothing_is_imported_that_is_not_drawn(package):
     assert drawn <= set(edges(package)), "an arrow that nothing needs"
 
 
-# It has one yet.
-CIRCULAR = {"lepton_xla.passes"}
-
-
-@pytest.mark.parametrize("package", [package for package in PACKAGES if package not in CIRCULAR])
+@pytest.mark.parametrize("package", PACKAGES)
 def test_no_imports_go_in_a_circle(package):
     arrows = {}
     for user, used in edges(package):
