@@ -236,7 +236,7 @@ def attention() -> str:
     try:
         fn = lambda weights, rows: block(Jax("cudnn"), 2, jax_linear(weights), rows)  # noqa: E731
         program = lx.trace(fn, weights_of(block_shapes(256)), {"rows": lx.TensorSpec(("batch", 128, 256), "bfloat16")})
-        small = lx.passes.lower(program, resolve(lx.Recipe.load("int8"), program))
+        small = lx.passes.quantize(program, resolve(lx.Recipe.load("int8"), program))
         jax.block_until_ready(jax.jit(small.fn)(small.weights, jnp.ones((2, 128, 256), jnp.bfloat16)))
     except Exception as problem:
         console.print(f"attention by XLA, since cuDNN's cannot be had: {type(problem).__name__}: {str(problem)[:300]}")
@@ -319,7 +319,7 @@ def lowered(task: Task, program: lx.Program, recipe: str, *, timed: bool) -> tup
     wanted = msgspec.structs.replace(lx.Recipe.load(recipe), measure=timed)
     small = lx.optimize(program, wanted, buckets={"batch": (task.rows.shape[0],)})
     call, facts, to_numpy = jax_call(task, small)
-    (report,) = (report for report in small.history if report.name == "lower")
+    (report,) = (report for report in small.history if report.name == "quantize")
     codes = [site for site in report.sites if " x " in site.action]
     facts["in codes"] = f"{len(codes)} of {len(report.sites)}"
     facts["reasons"] = sorted({site.reason for site in report.sites if site.reason})
@@ -402,7 +402,7 @@ def check(form: str, dtype: str, operands: str, shape: tuple[int, int, int]) -> 
         specs = {"left": lx.TensorSpec(left.shape, dtype)}
         fn, weights, inputs = (lambda weights, left: left @ weights["right"]), {"right": right}, (left,)
     program = lx.trace(fn, weights, specs)
-    small = lx.passes.lower(program, resolve(lx.Recipe.parse(text, name=form), program))
+    small = lx.passes.quantize(program, resolve(lx.Recipe.parse(text, name=form), program))
     got = np.asarray(jax.jit(small.fn)(small.weights, *inputs), np.float64)
     exact = rounded(left, -1, form) @ rounded(right, -2, form)
     return float(np.abs(got - exact).max() / np.abs(exact).max())

@@ -92,7 +92,7 @@ def _compress(name: str, sparsity: float, pruning: int, sharing: int, options: a
         what = f"compress-{sparsity}"
         small = task.pruned(what, plan, epochs=pruning, seed=seed, schedule=sparse.gradual)
         rows.setdefault("pruned while trained on", []).append(small)
-        as_is = lx.passes.lower(small, sparse.codebook_plan(small))
+        as_is = lx.passes.quantize(small, sparse.codebook_plan(small))
         rows.setdefault("and 16 values a weight, as it is", []).append(as_is)
         shared = sparse.share_values(task, small, epochs=sharing, what=what, seed=seed)
         rows.setdefault("and 16 values a weight, trained on", []).append(shared)

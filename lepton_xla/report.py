@@ -19,8 +19,8 @@ class SiteReport:
         metrics: further results of the pass, such as `sparsity` or `float_us`.
 
     >>> site = lx.SiteReport("dense/kernel", "int8 x int8", bytes_before=4096, bytes_after=1088)
-    >>> print(lx.PassReport("lower", 0.25, (site,)))
-    lower: 1 sites, 0.25 s
+    >>> print(lx.PassReport("quantize", 0.25, (site,)))
+    quantize: 1 sites, 0.25 s
       dense/kernel: int8 x int8  4096 -> 1088 bytes
     """
 

@@ -57,7 +57,7 @@ def test_optimizing_is_timed_by_phase_and_its_compiles_and_memory_counted(tmp_pa
     assert 10 < row["compiles"] < 150
     passes = sum(seconds for phase, seconds in row["phases"].items() if ": " not in phase)
     assert 0.5 * row["seconds"] < passes <= row["seconds"]
-    assert {"gptq", "lower: time products", "lower: time the whole program"} <= set(row["phases"])
+    assert {"gptq", "quantize: time products", "quantize: time the whole program"} <= set(row["phases"])
     assert row["peak_bytes"] >= row["after_bytes"]
     assert row["times"]["measured"] > row["times"]["from the cache"] == 0
     assert row["again"]["times"] == {"measured": 0, "from the cache": row["times"]["measured"]}

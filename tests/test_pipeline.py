@@ -66,20 +66,20 @@ def preset(name, **changes):
 # What each preset does, given data to calibrate on; without, what needs it is left out.
 PASSES = {
     "float": ["fold"],
-    "int8": ["fold", "smoothquant", "gptq", "lower"],
-    "int8-weight-only": ["fold", "gptq", "lower"],
-    "int4-weight-only": ["fold", "gptq", "lower"],
-    "int4-channel-weight-only": ["fold", "gptq", "lower"],
-    "w4a4": ["fold", "smoothquant", "gptq", "lower"],
-    "fp8": ["fold", "gptq", "lower"],
-    "fp8-weight-only": ["fold", "gptq", "lower"],
-    "nf4-weight-only": ["fold", "gptq", "lower"],
-    "codebook16": ["fold", "gptq", "lower"],
+    "int8": ["fold", "smoothquant", "gptq", "quantize"],
+    "int8-weight-only": ["fold", "gptq", "quantize"],
+    "int4-weight-only": ["fold", "gptq", "quantize"],
+    "int4-channel-weight-only": ["fold", "gptq", "quantize"],
+    "w4a4": ["fold", "smoothquant", "gptq", "quantize"],
+    "fp8": ["fold", "gptq", "quantize"],
+    "fp8-weight-only": ["fold", "gptq", "quantize"],
+    "nf4-weight-only": ["fold", "gptq", "quantize"],
+    "codebook16": ["fold", "gptq", "quantize"],
     "prune50": ["fold", "prune"],
-    "int8-prune50": ["fold", "prune", "lower"],
-    "codebook16-prune90": ["fold", "prune", "lower"],
+    "int8-prune50": ["fold", "prune", "quantize"],
+    "codebook16-prune90": ["fold", "prune", "quantize"],
     "shrink50": ["fold", "shrink"],
-    "int8-shrink50": ["fold", "shrink", "smoothquant", "gptq", "lower"],
+    "int8-shrink50": ["fold", "shrink", "smoothquant", "gptq", "quantize"],
 }
 NEEDS_DATA = {"smoothquant", "gptq"}
 # What rounding may lose on random weights, beside what is left of the network in float.
@@ -150,7 +150,7 @@ def test_a_preset_end_to_end(net, images, left_in_float, name):
     assert not [path for path in small.weights if "batch_stats" in path]
     for path in KERNELS:
         weight = small.weights[path]
-        assert isinstance(weight, QTensor) == ("lower" in PASSES[name])
+        assert isinstance(weight, QTensor) == ("quantize" in PASSES[name])
     if "int8" in name or "fp8" in name:
         assert small.weights_bytes < (0.14 if "shrink" in name else 0.27) * net.weights_bytes
     if "shrink" in PASSES[name]:
@@ -183,7 +183,7 @@ def test_measured_for_real(net, images):
         assert [timing["sizes"] for timing in site.metrics["timings"]] == [{"batch": 1}, {"batch": 4}]
         assert site.action in ("int8 x int8", "int8 weights")
         assert bool(site.reason) == (site.action == "int8 weights")
-    assert lines[:3] == ["precompute", "fold", f"lower {KERNELS[0]}"]
+    assert lines[:3] == ["precompute", "fold", f"quantize {KERNELS[0]}"]
     assert 1e-4 < error(small, net, images) < 0.05
 
 
@@ -193,7 +193,7 @@ STATIC = '[[quantize]]\nsites = ".*"\ndynamic = false\ncalibration = "percentile
 def test_static_scales_from_calibration(net, images):
     recipe = Recipe.parse("measure = false\n[[prune]]\nsites = '.*'\nsparsity = 0.2\n" + STATIC, name="static")
     small = optimize(net, recipe, calibration=iter([{"image": images[:8]}, {"image": images[8:]}]))
-    assert [report.name for report in small.history] == ["fold", "prune", "calibrate", "lower"]
+    assert [report.name for report in small.history] == ["fold", "prune", "calibrate", "quantize"]
     ranges = {site.site: site.metrics["absmax"] for site in small.history[2].sites}
     assert set(ranges) == set(KERNELS)
     for path in KERNELS:
@@ -219,7 +219,7 @@ def test_the_two_halves_are_the_whole(net, images):
 
 def test_without_folding_the_norms_stay(net, images):
     small = optimize(net, preset("int8", measure=False, fold=False))
-    assert [report.name for report in small.history] == ["skipped", "lower"]
+    assert [report.name for report in small.history] == ["skipped", "quantize"]
     assert [path for path in small.weights if "batch_stats" in path]
     assert 1e-4 < error(small, net, images) < 0.05
 
@@ -235,7 +235,7 @@ def test_what_is_kept_everywhere_is_in_the_reports():
         lambda w, ids: jnp.take(w["table"], ids, axis=0), {"table": array(9, 4)}, {"ids": TensorSpec(("b",), "int32")}
     )
     small = optimize(program, Recipe.load("int8-prune50"), buckets={"b": (2,)})
-    assert [report.name for report in small.history] == ["fold", "prune", "lower"]
+    assert [report.name for report in small.history] == ["fold", "prune", "quantize"]
     assert [(site.action, site.reason) for report in small.history[1:] for site in report.sites] == [
         ("kept", "an embedding"),
         ("int8 weights", ""),

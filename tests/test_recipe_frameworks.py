@@ -19,7 +19,7 @@ from lepton_xla.passes import calibrate, fake_quant
 from lepton_xla.passes.core.sites import find_sites
 from lepton_xla.passes.planning import resolve
 from lepton_xla.passes.quantization.fake_quantization import initial_scales
-from lepton_xla.passes.quantization.lowering import lower
+from lepton_xla.passes.quantization.lowering import quantize
 from lepton_xla.program import TensorSpec, trace
 from lepton_xla.quant import QTensor
 from lepton_xla.recipe import Recipe, presets
@@ -189,7 +189,7 @@ def test_training_and_what_is_compiled_of_it_are_the_same(programs, framework):
             jax.tree.map(lambda a, g: a - 0.01 * g, tree, by)
             for tree, by in zip((program.weights, scales), gradients, strict=True)
         ]
-        small = lower(program.replace(weights=stepped[0]), plan, scales=stepped[1])
+        small = quantize(program.replace(weights=stepped[0]), plan, scales=stepped[1])
         for site in find_sites(program):
             np.testing.assert_array_equal(small.weights[site.path].scale, jnp.exp2(stepped[1][site.path]["log2_scale"]))
         np.testing.assert_allclose(small(small.weights, X), quantized(*stepped[:1], X, scales=stepped[1]), atol=1e-5)

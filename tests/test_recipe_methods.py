@@ -71,12 +71,12 @@ INT8 = 'weights = "int8"\nactivations = "int8"'
 @pytest.mark.parametrize(
     ("text", "formats", "share", "passes"),
     [
-        ('rounding = "gptq"', INT4, 0.3, ["fold", "gptq", "lower"]),
-        ("correct_bias = true", INT4, 0.9, ["fold", "round", "bias_correction", "lower"]),
-        ('rounding = "gptq"\ncorrect_bias = true', INT4, 0.3, ["fold", "gptq", "bias_correction", "lower"]),
-        ('rescale = "awq"', INT4, 0.7, ["fold", "awq", "lower"]),
-        ('rescale = "smooth:0.5"', INT8, 0.75, ["fold", "smoothquant", "lower"]),
-        ("equalize = true", TENSOR, 0.1, ["fold", "equalize", "lower"]),
+        ('rounding = "gptq"', INT4, 0.3, ["fold", "gptq", "quantize"]),
+        ("correct_bias = true", INT4, 0.9, ["fold", "round", "bias_correction", "quantize"]),
+        ('rounding = "gptq"\ncorrect_bias = true', INT4, 0.3, ["fold", "gptq", "bias_correction", "quantize"]),
+        ('rescale = "awq"', INT4, 0.7, ["fold", "awq", "quantize"]),
+        ('rescale = "smooth:0.5"', INT8, 0.75, ["fold", "smoothquant", "quantize"]),
+        ("equalize = true", TENSOR, 0.1, ["fold", "equalize", "quantize"]),
     ],
 )
 def test_a_method_helps_and_leaves_its_report(text: str, formats: str, share: float, passes: list[str]) -> None:
@@ -122,9 +122,9 @@ def test_without_data_it_is_an_error_or_left_out_as_the_recipe_says(text: str) -
 @pytest.mark.parametrize(
     ("text", "formats", "passes"),
     [
-        ('cast = "bfloat16"', INT4, ["fold", "lower", "cast"]),
-        ('cast = "float16"\nrounding = "gptq"', INT4, ["fold", "gptq", "lower", "cast"]),
-        ('cast = "bfloat16"', INT8, ["fold", "lower", "cast"]),
+        ('cast = "bfloat16"', INT4, ["fold", "quantize", "cast"]),
+        ('cast = "float16"\nrounding = "gptq"', INT4, ["fold", "gptq", "quantize", "cast"]),
+        ('cast = "bfloat16"', INT8, ["fold", "quantize", "cast"]),
     ],
 )
 def test_what_is_left_in_float_is_narrowed_last(text: str, formats: str, passes: list[str]) -> None:
@@ -157,9 +157,9 @@ def test_an_unknown_rescaling_is_refused(value: str) -> None:
 def test_the_int8_preset_smooths_where_it_has_data() -> None:
     recipe = lx.Recipe.load("int8")
     names = [report.name for report in lx.optimize(program(), recipe, calibration=batches()).history]
-    assert names == ["fold", "smoothquant", "gptq", "lower"]
+    assert names == ["fold", "smoothquant", "gptq", "quantize"]
     names = [report.name for report in lx.optimize(program(), recipe).history]
-    assert names == ["fold", "skipped", "lower"]
+    assert names == ["fold", "skipped", "quantize"]
 
 
 def test_no_activation_is_multiplied_for_a_product_that_stays_float(monkeypatch: pytest.MonkeyPatch) -> None:

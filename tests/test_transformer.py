@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import lepton_xla as lx
-from lepton_xla.passes import fake_quant, lower
+from lepton_xla.passes import fake_quant, quantize
 from lepton_xla.passes.planning import resolve
 from lepton_xla.quant import QTensor
 
@@ -86,7 +86,7 @@ def test_every_linear_site_is_found_and_named_and_its_weight_takes_a_quarter(pro
     assert len(products) == 2 * LAYERS
 
     recipe = lx.Recipe.load("int8")
-    small = lower(program, resolve(recipe, program))
+    small = quantize(program, resolve(recipe, program))
     assert all(isinstance(small.weights[name], QTensor) for name in linear)
     assert linear_bytes(small, linear) <= 0.26 * linear_bytes(program, linear)
 
@@ -99,7 +99,7 @@ def test_every_linear_site_is_found_and_named_and_its_weight_takes_a_quarter(pro
 
 
 def test_compiled_with_both_dimensions_in_buckets_it_agrees_at_every_size(program: lx.Program) -> None:
-    small = lower(program, resolve(lx.Recipe.load("int8"), program))
+    small = quantize(program, resolve(lx.Recipe.load("int8"), program))
     servable = lx.compile(small, {"batch": (1, 4), "seq": (16, 32)}, name="bert").servable()
     for batch, seq in ((1, 16), (3, 20), (4, 32), (6, 9)):
         ids, mask = probe(batch, seq)
@@ -124,7 +124,7 @@ def test_the_real_minilm() -> None:
     program = lx.trace(model.embed, model.load_weights(), INPUTS)
     sites = [site.name for site in lx.find_sites(program) if site.kind == "dot_general" and site.path is not None]
     assert len(sites) == 6 * 6
-    small = lower(program, resolve(lx.Recipe.load("int8"), program))
+    small = quantize(program, resolve(lx.Recipe.load("int8"), program))
     assert linear_bytes(small, sites) <= 0.26 * linear_bytes(program, sites)
     ids, mask = probe(8, 64, 20_000)
     want = np.asarray(jax.jit(program.fn)(program.weights, ids, mask))

@@ -219,7 +219,7 @@ def share_values(task: Task, program: lx.Program, *, epochs: int, what: str, see
     Zero stays one of the values, and masks hold what was pruned at it.
     """
     plan = codebook_plan(program)
-    plain = lx.passes.lower(program, plan)
+    plain = lx.passes.quantize(program, plan)
     first = {path: plain.weights[path].codebook for path in program.masks}
     quantized = lx.passes.fake_quant(program.fn, plan)
 
@@ -235,4 +235,4 @@ def share_values(task: Task, program: lx.Program, *, epochs: int, what: str, see
     start = {"w": program.weights, "l": first}
     found = task.learned(f"{what}-{FORMAT}", start, fn=fn, epochs=epochs, rate=3e-4, seed=seed)
     zeroed = {path: jnp.where(masks[path], w, 0.0) if path in masks else w for path, w in found["w"].items()}
-    return lx.passes.lower(program.replace(weights=zeroed), plan, scales=levels(found["l"]))
+    return lx.passes.quantize(program.replace(weights=zeroed), plan, scales=levels(found["l"]))

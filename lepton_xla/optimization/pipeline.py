@@ -41,7 +41,7 @@ from lepton_xla.passes.pruning.wanda import wanda
 from lepton_xla.passes.quantization.bias_correction import correct_bias
 from lepton_xla.passes.quantization.casting import cast
 from lepton_xla.passes.quantization.gptq import Rounded, gptq
-from lepton_xla.passes.quantization.lowering import AT_LOAD, lower
+from lepton_xla.passes.quantization.lowering import AT_LOAD, quantize
 from lepton_xla.passes.quantization.rounding import GivenGrids, round_to_nearest
 from lepton_xla.passes.rescaling.awq import awq
 from lepton_xla.passes.rescaling.equalization import equalize
@@ -86,7 +86,7 @@ def optimize(
 ) -> Program:
     """Make a program small and fast.
 
-    In this order: precompute, fold, shrink, prune, equalize, rescale, round, correct, calibrate, lower, cast,
+    In this order: precompute, fold, shrink, prune, equalize, rescale, round, correct, calibrate, quantize, cast,
     autotune.
 
     Args:
@@ -111,7 +111,7 @@ def optimize(
 
     >>> program = lx.trace(lambda w, x: x @ w["w"], {"w": jnp.eye(4)}, {"x": lx.TensorSpec(("batch", 4), "float32")})
     >>> small = lx.optimize(program, lx.Recipe.load("int8"), buckets={"batch": (1, 8)})
-    >>> program.weights_bytes, small.weights_bytes, "lower" in [report.name for report in small.history]
+    >>> program.weights_bytes, small.weights_bytes, "quantize" in [report.name for report in small.history]
     (64, 32, True)
     """
     batches, timer = _as_list(calibration), timer or Timer()
@@ -204,7 +204,7 @@ def apply_plan(
     if any(planned.quantize for planned in plan.sites):
         program = _in_rounds(program, plan, batches, sizes, say, timer)
     elif any(planned.not_quantized for planned in plan.sites):
-        program = lower(program, plan, sizes=sizes, timer=timer)
+        program = quantize(program, plan, sizes=sizes, timer=timer)
     if recipe.cast != "none":
         say(f"cast to {recipe.cast}")
         program = cast(program, recipe.cast, on_unsupported=recipe.on_unsupported)
@@ -246,7 +246,7 @@ def _in_rounds(
         return lowered
     say(f"once more, without multiplying the activations of {len(vain)} products that are computed in float")
     first = lowered.history[len(program.history) :]
-    sites = next(report.sites for report in first if report.name == "lower")
+    sites = next(report.sites for report in first if report.name == "quantize")
     among = frozenset(site.site for site in sites if " x " in site.action) if sizes else None
     again = _quantized(program, plan, batches, sizes, say, timer, known, in_float=vain, among=among)
     return _with_seconds(again, first, len(program.history))
@@ -350,7 +350,7 @@ def _quantized(
     in_float: Mapping[str, str] | None = None,
     among: frozenset[str] | None = None,
 ) -> Program:
-    """Prepare weights, calibrate activation ranges, and quantize; `in_float` and `among` as in `lower`."""
+    """Prepare weights, calibrate activation ranges, and quantize; `in_float` and `among` as in `quantize`."""
     program, plan, grids = _prepare(program, plan, batches, say, known, unmultiplied=tuple(in_float or ()))
     ranges = None
     if any(planned.quantize is not None and needs_range(planned.quantize) for planned in plan.sites):
@@ -358,8 +358,8 @@ def _quantized(
             raise _needs_data(plan.recipe, "static activation scales (dynamic = false), which need")
         say("calibrate")
         program, ranges = _calibrated(program, plan, batches)
-    tell = lambda site: say(f"lower {site}")  # noqa: E731
-    return lower(
+    tell = lambda site: say(f"quantize {site}")  # noqa: E731
+    return quantize(
         program, plan, ranges, scales=grids, sizes=sizes, in_float=in_float, among=among, known=known.stored,
         timer=timer, progress=tell,
     )  # fmt: skip
@@ -376,7 +376,7 @@ def _multiplied_in_vain(program: Program) -> dict[str, str]:
     multiplied = {site.site for site in reports["smoothquant"].sites if site.action == MULTIPLIED}
     return {
         site.site: site.reason.removesuffix(AT_LOAD).removesuffix("; ")
-        for site in reports["lower"].sites
+        for site in reports["quantize"].sites
         if site.site in multiplied and " x " not in site.action
     }
 

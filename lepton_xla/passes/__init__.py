@@ -1,5 +1,8 @@
 """Passes: function transforms. Each is a table of rules for the walker behind `rewrite`."""
 
+import warnings
+from typing import Any
+
 from lepton_xla.passes.alternatives.autotuning import autotune
 from lepton_xla.passes.core.calibration import calibrate
 from lepton_xla.passes.core.costs import cost
@@ -18,7 +21,7 @@ from lepton_xla.passes.quantization.bias_correction import correct_bias
 from lepton_xla.passes.quantization.casting import cast
 from lepton_xla.passes.quantization.fake_quantization import fake_quant, initial_scales
 from lepton_xla.passes.quantization.gptq import gptq
-from lepton_xla.passes.quantization.lowering import lower
+from lepton_xla.passes.quantization.lowering import quantize
 from lepton_xla.passes.quantization.rounding import round_to_nearest
 from lepton_xla.passes.rescaling.awq import awq
 from lepton_xla.passes.rescaling.equalization import equalize
@@ -44,11 +47,11 @@ __all__ = [
     "gptq",
     "importance_scores",
     "initial_scales",
-    "lower",
     "magnitude_masks",
     "masked",
     "precompute",
     "prune",
+    "quantize",
     "resolve",
     "rewrite",
     "rewrite_sites",
@@ -59,3 +62,10 @@ __all__ = [
     "wanda",
     "weights_report",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "lower":  # deprecated in 0.1
+        warnings.warn("lepton_xla.passes.lower is now called quantize", DeprecationWarning, stacklevel=2)
+        return quantize
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

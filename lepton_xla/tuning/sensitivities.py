@@ -29,7 +29,7 @@ from lepton_xla.passes.core.timing import Timer
 from lepton_xla.passes.core.walker import Context, Values
 from lepton_xla.passes.quantization import products
 from lepton_xla.passes.quantization.fake_quantization import fake_quant
-from lepton_xla.passes.quantization.lowering import lower
+from lepton_xla.passes.quantization.lowering import quantize
 from lepton_xla.passes.quantization.measurement import Timing, compare
 from lepton_xla.passes.quantization.products import RANGE
 from lepton_xla.program import Program, TensorSpec
@@ -444,8 +444,8 @@ def _distances(
 
 
 def _bytes(program: Program, plan: Plan, ranges: Mapping[str, jax.Array]) -> dict[str, tuple[int, int]]:
-    """Bytes of each site's weight in float, and as `lower` stores it."""
-    report = lower(program, plan, ranges).history[-1]
+    """Bytes of each site's weight in float, and as `quantize` stores it."""
+    report = quantize(program, plan, ranges).history[-1]
     return {site.site: (site.bytes_before, site.bytes_after) for site in report.sites}
 
 

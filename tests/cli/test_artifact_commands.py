@@ -103,7 +103,7 @@ def test_inspect_prints_all_of_it(cli, artifact, monkeypatch):
     assert any(line.startswith("float32 would take 5,120 bytes, ") for line in lines)
     assert any(line.startswith("batch=4 ") for line in lines)
     assert "quantize[0].weights int8" in lines
-    assert "lower head int8 x int8" in lines
+    assert "quantize head int8 x int8" in lines
     assert any(line.startswith("float.largest ") for line in lines)
     assert "on this machine: loads compiled code without compiling" in text
 

@@ -22,7 +22,7 @@ def test_the_figures_of_a_compile(compiled):
     everything = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
     assert found["artifact_bytes"] == everything - (path / "manifest.json").stat().st_size
     assert found["buckets"] == {"batch": [1, 4]}
-    assert [report["name"] for report in found["passes"]] == ["fold", "lower"]
+    assert [report["name"] for report in found["passes"]] == ["fold", "quantize"]
     assert [site["action"] for site in found["passes"][1]["sites"]] == ["int8 x int8", "int8 x int8"]
     assert found["compile_s"] >= sum(found["compile_s_by_bucket"].values()) > 0
     assert (found["path"], found["name"], found["recipe"]) == (str(path), "plain", "int8")
@@ -66,7 +66,7 @@ def test_a_linen_model_with_a_preset(cli, files, tmp_path, monkeypatch):
     text = cli.ok("compile", target, "--recipe", "int8-prune50", "--buckets", "batch=1,2", "-o", path, "--name", "cnn")
     assert "a model file may print" not in text
     rows = {line.split()[0]: line.split() for line in text.splitlines() if line.strip()}
-    assert {"fold", "prune", "lower", "weights"} <= set(rows)
+    assert {"fold", "prune", "quantize", "weights"} <= set(rows)
     assert "cnn, recipe int8-prune50" in text
     servable = lx.load(path)
     assert (servable.name, servable.buckets) == ("cnn", {"batch": (1, 2)})

@@ -57,7 +57,7 @@ def whole(text, part, width):
 
 
 REPORTS = [
-    {"name": "lower", "seconds": 12.3, "sites": [
+    {"name": "quantize", "seconds": 12.3, "sites": [
         {"site": "encoder/layers/3/attention/query/kernel", "action": "int8 x int8", "reason": "", "bytes_before": 9e6,
          "bytes_after": 2.25e6},
         {"site": "head", "action": "kept", "reason": "its weight is shared with an embedding that is looked up"},

@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 import lepton_xla as lx
 from lepton_xla import _compat
-from lepton_xla.passes import awq, calibrate, correct_bias, equalize, fake_quant, gptq, lower, prune, smooth
+from lepton_xla.passes import awq, calibrate, correct_bias, equalize, fake_quant, gptq, prune, quantize, smooth
 from lepton_xla.passes.core.targets import Target
 from lepton_xla.passes.core.timing import Timer
 from lepton_xla.passes.planning import resolve
@@ -107,7 +107,7 @@ def close(got, expected):
 def served(name, sites=BOTH):
     """A program lowered as a recipe for these sites says, and what it gives for X: made once for all tests."""
     program = {"one": ONE, "stacked": STACKED}[name]
-    small = lower(program, resolve(recipe(sites), program))
+    small = quantize(program, resolve(recipe(sites), program))
     return small, np.asarray(run(small, X))
 
 
@@ -170,10 +170,10 @@ def test_inside_shard_map_scales_are_of_what_a_device_has(monkeypatch):
     # A product is timed, one row of a sequence padded too; how long the whole program takes is of no interest here.
     monkeypatch.setattr(LOWER, "time_programs", lambda functions, _inputs, timer=None: [1.0] * len(functions))
     one = resolve(recipe("dot_general#0"), program)
-    small = lower(program, one, sizes=[{"batch": 2, "seq": 1}, {"batch": 2, "seq": 5}])
+    small = quantize(program, one, sizes=[{"batch": 2, "seq": 1}, {"batch": 2, "seq": 5}])
     (timings,) = [site.metrics["timings"] for site in small.history[-1].sites]
     assert [timing["padded_us"] is None for timing in timings] == [False, True]
-    small = lower(program, plan)
+    small = quantize(program, plan)
     for seq in (1, 5):
         close(run(small, X[:, :seq]), reference(ONE.weights, X[:, :seq], weighted=False))
 
@@ -203,7 +203,7 @@ def test_compiled_saved_and_loaded(tmp_path, sites, batches, length, off):
         assert 0 < np.abs(got - exact).max() < off * np.abs(exact).max()
         if (rows, seq) == (4, length):
             close(got, np.asarray(run(small, x, ones)))
-    (lowered,) = (report for report in servable.manifest.reports if report["name"] == "lower")
+    (lowered,) = (report for report in servable.manifest.reports if report["name"] == "quantize")
     actions = [site["action"] for site in lowered["sites"]]
     assert actions == ["int8 x int8"] * (3 if sites == BOTH else 2)
 
@@ -213,12 +213,12 @@ def test_single_rows_are_timed_padded_and_come_out_the_same(monkeypatch):
     times = itertools.count(100, -10)
     monkeypatch.setattr(LOWER, "time_programs", lambda functions, _inputs, timer=None: [next(times) for _ in functions])
     monkeypatch.setattr(LOWER, "compare", lambda _site, _rule, at, _timer: measurement.Timing(dict(at), 9.0, 4.0, 2.0))
-    small = lower(program, plan, sizes=[{"batch": 2, "seq": 5}])
+    small = quantize(program, plan, sizes=[{"batch": 2, "seq": 5}])
     pairs = {site.site: site for site in small.history[-1].sites if "dot_general" in site.site}
     assert [(site.action, site.metrics["single_rows_padded"]) for site in pairs.values()] == [("int8 x int8", True)] * 2
     rows = [left.shape[1] for left in left_operands(small, {"batch": 3, "seq": 5}) if left.ndim == 3]
     assert rows == [2, 2]
-    close(run(small, X), np.asarray(run(lower(program, plan), X)))
+    close(run(small, X), np.asarray(run(quantize(program, plan), X)))
 
 
 @pytest.mark.parametrize("integer_us", [5.0, 30.0])
@@ -234,7 +234,7 @@ def test_what_loses_stays_float_and_is_said(monkeypatch, integer_us):
 
     monkeypatch.setattr(LOWER, "compare", compare)
     monkeypatch.setattr(LOWER, "time_programs", time_programs)
-    small = lower(ONE, resolve(recipe(), ONE), sizes=[{"batch": 1, "seq": 5}, {"batch": 4, "seq": 5}])
+    small = quantize(ONE, resolve(recipe(), ONE), sizes=[{"batch": 1, "seq": 5}, {"batch": 4, "seq": 5}])
     assert products_in_codes(small.fn, small.weights, X) == (6 if integer_us == 5 else 5)
     reports = {site.site: site for site in small.history[-1].sites}
     assert reports["dot_general#1"].action == "int8 x int8"
@@ -244,7 +244,7 @@ def test_what_loses_stays_float_and_is_said(monkeypatch, integer_us):
         kept if integer_us == 30 else ("int8 x int8", "")
     )
     monkeypatch.setattr(LOWER, "time_programs", lambda functions, _inputs, timer=None: [100.0] * len(functions))
-    small = lower(ONE, resolve(recipe(PAIR), ONE), sizes=[{"batch": 1, "seq": 5}])
+    small = quantize(ONE, resolve(recipe(PAIR), ONE), sizes=[{"batch": 1, "seq": 5}])
     assert products_in_codes(small.fn, small.weights, X) == 0
     assert small.history[-1].sites[1].action == "kept float"
     assert "does not make the whole program faster" in small.history[-1].sites[1].reason
@@ -253,19 +253,19 @@ def test_what_loses_stays_float_and_is_said(monkeypatch, integer_us):
 def test_fp8_products_of_two_activations(monkeypatch):
     fp8 = recipe(PAIR, 'weights = "fp8_e4m3"\nactivations = "fp8_e4m3"')
     plan = resolve(fp8, ONE)
-    small = lower(ONE, plan)
+    small = quantize(ONE, plan)
     assert [(site.action, site.reason) for site in small.history[-1].sites] == [
         ("kept float", "the platform 'cpu' has no fp8 product, so it stays float")
     ] * 2
     np.testing.assert_array_equal(run(small, X), run(ONE, X))
     monkeypatch.setattr(lx.passes.quantization.products, "SAFE_FP8_VALUES", 0)
     timer = Timer(Target("gpu"))
-    small = lower(ONE, plan, timer=timer)
+    small = quantize(ONE, plan, timer=timer)
     dtypes = [left.dtype.name for left in left_operands(small, {"batch": 4, "seq": 5})]
     assert dtypes.count("float8_e4m3fn") == 2
     exact = np.asarray(run(ONE, X))
     assert 1e-3 < np.abs(np.asarray(run(small, X)) - exact).max() / np.abs(exact).max() < 0.1
-    both = lower(ONE, resolve(recipe(PAIR, 'weights = "fp8_e4m3"\nactivations = "fp8_e5m2"'), ONE), timer=timer)
+    both = quantize(ONE, resolve(recipe(PAIR, 'weights = "fp8_e4m3"\nactivations = "fp8_e5m2"'), ONE), timer=timer)
     assert "no platform multiplies fp8_e5m2 by itself, so it stays float" in both.history[-1].sites[0].reason
 
 
@@ -277,7 +277,7 @@ def test_another_product_of_that_name_at_another_size_is_left():
         return (x @ x.transpose(0, 2, 1)).sum() + x @ w["w"]
 
     program = lx.trace(fn, {"w": array(WIDTH, WIDTH)}, INPUTS)
-    small = lower(program, resolve(recipe(PAIR), program))
+    small = quantize(program, resolve(recipe(PAIR), program))
     assert products_in_codes(small.fn, small.weights, X) == 1
     assert products_in_codes(small.fn, small.weights, X[:1]) == 0
     np.testing.assert_array_equal(run(small, X[:1]), run(program, X[:1]))
@@ -334,7 +334,7 @@ def test_a_static_recipe_takes_these_scales_at_run_time_and_calibrates_the_other
     plan = resolve(recipe(options="dynamic = false"), STACKED)
     ranges = calibrate(STACKED, plan, [{"x": X}])
     assert set(ranges) == {"query", "key", "value", "out"}
-    small = lower(STACKED, plan, ranges)
+    small = quantize(STACKED, plan, ranges)
     assert products_in_codes(small.fn, small.weights, X) == 6
     only = resolve(recipe(PAIR, "dynamic = false"), STACKED)
     assert calibrate(STACKED, only, [{"x": X}]) == {}

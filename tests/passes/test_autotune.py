@@ -280,7 +280,7 @@ def test_codes_are_compared_with_the_best_of_float(clock, monkeypatch):
 
     monkeypatch.setattr(sys.modules["lepton_xla.passes.quantization.lowering"], "time_programs", time_programs)
     small = lx.optimize(two_layers(), Recipe.parse('[[quantize]]\nsites = ".*"', name="q"), buckets={"batch": (1, 4)})
-    lowered = next(report for report in small.history if report.name == "lower")
+    lowered = next(report for report in small.history if report.name == "quantize")
     ratios = {site.site: site.metrics["integer_over_float"] for site in lowered.sites}
     assert ratios == pytest.approx({"depthwise": 5.0, "pointwise": 0.5})
     # Every program is timed as it will be in the end: its depthwise convolution is none any more.

@@ -11,7 +11,7 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 from lepton_xla.errors import RecipeError, UnsupportedError
-from lepton_xla.passes import cast, lower
+from lepton_xla.passes import cast, quantize
 from lepton_xla.passes.planning import resolve
 from lepton_xla.program import Expansion, TensorSpec, trace
 from lepton_xla.recipe import Recipe
@@ -276,7 +276,7 @@ def test_integer_and_narrow_products_are_left_alone():
 def test_quantized_weights_keep_their_codes_and_are_narrow_once_unpacked(dtype):
     program = trace(lambda w, x: jnp.tanh(x @ w["a"]) @ w["b"], {"a": array(6, 32), "b": array(32, 5, seed=3)}, ROWS)
     rules = '[[quantize]]\nsites = "a"\nweights = "int4"\nactivations = "none"\ngranularity = "group:3"'
-    lowered = lower(program, resolve(Recipe.parse(rules, name="rules"), program))
+    lowered = quantize(program, resolve(Recipe.parse(rules, name="rules"), program))
     expand = lambda weights: {"a": weights["a"].dequantize(), "b": weights["b"]}  # noqa: E731
     small = cast(lowered.replace(expansion=Expansion(expand, program.fn)), dtype)
     assert actions(small) == {
@@ -300,10 +300,10 @@ def test_quantized_weights_keep_their_codes_and_are_narrow_once_unpacked(dtype):
 def test_integer_products_stay_integer_after_lowering():
     program = trace(lambda w, x: jnp.tanh(x @ w["a"]) @ w["b"], {"a": array(6, 32), "b": array(32, 5, seed=3)}, ROWS)
     plan = resolve(Recipe.parse('[[quantize]]\nsites = "a"', name="rules"), program)
-    small = cast(lower(program, plan))
+    small = cast(quantize(program, plan))
     x = array(8, 6, seed=4)
     assert str(small.jaxpr({"batch": 8})).count("preferred_element_type=int32") == 1
-    hidden = np.tanh(np.asarray(run(lower(program.replace(fn=lambda w, x: x @ w["a"]), plan), x), np.float64))
+    hidden = np.tanh(np.asarray(run(quantize(program.replace(fn=lambda w, x: x @ w["a"]), plan), x), np.float64))
     np.testing.assert_allclose(run(small, x), product(hidden, program.weights["b"], "bfloat16"), atol=4e-3)
 
 

@@ -11,7 +11,7 @@ import pytest
 from jax import lax
 from random_graphs import inputs, random_graph
 
-from lepton_xla.passes import cast, fake_quant, fold, lower, prune
+from lepton_xla.passes import cast, fake_quant, fold, prune, quantize
 from lepton_xla.passes.core.precomputation import precompute
 from lepton_xla.passes.core.sites import find_sites
 from lepton_xla.passes.planning import resolve
@@ -59,12 +59,12 @@ def test_passes_that_round_what_needs_no_rounding(seed):
     for changed in (
         gptq(program, plan, data)[0],
         correct_bias(program, rounded, plan, data),
-        lower(program, plan, sizes=[]),
+        quantize(program, plan, sizes=[]),
         program.replace(fn=fake_quant(program.fn, plan)),
     ):
         assert_alike(outputs(changed.fn, changed.weights, x), want, graph.continuous)
     both = resolve(BOTH, program)
-    lowered = lower(program, both, sizes=[])
+    lowered = quantize(program, both, sizes=[])
     faked = outputs(fake_quant(program.fn, both), program.weights, x)
     assert_alike(outputs(lowered.fn, lowered.weights, x), faked, graph.continuous)
     pruned = prune(program, resolve(PRUNED, program))

@@ -11,7 +11,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from lepton_xla.errors import CalibrationError, ModelError, UnsupportedError
-from lepton_xla.passes import calibrate, fake_quant, lower, masked
+from lepton_xla.passes import calibrate, fake_quant, masked, quantize
 from lepton_xla.passes.planning import resolve
 from lepton_xla.program import TensorSpec, trace
 from lepton_xla.recipe import Recipe
@@ -217,7 +217,7 @@ def test_what_is_trained_is_what_is_served_bit_for_bit(name, options):
     program, x, _ = einsum_model(name, "bfloat16" if name == "dense" else "float32")
     plan = resolve(recipe(options), program)
     ranges = calibrate(program, plan, [{"x": x}]) if "false" in options else None
-    small = lower(program, plan, ranges)
+    small = quantize(program, plan, ranges)
     trained = jax.jit(fake_quant(program.fn, plan, ranges))(program.weights, x)
     np.testing.assert_array_equal(trained, jax.jit(small.fn)(small.weights, x))
 
@@ -234,7 +234,7 @@ def test_products_of_two_activations():
     plan = resolve(recipe('products = "all"'), program)
     quantized = fake_quant(attention, plan)
     total = lambda x: jnp.sum(quantized(program.weights, x) ** 2)  # noqa: E731
-    small = lower(program, plan)
+    small = quantize(program, plan)
     got, gradient = jax.jit(lambda x: (quantized(program.weights, x), jax.grad(total)(x)))(x)
     # Through the softmax, which compilers may fuse otherwise, not bit for bit.
     np.testing.assert_allclose(got, small.fn(small.weights, x), rtol=1e-5, atol=1e-6)

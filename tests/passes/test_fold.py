@@ -11,7 +11,7 @@ from flax import nnx
 from jax import lax
 
 from lepton_xla.adapters import from_linen, from_nnx
-from lepton_xla.passes import find_sites, fold, lower, prune
+from lepton_xla.passes import find_sites, fold, prune, quantize
 from lepton_xla.passes.planning import resolve
 from lepton_xla.program import Program, TensorSpec, trace
 from lepton_xla.recipe import Recipe
@@ -436,7 +436,7 @@ def test_fold_then_lower_and_fold_again():
     folded = fold(program)
     assert_same(program, fold(folded))
     plan = resolve(Recipe.load("int8"), folded)
-    lowered = lower(folded, plan)
+    lowered = quantize(folded, plan)
     assert {site.site for site in lowered.history[-1].sites} == {site.name for site in find_sites(folded)}
     again = fold(lowered)
     image = array(5, 8, 8, 4, seed=11)

@@ -21,10 +21,11 @@ from lepton_xla.passes.core import matrix
 from lepton_xla.passes.core.alike import Alike
 from lepton_xla.passes.planning import resolve
 from lepton_xla.passes.quantization.gptq import Options, gptq, gptq_codes, gptq_values
-from lepton_xla.passes.quantization.lowering import lower
+from lepton_xla.passes.quantization.lowering import quantize
 from lepton_xla.passes.quantization.rounding import nearest, round_to_nearest
 from lepton_xla.program import TensorSpec, trace
-from lepton_xla.quant import FORMATS, QTensor, quantize
+from lepton_xla.quant import FORMATS, QTensor
+from lepton_xla.quant import quantize as quantize_matrix
 from lepton_xla.quant.grid import Grid, make_grid
 from lepton_xla.recipe import Recipe
 
@@ -217,7 +218,7 @@ def assert_on_grid(program, grids, plan):
     for path, parts in grids.items():
         site, rule = planned[path].site, planned[path].quantize
         values = matrix.as_stored(site, matrix.stored_matrix(site, program.weights[path]))
-        stored = quantize(values, rule.weights, rule.granularity, **parts)
+        stored = quantize_matrix(values, rule.weights, rule.granularity, **parts)
         assert isinstance(stored, QTensor)
         np.testing.assert_array_equal(stored.scale, parts["scale"])
         np.testing.assert_array_equal(stored.dequantize(), values)
@@ -312,7 +313,7 @@ def test_groups_over_a_window_are_those_of_the_stored_codes(feature_groups, opti
     plan = resolve(Recipe.parse(rules, name="groups"), program)
     x = jnp.asarray(correlated(64), jnp.float32)
     changed, grids = gptq(program, plan, [{"x": x}])
-    stored, plain = lower(changed, plan, scales=grids), lower(program, plan)
+    stored, plain = quantize(changed, plan, scales=grids), quantize(program, plan)
     assert stored.weights["w"].scale.shape == (36 // feature_groups // 6, 8)
     np.testing.assert_array_equal(stored.weights["w"].scale, plain.weights["w"].scale)
     np.testing.assert_array_equal(stored(stored.weights, x), changed(changed.weights, x))

@@ -16,12 +16,12 @@ from jax import lax
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from lepton_xla import _compat
+from lepton_xla import _compat, passes
 from lepton_xla.adapters import from_linen, from_nnx
 from lepton_xla.compiler import compile as compile_program
 from lepton_xla.errors import CalibrationError, UnsupportedError
 from lepton_xla.passes import calibrate, fake_quant, find_sites
-from lepton_xla.passes import lower as run_lower
+from lepton_xla.passes import quantize as run_lower
 from lepton_xla.passes.alternatives.autotuning import Choices
 from lepton_xla.passes.planning import resolve
 from lepton_xla.passes.quantization import measurement
@@ -361,7 +361,7 @@ def test_lowering_twice_is_harmless():
     twice = run_lower(once, resolve(recipe(), once))
     x = array(4, 6, seed=3)
     np.testing.assert_array_equal(twice(twice.weights, x), once(once.weights, x))
-    assert [report.name for report in twice.history] == ["lower", "lower"]
+    assert [report.name for report in twice.history] == ["quantize", "quantize"]
     assert [site.action for site in twice.history[1].sites] == ["kept float"]
     assert products_of(twice) == [INTEGER]
 
@@ -728,3 +728,8 @@ def test_channels_that_are_all_zero_are_named_and_stay_zero():
     assert np.all(np.isfinite(scale))
     assert np.all(scale > np.finfo(np.float32).tiny)
     np.testing.assert_array_equal(np.asarray(small.weights["a"].dequantize())[:, 2], 0)
+
+
+def test_the_old_name_warns():
+    with pytest.warns(DeprecationWarning, match=r"passes\.lower is now called quantize"):
+        assert passes.lower is run_lower

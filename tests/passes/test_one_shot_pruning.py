@@ -270,6 +270,6 @@ def test_pruned_then_quantized_keeps_its_zeros():
     text = 'measure = false\nrounding = "gptq"\n[[prune]]\nsites = ".*"\nmethod = "sparsegpt"\npattern = "2:4"\n'
     chosen = lx.Recipe.parse(text + '[[quantize]]\nsites = ".*"\nweights = "int4"\nactivations = "none"', name="both")
     small = lx.optimize(program(), chosen, calibration=data())
-    assert [report.name for report in small.history] == ["fold", "sparsegpt", "gptq", "lower"]
+    assert [report.name for report in small.history] == ["fold", "sparsegpt", "gptq", "quantize"]
     codes = np.asarray(small.weights["stack"].dequantize(jnp.float32))
     assert (codes[~np.asarray(small.masks["stack"])] == 0).all()

@@ -10,7 +10,7 @@ from jax.ad_checkpoint import checkpoint_name
 import lepton_xla as lx
 from lepton_xla.adapters import from_linen
 from lepton_xla.errors import UnsupportedError
-from lepton_xla.passes import fake_quant, find_sites, initial_scales, lower, masked, precompute
+from lepton_xla.passes import fake_quant, find_sites, initial_scales, masked, precompute, quantize
 from lepton_xla.passes.planning import resolve
 from lepton_xla.program import TensorSpec, trace
 
@@ -198,7 +198,7 @@ def test_trained_scales_fit_the_computed_weight():
     x = array(2, 16, seed=9)
     scales = jax.tree.map(lambda scale: scale + 0.3, initial_scales(program.weights, plan))
     assert scales["mul:kernel+scale"]["log2_scale"].shape == (2, 1, 16)
-    served = lower(program, plan, scales=scales)
+    served = quantize(program, plan, scales=scales)
     faked = fake_quant(program.fn, plan)
     np.testing.assert_allclose(
         jax.jit(faked)(program.weights, x, scales=scales), jax.jit(served.fn)(served.weights, x), rtol=1e-6
@@ -318,7 +318,7 @@ def test_masks_of_what_a_weight_is_computed_from_hold_in_training():
     program = MODELS["fused_qkv"][0]()
     plan, masks, x = resolve(INT8, program), {"0": W > 0, "1": V > 0.1}, array(2, 16, seed=9)
     held = {path: jnp.where(masks[path], leaf, 0) for path, leaf in program.weights.items()}
-    served = lower(program.replace(weights=held, masks=masks), plan)
+    served = quantize(program.replace(weights=held, masks=masks), plan)
     assert float(served.masks["concatenate:0+1"].mean()) < 0.5
     wanted = served.fn(served.weights, x)
     for faked in (masked(fake_quant(program.fn, plan), masks), fake_quant(masked(program.fn, masks), plan)):

@@ -10,7 +10,7 @@ from hypothesis.extra import numpy as hnp
 from jax import lax
 
 from lepton_xla.errors import ModelError
-from lepton_xla.passes import find_sites, lower, magnitude_masks, masked, prune
+from lepton_xla.passes import find_sites, magnitude_masks, masked, prune, quantize
 from lepton_xla.passes.planning import resolve
 from lepton_xla.program import TensorSpec, trace
 from lepton_xla.recipe import Recipe
@@ -226,7 +226,7 @@ def test_zeros_survive_int8(granularity):
     program = net()
     chosen = recipe(0.5, more=more)
     small = pruned(program, chosen)
-    lowered = lower(small, resolve(chosen, program))
+    lowered = quantize(small, resolve(chosen, program))
     codes = np.asarray(lowered.weights["first"].values)
     assert (codes[~np.asarray(small.masks["first"])] == 0).all()
     codes = np.asarray(lowered.weights["second"].values)  # laid out as its product takes it

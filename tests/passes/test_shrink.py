@@ -17,7 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 import lepton_xla as lx
 from lepton_xla.adapters import from_linen, from_nnx
 from lepton_xla.errors import CalibrationError, RecipeError, UnsupportedError
-from lepton_xla.passes import cost, find_groups, find_sites, fold, lower, prune, shrink
+from lepton_xla.passes import cost, find_groups, find_sites, fold, prune, quantize, shrink
 from lepton_xla.passes.planning import resolve
 from lepton_xla.program import TensorSpec, trace
 from lepton_xla.recipe import Recipe
@@ -144,14 +144,14 @@ def test_a_shrunk_program_shrinks_prunes_and_quantizes():
     }
     for path, mask in again.masks.items():
         np.testing.assert_array_equal(np.asarray(again.weights[path]) != 0, mask)
-    quantize = Recipe.parse('measure = false\n[[quantize]]\nsites = ".*"\nactivations = "none"\n', name="q")
-    stored = lower(again, resolve(quantize, again))
+    recipe_of_codes = Recipe.parse('measure = false\n[[quantize]]\nsites = ".*"\nactivations = "none"\n', name="q")
+    stored = quantize(again, resolve(recipe_of_codes, again))
     assert stored.weights_bytes < 0.5 * again.weights_bytes
     expected = jax.jit(again.fn)(again.weights, rows)
     np.testing.assert_allclose(
         jax.jit(stored.fn)(stored.weights, rows), expected, atol=0.05 * float(jnp.abs(expected).max())
     )
-    assert [report.name for report in stored.history] == ["fold", "shrink", "shrink", "prune", "shrink", "lower"]
+    assert [report.name for report in stored.history] == ["fold", "shrink", "shrink", "prune", "shrink", "quantize"]
 
 
 def test_a_folded_program_shrinks(residual, lenient):
@@ -800,7 +800,7 @@ def test_weights_without_elements_and_weights_of_zeros():
 
 def test_a_quantized_program_is_refused():
     recipe = Recipe.parse('measure = false\n[[quantize]]\nsites = ".*"\nactivations = "none"\n', name="q")
-    stored = lower(mlp(), resolve(recipe, mlp()))
+    stored = quantize(mlp(), resolve(recipe, mlp()))
     with pytest.raises(UnsupportedError, match="'w0' is quantized; shrink a program before"):
         shrink(stored, sparsity=0.5)
 

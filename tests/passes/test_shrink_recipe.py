@@ -30,7 +30,7 @@ def recipe(shrink, rest=""):
 def test_fold_shrink_prune_quantize():
     rest = '[[prune]]\nsites = "w1"\nsparsity = 0.5\n[[quantize]]\nsites = ".*"\nactivations = "none"\n'
     small = lx.optimize(PROGRAM, recipe("flops = 0.5\nround_to = 8\nprotect = 'w2.*'", rest))
-    assert [report.name for report in small.history] == ["fold", "shrink", "prune", "lower"]
+    assert [report.name for report in small.history] == ["fold", "shrink", "prune", "quantize"]
     shapes = {path: weight.shape for path, weight in small.weights.items()}
     assert (shapes["w0"][1] % 8, shapes["w2"]) == (0, (32, 3))
     assert shapes["w0"][1] == shapes["w1"][0] < 40

@@ -15,13 +15,14 @@ from jax.sharding import PartitionSpec as P
 
 import lepton_xla as lx
 from lepton_xla.errors import CalibrationError, ModelError, RecipeError, UnsupportedError
-from lepton_xla.passes import calibrate, fake_quant, find_sites, lower
+from lepton_xla.passes import calibrate, fake_quant, find_sites, quantize
 from lepton_xla.passes.core.sites import lay_out
 from lepton_xla.passes.planning import resolve
 from lepton_xla.passes.quantization import products
 from lepton_xla.passes.quantization.fake_quantization import initial_scales
 from lepton_xla.program import TensorSpec, trace
-from lepton_xla.quant import QTensor, quantize
+from lepton_xla.quant import QTensor
+from lepton_xla.quant import quantize as quantize_matrix
 from lepton_xla.quant.learned import raw_scales
 from lepton_xla.recipe import Recipe
 
@@ -95,7 +96,7 @@ def test_fake_and_lowered_weights_are_the_same(name, weights, granularity):
     plan = resolve(recipe(weights, granularity), program)
     x = example(program)
     fake = jax.jit(fake_quant(program.fn, plan))(program.weights, x)
-    small = lower(program, plan)
+    small = quantize(program, plan)
     got = jax.jit(small.fn)(small.weights, x)
     assert got.dtype == fake.dtype
     # The products are the same operation on the same numbers; the compiler may sum in another order.
@@ -124,7 +125,7 @@ def test_a_searched_range_is_the_same_in_training_and_lowered(name, weights, gra
     )
     x = example(program)
     fake = jax.jit(fake_quant(program.fn, plan))(program.weights, x)
-    small, covering = lower(program, plan), lower(program, plain)
+    small, covering = quantize(program, plan), quantize(program, plain)
     np.testing.assert_allclose(small(small.weights, x), fake, rtol=0, atol=2e-6 * np.abs(fake).max())
     site = find_sites(program)[0]
     to_matrix = lambda w: products.to_matrix(site, w)  # noqa: E731
@@ -161,7 +162,7 @@ def test_the_operand_is_exactly_the_same(weights):
 def test_integer_products(name, formats):
     program, (weights, activations) = model(name), formats
     plan = resolve(recipe(weights, "channel", activations), program)
-    small = lower(program, plan)
+    small = quantize(program, plan)
     x = example(program)
     jaxpr = str(jax.make_jaxpr(small.fn)(small.weights, x))
     assert jaxpr.count("preferred_element_type=int32") == 1
@@ -178,12 +179,12 @@ def test_integer_products(name, formats):
 
 def test_what_has_no_product_of_codes_is_stored_small_and_says_why():
     program = model("dense")
-    small = lower(program, resolve(recipe("int4", "group:2", "int8"), program))
+    small = quantize(program, resolve(recipe("int4", "group:2", "int8"), program))
     (site,) = small.history[-1].sites
     assert (site.action, site.reason) == (
         "int4 weights", "groups have no product of codes, so only the weight is stored small",
     )  # fmt: skip
-    small = lower(program, resolve(recipe("fp8_e4m3", "channel", "fp8_e4m3"), program))
+    small = quantize(program, resolve(recipe("fp8_e4m3", "channel", "fp8_e4m3"), program))
     (site,) = small.history[-1].sites
     assert (site.action, site.reason) == (
         "fp8_e4m3 weights", "the platform 'cpu' has no fp8 product, so only the weight is stored small",
@@ -194,7 +195,7 @@ def test_fp8_products_where_the_platform_has_them(monkeypatch):
     monkeypatch.setattr(products, "SAFE_FP8_VALUES", 0)
     monkeypatch.setattr(products, "FP8_PLATFORMS", ("cpu",))
     program = model("dense")
-    small = lower(program, resolve(recipe("fp8_e4m3", "channel", "fp8_e4m3"), program))
+    small = quantize(program, resolve(recipe("fp8_e4m3", "channel", "fp8_e4m3"), program))
     assert small.history[-1].sites[0].action == "fp8_e4m3 x fp8_e4m3"
     jaxpr = jax.make_jaxpr(small.fn)(small.weights, example(program))
     (dot,) = [eqn for eqn in jaxpr.eqns if eqn.primitive.name == "dot_general"]
@@ -204,7 +205,7 @@ def test_fp8_products_where_the_platform_has_them(monkeypatch):
     fake = fake_quant(program.fn, resolve(recipe("fp8_e4m3", "channel", "fp8_e4m3"), program))(program.weights, x)
     np.testing.assert_allclose(small(small.weights, x), fake, rtol=1e-5, atol=1e-5)
     both = resolve(recipe("fp8_e5m2", "channel", "fp8_e5m2"), program)
-    assert "fp8_e5m2 by itself" in lower(program, both).history[-1].sites[0].reason
+    assert "fp8_e5m2 by itself" in quantize(program, both).history[-1].sites[0].reason
 
 
 # Embeddings.
@@ -218,7 +219,7 @@ def test_a_table_is_looked_up_in_codes(weights, mode):
         lambda w, ids: jnp.take(w["table"], ids, axis=0, mode=mode), {"table": array(11, 8)},
         {"ids": TensorSpec(("batch", "seq"), "int32")},
     )  # fmt: skip
-    small = lower(program, resolve(recipe(weights, "group:4"), program))
+    small = quantize(program, resolve(recipe(weights, "group:4"), program))
     ids = jnp.asarray([[0, 10, 3], [11, -1, 500], [-11, -12, 5]])
     table = small.weights["table"].dequantize().T
     got = jax.jit(small.fn)(small.weights, ids)
@@ -276,7 +277,7 @@ def test_a_group_that_does_not_divide_is_an_error_or_kept():
     assert "\n" not in str(caught.value)
     text = 'on_unsupported = "keep"\n[[quantize]]\nsites = ".*"\nweights = "int4"\nactivations = "none"\n'
     kept = resolve(Recipe.parse(text + 'granularity = "group:4"', name="test"), program)
-    assert lower(program, kept).history[-1].sites[0].action == "kept float"
+    assert quantize(program, kept).history[-1].sites[0].action == "kept float"
 
 
 def test_integer_weights_are_refused():
@@ -292,12 +293,12 @@ def test_broken_numbers_are_refused_by_name(broken):
     program = model("dense")
     plan = resolve(recipe("int8", "channel", "int8", "dynamic = false"), program)
     with pytest.raises(CalibrationError, match="range of site 'w' is not finite"):
-        lower(program, plan, {"w": jnp.float32(broken)})
+        quantize(program, plan, {"w": jnp.float32(broken)})
     worse = program.replace(weights={"w": program.weights["w"].at[0, 0].set(broken)})
     with pytest.raises(ModelError, match="weight 'w' cannot be quantized: it holds NaN or infinity"):
-        lower(worse, plan, {"w": jnp.float32(1)})
+        quantize(worse, plan, {"w": jnp.float32(1)})
     with pytest.raises(ModelError, match="weight 'w' cannot be quantized: its scale"):
-        lower(program, plan, {"w": jnp.float32(1)}, scales={"w": {"scale": jnp.full((1, 5), broken)}})
+        quantize(program, plan, {"w": jnp.float32(1)}, scales={"w": {"scale": jnp.full((1, 5), broken)}})
 
 
 # Scales that are trained.
@@ -382,7 +383,7 @@ def test_what_was_trained_is_what_is_compiled(name, granularity):
         assert not np.array_equal(old, new)
 
     trained = program.replace(weights=params["weights"])
-    small = lower(trained, plan, scales=params["scales"])
+    small = quantize(trained, plan, scales=params["scales"])
     stored = small.weights["w"]
     raw = raw_scales(params["scales"])["w"]
     scale = np.asarray(raw["scale"])
@@ -443,7 +444,7 @@ def test_adam_trains_scales_as_logarithms(rate):
 def test_scales_for_nothing_are_refused():
     program = model("dense")
     plan = resolve(recipe("int4"), program)
-    lower_with = lambda scales: lower(program, plan, scales=scales)  # noqa: E731
+    lower_with = lambda scales: quantize(program, plan, scales=scales)  # noqa: E731
     with pytest.raises(ModelError, match="scales are given for 'v'"):
         fake_quant(program.fn, plan)(program.weights, jnp.eye(6), scales={"v": {"scale": jnp.ones((1, 5))}})
     for parts, said in (
@@ -462,7 +463,7 @@ def test_scales_for_nothing_are_refused():
 def test_levels_are_trained_too():
     program = model("dense")
     plan = resolve(recipe("codebook4", "tensor"), program)
-    stored = lower(program, plan).weights["w"]
+    stored = quantize(program, plan).weights["w"]
     scales = {"w": {"scale": stored.scale, "codebook": stored.codebook}}
     quantized = fake_quant(program.fn, plan)
     gradient = jax.grad(lambda s: jnp.sum(quantized(program.weights, jnp.eye(6), scales=s)))(scales)
@@ -470,7 +471,7 @@ def test_levels_are_trained_too():
     members = np.bincount(np.asarray(stored.codes()).ravel(), minlength=4)
     np.testing.assert_allclose(gradient["w"]["codebook"], members * float(stored.scale[0, 0]), rtol=1e-5)
     moved = {"w": {"scale": stored.scale, "codebook": stored.codebook + 0.05}}
-    small = lower(program, plan, scales=moved)
+    small = quantize(program, plan, scales=moved)
     np.testing.assert_array_equal(small.weights["w"].codebook, moved["w"]["codebook"])
     got = small(small.weights, jnp.eye(6))
     np.testing.assert_allclose(got, quantized(program.weights, jnp.eye(6), scales=moved), rtol=1e-6)
@@ -579,7 +580,7 @@ def test_composes(weights):
 
 @pytest.mark.parametrize("weights", ["int4", "uint8", "fp8_e4m3", "nf4", "codebook16"])
 def test_a_checkpoint_gives_it_back(weights, tmp_path):
-    tree = {"a": quantize(array(2, 9, 5), weights), "b": quantize(array(8, 5), weights, "group:4")}
+    tree = {"a": quantize_matrix(array(2, 9, 5), weights), "b": quantize_matrix(array(8, 5), weights, "group:4")}
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(tmp_path / "it", tree)
         checkpointer.wait_until_finished()
@@ -596,7 +597,7 @@ def like(leaf):
 @pytest.mark.parametrize("weights", ["int4", "uint8", "nf4", "codebook16"])
 def test_it_is_sharded_over_its_columns(weights):
     mesh = jax.make_mesh((2,), ("model",), axis_types=(AxisType.Auto,))
-    stored = quantize(array(8, 6), weights)
+    stored = quantize_matrix(array(8, 6), weights)
     place = lambda leaf: jax.device_put(leaf, NamedSharding(mesh, P(None, "model") if leaf.ndim == 2 else P()))  # noqa: E731
     sharded = jax.tree.map(place, stored)
     x = array(3, 8, seed=1)
@@ -611,7 +612,7 @@ def test_an_artifact_gives_it_back(weights, tmp_path):
         return jnp.tanh(jnp.take(w["table"], jnp.argmax(x, 1), axis=0)) @ w["dense"]
 
     program = trace(fn, {"table": array(6, 16), "dense": array(16, 32)}, ROWS)
-    small = lower(program, resolve(recipe(weights, "group:8"), program))
+    small = quantize(program, resolve(recipe(weights, "group:8"), program))
     x = np.asarray(array(3, 6, seed=3))
     expected = np.asarray(jax.jit(small.fn)(small.weights, x))
     lx.compile(small, {"batch": (1, 4)}, name="it").save(tmp_path / "it.lepton")

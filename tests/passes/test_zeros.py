@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lepton_xla as lx
-from lepton_xla.passes import fake_quant, lower, masked
+from lepton_xla.passes import fake_quant, masked, quantize
 from lepton_xla.passes.planning import resolve
 from lepton_xla.program import TensorSpec, trace
 from lepton_xla.quant import FORMATS
@@ -89,7 +89,7 @@ def test_zeros_stay_zero_from_training_to_what_is_loaded(tmp_path_factory, drawn
     trained, used = train(weights, masks)
     assert_zero(by_kind(used), masks, "trained")
     held = {kind: jnp.where(masks[kind], trained[kind], 0.0) for kind in KINDS}
-    small = lower(PROGRAM.replace(weights=held, masks=masks), PLAN)
+    small = quantize(PROGRAM.replace(weights=held, masks=masks), PLAN)
     assert_zero({kind: small.weights[kind].dequantize() for kind in KINDS}, masks, "lowered")
     for kind in KINDS:
         levels = small.weights[kind].codebook
@@ -121,7 +121,7 @@ def test_levels_that_are_trained_keep_the_one_that_is_zero():
     plan = resolve(Recipe.parse(block("codebook16/channel").replace("codebook16/channel", "w"), name="w"), program)
     weight = jnp.asarray(np.random.default_rng(1).standard_normal((ROWS, COLUMNS)), jnp.float32)
     masks = {"w": jnp.abs(weight) > 0.5}
-    stored = lower(program.replace(weights={"w": jnp.where(masks["w"], weight, 0.0)}), plan).weights["w"]
+    stored = quantize(program.replace(weights={"w": jnp.where(masks["w"], weight, 0.0)}), plan).weights["w"]
     scales = {"w": {"scale": stored.scale, "codebook": stored.codebook}}
     fn = masked(fake_quant(program.fn, plan), masks)
     loss = lambda scales: jnp.mean((fn({"w": weight}, UNIT, scales=scales) - 1) ** 2)  # noqa: E731
@@ -133,4 +133,4 @@ def test_levels_that_are_trained_keep_the_one_that_is_zero():
         used = fn({"w": weight}, UNIT, scales=moved)
         assert (np.asarray(used)[~np.asarray(masks["w"])] == 0).all()
         held = program.replace(weights={"w": jnp.where(masks["w"], weight, 0.0)})
-        np.testing.assert_array_equal(lower(held, plan, scales=moved).weights["w"].dequantize(), used)
+        np.testing.assert_array_equal(quantize(held, plan, scales=moved).weights["w"].dequantize(), used)

@@ -44,7 +44,7 @@ def weights_report(program: Program, plan: Plan | None = None, *, sizes: Mapping
         `bytes_after` to `program.weights_bytes`.
 
     >>> program = lx.trace(lambda w, x: x @ w["w"], {"w": jnp.eye(4)}, {"x": lx.TensorSpec(("batch", 4), "float32")})
-    >>> small = lx.passes.lower(program, lx.passes.resolve(lx.Recipe.load("int8"), program))
+    >>> small = lx.passes.quantize(program, lx.passes.resolve(lx.Recipe.load("int8"), program))
     >>> (weight,) = lx.passes.weights_report(small).sites
     >>> weight.action, weight.bytes_before, weight.bytes_after
     ('int8', 64, 32)

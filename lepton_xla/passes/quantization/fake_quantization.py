@@ -46,7 +46,7 @@ from lepton_xla.trees import name_leaves, some_names
 
 type Scales = dict[str, dict[str, jax.Array]]
 """Weight path -> parts of its grid (`scale`, `zero_point`, `codebook`, stacked axes leading); site name -> the scale
-of its `activation`. `log2_scale` and `log2_activation` are logarithms of scales. `lower` takes the same."""
+of its `activation`. `log2_scale` and `log2_activation` are logarithms of scales. `quantize` takes the same."""
 
 _PARTS = ("scale", "zero_point", "codebook")
 _KEY = "key"
@@ -65,8 +65,8 @@ def fake_quant(
     """Make a function compute with quantized values, differentiable by the straight-through estimator.
 
     A `dot_general` of symmetric integer formats, with a scale per channel or tensor, is computed from the codes, bit
-    for bit like in `lower`. Other products are computed from the dequantized values. The gradient is that of the float
-    product in both cases. For products of codes, the backward pass keeps codes instead of floats.
+    for bit like in `quantize`. Other products are computed from the dequantized values. The gradient is that of the
+    float product in both cases. For products of codes, the backward pass keeps codes instead of floats.
 
     Combines with `masked` in either order.
 
@@ -179,7 +179,7 @@ def fake_quant(
 
 @takes(plan=Plan, ranges=Mapping)
 def initial_scales(weights: Any, plan: Plan, ranges: Mapping[str, jax.Array] | None = None) -> Scales:
-    """Make initial scales to train with the weights (LSQ, arXiv:1902.08153), for `fake_quant` and then `lower`.
+    """Make initial scales to train with the weights (LSQ, arXiv:1902.08153), for `fake_quant` and then `quantize`.
 
     They are logarithms (as in TQT, arXiv:1903.08066, section 4), which an optimizer can train directly: Adam moves
     every parameter by about its learning rate, which for a logarithm is the same share of any scale and never crosses

@@ -235,7 +235,7 @@ def gptq(
             rounded again.
 
     Returns:
-        The program with float weights on their grids, and the grids for `lower`.
+        The program with float weights on their grids, and the grids for `quantize`.
 
     Raises:
         CalibrationError: as `collect_statistics`.

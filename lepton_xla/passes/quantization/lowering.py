@@ -77,7 +77,7 @@ class _Unpacked:
 
 
 @takes(program=Program, plan=Plan, ranges=Mapping, scales=Mapping, in_float=Mapping, progress=Callable)
-def lower(
+def quantize(
     program: Program,
     plan: Plan,
     ranges: Mapping[str, jax.Array] | None = None,
@@ -116,7 +116,7 @@ def lower(
         ModelError: if a planned weight, or a scale, is not finite.
 
     >>> program = lx.trace(lambda w, x: x @ w["w"], {"w": jnp.eye(4)}, {"x": lx.TensorSpec(("batch", 4), "float32")})
-    >>> small = lx.passes.lower(program, lx.passes.resolve(lx.Recipe.load("int8"), program))
+    >>> small = lx.passes.quantize(program, lx.passes.resolve(lx.Recipe.load("int8"), program))
     >>> small.weights["w"].values.dtype.name, program.weights_bytes, small.weights_bytes
     ('int8', 64, 32)
     """
@@ -239,7 +239,7 @@ def lower(
         "time products": timed_s,
         "time the whole program": whole.seconds,
     }
-    report = PassReport("lower", time.perf_counter() - start, tuple(reports), metrics)
+    report = PassReport("quantize", time.perf_counter() - start, tuple(reports), metrics)
     history = (*program.history, report)
     return program.replace(fn=build(integer), weights=weights, history=history, expansion=expansion)
 
@@ -326,10 +326,10 @@ def _quantized(
 ) -> QTensor:
     """Quantize a weight; compiled once for all weights of equal shape."""
     format_of = (rule.weights, rule.granularity)
-    quantize = lambda step, grid: products.store(like.site, step, *format_of, grid, rule.weight_range)  # noqa: E731
+    store = lambda step, grid: products.store(like.site, step, *format_of, grid, rule.weight_range)  # noqa: E731
     for _ in range(like.site.stacked):
-        quantize = jax.vmap(quantize)
-    stored = quantize(lay_out(weight, like.site.layout), grid)
+        store = jax.vmap(store)
+    stored = store(lay_out(weight, like.site.layout), grid)
     return products.for_product(stored) if multiplied else stored
 
 

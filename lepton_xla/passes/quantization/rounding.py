@@ -1,6 +1,6 @@
 """Rounds planned weights to the grids of their formats, in float, for methods that choose the codes.
 
-Such a method returns a program whose float weights lie on their grids, and the grids. `lower` later uses the same
+Such a method returns a program whose float weights lie on their grids, and the grids. `quantize` later uses the same
 scales, zero points and levels, and so finds exactly these codes.
 """
 
