@@ -26,8 +26,17 @@ class Spec(Protocol):
     def dtype(self) -> str: ...
 
 
-class Described(Protocol):
-    """What a server has to know of a model to check requests for it."""
+class Servable(Protocol):
+    """A loaded model with one executable for each combination of bucket sizes.
+
+    >>> class Double:
+    ...     name, version, buckets = "double", "1", {"batch": (1, 8)}
+    ...     inputs = outputs = {"x": lx.TensorSpec(("batch", 4), "float32")}
+    ...     def run(self, sizes, arrays):
+    ...         return [2 * arrays[0]]
+    >>> signature_of(Double()).bucket_sizes
+    (1, 8)
+    """
 
     @property
     def name(self) -> str: ...
@@ -39,19 +48,6 @@ class Described(Protocol):
     def outputs(self) -> Mapping[str, Spec]: ...
     @property
     def buckets(self) -> Mapping[str, tuple[int, ...]]: ...
-
-
-class Servable(Described, Protocol):
-    """A loaded model with one executable for each combination of bucket sizes.
-
-    >>> class Double:
-    ...     name, version, buckets = "double", "1", {"batch": (1, 8)}
-    ...     inputs = outputs = {"x": lx.TensorSpec(("batch", 4), "float32")}
-    ...     def run(self, sizes, arrays):
-    ...         return [2 * arrays[0]]
-    >>> signature_of(Double()).bucket_sizes
-    (1, 8)
-    """
 
     def run(self, sizes: Mapping[str, int], arrays: Sequence[np.ndarray]) -> Sequence[np.ndarray]:
         """Run the executable of these sizes on inputs of exactly that shape, in order; gives the outputs in order."""
@@ -124,7 +120,7 @@ class Signature:
         return sizes
 
 
-def signature_of(servable: Described, name: str | None = None) -> Signature:
+def signature_of(servable: Servable, name: str | None = None) -> Signature:
     """The signature of a servable.
 
     Args:
