@@ -254,7 +254,7 @@ def test_grid():
     program = trace(lambda w, a, b: b * w["w"] + a.sum(1).astype(jnp.float32), {"w": jnp.float32(2)}, specs)
     assert grid(program, {"seq": (16,), "batch": (1, 8)}) == [{"batch": 1, "seq": 16}, {"batch": 8, "seq": 16}]
     assert grid(program, {"seq": (3, 4)}) == [
-        {"batch": size, "seq": seq} for size in pipeline.DEFAULT_LADDER for seq in (3, 4)
+        {"batch": size, "seq": seq} for size in pipeline.DEFAULT_SIZES for seq in (3, 4)
     ]
     fixed = trace(lambda w, x: x * w["w"], {"w": jnp.float32(2)}, {"x": TensorSpec((3,), "float32")})
     assert grid(fixed, None) == [{}]

@@ -53,7 +53,7 @@ def load_recipe(name_or_path: str, settings: Sequence[str] = (), exclude: Sequen
     return recipe if "name" in changes else recipe.replace(name=f"{recipe.name}, changed")
 
 
-def ladders(spec: ModelSpec, program: Program, given: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+def bucket_sizes(spec: ModelSpec, program: Program, given: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
     """Sizes to compile for: those of the command line, else those of the model.
 
     Raises:

@@ -73,7 +73,7 @@ def compile(
 
         from lepton_xla import compiler
         from lepton_xla.cli import _models
-        from lepton_xla.compiler.buckets import check_ladders
+        from lepton_xla.compiler.buckets import check_bucket_sizes
         from lepton_xla.compiler.manifest import check_name
         from lepton_xla.optimization.pipeline import apply_plan, plan_for
 
@@ -87,20 +87,20 @@ def compile(
         step(f"load {target}")
         spec = _models.load_target(target)
         program = spec.program()
-        ladders = check_ladders(program.symbols, _models.ladders(spec, program, given))
+        bucket_sizes = check_bucket_sizes(program.symbols, _models.bucket_sizes(spec, program, given))
         batches, examples = _models.calibration(spec, program)
 
         started = time.perf_counter()
         step("fold and plan")
-        planned_program, plan = plan_for(program, chosen, calibration=batches, buckets=ladders)
-        small = apply_plan(planned_program, plan, calibration=batches, buckets=ladders, progress=step)
+        planned_program, plan = plan_for(program, chosen, calibration=batches, buckets=bucket_sizes)
+        small = apply_plan(planned_program, plan, calibration=batches, buckets=bucket_sizes, progress=step)
         optimize_s = time.perf_counter() - started
 
         as_is = recipe == _common.NO_RECIPE and not settings
         started = time.perf_counter()
         artifact = compiler.compile(
             small,
-            ladders,
+            bucket_sizes,
             name=model_name,
             recipe=None if as_is else msgspec.to_builtins(chosen),
             plan=None if as_is else plan.to_json(),

@@ -87,8 +87,8 @@ def sensitivity(
         program = spec.program()
         sizes: list[dict[str, int]] = []
         if latency:
-            ladders = _models.ladders(spec, program, given)
-            sizes = [{symbol: min(ladders[symbol]) for symbol in program.symbols}]
+            bucket_sizes = _models.bucket_sizes(spec, program, given)
+            sizes = [{symbol: min(bucket_sizes[symbol]) for symbol in program.symbols}]
         batches, _ = _models.calibration(spec, program)
         found = measure(
             program,

@@ -18,7 +18,7 @@ from lepton_xla.arguments import takes
 from lepton_xla.callbacks import without_callbacks
 from lepton_xla.compiler import _xla, weights
 from lepton_xla.compiler.artifact import Artifact
-from lepton_xla.compiler.buckets import bucket_name, check_ladders, combinations
+from lepton_xla.compiler.buckets import bucket_name, check_bucket_sizes, combinations
 from lepton_xla.compiler.code import Code
 from lepton_xla.compiler.fingerprint import Fingerprint
 from lepton_xla.compiler.independence import Checked, check_padding, check_rows, default_tolerance, product_dtypes
@@ -84,9 +84,9 @@ def compile(
     )  # imported here, because loading and serving must not import a pass
 
     check_name(name or "model")
-    ladders = check_ladders(program.symbols, buckets)
+    bucket_sizes = check_bucket_sizes(program.symbols, buckets)
     check_rows_lead(program.inputs, program.outputs)
-    bucket_list = combinations(ladders)
+    bucket_list = combinations(bucket_sizes)
     program = without_callbacks(program, bucket_list[0])
     leaves = name_leaves(program.weights)
     entries = tuple(weights.describe(path, index, leaf) for index, (path, leaf) in enumerate(leaves.items()))
@@ -119,7 +119,13 @@ def compile(
     dtypes = {entry.dtype for entry in entries} | product_dtypes(jaxpr)
     limit = default_tolerance(dtypes) if tolerance is None else tolerance
     model = Checked(
-        runtime.run, program.inputs, program.outputs, ladders, limit, examples, table_sizes(jaxpr, list(program.inputs))
+        runtime.run,
+        program.inputs,
+        program.outputs,
+        bucket_sizes,
+        limit,
+        examples,
+        table_sizes(jaxpr, list(program.inputs)),
     )
     _check_independence(
         model, runtime, lambda sizes: _compiled(flat, arrays, program.abstract_inputs(sizes), bucket_name(sizes)).loaded
@@ -127,7 +133,7 @@ def compile(
 
     tell("export StableHLO", steps - 1, steps)
     shapes = [_shape(leaf) for leaf in arrays]
-    programs, note = export_programs(flat, shapes, program.inputs, ladders)
+    programs, note = export_programs(flat, shapes, program.inputs, bucket_sizes)
     unpacking = None
     if expand is not None:
         assert expander is not None
@@ -150,7 +156,7 @@ def compile(
         inputs=_tensors(program.inputs),
         outputs=_tensors(program.outputs),
         weights=entries,
-        buckets=ladders,
+        buckets=bucket_sizes,
         programs=(),
         programs_note=note,
         executables={target.digest: ExecutableSet(target=target, files={}, unwritten=unwritten)},
@@ -245,18 +251,18 @@ def _check_independence(
     rows = row_symbol(model.inputs)
     if rows is not None:
         check_rows(model, rows)
-    for symbol, ladder in model.ladders.items():
+    for symbol, compiled_sizes in model.bucket_sizes.items():
         if symbol == rows:
             continue
-        smaller = list(ladder[:-1])
-        if not smaller and ladder[0] > 1:
+        smaller = list(compiled_sizes[:-1])
+        if not smaller and compiled_sizes[0] > 1:
             # With a single size there is no second executable to compare with, so compile one for this check.
-            smaller = [ladder[0] // 2]
-            sizes = {name: sizes[0] if name == rows else sizes[-1] for name, sizes in model.ladders.items()}
+            smaller = [compiled_sizes[0] // 2]
+            sizes = {name: sizes[0] if name == rows else sizes[-1] for name, sizes in model.bucket_sizes.items()}
             sizes[symbol] = smaller[0]
             runtime.add(sizes, compile_sizes(sizes))
         for small in smaller:
-            check_padding(model, symbol, small, ladder[-1], rows)
+            check_padding(model, symbol, small, compiled_sizes[-1], rows)
 
 
 def _check_examples(program: Program, examples: Mapping[str, Any]) -> dict[str, np.ndarray]:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lepton_xla import _compat
-from lepton_xla.compiler.buckets import Ladders, bucket_name
+from lepton_xla.compiler.buckets import BucketSizes, bucket_name
 from lepton_xla.compiler.probes import probe
 from lepton_xla.errors import CompileError
 from lepton_xla.program import TensorSpec
@@ -36,7 +36,7 @@ class Checked:
     Attributes:
         run: runs an executable.
         inputs, outputs: the model's.
-        ladders: symbolic dimension -> compiled sizes.
+        bucket_sizes: symbolic dimension -> compiled sizes.
         tolerance: largest difference allowed between two executables, relative to the largest value of the output.
         examples: real inputs, by name; other inputs are random.
         tables: as in `probe`.
@@ -45,7 +45,7 @@ class Checked:
     run: Run
     inputs: dict[str, TensorSpec]
     outputs: dict[str, TensorSpec]
-    ladders: Ladders
+    bucket_sizes: BucketSizes
     tolerance: float
     examples: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict[str, np.ndarray])
     tables: Mapping[str, int] = dataclasses.field(default_factory=dict[str, int])
@@ -95,10 +95,10 @@ def check_rows(model: Checked, symbol: str) -> None:
     Raises:
         CompileError: naming the output that differs, and what usually causes it.
     """
-    others = {name: ladder[0] for name, ladder in model.ladders.items() if name != symbol}
-    ladder = model.ladders[symbol]
-    rows = _probe(model, {**others, symbol: ladder[-1]}, seed=0)
-    strangers = _probe(model, {**others, symbol: ladder[-1]}, seed=1, scale=_STRANGERS_SCALE)
+    others = {name: compiled_sizes[0] for name, compiled_sizes in model.bucket_sizes.items() if name != symbol}
+    compiled_sizes = model.bucket_sizes[symbol]
+    rows = _probe(model, {**others, symbol: compiled_sizes[-1]}, seed=0)
+    strangers = _probe(model, {**others, symbol: compiled_sizes[-1]}, seed=1, scale=_STRANGERS_SCALE)
 
     def run(size: int, row: int, position: int, around: Sequence[np.ndarray] | None) -> list[np.ndarray]:
         """Output rows for one input row at a position, among strangers or zeros."""
@@ -112,11 +112,11 @@ def check_rows(model: Checked, symbol: str) -> None:
     compare = functools.partial(_compare, cure=model.cure)
     conclusive = dict.fromkeys(model.outputs, False)
     why = f"the rows along {symbol!r} affect each other, so they cannot be batched or padded"
-    for row in range(min(_ROWS_COMPARED, ladder[-1])):
-        alone = run(ladder[0], row, 0, None)
-        for size in ladder:
+    for row in range(min(_ROWS_COMPARED, compiled_sizes[-1])):
+        alone = run(compiled_sizes[0], row, 0, None)
+        for size in compiled_sizes:
             where = bucket_name({**others, symbol: size})
-            padded = alone if size == ladder[0] else run(size, row, 0, None)
+            padded = alone if size == compiled_sizes[0] else run(size, row, 0, None)
             # A batch of one has no other rows and no other position.
             beside, last = [run(size, row, place, strangers) if size > 1 else padded for place in (0, -1)]
             for index, name in enumerate(model.outputs):
@@ -133,7 +133,10 @@ def check_padding(model: Checked, symbol: str, small: int, large: int, rows: str
     Raises:
         CompileError: naming the output that differs, and what usually causes it.
     """
-    sizes = {name: ladder[0] if name == rows else ladder[-1] for name, ladder in model.ladders.items()}
+    sizes = {
+        name: compiled_sizes[0] if name == rows else compiled_sizes[-1]
+        for name, compiled_sizes in model.bucket_sizes.items()
+    }
     # No zeros: a row of zeros looks like padding, and has no result of its own.
     real = _probe(model, {**sizes, symbol: small}, seed=2, lowest=1)
     padded = [

@@ -16,7 +16,7 @@ import numpy as np
 from lepton_xla.arguments import takes
 from lepton_xla.compiler import _xla
 from lepton_xla.compiler.artifact import read_manifest
-from lepton_xla.compiler.buckets import Ladders, bucket_name, combinations
+from lepton_xla.compiler.buckets import BucketSizes, bucket_name, combinations
 from lepton_xla.compiler.code import Code
 from lepton_xla.compiler.fingerprint import Fingerprint
 from lepton_xla.compiler.manifest import (
@@ -73,11 +73,11 @@ def load(
 def _load(store: Store, buckets: Mapping[str, Sequence[int]] | None, *, write_back: bool) -> Servable:
     manifest = read_manifest(store)
     files = VerifiedFiles(store, manifest.files)
-    ladders = _choose(manifest, buckets)
+    bucket_sizes = _choose(manifest, buckets)
     device = _xla.first_device()
     warn_of_slow_flags(_LOG, device.platform)
     target = Fingerprint.of(device)
-    wanted = [(sizes, bucket_name(sizes)) for sizes in combinations(ladders)]
+    wanted = [(sizes, bucket_name(sizes)) for sizes in combinations(bucket_sizes)]
     found = manifest.executables.get(target.digest)
     known = found.files if found is not None else {}
     names = [*((EXPAND,) if manifest.expand else ()), *(key for _, key in wanted)]
@@ -110,17 +110,17 @@ def _load(store: Store, buckets: Mapping[str, Sequence[int]] | None, *, write_ba
         runtime.add(sizes, codes[key].loaded)
     if write_back and missing:
         _write_back(store, manifest, target, {name: codes[name] for name in missing})
-    return Servable(manifest, ladders, runtime, "stablehlo" if missing else "executables")
+    return Servable(manifest, bucket_sizes, runtime, "stablehlo" if missing else "executables")
 
 
-def _choose(manifest: Manifest, buckets: Mapping[str, Sequence[int]] | None) -> Ladders:
-    ladders: Ladders = {name: tuple(ladder) for name, ladder in manifest.buckets.items()}
+def _choose(manifest: Manifest, buckets: Mapping[str, Sequence[int]] | None) -> BucketSizes:
+    bucket_sizes: BucketSizes = {name: tuple(compiled_sizes) for name, compiled_sizes in manifest.buckets.items()}
     for name, sizes in (buckets or {}).items():
-        missing = [size for size in sizes if size not in ladders.get(name, ())]
-        if name not in ladders or missing or not sizes:
-            raise ArtifactError(f"bucket {name}={missing or list(sizes)} is not in the artifact; it has {ladders}")
-        ladders[name] = tuple(sorted(set(sizes)))
-    return ladders
+        missing = [size for size in sizes if size not in bucket_sizes.get(name, ())]
+        if name not in bucket_sizes or missing or not sizes:
+            raise ArtifactError(f"bucket {name}={missing or list(sizes)} is not in the artifact; it has {bucket_sizes}")
+        bucket_sizes[name] = tuple(sorted(set(sizes)))
+    return bucket_sizes
 
 
 def _to_device(manifest: Manifest, arrays: Sequence[np.ndarray], device: _xla.Device) -> list[jax.Array]:

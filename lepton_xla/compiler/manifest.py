@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 import jax.numpy as jnp
 import msgspec
 
-from lepton_xla.compiler.buckets import check_ladders
+from lepton_xla.compiler.buckets import check_bucket_sizes
 from lepton_xla.compiler.fingerprint import Fingerprint
 from lepton_xla.errors import ArtifactError, LeptonError
 from lepton_xla.program import TensorSpec
@@ -270,9 +270,9 @@ def _check(manifest: Manifest) -> None:
         if entry.size < 0 or not _SHA256.fullmatch(entry.sha256):
             raise ArtifactError(f"{MANIFEST}: files[{file!r}] has no valid size and SHA-256")
     symbols = tuple(dict.fromkeys(name for spec in manifest.input_specs().values() for name in spec.symbols))
-    check_ladders(symbols, manifest.buckets)
+    check_bucket_sizes(symbols, manifest.buckets)
     for spec in manifest.output_specs().values():
-        check_ladders(symbols, dict.fromkeys(spec.symbols, (1,)) | manifest.buckets)
+        check_bucket_sizes(symbols, dict.fromkeys(spec.symbols, (1,)) | manifest.buckets)
     for leaf in manifest.weights:
         jnp.dtype(leaf.dtype)
         if min(leaf.shape, default=0) < 0:

@@ -11,7 +11,7 @@ import jax.export
 import jax.numpy as jnp
 
 from lepton_xla.compiler import _xla
-from lepton_xla.compiler.buckets import Ladders, bucket_name, combinations
+from lepton_xla.compiler.buckets import BucketSizes, bucket_name, combinations
 from lepton_xla.compiler.code import Code
 from lepton_xla.errors import ArtifactError, CompileError
 from lepton_xla.program import TensorSpec
@@ -41,7 +41,7 @@ def export_programs(
     fn: Callable[..., Any],
     weights: Sequence[jax.ShapeDtypeStruct],
     inputs: Mapping[str, TensorSpec],
-    ladders: Ladders,
+    bucket_sizes: BucketSizes,
 ) -> tuple[list[Portable], str]:
     """Export a function of flat weights and inputs.
 
@@ -55,14 +55,16 @@ def export_programs(
     here = _lowering_platform()
     for platforms in (_PLATFORMS if here in _PLATFORMS else (*_PLATFORMS, here), (here,)):
         try:
-            shapes = _symbolic_inputs(inputs, ladders)
-            return [_export("symbolic" if ladders else "fixed", fn, weights, shapes, None, platforms)], "; ".join(notes)
+            shapes = _symbolic_inputs(inputs, bucket_sizes)
+            return [_export("symbolic" if bucket_sizes else "fixed", fn, weights, shapes, None, platforms)], "; ".join(
+                notes
+            )
         except Exception as error:  # record the reason and try the next option
             notes.append(f"no symbolic program for {', '.join(platforms)}: {_xla.reason(error)}")
     try:
         programs = [
             _export(bucket_name(sizes), fn, weights, [spec.at(sizes) for spec in inputs.values()], sizes, (here,))
-            for sizes in combinations(ladders)
+            for sizes in combinations(bucket_sizes)
         ]
     except Exception as error:
         raise CompileError(f"the model cannot be exported as StableHLO: {_xla.reason(error)}") from error
@@ -96,10 +98,10 @@ def _export(
     return Portable(name, bytes(exported.serialize()), sizes, platforms)
 
 
-def _symbolic_inputs(inputs: Mapping[str, TensorSpec], ladders: Ladders) -> list[jax.ShapeDtypeStruct]:
+def _symbolic_inputs(inputs: Mapping[str, TensorSpec], bucket_sizes: BucketSizes) -> list[jax.ShapeDtypeStruct]:
     # Bound each dimension by its largest bucket: a table of position embeddings, for example, is only that long.
-    constraints = [f"{name} <= {ladder[-1]}" for name, ladder in ladders.items()]
-    symbols = list(ladders)
+    constraints = [f"{name} <= {compiled_sizes[-1]}" for name, compiled_sizes in bucket_sizes.items()]
+    symbols = list(bucket_sizes)
     dims = jax.export.symbolic_shape(", ".join(symbols), constraints=constraints) if symbols else ()
     named = dict(zip(symbols, dims, strict=True))
     return [

@@ -8,7 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from lepton_xla.compiler.buckets import Ladders, next_size
+from lepton_xla.compiler.buckets import BucketSizes, next_size
 from lepton_xla.compiler.independence import pad
 from lepton_xla.compiler.manifest import Manifest
 from lepton_xla.compiler.runtime import Runner, Runtime
@@ -36,12 +36,12 @@ class Servable:
     ((1, 4), 64)
     """
 
-    def __init__(self, manifest: Manifest, buckets: Ladders, runtime: Runtime, route: str) -> None:
+    def __init__(self, manifest: Manifest, buckets: BucketSizes, runtime: Runtime, route: str) -> None:
         self.name = manifest.name
         self.version = manifest.version
         self.inputs = manifest.input_specs()
         self.outputs = manifest.output_specs()
-        self.buckets = {name: tuple(ladder) for name, ladder in buckets.items()}
+        self.buckets = {name: tuple(compiled_sizes) for name, compiled_sizes in buckets.items()}
         self.row_symbol = row_symbol(self.inputs)
         self.route = route
         self.manifest = manifest
@@ -106,9 +106,9 @@ class Servable:
         while start < rows:
             count = 1
             if self.row_symbol is not None:
-                ladder = self.buckets[self.row_symbol]
-                count = min(rows - start, ladder[-1])
-                padded_sizes[self.row_symbol] = next_size(ladder, count) or ladder[-1]
+                compiled_sizes = self.buckets[self.row_symbol]
+                count = min(rows - start, compiled_sizes[-1])
+                padded_sizes[self.row_symbol] = next_size(compiled_sizes, count) or compiled_sizes[-1]
             self._run_part(arrays, results, start, count, padded_sizes)
             start += count
         return dict(zip(self.outputs, results, strict=True))
@@ -161,14 +161,14 @@ class Servable:
 
     def _padded_sizes(self, sizes: Mapping[str, int]) -> dict[str, int]:
         padded: dict[str, int] = {}
-        for name, ladder in self.buckets.items():
-            size = next_size(ladder, sizes[name])
+        for name, compiled_sizes in self.buckets.items():
+            size = next_size(compiled_sizes, sizes[name])
             if size is None and name != self.row_symbol:
                 raise InputError(
-                    f"dimension {name!r} is {sizes[name]}, larger than the largest compiled size {ladder[-1]}; "
+                    f"dimension {name!r} is {sizes[name]}, larger than the largest compiled size {compiled_sizes[-1]}; "
                     "shorten the input, or compile with a larger bucket"
                 )
-            padded[name] = ladder[-1] if size is None else size
+            padded[name] = compiled_sizes[-1] if size is None else size
         return padded
 
 

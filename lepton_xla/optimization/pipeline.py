@@ -56,7 +56,7 @@ from lepton_xla.rows import check_rows_lead
 
 _LOG = logging.getLogger(__name__)
 # Sizes of a symbolic dimension at which arithmetic is timed if the caller gives no buckets: one request, and a batch.
-DEFAULT_LADDER = (1, 32)
+DEFAULT_SIZES = (1, 32)
 # A shrunk program is slower if it takes more than this share of the original's time; noise is less.
 SLOWER = 1.03
 
@@ -476,14 +476,14 @@ def _calibrated(program: Program, plan: Plan, batches: Iterable[Mapping[str, Any
 
 
 def grid(program: Program, buckets: Mapping[str, Iterable[int]] | None) -> list[dict[str, int]]:
-    """All combinations of sizes of a program's symbolic dimensions; `DEFAULT_LADDER` if none are given.
+    """All combinations of sizes of a program's symbolic dimensions; `DEFAULT_SIZES` if none are given.
 
     Raises:
         CompileError: if `buckets` names a dimension that the program lacks, or gives invalid sizes.
     """
-    ladders: dict[str, tuple[int, ...]] = dict.fromkeys(program.symbols, DEFAULT_LADDER)
+    bucket_sizes: dict[str, tuple[int, ...]] = dict.fromkeys(program.symbols, DEFAULT_SIZES)
     for name, sizes in (buckets or {}).items():
-        if name not in ladders:
-            raise CompileError(f"buckets name {name!r}; the model's symbolic dimensions are {list(ladders)}")
-        ladders[name] = as_sizes(name, sizes)
-    return [dict(zip(ladders, sizes, strict=True)) for sizes in itertools.product(*ladders.values())]
+        if name not in bucket_sizes:
+            raise CompileError(f"buckets name {name!r}; the model's symbolic dimensions are {list(bucket_sizes)}")
+        bucket_sizes[name] = as_sizes(name, sizes)
+    return [dict(zip(bucket_sizes, sizes, strict=True)) for sizes in itertools.product(*bucket_sizes.values())]

@@ -1,21 +1,21 @@
 import pytest
 
-from lepton_xla.compiler.buckets import bucket_name, check_ladders, combinations, next_size
+from lepton_xla.compiler.buckets import bucket_name, check_bucket_sizes, combinations, next_size
 from lepton_xla.errors import CompileError
 from lepton_xla.program import TensorSpec
 from lepton_xla.rows import row_symbol
 
 
 def test_ladders_come_in_the_order_of_the_symbols() -> None:
-    ladders = check_ladders(("batch", "seq"), {"seq": [16, 64], "batch": [1, 8]})
-    assert list(ladders.items()) == [("batch", (1, 8)), ("seq", (16, 64))]
-    assert combinations(ladders) == [
+    bucket_sizes = check_bucket_sizes(("batch", "seq"), {"seq": [16, 64], "batch": [1, 8]})
+    assert list(bucket_sizes.items()) == [("batch", (1, 8)), ("seq", (16, 64))]
+    assert combinations(bucket_sizes) == [
         {"batch": 1, "seq": 16}, {"batch": 1, "seq": 64}, {"batch": 8, "seq": 16}, {"batch": 8, "seq": 64},
     ]  # fmt: skip
 
 
 def test_a_model_without_symbols_has_one_bucket() -> None:
-    assert combinations(check_ladders((), {})) == [{}]
+    assert combinations(check_bucket_sizes((), {})) == [{}]
     assert bucket_name({}) == "fixed"
 
 
@@ -36,7 +36,7 @@ def test_a_model_without_symbols_has_one_bucket() -> None:
 )
 def test_bad_ladders_are_refused_by_name(buckets: dict, message: str) -> None:
     with pytest.raises(CompileError, match=message):
-        check_ladders(("batch",), buckets)
+        check_bucket_sizes(("batch",), buckets)
 
 
 def test_next_size() -> None:

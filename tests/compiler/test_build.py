@@ -61,13 +61,18 @@ MIXING = [
 
 
 @pytest.mark.parametrize(
-    ("fn", "ladder"),
+    ("fn", "compiled_sizes"),
     # In one bucket size only, the size of the batch is a constant.
-    [(fn, ladder) for fn in MIXING for ladder in ((1, 4), (4,)) if fn is not divided_by_batch or len(ladder) > 1],
+    [
+        (fn, compiled_sizes)
+        for fn in MIXING
+        for compiled_sizes in ((1, 4), (4,))
+        if fn is not divided_by_batch or len(compiled_sizes) > 1
+    ],
 )
-def test_rows_that_see_each_other_are_refused(fn: Any, ladder: tuple[int, ...]) -> None:
+def test_rows_that_see_each_other_are_refused(fn: Any, compiled_sizes: tuple[int, ...]) -> None:
     with pytest.raises(CompileError, match="rows along 'batch' affect each other"):
-        compiler.compile(program(fn), {"batch": ladder})
+        compiler.compile(program(fn), {"batch": compiled_sizes})
 
 
 def test_an_output_without_the_rows_is_refused() -> None:
@@ -102,11 +107,11 @@ def per_token(w: Any, x: jax.Array) -> jax.Array:
     return jnp.tanh(x)
 
 
-@pytest.mark.parametrize("ladder", [(2, 8), (8,)])
+@pytest.mark.parametrize("compiled_sizes", [(2, 8), (8,)])
 @pytest.mark.parametrize("fn", [unmasked_mean, unmasked_attention])
-def test_padding_that_changes_results_is_refused(fn: Any, ladder: tuple[int, ...]) -> None:
+def test_padding_that_changes_results_is_refused(fn: Any, compiled_sizes: tuple[int, ...]) -> None:
     with pytest.raises(CompileError, match="padded with zeros along 'seq', which changes this model's results"):
-        compiler.compile(program(fn, TOKENS), {"batch": (1, 2), "seq": ladder})
+        compiler.compile(program(fn, TOKENS), {"batch": (1, 2), "seq": compiled_sizes})
 
 
 @pytest.mark.parametrize("fn", [masked_mean, per_token])

@@ -8,7 +8,7 @@ from lepton_xla.serve.batching.batcher import Batcher
 from lepton_xla.serve.batching.costs import Costs
 from lepton_xla.serve.batching.tickets import PATIENCE_S, Reason, Ticket
 
-LADDER = (1, 4, 8)
+SIZES = (1, 4, 8)
 
 
 class NamedTicket(Ticket, kw_only=True, eq=False):
@@ -22,7 +22,7 @@ def named(name, rows=1, key=(), arrival_s=0.0, **more):
     return NamedTicket(rows, key, arrival_s, name=name, **more)
 
 
-def make(costs=None, bucket_sizes=LADDER, **options):
+def make(costs=None, bucket_sizes=SIZES, **options):
     """A batcher whose executions cost what a dict of sizes, or of keys of dicts of sizes, says."""
     if costs is not None and not isinstance(next(iter(costs)), tuple):
         costs = {(): costs}

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from lepton_xla.serve.batching.costs import Costs
 
-LADDER = (1, 4, 8)
+SIZES = (1, 4, 8)
 MEASURED = {(): {1: 1.0, 4: 2.0, 8: 3.0}}
 
 
@@ -15,14 +15,14 @@ def table(costs, key=()):
 
 
 def test_what_was_measured_is_what_it_costs():
-    costs = Costs(LADDER, {(4,): {1: 1.0, 4: 2.0, 8: 3.0}, (8,): {1: 2.0, 4: 4.0, 8: 6.0}})
+    costs = Costs(SIZES, {(4,): {1: 1.0, 4: 2.0, 8: 3.0}, (8,): {1: 2.0, 4: 4.0, 8: 6.0}})
     assert costs.of((8,), 4) == 4.0
     assert table(costs, (4,)) == {1: 1.0, 4: 2.0, 8: 3.0}
     assert len(list(costs)) == 6
 
 
 def test_what_was_not_measured_is_free_and_the_smallest_size_that_holds_it_is_taken():
-    costs = Costs(LADDER)
+    costs = Costs(SIZES)
     assert [costs.size((3,), rows) for rows in (1, 2, 4, 5, 8, 100)] == [1, 4, 4, 8, 8, 8]
     assert costs.seconds((3,), 100) == 0.0
     costs.learn((3,), 4, 2.0)
@@ -34,14 +34,14 @@ def test_what_was_not_measured_is_free_and_the_smallest_size_that_holds_it_is_ta
     st.integers(1, 30),
 )
 def test_size_has_the_least_cost_per_real_row(seconds, rows):
-    costs = Costs(LADDER, {(): dict(zip(LADDER, seconds, strict=True))})
-    per_row = {size: cost / min(size, rows) for size, cost in zip(LADDER, seconds, strict=True)}
+    costs = Costs(SIZES, {(): dict(zip(SIZES, seconds, strict=True))})
+    per_row = {size: cost / min(size, rows) for size, cost in zip(SIZES, seconds, strict=True)}
     assert per_row[costs.size((), rows)] == min(per_row.values())
 
 
-@given(st.lists(st.floats(0.1, 10.0), min_size=3, max_size=3), st.integers(1, 60), st.sampled_from(LADDER))
+@given(st.lists(st.floats(0.1, 10.0), min_size=3, max_size=3), st.integers(1, 60), st.sampled_from(SIZES))
 def test_seconds_is_what_running_them_one_batch_after_the_other_takes(seconds, rows, changed):
-    costs = Costs(LADDER, {(): dict(zip(LADDER, seconds, strict=True))})
+    costs = Costs(SIZES, {(): dict(zip(SIZES, seconds, strict=True))})
     for _ in range(30):
         costs.learn((), changed, 0.1)
     expected, left = 0.0, rows
@@ -53,7 +53,7 @@ def test_seconds_is_what_running_them_one_batch_after_the_other_takes(seconds, r
 
 
 def test_one_outlier_moves_an_estimate_little():
-    costs = Costs(LADDER, MEASURED)
+    costs = Costs(SIZES, MEASURED)
     rng = random.Random(0)
     for _ in range(300):
         costs.learn((), 4, rng.gauss(2.0, 0.05))
@@ -63,7 +63,7 @@ def test_one_outlier_moves_an_estimate_little():
 
 @pytest.mark.parametrize("now", [0.4, 10.0])
 def test_a_real_change_is_followed_within_fifty_runs(now):
-    costs = Costs(LADDER, MEASURED)
+    costs = Costs(SIZES, MEASURED)
     rng = random.Random(0)
     for _ in range(300):
         costs.learn((), 4, rng.gauss(2.0, 0.05))
@@ -73,7 +73,7 @@ def test_a_real_change_is_followed_within_fifty_runs(now):
 
 
 def test_sizes_that_do_not_run_follow_those_that_do():
-    costs = Costs(LADDER, MEASURED)
+    costs = Costs(SIZES, MEASURED)
     for seconds in [3.0] * 500 + [6.0] * 100:
         costs.learn((), 8, seconds)
     assert costs.of((), 1) == pytest.approx(2.0, rel=0.1)
@@ -81,7 +81,7 @@ def test_sizes_that_do_not_run_follow_those_that_do():
 
 
 def test_what_was_wrong_at_load_says_nothing_about_other_sizes():
-    costs = Costs(LADDER, MEASURED)
+    costs = Costs(SIZES, MEASURED)
     for _ in range(10):
         costs.learn((), 8, 0.3)
     assert costs.of((), 8) < 0.8
@@ -126,7 +126,7 @@ def test_trying_sizes_again_costs_little(rows):
 
 def test_a_size_that_was_slow_for_a_while_gets_another_chance():
     """Four rows: size 4 looks bad after a slow spell, and would never run again if its estimate stayed."""
-    costs = Costs(LADDER, MEASURED)
+    costs = Costs(SIZES, MEASURED)
     for _ in range(100):
         for size, seconds in ((4, 50.0), (1, 1.0), (8, 3.0)):
             costs.learn((), size, seconds)
