@@ -20,8 +20,8 @@ from lepton_xla.compiler.manifest import (
     FileEntry,
     Manifest,
     PortableProgram,
-    decode,
-    encode,
+    manifest_from_json,
+    manifest_to_json,
 )
 from lepton_xla.compiler.portable import Portable
 from lepton_xla.compiler.runtime import Runtime, run_expand
@@ -105,7 +105,7 @@ class Artifact:
                 executables=sets,
             )
             # Written last: in an object store the artifact exists once its manifest does.
-            store.write(MANIFEST, encode(manifest))
+            store.write(MANIFEST, manifest_to_json(manifest))
         return manifest
 
     def servable(self) -> Servable:
@@ -150,7 +150,7 @@ def read_manifest(store: Store) -> Manifest:
     """
     data = store.read(MANIFEST, limit=MAX_MANIFEST_BYTES)
     try:
-        return decode(data)
+        return manifest_from_json(data)
     except ArtifactError as error:
         raise ArtifactError(f"{store.location}: {error}") from error
 

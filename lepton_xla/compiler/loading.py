@@ -26,7 +26,7 @@ from lepton_xla.compiler.manifest import (
     FileEntry,
     Manifest,
     PortableProgram,
-    encode,
+    manifest_to_json,
 )
 from lepton_xla.compiler.portable import compile_portable
 from lepton_xla.compiler.reading import read_all
@@ -183,6 +183,6 @@ def _write_back(store: Store, loaded: Manifest, target: Fingerprint, made: Mappi
             unwritten.pop(key, None)
         added = ExecutableSet(target=target, files=(dict(known.files) if known else {}) | names, unwritten=unwritten)
         sets = {**manifest.executables, target.digest: added}
-        store.write(MANIFEST, encode(msgspec.structs.replace(manifest, files=files, executables=sets)))
+        store.write(MANIFEST, manifest_to_json(msgspec.structs.replace(manifest, files=files, executables=sets)))
     except ArtifactError as error:
         _LOG.warning("the compiled code was not written back: %s", error)

@@ -184,7 +184,7 @@ class _Head(msgspec.Struct):
     schema: int
 
 
-def encode(manifest: Manifest) -> bytes:
+def manifest_to_json(manifest: Manifest) -> bytes:
     """Encode a manifest as indented JSON.
 
     Raises:
@@ -202,7 +202,7 @@ def encode(manifest: Manifest) -> bytes:
     return data
 
 
-def decode(data: bytes) -> Manifest:
+def manifest_from_json(data: bytes) -> Manifest:
     """Decode a manifest and checks everything that can be checked without the other files.
 
     Raises:

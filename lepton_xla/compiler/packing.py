@@ -25,12 +25,12 @@ def needs_packing(dtype: str) -> bool:
         return True
 
 
-def pack(array: np.ndarray) -> np.ndarray:
+def to_bytes(array: np.ndarray) -> np.ndarray:
     """Convert an array to flat bytes; elements narrower than a byte are packed, the first in the low bits.
 
     >>> import ml_dtypes
-    >>> packed = pack(np.array([1, -1, 2], ml_dtypes.int4))
-    >>> packed.nbytes, unpack(packed, (3,), "int4").tolist()
+    >>> packed = to_bytes(np.array([1, -1, 2], ml_dtypes.int4))
+    >>> packed.nbytes, from_bytes(packed, (3,), "int4").tolist()
     (2, [1, -1, 2])
     """
     bits = _bits(array.dtype)
@@ -49,7 +49,7 @@ def pack(array: np.ndarray) -> np.ndarray:
 
 
 def packed_size(shape: Sequence[int], dtype: str) -> int:
-    """Number of bytes that `pack` gives for an array of this shape and dtype.
+    """Number of bytes that `to_bytes` gives for an array of this shape and dtype.
 
     >>> packed_size((3, 5), "int4")
     8
@@ -57,11 +57,11 @@ def packed_size(shape: Sequence[int], dtype: str) -> int:
     return -(-math.prod(shape) // (8 // _bits(jnp.dtype(dtype))))
 
 
-def unpack(packed: np.ndarray, shape: Sequence[int], dtype: str) -> np.ndarray:
-    """The inverse of `pack`.
+def from_bytes(packed: np.ndarray, shape: Sequence[int], dtype: str) -> np.ndarray:
+    """The inverse of `to_bytes`.
 
     >>> import ml_dtypes
-    >>> unpack(pack(np.array([1, -1], ml_dtypes.int4)), (2,), "int4").tolist()
+    >>> from_bytes(to_bytes(np.array([1, -1], ml_dtypes.int4)), (2,), "int4").tolist()
     [1, -1]
     """
     kind = jnp.dtype(dtype)
@@ -97,15 +97,15 @@ def words_of(shape: Sequence[int], dtype: str) -> tuple[tuple[int, ...], np.dtyp
 def to_words(array: np.ndarray) -> np.ndarray:
     """Convert elements to little-endian unsigned integers with the same bits, in the array's shape.
 
-    Exceptions: elements narrower than a byte become flat bytes, as from `pack`; elements of sixteen bytes become two
-        words; a scalar gets one axis.
+    Elements narrower than a byte become flat bytes instead, as from `to_bytes`; elements of sixteen bytes become two
+    words; a scalar gets one axis.
 
     >>> to_words(np.float32([1.0])).tolist() == np.float32([1.0]).view(np.uint32).tolist()
     True
     """
     shape, word = words_of(array.shape, array.dtype.name)
     if _bits(array.dtype) < 8:
-        return pack(array)
+        return to_bytes(array)
     return np.ascontiguousarray(array).reshape(-1).view(f"u{word.itemsize}").astype(word, copy=False).reshape(shape)
 
 
@@ -117,7 +117,7 @@ def from_words(words: np.ndarray, shape: Sequence[int], dtype: str) -> np.ndarra
     """
     kind = jnp.dtype(dtype)
     if _bits(kind) < 8:
-        return unpack(words, shape, dtype)
+        return from_bytes(words, shape, dtype)
     native = words.astype(words.dtype.newbyteorder("="), copy=False)
     return native.reshape(-1).view(kind).reshape(shape)
 

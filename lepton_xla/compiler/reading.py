@@ -21,7 +21,7 @@ import tensorstore as ts
 
 from lepton_xla.compiler import gaps
 from lepton_xla.compiler.manifest import PACKED, Piece, WeightLeaf
-from lepton_xla.compiler.packing import from_words, packed_size, unpack, words_of
+from lepton_xla.compiler.packing import from_bytes, from_words, packed_size, words_of
 from lepton_xla.compiler.storage import VerifiedFiles
 from lepton_xla.compiler.weights import SCRATCH, open_array, part_regions, plain_codecs
 from lepton_xla.errors import ArtifactError
@@ -192,7 +192,7 @@ class _ZarrLeaf:
 
     def finish(self) -> np.ndarray:
         """Return the leaf, after all chunks were read."""
-        return unpack(self.out, self.leaf.shape, self.leaf.dtype) if self.leaf.packed else self.out
+        return from_bytes(self.out, self.leaf.shape, self.leaf.dtype) if self.leaf.packed else self.out
 
     def _chunk_shape(self) -> tuple[int, ...]:
         return tuple(size or 1 for size in self.handle.chunk_layout.read_chunk.shape or ())

@@ -19,7 +19,7 @@ import tensorstore as ts
 
 from lepton_xla.compiler import gaps
 from lepton_xla.compiler.manifest import PACKED, Encoding, Piece, WeightLeaf
-from lepton_xla.compiler.packing import needs_packing, pack, to_words
+from lepton_xla.compiler.packing import needs_packing, to_bytes, to_words
 from lepton_xla.trees import leaf_bytes
 
 CHUNK_BYTES = 4 << 20
@@ -63,13 +63,13 @@ def write_all(
         words = to_words(array)
         leaf = msgspec.structs.replace(leaf, encoding=_choose(words, is_small))
         if leaf.is_zarr:
-            for name, data in encode(leaf, array):
+            for name, data in zarr_files(leaf, array):
                 write(name, data)
         else:
             placed = tuple(rows.add(kind, data) for kind, data in _streams(words, leaf.encoding))
             leaf = msgspec.structs.replace(leaf, folder="", pieces=placed)
         stored.append(leaf)
-    for name, data in rows.encode(_SMALL_LEVEL if is_small else _FAST_LEVEL):
+    for name, data in rows.zarr_files(_SMALL_LEVEL if is_small else _FAST_LEVEL):
         write(name, data)
     return tuple(stored), rows.sizes
 
@@ -88,11 +88,11 @@ def describe(path: str, index: int, array: Any) -> WeightLeaf:
     )
 
 
-def encode(leaf: WeightLeaf, array: Any) -> Iterator[tuple[str, bytes]]:
+def zarr_files(leaf: WeightLeaf, array: Any) -> Iterator[tuple[str, bytes]]:
     """The files of a leaf that is a zarr array of its own: `(name, content)`, one at a time."""
     stored = np.asarray(array)
     if leaf.packed:
-        stored = pack(stored)
+        stored = to_bytes(stored)
     chunk = [max(size, 1) for size in chunk_shape(stored.shape, stored.dtype.itemsize)]
     level = _FAST_LEVEL if leaf.encoding == "zstd" else None
     parts = ((region, stored[region]) for region in _regions(stored.shape, chunk))
@@ -248,7 +248,7 @@ class _Rows:
         self._rows[row] += data
         return Piece(row=row, start=start, size=len(data))
 
-    def encode(self, level: int) -> Iterator[tuple[str, bytes]]:
+    def zarr_files(self, level: int) -> Iterator[tuple[str, bytes]]:
         """The packed array's files: `(name, content)`, one row a chunk."""
         if not self._rows:
             return

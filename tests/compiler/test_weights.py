@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from lepton_xla.compiler import reading, weights
 from lepton_xla.compiler.manifest import FileEntry, WeightLeaf
-from lepton_xla.compiler.packing import pack, unpack
+from lepton_xla.compiler.packing import from_bytes, to_bytes
 from lepton_xla.compiler.storage import Store, VerifiedFiles
 from lepton_xla.errors import ArtifactError
 
@@ -185,8 +185,14 @@ def test_arrays_start_on_a_64_byte_boundary() -> None:
 
 def test_int4_is_packed_two_to_a_byte_first_in_the_low_bits() -> None:
     array = np.array([1, -1, 7, -8, 3]).astype(ml_dtypes.int4)
-    assert pack(array).tolist() == [0xF1, 0x87, 0x03]
-    assert unpack(np.array([0xF1, 0x87, 0x03], np.uint8), (5,), "int4").astype(np.int8).tolist() == [1, -1, 7, -8, 3]
+    assert to_bytes(array).tolist() == [0xF1, 0x87, 0x03]
+    assert from_bytes(np.array([0xF1, 0x87, 0x03], np.uint8), (5,), "int4").astype(np.int8).tolist() == [
+        1,
+        -1,
+        7,
+        -8,
+        3,
+    ]
 
 
 def test_a_tall_array_of_long_rows_is_cut_along_its_second_axis_too() -> None:

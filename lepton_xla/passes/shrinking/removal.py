@@ -37,7 +37,7 @@ class _UnreachableError(RecipeError):
     """A target that cannot be reached.
 
     Attributes:
-        level: how far to go instead, for `Ranking.at_level`.
+        level: how far to go instead, for `RemovalOrder.at_level`.
     """
 
     def __init__(self, message: str, level: float = 1.0) -> None:
@@ -120,7 +120,7 @@ def shrink(
             f"leave it with on_unsupported = 'keep'"
         )
     groups = groups.without(reasons)
-    ranking = Ranking(groups, scores, scope, round_to)
+    ranking = RemovalOrder(groups, scores, scope, round_to)
     before = cost(program, chosen)
     not_reached = ""
     try:
@@ -164,7 +164,7 @@ def rounded_to(group: Group, round_to: int) -> int:
     return round_to // math.gcd(round_to, group.inner)
 
 
-class Ranking:
+class RemovalOrder:
     """The order in which units are removed.
 
     Attributes:
@@ -242,7 +242,7 @@ class Ranking:
 
 def _search(
     program: Program,
-    ranking: Ranking,
+    ranking: RemovalOrder,
     sizes: Mapping[str, int],
     *,
     flops: float | None,
