@@ -148,7 +148,8 @@ def plan_for(
     'int4 weights in groups of 4, range by mse'
     """
     say = progress or (lambda _line: None)
-    warn_of_slow_flags(_LOG, jax.default_backend())
+    timer = timer or Timer()
+    warn_of_slow_flags(_LOG, timer.target.platform)
     # The model may not accept the default sizes.
     asked = grid(program, buckets)[0] if buckets else probe_sizes(program.fn, program.weights, program.inputs)[0]
     program = without_callbacks(program, asked)
@@ -161,7 +162,7 @@ def plan_for(
         say("fold")
         program = fold(program)
     if recipe.shrink is not None:
-        program = _shrunk(program, recipe, _as_list(calibration), grid(program, buckets), say, timer or Timer())
+        program = _shrunk(program, recipe, _as_list(calibration), grid(program, buckets), say, timer)
     return program, resolve(recipe, program)
 
 

@@ -92,7 +92,7 @@ def _compare(key: _Key, timer: Timer) -> Timing:
     def as_float(*operands: jax.Array) -> jax.Array:
         return _compat.bind(site.eqn, operands)[0]
 
-    prepare = jax.jit(functools.partial(_operands, key))
+    prepare = functools.partial(_operands, key)
     like, like_rounded = jax.eval_shape(prepare, *site.operands)
     repeats = REPEATS if timer.target.queues else 1
     wanted = [(as_float, like_rounded), (functools.partial(_in_codes, key), like)]
@@ -100,8 +100,8 @@ def _compare(key: _Key, timer: Timer) -> Timing:
         wanted.append((functools.partial(_in_codes, key, pad=True), like))
 
     def measure(executables: list[Any]) -> Times:
-        args, rounded = prepare(*(random_array(number, operand) for number, operand in enumerate(site.operands)))
-        in_float, *in_codes = executables
+        in_float, *in_codes, prepared = executables
+        args, rounded = prepared(*(random_array(number, operand) for number, operand in enumerate(site.operands)))
         expected = in_float(*rounded)
         errors = [_share(call(*args), expected) for call in in_codes]
         # The dequantized operands take the same time as the original ones.
@@ -110,7 +110,8 @@ def _compare(key: _Key, timer: Timer) -> Timing:
         worst = float(np.max(errors))
         return Times(times, worst if math.isfinite(worst) else None)
 
-    times = timer.recall([Lowered.of(_repeated(fn, repeats), *given) for fn, given in wanted], measure)
+    programs = [Lowered.of(_repeated(fn, repeats), *given) for fn, given in wanted]
+    times = timer.recall(programs, measure, lambda: [Lowered.of(prepare, *site.operands)])
     error = math.nan if times.error is None else times.error
     return Timing({}, times.us[0], times.us[1], times.us[2] if len(times.us) == 3 else None, error)
 
