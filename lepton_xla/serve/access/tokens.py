@@ -17,7 +17,7 @@ import secrets
 import tempfile
 from collections.abc import Generator, Sequence
 from pathlib import Path
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Literal
 
 import msgspec
 
@@ -25,7 +25,6 @@ from lepton_xla.errors import ServeError
 from lepton_xla.serve.access.watched import read_private
 
 type Scope = Literal["infer", "read", "admin"]
-SCOPES: tuple[Scope, ...] = get_args(Scope.__value__)
 
 # Tells scanners for leaked secrets, and people, what it is.
 _PREFIX = "leptonx_"

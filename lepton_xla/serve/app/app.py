@@ -55,6 +55,7 @@ class InferCall(Call, kw_only=True, eq=False):
         """Answers with the outputs."""
         response = self.request.spec.response
         if response is not None and self.coding is None:
+            # As `send`, without a call.
             exchange = self.exchange
             if not exchange.answered:
                 self.model.metrics.answered(monotonic() - exchange.started_s, len(exchange.body), response.nbytes)

@@ -178,7 +178,7 @@ class Connection(asyncio.Protocol):
             self._feed(data)
             return
         head = self._last
-        if head is not None and data.startswith(head.start) and len(data) == len(head.start) + head.content_length:
+        if head is not None and len(data) == head.size and data.startswith(head.start):
             self._state.buffered_bytes += head.content_length
             self.dispatch(head, data[len(head.start) :], None)
             return
@@ -219,7 +219,7 @@ class Connection(asyncio.Protocol):
         if head is not None and len(data) - end - 4 == head.content_length:
             if len(heads) >= _CACHED_HEADS:
                 heads.clear()
-            head.start = data[: end + 4]
+            head.start, head.size = data[: end + 4], len(data)
             heads[data[:end]] = head
 
     # Called by `Incoming`.

@@ -60,9 +60,12 @@ class Head:
         route: cached by the handler: what answers this head.
         generation: of the handler's routes when it was cached; -1 if it is not.
         start: its bytes with the blank line, if the head is cached.
+        size: bytes of head and body, if the head is cached.
     """
 
-    __slots__ = ("content_length", "generation", "headers", "keep_alive", "method", "old", "route", "start", "target")
+    __slots__ = (
+        "content_length", "generation", "headers", "keep_alive", "method", "old", "route", "size", "start", "target"
+    )  # fmt: skip
 
     def __init__(self, method: bytes, target: bytes, headers: dict[bytes, bytes], keep_alive: bool, old: bool) -> None:
         self.method = method
@@ -74,6 +77,7 @@ class Head:
         self.route: Callable[[Exchange], None]
         self.generation = -1
         self.start = b""
+        self.size = 0
 
 
 class Exchange(msgspec.Struct, eq=False):
