@@ -1,4 +1,4 @@
-"""Compiled code, its bytes, and what is said where XLA cannot make, write or run it."""
+"""Compiled code, its bytes, and messages if XLA cannot compile, serialize or run it."""
 
 import logging
 import re

@@ -13,7 +13,7 @@ from jax import lax
 
 from lepton_xla.program import Program, TensorSpec, trace
 
-# As many positions as channels may be: what lies along one axis must not be taken for what lies along the other.
+# The number of positions may equal that of channels, so that axes can be confused.
 POSITIONS, WIDTHS = 4, (4, 6)
 KINDS = (
     *["dense"] * 4, "add", "add", "scale", "scale", "act", "act", "max", "mask", "gate", "residual", "norm",

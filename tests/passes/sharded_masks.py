@@ -1,4 +1,4 @@
-"""Run by test_masks with eight devices: masks on meshes of 1, 2 and 8 are the same, and no weight is gathered."""
+"""Run by test_masks with eight devices: masks on meshes of 1, 2 and 8 devices are equal, and no weight is gathered."""
 
 import re
 import sys

@@ -1,4 +1,4 @@
-"""Products of two activations in codes: attention by hand, against the same attention rounded in NumPy float64."""
+"""Quantized products of two activations: attention, compared with the same attention rounded in NumPy float64."""
 
 import functools
 import itertools

@@ -1,4 +1,4 @@
-"""How an operation is computed is decided by the clock, here a fake one, and holds wherever the program goes."""
+"""Alternatives are chosen by a clock, here a fake one, and the choice holds in all later passes."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""AWQ: the exponent that a search in NumPy finds, less error than rounding as it is, and the float function kept."""
+"""AWQ finds the exponent of a search in NumPy, reduces the rounding error, and keeps the float function."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""Bias correction: the mean of each output is what it was, whatever adds the bias."""
+"""Bias correction restores the mean of each output, however the bias is added."""
 
 import flax.linen as nn
 import jax

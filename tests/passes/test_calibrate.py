@@ -1,4 +1,4 @@
-"""Calibrated ranges against NumPy, inside and outside control flow, and batches that cannot be used."""
+"""Calibrated ranges compared with NumPy, inside and outside of control flow; unusable batches."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""Products on 16-bit floats: their values against float64 on rounded operands, and what becomes of every weight."""
+"""Products on 16-bit floats, compared with float64 on rounded operands; reports on every weight."""
 
 import re
 

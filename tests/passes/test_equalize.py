@@ -1,4 +1,4 @@
-"""Cross-layer equalization: ranges by the paper's formula, the function kept, pairs found by data flow."""
+"""Cross-layer equalization: ranges follow the paper's formula, the function is unchanged, pairs are found."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""Folding: the numbers stay, the batch norms and the double work go."""
+"""Folding removes batch norms and duplicate work, and keeps results."""
 
 import equinox as eqx
 import flax.linen as nn

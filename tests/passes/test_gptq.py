@@ -1,4 +1,4 @@
-"""GPTQ against the algorithm written down in NumPy float64, and against rounding to nearest."""
+"""GPTQ compared with the algorithm in NumPy float64, and with rounding to nearest."""
 
 import contextlib
 import functools

@@ -1,4 +1,4 @@
-"""Masks only ever grow: whatever is pruned after whatever, what was dropped stays dropped and is exactly zero."""
+"""Masks only grow: pruned elements stay exactly zero in every sequence of pruning passes."""
 
 import contextlib
 import itertools

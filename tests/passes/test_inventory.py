@@ -1,4 +1,4 @@
-"""The report on weights: each of the original program once, and bytes that add up."""
+"""The weights report: every original weight occurs once, and bytes add up."""
 
 import flax.linen as nn
 import jax

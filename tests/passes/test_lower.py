@@ -1,4 +1,4 @@
-"""Lowering to int8: the fake-quantized model's numbers, really in integers, and taken back where it does not pay."""
+"""Quantized programs: equal to the fake-quantized model, computed in integers, and reverted where that is slower."""
 
 import dataclasses
 import re

@@ -1,4 +1,4 @@
-"""The clock behind the measured revert: what it times, and that it takes turns."""
+"""Timing of products: what is timed, and that calls take turns."""
 
 import functools
 import itertools

@@ -1,4 +1,4 @@
-"""Names that passes make: whatever users call their weights, no site is lost, and no weight takes another's place."""
+"""Names that passes make: whatever users call their weights, no site is lost and no weight replaces another."""
 
 import itertools
 
@@ -55,7 +55,7 @@ def test_plain_names():
     assert fresh("w", "bias", {"w", "w:bias"}) == "w:bias:bias"
 
 
-# Each beside what the package would call something of another: further uses, factors, ranges, folded shifts.
+# Each next to a name that the package would make: further uses, factors, ranges, folded shifts.
 ADVERSARIAL = (
     "w", "w#0", "w#1", "w:input_factor", "w:act_absmax", "w:act_scale", "w:bias", "w:correction", "w#1:act_absmax",
     "dot_general", "dot_general#0", "größe 1.0", "a.b c:0", "(?i)x+",

@@ -1,4 +1,4 @@
-"""Wanda and SparseGPT against the papers' algorithms in NumPy float64, and through recipes."""
+"""Wanda and SparseGPT compared with the papers' algorithms in NumPy float64, and in recipes."""
 
 import functools
 

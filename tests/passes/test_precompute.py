@@ -1,4 +1,4 @@
-"""Weights that are computed from weights: named in plans, stored small, and the same numbers in training."""
+"""Computed weights: named in plans, stored small, and equal in training."""
 
 import flax.linen as nn
 import jax

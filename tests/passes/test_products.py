@@ -1,4 +1,4 @@
-"""The int8 product of every layout, against an exact NumPy reference in integers."""
+"""The int8 product in every layout, compared with an exact NumPy reference in integers."""
 
 import jax
 import jax.export

@@ -1,4 +1,4 @@
-"""Thresholds by counting against a stable sort, and sums that come out the same in any order against float64."""
+"""Thresholds by counting, compared with a stable sort; order-independent sums, compared with float64."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""The walker against the functions it walks: same values, derivatives, shardings, names and effects."""
+"""The walker keeps values, derivatives, shardings, names and effects of a function."""
 
 import dataclasses
 import functools

@@ -1,4 +1,4 @@
-"""Shrinking: the smaller model equals the one whose removed weights are zero, whatever the model is written in."""
+"""Shrinking: the smaller model equals the original with the removed weights set to zero, in every framework."""
 
 import itertools
 import sys

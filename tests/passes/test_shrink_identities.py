@@ -1,4 +1,4 @@
-"""Shrinking where a value is handed on as it is: the smaller model is right, and every layer is accounted for."""
+"""Shrinking through operations that return values unchanged: results are right and every layer is reported."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""Random networks: whatever is joined, split, flattened and added, the shrunk one equals the masked one in float64."""
+"""Random networks with joins, splits, reshapes and sums: the shrunk network equals the masked one in float64."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""Shrinking as a recipe asks for it: between folding and pruning, with the plan made for what is left."""
+"""Shrinking in recipes: between folding and pruning, with a plan for the shrunk program."""
 
 import contextlib
 

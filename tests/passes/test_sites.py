@@ -1,4 +1,4 @@
-"""Site discovery: what is found in a model, what it is called, and how a stored weight reaches its product."""
+"""Site discovery: which sites are found, their names, and the layout from the stored weight to the product."""
 
 import equinox as eqx
 import flax.linen as nn

@@ -1,4 +1,4 @@
-"""SmoothQuant: its factors by the formula, where they go, and the float function kept."""
+"""SmoothQuant: factors follow the formula, are folded where possible, and keep the float function."""
 
 import equinox as eqx
 import flax.linen as nn

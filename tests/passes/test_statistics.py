@@ -1,4 +1,4 @@
-"""Statistics of activations against NumPy in float64, through every container and every layout of a product."""
+"""Activation statistics compared with NumPy in float64, in every container and layout of a product."""
 
 import flax.linen as nn
 import jax

@@ -1,4 +1,4 @@
-"""Measured times on disk: what is taken from there, what is not, and that nothing on the disk is an error."""
+"""The disk cache of measured times: hits, misses, and tolerance of every disk error."""
 
 import dataclasses
 import logging

@@ -1,4 +1,4 @@
-"""Every weight format through fake_quant and lower, which must be the same numbers, and through the artifact."""
+"""Every weight format in fake_quant and quantize, which must agree, and in artifacts."""
 
 import itertools
 

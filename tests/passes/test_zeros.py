@@ -1,4 +1,4 @@
-"""Zeros stay exactly zero in every format and granularity: trained with masks, lowered, saved, loaded."""
+"""Zeros stay exactly zero in every format and granularity: trained with masks, quantized, saved, loaded."""
 
 import itertools
 
