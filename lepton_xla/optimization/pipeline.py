@@ -41,11 +41,11 @@ from lepton_xla.passes.pruning.wanda import wanda
 from lepton_xla.passes.quantization.bias_correction import correct_bias
 from lepton_xla.passes.quantization.casting import cast
 from lepton_xla.passes.quantization.gptq import Rounded, gptq
-from lepton_xla.passes.quantization.lowering import AT_LOAD, quantize
+from lepton_xla.passes.quantization.lowering import quantize
 from lepton_xla.passes.quantization.rounding import GivenGrids, round_to_nearest
 from lepton_xla.passes.rescaling.awq import awq
 from lepton_xla.passes.rescaling.equalization import equalize
-from lepton_xla.passes.rescaling.smoothquant import MULTIPLIED, smooth
+from lepton_xla.passes.rescaling.smoothquant import smooth
 from lepton_xla.passes.shrinking.removal import shrink
 from lepton_xla.program import Program, abstract_outputs, as_sizes, probe_sizes
 from lepton_xla.quant import QTensor
@@ -248,7 +248,7 @@ def _in_rounds(
     say(f"once more, without multiplying the activations of {len(vain)} products that are computed in float")
     first = lowered.history[len(program.history) :]
     sites = next(report.sites for report in first if report.name == "quantize")
-    among = frozenset(site.site for site in sites if " x " in site.action) if sizes else None
+    among = frozenset(site.site for site in sites if site.outcome == "codes") if sizes else None
     again = _quantized(program, plan, batches, sizes, say, timer, known, in_float=vain, among=among)
     return _with_seconds(again, first, len(program.history))
 
@@ -374,11 +374,9 @@ def _multiplied_in_vain(program: Program) -> dict[str, str]:
     reports = {report.name: report for report in program.history}
     if "smoothquant" not in reports:
         return {}
-    multiplied = {site.site for site in reports["smoothquant"].sites if site.action == MULTIPLIED}
+    multiplied = {site.site for site in reports["smoothquant"].sites if site.outcome == "multiplied"}
     return {
-        site.site: site.reason.removesuffix(AT_LOAD).removesuffix("; ")
-        for site in reports["quantize"].sites
-        if site.site in multiplied and " x " not in site.action
+        site.site: site.reason for site in reports["quantize"].sites if site.site in multiplied and site.outcome != "codes"
     }
 
 
