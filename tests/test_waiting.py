@@ -137,6 +137,12 @@ def test_a_second_round_does_only_what_is_different(monkeypatch: pytest.MonkeyPa
         rounded.append(planned.path)
         return plain(planned, *others)
 
+    def resolved(*given: Any) -> lx.Plan:
+        plans.append(lx.passes.resolve(*given))
+        return plans[-1]
+
+    plans: list[lx.Plan] = []
+    monkeypatch.setattr("lepton_xla.optimization.pipeline.resolve", resolved)
     monkeypatch.setattr(lower_module, "compare", compare)
     monkeypatch.setattr(lower_module, "time_programs", time_programs)
     monkeypatch.setattr(gptq_module, "_round", counted)
@@ -144,6 +150,7 @@ def test_a_second_round_does_only_what_is_different(monkeypatch: pytest.MonkeyPa
     smooth = next(report for report in small.history if report.name == "smoothquant")
     assert {site.site for site in smooth.sites if site.outcome == "multiplied"} == {"1/kernel", "2/kernel"}
     assert sorted(rounded) == ["0/kernel", "0/kernel", "1/kernel", "2/kernel"]
+    assert len(plans) == 1
     lower = next(report for report in small.history if report.name == "lower")
     assert {site.site: site.outcome for site in lower.sites} == {
         "0/kernel": "changed", "1/kernel": "codes", "2/kernel": "codes"

@@ -352,7 +352,7 @@ def _quantized(
     among: frozenset[str] | None = None,
 ) -> Program:
     """Prepare weights, calibrate activation ranges, and quantize; `in_float` and `among` as in `quantize`."""
-    program, plan, grids = _prepare(program, plan, batches, say, known, unmultiplied=tuple(in_float or ()))
+    program, grids = _prepare(program, plan, batches, say, known, unmultiplied=tuple(in_float or ()))
     ranges = None
     if any(planned.quantize is not None and needs_range(planned.quantize) for planned in plan.sites):
         if batches is None:
@@ -411,17 +411,16 @@ def _prepare(
     say: Callable[[str], None],
     known: _Known,
     unmultiplied: Collection[str],
-) -> tuple[Program, Plan, GivenGrids]:
+) -> tuple[Program, GivenGrids]:
     """Run the passes that change float weights to reduce rounding errors, in order.
 
     Returns:
-        The program; its plan, resolved again if the function changed; and the grids of the weights.
+        The program, which keeps the sites of the plan, and the grids of its weights.
     """
     recipe = plan.recipe
     if recipe.equalize:
         say("equalize")
         program = equalize(program, plan)
-        plan = resolve(recipe, program)
     asked = {
         f"rescale = {recipe.rescale!r}": recipe.rescale != "none",
         "rounding = 'gptq'": recipe.rounding == "gptq",
@@ -432,7 +431,7 @@ def _prepare(
         if recipe.without_calibration == "error":
             raise _needs_data(recipe, f"{wanted[0]}, which needs")
         skipped = PassReport("skipped", metrics={"left out, for want of calibration data": ", ".join(wanted)})
-        return program.replace(history=(*program.history, skipped)), plan, {}
+        return program.replace(history=(*program.history, skipped)), {}
     data = batches or ()
     if recipe.rescale != "none":
         say(f"rescale {recipe.rescale}")
@@ -443,9 +442,8 @@ def _prepare(
             )
         else:
             program = awq(program, plan, data)
-        plan = resolve(recipe, program)
     if not (recipe.rounding == "gptq" or recipe.correct_bias):
-        return program, plan, {}
+        return program, {}
     say(f"round to {'least change of outputs (gptq)' if recipe.rounding == 'gptq' else 'nearest'}")
     rounded, grids = (
         gptq(program, plan, data, known=known.rounded) if recipe.rounding == "gptq" else round_to_nearest(program, plan)
@@ -453,7 +451,7 @@ def _prepare(
     if recipe.correct_bias:
         say("correct biases")
         rounded = correct_bias(program, rounded, plan, data)
-    return rounded, resolve(recipe, rounded), grids
+    return rounded, grids
 
 
 def _as_list(calibration: Iterable[Mapping[str, Any]] | None) -> list[Mapping[str, Any]] | None:
