@@ -187,9 +187,9 @@ class Groups:
             marks = sorted({rows[name] for name in group.paths})
             color = "#b0b0b0" if group.protected else f"C{column % 10}"
             axes.plot([column, column], [marks[0], marks[-1]], color=color, linewidth=1)
-            for path, axis in group.cuts:
-                axes.plot(column, rows[path], "s", color=color, markersize=11)
-                axes.text(column, rows[path], axis, color="white", size=6, ha="center", va="center")
+            for owner, axis in group.cuts:
+                axes.plot(column, rows[owner], "s", color=color, markersize=11)
+                axes.text(column, rows[owner], axis, color="white", size=6, ha="center", va="center")
         labels = [f"{group.units} {group.kind}{' (kept)' if group.protected else ''}" for group in self.items]
         axes.set_xticks(range(len(self.items)), labels, rotation=90, size=7)
         axes.set_yticks(range(len(rows)), list(rows), size=7)
