@@ -151,7 +151,7 @@ def test_a_second_round_does_only_what_is_different(monkeypatch: pytest.MonkeyPa
     assert {site.site for site in smooth.sites if site.outcome == "multiplied"} == {"1/kernel", "2/kernel"}
     assert sorted(rounded) == ["0/kernel", "0/kernel", "1/kernel", "2/kernel"]
     assert len(plans) == 1
-    lower = next(report for report in small.history if report.name == "lower")
+    lower = next(report for report in small.history if report.name == "quantize")
     assert {site.site: site.outcome for site in lower.sites} == {
         "0/kernel": "changed", "1/kernel": "codes", "2/kernel": "codes"
     }  # fmt: skip

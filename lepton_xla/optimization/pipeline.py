@@ -376,7 +376,9 @@ def _multiplied_in_vain(program: Program) -> dict[str, str]:
         return {}
     multiplied = {site.site for site in reports["smoothquant"].sites if site.outcome == "multiplied"}
     return {
-        site.site: site.reason for site in reports["quantize"].sites if site.site in multiplied and site.outcome != "codes"
+        site.site: site.reason
+        for site in reports["quantize"].sites
+        if site.site in multiplied and site.outcome != "codes"
     }
 
 
