@@ -722,8 +722,8 @@ def test_channels_that_are_all_zero_are_named_and_stay_zero():
     program = trace(lambda w, x: jnp.tanh(x @ w["a"]) @ w["b"], weights, ROWS)
     plan = resolve(Recipe.parse("[[quantize]]\nsites = '.*'", name="r"), program)
     small = run_lower(program, plan)
-    reasons = {site.site: site.reason for site in small.history[-1].sites}
-    assert reasons == {"a": "1 of its 8 channels are all zero", "b": ""}
+    notes = {site.site: site.notes for site in small.history[-1].sites}
+    assert notes == {"a": ("1 of its 8 channels are all zero",), "b": ()}
     scale = np.asarray(small.weights["a"].scale)
     assert np.all(np.isfinite(scale))
     assert np.all(scale > np.finfo(np.float32).tiny)
