@@ -15,6 +15,8 @@ from lepton_xla.errors import CompileError, ModelError, first_line
 from lepton_xla.trees import abstract, name_leaves, some_names, tree_bytes
 
 if TYPE_CHECKING:
+    from jaxtyping import Array, Bool
+
     from lepton_xla.report import PassReport
 
 type Weights = dict[str, Any]
@@ -129,7 +131,7 @@ class Program:
     weights: Weights
     inputs: dict[str, TensorSpec]
     outputs: dict[str, TensorSpec]
-    masks: dict[str, jax.Array] = dataclasses.field(default_factory=dict[str, jax.Array])
+    masks: dict[str, Bool[Array, "*_"]] = dataclasses.field(default_factory=dict[str, jax.Array])
     history: tuple[PassReport, ...] = ()
     expansion: Expansion | None = None
     origin: Weights | None = None

@@ -4,6 +4,7 @@ import ast
 import doctest
 import importlib
 import inspect
+import re
 
 import jax
 import jax.numpy as jnp
@@ -89,13 +90,24 @@ def without_example(name, item):
     text = item.__doc__ or ""
     missing = [] if ">>> " in text else [name]
     if inspect.isclass(item):
-        shown = "".join(example.source for example in doctest.DocTestParser().get_examples(text))
-        for method, value in (pair for kind in item.__mro__ if ours(kind) for pair in vars(kind).items()):
-            if not method.startswith("_") and (inspect.isroutine(value) or isinstance(value, property)):
-                own = value.__doc__ or ""
-                referred = own.startswith("See `")  # to the method of another class that does the same
-                missing += [] if ">>> " in own or referred or f".{method}" in shown else [f"{name}.{method}"]
+        members = {
+            name: value.__doc__ or ""
+            for kind in item.__mro__
+            if ours(kind)
+            for name, value in vars(kind).items()
+            if not name.startswith("_") and (inspect.isroutine(value) or isinstance(value, property))
+        }
+        shown = "".join(source(part) for part in (text, *members.values()))
+        for method, own in members.items():
+            referred = own.startswith("See `")  # to the method of another class that does the same
+            if ">>> " not in own and not referred and not re.search(rf"\b{method}\b", shown):
+                missing.append(f"{name}.{method}")
     return missing
+
+
+def source(text):
+    """The code of the examples in a docstring."""
+    return "".join(example.source for example in doctest.DocTestParser().get_examples(text))
 
 
 def ours(kind):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -15,6 +15,9 @@ from lepton_xla.compiler.runtime import Runner, Runtime
 from lepton_xla.errors import InputError
 from lepton_xla.program import TensorSpec
 from lepton_xla.rows import row_symbol
+
+if TYPE_CHECKING:
+    from jaxtyping import Shaped
 
 
 class Servable:
@@ -52,7 +55,9 @@ class Servable:
         """Bytes of all weights on the device."""
         return sum(array.on_device_size_in_bytes() for array in self.runtime.weights)
 
-    def run(self, sizes: Mapping[str, int], arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
+    def run(
+        self, sizes: Mapping[str, int], arrays: Sequence[Shaped[np.ndarray, "*_"]]
+    ) -> list[Shaped[np.ndarray, "*_"]]:
         """Run one bucket without padding or splitting: the fast path.
 
         Args:
@@ -79,7 +84,7 @@ class Servable:
         """
         return self.runtime.runner(sizes)
 
-    def __call__(self, /, **inputs: Any) -> dict[str, np.ndarray]:
+    def __call__(self, /, **inputs: Any) -> dict[str, Shaped[np.ndarray, "*_"]]:
         """Run the model on named inputs: pads them to a bucket, splits larger batches, removes the padding.
 
         Args:

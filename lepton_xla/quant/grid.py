@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,9 @@ from jax import lax
 from lepton_xla.errors import RecipeError
 from lepton_xla.quant.codebook import learn_levels, nearest_level
 from lepton_xla.quant.formats import Format
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float, Float32, Num, Shaped, UInt8
 
 # Candidates of the `mse` search: scales as fractions of the absmax scale, from 1.1 (better for some small groups) to
 # 0.05. At four bits the error is within 0.3 % of that of 1200 candidates.
@@ -51,9 +55,9 @@ class Grid:
     [[1.0, 2.0]]
     """
 
-    scale: jax.Array
-    zero_point: jax.Array | None = None
-    codebook: jax.Array | None = None
+    scale: Float[Array, "*batch g n"]
+    zero_point: UInt8[Array, "*batch g n"] | None = None
+    codebook: Float32[Array, "*batch levels"] | None = None
 
 
 def group_size(granularity: str) -> int:
@@ -81,7 +85,7 @@ def nearest_group(rows: int, size: int) -> int:
     return below[-1] if below else (above[0] if above else rows)
 
 
-def magnitude(array: jax.Array, axes: Sequence[int] | None) -> jax.Array:
+def magnitude(array: Float[Array, "*_"], axes: Sequence[int] | None) -> Float[Array, "*_"]:
     """Largest absolute value along `axes` (None: all axes), which are kept with size 1.
 
     >>> from lepton_xla.quant import magnitude
@@ -91,7 +95,7 @@ def magnitude(array: jax.Array, axes: Sequence[int] | None) -> jax.Array:
     return jnp.max(jnp.abs(array), axis=None if axes is None else tuple(axes), keepdims=True, initial=0)
 
 
-def absmax_scale(absmax: jax.Array, target: Format) -> jax.Array:
+def absmax_scale(absmax: Float[Array, "*shape"], target: Format) -> Float32[Array, "*shape"]:
     """The scale that maps `absmax` onto the largest code.
 
     Args:
@@ -128,14 +132,14 @@ def settle(scale: jax.Array, granularity: str) -> jax.Array:
 
 
 def make_grid(
-    matrix: jax.Array,
+    matrix: Float[Array, "*batch k n"],
     target: Format,
     granularity: str,
     weight_range: str = "absmax",
     *,
-    scale: jax.Array | None = None,
-    zero_point: jax.Array | None = None,
-    codebook: jax.Array | None = None,
+    scale: Float[Array, "*batch _ _"] | None = None,
+    zero_point: Num[Array, "*batch _ _"] | None = None,
+    codebook: Float[Array, "*batch levels"] | None = None,
 ) -> Grid:
     """Make the grid for a matrix; parts that are given are used as they are.
 
@@ -265,12 +269,12 @@ def matrix_values(codes: jax.Array, grid: Grid, target: Format) -> jax.Array:
 
 
 def encode(
-    array: jax.Array,
-    scale: jax.Array,
+    array: Float[Array, "*shape"],
+    scale: Float[Array, "*#shape"],
     target: Format,
-    zero_point: jax.Array | None = None,
-    codebook: jax.Array | None = None,
-) -> jax.Array:
+    zero_point: Num[Array, "*#shape"] | None = None,
+    codebook: Float[Array, "*batch levels"] | None = None,
+) -> Shaped[Array, "*shape"]:
     """Round `array` to codes, saturating.
 
     Args:
@@ -306,12 +310,12 @@ def encode(
 
 
 def decode(
-    codes: jax.Array,
-    scale: jax.Array,
+    codes: Shaped[Array, "*shape"],
+    scale: Float[Array, "*#shape"],
     target: Format,
-    zero_point: jax.Array | None = None,
-    codebook: jax.Array | None = None,
-) -> jax.Array:
+    zero_point: Num[Array, "*#shape"] | None = None,
+    codebook: Float[Array, "*batch levels"] | None = None,
+) -> Float32[Array, "*shape"]:
     """Dequantize codes to float32; the arguments are those of `encode`.
 
     >>> from lepton_xla.quant import FORMATS

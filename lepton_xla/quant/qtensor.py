@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,9 @@ from jax import lax
 from lepton_xla.quant.formats import FORMATS, Format
 from lepton_xla.quant.grid import Grid, decode, make_grid, matrix_codes, matrix_values
 from lepton_xla.quant.packing import pack, unpack
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float, Float32, Int, Num, Shaped, UInt8
 
 
 @functools.partial(
@@ -41,12 +45,12 @@ class QTensor:
     ([[7, 7], [-3, 1], [1, -2]], [7.0, 3.5])
     """
 
-    values: jax.Array
-    scale: jax.Array
+    values: Shaped[Array, "*batch rows n"]
+    scale: Float[Array, "*batch _ _"]
     format: str
     rows: int
-    zero_point: jax.Array | None = None
-    codebook: jax.Array | None = None
+    zero_point: UInt8[Array, "*batch _ _"] | None = None
+    codebook: Float32[Array, "*batch levels"] | None = None
     transposed: bool = False
 
     @property
@@ -59,7 +63,7 @@ class QTensor:
         """The grid of the codes."""
         return Grid(self.scale, self.zero_point, self.codebook)
 
-    def codes(self) -> jax.Array:
+    def codes(self) -> Shaped[Array, "*batch k n"]:
         """Unpack the codes: [..., K, N] of the format's dtype."""
         if self.transposed:
             return jnp.swapaxes(self.values, -1, -2)
@@ -76,17 +80,21 @@ class QTensor:
         return self if self.transposed else self._turned()
 
     def by_rows(self) -> QTensor:
-        """Return the same matrix with its codes stored row-major."""
+        """Return the same matrix with its codes stored row-major.
+
+        >>> quantize(jnp.ones((3, 2)), "int8").by_columns().by_rows().values.shape
+        (3, 2)
+        """
         return self._turned() if self.transposed else self
 
     def _turned(self) -> QTensor:
         return dataclasses.replace(self, values=jnp.swapaxes(self.values, -1, -2), transposed=not self.transposed)
 
-    def dequantize(self, dtype: jnp.dtype | str = "float32") -> jax.Array:
+    def dequantize(self, dtype: jnp.dtype | str = "float32") -> Float[Array, "*batch k n"]:
         """Return the float matrix [..., K, N]."""
         return matrix_values(self.codes(), self.grid, FORMATS[self.format]).astype(dtype)
 
-    def columns(self, index: jax.Array) -> QTensor:
+    def columns(self, index: Int[Array, " columns"]) -> QTensor:
         """Select columns: a `QTensor` of [K, len(index)].
 
         Args:
@@ -102,14 +110,14 @@ class QTensor:
 
 
 def quantize(
-    matrix: jax.Array,
+    matrix: Float[Array, "*batch k n"],
     name: str,
     granularity: str = "channel",
     weight_range: str = "absmax",
     *,
-    scale: jax.Array | None = None,
-    zero_point: jax.Array | None = None,
-    codebook: jax.Array | None = None,
+    scale: Float[Array, "*batch _ _"] | None = None,
+    zero_point: Num[Array, "*batch _ _"] | None = None,
+    codebook: Float[Array, "*batch levels"] | None = None,
 ) -> QTensor:
     """Quantize a matrix on the grid that `make_grid` chooses, or on a given one.
 
@@ -134,14 +142,14 @@ def quantize(
 
 
 def fake_quantize(
-    array: jax.Array,
-    codes: jax.Array,
-    scale: jax.Array,
+    array: Float[Array, "*shape"],
+    codes: Shaped[Array, "*shape"],
+    scale: Float[Array, "*#shape"],
     target: Format,
-    zero_point: jax.Array | None = None,
+    zero_point: Num[Array, "*#shape"] | None = None,
     *,
     clips: bool = True,
-) -> jax.Array:
+) -> Float[Array, "*shape"]:
     """Dequantize codes with a straight-through gradient for the array: for training and evaluation.
 
     The gradient passes straight through the rounding (Bengio et al. 2013, arXiv:1308.3432) and is zero where an integer

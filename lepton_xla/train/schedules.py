@@ -6,12 +6,15 @@ import dataclasses
 import math
 import numbers
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 
 from lepton_xla.errors import RecipeError
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Bool, Int32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +70,7 @@ class Schedule:
                 raise RecipeError(f"schedule: the sparsity at step {step} is {value:g}; expected a share in [0, 1)")
         return Schedule(lambda step, _final: share(step), begin, end, every, overrides=True)
 
-    def due(self, step: jax.Array) -> jax.Array:
+    def due(self, step: Int32[Array, ""]) -> Bool[Array, ""]:
         """Tell whether masks are updated at this step."""
         regular = (step >= self.begin) & ((step - self.begin) % self.every == 0)
         return regular if self.end is None else (regular & (step <= self.end)) | (step == self.end)

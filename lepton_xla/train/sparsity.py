@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import numbers
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +29,9 @@ from lepton_xla.recipe.rules import DATA_METHODS, check_rule, sparsity_of
 from lepton_xla.train.schedules import Schedule
 from lepton_xla.trees import key_name, name_leaves, some_names
 
+if TYPE_CHECKING:
+    from jaxtyping import Array, Bool, Float32, Int32
+
 type Rules = Plan | Mapping[str, float | None] | Sequence[PruneRule]
 
 
@@ -48,9 +51,9 @@ class SparsityState(NamedTuple):
     (0, [[True, True], [True, True]])
     """
 
-    step: jax.Array
-    masks: dict[str, jax.Array]
-    sparsity: dict[str, jax.Array]
+    step: Int32[Array, ""]
+    masks: dict[str, Bool[Array, "*_"]]
+    sparsity: dict[str, Float32[Array, ""]]
     inner: Any
 
 
@@ -90,7 +93,7 @@ def sparsify(
     schedule: Schedule | Callable[[Any], Any],
     regrow: Regrow | None = None,
     straight_through: bool = False,
-    masks: Mapping[str, jax.Array] | None = None,
+    masks: Mapping[str, Bool[Array, "*_"]] | None = None,
     seed: int = 0,
 ) -> optax.GradientTransformationExtraArgs:
     """Wrap an optimizer so that it prunes the weights it trains.
@@ -348,7 +351,7 @@ def state_of(optimizer_state: Any) -> SparsityState:
     return found[0]
 
 
-def masks_of(optimizer_state: Any) -> dict[str, jax.Array]:
+def masks_of(optimizer_state: Any) -> dict[str, Bool[Array, "*_"]]:
     """Weight path -> mask, from the state of an optimizer made by `sparsify`, at any depth.
 
     Raises:
@@ -362,7 +365,7 @@ def masks_of(optimizer_state: Any) -> dict[str, jax.Array]:
     return state_of(optimizer_state).masks
 
 
-def finalize(params: Any, optimizer_state: Any) -> tuple[Any, dict[str, jax.Array]]:
+def finalize(params: Any, optimizer_state: Any) -> tuple[Any, dict[str, Bool[Array, "*_"]]]:
     """Return the trained weights with exact zeros, and masks for `Program.masks`.
 
     Args:

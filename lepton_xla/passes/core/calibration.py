@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,9 @@ from lepton_xla.quant import FORMATS, observers
 from lepton_xla.quant.observers import Aggregate, Histogram
 from lepton_xla.recipe import QuantizeRule
 
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float32
+
 # Side inputs of a weight: a one-hot mark of the step, and the level of the histogram. Then the names of taps.
 _MARK, _LEVEL = "mark", "level"
 _LARGEST, _COUNTS = "largest", "counts"
@@ -35,7 +38,9 @@ EMPTY = (
 
 
 @takes(program=Program, plan=Plan)
-def calibrate(program: Program, plan: Plan, batches: Iterable[Mapping[str, Any]]) -> dict[str, jax.Array]:
+def calibrate(
+    program: Program, plan: Plan, batches: Iterable[Mapping[str, Any]]
+) -> dict[str, Float32[Array, "*steps"]]:
     """Measure the range of each statically quantized site's activation, in one pass over the data.
 
     Holds one batch at a time, and a histogram of fixed size for each site and step. A batch with larger magnitudes than

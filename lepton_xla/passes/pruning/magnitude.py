@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -22,11 +22,14 @@ from lepton_xla.passes.pruning.shares import nothing_left, rule_shares
 from lepton_xla.passes.pruning.targets import Target, plan_targets
 from lepton_xla.program import Program, check_masks
 from lepton_xla.recipe.rules import DATA_METHODS, check_rule
-from lepton_xla.report import PassReport, SiteReport, unchanged
+from lepton_xla.report import PassReport, SiteReport
 from lepton_xla.trees import leaf_bytes, name_leaves
 
+if TYPE_CHECKING:
+    from jaxtyping import Array, Bool, Float
 
-def magnitude_masks(weights: Sequence[jax.Array], sparsity: float) -> list[jax.Array]:
+
+def magnitude_masks(weights: Sequence[Float[Array, "*_"]], sparsity: float) -> list[Bool[Array, "*_"]]:
     """Masks of the elements to keep, ranked by magnitude over all weights together.
 
     Runs on the host, on real arrays, in time linear in the number of elements.
@@ -93,7 +96,7 @@ def prune(program: Program, plan: Plan, *, seed: int = 0) -> Program:
         for target in targets
         if spare and masks[target.path].sum() <= 1 < math.prod(target.like.shape)
     }
-    kept = [unchanged(entry.site.name, entry.not_pruned) for entry in plan.sites if entry.not_pruned]
+    kept = [SiteReport(entry.site.name, "kept", entry.not_pruned) for entry in plan.sites if entry.not_pruned]
     return with_masks(program, plan, "prune", start, targets, masks, reasons=reasons, kept=kept)
 
 
@@ -162,7 +165,7 @@ def with_masks(
         if reason := nothing_left(target, mask):
             if plan.recipe.on_unsupported == "error":
                 raise RecipeError(f"{reason}; lower its sparsity or exclude it")
-            lines += [unchanged(site, reason) for site in sites]
+            lines += [SiteReport(site, "kept", reason) for site in sites]
             continue
         found[path] = mask
         weight: Any = (weights or changed).get(path, changed[path])
@@ -189,7 +192,7 @@ def check_finite(path: str, weight: jax.Array) -> None:
 
 @takes(fn=Callable, masks=Mapping)
 def masked(
-    fn: Callable[..., Any], masks: Mapping[str, jax.Array], *, straight_through: bool = False
+    fn: Callable[..., Any], masks: Mapping[str, Bool[Array, "*_"]], *, straight_through: bool = False
 ) -> Callable[..., Any]:
     """Hold pruned weights at zero during training.
 

@@ -7,7 +7,7 @@ import functools
 import math
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -44,6 +44,9 @@ from lepton_xla.quant.qtensor import straight_through
 from lepton_xla.recipe import QuantizeRule
 from lepton_xla.trees import name_leaves, some_names
 
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float
+
 type Scales = dict[str, dict[str, jax.Array]]
 """Weight path -> parts of its grid (`scale`, `zero_point`, `codebook`, stacked axes leading); site name -> the scale
 of its `activation`. `log2_scale` and `log2_activation` are logarithms of scales. `quantize` takes the same."""
@@ -56,7 +59,7 @@ _KEY = "key"
 def fake_quant(
     fn: Callable[..., Any],
     plan: Plan,
-    ranges: Mapping[str, jax.Array] | None = None,
+    ranges: Mapping[str, Float[Array, "*steps"]] | None = None,
     *,
     start: int = 0,
     delay: int = 0,
@@ -178,7 +181,7 @@ def fake_quant(
 
 
 @takes(plan=Plan, ranges=Mapping)
-def initial_scales(weights: Any, plan: Plan, ranges: Mapping[str, jax.Array] | None = None) -> Scales:
+def initial_scales(weights: Any, plan: Plan, ranges: Mapping[str, Float[Array, "*steps"]] | None = None) -> Scales:
     """Make initial scales to train with the weights (LSQ, arXiv:1902.08153), for `fake_quant` and then `quantize`.
 
     They are logarithms (as in TQT, arXiv:1903.08066, section 4), which an optimizer can train directly: Adam moves

@@ -33,8 +33,9 @@ from lepton_xla.passes.rescaling.scaling import (
     weight_absmax,
 )
 from lepton_xla.program import Program
-from lepton_xla.report import PassReport, SiteReport, unchanged
+from lepton_xla.report import PassReport, SiteReport
 
+MULTIPLIED = "activation multiplied"
 WORTHLESS = "it is computed in float, where multiplying its activation brings nothing"
 
 
@@ -113,7 +114,7 @@ def smooth(
     reports: list[SiteReport] = []
     for group in groups:
         if not group.absorbers:
-            reports += [unchanged(site.name, WORTHLESS) for site in group.sites if site.name in unmultiplied]
+            reports += [SiteReport(site.name, "kept", WORTHLESS) for site in group.sites if site.name in unmultiplied]
             group = dataclasses.replace(group, sites=tuple(s for s in group.sites if s.name not in unmultiplied))
             if not group.sites:
                 continue
@@ -124,7 +125,7 @@ def smooth(
         if not group.absorbers:
             multiplied.append((group, jnp.asarray(1 / np.asarray(factor))))
         reports += group_reports(group, factor, weights)
-    reports += [unchanged(name, reason) for name, reason in kept.items()]
+    reports += [SiteReport(name, "kept", reason) for name, reason in kept.items()]
     changed = multiply_inputs(program.replace(weights=weights), multiplied)
     report = PassReport("smoothquant", time.perf_counter() - start, tuple(reports), {"alpha": alpha})
     return changed.replace(history=(*program.history, report))
@@ -135,10 +136,8 @@ def group_reports(
 ) -> list[SiteReport]:
     """Reports for the products of a group: where the factor was folded into, and further metrics."""
     into = ", ".join(absorber.path for absorber in group.absorbers)
-    action, outcome = (f"factor folded into {into}", "changed") if into else ("activation multiplied", "multiplied")
+    action = f"factor folded into {into}" if group.absorbers else MULTIPLIED
     host = np.asarray(factor)
     metrics = {"largest_factor": float(host.max()), "smallest_factor": float(host.min())}
     metrics |= dict(more or {})
-    return [
-        weight_report(site, action, weights[str(site.path)], group.reason, metrics, outcome) for site in group.sites
-    ]
+    return [weight_report(site, action, weights[str(site.path)], group.reason, metrics) for site in group.sites]

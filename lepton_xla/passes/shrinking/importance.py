@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,9 @@ from lepton_xla.passes.shrinking.labels import Axes
 from lepton_xla.program import Program
 from lepton_xla.trees import some_names
 
+if TYPE_CHECKING:
+    from jaxtyping import Float64
+
 type Importance = Literal["l1", "l2", "scale", "taylor", "activation"]
 type Loss = Callable[[Any, Mapping[str, Any]], jax.Array]
 """`loss(weights, batch) -> scalar`; `weights` are the program's weights by path."""
@@ -35,7 +38,7 @@ def importance_scores(
     *,
     calibration: Batches | None = None,
     loss: Loss | None = None,
-) -> dict[str, np.ndarray]:
+) -> dict[str, Float64[np.ndarray, "*steps units"]]:
     """Score the units of every group that is not protected.
 
     A group's score is the mean over its weights of each weight's score, divided by its mean over the units, as in

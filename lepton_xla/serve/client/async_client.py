@@ -5,13 +5,16 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping, Sequence
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
 from lepton_xla.errors import ServeError
 from lepton_xla.serve.client.calls import Attempts, Caller, RequestOf, arrays_of, is_good, json_of, only, route
 from lepton_xla.serve.client.transport import Answer, Channel, RequestError, connected, left
+
+if TYPE_CHECKING:
+    from jaxtyping import Shaped
 
 
 class PooledConnection(Channel):
@@ -59,7 +62,7 @@ class AsyncClient(Caller):
         timeout_s: float | None = None,
         priority: int | None = None,
         **more: Any,
-    ) -> dict[str, np.ndarray]:
+    ) -> dict[str, Shaped[np.ndarray, "*_"]]:
         """See `Client.infer`."""
         attempts = self._attempts(timeout_s)
         name = await self._name(model, attempts)
@@ -95,7 +98,7 @@ class AsyncClient(Caller):
         return await self._probe("/v2/health/live")
 
     async def close(self) -> None:
-        """Close every idle connection; those in use are closed after their answer."""
+        """See `Client.close`."""
         self._closed = True
         idle, self._idle = self._idle, []
         for connection in idle:

@@ -6,13 +6,16 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
 from lepton_xla.errors import ServeError
 from lepton_xla.serve.client.calls import Attempts, Caller, RequestOf, arrays_of, is_good, json_of, only, route
 from lepton_xla.serve.client.transport import Answer, Connection, RequestError, left
+
+if TYPE_CHECKING:
+    from jaxtyping import Shaped
 
 
 class Client(Caller):
@@ -59,7 +62,7 @@ class Client(Caller):
         timeout_s: float | None = None,
         priority: int | None = None,
         **more: Any,
-    ) -> dict[str, np.ndarray]:
+    ) -> dict[str, Shaped[np.ndarray, "*_"]]:
         """Run a model.
 
         Args:

@@ -7,12 +7,15 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from lepton_xla.errors import ServeError
 from lepton_xla.serve.protocol.datatypes import Datatype, datatype_of
+
+if TYPE_CHECKING:
+    from jaxtyping import Shaped
 
 _SEPARATORS = frozenset("/\\")
 
@@ -49,7 +52,9 @@ class Servable(Protocol):
     @property
     def buckets(self) -> Mapping[str, tuple[int, ...]]: ...
 
-    def run(self, sizes: Mapping[str, int], arrays: Sequence[np.ndarray]) -> Sequence[np.ndarray]:
+    def run(
+        self, sizes: Mapping[str, int], arrays: Sequence[Shaped[np.ndarray, "*_"]]
+    ) -> Sequence[Shaped[np.ndarray, "*_"]]:
         """Run the executable of these sizes on inputs of exactly that shape, in order; gives the outputs in order."""
         ...
 
