@@ -320,7 +320,7 @@ def lowered(task: Task, program: lx.Program, recipe: str, *, timed: bool) -> tup
     small = lx.optimize(program, wanted, buckets={"batch": (task.rows.shape[0],)})
     call, facts, to_numpy = jax_call(task, small)
     (report,) = (report for report in small.history if report.name == "quantize")
-    codes = [site for site in report.sites if " x " in site.action]
+    codes = [site for site in report.sites if site.outcome == "codes"]
     facts["in codes"] = f"{len(codes)} of {len(report.sites)}"
     facts["reasons"] = sorted({site.reason for site in report.sites if site.reason})
     return call, facts, to_numpy

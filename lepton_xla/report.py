@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, Literal
+
+type Outcome = Literal["changed", "kept", "codes", "multiplied"]
+"""What a pass did, for programs: `changed` something; `kept` the site as it was; made its product one of `codes`; or
+`multiplied` its activation by a factor on each call. `SiteReport.action` says it to people."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,6 +21,8 @@ class SiteReport:
         bytes_before: bytes of the site's weight before the pass.
         bytes_after: bytes after the pass.
         metrics: further results of the pass, such as `sparsity` or `float_us`.
+        outcome: what was done, for programs; none may read `action` or `reason` to find out.
+        notes: further remarks.
 
     >>> site = lx.SiteReport("dense/kernel", "int8 x int8", bytes_before=4096, bytes_after=1088)
     >>> print(lx.PassReport("quantize", 0.25, (site,)))
@@ -30,6 +36,18 @@ class SiteReport:
     bytes_before: int = 0
     bytes_after: int = 0
     metrics: dict[str, Any] = dataclasses.field(default_factory=dict[str, Any])
+    outcome: Outcome = "changed"
+    notes: tuple[str, ...] = ()
+
+
+def unchanged(site: str, reason: str, action: str = "kept", **more: Any) -> SiteReport:
+    """The report of a site that was left as it was.
+
+    Args:
+        site, reason, action: as `SiteReport` has them.
+        more: its other fields.
+    """
+    return SiteReport(site, action, reason, outcome="kept", **more)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +81,8 @@ class PassReport:
         lines = [f"{self.name}: {len(self.sites)} sites, {self.seconds:.2f} s" + _figures(self.metrics)]
         for site in self.sites:
             size = f"  {site.bytes_before} -> {site.bytes_after} bytes" if site.bytes_before else ""
-            reason = f"  ({site.reason})" if site.reason else ""
+            said = "; ".join(filter(None, (site.reason, *site.notes)))
+            reason = f"  ({said})" if said else ""
             lines.append(f"  {site.site}: {site.action}{size}{_figures(site.metrics)}{reason}")
         return "\n".join(lines)
 

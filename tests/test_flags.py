@@ -49,7 +49,7 @@ def test_optimize_and_load_warn(monkeypatch, caplog, tmp_path):
         caplog.clear()
         with caplog.at_level(logging.WARNING):
             use()
-        assert f"XLA_FLAGS holds {FLAG}=: without" in caplog.text
+        assert f"XLA_FLAGS has {FLAG}=: it disables" in caplog.text
     caplog.clear()
     warn_of_slow_flags(logging.getLogger("lepton_xla"), "gpu")
     assert not caplog.text

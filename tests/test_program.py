@@ -360,11 +360,11 @@ def test_masks_of_another_model_are_refused() -> None:
     masks = {"a": jnp.ones((6, 8), bool)}
     assert program.replace(masks=masks).masks is masks
     for other, message in (
-        ({"a": jnp.ones((8, 6), bool)}, r"mask of weight 'a' has shape \(8, 6\), the weight itself \(6, 8\); masks"),
+        ({"a": jnp.ones((8, 6), bool)}, r"mask of weight 'a' has shape \(8, 6\), the weight \(6, 8\); use masks"),
         ({"c": jnp.ones((6, 8), bool)}, "mask 'c' has no weight; the weights are a, b"),
     ):
         with pytest.raises(ModelError, match=message):
             program.replace(masks=other)
     # Weights that take the place of the pruned ones must be theirs too.
-    with pytest.raises(ModelError, match=r"mask of weight 'a' has shape \(6, 8\), the weight itself \(6, 4\)"):
+    with pytest.raises(ModelError, match=r"mask of weight 'a' has shape \(6, 8\), the weight \(6, 4\)"):
         program.replace(masks=masks).replace(weights={"a": jnp.ones((6, 4)), "b": jnp.ones((4, 3))})

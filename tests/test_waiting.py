@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 
 import lepton_xla as lx
-from lepton_xla.passes.rescaling.smoothquant import MULTIPLIED
 from lepton_xla.trees import tree_bytes
 
 COMPILE = "/jax/core/compile/backend_compile_duration"
@@ -37,7 +36,9 @@ def compiles() -> Iterator[Compiles]:
     jax.monitoring.unregister_event_duration_listener(counter)
 
 
-def mlp(widths: tuple[int, ...], inputs: int) -> tuple[lx.Program, list[dict[str, np.ndarray]]]:
+def mlp(
+    widths: tuple[int, ...], inputs: int, between: Callable[..., Any] = jax.nn.relu
+) -> tuple[lx.Program, list[dict[str, np.ndarray]]]:
     random = np.random.default_rng(0)
     pairs = list(itertools.pairwise((inputs, *widths)))
     weights = {
@@ -47,7 +48,7 @@ def mlp(widths: tuple[int, ...], inputs: int) -> tuple[lx.Program, list[dict[str
 
     def fn(weights: Any, x: jax.Array) -> jax.Array:
         for index in range(len(pairs)):
-            x = jax.nn.relu(x @ weights[f"{index}"]["kernel"] + weights[f"{index}"]["bias"][None])
+            x = between(x @ weights[f"{index}"]["kernel"] + weights[f"{index}"]["bias"][None])
         return x
 
     arrays = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), weights)
@@ -101,9 +102,21 @@ def test_equal_layers_are_compiled_and_timed_once(compiles: Compiles) -> None:
     assert counts[1] <= counts[0] + 6
 
 
-def test_a_second_round_does_only_what_is_different(monkeypatch: pytest.MonkeyPatch) -> None:
+def reworded(self: lx.SiteReport, site: str, action: str, reason: str = "", *others: Any, **more: Any) -> None:
+    """A report whose sentences say nothing."""
+    said = {"notes": tuple("..." for _ in more["notes"])} if "notes" in more else {}
+    WORDED(self, site, "...", reason and "...", *others, **more | said)
+
+
+WORDED = lx.SiteReport.__init__
+
+
+@pytest.mark.parametrize("init", [WORDED, reworded], ids=["", "whatever reports say"])
+def test_a_second_round_does_only_what_is_different(monkeypatch: pytest.MonkeyPatch, init: Callable[..., None]) -> None:
     """A round without multiplying rounds those weights again whose factor it takes back, and counts both rounds."""
     import sys
+
+    monkeypatch.setattr(lx.SiteReport, "__init__", init)
 
     from lepton_xla.passes.quantization.measurement import Timing
 
@@ -124,13 +137,26 @@ def test_a_second_round_does_only_what_is_different(monkeypatch: pytest.MonkeyPa
         rounded.append(planned.path)
         return plain(planned, *others)
 
+    def resolved(*given: Any) -> lx.Plan:
+        plans.append(lx.passes.resolve(*given))
+        return plans[-1]
+
+    plans: list[lx.Plan] = []
+    monkeypatch.setattr("lepton_xla.optimization.pipeline.resolve", resolved)
     monkeypatch.setattr(lower_module, "compare", compare)
     monkeypatch.setattr(lower_module, "time_programs", time_programs)
     monkeypatch.setattr(gptq_module, "_round", counted)
-    small = optimized(mlp((32, 32, 32), 32), 4)
+    small = optimized(mlp((32, 32, 32), 32, jnp.tanh), 4)  # through which no factor goes
     smooth = next(report for report in small.history if report.name == "smoothquant")
-    assert "0/kernel" not in {site.site for site in smooth.sites if site.action == MULTIPLIED}
+    assert {site.site for site in smooth.sites if site.outcome == "multiplied"} == {"1/kernel", "2/kernel"}
     assert sorted(rounded) == ["0/kernel", "0/kernel", "1/kernel", "2/kernel"]
+    assert len(plans) == 1
+    lower = next(report for report in small.history if report.name == "quantize")
+    assert {site.site: site.outcome for site in lower.sites} == {
+        "0/kernel": "changed", "1/kernel": "codes", "2/kernel": "codes"
+    }  # fmt: skip
+    weights = {site.site: site.metrics["fate"] for site in lx.passes.weights_report(small).sites}
+    assert {weights[f"{layer}/kernel"] for layer in range(3)} == {"int8"}
     assert max(tried[len(tried) // 2 :]) <= 3  # float, none of the sites, and those that the first round chose
 
 

@@ -42,7 +42,7 @@ def passes_table(reports: Sequence[Mapping[str, Any]]) -> _common.Table:
 def sites_table(reports: Sequence[Mapping[str, Any]]) -> _common.Table:
     """One row per pass and site: the action and its reason."""
     rows = [
-        (report.get("name", ""), site.get("site", ""), site.get("action", ""), site.get("reason", ""))
+        (report.get("name", ""), site.get("site", ""), site.get("action", ""), _why(site))
         for report in reports
         if report.get("name") != WEIGHTS
         for site in _sites(report)
@@ -75,6 +75,12 @@ def fates_table(reports: Sequence[Mapping[str, Any]]) -> _common.Table:
         for site in _sites(report)
     ]
     return _common.table("what became of each weight", ("weight", "what became of it", ">before", ">after"), rows)
+
+
+def _why(site: Mapping[str, Any]) -> str:
+    notes = site.get("notes")
+    said = [site.get("reason"), *(notes if isinstance(notes, list | tuple) else ())]
+    return "; ".join(str(part) for part in said if part)
 
 
 def _bytes(sites: Sequence[Mapping[str, Any]]) -> tuple[str, str]:

@@ -41,11 +41,11 @@ from lepton_xla.passes.pruning.wanda import wanda
 from lepton_xla.passes.quantization.bias_correction import correct_bias
 from lepton_xla.passes.quantization.casting import cast
 from lepton_xla.passes.quantization.gptq import Rounded, gptq
-from lepton_xla.passes.quantization.lowering import AT_LOAD, quantize
+from lepton_xla.passes.quantization.lowering import quantize
 from lepton_xla.passes.quantization.rounding import GivenGrids, round_to_nearest
 from lepton_xla.passes.rescaling.awq import awq
 from lepton_xla.passes.rescaling.equalization import equalize
-from lepton_xla.passes.rescaling.smoothquant import MULTIPLIED, smooth
+from lepton_xla.passes.rescaling.smoothquant import smooth
 from lepton_xla.passes.shrinking.removal import shrink
 from lepton_xla.program import Program, abstract_outputs, as_sizes, probe_sizes
 from lepton_xla.quant import QTensor
@@ -248,7 +248,7 @@ def _in_rounds(
     say(f"once more, without multiplying the activations of {len(vain)} products that are computed in float")
     first = lowered.history[len(program.history) :]
     sites = next(report.sites for report in first if report.name == "quantize")
-    among = frozenset(site.site for site in sites if " x " in site.action) if sizes else None
+    among = frozenset(site.site for site in sites if site.outcome == "codes") if sizes else None
     again = _quantized(program, plan, batches, sizes, say, timer, known, in_float=vain, among=among)
     return _with_seconds(again, first, len(program.history))
 
@@ -352,7 +352,7 @@ def _quantized(
     among: frozenset[str] | None = None,
 ) -> Program:
     """Prepare weights, calibrate activation ranges, and quantize; `in_float` and `among` as in `quantize`."""
-    program, plan, grids = _prepare(program, plan, batches, say, known, unmultiplied=tuple(in_float or ()))
+    program, grids = _prepare(program, plan, batches, say, known, unmultiplied=tuple(in_float or ()))
     ranges = None
     if any(planned.quantize is not None and needs_range(planned.quantize) for planned in plan.sites):
         if batches is None:
@@ -374,11 +374,11 @@ def _multiplied_in_vain(program: Program) -> dict[str, str]:
     reports = {report.name: report for report in program.history}
     if "smoothquant" not in reports:
         return {}
-    multiplied = {site.site for site in reports["smoothquant"].sites if site.action == MULTIPLIED}
+    multiplied = {site.site for site in reports["smoothquant"].sites if site.outcome == "multiplied"}
     return {
-        site.site: site.reason.removesuffix(AT_LOAD).removesuffix("; ")
+        site.site: site.reason
         for site in reports["quantize"].sites
-        if site.site in multiplied and " x " not in site.action
+        if site.site in multiplied and site.outcome != "codes"
     }
 
 
@@ -413,17 +413,16 @@ def _prepare(
     say: Callable[[str], None],
     known: _Known,
     unmultiplied: Collection[str],
-) -> tuple[Program, Plan, GivenGrids]:
+) -> tuple[Program, GivenGrids]:
     """Run the passes that change float weights to reduce rounding errors, in order.
 
     Returns:
-        The program; its plan, resolved again if the function changed; and the grids of the weights.
+        The program, which keeps the sites of the plan, and the grids of its weights.
     """
     recipe = plan.recipe
     if recipe.equalize:
         say("equalize")
         program = equalize(program, plan)
-        plan = resolve(recipe, program)
     asked = {
         f"rescale = {recipe.rescale!r}": recipe.rescale != "none",
         "rounding = 'gptq'": recipe.rounding == "gptq",
@@ -434,7 +433,7 @@ def _prepare(
         if recipe.without_calibration == "error":
             raise _needs_data(recipe, f"{wanted[0]}, which needs")
         skipped = PassReport("skipped", metrics={"left out, for want of calibration data": ", ".join(wanted)})
-        return program.replace(history=(*program.history, skipped)), plan, {}
+        return program.replace(history=(*program.history, skipped)), {}
     data = batches or ()
     if recipe.rescale != "none":
         say(f"rescale {recipe.rescale}")
@@ -445,9 +444,8 @@ def _prepare(
             )
         else:
             program = awq(program, plan, data)
-        plan = resolve(recipe, program)
     if not (recipe.rounding == "gptq" or recipe.correct_bias):
-        return program, plan, {}
+        return program, {}
     say(f"round to {'least change of outputs (gptq)' if recipe.rounding == 'gptq' else 'nearest'}")
     rounded, grids = (
         gptq(program, plan, data, known=known.rounded) if recipe.rounding == "gptq" else round_to_nearest(program, plan)
@@ -455,7 +453,7 @@ def _prepare(
     if recipe.correct_bias:
         say("correct biases")
         rounded = correct_bias(program, rounded, plan, data)
-    return rounded, resolve(recipe, rounded), grids
+    return rounded, grids
 
 
 def _as_list(calibration: Iterable[Mapping[str, Any]] | None) -> list[Mapping[str, Any]] | None:

@@ -66,7 +66,7 @@ def test_inspect_agrees_with_the_files(cli, artifact):
     assert found["route"]["route"] == "executables"
     by_name = {weight["name"]: weight for weight in found["weights"]}
     assert by_name["hidden/values"]["dtype"] == "int8"
-    assert by_name["hidden/values"]["shape"] == [models.IN, models.HIDDEN]
+    assert by_name["hidden/values"]["shape"] == [models.HIDDEN, models.IN]  # column-major
     assert by_name["hidden/values"]["size_bytes"] == models.IN * models.HIDDEN
     disk_bytes = sum(file.stat().st_size for file in (artifact / "weights").rglob("*") if file.is_file())
     metadata = (artifact / "weights" / "packed" / "zarr.json").stat().st_size  # which no leaf has for itself
@@ -99,7 +99,7 @@ def test_inspect_prints_all_of_it(cli, artifact, monkeypatch):
     lines = {" ".join(line.split()) for line in text.splitlines()}
     assert "input x float32 batch, 16" in lines
     assert "output output float32 batch, 4" in lines
-    assert any(line.startswith("hidden/values 16x64 int8 ") and line.endswith("x") for line in lines)
+    assert any(line.startswith("hidden/values 64x16 int8 ") and line.endswith("x") for line in lines)
     assert any(line.startswith("float32 would take 5,120 bytes, ") for line in lines)
     assert any(line.startswith("batch=4 ") for line in lines)
     assert "quantize[0].weights int8" in lines

@@ -625,7 +625,7 @@ def test_weights_multiplied_in_float_are_unpacked_on_loading_where_that_is_faste
     lowered = run_lower(program, resolve(recipe('activations = "none"'), program), sizes=SIZES)
     assert all(isinstance(lowered.weights[name], QTensor) for name in ("a", "b"))
     assert (lowered.expansion is not None) == (small_us > 103)
-    assert [("unpacked once, on loading" in site.reason) for site in lowered.history[-1].sites] == [small_us > 103] * 2
+    assert [bool(site.notes) for site in lowered.history[-1].sites] == [small_us > 103] * 2
     assert [entry["lowered_us"] for entry in lowered.history[-1].metrics["whole_program"]] == (
         [100.0 if small_us > 103 else small_us] * 2
     )
@@ -722,8 +722,8 @@ def test_channels_that_are_all_zero_are_named_and_stay_zero():
     program = trace(lambda w, x: jnp.tanh(x @ w["a"]) @ w["b"], weights, ROWS)
     plan = resolve(Recipe.parse("[[quantize]]\nsites = '.*'", name="r"), program)
     small = run_lower(program, plan)
-    reasons = {site.site: site.reason for site in small.history[-1].sites}
-    assert reasons == {"a": "1 of its 8 channels are all zero", "b": ""}
+    notes = {site.site: site.notes for site in small.history[-1].sites}
+    assert notes == {"a": ("1 of its 8 channels are all zero",), "b": ()}
     scale = np.asarray(small.weights["a"].scale)
     assert np.all(np.isfinite(scale))
     assert np.all(scale > np.finfo(np.float32).tiny)

@@ -109,7 +109,7 @@ def choose_computed(
             chosen = {key: part for key, part in chosen.items() if _cut_from(part) != path}
     names: dict[str, Expression] = {}
     for expression in chosen.values():
-        names[_unused(_name(expression, weights), {*names, *weights})] = expression
+        names[_name(expression, weights, {*names, *weights})] = expression
     return Computed(tuple(ComputedWeight(name, part) for name, part in names.items())), reasons
 
 
@@ -164,7 +164,7 @@ def _listed(expression: Expression) -> str:
     return f"computed on each call from {', '.join(paths[:_NAMED])}{more}"
 
 
-def _name(expression: Expression, weights: Mapping[str, Any]) -> str:
+def _name(expression: Expression, weights: Mapping[str, Any], taken: Collection[str]) -> str:
     sizes = {path: math.prod(weights[path].shape) for path in expression.weights}
     paths = sorted(sizes, key=lambda path: -sizes[path])  # ties in the order of occurrence
     folders = [path.split("/")[:-1] for path in paths]
@@ -176,12 +176,7 @@ def _name(expression: Expression, weights: Mapping[str, Any]) -> str:
     rest = [path.removeprefix(lead) for path in paths]
     more = f"+{len(rest) - _NAMED} more" if len(rest) > _NAMED else ""
     operation = expression.eqn.primitive.name.removesuffix("_call")
-    return f"{lead}{operation}:{'+'.join(rest[:_NAMED])}{more}"
-
-
-def _unused(name: str, taken: Collection[str]) -> str:
-    lead, _, rest = name.partition(":")
     number = 1
-    while (found := name if number == 1 else f"{lead}.{number}:{rest}") in taken:
+    while (name := f"{lead}{operation}{'' if number == 1 else f'.{number}'}:{'+'.join(rest[:_NAMED])}{more}") in taken:
         number += 1
-    return found
+    return name

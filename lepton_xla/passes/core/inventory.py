@@ -110,7 +110,7 @@ def _told(program: Program) -> tuple[dict[str, str], dict[str, str], dict[str, s
         taken |= told
         gone |= dict.fromkeys(told, GONE[report.name]) if report.name in GONE else {}
         for site in report.sites:
-            if site.action.startswith("kept") and site.reason:
+            if site.outcome == "kept" and site.reason:
                 kept[site.site] = site.reason
             if report.name == "precompute":
                 made[site.site] = f"{site.action} {site.reason}"

@@ -22,7 +22,7 @@ from lepton_xla.passes.pruning.shares import nothing_left, rule_shares
 from lepton_xla.passes.pruning.targets import Target, plan_targets
 from lepton_xla.program import Program, check_masks
 from lepton_xla.recipe.rules import DATA_METHODS, check_rule
-from lepton_xla.report import PassReport, SiteReport
+from lepton_xla.report import PassReport, SiteReport, unchanged
 from lepton_xla.trees import leaf_bytes, name_leaves
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ def prune(program: Program, plan: Plan, *, seed: int = 0) -> Program:
         for target in targets
         if spare and masks[target.path].sum() <= 1 < math.prod(target.like.shape)
     }
-    kept = [SiteReport(entry.site.name, "kept", entry.not_pruned) for entry in plan.sites if entry.not_pruned]
+    kept = [unchanged(entry.site.name, entry.not_pruned) for entry in plan.sites if entry.not_pruned]
     return with_masks(program, plan, "prune", start, targets, masks, reasons=reasons, kept=kept)
 
 
@@ -165,7 +165,7 @@ def with_masks(
         if reason := nothing_left(target, mask):
             if plan.recipe.on_unsupported == "error":
                 raise RecipeError(f"{reason}; lower its sparsity or exclude it")
-            lines += [SiteReport(site, "kept", reason) for site in sites]
+            lines += [unchanged(site, reason) for site in sites]
             continue
         found[path] = mask
         weight: Any = (weights or changed).get(path, changed[path])

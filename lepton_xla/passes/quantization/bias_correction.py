@@ -28,7 +28,7 @@ from lepton_xla.passes.core.statistics import collect_statistics
 from lepton_xla.passes.core.walker import Context, Values, materialize
 from lepton_xla.passes.quantization.rounding import exact_matrices, planned_weights, weight_report
 from lepton_xla.program import Program
-from lepton_xla.report import PassReport, SiteReport
+from lepton_xla.report import PassReport, unchanged
 from lepton_xla.trees import abstract
 
 # Name of an added bias, among the weights and as a side input.
@@ -78,7 +78,7 @@ def correct_bias(program: Program, rounded: Program, plan: Plan, batches: Iterab
         for site in planned.products:
             seen = found[site.name]
             if not np.all(seen.rows > 0):
-                reports.append(SiteReport(site.name, "kept", "the calibration data does not reach it"))
+                reports.append(unchanged(site.name, "the calibration data does not reach it"))
                 continue
             shift = _shift(planned.stored, after, seen.mean, Alike(planned.site))
             bias = _bias_after(flow, flow.places.get(site.name))

@@ -22,7 +22,7 @@ from lepton_xla.passes.core.precomputation import precompute
 from lepton_xla.passes.core.sites import Site, find_sites, operand_value, rewrite_sites
 from lepton_xla.passes.core.walker import Context, Values
 from lepton_xla.program import Expansion, Program, probe_sizes
-from lepton_xla.report import PassReport, SiteReport
+from lepton_xla.report import PassReport, SiteReport, unchanged
 from lepton_xla.trees import abstract, tree_bytes
 
 DTYPES = ("bfloat16", "float16")
@@ -99,25 +99,21 @@ def cast(
     sizes, _ = probe_sizes(program.fn, program.weights, program.inputs)
     jax.eval_shape(fn, abstract(weights), *program.abstract_inputs(sizes))
     reports = [
-        SiteReport(
-            path,
-            "kept" if reason else dtype,
-            reason,
-            tree_bytes(program.weights[path]),
-            tree_bytes(weights[path]),
-        )
+        _report(path, dtype, reason, tree_bytes(program.weights[path]), tree_bytes(weights[path]))
         for path, reason in weight_reasons.items()
     ]
-    reports += [
-        SiteReport(site.name, "kept" if reasons[site.name] else f"{dtype} product", reasons[site.name])
-        for site in sites
-        if site.path is None
-    ]
+    reports += [_report(site.name, f"{dtype} product", reasons[site.name]) for site in sites if site.path is None]
     metrics = {"weights_bytes_before": program.weights_bytes, "weights_bytes_after": tree_bytes(weights)}
     report = PassReport("cast", time.perf_counter() - start, tuple(reports), metrics)
     history = (*program.history, report)
     expansion = _cast_expansion(program, dtype, keep, on_unsupported)
     return program.replace(fn=fn, weights=weights, history=history, expansion=expansion)
+
+
+def _report(name: str, action: str, reason: str, before: int = 0, after: int = 0) -> SiteReport:
+    if reason:
+        return unchanged(name, reason, bytes_before=before, bytes_after=after)
+    return SiteReport(name, action, "", before, after)
 
 
 def _cast_expansion(

@@ -45,7 +45,7 @@ from lepton_xla.quant import QTensor
 from lepton_xla.quant.grid import settle
 from lepton_xla.quant.learned import raw_scales
 from lepton_xla.recipe import QuantizeRule
-from lepton_xla.report import PassReport, SiteReport
+from lepton_xla.report import PassReport, SiteReport, unchanged
 from lepton_xla.trees import abstract, leaf_bytes, tree_bytes
 
 if TYPE_CHECKING:
@@ -53,8 +53,8 @@ if TYPE_CHECKING:
 
 _LOG = logging.getLogger(__name__)
 
-# Reason in the report for weights that are unpacked on loading.
-AT_LOAD = "unpacked once, on loading: on each call it is slower"
+# Note in the report for weights that are unpacked on loading.
+_AT_LOAD = "unpacked once, on loading: on each call it is slower"
 # A product that alone takes at least this share of float's time is not tried in the whole program.
 HOPELESS_RATIO = 1.2
 # Maximum number of non-empty sets of integer sites that are tried in the whole program.
@@ -213,20 +213,21 @@ def quantize(
         entry = _report(planned, reasons[name], integer, timings.get(name, []))
         if path is not None:
             before = leaf_bytes(like[path].shape, like[path].dtype)
-            reason = "; ".join(
-                part for part in (entry.reason, _zero_channels(planned.site, program.weights[path])) if part
-            )
+            notes = [_zero_channels(planned.site, program.weights[path])]
+            notes += [_AT_LOAD] if expansion is not None and path in unpackable else []
             after = tree_bytes(weights[path])
-            entry = dataclasses.replace(entry, reason=reason)
+            entry = dataclasses.replace(entry, notes=tuple(filter(None, notes)))
             if path not in counted:  # if several sites share a weight, its bytes are reported once
                 entry = dataclasses.replace(entry, bytes_before=before, bytes_after=after)
             counted.add(path)
-        reports.append(_at_load(entry) if expansion is not None and path in unpackable else entry)
+        reports.append(entry)
     for entry in plan.sites:
         if entry.not_quantized:
             size = 0 if entry.site.path in counted else entry.weight_bytes
             counted.add(entry.site.path or "")
-            reports.append(SiteReport(entry.site.name, "kept float", entry.not_quantized, size, size))
+            reports.append(
+                unchanged(entry.site.name, entry.not_quantized, "kept float", bytes_before=size, bytes_after=size)
+            )
     metrics: dict[str, Any] = {
         "weights_bytes_before": program.weights_bytes,
         "weights_bytes_after": tree_bytes(weights),
@@ -489,11 +490,6 @@ def _unpack(sites: Mapping[str, Site], weights: Mapping[str, Any]) -> dict[str, 
     return {name: operand(sites[name], leaf) if name in sites else leaf for name, leaf in weights.items()}
 
 
-def _at_load(report: SiteReport) -> SiteReport:
-    reason = "; ".join(part for part in (report.reason, AT_LOAD) if part)
-    return dataclasses.replace(report, reason=reason)
-
-
 def _report(
     planned: _Planned,
     reason: str,
@@ -508,9 +504,11 @@ def _report(
     if rule.group:
         metrics["group"] = rule.group
     paired = planned.site.path is None
-    action = "kept float" if paired else f"{rule.weights} weights"
+    action, outcome = f"{rule.weights} weights", "changed"
+    if paired:
+        action, outcome = "kept float", "kept"
     if planned.site.name in integer:
-        action = f"{rule.weights} x {rule.activations}"
+        action, outcome = f"{rule.weights} x {rule.activations}", "codes"
         if any(timing.padded_us is not None for timing in timings):
             metrics["single_rows_padded"] = _padded(timings)
     elif rule.activations != "none" and not reason:
@@ -518,4 +516,4 @@ def _report(
         reason = f"integer arithmetic takes {ratio:.2f} of float's time here, so {kept}"
         if ratio < HOPELESS_RATIO:
             reason = f"integer arithmetic ({ratio:.2f} of float's time alone) does not make the whole program faster"
-    return SiteReport(planned.site.name, action, reason, metrics=metrics)
+    return SiteReport(planned.site.name, action, reason, metrics=metrics, outcome=outcome)

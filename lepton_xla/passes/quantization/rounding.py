@@ -28,7 +28,7 @@ from lepton_xla.quant import FORMATS
 from lepton_xla.quant.formats import Format
 from lepton_xla.quant.grid import Grid, make_grid, matrix_codes, matrix_values
 from lepton_xla.recipe import QuantizeRule
-from lepton_xla.report import PassReport, SiteReport
+from lepton_xla.report import Outcome, PassReport, SiteReport, unchanged
 from lepton_xla.trees import leaf_bytes
 
 type GivenGrids = dict[str, dict[str, jax.Array]]
@@ -80,13 +80,13 @@ def planned_weights(program: Program, plan: Plan) -> tuple[list[Planned], list[S
         if entry.quantize is not None and entry.site.path is not None:
             groups.setdefault(entry.site.path, []).append(entry)
     planned: list[Planned] = []
-    kept = [SiteReport(entry.site.name, "kept", entry.not_quantized) for entry in plan.sites if entry.not_quantized]
+    kept = [unchanged(entry.site.name, entry.not_quantized) for entry in plan.sites if entry.not_quantized]
     for path, entries in groups.items():
         sites = [entry.site for entry in entries if entry.site.kind != "gather"]
         rule = entries[0].quantize
         assert rule is not None
         if not sites:
-            kept.append(SiteReport(entries[0].site.name, "kept", "only looked up, so rounded to nearest when stored"))
+            kept.append(unchanged(entries[0].site.name, "only looked up, so rounded to nearest when stored"))
             continue
         if not is_finite(program.weights[path]):
             raise ModelError(f"the weight of site {sites[0].name!r} is not finite")
@@ -146,11 +146,16 @@ def nearest(values: jax.Array, grid: Grid, target: Format) -> jax.Array:
 
 
 def weight_report(
-    site: Site, action: str, stored: Any, reason: str = "", metrics: Mapping[str, Any] | None = None
+    site: Site,
+    action: str,
+    stored: Any,
+    reason: str = "",
+    metrics: Mapping[str, Any] | None = None,
+    outcome: Outcome = "changed",
 ) -> SiteReport:
     """Make the report of a site whose weight keeps its bytes."""
     size = leaf_bytes(stored.shape, stored.dtype)
-    return SiteReport(site.name, action, reason, size, size, dict(metrics or {}))
+    return SiteReport(site.name, action, reason, size, size, dict(metrics or {}), outcome)
 
 
 @takes(program=Program, plan=Plan)

@@ -45,7 +45,7 @@ from lepton_xla.passes.rescaling.smoothquant import group_reports
 from lepton_xla.program import Program
 from lepton_xla.quant import FORMATS
 from lepton_xla.recipe import QuantizeRule
-from lepton_xla.report import PassReport, SiteReport
+from lepton_xla.report import PassReport, SiteReport, unchanged
 
 
 def awq_factor(mean_abs: jax.Array, exponent: float | jax.Array) -> jax.Array:
@@ -113,7 +113,7 @@ def awq(
     reports: list[SiteReport] = []
     for group in groups:
         if not group.absorbers and not multiply:
-            reports += [SiteReport(site.name, "kept", group.reason) for site in group.sites]
+            reports += [unchanged(site.name, group.reason) for site in group.sites]
             continue
         now = planned_weights(program.replace(weights=weights), plan)[0]
         names = {site.name for site in group.sites}
@@ -121,14 +121,14 @@ def awq(
         exponent, factor, errors = _search(planned, found[group.sites[0].name], points)
         metrics = {"exponent": exponent, "output_error": errors[1], "nearest_output_error": errors[0]}
         if exponent == 0:
-            reports += [SiteReport(site.name, "kept", "no factor errs less", metrics=metrics) for site in group.sites]
+            reports += [unchanged(site.name, "no factor errs less", metrics=metrics) for site in group.sites]
             continue
         factor = fitted(weights, sites, group, factor)
         weights = scaled_weights(weights, sites, group, factor)
         if not group.absorbers:
             multiplied.append((group, jnp.asarray(1 / np.asarray(factor))))
         reports += group_reports(group, factor, weights, metrics)
-    reports += [SiteReport(name, "kept", reason) for name, reason in kept.items()]
+    reports += [unchanged(name, reason) for name, reason in kept.items()]
     changed = multiply_inputs(program.replace(weights=weights), multiplied)
     report = PassReport("awq", time.perf_counter() - start, tuple(reports))
     return changed.replace(history=(*program.history, report))

@@ -24,7 +24,7 @@ from lepton_xla.passes.quantization.rounding import weight_report
 from lepton_xla.passes.rescaling.factors import FactorGroup, column_absmax, fitted, usable
 from lepton_xla.passes.rescaling.scaling import scale_groups, scaled_weights, weight_absmax
 from lepton_xla.program import Program
-from lepton_xla.report import PassReport, SiteReport
+from lepton_xla.report import PassReport, unchanged
 
 
 @takes(program=Program, plan=Plan)
@@ -68,7 +68,7 @@ def equalize(program: Program, plan: Plan, *, rounds: int = 20, tolerance: float
             host = np.asarray(factor)
             totals[index] = totals[index] * host if index in totals else host
             largest = max(largest, float(np.max(np.abs(np.log(host)))))
-    reports = [SiteReport(name, "kept", reason) for name, reason in kept.items()]
+    reports = [unchanged(name, reason) for name, reason in kept.items()]
     for index, (group, first) in enumerate(pairs):
         metrics = {"largest_factor": float(totals[index].max()), "smallest_factor": float(totals[index].min())}
         for site in group.sites:
@@ -77,7 +77,7 @@ def equalize(program: Program, plan: Plan, *, rounds: int = 20, tolerance: float
     paired = {site.name for group, _ in pairs for site in group.sites}
     for group in groups:
         reason = group.reason or "no product stands before it"
-        reports += [SiteReport(site.name, "kept", reason) for site in group.sites if site.name not in paired]
+        reports += [unchanged(site.name, reason) for site in group.sites if site.name not in paired]
     report = PassReport("equalize", time.perf_counter() - start, tuple(reports), {"rounds": done})
     return program.replace(weights=weights, history=(*program.history, report))
 

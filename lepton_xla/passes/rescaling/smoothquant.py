@@ -33,9 +33,8 @@ from lepton_xla.passes.rescaling.scaling import (
     weight_absmax,
 )
 from lepton_xla.program import Program
-from lepton_xla.report import PassReport, SiteReport
+from lepton_xla.report import PassReport, SiteReport, unchanged
 
-MULTIPLIED = "activation multiplied"
 WORTHLESS = "it is computed in float, where multiplying its activation brings nothing"
 
 
@@ -114,7 +113,7 @@ def smooth(
     reports: list[SiteReport] = []
     for group in groups:
         if not group.absorbers:
-            reports += [SiteReport(site.name, "kept", WORTHLESS) for site in group.sites if site.name in unmultiplied]
+            reports += [unchanged(site.name, WORTHLESS) for site in group.sites if site.name in unmultiplied]
             group = dataclasses.replace(group, sites=tuple(s for s in group.sites if s.name not in unmultiplied))
             if not group.sites:
                 continue
@@ -125,7 +124,7 @@ def smooth(
         if not group.absorbers:
             multiplied.append((group, jnp.asarray(1 / np.asarray(factor))))
         reports += group_reports(group, factor, weights)
-    reports += [SiteReport(name, "kept", reason) for name, reason in kept.items()]
+    reports += [unchanged(name, reason) for name, reason in kept.items()]
     changed = multiply_inputs(program.replace(weights=weights), multiplied)
     report = PassReport("smoothquant", time.perf_counter() - start, tuple(reports), {"alpha": alpha})
     return changed.replace(history=(*program.history, report))
@@ -136,8 +135,10 @@ def group_reports(
 ) -> list[SiteReport]:
     """Reports for the products of a group: where the factor was folded into, and further metrics."""
     into = ", ".join(absorber.path for absorber in group.absorbers)
-    action = f"factor folded into {into}" if group.absorbers else MULTIPLIED
+    action, outcome = (f"factor folded into {into}", "changed") if into else ("activation multiplied", "multiplied")
     host = np.asarray(factor)
     metrics = {"largest_factor": float(host.max()), "smallest_factor": float(host.min())}
     metrics |= dict(more or {})
-    return [weight_report(site, action, weights[str(site.path)], group.reason, metrics) for site in group.sites]
+    return [
+        weight_report(site, action, weights[str(site.path)], group.reason, metrics, outcome) for site in group.sites
+    ]

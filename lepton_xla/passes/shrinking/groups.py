@@ -42,7 +42,7 @@ class Group:
         kind: `channels` of a convolution, `heads` (batch dimensions of a product of two activations), or `units`.
         units: number of units.
         steps: lengths of the scans in which each step may lose different units; empty if all steps lose the same.
-        members: `path[axis]` of every weight that has slices, in the weights' order.
+        cuts: path and axis (`1`, or `1.0` for a part of one) of every weight that has slices, in the weights' order.
         parameters: number of weight elements per unit, over all steps.
         unit_bytes: their bytes.
         inner: number of neighbouring positions of the members' axes per unit: the width of a head.
@@ -54,7 +54,7 @@ class Group:
     kind: str
     units: int
     steps: tuple[int, ...]
-    members: tuple[str, ...]
+    cuts: tuple[tuple[str, str], ...]
     parameters: int
     unit_bytes: int
     inner: int
@@ -62,9 +62,14 @@ class Group:
     leaf: Dimension = dataclasses.field(repr=False)
 
     @property
+    def members(self) -> tuple[str, ...]:
+        """`path[axis]` of every weight that has slices."""
+        return tuple(f"{path}[{axis}]" for path, axis in self.cuts)
+
+    @property
     def paths(self) -> tuple[str, ...]:
         """Paths of the members' weights."""
-        return tuple(dict.fromkeys(member.rpartition("[")[0] for member in self.members))
+        return tuple(dict.fromkeys(path for path, _ in self.cuts))
 
     def matches(self, pattern: str) -> bool:
         """Whether a regular expression matches the whole name of the group, of a member, or the path of a member."""
@@ -72,8 +77,11 @@ class Group:
 
     def to_json(self) -> dict[str, Any]:
         """Plain dicts, lists and numbers."""
-        plain = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "leaf"}
-        return plain | {"steps": list(self.steps), "members": list(self.members)}
+        fields = [field.name for field in dataclasses.fields(self) if field.name not in ("leaf", "cuts")]
+        return {name: getattr(self, name) for name in fields} | {
+            "steps": list(self.steps),
+            "members": list(self.members),
+        }
 
 
 def _protected(groups: Sequence[Group], reasons: Mapping[str, str]) -> tuple[Group, ...]:
@@ -179,10 +187,9 @@ class Groups:
             marks = sorted({rows[name] for name in group.paths})
             color = "#b0b0b0" if group.protected else f"C{column % 10}"
             axes.plot([column, column], [marks[0], marks[-1]], color=color, linewidth=1)
-            for member in group.members:
-                name, _, axis = member.rpartition("[")
-                axes.plot(column, rows[name], "s", color=color, markersize=11)
-                axes.text(column, rows[name], axis[:-1], color="white", size=6, ha="center", va="center")
+            for owner, axis in group.cuts:
+                axes.plot(column, rows[owner], "s", color=color, markersize=11)
+                axes.text(column, rows[owner], axis, color="white", size=6, ha="center", va="center")
         labels = [f"{group.units} {group.kind}{' (kept)' if group.protected else ''}" for group in self.items]
         axes.set_xticks(range(len(self.items)), labels, rotation=90, size=7)
         axes.set_yticks(range(len(rows)), list(rows), size=7)
@@ -223,23 +230,22 @@ def find_groups(program: Program, *, sizes: Mapping[str, int] | None = None) -> 
         for dimension in product.made:
             for leaf in leaves(dimension):
                 made.setdefault(leaf, (product.path, product.convolution))
-    members: dict[Dimension, list[tuple[str, str]]] = {leaf: [] for leaf in made}
+    cuts: dict[Dimension, list[tuple[str, str]]] = {leaf: [] for leaf in made}
     for path, axes in study.weights.items():
         for axis, dimension in enumerate(axes):
             parts = leaves(dimension)
             for k, leaf in enumerate(parts):
-                label = f"{path}[{axis}]" if len(parts) == 1 else f"{path}[{axis}.{k}]"
-                members.setdefault(leaf, []).append((path, label))
+                cuts.setdefault(leaf, []).append((path, f"{axis}" if len(parts) == 1 else f"{axis}.{k}"))
     heads = {leaf for dimension in study.batched for leaf in leaves(dimension)}
     groups: list[Group] = []
-    for leaf, named in members.items():
+    for leaf, named in cuts.items():
         # Skip leaves that nothing reads or that have no units, and protected ones that no product makes, such as a
         # window or a vocabulary.
         if not named or leaf.size == 0 or leaf.scans is None or (leaf.reason and leaf not in made):
             continue
         path, convolution = made.get(leaf, (named[0][0], False))
         kind = "heads" if leaf in heads else "channels" if convolution else "units"
-        name = next((label for owner, label in named if owner == path), named[0][1])
+        owner, axis = next((cut for cut in named if cut[0] == path), named[0])
         owners = dict.fromkeys(owner for owner, _ in named)
         elements = {owner: _per_unit(study.weights[owner], leaf) for owner in owners}
         steps = program.weights[named[0][0]].shape[: len(leaf.scans)]
@@ -248,11 +254,11 @@ def find_groups(program: Program, *, sizes: Mapping[str, int] | None = None) -> 
             reason = _needed(larger, study, leaf, steps)
         groups.append(
             Group(
-                name,
+                f"{owner}[{axis}]",
                 kind,
                 leaf.size,
                 steps,
-                tuple(label for _, label in named),
+                tuple(named),
                 sum(elements.values()),
                 sum(leaf_bytes((count,), program.weights[owner].dtype) for owner, count in elements.items()),
                 math.gcd(*(inner_size(d, leaf) for owner in owners for d in study.weights[owner])),
@@ -272,20 +278,19 @@ def _tied(program: Program, study: Study) -> list[Group]:
                 whole.setdefault(dimension, (product.path, product.convolution))
     groups: list[Group] = []
     for dimension, (path, convolution) in whole.items():
-        members = [
-            (owner, axis)
+        cuts = [
+            (owner, f"{axis}")
             for owner, axes in study.weights.items()
             for axis, d in enumerate(axes)
             if d.found() is dimension
         ]
-        labels = tuple(f"{owner}[{axis}]" for owner, axis in members)
-        counts = {owner: math.prod(program.weights[owner].shape) // dimension.size for owner, _ in members}
+        counts = {owner: math.prod(program.weights[owner].shape) // dimension.size for owner, _ in cuts}
         unit_bytes = sum(leaf_bytes((count,), program.weights[owner].dtype) for owner, count in counts.items())
-        name = next((label for (owner, _), label in zip(members, labels, strict=True) if owner == path), path)
+        name = next((f"{owner}[{axis}]" for owner, axis in cuts if owner == path), path)
         kind = "channels" if convolution else "units"
         reason = "its positions are tied to one another, so that none can go without all others"
         groups.append(
-            Group(name, kind, dimension.size, (), labels, sum(counts.values()), unit_bytes, 1, reason, dimension)
+            Group(name, kind, dimension.size, (), tuple(cuts), sum(counts.values()), unit_bytes, 1, reason, dimension)
         )
     return groups
 

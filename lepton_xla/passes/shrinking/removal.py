@@ -24,7 +24,7 @@ from lepton_xla.passes.shrinking.importance import Batches, Importance, Loss, im
 from lepton_xla.passes.shrinking.resizing import remove
 from lepton_xla.program import Program, probe_sizes
 from lepton_xla.recipe.rules import check_target
-from lepton_xla.report import PassReport, SiteReport
+from lepton_xla.report import PassReport, SiteReport, unchanged
 from lepton_xla.trees import some_names
 
 # Bisection steps of a search for a target.
@@ -37,11 +37,13 @@ class _UnreachableError(RecipeError):
     """A target that cannot be reached.
 
     Attributes:
+        what: the target and the reason.
         level: how far to go instead, for `RemovalOrder.at_level`.
     """
 
-    def __init__(self, message: str, level: float = 1.0) -> None:
-        super().__init__(message)
+    def __init__(self, what: str, level: float = 1.0) -> None:
+        super().__init__(f"shrink: {what}")
+        self.what = what
         self.level = level
 
 
@@ -131,7 +133,7 @@ def shrink(
     except _UnreachableError as error:
         if on_unsupported == "error":
             raise
-        counts, not_reached = ranking.at_level(error.level), str(error).removeprefix("shrink: ")
+        counts, not_reached = ranking.at_level(error.level), error.what
     small = remove(program, groups, ranking.keep(counts))
     after = cost(small, chosen)
     reports = tuple(_report(group, counts.get(group.name, group.units), round_to) for group in groups)
@@ -151,7 +153,7 @@ def shrink(
 
 def _report(group: Group, kept: int, round_to: int) -> SiteReport:
     if group.protected:
-        return SiteReport(group.name, f"kept {group.units} {group.kind}", group.protected)
+        return unchanged(group.name, group.protected, f"kept {group.units} {group.kind}")
     metrics = {"units": group.units, "kept": kept, "members": list(group.members)}
     reason = "its last one: something of every group stays" if kept == 1 < group.units else ""
     if kept == group.units <= rounded_to(group, round_to) > 1:
@@ -199,7 +201,7 @@ class RemovalOrder:
         most = sum(self._weight[name] for name in self._order)
         if remove > most:
             raise _UnreachableError(
-                f"shrink: sparsity = {sparsity} takes {remove} of {self._total} units, but only {most} can go: one "
+                f"sparsity = {sparsity} takes {remove} of {self._total} units, but only {most} can go: one "
                 f"unit of each group stays, of {some_names(f'{g.name!r} ({g.units})' for g in self.groups)}"
             )
         lost = 0
@@ -254,7 +256,7 @@ def _search(
     before = cost(program, sizes)
     if (flops is not None and not before.flops) or (size is not None and not before.weights_bytes):
         what = "operations" if flops is not None else "bytes of weights"
-        raise _UnreachableError(f"shrink: the program has no {what} to take a share of at sizes {dict(sizes)}", 0.0)
+        raise _UnreachableError(f"the program has no {what} to take a share of at sizes {dict(sizes)}", 0.0)
 
     def value(counts: Mapping[str, int]) -> float:
         kept = ranking.keep(counts)
@@ -286,6 +288,6 @@ def _unreachable(name: str, target: float, least: float, groups: Groups) -> str:
     names = "; ".join(f"{group.name!r}: {group.protected}" for group in standing[:6])
     more = f"; and {len(standing) - 6} more" if len(standing) > 6 else ""
     return (
-        f"shrink: {name} = {target:g} cannot be reached; the least is {least:.3g}, one unit (or round_to) of each "
+        f"{name} = {target:g} cannot be reached; the least is {least:.3g}, one unit (or round_to) of each "
         f"group left. Protected groups: {names or 'none'}{more}"
     )

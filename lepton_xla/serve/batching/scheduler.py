@@ -17,13 +17,14 @@ import threading
 from collections.abc import Callable, Sequence
 from math import inf
 from time import monotonic
+from typing import Any
 
 from lepton_xla.serve.batching.batcher import Batcher
 from lepton_xla.serve.batching.engine import Completion, Engine, Work
 from lepton_xla.serve.batching.rejections import Rejections
 from lepton_xla.serve.batching.tickets import Batch, Part, Reason
 from lepton_xla.serve.errors import HTTPError
-from lepton_xla.serve.observe.metrics import Metrics
+from lepton_xla.serve.observe.metrics import COSTS, Metrics
 from lepton_xla.serve.observe.observer import Times
 from lepton_xla.serve.protocol.signature import Signature
 from lepton_xla.serve.protocol.wire import RequestSpec
@@ -134,10 +135,12 @@ class Scheduler:
         """Runs the model on zeros, on any thread. Raises what the model raises."""
         self._engine.check()
 
-    def figures(self) -> dict[str, float]:
+    def figures(self) -> dict[str, Any]:
         """The gauges that `Metrics` shows: the queue, and the predicted cost of executions."""
-        costs = {f"cost_s {'x'.join(map(str, key))} {size}": seconds for key, size, seconds in self._costs}
-        return {"queue_rows": self._batcher.rows, "queue_requests": len(self._batcher), **costs}
+        costs: dict[str, dict[str, float]] = {}  # by shape, and by batch size
+        for key, size, seconds in self._costs:
+            costs.setdefault("x".join(map(str, key)), {})[str(size)] = seconds
+        return {"queue_rows": self._batcher.rows, "queue_requests": len(self._batcher), COSTS: costs}
 
     def start(self) -> None:
         """Starts the engine's thread."""

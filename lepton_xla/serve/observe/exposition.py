@@ -13,7 +13,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.registry import Collector
 
 from lepton_xla.serve.observe import triton_metrics
-from lepton_xla.serve.observe.metrics import PROCESS, Metrics
+from lepton_xla.serve.observe.metrics import COSTS, PROCESS, Metrics
 
 CONTENT_TYPE = exposition.CONTENT_TYPE_LATEST
 
@@ -71,9 +71,9 @@ class _Families(Collector):
         costs = GaugeMetricFamily(
             "lepton_cost_seconds", "What one execution is predicted to take.", labels=["model", "shape", "batch"]
         )
-        for name, value in counted.now.items():
-            if name.startswith("cost_s "):
-                costs.add_metric([counted.model, *name.split(" ")[1:]], value)
+        for shape, sizes in counted.now.get(COSTS, {}).items():
+            for size, value in sizes.items():
+                costs.add_metric([counted.model, shape, size], value)
         if costs.samples:
             yield costs
         for name, text, histogram in (

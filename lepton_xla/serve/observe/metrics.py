@@ -15,6 +15,9 @@ from typing import Any
 import numpy as np
 from prometheus_client import ProcessCollector
 
+COSTS = "cost_s"
+"""Among the figures of `Metrics.now`, what executions are predicted to take: shape -> batch size -> seconds."""
+
 _SECONDS = (1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0)
 _ROWS = tuple(float(2**power) for power in range(13))
 _SHARES = tuple(eighth / 8 for eighth in range(8))
@@ -67,19 +70,24 @@ class Histogram:
         return buckets
 
 
-def added(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
-    """The sum of what two processes have counted; of times of day the later, of predictions the worse."""
+def added(one: Mapping[str, Any], other: Mapping[str, Any], *, worse: bool = False) -> dict[str, Any]:
+    """The sum of what two processes have counted; of times of day the later, of predictions the worse.
+
+    Args:
+        one, other: name -> number, list of numbers, or a mapping like these.
+        worse: whether everything is a prediction.
+    """
     total = dict(one)
     for name, value in other.items():
         before = total.get(name)
         if before is None:
             total[name] = value
         elif isinstance(value, Mapping):
-            total[name] = added(before, value)
+            total[name] = added(before, value, worse=worse or name == COSTS)
         elif isinstance(value, list):
             total[name] = [x + y for x, y in zip(before, value, strict=True)]
         else:
-            total[name] = max(before, value) if name == "last_s" or name.startswith("cost_s ") else before + value
+            total[name] = max(before, value) if worse or name == "last_s" else before + value
     return total
 
 
@@ -138,7 +146,7 @@ class Metrics:
         self._requests: list[int] = []
         self._responses: list[int] = []
         self._waits: list[float] = []
-        self.now: dict[str, float] = dict.fromkeys(
+        self.now: dict[str, Any] = dict.fromkeys(
             ("queue_rows", "queue_requests", "in_flight", "connections", "buffered_bytes"), 0.0
         )
         self.look: Callable[[], object] | None = self._look_at_process
@@ -152,7 +160,7 @@ class Metrics:
         for family in PROCESS.collect():
             self.now |= {each.name: each.value for each in family.samples if each.name in _PROCESS_SUMS}
 
-    def watch(self, read: Callable[[], Mapping[str, float]]) -> None:
+    def watch(self, read: Callable[[], Mapping[str, Any]]) -> None:
         """Sets a function that reads gauges just before they are shown."""
 
         def look() -> None:

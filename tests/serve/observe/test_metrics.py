@@ -207,8 +207,8 @@ def test_several_processes_add_up():
     one.batch(3, 4, 0.001, 0.003, requests=2)
     other.batch(2, 2, 0.002, 0.003)
     other.batch(3, 4, 0.002, 0.003)
-    one.watch(lambda: {"queue_rows": 5, "connections": 1, "cost_s  4": 0.002})
-    other.watch(lambda: {"queue_rows": 7, "connections": 2, "cost_s  4": 0.003})
+    one.watch(lambda: {"queue_rows": 5, "connections": 1, "cost_s": {"": {"4": 0.002}}})
+    other.watch(lambda: {"queue_rows": 7, "connections": 2, "cost_s": {"": {"4": 0.003}}})
     families = parsed(render(one.plus(added(other.counts(), Metrics("m").counts()))).decode())
     expected = {
         "lepton_inference_requests": 3, "lepton_rows": 8, "lepton_padding_rows": 2, "lepton_batches": 3,
