@@ -13,12 +13,13 @@ import msgspec
 from lepton_xla.arguments import takes
 from lepton_xla.errors import RecipeError, UnsupportedError
 from lepton_xla.passes.core.expressions import stored_shape
-from lepton_xla.passes.core.plans import Plan, SitePlan
+from lepton_xla.passes.core.matrix import contracted_size
+from lepton_xla.passes.core.plans import Plan, SitePlan, by_weight
 from lepton_xla.passes.core.sites import Site, find_sites
 from lepton_xla.passes.pruning.eligibility import other_matrix, unprunable
 from lepton_xla.passes.pruning.shares import something_left
 from lepton_xla.passes.pruning.targets import plan_targets
-from lepton_xla.passes.quantization.products import contracted_size, not_float, unstorable, unsupported
+from lepton_xla.passes.quantization.products import not_float, unstorable, unsupported
 from lepton_xla.program import Program
 from lepton_xla.quant.grid import nearest_group
 from lepton_xla.recipe import PruneRule, QuantizeRule, Recipe
@@ -119,10 +120,7 @@ def _names_lookups(rule: PruneRule, sites: Sequence[Site]) -> bool:
 
 def _share(planned: Sequence[SitePlan], recipe: str) -> list[SitePlan]:
     """Give all sites of a weight the same plan, because it is a single array."""
-    groups: dict[str, list[SitePlan]] = {}
-    for entry in planned:
-        if entry.site.path is not None:
-            groups.setdefault(entry.site.path, []).append(entry)
+    groups = by_weight(planned)
     return [_with_group(entry, groups.get(entry.site.path or "", [entry]), recipe) for entry in planned]
 
 

@@ -204,7 +204,7 @@ def sensitivity(
         raise CalibrationError("a model without evaluate needs calibration data, to measure the error of the outputs")
     say("find sites", 0, 0)
     program, plan = plan_for(program, recipe)
-    groups = _groups(plan)
+    groups = plan.quantized
     if not groups:
         raise RecipeError(f"recipe {recipe.name!r} quantizes no weight of this program")
     ranges = _ranges(program, plan, batches, say)
@@ -272,15 +272,6 @@ def sensitivity(
 
 def _worst_first(value: float) -> float:
     return -math.inf if math.isnan(value) else -value
-
-
-def _groups(plan: Plan) -> dict[str, list[SitePlan]]:
-    """Planned sites by the weight they share."""
-    groups: dict[str, list[SitePlan]] = {}
-    for planned in plan.sites:
-        if planned.quantize is not None and planned.site.path is not None:
-            groups.setdefault(planned.site.path, []).append(planned)
-    return groups
 
 
 def _ranges(
@@ -453,7 +444,7 @@ def _timings(
     program: Program, plan: Plan, sizes: Sequence[Mapping[str, int]], say: Progress
 ) -> dict[str, list[Timing]]:
     """Time each product alone, in float and quantized, if it has a quantized form."""
-    rules = {entry.site.name: entry.quantize for group in _groups(plan).values() for entry in group if entry.quantize}
+    rules = {entry.site.name: entry.quantize for group in plan.quantized.values() for entry in group if entry.quantize}
     timings: dict[str, list[Timing]] = {}
     timer = Timer()
     for at in sizes:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from jax import lax
 
 from lepton_xla.passes import find_sites
+from lepton_xla.passes.core import matrix
 from lepton_xla.passes.core.sites import lay_out
 from lepton_xla.passes.core.targets import Target
 from lepton_xla.passes.quantization import products
@@ -526,3 +527,21 @@ def test_sums_wait_for_their_conversion_where_a_library_multiplies(monkeypatch):
     for rows, barriers in ((7, 0), (8, 1)):
         jaxpr = str(jax.make_jaxpr(product)(array(rows, 40)))
         assert jaxpr.count("optimization_barrier") == barriers
+
+
+def test_a_grouped_convolutions_two_matrices_hold_the_same_columns():
+    """Groups side by side, as codes are stored, or apart, as each group multiplies its own channels."""
+    kernel = array(3, 2, 2, 6)  # two positions by two, two channels of each of three groups, six outputs
+    numbers = ("NHWC", "HWIO", "NHWC")
+
+    def fn(w, x):
+        return lax.conv_general_dilated(x, w["k"], (1, 1), "VALID", dimension_numbers=numbers, feature_group_count=3)
+
+    (site,) = find_sites(trace(fn, {"k": kernel}, {"x": TensorSpec(("batch", 5, 4, 6), "float32")}))
+    flat = np.asarray(kernel).reshape(12, 6)
+    np.testing.assert_array_equal(matrix.code_matrix(site, kernel), flat)
+    apart = matrix.weight_matrix(site, kernel)
+    np.testing.assert_array_equal(apart, [flat[:, 2 * group : 2 * group + 2] for group in range(3)])
+    np.testing.assert_array_equal(matrix.weight_operand(site, apart), kernel)
+    np.testing.assert_array_equal(matrix.as_stored(site, apart), flat)
+    np.testing.assert_array_equal(matrix.from_stored(site, jnp.asarray(flat)), apart)

@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 import lepton_xla as lx
 from lepton_xla.errors import CalibrationError, ModelError, RecipeError, UnsupportedError
 from lepton_xla.passes import calibrate, fake_quant, find_sites, quantize
+from lepton_xla.passes.core.matrix import code_matrix
 from lepton_xla.passes.core.sites import lay_out
 from lepton_xla.passes.planning import resolve
 from lepton_xla.passes.quantization import products
@@ -128,7 +129,7 @@ def test_a_searched_range_is_the_same_in_training_and_lowered(name, weights, gra
     small, covering = quantize(program, plan), quantize(program, plain)
     np.testing.assert_allclose(small(small.weights, x), fake, rtol=0, atol=2e-6 * np.abs(fake).max())
     site = find_sites(program)[0]
-    to_matrix = lambda w: products.to_matrix(site, w)  # noqa: E731
+    to_matrix = lambda w: code_matrix(site, w)  # noqa: E731
     exact = (jax.vmap(to_matrix) if name == "scan" else to_matrix)(lay_out(program.weights["w"], site.layout))
     errors = [float(jnp.sum((one.weights["w"].dequantize() - exact) ** 2)) for one in (small, covering)]
     assert errors[0] < 0.95 * errors[1]
@@ -392,7 +393,7 @@ def test_what_was_trained_is_what_is_compiled(name, granularity):
     np.testing.assert_array_equal(np.asarray(stored.scale, np.float32), scale)
     (site,) = find_sites(program)
     laid = lay_out(params["weights"]["w"], site.layout)
-    to_matrix = lambda w: products.to_matrix(site, w)  # noqa: E731
+    to_matrix = lambda w: code_matrix(site, w)  # noqa: E731
     matrix = np.asarray((jax.vmap(to_matrix) if name == "scan" else to_matrix)(laid))
     spread = np.repeat(scale, matrix.shape[-2] // scale.shape[-2], axis=-2)
     np.testing.assert_array_equal(stored.codes(), np.clip(np.rint(matrix / spread), -8, 7))

@@ -19,9 +19,14 @@ from lepton_xla.passes.core.sites import Layout, LayoutOp, Site, Step, lay_out
 
 
 def weight_order(site: Site) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-    """Axes of a dot's weight operand: batch, contracted, free."""
+    """Axes of the weight operand: batch, contracted, free."""
     assert site.weight_operand is not None
-    return _order(site, site.weight_operand)
+    if site.kind == "dot_general":
+        return _order(site, site.weight_operand)
+    if site.kind == "gather":  # a table [V, D] is the matrix [D, V]: a scale a row that is looked up
+        return (), (1,), (0,)
+    out, inner, *window = site.params["dimension_numbers"].rhs_spec
+    return (), (*window, inner), (out,)
 
 
 def _order(site: Site, side: int) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
@@ -31,30 +36,60 @@ def _order(site: Site, side: int) -> tuple[tuple[int, ...], tuple[int, ...], tup
     return tuple(batch[side]), tuple(contract[side]), free
 
 
+def contracted_size(site: Site) -> int:
+    """K: how many products are added up for one element of the result."""
+    return math.prod(site.weight.shape[axis] for axis in weight_order(site)[1])
+
+
+def code_matrix(site: Site, weight: jax.Array) -> jax.Array:
+    """The weight operand, one step of a stack, as codes are stored: `[*batch, K, N]`, feature groups side by side."""
+    batch, contract, free = weight_order(site)
+    moved = jnp.transpose(weight, (*batch, *contract, *free))
+    sizes = [math.prod(weight.shape[axis] for axis in axes) for axes in (contract, free)]
+    return jnp.reshape(moved, (*(weight.shape[axis] for axis in batch), *sizes))
+
+
+def code_operand(site: Site, matrix: jax.Array) -> jax.Array:
+    """The weight operand that a `code_matrix` stands for, or what goes with it: K, N or both may be 1."""
+    batch, contract, free = weight_order(site)
+    shape = site.weight.shape
+    rows, columns = matrix.shape[-2:]
+    sizes = [
+        *(size for size in matrix.shape[:-2]),
+        *(shape[axis] if rows > 1 else 1 for axis in contract),
+        *(shape[axis] if columns > 1 else 1 for axis in free),
+    ]
+    order = (*batch, *contract, *free)
+    return jnp.transpose(jnp.reshape(matrix, sizes), [order.index(axis) for axis in range(len(order))])
+
+
 def weight_matrix(site: Site, weight: jax.Array) -> jax.Array:
-    """Reshape the weight operand, one step of a stack, to `[B, K, N]`."""
-    if site.kind == "dot_general":
-        batch, contract, free = weight_order(site)
-        moved = jnp.transpose(weight, (*batch, *contract, *free))
-        return jnp.reshape(moved, [math.prod(weight.shape[axis] for axis in axes) for axes in (batch, contract, free)])
-    out, inner, *window = site.params["dimension_numbers"].rhs_spec
-    groups = site.params["feature_group_count"]
-    moved = jnp.transpose(weight, (out, *window, inner))
-    return jnp.swapaxes(jnp.reshape(moved, (groups, weight.shape[out] // groups, -1)), 1, 2)
+    """The weight operand, one step of a stack, as `[B, K, N]`."""
+    return _apart(site, code_matrix(site, weight), ())
 
 
 def weight_operand(site: Site, matrix: jax.Array) -> jax.Array:
-    """Reshape a `[B, K, N]` matrix to the weight operand: the inverse of `weight_matrix`."""
-    shape = site.weight.shape
-    if site.kind == "dot_general":
-        batch, contract, free = weight_order(site)
-        order = (*batch, *contract, *free)
-    else:
-        out, inner, *window = site.params["dimension_numbers"].rhs_spec
-        order = (out, *window, inner)
-        matrix = jnp.swapaxes(matrix, 1, 2)
-    moved = jnp.reshape(matrix, [shape[axis] for axis in order])
-    return jnp.transpose(moved, [order.index(axis) for axis in range(len(order))])
+    """The weight operand that a `[B, K, N]` matrix stands for: the inverse of `weight_matrix`."""
+    return code_operand(site, _joined(site, matrix, ()))
+
+
+def _apart(site: Site, array: jax.Array, lead: Sequence[int]) -> jax.Array:
+    """`[*lead, *batch, rows, N]` as `[*lead, B, rows, N]`: the feature groups of a convolution are its B."""
+    rows, columns = array.shape[-2:]
+    if site.kind == "conv_general_dilated":
+        groups = site.params["feature_group_count"]
+        return jnp.swapaxes(jnp.reshape(array, (*lead, rows, groups, columns // groups)), -3, -2)
+    batch, _, _ = weight_order(site)
+    return jnp.reshape(array, (*lead, math.prod(site.weight.shape[axis] for axis in batch), rows, columns))
+
+
+def _joined(site: Site, array: jax.Array, lead: Sequence[int]) -> jax.Array:
+    """The inverse of `_apart`."""
+    groups, rows, columns = array.shape[-3:]
+    if site.kind == "conv_general_dilated":
+        return jnp.reshape(jnp.swapaxes(array, -3, -2), (*lead, rows, groups * columns))
+    batch, _, _ = weight_order(site)
+    return jnp.reshape(array, (*lead, *(site.weight.shape[axis] for axis in batch), rows, columns))
 
 
 def activation_matrix(site: Site, activation: jax.Array) -> jax.Array:
@@ -154,23 +189,15 @@ def _before_steps(site: Site) -> Layout:
 
 
 def as_stored(site: Site, array: jax.Array) -> jax.Array:
-    """Reshape `[*steps, B, rows, N]` to the axes of stored codes, `[*steps, *batch, rows, N]`."""
-    lead = array.shape[: site.stacked]
-    if site.kind == "dot_general":
-        batch, _, _ = weight_order(site)
-        return jnp.reshape(array, (*lead, *(site.weight.shape[axis] for axis in batch), *array.shape[-2:]))
-    return jnp.reshape(jnp.swapaxes(array, -3, -2), (*lead, array.shape[-2], -1))
+    """`[*steps, B, rows, N]` with the axes of stored codes: `[*steps, *batch, rows, N]`."""
+    return _joined(site, array, array.shape[: site.stacked])
 
 
 def from_stored(site: Site, array: jax.Array) -> jax.Array:
-    """Reshape an array that belongs to stored codes, `[*steps, *batch, rows, N or 1]`, to `[*steps, B, rows, N]`."""
-    lead = array.shape[: site.stacked]
+    """What lies beside stored codes, `[*steps, *batch, rows, N or 1]`, as `[*steps, B, rows, N]`."""
     groups, _, columns = matrix_shape(site)
-    if site.kind == "dot_general":
-        flat = jnp.reshape(array, (*lead, groups, *array.shape[-2:]))
-        return jnp.broadcast_to(flat, (*flat.shape[:-1], columns))
-    whole = jnp.broadcast_to(array, (*array.shape[:-1], groups * columns))
-    return jnp.swapaxes(jnp.reshape(whole, (*lead, array.shape[-2], groups, columns)), -3, -2)
+    whole = groups * columns if site.kind == "conv_general_dilated" else columns
+    return _apart(site, jnp.broadcast_to(array, (*array.shape[:-1], whole)), array.shape[: site.stacked])
 
 
 def _layout(site: Site) -> Layout:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from lepton_xla.passes.core.sites import Site
@@ -81,6 +81,15 @@ class SitePlan:
         }
 
 
+def by_weight(entries: Iterable[SitePlan]) -> dict[str, list[SitePlan]]:
+    """What sites with a weight get, by the weight's path, in order: several may share one."""
+    groups: dict[str, list[SitePlan]] = {}
+    for entry in entries:
+        if entry.site.path is not None:
+            groups.setdefault(entry.site.path, []).append(entry)
+    return groups
+
+
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """A recipe resolved against a program: one entry per site, in the order of execution.
@@ -93,6 +102,16 @@ class Plan:
 
     recipe: Recipe
     sites: tuple[SitePlan, ...]
+
+    @property
+    def quantized(self) -> dict[str, list[SitePlan]]:
+        """The sites whose weights are quantized, by weight."""
+        return by_weight(entry for entry in self.sites if entry.quantize is not None)
+
+    @property
+    def pruned(self) -> dict[str, list[SitePlan]]:
+        """The sites whose weights are pruned, by weight."""
+        return by_weight(entry for entry in self.sites if entry.prune is not None)
 
     def __getitem__(self, name: str) -> SitePlan | None:
         """Give the plan of the site with this name, or None."""

@@ -106,12 +106,8 @@ def plan_targets(plan: Plan, weights: Mapping[str, Any]) -> list[Target]:
     Raises:
         ModelError: if `weights` lacks one of them, or has it in another shape.
     """
-    sites: dict[str, list[Any]] = {}
-    for entry in plan.sites:
-        if entry.prune is not None and entry.site.path is not None:
-            sites.setdefault(entry.site.path, []).append(entry)
     targets: list[Target] = []
-    for path, entries in sites.items():
+    for path, entries in plan.pruned.items():
         if path not in weights:
             raise ModelError(
                 f"the plan prunes weight {path!r}, which is not among {some_names(weights)}; give the tree of weights "
@@ -121,7 +117,9 @@ def plan_targets(plan: Plan, weights: Mapping[str, Any]) -> list[Target]:
         like = jax.ShapeDtypeStruct(weights[path].shape, weights[path].dtype)
         if not _fits(site, like):
             raise ModelError(f"weight {path!r} has shape {like.shape}, which it has not in the plan's program")
-        targets.append(Target(path, like, entries[0].prune, site))
+        rule = entries[0].prune
+        assert rule is not None
+        targets.append(Target(path, like, rule, site))
     return targets
 
 

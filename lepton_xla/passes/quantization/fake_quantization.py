@@ -19,6 +19,7 @@ from lepton_xla import _compat
 from lepton_xla.arguments import takes
 from lepton_xla.errors import ModelError, RecipeError, UnsupportedError
 from lepton_xla.passes.core.computed import Computed
+from lepton_xla.passes.core.matrix import code_matrix, code_operand, contracted_size
 from lepton_xla.passes.core.names import Key
 from lepton_xla.passes.core.plans import Plan, SitePlan
 from lepton_xla.passes.core.precomputation import computed_weights
@@ -216,7 +217,7 @@ def initial_scales(weights: Any, plan: Plan, ranges: Mapping[str, Float[Array, "
         if target.kind != "int":
             raise UnsupportedError(f"site {site.name!r}: scales are trained for int8 and int4, not for {target.name}")
         make = lambda step, site=site, target=target, rule=rule: initial_scale(  # noqa: E731
-            products.to_matrix(site, step), target, rule.granularity
+            code_matrix(site, step), target, rule.granularity
         )
         for _ in range(site.stacked):
             make = jax.vmap(make)
@@ -289,11 +290,11 @@ def _round_weight(
 ) -> _Rounded:
     target = FORMATS[rule.weights]
     given = {part: side_inputs[site.name, part] for part in _PARTS if (site.name, part) in side_inputs}
-    matrix = products.to_matrix(site, weight)
+    matrix = code_matrix(site, weight)
     grid = make_grid(matrix, target, rule.granularity, rule.weight_range, **given)
     if target.learned:  # its levels have the leading axes of the matrix
         codes = matrix_codes(lax.stop_gradient(matrix), grid, target)
-        rounded = products.from_matrix(site, matrix_values(codes, grid, target))
+        rounded = code_operand(site, matrix_values(codes, grid, target))
         # Trained levels get a gradient (Deep Compression, arXiv:1510.00149, section 3.3).
         return _Rounded(_with_gradient_of_both(weight, rounded))
     if "scale" in given:
@@ -400,8 +401,8 @@ def _spread(site: Site, part: jax.Array | None) -> jax.Array | None:
     if part is None:
         return None
     groups = part.shape[-2]
-    rows = products.contracted_size(site) // groups
-    return products.from_matrix(site, jnp.repeat(part, rows, axis=-2) if groups > 1 else part)
+    rows = contracted_size(site) // groups
+    return code_operand(site, jnp.repeat(part, rows, axis=-2) if groups > 1 else part)
 
 
 def _side_inputs(

@@ -132,7 +132,10 @@ def quantize(
     weights: dict[str, Any] = dict(program.weights)
     like = abstract(program.weights)
     reports: list[SiteReport] = []
-    groups = _by_weight(plan)
+    groups = {
+        path: [_Planned(entry.site, entry.quantize) for entry in entries if entry.quantize is not None]
+        for path, entries in plan.quantized.items()
+    }
     stored = [planned for group in groups.values() for planned in group]
     pairs = [
         _Planned(entry.site, entry.quantize)
@@ -364,15 +367,6 @@ def _names(values: Mapping[Key, Any], weights: Mapping[str, Any]) -> dict[Key, s
     for site, what in values:
         names[site, what] = fresh(site, what, {*weights, *names.values()})
     return names
-
-
-def _by_weight(plan: Plan) -> dict[str, list[_Planned]]:
-    """Planned sites by the weight they share."""
-    groups: dict[str, list[_Planned]] = {}
-    for planned in plan.sites:
-        if planned.quantize is not None and planned.site.path is not None:
-            groups.setdefault(planned.site.path, []).append(_Planned(planned.site, planned.quantize))
-    return groups
 
 
 def _time_sites(

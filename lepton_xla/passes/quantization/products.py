@@ -17,6 +17,7 @@ from jax import lax
 from lepton_xla import _compat
 from lepton_xla.errors import CalibrationError
 from lepton_xla.passes.alternatives import shifted
+from lepton_xla.passes.core.matrix import code_matrix, code_operand, contracted_size, weight_order
 from lepton_xla.passes.core.names import Key
 from lepton_xla.passes.core.sites import LayoutOp, Site, Step, Tracked, layout_key
 from lepton_xla.passes.core.targets import Target
@@ -155,20 +156,9 @@ def _dims(site: Site) -> _Dims:
     )
 
 
-def _weight_order(site: Site) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-    """Axes of the weight operand: batch, contracted, free."""
-    if site.kind == "dot_general":
-        dims = _dims(site)
-        return dims.weight_batch, dims.weight_contract, dims.weight_free
-    if site.kind == "gather":  # a table [V, D] is the matrix [D, V], with a scale per row of the table
-        return (), (1,), (0,)
-    out, inner, *window = site.params["dimension_numbers"].rhs_spec
-    return (), (*window, inner), (out,)
-
-
 def _matrix_key(site: Site) -> tuple[Any, ...]:
     """A key that is equal for sites of a weight with the same matrix."""
-    order = _weight_order(site)
+    order = weight_order(site)
     axes = list(range(len(site.weight.shape) + site.stacked))
     steps: list[int] = []
     converted: list[str] = []
@@ -182,42 +172,6 @@ def _matrix_key(site: Site) -> tuple[Any, ...]:
         else:
             return (layout_key(site.layout), order)
     return (steps, converted, *([axes[axis] for axis in part] for part in order))
-
-
-def contracted_size(site: Site) -> int:
-    """K: number of products that are summed for an element of the result."""
-    return math.prod(site.weight.shape[axis] for axis in _weight_order(site)[1])
-
-
-def weight_axes(site: Site, granularity: str) -> tuple[int, ...]:
-    """Axes of the weight operand that share a scale: all except the output channels, or all for `tensor`."""
-    _, contract, free = _weight_order(site)
-    return (*contract, *free) if granularity == "tensor" else contract
-
-
-def to_matrix(site: Site, weight: jax.Array) -> jax.Array:
-    """Reshape the weight operand, one step of a stack, to [batch..., K, N]: contracted axes, then output channels.
-
-    A convolution's K is the window's positions, then the input channels of a group; a table's K is its row.
-    """
-    batch, contract, free = _weight_order(site)
-    moved = jnp.transpose(weight, (*batch, *contract, *free))
-    sizes = [math.prod(weight.shape[axis] for axis in axes) for axes in (contract, free)]
-    return jnp.reshape(moved, (*(weight.shape[axis] for axis in batch), *sizes))
-
-
-def from_matrix(site: Site, matrix: jax.Array) -> jax.Array:
-    """Reshape a matrix, or an array that belongs to it (K, N or both may be 1), to the weight operand."""
-    batch, contract, free = _weight_order(site)
-    shape = site.weight.shape
-    rows, columns = matrix.shape[-2:]
-    sizes = [
-        *(size for size in matrix.shape[:-2]),
-        *(shape[axis] if rows > 1 else 1 for axis in contract),
-        *(shape[axis] if columns > 1 else 1 for axis in free),
-    ]
-    order = (*batch, *contract, *free)
-    return jnp.transpose(jnp.reshape(matrix, sizes), [order.index(axis) for axis in range(len(order))])
 
 
 def activation_axes(site: Site) -> tuple[int, ...]:
@@ -280,7 +234,7 @@ def store(
     Returns:
         A matrix `[batch..., K, N]`, row-major.
     """
-    return quantize(to_matrix(site, weight), name, granularity, weight_range, **(given or {}))
+    return quantize(code_matrix(site, weight), name, granularity, weight_range, **(given or {}))
 
 
 def for_product(stored: QTensor) -> QTensor:
@@ -290,7 +244,7 @@ def for_product(stored: QTensor) -> QTensor:
 
 def restore(site: Site, stored: QTensor) -> jax.Array:
     """Dequantize a stored weight to the float operand, in the layout and dtype of the site's primitive."""
-    return from_matrix(site, stored.dequantize(site.weight.dtype))
+    return code_operand(site, stored.dequantize(site.weight.dtype))
 
 
 def look_up(site: Site, stored: QTensor, index: jax.Array) -> jax.Array:
@@ -357,7 +311,7 @@ def quantized_dot_pair(site: Site, left: jax.Array, right: jax.Array, name: str,
     weighted, target = as_weighted(site), FORMATS[name]
     scale, _ = pair_scales(site, left, right, name)
     # Transpose the right operand before rounding, because XLA does not fuse a transpose of codes.
-    matrix = to_matrix(weighted, right)
+    matrix = code_matrix(weighted, right)
     columns = absmax_scale(magnitude(matrix, (-2,)), target)
     codes = encode(left, scale, target), encode(matrix, columns, target)
     return _multiply(weighted, codes[0], scale, codes[1], -2, columns, pad_single).astype(site.output.dtype)

@@ -75,13 +75,9 @@ def planned_weights(program: Program, plan: Plan) -> tuple[list[Planned], list[S
     Raises:
         ModelError: if one of them is not finite.
     """
-    groups: dict[str, list[SitePlan]] = {}
-    for entry in plan.sites:
-        if entry.quantize is not None and entry.site.path is not None:
-            groups.setdefault(entry.site.path, []).append(entry)
     planned: list[Planned] = []
     kept = [unchanged(entry.site.name, entry.not_quantized) for entry in plan.sites if entry.not_quantized]
-    for path, entries in groups.items():
+    for path, entries in plan.quantized.items():
         sites = [entry.site for entry in entries if entry.site.kind != "gather"]
         rule = entries[0].quantize
         assert rule is not None
