@@ -101,3 +101,9 @@ def test_the_checks_see_what_they_look_for():
     drawn = drawing("```mermaid\nflowchart TD\n    %% p\n    a --> b & c\n    b --> d\n    a -.-> e\n```\n")
     assert drawn == {"p": ({"a": {"b", "c"}, "b": {"d"}, "c": set(), "d": set(), "e": set()}, {"a": {"e"}})}
     assert below(drawn["p"][0], "a") == {"b", "c", "d"}
+
+
+def test_files_are_of_one_idea():
+    lines = sorted(len(path.read_text(encoding="utf-8").splitlines()) for path in FILES.values())
+    assert lines[-1] <= 500
+    assert lines[len(lines) // 2] <= 150

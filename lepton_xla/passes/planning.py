@@ -19,7 +19,7 @@ from lepton_xla.passes.core.sites import Site, find_sites
 from lepton_xla.passes.pruning.eligibility import other_matrix, unprunable
 from lepton_xla.passes.pruning.shares import something_left
 from lepton_xla.passes.pruning.targets import plan_targets
-from lepton_xla.passes.quantization.products import not_float, unstorable, unsupported
+from lepton_xla.passes.quantization.eligibility import not_float, unstorable, unsupported
 from lepton_xla.program import Program
 from lepton_xla.quant.grid import nearest_group
 from lepton_xla.recipe import PruneRule, QuantizeRule, Recipe

@@ -27,7 +27,7 @@ from lepton_xla.passes.core.plans import Plan, SitePlan
 from lepton_xla.passes.core.sites import Site, find_sites, operand_value, rewrite_sites, step_lengths
 from lepton_xla.passes.core.timing import Timer
 from lepton_xla.passes.core.walker import Context, Values
-from lepton_xla.passes.quantization import products
+from lepton_xla.passes.quantization import eligibility
 from lepton_xla.passes.quantization.fake_quantization import fake_quant
 from lepton_xla.passes.quantization.lowering import quantize
 from lepton_xla.passes.quantization.measurement import Timing, compare
@@ -452,6 +452,6 @@ def _timings(
         for number, site in enumerate(found):
             say(f"time {site.name}", number, len(found))
             rule = rules[site.name]
-            if rule.activations != "none" and not products.float_reason(site, rule, timer.target):
+            if rule.activations != "none" and not eligibility.float_reason(site, rule, timer.target):
                 timings.setdefault(site.name, []).append(compare(site, rule, at, timer))
     return timings

@@ -12,9 +12,9 @@ from jax import lax
 
 from lepton_xla.passes import find_sites
 from lepton_xla.passes.core import matrix
-from lepton_xla.passes.core.sites import lay_out
+from lepton_xla.passes.core.layouts import lay_out
 from lepton_xla.passes.core.targets import Target
-from lepton_xla.passes.quantization import products
+from lepton_xla.passes.quantization import eligibility, products
 from lepton_xla.program import TensorSpec, trace
 from lepton_xla.quant import FORMATS, absmax_scale, encode
 from lepton_xla.recipe import Recipe
@@ -268,17 +268,17 @@ def test_a_broken_row_stays_broken_and_alone():
     ],
 )  # fmt: skip
 def test_what_is_unsupported_says_why(fn, act, weight, reason):
-    found = products.unsupported(only_site(fn, array(*act), array(*weight)))
+    found = eligibility.unsupported(only_site(fn, array(*act), array(*weight)))
     assert found is None if reason is None else reason in found
 
 
 def test_integers_are_unsupported():
     act, weight = array(3, 4), array(4, 5)
     for a, w, reason in ((act.astype(int), weight.astype(int), "weight is int32"),):
-        assert reason in products.unsupported(only_site(lambda x, w: x @ w, a, w))
+        assert reason in eligibility.unsupported(only_site(lambda x, w: x @ w, a, w))
     mixed = only_site(lambda x, w: x.astype(jnp.int8) @ w.astype(jnp.int8), act, weight)
-    assert products.unsupported(mixed) is not None
-    assert products.unsupported(only_site(lambda x, w: (x @ x.T) + jnp.sum(w), act, weight)) == (
+    assert eligibility.unsupported(mixed) is not None
+    assert eligibility.unsupported(only_site(lambda x, w: (x @ x.T) + jnp.sum(w), act, weight)) == (
         "dot_general of two activations"
     )
 
@@ -406,24 +406,24 @@ def rule(options):
 def test_which_products_of_two_activations_are_left(fn, options, reason):
     specs = {"a": TensorSpec((3, 4), "float32"), "b": TensorSpec((4, 5), "float32")}
     (site,) = find_sites(trace(lambda w, a, b: fn(a, b), {"unused": array(1)}, specs))
-    found = products.unsupported(site, rule(options))
+    found = eligibility.unsupported(site, rule(options))
     assert found is None if reason is None else reason in found
 
 
 def test_sums_that_int32_may_not_hold_stay_float():
     ones = jax.ShapeDtypeStruct((2, 133_144), jnp.float32)
     site = pair_site((((1,), (1,)), ((), ())), ones, ones)
-    assert products.float_reason(site, rule('products = "all"'), Target("cpu")) == ""
+    assert eligibility.float_reason(site, rule('products = "all"'), Target("cpu")) == ""
     ones = jax.ShapeDtypeStruct((2, 133_145), jnp.float32)
     site = pair_site((((1,), (1,)), ((), ())), ones, ones)
-    assert "it sums over 133145 products, which int32 may not hold, so it stays float" in products.float_reason(
+    assert "it sums over 133145 products, which int32 may not hold, so it stays float" in eligibility.float_reason(
         site, rule('products = "all"'), Target("cpu")
     )
     small = rule('products = "all"\nweights = "int4"\nactivations = "int4"')
-    assert products.float_reason(site, small, Target("cpu")) == ""
+    assert eligibility.float_reason(site, small, Target("cpu")) == ""
     specs = {"x": TensorSpec((2, 133_145), "float32")}
     (site,) = find_sites(trace(lambda w, x: x @ w["w"], {"w": jnp.ones((133_145, 1))}, specs))
-    assert "int32 may not hold, so only the weight is stored small" in products.float_reason(
+    assert "int32 may not hold, so only the weight is stored small" in eligibility.float_reason(
         site, rule(""), Target("cpu")
     )
 
@@ -512,8 +512,8 @@ def test_where_integers_have_no_convolution_it_stays_float():
     fn = lambda x, w: lax.conv_general_dilated(x, w, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))  # noqa: E731
     site = only_site(fn, array(2, 6, 6, 4), array(3, 3, 4, 5))
     (rule,) = Recipe.parse('[[quantize]]\nsites = ".*"', name="test").quantize
-    assert products.float_reason(site, rule, Target("cpu")) == ""
-    assert products.float_reason(site, rule, Target("gpu")).startswith(
+    assert eligibility.float_reason(site, rule, Target("cpu")) == ""
+    assert eligibility.float_reason(site, rule, Target("gpu")).startswith(
         "the platform 'gpu' has no convolution of integers"
     )
 

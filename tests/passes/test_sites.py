@@ -14,7 +14,8 @@ from jax.sharding import PartitionSpec as P
 
 import lepton_xla.program as lp
 from lepton_xla.adapters import from_linen, from_nnx
-from lepton_xla.passes.core.sites import SITE_PRIMITIVES, find_sites, lay_out, operand_value, rewrite_sites
+from lepton_xla.passes.core.layouts import lay_out
+from lepton_xla.passes.core.sites import SITE_PRIMITIVES, find_sites, operand_value, rewrite_sites
 from lepton_xla.program import TensorSpec, trace
 
 ROWS = {"x": TensorSpec(("batch", 6), "float32")}

@@ -16,10 +16,10 @@ from jax.sharding import PartitionSpec as P
 import lepton_xla as lx
 from lepton_xla.errors import CalibrationError, ModelError, RecipeError, UnsupportedError
 from lepton_xla.passes import calibrate, fake_quant, find_sites, quantize
+from lepton_xla.passes.core.layouts import lay_out
 from lepton_xla.passes.core.matrix import code_matrix
-from lepton_xla.passes.core.sites import lay_out
 from lepton_xla.passes.planning import resolve
-from lepton_xla.passes.quantization import products
+from lepton_xla.passes.quantization import eligibility, products
 from lepton_xla.passes.quantization.fake_quantization import initial_scales
 from lepton_xla.program import TensorSpec, trace
 from lepton_xla.quant import QTensor
@@ -194,7 +194,7 @@ def test_what_has_no_product_of_codes_is_stored_small_and_says_why():
 
 def test_fp8_products_where_the_platform_has_them(monkeypatch):
     monkeypatch.setattr(products, "SAFE_FP8_VALUES", 0)
-    monkeypatch.setattr(products, "FP8_PLATFORMS", ("cpu",))
+    monkeypatch.setattr(eligibility, "FP8_PLATFORMS", ("cpu",))
     program = model("dense")
     small = quantize(program, resolve(recipe("fp8_e4m3", "channel", "fp8_e4m3"), program))
     assert small.history[-1].sites[0].action == "fp8_e4m3 x fp8_e4m3"

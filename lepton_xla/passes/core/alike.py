@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from lepton_xla.passes.core.sites import Site, layout_key
+from lepton_xla.passes.core.layouts import layout_key
+from lepton_xla.passes.core.sites import Site
 
 
 class Alike:

@@ -15,7 +15,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lepton_xla.passes.core.sites import Layout, LayoutOp, Site, Step, lay_out
+from lepton_xla.passes.core.layouts import Layout, LayoutOp, Step, lay_out
+from lepton_xla.passes.core.sites import Site
 
 
 def weight_order(site: Site) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:

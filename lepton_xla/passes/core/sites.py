@@ -8,174 +8,38 @@ and constants alone and reaches a product is a computed weight, named by what it
 from __future__ import annotations
 
 import dataclasses
-import functools
-import math
 from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
-from lepton_xla import _compat
 from lepton_xla.arguments import takes
-from lepton_xla.errors import UnsupportedError
 from lepton_xla.passes.core import expressions
 from lepton_xla.passes.core.computed import CUTS, Computed, ComputedWeight, choose_computed
 from lepton_xla.passes.core.expressions import Expression
+from lepton_xla.passes.core.layouts import Layout, LayoutOp, Step
 from lepton_xla.passes.core.names import Key, SiteNames
 from lepton_xla.passes.core.rewriting import rewrite
-from lepton_xla.passes.core.walker import Context, Rule, TracedValue, Values, materialize
+from lepton_xla.passes.core.tracking import (
+    GIVEN,
+    IDENTITIES,
+    LAYOUT_PRIMITIVES,
+    Escapes,
+    Known,
+    Made,
+    Tracked,
+    compute_from_weights,
+    cut_weight,
+    follow_layout,
+    hand_on,
+)
+from lepton_xla.passes.core.walker import Context, Rule, Values, materialize
 from lepton_xla.program import Program, TensorSpec, probe_sizes
 from lepton_xla.trees import abstract, name_leaves
 
+# `rule(site, context, equation, operands) -> outputs`, or None to leave the equation unchanged.
 type SiteRule = Callable[["Site", Context, Any, Values], Values | None]
-"""`rule(site, context, equation, operands) -> outputs`, or None to leave the equation unchanged."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Step:
-    """Marks in a layout that a `scan` takes one step of a stacked weight here."""
-
-
-@dataclasses.dataclass(frozen=True)
-class LayoutOp:
-    """A layout operation on a weight: an equation and the index of the output that was used."""
-
-    eqn: Any
-    output: int = 0
-
-    @property
-    def resizes(self) -> bool:
-        """Whether it changes the number of elements."""
-        before, after = self.eqn.invars[0].aval.shape, self.eqn.outvars[self.output].aval.shape
-        return math.prod(before) != math.prod(after)
-
-    @property
-    def cuts(self) -> bool:
-        """Whether it selects a part of the elements."""
-        return self.resizes and self.eqn.primitive.name in CUTS
-
-    def __call__(self, array: jax.Array) -> jax.Array:
-        with _compat.equation_context(self.eqn):
-            return _compat.bind(self.eqn, [array])[self.output]
-
-
-type Layout = tuple[LayoutOp | Step, ...]
-
-
-# Side input that holds a given computed weight of a stack.
-GIVEN = "given"
-
-
-class Escapes:
-    """Weights that one walk found used outside of sites.
-
-    Attributes:
-        paths: paths of weights.
-        pieces: slices of weights that were used outside of sites.
-    """
-
-    def __init__(self) -> None:
-        self.paths: set[str] = set()
-        self.pieces: list[Expression] = []
-
-
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["value", "side_inputs"],
-    meta_fields=["path", "layout", "escapes", "expression", "source"],
-)
-@dataclasses.dataclass(frozen=True)
-class Tracked(TracedValue):
-    """A weight on its way to its site.
-
-    Attributes:
-        value: the array after its layout operations; or the pass's replacement of the weight.
-        side_inputs: values that follow the weight to its sites without layout operations, by `Key`. Those of a
-            stacked weight have its leading axes, so each step of a scan gets its own.
-        path: the weight's path in the program.
-        layout: the operations from the program's input to this value.
-        escapes: records uses outside of sites.
-        expression: this value as an expression in the program's weights.
-        source: the expression of a computed weight; None for a weight of the program.
-    """
-
-    value: Any
-    side_inputs: dict[Key, jax.Array]
-    path: str
-    layout: Layout
-    escapes: Escapes
-    expression: Expression
-    source: Expression | None = None
-
-    def materialize(self) -> jax.Array:
-        self.escapes.paths.add(self.path)
-        if self.is_cut:
-            self.escapes.pieces.append(self.expression)
-        return _present(self.value, self.expression)
-
-    @property
-    def is_cut(self) -> bool:
-        """Whether this is a slice of the weight."""
-        return any(op.cuts for op in self.layout if isinstance(op, LayoutOp))
-
-    def at_step(self, scan: int) -> Tracked:
-        return dataclasses.replace(self, layout=(*self.layout, Step()), expression=self.expression.step(scan))
-
-    def in_specs(self, spec: Any) -> Any:
-        # Side inputs are replicated, however the weight itself is sharded.
-        return dataclasses.replace(self, value=spec, side_inputs=dict.fromkeys(self.side_inputs, jax.P()))
-
-    def through(self, eqn: Any) -> Values:
-        """Apply a layout operation; for a replaced weight only record it."""
-        plain = isinstance(self.value, jax.Array)
-        outs = _compat.bind(eqn, [self.value]) if plain else [self.value] * len(eqn.outvars)
-        made = expressions.call(eqn, [self.expression]) or [self.expression] * len(outs)
-        return [
-            dataclasses.replace(self, value=out, layout=(*self.layout, LayoutOp(eqn, k)), expression=made[k])
-            for k, out in enumerate(outs)
-        ]
-
-
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["value", "side_inputs"],
-    meta_fields=["expression", "escapes"],
-)
-@dataclasses.dataclass(frozen=True)
-class Made(TracedValue):
-    """A constant, or a value that is computed from weights and constants alone and is not (yet) a weight.
-
-    Attributes:
-        value: the array; None if weights that it is computed from are missing.
-        side_inputs: the side inputs of those weights.
-        expression: its expression.
-        escapes: records uses outside of sites.
-    """
-
-    value: Any
-    side_inputs: dict[Key, jax.Array]
-    expression: Expression
-    escapes: Escapes
-
-    def materialize(self) -> jax.Array:
-        self.escapes.paths.update(self.expression.weights)
-        return _present(self.value, self.expression)
-
-    def at_step(self, scan: int) -> Made:
-        return dataclasses.replace(self, expression=self.expression.step(scan))
-
-    def in_specs(self, spec: Any) -> Any:
-        return dataclasses.replace(self, value=spec, side_inputs=dict.fromkeys(self.side_inputs, jax.P()))
-
-
-def _present(value: Any, expression: Expression) -> Any:
-    if value is None:
-        raise UnsupportedError(
-            f"at these sizes the program reads {', '.join(expression.weights)}, which it did not at the sizes of "
-            "precompute; pass these sizes too, as buckets or precompute(sizes=...)"
-        )
-    return value
 
 
 @dataclasses.dataclass(frozen=True)
@@ -245,106 +109,7 @@ class Site:
         return sum(isinstance(op, Step) for op in self.layout)
 
 
-# Primitives that only move or convert a weight. `split` and `unstack` have several outputs.
-_LAYOUT = (
-    "convert_element_type", "transpose", "reshape", "squeeze", "expand_dims", "broadcast_in_dim", "copy", "copy_p",
-    "slice", "split", "unstack", "sharding_constraint", "pvary", "pcast", "reduce_precision",
-)  # fmt: skip
-# Primitives that return their operands unchanged, one output each.
-_IDENTITIES = ("name", "stop_gradient", "optimization_barrier", "device_put")
 SITE_PRIMITIVES = ("dot_general", "conv_general_dilated", "ragged_dot_general", "gather")
-# Containers whose bodies run once; they are entered instead of treated as one operation.
-_ENTERED = ("jit", "closed_call", "core_call", "eval_jaxpr", "remat2", "checkpoint")
-
-
-def _follow(context: Context, eqn: Any, values: Values) -> Values | None:
-    del context
-    return values[0].through(eqn) if len(values) == 1 and isinstance(values[0], Tracked) else None
-
-
-def _hand_on(context: Context, eqn: Any, values: Values) -> Values | None:
-    """Pass values on unchanged; arrays are bound again."""
-    del context
-    arrays = [value.value if isinstance(value, _Known) else value for value in values]
-    outs = _compat.bind(eqn, arrays) if all(isinstance(array, jax.Array) for array in arrays) else arrays
-    return [
-        dataclasses.replace(value, value=out) if isinstance(value, _Known) else out
-        for value, out in zip(values, outs, strict=True)
-    ]
-
-
-_Known = (Tracked, Made)
-
-
-def _cut(computed: Computed, escapes: Escapes, side_inputs: Mapping[str, Mapping[Key, Any]]) -> Rule:
-    """Make the rule for equations that slice a weight: a slice may be a computed weight."""
-
-    def rule(context: Context, eqn: Any, values: Values) -> Values | None:
-        outs = _follow(context, eqn, values)
-        if outs is None:
-            return None
-        names = [computed.names.get(out.expression.key) for out in outs]
-        return [
-            out
-            if name is None
-            else _computed_weight(
-                computed, name, out.expression, out.value, out.side_inputs, side_inputs.get(name, {}), escapes
-            )
-            for name, out in zip(names, outs, strict=True)
-        ]
-
-    return rule
-
-
-def _compute(computed: Computed, escapes: Escapes, side_inputs: Mapping[str, Mapping[Key, Any]]) -> Rule:
-    """Make the rule for equations on weights and constants alone, whose results may be computed weights."""
-
-    def rule(context: Context, eqn: Any, values: Values) -> Values | None:
-        operands = [_expression(atom, value) for atom, value in zip(eqn.invars, values, strict=True)]
-        parts = [operand for operand in operands if operand is not None]
-        if len(parts) < len(operands) or (eqn.primitive.name in _ENTERED and any(operand.weights for operand in parts)):
-            return None
-        made = expressions.call(eqn, parts)
-        if made is None:
-            return None
-        travelling: dict[Key, jax.Array] = {}
-        for value in values:
-            travelling |= value.side_inputs if isinstance(value, _Known) else {}
-        names = [computed.names.get(part.key) if part.weights and computed.names else None for part in made]
-        outs: Sequence[Any] = [None] * len(made)
-        arrays = [value.value if isinstance(value, _Known) else value for value in values]
-        if not any(array is None for array in arrays) and not (computed.given and all(names)):
-            outs = context.bind(eqn, arrays)
-        return [
-            Made(out, travelling, part, escapes)
-            if name is None
-            else _computed_weight(computed, name, part, out, travelling, side_inputs.get(name, {}), escapes)
-            for name, part, out in zip(names, made, outs, strict=True)
-        ]
-
-    return rule
-
-
-def _computed_weight(
-    computed: Computed,
-    name: str,
-    expression: Expression,
-    value: Any,
-    travelling: Mapping[Key, jax.Array],
-    own: Mapping[Key, Any],
-    escapes: Escapes,
-) -> Tracked:
-    """Turn a computed value into a weight; its side inputs came with the weights that it is computed from."""
-    side_inputs = {key: travelling.get(key, array) if expression.steps else array for key, array in own.items()}
-    if computed.given:
-        value = travelling[name, GIVEN] if expression.steps else computed.given[name]
-    return Tracked(value, side_inputs, name, (Step(),) * len(expression.steps), escapes, expression, expression)
-
-
-def _expression(atom: Any, value: Any) -> Expression | None:
-    if isinstance(value, _Known):
-        return value.expression
-    return Expression.of_constant(value) if isinstance(atom, _compat.LITERAL) else None
 
 
 @takes(fn=Callable, side_inputs=Mapping, follow=Mapping)
@@ -402,7 +167,7 @@ def rewrite_sites(
         expression = Expression.of_constant(value)
         return value if expression is None else Made(value, {}, expression, noted)
 
-    compute = _compute(known, noted, along)
+    compute = compute_from_weights(known, noted, along)
 
     def after_computing(move: Rule) -> Rule:
         """Wrap a rule of the pass, so that it is not applied to computed weights."""
@@ -415,9 +180,9 @@ def rewrite_sites(
 
         return asked
 
-    moves = {**dict.fromkeys(_LAYOUT, _follow), **dict.fromkeys(_IDENTITIES, _hand_on)}
+    moves = {**dict.fromkeys(LAYOUT_PRIMITIVES, follow_layout), **dict.fromkeys(IDENTITIES, hand_on)}
     if known.weights:
-        moves |= dict.fromkeys(CUTS, _cut(known, noted, along))
+        moves |= dict.fromkeys(CUTS, cut_weight(known, noted, along))
     moves |= {name: after_computing(move) for name, move in (follow or {}).items()}
 
     def prepare(weights: Any, *inputs: Any) -> tuple[Any, ...]:
@@ -548,7 +313,7 @@ def _site(context: Context, eqn: Any, values: Values, computed: list[Expression]
             computed.append(made[0])
         if not tracked:
             return None
-    elif all(isinstance(value, _Known) for value in values[:2]):
+    elif all(isinstance(value, Known) for value in values[:2]):
         return None  # a product of two weights is not a site
     operand = tracked[0] if tracked else None
     if kind != "gather":
@@ -599,15 +364,6 @@ def _aval(atom: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(atom.aval.shape, atom.aval.dtype)
 
 
-def lay_out(array: jax.Array, layout: Sequence[LayoutOp | Step]) -> jax.Array:
-    """Apply a layout to a stored weight; return the operand of its site, with stacked axes leading."""
-    for index, op in enumerate(layout):
-        if isinstance(op, Step):
-            return jax.vmap(lambda step, rest=layout[index + 1 :]: lay_out(step, rest))(array)
-        array = op(array)
-    return jnp.asarray(array)
-
-
 def stored_like(site: Site, weights: Mapping[str, Any]) -> Any:
     """Shape and dtype of a site's stored weight; for a computed weight, those that it would have."""
     assert site.path is not None
@@ -639,13 +395,6 @@ def step_lengths(site: Site, stored: Sequence[int]) -> tuple[int, ...]:
         else:
             shape = op.eqn.outvars[op.output].aval.shape
     return tuple(lengths)
-
-
-def layout_key(layout: Layout) -> tuple[Any, ...]:
-    """A key that is equal for equivalent layouts."""
-    return tuple(
-        "step" if isinstance(op, Step) else (op.eqn.primitive.name, op.output, str(op.eqn.params)) for op in layout
-    )
 
 
 def operand_value(value: Any) -> Any:

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from lepton_xla import _compat
 from lepton_xla.errors import UnsupportedError
 from lepton_xla.passes.core.dtypes import wider
-from lepton_xla.passes.core.sites import Layout, LayoutOp, Site
+from lepton_xla.passes.core.layouts import Layout, LayoutOp
+from lepton_xla.passes.core.sites import Site
 from lepton_xla.passes.core.walker import Context, TracedValue, Values, materialize
 from lepton_xla.passes.folding.simplification import identity
 

@@ -20,10 +20,11 @@ from lepton_xla import _compat
 from lepton_xla.arguments import takes
 from lepton_xla.passes.core.dtypes import wider
 from lepton_xla.passes.core.executables import Lowered, compile_all
+from lepton_xla.passes.core.layouts import Layout, LayoutOp, lay_out
 from lepton_xla.passes.core.names import fresh
 from lepton_xla.passes.core.precomputation import precompute
 from lepton_xla.passes.core.rewriting import rewrite
-from lepton_xla.passes.core.sites import Layout, LayoutOp, Site, find_sites, lay_out
+from lepton_xla.passes.core.sites import Site, find_sites
 from lepton_xla.passes.core.walker import Context, Values, materialize
 from lepton_xla.passes.folding.chains import (
     ArraysByPath,

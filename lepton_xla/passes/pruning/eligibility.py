@@ -10,9 +10,10 @@ import jax.numpy as jnp
 
 from lepton_xla import _compat
 from lepton_xla.passes.core import matrix
-from lepton_xla.passes.core.sites import LayoutOp, Site, layout_key
+from lepton_xla.passes.core.layouts import LayoutOp, layout_key
+from lepton_xla.passes.core.sites import Site
 from lepton_xla.passes.pruning.targets import undivided
-from lepton_xla.passes.quantization.products import unsupported
+from lepton_xla.passes.quantization.eligibility import unsupported
 from lepton_xla.recipe.patterns import Pattern
 from lepton_xla.recipe.rules import DATA_METHODS, PruneRule
 

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from lepton_xla import _compat
 from lepton_xla.errors import ModelError, RecipeError, UnsupportedError
 from lepton_xla.passes.core import matrix
-from lepton_xla.passes.core.sites import Site, lay_out
+from lepton_xla.passes.core.layouts import lay_out
+from lepton_xla.passes.core.sites import Site
 from lepton_xla.passes.pruning.ranking import exact_mean
 from lepton_xla.recipe.patterns import Pattern
 from lepton_xla.recipe.rules import PruneRule

@@ -19,24 +19,16 @@ from lepton_xla import _compat
 from lepton_xla.arguments import takes
 from lepton_xla.errors import ModelError, RecipeError, UnsupportedError
 from lepton_xla.passes.core.computed import Computed
+from lepton_xla.passes.core.layouts import lay_out
 from lepton_xla.passes.core.matrix import code_matrix, code_operand, contracted_size
 from lepton_xla.passes.core.names import Key
 from lepton_xla.passes.core.plans import Plan, SitePlan
 from lepton_xla.passes.core.precomputation import computed_weights
-from lepton_xla.passes.core.sites import (
-    Escapes,
-    Site,
-    Tracked,
-    lay_out,
-    made_of,
-    operand_value,
-    rewrite_sites,
-    stored_like,
-    stored_weight,
-)
+from lepton_xla.passes.core.sites import Site, made_of, operand_value, rewrite_sites, stored_like, stored_weight
 from lepton_xla.passes.core.targets import Target
+from lepton_xla.passes.core.tracking import Escapes, Tracked
 from lepton_xla.passes.core.walker import Context, Values
-from lepton_xla.passes.quantization import products
+from lepton_xla.passes.quantization import eligibility, products
 from lepton_xla.passes.quantization.products import RANGE, SCALE
 from lepton_xla.quant import FORMATS, Format, encode, fake_quantize, make_grid
 from lepton_xla.quant.grid import matrix_codes, matrix_values, settle
@@ -143,7 +135,7 @@ def fake_quant(
             operands = [operand_value(value) for value in values]
             if site.weight_operand is None:
                 # At other sizes than the plan's, a different product may have this name.
-                if products.unsupported(site, decision) or products.float_reason(site, decision, target):
+                if eligibility.unsupported(site, decision) or eligibility.float_reason(site, decision, target):
                     return None
                 rounded = _round_pair(site, operands, decision)
             else:
@@ -153,7 +145,7 @@ def fake_quant(
                     (rows,) = context.bind(eqn, operands)
                     return [_fake_rows(site, rows, decision)]
                 rounded = _round_operands(site, operands, decision, tracked, side_inputs)
-            order = None if products.float_reason(site, decision, target) else _code_order(site, decision, rounded)
+            order = None if eligibility.float_reason(site, decision, target) else _code_order(site, decision, rounded)
             if order is not None:
                 return [_quantized_dot(site, rounded, order)]
             return context.bind(eqn, [part.value for part in rounded])

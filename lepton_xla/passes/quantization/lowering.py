@@ -18,27 +18,25 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
 from lepton_xla.arguments import takes
-from lepton_xla.errors import CalibrationError, ModelError
 from lepton_xla.passes.alternatives.autotuning import choose, times_us
-from lepton_xla.passes.core import matrix, memory
+from lepton_xla.passes.core import memory
 from lepton_xla.passes.core.alike import Alike
 from lepton_xla.passes.core.calibration import needs_range
 from lepton_xla.passes.core.executables import Candidate
+from lepton_xla.passes.core.layouts import lay_out
 from lepton_xla.passes.core.names import Key, fresh
 from lepton_xla.passes.core.plans import Plan
 from lepton_xla.passes.core.precomputation import for_plan
-from lepton_xla.passes.core.sites import Site, find_sites, lay_out, rewrite_sites
+from lepton_xla.passes.core.sites import Site, find_sites, rewrite_sites
 from lepton_xla.passes.core.targets import Target
 from lepton_xla.passes.core.timing import Timer, time_programs
 from lepton_xla.passes.core.walker import Context, Values, materialize
-from lepton_xla.passes.quantization import products
+from lepton_xla.passes.quantization import eligibility, products
 from lepton_xla.passes.quantization.measurement import Timing, compare
 from lepton_xla.passes.quantization.products import RANGE, SCALE
-from lepton_xla.passes.quantization.rounding import is_finite
+from lepton_xla.passes.quantization.storing import PlannedSite, finite_range, store_weight, zero_channels
 from lepton_xla.passes.quantization.whole_program import WORTH_RATIO, WholeProgram, WholeTiming, loses
 from lepton_xla.program import Expansion, Program
 from lepton_xla.quant import QTensor
@@ -51,8 +49,8 @@ from lepton_xla.trees import abstract, leaf_bytes, tree_bytes
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
 
-_LOG = logging.getLogger(__name__)
 
+_LOG = logging.getLogger(__name__)
 # Note in the report for weights that are unpacked on loading.
 _AT_LOAD = "unpacked once, on loading: on each call it is slower"
 # A product that alone takes at least this share of float's time is not tried in the whole program.
@@ -61,14 +59,6 @@ HOPELESS_RATIO = 1.2
 MAX_SETS = 4
 # Maximum number of sizes at which the whole program is timed.
 MAX_SIZES = 4
-
-
-@dataclasses.dataclass(frozen=True)
-class _Planned:
-    """A site to quantize, and its rule."""
-
-    site: Site
-    rule: QuantizeRule
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["operand"], meta_fields=[])
@@ -133,17 +123,19 @@ def quantize(
     like = abstract(program.weights)
     reports: list[SiteReport] = []
     groups = {
-        path: [_Planned(entry.site, entry.quantize) for entry in entries if entry.quantize is not None]
+        path: [PlannedSite(entry.site, entry.quantize) for entry in entries if entry.quantize is not None]
         for path, entries in plan.quantized.items()
     }
     stored = [planned for group in groups.values() for planned in group]
     pairs = [
-        _Planned(entry.site, entry.quantize)
+        PlannedSite(entry.site, entry.quantize)
         for entry in plan.sites
         if entry.quantize is not None and entry.site.path is None
     ]
     every = [*stored, *pairs]
-    reasons = {planned.site.name: products.float_reason(planned.site, planned.rule, timer.target) for planned in every}
+    reasons = {
+        planned.site.name: eligibility.float_reason(planned.site, planned.rule, timer.target) for planned in every
+    }
     reasons |= {name: reason for name, reason in (in_float or {}).items() if name in reasons}
     candidates = [planned for planned in every if planned.rule.activations != "none" and not reasons[planned.site.name]]
     multiplied = {planned.site.path for planned in candidates if planned.site.kind == "dot_general"}
@@ -151,7 +143,7 @@ def quantize(
     for path, group in groups.items():
         weight = program.weights[path]
         if path not in known or known[path][0] is not weight:
-            known[path] = weight, _store(group[0], weight, given.get(path, {}), path in multiplied)
+            known[path] = weight, store_weight(group[0], weight, given.get(path, {}), path in multiplied)
         weights[path] = known[path][1]
     values: dict[Key, jax.Array] = {}
     for planned in candidates:
@@ -159,7 +151,7 @@ def quantize(
         if trained is not None:
             values[planned.site.name, SCALE] = settle(trained, "tensor")
         elif needs_range(planned.rule):
-            values[planned.site.name, RANGE] = _finite_range(planned.site, ranges)
+            values[planned.site.name, RANGE] = finite_range(planned.site, ranges)
     names = _names(values, like)
     memory.give_back()  # free memory of earlier passes, and below of large operands: timing needs memory too
     began = time.perf_counter()
@@ -216,7 +208,7 @@ def quantize(
         entry = _report(planned, reasons[name], integer, timings.get(name, []))
         if path is not None:
             before = leaf_bytes(like[path].shape, like[path].dtype)
-            notes = [_zero_channels(planned.site, program.weights[path])]
+            notes = [zero_channels(planned.site, program.weights[path])]
             notes += [_AT_LOAD] if expansion is not None and path in unpackable else []
             after = tree_bytes(weights[path])
             entry = dataclasses.replace(entry, notes=tuple(filter(None, notes)))
@@ -259,7 +251,7 @@ def _laid(weight: jax.Array, like: Alike) -> jax.Array:
 def _lowered(
     fn: Callable[..., Any],
     like: Any,
-    every: Sequence[_Planned],
+    every: Sequence[PlannedSite],
     side_inputs: Mapping[Key, str],
     pad_single: Mapping[str, bool],
     target: Target,
@@ -284,7 +276,7 @@ def _lowered(
             return None
         if site.weight_operand is None:
             # At other sizes than the plan's, a different product may have this name.
-            unfit = products.unsupported(site, planned) or products.float_reason(site, planned, target)
+            unfit = eligibility.unsupported(site, planned) or eligibility.float_reason(site, planned, target)
             if site.name not in pad_single or unfit:
                 return None
             left, right = (materialize(value) for value in values)
@@ -313,54 +305,6 @@ def _lowered(
     return run
 
 
-def _store(planned: _Planned, weight: jax.Array, given: Mapping[str, jax.Array], multiplied: bool) -> QTensor:
-    """Quantize a stored weight, including stacked axes, in the layout of its site; codes are laid out for the product.
-
-    Raises:
-        ModelError: if the weight, or a given scale, is not finite.
-    """
-    site = planned.site
-    grid = {name: array for name, array in given.items() if name != "activation"}
-    for what, array in (("it", weight), *((f"its {name}", array) for name, array in grid.items())):
-        if not is_finite(array):
-            raise ModelError(f"weight {site.path!r} cannot be quantized: {what} holds NaN or infinity")
-    return _quantized(weight, grid, Alike(site), planned.rule, multiplied)
-
-
-@functools.partial(jax.jit, static_argnames=("like", "rule", "multiplied"))
-def _quantized(
-    weight: jax.Array, grid: Mapping[str, jax.Array], like: Alike, rule: QuantizeRule, multiplied: bool
-) -> QTensor:
-    """Quantize a weight; compiled once for all weights of equal shape."""
-    format_of = (rule.weights, rule.granularity)
-    store = lambda step, grid: products.store(like.site, step, *format_of, grid, rule.weight_range)  # noqa: E731
-    for _ in range(like.site.stacked):
-        store = jax.vmap(store)
-    stored = store(lay_out(weight, like.site.layout), grid)
-    return products.for_product(stored) if multiplied else stored
-
-
-def _zero_channels(site: Site, weight: jax.Array) -> str:
-    """A remark on how many output channels are all zero, which the user may not know; empty if there are none."""
-    if site.kind == "gather":  # rows of a table are not channels
-        return ""
-    zero = np.asarray(_zeros(weight, Alike(site)))
-    return f"{zero.sum()} of its {zero.size} channels are all zero" if zero.any() else ""
-
-
-@functools.partial(jax.jit, static_argnames="like")
-def _zeros(weight: jax.Array, like: Alike) -> jax.Array:
-    """Whether all of each output channel is zero: bool `[*steps, B, N]`."""
-    return ~jnp.any(matrix.stored_matrix(like.site, weight) != 0, axis=-2)
-
-
-def _finite_range(site: Site, ranges: Mapping[str, jax.Array] | None) -> jax.Array:
-    value = products.range_of(site, ranges)
-    if not is_finite(value):
-        raise CalibrationError(f"the activation range of site {site.name!r} is not finite")
-    return value
-
-
 def _names(values: Mapping[Key, Any], weights: Mapping[str, Any]) -> dict[Key, str]:
     """Names of the static ranges and scales among the weights."""
     names: dict[Key, str] = {}
@@ -371,7 +315,7 @@ def _names(values: Mapping[Key, Any], weights: Mapping[str, Any]) -> dict[Key, s
 
 def _time_sites(
     program: Program,
-    candidates: Sequence[_Planned],
+    candidates: Sequence[PlannedSite],
     sizes: Sequence[Mapping[str, int]],
     say: Callable[[str], None],
     timer: Timer,
@@ -417,7 +361,7 @@ def _ratio(timings: Sequence[Timing]) -> float:
     return statistics.geometric_mean([timing.best_us(pad) / timing.float_us for timing in timings])
 
 
-def _candidate_sets(candidates: Sequence[_Planned], timings: Mapping[str, Sequence[Timing]]) -> list[frozenset[str]]:
+def _candidate_sets(candidates: Sequence[PlannedSite], timings: Mapping[str, Sequence[Timing]]) -> list[frozenset[str]]:
     """Sets of sites to try in integers: the empty set, then growing sets, the most promising sites first."""
     ratios = {planned.site.name: _ratio(timings[planned.site.name]) for planned in candidates}
     if all(ratio == 0 for ratio in ratios.values()):
@@ -462,7 +406,7 @@ def _pads(integer: frozenset[str], timings: Mapping[str, Sequence[Timing]]) -> d
     return {name: _padded(timings[name]) for name in integer}
 
 
-def _unpackable(stored: Sequence[_Planned], integer: frozenset[str]) -> dict[str, Site]:
+def _unpackable(stored: Sequence[PlannedSite], integer: frozenset[str]) -> dict[str, Site]:
     """Weights that are multiplied in float, with a site of each; lookup tables are not unpacked."""
     kept = {planned.site.path for planned in stored if planned.site.name in integer or planned.site.kind == "gather"}
     return {
@@ -485,7 +429,7 @@ def _unpack(sites: Mapping[str, Site], weights: Mapping[str, Any]) -> dict[str, 
 
 
 def _report(
-    planned: _Planned,
+    planned: PlannedSite,
     reason: str,
     integer: frozenset[str],
     timings: Sequence[Timing],

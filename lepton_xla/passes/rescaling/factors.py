@@ -19,7 +19,8 @@ from lepton_xla.passes.core import matrix
 from lepton_xla.passes.core.alike import Alike
 from lepton_xla.passes.core.dtypes import wider
 from lepton_xla.passes.core.flow import Absorber
-from lepton_xla.passes.core.sites import LayoutOp, Site
+from lepton_xla.passes.core.layouts import LayoutOp
+from lepton_xla.passes.core.sites import Site
 
 
 @dataclasses.dataclass(frozen=True)

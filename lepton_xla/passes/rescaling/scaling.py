@@ -19,8 +19,9 @@ from lepton_xla import _compat
 from lepton_xla.passes.core import matrix
 from lepton_xla.passes.core.alike import Alike
 from lepton_xla.passes.core.flow import Flow, NotAbsorbedError, Place
+from lepton_xla.passes.core.layouts import LayoutOp
 from lepton_xla.passes.core.names import Key, fresh
-from lepton_xla.passes.core.sites import LayoutOp, Site, find_sites, rewrite_sites
+from lepton_xla.passes.core.sites import Site, find_sites, rewrite_sites
 from lepton_xla.passes.core.walker import Context, Values, materialize
 from lepton_xla.passes.rescaling.factors import FactorGroup, multiplied, row_absmax
 from lepton_xla.program import Program
