@@ -105,12 +105,24 @@ class Plan:
 
     @property
     def quantized(self) -> dict[str, list[SitePlan]]:
-        """The sites whose weights are quantized, by weight."""
+        """The sites whose weights are quantized, by weight.
+
+        >>> program = lx.trace(lambda w, x: x @ w["w"], {"w": jnp.ones((3, 2))}, {"x": lx.TensorSpec(("n", 3))})
+        >>> recipe = lx.Recipe.parse('[[quantize]]\\nsites = "w"', name="one")
+        >>> list(lx.passes.resolve(recipe, program).quantized)
+        ['w']
+        """
         return by_weight(entry for entry in self.sites if entry.quantize is not None)
 
     @property
     def pruned(self) -> dict[str, list[SitePlan]]:
-        """The sites whose weights are pruned, by weight."""
+        """The sites whose weights are pruned, by weight.
+
+        >>> program = lx.trace(lambda w, x: x @ w["w"], {"w": jnp.ones((3, 2))}, {"x": lx.TensorSpec(("n", 3))})
+        >>> recipe = lx.Recipe.parse('[[prune]]\\nsites = "w"\\nsparsity = 0.5', name="one")
+        >>> list(lx.passes.resolve(recipe, program).pruned)
+        ['w']
+        """
         return by_weight(entry for entry in self.sites if entry.prune is not None)
 
     def __getitem__(self, name: str) -> SitePlan | None:
