@@ -107,7 +107,8 @@ class Plan:
     def quantized(self) -> dict[str, list[SitePlan]]:
         """The sites whose weights are quantized, by weight.
 
-        >>> program = lx.trace(lambda w, x: x @ w["w"], {"w": jnp.ones((3, 2))}, {"x": lx.TensorSpec(("n", 3))})
+        >>> x = lx.TensorSpec(("n", 3), "float32")
+        >>> program = lx.trace(lambda w, x: x @ w["w"], {"w": jnp.ones((3, 2))}, {"x": x})
         >>> recipe = lx.Recipe.parse('[[quantize]]\\nsites = "w"', name="one")
         >>> list(lx.passes.resolve(recipe, program).quantized)
         ['w']
@@ -118,7 +119,8 @@ class Plan:
     def pruned(self) -> dict[str, list[SitePlan]]:
         """The sites whose weights are pruned, by weight.
 
-        >>> program = lx.trace(lambda w, x: x @ w["w"], {"w": jnp.ones((3, 2))}, {"x": lx.TensorSpec(("n", 3))})
+        >>> x = lx.TensorSpec(("n", 3), "float32")
+        >>> program = lx.trace(lambda w, x: x @ w["w"], {"w": jnp.ones((3, 2))}, {"x": x})
         >>> recipe = lx.Recipe.parse('[[prune]]\\nsites = "w"\\nsparsity = 0.5', name="one")
         >>> list(lx.passes.resolve(recipe, program).pruned)
         ['w']
