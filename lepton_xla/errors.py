@@ -111,3 +111,35 @@ class ServeError(LeptonError):
     Traceback (most recent call last):
     lepton_xla.errors.ServeError: port must be 0 to 65535, not 70000
     """
+
+
+class ShardingError(LeptonError):
+    """A mesh or partition rules do not fit the devices, the model or the batch.
+
+    >>> issubclass(lx.ShardingError, lx.LeptonError)
+    True
+    """
+
+
+class TrainingError(LeptonError):
+    """Training cannot start or cannot go on: the loss, the data, the schedule or the teacher is at fault.
+
+    >>> issubclass(lx.TrainingError, lx.LeptonError)
+    True
+    """
+
+
+class CheckpointError(LeptonError):
+    """A checkpoint is missing, foreign, in use, or cannot be read or written.
+
+    >>> issubclass(lx.CheckpointError, lx.LeptonError)
+    True
+    """
+
+
+class LaunchError(LeptonError):
+    """Processes of one run cannot be started, or do not find each other.
+
+    >>> issubclass(lx.LaunchError, lx.LeptonError)
+    True
+    """

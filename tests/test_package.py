@@ -7,9 +7,10 @@ import pytest
 from sources import FILES, ROOT, TREES, imports
 
 PUBLIC = [
-    "ArtifactError", "CalibrationError", "CompileError", "ExecutionError", "InputError", "LeptonError", "ModelError",
-    "ModelSpec", "PassReport", "Plan", "Program", "Recipe", "RecipeError", "Servable", "ServeError", "SiteReport",
-    "TensorSpec", "UnsupportedError", "compile", "find_sites", "from_linen", "from_nnx", "load", "optimize", "passes",
+    "ArtifactError", "CalibrationError", "CheckpointError", "CompileError", "ExecutionError", "InputError",
+    "LaunchError", "LeptonError", "ModelError", "ModelSpec", "PassReport", "Plan", "Program", "Recipe", "RecipeError",
+    "Servable", "ServeError", "ShardingError", "SiteReport", "TensorSpec", "TrainingError", "UnsupportedError",
+    "compile", "find_sites", "from_linen", "from_nnx", "load", "optimize", "passes",
     "trace", "train", "verify",
 ]  # fmt: skip
 
