@@ -13,6 +13,15 @@ from lepton_xla.errors import ModelError
 from lepton_xla.program import Program, TensorSpec, probe_sizes, trace
 from lepton_xla.trees import abstract, name_leaves, some_names
 
+# Arguments by which Linen modules are told that they are not trained.
+INFERENCE = {
+    "train": False,
+    "training": False,
+    "is_training": False,
+    "deterministic": True,
+    "use_running_average": True,
+}
+
 
 def from_linen(
     module: Any,
@@ -150,7 +159,4 @@ def _method(module: Any, name: str) -> Callable[..., Any]:
 def _inference_arguments(function: Callable[..., Any], given: Mapping[str, Any]) -> dict[str, Any]:
     """Keyword arguments that put a Linen module into inference mode."""
     parameters = inspect.signature(function).parameters
-    inference = {"train": False, "training": False, "is_training": False, "deterministic": True}
-    inference["use_running_average"] = True
-    chosen = {name: value for name, value in inference.items() if name in parameters}
-    return chosen | dict(given)
+    return {name: value for name, value in INFERENCE.items() if name in parameters} | dict(given)

@@ -1,18 +1,25 @@
-"""Sparsity during training."""
+"""Training: the loop, compression while training, distillation, checkpoints."""
 
 from lepton_xla.recipe import PruneRule
+from lepton_xla.train.models import Model, from_linen, from_nnx, supervised
 from lepton_xla.train.schedules import Schedule, one_shot, periodic, polynomial
 from lepton_xla.train.sparsity import Regrow, SparsityState, finalize, masks_of, sparsify
+from lepton_xla.train.state import State
 
 __all__ = [
+    "Model",
     "PruneRule",
     "Regrow",
     "Schedule",
     "SparsityState",
+    "State",
     "finalize",
+    "from_linen",
+    "from_nnx",
     "masks_of",
     "one_shot",
     "periodic",
     "polynomial",
     "sparsify",
+    "supervised",
 ]
