@@ -12,7 +12,7 @@ from collections.abc import Generator, Sequence
 from typing import Any
 
 import jax
-from jax._src import config, debugging, source_info_util
+from jax._src import clusters, config, debugging, source_info_util
 from jax._src.core import Tracer
 from jax._src.interpreters import partial_eval
 from jax.extend import core as jex_core
@@ -195,3 +195,15 @@ def source_of(eqn: Equation) -> str:
 def evaluate(jaxpr: Jaxpr, values: Sequence[Any]) -> list[Any]:
     """The outputs of a closed jaxpr."""
     return list(jex_core.jaxpr_as_fun(jaxpr)(*values))
+
+
+def cluster_is_detected() -> bool:
+    """Tell whether JAX finds by itself which process of which run this is: in TPU slices and under Open MPI.
+
+    SLURM and Kubernetes are left out, because `lepton_xla.launch` reads their variables itself.
+    """
+    return any(
+        kind.is_env_present()
+        for kind in clusters.ClusterEnv._cluster_types  # pyright: ignore[reportPrivateUsage]
+        if not kind.opt_in_only_method and kind.name not in ("slurm", "")  # Kubernetes's has no name
+    )
