@@ -4,7 +4,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from lepton_xla import launch, passes, train
+    from lepton_xla import launch, passes, sharding, train
     from lepton_xla.adapters import from_linen, from_nnx
     from lepton_xla.compiler import Servable, compile, load, verify
     from lepton_xla.errors import (
@@ -62,6 +62,7 @@ __all__ = [
     "load",
     "optimize",
     "passes",
+    "sharding",
     "trace",
     "train",
     "verify",
@@ -101,7 +102,7 @@ _HOME = {name: module for module, names in _HOMES.items() for name in names}
 if not TYPE_CHECKING:  # otherwise a type checker would accept every misspelled name
 
     def __getattr__(name: str) -> object:
-        if name in ("launch", "passes", "train"):
+        if name in ("launch", "passes", "sharding", "train"):
             return importlib.import_module(f"lepton_xla.{name}")
         if name not in _HOME:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -116,6 +116,7 @@ class Program:
         history: one report per applied pass, oldest first.
         expansion: how weights are unpacked on loading; None if the compiled program runs on the stored ones.
         origin: shapes and dtypes of the weights before the first pass; None if no pass was applied.
+        axes: path -> logical names of the weight's axes, for weights that have them; from Flax metadata.
 
     Raises:
         ModelError: for a mask without its weight, or of another shape.
@@ -135,6 +136,7 @@ class Program:
     history: tuple[PassReport, ...] = ()
     expansion: Expansion | None = None
     origin: Weights | None = None
+    axes: dict[str, tuple[Any, ...]] = dataclasses.field(default_factory=dict[str, tuple[Any, ...]])
 
     def __post_init__(self) -> None:
         check_masks(self.masks, self.weights)

@@ -28,6 +28,7 @@ PUBLIC = [
     "lepton_xla.recipe",
     "lepton_xla.serve",
     "lepton_xla.serve.client",
+    "lepton_xla.sharding",
     "lepton_xla.train",
     "lepton_xla.tuning",
 ]

@@ -10,7 +10,7 @@ PUBLIC = [
     "ArtifactError", "CalibrationError", "CheckpointError", "CompileError", "ExecutionError", "InputError",
     "LaunchError", "LeptonError", "ModelError", "ModelSpec", "PassReport", "Plan", "Program", "Recipe", "RecipeError",
     "Servable", "ServeError", "ShardingError", "SiteReport", "TensorSpec", "TrainingError", "UnsupportedError",
-    "compile", "find_sites", "from_linen", "from_nnx", "launch", "load", "optimize", "passes",
+    "compile", "find_sites", "from_linen", "from_nnx", "launch", "load", "optimize", "passes", "sharding",
     "trace", "train", "verify",
 ]  # fmt: skip
 

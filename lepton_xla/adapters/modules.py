@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 
+from lepton_xla.adapters.metadata import linen_axes, nnx_axes
 from lepton_xla.adapters.written import written
 from lepton_xla.errors import ModelError
 from lepton_xla.program import Program, TensorSpec, probe_sizes, trace
@@ -35,7 +36,8 @@ def from_linen(
 
     Args:
         module: a `flax.linen.Module`.
-        variables: every collection the module reads (`params`, `batch_stats`, ...); all of it becomes weights.
+        variables: every collection the module reads (`params`, `batch_stats`, ...); all of it becomes weights. Boxes
+            such as `nn.Partitioned` are removed; their names become `Program.axes`.
         inputs: name -> spec, in the order of the module's positional arguments.
         method: the module's method to call; `__call__` by default.
         **kwargs: static keyword arguments. Arguments named `train`, `training` or `is_training` are set False,
@@ -56,7 +58,8 @@ def from_linen(
     def fn(weights: Any, *args: Any) -> Any:
         return module.apply(weights, *args, method=method, **static)
 
-    return trace(fn, dict(variables), inputs)
+    plain, axes = linen_axes(dict(variables))
+    return trace(fn, plain, inputs).replace(axes=axes)
 
 
 def from_nnx(module: Any, inputs: Mapping[str, TensorSpec], *, method: str | None = None, **kwargs: Any) -> Program:
@@ -65,7 +68,7 @@ def from_nnx(module: Any, inputs: Mapping[str, TensorSpec], *, method: str | Non
     A copy of the module is put into inference mode (`module.eval()`); the given module is not changed. A program is
     stateless, so a module that writes state when it is called (`nnx.Cache`, a batch norm in training mode, a counter)
     is refused. Intermediates (`nnx.Intermediate`) are dropped. Random streams may advance, as `nnx.split_rngs` does, if
-    no output depends on them.
+    no output depends on them. The `out_sharding` of its variables becomes `Program.axes`.
 
     Args:
         module: a `flax.nnx.Module`.
@@ -118,7 +121,7 @@ def from_nnx(module: Any, inputs: Mapping[str, TensorSpec], *, method: str | Non
     program = trace(fn, pure, inputs)
     if suspects:
         _refuse_written(call, pure, nnx.to_pure_dict(rest), inputs)
-    return program
+    return program.replace(axes=nnx_axes(variables))
 
 
 def _refuse_written(call: Callable[..., Any], weights: Any, random: Any, inputs: Mapping[str, TensorSpec]) -> None:

@@ -17,6 +17,8 @@ import click
 from lepton_xla.cli.tables import Table, printable
 from lepton_xla.cli.tables import show as show
 from lepton_xla.errors import CompileError, LeptonError, first_line
+from lepton_xla.tables import short as short
+from lepton_xla.tables import size as size
 
 if TYPE_CHECKING:
     from rich.progress import TaskID
@@ -94,26 +96,6 @@ def plain(value: Any) -> Any:
 def print_json(document: Any) -> None:
     """Print one JSON document on stdout."""
     click.echo(json.dumps(plain(document), indent=2, allow_nan=False))
-
-
-def size(size_bytes: float) -> str:
-    """Format bytes for people.
-
-    >>> [size(number) for number in (512, 46_000, 8_300_000)]
-    ['512 B', '46.0 kB', '8.30 MB']
-    """
-    return short(size_bytes, "B")
-
-
-def short(number: float, unit: str = "") -> str:
-    """Format a number with three digits and a decimal prefix."""
-    value, prefix = float(number), ""
-    for prefix in ("", "k", "M", "G", "T", "P"):
-        if abs(value) < 999.5 or prefix == "P":
-            break
-        value /= 1000
-    digits = f"{value:#.3g}".rstrip(".") if prefix else f"{value:.0f}"
-    return f"{digits} {prefix}{unit}".rstrip()
 
 
 def seconds(value_s: float) -> str:
