@@ -352,19 +352,21 @@ def test_groups_of_about_a_size_at_a_weight_with_several_sites():
     assert decisions(plan) == dict.fromkeys(("table", "dense", "table#1"), "int8 weights in groups of 6")
     # In two layouts the sums have other lengths: that, and not their groups, is what is said.
     model = program(lambda w, x: jnp.tanh(x @ w["w"]) @ w["w"].T, w=array(6, 9))
-    with pytest.raises(UnsupportedError, match="its weight is used in another layout at 'w'"):
+    with pytest.raises(UnsupportedError, match="its weight is used in two layouts, at 'w' and 'w#1'"):
         resolve(parse(text), model)
 
 
 @pytest.mark.parametrize(
     ("fn", "reason"),
     [
-        (lambda w, x: jnp.tanh(x @ w["w"]) @ w["w"].T, "its weight is used in another layout at 'w'"),
+        (lambda w, x: jnp.tanh(x @ w["w"]) @ w["w"].T, "its weight is used in two layouts, at 'w' and 'w#1'"),
         (lambda w, x: x @ w["w"] + jnp.sum(w["w"]), "its weight is also used where no product is"),
         (
             lambda w, x: x @ jnp.broadcast_to(w["w"][:, None], (6, 3, 6)).reshape(6, 18),
-            "its weight is broadcast or cut before use",
+            "its weight is broadcast or cut before its use at 'w'",
         ),
+        (lambda w, x: x @ w["w"] @ w["w"][:, :4], "its weight is broadcast or cut before its use at 'w#1'"),
+        (lambda w, x: x[:, :4] @ w["w"][:4] @ w["w"], "its weight is broadcast or cut before its use at 'w'"),
     ],
 )
 def test_a_weight_that_cannot_be_stored_is_known_before_anything_runs(fn, reason):

@@ -273,6 +273,7 @@ def _check(manifest: Manifest) -> None:
     check_bucket_sizes(symbols, manifest.buckets)
     for spec in manifest.output_specs().values():
         check_bucket_sizes(symbols, dict.fromkeys(spec.symbols, (1,)) | manifest.buckets)
+    rows = manifest.packed_rows or (0,)  # pieces without bytes are in row 0, which need not exist
     for leaf in manifest.weights:
         jnp.dtype(leaf.dtype)
         if min(leaf.shape, default=0) < 0:
@@ -280,8 +281,7 @@ def _check(manifest: Manifest) -> None:
         if leaf.is_zarr:
             _check_listed(manifest, f"{leaf.folder}/zarr.json")
         for piece in leaf.pieces:
-            used = manifest.packed_rows[piece.row] if piece.row < len(manifest.packed_rows) else 0
-            if piece.start + piece.size > used:
+            if piece.row >= len(rows) or piece.start + piece.size > rows[piece.row]:
                 raise ArtifactError(f"{MANIFEST}: weight {leaf.path!r} has a piece beyond the end of {PACKED}")
     if manifest.packed_rows:
         _check_listed(manifest, f"{PACKED}/zarr.json")

@@ -53,7 +53,7 @@ def read_all(leaves: Sequence[WeightLeaf], packed_rows: Sequence[int], files: Ve
         packed = [leaf for leaf in opened if isinstance(leaf, _PackedLeaf)]
         # The rows first: packed leaves are decoded from them.
         _finish(pool, [pool.submit(rows.read, index) for index in rows.chunks()] if rows else [])
-        streams = rows.finish() if rows else np.empty((0, 0), np.uint8)
+        streams = rows.finish() if rows else np.empty((1, 0), np.uint8)
         tasks = [pool.submit(leaf.read, index) for leaf in arrays for index in leaf.chunks()]
         tasks += [pool.submit(leaf.read, streams) for leaf in packed]
         _finish(pool, tasks)
@@ -116,8 +116,7 @@ class _PackedLeaf:
     def read(self, rows: np.ndarray) -> None:
         """Decode all parts from the packed array, uint8 `[rows, length]`."""
         for part, group in self.parts:
-            streams = [rows[piece.row, piece.start : piece.start + piece.size] for piece in group if piece.size]
-            streams += [rows[:0].reshape(-1)] * (len(group) - len(streams))
+            streams = [rows[piece.row, piece.start : piece.start + piece.size] for piece in group]
             try:
                 if self.leaf.encoding == "gaps":
                     gaps.decode(streams[0], streams[1], part)

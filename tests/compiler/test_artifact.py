@@ -183,6 +183,10 @@ def test_weights_that_cannot_be_read_are_not_kept_by_the_error(
             lambda m: m["weights"][0].update(pieces=[[1, 0, 20]]),
             "weight 'bias' has a piece beyond the end of weights/packed",
         ),
+        (
+            lambda m: m["weights"][0].update(shape=[0], pieces=[[9, 0, 0]]),
+            "weight 'bias' has a piece beyond the end of weights/packed",
+        ),
         (lambda m: m["weights"][2].update(shape=[6]), r"holds float32\[50, 60\]; the manifest says float32\[6\]"),
         (lambda m: m["weights"][2].update(folder="weights/x"), "'weights/x/zarr.json' has no entry in files"),
         (lambda m: m["programs"][0].update(file="../p"), "'../p' has no entry in files"),

@@ -316,7 +316,7 @@ def test_a_table_used_in_two_layouts_is_kept_and_said_or_refused():
     lowered = run_lower(program, resolve(recipe(), program))
     assert lowered.weights["table"].dtype == jnp.float32
     reports = {site.site: (site.action, site.reason) for site in lowered.history[-1].sites}
-    assert reports["table#1"] == ("kept float", "its weight is used in another layout at 'table'")
+    assert reports["table#1"] == ("kept float", "its weight is used in two layouts, at 'table' and 'table#1'")
     with pytest.raises(UnsupportedError, match="site 'table'"):
         resolve(recipe(head=""), program)
 

@@ -56,7 +56,7 @@ def other_matrix(rule: PruneRule, sites: Sequence[Site]) -> str:
         return ""
     keys = [(layout_key(site.layout), site.kind, str(site.params["dimension_numbers"])) for site in sites]
     differs = next((site for site, key in zip(sites, keys, strict=True) if key != keys[0]), None)
-    return f"its weight is used in another layout at {differs.name!r}" if differs is not None else ""
+    return "" if differs is None else f"its weight is used in two layouts, at {sites[0].name!r} and {differs.name!r}"
 
 
 def _resizes(site: Site) -> bool:

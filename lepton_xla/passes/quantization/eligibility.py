@@ -105,10 +105,10 @@ def unstorable(sites: Sequence[Site]) -> str | None:
             return "its weight is also used where no product is"
         if _compat.is_manual(site.eqn):
             return "it is inside shard_map, where the weight is one shard"
-        if _matrix_key(site) != _matrix_key(first):
-            return f"its weight is used in another layout at {first.name!r}"
         if any(op.resizes for op in site.layout if isinstance(op, LayoutOp)):
-            return "its weight is broadcast or cut before use"
+            return f"its weight is broadcast or cut before its use at {site.name!r}"
+        if _matrix_key(site) != _matrix_key(first):
+            return f"its weight is used in two layouts, at {first.name!r} and {site.name!r}"
     return None
 
 

@@ -45,7 +45,8 @@ def encode_infer(
     """The JSON part of a request, and the bytes of each input that follow it.
 
     Args:
-        inputs: anything `numpy.asarray` takes, by name; text and bytes become BYTES.
+        inputs: anything `numpy.asarray` takes, by name; text and bytes become BYTES. Python's floats and integers, and
+            lists of them, become FP32 and INT32, as in JAX; FP64 and INT64 if those cannot hold one.
         outputs: names of the outputs wanted; None for all.
         parameters: of the request, such as `priority`.
         binary: whether tensors travel as bytes, both ways, instead of in the JSON.
@@ -56,6 +57,8 @@ def encode_infer(
     >>> head, tensors = encode_infer({"x": np.float32([1, 2])})
     >>> head.startswith(b'{"inputs":[{"name":"x","shape":[2]'), len(tensors[0])
     (True, 8)
+    >>> b'"FP32"' in encode_infer({"x": [[1.0, 2.0]]})[0]
+    True
     """
     described: list[dict[str, Any]] = []
     tail: list[bytes | memoryview] = []
@@ -88,12 +91,32 @@ def _tensor(name: str, value: Any) -> tuple[np.ndarray, str, bytes | memoryview]
     if array.dtype.kind in "OSU":
         items = [_bytes_of(name, item) for item in array.ravel().tolist()]
         return array, "BYTES", b"".join(_LENGTH.pack(len(item)) + item for item in items)
+    if not _has_dtype(value):
+        array = _narrowed(array)
     try:
         row = datatype_of(array.dtype.name)
     except ServeError as error:
         raise InputError(f"input {name!r}: {error}") from error
     array = np.asarray(array, row.dtype, order="C")  # little-endian too
     return array, row.name, array.reshape(-1).view(np.uint8).data
+
+
+def _has_dtype(value: Any) -> bool:
+    """Whether a value has a dtype of its own, unlike Python's numbers and lists of them."""
+    while isinstance(value, list | tuple) and value:
+        value = value[0]
+    return not isinstance(value, int | float | list | tuple) or isinstance(value, np.generic)
+
+
+def _narrowed(array: np.ndarray) -> np.ndarray:
+    """Python's numbers in 32 bits, where JAX has them; unchanged if these cannot hold one."""
+    narrow = {"float64": np.float32, "int64": np.int32}.get(array.dtype.name)
+    if narrow is None:
+        return array
+    with np.errstate(over="ignore"):
+        narrowed = array.astype(narrow)
+    fits = np.isfinite(narrowed) == np.isfinite(array) if narrow is np.float32 else narrowed == array
+    return narrowed if fits.all() else array
 
 
 def _bytes_of(name: str, item: Any) -> bytes:

@@ -71,7 +71,8 @@ class Client(Caller):
             outputs: which outputs to return; by default all.
             timeout_s: seconds for this call, instead of the client's.
             priority: 1 is served first, then 2 and so on; by default the server's own choice.
-            **more: inputs by name; anything `numpy.asarray` takes. bfloat16 is ml_dtypes'.
+            **more: inputs by name; anything `numpy.asarray` takes. Python's numbers travel as FP32 and INT32, as in
+                JAX; bfloat16 is ml_dtypes'.
 
         Returns:
             The outputs by name, as arrays of their own. BYTES come as `bytes` objects.

@@ -87,7 +87,7 @@ def test_tensors_in_json(values, n):
 
 
 def test_the_json_part_word_for_word():
-    head, tail = encode_infer({"a": np.int8([[1, 2]]), "b": 1.5}, None, {"priority": 2})
+    head, tail = encode_infer({"a": np.int8([[1, 2]]), "b": np.float64(1.5)}, None, {"priority": 2})
     assert json.loads(head) == {
         "inputs": [
             {"name": "a", "shape": [1, 2], "datatype": "INT8", "parameters": {"binary_data_size": 2}},
@@ -97,6 +97,29 @@ def test_the_json_part_word_for_word():
     }
     assert b"".join(tail) == b"\x01\x02" + struct.pack("<d", 1.5)
     assert json.loads(encode_infer({}, ["y"])[0])["outputs"] == [{"name": "y", "parameters": {"binary_data": True}}]
+
+
+@pytest.mark.parametrize(
+    ("value", "datatype", "dtype"),
+    [
+        (1.5, "FP32", "<f4"),
+        ([[1, 2.5], [3.0, float("nan")]], "FP32", "<f4"),
+        (((), ()), "FP32", "<f4"),
+        ([[1, -(2**31)]], "INT32", "<i4"),
+        ([True, False], "BOOL", "?"),
+        ([2**31], "INT64", "<i8"),
+        ([-(2**63)], "INT64", "<i8"),
+        ([1e300], "FP64", "<f8"),
+        (np.float64(1.5), "FP64", "<f8"),
+        ([np.zeros(2)], "FP64", "<f8"),
+        ([np.int64(3)], "INT64", "<i8"),
+    ],
+)
+def test_pythons_numbers_have_32_bits_as_in_jax(value, datatype, dtype):
+    head, tail = encode_infer({"x": value})
+    (described,) = json.loads(head)["inputs"]
+    assert described["datatype"] == datatype
+    assert b"".join(tail) == np.asarray(value, dtype).tobytes()
 
 
 @pytest.mark.parametrize("value", [["é", "", "ab"], [b"\xc3\xa9", b"", b"ab"], np.array(["é", "", "ab"], object)])

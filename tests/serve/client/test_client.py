@@ -83,6 +83,10 @@ def test_infer(ask, server):
     assert outputs["y"].dtype == np.float32
 
 
+def test_infer_takes_lists_of_numbers(ask, server):
+    np.testing.assert_array_equal(ask(server.url, "infer", x=X.tolist(), n=N.tolist())["y"], Y)
+
+
 def test_infer_says_which_outputs_and_takes_any_name(ask, server):
     """The server's only model is found; an input may be given by position, where keywords would not do."""
     outputs = ask(server.url, "infer", None, {"x": X}, n=N, outputs=["twice"], timeout_s=9, priority=1)
