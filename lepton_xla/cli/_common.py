@@ -57,6 +57,17 @@ buckets_option = click.option(
     help="Compile for these sizes of a symbolic dimension, such as batch=1,8,32. Overrides the ModelSpec for that "
     "dimension. Repeatable.",
 )
+mesh_option = click.option(
+    "--mesh",
+    metavar="AXIS=N,...",
+    help="Axes of a grid of devices, such as data=-1,model=2. One size may be -1: all devices that the others leave.",
+)
+rules_option = click.option(
+    "--rules",
+    metavar="FILE.toml",
+    help="Partition rules: which axes of the mesh cut which weights. By default those that the model's own axis names "
+    "give; every other weight is whole on each device.",
+)
 
 
 def parse_buckets(texts: Sequence[str]) -> dict[str, tuple[int, ...]]:

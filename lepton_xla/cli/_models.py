@@ -23,6 +23,8 @@ from lepton_xla.passes.core.calibration import check_batch
 from lepton_xla.program import Program, TensorSpec
 from lepton_xla.recipe import Recipe
 from lepton_xla.recipe.changes import parse_setting
+from lepton_xla.sharding import Placement, Rules
+from lepton_xla.sharding.meshes import abstract_mesh
 
 
 def load_target(target: str) -> ModelSpec:
@@ -51,6 +53,16 @@ def load_recipe(name_or_path: str, settings: Sequence[str] = (), exclude: Sequen
     changes = dict(parse_setting(text) for text in settings)
     recipe = recipe.replace(changes, exclude=exclude)
     return recipe if "name" in changes else recipe.replace(name=f"{recipe.name}, changed")
+
+
+def placement(program: Program, mesh: str, rules: str | None) -> Placement:
+    """Decide where weights go on a mesh, whose devices need not exist.
+
+    Raises:
+        ShardingError: if the mesh or the file of rules is malformed, or does not fit the model.
+    """
+    given = Rules.load(rules) if rules is not None else Rules()
+    return given.resolve(program, abstract_mesh(mesh, jax.device_count()))
 
 
 def bucket_sizes(spec: ModelSpec, program: Program, given: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from lepton_xla.cli import _common
+from lepton_xla.errors import LeptonError
 
 if TYPE_CHECKING:
     from lepton_xla.passes.core.costs import CostReport
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     "--groups", is_flag=True, help="Also show the groups of units (channels, heads) that can only be removed together."
 )
 @click.option("--plot", metavar="FILE.svg", help="Draw the groups as a matrix of weights by groups; needs matplotlib.")
+@_common.mesh_option
+@_common.rules_option
 @_common.json_option
 def plan(
     target: str,
@@ -33,24 +36,30 @@ def plan(
     buckets: tuple[str, ...],
     groups: bool,
     plot: str | None,
+    mesh: str | None,
+    rules: str | None,
     as_json: bool,
 ) -> None:
     """Show what a recipe would do to each site of the model TARGET, without doing it.
 
     A site is a product with a weight, a product of two activations, or an embedding lookup. FLOPs are those of one call
-    at the smallest bucket.
+    at the smallest bucket. With --mesh, also show which part of each weight a device would hold; the devices need not
+    exist.
 
     \b
       leptonx plan digits.py:model --recipe int8
       leptonx plan digits.py:model --recipe shrink50 --set shrink.flops=0.7 --exclude '.*head'
       leptonx plan my_package.models:encoder --recipe mine.toml --buckets batch=8
       leptonx plan digits.py:model --recipe int8 --groups --plot groups.svg
+      leptonx plan digits.py:model --mesh data=4,model=2 --rules rules.toml
       leptonx plan digits.py:model --recipe int8 --json | jq '.sites[] | select(.kept != "")'
     """
     given = _common.parse_buckets(buckets)
     if plot is not None:
         _common.figure()  # raises if matplotlib is not installed
     _common.check_folder(plot)
+    if rules is not None and mesh is None:
+        raise LeptonError("--rules says how to cut weights over a mesh; add --mesh, such as --mesh data=-1,model=2")
     with _common.progress() as step:
         step("load JAX")
         from lepton_xla.cli import _models
@@ -73,6 +82,7 @@ def plan(
         step("count operations")
         counted = cost(planned_program, at)
         units = find_groups(planned_program, sizes=at) if groups or plot is not None else None
+        placement = _models.placement(planned_program, mesh, rules) if mesh is not None else None
     document = _document(target, found, counted, planned_program.weights_bytes)
     removed = [report.to_json() for report in planned_program.history if report.name == "shrink"]
     document |= {"shrink": removed[0]} if removed else {}
@@ -80,10 +90,14 @@ def plan(
     document |= {"groups": units.to_json()} if units is not None and groups else {}
     if units is not None and plot is not None:
         units.draw(plot)
+    document |= {"placement": placement.to_json()} if placement is not None else {}
     if as_json:
         _common.print_json(document)
-    else:
+        return
+    if placement is None or recipe != _common.NO_RECIPE or settings or groups:
         _print(document)
+    if placement is not None:
+        _common.show(placement.table())
 
 
 def _document(target: str, found: Plan, counted: CostReport, weights_bytes: int) -> dict[str, Any]:
