@@ -162,7 +162,7 @@ def plan_for(
         say("fold")
         program = fold(program)
     if recipe.shrink is not None:
-        program = _shrunk(program, recipe, _as_list(calibration), grid(program, buckets), say, timer)
+        program = _shrunk(_Run(_as_list(calibration), grid(program, buckets), say, timer), program, recipe)
     return program, resolve(recipe, program)
 
 
@@ -196,14 +196,14 @@ def apply_plan(
     recipe = plan.recipe
     timer = timer or Timer()
     sizes = grid(program, buckets) if recipe.measure else []
-    batches = _as_list(calibration)
+    run = _Run(_as_list(calibration), sizes, say, timer)
     if not plan.sites and (asked := [kind for kind in ("prune", "quantize") if getattr(recipe, kind)]):
         skipped = PassReport("skipped", metrics={"left out, as the program has no product": ", ".join(asked)})
         program = program.replace(history=(*program.history, skipped))
     if any(planned.prune or planned.not_pruned for planned in plan.sites):
-        program = _pruned(program, plan, batches, say)
+        program = _pruned(run, program, plan)
     if any(planned.quantize for planned in plan.sites):
-        program = _in_rounds(program, plan, batches, sizes, say, timer)
+        program = _in_rounds(run, program, plan)
     elif any(planned.not_quantized for planned in plan.sites):
         program = quantize(program, plan, sizes=sizes, timer=timer)
     if recipe.cast != "none":
@@ -212,6 +212,23 @@ def apply_plan(
     program = autotune(program, sizes=sizes if buckets else _traceable(program, sizes), timer=timer, progress=say)
     memory.give_back()
     return program
+
+
+@dataclasses.dataclass(frozen=True)
+class _Run:
+    """What the passes of one run share.
+
+    Attributes:
+        batches: calibration data; None if there is none.
+        sizes: where arithmetic is timed; empty if it is not.
+        say: called when a step begins.
+        timer: times calls.
+    """
+
+    batches: Sequence[Mapping[str, Any]] | None
+    sizes: Sequence[Mapping[str, int]]
+    say: Callable[[str], None]
+    timer: Timer
 
 
 @dataclasses.dataclass
@@ -231,25 +248,18 @@ class _Known:
     )
 
 
-def _in_rounds(
-    program: Program,
-    plan: Plan,
-    batches: Sequence[Mapping[str, Any]] | None,
-    sizes: Sequence[Mapping[str, int]],
-    say: Callable[[str], None],
-    timer: Timer,
-) -> Program:
+def _in_rounds(run: _Run, program: Program, plan: Plan) -> Program:
     """Quantize; repeat without multiplying the activations of products that stay in float."""
     known = _Known()
-    lowered = _quantized(program, plan, batches, sizes, say, timer, known)
+    lowered = _quantized(run, program, plan, known)
     vain = _multiplied_in_vain(lowered)
     if not vain:
         return lowered
-    say(f"once more, without multiplying the activations of {len(vain)} products that are computed in float")
+    run.say(f"once more, without multiplying the activations of {len(vain)} products that are computed in float")
     first = lowered.history[len(program.history) :]
     sites = next(report.sites for report in first if report.name == "quantize")
-    among = frozenset(site.site for site in sites if site.outcome == "codes") if sizes else None
-    again = _quantized(program, plan, batches, sizes, say, timer, known, in_float=vain, among=among)
+    among = frozenset(site.site for site in sites if site.outcome == "codes") if run.sizes else None
+    again = _quantized(run, program, plan, known, in_float=vain, among=among)
     return _with_seconds(again, first, len(program.history))
 
 
@@ -289,20 +299,14 @@ def _ends(sizes: Sequence[Mapping[str, int]]) -> list[Mapping[str, int]]:
     return [sizes[0], sizes[-1]] if len(sizes) > 1 else list(sizes)
 
 
-def _shrunk(
-    program: Program,
-    recipe: Recipe,
-    batches: Sequence[Mapping[str, Any]] | None,
-    sizes: Sequence[Mapping[str, int]],
-    say: Callable[[str], None],
-    timer: Timer,
-) -> Program:
+def _shrunk(run: _Run, program: Program, recipe: Recipe) -> Program:
     """Shrink by the recipe's rule; of several multiples, choose the one that measures fastest.
 
     That is the one that is slower than the original program at the fewest sizes, and of those the one with the smallest
     share of its time.
     """
     assert recipe.shrink is not None
+    say, sizes, timer = run.say, run.sizes, run.timer
     rule: dict[str, Any] = msgspec.structs.asdict(recipe.shrink)
     multiples: tuple[int, ...] = recipe.shrink.multiples if recipe.measure else recipe.shrink.multiples[:1]
     found: dict[Any, Program] = {}
@@ -311,7 +315,7 @@ def _shrunk(
         say("shrink" if len(multiples) == 1 else f"shrink to multiples of {multiple}")
         rule["round_to"] = multiple
         try:
-            small = shrink(program, **rule, calibration=batches, sizes=sizes[0], timer=timer)
+            small = shrink(program, **rule, calibration=run.batches, sizes=sizes[0], timer=timer)
         except (RecipeError, UnsupportedError) as error:  # a larger multiple may make the target unreachable
             refusal = refusal or error.with_traceback(None)
         else:
@@ -326,7 +330,7 @@ def _shrunk(
                 return program.replace(history=(*program.history, skipped))
             say("shrink as far as can be")
             rule["round_to"] = min(multiples)  # the smallest multiple allows to remove most
-            return shrink(program, **rule, calibration=batches, sizes=sizes[0], on_unsupported="keep", timer=timer)
+            return shrink(program, **rule, calibration=run.batches, sizes=sizes[0], on_unsupported="keep", timer=timer)
     finally:
         refusal = None  # break the cycle: its traceback has this frame, which holds programs
     if len(found) == 1:
@@ -340,29 +344,26 @@ def _shrunk(
 
 
 def _quantized(
+    run: _Run,
     program: Program,
     plan: Plan,
-    batches: Sequence[Mapping[str, Any]] | None,
-    sizes: Sequence[Mapping[str, int]],
-    say: Callable[[str], None],
-    timer: Timer,
     known: _Known,
     *,
     in_float: Mapping[str, str] | None = None,
     among: frozenset[str] | None = None,
 ) -> Program:
     """Prepare weights, calibrate activation ranges, and quantize; `in_float` and `among` as in `quantize`."""
-    program, grids = _prepare(program, plan, batches, say, known, unmultiplied=tuple(in_float or ()))
+    program, grids = _prepare(run, program, plan, known, unmultiplied=tuple(in_float or ()))
     ranges = None
     if any(planned.quantize is not None and needs_range(planned.quantize) for planned in plan.sites):
-        if batches is None:
+        if run.batches is None:
             raise _needs_data(plan.recipe, "static activation scales (dynamic = false), which need")
-        say("calibrate")
-        program, ranges = _calibrated(program, plan, batches)
-    tell = lambda site: say(f"quantize {site}")  # noqa: E731
+        run.say("calibrate")
+        program, ranges = _calibrated(program, plan, run.batches)
+    tell = lambda site: run.say(f"quantize {site}")  # noqa: E731
     return quantize(
-        program, plan, ranges, scales=grids, sizes=sizes, in_float=in_float, among=among, known=known.stored,
-        timer=timer, progress=tell,
+        program, plan, ranges, scales=grids, sizes=run.sizes, in_float=in_float, among=among, known=known.stored,
+        timer=run.timer, progress=tell,
     )  # fmt: skip
 
 
@@ -382,14 +383,12 @@ def _multiplied_in_vain(program: Program) -> dict[str, str]:
     }
 
 
-def _pruned(
-    program: Program, plan: Plan, batches: Sequence[Mapping[str, Any]] | None, say: Callable[[str], None]
-) -> Program:
+def _pruned(run: _Run, program: Program, plan: Plan) -> Program:
     """Prune each rule's weights by its method; by magnitude if the method needs data and the recipe may skip it."""
     recipe = plan.recipe
     methods = {rule.method for rule in recipe.prune}
     wanted = sorted(methods & set(DATA_METHODS))
-    if wanted and batches is None:
+    if wanted and run.batches is None:
         if recipe.without_calibration == "error":
             raise _needs_data(recipe, f"prune.method = {wanted[0]!r}, which needs")
         plain = [msgspec.structs.replace(r, method="magnitude") if r.method in wanted else r for r in recipe.prune]
@@ -398,28 +397,23 @@ def _pruned(
         program = program.replace(history=(*program.history, PassReport("skipped", metrics={why: ", ".join(wanted)})))
         methods, wanted = {"magnitude"}, []
     if methods - set(wanted) or any(planned.not_pruned for planned in plan.sites):
-        say("prune")
+        run.say("prune")
         program = prune(program, plan)
     for method in wanted:
-        say(f"prune by {method}")
-        program = (wanda if method == "wanda" else sparsegpt)(program, plan, batches or ())
+        run.say(f"prune by {method}")
+        program = (wanda if method == "wanda" else sparsegpt)(program, plan, run.batches or ())
     return program
 
 
 def _prepare(
-    program: Program,
-    plan: Plan,
-    batches: Sequence[Mapping[str, Any]] | None,
-    say: Callable[[str], None],
-    known: _Known,
-    unmultiplied: Collection[str],
+    run: _Run, program: Program, plan: Plan, known: _Known, unmultiplied: Collection[str]
 ) -> tuple[Program, GivenGrids]:
     """Run the passes that change float weights to reduce rounding errors, in order.
 
     Returns:
         The program, which keeps the sites of the plan, and the grids of its weights.
     """
-    recipe = plan.recipe
+    recipe, say = plan.recipe, run.say
     if recipe.equalize:
         say("equalize")
         program = equalize(program, plan)
@@ -429,12 +423,12 @@ def _prepare(
         "correct_bias": recipe.correct_bias,
     }
     wanted = [key for key, flag in asked.items() if flag]
-    if wanted and batches is None:
+    if wanted and run.batches is None:
         if recipe.without_calibration == "error":
             raise _needs_data(recipe, f"{wanted[0]}, which needs")
         skipped = PassReport("skipped", metrics={"left out, for want of calibration data": ", ".join(wanted)})
         return program.replace(history=(*program.history, skipped)), {}
-    data = batches or ()
+    data = run.batches or ()
     if recipe.rescale != "none":
         say(f"rescale {recipe.rescale}")
         alpha = recipe.rescale.partition(":")[2]
