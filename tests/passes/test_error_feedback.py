@@ -8,7 +8,7 @@ import pytest
 
 from lepton_xla.passes.core import matrix
 from lepton_xla.passes.planning import resolve
-from lepton_xla.passes.quantization.inverse_factor import LEAF, inverse_factor
+from lepton_xla.passes.quantization.error_feedback import LEAF, inverse_factor
 from lepton_xla.program import TensorSpec, trace
 from lepton_xla.recipe import Recipe
 

@@ -20,13 +20,13 @@ from lepton_xla.errors import LeptonError, ModelError, RecipeError
 from lepton_xla.passes.core import matrix
 from lepton_xla.passes.core.alike import Alike
 from lepton_xla.passes.planning import resolve
-from lepton_xla.passes.quantization.gptq import Options, gptq, gptq_codes, gptq_values
+from lepton_xla.passes.quantization.gptq import Options, gptq, gptq_values
 from lepton_xla.passes.quantization.lowering import quantize
 from lepton_xla.passes.quantization.rounding import nearest, round_to_nearest
 from lepton_xla.program import TensorSpec, trace
 from lepton_xla.quant import FORMATS, QTensor
 from lepton_xla.quant import quantize as quantize_matrix
-from lepton_xla.quant.grid import Grid, make_grid
+from lepton_xla.quant.grid import Grid, make_grid, matrix_codes
 from lepton_xla.recipe import Recipe
 
 module = importlib.import_module("lepton_xla.passes.quantization.gptq")
@@ -89,6 +89,13 @@ VARIANTS = [
     (8, True, 8, True, 8),
     (8, False, 0, True, 5),
 ]
+
+
+def gptq_codes(weight, gram, *, bits=4, symmetric=True, group=0, act_order=True, damping=0.01, block=32):
+    target = FORMATS[f"{'int' if symmetric else 'uint'}{bits}"]
+    grid = make_grid(weight, target, f"group:{group}" if group else "channel")
+    values = gptq_values(weight, gram, grid, target, Options(act_order, damping, block))
+    return matrix_codes(values, grid, target).astype(jnp.int32), grid.scale, grid.zero_point
 
 
 @pytest.mark.parametrize(("bits", "symmetric", "group", "act_order", "block"), VARIANTS)

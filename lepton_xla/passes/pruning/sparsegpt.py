@@ -31,8 +31,8 @@ from lepton_xla.passes.pruning.ranking import Ranking, keep_largest, keep_larges
 from lepton_xla.passes.pruning.shares import rule_shares
 from lepton_xla.passes.pruning.targets import Target
 from lepton_xla.passes.pruning.wanda import products, unseen
+from lepton_xla.passes.quantization.error_feedback import inverse_factor, sweep
 from lepton_xla.passes.quantization.gptq import ELEMENTS_AT_ONCE, output_squares
-from lepton_xla.passes.quantization.inverse_factor import inverse_factor
 from lepton_xla.program import Program
 from lepton_xla.recipe.patterns import Pattern
 
@@ -97,7 +97,6 @@ def sparsegpt_values(
     if kept is not None:
         dropped = block_quotas(kept, sparsity, block)
         earlier = jnp.pad(kept, ((0, padding), (0, 0)), constant_values=True)
-    later = jnp.arange(rows.shape[0])
 
     def scores(part: jax.Array, start: jax.Array) -> jax.Array:
         at = lax.dynamic_slice(worth, (start, 0), (part.shape[0], 1))
@@ -118,13 +117,7 @@ def sparsegpt_values(
         part = (part - jnp.outer(corner[row], error)).at[row].set(value)
         return part, kept, errors.at[row].set(error), corner
 
-    def prune_block(number: jax.Array, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        rest, done, masks = state
-        start = number * block
-        part = lax.dynamic_slice(rest, (start, 0), (block, columns))
-        influence = lax.dynamic_slice(factor, (start, 0), (block, factor.shape[1]))
-        corner = lax.dynamic_slice(influence, (0, start), (block, block))
-
+    def prune_block(start: jax.Array, part: jax.Array, corner: jax.Array) -> tuple[Any, jax.Array]:
         def prune_group(index: jax.Array, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
             part, kept, errors, corner = state
             begin = index * group
@@ -138,16 +131,12 @@ def sparsegpt_values(
             state = (part, jnp.ones(part.shape, bool), blank, corner)
             part, kept, errors, _ = lax.fori_loop(0, block // group, prune_group, state)
         else:
-            ((kept,),) = keep_largest([Ranking([scores(part, start)], dropped[number])])
+            ((kept,),) = keep_largest([Ranking([scores(part, start)], dropped[start // block])])
             kept = without_held(kept, start)
             part, kept, errors, _ = lax.fori_loop(0, block, prune_row, (part, kept, blank, corner))
-        influence = jnp.where(later[None, :] >= start + block, influence, jnp.zeros_like(influence))
-        rest = rest - jnp.matmul(influence.T, errors, precision=lax.Precision.HIGHEST)
-        done = lax.dynamic_update_slice(done, part, (start, 0))
-        return rest, done, lax.dynamic_update_slice(masks, kept, (start, 0))
+        return (part, kept), errors
 
-    state = (rows, jnp.zeros_like(rows), jnp.zeros(rows.shape, bool))
-    _, values, mask = lax.fori_loop(0, rows.shape[0] // block, prune_block, state)
+    values, mask = sweep(rows, factor, block, prune_block, (jnp.zeros_like(rows), jnp.zeros(rows.shape, bool)))
     return values[:depth], mask[:depth]
 
 

@@ -1,6 +1,9 @@
-"""The triangular factor of a Gram matrix's inverse, with which GPTQ and SparseGPT propagate errors."""
+"""How GPTQ and SparseGPT correct later rows for the errors of earlier ones: by a factor of the inverse Gram matrix."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +16,39 @@ LEAST_DAMPING, DAMPING_TRIES = 1e-6, 8
 # products: on a busy machine the BLAS threads of a Cholesky factorization wait for each other, up to a second for 768
 # rows that take 10 ms alone.
 LEAF = 128
+
+
+def sweep(
+    rows: jax.Array,
+    factor: jax.Array,
+    block: int,
+    settle: Callable[[jax.Array, jax.Array, jax.Array], tuple[Any, jax.Array]],
+    blank: Any,
+) -> Any:
+    """Settle the rows of a weight a block at a time, and correct all later rows for each block's errors.
+
+    Args:
+        rows: `[K, N]`, a whole number of blocks.
+        factor: `[K, K]`, upper triangular, from `inverse_factor`.
+        block: rows of a block.
+        settle: `settle(start, part, corner)` gives the settled rows of a block, each array `[block, N]`, and their
+            errors `[block, N]` divided by the diagonal of `corner`; `part` has its rows, corrected so far, and `corner`
+            is the `[block, block]` of `factor` on the diagonal.
+        blank: arrays `[K, N]` that the settled rows replace.
+    """
+    later = jnp.arange(rows.shape[0])
+
+    def settle_block(number: jax.Array, state: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
+        rest, done = state
+        start = number * block
+        part = lax.dynamic_slice(rest, (start, 0), (block, rows.shape[1]))
+        influence = lax.dynamic_slice(factor, (start, 0), (block, factor.shape[1]))
+        settled, errors = settle(start, part, lax.dynamic_slice(influence, (0, start), (block, block)))
+        influence = jnp.where(later[None, :] >= start + block, influence, jnp.zeros_like(influence))
+        done = jax.tree.map(lambda whole, new: lax.dynamic_update_slice(whole, new, (start, 0)), done, settled)
+        return rest - _product(influence.T, errors), done
+
+    return lax.fori_loop(0, rows.shape[0] // block, settle_block, (rows, blank))[1]
 
 
 def inverse_factor(gram: jax.Array, mean: jax.Array, damping: float) -> jax.Array:

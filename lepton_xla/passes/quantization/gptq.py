@@ -35,7 +35,7 @@ from lepton_xla.passes.core.statistics import (
     in_parts,
     pooled,
 )
-from lepton_xla.passes.quantization.inverse_factor import inverse_factor
+from lepton_xla.passes.quantization.error_feedback import inverse_factor, sweep
 from lepton_xla.passes.quantization.rounding import (
     GivenGrids,
     Planned,
@@ -49,7 +49,7 @@ from lepton_xla.passes.quantization.rounding import (
 from lepton_xla.program import Program
 from lepton_xla.quant import FORMATS
 from lepton_xla.quant.formats import Format
-from lepton_xla.quant.grid import Grid, decode, encode, make_grid, matrix_codes
+from lepton_xla.quant.grid import Grid, decode, encode
 from lepton_xla.recipe import QuantizeRule
 from lepton_xla.report import PassReport, SiteReport
 
@@ -146,7 +146,6 @@ def _rounded(
     factor = jnp.pad(factor, ((0, padding), (0, padding)))
     diagonal = jnp.diagonal(factor)
     diagonal = jnp.where(diagonal == 0, jnp.ones_like(diagonal), diagonal)
-    later = jnp.arange(rows.shape[0])
 
     def round_row(row: jax.Array, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         start, part, rounded, errors, corner = state
@@ -159,53 +158,13 @@ def _rounded(
         part = part - jnp.outer(corner[row], error)
         return start, part, rounded.at[row].set(value), errors.at[row].set(error), corner
 
-    def round_block(number: jax.Array, state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        rest, done = state
-        start = number * block
-        part = lax.dynamic_slice(rest, (start, 0), (block, columns))
-        influence = lax.dynamic_slice(factor, (start, 0), (block, factor.shape[1]))
-        corner = lax.dynamic_slice(influence, (0, start), (block, block))
+    def round_block(start: jax.Array, part: jax.Array, corner: jax.Array) -> tuple[jax.Array, jax.Array]:
         blank = jnp.zeros_like(part)
         _, _, rounded, errors, _ = lax.fori_loop(0, block, round_row, (start, part, blank, blank, corner))
-        influence = jnp.where(later[None, :] >= start + block, influence, jnp.zeros_like(influence))
-        rest = rest - jnp.matmul(influence.T, errors, precision=_HIGHEST)
-        return rest, lax.dynamic_update_slice(done, rounded, (start, 0))
+        return rounded, errors
 
-    _, done = lax.fori_loop(0, rows.shape[0] // block, round_block, (rows, jnp.zeros_like(rows)))
+    done = sweep(rows, factor, block, round_block, jnp.zeros_like(rows))
     return jnp.zeros_like(weight).at[order].set(done[:depth])
-
-
-def gptq_codes(
-    weight: jax.Array,
-    gram: jax.Array,
-    *,
-    bits: int = 4,
-    symmetric: bool = True,
-    group: int = 0,
-    act_order: bool = True,
-    damping: float = 0.01,
-    block: int = 32,
-) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-    """Quantize one weight matrix to integers: `(codes - zero) * scale`.
-
-    Args:
-        weight: `[K, N]`.
-        gram: `[K, K]`, `X^T X` up to a factor.
-        bits: 4 or 8.
-        symmetric: whether to use `int4` or `int8` without a zero point; otherwise `uint4` or `uint8` with one.
-        group: number of rows that share a scale; 0 for all.
-        act_order, damping, block: as in `Options`.
-
-    Returns:
-        Codes `[K, N]` in int32, scale `[K / group, N]`, and zero point of that shape or None.
-
-    Raises:
-        RecipeError: if the groups do not divide `K`.
-    """
-    target = FORMATS[f"{'int' if symmetric else 'uint'}{bits}"]
-    grid = make_grid(weight, target, f"group:{group}" if group else "channel")
-    values = gptq_values(weight, gram, grid, target, Options(act_order, damping, block))
-    return matrix_codes(values, grid, target).astype(jnp.int32), grid.scale, grid.zero_point
 
 
 @takes(program=Program, plan=Plan)
