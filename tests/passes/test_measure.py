@@ -166,8 +166,8 @@ def test_a_right_product_is_no_wrong_one(options, batch):
 def test_a_wrong_product_is_found(monkeypatch, fault):
     right = measurement.products.quantized_dot
 
-    def wrong(*args, pad_single):
-        out = right(*args, pad_single=pad_single)
+    def wrong(*args, pad_single, target):
+        out = right(*args, pad_single=pad_single, target=target)
         if fault == "where padded":
             return 2 * out if pad_single else out
         faults = {

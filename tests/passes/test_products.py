@@ -1,5 +1,7 @@
 """The int8 product in every layout, compared with an exact NumPy reference in integers."""
 
+import functools
+
 import jax
 import jax.export
 import jax.numpy as jnp
@@ -21,6 +23,7 @@ from lepton_xla.recipe import Recipe
 
 BATCHED = (((2,), (1,)), ((0,), (0,)))
 LETTERS = "abcdefghij"
+HERE = Target("cpu")
 
 
 def array(*shape, seed=0):
@@ -123,7 +126,7 @@ def test_dot(name, scales):
         codes, scale = quantized(act, act_contract)
     total, factor = dot_reference(site, (codes,), reference, scale)
     for pad in (False, True):
-        got = products.quantized_dot(site, act, stored, "int8", scale_of(absmax), pad_single=pad)
+        got = products.quantized_dot(site, act, stored, "int8", scale_of(absmax), pad_single=pad, target=HERE)
         assert got.shape == site.output.shape
         np.testing.assert_allclose(got, total * factor, rtol=3e-6, atol=1e-7)
     # And it is the float product, to what eight bits can hold.
@@ -139,9 +142,9 @@ def test_dot(name, scales):
     batch = len(site.params["dimension_numbers"][1][0])
     assert stored.values.ndim == batch + 2
     jaxpr = str(
-        jax.make_jaxpr(lambda a, s: products.quantized_dot(site, a, s, "int8", scale_of(absmax), pad_single=False))(
-            act, stored
-        )
+        jax.make_jaxpr(
+            lambda a, s: products.quantized_dot(site, a, s, "int8", scale_of(absmax), pad_single=False, target=HERE)
+        )(act, stored)
     )
     assert jaxpr.count("preferred_element_type=int32") == 1
     if name in ("x @ W", "x @ W.T"):
@@ -193,7 +196,7 @@ def test_conv(name, scales):
     out_shape = np.ones(act.ndim, int)
     out_shape[layout[2].index("C")] = -1
     expected = total * act_scale.reshape(shape) * weight_scale.reshape(out_shape)
-    got = products.quantized_dot(site, act, stored, "int8", scale_of(absmax), pad_single=False)
+    got = products.quantized_dot(site, act, stored, "int8", scale_of(absmax), pad_single=False, target=HERE)
     np.testing.assert_allclose(got, expected, rtol=3e-6, atol=1e-7)
     np.testing.assert_allclose(products.restore(site, stored), weight_codes * weight_scale, rtol=1e-6, atol=1e-9)
 
@@ -203,7 +206,7 @@ def test_narrow_models_keep_their_dtype(dtype):
     act, weight = array(5, 12, seed=1).astype(dtype), array(12, 6, seed=2).astype(dtype)
     site = only_site(lambda x, w: x @ w, act, weight)
     stored = products.store(site, weight, "int8", "channel")
-    got = products.quantized_dot(site, act, stored, "int8", None, pad_single=False)
+    got = products.quantized_dot(site, act, stored, "int8", None, pad_single=False, target=HERE)
     assert got.dtype == jnp.dtype(dtype)
     assert products.restore(site, stored).dtype == jnp.dtype(dtype)
     (codes, scale), (weight_codes, weight_scale) = quantized(act, (1,)), quantized(weight, (0,))
@@ -215,7 +218,7 @@ def test_large_activations_of_float16_do_not_overflow():
     act, weight = jnp.full((3, 4), 60000.0, jnp.float16), jnp.full((4, 2), 1e-4, jnp.float16)
     site = only_site(lambda x, w: x @ w, act, weight)
     got = products.quantized_dot(
-        site, act, products.store(site, weight, "int8", "channel"), "int8", None, pad_single=False
+        site, act, products.store(site, weight, "int8", "channel"), "int8", None, pad_single=False, target=HERE
     )
     np.testing.assert_allclose(np.asarray(got, np.float64), 24.0, rtol=0.01)
 
@@ -225,14 +228,14 @@ def test_a_result_wider_than_its_operands(dtype):
     act, weight = array(5, 12, seed=1).astype(dtype), array(12, 6, seed=2).astype(dtype)
     site = only_site(lambda x, w: lax.dot(x, w, preferred_element_type=jnp.float32), act, weight)
     stored = products.store(site, weight, "int8", "channel")
-    assert products.quantized_dot(site, act, stored, "int8", None, pad_single=False).dtype == jnp.float32
+    assert products.quantized_dot(site, act, stored, "int8", None, pad_single=False, target=HERE).dtype == jnp.float32
 
 
 def test_zero_rows_and_channels_are_exactly_zero():
     act, weight = array(4, 6).at[1].set(0), array(6, 5, seed=1).at[:, 2].set(0)
     site = only_site(lambda x, w: x @ w, act, weight)
     stored = products.store(site, weight, "int8", "channel")
-    got = np.asarray(products.quantized_dot(site, act, stored, "int8", None, pad_single=False))
+    got = np.asarray(products.quantized_dot(site, act, stored, "int8", None, pad_single=False, target=HERE))
     assert (got[1] == 0).all()
     assert (got[:, 2] == 0).all()
     assert np.isfinite(got).all()
@@ -242,7 +245,7 @@ def test_a_broken_row_stays_broken_and_alone():
     act, weight = array(4, 6).at[1, 3].set(jnp.nan), array(6, 5, seed=1)
     site = only_site(lambda x, w: x @ w, act, weight)
     stored = products.store(site, weight, "int8", "channel")
-    got = np.asarray(products.quantized_dot(site, act, stored, "int8", None, pad_single=False))
+    got = np.asarray(products.quantized_dot(site, act, stored, "int8", None, pad_single=False, target=HERE))
     assert np.isnan(got[1]).all()
     assert np.isfinite(got[[0, 2, 3]]).all()
 
@@ -326,11 +329,13 @@ def test_a_product_of_two_activations(name):
     expected = np.einsum(equation, codes * scale, right_codes * right_scale)
     site = pair_site(numbers, left, right)
     for pad in (False, True):
-        got = products.quantized_dot_pair(site, left, right, "int8", pad_single=pad)
+        got = products.quantized_dot_pair(site, left, right, "int8", pad_single=pad, target=HERE)
         assert got.shape == site.output.shape
         np.testing.assert_allclose(got, expected, rtol=3e-6, atol=1e-6 * np.abs(expected).max())
     jaxpr = str(
-        jax.make_jaxpr(lambda a, b: products.quantized_dot_pair(site, a, b, "int8", pad_single=False))(left, right)
+        jax.make_jaxpr(lambda a, b: products.quantized_dot_pair(site, a, b, "int8", pad_single=False, target=HERE))(
+            left, right
+        )
     )
     assert jaxpr.count("preferred_element_type=int32") == 1
     free = [size for axis, size in enumerate(left_shape) if axis not in (*numbers[0][0], *numbers[1][0])]
@@ -342,7 +347,9 @@ MIXING = PAIRS["mixing"][1]
 
 @jax.jit
 def mixed(left, right):
-    return products.quantized_dot_pair(pair_site(MIXING, left, right), left, right, "int8", pad_single=False)
+    return products.quantized_dot_pair(
+        pair_site(MIXING, left, right), left, right, "int8", pad_single=False, target=HERE
+    )
 
 
 @given(st.integers(0, 2**31), st.integers(-30, 30))
@@ -438,7 +445,7 @@ def test_short_sums_of_integers_are_filled_up_with_zeros(depth, expected):
     act, weight = array(6, depth, seed=1), array(depth, 7, seed=2)
     site = only_site(lambda x, w: x @ w, act, weight)
     stored = products.store(site, weight, "int8", "channel")
-    product = lambda a: products.quantized_dot(site, a, stored, "int8", None, pad_single=False)  # noqa: E731
+    product = lambda a: products.quantized_dot(site, a, stored, "int8", None, pad_single=False, target=HERE)  # noqa: E731
     (dot,) = dots_of(product, act)
     assert [var.aval.shape for var in dot.invars] == [(6, expected), (expected, 7)]
     (codes, scale), (weight_codes, weight_scale) = quantized(act, (1,)), quantized(weight, (0,))
@@ -475,7 +482,10 @@ def test_a_weight_that_lies_by_columns_is_multiplied_as_it_lies(name, format_nam
     act, weight = array(*act_shape, seed=1), array(*weight_shape, seed=2)
     site = only_site(fn, act, weight)
     weight = lay_out(weight, site.layout)
-    product = lambda a, stored: products.quantized_dot(site, a, stored, format_name, None, pad_single=False)  # noqa: E731
+
+    def product(a, stored):
+        return products.quantized_dot(site, a, stored, format_name, None, pad_single=False, target=HERE)
+
     by_rows = products.store(site, weight, format_name, "channel")
     by_columns = products.for_product(by_rows)
     assert by_columns.values.shape[-2:] == (40, 48)
@@ -498,7 +508,7 @@ def test_fp8_of_small_matrices_is_multiplied_as_bfloat16(sizes, operands, dtype)
     act, weight = array(rows, depth, seed=1).astype(dtype), array(depth, columns, seed=2).astype(dtype)
     site = only_site(lambda x, w: x @ w, act, weight)
     stored = products.store(site, weight, "fp8_e4m3", "channel")
-    product = lambda a: products.quantized_dot(site, a, stored, "fp8_e4m3", None, pad_single=False)  # noqa: E731
+    product = lambda a: products.quantized_dot(site, a, stored, "fp8_e4m3", None, pad_single=False, target=HERE)  # noqa: E731
     (dot,) = dots_of(product, act)
     assert [var.aval.dtype.name for var in dot.invars] == [operands] * 2
     assert dot.outvars[0].aval.dtype == (dtype if operands == "float8_e4m3fn" else "float32")
@@ -519,13 +529,12 @@ def test_where_integers_have_no_convolution_it_stays_float():
 
 
 def test_sums_wait_for_their_conversion_where_a_library_multiplies(monkeypatch):
-    monkeypatch.setattr(products, "LIBRARY_PLATFORMS", ("cpu",))
     monkeypatch.setattr(products, "LIBRARY_ROWS", 8)
     site = only_site(lambda x, w: x @ w, array(8, 40), array(40, 7))
     stored = products.store(site, array(40, 7, seed=2), "int8", "channel")
-    product = lambda a: products.quantized_dot(site, a, stored, "int8", None, pad_single=False)  # noqa: E731
-    for rows, barriers in ((7, 0), (8, 1)):
-        jaxpr = str(jax.make_jaxpr(product)(array(rows, 40)))
+    for platform, rows, barriers in (("gpu", 7, 0), ("gpu", 8, 1), ("cpu", 8, 0)):
+        product = functools.partial(products.quantized_dot, site, pad_single=False, target=Target(platform))
+        jaxpr = str(jax.make_jaxpr(lambda a, product=product: product(a, stored, "int8", None))(array(rows, 40)))
         assert jaxpr.count("optimization_barrier") == barriers
 
 

@@ -23,14 +23,15 @@ def weight_order(site: Site) -> tuple[tuple[int, ...], tuple[int, ...], tuple[in
     """Axes of the weight operand: batch, contracted, free."""
     assert site.weight_operand is not None
     if site.kind == "dot_general":
-        return _order(site, site.weight_operand)
+        return operand_order(site, site.weight_operand)
     if site.kind == "gather":  # a table [V, D] is the matrix [D, V]: a scale a row that is looked up
         return (), (1,), (0,)
     out, inner, *window = site.params["dimension_numbers"].rhs_spec
     return (), (*window, inner), (out,)
 
 
-def _order(site: Site, side: int) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+def operand_order(site: Site, side: int) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    """Axes of one operand of a `dot_general`: batch, contracted, free."""
     contract, batch = site.params["dimension_numbers"]
     axes = range(len(site.operands[side].shape))
     free = tuple(axis for axis in axes if axis not in (*contract[side], *batch[side]))
@@ -98,7 +99,7 @@ def activation_matrix(site: Site, activation: jax.Array) -> jax.Array:
     assert site.weight_operand is not None
     activation = activation.astype(jnp.float32)
     if site.kind == "dot_general":
-        batch, contract, free = _order(site, 1 - site.weight_operand)
+        batch, contract, free = operand_order(site, 1 - site.weight_operand)
         moved = jnp.transpose(activation, (*batch, *free, *contract))
         sizes = [math.prod(activation.shape[axis] for axis in axes) for axes in (batch, free, contract)]
         return jnp.reshape(moved, sizes)

@@ -281,16 +281,16 @@ def _lowered(
                 return None
             left, right = (materialize(value) for value in values)
             pad = pad_single[site.name]
-            return [products.quantized_dot_pair(site, left, right, planned.activations, pad_single=pad)]
+            return [products.quantized_dot_pair(site, left, right, planned.activations, pad_single=pad, target=target)]
         tracked = values[site.weight_operand]
         activation = materialize(values[1 - site.weight_operand])
         if site.kind == "gather":
             return [products.look_up(site, tracked.value, activation)]
         if site.name in pad_single:
             scale = products.static_scale(site, planned, tracked)
-            pad = pad_single[site.name]
-            name = planned.activations
-            return [products.quantized_dot(site, activation, tracked.value, name, scale, pad_single=pad)]
+            pad, name = pad_single[site.name], planned.activations
+            out = products.quantized_dot(site, activation, tracked.value, name, scale, pad_single=pad, target=target)
+            return [out]
         stored = tracked.value
         weight = stored.operand if isinstance(stored, _Unpacked) else products.restore(site, stored)
         return context.bind(eqn, (activation, weight) if site.weight_operand == 1 else (weight, activation))

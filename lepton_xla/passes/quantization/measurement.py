@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,14 +16,13 @@ from lepton_xla import _compat
 from lepton_xla.passes.core.alike import Alike
 from lepton_xla.passes.core.executables import Lowered
 from lepton_xla.passes.core.sites import Site
+from lepton_xla.passes.core.targets import Target
 from lepton_xla.passes.core.timing import OPERATION_BUDGET_S, Timer, random_array
 from lepton_xla.passes.core.timing_cache import Times
 from lepton_xla.passes.quantization import products
 from lepton_xla.quant import FORMATS, absmax_scale, encode
 from lepton_xla.quant.grid import decode
-
-if TYPE_CHECKING:
-    from lepton_xla.recipe import QuantizeRule
+from lepton_xla.recipe import QuantizeRule
 
 # A product of codes is wrong if its largest error exceeds this share of the largest result. Codes and scales are exact,
 # so legitimate errors are rounding of float32 and bfloat16, and codes that round the other way near a half.
@@ -95,9 +94,10 @@ def _compare(key: _Key, timer: Timer) -> Timing:
     prepare = functools.partial(_operands, key)
     like, like_rounded = jax.eval_shape(prepare, *site.operands)
     repeats = REPEATS if timer.target.queues else 1
-    wanted = [(as_float, like_rounded), (functools.partial(_in_codes, key), like)]
+    in_codes = functools.partial(_in_codes, key, timer.target)
+    wanted = [(as_float, like_rounded), (in_codes, like)]
     if products.row_count(site) == 1:
-        wanted.append((functools.partial(_in_codes, key, pad=True), like))
+        wanted.append((functools.partial(in_codes, pad=True), like))
 
     def measure(executables: list[Any]) -> Times:
         in_float, *in_codes, prepared = executables
@@ -131,13 +131,13 @@ def _operands(key: _Key, *operands: jax.Array) -> tuple[tuple[Any, ...], list[ja
     return (act, products.for_product(stored) if site.kind == "dot_general" else stored, scale), rounded
 
 
-def _in_codes(key: _Key, *args: Any, pad: bool = False) -> jax.Array:
+def _in_codes(key: _Key, target: Target, *args: Any, pad: bool = False) -> jax.Array:
     """Compute a site's product of codes from the result of `_operands`."""
     if key.site.weight_operand is None:
         left, right = args
-        return products.quantized_dot_pair(key.site, left, right, key.rule.activations, pad_single=pad)
+        return products.quantized_dot_pair(key.site, left, right, key.rule.activations, pad_single=pad, target=target)
     act, stored, scale = args
-    return products.quantized_dot(key.site, act, stored, key.rule.activations, scale, pad_single=pad)
+    return products.quantized_dot(key.site, act, stored, key.rule.activations, scale, pad_single=pad, target=target)
 
 
 def _repeated(fn: Callable[..., jax.Array], times: int) -> Callable[..., jax.Array]:

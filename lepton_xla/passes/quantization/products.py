@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,15 +17,13 @@ from jax import lax
 from lepton_xla import _compat
 from lepton_xla.errors import CalibrationError
 from lepton_xla.passes.alternatives import shifted
-from lepton_xla.passes.core.matrix import code_matrix, code_operand
+from lepton_xla.passes.core.matrix import code_matrix, code_operand, operand_order, weight_order
 from lepton_xla.passes.core.names import Key
 from lepton_xla.passes.core.sites import Site
+from lepton_xla.passes.core.targets import Target
 from lepton_xla.passes.core.tracking import Tracked
 from lepton_xla.quant import FORMATS, QTensor, absmax_scale, encode, magnitude, quantize
-
-if TYPE_CHECKING:
-    from lepton_xla.recipe import QuantizeRule
-
+from lepton_xla.recipe import QuantizeRule
 
 # Names of an activation's static range and trained scale.
 RANGE, SCALE = "act_absmax", "act_scale"
@@ -42,36 +40,11 @@ SAFE_DEPTH = 32
 SAFE_FP8_VALUES = 256
 
 
-@dataclasses.dataclass(frozen=True)
-class _Dims:
-    """Axes of both operands of a dot_general, by role."""
-
-    act_contract: tuple[int, ...]
-    act_batch: tuple[int, ...]
-    act_free: tuple[int, ...]
-    weight_contract: tuple[int, ...]
-    weight_batch: tuple[int, ...]
-    weight_free: tuple[int, ...]
-
-
-def _dims(site: Site) -> _Dims:
-    (contract, batch) = site.params["dimension_numbers"]
-    weight = site.weight_operand
-    assert weight is not None
-    act = 1 - weight
-    free = [
-        tuple(axis for axis in range(len(site.operands[k].shape)) if axis not in (*contract[k], *batch[k]))
-        for k in range(2)
-    ]
-    return _Dims(
-        tuple(contract[act]), tuple(batch[act]), free[act], tuple(contract[weight]), tuple(batch[weight]), free[weight]
-    )
-
-
 def activation_axes(site: Site) -> tuple[int, ...]:
     """Axes of the activation operand that share a dynamic scale: one scale per row (dot) or example (convolution)."""
     if site.kind == "dot_general":
-        return _dims(site).act_contract
+        assert site.weight_operand is not None
+        return operand_order(site, 1 - site.weight_operand)[1]
     batch = site.params["dimension_numbers"].lhs_spec[0]
     return tuple(axis for axis in range(len(site.activation.shape)) if axis != batch)
 
@@ -104,7 +77,8 @@ def row_count(site: Site) -> Any:
     if site.kind != "dot_general":
         return 0
     site = as_weighted(site)
-    return _product(site.activation.shape[axis] for axis in _dims(site).act_free)
+    assert site.weight_operand is not None
+    return _product(site.activation.shape[axis] for axis in operand_order(site, 1 - site.weight_operand)[2])
 
 
 def store(
@@ -173,7 +147,14 @@ def look_up(site: Site, stored: QTensor, index: jax.Array) -> jax.Array:
 
 
 def quantized_dot(
-    site: Site, activation: jax.Array, stored: QTensor, name: str, static: jax.Array | None, *, pad_single: bool
+    site: Site,
+    activation: jax.Array,
+    stored: QTensor,
+    name: str,
+    static: jax.Array | None,
+    *,
+    pad_single: bool,
+    target: Target,
 ) -> jax.Array:
     """The site's quantized product: integers accumulate in int32, fp8 in float32; scales are applied afterwards.
 
@@ -184,31 +165,34 @@ def quantized_dot(
         name: the activation's format, of the same kind as the weight's.
         static: the activation's scale, or None for dynamic ones.
         pad_single: whether to pad a single row to two, because XLA's int8 kernels on the CPU need two.
+        target: where it will run.
     """
     scale = activation_scale(site, activation, name, static)
     codes = encode(activation, scale, FORMATS[name])
     if site.kind == "conv_general_dilated":
         return _convolve(site, codes, scale, stored).astype(site.output.dtype)
     weight = (stored.values, -1) if stored.transposed else (stored.codes(), -2)
-    return _multiply(site, codes, scale, *weight, stored.scale, pad_single).astype(site.output.dtype)
+    return _multiply(site, codes, scale, *weight, stored.scale, pad_single, target).astype(site.output.dtype)
 
 
-def quantized_dot_pair(site: Site, left: jax.Array, right: jax.Array, name: str, *, pad_single: bool) -> jax.Array:
+def quantized_dot_pair(
+    site: Site, left: jax.Array, right: jax.Array, name: str, *, pad_single: bool, target: Target
+) -> jax.Array:
     """The quantized product of two activations, both with dynamic scales.
 
     Args:
         site: a `dot_general` of two activations, with the shapes of these operands.
         left, right: the float operands.
         name: the format of both.
-        pad_single: as in `quantized_dot`.
+        pad_single, target: as in `quantized_dot`.
     """
-    weighted, target = as_weighted(site), FORMATS[name]
+    weighted, form = as_weighted(site), FORMATS[name]
     scale, _ = pair_scales(site, left, right, name)
     # Transpose the right operand before rounding, because XLA does not fuse a transpose of codes.
     matrix = code_matrix(weighted, right)
-    columns = absmax_scale(magnitude(matrix, (-2,)), target)
-    codes = encode(left, scale, target), encode(matrix, columns, target)
-    return _multiply(weighted, codes[0], scale, codes[1], -2, columns, pad_single).astype(site.output.dtype)
+    columns = absmax_scale(magnitude(matrix, (-2,)), form)
+    codes = encode(left, scale, form), encode(matrix, columns, form)
+    return _multiply(weighted, codes[0], scale, codes[1], -2, columns, pad_single, target).astype(site.output.dtype)
 
 
 def code_order(site: Site) -> tuple[int, int] | None:
@@ -254,14 +238,11 @@ def multiply_in_place(
 
 def _at_output(site: Site, scale: jax.Array, side: int) -> jax.Array:
     """Reshape an operand's scale for broadcasting to the result, whose axes are batch, left and right."""
-    contract, batch = site.params["dimension_numbers"]
-    ranks = [len(operand.shape) for operand in site.operands]
-    free = [[axis for axis in range(ranks[k]) if axis not in (*contract[k], *batch[k])] for k in range(2)]
-    kept = (*batch[side], *free[side])
-    own = jnp.squeeze(jnp.transpose(scale, (*kept, *contract[side])), tuple(range(len(kept), ranks[side])))
-    others = len(free[1 - side])
-    first = own.ndim if side == 0 else len(batch[side])
-    return jnp.expand_dims(own, tuple(range(first, first + others)))
+    batch, contract, free = operand_order(site, side)
+    kept = (*batch, *free)
+    own = jnp.squeeze(jnp.transpose(scale, (*kept, *contract)), tuple(range(len(kept), scale.ndim)))
+    first = own.ndim if side == 0 else len(batch)
+    return jnp.expand_dims(own, tuple(range(first, first + len(operand_order(site, 1 - side)[2]))))
 
 
 def _multiply(
@@ -272,13 +253,15 @@ def _multiply(
     summed: int,
     columns_scale: jax.Array,
     pad_single: bool,
+    target: Target,
 ) -> jax.Array:
     """Multiply codes of activations by those of a weight with K at axis `summed` and scales `[batch..., 1, N or 1]`."""
-    dims = _dims(site)
-    batch = tuple(codes.shape[axis] for axis in dims.act_batch)
-    rows = tuple(codes.shape[axis] for axis in dims.act_free)
-    order = (*dims.act_batch, *dims.act_free, *dims.act_contract)
-    depth = _product(codes.shape[axis] for axis in dims.act_contract)
+    assert site.weight_operand is not None
+    batch_axes, contracted, free = operand_order(site, 1 - site.weight_operand)
+    batch = tuple(codes.shape[axis] for axis in batch_axes)
+    rows = tuple(codes.shape[axis] for axis in free)
+    order = (*batch_axes, *free, *contracted)
+    depth = _product(codes.shape[axis] for axis in contracted)
     count = _product(rows)
     left = jnp.reshape(jnp.transpose(codes, order), (*batch, count, depth))
     single = pad_single and isinstance(count, int) and count == 1
@@ -290,28 +273,23 @@ def _multiply(
     if jnp.issubdtype(codes.dtype, jnp.integer):
         left, matrix = (_deepened(operand, axes) for operand, axes in zip((left, matrix), contract, strict=True))
         out = lax.dot_general(left, matrix, numbers, preferred_element_type=jnp.int32)
-        if jax.default_backend() in LIBRARY_PLATFORMS and isinstance(count, int) and count >= LIBRARY_ROWS:
+        if target.platform in LIBRARY_PLATFORMS and isinstance(count, int) and count >= LIBRARY_ROWS:
             # Without the barrier XLA fuses the following conversion into a Triton kernel; if it then uses a library
             # kernel instead, the conversion remains as a pass of its own (4096 cubed: 190 us instead of 153).
             out = lax.optimization_barrier(out)
     else:
         out = _float_product(left, matrix, numbers, site.output.dtype)
     out = out[..., :1, :] if single else out
-    row_shape = tuple(1 if scale.shape[axis] == 1 else size for axis, size in zip(dims.act_free, rows, strict=True))
+    row_shape = tuple(1 if scale.shape[axis] == 1 else size for axis, size in zip(free, rows, strict=True))
     row_scale = jnp.reshape(
-        jnp.transpose(scale, order), (*(scale.shape[axis] for axis in dims.act_batch), _product(row_shape), 1)
+        jnp.transpose(scale, order), (*(scale.shape[axis] for axis in batch_axes), _product(row_shape), 1)
     )
     out = out.astype(jnp.float32) * (row_scale * columns_scale)
-    columns = tuple(site.weight.shape[axis] for axis in dims.weight_free)
+    columns = tuple(site.weight.shape[axis] for axis in weight_order(site)[2])
     out = jnp.reshape(out, (*batch, *rows, *columns))
     if site.weight_operand == 0:  # the primitive puts the left operand's free axes first
-        lead_axes = len(batch)
-        moved = (
-            *range(lead_axes),
-            *range(lead_axes + len(rows), out.ndim),
-            *range(lead_axes, lead_axes + len(rows)),
-        )
-        out = jnp.transpose(out, moved)
+        first = len(batch)
+        out = jnp.moveaxis(out, range(first, first + len(rows)), range(out.ndim - len(rows), out.ndim))
     return out
 
 
