@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax.numpy as jnp
 
@@ -16,9 +16,6 @@ from lepton_xla.passes.pruning.targets import undivided
 from lepton_xla.passes.quantization.eligibility import unsupported
 from lepton_xla.recipe.patterns import Pattern
 from lepton_xla.recipe.rules import DATA_METHODS, PruneRule
-
-if TYPE_CHECKING:
-    from lepton_xla.recipe import PruneRule
 
 
 def unprunable(rule: PruneRule, site: Site, stored: Any, *, named: bool = False) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import zlib
-from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -11,9 +10,6 @@ import jax.numpy as jnp
 from lepton_xla.errors import RecipeError
 from lepton_xla.passes.pruning.targets import Target
 from lepton_xla.recipe.rules import DATA_METHODS
-
-if TYPE_CHECKING:
-    pass
 
 
 def element_scores(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,9 +15,6 @@ from lepton_xla.passes.core import matrix
 from lepton_xla.passes.pruning.targets import Target
 from lepton_xla.recipe.rules import PruneRule, sparsity_of
 from lepton_xla.trees import some_names
-
-if TYPE_CHECKING:
-    from lepton_xla.recipe import PruneRule
 
 
 def something_left(targets: Sequence[Target], *, keep: bool = False) -> dict[str, str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,15 +14,12 @@ from lepton_xla import _compat
 from lepton_xla.errors import ModelError, RecipeError, UnsupportedError
 from lepton_xla.passes.core import matrix
 from lepton_xla.passes.core.layouts import lay_out
+from lepton_xla.passes.core.plans import Plan
 from lepton_xla.passes.core.sites import Site
 from lepton_xla.passes.pruning.ranking import exact_mean
 from lepton_xla.recipe.patterns import Pattern
 from lepton_xla.recipe.rules import PruneRule
 from lepton_xla.trees import some_names
-
-if TYPE_CHECKING:
-    from lepton_xla.passes.core.plans import Plan
-    from lepton_xla.recipe import PruneRule
 
 
 @dataclasses.dataclass(frozen=True)

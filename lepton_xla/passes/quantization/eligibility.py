@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax.numpy as jnp
 
@@ -14,10 +14,7 @@ from lepton_xla.passes.core.sites import Site
 from lepton_xla.passes.core.targets import Target
 from lepton_xla.passes.quantization.products import as_weighted
 from lepton_xla.quant import FORMATS
-
-if TYPE_CHECKING:
-    from lepton_xla.recipe import QuantizeRule
-
+from lepton_xla.recipe import QuantizeRule
 
 # Platforms where XLA has fp8 products; elsewhere it would convert the operands and multiply floats.
 FP8_PLATFORMS = ("gpu",)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -20,9 +19,6 @@ from lepton_xla.passes.quantization import products
 from lepton_xla.passes.quantization.rounding import is_finite
 from lepton_xla.quant import QTensor
 from lepton_xla.recipe import QuantizeRule
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclasses.dataclass(frozen=True)

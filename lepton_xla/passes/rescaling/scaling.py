@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,14 +21,12 @@ from lepton_xla.passes.core.alike import Alike
 from lepton_xla.passes.core.flow import Flow, NotAbsorbedError, Place
 from lepton_xla.passes.core.layouts import LayoutOp
 from lepton_xla.passes.core.names import Key, fresh
+from lepton_xla.passes.core.plans import Plan
 from lepton_xla.passes.core.sites import Site, find_sites, rewrite_sites
 from lepton_xla.passes.core.walker import Context, Values, materialize
 from lepton_xla.passes.rescaling.factors import FactorGroup, multiplied, row_absmax
 from lepton_xla.program import Program
 from lepton_xla.trees import abstract
-
-if TYPE_CHECKING:
-    from lepton_xla.passes.core.plans import Plan
 
 # Name of the factor of an activation, among the weights and as a side input.
 FACTOR = "input_factor"
