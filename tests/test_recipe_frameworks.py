@@ -19,7 +19,7 @@ from lepton_xla.passes import calibrate, fake_quant
 from lepton_xla.passes.core.sites import find_sites
 from lepton_xla.passes.planning import resolve
 from lepton_xla.passes.quantization.fake_quantization import initial_scales
-from lepton_xla.passes.quantization.lowering import quantize
+from lepton_xla.passes.quantization.integer_arithmetic import quantize
 from lepton_xla.program import TensorSpec, trace
 from lepton_xla.quant import QTensor
 from lepton_xla.recipe import Recipe, presets

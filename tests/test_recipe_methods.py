@@ -12,7 +12,7 @@ from lepton_xla.passes.planning import resolve
 from lepton_xla.passes.quantization.measurement import Timing
 from lepton_xla.passes.rescaling.smoothquant import WORTHLESS
 
-lower_module = sys.modules["lepton_xla.passes.quantization.lowering"]
+lower_module = sys.modules["lepton_xla.passes.quantization.integer_arithmetic"]
 
 WIDTH = 32
 

@@ -120,7 +120,7 @@ def test_a_second_round_does_only_what_is_different(monkeypatch: pytest.MonkeyPa
 
     from lepton_xla.passes.quantization.measurement import Timing
 
-    lower_module = sys.modules["lepton_xla.passes.quantization.lowering"]
+    lower_module = sys.modules["lepton_xla.passes.quantization.integer_arithmetic"]
     gptq_module = sys.modules["lepton_xla.passes.quantization.gptq"]
     tried: list[int] = []
     rounded: list[str] = []

@@ -41,7 +41,7 @@ from lepton_xla.passes.pruning.wanda import wanda
 from lepton_xla.passes.quantization.bias_correction import correct_bias
 from lepton_xla.passes.quantization.casting import cast
 from lepton_xla.passes.quantization.gptq import Rounded, gptq
-from lepton_xla.passes.quantization.lowering import quantize
+from lepton_xla.passes.quantization.integer_arithmetic import quantize
 from lepton_xla.passes.quantization.rounding import GivenGrids, round_to_nearest
 from lepton_xla.passes.rescaling.awq import awq
 from lepton_xla.passes.rescaling.equalization import equalize

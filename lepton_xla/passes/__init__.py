@@ -21,7 +21,7 @@ from lepton_xla.passes.quantization.bias_correction import correct_bias
 from lepton_xla.passes.quantization.casting import cast
 from lepton_xla.passes.quantization.fake_quantization import fake_quant, initial_scales
 from lepton_xla.passes.quantization.gptq import gptq
-from lepton_xla.passes.quantization.lowering import quantize
+from lepton_xla.passes.quantization.integer_arithmetic import quantize
 from lepton_xla.passes.quantization.rounding import round_to_nearest
 from lepton_xla.passes.rescaling.awq import awq
 from lepton_xla.passes.rescaling.equalization import equalize

@@ -29,7 +29,7 @@ from lepton_xla.passes.core.timing import Timer
 from lepton_xla.passes.core.walker import Context, Values
 from lepton_xla.passes.quantization import eligibility
 from lepton_xla.passes.quantization.fake_quantization import fake_quant
-from lepton_xla.passes.quantization.lowering import quantize
+from lepton_xla.passes.quantization.integer_arithmetic import quantize
 from lepton_xla.passes.quantization.measurement import Timing, compare
 from lepton_xla.passes.quantization.products import RANGE
 from lepton_xla.program import Program, TensorSpec

@@ -24,7 +24,9 @@ from lepton_xla.passes.quantization.rounding import round_to_nearest
 HEADS, WIDTH, LAYERS = 2, 8, 2
 SHAPE = (4, 5, WIDTH)
 PAIR, BOTH = ".*dot_general#[0-9]", ".*"
-LOWER = sys.modules["lepton_xla.passes.quantization.lowering"]  # the module, which the package's function hides
+LOWER = sys.modules[
+    "lepton_xla.passes.quantization.integer_arithmetic"
+]  # the module, which the package's function hides
 
 
 def array(*shape, seed=0):

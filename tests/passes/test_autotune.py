@@ -250,7 +250,7 @@ def test_quantized_weights_stay_small_and_what_is_unpacked_on_loading_is_tuned_t
     clock(shifted_is_fast)
     recipe = Recipe.parse('[[quantize]]\nsites = ".*"\nactivations = "none"', name="stored")
     monkeypatch.setattr(
-        sys.modules["lepton_xla.passes.quantization.lowering"],
+        sys.modules["lepton_xla.passes.quantization.integer_arithmetic"],
         "time_programs",
         lambda functions, _inputs, timer=None: [5.0, 1.0, 9.0][: len(functions)],
     )
@@ -271,14 +271,16 @@ def test_quantized_weights_stay_small_and_what_is_unpacked_on_loading_is_tuned_t
 def test_codes_are_compared_with_the_best_of_float(clock, monkeypatch):
     clock(shifted_is_fast)
     timed = lambda _site, _rule, at, _timer: Timing(dict(at), 100.0, 50.0, None)  # noqa: E731
-    monkeypatch.setattr(sys.modules["lepton_xla.passes.quantization.lowering"], "compare", timed)
+    monkeypatch.setattr(sys.modules["lepton_xla.passes.quantization.integer_arithmetic"], "compare", timed)
     whole = []
 
     def time_programs(functions, inputs, timer=None, budget_s=0.0):
         whole.append([primitives(fn, weights, *inputs).count("conv_general_dilated") for fn, weights in functions])
         return [100.0 - index for index in range(len(functions))]
 
-    monkeypatch.setattr(sys.modules["lepton_xla.passes.quantization.lowering"], "time_programs", time_programs)
+    monkeypatch.setattr(
+        sys.modules["lepton_xla.passes.quantization.integer_arithmetic"], "time_programs", time_programs
+    )
     small = lx.optimize(two_layers(), Recipe.parse('[[quantize]]\nsites = ".*"', name="q"), buckets={"batch": (1, 4)})
     lowered = next(report for report in small.history if report.name == "quantize")
     ratios = {site.site: site.metrics["integer_over_float"] for site in lowered.sites}

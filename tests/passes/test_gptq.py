@@ -21,7 +21,7 @@ from lepton_xla.passes.core import matrix
 from lepton_xla.passes.core.alike import Alike
 from lepton_xla.passes.planning import resolve
 from lepton_xla.passes.quantization.gptq import Options, gptq, gptq_values
-from lepton_xla.passes.quantization.lowering import quantize
+from lepton_xla.passes.quantization.integer_arithmetic import quantize
 from lepton_xla.passes.quantization.rounding import nearest, round_to_nearest
 from lepton_xla.program import TensorSpec, trace
 from lepton_xla.quant import FORMATS, QTensor

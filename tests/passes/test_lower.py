@@ -29,7 +29,7 @@ from lepton_xla.program import TensorSpec, trace
 from lepton_xla.quant import QTensor
 from lepton_xla.recipe import Recipe
 
-lower_module = __import__("sys").modules["lepton_xla.passes.quantization.lowering"]
+lower_module = __import__("sys").modules["lepton_xla.passes.quantization.integer_arithmetic"]
 ROWS = {"x": TensorSpec(("batch", 6), "float32")}
 
 
