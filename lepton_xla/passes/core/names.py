@@ -7,7 +7,7 @@ a `Key`.
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Container, Iterable
 
 type Key = tuple[str, str]
 """A site's name and a property of it: `("layer/kernel", "activation_scale")`."""
@@ -23,6 +23,19 @@ def fresh(base: str, what: str, taken: Container[str]) -> str:
     while name in taken:
         name += f":{what}"
     return name
+
+
+def fresh_names(keys: Iterable[Key], taken: Iterable[str]) -> dict[Key, str]:
+    """Make a name for each key, all different and none taken.
+
+    >>> fresh_names([("dense", "scale"), ("dense", "range")], ["dense:range"])
+    {('dense', 'scale'): 'dense:scale', ('dense', 'range'): 'dense:range:range'}
+    """
+    used, names = set(taken), dict[Key, str]()
+    for site, what in keys:
+        names[site, what] = fresh(site, what, used)
+        used.add(names[site, what])
+    return names
 
 
 class SiteNames:

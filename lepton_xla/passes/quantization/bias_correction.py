@@ -20,12 +20,13 @@ from lepton_xla.arguments import takes
 from lepton_xla.passes.core import matrix
 from lepton_xla.passes.core.alike import Alike
 from lepton_xla.passes.core.flow import Flow, Place, is_vector, not_float_name, output_axis
-from lepton_xla.passes.core.names import Key, fresh
+from lepton_xla.passes.core.names import fresh_names
 from lepton_xla.passes.core.plans import Plan
 from lepton_xla.passes.core.precomputation import for_plan
 from lepton_xla.passes.core.sites import Site, rewrite_sites
 from lepton_xla.passes.core.statistics import collect_statistics
 from lepton_xla.passes.core.walker import Context, Values, materialize
+from lepton_xla.passes.quantization.products import arrange_side_inputs
 from lepton_xla.passes.quantization.rounding import exact_matrices, planned_weights, weight_report
 from lepton_xla.program import Program
 from lepton_xla.report import PassReport, unchanged
@@ -155,9 +156,7 @@ def _add_biases(program: Program, added: Mapping[str, _Added]) -> Program:
     """Add a vector of the output channels to the results of some products."""
     if not added:
         return program
-    names: dict[str, str] = {}
-    for name in added:
-        names[name] = fresh(name, CORRECTION, {*program.weights, *names.values()})
+    names = fresh_names([(name, CORRECTION) for name in added], program.weights)
     like, inner = abstract(program.weights), program.fn
     sites = {name: entry.site for name, entry in added.items()}
 
@@ -171,13 +170,11 @@ def _add_biases(program: Program, added: Mapping[str, _Added]) -> Program:
         return [(out.astype(jnp.float32) + bias).astype(out.dtype)]
 
     def run(weights: Mapping[str, Any], *inputs: Any) -> Any:
-        side_inputs: dict[str, dict[Key, jax.Array]] = {}
-        for name, site in sites.items():
-            side_inputs.setdefault(str(site.path), {})[name, CORRECTION] = weights[names[name]]
+        side_inputs = arrange_side_inputs(sites.values(), {key: weights[name] for key, name in names.items()})
         own = {name: leaf for name, leaf in weights.items() if name in like}
         return rewrite_sites(inner, rule, inline=True, on_unknown="keep", side_inputs=side_inputs)(own, *inputs)
 
-    vectors = {names[name]: entry.vector for name, entry in added.items()}
+    vectors = {names[name, CORRECTION]: entry.vector for name, entry in added.items()}
     return program.replace(fn=run, weights={**program.weights, **vectors})
 
 

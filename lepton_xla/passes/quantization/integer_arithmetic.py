@@ -10,9 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import logging
-import math
-import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -26,18 +23,18 @@ from lepton_xla.passes.core.alike import Alike
 from lepton_xla.passes.core.calibration import needs_range
 from lepton_xla.passes.core.executables import Candidate
 from lepton_xla.passes.core.layouts import lay_out
-from lepton_xla.passes.core.names import Key, fresh
+from lepton_xla.passes.core.names import Key, fresh_names
 from lepton_xla.passes.core.plans import Plan
 from lepton_xla.passes.core.precomputation import for_plan
 from lepton_xla.passes.core.sites import Site, find_sites, rewrite_sites
 from lepton_xla.passes.core.targets import Target
 from lepton_xla.passes.core.timing import Timer, time_programs
 from lepton_xla.passes.core.walker import Context, Values, materialize
-from lepton_xla.passes.quantization import eligibility, products
+from lepton_xla.passes.quantization import eligibility, products, selection
 from lepton_xla.passes.quantization.measurement import Timing, compare
 from lepton_xla.passes.quantization.products import RANGE, SCALE
 from lepton_xla.passes.quantization.storing import PlannedSite, finite_range, store_weight, zero_channels
-from lepton_xla.passes.quantization.whole_program import WORTH_RATIO, WholeProgram, WholeTiming, loses
+from lepton_xla.passes.quantization.whole_program import WholeProgram
 from lepton_xla.program import Expansion, Program
 from lepton_xla.quant import QTensor
 from lepton_xla.quant.grid import settle
@@ -49,16 +46,8 @@ from lepton_xla.trees import abstract, leaf_bytes, tree_bytes
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
 
-
-_LOG = logging.getLogger(__name__)
 # Note in the report for weights that are unpacked on loading.
 _AT_LOAD = "unpacked once, on loading: on each call it is slower"
-# A product that alone takes at least this share of float's time is not tried in the whole program.
-HOPELESS_RATIO = 1.2
-# Maximum number of non-empty sets of integer sites that are tried in the whole program.
-MAX_SETS = 4
-# Maximum number of sizes at which the whole program is timed.
-MAX_SIZES = 4
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["operand"], meta_fields=[])
@@ -152,7 +141,7 @@ def quantize(
             values[planned.site.name, SCALE] = settle(trained, "tensor")
         elif needs_range(planned.rule):
             values[planned.site.name, RANGE] = finite_range(planned.site, ranges)
-    names = _names(values, like)
+    names = fresh_names(values, like)
     memory.give_back()  # free memory of earlier passes, and below of large operands: timing needs memory too
     began = time.perf_counter()
     choices = choose(program, sizes if candidates else (), say, timer)
@@ -160,7 +149,9 @@ def quantize(
     memory.give_back()
     timed_s = time.perf_counter() - began
     reasons |= {
-        name: _wrong_reason(name, found, timer.target) for name, found in timings.items() if any(t.wrong for t in found)
+        name: selection.wrong_reason(name, found, timer.target)
+        for name, found in timings.items()
+        if any(t.wrong for t in found)
     }
     candidates = [planned for planned in candidates if not reasons[planned.site.name]]
 
@@ -189,17 +180,20 @@ def quantize(
     floating = (Candidate(choices.apply(program.fn), compiled), program.weights)
     whole = WholeProgram(program, floating, variant, functools.partial(time_programs, timer=timer), say)
     may_unpack = plan.recipe.unpack == "measured"
-    sets = _candidate_sets(candidates, timings) if among is None else [frozenset(), among & set(timings)]
+    if among is None:
+        sets = selection.candidate_sets({planned.site.name: timings[planned.site.name] for planned in candidates})
+    else:
+        sets = [frozenset[str](), among & set(timings)]
     if len(set(sets)) == 1:
         sets = sets[:1]
-    tried = whole.sets(sets, _spread(sizes), may_unpack) if len(sets) > 1 else []
-    integer = _fastest(sets, tried)
+    tried = whole.sets(sets, selection.spread(sizes), may_unpack) if len(sets) > 1 else []
+    integer = selection.fastest(sets, tried)
     lowered_us = {at: timed.set_us[sets.index(integer)] for at, timed in enumerate(tried)}
     unpackable = _unpackable(stored, integer)
     weights |= {path: weights[path].by_rows() for path in unpackable}
     expansion = None
     if unpackable and may_unpack and sizes:
-        once, tried, lowered_us = whole.unpacking(integer, _spread(sizes), tried, lowered_us)
+        once, tried, lowered_us = whole.unpacking(integer, selection.spread(sizes), tried, lowered_us)
         expansion = Expansion(functools.partial(_unpack, unpackable), build(integer)) if once else None
     weights |= _own(values, names, integer)
     counted: set[str] = set()
@@ -305,14 +299,6 @@ def _lowered(
     return run
 
 
-def _names(values: Mapping[Key, Any], weights: Mapping[str, Any]) -> dict[Key, str]:
-    """Names of the static ranges and scales among the weights."""
-    names: dict[Key, str] = {}
-    for site, what in values:
-        names[site, what] = fresh(site, what, {*weights, *names.values()})
-    return names
-
-
 def _time_sites(
     program: Program,
     candidates: Sequence[PlannedSite],
@@ -338,72 +324,13 @@ def _compared(site: Site, rule: QuantizeRule, at: Mapping[str, int], timer: Time
     return dataclasses.replace(timing, float_us=min([timing.float_us, *times_us(site.eqn, timer)]))
 
 
-def _wrong_reason(name: str, timings: Sequence[Timing], target: Target) -> str:
-    """Why a product of codes with a wrong result is not used; also logged, because it is a fault of the platform."""
-    worst = next(timing for timing in timings if timing.wrong)
-    at = "".join(f", {symbol} {size}" for symbol, size in worst.sizes.items())
-    how = f"is wrong by {worst.error:.0%} of the largest value" if math.isfinite(worst.error) else "is not finite"
-    reason = f"XLA's product of codes {how} on this {target.platform}{at}, so it is computed in float"
-    _LOG.warning("%s: %s", name, reason)
-    return reason
-
-
-def _padded(timings: Sequence[Timing]) -> bool:
-    """Whether padding single rows to two is faster."""
-    return any(timing.padded_us is not None and timing.padded_us < timing.integer_us for timing in timings)
-
-
-def _ratio(timings: Sequence[Timing]) -> float:
-    """Integer time over float time, geometric mean over sizes; 0 if nothing was timed."""
-    if not timings:
-        return 0.0
-    pad = _padded(timings)
-    return statistics.geometric_mean([timing.best_us(pad) / timing.float_us for timing in timings])
-
-
-def _candidate_sets(candidates: Sequence[PlannedSite], timings: Mapping[str, Sequence[Timing]]) -> list[frozenset[str]]:
-    """Sets of sites to try in integers: the empty set, then growing sets, the most promising sites first."""
-    ratios = {planned.site.name: _ratio(timings[planned.site.name]) for planned in candidates}
-    if all(ratio == 0 for ratio in ratios.values()):
-        return [frozenset(ratios)]  # nothing was timed, so follow the plan
-    promising = sorted({ratio for ratio in ratios.values() if ratio < HOPELESS_RATIO})
-    # Alike sites share a ratio, so they enter a set together.
-    limits = [promising[(len(promising) * (k + 1) - 1) // MAX_SETS] for k in range(MAX_SETS)] if promising else []
-    sets = [frozenset(name for name, ratio in ratios.items() if ratio <= limit) for limit in sorted(set(limits))]
-    return [frozenset[str](), *sets]
-
-
-def _fastest(sets: Sequence[frozenset[str]], whole: Sequence[WholeTiming]) -> frozenset[str]:
-    """The fastest set, by geometric mean over the sizes, among those that are slower than the empty set at no size.
-
-    A larger set must win by more than noise.
-    """
-    if not whole:
-        return sets[-1]
-    best, best_score = 0, statistics.geometric_mean([timed.set_us[0] for timed in whole])
-    for index in range(1, len(sets)):
-        if any(loses(timed.set_us[index], timed.set_us[0]) for timed in whole):
-            continue
-        score = statistics.geometric_mean([timed.set_us[index] for timed in whole])
-        if score < WORTH_RATIO * best_score:
-            best, best_score = index, score
-    return sets[best]
-
-
-def _spread(sizes: Sequence[Mapping[str, int]]) -> list[Mapping[str, int]]:
-    """At most `MAX_SIZES` of the sizes, including the first and the last."""
-    if len(sizes) <= MAX_SIZES:
-        return list(sizes)
-    return [sizes[round(k * (len(sizes) - 1) / (MAX_SIZES - 1))] for k in range(MAX_SIZES)]
-
-
 def _own(values: Mapping[Key, jax.Array], names: Mapping[Key, str], integer: frozenset[str]) -> dict[str, jax.Array]:
     """The static ranges and scales of the integer sites, by name."""
     return {names[key]: value for key, value in values.items() if key[0] in integer}
 
 
 def _pads(integer: frozenset[str], timings: Mapping[str, Sequence[Timing]]) -> dict[str, bool]:
-    return {name: _padded(timings[name]) for name in integer}
+    return {name: selection.padded(timings[name]) for name in integer}
 
 
 def _unpackable(stored: Sequence[PlannedSite], integer: frozenset[str]) -> dict[str, Site]:
@@ -436,7 +363,7 @@ def _report(
 ) -> SiteReport:
     rule = planned.rule
     metrics: dict[str, Any] = {"timings": [timing.to_json() for timing in timings]} if timings else {}
-    ratio = _ratio(timings)
+    ratio = selection.ratio(timings)
     if timings:
         metrics["integer_over_float"] = ratio
     if rule.group:
@@ -448,10 +375,10 @@ def _report(
     if planned.site.name in integer:
         action, outcome = f"{rule.weights} x {rule.activations}", "codes"
         if any(timing.padded_us is not None for timing in timings):
-            metrics["single_rows_padded"] = _padded(timings)
+            metrics["single_rows_padded"] = selection.padded(timings)
     elif rule.activations != "none" and not reason:
         kept = "it stays float" if paired else "only the weight is stored small"
         reason = f"integer arithmetic takes {ratio:.2f} of float's time here, so {kept}"
-        if ratio < HOPELESS_RATIO:
+        if ratio < selection.HOPELESS_RATIO:
             reason = f"integer arithmetic ({ratio:.2f} of float's time alone) does not make the whole program faster"
     return SiteReport(planned.site.name, action, reason, metrics=metrics, outcome=outcome)

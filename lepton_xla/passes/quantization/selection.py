@@ -1,0 +1,79 @@
+"""Selection: which sites are computed from codes, by the times of their products and of the whole program."""
+
+from __future__ import annotations
+
+import logging
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+
+from lepton_xla.passes.core.targets import Target
+from lepton_xla.passes.quantization.measurement import Timing
+from lepton_xla.passes.quantization.whole_program import WORTH_RATIO, WholeTiming, loses
+
+_LOG = logging.getLogger(__name__)
+# A product that alone takes at least this share of float's time is not tried in the whole program.
+HOPELESS_RATIO = 1.2
+# Maximum number of non-empty sets of integer sites that are tried in the whole program.
+MAX_SETS = 4
+# Maximum number of sizes at which the whole program is timed.
+MAX_SIZES = 4
+
+
+def wrong_reason(name: str, timings: Sequence[Timing], target: Target) -> str:
+    """Why a product of codes with a wrong result is not used; also logged, because it is a fault of the platform."""
+    worst = next(timing for timing in timings if timing.wrong)
+    at = "".join(f", {symbol} {size}" for symbol, size in worst.sizes.items())
+    how = f"is wrong by {worst.error:.0%} of the largest value" if math.isfinite(worst.error) else "is not finite"
+    reason = f"XLA's product of codes {how} on this {target.platform}{at}, so it is computed in float"
+    _LOG.warning("%s: %s", name, reason)
+    return reason
+
+
+def padded(timings: Sequence[Timing]) -> bool:
+    """Whether padding single rows to two is faster."""
+    return any(timing.padded_us is not None and timing.padded_us < timing.integer_us for timing in timings)
+
+
+def ratio(timings: Sequence[Timing]) -> float:
+    """Integer time over float time, geometric mean over sizes; 0 if nothing was timed."""
+    if not timings:
+        return 0.0
+    pad = padded(timings)
+    return statistics.geometric_mean([timing.best_us(pad) / timing.float_us for timing in timings])
+
+
+def candidate_sets(timings: Mapping[str, Sequence[Timing]]) -> list[frozenset[str]]:
+    """Sets of sites to try in integers: the empty set, then growing sets, the most promising sites first."""
+    ratios = {name: ratio(found) for name, found in timings.items()}
+    if not any(ratios.values()):
+        return [frozenset(ratios)]  # nothing was timed, so follow the plan
+    promising = sorted({share for share in ratios.values() if share < HOPELESS_RATIO})
+    # Alike sites share a ratio, so they enter a set together.
+    limits = [promising[(len(promising) * (k + 1) - 1) // MAX_SETS] for k in range(MAX_SETS)] if promising else []
+    sets = [frozenset(name for name, share in ratios.items() if share <= limit) for limit in sorted(set(limits))]
+    return [frozenset[str](), *sets]
+
+
+def fastest(sets: Sequence[frozenset[str]], whole: Sequence[WholeTiming]) -> frozenset[str]:
+    """The fastest set, by geometric mean over the sizes, among those that are slower than the empty set at no size.
+
+    A larger set must win by more than noise.
+    """
+    if not whole:
+        return sets[-1]
+    best, best_score = 0, statistics.geometric_mean([timed.set_us[0] for timed in whole])
+    for index in range(1, len(sets)):
+        if any(loses(timed.set_us[index], timed.set_us[0]) for timed in whole):
+            continue
+        score = statistics.geometric_mean([timed.set_us[index] for timed in whole])
+        if score < WORTH_RATIO * best_score:
+            best, best_score = index, score
+    return sets[best]
+
+
+def spread(sizes: Sequence[Mapping[str, int]]) -> list[Mapping[str, int]]:
+    """At most `MAX_SIZES` of the sizes, including the first and the last."""
+    if len(sizes) <= MAX_SIZES:
+        return list(sizes)
+    return [sizes[round(k * (len(sizes) - 1) / (MAX_SIZES - 1))] for k in range(MAX_SIZES)]
