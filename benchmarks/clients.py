@@ -25,7 +25,7 @@ import uvloop
 
 from lepton_xla.cli.tables import Table, show
 from lepton_xla.serve.client import AsyncClient, Client
-from lepton_xla.serve.client.arrays import encode_infer
+from lepton_xla.serve.client.arrays import write_infer
 from lepton_xla.serve.client.endpoint import endpoint
 from lepton_xla.serve.load.generator import generate
 from lepton_xla.serve.load.result import Load
@@ -75,7 +75,7 @@ def has(package: str) -> bool:
 def blocking(port: int, seconds: float) -> dict[str, tuple[float, float]]:
     """Measure each blocking client."""
     url = f"http://127.0.0.1:{port}"
-    head, tail = encode_infer({"x": X})
+    head, tail = write_infer({"x": X})
     body = head + b"".join(tail)
     fields = {"Inference-Header-Content-Length": str(len(head)), "Content-Type": "application/octet-stream"}
     found: dict[str, tuple[float, float]] = {}
@@ -127,7 +127,7 @@ async def asynchronous(port: int, seconds: float) -> dict[str, tuple[float, floa
     if has("httpx"):
         import httpx
 
-        head, tail = encode_infer({"x": X})
+        head, tail = write_infer({"x": X})
         body, fields = head + b"".join(tail), {"Inference-Header-Content-Length": str(len(head))}
         async with httpx.AsyncClient() as plain:
             found["httpx (no tensors)"] = await measure_async(
@@ -150,7 +150,7 @@ async def asynchronous(port: int, seconds: float) -> dict[str, tuple[float, floa
 def loads(port: int, seconds: float) -> Table:
     """Measure the load generator at growing rates."""
     target = endpoint(f"http://127.0.0.1:{port}")
-    head, tail = encode_infer({"x": X})
+    head, tail = write_infer({"x": X})
     request = target.request("POST", PATH, (head, *tail), len(head))
     columns = (">requests/s asked", ">answers/s", ">us of a core a request", ">send lag p50 us", ">p99 us")
     rows: list[tuple[str, ...]] = []

@@ -117,7 +117,7 @@ def own(codes: np.ndarray) -> tuple[int, Callable[[], np.ndarray]]:
     packed = pack(codes)
     handles: list[ts.TensorStore] = []
     size = 0
-    for stream in gaps.encode(packed):
+    for stream in gaps.to_streams(packed):
         array, context = np.frombuffer(stream, np.uint8), ts.Context()
         codecs = [*weights.plain_codecs(1), {"name": "zstd", "configuration": {"level": 19}}]
         metadata = {"data_type": "uint8", "shape": list(array.shape), "codecs": codecs}
@@ -128,7 +128,7 @@ def own(codes: np.ndarray) -> tuple[int, Callable[[], np.ndarray]]:
     def decode() -> np.ndarray:
         out = np.empty_like(packed)
         first, second = (np.asarray(handle.read().result()) for handle in handles)
-        gaps.decode(first, second, out)
+        gaps.from_streams(first, second, out)
         return np.concatenate([out & 15, out >> 4])[: len(codes)]
 
     return size, decode

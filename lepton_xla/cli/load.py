@@ -130,7 +130,7 @@ def load(
         step("ask for the model")
         from lepton_xla.cli import _load_views
         from lepton_xla.serve.client import Client
-        from lepton_xla.serve.client.arrays import encode_infer
+        from lepton_xla.serve.client.arrays import write_infer
         from lepton_xla.serve.client.calls import route
         from lepton_xla.serve.client.endpoint import endpoint
         from lepton_xla.serve.load.generator import generate
@@ -142,7 +142,7 @@ def load(
             name = str(metadata.get("name", model))
             inputs = _inputs(metadata, sources, rows, sizes)
             client.infer(name, inputs)  # fails here, with a readable message, if the request is wrong
-    head, tail = encode_infer(inputs)
+    head, tail = write_infer(inputs)
     request = target.request("POST", f"{route(name)}/infer", (head, *tail), len(head))
     _allow_files(max(entry.connections for entry in loads))
     results: list[Result] = []

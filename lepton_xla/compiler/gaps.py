@@ -35,11 +35,11 @@ class Streams(NamedTuple):
     codes: bytes
 
 
-def encode(words: np.ndarray) -> Streams:
+def to_streams(words: np.ndarray) -> Streams:
     """Splits an array of words into gaps and codes, in the code width and order that take the fewest bytes.
 
     Args:
-        words: as `packing.to_words` gives them, not empty. The last two axes are a matrix.
+        words: as `elements.to_words` gives them, not empty. The last two axes are a matrix.
     """
     bits = _code_bits(words)
     codes, header = _split(words, bits), bits.bit_length() - 1
@@ -55,8 +55,8 @@ def encode(words: np.ndarray) -> Streams:
     return Streams(head + gap_bytes.tobytes(), to_planes(codes[codes != left_out]))
 
 
-def decode(gaps: np.ndarray, codes: np.ndarray, out: np.ndarray) -> None:
-    """The inverse of `encode`, into an array of words of the same shape and dtype.
+def from_streams(gaps: np.ndarray, codes: np.ndarray, out: np.ndarray) -> None:
+    """The inverse of `to_streams`, into an array of words of the same shape and dtype.
 
     What it allocates is bounded by the sizes of its arguments, whatever the streams say.
 

@@ -20,8 +20,8 @@ import numpy as np
 import tensorstore as ts
 
 from lepton_xla.compiler import gaps
+from lepton_xla.compiler.elements import flat_bytes, from_bytes, from_words, words_of
 from lepton_xla.compiler.manifest import PACKED, Piece, WeightLeaf
-from lepton_xla.compiler.packing import from_bytes, from_words, packed_size, words_of
 from lepton_xla.compiler.storage import VerifiedFiles
 from lepton_xla.compiler.weights import SCRATCH, open_array, part_regions, plain_codecs
 from lepton_xla.errors import ArtifactError
@@ -119,7 +119,7 @@ class _PackedLeaf:
             streams = [rows[piece.row, piece.start : piece.start + piece.size] for piece in group]
             try:
                 if self.leaf.encoding == "gaps":
-                    gaps.decode(streams[0], streams[1], part)
+                    gaps.from_streams(streams[0], streams[1], part)
                 elif streams[0].size != part.nbytes:
                     raise ArtifactError(f"{streams[0].size} bytes, not {part.nbytes}")
                 else:
@@ -156,7 +156,7 @@ class _ZarrLeaf:
         except Exception as error:  # TensorStore's own kinds
             raise ArtifactError(f"{name} is not valid zarr metadata: {error}") from error
         if leaf.packed:
-            shape, dtype = (packed_size(leaf.shape, leaf.dtype),), np.dtype(np.uint8)
+            shape, dtype = (flat_bytes(leaf.shape, leaf.dtype),), np.dtype(np.uint8)
         else:
             shape, dtype = leaf.shape, jnp.dtype(leaf.dtype)
         if tuple(handle.shape) != shape or handle.dtype.numpy_dtype != dtype:

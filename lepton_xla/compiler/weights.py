@@ -18,8 +18,8 @@ import numpy as np
 import tensorstore as ts
 
 from lepton_xla.compiler import gaps
+from lepton_xla.compiler.elements import to_bytes, to_words, zarr_lacks
 from lepton_xla.compiler.manifest import PACKED, Encoding, Piece, WeightLeaf
-from lepton_xla.compiler.packing import needs_packing, to_bytes, to_words
 from lepton_xla.trees import leaf_bytes
 
 CHUNK_BYTES = 4 << 20
@@ -82,7 +82,7 @@ def describe(path: str, index: int, array: Any) -> WeightLeaf:
         path=path,
         shape=tuple(array.shape),
         dtype=dtype,
-        packed=needs_packing(dtype),
+        packed=zarr_lacks(dtype),
         encoding="plain",
         folder=f"weights/{index:05d}-{readable}".rstrip("-."),
     )
@@ -191,7 +191,7 @@ def _choose(words: np.ndarray, is_small: bool) -> Encoding:
         costs = {"packed": _zstd_bytes(gaps.to_planes(sample), _SMALL_LEVEL) + haste * _ZSTD_COST * whole}
     else:
         costs = {"plain": whole + _ZARR_BYTES, "zstd": (zstd_share(words) + haste * _ZSTD_COST) * whole + _ZARR_BYTES}
-    streams = gaps.encode(sample)
+    streams = gaps.to_streams(sample)
     if len(streams.codes) <= _MOST_LEFT * sample.nbytes:
         size = sum(_zstd_bytes(stream, _FAST_LEVEL) for stream in streams)
         costs["gaps"] = (size + haste * _GAPS_COST * sum(map(len, streams))) * scale
@@ -219,7 +219,7 @@ def _streams(words: np.ndarray, encoding: Encoding) -> Iterator[tuple[str, bytes
     """The streams of a leaf's parts in order, each with its kind."""
     for region in part_regions(words.shape, words.itemsize):
         if encoding == "gaps":
-            yield from zip(("gaps", "codes"), gaps.encode(words[region]), strict=True)
+            yield from zip(("gaps", "codes"), gaps.to_streams(words[region]), strict=True)
         else:
             yield "planes", gaps.to_planes(words[region])
 

@@ -7,18 +7,18 @@ if TYPE_CHECKING:
     from lepton_xla.serve.app.options import Options
     from lepton_xla.serve.client import AsyncClient, Client
     from lepton_xla.serve.limits import Limits
-    from lepton_xla.serve.protocol.signature import Servable
+    from lepton_xla.serve.protocol.signature import LoadedModel
     from lepton_xla.serve.server import Server, serve
 
-__all__ = ["AsyncClient", "Client", "Limits", "Options", "Servable", "Server", "serve"]
+__all__ = ["AsyncClient", "Client", "Limits", "LoadedModel", "Options", "Server", "serve"]
 
 # Where each name lives. Nothing is imported before it is asked for, because a client needs no JAX.
 _HOME = {
     "AsyncClient": "client",
     "Client": "client",
     "Limits": "limits",
+    "LoadedModel": "protocol.signature",
     "Options": "app.options",
-    "Servable": "protocol.signature",
     "Server": "server",
     "serve": "server",
 }

@@ -26,7 +26,7 @@ from lepton_xla.serve.models.handle import ModelHandle
 from lepton_xla.serve.models.registry import Registry
 from lepton_xla.serve.observe.health import STALL_S
 from lepton_xla.serve.observe.metrics import Metrics
-from lepton_xla.serve.protocol.signature import Servable, Signature, signature_of
+from lepton_xla.serve.protocol.signature import LoadedModel, Signature, signature_of
 from lepton_xla.serve.runtime import settle
 
 _log = logging.getLogger("lepton_xla.serve")
@@ -41,7 +41,7 @@ class Server:
     manager it starts and stops.
 
     Args:
-        servable: the model.
+        model: the model.
         options: how to run.
 
     Attributes:
@@ -60,12 +60,12 @@ class Server:
     ('tiny', array([[1., 2., 3., 4.]], dtype=float32))
     """
 
-    def __init__(self, servable: Servable, options: Options | None = None) -> None:
+    def __init__(self, model: LoadedModel, options: Options | None = None) -> None:
         self.options = options or Options()
         self._access = self.options.access()
         self.address: tuple[str, int] = (self.options.host, self.options.port)
-        self._signature = signature_of(servable, self.options.name)
-        self._engine: Engine[Call] = Engine(servable, self._signature)
+        self._signature = signature_of(model, self.options.name)
+        self._engine: Engine[Call] = Engine(model, self._signature)
         self.metrics = Metrics(self._signature.name, self._signature.version)
         self.models = Registry()
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -230,7 +230,7 @@ def open_model(
     return ModelHandle(signature, scheduler, metrics, options.limits, stall_s)
 
 
-def serve(servable: Servable, options: Options | None = None) -> bool:
+def serve(model: LoadedModel, options: Options | None = None) -> bool:
     """Serve a model until SIGTERM or SIGINT; see `Server.run`.
 
     >>> from lepton_xla.serve import Options, Server, serve
@@ -241,4 +241,4 @@ def serve(servable: Servable, options: Options | None = None) -> bool:
     Traceback (most recent call last):
     lepton_xla.errors.ServeError: cannot listen on 127.0.0.1:...: Address already in use
     """
-    return Server(servable, options).run()
+    return Server(model, options).run()

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lepton_xla.compiler import gaps, weights
-from lepton_xla.compiler.packing import from_words, to_words
+from lepton_xla.compiler.elements import from_words, to_words
 from lepton_xla.errors import ArtifactError
 from lepton_xla.quant.qtensor import quantize
 
@@ -42,7 +42,7 @@ def example(word: str, shape: tuple[int, ...], content: str, seed: int) -> np.nd
 
 def decoded(streams: gaps.Streams, like: np.ndarray) -> np.ndarray:
     found = np.empty_like(like)
-    gaps.decode(*(np.frombuffer(stream, np.uint8) for stream in streams), found)
+    gaps.from_streams(*(np.frombuffer(stream, np.uint8) for stream in streams), found)
     return found
 
 
@@ -88,7 +88,7 @@ def test_words_come_back_and_as_a_slow_decoder_reads_them(
     word: str, shape: tuple[int, ...], content: str, seed: int
 ) -> None:
     array = example(word, shape, content, seed)
-    streams = gaps.encode(array)
+    streams = gaps.to_streams(array)
     np.testing.assert_array_equal(decoded(streams, array), array)
     assert slow_decode(streams, shape, array.itemsize) == array.reshape(-1).tolist()
 
@@ -97,7 +97,7 @@ def test_words_come_back_and_as_a_slow_decoder_reads_them(
 def test_gaps_around_a_byte_s_limit(gap: int) -> None:
     for behind in (0, 1, gap):
         array = np.array([*[0] * gap, 9, *[0] * gap, 8, *[0] * behind], np.uint8)
-        streams = gaps.encode(array)
+        streams = gaps.to_streams(array)
         np.testing.assert_array_equal(decoded(streams, array), array)
         assert slow_decode(streams, array.shape, 1) == array.tolist()
 
@@ -116,7 +116,7 @@ def test_damaged_streams_are_an_error_or_another_array_and_nothing_else(
     word: str, content: str, data: st.DataObject
 ) -> None:
     array = example(word, (12, 20), content, 3)
-    good = gaps.encode(array)
+    good = gaps.to_streams(array)
     bad = list(map(bytearray, good))
     for _ in range(data.draw(st.integers(1, 3))):
         stream = bad[data.draw(st.integers(0, 1))]
@@ -128,7 +128,7 @@ def test_damaged_streams_are_an_error_or_another_array_and_nothing_else(
 def test_every_truncation_is_an_error() -> None:
     for content in ("pruned", "few and pruned", "random"):
         array = example("<u4", (8, 9), content, 0)
-        good = gaps.encode(array)
+        good = gaps.to_streams(array)
         for cut in range(len(good.gaps)):
             with pytest.raises(ArtifactError):
                 decoded(gaps.Streams(good.gaps[:cut], good.codes), array)
@@ -182,7 +182,7 @@ def test_quantized_matrices_of_every_kind_come_back(name: str) -> None:
             continue
         whole = np.asarray(array)
         words = to_words(whole)
-        back = from_words(decoded(gaps.encode(words), words), whole.shape, whole.dtype.name)
+        back = from_words(decoded(gaps.to_streams(words), words), whole.shape, whole.dtype.name)
         assert back.dtype == whole.dtype, part
         assert back.tobytes() == whole.tobytes(), part
 
@@ -199,12 +199,12 @@ def test_neither_the_order_of_axes_nor_codes_that_share_bytes_cost_anything() ->
     density = np.where(np.arange(200) % 20 < 10, 0.002, 0.2)[:, None]
     codes = np.where(random.random((200, 60)) < density, random.integers(1, 4, (200, 60)), 0).astype(np.uint8)
     sizes = [
-        compressed(gaps.encode(array))
+        compressed(gaps.to_streams(array))
         for array in (codes, np.ascontiguousarray(codes.T), codes[:100] | codes[100:] << 4)
     ]
     assert max(sizes) <= 1.005 * min(sizes)
     shuffled = random.permutation(codes.reshape(-1)).reshape(codes.shape)
-    assert sizes[0] < 0.95 * compressed(gaps.encode(shuffled))
+    assert sizes[0] < 0.95 * compressed(gaps.to_streams(shuffled))
 
 
 def lenet300(density: float, levels: int, seed: int = 0) -> tuple[list[np.ndarray], float]:

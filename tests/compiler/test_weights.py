@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lepton_xla.compiler import reading, weights
+from lepton_xla.compiler.elements import from_bytes, to_bytes
 from lepton_xla.compiler.manifest import FileEntry, WeightLeaf
-from lepton_xla.compiler.packing import from_bytes, to_bytes
 from lepton_xla.compiler.storage import Store, VerifiedFiles
 from lepton_xla.errors import ArtifactError
 

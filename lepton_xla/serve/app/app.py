@@ -25,7 +25,7 @@ from lepton_xla.serve.observe.metrics import Metrics
 from lepton_xla.serve.observe.refusals import Refusals
 from lepton_xla.serve.protocol import encoding, metadata, routes
 from lepton_xla.serve.protocol.jsondata import PIECE_BYTES
-from lepton_xla.serve.protocol.response import encode_response
+from lepton_xla.serve.protocol.response import write_response
 from lepton_xla.serve.protocol.wire import InferRequest
 
 _log = logging.getLogger("lepton_xla.serve")
@@ -296,7 +296,7 @@ class App:
     ) -> tuple[Response, Sequence[bytes | memoryview]]:
         """The response and its body. What does not depend on the result, the spec keeps for the next equal request."""
         spec = call.request.spec
-        head, tail = encode_response(call.model.signature, spec, outputs)
+        head, tail = write_response(call.model.signature, spec, outputs)
         content_type, extra = "application/json", ()
         if tail:
             content_type, extra = "application/octet-stream", (f"Inference-Header-Content-Length: {len(head)}",)

@@ -1,4 +1,4 @@
-"""The thread that executes batches: copies their rows in, runs the servable, and reports back."""
+"""The thread that executes batches: copies their rows in, runs the model, and reports back."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import numpy as np
 from lepton_xla.errors import ServeError
 from lepton_xla.serve.batching.costs import Key, Measured
 from lepton_xla.serve.batching.tickets import Batch, Part, Ticket
-from lepton_xla.serve.protocol.signature import Servable, Signature, Tensor
+from lepton_xla.serve.protocol.signature import LoadedModel, Signature, Tensor
 from lepton_xla.serve.protocol.wire import InferRequest
 
 _log = logging.getLogger("lepton_xla.serve")
@@ -164,7 +164,7 @@ class Engine[T: Work]:
     """Runs batches one by one, on its own thread or on the caller's.
 
     Args:
-        servable: the model.
+        model: the model.
         signature: its signature.
         clock: seconds, monotonic.
 
@@ -173,8 +173,8 @@ class Engine[T: Work]:
             device does the work.
     """
 
-    def __init__(self, servable: Servable, signature: Signature, clock: Callable[[], float] = time.monotonic) -> None:
-        self._servable = servable
+    def __init__(self, model: LoadedModel, signature: Signature, clock: Callable[[], float] = time.monotonic) -> None:
+        self._model = model
         self._signature = signature
         self._clock = clock
         self._stages: dict[tuple[int, Key], _Stage] = {}
@@ -207,7 +207,7 @@ class Engine[T: Work]:
     def _measure(self, size: int, key: Key) -> tuple[list[float], float]:
         """Seconds of each timed execution, and processor seconds of all of them."""
         stage = self._stage(size, key)
-        outputs = self._servable.run(stage.sizes, stage.arrays)
+        outputs = self._model.run(stage.sizes, stage.arrays)
         expected = [(tensor.at(stage.sizes), tensor.dtype) for tensor in self._signature.outputs]
         actual = [(array.shape, array.dtype) for array in outputs]
         if actual != expected:
@@ -216,7 +216,7 @@ class Engine[T: Work]:
         used = time.process_time()
         while len(times) < _MOST_RUNS and sum(times) < (_MOST_S if len(times) < _LEAST_RUNS else _ENOUGH_S):
             start = self._clock()
-            self._servable.run(stage.sizes, stage.arrays)
+            self._model.run(stage.sizes, stage.arrays)
             times.append(self._clock() - start)
         return times, time.process_time() - used
 
@@ -243,7 +243,7 @@ class Engine[T: Work]:
         """Runs the smallest size on zeros, between two batches, on the calling thread. Raises what the model raises."""
         stage = _Stage(self._signature, self._signature.bucket_sizes[0], next(self._signature.shape_keys()))
         with self._turn:
-            for array in self._servable.run(stage.sizes, stage.arrays):
+            for array in self._model.run(stage.sizes, stage.arrays):
                 np.asarray(array)
 
     def stop(self, timeout_s: float | None = None) -> bool:
@@ -275,7 +275,7 @@ class Engine[T: Work]:
             stage.fill(batch)
             staged = self._clock()
             with self._turn:
-                outputs = [np.ascontiguousarray(array) for array in self._servable.run(stage.sizes, stage.arrays)]
+                outputs = [np.ascontiguousarray(array) for array in self._model.run(stage.sizes, stage.arrays)]
             batched = self._signature.batch is not None
             return Completion(batch, outputs, started, staged, self._clock(), batched=batched)
         except Exception:

@@ -7,7 +7,6 @@ extension (`docs/protocol/extension_binary_data.md`), as in `wire.py`, which is 
 from __future__ import annotations
 
 import math
-import struct
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,9 +14,7 @@ import msgspec
 import numpy as np
 
 from lepton_xla.errors import InputError, ServeError
-from lepton_xla.serve.protocol.datatypes import DATATYPES, datatype_of
-
-_LENGTH = struct.Struct("<I")
+from lepton_xla.serve.protocol.datatypes import DATATYPES, ELEMENT_BYTES, datatype_of, join_elements
 
 
 class _OutputHead(msgspec.Struct, frozen=True):
@@ -35,7 +32,7 @@ class _AnswerHead(msgspec.Struct, frozen=True):
 _DECODER = msgspec.json.Decoder(_AnswerHead)
 
 
-def encode_infer(
+def write_infer(
     inputs: Mapping[str, Any],
     outputs: Sequence[str] | None = None,
     parameters: Mapping[str, int] | None = None,
@@ -54,10 +51,10 @@ def encode_infer(
     Raises:
         InputError: for an array that the protocol, or JSON, cannot carry.
 
-    >>> head, tensors = encode_infer({"x": np.float32([1, 2])})
+    >>> head, tensors = write_infer({"x": np.float32([1, 2])})
     >>> head.startswith(b'{"inputs":[{"name":"x","shape":[2]'), len(tensors[0])
     (True, 8)
-    >>> b'"FP32"' in encode_infer({"x": [[1.0, 2.0]]})[0]
+    >>> b'"FP32"' in write_infer({"x": [[1.0, 2.0]]})[0]
     True
     """
     described: list[dict[str, Any]] = []
@@ -90,7 +87,7 @@ def _tensor(name: str, value: Any) -> tuple[np.ndarray, str, bytes | memoryview]
         raise InputError(f"input {name!r} is no array: {error}") from error
     if array.dtype.kind in "OSU":
         items = [_bytes_of(name, item) for item in array.ravel().tolist()]
-        return array, "BYTES", b"".join(_LENGTH.pack(len(item)) + item for item in items)
+        return array, "BYTES", join_elements(items)
     if not _has_dtype(value):
         array = _narrowed(array)
     try:
@@ -139,7 +136,7 @@ def _json_data(name: str, array: np.ndarray, datatype: str) -> list[Any]:
         raise InputError(f"input {name!r} holds bytes that are not UTF-8; send it as binary") from error
 
 
-def decode_infer(body: bytes, head_bytes: int | None) -> dict[str, np.ndarray]:
+def read_infer(body: bytes, head_bytes: int | None) -> dict[str, np.ndarray]:
     """The outputs of an answer, as arrays of their own; BYTES as an array of `bytes` objects.
 
     Args:
@@ -149,7 +146,7 @@ def decode_infer(body: bytes, head_bytes: int | None) -> dict[str, np.ndarray]:
     Raises:
         ValueError: for an answer that the protocol does not allow.
 
-    >>> decode_infer(b'{"outputs": [{"name": "y", "datatype": "FP32", "shape": [2], "data": [1, 2]}]}', None)
+    >>> read_infer(b'{"outputs": [{"name": "y", "datatype": "FP32", "shape": [2], "data": [1, 2]}]}', None)
     {'y': array([1., 2.], dtype=float32)}
     """
     size = len(body) if head_bytes is None else head_bytes
@@ -207,7 +204,7 @@ def _split(data: bytes) -> list[bytes]:
         if at + 4 > len(data):
             raise ValueError("a BYTES tensor is cut short")
         start = at + 4
-        at = start + _LENGTH.unpack_from(data, at)[0]
+        at = start + ELEMENT_BYTES.unpack_from(data, at)[0]
         if at > len(data):
             raise ValueError("a BYTES tensor is cut short")
         items.append(data[start:at])

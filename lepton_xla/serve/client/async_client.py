@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from jaxtyping import Shaped
 
 
-class PooledConnection(Channel):
+class PooledChannel(Channel):
     """A connection of the pool, whose answer is awaited."""
 
     __slots__ = ("_answer_future",)
@@ -49,7 +49,7 @@ class AsyncClient(Caller):
     """
 
     def _open(self) -> None:
-        self._idle: list[PooledConnection] = []
+        self._idle: list[PooledChannel] = []
         self._turns = asyncio.Semaphore(self._max_connections)
 
     async def infer(
@@ -159,7 +159,7 @@ class AsyncClient(Caller):
             connection.abort()
         return answer
 
-    def _take(self) -> PooledConnection | None:
+    def _take(self) -> PooledChannel | None:
         if self._closed:
             raise ServeError("the client is closed")
         while self._idle:
@@ -168,5 +168,5 @@ class AsyncClient(Caller):
                 return connection
         return None
 
-    async def _connect(self) -> PooledConnection:
-        return await connected(PooledConnection, self._endpoint)
+    async def _connect(self) -> PooledChannel:
+        return await connected(PooledChannel, self._endpoint)

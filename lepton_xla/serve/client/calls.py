@@ -20,7 +20,7 @@ import msgspec
 import numpy as np
 
 from lepton_xla.errors import InputError, ServeError
-from lepton_xla.serve.client.arrays import decode_infer, encode_infer
+from lepton_xla.serve.client.arrays import read_infer, write_infer
 from lepton_xla.serve.client.endpoint import endpoint
 from lepton_xla.serve.client.transport import Answer, DeadlineError, RequestError
 
@@ -143,7 +143,7 @@ def arrays_of(answer: Answer) -> dict[str, np.ndarray]:
     """
     length = checked(answer).headers.get(b"inference-header-content-length")
     try:
-        return decode_infer(answer.body, None if length is None else int(length))
+        return read_infer(answer.body, None if length is None else int(length))
     except (ValueError, TypeError, OverflowError, RecursionError) as error:
         raise RequestError(answer.status, f"the server's answer is no infer answer: {error}") from error
 
@@ -241,7 +241,7 @@ class Caller:
 
         def request(left_s: float) -> bytes:
             timeout = {"timeout": max(1, int(left_s * 1e6))}
-            head, tail = encode_infer(inputs, outputs, parameters | timeout, binary=self._binary)
+            head, tail = write_infer(inputs, outputs, parameters | timeout, binary=self._binary)
             return self._endpoint.request("POST", path, (head, *tail), len(head) if self._binary else None)
 
         return request

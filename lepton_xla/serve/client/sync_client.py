@@ -12,7 +12,7 @@ import numpy as np
 
 from lepton_xla.errors import ServeError
 from lepton_xla.serve.client.calls import Attempts, Caller, RequestOf, arrays_of, is_good, json_of, only, route
-from lepton_xla.serve.client.transport import Answer, Connection, RequestError, left
+from lepton_xla.serve.client.transport import Answer, BlockingChannel, RequestError, left
 
 if TYPE_CHECKING:
     from jaxtyping import Shaped
@@ -48,7 +48,7 @@ class Client(Caller):
     """
 
     def _open(self) -> None:
-        self._idle: list[Connection] = []
+        self._idle: list[BlockingChannel] = []
         self._lock = threading.Lock()
         self._turns = threading.BoundedSemaphore(self._max_connections)
 
@@ -218,7 +218,7 @@ class Client(Caller):
             time.sleep(delay)
 
     def _exchange(self, request: bytes, deadline: float) -> Answer:
-        connection = self._take() or Connection(self._endpoint, deadline)
+        connection = self._take() or BlockingChannel(self._endpoint, deadline)
         try:
             answer = connection.exchange(request, deadline)
         except BaseException:
@@ -232,7 +232,7 @@ class Client(Caller):
             connection.close()
         return answer
 
-    def _take(self) -> Connection | None:
+    def _take(self) -> BlockingChannel | None:
         """The connection used last, so that those not needed any more grow old and are closed by the server."""
         while True:
             with self._lock:

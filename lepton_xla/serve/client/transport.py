@@ -135,7 +135,7 @@ def left(deadline: float) -> float:
     return remaining
 
 
-class Connection:
+class BlockingChannel:
     """A blocking connection.
 
     Raises:

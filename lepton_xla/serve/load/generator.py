@@ -61,7 +61,7 @@ class _Alarm:
         os.close(self._file)
 
 
-class _PooledConnection(Channel):
+class _TimedChannel(Channel):
     """A connection of the generator."""
 
     __slots__ = ("due", "generator")
@@ -108,8 +108,8 @@ class Generator:
         self._request = request
         self._random = np.random.default_rng(seed)
         self._lags = array.array("d")
-        self._idle: list[_PooledConnection] = []
-        self._pool: set[_PooledConnection] = set()
+        self._idle: list[_TimedChannel] = []
+        self._pool: set[_TimedChannel] = set()
         self._queue: deque[float] = deque()
         self._opening: set[asyncio.Task[None]] = set()
         self._most = self._answered = self._good = 0
@@ -198,7 +198,7 @@ class Generator:
         self._queue.append(due)
         self._open_if_needed()
 
-    def _send(self, connection: _PooledConnection, due: float) -> None:
+    def _send(self, connection: _TimedChannel, due: float) -> None:
         connection.due = due
         connection.send(self._request)
 
@@ -213,7 +213,7 @@ class Generator:
 
     async def _open(self) -> None:
         async with asyncio.timeout(self.load.timeout_s):
-            connection = await connected(lambda: _PooledConnection(self), self._target)
+            connection = await connected(lambda: _TimedChannel(self), self._target)
         if not connection.open:
             raise ConnectionResetError
         self._pool.add(connection)
@@ -231,7 +231,7 @@ class Generator:
             self._note(self._queue.popleft(), NO_CONNECTION)
         self._open_if_needed()
 
-    def _free(self, connection: _PooledConnection) -> None:
+    def _free(self, connection: _TimedChannel) -> None:
         """Gives a connection the request that has waited longest for one, if there is any."""
         connection.due = -1.0
         if not connection.open:
@@ -241,7 +241,7 @@ class Generator:
         else:
             self._idle.append(connection)
 
-    def forget(self, connection: _PooledConnection) -> None:
+    def forget(self, connection: _TimedChannel) -> None:
         """Takes out a connection that is gone."""
         self._pool.discard(connection)
         if connection in self._idle:
@@ -250,7 +250,7 @@ class Generator:
 
     # Answers.
 
-    def finish(self, connection: _PooledConnection, status: int) -> None:
+    def finish(self, connection: _TimedChannel, status: int) -> None:
         """Notes what came of the request of a connection, and uses the connection again."""
         due = connection.due
         self._free(connection)

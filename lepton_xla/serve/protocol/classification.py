@@ -7,13 +7,10 @@ Its text calls the datatype STRING; what Triton sends, and clients read, is BYTE
 from __future__ import annotations
 
 import math
-import struct
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
-
-_LENGTH = struct.Struct("<I")
 
 
 def classes_shape(shape: Sequence[int], count: int, *, batched: bool) -> tuple[int, ...]:
@@ -61,17 +58,3 @@ def _largest(row: np.ndarray[Any, Any], count: int) -> np.ndarray[Any, Any]:
     # Ascending and stable from behind, then turned around: descending, and the first of equals first.
     order = np.argsort(ranked[reach][::-1], kind="stable")[::-1]
     return reach[reach.size - 1 - order][:count]
-
-
-def pack(texts: Iterable[str]) -> bytes:
-    """The binary form of a BYTES tensor: each element behind its length, four bytes, little-endian.
-
-    >>> text = pack(["0.7:1"])
-    >>> list(text[:4]), text[4:]
-    ([5, 0, 0, 0], b'0.7:1')
-    """
-    parts: list[bytes] = []
-    for text in texts:
-        element = text.encode()
-        parts += (_LENGTH.pack(len(element)), element)
-    return b"".join(parts)

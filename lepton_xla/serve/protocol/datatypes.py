@@ -7,6 +7,8 @@ Triton's binary tensor data extension. Sub-byte and 8-bit float formats have no 
 from __future__ import annotations
 
 import dataclasses
+import struct
+from collections.abc import Iterable
 from typing import Annotated, Any
 
 import ml_dtypes
@@ -63,6 +65,9 @@ DATATYPES: dict[str, Datatype] = {
     )
 }
 
+# The length before each element of a BYTES tensor.
+ELEMENT_BYTES = struct.Struct("<I")
+
 _BY_DTYPE = {row.dtype.name: row for row in DATATYPES.values() if row.dtype is not None}
 
 
@@ -81,3 +86,13 @@ def datatype_of(dtype: str) -> Datatype:
             f"dtype {dtype!r} has no datatype in the inference protocol; it carries {', '.join(sorted(_BY_DTYPE))}"
         )
     return found
+
+
+def join_elements(elements: Iterable[bytes]) -> bytes:
+    """The binary form of a BYTES tensor: each element behind its length, four bytes, little-endian.
+
+    >>> text = join_elements([b"0.7:1"])
+    >>> list(text[:4]), text[4:]
+    ([5, 0, 0, 0], b'0.7:1')
+    """
+    return b"".join(part for element in elements for part in (ELEMENT_BYTES.pack(len(element)), element))

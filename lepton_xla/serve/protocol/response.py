@@ -13,7 +13,8 @@ from typing import Annotated
 import msgspec
 import numpy as np
 
-from lepton_xla.serve.protocol.classification import classes_shape, pack, top_classes
+from lepton_xla.serve.protocol.classification import classes_shape, top_classes
+from lepton_xla.serve.protocol.datatypes import join_elements
 from lepton_xla.serve.protocol.jsondata import write_data
 from lepton_xla.serve.protocol.metadata import DatatypeName
 from lepton_xla.serve.protocol.signature import Signature, Tensor
@@ -54,7 +55,7 @@ class ResponseHead(msgspec.Struct, frozen=True):
     id: str | msgspec.UnsetType = msgspec.UNSET
 
 
-def encode_response(
+def write_response(
     signature: Signature, spec: RequestSpec, outputs: Sequence[memoryview | bytes]
 ) -> tuple[bytes, list[memoryview | bytes]]:
     """The JSON part of an answer, and the binary outputs that follow it, in order.
@@ -101,6 +102,6 @@ def _classified(
     values = np.frombuffer(data, tensor.dtype)
     texts = top_classes(values.reshape(rows, values.size // rows), shape[-1])
     if binary:
-        packed = pack(texts)
-        return OutputTensor(tensor.name, "BYTES", shape, BinarySize(len(packed))), packed
+        raw = join_elements(text.encode() for text in texts)
+        return OutputTensor(tensor.name, "BYTES", shape, BinarySize(len(raw))), raw
     return OutputTensor(tensor.name, "BYTES", shape, data=msgspec.Raw(msgspec.json.encode(list(texts)))), b""

@@ -29,7 +29,7 @@ class Spec(Protocol):
     def dtype(self) -> str: ...
 
 
-class Servable(Protocol):
+class LoadedModel(Protocol):
     """A loaded model with one executable for each combination of bucket sizes.
 
     >>> class Double:
@@ -84,7 +84,7 @@ class Tensor:
 
 @dataclasses.dataclass(frozen=True)
 class Signature:
-    """The inputs, outputs and compiled sizes of a servable, checked once so that requests can be checked fast.
+    """The inputs, outputs and compiled sizes of a model, checked once so that requests can be checked fast.
 
     Attributes:
         name: model name, as in the URL.
@@ -125,27 +125,27 @@ class Signature:
         return sizes
 
 
-def signature_of(servable: Servable, name: str | None = None) -> Signature:
-    """The signature of a servable.
+def signature_of(model: LoadedModel, name: str | None = None) -> Signature:
+    """The signature of a model.
 
     Args:
-        servable: the model, or what describes one that runs elsewhere.
+        model: the model, or what describes one that runs elsewhere.
         name: what to call it on the wire, if not its own name.
 
     Raises:
         ServeError: for a name that cannot be part of a URL, a dtype the protocol cannot carry, or a symbolic
             dimension without compiled sizes.
     """
-    name = servable.name if name is None else name
-    for what, value in (("model name", name), ("model version", servable.version)):
+    name = model.name if name is None else name
+    for what, value in (("model name", name), ("model version", model.version)):
         if not is_safe(value):
             raise ServeError(f"{what} {value!r} cannot be part of a URL: no separators, blanks at the ends or controls")
     if name == "stats":
         raise ServeError("a model cannot be called 'stats': /v2/models/stats is the statistics route")
-    inputs = tuple(Tensor(key, datatype_of(spec.dtype), spec.shape) for key, spec in servable.inputs.items())
-    outputs = tuple(Tensor(key, datatype_of(spec.dtype), spec.shape) for key, spec in servable.outputs.items())
+    inputs = tuple(Tensor(key, datatype_of(spec.dtype), spec.shape) for key, spec in model.inputs.items())
+    outputs = tuple(Tensor(key, datatype_of(spec.dtype), spec.shape) for key, spec in model.outputs.items())
     symbols = tuple(dict.fromkeys(dim for tensor in inputs for dim in tensor.shape if isinstance(dim, str)))
-    buckets = {symbol: tuple(sizes) for symbol, sizes in servable.buckets.items() if symbol in symbols}
+    buckets = {symbol: tuple(sizes) for symbol, sizes in model.buckets.items() if symbol in symbols}
     for symbol in symbols:
         sizes = buckets.get(symbol, ())
         if not sizes or list(sizes) != sorted(set(sizes)) or sizes[0] < 1:
@@ -153,7 +153,7 @@ def signature_of(servable: Servable, name: str | None = None) -> Signature:
     batch = _batch_symbol(inputs, outputs)
     return Signature(
         name=name,
-        version=servable.version,
+        version=model.version,
         inputs=inputs,
         outputs=outputs,
         batch=batch,

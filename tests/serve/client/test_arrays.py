@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from serve_fakes import Affine, Identity
 
 from lepton_xla.errors import InputError
-from lepton_xla.serve.client.arrays import decode_infer, encode_infer
+from lepton_xla.serve.client.arrays import read_infer, write_infer
 from lepton_xla.serve.limits import Limits
-from lepton_xla.serve.protocol.response import encode_response
+from lepton_xla.serve.protocol.response import write_response
 from lepton_xla.serve.protocol.signature import signature_of
 from lepton_xla.serve.protocol.wire import Decoder
 
@@ -56,15 +56,15 @@ def arrays(draw, dtype):
 def test_what_is_encoded_is_what_the_server_decodes(dtype, data):
     """Whatever layout and byte order an array has, its C-order little-endian bytes arrive, and go back the same way."""
     array = data.draw(arrays(dtype))
-    head, tail = encode_infer({"x": array}, data.draw(st.sampled_from([None, ["y"]])), {"timeout": 5})
+    head, tail = write_infer({"x": array}, data.draw(st.sampled_from([None, ["y"]])), {"timeout": 5})
     request = decoder(Identity(dtype)).decode(head + b"".join(tail), len(head))
     plain = np.asarray(array)
     expected = np.ascontiguousarray(plain.astype(plain.dtype.newbyteorder("<")))
     assert bytes(request.tensors[0]) == expected.tobytes()
     assert request.spec.sizes == {"batch": len(plain)}
     assert request.spec.outputs == ((0, True),)
-    answer, rest = encode_response(signature_of(Identity(dtype)), request.spec, request.tensors)
-    output = decode_infer(answer + b"".join(rest), len(answer))["y"]
+    answer, rest = write_response(signature_of(Identity(dtype)), request.spec, request.tensors)
+    output = read_infer(answer + b"".join(rest), len(answer))["y"]
     assert output.dtype == np.dtype(dtype)
     assert output.shape == plain.shape
     assert output.tobytes() == expected.tobytes()
@@ -76,18 +76,18 @@ def test_what_is_encoded_is_what_the_server_decodes(dtype, data):
 def test_tensors_in_json(values, n):
     servable = Affine()
     x = np.array([values], np.float32)
-    head, tail = encode_infer({"n": [np.int32(n)], "x": x}, ["y"], binary=False)
+    head, tail = write_infer({"n": [np.int32(n)], "x": x}, ["y"], binary=False)
     assert tail == []
     request = decoder(servable).decode(head, None)
     assert bytes(request.tensors[0]) == x.tobytes()
     assert bytes(request.tensors[1]) == struct.pack("<i", n)
     assert request.spec.outputs == ((0, False),)
-    answer, _ = encode_response(signature_of(servable), request.spec, [x.tobytes()])
-    np.testing.assert_array_equal(decode_infer(answer, None)["y"], x)
+    answer, _ = write_response(signature_of(servable), request.spec, [x.tobytes()])
+    np.testing.assert_array_equal(read_infer(answer, None)["y"], x)
 
 
 def test_the_json_part_word_for_word():
-    head, tail = encode_infer({"a": np.int8([[1, 2]]), "b": np.float64(1.5)}, None, {"priority": 2})
+    head, tail = write_infer({"a": np.int8([[1, 2]]), "b": np.float64(1.5)}, None, {"priority": 2})
     assert json.loads(head) == {
         "inputs": [
             {"name": "a", "shape": [1, 2], "datatype": "INT8", "parameters": {"binary_data_size": 2}},
@@ -96,7 +96,7 @@ def test_the_json_part_word_for_word():
         "parameters": {"priority": 2, "binary_data_output": True},
     }
     assert b"".join(tail) == b"\x01\x02" + struct.pack("<d", 1.5)
-    assert json.loads(encode_infer({}, ["y"])[0])["outputs"] == [{"name": "y", "parameters": {"binary_data": True}}]
+    assert json.loads(write_infer({}, ["y"])[0])["outputs"] == [{"name": "y", "parameters": {"binary_data": True}}]
 
 
 @pytest.mark.parametrize(
@@ -116,7 +116,7 @@ def test_the_json_part_word_for_word():
     ],
 )
 def test_pythons_numbers_have_32_bits_as_in_jax(value, datatype, dtype):
-    head, tail = encode_infer({"x": value})
+    head, tail = write_infer({"x": value})
     (described,) = json.loads(head)["inputs"]
     assert described["datatype"] == datatype
     assert b"".join(tail) == np.asarray(value, dtype).tobytes()
@@ -124,7 +124,7 @@ def test_pythons_numbers_have_32_bits_as_in_jax(value, datatype, dtype):
 
 @pytest.mark.parametrize("value", [["é", "", "ab"], [b"\xc3\xa9", b"", b"ab"], np.array(["é", "", "ab"], object)])
 def test_text_and_bytes(value):
-    head, tail = encode_infer({"x": value})
+    head, tail = write_infer({"x": value})
     assert json.loads(head)["inputs"][0] == {
         "name": "x", "shape": [3], "datatype": "BYTES", "parameters": {"binary_data_size": 16},
     }  # fmt: skip
@@ -133,8 +133,8 @@ def test_text_and_bytes(value):
     described = {"name": "y", "datatype": "BYTES", "shape": [3, 1]}
     answer = json.dumps({"outputs": [described | {"parameters": {"binary_data_size": 16}}]}).encode()
     for output in (
-        decode_infer(answer + data, len(answer))["y"],
-        decode_infer(json.dumps({"outputs": [described | {"data": ["é", "", "ab"]}]}).encode(), None)["y"],
+        read_infer(answer + data, len(answer))["y"],
+        read_infer(json.dumps({"outputs": [described | {"data": ["é", "", "ab"]}]}).encode(), None)["y"],
     ):
         assert output.shape == (3, 1)
         assert output.ravel().tolist() == ["é".encode(), b"", b"ab"]
@@ -155,7 +155,7 @@ def test_text_and_bytes(value):
 )
 def test_what_the_protocol_cannot_carry_is_named(value, binary, part):
     with pytest.raises(InputError, match=part) as caught:
-        encode_infer({"the_input": value}, binary=binary)
+        write_infer({"the_input": value}, binary=binary)
     assert "'the_input'" in str(caught.value)
 
 
@@ -188,13 +188,13 @@ ONE = {"name": "y", "datatype": "FP32", "shape": [2]}
 )
 def test_an_answer_that_is_none(head, tail, part):
     with pytest.raises((ValueError, msgspec.DecodeError), match=part):
-        decode_infer(head + tail, len(head))
+        read_infer(head + tail, len(head))
 
 
 @pytest.mark.parametrize("size", [-1, 4])
 def test_a_json_part_longer_than_the_answer(size):
     with pytest.raises(ValueError, match="JSON part"):
-        decode_infer(b"{}", size)
+        read_infer(b"{}", size)
 
 
 @given(st.data())
@@ -206,7 +206,7 @@ def test_a_damaged_answer_is_an_error_or_other_numbers(data):
     for _ in range(data.draw(st.integers(1, 4))):
         body[data.draw(st.integers(0, len(body) - 1))] = data.draw(st.integers(0, 255))
     try:
-        outputs = decode_infer(bytes(body), data.draw(st.sampled_from([size, size, size - 1, None])))
+        outputs = read_infer(bytes(body), data.draw(st.sampled_from([size, size, size - 1, None])))
     except (ValueError, TypeError, OverflowError, RecursionError):
         return
     assert all(isinstance(output, np.ndarray) for output in outputs.values())

@@ -21,7 +21,7 @@ from lepton_xla.serve.http.server_state import ServerState
 from lepton_xla.serve.limits import Limits
 from lepton_xla.serve.protocol.encoding import deflate
 from lepton_xla.serve.protocol.jsondata import PIECE_BYTES
-from lepton_xla.serve.protocol.response import encode_response
+from lepton_xla.serve.protocol.response import write_response
 from lepton_xla.serve.protocol.signature import signature_of
 from lepton_xla.serve.protocol.wire import Decoder
 
@@ -267,5 +267,5 @@ def test_an_answer_is_no_longer_than_what_is_set_aside_for_it(dtype, asked):
         "outputs": [{"name": "y", "parameters": asked}],
     }
     spec = Decoder(signature, Limits(), 100).decode(json.dumps(request).encode(), None).spec
-    head, tail = encode_response(signature, spec, [values.tobytes()])
+    head, tail = write_response(signature, spec, [values.tobytes()])
     assert values.nbytes <= sum(map(len, (head, *tail))) <= spec.answer_bytes + 300

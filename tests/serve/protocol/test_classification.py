@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from lepton_xla.serve.protocol.classification import classes_shape, pack, top_classes
+from lepton_xla.serve.protocol.classification import classes_shape, top_classes
+from lepton_xla.serve.protocol.datatypes import join_elements
 
 
 def test_the_example_of_the_extensions_text():
@@ -72,6 +73,6 @@ def test_the_shape_is_rows_by_count(shape, count, batched, expected):
 
 
 @given(st.lists(st.text(st.characters(exclude_categories=["Cs"])), max_size=5))
-def test_tritonclient_reads_what_is_packed(texts):
+def test_tritonclient_reads_joined_elements(texts):
     utils = importlib.import_module("tritonclient.utils")
-    assert [each.decode() for each in utils.deserialize_bytes_tensor(pack(texts))] == texts
+    assert [each.decode() for each in utils.deserialize_bytes_tensor(join_elements(map(str.encode, texts)))] == texts

@@ -21,7 +21,7 @@ from lepton_xla.serve.protocol import request
 from lepton_xla.serve.protocol.datatypes import DATATYPES, datatype_of
 from lepton_xla.serve.protocol.jsondata import slices
 from lepton_xla.serve.protocol.request import check_depth
-from lepton_xla.serve.protocol.response import encode_response
+from lepton_xla.serve.protocol.response import write_response
 from lepton_xla.serve.protocol.signature import signature_of
 from lepton_xla.serve.protocol.wire import Decoder
 
@@ -181,7 +181,7 @@ def test_response_is_what_triton_reads(y, wanted):
     results = {"y": y, "twice": twice}
     names = list(affine.outputs)
     raws = [results[names[index]].tobytes() for index, _ in request.spec.outputs]
-    head, tail = encode_response(signature_of(affine), request.spec, raws)
+    head, tail = write_response(signature_of(affine), request.spec, raws)
     body = head + b"".join(tail)
     result = http.InferResult.from_response_body(body, header_length=len(head) if tail else None)
     asked = wanted or [("y", False), ("twice", False)]
@@ -445,11 +445,11 @@ def test_nan_in_an_output_asked_for_as_json_is_an_error_and_as_binary_is_not():
     nan = np.array([[1.0, math.nan, 2.0]], np.float32).tobytes()
     spec = decoder(Identity()).decode(one("[1,2,3]"), None).spec
     with pytest.raises(HTTPError) as caught:
-        encode_response(signature, spec, [nan])
+        write_response(signature, spec, [nan])
     assert caught.value.status == 400
     head = one(parameters={"binary_data_size": 12}).replace(b"}]}", b'}], "parameters": {"binary_data_output": true}}')
     spec = decoder(Identity()).decode(head + bytes(12), len(head)).spec
-    head, tail = encode_response(signature, spec, [nan])
+    head, tail = write_response(signature, spec, [nan])
     assert json.loads(head)["outputs"][0]["parameters"] == {"binary_data_size": 12}
     assert tail == [nan]
 

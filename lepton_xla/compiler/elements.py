@@ -11,10 +11,10 @@ import numpy as np
 import tensorstore as ts
 
 
-def needs_packing(dtype: str) -> bool:
+def zarr_lacks(dtype: str) -> bool:
     """Tell whether zarr lacks the dtype, or would use a whole byte for a narrower element.
 
-    >>> needs_packing("int4"), needs_packing("int8")
+    >>> zarr_lacks("int4"), zarr_lacks("int8")
     (True, False)
     """
     if _bits(jnp.dtype(dtype)) < 8:
@@ -26,11 +26,11 @@ def needs_packing(dtype: str) -> bool:
 
 
 def to_bytes(array: np.ndarray) -> np.ndarray:
-    """Convert an array to flat bytes; elements narrower than a byte are packed, the first in the low bits.
+    """Convert an array to flat bytes; elements narrower than a byte share bytes, the first in the low bits.
 
     >>> import ml_dtypes
-    >>> packed = to_bytes(np.array([1, -1, 2], ml_dtypes.int4))
-    >>> packed.nbytes, from_bytes(packed, (3,), "int4").tolist()
+    >>> flat = to_bytes(np.array([1, -1, 2], ml_dtypes.int4))
+    >>> flat.nbytes, from_bytes(flat, (3,), "int4").tolist()
     (2, [1, -1, 2])
     """
     bits = _bits(array.dtype)
@@ -40,24 +40,24 @@ def to_bytes(array: np.ndarray) -> np.ndarray:
     # Integers go through int8, because ml_dtypes leaves the unused bits of a byte unspecified.
     values = flat.astype(np.int8).view(np.uint8) if _is_integer(array.dtype) else flat.view(np.uint8)
     per_byte = 8 // bits
-    packed = np.zeros(packed_size(array.shape, array.dtype.name), np.uint8)
-    padded = np.zeros(packed.size * per_byte, np.uint8)
+    joined = np.zeros(flat_bytes(array.shape, array.dtype.name), np.uint8)
+    padded = np.zeros(joined.size * per_byte, np.uint8)
     padded[: flat.size] = values & ((1 << bits) - 1)
     for place in range(per_byte):
-        packed |= padded[place::per_byte] << (place * bits)
-    return packed
+        joined |= padded[place::per_byte] << (place * bits)
+    return joined
 
 
-def packed_size(shape: Sequence[int], dtype: str) -> int:
+def flat_bytes(shape: Sequence[int], dtype: str) -> int:
     """Number of bytes that `to_bytes` gives for an array of this shape and dtype.
 
-    >>> packed_size((3, 5), "int4")
+    >>> flat_bytes((3, 5), "int4")
     8
     """
     return -(-math.prod(shape) // (8 // _bits(jnp.dtype(dtype))))
 
 
-def from_bytes(packed: np.ndarray, shape: Sequence[int], dtype: str) -> np.ndarray:
+def from_bytes(flat: np.ndarray, shape: Sequence[int], dtype: str) -> np.ndarray:
     """The inverse of `to_bytes`.
 
     >>> import ml_dtypes
@@ -67,11 +67,11 @@ def from_bytes(packed: np.ndarray, shape: Sequence[int], dtype: str) -> np.ndarr
     kind = jnp.dtype(dtype)
     bits = _bits(kind)
     if bits == 8:
-        return packed.view(kind).reshape(shape)
+        return flat.view(kind).reshape(shape)
     per_byte, size = 8 // bits, math.prod(shape)
-    spread = np.empty(packed.size * per_byte, np.uint8)
+    spread = np.empty(flat.size * per_byte, np.uint8)
     for place in range(per_byte):
-        spread[place::per_byte] = (packed >> (place * bits)) & ((1 << bits) - 1)
+        spread[place::per_byte] = (flat >> (place * bits)) & ((1 << bits) - 1)
     spread = spread[:size]
     if not _is_integer(kind):
         return spread.view(kind).reshape(shape)
@@ -88,7 +88,7 @@ def words_of(shape: Sequence[int], dtype: str) -> tuple[tuple[int, ...], np.dtyp
     """
     kind = jnp.dtype(dtype)
     if _bits(kind) < 8:
-        return (packed_size(shape, dtype),), np.dtype(np.uint8)
+        return (flat_bytes(shape, dtype),), np.dtype(np.uint8)
     width = min(kind.itemsize, 8)
     halves = (kind.itemsize // width,) if kind.itemsize > width or not shape else ()
     return (*shape, *halves), np.dtype(f"<u{width}")
