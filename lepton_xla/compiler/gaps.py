@@ -36,7 +36,7 @@ class Streams(NamedTuple):
 
 
 def to_streams(words: np.ndarray) -> Streams:
-    """Splits an array of words into gaps and codes, in the code width and order that take the fewest bytes.
+    """Split an array of words into gaps and codes, in the code width and order that take the fewest bytes.
 
     Args:
         words: as `elements.to_words` gives them, not empty. The last two axes are a matrix.
@@ -56,7 +56,7 @@ def to_streams(words: np.ndarray) -> Streams:
 
 
 def from_streams(gaps: np.ndarray, codes: np.ndarray, out: np.ndarray) -> None:
-    """The inverse of `to_streams`, into an array of words of the same shape and dtype.
+    """Invert `to_streams`, into an array of words of the same shape and dtype.
 
     What it allocates is bounded by the sizes of its arguments, whatever the streams say.
 
@@ -88,18 +88,18 @@ def from_streams(gaps: np.ndarray, codes: np.ndarray, out: np.ndarray) -> None:
 
 
 def to_planes(words: np.ndarray) -> bytes:
-    """The lowest byte of every word, then the next byte of every word, and so on: alike bytes stand together."""
+    """Put the lowest bytes of all words first, then their next bytes, and so on: alike bytes stand together."""
     flat = np.ascontiguousarray(words).reshape(-1)
     return flat.view(np.uint8).reshape(-1, flat.itemsize).T.tobytes()
 
 
 def from_planes(data: np.ndarray, dtype: np.dtype[Any]) -> np.ndarray:
-    """The inverse of `to_planes`: flat words from a uint8 array."""
+    """Invert `to_planes`: make flat words of a uint8 array."""
     return np.ascontiguousarray(data.reshape(dtype.itemsize, -1).T).view(dtype).reshape(-1)
 
 
 def _code_bits(words: np.ndarray) -> int:
-    """The code width that takes the fewest bytes, if codes do not depend on one another."""
+    """Choose the code width that takes the fewest bytes if codes are independent of one another."""
     if words.itemsize > 1:
         return words.itemsize * 8
     byte, counts = np.arange(256), np.bincount(words.reshape(-1), minlength=256)
@@ -114,13 +114,13 @@ def _code_bits(words: np.ndarray) -> int:
 
 
 def _entropy_bytes(counts: np.ndarray) -> float:
-    """Shannon's bound for independent codes of these frequencies, in bytes."""
+    """Compute Shannon's bound for independent codes of these frequencies, in bytes."""
     counts = counts[counts > 0].astype(np.float64)
     return float((counts * np.log2(counts.sum() / counts)).sum() / 8)
 
 
 def _split(words: np.ndarray, bits: int) -> np.ndarray:
-    """Words to codes: the codes of a byte go to different blocks of rows, because `quant.packing` packs them so."""
+    """Split words into codes: those of a byte go to different blocks of rows, as `quant.packing` packs them."""
     if bits == words.itemsize * 8:
         return words
     mask = np.uint8((1 << bits) - 1)
@@ -129,7 +129,7 @@ def _split(words: np.ndarray, bits: int) -> np.ndarray:
 
 
 def _join(codes: np.ndarray, bits: int, columns: bool, out: np.ndarray) -> None:
-    """The inverse of `_split`, from flat codes in either order."""
+    """Invert `_split`, from flat codes in either order."""
     per_word = out.itemsize * 8 // bits
     axis = max(out.ndim - 2, 0)
     shape = list(out.shape)
@@ -155,7 +155,7 @@ def _gap_bytes(codes: np.ndarray, left_out: int) -> np.ndarray:
 
 
 def _positions(gap_bytes: np.ndarray, count: int) -> np.ndarray:
-    """The positions of the codes that were not left out, among `count` codes."""
+    """Find the positions, among `count` codes, of those that were not left out."""
     if gap_bytes.size > count + 1 + count // _LONG_GAP:
         raise ArtifactError(f"{gap_bytes.size} gap bytes for {count} codes")
     single = gap_bytes != _LONG_GAP

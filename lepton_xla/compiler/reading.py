@@ -61,7 +61,7 @@ def read_all(leaves: Sequence[WeightLeaf], packed_rows: Sequence[int], files: Ve
 
 
 def _finish(pool: concurrent.futures.ThreadPoolExecutor, tasks: list[concurrent.futures.Future[None]]) -> None:
-    """Waits for tasks, and empties the list; the first error ends them all."""
+    """Wait for tasks, and empty the list; the first error ends them all."""
     try:
         for task in concurrent.futures.as_completed(tasks):
             task.result()
@@ -74,7 +74,7 @@ def _finish(pool: concurrent.futures.ThreadPoolExecutor, tasks: list[concurrent.
 
 
 def _packed_array(rows: Sequence[int]) -> WeightLeaf | None:
-    """The array that packed leaves share, described as a leaf; None if there is none."""
+    """Describe the array that packed leaves share, as a leaf; None if there is none."""
     if not rows:
         return None
     shape = (len(rows), max(rows))
@@ -82,7 +82,7 @@ def _packed_array(rows: Sequence[int]) -> WeightLeaf | None:
 
 
 def _check_memory(leaves: Sequence[WeightLeaf]) -> None:
-    """A few bytes can stand for any number of zeros, so declared sizes are checked before memory is taken for them."""
+    """Check declared sizes before memory is taken for them: a few bytes can stand for any number of zeros."""
     declared = sum(leaf_bytes(leaf.shape, leaf.dtype) for leaf in leaves)
     present = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if declared > present:
@@ -128,7 +128,7 @@ class _PackedLeaf:
                 raise ArtifactError(f"{PACKED}: weight {self.leaf.path!r} cannot be decoded: {error}") from error
 
     def finish(self) -> np.ndarray:
-        """The whole leaf, once every part is read."""
+        """Return the leaf, after all parts were read."""
         return from_words(self.out, self.leaf.shape, self.leaf.dtype)
 
 
@@ -170,7 +170,7 @@ class _ZarrLeaf:
         return list(np.ndindex(*_grid(self.out.shape, self._chunk_shape())))
 
     def read(self, index: tuple[int, ...]) -> None:
-        """Verify and decodes one chunk."""
+        """Verify and decode one chunk."""
         key = "/".join(("c", *map(str, index)))
         name = f"{self.leaf.folder}/{key}"
         data, chunk = self.files.read(name), self._chunk_shape()
@@ -198,7 +198,7 @@ class _ZarrLeaf:
 
 
 def aligned_empty(shape: Sequence[int], dtype: Any) -> np.ndarray:
-    """An uninitialized array whose memory XLA:CPU can use without a copy.
+    """Make an uninitialized array whose memory XLA:CPU can use without a copy.
 
     >>> aligned_empty((3, 5), "float32").ctypes.data % 64
     0

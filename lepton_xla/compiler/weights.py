@@ -1,4 +1,4 @@
-"""Writing weights: each leaf in the encoding that measures smallest.
+"""Writes weights: each leaf in the encoding that measures smallest.
 
 A large leaf that is not pruned is a zarr array of its own. All others share one zarr array of bytes, since zarr's
 metadata alone takes more than a bias; its rows hold one kind of bytes each, which compress best by themselves. Arrays
@@ -45,7 +45,7 @@ SCRATCH = {"driver": "memory", "path": "leaf/"}
 def write_all(
     leaves: Sequence[WeightLeaf], arrays: Sequence[Any], write: Callable[[str, bytes], None]
 ) -> tuple[tuple[WeightLeaf, ...], tuple[int, ...]]:
-    """Writes all leaves of an artifact, each as it is smallest.
+    """Write all leaves of an artifact, each in its smallest encoding.
 
     Args:
         leaves: results of `describe`.
@@ -89,7 +89,7 @@ def describe(path: str, index: int, array: Any) -> WeightLeaf:
 
 
 def zarr_files(leaf: WeightLeaf, array: Any) -> Iterator[tuple[str, bytes]]:
-    """The files of a leaf that is a zarr array of its own: `(name, content)`, one at a time."""
+    """Make the files of a leaf that is a zarr array of its own: `(name, content)`, one at a time."""
     stored = np.asarray(array)
     if leaf.packed:
         stored = to_bytes(stored)
@@ -107,7 +107,7 @@ def _zarr_files(
     level: int | None,
     parts: Iterable[tuple[tuple[slice, ...], np.ndarray]],
 ) -> Iterator[tuple[str, bytes]]:
-    """The files of a zarr array, `(name, content)`, from its chunks; `level` is zstd's, None for no compression."""
+    """Make the files of a zarr array, `(name, content)`, from its chunks; `level` is zstd's, None for no zstd."""
     metadata = {
         "data_type": dtype.name,
         "shape": list(shape),
@@ -129,7 +129,7 @@ def _zstd(level: int) -> dict[str, Any]:
 
 
 def chunk_shape(shape: Sequence[int], itemsize: int, limit_bytes: int = CHUNK_BYTES) -> tuple[int, ...]:
-    """Shape of contiguous chunks of at most `limit_bytes`: splits leading dimensions and keeps trailing ones whole.
+    """Choose the shape of contiguous chunks of at most `limit_bytes`, by splitting leading dimensions first.
 
     >>> chunk_shape((30522, 384), 4)
     (2544, 384)
@@ -146,12 +146,12 @@ def chunk_shape(shape: Sequence[int], itemsize: int, limit_bytes: int = CHUNK_BY
 
 
 def plain_codecs(itemsize: int) -> list[dict[str, Any]]:
-    """zarr's codecs for uncompressed elements."""
+    """Name zarr's codecs for uncompressed elements."""
     return [{"name": "bytes", "configuration": {"endian": "little"}} if itemsize > 1 else {"name": "bytes"}]
 
 
 def open_array(context: ts.Context, **options: Any) -> ts.TensorStore:
-    """Open or creates the zarr array in a context's scratch store."""
+    """Open or create the zarr array in a context's scratch store."""
     spec = {"driver": "zarr3", "kvstore": SCRATCH, "store_data_equal_to_fill_value": True}
     if "metadata" in options:
         spec["metadata"] = options.pop("metadata")
@@ -159,13 +159,13 @@ def open_array(context: ts.Context, **options: Any) -> ts.TensorStore:
 
 
 def part_regions(shape: Sequence[int], itemsize: int) -> list[tuple[slice, ...]]:
-    """The parts into which an array of words is cut for the packed array, in order."""
+    """Cut an array of words into the parts that are placed in the packed array one by one, in order."""
     chunk = [max(size, 1) for size in chunk_shape(shape, itemsize, PART_BYTES)]
     return list(_regions(shape, chunk))
 
 
 def _regions(shape: Sequence[int], chunk: Sequence[int]) -> Iterator[tuple[slice, ...]]:
-    """The part of an array in each chunk, in order."""
+    """List the part of an array that each chunk holds, in order."""
     parts = [
         [slice(start, min(start + part, size)) for start in range(0, size, part)]
         for size, part in zip(shape, chunk, strict=True)
@@ -174,7 +174,7 @@ def _regions(shape: Sequence[int], chunk: Sequence[int]) -> Iterator[tuple[slice
 
 
 def _choose(words: np.ndarray, is_small: bool) -> Encoding:
-    """The encoding whose bytes, and the time to decode them, cost least; measured on a part of a large leaf.
+    """Choose the encoding with the least cost of bytes and of time to decode; of a large leaf a part is measured.
 
     Args:
         words: the leaf.
@@ -199,7 +199,7 @@ def _choose(words: np.ndarray, is_small: bool) -> Encoding:
 
 
 def zstd_share(words: np.ndarray) -> float:
-    """The share of its bytes that zstd leaves of a leaf, measured on a part from its middle."""
+    """Measure to what share of its bytes zstd compresses a leaf, on a part from its middle."""
     flat = words.reshape(-1)
     middle = max(0, (flat.size - _SAMPLE_BYTES // words.itemsize) // 2)
     sample = flat[middle : middle + _SAMPLE_BYTES // words.itemsize]
@@ -207,7 +207,7 @@ def zstd_share(words: np.ndarray) -> float:
 
 
 def _zstd_bytes(data: bytes, level: int) -> int:
-    """How many bytes zstd makes of some."""
+    """Count the bytes that zstd compresses some data to."""
     array = np.frombuffer(data, np.uint8)
     if not array.size:
         return 0
@@ -216,7 +216,7 @@ def _zstd_bytes(data: bytes, level: int) -> int:
 
 
 def _streams(words: np.ndarray, encoding: Encoding) -> Iterator[tuple[str, bytes]]:
-    """The streams of a leaf's parts in order, each with its kind."""
+    """Make the streams of a leaf's parts in order, each with its kind."""
     for region in part_regions(words.shape, words.itemsize):
         if encoding == "gaps":
             yield from zip(("gaps", "codes"), gaps.to_streams(words[region]), strict=True)
@@ -233,11 +233,11 @@ class _Rows:
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """Bytes used in each row."""
+        """The bytes used in each row."""
         return tuple(map(len, self._rows))
 
     def add(self, kind: str, data: bytes) -> Piece:
-        """Puts a stream at the end of its kind's row, or into a new one if that row would grow beyond a chunk."""
+        """Append a stream to the row of its kind, or to a new one if that row would grow beyond a chunk."""
         row = self._open.get(kind)
         if not data:
             return Piece(row=row or 0, start=0, size=0)
@@ -249,7 +249,7 @@ class _Rows:
         return Piece(row=row, start=start, size=len(data))
 
     def zarr_files(self, level: int) -> Iterator[tuple[str, bytes]]:
-        """The packed array's files: `(name, content)`, one row a chunk."""
+        """Make the files of the packed array: `(name, content)`, one chunk per row."""
         if not self._rows:
             return
         length = max(self.sizes)

@@ -191,12 +191,12 @@ def _before_steps(site: Site) -> Layout:
 
 
 def as_stored(site: Site, array: jax.Array) -> jax.Array:
-    """`[*steps, B, rows, N]` with the axes of stored codes: `[*steps, *batch, rows, N]`."""
+    """Give `[*steps, B, rows, N]` the axes of stored codes: `[*steps, *batch, rows, N]`."""
     return _joined(site, array, array.shape[: site.stacked])
 
 
 def from_stored(site: Site, array: jax.Array) -> jax.Array:
-    """What lies beside stored codes, `[*steps, *batch, rows, N or 1]`, as `[*steps, B, rows, N]`."""
+    """Give scales or zero points as they are stored, `[*steps, *batch, rows, N or 1]`, as `[*steps, B, rows, N]`."""
     groups, _, columns = matrix_shape(site)
     whole = groups * columns if site.kind == "conv_general_dilated" else columns
     return _apart(site, jnp.broadcast_to(array, (*array.shape[:-1], whole)), array.shape[: site.stacked])

@@ -145,6 +145,7 @@ _ENTERED = ("jit", "closed_call", "core_call", "eval_jaxpr", "remat2", "checkpoi
 
 
 def follow_layout(context: Context, eqn: Any, values: Values) -> Values | None:
+    """Carry a tracked weight through an equation that only moves its elements; None if it is not one."""
     del context
     return values[0].through(eqn) if len(values) == 1 and isinstance(values[0], Tracked) else None
 
@@ -229,6 +230,7 @@ def _computed_weight(
 
 
 def expression_of(atom: Any, value: Any) -> Expression | None:
+    """Give the expression of an operand: of a tracked or made value, or of a literal; None if it has none."""
     if isinstance(value, Known):
         return value.expression
     return Expression.of_constant(value) if isinstance(atom, _compat.LITERAL) else None

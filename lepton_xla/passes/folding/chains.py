@@ -219,6 +219,7 @@ def _moved(eqn: Any, product: ScaledProduct) -> int | None:
 
 
 def mapped(operation: Callable[..., jax.Array], *vectors: Vector) -> Vector:
+    """Make the vector that an operation computes from others, once the weights are known."""
     return lambda weights: operation(*(vector(weights) for vector in vectors))
 
 

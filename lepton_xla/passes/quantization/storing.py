@@ -71,6 +71,11 @@ def _zeros(weight: jax.Array, like: Alike) -> jax.Array:
 
 
 def finite_range(site: Site, ranges: Mapping[str, jax.Array] | None) -> jax.Array:
+    """Give the calibrated range of a site's activation.
+
+    Raises:
+        CalibrationError: if it is missing or not finite.
+    """
     value = products.range_of(site, ranges)
     if not is_finite(value):
         raise CalibrationError(f"the activation range of site {site.name!r} is not finite")

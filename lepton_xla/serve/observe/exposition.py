@@ -83,7 +83,8 @@ class _Families(Collector):
             ("lepton_batch_rows", "Real rows of one execution.", counted.batch_rows),
             ("lepton_padding_share", "Padding rows of one execution as a share of its rows.", counted.padding_share),
             ("lepton_request_bytes", "Body of an infer request.", counted.request_bytes),
-            ("lepton_response_bytes", "Answer to an infer request, header fields included.", counted.response_bytes),
+            # Without status line, `Date` and `Connection`, which the connection writes.
+            ("lepton_response_bytes", "Infer answer: body, and header fields except Date.", counted.response_bytes),
         ):
             family = HistogramMetricFamily(name, text, labels=["model"])
             family.add_metric([counted.model], histogram.cumulative(), histogram.total)

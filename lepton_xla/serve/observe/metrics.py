@@ -112,7 +112,8 @@ class Metrics:
         compute_s: seconds of an execution, copying rows into staging arrays included.
         batch_rows: real rows of an execution.
         padding_share: padding rows of an execution, as a share of all its rows.
-        request_bytes, response_bytes: body of an infer request, and its answer with header fields.
+        request_bytes, response_bytes: body of an infer request, and its answer: body and header fields, without status
+            line, `Date` and `Connection`.
         input_s, infer_s, output_s: seconds that inferences spent in copying rows in, in execution, and from there to
             their answers; a batch of eight requests counts eight times.
         last_s: when the last batch finished, seconds since the epoch.

@@ -45,7 +45,7 @@ class Seen:
         exchange: request and answer.
         route: its path with parameter names in place of their values.
         status: status of the answer; `GONE` if the client went away first.
-        answer_bytes: size of the answer's header fields and body.
+        answer_bytes: size of the answer's header fields and body, without status line, `Date` and `Connection`.
         ended_s: when it was answered.
         request: the decoded infer request; None for other requests and those that could not be decoded.
         times: when its last batch ran; None if none did.
