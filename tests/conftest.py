@@ -45,7 +45,7 @@ def pytest_collection_finish():
 # what they look at. What is compiled to be timed, kept or served is compiled as users do.
 _MATHEMATICS = {"passes", "quant", "train", "tuning", "test_pipeline", "test_preset_zoo", "test_program", "test_nnx"}
 _MATHEMATICS |= {"test_recipe_frameworks", "test_recipe_methods", "test_transformer", "test_callbacks"}
-_TIMED = {"test_attention", "test_lower", "test_measure", "test_products"}
+_TIMED = {"test_attention", "test_integer_arithmetic", "test_measure", "test_products"}
 
 
 @pytest.fixture(autouse=True, scope="module")
