@@ -27,6 +27,7 @@ from collections.abc import Sequence
 from itertools import islice
 from math import inf
 
+from lepton_xla.serve.batching import forecast
 from lepton_xla.serve.batching.costs import Costs, Key
 from lepton_xla.serve.batching.queue import Queue
 from lepton_xla.serve.batching.retries import Retries
@@ -101,8 +102,10 @@ class Batcher[T: Ticket]:
 
     def add(self, ticket: T) -> Reason | None:
         """Queues a request, or returns the reason why not."""
-        if ticket.deadline_s != inf and (reason := self._hopeless(ticket)) is not None:
-            return reason
+        if ticket.deadline_s != inf:
+            reason = forecast.hopeless(self._queues, self.costs, ticket, self._free_at)
+            if reason is not None:
+                return reason
         rows = self.rows + ticket.rows
         nbytes = self.nbytes + ticket.nbytes
         if rows > self.max_rows or (nbytes > self.max_bytes and self.rows):
@@ -151,22 +154,6 @@ class Batcher[T: Ticket]:
                         self._drop(each, Reason.OUTRANKED)
                     return True
         return False
-
-    def _hopeless(self, ticket: T) -> Reason | None:
-        """The reason why a request cannot meet its deadline now, or None."""
-        costs, now = self.costs, ticket.arrival_s
-        rows: dict[Key, int] = {ticket.key: ticket.rows}
-        for queue in self._queues:
-            if queue.rows and queue.level <= ticket.level:
-                ahead = queue.rows if queue.level < ticket.level else queue.rows_before(ticket.deadline_s)
-                rows[queue.key] = rows.get(queue.key, 0) + ahead
-        finish = max(self._free_at, now)
-        for key, count in rows.items():
-            finish += costs.seconds(key, count)
-        if finish < ticket.deadline_s:
-            return None
-        alone = now + costs.seconds(ticket.key, ticket.rows)
-        return Reason.OVERLOADED if alone < ticket.deadline_s else Reason.TOO_SHORT
 
     def cancel(self, ticket: T) -> None:
         """Drops a request: its remaining rows never run. Calling it twice is harmless."""
@@ -222,10 +209,7 @@ class Batcher[T: Ticket]:
 
     def drain_s(self, now: float) -> float:
         """Predicted seconds until everything that waits now has run."""
-        seconds = max(self._free_at - now, 0.0)
-        for key in {queue.key for queue in self._queues}:
-            seconds += self.costs.seconds(key, self._waiting(key))
-        return seconds
+        return max(self._free_at - now, 0.0) + forecast.drain_s(self._queues, self.costs)
 
     # Out.
 
@@ -250,14 +234,15 @@ class Batcher[T: Ticket]:
             key, waiting = queue.key, queue.rows
             other: Key | None = None
             if len(self._queues) > 1:
-                waiting = self._waiting(key)
-                if waiting < self.rows and waiting < self.bucket_sizes[-1]:
-                    key, waiting, other = self._join(head, waiting, now)
+                waiting, largest = forecast.waiting_rows(self._queues, key), self.bucket_sizes[-1]
+                if waiting < self.rows and waiting < largest:
+                    key, waiting, other = forecast.join(self._queues, self.costs, largest, head, waiting, now)
             if self.max_delay_s > 0 and waiting == self.rows and self._delay(waiting, key, now):
                 return None
             size = self.costs.size(key, waiting)
-            if head.deadline_s != inf and not self._meets(head, key, size, now):
-                size = self._urgent_size(head, key, size, now)
+            if head.deadline_s != inf and not forecast.meets(self.costs, head, key, size, now):
+                sizes = () if self.rows > self.bucket_sizes[-1] else self.bucket_sizes
+                size = forecast.urgent_size(self.costs, sizes, head, key, size, now)
                 if not size:
                     self._drop(head, Reason.EXPIRED)
                     continue
@@ -278,34 +263,6 @@ class Batcher[T: Ticket]:
             self._next_turns = self._turns + 1
         return min((queue for queue in queues if queue.level == level), key=Queue.due_s)
 
-    def _waiting(self, key: Key) -> int:
-        return sum(queue.rows for queue in self._queues if queue.key == key)
-
-    def _join(self, head: T, waiting: int, now: float) -> tuple[Key, int, Key | None]:
-        """Chooses whether requests of another key share the batch: the key to run, its waiting rows, and the other key.
-
-        Sharing costs padding and saves a run; it is chosen if it takes less time in total.
-        """
-        costs, key = self.costs, head.key
-        best: tuple[Key, int, Key | None] = (key, waiting, None)
-        most = 0.0
-        alone = costs.seconds(key, waiting)
-        for other in {queue.key for queue in self._queues if queue.rows}:
-            wide = max(key, other)
-            if other == key or any(size > limit for size, limit in zip(min(key, other), wide, strict=True)):
-                continue
-            rows = self._waiting(other)
-            room = costs.size(wide, waiting) - waiting  # padding rows, which others may use at no cost
-            for joining in {min(rows, self.bucket_sizes[-1] - waiting), min(rows, room)}:
-                if joining < 1:
-                    continue
-                apart = alone + costs.seconds(other, rows) - costs.seconds(other, rows - joining)
-                together = costs.seconds(wide, waiting + joining)
-                if apart - together > most and now + together < head.deadline_s:
-                    most = apart - together
-                    best = (wide, waiting + joining, other)
-        return best
-
     def _delay(self, waiting: int, key: Key, now: float) -> bool:
         """Whether to wait for more requests to share the batch; sets `wake_at`."""
         if waiting >= self.bucket_sizes[-1]:
@@ -321,20 +278,6 @@ class Batcher[T: Ticket]:
             return False
         self.wake_at = due
         return True
-
-    def _meets(self, head: T, key: Key, size: int, now: float) -> bool:
-        rows = head.rows - head.taken
-        seconds = self.costs.of(key, size) if rows <= size else self.costs.seconds(key, rows)
-        return now + seconds < head.deadline_s
-
-    def _urgent_size(self, head: T, key: Key, size: int, now: float) -> int:
-        """The largest size below `size` that meets the deadline of `head`; 0 for none."""
-        if self.rows > self.bucket_sizes[-1]:
-            return 0
-        for smaller in reversed(self.bucket_sizes):
-            if smaller < size and head.rows - head.taken <= smaller and self._meets(head, key, smaller, now):
-                return smaller
-        return 0
 
     def _take(self, queue: Queue[T], other: Key | None, size: int, key: Key, now: float) -> Batch[T]:
         batch: Batch[T] = Batch([], 0, size, key)
