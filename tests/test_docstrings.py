@@ -30,6 +30,7 @@ PUBLIC = [
     "lepton_xla.serve.client",
     "lepton_xla.sharding",
     "lepton_xla.train",
+    "lepton_xla.train.distillation",
     "lepton_xla.tuning",
 ]
 

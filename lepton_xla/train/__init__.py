@@ -1,18 +1,23 @@
 """Training: the loop, compression while training, distillation, checkpoints."""
 
 from lepton_xla.recipe import PruneRule
+from lepton_xla.train.distillation import Distillation, Labels, Logits, distill
 from lepton_xla.train.models import Model, from_linen, from_nnx, supervised
 from lepton_xla.train.schedules import Schedule, one_shot, periodic, polynomial
 from lepton_xla.train.sparsity import Regrow, SparsityState, finalize, masks_of, sparsify
 from lepton_xla.train.state import State
 
 __all__ = [
+    "Distillation",
+    "Labels",
+    "Logits",
     "Model",
     "PruneRule",
     "Regrow",
     "Schedule",
     "SparsityState",
     "State",
+    "distill",
     "finalize",
     "from_linen",
     "from_nnx",

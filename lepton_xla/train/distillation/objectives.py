@@ -1,0 +1,179 @@
+"""`distill`: makes the loss by which a student learns from a teacher."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lepton_xla.errors import TrainingError
+from lepton_xla.program import Program, Weights
+from lepton_xla.train.distillation.logits import (
+    Labels,
+    Logits,
+    check_labels,
+    check_logits,
+    labels_loss,
+    logits_loss,
+)
+from lepton_xla.train.distillation.terms import AbstractTerm, Seen, weight_at
+from lepton_xla.train.models import Model, entries
+from lepton_xla.trees import name_leaves
+
+# Scope of the teacher's operations, so that they do not count among the student's.
+_SCOPE = "teacher"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Distillation:
+    """A loss `loss(weights, batch, key, state, step=None)`, made by `distill`.
+
+    Attributes:
+        student: the model that learns.
+        teachers: programs that it learns from.
+        losses: what is added up.
+        arrays: the weights of each teacher. They are an argument of the compiled step, not constants in it.
+        extra_weights: path -> weight of the losses' own, trained with the student's and dropped at the end.
+
+    >>> program = lx.trace(lambda w, x: x @ w["w"], {"w": jnp.eye(2)}, {"x": lx.TensorSpec(("batch", 2), "float32")})
+    >>> loss = lx.train.distill(program, program)
+    >>> other = loss.bind(({"w": 2 * jnp.eye(2)},))
+    >>> [round(float(each(program.weights, {"x": jnp.eye(2)}, None, {})[0]), 3) for each in (loss, other)]
+    [0.0, 0.105]
+    """
+
+    student: Model
+    teachers: tuple[Program, ...]
+    losses: tuple[AbstractTerm, ...]
+    arrays: tuple[Weights, ...]
+    extra_weights: dict[str, jax.Array] = dataclasses.field(default_factory=dict[str, jax.Array])
+
+    def bind(self, arrays: Any) -> Distillation:
+        """Return the loss with these weights of the teachers."""
+        return dataclasses.replace(self, arrays=tuple(arrays))
+
+    def __call__(
+        self,
+        weights: Mapping[str, jax.Array],
+        batch: Mapping[str, Any],
+        key: Any,
+        state: Mapping[str, jax.Array],
+        step: Any = None,
+    ) -> tuple[jax.Array, dict[str, jax.Array], dict[str, jax.Array]]:
+        """Compute the loss.
+
+        Args:
+            weights: those of the student and `extra_weights`.
+            batch: the inputs of the student and of the teachers, and what the losses need, by name.
+            key: random key of the student's call.
+            state: the student's state.
+            step: number of the step, for weights of losses that are functions of it.
+
+        Returns:
+            The loss, a float32 scalar; each loss before its weight, and the student's accuracy if there are labels; and
+            the student's new state.
+
+        Raises:
+            TrainingError: if the batch lacks an entry, or shapes do not fit.
+        """
+        own = {path: leaf for path, leaf in weights.items() if path not in self.extra_weights}
+        inputs = entries(batch, tuple(self.student.program.inputs))
+        outputs, after = self.student.apply(own, state, key, *inputs)
+        student = Seen(name_leaves(outputs, single="output"))
+        with jax.named_scope(_SCOPE):
+            teachers = [
+                _without_gradient(Seen(program.named_outputs(arrays, *entries(batch, tuple(program.inputs)))))
+                for program, arrays in zip(self.teachers, self.arrays, strict=True)
+            ]
+        total = jnp.zeros((), jnp.float32)
+        metrics: dict[str, jax.Array] = {}
+        for name, term in zip(term_names(self.losses), self.losses, strict=True):
+            mask = None if term.mask is None else entries(batch, (term.mask,))[0]
+            if isinstance(term, Labels):
+                value, accuracy = labels_loss(term, student, entries(batch, (term.label,))[0], mask)
+                metrics |= {f"accuracy{name.removeprefix('labels')}": accuracy}
+            else:
+                assert isinstance(term, Logits)
+                value = logits_loss(term, student, teachers, mask)
+            total = total + weight_at(term, step) * value
+            metrics[name] = value
+        return total, metrics, after
+
+
+def distill(
+    student: Model | Program,
+    teacher: Program | Sequence[Program],
+    losses: Sequence[AbstractTerm] | None = None,
+) -> Distillation:
+    """Make a loss by which a student learns from a teacher.
+
+    Args:
+        student: the model that is trained.
+        teacher: a program, float or quantized; or several, whose probabilities are averaged. It runs in inference and
+            gets no gradients. Its inputs are entries of the batch, like the student's.
+        losses: what is added up, each times its weight. By default `[Logits()]`: on logits alone a student of another
+            architecture learns most reliably (features can hurt it).
+
+    Returns:
+        The loss.
+
+    Raises:
+        ModelError: if the student cannot be trained.
+        TrainingError: if the teacher is no program, there are no losses, or an output is missing or has other classes
+            than the student's.
+
+    >>> inputs = {"x": lx.TensorSpec(("batch", 2), "float32")}
+    >>> teacher = lx.trace(lambda w, x: x @ w["w"], {"w": 3 * jnp.eye(2)}, inputs)
+    >>> student = lx.trace(lambda w, x: x * w["s"], {"s": jnp.ones((1, 2))}, inputs)
+    >>> loss = lx.train.distill(student, teacher, [lx.train.Logits(2.0, weight=0.9), lx.train.Labels(weight=0.1)])
+    >>> batch = {"x": jnp.eye(2), "label": jnp.array([0, 1])}
+    >>> value, metrics, _ = loss(student.weights, batch, jax.random.key(0), {})
+    >>> {name: round(float(value), 3) for name, value in metrics.items()}
+    {'logits': 0.361, 'accuracy': 1.0, 'labels': 0.313}
+    """
+    model = Model.of(student)
+    teachers = (teacher,) if isinstance(teacher, Program) else tuple(teacher) if _several(teacher) else ()
+    if not teachers or not all(isinstance(one, Program) for one in teachers):
+        raise TrainingError(f"the teacher is {_kind(teacher)}; expected a Program, or several in a list")
+    terms = (Logits(),) if losses is None else tuple(losses) if _several(losses) else ()
+    if not terms or not all(isinstance(term, Logits | Labels) for term in terms):
+        raise TrainingError(f"losses is {_kind(losses)}; expected a list such as [Logits(), Labels(weight=0.1)]")
+    for term in terms:
+        if isinstance(term, Logits):
+            check_logits(term, model.program, teachers)
+        elif isinstance(term, Labels):
+            check_labels(term, model.program)
+    return Distillation(model, teachers, terms, tuple(one.weights for one in teachers))
+
+
+def term_names(terms: Sequence[AbstractTerm]) -> list[str]:
+    """Names of losses among the metrics; equal ones are numbered.
+
+    >>> term_names([Logits(), Labels(), Logits(4.0)])
+    ['logits', 'labels', 'logits_1']
+    """
+    seen: collections.Counter[str] = collections.Counter()
+    names: list[str] = []
+    for term in terms:
+        name = type(term).__name__.lower()
+        names.append(f"{name}_{seen[name]}" if seen[name] else name)
+        seen[name] += 1
+    return names
+
+
+def _without_gradient(seen: Seen) -> Seen:
+    return jax.tree.map(jax.lax.stop_gradient, seen)
+
+
+def _several(value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str)
+
+
+def _kind(value: Any) -> str:
+    if _several(value):
+        return f"a {type(value).__name__} of {', '.join(type(one).__name__ for one in value) or 'nothing'}"
+    return f"a {type(value).__name__}"
