@@ -258,13 +258,14 @@ def _in_rounds(run: _Run, program: Program, plan: Plan) -> Program:
     run.say(f"once more, without multiplying the activations of {len(vain)} products that are computed in float")
     first = lowered.history[len(program.history) :]
     sites = next(report.sites for report in first if report.name == "quantize")
-    among = frozenset(site.site for site in sites if site.outcome == "codes") if run.sizes else None
-    again = _quantized(run, program, plan, known, in_float=vain, among=among)
-    return _with_seconds(again, first, len(program.history))
+    # Without those multiplications, the chosen sites gain as much over float as before, so nothing is timed again.
+    chosen = frozenset(site.site for site in sites if site.outcome == "codes"), lowered.expansion is not None
+    again = _quantized(run, program, plan, known, in_float=vain, chosen=chosen if run.sizes else None)
+    return _with_first_round(again, first, len(program.history))
 
 
-def _with_seconds(program: Program, before: Sequence[PassReport], start: int) -> Program:
-    """The program with what a round before took added to what the same passes took, from `start` of its history."""
+def _with_first_round(program: Program, before: Sequence[PassReport], start: int) -> Program:
+    """The program with seconds of a round before added to the reports from `start` of its history, and its timings."""
     spent = {report.name: report for report in before}
 
     def both(report: PassReport) -> PassReport:
@@ -276,6 +277,8 @@ def _with_seconds(program: Program, before: Sequence[PassReport], start: int) ->
             one, other = first.metrics.get(key, {}), report.metrics.get(key, {})
             if one or other:
                 metrics[key] = {part: one.get(part, 0) + other.get(part, 0) for part in {**one, **other}}
+        if "whole_program" in first.metrics:
+            metrics.setdefault("whole_program", first.metrics["whole_program"])
         return dataclasses.replace(report, seconds=report.seconds + first.seconds, metrics=metrics)
 
     history = (*program.history[:start], *map(both, program.history[start:]))
@@ -350,9 +353,9 @@ def _quantized(
     known: _Known,
     *,
     in_float: Mapping[str, str] | None = None,
-    among: frozenset[str] | None = None,
+    chosen: tuple[frozenset[str], bool] | None = None,
 ) -> Program:
-    """Prepare weights, calibrate activation ranges, and quantize; `in_float` and `among` as in `quantize`."""
+    """Prepare weights, calibrate activation ranges, and quantize; `in_float` and `chosen` as in `quantize`."""
     program, grids = _prepare(run, program, plan, known, unmultiplied=tuple(in_float or ()))
     ranges = None
     if any(planned.quantize is not None and needs_range(planned.quantize) for planned in plan.sites):
@@ -362,7 +365,7 @@ def _quantized(
         program, ranges = _calibrated(program, plan, run.batches)
     tell = lambda site: run.say(f"quantize {site}")  # noqa: E731
     return quantize(
-        program, plan, ranges, scales=grids, sizes=run.sizes, in_float=in_float, among=among, known=known.stored,
+        program, plan, ranges, scales=grids, sizes=run.sizes, in_float=in_float, chosen=chosen, known=known.stored,
         timer=run.timer, progress=tell,
     )  # fmt: skip
 

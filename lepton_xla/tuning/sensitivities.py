@@ -447,11 +447,14 @@ def _timings(
     rules = {entry.site.name: entry.quantize for group in plan.quantized.values() for entry in group if entry.quantize}
     timings: dict[str, list[Timing]] = {}
     timer = Timer()
-    for at in sizes:
-        found = [site for site in find_sites(program, sizes=at) if site.name in rules]
-        for number, site in enumerate(found):
-            say(f"time {site.name}", number, len(found))
-            rule = rules[site.name]
-            if rule.activations != "none" and not eligibility.float_reason(site, rule, timer.target):
-                timings.setdefault(site.name, []).append(compare(site, rule, at, timer))
+    for number, at in enumerate(sizes):
+        say("time products", number, len(sizes))
+        found = [(site, rules[site.name], at) for site in find_sites(program, sizes=at) if site.name in rules]
+        wanted = [
+            (site, rule, at)
+            for site, rule, at in found
+            if rule.activations != "none" and not eligibility.float_reason(site, rule, timer.target)
+        ]
+        for (site, _, _), timing in zip(wanted, compare(wanted, timer), strict=True):
+            timings.setdefault(site.name, []).append(timing)
     return timings

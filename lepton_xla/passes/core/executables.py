@@ -8,7 +8,7 @@ import hashlib
 import os
 import re
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Self
 
 import jax
 
@@ -54,15 +54,48 @@ class Lowered:
         return cls(hashlib.sha256(text.encode()).hexdigest(), stage, compiled)
 
 
+class Compilation:
+    """Compiles programs on threads while further ones are lowered, equal ones once; leaving waits for all.
+
+    XLA releases the interpreter lock while it compiles.
+
+    >>> double = Lowered.of(lambda x: 2 * x, jnp.ones(4))
+    >>> with Compilation() as compilation:
+    ...     executables = compilation.start([double, double])
+    >>> first, second = executables()
+    >>> first is second
+    True
+    """
+
+    def __init__(self) -> None:
+        self._pool = concurrent.futures.ThreadPoolExecutor(os.cpu_count())
+        self._started: dict[str, Callable[[], Any]] = {}
+
+    def start(self, programs: Sequence[Lowered]) -> Callable[[], list[Any]]:
+        """Begin to compile what was not compiled before; the result waits for the executables, in order."""
+        for program in programs:
+            if program.digest in program.compiled:
+                known = program.compiled[program.digest]
+                self._started.setdefault(program.digest, lambda known=known: known)
+        for program in programs:
+            if program.digest not in self._started:
+                self._started[program.digest] = self._pool.submit(program.stage.compile).result
+
+        def finish() -> list[Any]:
+            for program in programs:
+                program.compiled[program.digest] = self._started[program.digest]()
+            return [program.compiled[program.digest] for program in programs]
+
+        return finish
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown()
+
+
 def compile_all(programs: Sequence[Lowered]) -> list[Any]:
-    """Compile programs in parallel, equal ones once; XLA releases the interpreter lock meanwhile."""
-    same: dict[str, Any] = {}
-    for program in programs:
-        if program.digest in program.compiled:
-            same[program.digest] = program.compiled[program.digest]
-    missing = {program.digest: program.stage for program in programs if program.digest not in same}
-    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        same |= dict(zip(missing, pool.map(lambda stage: stage.compile(), missing.values()), strict=True))
-    for program in programs:
-        program.compiled[program.digest] = same[program.digest]
-    return [same[program.digest] for program in programs]
+    """Compile programs in parallel, equal ones once."""
+    with Compilation() as compilation:
+        return compilation.start(programs)()

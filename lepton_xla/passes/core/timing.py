@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
+import itertools
 import math
 import statistics
 import time
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lepton_xla.passes.core.executables import Lowered, compile_all
+from lepton_xla.passes.core.executables import Compilation, Lowered
 from lepton_xla.passes.core.targets import Target
 from lepton_xla.passes.core.timing_cache import Times, TimingCache
 
@@ -30,9 +32,26 @@ LONG_S = 0.02
 # Shortest round that is timed; it amortizes the clock and, where calls only queue work, the device synchronization.
 ROUND_S = 2e-4
 QUEUED_ROUND_S = 1e-2
+# Number of measurements whose programs are compiled together.
+AT_ONCE = 16
 # Number of random values that are drawn for an operand, then repeated: drawing all of a large one would take longer
 # than timing it. A prime.
 DRAWN = 1_048_573
+
+
+@dataclasses.dataclass(frozen=True)
+class Measurement:
+    """Programs to be timed against each other.
+
+    Attributes:
+        programs: what is timed.
+        measure: gives the times of their executables, which those of `untimed` follow.
+        untimed: gives further programs that measuring needs.
+    """
+
+    programs: Sequence[Lowered]
+    measure: Callable[[list[Any]], Times]
+    untimed: Callable[[], Sequence[Lowered]] = tuple
 
 
 class Timer:
@@ -64,34 +83,58 @@ class Timer:
             self._known[key] = measure()
         return self._known[key]
 
-    def recall(
-        self,
-        programs: Sequence[Lowered],
-        measure: Callable[[list[Any]], Times],
-        untimed: Callable[[], Sequence[Lowered]] = tuple,
-    ) -> Times:
-        """Return the times of programs from the cache, or measure their executables.
+    def once_all[K: Hashable](self, keys: Sequence[K], measure: Callable[[list[K]], Iterable[Any]]) -> list[Any]:
+        """Return the results of `measure` for all keys; it gets those that have none yet, each once.
 
-        Args:
-            programs: what is timed.
-            measure: gives the times of their executables, which those of `untimed` follow.
-            untimed: gives further programs that measuring needs; they are compiled in parallel with the others.
+        >>> timer = Timer(cache=TimingCache(None))
+        >>> timer.once_all("abca", lambda keys: map(ord, keys))
+        [97, 98, 99, 97]
+        """
+        missing = [key for key in dict.fromkeys(keys) if key not in self._known]
+        self._known |= zip(missing, measure(missing), strict=True)
+        return [self._known[key] for key in keys]
+
+    def recall(self, wanted: Iterable[Measurement]) -> list[Times]:
+        """Return the times of each measurement from the cache, or measure them.
+
+        They are compiled while the next ones are lowered, `AT_ONCE` of them before the first is measured, so that
+        nothing else runs while calls are timed.
 
         >>> timer = Timer(cache=TimingCache(None))
         >>> double = Lowered.of(lambda x: 2 * x, jnp.ones(4))
-        >>> timer.recall([double], lambda executables: Times([len(executables) * 1.5])).us
+        >>> timer.recall([Measurement([double], lambda executables: Times([len(executables) * 1.5]))])[0].us
         [1.5]
         """
-        names = [self.target.digest, *(program.digest for program in programs)]
-        key = hashlib.sha256(" ".join(names).encode()).hexdigest()[:40]
-        times = self.cache.get(key, len(programs))
+        rest, found = iter(wanted), list[Times]()
+        while part := self._compiled(itertools.islice(rest, AT_ONCE)):
+            found += [self._times(each, executables) for each, executables in part]
+            part.clear()  # executables are freed before the next are made
+        return found
+
+    def _compiled(self, wanted: Iterable[Measurement]) -> list[tuple[Measurement, Callable[[], list[Any]]]]:
+        """Measurements with their executables, as far as their times are not in the cache."""
+        with Compilation() as compilation:
+            return [
+                (each, compilation.start([] if self._cached(each) else [*each.programs, *each.untimed()]))
+                for each in wanted
+            ]
+
+    def _times(self, wanted: Measurement, executables: Callable[[], list[Any]]) -> Times:
+        times = self._cached(wanted)
         if times is not None:
-            self.recalled += len(programs)
+            self.recalled += len(wanted.programs)
             return times
-        times = measure(compile_all([*programs, *untimed()]))
-        self.measured += len(programs)
-        self.cache.put(key, times)
+        times = wanted.measure(executables())
+        self.measured += len(wanted.programs)
+        self.cache.put(self._key(wanted), times)
         return times
+
+    def _cached(self, wanted: Measurement) -> Times | None:
+        return self.cache.get(self._key(wanted), len(wanted.programs))
+
+    def _key(self, wanted: Measurement) -> str:
+        names = [self.target.digest, *(program.digest for program in wanted.programs)]
+        return hashlib.sha256(" ".join(names).encode()).hexdigest()[:40]
 
     def medians_us(self, calls: Sequence[Callable[[], Any]], budget_s: float = BUDGET_S) -> list[float]:
         """Time calls in turn, so that a slow moment of the machine falls on all alike; medians over rounds.
@@ -153,17 +196,22 @@ def time_programs(
         ]
         return Times(timer.medians_us(calls, budget_s))
 
-    return timer.recall([Lowered.of(fn, weights, *inputs) for fn, weights in functions], measure).us
+    (times,) = timer.recall([Measurement([Lowered.of(fn, weights, *inputs) for fn, weights in functions], measure)])
+    return times.us
 
 
 def random_array(seed: int, like: jax.ShapeDtypeStruct) -> jax.Array:
-    """Draw normal values on the host; JAX would compile its generator, and a cast, for each shape.
+    """Draw normal values on the host; JAX would compile its generator, and a cast, for each shape."""
+    return jnp.asarray(random_values(seed, like.shape, lambda drawn: drawn.astype(like.dtype)))
+
+
+def random_values(seed: int, shape: Sequence[int], made: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+    """Draw normal values in float32 and pass them through `made`, before they repeat.
 
     After `DRAWN` values they repeat; the count is odd, so that no two rows are equal.
     """
-    size = math.prod(like.shape)
-    drawn = np.random.default_rng(seed).standard_normal(min(size, DRAWN), np.float32).astype(like.dtype)
-    return jnp.asarray(np.resize(drawn, like.shape))
+    drawn = np.random.default_rng(seed).standard_normal(min(math.prod(shape), DRAWN), np.float32)
+    return np.resize(made(drawn), shape)
 
 
 def _medians_us(calls: Sequence[Callable[[], Any]], budget_s: float, *, queued: bool) -> list[float]:

@@ -57,21 +57,23 @@ def inverse_factor(gram: jax.Array, mean: jax.Array, damping: float) -> jax.Arra
     `gram = R R^T` with an upper `R`, the Cholesky factor of the reversed matrix; `U = R^-1`. The inverse itself, which
     would lose digits, is never formed.
     """
-    eye = jnp.eye(gram.shape[0], dtype=gram.dtype)
-
-    def attempt(damping: jax.Array) -> jax.Array:
-        damped = gram + damping * jnp.where(mean > 0, mean, jnp.ones_like(mean)) * eye
-        return _inverse_of_cholesky(damped[::-1, ::-1])[::-1, ::-1]
 
     def wanting(state: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
         return (state[0] == 0) | ((state[0] <= DAMPING_TRIES) & ~jnp.all(jnp.isfinite(state[2])))
 
     def again(state: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
         more = jnp.where(state[0] == 0, state[1], jnp.maximum(10 * state[1], LEAST_DAMPING))
-        return state[0] + 1, more, attempt(more)
+        return state[0] + 1, more, factor_once(gram, mean, more)
 
     # The first attempt is an iteration of the loop too, so that XLA compiles the factorization only once.
     return lax.while_loop(wanting, again, (jnp.int32(0), jnp.asarray(damping, gram.dtype), jnp.zeros_like(gram)))[2]
+
+
+def factor_once(gram: jax.Array, mean: jax.Array, damping: jax.Array) -> jax.Array:
+    """The `inverse_factor` with this damping; not finite if it does not exist."""
+    eye = jnp.eye(gram.shape[0], dtype=gram.dtype)
+    damped = gram + damping * jnp.where(mean > 0, mean, jnp.ones_like(mean)) * eye
+    return _inverse_of_cholesky(damped[::-1, ::-1])[::-1, ::-1]
 
 
 def _inverse_of_cholesky(matrix: jax.Array) -> jax.Array:

@@ -35,7 +35,13 @@ from lepton_xla.passes.core.statistics import (
     in_parts,
     pooled,
 )
-from lepton_xla.passes.quantization.error_feedback import inverse_factor, sweep
+from lepton_xla.passes.quantization.error_feedback import (
+    DAMPING_TRIES,
+    LEAST_DAMPING,
+    factor_once,
+    inverse_factor,
+    sweep,
+)
 from lepton_xla.passes.quantization.rounding import (
     GivenGrids,
     Planned,
@@ -57,6 +63,10 @@ from lepton_xla.report import PassReport, SiteReport
 ELEMENTS_AT_ONCE = 2**22
 # Weights of up to this many elements are rounded in parallel.
 SMALL = 2**20
+# Gram matrices of up to this many rows are factored by code that XLA optimizes less, which it compiles twice as fast.
+SMALL_DEPTH = 1024
+# Before the data is read, code is compiled for Gram matrices of up to this many bytes.
+SMALL_GRAM_BYTES = 2**24
 # Number of columns of a weight that are rounded together: columns are independent, and rounding takes several copies.
 COLUMNS_AT_ONCE = 4096
 
@@ -110,10 +120,16 @@ def gptq_values(
 
 def _ordered(gram: jax.Array, options: Options) -> tuple[jax.Array, jax.Array]:
     """The order in which rows are rounded, `[K]`, and the `inverse_factor` of the reordered Gram matrix."""
+    order, reordered, mean = _reordered(gram, options.act_order)
+    return order, inverse_factor(reordered, mean, options.damping)
+
+
+def _reordered(gram: jax.Array, act_order: bool) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The order, the Gram matrix in that order, and the mean of its diagonal; inputs that were never seen count 1."""
     seen = jnp.diagonal(gram)
     gram = gram + jnp.diag(jnp.where(seen <= 0, jnp.ones_like(seen), jnp.zeros_like(seen)))
-    order = jnp.argsort(-seen) if options.act_order else jnp.arange(len(seen))
-    return order, inverse_factor(jnp.take(jnp.take(gram, order, 0), order, 1), jnp.mean(seen), options.damping)
+    order = jnp.argsort(-seen) if act_order else jnp.arange(len(seen))
+    return order, jnp.take(jnp.take(gram, order, 0), order, 1), jnp.mean(seen)
 
 
 def _rounded(
@@ -228,15 +244,18 @@ def gptq(
     # A few weights at a time, so that their Gram matrices fit into memory; they are released after rounding.
     all_bytes = functools.partial(_gram_bytes, program)
     for part in [] if sequential else in_parts(changed, all_bytes, GRAM_LIMIT_BYTES):
-        found |= collect_statistics(program, [site for each in part for site in each.products], data, gram=True)
-        memory.give_back()
-        # For small weights most of the time is compiling, which releases the interpreter lock.
+        # For small weights most of the time is compiling, which releases the interpreter lock. It begins before the
+        # data is read: zeros of the same shapes are rounded.
         first = _small_of_each_kind(part)
         with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
             if (
                 pool.submit(_compat.settings).result() != _compat.settings()
             ):  # otherwise the threads would compute with other settings
                 first = []
+            for planned in first if not known else ():
+                pool.submit(_round_zeros, program, planned, options)
+            found |= collect_statistics(program, [site for each in part for site in each.products], data, gram=True)
+            memory.give_back()
             list(pool.map(round_one, first))
         for planned in part:
             if planned.path not in {each.path for each in first}:
@@ -251,6 +270,19 @@ def gptq(
     memory.give_back()
     report = PassReport("gptq", time.perf_counter() - start, tuple(reports))
     return program.replace(weights=weights, history=(*program.history, report)), grids
+
+
+def _round_zeros(program: Program, planned: Planned, options: Options) -> None:
+    """Compile what rounding this weight needs."""
+    site = planned.products[0]
+    if gram_bytes(program, site) > SMALL_GRAM_BYTES:
+        return
+    batch, depth, _ = matrix.matrix_shape(site)
+    steps = matrix.steps(site, planned.stored)
+    gram = jnp.asarray(np.zeros((*steps, batch, depth, depth), np.float32))
+    zeros = jnp.asarray(np.zeros(planned.stored.shape, planned.stored.dtype))
+    mask = program.masks.get(planned.path)
+    _better_of_two(zeros, gram, _all_ordered(gram, options), mask, Alike(planned.site), planned.rule, options)
 
 
 def _gram_bytes(program: Program, planned: Planned) -> int:
@@ -301,12 +333,37 @@ def _round(
     return rounded, grid, _Errors((best / size) ** 0.5, (plain / size) ** 0.5)
 
 
-@functools.partial(jax.jit, static_argnames="options")
 def _all_ordered(gram: jax.Array, options: Options) -> tuple[jax.Array, jax.Array]:
-    """Apply `_ordered` to each of `[*steps, B, K, K]`; separate, so that weights with equal K share compiled code."""
+    """Apply `_ordered` to each of `[*steps, B, K, K]`.
+
+    Damping grows on the host: XLA takes twice as long to compile the loop that `inverse_factor` has.
+    """
+    factor = _factor_small if gram.shape[-1] <= SMALL_DEPTH else _factor
+    damping = np.full(gram.shape[:-2], options.damping, np.float32)
+    for _ in range(DAMPING_TRIES):
+        order, found, exists = factor(gram, damping, options.act_order)
+        missing = ~np.asarray(exists)
+        if not missing.any():
+            return order, found
+        damping = np.where(missing, np.maximum(10 * damping, np.float32(LEAST_DAMPING)), damping)
+    return factor(gram, damping, options.act_order)[:2]
+
+
+def _factors(gram: jax.Array, damping: jax.Array, act_order: bool) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The order, the `inverse_factor` with this damping, and whether it exists, of each of `[*steps, B, K, K]`."""
+
+    def one(gram: jax.Array, damping: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        order, reordered, mean = _reordered(gram, act_order)
+        factor = factor_once(reordered, mean, damping)
+        return order, factor, jnp.all(jnp.isfinite(factor))
+
     at_once = ELEMENTS_AT_ONCE // gram.shape[-1] ** 2
-    order = functools.partial(_ordered, options=options)
-    return matrix.batched_map(order, gram.shape[:-2], gram.astype(jnp.float32), at_once=at_once)
+    return matrix.batched_map(one, gram.shape[:-2], gram.astype(jnp.float32), damping, at_once=at_once)
+
+
+# Nearly all work is in library calls, which the optimization level does not change, so it pays for large ones only.
+_factor = jax.jit(_factors, static_argnames="act_order")
+_factor_small = jax.jit(_factors, static_argnames="act_order", compiler_options={"xla_backend_optimization_level": 0})
 
 
 @functools.partial(jax.jit, static_argnames=("like", "rule", "options"))

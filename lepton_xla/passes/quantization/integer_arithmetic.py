@@ -39,7 +39,6 @@ from lepton_xla.program import Expansion, Program
 from lepton_xla.quant import QTensor
 from lepton_xla.quant.grid import settle
 from lepton_xla.quant.learned import raw_scales
-from lepton_xla.recipe import QuantizeRule
 from lepton_xla.report import PassReport, SiteReport, unchanged
 from lepton_xla.trees import abstract, leaf_bytes, tree_bytes
 
@@ -67,7 +66,7 @@ def quantize(
     scales: Mapping[str, Mapping[str, Float[Array, "*_"]]] | None = None,
     sizes: Sequence[Mapping[str, int]] = (),
     in_float: Mapping[str, str] | None = None,
-    among: frozenset[str] | None = None,
+    chosen: tuple[frozenset[str], bool] | None = None,
     known: dict[str, tuple[jax.Array, QTensor]] | None = None,
     timer: Timer | None = None,
     progress: Callable[[str], None] | None = None,
@@ -84,8 +83,8 @@ def quantize(
         sizes: sizes of the symbolic dimensions, such as `[{"batch": 1}, {"batch": 32}]`, at which integer products are
             timed against float. If empty, nothing is timed and every planned site is computed as planned.
         in_float: site name -> why its product must be computed in float although an integer one is planned.
-        among: names of the integer sites that an earlier measurement of a similar program chose: only this set and the
-            empty one are compared. None: sets of sites are tried.
+        chosen: what an earlier measurement of a similar program chose: names of the integer sites, and whether other
+            weights are unpacked on loading. None: the whole program is timed.
         known: cache of stored weights: path -> float weight and what it was stored as.
         timer: times calls, for its target; by default a new one for this process's device.
         progress: called with a line for each site.
@@ -180,12 +179,10 @@ def quantize(
     floating = (Candidate(choices.apply(program.fn), compiled), program.weights)
     whole = WholeProgram(program, floating, variant, functools.partial(time_programs, timer=timer), say)
     may_unpack = plan.recipe.unpack == "measured"
-    if among is None:
+    if chosen is None:
         sets = selection.candidate_sets({planned.site.name: timings[planned.site.name] for planned in candidates})
     else:
-        sets = [frozenset[str](), among & set(timings)]
-    if len(set(sets)) == 1:
-        sets = sets[:1]
+        sets = [chosen[0] & set(timings)]
     tried = whole.sets(sets, selection.spread(sizes), may_unpack) if len(sets) > 1 else []
     integer = selection.fastest(sets, tried)
     lowered_us = {at: timed.set_us[sets.index(integer)] for at, timed in enumerate(tried)}
@@ -193,7 +190,10 @@ def quantize(
     weights |= {path: weights[path].by_rows() for path in unpackable}
     expansion = None
     if unpackable and may_unpack and sizes:
-        once, tried, lowered_us = whole.unpacking(integer, selection.spread(sizes), tried, lowered_us)
+        if chosen is None:
+            once, tried, lowered_us = whole.unpacking(integer, selection.spread(sizes), tried, lowered_us)
+        else:
+            once = chosen[1]
         expansion = Expansion(functools.partial(_unpack, unpackable), build(integer)) if once else None
     weights |= _own(values, names, integer)
     counted: set[str] = set()
@@ -308,20 +308,16 @@ def _time_sites(
 ) -> dict[str, list[Timing]]:
     """Time float and integer arithmetic at each site and size; empty lists if no sizes are given."""
     found = [(at, {site.name: site for site in find_sites(program, sizes=at)}) for at in sizes]
-    timings: dict[str, list[Timing]] = {}
-    for planned in candidates:
-        name = planned.site.name
-        if found:
-            say(name)
-        # A program may have other sites at some sizes.
-        timings[name] = [_compared(by_name[name], planned.rule, at, timer) for at, by_name in found if name in by_name]
+    rules = {planned.site.name: planned.rule for planned in candidates}
+    # A program may have other sites at some sizes.
+    wanted = [(by_name[name], rules[name], at) for name in rules for at, by_name in found if name in by_name]
+    for name in rules if wanted else ():
+        say(name)
+    timings: dict[str, list[Timing]] = {name: [] for name in rules}
+    for (site, _, _), timing in zip(wanted, compare(wanted, timer), strict=True):
+        fastest = min([timing.float_us, *times_us(site.eqn, timer)])  # among the float alternatives
+        timings[site.name].append(dataclasses.replace(timing, float_us=fastest))
     return timings
-
-
-def _compared(site: Site, rule: QuantizeRule, at: Mapping[str, int], timer: Timer) -> Timing:
-    """Time the product of codes against the best float alternative."""
-    timing = compare(site, rule, at, timer)
-    return dataclasses.replace(timing, float_us=min([timing.float_us, *times_us(site.eqn, timer)]))
 
 
 def _own(values: Mapping[Key, jax.Array], names: Mapping[Key, str], integer: frozenset[str]) -> dict[str, jax.Array]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,14 +14,15 @@ import numpy as np
 
 from lepton_xla import _compat
 from lepton_xla.passes.core.alike import Alike
-from lepton_xla.passes.core.executables import Lowered
+from lepton_xla.passes.core.executables import Candidate, Lowered
+from lepton_xla.passes.core.matrix import weight_order
 from lepton_xla.passes.core.sites import Site
 from lepton_xla.passes.core.targets import Target
-from lepton_xla.passes.core.timing import OPERATION_BUDGET_S, Timer, random_array
+from lepton_xla.passes.core.timing import OPERATION_BUDGET_S, Measurement, Timer, random_values
 from lepton_xla.passes.core.timing_cache import Times
 from lepton_xla.passes.quantization import products
-from lepton_xla.quant import FORMATS, absmax_scale, encode
-from lepton_xla.quant.grid import decode
+from lepton_xla.quant import FORMATS, QTensor
+from lepton_xla.quant.formats import Format
 from lepton_xla.recipe import QuantizeRule
 
 # A product of codes is wrong if its largest error exceeds this share of the largest result. Codes and scales are exact,
@@ -64,10 +65,15 @@ class Timing:
         return dataclasses.asdict(self)
 
 
-def compare(site: Site, decision: QuantizeRule, sizes: Mapping[str, int], timer: Timer) -> Timing:
-    """Time and check a site, found at the given sizes, on random operands; alike sites are measured once."""
-    key = _Key(site, decision)
-    return dataclasses.replace(timer.once(key, functools.partial(_compare, key, timer)), sizes=dict(sizes))
+def compare(wanted: Sequence[tuple[Site, QuantizeRule, Mapping[str, int]]], timer: Timer) -> list[Timing]:
+    """Time and check sites, each found at the given sizes, on random operands; alike sites are measured once."""
+
+    def measure(keys: list[_Key]) -> list[Timing]:
+        times = timer.recall(_measurement(key, timer) for key in keys)
+        return [_timing(each) for each in times]
+
+    found = timer.once_all([_Key(site, rule) for site, rule, _ in wanted], measure)
+    return [dataclasses.replace(timing, sizes=dict(at)) for timing, (_, _, at) in zip(found, wanted, strict=True)]
 
 
 class _Key(Alike):
@@ -85,54 +91,90 @@ class _Key(Alike):
         )
 
 
-def _compare(key: _Key, timer: Timer) -> Timing:
+def _measurement(key: _Key, timer: Timer) -> Measurement:
+    """Measure a product in float and in codes, and the error of the latter."""
     site = key.site
 
     def as_float(*operands: jax.Array) -> jax.Array:
         return _compat.bind(site.eqn, operands)[0]
 
-    prepare = functools.partial(_operands, key)
-    like, like_rounded = jax.eval_shape(prepare, *site.operands)
+    store = functools.partial(_stored, key)
+    weight = None if site.weight_operand is None else site.operands[site.weight_operand]
+    like = _arguments(key, site.operands, None if weight is None else jax.eval_shape(store, weight))
     repeats = REPEATS if timer.target.queues else 1
     in_codes = functools.partial(_in_codes, key, timer.target)
-    wanted = [(as_float, like_rounded), (in_codes, like)]
+    wanted = [(as_float, site.operands), (in_codes, like)]
     if products.row_count(site) == 1:
         wanted.append((functools.partial(in_codes, pad=True), like))
 
     def measure(executables: list[Any]) -> Times:
-        in_float, *in_codes, prepared = executables
-        args, rounded = prepared(*(random_array(number, operand) for number, operand in enumerate(site.operands)))
-        expected = in_float(*rounded)
-        errors = [_share(call(*args), expected) for call in in_codes]
-        # The dequantized operands take the same time as the original ones.
-        calls = [functools.partial(in_float, *rounded), *(functools.partial(call, *args) for call in in_codes)]
+        in_float, *coded = executables[: len(wanted)]
+        operands = [_exact(key, side) for side in range(2)]
+        args = _arguments(key, operands, executables[-1](operands[site.weight_operand]) if weight is not None else None)
+        expected = in_float(*operands)
+        errors = [_share(call(*args), expected) for call in coded]
+        calls = [functools.partial(in_float, *operands), *(functools.partial(call, *args) for call in coded)]
         times = [time / repeats for time in timer.medians_us(calls, OPERATION_BUDGET_S)]
         worst = float(np.max(errors))
         return Times(times, worst if math.isfinite(worst) else None)
 
-    programs = [Lowered.of(_repeated(fn, repeats), *given) for fn, given in wanted]
-    times = timer.recall(programs, measure, lambda: [Lowered.of(prepare, *site.operands)])
+    def untimed() -> list[Lowered]:
+        return [] if weight is None else [Lowered.of(Candidate(store, timer.once(_stored, dict)), weight)]
+
+    return Measurement([Lowered.of(_repeated(fn, repeats), *given) for fn, given in wanted], measure, untimed)
+
+
+def _timing(times: Times) -> Timing:
     error = math.nan if times.error is None else times.error
     return Timing({}, times.us[0], times.us[1], times.us[2] if len(times.us) == 3 else None, error)
 
 
-def _operands(key: _Key, *operands: jax.Array) -> tuple[tuple[Any, ...], list[jax.Array]]:
-    """Quantize operands: the arguments of a site's product of codes, and the dequantized operands."""
+def _stored(key: _Key, weight: jax.Array) -> QTensor:
+    """Quantize a weight, laid out for the product of codes."""
+    stored = products.store(key.site, weight, key.rule.weights, key.rule.granularity)
+    return products.for_product(stored) if key.site.kind == "dot_general" else stored
+
+
+def _arguments(key: _Key, operands: Sequence[Any], stored: Any) -> tuple[Any, ...]:
+    """The arguments of a site's product of codes for its operands, or for their shapes."""
+    side = key.site.weight_operand
+    if side is None:
+        return tuple(operands)
+    scale = None if key.rule.dynamic else np.float32(_unit(FORMATS[key.rule.activations]))
+    return operands[1 - side], stored, scale
+
+
+def _unit(target: Format) -> float:
+    """A power of two that brings the largest code into [0.5, 1)."""
+    return 2.0 ** -math.frexp(target.largest)[1]
+
+
+def _exact(key: _Key, side: int) -> jax.Array:
+    """Random values of an operand that quantizing does not change.
+
+    They are multiples of `_unit`, and the largest code occurs in whatever may share a scale.
+    """
     site, rule = key.site, key.rule
-    name = rule.activations
+    weighted, is_weight = products.as_weighted(site), side == site.weight_operand
+    target = FORMATS[rule.weights if is_weight else rule.activations]
     if site.weight_operand is None:
-        scales = products.pair_scales(site, operands[0], operands[1], name)
-        return operands, [_rounded(operand, scale, name) for operand, scale in zip(operands, scales, strict=True)]
-    weight, act = operands[site.weight_operand], operands[1 - site.weight_operand]
-    stored = products.store(site, weight, rule.weights, rule.granularity)
-    scale = None if rule.dynamic else absmax_scale(jnp.max(jnp.abs(act)), FORMATS[name])
-    rounded = [_rounded(act, products.activation_scale(site, act, name, scale), name)]
-    rounded.insert(site.weight_operand, products.restore(site, stored))
-    return (act, products.for_product(stored) if site.kind == "dot_general" else stored, scale), rounded
+        summed = site.params["dimension_numbers"][0][side]
+    else:
+        summed = weight_order(site)[1] if is_weight else products.activation_axes(weighted)
+
+    def on_grid(drawn: np.ndarray) -> np.ndarray:
+        values = np.clip(drawn * (target.largest / 3), -target.largest, target.largest)
+        return np.rint(values) if target.integer else values.astype(target.dtype).astype(np.float32)
+
+    like = site.operands[side]
+    values = random_values(side, like.shape, on_grid)
+    values[tuple(slice(1 if axis in summed else None) for axis in range(values.ndim))] = target.largest
+    values *= np.float32(_unit(target))
+    return jnp.asarray(values.astype(like.dtype, copy=False))
 
 
 def _in_codes(key: _Key, target: Target, *args: Any, pad: bool = False) -> jax.Array:
-    """Compute a site's product of codes from the result of `_operands`."""
+    """Compute a site's product of codes from `_arguments`."""
     if key.site.weight_operand is None:
         left, right = args
         return products.quantized_dot_pair(key.site, left, right, key.rule.activations, pad_single=pad, target=target)
@@ -151,11 +193,6 @@ def _repeated(fn: Callable[..., jax.Array], times: int) -> Callable[..., jax.Arr
         return jax.lax.fori_loop(1, times, functools.partial(again, args=args), fn(*args))
 
     return repeated if times > 1 else fn
-
-
-def _rounded(array: jax.Array, scale: jax.Array, name: str) -> jax.Array:
-    """Quantize and dequantize an activation, in its dtype."""
-    return decode(encode(array, scale, FORMATS[name]), scale, FORMATS[name]).astype(array.dtype)
 
 
 def _share(got: jax.Array, expected: jax.Array) -> float:

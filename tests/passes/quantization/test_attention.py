@@ -214,7 +214,8 @@ def test_single_rows_are_timed_padded_and_come_out_the_same(monkeypatch):
     program, plan = QUERY, resolve(recipe(), QUERY)
     times = itertools.count(100, -10)
     monkeypatch.setattr(LOWER, "time_programs", lambda functions, _inputs, timer=None: [next(times) for _ in functions])
-    monkeypatch.setattr(LOWER, "compare", lambda _site, _rule, at, _timer: measurement.Timing(dict(at), 9.0, 4.0, 2.0))
+    timing = measurement.Timing({"batch": 2, "seq": 5}, 9.0, 4.0, 2.0)
+    monkeypatch.setattr(LOWER, "compare", lambda wanted, _timer: [timing] * len(wanted))
     small = quantize(program, plan, sizes=[{"batch": 2, "seq": 5}])
     pairs = {site.site: site for site in small.history[-1].sites if "dot_general" in site.site}
     assert [(site.action, site.metrics["single_rows_padded"]) for site in pairs.values()] == [("int8 x int8", True)] * 2
@@ -234,7 +235,7 @@ def test_what_loses_stays_float_and_is_said(monkeypatch, integer_us):
     def time_programs(functions, inputs, timer=None):
         return [100.0 - 10 * products_in_codes(fn, weights, *inputs) for fn, weights in functions]
 
-    monkeypatch.setattr(LOWER, "compare", compare)
+    monkeypatch.setattr(LOWER, "compare", lambda wanted, timer: [compare(*each, timer) for each in wanted])
     monkeypatch.setattr(LOWER, "time_programs", time_programs)
     small = quantize(ONE, resolve(recipe(), ONE), sizes=[{"batch": 1, "seq": 5}, {"batch": 4, "seq": 5}])
     assert products_in_codes(small.fn, small.weights, X) == (6 if integer_us == 5 else 5)

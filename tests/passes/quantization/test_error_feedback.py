@@ -1,7 +1,9 @@
 """The factor of a Gram matrix's inverse, and how often it is compiled."""
 
+import functools
 import importlib
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -42,7 +44,27 @@ def test_weights_of_one_depth_share_one_compiled_factorization():
     program = trace(
         lambda w, x: [x @ w["a"], x @ w["b"], x @ w["c"]], weights, {"x": TensorSpec(("batch", depth), "float32")}
     )
-    gptq._all_ordered.clear_cache()
+    gptq._factor_small.clear_cache()
     plan = resolve(Recipe.load("int8-weight-only"), program)
     gptq.gptq(program, plan, [{"x": np.random.default_rng(0).normal(size=(8, depth)).astype(np.float32)}])
-    assert gptq._all_ordered._cache_size() == 1
+    assert gptq._factor_small._cache_size() == 1
+
+
+@pytest.mark.parametrize("depth", [12, 20])
+def test_damping_grows_for_those_matrices_that_need_it(monkeypatch, depth):
+    """As inside the loop of `inverse_factor`, bit for bit, whether XLA optimizes the code more or less."""
+    monkeypatch.setattr(gptq, "SMALL_DEPTH", 16)
+    rng = np.random.default_rng(depth)
+    rows = rng.normal(size=(2, 3, 7, depth)).astype(np.float32)
+    gram = np.einsum("abmk,abml->abkl", rows, rows)
+    gram[0, 1, 5, 5] = np.nan  # no damping helps
+    gram[1, 2] -= 0.05 * np.mean(np.diagonal(gram[1, 2])) * np.eye(depth, dtype=np.float32)  # more damping does
+    gram[1, 0, 3], gram[1, 0, :, 3] = 0, 0
+    options = gptq.Options()
+    orders, factors = gptq._all_ordered(jnp.asarray(gram), options)
+    alone = jax.jit(functools.partial(gptq._ordered, options=options))
+    for at in np.ndindex(2, 3):
+        order, factor = alone(jnp.asarray(gram[at]))
+        np.testing.assert_array_equal(orders[at], order)
+        np.testing.assert_array_equal(factors[at], factor)
+        assert np.isfinite(factors[at]).all() == (at != (0, 1))

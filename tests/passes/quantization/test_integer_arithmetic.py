@@ -409,7 +409,7 @@ def fake_clock(monkeypatch, site_us, program_us=None):
             )
         return times
 
-    monkeypatch.setattr(lower_module, "compare", compare)
+    monkeypatch.setattr(lower_module, "compare", lambda wanted, timer: [compare(*each, timer) for each in wanted])
     monkeypatch.setattr(lower_module, "time_programs", time_programs)
     monkeypatch.setattr(lower_module, "choose", lambda *_: Choices())
     monkeypatch.setattr(lower_module, "times_us", lambda _eqn, _timer: [])
@@ -455,8 +455,9 @@ def test_what_is_wrong_on_this_platform_is_taken_back_however_fast(monkeypatch, 
     fake_clock(monkeypatch, {"a": (10.0, 5.0, None), "b": (10.0, 5.0, None)})
     clock = lower_module.compare
 
-    def faulty(site, rule, at, timer):
-        return dataclasses.replace(clock(site, rule, at, timer), error=error if site.name == "a" else 0.0)
+    def faulty(wanted, timer):
+        timings = zip(clock(wanted, timer), wanted, strict=True)
+        return [dataclasses.replace(each, error=error if site.name == "a" else 0.0) for each, (site, *_) in timings]
 
     monkeypatch.setattr(lower_module, "compare", faulty)
     program = two_layers()

@@ -26,7 +26,8 @@ def quick(monkeypatch):
 
 
 def compare(site, decision, sizes, timer=None):
-    return measurement.compare(site, decision, sizes, timer or Timer())
+    (timing,) = measurement.compare([(site, decision, sizes)], timer or Timer())
+    return timing
 
 
 def rule(options=""):
