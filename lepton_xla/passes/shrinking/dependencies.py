@@ -21,23 +21,44 @@ from lepton_xla.passes.core.containers import CONTAINERS
 from lepton_xla.passes.core.walker import Context, Frame, Values, Walk
 from lepton_xla.passes.shrinking.arithmetic import ARITHMETIC, elementwise
 from lepton_xla.passes.shrinking.dimensions import (
+    Dimension,
     Scans,
     leaf,
     protect,
     touch,
+    unify,
 )
 from lepton_xla.passes.shrinking.labels import Findings, Handler, Labelled, every, fixed, guard, opaque, pair
-from lepton_xla.passes.shrinking.movement import MOVEMENT
+from lepton_xla.passes.shrinking.movement import MOVEMENT, random_bits
 
 
 class Study(Findings):
-    """One walk of a jaxpr, which gives every axis of every value a dimension."""
+    """One walk of a jaxpr, which gives every axis of every value a dimension.
+
+    Args:
+        jaxpr: of a function whose first arguments are the weights, sorted by path.
+        weights: shapes of the weights, by path.
+        inputs: names of the other arguments, for messages.
+        keep_outputs: whether outputs must keep their shapes.
+        returned: paths of the weights whose new values the last outputs are, such as batch statistics in training;
+            these lose what the weight loses.
+        redrawn: whether fewer random numbers may be drawn, as a loss with dropout does. Otherwise their axes are
+            protected, because a smaller draw has other values.
+    """
 
     def __init__(
-        self, jaxpr: Any, weights: Mapping[str, Any], inputs: Sequence[str], *, keep_outputs: bool = True
+        self,
+        jaxpr: Any,
+        weights: Mapping[str, Any],
+        inputs: Sequence[str],
+        *,
+        keep_outputs: bool = True,
+        returned: Sequence[str] = (),
+        redrawn: bool = False,
     ) -> None:
         super().__init__()
         self.scans: Scans = ()
+        self._redrawn = redrawn
         opened, _ = _compat.open_jaxpr(jaxpr)
         values: Values = []
         for path in sorted(weights):
@@ -50,9 +71,20 @@ class Study(Findings):
         rules = {"*": self._visit, **dict.fromkeys(_INLINED, self._inlined)}
         rules |= {"scan": self._scan, "while": self._while, "cond": self._cond, "shard_map": self._visit}
         outs, _ = Walk(rules, {}, CONTAINERS, inline=True, on_unknown="keep").call(jaxpr, values, Frame())
-        for out in outs:
+        own = len(outs) - len(returned)
+        for out in outs[:own]:
             if isinstance(out, Labelled) and keep_outputs:
                 guard(out.axes, "it is part of the program's output")
+        for path, out in zip(returned, outs[own:], strict=True):
+            self._return(self.weights[path], out)
+
+    def _return(self, axes: Sequence[Dimension], out: Any) -> None:
+        """Unify the axes of a weight with those of the new value that is returned for it."""
+        if isinstance(out, Labelled) and len(out.axes) == len(axes):
+            for a, b in zip(axes, out.axes, strict=True):
+                unify(a, b, "its new value does not line up with it")
+        else:
+            guard(axes, "its new value is a constant")
 
     def use(self, values: Sequence[Any]) -> None:
         """Note a use of some values in the surrounding scans."""
@@ -63,7 +95,7 @@ class Study(Findings):
 
     def _visit(self, context: Context, eqn: Any, values: Values) -> Values:
         operands = [self._labelled(context, eqn, index, value) for index, value in enumerate(values)]
-        handler = handler_of(eqn.primitive.name)
+        handler = random_bits if self._redrawn and eqn.primitive.name == "random_bits" else handler_of(eqn.primitive.name)
         outs = handler(self, context, eqn, operands)
         if len(operands) > 1 or handler is not elementwise:  # element-wise operations do not tie steps together
             self.use([*operands, *outs])
@@ -74,6 +106,8 @@ class Study(Findings):
             return value
         if jnp.issubdtype(eqn.invars[index].aval.dtype, jax.dtypes.extended):
             return fixed(eqn.invars[index], "a key of random numbers")
+        if _compat.is_traced(value):
+            return fixed(eqn.invars[index], "the function closes over it")
         array = np.asarray(value)
         axes = tuple(map(leaf, array.shape))
         if any(size > 1 for size in array.shape):

@@ -6,7 +6,7 @@ import dataclasses
 import importlib
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -348,8 +348,13 @@ def loses(dimension: Dimension, kept: Kept) -> bool:
     return any(leaf in kept for leaf in leaves(dimension))
 
 
-def transferred(study: Study, masks: Masks) -> tuple[Kept, str]:
-    """Transfer masks of weights to the leaves of another study of the same function, at other sizes of its inputs.
+def transferred(study: Study, masks: Masks, known: Container[str] | None = None) -> tuple[Kept, str]:
+    """Transfer masks of weights to the leaves of another study, at other sizes of the inputs or of another function.
+
+    Args:
+        study: the other study.
+        masks: masks of the weights that lose something.
+        known: paths of the weights that may lose only what `masks` says; default: all. Others lose what goes with it.
 
     Returns:
         Which units of the leaves stay; and a refusal, if something cannot be removed there, else an empty text.
@@ -363,6 +368,8 @@ def transferred(study: Study, masks: Masks) -> tuple[Kept, str]:
                 if not stays.all():
                     kept[leaf] = stays if len(leaf.scans or ()) else stays.reshape(-1, leaf.size)[0]
     for path, axes in study.weights.items():
+        if known is not None and path not in known:
+            continue
         cut = masks.get(path, (None,) * len(axes))
         for axis, (dimension, mask) in enumerate(zip(axes, cut, strict=True)):
             whole = np.ones(dimension.size, bool) if mask is None else mask

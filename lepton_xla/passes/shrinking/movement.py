@@ -96,6 +96,14 @@ def _iota(study: Findings, context: Context, eqn: Any, operands: list[Labelled])
     return shaped(study, context, [Labelled(axes, (False,) * len(axes))], "shape")
 
 
+def random_bits(study: Findings, context: Context, eqn: Any, operands: list[Labelled]) -> list[Labelled]:
+    """Handler of random numbers where a smaller draw may have other values, as for dropout."""
+    keys = operands[0].axes
+    axes = (*keys, *map(leaf, eqn.params["shape"]))
+    study.changes[context.key] = lambda kept: {"shape": tuple(size_of(d, kept) for d in axes[len(keys) :])}
+    return [Labelled(axes, (False,) * len(axes))]
+
+
 def _transpose(study: Findings, context: Context, eqn: Any, operands: list[Labelled]) -> list[Labelled]:
     del study, context
     return [taken(operands[0], eqn.params["permutation"])]

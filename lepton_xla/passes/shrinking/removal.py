@@ -106,12 +106,55 @@ def shrink(
     >>> lx.passes.shrink(program, sparsity=0.5).weights["up"].tolist()
     [[3.0]]
     """
-    start = time.perf_counter()
     check_target(sparsity, flops, bytes, latency_ms, round_to)
     if scope not in ("local", "global"):
         raise RecipeError(f"shrink: scope = {scope!r}: expected 'local' or 'global'")
+    groups = find_groups(program, sizes=sizes).protecting([protect] if isinstance(protect, str) else protect)
+    return shrink_groups(
+        program,
+        groups,
+        sparsity=sparsity,
+        flops=flops,
+        bytes=bytes,
+        latency_ms=latency_ms,
+        importance=importance,
+        scope=scope,
+        round_to=round_to,
+        calibration=calibration,
+        loss=loss,
+        sizes=sizes,
+        timer=timer,
+        on_unsupported=on_unsupported,
+    )[0]
+
+
+def shrink_groups(
+    program: Program,
+    groups: Groups,
+    *,
+    sparsity: float | None = None,
+    flops: float | None = None,
+    bytes: float | None = None,
+    latency_ms: float | None = None,
+    importance: Importance = "l2",
+    scope: Literal["local", "global"] = "local",
+    round_to: int = 1,
+    calibration: Batches | None = None,
+    loss: Loss | None = None,
+    sizes: Mapping[str, int] | None = None,
+    timer: Timer | None = None,
+    on_unsupported: Literal["error", "keep"] = "error",
+) -> tuple[Program, Kept]:
+    """Shrink a program whose groups are known; the other arguments are those of `shrink`, which checks them.
+
+    Returns:
+        The smaller program, and which units of the groups stay.
+
+    Raises:
+        RecipeError, CalibrationError: as `shrink`.
+    """
+    start = time.perf_counter()
     chosen = dict(sizes) if sizes is not None else probe_sizes(program.fn, program.weights, program.inputs)[0]
-    groups = find_groups(program, sizes=chosen).protecting([protect] if isinstance(protect, str) else protect)
     scores = importance_scores(program, groups, importance, calibration=calibration, loss=loss)
     reasons = {
         group.name: unranked(program, group, importance) for group in groups.removable if group.name not in scores
@@ -134,7 +177,8 @@ def shrink(
         if on_unsupported == "error":
             raise
         counts, not_reached = ranking.at_level(error.level), error.what
-    small = remove(program, groups, ranking.keep(counts))
+    kept = ranking.keep(counts)
+    small = remove(program, groups, kept)
     after = cost(small, chosen)
     reports = tuple(_report(group, counts.get(group.name, group.units), round_to) for group in groups)
     metrics = {
@@ -148,7 +192,7 @@ def shrink(
     }
     metrics |= {"not_reached": not_reached} if not_reached else {}
     report = PassReport("shrink", time.perf_counter() - start, reports, metrics)
-    return small.replace(history=(*program.history, report))
+    return small.replace(history=(*program.history, report)), kept
 
 
 def _report(group: Group, kept: int, round_to: int) -> SiteReport:

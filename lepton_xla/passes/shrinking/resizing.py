@@ -34,14 +34,25 @@ def remove(program: Program, groups: Groups, kept: Kept, *, shapes_only: bool = 
         shapes_only: whether to return shapes and dtypes instead of weights.
     """
     masks = masks_of(groups.study, kept)
-    cut = _cut_shape if shapes_only else _cut
+    cut = _cut_shape if shapes_only else cut_array
     weights = {
-        path: _placed(cut(weight, masks[path]), weight) if path in masks else weight
-        for path, weight in program.weights.items()
+        path: cut(weight, masks[path]) if path in masks else weight for path, weight in program.weights.items()
     }
     cut_masks = {path: _cut(mask, masks[path]) if path in masks else mask for path, mask in program.masks.items()}
     fn = on_smaller_weights(program.fn, abstract(program.weights), masks, list(program.inputs))
     return program.replace(fn=fn, weights=weights, masks=cut_masks)
+
+
+def cut_array(array: Any, masks: Sequence[np.ndarray | None]) -> jax.Array:
+    """Select the slices of an array that stay, on its devices, with the same sharding if the new shape allows it.
+
+    Args:
+        array: an array, or a tracer of one.
+        masks: for each axis, which positions stay, bool `[*steps, size]`; None if all stay.
+    """
+    if isinstance(array, jax.Array) and not isinstance(array, Tracer) and not array.is_fully_addressable:
+        return jax.jit(lambda whole: _cut(whole, masks))(array)  # other processes hold parts of it
+    return _placed(_cut(array, masks), array)
 
 
 def _cut(weight: Any, masks: Sequence[np.ndarray | None]) -> jax.Array:
@@ -89,6 +100,8 @@ def on_smaller_weights(
     inputs: Sequence[str],
     *,
     keep_outputs: bool = True,
+    returned: Sequence[str] = (),
+    redrawn: bool = False,
 ) -> Callable[..., Any]:
     """Make `fn(weights, *inputs)` for weights without the slices that the masks remove.
 
@@ -97,15 +110,15 @@ def on_smaller_weights(
         like: shapes and dtypes of the original weights.
         masks: which slices of them stay.
         inputs: names of the inputs.
-        keep_outputs: whether outputs must keep their shapes.
+        keep_outputs, returned, redrawn: as `Study` has them.
 
     Returns:
-        A function that traces `fn` at the original shapes whenever it is traced. It is pure, accepts any input sizes,
+        A function that traces `fn` at the original shapes, and the dtypes of its weights, whenever it is traced. It is pure, accepts any input sizes,
         and is as differentiable as `fn`.
     """
 
     def rules(closed: Any) -> dict[str, Rule]:
-        study = Study(closed, like, inputs, keep_outputs=keep_outputs)
+        study = Study(closed, like, inputs, keep_outputs=keep_outputs, returned=returned, redrawn=redrawn)
         kept, refusal = transferred(study, masks)
         if refusal:
             raise UnsupportedError(
@@ -131,7 +144,12 @@ def on_smaller_weights(
 
         return {"*": adapt, "custom_jvp_call": derived, "custom_vjp_call": derived, "shard_map": unchanged}
 
-    return rewrite(fn, rules, on_unknown="keep", example=lambda _weights, *args: (like, *args))
+    def whole(weights: Mapping[str, Any], *args: Any) -> tuple[Any, ...]:
+        """Arguments for the trace: a training step may compute in fewer bits than the weights are kept in."""
+        dtypes = {path: getattr(weights[path], "dtype", leaf.dtype) for path, leaf in like.items()}
+        return ({path: jax.ShapeDtypeStruct(leaf.shape, dtypes[path]) for path, leaf in like.items()}, *args)
+
+    return rewrite(fn, rules, on_unknown="keep", example=whole)
 
 
 def _with_derivative(
