@@ -1,6 +1,7 @@
 """Training: the loop, compression while training, distillation, checkpoints."""
 
 from lepton_xla.recipe import PruneRule
+from lepton_xla.train.compression import Compression, Stage
 from lepton_xla.train.distillation import Distillation, Labels, Logits, distill
 from lepton_xla.train.models import Model, from_linen, from_nnx, supervised
 from lepton_xla.train.schedules import Schedule, one_shot, periodic, polynomial
@@ -8,6 +9,7 @@ from lepton_xla.train.sparsity import Regrow, SparsityState, finalize, masks_of,
 from lepton_xla.train.state import State
 
 __all__ = [
+    "Compression",
     "Distillation",
     "Labels",
     "Logits",
@@ -16,6 +18,7 @@ __all__ = [
     "Regrow",
     "Schedule",
     "SparsityState",
+    "Stage",
     "State",
     "distill",
     "finalize",

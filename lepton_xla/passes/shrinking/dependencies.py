@@ -95,7 +95,9 @@ class Study(Findings):
 
     def _visit(self, context: Context, eqn: Any, values: Values) -> Values:
         operands = [self._labelled(context, eqn, index, value) for index, value in enumerate(values)]
-        handler = random_bits if self._redrawn and eqn.primitive.name == "random_bits" else handler_of(eqn.primitive.name)
+        handler = (
+            random_bits if self._redrawn and eqn.primitive.name == "random_bits" else handler_of(eqn.primitive.name)
+        )
         outs = handler(self, context, eqn, operands)
         if len(operands) > 1 or handler is not elementwise:  # element-wise operations do not tie steps together
             self.use([*operands, *outs])

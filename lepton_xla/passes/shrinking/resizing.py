@@ -35,9 +35,7 @@ def remove(program: Program, groups: Groups, kept: Kept, *, shapes_only: bool = 
     """
     masks = masks_of(groups.study, kept)
     cut = _cut_shape if shapes_only else cut_array
-    weights = {
-        path: cut(weight, masks[path]) if path in masks else weight for path, weight in program.weights.items()
-    }
+    weights = {path: cut(weight, masks[path]) if path in masks else weight for path, weight in program.weights.items()}
     cut_masks = {path: _cut(mask, masks[path]) if path in masks else mask for path, mask in program.masks.items()}
     fn = on_smaller_weights(program.fn, abstract(program.weights), masks, list(program.inputs))
     return program.replace(fn=fn, weights=weights, masks=cut_masks)
@@ -113,8 +111,8 @@ def on_smaller_weights(
         keep_outputs, returned, redrawn: as `Study` has them.
 
     Returns:
-        A function that traces `fn` at the original shapes, and the dtypes of its weights, whenever it is traced. It is pure, accepts any input sizes,
-        and is as differentiable as `fn`.
+        A function that traces `fn` at the original shapes, and the dtypes of its weights, whenever it is traced. It is
+        pure, accepts any input sizes, and is as differentiable as `fn`.
     """
 
     def rules(closed: Any) -> dict[str, Rule]:

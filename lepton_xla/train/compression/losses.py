@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -19,8 +19,8 @@ from lepton_xla.passes.shrinking.groups import Groups, Masks, masks_of, transfer
 from lepton_xla.passes.shrinking.resizing import cut_array, on_smaller_weights
 from lepton_xla.trees import abstract, some_names
 
-# `fn(weights and state together, batch, key, *step) -> (loss, metrics, state)`: passes take all by path as weights.
-type _Joined = Callable[..., tuple[Any, Any, dict[str, Any]]]
+# `fn(weights and state together, ...) -> (..., state)`: passes take all by path as weights.
+type _Joined = Callable[..., tuple[Any, ...]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +74,8 @@ class StageLoss:
     ) -> tuple[Any, Any, dict[str, Any]]:
         """Compute the loss, metrics and new state."""
         more = {"scales": scales} if scales else {}
-        return self._fn({**weights, **state}, batch, key, *given.values(), **more)
+        value, metrics, after = self._fn({**weights, **state}, batch, key, *given.values(), **more)
+        return value, metrics, after
 
     def __getattr__(self, name: str) -> Any:
         """What the user's loss has."""
@@ -100,14 +101,14 @@ def joined(loss: Callable[..., Any], state: frozenset[str]) -> _Joined:
 
 
 def smaller_apply(apply: Callable[..., Any], changes: Changes) -> Callable[..., Any]:
-    """Make `apply(weights, state, key, *inputs) -> (outputs, new_state)` on the weights of a stage, not rounded."""
+    """Make `apply(weights, state, key, *inputs) -> (outputs, new_state)` on the weights of a stage."""
 
     def whole(every: Mapping[str, Any], key: Any, *inputs: Any) -> tuple[Any, dict[str, Any]]:
         weights, before = split(every, changes.state)
         outputs, after = apply(weights, before, key, *inputs)
         return outputs, _same_paths(before, after)
 
-    fn = dataclasses.replace(changes, plan=None).applied(whole)
+    fn = changes.applied(whole)
 
     def small(weights: Mapping[str, Any], state: Mapping[str, Any], key: Any, *inputs: Any) -> Any:
         return fn({**weights, **state}, key, *inputs)
@@ -156,8 +157,6 @@ def protect_by_loss(groups: Groups, study: Study) -> Groups:
 
 def takes_step(loss: Callable[..., Any]) -> bool:
     """Whether a loss has a parameter `step`."""
-    import inspect
-
     return "step" in inspect.signature(loss).parameters
 
 
