@@ -23,6 +23,7 @@ COMMANDS = {
     "eval": "Compare an artifact's accuracy with the float model's.",
     "bench": "Compare an artifact's latency with the float model's.",
     "predict": "Run an artifact on input files.",
+    "teach": "Store a teacher's answers, to train a student on.",
     "serve": "Serve an artifact over HTTP.",
     "load": "Send load to a server and measure its latency.",
     "token": "Create, list and revoke access tokens for a server.",

@@ -2,13 +2,14 @@
 
 from lepton_xla.recipe import PruneRule
 from lepton_xla.train.compression import Compression, Stage
-from lepton_xla.train.distillation import Distillation, Labels, Logits, distill
+from lepton_xla.train.distillation import Answers, Distillation, Labels, Logits, distill, teach
 from lepton_xla.train.models import Model, from_linen, from_nnx, supervised
 from lepton_xla.train.schedules import Schedule, one_shot, periodic, polynomial
 from lepton_xla.train.sparsity import Regrow, SparsityState, finalize, masks_of, sparsify
 from lepton_xla.train.state import State
 
 __all__ = [
+    "Answers",
     "Compression",
     "Distillation",
     "Labels",
@@ -30,4 +31,5 @@ __all__ = [
     "polynomial",
     "sparsify",
     "supervised",
+    "teach",
 ]

@@ -1,6 +1,8 @@
 """Distillation: a student learns from a teacher, both any JAX function."""
 
+from lepton_xla.train.distillation.answers import Answers
 from lepton_xla.train.distillation.logits import Labels, Logits
 from lepton_xla.train.distillation.objectives import Distillation, distill
+from lepton_xla.train.distillation.recording import teach
 
-__all__ = ["Distillation", "Labels", "Logits", "distill"]
+__all__ = ["Answers", "Distillation", "Labels", "Logits", "distill", "teach"]

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import optax
 
 from lepton_xla.errors import TrainingError
-from lepton_xla.program import Program
+from lepton_xla.program import Program, TensorSpec
+from lepton_xla.train.distillation.answers import Answers, stored_divergence
 from lepton_xla.train.distillation.terms import AbstractTerm, Seen, choose_output, fits, is_number, masked_mean
 
 
@@ -92,6 +93,34 @@ def logits_loss(term: Logits, student: Seen, teachers: Sequence[Seen], mask: Any
             raise TrainingError(f"the teacher's logits have shape {theirs.shape}, the student's {own.shape}")
         chances.append(jax.nn.softmax(_soft(theirs, term.temperature)))
     values = divergence(_soft(own, term.temperature), sum(chances[1:], chances[0]) / len(chances))
+    return term.temperature**2 * masked_mean(values, mask, "Logits")
+
+
+def check_answers(term: Logits, student: Program, answers: Answers) -> None:
+    """Check that stored answers have the student's classes, and this temperature.
+
+    Raises:
+        TrainingError: if not, or there is no such output.
+    """
+    name = choose_output(student.outputs, term.output, "the student")
+    own, header = student.outputs[name], answers.header
+    theirs = TensorSpec(("rows", *header.positions, header.classes), header.dtype)
+    if not fits(own, theirs) or own.shape[-1] != header.classes:
+        raise TrainingError(
+            f"{answers.folder}: the answers are {theirs}, the student's {name!r} is {own}; both must have the same "
+            "classes"
+        )
+    if term.temperature not in header.temperatures and header.top_k < header.classes:
+        raise TrainingError(
+            f"{answers.folder}: the answers are for the temperatures {', '.join(map(str, header.temperatures))}, not "
+            f"{term.temperature}; run `teach` with it"
+        )
+
+
+def answers_loss(term: Logits, student: Seen, batch: Mapping[str, Any], answers: Answers, mask: Any) -> jax.Array:
+    """Compute `Logits` with stored answers."""
+    own = student.outputs[choose_output(student.outputs, term.output, "the student")]
+    values = stored_divergence(own, batch, answers.header, float(term.temperature))
     return term.temperature**2 * masked_mean(values, mask, "Logits")
 
 

@@ -5,16 +5,19 @@ from __future__ import annotations
 import collections
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import jax
 import jax.numpy as jnp
 
 from lepton_xla.errors import TrainingError
 from lepton_xla.program import Program, Weights
+from lepton_xla.train.distillation.answers import Answers
 from lepton_xla.train.distillation.logits import (
     Labels,
     Logits,
+    answers_loss,
+    check_answers,
     check_labels,
     check_logits,
     labels_loss,
@@ -37,12 +40,14 @@ class Distillation:
         teachers: programs that it learns from.
         losses: what is added up.
         arrays: the weights of each teacher. They are an argument of the compiled step, not constants in it.
+        answers: stored answers, in place of teachers.
         extra_weights: path -> weight of the losses' own, trained with the student's and dropped at the end.
 
     >>> program = lx.trace(lambda w, x: x @ w["w"], {"w": jnp.eye(2)}, {"x": lx.TensorSpec(("batch", 2), "float32")})
     >>> loss = lx.train.distill(program, program)
     >>> other = loss.bind(({"w": 2 * jnp.eye(2)},))
-    >>> [round(float(each(program.weights, {"x": jnp.eye(2)}, None, {})[0]), 3) for each in (loss, other)]
+    >>> batch = loss.prepare({"x": jnp.eye(2)})
+    >>> [round(float(each(program.weights, batch, None, {})[0]), 3) for each in (loss, other)]
     [0.0, 0.105]
     """
 
@@ -50,7 +55,16 @@ class Distillation:
     teachers: tuple[Program, ...]
     losses: tuple[AbstractTerm, ...]
     arrays: tuple[Weights, ...]
+    answers: Answers | None = None
     extra_weights: dict[str, jax.Array] = dataclasses.field(default_factory=dict[str, jax.Array])
+
+    def prepare(self, batch: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Add what the loss needs to a batch on the host: stored answers, found by the entry `id`.
+
+        Raises:
+            TrainingError: if there is no entry `id`, or a sample has no answer.
+        """
+        return batch if self.answers is None else self.answers.join(batch)
 
     def bind(self, arrays: Any) -> Distillation:
         """Return the loss with these weights of the teachers."""
@@ -98,7 +112,11 @@ class Distillation:
                 metrics |= {f"accuracy{name.removeprefix('labels')}": accuracy}
             else:
                 assert isinstance(term, Logits)
-                value = logits_loss(term, student, teachers, mask)
+                value = (
+                    logits_loss(term, student, teachers, mask)
+                    if self.answers is None
+                    else answers_loss(term, student, batch, self.answers, mask)
+                )
             total = total + weight_at(term, step) * value
             metrics[name] = value
         return total, metrics, after
@@ -106,7 +124,7 @@ class Distillation:
 
 def distill(
     student: Model | Program,
-    teacher: Program | Sequence[Program],
+    teacher: Program | Sequence[Program] | Answers,
     losses: Sequence[AbstractTerm] | None = None,
 ) -> Distillation:
     """Make a loss by which a student learns from a teacher.
@@ -114,7 +132,8 @@ def distill(
     Args:
         student: the model that is trained.
         teacher: a program, float or quantized; or several, whose probabilities are averaged. It runs in inference and
-            gets no gradients. Its inputs are entries of the batch, like the student's.
+            gets no gradients. Its inputs are entries of the batch, like the student's. Or its stored answers; then
+            each batch needs the entry `id`, and must pass through `prepare`, as fit does.
         losses: what is added up, each times its weight. By default `[Logits()]`: on logits alone a student of another
             architecture learns most reliably (features can hurt it).
 
@@ -123,8 +142,8 @@ def distill(
 
     Raises:
         ModelError: if the student cannot be trained.
-        TrainingError: if the teacher is no program, there are no losses, or an output is missing or has other classes
-            than the student's.
+        TrainingError: if the teacher is of another kind, there are no losses, or an output is missing or has other
+            classes than the student's.
 
     >>> inputs = {"x": lx.TensorSpec(("batch", 2), "float32")}
     >>> teacher = lx.trace(lambda w, x: x @ w["w"], {"w": 3 * jnp.eye(2)}, inputs)
@@ -136,18 +155,21 @@ def distill(
     {'logits': 0.361, 'accuracy': 1.0, 'labels': 0.313}
     """
     model = Model.of(student)
+    answers = teacher if isinstance(teacher, Answers) else None
     teachers = (teacher,) if isinstance(teacher, Program) else tuple(teacher) if _several(teacher) else ()
-    if not teachers or not all(isinstance(one, Program) for one in teachers):
-        raise TrainingError(f"the teacher is {_kind(teacher)}; expected a Program, or several in a list")
+    if (not teachers and answers is None) or not all(isinstance(one, Program) for one in teachers):
+        raise TrainingError(f"the teacher is {_kind(teacher)}; expected a Program, several in a list, or Answers")
     terms = (Logits(),) if losses is None else tuple(losses) if _several(losses) else ()
     if not terms or not all(isinstance(term, Logits | Labels) for term in terms):
         raise TrainingError(f"losses is {_kind(losses)}; expected a list such as [Logits(), Labels(weight=0.1)]")
     for term in terms:
-        if isinstance(term, Logits):
+        if isinstance(term, Logits) and answers is not None:
+            check_answers(term, model.program, answers)
+        elif isinstance(term, Logits):
             check_logits(term, model.program, teachers)
         elif isinstance(term, Labels):
             check_labels(term, model.program)
-    return Distillation(model, teachers, terms, tuple(one.weights for one in teachers))
+    return Distillation(model, teachers, terms, tuple(one.weights for one in teachers), answers)
 
 
 def term_names(terms: Sequence[AbstractTerm]) -> list[str]:
@@ -169,7 +191,7 @@ def _without_gradient(seen: Seen) -> Seen:
     return jax.tree.map(jax.lax.stop_gradient, seen)
 
 
-def _several(value: Any) -> bool:
+def _several(value: Any) -> TypeGuard[Sequence[Any]]:
     return isinstance(value, Sequence) and not isinstance(value, str)
 
 

@@ -232,7 +232,10 @@ def test_a_student_learns_what_the_teacher_knows():
         (lambda: Logits(True), "temperature = True"),
         (lambda: Labels(weight=-1.0), r"Labels: weight = -1.0; expected a number of at least 0"),
         (lambda: Labels(weight="high"), "weight = 'high'"),
-        (lambda: distill(STUDENT, None), "the teacher is a NoneType; expected a Program"),
+        (
+            lambda: distill(STUDENT, None),
+            "the teacher is a NoneType; expected a Program, several in a list, or Answers",
+        ),
         (lambda: distill(STUDENT, []), "the teacher is a list of nothing"),
         (lambda: distill(STUDENT, [TEACHER, 3]), "the teacher is a list of Program, int"),
         (lambda: distill(STUDENT, TEACHER, []), "losses is a list of nothing"),
