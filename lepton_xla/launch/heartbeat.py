@@ -11,8 +11,6 @@ import functools
 import logging
 import os
 import pathlib
-import time
-from collections.abc import Callable
 
 FILE_VARIABLE = "LEPTON_HEARTBEAT_FILE"
 """Names the file of this process. The launcher sets it."""
@@ -22,8 +20,6 @@ STEP = "step"
 
 _log = logging.getLogger("lepton_xla.launch")
 
-# The same phase is written at most this often, so that a loop of short steps does not notice.
-_INTERVAL_S = 0.1
 # Every record has this many bytes: one short write replaces the previous one as a whole.
 _RECORD_BYTES = 64
 
@@ -52,7 +48,6 @@ class Heartbeat:
 
     Args:
         path: the file; it is created with the first beat.
-        clock: seconds that only grow.
 
     >>> from lepton_xla.launch import Heartbeat
     >>> heart = Heartbeat("rank-0")
@@ -62,28 +57,19 @@ class Heartbeat:
     Beat(step=500, first_step=500, phase='step')
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, path: str | os.PathLike[str]) -> None:
         self._path = pathlib.Path(path)
-        self._clock = clock
         self._file = -1
-        self._phase = ""
         self._first_step = -1
-        self._written_s = 0.0
         self._broken = False
 
     def beat(self, step: int, phase: str) -> None:
-        """Write the progress, unless the same phase was written a moment ago. Never raises."""
-        now = self._clock()
-        if phase == self._phase and now - self._written_s < _INTERVAL_S:
+        """Write the progress. Never raises."""
+        if self._broken:
             return
         if phase == STEP and self._first_step < 0:
             self._first_step = step
-        self._phase, self._written_s = phase, now
-        self._write(f"{step} {self._first_step} {phase}".encode())
-
-    def _write(self, record: bytes) -> None:
-        if self._broken:
-            return
+        record = f"{step} {self._first_step} {phase}".encode()
         try:
             if self._file < 0:
                 self._file = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -108,8 +94,8 @@ class Heartbeat:
 def beat(step: int, phase: str) -> None:
     """Tell the launcher how far this process is. Does nothing in a process that no launcher watches.
 
-    Call it from the training loop, never from a thread: with each step, and before and after what takes long. It takes
-    less than a microsecond, and a short write ten times a second.
+    Call it from the training loop, never from a thread: with each step, and before and after what takes long. It is
+    one short write to a local file, a few microseconds.
 
     Args:
         step: steps done.

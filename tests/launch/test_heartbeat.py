@@ -8,51 +8,25 @@ from lepton_xla.launch import heartbeat
 from lepton_xla.launch.heartbeat import Beat, Heartbeat
 
 
-class Clock:
-    def __init__(self):
-        self.now = 100.0
-
-    def __call__(self):
-        return self.now
-
-
-@pytest.fixture
-def clock():
-    return Clock()
-
-
-def test_the_last_beat_is_read(tmp_path, clock):
+def test_the_last_beat_is_read(tmp_path):
     path = tmp_path / "rank"
-    heart = Heartbeat(path, clock=clock)
+    heart = Heartbeat(path)
     assert Heartbeat.read(path) is None
     heart.beat(1234567890, "evaluate")
     heart.beat(7, "step")  # a shorter record leaves nothing of a longer one
     assert Heartbeat.read(path) == Beat(7, 7, "step")
-    clock.now += 1
     heart.beat(9, "step")
     assert Heartbeat.read(path) == Beat(9, 7, "step")
 
 
-def test_the_first_step_is_that_of_the_phase_step(tmp_path, clock):
-    heart = Heartbeat(tmp_path / "rank", clock=clock)
+def test_the_first_step_is_that_of_the_phase_step(tmp_path):
+    heart = Heartbeat(tmp_path / "rank")
     heart.beat(0, "start")
     assert Heartbeat.read(tmp_path / "rank") == Beat(0, -1, "start")
     heart.beat(500, "compile")
     heart.beat(500, "step")
     heart.beat(501, "save")
     assert Heartbeat.read(tmp_path / "rank") == Beat(501, 500, "save")
-
-
-def test_the_same_phase_is_written_ten_times_a_second_at_most(tmp_path, clock, monkeypatch):
-    written = []
-    heart = Heartbeat(tmp_path / "rank", clock=clock)
-    monkeypatch.setattr(heart, "_write", written.append)
-    for step in range(1000):  # two seconds of steps of 2 ms
-        heart.beat(step, "step")
-        clock.now += 0.002
-    assert 15 <= len(written) <= 21
-    heart.beat(1000, "evaluate")  # another phase is written at once
-    assert written[-1] == b"1000 0 evaluate"
 
 
 def test_a_file_that_cannot_be_written_does_not_stop_training(tmp_path, caplog):
@@ -83,7 +57,7 @@ def test_the_variable_names_the_file(tmp_path, monkeypatch):
 def test_a_beat_is_cheap(tmp_path):
     heart = Heartbeat(tmp_path / "rank")
     least = min(_timed(heart) for _ in range(20))
-    assert least < 20e-6  # a step of 5 ms gives it 0.4 % at most; measured: below a microsecond
+    assert least < 25e-6  # half a percent of a step of 5 ms; measured: 2 us
 
 
 def _timed(heart):
