@@ -19,7 +19,7 @@ from lepton_xla import _compat
 from lepton_xla.arguments import takes
 from lepton_xla.errors import ModelError, RecipeError, UnsupportedError
 from lepton_xla.passes.core.computed import Computed
-from lepton_xla.passes.core.layouts import lay_out
+from lepton_xla.passes.core.layouts import lay_out, layout_key
 from lepton_xla.passes.core.matrix import code_matrix, code_operand, contracted_size
 from lepton_xla.passes.core.names import Key
 from lepton_xla.passes.core.plans import Plan, SitePlan
@@ -125,10 +125,11 @@ def fake_quant(
         def rule(
             site: Site, context: Context, eqn: Any, values: Values, *, weights_alone: bool = False
         ) -> Values | None:
-            met.add(site.name)
-            entry = plan[site.name]
+            entry = plan[site.name] or _same_use(site, plan)
             if entry is None or entry.quantize is None:
                 return None
+            site = dataclasses.replace(site, name=entry.site.name)  # scales and keys are under the plan's name
+            met.add(site.name)
             decision = entry.quantize
             if weights_alone:
                 decision = msgspec.structs.replace(decision, activations="none")
@@ -157,7 +158,7 @@ def fake_quant(
                 fn, chosen, side_inputs=side_inputs, escapes=escapes, follow=moves, computed=computed
             )
             out = rewritten(weights, *inputs, **kwargs)
-            _check_met(planned, met, escapes)
+            _check_met(plan, met, escapes)
             return out
 
         side_inputs = _side_inputs(planned, ranges or {}, raw_scales(scales), key, weights)
@@ -441,8 +442,26 @@ def _named(weights: Any, planned: Iterable[SitePlan]) -> dict[str, Any]:
     return named
 
 
-def _check_met(planned: Sequence[SitePlan], met: set[str], escapes: Escapes) -> None:
+def _same_use(site: Site, plan: Plan) -> SitePlan | None:
+    """The plan of the same use of a weight: a loss may run its model more than once."""
+    use = lambda one: (one.kind, one.weight_operand, one.weight.shape, layout_key(one.layout), _dimensions(one))  # noqa: E731
+    uses = plan.quantized.get(site.path, ()) if site.path is not None else ()
+    return next((entry for entry in uses if use(entry.site) == use(site)), None)
+
+
+def _dimensions(site: Site) -> str:
+    return str(site.params.get("dimension_numbers", site.params.get("ragged_dot_dimension_numbers")))
+
+
+def _check_met(plan: Plan, met: set[str], escapes: Escapes) -> None:
     """Refuse a function that uses a planned weight but not at its site, where it would silently stay float."""
+    planned = [entry for entry in plan.sites if entry.quantize is not None]
+    pairs = [entry.site.name for entry in planned if entry.site.path is None]
+    if pairs and met.isdisjoint(pairs):
+        raise UnsupportedError(
+            f"fake_quant: the function has none of the plan's products of two activations ({some_names(pairs)}), which "
+            f"are named by their scopes; trace the program under the scopes that the function has"
+        )
     for entry in planned:
         name, path = entry.site.name, entry.site.path
         if name not in met and not escapes.paths.isdisjoint((path, *made_of(entry.site))):

@@ -19,9 +19,29 @@ from lepton_xla.passes.core.sites import stored_weight
 from lepton_xla.passes.quantization.fake_quantization import Scales
 from lepton_xla.passes.shrinking.groups import Masks
 from lepton_xla.passes.shrinking.resizing import cut_array
-from lepton_xla.trees import abstract, key_name, some_names
+from lepton_xla.train.state import State
+from lepton_xla.trees import abstract, key_name
 
 type _Shapes = Mapping[str, Any]
+
+
+def cut_state(state: State, optimizer: optax.GradientTransformation, cuts: Masks) -> tuple[State, list[str]]:
+    """Cut the state of a run, all but its scales; the other arguments and the results are those of `cut_optimizer`."""
+    weights = cut_by_path(state.weights, cuts)
+    moments, anew = cut_optimizer(state.optimizer, optimizer, state.weights, weights, cuts)
+    small = state.replace(
+        weights=weights,
+        model_state=cut_by_path(state.model_state, cuts),
+        optimizer=moments,
+        ema=cut_by_path(state.ema, cuts),
+        best=cut_by_path(state.best, cuts),
+    )
+    return small, anew
+
+
+def cut_by_path(arrays: Mapping[str, Any], cuts: Masks) -> dict[str, Any]:
+    """Cut those arrays whose path has masks."""
+    return {path: cut_array(leaf, cuts[path]) if path in cuts else leaf for path, leaf in arrays.items()}
 
 
 def cut_optimizer(
@@ -96,19 +116,28 @@ def _shape(leaf: Any) -> str:
     return f"{jnp.dtype(leaf.dtype).name}[{', '.join(map(str, leaf.shape))}]"
 
 
-def cut_scales(scales: Scales, fresh: Scales, plan: Plan, weights: _Shapes, cuts: Masks) -> tuple[Scales, list[str]]:
+def cut_scales(
+    scales: Mapping[str, Any], fresh: Mapping[str, Any], plan: Plan, weights: _Shapes, cuts: Masks
+) -> tuple[dict[str, Any], list[str]]:
     """Cut trained scales like the columns of the matrices that they belong to.
 
     Args:
-        scales: the scales of the weights before.
-        fresh: scales for the smaller weights, where those before do not fit: scales of groups of rows.
+        scales: `values` before, and the state of their `optimizer`.
+        fresh: the same for the smaller weights, for what cannot be cut: scales of groups of rows, and the optimizer.
         plan: the plan of the program before.
         weights: shapes of its weights.
         cuts: which slices of them stay.
 
     Returns:
-        The scales, and a line for each that starts anew.
+        The scales, and a line for what starts anew.
     """
+    values, anew = _cut_values(scales["values"], fresh["values"], plan, weights, cuts)
+    if jax.tree.map(jnp.shape, values) == jax.tree.map(jnp.shape, scales["values"]):
+        return {"values": values, "optimizer": scales["optimizer"]}, anew
+    return {"values": values, "optimizer": fresh["optimizer"]}, [*anew, "the optimizer of the scales starts anew"]
+
+
+def _cut_values(scales: Scales, fresh: Scales, plan: Plan, weights: _Shapes, cuts: Masks) -> tuple[Scales, list[str]]:
     kept: Scales = {}
     anew: list[str] = []
     sites = {str(entry.site.path): entry.site for entry in plan.sites if entry.quantize is not None}
@@ -147,8 +176,3 @@ def _columns(scale: jax.Array, stays: np.ndarray) -> Any:
     if scale.shape[-1] != stays.shape[-1] or np.any(counts != counts.reshape(-1)[0]):
         return scale
     return cut_array(scale, masks)
-
-
-def told(lines: Sequence[str]) -> str:
-    """Lines of what starts anew, shortened for a message."""
-    return some_names(lines, 4)

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from lepton_xla.errors import TrainingError
 from lepton_xla.passes.core.plans import Plan
 from lepton_xla.passes.quantization.fake_quantization import Scales, fake_quant
-from lepton_xla.passes.shrinking.dependencies import Study
-from lepton_xla.passes.shrinking.groups import Groups, Masks, masks_of, transferred
-from lepton_xla.passes.shrinking.resizing import cut_array, on_smaller_weights
-from lepton_xla.trees import abstract, some_names
+from lepton_xla.passes.shrinking.groups import Masks
+from lepton_xla.passes.shrinking.resizing import on_smaller_weights
+from lepton_xla.train.compression.cutting import cut_by_path
+from lepton_xla.trees import some_names
 
 # `fn(weights and state together, ...) -> (..., state)`: passes take all by path as weights.
 type _Joined = Callable[..., tuple[Any, ...]]
@@ -69,12 +67,12 @@ class StageLoss:
         key: Any,
         state: Mapping[str, Any],
         *,
+        step: Any = None,
         scales: Scales | None = None,
-        **given: Any,
     ) -> tuple[Any, Any, dict[str, Any]]:
         """Compute the loss, metrics and new state."""
-        more = {"scales": scales} if scales else {}
-        value, metrics, after = self._fn({**weights, **state}, batch, key, *given.values(), **more)
+        steps, more = () if step is None else (step,), {"scales": scales} if scales else {}
+        value, metrics, after = self._fn({**weights, **state}, batch, key, *steps, **more)
         return value, metrics, after
 
     def __getattr__(self, name: str) -> Any:
@@ -122,51 +120,9 @@ def split(every: Mapping[str, Any], state: frozenset[str]) -> tuple[dict[str, An
     return weights, {path: leaf for path, leaf in every.items() if path in state}
 
 
-def cut_by_path(arrays: Mapping[str, Any], cuts: Masks) -> dict[str, Any]:
-    """Cut those arrays whose path has masks."""
-    return {path: cut_array(leaf, cuts[path]) if path in cuts else leaf for path, leaf in arrays.items()}
-
-
-def study_loss(loss: Callable[..., Any], changes: Changes, batch: Any, key: Any) -> Study:
-    """Find which axes of weights and state depend on each other in a loss."""
-    like = dict(changes.like)
-    steps = (jax.ShapeDtypeStruct((), jnp.int32),) if takes_step(loss) else ()
-    closed = jax.make_jaxpr(joined(loss, changes.state))(like, _shapes(batch), key, *steps)
-    return Study(closed, like, ("batch",), returned=sorted(changes.state), redrawn=True)
-
-
-def protect_by_loss(groups: Groups, study: Study) -> Groups:
-    """Protect the groups of a program that may not lose units in a loss.
-
-    Args:
-        groups: the program's groups.
-        study: of the loss, whose weights include the program's.
-    """
-    reasons: dict[str, str] = {}
-    for group in groups.removable:
-        first = np.arange(group.units) == 0
-        for stays in (first, ~first):  # every unit is removed in one of the two, and never all of them
-            if not stays.any() or group.name in reasons:
-                continue
-            masks = masks_of(groups.study, {group.leaf: np.broadcast_to(stays, (*group.steps, group.units))})
-            refusal = transferred(study, masks, groups.study.weights)[1]
-            if refusal:
-                reasons[group.name] = f"in the loss, {refusal}"
-    return groups.without(reasons)
-
-
-def takes_step(loss: Callable[..., Any]) -> bool:
-    """Whether a loss has a parameter `step`."""
-    return "step" in inspect.signature(loss).parameters
-
-
 def _same_paths(before: Mapping[str, Any], after: Any) -> dict[str, Any]:
     """The new state, in the order of the old one."""
     if not isinstance(after, Mapping) or after.keys() != before.keys():
         has = some_names(map(str, after)) if isinstance(after, Mapping) else f"a {type(after).__name__}"
         raise TrainingError(f"the loss was given the state {some_names(before)} and returned {has}; return the same")
     return {path: after[path] for path in before}
-
-
-def _shapes(batch: Any) -> Any:
-    return abstract(jax.tree.map(lambda leaf: leaf if hasattr(leaf, "dtype") else np.asarray(leaf), batch))

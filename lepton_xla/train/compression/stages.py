@@ -13,27 +13,20 @@ import jax.numpy as jnp
 import optax
 
 from lepton_xla.arguments import takes
-from lepton_xla.errors import TrainingError, UnsupportedError
+from lepton_xla.errors import TrainingError
 from lepton_xla.passes.core.calibration import calibrate, needs_range
 from lepton_xla.passes.core.plans import Plan
 from lepton_xla.passes.planning import resolve
 from lepton_xla.passes.quantization.fake_quantization import initial_scales
-from lepton_xla.passes.quantization.lowering import quantize
-from lepton_xla.passes.shrinking.groups import find_groups, masks_of, transferred
-from lepton_xla.passes.shrinking.removal import shrink_groups
+from lepton_xla.passes.quantization.integer_arithmetic import quantize
+from lepton_xla.passes.shrinking.groups import find_groups
 from lepton_xla.passes.shrinking.resizing import on_smaller_weights
 from lepton_xla.program import Program
 from lepton_xla.train.compression.compressions import Change, Compression
-from lepton_xla.train.compression.cutting import cut_optimizer, cut_scales
+from lepton_xla.train.compression.cutting import cut_by_path, cut_scales, cut_state
 from lepton_xla.train.compression.decisions import Decisions
-from lepton_xla.train.compression.losses import (
-    Changes,
-    StageLoss,
-    cut_by_path,
-    protect_by_loss,
-    smaller_apply,
-    study_loss,
-)
+from lepton_xla.train.compression.losses import Changes, StageLoss, smaller_apply
+from lepton_xla.train.compression.removal import decide_cuts
 from lepton_xla.train.models import Loss, Model
 from lepton_xla.train.sparsity import finalize, sparsify
 from lepton_xla.train.state import State
@@ -43,7 +36,7 @@ from lepton_xla.trees import abstract
 _SCALE_RATE = 1e-3
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Stage:
     """A model in training between two changes of a compression schedule.
 
@@ -323,58 +316,20 @@ class Stage:
         """Remove units from the model, the loss and the state."""
         start = time.perf_counter()
         program = self.program.replace(weights=self._together(state), masks={})
-        study = study_loss(self.criterion, self._cut, batches[0], state.key)
-        groups = protect_by_loss(find_groups(program).protecting(_patterns(self.compression)), study)
-        options = {name: value for name, value in self.compression.shrink_options.items() if name != "protect"}
-        if options.get("importance") == "taylor":
-            options |= {"loss": self._ranking_loss(state), "calibration": batches}
-        elif options.get("importance") == "activation":
-            options["calibration"] = self._inputs(batches)
-        small, kept = shrink_groups(program, groups, **options)
-        in_loss, refusal = transferred(study, masks_of(groups.study, kept), program.weights)
-        if refusal:
-            raise UnsupportedError(f"the loss cannot be shrunk like its program: {refusal}. Protect it")
-        cuts = masks_of(study, in_loss)
-        passed = (*self.decided.passed, "shrink")
-        stage = self._deciding(passed=passed, cuts=cuts, report=small.history[-1])
-        weights = cut_by_path(state.weights, cuts)
-        optimizer, anew = cut_optimizer(state.optimizer, stage.optimizer, state.weights, weights, cuts)
-        scales, more = self._cut_scales(stage, state, cuts)
-        report = small.history[-1]
-        metrics = {**report.metrics, "seconds_in_training": time.perf_counter() - start}
-        metrics |= {"state_anew": [*anew, *more]} if anew or more else {}
-        stage = stage._deciding(report=dataclasses.replace(report, metrics=metrics))
-        return stage, state.replace(
-            weights=weights,
-            model_state=cut_by_path(state.model_state, cuts),
-            optimizer=optimizer,
-            scales=scales,
-            ema=cut_by_path(state.ema, cuts),
-            best=cut_by_path(state.best, cuts),
+        cuts, report = decide_cuts(
+            program, self.criterion, self._cut, self.compression.shrink_options, batches, state.key
         )
-
-    def _cut_scales(self, stage: Stage, state: State, cuts: Any) -> tuple[dict[str, Any], list[str]]:
-        if not state.scales:
-            return {}, []
-        assert self.plan is not None
-        fresh = stage._first_scales(cut_by_path(self._together(state), cuts))
-        old: Any = state.scales["values"]
-        values, anew = cut_scales(old, fresh["values"], self.plan, abstract(self._together(state)), cuts)
-        if jax.tree.map(jnp.shape, values) == jax.tree.map(jnp.shape, old):
-            return {"values": values, "optimizer": state.scales["optimizer"]}, anew
-        return {"values": values, "optimizer": self.scale_optimizer.init(values)}, [*anew, "optimizer of the scales"]
-
-    def _ranking_loss(self, state: State) -> Callable[..., jax.Array]:
-        """The training loss of the program's weights, for `importance = "taylor"`."""
-        own = self.whole.state
-        extra = {path: leaf for path, leaf in state.weights.items() if path not in self.program.weights}
-
-        def loss(weights: Mapping[str, Any], batch: Mapping[str, Any]) -> jax.Array:
-            trained = {path: leaf for path, leaf in weights.items() if path not in own}
-            before = {path: leaf for path, leaf in weights.items() if path in own}
-            return self.criterion({**trained, **extra}, batch, state.key, before)[0]
-
-        return loss
+        stage = self._deciding(passed=(*self.decided.passed, "shrink"), cuts=cuts, report=report)
+        small, anew = cut_state(state, stage.optimizer, cuts)
+        if state.scales:
+            assert self.plan is not None
+            fresh = stage._first_scales(stage._together(small))
+            shapes = abstract(program.weights)
+            scales, more = cut_scales(state.scales, fresh, self.plan, shapes, cuts)
+            small, anew = small.replace(scales=scales), [*anew, *more]
+        metrics = {**report.metrics, "state_anew": anew} if anew else report.metrics
+        report = dataclasses.replace(report, seconds=time.perf_counter() - start, metrics=metrics)
+        return stage._deciding(report=report), small
 
 
 def _patterns(compression: Compression) -> list[str]:
