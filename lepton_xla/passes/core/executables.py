@@ -93,9 +93,3 @@ class Compilation:
 
     def __exit__(self, *_: object) -> None:
         self._pool.shutdown()
-
-
-def compile_all(programs: Sequence[Lowered]) -> list[Any]:
-    """Compile programs in parallel, equal ones once."""
-    with Compilation() as compilation:
-        return compilation.start(programs)()

@@ -176,17 +176,16 @@ def _collect(
                 totals[name] = totals[name] + value
         return totals, rows
 
-    totals = {name: jnp.asarray(zeros) for name, zeros in _zeros(group, wanted, gram).items()}
+    totals: _Totals = jax.device_put(_zeros(group, wanted, gram))  # `jnp.asarray` would compile a copy of each shape
     counts: dict[TapName, np.ndarray] = {(name, "rows"): np.zeros(steps, np.float64) for name, steps in wanted.items()}
     for count, batch in enumerate(data):
         inputs = check_batch(program, batch, f"calibration batch {count}")
         totals, rows = add(program.weights, totals, inputs)
         for name, value in rows.items():
             counts[name] = counts[name] + np.asarray(value, np.float64)
-    found: dict[str, Statistics] = {}
-    for name in wanted:
-        found[name] = _statistics(name, counts[name, "rows"], totals, gram)
-    return found
+    shares = {name: (1 / np.maximum(counts[name, "rows"], 1)).astype(np.float32) for name in wanted}
+    grams = _scaled({name: totals.pop((name, "gram")) for name in wanted}, shares) if gram else {}
+    return {name: _statistics(name, counts[name, "rows"], totals, shares[name], grams.get(name)) for name in wanted}
 
 
 def _zeros(sites: Sequence[Site], wanted: Mapping[str, tuple[int, ...]], gram: bool) -> dict[TapName, np.ndarray]:
@@ -201,17 +200,18 @@ def _zeros(sites: Sequence[Site], wanted: Mapping[str, tuple[int, ...]], gram: b
     return zeros
 
 
-def _statistics(site: str, rows: np.ndarray, totals: dict[TapName, Any], gram: bool) -> Statistics:
+def _statistics(
+    site: str, rows: np.ndarray, totals: dict[TapName, Any], share: np.ndarray, gram: jax.Array | None
+) -> Statistics:
     """Compute the statistics of a site; removes its sums from the totals."""
     absmax, *sums = (np.asarray(totals.pop((site, what))) for what in _SUMS)
     if not np.isfinite(absmax).all():
         raise CalibrationError(f"the activation of site {site!r} is not finite on the calibration data")
-    share = (1 / np.maximum(rows, 1)).astype(np.float32)
-    means = [jnp.asarray(each * share[..., None, None]) for each in sums]
-    square = _scaled(totals.pop((site, "gram")), share[..., None, None, None]) if gram else None
-    return Statistics(rows, jnp.asarray(absmax), *means, gram=square)
+    means = [each * share[..., None, None] for each in sums]
+    return Statistics(rows, *jax.device_put([absmax, *means]), gram=gram)
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def _scaled(gram: jax.Array, share: jax.Array) -> jax.Array:
-    return gram * share
+def _scaled(grams: dict[str, jax.Array], shares: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """Scale all Gram matrices in place; one program for all."""
+    return {site: gram * shares[site][..., None, None, None] for site, gram in grams.items()}

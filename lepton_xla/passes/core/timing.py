@@ -187,7 +187,7 @@ def time_programs(
         arrays = [
             random_array(number, leaf)
             if jnp.issubdtype(leaf.dtype, jnp.floating)
-            else jnp.asarray(np.zeros(leaf.shape, leaf.dtype))
+            else jax.device_put(np.zeros(leaf.shape, leaf.dtype))
             for number, leaf in enumerate(inputs)
         ]
         calls = [
@@ -202,7 +202,7 @@ def time_programs(
 
 def random_array(seed: int, like: jax.ShapeDtypeStruct) -> jax.Array:
     """Draw normal values on the host; JAX would compile its generator, and a cast, for each shape."""
-    return jnp.asarray(random_values(seed, like.shape, lambda drawn: drawn.astype(like.dtype)))
+    return jax.device_put(random_values(seed, like.shape, lambda drawn: drawn.astype(like.dtype)))
 
 
 def random_values(seed: int, shape: Sequence[int], made: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from lepton_xla import _compat
 from lepton_xla.arguments import takes
 from lepton_xla.passes.core.dtypes import wider
-from lepton_xla.passes.core.executables import Lowered, compile_all
+from lepton_xla.passes.core.executables import Compilation, Lowered
 from lepton_xla.passes.core.layouts import Layout, LayoutOp, lay_out
 from lepton_xla.passes.core.names import fresh
 from lepton_xla.passes.core.precomputation import precompute
@@ -183,25 +183,27 @@ class _Recorder(dict[str, Any]):
 
 def _all_made(weights: Mapping[str, Any], folds: Sequence[_Fold]) -> list[dict[str, jax.Array]]:
     """Compute each folded weight and its bias; empty where folding loses something. Equal folds are compiled once."""
-    programs: list[Lowered] = []
+    waiting: list[Callable[[], list[Any]]] = []
     leaves: list[list[Any]] = []
-    for entry in folds:
-        recorders: list[_Recorder] = []
+    with Compilation() as compilation:
+        for entry in folds:
+            recorders: list[_Recorder] = []
 
-        def recorded(given: Mapping[str, Any], entry: _Fold = entry, recorders: list[_Recorder] = recorders) -> Any:
-            recorders.append(_Recorder(given))
-            return _made(recorders[-1], entry)
+            def recorded(given: Mapping[str, Any], entry: _Fold = entry, recorders: list[_Recorder] = recorders) -> Any:
+                recorders.append(_Recorder(given))
+                return _made(recorders[-1], entry)
 
-        jax.eval_shape(recorded, abstract(weights))
-        names = tuple(recorders[-1].read)
+            jax.eval_shape(recorded, abstract(weights))
+            names = tuple(recorders[-1].read)
 
-        def made(*read: Any, entry: _Fold = entry, names: tuple[str, ...] = names) -> Any:
-            return _made(dict(zip(names, read, strict=True)), entry)
+            def made(*read: Any, entry: _Fold = entry, names: tuple[str, ...] = names) -> Any:
+                return _made(dict(zip(names, read, strict=True)), entry)
 
-        leaves.append([weights[name] for name in names])
-        programs.append(Lowered.of(made, *leaves[-1]))
+            leaves.append([weights[name] for name in names])
+            waiting.append(compilation.start([Lowered.of(made, *leaves[-1])]))
     found: list[dict[str, jax.Array]] = []
-    for entry, run, read in zip(folds, compile_all(programs), leaves, strict=True):
+    for entry, executable, read in zip(folds, waiting, leaves, strict=True):
+        (run,) = executable()
         weight, bias, exact = run(*read)
         both = {_path(entry.site): weight} | ({} if entry.bias is None else {entry.bias: bias})
         found.append(both if bool(exact) else {})

@@ -279,8 +279,8 @@ def _round_zeros(program: Program, planned: Planned, options: Options) -> None:
         return
     batch, depth, _ = matrix.matrix_shape(site)
     steps = matrix.steps(site, planned.stored)
-    gram = jnp.asarray(np.zeros((*steps, batch, depth, depth), np.float32))
-    zeros = jnp.asarray(np.zeros(planned.stored.shape, planned.stored.dtype))
+    gram = jax.device_put(np.zeros((*steps, batch, depth, depth), np.float32))
+    zeros = jax.device_put(np.zeros(planned.stored.shape, planned.stored.dtype))
     mask = program.masks.get(planned.path)
     _better_of_two(zeros, gram, _all_ordered(gram, options), mask, Alike(planned.site), planned.rule, options)
 

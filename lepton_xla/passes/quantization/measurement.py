@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from lepton_xla import _compat
@@ -99,8 +98,8 @@ def _measurement(key: _Key, timer: Timer) -> Measurement:
         return _compat.bind(site.eqn, operands)[0]
 
     store = functools.partial(_stored, key)
-    weight = None if site.weight_operand is None else site.operands[site.weight_operand]
-    like = _arguments(key, site.operands, None if weight is None else jax.eval_shape(store, weight))
+    side = site.weight_operand
+    like = _arguments(key, site.operands, None if side is None else jax.eval_shape(store, site.operands[side]))
     repeats = REPEATS if timer.target.queues else 1
     in_codes = functools.partial(_in_codes, key, timer.target)
     wanted = [(as_float, site.operands), (in_codes, like)]
@@ -110,7 +109,7 @@ def _measurement(key: _Key, timer: Timer) -> Measurement:
     def measure(executables: list[Any]) -> Times:
         in_float, *coded = executables[: len(wanted)]
         operands = [_exact(key, side) for side in range(2)]
-        args = _arguments(key, operands, executables[-1](operands[site.weight_operand]) if weight is not None else None)
+        args = _arguments(key, operands, None if side is None else executables[-1](operands[side]))
         expected = in_float(*operands)
         errors = [_share(call(*args), expected) for call in coded]
         calls = [functools.partial(in_float, *operands), *(functools.partial(call, *args) for call in coded)]
@@ -119,7 +118,9 @@ def _measurement(key: _Key, timer: Timer) -> Measurement:
         return Times(times, worst if math.isfinite(worst) else None)
 
     def untimed() -> list[Lowered]:
-        return [] if weight is None else [Lowered.of(Candidate(store, timer.once(_stored, dict)), weight)]
+        if side is None:
+            return []
+        return [Lowered.of(Candidate(store, timer.once(_stored, dict)), site.operands[side])]
 
     return Measurement([Lowered.of(_repeated(fn, repeats), *given) for fn, given in wanted], measure, untimed)
 
@@ -170,7 +171,7 @@ def _exact(key: _Key, side: int) -> jax.Array:
     values = random_values(side, like.shape, on_grid)
     values[tuple(slice(1 if axis in summed else None) for axis in range(values.ndim))] = target.largest
     values *= np.float32(_unit(target))
-    return jnp.asarray(values.astype(like.dtype, copy=False))
+    return jax.device_put(values.astype(like.dtype, copy=False))
 
 
 def _in_codes(key: _Key, target: Target, *args: Any, pad: bool = False) -> jax.Array:

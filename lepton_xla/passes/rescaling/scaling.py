@@ -132,7 +132,7 @@ def _unscalable(flow: Flow, site: Site) -> str:
 def weight_absmax(weights: Mapping[str, Any], group: FactorGroup) -> jax.Array:
     """Largest magnitude of the weights for each input channel of a group: `[*steps, channels]`."""
     found = [np.asarray(row_absmax(site, weights[str(site.path)])) for site in group.sites]
-    return jnp.asarray(np.max(found, axis=0))
+    return jax.device_put(np.max(found, axis=0))
 
 
 def scaled_weights(weights: Mapping[str, Any], sites: Mapping[str, Site], group: FactorGroup, factor: jax.Array) -> Any:
