@@ -58,8 +58,9 @@ class InferCall(Call, kw_only=True, eq=False):
             # As `send`, without a call.
             exchange = self.exchange
             if not exchange.answered:
-                self.model.metrics.answered(monotonic() - exchange.started_s, len(exchange.body), response.nbytes)
-                exchange.send(response, outputs)
+                now_s = monotonic()
+                self.model.metrics.answered(now_s - exchange.started_s, len(exchange.body), response.nbytes)
+                exchange.send(response, outputs, now_s)
             return
         try:
             self.app.answer(self, outputs)

@@ -291,7 +291,7 @@ class Connection(asyncio.Protocol):
             self._out.go_on()
             self._throttle()
 
-    def flush(self, exchange: Exchange) -> None:
+    def flush(self, exchange: Exchange, now_s: float | None = None) -> None:
         """Writes the answers whose turn it is: answers leave in the order of the requests."""
         state, pending = self._state, self._pending
         if not pending:
@@ -310,10 +310,16 @@ class Connection(asyncio.Protocol):
                 # `Connection: close` tells the client that later requests are not read.
                 self._closing = True
                 last = last or not pending
-            start, body = DATE.starts[response.status], exchange.body_out
+            tick, body = DATE.ticks, exchange.body_out
+            if response.tick != tick:
+                # In this order: servers in other threads may share the response.
+                response.start = DATE.starts[response.status] + response.fields
+                response.tick = tick
+            start = response.start
             if last or head.old or exchange.trace is not None:
-                start += _fields(exchange, last=last)
-            self._transport.write(b"".join((start, response.fields, *body)) if body else start + response.fields)
+                start = DATE.starts[response.status] + _fields(exchange, last=last) + response.fields
+            # A list, because unpacking into a tuple takes longer.
+            self._transport.write(b"".join([start, *body]) if body else start)
             if self._stalled != inf:
                 self._out.count(self._transport.get_write_buffer_size())
             if last:
@@ -329,7 +335,7 @@ class Connection(asyncio.Protocol):
             if self._in.begun:
                 self._send_continue()
             else:
-                self._deadline = monotonic() + self._limits.idle_timeout_s
+                self._deadline = (monotonic() if now_s is None else now_s) + self._limits.idle_timeout_s
 
     def _fail(self, refusal: HTTPError, method: bytes = b"") -> None:
         """Answers a request that cannot be read, after all earlier answers, and closes.

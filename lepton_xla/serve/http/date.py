@@ -14,17 +14,20 @@ class Date:
 
     Attributes:
         starts: how answers begin, by status: the status line and the date.
+        ticks: how often they have changed.
     """
 
-    __slots__ = ("starts",)
+    __slots__ = ("starts", "ticks")
 
     def __init__(self) -> None:
+        self.ticks = 0
         self.tick(time.time())
 
     def tick(self, now_s: float) -> None:
         """Takes the time (Unix)."""
         date = f"Date: {formatdate(now_s, usegmt=True)}\r\n".encode("ascii")
         self.starts = {status: line + date for status, line in _STATUS_LINES.items()}
+        self.ticks += 1
 
 
 DATE = Date()

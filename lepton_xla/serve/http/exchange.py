@@ -26,7 +26,7 @@ class Watcher(Protocol):
 class Answers(Protocol):
     """Takes answers: the connection, which sends them in the order of the requests."""
 
-    def flush(self, exchange: Exchange) -> None:
+    def flush(self, exchange: Exchange, now_s: float | None = None) -> None:
         """An exchange has its answer. The pieces of its body are only valid until this returns."""
         ...
 
@@ -141,12 +141,13 @@ class Exchange(msgspec.Struct, eq=False):
             refusal.response = refuse(refusal.status, refusal.message, refusal.headers, bodiless=False)
         self.send(refusal.response, ())
 
-    def send(self, response: Response, body: Sequence[bytes | memoryview]) -> None:
+    def send(self, response: Response, body: Sequence[bytes | memoryview], now_s: float | None = None) -> None:
         """Answers, unless there is an answer already.
 
         Args:
             response: status and header fields.
             body: pieces of the body. They need only be valid until this returns.
+            now_s: the time on the monotonic clock, from who knows it: looking takes a hundredth of a request's time.
         """
         if not self.answered:
             self.answered = True
@@ -159,4 +160,4 @@ class Exchange(msgspec.Struct, eq=False):
             if self.reserved > response.nbytes:
                 # The answer may wait long for earlier ones.
                 self.reserve(response.nbytes - self.reserved)
-            self.connection.flush(self)
+            self.connection.flush(self, now_s)

@@ -7,7 +7,7 @@ import functools
 import msgspec
 
 
-class Response(msgspec.Struct, frozen=True, eq=False):
+class Response(msgspec.Struct, eq=False):
     """Status and header fields of an answer. Equal answers may share one.
 
     Attributes:
@@ -15,11 +15,15 @@ class Response(msgspec.Struct, frozen=True, eq=False):
         fields: header lines and the blank line, then the part of the body that all its answers share. `Date`,
             `Connection` and `Traceparent` are left to the connection.
         nbytes: size of `fields` and the rest of the body.
+        start, tick: kept by connections: how the answer begins, from the status line to the end of `fields`, and the
+            `Date.ticks` for which that holds.
     """
 
     status: int
     fields: bytes
     nbytes: int
+    start: bytes = b""
+    tick: int = -1
 
 
 def respond(status: int, body_bytes: int, content_type: str = "application/json", *extra: str) -> Response:

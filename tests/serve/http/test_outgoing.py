@@ -15,6 +15,7 @@ from serve_fakes import bodies, exchange, raw_request, read_outputs, read_respon
 from lepton_xla.program import TensorSpec
 from lepton_xla.serve.errors import HTTPError
 from lepton_xla.serve.http.connection import Connection
+from lepton_xla.serve.http.date import DATE
 from lepton_xla.serve.http.outgoing import AHEAD_BYTES
 from lepton_xla.serve.http.response import Response
 from lepton_xla.serve.http.server_state import ServerState
@@ -221,6 +222,20 @@ def test_an_answer_that_waits_for_another_keeps_what_it_said(connection, held):
     outputs[:] = b"------"
     send(held[0], b"first, ")
     assert bodies(connection._transport.written) == b"first, the second"
+
+
+def test_a_response_that_is_sent_again_has_the_date_of_then(connection, held):
+    response = Response(200, b"Content-Length: 0\r\n\r\n", 21)
+    try:
+        for second in (b"37", b"38"):
+            DATE.tick(784111740 + int(second))
+            for _ in range(2):
+                connection.data_received(get(1))
+                held[-1].send(response, ())
+                start = b"HTTP/1.1 200 OK\r\nDate: Sun, 06 Nov 1994 08:49:%b GMT\r\n" % second
+                assert connection._transport.written.pop() == start + response.fields
+    finally:
+        DATE.tick(time.time())
 
 
 def test_what_there_is_no_room_for_now_is_503(connection, held):
