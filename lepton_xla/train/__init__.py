@@ -2,7 +2,16 @@
 
 from lepton_xla.recipe import PruneRule
 from lepton_xla.train.compression import Compression, Stage
-from lepton_xla.train.distillation import Answers, Distillation, Labels, Logits, distill, teach
+from lepton_xla.train.distillation import (
+    Answers,
+    Distillation,
+    Features,
+    Labels,
+    Logits,
+    distill,
+    every_nth_layer,
+    teach,
+)
 from lepton_xla.train.models import Model, from_linen, from_nnx, supervised
 from lepton_xla.train.schedules import Schedule, one_shot, periodic, polynomial
 from lepton_xla.train.sparsity import Regrow, SparsityState, finalize, masks_of, sparsify
@@ -12,6 +21,7 @@ __all__ = [
     "Answers",
     "Compression",
     "Distillation",
+    "Features",
     "Labels",
     "Logits",
     "Model",
@@ -22,6 +32,7 @@ __all__ = [
     "Stage",
     "State",
     "distill",
+    "every_nth_layer",
     "finalize",
     "from_linen",
     "from_nnx",

@@ -67,20 +67,31 @@ class Context:
     Attributes:
         key: identifies the equation and its surrounding calls; the same each time a body is traced.
         scope: names of the surrounding modules and scopes, joined by `/`.
-        repeats: number of runs in one call: the product of the lengths of the surrounding scans.
-        container: the innermost surrounding container, such as `scan` or `shard_map`; empty at the top level.
-        body: identifies the body of that container.
+        frame: the surrounding calls.
         uses: number of reads of each variable of the current jaxpr, outputs included.
     """
 
     walk: Walk
     key: tuple[int, ...]
     scope: str
-    repeats: int
-    container: str
-    body: tuple[int, ...]
+    frame: Frame
     uses: Mapping[Any, int]
     taps: Taps
+
+    @property
+    def repeats(self) -> int:
+        """Number of runs in one call: the product of the lengths of the surrounding scans."""
+        return self.frame.repeats
+
+    @property
+    def container(self) -> str:
+        """The innermost surrounding container, such as `scan` or `shard_map`; empty at the top level."""
+        return self.frame.container
+
+    @property
+    def body(self) -> tuple[int, ...]:
+        """Identifies the body of that container."""
+        return self.frame.body
 
     def tap(self, name: TapName, value: jax.Array, combine: Literal["max", "sum"] = "max") -> None:
         """Send a statistic out of all surrounding containers.
@@ -101,16 +112,23 @@ class Context:
         """Evaluate the unchanged equation on other operands."""
         return _compat.bind(eqn, [materialize(value) for value in values])
 
+    def enter(self, eqn: Any, values: Values) -> Values:
+        """Evaluate a container, the rules applied inside, as the walker does where no rule takes it."""
+        outs, taps = self.walk.containers[eqn.primitive.name](self.walk, eqn, values, self.frame)
+        self.taps.update(self.walk.combined(self.taps, taps))
+        return outs
+
 
 @dataclasses.dataclass(frozen=True)
 class Frame:
-    """The surrounding calls of a jaxpr."""
+    """The surrounding calls of a jaxpr; `inside` names all of them, outermost first."""
 
     key: tuple[int, ...] = ()
     scope: str = ""
     repeats: int = 1
     container: str = ""
     body: tuple[int, ...] = ()
+    inside: tuple[str, ...] = ()
 
     def enter(self, eqn: Any, branch: int = 0, repeats: int = 1) -> Frame:
         """The frame of a body of `eqn`."""
@@ -118,7 +136,7 @@ class Frame:
         name = eqn.primitive.name
         key = (*self.key, id(eqn), branch)
         container, body = (self.container, self.body) if name in TRANSPARENT else (name, key)
-        return Frame(key, scope, self.repeats * repeats, container, body)
+        return Frame(key, scope, self.repeats * repeats, container, body, (*self.inside, name))
 
 
 class Walk:
@@ -181,9 +199,7 @@ class Walk:
         if "*" in self.follow and (carried or all(isinstance(atom, _compat.LITERAL) for atom in eqn.invars)):
             asked.append(self.follow["*"])
         for rule in asked:
-            context = Context(
-                self, (*frame.key, id(eqn)), scope, frame.repeats, frame.container, frame.body, uses, taps
-            )
+            context = Context(self, (*frame.key, id(eqn)), scope, frame, uses, taps)
             outs = rule(context, eqn, values)
             if outs is not None:
                 return outs

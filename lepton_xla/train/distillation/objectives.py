@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 
 from lepton_xla.errors import TrainingError
-from lepton_xla.program import Program, Weights
+from lepton_xla.program import Program, Weights, probe_sizes
 from lepton_xla.train.distillation.answers import Answers
+from lepton_xla.train.distillation.features import Features, features_loss, make_projections, teacher_of
 from lepton_xla.train.distillation.logits import (
     Labels,
     Logits,
@@ -23,12 +24,14 @@ from lepton_xla.train.distillation.logits import (
     labels_loss,
     logits_loss,
 )
+from lepton_xla.train.distillation.tapping import Tap, find_attentions, find_taps, tapped
 from lepton_xla.train.distillation.terms import AbstractTerm, Seen, weight_at
 from lepton_xla.train.models import Model, entries
-from lepton_xla.trees import name_leaves
+from lepton_xla.trees import abstract, name_leaves
 
 # Scope of the teacher's operations, so that they do not count among the student's.
 _SCOPE = "teacher"
+STUDENT, TEACHER = "the student", "the teacher"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -41,6 +44,7 @@ class Distillation:
         losses: what is added up.
         arrays: the weights of each teacher. They are an argument of the compiled step, not constants in it.
         answers: stored answers, in place of teachers.
+        taps: what is tapped in the student, and in each teacher.
         extra_weights: path -> weight of the losses' own, trained with the student's and dropped at the end.
 
     >>> program = lx.trace(lambda w, x: x @ w["w"], {"w": jnp.eye(2)}, {"x": lx.TensorSpec(("batch", 2), "float32")})
@@ -57,6 +61,7 @@ class Distillation:
     arrays: tuple[Weights, ...]
     answers: Answers | None = None
     extra_weights: dict[str, jax.Array] = dataclasses.field(default_factory=dict[str, jax.Array])
+    taps: tuple[tuple[Tap, ...], ...] = ()
 
     def prepare(self, batch: Mapping[str, Any]) -> Mapping[str, Any]:
         """Add what the loss needs to a batch on the host: stored answers, found by the entry `id`.
@@ -96,13 +101,19 @@ class Distillation:
         """
         own = {path: leaf for path, leaf in weights.items() if path not in self.extra_weights}
         inputs = entries(batch, tuple(self.student.program.inputs))
-        outputs, after = self.student.apply(own, state, key, *inputs)
-        student = Seen(name_leaves(outputs, single="output"))
+        taps, *theirs = self.taps
+
+        def train(weights: Any, *inputs: Any) -> tuple[Any, dict[str, jax.Array]]:
+            return self.student.apply(weights, state, key, *inputs)
+
+        (outputs, after), values = tapped(train, taps, STUDENT)(own, *inputs)
+        student = Seen(name_leaves(outputs, single="output"), values)
+        teachers: list[Seen] = []
         with jax.named_scope(_SCOPE):
-            teachers = [
-                _without_gradient(Seen(program.named_outputs(arrays, *entries(batch, tuple(program.inputs)))))
-                for program, arrays in zip(self.teachers, self.arrays, strict=True)
-            ]
+            for program, arrays, wanted in zip(self.teachers, self.arrays, theirs, strict=True):
+                inputs = entries(batch, tuple(program.inputs))
+                outputs, values = tapped(program.named_outputs, wanted, TEACHER)(arrays, *inputs)
+                teachers.append(jax.tree.map(jax.lax.stop_gradient, Seen(outputs, values)))
         total = jnp.zeros((), jnp.float32)
         metrics: dict[str, jax.Array] = {}
         for name, term in zip(term_names(self.losses), self.losses, strict=True):
@@ -110,6 +121,9 @@ class Distillation:
             if isinstance(term, Labels):
                 value, accuracy = labels_loss(term, student, entries(batch, (term.label,))[0], mask)
                 metrics |= {f"accuracy{name.removeprefix('labels')}": accuracy}
+            elif isinstance(term, Features):
+                seen = teachers[teacher_of(term, len(teachers))]
+                value = features_loss(term, student.taps, seen.taps, weights, mask)
             else:
                 assert isinstance(term, Logits)
                 value = (
@@ -160,7 +174,7 @@ def distill(
     if (not teachers and answers is None) or not all(isinstance(one, Program) for one in teachers):
         raise TrainingError(f"the teacher is {_kind(teacher)}; expected a Program, several in a list, or Answers")
     terms = (Logits(),) if losses is None else tuple(losses) if _several(losses) else ()
-    if not terms or not all(isinstance(term, Logits | Labels) for term in terms):
+    if not terms or not all(isinstance(term, Logits | Labels | Features) for term in terms):
         raise TrainingError(f"losses is {_kind(losses)}; expected a list such as [Logits(), Labels(weight=0.1)]")
     for term in terms:
         if isinstance(term, Logits) and answers is not None:
@@ -169,7 +183,13 @@ def distill(
             check_logits(term, model.program, teachers)
         elif isinstance(term, Labels):
             check_labels(term, model.program)
-    return Distillation(model, teachers, terms, tuple(one.weights for one in teachers), answers)
+    features = [term for term in terms if isinstance(term, Features)]
+    for term in features:
+        teacher_of(term, len(teachers))
+    taps, extra = _tap(features, model, teachers)
+    if taken := [path for path in extra if path in model.weights]:
+        raise TrainingError(f"the student has a weight {taken[0]!r}, the name of a projection; rename it")
+    return Distillation(model, teachers, terms, tuple(one.weights for one in teachers), answers, extra, taps)
 
 
 def term_names(terms: Sequence[AbstractTerm]) -> list[str]:
@@ -187,8 +207,42 @@ def term_names(terms: Sequence[AbstractTerm]) -> list[str]:
     return names
 
 
-def _without_gradient(seen: Seen) -> Seen:
-    return jax.tree.map(jax.lax.stop_gradient, seen)
+def _tap(
+    features: Sequence[Features], model: Model, teachers: Sequence[Program]
+) -> tuple[tuple[tuple[Tap, ...], ...], dict[str, jax.Array]]:
+    """Find what features tap in the student and in each teacher, and make their projections.
+
+    Raises:
+        TrainingError: if a name is unknown, or values do not fit each other.
+    """
+    key = jax.random.key(0)
+    train = lambda weights, *inputs: model.apply(weights, model.state, key, *inputs)  # noqa: E731
+    found = [_found(train, model.weights, model.program, [(term.kind, list(term.pairs)) for term in features], STUDENT)]
+    for index, teacher in enumerate(teachers):
+        mine = [term for term in features if teacher_of(term, len(teachers)) == index]
+        wanted = [(term.kind, list(term.pairs.values())) for term in mine]
+        found.append(_found(teacher.named_outputs, teacher.weights, teacher, wanted, TEACHER))
+    extra: dict[str, jax.Array] = {}
+    for term in features:
+        extra |= make_projections(term, found[0][1], found[1 + teacher_of(term, len(teachers))][1])
+    return tuple(taps for taps, _ in found), extra
+
+
+def _found(
+    fn: Any, weights: Any, program: Program, wanted: Sequence[tuple[str, Sequence[str]]], whose: str
+) -> tuple[tuple[Tap, ...], dict[tuple[bool, str], Any]]:
+    """Find taps of one model, and their shapes."""
+    if not wanted:
+        return (), {}
+    sizes, _ = probe_sizes(program.fn, program.weights, program.inputs)
+    args = (abstract(weights), *program.abstract_inputs(sizes))
+    names = {
+        attention: [name for kind, names in wanted if (kind == "attention") == attention for name in names]
+        for attention in (True, False)
+    }
+    taps = (*find_taps(fn, args, names[False], whose), *find_attentions(fn, args, names[True], whose))
+    _, shapes = jax.eval_shape(tapped(fn, taps, whose), *args)
+    return taps, shapes
 
 
 def _several(value: Any) -> TypeGuard[Sequence[Any]]:

@@ -22,10 +22,10 @@ type Weight = float | Callable[[Any], Any]
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["outputs", "taps"], meta_fields=[])
 @dataclasses.dataclass(frozen=True)
 class Seen:
-    """What a loss sees of one model: its outputs by name, and what was tapped inside of it."""
+    """What a loss sees of one model: its outputs by name, and what was tapped inside of it, by the keys of taps."""
 
     outputs: Mapping[str, Any]
-    taps: Mapping[str, Any] = dataclasses.field(default_factory=dict[str, Any])
+    taps: Mapping[tuple[bool, str], Any] = dataclasses.field(default_factory=dict[tuple[bool, str], Any])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,9 +88,19 @@ def masked_mean(values: jax.Array, mask: Any, what: str) -> jax.Array:
         return jnp.mean(values)
     if mask.shape != values.shape[: mask.ndim]:
         raise TrainingError(f"the mask of {what} has shape {mask.shape}, which does not fit values of {values.shape}")
-    counts = jnp.broadcast_to(jnp.reshape(mask != 0, mask.shape + (1,) * (values.ndim - mask.ndim)), values.shape)
+    counts = jnp.broadcast_to(spread(mask, values.ndim), values.shape)
     number = jnp.sum(counts.astype(jnp.float32))
     return jnp.sum(jnp.where(counts, values, jnp.zeros_like(values))) / jnp.maximum(number, 1.0)
+
+
+def spread(mask: jax.Array, ndim: int) -> jax.Array:
+    """A mask as booleans with this many axes; those that it lacks have the size 1.
+
+    >>> spread(jnp.array([1, 0]), 3).shape
+    (2, 1, 1)
+    """
+    counts = mask if mask.dtype == jnp.bool_ else mask != 0
+    return jnp.reshape(counts, mask.shape + (1,) * (ndim - mask.ndim))
 
 
 def choose_output(outputs: Mapping[str, Any], name: str | None, whose: str) -> str:
