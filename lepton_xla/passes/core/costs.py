@@ -22,6 +22,7 @@ from lepton_xla.passes.core.rewriting import rewrite
 from lepton_xla.passes.core.sites import SITE_PRIMITIVES, site_name, takes_rows
 from lepton_xla.passes.core.walker import Context, TracedValue, Values
 from lepton_xla.program import Program, probe_sizes
+from lepton_xla.tables import Table, short, size
 from lepton_xla.trees import abstract, leaf_bytes, tree_bytes
 
 
@@ -113,25 +114,20 @@ class CostReport:
         return dataclasses.asdict(self) | totals | {"sites": sites, "uncounted": list(self.uncounted)}
 
     def __str__(self) -> str:
-        rows = [("site", "kind", "runs", "FLOPs", "parameters", "weights", "moved")]
-        for site in self.sites:
-            counts = (str(site.repeats), _short(site.flops), _short(site.parameters))
-            rows.append((site.site, site.kind, *counts, _short(site.weights_bytes, "B"), _short(site.bytes_moved, "B")))
-        rows.append(("elsewhere", "", "", _short(self.other_flops), "", "", ""))
-        sums = (_short(self.parameters), _short(self.weights_bytes, "B"), _short(self.bytes_moved, "B"))
-        rows.append(("total", "", "", _short(self.flops), *sums))
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = [
-            "  ".join(
-                cell.ljust(width) if k < 2 else cell.rjust(width)
-                for k, (cell, width) in enumerate(zip(row, widths, strict=True))
+        rows = [
+            (
+                site.site, site.kind, site.repeats, short(site.flops), short(site.parameters),
+                size(site.weights_bytes), size(site.bytes_moved),
             )
-            for row in rows
-        ]
-        at = ", ".join(f"{name}={size}" for name, size in self.sizes.items())
-        title = ["cost of one call" + (f" at {at}" if at else "")]
+            for site in self.sites
+        ]  # fmt: skip
+        rows.append(("elsewhere", "", "", short(self.other_flops), "", "", ""))
+        total = short(self.flops), short(self.parameters), size(self.weights_bytes), size(self.bytes_moved)
+        columns = ("site", "kind", ">runs", ">FLOPs", ">parameters", ">weights", ">moved")
+        at = ", ".join(f"{name}={at}" for name, at in self.sizes.items())
+        title = "cost of one call" + (f" at {at}" if at else "")
         notes = [f"not counted: {', '.join(self.uncounted)}"] if self.uncounted else []
-        return "\n".join([*title, *lines, *notes])
+        return "\n".join([title, *Table(title, columns, rows, ("total", "", "", *total)).lines(), *notes])
 
 
 @takes(program=Program, sizes=Mapping)
@@ -308,14 +304,3 @@ def _size(array: Any) -> int:
 
 def _bytes(atom: Any) -> int:
     return leaf_bytes(atom.aval.shape, atom.aval.dtype)
-
-
-def _short(number: int, unit: str = "") -> str:
-    """Format a number with three digits and a decimal prefix: `1.23 M`."""
-    value, prefix = float(number), ""
-    for prefix in ("", "k", "M", "G", "T", "P"):
-        if value < 999.5 or prefix == "P":
-            break
-        value /= 1000
-    digits = f"{value:.0f}" if prefix == "" else f"{value:.3g}"
-    return f"{digits} {prefix}{unit}".rstrip()

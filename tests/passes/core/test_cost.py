@@ -256,8 +256,11 @@ def test_json_and_table():
     lines = str(report).splitlines()
     assert lines[0] == "cost of one call at batch=50"
     assert lines[1].split() == ["site", "kind", "runs", "FLOPs", "parameters", "weights", "moved"]
-    assert lines[2].split() == ["layer/k", "dot_general", "1", "2.4", "M", "24", "k", "96", "kB", "897", "kB"]
-    assert lines[3].split() == ["elsewhere", "0"]
-    assert lines[4].split() == ["total", "2.4", "M", "24", "k", "96", "kB", "897", "kB"]
-    assert len({len(line) for line in lines[1:5]}) == 1
+    assert lines[3].split() == ["layer/k", "dot_general", "1", "2.40", "M", "24.0", "k", "96.0", "kB", "897", "kB"]
+    assert lines[4].split() == ["elsewhere", "0"]
+    assert lines[6].split() == ["total", "2.40", "M", "24.0", "k", "96.0", "kB", "897", "kB"]
+    ends = [
+        line.index(text) + len(text) for line, text in ((lines[1], "FLOPs"), (lines[3], "2.40 M"), (lines[6], "2.40 M"))
+    ]
+    assert len(set(ends)) == 1
     assert math.isclose(report.flops / 1e6, 2.4)
