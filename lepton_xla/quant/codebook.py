@@ -43,7 +43,7 @@ def learn_levels(values: jax.Array, count: int) -> jax.Array:
     """Find levels with a small squared rounding error, by Lloyd's iterations.
 
     Args:
-        values: float32 [n], n >= 1, finite.
+        values: float32, any shape, not empty, finite.
         count: number of levels, at least 2.
 
     Returns:

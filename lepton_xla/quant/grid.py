@@ -180,7 +180,8 @@ def make_grid(
         block_scale, zero_point = _least_error(blocks, block_scale, zero_point, target, granularity)
     if target.learned and codebook is None:
         lead = matrix.shape[:-2]
-        scaled = (blocks / block_scale).reshape((math.prod(lead), -1))
+        # Not flattened further: a sharded matrix would be gathered.
+        scaled = (blocks / block_scale).reshape((math.prod(lead), *blocks.shape[len(lead) :]))
         levels = jax.vmap(lambda part: learn_levels(part, 2**target.bits))(scaled)
         codebook = levels.reshape((*lead, -1))
     elif codebook is not None:

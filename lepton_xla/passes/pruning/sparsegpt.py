@@ -23,6 +23,7 @@ from lepton_xla.passes.core import matrix
 from lepton_xla.passes.core.calibration import as_batches
 from lepton_xla.passes.core.plans import Plan
 from lepton_xla.passes.core.precomputation import for_plan
+from lepton_xla.passes.core.spreading import over_columns
 from lepton_xla.passes.core.statistics import Statistics, collect_statistics, pooled
 from lepton_xla.passes.pruning.held import block_quotas, earlier_masks, held_last, held_matrices
 from lepton_xla.passes.pruning.magnitude import held_weights, pruned_targets, with_masks
@@ -195,12 +196,16 @@ def sparsegpt(
         seen = [found[site.name] for site in met[path]]
         share = float(shares[path])
         kept = held_matrices(target, earlier[path]) if earlier is not None else None
-        values, mask, metrics[path] = _pruned(target, weights[path], pooled(seen, "gram"), share, options, kept)
         assert target.site is not None
-        weights[path] = matrix.stored_weight(target.site, values, program.weights[path])
+        stored = over_columns(target.site, weights[path])
+        values, mask, metrics[path] = _pruned(target, stored, pooled(seen, "gram"), share, options, kept)
+        after = matrix.stored_weight(target.site, values, program.weights[path])
         masks[path] = target.stored(mask)
         # Pruned elements must be exactly zero in the weight's own dtype.
-        weights[path] = jnp.where(masks[path], weights[path], jnp.zeros_like(weights[path]))
+        after = jnp.where(masks[path], after, jnp.zeros_like(after))
+        if stored is not weights[path]:
+            after, masks[path] = jax.device_put((after, masks[path]), weights[path].sharding)
+        weights[path] = after
         reasons[path] = unseen(seen)
     return with_masks(
         program, plan, "sparsegpt", start, targets, masks, weights=weights, metrics=metrics, reasons=reasons

@@ -27,6 +27,7 @@ from lepton_xla.passes.core.alike import Alike
 from lepton_xla.passes.core.calibration import as_batches
 from lepton_xla.passes.core.plans import Plan
 from lepton_xla.passes.core.precomputation import for_plan
+from lepton_xla.passes.core.spreading import over_columns
 from lepton_xla.passes.core.statistics import (
     GRAM_LIMIT_BYTES,
     Statistics,
@@ -325,11 +326,12 @@ def _round(
 ) -> tuple[jax.Array, Grid, _Errors]:
     """Round a stored weight, each column by the better of the two methods; return it and its grid."""
     ordered = _all_ordered(gram, options)
-    rounded, grid, sums = _better_of_two(
-        planned.stored, gram, ordered, mask, Alike(planned.site), planned.rule, options
-    )
+    stored = over_columns(planned.site, planned.stored)
+    mask = None if mask is None else over_columns(planned.site, mask)
+    rounded, grid, sums = _better_of_two(stored, gram, ordered, mask, Alike(planned.site), planned.rule, options)
     best, plain, total = (float(part) for part in sums)
     size = max(total, float(np.finfo(np.float32).tiny))
+    rounded = rounded if stored is planned.stored else jax.device_put(rounded, planned.stored.sharding)
     return rounded, grid, _Errors((best / size) ** 0.5, (plain / size) ** 0.5)
 
 

@@ -15,9 +15,10 @@ from lepton_xla.passes.core import matrix
 from lepton_xla.passes.core.alike import Alike
 from lepton_xla.passes.core.layouts import lay_out
 from lepton_xla.passes.core.sites import Site
+from lepton_xla.passes.core.spreading import over_columns
 from lepton_xla.passes.quantization import products
 from lepton_xla.passes.quantization.rounding import is_finite
-from lepton_xla.quant import QTensor
+from lepton_xla.quant import FORMATS, QTensor
 from lepton_xla.recipe import QuantizeRule
 
 
@@ -40,6 +41,10 @@ def store_weight(planned: PlannedSite, weight: jax.Array, given: Mapping[str, ja
     for what, array in (("it", weight), *((f"its {name}", array) for name, array in grid.items())):
         if not is_finite(array):
             raise ModelError(f"weight {site.path!r} cannot be quantized: {what} holds NaN or infinity")
+    # Rows whose codes share a byte, a group or learned levels belong together; others keep their place if they can.
+    target = FORMATS[planned.rule.weights]
+    together = target.bits < 8 or target.learned or planned.rule.granularity.startswith("group")
+    weight = over_columns(site, weight, always=together)
     return quantize_weight(weight, grid, Alike(site), planned.rule, multiplied)
 
 
@@ -60,7 +65,7 @@ def zero_channels(site: Site, weight: jax.Array) -> str:
     """A remark on how many output channels are all zero, which the user may not know; empty if there are none."""
     if site.kind == "gather":  # rows of a table are not channels
         return ""
-    zero = np.asarray(_zeros(weight, Alike(site)))
+    zero = np.asarray(_zeros(over_columns(site, weight, always=False), Alike(site)))
     return f"{zero.sum()} of its {zero.size} channels are all zero" if zero.any() else ""
 
 

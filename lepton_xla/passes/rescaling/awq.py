@@ -23,6 +23,7 @@ from lepton_xla.passes.core.alike import Alike
 from lepton_xla.passes.core.plans import Plan
 from lepton_xla.passes.core.precomputation import for_plan
 from lepton_xla.passes.core.sites import Site, find_sites
+from lepton_xla.passes.core.spreading import over_columns
 from lepton_xla.passes.core.statistics import Statistics, collect_statistics
 from lepton_xla.passes.quantization.gptq import output_squares
 from lepton_xla.passes.quantization.rounding import (
@@ -138,7 +139,7 @@ def _search(planned: list[Planned], found: Statistics, points: int) -> tuple[flo
     """The exponent with the least error over a group's products, its factor, and the relative errors at 0 and there."""
     assert found.gram is not None
     kinds = tuple((Alike(each.site), each.rule) for each in planned)
-    stored = [each.stored for each in planned]
+    stored = [over_columns(each.site, each.stored) for each in planned]
     candidates = [0.0, *((point + 1) / points for point in range(points))]
     measured = [_error(np.float32(exponent), stored, found.gram, found.mean_abs, kinds) for exponent in candidates]
     errors = [float(error) for error, _ in measured]
