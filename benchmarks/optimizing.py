@@ -33,7 +33,7 @@ from models import random_weights
 
 import lepton_xla as lx
 
-MODELS = ("mlp", "unet", "digits", "residual", "minilm", "gpt2")
+MODELS = ("mlp", "unet", "digits", "residual", "minilm", "gpt2", "mobilenetv2", "efficientnet-b0")
 COUNTS = ("measured", "from the cache")
 COMPILE = "/jax/core/compile/backend_compile_duration"
 HEADER = [
@@ -148,7 +148,7 @@ def page(result: Mapping[str, Any]) -> str:
             "the times that the first one measured in the cache on disk. Memory is resident memory beyond that of "
             "the process with the model loaded: at the peak, the peak as a multiple of the weights' bytes, and "
             "afterwards, with the result still held. Some of it is code and caches of libraries, which do not depend "
-            "on the model. `mlp`, `unet` and `gpt2` have random weights."
+            "on the model. `mlp`, `unet`, `gpt2`, `mobilenetv2` and `efficientnet-b0` have random weights."
         ),
         tables(result["rows"]),
         harness.provenance(result["run"]),

@@ -130,7 +130,7 @@ def _reordered(gram: jax.Array, act_order: bool) -> tuple[jax.Array, jax.Array, 
     seen = jnp.diagonal(gram)
     gram = gram + jnp.diag(jnp.where(seen <= 0, jnp.ones_like(seen), jnp.zeros_like(seen)))
     order = jnp.argsort(-seen) if act_order else jnp.arange(len(seen))
-    return order, jnp.take(jnp.take(gram, order, 0), order, 1), jnp.mean(seen)
+    return order, _take(_take(gram, order).T, order).T, jnp.mean(seen)
 
 
 def _rounded(
@@ -150,16 +150,15 @@ def _rounded(
     block = min(options.block, depth)
     padding = -depth % block
     groups = order // (depth // grid.scale.shape[0])
-    rows = jnp.pad(jnp.take(weight, order, 0), ((0, padding), (0, 0)))
+    rows = jnp.pad(_take(weight, order), ((0, padding), (0, 0)))
     scale = jnp.broadcast_to(grid.scale, (grid.scale.shape[0], columns)).astype(jnp.float32)
-    scale = jnp.pad(jnp.take(scale, groups, 0), ((0, padding), (0, 0)), constant_values=1)
-    zero = jnp.zeros_like(scale)
+    scale = jnp.pad(_take(scale, groups), ((0, padding), (0, 0)), constant_values=1)
+    zero = kept = None
     if grid.zero_point is not None:
         zero = jnp.broadcast_to(grid.zero_point, (grid.scale.shape[0], columns)).astype(jnp.float32)
-        zero = jnp.pad(jnp.take(zero, groups, 0), ((0, padding), (0, 0)))
-    kept = jnp.ones(rows.shape, bool)
+        zero = jnp.pad(_take(zero, groups), ((0, padding), (0, 0)))
     if mask is not None:
-        kept = jnp.pad(jnp.take(mask, order, 0), ((0, padding), (0, 0)))
+        kept = jnp.pad(_take(mask, order), ((0, padding), (0, 0)))
     factor = jnp.pad(factor, ((0, padding), (0, padding)))
     diagonal = jnp.diagonal(factor)
     diagonal = jnp.where(diagonal == 0, jnp.ones_like(diagonal), diagonal)
@@ -167,13 +166,18 @@ def _rounded(
     def round_row(row: jax.Array, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         start, part, rounded, errors, corner = state
         at = start + row
-        exact = part[row]
-        code = encode(exact, scale[at], target, zero[at], grid.codebook)
-        value = decode(code, scale[at], target, zero[at], grid.codebook).astype(dtype)
-        value = jnp.where(kept[at], value, jnp.zeros_like(value))
-        error = (exact - value) / diagonal[at]
-        part = part - jnp.outer(corner[row], error)
-        return start, part, rounded.at[row].set(value), errors.at[row].set(error), corner
+        exact, row_scale = _row(part, row), _row(scale, at)
+        row_zero = None if zero is None else _row(zero, at)
+        code = encode(exact, row_scale, target, row_zero, grid.codebook)
+        value = decode(code, row_scale, target, row_zero, grid.codebook).astype(dtype)
+        if kept is not None:
+            value = jnp.where(_row(kept, at), value, jnp.zeros_like(value))
+        error = (exact - value) / _row(diagonal, at)
+        part = part - jnp.outer(_row(corner, row), error)
+        rounded, errors = (
+            lax.dynamic_update_index_in_dim(whole, new, row, 0) for whole, new in ((rounded, value), (errors, error))
+        )
+        return start, part, rounded, errors, corner
 
     def round_block(start: jax.Array, part: jax.Array, corner: jax.Array) -> tuple[jax.Array, jax.Array]:
         blank = jnp.zeros_like(part)
@@ -181,7 +185,15 @@ def _rounded(
         return rounded, errors
 
     done = sweep(rows, factor, block, round_block, jnp.zeros_like(rows))
-    return jnp.zeros_like(weight).at[order].set(done[:depth])
+    return jnp.zeros_like(weight).at[order].set(done[:depth], unique_indices=True, mode="promise_in_bounds")
+
+
+# Indices are in bounds and not negative; to check them takes XLA a third of the time to compile all this.
+_row = functools.partial(lax.dynamic_index_in_dim, keepdims=False)
+
+
+def _take(array: jax.Array, rows: jax.Array) -> jax.Array:
+    return array.at[rows].get(mode="promise_in_bounds")
 
 
 @takes(program=Program, plan=Plan)
