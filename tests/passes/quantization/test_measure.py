@@ -13,6 +13,7 @@ import pytest
 from lepton_xla.passes import find_sites
 from lepton_xla.passes.core import timing
 from lepton_xla.passes.core.timing import Timer
+from lepton_xla.passes.core.timing_cache import TimingCache
 from lepton_xla.passes.quantization import measurement
 from lepton_xla.program import TensorSpec, trace
 from lepton_xla.recipe import Recipe
@@ -138,6 +139,13 @@ def test_what_has_lost_is_timed_no_further(monkeypatch, seconds, times):
     medians = Timer().medians_us([functools.partial(call, share) for share in counts], 1000.0)
     np.testing.assert_allclose(medians, [seconds * 1e6 * share for share in counts], rtol=1e-6)
     assert counts == {1: 9, 2: 9, 4: times}
+
+
+def test_equal_programs_are_timed_once(monkeypatch):
+    monkeypatch.setattr(Timer, "medians_us", lambda _timer, calls, _budget: [1.0 + k for k, _ in enumerate(calls)])
+    functions = [(lambda w, x, k=k: w * x * k, jnp.ones(2)) for k in (2, 3, 2, 3, 5)]
+    times = timing.time_programs(functions, [jax.ShapeDtypeStruct((2,), jnp.float32)], Timer(cache=TimingCache(None)))
+    assert times == [1.0, 2.0, 1.0, 2.0, 3.0]
 
 
 def test_programs_are_timed_on_inputs_of_their_dtype():
