@@ -12,6 +12,7 @@ import numpy as np
 
 from lepton_xla.errors import UnsupportedError
 from lepton_xla.passes.shrinking.dependencies import Study
+from lepton_xla.passes.shrinking.dimensions import leaves
 from lepton_xla.passes.shrinking.groups import Groups, Masks, find_groups, masks_of, transferred
 from lepton_xla.passes.shrinking.removal import shrink_groups
 from lepton_xla.program import Program
@@ -49,6 +50,7 @@ def decide_cuts(
     given = dict(options)
     patterns = given.pop("protect", ())
     groups = find_groups(program, sizes=given.get("sizes"))
+    read = _weights_read(groups.study)
     groups = protect_by_loss(groups.protecting([patterns] if isinstance(patterns, str) else patterns), study)
     if given.get("importance") == "taylor":
         # Weights of the loss alone are as at the beginning, which is enough to rank by.
@@ -57,7 +59,7 @@ def decide_cuts(
     elif given.get("importance") == "activation":
         given["calibration"] = [{name: batch[name] for name in program.inputs if name in batch} for batch in batches]
     small, kept = shrink_groups(program, groups, **given)
-    in_loss, refusal = transferred(study, masks_of(groups.study, kept), program.weights)
+    in_loss, refusal = transferred(study, masks_of(groups.study, kept), read)
     if refusal:
         raise UnsupportedError(f"the loss cannot lose what its program may: {refusal}. Name it under protect")
     return masks_of(study, in_loss), small.history[-1]
@@ -79,16 +81,26 @@ def protect_by_loss(groups: Groups, study: Study) -> Groups:
         study: of the loss, whose weights include the program's.
     """
     reasons: dict[str, str] = {}
+    read = _weights_read(groups.study)
     for group in groups.removable:
         first = np.arange(group.units) == 0
         for stays in (first, ~first):  # every unit is removed in one of the two, and never all of them
             if not stays.any() or group.name in reasons:
                 continue
             masks = masks_of(groups.study, {group.leaf: np.broadcast_to(stays, (*group.steps, group.units))})
-            refusal = transferred(study, masks, groups.study.weights)[1]
+            refusal = transferred(study, masks, read)[1]
             if refusal:
                 reasons[group.name] = f"in the loss, {refusal}"
     return groups.without(reasons)
+
+
+def _weights_read(study: Study) -> set[str]:
+    """Weights that a program reads. Others, such as a state that only training uses, lose what the loss takes away."""
+    return {
+        path
+        for path, axes in study.weights.items()
+        if any(leaf.scans is not None or leaf.reason for axis in axes for leaf in leaves(axis))
+    }
 
 
 def takes_step(loss: Callable[..., Any]) -> bool:
