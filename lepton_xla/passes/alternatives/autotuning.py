@@ -268,7 +268,7 @@ def _time_whole(
     """Time the whole program, as loaded, before and after."""
     fn, weights = program.fn, program.weights
     if program.expansion is not None:
-        fn, weights = program.expansion.fn, program.expansion.expand(program.weights)
+        fn, weights = program.expansion.fn, jax.jit(program.expansion.expand)(program.weights)
     timed: list[dict[str, Any]] = []
     for at in (sizes[0], sizes[-1])[: min(len(sizes), MAX_SIZES)]:
         say(f"the whole program{_named(at, ' at ')}")
