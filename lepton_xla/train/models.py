@@ -26,7 +26,8 @@ typed `jax.random` key. The loss is a float32 scalar, the mean over the batch's 
 A loss may have a parameter `step`, which then gets the int32 number of the step. It may have an attribute `arrays`, a
 pytree, and a method `bind(arrays) -> loss`: the arrays, such as a teacher's weights, then become an argument of the
 compiled step instead of constants. It may have an attribute `extra_weights`, by path: weights of its own, which are
-trained with the model's and dropped at the end.
+trained with the model's and dropped at the end. It may have a method `prepare(batch) -> batch`, which gets each batch
+on the host, before it is put on devices, and adds what the loss needs, such as a teacher's stored answers.
 """
 
 

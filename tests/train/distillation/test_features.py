@@ -54,6 +54,7 @@ def hidden(program, x):
     return values
 
 
+FIRST = -0.1758902
 STUDENT, TEACHER, WIDE = network(8, 2, 1), network(8, 4, 10), network(12, 4, 20)
 BATCH = {"x": array(ROWS, POSITIONS, 6, seed=7)}
 
@@ -131,6 +132,8 @@ def test_other_widths_are_projected_by_a_learned_matrix(kind):
     np.testing.assert_allclose(value_of(loss)[0], np.mean(expected), rtol=1e-5)
     again = distill(STUDENT, WIDE, [Features(pairs, kind)])
     np.testing.assert_array_equal(*(one.extra_weights["distill/layer_0->layer_1/kernel"] for one in (loss, again)))
+    # The same in every process, so that several begin alike.
+    np.testing.assert_allclose(loss.extra_weights["distill/layer_0->layer_1/kernel"][0, 0], FIRST, rtol=1e-5)
     weights = {**STUDENT.weights, **loss.extra_weights}
     grads = jax.grad(lambda weights: value_of(loss, weights=weights)[0])(weights)
     assert all(np.any(grads[path]) for path in loss.extra_weights)
@@ -316,8 +319,12 @@ def test_steps_of_a_scan_are_layers_too():
 def test_a_scan_is_tapped_as_a_whole_and_inside():
     def network(layers, seed):
         def fn(w, x):
+            def step(h, w):
+                with jax.named_scope("cell"):
+                    return jnp.tanh(h @ w), None
+
             with jax.named_scope("stack"):
-                h, _ = jax.lax.scan(lambda h, w: (jnp.tanh(h @ w), None), x @ w["embed"], w["layers"])
+                h, _ = jax.lax.scan(step, x @ w["embed"], w["layers"])
             return h.mean(1) @ w["head"]
 
         weights = {"embed": array(6, 8, seed=seed), "layers": array(layers, 8, 8, seed=seed + 1)}
@@ -336,6 +343,7 @@ def test_a_scan_is_tapped_as_a_whole_and_inside():
         ({"stack": "stack"}, [(2, 4)]),
         ({"stack": "stack", "layers:input[1]": "layers:input[3]"}, [(2, 4), (1, 3)]),
         ({"layers:input[-1]": "stack"}, [(1, 4)]),
+        ({"stack": "stack", "cell[0]": "stack/cell[2]"}, [(2, 4), (1, 3)]),
     ):
         value, _, _ = value_of(distill(student, teacher, [Features(pairs)]))
         expected = np.mean([((own[s] - theirs[t]) ** 2).mean() for s, t in both])
@@ -382,12 +390,15 @@ def test_jaxs_own_attention_is_one():
     programs = [
         lx.trace(fn, {name: array(6, 2, 4, seed=seed + at) for at, name in enumerate("qkv")}, INPUTS) for seed in (1, 5)
     ]
+    mask = np.array([[1, 1, 0], [1, 0, 0], [1, 1, 1], [0, 0, 1]])
     own = []
     for program in programs:
         q, k = (np.einsum("btc,chd->bthd", BATCH["x"], program.weights[name]) for name in "qk")
         own.append(softmax(np.einsum("bqhd,bkhd->bhqk", q, k, dtype=np.float64) / 2))
-    value = value_of(distill(*programs, [Features({"#0": "#0"}, "attention")]))[0]
-    np.testing.assert_allclose(value, (own[1] * np.log(own[1] / own[0])).sum(-1).mean(), rtol=1e-4)
+    loss = distill(*programs, [Features({"#0": "#0"}, "attention", mask="mask")])
+    value = value_of(loss, {**BATCH, "mask": jnp.asarray(mask)})[0]
+    each = (own[1] * np.log(own[1] / own[0])).sum(-1).mean(1)
+    np.testing.assert_allclose(value, (each * mask).sum() / mask.sum(), rtol=1e-4)
 
 
 def test_a_student_in_training_mode_is_tapped_where_it_drops_out():
@@ -501,6 +512,24 @@ def test_a_scope_that_is_named_twice_needs_more_of_its_name():
     with pytest.raises(TrainingError, match="'block' may be 'left/block' or 'right/block'; give more of its name"):
         distill(program, program, [Features({"block": "left/block"})])
     assert float(value_of(distill(program, program, [Features({"left/block": "left"})]))[0]) == 0
+
+
+def test_the_last_value_of_a_scope_that_is_used_is_its_output():
+    """Not one of a scope whose name begins alike, nor one that only the scope itself uses."""
+
+    def fn(w, x):
+        with jax.named_scope("layer_1"):
+            first, second = jnp.split(x @ w["one"], 2, -1)
+        with jax.named_scope("layer_10"):
+            x = jnp.tanh(first) + second
+            unused = x * 2
+        return jnp.where(jnp.isnan(unused).any(), x, x + 1).mean(1)
+
+    program = lx.trace(fn, {"one": array(6, 12)}, INPUTS)
+    second = np.split(np.asarray(BATCH["x"], np.float64) @ np.asarray(program.weights["one"], np.float64), 2, -1)[1]
+    teacher = lx.trace(lambda w, x: (x @ w["zero"]).mean(1), {"zero": jnp.zeros((6, 6))}, INPUTS)
+    value = value_of(distill(program, teacher, [Features({"layer_1": "zero"})]))[0]
+    np.testing.assert_allclose(value, (second**2).mean(), rtol=1e-5)
 
 
 @pytest.mark.parametrize(
