@@ -28,8 +28,8 @@ def fresh(base: str, what: str, taken: Container[str]) -> str:
 def fresh_names(keys: Iterable[Key], taken: Iterable[str]) -> dict[Key, str]:
     """Make a name for each key, all different and none taken.
 
-    >>> fresh_names([("dense", "scale"), ("dense", "range")], ["dense:range"])
-    {('dense', 'scale'): 'dense:scale', ('dense', 'range'): 'dense:range:range'}
+    >>> list(fresh_names([("dense", "scale"), ("a", "b:c"), ("a:b", "c")], ["dense:scale"]).values())
+    ['dense:scale:scale', 'a:b:c', 'a:b:c:c']
     """
     used, names = set(taken), dict[Key, str]()
     for site, what in keys:
