@@ -198,8 +198,7 @@ def apply_plan(
     sizes = grid(program, buckets) if recipe.measure else []
     run = _Run(_as_list(calibration), sizes, say, timer)
     if not plan.sites and (asked := [kind for kind in ("prune", "quantize") if getattr(recipe, kind)]):
-        skipped = PassReport("skipped", metrics={"left out, as the program has no product": ", ".join(asked)})
-        program = program.replace(history=(*program.history, skipped))
+        program = _noted(program, "left out, as the program has no product", ", ".join(asked))
     if any(planned.prune or planned.not_pruned for planned in plan.sites):
         program = _pruned(run, program, plan)
     if any(planned.quantize for planned in plan.sites):
@@ -329,8 +328,7 @@ def _shrunk(run: _Run, program: Program, recipe: Recipe) -> Program:
             if recipe.on_unsupported == "error":
                 raise refusal
             if isinstance(refusal, UnsupportedError):
-                skipped = PassReport("skipped", metrics={"shrink left out": str(refusal)})
-                return program.replace(history=(*program.history, skipped))
+                return _noted(program, "shrink left out", str(refusal))
             say("shrink as far as can be")
             rule["round_to"] = min(multiples)  # the smallest multiple allows to remove most
             return shrink(program, **rule, calibration=run.batches, sizes=sizes[0], on_unsupported="keep", timer=timer)
@@ -396,8 +394,7 @@ def _pruned(run: _Run, program: Program, plan: Plan) -> Program:
             raise _needs_data(recipe, f"prune.method = {wanted[0]!r}, which needs")
         plain = [msgspec.structs.replace(r, method="magnitude") if r.method in wanted else r for r in recipe.prune]
         plan = resolve(msgspec.structs.replace(recipe, prune=tuple(plain)), program)
-        why = "by magnitude, for want of calibration data"
-        program = program.replace(history=(*program.history, PassReport("skipped", metrics={why: ", ".join(wanted)})))
+        program = _noted(program, "by magnitude, for want of calibration data", ", ".join(wanted))
         methods, wanted = {"magnitude"}, []
     if methods - set(wanted) or any(planned.not_pruned for planned in plan.sites):
         run.say("prune")
@@ -429,8 +426,7 @@ def _prepare(
     if wanted and run.batches is None:
         if recipe.without_calibration == "error":
             raise _needs_data(recipe, f"{wanted[0]}, which needs")
-        skipped = PassReport("skipped", metrics={"left out, for want of calibration data": ", ".join(wanted)})
-        return program.replace(history=(*program.history, skipped)), {}
+        return _noted(program, "left out, for want of calibration data", ", ".join(wanted)), {}
     data = run.batches or ()
     if recipe.rescale != "none":
         say(f"rescale {recipe.rescale}")
@@ -451,6 +447,11 @@ def _prepare(
         say("correct biases")
         rounded = correct_bias(program, rounded, plan, data)
     return rounded, grids
+
+
+def _noted(program: Program, why: str, what: str) -> Program:
+    """Note in the history that something the recipe asks for was not done, or otherwise."""
+    return program.replace(history=(*program.history, PassReport("skipped", metrics={why: what})))
 
 
 def _as_list(calibration: Iterable[Mapping[str, Any]] | None) -> list[Mapping[str, Any]] | None:

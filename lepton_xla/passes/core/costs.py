@@ -116,7 +116,7 @@ class CostReport:
     def __str__(self) -> str:
         rows = [
             (
-                site.site, site.kind, site.repeats, short(site.flops), short(site.parameters),
+                site.site, site.kind, str(site.repeats), short(site.flops), short(site.parameters),
                 size(site.weights_bytes), size(site.bytes_moved),
             )
             for site in self.sites
