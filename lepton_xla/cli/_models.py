@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import itertools
 import pathlib
@@ -17,7 +18,7 @@ import numpy as np
 
 from lepton_xla.cli._common import NO_RECIPE
 from lepton_xla.compiler import Servable
-from lepton_xla.errors import ArtifactError, CompileError, InputError, LeptonError, ModelError
+from lepton_xla.errors import ArtifactError, CompileError, InputError, LeptonError, ModelError, ShardingError
 from lepton_xla.modelspec import ModelSpec, Predict, load_spec
 from lepton_xla.passes.core.calibration import check_batch
 from lepton_xla.program import Program, TensorSpec
@@ -25,6 +26,7 @@ from lepton_xla.recipe import Recipe
 from lepton_xla.recipe.changes import parse_setting
 from lepton_xla.sharding import Placement, Rules
 from lepton_xla.sharding.meshes import abstract_mesh
+from lepton_xla.sharding.meshes import mesh as mesh_of
 
 
 def load_target(target: str) -> ModelSpec:
@@ -63,6 +65,46 @@ def placement(program: Program, mesh: str, rules: str | None) -> Placement:
     """
     given = Rules.load(rules) if rules is not None else Rules()
     return given.resolve(program, abstract_mesh(mesh, jax.device_count()))
+
+
+@dataclasses.dataclass(frozen=True)
+class Spread:
+    """A program with its weights on a mesh.
+
+    Attributes:
+        program: the program.
+        mesh: the mesh; None if there is none.
+        batches: the part of the rules that concerns batches; None without a mesh.
+    """
+
+    program: Program
+    mesh: jax.sharding.Mesh | None = None
+    batches: Rules | None = None
+
+
+def put_on_mesh(program: Program, mesh: str | None, rules: str | None) -> Spread:
+    """Put the weights of a program on the mesh of a command, if it has one.
+
+    Raises:
+        ShardingError: if the mesh or the file of rules is malformed, or does not fit the model or this machine.
+    """
+    if mesh is None:
+        check_rules_have_mesh(mesh, rules)
+        return Spread(program)
+    given = Rules.load(rules) if rules is not None else Rules()
+    placement = given.resolve(program, mesh_of(mesh))
+    weights = placement.put(program.weights)
+    return Spread(program.replace(weights=weights), mesh_of(mesh), Rules(batch=given.batch))
+
+
+def check_rules_have_mesh(mesh: str | None, rules: str | None) -> None:
+    """Check that a command has a mesh, if it has rules.
+
+    Raises:
+        ShardingError: if it has not.
+    """
+    if rules is not None and mesh is None:
+        raise ShardingError("--rules says how to cut weights over a mesh; add --mesh, such as --mesh data=-1,model=2")
 
 
 def bucket_sizes(spec: ModelSpec, program: Program, given: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:

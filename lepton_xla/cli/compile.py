@@ -37,6 +37,8 @@ from lepton_xla.errors import ArtifactError
     default=True,
     help="Evaluate the float and the compiled model with the ModelSpec's evaluate.",
 )
+@_common.mesh_option
+@_common.rules_option
 @_common.json_option
 def compile(
     target: str,
@@ -49,6 +51,8 @@ def compile(
     name: str | None,
     overwrite: bool,
     evaluate: bool,
+    mesh: str | None,
+    rules: str | None,
     as_json: bool,
 ) -> None:
     """Optimize the model TARGET with a recipe and compile it ahead of time into an artifact.
@@ -60,10 +64,13 @@ def compile(
     Times that were measured before on this machine are taken from ~/.cache/lepton_xla (or $XDG_CACHE_HOME/lepton_xla).
     LEPTON_CACHE=DIR moves them, LEPTON_CACHE=off measures everything.
 
+    With --mesh the artifact is for several devices of this machine, each of which holds its part of the weights.
+
     \b
       leptonx compile digits.py:model --recipe int8-prune50 -o digits.lepton
       leptonx compile my_package.models:encoder --recipe int8 --buckets batch=1,8,32 --buckets seq=32,128
       leptonx compile digits.py:model --recipe int8 --exclude '.*head' --set rescale=awq
+      leptonx compile my_package.models:encoder --mesh data=2,model=4 --rules rules.toml
       leptonx compile digits.py:model                        without a recipe: the float model
     """
     given = _common.parse_buckets(buckets)
@@ -87,6 +94,8 @@ def compile(
         step(f"load {target}")
         spec = _models.load_target(target)
         program = spec.program()
+        spread = _models.put_on_mesh(program, mesh, rules)
+        program = spread.program
         bucket_sizes = check_bucket_sizes(program.symbols, _models.bucket_sizes(spec, program, given))
         batches, examples = _models.calibration(spec, program)
 
@@ -105,6 +114,8 @@ def compile(
             recipe=None if as_is else msgspec.to_builtins(chosen),
             plan=None if as_is else plan.to_json(),
             examples=examples,
+            mesh=spread.mesh,
+            rules=spread.batches,
             progress=step,
         )
         compile_s = time.perf_counter() - started

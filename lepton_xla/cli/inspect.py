@@ -31,10 +31,11 @@ def inspect(path: str, as_json: bool) -> None:
 
         from lepton_xla.compiler import Fingerprint
         from lepton_xla.compiler.artifact import read_manifest
+        from lepton_xla.compiler.devices import devices_here
         from lepton_xla.compiler.storage import Store
 
         manifest = read_manifest(Store(path))
-        here = Fingerprint.of()
+        here = Fingerprint.of(None, devices_here(manifest.mesh))
     route = _route(manifest, here)
     weights = _weights(manifest)
     size_bytes = sum(entry.size for entry in manifest.files.values())
@@ -98,6 +99,7 @@ def _print(
     _common.show(
         f"{path}: {manifest.name}, version {manifest.version}, {len(manifest.files)} files, {_common.size(size_bytes)}",
         f"made {manifest.created} with {made}",
+        *([f"for {manifest.mesh.count} devices: {manifest.mesh}"] if manifest.mesh is not None else []),
         *_route_lines(route),
         "",
     )

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from lepton_xla.cli import _common
-from lepton_xla.errors import LeptonError
 
 if TYPE_CHECKING:
     from lepton_xla.passes.core.costs import CostReport
@@ -58,8 +57,6 @@ def plan(
     if plot is not None:
         _common.figure()  # raises if matplotlib is not installed
     _common.check_folder(plot)
-    if rules is not None and mesh is None:
-        raise LeptonError("--rules says how to cut weights over a mesh; add --mesh, such as --mesh data=-1,model=2")
     with _common.progress() as step:
         step("load JAX")
         from lepton_xla.cli import _models
@@ -68,6 +65,7 @@ def plan(
         from lepton_xla.passes.core.inventory import weights_report
         from lepton_xla.passes.shrinking.groups import find_groups
 
+        _models.check_rules_have_mesh(mesh, rules)
         chosen = _models.load_recipe(recipe, settings, exclude)
         step(f"load {target}")
         spec = _models.load_target(target)

@@ -29,7 +29,7 @@ type Device = Any
 """A `jax.Device`; type checkers do not accept JAX's own name as a type."""
 
 type Loaded = Any
-"""XLA's `LoadedExecutable`, on one device."""
+"""XLA's `LoadedExecutable`."""
 
 
 def first_device() -> Device:
@@ -45,6 +45,12 @@ def first_device() -> Device:
         raise ExecutionError(
             f"JAX finds no device{f' of the platforms {asked!r} (JAX_PLATFORMS)' if asked else ''}: {reason(error)}"
         ) from error
+
+
+def memory_bytes(device: Device) -> int | None:
+    """Bytes of memory that XLA may use on a device; None if it does not say, as on a CPU."""
+    limit = (device.memory_stats() or {}).get("bytes_limit")
+    return None if limit is None else int(limit)
 
 
 def reason(error: BaseException) -> str:
@@ -82,14 +88,14 @@ def serialize(executable: Loaded) -> bytes:
     return bytes(executable.serialize())
 
 
-def deserialize(blob: bytes, device: Device) -> Loaded:
-    """Load serialized code onto `device`, without compiling.
+def deserialize(blob: bytes, devices: Sequence[Device]) -> Loaded:
+    """Load serialized code onto devices, without compiling.
 
     The bytes must come from a trusted source: loading them may execute code.
     """
-    if device.platform == "cpu" and b"lapack_" in blob:
+    if devices[0].platform == "cpu" and b"lapack_" in blob:
         _register_lapack()
-    return device.client.deserialize_executable(blob, executable_devices=_jax.DeviceList((device,)))
+    return devices[0].client.deserialize_executable(blob, executable_devices=_jax.DeviceList(tuple(devices)))
 
 
 def _register_lapack() -> None:
@@ -134,6 +140,22 @@ def executor(executable: Loaded) -> Callable[[list[jax.Array]], list[jax.Array]]
 
     def run(arguments: list[jax.Array]) -> list[jax.Array]:
         return [shards[0] for shards in execute(arguments).disassemble_into_single_device_arrays()]
+
+    return run
+
+
+def executor_of_several(
+    executable: Loaded, outputs: Sequence[tuple[tuple[int, ...], jax.sharding.Sharding]]
+) -> Callable[[list[jax.Array]], list[jax.Array]]:
+    """As `executor`, for an executable on several devices, with the shape and sharding of each output."""
+    execute = executable.execute_sharded
+
+    def run(arguments: list[jax.Array]) -> list[jax.Array]:
+        made = execute(arguments).disassemble_into_single_device_arrays()
+        return [
+            jax.make_array_from_single_device_arrays(shape, sharding, shards)
+            for (shape, sharding), shards in zip(outputs, made, strict=True)
+        ]
 
     return run
 

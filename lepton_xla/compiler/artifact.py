@@ -10,9 +10,10 @@ import jax
 import msgspec
 
 from lepton_xla.arguments import takes
-from lepton_xla.compiler import _xla, weights
+from lepton_xla.compiler import weights
 from lepton_xla.compiler.buckets import bucket_name, combinations
 from lepton_xla.compiler.code import Code
+from lepton_xla.compiler.devices import Devices
 from lepton_xla.compiler.manifest import (
     EXPAND,
     MANIFEST,
@@ -38,11 +39,12 @@ class Artifact:
         manifest: description of the model. `save` fills in `files`, the storage of weights, and the file names of
             programs and executables.
         weights: device arrays as stored, in argument order.
-        executables: bucket name -> compiled code for this process's first device; also under `expand`, if there is an
+        executables: bucket name -> compiled code for `devices`; also under `expand`, if there is an
             `expand` program.
         programs: the portable programs.
         expand: the portable program that unpacks the stored weights, if the buckets' programs take unpacked weights;
             else None.
+        devices: what the executables were compiled for; by default this process's first device.
 
     >>> program = lx.trace(lambda w, x: x @ w["w"], {"w": jnp.eye(4)}, {"x": lx.TensorSpec(("batch", 4), "float32")})
     >>> artifact = lx.compile(program, {"batch": (1,)}, name="tiny")
@@ -55,6 +57,7 @@ class Artifact:
     executables: dict[str, Code]
     programs: tuple[Portable, ...]
     expand: Portable | None = None
+    devices: Devices | None = None
 
     def save(self, location: str | os.PathLike[str], *, overwrite: bool = False) -> Manifest:
         """Write the artifact, atomically.
@@ -113,7 +116,7 @@ class Artifact:
         weights = self.weights
         if EXPAND in self.executables:
             weights = run_expand(self.executables[EXPAND], weights)
-        runtime = Runtime(self.manifest.input_specs(), weights, _xla.first_device())
+        runtime = Runtime(*self.manifest.signature(), weights, self.devices or Devices.of(self.manifest.mesh))
         for sizes in combinations(self.manifest.buckets):
             runtime.add(sizes, self.executables[bucket_name(sizes)].loaded)
         return Servable(self.manifest, self.manifest.buckets, runtime, "executables")

@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from lepton_xla.arguments import takes
 from lepton_xla.callbacks import without_callbacks
@@ -20,15 +21,19 @@ from lepton_xla.compiler import _xla, weights
 from lepton_xla.compiler.artifact import Artifact
 from lepton_xla.compiler.buckets import bucket_name, check_bucket_sizes, combinations
 from lepton_xla.compiler.code import Code
+from lepton_xla.compiler.devices import Devices, spec_of
 from lepton_xla.compiler.fingerprint import Fingerprint
 from lepton_xla.compiler.independence import Checked, check_padding, check_rows, default_tolerance, product_dtypes
 from lepton_xla.compiler.manifest import EXPAND, SCHEMA, ExecutableSet, Manifest, Tensor, check_name
 from lepton_xla.compiler.portable import export_programs
 from lepton_xla.compiler.probes import table_sizes
 from lepton_xla.compiler.runtime import Runtime, run_expand
-from lepton_xla.errors import CompileError
+from lepton_xla.errors import CompileError, ShardingError
 from lepton_xla.program import Program, TensorSpec
 from lepton_xla.rows import check_rows_lead, row_symbol
+from lepton_xla.sharding.meshes import mesh as mesh_of
+from lepton_xla.sharding.placement import as_placed, is_placed
+from lepton_xla.sharding.rules import Rules
 from lepton_xla.trees import abstract, name_leaves
 
 _LOG = logging.getLogger(__name__)
@@ -51,9 +56,11 @@ def compile(
     metrics: Mapping[str, Any] | None = None,
     examples: Mapping[str, Any] | None = None,
     tolerance: float | None = None,
+    mesh: Mesh | str | None = None,
+    rules: Rules | None = None,
     progress: Progress | None = None,
 ) -> Artifact:
-    """Compile a program for every combination of bucket sizes, on this process's first device.
+    """Compile a program for every combination of bucket sizes, on this process's first device or on a mesh.
 
     Args:
         program: the model; its weights stay arguments of the compiled code.
@@ -66,9 +73,15 @@ def compile(
         examples: real inputs by name, any number of rows, for the check that rows and padding do not affect other rows.
         tolerance: largest difference between two executables that this check allows, relative to the largest value of
             an output. By default 1e-3 if weights and products are float32, 3e-2 for 16 bits, 5e-2 for fewer bits.
+        mesh: several devices to compile for, or the text of `lx.sharding.mesh`. Each holds its part of the weights;
+            rows of a batch are split over the axis `data`, if the mesh has one. Weights that are stored small are
+            unpacked on each call.
+        rules: how the mesh cuts weights and batches. If they say nothing of weights, weights that are on such a mesh
+            already, as after `Placement.put` and `optimize`, stay as they are.
         progress: called before each step.
 
     Raises:
+        ShardingError: if the mesh or the rules do not fit the devices, the weights or the buckets.
         CompileError: if the buckets do not fit the program, XLA refuses it, it holds large constants or Python
             callbacks (except for debugging calls, which are dropped), or rows or padding change the results of other
             rows.
@@ -88,11 +101,16 @@ def compile(
     check_rows_lead(program.inputs, program.outputs)
     bucket_list = combinations(bucket_sizes)
     program = without_callbacks(program, bucket_list[0])
+    devices, program = _spread(program, mesh, rules)
+    for sizes in bucket_list:
+        devices.check_rows(program.inputs, sizes)
     leaves = name_leaves(program.weights)
-    entries = tuple(weights.describe(path, index, leaf) for index, (path, leaf) in enumerate(leaves.items()))
-    device = _xla.first_device()
-    # Weights that are sharded over several devices are gathered on the one that the executables are for.
-    arrays = [_on_device(path, leaf, device) for path, leaf in leaves.items()]
+    # Without a mesh, weights that are sharded are gathered on the one device that the executables are for.
+    arrays = [_on_device(path, leaf, devices.first) if mesh is None else leaf for path, leaf in leaves.items()]
+    entries = tuple(
+        weights.describe(path, index, array, spec_of(array.sharding))
+        for index, (path, array) in enumerate(zip(leaves, arrays, strict=True))
+    )
     expand, flat = _flat_functions(program)
     examples = _check_examples(program, examples or {})
     steps = len(bucket_list) + 2
@@ -103,14 +121,15 @@ def compile(
     stored = arrays
     expander = None
     if expand is not None:
-        expander = _compiled(expand, arrays, [], "the unpacking of its weights")
+        expander = _compiled(expand, arrays, [], "the unpacking of its weights", None)
         arrays = run_expand(expander, stored)
-    runtime = Runtime(program.inputs, arrays, device)
+    runtime = Runtime(program.inputs, program.outputs, arrays, devices)
+    shardings = devices.shardings(arrays, program.inputs, program.outputs)
     for done, sizes in enumerate(bucket_list):
         key = bucket_name(sizes)
         tell(f"compile {key}", done, steps)
         started = time.perf_counter()
-        executables[key] = _compiled(flat, arrays, program.abstract_inputs(sizes), f"bucket {key}")
+        executables[key] = _compiled(flat, arrays, program.abstract_inputs(sizes), f"bucket {key}", shardings)
         compile_s[key] = time.perf_counter() - started
         runtime.add(sizes, executables[key].loaded)
 
@@ -127,9 +146,11 @@ def compile(
         examples,
         table_sizes(jaxpr, list(program.inputs)),
     )
-    _check_independence(
-        model, runtime, lambda sizes: _compiled(flat, arrays, program.abstract_inputs(sizes), bucket_name(sizes)).loaded
-    )
+
+    def compile_sizes(sizes: Mapping[str, int]) -> _xla.Loaded:
+        return _compiled(flat, arrays, program.abstract_inputs(sizes), bucket_name(sizes), shardings).loaded
+
+    _check_independence(model, runtime, compile_sizes)
 
     tell("export StableHLO", steps - 1, steps)
     shapes = [_shape(leaf) for leaf in arrays]
@@ -143,7 +164,7 @@ def compile(
     if note:
         _LOG.warning("%s", note)
 
-    target = Fingerprint.of(device)
+    target = Fingerprint.of(devices.first, len(devices.all))
     unwritten = {key: code.why_none for key, code in executables.items() if code.blob is None}
     for key, why in unwritten.items():
         _LOG.warning(
@@ -156,6 +177,7 @@ def compile(
         inputs=_tensors(program.inputs),
         outputs=_tensors(program.outputs),
         weights=entries,
+        mesh=devices.entry,
         buckets=bucket_sizes,
         programs=(),
         programs_note=note,
@@ -171,7 +193,23 @@ def compile(
         files={},
     )
     tell("done", steps, steps)
-    return Artifact(manifest, tuple(stored), executables, tuple(programs), unpacking)
+    return Artifact(manifest, tuple(stored), executables, tuple(programs), unpacking, devices)
+
+
+def _spread(program: Program, mesh: Mesh | str | None, rules: Rules | None) -> tuple[Devices, Program]:
+    """The devices to compile for, and the program with its weights on them, if there are several."""
+    if mesh is None:
+        if rules is not None:
+            raise ShardingError("rules say how a mesh cuts the weights; give compile the mesh, too")
+        return Devices(_xla.first_device()), program
+    made = mesh_of(mesh) if isinstance(mesh, str) else mesh
+    rules = rules or Rules()
+    if rules.of_batches_only and any(is_placed(leaf, made) for leaf in jax.tree.leaves(program.weights)):
+        placement = as_placed(program.weights, made, rules.batch_axes(made))
+    else:
+        placement = rules.resolve(program, made)
+    devices = Devices(made.devices.flat[0], made, placement.batch_axes)
+    return devices, program.replace(weights=placement.put(program.weights), expansion=None)
 
 
 def _on_device(path: str, leaf: Any, device: _xla.Device) -> jax.Array:
@@ -222,9 +260,15 @@ def _model(treedef: Any, fn: Callable[..., Any], names: Sequence[str]) -> _Flat:
     return flat
 
 
-def _compiled(fn: _Flat, arrays: Sequence[jax.Array], inputs: Sequence[jax.ShapeDtypeStruct], what: str) -> Code:
+def _compiled(
+    fn: _Flat,
+    arrays: Sequence[jax.Array],
+    inputs: Sequence[jax.ShapeDtypeStruct],
+    what: str,
+    shardings: Mapping[str, Any] | None,
+) -> Code:
     try:
-        traced = jax.jit(fn, keep_unused=True).trace(*arrays, *inputs)
+        traced = jax.jit(fn, keep_unused=True, **(shardings or {})).trace(*arrays, *inputs)
         _check_constants(traced.jaxpr.consts)
         return Code.made(traced.lower())
     except CompileError:

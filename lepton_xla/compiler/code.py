@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax
 
@@ -12,7 +13,7 @@ from lepton_xla.errors import ArtifactError
 
 @dataclasses.dataclass(frozen=True)
 class Code:
-    """Compiled code for this process's first device.
+    """Compiled code for devices of this process.
 
     Attributes:
         loaded: the executable.
@@ -39,14 +40,14 @@ class Code:
             return cls(loaded, None, _xla.reason(error))
 
     @classmethod
-    def read(cls, blob: bytes, device: _xla.Device, name: str) -> Code:
+    def read(cls, blob: bytes, devices: Sequence[_xla.Device], name: str) -> Code:
         """Load serialized code, without compiling.
 
         Raises:
-            ArtifactError: if the bytes are not code for this device; names the bucket.
+            ArtifactError: if the bytes are not code for these devices; names the bucket.
         """
         try:
-            return cls(_xla.deserialize(blob, device), blob)
+            return cls(_xla.deserialize(blob, devices), blob)
         except Exception as error:  # XLA's client has its own error types
             raise ArtifactError(
                 f"the executable of bucket {name} cannot be loaded here: {_xla.reason(error)}"

@@ -40,14 +40,14 @@ class Fingerprint(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     xla_flags: str
 
     @classmethod
-    def of(cls, device: _xla.Device = None) -> Fingerprint:
-        """The fingerprint of this process on `device`, by default the first one."""
+    def of(cls, device: _xla.Device = None, count: int = 1) -> Fingerprint:
+        """The fingerprint of this process on `count` devices like `device`, by default the first one."""
         device = device or _xla.first_device()
         return cls(
             platform=device.platform,
             platform_version=_xla.platform_version(device),
             device_kind=device.device_kind,
-            device_count=1,
+            device_count=count,
             machine=platform.machine(),
             cpu_features=cpu_features_digest() if device.platform == "cpu" else "",
             jaxlib=_xla.jaxlib_version(),

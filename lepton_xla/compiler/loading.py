@@ -7,17 +7,18 @@ import hashlib
 import logging
 import os
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import msgspec
-import numpy as np
 
 from lepton_xla.arguments import takes
 from lepton_xla.compiler import _xla
 from lepton_xla.compiler.artifact import read_manifest
 from lepton_xla.compiler.buckets import BucketSizes, bucket_name, combinations
 from lepton_xla.compiler.code import Code
+from lepton_xla.compiler.devices import Devices, devices_here
 from lepton_xla.compiler.fingerprint import Fingerprint
 from lepton_xla.compiler.manifest import (
     EXPAND,
@@ -29,12 +30,13 @@ from lepton_xla.compiler.manifest import (
     manifest_to_json,
 )
 from lepton_xla.compiler.portable import compile_portable
-from lepton_xla.compiler.reading import read_all
+from lepton_xla.compiler.reading import read_all, read_parts
 from lepton_xla.compiler.runtime import Runtime, run_expand
 from lepton_xla.compiler.servable import Servable
 from lepton_xla.compiler.storage import Store, VerifiedFiles, consistently
-from lepton_xla.errors import ArtifactError, ExecutionError
+from lepton_xla.errors import ArtifactError, ExecutionError, ShardingError
 from lepton_xla.flags import warn_of_slow_flags
+from lepton_xla.trees import leaf_bytes
 
 _LOG = logging.getLogger(__name__)
 
@@ -46,11 +48,11 @@ def load(
     buckets: Mapping[str, Sequence[int]] | None = None,
     write_back: bool = False,
 ) -> Servable:
-    """Load an artifact onto this process's first device.
+    """Load an artifact onto this process's first device, or first devices if it was compiled for several.
 
     Checks every file against its digest before executing anything. If the artifact has compiled code for this machine
     and version, loading does not compile. Otherwise it compiles the portable program for each bucket without code, and
-    logs a warning with the reason.
+    logs a warning with the reason. An artifact for several devices runs on one if there are fewer and its weights fit.
 
     Args:
         location: a local folder, or a `gs://` or `s3://` prefix.
@@ -61,6 +63,7 @@ def load(
     Raises:
         ArtifactError: if a file is missing, damaged or foreign, or the artifact lacks a bucket; names it.
         ExecutionError: if there is no device, or the weights cannot be unpacked on it.
+        ShardingError: if there are fewer devices than the artifact was compiled for, and its weights do not fit on one.
 
     >>> program = lx.trace(lambda w, x: x @ w["w"], {"w": jnp.eye(4)}, {"x": lx.TensorSpec(("batch", 4), "float32")})
     >>> manifest = lx.compile(program, {"batch": (1,)}).save("tiny.lepton")
@@ -74,9 +77,9 @@ def _load(store: Store, buckets: Mapping[str, Sequence[int]] | None, *, write_ba
     manifest = read_manifest(store)
     files = VerifiedFiles(store, manifest.files)
     bucket_sizes = _choose(manifest, buckets)
-    device = _xla.first_device()
-    warn_of_slow_flags(_LOG, device.platform)
-    target = Fingerprint.of(device)
+    devices = _devices(manifest, store.location)
+    warn_of_slow_flags(_LOG, devices.first.platform)
+    target = Fingerprint.of(devices.first, len(devices.all))
     wanted = [(sizes, bucket_name(sizes)) for sizes in combinations(bucket_sizes)]
     found = manifest.executables.get(target.digest)
     known = found.files if found is not None else {}
@@ -86,10 +89,10 @@ def _load(store: Store, buckets: Mapping[str, Sequence[int]] | None, *, write_ba
     every = (*manifest.programs, *((manifest.expand,) if manifest.expand else ()))
     portable = {program.file: files.read(program.file) for program in every}
     blobs = {name: files.read(known[name]) for name in names if name in known}
-    arrays = _to_device(manifest, read_all(manifest.weights, manifest.packed_rows, files), device)
+    arrays = _to_devices(manifest, files, devices)
 
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        read = pool.map(lambda name: Code.read(blobs[name], device, name), blobs)
+        read = pool.map(lambda name: Code.read(blobs[name], devices.all, name), blobs)
         codes = dict(zip(blobs, read, strict=True))
     if missing:
         count = len([name for name in missing if name != EXPAND]) or "no"
@@ -104,8 +107,9 @@ def _load(store: Store, buckets: Mapping[str, Sequence[int]] | None, *, write_ba
     for sizes, key in wanted:
         if key in missing:
             program = _program_for(manifest, sizes)
-            codes[key] = _compile(program, portable, arrays, [spec.at(sizes) for spec in specs])
-    runtime = Runtime(manifest.input_specs(), arrays, device)
+            shapes = [spec.at(sizes) for spec in specs]
+            codes[key] = _compile(program, portable, arrays, shapes, devices.shardings(arrays, *manifest.signature()))
+    runtime = Runtime(*manifest.signature(), arrays, devices)
     for sizes, key in wanted:
         runtime.add(sizes, codes[key].loaded)
     if write_back and missing:
@@ -123,15 +127,35 @@ def _choose(manifest: Manifest, buckets: Mapping[str, Sequence[int]] | None) -> 
     return bucket_sizes
 
 
-def _to_device(manifest: Manifest, arrays: Sequence[np.ndarray], device: _xla.Device) -> list[jax.Array]:
-    # Arrays start on a 64-byte boundary, so on the CPU the device arrays share their memory.
+def _devices(manifest: Manifest, location: str) -> Devices:
+    """The devices that an artifact was compiled for; the first one if there are fewer and the weights fit there."""
+    first, entry = _xla.first_device(), manifest.mesh
+    if entry is None or devices_here(entry) == entry.count:
+        return Devices.of(entry)
+    needed = sum(leaf_bytes(leaf.shape, leaf.dtype) for leaf in manifest.weights)
+    there = _xla.memory_bytes(first)
+    said = f"{location}: compiled for {entry.count} devices ({entry}), and there are {len(jax.devices())}"
+    if there is not None and needed > there:
+        raise ShardingError(
+            f"{said}; its weights take {needed} bytes, and one device has {there}. Load it where there are "
+            f"{entry.count} devices, or compile it for a smaller mesh"
+        )
+    _LOG.warning("%s: running on one", said)
+    return Devices(first)
+
+
+def _to_devices(manifest: Manifest, files: VerifiedFiles, devices: Devices) -> list[jax.Array]:
     try:
+        if devices.mesh is not None:
+            return read_parts(manifest.weights, manifest.packed_rows, files, devices)
+        arrays = read_all(manifest.weights, manifest.packed_rows, files)
+        # Arrays start on a 64-byte boundary, so on the CPU the device arrays share their memory.
         return [
-            _xla.putter(leaf.shape, jnp.dtype(leaf.dtype), device)(array)
+            _xla.putter(leaf.shape, jnp.dtype(leaf.dtype), devices.first)(array)
             for leaf, array in zip(manifest.weights, arrays, strict=True)
         ]
     except _xla.ERROR as error:
-        raise ExecutionError(f"the weights cannot be put on {device}: {_xla.reason(error)}") from error
+        raise ExecutionError(f"the weights cannot be put on {devices.first}: {_xla.reason(error)}") from error
 
 
 def _program_for(manifest: Manifest, sizes: dict[str, int]) -> PortableProgram:
@@ -146,9 +170,10 @@ def _compile(
     portable: Mapping[str, bytes],
     weights: Sequence[jax.Array],
     inputs: Sequence[jax.ShapeDtypeStruct],
+    shardings: Mapping[str, Any] | None = None,
 ) -> Code:
     leaves = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in weights]
-    return compile_portable(portable[program.file], program.file, leaves, inputs)
+    return compile_portable(portable[program.file], program.file, leaves, inputs, shardings)
 
 
 def _why(manifest: Manifest, target: Fingerprint, missing: Sequence[str]) -> str:

@@ -10,9 +10,12 @@ import jax.numpy as jnp
 import msgspec
 
 from lepton_xla.compiler.buckets import check_bucket_sizes
+from lepton_xla.compiler.devices import MeshEntry, Spec
 from lepton_xla.compiler.fingerprint import Fingerprint
 from lepton_xla.errors import ArtifactError, LeptonError
 from lepton_xla.program import TensorSpec
+from lepton_xla.sharding.meshes import mesh_sizes
+from lepton_xla.sharding.specs import as_spec, check_axes, check_spec
 
 MANIFEST = "manifest.json"
 SCHEMA = 3
@@ -60,6 +63,8 @@ class WeightLeaf(_Struct, frozen=True, kw_only=True):
         dtype: its true dtype; the stored one differs where `packed`.
         packed: stored as a flat array of bytes, because zarr has no such dtype or it is narrower than a byte.
         encoding: how it is stored; chosen when it is saved.
+        spec: which mesh axes cut which of its axes, if the artifact is for several devices. Its zarr array then has
+            chunks that belong to one part each.
         folder: its own zarr array, if it has one.
         pieces: where its parts are in the packed array, if it has no array of its own; in the order of the leaf, one a
             part if `packed`, two (gaps, codes) if `gaps`.
@@ -70,6 +75,7 @@ class WeightLeaf(_Struct, frozen=True, kw_only=True):
     dtype: str
     packed: bool
     encoding: Encoding
+    spec: Spec = ()
     folder: str = ""
     pieces: tuple[Piece, ...] = ()
 
@@ -117,6 +123,7 @@ class Manifest(_Struct, frozen=True, kw_only=True):
         version: the model's version.
         inputs, outputs: in call order.
         weights: in argument order.
+        mesh: the devices that the executables are for, if there are several.
         packed_rows: bytes used in each row of the packed array; a row is as long as the longest.
         buckets: symbolic dimension -> sizes.
         programs: portable programs: a single symbolic one, or one per bucket.
@@ -140,6 +147,7 @@ class Manifest(_Struct, frozen=True, kw_only=True):
     inputs: tuple[Tensor, ...]
     outputs: tuple[Tensor, ...]
     weights: tuple[WeightLeaf, ...]
+    mesh: MeshEntry | None = None
     packed_rows: tuple[Annotated[int, msgspec.Meta(ge=1)], ...] = ()
     buckets: dict[str, tuple[int, ...]]
     programs: tuple[PortableProgram, ...]
@@ -156,6 +164,10 @@ class Manifest(_Struct, frozen=True, kw_only=True):
     created: str
     files: dict[str, FileEntry]
     sha256: str = ""
+
+    def signature(self) -> tuple[dict[str, TensorSpec], dict[str, TensorSpec]]:
+        """Inputs and outputs by name, in order."""
+        return self.input_specs(), self.output_specs()
 
     def input_specs(self) -> dict[str, TensorSpec]:
         """Inputs by name, in call order."""
@@ -273,6 +285,9 @@ def _check(manifest: Manifest) -> None:
     check_bucket_sizes(symbols, manifest.buckets)
     for spec in manifest.output_specs().values():
         check_bucket_sizes(symbols, dict.fromkeys(spec.symbols, (1,)) | manifest.buckets)
+    if manifest.mesh is not None:
+        mesh_sizes(manifest.mesh.axes, manifest.mesh.count)
+        check_axes(manifest.mesh.batch, manifest.mesh.axes, "batch")
     rows = manifest.packed_rows or (0,)  # pieces without bytes are in row 0, which need not exist
     for leaf in manifest.weights:
         jnp.dtype(leaf.dtype)
@@ -283,6 +298,10 @@ def _check(manifest: Manifest) -> None:
         for piece in leaf.pieces:
             if piece.row >= len(rows) or piece.start + piece.size > rows[piece.row]:
                 raise ArtifactError(f"{MANIFEST}: weight {leaf.path!r} has a piece beyond the end of {PACKED}")
+        if leaf.spec and manifest.mesh is None:
+            raise ArtifactError(f"{MANIFEST}: weight {leaf.path!r} is cut over devices, but there is no mesh")
+        if manifest.mesh is not None:
+            check_spec(as_spec(leaf.spec), leaf.shape, manifest.mesh.axes, f"weight {leaf.path!r}")
     if manifest.packed_rows:
         _check_listed(manifest, f"{PACKED}/zarr.json")
     for row in range(len(manifest.packed_rows)):

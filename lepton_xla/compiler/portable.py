@@ -72,16 +72,26 @@ def export_programs(
 
 
 def compile_portable(
-    blob: bytes, name: str, weights: Sequence[jax.ShapeDtypeStruct], inputs: Sequence[jax.ShapeDtypeStruct]
+    blob: bytes,
+    name: str,
+    weights: Sequence[jax.ShapeDtypeStruct],
+    inputs: Sequence[jax.ShapeDtypeStruct],
+    shardings: Mapping[str, Any] | None = None,
 ) -> Code:
     """Compile a serialized program for one bucket on this machine.
+
+    Args:
+        blob: the program.
+        name: its file, for messages.
+        weights, inputs: the shapes of its arguments.
+        shardings: `in_shardings` and `out_shardings` of `jax.jit`, for several devices.
 
     Raises:
         ArtifactError: if it is not such a program or does not fit this machine; names the file.
     """
     try:
         exported = jax.export.deserialize(bytearray(blob))
-        return Code.made(jax.jit(exported.call, keep_unused=True).lower(*weights, *inputs))
+        return Code.made(jax.jit(exported.call, keep_unused=True, **(shardings or {})).lower(*weights, *inputs))
     except Exception as error:  # version, platform, custom call, or XLA itself
         raise ArtifactError(f"{name} cannot be compiled here: {_xla.reason(error)}") from error
 

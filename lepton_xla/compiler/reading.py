@@ -8,18 +8,21 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
+import itertools
 import math
 import os
 import sys
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import msgspec
 import numpy as np
 import tensorstore as ts
 
-from lepton_xla.compiler import gaps
+from lepton_xla.compiler import _xla, gaps
+from lepton_xla.compiler.devices import Devices
 from lepton_xla.compiler.elements import flat_bytes, from_bytes, from_words, words_of
 from lepton_xla.compiler.manifest import PACKED, Piece, WeightLeaf
 from lepton_xla.compiler.storage import VerifiedFiles
@@ -58,6 +61,54 @@ def read_all(leaves: Sequence[WeightLeaf], packed_rows: Sequence[int], files: Ve
         tasks += [pool.submit(leaf.read, streams) for leaf in packed]
         _finish(pool, tasks)
     return [leaf.finish() for leaf in opened]
+
+
+def read_parts(
+    leaves: Sequence[WeightLeaf], packed_rows: Sequence[int], files: VerifiedFiles, devices: Devices
+) -> list[jax.Array]:
+    """Read leaves onto several devices; of a leaf that is cut, the host reads one part at a time.
+
+    Args:
+        leaves: the manifest's.
+        packed_rows: bytes used in each row of the packed array.
+        files: the artifact's.
+        devices: where the leaves go.
+
+    Raises:
+        ArtifactError: as `read_all`.
+    """
+    rest = [leaf for leaf in leaves if not _is_parted(leaf)]
+    whole = dict(zip((leaf.path for leaf in rest), read_all(rest, packed_rows, files), strict=True))
+    placed: list[jax.Array] = []
+    for leaf in leaves:
+        sharding = devices.sharding(leaf.spec)
+        if not _is_parted(leaf):
+            placed.append(jax.device_put(whole.pop(leaf.path), sharding))
+            continue
+        places: dict[tuple[tuple[int, int], ...], list[Any]] = {}
+        for device, index in sharding.addressable_devices_indices_map(leaf.shape).items():
+            bounds = [part.indices(size)[:2] for part, size in zip(index or (), leaf.shape, strict=True)]
+            places.setdefault(tuple(bounds), []).append(device)
+        arrays: list[jax.Array] = []
+        for bounds, holders in places.items():
+            part = _read_part(leaf, files, tuple(slice(*bound) for bound in bounds))
+            arrays += [_xla.putter(part.shape, part.dtype, device)(part) for device in holders]
+        placed.append(jax.make_array_from_single_device_arrays(leaf.shape, sharding, arrays))
+    return placed
+
+
+def _is_parted(leaf: WeightLeaf) -> bool:
+    """Whether parts of a leaf can be read alone."""
+    return bool(leaf.spec) and leaf.is_zarr and not leaf.packed
+
+
+def _read_part(leaf: WeightLeaf, files: VerifiedFiles, region: tuple[slice, ...]) -> np.ndarray:
+    """Read one part of a leaf that has a zarr array of its own."""
+    _check_memory([msgspec.structs.replace(leaf, shape=tuple(part.stop - part.start for part in region))])
+    opened = _ZarrLeaf.open(leaf, files, region)
+    with concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1), "lepton-weights") as pool:
+        _finish(pool, [pool.submit(opened.read, index) for index in opened.chunks()])
+    return opened.finish()
 
 
 def _finish(pool: concurrent.futures.ThreadPoolExecutor, tasks: list[concurrent.futures.Future[None]]) -> None:
@@ -142,9 +193,11 @@ class _ZarrLeaf:
     handle: ts.TensorStore
     plain: bool
     out: np.ndarray
+    region: tuple[slice, ...]
 
     @classmethod
-    def open(cls, leaf: WeightLeaf, files: VerifiedFiles) -> _ZarrLeaf:
+    def open(cls, leaf: WeightLeaf, files: VerifiedFiles, region: tuple[slice, ...] | None = None) -> _ZarrLeaf:
+        """Open an array; `region` is the part of it that is read, by default all."""
         name = f"{leaf.folder}/zarr.json"
         metadata = files.read(name)
         context = ts.Context()
@@ -164,27 +217,36 @@ class _ZarrLeaf:
                 f"{name}: holds {handle.dtype.name}{list(handle.shape)}; the manifest says {dtype.name}{list(shape)}"
             )
         plain = codecs == plain_codecs(dtype.itemsize) and sys.byteorder == "little"
-        return cls(leaf, files, kv, handle, plain, aligned_empty(shape, dtype))
+        region = tuple(slice(0, size) for size in shape) if region is None else region
+        out = aligned_empty([part.stop - part.start for part in region], dtype)
+        return cls(leaf, files, kv, handle, plain, out, region)
 
     def chunks(self) -> list[tuple[int, ...]]:
-        return list(np.ndindex(*_grid(self.out.shape, self._chunk_shape())))
+        """The chunks that overlap the region."""
+        chunk = self._chunk_shape()
+        ranges = [range(part.start // n, -(-part.stop // n)) for part, n in zip(self.region, chunk, strict=True)]
+        return list(itertools.product(*ranges)) if self.out.size else []
 
     def read(self, index: tuple[int, ...]) -> None:
         """Verify and decode one chunk."""
         key = "/".join(("c", *map(str, index)))
         name = f"{self.leaf.folder}/{key}"
         data, chunk = self.files.read(name), self._chunk_shape()
-        region = tuple(
-            slice(i * n, min((i + 1) * n, size)) for i, n, size in zip(index, chunk, self.out.shape, strict=True)
+        starts = [place * size for place, size in zip(index, chunk, strict=True)]
+        # Where the chunk and the region overlap: in the whole array, in the region, and in the chunk.
+        found = tuple(
+            slice(max(start, part.start), min(start + size, part.stop))
+            for start, size, part in zip(starts, chunk, self.region, strict=True)
         )
+        target = _moved(found, [part.start for part in self.region])
         try:
             if self.plain:
                 # Decoded here as zarr would; without TensorStore a float model loads a third faster.
                 elements = np.frombuffer(data, self.out.dtype).reshape(chunk)
-                self.out[region] = elements[tuple(slice(part.stop - part.start) for part in region)]
+                self.out[target] = elements[_moved(found, starts)]
                 return
             self.kv.write(key, data).result()
-            ts.array(self.out[(*region, ...)]).write(self.handle[region]).result()
+            ts.array(self.out[(*target, ...)]).write(self.handle[found]).result()
             self.kv.write(key, None).result()
         except Exception as error:  # TensorStore's own kinds
             raise ArtifactError(f"{name} cannot be decoded: {error}") from error
@@ -209,5 +271,6 @@ def aligned_empty(shape: Sequence[int], dtype: Any) -> np.ndarray:
     return buffer[start : start + size].view(dtype).reshape(shape)
 
 
-def _grid(shape: Sequence[int], chunk: Sequence[int]) -> tuple[int, ...]:
-    return tuple(-(-size // part) for size, part in zip(shape, chunk, strict=True))
+def _moved(region: Sequence[slice], starts: Sequence[int]) -> tuple[slice, ...]:
+    """A region counted from other starts."""
+    return tuple(slice(part.start - start, part.stop - start) for part, start in zip(region, starts, strict=True))

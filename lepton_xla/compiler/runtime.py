@@ -10,6 +10,7 @@ import numpy as np
 
 from lepton_xla.compiler import _xla
 from lepton_xla.compiler.code import Code
+from lepton_xla.compiler.devices import Devices, putter
 from lepton_xla.errors import InputError
 from lepton_xla.program import TensorSpec
 
@@ -22,28 +23,44 @@ class Runtime:
 
     Args:
         inputs: the model's inputs, in call order.
+        outputs: its outputs, in order.
         weights: device arrays, in argument order.
-        device: the device of the weights and the code.
+        devices: the devices of the weights and the code.
 
     Attributes:
+        devices: the devices.
         weights: the whole list may be replaced by one of equal shapes and dtypes at any time; a run uses the list that
             it started with.
     """
 
-    def __init__(self, inputs: Mapping[str, TensorSpec], weights: Sequence[jax.Array], device: _xla.Device) -> None:
+    def __init__(
+        self,
+        inputs: Mapping[str, TensorSpec],
+        outputs: Mapping[str, TensorSpec],
+        weights: Sequence[jax.Array],
+        devices: Devices,
+    ) -> None:
         self.weights = list(weights)
         self._inputs = dict(inputs)
         self._symbols = tuple(dict.fromkeys(name for spec in inputs.values() for name in spec.symbols))
-        self._device = device
+        self.devices = devices
+        self._outputs = dict(outputs)
         self._runners: dict[tuple[int, ...], Runner] = {}
 
     def add(self, sizes: Mapping[str, int], executable: _xla.Loaded) -> None:
         """Add the executable of a bucket."""
         slots = []
-        for name, spec in self._inputs.items():
+        places = self.devices.of_rows(self._inputs, self._inputs)
+        for (name, spec), place in zip(self._inputs.items(), places, strict=True):
             at = spec.at(sizes)
-            slots.append((name, at.shape, at.dtype, _xla.putter(at.shape, at.dtype, self._device)))
-        self._runners[self._key(sizes)] = functools.partial(self._execute, slots, _xla.executor(executable))
+            slots.append((name, at.shape, at.dtype, putter(at.shape, at.dtype, place)))
+        if self.devices.mesh is None:
+            execute = _xla.executor(executable)
+        else:
+            places = self.devices.of_rows(self._outputs, self._inputs)
+            shapes = [spec.at(sizes).shape for spec in self._outputs.values()]
+            execute = _xla.executor_of_several(executable, list(zip(shapes, places, strict=True)))
+        self._runners[self._key(sizes)] = functools.partial(self._execute, slots, execute)
 
     def runner(self, sizes: Mapping[str, int]) -> Runner:
         """Return the function that runs one bucket, so that a caller can save the lookup.

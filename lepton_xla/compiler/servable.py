@@ -52,8 +52,9 @@ class Servable:
 
     @property
     def weights_bytes(self) -> int:
-        """Bytes of all weights on the device."""
-        return sum(array.on_device_size_in_bytes() for array in self.runtime.weights)
+        """Bytes of weights on one device."""
+        total = sum(array.on_device_size_in_bytes() for array in self.runtime.weights)
+        return total // len(self.runtime.devices.all)
 
     def run(
         self, sizes: Mapping[str, int], arrays: Sequence[Shaped[np.ndarray, "*_"]]

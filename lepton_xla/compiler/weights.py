@@ -8,6 +8,7 @@ are encoded in memory a chunk at a time, so every byte has its digest before it 
 from __future__ import annotations
 
 import itertools
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -18,6 +19,7 @@ import numpy as np
 import tensorstore as ts
 
 from lepton_xla.compiler import gaps
+from lepton_xla.compiler.devices import Spec
 from lepton_xla.compiler.elements import to_bytes, to_words, zarr_lacks
 from lepton_xla.compiler.manifest import PACKED, Encoding, Piece, WeightLeaf
 from lepton_xla.trees import leaf_bytes
@@ -61,9 +63,11 @@ def write_all(
     for leaf, given in zip(leaves, arrays, strict=True):
         array = np.asarray(given)
         words = to_words(array)
-        leaf = msgspec.structs.replace(leaf, encoding=_choose(words, is_small))
+        cut = bool(leaf.spec) and not leaf.packed  # needs an array of its own, so that parts can be read alone
+        leaf = msgspec.structs.replace(leaf, encoding=_choose(words, is_small, cut=cut))
         if leaf.is_zarr:
-            for name, data in zarr_files(leaf, array):
+            part = given.sharding.shard_shape(array.shape) if cut else None
+            for name, data in zarr_files(leaf, array, part):
                 write(name, data)
         else:
             placed = tuple(rows.add(kind, data) for kind, data in _streams(words, leaf.encoding))
@@ -74,7 +78,7 @@ def write_all(
     return tuple(stored), rows.sizes
 
 
-def describe(path: str, index: int, array: Any) -> WeightLeaf:
+def describe(path: str, index: int, array: Any, spec: Spec = ()) -> WeightLeaf:
     """Make the manifest's entry of a leaf; its folder is named after its path and a number, to be unique."""
     dtype = jnp.dtype(array.dtype).name
     readable = re.sub(r"[^A-Za-z0-9_-]+", ".", path).strip(".")[-100:]
@@ -84,16 +88,26 @@ def describe(path: str, index: int, array: Any) -> WeightLeaf:
         dtype=dtype,
         packed=zarr_lacks(dtype),
         encoding="plain",
+        spec=spec,
         folder=f"weights/{index:05d}-{readable}".rstrip("-."),
     )
 
 
-def zarr_files(leaf: WeightLeaf, array: Any) -> Iterator[tuple[str, bytes]]:
-    """Make the files of a leaf that is a zarr array of its own: `(name, content)`, one at a time."""
+def zarr_files(leaf: WeightLeaf, array: Any, part: Sequence[int] | None = None) -> Iterator[tuple[str, bytes]]:
+    """Make the files of a leaf that is a zarr array of its own: `(name, content)`, one at a time.
+
+    Args:
+        leaf: the leaf.
+        array: its array.
+        part: the shape of the part that one device holds, if the leaf is cut; each chunk then belongs to one part.
+    """
     stored = np.asarray(array)
     if leaf.packed:
         stored = to_bytes(stored)
-    chunk = [max(size, 1) for size in chunk_shape(stored.shape, stored.dtype.itemsize)]
+    if part is not None:
+        chunk = part_chunk(part, stored.dtype.itemsize)
+    else:
+        chunk = [max(size, 1) for size in chunk_shape(stored.shape, stored.dtype.itemsize)]
     level = _FAST_LEVEL if leaf.encoding == "zstd" else None
     parts = ((region, stored[region]) for region in _regions(stored.shape, chunk))
     yield from _zarr_files(leaf.folder, stored.shape, stored.dtype, chunk, level, parts)
@@ -145,6 +159,19 @@ def chunk_shape(shape: Sequence[int], itemsize: int, limit_bytes: int = CHUNK_BY
     return tuple(sizes)
 
 
+def part_chunk(part: Sequence[int], itemsize: int, limit_bytes: int = CHUNK_BYTES) -> list[int]:
+    """Shape of chunks of at most `limit_bytes` that divide a part of an array, so that each belongs to one part.
+
+    >>> part_chunk((30522, 96), 4)
+    [10174, 96]
+    """
+    sizes = list(part)
+    for axis, size in enumerate(sizes):
+        rest = math.prod(sizes) // max(size, 1) * itemsize
+        sizes[axis] = max((n for n in range(1, size + 1) if size % n == 0 and n * rest <= limit_bytes), default=1)
+    return [max(size, 1) for size in sizes]
+
+
 def plain_codecs(itemsize: int) -> list[dict[str, Any]]:
     """Name zarr's codecs for uncompressed elements."""
     return [{"name": "bytes", "configuration": {"endian": "little"}} if itemsize > 1 else {"name": "bytes"}]
@@ -173,16 +200,19 @@ def _regions(shape: Sequence[int], chunk: Sequence[int]) -> Iterator[tuple[slice
     return itertools.product(*parts)
 
 
-def _choose(words: np.ndarray, is_small: bool) -> Encoding:
+def _choose(words: np.ndarray, is_small: bool, *, cut: bool = False) -> Encoding:
     """Choose the encoding with the least cost of bytes and of time to decode; of a large leaf a part is measured.
 
     Args:
         words: the leaf.
         is_small: whether the whole model is small, so that bytes count for more than time.
+        cut: whether devices read parts of the leaf, so that it needs a zarr array of its own.
     """
     whole, haste = words.nbytes, _SMALL_MODEL_FACTOR if is_small else 1.0
     if not whole:
         return "packed"
+    if cut:
+        return "zstd" if zstd_share(words) + haste * _ZSTD_COST < 1 else "plain"
     regions = part_regions(words.shape, words.itemsize)
     sample = words[regions[len(regions) // 2]]
     scale = whole / sample.nbytes

@@ -9,13 +9,13 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lepton_xla.errors import ShardingError
 from lepton_xla.sharding.meshes import AnyMesh
-from lepton_xla.sharding.specs import axes_of, pieces, spec_text
+from lepton_xla.sharding.specs import as_spec, axes_of, pieces, spec_text
 from lepton_xla.tables import Table, size
-from lepton_xla.trees import some_names, tree_bytes
+from lepton_xla.trees import key_name, leaf_bytes, some_names, tree_bytes
 
 # Columns that a printed placement takes at most.
 _WIDTH = 80
@@ -175,13 +175,78 @@ def _put(array: Any, sharding: NamedSharding) -> Any:
     return jax.make_array_from_callback(whole.shape, sharding, lambda part: whole[part])
 
 
-def entry_of(path: str, leaf: Any, spec: PartitionSpec, sizes: Mapping[str, int], reason: str) -> Entry:
+def placed(leaf: Any, spec: PartitionSpec, mesh: AnyMesh) -> Any:
+    """The sharding of a weight; for a quantized matrix, a tree of the shardings of its parts.
+
+    A part (codes, scales) is cut as the matrix `[..., K, N]` is, but along no axis that the cut does not divide. Codes
+    that are stored column-major are cut so, too.
+
+    >>> mesh = lx.sharding.mesh("model=1", jax.devices()[:1])
+    >>> placed(np.ones((4, 6)), PartitionSpec("model"), mesh).spec
+    P('model',)
+    """
+    if jax.tree_util.all_leaves([leaf]):
+        return NamedSharding(mesh, spec)
+    cuts = [axes_of(part) for part in spec] + [()] * (len(leaf.shape) - len(spec))
+
+    def of(key: Any, part: Any) -> NamedSharding:
+        turned = getattr(leaf, "transposed", False) and key_name(key[-1]) == "values"
+        order = [*cuts[:-2], cuts[-1], cuts[-2]] if turned else cuts
+        fits = [
+            cut if length % pieces(cut, mesh.shape) == 0 else ()
+            for cut, length in zip(order[: part.ndim], part.shape, strict=True)
+        ]
+        return NamedSharding(mesh, as_spec(fits))
+
+    return jax.tree_util.tree_map_with_path(of, leaf)
+
+
+def is_placed(array: Any, mesh: Mesh) -> bool:
+    """Whether an array is on a mesh with the same axes already.
+
+    >>> is_placed(jnp.ones(4), lx.sharding.mesh("model=1", jax.devices()[:1]))
+    False
+    """
+    found = getattr(array, "sharding", None)
+    return isinstance(found, NamedSharding) and dict(found.mesh.shape) == dict(mesh.shape)
+
+
+def as_placed(weights: Mapping[str, Any], mesh: Mesh, batch_axes: tuple[str, ...]) -> Placement:
+    """The placement of weights where they are; whole, if they are not on such a mesh.
+
+    Args:
+        weights: path -> array, or a tree of arrays.
+        mesh: the mesh.
+        batch_axes: its axes that split batches.
+
+    >>> mesh = lx.sharding.mesh("model=1", jax.devices()[:1])
+    >>> array = jax.device_put(jnp.ones(4), NamedSharding(mesh, PartitionSpec("model")))
+    >>> as_placed({"w": array}, mesh, ()).entries[0].spec
+    P('model',)
+    """
+
+    def of(part: Any) -> NamedSharding:
+        return NamedSharding(mesh, as_spec(part.sharding.spec) if is_placed(part, mesh) else PartitionSpec())
+
+    shardings = {path: jax.tree.map(of, leaf) for path, leaf in weights.items()}
+    entries: list[Entry] = []
+    for path, leaf in weights.items():
+        largest = max(
+            zip(jax.tree.leaves(leaf), jax.tree.leaves(shardings[path]), strict=True), key=lambda pair: pair[0].size
+        )
+        entries.append(entry_of(path, leaf, largest[1].spec, shardings[path], "as it was placed"))
+    return Placement(mesh, tuple(entries), shardings, batch_axes)
+
+
+def entry_of(path: str, leaf: Any, spec: PartitionSpec, shardings: Any, reason: str) -> Entry:
     """Make the entry of one weight.
 
-    >>> entry_of("w", np.ones((4, 6), np.int8), PartitionSpec(None, "model"), {"model": 2}, "rule 'w'").device_bytes
-    12
+    >>> mesh = lx.sharding.mesh("model=1", jax.devices()[:1])
+    >>> whole = NamedSharding(mesh, PartitionSpec())
+    >>> entry_of("w", np.ones((4, 6), np.int8), PartitionSpec(), whole, "").device_bytes
+    24
     """
-    whole = tree_bytes(leaf)
-    cut = math.prod(pieces(part, sizes) for part in spec)
+    parts = zip(jax.tree.leaves(leaf), jax.tree.leaves(shardings), strict=True)
+    held = sum(leaf_bytes(sharding.shard_shape(tuple(part.shape)), part.dtype) for part, sharding in parts)
     dtype = str(getattr(leaf, "dtype", getattr(leaf, "format", "")))
-    return Entry(path, tuple(leaf.shape), dtype, spec, whole, -(-whole // cut), reason)
+    return Entry(path, tuple(leaf.shape), dtype, spec, tree_bytes(leaf), held, reason)

@@ -9,13 +9,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import msgspec
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import PartitionSpec
 
 from lepton_xla.errors import ShardingError, first_line
 from lepton_xla.program import Program
 from lepton_xla.sharding.decisions import Leaf, by_names, by_size
 from lepton_xla.sharding.meshes import AnyMesh
-from lepton_xla.sharding.placement import Placement, entry_of
+from lepton_xla.sharding.placement import Placement, entry_of, placed
 from lepton_xla.sharding.specs import Part, as_spec, axes_of, check_axes, check_spec
 from lepton_xla.trees import some_names, tree_bytes
 
@@ -149,9 +149,7 @@ class Rules:
         if axes is None:
             axes = leaves.axes if isinstance(leaves, Program) else {}
         sizes = dict(mesh.shape)
-        batch = axes_of(self.batch)
-        if batch != _BATCH or "data" in sizes:
-            check_axes(batch, sizes, "batch")
+        batch = self.batch_axes(mesh)
         check_axes(axes_of(self.fallback), sizes, "fallback")
         for name, part in self.logical.items():
             check_axes(axes_of(part), sizes, f"logical axis {name!r}")
@@ -161,9 +159,33 @@ class Rules:
             names = axes.get(path, ())
             spec, reason = self._decide(Leaf(path, tuple(leaf.shape), tree_bytes(leaf), tuple(names)), sizes)
             check_spec(spec, leaf.shape, sizes, f"weight {path!r}, {reason}")
-            entries.append(entry_of(path, leaf, spec, sizes, reason))
-            shardings[path] = NamedSharding(mesh, spec)
-        return Placement(mesh, tuple(entries), shardings, batch if set(batch) <= set(sizes) else ())
+            shardings[path] = placed(leaf, spec, mesh)
+            entries.append(entry_of(path, leaf, spec, shardings[path], reason))
+        return Placement(mesh, tuple(entries), shardings, batch)
+
+    @property
+    def of_batches_only(self) -> bool:
+        """Whether the rules say nothing of weights.
+
+        >>> lx.sharding.Rules(batch=()).of_batches_only, lx.sharding.Rules(fallback="data").of_batches_only
+        (True, False)
+        """
+        return not (self.rules or self.logical or self.fallback)
+
+    def batch_axes(self, mesh: AnyMesh) -> tuple[str, ...]:
+        """Return the axes of a mesh that split the rows of a batch; none if the mesh lacks the default, `data`.
+
+        Raises:
+            ShardingError: if the mesh lacks another.
+
+        >>> lx.sharding.Rules().batch_axes(lx.sharding.mesh("model=1", jax.devices()[:1]))
+        ()
+        """
+        batch = axes_of(self.batch)
+        if batch == _BATCH and "data" not in mesh.shape:
+            return ()
+        check_axes(batch, mesh.shape, "batch")
+        return batch
 
     def _decide(self, leaf: Leaf, sizes: Mapping[str, int]) -> tuple[PartitionSpec, str]:
         """Find the spec of a weight, and the reason."""

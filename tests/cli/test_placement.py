@@ -48,3 +48,37 @@ def test_what_does_not_fit_is_one_line(cli, plain, rules, mesh, toml, said):
 
 def test_rules_need_a_mesh(cli, plain, rules):
     assert "add --mesh" in cli.refused("plan", plain, "--rules", rules)
+
+
+def test_compile_inspect_and_predict_take_an_artifact_for_two_devices(cli, plain, rules, tmp_path):
+    path = tmp_path / "two.lepton"
+    found = cli.json("compile", plain, "--mesh", "model=2", "--rules", rules, "-o", path)
+    assert found["weights_bytes_optimized"] == found["weights_bytes_float"] // 2
+    assert found["metrics"]["optimized"]["mean"] == pytest.approx(found["metrics"]["float"]["mean"], abs=1e-5)
+    manifest = cli.json("inspect", path)["manifest"]
+    assert manifest["mesh"] == {"axes": {"model": 2}, "batch": []}
+    assert {leaf["path"]: leaf["spec"] for leaf in manifest["weights"]} == {
+        "head": [["model"]],
+        "hidden": [[], ["model"]],
+    }
+    text = cli.ok("inspect", path)
+    assert "for 2 devices: model=2\n" in text
+    assert "loads compiled code without compiling" in text
+
+
+def test_compile_keeps_quantized_weights_cut(cli, plain, files, rules, tmp_path):
+    path = tmp_path / "int8.lepton"
+    cli.ok("compile", plain, "--recipe", files / "int8.toml", "--mesh", "model=2", "--rules", rules, "-o", path)
+    specs = {leaf["path"]: leaf["spec"] for leaf in cli.json("inspect", path)["manifest"]["weights"]}
+    assert all(spec for name, spec in specs.items() if "hidden" in name)
+
+
+def test_compile_refuses_what_does_not_fit_in_one_line(cli, plain, rules, tmp_path):
+    out = ["-o", tmp_path / "no.lepton"]
+    assert "add --mesh" in cli.refused("compile", plain, "--rules", rules, *out)
+    assert "takes 3 devices" in cli.refused("compile", plain, "--mesh", "model=3", *out)
+    rules.write_text('batch = "model"\n')
+    assert "bucket batch=1 cannot be split" in cli.refused(
+        "compile", plain, "--mesh", "model=2", "--rules", rules, *out
+    )
+    assert not (tmp_path / "no.lepton").exists()

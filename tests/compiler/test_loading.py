@@ -60,7 +60,7 @@ def pretend_elsewhere(monkeypatch: pytest.MonkeyPatch, **changes: object) -> com
     """Makes this process have another fingerprint."""
     changes = changes or {"jaxlib": "0.0.1"}
     other = msgspec.structs.replace(compiler.Fingerprint.of(), **changes)
-    monkeypatch.setattr(loading.Fingerprint, "of", staticmethod(lambda device=None: other))
+    monkeypatch.setattr(loading.Fingerprint, "of", staticmethod(lambda device=None, count=1: other))
     return other
 
 

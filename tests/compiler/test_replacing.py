@@ -200,7 +200,7 @@ def test_code_is_not_written_back_into_another_artifact(copy_dense, text_artifac
     path = copy_dense()
     here = compiler.Fingerprint.of()
     other = msgspec.structs.replace(here, jaxlib="0.0.1")
-    monkeypatch.setattr(compiler.Fingerprint, "of", staticmethod(lambda device=None: other))
+    monkeypatch.setattr(compiler.Fingerprint, "of", staticmethod(lambda device=None, count=1: other))
     from lepton_xla.compiler import loading
 
     real = loading._write_back

@@ -1,0 +1,144 @@
+"""The devices that the executables of a model run on: one, or a mesh of several."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import msgspec
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
+
+from lepton_xla.compiler import _xla
+from lepton_xla.errors import ShardingError
+from lepton_xla.program import TensorSpec
+from lepton_xla.rows import row_symbol
+from lepton_xla.sharding.meshes import mesh
+from lepton_xla.sharding.specs import as_spec, axes_of, pieces
+
+type Spec = tuple[tuple[str, ...], ...]
+"""For each axis of an array, the mesh axes that cut it; axes at the end that nothing cuts are left out."""
+
+
+class MeshEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The mesh that an artifact's executables were compiled for.
+
+    Attributes:
+        axes: size by axis, in order.
+        batch: the axes that the rows of a batch are split over.
+    """
+
+    axes: dict[str, int]
+    batch: tuple[str, ...] = ()
+
+    @property
+    def count(self) -> int:
+        """Number of devices."""
+        return math.prod(self.axes.values())
+
+    def __str__(self) -> str:
+        return ", ".join(f"{name}={size}" for name, size in self.axes.items())
+
+
+@dataclasses.dataclass(frozen=True)
+class Devices:
+    """The devices of one model.
+
+    Attributes:
+        first: the first device.
+        mesh: the mesh, if there are several.
+        batch: the axes of the mesh that the rows of a batch are split over.
+    """
+
+    first: _xla.Device
+    mesh: Mesh | None = None
+    batch: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, entry: MeshEntry | None) -> Devices:
+        """This process's first devices, as many as the artifact was compiled for.
+
+        Raises:
+            ExecutionError: if there is no device.
+            ShardingError: if there are fewer than the artifact was compiled for.
+        """
+        first = _xla.first_device()
+        return cls(first) if entry is None else cls(first, mesh(entry.axes, jax.devices()[: entry.count]), entry.batch)
+
+    @property
+    def all(self) -> tuple[_xla.Device, ...]:
+        """The devices in the order in which executables number them."""
+        return (self.first,) if self.mesh is None else tuple(self.mesh.devices.flat)
+
+    @property
+    def entry(self) -> MeshEntry | None:
+        """What the manifest says of them."""
+        return None if self.mesh is None else MeshEntry(axes=dict(self.mesh.shape), batch=self.batch)
+
+    def sharding(self, spec: Spec = ()) -> jax.sharding.Sharding:
+        """The sharding of an array that is cut so."""
+        return SingleDeviceSharding(self.first) if self.mesh is None else NamedSharding(self.mesh, as_spec(spec))
+
+    def of_rows(self, specs: Mapping[str, TensorSpec], inputs: Mapping[str, TensorSpec]) -> list[jax.sharding.Sharding]:
+        """The shardings of inputs or outputs: split over their first axis, if that is the rows, else whole.
+
+        Args:
+            specs: the inputs or outputs.
+            inputs: the inputs, which tell what the rows are.
+        """
+        rows = row_symbol(inputs)
+        return [self.sharding((self.batch,) if spec.shape[:1] == (rows,) else ()) for spec in specs.values()]
+
+    def shardings(
+        self, weights: Sequence[jax.Array], inputs: Mapping[str, TensorSpec], outputs: Mapping[str, TensorSpec]
+    ) -> dict[str, Any] | None:
+        """How `jax.jit` must cut what a model takes and returns; None for one device."""
+        if self.mesh is None:
+            return None
+        return {
+            "in_shardings": (*(leaf.sharding for leaf in weights), *self.of_rows(inputs, inputs)),
+            "out_shardings": tuple(self.of_rows(outputs, inputs)),
+        }
+
+    def check_rows(self, inputs: Mapping[str, TensorSpec], sizes: Mapping[str, int]) -> None:
+        """Check that the mesh can split the rows of a bucket.
+
+        Raises:
+            ShardingError: if not; names the bucket.
+        """
+        rows, count = row_symbol(inputs), 1 if self.mesh is None else pieces(self.batch, self.mesh.shape)
+        if rows is not None and sizes[rows] % count:
+            cut = " and ".join(f"{axis}={self.mesh.shape[axis]}" for axis in self.batch) if self.mesh else ""
+            raise ShardingError(
+                f"bucket {rows}={sizes[rows]} cannot be split over {cut}; choose multiples of {count}, or rules with "
+                "batch = [], which give every device all rows"
+            )
+
+
+def devices_here(entry: MeshEntry | None) -> int:
+    """Number of devices that an artifact runs on in this process: all of its mesh, or one.
+
+    >>> devices_here(None), devices_here(MeshEntry(axes={"model": 1000}))
+    (1, 1)
+    """
+    return 1 if entry is None or len(jax.devices()) < entry.count else entry.count
+
+
+def spec_of(sharding: jax.sharding.Sharding) -> Spec:
+    """How a sharding cuts an array, for the manifest.
+
+    >>> spec_of(jax.NamedSharding(jax.make_mesh((1,), ("model",), devices=jax.devices()[:1]), jax.P(None, "model")))
+    ((), ('model',))
+    """
+    parts: PartitionSpec | tuple[()] = sharding.spec if isinstance(sharding, NamedSharding) else ()
+    return tuple(axes_of(part) for part in as_spec(parts))
+
+
+def putter(shape: Sequence[int], dtype: np.dtype, sharding: jax.sharding.Sharding) -> Callable[[np.ndarray], jax.Array]:
+    """Make a function that puts NumPy arrays of this shape and dtype where a sharding says, as `_xla.putter`."""
+    if isinstance(sharding, SingleDeviceSharding):
+        return _xla.putter(shape, dtype, next(iter(sharding.device_set)))
+    return lambda array: jax.device_put(array, sharding)
