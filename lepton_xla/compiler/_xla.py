@@ -7,6 +7,7 @@ Written for jaxlib 0.12; a JAX release that moves one of these names breaks only
 from __future__ import annotations
 
 import contextlib
+import itertools
 import threading
 from collections.abc import Callable, Generator, Sequence
 from typing import Any
@@ -147,17 +148,26 @@ def executor(executable: Loaded) -> Callable[[list[jax.Array]], list[jax.Array]]
 def executor_of_several(
     executable: Loaded, outputs: Sequence[tuple[tuple[int, ...], jax.sharding.Sharding]]
 ) -> Callable[[list[jax.Array]], list[jax.Array]]:
-    """As `executor`, for an executable on several devices, with the shape and sharding of each output."""
+    """As `executor`, for an executable on several devices.
+
+    Args:
+        executable: the executable.
+        outputs: of each output, how many pieces its first axes are in, and its sharding.
+    """
     execute = executable.execute_sharded
 
     def run(arguments: list[jax.Array]) -> list[jax.Array]:
         made = execute(arguments).disassemble_into_single_device_arrays()
         return [
-            jax.make_array_from_single_device_arrays(shape, sharding, shards)
-            for (shape, sharding), shards in zip(outputs, made, strict=True)
+            jax.make_array_from_single_device_arrays(_whole_shape(shards[0].shape, pieces), sharding, shards)
+            for (pieces, sharding), shards in zip(outputs, made, strict=True)
         ]
 
     return run
+
+
+def _whole_shape(part: Sequence[int], pieces: Sequence[int]) -> tuple[int, ...]:
+    return tuple(size * count for size, count in itertools.zip_longest(part, pieces, fillvalue=1))
 
 
 def failed(error: BaseException, what: str = "the compiled model") -> ExecutionError:

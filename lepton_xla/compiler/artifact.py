@@ -113,10 +113,10 @@ class Artifact:
 
     def servable(self) -> Servable:
         """Make the model ready to run in this process, without files."""
-        weights = self.weights
+        weights, devices = self.weights, self.devices or Devices.of(self.manifest.mesh)
         if EXPAND in self.executables:
-            weights = run_expand(self.executables[EXPAND], weights)
-        runtime = Runtime(*self.manifest.signature(), weights, self.devices or Devices.of(self.manifest.mesh))
+            weights = run_expand(self.executables[EXPAND], weights, devices, self.manifest.unpacked)
+        runtime = Runtime(*self.manifest.signature(), weights, devices)
         for sizes in combinations(self.manifest.buckets):
             runtime.add(sizes, self.executables[bucket_name(sizes)].loaded)
         return Servable(self.manifest, self.manifest.buckets, runtime, "executables")

@@ -21,7 +21,7 @@ from lepton_xla.compiler import _xla, weights
 from lepton_xla.compiler.artifact import Artifact
 from lepton_xla.compiler.buckets import bucket_name, check_bucket_sizes, combinations
 from lepton_xla.compiler.code import Code
-from lepton_xla.compiler.devices import Devices, spec_of
+from lepton_xla.compiler.devices import Devices, Spec, spec_of
 from lepton_xla.compiler.fingerprint import Fingerprint
 from lepton_xla.compiler.independence import Checked, check_padding, check_rows, default_tolerance, product_dtypes
 from lepton_xla.compiler.manifest import EXPAND, SCHEMA, ExecutableSet, Manifest, Tensor, check_name
@@ -34,6 +34,7 @@ from lepton_xla.rows import check_rows_lead, row_symbol
 from lepton_xla.sharding.meshes import mesh as mesh_of
 from lepton_xla.sharding.placement import as_placed, is_placed
 from lepton_xla.sharding.rules import Rules
+from lepton_xla.sharding.specs import as_spec, fits
 from lepton_xla.trees import abstract, name_leaves
 
 _LOG = logging.getLogger(__name__)
@@ -74,8 +75,7 @@ def compile(
         tolerance: largest difference between two executables that this check allows, relative to the largest value of
             an output. By default 1e-3 if weights and products are float32, 3e-2 for 16 bits, 5e-2 for fewer bits.
         mesh: several devices to compile for, or the text of `lx.sharding.mesh`. Each holds its part of the weights;
-            rows of a batch are split over the axis `data`, if the mesh has one. Weights that are stored small are
-            unpacked on each call.
+            rows of a batch are split over the axis `data`, if the mesh has one.
         rules: how the mesh cuts weights and batches. If they say nothing of weights, weights that are on such a mesh
             already, as after `Placement.put` and `optimize`, stay as they are.
         progress: called before each step.
@@ -120,9 +120,12 @@ def compile(
     compile_s: dict[str, float] = {}
     stored = arrays
     expander = None
+    unpacked: tuple[Spec, ...] = ()
     if expand is not None:
-        expander = _compiled(expand, arrays, [], "the unpacking of its weights", None)
-        arrays = run_expand(expander, stored)
+        unpacked = _unpacked_specs(expand, arrays, devices)
+        shardings = devices.unpacking(arrays, unpacked)
+        expander = _compiled(expand, arrays, [], "the unpacking of its weights", shardings)
+        arrays = run_expand(expander, stored, devices, unpacked)
     runtime = Runtime(program.inputs, program.outputs, arrays, devices)
     shardings = devices.shardings(arrays, program.inputs, program.outputs)
     for done, sizes in enumerate(bucket_list):
@@ -178,6 +181,7 @@ def compile(
         outputs=_tensors(program.outputs),
         weights=entries,
         mesh=devices.entry,
+        unpacked=unpacked,
         buckets=bucket_sizes,
         programs=(),
         programs_note=note,
@@ -209,7 +213,19 @@ def _spread(program: Program, mesh: Mesh | str | None, rules: Rules | None) -> t
     else:
         placement = rules.resolve(program, made)
     devices = Devices(made.devices.flat[0], made, placement.batch_axes)
-    return devices, program.replace(weights=placement.put(program.weights), expansion=None)
+    return devices, program.replace(weights=placement.put(program.weights))
+
+
+def _unpacked_specs(expand: _Flat, stored: Sequence[jax.Array], devices: Devices) -> tuple[Spec, ...]:
+    """How unpacked weights are cut: as XLA does it, where that gives equal parts."""
+    if devices.mesh is None:
+        return ()
+    made = jax.jit(expand, keep_unused=True).lower(*stored).compile()
+    chosen = map(spec_of, made.output_shardings)
+    return tuple(
+        spec if fits(as_spec(spec), leaf.shape, devices.mesh.shape) else ()
+        for spec, leaf in zip(chosen, jax.eval_shape(expand, *stored), strict=True)
+    )
 
 
 def _on_device(path: str, leaf: Any, device: _xla.Device) -> jax.Array:

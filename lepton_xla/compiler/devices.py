@@ -82,15 +82,26 @@ class Devices:
         """The sharding of an array that is cut so."""
         return SingleDeviceSharding(self.first) if self.mesh is None else NamedSharding(self.mesh, as_spec(spec))
 
-    def of_rows(self, specs: Mapping[str, TensorSpec], inputs: Mapping[str, TensorSpec]) -> list[jax.sharding.Sharding]:
-        """The shardings of inputs or outputs: split over their first axis, if that is the rows, else whole.
+    def row_specs(self, of: Mapping[str, TensorSpec], inputs: Mapping[str, TensorSpec]) -> list[Spec]:
+        """How inputs or outputs are cut: along their first axis, if that is the rows, else not.
 
         Args:
-            specs: the inputs or outputs.
+            of: the inputs or outputs.
             inputs: the inputs, which tell what the rows are.
         """
         rows = row_symbol(inputs)
-        return [self.sharding((self.batch,) if spec.shape[:1] == (rows,) else ()) for spec in specs.values()]
+        return [(self.batch,) if spec.shape[:1] == (rows,) else () for spec in of.values()]
+
+    def of_rows(self, of: Mapping[str, TensorSpec], inputs: Mapping[str, TensorSpec]) -> list[jax.sharding.Sharding]:
+        """The shardings of inputs or outputs; see `row_specs`."""
+        return [self.sharding(spec) for spec in self.row_specs(of, inputs)]
+
+    def executor(self, executable: _xla.Loaded, specs: Sequence[Spec]) -> Callable[[list[jax.Array]], list[jax.Array]]:
+        """The function that runs an executable whose outputs are cut so, on arrays that are on these devices."""
+        if self.mesh is None:
+            return _xla.executor(executable)
+        counts = [tuple(pieces(part, self.mesh.shape) for part in spec) for spec in specs]
+        return _xla.executor_of_several(executable, list(zip(counts, map(self.sharding, specs), strict=True)))
 
     def shardings(
         self, weights: Sequence[jax.Array], inputs: Mapping[str, TensorSpec], outputs: Mapping[str, TensorSpec]
@@ -101,6 +112,15 @@ class Devices:
         return {
             "in_shardings": (*(leaf.sharding for leaf in weights), *self.of_rows(inputs, inputs)),
             "out_shardings": tuple(self.of_rows(outputs, inputs)),
+        }
+
+    def unpacking(self, stored: Sequence[jax.Array], unpacked: Sequence[Spec]) -> dict[str, Any] | None:
+        """How `jax.jit` must cut what the unpacking of weights takes and returns; None for one device."""
+        if self.mesh is None:
+            return None
+        return {
+            "in_shardings": tuple(leaf.sharding for leaf in stored),
+            "out_shardings": tuple(map(self.sharding, unpacked)),
         }
 
     def check_rows(self, inputs: Mapping[str, TensorSpec], sizes: Mapping[str, int]) -> None:

@@ -101,8 +101,9 @@ def _load(store: Store, buckets: Mapping[str, Sequence[int]] | None, *, write_ba
         )
     if manifest.expand is not None:
         if EXPAND in missing:
-            codes[EXPAND] = _compile(manifest.expand, portable, arrays, [])
-        arrays = run_expand(codes[EXPAND], arrays)
+            unpacking = devices.unpacking(arrays, manifest.unpacked)
+            codes[EXPAND] = _compile(manifest.expand, portable, arrays, [], unpacking)
+        arrays = run_expand(codes[EXPAND], arrays, devices, manifest.unpacked)
     specs = manifest.input_specs().values()
     for sizes, key in wanted:
         if key in missing:

@@ -128,6 +128,7 @@ class Manifest(_Struct, frozen=True, kw_only=True):
         buckets: symbolic dimension -> sizes.
         programs: portable programs: a single symbolic one, or one per bucket.
         expand: the portable program that unpacks the stored weights, if the buckets' programs take unpacked weights.
+        unpacked: how the unpacked weights are cut, if there is such a program and a mesh.
         programs_note: why there is no symbolic program for all platforms; empty if there is one.
         executables: fingerprint -> executables.
         compile_s: bucket name -> seconds of compilation.
@@ -152,6 +153,7 @@ class Manifest(_Struct, frozen=True, kw_only=True):
     buckets: dict[str, tuple[int, ...]]
     programs: tuple[PortableProgram, ...]
     expand: PortableProgram | None = None
+    unpacked: tuple[Spec, ...] = ()
     programs_note: str
     executables: dict[str, ExecutableSet]
     compile_s: dict[str, float]
@@ -288,6 +290,8 @@ def _check(manifest: Manifest) -> None:
     if manifest.mesh is not None:
         mesh_sizes(manifest.mesh.axes, manifest.mesh.count)
         check_axes(manifest.mesh.batch, manifest.mesh.axes, "batch")
+        for spec in manifest.unpacked:
+            check_axes(spec, manifest.mesh.axes, "unpacked weights")
     rows = manifest.packed_rows or (0,)  # pieces without bytes are in row 0, which need not exist
     for leaf in manifest.weights:
         jnp.dtype(leaf.dtype)

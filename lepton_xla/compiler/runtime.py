@@ -10,7 +10,7 @@ import numpy as np
 
 from lepton_xla.compiler import _xla
 from lepton_xla.compiler.code import Code
-from lepton_xla.compiler.devices import Devices, putter
+from lepton_xla.compiler.devices import Devices, Spec, putter
 from lepton_xla.errors import InputError
 from lepton_xla.program import TensorSpec
 
@@ -54,12 +54,7 @@ class Runtime:
         for (name, spec), place in zip(self._inputs.items(), places, strict=True):
             at = spec.at(sizes)
             slots.append((name, at.shape, at.dtype, putter(at.shape, at.dtype, place)))
-        if self.devices.mesh is None:
-            execute = _xla.executor(executable)
-        else:
-            places = self.devices.of_rows(self._outputs, self._inputs)
-            shapes = [spec.at(sizes).shape for spec in self._outputs.values()]
-            execute = _xla.executor_of_several(executable, list(zip(shapes, places, strict=True)))
+        execute = self.devices.executor(executable, self.devices.row_specs(self._outputs, self._inputs))
         self._runners[self._key(sizes)] = functools.partial(self._execute, slots, execute)
 
     def runner(self, sizes: Mapping[str, int]) -> Runner:
@@ -103,13 +98,19 @@ class Runtime:
             raise _xla.failed(error) from error
 
 
-def run_expand(code: Code, stored: Sequence[jax.Array]) -> list[jax.Array]:
+def run_expand(code: Code, stored: Sequence[jax.Array], devices: Devices, specs: Sequence[Spec]) -> list[jax.Array]:
     """Unpack the stored weights to those that the buckets' programs take.
+
+    Args:
+        code: the code that does it.
+        stored: the stored weights, in argument order.
+        devices: where they are.
+        specs: how the unpacked weights are cut; empty for one device.
 
     Raises:
         ExecutionError: where the code fails, such as for want of memory.
     """
     try:
-        return jax.block_until_ready(_xla.executor(code.loaded)(list(stored)))
+        return jax.block_until_ready(devices.executor(code.loaded, specs)(list(stored)))
     except _xla.ERROR as error:
         raise _xla.failed(error, "the unpacking of the weights") from error

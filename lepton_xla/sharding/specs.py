@@ -84,6 +84,15 @@ def check_spec(spec: PartitionSpec, shape: Sequence[int], sizes: Mapping[str, in
             )
 
 
+def fits(spec: PartitionSpec, shape: Sequence[int], sizes: Mapping[str, int]) -> bool:
+    """Whether a spec cuts an array into equal parts.
+
+    >>> fits(as_spec(["model"]), (6,), {"model": 4})
+    False
+    """
+    return all(length % pieces(part, sizes) == 0 for length, part in zip(shape, spec, strict=False))
+
+
 def check_axes(parts: Iterable[Any], sizes: Mapping[str, int], where: str) -> None:
     """Check that a mesh has the axes of a spec, and that the spec names none twice.
 

@@ -9,6 +9,7 @@ import pytest
 
 from lepton_xla import compiler
 from lepton_xla.program import Expansion, Program, TensorSpec, trace
+from lepton_xla.sharding import Rules
 
 CODES = np.random.default_rng(0).integers(-127, 128, (6, 3)).astype(np.int8)
 SCALE = np.linspace(0.1, 0.3, 3, dtype=np.float32)[None]
@@ -70,3 +71,31 @@ def test_damaged_unpacking_code_is_found(program: Program, tmp_path: pathlib.Pat
         with pytest.raises(compiler.artifact.ArtifactError, match="expand"):
             compiler.load(path)
         (path / name).write_bytes(whole)
+
+
+@pytest.mark.parametrize("cut", [("model",), ()], ids=["cut", "whole"])
+def test_on_a_mesh_the_unpacked_weights_are_cut_too(
+    program: Program, cut: tuple[str, ...], tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rules = Rules([("codes", cut)])
+    path = tmp_path / "model.lepton"
+    compiler.compile(program, {"batch": (1, 4)}, mesh="model=2", rules=rules).save(path)
+
+    def check_on_mesh(route: str) -> None:
+        servable = compiler.load(path)
+        assert servable.route == route
+        np.testing.assert_allclose(servable(x=X)["output"], WANT, rtol=1e-5)
+        (weight,) = servable.runtime.weights
+        assert weight.dtype == np.float32
+        assert weight.sharding.spec == jax.P(*cut)
+        assert servable.manifest.unpacked == ((("model",),) if cut else (),)
+        assert servable.weights_bytes == 6 * 3 * 4 // (2 if cut else 1)
+
+    check_on_mesh("executables")
+    here = compiler.Fingerprint.of(None, 2)
+    elsewhere = type(here)(**{**{k: getattr(here, k) for k in here.__struct_fields__}, "jaxlib": "0"})
+    monkeypatch.setattr(compiler.Fingerprint, "of", lambda *_: elsewhere)
+    check_on_mesh("stablehlo")
+    one = jax.devices()[:1]
+    monkeypatch.setattr(jax, "devices", lambda *_: one)
+    check(compiler.load(path))
