@@ -32,7 +32,7 @@ from lepton_xla.passes.shrinking.labels import (
 _ZERO_TO_ZERO = {
     "abs", "add", "add_any", "and", "asin", "asinh", "atan", "atan2", "atanh", "bitcast_convert_type", "cbrt", "ceil",
     "conj", "convert_element_type", "copy", "copy_p", "erf", "erf_inv", "expm1", "floor", "imag", "log1p", "max", "min",
-    "mulhi", "name", "neg", "or", "pcast", "population_count", "pvary", "real", "reduce_precision", "round",
+    "mulhi", "name", "neg", "or", "pcast", "population_count", "pvary", "real", "reduce_precision", "reshard", "round",
     "sharding_constraint", "sign", "sin", "sinh", "sqrt", "square", "stop_gradient", "sub", "tan", "tanh", "xor",
 }  # fmt: skip
 _ELEMENTWISE = _ZERO_TO_ZERO | {

@@ -44,6 +44,16 @@ def cut_by_path(arrays: Mapping[str, Any], cuts: Masks) -> dict[str, Any]:
     return {path: cut_array(leaf, cuts[path]) if path in cuts else leaf for path, leaf in arrays.items()}
 
 
+def readable(arrays: Mapping[str, Any]) -> dict[str, Any]:
+    """Return whole arrays that this process can read; those that other processes hold parts of are gathered."""
+    found = dict(arrays)
+    for path, leaf in arrays.items():
+        if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+            everywhere = jax.NamedSharding(leaf.sharding.mesh, jax.P()) if not leaf.is_fully_replicated else None
+            found[path] = np.asarray(leaf if everywhere is None else jax.jit(jnp.copy, out_shardings=everywhere)(leaf))
+    return found
+
+
 def cut_optimizer(
     state: Any, optimizer: optax.GradientTransformation, before: _Shapes, after: _Shapes, cuts: Masks
 ) -> tuple[Any, list[str]]:

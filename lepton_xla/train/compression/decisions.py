@@ -6,7 +6,10 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+import jax
+import msgspec
 import numpy as np
+from jax.experimental import multihost_utils
 
 from lepton_xla.errors import CheckpointError
 from lepton_xla.passes.shrinking.groups import Masks
@@ -69,6 +72,17 @@ class Decisions:
                     "it with the model that it began with"
                 )
         return found
+
+
+def agreed(decisions: Decisions, shapes: Mapping[str, Any]) -> Decisions:
+    """The decisions of the first process, in all: others may have rounded, and so ranked, differently."""
+    if jax.process_count() == 1:
+        return decisions
+    text = np.frombuffer(msgspec.json.encode(decisions.to_json()), np.uint8)
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(text.size)))
+    mine = text if jax.process_index() == 0 else np.zeros(size, np.uint8)
+    given = np.asarray(multihost_utils.broadcast_one_to_all(mine), np.uint8)
+    return Decisions.from_json(msgspec.json.decode(given.tobytes()), shapes)
 
 
 def _hex(mask: np.ndarray) -> str:

@@ -69,7 +69,14 @@ def study_loss(loss: Callable[..., Any], changes: Changes, batch: Any, key: Any)
     """Find which axes of weights and state depend on each other in a loss."""
     like = dict(changes.like)
     steps = (jax.ShapeDtypeStruct((), jnp.int32),) if takes_step(loss) else ()
-    closed = jax.make_jaxpr(joined(loss, changes.state))(like, _shapes(batch), key, *steps)
+
+    def run(every: Any, arrays: Any, batch: Any, key: Any, *step: Any) -> Any:
+        bound: Any = loss if arrays is None else getattr(loss, "bind")(arrays)  # noqa: B009
+        return joined(bound, changes.state)(every, batch, key, *step)
+
+    # A teacher's weights are arguments here too: as constants they would be read and compared.
+    arrays = abstract(getattr(loss, "arrays", None))
+    closed = jax.make_jaxpr(run)(like, arrays, _shapes(batch), key, *steps)
     return Study(closed, like, ("batch",), returned=sorted(changes.state), redrawn=True)
 
 

@@ -23,8 +23,8 @@ from lepton_xla.passes.shrinking.groups import find_groups
 from lepton_xla.passes.shrinking.resizing import on_smaller_weights
 from lepton_xla.program import Program
 from lepton_xla.train.compression.compressions import Change, Compression
-from lepton_xla.train.compression.cutting import cut_by_path, cut_scales, cut_state
-from lepton_xla.train.compression.decisions import Decisions
+from lepton_xla.train.compression.cutting import cut_by_path, cut_scales, cut_state, readable
+from lepton_xla.train.compression.decisions import Decisions, agreed
 from lepton_xla.train.compression.losses import Changes, StageLoss, smaller_apply
 from lepton_xla.train.compression.removal import decide_cuts
 from lepton_xla.train.models import Loss, Model
@@ -215,7 +215,8 @@ class Stage:
 
         Args:
             state: the state of the run; its arrays are not changed.
-            batch: a batch, or several, on which ranges are measured and units are ranked, if that needs data.
+            batch: a batch, or several, on which ranges are measured and units are ranked, if that needs data; as the
+                loss gets them, but on the host.
 
         Returns:
             The next stage, and the state cut alike. Where nothing was cut, arrays are the same.
@@ -235,9 +236,9 @@ class Stage:
                 continue
             ranges = stage._measured(state, batches) if change.name == "freeze" else stage.decided.ranges
             passed = (*stage.decided.passed, change.name)
-            stage = stage._deciding(passed=passed, ranges=ranges)
+            stage = stage._deciding(passed=passed, ranges=ranges)._agreed()
         if stage._trains_scales and not state.scales:
-            state = state.replace(scales=stage._first_scales(stage._together(state)))
+            state = state.replace(scales=stage._first_scales(readable(stage._together(state))))
         return stage, state
 
     def finalize(self, state: State) -> Program:
@@ -296,6 +297,9 @@ class Stage:
         values = initial_scales(dict(weights), self.plan, self._ranges)
         return {"values": values, "optimizer": self.scale_optimizer.init(values)}
 
+    def _agreed(self) -> Stage:
+        return dataclasses.replace(self, decided=agreed(self.decided, self._whole_shapes))
+
     def _deciding(self, **changes: Any) -> Stage:
         return dataclasses.replace(self, decided=dataclasses.replace(self.decided, **changes))
 
@@ -304,9 +308,12 @@ class Stage:
         every = {**state.weights, **state.model_state}
         return {path: every[path] for path in self.program.weights}
 
+    def _readable_program(self, state: State) -> Program:
+        return self.program.replace(weights=readable(self._together(state)), masks={})
+
     def _measured(self, state: State, batches: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         recipe = self.compression.rules.replace(prune=())
-        program = self.program.replace(weights=self._together(state), masks={})
+        program = self._readable_program(state)
         return jax.device_get(calibrate(program, resolve(recipe, program), self._inputs(batches)))
 
     def _inputs(self, batches: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -315,15 +322,16 @@ class Stage:
     def _shrunk(self, state: State, batches: Sequence[Mapping[str, Any]]) -> tuple[Stage, State]:
         """Remove units from the model, the loss and the state."""
         start = time.perf_counter()
-        program = self.program.replace(weights=self._together(state), masks={})
+        program = self._readable_program(state)
         cuts, report = decide_cuts(
             program, self.criterion, self._cut, self.compression.shrink_options, batches, state.key
         )
-        stage = self._deciding(passed=(*self.decided.passed, "shrink"), cuts=cuts, report=report)
+        stage = self._deciding(passed=(*self.decided.passed, "shrink"), cuts=cuts, report=report)._agreed()
+        cuts = stage.decided.cuts
         small, anew = cut_state(state, stage.optimizer, cuts)
         if state.scales:
             assert self.plan is not None
-            fresh = stage._first_scales(stage._together(small))
+            fresh = stage._first_scales(readable(stage._together(small)))
             shapes = abstract(program.weights)
             scales, more = cut_scales(state.scales, fresh, self.plan, shapes, cuts)
             small, anew = small.replace(scales=scales), [*anew, *more]

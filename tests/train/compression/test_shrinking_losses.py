@@ -314,6 +314,25 @@ def test_a_state_that_only_training_uses_is_cut_like_what_it_becomes():
     assert stage.program.fn({**state.weights, **state.model_state}, batch["x"]).shape == (8, CLASSES)
 
 
+def test_a_stage_runs_on_the_pieces_of_a_batch_on_a_mesh():
+    """As accumulation on several devices does: gradients of each piece, under `vmap` over the mesh's axis."""
+    model = MODELS["nnx"](0.3)
+    loss, batch = lx.train.supervised(model), batch_of(model)
+    compression = Compression("int8", quantize_from=0, shrink_at=0, shrink={"sparsity": 0.5})
+    _, stage, state = shrunk(model, loss, batch, compression=compression)
+
+    def slopes(batch, key):
+        return jax.grad(lambda weights: stage.loss(weights, batch, key, state.model_state)[0])(state.weights)
+
+    pieces = jax.tree.map(lambda leaf: leaf.reshape(2, 4, *leaf.shape[1:]), batch)
+    placed = jax.device_put(pieces, jax.NamedSharding(lx.sharding.mesh("data=2"), jax.P("data")))
+    keys = jax.random.split(jax.random.key(3), 2)
+    got = jax.jit(jax.vmap(slopes, spmd_axis_name="data"))(placed, keys)
+    for piece in range(2):
+        one = jax.jit(slopes)(jax.tree.map(lambda leaf, k=piece: leaf[k], pieces), keys[piece])
+        jax.tree.map(lambda a, b, k=piece: np.testing.assert_allclose(a[k], b, rtol=1e-4, atol=1e-5), got, one)
+
+
 @pytest.mark.parametrize("importance", ["taylor", "activation"])
 def test_units_are_ranked_by_the_training_loss_or_by_activations(importance):
     program = mlp()
