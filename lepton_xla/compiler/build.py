@@ -45,7 +45,7 @@ type Progress = Callable[[str, int, int], None]
 """`progress(step, steps_done, steps_total)`."""
 
 
-@takes(program=Program, buckets=Mapping, metrics=Mapping, examples=Mapping)
+@takes(program=Program, buckets=Mapping, metrics=Mapping, examples=Mapping, mesh=(Mesh, str), rules=Rules)
 def compile(
     program: Program,
     buckets: Mapping[str, Sequence[int]],
@@ -207,6 +207,8 @@ def _spread(program: Program, mesh: Mesh | str | None, rules: Rules | None) -> t
             raise ShardingError("rules say how a mesh cuts the weights; give compile the mesh, too")
         return Devices(_xla.first_device()), program
     made = mesh_of(mesh) if isinstance(mesh, str) else mesh
+    if made.is_multi_process:
+        raise ShardingError("an artifact runs in one process, and this mesh has devices of several")
     rules = rules or Rules()
     if rules.of_batches_only and any(is_placed(leaf, made) for leaf in jax.tree.leaves(program.weights)):
         placement = as_placed(program.weights, made, rules.batch_axes(made))

@@ -11,11 +11,13 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
+from lepton_xla.arguments import takes
 from lepton_xla.errors import ShardingError
 
 type AnyMesh = Mesh | AbstractMesh
 
 
+@takes(sizes=(str, Mapping), devices=Sequence)
 def mesh(
     sizes: str | Mapping[str, int], devices: Sequence[Any] | None = None, *, explicit: bool = False
 ) -> jax.sharding.Mesh:

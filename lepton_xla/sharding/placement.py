@@ -133,12 +133,15 @@ class Placement:
         Traceback (most recent call last):
         lepton_xla.errors.ShardingError: weight 'v' is not in the placement, which has w
         """
+        if not isinstance(self.mesh, Mesh):
+            raise ShardingError("the mesh is abstract, so there are no devices; resolve the rules on a mesh of devices")
         shapes = {entry.path: entry.shape for entry in self.entries}
         for path, leaf in weights.items():
             if path not in shapes:
                 raise ShardingError(f"weight {path!r} is not in the placement, which has {some_names(shapes)}")
-            if tuple(leaf.shape) != shapes[path]:
-                raise ShardingError(f"weight {path!r} has shape {tuple(leaf.shape)}, the placement {shapes[path]}")
+            shape = tuple(getattr(leaf, "shape", ()))
+            if shape != shapes[path]:
+                raise ShardingError(f"weight {path!r} has shape {shape}, the placement {shapes[path]}")
         return {path: jax.tree.map(_put, leaf, self.shardings[path]) for path, leaf in weights.items()}
 
     def to_json(self) -> dict[str, Any]:

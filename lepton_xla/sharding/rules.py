@@ -9,8 +9,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import msgspec
-from jax.sharding import PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
+from lepton_xla.arguments import takes
 from lepton_xla.errors import ShardingError, first_line
 from lepton_xla.program import Program
 from lepton_xla.sharding.decisions import Leaf, by_names, by_size
@@ -61,20 +62,29 @@ class Rules:
 
     def __post_init__(self) -> None:
         rules: list[tuple[str, PartitionSpec]] = []
-        for number, (pattern, spec) in enumerate(self.rules):
+        for number, rule in enumerate(self.rules):
             try:
+                pattern, spec = rule
                 re.compile(pattern)
                 rules.append((pattern, as_spec([spec] if isinstance(spec, str) else spec)))
-            except (re.error, OverflowError, RecursionError, TypeError) as error:
+            except (re.error, OverflowError, RecursionError, TypeError, ValueError) as error:
                 raise ShardingError(
-                    f"rules[{number}]: ({pattern!r}, {spec!r}) is not a regular expression and a spec: {error}"
+                    f"rules[{number}] = {rule!r} is not a regular expression and a spec: {error}"
                 ) from error
         object.__setattr__(self, "rules", tuple(rules))
-        object.__setattr__(self, "logical", {name: axes_of(part) for name, part in self.logical.items()})
-        object.__setattr__(self, "fallback", axes_of(self.fallback))
-        object.__setattr__(self, "batch", axes_of(self.batch))
+        if not isinstance(self.fallback_bytes, int):
+            raise ShardingError(f"fallback_bytes = {self.fallback_bytes!r} is not a number of bytes")
+        for name in ("logical", "fallback", "batch"):
+            value: Any = getattr(self, name)
+            try:
+                plain = {key: axes_of(part) for key, part in value.items()} if name == "logical" else axes_of(value)
+            except (TypeError, AttributeError) as error:
+                wanted = "a mapping of names to mesh axes" if name == "logical" else "a mesh axis, or several"
+                raise ShardingError(f"{name} = {value!r} is not {wanted}") from error
+            object.__setattr__(self, name, plain)
 
     @staticmethod
+    @takes(path=(str, pathlib.Path))
     def load(path: str | pathlib.Path) -> Rules:
         """Read rules from a TOML file.
 
@@ -92,6 +102,7 @@ class Rules:
         return Rules.parse(text, name=str(path))
 
     @staticmethod
+    @takes(text=str)
     def parse(text: str, *, name: str = "") -> Rules:
         """Read rules from TOML text; `name` is used in messages. In a spec, `""` stands for an axis that is not cut.
 
@@ -122,6 +133,7 @@ class Rules:
         except (msgspec.MsgspecError, ValueError, RecursionError, ShardingError) as error:  # tomllib raises these too
             raise ShardingError(f"rules {name!r}: {first_line(error)}") from error
 
+    @takes(leaves=(Program, Mapping), mesh=(Mesh, AbstractMesh), axes=Mapping)
     def resolve(
         self,
         leaves: Mapping[str, Any] | Program,
@@ -153,6 +165,9 @@ class Rules:
         check_axes(axes_of(self.fallback), sizes, "fallback")
         for name, part in self.logical.items():
             check_axes(axes_of(part), sizes, f"logical axis {name!r}")
+        for path, leaf in weights.items():
+            if not hasattr(leaf, "shape"):
+                raise ShardingError(f"weight {path!r} is a {type(leaf).__name__}, not an array or its shape")
         self._check_used(weights, axes)
         entries, shardings = [], dict[str, Any]()
         for path, leaf in weights.items():

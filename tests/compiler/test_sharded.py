@@ -193,6 +193,7 @@ def test_with_fewer_devices_it_runs_on_one_if_it_fits(program, parallel, monkeyp
         ((1, 4), {"mesh": "data=2"}, "bucket batch=1 cannot be split over data=2; choose multiples of 2"),
         ((4,), {"rules": RULES}, "give compile the mesh, too"),
         ((4,), {"mesh": "data=3"}, "takes 3 devices"),
+        ((4,), {"mesh": "model=2", "rules": Rules([("up", ("model",)), ("up", ())])}, "is never reached"),
         ((4,), {"mesh": "model=2", "rules": Rules([("nothing", ("model",))])}, "matches no weight"),
         ((4,), {"mesh": "model=2", "rules": Rules([("bias", ("model",))])}, "2 does not divide 1"),
     ],

@@ -130,7 +130,7 @@ def test_what_does_not_fit_is_refused_by_name(rules, said):
     ("text", "said"),
     [
         ("rules = [{weights = '['}]", "missing required field `spec`"),
-        ("rules = [{weights = '[', spec = []}]", r"rules\[0\]: .'\[', .*unterminated character set"),
+        ("rules = [{weights = '[', spec = []}]", r"rules\[0\] = .'\[', .*unterminated character set"),
         ("rules = [{weights = 'a', spec = [1]}]", r"\$.rules\[0\].spec"),
         ("fallbck = 'data'", "unknown field `fallbck`"),
         ("fallback = ", "rules 'mine': "),
@@ -230,3 +230,37 @@ def test_names_of_nnx_axes_are_found():
         "up/kernel": P(None, "model"),
         "rest/0/kernel": P("model"),
     }
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"fallback": 3}, {"batch": 7}, {"logical": {"a": 3}}, {"logical": ["a"]}, {"fallback_bytes": "x"},
+        {"rules": "abc"}, {"rules": [("w",)]}, {"rules": [("w", 3)]}, {"rules": [(3, ("model",))]},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_values_of_other_types_are_refused_by_name(wrong):
+    (name,) = wrong
+    with pytest.raises(lx.ShardingError, match=name):
+        Rules(**wrong)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: Rules().resolve({"w": 3.0}, MESH),
+        lambda: Rules().resolve([1], MESH),
+        lambda: Rules().resolve(WEIGHTS, "model=2"),
+        lambda: Rules().resolve(WEIGHTS, MESH).put({path: np.zeros(leaf.shape) for path, leaf in WEIGHTS.items()}),
+        lambda: Rules().resolve(WEIGHTS, lx.sharding.mesh("data=2")).put({"emb": 3}),
+        lambda: Rules.load(3),
+        lambda: Rules.parse(3),
+        lambda: lx.sharding.mesh(3),
+        lambda: lx.sharding.mesh("data=2", devices=3),
+        lambda: lx.sharding.mesh("data=2", devices=[]),
+    ],
+)
+def test_arguments_of_other_types_are_refused(call):
+    with pytest.raises(lx.LeptonError):
+        call()
