@@ -7,7 +7,7 @@ import functools
 import hashlib
 import os
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -210,7 +210,7 @@ def stored_divergence(
     whole = header.top_k == header.classes
     theirs = kept / temperature
     own = logits.astype(jnp.float32) / temperature
-    found = jnp.take_along_axis(own, classes, -1)
+    found = _each_row(lambda row, at: row[at], own, classes)
     total = jax.nn.logsumexp(own, -1, keepdims=True)
     if not whole:
         at = header.temperatures.index(temperature)
@@ -225,4 +225,11 @@ def stored_divergence(
 
 def _without(logits: jax.Array, classes: jax.Array) -> jax.Array:
     """The logits with these classes at minus infinity."""
-    return jnp.put_along_axis(logits, classes, jnp.float32(-jnp.inf), -1, inplace=False)
+    return _each_row(lambda row, at: row.at[at].set(-jnp.inf, unique_indices=True), logits, classes)
+
+
+def _each_row(fn: Callable[..., jax.Array], logits: jax.Array, classes: jax.Array) -> jax.Array:
+    """Apply a function to each row and position. With `put_along_axis` devices that share the rows would gather."""
+    for _ in range(logits.ndim - 1):
+        fn = jax.vmap(fn)
+    return fn(logits, classes)

@@ -1,5 +1,7 @@
 """Distillation of a student that is shrunk and rounded while it learns."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -90,3 +92,20 @@ def test_a_teacher_may_be_spread_over_devices():
     np.testing.assert_allclose(compiled(loss.arrays), step(one)(one.arrays), rtol=1e-5)
     assert compiled.input_shardings[0][0][0]["up"].spec == P(None, "model")
     assert "all-gather" not in compiled.as_text()
+
+
+@pytest.mark.parametrize("stored", [False, True])
+def test_devices_that_share_the_rows_gather_nothing(stored, tmp_path):
+    """One all-reduce of the gradients, for stored answers as for a teacher that runs."""
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    data = {name: np.asarray(leaf) for name, leaf in BATCH.items()}
+    teacher = teach(TEACHER, [data], tmp_path / "answers", top_k=3) if stored else TEACHER
+    loss = distill(STUDENT, teacher, [Logits(2.0), Labels()])
+    batch = jax.device_put(dict(loss.prepare(data)), NamedSharding(mesh, P("data")))
+    gradient = jax.jit(jax.grad(lambda weights, arrays, batch: loss.bind(arrays)(weights, batch, KEY, {})[0]))
+    weights = jax.device_put(STUDENT.weights, NamedSharding(mesh, P()))
+    text = gradient.lower(weights, loss.arrays, batch).compile().as_text()
+    kinds = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter")
+    found = {kind: len(re.findall(rf"= \S+ {kind}", text)) for kind in kinds}
+    found["all-reduce"] += len(re.findall(r"= \(.*\) all-reduce\(", text))  # of several arrays at once
+    assert found == {**dict.fromkeys(kinds, 0), "all-reduce": 1}
