@@ -49,8 +49,11 @@ def readable(arrays: Mapping[str, Any]) -> dict[str, Any]:
     found = dict(arrays)
     for path, leaf in arrays.items():
         if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
-            everywhere = jax.NamedSharding(leaf.sharding.mesh, jax.P()) if not leaf.is_fully_replicated else None
-            found[path] = np.asarray(leaf if everywhere is None else jax.jit(jnp.copy, out_shardings=everywhere)(leaf))
+            whole = leaf
+            if isinstance(leaf.sharding, jax.NamedSharding) and not leaf.is_fully_replicated:
+                everywhere = jax.NamedSharding(leaf.sharding.mesh, jax.P())
+                whole = jax.jit(jnp.copy, out_shardings=everywhere)(leaf)
+            found[path] = np.asarray(whole)
     return found
 
 

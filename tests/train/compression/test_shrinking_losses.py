@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 
 import lepton_xla as lx
+from lepton_xla.passes import fake_quant, resolve
 from lepton_xla.train import Compression, Model, Stage, State
 
 ROWS = {"x": lx.TensorSpec(("batch", 6), "float32")}
@@ -284,6 +285,21 @@ def test_weights_of_the_loss_lose_what_goes_with_the_models():
         arrays = {"target": jnp.full((8, 3), target)}
         expected = loss.bind(arrays)(weights, batch, None, {}, step=2)[0]
         np.testing.assert_allclose(value(arrays, jnp.int32(2)), expected, rtol=1e-5)
+
+
+def test_a_student_is_shrunk_and_rounded_and_its_teacher_is_not():
+    """The teacher has the student's architecture, so that all its names are the same."""
+    program = mlp()
+    teacher = program.replace(weights={path: leaf + 0.1 for path, leaf in program.weights.items()})
+    loss, batch = lx.train.distill(program, teacher), batch_of(Model.of(program))
+    compression = Compression("int8", quantize_from=0, shrink_at=0, shrink={"sparsity": 0.5})
+    before, stage, state = shrunk(program, loss, batch, compression=compression)
+    rounded = program.replace(fn=fake_quant(program.fn, resolve(lx.Recipe.load("int8"), program)))
+    expected = lx.train.distill(rounded, teacher)(zeroed(before.weights, state.weights), batch, None, {})[0]
+    got = jax.jit(lambda arrays: stage.loss.bind(arrays)(state.weights, batch, None, {})[0])(stage.loss.arrays)
+    np.testing.assert_allclose(got, expected, rtol=1e-5)
+    other = jax.jit(lambda arrays: stage.loss.bind(arrays)(state.weights, batch, None, {})[0])((program.weights,))
+    assert abs(other - got) > 1e-3
 
 
 def test_a_step_that_computes_in_bfloat16():
