@@ -73,7 +73,7 @@ def assert_same(got, expected):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("way", ["dynamic", "static"])
+@pytest.mark.parametrize("way", ["dynamic", pytest.param("static", marks=pytest.mark.slow)])
 def test_a_loss_is_quantized_like_its_model(model, batch, way):
     recipe = Recipe.load("int8")
     recipe = recipe.replace({"quantize.0.dynamic": False}) if way == "static" else recipe

@@ -100,8 +100,9 @@ CASES = {
         "shrink": SHRINK,
     },
     "all": {
-        "recipe": INT8.replace(prune=[{"sites": ".*", "sparsity": 0.5}]),
+        "recipe": STATIC.replace(prune=[{"sites": ".*", "sparsity": 0.5}]),
         "quantize_from": 4,
+        "freeze_ranges_at": 6,
         "learn_scales": True,
         "shrink_at": 2,
         "shrink": SHRINK,
@@ -110,7 +111,9 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", [case if case == "all" else pytest.param(case, marks=pytest.mark.slow) for case in CASES]
+)
 def test_what_was_trained_is_stored_bit_for_bit(case):
     compression = Compression(**CASES[case])
     stage, state, seen = run(compression)
