@@ -132,7 +132,8 @@ def _write(
             f"{folder} has answers with another {' and '.join(fields)}; give another folder, or delete this one"
         )
     if known is None:
-        if others := [path.name for path in folder.iterdir() if path.name != _LOCK]:
+        own = (_LOCK, f"{stored.PROGRESS}{stored.TEMPORARY}")
+        if others := [path.name for path in folder.iterdir() if path.name not in own]:
             raise TrainingError(f"{folder} has other files, such as {sorted(others)[0]}; give a folder of its own")
         stored.write_json(folder / stored.PROGRESS, header)
     shards = stored.finished_shards(folder)

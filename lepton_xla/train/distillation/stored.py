@@ -29,7 +29,7 @@ from lepton_xla.errors import TrainingError, first_line
 MANIFEST, PROGRESS, SHARD = "manifest.json", "progress.json", "shard.json"
 ARRAYS = ("ids", "indices", "logits", "rest")
 _FORMAT = 1
-_TEMPORARY = ".tmp"
+TEMPORARY = ".tmp"
 
 
 class Header(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -81,7 +81,7 @@ class Contents(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 def write_shard(folder: pathlib.Path, number: int, arrays: Mapping[str, np.ndarray]) -> Shard:
     """Write a shard and rename it into place."""
     name = f"{number:05}"
-    temporary = folder / f"{name}{_TEMPORARY}"
+    temporary = folder / f"{name}{TEMPORARY}"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     files: dict[str, File] = {}
@@ -100,7 +100,7 @@ def write_shard(folder: pathlib.Path, number: int, arrays: Mapping[str, np.ndarr
 
 def write_json(path: pathlib.Path, value: Any) -> None:
     """Write a struct, atomically."""
-    temporary = path.with_name(f"{path.name}{_TEMPORARY}")
+    temporary = path.with_name(f"{path.name}{TEMPORARY}")
     with temporary.open("wb") as file:
         file.write(msgspec.json.format(msgspec.json.encode(value), indent=1))
         file.flush()
@@ -136,7 +136,7 @@ def finished_shards(folder: pathlib.Path) -> list[Shard]:
     """The whole shards of a folder, in order; what else a killed process left is removed."""
     found: list[Shard] = []
     for path in sorted(folder.iterdir()):
-        if path.name.endswith(_TEMPORARY):
+        if path.name.endswith(TEMPORARY):
             with contextlib.suppress(OSError):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
         elif path.is_dir() and path.name.isdigit():
