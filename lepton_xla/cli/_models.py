@@ -73,17 +73,17 @@ class Spread:
 
     Attributes:
         program: the program.
-        mesh: the mesh; None if there is none.
-        batches: the part of the rules that concerns batches; None without a mesh.
+        mesh: the mesh, or its text if its devices are not here; None if there is none.
+        rules: what is left to cut: of a mesh that is here, the batches only.
     """
 
     program: Program
-    mesh: jax.sharding.Mesh | None = None
-    batches: Rules | None = None
+    mesh: jax.sharding.Mesh | str | None = None
+    rules: Rules | None = None
 
 
-def put_on_mesh(program: Program, mesh: str | None, rules: str | None) -> Spread:
-    """Put the weights of a program on the mesh of a command, if it has one.
+def put_on_mesh(program: Program, mesh: str | None, rules: str | None, *, here: bool) -> Spread:
+    """Put the weights of a program on the mesh of a command, if it has one whose devices are here.
 
     Raises:
         ShardingError: if the mesh or the file of rules is malformed, or does not fit the model or this machine.
@@ -92,6 +92,8 @@ def put_on_mesh(program: Program, mesh: str | None, rules: str | None) -> Spread
         check_rules_have_mesh(mesh, rules)
         return Spread(program)
     given = Rules.load(rules) if rules is not None else Rules()
+    if not here:
+        return Spread(program, mesh, given)
     placement = given.resolve(program, mesh_of(mesh))
     weights = placement.put(program.weights)
     return Spread(program.replace(weights=weights), mesh_of(mesh), Rules(batch=given.batch))

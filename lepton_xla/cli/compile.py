@@ -39,6 +39,11 @@ from lepton_xla.errors import ArtifactError
 )
 @_common.mesh_option
 @_common.rules_option
+@click.option(
+    "--topology",
+    metavar="NAME",
+    help="Also compile for TPUs that are not here, such as v5e:4x4; --mesh is of those then. Needs the package libtpu.",
+)
 @_common.json_option
 def compile(
     target: str,
@@ -53,6 +58,7 @@ def compile(
     evaluate: bool,
     mesh: str | None,
     rules: str | None,
+    topology: str | None,
     as_json: bool,
 ) -> None:
     """Optimize the model TARGET with a recipe and compile it ahead of time into an artifact.
@@ -64,13 +70,15 @@ def compile(
     Times that were measured before on this machine are taken from ~/.cache/lepton_xla (or $XDG_CACHE_HOME/lepton_xla).
     LEPTON_CACHE=DIR moves them, LEPTON_CACHE=off measures everything.
 
-    With --mesh the artifact is for several devices of this machine, each of which holds its part of the weights.
+    With --mesh the artifact is for several devices of this machine, each of which holds its part of the weights. With
+    --topology it also has code for TPUs that are not here.
 
     \b
       leptonx compile digits.py:model --recipe int8-prune50 -o digits.lepton
       leptonx compile my_package.models:encoder --recipe int8 --buckets batch=1,8,32 --buckets seq=32,128
       leptonx compile digits.py:model --recipe int8 --exclude '.*head' --set rescale=awq
       leptonx compile my_package.models:encoder --mesh data=2,model=4 --rules rules.toml
+      leptonx compile my_package.models:encoder --topology v5e:4x4 --mesh data=4,model=4 --rules rules.toml
       leptonx compile digits.py:model                        without a recipe: the float model
     """
     given = _common.parse_buckets(buckets)
@@ -82,9 +90,12 @@ def compile(
         from lepton_xla.cli import _models
         from lepton_xla.compiler.buckets import check_bucket_sizes
         from lepton_xla.compiler.manifest import check_name
+        from lepton_xla.compiler.topologies import check_topology
         from lepton_xla.optimization.pipeline import apply_plan, plan_for
 
         # Check everything that does not need the model first, so that a typo fails early.
+        if topology is not None:
+            check_topology(topology)
         chosen = _models.load_recipe(recipe, settings, exclude)
         stem = pathlib.PurePath(output).name.removesuffix(".lepton") if output else _models.default_name(target)
         model_name = check_name(name or stem)
@@ -94,7 +105,7 @@ def compile(
         step(f"load {target}")
         spec = _models.load_target(target)
         program = spec.program()
-        spread = _models.put_on_mesh(program, mesh, rules)
+        spread = _models.put_on_mesh(program, mesh, rules, here=topology is None)
         program = spread.program
         bucket_sizes = check_bucket_sizes(program.symbols, _models.bucket_sizes(spec, program, given))
         batches, examples = _models.calibration(spec, program)
@@ -115,7 +126,8 @@ def compile(
             plan=None if as_is else plan.to_json(),
             examples=examples,
             mesh=spread.mesh,
-            rules=spread.batches,
+            rules=spread.rules,
+            topology=topology,
             progress=step,
         )
         compile_s = time.perf_counter() - started

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
+from collections.abc import Mapping
 
 import jax
 import msgspec
@@ -45,6 +46,7 @@ class Artifact:
         expand: the portable program that unpacks the stored weights, if the buckets' programs take unpacked weights;
             else None.
         devices: what the executables were compiled for; by default this process's first device.
+        elsewhere: fingerprint -> compiled code, as `executables`, for devices that are not here.
 
     >>> program = lx.trace(lambda w, x: x @ w["w"], {"w": jnp.eye(4)}, {"x": lx.TensorSpec(("batch", 4), "float32")})
     >>> artifact = lx.compile(program, {"batch": (1,)}, name="tiny")
@@ -58,6 +60,7 @@ class Artifact:
     programs: tuple[Portable, ...]
     expand: Portable | None = None
     devices: Devices | None = None
+    elsewhere: Mapping[str, dict[str, Code]] = dataclasses.field(default_factory=dict[str, dict[str, Code]])
 
     def save(self, location: str | os.PathLike[str], *, overwrite: bool = False) -> Manifest:
         """Write the artifact, atomically.
@@ -79,7 +82,7 @@ class Artifact:
                 store.write(name, data)
                 files[name] = FileEntry(size=len(data), sha256=hashlib.sha256(data).hexdigest())
 
-            leaves, packed_rows = weights.write_all(self.manifest.weights, self.weights, write)
+            leaves, packed_rows = weights.write_all(self.manifest.weights, self.weights, write, self.manifest.mesh)
 
             def write_program(program: Portable, stem: str) -> PortableProgram:
                 name = f"programs/{stem}.stablehlo"
@@ -92,7 +95,7 @@ class Artifact:
                 digest: msgspec.structs.replace(entry, files={}) for digest, entry in self.manifest.executables.items()
             }
             for digest, entry in sets.items():
-                for key, code in self.executables.items():
+                for key, code in self.elsewhere.get(digest, self.executables).items():
                     if code.blob is None:
                         continue
                     name = f"executables/{digest}/{key}.xla"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import importlib.metadata
 import logging
@@ -12,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import msgspec
 import numpy as np
 from jax.sharding import Mesh
 
@@ -28,6 +30,7 @@ from lepton_xla.compiler.manifest import EXPAND, SCHEMA, ExecutableSet, Manifest
 from lepton_xla.compiler.portable import export_programs
 from lepton_xla.compiler.probes import table_sizes
 from lepton_xla.compiler.runtime import Runtime, run_expand
+from lepton_xla.compiler.topologies import Elsewhere, check_topology, compile_elsewhere
 from lepton_xla.errors import CompileError, ShardingError
 from lepton_xla.program import Program, TensorSpec
 from lepton_xla.rows import check_rows_lead, row_symbol
@@ -45,7 +48,7 @@ type Progress = Callable[[str, int, int], None]
 """`progress(step, steps_done, steps_total)`."""
 
 
-@takes(program=Program, buckets=Mapping, metrics=Mapping, examples=Mapping, mesh=(Mesh, str), rules=Rules)
+@takes(program=Program, buckets=Mapping, metrics=Mapping, examples=Mapping, mesh=(Mesh, str), rules=Rules, topology=str)
 def compile(
     program: Program,
     buckets: Mapping[str, Sequence[int]],
@@ -59,6 +62,7 @@ def compile(
     tolerance: float | None = None,
     mesh: Mesh | str | None = None,
     rules: Rules | None = None,
+    topology: str | None = None,
     progress: Progress | None = None,
 ) -> Artifact:
     """Compile a program for every combination of bucket sizes, on this process's first device or on a mesh.
@@ -78,6 +82,9 @@ def compile(
             rows of a batch are split over the axis `data`, if the mesh has one.
         rules: how the mesh cuts weights and batches. If they say nothing of weights, weights that are on such a mesh
             already, as after `Placement.put` and `optimize`, stay as they are.
+        topology: TPUs to compile for that are not here, such as `v5e:4x4`, where the package `libtpu` is installed. The
+            mesh, given as text, is of those then; for this machine the program is compiled for one device, on which it
+            is checked.
         progress: called before each step.
 
     Raises:
@@ -101,12 +108,17 @@ def compile(
     check_rows_lead(program.inputs, program.outputs)
     bucket_list = combinations(bucket_sizes)
     program = without_callbacks(program, bucket_list[0])
-    devices, program = _spread(program, mesh, rules)
+    if topology is not None:
+        check_topology(topology)
+        if isinstance(mesh, Mesh):
+            raise ShardingError(f"topology {topology!r} has devices of its own; give the mesh as text: 'data=-1'")
+    devices, program = _spread(program, *((mesh, rules) if topology is None else (None, None)))
     for sizes in bucket_list:
         devices.check_rows(program.inputs, sizes)
     leaves = name_leaves(program.weights)
     # Without a mesh, weights that are sharded are gathered on the one device that the executables are for.
-    arrays = [_on_device(path, leaf, devices.first) if mesh is None else leaf for path, leaf in leaves.items()]
+    one = devices.mesh is None
+    arrays = [_on_device(path, leaf, devices.first) if one else leaf for path, leaf in leaves.items()]
     entries = tuple(
         weights.describe(path, index, array, spec_of(array.sharding))
         for index, (path, array) in enumerate(zip(leaves, arrays, strict=True))
@@ -196,8 +208,31 @@ def compile(
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         files={},
     )
+    artifact = Artifact(manifest, tuple(stored), executables, tuple(programs), unpacking, devices)
+    if topology is not None:
+        tell(f"compile for {topology}", steps, steps)
+        assert not isinstance(mesh, Mesh)
+        artifact = _with(artifact, compile_elsewhere(program, flat, expand, bucket_list, topology, mesh, rules))
     tell("done", steps, steps)
-    return Artifact(manifest, tuple(stored), executables, tuple(programs), unpacking, devices)
+    return artifact
+
+
+def _with(artifact: Artifact, other: Elsewhere) -> Artifact:
+    """Add executables for devices that are not here. Its mesh is then the artifact's."""
+    manifest, digest = artifact.manifest, other.target.digest
+    unwritten = {key: code.why_none for key, code in other.codes.items() if code.blob is None}
+    added = ExecutableSet(target=other.target, files={}, unwritten=unwritten)
+    leaves = [
+        msgspec.structs.replace(leaf, spec=spec) for leaf, spec in zip(manifest.weights, other.specs, strict=True)
+    ]
+    manifest = msgspec.structs.replace(
+        manifest,
+        weights=tuple(leaves) if other.devices.mesh is not None else manifest.weights,
+        mesh=other.devices.entry,
+        unpacked=other.unpacked,
+        executables={**manifest.executables, digest: added},
+    )
+    return dataclasses.replace(artifact, manifest=manifest, elsewhere={digest: other.codes})
 
 
 def _spread(program: Program, mesh: Mesh | str | None, rules: Rules | None) -> tuple[Devices, Program]:

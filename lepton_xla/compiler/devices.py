@@ -138,6 +138,16 @@ class Devices:
             )
 
 
+def part_shape(shape: Sequence[int], spec: Spec, mesh: MeshEntry) -> tuple[int, ...]:
+    """The shape of the part of an array that one device holds.
+
+    >>> part_shape((8, 6), ((), ("model",)), MeshEntry(axes={"model": 2}))
+    (8, 3)
+    """
+    counts = [pieces(part, mesh.axes) for part in spec] + [1] * (len(shape) - len(spec))
+    return tuple(size // count for size, count in zip(shape, counts, strict=True))
+
+
 def devices_here(entry: MeshEntry | None) -> int:
     """Number of devices that an artifact runs on in this process: all of its mesh, or one.
 

@@ -19,7 +19,7 @@ import numpy as np
 import tensorstore as ts
 
 from lepton_xla.compiler import gaps
-from lepton_xla.compiler.devices import Spec
+from lepton_xla.compiler.devices import MeshEntry, Spec, part_shape
 from lepton_xla.compiler.elements import to_bytes, to_words, zarr_lacks
 from lepton_xla.compiler.manifest import PACKED, Encoding, Piece, WeightLeaf
 from lepton_xla.trees import leaf_bytes
@@ -45,7 +45,10 @@ SCRATCH = {"driver": "memory", "path": "leaf/"}
 
 
 def write_all(
-    leaves: Sequence[WeightLeaf], arrays: Sequence[Any], write: Callable[[str, bytes], None]
+    leaves: Sequence[WeightLeaf],
+    arrays: Sequence[Any],
+    write: Callable[[str, bytes], None],
+    mesh: MeshEntry | None = None,
 ) -> tuple[tuple[WeightLeaf, ...], tuple[int, ...]]:
     """Write all leaves of an artifact, each in its smallest encoding.
 
@@ -53,6 +56,7 @@ def write_all(
         leaves: results of `describe`.
         arrays: their arrays, in the same order; they are copied to the host one at a time.
         write: `write(name, content)` writes a file.
+        mesh: the mesh that cuts the leaves.
 
     Returns:
         The leaves with how and where they are stored, and the bytes used in each row of the packed array.
@@ -66,7 +70,7 @@ def write_all(
         cut = bool(leaf.spec) and not leaf.packed  # needs an array of its own, so that parts can be read alone
         leaf = msgspec.structs.replace(leaf, encoding=_choose(words, is_small, cut=cut))
         if leaf.is_zarr:
-            part = given.sharding.shard_shape(array.shape) if cut else None
+            part = part_shape(leaf.shape, leaf.spec, mesh) if cut and mesh is not None else None
             for name, data in zarr_files(leaf, array, part):
                 write(name, data)
         else:
