@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from lepton_xla.errors import TrainingError
-from lepton_xla.program import Program, Weights, probe_sizes
+from lepton_xla.program import Program, TensorSpec, Weights, probe_sizes
 from lepton_xla.train.distillation.answers import Answers
 from lepton_xla.train.distillation.features import Features, features_loss, make_projections, teacher_of
 from lepton_xla.train.distillation.logits import (
@@ -111,7 +111,8 @@ class Distillation:
         teachers: list[Seen] = []
         with jax.named_scope(_SCOPE):
             for program, arrays, wanted in zip(self.teachers, self.arrays, theirs, strict=True):
-                inputs = entries(batch, tuple(program.inputs))
+                given = entries(batch, tuple(program.inputs))
+                inputs = [_as_declared(leaf, spec) for leaf, spec in zip(given, program.inputs.values(), strict=True)]
                 outputs, values = tapped(program.named_outputs, wanted, TEACHER)(arrays, *inputs)
                 teachers.append(jax.tree.map(jax.lax.stop_gradient, Seen(outputs, values)))
         total = jnp.zeros((), jnp.float32)
@@ -243,6 +244,12 @@ def _found(
     taps = (*find_taps(fn, args, names[False], whose), *find_attentions(fn, args, names[True], whose))
     _, shapes = jax.eval_shape(tapped(fn, taps, whose), *args)
     return taps, shapes
+
+
+def _as_declared(leaf: jax.Array, spec: TensorSpec) -> jax.Array:
+    """A float input in the teacher's own dtype: a loop may cast batches for the student."""
+    floats = jnp.issubdtype(leaf.dtype, jnp.floating) and jnp.issubdtype(spec.dtype, jnp.floating)
+    return leaf.astype(spec.dtype) if floats else leaf
 
 
 def _several(value: Any) -> TypeGuard[Sequence[Any]]:

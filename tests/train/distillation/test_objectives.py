@@ -208,6 +208,17 @@ def test_the_teachers_weights_are_arguments_of_the_step():
     assert jitted._cache_size() == 1
 
 
+def test_a_teacher_computes_in_its_own_dtype_in_a_loop_that_casts():
+    """Batches and the student's weights in bfloat16; only the teacher's inputs were rounded."""
+    half = lambda tree: jax.tree.map(lambda x: x.astype(jnp.bfloat16) if x.dtype == jnp.float32 else x, tree)  # noqa: E731
+    value, _, _ = distill(STUDENT, TEACHER)(half(STUDENT.weights), half(BATCH), KEY, {})
+    rounded = {**BATCH, "x": half(BATCH)["x"].astype(jnp.float32)}
+    own = half(BATCH["x"]) @ half(STUDENT.weights["w"])
+    rows = divergence(exact(own), softmax(logits_of(TEACHER, rounded) / 2), 2)
+    np.testing.assert_allclose(value, rows.mean(), rtol=1e-5)
+    assert value.dtype == jnp.float32
+
+
 def test_a_student_learns_what_the_teacher_knows():
     """No labels: after training, the student's probabilities are the teacher's."""
     loss = distill(STUDENT, TEACHER, [Logits(2.0)])
