@@ -127,4 +127,10 @@ def _ranking(
 
 
 def _shapes(batch: Any) -> Any:
-    return abstract(jax.tree.map(lambda leaf: leaf if hasattr(leaf, "dtype") else np.asarray(leaf), batch))
+    """Shapes of a batch as JAX sees it: NumPy's 64-bit ids and labels are 32-bit."""
+
+    def shape(leaf: Any) -> Any:
+        array = leaf if hasattr(leaf, "dtype") else np.asarray(leaf)
+        return jax.ShapeDtypeStruct(array.shape, jax.dtypes.canonicalize_dtype(array.dtype))
+
+    return jax.tree.map(shape, batch)

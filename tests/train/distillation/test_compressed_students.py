@@ -49,7 +49,9 @@ def test_the_projection_shrinks_with_the_student_and_rounding_keeps_the_loss(sto
     stage = Stage.begin(compression, STUDENT, loss, optimizer)
     batch = {name: jnp.asarray(leaf) for name, leaf in stage.loss.prepare(BATCH).items()}
     state = State.first(stage.weights, {}, stage.optimizer.init(stage.weights), KEY)
-    stage, state = stage.advance(state.replace(step=jnp.int32(1)), batch)
+    # A loop gives the batch as it is on the host, its ids and labels in 64 bits.
+    host = {name: np.asarray(leaf, np.int64 if name in ("id", "label") else None) for name, leaf in batch.items()}
+    stage, state = stage.advance(state.replace(step=jnp.int32(1)), host)
     kernel = "distill/hidden->hidden/kernel"
     assert state.weights["up"].shape == (WIDTH, 4)
     assert (kernel in state.weights) == (not stored)
