@@ -68,3 +68,29 @@ def usable_cores() -> int:
 def _cpuinfo() -> str:
     path = pathlib.Path("/proc/cpuinfo")
     return path.read_text() if path.exists() else ""
+
+
+# Dense bfloat16 FLOP/s of one device, as its maker states them; by the beginning of the kind's name.
+_PEAK_FLOPS = {
+    "NVIDIA A100": 312e12,
+    "NVIDIA B200": 2250e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA L4": 121e12,
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5p": 459e12,
+    "TPU v5": 459e12,
+    "TPU v6 lite": 918e12,
+    "TPU v6e": 918e12,
+}
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """Dense bfloat16 FLOP/s of a device, as its maker states them; None if the kind is not known.
+
+    >>> peak_flops("NVIDIA H100 80GB HBM3"), peak_flops("cpu")
+    (989000000000000.0, None)
+    """
+    return next((peak for kind, peak in _PEAK_FLOPS.items() if device_kind.startswith(kind)), None)

@@ -1,6 +1,7 @@
 """Training: the loop, compression while training, distillation, checkpoints."""
 
 from lepton_xla.recipe import PruneRule
+from lepton_xla.train.checkpoints import Checkpoints
 from lepton_xla.train.compression import Compression, Stage
 from lepton_xla.train.distillation import (
     Answers,
@@ -12,21 +13,29 @@ from lepton_xla.train.distillation import (
     every_nth_layer,
     teach,
 )
+from lepton_xla.train.evaluations import Evaluation
+from lepton_xla.train.loop import fit
 from lepton_xla.train.models import Model, from_linen, from_nnx, supervised
+from lepton_xla.train.preemption import Preempted
+from lepton_xla.train.runs import Result
 from lepton_xla.train.schedules import Schedule, one_shot, periodic, polynomial
 from lepton_xla.train.sparsity import Regrow, SparsityState, finalize, masks_of, sparsify
 from lepton_xla.train.state import State
 
 __all__ = [
     "Answers",
+    "Checkpoints",
     "Compression",
     "Distillation",
+    "Evaluation",
     "Features",
     "Labels",
     "Logits",
     "Model",
+    "Preempted",
     "PruneRule",
     "Regrow",
+    "Result",
     "Schedule",
     "SparsityState",
     "Stage",
@@ -34,6 +43,7 @@ __all__ = [
     "distill",
     "every_nth_layer",
     "finalize",
+    "fit",
     "from_linen",
     "from_nnx",
     "masks_of",

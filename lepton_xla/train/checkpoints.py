@@ -1,0 +1,234 @@
+"""Checkpoints of a training run, by Orbax: saved while training goes on, read only if they are whole."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import logging
+import os
+import pathlib
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any, Self
+
+import jax
+import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import preservation_policy
+
+from lepton_xla.errors import CheckpointError, first_line
+from lepton_xla.trees import name_leaves
+
+LOG = logging.getLogger(__name__)
+
+_LOCK = "lepton.lock"
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoints:
+    """Where and when a run is saved.
+
+    Attributes:
+        folder: a folder of its own for each run; it is made if it is missing.
+        every: steps between checkpoints. The last step, and a run that is told to end, are saved too.
+        keep: number of newest checkpoints to keep.
+        keep_every: checkpoints of multiples of this step are kept for ever; None for none.
+
+    Raises:
+        CheckpointError: if a number is below 1.
+
+    >>> lx.train.Checkpoints("runs/digits", every=0)
+    Traceback (most recent call last):
+    lepton_xla.errors.CheckpointError: checkpoints: every = 0; expected a whole number of at least 1
+    """
+
+    folder: str | os.PathLike[str]
+    every: int = 500
+    keep: int = 3
+    keep_every: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("every", "keep", "keep_every"):
+            value = getattr(self, name)
+            if name == "keep_every" and value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise CheckpointError(f"checkpoints: {name} = {value!r}; expected a whole number of at least 1")
+
+
+class CheckpointFolder:
+    """The checkpoints of one run. Enter it to take the folder's lock; no two runs write to one folder.
+
+    Saving is asynchronous: `save` copies the state, and writes it while training goes on. A checkpoint gets its name
+    when it is complete, so what a killed process leaves is never read. A failed save, for instance on a full disk, is
+    logged, and the next one tries again; checkpoints that were complete stay.
+
+    >>> options = Checkpoints("run", every=10)
+    >>> with CheckpointFolder(options, {"model": "a"}) as folder:
+    ...     folder.save(10, {"w": jnp.ones(3)}, {"data": 10})
+    ...     folder.wait()
+    ...     target = {"w": jax.ShapeDtypeStruct((3,), "float32")}
+    ...     folder.latest(), folder.about(10), folder.restore(10, target)["w"].tolist()
+    (10, {'data': 10}, [1.0, 1.0, 1.0])
+    """
+
+    def __init__(self, options: Checkpoints, identity: Mapping[str, str]) -> None:
+        """Name the folder.
+
+        Args:
+            options: where it is, and what is kept.
+            identity: what must be equal for a run to go on, such as a digest of the model, by name.
+        """
+        self._options = options
+        self._identity = dict(identity)
+        self._path = pathlib.Path(os.path.abspath(options.folder))
+        self._lock = -1
+        self._manager: Any = None
+
+    def __enter__(self) -> Self:
+        try:
+            self._path.mkdir(parents=True, exist_ok=True)
+            if jax.process_index() == 0:
+                self._lock = os.open(self._path / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._unlock()
+            raise CheckpointError(
+                f"{self._path} is in use by another run; wait for it, or give this one a folder of its own"
+            ) from None
+        except (OSError, ValueError) as error:
+            self._unlock()
+            raise CheckpointError(f"{self._path} cannot be used for checkpoints: {first_line(error)}") from error
+        self._open()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        try:
+            self._settle()
+        finally:
+            with contextlib.suppress(Exception):  # what failed to be written was logged
+                self._manager.close()
+            self._unlock()
+
+    def latest(self) -> int | None:
+        """The newest complete checkpoint's step; None if there is none."""
+        return self._manager.latest_step()
+
+    def about(self, step: int) -> dict[str, Any]:
+        """Read what was saved beside the state.
+
+        Raises:
+            CheckpointError: if there is no such checkpoint, it cannot be read, or it is of another run.
+        """
+        found = self._read(step, "about", ocp.args.JsonRestore())
+        if not isinstance(found, dict) or not {"identity", "extra", "leaves"} <= found.keys():
+            raise CheckpointError(self._damaged(step, "its description is not one of a training run"))
+        given, here = found["identity"], self._identity
+        different = [name for name in here.keys() | given.keys() if given.get(name) != here.get(name)]
+        if different:
+            which = " and the ".join(sorted(different))
+            raise CheckpointError(
+                f"checkpoint {step} in {self._path} is of another run: the {which} differ; give this run a folder of "
+                "its own"
+            )
+        return found["extra"]
+
+    def restore(self, step: int, target: Any) -> Any:
+        """Read a state.
+
+        Args:
+            step: the step of a checkpoint.
+            target: a tree of `jax.ShapeDtypeStruct`. Each leaf is put where its `sharding` says, which need not be
+                where it was when it was saved; without one on the default device.
+
+        Raises:
+            CheckpointError: if the checkpoint is missing, damaged, or has other leaves; the message names one.
+        """
+        self.about(step)
+        leaves = self._read(step, "about", ocp.args.JsonRestore())["leaves"]
+        wanted = _described(target)
+        for name in sorted(leaves.keys() | wanted.keys()):
+            if leaves.get(name) != wanted.get(name):
+                raise CheckpointError(
+                    f"checkpoint {step} in {self._path}: {name!r} is {leaves.get(name, 'missing')} there, and "
+                    f"{wanted.get(name, 'missing')} in this run"
+                )
+        here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        placed = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None) or here),
+            target,
+        )
+        return self._read(step, "state", ocp.args.StandardRestore(placed))
+
+    def save(self, step: int, state: Any, extra: Mapping[str, Any]) -> None:
+        """Begin to save a state. Waits for the save before it, which may have failed.
+
+        Args:
+            step: the step; a checkpoint that is there already is not written again.
+            state: a tree of arrays. They may be donated as soon as this returns.
+            extra: what else to keep, as JSON.
+        """
+        self._settle()
+        if step in self._manager.all_steps():
+            return
+        about = {"identity": self._identity, "leaves": _described(state), "extra": dict(extra)}
+        parts = ocp.args.Composite(state=ocp.args.StandardSave(state), about=ocp.args.JsonSave(about))
+        try:
+            self._manager.save(step, args=parts, force=True)
+        except Exception as error:  # the file system's, through several libraries, each with its own class
+            self._failed(step, error)
+
+    def wait(self) -> None:
+        """Wait until what is being saved is complete, or has failed."""
+        self._settle()
+
+    def _open(self) -> None:
+        kept: list[Any] = [preservation_policy.LatestN(self._options.keep)]
+        if self._options.keep_every is not None:
+            kept.append(preservation_policy.EveryNSteps(self._options.keep_every))
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=preservation_policy.AnyPreservationPolicy(kept), cleanup_tmp_directories=True
+        )
+        try:
+            self._manager = ocp.CheckpointManager(self._path, options=options)
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{self._path} cannot be used for checkpoints: {first_line(error)}") from error
+
+    def _settle(self) -> None:
+        try:
+            self._manager.wait_until_finished()
+        except Exception as error:
+            self._failed(None, error)
+
+    def _failed(self, step: int | None, error: Exception) -> None:
+        """Log a failed save, and begin with a new manager: the old one counts the failed step as there."""
+        which = "a checkpoint" if step is None else f"checkpoint {step}"
+        LOG.warning("%s could not be saved: %s; training goes on, and the next one is tried", which, first_line(error))
+        with contextlib.suppress(Exception):
+            self._manager.close()
+        self._open()
+
+    def _read(self, step: int, part: str, args: Any) -> Any:
+        if step not in self._manager.all_steps():
+            raise CheckpointError(f"{self._path} has no checkpoint of step {step}; it has {self._manager.all_steps()}")
+        try:
+            return self._manager.restore(step, args=ocp.args.Composite(**{part: args}))[part]
+        except Exception as error:  # each storage library below has errors of its own
+            raise CheckpointError(self._damaged(step, first_line(error))) from error
+
+    def _damaged(self, step: int, why: str) -> str:
+        older = [other for other in self._manager.all_steps() if other < step]
+        instead = f" to go on from step {older[-1]}" if older else ""
+        return f"checkpoint {step} in {self._path} cannot be read: {why}. Remove the folder {step}{instead}"
+
+    def _unlock(self) -> None:
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
+
+
+def _described(tree: Any) -> dict[str, str]:
+    """Dtype and shape of each leaf."""
+    return {name: f"{leaf.dtype}{list(leaf.shape)}" for name, leaf in name_leaves(tree, single="state").items()}
