@@ -73,6 +73,11 @@ def numbers(options: Options, environ: Mapping[str, str]) -> list[int]:
     return [next((int(text) for text in texts if text.isascii() and text.isdigit()), 0)]
 
 
+def is_member(environ: Mapping[str, str]) -> bool:
+    """Whether a single process seems to be one of a larger run."""
+    return any(name in environ for name in _NUMBERS)
+
+
 @contextlib.contextmanager
 def coordinated(options: Options, environ: Mapping[str, str]) -> Generator[list[dict[str, str]], None, None]:
     """The environment of each process. The coordinator's port is kept for them inside the block.

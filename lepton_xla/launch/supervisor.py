@@ -33,6 +33,7 @@ _MISUSED = 2
 _ENDING_S = 5.0
 _LONGEST_POLL_S = 1.0
 _LONGEST_PAUSE_S = 30.0
+_LINGER_S = 3.0
 _STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _PASSED_ON = (signal.SIGUSR1, signal.SIGUSR2)
 
@@ -85,7 +86,16 @@ class Supervisor:
         Raises:
             LaunchError: if the port is in use or the command cannot be started.
         """
-        return asyncio.run(self._main())
+        return asyncio.run(self._to_the_end())
+
+    async def _to_the_end(self) -> int:
+        code = await self._main()
+        if code == PREEMPTED and self._options.processes == 1:
+            # One of several tasks that a scheduler ends as soon as one has ended: the others are about to end, too, and
+            # their exit code must not become that of a signal.
+            await asyncio.sleep(_LINGER_S if local.is_member(self._environ) else 0.0)
+        signal.pthread_sigmask(signal.SIG_BLOCK, _STOPPING)  # nor may this process's
+        return code
 
     async def _main(self) -> int:
         loop = asyncio.get_running_loop()
@@ -148,7 +158,7 @@ class Supervisor:
         stopping = asyncio.create_task(self._wake.wait())
         loop = asyncio.get_running_loop()
         limits = self._options.limits
-        dog = None if limits is None else Watchdog(limits, len(group.ranks), loop.time())
+        dog = None if limits is None else Watchdog(limits, self._numbers, loop.time())
         poll_s = None if limits is None else min(_LONGEST_POLL_S, limits.least_s / 4)
         try:
             while waiting:

@@ -66,13 +66,14 @@ class Watchdog:
 
     Args:
         limits: how long each phase may stay at one step.
-        processes: how many there are.
+        numbers: the number of each in its run, for messages.
         now_s: the present time.
     """
 
-    def __init__(self, limits: Limits, processes: int, now_s: float) -> None:
+    def __init__(self, limits: Limits, numbers: Sequence[int], now_s: float) -> None:
         self._limits = limits
-        self._seen = [_Seen(_SILENT, now_s) for _ in range(processes)]
+        self._numbers = numbers
+        self._seen = [_Seen(_SILENT, now_s) for _ in numbers]
         self._excused_until_s = now_s
 
     def look(self, now_s: float, beats: Sequence[Beat | None], running: Sequence[bool]) -> str:
@@ -94,9 +95,10 @@ class Watchdog:
         if not late:
             return ""
         worst = min(late, key=lambda rank: (self._seen[rank].beat.step, self._seen[rank].since_s))
-        others = [f"rank {rank} {self._state(rank)}" for rank in alive if rank != worst]
+        others = [f"rank {self._numbers[rank]} {self._state(rank)}" for rank in alive if rank != worst]
+        stayed_s = now_s - self._seen[worst].since_s
         return (
-            f"rank {worst} hangs: no progress for {now_s - self._seen[worst].since_s:.1f} s, the limit is "
+            f"rank {self._numbers[worst]} hangs: no progress for {stayed_s:.1f} s, the limit is "
             f"{self._limit(worst):g} s; it {self._state(worst)}{'; ' if others else ''}{', '.join(others)}"
         )
 

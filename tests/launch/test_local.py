@@ -225,6 +225,23 @@ def test_a_signal_to_stop_is_passed_on(launch, number):
     assert "starting again" not in run.err
 
 
+def test_a_preempted_task_of_a_larger_run_waits_for_the_others(launch):
+    """SLURM ends all tasks as soon as one has ended, and reports the highest code: that of a signal, if it can."""
+    run = launch(mode="waits", SLURM_PROCID="1")
+    run.await_processes(1)
+    time.sleep(0.5)  # until its handler is set
+    run.process.terminate()
+    deadline = time.monotonic() + 10
+    while run.processes():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    time.sleep(0.5)
+    run.process.terminate()
+    time.sleep(0.5)
+    assert run.process.poll() is None
+    assert run.end() == 75
+
+
 def test_processes_that_do_not_stop_are_killed(launch):
     run = launch("--processes", 2, "--grace-s", 0.3, mode="deaf")
     run.await_processes(2)

@@ -16,7 +16,7 @@ def beats(*steps_and_phases):
 def follow(*moments, running=None):
     """What the watchdog, which looks every quarter of a second, says first: (time, beats)."""
     count = len(moments[0][1])
-    dog, now_s, seen = Watchdog(LIMITS, count, 0.0), 0.0, [None] * count
+    dog, now_s, seen = Watchdog(LIMITS, range(count), 0.0), 0.0, [None] * count
     for until_s, following in moments:
         while now_s <= until_s:
             text = dog.look(now_s, beats(*seen), running or [True] * count)
@@ -28,7 +28,7 @@ def follow(*moments, running=None):
 
 
 def test_steps_that_pass_are_progress():
-    dog = Watchdog(LIMITS, 1, 0.0)
+    dog = Watchdog(LIMITS, [0], 0.0)
     for step in range(100):
         assert not dog.look(9.0 * step, beats((step, "step")), [True])
 
@@ -89,8 +89,12 @@ def test_one_that_has_ended_is_not_watched():
     assert follow(*moments).startswith("rank 0 hangs")
 
 
+def test_a_process_of_a_larger_run_is_named_by_its_number_there():
+    assert Watchdog(LIMITS, [7], 0.0).look(101.0, [None], [True]).startswith("rank 7 hangs")
+
+
 def test_the_launchers_own_sleep_is_left_out():
-    dog = Watchdog(LIMITS, 1, 0.0)
+    dog = Watchdog(LIMITS, [0], 0.0)
     assert not dog.look(1.0, beats((5, "step")), [True])
     dog.forgive(1000.0)  # a container was paused
     assert not dog.look(1005.0, beats((5, "step")), [True])
