@@ -356,7 +356,7 @@ def probabilities(module, variables, layer):
     return softmax(np.einsum("bqhd,bkhd->bhqk", query, key) / np.sqrt(query.shape[-1]))
 
 
-@pytest.mark.parametrize("heads", [2, 4])
+@pytest.mark.parametrize("heads", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_attentions_are_compared_as_distributions(heads):
     student, teacher = encoder(Encoder, 2, seed=1), encoder(Encoder, 4, heads, seed=2)
     mask = np.array([[1, 1, 0], [1, 0, 0], [1, 1, 1], [1, 1, 1]])
