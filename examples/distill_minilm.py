@@ -284,7 +284,7 @@ def banking77() -> Task | None:
         tokens = tokenizer.encode_batch([row["text"] for row in rows])
         labels = [intents.index(row["category"]) for row in rows]
         arrays[part] = questions([one.ids for one in tokens], [one.attention_mask for one in tokens], labels)
-    return Task("banking77", encoder, 6, 12, len(intents), 1e-4, arrays["train"], arrays["test"])
+    return Task("banking77", encoder, 6, 12, len(intents), 4e-4, arrays["train"], arrays["test"])
 
 
 def made_up() -> Task:
