@@ -81,23 +81,36 @@ def load_spec(target: str) -> ModelSpec:
     Traceback (most recent call last):
     lepton_xla.errors.ModelError: ...
     """
+    return load_named(target, ModelSpec)
+
+
+def load_named[T](target: str, kind: type[T]) -> T:
+    """Import an object of a kind, or call a function that returns one; as `load_spec`.
+
+    Raises:
+        ModelError: as `load_spec`.
+
+    >>> load_named("model.py:spec", ModelSpec)
+    Traceback (most recent call last):
+    lepton_xla.errors.ModelError: ...
+    """
     source, _, name = target.rpartition(":")
     if not source or not name:
         raise ModelError(f"{target!r}: expected FILE.py:NAME or package.module:NAME")
     module = _import(source, target)
     if not hasattr(module, name):
-        specs = [key for key, value in vars(module).items() if isinstance(value, ModelSpec)]
+        specs = [key for key, value in vars(module).items() if isinstance(value, kind)]
         raise ModelError(f"{source} has no {name!r}" + (f"; it has {', '.join(specs)}" if specs else ""))
-    found = getattr(module, name)
-    if callable(found) and not isinstance(found, ModelSpec):
+    found: Any = getattr(module, name)
+    if callable(found) and not isinstance(found, kind):
         try:
             found = found()
         except LeptonError:
             raise
         except Exception as error:
             raise ModelError(f"{target}: {type(error).__name__}: {error}") from error
-    if not isinstance(found, ModelSpec):
-        raise ModelError(f"{target} is a {type(found).__name__}, not a ModelSpec or a function that returns one")
+    if not isinstance(found, kind):
+        raise ModelError(f"{target} is a {type(found).__name__}, not a {kind.__name__} or a function that returns one")
     return found
 
 

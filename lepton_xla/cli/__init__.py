@@ -17,6 +17,7 @@ COMMANDS = {
     "recipes": "List the presets: recipes that come with leptonx.",
     "plan": "Show what a recipe would do to each site of a model.",
     "sensitivity": "Quantize one weight at a time and rank the errors.",
+    "train": "Train a model, and compress it meanwhile.",
     "compile": "Optimize a model and compile it into an artifact.",
     "inspect": "Show the contents of an artifact.",
     "verify": "Check every file of an artifact against its digest.",

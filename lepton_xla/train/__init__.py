@@ -20,6 +20,7 @@ from lepton_xla.train.preemption import Preempted
 from lepton_xla.train.runs import Result
 from lepton_xla.train.schedules import Schedule, one_shot, periodic, polynomial
 from lepton_xla.train.sparsity import Regrow, SparsityState, finalize, masks_of, sparsify
+from lepton_xla.train.specs import TrainSpec, schedule
 from lepton_xla.train.state import State
 
 __all__ = [
@@ -40,6 +41,7 @@ __all__ = [
     "SparsityState",
     "Stage",
     "State",
+    "TrainSpec",
     "distill",
     "every_nth_layer",
     "finalize",
@@ -50,6 +52,7 @@ __all__ = [
     "one_shot",
     "periodic",
     "polynomial",
+    "schedule",
     "sparsify",
     "supervised",
     "teach",
