@@ -102,7 +102,9 @@ def load_named[T](target: str, kind: type[T]) -> T:
         specs = [key for key, value in vars(module).items() if isinstance(value, kind)]
         raise ModelError(f"{source} has no {name!r}" + (f"; it has {', '.join(specs)}" if specs else ""))
     found: Any = getattr(module, name)
-    if callable(found) and not isinstance(found, kind):
+    if isinstance(found, kind):
+        return found
+    if callable(found):
         try:
             found = found()
         except LeptonError:
