@@ -113,7 +113,8 @@ class CheckpointFolder:
             self._unlock()
 
     def latest(self) -> int | None:
-        """The newest complete checkpoint's step; None if there is none."""
+        """The newest complete checkpoint's step; None if there is none. Waits for one that is being saved."""
+        self._settle()
         return self._manager.latest_step()
 
     def about(self, step: int) -> dict[str, Any]:
@@ -124,7 +125,7 @@ class CheckpointFolder:
         """
         found = self._read(step, "about", ocp.args.JsonRestore())
         if not isinstance(found, dict) or not {"identity", "extra", "leaves"} <= found.keys():
-            raise CheckpointError(self._damaged(step, "its description is not one of a training run"))
+            raise CheckpointError(self._damaged(step, "its description is not one of a training run", "about"))
         given, here = found["identity"], self._identity
         different = [name for name in here.keys() | given.keys() if given.get(name) != here.get(name)]
         if different:
@@ -216,12 +217,24 @@ class CheckpointFolder:
         try:
             return self._manager.restore(step, args=ocp.args.Composite(**{part: args}))[part]
         except Exception as error:  # each storage library below has errors of its own
-            raise CheckpointError(self._damaged(step, first_line(error))) from error
+            raise CheckpointError(self._damaged(step, first_line(error), part, args)) from error
 
-    def _damaged(self, step: int, why: str) -> str:
-        older = [other for other in self._manager.all_steps() if other < step]
-        instead = f" to go on from step {older[-1]}" if older else ""
-        return f"checkpoint {step} in {self._path} cannot be read: {why}. Remove the folder {step}{instead}"
+    def _damaged(self, step: int, why: str, part: str, args: Any = None) -> str:
+        """What to say of a damaged checkpoint: the newest older one from which the same can be read."""
+        older = sorted((other for other in self._manager.all_steps() if other < step), reverse=True)
+        whole = next((other for other in older if self._is_readable(other, part, args)), None)
+        text = f"checkpoint {step} in {self._path} cannot be read: {why}. "
+        if whole is None:
+            return text + "No older one is whole; give the run a new folder"
+        remove = ", ".join(str(other) for other in sorted({*older, step}) if other > whole)
+        return f"{text}Remove the folder {remove} to go on from step {whole}, which is whole"
+
+    def _is_readable(self, step: int, part: str, args: Any) -> bool:
+        try:
+            self._manager.restore(step, args=ocp.args.Composite(**{part: args or ocp.args.JsonRestore()}))
+        except Exception:  # as in `_read`
+            return False
+        return True
 
     def _unlock(self) -> None:
         if self._lock >= 0:
