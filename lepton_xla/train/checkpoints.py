@@ -13,6 +13,7 @@ from types import TracebackType
 from typing import Any, Self
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
@@ -161,7 +162,12 @@ class CheckpointFolder:
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None) or here),
             target,
         )
-        return self._read(step, "state", ocp.args.StandardRestore(placed))
+        found = self._read(step, "state", ocp.args.StandardRestore(_stored(placed)))
+        return jax.tree.map(
+            lambda leaf, read: read if leaf.size else jax.device_put(np.zeros(leaf.shape, leaf.dtype), leaf.sharding),
+            placed,
+            found,
+        )
 
     def save(self, step: int, state: Any, extra: Mapping[str, Any]) -> None:
         """Begin to save a state. Waits for the save before it, which may have failed.
@@ -175,7 +181,7 @@ class CheckpointFolder:
         if step in self._manager.all_steps():
             return
         about = {"identity": self._identity, "leaves": _described(state), "extra": dict(extra)}
-        parts = ocp.args.Composite(state=ocp.args.StandardSave(state), about=ocp.args.JsonSave(about))
+        parts = ocp.args.Composite(state=ocp.args.StandardSave(_stored(state)), about=ocp.args.JsonSave(about))
         try:
             self._manager.save(step, args=parts, force=True)
         except Exception as error:  # the file system's, through several libraries, each with its own class
@@ -245,3 +251,8 @@ class CheckpointFolder:
 def _described(tree: Any) -> dict[str, str]:
     """Dtype and shape of each leaf."""
     return {name: f"{leaf.dtype}{list(leaf.shape)}" for name, leaf in name_leaves(tree, single="state").items()}
+
+
+def _stored(tree: Any) -> Any:
+    """A tree without its arrays of no elements, which Orbax refuses to save."""
+    return jax.tree.map(lambda leaf: leaf if leaf.size else None, tree)

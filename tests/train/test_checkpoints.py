@@ -38,6 +38,8 @@ def test_every_kind_of_leaf_is_restored_bit_for_bit_on_other_devices(tmp_path):
         "keys": jax.random.split(jax.random.key(3), 2),
         "optimizer": optax.adam(0.1).init({"w": values}),
         "empty": {},
+        "no_elements": jnp.zeros((0, 3), jnp.float32),
+        "other_key": jax.random.key(1, impl="rbg"),
         "step": jnp.array(7, jnp.int32),
     }
     mesh = lx.sharding.mesh("data=2")
