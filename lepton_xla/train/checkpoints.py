@@ -100,7 +100,11 @@ class CheckpointFolder:
         except (OSError, ValueError) as error:
             self._unlock()
             raise CheckpointError(f"{self._path} cannot be used for checkpoints: {first_line(error)}") from error
-        self._open()
+        try:
+            self._open()
+        except CheckpointError:
+            self._unlock()
+            raise
         return self
 
     def __exit__(
@@ -109,14 +113,13 @@ class CheckpointFolder:
         try:
             self._settle()
         finally:
-            with contextlib.suppress(Exception):  # what failed to be written was logged
-                self._manager.close()
+            self._close()
             self._unlock()
 
     def latest(self) -> int | None:
         """The newest complete checkpoint's step; None if there is none. Waits for one that is being saved."""
         self._settle()
-        return self._manager.latest_step()
+        return self._opened().latest_step()
 
     def about(self, step: int) -> dict[str, Any]:
         """Read what was saved beside the state.
@@ -178,12 +181,12 @@ class CheckpointFolder:
             extra: what else to keep, as JSON.
         """
         self._settle()
-        if step in self._manager.all_steps():
-            return
         about = {"identity": self._identity, "leaves": _described(state), "extra": dict(extra)}
         parts = ocp.args.Composite(state=ocp.args.StandardSave(_stored(state)), about=ocp.args.JsonSave(about))
         try:
-            self._manager.save(step, args=parts, force=True)
+            manager = self._opened()
+            if step not in manager.all_steps():
+                manager.save(step, args=parts, force=True)
         except Exception as error:  # the file system's, through several libraries, each with its own class
             self._failed(step, error)
 
@@ -203,31 +206,42 @@ class CheckpointFolder:
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{self._path} cannot be used for checkpoints: {first_line(error)}") from error
 
+    def _opened(self) -> Any:
+        if self._manager is None:
+            self._open()
+        return self._manager
+
+    def _close(self) -> None:
+        with contextlib.suppress(Exception):  # what failed to be written was logged
+            if self._manager is not None:
+                self._manager.close()
+        self._manager = None
+
     def _settle(self) -> None:
         try:
-            self._manager.wait_until_finished()
+            if self._manager is not None:
+                self._manager.wait_until_finished()
         except Exception as error:
             self._failed(None, error)
 
     def _failed(self, step: int | None, error: Exception) -> None:
-        """Log a failed save, and begin with a new manager: the old one counts the failed step as there."""
+        """Log a failed save. The next use opens a new manager: the old one counts the failed step as there."""
         which = "a checkpoint" if step is None else f"checkpoint {step}"
         LOG.warning("%s could not be saved: %s; training goes on, and the next one is tried", which, first_line(error))
-        with contextlib.suppress(Exception):
-            self._manager.close()
-        self._open()
+        self._close()
 
     def _read(self, step: int, part: str, args: Any) -> Any:
-        if step not in self._manager.all_steps():
-            raise CheckpointError(f"{self._path} has no checkpoint of step {step}; it has {self._manager.all_steps()}")
+        manager = self._opened()
+        if step not in (steps := list(manager.all_steps())):
+            raise CheckpointError(f"{self._path} has no checkpoint of step {step}; it has {steps}")
         try:
-            return self._manager.restore(step, args=ocp.args.Composite(**{part: args}))[part]
+            return manager.restore(step, args=ocp.args.Composite(**{part: args}))[part]
         except Exception as error:  # each storage library below has errors of its own
             raise CheckpointError(self._damaged(step, first_line(error), part, args)) from error
 
     def _damaged(self, step: int, why: str, part: str, args: Any = None) -> str:
         """What to say of a damaged checkpoint: the newest older one from which the same can be read."""
-        older = sorted((other for other in self._manager.all_steps() if other < step), reverse=True)
+        older = sorted((other for other in self._opened().all_steps() if other < step), reverse=True)
         whole = next((other for other in older if self._is_readable(other, part, args)), None)
         text = f"checkpoint {step} in {self._path} cannot be read: {why}. "
         if whole is None:
@@ -237,7 +251,7 @@ class CheckpointFolder:
 
     def _is_readable(self, step: int, part: str, args: Any) -> bool:
         try:
-            self._manager.restore(step, args=ocp.args.Composite(**{part: args or ocp.args.JsonRestore()}))
+            self._opened().restore(step, args=ocp.args.Composite(**{part: args or ocp.args.JsonRestore()}))
         except Exception:  # as in `_read`
             return False
         return True
