@@ -138,15 +138,14 @@ class Run:
             self._begin(key)
         else:
             self._resume(latest, loss, optimizer, key)
+            self._evaluate_if_due()  # SIGTERM during an evaluation leaves a checkpoint without its result
         stopped: Literal["steps", "patience"] = "patience" if self._is_stale else "steps"
         while self._step < self._steps and not self._is_stale:
             self._stop_if_asked()
             self._advance()
-            evaluation = self._evaluation
+            self._evaluate_if_due()
+            stopped = "patience" if self._is_stale else "steps"
             last = self._step == self._steps
-            if evaluation is not None and (last or self._step % evaluation.every == 0):
-                self._evaluate(evaluation)
-                stopped = "patience" if self._is_stale else "steps"
             if self._checkpoints is not None and (last or self._is_stale or self._step % self._checkpoints.every == 0):
                 self._save()
         self._look_back()
@@ -326,6 +325,13 @@ class Run:
         self._feed.seek(position)
 
     # Between steps.
+
+    def _evaluate_if_due(self) -> None:
+        evaluation = self._evaluation
+        if evaluation is None or (self._step != self._steps and self._step % evaluation.every):
+            return
+        if not self._history or self._history[-1]["step"] != self._step:
+            self._evaluate(evaluation)
 
     def _evaluate(self, evaluation: Evaluation) -> None:
         beat(self._step, "evaluate")
