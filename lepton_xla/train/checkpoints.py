@@ -5,19 +5,23 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import fcntl
+import hashlib
+import json
 import logging
 import os
 import pathlib
 from collections.abc import Mapping
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, override
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from lepton_xla.errors import CheckpointError, first_line
+from lepton_xla.train.checksums import find_damage, write_checksums
 from lepton_xla.trees import name_leaves
 
 LOG = logging.getLogger(__name__)
@@ -62,7 +66,8 @@ class CheckpointFolder:
 
     Saving is asynchronous: `save` copies the state, and writes it while training goes on. A checkpoint gets its name
     when it is complete, so what a killed process leaves is never read. A failed save, for instance on a full disk, is
-    logged, and the next one tries again; checkpoints that were complete stay.
+    logged, and the next one tries again; checkpoints that were complete stay. Checksums of all files are part of a
+    checkpoint, and are compared before it is read.
 
     >>> options = Checkpoints("run", every=10)
     >>> with CheckpointFolder(options, {"model": "a"}) as folder:
@@ -128,8 +133,8 @@ class CheckpointFolder:
             CheckpointError: if there is no such checkpoint, it cannot be read, or it is of another run.
         """
         found = self._read(step, "about", ocp.args.JsonRestore())
-        if not isinstance(found, dict) or not {"identity", "extra", "leaves"} <= found.keys():
-            raise CheckpointError(self._damaged(step, "its description is not one of a training run", "about"))
+        if not isinstance(found, dict) or found.pop("digest", None) != _digest(found):
+            raise CheckpointError(self._damaged(step, "its description was changed", "about"))
         given, here = found["identity"], self._identity
         different = [name for name in here.keys() | given.keys() if given.get(name) != here.get(name)]
         if different:
@@ -165,7 +170,7 @@ class CheckpointFolder:
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None) or here),
             target,
         )
-        found = self._read(step, "state", ocp.args.StandardRestore(_stored(placed)))
+        found = self._read(step, "state", _StateRestore(_stored(placed)))
         return jax.tree.map(
             lambda leaf, read: read if leaf.size else jax.device_put(np.zeros(leaf.shape, leaf.dtype), leaf.sharding),
             placed,
@@ -181,8 +186,9 @@ class CheckpointFolder:
             extra: what else to keep, as JSON.
         """
         self._settle()
-        about = {"identity": self._identity, "leaves": _described(state), "extra": dict(extra)}
-        parts = ocp.args.Composite(state=ocp.args.StandardSave(_stored(state)), about=ocp.args.JsonSave(about))
+        about: dict[str, Any] = {"identity": self._identity, "leaves": _described(state), "extra": dict(extra)}
+        about["digest"] = _digest(about)
+        parts = ocp.args.Composite(state=_StateSave(_stored(state)), about=ocp.args.JsonSave(about))
         try:
             manager = self._opened()
             if step not in manager.all_steps():
@@ -234,6 +240,9 @@ class CheckpointFolder:
         manager = self._opened()
         if step not in (steps := list(manager.all_steps())):
             raise CheckpointError(f"{self._path} has no checkpoint of step {step}; it has {steps}")
+        damage = find_damage(self._path / str(step) / part) if part == "state" else None
+        if damage is not None:
+            raise CheckpointError(self._damaged(step, damage, part, args))
         try:
             return manager.restore(step, args=ocp.args.Composite(**{part: args}))[part]
         except Exception as error:  # each storage library below has errors of its own
@@ -250,6 +259,8 @@ class CheckpointFolder:
         return f"{text}Remove the folder {remove} to go on from step {whole}, which is whole"
 
     def _is_readable(self, step: int, part: str, args: Any) -> bool:
+        if find_damage(self._path / str(step) / "state") is not None:
+            return False
         try:
             self._opened().restore(step, args=ocp.args.Composite(**{part: args or ocp.args.JsonRestore()}))
         except Exception:  # as in `_read`
@@ -270,3 +281,28 @@ def _described(tree: Any) -> dict[str, str]:
 def _stored(tree: Any) -> Any:
     """A tree without its arrays of no elements, which Orbax refuses to save."""
     return jax.tree.map(lambda leaf: leaf if leaf.size else None, tree)
+
+
+def _digest(about: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
+
+
+class _StateHandler(ocp.StandardCheckpointHandler):
+    """Orbax's handler of trees; it adds checksums before the checkpoint is complete."""
+
+    @override
+    def finalize(self, directory: epath.Path) -> None:
+        super().finalize(directory)
+        write_checksums(pathlib.Path(directory))
+
+
+@ocp.args.register_with_handler(_StateHandler, for_save=True)
+@dataclasses.dataclass
+class _StateSave(ocp.args.StandardSave):
+    """Orbax finds a handler by the type of its arguments."""
+
+
+@ocp.args.register_with_handler(_StateHandler, for_restore=True)
+@dataclasses.dataclass
+class _StateRestore(ocp.args.StandardRestore):
+    """As `_StateSave`."""

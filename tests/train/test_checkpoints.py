@@ -140,3 +140,29 @@ def test_a_full_disk_costs_one_checkpoint_and_no_older_one(tmp_path, caplog):
         for step in (1, 3):
             assert bits(folder.restore(step, shapes(tree))["w"]) == bits(tree["w"])
     assert not list(pathlib.Path(tmp_path / "run").glob("*tmp*"))
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # as above
+def test_a_flipped_bit_is_found_in_every_file(tmp_path):
+    random = np.random.default_rng(1)
+    tree = {"w": jnp.asarray(random.normal(size=(64, 64)), jnp.float32)}
+    with folder_of(tmp_path) as folder:
+        for step in (1, 2):
+            folder.save(step, tree, {"data": step})
+        folder.wait()
+        refused = []
+        for file in sorted((tmp_path / "run" / "2").rglob("*")):
+            data = file.read_bytes() if file.is_file() else b""
+            if not data:
+                continue
+            middle = len(data) // 2
+            file.write_bytes(data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :])
+            try:
+                assert folder.about(2) == {"data": 2}
+                assert bits(folder.restore(2, shapes(tree))["w"]) == bits(tree["w"])
+            except lx.CheckpointError as error:
+                refused.append(str(error))
+            file.write_bytes(data)
+        assert len(refused) > 3
+        assert all("Remove the folder 2 to go on from step 1, which is whole" in text for text in refused)
+        assert bits(folder.restore(2, shapes(tree))["w"]) == bits(tree["w"])
