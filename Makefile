@@ -45,6 +45,7 @@ bench: setup  ## every benchmark; each prints the command that repeats it
 	$(RUN)/python benchmarks/clients.py
 	$(RUN)/python benchmarks/optimizing.py --no-pages
 	$(RUN)/python benchmarks/quantization.py --no-pages
+	$(RUN)/python benchmarks/training.py
 	$(RUN)/python benchmarks/qat.py --no-pages
 	$(RUN)/python benchmarks/pruning.py --no-pages
 

@@ -64,6 +64,13 @@ def test_optimizing_is_timed_by_phase_and_its_compiles_and_memory_counted(tmp_pa
     assert row["again"]["compiles"] < row["compiles"]
 
 
+def test_loops_of_training_take_turns(tmp_path: pathlib.Path) -> None:
+    rows = figures("training.py", tmp_path)["rows"]
+    assert [row["name"] for row in rows] == ["by hand", "Flax NNX", "lx.train.fit"]
+    assert rows[0]["ratio"] == 1.0
+    assert all(row["ms"] > 0 and 0 < row["ratios"][0] <= row["ratio"] <= row["ratios"][-1] for row in rows)
+
+
 def test_a_model_without_its_data_is_skipped_with_the_reason(tmp_path: pathlib.Path) -> None:
     done = run("quantization.py", "--models", "lenet5", data=tmp_path)
     assert done.returncode == 1

@@ -1,0 +1,147 @@
+"""What `lx.train.fit` costs beside the bare step: the same MLP and optimizer in a loop by hand, in NNX's, and in `fit`.
+
+    python benchmarks/training.py [--quick] [--json FILE]
+
+A step takes about 5 ms on two cores. The loops take turns; each turn's first steps, which compile, are not counted. The
+loop by hand only calls the compiled step; `fit` also reads data, checks that loss and gradients are finite, and logs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import pathlib
+import statistics
+import time
+from typing import Any
+
+import harness
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from rich.console import Console
+
+import lepton_xla as lx
+
+TARGET_RATIO = 1.03
+WIDTH, ROWS, WARM = 512, 512, 10
+console = Console(width=120, highlight=False)
+
+
+class Net(nnx.Module):
+    """784 -> 512 -> 512 -> 10."""
+
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        self.first = nnx.Linear(784, WIDTH, rngs=rngs)
+        self.second = nnx.Linear(WIDTH, WIDTH, rngs=rngs)
+        self.last = nnx.Linear(WIDTH, 10, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.last(nnx.relu(self.second(nnx.relu(self.first(x)))))
+
+
+def batch() -> dict[str, np.ndarray]:
+    """Random rows; what they are does not change the time."""
+    draw = np.random.default_rng(0)
+    x = draw.normal(size=(ROWS, 784)).astype(np.float32)
+    return {"x": x, "label": draw.integers(0, 10, ROWS).astype(np.int32)}
+
+
+def by_hand(steps: int) -> float:
+    """Seconds a step of a loop that calls the compiled step and nothing else."""
+    model = lx.train.from_nnx(Net(nnx.Rngs(0)), {"x": lx.TensorSpec(("batch", 784), "float32")})
+    loss, optimizer, key = lx.train.supervised(model), optax.adam(1e-3), jax.random.key(0)
+
+    def step(weights: Any, moments: Any, given: Any, index: Any) -> Any:
+        value = lambda weights: loss(weights, given, jax.random.fold_in(key, index), {})[0]  # noqa: E731
+        found, grads = jax.value_and_grad(value)(weights)
+        updates, moments = optimizer.update(grads, moments, weights)
+        return optax.apply_updates(weights, updates), moments, found
+
+    compiled = jax.jit(step, donate_argnums=(0, 1))
+    weights = jax.tree.map(jnp.copy, model.weights)
+    moments, given, start = optimizer.init(weights), batch(), 0.0
+    for index in range(steps):
+        if index == WARM:
+            jax.block_until_ready(weights)
+            start = time.perf_counter()
+        placed = jax.device_put(given)
+        weights, moments, found = compiled(weights, moments, placed, index)
+        if index % 2 == 0:
+            jax.block_until_ready(found)
+    jax.block_until_ready(weights)
+    return (time.perf_counter() - start) / (steps - WARM)
+
+
+def in_nnx(steps: int) -> float:
+    """Seconds a step of the loop of Flax's own guide."""
+    model = Net(nnx.Rngs(0))
+    optimizer = nnx.Optimizer(model, optax.adam(1e-3), wrt=nnx.Param)
+
+    @nnx.jit
+    def step(model: Net, optimizer: Any, given: Any) -> jax.Array:
+        def value(model: Net) -> jax.Array:
+            return optax.softmax_cross_entropy_with_integer_labels(model(given["x"]), given["label"]).mean()
+
+        found, grads = nnx.value_and_grad(value)(model)
+        optimizer.update(model, grads)
+        return found
+
+    given, start = batch(), 0.0
+    for index in range(steps):
+        if index == WARM:
+            start = time.perf_counter()
+        found = step(model, optimizer, jax.device_put(given))
+        if index % 2 == 0 or index == WARM - 1:
+            jax.block_until_ready(found)
+    jax.block_until_ready(nnx.state(model))
+    return (time.perf_counter() - start) / (steps - WARM)
+
+
+def in_fit(steps: int) -> float:
+    """Seconds a step of `fit`."""
+    model = lx.train.from_nnx(Net(nnx.Rngs(0)), {"x": lx.TensorSpec(("batch", 784), "float32")})
+    given, began = batch(), [0.0]
+
+    def data(step: int) -> Any:
+        if step == WARM:
+            began[0] = time.perf_counter()
+        return given
+
+    loss = lx.train.supervised(model)
+    result = lx.train.fit(model, loss, optax.adam(1e-3), data, steps=steps, progress=False)
+    jax.block_until_ready(result.state)
+    return (time.perf_counter() - began[0]) / (steps - WARM)
+
+
+def main() -> None:
+    """Run all loops in turn and print their times."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="little of everything: a smoke test")
+    parser.add_argument("--json", type=pathlib.Path, help="write the figures to this file")
+    given = parser.parse_args()
+    rounds, steps = (2, 30) if given.quick else (7, 150)
+    loops = {"by hand": by_hand, "Flax NNX": in_nnx, "lx.train.fit": in_fit}
+    times: dict[str, list[float]] = {name: [] for name in loops}
+    for _ in range(rounds):
+        for name, loop in loops.items():
+            times[name].append(loop(steps))
+    rows = []
+    for name, found in times.items():
+        ratios = [own / plain for own, plain in zip(found, times["by hand"], strict=True)]
+        rows.append({"name": name, "ms": statistics.median(found) * 1e3, "ratio": statistics.median(ratios)})
+        rows[-1]["ratios"] = sorted(ratios)
+    console.print(f"784-{WIDTH}-{WIDTH}-10, {ROWS} rows a step, Adam; {rounds} turns of {steps} steps")
+    console.print(f"{'loop':<16}{'ms a step':>12}{'of by hand':>12}   least and largest ratio")
+    for row in rows:
+        least, largest = row["ratios"][0], row["ratios"][-1]
+        console.print(f"{row['name']:<16}{row['ms']:>12.2f}{row['ratio']:>12.3f}   {least:.3f} {largest:.3f}")
+    met = "met" if rows[-1]["ratio"] <= TARGET_RATIO else "missed"
+    console.print(f"aim: lx.train.fit takes at most {TARGET_RATIO} of by hand: {met}")
+    harness.write_json(given.json, {"rows": rows, "machine": harness.machine()})
+    console.print("repeat with: python benchmarks/training.py")
+
+
+if __name__ == "__main__":
+    main()
