@@ -55,6 +55,16 @@ def put(tree: Any, shardings: Any) -> Any:
     return jax.tree.map(_put, tree, shardings)
 
 
+def gathered(state: State) -> State:
+    """The whole state on this process's first device, if several processes share it; every process must call this."""
+    if jax.process_count() == 1:
+        return state
+    from jax.experimental import multihost_utils
+
+    whole = multihost_utils.process_allgather(state.replace(key=()), tiled=True)
+    return jax.tree.map(jnp.asarray, whole).replace(key=state.key)
+
+
 def put_batch(batch: Mapping[str, np.ndarray], placement: Placement | None, *, local: bool) -> dict[str, Any]:
     """Copy a batch to the devices.
 

@@ -24,7 +24,7 @@ from lepton_xla.train.compression import Stage
 from lepton_xla.train.evaluations import Evaluation, Predictor
 from lepton_xla.train.feeding import Feed
 from lepton_xla.train.models import Loss
-from lepton_xla.train.placing import put, put_batch, state_shardings
+from lepton_xla.train.placing import gathered, put, put_batch, state_shardings
 from lepton_xla.train.preemption import Preempted, Preemption
 from lepton_xla.train.state import State
 from lepton_xla.train.steps import make_step
@@ -45,7 +45,8 @@ class Result:
     Attributes:
         program: the trained program, with exact zeros and masks where it was pruned. Its weights are the best ones if
             the evaluation has a metric, else the moving averages if there are some, else the last ones.
-        state: the state after the last step.
+        state: the state after the last step, where the mesh has it.
+        trained: the state with the weights of `program`; in a run of several processes whole in each.
         stage: the last stage of the compression; `stage.plan` and `quantized` store what was trained.
         metrics: mean metrics of the last logged steps.
         history: metrics of each evaluation, with its `step`.
@@ -62,6 +63,7 @@ class Result:
 
     program: Program
     state: State
+    trained: State
     stage: Stage
     metrics: dict[str, float]
     history: tuple[dict[str, float], ...]
@@ -88,7 +90,7 @@ class Result:
         >>> result.quantized().weights["w"].format
         'int8'
         """
-        return self.stage.quantized(chosen_state(self.state, self.best_step is not None), **options)
+        return self.stage.quantized(self.trained, **options)
 
 
 class Run:
@@ -151,9 +153,9 @@ class Run:
         self._look_back()
         if self._folder is not None:
             self._folder.wait()
-        chosen = chosen_state(self._state, self._best_step is not None)
+        chosen = gathered(chosen_state(self._state, self._best_step is not None))
         return Result(
-            self._stage.finalize(chosen), self._state, self._stage, self._metrics, tuple(self._history),
+            self._stage.finalize(chosen), self._state, chosen, self._stage, self._metrics, tuple(self._history),
             self._best_step, stopped,
         )  # fmt: skip
 

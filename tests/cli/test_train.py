@@ -1,6 +1,9 @@
 """`leptonx train`: from a file with a TrainSpec to an artifact that computes what was trained."""
 
 import json
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -84,3 +87,23 @@ def test_bad_input_is_one_line(cli, tmp_path, target, more, said):
 @pytest.mark.parametrize("name", ["number", "nothing", "teacher"])
 def test_refuses_what_is_no_spec(cli, target, name):
     assert f"{name}" in cli.refused("train", target.replace(":spec", f":{name}"))
+
+
+@pytest.mark.slow
+def test_several_processes_write_one_artifact(cli, tmp_path, target):
+    """The weights are cut over two processes while they are trained, and whole in the artifact."""
+    (tmp_path / "rules.toml").write_text('[[rules]]\nweights = "up"\nspec = ["", "data"]\n')
+    command = [sys.executable, "-m", "lepton_xla"]
+    train = ["train", target, "--recipe", "int8", "--mesh", "data=-1", "--rules", tmp_path / "rules.toml"]
+    done = subprocess.run(
+        [*command, "launch", "local", "--processes", "2", "--", *command, *train, "-o", tmp_path / "net.lepton"],
+        env={**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"},
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    x = np.random.default_rng(5).normal(size=(8, 6)).astype(np.float32)
+    output = lx.load(tmp_path / "net.lepton")(x=x)["output"]
+    assert (output.argmax(-1) == x[:, :3].argmax(-1)).mean() > 0.6
