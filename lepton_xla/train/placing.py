@@ -93,6 +93,8 @@ def _put(leaf: Any, sharding: Any) -> Any:
     if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         data = _put(jax.random.key_data(leaf), sharding)
         return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
+    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:  # already shared by the processes
+        return jax.jit(jnp.copy, out_shardings=sharding)(leaf)
     if sharding.is_fully_addressable:
         return jax.device_put(jnp.copy(leaf), sharding)  # `may_alias=False` still shares the part that stays
     whole = np.asarray(leaf)
