@@ -8,6 +8,7 @@ from typing import Any
 
 import optax
 
+from lepton_xla.arguments import takes
 from lepton_xla.modelspec import ModelSpec, load_named
 from lepton_xla.program import Program
 from lepton_xla.recipe import Recipe
@@ -81,6 +82,7 @@ class TrainSpec:
         return Evaluation(self.evaluate, every=max(1, steps // 10))
 
 
+@takes(recipe=Recipe)
 def schedule(recipe: Recipe, steps: int) -> Compression:
     """When a recipe's parts are applied in a run, if nobody says.
 

@@ -64,9 +64,12 @@ class Launcher:
         command = [sys.executable, "-m", "lepton_xla", "launch", "local", *map(str, args)]
         command += ["--", sys.executable, "rank.py", mode]
         self.began = time.monotonic()
+        # What ran these tests may ignore SIGHUP, as nohup does; processes inherit that.
+        before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
         self.process = subprocess.Popen(
             command, cwd=folder, env=clean, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
+        signal.signal(signal.SIGHUP, before)
 
     def end(self):
         self.out, self.err = self.process.communicate(timeout=60)

@@ -1,5 +1,6 @@
 """Checkpoints on storage that fails: files are cut or gone, the folder is away, a save was not completed."""
 
+import gc
 import json
 import logging
 import shutil
@@ -14,7 +15,19 @@ import pytest
 import lepton_xla as lx
 from lepton_xla.train.checkpoints import CheckpointFolder, Checkpoints
 
+# Orbax leaves coroutines behind when a save or a restore fails.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+    pytest.mark.filterwarnings("ignore:coroutine .* was never awaited:RuntimeWarning"),
+]
 IDENTITY = {"model": "a", "optimizer": "b"}
+
+
+@pytest.fixture(autouse=True)
+def _collected():
+    """Collects what Orbax began and gave up, before another test does."""
+    yield
+    gc.collect()
 
 
 def opened(path, identity=IDENTITY, **options):
@@ -140,7 +153,6 @@ def _describe_another(folder):
         file.write_text(json.dumps({"something": "else"}))
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # what Orbax began, and gave up
 @pytest.mark.parametrize(
     "damage", [_truncate, _truncate_arrays, _remove_state, _remove_about, _remove_files, _describe_another]
 )

@@ -1,5 +1,6 @@
 """Checkpoints: the same bits on any devices, and clear errors for what is foreign, damaged, in use or not written."""
 
+import gc
 import pathlib
 import resource
 
@@ -12,7 +13,19 @@ import pytest
 import lepton_xla as lx
 from lepton_xla.train.checkpoints import CheckpointFolder, Checkpoints
 
+# Orbax leaves coroutines behind when a save or a restore fails.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+    pytest.mark.filterwarnings("ignore:coroutine .* was never awaited:RuntimeWarning"),
+]
 IDENTITY = {"model": "a", "optimizer": "adam"}
+
+
+@pytest.fixture(autouse=True)
+def _collected():
+    """Collects what Orbax began and gave up, before another test does."""
+    yield
+    gc.collect()
 
 
 def folder_of(path, identity=IDENTITY, **options):
@@ -97,7 +110,6 @@ def test_what_belongs_to_another_run_is_refused_by_name(tmp_path):
         folder.restore(1, shapes({"w": jnp.ones((3, 2))}))
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # what Orbax began, and gave up
 def test_a_damaged_checkpoint_is_refused_and_a_whole_one_named(tmp_path):
     tree = {"w": jnp.asarray(np.random.default_rng(0).normal(size=(64, 64)), jnp.float32)}
     with folder_of(tmp_path) as folder:
@@ -142,7 +154,6 @@ def test_a_full_disk_costs_one_checkpoint_and_no_older_one(tmp_path, caplog):
     assert not list(pathlib.Path(tmp_path / "run").glob("*tmp*"))
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # as above
 def test_a_flipped_bit_is_found_in_every_file(tmp_path):
     random = np.random.default_rng(1)
     tree = {"w": jnp.asarray(random.normal(size=(64, 64)), jnp.float32)}
