@@ -19,7 +19,7 @@ import numpy as np
 from lepton_xla.cli._common import NO_RECIPE
 from lepton_xla.compiler import Servable
 from lepton_xla.errors import ArtifactError, CompileError, InputError, LeptonError, ModelError, ShardingError
-from lepton_xla.modelspec import ModelSpec, Predict, load_spec
+from lepton_xla.modelspec import ModelSpec, Predict, load_named
 from lepton_xla.passes.core.calibration import check_batch
 from lepton_xla.program import Program, TensorSpec
 from lepton_xla.recipe import Recipe
@@ -29,10 +29,10 @@ from lepton_xla.sharding.meshes import abstract_mesh
 from lepton_xla.sharding.meshes import mesh as mesh_of
 
 
-def load_target(target: str) -> ModelSpec:
-    """Import a command's `ModelSpec`; what its file prints goes to stderr, because stdout is for results."""
+def load_target[T](target: str, kind: type[T] = ModelSpec) -> T:
+    """Import what a command names; what its file prints goes to stderr, because stdout is for results."""
     with contextlib.redirect_stdout(sys.stderr):
-        return load_spec(target)
+        return load_named(target, kind)
 
 
 def load_recipe(name_or_path: str, settings: Sequence[str] = (), exclude: Sequence[str] = ()) -> Recipe:

@@ -37,7 +37,7 @@ from lepton_xla.errors import ArtifactError, CheckpointError
     default=True,
     help="Whether a run that the folder has is continued; without it a folder that has one is refused.",
 )
-@click.option("--seed", type=int, default=0, show_default=True, help="Seed of dropout and the like.")
+@click.option("--seed", type=int, help="Seed of dropout and the like; by default 0.")
 @click.option("--log", metavar="FILE.jsonl", help="Append metrics to this file.")
 @click.option("--tensorboard", metavar="FOLDER", help="Write TensorBoard events; needs tensorboardX.")
 @_common.buckets_option
@@ -57,7 +57,7 @@ def train(
     checkpoint: str | None,
     every: int | None,
     resume: bool,
-    seed: int,
+    seed: int | None,
     log: str | None,
     tensorboard: str | None,
     buckets: tuple[str, ...],
@@ -96,36 +96,38 @@ def train(
 
     from lepton_xla.cli import _models
     from lepton_xla.sharding import Rules
-    from lepton_xla.train import specs
 
-    spec = specs.load_train_spec(target)
+    # Check everything that does not need the model first, so that a typo fails early.
+    chosen = None if recipe is None else _models.load_recipe(recipe, settings, exclude)
+    spec = _models.load_target(target, training.TrainSpec)
     count = steps or spec.steps
     model = spec.trained()
-    compression = spec.compression
-    if recipe is not None:
-        compression = training.schedule(_models.load_recipe(recipe, settings, exclude), count)
+    compression = spec.compression if chosen is None else training.schedule(chosen, count)
     if teacher is None:
         loss = spec.loss or training.supervised(model)
     elif os.path.isdir(teacher):
         loss = training.distill(model, training.Answers.load(teacher))
     else:
-        loss = training.distill(model, specs.load_teacher(teacher))
+        loss = training.distill(model, _models.load_target(teacher).program())
     kept = None if checkpoint is None else training.Checkpoints(checkpoint, **({"every": every} if every else {}))
-    options: dict[str, Any] = {**spec.options, "seed": seed}
+    given_here = {
+        "mesh": mesh,
+        "rules": None if rules is None else Rules.load(rules),
+        "log": log,
+        "tensorboard": tensorboard,
+        "seed": seed,
+    }
+    options: dict[str, Any] = {"progress": True, **spec.options}
+    options |= {name: value for name, value in given_here.items() if value is not None}
     result = training.fit(
         model,
         loss,
         spec.updates(count),
         spec.data,
         steps=count,
-        mesh=mesh,
-        rules=None if rules is None else Rules.load(rules),
         evaluate=spec.evaluation(count),
         compression=compression,
         checkpoint=kept,
-        log=log,
-        tensorboard=tensorboard,
-        progress=True,
         **options,
     )
     if jax.process_index() != 0:

@@ -125,7 +125,7 @@ def fit(
         if checkpoint is not None:
             folder = stack.enter_context(CheckpointFolder(checkpoint, _identity(stage, optimizer)))
         run = Run(stage, Feed(data), steps, shared, rules or Rules(), local_batches, options, evaluate, folder,
-                   preemption, telemetry, on_nan, log_every, checkpoint)  # fmt: skip
+                   preemption, telemetry, on_nan, log_every)  # fmt: skip
         return run.run(loss, optimizer, jax.random.key(seed))
 
 

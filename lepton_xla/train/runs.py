@@ -19,7 +19,7 @@ from lepton_xla.launch.heartbeat import beat
 from lepton_xla.machine import peak_flops
 from lepton_xla.program import Program
 from lepton_xla.sharding import Placement, Rules
-from lepton_xla.train.checkpoints import CheckpointFolder, Checkpoints
+from lepton_xla.train.checkpoints import CheckpointFolder
 from lepton_xla.train.compression import Stage
 from lepton_xla.train.evaluations import Evaluation, Predictor
 from lepton_xla.train.feeding import Feed
@@ -111,12 +111,10 @@ class Run:
         telemetry: Telemetry,
         on_nan: str,
         log_every: int,
-        checkpoints: Checkpoints | None,
     ) -> None:
         self._stage, self._feed, self._steps, self._mesh, self._rules = stage, feed, steps, mesh, rules
         self._local, self._options, self._evaluation, self._folder = local, options, evaluation, folder
         self._preemption, self._telemetry, self._on_nan, self._log_every = preemption, telemetry, on_nan, log_every
-        self._checkpoints = checkpoints
         self._step = 0
         self._best: float | None = None
         self._best_step: int | None = None
@@ -125,6 +123,7 @@ class Run:
         self._pending: list[dict[str, Any]] = []
         self._metrics: dict[str, float] = {}
         self._restores = 0
+        self._went_back_to: int | None = None
         self._state: State
         self._compiled: Any = None
         self._arrays: Any = None
@@ -141,14 +140,12 @@ class Run:
         else:
             self._resume(latest, loss, optimizer, key)
             self._evaluate_if_due()  # SIGTERM during an evaluation leaves a checkpoint without its result
-        stopped: Literal["steps", "patience"] = "patience" if self._is_stale else "steps"
         while self._step < self._steps and not self._is_stale:
             self._stop_if_asked()
             self._advance()
             self._evaluate_if_due()
-            stopped = "patience" if self._is_stale else "steps"
             last = self._step == self._steps
-            if self._checkpoints is not None and (last or self._is_stale or self._step % self._checkpoints.every == 0):
+            if self._folder is not None and (last or self._is_stale or self._step % self._folder.every == 0):
                 self._save()
         self._look_back()
         if self._folder is not None:
@@ -156,7 +153,7 @@ class Run:
         chosen = gathered(chosen_state(self._state, self._best_step is not None))
         return Result(
             self._stage.finalize(chosen), self._state, chosen, self._stage, self._metrics, tuple(self._history),
-            self._best_step, stopped,
+            self._best_step, "patience" if self._is_stale else "steps",
         )  # fmt: skip
 
     # Beginnings.
@@ -317,7 +314,8 @@ class Run:
                 f"{text}. The weights are those before it. Lower the learning rate, clip gradients (clip_norm), or "
                 f"pass over such steps (on_nan='skip')"
             )
-        self._restores += 1
+        self._restores = self._restores + 1 if latest == self._went_back_to else 1
+        self._went_back_to = latest
         if self._restores > RESTORES:
             raise TrainingError(f"{text}, after going back to step {latest} {RESTORES} times")
         LOG.warning("%s; training goes back to step %d, and on with the next data", text, latest)
@@ -341,7 +339,8 @@ class Run:
         if self._predicted is not self._stage:
             self._predictor = Predictor(self._stage.program, self._mesh, self._stop_between)
             self._predicted = self._stage
-        program = self._stage.finalize(chosen_state(self._state, best=False))
+        chosen = chosen_state(self._state, best=False)
+        program = self._stage.finalize(chosen)
         assert self._predictor is not None
         metrics = evaluation.run(self._predictor(program.weights))
         self._history.append({"step": self._step, **metrics})
@@ -350,8 +349,7 @@ class Run:
             value = metrics[evaluation.metric]
             if evaluation.is_better(value, self._best):
                 self._best, self._best_step, self._stale = value, self._step, 0
-                weights = self._state.ema or self._state.weights
-                best = jax.tree.map(jnp.copy, {**weights, **self._state.model_state})
+                best = jax.tree.map(jnp.copy, {**chosen.weights, **chosen.model_state})
                 self._state = self._state.replace(best=best)
             else:
                 self._stale += 1

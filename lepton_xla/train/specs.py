@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import optax
 
 from lepton_xla.arguments import takes
-from lepton_xla.modelspec import ModelSpec, load_named
+from lepton_xla.errors import TrainingError
 from lepton_xla.program import Program
 from lepton_xla.recipe import Recipe
 from lepton_xla.train.compression import Compression
 from lepton_xla.train.evaluations import Evaluation
 from lepton_xla.train.feeding import Data
+from lepton_xla.train.loop import fit
 from lepton_xla.train.models import Loss, Model
 from lepton_xla.train.schedules import polynomial
 
@@ -32,7 +34,10 @@ class TrainSpec:
         evaluate: an `Evaluation`; or `evaluate(predict) -> {"accuracy": 0.98}`, which then runs ten times in the run.
         compression: what happens to the model meanwhile; `--recipe` replaces it.
         buckets: symbolic dimension -> sizes to compile the artifact for.
-        options: further arguments of `fit`, such as `{"clip_norm": 1.0}`.
+        options: further arguments of `fit`, such as `{"clip_norm": 1.0}`; the command line's replace them.
+
+    Raises:
+        TrainingError: if an option is not an argument of `fit`, or is a field of its own here.
 
     >>> import optax
     >>> program = lx.trace(lambda w, x: x @ w["w"], {"w": jnp.eye(2)}, {"x": lx.TensorSpec(("batch", 2), "float32")})
@@ -51,6 +56,13 @@ class TrainSpec:
     compression: Compression | None = None
     buckets: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict[str, tuple[int, ...]])
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict[str, Any])
+
+    def __post_init__(self) -> None:
+        own = {field.name for field in dataclasses.fields(self)}
+        known = [name for name in inspect.signature(fit).parameters if name not in own]
+        unknown = [name for name in self.options if name not in known]
+        if unknown:
+            raise TrainingError(f"TrainSpec: options has {unknown[0]!r}; fit takes {', '.join(known)}")
 
     def trained(self) -> Model:
         """The model.
@@ -71,7 +83,7 @@ class TrainSpec:
         return given if isinstance(given, optax.GradientTransformation) else given(steps)
 
     def evaluation(self, steps: int) -> Evaluation | None:
-        """When to evaluate in so many steps. A function keeps its first metric's best, larger being better.
+        """When to evaluate in so many steps. With a function, the run keeps its last weights.
 
         >>> spec = lx.train.TrainSpec(None, [], 100, None, evaluate=lambda predict: {"accuracy": 1.0})
         >>> spec.evaluation(100).every
@@ -106,33 +118,3 @@ def schedule(recipe: Recipe, steps: int) -> Compression:
         sparsify=polynomial(0, half, every=max(1, steps // 50)) if recipe.prune else None,
         shrink_at=steps // 5 if recipe.shrink is not None else None,
     )
-
-
-def load_train_spec(target: str) -> TrainSpec:
-    """Import a `TrainSpec` named on the command line.
-
-    Args:
-        target: `FILE.py:NAME` or `package.module:NAME`; NAME is a `TrainSpec`, or a function without arguments that
-            returns one.
-
-    Raises:
-        ModelError: if the file or the name is missing, the file fails, or the name is something else.
-
-    >>> load_train_spec("nothing.py:spec")
-    Traceback (most recent call last):
-    lepton_xla.errors.ModelError: ...
-    """
-    return load_named(target, TrainSpec)
-
-
-def load_teacher(target: str) -> Program:
-    """Import a teacher: a `ModelSpec`, or a function that returns one.
-
-    Raises:
-        ModelError: as `load_train_spec`.
-
-    >>> load_teacher("nothing.py:spec")
-    Traceback (most recent call last):
-    lepton_xla.errors.ModelError: ...
-    """
-    return load_named(target, ModelSpec).program()

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import lepton_xla as lx
-from lepton_xla.modelspec import load_spec
+from lepton_xla.modelspec import ModelSpec, load_named
 
 MODELS = """
 import jax
@@ -85,7 +85,7 @@ def odd_models(tmp_path_factory):
 def test_odd_models_are_compiled_saved_loaded_and_run(cli, odd_models, tmp_path, name):
     path = tmp_path / f"{name}.lepton"
     cli.ok("compile", f"{odd_models}:{name}", "-o", path)
-    spec = load_spec(f"{odd_models}:{name}")
+    spec = load_named(f"{odd_models}:{name}", ModelSpec)
     shape = tuple(3 if dim == "batch" else dim for dim in spec.inputs["x"].shape)
     x = np.random.default_rng(1).standard_normal(shape).astype(np.float32)
     expected = jax.tree.leaves(jax.jit(spec.fn)(spec.weights, x))
@@ -104,11 +104,11 @@ def test_code_that_jax_had_in_its_cache_is_compiled_anew(odd_models, tmp_path):
 import sys
 import jax, numpy as np
 import lepton_xla as lx
-from lepton_xla.modelspec import load_spec
+from lepton_xla.modelspec import ModelSpec, load_named
 jax.config.update("jax_compilation_cache_dir", {str(tmp_path / "cache")!r})
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-spec = load_spec(sys.argv[1])
+spec = load_named(sys.argv[1], ModelSpec)
 for name in ("first", "second"):
     lx.compile(spec.program(), spec.buckets).save({str(tmp_path)!r} + f"/{{name}}.lepton")
     x = np.arange(12, dtype=np.float32).reshape(2, 6)

@@ -31,6 +31,10 @@ def evaluate(predict):
 spec = lx.train.TrainSpec(program, batch, 40, optax.sgd(0.5, momentum=0.9), evaluate=evaluate)
 teacher = lx.ModelSpec({"x": lx.TensorSpec(("batch", 6), "float32")}, fn=lambda w, x: x @ w, weights=jnp.eye(6, 3) * 5)
 number = 5
+
+def carried():
+    print("loaded")
+    return lx.train.TrainSpec(program, batch, 40, optax.sgd(0.5), options={"seed": 3, "log": "spec.jsonl"})
 """
 
 
@@ -82,6 +86,20 @@ def test_goes_on_with_a_teacher(cli, tmp_path, target):
 )
 def test_bad_input_is_one_line(cli, tmp_path, target, more, said):
     assert said in cli.refused("train", target, *(each.replace("{folder}", str(tmp_path)) for each in more))
+
+
+def test_the_command_line_replaces_options_and_stdout_is_for_results(cli, tmp_path, target):
+    log = tmp_path / "here.jsonl"
+    document = cli.json("train", target.replace(":spec", ":carried"), "--steps", 2, "--log", log)
+    assert document["steps"] == 2
+    assert log.exists()
+    assert not (tmp_path / "spec.jsonl").exists()
+
+
+@pytest.mark.parametrize("name", ["clipnorm", "steps", "model"])
+def test_an_option_that_fit_does_not_take_is_refused_by_name(name):
+    with pytest.raises(lx.TrainingError, match=f"options has '{name}'"):
+        lx.train.TrainSpec(None, [], 1, None, options={name: 1})
 
 
 @pytest.mark.parametrize("name", ["number", "nothing", "teacher"])

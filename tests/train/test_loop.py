@@ -213,6 +213,29 @@ def test_what_is_not_finite_goes_back(tmp_path, model):
     assert all(np.isfinite(leaf).all() for leaf in result.state.weights.values())
 
 
+def test_going_back_is_limited_only_without_getting_further(tmp_path, model):
+    """More than three bad steps, each after a new checkpoint, do not end a run; the same step over and over does."""
+
+    def run(name, is_bad):
+        def poisoned(step):
+            return {**data(step), "x": data(step)["x"] * np.float32("nan" if is_bad(step) else 1)}
+
+        return fit(
+            model, supervised(model), optimizer(), poisoned, steps=STEPS, on_nan="restore", log_every=1,
+            checkpoint=Checkpoints(tmp_path / name, every=1),
+        )  # fmt: skip
+
+    assert int(run("further", lambda step: step % 3 == 2).state.step) == STEPS
+    with pytest.raises(lx.TrainingError, match="after going back to step 4 3 times"):
+        run("stuck", lambda step: step >= 4)
+
+
+def test_writes_tensorboard(tmp_path, model):
+    fit(model, supervised(model), optimizer(), data, steps=2, log_every=1, tensorboard=tmp_path / "events")
+    (file,) = (tmp_path / "events").iterdir()
+    assert b"train/loss" in file.read_bytes()
+
+
 def test_compresses_on_the_way_and_goes_on(tmp_path, model):
     """Shrunk at step 3, rounded from step 6 on: interrupted in each stage, the result is the same."""
     compression = Compression(
