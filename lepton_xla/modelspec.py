@@ -67,30 +67,18 @@ class ModelSpec:
         return self.calibration() if callable(self.calibration) else self.calibration
 
 
-def load_spec(target: str) -> ModelSpec:
-    """Import a `ModelSpec` named on the command line.
+def load_named[T](target: str, kind: type[T]) -> T:
+    """Import what the command line names: a `ModelSpec`, or another kind of spec.
 
     Args:
-        target: `FILE.py:NAME` or `package.module:NAME`; NAME is a `ModelSpec`, or a function without arguments that
-            returns one.
+        target: `FILE.py:NAME` or `package.module:NAME`; NAME is an object of the kind, or a function without arguments
+            that returns one.
+        kind: its class.
 
     Raises:
         ModelError: if the file or the name is missing, the file fails, or the name is something else.
 
-    >>> load_spec("model.py")
-    Traceback (most recent call last):
-    lepton_xla.errors.ModelError: ...
-    """
-    return load_named(target, ModelSpec)
-
-
-def load_named[T](target: str, kind: type[T]) -> T:
-    """Import an object of a kind, or call a function that returns one; as `load_spec`.
-
-    Raises:
-        ModelError: as `load_spec`.
-
-    >>> load_named("model.py:spec", ModelSpec)
+    >>> load_named("model.py", ModelSpec)
     Traceback (most recent call last):
     lepton_xla.errors.ModelError: ...
     """

@@ -53,7 +53,7 @@ def from_linen(
     >>> sorted(program.weights), str(program.outputs["output"])
     (['params/bias', 'params/kernel'], 'float32[batch, 3]')
     """
-    static = _inference_arguments(_method(module, method or "__call__"), kwargs)
+    static = mode_arguments(method_of(module, method or "__call__"), kwargs, training=False)
 
     def fn(weights: Any, *args: Any) -> Any:
         return module.apply(weights, *args, method=method, **static)
@@ -93,7 +93,7 @@ def from_nnx(module: Any, inputs: Mapping[str, TensorSpec], *, method: str | Non
             f"and inputs"
         )
     name = method or "__call__"
-    _method(module, name)
+    method_of(module, name)
     inference = nnx.clone(module)
     inference.eval()
     graph, variables, rest = nnx.split(inference, nnx.Not(nnx.RngState), ...)
@@ -152,14 +152,20 @@ def _refuse_written(call: Callable[..., Any], weights: Any, random: Any, inputs:
         )
 
 
-def _method(module: Any, name: str) -> Callable[..., Any]:
+def method_of(module: Any, name: str) -> Callable[..., Any]:
+    """Find a method of a module.
+
+    Raises:
+        ModelError: if the module has none of this name.
+    """
     found = getattr(type(module), name, None)
     if not callable(found):
         raise ModelError(f"a {type(module).__name__} has no method {name!r}")
     return found
 
 
-def _inference_arguments(function: Callable[..., Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """Keyword arguments that put a Linen module into inference mode."""
+def mode_arguments(function: Callable[..., Any], given: Mapping[str, Any], *, training: bool) -> dict[str, Any]:
+    """Keyword arguments that put a Linen module into training or inference mode, unless they are given."""
     parameters = inspect.signature(function).parameters
-    return {name: value for name, value in INFERENCE.items() if name in parameters} | dict(given)
+    mode = {name: value != training for name, value in INFERENCE.items() if name in parameters}
+    return mode | dict(given)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 
-from lepton_xla.adapters.modules import INFERENCE
+from lepton_xla.adapters.modules import method_of, mode_arguments
 from lepton_xla.errors import ModelError
 from lepton_xla.trees import name_leaves
 
@@ -28,13 +27,9 @@ def linen_training(
         ModelError: if the module lacks the method, or the variables have no `params`.
     """
     variables = dict(variables)
-    called = getattr(type(module), method or "__call__", None)
-    if not callable(called):
-        raise ModelError(f"a {type(module).__name__} has no method {method or '__call__'!r}")
+    static = mode_arguments(method_of(module, method or "__call__"), kwargs, training=True)
     if not variables.get("params"):
         raise ModelError(f"the variables have the collections {sorted(variables)}; 'params' is what is trained")
-    parameters = inspect.signature(called).parameters
-    static = {name: not value for name, value in INFERENCE.items() if name in parameters} | dict(kwargs)
     named, treedef = name_leaves(variables), jax.tree.structure(variables)
     weights = {path: leaf for path, leaf in named.items() if path.startswith("params/")}
     state = {path: leaf for path, leaf in named.items() if path not in weights}
@@ -66,8 +61,7 @@ def nnx_training(
     if not isinstance(module, nnx.Module):
         raise ModelError(f"expected a flax.nnx.Module, not a {type(module).__name__}")
     name = method or "__call__"
-    if not callable(getattr(type(module), name, None)):
-        raise ModelError(f"a {type(module).__name__} has no method {name!r}")
+    method_of(module, name)
     training = nnx.clone(module)
     training.train()
     graph, trained, random, others = nnx.split(training, nnx.Param, nnx.RngState, ...)

@@ -142,7 +142,7 @@ class Placement:
             shape = tuple(getattr(leaf, "shape", ()))
             if shape != shapes[path]:
                 raise ShardingError(f"weight {path!r} has shape {shape}, the placement {shapes[path]}")
-        return {path: jax.tree.map(_put, leaf, self.shardings[path]) for path, leaf in weights.items()}
+        return {path: jax.tree.map(put_array, leaf, self.shardings[path]) for path, leaf in weights.items()}
 
     def to_json(self) -> dict[str, Any]:
         """Return the placement as JSON."""
@@ -171,7 +171,8 @@ class Placement:
         return "\n".join((table.title, *table.lines(_WIDTH)))
 
 
-def _put(array: Any, sharding: NamedSharding) -> Any:
+def put_array(array: Any, sharding: NamedSharding) -> Any:
+    """Put an array, which each process has whole, where a sharding says."""
     if sharding.is_fully_addressable:
         return jax.device_put(array, sharding)
     whole = np.asarray(array)  # not `device_put`, which would compare the arrays of all processes

@@ -121,6 +121,11 @@ class CheckpointFolder:
             self._close()
             self._unlock()
 
+    @property
+    def every(self) -> int:
+        """Steps between checkpoints."""
+        return self._options.every
+
     def latest(self) -> int | None:
         """The newest complete checkpoint's step; None if there is none. Waits for one that is being saved."""
         self._settle()
@@ -132,18 +137,7 @@ class CheckpointFolder:
         Raises:
             CheckpointError: if there is no such checkpoint, it cannot be read, or it is of another run.
         """
-        found = self._read(step, "about", ocp.args.JsonRestore())
-        if not isinstance(found, dict) or found.pop("digest", None) != _digest(found):
-            raise CheckpointError(self._damaged(step, "its description was changed", "about"))
-        given, here = found["identity"], self._identity
-        different = [name for name in here.keys() | given.keys() if given.get(name) != here.get(name)]
-        if different:
-            which = " and the ".join(sorted(different))
-            raise CheckpointError(
-                f"checkpoint {step} in {self._path} is of another run: the {which} differ; give this run a folder of "
-                "its own"
-            )
-        return found["extra"]
+        return self._described(step)["extra"]
 
     def restore(self, step: int, target: Any) -> Any:
         """Read a state.
@@ -156,8 +150,7 @@ class CheckpointFolder:
         Raises:
             CheckpointError: if the checkpoint is missing, damaged, or has other leaves; the message names one.
         """
-        self.about(step)
-        leaves = self._read(step, "about", ocp.args.JsonRestore())["leaves"]
+        leaves = self._described(step)["leaves"]
         wanted = _described(target)
         for name in sorted(leaves.keys() | wanted.keys()):
             if leaves.get(name) != wanted.get(name):
@@ -199,6 +192,21 @@ class CheckpointFolder:
     def wait(self) -> None:
         """Wait until what is being saved is complete, or has failed."""
         self._settle()
+
+    def _described(self, step: int) -> dict[str, Any]:
+        """The identity, leaves and extra of a checkpoint, if it is whole and of this run."""
+        found = self._read(step, "about", ocp.args.JsonRestore())
+        if not isinstance(found, dict) or found.pop("digest", None) != _digest(found):
+            raise CheckpointError(self._damaged(step, "its description was changed", "about"))
+        given, here = found["identity"], self._identity
+        different = [name for name in here.keys() | given.keys() if given.get(name) != here.get(name)]
+        if different:
+            which = " and the ".join(sorted(different))
+            raise CheckpointError(
+                f"checkpoint {step} in {self._path} is of another run: the {which} differ; give this run a folder of "
+                "its own"
+            )
+        return found
 
     def _open(self) -> None:
         kept: list[Any] = [preservation_policy.LatestN(self._options.keep)]

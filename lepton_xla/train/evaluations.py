@@ -12,10 +12,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lepton_xla.errors import TrainingError
+from lepton_xla.modelspec import Predict
 from lepton_xla.program import Program
-
-type Predict = Callable[..., dict[str, np.ndarray]]
-"""`predict(**inputs) -> outputs`, both by name, any batch size."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,6 +11,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from lepton_xla.sharding import Placement
+from lepton_xla.sharding.placement import put_array
 from lepton_xla.train.state import State
 from lepton_xla.trees import key_name
 
@@ -81,12 +82,7 @@ def put_batch(batch: Mapping[str, np.ndarray], placement: Placement | None, *, l
     sharding = placement.batch
     if local:
         return {name: jax.make_array_from_process_local_data(sharding, leaf) for name, leaf in batch.items()}
-    if sharding.is_fully_addressable:
-        return {name: jax.device_put(leaf, sharding) for name, leaf in batch.items()}
-    return {
-        name: jax.make_array_from_callback(leaf.shape, sharding, lambda part, leaf=leaf: leaf[part])
-        for name, leaf in batch.items()
-    }
+    return {name: put_array(leaf, sharding) for name, leaf in batch.items()}
 
 
 def _put(leaf: Any, sharding: Any) -> Any:
@@ -95,7 +91,4 @@ def _put(leaf: Any, sharding: Any) -> Any:
         return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
     if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:  # already shared by the processes
         return jax.jit(jnp.copy, out_shardings=sharding)(leaf)
-    if sharding.is_fully_addressable:
-        return jax.device_put(jnp.copy(leaf), sharding)  # `may_alias=False` still shares the part that stays
-    whole = np.asarray(leaf)
-    return jax.make_array_from_callback(whole.shape, sharding, lambda part: whole[part])
+    return put_array(jnp.copy(leaf), sharding)  # `may_alias=False` still shares the part that stays
