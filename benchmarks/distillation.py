@@ -1,0 +1,51 @@
+"""Distillation: how much of the gap between a student that learns alone and its teacher is closed.
+
+    python benchmarks/distillation.py [--sections sentences] [--quick] [--json FILE]
+
+`sentences`: MiniLM with three of its six layers on BANKING77, taught by labels, logits, a teacher in int8, and
+features.
+
+Every accuracy comes with its noise. Training is checkpointed and rows are kept when they are measured, so an
+interrupted run can continue; `--fresh` measures everything again. Writes docs/benchmarks/distillation.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import distillation_page
+import harness
+import journal
+import sections
+from rich.console import Console
+from sections import Section
+from students import sentences
+
+console = Console(width=120, highlight=False)
+SECTIONS = {
+    name: Section(measure, tables, distillation_page.INTRODUCTIONS[name])
+    for name, measure, tables in (("sentences", sentences.measure, distillation_page.sentence_tables),)
+}
+
+
+def main() -> int:
+    """Measures, prints, writes."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    sections.add_options(parser, SECTIONS)
+    parser.add_argument("--quick", action="store_true", help="little training, no page: a smoke test")
+    journal.add_option(parser)
+    options = parser.parse_args()
+    options.rows = journal.opened("distillation", options)
+
+    def write(results: sections.Results) -> None:
+        if not options.quick:
+            harness.publish(
+                "distillation", results, lambda found: sections.page(distillation_page.HEAD, SECTIONS, found)
+            )
+
+    sections.run(SECTIONS, options, lambda name: harness.machine(), write, console)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

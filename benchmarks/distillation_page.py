@@ -1,0 +1,71 @@
+"""Makes docs/benchmarks/distillation.md from the results of `distillation.py`."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+import harness
+from students.base import binomial, closed, noise
+
+HEAD = [
+    "# Distillation",
+    (
+        "`benchmarks/distillation.py` writes this page from `distillation.json`. Students of one table start from the "
+        "same weights where nothing else is said, and see the same batches in the same order, seed by seed. `±` after "
+        "a mean is the standard error over seeds. The test set is a draw too: its own standard error is given below "
+        "each table, and is the larger one in most rows. Rows that lose are kept."
+    ),
+]
+INTRODUCTIONS = {
+    "sentences": (
+        "## MiniLM with three of six layers on BANKING77\n\n"
+        "The teacher is all-MiniLM-L6-v2 with a linear layer on top, fine-tuned once. Each student starts from its "
+        "second, fourth and sixth layer and its head, also the one that learns from labels alone, and is trained with "
+        "`lx.train.fit`. Logits: `lx.train.Logits(2.0)`, the teacher's answers to all training questions stored once "
+        "by `lx.train.teach`. Features: the cosine distance between the outputs of each layer and of the teacher's, "
+        "which runs in each step."
+    ),
+}
+
+
+def mean(accuracies: Sequence[float]) -> str:
+    """Percent, with the standard error over seeds."""
+    error = noise(accuracies)
+    return harness.percent(statistics.fmean(accuracies)) + ("" if error is None else f" ± {100 * error:.2f}")
+
+
+def each(accuracies: Sequence[float]) -> str:
+    """Percent of each seed."""
+    return ", ".join(map(harness.percent, accuracies))
+
+
+def share(value: float) -> str:
+    """A share of a gap as a percentage."""
+    return f"{100 * value:.0f} %"
+
+
+def sentence_tables(found: dict[str, Any]) -> list[str]:
+    """Teachers and students."""
+    students = {name: accuracies for name, accuracies in found["students"].items() if accuracies}
+    alone = statistics.fmean(students["labels alone"])
+    rows = [
+        ["teacher, 6 layers", harness.percent(found["teacher"]), "", ""],
+        ["teacher in int8", harness.percent(found["quantized"]), "", ""],
+    ]
+    for name, accuracies in students.items():
+        gap = "" if name == "labels alone" else share(closed(statistics.fmean(accuracies), alone, found["teacher"]))
+        rows.append([f"3 layers: {name}", each(accuracies), mean(accuracies), gap])
+    trained, tested = found["questions"]
+    first, second = found["epochs"]
+    settings = found["settings"]
+    return [
+        harness.markdown(["", "accuracy %, each seed", "mean", "gap closed"], rows),
+        (
+            f"{trained:,} training and {tested:,} test questions, 77 intents; the test set's standard error is "
+            f"{100 * binomial(found['teacher'], tested):.2f} points. Teacher {first:g} epochs, students {second:g}: "
+            f"few, because all of this runs on two cores; AdamW, largest rate {settings['rate']:g}, batch "
+            f"{settings['batch']}, questions cut to {settings['length']} tokens while training and judged whole."
+        ),
+    ]
