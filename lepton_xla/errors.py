@@ -1,5 +1,7 @@
 """All errors that a user can cause. Each is a `LeptonError`."""
 
+from typing import Literal
+
 # Characters of another's message that are shown: XLA's may hold a whole program.
 _SHOWN = 300
 
@@ -111,6 +113,26 @@ class ServeError(LeptonError):
     Traceback (most recent call last):
     lepton_xla.errors.ServeError: port must be 0 to 65535, not 70000
     """
+
+
+class RepositoryError(LeptonError):
+    """A change to a repository of models is refused or failed, or the repository cannot be read.
+
+    Attributes:
+        kind: `invalid` (a name, a version, an artifact or a file that is not allowed), `missing` (no such model,
+            version or label), `conflict` (what is there stands against it), or `failed` (the disk or the network did).
+
+    >>> from lepton_xla.serve.models.repository import Repository
+    >>> try:
+    ...     Repository("models").promote("digits", "4")
+    ... except lx.RepositoryError as error:
+    ...     print(error.kind, "|", error)
+    missing | models: there is no model 'digits'
+    """
+
+    def __init__(self, kind: Literal["invalid", "missing", "conflict", "failed"], message: str) -> None:
+        super().__init__(message)
+        self.kind = kind
 
 
 class ShardingError(LeptonError):

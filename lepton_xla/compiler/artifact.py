@@ -17,9 +17,6 @@ from lepton_xla.compiler.code import Code
 from lepton_xla.compiler.devices import Devices
 from lepton_xla.compiler.manifest import (
     EXPAND,
-    MANIFEST,
-    MAX_MANIFEST_BYTES,
-    FileEntry,
     Manifest,
     PortableProgram,
     manifest_from_json,
@@ -30,6 +27,7 @@ from lepton_xla.compiler.runtime import Runtime, run_expand
 from lepton_xla.compiler.servable import Servable
 from lepton_xla.compiler.storage import Store, VerifiedFiles, atomic_store, consistently
 from lepton_xla.errors import ArtifactError
+from lepton_xla.listing import MANIFEST, MAX_MANIFEST_BYTES, FileEntry
 
 
 @dataclasses.dataclass(frozen=True)

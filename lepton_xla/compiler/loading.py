@@ -22,9 +22,7 @@ from lepton_xla.compiler.devices import Devices, devices_here
 from lepton_xla.compiler.fingerprint import Fingerprint
 from lepton_xla.compiler.manifest import (
     EXPAND,
-    MANIFEST,
     ExecutableSet,
-    FileEntry,
     Manifest,
     PortableProgram,
     manifest_to_json,
@@ -36,6 +34,7 @@ from lepton_xla.compiler.servable import Servable
 from lepton_xla.compiler.storage import Store, VerifiedFiles, consistently
 from lepton_xla.errors import ArtifactError, ExecutionError, ShardingError
 from lepton_xla.flags import warn_of_slow_flags
+from lepton_xla.listing import MANIFEST, FileEntry
 from lepton_xla.trees import leaf_bytes
 
 _LOG = logging.getLogger(__name__)

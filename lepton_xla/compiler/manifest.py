@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from typing import Annotated, Any, Literal
 
@@ -13,20 +12,17 @@ from lepton_xla.compiler.buckets import check_bucket_sizes
 from lepton_xla.compiler.devices import MeshEntry, Spec
 from lepton_xla.compiler.fingerprint import Fingerprint
 from lepton_xla.errors import ArtifactError, LeptonError
+from lepton_xla.listing import MANIFEST, MAX_MANIFEST_BYTES, FileEntry, check_files, sealing_digest
 from lepton_xla.program import TensorSpec
 from lepton_xla.sharding.meshes import mesh_sizes
 from lepton_xla.sharding.specs import as_spec, check_axes, check_spec
 
-MANIFEST = "manifest.json"
 SCHEMA = 3
 # The folder of the zarr array that holds the bytes of packed leaves.
 PACKED = "weights/packed"
 # Beside the buckets, the name of the program that unpacks stored weights when an artifact is loaded.
 EXPAND = "expand"
-MAX_MANIFEST_BYTES = 64 << 20
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
-_FILE_PART = re.compile(r"[A-Za-z0-9_=,+@-][A-Za-z0-9._=,+@-]*")
-_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 class _Struct(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -105,13 +101,6 @@ class ExecutableSet(_Struct, frozen=True, kw_only=True):
     target: Fingerprint
     files: dict[str, str]
     unwritten: dict[str, str] = {}
-
-
-class FileEntry(_Struct, frozen=True, kw_only=True):
-    """Size in bytes and SHA-256 of one file."""
-
-    size: int
-    sha256: str
 
 
 class Manifest(_Struct, frozen=True, kw_only=True):
@@ -207,7 +196,7 @@ def manifest_to_json(manifest: Manifest) -> bytes:
     """
     try:
         plain = msgspec.json.encode(msgspec.structs.replace(manifest, sha256=""), enc_hook=_encode_scalar)
-        sealed = msgspec.json.decode(plain, type=dict[str, Any]) | {"sha256": _digest(plain)}
+        sealed = msgspec.json.decode(plain, type=dict[str, Any]) | {"sha256": sealing_digest(plain)}
         data = msgspec.json.format(msgspec.json.encode(sealed), indent=1)
     except (TypeError, ValueError, NotImplementedError, RecursionError, OverflowError) as error:
         raise ArtifactError(f"{MANIFEST}: recipe, plan, reports and metrics must be plain JSON: {error}") from error
@@ -235,19 +224,13 @@ def manifest_from_json(data: bytes) -> Manifest:
             )
         manifest = msgspec.json.decode(data, type=Manifest)
         _check(manifest)
-        if manifest.sha256 != _digest(data):
+        if manifest.sha256 != sealing_digest(data):
             raise ArtifactError(f"{MANIFEST}: its SHA-256 does not match: it was edited or damaged")
     except ArtifactError:
         raise
     except (msgspec.MsgspecError, LeptonError, TypeError, ValueError, RecursionError) as error:
         raise ArtifactError(f"{MANIFEST}: {error}") from error
     return manifest
-
-
-def _digest(data: bytes) -> str:
-    """Digest of the JSON with whatever keys it has, so that a later version with more keys computes the same digest."""
-    plain = msgspec.json.decode(data, type=dict[str, Any]) | {"sha256": ""}
-    return hashlib.sha256(msgspec.json.encode(plain)).hexdigest()
 
 
 def row_file(row: int) -> str:
@@ -279,10 +262,7 @@ def _encode_scalar(value: Any) -> Any:
 
 def _check(manifest: Manifest) -> None:
     check_name(manifest.name)
-    for file, entry in manifest.files.items():
-        _check_file_name(file)
-        if entry.size < 0 or not _SHA256.fullmatch(entry.sha256):
-            raise ArtifactError(f"{MANIFEST}: files[{file!r}] has no valid size and SHA-256")
+    check_files(manifest.files)
     symbols = tuple(dict.fromkeys(name for spec in manifest.input_specs().values() for name in spec.symbols))
     check_bucket_sizes(symbols, manifest.buckets)
     for spec in manifest.output_specs().values():
@@ -322,9 +302,3 @@ def _check(manifest: Manifest) -> None:
 def _check_listed(manifest: Manifest, file: str) -> None:
     if file not in manifest.files:
         raise ArtifactError(f"{MANIFEST}: {file!r} has no entry in files, so its digest is unknown")
-
-
-def _check_file_name(file: str) -> None:
-    """Accepts only plain relative names: no `..`, absolute path, backslash or hidden file."""
-    if file == MANIFEST or len(file) > 1024 or not all(_FILE_PART.fullmatch(part) for part in file.split("/")):
-        raise ArtifactError(f"{MANIFEST}: {file!r} is not a valid name for a file inside an artifact")

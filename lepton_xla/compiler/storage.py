@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import logging
 import os
@@ -12,21 +11,19 @@ import re
 import secrets
 import shutil
 import stat
-import time
 from collections.abc import Callable, Generator, Mapping
 from urllib.parse import unquote
 
 import tensorstore as ts
 
 from lepton_xla.compiler.exchange import exchange
-from lepton_xla.compiler.manifest import MANIFEST, FileEntry
 from lepton_xla.errors import ArtifactError
+from lepton_xla.folders import flush, flush_tree, held, remove_abandoned
+from lepton_xla.listing import MANIFEST, FileEntry
 
 _LOG = logging.getLogger(__name__)
 # One context for all stores, so that connections are shared and memory:// stores outlive a call.
 _CONTEXT = ts.Context()
-# A save locks its temporary folder right after creating it; younger folders may not be locked yet.
-_ABANDONED_AFTER_S = 60.0
 # Retries of a read whose artifact was replaced meanwhile.
 _READ_AGAIN = 20
 
@@ -264,10 +261,10 @@ def atomic_store(location: str | os.PathLike[str], *, overwrite: bool) -> Genera
         temporary.mkdir()
     except OSError as error:
         raise ArtifactError(f"{location}: cannot be created: {_said(error)}") from error
-    with _undone_by(lambda: shutil.rmtree(temporary, ignore_errors=True)), _held(temporary):
+    with _undone_by(lambda: shutil.rmtree(temporary, ignore_errors=True)), held(temporary):
         yield Store(temporary)
         try:
-            _flush_tree(temporary)
+            flush_tree(temporary)
             _put_in_place(temporary, target, overwrite=overwrite)
         except OSError as error:
             raise ArtifactError(f"{location}: cannot be put in place: {_said(error)}") from error
@@ -290,41 +287,14 @@ def _check_replaceable(location: str | os.PathLike[str], *, overwrite: bool, is_
 
 
 def _remove_abandoned(target: pathlib.Path) -> None:
-    """Remove leftovers of saves to this target whose process was killed, which are no longer locked.
+    """Remove leftovers of saves to this target whose process was killed.
 
     An artifact that was moved aside is kept while the target is missing: it may be the only copy.
     """
-    left = re.compile(rf"\.{re.escape(target.name)}\.[0-9a-f]{{16}}\.(tmp|old)")
-    for entry in os.scandir(target.parent):
-        found = left.fullmatch(entry.name)
-        if not found or not entry.is_dir(follow_symlinks=False):
-            continue
-        # A younger folder may belong to a save that is about to lock it.
-        is_done = time.time() - entry.stat(follow_symlinks=False).st_mtime > _ABANDONED_AFTER_S
-        if found[1] == "old":
-            is_done = os.path.lexists(target)
-        with _held(entry.path) as is_free:
-            if is_done and is_free:
-                shutil.rmtree(entry.path, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def _held(folder: str | os.PathLike[str]) -> Generator[bool, None, None]:
-    """Lock a folder until the block or the process ends; yield False if it is locked already or cannot be."""
-    try:
-        descriptor = os.open(folder, os.O_RDONLY)
-    except OSError:
-        yield False
-        return
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        held = True
-    except OSError:  # locked by another process, or a file system without locks
-        held = False
-    try:
-        yield held
-    finally:
-        os.close(descriptor)
+    stem = rf"\.{re.escape(target.name)}\.[0-9a-f]{{16}}"
+    remove_abandoned(target.parent, re.compile(rf"{stem}\.tmp"))
+    if os.path.lexists(target):
+        remove_abandoned(target.parent, re.compile(rf"{stem}\.old"), at_once=True)
 
 
 def _put_in_place(temporary: pathlib.Path, target: pathlib.Path, *, overwrite: bool) -> None:
@@ -335,7 +305,7 @@ def _put_in_place(temporary: pathlib.Path, target: pathlib.Path, *, overwrite: b
     """
     if not (overwrite and os.path.lexists(target)):
         temporary.rename(target)
-        _flush(target.parent)
+        flush(target.parent)
         return
     aside = temporary
     if not exchange(temporary, target):
@@ -347,19 +317,5 @@ def _put_in_place(temporary: pathlib.Path, target: pathlib.Path, *, overwrite: b
         except BaseException:
             aside.rename(target)
             raise
-    _flush(target.parent)
+    flush(target.parent)
     shutil.rmtree(aside, ignore_errors=True) if not aside.is_symlink() else aside.unlink()
-
-
-def _flush_tree(root: pathlib.Path) -> None:
-    """Flush the folders; the files were flushed when they were written."""
-    for folder, _, _ in os.walk(root, topdown=False):
-        _flush(pathlib.Path(folder))
-
-
-def _flush(path: pathlib.Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
