@@ -28,13 +28,20 @@ class Listing(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         name: the model's name.
+        created: when it was made, as it says.
         files: every other file of the artifact.
         sha256: digest of the manifest itself.
     """
 
     name: str
+    created: str = ""
     files: dict[str, FileEntry]
     sha256: str = ""
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of all files but the manifest."""
+        return sum(entry.size for entry in self.files.values())
 
 
 def read_listing(data: bytes) -> Listing:

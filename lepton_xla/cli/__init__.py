@@ -26,6 +26,7 @@ COMMANDS = {
     "predict": "Run an artifact on input files.",
     "teach": "Store a teacher's answers, to train a student on.",
     "serve": "Serve an artifact over HTTP.",
+    "repo": "Push, list, promote and roll back versions in a repository of models.",
     "load": "Send load to a server and measure its latency.",
     "launch": "Start a command in several processes that train together.",
     "token": "Create, list and revoke access tokens for a server.",

@@ -18,6 +18,22 @@ _PIECE_BYTES = 1 << 20
 _MAX_TEXT_BYTES = 1 << 20
 
 
+def listing_of(source: pathlib.Path) -> tuple[Listing, bytes]:
+    """Read the manifest of an artifact: what it lists, and its bytes.
+
+    Raises:
+        ArtifactError: if it is missing, too large or damaged.
+    """
+    with _open_file(source, MANIFEST) as manifest:
+        data = manifest.read(MAX_MANIFEST_BYTES + 1)
+    if len(data) > MAX_MANIFEST_BYTES:
+        raise ArtifactError(f"{source}: {MANIFEST} has more than the limit of {MAX_MANIFEST_BYTES} bytes")
+    try:
+        return read_listing(data), data
+    except ArtifactError as error:
+        raise ArtifactError(f"{source}: {error}") from error
+
+
 def copy_artifact(source: pathlib.Path, target: pathlib.Path) -> Listing:
     """Copy the files that an artifact lists into an empty folder, each checked against its size and digest.
 
@@ -25,15 +41,7 @@ def copy_artifact(source: pathlib.Path, target: pathlib.Path) -> Listing:
         ArtifactError: if the artifact is missing or damaged; names the file.
         OSError: if the copy cannot be written.
     """
-    manifest = _open_file(source, MANIFEST)
-    with manifest:
-        data = manifest.read(MAX_MANIFEST_BYTES + 1)
-    if len(data) > MAX_MANIFEST_BYTES:
-        raise ArtifactError(f"{source}: {MANIFEST} has more than the limit of {MAX_MANIFEST_BYTES} bytes")
-    try:
-        listing = read_listing(data)
-    except ArtifactError as error:
-        raise ArtifactError(f"{source}: {error}") from error
+    listing, data = listing_of(source)
     for file, entry in listing.files.items():
         _copy(source, file, entry, target / file)
     write_whole(target / MANIFEST, data)
@@ -56,10 +64,10 @@ def _copy(source: pathlib.Path, file: str, entry: FileEntry, target: pathlib.Pat
         raise ArtifactError(f"{source}: {file} is damaged: its size or SHA-256 differs from the manifest's")
 
 
-def _open_file(source: pathlib.Path, file: str) -> io.FileIO:
+def _open_file(source: pathlib.Path, file: str) -> io.BufferedReader:
     """Open a regular file of an artifact for reading."""
     try:
-        opened = open(source / file, "rb", buffering=0)  # noqa: SIM115  # the caller closes it
+        opened = open(source / file, "rb")  # noqa: SIM115  # the caller closes it
     except OSError as error:
         raise ArtifactError(f"{source}: {file} cannot be read: {error.strerror or error}") from error
     if not stat.S_ISREG(os.fstat(opened.fileno()).st_mode):
