@@ -35,7 +35,7 @@ from lepton_xla.serve.http.server_state import ServerState
 from lepton_xla.serve.limits import Limits
 from lepton_xla.serve.models.handle import ModelHandle
 from lepton_xla.serve.models.registry import Registry
-from lepton_xla.serve.observe.metrics import Metrics
+from lepton_xla.serve.observe.server_metrics import ServerMetrics
 from lepton_xla.serve.protocol.signature import signature_of
 from lepton_xla.serve.protocol.wire import Decoder
 from lepton_xla.serve.runtime import run_on_calling_thread, settle
@@ -101,7 +101,8 @@ def stages(path: pathlib.Path, payload: payloads.Payload, rounds: int = 400) -> 
         batcher, full = (
             Batcher[Any](signature.bucket_sizes, costs=costs, levels=3, max_rows=most) for most in (4096, AT_ONCE)
         )
-        metrics, limits = Metrics(signature.name), Limits()
+        server, limits = ServerMetrics(), Limits()
+        metrics = server.opened(signature.name, signature.version)
         loop = asyncio.get_running_loop()
         scheduler, refusing = (
             Held(signature, queue, engine, metrics, loop, levels=3, cores=1) for queue in (batcher, full)
@@ -112,7 +113,7 @@ def stages(path: pathlib.Path, payload: payloads.Payload, rounds: int = 400) -> 
         held: list[Any] = []
         framing = ServerState(held.append, limits)
         whole, filling, over = (
-            ServerState(App(Registry(ModelHandle(signature, each, metrics, limits)), metrics, limits), limits)
+            ServerState(App(Registry(ModelHandle(signature, each, metrics, limits)), server, limits), limits)
             for each in (scheduler, refusing, refusing)
         )
         decoder = Decoder(signature, limits, batcher.max_rows)
@@ -163,8 +164,7 @@ def stages(path: pathlib.Path, payload: payloads.Payload, rounds: int = 400) -> 
                 "write the answer": written,
                 REFUSED: seconds_of(bring(over)),
             })  # fmt: skip
-        metrics.bring_up_to_date()
-        assert dict(metrics.codes) == {200: rounds * AT_ONCE, 503: rounds * AT_ONCE}
+        assert dict(server.all_codes()) == {200: rounds * AT_ONCE, 503: rounds * AT_ONCE}
         transport: Any = connections[id(whole)][0]._transport
         assert transport.answers == rounds
         steps = {step: 1e6 * statistics.median(each[step] for each in found) / AT_ONCE for step in found[0]}

@@ -1,4 +1,4 @@
-"""A server for one model: warms up, listens, serves, and drains on stop."""
+"""A server for one model or several: warms up, listens, serves, and drains on stop."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import logging
 import os
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Self
 
@@ -25,7 +25,7 @@ from lepton_xla.serve.http.drain import Stop
 from lepton_xla.serve.models.handle import ModelHandle
 from lepton_xla.serve.models.registry import Registry
 from lepton_xla.serve.observe.health import STALL_S
-from lepton_xla.serve.observe.metrics import Metrics
+from lepton_xla.serve.observe.server_metrics import ServerMetrics
 from lepton_xla.serve.protocol.signature import LoadedModel, Signature, signature_of
 from lepton_xla.serve.runtime import settle
 
@@ -35,13 +35,13 @@ _BACKLOG = 1024
 
 
 class Server:
-    """Serves a model over HTTP.
+    """Serves a model, or several, over HTTP.
 
     `run` serves on the calling thread until `stop` or a signal; `start` serves on a thread of its own. As a context
     manager it starts and stops.
 
     Args:
-        model: the model.
+        models: the model, or the models. Those of one name need different versions.
         options: how to run.
 
     Attributes:
@@ -60,13 +60,12 @@ class Server:
     ('tiny', array([[1., 2., 3., 4.]], dtype=float32))
     """
 
-    def __init__(self, model: LoadedModel, options: Options | None = None) -> None:
+    def __init__(self, models: LoadedModel | Sequence[LoadedModel], options: Options | None = None) -> None:
         self.options = options or Options()
         self._access = self.options.access()
         self.address: tuple[str, int] = (self.options.host, self.options.port)
-        self._signature = signature_of(model, self.options.name)
-        self._engine: Engine[Call] = Engine(model, self._signature)
-        self.metrics = Metrics(self._signature.name, self._signature.version)
+        self._engines = _engines(models if isinstance(models, Sequence) else [models], self.options.name)
+        self.metrics = ServerMetrics()
         self.models = Registry()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stop: Stop | None = None
@@ -81,8 +80,8 @@ class Server:
 
     @property
     def name(self) -> str:
-        """The model's name on the wire."""
-        return self._signature.name
+        """The model's name on the wire; several are separated by commas."""
+        return ", ".join(dict.fromkeys(signature.name for signature, _ in self._engines))
 
     def run(self, *, signals: bool = True, on_ready: Callable[[Server], None] | None = None) -> bool:
         """Serve until stopped.
@@ -163,12 +162,13 @@ class Server:
         listening = access.listen()
         try:
             # On another thread, so that signals are handled during a long warm-up.
-            measured = await loop.run_in_executor(None, self._engine.warm_up)
+            measured = [await loop.run_in_executor(None, engine.warm_up) for _, engine in self._engines]
             stop.warming = False
             if stop.asked.is_set():
                 listening.close()
                 return True
-            models.put(open_model(self._engine, measured, self._signature, options, self.metrics))
+            for (signature, engine), costs in zip(self._engines, measured, strict=True):
+                models.put(open_model(engine, costs, signature, options, self.metrics))
             frontend = HTTPFrontEnd(models, self.metrics, options, access)
             listener = Listener(frontend.state, listening, _BACKLOG, access.tls_options(options.limits))
             listener.open()
@@ -182,9 +182,7 @@ class Server:
             model.scheduler.start()
         addresses = listening.addresses
         self.address = addresses[0]
-        _log.info(
-            "serving %s on %s", self._signature.name, " and ".join(url_of(each, options) for each in addresses)
-        )  # fmt: skip
+        _log.info("serving %s on %s", self.name, " and ".join(url_of(each, options) for each in addresses))
         finished = False
         try:
             finished = await frontend.serve(listener, stop, lambda: None if on_ready is None else on_ready(self))
@@ -194,12 +192,24 @@ class Server:
                 model.scheduler.stop(5.0 if finished else 0.0)
 
 
+def _engines(models: Sequence[LoadedModel], name: str | None) -> list[tuple[Signature, Engine[Call]]]:
+    if name is not None and len(models) != 1:
+        raise ServeError(f"one name, {name!r}, is given for {len(models)} models")
+    found: dict[tuple[str, str], tuple[Signature, Engine[Call]]] = {}
+    for model in models:
+        signature = signature_of(model, name)
+        if (signature.name, signature.version) in found:
+            raise ServeError(f"two models are called {signature.name!r} version {signature.version!r}")
+        found[signature.name, signature.version] = signature, Engine(model, signature)
+    return list(found.values())
+
+
 def open_model(
     engine: Engine[Call],
     measured: Measured,
     signature: Signature,
     options: Options,
-    metrics: Metrics,
+    metrics: ServerMetrics,
     cores: int | None = None,
 ) -> ModelHandle:
     """The handle of a model whose engine is warm, for the running event loop. Start its scheduler before use.
@@ -209,9 +219,10 @@ def open_model(
         measured: the costs that the warm-up measured.
         signature: the model's.
         options: of the server.
-        metrics: counts the model's inferences.
+        metrics: of the server. Told of the handle's end by `ServerMetrics.closed`.
         cores: number of cores that this process may use; None for all.
     """
+    counted = metrics.opened(signature.name, signature.version)
     batcher: Batcher[Call] = Batcher(
         signature.bucket_sizes,
         costs=Costs(signature.bucket_sizes, measured),
@@ -221,13 +232,13 @@ def open_model(
         max_bytes=options.max_queue_bytes,
     )
     scheduler = Scheduler(
-        signature, batcher, engine, metrics, asyncio.get_running_loop(),
+        signature, batcher, engine, counted, asyncio.get_running_loop(),
         levels=options.priority_levels,
         default_timeout_s=options.default_timeout_s, max_timeout_s=options.max_timeout_s,
         cores=cores or len(os.sched_getaffinity(0)),
     )  # fmt: skip
     stall_s = STALL_S + 100 * max(max(costs.values()) for costs in measured.values())
-    return ModelHandle(signature, scheduler, metrics, options.limits, stall_s)
+    return ModelHandle(signature, scheduler, counted, options.limits, stall_s)
 
 
 def serve(model: LoadedModel, options: Options | None = None) -> bool:

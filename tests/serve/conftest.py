@@ -26,7 +26,8 @@ def make_server():
         return started[-1][1]
 
     yield make
-    for servable, running in started:
-        if hasattr(servable, "gate"):
-            servable.gate.set()
+    for servables, running in started:
+        for servable in servables if isinstance(servables, list) else [servables]:
+            if hasattr(servable, "gate"):
+                servable.gate.set()
         running.stop()

@@ -1,5 +1,6 @@
 """Small servables whose right answers are worked out by NumPy, and a client that speaks raw bytes."""
 
+import asyncio
 import contextlib
 import json
 import os
@@ -139,10 +140,26 @@ def exchange(server, method, path, body=b"", headers=None):
         return read_response(sock, method)
 
 
+def counted(server):
+    """The counters of the only model of a server."""
+    (metrics,) = server.metrics
+    return metrics
+
+
+def label(server, **labels):
+    """Sets the labels of `Affine` on a running server."""
+
+    async def on_loop():
+        server.models.label("affine", labels)
+
+    asyncio.run_coroutine_threadsafe(on_loop(), server._loop).result(20)
+
+
 def wait_rows(server, rows):
     """Waits until so many rows are in the queue of `Affine`'s server, for twenty seconds at most."""
     until = time.monotonic() + 20
-    while f'lepton_queue_rows{{model="affine"}} {float(rows)}' not in exchange(server, "GET", "/metrics")[2].decode():
+    line = f'lepton_queue_rows{{model="affine",version="3"}} {float(rows)}'
+    while line not in exchange(server, "GET", "/metrics")[2].decode():
         assert time.monotonic() < until
 
 

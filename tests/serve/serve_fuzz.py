@@ -40,7 +40,7 @@ with atheris.instrument_imports(include=["lepton_xla.serve"]) if atheris else co
     from lepton_xla.serve.limits import Limits
     from lepton_xla.serve.models.handle import ModelHandle
     from lepton_xla.serve.models.registry import Registry
-    from lepton_xla.serve.observe.metrics import Metrics
+    from lepton_xla.serve.observe.server_metrics import ServerMetrics
     from lepton_xla.serve.protocol.signature import signature_of
 
 # Header fields are bounded by their bytes alone here: those that are taken out of a head are not counted.
@@ -120,8 +120,9 @@ class Fuzzed:
 
     def __init__(self):
         signature = signature_of(Affine())
-        metrics = Metrics(signature.name)
-        self.app = App(Registry(ModelHandle(signature, Now(), metrics, LIMITS)), metrics, LIMITS)
+        metrics = ServerMetrics()
+        counted = metrics.opened(signature.name, signature.version)
+        self.app = App(Registry(ModelHandle(signature, Now(), counted, LIMITS)), metrics, LIMITS)
         self.app._workers = Inline()
         self.app._metrics.ready = True
         self.asked = 0

@@ -14,6 +14,7 @@ from serve_fakes import (
     affine_binary,
     affine_json,
     connect,
+    counted,
     exchange,
     raw_request,
     read_outputs,
@@ -241,8 +242,8 @@ def test_requests_that_wait_together_run_together(make_server):
     for thread in threads:
         thread.join(10)
     assert len(affine.runs) == 2
-    assert server.metrics.rows == 7
-    assert server.metrics.requests == 5
+    assert counted(server).rows == 7
+    assert counted(server).requests == 5
 
 
 def test_a_batch_of_zero_rows_is_400(server):
@@ -304,7 +305,7 @@ def test_max_delay_lets_requests_gather(make_server, affine):
     for thread in threads:
         thread.join(10)
     assert len(affine.runs) == 1
-    assert server.metrics.queue_s.total / 4 <= 0.35
+    assert counted(server).queue_s.total / 4 <= 0.35
 
 
 @pytest.mark.parametrize(("coding", "compress"), [("gzip", gzip.compress), ("deflate", zlib.compress)])

@@ -5,7 +5,7 @@ import importlib
 
 import numpy as np
 import pytest
-from serve_fakes import Affine, Identity, exchange
+from serve_fakes import Affine, Identity, counted, exchange
 
 # gevent, which the sync client is built on, warns on import and when a loop is left open; that is the client's affair.
 pytestmark = [
@@ -106,8 +106,8 @@ def test_aio_infer(server, http, coding):
             await one(100, True)
 
     asyncio.run(main())
-    assert server.metrics.requests == 60
-    assert server.metrics.batch_rows.count < 60 * 61 / 2 / 2
+    assert counted(server).requests == 60
+    assert counted(server).batch_rows.count < 60 * 61 / 2 / 2
 
 
 @pytest.mark.parametrize("dtype", ["bool", "uint8", "uint64", "int8", "int16", "int64", "float16", "float64"])

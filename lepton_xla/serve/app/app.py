@@ -21,8 +21,8 @@ from lepton_xla.serve.http.workers import Workers
 from lepton_xla.serve.limits import Limits
 from lepton_xla.serve.models.handle import ModelHandle
 from lepton_xla.serve.models.registry import Registry
-from lepton_xla.serve.observe.metrics import Metrics
 from lepton_xla.serve.observe.refusals import Refusals
+from lepton_xla.serve.observe.server_metrics import ServerMetrics
 from lepton_xla.serve.protocol import encoding, metadata, routes
 from lepton_xla.serve.protocol.jsondata import PIECE_BYTES
 from lepton_xla.serve.protocol.response import write_response
@@ -100,7 +100,7 @@ class App:
     def __init__(
         self,
         models: Registry,
-        metrics: Metrics,
+        metrics: ServerMetrics,
         limits: Limits,
         *,
         guard: Guard | None = None,
@@ -158,7 +158,7 @@ class App:
         model = parameters.get("model")
         if model is None:
             return route.scope, self._pages.server[route.name]
-        found = weakref.ref(self._models.find(model, parameters.get("version")))
+        found = weakref.ref(self._models.find(model, parameters.get("version"), parameters.get("label")))
         if route.name == "infer":
             return route.scope, self._infer_route(head, found)
         page = self._pages.model[route.name]

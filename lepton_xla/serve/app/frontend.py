@@ -15,8 +15,9 @@ from lepton_xla.serve.http.drain import Closable, Stop, drain
 from lepton_xla.serve.http.server_state import ServerState
 from lepton_xla.serve.models.registry import Registry
 from lepton_xla.serve.observe.access_log import AccessLog
-from lepton_xla.serve.observe.metrics import Metrics, added
+from lepton_xla.serve.observe.metrics import added
 from lepton_xla.serve.observe.observer import Observer, watching
+from lepton_xla.serve.observe.server_metrics import ServerMetrics
 from lepton_xla.serve.observe.tracing import tracing
 from lepton_xla.serve.protocol.routes import OPEN_PATHS
 
@@ -42,7 +43,7 @@ class HTTPFrontEnd:
     def __init__(
         self,
         models: Registry,
-        metrics: Metrics,
+        metrics: ServerMetrics,
         options: Options,
         access: Access,
         gather: Gather | None = None,
@@ -71,11 +72,12 @@ class HTTPFrontEnd:
             self.state.admit = access.guard.authenticate
 
     def _figures(self) -> dict[str, float]:
-        """The gauges: queues of all models, and connections."""
-        queues: dict[str, float] = {}
+        """The server's gauges; sets those of the models."""
+        for each in self._metrics:
+            each.now = {}
         for model in self._models:
-            queues = added(queues, model.scheduler.figures())
-        return queues | self.state.figures()
+            model.metrics.now = added(model.metrics.now, model.scheduler.figures())
+        return self.state.figures()
 
     async def serve(self, listener: Closable, stop: Stop, on_ready: Callable[[], object]) -> bool:
         """Becomes ready, and serves until told to stop.
@@ -111,10 +113,13 @@ class HTTPFrontEnd:
             try:
                 self.state.sweep(monotonic())
                 self._access.refresh()
-                for model in self._models:
-                    model.health.check(monotonic())
-                self._metrics.live = all(model.health.live for model in self._models)
-                self._metrics.ready = all(model.health.ready for model in self._models) and not stop.asked.is_set()
+                healths = [model.health for model in self._models]
+                for health in healths:
+                    health.check(monotonic())
+                # One model that does not work is told of by its own route, and must not take the others with it.
+                self._metrics.live = not healths or any(health.live for health in healths)
+                well = not healths or any(health.ready for health in healths)
+                self._metrics.ready = well and not stop.asked.is_set()
             except Exception:
                 # The sweeper must go on: it enforces all time limits.
                 _log.exception("the sweep of connections and files failed")

@@ -11,11 +11,11 @@ from lepton_xla.serve.http.exchange import Exchange
 from lepton_xla.serve.models.handle import ModelHandle
 from lepton_xla.serve.models.registry import Registry
 from lepton_xla.serve.observe import exposition
-from lepton_xla.serve.observe.metrics import Metrics
+from lepton_xla.serve.observe.server_metrics import ServerMetrics
 from lepton_xla.serve.observe.statistics import model_statistics
 from lepton_xla.serve.protocol import metadata, openapi
 
-type Gather = Callable[[Callable[[Metrics], object]], object]
+type Gather = Callable[[Callable[[ServerMetrics], object]], object]
 
 
 class Pages:
@@ -34,7 +34,7 @@ class Pages:
     """
 
     def __init__(
-        self, models: Registry, metrics: Metrics, server_name: str, max_delay_s: float, gather: Gather | None
+        self, models: Registry, metrics: ServerMetrics, server_name: str, max_delay_s: float, gather: Gather | None
     ) -> None:
         self._models = models
         self._metrics = metrics
@@ -43,7 +43,7 @@ class Pages:
             "server_live": self._live,
             "server_ready": self._ready,
             "server_metadata": lambda exchange: self._json(exchange, metadata.server_metadata(server_name)),
-            "openapi": lambda exchange: self._json(exchange, openapi.document([each.signature for each in models])),
+            "openapi": self._openapi,
             "metrics": self._show_metrics,
             "statistics": lambda exchange: self._statistics(models, exchange),
             "repository_index": self._index,
@@ -63,6 +63,10 @@ class Pages:
     def _json(self, exchange: Exchange, value: Any, status: int = 200) -> None:
         self._metrics.codes[status] += 1
         exchange.answer(status, msgspec.json.encode(value))
+
+    def _openapi(self, exchange: Exchange) -> None:
+        signatures = [model.signature for model in self._models]
+        self._json(exchange, openapi.document(signatures, self._models.labels()))
 
     def _live(self, exchange: Exchange) -> None:
         live = self._metrics.live
@@ -90,8 +94,8 @@ class Pages:
     def _statistics(self, models: Iterable[ModelHandle], exchange: Exchange) -> None:
         signatures = [model.signature for model in models]
 
-        def show(metrics: Metrics) -> None:
-            told = [model_statistics(signature, metrics) for signature in signatures]
+        def show(metrics: ServerMetrics) -> None:
+            told = [model_statistics(each, metrics.of(each.name, each.version)) for each in signatures]
             self._json(exchange, metadata.Statistics(told))
 
         self._gather(show)

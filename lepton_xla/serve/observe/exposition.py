@@ -6,89 +6,103 @@ Triton's names for the same figures follow after ours, so that dashboards made f
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 from prometheus_client import exposition
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from lepton_xla.serve.observe import triton_metrics
-from lepton_xla.serve.observe.metrics import COSTS, PROCESS, Metrics
+from lepton_xla.serve.observe.metrics import COSTS, Histogram, Metrics
+from lepton_xla.serve.observe.server_metrics import PROCESS, ServerMetrics
 
 CONTENT_TYPE = exposition.CONTENT_TYPE_LATEST
 
-_GAUGES = {
-    "queue_rows": "Rows waiting now.",
-    "queue_requests": "Inferences waiting now.",
+_LABELS = ("model", "version")
+_SERVER_GAUGES = {
     "in_flight": "HTTP requests that have no answer yet.",
     "connections": "Connections open now.",
     "buffered_bytes": "Bodies of requests that arrive or have no answer yet, and answers to come or not sent yet.",
 }
+_GAUGES = {"queue_rows": "Rows waiting now.", "queue_requests": "Inferences waiting now."}
+_COUNTERS: dict[str, tuple[str, Callable[[Metrics], float]]] = {
+    "inference_requests": ("Inferences answered with a result.", lambda counted: counted.requests),
+    "inference_failures": ("Inferences that failed in execution.", lambda counted: counted.failures),
+    "inference_rejected": ("Inferences refused for load.", lambda counted: counted.rejected),
+    "inference_expired": ("Inferences whose deadline could not be met.", lambda counted: counted.expired),
+    "inference_cancelled": ("Inferences whose client went away first.", lambda counted: counted.cancelled),
+    "rows": ("Rows executed, padding not counted.", lambda counted: counted.rows),
+    "padding_rows": ("Padding rows executed.", lambda counted: counted.padding),
+    "batches": ("Executions.", lambda counted: counted.batch_rows.count),
+    "failed_batches": ("Executions that failed.", lambda counted: counted.failed_batches),
+}
+_HISTOGRAMS: dict[str, tuple[str, Callable[[Metrics], Histogram]]] = {
+    "request_seconds": ("From a whole request to its answer.", lambda counted: counted.request_s),
+    "queue_seconds": ("From a whole request to the start of its batch.", lambda counted: counted.queue_s),
+    "compute_seconds": ("One execution.", lambda counted: counted.compute_s),
+    "batch_rows": ("Real rows of one execution.", lambda counted: counted.batch_rows),
+    "padding_share": (
+        "Padding rows of one execution as a share of its rows.", lambda counted: counted.padding_share
+    ),
+    "request_bytes": ("Body of an infer request.", lambda counted: counted.request_bytes),
+    # Without status line, `Date` and `Connection`, which the connection writes.
+    "response_bytes": ("Infer answer: body, and header fields except Date.", lambda counted: counted.response_bytes),
+}  # fmt: skip
 
 
-def render(metrics: Metrics) -> bytes:
+def render(metrics: ServerMetrics) -> bytes:
     """All figures as of now."""
     metrics.bring_up_to_date()
-    return exposition.generate_latest(_Families(metrics)) + triton_metrics.render(metrics)
+    return exposition.generate_latest(_Families(metrics)) + triton_metrics.render(list(metrics))
 
 
 class _Families(Collector):
     """Metric families of what is counted."""
 
-    def __init__(self, metrics: Metrics) -> None:
+    def __init__(self, metrics: ServerMetrics) -> None:
         self._metrics = metrics
 
     def collect(self) -> Iterable[Metric]:
         """The metric families."""
-        counted = self._metrics
+        server, models = self._metrics, list(self._metrics)
         codes = CounterMetricFamily("lepton_http_responses", "HTTP answers by status code.", labels=["code"])
-        for code, count in sorted(counted.codes.items()):
+        for code, count in sorted(server.all_codes().items()):
             codes.add_metric([str(code)], count)
         yield codes
-        for name, text, value in (
-            ("lepton_inference_requests", "Inferences answered with a result.", counted.requests),
-            ("lepton_inference_failures", "Inferences that failed in execution.", counted.failures),
-            ("lepton_inference_rejected", "Inferences refused for load.", counted.rejected),
-            ("lepton_inference_expired", "Inferences whose deadline could not be met.", counted.expired),
-            ("lepton_inference_cancelled", "Inferences whose client went away first.", counted.cancelled),
-            ("lepton_rows", "Rows executed, padding not counted.", counted.rows),
-            ("lepton_padding_rows", "Padding rows executed.", counted.padding),
-            ("lepton_batches", "Executions.", counted.batch_rows.count),
-            ("lepton_failed_batches", "Executions that failed.", counted.failed_batches),
-        ):
-            counter = CounterMetricFamily(name, text, labels=["model"])
-            counter.add_metric([counted.model], value)
-            yield counter
-        gauges = [(f"lepton_{name}", text, counted.now[name]) for name, text in _GAUGES.items()]
-        for name, text, value in (
-            *gauges,
-            ("lepton_ready", "1 while the server takes requests.", counted.ready),
-            ("lepton_live", "0 if only a new process would help.", counted.live),
-        ):
-            gauge = GaugeMetricFamily(name, text, labels=["model"])
-            gauge.add_metric([counted.model], float(value))
-            yield gauge
-        costs = GaugeMetricFamily(
-            "lepton_cost_seconds", "What one execution is predicted to take.", labels=["model", "shape", "batch"]
-        )
-        for shape, sizes in counted.now.get(COSTS, {}).items():
-            for size, value in sizes.items():
-                costs.add_metric([counted.model, shape, size], value)
-        if costs.samples:
-            yield costs
-        for name, text, histogram in (
-            ("lepton_request_seconds", "From a whole request to its answer.", counted.request_s),
-            ("lepton_queue_seconds", "From a whole request to the start of its batch.", counted.queue_s),
-            ("lepton_compute_seconds", "One execution.", counted.compute_s),
-            ("lepton_batch_rows", "Real rows of one execution.", counted.batch_rows),
-            ("lepton_padding_share", "Padding rows of one execution as a share of its rows.", counted.padding_share),
-            ("lepton_request_bytes", "Body of an infer request.", counted.request_bytes),
-            # Without status line, `Date` and `Connection`, which the connection writes.
-            ("lepton_response_bytes", "Infer answer: body, and header fields except Date.", counted.response_bytes),
-        ):
-            family = HistogramMetricFamily(name, text, labels=["model"])
-            family.add_metric([counted.model], histogram.cumulative(), histogram.total)
-            yield family
+        for name, text in _SERVER_GAUGES.items():
+            yield GaugeMetricFamily(f"lepton_{name}", text, server.now[name])
+        yield GaugeMetricFamily("lepton_ready", "1 while the server takes requests.", float(server.ready))
+        yield GaugeMetricFamily("lepton_live", "0 if only a new process would help.", float(server.live))
+        if models:
+            yield from _of_models(models)
         for family in PROCESS.collect():
-            family.samples = [each._replace(value=counted.now.get(each.name, each.value)) for each in family.samples]
+            family.samples = [each._replace(value=server.now.get(each.name, each.value)) for each in family.samples]
             yield family
+
+
+def _of_models(models: Sequence[Metrics]) -> Iterable[Metric]:
+    for name, (text, count) in _COUNTERS.items():
+        counter = CounterMetricFamily(f"lepton_{name}", text, labels=_LABELS)
+        for each in models:
+            counter.add_metric([each.model, each.version], count(each))
+        yield counter
+    for name, text in _GAUGES.items():
+        gauge = GaugeMetricFamily(f"lepton_{name}", text, labels=_LABELS)
+        for each in models:
+            gauge.add_metric([each.model, each.version], float(each.now.get(name, 0)))
+        yield gauge
+    costs = GaugeMetricFamily(
+        "lepton_cost_seconds", "What one execution is predicted to take.", labels=[*_LABELS, "shape", "batch"]
+    )
+    for each in models:
+        for shape, sizes in each.now.get(COSTS, {}).items():
+            for size, value in sizes.items():
+                costs.add_metric([each.model, each.version, shape, size], value)
+    if costs.samples:
+        yield costs
+    for name, (text, read) in _HISTOGRAMS.items():
+        family = HistogramMetricFamily(f"lepton_{name}", text, labels=_LABELS)
+        for each in models:
+            histogram = read(each)
+            family.add_metric([each.model, each.version], histogram.cumulative(), histogram.total)
+        yield family

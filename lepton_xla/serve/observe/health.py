@@ -70,7 +70,9 @@ class Health:
         self._runner = runner
         self._metrics = metrics
         self._stall_s = stall_s
-        self._good = self._failed = self._streak = 0
+        # Counters outlive handles: what an earlier handle of this version did is not this one's.
+        self._good, self._failed = metrics.batch_rows.count, metrics.failed_batches
+        self._streak = 0
         self._asking: threading.Thread | None = None
         self._asked_s = -math.inf
         self._refuted = False

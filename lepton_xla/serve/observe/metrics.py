@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import time
 from bisect import bisect_left
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from prometheus_client import ProcessCollector
 
 COSTS = "cost_s"
 """Among the figures of `Metrics.now`, what executions are predicted to take: shape -> batch size -> seconds."""
@@ -24,14 +22,6 @@ _SHARES = tuple(eighth / 8 for eighth in range(8))
 _BYTES = tuple(float(4**power) for power in range(3, 14))
 # Answers are counted in groups of this many, which is faster than one by one.
 _NOTED = 1024
-
-PROCESS = ProcessCollector(registry=None)
-"""Metrics of this process from the Prometheus client."""
-
-# A server in several processes shows the sum of these.
-_PROCESS_SUMS = frozenset(
-    f"process_{name}" for name in ("cpu_seconds_total", "resident_memory_bytes", "virtual_memory_bytes", "open_fds")
-)
 
 
 class Histogram:
@@ -92,14 +82,13 @@ def added(one: Mapping[str, Any], other: Mapping[str, Any], *, worse: bool = Fal
 
 
 class Metrics:
-    """The counters of a server.
+    """The counters of one version of a model. They outlive the version's handle, so that no sum falls at a swap.
 
     Args:
         model: its name on the wire.
         version: its version.
 
     Attributes:
-        codes: HTTP answers by status.
         failures: inferences that got 500 because their batch failed, alone too.
         rejected: inferences refused for load: queue full, or a deadline that cannot be met behind others.
         expired: inferences whose deadline passed, or is shorter than running them takes.
@@ -118,20 +107,14 @@ class Metrics:
             their answers; a batch of eight requests counts eight times.
         last_s: when the last batch finished, seconds since the epoch.
         by_size: executions, their seconds of copying in and of computing, by compiled batch size.
-        now: figures that go up and down, as last looked at.
-        look: called before figures are shown, to bring `now` up to date.
-        ready: whether the server takes requests.
-        live: whether it is worth keeping; false where only a new process would help.
+        now: figures that go up and down, as last looked at; without those of a version that is not loaded.
     """
 
     def __init__(self, model: str, version: str = "1") -> None:
         self.model = model
         self.version = version
-        self.codes: Counter[int] = Counter()
         self.failures = self.rejected = self.expired = self.cancelled = 0
         self.rows = self.padding = self.failed_batches = 0
-        self.ready = False
-        self.live = True
         self.request_s = Histogram(_SECONDS)
         self.queue_s = Histogram(_SECONDS)
         self.compute_s = Histogram(_SECONDS)
@@ -147,66 +130,40 @@ class Metrics:
         self._requests: list[int] = []
         self._responses: list[int] = []
         self._waits: list[float] = []
-        self.now: dict[str, Any] = dict.fromkeys(
-            ("queue_rows", "queue_requests", "in_flight", "connections", "buffered_bytes"), 0.0
-        )
-        self.look: Callable[[], object] | None = self._look_at_process
+        self.now: dict[str, Any] = {}
 
     @property
     def requests(self) -> int:
         """Inferences answered with a result."""
         return self.request_s.count + len(self._seconds)
 
-    def _look_at_process(self) -> None:
-        for family in PROCESS.collect():
-            self.now |= {each.name: each.value for each in family.samples if each.name in _PROCESS_SUMS}
-
-    def watch(self, read: Callable[[], Mapping[str, Any]]) -> None:
-        """Sets a function that reads gauges just before they are shown."""
-
-        def look() -> None:
-            self._look_at_process()
-            self.now |= read()
-
-        self.look = look
-
     def counts(self) -> dict[str, Any]:
-        """What was counted so far, as plain data that another process may add to its own with `plus`.
-
-        Of a process that is gone, all but "now" still counts.
-        """
-        self.bring_up_to_date()
+        """What was counted so far, as plain data that another process may add to its own."""
+        self.count_noted()
         plain: dict[str, Any] = {}
         for name, value in vars(self).items():
             if isinstance(value, Histogram):
                 plain[name] = [*value.counts, value.total]
-            elif isinstance(value, int | float) and not isinstance(value, bool):
+            elif isinstance(value, int | float):
                 plain[name] = value
         return plain | {
-            "codes": {str(code): count for code, count in self.codes.items()},
             "by_size": {str(size): list(each) for size, each in self.by_size.items()},
             "now": dict(self.now),
         }
 
-    def plus(self, counts: Mapping[str, Any]) -> Metrics:
-        """What was counted here and elsewhere, of a server in several processes.
-
-        Args:
-            counts: from `counts`, or the sum of several by `added`.
-        """
-        total = Metrics(self.model, self.version)
-        total.ready, total.live, total.look = self.ready, self.live, None
-        for name, value in added(self.counts(), counts).items():
-            if name == "codes":
-                total.codes = Counter({int(code): count for code, count in value.items()})
-            elif name == "by_size":
-                total.by_size = {int(size): tuple(each) for size, each in value.items()}
+    @staticmethod
+    def of_counts(model: str, version: str, counts: Mapping[str, Any]) -> Metrics:
+        """The counters that `counts`, or the sum of several by `added`, describe."""
+        metrics = Metrics(model, version)
+        for name, value in counts.items():
+            if name == "by_size":
+                metrics.by_size = {int(size): tuple(each) for size, each in value.items()}
             elif isinstance(value, list):
-                histogram: Histogram = getattr(total, name)
+                histogram: Histogram = getattr(metrics, name)
                 *histogram.counts, histogram.total = value
             else:
-                setattr(total, name, value)
-        return total
+                setattr(metrics, name, value)
+        return metrics
 
     def answered(self, seconds: float, request_bytes: int, response_bytes: int) -> None:
         """Counts an inference that was answered with its result."""
@@ -215,18 +172,17 @@ class Metrics:
         self._requests.append(request_bytes)
         self._responses.append(response_bytes)
         if len(noted) >= _NOTED:
-            self._count_noted()
+            self.count_noted()
 
     def waited(self, seconds: Sequence[float]) -> None:
         """Counts the seconds that inferences waited for their batch."""
         waits = self._waits
         waits += seconds
         if len(waits) >= _NOTED:
-            self._count_noted()
+            self.count_noted()
 
-    def _count_noted(self) -> None:
-        if self._seconds:
-            self.codes[200] += len(self._seconds)
+    def count_noted(self) -> None:
+        """Counts what is noted and not counted yet."""
         for histogram, values in (
             (self.request_s, self._seconds), (self.request_bytes, self._requests),
             (self.response_bytes, self._responses), (self.queue_s, self._waits),
@@ -234,12 +190,6 @@ class Metrics:
             if values:
                 histogram.observe_all(values)
                 values.clear()
-
-    def bring_up_to_date(self) -> None:
-        """Counts values not counted yet, and reads the gauges."""
-        self._count_noted()
-        if self.look is not None:
-            self.look()
 
     def batch(self, rows: int, size: int, staging_s: float, compute_s: float, requests: int = 1) -> None:
         """Counts one execution.

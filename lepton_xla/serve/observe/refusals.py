@@ -63,4 +63,4 @@ def template_of(head: Head) -> str:
         route, parameters = routes.find(head.method, head.target)
     except HTTPError:
         return "none"
-    return route.paths[-1 if "version" in parameters else 0]
+    return next(path for path in route.paths if all(f"{{{name}}}" in path for name in parameters))

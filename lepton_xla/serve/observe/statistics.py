@@ -10,7 +10,7 @@ from lepton_xla.serve.protocol.signature import Signature
 def model_statistics(signature: Signature, metrics: Metrics) -> ModelStatistics:
     """What `GET /v2/models/{model}/stats` says of a model."""
     none = _duration(0, 0.0)
-    metrics.bring_up_to_date()
+    metrics.count_noted()
     batches, requests = metrics.batch_rows.count, metrics.requests
     inference = InferStatistics(
         success=_total(metrics.request_s),

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from lepton_xla.serve.observe.metrics import added
+from lepton_xla.serve.observe.server_metrics import lasting
 from lepton_xla.serve.processes import control
 from lepton_xla.serve.processes.child import Child
 
@@ -57,8 +58,7 @@ class Tally:
 
     def retire(self, child: Child) -> None:
         """Keeps the counts of a worker that ended, so that no sum ever falls."""
-        child.counts.pop("now", None)
-        self._retired = added(self._retired, child.counts)
+        self._retired = added(self._retired, lasting(child.counts))
         child.counts = {}
         for number, inquiry in tuple(self._inquiries.items()):
             if inquiry.asker is child:

@@ -24,7 +24,7 @@ from lepton_xla.serve.http.arrivals import Arrivals
 from lepton_xla.serve.http.drain import Stop
 from lepton_xla.serve.models.handle import ModelHandle
 from lepton_xla.serve.models.registry import Registry
-from lepton_xla.serve.observe.metrics import Metrics
+from lepton_xla.serve.observe.server_metrics import ServerMetrics
 from lepton_xla.serve.processes import control
 from lepton_xla.serve.processes.child import run_child
 from lepton_xla.serve.processes.control import Control
@@ -47,7 +47,7 @@ class Worker:
     """
 
     def __init__(
-        self, settings: control.Settings, metrics: Metrics, end: socket.socket, loop: asyncio.AbstractEventLoop
+        self, settings: control.Settings, metrics: ServerMetrics, end: socket.socket, loop: asyncio.AbstractEventLoop
     ) -> None:
         self._options = settings.options
         self._access = settings.options.access()
@@ -58,7 +58,7 @@ class Worker:
         self._stop.warming = False
         loop.add_signal_handler(signal.SIGHUP, self._access.reload)
         self._no_more = asyncio.Event()
-        self._askers: dict[int, Callable[[Metrics], object]] = {}
+        self._askers: dict[int, Callable[[ServerMetrics], object]] = {}
         self._asked = 0
         self._arrivals: Arrivals | None = None
         self._control = Control(end, self._told, self._orphaned, loop)
@@ -133,7 +133,7 @@ class Worker:
             self._control.send(control.Counts(self._metrics.counts()))
             await asyncio.sleep(control.REPORT_S)
 
-    def _gather(self, then: Callable[[Metrics], object]) -> None:
+    def _gather(self, then: Callable[[ServerMetrics], object]) -> None:
         """Calls back with what the whole server has counted."""
         self._asked += 1
         self._askers[self._asked] = then
@@ -174,7 +174,7 @@ async def _main(settings: control.Settings, end: socket.socket) -> bool:
     signature = signature_of(servable, settings.options.name)
     engine: Engine[Call] = Engine(servable, signature)
     measured = engine.warm_up()
-    metrics = Metrics(signature.name, signature.version)
+    metrics = ServerMetrics()
     model = open_model(engine, measured, signature, settings.options, metrics, cores)
     worker = Worker(settings, metrics, end, asyncio.get_running_loop())
     model.scheduler.start()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import msgspec
@@ -44,19 +44,28 @@ _INFER_REFUSALS = {
 }
 
 
-def document(signatures: Sequence[Signature]) -> dict[str, Any]:
-    """The document, as JSON values.
+def document(signatures: Sequence[Signature], labels: Iterable[str] = ()) -> dict[str, Any]:
+    """The document, as JSON values. Paths that no model has a label for are left out.
 
     Args:
         signatures: of the models. Paths take their names and versions; the example request is for the first.
+        labels: of the models.
     """
+    known = {
+        "model": list(dict.fromkeys(each.name for each in signatures)),
+        "version": list(dict.fromkeys(each.version for each in signatures)),
+        "label": sorted(labels),
+    }
     types = [each for route in ROUTES if not route.refusal for each in (route.request, route.response) if each]
     _, schemas = msgspec.json.schema_components([*types, ErrorMessage], ref_template=_REFERENCE)
     paths: dict[str, dict[str, Any]] = {}
     for route in ROUTES:
         if not route.refusal:
             for path in route.paths:
-                paths.setdefault(path, {})[route.method.lower()] = _operation(route, path, signatures)
+                names = re.findall(r"{(\w+)}", path)
+                if all(known[name] for name in names):
+                    operation = _operation(route, path, {name: known[name] for name in names}, signatures)
+                    paths.setdefault(path, {})[route.method.lower()] = operation
     return {
         "openapi": "3.1.0",
         "info": {
@@ -79,21 +88,17 @@ def document(signatures: Sequence[Signature]) -> dict[str, Any]:
     }
 
 
-def _operation(route: Route, path: str, signatures: Sequence[Signature]) -> dict[str, Any]:
-    names = re.findall(r"{(\w+)}", path)
+def _operation(route: Route, path: str, names: dict[str, list[str]], signatures: Sequence[Signature]) -> dict[str, Any]:
     infer = route.name == "infer"
-    known = {
-        "model": list(dict.fromkeys(each.name for each in signatures)),
-        "version": list(dict.fromkeys(each.version for each in signatures)),
-    }
     parameters: list[dict[str, Any]] = [
-        {"name": name, "in": "path", "required": True, "schema": {"type": "string", "enum": known[name]}}
-        for name in names
+        {"name": name, "in": "path", "required": True, "schema": {"type": "string", "enum": values}}
+        for name, values in names.items()
     ]
     if infer:
         parameters += _infer_headers()
+    variant = "".join(f"_{name}" for name in names if name != "model") + "_slash" * path.endswith("/")
     operation: dict[str, Any] = {
-        "operationId": route.name + "_version" * ("version" in names) + "_slash" * path.endswith("/"),
+        "operationId": route.name + variant,
         "summary": route.summary,
         "description": f"Needs a token that is good for `{route.scope}`, where the server asks for tokens.",
         "parameters": parameters,

@@ -30,7 +30,7 @@ class Route:
     Attributes:
         name: what it is called here and, as `operationId`, in the OpenAPI document.
         method: GET, which HEAD goes with, or POST.
-        path: with `{parameters}`, and a part in brackets that may be left out.
+        path: with `{parameters}`, and a part in brackets that may be left out; it may have alternatives, by `|`.
         scope: what a token has to be good for; health needs no token.
         summary: one line for readers.
         request: type of the JSON body, if it takes one.
@@ -51,13 +51,16 @@ class Route:
 
     @property
     def paths(self) -> tuple[str, ...]:
-        """Every path it is found at: without what is in brackets, and with."""
-        short, long = _OPTIONAL.sub("", self.path), _OPTIONAL.sub(r"\1", self.path)
-        return (short,) if short == long else (short, long)
+        """Every path it is found at: without what is in brackets, and with each alternative."""
+        found = _OPTIONAL.search(self.path)
+        if found is None:
+            return (self.path,)
+        before, after = self.path[: found.start()], self.path[found.end() :]
+        return tuple(f"{before}{part}{after}" for part in ("", *found[1].split("|")))
 
 
 _OPTIONAL = re.compile(r"\[([^]]*)\]")
-_MODEL = "/v2/models/{model}[/versions/{version}]"
+_MODEL = "/v2/models/{model}[/versions/{version}|/labels/{label}]"
 
 ROUTES: tuple[Route, ...] = (
     Route("server_live", "GET", "/v2/health/live", "health", "Whether the process answers",

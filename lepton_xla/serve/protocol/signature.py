@@ -125,19 +125,21 @@ class Signature:
         return sizes
 
 
-def signature_of(model: LoadedModel, name: str | None = None) -> Signature:
+def signature_of(model: LoadedModel, name: str | None = None, version: str | None = None) -> Signature:
     """The signature of a model.
 
     Args:
         model: the model, or what describes one that runs elsewhere.
         name: what to call it on the wire, if not its own name.
+        version: its version there, if not its own.
 
     Raises:
         ServeError: for a name that cannot be part of a URL, a dtype the protocol cannot carry, or a symbolic
             dimension without compiled sizes.
     """
     name = model.name if name is None else name
-    for what, value in (("model name", name), ("model version", model.version)):
+    version = model.version if version is None else version
+    for what, value in (("model name", name), ("model version", version)):
         if not is_safe(value):
             raise ServeError(f"{what} {value!r} cannot be part of a URL: no separators, blanks at the ends or controls")
     if name == "stats":
@@ -153,7 +155,7 @@ def signature_of(model: LoadedModel, name: str | None = None) -> Signature:
     batch = _batch_symbol(inputs, outputs)
     return Signature(
         name=name,
-        version=model.version,
+        version=version,
         inputs=inputs,
         outputs=outputs,
         batch=batch,

@@ -15,6 +15,7 @@ from serve_fakes import (
     affine_binary,
     affine_json,
     connect,
+    counted,
     exchange,
     raw_request,
     read_outputs,
@@ -87,7 +88,7 @@ def test_a_request_that_waits_too_long_is_504_in_time_and_never_run(held):
     run.release()
     assert status_of(run.first)[0] == 200
     assert run.order() == []
-    assert 'lepton_inference_expired_total{model="affine"} 1.0' in metrics(run.server)
+    assert 'lepton_inference_expired_total{model="affine",version="3"} 1.0' in metrics(run.server)
 
 
 def test_a_request_that_runs_too_long_is_504_in_time_too(held):
@@ -211,7 +212,7 @@ def test_while_the_queue_is_full_equal_requests_are_refused_unread_and_no_other(
     for _ in range(5):
         assert status_of(ask(3)) == (503, "the queue is full")
     assert len(decoded) == 1
-    assert 'lepton_inference_rejected_total{model="affine"} 5.0' in metrics(run.server)
+    assert 'lepton_inference_rejected_total{model="affine",version="3"} 5.0' in metrics(run.server)
     # What says something else gets its own answer, each time.
     for _ in range(3):
         late = ask(3, parameters={"timeout": 1, "binary_data_output": True})
@@ -260,8 +261,8 @@ def test_one_poisoned_request_does_not_fail_its_neighbours(make_server, affine, 
             assert status == (500 if value == -1 else 200)
             if value != -1:
                 assert read_outputs(headers, body)["twice"].tolist() == [2 * value]
-    assert server.metrics.failures == 1
-    assert server.metrics.failed_batches in (3, 4)  # of eight, or of the four that went first
+    assert counted(server).failures == 1
+    assert counted(server).failed_batches in (3, 4)  # of eight, or of the four that went first
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
@@ -285,14 +286,14 @@ def test_where_the_engine_has_ended_requests_are_503_at_once(held, monkeypatch, 
     status, headers, body = exchange(run.server, "POST", INFER, affine_json(np.zeros((1, 4)), [1]))
     assert (status, headers["retry-after"], json.loads(body)) == (503, "1", {"error": "the engine has stopped"})
     assert run.order() == []
-    assert (run.server.metrics.failures, run.server.metrics.rejected) == (3, 1)
+    assert (counted(run.server).failures, counted(run.server).rejected) == (3, 1)
 
 
 def test_requests_that_left_are_not_run(held):
     run = held()
     for index in range(1, 4):
         run.send(index, waiting=1).close()
-        while f'lepton_inference_cancelled_total{{model="affine"}} {float(index)}' not in metrics(run.server):
+        while counted(run.server).cancelled != index:
             pass
     run.send(9, waiting=1)
     run.release()

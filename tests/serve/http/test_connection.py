@@ -15,6 +15,7 @@ from serve_fakes import (
     affine_binary,
     affine_json,
     connect,
+    counted,
     exchange,
     raw_request,
     read_outputs,
@@ -405,7 +406,7 @@ def test_a_client_that_goes_away_cancels_what_it_queued(server, affine):
             check(read_response(stays), 4)
     assert len(affine.runs) == 2
     metrics = exchange(server, "GET", "/metrics")[2].decode()
-    assert re.search(r'^lepton_inference_cancelled_total{model="affine"} 3\.0$', metrics, re.MULTILINE)
+    assert re.search(r'^lepton_inference_cancelled_total{model="affine",version="3"} 3\.0$', metrics, re.MULTILINE)
 
 
 def test_a_client_that_ends_its_side_is_taken_to_have_gone(server, affine):
@@ -423,7 +424,7 @@ def test_a_client_that_ends_its_side_is_taken_to_have_gone(server, affine):
         check(read_response(first), 1)
         check(exchange(server, "POST", INFER, *affine_binary(X, [4])), 4)
     assert [n.max() for _, n in affine.seen] == [1, 4]
-    assert server.metrics.cancelled == 1
+    assert counted(server).cancelled == 1
 
 
 def test_what_was_answered_before_a_client_ended_its_side_still_leaves(make_server):

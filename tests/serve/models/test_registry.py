@@ -63,6 +63,7 @@ def test_find():
     assert models.versions("a") == ["1", "2"]
     assert (models.find("a", "1"), models.find("a", "2"), models.find("b")) == (one, two, other)
     assert models.find("a") is two
+    assert models.names() == ["a", "b"]
     for name, version, says in (
         ("c", None, "Request for unknown model: 'c' is not found"),
         ("c\n", None, "Request for unknown model"),
@@ -74,14 +75,42 @@ def test_find():
         assert (caught.value.status, caught.value.message) == (404, says)
 
 
-def test_a_change_is_another_generation_and_the_newest_answers_where_no_version_is_named():
-    models = Registry(Handle("a", "2"), Handle("a", "10"))
+def test_a_change_is_another_generation_and_the_greatest_answers_where_no_version_is_named():
+    ten = Handle("a", "10")
+    models = Registry(Handle("a", "first"), Handle("a", "9"), ten, Handle("a", "2"))
     before = models.generation
     again = Handle("a", "2")
     models.put(again)
     assert models.generation != before
-    assert models.find("a") is models.find("a", "2") is again
-    assert models.versions("a") == ["10", "2"]
+    assert models.find("a", "2") is again
+    assert models.find("a") is ten
+    assert models.versions("a") == ["first", "2", "9", "10"]
+    assert models.remove(ten)
+    assert not models.remove(ten)
+    assert models.find("a").signature.version == "9"
+
+
+def test_labels_stand_on_loaded_versions_and_stable_answers_where_no_version_is_named():
+    one, two = Handle("a", "1"), Handle("a", "2")
+    models = Registry(one, two)
+    models.label("a", {"stable": "1", "canary": "2", "next": "3"})
+    assert models.labels("a") == models.labels() == {"stable": "1", "canary": "2"}
+    assert (models.find("a"), models.find("a", label="canary"), models.find("a", "2")) == (one, two, two)
+    for label, says in (("next", "Request for unknown model: 'a' label 'next' is not found"), ("x\n", "no such label")):
+        with pytest.raises(HTTPError) as caught:
+            models.find("a", label=label)
+        assert caught.value.status == 404
+        assert says in caught.value.message
+    before = models.generation
+    models.label("a", {"stable": "1", "canary": "2"})
+    assert models.generation == before
+    models.remove(one)
+    assert models.labels("a") == {"canary": "2"}
+    assert models.find("a") is two
+    models.remove(two)
+    assert (models.names(), models.labels()) == ([], {})
+    models.label("a", {"stable": "1"})
+    assert models.labels() == {}
 
 
 def test_the_next_request_of_a_kept_connection_gets_the_new_model_and_nothing_keeps_the_old_one(make_server):

@@ -9,10 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
-from serve_fakes import affine_binary, connect, exchange, raw_request, read_response
+from serve_fakes import Affine, affine_binary, connect, counted, exchange, raw_request, read_response
 
 from lepton_xla.serve.observe.exposition import render
-from lepton_xla.serve.observe.metrics import Histogram, Metrics, added
+from lepton_xla.serve.observe.metrics import Histogram, added
+from lepton_xla.serve.observe.server_metrics import MOST_KEPT, ServerMetrics
 
 INFER = "/v2/models/affine/infer"
 
@@ -41,10 +42,12 @@ def parsed(text):
         assert family.documentation
         assert family.samples or family.name == "lepton_http_responses"
         if family.type == "histogram":
-            buckets = [each.value for each in family.samples if each.name.endswith("_bucket")]
-            (count,) = [each.value for each in family.samples if each.name.endswith("_count")]
-            assert buckets == sorted(buckets)
-            assert buckets[-1] == count
+            counts = [each for each in family.samples if each.name.endswith("_count")]
+            for count in counts:
+                mine = [each for each in family.samples if each.labels.items() >= count.labels.items()]
+                buckets = [each.value for each in mine if each.name.endswith("_bucket")]
+                assert buckets == sorted(buckets)
+                assert buckets[-1] == count.value
     return {family.name: family for family in families}
 
 
@@ -96,9 +99,9 @@ def test_metrics_are_what_happened(server):
     assert value(families, "lepton_request_bytes", "lepton_request_bytes_sum") == sum(size for _, size, _ in sent)
     answers = value(families, "lepton_response_bytes", "lepton_response_bytes_sum")
     assert sum(size for _, _, size in sent) < answers < sum(size + 300 for _, _, size in sent)
-    assert value(families, "lepton_connections", **one) == 1
-    assert value(families, "lepton_in_flight", **one) == 1
-    assert value(families, "lepton_ready", **one) == value(families, "lepton_live", **one) == 1
+    assert value(families, "lepton_connections") == 1
+    assert value(families, "lepton_in_flight") == 1
+    assert value(families, "lepton_ready") == value(families, "lepton_live") == 1
     assert "xxxx" not in text
     assert len(text.splitlines()) < 300
 
@@ -138,7 +141,7 @@ def test_time_is_counted_for_each_request_of_a_batch(make_server, affine):
         thread.start()
     for thread in threads:
         thread.join(10)
-    metrics = server.metrics
+    metrics = counted(server)
     assert metrics.batch_rows.count == 1
     assert metrics.input_s + metrics.infer_s == pytest.approx(4 * metrics.compute_s.total)
     (stats,) = json.loads(exchange(server, "GET", "/v2/models/affine/stats")[2])["model_stats"]
@@ -158,7 +161,7 @@ def test_what_waits_is_shown(server, affine):
         running.sendall(raw_request("POST", INFER, body, fields))
         assert affine.running.wait(5)
         waiting.sendall(raw_request("POST", INFER, body, fields))
-        while not server.metrics.counts()["now"]["queue_rows"]:
+        while not server.metrics.counts()["affine/3"]["now"]["queue_rows"]:
             pass
         families, _ = scrape(server)
         shown = {name: value(families, f"lepton_{name}") for name in ("queue_rows", "queue_requests", "in_flight")}
@@ -179,7 +182,9 @@ def test_the_process_is_shown(server):
 
 def test_a_name_with_odd_characters_does_not_break_the_text():
     name = 'a"b\\c'
-    families = parsed(render(Metrics(name, "1")).decode())
+    server = ServerMetrics()
+    server.of(name, "1")
+    families = parsed(render(server).decode())
     for family in ("lepton_rows", "nv_inference_count"):
         assert families[family].samples[0].labels["model"] == name
 
@@ -199,41 +204,99 @@ def test_histograms_count_as_numpy_does(values):
     assert histogram.total == pytest.approx(math.fsum(values))
 
 
+def of_m():
+    """The counters of a server, and those of its only model."""
+    server = ServerMetrics()
+    return server, server.opened("m", "1")
+
+
 def test_several_processes_add_up():
-    one, other = Metrics("m"), Metrics("m")
+    (first, one), (second, other), (idle, _) = of_m(), of_m(), of_m()
     one.answered(0.5, 100, 200)
     other.answered(0.25, 100, 300)
     other.answered(5.0, 100, 300)
     one.batch(3, 4, 0.001, 0.003, requests=2)
     other.batch(2, 2, 0.002, 0.003)
     other.batch(3, 4, 0.002, 0.003)
-    one.watch(lambda: {"queue_rows": 5, "connections": 1, "cost_s": {"": {"4": 0.002}}})
-    other.watch(lambda: {"queue_rows": 7, "connections": 2, "cost_s": {"": {"4": 0.003}}})
-    families = parsed(render(one.plus(added(other.counts(), Metrics("m").counts()))).decode())
+    one.now = {"queue_rows": 5, "cost_s": {"": {"4": 0.002}}}
+    other.now = {"queue_rows": 7, "cost_s": {"": {"4": 0.003}}}
+    first.watch(lambda: {"connections": 1})
+    second.watch(lambda: {"connections": 2})
+    second.of("only there", "7").rows = 9
+    total = first.plus(added(second.counts(), idle.counts()))
+    families = parsed(render(total).decode())
     expected = {
         "lepton_inference_requests": 3, "lepton_rows": 8, "lepton_padding_rows": 2, "lepton_batches": 3,
         "lepton_queue_rows": 12, "lepton_connections": 3, "lepton_cost_seconds": 0.003, "nv_inference_count": 8,
         "nv_inference_request_duration_us": 5_750_000, "nv_inference_compute_input_duration_us": 6000,
     }  # fmt: skip
-    assert {name: value(families, name) for name in expected} == expected
-    assert value(families, "lepton_request_bytes", "lepton_request_bytes_count") == 3
-    assert one.plus(other.counts()).by_size == {
+    server_wide = {"lepton_connections": 3}
+    labels = {"model": "m", "version": "1"}
+    found = {name: value(families, name, **({} if name in server_wide else labels)) for name in expected}
+    assert found == expected
+    assert value(families, "lepton_rows", model="only there", version="7") == 9
+    assert value(families, "lepton_http_responses", code="200") == 3
+    assert value(families, "lepton_request_bytes", "lepton_request_bytes_count", **labels) == 3
+    assert total.of("m", "1").by_size == {
         4: (2, 0.003, pytest.approx(0.003)),
         2: (1, 0.002, pytest.approx(0.001)),
     }
-    alone = value(parsed(render(one).decode()), "process_resident_memory_bytes")
+    alone = value(parsed(render(first).decode()), "process_resident_memory_bytes")
     assert value(families, "process_resident_memory_bytes") == pytest.approx(3 * alone, rel=0.2)
 
 
 @settings(max_examples=20, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 1 << 28), st.integers(0, 1 << 28)), max_size=700))
 def test_sizes_are_counted_whenever_one_looks(sizes):
-    metrics = Metrics("m")
+    server, metrics = of_m()
     for request_bytes, response_bytes in sizes * 3:  # more than are noted before they are counted
         metrics.answered(0.001, request_bytes, response_bytes)
-    families = parsed(render(metrics).decode())
+    families = parsed(render(server).decode())
     for name, given_sizes in (("request", [one for one, _ in sizes]), ("response", [one for _, one in sizes])):
         family = f"lepton_{name}_bytes"
         assert value(families, family, f"{family}_sum") == 3 * sum(given_sizes)
         at_most_4096 = 3 * sum(each <= 4096 for each in given_sizes)
         assert value(families, family, f"{family}_bucket", le="4096.0") == at_most_4096
+
+
+def test_counters_outlive_versions_and_are_bounded():
+    server = ServerMetrics()
+    for number in range(1, 101):
+        one = server.opened("m", str(number))
+        one.last_s = float(number)
+        one.answered(0.001, 1, 1)
+        assert server.all_codes()[200] == number
+        server.closed("m", str(number))
+    kept = {each.version for each in server}
+    assert kept == {str(number) for number in range(101 - MOST_KEPT, 101)}
+    assert server.opened("m", "100").requests == 1
+    assert server.opened("other", "1").requests == 0
+    assert server.all_codes() == {200: 100}
+
+
+def test_a_version_that_comes_again_counts_on_while_the_first_still_answers():
+    server = ServerMetrics()
+    first = server.opened("m", "1")
+    assert server.opened("m", "1") is first
+    server.closed("m", "1")
+    for number in range(2, 40):
+        server.opened("m", str(number))
+        server.closed("m", str(number))
+    assert server.of("m", "1") is first
+
+
+def test_each_version_has_its_own_figures(make_server):
+    one, two = Affine(), Affine()
+    two.version = "4"
+    server = make_server([one, two])
+    body, fields = affine_binary(np.ones((3, 4)), [1] * 3)
+    for version, times in (("3", 1), ("4", 2)):
+        for _ in range(times):
+            assert exchange(server, "POST", f"/v2/models/affine/versions/{version}/infer", body, fields)[0] == 200
+    families, _ = scrape(server)
+    for version, times in (("3", 1), ("4", 2)):
+        for name in ("lepton_rows", "nv_inference_count"):
+            assert value(families, name, model="affine", version=version) == 3 * times
+        (stats,) = json.loads(exchange(server, "GET", f"/v2/models/affine/versions/{version}/stats")[2])["model_stats"]
+        assert (stats["version"], stats["inference_count"]) == (version, 3 * times)
+    assert value(families, "lepton_http_responses", code="200") == 3

@@ -18,11 +18,12 @@ SERVED = [route for route in ROUTES if not route.refusal]
 
 @pytest.fixture(scope="module")
 def served():
-    from serve_fakes import Affine
+    from serve_fakes import Affine, label
 
     from lepton_xla.serve import Options, Server
 
     with Server(Affine(), Options(port=0)) as running:
+        label(running, stable="3")
         yield running
 
 
@@ -33,8 +34,13 @@ def test_it_lists_exactly_what_is_served(served):
     assert listed == {(route.method.lower(), path) for route in SERVED for path in route.paths}
 
 
+def test_without_models_or_labels_it_has_no_routes_of_them():
+    assert not any("{model}" in path for path in document([])["paths"])
+    assert not any("{label}" in path for path in document([signature_of(Identity())])["paths"])
+
+
 def test_every_reference_leads_somewhere_and_every_operation_has_its_own_name():
-    spec = msgspec.json.decode(msgspec.json.encode(document([signature_of(Identity())])))
+    spec = msgspec.json.decode(msgspec.json.encode(document([signature_of(Identity())], ["stable"])))
     for reference in set(re.findall(r'"\$ref":"#/([^"]+)"', msgspec.json.encode(spec).decode())):
         place = spec
         for key in reference.split("/"):

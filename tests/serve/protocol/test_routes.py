@@ -6,7 +6,7 @@ from urllib.parse import quote
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from serve_fakes import exchange
+from serve_fakes import exchange, label
 
 from lepton_xla.serve.errors import HTTPError
 from lepton_xla.serve.protocol.routes import OPEN_PATHS, ROUTES, find
@@ -20,9 +20,9 @@ def filled(path, values):
 
 
 @pytest.mark.parametrize("route", ROUTES, ids=lambda route: route.name)
-@given(names, names, names)
-def test_every_route_is_found_at_all_its_paths_with_any_name_in_them(route, model, version, region):
-    values = {"model": model, "version": version, "region": region}
+@given(names, names, names, names)
+def test_every_route_is_found_at_all_its_paths_with_any_name_in_them(route, model, version, label, region):
+    values = {"model": model, "version": version, "label": label, "region": region}
     for path in route.paths:
         wanted = {name: values[name] for name in re.findall(r"{(\w+)}", path)}
         target = filled(path, values).encode()
@@ -63,7 +63,8 @@ def test_any_target_is_found_or_refused(target, method):
 
 @pytest.mark.parametrize("route", [route for route in ROUTES if not route.refusal], ids=lambda route: route.name)
 def test_every_route_of_the_table_is_answered(server, route):
-    values = {"model": "affine", "version": "3"}
+    values = {"model": "affine", "version": "3", "label": "stable"}
+    label(server, stable="3")
     for path in route.paths:
         status, headers, body = exchange(server, route.method, filled(path, values))
         assert status == (400 if route.name == "infer" else 200)
