@@ -9,9 +9,9 @@ from sources import FILES, ROOT, TREES, imports
 PUBLIC = [
     "ArtifactError", "CalibrationError", "CheckpointError", "CompileError", "ExecutionError", "InputError",
     "LaunchError", "LeptonError", "ModelError", "ModelSpec", "PassReport", "Plan", "Program", "Recipe", "RecipeError",
-    "Servable", "ServeError", "ShardingError", "SiteReport", "TensorSpec", "TrainingError", "UnsupportedError",
-    "compile", "find_sites", "from_linen", "from_nnx", "launch", "load", "optimize", "passes", "sharding",
-    "trace", "train", "verify",
+    "RepositoryError", "Servable", "ServeError", "ShardingError", "SiteReport", "TensorSpec", "TrainingError",
+    "UnsupportedError", "compile", "find_sites", "from_linen", "from_nnx", "launch", "load", "optimize", "passes",
+    "sharding", "trace", "train", "verify",
 ]  # fmt: skip
 
 
