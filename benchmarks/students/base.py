@@ -77,5 +77,8 @@ def binomial(accuracy: float, count: int) -> float:
 
 
 def closed(accuracy: float, alone: float, teacher: float) -> float:
-    """The share of the gap between a student that learned alone and its teacher that a distilled one closes."""
-    return (accuracy - alone) / (teacher - alone) if teacher != alone else math.nan
+    """The share of the gap between a student that learned alone and its teacher that a distilled one closes.
+
+    NaN if the teacher is no better than that student.
+    """
+    return (accuracy - alone) / (teacher - alone) if teacher > alone else math.nan

@@ -32,7 +32,7 @@ import distill_minilm
 # Learning rate and weight decay are those of examples/distill_minilm.py. Longer questions are cut while training; all
 # of them is judged.
 SETTINGS = {"length": 24, "batch": 64, "rate": 4e-4, "decay": 0.01, "temperature": 2.0, "seeds": 3}
-TEACHER_EPOCHS, EPOCHS = 4, 3
+TEACHER_EPOCHS, EPOCHS = 4, 2
 KEPT = [1, 3, 5]
 VARIANTS = ("labels alone", "logits alone", "logits of the teacher in int8", "logits and features")
 
@@ -71,7 +71,7 @@ class Task:
             steps=self.steps(epochs),
             rate=SETTINGS["rate"],
             decay=SETTINGS["decay"],
-            folder=self.folder / name,
+            folder=self.folder / f"{name}, {epochs:g} epochs",
             seed=seed,
         )
 
@@ -151,7 +151,7 @@ def load(*, quick: bool) -> Task:
         return right / len(labels)
 
     epochs = (1.0, 1.0, 1) if quick else (TEACHER_EPOCHS, EPOCHS, SETTINGS["seeds"])
-    settings = json.dumps([SETTINGS, KEPT, epochs, len(labels)])
+    settings = json.dumps([SETTINGS, KEPT, len(labels)])
     folder = base.FOLDER / f"sentences-{hashlib.sha256(settings.encode()).hexdigest()[:8]}"
     return Task(arrays, accuracy, len(labels), folder, weights, *epochs)
 
