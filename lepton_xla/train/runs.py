@@ -18,16 +18,16 @@ from lepton_xla.errors import TrainingError
 from lepton_xla.launch.heartbeat import beat
 from lepton_xla.machine import peak_flops
 from lepton_xla.program import Program
-from lepton_xla.sharding import Placement, Rules
+from lepton_xla.sharding import Rules
 from lepton_xla.train.checkpoints import CheckpointFolder
 from lepton_xla.train.compression import Stage
 from lepton_xla.train.evaluations import Evaluation, Predictor
 from lepton_xla.train.feeding import Feed
+from lepton_xla.train.layout import Layout, first_state, lower_step, state_shapes
 from lepton_xla.train.models import Loss
-from lepton_xla.train.placing import gathered, put, put_batch, state_shardings
+from lepton_xla.train.placing import gathered, put, put_batch
 from lepton_xla.train.preemption import Preempted, Preemption
 from lepton_xla.train.state import State
-from lepton_xla.train.steps import make_step
 from lepton_xla.train.telemetry import Telemetry
 
 LOG = logging.getLogger(__name__)
@@ -125,6 +125,7 @@ class Run:
         self._restores = 0
         self._went_back_to: int | None = None
         self._state: State
+        self._layout: Layout
         self._compiled: Any = None
         self._arrays: Any = None
         self._flops = 0.0
@@ -160,7 +161,7 @@ class Run:
 
     def _begin(self, key: jax.Array) -> None:
         fresh = self._fresh(key)
-        self._place(self._shapes(fresh))
+        self._place(state_shapes(self._stage, fresh))
         init = self._stage.optimizer.init
         if self._shardings is None:
             fresh = jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), fresh)  # steps donate the state
@@ -180,12 +181,8 @@ class Run:
 
     def _restore(self, step: int, about: Mapping[str, Any], key: jax.Array) -> None:
         assert self._folder is not None
-        shapes = self._shapes(self._fresh(key))
-        self._place(shapes)
-        if self._shardings is not None:
-            placed = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)  # noqa: E731
-            shapes = jax.tree.map(placed, shapes, self._shardings)
-        self._state = self._folder.restore(step, shapes)
+        self._place(state_shapes(self._stage, self._fresh(key)))
+        self._state = self._folder.restore(step, self._layout.placed)
         self._step = step
         self._feed.seek(about["data"])
         self._best, self._best_step, self._stale = about["best"], about["best_step"], about["stale"]
@@ -193,26 +190,12 @@ class Run:
         self._compiled = None
 
     def _fresh(self, key: jax.Array) -> State:
-        """The state before the first step of this stage, without the optimizer's."""
-        stage = self._stage
-        weights, state = stage.weights, stage.model.state
-        return State.first(weights, state, (), key).replace(
-            scales=stage.scales,
-            ema=weights if self._options["ema"] is not None else {},
-            best={**weights, **state} if self._keeps_best else {},
-        )
-
-    def _shapes(self, fresh: State) -> State:
-        init = self._stage.optimizer.init
-        return jax.eval_shape(lambda state: state.replace(optimizer=init(state.weights)), fresh)
+        return first_state(self._stage, key, ema=self._options["ema"] is not None, best=self._keeps_best)
 
     def _place(self, shapes: State) -> None:
         """Find where each leaf of the state goes."""
-        self._placement: Placement | None = None
-        self._shardings: Any = None
-        if self._mesh is not None:
-            self._placement = self._rules.resolve(shapes.weights, self._mesh, axes=self._stage.program.axes)
-            self._shardings = state_shardings(shapes, self._placement)
+        self._layout = Layout.of(self._stage, shapes, self._mesh, self._rules)
+        self._placement, self._shardings = self._layout.placement, self._layout.shardings
 
     # One step.
 
@@ -249,32 +232,14 @@ class Run:
 
     def _compile(self, batch: Mapping[str, jax.Array]) -> Any:
         beat(self._step, "compile")
-        rows = next(iter(batch.values())).shape[0]
-        axes = () if self._placement is None else self._placement.batch_axes
-        pieces = 1 if self._placement is None else self._placement.batch_pieces
-        accumulate = self._options["accumulate"]
-        if rows % (accumulate * pieces):
-            raise TrainingError(
-                f"accumulate = {accumulate} does not divide the batch: {rows} rows on {pieces} pieces of the mesh; "
-                f"give a multiple of {accumulate * pieces} rows"
-            )
         loss = self._stage.loss
-        # XLA:CPU runs convolutions inside a loop on one thread, at a tenth of their speed.
-        unroll = jax.local_devices()[0].platform == "cpu"
-        step = make_step(
-            loss,
-            self._stage.optimizer,
-            scale_optimizer=self._stage.scale_optimizer,
-            batch_axes=axes,
-            unroll=unroll,
-            **self._options,
-        )
         self._arrays = getattr(loss, "arrays", None)
         if self._shardings is not None and self._arrays is not None:
             self._arrays = put(self._arrays, jax.tree.map(lambda _: self._shardings.step, self._arrays))
-        shardings = None if self._shardings is None else (self._shardings, None)
-        jitted = jax.jit(step, donate_argnums=0, out_shardings=shardings)
-        self._compiled = jitted.lower(self._state, batch, self._arrays).compile()
+        platform = jax.local_devices()[0].platform
+        self._compiled = lower_step(
+            self._stage, self._layout, self._state, batch, self._arrays, platform=platform, **self._options
+        ).compile()
         self._flops = float((self._compiled.cost_analysis() or {}).get("flops", 0.0))
         self._mark = (time.perf_counter(), self._step)
         return self._compiled
