@@ -1,4 +1,4 @@
-"""`leptonx serve`: serves an artifact over HTTP."""
+"""`leptonx serve`: serves an artifact, or a repository of models, over HTTP."""
 
 from __future__ import annotations
 
@@ -77,6 +77,28 @@ def _limit_options(command: Callable[..., None]) -> Callable[..., None]:
     type=click.IntRange(1, 64),
 )
 @_option("--name", None, "Model name in the URL.", show_default="the artifact's own")
+@_option(
+    "--explicit",
+    False,
+    "Load models of a repository only when a client asks for them. Without it all are loaded, and the repository is "
+    "watched: what is pushed to it is loaded beside what serves, takes its place, and the old is freed.",
+    is_flag=True,
+    show_default=False,
+)
+@click.option(
+    "--load",
+    multiple=True,
+    metavar="NAME",
+    envvar=_twin("--load"),
+    show_envvar=True,
+    help="With --explicit: a model to load at the start. May be repeated.",
+)
+@_option(
+    "--repository-poll-s",
+    1.0,
+    "Seconds between two looks at a repository.",
+    type=click.FloatRange(0, min_open=True),
+)
 @_option("--server-name", "lepton_xla", 'Name that the server reports; some clients expect "triton".')
 @_option(
     "--max-delay-us",
@@ -179,7 +201,7 @@ def serve(
     as_json: bool,
     **settings: Any,
 ) -> None:
-    """Serve the artifact at PATH over HTTP.
+    """Serve the artifact at PATH, or all models of a repository at PATH, over HTTP.
 
     The protocol is the Open Inference Protocol v2, so the clients of Triton and KServe work. The server batches
     requests of several clients into the sizes that the artifact was compiled for.
@@ -190,6 +212,15 @@ def serve(
       curl localhost:8000/v2/models/digits/infer -d '{"inputs": [{"name": "image", "datatype": "FP32",
            "shape": [1, 64], "data": [...]}]}'
       curl localhost:8000/metrics                        Prometheus
+
+    A repository is a folder MODELS/NAME/VERSION.lepton, as `leptonx repo push` makes it. MODELS/NAME/model.toml says
+    which versions are loaded and what the labels stand on. A request names a version, a label, or neither:
+
+    \b
+      leptonx serve MODELS/
+      curl localhost:8000/v2/models/digits/versions/4
+      curl localhost:8000/v2/models/digits/labels/canary
+      curl -X POST localhost:8000/v2/repository/index    says what is loaded, and why something is not
 
     Prints the address when it accepts requests. On SIGTERM or SIGINT it answers accepted requests and exits with 0, or
     with 1 if --stop-timeout-s passes first. A second signal stops it at once.
@@ -217,25 +248,43 @@ def serve(
             at = place if options.unix_socket is None else {"unix_socket": str(options.unix_socket)}
             line = json_lines.dumps({"event": "listening", "url": server.url, "model": server.name, **at})
         else:
-            line = f"serving {server.name} on {server.url}"
+            line = f"serving {server.name or 'no model yet'} on {server.url}"
         click.echo(line)
         sys.stdout.flush()
 
+    repository = is_repository(path)
+    if repository and options.name is not None:
+        raise ServeError("--name is for one artifact; the models of a repository are called as their folders are")
+    if options.explicit and not repository:
+        raise ServeError(f"--explicit is for a repository of models, and {path} is none")
+    if repository and workers > 1:
+        raise ServeError("--workers serves one artifact; serve a repository from one process, without --workers")
     if workers > 1:
         from lepton_xla.serve.processes.supervisor import Supervisor
 
         processes = Supervisor(path, options, workers, json_logs=json_logs)
         finished = processes.run(on_ready=announce)
     else:
-        from lepton_xla.compiler import load
         from lepton_xla.serve.runtime import run_on_calling_thread
 
         run_on_calling_thread()
-        finished = Server(load(path), options).run(on_ready=announce)
+        if repository:
+            server = Server(options=options, repository=path)
+        else:
+            from lepton_xla.compiler import load
+
+            server = Server(load(path), options)
+        finished = server.run(on_ready=announce)
     if as_json:
         click.echo(json_lines.dumps({"event": "stopped", "all_answered": finished}))
     if not finished:
         sys.exit(1)
+
+
+def is_repository(path: str) -> bool:
+    """Whether a path is a folder of models: neither an artifact, nor one that is damaged or missing."""
+    folder = Path(path)
+    return folder.is_dir() and folder.suffix != ".lepton" and not (folder / "manifest.json").exists()
 
 
 def _tls_files(cert: Path | None, key: Path | None, client_ca: Path | None) -> TlsFiles | None:

@@ -1,4 +1,4 @@
-"""A server for one model or several: warms up, listens, serves, and drains on stop."""
+"""A server for one model, several, or a repository: warms up, listens, serves, and drains on stop."""
 
 from __future__ import annotations
 
@@ -22,8 +22,12 @@ from lepton_xla.serve.batching.engine import Engine
 from lepton_xla.serve.batching.scheduler import Call, Scheduler
 from lepton_xla.serve.http.arrivals import Listener
 from lepton_xla.serve.http.drain import Stop
+from lepton_xla.serve.loader import ArtifactLoader, Warm
 from lepton_xla.serve.models.handle import ModelHandle
+from lepton_xla.serve.models.host import Host
+from lepton_xla.serve.models.manager import Manager
 from lepton_xla.serve.models.registry import Registry
+from lepton_xla.serve.models.repository import Repository
 from lepton_xla.serve.observe.health import STALL_S
 from lepton_xla.serve.observe.server_metrics import ServerMetrics
 from lepton_xla.serve.protocol.signature import LoadedModel, Signature, signature_of
@@ -43,6 +47,7 @@ class Server:
     Args:
         models: the model, or the models. Those of one name need different versions.
         options: how to run.
+        repository: folder of a repository, whose models are served beside those.
 
     Attributes:
         address: host and port, once listening, of the first address; the path and 0 of a Unix socket.
@@ -60,13 +65,27 @@ class Server:
     ('tiny', array([[1., 2., 3., 4.]], dtype=float32))
     """
 
-    def __init__(self, models: LoadedModel | Sequence[LoadedModel], options: Options | None = None) -> None:
+    def __init__(
+        self,
+        models: LoadedModel | Sequence[LoadedModel] = (),
+        options: Options | None = None,
+        *,
+        repository: str | os.PathLike[str] | None = None,
+    ) -> None:
         self.options = options or Options()
         self._access = self.options.access()
         self.address: tuple[str, int] = (self.options.host, self.options.port)
         self._engines = _engines(models if isinstance(models, Sequence) else [models], self.options.name)
         self.metrics = ServerMetrics()
         self.models = Registry()
+        self._manager: Manager | None = None
+        if repository is not None:
+            loader = ArtifactLoader(self.options, self.metrics, self._open)
+            self._host = Host(self.models, loader)
+            self._manager = Manager(
+                Repository(repository), self._host,
+                explicit=self.options.explicit, poll_s=self.options.repository_poll_s,
+            )  # fmt: skip
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stop: Stop | None = None
         self._thread: threading.Thread | None = None
@@ -81,7 +100,7 @@ class Server:
     @property
     def name(self) -> str:
         """The model's name on the wire; several are separated by commas."""
-        return ", ".join(dict.fromkeys(signature.name for signature, _ in self._engines))
+        return ", ".join(self.models.names() or [signature.name for signature, _ in self._engines])
 
     def run(self, *, signals: bool = True, on_ready: Callable[[Server], None] | None = None) -> bool:
         """Serve until stopped.
@@ -162,14 +181,18 @@ class Server:
         listening = access.listen()
         try:
             # On another thread, so that signals are handled during a long warm-up.
+            if self._manager is not None:
+                await self._manager.start(options.load)
             measured = [await loop.run_in_executor(None, engine.warm_up) for _, engine in self._engines]
             stop.warming = False
             if stop.asked.is_set():
                 listening.close()
                 return True
             for (signature, engine), costs in zip(self._engines, measured, strict=True):
-                models.put(open_model(engine, costs, signature, options, self.metrics))
-            frontend = HTTPFrontEnd(models, self.metrics, options, access)
+                handle = open_model(engine, costs, signature, options, self.metrics)
+                handle.scheduler.start()
+                models.put(handle)
+            frontend = HTTPFrontEnd(models, self.metrics, options, access, control=self._manager)
             listener = Listener(frontend.state, listening, _BACKLOG, access.tls_options(options.limits))
             listener.open()
         except BaseException:
@@ -178,8 +201,7 @@ class Server:
 
         if signals:
             settle()  # only where the whole process is the server's
-        for model in models:
-            model.scheduler.start()
+        watching = loop.create_task(self._watch())
         addresses = listening.addresses
         self.address = addresses[0]
         _log.info("serving %s on %s", self.name, " and ".join(url_of(each, options) for each in addresses))
@@ -188,8 +210,19 @@ class Server:
             finished = await frontend.serve(listener, stop, lambda: None if on_ready is None else on_ready(self))
             return finished
         finally:
+            watching.cancel()
+            if self._manager is not None:
+                self._manager.close()
+                self._host.close()
             for model in models:
                 model.scheduler.stop(5.0 if finished else 0.0)
+
+    async def _watch(self) -> None:
+        if self._manager is not None:
+            await self._manager.watch()
+
+    def _open(self, warm: Warm) -> ModelHandle:
+        return open_model(warm.engine, warm.measured, warm.signature, warm.options, self.metrics, model=warm.model)
 
 
 def _engines(models: Sequence[LoadedModel], name: str | None) -> list[tuple[Signature, Engine[Call]]]:
@@ -211,6 +244,7 @@ def open_model(
     options: Options,
     metrics: ServerMetrics,
     cores: int | None = None,
+    model: LoadedModel | None = None,
 ) -> ModelHandle:
     """The handle of a model whose engine is warm, for the running event loop. Start its scheduler before use.
 
@@ -221,6 +255,7 @@ def open_model(
         options: of the server.
         metrics: of the server. Told of the handle's end by `ServerMetrics.closed`.
         cores: number of cores that this process may use; None for all.
+        model: what the engine runs, for others to share its executables.
     """
     counted = metrics.opened(signature.name, signature.version)
     batcher: Batcher[Call] = Batcher(
@@ -238,7 +273,7 @@ def open_model(
         cores=cores or len(os.sched_getaffinity(0)),
     )  # fmt: skip
     stall_s = STALL_S + 100 * max(max(costs.values()) for costs in measured.values())
-    return ModelHandle(signature, scheduler, counted, options.limits, stall_s)
+    return ModelHandle(signature, scheduler, counted, options.limits, stall_s, model)
 
 
 def serve(model: LoadedModel, options: Options | None = None) -> bool:

@@ -52,6 +52,8 @@ INFER = "/v2/models/affine/infer"
 class Now:
     """A scheduler that runs every call at once, by the equation of `Affine`."""
 
+    max_delay_s = 0.0
+
     max_rows = 64
     shed = None
 

@@ -13,6 +13,7 @@ from time import monotonic
 
 from lepton_xla.serve.access.auth import Guard
 from lepton_xla.serve.app.pages import Gather, Pages
+from lepton_xla.serve.app.repository import Control, RepositoryPages
 from lepton_xla.serve.batching.scheduler import Call
 from lepton_xla.serve.errors import HTTPError
 from lepton_xla.serve.http.exchange import Exchange, Head
@@ -92,9 +93,9 @@ class App:
         limits: the bounds on a request.
         guard: checks tokens; None admits everybody.
         server_name: see `Pages`.
-        max_delay_s: see `Pages`.
         compress_bytes: size from which infer answers are compressed for clients that accept it.
         gather: see `Pages`.
+        control: changes which models are loaded; None where they cannot be changed.
     """
 
     def __init__(
@@ -105,9 +106,9 @@ class App:
         *,
         guard: Guard | None = None,
         server_name: str = metadata.SERVER_NAME,
-        max_delay_s: float = 0.0,
         compress_bytes: int = 4096,
         gather: Gather | None = None,
+        control: Control | None = None,
     ) -> None:
         self._models = models
         self._metrics = metrics
@@ -116,7 +117,11 @@ class App:
         self._compress_bytes = compress_bytes
         self._workers = Workers(limits.max_buffered_bytes)
         self._refusals = Refusals()
-        self._pages = Pages(models, metrics, server_name, max_delay_s, gather)
+        self._pages = Pages(models, metrics, server_name, gather, repository=control is not None)
+        self._repository: RepositoryPages | None = None
+        if control is not None:
+            self._repository = RepositoryPages(control, metrics, self.refuse, self._pages.is_ready_now)
+            self._pages.server["repository_index"] = self._repository.index
 
     def __call__(self, exchange: Exchange) -> None:
         """Handles one request. It gets an answer whatever happens."""
@@ -147,15 +152,17 @@ class App:
         if guard is None:
             return self._route(head)[1]
         grant = guard.authenticate(head)
-        scope, route = self._route(head)
+        scope, route = self._route(head, "" if grant is None else grant.name)
         return guard.protect(grant, scope, route, self)
 
-    def _route(self, head: Head) -> tuple[str, Route]:
-        """The scope that the route of a head requires, and what answers it."""
+    def _route(self, head: Head, who: str = "") -> tuple[str, Route]:
+        """The scope that the route of a head requires, and what answers it. `who` is the name of the token."""
         route, parameters = routes.find(head.method, head.target)
         if route.refusal:
             return route.scope, functools.partial(self._decline, route)
         model = parameters.get("model")
+        if route.name in routes.CONTROL:
+            return route.scope, self._control_route(route.name, parameters["model"], who)
         if model is None:
             return route.scope, self._pages.server[route.name]
         found = weakref.ref(self._models.find(model, parameters.get("version"), parameters.get("label")))
@@ -163,6 +170,12 @@ class App:
             return route.scope, self._infer_route(head, found)
         page = self._pages.model[route.name]
         return route.scope, lambda exchange: page(_held(found), exchange)
+
+    def _control_route(self, name: str, model: str, who: str) -> Route:
+        if self._repository is None:
+            raise HTTPError(501, "models cannot be loaded or unloaded: this server has no repository of models")
+        answer = self._repository.load if name == "load" else self._repository.unload
+        return functools.partial(answer, model, who)
 
     def _infer_route(self, head: Head, found: weakref.ref[ModelHandle]) -> Route:
         headers = head.headers

@@ -11,6 +11,7 @@ from lepton_xla.serve.access.access import Access
 from lepton_xla.serve.app.app import App
 from lepton_xla.serve.app.options import Options
 from lepton_xla.serve.app.pages import Gather
+from lepton_xla.serve.app.repository import Control
 from lepton_xla.serve.http.drain import Closable, Stop, drain
 from lepton_xla.serve.http.server_state import ServerState
 from lepton_xla.serve.models.registry import Registry
@@ -35,6 +36,7 @@ class HTTPFrontEnd:
         options: how the server runs.
         access: who can reach it.
         gather: see `Pages`.
+        control: see `App`.
 
     Attributes:
         state: what the connections share.
@@ -47,6 +49,7 @@ class HTTPFrontEnd:
         options: Options,
         access: Access,
         gather: Gather | None = None,
+        control: Control | None = None,
     ) -> None:
         self._metrics = metrics
         self._models = models
@@ -61,7 +64,8 @@ class HTTPFrontEnd:
         self._app = App(
             models, metrics, options.limits,
             guard=access.guard, server_name=options.server_name,
-            max_delay_s=options.max_delay_us * 1e-6, compress_bytes=options.compress_bytes, gather=gather,
+            compress_bytes=options.compress_bytes, gather=gather,
+            control=control,
         )  # fmt: skip
         self.state = ServerState(
             watching(self._app, observers), options.limits,

@@ -43,6 +43,10 @@ class Options:
         limits: what clients may send.
         token_file: the tokens to ask for, see `leptonx token`; None asks for none.
         tls: certificates to listen with; None speaks plain HTTP.
+        explicit: load the models of a repository only when a client asks for them; otherwise all are, and changes of
+            the repository are seen.
+        load: names of models to load at the start nevertheless.
+        repository_poll_s: how often to look for changes of the repository.
         insecure_public: listen on an address that other machines can reach though neither a token file nor the
             certificates of clients say who may ask.
 
@@ -78,6 +82,9 @@ class Options:
     token_file: Path | None = None
     tls: TlsFiles | None = None
     insecure_public: bool = False
+    explicit: bool = False
+    load: tuple[str, ...] = ()
+    repository_poll_s: float = 1.0
 
     def __post_init__(self) -> None:
         if not 0 <= self.port < 65536:
@@ -92,6 +99,10 @@ class Options:
             check_endpoint(self.otel_endpoint)
         if not 0 <= self.access_log_sample <= 1:
             raise ServeError(f"access_log_sample must be 0 to 1, not {self.access_log_sample!r}")
+        if not 0 < self.repository_poll_s < math.inf:
+            raise ServeError(f"repository_poll_s must be positive and finite, not {self.repository_poll_s!r}")
+        if self.load and not self.explicit:
+            raise ServeError("models to load are named, but without `explicit` all models of a repository are loaded")
         for name in ("default_timeout_s", "max_timeout_s"):
             value = getattr(self, name)
             if value is not None and not value > 0:

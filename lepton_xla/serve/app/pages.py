@@ -14,6 +14,7 @@ from lepton_xla.serve.observe import exposition
 from lepton_xla.serve.observe.server_metrics import ServerMetrics
 from lepton_xla.serve.observe.statistics import model_statistics
 from lepton_xla.serve.protocol import metadata, openapi
+from lepton_xla.serve.protocol.routes import CONTROL
 
 type Gather = Callable[[Callable[[ServerMetrics], object]], object]
 
@@ -25,8 +26,8 @@ class Pages:
         models: the models served.
         metrics: the server's counters.
         server_name: name in the server's metadata.
-        max_delay_s: batching delay shown in the configuration of a model.
         gather: calls back with the counters of the whole server; None if `metrics` has them all.
+        repository: whether the server has a repository of models.
 
     Attributes:
         server: by name of a route, what answers it.
@@ -34,15 +35,24 @@ class Pages:
     """
 
     def __init__(
-        self, models: Registry, metrics: ServerMetrics, server_name: str, max_delay_s: float, gather: Gather | None
+        self,
+        models: Registry,
+        metrics: ServerMetrics,
+        server_name: str,
+        gather: Gather | None,
+        *,
+        repository: bool = False,
     ) -> None:
+        self._repository = repository
         self._models = models
         self._metrics = metrics
         self._gather: Gather = gather or (lambda then: then(metrics))
         self.server: dict[str, Callable[[Exchange], None]] = {
             "server_live": self._live,
             "server_ready": self._ready,
-            "server_metadata": lambda exchange: self._json(exchange, metadata.server_metadata(server_name)),
+            "server_metadata": lambda exchange: self._json(
+                exchange, metadata.server_metadata(server_name, repository=repository)
+            ),
             "openapi": self._openapi,
             "metrics": self._show_metrics,
             "statistics": lambda exchange: self._statistics(models, exchange),
@@ -54,7 +64,7 @@ class Pages:
             "model_metadata": self._model_metadata,
             "model_ready": self._model_ready,
             "model_config": lambda model, exchange: self._json(
-                exchange, metadata.model_config(model.signature, max_delay_s)
+                exchange, metadata.model_config(model.signature, model.scheduler.max_delay_s)
             ),
             "model_statistics": lambda model, exchange: self._statistics([model], exchange),
             "model_trace_settings": lambda model, exchange: self._json(exchange, metadata.trace_settings()),
@@ -66,7 +76,8 @@ class Pages:
 
     def _openapi(self, exchange: Exchange) -> None:
         signatures = [model.signature for model in self._models]
-        self._json(exchange, openapi.document(signatures, self._models.labels()))
+        without = frozenset[str]() if self._repository else CONTROL
+        self._json(exchange, openapi.document(signatures, self._models.labels(), without))
 
     def _live(self, exchange: Exchange) -> None:
         live = self._metrics.live
@@ -82,6 +93,11 @@ class Pages:
 
     def _is_ready(self, model: ModelHandle) -> bool:
         return self._metrics.ready and model.health.ready
+
+    def is_ready_now(self, name: str, version: str) -> bool:
+        """Whether a version is loaded and takes requests."""
+        model = self._models.get(name, version)
+        return model is not None and self._is_ready(model)
 
     def _model_ready(self, model: ModelHandle, exchange: Exchange) -> None:
         ready = self._is_ready(model)

@@ -122,6 +122,11 @@ class Scheduler:
         return self._batcher.max_rows
 
     @property
+    def max_delay_s(self) -> float:
+        """The batching delay."""
+        return self._batcher.max_delay_s
+
+    @property
     def alive(self) -> bool:
         """Whether the engine's thread is alive."""
         return self._engine.alive

@@ -6,7 +6,7 @@ from lepton_xla.serve.batching.scheduler import Scheduler
 from lepton_xla.serve.limits import Limits
 from lepton_xla.serve.observe.health import STALL_S, Health
 from lepton_xla.serve.observe.metrics import Metrics
-from lepton_xla.serve.protocol.signature import Signature
+from lepton_xla.serve.protocol.signature import LoadedModel, Signature
 from lepton_xla.serve.protocol.wire import Decoder
 
 
@@ -22,6 +22,7 @@ class ModelHandle:
         metrics: counts its inferences.
         limits: the bounds on a request.
         stall_s: an execution that takes so long will not end.
+        model: what runs.
 
     Attributes:
         signature: name, version, inputs and outputs.
@@ -29,13 +30,21 @@ class ModelHandle:
         metrics: what is counted.
         health: whether it can answer.
         decoder: reads its requests. The specs that it keeps hold the heads of the answers.
+        model: as given.
     """
 
-    __slots__ = ("__weakref__", "decoder", "health", "metrics", "scheduler", "signature")
+    __slots__ = ("__weakref__", "decoder", "health", "metrics", "model", "scheduler", "signature")
 
     def __init__(
-        self, signature: Signature, scheduler: Scheduler, metrics: Metrics, limits: Limits, stall_s: float = STALL_S
+        self,
+        signature: Signature,
+        scheduler: Scheduler,
+        metrics: Metrics,
+        limits: Limits,
+        stall_s: float = STALL_S,
+        model: LoadedModel | None = None,
     ) -> None:
+        self.model = model
         self.signature = signature
         self.scheduler = scheduler
         self.metrics = metrics

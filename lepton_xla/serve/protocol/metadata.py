@@ -178,12 +178,46 @@ class IndexRequest(msgspec.Struct, frozen=True):
 
 
 class IndexEntry(msgspec.Struct, frozen=True, omit_defaults=True):
-    """A model of the repository."""
+    """A version of a model of the repository; of a model of which nothing was loaded only the name."""
 
     name: str
-    version: str
-    state: Literal["READY", "UNAVAILABLE", "LOADING", "UNLOADING"]
+    version: str = ""
+    state: Literal["READY", "UNAVAILABLE", "LOADING", "UNLOADING", ""] = ""
     reason: str = ""
+
+
+class LoadParameters(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How to load a model."""
+
+    config: Annotated[
+        str | None,
+        msgspec.Meta(
+            description="JSON of a model configuration, of which `max_batch_size` and `dynamic_batching` are taken, "
+            'such as {"max_batch_size": 8}. It holds until the model is loaded again.'
+        ),
+    ] = None
+
+
+class LoadRequest(msgspec.Struct, frozen=True):
+    """What to load of a model: what the repository asks for."""
+
+    parameters: LoadParameters = LoadParameters()
+
+
+class UnloadParameters(msgspec.Struct, frozen=True):
+    """How to unload a model."""
+
+    unload_dependents: Annotated[bool, msgspec.Meta(description="No model depends on another.")] = False
+
+
+class UnloadRequest(msgspec.Struct, frozen=True):
+    """Which model to unload is in the path."""
+
+    parameters: UnloadParameters = UnloadParameters()
+
+
+class Done(msgspec.Struct, frozen=True):
+    """It is done."""
 
 
 class LogSettings(msgspec.Struct, frozen=True):
@@ -207,9 +241,10 @@ class TraceSettings(msgspec.Struct, frozen=True):
     log_frequency: str
 
 
-def server_metadata(name: str) -> ServerMetadata:
-    """The answer to `GET /v2`."""
-    return ServerMetadata(name, importlib.metadata.version("lepton-xla"), EXTENSIONS)
+def server_metadata(name: str, *, repository: bool = False) -> ServerMetadata:
+    """The answer to `GET /v2`; the extension of the repository is told of where models can be loaded from one."""
+    extensions = (*EXTENSIONS, *(("model_repository",) if repository else ()))
+    return ServerMetadata(name, importlib.metadata.version("lepton-xla"), extensions)
 
 
 def model_metadata(signature: Signature, versions: list[str]) -> ModelMetadata:
@@ -249,22 +284,75 @@ def model_config(signature: Signature, max_delay_s: float) -> ModelConfig:
     )
 
 
+def index_request(body: bytes) -> IndexRequest:
+    """What a request for the index asks for: an `IndexRequest`, or nothing.
+
+    Raises:
+        HTTPError: 400 for another body, 413 for one far too large.
+    """
+    return _parsed(body, IndexRequest, 'such as {"ready": true}')
+
+
+def load_overrides(body: bytes) -> dict[str, int | None]:
+    """What a request to load a model sets: the `max_batch_size` and `max_delay_us` of its configuration.
+
+    Raises:
+        HTTPError: 400 for a configuration that sets anything else, or another body; 413 for one far too large.
+
+    >>> load_overrides(b'{"parameters": {"config": "{\\\\"max_batch_size\\\\": \\\\"16\\\\"}"}}')
+    {'max_batch_size': 16}
+    """
+    text = _parsed(body, LoadRequest, 'such as {"parameters": {"config": "..."}}').parameters.config
+    if text is None:
+        return {}
+    try:
+        config = msgspec.convert(msgspec.json.decode(text.encode()), _Overrides, strict=False)
+    except (msgspec.MsgspecError, UnicodeEncodeError, RecursionError) as error:
+        raise HTTPError(400, f"its config can set max_batch_size and dynamic_batching only: {error}") from error
+    found = {"max_batch_size": config.max_batch_size}
+    if config.dynamic_batching is not None:
+        found["max_delay_us"] = config.dynamic_batching.max_queue_delay_microseconds
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def check_unload(body: bytes) -> None:
+    """Checks the body of a request to unload a model.
+
+    Raises:
+        HTTPError: 400 if it is no `UnloadRequest`, 413 if it is far too large.
+    """
+    _parsed(body, UnloadRequest, 'such as {"parameters": {"unload_dependents": false}}')
+
+
+class _DelayOverride(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    max_queue_delay_microseconds: Annotated[int, msgspec.Meta(ge=0, le=1 << 53)] | None = None
+
+
+class _Overrides(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    max_batch_size: Annotated[int, msgspec.Meta(ge=1, le=1 << 31)] | None = None
+    dynamic_batching: _DelayOverride | None = None
+
+
+def _parsed[T: (IndexRequest, LoadRequest, UnloadRequest)](body: bytes, kind: type[T], such_as: str) -> T:
+    if len(body) > _SMALL_BODY:
+        raise HTTPError(413, f"the body of this request may have {_SMALL_BODY} bytes")
+    try:
+        return msgspec.json.decode(body, type=kind) if body.strip() else kind()
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise HTTPError(400, f"the body must be empty or an object {such_as}: {error}") from error
+
+
 def repository_index(models: Iterable[tuple[Signature, bool]], body: bytes) -> list[IndexEntry]:
-    """The answer to `POST /v2/repository/index`.
+    """The answer to `POST /v2/repository/index` where models are served that are in no repository.
 
     Args:
         models: the signature of each, and whether it takes requests.
         body: an `IndexRequest`, or nothing.
 
     Raises:
-        HTTPError: 400 for another body, 413 for one far too large.
+        HTTPError: see `index_request`.
     """
-    if len(body) > _SMALL_BODY:
-        raise HTTPError(413, f"the body of this request may have {_SMALL_BODY} bytes")
-    try:
-        asked = msgspec.json.decode(body, type=IndexRequest) if body.strip() else IndexRequest()
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise HTTPError(400, 'the body must be empty or an object such as {"ready": true}') from error
+    asked = index_request(body)
     return [
         IndexEntry(signature.name, signature.version, "READY")
         if ready

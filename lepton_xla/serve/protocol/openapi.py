@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import msgspec
@@ -32,6 +32,7 @@ _REFUSALS = {
     404: "There is no such model or version",
     405: "The route takes another method",
     408: "The request did not arrive in time",
+    409: "What is there stands against it",
     413: "The request is too large",
     429: "The token's rate is exceeded",
     431: "The header fields are too large",
@@ -44,28 +45,31 @@ _INFER_REFUSALS = {
 }
 
 
-def document(signatures: Sequence[Signature], labels: Iterable[str] = ()) -> dict[str, Any]:
+def document(
+    signatures: Sequence[Signature], labels: Iterable[str] = (), without: Collection[str] = ()
+) -> dict[str, Any]:
     """The document, as JSON values. Paths that no model has a label for are left out.
 
     Args:
         signatures: of the models. Paths take their names and versions; the example request is for the first.
         labels: of the models.
+        without: routes that this server refuses.
     """
     known = {
         "model": list(dict.fromkeys(each.name for each in signatures)),
         "version": list(dict.fromkeys(each.version for each in signatures)),
         "label": sorted(labels),
     }
-    types = [each for route in ROUTES if not route.refusal for each in (route.request, route.response) if each]
+    served = [route for route in ROUTES if not route.refusal and route.name not in without]
+    types = [each for route in served for each in (route.request, route.response) if each]
     _, schemas = msgspec.json.schema_components([*types, ErrorMessage], ref_template=_REFERENCE)
     paths: dict[str, dict[str, Any]] = {}
-    for route in ROUTES:
-        if not route.refusal:
-            for path in route.paths:
-                names = re.findall(r"{(\w+)}", path)
-                if all(known[name] for name in names):
-                    operation = _operation(route, path, {name: known[name] for name in names}, signatures)
-                    paths.setdefault(path, {})[route.method.lower()] = operation
+    for route in served:
+        for path in route.paths:
+            names = re.findall(r"{(\w+)}", path)
+            if all(known[name] for name in names):
+                operation = _operation(route, path, {name: known[name] for name in names}, signatures)
+                paths.setdefault(path, {})[route.method.lower()] = operation
     return {
         "openapi": "3.1.0",
         "info": {

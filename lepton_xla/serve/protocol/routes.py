@@ -19,7 +19,6 @@ from lepton_xla.serve.protocol.response import ResponseHead
 type Scope = Literal["health", "read", "infer", "admin"]
 
 _NO_SHARED_MEMORY = "shared memory is not supported: send tensors in the body of the request"
-_NO_CONTROL = "models cannot be loaded or unloaded while the server runs"
 _NO_SETTING = "settings cannot be changed while the server runs"
 
 
@@ -95,8 +94,10 @@ ROUTES: tuple[Route, ...] = (
           refusal=_NO_SETTING, status=405),
     Route("set_model_tracing", "POST", "/v2/models/{model}/trace/setting", "admin", "Changes what is traced of a model",
           refusal=_NO_SETTING, status=405),
-    Route("load", "POST", "/v2/repository/models/{model}/load", "admin", "Loads a model", refusal=_NO_CONTROL),
-    Route("unload", "POST", "/v2/repository/models/{model}/unload", "admin", "Unloads a model", refusal=_NO_CONTROL),
+    Route("load", "POST", "/v2/repository/models/{model}/load", "admin", "Loads a model, or anew if it has changed",
+          request=metadata.LoadRequest, response=metadata.Done),
+    Route("unload", "POST", "/v2/repository/models/{model}/unload", "admin", "Unloads a model",
+          request=metadata.UnloadRequest, response=metadata.Done),
     *(
         Route(f"{kind}_shared_memory_{action}", method, f"/v2/{kind}sharedmemory{path}/{action}", "admin",
               f"Shared memory: {action}", refusal=_NO_SHARED_MEMORY)
@@ -108,6 +109,9 @@ ROUTES: tuple[Route, ...] = (
         )
     ),
 )  # fmt: skip
+
+CONTROL = frozenset({"load", "unload"})
+"""Routes that only a server of a repository has; others refuse them."""
 
 OPEN_PATHS = frozenset(path.encode() for route in ROUTES if route.scope == "health" for path in route.paths)
 

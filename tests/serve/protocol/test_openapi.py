@@ -10,10 +10,10 @@ import pytest
 from serve_fakes import Identity, exchange
 
 from lepton_xla.serve.protocol.openapi import document
-from lepton_xla.serve.protocol.routes import ROUTES
+from lepton_xla.serve.protocol.routes import CONTROL, ROUTES
 from lepton_xla.serve.protocol.signature import signature_of
 
-SERVED = [route for route in ROUTES if not route.refusal]
+SERVED = [route for route in ROUTES if not route.refusal and route.name not in CONTROL]
 
 
 @pytest.fixture(scope="module")

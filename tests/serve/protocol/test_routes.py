@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 from serve_fakes import exchange, label
 
 from lepton_xla.serve.errors import HTTPError
-from lepton_xla.serve.protocol.routes import OPEN_PATHS, ROUTES, find
+from lepton_xla.serve.protocol.routes import CONTROL, OPEN_PATHS, ROUTES, find
 
 REFUSED = [route for route in ROUTES if route.refusal]
+SERVED = [route for route in ROUTES if not route.refusal and route.name not in CONTROL]
 names = st.text(min_size=1, max_size=8).filter(lambda name: name not in ("stats",))
 
 
@@ -61,7 +62,7 @@ def test_any_target_is_found_or_refused(target, method):
         assert find(method, target)[0] in ROUTES
 
 
-@pytest.mark.parametrize("route", [route for route in ROUTES if not route.refusal], ids=lambda route: route.name)
+@pytest.mark.parametrize("route", SERVED, ids=lambda route: route.name)
 def test_every_route_of_the_table_is_answered(server, route):
     values = {"model": "affine", "version": "3", "label": "stable"}
     label(server, stable="3")
@@ -84,3 +85,10 @@ def test_what_is_not_offered_says_so(server, route):
         status, headers, body = exchange(server, route.method, target, b"{}")
         assert (status, json.loads(body)) == (route.status, {"error": route.refusal})
         assert headers.get("allow") == ("GET, HEAD" if status == 405 else None)
+
+
+@pytest.mark.parametrize("name", sorted(CONTROL))
+def test_a_server_without_a_repository_says_so(server, name):
+    status, _, body = exchange(server, "POST", f"/v2/repository/models/affine/{name}", b"{}")
+    assert status == 501
+    assert "has no repository" in json.loads(body)["error"]

@@ -1,0 +1,110 @@
+"""The routes of the repository: its index, and loading and unloading models. Triton's extension `model_repository`."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Coroutine, Mapping
+from typing import Any, Protocol
+
+import msgspec
+
+from lepton_xla.errors import RepositoryError
+from lepton_xla.serve.errors import HTTPError
+from lepton_xla.serve.http.exchange import Exchange
+from lepton_xla.serve.models.manager import Entry
+from lepton_xla.serve.observe.server_metrics import ServerMetrics
+from lepton_xla.serve.protocol import metadata
+
+_log = logging.getLogger("lepton_xla.serve")
+
+_STATUS = {"invalid": 400, "missing": 404, "conflict": 409, "failed": 400}
+
+
+class Control(Protocol):
+    """Changes which models are loaded: the `Manager`, or what asks for it in another process."""
+
+    async def index(self) -> list[Entry]:
+        """The models of the repository."""
+        ...
+
+    async def load(self, name: str, overrides: Mapping[str, int | None], who: str) -> None:
+        """Loads a model; raises `RepositoryError`."""
+        ...
+
+    async def unload(self, name: str, who: str) -> None:
+        """Unloads a model; raises `RepositoryError`."""
+        ...
+
+
+class RepositoryPages:
+    """Answers requests to the repository.
+
+    Args:
+        control: carries them out.
+        metrics: the server's counters.
+        refuse: answers with an error.
+        is_ready: whether a loaded version takes requests.
+    """
+
+    def __init__(
+        self,
+        control: Control,
+        metrics: ServerMetrics,
+        refuse: Callable[[Exchange, HTTPError], object],
+        is_ready: Callable[[str, str], bool],
+    ) -> None:
+        self._control = control
+        self._metrics = metrics
+        self._refuse = refuse
+        self._is_ready = is_ready
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def index(self, exchange: Exchange) -> None:
+        """Answers with the models there are."""
+        asked = metadata.index_request(exchange.body)
+        self._answer_later(exchange, self._index(ready=asked.ready), "the repository cannot be listed")
+
+    def load(self, name: str, who: str, exchange: Exchange) -> None:
+        """Loads a model."""
+        failed = f"failed to load {name[:128]!r}"
+        try:
+            overrides = metadata.load_overrides(exchange.body)
+        except HTTPError as error:
+            raise HTTPError(error.status, f"{failed}, {error.message}") from error
+        self._answer_later(exchange, self._control.load(name, overrides, who), failed)
+
+    def unload(self, name: str, who: str, exchange: Exchange) -> None:
+        """Unloads a model."""
+        metadata.check_unload(exchange.body)
+        self._answer_later(exchange, self._control.unload(name, who), f"failed to unload {name[:128]!r}")
+
+    async def _index(self, *, ready: bool) -> list[metadata.IndexEntry]:
+        entries: list[metadata.IndexEntry] = []
+        for entry in await self._control.index():
+            state, reason = entry.state, entry.reason
+            if state == "READY" and not self._is_ready(entry.name, entry.version):
+                state, reason = "UNAVAILABLE", reason or "it takes no requests now"
+            if state == "READY" or not ready:
+                entries.append(metadata.IndexEntry(entry.name, entry.version, state, reason))
+        return entries
+
+    def _answer_later(self, exchange: Exchange, work: Coroutine[Any, Any, Any], failed: str) -> None:
+        """Answers with the result of some work when it is done."""
+
+        async def run() -> None:
+            try:
+                result = await work
+            except RepositoryError as error:
+                self._refuse(exchange, HTTPError(_STATUS[error.kind], f"{failed}, {error}"))
+            except Exception:
+                _log.exception("%s", failed)
+                self._refuse(exchange, HTTPError(500, f"{failed}, internal error"))
+            else:
+                if not exchange.answered:
+                    self._metrics.codes[200] += 1
+                    exchange.answer(200, msgspec.json.encode(metadata.Done() if result is None else result))
+
+        task = asyncio.get_running_loop().create_task(run())
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)

@@ -1,0 +1,130 @@
+"""Loads versions of a repository: reads and checks an artifact, and runs it once, beside what serves."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from lepton_xla.errors import ArtifactError, ServeError
+from lepton_xla.serve.app.options import Options
+from lepton_xla.serve.batching.costs import Measured
+from lepton_xla.serve.batching.engine import Engine
+from lepton_xla.serve.batching.scheduler import Call, Scheduler
+from lepton_xla.serve.models.changes import Source
+from lepton_xla.serve.models.handle import ModelHandle
+from lepton_xla.serve.models.settings import Serving
+from lepton_xla.serve.observe.server_metrics import ServerMetrics
+from lepton_xla.serve.protocol.signature import LoadedModel, Signature, signature_of
+
+if TYPE_CHECKING:
+    from lepton_xla.compiler.servable import Servable
+
+# Elements that are looked at together: enough to be fast, few enough to need little memory.
+_PIECE = 1 << 20
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Warm:
+    """A model that is loaded and has run, and has no queue yet.
+
+    Attributes:
+        model: the model.
+        signature: what it is called, and its inputs and outputs.
+        engine: runs it.
+        measured: what its executions took.
+        options: how it is served.
+    """
+
+    model: LoadedModel
+    signature: Signature
+    engine: Engine[Call]
+    measured: Measured
+    options: Options
+
+
+class ArtifactLoader:
+    """Makes handles of artifacts; a `Loader` of `Host`.
+
+    Args:
+        options: of the server.
+        metrics: of the server.
+        make: makes the handle of a version, on the event loop.
+    """
+
+    def __init__(self, options: Options, metrics: ServerMetrics, make: Callable[[Warm], ModelHandle]) -> None:
+        self._options = options
+        self._metrics = metrics
+        self._make = make
+
+    def load(self, name: str, version: str, source: Source, others: Sequence[ModelHandle]) -> Warm:
+        """Reads, checks and warms up a version.
+
+        Raises:
+            LeptonError: for an artifact that is damaged, does not fit this machine, or holds what is not a number.
+        """
+        from lepton_xla.compiler import load
+
+        servable = load(source.path, buckets=_buckets(source) if source.max_batch_size is not None else None)
+        _refuse_nan(servable)
+        signature = signature_of(servable, name, version)
+        engine: Engine[Call] = Engine(servable, signature)
+        options = _served(self._options, source.serving, source.max_delay_us)
+        return Warm(servable, signature, engine, engine.warm_up(), options)
+
+    def open(self, loaded: Warm) -> ModelHandle:
+        """Makes the handle of a loaded version, on the event loop."""
+        handle = self._make(loaded)
+        handle.scheduler.start()
+        return handle
+
+    def close(self, name: str, version: str, scheduler: Scheduler) -> None:
+        """Ends what served a version that is gone."""
+        self._metrics.closed(name, version)
+        scheduler.stop(5.0)
+
+
+def _buckets(source: Source) -> dict[str, tuple[int, ...]]:
+    """The compiled sizes to load, where only batches up to a size are wanted."""
+    from lepton_xla.compiler.artifact import read_manifest
+    from lepton_xla.compiler.storage import Store
+    from lepton_xla.rows import row_symbol
+
+    manifest, most = read_manifest(Store(source.path)), source.max_batch_size
+    rows = row_symbol(manifest.input_specs())
+    sizes = () if rows is None else manifest.buckets[rows]
+    if rows is None or most not in sizes:
+        raise ServeError(f"max_batch_size {most} is none of the compiled sizes: {', '.join(map(str, sizes)) or 'none'}")
+    return {rows: tuple(size for size in sizes if size <= most)}
+
+
+def _refuse_nan(servable: Servable) -> None:
+    """Refuses weights that hold NaN: training that went wrong ends in them, and their answers are none.
+
+    Raises:
+        ArtifactError: names the weight.
+    """
+    import jax.numpy as jnp
+
+    weights = servable.runtime.weights
+    paths = [leaf.path for leaf in servable.manifest.weights]
+    for index, weight in enumerate(weights):
+        if jnp.issubdtype(weight.dtype, jnp.inexact):
+            flat = np.asarray(weight).reshape(-1)
+            for start in range(0, flat.size, _PIECE):
+                if np.isnan(flat[start : start + _PIECE]).any():
+                    path = paths[index] if len(paths) == len(weights) else str(index)
+                    raise ArtifactError(f"weight {path!r} holds NaN")
+
+
+def _served(options: Options, serving: Serving, max_delay_us: int | None) -> Options:
+    """The options of a server as one model has them."""
+    fields = {
+        "max_queue_rows": serving.max_queue_rows,
+        "max_queue_bytes": serving.max_queue_bytes,
+        "max_delay_us": max_delay_us if max_delay_us is not None else serving.max_delay_us,
+        "default_timeout_s": serving.default_timeout_s,
+    }
+    return dataclasses.replace(options, **{name: value for name, value in fields.items() if value is not None})

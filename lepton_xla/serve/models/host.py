@@ -1,0 +1,133 @@
+"""Carries changes of models out in this process: loads on a thread, puts on the event loop, frees what nobody uses."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import contextlib
+import gc
+import logging
+import weakref
+from collections.abc import Awaitable, Sequence
+from typing import Protocol
+
+from lepton_xla.errors import LeptonError
+from lepton_xla.serve.batching.scheduler import Scheduler
+from lepton_xla.serve.models.changes import Change, Source
+from lepton_xla.serve.models.handle import ModelHandle
+from lepton_xla.serve.models.registry import Registry
+
+_log = logging.getLogger("lepton_xla.serve")
+
+# An error keeps the frames that it passed, and so a handle, until they are found to be unreachable.
+_COLLECT_S = 1.0
+
+
+class Loader[T](Protocol):
+    """Makes handles."""
+
+    def load(self, name: str, version: str, source: Source, others: Sequence[ModelHandle]) -> T:
+        """Reads, checks and warms up a version, on a thread of its own; raises what is wrong with it.
+
+        Args:
+            name, version: what it is called.
+            source: where it is.
+            others: the loaded versions of the model.
+        """
+        ...
+
+    def open(self, loaded: T) -> ModelHandle:
+        """Makes the handle of a loaded version, ready to answer. On the event loop."""
+        ...
+
+    def close(self, name: str, version: str, scheduler: Scheduler) -> None:
+        """Told on the event loop that a handle is gone: nothing uses its scheduler any more."""
+        ...
+
+
+class Host[T]:
+    """Carries changes out; an `Executor` of `Manager`.
+
+    Args:
+        models: what answers requests.
+        loader: makes handles.
+    """
+
+    def __init__(self, models: Registry, loader: Loader[T]) -> None:
+        self._models = models
+        self._loader = loader
+        # One, so that several changes at once do not take all cores from what serves.
+        self._thread = concurrent.futures.ThreadPoolExecutor(1, "lepton-load")
+        self._prepared: dict[int, dict[str, T]] = {}
+
+    async def prepare(self, number: int, change: Change) -> dict[str, str]:
+        """Loads the versions of a change; returns why some could not be: version -> reason."""
+        made = self._prepared[number] = {}
+        failed: dict[str, str] = {}
+        loop = asyncio.get_running_loop()
+        for version, source in change.load.items():
+            others = [self._models.find(change.name, each) for each in self._models.versions(change.name)]
+            try:
+                made[version] = await loop.run_in_executor(
+                    self._thread, self._loader.load, change.name, version, source, others
+                )
+            except Exception as error:  # whatever an artifact makes the loader raise fails this version only
+                if not isinstance(error, LeptonError):
+                    _log.exception("model %s version %s cannot be loaded", change.name, version)
+                failed[version] = _reason(error, source, f"{change.name}/{version}")
+        return failed
+
+    def abort(self, number: int) -> None:
+        """Drops what was prepared."""
+        self._prepared.pop(number, None)
+
+    def commit(self, number: int, change: Change) -> Awaitable[object]:
+        """Puts what was prepared, and takes out what is retired, before it returns. Ends when that is freed."""
+        made, leaving = self._prepared.pop(number, {}), list[ModelHandle]()
+        opened = [self._loader.open(made[version]) for version in change.load]
+        for handle in opened:
+            before = self._models.get(change.name, handle.signature.version)
+            if before is not None:
+                leaving.append(before)
+            self._models.put(handle)
+        self._models.label(change.name, change.labels)
+        for version in change.retire:
+            handle = self._models.get(change.name, version)
+            if handle is not None:
+                self._models.remove(handle)
+                leaving.append(handle)
+        return asyncio.gather(*(self._freed(*_watched(handle)) for handle in leaving))
+
+    def close(self) -> None:
+        """Loads nothing more."""
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
+    async def _freed(self, gone: asyncio.Future[None], name: str, version: str, scheduler: Scheduler) -> None:
+        """Waits until the last answer of a handle has left, and frees it."""
+        try:
+            await asyncio.wait_for(asyncio.shield(gone), _COLLECT_S)
+        except TimeoutError:
+            await asyncio.get_running_loop().run_in_executor(self._thread, gc.collect)
+            await gone
+        self._loader.close(name, version, scheduler)
+
+
+def _watched(handle: ModelHandle) -> tuple[asyncio.Future[None], str, str, Scheduler]:
+    """A future that is done when nobody refers to a handle any more, and what is left to close then."""
+    loop = asyncio.get_running_loop()
+    gone: asyncio.Future[None] = loop.create_future()
+
+    def told() -> None:
+        with contextlib.suppress(RuntimeError):  # the event loop is closed, and nobody waits
+            loop.call_soon_threadsafe(lambda: None if gone.done() else gone.set_result(None))
+
+    weakref.finalize(handle, told).atexit = False
+    return gone, handle.signature.name, handle.signature.version, handle.scheduler
+
+
+def _reason(error: Exception, source: Source, called: str) -> str:
+    """One line that says why a version could not be loaded, without the path that it has on this machine."""
+    lines = str(error).replace(source.path, called).strip().splitlines()
+    if isinstance(error, LeptonError) and lines:
+        return lines[0]
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
