@@ -132,7 +132,7 @@ class RepositoryError(LeptonError):
 
     def __init__(self, kind: Literal["invalid", "missing", "conflict", "failed"], message: str) -> None:
         super().__init__(message)
-        self.kind = kind
+        self.kind: Literal["invalid", "missing", "conflict", "failed"] = kind
 
 
 class ShardingError(LeptonError):

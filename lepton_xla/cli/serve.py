@@ -257,12 +257,13 @@ def serve(
         raise ServeError("--name is for one artifact; the models of a repository are called as their folders are")
     if options.explicit and not repository:
         raise ServeError(f"--explicit is for a repository of models, and {path} is none")
-    if repository and workers > 1:
-        raise ServeError("--workers serves one artifact; serve a repository from one process, without --workers")
     if workers > 1:
         from lepton_xla.serve.processes.supervisor import Supervisor
 
-        processes = Supervisor(path, options, workers, json_logs=json_logs)
+        processes = Supervisor(
+            "" if repository else path, options, workers,
+            json_logs=json_logs, repository=path if repository else None,
+        )  # fmt: skip
         finished = processes.run(on_ready=announce)
     else:
         from lepton_xla.serve.runtime import run_on_calling_thread

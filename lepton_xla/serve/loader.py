@@ -67,7 +67,7 @@ class ArtifactLoader:
         """
         from lepton_xla.compiler import load
 
-        servable = load(source.path, buckets=_buckets(source) if source.max_batch_size is not None else None)
+        servable = load(source.path, buckets=_buckets(source.path, source.max_batch_size))
         _refuse_nan(servable)
         signature = signature_of(servable, name, version)
         engine: Engine[Call] = Engine(servable, signature)
@@ -84,15 +84,18 @@ class ArtifactLoader:
         """Ends what served a version that is gone."""
         self._metrics.closed(name, version)
         scheduler.stop(5.0)
+        scheduler.free()
 
 
-def _buckets(source: Source) -> dict[str, tuple[int, ...]]:
-    """The compiled sizes to load, where only batches up to a size are wanted."""
+def _buckets(path: str, most: int | None) -> dict[str, tuple[int, ...]] | None:
+    """The compiled sizes to load, where only batches up to a size are wanted; None for all."""
+    if most is None:
+        return None
     from lepton_xla.compiler.artifact import read_manifest
     from lepton_xla.compiler.storage import Store
     from lepton_xla.rows import row_symbol
 
-    manifest, most = read_manifest(Store(source.path)), source.max_batch_size
+    manifest = read_manifest(Store(path))
     rows = row_symbol(manifest.input_specs())
     sizes = () if rows is None else manifest.buckets[rows]
     if rows is None or most not in sizes:

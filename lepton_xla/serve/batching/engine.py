@@ -254,6 +254,11 @@ class Engine[T: Work]:
         self._thread.join(timeout_s)
         return not self._thread.is_alive()
 
+    def free(self) -> None:
+        """Lets go of the model and the arrays. Nothing may run any more; who still refers to the engine keeps little."""
+        del self._model
+        self._stages.clear()
+
     def _loop(self, post: Callable[[Completion[T]], Batch[T] | None], ended: Callable[[], object]) -> None:
         try:
             while (batch := self._batches.get()) is not None:

@@ -155,6 +155,10 @@ class Scheduler:
         """Stops the engine's thread after its batch."""
         self._engine.stop(timeout_s)
 
+    def free(self) -> None:
+        """Lets go of the model, once stopped: a scheduler is part of cycles, and weights must not wait for those."""
+        self._engine.free()
+
     def give_up(self) -> None:
         """Fails every call that waits or runs."""
         with self._lock:

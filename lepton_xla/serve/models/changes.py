@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import msgspec
 
@@ -43,7 +43,7 @@ class Change(msgspec.Struct, frozen=True):
     retire: tuple[str, ...] = ()
     labels: dict[str, str] = {}
 
-    def without(self, failed: Mapping[str, object], held: State) -> Change:
+    def without(self, failed: Collection[str], held: State) -> Change:
         """The change that is left if versions cannot be loaded: what is there stays, but for the versions that can."""
         if not failed:
             return self

@@ -34,6 +34,7 @@ class Child:
         ready: whether it has reported that it is ready since it was started.
         reason: why it could not go on, as it reported.
         counts: the counts it last reported.
+        counting: those of a report of which more is to come.
         open: the number of client connections it last reported.
         heard_s: when its last message came.
     """
@@ -49,6 +50,7 @@ class Child:
         self.ready = False
         self.reason = ""
         self.counts: dict[str, Any] = {}
+        self.counting: dict[str, Any] = {}
         self.open = 0
         self.heard_s = -math.inf
 
@@ -56,6 +58,12 @@ class Child:
         """Sends a message, if the worker runs."""
         if self.control is not None:
             self.control.send(message)
+
+    def count(self, message: control.Counts) -> None:
+        """Takes a report, or a part of one."""
+        self.counting |= message.counts
+        if message.last:
+            self.counts, self.counting = self.counting, {}
 
     async def start(self, end: socket.socket) -> asyncio.subprocess.Process:
         """Starts the process with one end of a pair."""

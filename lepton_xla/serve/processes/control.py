@@ -9,13 +9,15 @@ import asyncio
 import contextlib
 import os
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
 from lepton_xla.serve.app.options import Options
+from lepton_xla.serve.models.changes import Change
+from lepton_xla.serve.models.manager import Entry
 from lepton_xla.serve.processes.packets import Packets
 
 REPORT_S = 0.5
@@ -23,7 +25,12 @@ REPORT_S = 0.5
 
 
 class Settings(msgspec.Struct, tag="settings"):
-    """To a worker, its first message: the settings of `leptonx serve`."""
+    """To a worker, its first message: the settings of `leptonx serve`.
+
+    Attributes:
+        artifact: path of the artifact to serve; empty where the models of a repository are served, as `Prepare` and
+            `Commit` say.
+    """
 
     artifact: str
     options: Options
@@ -32,11 +39,11 @@ class Settings(msgspec.Struct, tag="settings"):
 
 
 class Ready(msgspec.Struct, tag="ready"):
-    """From a worker whose model is warm.
+    """From a worker whose model is warm, or that has none yet, and waits for those of a repository.
 
     Attributes:
-        model: its name on the wire.
-        digest: of the artifact's manifest.
+        model: its name on the wire; empty without one.
+        digest: of the artifact's manifest; empty without one.
     """
 
     model: str
@@ -74,10 +81,14 @@ class Closed(msgspec.Struct, tag="closed"):
 
 
 class Counts(msgspec.Struct, tag="counts"):
-    """From a worker: its counts so far. To one that asked for the total: the sum of all others, ended ones too."""
+    """From a worker: its counts so far. To one that asked for the total: the sum of all others, ended ones too.
+
+    Those of many models come in several messages, of which the last says so.
+    """
 
     counts: dict[str, Any]
     number: int = 0
+    last: bool = True
 
 
 class Count(msgspec.Struct, tag="count"):
@@ -87,13 +98,95 @@ class Count(msgspec.Struct, tag="count"):
 
 
 class Total(msgspec.Struct, tag="total"):
-    """From a worker: its own counts, and a request for the `Counts` of the others, with this number."""
+    """From a worker that has just sent its own: a request for the `Counts` of the others, with this number."""
 
-    counts: dict[str, Any]
     number: int
 
 
-type Message = Settings | Ready | Failed | Connections | Stop | Reload | Leaving | Closed | Counts | Count | Total
+class Prepare(msgspec.Struct, tag="prepare"):
+    """To a worker: load the versions of a change beside what serves, and send `Prepared`."""
+
+    number: int
+    change: Change
+
+
+class Prepared(msgspec.Struct, tag="prepared"):
+    """From a worker: a change can be committed, except for versions that cannot be loaded: version -> reason."""
+
+    number: int
+    failed: dict[str, str]
+
+
+class Commit(msgspec.Struct, tag="commit"):
+    """To a worker: put what was prepared, as far as the change still names it, and send `Freed`."""
+
+    number: int
+    change: Change
+
+
+class Freed(msgspec.Struct, tag="freed"):
+    """From a worker: what a change replaced is gone."""
+
+    number: int
+
+
+class Ask(msgspec.Struct, tag="ask"):
+    """From a worker: a client's request that concerns all workers; answered by `Told`.
+
+    Attributes:
+        number: names the request.
+        action: `index`, `load` or `unload`.
+        name: the model's.
+        overrides: fields of `Source` to be set.
+        who: asks for it.
+    """
+
+    number: int
+    action: str
+    name: str = ""
+    overrides: dict[str, int | None] = {}
+    who: str = ""
+
+
+class Told(msgspec.Struct, tag="told"):
+    """To a worker: the answer to an `Ask`, in one message or several, of which the last says so.
+
+    Attributes:
+        number: names the request.
+        kind: of the `RepositoryError`; empty if all went well.
+        error: its message.
+        entries: of the index.
+        last: whether there is no more.
+    """
+
+    number: int
+    kind: Literal["", "invalid", "missing", "conflict", "failed"] = ""
+    error: str = ""
+    entries: list[Entry] = []
+    last: bool = True
+
+
+type Message = (
+    Settings | Ready | Failed | Connections | Stop | Reload | Leaving | Closed | Counts | Count | Total
+    | Prepare | Prepared | Commit | Freed | Ask | Told
+)  # fmt: skip
+
+# Of the 64 KiB that a packet may have.
+_PIECE_BYTES = 24 << 10
+
+
+def in_pieces(counts: Mapping[str, Any], number: int = 0) -> list[Counts]:
+    """Counts in as many messages as they need."""
+    pieces: list[dict[str, Any]] = [{}]
+    size = 0
+    for key, value in counts.items():
+        nbytes = len(_ENCODER.encode(value))
+        if size and size + nbytes > _PIECE_BYTES:
+            pieces.append({})
+            size = 0
+        pieces[-1][key] = value
+        size += nbytes
+    return [*(Counts(each, number, last=False) for each in pieces[:-1]), Counts(pieces[-1], number)]
 
 
 def _plain(value: Any) -> str:

@@ -6,19 +6,23 @@ It imports no JAX and handles no request. It must not crash: if it dies, the wor
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import signal
 import socket
 from collections.abc import Callable, Iterable
 from time import monotonic
 
-from lepton_xla.errors import ServeError
+from lepton_xla.errors import RepositoryError, ServeError
 from lepton_xla.serve.app.options import Options, url_of
 from lepton_xla.serve.http.arrivals import AT_ONCE, accept
 from lepton_xla.serve.http.drain import Stop
+from lepton_xla.serve.models.manager import Entry, Manager
+from lepton_xla.serve.models.repository import Repository
 from lepton_xla.serve.processes import control
 from lepton_xla.serve.processes.child import ENDING_S, Child, ended
 from lepton_xla.serve.processes.control import Control
+from lepton_xla.serve.processes.fleet import Fleet
 from lepton_xla.serve.processes.packets import pair
 from lepton_xla.serve.processes.tally import Tally
 
@@ -39,25 +43,41 @@ class Supervisor:
     """The workers of a server, and the address they serve.
 
     Args:
-        artifact: path of the artifact to serve.
+        artifact: path of the artifact to serve; empty for a repository.
         options: how to run; limits apply to each worker on its own.
         workers: number of worker processes.
         json_logs: whether log lines are JSON.
+        repository: folder of the repository to serve.
 
     Attributes:
         address: host and port, once listening, of the first address; the path and 0 of a Unix socket.
-        name: the model's name on the wire, once a worker has reported it.
+        name: the model's name on the wire, once a worker has reported it; several are separated by commas.
 
     Raises:
         ServeError: if the server would be open to everyone, see `Access`.
     """
 
-    def __init__(self, artifact: str, options: Options, workers: int, *, json_logs: bool = False) -> None:
+    def __init__(
+        self,
+        artifact: str,
+        options: Options,
+        workers: int,
+        *,
+        json_logs: bool = False,
+        repository: str | None = None,
+    ) -> None:
         self._settings = control.Settings(artifact, options, workers, json_logs)
         self._options = options
         self._access = options.access()
         self._workers = [Child(f"worker {number + 1}") for number in range(workers)]
         self._tally = Tally(self._workers)
+        self._fleet = Fleet(self._workers, self._may_serve)
+        self._manager: Manager | None = None
+        if repository is not None:
+            self._manager = Manager(
+                Repository(repository), self._fleet, explicit=options.explicit, poll_s=options.repository_poll_s
+            )
+        self._asks: set[asyncio.Task[None]] = set()
         self._digest = ""
         self._open = False
         self._ending: set[Child] = set()
@@ -98,6 +118,15 @@ class Supervisor:
             if not self._begun.done():
                 return True
             self._begun.result()
+            if self._manager is not None:
+                starting = loop.create_task(self._manager.start(self._options.load))
+                await asyncio.wait([starting, asked], return_when=asyncio.FIRST_COMPLETED)
+                if not starting.done():
+                    starting.cancel()
+                    return True
+                starting.result()
+                self.name = ", ".join(self._manager.states)
+                self._managing = loop.create_task(self._manager.watch())
             stop.warming = False
             self._listening.open(_BACKLOG)
             self._open = True
@@ -111,6 +140,8 @@ class Supervisor:
             return await self._drain(stop, keepers.values())
         finally:
             watching.cancel()
+            if self._manager is not None:
+                self._manager.close()
             self._listening.close()
             await self._end(keepers)
 
@@ -159,6 +190,7 @@ class Supervisor:
         finally:
             child.control = None
             child.ready = False
+            self._fleet.gone(child)
             self._tally.retire(child)
             self._accept_or_wait()
         return await ended(process)
@@ -209,21 +241,56 @@ class Supervisor:
                 child.ready = False
                 if child not in self._ending:
                     child.send(control.Closed())
-            case control.Counts(counts, number):
-                child.counts = counts
-                self._tally.counted(child, number)
-            case control.Total(counts, number):
-                child.counts = counts
+            case control.Counts(_, number, last):
+                child.count(message)
+                if last:
+                    self._tally.counted(child, number)
+            case control.Total(number):
                 self._tally.count(child, number)
+            case control.Prepared(number, failed):
+                self._fleet.prepared(child, number, failed)
+            case control.Freed(number):
+                self._fleet.freed(child, number)
+            case control.Ask():
+                task = self._loop.create_task(self._answer(child, message))
+                self._asks.add(task)
+                task.add_done_callback(self._asks.discard)
             case _:
                 raise ValueError("a message that is not for the supervisor")
 
+    async def _answer(self, child: Child, ask: control.Ask) -> None:
+        """Carries out what a client has asked a worker for."""
+        assert self._manager is not None
+        told, entries = control.Told(ask.number), list[Entry]()
+        try:
+            if ask.action == "index":
+                entries = await self._manager.index()
+            elif ask.action == "load":
+                await self._manager.load(ask.name, ask.overrides, ask.who)
+            else:
+                await self._manager.unload(ask.name, ask.who)
+        except RepositoryError as error:
+            told = control.Told(ask.number, error.kind, str(error))
+        except Exception:
+            _log.exception("a request of a client to the repository failed")
+            told = control.Told(ask.number, "failed", "internal error")
+        for some in itertools.batched(entries, 32):
+            child.send(control.Told(ask.number, entries=list(some), last=False))
+        child.send(told)
+
     def _is_ready(self, child: Child, model: str, digest: str) -> None:
-        child.ready = True
+        if self._manager is not None:
+            self._fleet.joined(child)
+            return
         self.name = model
         if self._digest not in ("", digest):
             self._replace_others(child)
         self._digest = digest
+        self._may_serve(child)
+
+    def _may_serve(self, child: Child) -> None:
+        """A worker can take connections."""
+        child.ready = True
         if all(each.ready for each in self._workers) and not self._begun.done():
             self._begun.set_result(None)
         self._accept_or_wait()

@@ -73,4 +73,5 @@ class Tally:
             for child in self._workers:
                 if child is not inquiry.asker:
                     total = added(total, child.counts)
-            inquiry.asker.send(control.Counts(total, inquiry.number))
+            for message in control.in_pieces(total, inquiry.number):
+                inquiry.asker.send(message)

@@ -8,21 +8,26 @@ all.
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
 import os
 import signal
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from typing import Any
 
-from lepton_xla.errors import ServeError
+from lepton_xla.errors import RepositoryError, ServeError
 from lepton_xla.serve.app.frontend import HTTPFrontEnd
 from lepton_xla.serve.batching.engine import Engine
 from lepton_xla.serve.batching.scheduler import Call
 from lepton_xla.serve.http.arrivals import Arrivals
 from lepton_xla.serve.http.drain import Stop
+from lepton_xla.serve.loader import ArtifactLoader, Warm
+from lepton_xla.serve.models.changes import Change
 from lepton_xla.serve.models.handle import ModelHandle
+from lepton_xla.serve.models.host import Host
+from lepton_xla.serve.models.manager import Entry
 from lepton_xla.serve.models.registry import Registry
 from lepton_xla.serve.observe.server_metrics import ServerMetrics
 from lepton_xla.serve.processes import control
@@ -36,19 +41,39 @@ from lepton_xla.serve.server import open_model
 _log = logging.getLogger("lepton_xla.serve")
 
 
+@dataclasses.dataclass(slots=True)
+class _Question:
+    """A request to the supervisor, and what has come of the answer."""
+
+    answer: asyncio.Future[list[Entry]]
+    entries: list[Entry]
+
+
 class Worker:
-    """Connections to one model, and the supervisor that hands them over.
+    """Connections to the models of this process, and the supervisor that hands them over.
 
     Args:
         settings: what the server was told.
         metrics: what is counted here.
+        models: what answers requests.
+        host: changes those, of a repository; None where there is one artifact.
         end: of the pair whose other end the supervisor has.
         loop: the event loop.
     """
 
     def __init__(
-        self, settings: control.Settings, metrics: ServerMetrics, end: socket.socket, loop: asyncio.AbstractEventLoop
+        self,
+        settings: control.Settings,
+        metrics: ServerMetrics,
+        models: Registry,
+        host: Host[Warm] | None,
+        end: socket.socket,
+        loop: asyncio.AbstractEventLoop,
     ) -> None:
+        self._models = models
+        self._host = host
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._questions: dict[int, _Question] = {}
         self._options = settings.options
         self._access = settings.options.access()
         self._metrics = metrics
@@ -59,28 +84,31 @@ class Worker:
         loop.add_signal_handler(signal.SIGHUP, self._access.reload)
         self._no_more = asyncio.Event()
         self._askers: dict[int, Callable[[ServerMetrics], object]] = {}
+        self._counting: dict[str, Any] = {}
         self._asked = 0
         self._arrivals: Arrivals | None = None
         self._control = Control(end, self._told, self._orphaned, loop)
 
-    async def serve(self, model: ModelHandle, digest: str) -> bool:
+    async def serve(self, name: str, digest: str) -> bool:
         """Serves until stopped; gives whether everything accepted was answered.
 
         Args:
-            model: what is served.
+            name: of the model; empty for a repository.
             digest: of its artifact's manifest.
         """
-        frontend = HTTPFrontEnd(Registry(model), self._metrics, self._options, self._access, self._gather)
+        frontend = HTTPFrontEnd(
+            self._models, self._metrics, self._options, self._access, self._gather, None if self._host is None else self
+        )
         self._arrivals = Arrivals(frontend.state, self._access.tls_options(self._options.limits))
         settle()
         reporting = self._loop.create_task(self._report(frontend))
         try:
             return await frontend.serve(
-                self, self._stop, lambda: self._control.send(control.Ready(model.signature.name, digest))
+                self, self._stop, lambda: self._control.send(control.Ready(name, digest))
             )  # fmt: skip
         finally:
             reporting.cancel()
-            self._control.send(control.Counts(self._metrics.counts()))
+            self._send_counts()
             self._control.close()
 
     async def close(self) -> None:
@@ -106,9 +134,19 @@ class Worker:
             case control.Closed():
                 self._no_more.set()
             case control.Count(number):
-                self._control.send(control.Counts(self._metrics.counts(), number))
-            case control.Counts(counts, number):
-                self._show(counts, number)
+                self._send_counts(number)
+            case control.Counts(counts, number, last):
+                self._counting |= counts
+                if last:
+                    others, self._counting = self._counting, {}
+                    self._show(others, number)
+            case control.Prepare(number, change):
+                self._begin(self._prepare(number, change))
+            case control.Commit(number, change):
+                assert self._host is not None
+                self._begin(self._free(number, self._host.commit(number, change)))
+            case control.Told():
+                self._answered(message)
             case _:
                 close_all(fds)
 
@@ -123,21 +161,69 @@ class Worker:
         else:
             self._arrivals.take(client)
 
+    # Models.
+
+    def _begin(self, work: Coroutine[Any, Any, None]) -> None:
+        task = self._loop.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _prepare(self, number: int, change: Change) -> None:
+        assert self._host is not None
+        self._control.send(control.Prepared(number, await self._host.prepare(number, change)))
+
+    async def _free(self, number: int, ended: Awaitable[object]) -> None:
+        await ended
+        self._control.send(control.Freed(number))
+
+    async def index(self) -> list[Entry]:
+        """The models of the repository, as the supervisor knows them."""
+        return await self._ask("index")
+
+    async def load(self, name: str, overrides: Mapping[str, int | None], who: str) -> None:
+        """Has all workers load a model."""
+        await self._ask("load", name=name, overrides=dict(overrides), who=who)
+
+    async def unload(self, name: str, who: str) -> None:
+        """Has all workers unload a model."""
+        await self._ask("unload", name=name, who=who)
+
+    async def _ask(self, action: str, **more: Any) -> list[Entry]:
+        number = self._asked = self._asked + 1
+        question = self._questions[number] = _Question(self._loop.create_future(), [])
+        self._control.send(control.Ask(number, action, **more))
+        return await question.answer
+
+    def _answered(self, told: control.Told) -> None:
+        question = self._questions[told.number]
+        question.entries.extend(told.entries)
+        if told.last:
+            del self._questions[told.number]
+            if told.kind:
+                question.answer.set_exception(RepositoryError(told.kind, told.error))
+            else:
+                question.answer.set_result(question.entries)
+
     # What is counted.
+
+    def _send_counts(self, number: int = 0) -> None:
+        for message in control.in_pieces(self._metrics.counts(), number):
+            self._control.send(message)
 
     async def _report(self, frontend: HTTPFrontEnd) -> None:
         while True:
             if not self._metrics.live:
                 self._stop.asked.set()
             self._control.send(control.Connections(frontend.state.open))
-            self._control.send(control.Counts(self._metrics.counts()))
+            self._send_counts()
             await asyncio.sleep(control.REPORT_S)
 
     def _gather(self, then: Callable[[ServerMetrics], object]) -> None:
         """Calls back with what the whole server has counted."""
         self._asked += 1
         self._askers[self._asked] = then
-        self._control.send(control.Total(self._metrics.counts(), self._asked))
+        self._send_counts()
+        self._control.send(control.Total(self._asked))
 
     def _show(self, others: dict[str, Any], number: int) -> None:
         then = self._askers.pop(number)
@@ -170,20 +256,35 @@ async def _main(settings: control.Settings, end: socket.socket) -> bool:
     run_on_calling_thread()
     count_on_cores(cores)
     check_device()
-    servable = load(settings.artifact)
-    signature = signature_of(servable, settings.options.name)
-    engine: Engine[Call] = Engine(servable, signature)
-    measured = engine.warm_up()
-    metrics = ServerMetrics()
-    model = open_model(engine, measured, signature, settings.options, metrics, cores)
-    worker = Worker(settings, metrics, end, asyncio.get_running_loop())
-    model.scheduler.start()
+    metrics, models = ServerMetrics(), Registry()
+    host: Host[Warm] | None = None
+    name = digest = ""
+
+    def make(warm: Warm) -> ModelHandle:
+        return open_model(
+            warm.engine, warm.measured, warm.signature, warm.options, metrics, cores=cores, model=warm.model
+        )  # fmt: skip
+
+    if settings.artifact:
+        servable = load(settings.artifact)
+        signature = signature_of(servable, settings.options.name)
+        engine: Engine[Call] = Engine(servable, signature)
+        handle = make(Warm(servable, signature, engine, engine.warm_up(), settings.options))
+        handle.scheduler.start()
+        models.put(handle)
+        name, digest = signature.name, servable.manifest.sha256
+    else:
+        host = Host(models, ArtifactLoader(settings.options, metrics, make))
+    worker = Worker(settings, metrics, models, host, end, asyncio.get_running_loop())
     finished = False
     try:
-        finished = await worker.serve(model, servable.manifest.sha256)
+        finished = await worker.serve(name, digest)
         return finished
     finally:
-        model.scheduler.stop(5.0 if finished else 0.0)
+        if host is not None:
+            host.close()
+        for model in models:
+            model.scheduler.stop(5.0 if finished else 0.0)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,121 @@
+"""Carries changes of models out in all workers of a server at once; an `Executor` of `Manager`.
+
+One worker prepares a change first, then the others, and only when all have prepared it are all told to commit. So a bad
+artifact takes the time of one worker, and one that ends a process ends one. A worker that is started meanwhile catches
+up before it gets connections.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+from collections.abc import Awaitable, Callable, Sequence
+
+from lepton_xla.serve.models.changes import Change, State, difference
+from lepton_xla.serve.processes import control
+from lepton_xla.serve.processes.child import Child
+
+_log = logging.getLogger("lepton_xla.serve")
+
+
+class Fleet:
+    """The workers of a server, as those that hold models.
+
+    Args:
+        workers: all of them.
+        caught_up: called with a worker that holds what all others hold; makes it ready.
+    """
+
+    def __init__(self, workers: Sequence[Child], caught_up: Callable[[Child], object]) -> None:
+        self._workers = workers
+        self._caught_up = caught_up
+        self._states: dict[str, State] = {}
+        self._holds: dict[Child, dict[str, State]] = {child: {} for child in workers}
+        self._waiting: dict[tuple[Child, int, bool], asyncio.Future[dict[str, str]]] = {}
+        self._own = itertools.count(-1, -1)  # changes that only one worker carries out
+        self._tasks: dict[Child, asyncio.Task[None]] = {}
+
+    # For the manager.
+
+    async def prepare(self, number: int, change: Change) -> dict[str, str]:
+        """Has every worker load the versions of a change; returns why some could not be: version -> reason."""
+        failed: dict[str, str] = {}
+        asked: set[Child] = set()
+        # Until every ready worker has prepared: others may have become ready meanwhile.
+        while not failed and (missing := [child for child in self._workers if child.ready and child not in asked]):
+            now = missing if asked else missing[:1]
+            asked.update(now)
+            told = await asyncio.gather(*(self._ask(child, control.Prepare(number, change)) for child in now))
+            for each in told:
+                failed |= each
+        return failed
+
+    def commit(self, number: int, change: Change) -> Awaitable[object]:
+        """Has all workers put what they have prepared; ends when all have freed what it replaces."""
+        state = self._states.get(change.name, State()).after(change)
+        self._states[change.name] = state
+        ended: list[Awaitable[object]] = []
+        for child in self._workers:
+            if child.ready:
+                self._holds[child][change.name] = state
+                ended.append(self._ask(child, control.Commit(number, change)))
+        return asyncio.gather(*ended)
+
+    # For the supervisor.
+
+    def joined(self, child: Child) -> None:
+        """A worker has started, and holds no model yet."""
+        self._holds[child] = {}
+        self._tasks[child] = asyncio.get_running_loop().create_task(self._catch_up(child))
+
+    def gone(self, child: Child) -> None:
+        """A worker has ended."""
+        task = self._tasks.pop(child, None)
+        if task is not None:
+            task.cancel()
+        for key in [key for key in self._waiting if key[0] is child]:
+            self._answered(key, {"": f"{child.name} has ended while it was loaded"})
+
+    def prepared(self, child: Child, number: int, failed: dict[str, str]) -> None:
+        """A worker has prepared a change."""
+        self._answered((child, number, False), failed)
+
+    def freed(self, child: Child, number: int) -> None:
+        """A worker has freed what a change replaced."""
+        self._answered((child, number, True), {})
+
+    def _answered(self, key: tuple[Child, int, bool], failed: dict[str, str]) -> None:
+        waiting = self._waiting.pop(key, None)
+        if waiting is not None and not waiting.done():
+            waiting.set_result(failed)
+
+    async def _ask(self, child: Child, message: control.Prepare | control.Commit) -> dict[str, str]:
+        """Sends a change, and waits for the answer; a worker that ends has failed to load any of it."""
+        key = (child, message.number, isinstance(message, control.Commit))
+        waiting = self._waiting[key] = asyncio.get_running_loop().create_future()
+        child.send(message)
+        failed = await waiting
+        ended = failed.get("")
+        return failed if ended is None else dict.fromkeys(message.change.load, ended)
+
+    async def _catch_up(self, child: Child) -> None:
+        """Has a worker load what the others hold, whatever that is by then."""
+        held = self._holds[child]
+        while changes := self._missing(held):
+            for change in changes:
+                number = next(self._own)
+                failed = await self._ask(child, control.Prepare(number, change))
+                if failed:
+                    version, reason = next(iter(failed.items()))
+                    child.reason = f"{change.name} version {version} cannot be loaded: {reason}"
+                    if child.process is not None:
+                        child.process.kill()  # it would answer otherwise than the others; it is started again
+                    return
+                held[change.name] = held.get(change.name, State()).after(change)
+                child.send(control.Commit(number, change))
+        self._caught_up(child)
+
+    def _missing(self, held: dict[str, State]) -> list[Change]:
+        changes = (difference(name, held.get(name, State()), state) for name, state in self._states.items())
+        return [change for change in changes if change is not None]
