@@ -12,7 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lepton_xla.program import TensorSpec
+from lepton_xla.compiler import compile
+from lepton_xla.program import TensorSpec, trace
+from lepton_xla.serve import Options, Server
+from lepton_xla.serve.models.repository import Repository
 
 CHECKOUT = os.environ.get("LEPTON_TRITON_CLIENT")
 FOLDER = Path(CHECKOUT or ".") / "src/python/examples"
@@ -23,10 +26,9 @@ PASSING = (
     "simple_http_aio_infer_client.py",
     "simple_http_health_metadata.py",
 )
+CONTROL = "simple_http_model_control.py"
 SHARED_MEMORY = "shared memory is not supported"
 OTHERS = {
-    # It wants seven models in the repository, and says nothing when there are not.
-    "simple_http_model_control.py": "",
     # These two want other models: one that keeps state, one that takes strings.
     "simple_http_sequence_sync_infer_client.py": "Request for unknown model: 'simple_sequence'",
     "simple_http_string_infer_client.py": "Request for unknown model: 'simple_string'",
@@ -71,7 +73,23 @@ def simple(make_server):
 
 
 def test_the_table_knows_every_script():
-    assert {path.name for path in FOLDER.glob("simple_http_*.py")} == {*PASSING, *OTHERS}
+    assert {path.name for path in FOLDER.glob("simple_http_*.py")} == {*PASSING, CONTROL, *OTHERS}
+
+
+def test_models_are_loaded_unloaded_and_configured(tmp_path):
+    """The script wants seven models in the repository, and one whose largest batch can be set to 16."""
+    inputs = {name: TensorSpec(("batch", 16), "int32") for name in ("INPUT0", "INPUT1")}
+    program = trace(
+        lambda weights, INPUT0, INPUT1: {"OUTPUT0": INPUT0 + INPUT1, "OUTPUT1": INPUT0 - INPUT1}, {}, inputs
+    )
+    compile(program, {"batch": (1, 8, 16)}, name="simple").save(tmp_path / "simple.lepton")
+    repository = Repository(tmp_path / "MODELS")
+    for name in ("simple", *(f"other{number}" for number in range(6))):
+        repository.push(tmp_path / "simple.lepton", name)
+    with Server(options=Options(port=0, explicit=True), repository=repository.root) as server:
+        code, output = run(server, CONTROL)
+    assert code == 0, output
+    assert "PASS: model control" in output
 
 
 @pytest.mark.parametrize("script", PASSING)

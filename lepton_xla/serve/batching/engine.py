@@ -255,7 +255,7 @@ class Engine[T: Work]:
         return not self._thread.is_alive()
 
     def free(self) -> None:
-        """Lets go of the model and the arrays. Nothing may run any more; who still refers to the engine keeps little."""
+        """Lets go of the model and the arrays. Nothing may run any more."""
         del self._model
         self._stages.clear()
 

@@ -1,6 +1,7 @@
 """Versions of real artifacts that take each other's place while clients ask, and artifacts that must not."""
 
 import gc
+import importlib
 import json
 import os
 import shutil
@@ -15,6 +16,7 @@ from serve_fakes import exchange
 
 from lepton_xla.errors import RepositoryError
 from lepton_xla.serve import Options, Server
+from lepton_xla.serve.access.tokens import create_token
 from lepton_xla.serve.models.repository import Repository
 
 
@@ -253,6 +255,46 @@ def test_triton_s_routes_load_and_unload(start, repository, made):
     assert status == 400
     assert "unknown field" in error
     assert "model_repository" in json.loads(exchange(server, "GET", "/v2")[2])["extensions"]
+
+
+# gevent, which the client is built on, warns on import and when a loop is left open.
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_tritons_client_loads_and_unloads(start, repository, made):
+    triton = importlib.import_module("tritonclient.http")
+    refused = importlib.import_module("tritonclient.utils").InferenceServerException
+    repository.push(made[1], "other")
+    server = start(explicit=True)
+    with triton.InferenceServerClient(server.url.removeprefix("http://")) as client:
+        assert client.get_model_repository_index() == [{"name": "m"}, {"name": "other"}]
+        client.load_model("m")
+        assert client.is_model_ready("m", "1")
+        client.load_model("m", config=json.dumps({"max_batch_size": 1}))
+        assert client.get_model_config("m")["max_batch_size"] == 1
+        index = [{"name": "m", "version": "1", "state": "READY"}, {"name": "other"}]
+        assert client.get_model_repository_index() == index
+        with pytest.raises(refused, match=r"failed to load 'm', .* unknown field"):
+            client.load_model("m", config="{}", files={"file:1/model.onnx": b"x"})
+        with pytest.raises(refused, match="failed to load 'nobody'"):
+            client.load_model("nobody")
+        client.unload_model("m", unload_dependents=True)
+        assert not client.is_model_ready("m")
+        with pytest.raises(refused, match="failed to unload 'm'"):
+            client.unload_model("m")
+
+
+def test_only_a_token_for_admin_changes_models(start, repository, tmp_path):
+    tokens = {}
+    for scope in ("read", "infer", "admin"):
+        tokens[scope] = create_token(tmp_path / "tokens.jsonl", scope, [scope])
+    server = start(explicit=True, token_file=tmp_path / "tokens.jsonl")
+
+    def status(action, scope):
+        headers = {"Authorization": f"Bearer {tokens[scope]}"} if scope else {}
+        return exchange(server, "POST", f"/v2/repository/models/m/{action}", b"", headers)[0]
+
+    for action in ("load", "unload"):
+        assert [status(action, scope) for scope in (None, "read", "infer", "admin")] == [401, 403, 403, 200]
 
 
 def test_settings_of_a_model_hold_and_change(start, repository):
