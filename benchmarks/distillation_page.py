@@ -88,14 +88,14 @@ def sentence_tables(found: dict[str, Any]) -> list[str]:
         gap = "" if name == "labels alone" else share(closed(statistics.fmean(accuracies), alone, found["teacher"]))
         rows.append([f"3 layers: {name}", each(accuracies), mean(accuracies), gap])
     trained, tested = found["questions"]
-    first, second = found["epochs"]
+    (first, second), (large, small) = found["epochs"], found["batches"]
     settings = found["settings"]
     return [
         harness.markdown(["", "accuracy %, each seed", "mean", "gap closed"], rows),
         (
             f"{trained:,} training and {tested:,} test questions, 77 intents; the test set's standard error is "
-            f"{100 * binomial(found['teacher'], tested):.2f} points. Teacher {first:g} epochs, students {second:g}: "
-            f"few, because all of this runs on two cores; AdamW, largest rate {settings['rate']:g}, batch "
-            f"{settings['batch']}, questions cut to {settings['length']} tokens while training and judged whole."
+            f"{100 * binomial(found['teacher'], tested):.2f} points. AdamW, largest rate {settings['rate']:g}; teacher "
+            f"{first} epochs in batches of {large}, students {second} in batches of {small}: few, because all of this "
+            f"runs on two cores. Questions are cut to {settings['length']} tokens while training, and judged whole."
         ),
     ]

@@ -35,18 +35,23 @@ def learn(
     seed: int = 0,
     **options: Any,
 ) -> lx.Program:
-    """Train with AdamW: a tenth of the steps warms up, then the rate falls as a cosine.
+    """Train with `optimizer`.
 
     Args:
         folder: where checkpoints are, so that a run that ends early goes on; None for none.
         options: of `lx.train.fit`.
     """
-    optimizer = optax.adamw(
-        optax.warmup_cosine_decay_schedule(0.0, rate, max(1, steps // 10), steps), weight_decay=decay
-    )
     checkpoint = None if folder is None else train.Checkpoints(folder, every=EVERY, keep=1)
     options = {"clip_norm": 1.0, "progress": False, **options}
-    return train.fit(model, loss, optimizer, batches, steps=steps, checkpoint=checkpoint, seed=seed, **options).program
+    return train.fit(
+        model, loss, optimizer(steps, rate, decay), batches, steps=steps, checkpoint=checkpoint, seed=seed, **options
+    ).program
+
+
+def optimizer(steps: int, rate: float, decay: float) -> optax.GradientTransformation:
+    """AdamW: the rate rises for a tenth of the steps, then falls as a cosine."""
+    schedule = optax.warmup_cosine_decay_schedule(0.0, rate, max(1, steps // 10), steps)
+    return optax.adamw(schedule, weight_decay=decay)
 
 
 def batches(arrays: Mapping[str, np.ndarray], batch: int, seed: int) -> Batches:
