@@ -12,6 +12,7 @@ from students import digits
 from students.base import binomial, closed, noise
 
 TARGET_CLOSED = 0.4
+TARGET_SMALLER, TARGET_FASTER, TARGET_LOST = 5.0, 2.5, 0.005
 HEAD = [
     "# Distillation",
     (
@@ -30,6 +31,21 @@ INTRODUCTIONS = {
         "no better than a student that learns alone, so it is a LeNet-5, and half of a labels' loss is added. Each "
         "seed has a teacher of its own. Epochs, rates and temperature were chosen on 1,000 of the 5,000 images."
     ),
+    "four-bits": (
+        "## LeNet-5 with 4-bit weights and activations\n\n"
+        f"{digits.NOTE}. Each convolution and dense layer has 4-bit weights with a scale per output channel, and 4-bit "
+        "activations with a scale per row. `Rounded` is the float model without further training. The others were "
+        "trained on by `lx.train.fit` with `Compression(..., quantize_from=0)`, and are judged as they would be "
+        "served, with their weights as codes. Distilled: half of the loss is the divergence from the float model's "
+        "answers."
+    ),
+    "shrunk": (
+        "## A residual CNN with 30 % of its operations\n\n"
+        f"{digits.NOTE}. The network of `benchmarks/models/residual.py` loses channels before the first step "
+        "(`Compression(shrink_at=0, shrink={'flops': 0.3, 'round_to': 8})`), batch norms included, and is trained on. "
+        "Distilled: half of the loss is the divergence from the whole network's answers. One whole network; seeds are "
+        "those of the batches."
+    ),
     "sentences": (
         "## MiniLM with three of six layers on BANKING77\n\n"
         "The teacher is all-MiniLM-L6-v2 with a linear layer on top, fine-tuned once. Each student starts from its "
@@ -37,6 +53,16 @@ INTRODUCTIONS = {
         "`lx.train.fit`. Logits: `lx.train.Logits(2.0)`, the teacher's answers to all training questions stored once "
         "by `lx.train.teach`. Features: the cosine distance between the outputs of each layer and of the teacher's, "
         "which runs in each step."
+    ),
+    "smaller": (
+        "## MiniLM in a fifth of its bytes, by one command\n\n"
+        "    leptonx train benchmarks/small_minilm.py:small --recipe int8 -o small.lepton\n"
+        "    leptonx eval benchmarks/small_minilm.py:whole small.lepton\n"
+        "    leptonx bench small.lepton --target benchmarks/small_minilm.py:whole\n\n"
+        "The first trains the student of three layers from the stored answers of the fine-tuned MiniLM of the section "
+        "above, rounds weights and activations to int8 in the second half of its steps, and compiles it. The others "
+        "say what is left of accuracy, bytes and time, in turns with the float model of six layers under `jax.jit`. "
+        "`examples/distill_minilm.py:small` does the same without this benchmark's settings."
     ),
 }
 
@@ -76,6 +102,45 @@ def mnist_tables(found: dict[str, Any]) -> list[str]:
     return parts
 
 
+def four_bits_tables(found: dict[str, Any]) -> list[str]:
+    """Float, rounded, trained on."""
+    rows = found["rows"]
+    whole, rounded = (statistics.fmean(rows[name]) for name in ("float", "rounded"))
+    cells = []
+    for name, accuracies in rows.items():
+        value = statistics.fmean(accuracies)
+        regained = share((value - rounded) / (whole - rounded)) if whole > rounded and "trained" in name else ""
+        cells.append([name, each(accuracies), mean(accuracies), f"{100 * (value - whole):+.2f}", regained])
+    first, second = found["epochs"]
+    return [
+        harness.markdown(["", "accuracy %, each seed", "mean", "points from float", "regained"], cells),
+        (
+            f"Float {first} epochs, then {second} with rounding. The test set's standard error is "
+            f"{100 * binomial(whole, found['tested']):.2f} points."
+        ),
+    ]
+
+
+def shrunk_tables(found: dict[str, Any]) -> list[str]:
+    """The whole network and the shrunk ones."""
+    whole = found["whole"]
+    cells: list[list[str]] = [["whole", harness.percent(whole), "", "", "1.00", "1.00"]]
+    for way, rows in found["rows"].items():
+        if rows:
+            accuracies = [row["accuracy"] for row in rows]
+            lost = f"{100 * (statistics.fmean(accuracies) - whole):+.2f}"
+            sizes = [f"{statistics.fmean(row[name] for row in rows):.2f}" for name in ("flops", "bytes")]
+            cells.append([f"shrunk, {way}", each(accuracies), mean(accuracies), lost, *sizes])
+    first, second = found["epochs"]
+    return [
+        harness.markdown(["", "accuracy %, each seed", "mean", "points from whole", "operations", "bytes"], cells),
+        (
+            f"Whole {first} epochs, shrunk {second} more. The test set's standard error is "
+            f"{100 * binomial(whole, found['tested']):.2f} points. Target: no loss, mean of the seeds."
+        ),
+    ]
+
+
 def sentence_tables(found: dict[str, Any]) -> list[str]:
     """Teachers and students."""
     students = {name: accuracies for name, accuracies in found["students"].items() if accuracies}
@@ -97,5 +162,33 @@ def sentence_tables(found: dict[str, Any]) -> list[str]:
             f"{100 * binomial(found['teacher'], tested):.2f} points. AdamW, largest rate {settings['rate']:g}; teacher "
             f"{first} epochs in batches of {large}, students {second} in batches of {small}: few, because all of this "
             f"runs on two cores. Questions are cut to {settings['length']} tokens while training, and judged whole."
+        ),
+    ]
+
+
+def smaller_tables(found: dict[str, Any]) -> list[str]:
+    """What `leptonx eval` and `leptonx bench` say."""
+    accuracies = found["eval"]["float"]["accuracy"], found["eval"]["artifact"]["accuracy"]
+    bench = found["bench"]
+    sizes = bench["weights_bytes_float"], bench["weights_bytes_on_disk"]
+    rows = [
+        ["accuracy %", *map(harness.percent, accuracies), f"{100 * (accuracies[1] - accuracies[0]):+.2f} points"],
+        ["bytes of weights", *(f"{size:,}" for size in sizes), f"{sizes[0] / sizes[1]:.2f} times smaller"],
+    ]
+    for entry in bench["buckets"]:
+        times = [f"{1e3 * entry[side]['median_s']:.2f}" for side in ("float", "artifact")]
+        rows.append([f"ms, {entry['bucket']}", *times, f"{entry['speedup']:.2f} times faster"])
+    met = [
+        -(accuracies[1] - accuracies[0]) <= TARGET_LOST,
+        sizes[0] / sizes[1] >= TARGET_SMALLER,
+        all(entry["speedup"] >= TARGET_FASTER for entry in bench["buckets"]),
+    ]
+    words = ["met" if each else "missed" for each in met]
+    return [
+        harness.markdown(["", "float, 6 layers", "small, 3 layers", ""], rows),
+        (
+            f"{found['train']['steps']} steps. Targets: at most {100 * TARGET_LOST:.1f} points lost ({words[0]}; the "
+            f"test set's standard error is {100 * binomial(accuracies[0], found['tested']):.2f}), {TARGET_SMALLER:g} "
+            f"times smaller ({words[1]}), {TARGET_FASTER:g} times faster in each bucket ({words[2]})."
         ),
     ]

@@ -33,19 +33,25 @@ def learn(
     decay: float,
     folder: pathlib.Path | None,
     seed: int = 0,
-    **options: Any,
-) -> lx.Program:
+    compression: train.Compression | None = None,
+) -> train.Result:
     """Train with `optimizer`.
 
     Args:
         folder: where checkpoints are, so that a run that ends early goes on; None for none.
-        options: of `lx.train.fit`.
     """
-    checkpoint = None if folder is None else train.Checkpoints(folder, every=EVERY, keep=1)
-    options = {"clip_norm": 1.0, "progress": False, **options}
     return train.fit(
-        model, loss, optimizer(steps, rate, decay), batches, steps=steps, checkpoint=checkpoint, seed=seed, **options
-    ).program
+        model,
+        loss,
+        optimizer(steps, rate, decay),
+        batches,
+        steps=steps,
+        clip_norm=1.0,
+        compression=compression,
+        checkpoint=None if folder is None else train.Checkpoints(folder, every=EVERY, keep=1),
+        seed=seed,
+        progress=False,
+    )
 
 
 def optimizer(steps: int, rate: float, decay: float) -> optax.GradientTransformation:

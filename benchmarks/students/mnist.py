@@ -71,14 +71,16 @@ def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         steps = digits.steps(learned, 1 if options.quick else epochs)
         teacher = learn(
             model, train.supervised(model), digits.moved(learned, seed), steps=steps, rate=rate, decay=1e-3, **more
-        )
+        ).program
         accuracies = {"teacher": digits.accuracy(teacher, judged)}
         student = digits.model(Wide(800), seed)
         logits = [train.Logits(TEMPERATURE), *([train.Labels(weight=0.5)] if labels else [])]
         losses = {"labels alone": train.supervised(student), "distilled": train.distill(student, teacher, logits)}
         steps = digits.steps(learned, 1 if options.quick else EPOCHS)
         for way in WAYS:
-            program = learn(student, losses[way], seen(learned, seed), steps=steps, rate=RATE, decay=0.0, **more)
+            program = learn(
+                student, losses[way], seen(learned, seed), steps=steps, rate=RATE, decay=0.0, **more
+            ).program
             accuracies[way] = digits.accuracy(program, judged)
         return accuracies
 

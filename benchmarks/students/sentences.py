@@ -87,7 +87,7 @@ class Task:
             decay=SETTINGS["decay"],
             folder=self.folder / f"{name}, {epochs} epochs",
             seed=seed,
-        )
+        ).program
 
     @functools.cached_property
     def teacher(self) -> lx.Program:
