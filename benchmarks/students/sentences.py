@@ -146,6 +146,7 @@ def load(*, quick: bool) -> Task:
     Raises:
         models.MissingError: if the model or the questions are not here.
     """
+    minilm.folder()
     parts = {part: minilm.questions(part, 128 if quick else None) for part in ("train", "test")}
     weights = minilm.load_weights()
     table = weights[TABLE]
