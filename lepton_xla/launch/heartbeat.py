@@ -15,8 +15,8 @@ import pathlib
 FILE_VARIABLE = "LEPTON_HEARTBEAT_FILE"
 """Names the file of this process. The launcher sets it."""
 
-STEP = "step"
-"""The phase in which steps pass; the watchdog's shortest limit holds in it."""
+DATA, STEP = "data", "step"
+"""The phases in which steps pass: it waits for the next batch, or has it. The watchdog's shortest limit holds."""
 
 _log = logging.getLogger("lepton_xla.launch")
 
@@ -31,7 +31,7 @@ class Beat:
     Attributes:
         step: steps done.
         first_step: `step` of its first beat in the phase `step`: where it went on from; -1 before that.
-        phase: what it does: `start`, `compile`, `step`, `evaluate` or `save`.
+        phase: what it does: `start`, `compile`, `data`, `step`, `evaluate` or `save`.
 
     >>> from lepton_xla.launch import Beat
     >>> Beat(step=12, first_step=10, phase="step").phase
@@ -99,7 +99,8 @@ def beat(step: int, phase: str) -> None:
 
     Args:
         step: steps done.
-        phase: `start`, `compile`, `step`, `evaluate` or `save`; the watchdog has a limit for each.
+        phase: `start`, `compile`, `data` (before it asks for a batch), `step`, `evaluate` or `save`; the watchdog has a
+            limit for each.
 
     >>> lx.launch.beat(500, "compile")
     >>> for step in range(500, 503):

@@ -6,9 +6,10 @@ import dataclasses
 from collections.abc import Sequence
 
 from lepton_xla.errors import LaunchError
-from lepton_xla.launch.heartbeat import STEP, Beat
+from lepton_xla.launch.heartbeat import DATA, STEP, Beat
 
 _SEVERAL = 10.0
+_STEPPING = (DATA, STEP)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,7 +17,7 @@ class Limits:
     """How long a process may stay at one step, in seconds.
 
     Attributes:
-        step_s: in the phase `step`.
+        step_s: in the phases `data` and `step`.
         compile_s: before the first beat, and in `start` and `compile`. By default ten times `step_s`.
         evaluate_s: in `evaluate` and `save`. By default ten times `step_s`.
 
@@ -45,7 +46,7 @@ class Limits:
 
     def of(self, phase: str) -> float:
         """The limit of a phase."""
-        if phase == STEP:
+        if phase in _STEPPING:
             return self.step_s
         return self.evaluate_s if phase in ("evaluate", "save") else self.compile_s
 
@@ -80,8 +81,8 @@ class Watchdog:
         """Who hangs, as text for people; empty if nobody does.
 
         Processes wait for each other in collectives. So while one is in a slower phase, within its limit, the time of
-        those that train does not count. Of those that are late, the one with the fewest steps is named: the rest wait
-        for it.
+        those that train does not count. Of those that are late, the one with the fewest steps is named, and at one step
+        the one that has no batch: the rest wait for it.
         """
         for rank, beat in enumerate(beats):
             last = self._seen[rank].beat
@@ -89,12 +90,12 @@ class Watchdog:
                 self._seen[rank] = _Seen(beat, now_s)
         alive = [rank for rank, runs in enumerate(running) if runs]
         late = [rank for rank in alive if self._is_late(rank, now_s)]
-        if any(self._seen[rank].beat.phase != STEP for rank in alive if rank not in late):
+        if any(self._seen[rank].beat.phase not in _STEPPING for rank in alive if rank not in late):
             self._excused_until_s = now_s
-            late = [rank for rank in late if self._seen[rank].beat.phase != STEP]
+            late = [rank for rank in late if self._seen[rank].beat.phase not in _STEPPING]
         if not late:
             return ""
-        worst = min(late, key=lambda rank: (self._seen[rank].beat.step, self._seen[rank].since_s))
+        worst = min(late, key=self._order)
         others = [f"rank {self._numbers[rank]} {self._state(rank)}" for rank in alive if rank != worst]
         stayed_s = now_s - self._seen[worst].since_s
         return (
@@ -102,9 +103,14 @@ class Watchdog:
             f"{self._limit(worst):g} s; it {self._state(worst)}{'; ' if others else ''}{', '.join(others)}"
         )
 
+    def _order(self, rank: int) -> tuple[int, bool, float]:
+        """The rank that is behind all others comes first."""
+        seen = self._seen[rank]
+        return seen.beat.step, seen.beat.phase != DATA, seen.since_s
+
     def _is_late(self, rank: int, now_s: float) -> bool:
         seen = self._seen[rank]
-        from_s = max(seen.since_s, self._excused_until_s) if seen.beat.phase == STEP else seen.since_s
+        from_s = max(seen.since_s, self._excused_until_s) if seen.beat.phase in _STEPPING else seen.since_s
         return now_s - from_s > self._limit(rank)
 
     def forgive(self, slept_s: float) -> None:

@@ -46,7 +46,8 @@ class Result:
         program: the trained program, with exact zeros and masks where it was pruned. Its weights are the best ones if
             the evaluation has a metric, else the moving averages if there are some, else the last ones.
         state: the state after the last step, where the mesh has it.
-        trained: the state with the weights of `program`; in a run of several processes whole in each.
+        trained: the part of the state that `program` and `quantized` are made of: the weights of `program`, model
+            state, masks and trained scales. In a run of several processes it is whole in each.
         stage: the last stage of the compression; `stage.plan` and `quantized` store what was trained.
         metrics: mean metrics of the last logged steps.
         history: metrics of each evaluation, with its `step`.
@@ -151,7 +152,7 @@ class Run:
         self._look_back()
         if self._folder is not None:
             self._folder.wait()
-        chosen = gathered(chosen_state(self._state, self._best_step is not None))
+        chosen = gathered(self._stage.essential(chosen_state(self._state, self._best_step is not None)))
         return Result(
             self._stage.finalize(chosen), self._state, chosen, self._stage, self._metrics, tuple(self._history),
             self._best_step, "patience" if self._is_stale else "steps",
@@ -200,6 +201,8 @@ class Run:
     # One step.
 
     def _advance(self) -> None:
+        # Data may be what hangs, also after an evaluation or a save, which may take longer.
+        beat(self._step, "compile" if self._compiled is None else "data")
         batch = self._feed.next()
         prepare = getattr(self._stage.loss, "prepare", None)
         if prepare is not None:

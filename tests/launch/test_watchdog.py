@@ -41,7 +41,7 @@ def test_a_step_that_stays_is_a_hang():
 
 
 @pytest.mark.parametrize(
-    ("phase", "limit_s"), [("start", 100), ("compile", 100), ("evaluate", 50), ("save", 50), ("step", 10)]
+    ("phase", "limit_s"), [("start", 100), ("compile", 100), ("evaluate", 50), ("save", 50), ("step", 10), ("data", 10)]
 )
 def test_each_phase_has_its_limit(phase, limit_s):
     steps = [(5, phase)]
@@ -60,6 +60,16 @@ def test_the_one_behind_is_named():
     text = follow((1.0, [(41, "step")] * 3), (2.0, seen), (12.5, seen))
     assert text.startswith("rank 1 hangs: no progress for 10.2 s")
     assert text.endswith("rank 0 is at step 42 in phase step, rank 2 is at step 42 in phase step")
+
+
+def test_of_several_at_one_step_the_one_without_a_batch_is_named():
+    """Rank 1 sleeps in its data after an evaluation; rank 0, which was slower, waits for it in the step."""
+    began = [(42, "evaluate"), (42, "data")]
+    then = [(42, "step"), (42, "data")]
+    text = follow((1.0, began), (2.0, then), (12.5, then))
+    assert text.startswith("rank 1 hangs: no progress for 11.0 s, the limit is 10 s; it is at step 42 in phase data")
+    text = follow((1.0, began[::-1]), (2.0, then[::-1]), (12.5, then[::-1]))
+    assert text.startswith("rank 0 hangs")
 
 
 def test_who_waits_for_one_that_compiles_does_not_hang():

@@ -155,6 +155,55 @@ def test_evaluates_keeps_the_best_and_stops(tmp_path, model):
     assert (again.stopped, again.best_step) == ("patience", 4)
 
 
+@pytest.mark.parametrize("ends_after", [5, 7, 9])
+def test_the_best_weights_survive_a_restart(tmp_path, model, ends_after):
+    """Step 4 is the best; the run ends by a signal before, at once after, and long after that, or never."""
+    values = {2: 0.5, 4: 0.9, 6: 0.9, 8: 0.7, 10: 0.8, 12: 0.95}
+
+    def run(name, ends_after):
+        steps = iter(())
+
+        def read(step):
+            if step == ends_after:
+                os.kill(os.getpid(), signal.SIGTERM)
+            nonlocal steps
+            steps = iter([step])
+            return data(step)
+
+        def evaluate(predict):
+            return {"accuracy": values[next(steps) + 1]}
+
+        return fit(
+            model, supervised(model), optimizer(), read, steps=STEPS,
+            evaluate=Evaluation(evaluate, every=2, metric="accuracy", patience=3),
+            checkpoint=Checkpoints(tmp_path / name, every=100),
+        )  # fmt: skip
+
+    undisturbed = run("undisturbed", None)
+    assert (undisturbed.best_step, undisturbed.stopped, int(undisturbed.state.step)) == (4, "patience", 10)
+    with pytest.raises(lx.train.Preempted):
+        run("ended", ends_after - 2)
+    result = run("ended", None)
+    for name in ("best_step", "stopped", "history"):
+        assert getattr(result, name) == getattr(undisturbed, name)
+    assert bits(result.trained) == bits(undisturbed.trained)
+    assert bits(result.state) == bits(undisturbed.state) != bits(result.trained)
+
+
+def test_what_a_program_is_made_of_has_no_moments(model):
+    """Of several processes each gets this part of the state whole, so it must be small."""
+
+    def run(compression):
+        return fit(model, supervised(model), optimizer(), data, steps=2, ema=0.9, compression=compression).trained
+
+    trained = run(None)
+    assert not jax.tree.leaves((trained.optimizer, trained.ema, trained.best))
+    rule = lx.train.PruneRule(sites=".*kernel", sparsity=0.5)
+    masks = run(Compression(lx.Recipe(prune=(rule,)), sparsify=lx.train.one_shot(at=0))).optimizer
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(masks.masks)} == {"bool"}
+    assert not jax.tree.leaves(masks.inner)
+
+
 def test_a_signal_saves_and_ends(tmp_path, model, whole):
     before = signal.getsignal(signal.SIGTERM)
 

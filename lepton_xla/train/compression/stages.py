@@ -28,7 +28,7 @@ from lepton_xla.train.compression.decisions import Decisions, agreed
 from lepton_xla.train.compression.losses import Changes, StageLoss, smaller_apply
 from lepton_xla.train.compression.removal import decide_cuts
 from lepton_xla.train.models import Loss, Model
-from lepton_xla.train.sparsity import finalize, sparsify
+from lepton_xla.train.sparsity import finalize, sparsify, state_of
 from lepton_xla.train.state import State
 from lepton_xla.trees import abstract
 
@@ -73,6 +73,8 @@ class Stage:
 
     To go on in another process, and at the end:
 
+    >>> len(jax.tree.leaves(stage.essential(state).optimizer))
+    0
     >>> again = lx.train.Stage.resume(*begun, stage.describe())
     >>> again.weights["up"].shape, stage.finalize(state).weights_bytes, stage.quantized(state).weights["up"].format
     ((2, 1), 16, 'int8')
@@ -251,6 +253,11 @@ class Stage:
         if self.compression.sparsify is not None:
             weights, masks = finalize(weights, state.optimizer)
         return self.program.replace(weights=self._together(state.replace(weights=weights)), masks=masks)
+
+    def essential(self, state: State) -> State:
+        """Return the part of a state that `finalize` and `quantized` read; moments and averages are left out."""
+        pruned = self.compression.sparsify is not None
+        return state.replace(optimizer=state_of(state.optimizer)._replace(inner=()) if pruned else (), ema={}, best={})
 
     def quantized(self, state: State, **options: Any) -> Program:
         """Return the trained program with the weights as codes; `options` are those of `lx.passes.quantize`.
