@@ -123,17 +123,18 @@ def fit(
         stack.callback(telemetry.close)
         folder = None
         if checkpoint is not None:
-            folder = stack.enter_context(CheckpointFolder(checkpoint, _identity(stage, optimizer)))
+            folder = stack.enter_context(CheckpointFolder(checkpoint, _identity(stage, loss, optimizer)))
         run = Run(stage, Feed(data), steps, shared, rules or Rules(), local_batches, options, evaluate, folder,
                    preemption, telemetry, on_nan, log_every)  # fmt: skip
         return run.run(loss, optimizer, jax.random.key(seed))
 
 
-def _identity(stage: Stage, optimizer: optax.GradientTransformation) -> dict[str, str]:
-    """What must be the same for a run to go on: digests of the model, of the compression and of the optimizer."""
+def _identity(stage: Stage, loss: Loss, optimizer: optax.GradientTransformation) -> dict[str, str]:
+    """What must be the same for a run to go on: digests of the model, the compression, the optimizer, the teacher."""
     weights = {**stage.whole.program.weights, **stage.weights}
     moments = jax.eval_shape(optimizer.init, abstract(stage.weights))
-    return {
+    teacher = getattr(loss, "teacher_digest", None)
+    return ({} if teacher is None else {"teacher": teacher}) | {
         "model": _digest(sorted((path, leaf.shape, str(leaf.dtype)) for path, leaf in weights.items())),
         "compression": _digest(_described(stage.compression)),
         "optimizer": _digest(

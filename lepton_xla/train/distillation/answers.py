@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.experimental import multihost_utils
 
 from lepton_xla.errors import TrainingError
 from lepton_xla.program import Program, TensorSpec
@@ -153,10 +154,17 @@ def digest_of(teacher: Program | Deployed) -> str:
         return f"artifact:{teacher.manifest.sha256}"
     digest = hashlib.sha256()
     for path, leaf in sorted(name_leaves(teacher.weights).items()):
-        array = np.ascontiguousarray(np.asarray(leaf))
+        array = np.ascontiguousarray(np.asarray(_whole(leaf)))
         digest.update(f"{path}\0{array.dtype.name}\0{array.shape}\0".encode())
         digest.update(array.view(np.uint8).data if array.ndim else array.tobytes())
     return digest.hexdigest()
+
+
+def _whole(leaf: Any) -> Any:
+    """An array; one that the processes of a run share is gathered, so all of them must ask."""
+    if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable or leaf.is_fully_replicated:
+        return leaf
+    return multihost_utils.process_allgather(leaf, tiled=True)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))

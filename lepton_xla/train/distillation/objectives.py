@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
+import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeGuard
 
@@ -12,7 +14,7 @@ import jax.numpy as jnp
 
 from lepton_xla.errors import TrainingError
 from lepton_xla.program import Program, TensorSpec, Weights, probe_sizes
-from lepton_xla.train.distillation.answers import Answers
+from lepton_xla.train.distillation.answers import Answers, digest_of
 from lepton_xla.train.distillation.features import Features, features_loss, make_projections, teacher_of
 from lepton_xla.train.distillation.logits import (
     Labels,
@@ -49,6 +51,8 @@ class Distillation:
 
     >>> program = lx.trace(lambda w, x: x @ w["w"], {"w": jnp.eye(2)}, {"x": lx.TensorSpec(("batch", 2), "float32")})
     >>> loss = lx.train.distill(program, program)
+    >>> loss.teacher_digest[:8] == lx.train.distill(program, [program, program]).teacher_digest[:8]
+    False
     >>> other = loss.bind(({"w": 2 * jnp.eye(2)},))
     >>> batch = loss.prepare({"x": jnp.eye(2)})
     >>> [round(float(each(program.weights, batch, None, {})[0]), 3) for each in (loss, other)]
@@ -70,6 +74,12 @@ class Distillation:
             TrainingError: if there is no entry `id`, or a sample has no answer.
         """
         return batch if self.answers is None else self.answers.join(batch)
+
+    @functools.cached_property
+    def teacher_digest(self) -> str:
+        """A digest of the teachers' weights, or of what the stored answers are of. A resumed run needs the same."""
+        of = " ".join(map(digest_of, self.teachers)) if self.answers is None else repr(self.answers.header)
+        return hashlib.sha256(of.encode()).hexdigest()
 
     def bind(self, arrays: Any) -> Distillation:
         """Return the loss with these weights of the teachers."""

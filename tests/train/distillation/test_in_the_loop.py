@@ -70,3 +70,27 @@ def test_a_student_is_shrunk_and_rounded_on_the_way(stored, tmp_path):
     result = train.fit(student, loss, optax.sgd(0.01), [BATCH], steps=6, compression=compression)
     assert result.program.weights["up"].shape == (WIDTH, 4)
     assert set(result.quantized().weights) == {"up", "down"}
+
+
+def test_a_run_does_not_go_on_with_another_teacher(tmp_path):
+    """Other weights, more teachers, stored answers in place of the teacher, none at all: refused by name."""
+    student, teacher, other = network(8, 1), network(12, 5), network(12, 7)
+    answers = train.teach(teacher, [BATCH], tmp_path / "answers", top_k=3)
+    sharper = train.teach(teacher, [BATCH], tmp_path / "sharper", top_k=3, temperatures=(2.0,))
+    where = train.Checkpoints(tmp_path / "run"), train.Checkpoints(tmp_path / "stored")
+
+    def fit(loss, steps, checkpoint):
+        return train.fit(student, loss, optax.sgd(0.1), [BATCH], steps=steps, checkpoint=checkpoint)
+
+    fit(train.distill(student, teacher), 1, where[0])
+    fit(train.distill(student, answers), 1, where[1])
+    labels = train.supervised(student)
+    for checkpoint, losses in (
+        (where[0], [train.distill(student, each) for each in (other, [teacher, teacher], answers)] + [labels]),
+        (where[1], [train.distill(student, sharper, [train.Logits(2.0)]), train.distill(student, teacher), labels]),
+    ):
+        for loss in losses:
+            with pytest.raises(lx.CheckpointError, match="of another run: the teacher differ"):
+                fit(loss, 2, checkpoint)
+    assert int(fit(train.distill(student, network(12, 5)), 2, where[0]).state.step) == 2
+    assert int(fit(train.distill(student, train.Answers.load(tmp_path / "answers")), 2, where[1]).state.step) == 2
