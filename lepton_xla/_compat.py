@@ -12,7 +12,7 @@ from collections.abc import Generator, Sequence
 from typing import Any
 
 import jax
-from jax._src import clusters, config, debugging, source_info_util
+from jax._src import clusters, config, debugging, distributed, source_info_util
 from jax._src.core import Tracer
 from jax._src.interpreters import partial_eval
 from jax.extend import core as jex_core
@@ -207,3 +207,15 @@ def cluster_is_detected() -> bool:
         for kind in clusters.ClusterEnv._cluster_types  # pyright: ignore[reportPrivateUsage]
         if not kind.opt_in_only_method and kind.name not in ("slurm", "")  # Kubernetes's has no name
     )
+
+
+def coordinator() -> Any:
+    """The client of the coordinator of a run of several processes: a store of texts by name.
+
+    Raises:
+        RuntimeError: if this process has not joined a run.
+    """
+    client = distributed.global_state.client
+    if client is None:
+        raise RuntimeError("this process has joined no run; call lx.launch.initialize() first")
+    return client

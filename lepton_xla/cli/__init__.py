@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import os
 import sys
 from typing import Any
 
@@ -87,13 +89,28 @@ class LeptonGroup(click.Group):
             with stdout_checked():
                 return super().invoke(ctx)
         except LeptonError as error:
-            raise OneLineError(str(error)) from error
+            raise _ending(OneLineError(str(error))) from error
         except click.ClickException as error:
-            raise _one_line(error) from error
+            raise _ending(_one_line(error)) from error
         except RuntimeError as error:
             if not _is_of_xla(error):
                 raise
-            raise OneLineError(f"XLA failed: {first_line(error)}") from error
+            raise _ending(OneLineError(f"XLA failed: {first_line(error)}")) from error
+
+
+def _ending(error: click.ClickException) -> click.ClickException:
+    """Returns the error, or ends the process at once if it is one of several.
+
+    JAX would wait minutes at the end of the process for the others, which wait for this one.
+    """
+    jax = sys.modules.get("jax")
+    if jax is None or not jax.distributed.is_initialized():
+        return error
+    error.show()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # closed, full, or none
+            stream.flush()
+    os._exit(error.exit_code)
 
 
 def _is_of_xla(error: RuntimeError) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from lepton_xla.cli import _common
-from lepton_xla.errors import ArtifactError, CheckpointError
+from lepton_xla.errors import ArtifactError
 
 
 @click.command()
@@ -85,8 +85,8 @@ def train(
         raise click.UsageError("--set and --exclude change a recipe; give --recipe too")
     if every is not None and checkpoint is None:
         raise click.UsageError("--every is for checkpoints; give --checkpoint too")
-    if checkpoint is not None and not resume and _has_steps(checkpoint):
-        raise CheckpointError(f"{checkpoint} has checkpoints; give another folder, or continue that run with --resume")
+    if not resume and checkpoint is None:
+        raise click.UsageError("--no-resume is for checkpoints; give --checkpoint too")
 
     from lepton_xla import launch
     from lepton_xla import train as training
@@ -109,7 +109,8 @@ def train(
         loss = training.distill(model, training.Answers.load(teacher))
     else:
         loss = training.distill(model, _models.load_target(teacher).program())
-    kept = None if checkpoint is None else training.Checkpoints(checkpoint, **({"every": every} if every else {}))
+    own = {"every": every} if every else {}
+    kept = None if checkpoint is None else training.Checkpoints(checkpoint, resume=resume, **own)
     given_here = {
         "mesh": mesh,
         "rules": None if rules is None else Rules.load(rules),
@@ -155,12 +156,6 @@ def train(
         _common.print_json(document)
     else:
         _print(document)
-
-
-def _has_steps(folder: str) -> bool:
-    """Whether a folder has checkpoints: Orbax names their folders after the steps."""
-    path = pathlib.Path(folder)
-    return path.is_dir() and any(each.name.isdigit() for each in path.iterdir())
 
 
 def _write(program: Any, buckets: dict[str, tuple[int, ...]], output: str, *, overwrite: bool) -> None:

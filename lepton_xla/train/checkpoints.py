@@ -5,28 +5,28 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import fcntl
-import hashlib
-import json
 import logging
 import os
 import pathlib
 from collections.abc import Mapping
 from types import TracebackType
-from typing import Any, Self, override
+from typing import Any, Self
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from etils import epath
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from lepton_xla.errors import CheckpointError, first_line
-from lepton_xla.train.checksums import find_damage, write_checksums
-from lepton_xla.trees import name_leaves
+from lepton_xla.train.agreement import Agreement, problem_of
+from lepton_xla.train.checksums import find_damage
+from lepton_xla.train.stored_state import StateRestore, StateSave, describe, digest, without_empty
 
 LOG = logging.getLogger(__name__)
 
 _LOCK = "lepton.lock"
+# What each process writes before a save, to see whether it can: the lock of the folder is the first one's alone.
+_PROBE, _PROBE_BYTES = "lepton.probe", 4096
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +38,7 @@ class Checkpoints:
         every: steps between checkpoints. The last step, and a run that is told to end, are saved too.
         keep: number of newest checkpoints to keep.
         keep_every: checkpoints of multiples of this step are kept for ever; None for none.
+        resume: whether a run that the folder has goes on; if not, a folder that has one is refused.
 
     Raises:
         CheckpointError: if a number is below 1.
@@ -51,6 +52,7 @@ class Checkpoints:
     every: int = 500
     keep: int = 3
     keep_every: int | None = None
+    resume: bool = True
 
     def __post_init__(self) -> None:
         for name in ("every", "keep", "keep_every"):
@@ -68,6 +70,9 @@ class CheckpointFolder:
     when it is complete, so what a killed process leaves is never read. A failed save, for instance on a full disk, is
     logged, and the next one tries again; checkpoints that were complete stay. Checksums of all files are part of a
     checkpoint, and are compared before it is read.
+
+    Of several processes all enter it, save and read together. What one of them cannot do fails in all, with the same
+    error or the same line in the log, and none waits for another.
 
     >>> options = Checkpoints("run", every=10)
     >>> with CheckpointFolder(options, {"model": "a"}) as folder:
@@ -90,24 +95,19 @@ class CheckpointFolder:
         self._path = pathlib.Path(os.path.abspath(options.folder))
         self._lock = -1
         self._manager: Any = None
+        self._agreement = Agreement()
 
     def __enter__(self) -> Self:
         try:
-            self._path.mkdir(parents=True, exist_ok=True)
-            if jax.process_index() == 0:
-                self._lock = os.open(self._path / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self._unlock()
-            raise CheckpointError(
-                f"{self._path} is in use by another run; wait for it, or give this one a folder of its own"
-            ) from None
-        except (OSError, ValueError) as error:
-            self._unlock()
-            raise CheckpointError(f"{self._path} cannot be used for checkpoints: {first_line(error)}") from error
-        try:
+            self._agree(self._claim())
+            self._agree(self._probe())
             self._open()
-        except CheckpointError:
+            if not self._options.resume and self.latest() is not None:
+                raise CheckpointError(
+                    f"{self._path} has checkpoints; give another folder, or continue their run (resume=True, --resume)"
+                )
+        except BaseException:
+            self._close()
             self._unlock()
             raise
         return self
@@ -116,7 +116,8 @@ class CheckpointFolder:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         try:
-            self._settle()
+            # After an error other processes may be anywhere.
+            self._settle(alone=error is not None)
         finally:
             self._close()
             self._unlock()
@@ -129,7 +130,8 @@ class CheckpointFolder:
     def latest(self) -> int | None:
         """The newest complete checkpoint's step; None if there is none. Waits for one that is being saved."""
         self._settle()
-        return self._opened().latest_step()
+        step = self._agreement.first(str(self._opened().latest_step()))
+        return int(step) if step.isdigit() else None
 
     def about(self, step: int) -> dict[str, Any]:
         """Read what was saved beside the state.
@@ -151,7 +153,7 @@ class CheckpointFolder:
             CheckpointError: if the checkpoint is missing, damaged, or has other leaves; the message names one.
         """
         leaves = self._described(step)["leaves"]
-        wanted = _described(target)
+        wanted = describe(target)
         for name in sorted(leaves.keys() | wanted.keys()):
             if leaves.get(name) != wanted.get(name):
                 raise CheckpointError(
@@ -163,7 +165,7 @@ class CheckpointFolder:
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None) or here),
             target,
         )
-        found = self._read(step, "state", _StateRestore(_stored(placed)))
+        found = self._read(step, "state", StateRestore(without_empty(placed)))
         return jax.tree.map(
             lambda leaf, read: read if leaf.size else jax.device_put(np.zeros(leaf.shape, leaf.dtype), leaf.sharding),
             placed,
@@ -179,15 +181,25 @@ class CheckpointFolder:
             extra: what else to keep, as JSON.
         """
         self._settle()
-        about: dict[str, Any] = {"identity": self._identity, "leaves": _described(state), "extra": dict(extra)}
-        about["digest"] = _digest(about)
-        parts = ocp.args.Composite(state=_StateSave(_stored(state)), about=ocp.args.JsonSave(about))
+        about: dict[str, Any] = {"identity": self._identity, "leaves": describe(state), "extra": dict(extra)}
+        about["digest"] = digest(about)
+        parts = ocp.args.Composite(state=StateSave(without_empty(state)), about=ocp.args.JsonSave(about))
+        several = jax.process_count() > 1
+        if several and (problem := self._agreement.problem(self._probe())) is not None:
+            self._failed(step, problem)
+            return
         try:
             manager = self._opened()
             if step not in manager.all_steps():
+                self._agreement.begin_save()
                 manager.save(step, args=parts, force=True)
         except Exception as error:  # the file system's, through several libraries, each with its own class
-            self._failed(step, error)
+            if several:
+                raise CheckpointError(
+                    f"checkpoint {step} in {self._path} could not be begun: {first_line(error)}. The other processes "
+                    "wait for this one, so start all of them again"
+                ) from error
+            self._failed(step, problem_of(error))
 
     def wait(self) -> None:
         """Wait until what is being saved is complete, or has failed."""
@@ -196,7 +208,7 @@ class CheckpointFolder:
     def _described(self, step: int) -> dict[str, Any]:
         """The identity, leaves and extra of a checkpoint, if it is whole and of this run."""
         found = self._read(step, "about", ocp.args.JsonRestore())
-        if not isinstance(found, dict) or found.pop("digest", None) != _digest(found):
+        if not isinstance(found, dict) or found.pop("digest", None) != digest(found):
             raise CheckpointError(self._damaged(step, "its description was changed", "about"))
         given, here = found["identity"], self._identity
         different = [name for name in here.keys() | given.keys() if given.get(name) != here.get(name)]
@@ -213,7 +225,13 @@ class CheckpointFolder:
         if self._options.keep_every is not None:
             kept.append(preservation_policy.EveryNSteps(self._options.keep_every))
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=preservation_policy.AnyPreservationPolicy(kept), cleanup_tmp_directories=True
+            preservation_policy=preservation_policy.AnyPreservationPolicy(kept),
+            cleanup_tmp_directories=True,
+            async_options=ocp.options.AsyncOptions(
+                # If a thread fails to make a folder, others wait for it: five minutes, at the process's end too.
+                create_directories_asynchronously=False,
+                barrier_sync_fn=self._agreement.barrier if jax.process_count() > 1 else None,
+            ),
         )
         try:
             self._manager = ocp.CheckpointManager(self._path, options=options)
@@ -231,26 +249,34 @@ class CheckpointFolder:
                 self._manager.close()
         self._manager = None
 
-    def _settle(self) -> None:
+    def _settle(self, *, alone: bool = False) -> None:
+        """Wait until a save is complete, or has failed in one process and so in all."""
+        problem = None
         try:
             if self._manager is not None:
                 self._manager.wait_until_finished()
         except Exception as error:
-            self._failed(None, error)
+            problem = problem_of(error)
+        if not alone:
+            problem = self._agreement.problem(problem)
+        if problem is not None:
+            self._failed(None, problem)
 
-    def _failed(self, step: int | None, error: Exception) -> None:
+    def _failed(self, step: int | None, problem: str) -> None:
         """Log a failed save. The next use opens a new manager: the old one counts the failed step as there."""
         which = "a checkpoint" if step is None else f"checkpoint {step}"
-        LOG.warning("%s could not be saved: %s; training goes on, and the next one is tried", which, first_line(error))
+        LOG.warning("%s could not be saved: %s; training goes on, and the next one is tried", which, problem)
         self._close()
 
     def _read(self, step: int, part: str, args: Any) -> Any:
         manager = self._opened()
         if step not in (steps := list(manager.all_steps())):
             raise CheckpointError(f"{self._path} has no checkpoint of step {step}; it has {steps}")
-        damage = find_damage(self._path / str(step) / part) if part == "state" else None
-        if damage is not None:
-            raise CheckpointError(self._damaged(step, damage, part, args))
+        if part == "state":
+            share = jax.process_index(), jax.process_count()
+            damage = self._agreement.problem(find_damage(self._path / str(step) / part, share))
+            if damage is not None:
+                raise CheckpointError(self._damaged(step, damage, part, args))
         try:
             return manager.restore(step, args=ocp.args.Composite(**{part: args}))[part]
         except Exception as error:  # each storage library below has errors of its own
@@ -275,42 +301,40 @@ class CheckpointFolder:
             return False
         return True
 
+    def _claim(self) -> str | None:
+        """Make the folder and take its lock, in the first process; returns what is wrong."""
+        if jax.process_index() != 0:
+            return None
+        try:
+            self._path.mkdir(parents=True, exist_ok=True)
+            self._lock = os.open(self._path / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return f"{self._path} is in use by another run; wait for it, or give this one a folder of its own"
+        except (OSError, ValueError) as error:
+            return f"{self._path} cannot be used for checkpoints: {first_line(error)}"
+        return None
+
+    def _probe(self) -> str | None:
+        """Write and remove a small file, as each of several processes; returns what is wrong."""
+        if jax.process_count() == 1:
+            return None
+        path = self._path / f"{_PROBE}.{jax.process_index()}"
+        try:
+            if not (self._path / _LOCK).exists():
+                return f"{self._path} is not the folder of the first process; all need one that they share"
+            path.write_bytes(bytes(_PROBE_BYTES))
+            path.unlink()
+        except OSError as error:
+            return f"{self._path} cannot be written: {first_line(error)}"
+        return None
+
+    def _agree(self, problem: str | None) -> None:
+        found = self._agreement.problem(problem)
+        if found is not None:
+            raise CheckpointError(found)
+
     def _unlock(self) -> None:
         if self._lock >= 0:
             os.close(self._lock)
             self._lock = -1
-
-
-def _described(tree: Any) -> dict[str, str]:
-    """Dtype and shape of each leaf."""
-    return {name: f"{leaf.dtype}{list(leaf.shape)}" for name, leaf in name_leaves(tree, single="state").items()}
-
-
-def _stored(tree: Any) -> Any:
-    """A tree without its arrays of no elements, which Orbax refuses to save."""
-    return jax.tree.map(lambda leaf: leaf if leaf.size else None, tree)
-
-
-def _digest(about: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
-
-
-class _StateHandler(ocp.StandardCheckpointHandler):
-    """Orbax's handler of trees; it adds checksums before the checkpoint is complete."""
-
-    @override
-    def finalize(self, directory: epath.Path) -> None:
-        super().finalize(directory)
-        write_checksums(pathlib.Path(directory))
-
-
-@ocp.args.register_with_handler(_StateHandler, for_save=True)
-@dataclasses.dataclass
-class _StateSave(ocp.args.StandardSave):
-    """Orbax finds a handler by the type of its arguments."""
-
-
-@ocp.args.register_with_handler(_StateHandler, for_restore=True)
-@dataclasses.dataclass
-class _StateRestore(ocp.args.StandardRestore):
-    """As `_StateSave`."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pathlib
 import zlib
+from collections.abc import Mapping
 
 NAME = "checksums.json"
 
@@ -25,11 +26,13 @@ def write_checksums(folder: pathlib.Path) -> None:
     True
     """
     sums = {path.relative_to(folder).as_posix(): _checksum(path) for path in _files(folder)}
-    (folder / NAME).write_text(json.dumps(sums, indent=1), encoding="utf-8")
+    (folder / NAME).write_bytes(_text(sums))
 
 
-def find_damage(folder: pathlib.Path) -> str | None:
+def find_damage(folder: pathlib.Path, share: tuple[int, int] = (0, 1)) -> str | None:
     """Read all files of a folder and name the first that is missing or not as it was written; None if all are whole.
+
+    `share` is (index, count) of several readers, each of which reads a part of the files.
 
     >>> import pathlib, tempfile
     >>> folder = pathlib.Path(tempfile.mkdtemp())
@@ -40,13 +43,16 @@ def find_damage(folder: pathlib.Path) -> str | None:
     'a was changed'
     """
     try:
-        sums = json.loads((folder / NAME).read_bytes())
-        expected = {name: (int(size), int(crc)) for name, (size, crc) in sums.items()}
+        text = (folder / NAME).read_bytes()
+        expected = {name: (int(size), int(crc)) for name, (size, crc) in json.loads(text)["files"].items()}
+        whole = text == _text(expected)
     except OSError as error:
         return f"{NAME} cannot be read: {error.strerror}"
-    except (ValueError, TypeError, AttributeError):
+    except (ValueError, TypeError, AttributeError, LookupError):
+        whole, expected = False, {}
+    if not whole:
         return f"{NAME} was changed"
-    for name, (size, crc) in sorted(expected.items()):
+    for name, (size, crc) in sorted(expected.items())[share[0] :: share[1]]:
         try:
             found = _checksum(folder / name)
         except FileNotFoundError:
@@ -58,6 +64,12 @@ def find_damage(folder: pathlib.Path) -> str | None:
         if found[1] != crc:
             return f"{name} was changed"
     return None
+
+
+def _text(sums: Mapping[str, tuple[int, int]]) -> bytes:
+    """The contents of the file, which has a checksum of its own."""
+    own = zlib.crc32(json.dumps(sums, sort_keys=True).encode())
+    return json.dumps({"crc32": own, "files": sums}, indent=1, sort_keys=True).encode()
 
 
 def _files(folder: pathlib.Path) -> list[pathlib.Path]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from lepton_xla.errors import TrainingError
+from lepton_xla.errors import TrainingError, first_line
 
 type Batch = dict[str, np.ndarray]
 type Data = Iterable[Mapping[str, Any]] | Callable[[int], Mapping[str, Any]]
@@ -70,7 +70,8 @@ class Feed:
             self._source.seek(self._batches, position)
         except (KeyError, TypeError, ValueError, StopIteration) as error:
             raise TrainingError(
-                f"the data cannot go on at {dict(position)}: it is not the data of the run that was interrupted"
+                f"the data cannot go on at {dict(position)}: it is not the data of the run that was interrupted "
+                f"({first_line(error)})"
             ) from error
 
     def _checked(self, found: Any) -> Batch:

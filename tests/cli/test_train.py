@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -125,3 +127,91 @@ def test_several_processes_write_one_artifact(cli, tmp_path, target):
     x = np.random.default_rng(5).normal(size=(8, 6)).astype(np.float32)
     output = lx.load(tmp_path / "net.lepton")(x=x)["output"]
     assert (output.argmax(-1) == x[:, :3].argmax(-1)).mean() > 0.6
+
+
+GRAIN = """
+import os, pathlib, signal, time
+import grain, numpy as np, optax
+import lepton_xla as lx
+from net import program, evaluate as judge
+
+def sample(number):
+    x = np.random.default_rng([1, number]).normal(size=6).astype(np.float32)
+    return {"x": x, "label": np.int32(x[:3].argmax(-1))}
+
+def evaluate(predict):
+    evaluate.count += 1
+    if evaluate.count == 2 and pathlib.Path("kill").exists():  # at step 10
+        while not pathlib.Path("run/8").exists():
+            time.sleep(0.01)
+        pathlib.Path("kill").unlink()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return judge(predict)
+
+evaluate.count = 0
+data = grain.MapDataset.source(range(48)).shuffle(seed=3).map(sample).batch(8)  # six batches
+spec = lx.train.TrainSpec(
+    program, data.to_iter_dataset(), 20, optax.adam(0.01), options={"log_every": 1},
+    evaluate=lx.train.Evaluation(evaluate, every=5, metric="accuracy"),
+)
+"""
+
+
+def losses(log):
+    records = [json.loads(line) for line in log.read_text().splitlines()]
+    return [(each["step"], each["loss"]) for each in records if each["kind"] == "train"]
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_in_grains_data(tmp_path, target):
+    """Killed in its second pass over the data; each step's loss and the artifact are those of an undisturbed run."""
+    (tmp_path / "grained.py").write_text(GRAIN)
+
+    def train(name):
+        command = [sys.executable, "-m", "lepton_xla", "train", "grained.py:spec", "--checkpoint", name, "--every", "4"]
+        return subprocess.run(
+            [*command, "--log", f"{name}.jsonl", "-o", f"{name}.lepton", "--buckets", "batch=8"],
+            cwd=tmp_path, env={**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": f"{os.getcwd()}:{tmp_path}"},
+            capture_output=True, text=True, timeout=280, check=False,
+        )  # fmt: skip
+
+    undisturbed = train("undisturbed")
+    assert undisturbed.returncode == 0, undisturbed.stderr
+    (tmp_path / "kill").touch()
+    assert train("run").returncode == -signal.SIGKILL
+    assert not (tmp_path / "run.lepton").exists()
+    again = train("run")
+    assert again.returncode == 0, again.stderr
+    expected = losses(tmp_path / "undisturbed.jsonl")
+    assert [step for step, _ in expected] == list(range(1, 21))
+    assert losses(tmp_path / "run.jsonl") == expected[:10] + expected[8:]
+    x = np.random.default_rng(5).normal(size=(8, 6)).astype(np.float32)
+    one, other = (lx.load(tmp_path / f"{name}.lepton")(x=x)["output"] for name in ("undisturbed", "run"))
+    assert one.tobytes() == other.tobytes()
+
+
+@pytest.mark.slow
+def test_a_process_with_bad_data_ends_all(tmp_path, target):
+    """JAX would wait minutes at the end of the process for the others, which wait for it."""
+    (tmp_path / "one.py").write_text(
+        """
+import os
+from net import *
+
+def read(step):
+    bad = step == 3 and os.environ["LEPTON_PROCESS_ID"] == "1"
+    return {name: leaf[: 8 if bad else 16] for name, leaf in batch(step).items()}
+
+spec = lx.train.TrainSpec(program, read, 40, optax.sgd(0.5), options={"mesh": "data=-1"})
+"""
+    )
+    began = time.monotonic()
+    command = [sys.executable, "-m", "lepton_xla"]
+    done = subprocess.run(
+        [*command, "launch", "local", "--processes", "2", "--", *command, "train", "one.py:spec"],
+        cwd=tmp_path, env={**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": f"{os.getcwd()}:{tmp_path}"},
+        capture_output=True, text=True, timeout=280, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    assert "[1] leptonx: batch 3 of the data: 'label' is int32[8], in the first batch int32[16]" in done.stderr
+    assert time.monotonic() - began < 100

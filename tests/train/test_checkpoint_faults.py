@@ -4,6 +4,7 @@ import gc
 import json
 import logging
 import shutil
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -184,6 +185,7 @@ def test_reads_nothing_incomplete(tmp_path):
 def test_goes_on_while_the_folder_is_away(tmp_path, caplog):
     """A network's file system that is gone for a while: a file is in the folder's place."""
     run, away = tmp_path / "run", tmp_path / "away"
+    before = set(threading.enumerate())
     with opened(run) as folder, caplog.at_level(logging.WARNING, "lepton_xla"):
         folder.save(1, small(1), {})
         folder.wait()
@@ -199,3 +201,6 @@ def test_goes_on_while_the_folder_is_away(tmp_path, caplog):
         folder.wait()
         assert folder.latest() == 4
         assert_same_bits(folder.restore(1, target_of(small(1))), small(1))
+    # Threads that wait for what never comes would hold up the end of the process, for five minutes.
+    waiting = [thread for thread in threading.enumerate() if thread not in before and "Signal" in type(thread).__name__]
+    assert not waiting

@@ -177,3 +177,15 @@ def test_a_flipped_bit_is_found_in_every_file(tmp_path):
         assert len(refused) > 3
         assert all("Remove the folder 2 to go on from step 1, which is whole" in text for text in refused)
         assert bits(folder.restore(2, shapes(tree))["w"]) == bits(tree["w"])
+
+
+def test_a_folder_that_has_a_run_is_refused_if_it_shall_not_go_on(tmp_path):
+    for _ in range(2):  # a folder without a checkpoint is taken
+        with folder_of(tmp_path, resume=False) as folder:
+            assert folder.latest() is None
+    with folder_of(tmp_path, resume=False) as folder:
+        folder.save(1, {"w": jnp.ones(3)}, {})
+    with pytest.raises(lx.CheckpointError, match="run has checkpoints"), folder_of(tmp_path, resume=False):
+        pass
+    with folder_of(tmp_path) as folder:  # and is free again
+        assert folder.latest() == 1

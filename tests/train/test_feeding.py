@@ -25,6 +25,24 @@ def dataset():
     return grain.MapDataset.source([{"x": np.full(3, index, np.float32)} for index in range(2 * COUNT)]).batch(2)
 
 
+class Rows:
+    """What Grain's loader reads from; it compares the text of the source."""
+
+    def __repr__(self):
+        return "Rows()"
+
+    def __len__(self):
+        return 2 * COUNT
+
+    def __getitem__(self, index):
+        return {"x": np.full(3, index, np.float32)}
+
+
+def loader():
+    sampler = grain.samplers.IndexSampler(2 * COUNT, shuffle=True, seed=3, num_epochs=1)
+    return grain.DataLoader(data_source=Rows(), sampler=sampler, operations=[grain.transforms.Batch(2)], worker_count=0)
+
+
 KINDS = {
     "function": lambda: lambda index: rows(index % COUNT),
     "list": lambda: [rows(index) for index in range(COUNT)],
@@ -32,6 +50,7 @@ KINDS = {
     "generator": lambda: map(rows, (index % COUNT for index in range(3 * COUNT))),
     "grain map": lambda: dataset().shuffle(3),
     "grain iter": lambda: dataset().shuffle(3).to_iter_dataset(),
+    "grain loader": lambda: loader(),
 }
 
 

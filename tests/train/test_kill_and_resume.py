@@ -1,100 +1,73 @@
 """A run that is killed, or told to end, and started again ends with the bits of one that nothing disturbed."""
 
-import os
-import pathlib
 import signal
-import subprocess
-import sys
 
-import numpy as np
 import pytest
+from runs_of_killable import complete, ran
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
-STEPS = 20
-
-# Trains for 20 steps and saves each fifth. It sends itself a signal: before step N, or while the step is compiled.
-# Before step 10 the checkpoint of step 10 has just begun to be saved.
-SCRIPT = """
-import os, signal, sys
-import jax.numpy as jnp, numpy as np, optax
 import lepton_xla as lx
 
-folder, moment, number, steps = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
-random = np.random.default_rng(0)
-weights = {name: jnp.asarray(random.normal(size=(256, 256)) / 16, jnp.float32) for name in "ab"}
-program = lx.trace(
-    lambda w, x: jnp.tanh(x @ w["a"]) @ w["b"], weights, {"x": lx.TensorSpec(("batch", 256), "float32")}
-)
-supervised = lx.train.supervised(program)
-
-
-def loss(*arguments):
-    if moment == "compile":
-        os.kill(os.getpid(), number)
-    return supervised(*arguments)
-
-
-def data(step):
-    print("data of", step, flush=True)
-    if moment == str(step):
-        os.kill(os.getpid(), number)
-    random = np.random.default_rng(step)
-    return {"x": random.normal(size=(8, 256)).astype(np.float32), "label": random.integers(0, 256, 8).astype(np.int32)}
-
-
-checkpoints = lx.train.Checkpoints(folder + "/run", every=5)
-result = lx.train.fit(program, loss, optax.adam(0.01), data, steps=steps, checkpoint=checkpoints, progress=False)
-np.savez(folder + "/result.npz", **result.state.weights)
-"""
-
-
-def train(folder, moment="never", number=0):
-    """Run the script; gives its exit code and the steps whose data it asked for."""
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "LEPTON_CACHE": "off"}
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, str(folder), moment, str(int(number)), str(STEPS)],
-        env=env, capture_output=True, text=True, timeout=240, check=False,
-    )  # fmt: skip
-    steps = [int(line.split()[-1]) for line in done.stdout.splitlines() if line.startswith("data of ")]
-    return done.returncode, steps, done.stderr
-
-
-def trained(folder):
-    with np.load(folder / "result.npz") as found:
-        return {name: found[name].tobytes() for name in found.files}
+LONG = {"LONG_COMPILE": "1", "JAX_ENABLE_COMPILATION_CACHE": "false"}
 
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("undisturbed")
-    code, steps, said = train(folder)
-    assert code == 0, said
-    assert steps[-1] == STEPS - 1
-    return trained(folder)
+    done = ran(tmp_path_factory.mktemp("undisturbed") / "run")
+    assert done.code == 0, done.said
+    assert done.steps == list(range(10))
+    return done.digest
+
+
+@pytest.fixture(scope="module")
+def undisturbed_long(tmp_path_factory):
+    return ran(tmp_path_factory.mktemp("undisturbed") / "run", **LONG).digest
 
 
 def slow(*values):
     return pytest.param(*values, marks=pytest.mark.slow)
 
 
+def check(folder, undisturbed, strike, goes_on_at, **environ):
+    """Strike a run, start it again, and compare its end with an undisturbed run's."""
+    first = ran(folder, STRIKE=strike, **environ)
+    number = signal.Signals[f"SIG{strike.split(':')[1]}"]
+    assert first.code == (lx.train.Preempted(0).code if number == signal.SIGTERM else -number), first.said
+    assert first.digest is None
+    struck = folder.with_suffix(".struck").read_text()  # checkpoints that were complete then
+    again = ran(folder, **environ)
+    assert again.code == 0, again.said
+    assert again.steps[0] in goes_on_at
+    assert again.steps == list(range(again.steps[0], 10))
+    assert again.digest == undisturbed
+    assert complete(folder)[-1] == 10
+    assert not list(folder.glob("*tmp*"))  # what the killed process left is gone
+    return struck
+
+
 @pytest.mark.parametrize(
-    ("number", "moment", "resumed_at"),
+    ("strike", "goes_on_at"),
     [
-        (signal.SIGKILL, "10", {5, 10}),
-        (signal.SIGTERM, "13", {14}),
-        slow(signal.SIGKILL, "5", {0, 5}),
-        slow(signal.SIGKILL, "13", {5, 10}),
-        slow(signal.SIGKILL, "compile", {0}),
-        slow(signal.SIGTERM, "10", {11}),
-        slow(signal.SIGTERM, "compile", {1}),
+        ("again:KILL", {4, 8}),
+        ("evaluate:TERM", {6}),
+        *(slow(f"save:KILL:{delay}", {0, 4}) for delay in (0, 0.02, 0.05, 0.1, 0.3)),
+        slow("between:KILL", {4}),
+        slow("evaluate:KILL", {4}),
+        slow("trace:KILL", {0}),
+        slow("trace:TERM", {1}),
+        slow("between:TERM", {7}),
+        slow("save:TERM:0.05", range(4, 10)),
     ],
 )
-def test_weights_are_those_of_a_run_that_nothing_disturbed(tmp_path, undisturbed, number, moment, resumed_at):
-    code, _, said = train(tmp_path, moment, number)
-    assert code == (75 if number == signal.SIGTERM else -number), said
-    assert not (tmp_path / "result.npz").exists()
-    code, steps, said = train(tmp_path)
-    assert code == 0, said
-    assert steps[0] in resumed_at
-    assert steps[-1] == STEPS - 1
-    assert trained(tmp_path) == undisturbed
+def test_ends_with_the_same_bits(tmp_path, undisturbed, strike, goes_on_at):
+    struck = check(tmp_path / "run", undisturbed, strike, goes_on_at)
+    if strike == "save:KILL:0":
+        assert struck == ""  # it died before its first checkpoint was complete
+    if strike in ("between:KILL", "evaluate:KILL"):
+        assert struck == "4"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("what", "goes_on_at"), [("KILL", {0}), ("TERM", {1})])
+def test_while_xla_compiles(tmp_path, undisturbed_long, what, goes_on_at):
+    """The signal comes half a second into XLA's compile, which takes several; SIGTERM is obeyed after a step."""
+    check(tmp_path / "run", undisturbed_long, f"compile:{what}", goes_on_at, **LONG)
