@@ -43,6 +43,7 @@ bench: setup  ## every benchmark; each prints the command that repeats it
 	$(RUN)/python benchmarks/storage.py
 	$(RUN)/python benchmarks/long_bodies.py
 	$(RUN)/python benchmarks/clients.py
+	$(RUN)/python benchmarks/replicas.py
 	$(RUN)/python benchmarks/optimizing.py --no-pages
 	$(RUN)/python benchmarks/quantization.py --no-pages
 	$(RUN)/python benchmarks/training.py --no-pages

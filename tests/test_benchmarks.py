@@ -230,3 +230,10 @@ def test_clients_and_the_load_generator_are_timed_against_a_server_that_does_not
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("ours") == 2
     assert "50000" in done.stdout
+
+
+def test_one_replica_that_is_five_times_slower_is_not_felt(tmp_path: pathlib.Path) -> None:
+    rows = figures("replicas.py", tmp_path)["rows"]
+    for row in rows[1:3]:
+        assert row["p99_ratio"] <= 1.5, row
+    assert rows[3]["p99_ratio"] > 1.5, "else the slow one is not slow"

@@ -11,7 +11,8 @@ import numpy as np
 
 from lepton_xla.errors import ServeError
 from lepton_xla.serve.client.calls import Attempts, Caller, RequestOf, arrays_of, is_good, json_of, only, route
-from lepton_xla.serve.client.transport import Answer, Channel, RequestError, connected, left
+from lepton_xla.serve.client.replicas import Replica, StalledError, UnreachedError
+from lepton_xla.serve.client.transport import PATIENCE_S, Answer, Channel, RequestError, connected, left
 
 if TYPE_CHECKING:
     from jaxtyping import Shaped
@@ -22,11 +23,11 @@ class PooledChannel(Channel):
 
     __slots__ = ("_answer_future",)
 
-    async def exchange(self, request: bytes) -> Answer:
-        """Send a request and waits for its answer."""
+    def exchange(self, request: bytes) -> asyncio.Future[Answer]:
+        """Send a request; its answer is to be awaited."""
         self._answer_future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
         self.send(request)
-        return await self._answer_future
+        return self._answer_future
 
     def answered(self, answer: Answer) -> None:
         if not self._answer_future.done():
@@ -49,7 +50,6 @@ class AsyncClient(Caller):
     """
 
     def _open(self) -> None:
-        self._idle: list[PooledChannel] = []
         self._turns = asyncio.Semaphore(self._max_connections)
 
     async def infer(
@@ -66,7 +66,7 @@ class AsyncClient(Caller):
         """See `Client.infer`."""
         attempts = self._attempts(timeout_s)
         name = await self._name(model, attempts)
-        request = self._infer(name, {**(inputs or {}), **more}, outputs, priority)
+        request = self._infer(attempts, name, {**(inputs or {}), **more}, outputs, priority)
         return arrays_of(await self._call(request, attempts))
 
     async def metadata(self, model: str | None = None) -> dict[str, Any]:
@@ -100,9 +100,10 @@ class AsyncClient(Caller):
     async def close(self) -> None:
         """See `Client.close`."""
         self._closed = True
-        idle, self._idle = self._idle, []
-        for connection in idle:
-            connection.abort()
+        for replica in self._replicas.all:
+            for connection in replica.idle:
+                connection.abort()
+            replica.idle.clear()
         await asyncio.sleep(0)  # transports close in the loop's next turn
 
     async def __aenter__(self) -> Self:
@@ -137,7 +138,11 @@ class AsyncClient(Caller):
             outcome: Answer | OSError
             try:
                 async with asyncio.timeout(left(attempts.deadline)), self._turns:
-                    outcome = await self._exchange(request(attempts.left()))
+                    replica = attempts.begin()
+                    try:
+                        outcome = await self._exchange(replica, request(replica.endpoint, attempts.left()))
+                    finally:
+                        attempts.end()
             except OSError as error:
                 outcome = error.with_traceback(None)  # which would lead back to this frame
             delay = attempts.delay(outcome)
@@ -146,27 +151,53 @@ class AsyncClient(Caller):
                 return outcome
             await asyncio.sleep(delay)
 
-    async def _exchange(self, request: bytes) -> Answer:
-        connection = self._take() or await self._connect()
+    async def _exchange(self, replica: Replica, request: bytes) -> Answer:
+        connection = self._take(replica) or await self._connect(replica)
         try:
-            answer = await connection.exchange(request)
+            pending = connection.exchange(request)
+            while self._replicas.several and not (await asyncio.wait((pending,), timeout=PATIENCE_S))[0]:
+                await self._doubt(replica, pending)
+            answer = await pending
         except BaseException:
             connection.abort()
             raise
         if connection.open and not self._closed:
-            self._idle.append(connection)
+            replica.idle.append(connection)
         else:
             connection.abort()
         return answer
 
-    def _take(self) -> PooledChannel | None:
+    def _take(self, replica: Replica) -> PooledChannel | None:
         if self._closed:
             raise ServeError("the client is closed")
-        while self._idle:
-            connection = self._idle.pop()
+        while replica.idle:
+            connection = replica.idle.pop()
             if connection.open:
                 return connection
         return None
 
-    async def _connect(self) -> PooledChannel:
-        return await connected(PooledChannel, self._endpoint)
+    async def _connect(self, replica: Replica) -> PooledChannel:
+        if not self._replicas.several:
+            return await connected(PooledChannel, replica.endpoint)
+        try:
+            async with asyncio.timeout(PATIENCE_S):
+                return await connected(PooledChannel, replica.endpoint)
+        except TimeoutError:
+            raise UnreachedError(f"no connection within {PATIENCE_S:g} s") from None
+
+    async def _doubt(self, replica: Replica, pending: asyncio.Future[Answer]) -> None:
+        """See `Client._doubt`."""
+        if self._replicas.silence_s(replica) < PATIENCE_S:
+            return
+        try:
+            async with asyncio.timeout(PATIENCE_S):
+                probe = await connected(PooledChannel, replica.endpoint)
+                try:
+                    await probe.exchange(replica.endpoint.request("GET", "/v2/health/live"))
+                finally:
+                    probe.abort()
+        except OSError as error:
+            if pending.done():
+                return
+            raise StalledError("the server stopped answering") from error
+        self._replicas.heard(replica)

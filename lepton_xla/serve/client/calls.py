@@ -21,7 +21,8 @@ import numpy as np
 
 from lepton_xla.errors import InputError, ServeError
 from lepton_xla.serve.client.arrays import read_infer, write_infer
-from lepton_xla.serve.client.endpoint import endpoint
+from lepton_xla.serve.client.endpoint import Endpoint, endpoint
+from lepton_xla.serve.client.replicas import Replica, Replicas, StalledError, is_unreached
 from lepton_xla.serve.client.transport import Answer, DeadlineError, RequestError
 
 _FIRST_DELAY_S = 0.05
@@ -33,26 +34,50 @@ _NO_TIMEOUT_S = 1e9
 # A request that is tried again says how much time is left in this many steps: equal requests are parsed once.
 _STEPS = 64
 
-type RequestOf = Callable[[float], bytes]
-"""The bytes of a request with so many seconds left."""
+# What may be wrong with one replica and not with the request.
+_ASK_ANOTHER = (500, 502)
+
+type RequestOf = Callable[[Endpoint, float], bytes]
+"""The bytes of a request to a server with so many seconds left."""
 
 
 class Attempts:
-    """When to try again: exponential backoff with full jitter, bounded by a count and by the deadline.
+    """Where a request goes, and when it is tried again.
+
+    What one replica does not answer, another is asked at once. What none answers is tried again after exponential
+    backoff with full jitter, bounded by a count and by the deadline. Refusals do not count, for nothing has run then; a
+    request that may have run somewhere is sent `retries` times more at most, wherever to.
 
     Source: "Exponential Backoff And Jitter" (AWS Architecture Blog, 2015), the variant "full jitter".
     """
 
-    def __init__(self, url: str, retries: int, timeout_s: float) -> None:
+    def __init__(self, replicas: Replicas, retries: int, timeout_s: float) -> None:
         self.deadline = monotonic() + timeout_s
-        self._url = url
+        self.kind: tuple[str, int] | None = None
+        self._replicas = replicas
         self._timeout_s = timeout_s
         self._retries = retries
         self._made = 0
+        self._tried: tuple[Replica, ...] = ()
+        self._replica = replicas.all[0]
+        self._began = self._took = 0.0
+        self._asked_another = False
+
+    def begin(self) -> Replica:
+        """Choose the replica for the next attempt."""
+        self._replica = self._replicas.take(self._tried)
+        self._began = monotonic()
+        return self._replica
+
+    def end(self) -> None:
+        """Say that the attempt is over, whatever came of it."""
+        if self._replicas.several:
+            self._took = monotonic() - self._began
+            self._replicas.ended(self._replica)
 
     def left(self) -> float:
         """Seconds left, exactly at first, and rounded down later."""
-        if not self._made:
+        if not self._made and not self._tried:
             return self._timeout_s
         step = self._timeout_s / _STEPS
         return max(1, int((self.deadline - monotonic()) / step)) * step
@@ -63,12 +88,17 @@ class Attempts:
         Raises:
             RequestError: if there was no answer and is no next attempt.
         """
+        if self._replicas.several:
+            self._note(outcome)
+            if self._goes_elsewhere(outcome):
+                return 0.0
         if isinstance(outcome, Answer) and outcome.status not in _ASK_AGAIN:
             return None
         if isinstance(outcome, TimeoutError):
             self._time_out(outcome)
-        if isinstance(outcome, ssl.SSLError) and not isinstance(outcome, ssl.SSLEOFError | ssl.SSLZeroReturnError):
-            raise RequestError(None, f"{self._url}: TLS failed: {outcome.reason or outcome}") from outcome
+        if isinstance(outcome, ssl.SSLError) and not _is_cut(outcome):
+            raise RequestError(None, f"{self._label}: TLS failed: {outcome.reason or outcome}") from outcome
+        self._tried = ()
         most = min(_LONGEST_DELAY_S, _FIRST_DELAY_S * 2**self._made)
         delay = random.uniform(0, most)  # noqa: S311 (no secret)
         if isinstance(outcome, Answer):
@@ -77,14 +107,55 @@ class Attempts:
         if self._made <= self._retries and monotonic() + delay < self.deadline:
             return delay
         if isinstance(outcome, OSError):
-            raise RequestError(None, f"{self._url}: no answer after {self._tries()}: {_reason(outcome)}") from outcome
+            raise RequestError(None, f"{self._label}: no answer after {self._tries()}: {_reason(outcome)}") from outcome
         return None
 
     def _time_out(self, cause: Exception) -> NoReturn:
-        raise DeadlineError(None, f"{self._url}: no answer within {self._timeout_s:g} s") from cause
+        raise DeadlineError(None, f"{self._label}: no answer within {self._timeout_s:g} s") from cause
+
+    @property
+    def _label(self) -> str:
+        return self._replicas.label
+
+    def _note(self, outcome: Answer | OSError) -> None:
+        """What the outcome says of the replica."""
+        replicas, replica = self._replicas, self._replica
+        if isinstance(outcome, OSError):
+            is_certain = isinstance(outcome, StalledError) or is_unreached(outcome)
+            replicas.failed(replica, self._began, certain=is_certain)
+        elif outcome.status in _ASK_AGAIN and (wait := _retry_after(outcome)):
+            replicas.busy(replica, wait)
+        elif outcome.status == 503 or outcome.status in _ASK_ANOTHER:
+            replicas.failed(replica, self._began, certain=False)
+        else:
+            is_timed = self.kind is not None and outcome.status == 200
+            replicas.answered(replica, self._began, self._took if is_timed else None, self.kind)
+
+    def _goes_elsewhere(self, outcome: Answer | OSError) -> bool:
+        """Whether the request goes to another replica now."""
+        self._tried += (self._replica,)
+        if isinstance(outcome, TimeoutError) or not self._replicas.has_other(self._tried):
+            return False
+        if isinstance(outcome, Answer):
+            if outcome.status in _ASK_AGAIN:
+                return True
+            if outcome.status not in _ASK_ANOTHER or self._asked_another:
+                return False
+            self._asked_another = True  # one other is asked: what fails there too is the request's fault
+        elif is_unreached(outcome) or (isinstance(outcome, ssl.SSLError) and not _is_cut(outcome)):
+            return True
+        if self._made >= self._retries:
+            return False
+        self._made += 1
+        return True
 
     def _tries(self) -> str:
         return "one attempt" if self._made == 1 else f"{self._made} attempts"
+
+
+def _is_cut(error: ssl.SSLError) -> bool:
+    """Whether the connection only ended, as one without TLS may."""
+    return isinstance(error, ssl.SSLEOFError | ssl.SSLZeroReturnError)
 
 
 def _reason(error: OSError) -> str:
@@ -175,7 +246,7 @@ class Caller:
 
     def __init__(
         self,
-        url: str,
+        url: str | Sequence[str],
         *,
         model: str | None = None,
         token: str | None = None,
@@ -190,14 +261,15 @@ class Caller:
     ) -> None:
         if retries < 0 or max_connections < 1:
             raise ServeError(f"retries must be at least 0 and max_connections 1, not {retries!r}, {max_connections!r}")
-        self._endpoint = endpoint(
-            url,
-            token=token,
-            token_file=token_file,
-            tls_ca=tls_ca,
-            tls_cert=tls_cert,
-            tls_key=tls_key,
-        )
+        access: dict[str, Any] = {
+            "token": token,
+            "token_file": token_file,
+            "tls_ca": tls_ca,
+            "tls_cert": tls_cert,
+            "tls_key": tls_key,
+        }
+        urls = (url,) if isinstance(url, str) else tuple(url)
+        self._replicas = Replicas([endpoint(each, **access) for each in urls])
         self._model = model
         self._timeout_s = timeout_s
         self._retries = retries
@@ -213,24 +285,24 @@ class Caller:
 
     @property
     def url(self) -> str:
-        """Where the server is."""
-        return self._endpoint.url
+        """Where the server is; of several, all of them."""
+        return self._replicas.label
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({self._endpoint.url!r})"
+        return f"{type(self).__name__}({self.url!r})"
 
     def _attempts(self, timeout_s: float | None = None, retries: int | None = None) -> Attempts:
         seconds = self._timeout_s if timeout_s is None else timeout_s
         if not 0 < seconds < _NO_TIMEOUT_S:
             raise ServeError(f"timeout_s must be positive and less than {_NO_TIMEOUT_S:g}, not {seconds!r}")
-        return Attempts(self._endpoint.url, self._retries if retries is None else retries, seconds)
+        return Attempts(self._replicas, self._retries if retries is None else retries, seconds)
 
     def _plain(self, path: str, method: str = "GET") -> RequestOf:
-        request = self._endpoint.request(method, path, (b"{}",) if method == "POST" else ())
-        return lambda left_s: request
+        return lambda there, left_s: there.request(method, path, (b"{}",) if method == "POST" else ())
 
     def _infer(
         self,
+        attempts: Attempts,
         model: str,
         inputs: Mapping[str, Any],
         outputs: Sequence[str] | None,
@@ -239,10 +311,12 @@ class Caller:
         parameters: dict[str, int] = {} if priority is None else {"priority": priority}
         path = f"{route(model)}/infer"
 
-        def request(left_s: float) -> bytes:
+        def request(there: Endpoint, left_s: float) -> bytes:
             timeout = {"timeout": max(1, int(left_s * 1e6))}
             head, tail = write_infer(inputs, outputs, parameters | timeout, binary=self._binary)
-            return self._endpoint.request("POST", path, (head, *tail), len(head) if self._binary else None)
+            sent = there.request("POST", path, (head, *tail), len(head) if self._binary else None)
+            attempts.kind = (model, len(sent).bit_length())  # what the time of the answer depends on
+            return sent
 
         return request
 

@@ -12,7 +12,8 @@ import numpy as np
 
 from lepton_xla.errors import ServeError
 from lepton_xla.serve.client.calls import Attempts, Caller, RequestOf, arrays_of, is_good, json_of, only, route
-from lepton_xla.serve.client.transport import Answer, BlockingChannel, RequestError, left
+from lepton_xla.serve.client.replicas import Replica, StalledError, UnreachedError
+from lepton_xla.serve.client.transport import PATIENCE_S, Answer, BlockingChannel, RequestError, left
 
 if TYPE_CHECKING:
     from jaxtyping import Shaped
@@ -24,9 +25,13 @@ class Client(Caller):
     A request that gets no answer, or 503 or 429, is sent again: after exponentially growing random delays, and not
     before the server's `Retry-After`. Inference changes nothing on the server, so asking twice does no harm.
 
+    Given several URLs, it asks the server with the fewest requests of this client. What one does not answer, another is
+    asked. Servers that fail, or take three times as long as the others, are left out: for a second, then for two, up to
+    a minute; then one request tells whether they are well.
+
     Args:
         url: such as `http://127.0.0.1:8000`, `https://models.example/prefix`, `localhost:8000`, or
-            `http+unix://%2Frun%2Fdigits.sock` for a Unix socket.
+            `http+unix://%2Frun%2Fdigits.sock` for a Unix socket; or several, of servers of the same models.
         model: which model methods ask for that are not told; by default the server's only one.
         token: bearer token; by default that of the variable `LEPTON_TOKEN`, if it is set.
         token_file: file that holds the token.
@@ -45,10 +50,12 @@ class Client(Caller):
     >>> with Client(url, model="double") as client:  # url: of a server with the model y = 2 x
     ...     client.infer(x=np.float32([[1, 2]]))["y"]
     array([[2., 4.]], dtype=float32)
+    >>> with Client([url, "http://127.0.0.1:1"]) as client:  # nobody listens at the second
+    ...     client.ready("double")
+    True
     """
 
     def _open(self) -> None:
-        self._idle: list[BlockingChannel] = []
         self._lock = threading.Lock()
         self._turns = threading.BoundedSemaphore(self._max_connections)
 
@@ -88,7 +95,7 @@ class Client(Caller):
         """
         attempts = self._attempts(timeout_s)
         name = self._name(model, attempts)
-        request = self._infer(name, {**(inputs or {}), **more}, outputs, priority)
+        request = self._infer(attempts, name, {**(inputs or {}), **more}, outputs, priority)
         return arrays_of(self._call(request, attempts))
 
     def metadata(self, model: str | None = None) -> dict[str, Any]:
@@ -168,7 +175,9 @@ class Client(Caller):
         """
         with self._lock:
             self._closed = True
-            idle, self._idle = self._idle, []
+            idle = [connection for replica in self._replicas.all for connection in replica.idle]
+            for replica in self._replicas.all:
+                replica.idle.clear()
         for connection in idle:
             connection.close()
 
@@ -205,9 +214,11 @@ class Client(Caller):
             try:
                 if not self._turns.acquire(timeout=left(attempts.deadline)):
                     raise TimeoutError
+                replica = attempts.begin()
                 try:
-                    outcome = self._exchange(request(attempts.left()), attempts.deadline)
+                    outcome = self._exchange(replica, request(replica.endpoint, attempts.left()), attempts.deadline)
                 finally:
+                    attempts.end()
                     self._turns.release()
             except OSError as error:
                 outcome = error.with_traceback(None)  # which would lead back to this frame
@@ -217,30 +228,60 @@ class Client(Caller):
                 return outcome
             time.sleep(delay)
 
-    def _exchange(self, request: bytes, deadline: float) -> Answer:
-        connection = self._take() or BlockingChannel(self._endpoint, deadline)
+    def _exchange(self, replica: Replica, request: bytes, deadline: float) -> Answer:
+        connection = self._take(replica) or self._connect(replica, deadline)
         try:
-            answer = connection.exchange(request, deadline)
+            doubt = (lambda: self._doubt(replica, deadline)) if self._replicas.several else None
+            answer = connection.exchange(request, deadline, doubt)
         except BaseException:
             connection.close()
             raise
         with self._lock:
             keep = connection.open and not self._closed
             if keep:
-                self._idle.append(connection)
+                replica.idle.append(connection)
         if not keep:
             connection.close()
         return answer
 
-    def _take(self) -> BlockingChannel | None:
+    def _take(self, replica: Replica) -> BlockingChannel | None:
         """The connection used last, so that those not needed any more grow old and are closed by the server."""
         while True:
             with self._lock:
                 if self._closed:
                     raise ServeError("the client is closed")
-                if not self._idle:
+                if not replica.idle:
                     return None
-                connection = self._idle.pop()
+                connection = replica.idle.pop()
             if connection.idle():
                 return connection
             connection.close()
+
+    def _connect(self, replica: Replica, deadline: float) -> BlockingChannel:
+        if not self._replicas.several:
+            return BlockingChannel(replica.endpoint, deadline)
+        try:
+            return BlockingChannel(replica.endpoint, min(deadline, time.monotonic() + PATIENCE_S))
+        except TimeoutError:
+            left(deadline)
+            raise UnreachedError(f"no connection within {PATIENCE_S:g} s") from None
+
+    def _doubt(self, replica: Replica, deadline: float) -> None:
+        """Ask a replica that has not answered for long whether it is alive.
+
+        Raises:
+            StalledError: if it does not say so; TimeoutError at the deadline.
+        """
+        if self._replicas.silence_s(replica) < PATIENCE_S:
+            return
+        until = min(deadline, time.monotonic() + PATIENCE_S)
+        try:
+            probe = BlockingChannel(replica.endpoint, until)
+            try:
+                probe.exchange(replica.endpoint.request("GET", "/v2/health/live"), until)
+            finally:
+                probe.close()
+        except OSError as error:
+            left(deadline)
+            raise StalledError("the server stopped answering") from error
+        self._replicas.heard(replica)

@@ -18,6 +18,9 @@ import httptools
 from lepton_xla.errors import ServeError
 from lepton_xla.serve.client.endpoint import Endpoint
 
+PATIENCE_S = 1.0
+"""So long a client waits for a connection, or for a sign of life, that it could also get from another server."""
+
 _RECEIVE_BYTES = 1 << 18
 # Fields of an answer without which only the end of the connection ends it.
 _FRAMING = (b"content-length", b"transfer-encoding")
@@ -167,8 +170,11 @@ class BlockingChannel:
         """Tell whether it can take a request: the server has neither closed it nor said anything unasked."""
         return self.open and not self._poll.poll(0)
 
-    def exchange(self, request: bytes, deadline: float) -> Answer:
+    def exchange(self, request: bytes, deadline: float, doubt: Callable[[], None] | None = None) -> Answer:
         """Send a request and waits for its answer; afterwards `open` says whether it takes another.
+
+        Args:
+            doubt: called after each `PATIENCE_S` in which nothing came; to go on waiting it returns.
 
         Raises:
             OSError: if the connection breaks; TimeoutError at the deadline.
@@ -184,22 +190,26 @@ class BlockingChannel:
         except OSError as error:
             failure = error  # a server that refuses a body may have answered and closed
         try:
-            answer = self._receive(deadline, failure)
+            answer = self._receive(deadline, failure, doubt)
             self.open = answer.keep_alive and failure is None
             return answer
         finally:
             failure = None  # its traceback leads back to this frame
 
-    def _receive(self, deadline: float, failure: OSError | None) -> Answer:
+    def _receive(self, deadline: float, failure: OSError | None, doubt: Callable[[], None] | None) -> Answer:
         """The answer, or why there is none: first what sending it met."""
         try:
             answer = None
             while answer is None:
-                self._socket.settimeout(left(deadline))
+                wait = left(deadline)
+                self._socket.settimeout(wait if doubt is None else min(wait, PATIENCE_S))
                 try:
                     data = self._socket.recv(_RECEIVE_BYTES)
                 except TimeoutError:
-                    raise
+                    if doubt is None:
+                        raise
+                    doubt()
+                    continue
                 except OSError as error:
                     raise failure or error from None
                 answer = self._parser.feed(data) if data else self._parser.end()

@@ -28,6 +28,7 @@ from lepton_xla.serve.access.tokens import create_token
 from lepton_xla.serve.client import AsyncClient, Client, DeadlineError, RequestError, calls
 from lepton_xla.serve.client.calls import Attempts
 from lepton_xla.serve.client.endpoint import endpoint
+from lepton_xla.serve.client.replicas import Replicas
 from lepton_xla.serve.client.transport import Answer
 
 X = np.arange(8, dtype=np.float32).reshape(2, 4)
@@ -35,6 +36,7 @@ N = np.array([1, 2], np.int32)
 Y = 2 * X + N[:, None].astype(np.float32)
 SEVEN = b'{"outputs": [{"name": "y", "datatype": "INT32", "shape": [1], "data": [7]}]}'
 GOOD = raw_answer(200, SEVEN)
+THERE = Replicas([endpoint("http://there")])
 
 
 def blocking(url, method, *args, options=None, **kwargs):
@@ -360,7 +362,7 @@ def test_delays_grow_at_random_and_end_before_the_deadline(retries, timeout_s, r
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(calls, "monotonic", lambda: clock[0])
         patch.setattr(calls, "random", types.SimpleNamespace(uniform=source.uniform))
-        attempts = Attempts("url", retries, timeout_s)
+        attempts = Attempts(THERE, retries, timeout_s)
         lefts, made = [attempts.left()], 0
         while (delay := attempts.delay(busy)) is not None:
             assert retry_after % 3 <= delay <= retry_after % 3 + min(2.0, 0.05 * 2**made)
@@ -379,7 +381,7 @@ def test_delays_differ(monkeypatch):
     random.seed(0)
     busy = Answer()
     busy.status = 503
-    assert len({Attempts("url", 1, 10).delay(busy) for _ in range(20)}) == 20
+    assert len({Attempts(THERE, 1, 10).delay(busy) for _ in range(20)}) == 20
 
 
 # Deadlines.
