@@ -27,6 +27,7 @@ from lepton_xla.cli.tables import Table, show
 from lepton_xla.serve.app.app import App
 from lepton_xla.serve.batching.batcher import Batcher
 from lepton_xla.serve.batching.costs import Costs
+from lepton_xla.serve.batching.device import Device
 from lepton_xla.serve.batching.engine import Engine
 from lepton_xla.serve.batching.scheduler import Scheduler
 from lepton_xla.serve.http.connection import Connection
@@ -104,8 +105,9 @@ def stages(path: pathlib.Path, payload: payloads.Payload, rounds: int = 400) -> 
         server, limits = ServerMetrics(), Limits()
         metrics = server.opened(signature.name, signature.version)
         loop = asyncio.get_running_loop()
+        device = Device()
         scheduler, refusing = (
-            Held(signature, queue, engine, metrics, loop, levels=3, cores=1) for queue in (batcher, full)
+            Held(signature, queue, engine, metrics, loop, device, levels=3, cores=1) for queue in (batcher, full)
         )
         # Whatever it takes here, on this thread.
         scheduler._short = {(key, size) for key, size, _ in costs}
@@ -142,7 +144,8 @@ def stages(path: pathlib.Path, payload: payloads.Payload, rounds: int = 400) -> 
 
         def run() -> None:
             while batcher.pending:
-                scheduler._pump()
+                device.ask_again(scheduler.share)
+                device._pump()
 
         def decode() -> None:
             for _ in range(AT_ONCE):

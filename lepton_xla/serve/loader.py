@@ -11,6 +11,7 @@ import numpy as np
 from lepton_xla.errors import ArtifactError, ServeError
 from lepton_xla.serve.app.options import Options
 from lepton_xla.serve.batching.costs import Measured
+from lepton_xla.serve.batching.device import Device
 from lepton_xla.serve.batching.engine import Engine
 from lepton_xla.serve.batching.scheduler import Call, Scheduler
 from lepton_xla.serve.models.changes import Source
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 
 # Elements that are looked at together: enough to be fast, few enough to need little memory.
 _PIECE = 1 << 20
+# Part of the device's time that a model which warms up gets beside one that serves.
+_WARMING_WEIGHT = 0.25
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -36,6 +39,7 @@ class Warm:
         engine: runs it.
         measured: what its executions took.
         options: how it is served.
+        serving: how it is served beside others.
     """
 
     model: LoadedModel
@@ -43,6 +47,7 @@ class Warm:
     engine: Engine[Call]
     measured: Measured
     options: Options
+    serving: Serving = dataclasses.field(default_factory=Serving)
 
 
 class ArtifactLoader:
@@ -52,9 +57,13 @@ class ArtifactLoader:
         options: of the server.
         metrics: of the server.
         make: makes the handle of a version, on the event loop.
+        device: what models run on.
     """
 
-    def __init__(self, options: Options, metrics: ServerMetrics, make: Callable[[Warm], ModelHandle]) -> None:
+    def __init__(
+        self, options: Options, metrics: ServerMetrics, make: Callable[[Warm], ModelHandle], device: Device
+    ) -> None:
+        self._device = device
         self._options = options
         self._metrics = metrics
         self._make = make
@@ -72,18 +81,18 @@ class ArtifactLoader:
         signature = signature_of(servable, name, version)
         engine: Engine[Call] = Engine(servable, signature)
         options = _served(self._options, source.serving, source.max_delay_us)
-        return Warm(servable, signature, engine, engine.warm_up(), options)
+        with self._device.guest(_WARMING_WEIGHT) as run:
+            measured = engine.warm_up(run)
+        return Warm(servable, signature, engine, measured, options, source.serving)
 
     def open(self, loaded: Warm) -> ModelHandle:
         """Makes the handle of a loaded version, on the event loop."""
-        handle = self._make(loaded)
-        handle.scheduler.start()
-        return handle
+        return self._make(loaded)
 
     def close(self, name: str, version: str, scheduler: Scheduler) -> None:
         """Ends what served a version that is gone."""
         self._metrics.closed(name, version)
-        scheduler.stop(5.0)
+        scheduler.stop()
         scheduler.free()
 
 

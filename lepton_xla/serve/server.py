@@ -18,6 +18,7 @@ from lepton_xla.serve.app.frontend import HTTPFrontEnd
 from lepton_xla.serve.app.options import Options, url_of
 from lepton_xla.serve.batching.batcher import Batcher
 from lepton_xla.serve.batching.costs import Costs, Measured
+from lepton_xla.serve.batching.device import Device
 from lepton_xla.serve.batching.engine import Engine
 from lepton_xla.serve.batching.scheduler import Call, Scheduler
 from lepton_xla.serve.http.arrivals import Listener
@@ -53,6 +54,7 @@ class Server:
         address: host and port, once listening, of the first address; the path and 0 of a Unix socket.
         metrics: what was counted so far.
         models: the models served, once listening. Change them on the event loop only.
+        device: what executes them.
 
     Raises:
         ServeError: if the model cannot be served, see `signature_of`, or would be open to all, see `Access`.
@@ -78,9 +80,10 @@ class Server:
         self._engines = _engines(models if isinstance(models, Sequence) else [models], self.options.name)
         self.metrics = ServerMetrics()
         self.models = Registry()
+        self.device = Device()
         self._manager: Manager | None = None
         if repository is not None:
-            loader = ArtifactLoader(self.options, self.metrics, self._open)
+            loader = ArtifactLoader(self.options, self.metrics, self._open, self.device)
             self._host = Host(self.models, loader)
             self._manager = Manager(
                 Repository(repository), self._host,
@@ -179,6 +182,7 @@ class Server:
             stop.listen(loop)
             loop.add_signal_handler(signal.SIGHUP, access.reload)
         listening = access.listen()
+        self.device.start(loop)
         try:
             # On another thread, so that signals are handled during a long warm-up.
             if self._manager is not None:
@@ -187,16 +191,16 @@ class Server:
             stop.warming = False
             if stop.asked.is_set():
                 listening.close()
+                self.device.stop()
                 return True
             for (signature, engine), costs in zip(self._engines, measured, strict=True):
-                handle = open_model(engine, costs, signature, options, self.metrics)
-                handle.scheduler.start()
-                models.put(handle)
+                models.put(open_model(engine, costs, signature, options, self.metrics, self.device))
             frontend = HTTPFrontEnd(models, self.metrics, options, access, control=self._manager)
             listener = Listener(frontend.state, listening, _BACKLOG, access.tls_options(options.limits))
             listener.open()
         except BaseException:
             listening.close()
+            self.device.stop(0.0)
             raise
 
         if signals:
@@ -214,15 +218,17 @@ class Server:
             if self._manager is not None:
                 self._manager.close()
                 self._host.close()
-            for model in models:
-                model.scheduler.stop(5.0 if finished else 0.0)
+            self.device.stop(5.0 if finished else 0.0)
 
     async def _watch(self) -> None:
         if self._manager is not None:
             await self._manager.watch()
 
     def _open(self, warm: Warm) -> ModelHandle:
-        return open_model(warm.engine, warm.measured, warm.signature, warm.options, self.metrics, model=warm.model)
+        return open_model(
+            warm.engine, warm.measured, warm.signature, warm.options, self.metrics, self.device, model=warm.model,
+            weight=warm.serving.weight,
+        )  # fmt: skip
 
 
 def _engines(models: Sequence[LoadedModel], name: str | None) -> list[tuple[Signature, Engine[Call]]]:
@@ -243,10 +249,13 @@ def open_model(
     signature: Signature,
     options: Options,
     metrics: ServerMetrics,
+    device: Device,
     cores: int | None = None,
     model: LoadedModel | None = None,
+    *,
+    weight: float = 1.0,
 ) -> ModelHandle:
-    """The handle of a model whose engine is warm, for the running event loop. Start its scheduler before use.
+    """The handle of a model whose engine is warm, for the running event loop. Stop its scheduler after use.
 
     Args:
         engine: the engine.
@@ -254,8 +263,10 @@ def open_model(
         signature: the model's.
         options: of the server.
         metrics: of the server. Told of the handle's end by `ServerMetrics.closed`.
+        device: executes the model, among others.
         cores: number of cores that this process may use; None for all.
         model: what the engine runs, for others to share its executables.
+        weight: the model's part of the device's time, beside the weights of other models that have work.
     """
     counted = metrics.opened(signature.name, signature.version)
     batcher: Batcher[Call] = Batcher(
@@ -267,8 +278,8 @@ def open_model(
         max_bytes=options.max_queue_bytes,
     )
     scheduler = Scheduler(
-        signature, batcher, engine, counted, asyncio.get_running_loop(),
-        levels=options.priority_levels,
+        signature, batcher, engine, counted, asyncio.get_running_loop(), device,
+        weight=weight, levels=options.priority_levels,
         default_timeout_s=options.default_timeout_s, max_timeout_s=options.max_timeout_s,
         cores=cores or len(os.sched_getaffinity(0)),
     )  # fmt: skip

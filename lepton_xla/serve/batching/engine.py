@@ -1,12 +1,10 @@
-"""The thread that executes batches: copies their rows in, runs the model, and reports back."""
+"""Executes the batches of one model: copies their rows in, runs the model, and gives the outputs' bytes."""
 
 from __future__ import annotations
 
 import logging
 import math
-import queue
 import statistics
-import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -25,10 +23,20 @@ _log = logging.getLogger("lepton_xla.serve")
 # often, because a busy machine disturbs them most.
 _LEAST_RUNS, _MOST_RUNS = 5, 101
 _ENOUGH_S, _MOST_S = 0.02, 0.5
+# Seconds of runs that beside other models share a turn.
+_TURN_S = 1e-3
 
 _ALIGNMENT = 64
 # Outputs up to this size are copied once per batch: slicing `bytes` is faster than slicing a `memoryview`.
 _SMALL_BYTES = 1 << 16
+
+
+type Run = Callable[[Callable[[], object]], object]
+"""Calls a function, somewhere, and returns when it has returned; raises what it raises."""
+
+
+def _at_once(function: Callable[[], object]) -> None:
+    function()
 
 
 class Work(Ticket, kw_only=True, eq=False):
@@ -161,7 +169,7 @@ def _bytes_of(array: np.ndarray) -> memoryview:
 
 
 class Engine[T: Work]:
-    """Runs batches one by one, on its own thread or on the caller's.
+    """Runs the batches of a model one by one, on the thread that calls. `Device` says whose batch is next.
 
     Args:
         model: the model.
@@ -178,16 +186,18 @@ class Engine[T: Work]:
         self._signature = signature
         self._clock = clock
         self._stages: dict[tuple[int, Key], _Stage] = {}
-        self._batches: queue.SimpleQueue[Batch[T] | None] = queue.SimpleQueue()
-        self._thread: threading.Thread | None = None
-        self._turn = threading.Lock()
         self.busy_processors = 0.0
 
-    def warm_up(self) -> Measured:
+    def warm_up(self, run: Run | None = None) -> Measured:
         """Runs and times every compiled size on zeros.
 
+        Args:
+            run: calls a function on the device, between batches of other models: see `Device.guest`. Without, this is
+                all that runs.
+
         Returns:
-            Median seconds of an execution, by key and batch size.
+            Seconds of an execution, by key and batch size: the median, or, while others run, nearly the least, since
+            the rest waited for the interpreter.
 
         Raises:
             ServeError: if an output differs from the signature.
@@ -197,78 +207,55 @@ class Engine[T: Work]:
         for key in self._signature.shape_keys():
             costs[key] = {}
             for size in self._signature.bucket_sizes:
-                times, used = self._measure(size, key)
-                costs[key][size] = max(statistics.median(times), 1e-9)
+                times, used = self._measure(size, key, run or _at_once)
+                typical = statistics.median(times) if run is None else sorted(times)[len(times) // 10]
+                costs[key][size] = max(typical, 1e-9)
                 timed_s += sum(times)
                 used_s += used
         self.busy_processors = used_s / max(timed_s, 1e-9)
         return costs
 
-    def _measure(self, size: int, key: Key) -> tuple[list[float], float]:
+    def _measure(self, size: int, key: Key, run: Run) -> tuple[list[float], float]:
         """Seconds of each timed execution, and processor seconds of all of them."""
         stage = self._stage(size, key)
-        outputs = self._model.run(stage.sizes, stage.arrays)
-        expected = [(tensor.at(stage.sizes), tensor.dtype) for tensor in self._signature.outputs]
-        actual = [(array.shape, array.dtype) for array in outputs]
-        if actual != expected:
-            raise ServeError(f"at {stage.sizes} the model gives {actual}, but its signature says {expected}")
         times: list[float] = []
-        used = time.process_time()
-        while len(times) < _MOST_RUNS and sum(times) < (_MOST_S if len(times) < _LEAST_RUNS else _ENOUGH_S):
-            start = self._clock()
-            self._model.run(stage.sizes, stage.arrays)
-            times.append(self._clock() - start)
-        return times, time.process_time() - used
+        used = 0.0
 
-    def start(self, post: Callable[[Completion[T]], Batch[T] | None], ended: Callable[[], object]) -> None:
-        """Starts the thread.
+        def first() -> None:
+            outputs = self._model.run(stage.sizes, stage.arrays)
+            expected = [(tensor.at(stage.sizes), tensor.dtype) for tensor in self._signature.outputs]
+            actual = [(array.shape, array.dtype) for array in outputs]
+            if actual != expected:
+                raise ServeError(f"at {stage.sizes} the model gives {actual}, but its signature says {expected}")
 
-        Args:
-            post: called on that thread with every completion; returns the next batch, or None.
-            ended: called on that thread when it ends for any reason.
-        """
-        self._thread = threading.Thread(target=self._loop, args=(post, ended), name="lepton-engine", daemon=True)
-        self._thread.start()
+        def timed() -> None:
+            nonlocal used
+            before, spent = time.process_time(), 0.0
+            while not spent or (spent < _TURN_S and not enough()):
+                start = self._clock()
+                self._model.run(stage.sizes, stage.arrays)
+                times.append(self._clock() - start)
+                spent += times[-1]
+            used += time.process_time() - before
 
-    def submit(self, batch: Batch[T]) -> None:
-        """Queues a batch, from any thread. Its completion is posted whatever happens."""
-        self._batches.put(batch)
+        def enough() -> bool:
+            return len(times) >= _MOST_RUNS or sum(times) >= (_MOST_S if len(times) < _LEAST_RUNS else _ENOUGH_S)
 
-    @property
-    def alive(self) -> bool:
-        """Whether the thread is alive."""
-        return self._thread is not None and self._thread.is_alive()
+        run(first)
+        while not enough():
+            run(timed)
+        return times, used
 
     def check(self) -> None:
-        """Runs the smallest size on zeros, between two batches, on the calling thread. Raises what the model raises."""
+        """Runs the smallest size on zeros. Raises what the model raises."""
         stage = _Stage(self._signature, self._signature.bucket_sizes[0], next(self._signature.shape_keys()))
-        with self._turn:
-            for array in self._model.run(stage.sizes, stage.arrays):
-                np.asarray(array)
-
-    def stop(self, timeout_s: float | None = None) -> bool:
-        """Stops the thread after the queued batches; returns whether it ended in time."""
-        if self._thread is None:
-            return True
-        self._batches.put(None)
-        self._thread.join(timeout_s)
-        return not self._thread.is_alive()
+        for array in self._model.run(stage.sizes, stage.arrays):
+            np.asarray(array)
 
     def free(self) -> None:
         """Lets go of the model and the arrays. Nothing may run any more."""
         del self._model
         self._stages.clear()
-
-    def _loop(self, post: Callable[[Completion[T]], Batch[T] | None], ended: Callable[[], object]) -> None:
-        try:
-            while (batch := self._batches.get()) is not None:
-                while batch is not None:
-                    batch = post(self.execute(batch))
-        except Exception:
-            # A fault of the server, not of the model: the state of the queue cannot be trusted any more.
-            _log.exception("the engine's thread has failed")
-        finally:
-            ended()
 
     def execute(self, batch: Batch[T]) -> Completion[T]:
         """Runs one batch on the calling thread. A failure is in the completion, never raised. Not reentrant."""
@@ -279,12 +266,11 @@ class Engine[T: Work]:
             stage = self._stage(batch.size, batch.key)
             stage.fill(batch)
             staged = self._clock()
-            with self._turn:
-                outputs = [np.ascontiguousarray(array) for array in self._model.run(stage.sizes, stage.arrays)]
+            outputs = [np.ascontiguousarray(array) for array in self._model.run(stage.sizes, stage.arrays)]
             batched = self._signature.batch is not None
             return Completion(batch, outputs, started, staged, self._clock(), batched=batched)
         except Exception:
-            # Whatever the model raises fails this batch only; the thread goes on.
+            # Whatever the model raises fails this batch only.
             _log.exception("a batch of %d rows at size %d failed", batch.rows, batch.size)
             return Completion(batch, None, started, staged, self._clock())
 

@@ -3,8 +3,9 @@
 The app submits calls and is called back. It does not know where they run.
 
 Short batches run on the event loop itself, between reading requests and writing answers: handing them to another thread
-would take longer. Other batches run on the engine's thread. When that is free it takes the next batch itself: the
-device does not wait for the event loop, and a batch contains every request that has arrived by then.
+would take longer. Other batches run on the device's thread, which takes the next batch itself: the device does not wait
+for the event loop, and a batch contains every request that has arrived by then. With several models, `Device` says
+whose batch is next.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from time import monotonic
 from typing import Any
 
 from lepton_xla.serve.batching.batcher import Batcher
+from lepton_xla.serve.batching.device import Device
 from lepton_xla.serve.batching.engine import Completion, Engine, Work
 from lepton_xla.serve.batching.rejections import Rejections
 from lepton_xla.serve.batching.tickets import Batch, Part, Reason
@@ -63,7 +65,7 @@ class Call(Work, kw_only=True, eq=False):
 
 
 class Scheduler:
-    """Runs calls in batches on an engine. Everything except `_post` runs on the event loop.
+    """Runs calls in batches on an engine. Everything except `_turn` runs on the event loop.
 
     Args:
         signature: the model's.
@@ -71,12 +73,15 @@ class Scheduler:
         engine: runs the batches.
         metrics: the model's counters.
         loop: the event loop.
+        device: deals out turns.
+        weight: the model's part of the device's time, beside the weights of other models that have work.
         levels: number of priority levels. Requests without a priority are on the middle level, the lower of two.
         default_timeout_s: for requests without a timeout; None waits for ever.
         max_timeout_s: upper bound of all timeouts; None for none.
         cores: number of cores that this process may use.
 
     Attributes:
+        share: the model's place at the device.
         shed: while the queue is full, gives the error for a request that repeats the last one refused, or None if it
             may fit now. None while the queue takes requests.
     """
@@ -88,7 +93,9 @@ class Scheduler:
         engine: Engine[Call],
         metrics: Metrics,
         loop: asyncio.AbstractEventLoop,
+        device: Device,
         *,
+        weight: float = 1.0,
         levels: int = 1,
         default_timeout_s: float | None = None,
         max_timeout_s: float | None = None,
@@ -109,7 +116,11 @@ class Scheduler:
         self._timeout_s = min(inf if default_timeout_s is None else default_timeout_s, self._max_timeout_s)
         self._lock = threading.Lock()  # of the batcher
         self._ended = False
-        self._scheduled = False
+        self._device = device
+        self.share = device.join(
+            self._turn, self._end_soon, weight, short=all((key, size) in self._short for key, size, _ in batcher.costs)
+        )
+        self._handed: Batch[Call] | None = None  # formed on the event loop, to run on the device's thread
         self._alarm: asyncio.TimerHandle | None = None
         self._alarm_s = inf
         self.shed: Callable[[RequestSpec], HTTPError | None] | None = None
@@ -128,8 +139,8 @@ class Scheduler:
 
     @property
     def alive(self) -> bool:
-        """Whether the engine's thread is alive."""
-        return self._engine.alive
+        """Whether the device's thread is alive and serves this model."""
+        return self._device.alive and not self._ended
 
     @property
     def running(self) -> bool:
@@ -137,8 +148,9 @@ class Scheduler:
         return self._batcher.running
 
     def check(self) -> None:
-        """Runs the model on zeros, on any thread. Raises what the model raises."""
-        self._engine.check()
+        """Runs the model on zeros, in its turn, for a thread that may wait. Raises what the model raises."""
+        with self._device.guest(self.share.weight) as run:
+            run(self._engine.check)
 
     def figures(self) -> dict[str, Any]:
         """The gauges that `Metrics` shows: the queue, and the predicted cost of executions."""
@@ -147,13 +159,9 @@ class Scheduler:
             costs.setdefault("x".join(map(str, key)), {})[str(size)] = seconds
         return {"queue_rows": self._batcher.rows, "queue_requests": len(self._batcher), COSTS: costs}
 
-    def start(self) -> None:
-        """Starts the engine's thread."""
-        self._engine.start(self._post, self._end_soon)
-
-    def stop(self, timeout_s: float) -> None:
-        """Stops the engine's thread after its batch."""
-        self._engine.stop(timeout_s)
+    def stop(self) -> None:
+        """Gives the model no turn any more. A batch that runs goes on to its end."""
+        self._device.leave(self.share)
 
     def free(self) -> None:
         """Lets go of the model, once stopped: a scheduler is part of cycles, and weights must not wait for those."""
@@ -168,7 +176,7 @@ class Scheduler:
             call.fail(_stopped())
 
     def _end_soon(self) -> None:
-        """Called on the engine's thread when it ends."""
+        """Called on any thread when the model gets no turn any more."""
         with contextlib.suppress(RuntimeError):  # the event loop is closed, and nobody waits
             self._loop.call_soon_threadsafe(self._end)
 
@@ -252,47 +260,74 @@ class Scheduler:
             first = self._batcher.next_deadline()
         if first != inf:
             self._set_alarm(first)
-        self._pump()
+        if self._batcher.dropped:
+            self._tell_dropped()
+        if self._batcher.pending:
+            self._pump_soon()
 
     # Out.
 
     def _pump_soon(self) -> None:
-        """Runs `_pump` after all sockets that are readable now: requests that arrived together share a batch."""
-        if not self._scheduled:
-            self._scheduled = True
-            self._loop.call_soon(self._pump)
+        """Asks for a turn, after all sockets that are readable now: requests that arrived together share a batch."""
+        if not self.share.waiting:
+            self._device.ask(self.share)
 
-    def _pump(self) -> None:
-        """Starts the next batch, or sets the alarm for it."""
-        self._scheduled = False
+    def _turn(self, on_loop: bool) -> float | None:
+        """Runs the next batch, if there is one and it may run here; see `shares.Turn`."""
+        return self._turn_on_loop() if on_loop else self._turn_on_thread()
+
+    def _turn_on_loop(self) -> float | None:
         with self._lock:
             batch = self._batcher.next_batch(monotonic())
-            wake_at = self._batcher.wake_at
-        if wake_at is not None and wake_at < self._alarm_s:
-            self._set_alarm(wake_at)
-        if batch is not None:
-            if (batch.key, batch.size) in self._short and self._costs.of(batch.key, batch.size) <= self._longest_s:
-                completion = self._engine.execute(batch)
-                with self._lock:
-                    failed = self._settle(completion)
-                self._completed(completion, failed)
-            else:
-                self._engine.submit(batch)
+        seconds = 0.0
+        if batch is None:
+            self._look()
+        elif (batch.key, batch.size) in self._short and self._costs.of(batch.key, batch.size) <= self._longest_s:
+            completion = self._engine.execute(batch)
+            seconds = completion.finished_s - completion.started_s
+            with self._lock:
+                failed = self._settle(completion)
+            self._completed(completion, failed)
+        else:
+            self._handed = batch
+            return None
         if self._batcher.dropped:
             self._tell_dropped()
+        return seconds
 
-    def _post(self, completion: Completion[Call]) -> Batch[Call] | None:
-        """Takes a finished batch on the engine's thread, and returns the next one."""
+    def _turn_on_thread(self) -> float:
+        batch, self._handed = self._handed, None
+        if batch is None:
+            with self._lock:
+                batch = self._batcher.next_batch(monotonic())
+        if batch is None:
+            self._call_soon(self._look)
+            return 0.0
+        completion = self._engine.execute(batch)
         with self._lock:
             failed = self._settle(completion)
-            batch = self._batcher.next_batch(monotonic())
+            pending = self._batcher.pending
+        # After a hard stop nobody waits for this batch, nor for others.
+        if self._call_soon(self._completed, completion, failed) and pending:
+            self._device.ask_again(self.share)
+        return completion.finished_s - completion.started_s
+
+    def _call_soon(self, function: Callable[..., object], *args: Any) -> bool:
+        """Calls a function on the event loop; false if that is closed."""
         try:
-            self._loop.call_soon_threadsafe(self._completed, completion, failed)
+            self._loop.call_soon_threadsafe(function, *args)
         except RuntimeError:
-            # The event loop is closed: after a hard stop nobody waits for this batch.
             _log.warning("a batch finished after the server had stopped")
-            return None
-        return batch
+            return False
+        return True
+
+    def _look(self) -> None:
+        """After a turn without a batch: sets the alarm for one that waits for others to fill it."""
+        wake_at = self._batcher.wake_at
+        if wake_at is not None and wake_at < self._alarm_s:
+            self._set_alarm(wake_at)
+        if self._batcher.dropped:
+            self._tell_dropped()
 
     # Back.
 

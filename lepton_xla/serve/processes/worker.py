@@ -19,6 +19,7 @@ from typing import Any
 
 from lepton_xla.errors import RepositoryError, ServeError
 from lepton_xla.serve.app.frontend import HTTPFrontEnd
+from lepton_xla.serve.batching.device import Device
 from lepton_xla.serve.batching.engine import Engine
 from lepton_xla.serve.batching.scheduler import Call
 from lepton_xla.serve.http.arrivals import Arrivals
@@ -256,13 +257,15 @@ async def _main(settings: control.Settings, end: socket.socket) -> bool:
     run_on_calling_thread()
     count_on_cores(cores)
     check_device()
-    metrics, models = ServerMetrics(), Registry()
+    metrics, models, device = ServerMetrics(), Registry(), Device()
+    device.start(asyncio.get_running_loop())
     host: Host[Warm] | None = None
     name = digest = ""
 
     def make(warm: Warm) -> ModelHandle:
         return open_model(
-            warm.engine, warm.measured, warm.signature, warm.options, metrics, cores=cores, model=warm.model
+            warm.engine, warm.measured, warm.signature, warm.options, metrics, device, cores, warm.model,
+            weight=warm.serving.weight,
         )  # fmt: skip
 
     if settings.artifact:
@@ -270,11 +273,10 @@ async def _main(settings: control.Settings, end: socket.socket) -> bool:
         signature = signature_of(servable, settings.options.name)
         engine: Engine[Call] = Engine(servable, signature)
         handle = make(Warm(servable, signature, engine, engine.warm_up(), settings.options))
-        handle.scheduler.start()
         models.put(handle)
         name, digest = signature.name, servable.manifest.sha256
     else:
-        host = Host(models, ArtifactLoader(settings.options, metrics, make))
+        host = Host(models, ArtifactLoader(settings.options, metrics, make, device))
     worker = Worker(settings, metrics, models, host, end, asyncio.get_running_loop())
     finished = False
     try:
@@ -283,8 +285,7 @@ async def _main(settings: control.Settings, end: socket.socket) -> bool:
     finally:
         if host is not None:
             host.close()
-        for model in models:
-            model.scheduler.stop(5.0 if finished else 0.0)
+        device.stop(5.0 if finished else 0.0)
 
 
 if __name__ == "__main__":

@@ -42,8 +42,9 @@ def put(server, servable):
 
     async def on_loop():
         engine = Engine(servable, signature_of(servable))
-        model = open_model(engine, engine.warm_up(), signature_of(servable), server.options, server.metrics)
-        model.scheduler.start()
+        model = open_model(
+            engine, engine.warm_up(), signature_of(servable), server.options, server.metrics, server.device
+        )
         server.models.put(model)
         return weakref.ref(model)
 
@@ -122,7 +123,7 @@ def test_the_next_request_of_a_kept_connection_gets_the_new_model_and_nothing_ke
         raw_request("POST", INFER.replace("/infer", "/versions/3/infer"), body, headers),
         raw_request("GET", "/v2/models/affine"),
     ]
-    first = put(server, Affine())  # that which the server was started with is kept by its engine's thread
+    first = put(server, Affine())  # that which the server was started with is kept by it
     old = first().scheduler
     with connect(server) as sock, connect(server) as idle:
         for request in ways[:3] * 2:
@@ -132,7 +133,7 @@ def test_the_next_request_of_a_kept_connection_gets_the_new_model_and_nothing_ke
             idle.sendall(request)
             assert read_response(idle)[0] == 200
         put(server, Negative())
-        old.stop(5)
+        old.stop()
         del old
         assert first() is None
         for request in ways[:3] * 2:
