@@ -22,7 +22,12 @@ demo: setup  ## train a small model on real digits, compress it, compile it, ser
 test: setup  ## the test suite on the CPU, without what is marked slow
 	JAX_PLATFORMS=cpu $(RUN)/python -m pytest -n 2 --dist worksteal
 
-test-all: setup  ## every test: benchmarks, long simulations and long storms too
+build/model-signing/.ready: | $(filter build/%,$(UV))
+	$(UV) venv --quiet --allow-existing build/model-signing
+	$(UV) pip install --quiet --python build/model-signing/bin/python model-signing==1.1.1 pyopenssl
+	@touch $@
+
+test-all: setup build/model-signing/.ready  ## every test: benchmarks, long simulations and long storms too
 	JAX_PLATFORMS=cpu $(RUN)/python -m pytest -n 2 --dist worksteal -m ''
 
 build/oldest-venv/.ready: pyproject.toml | $(filter build/%,$(UV))

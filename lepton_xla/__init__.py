@@ -4,9 +4,9 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from lepton_xla import launch, passes, sharding, train
+    from lepton_xla import launch, passes, sharding, train, trust
     from lepton_xla.adapters import from_linen, from_nnx
-    from lepton_xla.compiler import Servable, compile, load, verify
+    from lepton_xla.compiler import Servable, compile, encrypt, load, sign, verify
     from lepton_xla.errors import (
         ArtifactError,
         CalibrationError,
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         ServeError,
         ShardingError,
         TrainingError,
+        TrustError,
         UnsupportedError,
     )
     from lepton_xla.modelspec import ModelSpec
@@ -55,8 +56,10 @@ __all__ = [
     "SiteReport",
     "TensorSpec",
     "TrainingError",
+    "TrustError",
     "UnsupportedError",
     "compile",
+    "encrypt",
     "find_sites",
     "from_linen",
     "from_nnx",
@@ -65,15 +68,17 @@ __all__ = [
     "optimize",
     "passes",
     "sharding",
+    "sign",
     "trace",
     "train",
+    "trust",
     "verify",
 ]
 
 # The module of each public name. Names are imported on first use, so that `leptonx --help` does not import JAX. No name
 # may equal a module of this package, because importing that module would replace it.
 _HOMES = {
-    "lepton_xla.compiler": ("Servable", "compile", "load", "verify"),
+    "lepton_xla.compiler": ("Servable", "compile", "encrypt", "load", "sign", "verify"),
     "lepton_xla.errors": (
         "ArtifactError",
         "CalibrationError",
@@ -89,6 +94,7 @@ _HOMES = {
         "ServeError",
         "ShardingError",
         "TrainingError",
+        "TrustError",
         "UnsupportedError",
     ),
     "lepton_xla.modelspec": ("ModelSpec",),
@@ -105,7 +111,7 @@ _HOME = {name: module for module, names in _HOMES.items() for name in names}
 if not TYPE_CHECKING:  # otherwise a type checker would accept every misspelled name
 
     def __getattr__(name: str) -> object:
-        if name in ("launch", "passes", "sharding", "train"):
+        if name in ("launch", "passes", "sharding", "train", "trust"):
             return importlib.import_module(f"lepton_xla.{name}")
         if name not in _HOME:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -94,6 +94,18 @@ class ArtifactError(LeptonError):
     """
 
 
+class TrustError(ArtifactError):
+    """An artifact is not signed by a trusted key or cannot be decrypted, or a key cannot be used.
+
+    >>> program = lx.trace(lambda w, x: x @ w["w"], {"w": jnp.eye(4)}, {"x": lx.TensorSpec(("batch", 4), "float32")})
+    >>> _ = lx.compile(program, {"batch": (1,)}).save("tiny.lepton")
+    >>> key, public = lx.trust.create_keys("release")
+    >>> lx.load("tiny.lepton", trust=public)
+    Traceback (most recent call last):
+    lepton_xla.errors.TrustError: tiny.lepton: is not signed (no model.sig), and only signed artifacts are trusted here
+    """
+
+
 class InputError(LeptonError):
     """An inference input has a wrong name, dtype, rank or size.
 

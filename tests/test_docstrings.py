@@ -31,6 +31,7 @@ PUBLIC = [
     "lepton_xla.sharding",
     "lepton_xla.train",
     "lepton_xla.train.distillation",
+    "lepton_xla.trust",
     "lepton_xla.tuning",
 ]
 

@@ -30,20 +30,21 @@ def inspect(path: str, as_json: bool) -> None:
         import msgspec
 
         from lepton_xla.compiler import Fingerprint
-        from lepton_xla.compiler.artifact import read_manifest
         from lepton_xla.compiler.devices import devices_here
+        from lepton_xla.compiler.opening import claimed_signer, read_manifest
         from lepton_xla.compiler.storage import Store
 
-        manifest = read_manifest(Store(path))
+        store = Store(path)
+        manifest, signer = read_manifest(store), claimed_signer(store)
         here = Fingerprint.of(None, devices_here(manifest.mesh))
     route = _route(manifest, here)
     weights = _weights(manifest)
     size_bytes = sum(entry.size for entry in manifest.files.values())
     if as_json:
-        facts = {"path": path, "size_bytes": size_bytes, "route": route, "weights": weights, **_totals(manifest)}
-        _common.print_json({**facts, "manifest": msgspec.to_builtins(manifest)})
+        facts = {"path": path, "size_bytes": size_bytes, "route": route, "weights": weights, "signed_by": signer}
+        _common.print_json({**facts, **_totals(manifest), "manifest": msgspec.to_builtins(manifest)})
     else:
-        _print(path, manifest, route, weights, size_bytes)
+        _print(path, manifest, signer, route, weights, size_bytes)
 
 
 def _route(manifest: Manifest, here: Fingerprint) -> dict[str, Any]:
@@ -91,7 +92,12 @@ def _totals(manifest: Manifest) -> dict[str, Any]:
 
 
 def _print(
-    path: str, manifest: Manifest, route: Mapping[str, Any], weights: Sequence[Mapping[str, Any]], size_bytes: int
+    path: str,
+    manifest: Manifest,
+    signer: str,
+    route: Mapping[str, Any],
+    weights: Sequence[Mapping[str, Any]],
+    size_bytes: int,
 ) -> None:
     from lepton_xla.cli import _reports
 
@@ -100,6 +106,7 @@ def _print(
         f"{path}: {manifest.name}, version {manifest.version}, {len(manifest.files)} files, {_common.size(size_bytes)}",
         f"made {manifest.created} with {made}",
         *([f"for {manifest.mesh.count} devices: {manifest.mesh}"] if manifest.mesh is not None else []),
+        *_protection_lines(manifest, signer),
         *_route_lines(route),
         "",
     )
@@ -142,6 +149,14 @@ def _print(
         _common.show(_common.table("metrics", ("metric", ">value"), _flat(manifest.metrics)))
     if manifest.programs_note:
         _common.show(manifest.programs_note)
+
+
+def _protection_lines(manifest: Manifest, signer: str) -> list[str]:
+    lines = [f"signed by the key {signer[:16]}, which `leptonx verify --key` checks"] if signer else []
+    if manifest.encryption is not None:
+        names = ", ".join(each.key[:16] for each in manifest.encryption.recipients)
+        lines.append(f"encrypted with {manifest.encryption.cipher} for {names}")
+    return lines
 
 
 def _times(ratio: float | None) -> str:

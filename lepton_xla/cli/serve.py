@@ -161,6 +161,17 @@ def _limit_options(command: Callable[..., None]) -> Callable[..., None]:
 @_file_option("--tls-cert", "Serve TLS with this certificate chain (PEM). Reloaded when it changes, and on SIGHUP.")
 @_file_option("--tls-key", "Private key of --tls-cert (PEM, not encrypted).")
 @_file_option("--tls-client-ca", "Mutual TLS: accept only clients with a certificate from these CAs (PEM).")
+@_file_option(
+    "--trust",
+    "Refuse artifacts that no key of this file or folder of public keys signed; see `leptonx sign`. Read again with "
+    "each artifact.",
+)
+@click.option(
+    "--decrypt-key",
+    type=click.Path(path_type=Path),
+    help="Private key that decrypts the artifact; see `leptonx encrypt`. By default what the environment variable "
+    "LEPTON_DECRYPT_KEY holds: the key itself, or the path of its file.",
+)
 @_option(
     "--insecure-public",
     False,
@@ -274,7 +285,8 @@ def serve(
         else:
             from lepton_xla.compiler import load
 
-            server = Server(load(path), options)
+            servable = load(path, trust=options.trust, decrypt_key=options.decrypt_key)
+            server = Server(servable, options)
         finished = server.run(on_ready=announce)
     if as_json:
         click.echo(json_lines.dumps({"event": "stopped", "all_answered": finished}))

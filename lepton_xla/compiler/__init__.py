@@ -5,6 +5,18 @@ from lepton_xla.compiler.build import compile
 from lepton_xla.compiler.fingerprint import Fingerprint
 from lepton_xla.compiler.loading import load
 from lepton_xla.compiler.manifest import Manifest
+from lepton_xla.compiler.protection import encrypt, sign
 from lepton_xla.compiler.servable import Servable
 
-__all__ = ["Artifact", "Fingerprint", "Manifest", "Servable", "Verification", "compile", "load", "verify"]
+__all__ = [
+    "Artifact",
+    "Fingerprint",
+    "Manifest",
+    "Servable",
+    "Verification",
+    "compile",
+    "encrypt",
+    "load",
+    "sign",
+    "verify",
+]

@@ -19,15 +19,16 @@ from lepton_xla.compiler.manifest import (
     EXPAND,
     Manifest,
     PortableProgram,
-    manifest_from_json,
     manifest_to_json,
 )
+from lepton_xla.compiler.opening import check_signed_files, read_manifest, read_signature, trusted_keys
 from lepton_xla.compiler.portable import Portable
 from lepton_xla.compiler.runtime import Runtime, run_expand
 from lepton_xla.compiler.servable import Servable
 from lepton_xla.compiler.storage import Store, VerifiedFiles, atomic_store, consistently
-from lepton_xla.errors import ArtifactError
-from lepton_xla.listing import MANIFEST, MAX_MANIFEST_BYTES, FileEntry
+from lepton_xla.listing import MANIFEST, FileEntry
+from lepton_xla.trust.bundles import SIGNATURE
+from lepton_xla.trust.keys import TrustedKeys
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,6 +133,7 @@ class Verification:
         files: number of files checked, without the manifest.
         size_bytes: their total size.
         extra: files that the manifest does not list; they are never read.
+        signer: file name of the trusted key that signed it; empty if no signature was asked for.
 
     >>> program = lx.trace(lambda w, x: x @ w["w"], {"w": jnp.eye(4)}, {"x": lx.TensorSpec(("batch", 4), "float32")})
     >>> manifest = lx.compile(program, {"batch": (1,)}).save("tiny.lepton")
@@ -144,40 +146,41 @@ class Verification:
     files: int
     size_bytes: int
     extra: tuple[str, ...]
+    signer: str = ""
 
 
-def read_manifest(store: Store) -> Manifest:
-    """Read the manifest of an artifact.
-
-    Raises:
-        ArtifactError: if it is missing, too large, or invalid.
-    """
-    data = store.read(MANIFEST, limit=MAX_MANIFEST_BYTES)
-    try:
-        return manifest_from_json(data)
-    except ArtifactError as error:
-        raise ArtifactError(f"{store.location}: {error}") from error
-
-
-@takes(location=(str, os.PathLike))
-def verify(location: str | os.PathLike[str]) -> Verification:
+@takes(location=(str, os.PathLike), trust=(str, os.PathLike, TrustedKeys))
+def verify(
+    location: str | os.PathLike[str], *, trust: str | os.PathLike[str] | TrustedKeys | None = None
+) -> Verification:
     """Check the size and digest of every file of an artifact. Executes and deserializes nothing.
+
+    Args:
+        location: a local folder, or a `gs://` or `s3://` prefix.
+        trust: a public key or a folder of public keys. The artifact has to be signed by one of them, with all of its
+            files. None asks for no signature.
 
     Raises:
         ArtifactError: if a file is missing or damaged; names the first one.
+        TrustError: if it is unsigned, signed by another key, or has files that are not signed.
 
     >>> program = lx.trace(lambda w, x: x @ w["w"], {"w": jnp.eye(4)}, {"x": lx.TensorSpec(("batch", 4), "float32")})
     >>> manifest = lx.compile(program, {"batch": (1,)}, name="tiny").save("tiny.lepton")
     >>> lx.verify("tiny.lepton").manifest.name
     'tiny'
     """
-    return consistently(location, _verified)
+    trusted = trusted_keys(trust)
+    return consistently(location, lambda store: _verified(store, trusted))
 
 
-def _verified(store: Store) -> Verification:
-    manifest = read_manifest(store)
+def _verified(store: Store, trusted: TrustedKeys | None) -> Verification:
+    signed = read_signature(store, trusted) if trusted is not None else None
+    manifest = read_manifest(store, signed)
     files = VerifiedFiles(store, manifest.files)
     for name in manifest.files:
         files.read(name)
-    extra = tuple(name for name in store.names() if name not in manifest.files and name != MANIFEST)
-    return Verification(manifest, len(manifest.files), sum(entry.size for entry in manifest.files.values()), extra)
+    extra = tuple(name for name in store.names() if name not in {*manifest.files, MANIFEST, SIGNATURE})
+    if signed is not None:
+        check_signed_files(store, manifest, signed, extra)
+    size_bytes = sum(entry.size for entry in manifest.files.values())
+    return Verification(manifest, len(manifest.files), size_bytes, extra, signed.signer if signed is not None else "")

@@ -15,7 +15,6 @@ import msgspec
 
 from lepton_xla.arguments import takes
 from lepton_xla.compiler import _xla
-from lepton_xla.compiler.artifact import read_manifest
 from lepton_xla.compiler.buckets import BucketSizes, bucket_name, combinations
 from lepton_xla.compiler.code import Code
 from lepton_xla.compiler.devices import Devices, devices_here
@@ -27,6 +26,7 @@ from lepton_xla.compiler.manifest import (
     PortableProgram,
     manifest_to_json,
 )
+from lepton_xla.compiler.opening import is_signed, open_files, read_manifest, read_signature, trusted_keys
 from lepton_xla.compiler.portable import compile_portable
 from lepton_xla.compiler.reading import read_all, read_parts
 from lepton_xla.compiler.runtime import Runtime, run_expand
@@ -36,16 +36,24 @@ from lepton_xla.errors import ArtifactError, ExecutionError, ShardingError
 from lepton_xla.flags import warn_of_slow_flags
 from lepton_xla.listing import MANIFEST, FileEntry
 from lepton_xla.trees import leaf_bytes
+from lepton_xla.trust.keys import TrustedKeys
 
 _LOG = logging.getLogger(__name__)
 
 
-@takes(location=(str, os.PathLike), buckets=Mapping)
+@takes(
+    location=(str, os.PathLike),
+    buckets=Mapping,
+    trust=(str, os.PathLike, TrustedKeys),
+    decrypt_key=(str, os.PathLike),
+)
 def load(
     location: str | os.PathLike[str],
     *,
     buckets: Mapping[str, Sequence[int]] | None = None,
     write_back: bool = False,
+    trust: str | os.PathLike[str] | TrustedKeys | None = None,
+    decrypt_key: str | os.PathLike[str] | None = None,
 ) -> Servable:
     """Load an artifact onto this process's first device, or first devices if it was compiled for several.
 
@@ -58,9 +66,14 @@ def load(
         buckets: symbolic dimension -> the compiled sizes to load; by default all.
         write_back: whether to add newly compiled code to the artifact, for the next load. A failure is logged as a
             warning.
+        trust: a public key or a folder of public keys, one of which must have signed the artifact: else nothing of it
+            is used. None loads any artifact.
+        decrypt_key: file of the private key, if the artifact is encrypted; by default what the environment variable
+            `LEPTON_DECRYPT_KEY` holds, the key itself or the path of its file.
 
     Raises:
         ArtifactError: if a file is missing, damaged or foreign, or the artifact lacks a bucket; names it.
+        TrustError: if it is not signed by a trusted key, or cannot be decrypted.
         ExecutionError: if there is no device, or the weights cannot be unpacked on it.
         ShardingError: if there are fewer devices than the artifact was compiled for, and its weights do not fit on one.
 
@@ -69,12 +82,26 @@ def load(
     >>> lx.load("tiny.lepton")(x=[[1.0, 2.0, 3.0, 4.0]])["output"]
     array([[1., 2., 3., 4.]], dtype=float32)
     """
-    return consistently(location, lambda store: _load(store, buckets, write_back=write_back))
+    trusted = trusted_keys(trust)
+
+    def read(store: Store) -> Servable:
+        # The signature pins the bytes of the manifest, and these pin those of all other files, which are read once.
+        signed = read_signature(store, trusted) if trusted is not None else None
+        manifest = read_manifest(store, signed)
+        files = open_files(store, manifest, decrypt_key)
+        return _load(store, manifest, files, buckets, write_back=write_back)
+
+    return consistently(location, read)
 
 
-def _load(store: Store, buckets: Mapping[str, Sequence[int]] | None, *, write_back: bool) -> Servable:
-    manifest = read_manifest(store)
-    files = VerifiedFiles(store, manifest.files)
+def _load(
+    store: Store,
+    manifest: Manifest,
+    files: VerifiedFiles,
+    buckets: Mapping[str, Sequence[int]] | None,
+    *,
+    write_back: bool,
+) -> Servable:
     bucket_sizes = _choose(manifest, buckets)
     devices = _devices(manifest, store.location)
     warn_of_slow_flags(_LOG, devices.first.platform)
@@ -188,6 +215,8 @@ def _why(manifest: Manifest, target: Fingerprint, missing: Sequence[str]) -> str
 def _write_back(store: Store, loaded: Manifest, target: Fingerprint, made: Mapping[str, Code]) -> None:
     """Add executables to an artifact. The manifest is replaced last, so readers see the old or the new state."""
     try:
+        if is_signed(store):
+            raise ArtifactError(f"{store.location}: it is signed, and new files would void the signature")
         manifest = read_manifest(store)
         programs = [program.file for program in (*loaded.programs, *((loaded.expand,) if loaded.expand else ()))]
         if store.is_replaced or any(manifest.files.get(name) != loaded.files[name] for name in programs):

@@ -22,6 +22,8 @@ SCHEMA = 3
 PACKED = "weights/packed"
 # Beside the buckets, the name of the program that unpacks stored weights when an artifact is loaded.
 EXPAND = "expand"
+# What is in them is a program, not what was learned, and is never encrypted.
+OPEN_FOLDERS = ("programs/", "executables/")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
@@ -103,6 +105,20 @@ class ExecutableSet(_Struct, frozen=True, kw_only=True):
     unwritten: dict[str, str] = {}
 
 
+class Recipient(_Struct, frozen=True, kw_only=True):
+    """Who can decrypt: the identifier of a public key, and the data key as it was wrapped for it."""
+
+    key: Annotated[str, msgspec.Meta(pattern=r"\A[0-9a-f]{64}\Z")]
+    wrapped: Annotated[bytes, msgspec.Meta(max_length=4096)]
+
+
+class Encryption(_Struct, frozen=True, kw_only=True):
+    """How files are encrypted: all but those of `OPEN_FOLDERS`."""
+
+    cipher: Literal["AES-256-GCM"]
+    recipients: Annotated[tuple[Recipient, ...], msgspec.Meta(min_length=1, max_length=64)]
+
+
 class Manifest(_Struct, frozen=True, kw_only=True):
     """The contents of `manifest.json`.
 
@@ -126,6 +142,7 @@ class Manifest(_Struct, frozen=True, kw_only=True):
         reports: one per applied pass.
         metrics: the user's own metrics, such as accuracy.
         made_by: versions of the software, and the machine.
+        encryption: how files are encrypted, if they are; sizes and digests are of what is stored.
         created: time of making, UTC, ISO 8601.
         files: every other file of the artifact.
         sha256: digest of this manifest as compact JSON with this field empty, to detect damage to the manifest itself.
@@ -154,6 +171,7 @@ class Manifest(_Struct, frozen=True, kw_only=True):
     made_by: dict[str, Any]
     created: str
     files: dict[str, FileEntry]
+    encryption: Encryption | None = None
     sha256: str = ""
 
     def signature(self) -> tuple[dict[str, TensorSpec], dict[str, TensorSpec]]:

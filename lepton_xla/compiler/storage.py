@@ -80,6 +80,19 @@ class Store:
         self._check_size(name, len(found.value), limit)
         return found.value
 
+    def is_missing(self, name: str) -> bool:
+        """Whether there is no file of that name.
+
+        Raises:
+            ArtifactError: if that cannot be found out.
+        """
+        if self._root is not None:
+            return not os.path.lexists(os.path.join(self._root, name))
+        try:
+            return self._kv.read(name).result().state != "value"
+        except Exception as error:
+            raise ArtifactError(f"{self.location}: {name} cannot be read: {error}") from error
+
     def write(self, name: str, data: bytes) -> None:
         """Create or replaces a file, atomically.
 
@@ -143,20 +156,29 @@ class Store:
 
 
 class VerifiedFiles:
-    """Reads files of a store and checks them against their recorded size and digest; refuses files without a record."""
+    """Reads files of a store and checks them against their recorded size and digest; refuses files without a record.
 
-    def __init__(self, store: Store, files: Mapping[str, FileEntry]) -> None:
+    Args:
+        store: the files.
+        files: their records.
+        opened: `opened(name, data)` decrypts a file whose digest is right; None where nothing is encrypted.
+    """
+
+    def __init__(
+        self, store: Store, files: Mapping[str, FileEntry], opened: Callable[[str, bytes], bytes] | None = None
+    ) -> None:
         self._store = store
         self._files = files
+        self._opened = opened
 
     def __contains__(self, name: object) -> bool:
         return name in self._files
 
     def read(self, name: str) -> bytes:
-        """Read a file and verifies it.
+        """Read a file, verify it, and decrypt it if it is encrypted.
 
         Raises:
-            ArtifactError: if it is missing, has no record, or differs from its record; names it.
+            ArtifactError: if it is missing, has no record, differs from its record, or does not decrypt; names it.
         """
         where = self._store.location
         entry = self._files.get(name)
@@ -167,7 +189,7 @@ class VerifiedFiles:
             raise ArtifactError(f"{where}: {name} is damaged: {len(data)} bytes instead of {entry.size}")
         if hashlib.sha256(data).hexdigest() != entry.sha256:
             raise ArtifactError(f"{where}: {name} is damaged: its SHA-256 differs from the manifest's")
-        return data
+        return data if self._opened is None else self._opened(name, data)
 
 
 def consistently[T](location: str | os.PathLike[str], read: Callable[[Store], T]) -> T:

@@ -19,6 +19,10 @@ COMMANDS = {
     "tokens to list": ["token", "list", "{}"],
     "tokens to make": ["token", "create", "{}", "ci"],
     "token file": ["serve", "{artifact}", "--port", "0", "--token-file", "{}"],
+    "key to sign with": ["sign", "{artifact}", "--key", "{}"],
+    "key to verify with": ["verify", "{artifact}", "--key", "{}"],
+    "key to encrypt for": ["encrypt", "{artifact}", "{folder}/new.lepton", "--to", "{}"],
+    "trusted keys": ["serve", "{artifact}", "--port", "0", "--trust", "{}"],
     "TLS files": ["serve", "{artifact}", "--port", "0", "--tls-cert", "{}", "--tls-key", "{}"],
 }
 

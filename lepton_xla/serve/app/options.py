@@ -43,6 +43,8 @@ class Options:
         limits: what clients may send.
         token_file: the tokens to ask for, see `leptonx token`; None asks for none.
         tls: certificates to listen with; None speaks plain HTTP.
+        trust: a public key, or a folder of them, one of which must have signed each artifact; None loads any.
+        decrypt_key: file of the private key that decrypts artifacts; None takes that of the environment.
         explicit: load the models of a repository only when a client asks for them; otherwise all are, and changes of
             the repository are seen.
         load: names of models to load at the start nevertheless.
@@ -81,6 +83,8 @@ class Options:
     limits: Limits = dataclasses.field(default_factory=Limits)
     token_file: Path | None = None
     tls: TlsFiles | None = None
+    trust: Path | None = None
+    decrypt_key: Path | None = None
     insecure_public: bool = False
     explicit: bool = False
     load: tuple[str, ...] = ()

@@ -13,6 +13,7 @@ import stat
 from lepton_xla.errors import ArtifactError, RepositoryError
 from lepton_xla.folders import flush
 from lepton_xla.listing import MANIFEST, MAX_MANIFEST_BYTES, FileEntry, Listing, read_listing
+from lepton_xla.trust.bundles import MAX_SIGNATURE_BYTES, SIGNATURE
 
 _PIECE_BYTES = 1 << 20
 _MAX_TEXT_BYTES = 1 << 20
@@ -37,6 +38,8 @@ def listing_of(source: pathlib.Path) -> tuple[Listing, bytes]:
 def copy_artifact(source: pathlib.Path, target: pathlib.Path) -> Listing:
     """Copy the files that an artifact lists into an empty folder, each checked against its size and digest.
 
+    Its signature, if there is one, goes with it; whoever loads the copy checks it.
+
     Raises:
         ArtifactError: if the artifact is missing or damaged; names the file.
         OSError: if the copy cannot be written.
@@ -44,6 +47,12 @@ def copy_artifact(source: pathlib.Path, target: pathlib.Path) -> Listing:
     listing, data = listing_of(source)
     for file, entry in listing.files.items():
         _copy(source, file, entry, target / file)
+    if os.path.lexists(source / SIGNATURE):
+        with _open_file(source, SIGNATURE) as opened:
+            signature = opened.read(MAX_SIGNATURE_BYTES + 1)
+        if len(signature) > MAX_SIGNATURE_BYTES:
+            raise ArtifactError(f"{source}: {SIGNATURE} has more than the limit of {MAX_SIGNATURE_BYTES} bytes")
+        write_whole(target / SIGNATURE, signature)
     write_whole(target / MANIFEST, data)
     return listing
 

@@ -269,7 +269,8 @@ async def _main(settings: control.Settings, end: socket.socket) -> bool:
         )  # fmt: skip
 
     if settings.artifact:
-        servable = load(settings.artifact)
+        options = settings.options
+        servable = load(settings.artifact, trust=options.trust, decrypt_key=options.decrypt_key)
         signature = signature_of(servable, settings.options.name)
         engine: Engine[Call] = Engine(servable, signature)
         handle = make(Warm(servable, signature, engine, engine.warm_up(), settings.options))

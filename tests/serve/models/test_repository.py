@@ -55,6 +55,19 @@ def test_versions_count_up_and_are_whole(repository, artifact):
     assert sorted(os.listdir(repository.root / "digits")) == sorted(f"{v}.lepton" for v in found.versions)
 
 
+def test_a_signature_goes_with_an_artifact(repository, artifact):
+    """Loading checks it; here it is any bytes."""
+    repository.push(artifact, "digits")
+    (artifact / "model.sig").write_bytes(b"signed")
+    repository.push(artifact, "digits")
+    first, second = repository.scan()["digits"].versions.values()
+    assert not (first / "model.sig").exists()
+    assert (second / "model.sig").read_bytes() == b"signed"
+    os.truncate(artifact / "model.sig", 1 << 40)
+    with pytest.raises(ArtifactError, match=r"model\.sig has more than the limit"):
+        repository.push(artifact, "digits")
+
+
 @pytest.mark.parametrize(
     "name", ["", ".", "..", "a/b", "a\\b", ".a", "a\n", " a", "a\0b", "x" * 129, "stats", "\ud800"]
 )
