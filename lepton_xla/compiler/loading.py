@@ -26,7 +26,7 @@ from lepton_xla.compiler.manifest import (
     PortableProgram,
     manifest_to_json,
 )
-from lepton_xla.compiler.opening import is_signed, open_files, read_manifest, read_signature, trusted_keys
+from lepton_xla.compiler.opening import is_signed, open_files, read_manifest, read_trusted_manifest, trusted_keys
 from lepton_xla.compiler.portable import compile_portable
 from lepton_xla.compiler.reading import read_all, read_parts
 from lepton_xla.compiler.runtime import Runtime, run_expand
@@ -86,8 +86,7 @@ def load(
 
     def read(store: Store) -> Servable:
         # The signature pins the bytes of the manifest, and these pin those of all other files, which are read once.
-        signed = read_signature(store, trusted) if trusted is not None else None
-        manifest = read_manifest(store, signed)
+        manifest = read_trusted_manifest(store, trusted)
         files = open_files(store, manifest, decrypt_key)
         return _load(store, manifest, files, buckets, write_back=write_back)
 

@@ -88,6 +88,20 @@ def read_manifest(store: Store, signed: Signed | None = None) -> Manifest:
     return decoded_manifest(store, data)
 
 
+def read_trusted_manifest(store: Store, trusted: TrustedKeys | None) -> Manifest:
+    """Read the manifest of an artifact, and its signature first.
+
+    Args:
+        store: the artifact.
+        trusted: the keys, one of which must have signed it; None takes any artifact.
+
+    Raises:
+        ArtifactError: if the manifest is missing, too large, or invalid.
+        TrustError: if it is not signed by a trusted key.
+    """
+    return read_manifest(store, None if trusted is None else read_signature(store, trusted))
+
+
 def decoded_manifest(store: Store, data: bytes) -> Manifest:
     """Decode the bytes of a store's manifest.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -72,11 +73,13 @@ class ArtifactLoader:
         """Reads, checks and warms up a version.
 
         Raises:
-            LeptonError: for an artifact that is damaged, does not fit this machine, or holds what is not a number.
+            LeptonError: for an artifact that is damaged or not trusted, does not fit this machine, or holds NaN.
         """
         from lepton_xla.compiler import load
 
-        servable = load(source.path, buckets=_buckets(source.path, source.max_batch_size))
+        trust, decrypt_key = self._options.trust, self._options.decrypt_key
+        buckets = None if source.max_batch_size is None else _buckets(source.path, source.max_batch_size, trust)
+        servable = load(source.path, buckets=buckets, trust=trust, decrypt_key=decrypt_key)
         _refuse_nan(servable)
         signature = signature_of(servable, name, version)
         engine: Engine[Call] = Engine(servable, signature)
@@ -96,15 +99,13 @@ class ArtifactLoader:
         scheduler.free()
 
 
-def _buckets(path: str, most: int | None) -> dict[str, tuple[int, ...]] | None:
-    """The compiled sizes to load, where only batches up to a size are wanted; None for all."""
-    if most is None:
-        return None
-    from lepton_xla.compiler.artifact import read_manifest
+def _buckets(path: str, most: int, trust: Path | None) -> dict[str, tuple[int, ...]]:
+    """The compiled sizes to load, where only batches up to a size are wanted."""
+    from lepton_xla.compiler.opening import read_trusted_manifest, trusted_keys
     from lepton_xla.compiler.storage import Store
     from lepton_xla.rows import row_symbol
 
-    manifest = read_manifest(Store(path))
+    manifest = read_trusted_manifest(Store(path), trusted_keys(trust))
     rows = row_symbol(manifest.input_specs())
     sizes = () if rows is None else manifest.buckets[rows]
     if rows is None or most not in sizes:

@@ -1,0 +1,73 @@
+"""A repository whose versions have to be signed: what is not stays out, and the old version goes on serving."""
+
+import json
+import shutil
+
+import pytest
+from numbered import Clients, make_numbered, wait
+from serve_fakes import exchange
+
+import lepton_xla as lx
+from lepton_xla.errors import TrustError
+from lepton_xla.serve import Options, Server
+from lepton_xla.serve.loader import _buckets
+from lepton_xla.serve.models.repository import Repository
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """Artifacts, of which 1 and 3 are signed by `release`, and 4 by `other`."""
+    folder = tmp_path_factory.mktemp("made")
+    made = make_numbered(folder, (1, 2, 3, 4))
+    for name in ("release", "other"):
+        lx.trust.create_keys(folder / name)
+    for number, name in ((1, "release"), (3, "release"), (4, "other")):
+        lx.sign(made[number], key=folder / f"{name}.key")
+    return {**made, "keys": folder}
+
+
+def reason(server, version):
+    body = exchange(server, "POST", "/v2/repository/index")[2]
+    (found,) = [each.get("reason") for each in json.loads(body) if each.get("version") == version] or [None]
+    return found or ""
+
+
+def test_only_signed_versions_are_loaded(tmp_path, made):
+    trust = tmp_path / "trust"
+    trust.mkdir()
+    shutil.copy(made["keys"] / "release.pub", trust)
+    repository = Repository(tmp_path / "MODELS")
+    repository.push(made[1], "m")
+    options = Options(port=0, repository_poll_s=0.02, trust=trust)
+    with Server(options=options, repository=repository.root) as server, Clients(server, count=1) as clients:
+        repository.push(made[2], "m", "2")
+        wait(lambda: "is not signed" in reason(server, "2"))
+        repository.push(made[4], "m", "4")
+        wait(lambda: "is of a key that is not trusted here" in reason(server, "4"))
+        assert str(repository.root) not in reason(server, "2") + reason(server, "4")
+        assert server.models.versions("m") == ["1"]
+        repository.push(made[3], "m", "5")
+        wait(lambda: server.models.versions("m") == ["5"])
+        # Keys are read again with each artifact.
+        shutil.copy(made["keys"] / "other.pub", trust)
+        repository.push(made[4], "m", "6")
+        wait(lambda: server.models.versions("m") == ["6"])
+        wait(lambda: clients.answers.get("6", 0) > 5)
+    assert set(clients.answers) == {"1", "5", "6"}
+
+
+def test_a_version_that_is_signed_later_is_loaded_then(tmp_path, made):
+    repository = Repository(tmp_path / "MODELS")
+    repository.push(made[2], "m", "2")
+    options = Options(port=0, repository_poll_s=0.02, trust=made["keys"] / "release.pub")
+    with Server(options=options, repository=repository.root) as server:
+        wait(lambda: "is not signed" in reason(server, "2"))
+        lx.sign(repository.root / "m" / "2.lepton", key=made["keys"] / "release.key")
+        wait(lambda: server.models.versions("m") == ["2"])
+
+
+def test_sizes_of_an_untrusted_manifest_are_not_looked_at(made):
+    """They are asked for before the artifact is loaded, where a client wants smaller batches."""
+    assert _buckets(made[1], 8, made["keys"] / "release.pub") == {"batch": (1, 8)}
+    with pytest.raises(TrustError, match="is not signed"):
+        _buckets(made[2], 8, made["keys"] / "release.pub")
