@@ -35,6 +35,8 @@ def test_what_is_no_file_of_that_kind_is_one_line(cli, plain, artifact, tmp_path
     np.save(tmp_path / "x.npy", np.ones((1, 16), np.float32))
     monkeypatch.chdir(tmp_path)
     for bad in BAD:
+        if (what, bad) == ("artifact to serve", "a-folder"):
+            continue  # a repository in which there is no model yet
         given = [
             part.replace("{folder}", str(tmp_path)).replace("{plain}", plain).replace("{artifact}", str(artifact))
             for part in COMMANDS[what]

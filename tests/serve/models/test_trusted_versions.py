@@ -16,12 +16,12 @@ from lepton_xla.serve.models.repository import Repository
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """Artifacts, of which 1 and 3 are signed by `release`, and 4 by `other`."""
+    """Artifacts by version, of which 1 and 4 are signed by `release`, and 3 and 5 by `other`."""
     folder = tmp_path_factory.mktemp("made")
-    made = make_numbered(folder, (1, 2, 3, 4))
+    made = make_numbered(folder, (1, 2, 3, 4, 5))
     for name in ("release", "other"):
         lx.trust.create_keys(folder / name)
-    for number, name in ((1, "release"), (3, "release"), (4, "other")):
+    for number, name in ((1, "release"), (3, "other"), (4, "release"), (5, "other")):
         lx.sign(made[number], key=folder / f"{name}.key")
     return {**made, "keys": folder}
 
@@ -40,20 +40,19 @@ def test_only_signed_versions_are_loaded(tmp_path, made):
     repository.push(made[1], "m")
     options = Options(port=0, repository_poll_s=0.02, trust=trust)
     with Server(options=options, repository=repository.root) as server, Clients(server, count=1) as clients:
-        repository.push(made[2], "m", "2")
+        repository.push(made[2], "m")
         wait(lambda: "is not signed" in reason(server, "2"))
-        repository.push(made[4], "m", "4")
-        wait(lambda: "is of a key that is not trusted here" in reason(server, "4"))
-        assert str(repository.root) not in reason(server, "2") + reason(server, "4")
+        repository.push(made[3], "m")
+        wait(lambda: "is of a key that is not trusted here" in reason(server, "3"))
+        assert str(repository.root) not in reason(server, "2") + reason(server, "3")
         assert server.models.versions("m") == ["1"]
-        repository.push(made[3], "m", "5")
-        wait(lambda: server.models.versions("m") == ["5"])
+        repository.push(made[4], "m")
+        wait(lambda: server.models.versions("m") == ["4"])
         # Keys are read again with each artifact.
         shutil.copy(made["keys"] / "other.pub", trust)
-        repository.push(made[4], "m", "6")
-        wait(lambda: server.models.versions("m") == ["6"])
-        wait(lambda: clients.answers.get("6", 0) > 5)
-    assert set(clients.answers) == {"1", "5", "6"}
+        repository.push(made[5], "m")
+        wait(lambda: clients.answers.get("5", 0) > 5)
+    assert set(clients.answers) == {"1", "4", "5"}
 
 
 def test_a_version_that_is_signed_later_is_loaded_then(tmp_path, made):
