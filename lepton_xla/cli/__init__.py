@@ -22,7 +22,7 @@ COMMANDS = {
     "train": "Train a model, and compress it meanwhile.",
     "compile": "Optimize a model and compile it into an artifact.",
     "inspect": "Show the contents of an artifact.",
-    "verify": "Check every file of an artifact against its digest, and its signature.",
+    "verify": "Check every file of an artifact, and its signature.",
     "keys": "Make key pairs to sign and to encrypt with.",
     "sign": "Sign an artifact.",
     "encrypt": "Write an encrypted copy of an artifact.",
