@@ -1,4 +1,4 @@
-"""What the processes of a run agree on: whether all of them can go on, and whether all of them have saved."""
+"""What the processes of a run agree on: whether all of them can go on, have saved, and what one of them has found."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from lepton_xla.errors import CheckpointError, first_line
 _TIMEOUT_S = 1200.0
 _PAUSES_S = 0.002, 0.2
 _LONGEST = 500
+_START, _END = 120, 160
 # What a process says that failed only because another one did.
 _OTHER = "another process failed"
 
@@ -30,7 +31,9 @@ def problem_of(error: BaseException) -> str:
         if error.__context__ is None:
             return _OTHER
         error = error.__context__
-    return first_line(error)
+    text = next(iter(str(error).splitlines()), "")
+    # TensorStore says first which file it was, and last what was wrong with it.
+    return f"{text[:_START]} ... {text[-_END:]}" if len(text) > _START + _END else first_line(error)
 
 
 class Agreement:
@@ -53,7 +56,7 @@ class Agreement:
 
     def problem(self, mine: str | None) -> str | None:
         """Exchange problems: None if no process has one, else the first one's, the same text in all processes."""
-        texts = self._exchange(mine or "")
+        texts = self._exchange((mine or "")[:_LONGEST])
         if len(texts) == 1:
             return mine
         found = [(index, text) for index, text in enumerate(texts) if text]
@@ -90,7 +93,7 @@ class Agreement:
         if jax.process_count() == 1:
             return [text]
         self._asked += 1
-        return self._meet(f"ask-{self._asked}", text[:_LONGEST], _TIMEOUT_S)
+        return self._meet(f"ask-{self._asked}", text, _TIMEOUT_S)
 
     def _meet(self, place: str, text: str, timeout_s: float) -> list[str]:
         """Leave a text at a place, and wait for those of all processes, in their order."""

@@ -172,6 +172,14 @@ class CheckpointFolder:
             found,
         )
 
+    def check(self, state: Any) -> None:
+        """Check that a state, or one of such shapes, can be saved.
+
+        Raises:
+            CheckpointError: if a leaf cannot; names it.
+        """
+        describe(state)
+
     def save(self, step: int, state: Any, extra: Mapping[str, Any]) -> None:
         """Begin to save a state. Waits for the save before it, which may have failed.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 import time
 from collections.abc import Mapping
@@ -19,6 +20,7 @@ from lepton_xla.launch.heartbeat import beat
 from lepton_xla.machine import peak_flops
 from lepton_xla.program import Program
 from lepton_xla.sharding import Rules
+from lepton_xla.train.agreement import Agreement
 from lepton_xla.train.checkpoints import CheckpointFolder
 from lepton_xla.train.compression import Stage
 from lepton_xla.train.evaluations import Evaluation, Predictor
@@ -133,6 +135,7 @@ class Run:
         self._predictor: Predictor | None = None
         self._predicted: Stage | None = None
         self._mark = (0.0, 0)
+        self._agreement = Agreement()
 
     def run(self, loss: Loss, optimizer: optax.GradientTransformation, key: jax.Array) -> Result:
         """Train to the end."""
@@ -162,7 +165,10 @@ class Run:
 
     def _begin(self, key: jax.Array) -> None:
         fresh = self._fresh(key)
-        self._place(state_shapes(self._stage, fresh))
+        shapes = state_shapes(self._stage, fresh)
+        if self._folder is not None:
+            self._folder.check(shapes)
+        self._place(shapes)
         init = self._stage.optimizer.init
         if self._shardings is None:
             fresh = jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), fresh)  # steps donate the state
@@ -310,7 +316,9 @@ class Run:
         chosen = chosen_state(self._state, best=False)
         program = self._stage.finalize(chosen)
         assert self._predictor is not None
-        metrics = evaluation.run(self._predictor(program.weights))
+        own = evaluation.run(self._predictor(program.weights))
+        # What is kept, and when to stop, must be the same in all processes, whose evaluations may differ.
+        metrics: dict[str, float] = json.loads(self._agreement.first(json.dumps(own)))
         self._history.append({"step": self._step, **metrics})
         self._telemetry.record(self._step, metrics, kind="evaluation")
         if evaluation.metric is not None:

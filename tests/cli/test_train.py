@@ -77,6 +77,7 @@ def test_goes_on_with_a_teacher(cli, tmp_path, target):
         (["--recipe", "no-such"], "no-such"),
         (["--set", "fold=false"], "give --recipe too"),
         (["--every", "5"], "give --checkpoint too"),
+        (["--no-resume"], "give --checkpoint too"),
         (["--rules", "rules.toml"], "rules"),
         (["--mesh", "data=64"], "64"),
         (["--teacher", "nothing.py:teacher"], "no file nothing.py"),

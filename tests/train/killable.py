@@ -2,7 +2,7 @@
 
 `STRIKE=PLACE:WHAT:DELAY:RANK` says where, what (a signal, `HANG`, or a number of bytes: files may not be larger from
 there on until step 7), after how many seconds, and in which process (by default in each). It happens in the first run
-only. `STEPS` is the number of steps.
+only. `STEPS` is the number of steps; with `LOCAL` each process gives its own rows, with `GRAIN` the data is Grain's.
 
 Prints the samples of each batch, and at the end the SHA-256 of state and evaluations.
 """
@@ -118,21 +118,26 @@ def main(folder):
         if several and WHAT == "TERM":
             time.sleep(0.6)  # JAX's service looks for the signal once a second
         tell("data of", step)
-        return batch_of(step)
+        batch = batch_of(step)
+        if "LOCAL" not in os.environ:
+            return batch
+        return {name: np.split(leaf, jax.process_count())[jax.process_index()] for name, leaf in batch.items()}
 
     def evaluate(predict):
         batch = batch_of(1000)
         evaluate.count += 1
         if evaluate.count == 2:  # after step 6
             strike("evaluate", folder)
-        return {"accuracy": float((predict(x=batch["x"])["output"].argmax(-1) == batch["label"]).mean())}
+        found = float((predict(x=batch["x"])["output"].argmax(-1) == batch["label"]).mean())
+        # With `UNEQUAL` each process but the first finds the first evaluation to be the best.
+        return {"accuracy": 1 / evaluate.count if "UNEQUAL" in os.environ and jax.process_index() else found}
 
     evaluate.count = 0
     if PLACE == "compile":
         strike_in_compile(folder)
     result = fit(
         program, loss, optax.adam(0.01), grain_data(sample) if "GRAIN" in os.environ else data, steps=STEPS,
-        mesh="data=-1" if several else None,
+        mesh="data=-1" if several else None, local_batches="LOCAL" in os.environ,
         rules=lx.sharding.Rules([("b", ("data",))]) if several else None,
         evaluate=Evaluation(evaluate, every=3, metric="accuracy"), checkpoint=Checkpoints(folder, every=EVERY),
         log=os.environ.get("LOG"), log_every=1,

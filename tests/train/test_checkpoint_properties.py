@@ -11,6 +11,7 @@ import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import lepton_xla as lx
@@ -101,8 +102,16 @@ def test_every_tree_comes_back_at_length(tree):
 
 @pytest.mark.parametrize("dtype", ["uint2", "uint4"])
 def test_what_cannot_be_stored_is_refused_by_name(tmp_path, dtype):
-    with CheckpointFolder(Checkpoints(tmp_path), {}) as folder, pytest.raises(lx.CheckpointError, match="'codes' is"):
-        folder.save(1, {"codes": jnp.zeros(4, dtype)}, {})
+    """Before any step."""
+    weights = {"w": jnp.eye(2), "codes": jnp.zeros(4, dtype)}
+    program = lx.trace(lambda w, x: x @ w["w"], weights, {"x": lx.TensorSpec(("batch", 2), "float32")})
+    read = []
+    with pytest.raises(lx.CheckpointError, match=f"'model_state/codes' is {dtype}, which a checkpoint cannot hold"):
+        lx.train.fit(
+            program, lx.train.supervised(program), optax.sgd(0.1), read.append, steps=1,
+            checkpoint=Checkpoints(tmp_path),
+        )  # fmt: skip
+    assert not read
 
 
 TREE = {"w": array("float32", (40, 40), 1), "count": jnp.int32(3), "keys": key(1, (2,), "rbg"), "nothing": {}}

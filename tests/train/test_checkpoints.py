@@ -146,6 +146,7 @@ def test_a_full_disk_costs_one_checkpoint_and_no_older_one(tmp_path, caplog):
             resource.setrlimit(resource.RLIMIT_FSIZE, before)
         failures = [record for record in caplog.records if "could not be saved" in record.getMessage()]
         assert len(failures) == 1
+        assert "File too large" in failures[0].getMessage()
         assert folder.latest() == 1
         folder.save(3, tree, {})
         assert folder.latest() == 3
