@@ -48,10 +48,10 @@ INTRODUCTIONS = {
     ),
     "sentences": (
         "## MiniLM with three of six layers on BANKING77\n\n"
-        "The teacher is all-MiniLM-L6-v2 with a linear layer on top, fine-tuned once. Each student starts from its "
-        "second, fourth and sixth layer and its head, also the one that learns from labels alone, and is trained with "
-        "`lx.train.fit`. Logits: `lx.train.Logits(2.0)`, the teacher's answers to all training questions stored once "
-        "by `lx.train.teach`. Features: the cosine distance between the outputs of each layer and of the teacher's, "
+        "The teacher is all-MiniLM-L6-v2 with a linear layer on top, fine-tuned once. All students start from the "
+        "second, fourth and sixth layer of the encoder as it was before, and are trained with `lx.train.fit`. Logits: "
+        "`lx.train.Logits(2.0)`, the teacher's answers to all training questions stored once by `lx.train.teach`. "
+        "Features: the cosine distance between the outputs of each layer and of the teacher's, "
         "which runs in each step."
     ),
     "smaller": (
@@ -59,9 +59,10 @@ INTRODUCTIONS = {
         "    leptonx train benchmarks/small_minilm.py:small --recipe int8 -o small.lepton\n"
         "    leptonx eval benchmarks/small_minilm.py:whole small.lepton\n"
         "    leptonx bench small.lepton --target benchmarks/small_minilm.py:whole\n\n"
-        "The first trains the student of three layers from the stored answers of the fine-tuned MiniLM of the section "
-        "above, rounds weights and activations to int8 in the second half of its steps, and compiles it. The others "
-        "say what is left of accuracy, bytes and time, in turns with the float model of six layers under `jax.jit`. "
+        "The first trains a student of three layers, which starts from the teacher's own and learns from its stored "
+        "answers (the teacher is the fine-tuned MiniLM of the section above), rounds weights and activations to int8 "
+        "in the second half of its steps, and compiles it. The others say what is left of accuracy, bytes and time, in "
+        "turns with the float model of six layers under `jax.jit`. "
         "`examples/distill_minilm.py:small` does the same without this benchmark's settings."
     ),
 }

@@ -44,9 +44,9 @@ def whole() -> lx.ModelSpec:
 
 
 def small() -> train.TrainSpec:
-    """The student, which learns from the answers of `whole`."""
+    """The student, which starts from layers of `whole` and learns from its answers."""
     task = _task()
-    student = task.with_whole_table(task.begin_student())
+    student = task.with_whole_table(task.begin_student(task.teacher.weights))
     # Positions that no bucket has would only take bytes.
     positions = {POSITIONS: student.weights[POSITIONS][: LENGTHS[-1]]}
     student = student.replace(weights={**student.weights, **positions})

@@ -15,7 +15,7 @@ from lepton_xla.passes.planning import resolve
 from students import digits
 from students.base import learn
 
-SEEDS, FLOAT_EPOCHS, EPOCHS = 3, 20, 5
+SEEDS, FLOAT_EPOCHS, EPOCHS = 3, 12, 4
 RATE, TEMPERATURE = 1e-3, 2.0
 RECIPE = lx.Recipe.parse(
     'on_unsupported = "keep"\nfold = false\n[[quantize]]\nsites = ".*"\nweights = "int4"\nactivations = "int4"',

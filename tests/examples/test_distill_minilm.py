@@ -5,6 +5,7 @@ import os
 import pathlib
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 
@@ -37,3 +38,28 @@ def test_the_student_is_half_as_large_and_has_learned(losses: str, tmp_path: pat
     assert found["student"]["accuracy"] > found["teacher"]["accuracy"] - 0.1
     assert lx.load(tmp_path / "student.lepton").outputs["output"].shape == ("batch", 4)
     assert (tmp_path / "made-up-150" / "answers" / "manifest.json").exists() == ("features" not in losses)
+
+
+@pytest.mark.slow
+def test_one_command_distils_rounds_and_compiles_the_student(tmp_path: pathlib.Path) -> None:
+    path = str(tmp_path / "small.lepton")
+
+    def leptonx(*arguments: str) -> Any:
+        done = subprocess.run(
+            [sys.executable, "-m", "lepton_xla", *arguments, "--json"],
+            cwd=ROOT,
+            env={**os.environ, "JAX_PLATFORMS": "cpu", "LEPTON_DATA": str(tmp_path / "nothing")},
+            capture_output=True,
+            text=True,
+            timeout=280,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+
+    example = "examples/distill_minilm.py"
+    trained = leptonx("train", f"{example}:small", "--recipe", "int8", "--steps", "60", "-o", path)
+    assert trained["weights_bytes"] < 0.4 * trained["weights_bytes_float"]
+    judged = leptonx("eval", f"{example}:whole", path)
+    assert judged["float"]["accuracy"] > 0.5
+    assert judged["difference"]["accuracy"] > -0.1
