@@ -7,6 +7,8 @@ import concurrent.futures
 import contextlib
 import gc
 import logging
+import os
+import threading
 import weakref
 from collections.abc import Awaitable, Sequence
 from typing import Protocol
@@ -21,6 +23,8 @@ _log = logging.getLogger("lepton_xla.serve")
 
 # An error keeps the frames that it passed, and so a handle, until they are found to be unreachable.
 _COLLECT_S = 1.0
+# Steps of priority, as `nice` counts them: a thread that loads gets a tenth of a core that one that serves wants too.
+_LATER = 10
 
 
 class Loader[T](Protocol):
@@ -56,8 +60,10 @@ class Host[T]:
     def __init__(self, models: Registry, loader: Loader[T]) -> None:
         self._models = models
         self._loader = loader
-        # One, so that several changes at once do not take all cores from what serves.
-        self._thread = concurrent.futures.ThreadPoolExecutor(1, "lepton-load")
+        # One thread, so that several changes at once do not take all cores from what serves. The first model is loaded
+        # at full priority, since threads that XLA starts then keep what they were started with.
+        self._first = concurrent.futures.ThreadPoolExecutor(1, "lepton-load")
+        self._thread = concurrent.futures.ThreadPoolExecutor(1, "lepton-load", _step_back)
         self._prepared: dict[int, dict[str, T]] = {}
 
     async def prepare(self, number: int, change: Change) -> dict[str, str]:
@@ -66,10 +72,11 @@ class Host[T]:
         failed: dict[str, str] = {}
         loop = asyncio.get_running_loop()
         for version, source in change.load.items():
+            thread = self._thread if self._models.names() else self._first
             others = [self._models.find(change.name, each) for each in self._models.versions(change.name)]
             try:
                 made[version] = await loop.run_in_executor(
-                    self._thread, self._loader.load, change.name, version, source, others
+                    thread, self._loader.load, change.name, version, source, others
                 )
             except Exception as error:  # whatever an artifact makes the loader raise fails this version only
                 if not isinstance(error, LeptonError):
@@ -100,7 +107,8 @@ class Host[T]:
 
     def close(self) -> None:
         """Loads nothing more."""
-        self._thread.shutdown(wait=False, cancel_futures=True)
+        for thread in (self._first, self._thread):
+            thread.shutdown(wait=False, cancel_futures=True)
 
     async def _freed(self, gone: asyncio.Future[None], name: str, version: str, scheduler: Scheduler) -> None:
         """Waits until the last answer of a handle has left, and frees it."""
@@ -110,6 +118,15 @@ class Host[T]:
             await asyncio.get_running_loop().run_in_executor(self._thread, gc.collect)
             await gone
         self._loader.close(name, version, scheduler)
+
+
+def _step_back() -> None:
+    """Has this thread, and those that it starts, leave the cores to threads that serve.
+
+    By some only: what holds the interpreter while it waits for a core holds up all.
+    """
+    with contextlib.suppress(OSError):
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), os.getpriority(os.PRIO_PROCESS, 0) + _LATER)
 
 
 def _watched(handle: ModelHandle) -> tuple[asyncio.Future[None], str, str, Scheduler]:

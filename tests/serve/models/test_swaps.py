@@ -325,3 +325,19 @@ def test_memory_stays_flat_over_hundreds_of_reloads(start, repository, made):
                 sizes.append(process.memory_info().rss)
     grown = np.diff(sizes[1:])
     assert grown.sum() < 8 << 20, [size >> 20 for size in sizes]
+
+
+def test_what_is_loaded_beside_others_leaves_the_cores_to_them(start, repository, made, monkeypatch):
+    from lepton_xla.serve.loader import ArtifactLoader
+
+    niceness, load = [], ArtifactLoader.load
+
+    def noted(self, *arguments):
+        niceness.append(os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))
+        return load(self, *arguments)
+
+    monkeypatch.setattr(ArtifactLoader, "load", noted)
+    server = start()
+    swap(server, repository, made[2], "2")
+    usual = os.getpriority(os.PRIO_PROCESS, 0)
+    assert niceness == [usual, min(usual + 10, 19)]
