@@ -93,6 +93,10 @@ def _limit_options(command: Callable[..., None]) -> Callable[..., None]:
     show_envvar=True,
     help="With --explicit: a model to load at the start. May be repeated.",
 )
+@_file_option(
+    "--audit-log",
+    "Append who loaded and unloaded which version of a repository to this file, one JSON object per line.",
+)
 @_option(
     "--repository-poll-s",
     1.0,

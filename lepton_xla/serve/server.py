@@ -27,6 +27,7 @@ from lepton_xla.serve.loader import ArtifactLoader, Warm
 from lepton_xla.serve.models.handle import ModelHandle
 from lepton_xla.serve.models.host import Host
 from lepton_xla.serve.models.manager import Manager
+from lepton_xla.serve.models.records import Records
 from lepton_xla.serve.models.registry import Registry
 from lepton_xla.serve.models.repository import Repository
 from lepton_xla.serve.observe.health import STALL_S
@@ -84,10 +85,10 @@ class Server:
         self._manager: Manager | None = None
         if repository is not None:
             loader = ArtifactLoader(self.options, self.metrics, self._open, self.device)
-            self._host = Host(self.models, loader)
+            self._host, self._records = Host(self.models, loader), Records(self.options.audit_log)
             self._manager = Manager(
-                Repository(repository), self._host,
-                explicit=self.options.explicit, poll_s=self.options.repository_poll_s,
+                Repository(repository), self._host, explicit=self.options.explicit,
+                poll_s=self.options.repository_poll_s, record=self._records,
             )  # fmt: skip
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stop: Stop | None = None
@@ -218,6 +219,7 @@ class Server:
             if self._manager is not None:
                 self._manager.close()
                 self._host.close()
+                self._records.close()
             self.device.stop(5.0 if finished else 0.0)
 
     async def _watch(self) -> None:

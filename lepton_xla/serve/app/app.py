@@ -152,10 +152,10 @@ class App:
         if guard is None:
             return self._route(head)[1]
         grant = guard.authenticate(head)
-        scope, route = self._route(head, "" if grant is None else grant.name)
+        scope, route = self._route(head, "anonymous" if grant is None else grant.name)
         return guard.protect(grant, scope, route, self)
 
-    def _route(self, head: Head, who: str = "") -> tuple[str, Route]:
+    def _route(self, head: Head, who: str = "anonymous") -> tuple[str, Route]:
         """The scope that the route of a head requires, and what answers it. `who` is the name of the token."""
         route, parameters = routes.find(head.method, head.target)
         if route.refusal:

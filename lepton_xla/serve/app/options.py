@@ -49,6 +49,7 @@ class Options:
             the repository are seen.
         load: names of models to load at the start nevertheless.
         repository_poll_s: how often to look for changes of the repository.
+        audit_log: file that says who loaded and unloaded which version, and what could not be; None for none.
         insecure_public: listen on an address that other machines can reach though neither a token file nor the
             certificates of clients say who may ask.
 
@@ -89,6 +90,7 @@ class Options:
     explicit: bool = False
     load: tuple[str, ...] = ()
     repository_poll_s: float = 1.0
+    audit_log: Path | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.port < 65536:

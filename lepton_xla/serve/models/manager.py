@@ -78,7 +78,7 @@ class Manager:
         executor: carries changes out.
         explicit: whether models are loaded only when `load` asks for them; otherwise all are, and changes are seen.
         poll_s: how often to look for changes.
-        record: told of every change: who asked, the action, the version, its outcome, and more about it.
+        record: told of every change: who asked, the action, the version, its outcome, and more. It returns at once.
 
     Attributes:
         explicit: as given.

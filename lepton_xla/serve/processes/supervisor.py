@@ -18,6 +18,7 @@ from lepton_xla.serve.app.options import Options, url_of
 from lepton_xla.serve.http.arrivals import AT_ONCE, accept
 from lepton_xla.serve.http.drain import Stop
 from lepton_xla.serve.models.manager import Entry, Manager
+from lepton_xla.serve.models.records import Records
 from lepton_xla.serve.models.repository import Repository
 from lepton_xla.serve.processes import control
 from lepton_xla.serve.processes.child import ENDING_S, Child, ended
@@ -74,9 +75,11 @@ class Supervisor:
         self._fleet = Fleet(self._workers, self._may_serve)
         self._manager: Manager | None = None
         if repository is not None:
+            self._records = Records(options.audit_log)
             self._manager = Manager(
-                Repository(repository), self._fleet, explicit=options.explicit, poll_s=options.repository_poll_s
-            )
+                Repository(repository), self._fleet,
+                explicit=options.explicit, poll_s=options.repository_poll_s, record=self._records,
+            )  # fmt: skip
         self._asks: set[asyncio.Task[None]] = set()
         self._digest = ""
         self._open = False
@@ -142,6 +145,7 @@ class Supervisor:
             watching.cancel()
             if self._manager is not None:
                 self._manager.close()
+                self._records.close()
             self._listening.close()
             await self._end(keepers)
 

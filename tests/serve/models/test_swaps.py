@@ -18,6 +18,7 @@ from lepton_xla.errors import RepositoryError
 from lepton_xla.serve import Options, Server
 from lepton_xla.serve.access.tokens import create_token
 from lepton_xla.serve.models.repository import Repository
+from lepton_xla.serve.observe.audit import Audit
 
 
 @pytest.fixture(scope="module")
@@ -295,6 +296,19 @@ def test_only_a_token_for_admin_changes_models(start, repository, tmp_path):
 
     for action in ("load", "unload"):
         assert [status(action, scope) for scope in (None, "read", "infer", "admin")] == [401, 403, 403, 200]
+
+
+def test_the_audit_log_says_who_changed_what(start, repository, made, tmp_path):
+    token = create_token(tmp_path / "tokens.jsonl", "deployer", ["admin"])
+    server = start(explicit=True, token_file=tmp_path / "tokens.jsonl", audit_log=tmp_path / "audit.jsonl")
+    torn(repository.root / "m" / "2.lepton", made)
+    for action in ("load", "unload"):
+        exchange(server, "POST", f"/v2/repository/models/m/{action}", b"", {"Authorization": f"Bearer {token}"})
+        shutil.rmtree(repository.root / "m" / "2.lepton", ignore_errors=True)
+    exchange(server, "POST", "/v2/repository/models/m/load", b"", {"Authorization": f"Bearer {token}"})
+    server.stop()
+    told = [(each.who, each.action, each.target, each.outcome) for each in Audit(tmp_path / "audit.jsonl").tail(9)]
+    assert told == [("deployer", "load", "m/2", "failed"), ("deployer", "load", "m/1", "done")]
 
 
 def test_settings_of_a_model_hold_and_change(start, repository):
