@@ -85,7 +85,7 @@ class ArtifactLoader:
         engine: Engine[Call] = Engine(servable, signature)
         options = _served(self._options, source.serving, source.max_delay_us)
         with self._device.guest(_WARMING_WEIGHT) as run:
-            measured = engine.warm_up(run)
+            measured = engine.warm_up(run, _like(signature, others))
         return Warm(servable, signature, engine, measured, options, source.serving)
 
     def open(self, loaded: Warm) -> ModelHandle:
@@ -97,6 +97,16 @@ class ArtifactLoader:
         self._metrics.closed(name, version)
         scheduler.stop()
         scheduler.free()
+
+
+def _like(signature: Signature, others: Sequence[ModelHandle]) -> Engine[Call] | None:
+    """The engine of a version with the same inputs, outputs and compiled sizes, the latest first."""
+
+    def shape(each: Signature) -> tuple[object, ...]:
+        return each.inputs, each.outputs, each.bucket_sizes, each.buckets
+
+    same = (each.scheduler.engine for each in reversed(others) if shape(each.signature) == shape(signature))
+    return next(same, None)
 
 
 def _buckets(path: str, most: int, trust: Path | None) -> dict[str, tuple[int, ...]]:

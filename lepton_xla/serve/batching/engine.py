@@ -23,6 +23,8 @@ _log = logging.getLogger("lepton_xla.serve")
 # often, because a busy machine disturbs them most.
 _LEAST_RUNS, _MOST_RUNS = 5, 101
 _ENOUGH_S, _MOST_S = 0.02, 0.5
+# Runs per size of a model that should take as long as another, and how much longer or shorter it may take.
+_SAME_RUNS, _SAME = 3, 2.0
 # Seconds of runs that beside other models share a turn.
 _TURN_S = 1e-3
 
@@ -179,6 +181,7 @@ class Engine[T: Work]:
     Attributes:
         busy_processors: mean number of processors that the executions of `warm_up` kept busy; about 0 where another
             device does the work.
+        measured: what `warm_up` has given.
     """
 
     def __init__(self, model: LoadedModel, signature: Signature, clock: Callable[[], float] = time.monotonic) -> None:
@@ -187,13 +190,16 @@ class Engine[T: Work]:
         self._clock = clock
         self._stages: dict[tuple[int, Key], _Stage] = {}
         self.busy_processors = 0.0
+        self.measured: Measured = {}
 
-    def warm_up(self, run: Run | None = None) -> Measured:
+    def warm_up(self, run: Run | None = None, like: Engine[T] | None = None) -> Measured:
         """Runs and times every compiled size on zeros.
 
         Args:
             run: calls a function on the device, between batches of other models: see `Device.guest`. Without, this is
                 all that runs.
+            like: of a model that was measured before and that should take as long. Where a few runs do not say
+                otherwise, its times are taken.
 
         Returns:
             Seconds of an execution, by key and batch size: the median, or, while others run, nearly the least, since
@@ -204,18 +210,26 @@ class Engine[T: Work]:
         """
         costs: dict[Key, dict[int, float]] = {}
         timed_s = used_s = 0.0
+        known = {} if like is None else like.measured
         for key in self._signature.shape_keys():
             costs[key] = {}
             for size in self._signature.bucket_sizes:
+                before = known.get(key, {}).get(size)
+                if before is not None:
+                    least = min(self._measure(size, key, run or _at_once, _SAME_RUNS)[0])
+                    if before / _SAME <= least <= before * _SAME:
+                        costs[key][size] = before
+                        continue
                 times, used = self._measure(size, key, run or _at_once)
                 typical = statistics.median(times) if run is None else sorted(times)[len(times) // 10]
                 costs[key][size] = max(typical, 1e-9)
                 timed_s += sum(times)
                 used_s += used
-        self.busy_processors = used_s / max(timed_s, 1e-9)
+        self.busy_processors = like.busy_processors if like is not None and not timed_s else used_s / max(timed_s, 1e-9)
+        self.measured = costs
         return costs
 
-    def _measure(self, size: int, key: Key, run: Run) -> tuple[list[float], float]:
+    def _measure(self, size: int, key: Key, run: Run, most: int = _MOST_RUNS) -> tuple[list[float], float]:
         """Seconds of each timed execution, and processor seconds of all of them."""
         stage = self._stage(size, key)
         times: list[float] = []
@@ -239,7 +253,7 @@ class Engine[T: Work]:
             used += time.process_time() - before
 
         def enough() -> bool:
-            return len(times) >= _MOST_RUNS or sum(times) >= (_MOST_S if len(times) < _LEAST_RUNS else _ENOUGH_S)
+            return len(times) >= most or sum(times) >= (_MOST_S if len(times) < _LEAST_RUNS else _ENOUGH_S)
 
         run(first)
         while not enough():

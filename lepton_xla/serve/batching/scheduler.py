@@ -133,6 +133,11 @@ class Scheduler:
         return self._batcher.max_rows
 
     @property
+    def engine(self) -> Engine[Call]:
+        """What runs the batches."""
+        return self._engine
+
+    @property
     def max_delay_s(self) -> float:
         """The batching delay."""
         return self._batcher.max_delay_s

@@ -97,7 +97,10 @@ class Fleet:
         child.send(message)
         failed = await waiting
         ended = failed.get("")
-        return failed if ended is None else dict.fromkeys(message.change.load, ended)
+        if ended is not None:
+            for version in message.change.load:
+                failed[version] = ended
+        return {version: reason for version, reason in failed.items() if version}
 
     async def _catch_up(self, child: Child) -> None:
         """Has a worker load what the others hold, whatever that is by then."""

@@ -69,6 +69,30 @@ def test_how_many_processors_executions_keep_busy_is_measured():
     assert 0 < 2 * asleep.busy_processors < busy.busy_processors < 1.5
 
 
+class Paced(Tokens):
+    """Takes so long."""
+
+    def __init__(self, seconds):
+        super().__init__()
+        self.seconds = seconds
+
+    def run(self, sizes, arrays):
+        time.sleep(self.seconds)
+        return super().run(sizes, arrays)
+
+
+def test_times_of_a_like_model_are_taken_if_a_few_runs_agree():
+    first = Engine(Paced(2e-3), SIGNATURE)
+    measured = first.warm_up()
+    same = Paced(2e-3)
+    second = Engine(same, SIGNATURE)
+    assert second.warm_up(like=first) == measured
+    assert second.busy_processors == first.busy_processors
+    assert len(same.runs) == 4 * 4, "one run and three more of each of four sizes"
+    slower = Engine(Paced(8e-3), SIGNATURE)
+    assert all(seconds >= 8e-3 for sizes in slower.warm_up(like=first).values() for seconds in sizes.values())
+
+
 def test_a_batch_that_nobody_waits_for_is_not_run():
     servable = Tokens()
     works = [work(np.ones((1, 4), np.int32)) for _ in range(2)]
