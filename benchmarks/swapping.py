@@ -229,7 +229,9 @@ def swapped(
     }
 
 
-def reloaded(folder: pathlib.Path, made: Made, other: Made, reloads: int, options: argparse.Namespace) -> list[dict[str, float]]:
+def reloaded(
+    folder: pathlib.Path, made: Made, other: Made, reloads: int, options: argparse.Namespace
+) -> list[dict[str, float]]:
     """Reloads of one model under traffic to another: memory, and the other's latency, by so many reloads."""
     shelf = Shelf(folder)
     shelf.lay(made.paths, NAME, 1)
