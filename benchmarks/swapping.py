@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import http.client
+import itertools
 import json
 import os
 import pathlib
@@ -53,7 +54,7 @@ def make(folder: pathlib.Path, width: int, name: str = NAME) -> Made:
     sizes = (784, width, width, 10)
     weights = {
         f"{index}": draw.normal(size=shape, scale=shape[0] ** -0.5).astype(np.float32)
-        for index, shape in enumerate(zip(sizes, sizes[1:], strict=False))
+        for index, shape in enumerate(itertools.pairwise(sizes))
     }
     row = draw.normal(size=(1, 784)).astype(np.float32)
 
