@@ -25,11 +25,10 @@ HEAD = [
 INTRODUCTIONS = {
     "mnist": (
         "## MNIST: students of 800 units\n\n"
-        f"{digits.NOTE}. The students have two layers of 800 units, no dropout and no decay. First, as Hinton et al. "
+        f"{digits.NOTE}. The students have two layers of 800 units, no dropout and no decay. As Hinton et al. "
         "(arXiv:1503.02531, section 3) have it, they see the images as they are, and the teacher has two layers of "
-        "1,200 units, dropout, and images moved by up to two pixels. Then all see moved images: that teacher would be "
-        "no better than a student that learns alone, so it is a LeNet-5, and half of a labels' loss is added. Each "
-        "seed has a teacher of its own. Epochs, rates and temperature were chosen on 1,000 of the 5,000 images."
+        "1,200 units, dropout, and images moved by up to two pixels. The student learns from logits alone. Each seed "
+        "has a teacher of its own. Epochs, rates and temperature were chosen on 1,000 of the 5,000 images."
     ),
     "four-bits": (
         "## LeNet-5 with 4-bit weights and activations\n\n"
@@ -95,6 +94,11 @@ def mnist_tables(found: dict[str, Any]) -> list[str]:
             [name, each(accuracies), mean(accuracies), gap if name == "distilled" else ""]
             for name, accuracies in rows.items()
         ]
+        if images == "moved":
+            parts.append(
+                "Where students see moved images too, such a teacher is no better than a student that learns alone. So "
+                "here it is a LeNet-5, and half of the labels' loss is added to that of the logits."
+            )
         parts.append(harness.markdown([f"images {images}", "accuracy %, each seed", "mean", "gap closed"], cells))
         text = f"The test set's standard error is {100 * binomial(alone, tested):.2f} points."
         if images == "as they are":
