@@ -285,10 +285,14 @@ def test_a_version_that_comes_again_counts_on_while_the_first_still_answers():
     assert server.of("m", "1") is first
 
 
-def test_each_version_has_its_own_figures(make_server):
-    one, two = Affine(), Affine()
+@pytest.mark.parametrize("others", [0, 9])
+def test_each_version_has_its_own_figures(make_server, others):
+    """Whether they are written on the event loop, or beside it."""
+    one, two, *more = [Affine() for _ in range(2 + others)]
     two.version = "4"
-    server = make_server([one, two])
+    for number, other in enumerate(more):
+        other.name = f"other{number}"
+    server = make_server([one, two, *more])
     body, fields = affine_binary(np.ones((3, 4)), [1] * 3)
     for version, times in (("3", 1), ("4", 2)):
         for _ in range(times):
