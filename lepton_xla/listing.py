@@ -29,14 +29,23 @@ class Listing(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         name: the model's name.
         created: when it was made, as it says.
+        fit: digest of the program that its weights are for; see `make_update` of the compiler.
+        programs: its programs; an update, which has weights only, has none.
         files: every other file of the artifact.
         sha256: digest of the manifest itself.
     """
 
     name: str
     created: str = ""
+    fit: str = ""
+    programs: list[Any] = []
     files: dict[str, FileEntry]
     sha256: str = ""
+
+    @property
+    def is_update(self) -> bool:
+        """Whether it has weights only, for the compiled code of another artifact of the same `fit`."""
+        return bool(self.fit) and not self.programs
 
     @property
     def size_bytes(self) -> int:

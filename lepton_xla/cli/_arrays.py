@@ -48,6 +48,18 @@ def read(source: str) -> dict[str, Any]:
     return {name: found[""]}
 
 
+def read_golden(file: str) -> dict[str, Any]:
+    """Read golden rows: the arrays of an .npz by name.
+
+    Raises:
+        InputError: if it is no such file.
+    """
+    found = _load(file)
+    if "" in found:
+        raise InputError(f"{file}: is one array; golden rows are an .npz of arrays named after inputs and outputs")
+    return found
+
+
 def _load(file: str) -> dict[str, Any]:
     """Read the arrays of a file by name; the array of an .npy has the name ''."""
     try:

@@ -57,6 +57,12 @@ buckets_option = click.option(
     help="Compile for these sizes of a symbolic dimension, such as batch=1,8,32. Overrides the ModelSpec for that "
     "dimension. Repeatable.",
 )
+golden_option = click.option(
+    "--golden",
+    metavar="FILE.npz",
+    help="Rows whose answers are known: arrays by the names of inputs and outputs. The artifact carries them, and a "
+    "server asks for them before it uses it. Without outputs, the answers of this model are kept.",
+)
 mesh_option = click.option(
     "--mesh",
     metavar="AXIS=N,...",

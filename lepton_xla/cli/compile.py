@@ -44,6 +44,7 @@ from lepton_xla.errors import ArtifactError
     metavar="NAME",
     help="Also compile for TPUs that are not here, such as v5e:4x4; --mesh is of those then. Needs the package libtpu.",
 )
+@_common.golden_option
 @_common.json_option
 def compile(
     target: str,
@@ -59,6 +60,7 @@ def compile(
     mesh: str | None,
     rules: str | None,
     topology: str | None,
+    golden: str | None,
     as_json: bool,
 ) -> None:
     """Optimize the model TARGET with a recipe and compile it ahead of time into an artifact.
@@ -87,7 +89,7 @@ def compile(
         import msgspec
 
         from lepton_xla import compiler
-        from lepton_xla.cli import _models
+        from lepton_xla.cli import _arrays, _models
         from lepton_xla.compiler.buckets import check_bucket_sizes
         from lepton_xla.compiler.manifest import check_name
         from lepton_xla.compiler.topologies import check_topology
@@ -96,6 +98,7 @@ def compile(
         # Check everything that does not need the model first, so that a typo fails early.
         if topology is not None:
             check_topology(topology)
+        rows = None if golden is None else _arrays.read_golden(golden)
         chosen = _models.load_recipe(recipe, settings, exclude)
         stem = pathlib.PurePath(output).name.removesuffix(".lepton") if output else _models.default_name(target)
         model_name = check_name(name or stem)
@@ -128,6 +131,7 @@ def compile(
             mesh=spread.mesh,
             rules=spread.rules,
             topology=topology,
+            golden=rows,
             progress=step,
         )
         compile_s = time.perf_counter() - started

@@ -51,6 +51,8 @@ def _route(manifest: Manifest, here: Fingerprint) -> dict[str, Any]:
     """How `load` would load the artifact on this machine, and why not from compiled code if it cannot."""
     from lepton_xla.compiler.buckets import bucket_name, combinations
 
+    if manifest.is_update:
+        return {"route": "shared", "fit": manifest.fit}
     found = manifest.executables.get(here.digest)
     wanted = [bucket_name(sizes) for sizes in combinations(manifest.buckets)]
     missing = [bucket for bucket in wanted if found is not None and bucket not in found.files]
@@ -166,6 +168,8 @@ def _times(ratio: float | None) -> str:
 def _route_lines(route: Mapping[str, Any]) -> list[str]:
     if route["route"] == "executables":
         return [f"on this machine: loads compiled code without compiling (fingerprint {route['fingerprint']})"]
+    if route["route"] == "shared":
+        return [f"weights alone: runs on the compiled code of an artifact that they fit (fit {route['fit'][:12]})"]
     lines = ["on this machine: loading would compile the StableHLO, because"]
     if route["missing_buckets"]:
         lines.append(f"  no compiled code for {'; '.join(route['missing_buckets'])}")

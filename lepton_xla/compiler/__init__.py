@@ -7,6 +7,7 @@ from lepton_xla.compiler.loading import load
 from lepton_xla.compiler.manifest import Manifest
 from lepton_xla.compiler.protection import encrypt, sign
 from lepton_xla.compiler.servable import Servable
+from lepton_xla.compiler.updates import make_update
 
 __all__ = [
     "Artifact",
@@ -17,6 +18,7 @@ __all__ = [
     "compile",
     "encrypt",
     "load",
+    "make_update",
     "sign",
     "verify",
 ]

@@ -14,12 +14,15 @@ from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 import jax
+import jax.export
 import jaxlib.version
 import numpy as np
 from jax._src import compilation_cache
 from jax._src.core import ShapedArray
 from jax._src.lib import _jax  # pyright: ignore[reportPrivateImportUsage, reportPrivateUsage]
 from jax.experimental import topologies
+from jax.interpreters import mlir
+from jaxlib.mlir import ir
 
 from lepton_xla.errors import CompileError, ExecutionError, first_line
 
@@ -131,6 +134,12 @@ def _register_lapack() -> None:
     from jaxlib import lapack
 
     lapack._lapack.initialize()  # pyright: ignore[reportPrivateImportUsage, reportPrivateUsage]
+
+
+def program_text(exported: jax.export.Exported) -> str:
+    """The StableHLO of an exported program, without the lines of Python that it came from."""
+    with mlir.make_ir_context():
+        return str(ir.Module.parse(exported.mlir_module()).operation.get_asm(enable_debug_info=False))
 
 
 def jaxlib_version() -> str:

@@ -15,6 +15,7 @@ from lepton_xla.compiler import weights
 from lepton_xla.compiler.buckets import bucket_name, combinations
 from lepton_xla.compiler.code import Code
 from lepton_xla.compiler.devices import Devices
+from lepton_xla.compiler.golden import Golden
 from lepton_xla.compiler.manifest import (
     EXPAND,
     Manifest,
@@ -26,6 +27,7 @@ from lepton_xla.compiler.portable import Portable
 from lepton_xla.compiler.runtime import Runtime, run_expand
 from lepton_xla.compiler.servable import Servable
 from lepton_xla.compiler.storage import Store, VerifiedFiles, atomic_store, consistently
+from lepton_xla.errors import ArtifactError
 from lepton_xla.listing import MANIFEST, FileEntry
 from lepton_xla.trust.bundles import SIGNATURE
 from lepton_xla.trust.keys import TrustedKeys
@@ -45,6 +47,7 @@ class Artifact:
         expand: the portable program that unpacks the stored weights, if the buckets' programs take unpacked weights;
             else None.
         devices: what the executables were compiled for; by default this process's first device.
+        golden: rows whose answers are known, if there are any.
         elsewhere: fingerprint -> compiled code, as `executables`, for devices that are not here.
 
     >>> program = lx.trace(lambda w, x: x @ w["w"], {"w": jnp.eye(4)}, {"x": lx.TensorSpec(("batch", 4), "float32")})
@@ -59,6 +62,7 @@ class Artifact:
     programs: tuple[Portable, ...]
     expand: Portable | None = None
     devices: Devices | None = None
+    golden: Golden | None = None
     elsewhere: Mapping[str, dict[str, Code]] = dataclasses.field(default_factory=dict[str, dict[str, Code]])
 
     def save(self, location: str | os.PathLike[str], *, overwrite: bool = False) -> Manifest:
@@ -100,8 +104,11 @@ class Artifact:
                     name = f"executables/{digest}/{key}.xla"
                     write(name, code.blob)
                     entry.files[key] = name
+            if self.golden is not None:
+                write(self.golden.entry().file, self.golden.data())
             manifest = msgspec.structs.replace(
                 self.manifest,
+                golden=self.golden.entry() if self.golden is not None else None,
                 files=files,
                 weights=leaves,
                 packed_rows=packed_rows,
@@ -114,14 +121,21 @@ class Artifact:
         return manifest
 
     def servable(self) -> Servable:
-        """Make the model ready to run in this process, without files."""
-        weights, devices = self.weights, self.devices or Devices.of(self.manifest.mesh)
+        """Make the model ready to run in this process, without files.
+
+        Raises:
+            ArtifactError: if it has weights only.
+        """
+        if self.manifest.is_update:
+            raise ArtifactError(f"{self.manifest.name} has weights only: save it, and load it with base=")
+        expander, weights, devices = None, self.weights, self.devices or Devices.of(self.manifest.mesh)
         if EXPAND in self.executables:
-            weights = run_expand(self.executables[EXPAND], weights, devices, self.manifest.unpacked)
+            expander = self.executables[EXPAND].loaded
+            weights = run_expand(expander, weights, devices, self.manifest.unpacked)
         runtime = Runtime(*self.manifest.signature(), weights, devices)
         for sizes in combinations(self.manifest.buckets):
             runtime.add(sizes, self.executables[bucket_name(sizes)].loaded)
-        return Servable(self.manifest, self.manifest.buckets, runtime, "executables")
+        return Servable(self.manifest, self.manifest.buckets, runtime, "executables", expander)
 
 
 @dataclasses.dataclass(frozen=True)

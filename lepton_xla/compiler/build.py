@@ -25,6 +25,8 @@ from lepton_xla.compiler.buckets import bucket_name, check_bucket_sizes, combina
 from lepton_xla.compiler.code import Code
 from lepton_xla.compiler.devices import Devices, Spec, spec_of
 from lepton_xla.compiler.fingerprint import Fingerprint
+from lepton_xla.compiler.fitting import fit_digest
+from lepton_xla.compiler.golden import Golden
 from lepton_xla.compiler.independence import Checked, check_padding, check_rows, default_tolerance, product_dtypes
 from lepton_xla.compiler.manifest import EXPAND, SCHEMA, ExecutableSet, Manifest, Tensor, check_name
 from lepton_xla.compiler.portable import export_programs
@@ -48,7 +50,16 @@ type Progress = Callable[[str, int, int], None]
 """`progress(step, steps_done, steps_total)`."""
 
 
-@takes(program=Program, buckets=Mapping, metrics=Mapping, examples=Mapping, mesh=(Mesh, str), rules=Rules, topology=str)
+@takes(
+    program=Program,
+    buckets=Mapping,
+    metrics=Mapping,
+    examples=Mapping,
+    mesh=(Mesh, str),
+    rules=Rules,
+    topology=str,
+    golden=Mapping,
+)
 def compile(
     program: Program,
     buckets: Mapping[str, Sequence[int]],
@@ -63,6 +74,7 @@ def compile(
     mesh: Mesh | str | None = None,
     rules: Rules | None = None,
     topology: str | None = None,
+    golden: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> Artifact:
     """Compile a program for every combination of bucket sizes, on this process's first device or on a mesh.
@@ -85,13 +97,15 @@ def compile(
         topology: TPUs to compile for that are not here, such as `v5e:4x4`, where the package `libtpu` is installed. The
             mesh, given as text, is of those then; for this machine the program is compiled for one device, on which it
             is checked.
+        golden: rows whose answers are known, which the artifact carries: arrays by the names of inputs and outputs.
+            Without outputs, those that this model gives are kept. See `check` of `load`.
         progress: called before each step.
 
     Raises:
         ShardingError: if the mesh or the rules do not fit the devices, the weights or the buckets.
         CompileError: if the buckets do not fit the program, XLA refuses it, it holds large constants or Python
             callbacks (except for debugging calls, which are dropped), or rows or padding change the results of other
-            rows.
+            rows, or golden rows are answered wrong.
         ExecutionError: if there is no device, or the compiled code fails in the check.
 
     >>> program = lx.trace(lambda w, x: x @ w["w"], {"w": jnp.eye(4)}, {"x": lx.TensorSpec(("batch", 4), "float32")})
@@ -123,7 +137,7 @@ def compile(
         weights.describe(path, index, array, spec_of(array.sharding))
         for index, (path, array) in enumerate(zip(leaves, arrays, strict=True))
     )
-    expand, flat = _flat_functions(program)
+    expand, flat = flat_functions(program)
     examples = _check_examples(program, examples or {})
     steps = len(bucket_list) + 2
     tell = progress or (lambda stage, done, total: None)
@@ -137,7 +151,7 @@ def compile(
         unpacked = _unpacked_specs(expand, arrays, devices)
         shardings = devices.unpacking(arrays, unpacked)
         expander = _compiled(expand, arrays, [], "the unpacking of its weights", shardings)
-        arrays = run_expand(expander, stored, devices, unpacked)
+        arrays = run_expand(expander.loaded, stored, devices, unpacked)
     runtime = Runtime(program.inputs, program.outputs, arrays, devices)
     shardings = devices.shardings(arrays, program.inputs, program.outputs)
     for done, sizes in enumerate(bucket_list):
@@ -189,8 +203,8 @@ def compile(
         schema=SCHEMA,
         name=name or "model",
         version=version,
-        inputs=_tensors(program.inputs),
-        outputs=_tensors(program.outputs),
+        inputs=tensors_of(program.inputs),
+        outputs=tensors_of(program.outputs),
         weights=entries,
         mesh=devices.entry,
         unpacked=unpacked,
@@ -201,14 +215,18 @@ def compile(
         compile_s=compile_s,
         recipe=recipe,
         plan=plan,
-        float32_bytes=_float32_bytes(program),
+        float32_bytes=float32_bytes(program),
         reports=tuple(report.to_json() for report in (*program.history, weights_report(program, sizes=bucket_list[0]))),
         metrics=dict(metrics or {}),
-        made_by=_made_by(target),
+        made_by=made_by(target),
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         files={},
     )
+    manifest = msgspec.structs.replace(manifest, fit=fit_digest(manifest, programs, unpacking))
     artifact = Artifact(manifest, tuple(stored), executables, tuple(programs), unpacking, devices)
+    if golden is not None:
+        rows = Golden.made(golden, program.inputs, program.outputs, artifact.servable(), limit)
+        artifact = dataclasses.replace(artifact, golden=rows)
     if topology is not None:
         tell(f"compile for {topology}", steps, steps)
         assert not isinstance(mesh, Mesh)
@@ -276,7 +294,7 @@ def _shape(leaf: jax.Array) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
 
 
-def _float32_bytes(program: Program) -> int:
+def float32_bytes(program: Program) -> int:
     """Bytes of the weights in float32; a quantized matrix counts with its dequantized shape."""
     shaped = jax.tree.leaves(program.weights, is_leaf=lambda node: hasattr(node, "shape"))
     return 4 * sum(math.prod(array.shape) for array in shaped)
@@ -285,7 +303,7 @@ def _float32_bytes(program: Program) -> int:
 type _Flat = Callable[..., tuple[Any, ...]]
 
 
-def _flat_functions(program: Program) -> tuple[_Flat | None, _Flat]:
+def flat_functions(program: Program) -> tuple[_Flat | None, _Flat]:
     """Returns the program as functions of flat arrays: the unpacking of its weights (or None), and the model.
 
     The model takes the weight leaves (unpacked, if there is an unpacking), then the inputs, and returns the outputs in
@@ -379,11 +397,11 @@ def _check_examples(program: Program, examples: Mapping[str, Any]) -> dict[str, 
     return checked
 
 
-def _tensors(specs: Mapping[str, TensorSpec]) -> tuple[Tensor, ...]:
+def tensors_of(specs: Mapping[str, TensorSpec]) -> tuple[Tensor, ...]:
     return tuple(Tensor(name=name, shape=spec.shape, dtype=spec.dtype) for name, spec in specs.items())
 
 
-def _made_by(target: Fingerprint) -> dict[str, Any]:
+def made_by(target: Fingerprint) -> dict[str, Any]:
     return {
         "lepton_xla": importlib.metadata.version("lepton-xla"),
         "jax": jax.__version__,

@@ -19,6 +19,8 @@ from lepton_xla.compiler.buckets import BucketSizes, bucket_name, combinations
 from lepton_xla.compiler.code import Code
 from lepton_xla.compiler.devices import Devices, devices_here
 from lepton_xla.compiler.fingerprint import Fingerprint
+from lepton_xla.compiler.fitting import check_fit, check_weights
+from lepton_xla.compiler.golden import Golden
 from lepton_xla.compiler.manifest import (
     EXPAND,
     ExecutableSet,
@@ -46,6 +48,7 @@ _LOG = logging.getLogger(__name__)
     buckets=Mapping,
     trust=(str, os.PathLike, TrustedKeys),
     decrypt_key=(str, os.PathLike),
+    base=Servable,
 )
 def load(
     location: str | os.PathLike[str],
@@ -54,6 +57,8 @@ def load(
     write_back: bool = False,
     trust: str | os.PathLike[str] | TrustedKeys | None = None,
     decrypt_key: str | os.PathLike[str] | None = None,
+    base: Servable | None = None,
+    check: bool = False,
 ) -> Servable:
     """Load an artifact onto this process's first device, or first devices if it was compiled for several.
 
@@ -70,9 +75,15 @@ def load(
             is used. None loads any artifact.
         decrypt_key: file of the private key, if the artifact is encrypted; by default what the environment variable
             `LEPTON_DECRYPT_KEY` holds, the key itself or the path of its file.
+        base: a loaded model whose compiled code is used, with its buckets, if these weights fit it; see
+            `make_update`. An artifact of weights alone needs one.
+        check: whether to refuse weights that are not finite, and an artifact that answers its golden rows wrong; both
+            are always checked for an artifact of weights alone. Infinite weights are refused only if the base's are
+            finite.
 
     Raises:
-        ArtifactError: if a file is missing, damaged or foreign, or the artifact lacks a bucket; names it.
+        ArtifactError: if a file is missing, damaged or foreign, the artifact lacks a bucket, its weights do not fit the
+            base, or fail a check; names it.
         TrustError: if it is not signed by a trusted key, or cannot be decrypted.
         ExecutionError: if there is no device, or the weights cannot be unpacked on it.
         ShardingError: if there are fewer devices than the artifact was compiled for, and its weights do not fit on one.
@@ -82,15 +93,39 @@ def load(
     >>> lx.load("tiny.lepton")(x=[[1.0, 2.0, 3.0, 4.0]])["output"]
     array([[1., 2., 3., 4.]], dtype=float32)
     """
+    if base is not None and buckets is not None:
+        raise ArtifactError(f"{os.fsdecode(location)}: buckets are those of the base; give one or the other")
+
     trusted = trusted_keys(trust)
 
-    def read(store: Store) -> Servable:
+    def checked(store: Store) -> Servable:
         # The signature pins the bytes of the manifest, and these pin those of all other files, which are read once.
         manifest = read_trusted_manifest(store, trusted)
         files = open_files(store, manifest, decrypt_key)
-        return _load(store, manifest, files, buckets, write_back=write_back)
+        if manifest.is_update or (base is not None and manifest.fit and manifest.fit == base.manifest.fit):
+            servable = _share(store, manifest, files, base)
+        else:
+            servable = _load(store, manifest, files, buckets, write_back=write_back)
+        if check or manifest.is_update:
+            check_weights(servable, base, store.location)
+            if manifest.golden is not None:
+                golden = Golden.read(manifest.golden, files.read(manifest.golden.file))
+                golden.check(servable, store.location)
+        return servable
 
-    return consistently(location, read)
+    return consistently(location, checked)
+
+
+def _share(store: Store, manifest: Manifest, files: VerifiedFiles, base: Servable | None) -> Servable:
+    """Load the weights of an artifact for the compiled code of a model that is loaded."""
+    if base is None:
+        raise ArtifactError(f"{store.location} has weights only: load it with base=, a model that they fit")
+    check_fit(manifest, base.manifest, store.location)
+    devices = base.runtime.devices
+    arrays = _to_devices(manifest, files, devices)
+    if base.expander is not None:
+        arrays = run_expand(base.expander, arrays, devices, base.manifest.unpacked)
+    return Servable(manifest, base.buckets, base.runtime.sharing(arrays), "shared", base.expander)
 
 
 def _load(
@@ -128,7 +163,7 @@ def _load(
         if EXPAND in missing:
             unpacking = devices.unpacking(arrays, manifest.unpacked)
             codes[EXPAND] = _compile(manifest.expand, portable, arrays, [], unpacking)
-        arrays = run_expand(codes[EXPAND], arrays, devices, manifest.unpacked)
+        arrays = run_expand(codes[EXPAND].loaded, arrays, devices, manifest.unpacked)
     specs = manifest.input_specs().values()
     for sizes, key in wanted:
         if key in missing:
@@ -140,7 +175,8 @@ def _load(
         runtime.add(sizes, codes[key].loaded)
     if write_back and missing:
         _write_back(store, manifest, target, {name: codes[name] for name in missing})
-    return Servable(manifest, bucket_sizes, runtime, "stablehlo" if missing else "executables")
+    expander = codes[EXPAND].loaded if manifest.expand is not None else None
+    return Servable(manifest, bucket_sizes, runtime, "stablehlo" if missing else "executables", expander)
 
 
 def _choose(manifest: Manifest, buckets: Mapping[str, Sequence[int]] | None) -> BucketSizes:

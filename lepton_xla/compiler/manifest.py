@@ -119,6 +119,22 @@ class Encryption(_Struct, frozen=True, kw_only=True):
     recipients: Annotated[tuple[Recipient, ...], msgspec.Meta(min_length=1, max_length=64)]
 
 
+class GoldenEntry(_Struct, frozen=True, kw_only=True):
+    """Rows whose answers are known, in a file that holds the elements of all tensors one after the other.
+
+    Attributes:
+        file: the file.
+        inputs: every input of the model, with a shape of sizes.
+        outputs: the outputs that are known, likewise.
+        tolerance: the largest difference from a known answer, relative to the largest of that output.
+    """
+
+    file: str
+    inputs: tuple[Tensor, ...]
+    outputs: tuple[Tensor, ...]
+    tolerance: float
+
+
 class Manifest(_Struct, frozen=True, kw_only=True):
     """The contents of `manifest.json`.
 
@@ -134,6 +150,9 @@ class Manifest(_Struct, frozen=True, kw_only=True):
         programs: portable programs: a single symbolic one, or one per bucket.
         expand: the portable program that unpacks the stored weights, if the buckets' programs take unpacked weights.
         unpacked: how the unpacked weights are cut, if there is such a program and a mesh.
+        fit: digest of all that compiled code depends on but the values of the weights. Weights of an artifact fit the
+            code of every artifact with the same.
+        golden: rows whose answers are known, if there are any.
         programs_note: why there is no symbolic program for all platforms; empty if there is one.
         executables: fingerprint -> executables.
         compile_s: bucket name -> seconds of compilation.
@@ -160,6 +179,8 @@ class Manifest(_Struct, frozen=True, kw_only=True):
     programs: tuple[PortableProgram, ...]
     expand: PortableProgram | None = None
     unpacked: tuple[Spec, ...] = ()
+    fit: str = ""
+    golden: GoldenEntry | None = None
     programs_note: str
     executables: dict[str, ExecutableSet]
     compile_s: dict[str, float]
@@ -173,6 +194,11 @@ class Manifest(_Struct, frozen=True, kw_only=True):
     files: dict[str, FileEntry]
     encryption: Encryption | None = None
     sha256: str = ""
+
+    @property
+    def is_update(self) -> bool:
+        """Whether it has weights only, for the compiled code of another artifact."""
+        return not self.programs
 
     def signature(self) -> tuple[dict[str, TensorSpec], dict[str, TensorSpec]]:
         """Inputs and outputs by name, in order."""
@@ -310,6 +336,10 @@ def _check(manifest: Manifest) -> None:
         _check_listed(manifest, row_file(row))
     for program in (*manifest.programs, *((manifest.expand,) if manifest.expand else ())):
         _check_listed(manifest, program.file)
+    if manifest.golden is not None:
+        _check_listed(manifest, manifest.golden.file)
+    if manifest.is_update and (manifest.executables or not manifest.fit):
+        raise ArtifactError(f"{MANIFEST}: has no program, and is no update of weights either")
     for digest, executables in manifest.executables.items():
         if executables.target.digest != digest:
             raise ArtifactError(f"{MANIFEST}: executables[{digest!r}] is not the digest of its target")

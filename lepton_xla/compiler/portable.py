@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -29,12 +30,14 @@ class Portable:
         blob: the bytes of `jax.export.Exported.serialize`, a flatbuffer.
         sizes: its bucket; None if its dimensions are symbolic.
         platforms: platforms that it can be compiled for.
+        digest: SHA-256 of what it computes: of its text, without the lines of Python that it came from.
     """
 
     name: str
     blob: bytes
     sizes: dict[str, int] | None
     platforms: tuple[str, ...]
+    digest: str = ""
 
 
 def export_programs(
@@ -105,7 +108,8 @@ def _export(
     platforms: tuple[str, ...],
 ) -> Portable:
     exported = jax.export.export(jax.jit(fn, keep_unused=True), platforms=platforms)(*weights, *inputs)
-    return Portable(name, bytes(exported.serialize()), sizes, platforms)
+    digest = hashlib.sha256(_xla.program_text(exported).encode()).hexdigest()
+    return Portable(name, bytes(exported.serialize()), sizes, platforms, digest)
 
 
 def _symbolic_inputs(inputs: Mapping[str, TensorSpec], bucket_sizes: BucketSizes) -> list[jax.ShapeDtypeStruct]:

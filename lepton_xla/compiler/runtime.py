@@ -9,7 +9,6 @@ import jax
 import numpy as np
 
 from lepton_xla.compiler import _xla
-from lepton_xla.compiler.code import Code
 from lepton_xla.compiler.devices import Devices, Spec, putter
 from lepton_xla.errors import InputError
 from lepton_xla.program import TensorSpec
@@ -46,9 +45,11 @@ class Runtime:
         self.devices = devices
         self._outputs = dict(outputs)
         self._runners: dict[tuple[int, ...], Runner] = {}
+        self._executables: list[tuple[dict[str, int], _xla.Loaded]] = []
 
     def add(self, sizes: Mapping[str, int], executable: _xla.Loaded) -> None:
         """Add the executable of a bucket."""
+        self._executables.append((dict(sizes), executable))
         slots = []
         places = self.devices.of_rows(self._inputs, self._inputs)
         for (name, spec), place in zip(self._inputs.items(), places, strict=True):
@@ -56,6 +57,13 @@ class Runtime:
             slots.append((name, at.shape, at.dtype, putter(at.shape, at.dtype, place)))
         execute = self.devices.executor(executable, self.devices.row_specs(self._outputs, self._inputs))
         self._runners[self._key(sizes)] = functools.partial(self._execute, slots, execute)
+
+    def sharing(self, weights: Sequence[jax.Array]) -> Runtime:
+        """A runtime with the same executables and other weights of equal shapes and dtypes."""
+        other = Runtime(self._inputs, self._outputs, weights, self.devices)
+        for sizes, executable in self._executables:
+            other.add(sizes, executable)
+        return other
 
     def runner(self, sizes: Mapping[str, int]) -> Runner:
         """Return the function that runs one bucket, so that a caller can save the lookup.
@@ -98,7 +106,9 @@ class Runtime:
             raise _xla.failed(error) from error
 
 
-def run_expand(code: Code, stored: Sequence[jax.Array], devices: Devices, specs: Sequence[Spec]) -> list[jax.Array]:
+def run_expand(
+    code: _xla.Loaded, stored: Sequence[jax.Array], devices: Devices, specs: Sequence[Spec]
+) -> list[jax.Array]:
     """Unpack the stored weights to those that the buckets' programs take.
 
     Args:
@@ -111,6 +121,6 @@ def run_expand(code: Code, stored: Sequence[jax.Array], devices: Devices, specs:
         ExecutionError: where the code fails, such as for want of memory.
     """
     try:
-        return jax.block_until_ready(devices.executor(code.loaded, specs)(list(stored)))
+        return jax.block_until_ready(devices.executor(code, specs)(list(stored)))
     except _xla.ERROR as error:
         raise _xla.failed(error, "the unpacking of the weights") from error

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import jax.numpy as jnp
 import numpy as np
 
+from lepton_xla.compiler import _xla
 from lepton_xla.compiler.buckets import BucketSizes, next_size
 from lepton_xla.compiler.independence import pad
 from lepton_xla.compiler.manifest import Manifest
@@ -28,8 +29,10 @@ class Servable:
         inputs, outputs: name -> spec, in order.
         buckets: symbolic dimension -> the sizes that are loaded, ascending.
         row_symbol: the row dimension, along which batches may be joined and split; None if the model has none.
-        route: `executables` if compiled code was loaded, `stablehlo` if it was compiled on loading.
+        route: `executables` if compiled code was loaded, `stablehlo` if it was compiled on loading, `shared` if it is
+            that of another.
         manifest: the artifact's manifest.
+        expander: the code that unpacks stored weights, if the artifact has such code.
 
     >>> program = lx.trace(lambda w, x: x @ w["w"], {"w": jnp.eye(4)}, {"x": lx.TensorSpec(("batch", 4), "float32")})
     >>> servable = lx.compile(program, {"batch": (1, 8)}).servable()
@@ -39,7 +42,14 @@ class Servable:
     ((1, 4), 64)
     """
 
-    def __init__(self, manifest: Manifest, buckets: BucketSizes, runtime: Runtime, route: str) -> None:
+    def __init__(
+        self,
+        manifest: Manifest,
+        buckets: BucketSizes,
+        runtime: Runtime,
+        route: str,
+        expander: _xla.Loaded | None = None,
+    ) -> None:
         self.name = manifest.name
         self.version = manifest.version
         self.inputs = manifest.input_specs()
@@ -49,6 +59,7 @@ class Servable:
         self.route = route
         self.manifest = manifest
         self.runtime = runtime
+        self.expander = expander
 
     @property
     def weights_bytes(self) -> int:

@@ -51,11 +51,11 @@ class Endpoint:
         """
         lines = f"{method} {self.prefix}{path} HTTP/1.1\r\n".encode()
         length = sum(piece.nbytes if isinstance(piece, memoryview) else len(piece) for piece in body)
-        framing = f"Content-Length: {length}\r\n" if method == "POST" else ""
+        framing = f"Content-Length: {length}\r\n" if method in ("POST", "PUT") else ""
         if head_bytes is not None:
             framing += f"Content-Type: application/octet-stream\r\nInference-Header-Content-Length: {head_bytes}\r\n"
         elif body:
-            framing += "Content-Type: application/json\r\n"
+            framing += f"Content-Type: application/{'octet-stream' if method == 'PUT' else 'json'}\r\n"
         return b"".join((lines, self.fields, framing.encode(), b"\r\n", *body))
 
 

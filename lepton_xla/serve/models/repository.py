@@ -7,7 +7,6 @@ rename onto a version that exists fails. Labels move under a lock on the model's
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import os
 import pathlib
 import re
@@ -20,8 +19,10 @@ import msgspec
 
 from lepton_xla.errors import RepositoryError
 from lepton_xla.folders import flush, flush_tree, held, remove_abandoned
-from lepton_xla.listing import MANIFEST
-from lepton_xla.serve.models.copies import copy_artifact, read_text, write_whole
+from lepton_xla.listing import MANIFEST, Listing
+from lepton_xla.serve.models.bases import base_of, refuse_needed
+from lepton_xla.serve.models.copies import copy_artifact, listing_of, read_text, write_whole
+from lepton_xla.serve.models.found import Found, Stamp
 from lepton_xla.serve.models.labels import HISTORY, Track, read_history, with_label
 from lepton_xla.serve.models.settings import (
     SETTINGS,
@@ -36,36 +37,6 @@ from lepton_xla.serve.protocol.signature import is_safe
 SUFFIX = ".lepton"
 _ABANDONED = re.compile(r"\.[0-9a-f]{16}\.(tmp|old)")
 _LEFT_FILE = re.compile(r"\.[0-9a-f]{16}\.part")
-
-type Stamp = tuple[int, int, int, int]
-"""Device, inode, time of the last change in ns, and size of a file: they differ where it was replaced."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Found:
-    """What a repository holds of one model.
-
-    Attributes:
-        name: the model's.
-        versions: version -> folder of its artifact, ascending by number.
-        settings: its `model.toml`; the defaults where there is none, or it cannot be read.
-        problem: why the model's folder or its `model.toml` cannot be used; None if it can. Whoever serves the model
-            then keeps what it has: `versions` and `settings` do not say what is wanted.
-        stamps: version -> stamp of its manifest; another one means that the version was replaced.
-        ignored: entries of the folder that look like versions and are none, such as `v3.lepton`.
-    """
-
-    name: str
-    versions: dict[str, pathlib.Path] = dataclasses.field(default_factory=dict[str, pathlib.Path])
-    settings: ModelSettings = dataclasses.field(default_factory=ModelSettings)
-    problem: str | None = None
-    stamps: dict[str, Stamp] = dataclasses.field(default_factory=dict[str, Stamp])
-    ignored: tuple[str, ...] = ()
-
-    @property
-    def wanted(self) -> tuple[str, ...]:
-        """The versions that the settings ask for and that are there, ascending."""
-        return self.settings.wanted(self.versions)
 
 
 class Repository:
@@ -137,12 +108,31 @@ class Repository:
 
         Raises:
             RepositoryError: `invalid` for a name or a version that is not allowed, `conflict` if the version is there,
-                `failed` if the copy could not be written. Nothing is left behind.
+                `missing` if it has weights only and no version has the compiled code that they fit, `failed` if the
+                copy could not be written. Nothing is left behind.
             ArtifactError: if the artifact is missing or damaged.
         """
         with self.stage(name, version) as staged:
             copy_artifact(pathlib.Path(artifact), staged)
             return self.commit(staged, name, version)
+
+    def find_base(self, name: str, version: str) -> pathlib.Path | None:
+        """The artifact of the same model on whose compiled code a version runs.
+
+        Returns:
+            None for a version that has code of its own; else the greatest version with the same `fit` that has.
+
+        Raises:
+            RepositoryError: `missing` if there is no such version, or none that its weights fit.
+            ArtifactError: if the version's manifest cannot be read.
+        """
+        found = self.find(name)
+        if version not in found.versions:
+            raise RepositoryError("missing", f"model {name!r} has no version {version}")
+        listing = listing_of(found.versions[version])[0]
+        if not listing.is_update:
+            return None
+        return found.versions[base_of(listing, found, f"version {version} of model {name!r}")]
 
     @contextlib.contextmanager
     def stage(self, name: str, version: str | None = None) -> Generator[pathlib.Path, None, None]:
@@ -175,8 +165,26 @@ class Repository:
         """Rename a staged folder to a version; by default one more than the greatest.
 
         Raises:
-            RepositoryError: kind `conflict`, if the version is there.
+            RepositoryError: `conflict` if the version is there, `missing` if it has weights only and no version has
+                the code that they fit.
         """
+        listing = listing_of(staged)[0]
+        if not listing.is_update:
+            return self._put(staged, name, version)
+        with self._locked(name):  # so that the version that it runs on stays
+            self.check_base(listing, name)
+            return self._put(staged, name, version)
+
+    def check_base(self, listing: Listing, name: str) -> None:
+        """Check that what has weights only has a version whose code it can run on.
+
+        Raises:
+            RepositoryError: kind `missing`, if there is none.
+        """
+        if listing.is_update:
+            base_of(listing, self._look(name) or Found(name), f"what is pushed to model {name!r}")
+
+    def _put(self, staged: pathlib.Path, name: str, version: str | None) -> str:
         folder = self.root / name
         flush_tree(staged)
         while True:
@@ -240,7 +248,8 @@ class Repository:
         """Remove a version: it is gone at once, and its files soon after.
 
         Raises:
-            RepositoryError: `missing` if it is not there, `conflict` if a label stands on it.
+            RepositoryError: `missing` if it is not there, `conflict` if a label stands on it, or another version that
+                has weights only runs on its code.
         """
         check_version(version)
         with self._locked(name) as folder:
@@ -253,6 +262,7 @@ class Repository:
                 raise RepositoryError(
                     "conflict", f"version {version} of model {name!r} is what {what} stands on: promote another first"
                 )
+            refuse_needed(found, version)
             aside = folder / f".{secrets.token_hex(8)}.old"
             (folder / f"{version}{SUFFIX}").rename(aside)
             flush(folder)

@@ -8,7 +8,7 @@ import msgspec
 from lepton_xla.listing import MANIFEST, sealing_digest
 
 
-def make_artifact(path, files=None, name="tiny"):
+def make_artifact(path, files=None, name="tiny", fit="", programs=("p",)):
     """Write an artifact whose manifest lists these files."""
     files = {"weights/a/c/0": b"weights" * 999, "programs/p.stablehlo": b"program"} if files is None else files
     entries = {}
@@ -16,7 +16,7 @@ def make_artifact(path, files=None, name="tiny"):
         (path / file).parent.mkdir(parents=True, exist_ok=True)
         (path / file).write_bytes(data)
         entries[file] = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-    document = {"name": name, "files": entries, "sha256": ""}
+    document = {"name": name, "files": entries, "fit": fit, "programs": programs, "sha256": ""}
     document["sha256"] = sealing_digest(msgspec.json.encode(document))
     path.mkdir(parents=True, exist_ok=True)
     (path / MANIFEST).write_text(json.dumps(document))

@@ -164,6 +164,26 @@ def test_one_bad_model_hides_no_other(repository, artifact):
     assert kind(repository.scan) == "failed"
 
 
+def test_weights_alone_need_a_version_with_the_code_that_they_fit(repository, tmp_path):
+    def pushed(fit, programs=()):
+        return repository.push(make_artifact(tmp_path / f"{fit}{len(programs)}.lepton", None, "m", fit, programs), "m")
+
+    assert kind(pushed, "one") == "missing"
+    assert repository.scan() == {}
+    assert [pushed("one", ("p",)), pushed("two", ("p",)), pushed("one"), pushed("one")] == ["1", "2", "3", "4"]
+    assert kind(pushed, "three") == "missing"
+    assert [repository.find_base("m", version) for version in ("1", "2")] == [None, None]
+    assert repository.find_base("m", "4") == repository.find("m").versions["1"]
+    assert kind(repository.remove, "m", "1") == "conflict"
+    assert pushed("one", ("p",)) == "5"
+    repository.remove("m", "1")
+    assert repository.find_base("m", "3") == repository.find("m").versions["5"]
+    for version in ("3", "4", "5"):
+        repository.remove("m", version)
+    assert list(repository.find("m").versions) == ["2"]
+    assert kind(repository.find_base, "m", "3") == "missing"
+
+
 def test_a_replaced_version_has_another_stamp(repository, artifact):
     repository.push(artifact, "m")
     before = repository.scan()["m"].stamps["1"]

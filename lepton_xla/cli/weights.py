@@ -1,0 +1,103 @@
+"""`leptonx weights`: artifacts of weights alone, for compiled code that is loaded already."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from lepton_xla.cli import _common
+from lepton_xla.errors import ArtifactError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from lepton_xla.compiler import Servable
+    from lepton_xla.program import Program
+
+
+@click.group()
+def weights() -> None:
+    """Make artifacts of weights alone, which a server puts into compiled code that it runs already.
+
+    New weights of a model that was trained further need no compilation, and a server that has the model loaded needs
+    memory for the weights only. They must be stored as those before: the same names, shapes, dtypes and formats, in the
+    same program. What does not fit is refused, by name.
+
+    \b
+      leptonx weights make digits.lepton digits.py:model -o new.lepton    the model with its weights of today
+      leptonx weights make digits.lepton digits2.lepton -o new.lepton     the weights of another artifact
+      leptonx repo push MODELS new.lepton
+    """
+
+
+@weights.command("make")
+@click.argument("base")
+@click.argument("source")
+@click.option("-o", "--output", required=True, metavar="NAME.lepton", help="Where to write the artifact.")
+@click.option("--name", help="Name of the model; by default that of BASE.")
+@click.option("--version", default="1", show_default=True, help="Version of the model.")
+@_common.golden_option
+@click.option("--overwrite", is_flag=True, help="Replace an existing artifact.")
+@_common.json_option
+def make(
+    base: str,
+    source: str,
+    *,
+    output: str,
+    name: str | None,
+    version: str,
+    golden: str | None,
+    overwrite: bool,
+    as_json: bool,
+) -> None:
+    """Make an artifact of the weights of SOURCE, to run on the compiled code of the artifact BASE.
+
+    SOURCE is an artifact, or a model as FILE.py:NAME, which is optimized by the recipe that is stored in BASE. Times
+    that were measured for BASE on this machine are taken from the cache, so that the same program comes of it.
+
+    The weights are loaded onto BASE, must be finite, and must answer golden rows.
+    """
+    if not overwrite and "://" not in output and os.path.lexists(output):
+        raise ArtifactError(f"{output} exists; give another --output, or --overwrite")
+    with _common.progress() as step:
+        step("load JAX")
+        from lepton_xla import compiler
+        from lepton_xla.cli import _arrays
+
+        rows = None if golden is None else _arrays.read_golden(golden)
+        step(f"load {base}")
+        loaded = compiler.load(base)
+        is_artifact = "://" in source or os.path.isdir(source)
+        made_from = source if is_artifact else _optimized(source, loaded, step)
+        step("fit")
+        update = compiler.make_update(loaded, made_from, name=name, version=version, golden=rows)
+        step(f"save {output}")
+        manifest = update.save(output, overwrite=overwrite)
+    size_bytes = sum(entry.size for entry in manifest.files.values())
+    if as_json:
+        facts = {"path": output, "name": manifest.name, "version": version, "fit": manifest.fit}
+        _common.print_json({**facts, "size_bytes": size_bytes, "golden": manifest.golden is not None})
+        return
+    _common.show(f"wrote {output}, {_common.size(size_bytes)}: weights for {manifest.name}, fit {manifest.fit[:12]}")
+
+
+def _optimized(target: str, base: Servable, step: Callable[[str], None]) -> Program:
+    """The model of a target, optimized as the base was."""
+    import msgspec
+
+    from lepton_xla.cli import _models
+    from lepton_xla.optimization.pipeline import apply_plan, plan_for
+    from lepton_xla.recipe import Recipe
+
+    step(f"load {target}")
+    spec = _models.load_target(target)
+    program = spec.program()
+    stored: Any = base.manifest.recipe
+    recipe = _models.load_recipe(_common.NO_RECIPE) if stored is None else msgspec.convert(stored, Recipe)
+    batches, _ = _models.calibration(spec, program)
+    buckets = {name: sizes for name, sizes in base.manifest.buckets.items() if name in program.symbols}
+    step("fold and plan")
+    planned, plan = plan_for(program, recipe, calibration=batches, buckets=buckets)
+    return apply_plan(planned, plan, calibration=batches, buckets=buckets, progress=step)

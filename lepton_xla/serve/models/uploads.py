@@ -1,0 +1,224 @@
+"""Uploads to a repository: pieces of files named by their digest, kept on disk until an artifact is made of them.
+
+Nothing of an upload is seen in the repository before all of it has been checked. A client that was cut off asks how far
+it got, and goes on from there; several may send the same file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import hashlib
+import os
+import pathlib
+import shutil
+import time
+from collections.abc import Callable, Generator, Sequence
+
+from lepton_xla.errors import ArtifactError, RepositoryError
+from lepton_xla.folders import flush
+from lepton_xla.listing import MANIFEST, MAX_MANIFEST_BYTES, FileEntry, Listing, is_sha256, read_listing
+from lepton_xla.serve.models.copies import write_whole
+from lepton_xla.serve.models.repository import Repository
+
+FOLDER = ".uploads"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class UploadLimits:
+    """Bounds on what waits to become an artifact.
+
+    Attributes:
+        max_bytes: bytes of all files together.
+        max_files: number of files.
+        max_age_s: files that nobody sent a piece of for so long are removed.
+    """
+
+    max_bytes: int = 64 << 30
+    max_files: int = 10_000
+    max_age_s: float = 24 * 3600.0
+
+
+class Uploads:
+    """Files that were sent to a repository and are in no version yet. Threads and processes may share the folder.
+
+    Args:
+        repository: where artifacts go.
+        limits: bounds on what is kept.
+        clock: gives seconds since 1970, as file systems do.
+
+    >>> uploads = Uploads(Repository("models"))
+    >>> digest = hashlib.sha256(b"hello").hexdigest()
+    >>> uploads.write(digest, 0, b"hel"), uploads.write(digest, 3, b"lo"), uploads.sizes([digest])[digest]
+    (3, 5, 5)
+    """
+
+    def __init__(
+        self,
+        repository: Repository,
+        limits: UploadLimits | None = None,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._repository = repository
+        self._limits = limits or UploadLimits()
+        self._clock = clock
+        self._folder = repository.root / FOLDER
+
+    def sizes(self, digests: Sequence[str]) -> dict[str, int]:
+        """How many bytes of each file are here.
+
+        Raises:
+            RepositoryError: kind `invalid`, if one is no SHA-256.
+        """
+        return {digest: _size(self._file(digest)) for digest in digests}
+
+    def write(self, digest: str, offset: int, data: bytes | memoryview) -> int:
+        """Append a piece to a file.
+
+        Args:
+            digest: the SHA-256 of the whole file, by which it is named.
+            offset: how many bytes of it are here.
+            data: the piece.
+
+        Returns:
+            How many bytes of it are here now.
+
+        Raises:
+            RepositoryError: `invalid` for what is no SHA-256, `conflict` if another number of bytes is here, `failed`
+                if the disk or the bounds are full; of the piece, nothing is kept then.
+        """
+        file = self._file(digest)
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            with _locked(self._folder):
+                self._make_room(file, len(data))
+                size = _size(file)
+                if size != offset:
+                    raise RepositoryError("conflict", f"{digest}: {size} bytes are here, not {offset}: go on there")
+                with open(file, "ab") as opened:
+                    try:
+                        opened.write(data)
+                        opened.flush()
+                    except OSError:
+                        os.ftruncate(opened.fileno(), size)
+                        raise
+                return size + len(data)
+        except OSError as error:
+            raise RepositoryError("failed", f"{digest}: cannot be written: {error.strerror or error}") from error
+
+    def publish(self, manifest: str, name: str, version: str | None = None) -> tuple[str, Listing]:
+        """Make a version of uploaded files.
+
+        Args:
+            manifest: digest of the uploaded manifest; it lists the others.
+            name: the model's name in the repository.
+            version: a version that is not there; by default one more than the greatest.
+
+        Returns:
+            The version, and what its manifest lists.
+
+        Raises:
+            RepositoryError: `missing` naming files that are not here as a whole, else as `Repository.push`.
+            ArtifactError: if a file is not what its digest says; it is removed, so that it can be sent again.
+        """
+        with self._repository.stage(name, version) as staged:
+            listing, data = self._manifest(manifest)
+            self._repository.check_base(listing, name)
+            self._check_there(listing)
+            taken: dict[str, pathlib.Path] = {}
+            for file, entry in listing.files.items():
+                self._take(entry, staged / file, taken)
+            write_whole(staged / MANIFEST, data)
+            published = self._repository.commit(staged, name, version)
+        with contextlib.suppress(OSError):
+            self._file(manifest).unlink()
+        return published, listing
+
+    def _manifest(self, digest: str) -> tuple[Listing, bytes]:
+        try:
+            with open(self._file(digest), "rb") as opened:
+                data = opened.read(MAX_MANIFEST_BYTES + 1)
+        except FileNotFoundError:
+            raise _missing([digest]) from None
+        if len(data) > MAX_MANIFEST_BYTES:
+            raise ArtifactError(f"{MANIFEST}: more than the limit of {MAX_MANIFEST_BYTES} bytes")
+        if hashlib.sha256(data).hexdigest() != digest:
+            raise _missing([digest])
+        return read_listing(data), data
+
+    def _check_there(self, listing: Listing) -> None:
+        """Check sizes before anything is moved, so that what is here stays for the next try."""
+        wanted = {entry.sha256: entry.size for entry in listing.files.values() if entry.size}
+        lacking = [digest for digest, size in wanted.items() if _size(self._file(digest)) < size]
+        if lacking:
+            raise _missing(lacking)
+
+    def _take(self, entry: FileEntry, target: pathlib.Path, taken: dict[str, pathlib.Path]) -> None:
+        """Move a file into an artifact, and check it there, where nobody can append to it any more."""
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if not entry.size:
+            target.touch()
+        elif entry.sha256 in taken:  # the artifact has it twice
+            shutil.copyfile(taken[entry.sha256], target)
+        else:
+            try:
+                with _locked(self._folder):
+                    os.rename(self._file(entry.sha256), target)
+            except FileNotFoundError:
+                raise _missing([entry.sha256]) from None
+        if _size(target) != entry.size or _digest(target) != entry.sha256:
+            raise ArtifactError(f"{entry.sha256}: what was sent is something else: send it again")
+        flush(target)
+        taken[entry.sha256] = target
+
+    def _make_room(self, file: pathlib.Path, more: int) -> None:
+        """Remove files that nobody goes on with, and refuse what is too much then."""
+        total, count, now = 0, 0, self._clock()
+        for entry in os.scandir(self._folder):
+            status = entry.stat(follow_symlinks=False)
+            if now - status.st_mtime > self._limits.max_age_s and entry.name != file.name:
+                os.unlink(entry.path)
+                continue
+            total, count = total + status.st_size, count + 1
+        count += not file.exists()
+        if total + more > self._limits.max_bytes or count > self._limits.max_files:
+            raise RepositoryError(
+                "failed",
+                f"uploads hold {total} bytes in {count} files; at most {self._limits.max_bytes} bytes in "
+                f"{self._limits.max_files} files may wait: finish one, or wait for old ones to be removed",
+            )
+
+    def _file(self, digest: str) -> pathlib.Path:
+        if not is_sha256(digest):
+            raise RepositoryError("invalid", f"{digest[:80]!r} is no SHA-256: 64 hexadecimal digits in lower case")
+        return self._folder / digest
+
+
+@contextlib.contextmanager
+def _locked(folder: pathlib.Path) -> Generator[None, None, None]:
+    """Keep other threads and processes from writing into the folder."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _size(file: pathlib.Path) -> int:
+    try:
+        return file.stat().st_size
+    except FileNotFoundError:
+        return 0
+
+
+def _digest(file: pathlib.Path) -> str:
+    with open(file, "rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def _missing(digests: Sequence[str]) -> RepositoryError:
+    more = f", and {len(digests) - 1} more" if len(digests) > 1 else ""
+    return RepositoryError("missing", f"file {digests[0]} was not sent as a whole{more}")
