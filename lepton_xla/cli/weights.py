@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lepton_xla.cli import _common
+from lepton_xla.cli import _common, _repositories
 from lepton_xla.errors import ArtifactError
 
 if TYPE_CHECKING:
@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
     from lepton_xla.compiler import Servable
     from lepton_xla.program import Program
+    from lepton_xla.serve.client.repository import RepositoryClient
+    from lepton_xla.serve.models.repository import Repository
 
 
 @click.group()
@@ -28,7 +30,7 @@ def weights() -> None:
     \b
       leptonx weights make digits.lepton digits.py:model -o new.lepton    the model with its weights of today
       leptonx weights make digits.lepton digits2.lepton -o new.lepton     the weights of another artifact
-      leptonx repo push MODELS new.lepton
+      leptonx weights push MODELS new.lepton                              to a folder, or the URL of a server
     """
 
 
@@ -81,6 +83,30 @@ def make(
         _common.print_json({**facts, "size_bytes": size_bytes, "golden": manifest.golden is not None})
         return
     _common.show(f"wrote {output}, {_common.size(size_bytes)}: weights for {manifest.name}, fit {manifest.fit[:12]}")
+
+
+@_repositories.subcommand(weights, "push")
+@click.argument("artifact")
+@click.option("--name", help="Name in the repository; by default the artifact's own.")
+@click.option("--version", help="A version that is not there yet; by default one more than the greatest.")
+@click.option("--promote", "label", metavar="LABEL", help="Then move this label to it, such as stable or canary.")
+def push(
+    repository: Repository | RepositoryClient,
+    artifact: str,
+    *,
+    name: str | None,
+    version: str | None,
+    label: str | None,
+    as_json: bool,
+) -> None:
+    """Copy ARTIFACT, of weights alone, into MODELS as a new version: a folder, or the URL of a server.
+
+    MODELS must have a version with the compiled code that the weights fit. A server that has it loaded puts the weights
+    in its place between two batches, without compiling.
+    """
+    _repositories.push(
+        repository, artifact, name=name, version=version, label=label, as_json=as_json, only_weights=True
+    )
 
 
 def _optimized(target: str, base: Servable, step: Callable[[str], None]) -> Program:

@@ -126,7 +126,7 @@ class Artifact:
         Raises:
             ArtifactError: if it has weights only.
         """
-        if self.manifest.is_update:
+        if not self.programs:
             raise ArtifactError(f"{self.manifest.name} has weights only: save it, and load it with base=")
         expander, weights, devices = None, self.weights, self.devices or Devices.of(self.manifest.mesh)
         if EXPAND in self.executables:

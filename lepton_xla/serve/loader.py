@@ -7,9 +7,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
-from lepton_xla.errors import ArtifactError, ServeError
+from lepton_xla.copies import listing_of
+from lepton_xla.errors import ServeError
 from lepton_xla.serve.app.options import Options
 from lepton_xla.serve.batching.costs import Measured
 from lepton_xla.serve.batching.device import Device
@@ -17,6 +16,7 @@ from lepton_xla.serve.batching.engine import Engine
 from lepton_xla.serve.batching.scheduler import Call, Scheduler
 from lepton_xla.serve.models.changes import Source
 from lepton_xla.serve.models.handle import ModelHandle
+from lepton_xla.serve.models.repository import Repository
 from lepton_xla.serve.models.settings import Serving
 from lepton_xla.serve.observe.server_metrics import ServerMetrics
 from lepton_xla.serve.protocol.signature import LoadedModel, Signature, signature_of
@@ -24,8 +24,6 @@ from lepton_xla.serve.protocol.signature import LoadedModel, Signature, signatur
 if TYPE_CHECKING:
     from lepton_xla.compiler.servable import Servable
 
-# Elements that are looked at together: enough to be fast, few enough to need little memory.
-_PIECE = 1 << 20
 # Part of the device's time that a model which warms up gets beside one that serves.
 _WARMING_WEIGHT = 0.25
 
@@ -79,14 +77,35 @@ class ArtifactLoader:
 
         trust, decrypt_key = self._options.trust, self._options.decrypt_key
         buckets = None if source.max_batch_size is None else _buckets(source.path, source.max_batch_size, trust)
-        servable = load(source.path, buckets=buckets, trust=trust, decrypt_key=decrypt_key)
-        _refuse_nan(servable)
+        base = self._base(name, version, source, others if buckets is None else ())
+        servable = load(source.path, buckets=buckets, trust=trust, decrypt_key=decrypt_key, base=base, check=True)
         signature = signature_of(servable, name, version)
         engine: Engine[Call] = Engine(servable, signature)
         options = _served(self._options, source.serving, source.max_delay_us)
         with self._device.guest(_WARMING_WEIGHT) as run:
             measured = engine.warm_up(run, _like(signature, others))
         return Warm(servable, signature, engine, measured, options, source.serving)
+
+    def _base(self, name: str, version: str, source: Source, others: Sequence[ModelHandle]) -> Servable | None:
+        """A model whose compiled code a version can run on: one that is loaded, or for weights alone one on the disk.
+
+        Raises:
+            LeptonError: for weights alone that fit no version.
+        """
+        from lepton_xla.compiler import Servable, load
+
+        path = Path(source.path)
+        listing, _ = listing_of(path)
+        for other in others:
+            model = other.model
+            if isinstance(model, Servable) and listing.fit and model.manifest.fit == listing.fit and _is_whole(model):
+                return model
+        if not listing.is_update:
+            return None
+        found = Repository(path.parents[1]).find_base(name, version)
+        if found is None:
+            return None
+        return load(found, trust=self._options.trust, decrypt_key=self._options.decrypt_key)
 
     def open(self, loaded: Warm) -> ModelHandle:
         """Makes the handle of a loaded version, on the event loop."""
@@ -123,23 +142,9 @@ def _buckets(path: str, most: int, trust: Path | None) -> dict[str, tuple[int, .
     return {rows: tuple(size for size in sizes if size <= most)}
 
 
-def _refuse_nan(servable: Servable) -> None:
-    """Refuses weights that hold NaN: training that went wrong ends in them, and their answers are none.
-
-    Raises:
-        ArtifactError: names the weight.
-    """
-    import jax.numpy as jnp
-
-    weights = servable.runtime.weights
-    paths = [leaf.path for leaf in servable.manifest.weights]
-    for index, weight in enumerate(weights):
-        if jnp.issubdtype(weight.dtype, jnp.inexact):
-            flat = np.asarray(weight).reshape(-1)
-            for start in range(0, flat.size, _PIECE):
-                if np.isnan(flat[start : start + _PIECE]).any():
-                    path = paths[index] if len(paths) == len(weights) else str(index)
-                    raise ArtifactError(f"weight {path!r} holds NaN")
+def _is_whole(model: Servable) -> bool:
+    """Whether all compiled sizes are loaded."""
+    return model.buckets == {name: tuple(sizes) for name, sizes in model.manifest.buckets.items()}
 
 
 def _served(options: Options, serving: Serving, max_delay_us: int | None) -> Options:

@@ -83,6 +83,7 @@ class Server:
         self.models = Registry()
         self.device = Device()
         self._manager: Manager | None = None
+        self._repository = "" if repository is None else os.fsdecode(repository)
         if repository is not None:
             loader = ArtifactLoader(self.options, self.metrics, self._open, self.device)
             self._host, self._records = Host(self.models, loader), Records(self.options.audit_log)
@@ -196,7 +197,9 @@ class Server:
                 return True
             for (signature, engine), costs in zip(self._engines, measured, strict=True):
                 models.put(open_model(engine, costs, signature, options, self.metrics, self.device))
-            frontend = HTTPFrontEnd(models, self.metrics, options, access, control=self._manager)
+            frontend = HTTPFrontEnd(
+                models, self.metrics, options, access, control=self._manager, repository=self._repository
+            )
             listener = Listener(frontend.state, listening, _BACKLOG, access.tls_options(options.limits))
             listener.open()
         except BaseException:

@@ -96,6 +96,7 @@ class App:
         compress_bytes: size from which infer answers are compressed for clients that accept it.
         gather: see `Pages`.
         control: changes which models are loaded; None where they cannot be changed.
+        repository: the folder that versions may be uploaded to, if there is one.
     """
 
     def __init__(
@@ -109,6 +110,7 @@ class App:
         compress_bytes: int = 4096,
         gather: Gather | None = None,
         control: Control | None = None,
+        repository: str = "",
     ) -> None:
         self._models = models
         self._metrics = metrics
@@ -120,7 +122,7 @@ class App:
         self._pages = Pages(models, metrics, server_name, gather, repository=control is not None)
         self._repository: RepositoryPages | None = None
         if control is not None:
-            self._repository = RepositoryPages(control, metrics, self.refuse, self._pages.is_ready_now)
+            self._repository = RepositoryPages(control, metrics, self.refuse, self._pages.is_ready_now, repository)
             self._pages.server["repository_index"] = self._repository.index
 
     def __call__(self, exchange: Exchange) -> None:
@@ -162,7 +164,7 @@ class App:
             return route.scope, functools.partial(self._decline, route)
         model = parameters.get("model")
         if route.name in routes.CONTROL:
-            return route.scope, self._control_route(route.name, parameters["model"], who)
+            return route.scope, self._control_route(route.name, parameters, who)
         if model is None:
             return route.scope, self._pages.server[route.name]
         found = weakref.ref(self._models.find(model, parameters.get("version"), parameters.get("label")))
@@ -171,11 +173,13 @@ class App:
         page = self._pages.model[route.name]
         return route.scope, lambda exchange: page(_held(found), exchange)
 
-    def _control_route(self, name: str, model: str, who: str) -> Route:
+    def _control_route(self, name: str, parameters: dict[str, str], who: str) -> Route:
         if self._repository is None:
             raise HTTPError(501, "models cannot be loaded or unloaded: this server has no repository of models")
+        if name in routes.CHANGES:
+            return functools.partial(self._repository.change, name, parameters, who)
         answer = self._repository.load if name == "load" else self._repository.unload
-        return functools.partial(answer, model, who)
+        return functools.partial(answer, parameters["model"], who)
 
     def _infer_route(self, head: Head, found: weakref.ref[ModelHandle]) -> Route:
         headers = head.headers

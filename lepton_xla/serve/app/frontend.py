@@ -37,6 +37,7 @@ class HTTPFrontEnd:
         access: who can reach it.
         gather: see `Pages`.
         control: see `App`.
+        repository: see `App`.
 
     Attributes:
         state: what the connections share.
@@ -50,6 +51,7 @@ class HTTPFrontEnd:
         access: Access,
         gather: Gather | None = None,
         control: Control | None = None,
+        repository: str = "",
     ) -> None:
         self._metrics = metrics
         self._models = models
@@ -65,7 +67,7 @@ class HTTPFrontEnd:
             models, metrics, options.limits,
             guard=access.guard, server_name=options.server_name,
             compress_bytes=options.compress_bytes, gather=gather,
-            control=control,
+            control=control, repository=repository,
         )  # fmt: skip
         self.state = ServerState(
             watching(self._app, observers), options.limits,

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import pathlib
 from collections.abc import Callable, Coroutine, Mapping
 from typing import Any, Protocol
 
 import msgspec
 
 from lepton_xla.errors import RepositoryError
+from lepton_xla.serve.app.uploads import RepositoryChanges
 from lepton_xla.serve.errors import HTTPError
 from lepton_xla.serve.http.exchange import Exchange
 from lepton_xla.serve.models.manager import Entry
@@ -18,6 +20,8 @@ from lepton_xla.serve.protocol import metadata
 
 _log = logging.getLogger("lepton_xla.serve")
 
+# What changes something; pieces of files come in thousands.
+_LOGGED = frozenset({"publish", "remove_version", "move_label"})
 _STATUS = {"invalid": 400, "missing": 404, "conflict": 409, "failed": 400}
 
 
@@ -45,6 +49,7 @@ class RepositoryPages:
         metrics: the server's counters.
         refuse: answers with an error.
         is_ready: whether a loaded version takes requests.
+        folder: of the repository, which versions may be uploaded to; empty if there is none.
     """
 
     def __init__(
@@ -53,11 +58,13 @@ class RepositoryPages:
         metrics: ServerMetrics,
         refuse: Callable[[Exchange, HTTPError], object],
         is_ready: Callable[[str, str], bool],
+        folder: str = "",
     ) -> None:
         self._control = control
         self._metrics = metrics
         self._refuse = refuse
         self._is_ready = is_ready
+        self._changes = RepositoryChanges(pathlib.Path(folder)) if folder else None
         self._tasks: set[asyncio.Task[None]] = set()
 
     def index(self, exchange: Exchange) -> None:
@@ -79,6 +86,15 @@ class RepositoryPages:
         metadata.check_unload(exchange.body)
         self._answer_later(exchange, self._control.unload(name, who), f"failed to unload {name[:128]!r}")
 
+    def change(self, route: str, parameters: dict[str, str], who: str, exchange: Exchange) -> None:
+        """Changes what is in the folder, or tells of it. What is loaded follows when the folder is looked at again."""
+        if self._changes is None:
+            raise HTTPError(501, "this server's repository is no folder that it may write to")
+        work = self._changes.routes[route](parameters, exchange)
+        if route in _LOGGED:
+            _log.info("%s: %s %s", who or "a client", route, " ".join(map(str, parameters.values()))[:300])
+        self._answer_later(exchange, asyncio.to_thread(self._changes.run, work), "")
+
     async def _index(self, *, ready: bool) -> list[metadata.IndexEntry]:
         entries: list[metadata.IndexEntry] = []
         for entry in await self._control.index():
@@ -95,6 +111,8 @@ class RepositoryPages:
         async def run() -> None:
             try:
                 result = await work
+            except HTTPError as error:
+                self._refuse(exchange, error.bare())
             except RepositoryError as error:
                 self._refuse(exchange, HTTPError(_STATUS[error.kind], f"{failed}, {error}"))
             except Exception:

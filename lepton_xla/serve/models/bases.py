@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pathlib
 
+from lepton_xla.copies import listing_of
 from lepton_xla.errors import ArtifactError, RepositoryError
 from lepton_xla.listing import Listing
-from lepton_xla.serve.models.copies import listing_of
 from lepton_xla.serve.models.found import Found
 
 

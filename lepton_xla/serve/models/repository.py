@@ -17,11 +17,11 @@ from collections.abc import Generator
 
 import msgspec
 
+from lepton_xla.copies import copy_artifact, listing_of, read_text, write_whole
 from lepton_xla.errors import RepositoryError
 from lepton_xla.folders import flush, flush_tree, held, remove_abandoned
 from lepton_xla.listing import MANIFEST, Listing
 from lepton_xla.serve.models.bases import base_of, refuse_needed
-from lepton_xla.serve.models.copies import copy_artifact, listing_of, read_text, write_whole
 from lepton_xla.serve.models.found import Found, Stamp
 from lepton_xla.serve.models.labels import HISTORY, Track, read_history, with_label
 from lepton_xla.serve.models.settings import (

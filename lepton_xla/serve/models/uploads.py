@@ -16,10 +16,10 @@ import shutil
 import time
 from collections.abc import Callable, Generator, Sequence
 
+from lepton_xla.copies import write_whole
 from lepton_xla.errors import ArtifactError, RepositoryError
 from lepton_xla.folders import flush
 from lepton_xla.listing import MANIFEST, MAX_MANIFEST_BYTES, FileEntry, Listing, is_sha256, read_listing
-from lepton_xla.serve.models.copies import write_whole
 from lepton_xla.serve.models.repository import Repository
 
 FOLDER = ".uploads"

@@ -30,12 +30,14 @@ class Settings(msgspec.Struct, tag="settings"):
     Attributes:
         artifact: path of the artifact to serve; empty where the models of a repository are served, as `Prepare` and
             `Commit` say.
+        repository: folder of those, or empty.
     """
 
     artifact: str
     options: Options
     workers: int
     json_logs: bool
+    repository: str = ""
 
 
 class Ready(msgspec.Struct, tag="ready"):

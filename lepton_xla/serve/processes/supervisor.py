@@ -67,7 +67,7 @@ class Supervisor:
         json_logs: bool = False,
         repository: str | None = None,
     ) -> None:
-        self._settings = control.Settings(artifact, options, workers, json_logs)
+        self._settings = control.Settings(artifact, options, workers, json_logs, repository or "")
         self._options = options
         self._access = options.access()
         self._workers = [Child(f"worker {number + 1}") for number in range(workers)]

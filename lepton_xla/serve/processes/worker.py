@@ -76,6 +76,7 @@ class Worker:
         self._tasks: set[asyncio.Task[None]] = set()
         self._questions: dict[int, _Question] = {}
         self._options = settings.options
+        self._repository = settings.repository
         self._access = settings.options.access()
         self._metrics = metrics
         self._loop = loop
@@ -98,8 +99,9 @@ class Worker:
             digest: of its artifact's manifest.
         """
         frontend = HTTPFrontEnd(
-            self._models, self._metrics, self._options, self._access, self._gather, None if self._host is None else self
-        )
+            self._models, self._metrics, self._options, self._access, self._gather,
+            None if self._host is None else self, self._repository,
+        )  # fmt: skip
         self._arrivals = Arrivals(frontend.state, self._access.tls_options(self._options.limits))
         settle()
         reporting = self._loop.create_task(self._report(frontend))

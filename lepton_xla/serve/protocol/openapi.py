@@ -61,14 +61,14 @@ def document(
         "label": sorted(labels),
     }
     served = [route for route in ROUTES if not route.refusal and route.name not in without]
-    types = [each for route in served for each in (route.request, route.response) if each]
+    types = [each for route in served for each in (route.request, route.response) if each not in (None, bytes)]
     _, schemas = msgspec.json.schema_components([*types, ErrorMessage], ref_template=_REFERENCE)
     paths: dict[str, dict[str, Any]] = {}
     for route in served:
         for path in route.paths:
             names = re.findall(r"{(\w+)}", path)
-            if all(known[name] for name in names):
-                operation = _operation(route, path, {name: known[name] for name in names}, signatures)
+            if all(known.get(name, True) for name in names):
+                operation = _operation(route, path, {name: known.get(name, []) for name in names}, signatures)
                 paths.setdefault(path, {})[route.method.lower()] = operation
     return {
         "openapi": "3.1.0",
@@ -95,11 +95,20 @@ def document(
 def _operation(route: Route, path: str, names: dict[str, list[str]], signatures: Sequence[Signature]) -> dict[str, Any]:
     infer = route.name == "infer"
     parameters: list[dict[str, Any]] = [
-        {"name": name, "in": "path", "required": True, "schema": {"type": "string", "enum": values}}
+        {
+            "name": name,
+            "in": "path",
+            "required": True,
+            "schema": {"type": "string"} | ({"enum": values} if values else {"pattern": "^[0-9a-f]{64}$"}),
+        }
         for name, values in names.items()
     ]
     if infer:
         parameters += _infer_headers()
+    if route.request is bytes:
+        start = "Where the piece begins in the file."
+        number = {"type": "integer", "minimum": 0}
+        parameters.append({"name": "offset", "in": "query", "required": True, "description": start, "schema": number})
     variant = "".join(f"_{name}" for name in names if name != "model") + "_slash" * path.endswith("/")
     operation: dict[str, Any] = {
         "operationId": route.name + variant,
@@ -112,7 +121,8 @@ def _operation(route: Route, path: str, names: dict[str, list[str]], signatures:
         operation["description"] = "Needs no token."
         operation["security"] = [{}]
     if route.request is not None:
-        content: dict[str, Any] = {_JSON: {"schema": _schema(route.request)}}
+        binary = {_BINARY: {"schema": {"type": "string", "format": "binary"}}}
+        content: dict[str, Any] = binary if route.request is bytes else {_JSON: {"schema": _schema(route.request)}}
         if infer:
             content[_JSON]["examples"] = {"zeros": {"value": _example(signatures[0])}}
             content[_BINARY] = {

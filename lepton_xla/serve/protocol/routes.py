@@ -12,7 +12,7 @@ from typing import Any, Literal
 from urllib.parse import unquote
 
 from lepton_xla.serve.errors import HTTPError
-from lepton_xla.serve.protocol import metadata
+from lepton_xla.serve.protocol import metadata, uploads
 from lepton_xla.serve.protocol.request import RequestHead
 from lepton_xla.serve.protocol.response import ResponseHead
 
@@ -28,11 +28,11 @@ class Route:
 
     Attributes:
         name: what it is called here and, as `operationId`, in the OpenAPI document.
-        method: GET, which HEAD goes with, or POST.
+        method: GET, which HEAD goes with, POST, PUT or DELETE.
         path: with `{parameters}`, and a part in brackets that may be left out; it may have alternatives, by `|`.
         scope: what a token has to be good for; health needs no token.
         summary: one line for readers.
-        request: type of the JSON body, if it takes one.
+        request: type of the JSON body, if it takes one; `bytes` for another body.
         response: type of the JSON answer; None for one that is not JSON.
         refusal: why it is not to be had, for a route that clients know and this server always refuses.
         status: of that refusal.
@@ -98,6 +98,19 @@ ROUTES: tuple[Route, ...] = (
           request=metadata.LoadRequest, response=metadata.Done),
     Route("unload", "POST", "/v2/repository/models/{model}/unload", "admin", "Unloads a model",
           request=metadata.UnloadRequest, response=metadata.Done),
+    Route("repository_models", "GET", "/v2/repository/models", "read", "Versions and labels in the repository",
+          response=list[uploads.ModelOnDisk]),
+    Route("upload_sizes", "POST", "/v2/repository/blobs", "admin", "How much of each file has been sent",
+          request=uploads.SizesRequest, response=uploads.Sizes),
+    Route("upload_piece", "PUT", "/v2/repository/blobs/{sha256}", "admin",
+          "Sends a piece of a file, which begins at `offset`; 409 if another number of bytes has been sent",
+          request=bytes, response=uploads.Piece),
+    Route("publish", "POST", "/v2/repository/models/{model}/versions[/{version}]", "admin",
+          "Makes a version of files that were sent", request=uploads.PublishRequest, response=uploads.Published),
+    Route("remove_version", "DELETE", "/v2/repository/models/{model}/versions/{version}", "admin",
+          "Removes a version, on which no label may stand", response=uploads.Removed),
+    Route("move_label", "POST", "/v2/repository/models/{model}/labels/{label}", "admin",
+          "Moves a label to a version, or back", request=uploads.LabelRequest, response=uploads.Moved),
     *(
         Route(f"{kind}_shared_memory_{action}", method, f"/v2/{kind}sharedmemory{path}/{action}", "admin",
               f"Shared memory: {action}", refusal=_NO_SHARED_MEMORY)
@@ -110,7 +123,10 @@ ROUTES: tuple[Route, ...] = (
     ),
 )  # fmt: skip
 
-CONTROL = frozenset({"load", "unload"})
+CHANGES = frozenset({"repository_models", "upload_sizes", "upload_piece", "publish", "remove_version", "move_label"})
+"""Routes of the folder of a repository."""
+
+CONTROL = CHANGES | {"load", "unload"}
 """Routes that only a server of a repository has; others refuse them."""
 
 OPEN_PATHS = frozenset(path.encode() for route in ROUTES if route.scope == "health" for path in route.paths)
@@ -165,7 +181,7 @@ def find(method: bytes, target: bytes) -> tuple[Route, dict[str, str]]:
     """
     path = target.partition(b"?")[0]
     if path == b"*" and method == b"OPTIONS":
-        raise HTTPError(405, "the routes of this server take GET, HEAD or POST", "Allow: GET, HEAD, POST")
+        raise HTTPError(405, "most routes of this server take GET, HEAD or POST", "Allow: GET, HEAD, POST")
     if not path.startswith(b"/"):
         # The absolute form, which clients send to proxies and every server has to accept (RFC 9112, section 3.2.2).
         origin = _ORIGIN.match(path)

@@ -23,18 +23,18 @@ def filled(path, values):
 @pytest.mark.parametrize("route", ROUTES, ids=lambda route: route.name)
 @given(names, names, names, names)
 def test_every_route_is_found_at_all_its_paths_with_any_name_in_them(route, model, version, label, region):
-    values = {"model": model, "version": version, "label": label, "region": region}
+    values = {"model": model, "version": version, "label": label, "region": region, "sha256": region}
     for path in route.paths:
         wanted = {name: values[name] for name in re.findall(r"{(\w+)}", path)}
         target = filled(path, values).encode()
-        methods = (b"GET", b"HEAD") if route.method == "GET" else (b"POST",)
+        methods = (b"GET", b"HEAD") if route.method == "GET" else (route.method.encode(),)
         for method in methods:
             assert find(method, target) == (route, wanted)
             assert find(method, target + b"?a=/x") == (route, wanted)
         with pytest.raises(HTTPError, match="no such route"):
             find(methods[0], target + b"//")
         with pytest.raises(HTTPError) as caught:
-            find(b"DELETE", target)
+            find(b"PATCH", target)
         assert caught.value.status == 405
         assert (route.method in caught.value.headers[0]) == (route.status != 405)
 
@@ -49,6 +49,8 @@ def test_only_health_is_open_and_all_that_changes_anything_needs_admin():
     assert set(OPEN_PATHS) == {b"/v2/health/live", b"/v2/health/ready"}
     for route in ROUTES:
         assert (route.scope == "health") == route.path.startswith("/v2/health/")
+        if route.method in ("PUT", "DELETE"):
+            assert route.scope == "admin"
         if route.method == "POST":
             assert route.scope == {"infer": "infer", "repository_index": "read"}.get(route.name, "admin")
 
@@ -87,8 +89,10 @@ def test_what_is_not_offered_says_so(server, route):
         assert headers.get("allow") == ("GET, HEAD" if status == 405 else None)
 
 
-@pytest.mark.parametrize("name", sorted(CONTROL))
-def test_a_server_without_a_repository_says_so(server, name):
-    status, _, body = exchange(server, "POST", f"/v2/repository/models/affine/{name}", b"{}")
-    assert status == 501
-    assert "has no repository" in json.loads(body)["error"]
+@pytest.mark.parametrize("route", [route for route in ROUTES if route.name in CONTROL], ids=lambda route: route.name)
+def test_a_server_without_a_repository_says_so(server, route):
+    values = {"model": "affine", "version": "3", "label": "stable", "sha256": "0" * 64}
+    for path in route.paths:
+        status, _, body = exchange(server, route.method, filled(path, values), b"" if route.method == "GET" else b"{}")
+        assert status == 501
+        assert "has no repository" in json.loads(body)["error"]

@@ -25,7 +25,7 @@ def listing_of(source: pathlib.Path) -> tuple[Listing, bytes]:
     Raises:
         ArtifactError: if it is missing, too large or damaged.
     """
-    with _open_file(source, MANIFEST) as manifest:
+    with open_file(source, MANIFEST) as manifest:
         data = manifest.read(MAX_MANIFEST_BYTES + 1)
     if len(data) > MAX_MANIFEST_BYTES:
         raise ArtifactError(f"{source}: {MANIFEST} has more than the limit of {MAX_MANIFEST_BYTES} bytes")
@@ -48,7 +48,7 @@ def copy_artifact(source: pathlib.Path, target: pathlib.Path) -> Listing:
     for file, entry in listing.files.items():
         _copy(source, file, entry, target / file)
     if os.path.lexists(source / SIGNATURE):
-        with _open_file(source, SIGNATURE) as opened:
+        with open_file(source, SIGNATURE) as opened:
             signature = opened.read(MAX_SIGNATURE_BYTES + 1)
         if len(signature) > MAX_SIGNATURE_BYTES:
             raise ArtifactError(f"{source}: {SIGNATURE} has more than the limit of {MAX_SIGNATURE_BYTES} bytes")
@@ -60,7 +60,7 @@ def copy_artifact(source: pathlib.Path, target: pathlib.Path) -> Listing:
 def _copy(source: pathlib.Path, file: str, entry: FileEntry, target: pathlib.Path) -> None:
     digest, left = hashlib.sha256(), entry.size
     target.parent.mkdir(parents=True, exist_ok=True)
-    with _open_file(source, file) as opened, open(target, "xb") as written:
+    with open_file(source, file) as opened, open(target, "xb") as written:
         while piece := opened.read(min(_PIECE_BYTES, left + 1)):
             left -= len(piece)
             if left < 0:
@@ -73,7 +73,7 @@ def _copy(source: pathlib.Path, file: str, entry: FileEntry, target: pathlib.Pat
         raise ArtifactError(f"{source}: {file} is damaged: its size or SHA-256 differs from the manifest's")
 
 
-def _open_file(source: pathlib.Path, file: str) -> io.BufferedReader:
+def open_file(source: pathlib.Path, file: str) -> io.BufferedReader:
     """Open a regular file of an artifact for reading."""
     try:
         opened = open(source / file, "rb")  # noqa: SIM115  # the caller closes it

@@ -1,0 +1,108 @@
+"""Repositories of models for the commands: in a folder, or of a running server."""
+
+from __future__ import annotations
+
+import functools
+import pathlib
+import re
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from lepton_xla.cli import _common
+from lepton_xla.copies import listing_of
+from lepton_xla.errors import ArtifactError
+
+if TYPE_CHECKING:
+    from lepton_xla.serve.client.repository import RepositoryClient
+    from lepton_xla.serve.models.repository import Repository
+
+_URL = re.compile(r"https?(\+unix)?://", re.IGNORECASE)
+
+
+def subcommand(group: click.Group, name: str) -> Callable[[Callable[..., None]], click.Command]:
+    """A command of a group whose first argument MODELS is a repository, which its function gets opened."""
+
+    def decorate(function: Callable[..., None]) -> click.Command:
+        @functools.wraps(function)
+        def run(models: str, token_file: str | None, tls_ca: str | None, **rest: Any) -> None:
+            function(_opened(models, token_file, tls_ca), **rest)
+
+        run = click.option("--tls-ca", metavar="FILE", help="Certificates (PEM) to trust, for a server.")(run)
+        run = click.option(
+            "--token-file", metavar="FILE", help="File with the token for a server. By default $LEPTON_TOKEN."
+        )(run)
+        return group.command(name)(click.argument("models")(_common.json_option(run)))
+
+    return decorate
+
+
+def _opened(models: str, token_file: str | None, tls_ca: str | None) -> Repository | RepositoryClient:
+    if _URL.match(models):
+        from lepton_xla.serve.client.repository import RepositoryClient
+
+        return RepositoryClient(models, token_file=token_file, tls_ca=tls_ca, timeout_s=120.0)
+    from lepton_xla.serve.models.repository import Repository
+
+    return Repository(models)
+
+
+def listed(repository: Repository | RepositoryClient) -> list[dict[str, Any]]:
+    """The models of a repository as plain JSON."""
+    from lepton_xla.serve.models.described import described
+    from lepton_xla.serve.models.repository import Repository
+
+    if isinstance(repository, Repository):
+        return [described(found) for found in repository.scan().values()]
+    return repository.models()
+
+
+def push(
+    repository: Repository | RepositoryClient,
+    artifact: str,
+    *,
+    name: str | None,
+    version: str | None,
+    label: str | None,
+    as_json: bool,
+    only_weights: bool = False,
+) -> None:
+    """Push an artifact, promote it if a label is given, and tell what was done.
+
+    Raises:
+        ArtifactError: if it is damaged, or not of weights alone if that is asked for.
+    """
+    from lepton_xla.serve.models.repository import Repository
+    from lepton_xla.serve.models.settings import check_label
+
+    if label is not None:
+        check_label(label)
+    with _common.progress() as step:
+        step(f"push {artifact}")
+        listing, _ = listing_of(pathlib.Path(artifact))
+        if only_weights and not listing.is_update:
+            raise ArtifactError(
+                f"{artifact} is a whole artifact: push it with leptonx repo push, or make one of its weights with "
+                "leptonx weights make"
+            )
+        name = listing.name if name is None else name
+        if isinstance(repository, Repository):
+            pushed = repository.push(artifact, name, version)
+        else:
+            tell = lambda sent, total: step(f"push {artifact}: {100 * sent // max(total, 1)} %")  # noqa: E731
+            pushed = repository.push(artifact, name, version, tell)
+    stood = None if label is None else repository.promote(name, pushed, label)
+    if as_json:
+        promoted = {} if label is None else {"label": label, "stood_on": stood}
+        _common.print_json({"name": name, "version": pushed, "size_bytes": listing.size_bytes, **promoted})
+        return
+    _common.show(f"{name}: version {pushed}, {_common.size(listing.size_bytes)}")
+    if label is not None:
+        _common.show(moved(name, label, stood, pushed))
+
+
+def moved(name: str, label: str, stood: str | None, stands: str) -> str:
+    """Where a label stands, as text."""
+    before = "" if stood in (None, stands) else f", before {stood}"
+    return f"{name}: {label} stands on version {stands}{before}"

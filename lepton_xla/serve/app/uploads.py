@@ -1,0 +1,108 @@
+"""The routes that change a repository: uploads in pieces, versions made of them, labels, and what is there."""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+
+from lepton_xla.errors import ArtifactError, RepositoryError
+from lepton_xla.listing import is_sha256
+from lepton_xla.serve.errors import HTTPError
+from lepton_xla.serve.http.exchange import Exchange
+from lepton_xla.serve.models.described import described
+from lepton_xla.serve.models.repository import Repository
+from lepton_xla.serve.models.uploads import Uploads
+from lepton_xla.serve.protocol import uploads
+
+type Work = Callable[[], Any]
+"""What a request asks for. Runs on a thread, and gives the answer."""
+
+
+class RepositoryChanges:
+    """Makes work of requests. What can be checked without the disk is checked at once.
+
+    Args:
+        root: the repository's folder.
+
+    Attributes:
+        routes: by name of a route, what makes work of path parameters and an exchange.
+    """
+
+    def __init__(self, root: pathlib.Path) -> None:
+        self._root = root
+        self._repository = Repository(root)
+        self._uploads = Uploads(self._repository)
+        self.routes: dict[str, Callable[[dict[str, str], Exchange], Work]] = {
+            "repository_models": self._models,
+            "upload_sizes": self._sizes,
+            "upload_piece": self._piece,
+            "publish": self._publish,
+            "remove_version": self._remove,
+            "move_label": self._move,
+        }
+
+    def run(self, work: Work) -> Any:
+        """Do work; errors become those of HTTP, without the folder's path."""
+        try:
+            return work()
+        except (RepositoryError, ArtifactError) as error:
+            kind = error.kind if isinstance(error, RepositoryError) else "invalid"
+            status = {"invalid": 400, "missing": 404, "conflict": 409, "failed": 503}[kind]
+            raise HTTPError(status, self._without_path(str(error))) from error
+
+    def _without_path(self, text: str) -> str:
+        return text.replace(f"{self._root}/", "").replace(str(self._root), "the repository")
+
+    def _models(self, parameters: dict[str, str], exchange: Exchange) -> Work:
+        def work() -> list[uploads.ModelOnDisk]:
+            documents = [described(found) for found in self._repository.scan().values()]
+            for document in documents:
+                document["problem"] = document["problem"] and self._without_path(document["problem"])
+            return msgspec.convert(documents, list[uploads.ModelOnDisk])
+
+        return work
+
+    def _sizes(self, parameters: dict[str, str], exchange: Exchange) -> Work:
+        asked = uploads.parse_change(exchange.body, uploads.SizesRequest).sha256
+        return lambda: uploads.Sizes(self._uploads.sizes(asked))
+
+    def _piece(self, parameters: dict[str, str], exchange: Exchange) -> Work:
+        digest, offset, body = parameters["sha256"], uploads.offset_of(exchange.head.target), exchange.body
+        if not is_sha256(digest):
+            raise HTTPError(400, "a file is named by its SHA-256: 64 hexadecimal digits in lower case")
+        return lambda: uploads.Piece(self._uploads.write(digest, offset, body))
+
+    def _publish(self, parameters: dict[str, str], exchange: Exchange) -> Work:
+        manifest = uploads.parse_change(exchange.body, uploads.PublishRequest).manifest
+        name, version = parameters["model"], parameters.get("version")
+
+        def work() -> uploads.Published:
+            made, listing = self._uploads.publish(manifest, name, version)
+            return uploads.Published(name, made, listing.size_bytes)
+
+        return work
+
+    def _remove(self, parameters: dict[str, str], exchange: Exchange) -> Work:
+        name, version = parameters["model"], parameters["version"]
+
+        def work() -> uploads.Removed:
+            self._repository.remove(name, version)
+            return uploads.Removed(name, version)
+
+        return work
+
+    def _move(self, parameters: dict[str, str], exchange: Exchange) -> Work:
+        asked = uploads.parse_change(exchange.body, uploads.LabelRequest)
+        name, label, version = parameters["model"], parameters["label"], asked.version
+        if asked.rollback == (version is not None):
+            raise HTTPError(400, 'the body must have either a version, such as {"version": "4"}, or {"rollback": true}')
+
+        def work() -> uploads.Moved:
+            if version is None:
+                return uploads.Moved(name, label, *self._repository.rollback(name, label))
+            return uploads.Moved(name, label, self._repository.promote(name, version, label), version)
+
+        return work

@@ -1,0 +1,122 @@
+"""A client of the repository of a running server: sends artifacts in pieces, and moves labels."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import pathlib
+from collections.abc import Callable
+from typing import Any
+from urllib.parse import quote
+
+import msgspec
+
+from lepton_xla.copies import listing_of, open_file
+from lepton_xla.errors import ArtifactError
+from lepton_xla.listing import MANIFEST, FileEntry
+from lepton_xla.serve.client.calls import RequestOf, json_of
+from lepton_xla.serve.client.sync_client import Client
+
+PIECE_BYTES = 8 << 20
+# A piece whose answer was lost is there already: the server says how much is, and sending goes on from there.
+_CONFLICT = 409
+_MOST_CONFLICTS = 100
+
+
+class RepositoryClient(Client):
+    """The repository of a server that was started with a folder of models. Options are those of `Client`.
+
+    A push that is cut off is taken up where it ended by the next one. Files that the server has already are not sent.
+    """
+
+    def models(self) -> list[dict[str, Any]]:
+        """The models with their versions, sizes and labels."""
+        return json_of(self._call(self._plain("/v2/repository/models"), self._attempts()))
+
+    def push(
+        self,
+        artifact: str | os.PathLike[str],
+        name: str,
+        version: str | None = None,
+        tell: Callable[[int, int], object] = lambda sent, total: None,
+    ) -> str:
+        """Send an artifact as a new version.
+
+        Args:
+            artifact: a local artifact.
+            name: the model's name in the repository.
+            version: a version that is not there; by default one more than the greatest.
+            tell: called with the bytes that are sent, and those of all files.
+
+        Returns:
+            The version.
+
+        Raises:
+            ArtifactError: if the artifact is missing or damaged.
+            RequestError: if the server refuses it, or cannot be reached.
+        """
+        folder = pathlib.Path(artifact)
+        listing, data = listing_of(folder)
+        digest = hashlib.sha256(data).hexdigest()
+        manifest = FileEntry(size=len(data), sha256=digest)
+        files = {entry.sha256: (file, entry) for file, entry in listing.files.items() if entry.size}
+        files[digest] = (MANIFEST, manifest)
+        there = self._sizes(list(files))
+        total = sum(entry.size for _, entry in files.values())
+        sent = 0
+        for file, entry in files.values():
+            self._send(folder, file, entry, there[entry.sha256], lambda size, before=sent: tell(before + size, total))
+            sent += entry.size
+        path = f"/v2/repository/models/{quote(name, safe='')}/versions" + (f"/{version}" if version else "")
+        return self._change("POST", path, {"manifest": digest})["version"]
+
+    def promote(self, name: str, version: str, label: str = "stable") -> str | None:
+        """Move a label to a version; returns the one that it stood on before."""
+        return self._change("POST", _label(name, label), {"version": version})["stood_on"]
+
+    def rollback(self, name: str, label: str = "stable") -> tuple[str, str]:
+        """Move a label back; returns the version that it stood on, and the one that it stands on now."""
+        moved = self._change("POST", _label(name, label), {"rollback": True})
+        return moved["stood_on"], moved["stands_on"]
+
+    def remove(self, name: str, version: str) -> None:
+        """Remove a version."""
+        self._change("DELETE", f"/v2/repository/models/{quote(name, safe='')}/versions/{quote(version, safe='')}")
+
+    def _sizes(self, digests: list[str]) -> dict[str, int]:
+        request = self._request("POST", "/v2/repository/blobs", msgspec.json.encode({"sha256": digests}))
+        return json_of(self._call(request, self._attempts()))["sizes"]
+
+    def _send(
+        self, folder: pathlib.Path, file: str, entry: FileEntry, offset: int, tell: Callable[[int], object]
+    ) -> None:
+        conflicts = 0
+        with open_file(folder, file) as opened:
+            while offset < entry.size:
+                opened.seek(offset)
+                piece = opened.read(min(PIECE_BYTES, entry.size - offset))
+                if not piece:
+                    raise ArtifactError(
+                        f"{folder}: {file} is damaged: it has fewer than the {entry.size} bytes of the manifest"
+                    )
+                request = self._request("PUT", f"/v2/repository/blobs/{entry.sha256}?offset={offset}", piece)
+                answer = self._call(request, self._attempts())
+                if answer.status == _CONFLICT and conflicts < _MOST_CONFLICTS:
+                    conflicts += 1
+                    offset = self._sizes([entry.sha256])[entry.sha256]
+                else:
+                    offset = json_of(answer)["size"]
+                tell(min(offset, entry.size))
+
+    def _change(self, method: str, path: str, body: Any = None) -> Any:
+        """One attempt: what changes something is not sent twice."""
+        request = self._request(method, path, *(() if body is None else (msgspec.json.encode(body),)))
+        return json_of(self._call(request, self._attempts(retries=0)))
+
+    def _request(self, method: str, path: str, *body: bytes) -> RequestOf:
+        request = self._endpoint.request(method, path, body)
+        return lambda left_s: request
+
+
+def _label(name: str, label: str) -> str:
+    return f"/v2/repository/models/{quote(name, safe='')}/labels/{quote(label, safe='')}"
