@@ -43,19 +43,16 @@ def _opened(models: str, token_file: str | None, tls_ca: str | None) -> Reposito
         from lepton_xla.serve.client.repository import RepositoryClient
 
         return RepositoryClient(models, token_file=token_file, tls_ca=tls_ca, timeout_s=120.0)
-    from lepton_xla.serve.models.repository import Repository
+    from lepton_xla.serve.models.remote import open_repository
 
-    return Repository(models)
+    return open_repository(models)
 
 
 def listed(repository: Repository | RepositoryClient) -> list[dict[str, Any]]:
     """The models of a repository as plain JSON."""
-    from lepton_xla.serve.models.described import described
     from lepton_xla.serve.models.repository import Repository
 
-    if isinstance(repository, Repository):
-        return [described(found) for found in repository.scan().values()]
-    return repository.models()
+    return repository.describe() if isinstance(repository, Repository) else repository.models()
 
 
 def push(

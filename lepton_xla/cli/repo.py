@@ -20,9 +20,9 @@ def repo() -> None:
     """Push artifacts into a repository of models, and say which version answers.
 
     A repository is a folder, MODELS/NAME/VERSION.lepton, which `leptonx serve MODELS` serves and watches; or the URL of
-    a server that does, whose tokens must have the scope admin. A version appears whole or not at all, whatever happens
-    to the process that pushes it. A request that names no version is answered by the one that the label `stable` stands
-    on; without that label, by the greatest.
+    a server that does, whose tokens must have the scope admin; or a prefix such as gs://bucket/models. A version
+    appears whole or not at all, whatever happens to the process that pushes it. A request that names no version is
+    answered by the one that the label `stable` stands on; without that label, by the greatest.
 
     \b
       leptonx repo push MODELS digits.lepton                     copies it, as the next version

@@ -300,6 +300,8 @@ def serve(
 
 def is_repository(path: str) -> bool:
     """Whether a path is a folder of models: neither an artifact, nor one that is damaged or missing."""
+    if "://" in path:
+        return not path.rstrip("/").endswith(".lepton")
     folder = Path(path)
     return folder.is_dir() and folder.suffix != ".lepton" and not (folder / "manifest.json").exists()
 

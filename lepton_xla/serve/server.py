@@ -29,7 +29,7 @@ from lepton_xla.serve.models.host import Host
 from lepton_xla.serve.models.manager import Manager
 from lepton_xla.serve.models.records import Records
 from lepton_xla.serve.models.registry import Registry
-from lepton_xla.serve.models.repository import Repository
+from lepton_xla.serve.models.remote import open_repository
 from lepton_xla.serve.observe.health import STALL_S
 from lepton_xla.serve.observe.server_metrics import ServerMetrics
 from lepton_xla.serve.protocol.signature import LoadedModel, Signature, signature_of
@@ -83,12 +83,12 @@ class Server:
         self.models = Registry()
         self.device = Device()
         self._manager: Manager | None = None
-        self._repository = "" if repository is None else os.fsdecode(repository)
+        self._repository = "" if repository is None or "://" in os.fsdecode(repository) else os.fsdecode(repository)
         if repository is not None:
             loader = ArtifactLoader(self.options, self.metrics, self._open, self.device)
             self._host, self._records = Host(self.models, loader), Records(self.options.audit_log)
             self._manager = Manager(
-                Repository(repository), self._host, explicit=self.options.explicit,
+                open_repository(repository), self._host, explicit=self.options.explicit,
                 poll_s=self.options.repository_poll_s, record=self._records,
             )  # fmt: skip
         self._loop: asyncio.AbstractEventLoop | None = None

@@ -12,7 +12,6 @@ from lepton_xla.errors import ArtifactError, RepositoryError
 from lepton_xla.listing import is_sha256
 from lepton_xla.serve.errors import HTTPError
 from lepton_xla.serve.http.exchange import Exchange
-from lepton_xla.serve.models.described import described
 from lepton_xla.serve.models.repository import Repository
 from lepton_xla.serve.models.uploads import Uploads
 from lepton_xla.serve.protocol import uploads
@@ -58,7 +57,7 @@ class RepositoryChanges:
 
     def _models(self, parameters: dict[str, str], exchange: Exchange) -> Work:
         def work() -> list[uploads.ModelOnDisk]:
-            documents = [described(found) for found in self._repository.scan().values()]
+            documents = self._repository.describe()
             for document in documents:
                 document["problem"] = document["problem"] and self._without_path(document["problem"])
             return msgspec.convert(documents, list[uploads.ModelOnDisk])

@@ -20,6 +20,8 @@ from lepton_xla.serve.client.sync_client import Client
 PIECE_BYTES = 8 << 20
 # A piece whose answer was lost is there already: the server says how much is, and sending goes on from there.
 _CONFLICT = 409
+_TOO_LARGE = 413
+_LEAST_PIECE_BYTES = 1 << 10
 _MOST_CONFLICTS = 100
 
 
@@ -90,17 +92,20 @@ class RepositoryClient(Client):
     def _send(
         self, folder: pathlib.Path, file: str, entry: FileEntry, offset: int, tell: Callable[[int], object]
     ) -> None:
-        conflicts = 0
+        conflicts, most = 0, PIECE_BYTES
         with open_file(folder, file) as opened:
             while offset < entry.size:
                 opened.seek(offset)
-                piece = opened.read(min(PIECE_BYTES, entry.size - offset))
+                piece = opened.read(min(most, entry.size - offset))
                 if not piece:
                     raise ArtifactError(
                         f"{folder}: {file} is damaged: it has fewer than the {entry.size} bytes of the manifest"
                     )
                 request = self._request("PUT", f"/v2/repository/blobs/{entry.sha256}?offset={offset}", piece)
                 answer = self._call(request, self._attempts())
+                if answer.status == _TOO_LARGE and most > _LEAST_PIECE_BYTES:
+                    most //= 2  # the server takes shorter bodies
+                    continue
                 if answer.status == _CONFLICT and conflicts < _MOST_CONFLICTS:
                     conflicts += 1
                     offset = self._sizes([entry.sha256])[entry.sha256]

@@ -14,14 +14,16 @@ import secrets
 import shutil
 import stat
 from collections.abc import Generator
+from typing import Any
 
 import msgspec
 
 from lepton_xla.copies import copy_artifact, listing_of, read_text, write_whole
-from lepton_xla.errors import RepositoryError
+from lepton_xla.errors import ArtifactError, RepositoryError
 from lepton_xla.folders import flush, flush_tree, held, remove_abandoned
 from lepton_xla.listing import MANIFEST, Listing
 from lepton_xla.serve.models.bases import base_of, refuse_needed
+from lepton_xla.serve.models.descriptions import described
 from lepton_xla.serve.models.found import Found, Stamp
 from lepton_xla.serve.models.labels import HISTORY, Track, read_history, with_label
 from lepton_xla.serve.models.settings import (
@@ -45,6 +47,10 @@ class Repository:
     Args:
         root: the folder; `push` makes it.
 
+    Attributes:
+        root: the folder; of a repository elsewhere, that of its copy.
+        location: where it is, for people.
+
     >>> program = lx.trace(lambda w, x: x @ w["w"], {"w": jnp.eye(4)}, {"x": lx.TensorSpec(("batch", 4), "float32")})
     >>> _ = lx.compile(program, {"batch": (1,)}).save("tiny.lepton")
     >>> repository = Repository("models")
@@ -59,6 +65,7 @@ class Repository:
 
     def __init__(self, root: str | os.PathLike[str]) -> None:
         self.root = pathlib.Path(root)
+        self.location = os.fspath(root)
 
     def scan(self) -> dict[str, Found]:
         """Look at all models, by name.
@@ -68,18 +75,17 @@ class Repository:
         Raises:
             RepositoryError: kind `failed`, if the folder itself cannot be read.
         """
-        try:
-            entries = sorted(os.scandir(self.root), key=lambda entry: entry.name)
-        except OSError as error:
-            raise _failed(f"{self.root}: cannot be read", error) from error
-        found: dict[str, Found] = {}
-        for entry in entries:
-            if entry.name.startswith(".") or not _is_folder(entry):
-                continue
-            model = self._look(entry.name)
-            if model is not None:
-                found[entry.name] = model
-        return found
+        looked = {name: self._look(name) for name in self._model_names()}
+        return {name: found for name, found in looked.items() if found is not None}
+
+    def describe(self) -> list[dict[str, Any]]:
+        """All models as plain JSON, for people: versions with sizes and labels, and what is wrong.
+
+        Raises:
+            RepositoryError: as `scan`.
+        """
+        looked = [self._look(name) for name in self._model_names()]
+        return [described(found, self._read_listing) for found in looked if found is not None]
 
     def find(self, name: str) -> Found:
         """Look at one model.
@@ -87,11 +93,7 @@ class Repository:
         Raises:
             RepositoryError: kind `missing` if there is none of that name, `invalid` if none can have it.
         """
-        check_model_name(name)
-        found = self._look(name) if (self.root / name).is_dir() else None
-        if found is None:
-            raise RepositoryError("missing", f"{self.root}: there is no model {name!r}")
-        return found
+        return self._existing(name)
 
     def push(self, artifact: str | os.PathLike[str], name: str, version: str | None = None) -> str:
         """Copy an artifact into the repository, checking each file against its digest.
@@ -132,7 +134,7 @@ class Repository:
         listing = listing_of(found.versions[version])[0]
         if not listing.is_update:
             return None
-        return found.versions[base_of(listing, found, f"version {version} of model {name!r}")]
+        return found.versions[base_of(listing, self._listings(found), f"version {version} of model {name!r}")]
 
     @contextlib.contextmanager
     def stage(self, name: str, version: str | None = None) -> Generator[pathlib.Path, None, None]:
@@ -182,7 +184,7 @@ class Repository:
             RepositoryError: kind `missing`, if there is none.
         """
         if listing.is_update:
-            base_of(listing, self._look(name) or Found(name), f"what is pushed to model {name!r}")
+            base_of(listing, self._listings(self._look(name) or Found(name)), f"what is pushed to model {name!r}")
 
     def _put(self, staged: pathlib.Path, name: str, version: str | None) -> str:
         folder = self.root / name
@@ -212,13 +214,14 @@ class Repository:
         """
         check_label(label)
         check_version(version)
-        with self._locked(name) as folder:
-            found = self.find(name)
+        with self._locked(name):
+            found = self._existing(name)
             if version not in found.versions:
                 there = ", ".join(found.versions) or "none"
                 raise RepositoryError("missing", f"model {name!r} has no version {version}; there: {there}")
-            stands = self._settings(folder).labels.get(label)
-            self._move(folder, label, self._track(folder, label, stands).moved(version), moves=stands != version)
+            stands = self._settings(name).labels.get(label)
+            if stands != version:
+                self._move(name, label, self._track(name, label, stands).moved(version))
             return stands
 
     def rollback(self, name: str, label: str = "stable") -> tuple[str, str]:
@@ -231,17 +234,17 @@ class Repository:
             RepositoryError: `missing` if there is no such model or label, or nothing before.
         """
         check_label(label)
-        with self._locked(name) as folder:
-            found = self.find(name)
-            stands = self._settings(folder).labels.get(label)
+        with self._locked(name):
+            found = self._existing(name)
+            stands = self._settings(name).labels.get(label)
             if stands is None:
                 raise RepositoryError("missing", f"model {name!r} has no label {label!r}")
-            before = self._track(folder, label, stands).before
+            before = self._track(name, label, stands).before
             while before and (before[-1] not in found.versions or before[-1] == stands):
                 before = before[:-1]
             if not before:
                 raise RepositoryError("missing", f"label {label!r} of model {name!r} stood on no other version before")
-            self._move(folder, label, Track(before[-1], before[:-1]), moves=True)
+            self._move(name, label, Track(before[-1], before[:-1]))
             return stands, before[-1]
 
     def remove(self, name: str, version: str) -> None:
@@ -252,21 +255,52 @@ class Repository:
                 has weights only runs on its code.
         """
         check_version(version)
-        with self._locked(name) as folder:
-            found = self.find(name)
+        with self._locked(name):
+            found = self._existing(name)
             if version not in found.versions:
                 raise RepositoryError("missing", f"model {name!r} has no version {version}")
-            labels = [label for label, stands in self._settings(folder).labels.items() if stands == version]
+            labels = [label for label, stands in self._settings(name).labels.items() if stands == version]
             if labels:
                 what = " and ".join(map(repr, labels))
                 raise RepositoryError(
                     "conflict", f"version {version} of model {name!r} is what {what} stands on: promote another first"
                 )
-            refuse_needed(found, version)
-            aside = folder / f".{secrets.token_hex(8)}.old"
-            (folder / f"{version}{SUFFIX}").rename(aside)
-            flush(folder)
-            aside.unlink() if aside.is_symlink() else shutil.rmtree(aside, ignore_errors=True)
+            refuse_needed(name, version, self._listings(found))
+            self._delete(name, version)
+
+    def _existing(self, name: str) -> Found:
+        check_model_name(name)
+        found = self._look(name)
+        if found is None:
+            raise RepositoryError("missing", f"{self.location}: there is no model {name!r}")
+        return found
+
+    def _model_names(self) -> list[str]:
+        try:
+            entries = list(os.scandir(self.root))
+        except OSError as error:
+            raise _failed(f"{self.root}: cannot be read", error) from error
+        return sorted(entry.name for entry in entries if not entry.name.startswith(".") and _is_folder(entry))
+
+    def _delete(self, name: str, version: str) -> None:
+        folder = self.root / name
+        aside = folder / f".{secrets.token_hex(8)}.old"
+        (folder / f"{version}{SUFFIX}").rename(aside)
+        flush(folder)
+        aside.unlink() if aside.is_symlink() else shutil.rmtree(aside, ignore_errors=True)
+
+    def _listings(self, found: Found) -> dict[str, Listing | None]:
+        """By version, what each lists; None if its manifest cannot be read."""
+        return {version: self._listing(found, version) for version in found.versions}
+
+    def _listing(self, found: Found, version: str) -> Listing | None:
+        try:
+            return self._read_listing(found, version)
+        except ArtifactError:
+            return None
+
+    def _read_listing(self, found: Found, version: str) -> Listing:
+        return listing_of(found.versions[version])[0]
 
     def _look(self, name: str) -> Found | None:
         """What is there of a model; None if its folder holds nothing of one."""
@@ -291,7 +325,9 @@ class Repository:
                     ignored.append(entry)
                     continue
                 versions[version], stamps[version] = folder / entry, stamp
-            settings = self._settings(folder)
+            settings = self._settings(name)
+        except (FileNotFoundError, NotADirectoryError):  # there is no such folder, or no longer
+            return None
         except OSError as error:
             problem = f"{folder}: cannot be read: {error.strerror or error}"
         except RepositoryError as error:
@@ -301,27 +337,32 @@ class Repository:
         ascending = {version: versions[version] for version in sorted(versions, key=int)}
         return Found(name, ascending, settings, problem, stamps, tuple(ignored))
 
-    def _settings(self, folder: pathlib.Path) -> ModelSettings:
-        text = read_text(folder / SETTINGS)
+    def _read(self, name: str, file: str) -> str | None:
+        """A small file in the folder of a model; None if there is none."""
+        return read_text(self.root / name / file)
+
+    def _write(self, name: str, file: str, data: bytes) -> None:
+        write_whole(self.root / name / file, data)
+
+    def _settings(self, name: str) -> ModelSettings:
+        text = self._read(name, SETTINGS)
         return ModelSettings() if text is None else parse_settings(text)
 
-    def _track(self, folder: pathlib.Path, label: str, stands: str | None) -> Track:
+    def _track(self, name: str, label: str, stands: str | None) -> Track:
         """What is known of a label that stands there."""
-        known = read_history((read_text(folder / HISTORY) or "").encode()).get(label, Track())
+        known = read_history((self._read(name, HISTORY) or "").encode()).get(label, Track())
         return known.caught_up(stands)
 
-    def _move(self, folder: pathlib.Path, label: str, track: Track, *, moves: bool) -> None:
-        """Write where a label stands, then its history; see the module for what a kill between the two does."""
-        if not moves:
-            return
+    def _move(self, name: str, label: str, track: Track) -> None:
+        """Write where a label stands, then its history; `labels.py` says what a kill between the two does."""
         assert track.stands is not None
-        write_whole(folder / SETTINGS, with_label(read_text(folder / SETTINGS) or "", label, track.stands).encode())
-        history = read_history((read_text(folder / HISTORY) or "").encode())
-        write_whole(folder / HISTORY, msgspec.json.encode({**history, label: track}))
+        self._write(name, SETTINGS, with_label(self._read(name, SETTINGS) or "", label, track.stands).encode())
+        history = read_history((self._read(name, HISTORY) or "").encode())
+        self._write(name, HISTORY, msgspec.json.encode({**history, label: track}))
 
     @contextlib.contextmanager
-    def _locked(self, name: str) -> Generator[pathlib.Path, None, None]:
-        """The folder of a model, while nobody else changes its labels."""
+    def _locked(self, name: str) -> Generator[None, None, None]:
+        """Keep everybody else from changing a model's labels."""
         check_model_name(name)
         folder = self.root / name
         try:
@@ -329,7 +370,7 @@ class Repository:
                 for entry in os.listdir(folder) if folder.is_dir() else ():
                     if _LEFT_FILE.fullmatch(entry):  # of a process that was killed: only the holder of the lock writes
                         (folder / entry).unlink()
-                yield folder
+                yield
         except OSError as error:
             raise _failed(f"{folder}: cannot be changed", error) from error
 

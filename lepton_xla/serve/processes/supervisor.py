@@ -19,7 +19,7 @@ from lepton_xla.serve.http.arrivals import AT_ONCE, accept
 from lepton_xla.serve.http.drain import Stop
 from lepton_xla.serve.models.manager import Entry, Manager
 from lepton_xla.serve.models.records import Records
-from lepton_xla.serve.models.repository import Repository
+from lepton_xla.serve.models.remote import open_repository
 from lepton_xla.serve.processes import control
 from lepton_xla.serve.processes.child import ENDING_S, Child, ended
 from lepton_xla.serve.processes.control import Control
@@ -67,7 +67,8 @@ class Supervisor:
         json_logs: bool = False,
         repository: str | None = None,
     ) -> None:
-        self._settings = control.Settings(artifact, options, workers, json_logs, repository or "")
+        folder = repository if repository is not None and "://" not in repository else ""
+        self._settings = control.Settings(artifact, options, workers, json_logs, folder)
         self._options = options
         self._access = options.access()
         self._workers = [Child(f"worker {number + 1}") for number in range(workers)]
@@ -77,7 +78,7 @@ class Supervisor:
         if repository is not None:
             self._records = Records(options.audit_log)
             self._manager = Manager(
-                Repository(repository), self._fleet,
+                open_repository(repository), self._fleet,
                 explicit=options.explicit, poll_s=options.repository_poll_s, record=self._records,
             )  # fmt: skip
         self._asks: set[asyncio.Task[None]] = set()

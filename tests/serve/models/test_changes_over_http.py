@@ -1,5 +1,6 @@
 """A repository that is changed through its server: versions and weights sent in pieces, labels, and who may."""
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -124,8 +125,6 @@ def test_poisoned_weights_leave_the_old_ones_serving(start, repository, updates,
         {"x": lx.TensorSpec(("batch", 4), "float32")},
     )
     good = make_update(base, program)
-    import dataclasses
-
     dataclasses.replace(good, weights=tuple(jnp.full((4, 4), jnp.nan) for _ in range(2))).save(tmp_path / "nan.lepton")
     with RepositoryClient(server.url) as client:
         client.push(tmp_path / "nan.lepton", "m")
@@ -204,6 +203,11 @@ def test_what_is_refused_changes_nothing(start, repository):
     assert sorted(os.listdir(repository.root)) == [".uploads", "m"]
     assert os.listdir(repository.root / ".uploads") == []
     assert os.listdir(repository.root / "m") == ["1.lepton"]
+
+
+def test_pieces_are_no_longer_than_the_server_takes(start, made):
+    with RepositoryClient(start(limits=Limits(max_body_bytes=3000)).url) as client:
+        assert client.push(made[2], "m") == "2"
 
 
 def test_a_server_of_one_artifact_has_no_repository(made):
