@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import logging
 import os
 import pathlib
@@ -14,6 +15,7 @@ import stat
 from collections.abc import Callable, Generator, Mapping
 from urllib.parse import unquote
 
+import numpy as np
 import tensorstore as ts
 
 from lepton_xla.compiler.exchange import exchange
@@ -70,7 +72,8 @@ class Store:
             ArtifactError: if it is missing, larger, unreadable, or not a regular file inside the folder; names it.
         """
         if self._root is not None:
-            return self._read_local(name, limit)
+            with self._opened(name, limit) as opened:
+                return opened.read(limit + 1)
         try:
             found = self._kv.read(name).result()
         except Exception as error:
@@ -92,6 +95,29 @@ class Store:
             return self._kv.read(name).result().state != "value"
         except Exception as error:
             raise ArtifactError(f"{self.location}: {name} cannot be read: {error}") from error
+
+    def read_into(self, name: str, buffer: memoryview) -> int:
+        """Read a file into memory that is there already, which takes half the time of new memory and a copy.
+
+        Args:
+            name: the file.
+            buffer: bytes to overwrite; the file may have no more.
+
+        Returns:
+            The size of the file.
+
+        Raises:
+            ArtifactError: as `read`.
+        """
+        if self._root is None:
+            data = self.read(name, limit=len(buffer))
+            buffer[: len(data)] = data
+            return len(data)
+        with self._opened(name, len(buffer)) as opened:
+            size = 0
+            while count := opened.readinto(buffer[size:]):
+                size += count
+            return size
 
     def write(self, name: str, data: bytes) -> None:
         """Create or replaces a file, atomically.
@@ -132,8 +158,9 @@ class Store:
         except Exception as error:
             raise ArtifactError(f"{self.location}: the existing files cannot be deleted: {error}") from error
 
-    def _read_local(self, name: str, limit: int) -> bytes:
-        """Read a local file directly: three times as fast as the key-value layer, and detects links."""
+    @contextlib.contextmanager
+    def _opened(self, name: str, limit: int) -> Generator[io.BufferedReader, None, None]:
+        """Open a local file directly: three times as fast as the key-value layer, and detects links."""
         assert self._root is not None
         file = os.path.join(self._root, name)
         try:
@@ -143,7 +170,7 @@ class Store:
                 if not inside or not stat.S_ISREG(status.st_mode):
                     raise ArtifactError(f"{self.location}: {name} is not a regular file inside the artifact")
                 self._check_size(name, status.st_size, limit)
-                return opened.read(limit + 1)
+                yield opened
         except (FileNotFoundError, NotADirectoryError) as error:
             where = "" if os.path.isdir(self._root) else ": there is no such folder"
             raise ArtifactError(f"{self.location}: {name} is missing{where}") from error
@@ -185,11 +212,35 @@ class VerifiedFiles:
         if entry is None:
             raise ArtifactError(f"{where}: {name} is not listed in the manifest, so it is not used")
         data = self._store.read(name, limit=entry.size)
-        if len(data) != entry.size:
-            raise ArtifactError(f"{where}: {name} is damaged: {len(data)} bytes instead of {entry.size}")
+        self._check(name, entry, data, len(data))
+        return data if self._opened is None else self._opened(name, data)
+
+    def read_into(self, name: str, array: np.ndarray) -> bool:
+        """Read a file into an array of its size and verify it there.
+
+        Args:
+            name: the file.
+            array: contiguous; what it holds is undefined if this fails.
+
+        Returns:
+            False, and nothing is read, if the file has another size or no record, or may be encrypted: use `read`.
+
+        Raises:
+            ArtifactError: if it is missing, or differs from its record; names it.
+        """
+        entry = self._files.get(name)
+        if entry is None or entry.size != array.nbytes or self._opened is not None:
+            return False
+        buffer = memoryview(array.reshape(-1).view(np.uint8))
+        self._check(name, entry, buffer, self._store.read_into(name, buffer))
+        return True
+
+    def _check(self, name: str, entry: FileEntry, data: bytes | memoryview, size: int) -> None:
+        where = self._store.location
+        if size != entry.size:
+            raise ArtifactError(f"{where}: {name} is damaged: {size} bytes instead of {entry.size}")
         if hashlib.sha256(data).hexdigest() != entry.sha256:
             raise ArtifactError(f"{where}: {name} is damaged: its SHA-256 differs from the manifest's")
-        return data if self._opened is None else self._opened(name, data)
 
 
 def consistently[T](location: str | os.PathLike[str], read: Callable[[Store], T]) -> T:
