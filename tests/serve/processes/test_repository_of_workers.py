@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
 from numbered import ROW, Clients, make_numbered, wait
 
 from lepton_xla.serve.client import Client
+from lepton_xla.serve.client.repository import RepositoryClient
 from lepton_xla.serve.models.repository import Repository
 
 
@@ -168,3 +169,13 @@ def test_a_worker_killed_in_the_middle_of_a_swap(serve, repository, made, moment
             thread.join(40)
     assert not wrong, wrong
     assert set(answers) == {1, 2, 3}
+
+
+def test_a_version_is_pushed_through_any_worker(serve, repository, made):
+    served = serve()
+    with Clients(served, count=4) as clients, RepositoryClient(served.url) as client:
+        assert client.push(made[2], "m") == "2"
+        wait(lambda: clients.answers.get("2", 0) > 50)
+        assert client.promote("m", "1") is None
+        client.remove("m", "2")
+        wait(lambda: served.versions() == {"1"})
