@@ -35,6 +35,21 @@ def listing_of(source: pathlib.Path) -> tuple[Listing, bytes]:
         raise ArtifactError(f"{source}: {error}") from error
 
 
+def signature_of(source: pathlib.Path) -> bytes | None:
+    """Read the signature file of an artifact, which its manifest does not list; None if there is none.
+
+    Raises:
+        ArtifactError: if it cannot be read, or is too large.
+    """
+    if not os.path.lexists(source / SIGNATURE):
+        return None
+    with open_file(source, SIGNATURE) as opened:
+        signature = opened.read(MAX_SIGNATURE_BYTES + 1)
+    if len(signature) > MAX_SIGNATURE_BYTES:
+        raise ArtifactError(f"{source}: {SIGNATURE} has more than the limit of {MAX_SIGNATURE_BYTES} bytes")
+    return signature
+
+
 def copy_artifact(source: pathlib.Path, target: pathlib.Path) -> Listing:
     """Copy the files that an artifact lists into an empty folder, each checked against its size and digest.
 
@@ -47,11 +62,8 @@ def copy_artifact(source: pathlib.Path, target: pathlib.Path) -> Listing:
     listing, data = listing_of(source)
     for file, entry in listing.files.items():
         _copy(source, file, entry, target / file)
-    if os.path.lexists(source / SIGNATURE):
-        with open_file(source, SIGNATURE) as opened:
-            signature = opened.read(MAX_SIGNATURE_BYTES + 1)
-        if len(signature) > MAX_SIGNATURE_BYTES:
-            raise ArtifactError(f"{source}: {SIGNATURE} has more than the limit of {MAX_SIGNATURE_BYTES} bytes")
+    signature = signature_of(source)
+    if signature is not None:
         write_whole(target / SIGNATURE, signature)
     write_whole(target / MANIFEST, data)
     return listing

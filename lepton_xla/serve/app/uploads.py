@@ -75,11 +75,11 @@ class RepositoryChanges:
         return lambda: uploads.Piece(self._uploads.write(digest, offset, body))
 
     def _publish(self, parameters: dict[str, str], exchange: Exchange) -> Work:
-        manifest = uploads.parse_change(exchange.body, uploads.PublishRequest).manifest
+        asked = uploads.parse_change(exchange.body, uploads.PublishRequest)
         name, version = parameters["model"], parameters.get("version")
 
         def work() -> uploads.Published:
-            made, listing = self._uploads.publish(manifest, name, version)
+            made, listing = self._uploads.publish(asked.manifest, name, version, asked.signature)
             return uploads.Published(name, made, listing.size_bytes)
 
         return work

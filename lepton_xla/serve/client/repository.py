@@ -11,11 +11,12 @@ from urllib.parse import quote
 
 import msgspec
 
-from lepton_xla.copies import listing_of, open_file
+from lepton_xla.copies import listing_of, open_file, signature_of
 from lepton_xla.errors import ArtifactError
 from lepton_xla.listing import MANIFEST, FileEntry
 from lepton_xla.serve.client.calls import RequestOf, json_of
 from lepton_xla.serve.client.sync_client import Client
+from lepton_xla.trust.bundles import SIGNATURE
 
 PIECE_BYTES = 8 << 20
 # A piece whose answer was lost is there already: the server says how much is, and sending goes on from there.
@@ -63,6 +64,11 @@ class RepositoryClient(Client):
         manifest = FileEntry(size=len(data), sha256=digest)
         files = {entry.sha256: (file, entry) for file, entry in listing.files.items() if entry.size}
         files[digest] = (MANIFEST, manifest)
+        body = {"manifest": digest}
+        signature = signature_of(folder)
+        if signature is not None:
+            body["signature"] = hashlib.sha256(signature).hexdigest()
+            files[body["signature"]] = (SIGNATURE, FileEntry(size=len(signature), sha256=body["signature"]))
         there = self._sizes(list(files))
         total = sum(entry.size for _, entry in files.values())
         sent = 0
@@ -70,7 +76,7 @@ class RepositoryClient(Client):
             self._send(folder, file, entry, there[entry.sha256], lambda size, before=sent: tell(before + size, total))
             sent += entry.size
         path = f"/v2/repository/models/{quote(name, safe='')}/versions" + (f"/{version}" if version else "")
-        return self._change("POST", path, {"manifest": digest})["version"]
+        return self._change("POST", path, body)["version"]
 
     def promote(self, name: str, version: str, label: str = "stable") -> str | None:
         """Move a label to a version; returns the one that it stood on before."""

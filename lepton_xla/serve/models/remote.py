@@ -16,7 +16,7 @@ from collections.abc import Generator
 from typing import Any
 from urllib.parse import unquote
 
-from lepton_xla.copies import listing_of, write_whole
+from lepton_xla.copies import listing_of, signature_of, write_whole
 from lepton_xla.errors import ArtifactError, RepositoryError, first_line
 from lepton_xla.folders import flush
 from lepton_xla.listing import MANIFEST, MAX_MANIFEST_BYTES, Listing, read_listing
@@ -24,6 +24,7 @@ from lepton_xla.serve.models.bases import base_of
 from lepton_xla.serve.models.found import Found
 from lepton_xla.serve.models.repository import SUFFIX, Repository, check_model_name
 from lepton_xla.serve.models.settings import SETTINGS, ModelSettings, check_version, is_version
+from lepton_xla.trust.bundles import MAX_SIGNATURE_BYTES, SIGNATURE
 
 _MAX_TEXT_BYTES = 1 << 20
 _CLAIM = ".claim"
@@ -81,7 +82,10 @@ class RemoteRepository(Repository):
                 raise ArtifactError(f"{folder}: {file} is damaged: its SHA-256 differs from the manifest's")
             with self._asked(f"{prefix}/{file} cannot be written"):
                 self._fs.put_file(str(folder / file), self._at(f"{prefix}/{file}"))
+        signature = signature_of(folder)
         with self._asked(f"{prefix} cannot be written"):
+            if signature is not None:
+                self._fs.pipe_file(self._at(f"{prefix}/{SIGNATURE}"), signature)
             self._fs.pipe_file(self._at(f"{prefix}/{MANIFEST}"), data)
         return claimed
 
@@ -202,8 +206,9 @@ class RemoteRepository(Repository):
     def _fetch(self, name: str, version: str, listing: Listing, manifest: bytes) -> None:
         """Have a version in the copy, whole."""
         local, folder = Repository(self.root), self.root / name / f"{version}{SUFFIX}"
+        signature = self._bytes(f"{name}/{version}{SUFFIX}/{SIGNATURE}", MAX_SIGNATURE_BYTES)
         try:
-            if (folder / MANIFEST).read_bytes() == manifest:
+            if (folder / MANIFEST).read_bytes() == manifest and signature_of(folder) == signature:
                 return
             local._delete(name, version)  # another has taken its place
         except FileNotFoundError:
@@ -220,6 +225,8 @@ class RemoteRepository(Repository):
                 if target.stat().st_size != entry.size or _digest(staged, file) != entry.sha256:
                     raise ArtifactError(f"{file} is damaged: its size or SHA-256 differs from the manifest's")
                 flush(target)
+            if signature is not None:
+                write_whole(staged / SIGNATURE, signature)
             write_whole(staged / MANIFEST, manifest)
             local._put(staged, name, version)
 

@@ -21,6 +21,7 @@ from lepton_xla.errors import ArtifactError, RepositoryError
 from lepton_xla.folders import flush
 from lepton_xla.listing import MANIFEST, MAX_MANIFEST_BYTES, FileEntry, Listing, is_sha256, read_listing
 from lepton_xla.serve.models.repository import Repository
+from lepton_xla.trust.bundles import MAX_SIGNATURE_BYTES, SIGNATURE
 
 FOLDER = ".uploads"
 
@@ -107,13 +108,16 @@ class Uploads:
         except OSError as error:
             raise RepositoryError("failed", f"{digest}: cannot be written: {error.strerror or error}") from error
 
-    def publish(self, manifest: str, name: str, version: str | None = None) -> tuple[str, Listing]:
+    def publish(
+        self, manifest: str, name: str, version: str | None = None, signature: str | None = None
+    ) -> tuple[str, Listing]:
         """Make a version of uploaded files.
 
         Args:
             manifest: digest of the uploaded manifest; it lists the others.
             name: the model's name in the repository.
             version: a version that is not there; by default one more than the greatest.
+            signature: digest of the uploaded signature file, if there is one; whoever loads the version checks it.
 
         Returns:
             The version, and what its manifest lists.
@@ -123,29 +127,35 @@ class Uploads:
             ArtifactError: if a file is not what its digest says; it is removed, so that it can be sent again.
         """
         with self._repository.stage(name, version) as staged:
-            listing, data = self._manifest(manifest)
+            data = self._small(manifest, MAX_MANIFEST_BYTES)
+            listing = read_listing(data)
+            signed = None if signature is None else self._small(signature, MAX_SIGNATURE_BYTES)
             self._repository.check_base(listing, name)
             self._check_there(listing)
             taken: dict[str, pathlib.Path] = {}
             for file, entry in listing.files.items():
                 self._take(entry, staged / file, taken)
+            if signed is not None:
+                write_whole(staged / SIGNATURE, signed)
             write_whole(staged / MANIFEST, data)
             published = self._repository.commit(staged, name, version)
-        with contextlib.suppress(OSError):
-            self._file(manifest).unlink()
+        for digest in filter(None, (manifest, signature)):
+            with contextlib.suppress(OSError):
+                self._file(digest).unlink()
         return published, listing
 
-    def _manifest(self, digest: str) -> tuple[Listing, bytes]:
+    def _small(self, digest: str, limit: int) -> bytes:
+        """The content of a file that is read into memory."""
         try:
             with open(self._file(digest), "rb") as opened:
-                data = opened.read(MAX_MANIFEST_BYTES + 1)
+                data = opened.read(limit + 1)
         except FileNotFoundError:
             raise _missing([digest]) from None
-        if len(data) > MAX_MANIFEST_BYTES:
-            raise ArtifactError(f"{MANIFEST}: more than the limit of {MAX_MANIFEST_BYTES} bytes")
+        if len(data) > limit:
+            raise ArtifactError(f"{digest}: more than the limit of {limit} bytes")
         if hashlib.sha256(data).hexdigest() != digest:
             raise _missing([digest])
-        return read_listing(data), data
+        return data
 
     def _check_there(self, listing: Listing) -> None:
         """Check sizes before anything is moved, so that what is here stays for the next try."""

@@ -35,9 +35,10 @@ class Piece(msgspec.Struct, frozen=True):
 
 
 class PublishRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Which uploaded manifest to make a version of; the files that it lists were uploaded too."""
+    """The uploaded manifest to make a version of, and its signature; the files that it lists were uploaded too."""
 
     manifest: Digest
+    signature: Digest | None = None
 
 
 class Published(msgspec.Struct, frozen=True):

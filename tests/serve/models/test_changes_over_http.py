@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -88,6 +89,14 @@ def test_versions_are_pushed_promoted_rolled_back_and_removed(start, repository,
         assert client.push(made[2], "other", "7") == "7"
         wait(lambda: server.models.versions("other") == ["7"])
     assert set(repository.scan()) == {"m", "other"}
+
+
+def test_a_signature_is_sent_with_its_artifact(start, repository, made, tmp_path):
+    shutil.copytree(made[2], tmp_path / "a.lepton")
+    (tmp_path / "a.lepton" / "model.sig").write_bytes(b"signature")
+    with RepositoryClient(start().url) as client:
+        client.push(tmp_path / "a.lepton", "m")
+    assert (repository.root / "m" / "2.lepton" / "model.sig").read_bytes() == b"signature"
 
 
 def test_new_weights_take_the_place_of_old_ones_on_the_same_code(start, updates):

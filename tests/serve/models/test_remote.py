@@ -106,6 +106,16 @@ def test_a_damaged_copy_is_seen_by_its_manifest_and_a_replaced_version_is_fetche
     assert (found.versions["1"] / "weights/a").read_bytes() == b"others" * 500
 
 
+def test_a_signature_goes_with_it_and_may_come_later(repository, artifact):
+    (artifact / "model.sig").write_bytes(b"one")
+    repository.push(artifact, "m")
+    folder = repository.scan()["m"].versions["1"]
+    assert (folder / "model.sig").read_bytes() == b"one"
+    repository._fs.pipe_file(f"{repository._path}/m/1.lepton/model.sig", b"two")
+    assert repository.scan()["m"].problem is None
+    assert (folder / "model.sig").read_bytes() == b"two"
+
+
 def test_weights_alone_are_fetched_with_their_base(repository, tmp_path):
     whole = make_artifact(tmp_path / "w.lepton", {"code": b"code"}, "m", "some fit")
     update = make_artifact(tmp_path / "u.lepton", {"weights": b"w"}, "m", "some fit", [])

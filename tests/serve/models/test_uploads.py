@@ -61,6 +61,16 @@ def test_a_version_is_made_of_what_was_sent(repository, uploads, artifact):
     assert set(repository.scan()) == {"m"}  # the folder of uploads is no model
 
 
+def test_a_signature_goes_with_it(repository, uploads, artifact):
+    uploads.write(sha(b"signature"), 0, b"signature")
+    version, _ = uploads.publish(send(uploads, artifact), "m", None, sha(b"signature"))
+    assert (repository.root / "m" / f"{version}.lepton" / "model.sig").read_bytes() == b"signature"
+    assert os.listdir(repository.root / FOLDER) == []
+    manifest = send(uploads, artifact)
+    assert kind(uploads.publish, manifest, "m", None, sha(b"never sent")) == "missing"
+    assert uploads.publish(manifest, "m")[0] == "2"
+
+
 def test_what_was_not_sent_is_named_and_the_rest_stays(repository, uploads, artifact):
     manifest = send(uploads, artifact, leave_out=["p"])
     with pytest.raises(RepositoryError, match=sha(b"program")) as caught:
