@@ -125,8 +125,7 @@ class RepositoryClient(Client):
         return json_of(self._call(request, self._attempts(retries=0)))
 
     def _request(self, method: str, path: str, *body: bytes) -> RequestOf:
-        request = self._endpoint.request(method, path, body)
-        return lambda left_s: request
+        return lambda there, left_s: there.request(method, path, body)
 
 
 def _label(name: str, label: str) -> str:
