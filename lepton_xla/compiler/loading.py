@@ -122,6 +122,11 @@ def _share(store: Store, manifest: Manifest, files: VerifiedFiles, base: Servabl
         raise ArtifactError(f"{store.location} has weights only: load it with base=, a model that they fit")
     check_fit(manifest, base.manifest, store.location)
     devices = base.runtime.devices
+    # What is not needed here will be elsewhere, or when the base is gone: a damaged artifact is refused as a whole.
+    found = manifest.executables.get(Fingerprint.of(devices.first, len(devices.all)).digest)
+    programs = (*manifest.programs, *((manifest.expand,) if manifest.expand else ()))
+    for file in (*(program.file for program in programs), *(found.files.values() if found is not None else ())):
+        files.read(file)
     arrays = _to_devices(manifest, files, devices)
     if base.expander is not None:
         arrays = run_expand(base.expander, arrays, devices, base.manifest.unpacked)

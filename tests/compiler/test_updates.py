@@ -214,6 +214,18 @@ def test_a_whole_artifact_shares_code_that_its_weights_fit(base, tmp_path):
     np.testing.assert_allclose(same(x=X)["output"], other(x=X)["output"], rtol=1e-5, atol=1e-6)
 
 
+def test_a_whole_artifact_whose_code_is_damaged_is_refused_though_that_of_the_base_would_do(base, tmp_path):
+    compiler.compile(program(weights(1)), BUCKETS, name="net").save(tmp_path / "a.lepton")
+    files = [*(tmp_path / "a.lepton").rglob("*.xla"), *(tmp_path / "a.lepton").rglob("*.stablehlo")]
+    assert len(files) == 3
+    for file in files:
+        good = file.read_bytes()
+        file.write_bytes(good[:-1])
+        with pytest.raises(ArtifactError, match=rf"{file.name} is damaged"):
+            compiler.load(tmp_path / "a.lepton", base=base)
+        file.write_bytes(good)
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_weights_that_are_no_numbers_are_refused(base, value, tmp_path):
     bad = weights(1)
