@@ -31,7 +31,7 @@ COMMANDS = {
     "predict": "Run an artifact on input files.",
     "teach": "Store a teacher's answers, to train a student on.",
     "serve": "Serve an artifact over HTTP.",
-    "weights": "Make artifacts of weights alone, for compiled code that runs already.",
+    "weights": "Make and push artifacts of weights alone.",
     "repo": "Push, list, promote and roll back versions in a repository of models.",
     "load": "Send load to a server and measure its latency.",
     "launch": "Start a command in several processes that train together.",

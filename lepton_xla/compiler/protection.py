@@ -42,7 +42,7 @@ def sign(location: str | os.PathLike[str], *, key: str | os.PathLike[str]) -> st
     >>> private, public = lx.trust.create_keys("release")
     >>> _ = lx.sign("tiny.lepton", key=private)
     >>> lx.load("tiny.lepton", trust=public).name
-    'tiny'
+    'model'
     """
     signer, store = signing_key(key), Store(location)
     data = store.read(MANIFEST, limit=MAX_MANIFEST_BYTES)
