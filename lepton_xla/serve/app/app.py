@@ -97,6 +97,7 @@ class App:
         gather: see `Pages`.
         control: changes which models are loaded; None where they cannot be changed.
         repository: the folder that versions may be uploaded to, if there is one.
+        record: told of every change of that, as `Audit.record` is.
     """
 
     def __init__(
@@ -111,6 +112,7 @@ class App:
         gather: Gather | None = None,
         control: Control | None = None,
         repository: str = "",
+        record: Callable[..., object] = lambda *_, **__: None,
     ) -> None:
         self._models = models
         self._metrics = metrics
@@ -122,7 +124,9 @@ class App:
         self._pages = Pages(models, metrics, server_name, gather, repository=control is not None)
         self._repository: RepositoryPages | None = None
         if control is not None:
-            self._repository = RepositoryPages(control, metrics, self.refuse, self._pages.is_ready_now, repository)
+            self._repository = RepositoryPages(
+                control, metrics, self.refuse, self._pages.is_ready_now, repository, record
+            )
             self._pages.server["repository_index"] = self._repository.index
 
     def __call__(self, exchange: Exchange) -> None:

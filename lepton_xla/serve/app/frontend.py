@@ -14,6 +14,7 @@ from lepton_xla.serve.app.pages import Gather
 from lepton_xla.serve.app.repository import Control
 from lepton_xla.serve.http.drain import Closable, Stop, drain
 from lepton_xla.serve.http.server_state import ServerState
+from lepton_xla.serve.models.records import Records
 from lepton_xla.serve.models.registry import Registry
 from lepton_xla.serve.observe.access_log import AccessLog
 from lepton_xla.serve.observe.metrics import added
@@ -53,6 +54,7 @@ class HTTPFrontEnd:
         control: Control | None = None,
         repository: str = "",
     ) -> None:
+        self._records = Records(options.audit_log if repository else None)
         self._metrics = metrics
         self._models = models
         self._options = options
@@ -67,7 +69,7 @@ class HTTPFrontEnd:
             models, metrics, options.limits,
             guard=access.guard, server_name=options.server_name,
             compress_bytes=options.compress_bytes, gather=gather,
-            control=control, repository=repository,
+            control=control, repository=repository, record=self._records,
         )  # fmt: skip
         self.state = ServerState(
             watching(self._app, observers), options.limits,
@@ -110,6 +112,7 @@ class HTTPFrontEnd:
             for connection in tuple(self.state.connections):
                 connection.abort()
             self._app.close()
+            self._records.close()
             if self._spans is not None:
                 self._spans.close()
 

@@ -20,8 +20,6 @@ from lepton_xla.serve.protocol import metadata
 
 _log = logging.getLogger("lepton_xla.serve")
 
-# What changes something; pieces of files come in thousands.
-_LOGGED = frozenset({"publish", "remove_version", "move_label"})
 _STATUS = {"invalid": 400, "missing": 404, "conflict": 409, "failed": 400}
 
 
@@ -50,6 +48,7 @@ class RepositoryPages:
         refuse: answers with an error.
         is_ready: whether a loaded version takes requests.
         folder: of the repository, which versions may be uploaded to; empty if there is none.
+        record: told of every change of that, as `Audit.record` is.
     """
 
     def __init__(
@@ -59,12 +58,13 @@ class RepositoryPages:
         refuse: Callable[[Exchange, HTTPError], object],
         is_ready: Callable[[str, str], bool],
         folder: str = "",
+        record: Callable[..., object] = lambda *_, **__: None,
     ) -> None:
         self._control = control
         self._metrics = metrics
         self._refuse = refuse
         self._is_ready = is_ready
-        self._changes = RepositoryChanges(pathlib.Path(folder)) if folder else None
+        self._changes = RepositoryChanges(pathlib.Path(folder), record) if folder else None
         self._tasks: set[asyncio.Task[None]] = set()
 
     def index(self, exchange: Exchange) -> None:
@@ -91,9 +91,7 @@ class RepositoryPages:
         if self._changes is None:
             raise HTTPError(501, "this server's repository is no folder that it may write to")
         work = self._changes.routes[route](parameters, exchange)
-        if route in _LOGGED:
-            _log.info("%s: %s %s", who or "a client", route, " ".join(map(str, parameters.values()))[:300])
-        self._answer_later(exchange, asyncio.to_thread(self._changes.run, work), "")
+        self._answer_later(exchange, asyncio.to_thread(self._changes.run, route, parameters, who, work), "")
 
     async def _index(self, *, ready: bool) -> list[metadata.IndexEntry]:
         entries: list[metadata.IndexEntry] = []

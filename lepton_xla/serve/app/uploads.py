@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import pathlib
 from collections.abc import Callable
 from typing import Any
@@ -16,6 +17,11 @@ from lepton_xla.serve.models.repository import Repository
 from lepton_xla.serve.models.uploads import Uploads
 from lepton_xla.serve.protocol import uploads
 
+_log = logging.getLogger("lepton_xla.serve")
+
+# What changes something, and what the audit log calls it; pieces of files come in thousands.
+_RECORDED = {"publish": "push", "remove_version": "remove", "move_label": "promote"}
+
 type Work = Callable[[], Any]
 """What a request asks for. Runs on a thread, and gives the answer."""
 
@@ -25,13 +31,15 @@ class RepositoryChanges:
 
     Args:
         root: the repository's folder.
+        record: told of every change, as `Audit.record` is; on the thread that makes it.
 
     Attributes:
         routes: by name of a route, what makes work of path parameters and an exchange.
     """
 
-    def __init__(self, root: pathlib.Path) -> None:
+    def __init__(self, root: pathlib.Path, record: Callable[..., object] = lambda *_, **__: None) -> None:
         self._root = root
+        self._record = record
         self._repository = Repository(root)
         self._uploads = Uploads(self._repository)
         self.routes: dict[str, Callable[[dict[str, str], Exchange], Work]] = {
@@ -43,14 +51,35 @@ class RepositoryChanges:
             "move_label": self._move,
         }
 
-    def run(self, work: Work) -> Any:
-        """Do work; errors become those of HTTP, without the folder's path."""
+    def run(self, route: str, parameters: dict[str, str], who: str, work: Work) -> Any:
+        """Do work, and record it; errors become those of HTTP, without the folder's path.
+
+        Args:
+            route, parameters: which route, and its path parameters.
+            who: name of the token.
+            work: what the route makes of the request.
+        """
         try:
-            return work()
+            result = work()
+            self._tell(route, parameters, who, result)
+            return result
         except (RepositoryError, ArtifactError) as error:
+            self._tell(route, parameters, who, None, reason=self._without_path(str(error)))
             kind = error.kind if isinstance(error, RepositoryError) else "invalid"
             status = {"invalid": 400, "missing": 404, "conflict": 409, "failed": 503}[kind]
             raise HTTPError(status, self._without_path(str(error))) from error
+
+    def _tell(self, route: str, parameters: dict[str, str], who: str, result: Any, **details: str) -> None:
+        action = _RECORDED.get(route)
+        if action is None:
+            return
+        version = getattr(result, "version", None) or getattr(result, "stands_on", None) or parameters.get("version")
+        target = "/".join(filter(None, (parameters["model"], version)))
+        if "label" in parameters:
+            details["label"] = parameters["label"]
+        outcome = "refused" if result is None else "done"
+        _log.info("%s: %s %s: %s", who or "a client", action, target[:200], outcome)
+        self._record(who, action, target, outcome, **details)
 
     def _without_path(self, text: str) -> str:
         return text.replace(f"{self._root}/", "").replace(str(self._root), "the repository")

@@ -171,6 +171,32 @@ def test_who_may(start, tmp_path, made):
         assert len(client.models()) == 1
 
 
+def test_who_changed_what_is_in_the_audit_log(start, tmp_path, made):
+    secret = create_token(tmp_path / "tokens.jsonl", "deploy", ("admin",))
+    server = start(token_file=tmp_path / "tokens.jsonl", audit_log=tmp_path / "audit.jsonl")
+    with RepositoryClient(server.url, token=secret) as client:
+        client.push(made[2], "m")
+        client.promote("m", "1")
+        client.promote("m", "2")
+        client.rollback("m")
+        assert status(client.remove, "m", "1") == 409
+        client.remove("m", "2")
+    server.stop()
+    lines = [json.loads(line) for line in (tmp_path / "audit.jsonl").read_text().splitlines()]
+    told = [
+        (line["action"], line["target"], line["outcome"], line["details"].get("label"))
+        for line in lines
+        if line["who"] == "deploy"
+    ]
+    assert told == [
+        ("push", "m/2", "done", None), ("promote", "m/1", "done", "stable"), ("promote", "m/2", "done", "stable"),
+        ("promote", "m/1", "done", "stable"), ("remove", "m/1", "refused", None), ("remove", "m/2", "done", None),
+    ]  # fmt: skip
+    (refused,) = [line for line in lines if line["outcome"] == "refused"]
+    assert "stands on" in refused["details"]["reason"]
+    assert str(tmp_path) not in json.dumps(lines)
+
+
 REQUESTS = [
     ("PUT", "/v2/repository/blobs/{sha}", b"x", 400),
     ("PUT", "/v2/repository/blobs/{sha}?offset=-1", b"x", 400),
