@@ -30,6 +30,7 @@ from lepton_xla.serve.models.manager import Manager
 from lepton_xla.serve.models.records import Records
 from lepton_xla.serve.models.registry import Registry
 from lepton_xla.serve.models.remote import open_repository
+from lepton_xla.serve.models.settings import Serving
 from lepton_xla.serve.observe.health import STALL_S
 from lepton_xla.serve.observe.server_metrics import ServerMetrics
 from lepton_xla.serve.protocol.signature import LoadedModel, Signature, signature_of
@@ -231,8 +232,8 @@ class Server:
 
     def _open(self, warm: Warm) -> ModelHandle:
         return open_model(
-            warm.engine, warm.measured, warm.signature, warm.options, self.metrics, self.device, model=warm.model,
-            weight=warm.serving.weight,
+            warm.engine, warm.measured, warm.signature, warm.options, self.metrics, self.device, None, warm.model,
+            warm.serving,
         )  # fmt: skip
 
 
@@ -257,8 +258,7 @@ def open_model(
     device: Device,
     cores: int | None = None,
     model: LoadedModel | None = None,
-    *,
-    weight: float = 1.0,
+    serving: Serving | None = None,
 ) -> ModelHandle:
     """The handle of a model whose engine is warm, for the running event loop. Stop its scheduler after use.
 
@@ -271,8 +271,9 @@ def open_model(
         device: executes the model, among others.
         cores: number of cores that this process may use; None for all.
         model: what the engine runs, for others to share its executables.
-        weight: the model's part of the device's time, beside the weights of other models that have work.
+        serving: its limits and weight beside other models.
     """
+    serving = serving or Serving()
     counted = metrics.opened(signature.name, signature.version)
     batcher: Batcher[Call] = Batcher(
         signature.bucket_sizes,
@@ -284,8 +285,9 @@ def open_model(
     )
     scheduler = Scheduler(
         signature, batcher, engine, counted, asyncio.get_running_loop(), device,
-        weight=weight, levels=options.priority_levels,
+        weight=serving.weight, levels=options.priority_levels,
         default_timeout_s=options.default_timeout_s, max_timeout_s=options.max_timeout_s,
+        rate=serving.rate, max_concurrency=serving.max_concurrency,
         cores=cores or len(os.sched_getaffinity(0)),
     )  # fmt: skip
     stall_s = STALL_S + 100 * max(max(costs.values()) for costs in measured.values())

@@ -155,10 +155,10 @@ def label(server, **labels):
     asyncio.run_coroutine_threadsafe(on_loop(), server._loop).result(20)
 
 
-def wait_rows(server, rows):
-    """Waits until so many rows are in the queue of `Affine`'s server, for twenty seconds at most."""
+def wait_rows(server, rows, model="affine"):
+    """Waits until so many rows are in the queue of a model, for twenty seconds at most."""
     until = time.monotonic() + 20
-    line = f'lepton_queue_rows{{model="affine",version="3"}} {float(rows)}'
+    line = f'lepton_queue_rows{{model="{model}",version="3"}} {float(rows)}'
     while line not in exchange(server, "GET", "/metrics")[2].decode():
         assert time.monotonic() < until
 

@@ -17,6 +17,7 @@ from lepton_xla.serve.access.tokens import Token, digest_of, read_tokens
 from lepton_xla.serve.access.watched import Watched
 from lepton_xla.serve.errors import HTTPError
 from lepton_xla.serve.http.exchange import Exchange, Head
+from lepton_xla.serve.rates import Rate
 
 type Route = Callable[[Exchange], None]
 
@@ -32,7 +33,7 @@ class Grant:
         expires_s: the time (Unix) at which it ends; infinite where it does not.
     """
 
-    __slots__ = ("_ahead_s", "_full_at", "_interval_s", "digest", "expires_s", "live", "name", "scopes")
+    __slots__ = ("_rate", "digest", "expires_s", "live", "name", "scopes")
 
     def __init__(self, token: Token, previous: Grant | None) -> None:
         self.live = True
@@ -40,12 +41,9 @@ class Grant:
         self.digest = bytes.fromhex(token.sha256)
         self.scopes = frozenset[str](token.scopes)
         self.expires_s = math.inf if token.expires is None else token.expires.timestamp()
-        # The bucket as one number: when it would be full again if nothing more were taken out (GCRA, ITU-T I.371).
-        rate = token.requests_per_s
-        self._interval_s = 0.0 if rate is None else 1.0 / rate
-        burst = 1 if rate is None else token.burst or max(1, round(rate))
-        self._ahead_s = (burst - 1) * self._interval_s
-        self._full_at = -math.inf if previous is None else previous._full_at
+        self._rate = Rate(token.requests_per_s, token.burst)
+        if previous is not None:
+            self._rate.follow(previous._rate)
 
     def admit(self, now: float) -> None:
         """Takes one request out of the bucket.
@@ -58,15 +56,9 @@ class Grant:
         """
         if self.expires_s <= time():
             raise _invalid()
-        interval = self._interval_s
-        if interval:
-            full_at = max(self._full_at, now)
-            early = full_at - now - self._ahead_s
-            # A nanosecond's grace, because sums of intervals are rounded.
-            if early > 1e-9:
-                wait = max(1, math.ceil(early))
-                raise HTTPError(429, "too many requests with this token", f"Retry-After: {wait}")
-            self._full_at = full_at + interval
+        early = self._rate.take(now)
+        if early:
+            raise HTTPError(429, "too many requests with this token", f"Retry-After: {max(1, math.ceil(early))}")
 
 
 class _Guarded:

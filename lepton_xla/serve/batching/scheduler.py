@@ -20,6 +20,7 @@ from math import inf
 from time import monotonic
 from typing import Any
 
+from lepton_xla.serve.batching.admission import Admission
 from lepton_xla.serve.batching.batcher import Batcher
 from lepton_xla.serve.batching.device import Device
 from lepton_xla.serve.batching.engine import Completion, Engine, Work
@@ -78,6 +79,8 @@ class Scheduler:
         levels: number of priority levels. Requests without a priority are on the middle level, the lower of two.
         default_timeout_s: for requests without a timeout; None waits for ever.
         max_timeout_s: upper bound of all timeouts; None for none.
+        rate: requests per second; None for no bound.
+        max_concurrency: requests that may be under way; None for no bound.
         cores: number of cores that this process may use.
 
     Attributes:
@@ -99,6 +102,8 @@ class Scheduler:
         levels: int = 1,
         default_timeout_s: float | None = None,
         max_timeout_s: float | None = None,
+        rate: float | None = None,
+        max_concurrency: int | None = None,
         cores: int,
     ) -> None:
         self._outputs = signature.outputs
@@ -126,6 +131,9 @@ class Scheduler:
         self.shed: Callable[[RequestSpec], HTTPError | None] | None = None
         self._full: RequestSpec | None = None
         self._rejections = Rejections(metrics, self._drain_s)
+        self._admission: Admission | None = None
+        if rate is not None or max_concurrency is not None:
+            self._admission = Admission(rate, max_concurrency, self._drain_s)
 
     @property
     def max_rows(self) -> int:
@@ -178,7 +186,7 @@ class Scheduler:
             calls = self._batcher.clear()
         for call in calls:
             self._metrics.failures += 1
-            call.fail(_stopped())
+            self._fail(call, _stopped())
 
     def _end_soon(self) -> None:
         """Called on any thread when the model gets no turn any more."""
@@ -194,7 +202,8 @@ class Scheduler:
     def submit(self, call: Call) -> None:
         """Queues a call. Calls its `finish` or `fail` later, unless it is cancelled first.
 
-        The call fails at once with 400 for an unknown priority, 503 if the queue is full or the engine has stopped, 504
+        The call fails at once with 400 for an unknown priority, 429 or 503 beyond the model's own limits,
+        503 if the queue is full or the engine has stopped, 504
         if its timeout is too short to run it. Errors go to `fail`, not to `raise`: raising takes as long as everything
         else here, and an overloaded server refuses as often as it answers.
         """
@@ -207,6 +216,10 @@ class Scheduler:
         if call.level >= self._levels:
             call.fail(HTTPError(400, f"parameter 'priority' must be 0 to {self._levels}, not {spec.priority}"))
             return
+        if self._admission is not None and (refusal := self._admission.refusal(call)) is not None:
+            self._metrics.rejected += 1
+            call.fail(refusal)
+            return
         timeout = self._timeout_s if spec.timeout_s is None else min(spec.timeout_s, self._max_timeout_s)
         if timeout != inf:
             call.deadline_s = call.arrival_s + timeout
@@ -217,7 +230,7 @@ class Scheduler:
         if reason is not None:
             if reason is Reason.FULL and timeout == inf:
                 self._full, self.shed = spec, self._shed
-            call.fail(self._rejections.error(reason))
+            self._fail(call, self._rejections.error(reason))
             return
         self.shed = None
         if self._batcher.dropped:
@@ -234,6 +247,8 @@ class Scheduler:
     def cancel(self, call: Call) -> None:
         """Drops a call whose client has gone."""
         self._metrics.cancelled += 1
+        if self._admission is not None:
+            self._admission.end(call)
         with self._lock:
             self._batcher.cancel(call)
 
@@ -246,7 +261,12 @@ class Scheduler:
         with self._lock:
             dropped, self._batcher.dropped = self._batcher.dropped, []
         for call, reason in dropped:
-            call.fail(self._rejections.error(reason))
+            self._fail(call, self._rejections.error(reason))
+
+    def _fail(self, call: Call, refusal: HTTPError) -> None:
+        if self._admission is not None:
+            self._admission.end(call)
+        call.fail(refusal)
 
     # Time.
 
@@ -374,13 +394,15 @@ class Scheduler:
                         self._join(call, part, results)
                 except Exception:
                     self._broken(call)
+                if self._admission is not None and not call.missing:
+                    self._admission.end(call)
             metrics.waited(waits)
             metrics.output_s += (monotonic() - completion.finished_s) * len(batch.parts)
         elif completion.outputs is None:
             self._metrics.failed_batches += 1
         for call in failed:
             self._metrics.failures += 1
-            call.fail(HTTPError(500, "inference failed"))
+            self._fail(call, HTTPError(500, "inference failed"))
         if self._batcher.dropped:
             self._tell_dropped()
         if self._batcher.pending:
@@ -391,7 +413,7 @@ class Scheduler:
         _log.exception("an answer could not be written")
         with self._lock:
             self._batcher.cancel(call)
-        call.fail(HTTPError(500, "internal error"))
+        self._fail(call, HTTPError(500, "internal error"))
 
     def _join(self, call: Call, part: Part[Call], outputs: Sequence[bytes | memoryview]) -> None:
         """Copies the result of a part of a split call into place."""

@@ -267,7 +267,7 @@ async def _main(settings: control.Settings, end: socket.socket) -> bool:
     def make(warm: Warm) -> ModelHandle:
         return open_model(
             warm.engine, warm.measured, warm.signature, warm.options, metrics, device, cores, warm.model,
-            weight=warm.serving.weight,
+            warm.serving,
         )  # fmt: skip
 
     if settings.artifact:

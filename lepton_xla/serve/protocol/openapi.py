@@ -34,7 +34,7 @@ _REFUSALS = {
     408: "The request did not arrive in time",
     409: "What is there stands against it",
     413: "The request is too large",
-    429: "The token's rate is exceeded",
+    429: "The rate of the token or of the model is exceeded",
     431: "The header fields are too large",
     503: "The server cannot take it now; see Retry-After",
 }

@@ -1,12 +1,13 @@
 """One device among several models: turns on the event loop and on the thread, made-up and real ones."""
 
 import asyncio
+import json
 import threading
 import time
 
 import numpy as np
 import pytest
-from serve_fakes import Affine, affine_json, connect, exchange, raw_request, read_response
+from serve_fakes import Affine, affine_json, connect, exchange, raw_request, read_response, wait_rows
 
 import lepton_xla as lx
 from lepton_xla.errors import ServeError
@@ -14,6 +15,7 @@ from lepton_xla.serve import Client, Options, Server
 from lepton_xla.serve.batching import scheduler
 from lepton_xla.serve.batching.device import Device
 from lepton_xla.serve.batching.engine import Engine
+from lepton_xla.serve.models.settings import Serving
 from lepton_xla.serve.protocol.signature import signature_of
 from lepton_xla.serve.server import open_model
 
@@ -218,6 +220,45 @@ def test_two_models_of_one_server_answer_each_for_itself_and_are_charged_for_it(
         assert first.scheduler.share.turns >= 50
         assert other.scheduler.share.turns >= 50
         assert other.scheduler.share.used_s > 0
+
+
+def test_the_limits_of_one_model_are_not_those_of_another(server):
+    put(server, linear("rated", 1.0), serving=Serving(rate=0.01))
+    narrow = Named("narrow", 0.0)
+    put(server, narrow, serving=Serving(max_concurrency=2))
+    with Client(server.url) as client:
+        assert client.infer("rated", x=np.ones((1, 4), np.float32))["output"].sum() == 4
+    x = {"name": "x", "datatype": "FP32", "shape": [1, 4], "data": [1, 2, 3, 4]}
+    status, headers, answer = exchange(
+        server, "POST", "/v2/models/rated/infer", json.dumps({"inputs": [x]}).encode()
+    )  # fmt: skip
+    assert (status, json.loads(answer)["error"]) == (429, "too many requests to this model")
+    assert 90 < int(headers["retry-after"]) <= 100
+    path, body, bad = "/v2/models/narrow/infer", affine_json([[0.0] * 4], [1]), affine_json([[0.0] * 4], [-1])
+    late = affine_json([[0.0] * 4], [1], parameters={"timeout": 50_000})
+    # Whatever becomes of a request, it is under way no longer: answered, failed, split, too late, its client gone.
+    for _ in range(3):
+        assert exchange(server, "POST", path, bad)[0] == 500
+        assert exchange(server, "POST", path, affine_json(np.zeros((5, 4)), [1] * 5))[0] == 200
+        narrow.gate.clear()
+        narrow.running.clear()
+        with connect(server) as gone, connect(server) as other:
+            gone.sendall(raw_request("POST", path, body))
+            assert narrow.running.wait(5)
+            other.sendall(raw_request("POST", path, late))
+            assert read_response(other)[0] == 504
+            other.sendall(raw_request("POST", path, body))
+            wait_rows(server, 1, "narrow")
+            status, headers, answer = exchange(server, "POST", path, body)
+            assert (status, json.loads(answer)["error"]) == (503, "too many requests to this model are under way")
+            assert int(headers["retry-after"]) >= 1
+            gone.close()
+            narrow.gate.set()
+            assert read_response(other)[0] == 200
+        until = time.monotonic() + 5
+        while exchange(server, "POST", path, body)[0] == 503:  # the server has not seen yet that a client has gone
+            assert time.monotonic() < until
+    assert exchange(server, "POST", "/v2/models/affine/infer", body)[0] == 200
 
 
 class Named(Affine):
