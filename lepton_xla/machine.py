@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import os
 import pathlib
@@ -70,21 +71,48 @@ def _cpuinfo() -> str:
     return path.read_text() if path.exists() else ""
 
 
-# Dense bfloat16 FLOP/s of one device, as its maker states them; by the beginning of the kind's name.
-_PEAK_FLOPS = {
-    "NVIDIA A100": 312e12,
-    "NVIDIA B200": 2250e12,
-    "NVIDIA H100": 989e12,
-    "NVIDIA H200": 989e12,
-    "NVIDIA L4": 121e12,
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12,
-    "TPU v5p": 459e12,
-    "TPU v5": 459e12,
-    "TPU v6 lite": 918e12,
-    "TPU v6e": 918e12,
+@dataclasses.dataclass(frozen=True)
+class DeviceFigures:
+    """What the maker of a device states, and what XLA may use of its memory.
+
+    Attributes:
+        peak_flops: dense bfloat16 FLOP/s.
+        memory_bytes: bytes that XLA may use: all that TPU's compiler allows; of a GPU's memory the share that JAX takes
+            by default, three quarters. None if not known.
+        memory_bandwidth: bytes/s between device and its memory; None if not known.
+        link_bandwidth: bytes/s that a device sends in a collective operation along one mesh axis: over NVLink, or in
+            both directions of one axis of a TPU's torus. None if not known.
+    """
+
+    peak_flops: float
+    memory_bytes: int | None = None
+    memory_bandwidth: float | None = None
+    link_bandwidth: float | None = None
+
+
+# By the beginning of the kind's name.
+_FIGURES = {
+    "NVIDIA A100": DeviceFigures(312e12),
+    "NVIDIA B200": DeviceFigures(2250e12, 191_514_411_008 * 3 // 4, 7.67e12, 900e9),
+    "NVIDIA H100 80GB": DeviceFigures(989e12, 84_942_979_072 * 3 // 4, 3.35e12, 450e9),
+    "NVIDIA H100": DeviceFigures(989e12),
+    "NVIDIA H200": DeviceFigures(989e12, 151_397_597_184 * 3 // 4, 4.8e12, 450e9),
+    "NVIDIA L4": DeviceFigures(121e12),
+    "TPU v4": DeviceFigures(275e12),
+    "TPU v5 lite": DeviceFigures(197e12, int(15.75 * 2**30), 819e9, 90e9),
+    "TPU v5e": DeviceFigures(197e12, int(15.75 * 2**30), 819e9, 90e9),
+    "TPU v5": DeviceFigures(459e12, int(95.73 * 2**30), 2765e9, 180e9),  # v5p
+    "TPU v6": DeviceFigures(918e12, int(31.24 * 2**30), 1640e9, 180e9),  # v6e
 }
+
+
+def figures_of(device_kind: str) -> DeviceFigures | None:
+    """The figures of a kind of device; None if it is not known.
+
+    >>> figures_of("TPU v5 lite").memory_bytes / 2**30, figures_of("cpu")
+    (15.75, None)
+    """
+    return next((figures for kind, figures in _FIGURES.items() if device_kind.startswith(kind)), None)
 
 
 def peak_flops(device_kind: str) -> float | None:
@@ -93,4 +121,5 @@ def peak_flops(device_kind: str) -> float | None:
     >>> peak_flops("NVIDIA H100 80GB HBM3"), peak_flops("cpu")
     (989000000000000.0, None)
     """
-    return next((peak for kind, peak in _PEAK_FLOPS.items() if device_kind.startswith(kind)), None)
+    figures = figures_of(device_kind)
+    return None if figures is None else figures.peak_flops

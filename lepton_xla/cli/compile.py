@@ -42,7 +42,8 @@ from lepton_xla.errors import ArtifactError
 @click.option(
     "--topology",
     metavar="NAME",
-    help="Also compile for TPUs that are not here, such as v5e:4x4; --mesh is of those then. Needs the package libtpu.",
+    help="Also compile for devices that are not here; --mesh is of those then. TPUs such as v5e:4x4 take jax[tpu], "
+    "GPUs such as h100:8 (h200, b200) jax[cuda12].",
 )
 @_common.golden_option
 @_common.json_option
@@ -73,7 +74,7 @@ def compile(
     LEPTON_CACHE=DIR moves them, LEPTON_CACHE=off measures everything.
 
     With --mesh the artifact is for several devices of this machine, each of which holds its part of the weights. With
-    --topology it also has code for TPUs that are not here.
+    --topology it also has code for TPUs or GPUs that are not here.
 
     \b
       leptonx compile digits.py:model --recipe int8-prune50 -o digits.lepton
@@ -81,6 +82,7 @@ def compile(
       leptonx compile digits.py:model --recipe int8 --exclude '.*head' --set rescale=awq
       leptonx compile my_package.models:encoder --mesh data=2,model=4 --rules rules.toml
       leptonx compile my_package.models:encoder --topology v5e:4x4 --mesh data=4,model=4 --rules rules.toml
+      leptonx compile digits.py:model --topology h100:1
       leptonx compile digits.py:model                        without a recipe: the float model
     """
     given = _common.parse_buckets(buckets)
@@ -92,12 +94,12 @@ def compile(
         from lepton_xla.cli import _arrays, _models
         from lepton_xla.compiler.buckets import check_bucket_sizes
         from lepton_xla.compiler.manifest import check_name
-        from lepton_xla.compiler.topologies import check_topology
         from lepton_xla.optimization.pipeline import apply_plan, plan_for
+        from lepton_xla.sharding import topologies
 
         # Check everything that does not need the model first, so that a typo fails early.
         if topology is not None:
-            check_topology(topology)
+            topologies.topology_devices(topology)
         rows = None if golden is None else _arrays.read_golden(golden)
         chosen = _models.load_recipe(recipe, settings, exclude)
         stem = pathlib.PurePath(output).name.removesuffix(".lepton") if output else _models.default_name(target)

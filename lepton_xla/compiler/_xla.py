@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import os
 import threading
 from collections.abc import Callable, Generator, Sequence
 from typing import Any
@@ -20,11 +19,10 @@ import numpy as np
 from jax._src import compilation_cache
 from jax._src.core import ShapedArray
 from jax._src.lib import _jax  # pyright: ignore[reportPrivateImportUsage, reportPrivateUsage]
-from jax.experimental import topologies
 from jax.interpreters import mlir
 from jaxlib.mlir import ir
 
-from lepton_xla.errors import CompileError, ExecutionError, first_line
+from lepton_xla.errors import ExecutionError, first_line
 
 ERROR = jax.errors.JaxRuntimeError
 """The error that XLA raises if it cannot compile, serialize or run something."""
@@ -57,28 +55,6 @@ def memory_bytes(device: Device) -> int | None:
     """Bytes of memory that XLA may use on a device; None if it does not say, as on a CPU."""
     limit = (device.memory_stats() or {}).get("bytes_limit")
     return None if limit is None else int(limit)
-
-
-def topology_devices(name: str) -> list[Device]:
-    """The devices of a TPU topology such as `v5e:4x4`, to compile for; they need not exist.
-
-    Raises:
-        CompileError: if TPU's compiler is not installed, or there is no such topology.
-    """
-    # Without a TPU, libtpu would look for one in the metadata of a cloud machine.
-    known = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5litepod-1"}
-    absent = {key: value for key, value in known.items() if key not in os.environ}
-    os.environ.update(absent)
-    try:
-        return list(topologies.get_topology_desc(name, platform="tpu").devices)
-    except Exception as error:  # the type differs: RuntimeError, ValueError, XLA's own
-        raise CompileError(
-            f"topology {name!r}: {first_line(error)} (topologies are TPU's, such as v5e:4x4, and take its compiler: "
-            "pip install 'jax[tpu]')"
-        ) from error
-    finally:
-        for key in absent:
-            del os.environ[key]
 
 
 def reason(error: BaseException) -> str:

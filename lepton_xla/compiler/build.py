@@ -32,10 +32,11 @@ from lepton_xla.compiler.manifest import EXPAND, SCHEMA, ExecutableSet, Manifest
 from lepton_xla.compiler.portable import export_programs
 from lepton_xla.compiler.probes import table_sizes
 from lepton_xla.compiler.runtime import Runtime, run_expand
-from lepton_xla.compiler.topologies import Elsewhere, check_topology, compile_elsewhere
+from lepton_xla.compiler.topologies import Elsewhere, compile_elsewhere
 from lepton_xla.errors import CompileError, ShardingError
 from lepton_xla.program import Program, TensorSpec
 from lepton_xla.rows import check_rows_lead, row_symbol
+from lepton_xla.sharding import topologies
 from lepton_xla.sharding.meshes import mesh as mesh_of
 from lepton_xla.sharding.placement import as_placed, is_placed
 from lepton_xla.sharding.rules import Rules
@@ -94,9 +95,9 @@ def compile(
             rows of a batch are split over the axis `data`, if the mesh has one.
         rules: how the mesh cuts weights and batches. If they say nothing of weights, weights that are on such a mesh
             already, as after `Placement.put` and `optimize`, stay as they are.
-        topology: TPUs to compile for that are not here, such as `v5e:4x4`, where the package `libtpu` is installed. The
-            mesh, given as text, is of those then; for this machine the program is compiled for one device, on which it
-            is checked.
+        topology: devices to compile for that are not here, where their compiler is installed: TPUs such as `v5e:4x4`
+            (`jax[tpu]`), or GPUs such as `h100:8` (`jax[cuda12]`). The mesh, given as text, is of those then; for this
+            machine the program is compiled for one device, on which it is checked.
         golden: rows whose answers are known, which the artifact carries: arrays by the names of inputs and outputs.
             Without outputs, those that this model gives are kept. See `check` of `load`.
         progress: called before each step.
@@ -123,7 +124,7 @@ def compile(
     bucket_list = combinations(bucket_sizes)
     program = without_callbacks(program, bucket_list[0])
     if topology is not None:
-        check_topology(topology)
+        topologies.topology_devices(topology)  # fails early
         if isinstance(mesh, Mesh):
             raise ShardingError(f"topology {topology!r} has devices of its own; give the mesh as text: 'data=-1'")
     devices, program = _spread(program, *((mesh, rules) if topology is None else (None, None)))

@@ -1,4 +1,4 @@
-"""Executables for TPUs that this machine does not have, where TPU's compiler (the package `libtpu`) is installed."""
+"""Executables for TPUs and GPUs that this machine does not have, where their compiler is installed."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from lepton_xla.compiler.fingerprint import Fingerprint
 from lepton_xla.compiler.manifest import EXPAND
 from lepton_xla.errors import CompileError, ShardingError
 from lepton_xla.program import Program
+from lepton_xla.sharding import topologies
 from lepton_xla.sharding.meshes import mesh as mesh_of
 from lepton_xla.sharding.rules import Rules
 from lepton_xla.sharding.specs import as_spec, fits
@@ -40,19 +41,6 @@ class Elsewhere:
     codes: dict[str, Code]
 
 
-def check_topology(topology: str) -> None:
-    """Check that this machine can compile for a topology.
-
-    Raises:
-        CompileError: if there is no such topology, or its compiler is not installed.
-
-    >>> check_topology("no such thing")
-    Traceback (most recent call last):
-    lepton_xla.errors.CompileError: topology 'no such thing': ...
-    """
-    _xla.topology_devices(topology)
-
-
 def compile_elsewhere(
     program: Program,
     model: Callable[..., Any],
@@ -69,7 +57,7 @@ def compile_elsewhere(
         model: the program as a function of flat weights (unpacked, if there is an unpacking) and inputs.
         expand: the unpacking of flat weights, or None.
         bucket_list: the sizes to compile for.
-        topology: such as `v5e:4x4`.
+        topology: such as `v5e:4x4` or `h100:8`.
         mesh: the mesh of its devices, if there are several.
         rules: how the mesh cuts weights and batches.
 
@@ -77,7 +65,7 @@ def compile_elsewhere(
         CompileError: if there is no such topology, its compiler is not installed, or it refuses the program.
         ShardingError: if the mesh or the rules do not fit.
     """
-    found = _xla.topology_devices(topology)
+    found = topologies.topology_devices(topology)
     if mesh is None and len(found) > 1:
         raise ShardingError(f"topology {topology!r} has {len(found)} devices; give a mesh, such as 'data=-1'")
     made = mesh_of(mesh or "data=1", found)

@@ -19,6 +19,7 @@ from lepton_xla.train.models import Model, from_linen, from_nnx, supervised
 from lepton_xla.train.preemption import Preempted
 from lepton_xla.train.runs import Result
 from lepton_xla.train.schedules import Schedule, one_shot, periodic, polynomial
+from lepton_xla.train.sizing import Size, largest_batch, size
 from lepton_xla.train.sparsity import Regrow, SparsityState, finalize, masks_of, sparsify
 from lepton_xla.train.specs import TrainSpec, schedule
 from lepton_xla.train.state import State
@@ -38,6 +39,7 @@ __all__ = [
     "Regrow",
     "Result",
     "Schedule",
+    "Size",
     "SparsityState",
     "Stage",
     "State",
@@ -48,11 +50,13 @@ __all__ = [
     "fit",
     "from_linen",
     "from_nnx",
+    "largest_batch",
     "masks_of",
     "one_shot",
     "periodic",
     "polynomial",
     "schedule",
+    "size",
     "sparsify",
     "supervised",
     "teach",

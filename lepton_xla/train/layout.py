@@ -78,7 +78,7 @@ def state_shapes(stage: Stage, fresh: State) -> State:
     return jax.eval_shape(lambda state: state.replace(optimizer=init(state.weights)), fresh)
 
 
-def lower_step(
+def trace_step(
     stage: Stage,
     layout: Layout,
     state: State,
@@ -88,8 +88,8 @@ def lower_step(
     platform: str,
     accumulate: int,
     **options: Any,
-) -> jax.stages.Lowered:
-    """Lower the training step of a stage. It donates the state.
+) -> jax.stages.Traced:
+    """Trace the training step of a stage. It donates the state.
 
     Args:
         stage: the stage.
@@ -121,4 +121,4 @@ def lower_step(
         **options,
     )
     shardings = None if layout.shardings is None else (layout.shardings, None)
-    return jax.jit(step, donate_argnums=0, out_shardings=shardings).lower(state, batch, arrays)
+    return jax.jit(step, donate_argnums=0, out_shardings=shardings).trace(state, batch, arrays)

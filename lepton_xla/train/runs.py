@@ -25,7 +25,7 @@ from lepton_xla.train.checkpoints import CheckpointFolder
 from lepton_xla.train.compression import Stage
 from lepton_xla.train.evaluations import Evaluation, Predictor
 from lepton_xla.train.feeding import Feed
-from lepton_xla.train.layout import Layout, first_state, lower_step, state_shapes
+from lepton_xla.train.layout import Layout, first_state, state_shapes, trace_step
 from lepton_xla.train.models import Loss
 from lepton_xla.train.placing import gathered, put, put_batch
 from lepton_xla.train.preemption import Preempted, Preemption
@@ -246,9 +246,10 @@ class Run:
         if self._shardings is not None and self._arrays is not None:
             self._arrays = put(self._arrays, jax.tree.map(lambda _: self._shardings.step, self._arrays))
         platform = jax.local_devices()[0].platform
-        self._compiled = lower_step(
+        traced = trace_step(
             self._stage, self._layout, self._state, batch, self._arrays, platform=platform, **self._options
-        ).compile()
+        )
+        self._compiled = traced.lower().compile()
         self._flops = float((self._compiled.cost_analysis() or {}).get("flops", 0.0))
         self._mark = (time.perf_counter(), self._step)
         return self._compiled

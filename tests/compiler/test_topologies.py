@@ -1,19 +1,17 @@
 """Executables for devices that are not here: beside this machine's in one artifact."""
 
-import importlib.util
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import lepton_xla as lx
-from lepton_xla.compiler import _xla
-from lepton_xla.sharding import Rules
+from lepton_xla.sharding import Rules, topologies
 
 RULES = Rules([("up", (None, "model")), ("down", ("model",))])
 X = np.random.default_rng(1).standard_normal((5, 16)).astype(np.float32)
-HAS_COMPILER = importlib.util.find_spec("libtpu") is not None
+HAS_TPU_COMPILER = topologies.has_compiler("v5e:1x1")
+HAS_GPU_COMPILER = topologies.has_compiler("h100:1")
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +35,7 @@ def expected(program):
 def test_one_artifact_runs_here_and_there(program, recipe, tmp_path, monkeypatch):
     """The devices of the topology are two of this process, so what was compiled for them can be run."""
     asked = []
-    monkeypatch.setattr(_xla, "topology_devices", lambda name: asked.append(name) or jax.devices())
+    monkeypatch.setattr(topologies, "topology_devices", lambda name: asked.append(name) or jax.devices())
     if recipe is not None:
         program = lx.optimize(program, lx.Recipe.load(recipe), buckets={"batch": (2, 4)})
     wanted = np.asarray(jax.jit(program.fn)(program.weights, X)) if recipe else expected(program)
@@ -68,25 +66,37 @@ def test_one_artifact_runs_here_and_there(program, recipe, tmp_path, monkeypatch
     ],
 )
 def test_a_mesh_that_does_not_fit_is_refused(program, mesh, said, monkeypatch):
-    monkeypatch.setattr(_xla, "topology_devices", lambda _: jax.devices())
+    monkeypatch.setattr(topologies, "topology_devices", lambda _: jax.devices())
     with pytest.raises(lx.ShardingError, match=said):
         lx.compile(program, {"batch": (1,)}, mesh=mesh, topology="v5e:1x2")
 
 
 def test_a_mesh_of_this_machine_is_not_of_the_topology(program, monkeypatch):
-    monkeypatch.setattr(_xla, "topology_devices", lambda _: jax.devices())
+    monkeypatch.setattr(topologies, "topology_devices", lambda _: jax.devices())
     with pytest.raises(lx.ShardingError, match="give the mesh as text"):
         lx.compile(program, {"batch": (2,)}, mesh=lx.sharding.mesh("data=2"), topology="v5e:1x2")
 
 
-@pytest.mark.skipif(HAS_COMPILER, reason="TPU's compiler is installed")
+@pytest.mark.skipif(HAS_TPU_COMPILER, reason="TPU's compiler is installed")
 def test_without_its_compiler_a_topology_is_refused(program):
     with pytest.raises(lx.CompileError, match=r"topology 'v5e:2x2': .* pip install 'jax\[tpu\]'"):
         lx.compile(program, {"batch": (2,)}, mesh="model=4", topology="v5e:2x2")
 
 
+@pytest.mark.skipif(HAS_GPU_COMPILER, reason="CUDA's compiler is installed")
+def test_without_cudas_plugin_a_gpu_is_refused(program):
+    with pytest.raises(lx.CompileError, match=r"topology 'h100:1': .* pip install 'jax\[cuda12\]'"):
+        lx.compile(program, {"batch": (2,)}, topology="h100:1")
+
+
+@pytest.mark.parametrize("name", ["h100", "h100:", "h100:0", "h100:2x2x2", "b200:-1", "h200:1e9"])
+def test_a_number_of_gpus_that_is_none_is_refused(program, name):
+    with pytest.raises(lx.CompileError, match=f"topology '{name}': expected v5e:4x4, .* h100:8"):
+        lx.compile(program, {"batch": (2,)}, topology=name)
+
+
 @pytest.mark.slow
-@pytest.mark.skipif(not HAS_COMPILER, reason="needs the package libtpu")
+@pytest.mark.skipif(not HAS_TPU_COMPILER, reason="needs the package libtpu")
 def test_code_for_a_tpu_is_made_without_one(program, tmp_path):
     artifact = lx.compile(program, {"batch": (2, 8)}, mesh="data=2,model=2", rules=RULES, topology="v5e:2x2")
     manifest = artifact.save(tmp_path / "tpu.lepton")
@@ -95,3 +105,19 @@ def test_code_for_a_tpu_is_made_without_one(program, tmp_path):
     assert set(tpu.files) == {"batch=2", "batch=8"}
     with pytest.raises(lx.CompileError, match="topology 'v5e:nothing'"):
         lx.compile(program, {"batch": (2,)}, topology="v5e:nothing")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not HAS_GPU_COMPILER, reason="needs JAX's CUDA plugin")
+@pytest.mark.parametrize(
+    ("topology", "kind"),
+    [("h100:4", "NVIDIA H100 80GB HBM3"), ("h200:4", "NVIDIA H200"), ("b200:2x2", "NVIDIA B200")],
+)
+def test_code_for_a_gpu_is_made_without_one(program, topology, kind, tmp_path):
+    artifact = lx.compile(program, {"batch": (2, 8)}, mesh="data=2,model=2", rules=RULES, topology=topology)
+    manifest = artifact.save(tmp_path / "gpu.lepton")
+    (gpu,) = (entry for entry in manifest.executables.values() if entry.target.platform == "gpu")
+    assert (gpu.target.device_kind, gpu.target.device_count) == (kind, 4)
+    assert set(gpu.files) == {"batch=2", "batch=8"}
+    assert b"\x7fELF" in (tmp_path / "gpu.lepton" / gpu.files["batch=8"]).read_bytes()  # a GPU's binary
+    np.testing.assert_allclose(lx.load(tmp_path / "gpu.lepton")(x=X)["output"], expected(program), rtol=1e-5, atol=1e-6)
