@@ -138,6 +138,11 @@ def compile(
         )
         compile_s = time.perf_counter() - started
 
+        if batches is not None:
+            step("profile the calibration data")
+            # The data again: optimizing may have read it to its end.
+            known, _ = _models.calibration(spec, program)
+            artifact = artifact.with_profile(known or ())
         servable = artifact.servable()
         metrics: dict[str, Any] = {}
         if evaluate and spec.evaluate is not None:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 def _twin(flag: str) -> str:
     """Environment variable of a flag: `LEPTON_MAX_DELAY_US` for `--max-delay-us`."""
-    return "LEPTON_" + flag.lstrip("-").replace("-", "_").upper()
+    return "LEPTON_" + flag.partition("/")[0].lstrip("-").replace("-", "_").upper()
 
 
 def _option(flag: str, default: Any, text: str, **kwargs: Any) -> Callable[[Any], Any]:
@@ -189,6 +189,19 @@ def _limit_options(command: Callable[..., None]) -> Callable[..., None]:
     0.0,
     "Fraction of requests to log, such as 0.01; 0 logs none.",
     type=click.FloatRange(0, 1),
+)
+@_option(
+    "--alerts",
+    None,
+    "Alert rules (TOML), such as 'p99 > 50ms for 2m' or 'accuracy < 0.95 over 1000'; see `leptonx alerts --help`. "
+    "Alerts are logged, sent to the webhooks of the file, and shown at /v2/alerts.",
+    type=click.Path(path_type=Path),
+    show_default=False,
+)
+@_option(
+    "--monitor/--no-monitor",
+    True,
+    "Compare what is asked and answered with the profile in the artifact (drift), and keep answers for feedback.",
 )
 @_option(
     "--otel-endpoint",

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import jax
 import msgspec
@@ -24,6 +25,7 @@ from lepton_xla.compiler.manifest import (
 )
 from lepton_xla.compiler.opening import check_signed_files, read_manifest, read_signature, trusted_keys
 from lepton_xla.compiler.portable import Portable
+from lepton_xla.compiler.profiling import profile
 from lepton_xla.compiler.runtime import Runtime, run_expand
 from lepton_xla.compiler.servable import Servable
 from lepton_xla.compiler.storage import Store, VerifiedFiles, atomic_store, consistently
@@ -119,6 +121,25 @@ class Artifact:
             # Written last: in an object store the artifact exists once its manifest does.
             store.write(MANIFEST, manifest_to_json(manifest))
         return manifest
+
+    def with_profile(self, batches: Iterable[Mapping[str, Any]]) -> Artifact:
+        """Add the profile of known data, which a server compares with what it is asked.
+
+        Args:
+            batches: inputs by name, rows first; the more like what will be asked, the better. The first 8,192 rows are
+                read.
+
+        Raises:
+            CompileError: if a batch does not fit the model.
+
+        >>> program = lx.trace(lambda w, x: x @ w, jnp.eye(4), {"x": lx.TensorSpec(("batch", 4), "float32")})
+        >>> artifact = lx.compile(program, {"batch": (1, 8)}).with_profile([{"x": np.eye(4, dtype=np.float32)}])
+        >>> artifact.manifest.profile.rows
+        4
+        """
+        return dataclasses.replace(
+            self, manifest=msgspec.structs.replace(self.manifest, profile=profile(self.servable(), batches))
+        )
 
     def servable(self) -> Servable:
         """Make the model ready to run in this process, without files.

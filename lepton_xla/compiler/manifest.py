@@ -13,6 +13,7 @@ from lepton_xla.compiler.devices import MeshEntry, Spec
 from lepton_xla.compiler.fingerprint import Fingerprint
 from lepton_xla.errors import ArtifactError, LeptonError
 from lepton_xla.listing import MANIFEST, MAX_MANIFEST_BYTES, FileEntry, check_files, sealing_digest
+from lepton_xla.profiles import Profile
 from lepton_xla.program import TensorSpec
 from lepton_xla.sharding.meshes import mesh_sizes
 from lepton_xla.sharding.specs import as_spec, check_axes, check_spec
@@ -160,6 +161,7 @@ class Manifest(_Struct, frozen=True, kw_only=True):
         float32_bytes: bytes of the weights as dense float32 arrays.
         reports: one per applied pass.
         metrics: the user's own metrics, such as accuracy.
+        profile: what known inputs and outputs look like, for a server to notice that the data has drifted.
         made_by: versions of the software, and the machine.
         encryption: how files are encrypted, if they are; sizes and digests are of what is stored.
         created: time of making, UTC, ISO 8601.
@@ -189,6 +191,7 @@ class Manifest(_Struct, frozen=True, kw_only=True):
     float32_bytes: int
     reports: tuple[dict[str, Any], ...]
     metrics: dict[str, Any]
+    profile: Profile | None = None
     made_by: dict[str, Any]
     created: str
     files: dict[str, FileEntry]

@@ -14,6 +14,7 @@ from lepton_xla.compiler.independence import pad
 from lepton_xla.compiler.manifest import Manifest
 from lepton_xla.compiler.runtime import Runner, Runtime
 from lepton_xla.errors import InputError
+from lepton_xla.profiles import Profile
 from lepton_xla.program import TensorSpec
 from lepton_xla.rows import row_symbol
 
@@ -60,6 +61,16 @@ class Servable:
         self.manifest = manifest
         self.runtime = runtime
         self.expander = expander
+
+    @property
+    def profile(self) -> Profile | None:
+        """What known inputs and outputs look like, if that was stored.
+
+        >>> program = lx.trace(lambda w, x: x @ w, jnp.eye(4), {"x": lx.TensorSpec(("batch", 4), "float32")})
+        >>> lx.compile(program, {"batch": (1,)}).servable().profile is None
+        True
+        """
+        return self.manifest.profile
 
     @property
     def weights_bytes(self) -> int:

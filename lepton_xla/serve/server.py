@@ -31,6 +31,7 @@ from lepton_xla.serve.models.records import Records
 from lepton_xla.serve.models.registry import Registry
 from lepton_xla.serve.models.remote import open_repository
 from lepton_xla.serve.models.settings import Serving
+from lepton_xla.serve.monitor.monitor import Monitor
 from lepton_xla.serve.observe.health import STALL_S
 from lepton_xla.serve.observe.server_metrics import ServerMetrics
 from lepton_xla.serve.protocol.signature import LoadedModel, Signature, signature_of
@@ -275,6 +276,12 @@ def open_model(
     """
     serving = serving or Serving()
     counted = metrics.opened(signature.name, signature.version)
+    if options.monitor:
+        profile = engine.profile
+        if counted.monitor is None or counted.monitor.profile != profile:
+            counted.monitor = Monitor(signature, profile)
+        if profile is not None:
+            engine.saw = counted.monitor.saw
     batcher: Batcher[Call] = Batcher(
         signature.bucket_sizes,
         costs=Costs(signature.bucket_sizes, measured),

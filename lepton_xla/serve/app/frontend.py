@@ -9,13 +9,15 @@ from time import monotonic
 
 from lepton_xla.serve.access.access import Access
 from lepton_xla.serve.app.app import App
-from lepton_xla.serve.app.options import Options
+from lepton_xla.serve.app.options import Options, url_of
 from lepton_xla.serve.app.pages import Gather
 from lepton_xla.serve.app.repository import Control
 from lepton_xla.serve.http.drain import Closable, Stop, drain
 from lepton_xla.serve.http.server_state import ServerState
 from lepton_xla.serve.models.records import Records
 from lepton_xla.serve.models.registry import Registry
+from lepton_xla.serve.monitor.monitoring import Monitoring, Watched
+from lepton_xla.serve.monitor.rules import Rules
 from lepton_xla.serve.observe.access_log import AccessLog
 from lepton_xla.serve.observe.metrics import added
 from lepton_xla.serve.observe.observer import Observer, watching
@@ -26,6 +28,7 @@ from lepton_xla.serve.protocol.routes import OPEN_PATHS
 _log = logging.getLogger("lepton_xla.serve")
 
 _SWEEP_S = 0.5
+_LOOK_S = 1.0
 
 
 class HTTPFrontEnd:
@@ -39,6 +42,7 @@ class HTTPFrontEnd:
         gather: see `Pages`.
         control: see `App`.
         repository: see `App`.
+        sends: whether this process sends alerts; of several, one does.
 
     Attributes:
         state: what the connections share.
@@ -53,6 +57,8 @@ class HTTPFrontEnd:
         gather: Gather | None = None,
         control: Control | None = None,
         repository: str = "",
+        *,
+        sends: bool = True,
     ) -> None:
         self._records = Records(options.audit_log if repository else None)
         self._metrics = metrics
@@ -76,6 +82,9 @@ class HTTPFrontEnd:
             invite=self._app.invite, refused=self._app.refused, always=OPEN_PATHS,
         )  # fmt: skip
         metrics.watch(self._figures)
+        rules = None if options.alerts is None else Rules.load(options.alerts)
+        metrics.monitoring = Monitoring(rules, url_of((options.host, options.port), options), sends=sends)
+        self._gather: Gather = gather or (lambda then: then(metrics))
         if access.guard is not None:
             self.state.admit = access.guard.authenticate
 
@@ -100,6 +109,7 @@ class HTTPFrontEnd:
         """
         self.state.sweep(monotonic())
         sweeper = asyncio.create_task(self._sweep(stop))
+        looking = asyncio.create_task(self._look())
         options = self._options
         try:
             self._metrics.ready = True
@@ -109,12 +119,33 @@ class HTTPFrontEnd:
             return await drain(self.state, listener, stop, options.lame_duck_s, options.stop_timeout_s)
         finally:
             sweeper.cancel()
+            looking.cancel()
+            self._metrics.monitoring.close()
             for connection in tuple(self.state.connections):
                 connection.abort()
             self._app.close()
             self._records.close()
             if self._spans is not None:
                 self._spans.close()
+
+    async def _look(self) -> None:
+        """Keeps drift and alerts up to date."""
+        while True:
+            await asyncio.sleep(_LOOK_S)
+            try:
+                self._gather(self._watch)
+            except Exception:
+                _log.exception("drift and alerts could not be looked at")
+
+    def _watch(self, metrics: ServerMetrics) -> None:
+        metrics.monitoring.look(
+            Watched(
+                each.signature.name, each.signature.version,
+                metrics.of(each.signature.name, each.signature.version).counts(), each.metrics.request_s.bounds,
+                None if each.metrics.monitor is None else each.metrics.monitor.profile,
+            )
+            for each in self._models
+        )  # fmt: skip
 
     async def _sweep(self, stop: Stop) -> None:
         while True:

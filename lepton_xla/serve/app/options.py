@@ -39,6 +39,9 @@ class Options:
             already being 503.
         stop_timeout_s: how long after that a stop waits for answers.
         access_log_sample: of the requests, 0 to 1, that the log gets a line of.
+        alerts: file of alert rules, see `leptonx alerts`; None has none.
+        monitor: whether to compare what is asked and answered with the profile that the artifact has, and to keep
+            answers for feedback.
         otel_endpoint: URL of a collector of OpenTelemetry traces, over HTTP; None has the standard variables say.
         limits: what clients may send.
         token_file: the tokens to ask for, see `leptonx token`; None asks for none.
@@ -80,6 +83,8 @@ class Options:
     lame_duck_s: float = 0.0
     stop_timeout_s: float = 30.0
     access_log_sample: float = 0.0
+    alerts: Path | None = None
+    monitor: bool = True
     otel_endpoint: str | None = None
     limits: Limits = dataclasses.field(default_factory=Limits)
     token_file: Path | None = None

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import msgspec
 
+from lepton_xla.serve.errors import HTTPError
 from lepton_xla.serve.http.exchange import Exchange
 from lepton_xla.serve.models.handle import ModelHandle
 from lepton_xla.serve.models.registry import Registry
 from lepton_xla.serve.observe import exposition
 from lepton_xla.serve.observe.server_metrics import ServerMetrics
 from lepton_xla.serve.observe.statistics import model_statistics
-from lepton_xla.serve.protocol import metadata, openapi
+from lepton_xla.serve.protocol import metadata, monitoring, openapi
 from lepton_xla.serve.protocol.routes import CONTROL
 
 # Versions whose metrics are written on the event loop.
@@ -60,6 +62,7 @@ class Pages:
             "openapi": self._openapi,
             "metrics": self._show_metrics,
             "statistics": lambda exchange: self._statistics(models, exchange),
+            "alerts": self._alerts,
             "repository_index": self._index,
             "log_settings": lambda exchange: self._json(exchange, metadata.log_settings()),
             "trace_settings": lambda exchange: self._json(exchange, metadata.trace_settings()),
@@ -71,6 +74,8 @@ class Pages:
                 exchange, metadata.model_config(model.signature, model.scheduler.max_delay_s)
             ),
             "model_statistics": lambda model, exchange: self._statistics([model], exchange),
+            "model_feedback": self._feedback,
+            "model_monitor": self._model_monitor,
             "model_trace_settings": lambda model, exchange: self._json(exchange, metadata.trace_settings()),
         }
 
@@ -119,6 +124,65 @@ class Pages:
             self._json(exchange, metadata.Statistics(told))
 
         self._gather(show)
+
+    def _feedback(self, model: ModelHandle, exchange: Exchange) -> None:
+        labels = monitoring.feedback(exchange.body)
+        name = model.signature.name
+        # The version that the route gives, then the others: an answer is judged where it was given.
+        versions = [model, *(each for each in self._models if each.signature.name == name and each is not model)]
+        judges = [
+            each.metrics.monitor.feedback
+            for each in versions
+            if each.metrics.monitor is not None and each.metrics.monitor.feedback is not None
+        ]
+        if not judges:
+            raise HTTPError(
+                501, "this model takes no feedback: it has no output with classes, or the server keeps none"
+            )
+        parts: dict[int, dict[str, list[int]]] = {}
+        for request_id, right in labels.items():
+            index = next((index for index, judge in enumerate(judges) if judge.knows(request_id)), 0)
+            parts.setdefault(index, {})[request_id] = right
+        for index, part in parts.items():
+            judges[index].check(part)
+        rows = sum(judges[index].judge(part) for index, part in parts.items())
+        self._json(exchange, monitoring.FeedbackTaken(rows))
+
+    def _model_monitor(self, model: ModelHandle, exchange: Exchange) -> None:
+        name, version = model.signature.name, model.signature.version
+
+        def show(metrics: ServerMetrics) -> None:
+            feedback = metrics.of(name, version).counts().get("feedback", {"right": 0, "wrong": 0, "labels": {}})
+            labels = sorted((int(label), counts) for label, counts in feedback["labels"].items())
+            found = metrics.monitoring.drifts.get((name, version), {})
+            self._json(
+                exchange,
+                monitoring.ModelMonitor(
+                    name,
+                    version,
+                    drift=[monitoring.FeatureDrift(feature, *each) for feature, each in found.items()],
+                    feedback_rows=feedback["right"] + feedback["wrong"],
+                    accuracy=metrics.monitoring.accuracy(name, version),
+                    labels=[
+                        monitoring.LabelFigures(
+                            label, rows, right / rows if rows else None, right / answered if answered else None
+                        )
+                        for label, (right, rows, answered) in labels
+                    ],
+                ),
+            )
+
+        self._gather(show)
+
+    def _alerts(self, exchange: Exchange) -> None:
+        alerts = [
+            monitoring.AlertEntry(
+                each.rule.name, each.model, each.version, each.rule.when, each.rule.severity, each.state,
+                None if math.isnan(each.value) else each.value, each.since_s,
+            )
+            for each in self._metrics.monitoring.alerts
+        ]  # fmt: skip
+        self._json(exchange, monitoring.Alerts(alerts))
 
     def _show_metrics(self, exchange: Exchange) -> None:
         self._metrics.codes[200] += 1

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from lepton_xla.errors import ServeError
+from lepton_xla.profiles import Profile
 from lepton_xla.serve.batching.costs import Key, Measured
 from lepton_xla.serve.batching.tickets import Batch, Part, Ticket
 from lepton_xla.serve.protocol.signature import LoadedModel, Signature, Tensor
@@ -179,6 +180,8 @@ class Engine[T: Work]:
         clock: seconds, monotonic.
 
     Attributes:
+        profile: of the model's known data, if it has one.
+        saw: called with the inputs, outputs and real rows of each batch; the inputs are overwritten afterwards.
         busy_processors: mean number of processors that the executions of `warm_up` kept busy; about 0 where another
             device does the work.
         measured: what `warm_up` has given.
@@ -189,6 +192,8 @@ class Engine[T: Work]:
         self._signature = signature
         self._clock = clock
         self._stages: dict[tuple[int, Key], _Stage] = {}
+        self.profile: Profile | None = getattr(model, "profile", None)
+        self.saw: Callable[[Sequence[np.ndarray], Sequence[np.ndarray], int], object] | None = None
         self.busy_processors = 0.0
         self.measured: Measured = {}
 
@@ -282,7 +287,10 @@ class Engine[T: Work]:
             staged = self._clock()
             outputs = [np.ascontiguousarray(array) for array in self._model.run(stage.sizes, stage.arrays)]
             batched = self._signature.batch is not None
-            return Completion(batch, outputs, started, staged, self._clock(), batched=batched)
+            finished = self._clock()
+            if self.saw is not None:
+                self.saw(stage.arrays, outputs, batch.rows)
+            return Completion(batch, outputs, started, staged, finished, batched=batched)
         except Exception:
             # Whatever the model raises fails this batch only.
             _log.exception("a batch of %d rows at size %d failed", batch.rows, batch.size)

@@ -12,6 +12,7 @@ from prometheus_client import exposition
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from lepton_xla.serve.monitor.monitoring import Monitoring
 from lepton_xla.serve.observe import triton_metrics
 from lepton_xla.serve.observe.metrics import COSTS, Histogram, Metrics
 from lepton_xla.serve.observe.server_metrics import PROCESS, ServerMetrics
@@ -75,6 +76,7 @@ class _Families(Collector):
         yield GaugeMetricFamily("lepton_live", "0 if only a new process would help.", float(server.live))
         if models:
             yield from _of_models(models)
+        yield from _of_monitoring(server.monitoring)
         for family in PROCESS.collect():
             family.samples = [each._replace(value=server.now.get(each.name, each.value)) for each in family.samples]
             yield family
@@ -91,6 +93,16 @@ def _of_models(models: Sequence[Metrics]) -> Iterable[Metric]:
         for each in models:
             gauge.add_metric([each.model, each.version], float(each.now.get(name, 0)))
         yield gauge
+    feedback = CounterMetricFamily(
+        "lepton_feedback_rows", "Rows with feedback, by whether they were answered right.", labels=[*_LABELS, "result"]
+    )
+    for each in models:
+        counted = each.feedback if each.monitor is None else each.monitor.counts().get("feedback", {})
+        for result in ("right", "wrong"):
+            if counted:
+                feedback.add_metric([each.model, each.version, result], counted[result])
+    if feedback.samples:
+        yield feedback
     costs = GaugeMetricFamily(
         "lepton_cost_seconds", "What one execution is predicted to take.", labels=[*_LABELS, "shape", "batch"]
     )
@@ -106,3 +118,26 @@ def _of_models(models: Sequence[Metrics]) -> Iterable[Metric]:
             histogram = read(each)
             family.add_metric([each.model, each.version], histogram.cumulative(), histogram.total)
         yield family
+
+
+def _of_monitoring(monitoring: Monitoring) -> Iterable[Metric]:
+    psi = GaugeMetricFamily(
+        "lepton_drift_psi", "Population stability index over the last 500 rows.", labels=[*_LABELS, "feature"]
+    )
+    ks = GaugeMetricFamily(
+        "lepton_drift_ks", "Kolmogorov-Smirnov distance over the last 500 rows.", labels=[*_LABELS, "feature"]
+    )
+    for (model, version), found in monitoring.drifts.items():
+        for feature, drift in found.items():
+            psi.add_metric([model, version, feature], drift.psi)
+            ks.add_metric([model, version, feature], drift.ks)
+    value = GaugeMetricFamily("lepton_rule_value", "What an alert rule measures.", labels=["rule", *_LABELS])
+    firing = GaugeMetricFamily(
+        "lepton_alert_firing", "1 while an alert fires.", labels=["rule", *_LABELS, "severity"]
+    )  # fmt: skip
+    for alert in monitoring.alerts:
+        name = (alert.rule.name, alert.model, alert.version)
+        if alert.state != "unknown":
+            value.add_metric(name, alert.value)
+        firing.add_metric([*name, alert.rule.severity], float(alert.state == "firing"))
+    yield from (family for family in (psi, ks, value, firing) if family.samples)

@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from lepton_xla.serve.monitor.monitor import Monitor
+
 COSTS = "cost_s"
 """Among the figures of `Metrics.now`, what executions are predicted to take: shape -> batch size -> seconds."""
 
@@ -108,6 +110,8 @@ class Metrics:
         last_s: when the last batch finished, seconds since the epoch.
         by_size: executions, their seconds of copying in and of computing, by compiled batch size.
         now: figures that go up and down, as last looked at; without those of a version that is not loaded.
+        monitor: watches what it answers, if this process has the model.
+        sketch, feedback: what monitors have counted, in counters that come from `of_counts`.
     """
 
     def __init__(self, model: str, version: str = "1") -> None:
@@ -131,6 +135,9 @@ class Metrics:
         self._responses: list[int] = []
         self._waits: list[float] = []
         self.now: dict[str, Any] = {}
+        self.monitor: Monitor | None = None
+        self.sketch: dict[str, list[int]] = {}
+        self.feedback: dict[str, Any] = {}
 
     @property
     def requests(self) -> int:
@@ -146,6 +153,10 @@ class Metrics:
                 plain[name] = [*value.counts, value.total]
             elif isinstance(value, int | float):
                 plain[name] = value
+        if self.monitor is not None:
+            plain |= self.monitor.counts()
+        else:
+            plain |= {name: value for name in ("sketch", "feedback") if (value := getattr(self, name))}
         return plain | {
             "by_size": {str(size): list(each) for size, each in self.by_size.items()},
             "now": dict(self.now),

@@ -8,6 +8,7 @@ from typing import Any
 
 from prometheus_client import ProcessCollector
 
+from lepton_xla.serve.monitor.monitoring import Monitoring
 from lepton_xla.serve.observe.metrics import Metrics, added
 
 PROCESS = ProcessCollector(registry=None)
@@ -32,6 +33,7 @@ class ServerMetrics:
         look: called before figures are shown, to bring `now` of this and of each model up to date.
         ready: whether the server takes requests.
         live: whether it is worth keeping; false where only a new process would help.
+        monitoring: drift and alerts, of all processes together.
     """
 
     def __init__(self) -> None:
@@ -40,6 +42,7 @@ class ServerMetrics:
         self.live = True
         self.now: dict[str, Any] = dict.fromkeys(("in_flight", "connections", "buffered_bytes"), 0.0)
         self.look: Callable[[], object] | None = self._look_at_process
+        self.monitoring = Monitoring()
         self._models: dict[tuple[str, str], Metrics] = {}
         self._loaded: Counter[tuple[str, str]] = Counter()
 
@@ -113,6 +116,7 @@ class ServerMetrics:
         """
         total = ServerMetrics()
         total.ready, total.live, total.look = self.ready, self.live, None
+        total.monitoring = self.monitoring
         for key, value in added(self.counts(), counts).items():
             if key == _SERVER:
                 total.codes = Counter({int(code): count for code, count in value.get("codes", {}).items()})

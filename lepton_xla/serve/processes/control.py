@@ -31,6 +31,7 @@ class Settings(msgspec.Struct, tag="settings"):
         artifact: path of the artifact to serve; empty where the models of a repository are served, as `Prepare` and
             `Commit` say.
         repository: folder of those, or empty.
+        sends_alerts: whether this worker sends alerts to webhooks. All look at the same counters; one of them sends.
     """
 
     artifact: str
@@ -38,6 +39,7 @@ class Settings(msgspec.Struct, tag="settings"):
     workers: int
     json_logs: bool
     repository: str = ""
+    sends_alerts: bool = False
 
 
 class Ready(msgspec.Struct, tag="ready"):

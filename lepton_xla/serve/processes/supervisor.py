@@ -13,6 +13,8 @@ import socket
 from collections.abc import Callable, Iterable
 from time import monotonic
 
+import msgspec
+
 from lepton_xla.errors import RepositoryError, ServeError
 from lepton_xla.serve.app.options import Options, url_of
 from lepton_xla.serve.http.arrivals import AT_ONCE, accept
@@ -189,7 +191,8 @@ class Supervisor:
         child.control = Control(
             ours, lambda message, _: self._told(child, message), gone.set, self._loop, with_fds=False
         )
-        child.control.hand(self._settings, [])
+        settings = msgspec.structs.replace(self._settings, sends_alerts=child is self._workers[0])
+        child.control.hand(settings, [])
         try:
             await gone.wait()
         finally:

@@ -77,6 +77,7 @@ class Worker:
         self._questions: dict[int, _Question] = {}
         self._options = settings.options
         self._repository = settings.repository
+        self._sends_alerts = settings.sends_alerts
         self._access = settings.options.access()
         self._metrics = metrics
         self._loop = loop
@@ -100,7 +101,7 @@ class Worker:
         """
         frontend = HTTPFrontEnd(
             self._models, self._metrics, self._options, self._access, self._gather,
-            None if self._host is None else self, self._repository,
+            None if self._host is None else self, self._repository, sends=self._sends_alerts,
         )  # fmt: skip
         self._arrivals = Arrivals(frontend.state, self._access.tls_options(self._options.limits))
         settle()

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from urllib.parse import unquote
 
 from lepton_xla.serve.errors import HTTPError
-from lepton_xla.serve.protocol import metadata, uploads
+from lepton_xla.serve.protocol import metadata, monitoring, uploads
 from lepton_xla.serve.protocol.request import RequestHead
 from lepton_xla.serve.protocol.response import ResponseHead
 
@@ -82,6 +82,11 @@ ROUTES: tuple[Route, ...] = (
           response=metadata.Statistics),
     Route("infer", "POST", f"{_MODEL}/infer", "infer", "Runs a model",
           request=RequestHead, response=ResponseHead),
+    Route("model_feedback", "POST", f"{_MODEL}/feedback", "infer", "The right answers of earlier requests",
+          request=monitoring.FeedbackRequest, response=monitoring.FeedbackTaken),
+    Route("model_monitor", "GET", f"{_MODEL}/monitor", "read", "Drift of a model's data, and its accuracy by feedback",
+          response=monitoring.ModelMonitor),
+    Route("alerts", "GET", "/v2/alerts", "read", "Alert rules, and which of them fire", response=monitoring.Alerts),
     Route("repository_index", "POST", "/v2/repository/index", "read", "The models there are",
           request=metadata.IndexRequest, response=list[metadata.IndexEntry]),
     Route("log_settings", "GET", "/v2/logging", "read", "What is logged", response=metadata.LogSettings),

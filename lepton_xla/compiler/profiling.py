@@ -1,0 +1,68 @@
+"""Profiles a compiled model: what known inputs look like, and what the model makes of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+
+from lepton_xla.compiler.independence import pad
+from lepton_xla.compiler.servable import Servable
+from lepton_xla.errors import CompileError
+from lepton_xla.profiles import Profile, profile_of
+from lepton_xla.program import TensorSpec
+
+# More rows do not make the bins better, and all are held in memory at once.
+_MOST_ROWS = 8192
+_MOST_BYTES = 256 << 20
+
+
+def profile(servable: Servable, batches: Iterable[Mapping[str, Any]]) -> Profile | None:
+    """The profile of a model's inputs and outputs.
+
+    Args:
+        servable: the model.
+        batches: inputs by name; at most the first 8,192 rows and 256 MiB are read.
+
+    Returns:
+        The profile; None for a model without rows, or without data.
+
+    Raises:
+        CompileError: if a batch does not fit the model.
+    """
+    rows_symbol = servable.row_symbol
+    if rows_symbol is None or not all(rows_symbol in spec.symbols for spec in servable.outputs.values()):
+        return None
+    largest = {name: sizes[-1] for name, sizes in servable.buckets.items()}
+    found: dict[str, list[np.ndarray]] = {}
+    rows = nbytes = 0
+    for number, batch in enumerate(batches):
+        try:
+            arrays = {name: np.asarray(batch[name]) for name in servable.inputs}
+            outputs = servable(**arrays)
+        except Exception as error:
+            raise CompileError(f"batch {number} of the data to profile does not fit the model: {error}") from error
+        inputs = {name: array for name, array in arrays.items() if rows_symbol in servable.inputs[name].symbols}
+        size = len(next(iter(inputs.values())))
+        specs = {**servable.inputs, **servable.outputs}
+        for name, array in (*inputs.items(), *outputs.items()):
+            # Rows of other lengths are padded to the same, as the server does.
+            whole = pad(array, specs[name].at({**largest, rows_symbol: size}).shape)
+            found.setdefault(name, []).append(whole)
+            nbytes += whole.nbytes
+        rows += size
+        if rows >= _MOST_ROWS or nbytes >= _MOST_BYTES:
+            break
+    if not rows:
+        return None
+    joined = {name: np.concatenate(parts)[:_MOST_ROWS] for name, parts in found.items()}
+    return profile_of(
+        {name: joined[name] for name in servable.inputs if name in joined},
+        {name: joined[name] for name in servable.outputs},
+        [name for name, spec in (*servable.inputs.items(), *servable.outputs.items()) if _is_padded(spec, rows_symbol)],
+    )
+
+
+def _is_padded(spec: TensorSpec, rows_symbol: str) -> bool:
+    return bool(set(spec.symbols) - {rows_symbol})

@@ -1,0 +1,1 @@
+"""Whether answers are right: drift of the data, feedback, and alerts."""

@@ -1,0 +1,142 @@
+"""Watches one model version: counts its rows into the profile's bins, and keeps its answers for feedback."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from time import monotonic
+from typing import Any
+
+import numpy as np
+
+from lepton_xla.profiles import Profile, Sketch
+from lepton_xla.serve.monitor.feedback import Feedback
+from lepton_xla.serve.protocol.signature import Signature
+
+_log = logging.getLogger("lepton_xla.serve")
+
+# Rows are counted in groups, since NumPy's overhead is that of a call.
+_GROUP_ROWS = 256
+_GROUP_BYTES = 16 << 20
+# Counting takes at most this share of the time; rows beyond are left out, evenly. Some time is saved up for bursts.
+_SHARE = 0.02
+_SAVED_S = 0.5
+
+
+class Monitor:
+    """What is known of the answers of one model version.
+
+    `saw` is called by whatever thread runs the model, everything else on the event loop.
+
+    Args:
+        signature: the model's.
+        profile: of the known data; None counts no rows.
+        clock: seconds, monotonic.
+
+    Attributes:
+        profile: as given.
+        feedback: judges answers; None if no output has a class.
+    """
+
+    def __init__(
+        self, signature: Signature, profile: Profile | None = None, clock: Callable[[], float] = monotonic
+    ) -> None:
+        self.profile = profile
+        self._signature = signature
+        self._clock = clock
+        self._sketch = None if profile is None else Sketch(profile)
+        self._lock = threading.Lock()
+        self._inputs: list[list[np.ndarray]] = []
+        self._outputs: list[list[np.ndarray]] = []
+        self._rows = self._bytes = 0
+        self._allowance_s, self._last_s = _SAVED_S, clock()
+        self._judged = judged_output(signature)
+        self.feedback: Feedback | None = None
+        if self._judged is not None:
+            tensor = signature.outputs[self._judged]
+            self.feedback = Feedback(tensor.dtype, int(tensor.shape[1]))
+
+    def saw(self, inputs: Sequence[np.ndarray], outputs: Sequence[np.ndarray], rows: int) -> None:
+        """Counts the rows of a batch. The arrays may be written to afterwards.
+
+        Args:
+            inputs, outputs: in the order of the signature, rows first, padding rows last.
+            rows: without padding.
+        """
+        if self._sketch is None or self._signature.batch is None:
+            return
+        with self._lock:
+            if not self._allowed():
+                return
+            if self._inputs and [array.shape[1:] for array in self._inputs[-1]] != [each.shape[1:] for each in inputs]:
+                self._count()
+            self._inputs.append([array[:rows].copy() for array in inputs])
+            self._outputs.append([array[:rows].copy() for array in outputs])
+            self._rows += rows
+            self._bytes += sum(array.nbytes for array in (*self._inputs[-1], *self._outputs[-1]))
+            if self._rows >= _GROUP_ROWS or self._bytes >= _GROUP_BYTES:
+                self._count()
+
+    def _allowed(self) -> bool:
+        now = self._clock()
+        self._allowance_s = min(_SAVED_S, self._allowance_s + _SHARE * (now - self._last_s))
+        self._last_s = now
+        return self._allowance_s > 0
+
+    def _count(self) -> None:
+        started = self._clock()
+        inputs, outputs = self._inputs, self._outputs
+        self._inputs, self._outputs, self._rows, self._bytes = [], [], 0, 0
+        assert self._sketch is not None
+        try:
+            self._sketch.add(
+                _joined([tensor.name for tensor in self._signature.inputs], inputs),
+                _joined([tensor.name for tensor in self._signature.outputs], outputs),
+            )
+        except Exception:
+            # What is counted must never fail an answer.
+            _log.exception("the inputs and outputs of %s could not be counted", self._signature.name)
+            self._sketch = None
+        self._allowance_s -= self._clock() - started
+
+    def answered(self, request_id: str, outputs: Sequence[tuple[int, bytes | memoryview]]) -> None:
+        """Keeps an answer for feedback.
+
+        Args:
+            request_id: as the client sent it.
+            outputs: index of the output and its bytes, for each that was asked for.
+        """
+        if self.feedback is not None:
+            for index, data in outputs:
+                if index == self._judged:
+                    self.feedback.remember(request_id, data)
+                    break
+
+    def counts(self) -> dict[str, Any]:
+        """What was counted: `sketch`, feature -> rows by bin, and `feedback`. Those of other processes may be added."""
+        with self._lock:
+            if self._rows:
+                self._count()
+            found: dict[str, Any] = {} if self._sketch is None else {"sketch": self._sketch.counts}
+        if self.feedback is not None:
+            found["feedback"] = self.feedback.counts()
+        return found
+
+
+def judged_output(signature: Signature) -> int | None:
+    """Index of the output whose largest element is a row's answer: the only one of floats with classes; else None."""
+    found = [
+        index
+        for index, tensor in enumerate(signature.outputs)
+        if len(tensor.shape) == 2
+        and isinstance(tensor.shape[1], int)
+        and tensor.shape[1] >= 2
+        and tensor.shape[0] == signature.batch
+        and tensor.datatype.name.startswith(("FP", "BF"))
+    ]
+    return found[0] if len(found) == 1 else None
+
+
+def _joined(names: Sequence[str], groups: Sequence[Sequence[np.ndarray]]) -> Mapping[str, np.ndarray]:
+    return {name: np.concatenate(parts) for name, parts in zip(names, zip(*groups, strict=True), strict=True)}

@@ -1,0 +1,118 @@
+"""Looks at all model versions once a second: their drift, and the alert rules."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from time import time
+from typing import Any, NamedTuple
+
+from lepton_xla.profiles import Profile
+from lepton_xla.serve.monitor.alerts import Alert, Alerts, Subject, drift_now, measure
+from lepton_xla.serve.monitor.drift import Drift
+from lepton_xla.serve.monitor.history import Counts, History
+from lepton_xla.serve.monitor.rules import QUANTITIES, Rules, parse_condition
+from lepton_xla.serve.monitor.webhooks import Sender, summary_of
+
+_log = logging.getLogger("lepton_xla.serve")
+
+_KEPT = ("request_s", "failures", "rejected", "expired", "sketch", "feedback")
+_DRIFT_ROWS = int(QUANTITIES["drift"].default)
+_ACCURACY = parse_condition("accuracy < 1")
+
+
+class Watched(NamedTuple):
+    """A model version to look at.
+
+    Attributes:
+        model, version: its name and version.
+        counts: what was counted of it in all processes.
+        bounds: upper bounds of the bins of `request_s`, seconds.
+        profile: of the known data, if its artifact has one.
+    """
+
+    model: str
+    version: str
+    counts: Counts
+    bounds: Sequence[float]
+    profile: Profile | None
+
+
+class Monitoring:
+    """Histories of what was counted, drift, and alerts.
+
+    Args:
+        rules: what to alert on, and where to.
+        server_url: where the server is, for whoever gets an alert.
+        sends: whether this process sends alerts; of several, one does.
+        clock: seconds since the epoch.
+
+    >>> monitoring = Monitoring(Rules.parse("[[rule]]\\nname = 'wrong'\\nwhen = 'accuracy < 0.9 over 10'"))
+    >>> counts = {"feedback": {"right": 5, "wrong": 5, "labels": {}}}
+    >>> monitoring.look([Watched("digits", "1", counts, (), None)])
+    >>> [(alert.rule.name, alert.state, alert.value) for alert in monitoring.alerts]
+    [('wrong', 'firing', 0.5)]
+    """
+
+    def __init__(
+        self, rules: Rules | None = None, server_url: str = "", *, sends: bool = True, clock: Callable[[], float] = time
+    ) -> None:
+        rules = rules or Rules()
+        self._clock = clock
+        self._alerts = Alerts(rules.rules, self._tell)
+        self._sender = Sender(rules.webhooks if sends else (), server_url)
+        self._subjects: dict[tuple[str, str], Subject] = {}
+        self._drifts: dict[tuple[str, str], dict[str, Drift]] = {}
+
+    @property
+    def alerts(self) -> Iterator[Alert]:
+        """All alerts, those that are well included."""
+        return iter(self._alerts)
+
+    @property
+    def drifts(self) -> Mapping[tuple[str, str], Mapping[str, Drift]]:
+        """(model, version) -> feature -> its drift over the last 500 rows."""
+        return self._drifts
+
+    def accuracy(self, model: str, version: str) -> float | None:
+        """The accuracy over the last 1,000 rows with feedback, or all if there are fewer; None without any."""
+        subject = self._subjects.get((model, version))
+        if subject is None:
+            return None
+        found = measure(_ACCURACY, subject)
+        if found is None:
+            feedback: Mapping[str, Any] = subject.history.now.get("feedback", {})
+            judged = feedback.get("right", 0) + feedback.get("wrong", 0)
+            found = feedback["right"] / judged if judged else None
+        return found
+
+    def look(self, watched: Iterable[Watched]) -> None:
+        """Takes what was counted by now, and brings drift and alerts up to date. Versions that are left out end."""
+        now_s = self._clock()
+        subjects: dict[tuple[str, str], Subject] = {}
+        for each in watched:
+            key = (each.model, each.version)
+            before = self._subjects.get(key)
+            # Other bins, other counts: a history is of one profile.
+            history = History() if before is None or before.profile != each.profile else before.history
+            counts = {name: each.counts[name] for name in _KEPT if name in each.counts}
+            queued = {"queue_rows": each.counts.get("now", {}).get("queue_rows", 0)}
+            history.add(now_s, {**counts, "now": queued})
+            subjects[key] = subject = Subject(history, each.bounds, each.profile)
+            found = drift_now(subject, _DRIFT_ROWS)
+            if found is not None:
+                self._drifts[key] = found
+        self._subjects = subjects
+        self._drifts = {key: each for key, each in self._drifts.items() if key in subjects}
+        self._alerts.look(now_s, subjects)
+
+    def _tell(self, alert: Alert) -> None:
+        if alert.state == "firing":
+            _log.warning("alert %s: %s", alert.rule.name, summary_of(alert))
+        else:
+            _log.info("alert %s has ended: %s version %s", alert.rule.name, alert.model, alert.version)
+        self._sender.send(alert)
+
+    def close(self) -> None:
+        """Stops sending."""
+        self._sender.close()

@@ -1,0 +1,69 @@
+"""Feedback: answers that are kept, and what becomes of labels for them."""
+
+import numpy as np
+import pytest
+
+from lepton_xla.serve.errors import HTTPError
+from lepton_xla.serve.monitor.feedback import Feedback
+
+
+def answer(*classes, of=4):
+    return np.eye(of, dtype=np.float32)[list(classes)].tobytes()
+
+
+@pytest.fixture
+def feedback():
+    return Feedback(np.dtype("float32"), classes=4, most=3)
+
+
+def test_a_confusion_by_hand(feedback):
+    feedback.remember("a", answer(0, 1, 1, 3))
+    feedback.remember("b", answer(2))
+    assert feedback.judge({"a": [0, 1, 2, 1], "b": [2]}) == 5
+    assert (feedback.right, feedback.wrong) == (3, 2)
+    # label -> answered right, rows of the class, rows answered so
+    assert feedback.labels == {"0": [1, 1, 1], "1": [1, 2, 2], "2": [1, 2, 1], "3": [0, 0, 1]}
+
+
+@pytest.mark.parametrize(
+    ("labels", "status"),
+    [({"b": [0]}, 404), ({"a": [0, 1]}, 400), ({"a": [4]}, 400), ({"a": [0], "b": [0]}, 404)],
+)
+def test_what_does_not_fit_is_refused_whole(feedback, labels, status):
+    feedback.remember("a", answer(0))
+    with pytest.raises(HTTPError) as caught:
+        feedback.judge(labels)
+    assert caught.value.status == status
+    assert (feedback.right, feedback.wrong, feedback.labels) == (0, 0, {})
+    assert feedback.judge({"a": [0]}) == 1
+
+
+def test_a_second_label_for_one_answer_is_refused(feedback):
+    feedback.remember("a", answer(0))
+    feedback.judge({"a": [0]})
+    with pytest.raises(HTTPError) as caught:
+        feedback.judge({"a": [0]})
+    assert (caught.value.status, feedback.right) == (409, 1)
+
+
+def test_only_the_latest_answers_are_kept(feedback):
+    for name in "abcd":
+        feedback.remember(name, answer(0))
+    assert [feedback.knows(name) for name in "abcd"] == [False, True, True, True]
+    feedback.remember("b", answer(1))  # the same id again: the later answer is meant
+    feedback.remember("e", answer(0))
+    assert [feedback.knows(name) for name in "bcde"] == [True, False, True, True]
+    feedback.judge({"b": [1]})
+    assert feedback.right == 1
+
+
+def test_the_bytes_of_answers_are_bounded():
+    feedback = Feedback(np.dtype("float32"), classes=4, most_bytes=16 * 64)
+    for number in range(1000):
+        feedback.remember(str(number), answer(0))
+    assert sum(feedback.knows(str(number)) for number in range(1000)) == 64
+    feedback.remember("large", answer(*[0] * 100))
+    assert not feedback.knows("large")
+    for number in range(936, 1000):
+        feedback.judge({str(number): [0]})
+    assert feedback._bytes == 0

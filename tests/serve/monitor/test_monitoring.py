@@ -1,0 +1,192 @@
+"""A server that watches whether its answers are right: drift, feedback and alerts through HTTP."""
+
+import json
+import time
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from serve_fakes import exchange
+
+import lepton_xla as lx
+from lepton_xla.profiles import Sketch, profile_of
+from lepton_xla.serve.monitor.monitor import Monitor
+from lepton_xla.serve.protocol.signature import signature_of
+
+RNG = np.random.default_rng(0)
+KNOWN = np.float32(RNG.normal(size=(2000, 4)))
+
+
+@pytest.fixture(scope="module")
+def classifier():
+    """The class of a row is its largest element."""
+    program = lx.trace(lambda w, x: x @ w, 5 * jnp.eye(4), {"x": lx.TensorSpec(("batch", 4), "float32")})
+    return lx.compile(program, {"batch": (1, 8)}, name="largest").with_profile([{"x": KNOWN}]).servable()
+
+
+def call(server, method, path, body=None):
+    data = b"" if body is None else json.dumps(body).encode()
+    status, _, answer = exchange(server, method, path, data, {"content-type": "application/json"} if data else None)
+    return status, json.loads(answer)
+
+
+def infer(server, rows, request_id=None, model="largest"):
+    message = {
+        "inputs": [{"name": "x", "datatype": "FP32", "shape": list(rows.shape), "data": rows.ravel().tolist()}]
+    } | ({} if request_id is None else {"id": request_id})
+    status, answer = call(server, "POST", f"/v2/models/{model}/infer", message)
+    assert status == 200
+    return answer
+
+
+def until(check, seconds=10):
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        found = check()
+        if found:
+            return found
+        time.sleep(0.1)
+    raise AssertionError("it did not happen")
+
+
+def test_drift_feedback_and_alerts(make_server, classifier, tmp_path):
+    rules = tmp_path / "alerts.toml"
+    rules.write_text("""
+        [[rule]]
+        name = "drifted"
+        when = "drift(x) > 0.2"
+        [[rule]]
+        name = "wrong"
+        when = "accuracy < 0.8 over 20"
+    """)
+    server = make_server(classifier, alerts=rules)
+
+    def states():
+        return {each["rule"]: each["state"] for each in call(server, "GET", "/v2/alerts")[1]["alerts"]}
+
+    for start in range(0, 512, 8):
+        infer(server, KNOWN[start : start + 8], request_id=f"clean {start}")
+    until(lambda: states().get("drifted") == "ok")
+    rows = {f"clean {start}": KNOWN[start : start + 8].argmax(axis=1).tolist() for start in range(0, 24, 8)}
+    status, answer = call(
+        server, "POST", "/v2/models/largest/feedback", {"feedback": [{"id": k, "label": v} for k, v in rows.items()]}
+    )
+    assert (status, answer) == (200, {"rows": 24})
+    until(lambda: states()["wrong"] == "ok")
+    monitor = call(server, "GET", "/v2/models/largest/monitor")[1]
+    assert (monitor["accuracy"], monitor["feedback_rows"]) == (1.0, 24)
+    assert {each["feature"] for each in monitor["drift"]} == {feature.name for feature in classifier.profile.features}
+    assert max(each["psi"] for each in monitor["drift"]) < 0.1
+    # Then the data shift, and the answers with them.
+    for start in range(0, 504, 8):
+        infer(server, KNOWN[start : start + 8] + 2, request_id=f"shifted {start}")
+    until(lambda: states()["drifted"] == "firing")
+    wrong = [{"id": f"shifted {start}", "label": [(int(row.argmax()) + 1) % 4 for row in KNOWN[start : start + 8]]}
+             for start in range(0, 24, 8)]  # fmt: skip
+    assert call(server, "POST", "/v2/models/largest/feedback", {"feedback": wrong})[0] == 200
+    until(lambda: states()["wrong"] == "firing")
+    metrics = exchange(server, "GET", "/metrics")[2].decode()
+    assert 'lepton_feedback_rows_total{model="largest",result="wrong",version="1"} 24.0' in metrics
+    assert 'lepton_alert_firing{model="largest",rule="wrong",severity="warning",version="1"} 1.0' in metrics
+
+
+@pytest.mark.parametrize(
+    ("body", "status"),
+    [
+        ({}, 400),
+        ({"feedback": []}, 400),
+        ({"feedback": [{"id": "a"}]}, 400),
+        ({"feedback": [{"id": "a", "label": "3"}]}, 400),
+        ({"feedback": [{"id": "a", "label": True}]}, 400),
+        ({"feedback": [{"id": "a", "label": -1}]}, 400),
+        ({"feedback": [{"id": "a", "label": 9}]}, 400),
+        ({"feedback": [{"id": "a", "label": [0, 1]}]}, 400),
+        ({"feedback": [{"id": "a", "label": 0}, {"id": "a", "label": 0}]}, 400),
+        ({"feedback": [{"id": "a", "label": 0}, {"id": "never", "label": 0}]}, 404),
+        ({"feedback": [{"id": str(number), "label": 0} for number in range(1001)]}, 400),
+        ({"feedback": [{"id": "a", "label": 0, "more": 1}]}, 400),
+    ],
+)
+def test_feedback_that_does_not_fit_counts_nothing(watched, body, status):
+    infer(watched, KNOWN[:1], request_id="a")
+    assert call(watched, "POST", "/v2/models/largest/feedback", body)[0] == status
+    assert call(watched, "GET", "/v2/models/largest/monitor")[1]["feedback_rows"] == 0
+
+
+@pytest.fixture(scope="module")
+def watched(classifier):
+    with lx.serve.Server(classifier, lx.serve.Options(port=0)) as server:
+        yield server
+
+
+def test_a_model_without_classes_takes_no_feedback(make_server):
+    program = lx.trace(lambda w, x: (x @ w).sum(1), jnp.eye(4), {"x": lx.TensorSpec(("batch", 4), "float32")})
+    server = make_server(lx.compile(program, {"batch": (1,)}, name="sum").servable())
+    infer(server, KNOWN[:1], request_id="a", model="sum")
+    status, answer = call(server, "POST", "/v2/models/sum/feedback", {"feedback": [{"id": "a", "label": 0}]})
+    assert status == 501
+    assert "no output with classes" in answer["error"]
+
+
+def test_a_server_that_does_not_monitor(make_server, classifier):
+    server = make_server(classifier, monitor=False)
+    infer(server, KNOWN[:1], request_id="a")
+    assert call(server, "POST", "/v2/models/largest/feedback", {"feedback": [{"id": "a", "label": 0}]})[0] == 501
+    assert call(server, "GET", "/v2/models/largest/monitor")[1]["drift"] == []
+
+
+def test_rules_that_do_not_parse_stop_the_server_at_its_start(classifier, tmp_path):
+    (tmp_path / "alerts.toml").write_text("[[rule]]\nname = 'a'\nwhen = 'p99 > soon'")
+    with pytest.raises(lx.errors.ServeError, match="rule 1"):
+        lx.serve.Server(classifier, lx.serve.Options(port=0, alerts=tmp_path / "alerts.toml")).start()
+
+
+# The monitor alone.
+
+
+class Clock:
+    def __init__(self):
+        self.now = 0.0
+
+    def __call__(self):
+        return self.now
+
+
+def test_a_monitor_counts_every_row_as_a_sketch_does(classifier):
+    monitor = Monitor(signature_of(classifier), classifier.profile, clock=Clock())
+    expected = Sketch(classifier.profile)
+    stage, start = np.zeros((8, 4), np.float32), 0
+    for rows in (1, 8, 3, 5, 7) * 30:
+        stage[:rows] = KNOWN[start : start + rows]  # one array for all batches, with padding that is not zero
+        outputs = stage * 5
+        expected.add({"x": stage[:rows]}, {"output": outputs[:rows]})
+        monitor.saw([stage], [outputs], rows)
+        start += rows
+    assert monitor.counts()["sketch"] == expected.counts
+
+
+def test_counting_takes_a_share_of_the_time(classifier):
+    clock = Clock()
+    monitor = Monitor(signature_of(classifier), classifier.profile, clock=clock)
+    rows = KNOWN[:256]
+
+    def slow(*_):
+        clock.now += 0.3
+
+    monitor._sketch.add = slow
+    counted = []
+    monitor._sketch.add = lambda *arguments: (slow(), counted.append(clock.now))
+    for _ in range(1000):
+        monitor.saw([rows], [rows], 256)
+        clock.now += 0.1
+    # Half a second was saved up; after that two percent.
+    assert 0.3 * len(counted) < 0.02 * clock.now + 0.5 + 0.3
+    assert 0.3 * len(counted) > 0.02 * clock.now - 0.3
+
+
+def test_what_cannot_be_counted_fails_no_answer(classifier, caplog):
+    monitor = Monitor(signature_of(classifier), profile_of({"x": KNOWN}, {"output": KNOWN}), clock=Clock())
+    monitor._sketch.add = None
+    for _ in range(3):
+        monitor.saw([KNOWN[:256]], [KNOWN[:256]], 256)
+    assert caplog.text.count("could not be counted") == 1
