@@ -97,6 +97,18 @@ def test_students_without_their_data_are_skipped_with_the_reason(tmp_path: pathl
         assert f"{name}: skipped: " in done.stdout
 
 
+def test_swaps_lose_nothing_and_are_timed(tmp_path: pathlib.Path) -> None:
+    found = figures("operations.py", tmp_path)["swaps"]["found"]
+    for kind in ("weights", "whole"):
+        row = found[kind]
+        assert (row["swaps"], row["not_200"], row["wrong"]) == (2, {}, 0)
+        assert row["checked"] > 10
+        assert row["ratio"] > 0
+    assert found["copy"]["ratio"] > 0
+    assert [row["reloads"] for row in found["reloads"]] == [2, 4, 6, 8]
+    assert not any(row["errors"] for row in found["reloads"])
+
+
 def test_a_model_without_its_data_is_skipped_with_the_reason(tmp_path: pathlib.Path) -> None:
     done = run("quantization.py", "--models", "lenet5", data=tmp_path)
     assert done.returncode == 1

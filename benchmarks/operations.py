@@ -1,0 +1,55 @@
+"""Operating a server: what changes cost the requests that come meanwhile.
+
+    python benchmarks/operations.py [--sections NAMES] [--quick] [--json FILE]
+
+Section `swaps`: versions take each other's place under an open loop at 60 % of the capacity, weights alone and whole
+artifacts; a swap of 100 MB of weights; and 1,000 reloads of one model under traffic to another. The server has all
+cores except the last, which is the load generator's. Rows are kept when they are measured, so an interrupted run can
+continue; `--fresh` measures everything again. Writes docs/benchmarks/operations.md; a run of some sections replaces
+only these.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from typing import Any
+
+import harness
+import journal
+import sections
+import swapping
+from rich.console import Console
+from sections import Section
+
+console = Console(width=120, highlight=False)
+
+SECTIONS = {"swaps": Section(swapping.measure, swapping.tables, swapping.INTRODUCTION)}
+
+
+def page(results: Mapping[str, Any]) -> str:
+    """docs/benchmarks/operations.md."""
+    return sections.page(["# Operating a server"], SECTIONS, results)
+
+
+def main() -> int:
+    """Measures, prints, writes."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, no page: a smoke test")
+    sections.add_options(parser, SECTIONS)
+    journal.add_option(parser)
+    parser.add_argument("--seconds", type=float, default=4.0, help="of each closed loop that finds a capacity")
+    options = parser.parse_args()
+    if options.quick:
+        options.seconds = 0.5
+
+    def write(results: sections.Results) -> None:
+        if not options.quick:
+            harness.publish("operations", results, page)
+
+    sections.run(SECTIONS, options, lambda name: harness.machine(), write, console)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
