@@ -23,7 +23,6 @@ import harness
 import jax
 import journal
 import numpy as np
-import psutil
 from loops import load, on_cores, result_of
 from payloads import Payload
 from server_process import Server, free_port
@@ -259,7 +258,6 @@ def reloaded(
     try:
         server.wait()
         capacity = load(server, None, CONNECTIONS, options.seconds)["rate"]
-        process = psutil.Process(server._process.pid)
         every = min(EVERY, max(2, reloads // 4))
         for start in range(0, reloads, every):
             done = threading.Event()
@@ -280,7 +278,7 @@ def reloaded(
             rows.append({
                 "reloads": start + every,
                 "seconds": time.monotonic() - began,
-                "rss_bytes": process.memory_info().rss,
+                "memory_bytes": server.memory(),
                 "p50_ms": 1e3 * found["p50"],
                 "p99_ms": 1e3 * found["p99"],
                 "errors": float(result.errors),
@@ -371,7 +369,7 @@ def tables(found: Any) -> list[str]:
     if "reloads" in found:
         lines = [
             (
-                f"{row['reloads']:,.0f}", f"{row['rss_bytes'] / 2**20:.0f}", f"{row['p50_ms']:.2f}",
+                f"{row['reloads']:,.0f}", f"{row['memory_bytes'] / 2**20:.0f}", f"{row['p50_ms']:.2f}",
                 f"{row['p99_ms']:.2f}", f"{row['errors']:.0f}",
             )
             for row in found["reloads"]
