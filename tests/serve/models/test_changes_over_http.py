@@ -305,3 +305,15 @@ def test_the_document_of_the_server_has_these_routes(start):
     assert set(paths["/v2/repository/models/{model}/versions/{version}"]) == {"post", "delete"}
     (offset,) = [each for each in paths["/v2/repository/blobs/{sha256}"]["put"]["parameters"] if each["in"] == "query"]
     assert offset["name"] == "offset"
+
+
+@pytest.mark.slow
+def test_schemathesis_finds_no_server_error_in_a_repository(start, repository, made, tmp_path):
+    repository.push(made[2], "m")
+    repository.promote("m", "1")
+    server = start()
+    command = [sys.executable, "-m", "schemathesis.cli", "run", f"{server.url}/v2/openapi.json", "--no-color"]
+    command += ["--include-path-regex", "repository", "--max-examples", "8", "--seed", "1"]
+    command += ["--exclude-checks", "positive_data_acceptance"]  # what is right by its schema may be wrong here
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
