@@ -90,7 +90,10 @@ RECIPES = {
 }
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize(
+    "recipe",
+    ["int8, static scales", *(pytest.param(name, marks=pytest.mark.slow) for name in ("int8", "int4 in groups"))],
+)
 def test_quantized_weights_fit_if_lowered_by_the_same_recipe(recipe, tmp_path):
     chosen = lx.Recipe.parse(f"measure=false\n{RECIPES[recipe]}", name=recipe)
 
@@ -390,6 +393,7 @@ def test_on_a_mesh_an_update_is_made_of_an_artifact(tmp_path):
         make_update(base, program(weights(1)))
 
 
+@pytest.mark.slow
 def test_every_pair_of_programs_has_its_own_digest():
     programs = [program(), *(make() for name, (make, _) in OTHERS.items() if name not in ("no batch",))]
     fits = [compiler.compile(each, BUCKETS, tolerance=1.0).manifest.fit for each in programs]

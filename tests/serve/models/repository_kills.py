@@ -4,6 +4,7 @@ Run as `python repository_kills.py FOLDER CHANGE`; prints how many kills there w
 it forks, which a process with JAX's threads must not.
 """
 
+import hashlib
 import os
 import pathlib
 import signal
@@ -12,8 +13,24 @@ import sys
 from fake_artifacts import is_whole, make_artifact
 
 from lepton_xla.serve.models.repository import Repository
+from lepton_xla.serve.models.uploads import Uploads
+
+
+def upload(repository, artifact):
+    """Send what is missing, as a client does, and make a version of it."""
+    uploads, digest = Uploads(repository), ""
+    for file in sorted(artifact.rglob("*"), key=lambda file: file.name == "manifest.json"):
+        if file.is_file():
+            data = file.read_bytes()
+            digest = hashlib.sha256(data).hexdigest()
+            size = uploads.sizes([digest])[digest]
+            while size < len(data):
+                size = uploads.write(digest, size, data[size : size + 5000])
+    uploads.publish(digest, "m")
+
 
 CHANGES = {
+    "upload": upload,
     "push": lambda repository, artifact: repository.push(artifact, "m"),
     "promote": lambda repository, artifact: repository.promote("m", "3"),
     "rollback": lambda repository, artifact: repository.rollback("m"),
@@ -84,6 +101,7 @@ def main(folder, change):
         after = state(repository)
         done = {
             "push": (("1", "2", "3", "4"), "2"),
+            "upload": (("1", "2", "3", "4"), "2"),
             "promote": (before[0], "3"),
             "rollback": (before[0], "1"),
             "remove": (("1", "2"), "2"),

@@ -141,7 +141,15 @@ def test_two_pushes_at_once_do_not_mix(url, repository, tmp_path, monkeypatch):
 
     def push(number):
         other = RemoteRepository(url, tmp_path / "cache")
-        start.wait()
+        real, first = other._names, [True]
+
+        def names(path):
+            found = real(path)
+            if first and first.pop():
+                start.wait()  # all have looked before one claims a number
+            return found
+
+        other._names = names
         try:
             landed.append(other.push(sources[number], "m", "9" if number % 2 else None))
         except RepositoryError as error:

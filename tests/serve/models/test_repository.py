@@ -241,6 +241,7 @@ LABELS = st.from_regex(r"[a-zA-Z][a-zA-Z0-9_-]{0,8}", fullmatch=True)
 VERSIONS = st.integers(1, 10**18 - 1).map(str)
 
 
+@settings(max_examples=40)
 @given(st.dictionaries(LABELS, VERSIONS, max_size=4), LABELS, VERSIONS, st.booleans())
 def test_a_label_is_set_and_no_other_changes(labels, label, version, has_more):
     text = "[labels]\n" + "".join(f"{key} = '{value}'\n" for key, value in labels.items())
@@ -329,7 +330,10 @@ def test_leftovers_of_killed_pushes_go_with_the_next(repository, artifact):
     assert sorted(os.listdir(repository.root / "m")) == [young.name, foreign.name, "1.lepton", "2.lepton"]
 
 
-@pytest.mark.parametrize("change", ["push", "promote", "rollback", "remove"])
+@pytest.mark.parametrize(
+    "change",
+    ["push", "promote", *(pytest.param(name, marks=pytest.mark.slow) for name in ("upload", "rollback", "remove"))],
+)
 def test_killed_at_every_step(tmp_path, change):
     """See `repository_kills.py`: before or after, never between, and the next change does what it should."""
     run = subprocess.run(
