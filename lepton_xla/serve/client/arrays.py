@@ -37,6 +37,7 @@ def write_infer(
     outputs: Sequence[str] | None = None,
     parameters: Mapping[str, int] | None = None,
     *,
+    request_id: str | None = None,
     binary: bool = True,
 ) -> tuple[bytes, list[bytes | memoryview]]:
     """The JSON part of a request, and the bytes of each input that follow it.
@@ -46,6 +47,7 @@ def write_infer(
             lists of them, become FP32 and INT32, as in JAX; FP64 and INT64 if those cannot hold one.
         outputs: names of the outputs wanted; None for all.
         parameters: of the request, such as `priority`.
+        request_id: what to call the request.
         binary: whether tensors travel as bytes, both ways, instead of in the JSON.
 
     Raises:
@@ -68,7 +70,7 @@ def write_infer(
         else:
             entry["data"] = _json_data(name, array, datatype)
         described.append(entry)
-    head: dict[str, Any] = {"inputs": described}
+    head: dict[str, Any] = {"inputs": described} if request_id is None else {"id": request_id, "inputs": described}
     extra = dict(parameters or {})
     if outputs is not None:
         head["outputs"] = [{"name": name, "parameters": {"binary_data": binary}} for name in outputs]

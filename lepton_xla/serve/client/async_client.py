@@ -10,7 +10,17 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 
 from lepton_xla.errors import ServeError
-from lepton_xla.serve.client.calls import Attempts, Caller, RequestOf, arrays_of, is_good, json_of, only, route
+from lepton_xla.serve.client.calls import (
+    Attempts,
+    Caller,
+    RequestOf,
+    arrays_of,
+    feedback_of,
+    is_good,
+    json_of,
+    only,
+    route,
+)
 from lepton_xla.serve.client.replicas import Replica, StalledError, UnreachedError
 from lepton_xla.serve.client.transport import PATIENCE_S, Answer, Channel, RequestError, connected, left
 
@@ -61,13 +71,26 @@ class AsyncClient(Caller):
         outputs: Sequence[str] | None = None,
         timeout_s: float | None = None,
         priority: int | None = None,
+        request_id: str | None = None,
         **more: Any,
     ) -> dict[str, Shaped[np.ndarray, "*_"]]:
         """See `Client.infer`."""
         attempts = self._attempts(timeout_s)
         name = await self._name(model, attempts)
-        request = self._infer(attempts, name, {**(inputs or {}), **more}, outputs, priority)
+        request = self._infer(attempts, name, {**(inputs or {}), **more}, outputs, priority, request_id)
         return arrays_of(await self._call(request, attempts))
+
+    async def feedback(
+        self, model: str | None, labels: Mapping[str, int | Sequence[int]], *, timeout_s: float | None = None
+    ) -> int:
+        """See `Client.feedback`."""
+        attempts = self._attempts(timeout_s)
+        path = f"{route(await self._name(model, attempts))}/feedback"
+        return json_of(await self._call(self._plain(path, "POST", feedback_of(labels)), attempts))["rows"]
+
+    async def monitor(self, model: str | None = None) -> dict[str, Any]:
+        """See `Client.monitor`."""
+        return await self._get(model, "/monitor")
 
     async def metadata(self, model: str | None = None) -> dict[str, Any]:
         """See `Client.metadata`."""

@@ -297,8 +297,8 @@ class Caller:
             raise ServeError(f"timeout_s must be positive and less than {_NO_TIMEOUT_S:g}, not {seconds!r}")
         return Attempts(self._replicas, self._retries if retries is None else retries, seconds)
 
-    def _plain(self, path: str, method: str = "GET") -> RequestOf:
-        return lambda there, left_s: there.request(method, path, (b"{}",) if method == "POST" else ())
+    def _plain(self, path: str, method: str = "GET", body: bytes = b"{}") -> RequestOf:
+        return lambda there, left_s: there.request(method, path, (body,) if method == "POST" else ())
 
     def _infer(
         self,
@@ -307,18 +307,39 @@ class Caller:
         inputs: Mapping[str, Any],
         outputs: Sequence[str] | None,
         priority: int | None,
+        request_id: str | None,
     ) -> RequestOf:
         parameters: dict[str, int] = {} if priority is None else {"priority": priority}
         path = f"{route(model)}/infer"
 
         def request(there: Endpoint, left_s: float) -> bytes:
             timeout = {"timeout": max(1, int(left_s * 1e6))}
-            head, tail = write_infer(inputs, outputs, parameters | timeout, binary=self._binary)
+            head, tail = write_infer(
+                inputs, outputs, parameters | timeout, request_id=request_id, binary=self._binary
+            )  # fmt: skip
             sent = there.request("POST", path, (head, *tail), len(head) if self._binary else None)
             attempts.kind = (model, len(sent).bit_length())  # what the time of the answer depends on
             return sent
 
         return request
+
+
+def feedback_of(labels: Mapping[str, int | Sequence[int]]) -> bytes:
+    """The body of a feedback request.
+
+    Raises:
+        InputError: if a label is no integer, nor a list of them.
+
+    >>> feedback_of({"a": 3, "b": np.array([1, 2])})
+    b'{"feedback":[{"id":"a","label":3},{"id":"b","label":[1,2]}]}'
+    """
+    entries: list[dict[str, Any]] = []
+    for request_id, label in labels.items():
+        array = np.asarray(label)
+        if array.ndim > 1 or not np.issubdtype(array.dtype, np.integer):
+            raise InputError(f"the label of request {request_id!r} must be a class, or one for each of its rows")
+        entries.append({"id": request_id, "label": array.tolist()})
+    return msgspec.json.encode({"feedback": entries})
 
 
 def route(model: str) -> str:

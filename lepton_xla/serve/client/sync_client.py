@@ -11,7 +11,17 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 
 from lepton_xla.errors import ServeError
-from lepton_xla.serve.client.calls import Attempts, Caller, RequestOf, arrays_of, is_good, json_of, only, route
+from lepton_xla.serve.client.calls import (
+    Attempts,
+    Caller,
+    RequestOf,
+    arrays_of,
+    feedback_of,
+    is_good,
+    json_of,
+    only,
+    route,
+)
 from lepton_xla.serve.client.replicas import Replica, StalledError, UnreachedError
 from lepton_xla.serve.client.transport import PATIENCE_S, Answer, BlockingChannel, RequestError, left
 
@@ -68,6 +78,7 @@ class Client(Caller):
         outputs: Sequence[str] | None = None,
         timeout_s: float | None = None,
         priority: int | None = None,
+        request_id: str | None = None,
         **more: Any,
     ) -> dict[str, Shaped[np.ndarray, "*_"]]:
         """Run a model.
@@ -78,6 +89,7 @@ class Client(Caller):
             outputs: which outputs to return; by default all.
             timeout_s: seconds for this call, instead of the client's.
             priority: 1 is served first, then 2 and so on; by default the server's own choice.
+            request_id: what to call the request, for `feedback` and the server's log.
             **more: inputs by name; anything `numpy.asarray` takes. Python's numbers travel as FP32 and INT32, as in
                 JAX; bfloat16 is ml_dtypes'.
 
@@ -95,8 +107,44 @@ class Client(Caller):
         """
         attempts = self._attempts(timeout_s)
         name = self._name(model, attempts)
-        request = self._infer(attempts, name, {**(inputs or {}), **more}, outputs, priority)
+        request = self._infer(attempts, name, {**(inputs or {}), **more}, outputs, priority, request_id)
         return arrays_of(self._call(request, attempts))
+
+    def feedback(
+        self, model: str | None, labels: Mapping[str, int | Sequence[int]], *, timeout_s: float | None = None
+    ) -> int:
+        """Tell the server the right answers of earlier requests, all or none.
+
+        Args:
+            model: its name; None for the server's only one.
+            labels: the `request_id` of each -> its class, or the class of each of its rows.
+            timeout_s: seconds for this call, instead of the client's.
+
+        Returns:
+            How many rows were judged.
+
+        Raises:
+            RequestError: 404 for a request that the model has not answered, or not lately; 409 for one that has had its
+                feedback.
+            InputError: if a label is no integer.
+
+        >>> with Client(url) as client:
+        ...     _ = client.infer("double", x=np.float32([[1, 2]]), request_id="first")
+        ...     client.feedback("double", {"first": 1})
+        1
+        """
+        attempts = self._attempts(timeout_s)
+        path = f"{route(self._name(model, attempts))}/feedback"
+        return json_of(self._call(self._plain(path, "POST", feedback_of(labels)), attempts))["rows"]
+
+    def monitor(self, model: str | None = None) -> dict[str, Any]:
+        """Ask how far a model's data have drifted, and how often its answers were right.
+
+        >>> with Client(url) as client:
+        ...     client.monitor("double")["drift"]  # its artifact has no profile
+        []
+        """
+        return self._get(model, "/monitor")
 
     def metadata(self, model: str | None = None) -> dict[str, Any]:
         """Ask for the names, datatypes and shapes of a model's inputs and outputs; -1 is a dimension that varies.

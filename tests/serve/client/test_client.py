@@ -77,6 +77,19 @@ def delays(monkeypatch):
 # Against the real server.
 
 
+def test_feedback_is_for_a_request_by_its_id(server, ask):
+    ask(server.url, "infer", "affine", x=X, n=N, request_id="mine")  # 2 X + N is largest at the end
+    assert ask(server.url, "feedback", "affine", {"mine": [3, 0]}) == 2
+    figures = ask(server.url, "monitor", "affine")
+    assert (figures["feedback_rows"], figures["labels"][0]["recall"]) == (2, 0.0)
+    for labels, status in (({"mine": [3, 0]}, 409), ({"other": 1}, 404)):
+        with pytest.raises(RequestError) as caught:
+            ask(server.url, "feedback", "affine", labels)
+        assert caught.value.status == status
+    with pytest.raises(InputError, match="'mine' must be a class"):
+        ask(server.url, "feedback", "affine", {"mine": 0.5})
+
+
 def test_infer(ask, server):
     outputs = ask(server.url, "infer", "affine", x=X, n=N)
     assert list(outputs) == ["y", "twice"]
