@@ -88,7 +88,7 @@ class Server:
         self._repository = "" if repository is None or "://" in os.fsdecode(repository) else os.fsdecode(repository)
         if repository is not None:
             loader = ArtifactLoader(self.options, self.metrics, self._open, self.device)
-            self._host, self._records = Host(self.models, loader), Records(self.options.audit_log)
+            self._host, self._records = Host(self.models, loader, self.metrics), Records(self.options.audit_log)
             self._manager = Manager(
                 open_repository(repository), self._host, explicit=self.options.explicit,
                 poll_s=self.options.repository_poll_s, record=self._records,

@@ -131,7 +131,10 @@ class App:
         self._compress_bytes = compress_bytes
         self._workers = Workers(limits.max_buffered_bytes)
         self._refusals = Refusals()
-        self._pages = Pages(models, metrics, server_name, gather, repository=control is not None)
+        needs_models = control is not None and not control.explicit
+        self._pages = Pages(
+            models, metrics, server_name, gather, repository=control is not None, needs_models=needs_models
+        )
         self._repository: RepositoryPages | None = None
         if control is not None:
             self._repository = RepositoryPages(

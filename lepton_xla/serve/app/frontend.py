@@ -93,7 +93,8 @@ class HTTPFrontEnd:
         for each in self._metrics:
             each.now = {}
         for model in self._models:
-            model.metrics.now = added(model.metrics.now, model.scheduler.figures())
+            figures = model.scheduler.figures() | {"model_ready": float(model.health.ready)}
+            model.metrics.now = added(model.metrics.now, figures)
         return self.state.figures()
 
     async def serve(self, listener: Closable, stop: Stop, on_ready: Callable[[], object]) -> bool:

@@ -34,6 +34,7 @@ class Pages:
         server_name: name in the server's metadata.
         gather: calls back with the counters of the whole server; None if `metrics` has them all.
         repository: whether the server has a repository of models.
+        needs_models: whether the server is not ready while no model is loaded.
 
     Attributes:
         server: by name of a route, what answers it.
@@ -48,7 +49,9 @@ class Pages:
         gather: Gather | None,
         *,
         repository: bool = False,
+        needs_models: bool = False,
     ) -> None:
+        self._needs_models = needs_models
         self._repository = repository
         self._models = models
         self._metrics = metrics
@@ -93,7 +96,7 @@ class Pages:
         self._json(exchange, metadata.ServerLive(live), 200 if live else 503)
 
     def _ready(self, exchange: Exchange) -> None:
-        ready = self._metrics.ready
+        ready = self._metrics.ready and (not self._needs_models or bool(self._models.names()))
         self._json(exchange, metadata.ServerReady(ready=ready, live=self._metrics.live), 200 if ready else 503)
 
     def _model_metadata(self, model: ModelHandle, exchange: Exchange) -> None:

@@ -24,7 +24,13 @@ _STATUS = {"invalid": 400, "missing": 404, "conflict": 409, "failed": 400}
 
 
 class Control(Protocol):
-    """Changes which models are loaded: the `Manager`, or what asks for it in another process."""
+    """Changes which models are loaded: the `Manager`, or what asks for it in another process.
+
+    Attributes:
+        explicit: whether a server without a model is as it should be, because clients have models loaded.
+    """
+
+    explicit: bool
 
     async def index(self) -> list[Entry]:
         """The models of the repository."""

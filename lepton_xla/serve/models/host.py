@@ -18,6 +18,7 @@ from lepton_xla.serve.batching.scheduler import Scheduler
 from lepton_xla.serve.models.changes import Change, Source
 from lepton_xla.serve.models.handle import ModelHandle
 from lepton_xla.serve.models.registry import Registry
+from lepton_xla.serve.observe.server_metrics import ServerMetrics
 
 _log = logging.getLogger("lepton_xla.serve")
 
@@ -55,9 +56,11 @@ class Host[T]:
     Args:
         models: what answers requests.
         loader: makes handles.
+        metrics: counts what was loaded and what could not be.
     """
 
-    def __init__(self, models: Registry, loader: Loader[T]) -> None:
+    def __init__(self, models: Registry, loader: Loader[T], metrics: ServerMetrics) -> None:
+        self._metrics = metrics
         self._models = models
         self._loader = loader
         # One thread, so that several changes at once do not take all cores from what serves. The first model is loaded
@@ -81,6 +84,7 @@ class Host[T]:
             except Exception as error:  # whatever an artifact makes the loader raise fails this version only
                 if not isinstance(error, LeptonError):
                     _log.exception("model %s version %s cannot be loaded", change.name, version)
+                self._metrics.of(change.name, version).load_failures += 1
                 failed[version] = _reason(error, source, f"{change.name}/{version}")
         return failed
 
@@ -93,6 +97,7 @@ class Host[T]:
         made, leaving = self._prepared.pop(number, {}), list[ModelHandle]()
         opened = [self._loader.open(made[version]) for version in change.load]
         for handle in opened:
+            handle.metrics.loads += 1
             before = self._models.get(change.name, handle.signature.version)
             if before is not None:
                 leaving.append(before)

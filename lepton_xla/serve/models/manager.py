@@ -103,6 +103,7 @@ class Manager:
         self._number = 0
         self._found: dict[str, Found] = {}
         self._trouble = ""
+        self._ignored: set[str] = set()
         self._tasks: set[asyncio.Task[object]] = set()
 
     @property
@@ -120,12 +121,15 @@ class Manager:
             RepositoryError: if the repository cannot be read, or holds no model of one of the names.
         """
         self._found = await asyncio.to_thread(self._repository.scan)
+        self._tell_ignored()
         if self.explicit:
             for name in names:
                 if name not in self._found:
                     raise RepositoryError("missing", f"{self._repository.root}: there is no model {name!r}")
             self._asked.update(names)
         await self._settle_all()
+        if not self.states and not self.explicit:
+            _log.warning("no model of %s is loaded yet", self._repository.root)
 
     async def watch(self) -> None:
         """Looks for changes for ever. Nothing to do in explicit mode."""
@@ -143,6 +147,7 @@ class Manager:
             self._trouble = str(error)
             return
         self._trouble = ""
+        self._tell_ignored()
         self._settle_all_soon()
 
     def close(self) -> None:
@@ -231,6 +236,13 @@ class Manager:
         return [shown[version] for version in sorted(shown, key=lambda version: int(version or 0))]
 
     # Changes.
+
+    def _tell_ignored(self) -> None:
+        """Tells once of what looks like a version and is none."""
+        ignored = {f"{name}/{entry}" for name, found in self._found.items() for entry in found.ignored}
+        for each in sorted(ignored - self._ignored):
+            _log.info("%s is no version of a model, and is not loaded", each)
+        self._ignored = ignored
 
     def _names(self) -> list[str]:
         return sorted({*self._found, *self._models})

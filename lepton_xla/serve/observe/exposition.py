@@ -25,7 +25,11 @@ _SERVER_GAUGES = {
     "connections": "Connections open now.",
     "buffered_bytes": "Bodies of requests that arrive or have no answer yet, and answers to come or not sent yet.",
 }
-_GAUGES = {"queue_rows": "Rows waiting now.", "queue_requests": "Inferences waiting now."}
+_GAUGES = {
+    "queue_rows": "Rows waiting now.",
+    "queue_requests": "Inferences waiting now.",
+    "model_ready": "Processes in which the version is loaded and takes requests.",
+}
 _COUNTERS: dict[str, tuple[str, Callable[[Metrics], float]]] = {
     "inference_requests": ("Inferences answered with a result.", lambda counted: counted.requests),
     "inference_failures": ("Inferences that failed in execution.", lambda counted: counted.failures),
@@ -35,6 +39,8 @@ _COUNTERS: dict[str, tuple[str, Callable[[Metrics], float]]] = {
     "rows": ("Rows executed, padding not counted.", lambda counted: counted.rows),
     "padding_rows": ("Padding rows executed.", lambda counted: counted.padding),
     "batches": ("Executions.", lambda counted: counted.batch_rows.count),
+    "model_loads": ("Times that a version was loaded.", lambda counted: counted.loads),
+    "model_load_failures": ("Times that a version could not be loaded.", lambda counted: counted.load_failures),
     "failed_batches": ("Executions that failed.", lambda counted: counted.failed_batches),
 }
 _HISTOGRAMS: dict[str, tuple[str, Callable[[Metrics], Histogram]]] = {

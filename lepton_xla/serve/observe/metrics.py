@@ -107,6 +107,8 @@ class Metrics:
             line, `Date` and `Connection`.
         input_s, infer_s, output_s: seconds that inferences spent in copying rows in, in execution, and from there to
             their answers; a batch of eight requests counts eight times.
+        loads: times that the version was loaded.
+        load_failures: times that it could not be loaded.
         last_s: when the last batch finished, seconds since the epoch.
         by_size: executions, their seconds of copying in and of computing, by compiled batch size.
         now: figures that go up and down, as last looked at; without those of a version that is not loaded.
@@ -119,6 +121,7 @@ class Metrics:
         self.version = version
         self.failures = self.rejected = self.expired = self.cancelled = 0
         self.rows = self.padding = self.failed_batches = 0
+        self.loads = self.load_failures = 0
         self.request_s = Histogram(_SECONDS)
         self.queue_s = Histogram(_SECONDS)
         self.compute_s = Histogram(_SECONDS)

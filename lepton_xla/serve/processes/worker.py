@@ -76,6 +76,7 @@ class Worker:
         self._tasks: set[asyncio.Task[None]] = set()
         self._questions: dict[int, _Question] = {}
         self._options = settings.options
+        self.explicit = settings.options.explicit
         self._repository = settings.repository
         self._sends_alerts = settings.sends_alerts
         self._access = settings.options.access()
@@ -280,7 +281,7 @@ async def _main(settings: control.Settings, end: socket.socket) -> bool:
         models.put(handle)
         name, digest = signature.name, servable.manifest.sha256
     else:
-        host = Host(models, ArtifactLoader(settings.options, metrics, make, device))
+        host = Host(models, ArtifactLoader(settings.options, metrics, make, device), metrics)
     worker = Worker(settings, metrics, models, host, end, asyncio.get_running_loop())
     finished = False
     try:

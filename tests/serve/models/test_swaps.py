@@ -153,6 +153,7 @@ def test_a_bad_artifact_leaves_the_old_one_serving_and_says_why(start, repositor
             assert "'second' holds NaN" in reason
         assert exchange(server, "GET", "/v2/health/ready")[0] == 200
         assert server.models.versions("m") == ["1"]
+        assert server.metrics.of("m", "2").load_failures >= 1
         before = clients.answers["1"]
         wait(lambda: clients.answers["1"] > before + 20)
         repository.push(made[3], "m")
@@ -198,9 +199,13 @@ def test_a_model_whose_folder_goes_is_unloaded_and_comes_again(start, repository
     shutil.rmtree(repository.root / "m")
     wait(lambda: server.models.names() == [])
     assert exchange(server, "POST", "/v2/models/m/infer", b"{}")[0] == 404
-    assert exchange(server, "GET", "/v2/health/ready")[0] == 200
+    assert [exchange(server, "GET", f"/v2/health/{what}")[0] for what in ("live", "ready")] == [200, 503]
     repository.push(made[1], "m")
-    wait(lambda: server.models.names() == ["m"])
+    wait(lambda: exchange(server, "GET", "/v2/health/ready")[0] == 200)
+    assert server.models.names() == ["m"]
+    text = exchange(server, "GET", "/metrics")[2].decode()
+    assert 'lepton_model_loads_total{model="m",version="1"} 2.0\n' in text
+    assert 'lepton_model_ready{model="m",version="1"} 1.0\n' in text
 
 
 def test_an_unreadable_repository_changes_nothing(start, repository, made):
@@ -222,6 +227,7 @@ def test_triton_s_routes_load_and_unload(start, repository, made):
     server = start(explicit=True)
     assert server.models.names() == []
     assert index(server) == {("m", ""): {"name": "m"}}
+    assert exchange(server, "GET", "/v2/health/ready")[0] == 200, "clients say what is loaded"
     assert exchange(server, "GET", "/v2/models/m/ready")[0] == 404
     assert control(server, "m", "load") == (200, "")
     with Clients(server, count=2) as clients:
