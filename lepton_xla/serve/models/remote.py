@@ -7,11 +7,14 @@ once its manifest does, which is written last. A store has no locks: of two that
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import hashlib
+import logging
 import os
 import pathlib
 import shutil
+import tempfile
 from collections.abc import Generator
 from typing import Any
 from urllib.parse import unquote
@@ -26,6 +29,8 @@ from lepton_xla.serve.models.repository import SUFFIX, Repository, check_model_n
 from lepton_xla.serve.models.settings import SETTINGS, ModelSettings, check_version, is_version
 from lepton_xla.trust.bundles import MAX_SIGNATURE_BYTES, SIGNATURE
 
+_log = logging.getLogger("lepton_xla.serve")
+
 _MAX_TEXT_BYTES = 1 << 20
 _CLAIM = ".claim"
 
@@ -35,7 +40,8 @@ class RemoteRepository(Repository):
 
     Args:
         url: the prefix.
-        cache: folder for the copy; by default one in `$LEPTON_CACHE`, `$XDG_CACHE_HOME` or `~/.cache`.
+        cache: folder for the copy; by default one in `$LEPTON_CACHE`, `$XDG_CACHE_HOME` or `~/.cache`. It lasts as long
+            as this process if `LEPTON_CACHE=off`.
 
     Raises:
         RepositoryError: kind `invalid`, if the package for such addresses is not installed, or the address is none.
@@ -47,6 +53,7 @@ class RemoteRepository(Repository):
         self.location = url
         self._fs, self._path = _file_system(url)
         self._manifests: dict[str, tuple[Any, bytes]] = {}
+        self._verified: set[pathlib.Path] = set()
 
     def scan(self) -> dict[str, Found]:
         """Look at all models, by name, and fetch the versions that are wanted.
@@ -54,7 +61,8 @@ class RemoteRepository(Repository):
         A model of which something cannot be fetched has a `problem`.
 
         Raises:
-            RepositoryError: kind `failed`, if the store cannot be reached.
+            RepositoryError: kind `failed`, if the store cannot be reached, or nothing is there: an address that is
+                wrong must not look like a repository from which all models were removed.
         """
         found = {name: self._fetched(name) for name in self._model_names()}
         self.root.mkdir(parents=True, exist_ok=True)
@@ -99,7 +107,7 @@ class RemoteRepository(Repository):
                     "conflict", f"model {name!r} has a version {number}, or a push of it was cut off; push another"
                 )
             try:
-                with self._asked(f"{name}/{number}{SUFFIX} cannot be written"):
+                with self._asked(f"{name}/{number}{SUFFIX} cannot be written", FileExistsError):
                     self._fs.pipe_file(self._at(f"{name}/{number}{SUFFIX}/{_CLAIM}"), b"-", mode="create")
             except FileExistsError:
                 continue
@@ -209,16 +217,20 @@ class RemoteRepository(Repository):
         signature = self._bytes(f"{name}/{version}{SUFFIX}/{SIGNATURE}", MAX_SIGNATURE_BYTES)
         try:
             if (folder / MANIFEST).read_bytes() == manifest and signature_of(folder) == signature:
-                return
+                if folder in self._verified or _is_whole(folder, listing):
+                    self._verified.add(folder)
+                    return
+                _log.warning("the copy of %s/%s is damaged, and is fetched again", name, version)
             local._delete(name, version)  # another has taken its place
         except FileNotFoundError:
             pass
+        self._verified.discard(folder)
         with local.stage(name, version) as staged:
             for file, entry in listing.files.items():
                 target = staged / file
                 target.parent.mkdir(parents=True, exist_ok=True)
                 try:
-                    with self._asked(f"{name}/{version}{SUFFIX}/{file} cannot be read"):
+                    with self._asked(f"{name}/{version}{SUFFIX}/{file} cannot be read", FileNotFoundError):
                         self._fs.get_file(self._at(f"{name}/{version}{SUFFIX}/{file}"), str(target))
                 except FileNotFoundError:
                     raise ArtifactError(f"{file} is missing") from None
@@ -229,6 +241,7 @@ class RemoteRepository(Repository):
                 write_whole(staged / SIGNATURE, signature)
             write_whole(staged / MANIFEST, manifest)
             local._put(staged, name, version)
+        self._verified.add(folder)
 
     # The store.
 
@@ -248,7 +261,7 @@ class RemoteRepository(Repository):
     def _names(self, path: str) -> dict[str, bool]:
         """What is directly under a path: name -> whether it is a folder."""
         try:
-            with self._asked("cannot be listed"):
+            with self._asked("cannot be listed", None if path == "" else FileNotFoundError):
                 self._fs.invalidate_cache()
                 entries = self._fs.ls(self._at(path), detail=True)
         except FileNotFoundError:
@@ -258,7 +271,7 @@ class RemoteRepository(Repository):
     def _bytes(self, path: str, limit: int) -> bytes | None:
         """A file of the store; None if there is none."""
         try:
-            with self._asked(f"{path} cannot be read"):
+            with self._asked(f"{path} cannot be read", FileNotFoundError):
                 data = self._fs.cat_file(self._at(path), start=0, end=limit + 1)
         except FileNotFoundError:
             return None
@@ -267,21 +280,25 @@ class RemoteRepository(Repository):
         return data
 
     def _remove_all(self, prefix: str) -> None:
-        with contextlib.suppress(FileNotFoundError), self._asked(f"{prefix} cannot be removed"):
+        with (
+            contextlib.suppress(FileNotFoundError),
+            self._asked(f"{prefix} cannot be removed", FileNotFoundError),
+        ):
             self._fs.rm(self._at(prefix), recursive=True)
 
     def _at(self, path: str) -> str:
         return f"{self._path}/{path}".rstrip("/")
 
     @contextlib.contextmanager
-    def _asked(self, what: str) -> Generator[None, None, None]:
-        """Turn what a store raises, which is anything, into an error of ours."""
+    def _asked(self, what: str, passing: type[OSError] | None = None) -> Generator[None, None, None]:
+        """Turn what a store raises, which is anything, into an error of ours; only `passing` passes."""
         try:
             yield
-        except (FileNotFoundError, FileExistsError, RepositoryError, ArtifactError):
-            raise
         except Exception as error:
-            raise RepositoryError("failed", f"{self.location}: {what}: {first_line(error)}") from error
+            if passing is not None and isinstance(error, passing):
+                raise
+            reason = "nothing is there" if isinstance(error, FileNotFoundError) else first_line(error)
+            raise RepositoryError("failed", f"{self.location}: {what}: {reason}") from error
 
 
 def open_repository(location: str | os.PathLike[str]) -> Repository:
@@ -313,11 +330,23 @@ def _file_system(url: str) -> tuple[Any, str]:
 
 def _default_cache() -> pathlib.Path:
     asked = os.environ.get("LEPTON_CACHE", "")
-    if asked and asked != "off":
+    if asked == "off":
+        folder = tempfile.mkdtemp(prefix="lepton-models-")
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        return pathlib.Path(folder)
+    if asked:
         return pathlib.Path(asked) / "models"
     base = os.environ.get("XDG_CACHE_HOME", "")
     root = pathlib.Path(base) if os.path.isabs(base) else pathlib.Path.home() / ".cache"
     return root / "lepton_xla" / "models"
+
+
+def _is_whole(folder: pathlib.Path, listing: Listing) -> bool:
+    """Whether the files of a copy, which another process made, are what the manifest lists."""
+    try:
+        return all(_digest(folder, file) == entry.sha256 for file, entry in listing.files.items())
+    except ArtifactError:
+        return False
 
 
 def _digest(folder: pathlib.Path, file: str) -> str:

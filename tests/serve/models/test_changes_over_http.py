@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 
+import fsspec
 import jax.numpy as jnp
 import pytest
 from numbered import Clients, make_numbered, wait
@@ -21,6 +22,7 @@ from lepton_xla.serve.access.tokens import create_token
 from lepton_xla.serve.client import RequestError
 from lepton_xla.serve.client import repository as client_module
 from lepton_xla.serve.client.repository import RepositoryClient
+from lepton_xla.serve.models.remote import RemoteRepository
 from lepton_xla.serve.models.repository import Repository
 
 
@@ -123,6 +125,20 @@ def test_weights_alone_are_loaded_at_the_start_from_a_base_on_the_disk(start, re
     )  # fmt: skip
     assert status_code == 200
     assert json.loads(body)["outputs"][0]["data"] == [3.0, 6.0, 9.0, 12.0]
+
+
+def test_a_store_is_served_and_watched(made, updates):
+    store = fsspec.filesystem("memory")
+    store.store.clear()
+    remote = RemoteRepository("memory://served/models")
+    remote.push(made[1], "m")
+    options = Options(port=0, repository_poll_s=0.02)
+    with Server(options=options, repository="memory://served/models") as server, Clients(server) as clients:
+        remote.push(updates[3], "m", "3")
+        wait(lambda: clients.answers.get("3", 0) > 20)
+        assert server.models.find("m").model.route == "shared"
+        with RepositoryClient(server.url) as client:
+            assert status(client.push, made[2], "m") == 501  # it has no folder that it may write to
 
 
 def test_poisoned_weights_leave_the_old_ones_serving(start, repository, updates, made, tmp_path):
