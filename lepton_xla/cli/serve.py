@@ -257,6 +257,7 @@ def serve(
     from lepton_xla.serve.app.options import Options
     from lepton_xla.serve.http.files import make_room
     from lepton_xla.serve.observe.logs import configure
+    from lepton_xla.serve.runtime import leave, run_on_calling_thread
     from lepton_xla.serve.server import Server
 
     # Ignored until the server's own handler (reload files) is installed: an early SIGHUP must not end the process.
@@ -285,6 +286,7 @@ def serve(
         raise ServeError("--name is for one artifact; the models of a repository are called as their folders are")
     if options.explicit and not repository:
         raise ServeError(f"--explicit is for a repository of models, and {path} is none")
+    server: Server | None = None
     if workers > 1:
         from lepton_xla.serve.processes.supervisor import Supervisor
 
@@ -294,8 +296,6 @@ def serve(
         )  # fmt: skip
         finished = processes.run(on_ready=announce)
     else:
-        from lepton_xla.serve.runtime import run_on_calling_thread
-
         run_on_calling_thread()
         if repository:
             server = Server(options=options, repository=path)
@@ -307,6 +307,8 @@ def serve(
         finished = server.run(on_ready=announce)
     if as_json:
         click.echo(json_lines.dumps({"event": "stopped", "all_answered": finished}))
+    if server is not None and server.loading:
+        leave(0 if finished else 1)
     if not finished:
         sys.exit(1)
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gc
+import logging
 import os
 import sys
+from typing import NoReturn
 
 # How long a thread holds the interpreter while another asks for it. At Python's own 5 ms, an event loop that is never
 # idle keeps the engine's thread waiting so long before and after each batch: the model stands still under overload.
@@ -29,6 +31,14 @@ def count_on_cores(count: int) -> None:
     """
     # What the client asks for the size of its pool, before the number of cores.
     os.environ.setdefault("NPROC", str(count))
+
+
+def leave(code: int) -> NoReturn:
+    """Ends a process that does nothing but serve, at once: Python would wait for a thread that still loads a model."""
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def settle() -> None:

@@ -109,6 +109,11 @@ class Server:
         """The model's name on the wire; several are separated by commas."""
         return ", ".join(self.models.names() or [signature.name for signature, _ in self._engines])
 
+    @property
+    def loading(self) -> bool:
+        """Whether a thread still loads a version of the repository, for which the end of the process would wait."""
+        return self._manager is not None and self._host.loading > 0
+
     def run(self, *, signals: bool = True, on_ready: Callable[[Server], None] | None = None) -> bool:
         """Serve until stopped.
 

@@ -57,10 +57,14 @@ class Host[T]:
         models: what answers requests.
         loader: makes handles.
         metrics: counts what was loaded and what could not be.
+
+    Attributes:
+        loading: number of versions that are being loaded.
     """
 
     def __init__(self, models: Registry, loader: Loader[T], metrics: ServerMetrics) -> None:
         self._metrics = metrics
+        self.loading = 0
         self._models = models
         self._loader = loader
         # One thread, so that several changes at once do not take all cores from what serves. The first model is loaded
@@ -78,9 +82,10 @@ class Host[T]:
             thread = self._thread if self._models.names() else self._first
             others = [self._models.find(change.name, each) for each in self._models.versions(change.name)]
             try:
-                made[version] = await loop.run_in_executor(
-                    thread, self._loader.load, change.name, version, source, others
-                )
+                self.loading += 1
+                work = loop.run_in_executor(thread, self._loader.load, change.name, version, source, others)
+                work.add_done_callback(self._loaded)
+                made[version] = await asyncio.shield(work)
             except Exception as error:  # whatever an artifact makes the loader raise fails this version only
                 if not isinstance(error, LeptonError):
                     _log.exception("model %s version %s cannot be loaded", change.name, version)
@@ -110,8 +115,13 @@ class Host[T]:
                 leaving.append(handle)
         return asyncio.gather(*(self._freed(*_watched(handle)) for handle in leaving))
 
+    def _loaded(self, work: asyncio.Future[T]) -> None:
+        self.loading -= 1
+        if not work.cancelled():
+            work.exception()  # whoever waits for it is told, and nobody may
+
     def close(self) -> None:
-        """Loads nothing more."""
+        """Loads nothing more. What is being loaded goes on, and a process that ends waits for it: see `leave`."""
         for thread in (self._first, self._thread):
             thread.shutdown(wait=False, cancel_futures=True)
 

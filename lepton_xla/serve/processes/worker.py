@@ -36,7 +36,7 @@ from lepton_xla.serve.processes.child import run_child
 from lepton_xla.serve.processes.control import Control
 from lepton_xla.serve.processes.packets import close_all
 from lepton_xla.serve.protocol.signature import signature_of
-from lepton_xla.serve.runtime import count_on_cores, run_on_calling_thread, settle
+from lepton_xla.serve.runtime import count_on_cores, leave, run_on_calling_thread, settle
 from lepton_xla.serve.server import open_model
 
 _log = logging.getLogger("lepton_xla.serve")
@@ -291,6 +291,8 @@ async def _main(settings: control.Settings, end: socket.socket) -> bool:
         if host is not None:
             host.close()
         device.stop(5.0 if finished else 0.0)
+        if host is not None and host.loading:
+            leave(0 if finished else 1)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import importlib
 import json
 import os
 import shutil
+import subprocess
 import threading
 import time
 import weakref
@@ -12,7 +13,7 @@ import weakref
 import numpy as np
 import pytest
 from numbered import Clients, make_numbered, wait
-from serve_fakes import exchange
+from serve_fakes import exchange, start_script
 
 from lepton_xla.errors import RepositoryError
 from lepton_xla.serve import Options, Server
@@ -327,6 +328,37 @@ def test_settings_of_a_model_hold_and_change(start, repository):
     wait(lambda: index(server).get(("m", ""), {}).get("state") == "UNAVAILABLE")
     assert "max_queue_rowz" in index(server)["m", ""]["reason"]
     assert server.models.find("m").scheduler.max_rows == 2
+
+
+@pytest.mark.slow
+def test_a_stop_does_not_wait_for_what_is_being_loaded(repository, made):
+    script = """
+        import time
+        from lepton_xla.cli.serve import serve
+        from lepton_xla.serve.loader import ArtifactLoader
+
+        load = ArtifactLoader.load
+
+        def slow(self, name, version, *more):
+            if version == "2":
+                time.sleep(30)
+            return load(self, name, version, *more)
+
+        ArtifactLoader.load = slow
+        serve()
+    """
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    flags = ("--json", "--port", "0", "--repository-poll-s", "0.05")
+    process = start_script(script, repository.root, *flags, environment=environment, stdout=subprocess.PIPE)
+    with process:
+        assert json.loads(process.stdout.readline())["event"] == "listening"
+        repository.push(made[2], "m")
+        time.sleep(1)
+        began = time.monotonic()
+        process.terminate()
+        assert json.loads(process.stdout.readline()) == {"event": "stopped", "all_answered": True}
+        assert process.wait(20) == 0
+    assert time.monotonic() - began < 5
 
 
 @pytest.mark.slow
