@@ -223,7 +223,6 @@ def compile(
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         files={},
     )
-    manifest = msgspec.structs.replace(manifest, fit=fit_digest(manifest, programs, unpacking))
     artifact = Artifact(manifest, tuple(stored), executables, tuple(programs), unpacking, devices)
     if golden is not None:
         rows = Golden.made(golden, program.inputs, program.outputs, artifact.servable(), limit)
@@ -233,7 +232,9 @@ def compile(
         assert not isinstance(mesh, Mesh)
         artifact = _with(artifact, compile_elsewhere(program, flat, expand, bucket_list, topology, mesh, rules))
     tell("done", steps, steps)
-    return artifact
+    # The last step, because code for other devices brings their mesh.
+    fit = fit_digest(artifact.manifest, programs, unpacking)
+    return dataclasses.replace(artifact, manifest=msgspec.structs.replace(artifact.manifest, fit=fit))
 
 
 def _with(artifact: Artifact, other: Elsewhere) -> Artifact:
