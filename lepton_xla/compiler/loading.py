@@ -119,7 +119,10 @@ def load(
 def _share(store: Store, manifest: Manifest, files: VerifiedFiles, base: Servable | None) -> Servable:
     """Load the weights of an artifact for the compiled code of a model that is loaded."""
     if base is None:
-        raise ArtifactError(f"{store.location} has weights only: load it with base=, a model that they fit")
+        raise ArtifactError(
+            f"{store.location} has weights only: load it with base=, a loaded model that they fit, or serve it from a "
+            "repository that has one"
+        )
     check_fit(manifest, base.manifest, store.location)
     devices = base.runtime.devices
     # What is not needed here will be elsewhere, or when the base is gone: a damaged artifact is refused as a whole.
