@@ -86,14 +86,19 @@ def wanted_state(found: Found | None, overrides: Mapping[str, int | None] | None
 def difference(name: str, held: State, wanted: State) -> Change | None:
     """The change from what is loaded to what is wanted; None if there is none.
 
+    A label that is to stand on a version that is not there stays where it stands, and so does that version: or requests
+    for `stable` would go to whatever is the greatest.
+
     >>> one, two = Source("digits/1.lepton"), Source("digits/2.lepton")
     >>> change = difference("digits", State({"1": one}), State({"2": two}, {"stable": "2", "canary": "9"}))
     >>> list(change.load), change.retire, change.labels
     (['2'], ('1',), {'stable': '2'})
     """
     load = {version: source for version, source in wanted.versions.items() if held.versions.get(version) != source}
-    retire = tuple(version for version in held.versions if version not in wanted.versions)
-    labels = {label: version for label, version in wanted.labels.items() if version in wanted.versions}
+    stands = {label: version for label, version in held.labels.items() if label in wanted.labels}
+    labels = stands | {label: version for label, version in wanted.labels.items() if version in wanted.versions}
+    keep = {*wanted.versions, *labels.values()}
+    retire = tuple(version for version in held.versions if version not in keep)
     if not load and not retire and labels == held.labels:
         return None
     return Change(name, load, retire, labels)

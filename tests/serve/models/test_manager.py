@@ -5,6 +5,8 @@ import pathlib
 
 import msgspec
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from lepton_xla.errors import RepositoryError
 from lepton_xla.serve.models import manager as managing
@@ -174,8 +176,13 @@ def test_a_label_moves_only_to_a_loaded_version_and_keeps_what_it_stands_on():
         run.works.bad["3"] = "torn"
         await run.see(found("m", "1", "2", "3", labels={"stable": "3", "canary": "3"}))
         assert (run.labels(), run.loaded()) == ({"stable": "2"}, ["2"])
-        await run.see(found("m", "1", "2", labels={"stable": "9"}))
-        assert (run.labels(), run.loaded()) == ({}, ["2"])
+        await run.see(found("m", "1", "2", "4", labels={"stable": "9"}))
+        assert (run.labels(), run.loaded()) == ({"stable": "2"}, ["2", "4"]), "version 9 is not there"
+        assert ("m", "9", "UNAVAILABLE", "label 'stable' is to stand on it, and it is not in the repository") in (
+            await run.index()
+        )
+        await run.see(found("m", "1", "2", "4", labels={}))
+        assert (run.labels(), run.loaded()) == ({}, ["4"])
 
     asyncio.run(main())
 
@@ -296,6 +303,37 @@ def test_overrides_hold_until_the_next_load_and_bad_ones_not_at_all():
         assert caught.value.kind == "conflict"
 
     asyncio.run(main())
+
+
+versions = st.dictionaries(st.sampled_from("123"), st.sampled_from("ab").map(Source))
+labels = st.dictionaries(st.sampled_from(["stable", "canary"]), st.sampled_from("1234"))
+
+
+@given(versions, labels, versions, labels, st.sets(st.sampled_from("123")))
+def test_whatever_is_wanted_and_fails_labels_stand_on_loaded_versions_and_nothing_is_lost(
+    before, stood, wanted, wanted_labels, failed
+):
+    held = State(before, {label: version for label, version in stood.items() if version in before})
+    target = State(wanted, wanted_labels)
+    change = difference("m", held, target)
+    if change is None:
+        assert before.items() >= wanted.items()
+        return
+    failed &= set(change.load)
+    after = held.after(change.without(failed, held))
+    assert set(after.labels.values()) <= set(after.versions)
+    assert set(after.labels) <= set(wanted_labels)
+    for label, version in wanted_labels.items():
+        if version in wanted and version not in failed:
+            assert after.labels[label] == version
+        elif label in held.labels:
+            assert after.labels[label] in {held.labels[label], version}
+    if failed:
+        assert set(before) <= set(after.versions)
+    else:
+        assert after.versions.items() >= wanted.items()
+        assert difference("m", after, target) is None, "it has come to rest"
+        assert set(after.versions) - set(wanted) <= set(after.labels.values())
 
 
 def test_changes_of_a_state():
