@@ -2,6 +2,8 @@
 
 import hashlib
 import os
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -182,36 +184,24 @@ def test_weights_that_fit_nothing_are_refused_before_they_are_moved(uploads, tmp
     assert uploads.publish(manifest, "m")[0] == "2"
 
 
-def test_a_piece_that_does_not_fit_on_the_disk_leaves_nothing(repository, uploads, monkeypatch):
-    uploads.write(sha(b"12345"), 0, b"123")
-
-    class Full:
-        def __init__(self, opened):
-            self.opened = opened
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *_):
-            self.opened.close()
-
-        def fileno(self):
-            return self.opened.fileno()
-
-        def flush(self):
-            raise OSError(28, "No space left on device")
-
-        def write(self, data):
-            os.write(self.opened.fileno(), data[:1])
-
-    real = open
-
-    def full(file, mode="r"):
-        return Full(real(file, mode)) if mode == "ab" else real(file, mode)
-
-    monkeypatch.setattr("builtins.open", full)
-    with pytest.raises(RepositoryError, match="No space left on device") as caught:
-        uploads.write(sha(b"12345"), 3, b"45")
-    assert caught.value.kind == "failed"
-    monkeypatch.undo()
-    assert uploads.sizes([sha(b"12345")]) == {sha(b"12345"): 3}
+def test_a_piece_that_does_not_fit_on_the_disk_leaves_nothing(repository, uploads):
+    """In a process whose files may have 5000 bytes: of the piece, the first 2000 fit."""
+    data = bytes(range(256)) * 40
+    assert uploads.write(sha(data), 0, data[:3000]) == 3000
+    code = (
+        "import resource, signal, sys\n"
+        "from lepton_xla.errors import RepositoryError\n"
+        "from lepton_xla.serve.models.repository import Repository\n"
+        "from lepton_xla.serve.models.uploads import Uploads\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))\n"
+        "try:\n"
+        "    Uploads(Repository(sys.argv[1])).write(sys.argv[2], 3000, bytes(range(256)) * 28)\n"
+        "except RepositoryError as error:\n"
+        "    assert error.kind == 'failed', error\n"
+        "    sys.exit(7)\n"
+    )
+    assert subprocess.run([sys.executable, "-c", code, repository.root, sha(data)], check=False).returncode == 7
+    assert uploads.sizes([sha(data)]) == {sha(data): 3000}
+    assert uploads.write(sha(data), 3000, data[3000:]) == len(data)
+    assert (repository.root / FOLDER / sha(data)).read_bytes() == data
