@@ -228,8 +228,9 @@ class Manager:
         for version in model.state.versions:
             failure = model.failures.get(version)
             shown[version] = Entry(name, version, "READY", "" if failure is None else failure.reason)
-        for label, version in found.settings.labels.items() if found else ():
-            if version not in found.versions:
+        versions, labels = (found.versions, found.settings.labels) if found else ({}, {})
+        for label, version in labels.items():
+            if version not in versions:
                 text = f"label {label!r} is to stand on it, and it is not in the repository"
                 shown.setdefault(version, Entry(name, version, "UNAVAILABLE", text))
         problem = model.problem or (found.problem if found else "")
