@@ -52,6 +52,7 @@ bench: setup  ## every benchmark; each prints the command that repeats it
 	$(RUN)/python benchmarks/optimizing.py --no-pages
 	$(RUN)/python benchmarks/quantization.py --no-pages
 	$(RUN)/python benchmarks/training.py --no-pages
+	$(RUN)/python benchmarks/sizes.py
 	$(RUN)/python benchmarks/qat.py --no-pages
 	$(RUN)/python benchmarks/pruning.py --no-pages
 	$(RUN)/python benchmarks/distillation.py --no-pages

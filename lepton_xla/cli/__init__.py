@@ -20,6 +20,7 @@ COMMANDS = {
     "plan": "Show what a recipe would do to each site of a model.",
     "sensitivity": "Quantize one weight at a time and rank the errors.",
     "train": "Train a model, and compress it meanwhile.",
+    "size": "Show what training would take, on any devices.",
     "compile": "Optimize a model and compile it into an artifact.",
     "inspect": "Show the contents of an artifact.",
     "verify": "Check every file of an artifact, and its signature.",

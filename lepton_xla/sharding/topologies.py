@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.util
 import math
@@ -186,6 +187,23 @@ def cpu_devices(count: int) -> tuple[Any, ...]:
             f"JAX_NUM_CPU_DEVICES={count}"
         )
     return tuple(found[:count])
+
+
+def provide_stand_ins(name: str) -> None:
+    """Make CPU devices for a topology whose compiler is not installed, if JAX has not started in this process yet.
+
+    Raises:
+        CompileError: if there is no such topology.
+
+    >>> provide_stand_ins("v5e")
+    Traceback (most recent call last):
+    lepton_xla.errors.CompileError: topology 'v5e': expected v5e:4x4, ...
+    """
+    if has_compiler(name):
+        return
+    count = device_count(name)
+    with contextlib.suppress(RuntimeError):  # JAX has started; `cpu_devices` tells how many there are
+        jax.config.update("jax_num_cpu_devices", count)
 
 
 def _gpu_counts(name: str, count: str) -> tuple[int, int]:

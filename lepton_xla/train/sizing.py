@@ -42,6 +42,7 @@ class Size:
         topology: the devices.
         mesh: size by axis.
         rows: rows of a batch, over all devices.
+        unit: rows must be a multiple of this: pieces of the mesh times microbatches.
         stage: `float`, or `rounded` if weights and activations are rounded in the step.
         parts: bytes of what stays from step to step: `weights`, `optimizer`, `model state`, `scales`, `averages`; of
             the loss' own arrays, such as a teacher's weights (`loss`); and of the `batch`.
@@ -68,6 +69,7 @@ class Size:
     topology: Topology
     mesh: dict[str, int]
     rows: int
+    unit: int
     stage: str
     parts: dict[str, int]
     gradients_bytes: int
@@ -190,6 +192,7 @@ def size(
         topology=where,
         mesh=dict(made.shape) if made is not None else {},
         rows=next(iter(shapes.values())).shape[0],
+        unit=layout.batch_pieces * accumulate,
         stage="rounded" if rounds else "float",
         parts={name: count for name, count in parts.items() if count or name in ("weights", "optimizer", "batch")},
         gradients_bytes=parts["weights"],
@@ -209,29 +212,29 @@ def size(
     return _compiled(found, compiled)
 
 
-def largest_batch(at: Callable[[int], Size], start: Size, unit: int = 1) -> tuple[Size | None, int | None]:
+def largest_batch(at: Callable[[int], Size], start: Size) -> tuple[Size | None, int | None]:
     """Find the largest batch that fits, by interpolation and bisection; each try compiles.
 
     Args:
         at: gives the size at a number of rows.
         start: the size at some number of rows, to begin with.
-        unit: rows must be a multiple of this.
 
     Returns:
-        The size of the largest batch, to one part in 32, None if not even `unit` rows fit; and a number of rows that
-        does not fit, None if none was found.
+        The size of the largest batch, to one part in 32, None if not even `start.unit` rows fit; and a number of
+        rows that does not fit, None if none was found.
 
     Raises:
         TrainingError: if it is not known what fits.
 
     >>> from types import SimpleNamespace
-    >>> at = lambda rows: SimpleNamespace(rows=rows, fits=rows <= 1000, total_bytes=None, memory_bytes=None)
-    >>> fitting, refused = largest_batch(at, at(8), unit=8)
+    >>> at = lambda rows: SimpleNamespace(rows=rows, unit=8, fits=rows <= 1000, total_bytes=None, memory_bytes=None)
+    >>> fitting, refused = lx.train.largest_batch(at, at(8))
     >>> fitting.rows <= 1000 < refused, refused - fitting.rows <= 32
     (True, True)
     """
     if start.fits is None:
         raise TrainingError("what fits is not known: the memory of this kind of device is not; give memory_bytes")
+    unit = start.unit
     low, high, before = (start, None, None) if start.fits else (None, start.rows, None)
     if low is None:
         low = at(unit) if high != unit else None

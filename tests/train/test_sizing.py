@@ -157,7 +157,7 @@ def test_the_largest_batch_is_found(program, limit, begin, grows):
 
     like = sized_once(program)
     like = dataclasses.replace(like, topology=dataclasses.replace(like.topology, is_exact=True))
-    fitting, refused = lx.train.largest_batch(at, at(begin), unit=8)
+    fitting, refused = lx.train.largest_batch(at, at(begin))
     assert len(tries) < 50
     fits = [rows for rows in (begin, *tries) if at(rows).fits]
     assert (fitting.rows if fitting else None) == max(fits, default=None)
