@@ -66,8 +66,8 @@ class Server:
     >>> program = lx.trace(lambda w, x: x @ w["w"], {"w": jnp.eye(4)}, {"x": lx.TensorSpec(("batch", 4), "float32")})
     >>> servable = lx.compile(program, {"batch": (1, 8)}, name="tiny").servable()
     >>> with Server(servable, Options(port=0)) as server, Client(server.url) as client:
-    ...     server.name, client.infer("tiny", x=np.float32([[1, 2, 3, 4]]))["output"]
-    ('tiny', array([[1., 2., 3., 4.]], dtype=float32))
+    ...     server.name, server.loading, client.infer("tiny", x=np.float32([[1, 2, 3, 4]]))["output"]
+    ('tiny', False, array([[1., 2., 3., 4.]], dtype=float32))
     """
 
     def __init__(
