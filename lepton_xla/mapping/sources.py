@@ -6,6 +6,7 @@ import dataclasses
 import importlib
 import os
 import pathlib
+import weakref
 import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
@@ -155,6 +156,7 @@ class NpzSource:
     def __init__(self, path: str) -> None:
         self._path = path
         self._file = open(path, "rb")  # noqa: SIM115 (as long as this source)
+        weakref.finalize(self, self._file.close)
         self._zip = zipfile.ZipFile(self._file)
         names = [name for name in self._zip.namelist() if name.endswith(".npy")]
         self._members = {name.removesuffix(".npy"): self._member(name) for name in names}

@@ -1,6 +1,7 @@
 """`leptonx map`: results against NumPy, the same bytes whoever makes them or dies, and rows that do not fit."""
 
 import contextlib
+import importlib.util
 import json
 import os
 import pathlib
@@ -106,7 +107,7 @@ def refused(*args):
 def test_every_row_of_every_format(artifact, rows, expected, tmp_path):
     """Each input format with another output format; what is ignored, flat or wider is taken."""
     pairs = [("a.npz", "b.jsonl", {"compressed": True}), ("a.jsonl", "b.npz", {})]
-    if pytest.importorskip("pyarrow", reason="the extra parquet", exc_type=ImportError):
+    if importlib.util.find_spec("pyarrow") is not None:
         pairs += [("a.parquet", "b.parquet", {"flat": True}), ("c.parquet", "b.npz", {"group": 7})]
     for source, output, more in pairs:
         write(tmp_path / source, rows, **more)
@@ -120,15 +121,6 @@ def test_every_row_of_every_format(artifact, rows, expected, tmp_path):
         np.testing.assert_allclose(found["y"], expected["y"], atol=1e-5)
         np.testing.assert_array_equal(found["n"], expected["n"])
         assert not list(tmp_path.glob(".*")), "nothing is left beside the output"
-
-
-def test_the_formats_without_arrow(artifact, rows, expected, tmp_path):
-    write(tmp_path / "a.npz", rows)
-    done = run(artifact, tmp_path / "a.npz", tmp_path / "b.jsonl", "--part-rows", 200)
-    assert done.returncode == 0, done.stderr
-    found = read(tmp_path / "b.jsonl")
-    np.testing.assert_allclose(found["y"], expected["y"], atol=1e-5)
-    np.testing.assert_array_equal(found["n"], expected["n"])
 
 
 def children(pid):
@@ -307,13 +299,16 @@ def test_a_part_that_kills_every_process_is_named(artifact, rows, tmp_path, monk
 
 @pytest.mark.parametrize("compressed", [False, True])
 def test_an_npz_is_read_part_by_part_in_any_order(tmp_path, compressed):
-    x = np.random.default_rng(0).standard_normal((100, 3))
-    (np.savez_compressed if compressed else np.savez)(tmp_path / "a.npz", x=x)
+    """Several arrays at once, longer than what is read ahead: `zipfile` of Python 3.12.1 mixes them up in `seek`."""
+    x, k = np.random.default_rng(0).standard_normal((50_000, 3)), np.arange(50_000)
+    (np.savez_compressed if compressed else np.savez)(tmp_path / "a.npz", x=x, k=k)
     source = NpzSource(str(tmp_path / "a.npz"))
-    parts = source.parts(7)
-    assert sum(part.count for part in parts) == 100
-    for part in (*parts, parts[3], parts[0]):
-        np.testing.assert_array_equal(source.read(part, ["x"])["x"], x[part.start : part.start + part.count])
+    parts = source.parts(777)
+    assert sum(part.count for part in parts) == 50_000
+    for part in (*parts, parts[3], parts[0], parts[-1]):
+        found, rows = source.read(part, ["x", "k"]), slice(part.start, part.start + part.count)
+        np.testing.assert_array_equal(found["x"], x[rows])
+        np.testing.assert_array_equal(found["k"], k[rows])
 
 
 def test_lines_are_read_part_by_part(tmp_path):
@@ -366,7 +361,7 @@ def test_memory_stays_bounded(artifact, tmp_path):
         file.truncate(file.tell() + 16 * rows)
     with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive:
         for name in ("x", "k"):
-            archive.write(tmp_path / f"{name}.npy")
+            archive.write(tmp_path / f"{name}.npy", f"{name}.npy")
     source = open_source(tmp_path / "a.npz")
     tracemalloc.start()
     for part in source.parts(1 << 16)[-2:]:
