@@ -97,10 +97,11 @@ class Uploads:
                 size = _size(file)
                 if size != offset:
                     raise RepositoryError("conflict", f"{digest}: {size} bytes are here, not {offset}: go on there")
-                with open(file, "ab") as opened:
+                with open(file, "ab", buffering=0) as opened:  # a buffer would be written again on closing
+                    left = memoryview(data)
                     try:
-                        opened.write(data)
-                        opened.flush()
+                        while left:
+                            left = left[opened.write(left) :]
                     except OSError:
                         os.ftruncate(opened.fileno(), size)
                         raise
