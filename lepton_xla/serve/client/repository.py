@@ -22,6 +22,8 @@ PIECE_BYTES = 8 << 20
 # A piece whose answer was lost is there already: the server says how much is, and sending goes on from there.
 _CONFLICT = 409
 _TOO_LARGE = 413
+# The server reads all files of a version, and flushes them to its disk, before it answers.
+_CHANGE_S = 600.0
 _LEAST_PIECE_BYTES = 1 << 10
 _MOST_CONFLICTS = 100
 
@@ -122,7 +124,7 @@ class RepositoryClient(Client):
     def _change(self, method: str, path: str, body: Any = None) -> Any:
         """One attempt: what changes something is not sent twice."""
         request = self._request(method, path, *(() if body is None else (msgspec.json.encode(body),)))
-        return json_of(self._call(request, self._attempts(retries=0)))
+        return json_of(self._call(request, self._attempts(max(self._timeout_s, _CHANGE_S), retries=0)))
 
     def _request(self, method: str, path: str, *body: bytes) -> RequestOf:
         return lambda there, left_s: there.request(method, path, body)
