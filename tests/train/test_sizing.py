@@ -70,7 +70,8 @@ def test_the_parts_of_tensor_parallel_training(program):
 
 def test_accumulation_takes_less_memory(program):
     whole, cut = (sized(program, 4096, accumulate=number) for number in (1, 8))
-    assert cut.temporary_bytes < 0.6 * whole.temporary_bytes
+    # On a TPU, whose own compiler may be installed, so few fit the memory on the chip and take none.
+    assert cut.topology.is_exact or cut.temporary_bytes < 0.6 * whole.temporary_bytes
     assert cut.flops == whole.flops
 
 
@@ -156,7 +157,7 @@ def test_the_largest_batch_is_found(program, limit, begin, grows):
         )
 
     like = sized_once(program)
-    like = dataclasses.replace(like, topology=dataclasses.replace(like.topology, is_exact=True))
+    like = dataclasses.replace(like, unit=8, topology=dataclasses.replace(like.topology, is_exact=True))
     fitting, refused = lx.train.largest_batch(at, at(begin))
     assert len(tries) < 50
     fits = [rows for rows in (begin, *tries) if at(rows).fits]
@@ -173,7 +174,7 @@ def sized_once(program, cache={}):  # noqa: B006
 
 def test_what_fits_has_to_be_known(program):
     with pytest.raises(lx.TrainingError, match="give memory_bytes"):
-        lx.train.largest_batch(lambda rows: None, dataclasses.replace(sized_once(program), memory_bytes=None))
+        lx.train.largest_batch(lambda rows: None, sized(program, topology=None))
 
 
 @pytest.mark.parametrize(
