@@ -49,13 +49,18 @@ class Fleet:
             told = await asyncio.gather(*(self._ask(child, control.Prepare(number, change)) for child in now))
             for each in told:
                 failed |= each
+        if not asked:
+            # Nobody knows whether they can be loaded, and a worker that starts would have to.
+            failed[""] = "no worker is ready to load it"
+        if "" in failed:
+            return {version: failed.get(version, failed[""]) for version in change.load}
         return failed
 
     def commit(self, number: int, change: Change) -> Awaitable[object]:
         """Has all workers put what they have prepared; ends when all have freed what it replaces."""
         state = self._states.get(change.name, State()).after(change)
         self._states[change.name] = state
-        ended: list[Awaitable[object]] = []
+        ended: list[asyncio.Future[dict[str, str]]] = []
         for child in self._workers:
             if child.ready:
                 self._holds[child][change.name] = state
@@ -90,17 +95,12 @@ class Fleet:
         if waiting is not None and not waiting.done():
             waiting.set_result(failed)
 
-    async def _ask(self, child: Child, message: control.Prepare | control.Commit) -> dict[str, str]:
-        """Sends a change, and waits for the answer; a worker that ends has failed to load any of it."""
+    def _ask(self, child: Child, message: control.Prepare | control.Commit) -> asyncio.Future[dict[str, str]]:
+        """Sends a change; the answer says what could not be loaded, under "" if the worker has ended."""
         key = (child, message.number, isinstance(message, control.Commit))
         waiting = self._waiting[key] = asyncio.get_running_loop().create_future()
         child.send(message)
-        failed = await waiting
-        ended = failed.get("")
-        if ended is not None:
-            for version in message.change.load:
-                failed[version] = ended
-        return {version: reason for version, reason in failed.items() if version}
+        return waiting
 
     async def _catch_up(self, child: Child) -> None:
         """Has a worker load what the others hold, whatever that is by then."""
