@@ -9,9 +9,11 @@ import functools
 import logging
 import weakref
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from time import monotonic
 
 from lepton_xla.serve.access.auth import Guard
+from lepton_xla.serve.app.audit import AuditPage
 from lepton_xla.serve.app.pages import Gather, Pages
 from lepton_xla.serve.app.repository import Control, RepositoryPages
 from lepton_xla.serve.batching.scheduler import Call
@@ -108,6 +110,7 @@ class App:
         control: changes which models are loaded; None where they cannot be changed.
         repository: the folder that versions may be uploaded to, if there is one.
         record: told of every change of that, as `Audit.record` is.
+        audit_log: who changed what; None if that is not kept.
     """
 
     def __init__(
@@ -123,6 +126,7 @@ class App:
         control: Control | None = None,
         repository: str = "",
         record: Callable[..., object] = lambda *_, **__: None,
+        audit_log: Path | None = None,
     ) -> None:
         self._models = models
         self._metrics = metrics
@@ -135,6 +139,7 @@ class App:
         self._pages = Pages(
             models, metrics, server_name, gather, repository=control is not None, needs_models=needs_models
         )
+        self._pages.server["audit"] = AuditPage(audit_log, metrics, self.refuse).show
         self._repository: RepositoryPages | None = None
         if control is not None:
             self._repository = RepositoryPages(

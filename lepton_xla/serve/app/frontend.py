@@ -75,7 +75,7 @@ class HTTPFrontEnd:
             models, metrics, options.limits,
             guard=access.guard, server_name=options.server_name,
             compress_bytes=options.compress_bytes, gather=gather,
-            control=control, repository=repository, record=self._records,
+            control=control, repository=repository, record=self._records, audit_log=options.audit_log,
         )  # fmt: skip
         self.state = ServerState(
             watching(self._app, observers), options.limits,

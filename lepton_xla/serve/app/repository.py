@@ -85,12 +85,13 @@ class RepositoryPages:
             overrides = metadata.load_overrides(exchange.body)
         except HTTPError as error:
             raise HTTPError(error.status, f"{failed}, {error.message}") from error
-        self._answer_later(exchange, self._control.load(name, overrides, who), failed)
+        self._answer_later(exchange, self._control.load(name, overrides, _asker(who, exchange)), failed)
 
     def unload(self, name: str, who: str, exchange: Exchange) -> None:
         """Unloads a model."""
         metadata.check_unload(exchange.body)
-        self._answer_later(exchange, self._control.unload(name, who), f"failed to unload {name[:128]!r}")
+        failed = f"failed to unload {name[:128]!r}"
+        self._answer_later(exchange, self._control.unload(name, _asker(who, exchange)), failed)
 
     def change(self, route: str, parameters: dict[str, str], who: str, exchange: Exchange) -> None:
         """Changes what is in the folder, or tells of it. What is loaded follows when the folder is looked at again."""
@@ -130,3 +131,9 @@ class RepositoryPages:
         task = asyncio.get_running_loop().create_task(run())
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+
+def _asker(who: str, exchange: Exchange) -> str:
+    """The name of a token and where it was sent from, such as `ci@10.0.0.7`; names hold no `@`."""
+    address = exchange.connection.address
+    return f"{who}@{address}" if address else who

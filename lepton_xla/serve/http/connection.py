@@ -89,6 +89,11 @@ class Connection(asyncio.Protocol):
             self._state.arriving -= 1
             self._leave_address()
 
+    @property
+    def address(self) -> str:
+        """Who is at the other end; empty on a Unix socket."""
+        return self._address
+
     def _leave_address(self) -> None:
         addresses = self._state.addresses
         addresses[self._address] -= 1

@@ -26,6 +26,11 @@ class Watcher(Protocol):
 class Answers(Protocol):
     """Takes answers: the connection, which sends them in the order of the requests."""
 
+    @property
+    def address(self) -> str:
+        """Who is at the other end; empty on a Unix socket."""
+        ...
+
     def flush(self, exchange: Exchange, now_s: float | None = None) -> None:
         """An exchange has its answer. The pieces of its body are only valid until this returns."""
         ...

@@ -333,9 +333,9 @@ class Manager:
                 model.failures[version] = _Failure(change.load[version], reason, wait_s, now + wait_s)
 
     def _tell(self, change: Change, who: str) -> None:
-        for version in change.load:
+        for version, source in change.load.items():
             _log.info("model %s version %s is loaded", change.name, version)
-            self._record(who, "load", f"{change.name}/{version}", "done")
+            self._record(who, "load", f"{change.name}/{version}", "done", artifact=source.path)
         for version in change.retire:
             _log.info("model %s version %s is unloaded", change.name, version)
             self._record(who, "unload", f"{change.name}/{version}", "done")

@@ -19,6 +19,7 @@ from pathlib import Path
 import msgspec
 
 from lepton_xla.errors import ServeError
+from lepton_xla.serve.protocol.auditing import AuditEntry, Value
 
 MAX_FILE_BYTES = 16 << 20
 KEPT_FILES = 4
@@ -30,30 +31,7 @@ _BLOCK_BYTES = 64 << 10
 # Secrets of `leptonx token create`, wherever a caller put them.
 _SECRET = re.compile(r"leptonx_[A-Za-z0-9_-]{8,}")
 
-type Value = str | int | float | bool | None
-
-
-class Entry(msgspec.Struct, frozen=True):
-    """One line of the audit log.
-
-    Attributes:
-        time: when it was written: UTC, ISO 8601, with milliseconds.
-        who: the name of the token that asked, or of the part of the server that decided.
-        action: what was done, such as `promote`.
-        target: what it was done to, such as `digits/3`.
-        outcome: how it ended, such as `done` or `refused`.
-        details: whatever else is known, such as `address`, `digest` and `reason`.
-    """
-
-    time: str
-    who: str
-    action: str
-    target: str
-    outcome: str
-    details: dict[str, Value] = {}
-
-
-_DECODER = msgspec.json.Decoder(Entry)
+_DECODER = msgspec.json.Decoder(AuditEntry)
 
 
 class Audit:
@@ -103,7 +81,9 @@ class Audit:
         """
         now = datetime.datetime.fromtimestamp(self._clock(), datetime.UTC)
         told = {_text(name): _value(value) for name, value in list(details.items())[:_MAX_DETAILS]}
-        entry = Entry(now.isoformat(timespec="milliseconds"), _text(who), _text(action), _text(target), _text(outcome))
+        entry = AuditEntry(
+            now.isoformat(timespec="milliseconds"), _text(who), _text(action), _text(target), _text(outcome)
+        )
         line = msgspec.json.encode(msgspec.structs.replace(entry, details=told)) + b"\n"
         if len(line) > _MAX_LINE_BYTES:
             line = msgspec.json.encode(msgspec.structs.replace(entry, details={"omitted": "too long"})) + b"\n"
@@ -115,13 +95,13 @@ class Audit:
             else:
                 self._append(file, size, line)
 
-    def tail(self, n: int) -> list[Entry]:
+    def tail(self, n: int) -> list[AuditEntry]:
         """The last `n` entries, the latest last.
 
         Raises:
             ServeError: if the file cannot be read.
         """
-        found: list[Entry] = []
+        found: list[AuditEntry] = []
         if n <= 0:
             return found
         # The lock keeps files from being renamed meanwhile.

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from urllib.parse import unquote
 
 from lepton_xla.serve.errors import HTTPError
-from lepton_xla.serve.protocol import metadata, monitoring, uploads
+from lepton_xla.serve.protocol import auditing, metadata, monitoring, uploads
 from lepton_xla.serve.protocol.request import RequestHead
 from lepton_xla.serve.protocol.response import ResponseHead
 
@@ -89,6 +89,8 @@ ROUTES: tuple[Route, ...] = (
     Route("alerts", "GET", "/v2/alerts", "read", "Alert rules, and which of them fire", response=monitoring.Alerts),
     Route("repository_index", "POST", "/v2/repository/index", "read", "The models there are",
           request=metadata.IndexRequest, response=list[metadata.IndexEntry]),
+    Route("audit", "GET", "/v2/audit", "admin", "Who changed what, the latest last; ?limit= says how many at most",
+          response=list[auditing.AuditEntry]),
     Route("log_settings", "GET", "/v2/logging", "read", "What is logged", response=metadata.LogSettings),
     Route("trace_settings", "GET", "/v2/trace/setting", "read", "What is traced", response=metadata.TraceSettings),
     Route("model_trace_settings", "GET", "/v2/models/{model}/trace/setting", "read", "What is traced of a model",
