@@ -98,7 +98,8 @@ class RepositoryPages:
         if self._changes is None:
             raise HTTPError(501, "this server's repository is no folder that it may write to")
         work = self._changes.routes[route](parameters, exchange)
-        self._answer_later(exchange, asyncio.to_thread(self._changes.run, route, parameters, who, work), "")
+        asker = _asker(who, exchange)
+        self._answer_later(exchange, asyncio.to_thread(self._changes.run, route, parameters, asker, work), "")
 
     async def _index(self, *, ready: bool) -> list[metadata.IndexEntry]:
         entries: list[metadata.IndexEntry] = []

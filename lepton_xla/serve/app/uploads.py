@@ -77,6 +77,8 @@ class RepositoryChanges:
         target = "/".join(filter(None, (parameters["model"], version)))
         if "label" in parameters:
             details["label"] = parameters["label"]
+        if isinstance(result, uploads.Published):
+            details["artifact"] = str(self._root / result.name / f"{result.version}.lepton")
         outcome = "refused" if result is None else "done"
         _log.info("%s: %s %s: %s", who or "a client", action, target[:200], outcome)
         self._record(who, action, target, outcome, **details)

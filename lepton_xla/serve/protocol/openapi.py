@@ -15,6 +15,7 @@ import msgspec
 import numpy as np
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
+from lepton_xla.serve.protocol.auditing import MAX_ENTRIES
 from lepton_xla.serve.protocol.metadata import ErrorMessage
 from lepton_xla.serve.protocol.request import InputHead, RequestHead
 from lepton_xla.serve.protocol.routes import ROUTES, Route
@@ -109,6 +110,9 @@ def _operation(route: Route, path: str, names: dict[str, list[str]], signatures:
         start = "Where the piece begins in the file."
         number = {"type": "integer", "minimum": 0}
         parameters.append({"name": "offset", "in": "query", "required": True, "description": start, "schema": number})
+    if route.name == "audit":
+        most = {"type": "integer", "minimum": 1, "maximum": MAX_ENTRIES}
+        parameters.append({"name": "limit", "in": "query", "description": "The most entries.", "schema": most})
     variant = "".join(f"_{name}" for name in names if name != "model") + "_slash" * path.endswith("/")
     operation: dict[str, Any] = {
         "operationId": route.name + variant,
