@@ -42,7 +42,7 @@ class Loader[T](Protocol):
         ...
 
     def open(self, loaded: T) -> ModelHandle:
-        """Makes the handle of a loaded version, ready to answer. On the event loop."""
+        """Makes the handle of a loaded version, ready to answer; raises what is wrong with it. On the event loop."""
         ...
 
     def close(self, name: str, version: str, scheduler: Scheduler) -> None:
@@ -71,7 +71,7 @@ class Host[T]:
         # at full priority, since threads that XLA starts then keep what they were started with.
         self._first = concurrent.futures.ThreadPoolExecutor(1, "lepton-load")
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "lepton-load", _step_back)
-        self._prepared: dict[int, dict[str, T]] = {}
+        self._prepared: dict[int, dict[str, ModelHandle]] = {}
 
     async def prepare(self, number: int, change: Change) -> dict[str, str]:
         """Loads the versions of a change; returns why some could not be: version -> reason."""
@@ -85,7 +85,8 @@ class Host[T]:
                 self.loading += 1
                 work = loop.run_in_executor(thread, self._loader.load, change.name, version, source, others)
                 work.add_done_callback(self._loaded)
-                made[version] = await asyncio.shield(work)
+                # Opened now: what is wrong with a model's settings has to show before anything is changed.
+                made[version] = self._loader.open(await asyncio.shield(work))
             except Exception as error:  # whatever an artifact makes the loader raise fails this version only
                 if not isinstance(error, LeptonError):
                     _log.exception("model %s version %s cannot be loaded", change.name, version)
@@ -93,17 +94,13 @@ class Host[T]:
                 failed[version] = _reason(error, source, f"{change.name}/{version}")
         return failed
 
-    def abort(self, number: int) -> None:
-        """Drops what was prepared."""
-        self._prepared.pop(number, None)
-
     def commit(self, number: int, change: Change) -> Awaitable[object]:
         """Puts what was prepared, and takes out what is retired, before it returns. Ends when that is freed."""
         made, leaving = self._prepared.pop(number, {}), list[ModelHandle]()
-        opened = [self._loader.open(made[version]) for version in change.load]
-        for handle in opened:
+        for version in change.load:
+            handle = made.pop(version)
             handle.metrics.loads += 1
-            before = self._models.get(change.name, handle.signature.version)
+            before = self._models.get(change.name, version)
             if before is not None:
                 leaving.append(before)
             self._models.put(handle)
@@ -113,6 +110,7 @@ class Host[T]:
             if handle is not None:
                 self._models.remove(handle)
                 leaving.append(handle)
+        leaving += made.values()  # what others could not load
         return asyncio.gather(*(self._freed(*_watched(handle)) for handle in leaving))
 
     def _loaded(self, work: asyncio.Future[T]) -> None:

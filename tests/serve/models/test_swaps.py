@@ -318,6 +318,27 @@ def test_the_audit_log_says_who_changed_what(start, repository, made, tmp_path):
     assert told == [("deployer", "load", "m/2", "failed"), ("deployer", "load", "m/1", "done")]
 
 
+def test_a_version_that_cannot_be_opened_changes_nothing(start, repository, made, monkeypatch):
+    from lepton_xla.serve.loader import ArtifactLoader
+
+    server = start()
+    opened, broken = ArtifactLoader.open, [True]
+
+    def fragile(self, loaded):
+        if loaded.signature.version == "2" and broken:
+            raise ValueError("its settings do not go together")
+        return opened(self, loaded)
+
+    monkeypatch.setattr(ArtifactLoader, "open", fragile)
+    with Clients(server, count=1) as clients:
+        repository.push(made[2], "m")
+        wait(lambda: index(server).get(("m", "2"), {}).get("state") == "UNAVAILABLE")
+        assert index(server)["m", "2"]["reason"] == "ValueError: its settings do not go together"
+        assert server.models.versions("m") == ["1"]
+        broken.clear()
+        wait(lambda: clients.answers.get("2", 0) > 5)
+
+
 def test_settings_of_a_model_hold_and_change(start, repository):
     server = start()
     settings = repository.root / "m" / "model.toml"
