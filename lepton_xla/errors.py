@@ -132,7 +132,8 @@ class RepositoryError(LeptonError):
 
     Attributes:
         kind: `invalid` (a name, a version, an artifact or a file that is not allowed), `missing` (no such model,
-            version or label), `conflict` (what is there stands against it), or `failed` (the disk or the network did).
+            version or label), `conflict` (what is there stands against it), `failed` (the disk or the network did), or
+            `large` (more than the memory for all models).
 
     >>> from lepton_xla.serve.models.repository import Repository
     >>> try:
@@ -142,9 +143,9 @@ class RepositoryError(LeptonError):
     missing | models: there is no model 'digits'
     """
 
-    def __init__(self, kind: Literal["invalid", "missing", "conflict", "failed"], message: str) -> None:
+    def __init__(self, kind: Literal["invalid", "missing", "conflict", "failed", "large"], message: str) -> None:
         super().__init__(message)
-        self.kind: Literal["invalid", "missing", "conflict", "failed"] = kind
+        self.kind: Literal["invalid", "missing", "conflict", "failed", "large"] = kind
 
 
 class ShardingError(LeptonError):

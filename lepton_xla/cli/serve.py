@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json as json_lines
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable
@@ -41,6 +42,17 @@ def _file_option(flag: str, text: str) -> Callable[[Any], Any]:
         return value
 
     return _option(flag, None, text, type=click.Path(path_type=Path), show_default=False, callback=check)
+
+
+def _bytes(context: click.Context, option: click.Parameter, value: str | None) -> int | None:
+    """A number of bytes, with a unit or without: 1073741824, 512MiB, 4GB."""
+    if value is None:
+        return None
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([KMGT])(i?)B?|B)?", value.strip())
+    if found is None or not float(found[1]):
+        raise click.BadParameter(f"{value!r} is no number of bytes such as 512MiB or 4GB", context, option)
+    unit = 0 if found[2] is None else "KMGT".index(found[2]) + 1
+    return int(float(found[1]) * (1024 if found[3] else 1000) ** unit)
 
 
 def _limit_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -91,7 +103,22 @@ def _limit_options(command: Callable[..., None]) -> Callable[..., None]:
     metavar="NAME",
     envvar=_twin("--load"),
     show_envvar=True,
-    help="With --explicit: a model to load at the start. May be repeated.",
+    help="With --explicit or --memory: a model to load at the start. May be repeated.",
+)
+@_option(
+    "--memory",
+    None,
+    "Bytes that the models of a repository may take together, such as 4GiB. Each is then loaded when it is first asked "
+    "for, and the one that was used least recently goes for it. Pinned models stay (model.toml).",
+    metavar="BYTES",
+    callback=_bytes,
+    show_default="all models are loaded",
+)
+@_option(
+    "--load-wait-s",
+    10.0,
+    "With --memory: seconds that a request waits for its model; after it 503.",
+    type=click.FloatRange(0, min_open=True),
 )
 @_file_option(
     "--audit-log",
@@ -284,6 +311,10 @@ def serve(
     repository = is_repository(path)
     if repository and options.name is not None:
         raise ServeError("--name is for one artifact; the models of a repository are called as their folders are")
+    if options.memory is not None and not repository:
+        raise ServeError(f"--memory is for a repository of models, and {path} is none")
+    if options.memory is not None and workers > 1:
+        raise ServeError("--memory is for one process: leave out --workers")
     if options.explicit and not repository:
         raise ServeError(f"--explicit is for a repository of models, and {path} is none")
     server: Server | None = None

@@ -10,6 +10,7 @@ import concurrent.futures
 import dataclasses
 import itertools
 import math
+import mmap
 import os
 import sys
 from collections.abc import Sequence
@@ -32,6 +33,8 @@ from lepton_xla.trees import leaf_bytes
 
 # XLA:CPU uses a host array in place only if it starts on such a boundary.
 _ALIGNMENT = 64
+# Arrays of at least so many bytes have memory of their own, which the system gets back with the array.
+_MAPPED_BYTES = 1 << 20
 
 
 def read_all(leaves: Sequence[WeightLeaf], packed_rows: Sequence[int], files: VerifiedFiles) -> list[np.ndarray]:
@@ -270,6 +273,9 @@ def aligned_empty(shape: Sequence[int], dtype: Any) -> np.ndarray:
     0
     """
     size = math.prod(shape) * np.dtype(dtype).itemsize
+    if size >= _MAPPED_BYTES:
+        # Not from the allocator: it keeps what is given back to it, in pools of the threads that read.
+        return np.frombuffer(mmap.mmap(-1, size), np.uint8).view(dtype).reshape(shape)
     buffer = np.empty(size + _ALIGNMENT, np.uint8)
     start = -buffer.ctypes.data % _ALIGNMENT
     return buffer[start : start + size].view(dtype).reshape(shape)

@@ -58,6 +58,11 @@ class Runtime:
         execute = self.devices.executor(executable, self.devices.row_specs(self._outputs, self._inputs))
         self._runners[self._key(sizes)] = functools.partial(self._execute, slots, execute)
 
+    @property
+    def count(self) -> int:
+        """Number of executables."""
+        return len(self._executables)
+
     def sharing(self, weights: Sequence[jax.Array]) -> Runtime:
         """A runtime with the same executables and other weights of equal shapes and dtypes."""
         other = Runtime(self._inputs, self._outputs, weights, self.devices)

@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     from jaxtyping import Shaped
 
 
+# What an executable adds to the resident size of a process beside its code: see the test of memory.
+_EXECUTABLE_BYTES = 300 << 10
+
+
 class Servable:
     """A model ready to run; thread-safe.
 
@@ -77,6 +81,13 @@ class Servable:
         """Bytes of weights on one device."""
         total = sum(array.on_device_size_in_bytes() for array in self.runtime.weights)
         return total // len(self.runtime.devices.all)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of weights and compiled code on one device; of the code an estimate, since XLA does not tell."""
+        here = [each.files for each in self.manifest.executables.values()]
+        code = max((sum(self.manifest.files[file].size for file in files.values()) for files in here), default=0)
+        return self.weights_bytes + code + _EXECUTABLE_BYTES * self.runtime.count
 
     def run(
         self, sizes: Mapping[str, int], arrays: Sequence[Shaped[np.ndarray, "*_"]]

@@ -27,6 +27,7 @@ from lepton_xla.serve.loader import ArtifactLoader, Warm
 from lepton_xla.serve.models.handle import ModelHandle
 from lepton_xla.serve.models.host import Host
 from lepton_xla.serve.models.manager import Manager
+from lepton_xla.serve.models.memory import Memory
 from lepton_xla.serve.models.records import Records
 from lepton_xla.serve.models.registry import Registry
 from lepton_xla.serve.models.remote import open_repository
@@ -58,6 +59,7 @@ class Server:
         metrics: what was counted so far.
         models: the models served, once listening. Change them on the event loop only.
         device: what executes them.
+        memory: loads models on demand and evicts them, where there is a budget.
 
     Raises:
         ServeError: if the model cannot be served, see `signature_of`, or would be open to all, see `Access`.
@@ -85,14 +87,18 @@ class Server:
         self.models = Registry()
         self.device = Device()
         self._manager: Manager | None = None
+        self.memory: Memory | None = None
         self._repository = "" if repository is None or "://" in os.fsdecode(repository) else os.fsdecode(repository)
         if repository is not None:
             loader = ArtifactLoader(self.options, self.metrics, self._open, self.device)
             self._host, self._records = Host(self.models, loader, self.metrics), Records(self.options.audit_log)
             self._manager = Manager(
-                open_repository(repository), self._host, explicit=self.options.explicit,
-                poll_s=self.options.repository_poll_s, record=self._records,
+                open_repository(repository), self._host,
+                explicit=self.options.explicit or self.options.memory is not None,
+                watched=not self.options.explicit, poll_s=self.options.repository_poll_s, record=self._records,
             )  # fmt: skip
+            if self.options.memory is not None:
+                self.memory = Memory(self._manager, self.models, self.options.memory, self.options.load_wait_s)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stop: Stop | None = None
         self._thread: threading.Thread | None = None
@@ -205,8 +211,9 @@ class Server:
             for (signature, engine), costs in zip(self._engines, measured, strict=True):
                 models.put(open_model(engine, costs, signature, options, self.metrics, self.device))
             frontend = HTTPFrontEnd(
-                models, self.metrics, options, access, control=self._manager, repository=self._repository
-            )
+                models, self.metrics, options, access, control=self.memory or self._manager,
+                repository=self._repository, bring=self.memory,
+            )  # fmt: skip
             listener = Listener(frontend.state, listening, _BACKLOG, access.tls_options(options.limits))
             listener.open()
         except BaseException:
@@ -234,7 +241,7 @@ class Server:
 
     async def _watch(self) -> None:
         if self._manager is not None:
-            await self._manager.watch()
+            await asyncio.gather(self._manager.watch(), *(() if self.memory is None else (self.memory.watch(),)))
 
     def _open(self, warm: Warm) -> ModelHandle:
         return open_model(
@@ -303,7 +310,7 @@ def open_model(
         cores=cores or len(os.sched_getaffinity(0)),
     )  # fmt: skip
     stall_s = STALL_S + 100 * max(max(costs.values()) for costs in measured.values())
-    return ModelHandle(signature, scheduler, counted, options.limits, stall_s, model)
+    return ModelHandle(signature, scheduler, counted, options.limits, stall_s, model, pinned=serving.pinned)
 
 
 def serve(model: LoadedModel, options: Options | None = None) -> bool:

@@ -5,12 +5,14 @@ An infer request is handled by plain callbacks, without a task or a future.
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import logging
 import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from time import monotonic
+from typing import Protocol
 
 from lepton_xla.serve.access.auth import Guard
 from lepton_xla.serve.app.audit import AuditPage
@@ -96,6 +98,18 @@ class InferCall(Call, kw_only=True, eq=False):
         self.model.scheduler.cancel(self)
 
 
+class OnDemand(Protocol):
+    """Loads models that are asked for: the `Memory`."""
+
+    def knows(self, name: str) -> bool:
+        """Whether there is a model of that name which is not loaded."""
+        ...
+
+    async def bring(self, name: str, then: Callable[[], object]) -> None:
+        """Has a model loaded, and then calls a function while it is sure to be there; raises `HTTPError`."""
+        ...
+
+
 class App:
     """Answers exchanges.
 
@@ -111,6 +125,7 @@ class App:
         repository: the folder that versions may be uploaded to, if there is one.
         record: told of every change of that, as `Audit.record` is.
         audit_log: who changed what; None if that is not kept.
+        bring: loads models that are asked for; None where all that there are are loaded.
     """
 
     def __init__(
@@ -127,7 +142,10 @@ class App:
         repository: str = "",
         record: Callable[..., object] = lambda *_, **__: None,
         audit_log: Path | None = None,
+        bring: OnDemand | None = None,
     ) -> None:
+        self._bring = bring
+        self._bringing: set[asyncio.Task[None]] = set()
         self._models = models
         self._metrics = metrics
         self._limits = limits
@@ -189,11 +207,34 @@ class App:
             return route.scope, self._control_route(route.name, parameters, who)
         if model is None:
             return route.scope, self._pages.server[route.name]
+        if self._bring is not None and route.name != "model_ready" and self._bring.knows(model):
+            return route.scope, functools.partial(self._wait_for, self._bring, model, head, who)
         found = weakref.ref(self._models.find(model, parameters.get("version"), parameters.get("label")))
         if route.name == "infer":
             return route.scope, self._infer_route(head, found)
         page = self._pages.model[route.name]
         return route.scope, lambda exchange: page(_held(found), exchange)
+
+    def _wait_for(self, bring: OnDemand, model: str, head: Head, who: str, exchange: Exchange) -> None:
+        """Handles a request when its model is loaded. The connection keeps the answers in order."""
+
+        def handle() -> None:
+            # An exchange whose client has gone counts as answered. The token was checked on arrival.
+            if not exchange.answered:
+                self._route(head, who)[1](exchange)
+
+        async def wait() -> None:
+            try:
+                await bring.bring(model, handle)
+            except HTTPError as refusal:
+                self.refuse(exchange, refusal)
+            except Exception:
+                _log.exception("a request could not be handled")
+                self.refuse(exchange, HTTPError(500, "internal error"))
+
+        task = asyncio.get_running_loop().create_task(wait())
+        self._bringing.add(task)
+        task.add_done_callback(self._bringing.discard)
 
     def _control_route(self, name: str, parameters: dict[str, str], who: str) -> Route:
         if self._repository is None:

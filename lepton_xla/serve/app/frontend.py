@@ -8,7 +8,7 @@ from collections.abc import Callable
 from time import monotonic
 
 from lepton_xla.serve.access.access import Access
-from lepton_xla.serve.app.app import App
+from lepton_xla.serve.app.app import App, OnDemand
 from lepton_xla.serve.app.options import Options, url_of
 from lepton_xla.serve.app.pages import Gather
 from lepton_xla.serve.app.repository import Control
@@ -42,6 +42,7 @@ class HTTPFrontEnd:
         gather: see `Pages`.
         control: see `App`.
         repository: see `App`.
+        bring: see `App`.
         sends: whether this process sends alerts; of several, one does.
 
     Attributes:
@@ -59,6 +60,7 @@ class HTTPFrontEnd:
         repository: str = "",
         *,
         sends: bool = True,
+        bring: OnDemand | None = None,
     ) -> None:
         self._records = Records(options.audit_log if repository else None)
         self._metrics = metrics
@@ -76,6 +78,7 @@ class HTTPFrontEnd:
             guard=access.guard, server_name=options.server_name,
             compress_bytes=options.compress_bytes, gather=gather,
             control=control, repository=repository, record=self._records, audit_log=options.audit_log,
+            bring=bring,
         )  # fmt: skip
         self.state = ServerState(
             watching(self._app, observers), options.limits,

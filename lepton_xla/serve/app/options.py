@@ -51,6 +51,9 @@ class Options:
         explicit: load the models of a repository only when a client asks for them; otherwise all are, and changes of
             the repository are seen.
         load: names of models to load at the start nevertheless.
+        memory: bytes that the models of a repository may take together: each is loaded when it is asked for, and the
+            least recently used one is evicted for it. None loads all.
+        load_wait_s: with `memory`, how long a request waits for its model.
         repository_poll_s: how often to look for changes of the repository.
         audit_log: file that says who loaded and unloaded which version, and what could not be; None for none.
         insecure_public: listen on an address that other machines can reach though neither a token file nor the
@@ -94,6 +97,8 @@ class Options:
     insecure_public: bool = False
     explicit: bool = False
     load: tuple[str, ...] = ()
+    memory: int | None = None
+    load_wait_s: float = 10.0
     repository_poll_s: float = 1.0
     audit_log: Path | None = None
 
@@ -112,7 +117,11 @@ class Options:
             raise ServeError(f"access_log_sample must be 0 to 1, not {self.access_log_sample!r}")
         if not 0 < self.repository_poll_s < math.inf:
             raise ServeError(f"repository_poll_s must be positive and finite, not {self.repository_poll_s!r}")
-        if self.load and not self.explicit:
+        if not 0 < self.load_wait_s < math.inf:
+            raise ServeError(f"load_wait_s must be positive and finite, not {self.load_wait_s!r}")
+        if self.memory is not None and self.memory < 1:
+            raise ServeError(f"memory must be at least 1 byte, not {self.memory!r}")
+        if self.load and not self.explicit and self.memory is None:
             raise ServeError("models to load are named, but without `explicit` all models of a repository are loaded")
         for name in ("default_timeout_s", "max_timeout_s"):
             value = getattr(self, name)

@@ -20,7 +20,7 @@ from lepton_xla.serve.protocol import metadata
 
 _log = logging.getLogger("lepton_xla.serve")
 
-_STATUS = {"invalid": 400, "missing": 404, "conflict": 409, "failed": 400}
+_STATUS = {"invalid": 400, "missing": 404, "conflict": 409, "failed": 400, "large": 507}
 
 
 class Control(Protocol):

@@ -265,6 +265,11 @@ class Engine[T: Work]:
             run(timed)
         return times, used
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the arrays that batches are put together in."""
+        return sum(array.nbytes for stage in tuple(self._stages.values()) for array in stage.arrays)
+
     def check(self) -> None:
         """Runs the smallest size on zeros. Raises what the model raises."""
         stage = _Stage(self._signature, self._signature.bucket_sizes[0], next(self._signature.shape_keys()))

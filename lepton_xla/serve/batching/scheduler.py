@@ -160,6 +160,11 @@ class Scheduler:
         """Whether an execution is running."""
         return self._batcher.running
 
+    @property
+    def busy(self) -> bool:
+        """Whether a call waits or runs."""
+        return self._batcher.running or self._batcher.pending
+
     def check(self) -> None:
         """Runs the model on zeros, in its turn, for a thread that may wait. Raises what the model raises."""
         with self._device.guest(self.share.weight) as run:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from time import time
+
 from lepton_xla.serve.batching.scheduler import Scheduler
 from lepton_xla.serve.limits import Limits
 from lepton_xla.serve.observe.health import STALL_S, Health
@@ -23,6 +25,7 @@ class ModelHandle:
         limits: the bounds on a request.
         stall_s: an execution that takes so long will not end.
         model: what runs.
+        pinned: never evicted.
 
     Attributes:
         signature: name, version, inputs and outputs.
@@ -30,10 +33,20 @@ class ModelHandle:
         metrics: what is counted.
         health: whether it can answer.
         decoder: reads its requests. The specs that it keeps hold the heads of the answers.
-        model: as given.
+        model, pinned: as given.
     """
 
-    __slots__ = ("__weakref__", "decoder", "health", "metrics", "model", "scheduler", "signature")
+    __slots__ = (
+        "__weakref__",
+        "_opened_s",
+        "decoder",
+        "health",
+        "metrics",
+        "model",
+        "pinned",
+        "scheduler",
+        "signature",
+    )
 
     def __init__(
         self,
@@ -43,10 +56,33 @@ class ModelHandle:
         limits: Limits,
         stall_s: float = STALL_S,
         model: LoadedModel | None = None,
+        *,
+        pinned: bool = False,
     ) -> None:
+        self.pinned = pinned
+        self._opened_s = time()
         self.model = model
         self.signature = signature
         self.scheduler = scheduler
         self.metrics = metrics
         self.health = Health(scheduler, metrics, stall_s)
         self.decoder = Decoder(signature, limits, scheduler.max_rows)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it takes: weights, compiled code, and the arrays that batches are put together in.
+
+        Weights are exact, and so are the arrays. Of compiled code XLA tells nothing: its serialized size is taken, and
+        for each executable what loading a small one adds to the resident size of a process.
+        """
+        return self.scheduler.engine.nbytes + getattr(self.model, "nbytes", 0)
+
+    @property
+    def used_s(self) -> float:
+        """When it last ran a batch, or was opened, in seconds since the epoch."""
+        return max(self._opened_s, self.metrics.last_s)
+
+    @property
+    def busy(self) -> bool:
+        """Whether a request waits or runs."""
+        return self.scheduler.busy

@@ -11,6 +11,7 @@ import asyncio
 import dataclasses
 import logging
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from pathlib import Path
 from time import monotonic
 from typing import Literal, Protocol
 
@@ -77,6 +78,7 @@ class Manager:
         repository: where the models are.
         executor: carries changes out.
         explicit: whether models are loaded only when `load` asks for them; otherwise all are, and changes are seen.
+        watched: whether to look for changes of what is loaded; None for where models are loaded unasked.
         poll_s: how often to look for changes.
         record: told of every change: who asked, the action, the version, its outcome, and more. It returns at once.
 
@@ -90,6 +92,7 @@ class Manager:
         executor: Executor,
         *,
         explicit: bool = False,
+        watched: bool | None = None,
         poll_s: float = 1.0,
         record: Callable[..., object] = lambda *_, **__: None,
     ) -> None:
@@ -97,6 +100,7 @@ class Manager:
         self._executor = executor
         self.explicit = explicit
         self._poll_s = poll_s
+        self._watched = not explicit if watched is None else watched
         self._record = record
         self._models: dict[str, _Model] = {}
         self._asked: set[str] = set()
@@ -131,9 +135,19 @@ class Manager:
         if not self.states and not self.explicit:
             _log.warning("no model of %s is loaded yet", self._repository.root)
 
+    def has(self, name: str) -> bool:
+        """Whether the repository had a version of a model to load when it was last looked at."""
+        found = self._found.get(name)
+        return found is not None and not found.problem and bool(found.wanted)
+
+    def paths(self, name: str) -> list[Path]:
+        """Where the versions of a model are that would be loaded."""
+        found = self._found.get(name)
+        return [] if found is None else [Path(found.versions[version]) for version in found.wanted]
+
     async def watch(self) -> None:
-        """Looks for changes for ever. Nothing to do in explicit mode."""
-        while not self.explicit:
+        """Looks for changes for ever, if the repository is watched."""
+        while self._watched:
             await asyncio.sleep(self._poll_s)
             await self.refresh()
 

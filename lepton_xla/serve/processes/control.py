@@ -164,7 +164,7 @@ class Told(msgspec.Struct, tag="told"):
     """
 
     number: int
-    kind: Literal["", "invalid", "missing", "conflict", "failed"] = ""
+    kind: Literal["", "invalid", "missing", "conflict", "failed", "large"] = ""
     error: str = ""
     entries: list[Entry] = []
     last: bool = True

@@ -38,6 +38,7 @@ _REFUSALS = {
     429: "The rate of the token or of the model is exceeded",
     431: "The header fields are too large",
     503: "The server cannot take it now; see Retry-After",
+    507: "The model is larger than the memory for all",
 }
 _INFER_REFUSALS = {
     415: "The Content-Encoding is not supported",
