@@ -56,7 +56,7 @@ def application(args: Mapping[str, Any]) -> Any:
 
     >>> application({"artefact": "digits.lepton"})
     Traceback (most recent call last):
-    lepton_xla.errors.ServeError: the Ray application's arguments: Object missing required field `artifact`
+    lepton_xla.errors.ServeError: the Ray application's arguments: Object contains unknown field `artefact`
     """
     try:
         # `serve run` gives all values as text, a file as they are.
