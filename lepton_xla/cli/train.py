@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import pathlib
 from typing import Any
@@ -96,6 +97,7 @@ def train(
 
     from lepton_xla.cli import _models
     from lepton_xla.sharding import Rules
+    from lepton_xla.train.agreement import Agreement
 
     # Check everything that does not need the model first, so that a typo fails early.
     chosen = None if recipe is None else _models.load_recipe(recipe, settings, exclude)
@@ -131,7 +133,11 @@ def train(
         checkpoint=kept,
         **options,
     )
+    # The first process makes the artifact. At its end a process waits five minutes for the others, and then aborts.
+    launch.beat(count, "compile")
+    ended = Agreement(math.inf)
     if jax.process_index() != 0:
+        ended.first("")
         return
     document: dict[str, Any] = {
         "steps": int(result.state.step),
@@ -156,6 +162,7 @@ def train(
         _common.print_json(document)
     else:
         _print(document)
+    ended.first("")
 
 
 def _write(program: Any, buckets: dict[str, tuple[int, ...]], output: str, *, overwrite: bool) -> None:

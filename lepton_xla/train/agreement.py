@@ -10,7 +10,7 @@ import jax
 from lepton_xla import _compat
 from lepton_xla.errors import CheckpointError, first_line
 
-# How long a process may be late: a save to slow storage, say. Orbax waits as long.
+# For a save to slow storage, say; Orbax waits as long.
 _TIMEOUT_S = 1200.0
 _PAUSES_S = 0.002, 0.2
 _LONGEST = 500
@@ -47,7 +47,9 @@ class Agreement:
     (None, 'the disk is full', '5')
     """
 
-    def __init__(self) -> None:
+    def __init__(self, timeout_s: float = _TIMEOUT_S) -> None:
+        """Begin to agree; `timeout_s` is how long a process may be late."""
+        self._timeout_s = timeout_s
         self._name = f"lepton/agreement/{next(_numbers)}"
         self._asked = 0
         self._left: str | None = None
@@ -93,7 +95,7 @@ class Agreement:
         if jax.process_count() == 1:
             return [text]
         self._asked += 1
-        return self._meet(f"ask-{self._asked}", text, _TIMEOUT_S)
+        return self._meet(f"ask-{self._asked}", text, self._timeout_s)
 
     def _meet(self, place: str, text: str, timeout_s: float) -> list[str]:
         """Leave a text at a place, and wait for those of all processes, in their order."""

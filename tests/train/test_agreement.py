@@ -8,7 +8,6 @@ import pytest
 
 import lepton_xla as lx
 from lepton_xla import _compat
-from lepton_xla.train import agreement
 from lepton_xla.train.agreement import Agreement, OtherProcessError, problem_of
 
 COUNT = 3
@@ -98,11 +97,10 @@ def test_what_was_read_is_removed(board, each):
     assert len(board) == COUNT
 
 
-def test_waiting_has_an_end(board, monkeypatch):
-    monkeypatch.setattr(agreement, "_TIMEOUT_S", 0.05)
+def test_waiting_has_an_end(board):
     board.local.index = 0
     with pytest.raises(lx.CheckpointError, match=r"2 of 3 processes did not come to ask-1 within"):
-        Agreement().problem(None)
+        Agreement(0.05).problem(None)
 
 
 def test_the_reason_of_a_long_error_is_kept():
