@@ -14,6 +14,7 @@ from lepton_xla.serve.client.calls import (
     Attempts,
     Caller,
     RequestOf,
+    Search,
     arrays_of,
     feedback_of,
     is_good,
@@ -86,7 +87,10 @@ class AsyncClient(Caller):
         """See `Client.feedback`."""
         attempts = self._attempts(timeout_s)
         path = f"{route(await self._name(model, attempts))}/feedback"
-        return json_of(await self._call(self._plain(path, "POST", feedback_of(labels)), attempts))["rows"]
+        if not self._replicas.several:
+            return json_of(await self._call(self._plain(path, "POST", feedback_of(labels)), attempts))["rows"]
+        bodies = [feedback_of({name: label}) for name, label in labels.items()]
+        return sum([await self._judge(self._plain(path, "POST", body), timeout_s) for body in bodies])
 
     async def monitor(self, model: str | None = None) -> dict[str, Any]:
         """See `Client.monitor`."""
@@ -143,6 +147,18 @@ class AsyncClient(Caller):
         if self._model is None:
             self._model = only(json_of(await self._call(self._plain("/v2/repository/index", "POST"), attempts)))
         return self._model
+
+    async def _judge(self, request: RequestOf, timeout_s: float | None) -> int:
+        """See `Client._judge`."""
+        search = Search(self._replicas)
+        for replica in search.left():
+            attempts = self._attempts(timeout_s)
+            attempts.only = replica
+            try:
+                search.heard(await self._call(request, attempts))
+            except RequestError as error:
+                search.missed(error)
+        return json_of(search.answer())["rows"]
 
     async def _get(self, model: str | None, action: str) -> dict[str, Any]:
         attempts = self._attempts()

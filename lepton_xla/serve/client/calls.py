@@ -11,7 +11,7 @@ import os
 import random
 import ssl
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from time import monotonic
 from typing import Any, NoReturn
 from urllib.parse import quote
@@ -54,6 +54,7 @@ class Attempts:
     def __init__(self, replicas: Replicas, retries: int, timeout_s: float) -> None:
         self.deadline = monotonic() + timeout_s
         self.kind: tuple[str, int] | None = None
+        self.only: Replica | None = None  # the one that is asked, where no other has the answer
         self._replicas = replicas
         self._timeout_s = timeout_s
         self._retries = retries
@@ -65,7 +66,7 @@ class Attempts:
 
     def begin(self) -> Replica:
         """Choose the replica for the next attempt."""
-        self._replica = self._replicas.take(self._tried)
+        self._replica = self._replicas.take(self._tried) if self.only is None else self._replicas.hold(self.only)
         self._began = monotonic()
         return self._replica
 
@@ -134,7 +135,7 @@ class Attempts:
     def _goes_elsewhere(self, outcome: Answer | OSError) -> bool:
         """Whether the request goes to another replica now."""
         self._tried += (self._replica,)
-        if isinstance(outcome, TimeoutError) or not self._replicas.has_other(self._tried):
+        if self.only or isinstance(outcome, TimeoutError) or not self._replicas.has_other(self._tried):
             return False
         if isinstance(outcome, Answer):
             if outcome.status in _ASK_AGAIN:
@@ -151,6 +152,45 @@ class Attempts:
 
     def _tries(self) -> str:
         return "one attempt" if self._made == 1 else f"{self._made} attempts"
+
+
+class Search:
+    """Looks for the one of several servers that knows a thing: asks each, until one does not say 404."""
+
+    def __init__(self, replicas: Replicas) -> None:
+        self._replicas = replicas
+        self._found: Answer | None = None
+        self._none: Answer | None = None
+        self._error: RequestError | None = None
+
+    def left(self) -> Iterator[Replica]:
+        """The servers to ask; ends when one has been found."""
+        for replica in self._replicas.all:
+            if self._found is None:
+                yield replica
+
+    def heard(self, answer: Answer) -> None:
+        """Take what a server answers."""
+        if answer.status == 404:
+            self._none = answer
+        else:
+            self._found = answer
+
+    def missed(self, error: RequestError) -> None:
+        """Take that a server did not answer."""
+        self._error = error
+
+    def answer(self) -> Answer:
+        """What the server that knows it says, or else that none does.
+
+        Raises:
+            RequestError: if one could not be asked, and none of the others knows it.
+        """
+        if self._found is None and self._error is not None:
+            raise self._error
+        answer = self._found or self._none
+        assert answer is not None
+        return answer
 
 
 def _is_cut(error: ssl.SSLError) -> bool:

@@ -128,6 +128,12 @@ class Replicas:
             chosen.outstanding += 1
             return chosen
 
+    def hold(self, replica: Replica) -> Replica:
+        """The given replica for a request that only it can answer, counted as by `take`."""
+        with self._lock:
+            replica.outstanding += 1
+        return replica
+
     def has_other(self, tried: Collection[Replica]) -> bool:
         """Whether a replica that has not been tried may answer now: it is in use, or rests only because it is slow."""
         now = self._clock()

@@ -12,7 +12,7 @@ from urllib.parse import quote
 import msgspec
 
 from lepton_xla.copies import listing_of, open_file, signature_of
-from lepton_xla.errors import ArtifactError
+from lepton_xla.errors import ArtifactError, ServeError
 from lepton_xla.listing import MANIFEST, FileEntry
 from lepton_xla.serve.client.calls import RequestOf, json_of
 from lepton_xla.serve.client.sync_client import Client
@@ -32,7 +32,15 @@ class RepositoryClient(Client):
     """The repository of a server that was started with a folder of models. Options are those of `Client`.
 
     A push that is cut off is taken up where it ended by the next one. Files that the server has already are not sent.
+
+    Raises:
+        ServeError: for several URLs: a change is made on one server.
     """
+
+    def _open(self) -> None:
+        if self._replicas.several:
+            raise ServeError(f"a repository is changed on one server, but several are given: {self.url}")
+        super()._open()
 
     def models(self) -> list[dict[str, Any]]:
         """The models with their versions, sizes and labels."""

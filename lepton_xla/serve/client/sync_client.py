@@ -15,6 +15,7 @@ from lepton_xla.serve.client.calls import (
     Attempts,
     Caller,
     RequestOf,
+    Search,
     arrays_of,
     feedback_of,
     is_good,
@@ -115,6 +116,8 @@ class Client(Caller):
     ) -> int:
         """Tell the server the right answers of earlier requests, all or none.
 
+        Of several servers each is asked, until one has answered the request; then requests are judged one by one.
+
         Args:
             model: its name; None for the server's only one.
             labels: the `request_id` of each -> its class, or the class of each of its rows.
@@ -135,7 +138,10 @@ class Client(Caller):
         """
         attempts = self._attempts(timeout_s)
         path = f"{route(self._name(model, attempts))}/feedback"
-        return json_of(self._call(self._plain(path, "POST", feedback_of(labels)), attempts))["rows"]
+        if not self._replicas.several:
+            return json_of(self._call(self._plain(path, "POST", feedback_of(labels)), attempts))["rows"]
+        bodies = [feedback_of({name: label}) for name, label in labels.items()]
+        return sum(self._judge(self._plain(path, "POST", body), timeout_s) for body in bodies)
 
     def monitor(self, model: str | None = None) -> dict[str, Any]:
         """Ask how far a model's data have drifted, and how often its answers were right.
@@ -243,6 +249,18 @@ class Client(Caller):
         if self._model is None:
             self._model = only(json_of(self._call(self._plain("/v2/repository/index", "POST"), attempts)))
         return self._model
+
+    def _judge(self, request: RequestOf, timeout_s: float | None) -> int:
+        """Give the feedback of one request to the server that knows it."""
+        search = Search(self._replicas)
+        for replica in search.left():
+            attempts = self._attempts(timeout_s)
+            attempts.only = replica
+            try:
+                search.heard(self._call(request, attempts))
+            except RequestError as error:
+                search.missed(error)
+        return json_of(search.answer())["rows"]
 
     def _get(self, model: str | None, action: str) -> dict[str, Any]:
         attempts = self._attempts()

@@ -23,10 +23,17 @@ from lepton_xla.serve.client import (
 )
 from lepton_xla.serve.client.endpoint import endpoint
 from lepton_xla.serve.client.replicas import FAILURES, LONGEST_REST_S, SLOW_ANSWERS, Replicas
+from lepton_xla.serve.client.repository import RepositoryClient
 
 SEVEN = b'{"outputs": [{"name": "y", "datatype": "INT32", "shape": [1], "data": [7]}]}'
 GOOD = raw_answer(200, SEVEN)
 FULL = raw_answer(503, b'{"error": "full"}', {"Retry-After": "30"})
+
+
+@pytest.fixture(autouse=True)
+def _same_draws():
+    """What is drawn between equal replicas is the same in each run."""
+    random.seed(7)
 
 
 class Fleet:
@@ -394,3 +401,24 @@ def test_a_server_that_dies_and_returns(in_order):
                 client.infer(x=[1.0])
             assert not bad.resting
         dying.__exit__()
+
+
+def test_feedback_goes_to_the_server_that_answered(ask):
+    unknown = raw_answer(404, b'{"error": "no such request"}')
+    known = raw_answer(200, b'{"rows": 1}')
+    with Scripted(unknown) as first, Scripted(unknown, known) as second:
+        urls = [first.url, nobody(), second.url]
+        with pytest.raises(RequestError, match="Connection refused"):
+            ask(urls, "feedback", "m", {"a": 1}, options={"retries": 0})
+        assert ask(urls, "feedback", "m", {"b": 1, "c": 2}, options={"retries": 0}) == 2
+        assert [body for _, body in second.requests[1:]] == [
+            b'{"feedback":[{"id":"b","label":1}]}',
+            b'{"feedback":[{"id":"c","label":2}]}',
+        ]
+        with pytest.raises(RequestError, match="no such request"):
+            ask([first.url, first.url + "/x"], "feedback", "m", {"a": 1})
+
+
+def test_a_repository_is_changed_on_one_server():
+    with pytest.raises(ServeError, match="several are given"):
+        RepositoryClient(["http://a", "http://b"])
