@@ -201,7 +201,7 @@ class Server:
         try:
             # On another thread, so that signals are handled during a long warm-up.
             if self._manager is not None:
-                await self._manager.start(options.load)
+                await self._start_models(self._manager, stop)
             measured = [await loop.run_in_executor(None, engine.warm_up) for _, engine in self._engines]
             stop.warming = False
             if stop.asked.is_set():
@@ -238,6 +238,21 @@ class Server:
                 self._host.close()
                 self._records.close()
             self.device.stop(5.0 if finished else 0.0)
+
+    async def _start_models(self, manager: Manager, stop: Stop) -> None:
+        """Loads what the repository asks for, or less if a stop is asked for meanwhile."""
+        starting, asked = (
+            asyncio.ensure_future(each) for each in (manager.start(self.options.load), stop.asked.wait())
+        )  # fmt: skip
+        await asyncio.wait([starting, asked], return_when=asyncio.FIRST_COMPLETED)
+        asked.cancel()
+        if starting.done():
+            starting.result()
+        else:
+            starting.cancel()
+            manager.close()
+            self._host.close()
+            self._records.close()
 
     async def _watch(self) -> None:
         if self._manager is not None:

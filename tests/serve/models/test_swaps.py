@@ -352,8 +352,10 @@ def test_settings_of_a_model_hold_and_change(start, repository):
 
 
 @pytest.mark.slow
-def test_a_stop_does_not_wait_for_what_is_being_loaded(repository, made):
-    script = """
+@pytest.mark.parametrize("version", ["1", "2"])
+def test_a_stop_does_not_wait_for_what_is_being_loaded(repository, made, version):
+    """Version 1 is loaded before the server listens, version 2 while it serves."""
+    script = f"""
         import time
         from lepton_xla.cli.serve import serve
         from lepton_xla.serve.loader import ArtifactLoader
@@ -361,7 +363,8 @@ def test_a_stop_does_not_wait_for_what_is_being_loaded(repository, made):
         load = ArtifactLoader.load
 
         def slow(self, name, version, *more):
-            if version == "2":
+            if version == "{version}":
+                print("loading", flush=True)
                 time.sleep(30)
             return load(self, name, version, *more)
 
@@ -372,9 +375,10 @@ def test_a_stop_does_not_wait_for_what_is_being_loaded(repository, made):
     flags = ("--json", "--port", "0", "--repository-poll-s", "0.05")
     process = start_script(script, repository.root, *flags, environment=environment, stdout=subprocess.PIPE)
     with process:
-        assert json.loads(process.stdout.readline())["event"] == "listening"
-        repository.push(made[2], "m")
-        time.sleep(1)
+        if version == "2":
+            assert json.loads(process.stdout.readline())["event"] == "listening"
+            repository.push(made[2], "m")
+        assert process.stdout.readline() == "loading\n"
         began = time.monotonic()
         process.terminate()
         assert json.loads(process.stdout.readline()) == {"event": "stopped", "all_answered": True}
