@@ -96,7 +96,9 @@ class HTTPFrontEnd:
         for each in self._metrics:
             each.now = {}
         for model in self._models:
-            figures = model.scheduler.figures() | {"model_ready": float(model.health.ready)}
+            figures = model.scheduler.figures() | {
+                "model_ready": float(model.health.ready), "model_bytes": float(model.nbytes),
+            }  # fmt: skip
             model.metrics.now = added(model.metrics.now, figures)
         return self.state.figures()
 

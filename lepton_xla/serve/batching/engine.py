@@ -267,8 +267,9 @@ class Engine[T: Work]:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the arrays that batches are put together in."""
-        return sum(array.nbytes for stage in tuple(self._stages.values()) for array in stage.arrays)
+        """Bytes of the model, if it tells, and of the arrays that batches are put together in."""
+        staged = sum(array.nbytes for stage in tuple(self._stages.values()) for array in stage.arrays)
+        return staged + getattr(self._model, "nbytes", 0)
 
     def check(self) -> None:
         """Runs the smallest size on zeros. Raises what the model raises."""

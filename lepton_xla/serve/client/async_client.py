@@ -21,6 +21,7 @@ from lepton_xla.serve.client.calls import (
     json_of,
     only,
     route,
+    text_of,
 )
 from lepton_xla.serve.client.replicas import Replica, StalledError, UnreachedError
 from lepton_xla.serve.client.transport import PATIENCE_S, Answer, Channel, RequestError, connected, left
@@ -111,6 +112,10 @@ class AsyncClient(Caller):
     async def server(self) -> dict[str, Any]:
         """See `Client.server`."""
         return json_of(await self._call(self._plain("/v2"), self._attempts()))
+
+    async def metrics(self) -> str:
+        """See `Client.metrics`."""
+        return text_of(await self._call(self._plain("/metrics"), self._attempts()))
 
     async def index(self) -> list[dict[str, Any]]:
         """See `Client.index`."""

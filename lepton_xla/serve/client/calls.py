@@ -246,6 +246,15 @@ def json_of(answer: Answer) -> Any:
         raise RequestError(answer.status, f"the server's answer is not JSON: {error}") from error
 
 
+def text_of(answer: Answer) -> str:
+    """The text that a good answer is.
+
+    Raises:
+        RequestError: for another answer.
+    """
+    return checked(answer).body.decode(errors="replace")
+
+
 def arrays_of(answer: Answer) -> dict[str, np.ndarray]:
     """The outputs that a good infer answer holds.
 

@@ -22,6 +22,7 @@ from lepton_xla.serve.client.calls import (
     json_of,
     only,
     route,
+    text_of,
 )
 from lepton_xla.serve.client.replicas import Replica, StalledError, UnreachedError
 from lepton_xla.serve.client.transport import PATIENCE_S, Answer, BlockingChannel, RequestError, left
@@ -187,6 +188,15 @@ class Client(Caller):
         'lepton_xla'
         """
         return json_of(self._call(self._plain("/v2"), self._attempts()))
+
+    def metrics(self) -> str:
+        """Ask for all figures of the server, in Prometheus' text format.
+
+        >>> with Client(url) as client:
+        ...     "lepton_model_ready{" in client.metrics()
+        True
+        """
+        return text_of(self._call(self._plain("/metrics"), self._attempts()))
 
     def index(self) -> list[dict[str, Any]]:
         """Ask for the models that the server has, and their state.

@@ -75,7 +75,7 @@ class ModelHandle:
         Weights are exact, and so are the arrays. Of compiled code XLA tells nothing: its serialized size is taken, and
         for each executable what loading a small one adds to the resident size of a process.
         """
-        return self.scheduler.engine.nbytes + getattr(self.model, "nbytes", 0)
+        return self.scheduler.engine.nbytes
 
     @property
     def used_s(self) -> float:

@@ -28,6 +28,7 @@ _SERVER_GAUGES = {
 _GAUGES = {
     "queue_rows": "Rows waiting now.",
     "queue_requests": "Inferences waiting now.",
+    "model_bytes": "Memory that the version takes in all processes: weights, code, and arrays of batches.",
     "model_ready": "Processes in which the version is loaded and takes requests.",
 }
 _COUNTERS: dict[str, tuple[str, Callable[[Metrics], float]]] = {

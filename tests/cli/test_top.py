@@ -1,0 +1,65 @@
+"""`leptonx top`: from two scrapes to a table, and from a real server."""
+
+import json
+
+import numpy as np
+import pytest
+
+import lepton_xla as lx
+from lepton_xla.cli.top import figures_of, rows_of
+from lepton_xla.serve import Client, Options, Server
+
+BEFORE = """
+lepton_inference_requests_total{model="a",version="1"} 100
+lepton_compute_seconds_sum{model="a",version="1"} 1.0
+lepton_request_seconds_bucket{le="0.001",model="a",version="1"} 100
+lepton_request_seconds_bucket{le="0.01",model="a",version="1"} 100
+lepton_request_seconds_bucket{le="+Inf",model="a",version="1"} 100
+"""
+AFTER = """
+lepton_inference_requests_total{model="a",version="1"} 300
+lepton_compute_seconds_sum{model="a",version="1"} 2.0
+lepton_request_seconds_bucket{le="0.001",model="a",version="1"} 290
+lepton_request_seconds_bucket{le="0.01",model="a",version="1"} 299
+lepton_request_seconds_bucket{le="+Inf",model="a",version="1"} 300
+lepton_model_ready{model="a",version="1"} 1
+lepton_model_bytes{model="a",version="1"} 2e6
+lepton_queue_rows{model="a",version="1"} 7
+"""
+
+
+def test_rates_are_those_between_two_scrapes():
+    # 200 requests in 4 s, of which 190 within 1 ms and 199 within 10; a second of the device in four.
+    (row, other) = rows_of(figures_of(BEFORE), figures_of(AFTER), 4.0, {("b", "2"): "LOADING"})
+    assert row == {
+        "model": "a", "version": "1", "state": "READY", "bytes": 2_000_000, "requests_per_s": 50.0, "p50_s": 0.001,
+        "p99_s": 0.01, "queue_rows": 7, "device_share": 0.25,
+    }  # fmt: skip
+    assert (other["model"], other["state"], other["requests_per_s"], other["p99_s"]) == ("b", "LOADING", 0.0, None)
+
+
+def test_a_server_that_started_anew_has_no_negative_rates():
+    (row,) = rows_of(figures_of(AFTER), figures_of(BEFORE), 1.0, {})
+    assert (row["requests_per_s"], row["device_share"], row["state"]) == (0.0, 0.0, "UNAVAILABLE")
+
+
+@pytest.mark.parametrize("as_json", [True, False])
+def test_a_real_server(cli, as_json):
+    program = lx.trace(lambda w, x: x @ w, np.eye(4, dtype=np.float32), {"x": lx.TensorSpec(("batch", 4), "float32")})
+    with Server(lx.compile(program, {"batch": (1,)}, name="tiny").servable(), Options(port=0)) as server:
+        with Client(server.url) as client:
+            client.infer("tiny", x=np.ones((1, 4), np.float32))
+        flags = ["--once", "--interval", "0.1", *(["--json"] if as_json else [])]
+        result = cli("top", server.url, *flags)
+    assert result.exit_code == 0, result.output
+    if as_json:
+        (row,) = json.loads(result.output)["models"]
+        assert (row["model"], row["state"]) == ("tiny", "READY")
+        assert row["bytes"] >= 64
+    else:
+        assert "tiny" in result.output
+        assert "ready" in result.output
+
+
+def test_nobody_there_is_one_line(cli):
+    assert "127.0.0.1:1" in cli.refused("top", "http://127.0.0.1:1", "--once")
