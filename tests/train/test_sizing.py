@@ -57,7 +57,9 @@ def test_the_parts_of_data_parallel_training(program):
     assert found.gradients_bytes == WEIGHTS
     # Gradients, and the sum of squares.
     assert sent_by_kind(found.collectives)["all-reduce"] == pytest.approx(WEIGHTS, rel=0.01)
-    assert found.total_bytes >= sum(found.parts.values()) + found.temporary_bytes
+    # The new state takes the memory of the old one; metrics, the key and code are small, but for a TPU's code.
+    rest = found.total_bytes - sum(found.parts.values()) - found.temporary_bytes
+    assert 0 <= rest < WEIGHTS / 2 or found.topology.is_exact
 
 
 def test_the_parts_of_tensor_parallel_training(program):
@@ -103,6 +105,14 @@ def test_a_recipe_sizes_the_step_that_rounds(program):
     assert (plain.stage, rounded.stage) == ("float", "rounded")
     assert rounded.parts == plain.parts
     assert rounded.total_bytes != plain.total_bytes
+
+
+def test_a_teachers_weights_are_counted(program):
+    """Each device has the whole teacher."""
+    loss = lx.train.distill(program, program)
+    found = lx.train.size(program, loss, optax.sgd(0.1), {"x": batch(8)["x"]}, topology="v5e:1x2")
+    assert found.parts["loss"] == WEIGHTS
+    assert found.flops == 8 * 2 * D * H * (2 + 3 + 2) // 2
 
 
 def test_rows_replace_those_of_the_batch(program):
