@@ -115,6 +115,14 @@ class Server:
                 total += process.memory_full_info().pss
         return total
 
+    def resident(self) -> int:
+        """Bytes of memory that its processes have, those that they share with others included."""
+        total = 0
+        for process in self._family():
+            with contextlib.suppress(psutil.Error):
+                total += process.memory_info().rss
+        return total
+
     def stop(self) -> None:
         """Ends the server and all its processes."""
         self.signal(signal.SIGCONT)

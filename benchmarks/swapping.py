@@ -278,7 +278,7 @@ def reloaded(
             rows.append({
                 "reloads": start + every,
                 "seconds": time.monotonic() - began,
-                "memory_bytes": server.memory(),
+                "memory_bytes": server.resident(),
                 "p50_ms": 1e3 * found["p50"],
                 "p99_ms": 1e3 * found["p99"],
                 "errors": float(result.errors),

@@ -83,7 +83,11 @@ class ArtifactLoader:
         engine: Engine[Call] = Engine(servable, signature)
         options = _served(self._options, source.serving, source.max_delay_us)
         with self._device.guest(_WARMING_WEIGHT) as run:
-            measured = engine.warm_up(run, _like(signature, others))
+            sharing = None if base is None else next((each for each in others if each.model is base), None)
+            if sharing is not None and servable.route == "shared":
+                measured = engine.warm_up(run, sharing.scheduler.engine, same_code=True)
+            else:
+                measured = engine.warm_up(run, _like(signature, others))
         return Warm(servable, signature, engine, measured, options, source.serving)
 
     def _base(self, name: str, version: str, source: Source, others: Sequence[ModelHandle]) -> Servable | None:

@@ -197,7 +197,7 @@ class Engine[T: Work]:
         self.busy_processors = 0.0
         self.measured: Measured = {}
 
-    def warm_up(self, run: Run | None = None, like: Engine[T] | None = None) -> Measured:
+    def warm_up(self, run: Run | None = None, like: Engine[T] | None = None, *, same_code: bool = False) -> Measured:
         """Runs and times every compiled size on zeros.
 
         Args:
@@ -205,6 +205,7 @@ class Engine[T: Work]:
                 all that runs.
             like: of a model that was measured before and that should take as long. Where a few runs do not say
                 otherwise, its times are taken.
+            same_code: whether that one runs the same code. Then the smallest size is run, and all times are taken.
 
         Returns:
             Seconds of an execution, by key and batch size: the median, or, while others run, nearly the least, since
@@ -213,6 +214,10 @@ class Engine[T: Work]:
         Raises:
             ServeError: if an output differs from the signature.
         """
+        if like is not None and like.measured and same_code:
+            self._measure(self._signature.bucket_sizes[0], next(self._signature.shape_keys()), run or _at_once, 1)
+            self.busy_processors, self.measured = like.busy_processors, like.measured
+            return self.measured
         costs: dict[Key, dict[int, float]] = {}
         timed_s = used_s = 0.0
         known = {} if like is None else like.measured

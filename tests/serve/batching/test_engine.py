@@ -93,6 +93,18 @@ def test_times_of_a_like_model_are_taken_if_a_few_runs_agree():
     assert all(seconds >= 8e-3 for sizes in slower.warm_up(like=first).values() for seconds in sizes.values())
 
 
+def test_the_same_code_is_run_once_and_its_times_are_taken():
+    first, servable = Engine(Paced(2e-3), SIGNATURE), Tokens()
+    second = Engine(servable, SIGNATURE)
+    assert second.warm_up(like=first, same_code=True) != first.measured, "that one was not measured"
+    measured = first.warm_up()
+    servable.runs.clear()
+    third = Engine(servable, SIGNATURE)
+    assert third.warm_up(like=first, same_code=True) is measured
+    assert set(servable.runs) == {(1, 4)}
+    assert third.busy_processors == first.busy_processors
+
+
 def test_a_batch_that_nobody_waits_for_is_not_run():
     servable = Tokens()
     works = [work(np.ones((1, 4), np.int32)) for _ in range(2)]
