@@ -1,7 +1,8 @@
 """Who may ask for what: bearer tokens (RFC 6750), decided once for each distinct request head.
 
-Nothing is open but the health routes, compared byte for byte: another spelling of them needs a token like everything
-else. A token is looked for before the path is looked at, so that without one nobody learns which paths exist.
+Nothing is open but the health routes and the files of the page, compared byte for byte: another spelling of them needs
+a token like everything else. A token is looked for before the path is looked at, so that without one nobody learns
+which paths exist.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from lepton_xla.serve.rates import Rate
 type Route = Callable[[Exchange], None]
 
 _CREDENTIALS = re.compile(rb"bearer +([A-Za-z0-9._~+/-]{1,512}=*)", re.IGNORECASE)
+_TOKENLESS = ("health", "page")
 _CHALLENGE = 'WWW-Authenticate: Bearer realm="lepton_xla"'
 
 
@@ -139,7 +141,7 @@ class Guard:
 
         Args:
             grant: what `authenticate` gave.
-            scope: what the route needs; "health" needs nothing.
+            scope: what the route needs; "health" and "page" need nothing.
             route: answers the request.
             again: takes the request if the token file changed since.
 
@@ -147,10 +149,10 @@ class Guard:
             HTTPError: 403 if the token is not good for it.
         """
         if grant is None:
-            if scope != "health":
+            if scope not in _TOKENLESS:
                 raise HTTPError(401, "a token is needed: Authorization: Bearer ...", _CHALLENGE)
             return route
-        if scope != "health" and scope not in grant.scopes:
+        if scope not in _TOKENLESS and scope not in grant.scopes:
             challenge = f'{_CHALLENGE}, error="insufficient_scope", scope="{scope}"'
             raise HTTPError(403, f"this token is not good for {scope!r}", challenge)
         return _Guarded(grant, route, again)

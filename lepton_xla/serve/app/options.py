@@ -13,7 +13,7 @@ from lepton_xla.serve.access.tls import TlsFiles
 from lepton_xla.serve.limits import Limits
 from lepton_xla.serve.observe.tracing import check_endpoint
 from lepton_xla.serve.protocol.metadata import SERVER_NAME
-from lepton_xla.serve.protocol.routes import OPEN_PATHS
+from lepton_xla.serve.protocol.routes import TOKENLESS_PATHS
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -136,7 +136,7 @@ class Options:
         """
         return Access(
             self.host, self.port,
-            token_file=self.token_file, tls=self.tls, open_paths=OPEN_PATHS, public=self.insecure_public,
+            token_file=self.token_file, tls=self.tls, open_paths=TOKENLESS_PATHS, public=self.insecure_public,
             unix_socket=self.unix_socket,
         )  # fmt: skip
 

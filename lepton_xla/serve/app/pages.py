@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import math
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -18,6 +19,7 @@ from lepton_xla.serve.observe.server_metrics import ServerMetrics
 from lepton_xla.serve.observe.statistics import model_statistics
 from lepton_xla.serve.protocol import metadata, monitoring, openapi
 from lepton_xla.serve.protocol.routes import CONTROL
+from lepton_xla.serve.ui.files import HEADERS, page_files
 
 # Versions whose metrics are written on the event loop.
 _FEW = 4
@@ -66,6 +68,7 @@ class Pages:
             "metrics": self._show_metrics,
             "statistics": lambda exchange: self._statistics(models, exchange),
             "alerts": self._alerts,
+            **{name: functools.partial(self._file, *file) for name, file in page_files().items()},
             "repository_index": self._index,
             "log_settings": lambda exchange: self._json(exchange, metadata.log_settings()),
             "trace_settings": lambda exchange: self._json(exchange, metadata.trace_settings()),
@@ -186,6 +189,10 @@ class Pages:
             for each in self._metrics.monitoring.alerts
         ]  # fmt: skip
         self._json(exchange, monitoring.Alerts(alerts))
+
+    def _file(self, content: bytes, content_type: str, exchange: Exchange) -> None:
+        self._metrics.codes[200] += 1
+        exchange.answer(200, content, content_type, *HEADERS)
 
     def _show_metrics(self, exchange: Exchange) -> None:
         self._metrics.codes[200] += 1

@@ -63,7 +63,10 @@ def document(
         "label": sorted(labels),
     }
     served = [route for route in ROUTES if not route.refusal and route.name not in without]
-    types = [each for route in served for each in (route.request, route.response) if each not in (None, bytes)]
+    types = [
+        each for route in served for each in (route.request, route.response)
+        if each not in (None, bytes) and not isinstance(each, str)
+    ]  # fmt: skip
     _, schemas = msgspec.json.schema_components([*types, ErrorMessage], ref_template=_REFERENCE)
     paths: dict[str, dict[str, Any]] = {}
     for route in served:
@@ -122,7 +125,7 @@ def _operation(route: Route, path: str, names: dict[str, list[str]], signatures:
         "parameters": parameters,
         "responses": _responses(route, infer=infer),
     }
-    if route.scope == "health":
+    if route.scope in ("health", "page"):
         operation["description"] = "Needs no token."
         operation["security"] = [{}]
     if route.request is not None:
@@ -156,8 +159,8 @@ def _infer_headers() -> list[dict[str, Any]]:
 
 
 def _responses(route: Route, *, infer: bool) -> dict[str, Any]:
-    if route.response is None:
-        content: dict[str, Any] = {CONTENT_TYPE_LATEST: {"schema": {"type": "string"}}}
+    if route.response is None or isinstance(route.response, str):
+        content: dict[str, Any] = {route.response or CONTENT_TYPE_LATEST: {"schema": {"type": "string"}}}
     else:
         content = {_JSON: {"schema": _schema(route.response)}}
     good: dict[str, Any] = {"description": "As asked", "content": content}

@@ -16,7 +16,7 @@ from lepton_xla.serve.protocol import auditing, metadata, monitoring, uploads
 from lepton_xla.serve.protocol.request import RequestHead
 from lepton_xla.serve.protocol.response import ResponseHead
 
-type Scope = Literal["health", "read", "infer", "admin"]
+type Scope = Literal["health", "page", "read", "infer", "admin"]
 
 _NO_SHARED_MEMORY = "shared memory is not supported: send tensors in the body of the request"
 _NO_SETTING = "settings cannot be changed while the server runs"
@@ -30,10 +30,10 @@ class Route:
         name: what it is called here and, as `operationId`, in the OpenAPI document.
         method: GET, which HEAD goes with, POST, PUT or DELETE.
         path: with `{parameters}`, and a part in brackets that may be left out; it may have alternatives, by `|`.
-        scope: what a token has to be good for; health needs no token.
+        scope: what a token has to be good for; health and the files of the page need no token.
         summary: one line for readers.
         request: type of the JSON body, if it takes one; `bytes` for another body.
-        response: type of the JSON answer; None for one that is not JSON.
+        response: type of the JSON answer; a media type for a text of another kind; None for metrics.
         refusal: why it is not to be had, for a route that clients know and this server always refuses.
         status: of that refusal.
     """
@@ -118,6 +118,9 @@ ROUTES: tuple[Route, ...] = (
           "Removes a version, on which no label may stand", response=uploads.Removed),
     Route("move_label", "POST", "/v2/repository/models/{model}/labels/{label}", "admin",
           "Moves a label to a version, or back", request=uploads.LabelRequest, response=uploads.Moved),
+    Route("page", "GET", "/ui[/]", "page", "The page for people", response="text/html"),
+    Route("page_script", "GET", "/ui/ui.js", "page", "Its script", response="text/javascript"),
+    Route("page_style", "GET", "/ui/ui.css", "page", "Its style sheet", response="text/css"),
     *(
         Route(f"{kind}_shared_memory_{action}", method, f"/v2/{kind}sharedmemory{path}/{action}", "admin",
               f"Shared memory: {action}", refusal=_NO_SHARED_MEMORY)
@@ -137,6 +140,8 @@ CONTROL = CHANGES | {"load", "unload"}
 """Routes that only a server of a repository has; others refuse them."""
 
 OPEN_PATHS = frozenset(path.encode() for route in ROUTES if route.scope == "health" for path in route.paths)
+"""Answered whatever the limits say, without a token."""
+TOKENLESS_PATHS = OPEN_PATHS | {path.encode() for route in ROUTES if route.scope == "page" for path in route.paths}
 
 _ANY = "{}"
 _ORIGIN = re.compile(rb"https?://[^/?#]+(?=/)", re.IGNORECASE)

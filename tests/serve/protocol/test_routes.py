@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from serve_fakes import exchange, label
 
 from lepton_xla.serve.errors import HTTPError
-from lepton_xla.serve.protocol.routes import CONTROL, OPEN_PATHS, ROUTES, find
+from lepton_xla.serve.protocol.routes import CONTROL, OPEN_PATHS, ROUTES, TOKENLESS_PATHS, find
 
 REFUSED = [route for route in ROUTES if route.refusal]
 SERVED = [route for route in ROUTES if not route.refusal and route.name not in CONTROL]
@@ -47,8 +47,10 @@ def test_no_two_routes_share_a_method_and_a_path_and_none_goes_by_two_names():
 
 def test_only_health_is_open_and_all_that_changes_anything_needs_admin():
     assert set(OPEN_PATHS) == {b"/v2/health/live", b"/v2/health/ready"}
+    assert {b"/ui", b"/ui/", b"/ui/ui.js", b"/ui/ui.css"} == TOKENLESS_PATHS - OPEN_PATHS
     for route in ROUTES:
         assert (route.scope == "health") == route.path.startswith("/v2/health/")
+        assert (route.scope == "page") == route.path.startswith("/ui")
         if route.method in ("PUT", "DELETE"):
             assert route.scope == "admin"
         if route.method == "POST":

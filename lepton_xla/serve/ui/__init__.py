@@ -1,0 +1,1 @@
+"""The page for people at `/ui`: files that the server sends as they are."""

@@ -1,0 +1,352 @@
+// The page for people: reads the server's own routes every two seconds and draws what they say. All text is set as text,
+// never as markup, and nothing is loaded from elsewhere.
+
+const POLL_MS = 2000;
+const KEPT = 150; // five minutes
+const TOKEN = "lepton-token";
+
+const byId = (id) => document.getElementById(id);
+const history = new Map(); // "model/version" -> [{time, requests, buckets, failures}]
+let admin = true; // until the server refuses a change
+
+class Refused extends Error {
+  constructor(status, message) {
+    super(message);
+    this.status = status;
+  }
+}
+
+async function ask(path, method = "GET", body = undefined) {
+  const headers = {};
+  const token = sessionStorage.getItem(TOKEN);
+  if (token) headers.Authorization = `Bearer ${token}`;
+  if (body !== undefined) headers["Content-Type"] = "application/json";
+  const answer = await fetch(path, {
+    method, headers, body: body === undefined ? undefined : JSON.stringify(body), cache: "no-store",
+  });
+  const text = await answer.text();
+  if (!answer.ok) {
+    let message = `HTTP ${answer.status}`;
+    try { message = JSON.parse(text).error; } catch { /* not from the server itself */ }
+    throw new Refused(answer.status, message);
+  }
+  return answer.headers.get("Content-Type").startsWith("application/json") ? JSON.parse(text) : text;
+}
+
+// What a server may not have, such as a repository, is null.
+const maybe = async (promise) => {
+  try {
+    return await promise;
+  } catch (error) {
+    if (error instanceof Refused && [403, 404, 405, 501].includes(error.status)) return null;
+    throw error;
+  }
+};
+
+// Prometheus' text format.
+
+function parseMetrics(text) {
+  const found = new Map(); // name -> [{labels, value}]
+  for (const line of text.split("\n")) {
+    const match = /^([a-zA-Z_:][\w:]*)(?:\{(.*)\})? (\S+)/.exec(line);
+    if (!match) continue;
+    const labels = {};
+    for (const [, key, value] of (match[2] ?? "").matchAll(/(\w+)="((?:[^"\\]|\\.)*)"/g)) {
+      labels[key] = value.replace(/\\(.)/g, (_, char) => (char === "n" ? "\n" : char));
+    }
+    if (!found.has(match[1])) found.set(match[1], []);
+    found.get(match[1]).push({ labels, value: match[3] === "+Inf" ? Infinity : Number(match[3]) });
+  }
+  return found;
+}
+
+function perVersion(metrics) {
+  const versions = new Map();
+  const at = ({ model, version }) => {
+    const key = `${model}/${version}`;
+    if (!versions.has(key)) {
+      versions.set(key, { model, version, requests: 0, failures: 0, buckets: [], drift: [], right: 0, wrong: 0 });
+    }
+    return versions.get(key);
+  };
+  const each = (name, use) => (metrics.get(name) ?? []).forEach(({ labels, value }) => use(at(labels), value, labels));
+  each("lepton_inference_requests_total", (one, value) => { one.requests = value; });
+  each("lepton_inference_failures_total", (one, value) => { one.failures = value; });
+  each("lepton_request_seconds_bucket", (one, value, { le }) => {
+    one.buckets.push({ bound: le === "+Inf" ? Infinity : Number(le), count: value });
+  });
+  each("lepton_drift_psi", (one, value, { feature }) => one.drift.push({ feature, psi: value }));
+  each("lepton_feedback_rows_total", (one, value, { result }) => { one[result] = value; });
+  return versions;
+}
+
+// A quantile of the answers between two looks, as Prometheus' histogram_quantile; null without any.
+function quantile(share, now, before) {
+  const counts = now.map(({ bound, count }, index) => ({ bound, count: count - (before?.[index]?.count ?? 0) }));
+  const total = counts.at(-1)?.count ?? 0;
+  if (!total) return null;
+  const rank = share * total;
+  let low = 0;
+  let below = 0;
+  for (const { bound, count } of counts) {
+    if (count >= rank) return bound === Infinity ? low : low + ((bound - low) * (rank - below)) / (count - below);
+    low = bound;
+    below = count;
+  }
+  return low;
+}
+
+function remember(versions, time) {
+  for (const [key, one] of versions) {
+    const kept = history.get(key) ?? [];
+    kept.push({ time, requests: one.requests, failures: one.failures, buckets: one.buckets });
+    history.set(key, kept.slice(-KEPT));
+  }
+  for (const key of history.keys()) if (!versions.has(key)) history.delete(key);
+}
+
+function rates(key) {
+  const kept = history.get(key) ?? [];
+  return kept.slice(1).map((now, index) => {
+    const before = kept[index];
+    const seconds = now.time - before.time;
+    return {
+      requests: Math.max(0, now.requests - before.requests) / seconds,
+      p50: quantile(0.5, now.buckets, before.buckets),
+      p99: quantile(0.99, now.buckets, before.buckets),
+    };
+  });
+}
+
+// Drawing.
+
+function make(tag, properties = {}, ...children) {
+  const element = document.createElement(tag);
+  for (const [name, value] of Object.entries(properties)) {
+    if (name in element) element[name] = value;
+    else element.setAttribute(name, value);
+  }
+  element.append(...children.filter((child) => child !== null));
+  return element;
+}
+
+const number = (value, digits = 1) =>
+  value === null || Number.isNaN(value) ? "-" : value.toLocaleString("en", { maximumFractionDigits: digits });
+const milliseconds = (seconds) => (seconds === null ? "-" : `${number(1000 * seconds, 2)} ms`);
+const percent = (share) => (share === null ? "-" : `${number(100 * share, 2)} %`);
+const bytes = (value) => `${number(value / 2 ** 20, 0)} MiB`;
+
+function table(caption, columns, rows) {
+  const head = make("tr", {}, ...columns.map(([text, kind]) => make("th", { scope: "col", className: kind ?? "" }, text)));
+  const body = rows.map((cells) =>
+    make("tr", {}, ...cells.map((cell, index) => make("td", { className: columns[index][1] ?? "" }, cell ?? ""))),
+  );
+  const made = make("table", {}, make("caption", {}, caption), make("thead", {}, head), make("tbody", {}, ...body));
+  return make("div", { className: "scroll", tabIndex: 0, role: "region", "aria-label": caption }, made);
+}
+
+function plot(caption, values, show) {
+  const known = values.filter((value) => value !== null);
+  const most = Math.max(...known, 1e-9);
+  const points = values
+    .map((value, index) => [(100 * index) / Math.max(values.length - 1, 1), value])
+    .filter(([, value]) => value !== null)
+    .map(([x, value]) => `${x.toFixed(2)},${(29 - (28 * value) / most).toFixed(2)}`);
+  const svg = document.createElementNS("http://www.w3.org/2000/svg", "svg");
+  svg.setAttribute("viewBox", "0 0 100 30");
+  svg.setAttribute("preserveAspectRatio", "none");
+  svg.setAttribute("role", "img");
+  svg.setAttribute("aria-label", `${caption}: ${known.length ? show(known.at(-1)) : "no data"} now`);
+  const line = document.createElementNS("http://www.w3.org/2000/svg", "polyline");
+  line.setAttribute("points", points.join(" "));
+  svg.append(line);
+  const text = known.length ? `${caption}, at most ${show(most)} in the last minutes` : `${caption}: no data yet`;
+  return make("figure", {}, svg, make("figcaption", {}, text));
+}
+
+const button = (text, name, act) => make("button", { type: "button", onclick: act, "aria-label": name }, text);
+
+async function change(what, promise) {
+  byId("message").textContent = "";
+  try {
+    await promise;
+    await look();
+  } catch (error) {
+    if (error.status === 403) admin = false;
+    byId("message").textContent = `${what} failed: ${error.message}`;
+  }
+}
+
+function actions(model, version, labels, stored) {
+  if (!admin || !stored) return null;
+  const path = `/v2/repository/models/${encodeURIComponent(model)}`;
+  const cell = make("span");
+  if (labels.includes("stable")) {
+    cell.append(button("Roll back", `Roll back ${model} from version ${version}`, () => {
+      if (confirm(`Move the label "stable" of ${model} back to where it stood before?`)) {
+        change("the roll-back", ask(`${path}/labels/stable`, "POST", { rollback: true }));
+      }
+    }));
+  } else {
+    cell.append(button("Promote", `Make version ${version} of ${model} stable`, () => {
+      if (confirm(`Make version ${version} of ${model} stable?`)) {
+        change("the promotion", ask(`${path}/labels/stable`, "POST", { version }));
+      }
+    }));
+  }
+  return cell;
+}
+
+function drawTiles(metrics, versions, firing) {
+  const latest = [...versions.keys()].map((key) => rates(key).at(-1)).filter(Boolean);
+  const slowest = latest.map(({ p99 }) => p99).filter((value) => value !== null);
+  const memory = metrics.get("process_resident_memory_bytes")?.[0]?.value ?? 0;
+  const tiles = [
+    ["Requests a second", number(latest.reduce((sum, { requests }) => sum + requests, 0), 0)],
+    ["Slowest p99", slowest.length ? milliseconds(Math.max(...slowest)) : "-"],
+    ["Versions", String(versions.size)],
+    ["Memory", bytes(memory)],
+    ["Connections", number(metrics.get("lepton_connections")?.[0]?.value ?? 0, 0)],
+    ["Alerts firing", String(firing)],
+  ];
+  byId("tiles").replaceChildren(...tiles.map(([name, value]) => make("div", {}, make("dt", {}, name), make("dd", {}, value))));
+}
+
+function drawAlerts(alerts) {
+  const shown = alerts.filter(({ state }) => state === "firing" || state === "pending");
+  if (!shown.length) {
+    byId("alerts").replaceChildren(make("p", { className: "good" }, alerts.length ? "No alert fires." : "There are no alert rules."));
+    return;
+  }
+  const rows = shown.map((alert) => [
+    make("span", { className: alert.state === "firing" ? "bad" : "quiet" }, alert.state),
+    alert.rule, `${alert.model} ${alert.version}`, alert.when, number(alert.value, 4),
+    new Date(1000 * alert.since).toLocaleString(),
+  ]);
+  byId("alerts").replaceChildren(table("Alerts that fire or will",
+    [["State"], ["Alert"], ["Model"], ["Condition"], ["Value", "number"], ["Since"]], rows));
+}
+
+function drawModels(versions, index, stored) {
+  const opened = new Set([...document.querySelectorAll("details[open]")].map((each) => each.dataset.key));
+  const focused = document.activeElement?.getAttribute("aria-label");
+  const known = new Map(); // model -> version -> {version, state, reason, labels}
+  const at = (model, version) => {
+    if (!known.has(model)) known.set(model, new Map());
+    const entries = known.get(model);
+    if (version && !entries.has(version)) entries.set(version, { version, state: "", reason: "", labels: [] });
+    return entries.get(version) ?? {};
+  };
+  for (const { name, version, state, reason } of index) Object.assign(at(name, version), { state: state ?? "", reason: reason ?? "" });
+  for (const { name, versions: kept } of stored ?? []) for (const { version, labels } of kept) at(name, version).labels = labels;
+  const problems = new Map((stored ?? []).filter(({ problem }) => problem).map(({ name, problem }) => [name, problem]));
+  const cards = [...known].sort(([one], [other]) => one.localeCompare(other)).map(([model, found]) => {
+    const entries = [...found.values()].sort((one, other) => Number(other.version) - Number(one.version));
+    const rows = entries.map(({ version, state, reason, labels: mine }) => {
+      const key = `${model}/${version}`;
+      const one = versions.get(key);
+      const latest = rates(key).at(-1);
+      const judged = one ? one.right + one.wrong : 0;
+      const drift = one?.drift.length ? Math.max(...one.drift.map(({ psi }) => psi)) : null;
+      return [
+        version, make("span", {}, ...mine.map((label) => make("span", { className: "label" }, label))),
+        make("span", { className: state === "READY" ? "good" : "quiet", title: reason }, state || "not loaded"),
+        latest ? number(latest.requests) : "-", latest ? milliseconds(latest.p50) : "-", latest ? milliseconds(latest.p99) : "-",
+        one ? number(one.failures, 0) : "-", judged ? percent(one.right / judged) : "-",
+        drift === null ? "-" : make("span", { className: drift > 0.2 ? "bad" : "" }, number(drift, 3)),
+        actions(model, version, mine, stored !== null),
+      ];
+    });
+    const problem = problems.has(model) ? make("p", { className: "bad" }, problems.get(model)) : null;
+    const card = make("article", { className: "card" }, make("h3", {}, model), problem, table(`Versions of ${model}`, [
+      ["Version"], ["Labels"], ["State"], ["Requests/s", "number"], ["p50", "number"], ["p99", "number"],
+      ["Failed", "number"], ["Accuracy", "number"], ["Drift", "number"], ["Change"],
+    ], rows));
+    for (const { version, state } of entries) {
+      const key = `${model}/${version}`;
+      const one = versions.get(key);
+      if (!one || state !== "READY") continue;
+      const seen = rates(key);
+      const details = make("details", {}, make("summary", {}, `Version ${version}: load, latency and drift`), make("div", { className: "plots" },
+        plot("Requests a second", seen.map(({ requests }) => requests), (value) => number(value, 0)),
+        plot("p99", seen.map(({ p99 }) => p99), milliseconds)));
+      details.dataset.key = key;
+      details.open = opened.has(key);
+      if (one.drift.length) {
+        const sorted = [...one.drift].sort((a, b) => b.psi - a.psi);
+        details.append(table(`Drift of ${model} version ${version}, most first`, [["Feature"], ["Stability index", "number"]],
+          sorted.map(({ feature, psi }) => [feature, make("span", { className: psi > 0.2 ? "bad" : "" }, number(psi, 3))])));
+      }
+      card.append(details);
+    }
+    return card;
+  });
+  byId("models").replaceChildren(...(cards.length ? cards : [make("p", {}, "No model is loaded.")]));
+  if (focused) [...document.querySelectorAll("[aria-label]")].find((each) => each.getAttribute("aria-label") === focused)?.focus();
+}
+
+function drawAudit(audit) {
+  byId("audit-section").hidden = audit === null;
+  if (audit === null) return;
+  const rows = audit.entries.map((entry) => [entry.time, entry.who, entry.action, entry.target, entry.outcome]);
+  byId("audit").replaceChildren(rows.length
+    ? table("Latest changes first", [["Time"], ["Who"], ["What"], ["Of"], ["Outcome"]], rows)
+    : make("p", {}, "Nothing was changed yet."));
+}
+
+async function look() {
+  const [text, index, alerts, stored, audit] = await Promise.all([
+    ask("/metrics"), ask("/v2/repository/index", "POST", {}), ask("/v2/alerts"),
+    maybe(ask("/v2/repository/models")), maybe(ask("/v2/audit?limit=50")),
+  ]);
+  const metrics = parseMetrics(text);
+  const versions = perVersion(metrics);
+  remember(versions, performance.now() / 1000);
+  const firing = alerts.alerts.filter(({ state }) => state === "firing").length;
+  const ready = metrics.get("lepton_ready")?.[0]?.value === 1;
+  byId("status").textContent = `${location.host}: ${ready ? "ready" : "not ready"}`;
+  byId("status").className = ready ? "good" : "bad";
+  document.title = firing ? `(${firing}) lepton_xla` : "lepton_xla";
+  drawTiles(metrics, versions, firing);
+  drawAlerts(alerts.alerts);
+  drawModels(versions, index, stored);
+  drawAudit(audit);
+}
+
+function show(signedIn) {
+  byId("page").hidden = !signedIn;
+  byId("sign-in").hidden = signedIn;
+  byId("sign-out").hidden = !sessionStorage.getItem(TOKEN);
+}
+
+async function run() {
+  try {
+    await look();
+    show(true);
+  } catch (error) {
+    if (error.status === 401 || error.status === 403) {
+      const tried = sessionStorage.getItem(TOKEN);
+      sessionStorage.removeItem(TOKEN);
+      byId("sign-in-error").textContent = tried ? error.message : "";
+      byId("status").textContent = `${location.host}: sign in`;
+      show(false);
+      return; // until the form is sent
+    }
+    byId("status").textContent = `${location.host}: no answer`;
+    byId("status").className = "bad";
+  }
+  setTimeout(run, document.hidden ? 5 * POLL_MS : POLL_MS);
+}
+
+byId("sign-in").addEventListener("submit", (event) => {
+  event.preventDefault();
+  sessionStorage.setItem(TOKEN, byId("token").value);
+  byId("token").value = "";
+  admin = true;
+  run();
+});
+byId("sign-out").addEventListener("click", () => {
+  sessionStorage.removeItem(TOKEN);
+  location.reload();
+});
+run();
