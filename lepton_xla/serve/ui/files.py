@@ -18,6 +18,7 @@ HEADERS = (
 _FILES = {
     "page": ("index.html", "text/html; charset=utf-8"),
     "page_script": ("ui.js", "text/javascript; charset=utf-8"),
+    "page_figures": ("figures.js", "text/javascript; charset=utf-8"),
     "page_style": ("ui.css", "text/css; charset=utf-8"),
 }
 

