@@ -155,8 +155,9 @@ class App:
         self._refusals = Refusals()
         needs_models = control is not None and not control.explicit
         self._pages = Pages(
-            models, metrics, server_name, gather, repository=control is not None, needs_models=needs_models
-        )
+            models, metrics, server_name, gather,
+            repository=control is not None, audit=audit_log is not None, needs_models=needs_models,
+        )  # fmt: skip
         self._pages.server["audit"] = AuditPage(audit_log, metrics, self.refuse).show
         self._repository: RepositoryPages | None = None
         if control is not None:

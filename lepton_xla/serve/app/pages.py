@@ -36,6 +36,7 @@ class Pages:
         server_name: name in the server's metadata.
         gather: calls back with the counters of the whole server; None if `metrics` has them all.
         repository: whether the server has a repository of models.
+        audit: whether it keeps an audit log.
         needs_models: whether the server is not ready while no model is loaded.
 
     Attributes:
@@ -51,10 +52,11 @@ class Pages:
         gather: Gather | None,
         *,
         repository: bool = False,
+        audit: bool = False,
         needs_models: bool = False,
     ) -> None:
         self._needs_models = needs_models
-        self._repository = repository
+        self._without = (frozenset[str]() if repository else CONTROL) | (set[str]() if audit else {"audit"})
         self._models = models
         self._metrics = metrics
         self._gather: Gather = gather or (lambda then: then(metrics))
@@ -91,8 +93,7 @@ class Pages:
 
     def _openapi(self, exchange: Exchange) -> None:
         signatures = [model.signature for model in self._models]
-        without = frozenset[str]() if self._repository else CONTROL
-        self._json(exchange, openapi.document(signatures, self._models.labels(), without))
+        self._json(exchange, openapi.document(signatures, self._models.labels(), self._without))
 
     def _live(self, exchange: Exchange) -> None:
         live = self._metrics.live

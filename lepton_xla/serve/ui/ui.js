@@ -141,7 +141,7 @@ function actions(model, version, labels, stored) {
       }
     }));
   } else {
-    cell.append(button("Promote", `Make version ${version} of ${model} stable`, () => {
+    cell.append(button("Promote", `Promote version ${version} of ${model}`, () => {
       if (confirm(`Make version ${version} of ${model} stable?`)) {
         change("the promotion", ask(`${path}/labels/stable`, "POST", { version }));
       }
@@ -241,7 +241,7 @@ function drawModels(versions, index, stored) {
 function drawAudit(audit) {
   byId("audit-section").hidden = audit === null;
   if (audit === null) return;
-  const rows = audit.entries.map((entry) => [entry.time, entry.who, entry.action, entry.target, entry.outcome]);
+  const rows = audit.toReversed().map((entry) => [entry.time, entry.who, entry.action, entry.target, entry.outcome]);
   byId("audit").replaceChildren(rows.length
     ? table("Latest changes first", [["Time"], ["Who"], ["What"], ["Of"], ["Outcome"]], rows)
     : make("p", {}, "Nothing was changed yet."));
