@@ -3,8 +3,9 @@
     python benchmarks/operations.py [--sections NAMES] [--quick] [--json FILE]
 
 Section `swaps`: versions take each other's place under an open loop at 60 % of the capacity, weights alone and whole
-artifacts; a swap of 100 MB of weights; and 1,000 reloads of one model under traffic to another. The server has all
-cores except the last, which is the load generator's. Rows are kept when they are measured, so an interrupted run can
+artifacts; a swap of 100 MB of weights; and 1,000 reloads of one model under traffic to another. Section `many`: 200
+models under a budget of memory that has room for a quarter, and 1 to 50 models that share one device. The server has
+all cores except the last, which is the load generator's. Rows are kept when they are measured, so an interrupted run can
 continue; `--fresh` measures everything again. Writes docs/benchmarks/operations.md; a run of some sections replaces
 only these.
 """
@@ -15,6 +16,7 @@ import argparse
 from collections.abc import Mapping
 from typing import Any
 
+import crowding
 import harness
 import journal
 import sections
@@ -24,7 +26,10 @@ from sections import Section
 
 console = Console(width=120, highlight=False)
 
-SECTIONS = {"swaps": Section(swapping.measure, swapping.tables, swapping.INTRODUCTION)}
+SECTIONS = {
+    "swaps": Section(swapping.measure, swapping.tables, swapping.INTRODUCTION),
+    "many": Section(crowding.measure, crowding.tables, crowding.INTRODUCTION),
+}
 
 
 def page(results: Mapping[str, Any]) -> str:

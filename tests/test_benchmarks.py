@@ -97,8 +97,17 @@ def test_students_without_their_data_are_skipped_with_the_reason(tmp_path: pathl
         assert f"{name}: skipped: " in done.stdout
 
 
+def test_many_models_stay_within_their_memory(tmp_path: pathlib.Path) -> None:
+    found = figures("operations.py", tmp_path, "--sections", "many")["many"]["found"]
+    row = found["budget"]
+    assert (row["models"], row["requests"]) == (8, 200)
+    assert 2e6 < row["model_bytes"] < row["budget"] / 3
+    assert row["best_loads"] <= row["loads"] < 200
+    assert all(rate > 0 for rates in found["shared"].values() for rate in rates.values())
+
+
 def test_swaps_lose_nothing_and_are_timed(tmp_path: pathlib.Path) -> None:
-    found = figures("operations.py", tmp_path)["swaps"]["found"]
+    found = figures("operations.py", tmp_path, "--sections", "swaps")["swaps"]["found"]
     for kind in ("weights", "whole"):
         row = found[kind]
         assert (row["swaps"], row["not_200"], row["wrong"]) == (2, {}, 0)

@@ -1,0 +1,324 @@
+"""Many models on one server: under a budget of memory, and sharing one device. A section of `operations.py`."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import collections
+import functools
+import os
+import pathlib
+import re
+import shutil
+import sys
+import tempfile
+import threading
+import time
+import urllib.request
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import harness
+import journal
+import numpy as np
+import payloads
+import uvloop
+from loops import on_cores
+from payloads import Payload
+from server_process import Server, free_port
+
+import lepton_xla as lx
+
+# Artifacts that differ; the others are hard links to them.
+DIFFERENT = 10
+CLIENTS, HOT = 4, 5
+ZIPF = 1.1
+WIDTH = 1000
+TARGET_MEMORY, TARGET_HOT, TARGET_THROUGHPUT = 0.1, 2.0, 0.9
+TINY = "tiny"
+
+INTRODUCTION = (
+    "## Many models\n\nUnder a budget of memory: requests of one row, by four clients that each wait for the answer "
+    "before the next, to models drawn by Zipf's law (exponent 1.1). All models are hard links to ten artifacts, so that the "
+    "disk is not measured. Resident memory is what the process takes (PSS) beyond what it took with one tiny model, "
+    "at its most. The best offline policy (Belady's) knows the requests to come and holds as many models as the budget "
+    "has room for. The hot models are the five that are asked most.\n\nThroughput: the same requests to one model and "
+    "to several in turn, each connection with one request at a time. The server has one core fewer than the machine. "
+    "Beside one model, requests of several make smaller batches, which is what costs."
+)
+
+
+def serve(root: pathlib.Path, payload: Payload, *flags: str) -> Server:
+    """A server of a repository, on all cores but the last."""
+    port = free_port()
+    command = [sys.executable, "-m", "lepton_xla", "serve", str(root), "--port", str(port), *flags]
+    with on_cores(slice(None, -1)):
+        server = Server("leptonx serve", command, port, f"/v2/models/{payload.model}/infer", payload.oip())
+    try:
+        server.wait()
+    except BaseException:
+        server.stop()
+        raise
+    return server
+
+
+def link(artifact: pathlib.Path, root: pathlib.Path, name: str) -> None:
+    """Puts an artifact into a repository as version 1 of a model."""
+    shutil.copytree(artifact, root / name / "1.lepton", copy_function=os.link)
+
+
+def linear(folder: pathlib.Path, name: str, width: int, columns: int, seed: int) -> pathlib.Path:
+    """A model of one product, width -> columns -> 10."""
+    draw = np.random.default_rng(seed)
+    weights = {"a": draw.normal(size=(width, columns)), "b": draw.normal(size=(columns, 10))}
+    program = lx.trace(
+        lambda w, x: (x @ w["a"]) @ w["b"],
+        {key: each.astype(np.float32) for key, each in weights.items()},
+        {"x": lx.TensorSpec(("batch", width), "float32")},
+    )
+    path = folder / f"{name}.lepton"
+    lx.compile(program, {"batch": (1,)}, name=name).save(path)
+    return path
+
+
+def best_loads(sequence: Sequence[str], room: int) -> int:
+    """Loads of the best policy that knows what will come (Belady, 1966), with room for so many models of one size.
+
+    >>> best_loads("abcabc", 2)
+    4
+    """
+    later: dict[str, collections.deque[int]] = collections.defaultdict(collections.deque)
+    for index, name in enumerate(sequence):
+        later[name].append(index)
+    held: set[str] = set()
+    loads = 0
+    for name in sequence:
+        later[name].popleft()
+        if name not in held:
+            loads += 1
+            if len(held) >= room:
+                held.remove(max(held, key=lambda each: later[each][0] if later[each] else len(sequence)))
+            held.add(name)
+    return loads
+
+
+def figure(server: Server, name: str, model: str | None = None) -> float:
+    """The sum of a metric, over models or of one."""
+    with urllib.request.urlopen(f"http://127.0.0.1:{server.port}/metrics", timeout=10) as answer:
+        text = answer.read().decode()
+    found = re.findall(rf'^{name}{{[^}}]*model="([^"]*)"[^}}]*}} (\S+)$', text, re.MULTILINE)
+    return sum(float(value) for label, value in found if model is None or label == model)
+
+
+def asked(server: Server, sequence: Sequence[str], x: np.ndarray) -> list[tuple[str, float]]:
+    """Sends requests in order, by several clients; gives the model and the seconds of each."""
+    from lepton_xla.serve import Client
+
+    waiting, times, broken = collections.deque(sequence), list[tuple[str, float]](), list[BaseException]()
+
+    def work() -> None:
+        try:
+            with Client(f"http://127.0.0.1:{server.port}", timeout_s=60) as client:
+                while waiting:
+                    try:
+                        name = waiting.popleft()
+                    except IndexError:
+                        return
+                    began = time.perf_counter()
+                    client.infer(name, x=x)
+                    times.append((name, time.perf_counter() - began))
+        except BaseException as error:
+            broken.append(error)
+
+    threads = [threading.Thread(target=work) for _ in range(CLIENTS)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if broken:
+        raise broken[0]
+    return times
+
+
+def budgeted(folder: pathlib.Path, models: int, columns: int, budget: int, requests: int) -> dict[str, Any]:
+    """Models that do not fit into a budget together."""
+    root = folder / "MODELS"
+    made = [linear(folder, f"a{index}", WIDTH, columns, index) for index in range(min(DIFFERENT, models))]
+    names = [f"m{index:03}" for index in range(models)]
+    for index, name in enumerate(names):
+        link(made[index % len(made)], root, name)
+    link(linear(folder, TINY, WIDTH, 1, 99), root, TINY)
+    draw = np.random.default_rng(0)
+    shares = 1.0 / np.arange(1, models + 1) ** ZIPF
+    sequence = [names[index] for index in draw.choice(models, requests, p=shares / shares.sum())]
+    x = draw.normal(size=(1, WIDTH)).astype(np.float32)
+    payload = Payload(TINY, {"x": x}, {"output": np.zeros((1, 10), np.float32)})
+    server = serve(root, payload, "--memory", str(budget), "--load-wait-s", "60")
+    try:
+        alone = [seconds for _, seconds in asked(server, [names[0]] * (requests // 10), x)]
+        size = figure(server, "lepton_model_bytes", names[0])
+        with urllib.request.urlopen(
+            urllib.request.Request(f"http://127.0.0.1:{server.port}/v2/repository/models/{names[0]}/unload", b""),
+            timeout=10,
+        ):
+            time.sleep(1.0)
+        empty, most, done = server.memory(), 0, threading.Event()
+
+        def watch() -> None:
+            nonlocal most
+            while not done.wait(0.1):
+                most = max(most, server.memory())
+
+        watching = threading.Thread(target=watch)
+        watching.start()
+        before, began = figure(server, "lepton_model_loads_total"), time.perf_counter()
+        times = asked(server, sequence, x)
+        seconds = time.perf_counter() - began
+        done.set()
+        watching.join()
+        loads = figure(server, "lepton_model_loads_total") - before
+    finally:
+        server.stop()
+    hot = {name for name, _ in collections.Counter(sequence).most_common(HOT)}
+    return {
+        "models": models, "model_bytes": size, "budget": budget, "requests": len(times), "rate": len(times) / seconds,
+        "empty_bytes": empty, "most_bytes": most - empty, "loads": loads,
+        "best_loads": best_loads(sequence, int(budget // size)),
+        "alone_p99_ms": 1e3 * float(np.percentile(alone, 99)),
+        "hot_p99_ms": 1e3 * float(np.percentile([each for name, each in times if name in hot], 99)),
+    }  # fmt: skip
+
+
+class Asking(asyncio.Protocol):
+    """A connection that sends the next request when it has the answer; all answers are of one length."""
+
+    def __init__(self, requests: Sequence[bytes], at: int, ended: Callable[[str], object]) -> None:
+        self._requests, self._at, self._ended = requests, at, ended
+        self._length = self._had = 0
+        self.count = 0
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """The first request."""
+        self._transport: Any = transport
+        self._send()
+
+    def _send(self) -> None:
+        self._at = (self._at + 1) % len(self._requests)
+        self._had = 0
+        self._transport.write(self._requests[self._at])
+
+    def data_received(self, data: bytes) -> None:
+        """Part of an answer, or all of it."""
+        if not self._had and not data.startswith(b"HTTP/1.1 200"):
+            self._ended(data[:100].decode(errors="replace"))
+            return
+        self._had += len(data)
+        if not self._length:
+            head, _, _ = data.partition(b"\r\n\r\n")
+            length = re.search(rb"(?i)content-length: (\d+)", head)
+            assert length is not None
+            self._length = len(head) + 4 + int(length[1])
+        if self._had >= self._length:
+            self.count += 1
+            self._send()
+
+
+async def rate(port: int, requests: Sequence[bytes], connections: int, seconds: float) -> float:
+    """Requests per second of a closed loop, its first quarter left out."""
+    loop = asyncio.get_running_loop()
+    failed: asyncio.Future[str] = loop.create_future()
+    ended = functools.partial(_note, failed)
+    asking: list[Asking] = []
+    for index in range(connections):
+        _, protocol = await loop.create_connection(
+            lambda index=index: Asking(requests, index, ended), "127.0.0.1", port
+        )  # fmt: skip
+        asking.append(protocol)
+    await asyncio.wait([failed], timeout=seconds / 4)
+    before, began = sum(each.count for each in asking), time.perf_counter()
+    await asyncio.wait([failed], timeout=seconds)
+    if failed.done():
+        raise RuntimeError(failed.result())
+    found = (sum(each.count for each in asking) - before) / (time.perf_counter() - began)
+    for each in asking:
+        each._transport.abort()
+    return found
+
+
+def _note(failed: asyncio.Future[str], said: str) -> None:
+    if not failed.done():
+        failed.set_result(said)
+
+
+def shared(folder: pathlib.Path, counts: Sequence[int], connections: Sequence[int], seconds: float) -> dict[str, Any]:
+    """Requests per second of one model and of several, by connections: medians of three rounds, in turn."""
+    path, payload = payloads.first10(folder, quick=False)
+    names = [f"m{index:02}" for index in range(max(counts))]
+    for name in names:
+        link(path, folder / "MODELS", name)
+    body, fields = payload.oip()
+    requests = [
+        f"POST /v2/models/{name}/infer HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: {len(body)}\r\n".encode()
+        + "".join(f"{key}: {value}\r\n" for key, value in fields.items()).encode() + b"\r\n" + body
+        for name in names
+    ]  # fmt: skip
+    server = serve(folder / "MODELS", Payload(names[0], payload.rows, payload.outputs))
+    found: dict[str, dict[str, float]] = {}
+    try:
+        with on_cores(slice(-1, None)):
+            for at_once in connections:
+                rounds: dict[int, list[float]] = {count: [] for count in counts}
+                for _ in range(3):
+                    for count in counts:
+                        rounds[count].append(uvloop.run(rate(server.port, requests[:count], at_once, seconds)))
+                found[str(at_once)] = {str(count): float(np.median(each)) for count, each in rounds.items()}
+    finally:
+        server.stop()
+    return found
+
+
+def measure(options: argparse.Namespace) -> Iterator[Any]:
+    """All figures so far, again and again."""
+    kept = journal.opened("operations-many", options, "seconds")
+    quick = options.quick
+    found: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as name:
+        folder = pathlib.Path(name)
+        for each in ("budget", "shared"):
+            (folder / each).mkdir()
+        sizes = (8, 500, 9 << 20, 200) if quick else (200, 5000, 1 << 30, 20_000)
+        found["budget"] = kept.row("budget", lambda: budgeted(folder / "budget", *sizes))
+        yield found
+        counts, connections = ((1, 3), (8,)) if quick else ((1, 10, 50), (64, 512))
+        found["shared"] = kept.row(
+            "shared", lambda: shared(folder / "shared", counts, connections, options.seconds)
+        )  # fmt: skip
+        yield found
+
+
+def tables(found: Any) -> list[str]:
+    """Markdown of the figures."""
+    made: list[str] = []
+    if "budget" in found:
+        row = found["budget"]
+        header = (
+            "models", "of, MB", "budget, MiB", "requests", "resident, of the budget", "loads", "best offline",
+            "p99 of the hot, ms", "of one model alone, ms",
+        )  # fmt: skip
+        line = (
+            row["models"], f"{row['model_bytes'] / 1e6:.1f}", row["budget"] >> 20,
+            f"{row['requests']:,} at {row['rate']:,.0f}/s",
+            f"{row['most_bytes'] / row['budget']:.2f} (at most {1 + TARGET_MEMORY:g})", f"{row['loads']:,.0f}",
+            f"{row['best_loads']:,}", f"{row['hot_p99_ms']:.2f} (at most {TARGET_HOT:g} times)",
+            f"{row['alone_p99_ms']:.2f}",
+        )  # fmt: skip
+        made.append(harness.markdown(header, [line]))
+    if "shared" in found:
+        lines = [
+            (connections, count, f"{rate:,.0f}", f"{rate / rates['1']:.2f}")
+            for connections, rates in found["shared"].items()
+            for count, rate in rates.items()
+        ]
+        header = ("connections", "models", "requests/s", f"of one model's (at least {TARGET_THROUGHPUT:g})")
+        made.append(harness.markdown(header, lines))
+    return made
