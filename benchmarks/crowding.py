@@ -38,13 +38,15 @@ TARGET_MEMORY, TARGET_HOT, TARGET_THROUGHPUT = 0.1, 2.0, 0.9
 TINY = "tiny"
 
 INTRODUCTION = (
-    "## Many models\n\nUnder a budget of memory: requests of one row, by four clients that each wait for the answer "
-    "before the next, to models drawn by Zipf's law (exponent 1.1). All models are hard links to ten artifacts, so "
-    "that the disk is not measured. Resident memory is what the process takes (PSS) beyond what it took with one tiny model, "
-    "at its most. The best offline policy (Belady's) knows the requests to come and holds as many models as the budget "
-    "has room for. The hot models are the five that are asked most.\n\nThroughput: the same requests to one model and "
-    "to several in turn, each connection with one request at a time. The server has one core fewer than the machine. "
-    "Beside one model, requests of several make smaller batches, which is what costs."
+    "## Many models\n\n"
+    "Under a budget of memory: requests of one row, by four clients that each wait for the answer before the "
+    "next, to models drawn by Zipf's law (exponent 1.1). All models are hard links to ten artifacts, so that the "
+    "disk is not measured. Resident memory is what the process takes (PSS) beyond what it took with one tiny "
+    "model, at its most. The best offline policy (Belady's) knows the requests to come and holds as many models "
+    "as the budget has room for. The hot models are the five that are asked most.\n\n"
+    "Throughput: the same requests to one model and to several in turn, each connection with one request at a "
+    "time. The server has one core fewer than the machine. Beside one model, requests of several make smaller "
+    "batches, which is what costs."
 )
 
 
