@@ -346,6 +346,8 @@ class Supervisor:
 
     async def _drain(self, stop: Stop, keepers: Iterable[asyncio.Task[int]]) -> bool:
         """Lets workers answer what they accepted; returns whether they did."""
+        if self._manager is not None:
+            self._manager.close()  # workers that stop are no reason why a version could not be loaded
         self._ending.update(self._workers)
         self._tell_workers(control.Stop())
         hurry = self._loop.create_task(self._hurry(stop))
