@@ -79,6 +79,8 @@ class RepositoryChanges:
             details["label"] = parameters["label"]
         if isinstance(result, uploads.Published):
             details["artifact"] = str(self._root / result.name / f"{result.version}.lepton")
+        if isinstance(result, uploads.Moved):
+            details["stood_on"] = result.stood_on or ""  # tells going back from going on
         outcome = "refused" if result is None else "done"
         _log.info("%s: %s %s: %s", who or "a client", action, target[:200], outcome)
         self._record(who, action, target, outcome, **details)

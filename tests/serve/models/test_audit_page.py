@@ -80,7 +80,7 @@ def test_every_change_through_the_server_is_told(server, tokens, repository, mad
     assert sorted(told(server, tokens)) == sorted(wanted)  # two threads write
     found = {(each["action"], each["outcome"]): each["details"] for each in entries(server, tokens)}
     assert all(details["address"] == "127.0.0.1" for details in found.values())
-    assert found["promote", "done"]["label"] == "stable"
+    assert (found["promote", "done"]["label"], found["promote", "done"]["stood_on"]) == ("stable", "")
     assert "7" in found["promote", "refused"]["reason"]
     assert found["load", "done"]["digest"] == json.loads((made[1] / "manifest.json").read_text())["sha256"]
 

@@ -2,9 +2,10 @@
 
 import errno
 import json
-import multiprocessing
 import os
 import stat
+import subprocess
+import sys
 
 import pytest
 from hypothesis import given
@@ -130,20 +131,19 @@ def test_a_line_is_bounded(path):
     assert audit.tail(1)[0].details == {"omitted": "too long"}
 
 
-def write(path, worker):
-    audit = Audit(path, max_bytes=4000, kept_files=100)
-    for n in range(40):
-        audit.record(f"worker {worker}", "load", "digits", "done", n=n)
+WRITER = """
+import sys
+from lepton_xla.serve.observe.audit import Audit
+
+audit = Audit(sys.argv[1], max_bytes=4000, kept_files=100)
+for n in range(40):
+    audit.record(f"worker {sys.argv[2]}", "load", "digits", "done", n=n)
+"""
 
 
 def test_processes_share_a_file(path):
-    context = multiprocessing.get_context("fork")
-    workers = [context.Process(target=write, args=(path, worker)) for worker in range(4)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-        assert worker.exitcode == 0
+    workers = [subprocess.Popen([sys.executable, "-c", WRITER, str(path), str(worker)]) for worker in range(4)]
+    assert [worker.wait() for worker in workers] == [0] * 4
     entries = Audit(path, kept_files=100).tail(1000)
     assert len(entries) == 160
     for worker in range(4):
