@@ -99,8 +99,6 @@ def size(
         options: dict[str, Any] = {name: spec.options[name] for name in known if name in spec.options}
         given = {"mesh": mesh, "rules": given_rules, "accumulate": accumulate, "compute_dtype": compute_dtype}
         options |= {name: value for name, value in given.items() if value is not None}
-        if options.get("rules") is not None and options.get("mesh") is None and where is None:
-            _models.check_rules_have_mesh(None, rules or "")
         loss, optimizer, batch = (
             spec.loss or training.supervised(model),
             spec.updates(spec.steps),

@@ -163,7 +163,8 @@ def size(
     Raises:
         CompileError: if there is no such topology, or the step does not compile.
         ShardingError: if the mesh, the rules and the batch do not fit.
-        TrainingError: if the loss cannot be used, or the microbatches do not divide the batch.
+        TrainingError: if an argument is out of range, the loss cannot be used, or the microbatches do not divide the
+            batch.
 
     >>> import optax
     >>> program = lx.trace(lambda w, x: x @ w["w"], {"w": jnp.eye(2)}, {"x": lx.TensorSpec(("batch", 2), "float32")})
@@ -172,6 +173,11 @@ def size(
     Traceback (most recent call last):
     lepton_xla.errors.CompileError: topology 'v5e:no': ...
     """
+    for name, value in (("rows", rows), ("memory_bytes", memory_bytes), ("accumulate", accumulate)):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            raise TrainingError(f"size: {name} = {value!r}; expected a whole number of at least 1")
+    if rules is not None and mesh is None and topology is None:
+        raise TrainingError("rules say where weights go on a mesh; give mesh or topology too, such as mesh='data=-1'")
     where = topology if isinstance(topology, Topology) else _here(mesh) if topology is None else find_topology(topology)
     made = None if topology is None and mesh is None else mesh_of(mesh or "data=-1", where.devices)
     stage = Stage.begin(compression or Compression(), Model.of(model), loss, optimizer)
@@ -275,8 +281,8 @@ def _batch_shapes(stage: Stage, batch: Mapping[str, Any], rows: int | None, layo
     found: dict[str, Any] = {}
     for name, leaf in arrays.items():
         shape = tuple(leaf.shape)
-        if not shape:
-            raise TrainingError(f"batch[{name!r}] is a scalar; every array of a batch has rows on its first axis")
+        if not shape or not shape[0]:
+            raise TrainingError(f"batch[{name!r}] has no rows; its shape is {shape}")
         dtype = jax.dtypes.canonicalize_dtype(leaf.dtype)
         found[name] = jax.ShapeDtypeStruct((shape[0] if rows is None else rows, *shape[1:]), dtype)
     if layout.placement is None:

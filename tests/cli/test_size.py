@@ -98,14 +98,16 @@ def test_this_machine(cli, target):
         (["--topology", "v5e:1x2", "--accumulate", "5"], "accumulate = 5 does not divide the batch"),
         (["--topology", "v5e:1x2", "--rules", "none.toml"], "none.toml"),
         (["--rules", "none.toml"], "none.toml"),
+        (["--rules", "{folder}/rules.toml"], "give mesh or topology too"),
         (["--set", "fold=false"], "give --recipe too"),
         (["--memory", "0"], "--memory"),
         (["--batch", "0"], "--batch"),
         (["--recipe", "no-such"], "no-such"),
     ],
 )
-def test_bad_input_is_one_line(cli, target, more, said):
-    assert said in cli.refused("size", target, *more)
+def test_bad_input_is_one_line(cli, target, more, said, tmp_path):
+    (tmp_path / "rules.toml").write_text('fallback = "data"')
+    assert said in cli.refused("size", target, *(text.replace("{folder}", str(tmp_path)) for text in more))
 
 
 def test_a_target_that_is_no_training(cli, target):

@@ -195,12 +195,21 @@ def test_what_fits_has_to_be_known(program):
         ({"mesh": "data=3"}, lx.ShardingError, "takes 3 devices, but there are 2"),
         ({"rows": 7}, lx.ShardingError, "has 7 rows, which data=2 cannot split"),
         ({"accumulate": 3}, lx.TrainingError, "accumulate = 3 does not divide the batch: 8 rows on 2 pieces"),
+        ({"rows": 0}, lx.TrainingError, r"batch\['x'\] has no rows; its shape is \(0, 16\)"),
+        ({"accumulate": 0}, lx.TrainingError, "accumulate = 0; expected a whole number of at least 1"),
+        ({"memory_bytes": 1.5}, lx.TrainingError, "memory_bytes = 1.5; expected a whole number of at least 1"),
+        ({"topology": None, "rules": PAIR}, lx.TrainingError, "give mesh or topology too"),
         ({"rules": Rules([("nothing", ("data",))])}, lx.ShardingError, "matches no weight"),
     ],
 )
 def test_what_cannot_be_sized_is_refused(program, options, error, said):
     with pytest.raises(error, match=said):
         sized(program, **options)
+
+
+def test_a_number_of_rows_that_is_none_is_refused(program):
+    with pytest.raises(lx.TrainingError, match="size: rows = 0; expected a whole number"):
+        lx.train.size(program, squares(program), optax.sgd(0.1), batch(8), rows=0)
 
 
 @pytest.mark.skipif(topologies.has_compiler("v5e:1x1"), reason="its compiler needs no stand-ins")
