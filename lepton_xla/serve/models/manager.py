@@ -107,6 +107,7 @@ class Manager:
         self._number = 0
         self._found: dict[str, Found] = {}
         self._trouble = ""
+        self._closed = False
         self._ignored: set[str] = set()
         self._tasks: set[asyncio.Task[object]] = set()
 
@@ -162,10 +163,12 @@ class Manager:
             return
         self._trouble = ""
         self._tell_ignored()
-        self._settle_all_soon()
+        if not self._closed:
+            self._settle_all_soon()
 
     def close(self) -> None:
-        """Stops what is under way."""
+        """Stops what is under way, and begins nothing more by itself."""
+        self._closed = True
         for task in tuple(self._tasks):
             task.cancel()
 

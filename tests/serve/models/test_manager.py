@@ -228,6 +228,22 @@ def test_one_change_at_a_time_of_a_model_and_others_go_on():
     asyncio.run(main())
 
 
+def test_what_is_closed_begins_nothing_more():
+    async def main():
+        run = Run(found("m", "1"))
+        await run.manager.start()
+        run.works.gate.clear()
+        await run.see(found("m", "2"))
+        run.manager.close()
+        run.works.gate.set()
+        await run.see(found("m", "3"))
+        assert run.loaded() == ["1"]
+        assert run.works.prepared == [("m", "1"), ("m", "2")]
+        assert len(run.works.done) == 1
+
+    asyncio.run(main())
+
+
 def test_the_index_tells_what_is_on_its_way_out():
     async def main():
         run = Run(found("m", "1"), found("never"), explicit=True)
