@@ -13,6 +13,7 @@ import importlib
 import os
 import pathlib
 import shutil
+import sys
 import tempfile
 from collections.abc import Mapping
 from typing import Any
@@ -118,7 +119,7 @@ class Replica:
             raise ServeError("the server of this replica is not alive")
 
     def __del__(self) -> None:
-        if hasattr(self, "_server"):
+        if hasattr(self, "_server") and not sys.is_finalizing():
             self._server.stop()
             shutil.rmtree(self._folder, ignore_errors=True)
 
