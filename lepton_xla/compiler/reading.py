@@ -275,7 +275,8 @@ def aligned_empty(shape: Sequence[int], dtype: Any) -> np.ndarray:
     size = math.prod(shape) * np.dtype(dtype).itemsize
     if size >= _MAPPED_BYTES:
         # Not from the allocator: it keeps what is given back to it, in pools of the threads that read.
-        return np.frombuffer(mmap.mmap(-1, size), np.uint8).view(dtype).reshape(shape)
+        mapped = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        return np.frombuffer(mapped, np.uint8).view(dtype).reshape(shape)
     buffer = np.empty(size + _ALIGNMENT, np.uint8)
     start = -buffer.ctypes.data % _ALIGNMENT
     return buffer[start : start + size].view(dtype).reshape(shape)

@@ -17,6 +17,10 @@ type Runner = Callable[[Sequence[np.ndarray]], list[np.ndarray]]
 """`runner(inputs) -> outputs`, in order, with the exact shapes of one bucket."""
 
 
+type _Slot = tuple[str, tuple[int, ...], np.dtype, Callable[[np.ndarray], jax.Array]]
+type _Execute = Callable[[list[jax.Array]], list[jax.Array]]
+
+
 class Runtime:
     """Runs compiled code; thread-safe.
 
@@ -44,19 +48,20 @@ class Runtime:
         self._symbols = tuple(dict.fromkeys(name for spec in inputs.values() for name in spec.symbols))
         self.devices = devices
         self._outputs = dict(outputs)
-        self._runners: dict[tuple[int, ...], Runner] = {}
+        # Not the runners themselves, which refer to this: weights must not wait for the collector of cycles.
+        self._parts: dict[tuple[int, ...], tuple[Sequence[_Slot], _Execute]] = {}
         self._executables: list[tuple[dict[str, int], _xla.Loaded]] = []
 
     def add(self, sizes: Mapping[str, int], executable: _xla.Loaded) -> None:
         """Add the executable of a bucket."""
         self._executables.append((dict(sizes), executable))
-        slots = []
+        slots: list[_Slot] = []
         places = self.devices.of_rows(self._inputs, self._inputs)
         for (name, spec), place in zip(self._inputs.items(), places, strict=True):
             at = spec.at(sizes)
             slots.append((name, at.shape, at.dtype, putter(at.shape, at.dtype, place)))
         execute = self.devices.executor(executable, self.devices.row_specs(self._outputs, self._inputs))
-        self._runners[self._key(sizes)] = functools.partial(self._execute, slots, execute)
+        self._parts[self._key(sizes)] = slots, execute
 
     @property
     def count(self) -> int:
@@ -76,7 +81,7 @@ class Runtime:
         Raises:
             KeyError: where there is no such bucket.
         """
-        return self._runners[self._key(sizes)]
+        return functools.partial(self._execute, *self._parts[self._key(sizes)])
 
     def run(self, sizes: Mapping[str, int], arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Run one bucket on arrays of exactly its shapes and dtypes, in order. Returns read-only outputs, in order.
@@ -88,15 +93,15 @@ class Runtime:
             InputError: if an array does not have exactly the bucket's shape and dtype.
             ExecutionError: where the code fails, such as for want of memory.
         """
-        return self._runners[self._key(sizes)](arrays)
+        return self._execute(*self._parts[self._key(sizes)], arrays)
 
     def _key(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
         return tuple([sizes[name] for name in self._symbols])
 
     def _execute(
         self,
-        slots: Sequence[tuple[str, tuple[int, ...], np.dtype, Callable[[np.ndarray], jax.Array]]],
-        execute: Callable[[list[jax.Array]], list[jax.Array]],
+        slots: Sequence[_Slot],
+        execute: _Execute,
         arrays: Sequence[np.ndarray],
     ) -> list[np.ndarray]:
         arguments = list(self.weights)

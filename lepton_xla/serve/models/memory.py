@@ -12,6 +12,7 @@ import asyncio
 import collections
 import contextlib
 import ctypes
+import gc
 import logging
 import math
 import re
@@ -230,7 +231,8 @@ def _expected_bytes(paths: Iterable[Path]) -> int:
 
 
 def _trim() -> None:
-    """Gives back to the system what the allocator keeps of memory that was freed."""
+    """Gives back to the system what JAX and the allocator keep of memory that was freed."""
+    gc.collect(0)  # JAX lets go of arrays of the host at the next collection, however small
     try:
         ctypes.CDLL(None).malloc_trim(0)
     except AttributeError:  # not the GNU library

@@ -6,6 +6,7 @@ import json
 import re
 import threading
 import time
+import weakref
 
 import numpy as np
 import pytest
@@ -209,6 +210,19 @@ def test_memory_of_arrays_that_other_threads_allocated_is_given_back():
     assert resident() - before < 8 << 20
 
 
+def test_weights_go_with_their_model_and_do_not_wait_for_the_collector_of_cycles(repository):
+    gc.collect()
+    gc.disable()
+    try:
+        servable = lx.load(repository / "m1" / "1.lepton")
+        servable.run({"batch": 1}, [np.ones((1, SIDE), np.float32)])
+        (weight,) = (weakref.ref(array) for array in servable.runtime.weights)
+        del servable
+        assert weight() is None
+    finally:
+        gc.enable()
+
+
 @pytest.fixture(scope="module")
 def repository(tmp_path_factory):
     root = tmp_path_factory.mktemp("models")
@@ -248,7 +262,6 @@ def test_a_server_under_a_budget_answers_for_all_models_and_its_resident_size_fo
         until = time.monotonic() + 10
         while full - resident() < 2.5 * 4 * SIDE * SIDE:
             assert time.monotonic() < until, "evicted models are still in memory"
-            gc.collect()
             time.sleep(0.05)
 
 
