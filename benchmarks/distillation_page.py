@@ -166,7 +166,7 @@ def sentence_tables(found: dict[str, Any]) -> list[str]:
     trained, tested = found["questions"]
     (first, second), (large, small) = found["epochs"], found["batches"]
     settings = found["settings"]
-    return [
+    parts = [
         harness.markdown(["", "accuracy %, each seed", "mean", "gap closed"], rows),
         (
             f"{trained:,} training and {tested:,} test questions, 77 intents; the test set's standard error is "
@@ -175,6 +175,15 @@ def sentence_tables(found: dict[str, Any]) -> list[str]:
             f"runs on two cores. Questions are cut to {settings['length']} tokens while training, and judged whole."
         ),
     ]
+    logits = students.get("logits alone")
+    if logits and statistics.fmean(logits) < alone:
+        parts.append(
+            "Logits alone lose to labels here: so few steps are not enough to follow the teacher from an encoder that "
+            "never saw the intents. The next section starts from the teacher's layers and takes twice the steps."
+        )
+    if len(students["labels alone"]) < settings["seeds"] or len(students) < 4:
+        parts.append("Not all seeds and students are measured yet; the same command goes on with the others.")
+    return parts
 
 
 def smaller_tables(found: dict[str, Any]) -> list[str]:
