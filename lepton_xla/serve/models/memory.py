@@ -62,6 +62,7 @@ class Memory:
         self._held: collections.Counter[str] = collections.Counter()
         self._leaving: dict[int, int] = {}
         self._turn = asyncio.Lock()  # models are loaded one at a time, so room is made for one
+        self._tidying: asyncio.Task[None] | None = None
         self.loads = self.evictions = 0
 
     # What a client asks for.
@@ -84,7 +85,18 @@ class Memory:
 
     async def unload(self, name: str, who: str = "") -> None:
         """Takes a model out; see `Manager.unload`. The next request for it loads it again."""
-        await self._manager.unload(name, who)
+        self._note_leaving(name, asyncio.get_running_loop())
+        try:
+            await self._manager.unload(name, who)
+        finally:
+            self._tidying = asyncio.get_running_loop().create_task(self._tidy())
+
+    async def _tidy(self) -> None:
+        """Gives memory back once nothing refers to what was unloaded."""
+        until = monotonic() + self._wait_s
+        while self._leaving and monotonic() < until:
+            await asyncio.sleep(_LOOK_S)
+        await asyncio.to_thread(_trim)
 
     def knows(self, name: str) -> bool:
         """Whether the repository has a model of that name which is not loaded."""

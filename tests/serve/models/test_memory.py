@@ -17,7 +17,7 @@ from lepton_xla.compiler.reading import aligned_empty
 from lepton_xla.errors import RepositoryError
 from lepton_xla.serve import Client, Options, Server
 from lepton_xla.serve.errors import HTTPError
-from lepton_xla.serve.models.memory import Memory
+from lepton_xla.serve.models.memory import Memory, _trim
 
 
 class Handle:
@@ -217,8 +217,11 @@ def test_weights_go_with_their_model_and_do_not_wait_for_the_collector_of_cycles
         servable = lx.load(repository / "m1" / "1.lepton")
         servable.run({"batch": 1}, [np.ones((1, SIDE), np.float32)])
         (weight,) = (weakref.ref(array) for array in servable.runtime.weights)
+        full = resident()
         del servable
         assert weight() is None
+        _trim()
+        assert full - resident() > 0.9 * 4 * SIDE * SIDE
     finally:
         gc.enable()
 
