@@ -92,7 +92,8 @@ class Topology:
         devices: the devices; nothing can run on them.
         is_exact: whether the platform's own compiler compiles for them. Otherwise they are this machine's CPU devices,
             so sizes of buffers and collective operations are those of XLA's CPU compiler.
-        figures: speed and memory of a device; None if not known.
+        figures: speed and memory of a device; None if not known. Between GPUs of several machines the speed of the
+            network is not known, so `link_bandwidth` is None.
     """
 
     name: str
@@ -137,9 +138,9 @@ def find_topology(name: str) -> Topology:
     family = name.partition(":")[0]
     if has_compiler(name) or not (family in _TPUS or family in _GPUS):
         devices = tuple(topology_devices(name))
-        return Topology(name, devices[0].device_kind, devices, True, figures_of(devices[0].device_kind))
+        return Topology(name, devices[0].device_kind, devices, True, _figures(name, devices[0].device_kind))
     kind = _TPUS.get(family) or _GPUS[family].name
-    return Topology(name, kind, cpu_devices(device_count(name)), False, figures_of(kind))
+    return Topology(name, kind, cpu_devices(device_count(name)), False, _figures(name, kind))
 
 
 def device_count(name: str) -> int:
@@ -204,6 +205,14 @@ def provide_stand_ins(name: str) -> None:
     count = device_count(name)
     with contextlib.suppress(RuntimeError):  # JAX has started; `cpu_devices` tells how many there are
         jax.config.update("jax_num_cpu_devices", count)
+
+
+def _figures(name: str, kind: str) -> DeviceFigures | None:
+    family, _, count = name.partition(":")
+    found = figures_of(kind)
+    if found is not None and family in _GPUS and _gpu_counts(name, count)[0] > 1:
+        return dataclasses.replace(found, link_bandwidth=None)
+    return found
 
 
 def _gpu_counts(name: str, count: str) -> tuple[int, int]:

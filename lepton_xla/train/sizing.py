@@ -92,7 +92,12 @@ class Size:
 
     @property
     def step_seconds(self) -> tuple[float, float] | None:
-        """Predicted time of a step: if products, memory and collectives overlap wholly, and if not at all."""
+        """Predicted time of a step: if products, memory and collectives overlap wholly, and if not at all.
+
+        None if the device is not known, or not what devices send each other in a second.
+        """
+        if self.collectives and "collectives" not in self.seconds:
+            return None
         parts = [value for name, value in self.seconds.items() if name != "compiler"]
         return (max(parts), sum(parts)) if parts else None
 

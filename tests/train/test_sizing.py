@@ -151,6 +151,13 @@ def test_predicted_times(exact):
     assert found == {"products": 2.0, "collectives": 0.5} | ({"memory": 3.0} if exact else {})
 
 
+def test_no_time_is_predicted_over_a_network_of_unknown_speed(program):
+    one, two = (sized(program, topology=name) for name in ("h100:2", "h100:2x1"))
+    assert one.step_seconds is not None
+    assert two.step_seconds is None
+    assert two.seconds["products"] == one.seconds["products"]
+
+
 @pytest.mark.parametrize("limit", [1, 7, 8, 63, 64, 1000, 100_000])
 @pytest.mark.parametrize("begin", [8, 512])
 @pytest.mark.parametrize("grows", ["evenly", "in jumps", "unknown"])
