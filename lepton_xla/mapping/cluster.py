@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -35,11 +37,22 @@ def run_on_ray(work: Work, parts: Sequence[int], processes: int, tell: Callable[
         data = importlib.import_module("ray.data")
     except ImportError as error:
         raise LeptonError(f"--ray needs Ray Data: pip install 'lepton-xla[ray]' ({error})") from error
-    if not ray.is_initialized():
-        ray.init(log_to_driver=False)
+    with contextlib.redirect_stdout(sys.stderr):  # where Ray tells of actors that died
+        is_ours = not ray.is_initialized()
+        if is_ours:
+            ray.init(log_to_driver=False)
+        try:
+            return _run(data, work, parts, processes, tell)
+        finally:
+            if is_ours:
+                ray.shutdown()
+
+
+def _run(data: Any, work: Work, parts: Sequence[int], processes: int, tell: Callable[[int], None]) -> int:
     left, again = list(parts), 0
-    for tried in range(1, TRIES + 1):
-        failed: dict[int, str] = {}
+    failed: dict[int, str] = {}
+    for _ in range(TRIES):
+        failed = {}
         # One block a part, for blocks are what Ray deals to actors.
         numbers = data.from_items([{"part": part} for part in left], override_num_blocks=len(left))
         reports = numbers.map_batches(
@@ -55,10 +68,8 @@ def run_on_ray(work: Work, parts: Sequence[int], processes: int, tell: Callable[
         if not failed:
             return again
         left, again = list(failed), again + len(failed)
-        if tried == TRIES:
-            part = work.plan.parts[left[0]]
-            raise ExecutionError(f"rows from {part.start} on failed {TRIES} times; the last time: {failed[left[0]]}")
-    return again
+    part = work.plan.parts[left[0]]
+    raise ExecutionError(f"rows from {part.start} on failed {TRIES} times; the last time: {failed[left[0]]}")
 
 
 class _Runner:
