@@ -204,6 +204,10 @@ class Asking(asyncio.Protocol):
         self._transport: Any = transport
         self._send()
 
+    def close(self) -> None:
+        """Ends the connection."""
+        self._transport.abort()
+
     def _send(self) -> None:
         self._at = (self._at + 1) % len(self._requests)
         self._had = 0
@@ -243,7 +247,7 @@ async def rate(port: int, requests: Sequence[bytes], connections: int, seconds: 
         raise RuntimeError(failed.result())
     found = (sum(each.count for each in asking) - before) / (time.perf_counter() - began)
     for each in asking:
-        each._transport.abort()
+        each.close()
     return found
 
 
