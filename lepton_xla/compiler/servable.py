@@ -84,7 +84,13 @@ class Servable:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of weights and compiled code on one device; of the code an estimate, since XLA does not tell."""
+        """Bytes of weights and compiled code on one device; of the code an estimate, since XLA does not tell.
+
+        >>> program = lx.trace(lambda w, x: x @ w, jnp.eye(4), {"x": lx.TensorSpec(("batch", 4), "float32")})
+        >>> servable = lx.compile(program, {"batch": (1,)}).servable()
+        >>> servable.nbytes > servable.weights_bytes
+        True
+        """
         here = [each.files for each in self.manifest.executables.values()]
         code = max((sum(self.manifest.files[file].size for file in files.values()) for files in here), default=0)
         return self.weights_bytes + code + _EXECUTABLE_BYTES * self.runtime.count

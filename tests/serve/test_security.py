@@ -535,7 +535,10 @@ def test_pickles_are_refused(make_server, tmp_path, kind):
 
 
 def test_server_side_request_forgery():
-    """Nothing that answers requests can make one: no module of the server's side imports an HTTP client."""
+    """Nothing that answers requests can make one: no module of the server's side imports an HTTP client.
+
+    But the one that sends alerts, to URLs of the file of rules alone.
+    """
     clients = {"http.client", "urllib.request", "httpx", "requests", "aiohttp", "ftplib", "smtplib"}
     from lepton_xla.serve import server
 
@@ -554,7 +557,8 @@ def test_server_side_request_forgery():
                 found = [alias.name for alias in node.names]
             else:
                 continue
-            assert not clients & set(found), (module, found)
+            sends_alerts = module == "lepton_xla.serve.monitor.webhooks"
+            assert sends_alerts or not clients & set(found), (module, found)
             todo += [name for name in found if name.startswith("lepton_xla.serve")]
     assert "lepton_xla.serve.http.connection" in seen
 
