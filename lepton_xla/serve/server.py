@@ -226,7 +226,9 @@ class Server:
         watching = loop.create_task(self._watch())
         addresses = listening.addresses
         self.address = addresses[0]
-        _log.info("serving %s on %s", self.name, " and ".join(url_of(each, options) for each in addresses))
+        _log.info(
+            "serving %s on %s", self.name or "no model yet", " and ".join(url_of(each, options) for each in addresses)
+        )
         finished = False
         try:
             finished = await frontend.serve(listener, stop, lambda: None if on_ready is None else on_ready(self))
