@@ -9,7 +9,7 @@ import numpy as np
 
 from lepton_xla.compiler.independence import pad
 from lepton_xla.compiler.servable import Servable
-from lepton_xla.errors import CompileError
+from lepton_xla.errors import CompileError, LeptonError
 from lepton_xla.profiles import Profile, profile_of
 from lepton_xla.program import TensorSpec
 
@@ -39,9 +39,9 @@ def profile(servable: Servable, batches: Iterable[Mapping[str, Any]]) -> Profile
     rows = nbytes = 0
     for number, batch in enumerate(batches):
         try:
-            arrays = {name: np.asarray(batch[name]) for name in servable.inputs}
+            arrays = {name: np.asarray(batch[name]) for name in servable.inputs if name in batch}
             outputs = servable(**arrays)
-        except Exception as error:
+        except LeptonError as error:
             raise CompileError(f"batch {number} of the data to profile does not fit the model: {error}") from error
         inputs = {name: array for name, array in arrays.items() if rows_symbol in servable.inputs[name].symbols}
         size = len(next(iter(inputs.values())))

@@ -58,29 +58,22 @@ class InferCall(Call, kw_only=True, eq=False):
 
     def finish(self, outputs: Sequence[bytes | memoryview]) -> None:
         """Answers with the outputs."""
-        response = self.request.spec.response
+        spec = self.request.spec
+        if spec.id is not None and (monitor := self.model.metrics.monitor) is not None:
+            monitor.answered(spec.id, spec.outputs, outputs)
+        response = spec.response
         if response is not None and self.coding is None:
             # As `send`, without a call.
             exchange = self.exchange
-            if self.request.spec.id is not None:
-                self._remember(outputs)
             if not exchange.answered:
                 now_s = monotonic()
                 self.model.metrics.answered(now_s - exchange.started_s, len(exchange.body), response.nbytes)
                 exchange.send(response, outputs, now_s)
             return
-        if self.request.spec.id is not None:
-            self._remember(outputs)
         try:
             self.app.answer(self, outputs)
         except HTTPError as refusal:
             self.fail(refusal)
-
-    def _remember(self, outputs: Sequence[bytes | memoryview]) -> None:
-        """Keeps the answer, for which there may be feedback."""
-        spec, monitor = self.request.spec, self.model.metrics.monitor
-        if monitor is not None and spec.id is not None:
-            monitor.answered(spec.id, [(index, data) for (index, _), data in zip(spec.outputs, outputs, strict=True)])
 
     def send(self, response: Response, body: Sequence[bytes | memoryview]) -> None:
         """Answers with the result, and counts that."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 from lepton_xla.profiles import Profile, tensor_of
@@ -73,7 +73,7 @@ class Alerts:
         self._alerts: dict[tuple[str, str, str], Alert] = {}
         self._held_since: dict[tuple[str, str, str], float] = {}
 
-    def __iter__(self) -> Any:
+    def __iter__(self) -> Iterator[Alert]:
         return iter(tuple(self._alerts.values()))
 
     def look(self, now_s: float, subjects: Mapping[tuple[str, str], Subject]) -> None:
@@ -136,7 +136,7 @@ def measure(
     if name == "queue":
         return history.now.get("now", {}).get("queue_rows")
     if name in ("accuracy", "recall", "precision"):
-        counted = history.last(int(condition.over), _judged)
+        counted = history.last(int(condition.over), judged_rows)
         return None if counted is None else _rightness(condition, counted["feedback"])
     if name in ("drift", "ks", "missing"):
         return _drift(condition, subject, {} if drift_over is None else drift_over)
@@ -154,7 +154,8 @@ def measure(
     return counted.get(what, 0) / asked if asked else None
 
 
-def _judged(counts: Counts) -> int:
+def judged_rows(counts: Counts) -> int:
+    """Rows with feedback, as counted."""
     feedback = counts.get("feedback", {})
     return feedback.get("right", 0) + feedback.get("wrong", 0)
 

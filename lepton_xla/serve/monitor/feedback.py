@@ -63,6 +63,11 @@ class Feedback:
         while len(answers) > self._most or self._bytes > self._most_bytes:
             self._bytes -= len(answers.popitem(last=False)[1] or b"")
 
+    def forget(self) -> None:
+        """Drops all answers; what was counted stays. Nobody asks a version that is not loaded to judge."""
+        self._answers.clear()
+        self._bytes = 0
+
     def knows(self, request_id: str) -> bool:
         """Whether the answer of a request is kept, or was judged."""
         return request_id in self._answers

@@ -10,6 +10,8 @@ from typing import Any
 
 # Snapshots are kept for an hour, fewer the older: (from this age in seconds, this far apart).
 _THINNING = ((0.0, 0.0), (120.0, 10.0), (1200.0, 60.0))
+# They are thinned when so many have come, since every one is looked at then.
+_BETWEEN = 60
 KEEP_S = 3600.0
 
 type Counts = Mapping[str, Any]
@@ -30,19 +32,24 @@ class History:
 
     def __init__(self) -> None:
         self._snapshots: list[tuple[float, Counts]] = []
+        self._thin_at = _BETWEEN
 
     @property
     def now(self) -> Counts:
         """The latest snapshot."""
         return self._snapshots[-1][1] if self._snapshots else {}
 
-    def add(self, now_s: float, counts: Counts) -> None:
-        """Takes a snapshot."""
+    def add(self, now_s: float, counts: Counts) -> bool:
+        """Takes a snapshot; returns whether it differs from the one before."""
         snapshots = self._snapshots
-        if len(snapshots) > 1 and snapshots[-1][1] == counts == snapshots[-2][1]:
+        same = bool(snapshots) and snapshots[-1][1] == counts
+        if same and len(snapshots) > 1 and snapshots[-2][1] == counts:
             snapshots.pop()  # the same for long needs two
         snapshots.append((now_s, counts))
-        self._snapshots = _thinned(snapshots, now_s)
+        if len(snapshots) >= self._thin_at:
+            self._snapshots = _thinned(snapshots, now_s)
+            self._thin_at = len(self._snapshots) + _BETWEEN
+        return not same
 
     def over(self, seconds: float) -> tuple[dict[str, Any], float] | None:
         """What was counted in the last seconds, and in how many; None before there are two snapshots."""

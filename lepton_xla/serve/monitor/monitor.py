@@ -100,15 +100,18 @@ class Monitor:
             self._sketch = None
         self._allowance_s -= self._clock() - started
 
-    def answered(self, request_id: str, outputs: Sequence[tuple[int, bytes | memoryview]]) -> None:
+    def answered(
+        self, request_id: str, asked: Sequence[tuple[int, bool]], outputs: Sequence[bytes | memoryview]
+    ) -> None:
         """Keeps an answer for feedback.
 
         Args:
             request_id: as the client sent it.
-            outputs: index of the output and its bytes, for each that was asked for.
+            asked: `Spec.outputs` of the request.
+            outputs: the bytes of each.
         """
         if self.feedback is not None:
-            for index, data in outputs:
+            for (index, _), data in zip(asked, outputs, strict=True):
                 if index == self._judged:
                     self.feedback.remember(request_id, data)
                     break

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from time import time
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from lepton_xla.profiles import Profile
-from lepton_xla.serve.monitor.alerts import Alert, Alerts, Subject, drift_now, measure
+from lepton_xla.serve.monitor.alerts import Alert, Alerts, Subject, drift_now, judged_rows, measure
 from lepton_xla.serve.monitor.drift import Drift
 from lepton_xla.serve.monitor.history import Counts, History
 from lepton_xla.serve.monitor.rules import QUANTITIES, Rules, parse_condition
@@ -79,12 +80,8 @@ class Monitoring:
         subject = self._subjects.get((model, version))
         if subject is None:
             return None
-        found = measure(_ACCURACY, subject)
-        if found is None:
-            feedback: Mapping[str, Any] = subject.history.now.get("feedback", {})
-            judged = feedback.get("right", 0) + feedback.get("wrong", 0)
-            found = feedback["right"] / judged if judged else None
-        return found
+        judged = judged_rows(subject.history.now)
+        return measure(dataclasses.replace(_ACCURACY, over=min(_ACCURACY.over, judged)), subject) if judged else None
 
     def look(self, watched: Iterable[Watched]) -> None:
         """Takes what was counted by now, and brings drift and alerts up to date. Versions that are left out end."""
@@ -97,10 +94,9 @@ class Monitoring:
             history = History() if before is None or before.profile != each.profile else before.history
             counts = {name: each.counts[name] for name in _KEPT if name in each.counts}
             queued = {"queue_rows": each.counts.get("now", {}).get("queue_rows", 0)}
-            history.add(now_s, {**counts, "now": queued})
+            news = history.add(now_s, {**counts, "now": queued})
             subjects[key] = subject = Subject(history, each.bounds, each.profile)
-            found = drift_now(subject, _DRIFT_ROWS)
-            if found is not None:
+            if news and (found := drift_now(subject, _DRIFT_ROWS)) is not None:
                 self._drifts[key] = found
         self._subjects = subjects
         self._drifts = {key: each for key, each in self._drifts.items() if key in subjects}

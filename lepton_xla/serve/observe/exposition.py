@@ -104,7 +104,7 @@ def _of_models(models: Sequence[Metrics]) -> Iterable[Metric]:
         "lepton_feedback_rows", "Rows with feedback, by whether they were answered right.", labels=[*_LABELS, "result"]
     )
     for each in models:
-        counted = each.feedback if each.monitor is None else each.monitor.counts().get("feedback", {})
+        counted = each.feedback_counts()
         for result in ("right", "wrong"):
             if counted:
                 feedback.add_metric([each.model, each.version, result], counted[result])

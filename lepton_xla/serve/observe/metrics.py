@@ -113,7 +113,7 @@ class Metrics:
         by_size: executions, their seconds of copying in and of computing, by compiled batch size.
         now: figures that go up and down, as last looked at; without those of a version that is not loaded.
         monitor: watches what it answers, if this process has the model.
-        sketch, feedback: what monitors have counted, in counters that come from `of_counts`.
+        sketch, feedback: what monitors have counted, in counters that come from `of_counts`; ask `feedback_counts`.
     """
 
     def __init__(self, model: str, version: str = "1") -> None:
@@ -146,6 +146,12 @@ class Metrics:
     def requests(self) -> int:
         """Inferences answered with a result."""
         return self.request_s.count + len(self._seconds)
+
+    def feedback_counts(self) -> dict[str, Any]:
+        """Rows with feedback, see `Feedback.counts`; empty if the version takes none."""
+        if self.monitor is None:
+            return self.feedback
+        return {} if self.monitor.feedback is None else self.monitor.feedback.counts()
 
     def counts(self) -> dict[str, Any]:
         """What was counted so far, as plain data that another process may add to its own."""

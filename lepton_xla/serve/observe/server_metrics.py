@@ -67,6 +67,9 @@ class ServerMetrics:
         self._loaded[model, version] -= 1
         if not self._loaded[model, version]:
             del self._loaded[model, version]
+            monitor = self.of(model, version).monitor
+            if monitor is not None and monitor.feedback is not None:
+                monitor.feedback.forget()
         gone = [key for key in self._models if key[0] == model and key not in self._loaded]
         gone.sort(key=lambda key: self._models[key].last_s)
         for key in gone[:-MOST_KEPT]:

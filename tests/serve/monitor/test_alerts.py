@@ -7,7 +7,7 @@ import threading
 import numpy as np
 import pytest
 
-from lepton_xla.profiles import profile_of
+from lepton_xla.profiles import Sketch, profile_of
 from lepton_xla.serve.monitor.alerts import Alerts, Subject, measure
 from lepton_xla.serve.monitor.history import History
 from lepton_xla.serve.monitor.rules import Rules, Webhook, parse_condition
@@ -61,8 +61,6 @@ def test_drift_is_of_a_tensor_a_feature_or_all():
     rng = np.random.default_rng(0)
     rows, other = (np.float32(rng.normal(size=(500, 2))) for _ in range(2))
     profile = profile_of({"a": rows[:, :1], "b": rows[:, 1:]}, {"y": rows[:, :1]})
-    from lepton_xla.profiles import Sketch
-
     sketch = Sketch(profile)
     sketch.add({"a": other[:, :1], "b": other[:, 1:] + 2}, {"y": other[:, :1]})
     counts = {"sketch": sketch.counts}

@@ -1,10 +1,13 @@
 """Feedback: answers that are kept, and what becomes of labels for them."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
 from lepton_xla.serve.errors import HTTPError
 from lepton_xla.serve.monitor.feedback import Feedback
+from lepton_xla.serve.observe.server_metrics import ServerMetrics
 
 
 def answer(*classes, of=4):
@@ -67,3 +70,17 @@ def test_the_bytes_of_answers_are_bounded():
     for number in range(936, 1000):
         feedback.judge({str(number): [0]})
     assert feedback._bytes == 0
+
+
+def test_a_version_that_is_loaded_no_more_keeps_counts_and_no_answers(feedback):
+    metrics = ServerMetrics()
+    counted = metrics.opened("m", "1")
+    counted.monitor = SimpleNamespace(feedback=feedback)
+    metrics.opened("m", "1")  # a new one takes over before the old one is gone
+    for name in "ab":
+        feedback.remember(name, answer(0))
+    feedback.judge({"a": [0]})
+    metrics.closed("m", "1")
+    assert feedback.knows("b")
+    metrics.closed("m", "1")
+    assert (feedback.knows("a"), feedback.knows("b"), feedback._bytes, feedback.right) == (False, False, 0, 1)

@@ -141,7 +141,18 @@ def test_rules_that_do_not_parse_stop_the_server_at_its_start(classifier, tmp_pa
         lx.serve.Server(classifier, lx.serve.Options(port=0, alerts=tmp_path / "alerts.toml")).start()
 
 
-# The monitor alone.
+# The profile in the artifact, and the monitor alone.
+
+
+def test_a_profile_is_saved_and_loaded(tmp_path):
+    program = lx.trace(lambda w, x: x @ w, jnp.eye(4), {"x": lx.TensorSpec(("batch", 4), "float32")})
+    artifact = lx.compile(program, {"batch": (1, 8)}).with_profile([{"x": KNOWN[:9]}, {"x": KNOWN[9:50]}])
+    assert artifact.manifest.profile == profile_of({"x": KNOWN[:50]}, {"output": KNOWN[:50]})
+    artifact.save(tmp_path / "a.lepton")
+    assert lx.load(tmp_path / "a.lepton").profile == artifact.manifest.profile
+    for batch, reason in (({"y": KNOWN}, "missing"), ({"x": KNOWN[:, :3]}, "dimension 1 is 3")):
+        with pytest.raises(lx.errors.CompileError, match=f"batch 0 of the data.*{reason}"):
+            artifact.with_profile([batch])
 
 
 class Clock:
@@ -170,12 +181,13 @@ def test_counting_takes_a_share_of_the_time(classifier):
     monitor = Monitor(signature_of(classifier), classifier.profile, clock=clock)
     rows = KNOWN[:256]
 
+    counted = []
+
     def slow(*_):
         clock.now += 0.3
+        counted.append(clock.now)
 
     monitor._sketch.add = slow
-    counted = []
-    monitor._sketch.add = lambda *arguments: (slow(), counted.append(clock.now))
     for _ in range(1000):
         monitor.saw([rows], [rows], 256)
         clock.now += 0.1
