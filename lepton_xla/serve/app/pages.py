@@ -159,7 +159,12 @@ class Pages:
         name, version = model.signature.name, model.signature.version
 
         def show(metrics: ServerMetrics) -> None:
-            feedback = {"right": 0, "wrong": 0, "labels": {}, **metrics.of(name, version).feedback_counts()}
+            feedback: dict[str, Any] = {
+                "right": 0,
+                "wrong": 0,
+                "labels": {},
+                **metrics.of(name, version).feedback_counts(),
+            }
             labels = sorted((int(label), counts) for label, counts in feedback["labels"].items())
             found = metrics.monitoring.drifts.get((name, version), {})
             self._json(

@@ -61,7 +61,7 @@ class Alerts:
     >>> history = History()
     >>> alerts = Alerts(rules, lambda alert: print(alert.rule.name, alert.state, alert.value))
     >>> for second, rows in enumerate((0, 20, 20, 0)):
-    ...     history.add(second, {"now": {"queue_rows": rows}})
+    ...     _ = history.add(second, {"now": {"queue_rows": rows}})
     ...     alerts.look(second, {("digits", "1"): Subject(history, (), None)})
     many firing 20
     many ok 0

@@ -23,7 +23,7 @@ class History:
 
     >>> history = History()
     >>> for second in range(10):
-    ...     history.add(second, {"requests": 100 * second})
+    ...     _ = history.add(second, {"requests": 100 * second})
     >>> history.over(5.0)
     ({'requests': 500}, 5)
     >>> history.last(250, lambda counts: counts["requests"])["requests"]
