@@ -161,7 +161,7 @@ def measure_update(repeat: int, layers: int = 6, width: int = 2048) -> dict[str,
             del loaded
     load_s, copy_s = statistics.median(loads), statistics.median(copies)
     return {
-        "bytes": sum(entry.size for entry in manifest.files.values()),
+        "bytes": manifest.size_bytes,
         "load_s": load_s,
         "load_s_all": loads,
         "copy_s": copy_s,

@@ -25,10 +25,7 @@ def listing_of(source: pathlib.Path) -> tuple[Listing, bytes]:
     Raises:
         ArtifactError: if it is missing, too large or damaged.
     """
-    with open_file(source, MANIFEST) as manifest:
-        data = manifest.read(MAX_MANIFEST_BYTES + 1)
-    if len(data) > MAX_MANIFEST_BYTES:
-        raise ArtifactError(f"{source}: {MANIFEST} has more than the limit of {MAX_MANIFEST_BYTES} bytes")
+    data = _read(source, MANIFEST, MAX_MANIFEST_BYTES)
     try:
         return read_listing(data), data
     except ArtifactError as error:
@@ -43,11 +40,15 @@ def signature_of(source: pathlib.Path) -> bytes | None:
     """
     if not os.path.lexists(source / SIGNATURE):
         return None
-    with open_file(source, SIGNATURE) as opened:
-        signature = opened.read(MAX_SIGNATURE_BYTES + 1)
-    if len(signature) > MAX_SIGNATURE_BYTES:
-        raise ArtifactError(f"{source}: {SIGNATURE} has more than the limit of {MAX_SIGNATURE_BYTES} bytes")
-    return signature
+    return _read(source, SIGNATURE, MAX_SIGNATURE_BYTES)
+
+
+def _read(source: pathlib.Path, file: str, limit: int) -> bytes:
+    with open_file(source, file) as opened:
+        data = opened.read(limit + 1)
+    if len(data) > limit:
+        raise ArtifactError(f"{source}: {file} has more than the limit of {limit} bytes")
+    return data
 
 
 def copy_artifact(source: pathlib.Path, target: pathlib.Path) -> Listing:

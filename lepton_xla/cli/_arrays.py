@@ -17,6 +17,7 @@ import ml_dtypes  # noqa: F401 # pyright: ignore[reportUnusedImport] (with it Nu
 import numpy as np
 
 from lepton_xla.errors import InputError
+from lepton_xla.mapping.sinks import storable
 
 
 class Declared(Protocol):
@@ -139,7 +140,7 @@ def write_npz(file: str, arrays: Mapping[str, np.ndarray]) -> None:
         with zipfile.ZipFile(temporary, "x") as archive:
             for name, array in arrays.items():
                 with archive.open(f"{name}.npy", "w", force_zip64=True) as entry:
-                    np.lib.format.write_array(entry, _storable(array), allow_pickle=False)
+                    np.lib.format.write_array(entry, storable(array), allow_pickle=False)
         os.replace(temporary, target)
     except BaseException as error:
         with contextlib.suppress(OSError, ValueError):
@@ -148,10 +149,3 @@ def write_npz(file: str, arrays: Mapping[str, np.ndarray]) -> None:
             reason = error.strerror if isinstance(error, OSError) else error
             raise InputError(f"{file}: cannot be written: {reason}") from error
         raise
-
-
-def _storable(array: np.ndarray) -> np.ndarray:
-    """Widens narrow floats and int4, which .npy cannot name, to a dtype that holds them exactly."""
-    if array.dtype.isbuiltin == 1:
-        return array
-    return array.astype(np.float32 if _is_float(array.dtype) else np.int8)

@@ -93,7 +93,7 @@ def bench(path: str, *, target: str | None, rounds: int, seconds: float, as_json
         "float_jit_s": sum(entry["float_jit_s"] for entry in measured) if program is not None else None,
         "weights_bytes": servable.weights_bytes,
         "weights_bytes_on_disk": _common.weights_on_disk(manifest),
-        "artifact_bytes": sum(entry.size for entry in manifest.files.values()),
+        "artifact_bytes": manifest.size_bytes,
         "weights_bytes_float": program.weights_bytes if program is not None else None,
     }
     if as_json:

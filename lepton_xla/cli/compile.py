@@ -164,7 +164,7 @@ def compile(
         "weights_bytes_float": program.weights_bytes,
         "weights_bytes_optimized": servable.weights_bytes,
         "weights_bytes_on_disk": _common.weights_on_disk(manifest),
-        "artifact_bytes": sum(entry.size for entry in manifest.files.values()),
+        "artifact_bytes": manifest.size_bytes,
         "metrics": metrics,
         "optimize_s": optimize_s,
         "compile_s": compile_s,

@@ -39,7 +39,7 @@ def inspect(path: str, as_json: bool) -> None:
         here = Fingerprint.of(None, devices_here(manifest.mesh))
     route = _route(manifest, here)
     weights = _weights(manifest)
-    size_bytes = sum(entry.size for entry in manifest.files.values())
+    size_bytes = manifest.size_bytes
     if as_json:
         facts = {"path": path, "size_bytes": size_bytes, "route": route, "weights": weights, "signed_by": signer}
         _common.print_json({**facts, **_totals(manifest), "manifest": msgspec.to_builtins(manifest)})

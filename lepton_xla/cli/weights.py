@@ -77,7 +77,7 @@ def make(
         update = compiler.make_update(loaded, made_from, name=name, version=version, golden=rows)
         step(f"save {output}")
         manifest = update.save(output, overwrite=overwrite)
-    size_bytes = sum(entry.size for entry in manifest.files.values())
+    size_bytes = manifest.size_bytes
     if as_json:
         facts = {"path": output, "name": manifest.name, "version": version, "fit": manifest.fit}
         _common.print_json({**facts, "size_bytes": size_bytes, "golden": manifest.golden is not None})

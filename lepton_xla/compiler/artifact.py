@@ -217,5 +217,5 @@ def _verified(store: Store, trusted: TrustedKeys | None) -> Verification:
     extra = tuple(name for name in store.names() if name not in {*manifest.files, MANIFEST, SIGNATURE})
     if signed is not None:
         check_signed_files(store, manifest, signed, extra)
-    size_bytes = sum(entry.size for entry in manifest.files.values())
+    size_bytes = manifest.size_bytes
     return Verification(manifest, len(manifest.files), size_bytes, extra, signed.signer if signed is not None else "")

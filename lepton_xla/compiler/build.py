@@ -400,10 +400,12 @@ def _check_examples(program: Program, examples: Mapping[str, Any]) -> dict[str, 
 
 
 def tensors_of(specs: Mapping[str, TensorSpec]) -> tuple[Tensor, ...]:
+    """Inputs or outputs as the manifest describes them."""
     return tuple(Tensor(name=name, shape=spec.shape, dtype=spec.dtype) for name, spec in specs.items())
 
 
 def made_by(target: Fingerprint) -> dict[str, Any]:
+    """Versions of the software, and the machine."""
     return {
         "lepton_xla": importlib.metadata.version("lepton-xla"),
         "jax": jax.__version__,

@@ -127,8 +127,10 @@ def _share(store: Store, manifest: Manifest, files: VerifiedFiles, base: Servabl
     devices = base.runtime.devices
     # What is not needed here will be elsewhere, or when the base is gone: a damaged artifact is refused as a whole.
     found = manifest.executables.get(Fingerprint.of(devices.first, len(devices.all)).digest)
-    programs = (*manifest.programs, *((manifest.expand,) if manifest.expand else ()))
-    for file in (*(program.file for program in programs), *(found.files.values() if found is not None else ())):
+    for file in (
+        *(program.file for program in manifest.all_programs),
+        *(found.files.values() if found is not None else ()),
+    ):
         files.read(file)
     arrays = _to_devices(manifest, files, devices)
     if base.expander is not None:
@@ -154,8 +156,7 @@ def _load(
     names = [*((EXPAND,) if manifest.expand else ()), *(key for _, key in wanted)]
     missing = [name for name in names if name not in known]
     # All bytes are read and verified here; later steps trust them.
-    every = (*manifest.programs, *((manifest.expand,) if manifest.expand else ()))
-    portable = {program.file: files.read(program.file) for program in every}
+    portable = {program.file: files.read(program.file) for program in manifest.all_programs}
     blobs = {name: files.read(known[name]) for name in names if name in known}
     arrays = _to_devices(manifest, files, devices)
 
@@ -261,7 +262,7 @@ def _write_back(store: Store, loaded: Manifest, target: Fingerprint, made: Mappi
         if is_signed(store):
             raise ArtifactError(f"{store.location}: it is signed, and new files would void the signature")
         manifest = read_manifest(store)
-        programs = [program.file for program in (*loaded.programs, *((loaded.expand,) if loaded.expand else ()))]
+        programs = [program.file for program in loaded.all_programs]
         if store.is_replaced or any(manifest.files.get(name) != loaded.files[name] for name in programs):
             raise ArtifactError(f"{store.location}: another artifact has taken its place")
         files, names = dict(manifest.files), {}

@@ -203,6 +203,16 @@ class Manifest(_Struct, frozen=True, kw_only=True):
         """Whether it has weights only, for the compiled code of another artifact."""
         return not self.programs
 
+    @property
+    def all_programs(self) -> tuple[PortableProgram, ...]:
+        """The portable programs of the buckets, and the one that unpacks weights, if there is one."""
+        return (*self.programs, *((self.expand,) if self.expand is not None else ()))
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of all files but the manifest."""
+        return sum(entry.size for entry in self.files.values())
+
     def signature(self) -> tuple[dict[str, TensorSpec], dict[str, TensorSpec]]:
         """Inputs and outputs by name, in order."""
         return self.input_specs(), self.output_specs()
@@ -337,7 +347,7 @@ def _check(manifest: Manifest) -> None:
         _check_listed(manifest, f"{PACKED}/zarr.json")
     for row in range(len(manifest.packed_rows)):
         _check_listed(manifest, row_file(row))
-    for program in (*manifest.programs, *((manifest.expand,) if manifest.expand else ())):
+    for program in manifest.all_programs:
         _check_listed(manifest, program.file)
     if manifest.golden is not None:
         _check_listed(manifest, manifest.golden.file)

@@ -120,7 +120,7 @@ class Store:
             return size
 
     def write(self, name: str, data: bytes) -> None:
-        """Create or replaces a file, atomically.
+        """Create or replace a file, atomically.
 
         Raises:
             ArtifactError: if it cannot be written; names it.

@@ -96,7 +96,10 @@ def make_update(
         files={},
         encryption=None,
     )
-    arrays = [jax.device_put(array, base.runtime.devices.sharding(leaf.spec)) for leaf, array in _leaves(made)]
+    arrays = [
+        jax.device_put(array, base.runtime.devices.sharding(leaf.spec))
+        for leaf, array in zip(made.manifest.weights, made.weights, strict=True)
+    ]
     unpacked = arrays
     if base.expander is not None:
         unpacked = run_expand(base.expander, arrays, base.runtime.devices, base.manifest.unpacked)
@@ -104,20 +107,13 @@ def make_update(
     check_weights(servable, base, where)
     rows = made.golden
     if golden is not None:
-        limit = tolerance if tolerance is not None else (rows or base.manifest.golden or _Default()).tolerance
+        carried = rows or base.manifest.golden
+        known = _TOLERANCE if carried is None else carried.tolerance
+        limit = known if tolerance is None else tolerance
         rows = Golden.made(golden, servable.inputs, servable.outputs, servable, limit)
     elif rows is not None:
         rows.check(servable, where)
     return dataclasses.replace(made, manifest=manifest, golden=rows)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Default:
-    tolerance: float = _TOLERANCE
-
-
-def _leaves(artifact: Artifact) -> list[tuple[weights.WeightLeaf, Any]]:
-    return list(zip(artifact.manifest.weights, artifact.weights, strict=True))
 
 
 def _read(store: Store) -> Artifact:

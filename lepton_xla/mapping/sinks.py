@@ -37,7 +37,7 @@ def write_part(path: pathlib.Path, kind: str, outputs: Mapping[str, np.ndarray],
         with zipfile.ZipFile(file, "w") as archive:
             for name, array in outputs.items():
                 with _member(archive, name) as entry:
-                    np.lib.format.write_array(entry, np.ascontiguousarray(_storable(array)), allow_pickle=False)
+                    np.lib.format.write_array(entry, np.ascontiguousarray(storable(array)), allow_pickle=False)
 
 
 def join(parts: Sequence[pathlib.Path], kind: str, output: pathlib.Path, tell: Callable[[int], None]) -> None:
@@ -62,7 +62,7 @@ def join(parts: Sequence[pathlib.Path], kind: str, output: pathlib.Path, tell: C
 def _write_lines(file: IO[bytes], outputs: Mapping[str, np.ndarray], where: Callable[[int], str]) -> None:
     columns: dict[str, list[Any]] = {}
     for name, array in outputs.items():
-        stored = _storable(array)
+        stored = storable(array)
         if stored.dtype.kind == "f" and not np.isfinite(stored).all():
             row = int(np.flatnonzero(~np.isfinite(stored.reshape(len(stored), -1)).all(1))[0])
             raise InputError(
@@ -143,7 +143,7 @@ def _member(archive: zipfile.ZipFile, name: str) -> IO[bytes]:
     return archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True)
 
 
-def _storable(array: np.ndarray) -> np.ndarray:
+def storable(array: np.ndarray) -> np.ndarray:
     """Widens bfloat16, fp8 and int4, which these formats lack, to a dtype that holds them exactly."""
     if array.dtype.isbuiltin == 1:
         return array

@@ -16,7 +16,7 @@ from jax.experimental import topologies
 from lepton_xla.errors import CompileError, ShardingError, first_line
 from lepton_xla.machine import DeviceFigures, figures_of
 
-# Kind of device and devices on a chip, of those TPUs whose memory is known.
+# Kind of device, of those TPUs whose memory is known.
 _TPUS = {"v5e": "TPU v5 lite", "v5p": "TPU v5", "v6e": "TPU v6 lite"}
 
 

@@ -92,8 +92,6 @@ class Agreement:
             raise OtherProcessError(_OTHER)
 
     def _exchange(self, text: str) -> list[str]:
-        if jax.process_count() == 1:
-            return [text]
         self._asked += 1
         return self._meet(f"ask-{self._asked}", text, self._timeout_s)
 
