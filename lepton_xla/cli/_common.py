@@ -6,6 +6,7 @@ import contextlib
 import importlib
 import json
 import math
+import os
 import pathlib
 import sys
 import threading
@@ -16,7 +17,7 @@ import click
 
 from lepton_xla.cli.tables import Table, printable
 from lepton_xla.cli.tables import show as show
-from lepton_xla.errors import CompileError, LeptonError, first_line
+from lepton_xla.errors import ArtifactError, CompileError, LeptonError, first_line
 from lepton_xla.tables import short as short
 from lepton_xla.tables import size as size
 
@@ -159,6 +160,16 @@ def check_folder(path: str | None) -> None:
     """
     if path is not None and not pathlib.Path(path).absolute().parent.is_dir():
         raise LeptonError(f"{path}: the folder {pathlib.Path(path).absolute().parent} does not exist")
+
+
+def check_free(output: str, *, overwrite: bool) -> None:
+    """Refuse to write over an artifact that is there, unless told to.
+
+    Raises:
+        ArtifactError: if it exists.
+    """
+    if not overwrite and "://" not in output and os.path.lexists(output):
+        raise ArtifactError(f"{output} exists; give another --output, or --overwrite")
 
 
 def write(path: str, writer: Callable[[], Any]) -> None:

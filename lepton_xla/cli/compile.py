@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import pathlib
 import time
 from collections.abc import Mapping
@@ -12,7 +11,6 @@ from typing import Any
 import click
 
 from lepton_xla.cli import _common
-from lepton_xla.errors import ArtifactError
 
 
 @click.command()
@@ -105,7 +103,7 @@ def compile(
         stem = pathlib.PurePath(output).name.removesuffix(".lepton") if output else _models.default_name(target)
         model_name = check_name(name or stem)
         location = output or f"{model_name}.lepton"
-        _check_free(location, overwrite=overwrite)
+        _common.check_free(location, overwrite=overwrite)
 
         step(f"load {target}")
         spec = _models.load_target(target)
@@ -174,11 +172,6 @@ def compile(
         _common.print_json(document)
     else:
         _print(document)
-
-
-def _check_free(location: str, *, overwrite: bool) -> None:
-    if not overwrite and "://" not in location and os.path.lexists(location):
-        raise ArtifactError(f"{location} exists; give another --output, or --overwrite")
 
 
 def _print(document: Mapping[str, Any]) -> None:

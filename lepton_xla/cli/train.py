@@ -10,7 +10,6 @@ from typing import Any
 import click
 
 from lepton_xla.cli import _common
-from lepton_xla.errors import ArtifactError
 
 
 @click.command()
@@ -80,8 +79,8 @@ def train(
       leptonx launch local --processes 2 -- leptonx train digits.py:training --mesh data=-1 --checkpoint runs/2
     """
     given = _common.parse_buckets(buckets)
-    if output is not None and not overwrite and os.path.lexists(output):
-        raise ArtifactError(f"{output} exists; give another --output, or --overwrite")
+    if output is not None:
+        _common.check_free(output, overwrite=overwrite)
     if (settings or exclude) and recipe is None:
         raise click.UsageError("--set and --exclude change a recipe; give --recipe too")
     if every is not None and checkpoint is None:

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from lepton_xla.cli import _common, _repositories
-from lepton_xla.errors import ArtifactError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -61,8 +60,7 @@ def make(
 
     The weights are loaded onto BASE, must be finite, and must answer golden rows.
     """
-    if not overwrite and "://" not in output and os.path.lexists(output):
-        raise ArtifactError(f"{output} exists; give another --output, or --overwrite")
+    _common.check_free(output, overwrite=overwrite)
     with _common.progress() as step:
         step("load JAX")
         from lepton_xla import compiler

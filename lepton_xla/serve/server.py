@@ -206,6 +206,7 @@ class Server:
             stop.warming = False
             if stop.asked.is_set():
                 listening.close()
+                self._close_models()
                 self.device.stop()
                 return True
             for (signature, engine), costs in zip(self._engines, measured, strict=True):
@@ -218,6 +219,7 @@ class Server:
             listener.open()
         except BaseException:
             listening.close()
+            self._close_models()
             self.device.stop(0.0)
             raise
 
@@ -235,10 +237,7 @@ class Server:
             return finished
         finally:
             watching.cancel()
-            if self._manager is not None:
-                self._manager.close()
-                self._host.close()
-                self._records.close()
+            self._close_models()
             self.device.stop(5.0 if finished else 0.0)
 
     async def _start_models(self, manager: Manager, stop: Stop) -> None:
@@ -252,7 +251,11 @@ class Server:
             starting.result()
         else:
             starting.cancel()
-            manager.close()
+            self._close_models()
+
+    def _close_models(self) -> None:
+        if self._manager is not None:
+            self._manager.close()
             self._host.close()
             self._records.close()
 

@@ -99,7 +99,8 @@ class RepositoryPages:
             raise HTTPError(501, "this server's repository is no folder that it may write to")
         work = self._changes.routes[route](parameters, exchange)
         asker = _asker(who, exchange)
-        self._answer_later(exchange, asyncio.to_thread(self._changes.run, route, parameters, asker, work), "")
+        changing = asyncio.to_thread(self._changes.run, route, parameters, asker, work)
+        self._answer_later(exchange, changing, "the request to the repository failed")
 
     async def _index(self, *, ready: bool) -> list[metadata.IndexEntry]:
         entries: list[metadata.IndexEntry] = []

@@ -207,10 +207,9 @@ class Scheduler:
     def submit(self, call: Call) -> None:
         """Queues a call. Calls its `finish` or `fail` later, unless it is cancelled first.
 
-        The call fails at once with 400 for an unknown priority, 429 or 503 beyond the model's own limits,
-        503 if the queue is full or the engine has stopped, 504
-        if its timeout is too short to run it. Errors go to `fail`, not to `raise`: raising takes as long as everything
-        else here, and an overloaded server refuses as often as it answers.
+        The call fails at once with 400 for an unknown priority, 429 or 503 beyond the model's own limits, 503 if the
+        queue is full or the engine has stopped, 504 if its timeout is too short to run it. Errors go to `fail`, not to
+        `raise`: raising takes as long as everything else here, and an overloaded server refuses as often as it answers.
         """
         if self._ended:
             self._metrics.rejected += 1

@@ -68,7 +68,6 @@ class _Model:
         self.loading: tuple[str, ...] = ()
         self.unloading: list[str] = []
         self.failures: dict[str, _Failure] = {}
-        self.problem = ""
 
 
 class Manager:
@@ -144,7 +143,7 @@ class Manager:
     def paths(self, name: str) -> list[Path]:
         """Where the versions of a model are that would be loaded."""
         found = self._found.get(name)
-        return [] if found is None else [Path(found.versions[version]) for version in found.wanted]
+        return [] if found is None else [found.versions[version] for version in found.wanted]
 
     async def watch(self) -> None:
         """Looks for changes for ever, if the repository is watched."""
@@ -230,7 +229,7 @@ class Manager:
     async def index(self) -> list[Entry]:
         """Every model of the repository and every version that is loaded, was to be loaded, or is on its way."""
         entries: list[Entry] = []
-        for name in sorted({*self._found, *self._models}):
+        for name in self._names():
             entries += self._entries(name)
         return entries
 
@@ -250,9 +249,8 @@ class Manager:
             if version not in versions:
                 text = f"label {label!r} is to stand on it, and it is not in the repository"
                 shown.setdefault(version, Entry(name, version, "UNAVAILABLE", text))
-        problem = model.problem or (found.problem if found else "")
-        if problem:
-            shown[""] = Entry(name, "", "UNAVAILABLE", problem)
+        if found is not None and found.problem:
+            shown[""] = Entry(name, "", "UNAVAILABLE", found.problem)
         if not shown and found is not None:
             return [Entry(name)]
         return [shown[version] for version in sorted(shown, key=lambda version: int(version or 0))]
@@ -283,8 +281,7 @@ class Manager:
         found, model = self._found.get(name), self._models.setdefault(name, _Model())
         if self.explicit and name not in self._asked:
             found = None
-        model.problem = (found.problem or "") if found is not None else ""
-        if model.problem:
+        if found is not None and found.problem:
             return None
         wanted = wanted_state(found, model.overrides)
         change = difference(name, model.state, wanted)

@@ -215,8 +215,8 @@ class Memory:
 
 def _gone(loop: asyncio.AbstractEventLoop, leaving: dict[int, int], number: int) -> None:
     with contextlib.suppress(RuntimeError):  # the event loop is closed, and nobody waits
-        # A little later, since the weights go after the handle.
-        loop.call_soon_threadsafe(lambda: loop.call_later(_LOOK_S / 2, leaving.pop, number))
+        # A little later, since the weights go after the handle. It may have been noted twice: evicted, and unloaded.
+        loop.call_soon_threadsafe(lambda: loop.call_later(_LOOK_S / 2, leaving.pop, number, 0))
 
 
 class _Leaf(msgspec.Struct):

@@ -8,17 +8,16 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import os
 import pathlib
 import shutil
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Sequence
 
 from lepton_xla.copies import write_whole
 from lepton_xla.errors import ArtifactError, RepositoryError
-from lepton_xla.folders import flush
+from lepton_xla.folders import flush, held
 from lepton_xla.listing import MANIFEST, MAX_MANIFEST_BYTES, FileEntry, Listing, is_sha256, read_listing
 from lepton_xla.serve.models.repository import Repository
 from lepton_xla.trust.bundles import MAX_SIGNATURE_BYTES, SIGNATURE
@@ -92,7 +91,7 @@ class Uploads:
         file = self._file(digest)
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            with _locked(self._folder):
+            with held(self._folder, wait=True):
                 self._make_room(file, len(data))
                 size = _size(file)
                 if size != offset:
@@ -174,7 +173,7 @@ class Uploads:
             shutil.copyfile(taken[entry.sha256], target)
         else:
             try:
-                with _locked(self._folder):
+                with held(self._folder, wait=True):
                     os.rename(self._file(entry.sha256), target)
             except FileNotFoundError:
                 raise _missing([entry.sha256]) from None
@@ -204,18 +203,6 @@ class Uploads:
         if not is_sha256(digest):
             raise RepositoryError("invalid", f"{digest[:80]!r} is no SHA-256: 64 hexadecimal digits in lower case")
         return self._folder / digest
-
-
-@contextlib.contextmanager
-def _locked(folder: pathlib.Path) -> Generator[None, None, None]:
-    """Keep other threads and processes from writing into the folder."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError):  # a file system without locks
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def _size(file: pathlib.Path) -> int:

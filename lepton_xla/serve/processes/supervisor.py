@@ -140,7 +140,7 @@ class Supervisor:
             self.address = addresses[0]
             self._accept_or_wait()
             urls = " and ".join(url_of(each, self._options) for each in addresses)
-            _log.info("serving %s on %s with %d workers", self.name, urls, len(self._workers))
+            _log.info("serving %s on %s with %d workers", self.name or "no model yet", urls, len(self._workers))
             on_ready(self)
             await asked
             return await self._drain(stop, keepers.values())
