@@ -11,6 +11,7 @@ import time
 PACKAGES = (
     "slurmctld", "slurmd", "slurm-client", "slurm-wlm-basic-plugins", "munge", "libmunge2", "libhwloc15",
 )  # fmt: skip
+RETRIES = "-oAcquire::Retries=5"
 
 CONFIGURATION = """
 ClusterName=test
@@ -128,7 +129,7 @@ class SlurmCluster:
         packages = self._folder / "packages"
         packages.mkdir()
         if not _downloaded(packages):
-            subprocess.run(["apt-get", "update"], capture_output=True, timeout=240, check=False)
+            subprocess.run(["apt-get", RETRIES, "update"], capture_output=True, timeout=240, check=False)
             done = _downloaded(packages)
             assert done, "Debian's packages of SLURM cannot be had: apt-get download failed"
         for package in packages.glob("*.deb"):
@@ -137,7 +138,9 @@ class SlurmCluster:
 
 def _downloaded(folder):
     assert shutil.which("apt-get"), "this test needs Debian's apt-get"
-    done = subprocess.run(["apt-get", "download", *PACKAGES], cwd=folder, capture_output=True, timeout=240, check=False)
+    done = subprocess.run(
+        ["apt-get", RETRIES, "download", *PACKAGES], cwd=folder, capture_output=True, timeout=240, check=False
+    )
     return done.returncode == 0
 
 
