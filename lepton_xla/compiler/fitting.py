@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import concurrent.futures
 import hashlib
-import os
 from collections.abc import Sequence
 
 import jax.numpy as jnp
@@ -15,6 +14,7 @@ from lepton_xla.compiler.manifest import Manifest
 from lepton_xla.compiler.portable import Portable
 from lepton_xla.compiler.servable import Servable
 from lepton_xla.errors import ArtifactError
+from lepton_xla.machine import usable_cores
 
 # Elements that are looked at together: they stay in a core's cache.
 _BLOCK = 1 << 16
@@ -88,7 +88,7 @@ def check_weights(servable: Servable, base: Servable | None, where: str) -> None
     weights = servable.runtime.weights
     others = base.runtime.weights if base is not None and base.manifest.fit == servable.manifest.fit else None
     names = paths if len(paths) == len(weights) else [f"unpacked, number {index}" for index in range(len(weights))]
-    with concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1), "lepton-check") as pool:
+    with concurrent.futures.ThreadPoolExecutor(min(8, usable_cores()), "lepton-check") as pool:
         finite = list(pool.map(lambda weight: _is_finite(np.asarray(weight)), weights))
     for index, is_finite in enumerate(finite):
         if is_finite:
@@ -103,6 +103,11 @@ def _is_finite(array: np.ndarray) -> bool:
     if not jnp.issubdtype(array.dtype, jnp.inexact):
         return True
     flat = array.reshape(-1)
+    if array.dtype.name in ("float32", "float64"):
+        # Finite only if all are, and read once. Finite ones may overflow: then each is looked at.
+        with np.errstate(over="ignore", invalid="ignore"):
+            if np.isfinite(np.add.reduce(flat)):
+                return True
     return all(np.isfinite(flat[start : start + _BLOCK]).all() for start in range(0, flat.size, _BLOCK))
 
 

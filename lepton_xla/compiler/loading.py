@@ -37,6 +37,7 @@ from lepton_xla.compiler.storage import Store, VerifiedFiles, consistently
 from lepton_xla.errors import ArtifactError, ExecutionError, ShardingError
 from lepton_xla.flags import warn_of_slow_flags
 from lepton_xla.listing import MANIFEST, FileEntry
+from lepton_xla.machine import usable_cores
 from lepton_xla.trees import leaf_bytes
 from lepton_xla.trust.keys import TrustedKeys
 
@@ -160,7 +161,7 @@ def _load(
     blobs = {name: files.read(known[name]) for name in names if name in known}
     arrays = _to_devices(manifest, files, devices)
 
-    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+    with concurrent.futures.ThreadPoolExecutor(usable_cores()) as pool:
         read = pool.map(lambda name: Code.read(blobs[name], devices.all, name), blobs)
         codes = dict(zip(blobs, read, strict=True))
     if missing:

@@ -7,6 +7,7 @@ arrays themselves, memory holds a file or two a thread, of some 4 MiB, and the p
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import itertools
 import math
@@ -14,7 +15,7 @@ import mmap
 import os
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -29,12 +30,15 @@ from lepton_xla.compiler.manifest import PACKED, Piece, WeightLeaf
 from lepton_xla.compiler.storage import VerifiedFiles
 from lepton_xla.compiler.weights import SCRATCH, open_array, part_regions, plain_codecs
 from lepton_xla.errors import ArtifactError
+from lepton_xla.machine import usable_cores
 from lepton_xla.trees import leaf_bytes
 
 # XLA:CPU uses a host array in place only if it starts on such a boundary.
 _ALIGNMENT = 64
 # Arrays of at least so many bytes have memory of their own, which the system gets back with the array.
 _MAPPED_BYTES = 1 << 20
+_KEYS = ({"name": "default"}, {"name": "default", "configuration": {"separator": "/"}})
+_HUGE: int | None = getattr(mmap, "MADV_HUGEPAGE", None)
 
 
 def read_all(leaves: Sequence[WeightLeaf], packed_rows: Sequence[int], files: VerifiedFiles) -> list[np.ndarray]:
@@ -51,7 +55,7 @@ def read_all(leaves: Sequence[WeightLeaf], packed_rows: Sequence[int], files: Ve
     """
     rows_leaf = _packed_array(packed_rows)
     _check_memory([*leaves, *([rows_leaf] if rows_leaf else [])])
-    workers = min(8, os.cpu_count() or 1)
+    workers = min(8, usable_cores())
     with concurrent.futures.ThreadPoolExecutor(workers, "lepton-weights") as pool:
         rows = _ZarrLeaf.open(rows_leaf, files) if rows_leaf else None
         opened = list(pool.map(lambda leaf: _open(leaf, files), leaves))
@@ -109,7 +113,7 @@ def _read_part(leaf: WeightLeaf, files: VerifiedFiles, region: tuple[slice, ...]
     """Read one part of a leaf that has a zarr array of its own."""
     _check_memory([msgspec.structs.replace(leaf, shape=tuple(part.stop - part.start for part in region))])
     opened = _ZarrLeaf.open(leaf, files, region)
-    with concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1), "lepton-weights") as pool:
+    with concurrent.futures.ThreadPoolExecutor(min(8, usable_cores()), "lepton-weights") as pool:
         _finish(pool, [pool.submit(opened.read, index) for index in opened.chunks()])
     return opened.finish()
 
@@ -186,15 +190,50 @@ class _PackedLeaf:
         return from_words(self.out, self.leaf.shape, self.leaf.dtype)
 
 
+class _Grid(msgspec.Struct):
+    configuration: dict[str, tuple[Annotated[int, msgspec.Meta(ge=1)], ...]]
+    name: Literal["regular"]
+
+
+class _KeyEncoding(msgspec.Struct, forbid_unknown_fields=True):
+    name: Literal["default"]
+
+
+class _PlainArray(msgspec.Struct, forbid_unknown_fields=True):
+    """Metadata of an array that this package wrote without compression; other valid metadata is TensorStore's."""
+
+    zarr_format: Literal[3]
+    node_type: Literal["array"]
+    shape: tuple[int, ...]
+    data_type: str
+    chunk_grid: _Grid
+    chunk_key_encoding: _KeyEncoding
+    codecs: list[dict[str, Any]]
+    fill_value: Any
+
+    @classmethod
+    def read(cls, metadata: bytes, shape: tuple[int, ...], dtype: np.dtype[Any]) -> tuple[int, ...] | None:
+        """The shape of its chunks; None if this is none, or of another shape or dtype."""
+        try:
+            array = msgspec.json.decode(metadata, type=cls)
+        except msgspec.MsgspecError:
+            return None
+        chunk = array.chunk_grid.configuration.get("chunk_shape", ())
+        known = array.shape == shape and array.data_type == dtype.name and len(chunk) == len(shape)
+        return chunk if known and array.codecs == plain_codecs(dtype.itemsize) and sys.byteorder == "little" else None
+
+
 @dataclasses.dataclass(frozen=True)
 class _ZarrLeaf:
-    """A zarr array that is being read: its verified metadata, and the array for its chunks."""
+    """A zarr array that is being read: its verified metadata, and the array for its chunks.
+
+    One that is not compressed is read without TensorStore, which takes several times as long and many threads to open.
+    """
 
     leaf: WeightLeaf
     files: VerifiedFiles
-    kv: ts.KvStore
-    handle: ts.TensorStore
-    plain: bool
+    scratch: tuple[ts.KvStore, ts.TensorStore] | None
+    chunk: tuple[int, ...]
     out: np.ndarray
     region: tuple[slice, ...]
 
@@ -203,38 +242,28 @@ class _ZarrLeaf:
         """Open an array; `region` is the part of it that is read, by default all."""
         name = f"{leaf.folder}/zarr.json"
         metadata = files.read(name)
-        context = ts.Context()
-        kv = ts.KvStore.open(SCRATCH, context=context).result()
-        kv.write("zarr.json", metadata).result()
-        try:
-            handle = open_array(context, open=True)
-            codecs = msgspec.json.decode(metadata)["codecs"]
-        except Exception as error:  # TensorStore's own kinds
-            raise ArtifactError(f"{name} is not valid zarr metadata: {error}") from error
         if leaf.packed:
             shape, dtype = (flat_bytes(leaf.shape, leaf.dtype),), np.dtype(np.uint8)
         else:
             shape, dtype = leaf.shape, jnp.dtype(leaf.dtype)
-        if tuple(handle.shape) != shape or handle.dtype.numpy_dtype != dtype:
-            raise ArtifactError(
-                f"{name}: holds {handle.dtype.name}{list(handle.shape)}; the manifest says {dtype.name}{list(shape)}"
-            )
-        plain = codecs == plain_codecs(dtype.itemsize) and sys.byteorder == "little"
+        chunk, scratch = _PlainArray.read(metadata, shape, dtype), None
+        if chunk is None:
+            scratch = _opened(name, metadata, shape, dtype)
+            chunk = tuple(size or 1 for size in scratch[1].chunk_layout.read_chunk.shape or ())
         region = tuple(slice(0, size) for size in shape) if region is None else region
         out = aligned_empty([part.stop - part.start for part in region], dtype)
-        return cls(leaf, files, kv, handle, plain, out, region)
+        return cls(leaf, files, scratch, chunk, out, region)
 
     def chunks(self) -> list[tuple[int, ...]]:
         """The chunks that overlap the region."""
-        chunk = self._chunk_shape()
-        ranges = [range(part.start // n, -(-part.stop // n)) for part, n in zip(self.region, chunk, strict=True)]
+        ranges = [range(part.start // n, -(-part.stop // n)) for part, n in zip(self.region, self.chunk, strict=True)]
         return list(itertools.product(*ranges)) if self.out.size else []
 
     def read(self, index: tuple[int, ...]) -> None:
         """Verify and decode one chunk."""
         key = "/".join(("c", *map(str, index)))
         name = f"{self.leaf.folder}/{key}"
-        chunk = self._chunk_shape()
+        chunk = self.chunk
         starts = [place * size for place, size in zip(index, chunk, strict=True)]
         # Where the chunk and the region overlap: in the whole array, in the region, and in the chunk.
         found = tuple(
@@ -243,18 +272,19 @@ class _ZarrLeaf:
         )
         target = _moved(found, [part.start for part in self.region])
         part = self.out[(*target, ...)]  # an array, even without axes
-        if self.plain and part.shape == chunk and part.flags.c_contiguous and self.files.read_into(name, part):
+        in_place = self.scratch is None and part.shape == chunk and part.flags.c_contiguous
+        if in_place and self.files.read_into(name, part):
             return
         data = self.files.read(name)
         try:
-            if self.plain:
-                # Decoded here as zarr would; without TensorStore a float model loads a third faster.
+            if self.scratch is None:
                 elements = np.frombuffer(data, self.out.dtype).reshape(chunk)
                 self.out[target] = elements[_moved(found, starts)]
                 return
-            self.kv.write(key, data).result()
-            ts.array(self.out[(*target, ...)]).write(self.handle[found]).result()
-            self.kv.write(key, None).result()
+            kv, handle = self.scratch
+            kv.write(key, data).result()
+            ts.array(self.out[(*target, ...)]).write(handle[found]).result()
+            kv.write(key, None).result()
         except Exception as error:  # TensorStore's own kinds
             raise ArtifactError(f"{name} cannot be decoded: {error}") from error
 
@@ -262,8 +292,27 @@ class _ZarrLeaf:
         """Return the leaf, after all chunks were read."""
         return from_bytes(self.out, self.leaf.shape, self.leaf.dtype) if self.leaf.packed else self.out
 
-    def _chunk_shape(self) -> tuple[int, ...]:
-        return tuple(size or 1 for size in self.handle.chunk_layout.read_chunk.shape or ())
+
+def _opened(
+    name: str, metadata: bytes, shape: tuple[int, ...], dtype: np.dtype[Any]
+) -> tuple[ts.KvStore, ts.TensorStore]:
+    """Have TensorStore open an array by its metadata, whose chunks come later."""
+    context = ts.Context()
+    kv = ts.KvStore.open(SCRATCH, context=context).result()
+    kv.write("zarr.json", metadata).result()
+    try:
+        handle = open_array(context, open=True)
+        keys = msgspec.json.decode(metadata)["chunk_key_encoding"]
+    except Exception as error:  # TensorStore's own kinds
+        raise ArtifactError(f"{name} is not valid zarr metadata: {error}") from error
+    if keys not in _KEYS:
+        # Its chunks would have other names, and TensorStore takes what it does not find for zeros.
+        raise ArtifactError(f"{name}: chunks are named by {keys}, not by {_KEYS[0]}")
+    if tuple(handle.shape) != shape or handle.dtype.numpy_dtype != dtype:
+        raise ArtifactError(
+            f"{name}: holds {handle.dtype.name}{list(handle.shape)}; the manifest says {dtype.name}{list(shape)}"
+        )
+    return kv, handle
 
 
 def aligned_empty(shape: Sequence[int], dtype: Any) -> np.ndarray:
@@ -276,6 +325,10 @@ def aligned_empty(shape: Sequence[int], dtype: Any) -> np.ndarray:
     if size >= _MAPPED_BYTES:
         # Not from the allocator: it keeps what is given back to it, in pools of the threads that read.
         mapped = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        if _HUGE is not None:
+            # A fault for 2 MiB and not for each 4 KiB: that is a third of the time that reading takes.
+            with contextlib.suppress(OSError):  # a kernel without huge pages
+                mapped.madvise(_HUGE)
         return np.frombuffer(mapped, np.uint8).view(dtype).reshape(shape)
     buffer = np.empty(size + _ALIGNMENT, np.uint8)
     start = -buffer.ctypes.data % _ALIGNMENT

@@ -8,6 +8,8 @@ import os
 import sys
 from typing import NoReturn
 
+from lepton_xla.serve.priorities import come_first
+
 # How long a thread holds the interpreter while another asks for it. At Python's own 5 ms, an event loop that is never
 # idle keeps the engine's thread waiting so long before and after each batch: the model stands still under overload.
 _SWITCH_S = 2e-4
@@ -42,10 +44,11 @@ def leave(code: int) -> NoReturn:
 
 
 def settle() -> None:
-    """Called once all is loaded: that stays, and what comes are requests.
+    """Called by the thread that serves once all is loaded: that stays, and what comes are requests.
 
     A full collection over all of JAX would stop answers for tens of milliseconds.
     """
     gc.collect()
     gc.freeze()
     sys.setswitchinterval(_SWITCH_S)
+    come_first()

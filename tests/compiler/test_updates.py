@@ -251,6 +251,12 @@ def test_weights_that_are_no_numbers_are_refused(base, value, tmp_path):
         compiler.load(tmp_path / "whole.lepton", check=True)
 
 
+def test_weights_whose_sum_overflows_are_numbers(base, tmp_path):
+    large = {name: np.full_like(value, 3e38) for name, value in weights().items()}
+    make_update(base, program(large)).save(tmp_path / "large.lepton")
+    compiler.load(tmp_path / "large.lepton", base=base)
+
+
 def test_infinity_is_no_fault_where_the_base_has_it(tmp_path):
     def masked(w, x):
         return jnp.maximum(x @ w["w"], w["least"][None])

@@ -1,5 +1,6 @@
 import dataclasses
 import hashlib
+import re
 import secrets
 from collections.abc import Sequence
 
@@ -213,3 +214,40 @@ def test_metadata_of_another_shape_is_refused_by_name() -> None:
     leaf, written = stored(np.zeros((3, 2), np.float32), "plain")
     with pytest.raises(ArtifactError, match=r"zarr.json: holds float32\[3, 2\]; the manifest says float32\[2, 3\]"):
         read([msgspec.structs.replace(leaf, shape=(2, 3))], written)
+
+
+def test_uncompressed_arrays_are_read_without_tensorstore(monkeypatch: pytest.MonkeyPatch) -> None:
+    array = random_bits("bfloat16", (1100, 1024, 3), 5)
+    leaf, written = stored(array, "plain")
+    monkeypatch.setattr(reading, "open_array", lambda *_, **__: pytest.fail("it was opened"))
+    (found,) = read([leaf], written)
+    assert as_bytes(found) == as_bytes(array)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "refused"),
+    [
+        (b'{"name":"default"}', b'{"configuration":{"separator":"/"},"name":"default"}', ""),
+        (b'"fill_value":0.0', b'"attributes":{"by":"another"},"fill_value":0.0', ""),
+        (b'"chunk_shape":[2,3]', b'"chunk_shape":[0,3]', "zarr.json is not valid zarr metadata"),
+        (b'"chunk_shape":[2,3]', b'"chunk_shape":[-2,3]', "zarr.json is not valid zarr metadata"),
+        (b'"chunk_shape":[2,3]', b'"chunk_shape":[6]', "zarr.json is not valid zarr metadata"),
+        (b'"chunk_shape":[2,3]', b'"chunk_shape":[3,3]', "c/0/0 cannot be decoded"),
+        (b'"chunk_shape":[2,3]', b'"chunk_shape":[1,3]', "/c/"),
+        (b'"float32"', b'"int32"', "holds int32"),
+        (b'"default"', b'"v2"', "zarr.json: chunks are named by {'name': 'v2'}"),
+        (b'{"chunk_grid"', b'["chunk_grid"', "zarr.json is not valid zarr metadata"),
+    ],
+)
+def test_metadata_that_others_wrote_is_read_or_refused_by_name(old: bytes, new: bytes, refused: str) -> None:
+    array = np.arange(6, dtype=np.float32).reshape(2, 3)
+    leaf, written = stored(array, "plain")
+    name = f"{leaf.folder}/zarr.json"
+    assert old in written.files[name]
+    written.files[name] = written.files[name].replace(old, new)
+    if refused:
+        with pytest.raises(ArtifactError, match=re.escape(refused)):
+            read([leaf], written)
+    else:
+        (found,) = read([leaf], written)
+        assert found.tolist() == array.tolist()

@@ -7,8 +7,6 @@ import concurrent.futures
 import contextlib
 import gc
 import logging
-import os
-import threading
 import weakref
 from collections.abc import Awaitable, Sequence
 from typing import Protocol
@@ -19,13 +17,12 @@ from lepton_xla.serve.models.changes import Change, Source
 from lepton_xla.serve.models.handle import ModelHandle
 from lepton_xla.serve.models.registry import Registry
 from lepton_xla.serve.observe.server_metrics import ServerMetrics
+from lepton_xla.serve.priorities import step_back
 
 _log = logging.getLogger("lepton_xla.serve")
 
 # An error keeps the frames that it passed, and so a handle, until they are found to be unreachable.
 _COLLECT_S = 1.0
-# Steps of priority, as `nice` counts them: a thread that loads gets a tenth of a core that one that serves wants too.
-_LATER = 10
 
 
 class Loader[T](Protocol):
@@ -70,7 +67,7 @@ class Host[T]:
         # One thread, so that several changes at once do not take all cores from what serves. The first model is loaded
         # at full priority, since threads that XLA starts then keep what they were started with.
         self._first = concurrent.futures.ThreadPoolExecutor(1, "lepton-load")
-        self._thread = concurrent.futures.ThreadPoolExecutor(1, "lepton-load", _step_back)
+        self._thread = concurrent.futures.ThreadPoolExecutor(1, "lepton-load", step_back)
         self._prepared: dict[int, dict[str, ModelHandle]] = {}
 
     async def prepare(self, number: int, change: Change) -> dict[str, str]:
@@ -131,15 +128,6 @@ class Host[T]:
             await asyncio.get_running_loop().run_in_executor(self._thread, gc.collect)
             await gone
         self._loader.close(name, version, scheduler)
-
-
-def _step_back() -> None:
-    """Has this thread, and those that it starts, leave the cores to threads that serve.
-
-    By some only: what holds the interpreter while it waits for a core holds up all.
-    """
-    with contextlib.suppress(OSError):
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), os.getpriority(os.PRIO_PROCESS, 0) + _LATER)
 
 
 def _watched(handle: ModelHandle) -> tuple[asyncio.Future[None], str, str, Scheduler]:
