@@ -116,8 +116,7 @@ def trace_step(
         scale_optimizer=stage.scale_optimizer,
         accumulate=accumulate,
         batch_axes=() if layout.placement is None else layout.placement.batch_axes,
-        # XLA:CPU runs convolutions inside a loop on one thread, at a tenth of their speed.
-        unroll=platform == "cpu",
+        platform=platform,
         **options,
     )
     shardings = None if layout.shardings is None else (layout.shardings, None)

@@ -33,7 +33,7 @@ def make_step(
     compute_dtype: str | None = None,
     clip_norm: float | None = None,
     ema: float | None = None,
-    unroll: bool = False,
+    platform: str | None = None,
     mesh: Mesh | None = None,
     batch_axes: Sequence[str] = (),
 ) -> Step:
@@ -51,11 +51,13 @@ def make_step(
             stay float32.
         clip_norm: largest global norm of the gradients; larger ones are scaled down to it.
         ema: decay of the moving average of the weights. The first steps use less: `min(ema, (1 + n) / (10 + n))`.
-        unroll: whether microbatches are written out one after another instead of as a loop.
+        platform: where the step runs, such as `gpu`, which decides between forms of equal meaning; by default where
+            JAX runs.
         mesh: the mesh of the batch, if several devices share it.
         batch_axes: the mesh axes that the rows of a batch are split over.
     """
     takes_step = _has_parameter(loss, "step")
+    on_cpu = (jax.default_backend() if platform is None else platform) == "cpu"
     shards = 1 if mesh is None else math.prod(mesh.shape[name] for name in batch_axes)
 
     def of_batch(trained: Any, arrays: Any, batch: Any, key: Any, model_state: Any, step: Any) -> Any:
@@ -82,8 +84,8 @@ def make_step(
             each = jax.vmap(gradient, (None, None, 0, 0, None, None), spmd_axis_name=tuple(batch_axes))
 
         def body(carry: Any, piece: Any) -> tuple[Any, Any]:
-            total, state = carry
-            index, rows = piece
+            # One after another even where they are unrolled, so that they share memory.
+            (total, state), (index, rows) = lax.optimization_barrier((carry, piece))
             keys = jax.random.fold_in(key, index)
             keys = jax.random.split(keys, shards) if shards > 1 else keys
             (value, (metrics, after)), grads = each(trained, arrays, rows, keys, state, step)
@@ -96,8 +98,10 @@ def make_step(
         if shards > 1 and mesh is not None:
             spread = NamedSharding(mesh, PartitionSpec(tuple(batch_axes)))
             zeros = jax.tree.map(lambda leaf: lax.with_sharding_constraint(leaf, spread), zeros)
+        # XLA:CPU runs convolutions inside a loop on one thread, at a tenth of their speed.
+        unroll = accumulate if on_cpu else 1
         (total, after), (values, metrics) = lax.scan(
-            body, (zeros, model_state), (jnp.arange(accumulate), pieces), unroll=accumulate if unroll else 1
+            body, (zeros, model_state), (jnp.arange(accumulate), pieces), unroll=unroll
         )
         mean = lambda leaf: (leaf.sum(0) if shards > 1 else leaf) / jnp.asarray(accumulate * shards, leaf.dtype)  # noqa: E731
         return (values.mean(), (jax.tree.map(jnp.mean, metrics), after)), jax.tree.map(mean, total)
@@ -111,26 +115,37 @@ def make_step(
         (value, (metrics, model_state)), grads = run(trained, arrays, batch, key, state.model_state, state.step)
         norm = optax.tree.norm(grads).astype(jnp.float32)
         finite = jnp.isfinite(value) & jnp.isfinite(norm)
-        if clip_norm is not None:
-            factor = jnp.minimum(1.0, clip_norm / jnp.maximum(norm, jnp.finfo(jnp.float32).tiny))
-            grads = jax.tree.map(lambda leaf: leaf * factor.astype(leaf.dtype), grads)
-        updates, optimizer_state = optimizer.update(grads["weights"], state.optimizer, state.weights)
-        changed = state.replace(
-            weights=optax.apply_updates(state.weights, updates), model_state=model_state, optimizer=optimizer_state
+
+        def changed(before: State, grads: Any) -> State:
+            if clip_norm is not None:
+                factor = jnp.minimum(1.0, clip_norm / jnp.maximum(norm, jnp.finfo(jnp.float32).tiny))
+                grads = jax.tree.map(lambda leaf: leaf * factor.astype(leaf.dtype), grads)
+            updates, moments = optimizer.update(grads["weights"], before.optimizer, before.weights)
+            weights = optax.apply_updates(before.weights, updates)
+            after = before.replace(weights=weights, model_state=model_state, optimizer=moments)
+            if before.scales:
+                assert scale_optimizer is not None
+                moved, moments = scale_optimizer.update(
+                    grads["scales"], before.scales["optimizer"], before.scales["values"]
+                )
+                values = optax.apply_updates(before.scales["values"], moved)
+                after = after.replace(scales={"values": values, "optimizer": moments})
+            if ema is not None:
+                count = before.step.astype(jnp.float32)
+                decay = jnp.minimum(ema, (1 + count) / (10 + count))
+                after = after.replace(ema=optax.incremental_update(weights, before.ema, 1 - decay))
+            return after
+
+        before = state.replace(key=(), best={})
+        # On a CPU a choice between values costs as much as the update and needs memory for both; on a GPU a branch
+        # makes the host wait.
+        if on_cpu:
+            kept = lax.cond(finite, changed, lambda before, grads: before, before, grads)
+        else:
+            kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), changed(before, grads), before)
+        new = kept.replace(
+            key=state.key, best=state.best, step=state.step + 1, skipped=state.skipped + (~finite).astype(jnp.int32)
         )
-        if state.scales:
-            assert scale_optimizer is not None
-            moved, moments = scale_optimizer.update(grads["scales"], state.scales["optimizer"], state.scales["values"])
-            values = optax.apply_updates(state.scales["values"], moved)
-            changed = changed.replace(scales={"values": values, "optimizer": moments})
-        if ema is not None:
-            count = state.step.astype(jnp.float32)
-            decay = jnp.minimum(ema, (1 + count) / (10 + count))
-            changed = changed.replace(ema=optax.incremental_update(changed.weights, state.ema, 1 - decay))
-        kept = jax.tree.map(
-            lambda new, old: jnp.where(finite, new, old), changed.replace(key=()), state.replace(key=())
-        )
-        new = kept.replace(key=state.key, step=state.step + 1, skipped=state.skipped + (~finite).astype(jnp.int32))
         return new, {**metrics, "loss": value, "grad_norm": norm, "finite": finite}
 
     return step

@@ -50,6 +50,30 @@ def run(state, batch, **options):
     return jax.jit(step)(state, batch, None)
 
 
+def test_memory_of_a_step():
+    """Microbatches share memory though they are unrolled on a CPU, and an update needs none for what it replaces."""
+    size, rows, layers = 128, 1024, 4
+    weights = {f"w{index}": jnp.ones((size, size)) for index in range(layers)}
+    optimizer = optax.adam(0.1)
+
+    def deep(weights, batch, key, state):
+        out = batch["x"]
+        for index in range(layers):
+            out = jnp.tanh(out @ weights[f"w{index}"])
+        return jnp.mean(out**2), {}, state
+
+    def temporary(**options):
+        state = State.first(weights, {}, optimizer.init(weights), jax.random.key(0))
+        step = jax.jit(make_step(deep, optimizer, **options), donate_argnums=0)
+        with jax.numpy_dtype_promotion("standard"):  # optax' Adam
+            compiled = step.trace(state, {"x": jnp.ones((rows, size))}, None).lower().compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    activations, gradients = 4 * rows * size * layers, 4 * size * size * layers
+    assert temporary() < 1.3 * (activations + gradients)
+    assert temporary(accumulate=8) < 1.5 * (activations / 8 + 2 * gradients)
+
+
 @pytest.mark.parametrize("accumulate", [1, 2, 4])
 @pytest.mark.parametrize("devices", [1, 2])
 def test_a_step_is_that_of_numpy(accumulate, devices):
