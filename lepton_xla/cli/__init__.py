@@ -35,6 +35,8 @@ COMMANDS = {
     "serve": "Serve an artifact over HTTP.",
     "weights": "Make and push artifacts of weights alone.",
     "repo": "Push, list, promote and roll back versions of models.",
+    "traffic": "Share requests among versions of a model.",
+    "rollout": "Bring a new version in by stages, or back.",
     "top": "Show live what the models of a server do.",
     "alerts": "Check alert rules, or write them for Prometheus.",
     "load": "Send load to a server and measure its latency.",

@@ -18,6 +18,7 @@ from lepton_xla.serve.access.auth import Guard
 from lepton_xla.serve.app.audit import AuditPage
 from lepton_xla.serve.app.pages import Gather, Pages
 from lepton_xla.serve.app.repository import Control, RepositoryPages
+from lepton_xla.serve.app.traffic import TrafficPages
 from lepton_xla.serve.batching.scheduler import Call
 from lepton_xla.serve.errors import HTTPError
 from lepton_xla.serve.http.exchange import Exchange, Head
@@ -26,9 +27,10 @@ from lepton_xla.serve.http.workers import Workers
 from lepton_xla.serve.limits import Limits
 from lepton_xla.serve.models.handle import ModelHandle
 from lepton_xla.serve.models.registry import Registry
+from lepton_xla.serve.models.split import BY_ID, Split
 from lepton_xla.serve.observe.refusals import Refusals
 from lepton_xla.serve.observe.server_metrics import ServerMetrics
-from lepton_xla.serve.protocol import encoding, metadata, routes
+from lepton_xla.serve.protocol import encoding, metadata, routes, wire
 from lepton_xla.serve.protocol.jsondata import PIECE_BYTES
 from lepton_xla.serve.protocol.response import write_response
 from lepton_xla.serve.protocol.wire import InferRequest
@@ -158,6 +160,9 @@ class App:
                 control, metrics, self.refuse, self._pages.is_ready_now, repository, record
             )
             self._pages.server["repository_index"] = self._repository.index
+            self._traffic = TrafficPages(
+                models, control, repository, self._repository, gather or (lambda then: then(metrics)), record
+            )
 
     def __call__(self, exchange: Exchange) -> None:
         """Handles one request. It gets an answer whatever happens."""
@@ -205,6 +210,8 @@ class App:
             return route.scope, functools.partial(self._wait_for, self._bring, model, head, who)
         found = weakref.ref(self._models.find(model, parameters.get("version"), parameters.get("label")))
         if route.name == "infer":
+            if len(parameters) == 1 and (split := self._models.split(model)) is not None:
+                return route.scope, self._shared_route(head, model, split)
             return route.scope, self._infer_route(head, found)
         page = self._pages.model[route.name]
         return route.scope, lambda exchange: page(_held(found), exchange)
@@ -233,10 +240,31 @@ class App:
     def _control_route(self, name: str, parameters: dict[str, str], who: str) -> Route:
         if self._repository is None:
             raise HTTPError(501, "models cannot be loaded or unloaded: this server has no repository of models")
+        if name in routes.TRAFFIC:
+            return functools.partial(self._traffic, name, parameters["model"], who)
         if name in routes.CHANGES:
             return functools.partial(self._repository.change, name, parameters, who)
         answer = self._repository.load if name == "load" else self._repository.unload
         return functools.partial(answer, parameters["model"], who)
+
+    def _shared_route(self, head: Head, model: str, split: Split) -> Route:
+        """Has one of several versions answer. What depends on the header fields only is decided here."""
+        routes_of: dict[str, Route] = {}
+        for version in split.shares:
+            found = weakref.ref(self._models.find(model, version))
+            routes_of[version] = self._infer_route(head, found)
+        length = head.headers.get(b"inference-header-content-length", b"")
+        json_bytes = int(length) if length.isdigit() and len(length) < 20 else None
+        coding = head.headers.get(b"content-encoding", b"").decode("latin-1").strip().lower()
+        by_id = split.sticky == BY_ID
+        key = head.headers.get(split.sticky.encode()) if split.sticky and not by_id else None
+
+        def route(exchange: Exchange) -> None:
+            by = wire.id_of(encoding.start_of(exchange.body, coding), json_bytes) if by_id else key
+            exchange.choice = choice = split.choose(by)
+            routes_of[choice.version](exchange)
+
+        return route
 
     def _infer_route(self, head: Head, found: weakref.ref[ModelHandle]) -> Route:
         headers = head.headers

@@ -20,7 +20,7 @@ from lepton_xla.serve.protocol import metadata
 
 _log = logging.getLogger("lepton_xla.serve")
 
-_STATUS = {"invalid": 400, "missing": 404, "conflict": 409, "failed": 400, "large": 507}
+STATUS = {"invalid": 400, "missing": 404, "conflict": 409, "failed": 400, "large": 507}
 
 
 class Control(Protocol):
@@ -42,6 +42,10 @@ class Control(Protocol):
 
     async def unload(self, name: str, who: str) -> None:
         """Unloads a model; raises `RepositoryError`."""
+        ...
+
+    async def reroute(self, name: str, who: str) -> None:
+        """Has the requests for a model shared as the repository says now; raises `RepositoryError`."""
         ...
 
 
@@ -76,7 +80,7 @@ class RepositoryPages:
     def index(self, exchange: Exchange) -> None:
         """Answers with the models there are."""
         asked = metadata.index_request(exchange.body)
-        self._answer_later(exchange, self._index(ready=asked.ready), "the repository cannot be listed")
+        self.answer_later(exchange, self._index(ready=asked.ready), "the repository cannot be listed")
 
     def load(self, name: str, who: str, exchange: Exchange) -> None:
         """Loads a model."""
@@ -85,22 +89,22 @@ class RepositoryPages:
             overrides = metadata.load_overrides(exchange.body)
         except HTTPError as error:
             raise HTTPError(error.status, f"{failed}, {error.message}") from error
-        self._answer_later(exchange, self._control.load(name, overrides, _asker(who, exchange)), failed)
+        self.answer_later(exchange, self._control.load(name, overrides, asker_of(who, exchange)), failed)
 
     def unload(self, name: str, who: str, exchange: Exchange) -> None:
         """Unloads a model."""
         metadata.check_unload(exchange.body)
         failed = f"failed to unload {name[:128]!r}"
-        self._answer_later(exchange, self._control.unload(name, _asker(who, exchange)), failed)
+        self.answer_later(exchange, self._control.unload(name, asker_of(who, exchange)), failed)
 
     def change(self, route: str, parameters: dict[str, str], who: str, exchange: Exchange) -> None:
         """Changes what is in the folder, or tells of it. What is loaded follows when the folder is looked at again."""
         if self._changes is None:
             raise HTTPError(501, "this server's repository is no folder that it may write to")
         work = self._changes.routes[route](parameters, exchange)
-        asker = _asker(who, exchange)
+        asker = asker_of(who, exchange)
         changing = asyncio.to_thread(self._changes.run, route, parameters, asker, work)
-        self._answer_later(exchange, changing, "the request to the repository failed")
+        self.answer_later(exchange, changing, "the request to the repository failed")
 
     async def _index(self, *, ready: bool) -> list[metadata.IndexEntry]:
         entries: list[metadata.IndexEntry] = []
@@ -112,7 +116,7 @@ class RepositoryPages:
                 entries.append(metadata.IndexEntry(entry.name, entry.version, state, reason))
         return entries
 
-    def _answer_later(self, exchange: Exchange, work: Coroutine[Any, Any, Any], failed: str) -> None:
+    def answer_later(self, exchange: Exchange, work: Coroutine[Any, Any, Any], failed: str) -> None:
         """Answers with the result of some work when it is done."""
 
         async def run() -> None:
@@ -121,7 +125,7 @@ class RepositoryPages:
             except HTTPError as error:
                 self._refuse(exchange, error.bare())
             except RepositoryError as error:
-                self._refuse(exchange, HTTPError(_STATUS[error.kind], f"{failed}, {error}"))
+                self._refuse(exchange, HTTPError(STATUS[error.kind], f"{failed}, {error}"))
             except Exception:
                 _log.exception("%s", failed)
                 self._refuse(exchange, HTTPError(500, f"{failed}, internal error"))
@@ -135,7 +139,7 @@ class RepositoryPages:
         task.add_done_callback(self._tasks.discard)
 
 
-def _asker(who: str, exchange: Exchange) -> str:
+def asker_of(who: str, exchange: Exchange) -> str:
     """The name of a token and where it was sent from, such as `ci@10.0.0.7`; names hold no `@`."""
     address = exchange.connection.address
     return f"{who}@{address}" if address else who

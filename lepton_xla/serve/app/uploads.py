@@ -64,10 +64,10 @@ class RepositoryChanges:
             self._tell(route, parameters, who, result)
             return result
         except (RepositoryError, ArtifactError) as error:
-            self._tell(route, parameters, who, None, reason=self._without_path(str(error)))
+            self._tell(route, parameters, who, None, reason=without_path(str(error), self._root))
             kind = error.kind if isinstance(error, RepositoryError) else "invalid"
             status = {"invalid": 400, "missing": 404, "conflict": 409, "failed": 503}[kind]
-            raise HTTPError(status, self._without_path(str(error))) from error
+            raise HTTPError(status, without_path(str(error), self._root)) from error
 
     def _tell(self, route: str, parameters: dict[str, str], who: str, result: Any, **details: str) -> None:
         action = _RECORDED.get(route)
@@ -85,14 +85,11 @@ class RepositoryChanges:
         _log.info("%s: %s %s: %s", who or "a client", action, target[:200], outcome)
         self._record(who, action, target, outcome, **details)
 
-    def _without_path(self, text: str) -> str:
-        return text.replace(f"{self._root}/", "").replace(str(self._root), "the repository")
-
     def _models(self, parameters: dict[str, str], exchange: Exchange) -> Work:
         def work() -> list[uploads.ModelOnDisk]:
             documents = self._repository.describe()
             for document in documents:
-                document["problem"] = document["problem"] and self._without_path(document["problem"])
+                document["problem"] = document["problem"] and without_path(document["problem"], self._root)
             return msgspec.convert(documents, list[uploads.ModelOnDisk])
 
         return work
@@ -138,3 +135,8 @@ class RepositoryChanges:
             return uploads.Moved(name, label, self._repository.promote(name, version, label), version)
 
         return work
+
+
+def without_path(text: str, root: pathlib.Path) -> str:
+    """A message without the folder of the repository, which is nobody's business."""
+    return text.replace(f"{root}/", "").replace(str(root), "the repository")

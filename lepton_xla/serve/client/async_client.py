@@ -97,6 +97,14 @@ class AsyncClient(Caller):
         """See `Client.monitor`."""
         return await self._get(model, "/monitor")
 
+    async def traffic(self, model: str | None = None) -> dict[str, Any]:
+        """See `Client.traffic`."""
+        return await self._get(model, "/traffic")
+
+    async def rollout(self, model: str | None = None) -> dict[str, Any]:
+        """See `Client.rollout`."""
+        return await self._get(model, "/rollout")
+
     async def metadata(self, model: str | None = None) -> dict[str, Any]:
         """See `Client.metadata`."""
         return await self._get(model, "")

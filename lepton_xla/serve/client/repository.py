@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 from urllib.parse import quote
 
@@ -14,7 +14,7 @@ import msgspec
 from lepton_xla.copies import listing_of, open_file, signature_of
 from lepton_xla.errors import ArtifactError, ServeError
 from lepton_xla.listing import MANIFEST, FileEntry
-from lepton_xla.serve.client.calls import RequestOf, json_of
+from lepton_xla.serve.client.calls import RequestOf, json_of, route
 from lepton_xla.serve.client.sync_client import Client
 from lepton_xla.trust.bundles import SIGNATURE
 
@@ -100,6 +100,38 @@ class RepositoryClient(Client):
     def remove(self, name: str, version: str) -> None:
         """Remove a version."""
         self._change("DELETE", f"/v2/repository/models/{quote(name, safe='')}/versions/{quote(version, safe='')}")
+
+    def set_traffic(self, name: str, traffic: Mapping[str, Any]) -> dict[str, Any]:
+        """Share the requests for a model among its versions.
+
+        Args:
+            name: the model's name.
+            traffic: such as `{"shares": {"stable": 0.95, "canary": 0.05}, "sticky": "x-user"}`.
+
+        Returns:
+            What `traffic` answers afterwards.
+        """
+        return self._change("PUT", f"{route(name)}/traffic", traffic)
+
+    def clear_traffic(self, name: str) -> dict[str, Any]:
+        """Send all requests to one version again; returns what `traffic` answers afterwards."""
+        return self._change("DELETE", f"{route(name)}/traffic")
+
+    def start_rollout(self, name: str, rollout: Mapping[str, Any]) -> dict[str, Any]:
+        """Have a version take the place of the stable one, in stages and as long as it does well.
+
+        Args:
+            name: the model's name.
+            rollout: such as `{"version": "4"}`, with stages and rules of its own if the default ones do not fit.
+
+        Returns:
+            The rollout, as `rollout` answers.
+        """
+        return self._change("PUT", f"{route(name)}/rollout", rollout)
+
+    def stop_rollout(self, name: str) -> dict[str, Any]:
+        """Have the stable version answer all requests again; returns the rollout."""
+        return self._change("DELETE", f"{route(name)}/rollout")
 
     def _sizes(self, digests: list[str]) -> dict[str, int]:
         request = self._request("POST", "/v2/repository/blobs", msgspec.json.encode({"sha256": digests}))

@@ -153,6 +153,26 @@ class Client(Caller):
         """
         return self._get(model, "/monitor")
 
+    def traffic(self, model: str | None = None) -> dict[str, Any]:
+        """Ask how requests that name no version are shared among a model's versions, and how each does.
+
+        >>> with Client(url) as client:
+        ...     client.traffic("double")
+        Traceback (most recent call last):
+        lepton_xla.serve.client.calls.RequestError: ...has no repository of models
+        """
+        return self._get(model, "/traffic")
+
+    def rollout(self, model: str | None = None) -> dict[str, Any]:
+        """Ask for the last rollout of a model: its `state`, the `reason`, and all `decisions`.
+
+        >>> with Client(url) as client:
+        ...     client.rollout("double")
+        Traceback (most recent call last):
+        lepton_xla.serve.client.calls.RequestError: ...has no repository of models
+        """
+        return self._get(model, "/rollout")
+
     def metadata(self, model: str | None = None) -> dict[str, Any]:
         """Ask for the names, datatypes and shapes of a model's inputs and outputs; -1 is a dimension that varies.
 

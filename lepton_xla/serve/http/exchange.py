@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import msgspec
 
@@ -99,6 +99,7 @@ class Exchange(msgspec.Struct, eq=False):
         response: status and header fields of the answer.
         body_out: pieces of its body.
         reserved: bytes reserved for the answer, until it is written.
+        choice: how the version that answers was chosen, where several share the requests; what is set by the app.
         trace: the W3C `traceparent` of the request, if valid; the answer repeats it.
     """
 
@@ -113,6 +114,7 @@ class Exchange(msgspec.Struct, eq=False):
     body_out: Sequence[bytes | memoryview] = ()
     trace: bytes | None = None
     reserved: int = 0
+    choice: Any = None
 
     def reserve(self, nbytes: int) -> None:
         """Reserves memory for the answer.

@@ -8,6 +8,7 @@ import msgspec
 
 from lepton_xla.serve.models.repository import Found
 from lepton_xla.serve.models.settings import Serving
+from lepton_xla.serve.protocol.traffic import Traffic
 
 
 class Source(msgspec.Struct, frozen=True):
@@ -36,12 +37,14 @@ class Change(msgspec.Struct, frozen=True):
         load: versions to load, or to load anew in place of what is loaded, ascending.
         retire: versions to take out.
         labels: what the labels stand on afterwards.
+        traffic: how requests are shared afterwards.
     """
 
     name: str
     load: dict[str, Source] = {}
     retire: tuple[str, ...] = ()
     labels: dict[str, str] = {}
+    traffic: Traffic = Traffic()
 
     def without(self, failed: Collection[str], held: State) -> Change:
         """The change that is left if versions cannot be loaded: what is there stays, but for the versions that can."""
@@ -51,19 +54,21 @@ class Change(msgspec.Struct, frozen=True):
         loaded = {*load, *held.versions}
         labels = {label: version for label, version in self.labels.items() if version in loaded}
         stay = {label: version for label, version in held.labels.items() if label in self.labels and version in loaded}
-        return Change(self.name, load, (), stay | labels)
+        return Change(self.name, load, (), stay | labels, self.traffic)
 
 
 class State(msgspec.Struct, frozen=True):
-    """The loaded versions of a model, and its labels."""
+    """The loaded versions of a model, its labels, and how requests are shared among them."""
 
     versions: dict[str, Source] = {}
     labels: dict[str, str] = {}
+    traffic: Traffic = Traffic()
 
     def after(self, change: Change) -> State:
         """The state after a change."""
         versions = {**self.versions, **change.load}
-        return State({key: each for key, each in versions.items() if key not in change.retire}, change.labels)
+        left = {key: each for key, each in versions.items() if key not in change.retire}
+        return State(left, change.labels, change.traffic)
 
 
 def wanted_state(found: Found | None, overrides: Mapping[str, int | None] | None = None) -> State:
@@ -80,7 +85,7 @@ def wanted_state(found: Found | None, overrides: Mapping[str, int | None] | None
         version: Source(str(found.versions[version]), found.stamps[version], serving=serving, **more)
         for version in found.wanted
     }
-    return State(versions, dict(found.settings.labels))
+    return State(versions, dict(found.settings.labels), found.plan.in_force)
 
 
 def difference(name: str, held: State, wanted: State) -> Change | None:
@@ -99,6 +104,6 @@ def difference(name: str, held: State, wanted: State) -> Change | None:
     labels = stands | {label: version for label, version in wanted.labels.items() if version in wanted.versions}
     keep = {*wanted.versions, *labels.values()}
     retire = tuple(version for version in held.versions if version not in keep)
-    if not load and not retire and labels == held.labels:
+    if not load and not retire and labels == held.labels and wanted.traffic == held.traffic:
         return None
-    return Change(name, load, retire, labels)
+    return Change(name, load, retire, labels, wanted.traffic)

@@ -6,6 +6,7 @@ import dataclasses
 import pathlib
 
 from lepton_xla.serve.models.settings import ModelSettings
+from lepton_xla.serve.protocol.traffic import Plan
 
 type Stamp = tuple[int, int, int, int]
 """Device, inode, time of the last change in ns, and size of a file: they differ where it was replaced."""
@@ -22,6 +23,7 @@ class Found:
         problem: why the model's folder or its `model.toml` cannot be used; None if it can. Whoever serves the model
             then keeps what it has: `versions` and `settings` do not say what is wanted.
         stamps: version -> stamp of its manifest; another one means that the version was replaced.
+        plan: its `traffic.json`.
         ignored: entries of the folder that look like versions and are none, such as `v3.lepton`.
     """
 
@@ -31,8 +33,9 @@ class Found:
     problem: str | None = None
     stamps: dict[str, Stamp] = dataclasses.field(default_factory=dict[str, Stamp])
     ignored: tuple[str, ...] = ()
+    plan: Plan = dataclasses.field(default_factory=Plan)
 
     @property
     def wanted(self) -> tuple[str, ...]:
-        """The versions that the settings ask for and that are there, ascending."""
-        return self.settings.wanted(self.versions)
+        """The versions that the settings or the traffic ask for and that are there, ascending."""
+        return self.settings.wanted(self.versions, self.plan.arms)

@@ -102,6 +102,7 @@ class Host[T]:
                 leaving.append(before)
             self._models.put(handle)
         self._models.label(change.name, change.labels)
+        self._models.share(change.name, change.traffic)
         for version in change.retire:
             handle = self._models.get(change.name, version)
             if handle is not None:

@@ -226,6 +226,23 @@ class Manager:
         model.failures.clear()
         await self._settle(name, who)
 
+    async def reroute(self, name: str, who: str = "") -> None:
+        """Looks at how the requests for a model are to be shared, and has it so.
+
+        Args:
+            name: the model's.
+            who: asks for it.
+
+        Raises:
+            RepositoryError: if there is no such model, or it cannot be read.
+        """
+        found = await asyncio.to_thread(self._repository.find, name)
+        if found.problem:
+            raise RepositoryError("invalid", found.problem)
+        self._found[name] = found
+        if not self._closed:
+            await self._settle(name, who)
+
     async def index(self) -> list[Entry]:
         """Every model of the repository and every version that is loaded, was to be loaded, or is on its way."""
         entries: list[Entry] = []
@@ -294,7 +311,8 @@ class Manager:
             return None
         # What fails is left for later, and with it all that would make room for it.
         left = change.without(waiting, model.state)
-        return left if left.load or left.retire or left.labels != model.state.labels else None
+        more = left.labels != model.state.labels or left.traffic != model.state.traffic
+        return left if left.load or left.retire or more else None
 
     async def _settle(self, name: str, who: str = "repository") -> None:
         model = self._models.setdefault(name, _Model())

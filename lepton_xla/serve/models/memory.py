@@ -91,6 +91,10 @@ class Memory:
         finally:
             self._tidying = asyncio.get_running_loop().create_task(self._tidy())
 
+    async def reroute(self, name: str, who: str = "") -> None:
+        """Has the requests for a model shared as the repository says now; see `Manager.reroute`."""
+        await self._manager.reroute(name, who)
+
     async def _tidy(self) -> None:
         """Gives memory back once nothing refers to what was unloaded."""
         until = monotonic() + self._wait_s

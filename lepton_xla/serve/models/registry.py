@@ -6,7 +6,9 @@ from collections.abc import Iterator, Mapping
 
 from lepton_xla.serve.errors import HTTPError
 from lepton_xla.serve.models.handle import ModelHandle
+from lepton_xla.serve.models.split import Split
 from lepton_xla.serve.protocol.signature import is_safe
+from lepton_xla.serve.protocol.traffic import Traffic
 
 STABLE = "stable"
 """The label whose version answers requests that name none."""
@@ -31,6 +33,8 @@ class Registry:
         self.generation = 0
         self._models: dict[str, dict[str, ModelHandle]] = {}
         self._labels: dict[str, dict[str, str]] = {}
+        self._traffic: dict[str, Traffic] = {}
+        self._splits: dict[str, tuple[int, Split | None]] = {}
         for handle in handles:
             self.put(handle)
 
@@ -60,6 +64,8 @@ class Registry:
         if not versions:
             del self._models[name]
             del self._labels[name]
+            self._traffic.pop(name, None)
+            self._splits.pop(name, None)
         self.generation += 1
         return True
 
@@ -79,6 +85,34 @@ class Registry:
         """The labels of a model, or of all models: label -> version."""
         names = self._labels if name is None else (name,)
         return {label: version for each in names for label, version in self._labels.get(each, {}).items()}
+
+    def share(self, name: str, traffic: Traffic) -> None:
+        """Sets how requests that name no version of a model are shared among its versions."""
+        if name in self._models and traffic != self.traffic(name):
+            self._traffic[name] = traffic
+            self.generation += 1
+
+    def traffic(self, name: str) -> Traffic:
+        """How requests that name no version of a model are shared."""
+        return self._traffic.get(name, Traffic())
+
+    def split(self, name: str) -> Split | None:
+        """What shares the requests of a model out among its loaded versions; None if one answers all and no other is
+        asked.
+        """
+        if name not in self._traffic:
+            return None
+        known = self._splits.get(name)
+        if known is None or known[0] != self.generation:
+            made = None
+            versions, traffic = self._models[name], self._traffic[name]
+            if traffic != Traffic():
+                default = self.find(name).signature.version
+                made = Split(
+                    name, traffic, default, {**self._labels.get(name, {}), **{each: each for each in versions}}
+                )
+            known = self._splits[name] = self.generation, made
+        return known[1]
 
     def names(self) -> list[str]:
         """The names of the models."""

@@ -25,8 +25,10 @@ from lepton_xla.folders import flush
 from lepton_xla.listing import MANIFEST, MAX_MANIFEST_BYTES, Listing, read_listing
 from lepton_xla.serve.models.bases import base_of
 from lepton_xla.serve.models.found import Found
+from lepton_xla.serve.models.plans import PLAN, read_plan
 from lepton_xla.serve.models.repository import SUFFIX, Repository, check_model_name
 from lepton_xla.serve.models.settings import SETTINGS, ModelSettings, check_version, is_version
+from lepton_xla.serve.protocol.traffic import Plan
 from lepton_xla.trust.bundles import MAX_SIGNATURE_BYTES, SIGNATURE
 
 _log = logging.getLogger("lepton_xla.serve")
@@ -133,15 +135,16 @@ class RemoteRepository(Repository):
                 versions[version] = self.root / name / entry
             else:
                 ignored.append(entry)
-        settings, problem = ModelSettings(), None
+        settings, plan, problem = ModelSettings(), Plan(), None
         try:
             settings = self._settings(name)
+            plan = read_plan(self._read(name, PLAN)) if PLAN in names else plan
         except RepositoryError as error:
             problem = str(error)
         if not (versions or ignored or problem or SETTINGS in names):
             return None
         ascending = {version: versions[version] for version in sorted(versions, key=int)}
-        return Found(name, ascending, settings, problem, {}, tuple(ignored))
+        return Found(name, ascending, settings, problem, {}, tuple(ignored), plan)
 
     def _read(self, name: str, file: str) -> str | None:
         data = self._bytes(f"{name}/{file}", _MAX_TEXT_BYTES)
@@ -209,7 +212,7 @@ class RemoteRepository(Repository):
             if version not in needed:
                 local._delete(name, version)
         stamps = {} if there is None else {version: there.stamps[version] for version in needed & set(there.stamps)}
-        return Found(name, found.versions, found.settings, problem, stamps, found.ignored)
+        return Found(name, found.versions, found.settings, problem, stamps, found.ignored, found.plan)
 
     def _fetch(self, name: str, version: str, listing: Listing, manifest: bytes) -> None:
         """Have a version in the copy, whole."""

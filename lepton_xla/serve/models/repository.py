@@ -13,7 +13,7 @@ import re
 import secrets
 import shutil
 import stat
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from typing import Any
 
 import msgspec
@@ -26,6 +26,7 @@ from lepton_xla.serve.models.bases import base_of, refuse_needed
 from lepton_xla.serve.models.descriptions import described
 from lepton_xla.serve.models.found import Found, Stamp
 from lepton_xla.serve.models.labels import HISTORY, Track, read_history, with_label
+from lepton_xla.serve.models.plans import PLAN, read_plan, refuse_in_use, write_plan
 from lepton_xla.serve.models.settings import (
     SETTINGS,
     ModelSettings,
@@ -35,6 +36,7 @@ from lepton_xla.serve.models.settings import (
     parse_settings,
 )
 from lepton_xla.serve.protocol.signature import is_safe
+from lepton_xla.serve.protocol.traffic import Plan
 
 SUFFIX = ".lepton"
 _ABANDONED = re.compile(r"\.[0-9a-f]{16}\.(tmp|old)")
@@ -265,8 +267,28 @@ class Repository:
                 raise RepositoryError(
                     "conflict", f"version {version} of model {name!r} is what {what} stands on: promote another first"
                 )
+            refuse_in_use(found.plan, found, version)
             refuse_needed(name, version, self._listings(found))
             self._delete(name, version)
+
+    def replan(self, name: str, change: Callable[[Plan, Found], Plan]) -> Plan:
+        """Change how the requests for a model are shared, see `plans.py`; nobody else changes it meanwhile.
+
+        Args:
+            name: the model's.
+            change: gives the next plan; what it raises leaves all as it was.
+
+        Raises:
+            RepositoryError: `missing` if there is no such model, `invalid` if its files cannot be read, or `failed`.
+        """
+        with self._locked(name):
+            found = self._existing(name)
+            if found.problem:
+                raise RepositoryError("invalid", found.problem)
+            plan = change(found.plan, found)
+            if plan != found.plan:
+                self._write(name, PLAN, write_plan(plan))
+            return plan
 
     def _existing(self, name: str) -> Found:
         check_model_name(name)
@@ -312,7 +334,7 @@ class Repository:
         versions: dict[str, pathlib.Path] = {}
         stamps: dict[str, Stamp] = {}
         ignored: list[str] = []
-        settings, problem = ModelSettings(), None
+        settings, plan, problem = ModelSettings(), Plan(), None
         names: list[str] = []
         try:
             names = sorted(entry for entry in os.listdir(folder) if not entry.startswith("."))
@@ -326,6 +348,7 @@ class Repository:
                     continue
                 versions[version], stamps[version] = folder / entry, stamp
             settings = self._settings(name)
+            plan = read_plan(self._read(name, PLAN)) if PLAN in names else plan
         except (FileNotFoundError, NotADirectoryError):  # there is no such folder, or no longer
             return None
         except OSError as error:
@@ -335,7 +358,7 @@ class Repository:
         if not (versions or ignored or problem or SETTINGS in names):
             return None
         ascending = {version: versions[version] for version in sorted(versions, key=int)}
-        return Found(name, ascending, settings, problem, stamps, tuple(ignored))
+        return Found(name, ascending, settings, problem, stamps, tuple(ignored), plan)
 
     def _read(self, name: str, file: str) -> str | None:
         """A small file in the folder of a model; None if there is none."""

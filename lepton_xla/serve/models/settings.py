@@ -80,11 +80,12 @@ class ModelSettings(_Struct, frozen=True, kw_only=True):
             check_label(label)
             check_version(version)
 
-    def wanted(self, on_disk: Iterable[str]) -> tuple[str, ...]:
+    def wanted(self, on_disk: Iterable[str], also: Iterable[str] = ()) -> tuple[str, ...]:
         """The versions to load, ascending: those of the policy, and those that a label stands on.
 
         Args:
             on_disk: the versions that are there; others are left out.
+            also: versions that are wanted for other reasons; what is no version is passed over.
         """
         there = sorted(set(on_disk), key=int)
         if isinstance(self.versions, str):
@@ -92,7 +93,7 @@ class ModelSettings(_Struct, frozen=True, kw_only=True):
             chosen = there[-int(latest[1]) :] if latest else there
         else:
             chosen = self.versions
-        keep = {*chosen, *self.labels.values()}
+        keep = {*chosen, *self.labels.values(), *also}
         return tuple(version for version in there if version in keep)
 
 

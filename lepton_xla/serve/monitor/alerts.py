@@ -138,6 +138,9 @@ def measure(
     if name in ("accuracy", "recall", "precision"):
         counted = history.last(int(condition.over), judged_rows)
         return None if counted is None else _rightness(condition, counted["feedback"])
+    if name == "agreement":
+        counted = history.last(int(condition.over), mirrored_rows)
+        return None if counted is None else counted["shadow"]["same"] / mirrored_rows(counted)
     if name in ("drift", "ks", "missing"):
         return _drift(condition, subject, {} if drift_over is None else drift_over)
     window = history.over(condition.over)
@@ -148,7 +151,7 @@ def measure(
     if name == "requests":
         return answered / seconds
     if name.startswith("p"):
-        return _quantile(counted.get("request_s", [0, 0])[:-1], subject.bounds, float(name[1:]) / 100)
+        return quantile(counted.get("request_s", [0, 0])[:-1], subject.bounds, float(name[1:]) / 100)
     what = {"errors": "failures", "rejected": "rejected", "expired": "expired"}[name]
     asked = answered + sum(counted.get(each, 0) for each in ("failures", "rejected", "expired"))
     return counted.get(what, 0) / asked if asked else None
@@ -158,6 +161,12 @@ def judged_rows(counts: Counts) -> int:
     """Rows with feedback, as counted."""
     feedback = counts.get("feedback", {})
     return feedback.get("right", 0) + feedback.get("wrong", 0)
+
+
+def mirrored_rows(counts: Counts) -> int:
+    """Rows that a version was asked as a shadow, and whose answers were compared."""
+    shadow = counts.get("shadow", {})
+    return shadow.get("same", 0) + shadow.get("different", 0)
 
 
 def _rightness(condition: Condition, feedback: Mapping[str, Any]) -> float | None:
@@ -194,7 +203,7 @@ def _sketched(counts: Counts) -> int:
     return max((sum(each) for each in counts.get("sketch", {}).values()), default=0)
 
 
-def _quantile(counts: Sequence[float], bounds: Sequence[float], share: float) -> float | None:
+def quantile(counts: Sequence[float], bounds: Sequence[float], share: float) -> float | None:
     """A quantile of a histogram, between the bounds of its bin in proportion, as Prometheus' `histogram_quantile`."""
     total = sum(counts)
     if not total:

@@ -17,7 +17,7 @@ from lepton_xla.serve.monitor.webhooks import Sender, summary_of
 
 _log = logging.getLogger("lepton_xla.serve")
 
-_KEPT = ("request_s", "failures", "rejected", "expired", "sketch", "feedback")
+_KEPT = ("request_s", "failures", "rejected", "expired", "sketch", "feedback", "shadow")
 _DRIFT_ROWS = int(QUANTITIES["drift"].default)
 _ACCURACY = parse_condition("accuracy < 1")
 

@@ -59,6 +59,8 @@ QUANTITIES: dict[str, Quantity] = {
                    "rows", 500),
     "missing": Quantity("share of values that are not finite, the largest of all", ("", "%"), "optional", "rows", 500),
     "accuracy": Quantity("share of the rows with feedback that were answered right", ("", "%"), "none", "rows", 1000),
+    "agreement": Quantity("share of the rows that it was asked as a shadow and answered as the other version did",
+                          ("", "%"), "none", "rows", 1000),
     "recall": Quantity("share of the rows of a class that were answered so", ("", "%"), "required", "rows", 1000),
     "precision": Quantity("share of the rows that were answered so that are of the class", ("", "%"), "required",
                           "rows", 1000),

@@ -139,7 +139,7 @@ class Ask(msgspec.Struct, tag="ask"):
 
     Attributes:
         number: names the request.
-        action: `index`, `load` or `unload`.
+        action: `index`, `load`, `unload` or `reroute`.
         name: the model's.
         overrides: fields of `Source` to be set.
         who: asks for it.

@@ -275,6 +275,8 @@ class Supervisor:
                 entries = await self._manager.index()
             elif ask.action == "load":
                 await self._manager.load(ask.name, ask.overrides, ask.who)
+            elif ask.action == "reroute":
+                await self._manager.reroute(ask.name, ask.who)
             else:
                 await self._manager.unload(ask.name, ask.who)
         except RepositoryError as error:

@@ -193,6 +193,10 @@ class Worker:
         """Has all workers unload a model."""
         await self._ask("unload", name=name, who=who)
 
+    async def reroute(self, name: str, who: str) -> None:
+        """Has all workers share the requests for a model as the repository says now."""
+        await self._ask("reroute", name=name, who=who)
+
     async def _ask(self, action: str, **more: Any) -> list[Entry]:
         number = self._asked = self._asked + 1
         question = self._questions[number] = _Question(self._loop.create_future(), [])

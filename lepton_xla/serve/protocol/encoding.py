@@ -82,6 +82,20 @@ def inflate_short(body: bytes, coding: str, max_bytes: int) -> bytes | None:
         return None
 
 
+def start_of(body: bytes, coding: str, most: int = 4096) -> bytes:
+    """The first bytes of a body, as far as they can be read; all of a body that is not compressed.
+
+    >>> start_of(deflate(b'{"id": "a"}', "gzip"), "gzip")
+    b'{"id": "a"}'
+    """
+    if coding in ("", "identity"):
+        return body
+    try:
+        return zlib.decompressobj(_WINDOW[_SAME.get(coding, coding)]).decompress(body[:most], most)
+    except (KeyError, zlib.error):
+        return b""
+
+
 def choose(accept_encoding: str) -> str | None:
     """The coding to answer with: the one of ours that `Accept-Encoding` weighs most, or None for no coding.
 

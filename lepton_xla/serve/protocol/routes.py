@@ -12,7 +12,7 @@ from typing import Any, Literal
 from urllib.parse import unquote
 
 from lepton_xla.serve.errors import HTTPError
-from lepton_xla.serve.protocol import auditing, metadata, monitoring, uploads
+from lepton_xla.serve.protocol import auditing, metadata, monitoring, traffic, uploads
 from lepton_xla.serve.protocol.request import RequestHead
 from lepton_xla.serve.protocol.response import ResponseHead
 
@@ -118,6 +118,20 @@ ROUTES: tuple[Route, ...] = (
           "Removes a version, on which no label may stand", response=uploads.Removed),
     Route("move_label", "POST", "/v2/repository/models/{model}/labels/{label}", "admin",
           "Moves a label to a version, or back", request=uploads.LabelRequest, response=uploads.Moved),
+    Route("show_traffic", "GET", "/v2/models/{model}/traffic", "read",
+          "How requests that name no version are shared, and the figures of the versions that take part",
+          response=traffic.TrafficShown),
+    Route("set_traffic", "PUT", "/v2/models/{model}/traffic", "admin", "Shares requests among versions",
+          request=traffic.Traffic, response=traffic.TrafficShown),
+    Route("clear_traffic", "DELETE", "/v2/models/{model}/traffic", "admin", "Sends all requests to one version again",
+          response=traffic.TrafficShown),
+    Route("show_rollout", "GET", "/v2/models/{model}/rollout", "read", "The last rollout of a model",
+          response=traffic.Rollout),
+    Route("start_rollout", "PUT", "/v2/models/{model}/rollout", "admin",
+          "Has a version take the place of the stable one in stages, as long as it does well",
+          request=traffic.RolloutRequest, response=traffic.Rollout),
+    Route("stop_rollout", "DELETE", "/v2/models/{model}/rollout", "admin",
+          "Stops a rollout: the stable version answers all requests again", response=traffic.Rollout),
     Route("page", "GET", "/ui[/]", "page", "The page for people", response="text/html"),
     Route("page_script", "GET", "/ui/ui.js", "page", "Its script", response="text/javascript"),
     Route("page_figures", "GET", "/ui/figures.js", "page", "What the metrics say", response="text/javascript"),
@@ -137,7 +151,10 @@ ROUTES: tuple[Route, ...] = (
 CHANGES = frozenset({"repository_models", "upload_sizes", "upload_piece", "publish", "remove_version", "move_label"})
 """Routes of the folder of a repository."""
 
-CONTROL = CHANGES | {"load", "unload"}
+TRAFFIC = frozenset({"show_traffic", "set_traffic", "clear_traffic", "show_rollout", "start_rollout", "stop_rollout"})
+"""Routes of how requests are shared among the versions of a model."""
+
+CONTROL = CHANGES | TRAFFIC | {"load", "unload"}
 """Routes that only a server of a repository has; others refuse them."""
 
 OPEN_PATHS = frozenset(path.encode() for route in ROUTES if route.scope == "health" for path in route.paths)

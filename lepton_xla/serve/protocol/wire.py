@@ -46,6 +46,37 @@ _ID = re.compile(rb'\{"id": ?"([ !#-\[\]-~]*)", ?')
 _MOST_CLASSES = 1_000_000
 
 
+# JSON parts longer than this are not searched for an id that is not at their start.
+_LONG_HEAD_BYTES = 1 << 16
+
+
+class _OnlyId(msgspec.Struct):
+    id: str | None = None
+
+
+def id_of(body: bytes, head_bytes: int | None) -> bytes | None:
+    """The client's id of a request that was not decoded yet; None where it has none, or is malformed.
+
+    Args:
+        body: after decompression, or its start.
+        head_bytes: length of the JSON part; None if all of it.
+
+    >>> id_of(b'{"id": "a7", "inputs": []}', None), id_of(b'{"inputs": [], "id": "b8"}', None)
+    (b'a7', b'b8')
+    """
+    found = _ID.match(body)
+    if found is not None:
+        return found[1]
+    head = body if head_bytes is None else body[:head_bytes]
+    if len(head) > _LONG_HEAD_BYTES:
+        return None
+    try:
+        given = msgspec.json.decode(head, type=_OnlyId).id
+    except (msgspec.MsgspecError, ValueError, RecursionError):
+        return None
+    return None if given is None else given.encode(errors="replace")
+
+
 class RequestSpec(msgspec.Struct, eq=False, kw_only=True):
     """The JSON part of a request, checked against the signature. Equal requests share one.
 
