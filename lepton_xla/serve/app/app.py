@@ -239,7 +239,9 @@ class App:
 
     def _control_route(self, name: str, parameters: dict[str, str], who: str) -> Route:
         if self._repository is None:
-            raise HTTPError(501, "models cannot be loaded or unloaded: this server has no repository of models")
+            raise HTTPError(
+                501, "models cannot be loaded or unloaded, nor share requests: this server has no repository of models"
+            )
         if name in routes.TRAFFIC:
             return functools.partial(self._traffic, name, parameters["model"], who)
         if name in routes.CHANGES:

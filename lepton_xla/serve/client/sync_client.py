@@ -159,7 +159,7 @@ class Client(Caller):
         >>> with Client(url) as client:
         ...     client.traffic("double")
         Traceback (most recent call last):
-        lepton_xla.serve.client.calls.RequestError: ...has no repository of models
+        lepton_xla.serve.client.transport.RequestError: ...this server has no repository of models...
         """
         return self._get(model, "/traffic")
 
@@ -169,7 +169,7 @@ class Client(Caller):
         >>> with Client(url) as client:
         ...     client.rollout("double")
         Traceback (most recent call last):
-        lepton_xla.serve.client.calls.RequestError: ...has no repository of models
+        lepton_xla.serve.client.transport.RequestError: ...this server has no repository of models...
         """
         return self._get(model, "/rollout")
 
