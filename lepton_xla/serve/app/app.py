@@ -34,6 +34,7 @@ from lepton_xla.serve.protocol import encoding, metadata, routes, wire
 from lepton_xla.serve.protocol.jsondata import PIECE_BYTES
 from lepton_xla.serve.protocol.response import write_response
 from lepton_xla.serve.protocol.wire import InferRequest
+from lepton_xla.serve.traffic.mirror import Mirror
 
 _log = logging.getLogger("lepton_xla.serve")
 
@@ -41,6 +42,8 @@ _log = logging.getLogger("lepton_xla.serve")
 _SMALL_ANSWER_BYTES = 1024
 
 type Route = Callable[[Exchange], None]
+type Chosen = tuple[float, str | None]
+"""With which probability the version that answers was chosen, and the version that is asked too."""
 
 
 class InferCall(Call, kw_only=True, eq=False):
@@ -60,22 +63,25 @@ class InferCall(Call, kw_only=True, eq=False):
 
     def finish(self, outputs: Sequence[bytes | memoryview]) -> None:
         """Answers with the outputs."""
-        spec = self.request.spec
+        spec, exchange = self.request.spec, self.exchange
+        choice: Chosen | None = exchange.choice
         if spec.id is not None and (monitor := self.model.metrics.monitor) is not None:
             monitor.answered(spec.id, spec.outputs, outputs)
         response = spec.response
         if response is not None and self.coding is None:
             # As `send`, without a call.
-            exchange = self.exchange
             if not exchange.answered:
                 now_s = monotonic()
                 self.model.metrics.answered(now_s - exchange.started_s, len(exchange.body), response.nbytes)
                 exchange.send(response, outputs, now_s)
-            return
-        try:
-            self.app.answer(self, outputs)
-        except HTTPError as refusal:
-            self.fail(refusal)
+        else:
+            try:
+                self.app.answer(self, outputs)
+            except HTTPError as refusal:
+                self.fail(refusal)
+                return
+        if choice is not None and choice[1] is not None:
+            self.app.mirror(self, choice[1], outputs)
 
     def send(self, response: Response, body: Sequence[bytes | memoryview]) -> None:
         """Answers with the result, and counts that."""
@@ -148,6 +154,7 @@ class App:
         self._compress_bytes = compress_bytes
         self._workers = Workers(limits.max_buffered_bytes)
         self._refusals = Refusals()
+        self._mirror = Mirror()
         needs_models = control is not None and not control.explicit
         self._pages = Pages(
             models, metrics, server_name, gather,
@@ -263,7 +270,8 @@ class App:
 
         def route(exchange: Exchange) -> None:
             by = wire.id_of(encoding.start_of(exchange.body, coding), json_bytes) if by_id else key
-            exchange.choice = choice = split.choose(by)
+            choice = split.choose(by)
+            exchange.choice = choice.propensity, split.shadow if split.mirrors(choice.version) else None
             routes_of[choice.version](exchange)
 
         return route
@@ -377,6 +385,12 @@ class App:
         except HTTPError as refusal:
             refuse(refusal)
 
+    def mirror(self, call: InferCall, version: str, outputs: Sequence[bytes | memoryview]) -> None:
+        """Has another version asked what was answered just now."""
+        shadow = self._models.get(call.model.signature.name, version)
+        if shadow is not None:
+            self._mirror.ask(shadow, call.model, call.request, outputs)
+
     def answer(self, call: InferCall, outputs: Sequence[bytes | memoryview]) -> None:
         """Answers an infer request with the bytes of its outputs."""
         spec = call.request.spec
@@ -416,8 +430,9 @@ class App:
         return response, (head, *tail)
 
     def close(self) -> None:
-        """Stops the threads that decode and encode long bodies."""
+        """Stops the threads that decode and encode long bodies, and the one that asks shadows."""
         self._workers.close()
+        self._mirror.close()
 
 
 def _held(found: weakref.ref[ModelHandle]) -> ModelHandle:

@@ -271,6 +271,11 @@ class Engine[T: Work]:
         return times, used
 
     @property
+    def model(self) -> LoadedModel:
+        """What it runs. It may run on another thread too."""
+        return self._model
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the model, if it tells, and of the arrays that batches are put together in."""
         staged = sum(array.nbytes for stage in tuple(self._stages.values()) for array in stage.arrays)

@@ -110,6 +110,17 @@ def _of_models(models: Sequence[Metrics]) -> Iterable[Metric]:
                 feedback.add_metric([each.model, each.version, result], counted[result])
     if feedback.samples:
         yield feedback
+    shadow = CounterMetricFamily(
+        "lepton_shadow_rows",
+        "Rows that a version was asked as a shadow, by whether it answered as the other did, or not at all.",
+        labels=[*_LABELS, "result"],
+    )
+    for each in models:
+        for result, count in each.shadow.items():
+            if any(each.shadow.values()):
+                shadow.add_metric([each.model, each.version, result], count)
+    if shadow.samples:
+        yield shadow
     costs = GaugeMetricFamily(
         "lepton_cost_seconds", "What one execution is predicted to take.", labels=[*_LABELS, "shape", "batch"]
     )

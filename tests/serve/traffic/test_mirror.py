@@ -1,0 +1,159 @@
+"""A shadow is asked what was answered: it delays nobody, and where it differs is counted."""
+
+import asyncio
+import json
+import time
+
+import ml_dtypes
+import numpy as np
+import pytest
+from serve_fakes import Affine, affine_binary, affine_json, connect, exchange, raw_request, read_response
+
+from lepton_xla.program import TensorSpec
+from lepton_xla.serve import Limits
+from lepton_xla.serve.protocol.signature import signature_of
+from lepton_xla.serve.protocol.traffic import Shadow, Traffic
+from lepton_xla.serve.protocol.wire import Decoder
+from lepton_xla.serve.traffic.agreement import same_rows
+
+
+class Other(Affine):
+    """The same for n < 10, but slow once told to be; fails for n == -2."""
+
+    version = "4"
+    slow_s = 0.0
+
+    def run(self, sizes, arrays):
+        time.sleep(self.slow_s)
+        if (arrays[1] == -2).any():
+            raise ValueError("no")
+        y, twice = super().run(sizes, arrays)
+        return [y + np.outer(arrays[1] >= 10, [0, 0, 1, 0]).astype(np.float32), twice]
+
+
+def share(server, **traffic):
+    async def on_loop():
+        server.models.share("affine", Traffic(**traffic))
+
+    asyncio.run_coroutine_threadsafe(on_loop(), server._loop).result(20)
+
+
+@pytest.fixture
+def server(make_server):
+    return make_server([Affine(), Other()])
+
+
+def ask(sock, n, rows=1, binary=True, path="/v2/models/affine/infer"):
+    x = np.ones((rows, 4))
+    body, headers = affine_binary(x, [n] * rows) if binary else (affine_json(x, [n] * rows), {})
+    sock.sendall(raw_request("POST", path, body, headers))
+    status, _, told = read_response(sock)
+    assert status == 200, told
+
+
+def counts(server, of=1, version="4"):
+    """What became of the shadow's rows, once all of them are accounted for."""
+    until = time.monotonic() + 20
+    while True:
+        found = server.metrics.of("affine", version).shadow
+        if sum(found.values()) >= of or time.monotonic() > until:
+            assert sum(found.values()) == of
+            return dict(found)
+        time.sleep(0.01)
+
+
+def test_what_differs_fails_and_is_too_much_is_counted_by_rows(server):
+    share(server, shares={"3": 1.0}, shadow=Shadow(to="4"))
+    with connect(server) as sock:
+        ask(sock, 1, rows=3)
+        ask(sock, 10, rows=2, binary=False)
+        ask(sock, 2, rows=21)  # more than the largest size: in parts
+        ask(sock, -2)
+    assert counts(server, 27) == {"same": 24, "different": 2, "failed": 1, "dropped": 0}
+    text = exchange(server, "GET", "/metrics")[2].decode()
+    assert 'lepton_shadow_rows_total{model="affine",result="different",version="4"} 2.0' in text
+    assert server.metrics.of("affine", "4").requests == 0  # it has answered nobody
+    with connect(server) as sock:
+        ask(sock, 1, path="/v2/models/affine/versions/3/infer")  # who names a version is not mirrored
+    assert counts(server, 27)["same"] == 24
+
+
+def test_a_slow_shadow_delays_nobody(server):
+    slow = server.models.find("affine", "4").scheduler.engine.model
+    slow.slow_s = 0.6
+    share(server, shares={"3": 1.0}, shadow=Shadow(to="4"))
+    times = []
+    with connect(server) as sock:
+        ask(sock, 1)
+        for _ in range(60):
+            before = time.monotonic()
+            ask(sock, 1)
+            times.append(time.monotonic() - before)
+            time.sleep(0.005)
+    assert max(times) < 0.2
+    # A tenth of the time, and half a second that was saved up: the first takes all of it.
+    assert counts(server, 61) == {"same": 1, "different": 0, "failed": 0, "dropped": 60}
+
+
+def test_a_fraction_of_the_requests(server):
+    share(server, shares={"3": 1.0}, shadow=Shadow(to="4", fraction=0.25))
+    with connect(server) as sock:
+        for _ in range(200):
+            ask(sock, 1)
+    time.sleep(0.2)
+    assert 15 < sum(server.metrics.of("affine", "4").shadow.values()) < 90
+
+
+class Narrow(Affine):
+    version = "5"
+
+    def __init__(self):
+        super().__init__()
+        self.outputs = {"y": self.outputs["y"]}
+
+    def run(self, sizes, arrays):
+        return super().run(sizes, arrays)[:1]
+
+
+def test_a_version_of_other_tensors_cannot_be_a_shadow(make_server):
+    server = make_server([Affine(), Narrow()])
+    share(server, shares={"3": 1.0}, shadow=Shadow(to="5"))
+    with connect(server) as sock:
+        ask(sock, 1, rows=2)
+    assert counts(server, 2, "5") == {"same": 0, "different": 0, "failed": 2, "dropped": 0}
+
+
+def agreed(servable, outputs, ones, others):
+    """Rows on which two answers of 3 rows agree, by the outputs that were asked for."""
+    signature = signature_of(servable)
+    head = {
+        "inputs": [{"name": "x", "datatype": "FP32", "shape": [3, 4], "data": [0.0] * 12}],
+        "outputs": [{"name": name, "parameters": {"binary_data": True}} for name in outputs],
+    }
+    spec = Decoder(signature, Limits(), 8).decode(json.dumps(head).encode(), None).spec
+    return same_rows(signature, spec, [each.tobytes() for each in ones], [each.tobytes() for each in others])
+
+
+class Made:
+    name, version, buckets = "made", "1", {"batch": (4,)}
+
+    def __init__(self, **outputs):
+        self.inputs = {"x": TensorSpec(("batch", 4), "float32")}
+        self.outputs = {name: TensorSpec(shape, dtype) for name, (shape, dtype) in outputs.items()}
+
+
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
+def test_classes_are_compared_where_there_are_classes(dtype):
+    one = np.array([[1, 2, 0], [5, 1, 1], [0, 0, 9]], dtype)
+    other = np.array([[1, 9, 0], [1, 5, 1], [0, 0, 1]], dtype)
+    servable = Made(scores=(("batch", 3), np.dtype(dtype).name), sizes=(("batch",), "int32"))
+    different = np.int32([1, 2, 3]), np.int32([3, 2, 1])
+    assert agreed(servable, ["scores", "sizes"], [one, different[0]], [other, different[1]]) == 2
+    assert agreed(servable, ["sizes"], different[:1], different[1:]) == 1
+
+
+def test_numbers_are_compared_within_two_percent():
+    one = np.float32([[1, 100], [1, 100], [np.nan, 100]])
+    other = np.float32([[1.01, 99], [1.5, 100], [np.nan, 100]])
+    servable = Made(y=(("batch", 2, 1), "float32"))
+    assert agreed(servable, ["y"], [one], [other]) == 2
