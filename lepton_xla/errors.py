@@ -178,3 +178,21 @@ class LaunchError(LeptonError):
     >>> issubclass(lx.LaunchError, lx.LeptonError)
     True
     """
+
+
+class SampleError(LeptonError):
+    """Samples of requests cannot be read or kept, or a model's settings of them do not fit it.
+
+    >>> from lepton_xla.samples import Samples
+    >>> Samples("nothing-here", "digits")
+    Traceback (most recent call last):
+    lepton_xla.errors.SampleError: nothing-here/digits: there are no samples of this model: ...
+    """
+
+
+class LearningError(LeptonError):
+    """A model cannot learn from its samples: there are too few, they do not fit it, or a step failed.
+
+    >>> issubclass(lx.LearningError, lx.LeptonError)
+    True
+    """

@@ -8,10 +8,10 @@ from sources import FILES, ROOT, TREES, imports
 
 PUBLIC = [
     "ArtifactError", "CalibrationError", "CheckpointError", "CompileError", "ExecutionError", "InputError",
-    "LaunchError", "LeptonError", "ModelError", "ModelSpec", "PassReport", "Plan", "Program", "Recipe", "RecipeError",
-    "RepositoryError", "Servable", "ServeError", "ShardingError", "SiteReport", "TensorSpec", "TrainingError",
-    "TrustError", "UnsupportedError", "compile", "encrypt", "find_sites", "from_linen", "from_nnx", "launch", "load",
-    "optimize", "passes", "sharding", "sign", "trace", "train", "trust", "verify",
+    "LaunchError", "LearningError", "LeptonError", "ModelError", "ModelSpec", "PassReport", "Plan", "Program", "Recipe",
+    "RecipeError", "RepositoryError", "SampleError", "Servable", "ServeError", "ShardingError", "SiteReport",
+    "TensorSpec", "TrainingError", "TrustError", "UnsupportedError", "compile", "encrypt", "find_sites", "from_linen",
+    "from_nnx", "launch", "load", "optimize", "passes", "sharding", "sign", "trace", "train", "trust", "verify",
 ]  # fmt: skip
 
 

@@ -231,6 +231,21 @@ def _limit_options(command: Callable[..., None]) -> Callable[..., None]:
     "Compare what is asked and answered with the profile in the artifact (drift), and keep answers for feedback.",
 )
 @_option(
+    "--samples",
+    None,
+    "Keep requests that have an id in this folder, with their answers and the feedback that comes for them, for "
+    "`leptonx learn`. At most 1 GiB and a week of each model; which fields, and how long, is in model.toml.",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    show_default=False,
+)
+@_option(
+    "--samples-rate",
+    1.0,
+    "With --samples: share of the requests with an id to keep.",
+    type=click.FloatRange(0, 1),
+)
+@_option(
     "--otel-endpoint",
     None,
     "Trace requests with OpenTelemetry and send spans to this collector by OTLP over HTTP. Samplers, headers and so "

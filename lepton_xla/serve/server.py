@@ -33,6 +33,7 @@ from lepton_xla.serve.models.registry import Registry
 from lepton_xla.serve.models.remote import open_repository
 from lepton_xla.serve.models.settings import Serving
 from lepton_xla.serve.monitor.monitor import Monitor
+from lepton_xla.serve.monitor.sampler import SampleWriter
 from lepton_xla.serve.observe.health import STALL_S
 from lepton_xla.serve.observe.server_metrics import ServerMetrics
 from lepton_xla.serve.protocol.signature import LoadedModel, Signature, signature_of
@@ -86,6 +87,7 @@ class Server:
         self.metrics = ServerMetrics()
         self.models = Registry()
         self.device = Device()
+        self._samples = sample_writer(self.options)
         self._manager: Manager | None = None
         self.memory: Memory | None = None
         self._repository = "" if repository is None or "://" in os.fsdecode(repository) else os.fsdecode(repository)
@@ -210,7 +212,11 @@ class Server:
                 self.device.stop()
                 return True
             for (signature, engine), costs in zip(self._engines, measured, strict=True):
-                models.put(open_model(engine, costs, signature, options, self.metrics, self.device))
+                models.put(
+                    open_model(
+                        engine, costs, signature, options, self.metrics, self.device, samples=self._samples
+                    )
+                )  # fmt: skip
             frontend = HTTPFrontEnd(
                 models, self.metrics, options, access, control=self.memory or self._manager,
                 repository=self._repository, bring=self.memory,
@@ -254,6 +260,8 @@ class Server:
             self._close_models()
 
     def _close_models(self) -> None:
+        if self._samples is not None:
+            self._samples.close()
         if self._manager is not None:
             self._manager.close()
             self._host.close()
@@ -266,7 +274,7 @@ class Server:
     def _open(self, warm: Warm) -> ModelHandle:
         return open_model(
             warm.engine, warm.measured, warm.signature, warm.options, self.metrics, self.device, None, warm.model,
-            warm.serving,
+            warm.serving, self._samples,
         )  # fmt: skip
 
 
@@ -282,6 +290,15 @@ def _engines(models: Sequence[LoadedModel], name: str | None) -> list[tuple[Sign
     return list(found.values())
 
 
+def sample_writer(options: Options) -> SampleWriter | None:
+    """What writes samples, if the options ask for it.
+
+    Raises:
+        SampleError: if nothing can be written where they say.
+    """
+    return None if options.samples is None else SampleWriter(options.samples, options.samples_rate)
+
+
 def open_model(
     engine: Engine[Call],
     measured: Measured,
@@ -292,6 +309,7 @@ def open_model(
     cores: int | None = None,
     model: LoadedModel | None = None,
     serving: Serving | None = None,
+    samples: SampleWriter | None = None,
 ) -> ModelHandle:
     """The handle of a model whose engine is warm, for the running event loop. Stop its scheduler after use.
 
@@ -305,8 +323,13 @@ def open_model(
         cores: number of cores that this process may use; None for all.
         model: what the engine runs, for others to share its executables.
         serving: its limits and weight beside other models.
+        samples: writes samples of requests; None keeps none.
+
+    Raises:
+        SampleError: if the settings of samples do not fit the model.
     """
     serving = serving or Serving()
+    sampler = None if samples is None else samples.sampler(signature, serving.samples)
     counted = metrics.opened(signature.name, signature.version)
     if options.monitor:
         profile = engine.profile
@@ -314,6 +337,8 @@ def open_model(
             counted.monitor = Monitor(signature, profile)
         if profile is not None:
             engine.saw = counted.monitor.saw
+        if counted.monitor.feedback is not None:
+            counted.monitor.feedback.taken = None if sampler is None else sampler.labelled
     batcher: Batcher[Call] = Batcher(
         signature.bucket_sizes,
         costs=Costs(signature.bucket_sizes, measured),
@@ -330,7 +355,9 @@ def open_model(
         cores=cores or len(os.sched_getaffinity(0)),
     )  # fmt: skip
     stall_s = STALL_S + 100 * max(max(costs.values()) for costs in measured.values())
-    return ModelHandle(signature, scheduler, counted, options.limits, stall_s, model, pinned=serving.pinned)
+    handle = ModelHandle(signature, scheduler, counted, options.limits, stall_s, model, pinned=serving.pinned)
+    handle.sampler = sampler
+    return handle
 
 
 def serve(model: LoadedModel, options: Options | None = None) -> bool:

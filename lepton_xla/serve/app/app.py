@@ -65,8 +65,12 @@ class InferCall(Call, kw_only=True, eq=False):
         """Answers with the outputs."""
         spec, exchange = self.request.spec, self.exchange
         choice: Chosen | None = exchange.choice
-        if spec.id is not None and (monitor := self.model.metrics.monitor) is not None:
-            monitor.answered(spec.id, spec.outputs, outputs)
+        if spec.id is not None:
+            model = self.model
+            if (monitor := model.metrics.monitor) is not None:
+                monitor.answered(spec.id, spec.outputs, outputs)
+            if model.sampler is not None:
+                model.sampler.answered(self.request, outputs)
         response = spec.response
         if response is not None and self.coding is None:
             # As `send`, without a call.

@@ -42,6 +42,9 @@ class Options:
         alerts: file of alert rules, see `leptonx alerts`; None has none.
         monitor: whether to compare what is asked and answered with the profile that the artifact has, and to keep
             answers for feedback.
+        samples: folder to keep sampled requests in, with their answers and the feedback that comes for them; None keeps
+            none. See `lepton_xla.samples`.
+        samples_rate: share of the requests with an id that is kept, where a model's settings do not say.
         otel_endpoint: URL of a collector of OpenTelemetry traces, over HTTP; None has the standard variables say.
         limits: what clients may send.
         token_file: the tokens to ask for, see `leptonx token`; None asks for none.
@@ -88,6 +91,8 @@ class Options:
     access_log_sample: float = 0.0
     alerts: Path | None = None
     monitor: bool = True
+    samples: Path | None = None
+    samples_rate: float = 1.0
     otel_endpoint: str | None = None
     limits: Limits = dataclasses.field(default_factory=Limits)
     token_file: Path | None = None
@@ -115,6 +120,10 @@ class Options:
             check_endpoint(self.otel_endpoint)
         if not 0 <= self.access_log_sample <= 1:
             raise ServeError(f"access_log_sample must be 0 to 1, not {self.access_log_sample!r}")
+        if not 0 <= self.samples_rate <= 1:
+            raise ServeError(f"samples_rate must be 0 to 1, not {self.samples_rate!r}")
+        if self.samples is not None and not self.monitor:
+            raise ServeError("samples are kept to learn from feedback, which a server without `monitor` does not take")
         if not 0 < self.repository_poll_s < math.inf:
             raise ServeError(f"repository_poll_s must be positive and finite, not {self.repository_poll_s!r}")
         if not 0 < self.load_wait_s < math.inf:

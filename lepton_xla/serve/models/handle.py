@@ -6,6 +6,7 @@ from time import time
 
 from lepton_xla.serve.batching.scheduler import Scheduler
 from lepton_xla.serve.limits import Limits
+from lepton_xla.serve.monitor.sampler import Sampler
 from lepton_xla.serve.observe.health import STALL_S, Health
 from lepton_xla.serve.observe.metrics import Metrics
 from lepton_xla.serve.protocol.signature import LoadedModel, Signature
@@ -34,6 +35,7 @@ class ModelHandle:
         health: whether it can answer.
         decoder: reads its requests. The specs that it keeps hold the heads of the answers.
         model, pinned: as given.
+        sampler: keeps requests and answers in files, if the server keeps samples.
     """
 
     __slots__ = (
@@ -44,6 +46,7 @@ class ModelHandle:
         "metrics",
         "model",
         "pinned",
+        "sampler",
         "scheduler",
         "signature",
     )
@@ -60,6 +63,7 @@ class ModelHandle:
         pinned: bool = False,
     ) -> None:
         self.pinned = pinned
+        self.sampler: Sampler | None = None
         self._opened_s = time()
         self.model = model
         self.signature = signature

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import msgspec
 
 from lepton_xla.errors import RepositoryError, first_line
+from lepton_xla.serve.monitor.sampling import Sampling
 
 SETTINGS = "model.toml"
 _VERSION = re.compile(r"[1-9][0-9]{0,17}")
@@ -36,6 +37,7 @@ class Serving(_Struct, frozen=True, kw_only=True):
         default_timeout_s: for requests that give no timeout.
         rate: requests per second; more are refused.
         max_concurrency: requests that may be under way.
+        samples: how requests are sampled, where the server keeps samples.
     """
 
     weight: _Positive = 1.0
@@ -46,6 +48,7 @@ class Serving(_Struct, frozen=True, kw_only=True):
     default_timeout_s: _Positive | None = None
     rate: _Positive | None = None
     max_concurrency: _Count | None = None
+    samples: Sampling = Sampling()
 
 
 class ModelSettings(_Struct, frozen=True, kw_only=True):

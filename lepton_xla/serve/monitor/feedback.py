@@ -7,7 +7,7 @@ comes.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -30,6 +30,7 @@ class Feedback:
     Attributes:
         right, wrong: rows by whether the answer was the label.
         labels: label -> rows with the label that were answered so, rows with the label, rows that were answered so.
+        taken: called with the labels that were judged, request id -> the right class of each row.
 
     >>> feedback = Feedback(np.dtype("float32"), classes=3)
     >>> feedback.remember("a", np.float32([[0, 2, 1]]).tobytes())
@@ -49,6 +50,7 @@ class Feedback:
         self._bytes = 0
         self.right = self.wrong = 0
         self.labels: dict[str, list[int]] = {}
+        self.taken: Callable[[Mapping[str, Sequence[int]]], object] | None = None
 
     def remember(self, request_id: str, output: bytes | memoryview) -> None:
         """Keeps an answer; one with the same id is forgotten."""
@@ -102,6 +104,8 @@ class Feedback:
                 self._count(label, answer)
             self._bytes -= len(self._answers[request_id] or b"")
             self._answers[request_id] = None
+        if self.taken is not None:
+            self.taken(labels)
         return sum(map(len, predicted.values()))
 
     def _predicted(self, request_id: str, labels: Sequence[int]) -> list[int]:

@@ -37,7 +37,7 @@ from lepton_xla.serve.processes.control import Control
 from lepton_xla.serve.processes.packets import close_all
 from lepton_xla.serve.protocol.signature import signature_of
 from lepton_xla.serve.runtime import count_on_cores, leave, run_on_calling_thread, settle
-from lepton_xla.serve.server import open_model
+from lepton_xla.serve.server import open_model, sample_writer
 
 _log = logging.getLogger("lepton_xla.serve")
 
@@ -268,12 +268,13 @@ async def _main(settings: control.Settings, end: socket.socket) -> bool:
     metrics, models, device = ServerMetrics(), Registry(), Device()
     device.start(asyncio.get_running_loop())
     host: Host[Warm] | None = None
+    samples = sample_writer(settings.options)
     name = digest = ""
 
     def make(warm: Warm) -> ModelHandle:
         return open_model(
             warm.engine, warm.measured, warm.signature, warm.options, metrics, device, cores, warm.model,
-            warm.serving,
+            warm.serving, samples,
         )  # fmt: skip
 
     if settings.artifact:
@@ -292,6 +293,8 @@ async def _main(settings: control.Settings, end: socket.socket) -> bool:
         finished = await worker.serve(name, digest)
         return finished
     finally:
+        if samples is not None:
+            samples.close()
         if host is not None:
             host.close()
         device.stop(5.0 if finished else 0.0)

@@ -1,0 +1,233 @@
+"""Keeps requests with their answers and feedback in files, to learn from: on a thread of its own, within bounds."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import hmac
+import logging
+import os
+import queue
+import secrets
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from time import monotonic, time
+
+from lepton_xla.errors import SampleError
+from lepton_xla.samples import Kept, LabelHead, SampleHead, record
+from lepton_xla.serve.monitor.sampling import Sampling
+from lepton_xla.serve.monitor.segments import Segments
+from lepton_xla.serve.protocol.signature import Signature, Tensor
+from lepton_xla.serve.protocol.wire import InferRequest
+
+_log = logging.getLogger("lepton_xla.serve")
+
+_KEY = ".key"
+# Records that wait for the disk. What comes beyond is not kept: answers never wait for it.
+_MOST_WAITING = 16 << 20
+_TIDY_S = 30.0
+# After a write that failed.
+_PAUSE_S = 10.0
+_CLOSE_S = 5.0
+
+type _Record = Callable[[], bytes]
+
+
+class Sampler:
+    """Samples the requests of one model version. Called on the event loop.
+
+    Args:
+        signature: the model's.
+        sampling: what is kept.
+        rate: share of requests where that does not say.
+        key: of the hashes.
+        put: takes a record to be written, and about how many bytes it has.
+    """
+
+    def __init__(
+        self, signature: Signature, sampling: Sampling, rate: float, key: bytes, put: Callable[[_Record, int], None]
+    ) -> None:
+        self._version = signature.version
+        self._sampling = sampling
+        self._key = key
+        self._put = put
+        self._batched = signature.batch is not None
+        self._outputs = signature.outputs
+        # Of every 2**64 hashes of ids.
+        self._below = int((rate if sampling.rate is None else sampling.rate) * 2**64)
+        self._inputs = [(i, each) for i, each in enumerate(signature.inputs) if each.name not in sampling.drop]
+        self._dropped = frozenset(sampling.drop)
+
+    def _takes(self, request_id: str) -> bool:
+        """Whether requests with this id are kept: a matter of the id alone, so that all processes agree."""
+        digest = hashlib.blake2b(request_id.encode(), digest_size=8).digest()
+        return int.from_bytes(digest, "little") < self._below
+
+    def answered(self, request: InferRequest, outputs: Sequence[bytes | memoryview]) -> None:
+        """Keeps a request and its answer.
+
+        Args:
+            request: with an id. Its tensors are not changed later.
+            outputs: the bytes of each output that was asked for, valid until this returns.
+        """
+        spec = request.spec
+        if spec.id is None or not self._takes(spec.id):
+            return
+        given = [(self._outputs[index], bytes(data)) for (index, _), data in zip(spec.outputs, outputs, strict=True)]
+        size = request.nbytes + sum(len(data) for _, data in given)
+        request_id, now_s, sizes = spec.id, time(), spec.sizes
+
+        def made() -> bytes:
+            inputs = [self._kept(tensor, request.tensors[index], sizes) for index, tensor in self._inputs]
+            answers = [self._kept(tensor, data, sizes) for tensor, data in given if tensor.name not in self._dropped]
+            head = SampleHead(
+                self._id(request_id), self._version, now_s,
+                tuple(each for each, _ in inputs), tuple(each for each, _ in answers),
+            )  # fmt: skip
+            return record(head, b"".join(data for _, data in (*inputs, *answers)))
+
+        self._put(made, size)
+
+    def labelled(self, labels: Mapping[str, Sequence[int]]) -> None:
+        """Keeps feedback of this version's answers: request id -> the right class of each row."""
+        now_s = time()
+        for request_id, right in labels.items():
+            if self._takes(request_id):
+                head = LabelHead(self._id(request_id), self._version, now_s, tuple(right))
+                self._put(lambda head=head: record(head), 8 * len(right))
+
+    def _kept(self, tensor: Tensor, data: bytes | memoryview, sizes: Mapping[str, int]) -> tuple[Kept, bytes]:
+        shape = tensor.at(sizes)
+        if tensor.name not in self._sampling.hash:
+            return Kept(tensor.name, tensor.dtype.name, shape), bytes(data)
+        rows = shape[0] if self._batched else 1
+        step = len(data) // max(rows, 1)
+        view = memoryview(data)
+        digests = b"".join(self._hashed(bytes(view[row * step : (row + 1) * step])) for row in range(rows))
+        return Kept(tensor.name, "sha256", (rows,)), digests
+
+    def _hashed(self, data: bytes) -> bytes:
+        return hmac.digest(self._key, data, "sha256")
+
+    def _id(self, request_id: str) -> str:
+        return self._hashed(request_id.encode()).hex() if self._sampling.hash_id else request_id
+
+
+class SampleWriter:
+    """Writes the samples of all models of a process, on a thread of its own.
+
+    Args:
+        folder: where to; made if it is missing, for this user alone.
+        rate: of the requests with an id, the share that is kept where a model's settings do not say.
+
+    Attributes:
+        written: records that are in files.
+        left_out: records that are not, since the disk was too slow.
+        lost: records that the disk refused, or that are too long.
+
+    Raises:
+        SampleError: if nothing can be written there.
+    """
+
+    def __init__(self, folder: Path, rate: float = 1.0) -> None:
+        self._folder = folder
+        self._rate = rate
+        self.written = self.left_out = self.lost = 0
+        try:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._key = _shared_key(folder / _KEY)
+        except OSError as error:
+            raise SampleError(f"{folder}: samples cannot be kept there: {error.strerror}") from error
+        # The event loop adds to the one, the writing thread to the other: neither waits for a lock.
+        self._put_bytes = self._done_bytes = 0
+        self._waiting: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._segments: dict[str, Segments] = {}
+        self._paused_until_s = 0.0
+        self._thread: threading.Thread | None = None
+
+    def sampler(self, signature: Signature, sampling: Sampling) -> Sampler:
+        """Makes the sampler of a model version. On the event loop.
+
+        Raises:
+            SampleError: for settings that do not fit the model.
+        """
+        sampling.check([each.name for each in (*signature.inputs, *signature.outputs)])
+        name = signature.name
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._work, name="lepton-samples", daemon=True)
+            self._thread.start()
+        self._waiting.put(lambda: self._begin(name, sampling))
+        return Sampler(signature, sampling, self._rate, self._key, lambda made, size: self._put(name, made, size))
+
+    def _put(self, name: str, made: _Record, size: int) -> None:
+        if self._put_bytes - self._done_bytes + size > _MOST_WAITING:
+            self.left_out += 1
+            return
+        self._put_bytes += size
+        self._waiting.put(lambda: self._write(name, made, size))
+
+    # On the thread that writes.
+
+    def _work(self) -> None:
+        tidied_s = monotonic()
+        while True:
+            with contextlib.suppress(queue.Empty):
+                work = self._waiting.get(timeout=_TIDY_S)
+                if work is None:
+                    break
+                work()
+            if monotonic() - tidied_s > _TIDY_S:
+                tidied_s = monotonic()
+                for segments in self._segments.values():
+                    with contextlib.suppress(OSError):
+                        segments.remove_old()
+        for segments in self._segments.values():
+            segments.close()
+
+    def _begin(self, name: str, sampling: Sampling) -> None:
+        old = self._segments.get(name)
+        if old is not None:
+            old.close()
+        self._segments[name] = Segments(self._folder / name, sampling.max_bytes, sampling.max_age_s)
+
+    def _write(self, name: str, made: _Record, size: int) -> None:
+        try:
+            segments, data = self._segments[name], made()
+            if monotonic() < self._paused_until_s or len(data) > segments.most:
+                self.lost += 1
+            else:
+                segments.write(data)
+                self.written += 1
+        except OSError as error:
+            self.lost += 1
+            self._paused_until_s = monotonic() + _PAUSE_S
+            _log.warning("samples of %s are not kept for %.0f s: %s", name, _PAUSE_S, error.strerror)
+        except Exception:
+            self.lost += 1
+            _log.exception("a sample of %s could not be kept", name)
+        finally:
+            self._done_bytes += size
+
+    def close(self) -> None:
+        """Writes what waits, for a while, and ends."""
+        if self._thread is not None:
+            self._waiting.put(None)
+            self._thread.join(_CLOSE_S)
+            self._thread = None
+
+
+def _shared_key(path: Path) -> bytes:
+    """The key of the hashes in a folder, the same for all processes; made if there is none."""
+    made = path.with_name(f"{path.name}.{os.getpid()}")
+    if not path.exists():
+        made.unlink(missing_ok=True)
+        with open(os.open(made, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+            file.write(secrets.token_bytes(32))
+        try:
+            os.link(made, path)  # fails where another process was first
+        except FileExistsError:
+            pass
+        finally:
+            made.unlink()
+    return path.read_bytes()
