@@ -209,8 +209,8 @@ class Samples:
 def record(head: SampleHead | LabelHead, body: bytes = b"") -> bytes:
     """The bytes of a record.
 
-    >>> len(record(LabelHead("a", "1", 0.0, (3,))))
-    83
+    >>> record(LabelHead("a", "1", 0.0, (3,)))[20:]
+    b'{"type":"labels","id":"a","version":"1","time_s":0.0,"labels":[3]}'
     """
     told = msgspec.json.encode(head)
     return b"".join((_FRAME.pack(_MAGIC, len(told), len(body), zlib.crc32(told), zlib.crc32(body)), told, body))
