@@ -3,7 +3,7 @@ PYTHON ?= python3
 UV := $(shell command -v uv 2>/dev/null || echo build/tools/bin/uv)
 RUN := .venv/bin
 
-.PHONY: setup demo test test-all test-oldest lint bench clean
+.PHONY: setup kernels demo test test-all test-oldest test-memory lint bench clean
 
 setup: .venv/.ready  ## make .venv with the package and its developer tools
 
@@ -16,10 +16,25 @@ build/tools/bin/uv:
 	$(UV) pip install --quiet --python .venv/bin/python --editable '.[dev]'
 	@touch $@
 
-demo: setup  ## train a small model on real digits, compress it, compile it, serve it
+# The headers of XLA's FFI are those of the jaxlib that the kernels will be used with.
+BUILD_KERNELS = $(UV) pip install --quiet --no-deps --no-build-isolation --reinstall-package lepton-xla-kernels --no-cache
+CXX_FOUND := $(shell command -v $${CXX:-c++} || command -v g++ || command -v clang++)
+
+build/kernels/.ready: .venv/.ready $(shell find kernels -type f -name '[!.]*' ! -path '*/__pycache__/*')
+	$(BUILD_KERNELS) --python .venv/bin/python ./kernels
+	@mkdir -p $(@D) && touch $@
+
+ifneq ($(CXX_FOUND),)
+kernels: build/kernels/.ready  ## build and install the CPU kernels, where there is a C++ compiler
+else
+kernels: setup
+	@echo 'no C++ compiler: the CPU kernels are not built, XLA computes what they would, and their tests are skipped'
+endif
+
+demo: setup kernels  ## train a small model on real digits, compress it, compile it, serve it
 	$(RUN)/python examples/demo.py
 
-test: setup  ## the test suite on the CPU, without what is marked slow
+test: setup kernels  ## the test suite on the CPU, without what is marked slow
 	JAX_PLATFORMS=cpu $(RUN)/python -m pytest -n 2 --dist worksteal
 
 build/model-signing/.ready: | $(filter build/%,$(UV))
@@ -27,7 +42,7 @@ build/model-signing/.ready: | $(filter build/%,$(UV))
 	$(UV) pip install --quiet --python build/model-signing/bin/python model-signing==1.1.1 pyopenssl
 	@touch $@
 
-test-all: setup build/model-signing/.ready  ## every test: benchmarks, long simulations and long storms too
+test-all: setup kernels build/model-signing/.ready  ## every test: benchmarks, long simulations and long storms too
 	JAX_PLATFORMS=cpu $(RUN)/python -m pytest -n 2 --dist worksteal -m ''
 
 build/oldest-venv/.ready: pyproject.toml | $(filter build/%,$(UV))
@@ -38,12 +53,22 @@ build/oldest-venv/.ready: pyproject.toml | $(filter build/%,$(UV))
 test-oldest: build/oldest-venv/.ready  ## the tests of TESTS on the oldest JAX, Flax and others that pyproject.toml allows
 	JAX_PLATFORMS=cpu build/oldest-venv/bin/python -m pytest -n 2 --dist worksteal $(TESTS)
 
+build/kernels-checked/.ready: build/kernels/.ready
+	rm -rf $(@D)
+	$(BUILD_KERNELS) --python .venv/bin/python --target $(@D) --config-settings=cmake.define.SANITIZE=ON ./kernels
+	@touch $@
+
+test-memory: build/kernels-checked/.ready  ## the tests of the CPU kernels with AddressSanitizer and UBSan, on Linux with GCC
+	LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libubsan.so)" \
+	ASAN_OPTIONS=detect_leaks=0:use_sigaltstack=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
+	PYTHONPATH=build/kernels-checked JAX_PLATFORMS=cpu $(RUN)/python -m pytest -n 0 tests/kernels
+
 lint: setup  ## formatting, lint and types
 	$(RUN)/ruff format --check .
 	$(RUN)/ruff check .
 	$(RUN)/pyright
 
-bench: setup  ## every benchmark; each prints the command that repeats it
+bench: setup kernels  ## every benchmark; each prints the command that repeats it
 	$(RUN)/python benchmarks/loading.py
 	$(RUN)/python benchmarks/storage.py
 	$(RUN)/python benchmarks/long_bodies.py

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax._src import clusters, config, debugging, distributed, source_info_util
-from jax._src.core import Tracer
+from jax._src.core import ShapedArray, Tracer
 from jax._src.interpreters import partial_eval
 from jax.extend import core as jex_core
+from jax.interpreters import batching, mlir
 
 type Jaxpr = Any
 type Equation = Any
@@ -219,3 +221,67 @@ def coordinator() -> Any:
     if client is None:
         raise RuntimeError("this process has joined no run; call lx.launch.initialize() first")
     return client
+
+
+def row_primitive(
+    name: str,
+    shape: Callable[..., tuple[tuple[Any, ...], Any]],
+    by_xla: Callable[..., jax.Array],
+    call: Callable[..., tuple[str, tuple[Any, ...]] | None],
+) -> Any:
+    """Make an operation on the rows of its first operand, [M, ...], that a custom call may compute on a CPU.
+
+    It is one equation for all passes, and lowered for each platform where it is compiled. Rows are independent, so
+    `vmap` over the first operand makes more rows.
+
+    Args:
+        name: of the primitive.
+        shape: `shape(*operands, **params)`: shape and dtype of the result, [M, ...].
+        by_xla: `by_xla(*operands, **params)`: the same in XLA's own operations.
+        call: `call(*operands, **params)`: target and operands of the custom call; None if there is none here.
+    """
+    primitive = jex_core.Primitive(name)
+
+    def shaped(*operands: Any, **params: Any) -> Any:
+        return ShapedArray(*shape(*operands, **params), manual_axis_type=operands[0].manual_axis_type)
+
+    def evaluate_now(*operands: Any, **params: Any) -> Any:
+        return jax.jit(lambda *given: primitive.bind(*given, **params))(*operands)
+
+    generic = mlir.lower_fun(by_xla, multiple_results=False)
+
+    def on_cpu(context: Any, *operands: Any, **params: Any) -> Any:
+        places = {id(operand): place for place, operand in enumerate(operands)}
+        found = call(*operands, **params)
+        if found is None:
+            return generic(context, *operands, **params)
+        target, given = found
+        kept = context.replace(avals_in=[context.avals_in[places[id(operand)]] for operand in given])
+        return jax.ffi.ffi_lowering(target)(kept, *given)
+
+    def batched(operands: Sequence[Any], axes: Sequence[int | None], **params: Any) -> tuple[Any, int]:
+        size = next(operand.shape[axis] for operand, axis in zip(operands, axes, strict=True) if axis is not None)
+        moved = [
+            operand if axis is None else jnp.moveaxis(operand, axis, 0)
+            for operand, axis in zip(operands, axes, strict=True)
+        ]
+        if all(axis is None for axis in axes[1:]):
+            first = moved[0]
+            flat = jnp.reshape(first, (size * first.shape[1], *first.shape[2:]))
+            out = primitive.bind(flat, *moved[1:], **params)
+            return jnp.reshape(out, (size, first.shape[1], *out.shape[1:])), 0
+
+        def one(parts: Sequence[Any]) -> Any:
+            rest = iter(parts)
+            given = [operand if axis is None else next(rest) for operand, axis in zip(moved, axes, strict=True)]
+            return primitive.bind(*given, **params)
+
+        mapped = [operand for operand, axis in zip(moved, axes, strict=True) if axis is not None]
+        return jax.lax.map(one, mapped), 0
+
+    primitive.def_impl(evaluate_now)
+    primitive.def_abstract_eval(shaped)
+    mlir.register_lowering(primitive, generic)
+    mlir.register_lowering(primitive, on_cpu, platform="cpu")
+    batching.primitive_batchers[primitive] = batched
+    return primitive

@@ -8,6 +8,7 @@ import hypothesis
 import jax
 import pytest
 
+os.environ["LEPTON_KERNELS"] = "off"  # what is installed changes no test; those of tests/kernels use them
 os.environ["LEPTON_CACHE"] = "off"  # no test reads or writes the user's; also of processes that tests start
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 2)

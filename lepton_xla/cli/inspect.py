@@ -36,7 +36,7 @@ def inspect(path: str, as_json: bool) -> None:
 
         store = Store(path)
         manifest, signer = read_manifest(store), claimed_signer(store)
-        here = Fingerprint.of(None, devices_here(manifest.mesh))
+        here = Fingerprint.of(None, devices_here(manifest.mesh)).among(manifest.executables)
     route = _route(manifest, here)
     weights = _weights(manifest)
     size_bytes = manifest.size_bytes

@@ -23,6 +23,7 @@ from jax.interpreters import mlir
 from jaxlib.mlir import ir
 
 from lepton_xla.errors import ExecutionError, first_line
+from lepton_xla.kernels import installation
 
 ERROR = jax.errors.JaxRuntimeError
 """The error that XLA raises if it cannot compile, serialize or run something."""
@@ -99,7 +100,14 @@ def deserialize(blob: bytes, devices: Sequence[Device]) -> Loaded:
     """
     if devices[0].platform == "cpu" and b"lapack_" in blob:
         _register_lapack()
+    if calls_kernels(blob) and installation.installed() is None:
+        raise ExecutionError(f"it calls kernels of {installation.PACKAGE}, which is not installed here")
     return devices[0].client.deserialize_executable(blob, executable_devices=_jax.DeviceList(tuple(devices)))
+
+
+def calls_kernels(blob: bytes) -> bool:
+    """Whether serialized code calls kernels of this project, which must be registered first."""
+    return installation.PREFIX.encode() in blob
 
 
 def _register_lapack() -> None:

@@ -195,6 +195,8 @@ def compile(
         _LOG.warning("%s", note)
 
     target = Fingerprint.of(devices.first, len(devices.all))
+    if any(code.calls_kernels for code in executables.values()):
+        target = target.with_kernels()
     unwritten = {key: code.why_none for key, code in executables.items() if code.blob is None}
     for key, why in unwritten.items():
         _LOG.warning(

@@ -25,6 +25,11 @@ class Code:
     blob: bytes | None = None
     why_none: str = ""
 
+    @property
+    def calls_kernels(self) -> bool:
+        """Whether it calls kernels of `lepton-xla-kernels`, without which it cannot run."""
+        return self.blob is not None and _xla.calls_kernels(self.blob)
+
     @classmethod
     def made(cls, lowered: jax.stages.Lowered) -> Code:
         """Compile and serializes code.

@@ -5,14 +5,16 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
+from collections.abc import Container
 
 import msgspec
 
 from lepton_xla.compiler import _xla
+from lepton_xla.kernels.installation import INTERFACE, usable
 from lepton_xla.machine import cpu_features_digest, relevant_xla_flags
 
 
-class Fingerprint(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class Fingerprint(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """The target of one set of executables.
 
     Attributes:
@@ -24,6 +26,7 @@ class Fingerprint(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         cpu_features: short hash of the CPU's feature flags; empty on an accelerator.
         jaxlib: its version.
         xla_flags: the flags of `XLA_FLAGS` that can change the code, sorted.
+        kernels: the interface of the kernels of `lepton-xla-kernels` that the code calls; empty if it calls none.
 
     >>> here = Fingerprint.of()
     >>> here.platform, len(here.digest), here.differences(here)
@@ -38,6 +41,7 @@ class Fingerprint(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     cpu_features: str
     jaxlib: str
     xla_flags: str
+    kernels: str = ""
 
     @classmethod
     def of(cls, device: _xla.Device = None, count: int = 1) -> Fingerprint:
@@ -53,6 +57,20 @@ class Fingerprint(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             jaxlib=_xla.jaxlib_version(),
             xla_flags=relevant_xla_flags(os.environ.get("XLA_FLAGS", "")),
         )
+
+    def with_kernels(self) -> Fingerprint:
+        """The fingerprint of code for the same target that calls kernels of this version."""
+        return msgspec.structs.replace(self, kernels=str(INTERFACE))
+
+    def among(self, digests: Container[str]) -> Fingerprint:
+        """The fingerprint of the fastest code that runs here, of those with these digests; this one if there is none.
+
+        >>> here = Fingerprint.of()
+        >>> here.among({here.digest}) == here.among(()) == here
+        True
+        """
+        calling = self.with_kernels()
+        return calling if self.platform == "cpu" and usable() and calling.digest in digests else self
 
     @property
     def digest(self) -> str:

@@ -127,7 +127,7 @@ def _share(store: Store, manifest: Manifest, files: VerifiedFiles, base: Servabl
     check_fit(manifest, base.manifest, store.location)
     devices = base.runtime.devices
     # What is not needed here will be elsewhere, or when the base is gone: a damaged artifact is refused as a whole.
-    found = manifest.executables.get(Fingerprint.of(devices.first, len(devices.all)).digest)
+    found = manifest.executables.get(_target(manifest, devices).digest)
     for file in (
         *(program.file for program in manifest.all_programs),
         *(found.files.values() if found is not None else ()),
@@ -150,7 +150,7 @@ def _load(
     bucket_sizes = _choose(manifest, buckets)
     devices = _devices(manifest, store.location)
     warn_of_slow_flags(_LOG, devices.first.platform)
-    target = Fingerprint.of(devices.first, len(devices.all))
+    target = _target(manifest, devices)
     wanted = [(sizes, bucket_name(sizes)) for sizes in combinations(bucket_sizes)]
     found = manifest.executables.get(target.digest)
     known = found.files if found is not None else {}
@@ -187,6 +187,10 @@ def _load(
         _write_back(store, manifest, target, {name: codes[name] for name in missing})
     expander = codes[EXPAND].loaded if manifest.expand is not None else None
     return Servable(manifest, bucket_sizes, runtime, "stablehlo" if missing else "executables", expander)
+
+
+def _target(manifest: Manifest, devices: Devices) -> Fingerprint:
+    return Fingerprint.of(devices.first, len(devices.all)).among(manifest.executables)
 
 
 def _choose(manifest: Manifest, buckets: Mapping[str, Sequence[int]] | None) -> BucketSizes:

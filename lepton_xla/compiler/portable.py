@@ -15,6 +15,7 @@ from lepton_xla.compiler import _xla
 from lepton_xla.compiler.buckets import BucketSizes, bucket_name, combinations
 from lepton_xla.compiler.code import Code
 from lepton_xla.errors import ArtifactError, CompileError
+from lepton_xla.kernels.installation import without_kernels
 from lepton_xla.program import TensorSpec
 
 # Platforms of servers; "cuda" is JAX's name for NVIDIA GPUs in lowering.
@@ -107,7 +108,10 @@ def _export(
     sizes: dict[str, int] | None,
     platforms: tuple[str, ...],
 ) -> Portable:
-    exported = jax.export.export(jax.jit(fn, keep_unused=True), platforms=platforms)(*weights, *inputs)
+    # A function of its own, because JAX may have lowered `fn` with kernels, which other machines lack.
+    plain = jax.jit(lambda *args: fn(*args), keep_unused=True)
+    with without_kernels():
+        exported = jax.export.export(plain, platforms=platforms)(*weights, *inputs)
     digest = hashlib.sha256(_xla.program_text(exported).encode()).hexdigest()
     return Portable(name, bytes(exported.serialize()), sizes, platforms, digest)
 

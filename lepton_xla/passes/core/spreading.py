@@ -16,6 +16,11 @@ from lepton_xla.passes.core.sites import Site
 _IN_PLACE = ("convert_element_type", "pvary", "pcast")
 
 
+def is_spread(weight: object) -> bool:
+    """Whether a weight is on several devices."""
+    return isinstance(weight, jax.Array) and not _compat.is_traced(weight) and len(weight.sharding.device_set) > 1
+
+
 def over_columns(site: Site, weight: jax.Array, *, always: bool = True) -> jax.Array:
     """Cut a stored weight over its columns, if its rows (the contracted dimension) are cut over devices.
 

@@ -8,6 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from lepton_xla import _compat
+from lepton_xla.kernels import installation, weight_only
 from lepton_xla.passes.core.layouts import LayoutOp, Step, layout_key
 from lepton_xla.passes.core.matrix import contracted_size, weight_order
 from lepton_xla.passes.core.sites import Site
@@ -92,6 +93,20 @@ def float_reason(site: Site, rule: QuantizeRule, target: Target) -> str:
         if rule.weights == rule.activations == "fp8_e5m2":
             return f"no platform multiplies fp8_e5m2 by itself, {small}"
     return ""
+
+
+def has_kernel(site: Site, rule: QuantizeRule, target: Target) -> bool:
+    """Whether a kernel multiplies float activations by the codes of this site's weight."""
+    return (
+        rule.activations == "none"
+        and target.platform == "cpu"
+        and site.kind == "dot_general"
+        and site.weight_operand is not None
+        and not weight_order(site)[0]
+        and site.params["out_sharding"] is None
+        and weight_only.fits(rule.weights)
+        and installation.usable()
+    )
 
 
 def unstorable(sites: Sequence[Site]) -> str | None:

@@ -27,11 +27,12 @@ from lepton_xla.passes.core.names import Key, fresh_names
 from lepton_xla.passes.core.plans import Plan
 from lepton_xla.passes.core.precomputation import for_plan
 from lepton_xla.passes.core.sites import Site, find_sites, rewrite_sites
+from lepton_xla.passes.core.spreading import is_spread
 from lepton_xla.passes.core.targets import Target
 from lepton_xla.passes.core.timing import Timer, time_programs
 from lepton_xla.passes.core.walker import Context, Values, materialize
 from lepton_xla.passes.quantization import eligibility, products, selection
-from lepton_xla.passes.quantization.measurement import Timing, compare
+from lepton_xla.passes.quantization.measurement import Timing, Way, compare
 from lepton_xla.passes.quantization.products import RANGE, SCALE
 from lepton_xla.passes.quantization.storing import PlannedSite, finite_range, store_weight, zero_channels
 from lepton_xla.passes.quantization.whole_program import WholeProgram
@@ -126,7 +127,20 @@ def quantize(
     }
     reasons |= {name: reason for name, reason in (in_float or {}).items() if name in reasons}
     candidates = [planned for planned in every if planned.rule.activations != "none" and not reasons[planned.site.name]]
-    multiplied = {planned.site.path for planned in candidates if planned.site.kind == "dot_general"}
+    if sizes:  # what was not timed is computed as planned, and a plan knows of no kernels
+        candidates += [
+            planned
+            for planned in stored
+            if not reasons[planned.site.name]
+            and planned.site.path is not None
+            and eligibility.has_kernel(planned.site, planned.rule, timer.target)
+            and not is_spread(program.weights[planned.site.path])
+        ]
+    multiplied = {
+        planned.site.path
+        for planned in candidates
+        if planned.site.kind == "dot_general" and planned.rule.activations != "none"
+    }
     known = {} if known is None else known
     for path, group in groups.items():
         weight = program.weights[path]
@@ -158,7 +172,7 @@ def quantize(
 
     def build(integer: frozenset[str]) -> Callable[..., Any]:
         side_inputs = {key: name for key, name in names.items() if key[0] in integer}
-        return _lowered(program.fn, like, every, side_inputs, _pads(integer, timings), timer.target)
+        return _lowered(program.fn, like, every, side_inputs, _ways(integer, timings), timer.target)
 
     compiled: dict[str, Any] = {}
     laid: dict[str, jax.Array] = {}
@@ -247,17 +261,17 @@ def _lowered(
     like: Any,
     every: Sequence[PlannedSite],
     side_inputs: Mapping[Key, str],
-    pad_single: Mapping[str, bool],
+    ways: Mapping[str, Way],
     target: Target,
 ) -> Callable[..., Any]:
-    """Make the function of stored weights; the sites in `pad_single` are computed from codes.
+    """Make the function of stored weights; the sites in `ways` are computed from codes.
 
     Args:
         fn: the function of the float program.
         like: shapes of its weights.
         every: the sites whose weights are stored small, and the products of two activations.
         side_inputs: site and what of it -> name of a static range or scale among the new function's weights.
-        pad_single: site name -> whether a single row is padded to two.
+        ways: site name -> how its product is computed.
         target: what it is for.
     """
     by_name = {planned.site.name: planned.rule for planned in every}
@@ -271,18 +285,21 @@ def _lowered(
         if site.weight_operand is None:
             # At other sizes than the plan's, a different product may have this name.
             unfit = eligibility.unsupported(site, planned) or eligibility.float_reason(site, planned, target)
-            if site.name not in pad_single or unfit:
+            if site.name not in ways or unfit:
                 return None
             left, right = (materialize(value) for value in values)
-            pad = pad_single[site.name]
+            pad = ways[site.name] == "padded"
             return [products.quantized_dot_pair(site, left, right, planned.activations, pad_single=pad, target=target)]
         tracked = values[site.weight_operand]
         activation = materialize(values[1 - site.weight_operand])
         if site.kind == "gather":
             return [products.look_up(site, tracked.value, activation)]
-        if site.name in pad_single:
+        if site.name in ways and planned.activations == "none":
+            if ways[site.name] == "kernel":
+                return [products.weight_only_dot(site, activation, tracked.value)]
+        elif site.name in ways:
             scale = products.static_scale(site, planned, tracked)
-            pad, name = pad_single[site.name], planned.activations
+            pad, name = ways[site.name] == "padded", planned.activations
             out = products.quantized_dot(site, activation, tracked.value, name, scale, pad_single=pad, target=target)
             return [out]
         stored = tracked.value
@@ -325,8 +342,8 @@ def _own(values: Mapping[Key, jax.Array], names: Mapping[Key, str], integer: fro
     return {names[key]: value for key, value in values.items() if key[0] in integer}
 
 
-def _pads(integer: frozenset[str], timings: Mapping[str, Sequence[Timing]]) -> dict[str, bool]:
-    return {name: selection.padded(timings[name]) for name in integer}
+def _ways(integer: frozenset[str], timings: Mapping[str, Sequence[Timing]]) -> dict[str, Way]:
+    return {name: selection.way(timings[name]) for name in integer}
 
 
 def _unpackable(stored: Sequence[PlannedSite], integer: frozenset[str]) -> dict[str, Site]:
@@ -362,16 +379,24 @@ def _report(
     ratio = selection.ratio(timings)
     if timings:
         metrics["integer_over_float"] = ratio
+        metrics["way"] = selection.way(timings)
     if rule.group:
         metrics["group"] = rule.group
     paired = planned.site.path is None
     action, outcome = f"{rule.weights} weights", "changed"
     if paired:
         action, outcome = "kept float", "kept"
+    way = selection.way(timings)
     if planned.site.name in integer:
         action, outcome = f"{rule.weights} x {rule.activations}", "codes"
+        if rule.activations == "none":
+            action = f"{rule.weights} weights, multiplied as they are stored"
         if any(timing.padded_us is not None for timing in timings):
-            metrics["single_rows_padded"] = selection.padded(timings)
+            metrics["single_rows_padded"] = way == "padded"
+        if way == "kernel":
+            reason = f"a kernel takes {ratio:.2f} of float's time"
+    elif timings and rule.activations == "none" and not reason:
+        reason = f"multiplying it as it is stored ({ratio:.2f} of float's time alone) makes the whole program no faster"
     elif rule.activations != "none" and not reason:
         kept = "it stays float" if paired else "only the weight is stored small"
         reason = f"integer arithmetic takes {ratio:.2f} of float's time here, so {kept}"

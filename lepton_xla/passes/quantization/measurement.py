@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -17,7 +17,7 @@ from lepton_xla.passes.core.executables import Candidate, Lowered
 from lepton_xla.passes.core.matrix import weight_order
 from lepton_xla.passes.core.sites import Site
 from lepton_xla.passes.core.targets import Target
-from lepton_xla.passes.core.timing import OPERATION_BUDGET_S, Measurement, Timer, random_values
+from lepton_xla.passes.core.timing import OPERATION_BUDGET_S, Measurement, Timer, random_array, random_values
 from lepton_xla.passes.core.timing_cache import Times
 from lepton_xla.passes.quantization import products
 from lepton_xla.quant import FORMATS, QTensor
@@ -27,6 +27,9 @@ from lepton_xla.recipe import QuantizeRule
 # A product of codes is wrong if its largest error exceeds this share of the largest result. Codes and scales are exact,
 # so legitimate errors are rounding of float32 and bfloat16, and codes that round the other way near a half.
 WRONG = 0.05
+type Way = Literal["XLA", "padded", "kernel"]
+"""How a product of codes is computed: by XLA, by XLA with a single row padded to two, by a kernel of this project."""
+
 # How often a timed program computes a product on such devices, because starting it takes longer than many a product.
 REPEATS = 16
 
@@ -38,10 +41,11 @@ class Timing:
     Attributes:
         sizes: sizes of the symbolic dimensions.
         float_us: in float.
-        integer_us: with quantized operands.
+        integer_us: with quantized operands; of a weight that alone is quantized, unpacking it each time.
         padded_us: with a single row padded to two; None if there are more rows.
         error: largest difference between the integer product and the float product of the dequantized values, as a
             share of the largest value; NaN if the result holds NaN.
+        kernel_us: by a kernel; None if there is none.
     """
 
     sizes: dict[str, int]
@@ -49,15 +53,17 @@ class Timing:
     integer_us: float
     padded_us: float | None
     error: float = 0.0
+    kernel_us: float | None = None
 
     @property
     def wrong(self) -> bool:
         """Whether the compiled product is wrong, because of a fault in a compiler or a library."""
         return not self.error <= WRONG
 
-    def best_us(self, pad: bool) -> float:
-        """The time of the integer product, with or without padding of single rows."""
-        return self.padded_us if pad and self.padded_us is not None else self.integer_us
+    def us(self, way: Way) -> float:
+        """The time of the product of codes; of that by XLA, if it cannot be computed in this way."""
+        found = {"padded": self.padded_us, "kernel": self.kernel_us}.get(way)
+        return self.integer_us if found is None else found
 
     def to_json(self) -> dict[str, Any]:
         """Plain dicts and numbers."""
@@ -69,7 +75,7 @@ def compare(wanted: Sequence[tuple[Site, QuantizeRule, Mapping[str, int]]], time
 
     def measure(keys: list[_Key]) -> list[Timing]:
         times = timer.recall(_measurement(key, timer) for key in keys)
-        return [_timing(each) for each in times]
+        return [_timing(key, each) for key, each in zip(keys, times, strict=True)]
 
     found = timer.once_all([_Key(site, rule) for site, rule, _ in wanted], measure)
     return [dataclasses.replace(timing, sizes=dict(at)) for timing, (_, _, at) in zip(found, wanted, strict=True)]
@@ -92,6 +98,8 @@ class _Key(Alike):
 
 def _measurement(key: _Key, timer: Timer) -> Measurement:
     """Measure a product in float and in codes, and the error of the latter."""
+    if key.rule.activations == "none":
+        return _of_weight_only(key, timer)
     site = key.site
 
     def as_float(*operands: jax.Array) -> jax.Array:
@@ -125,8 +133,46 @@ def _measurement(key: _Key, timer: Timer) -> Measurement:
     return Measurement([Lowered.of(_repeated(fn, repeats), *given) for fn, given in wanted], measure, untimed)
 
 
-def _timing(times: Times) -> Timing:
+def _of_weight_only(key: _Key, timer: Timer) -> Measurement:
+    """Measure a product with a float weight, with a stored one that is unpacked each time, and by a kernel."""
+    site, side = key.site, key.site.weight_operand
+    assert side is not None
+
+    def in_float(activation: jax.Array, weight: jax.Array) -> jax.Array:
+        return _compat.bind(site.eqn, (activation, weight) if side == 1 else (weight, activation))[0]
+
+    def prepare(weight: jax.Array) -> tuple[QTensor, jax.Array]:
+        stored = products.store(site, weight, key.rule.weights, key.rule.granularity)
+        return stored, products.restore(site, stored)
+
+    def unpacking(activation: jax.Array, stored: QTensor) -> jax.Array:
+        return in_float(activation, products.restore(site, stored))
+
+    by_kernel = functools.partial(products.weight_only_dot, site)
+    activation, weight = site.operands[1 - side], site.operands[side]
+    stored, _ = jax.eval_shape(prepare, weight)
+    wanted = [(in_float, weight), (unpacking, stored), (by_kernel, stored)]
+
+    def measure(executables: list[Any]) -> Times:
+        *calls, preparing = executables
+        given = random_array(1, activation)
+        stored, restored = preparing(random_array(0, weight))
+        operands = [(given, restored), (given, stored), (given, stored)]
+        expected, got = calls[0](*operands[0]), calls[2](*operands[2])
+        timed = [functools.partial(call, *of) for call, of in zip(calls, operands, strict=True)]
+        error = _share(got, expected)
+        return Times(timer.medians_us(timed, OPERATION_BUDGET_S), error if math.isfinite(error) else None)
+
+    def untimed() -> list[Lowered]:
+        return [Lowered.of(Candidate(prepare, timer.once(_of_weight_only, dict)), weight)]
+
+    return Measurement([Lowered.of(fn, activation, given) for fn, given in wanted], measure, untimed)
+
+
+def _timing(key: _Key, times: Times) -> Timing:
     error = math.nan if times.error is None else times.error
+    if key.rule.activations == "none":
+        return Timing({}, times.us[0], times.us[1], None, error, times.us[2])
     return Timing({}, times.us[0], times.us[1], times.us[2] if len(times.us) == 3 else None, error)
 
 

@@ -16,6 +16,7 @@ from jax import lax
 
 from lepton_xla import _compat
 from lepton_xla.errors import CalibrationError
+from lepton_xla.kernels import weight_only
 from lepton_xla.passes.alternatives import shifted
 from lepton_xla.passes.core.matrix import code_matrix, code_operand, operand_order, weight_order
 from lepton_xla.passes.core.names import Key
@@ -113,6 +114,23 @@ def for_product(stored: QTensor) -> QTensor:
 def restore(site: Site, stored: QTensor) -> jax.Array:
     """Dequantize a stored weight to the float operand, in the layout and dtype of the site's primitive."""
     return code_operand(site, stored.dequantize(site.weight.dtype))
+
+
+def weight_only_dot(site: Site, activation: jax.Array, stored: QTensor) -> jax.Array:
+    """The product of a float activation and a stored weight by a kernel, which reads no more than the codes.
+
+    Args:
+        site: a `dot_general` without batch axes, with the shapes of these operands.
+        activation: the float operand.
+        stored: the weight, row-major, in a format that the kernel has.
+    """
+    assert site.weight_operand is not None
+    _, contracted, free = operand_order(site, 1 - site.weight_operand)
+    rows = tuple(activation.shape[axis] for axis in free)
+    depth = _product(activation.shape[axis] for axis in contracted)
+    matrix = jnp.reshape(jnp.transpose(activation, (*free, *contracted)), (_product(rows), depth))
+    out = weight_only.multiply(matrix.astype(jnp.float32), stored)
+    return _as_output(site, out, (), rows).astype(site.output.dtype)
 
 
 def look_up(site: Site, stored: QTensor, index: jax.Array) -> jax.Array:
@@ -284,7 +302,11 @@ def _multiply(
     row_scale = jnp.reshape(
         jnp.transpose(scale, order), (*(scale.shape[axis] for axis in batch_axes), _product(row_shape), 1)
     )
-    out = out.astype(jnp.float32) * (row_scale * columns_scale)
+    return _as_output(site, out.astype(jnp.float32) * (row_scale * columns_scale), batch, rows)
+
+
+def _as_output(site: Site, out: jax.Array, batch: tuple[Any, ...], rows: tuple[Any, ...]) -> jax.Array:
+    """Give a product [*batch, M, N] the axes of the site's result; M is the product of `rows`."""
     columns = tuple(site.weight.shape[axis] for axis in weight_order(site)[2])
     out = jnp.reshape(out, (*batch, *rows, *columns))
     if site.weight_operand == 0:  # the primitive puts the left operand's free axes first

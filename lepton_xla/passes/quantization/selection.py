@@ -8,7 +8,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 
 from lepton_xla.passes.core.targets import Target
-from lepton_xla.passes.quantization.measurement import Timing
+from lepton_xla.passes.quantization.measurement import Timing, Way
 from lepton_xla.passes.quantization.whole_program import WORTH_RATIO, WholeTiming, loses
 
 _LOG = logging.getLogger(__name__)
@@ -24,23 +24,33 @@ def wrong_reason(name: str, timings: Sequence[Timing], target: Target) -> str:
     """Why a product of codes with a wrong result is not used; also logged, because it is a fault of the platform."""
     worst = next(timing for timing in timings if timing.wrong)
     at = "".join(f", {symbol} {size}" for symbol, size in worst.sizes.items())
+    whose = "XLA's" if worst.kernel_us is None else "a kernel's"
     how = f"is wrong by {worst.error:.0%} of the largest value" if math.isfinite(worst.error) else "is not finite"
-    reason = f"XLA's product of codes {how} on this {target.platform}{at}, so it is computed in float"
+    reason = f"{whose} product of codes {how} on this {target.platform}{at}, so it is computed in float"
     _LOG.warning("%s: %s", name, reason)
     return reason
 
 
-def padded(timings: Sequence[Timing]) -> bool:
-    """Whether padding single rows to two is faster."""
-    return any(timing.padded_us is not None and timing.padded_us < timing.integer_us for timing in timings)
+def way(timings: Sequence[Timing]) -> Way:
+    """The fastest way to compute a product of codes; by XLA, if nothing was timed."""
+    ways: list[Way] = ["XLA"]
+    if any(timing.padded_us is not None and timing.padded_us < timing.integer_us for timing in timings):
+        ways = ["padded"]
+    if timings and all(timing.kernel_us is not None for timing in timings):
+        ways.append("kernel")
+    return min(ways, key=lambda each: _mean_us(timings, each))
+
+
+def _mean_us(timings: Sequence[Timing], way: Way) -> float:
+    return statistics.geometric_mean([timing.us(way) for timing in timings]) if timings else 0.0
 
 
 def ratio(timings: Sequence[Timing]) -> float:
     """Integer time over float time, geometric mean over sizes; 0 if nothing was timed."""
     if not timings:
         return 0.0
-    pad = padded(timings)
-    return statistics.geometric_mean([timing.best_us(pad) / timing.float_us for timing in timings])
+    fastest = way(timings)
+    return statistics.geometric_mean([timing.us(fastest) / timing.float_us for timing in timings])
 
 
 def candidate_sets(timings: Mapping[str, Sequence[Timing]]) -> list[frozenset[str]]:

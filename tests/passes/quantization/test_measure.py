@@ -56,8 +56,8 @@ def test_times_are_positive_and_rows_padded_only_where_single(options, batch):
 
 def test_best_is_padded_only_where_asked_and_there():
     timing = measurement.Timing({}, 10.0, 5.0, 3.0)
-    assert (timing.best_us(True), timing.best_us(False)) == (3.0, 5.0)
-    assert measurement.Timing({}, 10.0, 5.0, None).best_us(True) == 5.0
+    assert (timing.us("padded"), timing.us("XLA")) == (3.0, 5.0)
+    assert measurement.Timing({}, 10.0, 5.0, None).us("padded") == 5.0
 
 
 def test_sites_that_look_the_same_are_timed_once(monkeypatch):

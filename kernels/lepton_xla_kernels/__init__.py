@@ -1,0 +1,39 @@
+"""Kernels for CPUs, as targets of XLA's foreign function interface."""
+
+import ctypes
+import pathlib
+from typing import Any
+
+INTERFACE = 1
+"""Changes whenever a target takes other operands or gives other results; lepton-xla uses the versions that it knows."""
+
+_LIBRARY = ctypes.CDLL(str(pathlib.Path(__file__).with_name("_library.so")))
+_LIBRARY.lepton_variant.restype = ctypes.c_char_p
+_LIBRARY.lepton_use.restype = ctypes.c_bool
+_LIBRARY.lepton_use.argtypes = [ctypes.c_char_p]
+_NAMES = ("weight_only_8", "weight_only_4")
+
+
+def ffi_version() -> tuple[int, int]:
+    """The version of XLA's FFI that the kernels were compiled for: major and minor."""
+    return divmod(_LIBRARY.lepton_ffi_version(), 1000)
+
+
+def handlers() -> dict[str, Any]:
+    """The addresses of the kernels, as `ctypes` function pointers, by name."""
+    return {name: getattr(_LIBRARY, f"lepton_{name}") for name in _NAMES}
+
+
+def variant() -> str:
+    """The instruction set in use: `avx512`, `avx2` or `portable`."""
+    return _LIBRARY.lepton_variant().decode()
+
+
+def use(name: str = "") -> None:
+    """Use the kernels for an instruction set, by default for the best one; for tests.
+
+    Raises:
+        ValueError: if this machine lacks it.
+    """
+    if not _LIBRARY.lepton_use(name.encode()):
+        raise ValueError(f"this machine cannot run the kernels for {name!r}")

@@ -1,0 +1,153 @@
+// What Python sees: the kernels as XLA's FFI handlers, and which instruction set they use.
+#include <algorithm>
+#include <atomic>
+#include <cstring>
+#include <string>
+
+#include "parallel.h"
+#include "weight_only.h"
+#include "xla/ffi/api/ffi.h"
+
+namespace ffi = xla::ffi;
+
+namespace lepton {
+namespace {
+
+struct Variant {
+  const char* name;
+  bool (*runs)();
+  WeightOnlyPart *weight_only_8, *weight_only_4;
+};
+
+// From the fastest to the one that runs everywhere.
+const Variant kVariants[] = {
+#if defined(__x86_64__)
+    {"avx512",
+     [] {
+       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+              __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+              __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("fma");
+     },
+     avx512::weight_only_8, avx512::weight_only_4},
+    {"avx2", [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }, avx2::weight_only_8,
+     avx2::weight_only_4},
+#endif
+    {"portable", [] { return true; }, portable::weight_only_8, portable::weight_only_4},
+};
+
+const Variant* fastest() {
+  return std::find_if(std::begin(kVariants), std::end(kVariants), [](const Variant& each) { return each.runs(); });
+}
+
+std::atomic<const Variant*> chosen{fastest()};
+
+// Fewer multiplications than this are not worth waking another thread for.
+constexpr int64_t kWorthAThread = 1 << 17;
+// Parts of this many rows and columns keep their sums and activations in the second-level cache.
+constexpr int64_t kPartRows = 64, kPartColumns = 512;
+
+ffi::Error weight_only(ffi::ThreadPool pool, int bits, WeightOnly p, int64_t code_rows, int64_t code_columns,
+                       ffi::AnyBuffer scale, int64_t y_rows, int64_t y_columns) {
+  const auto shape = scale.dimensions();
+  if (shape.size() != 2) return ffi::Error::InvalidArgument("weight_only: scale is a matrix");
+  p.groups = shape[0];
+  p.one_scale = shape[1] == 1 && code_columns != 1;
+  p.narrow_scale = scale.element_type() == ffi::BF16;
+  p.scale = scale.untyped_data();
+  p.n = code_columns;
+  if (!p.narrow_scale && scale.element_type() != ffi::F32)
+    return ffi::Error::InvalidArgument("weight_only: scales are float32 or bfloat16");
+  if (code_rows != p.packed_rows(bits) || (shape[1] != 1 && shape[1] != p.n) || y_rows != p.m || y_columns != p.n ||
+      p.groups < 1 || p.k % p.groups != 0)
+    return ffi::Error::InvalidArgument("weight_only: shapes of operands and result do not fit");
+  if (p.m == 0 || p.n == 0) return ffi::Error::Success();
+  if (p.k == 0) {
+    std::memset(p.y, 0, sizeof(float) * p.m * p.n);
+    return ffi::Error::Success();
+  }
+  const Variant& variant = *chosen.load();
+  WeightOnlyPart* compute = bits == 8 ? variant.weight_only_8 : variant.weight_only_4;
+  // In doubles, since the product of huge sizes may not fit an integer.
+  if (static_cast<double>(p.m) * p.k * p.n < 2.0 * kWorthAThread) {
+    compute(p, 0, p.m, 0, p.n);
+    return ffi::Error::Success();
+  }
+  const int64_t threads = std::max<int64_t>(1, pool.num_threads());
+  const int64_t row_parts = (p.m + kPartRows - 1) / kPartRows;
+  // At least two parts a thread, of whole cache lines, unless that makes them too small.
+  int64_t width = std::min<int64_t>(kPartColumns, (p.n + 2 * threads - 1) / (2 * threads));
+  width = std::max<int64_t>(128, (width + 127) / 128 * 128);
+  const int64_t column_parts = (p.n + width - 1) / width;
+  run_parts(pool, row_parts * column_parts, [&](int64_t part) {
+    const int64_t row = part / column_parts * kPartRows, column = part % column_parts * width;
+    compute(p, row, std::min(row + kPartRows, p.m), column, std::min(column + width, p.n));
+  });
+  return ffi::Error::Success();
+}
+
+ffi::Error weight_only_8(ffi::ThreadPool pool, ffi::BufferR2<ffi::F32> x, ffi::BufferR2<ffi::S8> codes,
+                         ffi::AnyBuffer scale, ffi::ResultBufferR2<ffi::F32> y) {
+  WeightOnly p{};
+  p.x = x.typed_data();
+  p.codes = reinterpret_cast<const uint8_t*>(codes.typed_data());
+  p.y = y->typed_data();
+  p.m = x.dimensions()[0];
+  p.k = x.dimensions()[1];
+  return weight_only(pool, 8, p, codes.dimensions()[0], codes.dimensions()[1], scale, y->dimensions()[0],
+                     y->dimensions()[1]);
+}
+
+ffi::Error weight_only_4(ffi::ThreadPool pool, ffi::BufferR2<ffi::F32> x, ffi::BufferR2<ffi::U8> codes,
+                         ffi::AnyBuffer scale, ffi::BufferR1<ffi::F32> levels, ffi::ResultBufferR2<ffi::F32> y) {
+  WeightOnly p{};
+  if (levels.dimensions()[0] != 16) return ffi::Error::InvalidArgument("weight_only_4: there are 16 levels");
+  p.x = x.typed_data();
+  p.codes = codes.typed_data();
+  p.levels = levels.typed_data();
+  p.y = y->typed_data();
+  p.m = x.dimensions()[0];
+  p.k = x.dimensions()[1];
+  return weight_only(pool, 4, p, codes.dimensions()[0], codes.dimensions()[1], scale, y->dimensions()[0],
+                     y->dimensions()[1]);
+}
+
+}  // namespace
+}  // namespace lepton
+
+#define EXPORTED extern "C" __attribute__((visibility("default")))
+
+XLA_FFI_DEFINE_HANDLER(kWeightOnly8, lepton::weight_only_8,
+                       ffi::Ffi::Bind()
+                           .Ctx<ffi::ThreadPool>()
+                           .Arg<ffi::BufferR2<ffi::F32>>()
+                           .Arg<ffi::BufferR2<ffi::S8>>()
+                           .Arg<ffi::AnyBuffer>()
+                           .Ret<ffi::BufferR2<ffi::F32>>());
+XLA_FFI_DEFINE_HANDLER(kWeightOnly4, lepton::weight_only_4,
+                       ffi::Ffi::Bind()
+                           .Ctx<ffi::ThreadPool>()
+                           .Arg<ffi::BufferR2<ffi::F32>>()
+                           .Arg<ffi::BufferR2<ffi::U8>>()
+                           .Arg<ffi::AnyBuffer>()
+                           .Arg<ffi::BufferR1<ffi::F32>>()
+                           .Ret<ffi::BufferR2<ffi::F32>>());
+
+EXPORTED XLA_FFI_Error* lepton_weight_only_8(XLA_FFI_CallFrame* frame) { return kWeightOnly8(frame); }
+EXPORTED XLA_FFI_Error* lepton_weight_only_4(XLA_FFI_CallFrame* frame) { return kWeightOnly4(frame); }
+
+// The version of XLA's FFI that this was compiled for: major * 1000 + minor.
+EXPORTED int lepton_ffi_version() { return XLA_FFI_API_MAJOR * 1000 + XLA_FFI_API_MINOR; }
+
+// The name of the instruction set in use.
+EXPORTED const char* lepton_variant() { return lepton::chosen.load()->name; }
+
+// Uses an instruction set, by default (an empty name) the fastest one; false if this machine lacks it.
+EXPORTED bool lepton_use(const char* name) {
+  for (const auto& each : lepton::kVariants) {
+    if ((*name == 0 || std::strcmp(each.name, name) == 0) && each.runs()) {
+      lepton::chosen = &each;
+      return true;
+    }
+  }
+  return false;
+}

@@ -1,0 +1,45 @@
+// Runs parts of a kernel on XLA's own threads, so that no more threads run than XLA was given.
+#pragma once
+
+#include <atomic>
+#include <condition_variable>
+#include <cstdint>
+#include <memory>
+#include <mutex>
+
+#include "xla/ffi/api/ffi.h"
+
+namespace lepton {
+
+// Calls work(i) for each i below `count`. The calling thread takes parts like all others and waits only for parts that
+// another thread has begun: so it cannot wait for ever, even if it is the pool's only thread.
+template <typename Work>
+void run_parts(xla::ffi::ThreadPool& pool, int64_t count, const Work& work) {
+  struct State {
+    std::atomic<int64_t> next{0}, done{0};
+    std::mutex mutex;
+    std::condition_variable finished;
+  };
+  const int64_t helpers = std::min<int64_t>(count, pool.num_threads()) - 1;
+  if (helpers <= 0) {
+    for (int64_t i = 0; i < count; ++i) work(i);
+    return;
+  }
+  auto state = std::make_shared<State>();
+  // A helper that comes late finds nothing left; it must not touch `work`, which is gone by then.
+  auto take = [state, count, &work] {
+    for (int64_t i; (i = state->next.fetch_add(1)) < count;) {
+      work(i);
+      if (state->done.fetch_add(1) + 1 == count) {
+        std::lock_guard<std::mutex> lock(state->mutex);
+        state->finished.notify_one();
+      }
+    }
+  };
+  for (int64_t helper = 0; helper < helpers; ++helper) pool.Schedule(auto(take));
+  take();
+  std::unique_lock<std::mutex> lock(state->mutex);
+  state->finished.wait(lock, [&] { return state->done.load() == count; });
+}
+
+}  // namespace lepton

@@ -1,0 +1,1 @@
+"""Operations that the optional package `lepton-xla-kernels` computes on CPUs, and XLA everywhere else."""

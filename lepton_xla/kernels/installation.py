@@ -1,0 +1,72 @@
+"""Finds the optional package of kernels, and registers them with XLA."""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import functools
+import importlib
+import importlib.metadata
+import logging
+import os
+from collections.abc import Generator
+
+import jax
+
+_LOG = logging.getLogger(__name__)
+
+PACKAGE = "lepton-xla-kernels"
+# The version of the kernels' operands and results that this version of lepton_xla knows.
+INTERFACE = 1
+# Names of the targets of XLA's custom calls begin with this; compiled code contains them as text.
+PREFIX = "lepton_kernel_"
+VARIABLE = "LEPTON_KERNELS"
+
+_allowed = contextvars.ContextVar("kernels allowed", default=True)
+
+
+@contextlib.contextmanager
+def without_kernels() -> Generator[None, None, None]:
+    """Lower what is lowered in a block without kernels, so that it runs where they are not installed."""
+    token = _allowed.set(False)
+    try:
+        yield
+    finally:
+        _allowed.reset(token)
+
+
+def usable() -> bool:
+    """Whether kernels are installed, and not excluded by `without_kernels` or `LEPTON_KERNELS=off`.
+
+    >>> with without_kernels():
+    ...     usable()
+    False
+    """
+    return _allowed.get() and os.environ.get(VARIABLE, "") != "off" and installed() is not None
+
+
+@functools.cache
+def installed() -> str | None:
+    """The version of the installed kernels, which are registered with XLA; None, and a line in the log, if unusable."""
+    try:
+        version = importlib.metadata.version(PACKAGE)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    try:
+        found = importlib.import_module("lepton_xla_kernels")
+
+        interface, handlers = found.INTERFACE, found.handlers()
+    except (ImportError, OSError, AttributeError) as error:  # of another architecture or system, or incomplete
+        return _without(version, f"cannot be loaded: {error}")
+    if interface != INTERFACE:
+        return _without(version, f"has interface {interface}, and this version of lepton-xla needs {INTERFACE}")
+    try:
+        for name, handler in handlers.items():
+            jax.ffi.register_ffi_target(PREFIX + name, jax.ffi.pycapsule(handler), platform="cpu")
+    except Exception as error:  # XLA refuses kernels that were compiled for another version of its interface
+        return _without(version, f"does not fit this jaxlib: {error}")
+    return version
+
+
+def _without(version: str, reason: str) -> None:
+    _LOG.warning("%s %s %s. XLA's own code is used; install the package again", PACKAGE, version, reason)

@@ -1,0 +1,162 @@
+"""`quantize` chooses kernels by measurement, and an artifact carries them as far as they can run."""
+
+import logging
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import lepton_xla as lx
+from lepton_xla.kernels import installation
+from lepton_xla.passes.alternatives.autotuning import Choices
+from lepton_xla.passes.quantization import integer_arithmetic, measurement
+
+ROWS = {"x": lx.TensorSpec(("batch", 24), "float32")}
+SIZES = [{"batch": 1}, {"batch": 6}]
+FLOAT_US = 100.0
+
+
+def two_layers():
+    rng = np.random.default_rng(0)
+    weights = {name: jnp.asarray(rng.standard_normal((24, 24)) / 4, jnp.float32) for name in "ab"}
+    return lx.trace(lambda w, x: jnp.tanh(x @ w["a"]) @ w["b"], weights, ROWS)
+
+
+def lower(program, preset="int8-weight-only", sizes=SIZES):
+    return lx.passes.quantize(program, lx.passes.resolve(lx.Recipe.load(preset), program), sizes=sizes)
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """`clock(kernel_us, program_us)`: times of kernels by site, and of a program by the number of its kernels."""
+
+    def set_to(kernel_us, program_us):
+        def compare(wanted, _timer):
+            return [
+                measurement.Timing(dict(at), FLOAT_US, 300.0, None, 0.0, kernel_us[site.name]) for site, _, at in wanted
+            ]
+
+        def time_programs(functions, inputs, timer=None):
+            return [
+                program_us(str(jax.make_jaxpr(fn)(weights, *inputs)).count("weight_only_product"))
+                for fn, weights in functions
+            ]
+
+        monkeypatch.setattr(integer_arithmetic, "compare", compare)
+        monkeypatch.setattr(integer_arithmetic, "time_programs", time_programs)
+        monkeypatch.setattr(integer_arithmetic, "choose", lambda *_: Choices())
+        monkeypatch.setattr(integer_arithmetic, "times_us", lambda _eqn, _timer: [])
+
+    return set_to
+
+
+def sites(lowered):
+    return {site.site: site for site in lowered.history[-1].sites}
+
+
+def test_kernels_that_win_are_taken_and_the_report_says_so(kernels, clock):
+    clock({"a": 25.0, "b": 50.0}, lambda count: FLOAT_US - 10 * count)
+    program = two_layers()
+    lowered = lower(program)
+    assert {name: (site.outcome, site.reason) for name, site in sites(lowered).items()} == {
+        "a": ("codes", "a kernel takes 0.25 of float's time"),
+        "b": ("codes", "a kernel takes 0.50 of float's time"),
+    }
+    timing = sites(lowered)["a"].metrics["timings"][1]
+    assert (timing["sizes"], timing["kernel_us"], timing["integer_us"]) == ({"batch": 6}, 25.0, 300.0)
+    assert lowered.expansion is None  # nothing is left to unpack
+    x = np.random.default_rng(1).standard_normal((6, 24)).astype(np.float32)
+    weights = {name: np.asarray(leaf.dequantize(), np.float64) for name, leaf in lowered.weights.items()}
+    expected = np.tanh(x @ weights["a"]) @ weights["b"]
+    np.testing.assert_allclose(jax.jit(lowered.fn)(lowered.weights, x), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("kernel_us", "program_us"),
+    [
+        ({"a": 130.0, "b": 200.0}, lambda count: FLOAT_US - 10 * count),  # each alone is slower
+        ({"a": 25.0, "b": 25.0}, lambda count: FLOAT_US + 10 * count),  # the whole program is slower
+    ],
+)
+def test_kernels_that_lose_are_not_taken(kernels, clock, kernel_us, program_us):
+    clock(kernel_us, program_us)
+    lowered = lower(two_layers())
+    assert {site.outcome for site in sites(lowered).values()} == {"changed"}
+    assert all("the whole program no faster" in site.reason for site in sites(lowered).values())
+
+
+def test_one_kernel_may_win_alone(kernels, clock):
+    clock({"a": 25.0, "b": 130.0}, lambda count: FLOAT_US - 10 * count)
+    lowered = lower(two_layers())
+    assert {name: site.outcome for name, site in sites(lowered).items()} == {"a": "codes", "b": "changed"}
+
+
+def test_without_kernels_or_sizes_nothing_changes(kernels, clock, monkeypatch):
+    clock({"a": 25.0, "b": 25.0}, lambda count: FLOAT_US - 10 * count)
+    assert {site.outcome for site in sites(lower(two_layers(), sizes=())).values()} == {"changed"}
+    monkeypatch.setenv(installation.VARIABLE, "off")
+    assert {site.outcome for site in sites(lower(two_layers())).values()} == {"changed"}
+
+
+@pytest.mark.parametrize("preset", ["int8-weight-only", "nf4-weight-only"])
+def test_products_are_measured_and_checked(kernels, preset):
+    """Whatever wins, all three ways are timed, and the kernel gives the product of the dequantized weight."""
+    for site in sites(lower(two_layers(), preset, [{"batch": 6}])).values():
+        (timing,) = site.metrics["timings"]
+        assert all(math.isfinite(timing[name]) and timing[name] > 0 for name in ("float_us", "integer_us", "kernel_us"))
+        assert timing["error"] < 1e-5
+
+
+def test_a_wrong_kernel_is_told(kernels, clock, monkeypatch, caplog):
+    clock({"a": 25.0, "b": 25.0}, lambda count: FLOAT_US - 10 * count)
+    right = integer_arithmetic.compare
+    monkeypatch.setattr(
+        integer_arithmetic,
+        "compare",
+        lambda wanted, timer: [
+            measurement.Timing(found.sizes, found.float_us, 300.0, None, 0.5, 25.0) for found in right(wanted, timer)
+        ],
+    )
+    lowered = lower(two_layers())
+    assert {site.outcome for site in sites(lowered).values()} == {"changed"}
+    assert "a kernel's product of codes is wrong by 50%" in caplog.text
+
+
+def test_a_sharded_weight_has_no_kernel(kernels, clock):
+    clock({}, lambda _count: FLOAT_US)
+    mesh = jax.make_mesh((2,), ("model",), axis_types=(jax.sharding.AxisType.Auto,))
+    program = two_layers()
+    cut = jax.device_put(program.weights, jax.NamedSharding(mesh, jax.P(None, "model")))
+    lowered = lower(program.replace(weights=cut))
+    assert {site.outcome for site in sites(lowered).values()} == {"changed"}
+
+
+def test_an_artifact_runs_with_kernels_and_without(kernels, clock, tmp_path, monkeypatch, caplog):
+    clock({"a": 25.0, "b": 25.0}, lambda count: FLOAT_US - 10 * count)
+    lowered = lower(two_layers())
+    manifest = lx.compile(lowered, {"batch": (1, 6)}).save(tmp_path / "with.lepton")
+    assert [entry.target.kernels for entry in manifest.executables.values()] == ["1"]
+    x = np.random.default_rng(1).standard_normal((4, 24)).astype(np.float32)
+    with caplog.at_level(logging.WARNING):
+        here = lx.load(tmp_path / "with.lepton")
+    assert (here.route, caplog.records) == ("executables", [])
+    expected = here(x=x)["output"]
+    monkeypatch.setenv(installation.VARIABLE, "off")
+    with caplog.at_level(logging.WARNING):
+        there = lx.load(tmp_path / "with.lepton", write_back=True)
+    assert there.route == "stablehlo"
+    assert "kernels: '' here, '1' there" in caplog.text
+    np.testing.assert_allclose(there(x=x)["output"], expected, rtol=0, atol=1e-5)
+    # Now it has code for both.
+    assert lx.load(tmp_path / "with.lepton").route == "executables"
+    monkeypatch.setenv(installation.VARIABLE, "")
+    again = lx.load(tmp_path / "with.lepton")
+    assert again.route == "executables"
+    np.testing.assert_array_equal(again(x=x)["output"], expected)
+
+
+def test_an_artifact_without_kernels_loads_where_they_are(kernels, tmp_path):
+    lx.compile(two_layers(), {"batch": (1,)}).save(tmp_path / "plain.lepton")
+    assert lx.load(tmp_path / "plain.lepton").route == "executables"

@@ -1,0 +1,180 @@
+"""The product with a weight's codes, against NumPy in float64, on every instruction set that this machine has."""
+
+import hashlib
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from lepton_xla.kernels import installation, weight_only
+from lepton_xla.quant import FORMATS, QTensor, quantize
+
+NAMES = ["int8", "int4", "nf4", "codebook16", "codebook8"]
+
+
+def stored(rows, columns, name, groups=1, seed=0, per_channel=True):
+    """A weight of random codes, all values of a code among them."""
+    rng = np.random.default_rng(seed)
+    form = FORMATS[name]
+    if form.bits == 8:
+        values = rng.integers(-127, 128, (rows, columns)).astype(np.int8)
+    else:
+        high = min(len(form.levels) or 1 << form.bits, 16)
+        halves = rng.integers(0, high, (2, -(-rows // 2), columns))
+        values = (halves[0] | halves[1] << 4).astype(np.uint8)
+    dtype = jnp.bfloat16 if groups > 1 else jnp.float32
+    scale = jnp.asarray(rng.uniform(0.5, 2, (groups, columns if per_channel else 1)), dtype)
+    codebook = jnp.sort(jnp.asarray(rng.standard_normal(1 << form.bits), jnp.float32)) if form.learned else None
+    return QTensor(jnp.asarray(values), scale, name, rows, codebook=codebook)
+
+
+def array(*shape, seed=1):
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+def check(got, x, weight):
+    """Within the rounding of float32 sums of the product in float64."""
+    values = np.asarray(weight.dequantize(), np.float64)
+    bound = 1e-6 * (np.abs(x.astype(np.float64)) @ np.abs(values)) + 1e-30
+    assert got.shape == (x.shape[0], weight.shape[1])
+    assert got.dtype == jnp.float32
+    assert np.all(np.abs(np.asarray(got, np.float64) - x.astype(np.float64) @ values) <= bound)
+
+
+@settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    rows=st.integers(1, 19),
+    depth=st.integers(1, 90),
+    groups=st.integers(1, 5),
+    columns=st.integers(1, 300),
+    name=st.sampled_from(NAMES),
+    per_channel=st.booleans(),
+)
+def test_every_shape_is_multiplied(variants, rows, depth, groups, columns, name, per_channel):
+    x, weight = array(rows, depth * groups), stored(depth * groups, columns, name, groups, 0, per_channel)
+    for _ in variants():
+        check(weight_only.multiply(jnp.asarray(x), weight), x, weight)
+
+
+@pytest.mark.parametrize("name", ["int8", "int4"])
+def test_products_that_are_spread_over_threads(variants, name):
+    x, weight = array(130, 777), stored(777, 1531, name)  # several parts both ways
+    for _ in variants():
+        check(weight_only.multiply(jnp.asarray(x), weight), x, weight)
+
+
+@pytest.mark.parametrize("name", ["int8", "int4"])
+@pytest.mark.parametrize("shape", [(0, 8, 8), (3, 8, 0), (3, 0, 8)])
+def test_no_rows_no_columns_no_depth(variants, name, shape):
+    rows, depth, columns = shape
+    weight = stored(depth, columns, name)
+    for _ in variants():
+        got = weight_only.multiply(jnp.zeros((rows, depth), jnp.float32), weight)
+        assert got.shape == (rows, columns)
+        assert not got.any()
+
+
+@pytest.mark.parametrize("name", ["int8", "int4"])
+def test_rows_of_zeros_nan_and_infinities_stay_in_their_rows(variants, name):
+    x, weight = array(7, 33), stored(33, 21, name)
+    x[1], x[3, 5], x[4, 2], x[5, :2] = 0, np.nan, np.inf, (np.inf, -np.inf)
+    with np.errstate(invalid="ignore"):
+        expected = x.astype(np.float64) @ np.asarray(weight.dequantize(), np.float64)
+    plain = [0, 1, 2, 6]
+    for _ in variants():
+        got = np.asarray(weight_only.multiply(jnp.asarray(x), weight))
+        check(got[plain], x[plain], weight)
+        assert not got[1].any()
+        np.testing.assert_array_equal(np.isnan(got), np.isnan(expected))
+        np.testing.assert_array_equal(np.isinf(got), np.isinf(expected))
+
+
+def test_the_largest_values_do_not_overflow(variants):
+    """The scale is applied to sums, so sums of codes times activations must fit."""
+    weight = QTensor(jnp.full((64, 5), 127, jnp.int8), jnp.full((1, 5), 1e-30, jnp.float32), "int8", 64)
+    x = np.full((2, 64), 1e34, np.float32)
+    for _ in variants():
+        check(weight_only.multiply(jnp.asarray(x), weight), x, weight)
+
+
+def test_transformations(kernels):
+    x, weight = jnp.asarray(array(3, 4, 66)), stored(66, 37, "int4", 3)
+    expected = x @ weight.dequantize()
+    several = jax.tree.map(lambda leaf: jnp.stack([leaf] * 3), weight)
+    for made in (
+        jax.vmap(lambda part: weight_only.multiply(part, weight))(x),
+        jax.vmap(weight_only.multiply)(x, several),
+        jax.lax.map(lambda part: weight_only.multiply(part, weight), x),
+        jax.lax.scan(lambda _, part: (_, weight_only.multiply(*part)), 0, (x, several))[1],
+        jax.jit(jax.vmap(lambda part: weight_only.multiply(part, weight), in_axes=1, out_axes=1))(x),
+    ):
+        np.testing.assert_allclose(made, expected, rtol=0, atol=1e-4)
+
+
+def test_what_is_lowered_calls_the_kernel_only_where_it_may(kernels, monkeypatch):
+    x, weight = jnp.asarray(array(3, 66)), stored(66, 37, "int4", 3)
+
+    def text():
+        return jax.jit(lambda x: weight_only.multiply(x, weight)).lower(x).as_text()
+
+    assert installation.PREFIX in text()
+    with installation.without_kernels():
+        assert installation.PREFIX not in text()
+    monkeypatch.setenv(installation.VARIABLE, "off")
+    assert installation.PREFIX not in text()
+    np.testing.assert_allclose(weight_only.multiply(x, weight), x @ weight.dequantize(), rtol=0, atol=1e-4)
+
+
+def test_a_sharded_product(kernels):
+    """XLA gathers what it cannot cut; the result is right."""
+    x, weight = jnp.asarray(array(4, 64)), stored(64, 32, "int8")
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    cut = jax.device_put(x, jax.NamedSharding(mesh, jax.P("data")))
+    whole = jax.device_put(weight, jax.NamedSharding(mesh, jax.P()))
+    np.testing.assert_allclose(jax.jit(weight_only.multiply)(cut, whole), x @ weight.dequantize(), rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("x", "codes", "scale"),
+    [((2, 8), (9, 4), (1, 4)), ((2, 8), (8, 4), (1, 3)), ((2, 8), (8, 4), (3, 4)), ((2, 8), (8, 4), (0, 4))],
+)
+def test_operands_that_do_not_fit_are_refused(kernels, x, codes, scale):
+    call = jax.ffi.ffi_call(f"{installation.PREFIX}weight_only_8", jax.ShapeDtypeStruct((2, 4), jnp.float32))
+    operands = [jnp.zeros(shape, kind) for shape, kind in zip((x, codes, scale), ("f4", "i1", "f4"), strict=True)]
+    with pytest.raises(jax.errors.JaxRuntimeError, match="do not fit"):
+        jax.block_until_ready(jax.jit(call)(*operands))
+
+
+ONE_THREAD = """
+import os, sys
+os.sched_setaffinity(0, {{min(os.sched_getaffinity(0))}})
+sys.path.insert(0, {here!r})
+from test_weight_only import digest
+print(digest())
+"""
+
+
+def digest():
+    """Of a product that is spread over threads, where there are several."""
+    got = weight_only.multiply(jnp.asarray(array(70, 700)), stored(700, 1000, "int4"))
+    return hashlib.sha256(np.asarray(got).tobytes()).hexdigest()
+
+
+def test_the_number_of_threads_changes_nothing(kernels):
+    limited = [sys.executable, "-c", ONE_THREAD.format(here=os.path.dirname(__file__))]
+    out = subprocess.run(limited, capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == digest()
+
+
+def test_a_quantized_weight_is_multiplied(kernels):
+    matrix = jnp.asarray(array(128, 64))
+    for name, granularity in (("int8", "channel"), ("int8", "tensor"), ("int4", "group:32"), ("nf4", "group:64")):
+        x = array(5, 128)
+        weight = quantize(matrix, name, granularity)
+        check(weight_only.multiply(jnp.asarray(x), weight), x, weight)
