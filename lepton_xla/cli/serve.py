@@ -108,8 +108,8 @@ def _limit_options(command: Callable[..., None]) -> Callable[..., None]:
 @_option(
     "--memory",
     None,
-    "Bytes that the models of a repository may take together, such as 4GiB. Each is then loaded when it is first asked "
-    "for, and the one that was used least recently goes for it. Pinned models stay (model.toml).",
+    "Bytes that the models of a repository may take together of each device, such as 4GiB. Each is then loaded when it "
+    "is first asked for, and the one that was used least recently goes for it. Pinned models stay (model.toml).",
     metavar="BYTES",
     callback=_bytes,
     show_default="all models are loaded",

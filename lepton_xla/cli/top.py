@@ -17,11 +17,12 @@ if TYPE_CHECKING:
     from lepton_xla.serve.client import Client
 
 type Figures = Mapping[tuple[str, str], Mapping[str, float]]
-"""By model and version: the figures of a scrape; those of a histogram by name and upper bound."""
+"""By model and version: a scrape; of a histogram by name and upper bound, of a device by name and number."""
 
 _file = click.Path(dir_okay=False)
 _PREFIX = "lepton_"
 _LATENCY = "request_seconds_bucket"
+_DEVICE = "model_devices"
 
 
 @click.command()
@@ -34,9 +35,9 @@ _LATENCY = "request_seconds_bucket"
 def top(url: str, *, interval: float, once: bool, as_json: bool, **access: Any) -> None:
     """Show live what the models of the server at URL do.
 
-    For each version: its state, the memory it takes, and over the last interval its requests per second, their median
-    and p99, the rows that wait, and its share of the device's time. Percentiles are the upper bounds of the server's
-    histogram. Ends with Ctrl-C.
+    For each version: its state, the number of its device, the memory it takes there, and over the last interval its
+    requests per second, their median and p99, the rows that wait, and its share of the device's time. Percentiles are
+    the upper bounds of the server's histogram. Ends with Ctrl-C.
 
     \b
       leptonx top http://localhost:8000
@@ -87,7 +88,7 @@ def figures_of(text: str) -> Figures:
         for sample in family.samples:
             labels = sample.labels
             if sample.name.startswith(_PREFIX) and "model" in labels and "version" in labels:
-                name = sample.name.removeprefix(_PREFIX) + labels.get("le", "")
+                name = sample.name.removeprefix(_PREFIX) + labels.get("le", "") + labels.get("device", "")
                 found.setdefault((labels["model"], labels["version"]), {})[name] = sample.value
     return found
 
@@ -116,8 +117,10 @@ def rows_of(
             for name in now
             if name.startswith(_LATENCY)
         }
+        devices = [int(name.removeprefix(_DEVICE)) for name in now if name.startswith(_DEVICE) and now[name]]
         rows.append({
-            "model": key[0], "version": key[1], "state": state, "bytes": int(now.get("model_bytes", 0)),
+            "model": key[0], "version": key[1], "state": state, "devices": sorted(devices),
+            "bytes": int(now.get("model_bytes", 0)),
             "requests_per_s": grown("inference_requests_total") / seconds,
             "p50_s": _percentile(buckets, 0.5), "p99_s": _percentile(buckets, 0.99),
             "queue_rows": int(now.get("queue_rows", 0)),
@@ -152,11 +155,13 @@ def _table(rows: list[dict[str, Any]]) -> Table:
     cells = [
         (
             printable(row["model"]), row["version"], row["state"].lower(),
-            f"{row['bytes'] / 1e6:.1f}" if row["bytes"] else "",
+            ",".join(map(str, row["devices"])), f"{row['bytes'] / 1e6:.1f}" if row["bytes"] else "",
             f"{row['requests_per_s']:.1f}", time_of(row["p50_s"]), time_of(row["p99_s"]), row["queue_rows"],
             f"{row['device_share']:.0%}",
         )
         for row in rows
     ]  # fmt: skip
-    heads = ("model", "version", "state", ">MB", ">requests/s", ">p50", ">p99", ">rows waiting", ">device")
+    heads = (
+        "model", "version", "state", "device", ">MB", ">requests/s", ">p50", ">p99", ">rows waiting", ">device time",
+    )  # fmt: skip
     return Table("", heads, cells)

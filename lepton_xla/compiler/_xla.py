@@ -16,7 +16,7 @@ import jax
 import jax.export
 import jaxlib.version
 import numpy as np
-from jax._src import compilation_cache
+from jax._src import compilation_cache, compiler
 from jax._src.core import ShapedArray
 from jax._src.lib import _jax  # pyright: ignore[reportPrivateImportUsage, reportPrivateUsage]
 from jax.interpreters import mlir
@@ -50,6 +50,19 @@ def first_device() -> Device:
         raise ExecutionError(
             f"JAX finds no device{f' of the platforms {asked!r} (JAX_PLATFORMS)' if asked else ''}: {reason(error)}"
         ) from error
+
+
+def device_numbered(number: int) -> Device:
+    """One of this process's devices, counted from 0.
+
+    Raises:
+        ExecutionError: if JAX finds none, or fewer.
+    """
+    first_device()  # tells why there is none
+    here = jax.local_devices()
+    if not 0 <= number < len(here):
+        raise ExecutionError(f"there is no device {number}: JAX finds {len(here)}, counted from 0")
+    return here[number]
 
 
 def memory_bytes(device: Device) -> int | None:
@@ -102,7 +115,13 @@ def deserialize(blob: bytes, devices: Sequence[Device]) -> Loaded:
         _register_lapack()
     if calls_kernels(blob) and installation.installed() is None:
         raise ExecutionError(f"it calls kernels of {installation.PACKAGE}, which is not installed here")
-    return devices[0].client.deserialize_executable(blob, executable_devices=_jax.DeviceList(tuple(devices)))
+    options = None
+    if len(devices) == 1 and devices[0] != first_device():
+        # Code names the device that it was compiled for, which is the first.
+        options = compiler.get_compile_options(1, 1, device_assignment=np.array([[devices[0].id]]))
+    return devices[0].client.deserialize_executable(
+        blob, executable_devices=_jax.DeviceList(tuple(devices)), compile_options=options
+    )
 
 
 def calls_kernels(blob: bytes) -> bool:

@@ -58,15 +58,22 @@ class Devices:
     batch: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, entry: MeshEntry | None) -> Devices:
-        """This process's first devices, as many as the artifact was compiled for.
+    def of(cls, entry: MeshEntry | None, number: int = 0) -> Devices:
+        """This process's first devices, as many as the artifact was compiled for; for one device that of this number.
 
         Raises:
             ExecutionError: if there is no device.
             ShardingError: if there are fewer than the artifact was compiled for.
         """
+        if entry is None:
+            return cls(_xla.device_numbered(number))
         first = _xla.first_device()
-        return cls(first) if entry is None else cls(first, mesh(entry.axes, jax.devices()[: entry.count]), entry.batch)
+        return cls(first, mesh(entry.axes, jax.devices()[: entry.count]), entry.batch)
+
+    @property
+    def is_usual(self) -> bool:
+        """Whether JAX uses it where nobody says otherwise: not a mesh, nor another device of this process."""
+        return self.mesh is None and self.first not in jax.local_devices()[1:]
 
     @property
     def all(self) -> tuple[_xla.Device, ...]:
@@ -106,8 +113,8 @@ class Devices:
     def shardings(
         self, weights: Sequence[jax.Array], inputs: Mapping[str, TensorSpec], outputs: Mapping[str, TensorSpec]
     ) -> dict[str, Any] | None:
-        """How `jax.jit` must cut what a model takes and returns; None for one device."""
-        if self.mesh is None:
+        """Where `jax.jit` must put what a model takes and returns, and how cut; None for the first device."""
+        if self.is_usual:
             return None
         return {
             "in_shardings": (*(leaf.sharding for leaf in weights), *self.of_rows(inputs, inputs)),
@@ -115,9 +122,11 @@ class Devices:
         }
 
     def unpacking(self, stored: Sequence[jax.Array], unpacked: Sequence[Spec]) -> dict[str, Any] | None:
-        """How `jax.jit` must cut what the unpacking of weights takes and returns; None for one device."""
-        if self.mesh is None:
+        """Where `jax.jit` must put what the unpacking of weights takes and returns; None for the first device."""
+        if self.is_usual:
             return None
+        if self.mesh is None:
+            return {"in_shardings": tuple(leaf.sharding for leaf in stored)}
         return {
             "in_shardings": tuple(leaf.sharding for leaf in stored),
             "out_shardings": tuple(map(self.sharding, unpacked)),
@@ -155,6 +164,19 @@ def devices_here(entry: MeshEntry | None) -> int:
     (1, 1)
     """
     return 1 if entry is None or len(jax.devices()) < entry.count else entry.count
+
+
+def count_here() -> int:
+    """Number of devices of this process.
+
+    Raises:
+        ExecutionError: if there is none.
+
+    >>> count_here() >= 1
+    True
+    """
+    _xla.first_device()
+    return len(jax.local_devices())
 
 
 def spec_of(sharding: jax.sharding.Sharding) -> Spec:

@@ -50,6 +50,7 @@ _LOG = logging.getLogger(__name__)
     trust=(str, os.PathLike, TrustedKeys),
     decrypt_key=(str, os.PathLike),
     base=Servable,
+    device=int,
 )
 def load(
     location: str | os.PathLike[str],
@@ -60,8 +61,9 @@ def load(
     decrypt_key: str | os.PathLike[str] | None = None,
     base: Servable | None = None,
     check: bool = False,
+    device: int = 0,
 ) -> Servable:
-    """Load an artifact onto this process's first device, or first devices if it was compiled for several.
+    """Load an artifact onto one of this process's devices, or the first ones if it was compiled for several.
 
     Checks every file against its digest before executing anything. If the artifact has compiled code for this machine
     and version, loading does not compile. Otherwise it compiles the portable program for each bucket without code, and
@@ -81,12 +83,13 @@ def load(
         check: whether to refuse weights that are not finite, and an artifact that answers its golden rows wrong; both
             are always checked for an artifact of weights alone. Infinite weights are refused only if the base's are
             finite.
+        device: number of the device, counted from 0. Where `base` is given it is that of the base.
 
     Raises:
         ArtifactError: if a file is missing, damaged or foreign, the artifact lacks a bucket, its weights do not fit the
             base, or fail a check; names it.
         TrustError: if it is not signed by a trusted key, or cannot be decrypted.
-        ExecutionError: if there is no device, or the weights cannot be unpacked on it.
+        ExecutionError: if there is no such device, or the weights cannot be unpacked on it.
         ShardingError: if there are fewer devices than the artifact was compiled for, and its weights do not fit on one.
 
     >>> program = lx.trace(lambda w, x: x @ w["w"], {"w": jnp.eye(4)}, {"x": lx.TensorSpec(("batch", 4), "float32")})
@@ -106,7 +109,7 @@ def load(
         if manifest.is_update or (base is not None and manifest.fit and manifest.fit == base.manifest.fit):
             servable = _share(store, manifest, files, base)
         else:
-            servable = _load(store, manifest, files, buckets, write_back=write_back)
+            servable = _load(store, manifest, files, buckets, device, write_back=write_back)
         if check or manifest.is_update:
             check_weights(servable, base, store.location)
             if manifest.golden is not None:
@@ -144,11 +147,12 @@ def _load(
     manifest: Manifest,
     files: VerifiedFiles,
     buckets: Mapping[str, Sequence[int]] | None,
+    device: int,
     *,
     write_back: bool,
 ) -> Servable:
     bucket_sizes = _choose(manifest, buckets)
-    devices = _devices(manifest, store.location)
+    devices = _devices(manifest, store.location, device)
     warn_of_slow_flags(_LOG, devices.first.platform)
     target = _target(manifest, devices)
     wanted = [(sizes, bucket_name(sizes)) for sizes in combinations(bucket_sizes)]
@@ -183,7 +187,9 @@ def _load(
     runtime = Runtime(*manifest.signature(), arrays, devices)
     for sizes, key in wanted:
         runtime.add(sizes, codes[key].loaded)
-    if write_back and missing:
+    if write_back and missing and not devices.is_usual:
+        _LOG.warning("%s: the compiled code was not written back: it names %s", store.location, devices.first)
+    elif write_back and missing:
         _write_back(store, manifest, target, {name: codes[name] for name in missing})
     expander = codes[EXPAND].loaded if manifest.expand is not None else None
     return Servable(manifest, bucket_sizes, runtime, "stablehlo" if missing else "executables", expander)
@@ -203,11 +209,11 @@ def _choose(manifest: Manifest, buckets: Mapping[str, Sequence[int]] | None) -> 
     return bucket_sizes
 
 
-def _devices(manifest: Manifest, location: str) -> Devices:
-    """The devices that an artifact was compiled for; the first one if there are fewer and the weights fit there."""
-    first, entry = _xla.first_device(), manifest.mesh
+def _devices(manifest: Manifest, location: str, number: int) -> Devices:
+    """The devices that an artifact was compiled for; one if there are fewer and the weights fit there."""
+    first, entry = _xla.device_numbered(number), manifest.mesh
     if entry is None or devices_here(entry) == entry.count:
-        return Devices.of(entry)
+        return Devices.of(entry, number)
     needed = sum(leaf_bytes(leaf.shape, leaf.dtype) for leaf in manifest.weights)
     there = _xla.memory_bytes(first)
     said = f"{location}: compiled for {entry.count} devices ({entry}), and there are {len(jax.devices())}"

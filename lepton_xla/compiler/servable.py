@@ -77,6 +77,16 @@ class Servable:
         return self.manifest.profile
 
     @property
+    def device_count(self) -> int:
+        """Number of devices that it runs on together.
+
+        >>> program = lx.trace(lambda w, x: x @ w, jnp.eye(4), {"x": lx.TensorSpec(("batch", 4), "float32")})
+        >>> lx.compile(program, {"batch": (1,)}).servable().device_count
+        1
+        """
+        return len(self.runtime.devices.all)
+
+    @property
     def weights_bytes(self) -> int:
         """Bytes of weights on one device."""
         total = sum(array.on_device_size_in_bytes() for array in self.runtime.weights)

@@ -39,6 +39,7 @@ class Warm:
         measured: what its executions took.
         options: how it is served.
         serving: how it is served beside others.
+        device: what it runs on; None for the first.
     """
 
     model: LoadedModel
@@ -47,6 +48,7 @@ class Warm:
     measured: Measured
     options: Options
     serving: Serving = dataclasses.field(default_factory=Serving)
+    device: Device | None = None
 
 
 class ArtifactLoader:
@@ -56,13 +58,13 @@ class ArtifactLoader:
         options: of the server.
         metrics: of the server.
         make: makes the handle of a version, on the event loop.
-        device: what models run on.
+        devices: what models run on, by number.
     """
 
     def __init__(
-        self, options: Options, metrics: ServerMetrics, make: Callable[[Warm], ModelHandle], device: Device
+        self, options: Options, metrics: ServerMetrics, make: Callable[[Warm], ModelHandle], devices: Sequence[Device]
     ) -> None:
-        self._device = device
+        self._devices = devices
         self._options = options
         self._metrics = metrics
         self._make = make
@@ -77,20 +79,36 @@ class ArtifactLoader:
 
         trust, decrypt_key = self._options.trust, self._options.decrypt_key
         buckets = None if source.max_batch_size is None else _buckets(source.path, source.max_batch_size, trust)
-        base = self._base(name, version, source, others if buckets is None else ())
-        servable = load(source.path, buckets=buckets, trust=trust, decrypt_key=decrypt_key, base=base, check=True)
+        device = self._place(source, others)
+        base = self._base(name, version, source, others if buckets is None else (), device)
+        servable = load(
+            source.path, buckets=buckets, trust=trust, decrypt_key=decrypt_key, base=base, check=True,
+            device=device.number,
+        )  # fmt: skip
+        if servable.device_count > 1:
+            device = self._devices[0]
         signature = signature_of(servable, name, version)
         engine: Engine[Call] = Engine(servable, signature)
         options = _served(self._options, source.serving, source.max_delay_us)
-        with self._device.guest(_WARMING_WEIGHT) as run:
+        with device.guest(_WARMING_WEIGHT) as run:
             sharing = None if base is None else next((each for each in others if each.model is base), None)
             if sharing is not None and servable.route == "shared":
                 measured = engine.warm_up(run, sharing.scheduler.engine, same_code=True)
             else:
                 measured = engine.warm_up(run, _like(signature, others))
-        return Warm(servable, signature, engine, measured, options, source.serving)
+        return Warm(servable, signature, engine, measured, options, source.serving, device)
 
-    def _base(self, name: str, version: str, source: Source, others: Sequence[ModelHandle]) -> Servable | None:
+    def _place(self, source: Source, others: Sequence[ModelHandle]) -> Device:
+        """The device that is asked for, or that of the other versions, or the one that has the fewest models."""
+        if source.device is not None:
+            return self._devices[source.device]
+        if others:
+            return others[-1].scheduler.device
+        return min(self._devices, key=lambda device: device.count)
+
+    def _base(
+        self, name: str, version: str, source: Source, others: Sequence[ModelHandle], device: Device
+    ) -> Servable | None:
         """A model whose compiled code a version can run on: one that is loaded, or for weights alone one on the disk.
 
         Raises:
@@ -101,15 +119,19 @@ class ArtifactLoader:
         path = Path(source.path)
         listing, _ = listing_of(path)
         for other in others:
-            model = other.model
-            if isinstance(model, Servable) and listing.fit and model.manifest.fit == listing.fit and _is_whole(model):
+            model, here = other.model, other.scheduler.device is device
+            if not isinstance(model, Servable) or not (here or model.device_count > 1) or not _is_whole(model):
+                continue
+            if listing.fit and model.manifest.fit == listing.fit:
                 return model
         if not listing.is_update:
             return None
         found = Repository(path.parents[1]).find_base(name, version)
         if found is None:
             return None
-        return load(found, trust=self._options.trust, decrypt_key=self._options.decrypt_key)
+        return load(
+            found, trust=self._options.trust, decrypt_key=self._options.decrypt_key, device=device.number
+        )  # fmt: skip
 
     def open(self, loaded: Warm) -> ModelHandle:
         """Makes the handle of a loaded version, on the event loop."""
@@ -120,6 +142,17 @@ class ArtifactLoader:
         self._metrics.closed(name, version)
         scheduler.stop()
         scheduler.free()
+
+
+def devices_of_process() -> list[Device]:
+    """One for each device that JAX finds here.
+
+    Raises:
+        ExecutionError: if it finds none.
+    """
+    from lepton_xla.compiler.devices import count_here
+
+    return [Device(number=number) for number in range(count_here())]
 
 
 def _like(signature: Signature, others: Sequence[ModelHandle]) -> Engine[Call] | None:

@@ -23,7 +23,7 @@ from lepton_xla.serve.batching.engine import Engine
 from lepton_xla.serve.batching.scheduler import Call, Scheduler
 from lepton_xla.serve.http.arrivals import Listener
 from lepton_xla.serve.http.drain import Stop
-from lepton_xla.serve.loader import ArtifactLoader, Warm
+from lepton_xla.serve.loader import ArtifactLoader, Warm, devices_of_process
 from lepton_xla.serve.models.handle import ModelHandle
 from lepton_xla.serve.models.host import Host
 from lepton_xla.serve.models.manager import Manager
@@ -59,7 +59,7 @@ class Server:
         address: host and port, once listening, of the first address; the path and 0 of a Unix socket.
         metrics: what was counted so far.
         models: the models served, once listening. Change them on the event loop only.
-        device: what executes them.
+        devices: what executes them. All devices of the process where there is a repository, else the first.
         memory: loads models on demand and evicts them, where there is a budget.
 
     Raises:
@@ -86,13 +86,13 @@ class Server:
         self._engines = _engines(models if isinstance(models, Sequence) else [models], self.options.name)
         self.metrics = ServerMetrics()
         self.models = Registry()
-        self.device = Device()
+        self.devices = [Device()] if repository is None else devices_of_process()
         self._samples = sample_writer(self.options)
         self._manager: Manager | None = None
         self.memory: Memory | None = None
         self._repository = "" if repository is None or "://" in os.fsdecode(repository) else os.fsdecode(repository)
         if repository is not None:
-            loader = ArtifactLoader(self.options, self.metrics, self._open, self.device)
+            loader = ArtifactLoader(self.options, self.metrics, self._open, self.devices)
             self._host, self._records = Host(self.models, loader, self.metrics), Records(self.options.audit_log)
             self._manager = Manager(
                 open_repository(repository), self._host,
@@ -100,7 +100,9 @@ class Server:
                 watched=not self.options.explicit, poll_s=self.options.repository_poll_s, record=self._records,
             )  # fmt: skip
             if self.options.memory is not None:
-                self.memory = Memory(self._manager, self.models, self.options.memory, self.options.load_wait_s)
+                self.memory = Memory(
+                    self._manager, self.models, self.options.memory, self.options.load_wait_s, len(self.devices)
+                )  # fmt: skip
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stop: Stop | None = None
         self._thread: threading.Thread | None = None
@@ -199,7 +201,8 @@ class Server:
             stop.listen(loop)
             loop.add_signal_handler(signal.SIGHUP, access.reload)
         listening = access.listen()
-        self.device.start(loop)
+        for device in self.devices:
+            device.start(loop)
         try:
             # On another thread, so that signals are handled during a long warm-up.
             if self._manager is not None:
@@ -209,12 +212,12 @@ class Server:
             if stop.asked.is_set():
                 listening.close()
                 self._close_models()
-                self.device.stop()
+                self._stop_devices()
                 return True
             for (signature, engine), costs in zip(self._engines, measured, strict=True):
                 models.put(
                     open_model(
-                        engine, costs, signature, options, self.metrics, self.device, samples=self._samples
+                        engine, costs, signature, options, self.metrics, self.devices[0], samples=self._samples
                     )
                 )  # fmt: skip
             frontend = HTTPFrontEnd(
@@ -226,7 +229,7 @@ class Server:
         except BaseException:
             listening.close()
             self._close_models()
-            self.device.stop(0.0)
+            self._stop_devices(0.0)
             raise
 
         if signals:
@@ -244,7 +247,7 @@ class Server:
         finally:
             watching.cancel()
             self._close_models()
-            self.device.stop(5.0 if finished else 0.0)
+            self._stop_devices(5.0 if finished else 0.0)
 
     async def _start_models(self, manager: Manager, stop: Stop) -> None:
         """Loads what the repository asks for, or less if a stop is asked for meanwhile."""
@@ -258,6 +261,10 @@ class Server:
         else:
             starting.cancel()
             self._close_models()
+
+    def _stop_devices(self, timeout_s: float | None = None) -> None:
+        for device in self.devices:
+            device.stop(timeout_s)
 
     def _close_models(self) -> None:
         if self._samples is not None:
@@ -273,8 +280,8 @@ class Server:
 
     def _open(self, warm: Warm) -> ModelHandle:
         return open_model(
-            warm.engine, warm.measured, warm.signature, warm.options, self.metrics, self.device, None, warm.model,
-            warm.serving, self._samples,
+            warm.engine, warm.measured, warm.signature, warm.options, self.metrics, warm.device or self.devices[0],
+            None, warm.model, warm.serving, self._samples,
         )  # fmt: skip
 
 

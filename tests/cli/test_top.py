@@ -25,6 +25,8 @@ lepton_request_seconds_bucket{le="+Inf",model="a",version="1"} 300
 lepton_model_ready{model="a",version="1"} 1
 lepton_model_bytes{model="a",version="1"} 2e6
 lepton_queue_rows{model="a",version="1"} 7
+lepton_model_devices{device="3",model="a",version="1"} 1
+lepton_model_devices{device="0",model="a",version="1"} 2
 """
 
 
@@ -32,8 +34,8 @@ def test_rates_are_those_between_two_scrapes():
     # 200 requests in 4 s, of which 190 within 1 ms and 199 within 10; a second of the device in four.
     (row, other) = rows_of(figures_of(BEFORE), figures_of(AFTER), 4.0, {("b", "2"): "LOADING"})
     assert row == {
-        "model": "a", "version": "1", "state": "READY", "bytes": 2_000_000, "requests_per_s": 50.0, "p50_s": 0.001,
-        "p99_s": 0.01, "queue_rows": 7, "device_share": 0.25,
+        "model": "a", "version": "1", "state": "READY", "devices": [0, 3], "bytes": 2_000_000,
+        "requests_per_s": 50.0, "p50_s": 0.001, "p99_s": 0.01, "queue_rows": 7, "device_share": 0.25,
     }  # fmt: skip
     assert (other["model"], other["state"], other["requests_per_s"], other["p99_s"]) == ("b", "LOADING", 0.0, None)
 
@@ -54,7 +56,7 @@ def test_a_real_server(cli, as_json):
     assert result.exit_code == 0, result.output
     if as_json:
         (row,) = json.loads(result.output)["models"]
-        assert (row["model"], row["state"]) == ("tiny", "READY")
+        assert (row["model"], row["state"], row["devices"]) == ("tiny", "READY", [0])
         assert row["bytes"] >= 64
     else:
         assert "tiny" in result.output

@@ -19,7 +19,7 @@ from lepton_xla.serve.models.registry import Registry
 from lepton_xla.serve.monitor.monitoring import Monitoring, Watched
 from lepton_xla.serve.monitor.rules import Rules
 from lepton_xla.serve.observe.access_log import AccessLog
-from lepton_xla.serve.observe.metrics import added
+from lepton_xla.serve.observe.metrics import DEVICES, added
 from lepton_xla.serve.observe.observer import Observer, watching
 from lepton_xla.serve.observe.server_metrics import ServerMetrics
 from lepton_xla.serve.observe.tracing import tracing
@@ -98,6 +98,7 @@ class HTTPFrontEnd:
         for model in self._models:
             figures = model.scheduler.figures() | {
                 "model_ready": float(model.health.ready), "model_bytes": float(model.nbytes),
+                DEVICES: {str(number): 1.0 for number in model.devices},
             }  # fmt: skip
             model.metrics.now = added(model.metrics.now, figures)
         return self.state.figures()

@@ -32,11 +32,16 @@ class Device:
 
     Args:
         clock: seconds, monotonic.
+        number: which of the process's devices it is, counted from 0.
+
+    Attributes:
+        number: as given.
     """
 
     _loop: asyncio.AbstractEventLoop
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, clock: Callable[[], float] = time.monotonic, number: int = 0) -> None:
+        self.number = number
         self._clock = clock
         self._lock = threading.Lock()  # of the shares
         self._shares = Shares()
@@ -71,6 +76,11 @@ class Device:
         return not self._thread.is_alive()
 
     # Members.
+
+    @property
+    def count(self) -> int:
+        """Number of members."""
+        return len(self._members)
 
     def join(self, turn: Turn, ended: Callable[[], object], weight: float = 1.0, *, short: bool = False) -> Share:
         """Adds a member.

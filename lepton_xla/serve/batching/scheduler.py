@@ -146,6 +146,11 @@ class Scheduler:
         return self._engine
 
     @property
+    def device(self) -> Device:
+        """What the model runs on, among others."""
+        return self._device
+
+    @property
     def max_delay_s(self) -> float:
         """The batching delay."""
         return self._batcher.max_delay_s

@@ -20,6 +20,7 @@ class Source(msgspec.Struct, frozen=True):
         max_batch_size: the largest of the compiled batch sizes to use; None for all.
         max_delay_us: batching delay; None for that of `serving` or the server.
         serving: how the model is served beside others.
+        device: number of the device to run on; None for any.
     """
 
     path: str
@@ -27,6 +28,7 @@ class Source(msgspec.Struct, frozen=True):
     max_batch_size: int | None = None
     max_delay_us: int | None = None
     serving: Serving = Serving()
+    device: int | None = None
 
 
 class Change(msgspec.Struct, frozen=True):

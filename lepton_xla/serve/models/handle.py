@@ -82,6 +82,12 @@ class ModelHandle:
         return self.scheduler.engine.nbytes
 
     @property
+    def devices(self) -> tuple[int, ...]:
+        """The numbers of the devices that it runs on together, that of its scheduler first."""
+        first = self.scheduler.device.number
+        return tuple(range(first, first + getattr(self.model, "device_count", 1)))
+
+    @property
     def used_s(self) -> float:
         """When it last ran a batch, or was opened, in seconds since the epoch."""
         return max(self._opened_s, self.metrics.last_s)

@@ -200,7 +200,7 @@ class Manager:
             if not model.state.versions:
                 self._asked.discard(name)
             said = "; ".join(f"version {version}: {each.reason}" for version, each in model.failures.items())
-            if overrides:
+            if model.overrides != before:
                 model.overrides = before  # or what serves would be loaded anew with them, again and again
                 model.failures.clear()
             raise RepositoryError("failed", said)

@@ -2,8 +2,8 @@
 
 A request for a model that is not loaded waits while that is loaded, for a bounded time; however many wait for it, it is
 loaded once. Room is made before the load, by the size of the weights or, from the second time on, by what the model
-took before. The model that was used least recently goes first, of those that are neither pinned nor busy. Its memory
-counts until nothing refers to it any more.
+took before. `placement.py` decides on which device, what moves to another one, and what goes. Memory counts until
+nothing refers to a model any more.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import logging
 import math
 import re
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from pathlib import Path
 from time import monotonic
 
@@ -28,6 +28,7 @@ from lepton_xla.errors import LeptonError, RepositoryError
 from lepton_xla.serve.errors import HTTPError
 from lepton_xla.serve.models.handle import ModelHandle
 from lepton_xla.serve.models.manager import Entry, Manager
+from lepton_xla.serve.models.placement import Evict, Held, Move, Put, Wait, next_step
 from lepton_xla.serve.models.registry import Registry
 
 _log = logging.getLogger("lepton_xla.serve")
@@ -42,28 +43,31 @@ class Memory:
     Args:
         manager: of an explicit repository.
         models: what is loaded.
-        budget: bytes that models may take together.
+        budget: bytes that models may take together, of each device.
         wait_s: how long a request waits for its model.
+        devices: how many there are.
 
     Attributes:
         explicit: true: a server without a loaded model is as it should be.
-        loads, evictions: how many there were.
+        loads, evictions, moves: how many there were.
     """
 
     explicit = True
 
-    def __init__(self, manager: Manager, models: Registry, budget: int, wait_s: float = 10.0) -> None:
+    def __init__(self, manager: Manager, models: Registry, budget: int, wait_s: float = 10.0, devices: int = 1) -> None:
+        self._devices = devices
         self._manager = manager
         self._models = models
         self._budget = budget
         self._wait_s = wait_s
-        self._sizes: dict[str, int] = {}
+        self._sizes: dict[str, tuple[int, int]] = {}  # of each of its devices, and the number of these
+        self._overrides: dict[str, Mapping[str, int | None]] = {}
         self._loading: dict[str, asyncio.Task[None]] = {}
-        self._held: collections.Counter[str] = collections.Counter()
-        self._leaving: dict[int, int] = {}
+        self._waiting: collections.Counter[str] = collections.Counter()
+        self._leaving: dict[int, tuple[int, tuple[int, ...]]] = {}  # bytes, and the devices that have them
         self._turn = asyncio.Lock()  # models are loaded one at a time, so room is made for one
         self._tidying: asyncio.Task[None] | None = None
-        self.loads = self.evictions = 0
+        self.loads = self.evictions = self.moves = 0
 
     # What a client asks for.
 
@@ -78,14 +82,20 @@ class Memory:
             RepositoryError: also if it is larger than the budget, or there is no room.
         """
         async with self._turn:
-            if name not in self._models.names():
-                await self._make_room(name)
-            await self._manager.load(name, overrides, who)
+            if name in self._models.names():
+                device = self._handles(name)[0].devices[0]
+            else:
+                device = (await self._make_room(name))[0]
+            await self._load(name, device, overrides or {}, who)
+            self._overrides[name] = overrides or {}
             await self._settle(name)
+
+    async def _load(self, name: str, device: int, overrides: Mapping[str, int | None], who: str) -> None:
+        await self._manager.load(name, {**overrides, "device": device} if self._devices > 1 else overrides, who)
 
     async def unload(self, name: str, who: str = "") -> None:
         """Takes a model out; see `Manager.unload`. The next request for it loads it again."""
-        self._note_leaving(name, asyncio.get_running_loop())
+        self._note_leaving(name)
         try:
             await self._manager.unload(name, who)
         finally:
@@ -117,7 +127,7 @@ class Memory:
         if task is None:
             task = self._loading[name] = asyncio.get_running_loop().create_task(self._bring(name))
             task.add_done_callback(lambda _: self._loading.pop(name, None))
-        self._held[name] += 1
+        self._waiting[name] += 1
         try:
             async with asyncio.timeout(self._wait_s):
                 await asyncio.shield(task)
@@ -129,7 +139,7 @@ class Memory:
                 raise HTTPError(507, str(error)) from None
             raise HTTPError(503, f"model {name!r} cannot be loaded: {error}", "Retry-After: 1") from None
         finally:
-            self._held[name] -= 1
+            self._waiting[name] -= 1
 
     async def _bring(self, name: str) -> None:
         if name not in self._models.names():
@@ -139,111 +149,175 @@ class Memory:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that models take, those included which were evicted and are still referred to."""
-        return sum(handle.nbytes for handle in self._models) + sum(self._leaving.values())
+        """Bytes that models take of all devices, those included which are on their way out and still referred to."""
+        return sum(each.nbytes * len(each.devices) for each in self._held()) + sum(self._on_their_way())
 
     def _handles(self, name: str) -> Sequence[ModelHandle]:
         return [handle for handle in self._models if handle.signature.name == name]
 
-    async def _make_room(self, name: str) -> None:
-        """Evicts until a model fits; waits where all are busy, as long as a request waits.
+    def _held(self, kept: Container[str] = (), stuck: Container[str] = ()) -> list[Held]:
+        """What is loaded. What is kept can neither go nor move, what is stuck cannot move."""
+        found: list[Held] = []
+        for name in self._models.names():
+            handles = self._handles(name)
+            devices = tuple(sorted({number for each in handles for number in each.devices}))
+            stays = name in kept or self._waiting[name] > 0
+            found.append(Held(
+                name, sum(each.nbytes for each in handles), devices, max(each.used_s for each in handles),
+                idle=not stays and not any(each.pinned or each.busy for each in handles),
+                moves=name not in kept and name not in stuck,
+            ))  # fmt: skip
+        return found
+
+    def _on_their_way(self) -> list[int]:
+        """By device, bytes on their way out."""
+        found = [0] * self._devices
+        for nbytes, devices in self._leaving.values():
+            for number in devices:
+                found[number] += nbytes
+        return found
+
+    async def _make_room(self, name: str) -> tuple[int, ...]:
+        """Moves and evicts until a model fits; waits where all are busy, as long as a request waits.
+
+        Returns:
+            The numbers of the devices that it fits on.
 
         Raises:
             RepositoryError: kind `large`, if it can never fit, or `failed`, if it does not fit now.
         """
-        need = self._sizes.get(name)
-        if need is None:
-            need = await asyncio.to_thread(_expected_bytes, self._manager.paths(name))
+        size = self._sizes.get(name)
+        if size is None:
+            size = await asyncio.to_thread(_expected, self._manager.paths(name), self._devices)
+        need, span = size
         self._refuse_larger(name, need)
-        until, evicted = monotonic() + self._wait_s, False
-        while self.nbytes + need > self._budget:
-            # What leaves already makes room soon.
-            if self.nbytes - sum(self._leaving.values()) + need > self._budget and await self._evict(name):
-                evicted = True
-                continue
+        until, freed, stuck = monotonic() + self._wait_s, False, set[str]()
+        while True:
+            step = next_step(need, span, self._held(stuck=stuck), self._on_their_way(), self._budget)
+            if isinstance(step, Put):
+                break
             if monotonic() > until:
                 raise RepositoryError("failed", f"there is no room for model {name!r}: all others are pinned or busy")
-            await asyncio.sleep(_LOOK_S)
-        if evicted:
+            if isinstance(step, Wait):
+                await asyncio.sleep(_LOOK_S)
+            else:
+                freed = True
+                if not await self._take(step):
+                    stuck.add(step.name)
+        if freed:
             await asyncio.to_thread(_trim)
+        return step.devices
 
     async def _settle(self, name: str) -> None:
-        """Notes what a loaded model takes, and evicts others if that is more than there was room for."""
-        need = self._sizes[name] = sum(handle.nbytes for handle in self._handles(name))
+        """Notes what a loaded model takes, and makes others go if that is more than there was room for."""
+        handles = self._handles(name)
+        need = sum(handle.nbytes for handle in handles)
+        self._sizes[name] = need, len(handles[0].devices) if handles else 1
         self.loads += 1
         try:
             self._refuse_larger(name, need)
         except RepositoryError:
             await self._manager.unload(name, "memory")
             raise
-        while self.nbytes - sum(self._leaving.values()) > self._budget and await self._evict(name):
-            pass
+        await self._fit(kept={name})
+
+    async def _fit(self, kept: Container[str] = ()) -> bool:
+        """Moves and evicts until what is loaded fits, if it can; returns whether anything went."""
+        went, stuck, nothing = False, set[str](), [0] * self._devices
+        for device in range(self._devices):
+            while True:
+                step = next_step(0, 1, self._held(kept, stuck), nothing, self._budget, device)
+                if not isinstance(step, Move | Evict):
+                    break
+                went = True
+                if not await self._take(step):
+                    if isinstance(step, Evict):
+                        break
+                    stuck.add(step.name)
+        return went
 
     def _refuse_larger(self, name: str, need: int) -> None:
         if need > self._budget:
+            each = "" if self._devices == 1 else " of each device"
             raise RepositoryError(
-                "large", f"model {name!r} takes {need} bytes, more than the memory for all, {self._budget}"
+                "large", f"model {name!r} takes {need} bytes, more than the memory for all{each}, {self._budget}"
             )
 
     async def watch(self) -> None:
-        """Evicts for ever what new versions of loaded models leave no room for."""
+        """Makes room for ever where new versions of loaded models take more than there is."""
         while True:
             await asyncio.sleep(1.0)
             async with self._turn:
-                while self.nbytes > self._budget and not self._leaving and await self._evict(""):
+                if not self._leaving and await self._fit():
                     await asyncio.to_thread(_trim)
 
-    def _note_leaving(self, name: str, loop: asyncio.AbstractEventLoop) -> None:
+    def _note_leaving(self, name: str) -> None:
+        loop = asyncio.get_running_loop()
         for handle in self._handles(name):
-            self._leaving[id(handle)] = handle.nbytes
+            self._leaving[id(handle)] = handle.nbytes, handle.devices
             weakref.finalize(handle, _gone, loop, self._leaving, id(handle)).atexit = False
 
-    async def _evict(self, kept: str) -> bool:
-        """Evicts the model that was used least recently; returns whether one could be."""
-        idle: dict[str, float] = {}
-        for name in self._models.names():
-            handles = self._handles(name)
-            if name != kept and not self._held[name] and not any(each.pinned or each.busy for each in handles):
-                idle[name] = max(each.used_s for each in handles)
-        if not idle:
-            return False
-        name = min(idle, key=idle.__getitem__)
-        self._note_leaving(name, asyncio.get_running_loop())
-        self.evictions += 1
+    async def _take(self, step: Move | Evict) -> bool:
+        """Moves or evicts a model; returns whether that was possible."""
+        self._note_leaving(step.name)
         try:
-            await self._manager.unload(name, "memory")
-        except RepositoryError as error:  # it went by itself
-            _log.info("model %s was not evicted: %s", name, error)
+            if isinstance(step, Move):
+                await self._load(step.name, step.device, self._overrides.get(step.name, {}), "memory")
+                self.moves += 1
+            else:
+                self.evictions += 1
+                await self._manager.unload(step.name, "memory")
+        except RepositoryError as error:  # it went by itself, or cannot be loaded again
+            did = "moved" if isinstance(step, Move) else "evicted"
+            _log.warning("model %s was not %s: %s", step.name, did, str(error))  # which refers to no handle
+            for handle in self._handles(step.name):
+                self._leaving.pop(id(handle), None)
+            await asyncio.sleep(_LOOK_S)
+            return False
         return True
 
 
-def _gone(loop: asyncio.AbstractEventLoop, leaving: dict[int, int], number: int) -> None:
+def _gone(loop: asyncio.AbstractEventLoop, leaving: dict[int, tuple[int, tuple[int, ...]]], number: int) -> None:
     with contextlib.suppress(RuntimeError):  # the event loop is closed, and nobody waits
         # A little later, since the weights go after the handle. It may have been noted twice: evicted, and unloaded.
-        loop.call_soon_threadsafe(lambda: loop.call_later(_LOOK_S / 2, leaving.pop, number, 0))
+        loop.call_soon_threadsafe(lambda: loop.call_later(_LOOK_S / 2, leaving.pop, number, None))
 
 
 class _Leaf(msgspec.Struct):
     shape: list[int]
     dtype: str
+    spec: list[list[str]] = []
+
+
+class _Mesh(msgspec.Struct):
+    axes: dict[str, int]
 
 
 class _Weights(msgspec.Struct):
     weights: list[_Leaf] = []
+    mesh: _Mesh | None = None
 
 
-def _expected_bytes(paths: Iterable[Path]) -> int:
-    """Bytes of the weights of artifacts; of those that cannot be read, none: loading them says why."""
-    total = 0
+def _expected(paths: Iterable[Path], devices: int) -> tuple[int, int]:
+    """Bytes of the weights of artifacts on each of their devices, and the number of these.
+
+    Those that cannot be read have none: loading them says why.
+    """
+    total, span = 0, 1
     for path in paths:
         try:
-            leaves = msgspec.json.decode(listing_of(path)[1], type=_Weights).weights
+            read = msgspec.json.decode(listing_of(path)[1], type=_Weights)
         except (LeptonError, OSError, msgspec.MsgspecError):
             continue
-        for leaf in leaves:
+        axes = {} if read.mesh is None else read.mesh.axes
+        if math.prod(axes.values()) > devices:
+            axes = {}  # it runs on one
+        span = max(span, math.prod(axes.values()))
+        for leaf in read.weights:
             bits = re.search("[0-9]+", leaf.dtype)
-            total += math.prod(leaf.shape) * (8 if bits is None else int(bits[0])) // 8
-    return total
+            pieces = math.prod(axes.get(name, 1) for names in leaf.spec for name in names)
+            total += math.prod(leaf.shape) * (8 if bits is None else int(bits[0])) // 8 // pieces
+    return total, span
 
 
 def _trim() -> None:

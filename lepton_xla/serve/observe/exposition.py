@@ -14,7 +14,7 @@ from prometheus_client.registry import Collector
 
 from lepton_xla.serve.monitor.monitoring import Monitoring
 from lepton_xla.serve.observe import triton_metrics
-from lepton_xla.serve.observe.metrics import COSTS, Histogram, Metrics
+from lepton_xla.serve.observe.metrics import COSTS, DEVICES, Histogram, Metrics
 from lepton_xla.serve.observe.server_metrics import PROCESS, ServerMetrics
 
 CONTENT_TYPE = exposition.CONTENT_TYPE_LATEST
@@ -121,6 +121,14 @@ def _of_models(models: Sequence[Metrics]) -> Iterable[Metric]:
                 shadow.add_metric([each.model, each.version, result], count)
     if shadow.samples:
         yield shadow
+    devices = GaugeMetricFamily(
+        "lepton_model_devices", "Processes in which the version runs on the device.", labels=[*_LABELS, "device"]
+    )
+    for each in models:
+        for number, count in each.now.get(DEVICES, {}).items():
+            devices.add_metric([each.model, each.version, number], count)
+    if devices.samples:
+        yield devices
     costs = GaugeMetricFamily(
         "lepton_cost_seconds", "What one execution is predicted to take.", labels=[*_LABELS, "shape", "batch"]
     )

@@ -18,6 +18,9 @@ from lepton_xla.serve.monitor.monitor import Monitor
 COSTS = "cost_s"
 """Among the figures of `Metrics.now`, what executions are predicted to take: shape -> batch size -> seconds."""
 
+DEVICES = "devices"
+"""Among the figures of `Metrics.now`, the processes in which the version runs on a device: its number -> processes."""
+
 _SECONDS = (1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0)
 _ROWS = tuple(float(2**power) for power in range(13))
 _SHARES = tuple(eighth / 8 for eighth in range(8))

@@ -19,12 +19,11 @@ from typing import Any
 
 from lepton_xla.errors import RepositoryError, ServeError
 from lepton_xla.serve.app.frontend import HTTPFrontEnd
-from lepton_xla.serve.batching.device import Device
 from lepton_xla.serve.batching.engine import Engine
 from lepton_xla.serve.batching.scheduler import Call
 from lepton_xla.serve.http.arrivals import Arrivals
 from lepton_xla.serve.http.drain import Stop
-from lepton_xla.serve.loader import ArtifactLoader, Warm
+from lepton_xla.serve.loader import ArtifactLoader, Warm, devices_of_process
 from lepton_xla.serve.models.changes import Change
 from lepton_xla.serve.models.handle import ModelHandle
 from lepton_xla.serve.models.host import Host
@@ -265,16 +264,17 @@ async def _main(settings: control.Settings, end: socket.socket) -> bool:
     run_on_calling_thread()
     count_on_cores(cores)
     check_device()
-    metrics, models, device = ServerMetrics(), Registry(), Device()
-    device.start(asyncio.get_running_loop())
+    metrics, models, devices = ServerMetrics(), Registry(), devices_of_process()
+    for device in devices:
+        device.start(asyncio.get_running_loop())
     host: Host[Warm] | None = None
     samples = sample_writer(settings.options)
     name = digest = ""
 
     def make(warm: Warm) -> ModelHandle:
         return open_model(
-            warm.engine, warm.measured, warm.signature, warm.options, metrics, device, cores, warm.model,
-            warm.serving, samples,
+            warm.engine, warm.measured, warm.signature, warm.options, metrics, warm.device or devices[0], cores,
+            warm.model, warm.serving, samples,
         )  # fmt: skip
 
     if settings.artifact:
@@ -286,7 +286,7 @@ async def _main(settings: control.Settings, end: socket.socket) -> bool:
         models.put(handle)
         name, digest = signature.name, servable.manifest.sha256
     else:
-        host = Host(models, ArtifactLoader(settings.options, metrics, make, device), metrics)
+        host = Host(models, ArtifactLoader(settings.options, metrics, make, devices), metrics)
     worker = Worker(settings, metrics, models, host, end, asyncio.get_running_loop())
     finished = False
     try:
@@ -297,7 +297,8 @@ async def _main(settings: control.Settings, end: socket.socket) -> bool:
             samples.close()
         if host is not None:
             host.close()
-        device.stop(5.0 if finished else 0.0)
+        for device in devices:
+            device.stop(5.0 if finished else 0.0)
         if host is not None and host.loading:
             leave(0 if finished else 1)
 

@@ -178,11 +178,11 @@ def put(server, servable, **options):
         engine = Engine(servable, signature)
 
         def warm_up():
-            with server.device.guest(1.0) as run:
+            with server.devices[0].guest(1.0) as run:
                 return engine.warm_up(run)
 
         measured = await asyncio.to_thread(warm_up)
-        handle = open_model(engine, measured, signature, server.options, server.metrics, server.device, **options)
+        handle = open_model(engine, measured, signature, server.options, server.metrics, server.devices[0], **options)
         server.models.put(handle)
         return handle
 

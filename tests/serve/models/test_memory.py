@@ -4,6 +4,7 @@ import asyncio
 import gc
 import json
 import re
+import shutil
 import threading
 import time
 import weakref
@@ -16,6 +17,8 @@ import lepton_xla as lx
 from lepton_xla.compiler.reading import aligned_empty
 from lepton_xla.errors import RepositoryError
 from lepton_xla.serve import Client, Options, Server
+from lepton_xla.serve import server as server_module
+from lepton_xla.serve.batching.device import Device
 from lepton_xla.serve.errors import HTTPError
 from lepton_xla.serve.models.memory import Memory, _trim
 
@@ -23,9 +26,9 @@ from lepton_xla.serve.models.memory import Memory, _trim
 class Handle:
     """A loaded model of so many bytes."""
 
-    def __init__(self, name, nbytes, used_s):
+    def __init__(self, name, nbytes, used_s, device=0):
         self.signature = type("Signature", (), {"name": name, "version": "1"})
-        self.nbytes, self.used_s = nbytes, used_s
+        self.nbytes, self.used_s, self.devices = nbytes, used_s, (device,)
         self.pinned = self.busy = False
 
 
@@ -53,12 +56,13 @@ class Fakes:
         self.handles[name].used_s = self.clock
 
     async def load(self, name, overrides=None, who=""):
-        self.log.append(f"+{name}")
+        device = (overrides or {}).get("device", 0)
+        self.log.append(f"+{name}@{device}" if device else f"+{name}")
         await asyncio.sleep(self.load_s)
         if name in self.broken:
             raise RepositoryError("failed", "its disk is gone")
         self.clock += 1.0
-        self.handles[name] = Handle(name, self.sizes[name], self.clock)
+        self.handles[name] = Handle(name, self.sizes[name], self.clock, device)
 
     async def unload(self, name, who=""):
         self.log.append(f"-{name}")
@@ -109,7 +113,7 @@ def test_room_is_made_before_a_load_once_the_size_is_known():
 def test_pinned_and_busy_models_stay_and_who_finds_no_room_is_told():
     async def main():
         fakes, subject = memory(dict.fromkeys("abc", 10), 20, wait_s=0.1)
-        subject._sizes.update(fakes.sizes)
+        subject._sizes.update({name: (size, 1) for name, size in fakes.sizes.items()})
         await subject.bring("a", lambda: None)
         await subject.bring("b", lambda: None)
         fakes.handles["a"].pinned, fakes.handles["b"].busy = True, True
@@ -127,7 +131,7 @@ def test_pinned_and_busy_models_stay_and_who_finds_no_room_is_told():
 def test_however_many_wait_for_a_model_it_is_loaded_once_and_each_is_sure_to_find_it():
     async def main():
         fakes, subject = memory({"a": 10, "b": 10}, 10, load_s=0.02)
-        subject._sizes.update(fakes.sizes)
+        subject._sizes.update({name: (size, 1) for name, size in fakes.sizes.items()})
         found = []
         await asyncio.gather(*(
             subject.bring(name, lambda name=name: found.append((name, name in fakes.handles)))
@@ -180,6 +184,62 @@ def test_a_model_that_cannot_be_loaded_is_503_and_the_next_request_tries_again()
         return fakes.log
 
     assert asyncio.run(main()) == ["+a", "+a"]
+
+
+# Several devices.
+
+
+def of_two(sizes, budget, **options):
+    fakes = Fakes(sizes)
+    subject = Memory(fakes, fakes, budget, options.pop("wait_s", 1.0), devices=2)
+    subject._sizes.update({name: (size, 1) for name, size in sizes.items()})
+    return fakes, subject
+
+
+def test_a_model_goes_where_there_is_most_room_and_each_device_has_the_budget():
+    async def main():
+        fakes, subject = of_two(dict.fromkeys("abcde", 10), 20)
+        for name in "abcd":
+            await subject.bring(name, lambda: None)
+        assert fakes.log == ["+a", "+b@1", "+c", "+d@1"]
+        await subject.bring("e", lambda: None)  # for a, the least recently used
+        assert fakes.log[4:] == ["-a", "+e"]
+        assert subject.nbytes <= 40
+        fakes.use("b")
+        await subject.bring("a", lambda: None)  # for c, on the first device
+        assert fakes.log[6:] == ["-c", "+a"]
+
+    asyncio.run(main())
+
+
+def test_a_model_moves_where_that_makes_room_and_nothing_is_evicted():
+    async def main():
+        fakes, subject = of_two({"a": 10, "b": 10, "c": 25, "late": 10}, 30)
+        for name in ("a", "b"):
+            await subject.bring(name, lambda: None)
+        fakes.handles["b"].pinned = True  # it may not go, but it may move
+        fakes.handles["a"].busy = True
+        await subject.bring("c", lambda: None)
+        return fakes, subject
+
+    fakes, subject = asyncio.run(main())
+    assert fakes.log == ["+a", "+b@1", "+a@1", "+c"]
+    assert {name: each.devices for name, each in fakes.handles.items()} == {"a": (1,), "b": (1,), "c": (0,)}
+    assert (subject.moves, subject.evictions) == (1, 0)
+
+
+def test_a_model_that_cannot_move_is_evicted_instead():
+    async def main():
+        fakes, subject = of_two({"a": 10, "b": 10, "c": 25}, 30)
+        for name in ("a", "b"):
+            await subject.bring(name, lambda: None)
+        fakes.broken |= {"a", "b"}
+        await subject.bring("c", lambda: None)
+        return fakes
+
+    fakes = asyncio.run(main())
+    assert fakes.log == ["+a", "+b@1", "+a@1", "+b", "-a", "+c"]
+    assert {name: each.devices for name, each in fakes.handles.items()} == {"b": (1,), "c": (0,)}
 
 
 # Real models.
@@ -240,7 +300,12 @@ def repository(tmp_path_factory):
     return root
 
 
-def test_a_server_under_a_budget_answers_for_all_models_and_its_resident_size_follows(repository):
+@pytest.fixture
+def one_device(monkeypatch):
+    monkeypatch.setattr(server_module, "devices_of_process", lambda: [Device()])
+
+
+def test_a_server_under_a_budget_answers_for_all_models_and_its_resident_size_follows(repository, one_device):
     budget = 33 << 20  # three models and a half
     with Server(repository=repository, options=Options(port=0, memory=budget)) as server, Client(server.url) as client:
         assert not server.models.names()
@@ -268,9 +333,46 @@ def test_a_server_under_a_budget_answers_for_all_models_and_its_resident_size_fo
             time.sleep(0.05)
 
 
-def test_a_model_larger_than_the_memory_is_507_before_it_is_loaded(repository):
+def test_a_model_larger_than_the_memory_is_507_before_it_is_loaded(repository, one_device):
     with Server(repository=repository, options=Options(port=0, memory=1 << 20)) as server:
         status, _, answer = exchange(server, "GET", "/v2/models/m1")
         assert status == 507
         assert re.search("model 'm1' takes 9[0-9]* bytes, more than the memory for all, 1048576", answer.decode())
         assert server.memory.loads == 0
+
+
+def test_a_server_of_two_devices_uses_both_and_moves_a_model(repository, tmp_path):
+    large = np.full((SIDE, 2 * SIDE), 7.0, np.float32)
+    program = lx.trace(lambda w, x: x @ w["w"], {"w": large}, {"x": lx.TensorSpec(("batch", SIDE), "float32")})
+    root = tmp_path / "MODELS"
+    shutil.copytree(repository, root)
+    (root / "m0" / "model.toml").unlink()
+    lx.compile(program, {"batch": (1,)}, name="large").save(root / "large" / "1.lepton")
+    x = np.ones((1, SIDE), np.float32)
+    with Server(repository=root, options=Options(port=0, memory=21 << 20)) as server, Client(server.url) as client:
+
+        def where():
+            return {handle.signature.name: handle.devices for handle in server.models}
+
+        for index in (0, 1):
+            client.infer(f"m{index}", x=x)
+        assert where() == {"m0": (0,), "m1": (1,)}
+        for handle in server.models:
+            (weight,) = handle.model.runtime.weights
+            assert [device.id for device in weight.devices()] == list(handle.devices)
+        assert np.all(client.infer("large", x=x)["output"] == 7.0 * SIDE)
+        assert where() == {"m0": (1,), "m1": (1,), "large": (0,)}
+        assert (server.memory.moves, server.memory.evictions) == (1, 0)
+        for index in (0, 1):
+            assert np.all(client.infer(f"m{index}", x=x)["output"] == SIDE * (1.0 + index))
+        assert 'lepton_model_devices{device="1",model="m0",version="1"} 1.0' in client.metrics()
+        client.infer("m2", x=x)  # where the least recently used goes for it
+        assert where()["m2"] in ((0,), (1,))
+        assert server.memory.evictions >= 1
+
+
+def test_without_a_budget_models_are_spread_over_the_devices(repository):
+    with Server(repository=repository, options=Options(port=0)) as server:
+        found = sorted(handle.devices for handle in server.models)
+        assert found in ([(0,), (0,), (1,), (1,), (1,)], [(0,), (0,), (0,), (1,), (1,)])
+        assert len({id(handle.scheduler.device) for handle in server.models}) == 2

@@ -43,7 +43,7 @@ def put(server, servable):
     async def on_loop():
         engine = Engine(servable, signature_of(servable))
         model = open_model(
-            engine, engine.warm_up(), signature_of(servable), server.options, server.metrics, server.device
+            engine, engine.warm_up(), signature_of(servable), server.options, server.metrics, server.devices[0]
         )
         server.models.put(model)
         return weakref.ref(model)

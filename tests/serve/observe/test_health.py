@@ -200,6 +200,6 @@ def test_poison_alone_does_not_make_a_server_unready(server):
 
 
 def test_a_server_whose_engine_has_ended_is_not_live(server):
-    server.device.stop(5.0)
+    server.devices[0].stop(5.0)
     until(server, "/v2/health/live", 503)
     assert status(server, "/v2/health/ready") == 503
