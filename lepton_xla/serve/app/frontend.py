@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
+from pathlib import Path
 from time import monotonic
 
 from lepton_xla.serve.access.access import Access
@@ -24,6 +25,7 @@ from lepton_xla.serve.observe.observer import Observer, watching
 from lepton_xla.serve.observe.server_metrics import ServerMetrics
 from lepton_xla.serve.observe.tracing import tracing
 from lepton_xla.serve.protocol.routes import OPEN_PATHS
+from lepton_xla.serve.traffic.director import Director, Known
 
 _log = logging.getLogger("lepton_xla.serve")
 
@@ -88,6 +90,10 @@ class HTTPFrontEnd:
         rules = None if options.alerts is None else Rules.load(options.alerts)
         metrics.monitoring = Monitoring(rules, url_of((options.host, options.port), options), sends=sends)
         self._gather: Gather = gather or (lambda then: then(metrics))
+        self._director: Director | None = None
+        self._directing: asyncio.Task[None] | None = None
+        if sends and control is not None and repository:
+            self._director = Director(Path(repository), control.index, control.reroute, self._records)
         if access.guard is not None:
             self.state.admit = access.guard.authenticate
 
@@ -127,6 +133,8 @@ class HTTPFrontEnd:
         finally:
             sweeper.cancel()
             looking.cancel()
+            if self._directing is not None:
+                self._directing.cancel()
             self._metrics.monitoring.close()
             for connection in tuple(self.state.connections):
                 connection.abort()
@@ -153,6 +161,22 @@ class HTTPFrontEnd:
             )
             for each in self._models
         )  # fmt: skip
+        if self._director is not None and (self._directing is None or self._directing.done()):
+            self._directing = asyncio.get_running_loop().create_task(self._direct(self._director, metrics))
+
+    async def _direct(self, director: Director, metrics: ServerMetrics) -> None:
+        """Has rollouts go on or back, by what all processes have counted."""
+        shared: dict[str, dict[str, Known]] = {}
+        for each in self._models:
+            name, version = each.signature.name, each.signature.version
+            if self._models.split(name) is not None:
+                counted = metrics.of(name, version).counts()
+                profile = None if each.metrics.monitor is None else each.metrics.monitor.profile
+                shared.setdefault(name, {})[version] = counted, each.metrics.request_s.bounds, profile
+        try:
+            await director.look(shared)
+        except Exception:
+            _log.exception("rollouts could not be looked at")
 
     async def _sweep(self, stop: Stop) -> None:
         while True:

@@ -1,0 +1,82 @@
+"""What two versions have done since a rollout began, however often the server was started again meanwhile."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+
+from lepton_xla.serve.monitor.alerts import judged_rows
+from lepton_xla.serve.monitor.history import Counts, History, difference
+from lepton_xla.serve.observe.metrics import added
+
+# What is looked at, and of that what is kept on the disk: histograms of features are many.
+_KEPT = ("request_s", "failures", "rejected", "expired", "feedback", "shadow")
+_LOOKED_AT = (*_KEPT, "sketch")
+
+
+class Saved(msgspec.Struct, frozen=True):
+    """Evidence on the disk.
+
+    Attributes:
+        started_s: of the rollout that it belongs to.
+        stage: that the rollout was in.
+        before: answers of the new version before that stage.
+        counts: version -> what it has done since the rollout began.
+    """
+
+    started_s: float
+    stage: int
+    before: float
+    counts: dict[str, dict[str, Any]] = {}
+
+
+class Tally:
+    """The counters of one version since a moment, which go on when the server's begin at zero again.
+
+    >>> tally = Tally({"failures": 2})
+    >>> [tally.grown({"failures": count})["failures"] for count in (10, 13, 1)]
+    [2, 5, 6]
+    """
+
+    def __init__(self, carried: Counts | None = None) -> None:
+        self._carried: Counts = dict(carried or {})
+        self._base: Counts | None = None
+        self._last: Counts = {}
+        self.history = History()
+
+    def grown(self, counts: Counts) -> dict[str, Any]:
+        """What was counted since the moment.
+
+        Args:
+            counts: the server's counters now.
+        """
+        counts = {name: counts[name] for name in _LOOKED_AT if name in counts}
+        if self._base is None:
+            self._base = counts
+        elif _total(counts) < _total(self._last):
+            self._carried, self._base = added(self._carried, difference(self._last, self._base)), {}
+        self._last = counts
+        return added(self._carried, difference(counts, self._base))
+
+    def look(self, now_s: float, counts: Counts) -> None:
+        """Adds what was counted by now to the history."""
+        queued = {"queue_rows": counts.get("now", {}).get("queue_rows", 0)}
+        self.history.add(now_s, {**self.grown(counts), "now": queued})
+
+    def saved(self) -> dict[str, Any]:
+        """What is kept on the disk."""
+        return {name: self.history.now[name] for name in _KEPT if name in self.history.now}
+
+
+def answers(counts: Counts) -> float:
+    """Answers that a version has given, those of a shadow included."""
+    shadow: Mapping[str, int] = counts.get("shadow", {})
+    mirrored = shadow.get("same", 0) + shadow.get("different", 0) + shadow.get("failed", 0)
+    return sum(counts.get("request_s", [0, 0])[:-1]) + counts.get("failures", 0) + mirrored
+
+
+def _total(counts: Counts) -> float:
+    """Something that only grows while a server runs."""
+    return answers(counts) + judged_rows(counts)
