@@ -16,6 +16,7 @@ from typing import Protocol
 
 from lepton_xla.serve.access.auth import Guard
 from lepton_xla.serve.app.audit import AuditPage
+from lepton_xla.serve.app.feedback import FeedbackPage, Others
 from lepton_xla.serve.app.pages import Gather, Pages
 from lepton_xla.serve.app.repository import Control, RepositoryPages
 from lepton_xla.serve.app.traffic import TrafficPages
@@ -131,6 +132,7 @@ class App:
         record: told of every change of that, as `Audit.record` is.
         audit_log: who changed what; None if that is not kept.
         bring: loads models that are asked for; None where all that there are are loaded.
+        others: the other processes of this server, which feedback may be for; None if there are none.
     """
 
     def __init__(
@@ -148,6 +150,7 @@ class App:
         record: Callable[..., object] = lambda *_, **__: None,
         audit_log: Path | None = None,
         bring: OnDemand | None = None,
+        others: Others | None = None,
     ) -> None:
         self._bring = bring
         self._bringing: set[asyncio.Task[None]] = set()
@@ -164,6 +167,7 @@ class App:
             models, metrics, server_name, gather,
             repository=control is not None, audit=audit_log is not None, needs_models=needs_models,
         )  # fmt: skip
+        self._pages.model["model_feedback"] = FeedbackPage(models, metrics, self.refuse, others).take
         self._pages.server["audit"] = AuditPage(audit_log, metrics, self.refuse).show
         self._repository: RepositoryPages | None = None
         if control is not None:

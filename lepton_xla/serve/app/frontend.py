@@ -10,6 +10,7 @@ from time import monotonic
 
 from lepton_xla.serve.access.access import Access
 from lepton_xla.serve.app.app import App, OnDemand
+from lepton_xla.serve.app.feedback import Others
 from lepton_xla.serve.app.options import Options, url_of
 from lepton_xla.serve.app.pages import Gather
 from lepton_xla.serve.app.repository import Control
@@ -44,7 +45,7 @@ class HTTPFrontEnd:
         gather: see `Pages`.
         control: see `App`.
         repository: see `App`.
-        bring: see `App`.
+        bring, others: see `App`.
         sends: whether this process sends alerts; of several, one does.
 
     Attributes:
@@ -63,6 +64,7 @@ class HTTPFrontEnd:
         *,
         sends: bool = True,
         bring: OnDemand | None = None,
+        others: Others | None = None,
     ) -> None:
         self._records = Records(options.audit_log if repository else None)
         self._metrics = metrics
@@ -80,7 +82,7 @@ class HTTPFrontEnd:
             guard=access.guard, server_name=options.server_name,
             compress_bytes=options.compress_bytes, gather=gather,
             control=control, repository=repository, record=self._records, audit_log=options.audit_log,
-            bring=bring,
+            bring=bring, others=others,
         )  # fmt: skip
         self.state = ServerState(
             watching(self._app, observers), options.limits,

@@ -10,7 +10,6 @@ from typing import Any
 
 import msgspec
 
-from lepton_xla.serve.errors import HTTPError
 from lepton_xla.serve.http.exchange import Exchange
 from lepton_xla.serve.models.handle import ModelHandle
 from lepton_xla.serve.models.registry import Registry
@@ -82,7 +81,6 @@ class Pages:
                 exchange, metadata.model_config(model.signature, model.scheduler.max_delay_s)
             ),
             "model_statistics": lambda model, exchange: self._statistics([model], exchange),
-            "model_feedback": self._feedback,
             "model_monitor": self._model_monitor,
             "model_trace_settings": lambda model, exchange: self._json(exchange, metadata.trace_settings()),
         }
@@ -131,29 +129,6 @@ class Pages:
             self._json(exchange, metadata.Statistics(told))
 
         self._gather(show)
-
-    def _feedback(self, model: ModelHandle, exchange: Exchange) -> None:
-        labels = monitoring.feedback(exchange.body)
-        name = model.signature.name
-        # The version that the route gives, then the others: an answer is judged where it was given.
-        versions = [model, *(each for each in self._models if each.signature.name == name and each is not model)]
-        judges = [
-            each.metrics.monitor.feedback
-            for each in versions
-            if each.metrics.monitor is not None and each.metrics.monitor.feedback is not None
-        ]
-        if not judges:
-            raise HTTPError(
-                501, "this model takes no feedback: it has no output with classes, or the server keeps none"
-            )
-        parts: dict[int, dict[str, list[int]]] = {}
-        for request_id, right in labels.items():
-            index = next((index for index, judge in enumerate(judges) if judge.knows(request_id)), 0)
-            parts.setdefault(index, {})[request_id] = right
-        for index, part in parts.items():
-            judges[index].check(part)
-        rows = sum(judges[index].judge(part) for index, part in parts.items())
-        self._json(exchange, monitoring.FeedbackTaken(rows))
 
     def _model_monitor(self, model: ModelHandle, exchange: Exchange) -> None:
         name, version = model.signature.name, model.signature.version

@@ -8,9 +8,7 @@ import pathlib
 from collections.abc import Callable, Coroutine, Mapping
 from typing import Any, Protocol
 
-import msgspec
-
-from lepton_xla.errors import RepositoryError
+from lepton_xla.serve.app.later import Later
 from lepton_xla.serve.app.uploads import RepositoryChanges
 from lepton_xla.serve.errors import HTTPError
 from lepton_xla.serve.http.exchange import Exchange
@@ -19,8 +17,6 @@ from lepton_xla.serve.observe.server_metrics import ServerMetrics
 from lepton_xla.serve.protocol import metadata
 
 _log = logging.getLogger("lepton_xla.serve")
-
-STATUS = {"invalid": 400, "missing": 404, "conflict": 409, "failed": 400, "large": 507}
 
 
 class Control(Protocol):
@@ -71,11 +67,9 @@ class RepositoryPages:
         record: Callable[..., object] = lambda *_, **__: None,
     ) -> None:
         self._control = control
-        self._metrics = metrics
-        self._refuse = refuse
         self._is_ready = is_ready
         self._changes = RepositoryChanges(pathlib.Path(folder), record) if folder else None
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._later = Later(metrics, refuse)
 
     def index(self, exchange: Exchange) -> None:
         """Answers with the models there are."""
@@ -118,25 +112,7 @@ class RepositoryPages:
 
     def answer_later(self, exchange: Exchange, work: Coroutine[Any, Any, Any], failed: str) -> None:
         """Answers with the result of some work when it is done."""
-
-        async def run() -> None:
-            try:
-                result = await work
-            except HTTPError as error:
-                self._refuse(exchange, error.bare())
-            except RepositoryError as error:
-                self._refuse(exchange, HTTPError(STATUS[error.kind], f"{failed}, {error}"))
-            except Exception:
-                _log.exception("%s", failed)
-                self._refuse(exchange, HTTPError(500, f"{failed}, internal error"))
-            else:
-                if not exchange.answered:
-                    self._metrics.codes[200] += 1
-                    exchange.answer(200, msgspec.json.encode(metadata.Done() if result is None else result))
-
-        task = asyncio.get_running_loop().create_task(run())
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        self._later.answer(exchange, work, failed)
 
 
 def asker_of(who: str, exchange: Exchange) -> str:

@@ -128,7 +128,7 @@ class Client(Caller):
             How many rows were judged.
 
         Raises:
-            RequestError: 404 for a request that the model has not answered, or not lately; 409 for one that has had its
+            RequestError: 404 for a request that the model has not answered, or not lately; 409 for one that has had other
                 feedback.
             InputError: if a label is no integer.
 

@@ -45,8 +45,8 @@ class Feedback:
         self._classes = classes
         self._most = most
         self._most_bytes = most_bytes
-        # None in the place of an answer that was judged, so that a second label for it is told from an unknown id.
-        self._answers: OrderedDict[str, bytes | None] = OrderedDict()
+        # In the place of an answer that was judged, a hash of its labels: the same may come again, others may not.
+        self._answers: OrderedDict[str, bytes | int] = OrderedDict()
         self._bytes = 0
         self.right = self.wrong = 0
         self.labels: dict[str, list[int]] = {}
@@ -55,15 +55,13 @@ class Feedback:
     def remember(self, request_id: str, output: bytes | memoryview) -> None:
         """Keeps an answer; one with the same id is forgotten."""
         answers = self._answers
-        old = answers.pop(request_id, None)
-        if old is not None:
-            self._bytes -= len(old)
+        self._bytes -= _size(answers.pop(request_id, 0))
         if len(output) > self._most_bytes // 16:
             return
         answers[request_id] = kept = bytes(output)
         self._bytes += len(kept)
         while len(answers) > self._most or self._bytes > self._most_bytes:
-            self._bytes -= len(answers.popitem(last=False)[1] or b"")
+            self._bytes -= _size(answers.popitem(last=False)[1])
 
     def forget(self) -> None:
         """Drops all answers; what was counted stays. Nobody asks a version that is not loaded to judge."""
@@ -81,39 +79,47 @@ class Feedback:
             labels: request id -> the right class of each row.
 
         Raises:
-            HTTPError: 404 for an id that is not known, 409 for one that was judged, 400 for labels that do not fit.
+            HTTPError: 404 for an id that is not known, 409 for one that was judged by other labels, 400 for labels that
+                do not fit.
         """
         for request_id, right in labels.items():
             self._predicted(request_id, right)
 
     def judge(self, labels: Mapping[str, Sequence[int]]) -> int:
-        """Counts right answers: all of them, or none.
+        """Counts right answers: all of them, or none. Labels that come again, as retries do, are not counted again.
 
         Args:
             labels: request id -> the right class of each row.
 
         Returns:
-            How many rows were judged.
+            How many rows were judged, then or before.
 
         Raises:
             HTTPError: as `check`.
         """
         predicted = {request_id: self._predicted(request_id, right) for request_id, right in labels.items()}
+        new: dict[str, Sequence[int]] = {}
         for request_id, answers in predicted.items():
-            for label, answer in zip(labels[request_id], answers, strict=True):
+            if answers is None:
+                continue
+            right = new[request_id] = labels[request_id]
+            for label, answer in zip(right, answers, strict=True):
                 self._count(label, answer)
-            self._bytes -= len(self._answers[request_id] or b"")
-            self._answers[request_id] = None
-        if self.taken is not None:
-            self.taken(labels)
-        return sum(map(len, predicted.values()))
+            self._bytes -= _size(self._answers[request_id])
+            self._answers[request_id] = hash(tuple(right))
+        if new and self.taken is not None:
+            self.taken(new)
+        return sum(map(len, labels.values()))
 
-    def _predicted(self, request_id: str, labels: Sequence[int]) -> list[int]:
-        if request_id not in self._answers:
-            raise HTTPError(404, "feedback is for a request that this model has not answered, or not lately")
-        kept = self._answers[request_id]
+    def _predicted(self, request_id: str, labels: Sequence[int]) -> list[int] | None:
+        """The class that each row was given; None if the labels have been counted."""
+        kept = self._answers.get(request_id)
         if kept is None:
-            raise HTTPError(409, "this request has had its feedback")
+            raise HTTPError(404, "feedback is for a request that this model has not answered, or not lately")
+        if isinstance(kept, int):
+            if kept != hash(tuple(labels)):
+                raise HTTPError(409, "this request has had other feedback")
+            return None
         rows = np.frombuffer(kept, self._dtype).reshape(-1, self._classes)
         if len(labels) != len(rows):
             raise HTTPError(400, f"the request had {len(rows)} rows, the feedback has {len(labels)} labels")
@@ -141,3 +147,30 @@ class Feedback:
             "wrong": self.wrong,
             "labels": {key: list(each) for key, each in self.labels.items()},
         }
+
+
+def _size(kept: bytes | int) -> int:
+    return len(kept) if isinstance(kept, bytes) else 0
+
+
+type Part = tuple[Feedback, dict[str, Sequence[int]]]
+"""What judges some labels, and these labels: request id -> the right class of each row."""
+
+
+def divide(
+    judges: Sequence[Feedback], labels: Mapping[str, Sequence[int]]
+) -> tuple[list[Part], dict[str, Sequence[int]]]:
+    """Divide labels by what knows the answers; the second result are those that nothing knows.
+
+    >>> first, second = (Feedback(np.dtype("float32"), classes=3) for _ in range(2))
+    >>> second.remember("a", np.float32([[0, 2, 1]]).tobytes())
+    >>> parts, rest = divide([first, second], {"a": [1], "b": [0]})
+    >>> [judge is second for judge, _ in parts], rest
+    ([True], {'b': [0]})
+    """
+    parts: list[Part] = [(judge, {}) for judge in judges]
+    rest: dict[str, Sequence[int]] = {}
+    for request_id, right in labels.items():
+        known = next((part for judge, part in parts if judge.knows(request_id)), rest)
+        known[request_id] = right
+    return [part for part in parts if part[1]], rest

@@ -35,6 +35,7 @@ class Child:
         reason: why it could not go on, as it reported.
         counts: the counts it last reported.
         counting: those of a report of which more is to come.
+        labels: feedback of which more is to come.
         open: the number of client connections it last reported.
         heard_s: when its last message came.
     """
@@ -51,6 +52,7 @@ class Child:
         self.reason = ""
         self.counts: dict[str, Any] = {}
         self.counting: dict[str, Any] = {}
+        self.labels = control.Labels()
         self.open = 0
         self.heard_s = -math.inf
 

@@ -170,9 +170,44 @@ class Told(msgspec.Struct, tag="told"):
     last: bool = True
 
 
+class Judge(msgspec.Struct, tag="judge"):
+    """Labels to be judged: from a worker that did not answer these requests, and to those that may have.
+
+    Attributes:
+        number: names the question.
+        model: the model's name.
+        piece: of the labels in JSON, request id -> the right class of each row.
+        count: whether to count them; otherwise only to say which answers are known, and whether the labels fit.
+        last: whether this is the last piece.
+    """
+
+    number: int
+    model: str
+    piece: bytes
+    count: bool = False
+    last: bool = True
+
+
+class Judged(msgspec.Struct, tag="judged"):
+    """The answer to a `Judge`, from a worker or to the one that asked.
+
+    Attributes:
+        number: names the question.
+        known: places among the labels of those whose answers are known.
+        rows: how many were judged.
+        status, error: the HTTP status and message of a refusal; 0 if all went well.
+    """
+
+    number: int
+    known: list[int] = []
+    rows: int = 0
+    status: int = 0
+    error: str = ""
+
+
 type Message = (
     Settings | Ready | Failed | Connections | Stop | Reload | Leaving | Closed | Counts | Count | Total
-    | Prepare | Prepared | Commit | Freed | Ask | Told
+    | Prepare | Prepared | Commit | Freed | Ask | Told | Judge | Judged
 )  # fmt: skip
 
 # Of the 64 KiB that a packet may have.
@@ -191,6 +226,30 @@ def in_pieces(counts: Mapping[str, Any], number: int = 0) -> list[Counts]:
         pieces[-1][key] = value
         size += nbytes
     return [*(Counts(each, number, last=False) for each in pieces[:-1]), Counts(pieces[-1], number)]
+
+
+def labels_in_pieces(
+    number: int, model: str, labels: Mapping[str, Sequence[int]], *, count: bool = False
+) -> list[Judge]:
+    """Labels in as many messages as they need."""
+    text = msgspec.json.encode(labels)
+    pieces = [text[start : start + _PIECE_BYTES] for start in range(0, len(text), _PIECE_BYTES)]
+    return [Judge(number, model, piece, count, index == len(pieces) - 1) for index, piece in enumerate(pieces)]
+
+
+class Labels:
+    """Puts the pieces of labels together, of one sender."""
+
+    def __init__(self) -> None:
+        self._begun: dict[int, bytearray] = {}
+
+    def add(self, message: Judge) -> dict[str, list[int]] | None:
+        """The labels, once all pieces have come."""
+        text = self._begun.setdefault(message.number, bytearray())
+        text += message.piece
+        if not message.last:
+            return None
+        return msgspec.json.decode(self._begun.pop(message.number), type=dict[str, list[int]])
 
 
 def _plain(value: Any) -> str:

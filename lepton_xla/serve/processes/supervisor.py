@@ -10,13 +10,15 @@ import itertools
 import logging
 import signal
 import socket
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Coroutine, Iterable
 from time import monotonic
+from typing import Any
 
 import msgspec
 
 from lepton_xla.errors import RepositoryError, ServeError
 from lepton_xla.serve.app.options import Options, url_of
+from lepton_xla.serve.errors import HTTPError
 from lepton_xla.serve.http.arrivals import AT_ONCE, accept
 from lepton_xla.serve.http.drain import Stop
 from lepton_xla.serve.models.manager import Entry, Manager
@@ -28,6 +30,7 @@ from lepton_xla.serve.processes.control import Control
 from lepton_xla.serve.processes.fleet import Fleet
 from lepton_xla.serve.processes.packets import pair
 from lepton_xla.serve.processes.tally import Tally
+from lepton_xla.serve.processes.verdicts import Verdicts
 
 _log = logging.getLogger("lepton_xla.serve")
 
@@ -75,6 +78,7 @@ class Supervisor:
         self._access = options.access()
         self._workers = [Child(f"worker {number + 1}") for number in range(workers)]
         self._tally = Tally(self._workers)
+        self._verdicts = Verdicts(self._workers)
         self._fleet = Fleet(self._workers, self._may_serve)
         self._manager: Manager | None = None
         if repository is not None:
@@ -199,6 +203,7 @@ class Supervisor:
             child.control = None
             child.ready = False
             self._fleet.gone(child)
+            self._verdicts.gone(child)
             self._tally.retire(child)
             self._accept_or_wait()
         return await ended(process)
@@ -260,11 +265,28 @@ class Supervisor:
             case control.Freed(number):
                 self._fleet.freed(child, number)
             case control.Ask():
-                task = self._loop.create_task(self._answer(child, message))
-                self._asks.add(task)
-                task.add_done_callback(self._asks.discard)
+                self._begin(self._answer(child, message))
+            case control.Judge(number, model):
+                labels = child.labels.add(message)
+                if labels is not None:
+                    self._begin(self._judge(child, number, model, labels))
+            case control.Judged():
+                self._verdicts.judged(child, message)
             case _:
                 raise ValueError("a message that is not for the supervisor")
+
+    def _begin(self, work: Coroutine[Any, Any, None]) -> None:
+        task = self._loop.create_task(work)
+        self._asks.add(task)
+        task.add_done_callback(self._asks.discard)
+
+    async def _judge(self, child: Child, number: int, model: str, labels: dict[str, list[int]]) -> None:
+        """Has the other workers judge feedback that a client has given to a worker."""
+        try:
+            judged = control.Judged(number, rows=await self._verdicts.judge(child, model, labels))
+        except HTTPError as error:
+            judged = control.Judged(number, status=error.status, error=error.message)
+        child.send(judged)
 
     async def _answer(self, child: Child, ask: control.Ask) -> None:
         """Carries out what a client has asked a worker for."""

@@ -14,13 +14,15 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from typing import Any
 
 from lepton_xla.errors import RepositoryError, ServeError
+from lepton_xla.serve.app.feedback import judges_of
 from lepton_xla.serve.app.frontend import HTTPFrontEnd
 from lepton_xla.serve.batching.engine import Engine
 from lepton_xla.serve.batching.scheduler import Call
+from lepton_xla.serve.errors import HTTPError
 from lepton_xla.serve.http.arrivals import Arrivals
 from lepton_xla.serve.http.drain import Stop
 from lepton_xla.serve.loader import ArtifactLoader, Warm, devices_of_process
@@ -29,6 +31,7 @@ from lepton_xla.serve.models.handle import ModelHandle
 from lepton_xla.serve.models.host import Host
 from lepton_xla.serve.models.manager import Entry
 from lepton_xla.serve.models.registry import Registry
+from lepton_xla.serve.monitor.feedback import divide
 from lepton_xla.serve.observe.server_metrics import ServerMetrics
 from lepton_xla.serve.processes import control
 from lepton_xla.serve.processes.child import run_child
@@ -74,6 +77,8 @@ class Worker:
         self._host = host
         self._tasks: set[asyncio.Task[None]] = set()
         self._questions: dict[int, _Question] = {}
+        self._labels = control.Labels()
+        self._verdicts: dict[int, asyncio.Future[control.Judged]] = {}
         self._options = settings.options
         self.explicit = settings.options.explicit
         self._repository = settings.repository
@@ -101,7 +106,7 @@ class Worker:
         """
         frontend = HTTPFrontEnd(
             self._models, self._metrics, self._options, self._access, self._gather,
-            None if self._host is None else self, self._repository, sends=self._sends_alerts,
+            None if self._host is None else self, self._repository, sends=self._sends_alerts, others=self,
         )  # fmt: skip
         self._arrivals = Arrivals(frontend.state, self._access.tls_options(self._options.limits))
         settle()
@@ -151,6 +156,12 @@ class Worker:
                 self._begin(self._free(number, self._host.commit(number, change)))
             case control.Told():
                 self._answered(message)
+            case control.Judge(number, model, _, count):
+                labels = self._labels.add(message)
+                if labels is not None:
+                    self._control.send(self._judged(number, model, labels, count=count))
+            case control.Judged(number):
+                self._verdicts.pop(number).set_result(message)
             case _:
                 close_all(fds)
 
@@ -211,6 +222,31 @@ class Worker:
                 question.answer.set_exception(RepositoryError(told.kind, told.error))
             else:
                 question.answer.set_result(question.entries)
+
+    # Feedback.
+
+    async def judge(self, model: str, labels: Mapping[str, Sequence[int]]) -> int:
+        """Has the other workers judge labels of answers that were not given here."""
+        number = self._asked = self._asked + 1
+        verdict = self._verdicts[number] = self._loop.create_future()
+        for message in control.labels_in_pieces(number, model, labels):
+            self._control.send(message)
+        judged = await verdict
+        if judged.status:
+            raise HTTPError(judged.status, judged.error, *(["Retry-After: 1"] if judged.status == 503 else []))
+        return judged.rows
+
+    def _judged(self, number: int, model: str, labels: dict[str, list[int]], *, count: bool) -> control.Judged:
+        """What this worker has to say to feedback that another one got."""
+        parts, rest = divide(judges_of(self._models, model), labels)
+        known = [index for index, request_id in enumerate(labels) if request_id not in rest]
+        try:
+            for judge, part in parts:
+                judge.check(part)
+            rows = sum(judge.judge(part) for judge, part in parts) if count else 0
+        except HTTPError as error:
+            return control.Judged(number, known, status=error.status, error=error.message)
+        return control.Judged(number, known, rows)
 
     # What is counted.
 

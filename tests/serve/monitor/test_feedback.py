@@ -41,12 +41,19 @@ def test_what_does_not_fit_is_refused_whole(feedback, labels, status):
     assert feedback.judge({"a": [0]}) == 1
 
 
-def test_a_second_label_for_one_answer_is_refused(feedback):
-    feedback.remember("a", answer(0))
-    feedback.judge({"a": [0]})
+def test_the_same_feedback_may_come_again_and_no_other(feedback):
+    """A client whose answer was lost asks again."""
+    told = []
+    feedback.taken = told.append
+    feedback.remember("a", answer(0, 1))
+    feedback.remember("b", answer(2))
+    for labels in ({"a": [0, 2]}, {"a": [0, 2]}, {"a": [0, 2], "b": [2]}):
+        assert feedback.judge(labels) == sum(map(len, labels.values()))
+    assert (feedback.right, feedback.wrong) == (2, 1)
+    assert told == [{"a": [0, 2]}, {"b": [2]}]
     with pytest.raises(HTTPError) as caught:
-        feedback.judge({"a": [0]})
-    assert (caught.value.status, feedback.right) == (409, 1)
+        feedback.judge({"a": [0, 1]})
+    assert (caught.value.status, feedback.right) == (409, 2)
 
 
 def test_only_the_latest_answers_are_kept(feedback):

@@ -1,0 +1,72 @@
+"""The route that takes feedback, in whichever process the answer was given."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
+
+from lepton_xla.serve.app.later import Later
+from lepton_xla.serve.errors import HTTPError
+from lepton_xla.serve.http.exchange import Exchange
+from lepton_xla.serve.models.handle import ModelHandle
+from lepton_xla.serve.models.registry import Registry
+from lepton_xla.serve.monitor.feedback import Feedback, divide
+from lepton_xla.serve.observe.server_metrics import ServerMetrics
+from lepton_xla.serve.protocol import monitoring
+
+
+class Others(Protocol):
+    """The other processes of this server, one of which may have answered."""
+
+    async def judge(self, model: str, labels: Mapping[str, Sequence[int]]) -> int:
+        """Has labels judged where the answers were given; returns the rows, or raises `HTTPError`."""
+        ...
+
+
+class FeedbackPage:
+    """Answers feedback.
+
+    Args:
+        models: the models of this process.
+        metrics: the server's counters.
+        refuse: answers with an error.
+        others: the other processes; None if this is all of the server.
+    """
+
+    def __init__(
+        self,
+        models: Registry,
+        metrics: ServerMetrics,
+        refuse: Callable[[Exchange, HTTPError], object],
+        others: Others | None,
+    ) -> None:
+        self._models = models
+        self._others = others
+        self._later = Later(metrics, refuse)
+
+    def take(self, model: ModelHandle, exchange: Exchange) -> None:
+        """Takes the labels of a request: all of them, or none."""
+        self._later.answer(exchange, self._judge(model, monitoring.feedback(exchange.body)), "feedback failed")
+
+    async def _judge(self, model: ModelHandle, labels: Mapping[str, Sequence[int]]) -> monitoring.FeedbackTaken:
+        name = model.signature.name
+        judges = judges_of(self._models, name)
+        if not judges:
+            raise HTTPError(
+                501, "this model takes no feedback: it has no output with classes, or the server keeps none"
+            )
+        parts, rest = divide(judges, labels)
+        for judge, part in parts:
+            judge.check(part)
+        rows = 0
+        if rest and self._others is not None:
+            rows = await self._others.judge(name, rest)
+        elif rest:
+            judges[0].check(rest)
+        return monitoring.FeedbackTaken(rows + sum(judge.judge(part) for judge, part in parts))
+
+
+def judges_of(models: Registry, name: str) -> list[Feedback]:
+    """What judges the answers of a model, one for each of its versions in this process."""
+    monitors = (each.metrics.monitor for each in models if each.signature.name == name)
+    return [each.feedback for each in monitors if each is not None and each.feedback is not None]
