@@ -128,8 +128,8 @@ class Client(Caller):
             How many rows were judged.
 
         Raises:
-            RequestError: 404 for a request that the model has not answered, or not lately; 409 for one that has had other
-                feedback.
+            RequestError: 404 for a request that the model has not answered, or not lately; 409 for one that has had
+                other feedback.
             InputError: if a label is no integer.
 
         >>> with Client(url) as client:
