@@ -33,7 +33,7 @@ def changed(repository: Repository | RepositoryClient, name: str, traffic: dict[
     wanted = _converted(traffic, Traffic)
     if not isinstance(repository, Repository):
         return repository.set_traffic(name, traffic) if traffic else repository.clear_traffic(name)
-    return _of(name, repository.replan(name, lambda plan, found: plans.with_traffic(plan, found, wanted)))
+    return _of(name, repository.replan(name, lambda plan, found: plans.with_traffic(plan, found, wanted, time.time())))
 
 
 def rollout_of(repository: Repository | RepositoryClient, name: str) -> dict[str, Any]:

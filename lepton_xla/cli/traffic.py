@@ -42,6 +42,7 @@ def show(repository: Repository | RepositoryClient, name: str, *, as_json: bool)
 @click.option("--sticky", default="", help="Header by which clients stay at one version, or `id`.")
 @click.option("--shadow", metavar="VERSION[=FRACTION]", help="A version that is asked too, after the answer was sent.")
 @click.option("--bandit", is_flag=True, help="Have the shares follow the feedback, by Thompson sampling.")
+@click.option("--promote", is_flag=True, help="And `stable` moved to the version that is surely the best.")
 def set_shares(
     repository: Repository | RepositoryClient,
     name: str,
@@ -50,6 +51,7 @@ def set_shares(
     sticky: str,
     shadow: str | None,
     bandit: bool,
+    promote: bool,
     as_json: bool,
 ) -> None:
     """Share the requests for the model NAME among versions or labels, such as stable=0.95 canary=0.05."""
@@ -60,7 +62,9 @@ def set_shares(
         to, given, fraction = shadow.partition("=")
         wanted["shadow"] = {"to": to, "fraction": _number(shadow, fraction) if given else 1.0}
     if bandit:
-        wanted["bandit"] = {}
+        wanted["bandit"] = {"promote": promote}
+    elif promote:
+        raise click.UsageError("--promote needs --bandit; for a new version see leptonx rollout")
     if not shares and shadow is None:
         raise click.UsageError("give shares, such as stable=0.95 canary=0.05, or --shadow VERSION")
     _show(_traffic.changed(repository, name, wanted), as_json)
@@ -119,12 +123,13 @@ def _show(document: dict[str, Any], as_json: bool) -> None:
             _share(each["accuracy"]),
             each["mirrored_rows"],
             _share(each["agreement"]),
+            "" if each["estimate"] is None else f"{_share(each['estimate'])} ± {100 * each['estimate_error']:.1f}",
         )
         for each in document["versions"]
     ]
     columns = (
         ">version", "labels", ">share", ">requests", ">failed", ">p50", ">p99", ">feedback", ">accuracy", ">mirrored",
-        ">agreement",
+        ">agreement", ">estimate",
     )  # fmt: skip
     _common.show(*lines, *((_common.table("", columns, rows),) if rows else ()))
 

@@ -28,6 +28,7 @@ from lepton_xla.serve.protocol.traffic import (
     TrafficShown,
     parse_body,
 )
+from lepton_xla.serve.traffic.bandit import off_policy
 
 type Change = Callable[[Plan, Found], Plan]
 
@@ -116,6 +117,7 @@ class TrafficPages:
             counted = metrics.of(model, version)
             counts = counted.counts()
             feedback, mirrored = counts.get("feedback", {}), mirrored_rows(counts)
+            estimate = off_policy(feedback.get("weighted", (0.0,) * 5))
             times, bounds = counts["request_s"][:-1], counted.request_s.bounds
             found.append(
                 ArmFigures(
@@ -130,13 +132,15 @@ class TrafficPages:
                     accuracy=metrics.monitoring.accuracy(model, version),
                     mirrored_rows=mirrored,
                     agreement=counts["shadow"]["same"] / mirrored if mirrored else None,
+                    estimate=estimate.value if estimate.rows else None,
+                    estimate_error=estimate.error if estimate.rows else None,
                 )
             )
         return found
 
     async def _set(self, model: str, who: str, traffic: Traffic, loaded: list[str] | None) -> TrafficShown:
         def change(plan: Plan, found: Found) -> Plan:
-            after = plans.with_traffic(plan, found, traffic)
+            after = plans.with_traffic(plan, found, traffic, time())
             for version in plans.versions_of(after.arms, found.settings.labels):
                 if loaded is not None and version not in loaded:
                     raise RepositoryError(

@@ -49,8 +49,8 @@ def versions_of(arms: Collection[str], labels: Mapping[str, str]) -> set[str]:
     return {labels.get(arm, arm) for arm in arms if arm in labels or is_version(arm)}
 
 
-def with_traffic(plan: Plan, found: Found, traffic: Traffic) -> Plan:
-    """The plan with another traffic.
+def with_traffic(plan: Plan, found: Found, traffic: Traffic, now_s: float = 0.0) -> Plan:
+    """The plan with another traffic; a bandit begins now.
 
     Raises:
         RepositoryError: `missing` for an arm that is not there, `conflict` within a rollout.
@@ -58,6 +58,8 @@ def with_traffic(plan: Plan, found: Found, traffic: Traffic) -> Plan:
     _refuse_rollout(plan, found)
     for arm in (*traffic.shares, *(() if traffic.shadow is None else (traffic.shadow.to,))):
         resolve(arm, found)
+    if traffic.bandit is not None:
+        traffic = msgspec.structs.replace(traffic, bandit=msgspec.structs.replace(traffic.bandit, since_s=now_s))
     return msgspec.structs.replace(plan, traffic=traffic)
 
 

@@ -30,6 +30,8 @@ class Feedback:
     Attributes:
         right, wrong: rows by whether the answer was the label.
         labels: label -> rows with the label that were answered so, rows with the label, rows that were answered so.
+        weighted: of rows whose version was drawn with a known probability p, the sums of 1, 1/p, 1/p^2, r/p and r/p^2,
+            with r 1 for a right answer; what an off-policy estimate needs.
         taken: called with the labels that were judged, request id -> the right class of each row.
 
     >>> feedback = Feedback(np.dtype("float32"), classes=3)
@@ -50,22 +52,36 @@ class Feedback:
         self._bytes = 0
         self.right = self.wrong = 0
         self.labels: dict[str, list[int]] = {}
+        self.weighted = [0.0] * 5
+        self._propensities: dict[str, float] = {}
         self.taken: Callable[[Mapping[str, Sequence[int]]], object] | None = None
 
-    def remember(self, request_id: str, output: bytes | memoryview) -> None:
-        """Keeps an answer; one with the same id is forgotten."""
+    def remember(self, request_id: str, output: bytes | memoryview, propensity: float = 0.0) -> None:
+        """Keeps an answer; one with the same id is forgotten.
+
+        Args:
+            request_id: as the client sent it.
+            output: the bytes of the answer.
+            propensity: the probability with which this version was drawn to answer; 0 where it was not drawn.
+        """
         answers = self._answers
         self._bytes -= _size(answers.pop(request_id, 0))
+        self._propensities.pop(request_id, None)
         if len(output) > self._most_bytes // 16:
             return
         answers[request_id] = kept = bytes(output)
         self._bytes += len(kept)
+        if propensity:
+            self._propensities[request_id] = propensity
         while len(answers) > self._most or self._bytes > self._most_bytes:
-            self._bytes -= _size(answers.popitem(last=False)[1])
+            oldest, dropped = answers.popitem(last=False)
+            self._bytes -= _size(dropped)
+            self._propensities.pop(oldest, None)
 
     def forget(self) -> None:
         """Drops all answers; what was counted stays. Nobody asks a version that is not loaded to judge."""
         self._answers.clear()
+        self._propensities.clear()
         self._bytes = 0
 
     def knows(self, request_id: str) -> bool:
@@ -105,6 +121,7 @@ class Feedback:
             right = new[request_id] = labels[request_id]
             for label, answer in zip(right, answers, strict=True):
                 self._count(label, answer)
+            self._weigh(self._propensities.pop(request_id, 0.0), right, answers)
             self._bytes -= _size(self._answers[request_id])
             self._answers[request_id] = hash(tuple(right))
         if new and self.taken is not None:
@@ -140,11 +157,19 @@ class Feedback:
                 if label == answer and place == 1:
                     counts[0] += 1
 
+    def _weigh(self, propensity: float, labels: Sequence[int], answers: Sequence[int]) -> None:
+        if propensity:
+            rows, right = len(answers), sum(map(int.__eq__, labels, answers))
+            weight = 1 / propensity
+            more = (rows, rows * weight, rows * weight**2, right * weight, right * weight**2)
+            self.weighted = [before + each for before, each in zip(self.weighted, more, strict=True)]
+
     def counts(self) -> dict[str, Any]:
         """What was counted, to be added to that of other processes."""
         return {
             "right": self.right,
             "wrong": self.wrong,
+            "weighted": list(self.weighted),
             "labels": {key: list(each) for key, each in self.labels.items()},
         }
 

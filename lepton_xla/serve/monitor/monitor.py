@@ -101,7 +101,11 @@ class Monitor:
         self._allowance_s -= self._clock() - started
 
     def answered(
-        self, request_id: str, asked: Sequence[tuple[int, bool]], outputs: Sequence[bytes | memoryview]
+        self,
+        request_id: str,
+        asked: Sequence[tuple[int, bool]],
+        outputs: Sequence[bytes | memoryview],
+        propensity: float = 0.0,
     ) -> None:
         """Keeps an answer for feedback.
 
@@ -109,11 +113,12 @@ class Monitor:
             request_id: as the client sent it.
             asked: `Spec.outputs` of the request.
             outputs: the bytes of each.
+            propensity: see `Feedback.remember`.
         """
         if self.feedback is not None:
             for (index, _), data in zip(asked, outputs, strict=True):
                 if index == self._judged:
-                    self.feedback.remember(request_id, data)
+                    self.feedback.remember(request_id, data, propensity)
                     break
 
     def counts(self) -> dict[str, Any]:

@@ -66,10 +66,14 @@ class Bandit(_Struct, frozen=True, kw_only=True):
     Attributes:
         least: the smallest share of an arm, so that every one goes on being tried and estimates stay possible.
         every_s: seconds between two updates.
+        promote: have `stable` moved to the arm that is surely the best, by an off-policy estimate.
+        since_s: when it began, seconds since the epoch; set by whoever begins it.
     """
 
     least: Annotated[float, msgspec.Meta(gt=0, le=0.5)] = 0.02
     every_s: Annotated[float, msgspec.Meta(ge=1, le=3600)] = 10.0
+    promote: bool = False
+    since_s: Annotated[float, msgspec.Meta(ge=0, le=1e12)] = 0.0
 
 
 class Traffic(_Struct, frozen=True, kw_only=True):
@@ -254,7 +258,10 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ArmFigures(msgspec.Struct, frozen=True, kw_only=True):
-    """What is known of one version that takes part: since it was loaded first, requests that named it included."""
+    """What is known of one version: since it was loaded first, requests that named it included.
+
+    The estimate is of the accuracy that the version would have if it got all requests, by those that were shared out.
+    """
 
     version: str
     labels: list[str]
@@ -267,6 +274,8 @@ class ArmFigures(msgspec.Struct, frozen=True, kw_only=True):
     accuracy: float | None
     mirrored_rows: int
     agreement: float | None
+    estimate: float | None
+    estimate_error: float | None
 
 
 class TrafficShown(msgspec.Struct, frozen=True, kw_only=True):

@@ -1,4 +1,4 @@
-"""Carries rollouts out: looks at both versions once a second, decides, and has every process follow.
+"""Carries rollouts and bandits out: looks at versions once a second, decides, and has every process follow.
 
 One process of a server does so. All that it needs to go on after a kill is in the repository: `traffic.json` says how
 far a rollout is, and a file beside it what both versions have done since it began.
@@ -15,7 +15,6 @@ from typing import Any
 
 import msgspec
 
-from lepton_xla.copies import read_text, write_whole
 from lepton_xla.errors import RepositoryError
 from lepton_xla.profiles import Profile
 from lepton_xla.serve.models.found import Found
@@ -25,12 +24,12 @@ from lepton_xla.serve.monitor.alerts import Subject
 from lepton_xla.serve.monitor.comparisons import Verdict, judge, parse_comparison
 from lepton_xla.serve.monitor.history import Counts
 from lepton_xla.serve.protocol.traffic import Plan, Rollout
-from lepton_xla.serve.traffic.evidence import Saved, Tally, answers
+from lepton_xla.serve.traffic.allocation import Allocation
+from lepton_xla.serve.traffic.evidence import EvidenceFile, Saved, Tally, answers
 from lepton_xla.serve.traffic.stages import WHO, Seen, next_step
 
 _log = logging.getLogger("lepton_xla.serve")
 
-_FILE = ".rollout.json"
 _STABLE = "stable"
 _SAVE_S = 5.0
 # A version that cannot be loaded is tried again by the manager: a worker may have been killed meanwhile.
@@ -62,6 +61,11 @@ class _Run:
             self.stage, self.before = rollout.stage, given
         return given - self.before
 
+    def saved(self) -> Saved:
+        """What the next process needs to go on."""
+        counts = {version: tally.kept() for version, tally in self.tallies.items()}
+        return Saved(self.started_s, self.stage, self.before, counts)
+
     def verdicts(self, rollout: Rollout, now_s: float, known: Mapping[str, Known]) -> dict[str, Verdict]:
         """What the rules say."""
         subjects = {
@@ -84,7 +88,7 @@ class _Run:
 
 
 class Director:
-    """Carries the rollouts of a repository out.
+    """Carries the rollouts and bandits of a repository out.
 
     Args:
         folder: of the repository.
@@ -108,6 +112,7 @@ class Director:
         self._record = record
         self._clock = clock
         self._runs: dict[str, _Run] = {}
+        self._allocation = Allocation(self._repository, reroute, record)
 
     async def look(self, models: Mapping[str, Mapping[str, Known]]) -> None:
         """Decides what is to be decided now.
@@ -125,14 +130,20 @@ class Director:
 
     async def _look(self, name: str, known: Mapping[str, Known]) -> None:
         found = await asyncio.to_thread(self._repository.find, name)
-        rollout = found.plan.rollout
+        rollout, now_s = found.plan.rollout, self._clock()
         if found.problem or rollout is None or not rollout.running:
             self._runs.pop(name, None)
+            if found.problem or found.plan.traffic.bandit is None:
+                self._allocation.forget(name)
+            else:
+                counts = {version: each[0] for version, each in known.items()}
+                await self._allocation.look(name, found, now_s, counts)
             return
-        now_s = self._clock()
         run = self._runs.get(name)
         if run is None or run.started_s != rollout.started_s:
-            run = self._runs[name] = _Run(rollout, await asyncio.to_thread(self._saved, name))
+            run = self._runs[name] = _Run(
+                rollout, await asyncio.to_thread(EvidenceFile(self._repository.root / name).read)
+            )
         for version, tally in run.tallies.items():
             if version in known:
                 tally.look(now_s, known[version][0])
@@ -150,7 +161,7 @@ class Director:
             await self._decide(name, rollout, after)
         if after is not None or now_s - run.saved_s >= _SAVE_S:
             run.saved_s = now_s
-            await asyncio.to_thread(self._save, name, run)
+            await asyncio.to_thread(EvidenceFile(self._repository.root / name).write, run.saved())
 
     async def _trouble(self, name: str, rollout: Rollout, run: _Run, now_s: float, known: Mapping[str, Known]) -> str:
         """Why the new version cannot be loaded, once that has been so for a while."""
@@ -189,17 +200,3 @@ class Director:
             reason=after.reason, stage=after.stage + 1, share=after.share, **figures,
         )  # fmt: skip
         await self._reroute(name, WHO)
-
-    # On a thread.
-
-    def _saved(self, name: str) -> Saved | None:
-        text = read_text(self._repository.root / name / _FILE)
-        try:
-            return None if text is None else msgspec.json.decode(text, type=Saved)
-        except (msgspec.MsgspecError, ValueError, RecursionError):
-            return None  # the evidence begins anew
-
-    def _save(self, name: str, run: _Run) -> None:
-        counts = {version: tally.saved() for version, tally in run.tallies.items()}
-        saved = Saved(run.started_s, run.stage, run.before, counts)
-        write_whole(self._repository.root / name / _FILE, msgspec.json.encode(saved))

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import pathlib
 from collections.abc import Mapping
 from typing import Any
 
 import msgspec
 
+from lepton_xla.copies import read_text, write_whole
 from lepton_xla.serve.monitor.alerts import judged_rows
 from lepton_xla.serve.monitor.history import Counts, History, difference
 from lepton_xla.serve.observe.metrics import added
 
+_FILE = ".evidence.json"
 # What is looked at, and of that what is kept on the disk: histograms of features are many.
 _KEPT = ("request_s", "failures", "rejected", "expired", "feedback", "shadow")
 _LOOKED_AT = (*_KEPT, "sketch")
@@ -20,7 +23,7 @@ class Saved(msgspec.Struct, frozen=True):
     """Evidence on the disk.
 
     Attributes:
-        started_s: of the rollout that it belongs to.
+        started_s: of the rollout or the bandit that it belongs to.
         stage: that the rollout was in.
         before: answers of the new version before that stage.
         counts: version -> what it has done since the rollout began.
@@ -32,8 +35,38 @@ class Saved(msgspec.Struct, frozen=True):
     counts: dict[str, dict[str, Any]] = {}
 
 
+class EvidenceFile:
+    """Where evidence is kept: beside a model's `traffic.json`.
+
+    Args:
+        folder: of the model.
+    """
+
+    def __init__(self, folder: pathlib.Path) -> None:
+        self._file = folder / _FILE
+
+    def read(self) -> Saved | None:
+        """What is there; None without it, or where it is damaged: evidence begins anew then."""
+        text = read_text(self._file)
+        try:
+            return None if text is None else msgspec.json.decode(text, type=Saved)
+        except (msgspec.MsgspecError, ValueError, RecursionError):
+            return None
+
+    def write(self, saved: Saved) -> None:
+        """Writes it whole."""
+        write_whole(self._file, msgspec.json.encode(saved))
+
+
 class Tally:
     """The counters of one version since a moment, which go on when the server's begin at zero again.
+
+    Args:
+        carried: what was counted since then by earlier processes.
+
+    Attributes:
+        last: what was counted since then, as last looked at.
+        history: that, over time.
 
     >>> tally = Tally({"failures": 2})
     >>> [tally.grown({"failures": count})["failures"] for count in (10, 13, 1)]
@@ -44,6 +77,7 @@ class Tally:
         self._carried: Counts = dict(carried or {})
         self._base: Counts | None = None
         self._last: Counts = {}
+        self.last: dict[str, Any] = dict(carried or {})
         self.history = History()
 
     def grown(self, counts: Counts) -> dict[str, Any]:
@@ -58,16 +92,17 @@ class Tally:
         elif _total(counts) < _total(self._last):
             self._carried, self._base = added(self._carried, difference(self._last, self._base)), {}
         self._last = counts
-        return added(self._carried, difference(counts, self._base))
+        self.last = added(self._carried, difference(counts, self._base))
+        return self.last
 
     def look(self, now_s: float, counts: Counts) -> None:
         """Adds what was counted by now to the history."""
         queued = {"queue_rows": counts.get("now", {}).get("queue_rows", 0)}
         self.history.add(now_s, {**self.grown(counts), "now": queued})
 
-    def saved(self) -> dict[str, Any]:
+    def kept(self) -> dict[str, Any]:
         """What is kept on the disk."""
-        return {name: self.history.now[name] for name in _KEPT if name in self.history.now}
+        return {name: self.last[name] for name in _KEPT if name in self.last}
 
 
 def answers(counts: Counts) -> float:

@@ -19,7 +19,7 @@ from lepton_xla.serve.models.manager import Entry
 from lepton_xla.serve.models.repository import Repository
 from lepton_xla.serve.protocol.traffic import RolloutRequest, Stage
 from lepton_xla.serve.traffic.director import Director
-from lepton_xla.serve.traffic.evidence import Tally
+from lepton_xla.serve.traffic.evidence import EvidenceFile, Tally
 
 BOUNDS = (0.01, 0.1, 1.0)
 STAGES = (Stage(shadow=0.2, answers=100), Stage(share=0.1, answers=300), Stage(share=0.5, answers=1500))
@@ -186,14 +186,15 @@ def test_a_process_that_takes_over_goes_on_with_the_same_evidence(simulate):
         for _ in range(2):  # the first look of a process is where its counters begin
             subject.look()
         answered = sum(subject.counts["2"]["request_s"][:-1])
-        subject.director._save("m", subject.director._runs["m"])
+        run = subject.director._runs["m"]
+        EvidenceFile(subject.repository.root / "m").write(run.saved())
         subject.restart()
         assert subject.rollout.stage == 0, second
         assert 0 < answered < 250
     for _ in range(9):
         subject.look()
     assert subject.rollout.stage == 1
-    kept = json.loads((subject.repository.root / "m" / ".rollout.json").read_text())
+    kept = json.loads((subject.repository.root / "m" / ".evidence.json").read_text())
     assert sum(kept["counts"]["2"]["request_s"][:-1]) >= 1000
 
 

@@ -115,6 +115,9 @@ def test_a_worse_version_goes_back_and_a_better_one_stays(repository, monkeypatc
             wait(lambda: client.rollout("m")["state"] == state)
             winner = {"promoted": "2", "rolled back": "1"}[state]
             assert repository.find("m").settings.labels["stable"] == winner
+            # The end is written, and then carried out.
+            wait(lambda: {each["version"]: each for each in client.traffic("m")["versions"]}[winner]["share"] == 1.0)
+            time.sleep(0.1)
             people.answers.clear()
             wait(lambda: people.answers.get(winner, 0) >= 100)
             assert set(people.answers) == {winner}
@@ -128,6 +131,19 @@ def test_a_worse_version_goes_back_and_a_better_one_stays(repository, monkeypatc
     assert decisions[0]["who"] == "anonymous"
     assert decisions[-1] == decisions[-1] | {"who": "rollout", "outcome": state, "target": "m/2"}
     assert decisions[-1]["details"]["reason"].startswith("accuracy")
+
+
+def test_a_bandit_learns_from_the_answers_that_it_shared_out(repository, monkeypatch):
+    monkeypatch.setattr(frontend, "_LOOK_S", 0.05)
+    options = Options(port=0, repository_poll_s=0.05)
+    with Server(options=options, repository=repository.root) as server, RepositoryClient(server.url) as client:
+        shares = {"stable": 0.5, "2": 0.5}
+        client.set_traffic("m", {"shares": shares, "bandit": {"every_s": 1, "least": 0.05}})
+        with People(server, {"1": 0.6, "2": 0.9}):
+            wait(lambda: client.traffic("m")["traffic"]["shares"]["2"] > 0.9)
+        one, two = client.traffic("m")["versions"]
+        assert abs(one["estimate"] - 0.6) < 5 * one["estimate_error"] < 0.5
+        assert abs(two["estimate"] - 0.9) < 5 * two["estimate_error"] < 0.5
 
 
 class Served:
@@ -162,7 +178,7 @@ def test_a_rollout_goes_on_after_kill_9(repository):
     with Served(repository.root) as served, RepositoryClient(served.url) as client, People(served, ACCURACY) as people:
         client.start_rollout("m", {"version": "2", "stages": stages})
         wait(lambda: client.rollout("m")["stage"] == 1)
-        wait(lambda: (repository.root / "m" / ".rollout.json").exists())
+        wait(lambda: (repository.root / "m" / ".evidence.json").exists())
         served.kill()
         wait(lambda: people.failed)
     before = repository.find("m").plan.rollout
