@@ -37,6 +37,7 @@ COMMANDS = {
     "repo": "Push, list, promote and roll back versions of models.",
     "traffic": "Share requests among versions of a model.",
     "rollout": "Bring a new version in by stages, or back.",
+    "learn": "Learn from sampled requests while a model is served.",
     "top": "Show live what the models of a server do.",
     "alerts": "Check alert rules, or write them for Prometheus.",
     "load": "Send load to a server and measure its latency.",

@@ -1,0 +1,121 @@
+"""Whether a new version is better than the one that serves: on samples that it was not trained on, and on old data."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+
+import numpy as np
+
+from lepton_xla.errors import LearningError
+from lepton_xla.modelspec import Predict
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """How two versions compare.
+
+    Attributes:
+        better: whether the new one may take the other's place.
+        reason: why, or why not.
+        rows: samples that it was judged by.
+        accuracy_before, accuracy: on those, of the version that serves and of the new one.
+        chance: the probability of so many more right answers if both were equally good.
+        old_before, old: metrics on old data.
+    """
+
+    better: bool
+    reason: str
+    rows: int
+    accuracy_before: float
+    accuracy: float
+    chance: float
+    old_before: dict[str, float]
+    old: dict[str, float]
+
+
+def judge(
+    before: Predict,
+    after: Predict,
+    inputs: Mapping[str, np.ndarray],
+    labels: np.ndarray,
+    output: str,
+    evaluate: Callable[[Predict], Mapping[str, float]],
+    *,
+    max_drop: float = 0.02,
+    confidence: float = 0.95,
+) -> Verdict:
+    """Compare a new version with the one that serves.
+
+    Args:
+        before, after: the two, as they will be served.
+        inputs: name -> array `[rows, ...]`, of samples that were not trained on.
+        labels: the right class of each row, `[rows]`.
+        output: name of the output whose largest element is the answer.
+        evaluate: metrics on old data. Those whose names hold `loss` or `error` are better when they are smaller.
+        max_drop: how far a metric on old data may get worse.
+        confidence: the new version must be right more often with so much confidence, by a one-sided sign test on the
+            rows that only one of them gets right (McNemar 1947).
+
+    Raises:
+        LearningError: if the old metrics are no numbers.
+
+    >>> x, labels = np.eye(4, dtype=np.float32)[[0, 1, 2, 3] * 5], np.array([0, 1, 2, 3] * 5)
+    >>> verdict = judge(
+    ...     lambda x: {"y": -x}, lambda x: {"y": x}, {"x": x}, labels, "y", lambda predict: {"accuracy": 0.9}
+    ... )
+    >>> verdict.better, verdict.accuracy_before, verdict.accuracy
+    (True, 0.0, 1.0)
+    """
+    right = [np.asarray(predict(**inputs)[output]).argmax(-1) == labels for predict in (before, after)]
+    gained, lost = int((right[1] & ~right[0]).sum()), int((right[0] & ~right[1]).sum())
+    chance = sign_test(gained, lost)
+    old_before, old = _figures(evaluate(before)), _figures(evaluate(after))
+    accuracies = [float(each.mean()) if len(each) else math.nan for each in right]
+    fallen = _fallen(old_before, old, max_drop)
+    if fallen:
+        reason = f"on old data {fallen}"
+    elif chance > 1 - confidence:
+        reason = (
+            f"not surely better on {len(labels)} samples: {gained} more are right and {lost} more are wrong, which "
+            f"happens by chance with probability {chance:.2g}"
+        )
+    else:
+        reason = f"{accuracies[0]:.1%} -> {accuracies[1]:.1%} right of {len(labels)} samples, old data kept"
+    better = not fallen and chance <= 1 - confidence
+    return Verdict(better, reason, len(labels), accuracies[0], accuracies[1], chance, old_before, old)
+
+
+def sign_test(gained: int, lost: int) -> float:
+    """The probability of at least so many gains in `gained + lost` fair coins.
+
+    >>> round(sign_test(3, 0), 6), sign_test(0, 0)
+    (0.125, 1.0)
+    """
+    count = gained + lost
+    return min(1.0, math.fsum(math.exp(_log_choose(count, k) - count * math.log(2)) for k in range(gained, count + 1)))
+
+
+def _log_choose(count: int, k: int) -> float:
+    return math.lgamma(count + 1) - math.lgamma(k + 1) - math.lgamma(count - k + 1)
+
+
+def _figures(found: Mapping[str, float]) -> dict[str, float]:
+    try:
+        return {str(name): float(value) for name, value in found.items()}
+    except (AttributeError, TypeError, ValueError):
+        raise LearningError(
+            f"evaluate returned {found!r:.200}; expected numbers by name, such as {{'accuracy': 0.98}}"
+        ) from None
+
+
+def _fallen(before: Mapping[str, float], after: Mapping[str, float], max_drop: float) -> str:
+    """The first metric that got too much worse, as text; NaN is worse than anything."""
+    for name, value in before.items():
+        now = after.get(name, math.nan)
+        smaller_is_better = any(word in name.lower() for word in ("loss", "error"))
+        drop = now - value if smaller_is_better else value - now
+        if math.isnan(now) or drop > max_drop + 1e-9:
+            return f"{name} goes from {value:.4g} to {now:.4g}, and may get worse by {max_drop:g}"
+    return ""

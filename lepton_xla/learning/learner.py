@@ -1,0 +1,350 @@
+"""The learner: one round after another from samples to a promoted version, each of which may be killed anywhere."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import pathlib
+from collections.abc import Callable, Mapping
+from time import time
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from lepton_xla.compiler import Servable, load, make_update
+from lepton_xla.errors import CheckpointError, LearningError, SampleError, TrainingError
+from lepton_xla.learning.judging import judge
+from lepton_xla.learning.labelled import Labelled, read_labelled
+from lepton_xla.learning.lowering import lower
+from lepton_xla.learning.masters import read_master, write_master
+from lepton_xla.learning.mixing import Mixture, OldData
+from lepton_xla.learning.plans import LearningPlan
+from lepton_xla.learning.pushing import Push
+from lepton_xla.learning.rounds import Round, Rounds
+from lepton_xla.learning.tracking import Window, accuracy_over_time
+from lepton_xla.samples import Samples
+from lepton_xla.serve.client import RequestError
+from lepton_xla.serve.monitor.monitor import judged_output
+from lepton_xla.serve.protocol.signature import signature_of
+from lepton_xla.train.checkpoints import Checkpoints
+from lepton_xla.train.evaluations import Evaluation
+from lepton_xla.train.loop import fit
+from lepton_xla.train.models import Model, supervised
+from lepton_xla.train.specs import TrainSpec
+
+_log = logging.getLogger(__name__)
+
+_CHECKPOINTS = 4
+# Statuses of a version that the server will never take: the next round makes another.
+_FINAL = (400, 422)
+
+
+class Learner:
+    """Learns from the samples of a model while it is served.
+
+    Args:
+        spec: how the model is trained; its data is the old data, its weights are where the first round begins.
+        base: the artifact that is served, or was first: its compiled code and its recipe are used.
+        samples: folder of samples.
+        folder: where the learner keeps its own files.
+        push: the server's model; None keeps the result as an artifact.
+        plan: numbers and shares.
+        trained: folder of checkpoints of the training run of the spec, whose weights the first round begins with.
+        tell: called with a line when a step begins.
+
+    Raises:
+        LearningError: if the model has no output with classes.
+        ArtifactError: if the artifact cannot be loaded.
+
+    >>> import optax
+    >>> program = lx.trace(lambda w, x: x @ w["w"], {"w": jnp.eye(2)}, {"x": lx.TensorSpec(("batch", 2), "float32")})
+    >>> _ = lx.compile(program, {"batch": (1, 8)}, name="tiny").save("tiny.lepton")
+    >>> batch = {"x": np.eye(2, dtype=np.float32), "label": np.array([0, 1])}
+    >>> spec = lx.train.TrainSpec(program, [batch], steps=20, optimizer=optax.sgd(0.5))
+    >>> learner = Learner(spec, "tiny.lepton", samples="kept", folder="learning")
+    >>> try:
+    ...     ended = learner.once()
+    ...     learner.keep("better.lepton")
+    ... except lx.SampleError:
+    ...     print("nobody has sent requests yet")
+    nobody has sent requests yet
+    >>> learner.history(), learner.tracked(), learner.folder.name
+    ([], [], 'tiny')
+    """
+
+    def __init__(
+        self,
+        spec: TrainSpec,
+        base: str | os.PathLike[str],
+        samples: str | os.PathLike[str],
+        folder: str | os.PathLike[str],
+        *,
+        push: Push | None = None,
+        plan: LearningPlan | None = None,
+        trained: str | os.PathLike[str] | None = None,
+        tell: Callable[[str], object] = lambda line: None,
+    ) -> None:
+        self._spec = spec
+        self._plan = plan or LearningPlan()
+        self._push = push
+        self._tell = tell
+        self._trained = trained
+        self._samples = samples
+        tell("load the artifact")
+        self._base = load(base)
+        self.model = self._base.name if push is None else push.model
+        output = judged_output(signature_of(self._base))
+        if output is None:
+            raise LearningError(
+                f"{os.fsdecode(base)} has no output with classes (one of floats, [batch, classes]), which feedback "
+                "could be compared with"
+            )
+        self._output = list(self._base.outputs)[output]
+        self._rounds = Rounds(folder, self.model)
+        self._old: OldData | None = None
+        self._start: Model | None = None
+
+    @property
+    def folder(self) -> pathlib.Path:
+        """Where the files of this model are."""
+        return self._rounds.folder
+
+    def history(self) -> list[Round]:
+        """The rounds that ended."""
+        return self._rounds.history()
+
+    def keep(self, output: str | os.PathLike[str], *, overwrite: bool = False) -> None:
+        """Save the artifact of the last round, if it ended as `kept`.
+
+        Raises:
+            ArtifactError: if it cannot be written.
+        """
+        make_update(self._base, self._rounds.work / "update.lepton").save(output, overwrite=overwrite)
+
+    def tracked(self, windows: int = 24) -> list[Window]:
+        """Accuracy of what was answered, over the time of the samples. See `accuracy_over_time`."""
+        try:
+            kept = Samples(self._samples, self.model).with_labels(self._plan.most_rows)
+            return accuracy_over_time(kept, self._output, windows)
+        except SampleError:
+            return []
+
+    def once(self) -> Round:
+        """Go on with the round that was interrupted, or make one, to its end.
+
+        Returns:
+            The round. Its phase says how it ended: `promoted`, `rolled back`, `stopped`, `refused` (not better), or
+            `kept`, where there is no server.
+
+        Raises:
+            SampleError: if there are no samples.
+            LearningError: if there are too few, they do not fit, or the server does not load the result.
+            RequestError: if the server cannot be reached, or refuses. The next call goes on.
+            TrainingError: if training fails; the round is forgotten.
+        """
+        with self._rounds.locked() as rounds:
+            current = rounds.current
+            if current is None:
+                self._follow_server(rounds)
+                current = self._begin(rounds)
+            else:
+                _log.info("round %d goes on: %s", current.number, current.phase)
+            if current.phase == "train":
+                current = self._train(rounds, current)
+            if current.phase == "judge":
+                current = self._judge(rounds, current)
+            if current.phase == "push":
+                current = self._send(rounds, current)
+            if current.phase == "rollout":
+                current = self._roll_out(rounds, current)
+            return current
+
+    def _follow_server(self, rounds: Rounds) -> None:
+        """Forget the learner's weights if the server has gone on to another version than its last one."""
+        if self._push is None:
+            return
+        self._tell("ask the server")
+        stable, mine = self._push.stable(), rounds.serving_version
+        if mine and stable != mine:
+            _log.warning(
+                "version %s of %s is stable, not %s, which was learned last: beginning with the model's own weights",
+                stable, self.model, mine,
+            )  # fmt: skip
+            rounds.forget()
+
+    # The steps of a round.
+
+    def _begin(self, rounds: Rounds) -> Round:
+        self._tell("read samples")
+        rows, newest_s, notes = self._read()
+        train, judges = rows.split(self._plan.held_out)
+        before = [each for each in rounds.history() if each.rows]
+        new = len(train) if not before else self._count_since(before[-1].newest_s)
+        least = self._plan.least_rows
+        why = f" (left out: {rows.foreign}, such as {rows.why})" if rows.foreign else ""
+        if len(train) < least or len(judges) < self._plan.least_held_out:
+            raise LearningError(
+                f"{len(train)} labelled rows to train on and {len(judges)} to judge by are too few; expected {least} "
+                f"and {self._plan.least_held_out}{why}"
+            )
+        if new < least:
+            raise LearningError(f"{new} labelled rows are new since round {before[-1].number}; expected {least}{why}")
+        return rounds.save(
+            Round(
+                number=rounds.next_number, began_s=time(), rows=len(train), held_out=len(judges), newest_s=newest_s,
+                notes=notes,
+            )
+        )  # fmt: skip
+
+    def _read(self) -> tuple[Labelled, float, tuple[str, ...]]:
+        found = Samples(self._samples, self.model)
+        notes: list[str] = []
+        if found.damaged_bytes:
+            notes.append(f"{found.damaged_bytes} bytes of damaged sample files were passed over")
+            _log.warning("%s", notes[-1])
+        kept = list(found.with_labels(self._plan.most_rows))
+        if not kept:
+            raise SampleError(
+                f"{os.fsdecode(self._samples)}: {found.count} samples of {self.model!r}, none with feedback: send the "
+                "right answers to /v2/models/NAME/feedback"
+            )
+        rows = read_labelled(kept, self._base.inputs, self._plan.most_rows)
+        if rows.foreign:
+            notes.append(f"{rows.foreign} samples do not fit: {rows.why}")
+            _log.warning("%s", notes[-1])
+        classes = self._base.outputs[self._output].shape[1]
+        wrong = rows.labels[(rows.labels < 0) | (rows.labels >= classes)]
+        if len(wrong):
+            raise LearningError(f"a label is {wrong[0]}, and the model has the classes 0 to {int(classes) - 1}")
+        return rows, kept[-1].time_s, tuple(notes)
+
+    def _count_since(self, time_s: float) -> int:
+        """Rows to train on of requests that came after a time."""
+        kept = [each for each in Samples(self._samples, self.model).with_labels() if each.time_s > time_s]
+        return len(read_labelled(kept, self._base.inputs).split(self._plan.held_out)[0])
+
+    def _train(self, rounds: Rounds, current: Round) -> Round:
+        self._tell("train")
+        rows, _, _ = self._read()
+        train, _ = rows.split(self._plan.held_out)
+        old, steps = self._old_data(), self._plan.steps or self._spec.steps
+        model = self._model(rounds)
+        mixture = Mixture(old, train, self._plan.fresh, self._plan.seed + current.number)
+        options: dict[str, Any] = {"progress": False, "seed": current.number, **self._spec.options}
+        checkpoint = Checkpoints(rounds.work / "checkpoints", every=max(1, steps // _CHECKPOINTS), keep=1)
+        try:
+            result = fit(
+                model, self._spec.loss or supervised(model, label=old.label), self._spec.updates(steps), mixture,
+                steps=steps, checkpoint=checkpoint, **options,
+            )  # fmt: skip
+        except (TrainingError, CheckpointError):
+            rounds.drop()  # the next round begins anew
+            raise
+        self._tell("lower")
+        version = str(current.number)
+        batches = [{name: mixture(0)[name] for name in self._base.inputs}]
+        update = lower(result.program, self._base, batches, version)
+        update.save(rounds.work / "update.lepton", overwrite=True)
+        write_master(rounds.work / "master.npz", result.program.weights)
+        return rounds.change(current, phase="judge")
+
+    def _old_data(self) -> OldData:
+        if self._old is None:
+            self._old = OldData(self._spec.data, list(self._base.inputs), self._plan.old_rows)
+        return self._old
+
+    def _model(self, rounds: Rounds) -> Model:
+        """The model with the weights that training goes on from."""
+        if self._start is None:
+            self._start = self._first_model()
+        model = self._start
+        if not rounds.master.exists():
+            return model
+        master = read_master(rounds.master)
+        shapes = {path: (leaf.shape, leaf.dtype) for path, leaf in model.program.weights.items()}
+        if {path: (leaf.shape, leaf.dtype) for path, leaf in master.items()} != shapes:
+            raise LearningError(
+                f"{rounds.master} has the weights of another model than {self.model!r}: remove {rounds.folder}"
+            )
+        return _with_weights(model, master)
+
+    def _first_model(self) -> Model:
+        model = self._spec.trained()
+        if self._trained is None:
+            return model
+        steps = self._spec.steps
+        options: dict[str, Any] = {"progress": False, **self._spec.options}
+        result = fit(
+            model, self._spec.loss or supervised(model, label=self._old_data().label), self._spec.updates(steps),
+            self._spec.data, steps=steps, checkpoint=Checkpoints(self._trained),
+            compression=self._spec.compression, evaluate=self._spec.evaluation(steps),
+            **options,
+        )  # fmt: skip
+        return _with_weights(model, result.program.weights)
+
+    def _judge(self, rounds: Rounds, current: Round) -> Round:
+        self._tell("judge")
+        rows, _, _ = self._read()
+        _, judges = rows.split(self._plan.held_out)
+        before: Servable = load(rounds.serving, base=self._base) if rounds.serving.exists() else self._base
+        after = load(rounds.work / "update.lepton", base=self._base)
+        given, old = self._spec.evaluate, self._old_data()
+        evaluate = given.evaluate if isinstance(given, Evaluation) else given
+
+        def on_old_data(predict: Any) -> Mapping[str, float]:
+            return {"accuracy": old.accuracy(predict, self._output)} if evaluate is None else evaluate(predict)
+
+        verdict = judge(
+            before, after, judges.inputs, judges.labels, self._output, on_old_data,
+            max_drop=self._plan.max_drop, confidence=self._plan.confidence,
+        )  # fmt: skip
+        current = rounds.change(current, verdict=dataclasses.asdict(verdict), held_out=len(judges))
+        if not verdict.better:
+            return rounds.end(current, "refused", verdict.reason)
+        if self._push is None:
+            return rounds.end(current, "kept", verdict.reason)
+        return rounds.change(current, phase="push", version=self._push.free_version())
+
+    def _send(self, rounds: Rounds, current: Round) -> Round:
+        assert self._push is not None
+        self._tell("push")
+        self._push.stable()
+        try:
+            while not self._push.push(rounds.work / "update.lepton", current.version):
+                current = rounds.change(current, version=self._push.free_version())
+        except RequestError as error:
+            if error.status not in _FINAL:
+                raise
+            return rounds.end(current, "stopped", f"the server refuses version {current.version}: {error.message}")
+        return rounds.change(current, phase="rollout")
+
+    def _roll_out(self, rounds: Rounds, current: Round) -> Round:
+        assert self._push is not None
+        self._tell(f"roll version {current.version} out")
+        try:
+            self._push.wait_loaded(current.version)
+        except LearningError as error:
+            return rounds.end(current, "stopped", str(error))
+        if self._plan.direct:
+            self._push.promote(current.version)
+            return rounds.end(current, "promoted", f"promoted at once: {current.verdict['reason']}")
+
+        def tell(rollout: Mapping[str, Any]) -> None:
+            self._tell(f"roll version {current.version} out: {rollout['state']} {rollout['share']:.0%}")
+
+        rollout = self._push.roll_out(self._plan.rollout(current.version), tell)
+        return rounds.end(current, rollout["state"], rollout["reason"])
+
+
+def _with_weights(model: Model, weights: Mapping[str, Any]) -> Model:
+    """A model with other weights of the same paths."""
+    arrays = {path: jnp.asarray(np.asarray(weights[path])) for path in model.program.weights}
+    program = model.program.replace(weights=arrays)
+    return Model(
+        model.apply,
+        {path: arrays[path] for path in model.weights},
+        {path: arrays[path] for path in model.state},
+        program,
+    )

@@ -1,0 +1,104 @@
+"""Batches of old data and samples, mixed: a function of the step, so that a run that was interrupted goes on."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import numpy as np
+
+from lepton_xla.errors import LearningError
+from lepton_xla.learning.labelled import Labelled
+from lepton_xla.train.feeding import Data, Feed
+
+# Old data is a sample itself: nothing is read for longer than this many batches.
+_MOST_BATCHES = 1000
+_JUDGES = 5
+
+
+class OldData:
+    """Rows of a model's own training data, kept in memory.
+
+    Args:
+        data: batches, as `fit` takes them.
+        inputs: names of the model's inputs; the one other entry of a batch is the label.
+        most_rows: that are read.
+
+    Attributes:
+        label: name of the entry with the labels.
+        batch_rows: rows of a batch.
+        rows: entry -> array, to train on.
+        judges: the same of rows that are not trained on here.
+
+    Raises:
+        LearningError: if a batch has no such entry, or labels are not one class a row.
+
+    >>> old = OldData([{"x": np.zeros((2, 3)), "label": np.array([0, 1])}] * 10, ["x"], most_rows=10)
+    >>> old.label, old.batch_rows, len(old.rows["label"]), len(old.judges["label"])
+    ('label', 2, 8, 2)
+    """
+
+    def __init__(self, data: Data, inputs: Collection[str], most_rows: int) -> None:
+        feed = Feed(data)
+        first = feed.next()
+        others = [name for name in first if name not in inputs]
+        if len(others) != 1 or any(name not in first for name in inputs):
+            raise LearningError(
+                f"a batch has the entries {', '.join(first)}; expected the inputs {', '.join(inputs)} and one more, "
+                "the label, because feedback gives one class for each row"
+            )
+        self.label = others[0]
+        if first[self.label].ndim != 1 or first[self.label].dtype.kind not in "iu":
+            kind = f"{first[self.label].dtype}{list(first[self.label].shape)}"
+            raise LearningError(f"the entry {self.label!r} of a batch is {kind}; expected one integer for each row")
+        self.batch_rows = len(first[self.label])
+        count = min(_MOST_BATCHES, math.ceil(most_rows / self.batch_rows))
+        batches = [first, *(feed.next() for _ in range(count - 1))]
+        whole = {name: np.concatenate([batch[name] for batch in batches])[:most_rows] for name in first}
+        chosen = np.arange(len(whole[self.label])) % _JUDGES == _JUDGES - 1
+        self.rows = {name: array[~chosen] for name, array in whole.items()}
+        self.judges = {name: array[chosen] for name, array in whole.items()}
+
+    def accuracy(self, predict: Any, output: str) -> float:
+        """The share of the judging rows that a model gets right."""
+        if not len(self.judges[self.label]):
+            return 1.0
+        answers = predict(**{name: array for name, array in self.judges.items() if name != self.label})[output]
+        return float((np.asarray(answers).argmax(-1) == self.judges[self.label]).mean())
+
+
+class Mixture:
+    """Batches with a share of samples, the rest old data: `mixture(step) -> batch`.
+
+    Args:
+        old: the old data; gives shapes and dtypes.
+        samples: rows to mix in.
+        fresh: their share of a batch, rounded up.
+        seed: of the choice of rows.
+
+    >>> old = OldData([{"x": np.zeros((4, 1), np.float32), "label": np.int32([0] * 4)}], ["x"], most_rows=4)
+    >>> new = Labelled({"x": np.ones((3, 1), np.float32)}, np.int32([1, 1, 1]), np.zeros(3))
+    >>> batch = Mixture(old, new, fresh=0.5)(step=0)
+    >>> batch["x"].ravel().tolist(), batch["label"].tolist()
+    ([1.0, 1.0, 0.0, 0.0], [1, 1, 0, 0])
+    """
+
+    def __init__(self, old: OldData, samples: Labelled, fresh: float, seed: int = 0) -> None:
+        self._old = old.rows
+        self._new: Mapping[str, np.ndarray] = {
+            **samples.inputs, old.label: samples.labels.astype(old.rows[old.label].dtype),
+        }  # fmt: skip
+        self._new_rows = math.ceil(fresh * old.batch_rows)
+        self._old_rows = old.batch_rows - self._new_rows
+        self._seed = seed
+        self._counts = len(samples), len(old.rows[old.label])
+
+    def __call__(self, step: int) -> dict[str, np.ndarray]:
+        """The batch of a step."""
+        random = np.random.default_rng([self._seed, step])
+        fresh, old = (
+            random.integers(0, max(count, 1), rows)
+            for count, rows in zip(self._counts, (self._new_rows, self._old_rows), strict=True)
+        )
+        return {name: np.concatenate([self._new[name][fresh], array[old]]) for name, array in self._old.items()}

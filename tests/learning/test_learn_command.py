@@ -1,0 +1,64 @@
+"""`leptonx learn` on files: the artifact, the report, the plot, and what is refused."""
+
+import json
+import pathlib
+
+import learning_model
+import pytest
+from click.testing import CliRunner
+
+import lepton_xla as lx
+from lepton_xla.cli import main
+
+TARGET = f"{pathlib.Path(learning_model.__file__)}:spec"
+
+
+@pytest.fixture
+def leptonx(bases, sampled, tmp_path):
+    def run(*more, code=0):
+        common = [
+            "learn", TARGET, "--samples", sampled.folder, "--base", bases["int8"], "--folder", tmp_path / "learning",
+            "--steps", "100",
+        ]  # fmt: skip
+        result = CliRunner().invoke(main, [str(each) for each in (*common, *more)], prog_name="leptonx")
+        if result.exception is not None and not isinstance(result.exception, SystemExit):
+            raise result.exception
+        assert result.exit_code == code, result.output
+        return result.stdout if code == 0 else result.stderr.splitlines()[-1]
+
+    return run
+
+
+def test_an_artifact_a_report_and_a_plot(leptonx, bases, sampled, tmp_path):
+    sampled.add(*learning_model.rows(600, 1, sign=-1.0))
+    found = json.loads(leptonx("-o", tmp_path / "better.lepton", "--plot", tmp_path / "plot.png", "--json"))
+    assert (found["phase"], found["path"]) == ("kept", str(tmp_path / "better.lepton"))
+    assert sum(window["rows"] for window in found["accuracy"]) == 600
+    x, labels = learning_model.rows(400, 99, sign=-1.0)
+    better = lx.load(tmp_path / "better.lepton", base=lx.load(bases["int8"]))
+    assert (better(x=x)["output"].argmax(-1) == labels).mean() > 0.9
+    assert (tmp_path / "plot.png").read_bytes()[:4] == b"\x89PNG"
+    assert "exists; give another --output" in leptonx("-o", tmp_path / "better.lepton", code=2)
+    sampled.add(*learning_model.rows(600, 2, sign=-1.0))
+    text = leptonx("-o", tmp_path / "better.lepton", "--overwrite")
+    assert f"round 2: kept as {tmp_path / 'better.lepton'}" in text
+    assert "accuracy of what was answered" in text
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ([], "there are no samples of this model"),
+        (["--every", "10m"], "--every is for rounds one after another"),
+        (["--loop", "--every", "soon"], "'soon' is no time such as 30s, 10m or 2h"),
+        (["--direct"], "give --server too"),
+        (["--server", "http://127.0.0.1:9", "-o", "x.lepton"], "give --server to push the result, or --output"),
+        (["--fresh", "2"], "fresh = 2.0; expected above 0 and at most 1"),
+        (["--held-out", "0"], "held_out = 0.0; expected above 0"),
+        (["--server", "http://127.0.0.1:9", "--rollout", "none.json"], "none.json cannot be read"),
+        (["--server", "http://127.0.0.1:9"], "http://127.0.0.1:9: no answer after"),
+        (["--plot", "nowhere/plot.png"], "nowhere does not exist"),
+    ],
+)
+def test_bad_input_is_one_line(leptonx, more, words):
+    assert words in leptonx(*more, code=2)
