@@ -88,7 +88,7 @@ class SiteSensitivity:
     @property
     def latency_ratio(self) -> float | None:
         """Time of the quantized product over that of float, geometric mean over sizes; None if not timed."""
-        ratios = [timing.best_us(pad=True) / timing.float_us for timing in self.timings]
+        ratios = [timing.best_us / timing.float_us for timing in self.timings]
         return math.prod(ratios) ** (1 / len(ratios)) if ratios else None
 
     def to_json(self) -> dict[str, Any]:
