@@ -109,7 +109,8 @@ def _limit_options(command: Callable[..., None]) -> Callable[..., None]:
     "--memory",
     None,
     "Bytes that the models of a repository may take together of each device, such as 4GiB. Each is then loaded when it "
-    "is first asked for, and the one that was used least recently goes for it. Pinned models stay (model.toml).",
+    "is first asked for, and the one that was used least recently goes for it. Pinned models stay (model.toml). Each "
+    "of --workers has its part.",
     metavar="BYTES",
     callback=_bytes,
     show_default="all models are loaded",
@@ -328,8 +329,6 @@ def serve(
         raise ServeError("--name is for one artifact; the models of a repository are called as their folders are")
     if options.memory is not None and not repository:
         raise ServeError(f"--memory is for a repository of models, and {path} is none")
-    if options.memory is not None and workers > 1:
-        raise ServeError("--memory is for one process: leave out --workers")
     if options.explicit and not repository:
         raise ServeError(f"--explicit is for a repository of models, and {path} is none")
     server: Server | None = None

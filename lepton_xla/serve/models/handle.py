@@ -73,6 +73,11 @@ class ModelHandle:
         self.decoder = Decoder(signature, limits, scheduler.max_rows)
 
     @property
+    def name(self) -> str:
+        """The model's."""
+        return self.signature.name
+
+    @property
     def nbytes(self) -> int:
         """Bytes that it takes: weights, compiled code, and the arrays that batches are put together in.
 

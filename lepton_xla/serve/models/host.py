@@ -91,6 +91,10 @@ class Host[T]:
                 failed[version] = _reason(error, source, f"{change.name}/{version}")
         return failed
 
+    def sizes(self, number: int) -> dict[str, int]:
+        """Bytes that each version takes which was prepared for a change."""
+        return {version: handle.nbytes for version, handle in self._prepared.get(number, {}).items()}
+
     def commit(self, number: int, change: Change) -> Awaitable[object]:
         """Puts what was prepared, and takes out what is retired, before it returns. Ends when that is freed."""
         made, leaving = self._prepared.pop(number, {}), list[ModelHandle]()

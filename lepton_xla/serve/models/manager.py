@@ -140,6 +140,10 @@ class Manager:
         found = self._found.get(name)
         return found is not None and not found.problem and bool(found.wanted)
 
+    def loadable(self) -> list[str]:
+        """The names of the models that the repository had a version of to load when it was last looked at."""
+        return [name for name in self._found if self.has(name)]
+
     def paths(self, name: str) -> list[Path]:
         """Where the versions of a model are that would be loaded."""
         found = self._found.get(name)

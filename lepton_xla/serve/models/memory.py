@@ -17,24 +17,49 @@ import logging
 import math
 import re
 import weakref
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from time import monotonic
+from typing import Protocol
 
 import msgspec
 
 from lepton_xla.copies import listing_of
 from lepton_xla.errors import LeptonError, RepositoryError
 from lepton_xla.serve.errors import HTTPError
-from lepton_xla.serve.models.handle import ModelHandle
 from lepton_xla.serve.models.manager import Entry, Manager
 from lepton_xla.serve.models.placement import Evict, Held, Move, Put, Wait, next_step
-from lepton_xla.serve.models.registry import Registry
 
 _log = logging.getLogger("lepton_xla.serve")
 
 _LOOK_S = 0.02
 """How often to look whether memory has become free."""
+
+
+class Version(Protocol):
+    """A loaded version, as far as memory goes: see `ModelHandle`. It is gone when nothing refers to it."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def nbytes(self) -> int: ...
+    @property
+    def devices(self) -> tuple[int, ...]: ...
+    @property
+    def used_s(self) -> float: ...
+    @property
+    def busy(self) -> bool: ...
+    @property
+    def pinned(self) -> bool: ...
+
+
+class Loaded(Protocol):
+    """What is loaded: the `Registry` of this process, or what all workers have."""
+
+    def __iter__(self) -> Iterator[Version]: ...
+    def names(self) -> list[str]:
+        """The names of the models."""
+        ...
 
 
 class Memory:
@@ -46,6 +71,7 @@ class Memory:
         budget: bytes that models may take together, of each device.
         wait_s: how long a request waits for its model.
         devices: how many there are.
+        each: what the budget is of, in errors.
 
     Attributes:
         explicit: true: a server without a loaded model is as it should be.
@@ -54,7 +80,16 @@ class Memory:
 
     explicit = True
 
-    def __init__(self, manager: Manager, models: Registry, budget: int, wait_s: float = 10.0, devices: int = 1) -> None:
+    def __init__(
+        self,
+        manager: Manager,
+        models: Loaded,
+        budget: int,
+        wait_s: float = 10.0,
+        devices: int = 1,
+        each: str = "device",
+    ) -> None:
+        self._each = each
         self._devices = devices
         self._manager = manager
         self._models = models
@@ -110,7 +145,7 @@ class Memory:
         until = monotonic() + self._wait_s
         while self._leaving and monotonic() < until:
             await asyncio.sleep(_LOOK_S)
-        await asyncio.to_thread(_trim)
+        await asyncio.to_thread(trim)
 
     def knows(self, name: str) -> bool:
         """Whether the repository has a model of that name which is not loaded."""
@@ -123,21 +158,26 @@ class Memory:
             HTTPError: 503 if that takes longer than a request may wait, or there is no room or the model cannot be
                 loaded; 507 if it is larger than the budget.
         """
+        try:
+            async with asyncio.timeout(self._wait_s):
+                await self.ensure(name)
+        except (TimeoutError, RepositoryError) as error:
+            raise refusal(name, error) from None
+        then()
+
+    async def ensure(self, name: str) -> None:
+        """Has a model loaded, once however many ask.
+
+        Raises:
+            RepositoryError: as `load`.
+        """
         task = self._loading.get(name)
         if task is None:
             task = self._loading[name] = asyncio.get_running_loop().create_task(self._bring(name))
             task.add_done_callback(lambda _: self._loading.pop(name, None))
         self._waiting[name] += 1
         try:
-            async with asyncio.timeout(self._wait_s):
-                await asyncio.shield(task)
-            then()
-        except TimeoutError:
-            raise HTTPError(503, f"model {name!r} is being loaded", "Retry-After: 1") from None
-        except RepositoryError as error:
-            if error.kind == "large":
-                raise HTTPError(507, str(error)) from None
-            raise HTTPError(503, f"model {name!r} cannot be loaded: {error}", "Retry-After: 1") from None
+            await asyncio.shield(task)
         finally:
             self._waiting[name] -= 1
 
@@ -152,8 +192,8 @@ class Memory:
         """Bytes that models take of all devices, those included which are on their way out and still referred to."""
         return sum(each.nbytes * len(each.devices) for each in self._held()) + sum(self._on_their_way())
 
-    def _handles(self, name: str) -> Sequence[ModelHandle]:
-        return [handle for handle in self._models if handle.signature.name == name]
+    def _handles(self, name: str) -> Sequence[Version]:
+        return [handle for handle in self._models if handle.name == name]
 
     def _held(self, kept: Container[str] = (), stuck: Container[str] = ()) -> list[Held]:
         """What is loaded. What is kept can neither go nor move, what is stuck cannot move."""
@@ -205,7 +245,7 @@ class Memory:
                 if not await self._take(step):
                     stuck.add(step.name)
         if freed:
-            await asyncio.to_thread(_trim)
+            await asyncio.to_thread(trim)
         return step.devices
 
     async def _settle(self, name: str) -> None:
@@ -238,7 +278,7 @@ class Memory:
 
     def _refuse_larger(self, name: str, need: int) -> None:
         if need > self._budget:
-            each = "" if self._devices == 1 else " of each device"
+            each = "" if self._devices == 1 and self._each == "device" else f" of each {self._each}"
             raise RepositoryError(
                 "large", f"model {name!r} takes {need} bytes, more than the memory for all{each}, {self._budget}"
             )
@@ -249,7 +289,7 @@ class Memory:
             await asyncio.sleep(1.0)
             async with self._turn:
                 if not self._leaving and await self._fit():
-                    await asyncio.to_thread(_trim)
+                    await asyncio.to_thread(trim)
 
     def _note_leaving(self, name: str) -> None:
         loop = asyncio.get_running_loop()
@@ -275,6 +315,15 @@ class Memory:
             await asyncio.sleep(_LOOK_S)
             return False
         return True
+
+
+def refusal(name: str, error: TimeoutError | RepositoryError) -> HTTPError:
+    """What a request is told whose model could not be loaded, or not in time."""
+    if isinstance(error, TimeoutError):
+        return HTTPError(503, f"model {name!r} is being loaded", "Retry-After: 1")
+    if error.kind == "large":
+        return HTTPError(507, str(error))
+    return HTTPError(503, f"model {name!r} cannot be loaded: {error}", "Retry-After: 1")
 
 
 def _gone(loop: asyncio.AbstractEventLoop, leaving: dict[int, tuple[int, tuple[int, ...]]], number: int) -> None:
@@ -320,10 +369,10 @@ def _expected(paths: Iterable[Path], devices: int) -> tuple[int, int]:
     return total, span
 
 
-def _trim() -> None:
+def trim() -> None:
     """Gives back to the system what JAX and the allocator keep of memory that was freed."""
     gc.collect(0)  # JAX lets go of arrays of the host at the next collection, however small
     try:
-        ctypes.CDLL(None).malloc_trim(0)
+        ctypes.CDLL(None).malloctrim(0)
     except AttributeError:  # not the GNU library
         return

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import os
 import socket
 from collections.abc import Callable, Mapping, Sequence
@@ -115,10 +116,17 @@ class Prepare(msgspec.Struct, tag="prepare"):
 
 
 class Prepared(msgspec.Struct, tag="prepared"):
-    """From a worker: a change can be committed, except for versions that cannot be loaded: version -> reason."""
+    """From a worker: a change can be committed, except for versions that cannot be loaded.
+
+    Attributes:
+        number: the change's.
+        failed: version -> reason.
+        sizes: version -> bytes that it takes in this worker.
+    """
 
     number: int
     failed: dict[str, str]
+    sizes: dict[str, int] = {}
 
 
 class Commit(msgspec.Struct, tag="commit"):
@@ -126,6 +134,18 @@ class Commit(msgspec.Struct, tag="commit"):
 
     number: int
     change: Change
+
+
+class Known(msgspec.Struct, tag="known"):
+    """To a worker, where models are loaded on demand: the names of those of the repository, in one message or several.
+
+    Attributes:
+        names: some of them, or all.
+        last: whether there are no more.
+    """
+
+    names: list[str]
+    last: bool = True
 
 
 class Freed(msgspec.Struct, tag="freed"):
@@ -139,7 +159,7 @@ class Ask(msgspec.Struct, tag="ask"):
 
     Attributes:
         number: names the request.
-        action: `index`, `load`, `unload` or `reroute`.
+        action: `index`, `load`, `unload`, `reroute`, or `bring`: load it for a request, if it is not loaded.
         name: the model's.
         overrides: fields of `Source` to be set.
         who: asks for it.
@@ -207,11 +227,13 @@ class Judged(msgspec.Struct, tag="judged"):
 
 type Message = (
     Settings | Ready | Failed | Connections | Stop | Reload | Leaving | Closed | Counts | Count | Total
-    | Prepare | Prepared | Commit | Freed | Ask | Told | Judge | Judged
+    | Prepare | Prepared | Commit | Freed | Known | Ask | Told | Judge | Judged
 )  # fmt: skip
 
 # Of the 64 KiB that a packet may have.
 _PIECE_BYTES = 24 << 10
+# Names in a message; one has up to 128 characters, and in JSON each of these up to twelve bytes.
+_NAMES = 16
 
 
 def in_pieces(counts: Mapping[str, Any], number: int = 0) -> list[Counts]:
@@ -250,6 +272,12 @@ class Labels:
         if not message.last:
             return None
         return msgspec.json.decode(self._begun.pop(message.number), type=dict[str, list[int]])
+
+
+def names_in_pieces(names: Sequence[str]) -> list[Known]:
+    """Names in as many messages as they need."""
+    pieces = [list(some) for some in itertools.batched(names, _NAMES)] or [[]]
+    return [*(Known(some, last=False) for some in pieces[:-1]), Known(pieces[-1])]
 
 
 def _plain(value: Any) -> str:

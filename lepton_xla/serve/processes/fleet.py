@@ -15,6 +15,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from lepton_xla.serve.models.changes import Change, State, difference
 from lepton_xla.serve.processes import control
 from lepton_xla.serve.processes.child import Child
+from lepton_xla.serve.processes.roster import Roster
 
 _log = logging.getLogger("lepton_xla.serve")
 
@@ -25,10 +26,14 @@ class Fleet:
     Args:
         workers: all of them.
         caught_up: called with a worker that holds what all others hold; makes it ready.
+
+    Attributes:
+        roster: what all of them hold, with its size.
     """
 
     def __init__(self, workers: Sequence[Child], caught_up: Callable[[Child], object]) -> None:
         self._workers = workers
+        self.roster = Roster(workers)
         self._caught_up = caught_up
         self._states: dict[str, State] = {}
         self._holds: dict[Child, dict[str, State]] = {child: {} for child in workers}
@@ -60,12 +65,15 @@ class Fleet:
         """Has all workers put what they have prepared; ends when all have freed what it replaces."""
         state = self._states.get(change.name, State()).after(change)
         self._states[change.name] = state
+        leaving = self.roster.committed(number, change)
         ended: list[asyncio.Future[dict[str, str]]] = []
         for child in self._workers:
             if child.ready:
                 self._holds[child][change.name] = state
                 ended.append(self._ask(child, control.Commit(number, change)))
-        return asyncio.gather(*ended)
+        freed = asyncio.gather(*ended)
+        freed.add_done_callback(lambda _: leaving.clear())
+        return freed
 
     # For the supervisor.
 
@@ -82,8 +90,10 @@ class Fleet:
         for key in [key for key in self._waiting if key[0] is child]:
             self._answered(key, {"": f"{child.name} has ended while it was loaded"})
 
-    def prepared(self, child: Child, number: int, failed: dict[str, str]) -> None:
+    def prepared(self, child: Child, number: int, failed: dict[str, str], sizes: dict[str, int]) -> None:
         """A worker has prepared a change."""
+        if number > 0:
+            self.roster.prepared(number, sizes)
         self._answered((child, number, False), failed)
 
     def freed(self, child: Child, number: int) -> None:

@@ -22,6 +22,7 @@ from lepton_xla.serve.errors import HTTPError
 from lepton_xla.serve.http.arrivals import AT_ONCE, accept
 from lepton_xla.serve.http.drain import Stop
 from lepton_xla.serve.models.manager import Entry, Manager
+from lepton_xla.serve.models.memory import Memory
 from lepton_xla.serve.models.records import Records
 from lepton_xla.serve.models.remote import open_repository
 from lepton_xla.serve.processes import control
@@ -81,12 +82,20 @@ class Supervisor:
         self._verdicts = Verdicts(self._workers)
         self._fleet = Fleet(self._workers, self._may_serve)
         self._manager: Manager | None = None
+        self._memory: Memory | None = None
+        self._known: list[str] = []
         if repository is not None:
             self._records = Records(options.audit_log)
             self._manager = Manager(
                 open_repository(repository), self._fleet,
-                explicit=options.explicit, poll_s=options.repository_poll_s, record=self._records,
+                explicit=options.explicit or options.memory is not None, watched=not options.explicit,
+                poll_s=options.repository_poll_s, record=self._records,
             )  # fmt: skip
+            if options.memory is not None:
+                # All workers hold the same models, so each has its part of the memory.
+                self._memory = Memory(
+                    self._manager, self._fleet.roster, options.memory // workers, options.load_wait_s, each="worker"
+                )
         self._asks: set[asyncio.Task[None]] = set()
         self._digest = ""
         self._open = False
@@ -136,7 +145,10 @@ class Supervisor:
                     return True
                 starting.result()
                 self.name = ", ".join(self._manager.states)
-                self._managing = loop.create_task(self._manager.watch())
+                self._tell_known()
+                self._managing = [loop.create_task(self._manager.watch())]
+                if self._memory is not None:
+                    self._managing += [loop.create_task(self._memory.watch()), loop.create_task(self._keep_known())]
             stop.warming = False
             self._listening.open(_BACKLOG)
             self._open = True
@@ -260,8 +272,8 @@ class Supervisor:
                     self._tally.counted(child, number)
             case control.Total(number):
                 self._tally.count(child, number)
-            case control.Prepared(number, failed):
-                self._fleet.prepared(child, number, failed)
+            case control.Prepared(number, failed, sizes):
+                self._fleet.prepared(child, number, failed, sizes)
             case control.Freed(number):
                 self._fleet.freed(child, number)
             case control.Ask():
@@ -290,17 +302,21 @@ class Supervisor:
 
     async def _answer(self, child: Child, ask: control.Ask) -> None:
         """Carries out what a client has asked a worker for."""
-        assert self._manager is not None
+        repository = self._memory or self._manager
+        assert repository is not None
         told, entries = control.Told(ask.number), list[Entry]()
         try:
             if ask.action == "index":
-                entries = await self._manager.index()
+                entries = await repository.index()
             elif ask.action == "load":
-                await self._manager.load(ask.name, ask.overrides, ask.who)
+                await repository.load(ask.name, ask.overrides, ask.who)
             elif ask.action == "reroute":
-                await self._manager.reroute(ask.name, ask.who)
+                await repository.reroute(ask.name, ask.who)
+            elif ask.action == "bring":
+                assert self._memory is not None
+                await self._memory.ensure(ask.name)
             else:
-                await self._manager.unload(ask.name, ask.who)
+                await repository.unload(ask.name, ask.who)
         except RepositoryError as error:
             told = control.Told(ask.number, error.kind, str(error))
         except Exception:
@@ -310,8 +326,22 @@ class Supervisor:
             child.send(control.Told(ask.number, entries=list(some), last=False))
         child.send(told)
 
+    def _tell_known(self) -> None:
+        """Tells the workers which models can be loaded on demand, if that has changed."""
+        if self._memory is not None and self._manager is not None and self._known != self._manager.loadable():
+            self._known = self._manager.loadable()
+            for message in control.names_in_pieces(self._known):
+                self._tell_workers(message)
+
+    async def _keep_known(self) -> None:
+        while True:
+            await asyncio.sleep(self._options.repository_poll_s)
+            self._tell_known()
+
     def _is_ready(self, child: Child, model: str, digest: str) -> None:
         if self._manager is not None:
+            for message in control.names_in_pieces(self._known):
+                child.send(message)
             self._fleet.joined(child)
             return
         self.name = model

@@ -30,12 +30,14 @@ from lepton_xla.serve.models.changes import Change
 from lepton_xla.serve.models.handle import ModelHandle
 from lepton_xla.serve.models.host import Host
 from lepton_xla.serve.models.manager import Entry
+from lepton_xla.serve.models.memory import trim
 from lepton_xla.serve.models.registry import Registry
 from lepton_xla.serve.monitor.feedback import divide
 from lepton_xla.serve.observe.server_metrics import ServerMetrics
 from lepton_xla.serve.processes import control
 from lepton_xla.serve.processes.child import run_child
 from lepton_xla.serve.processes.control import Control
+from lepton_xla.serve.processes.on_demand import OnDemand
 from lepton_xla.serve.processes.packets import close_all
 from lepton_xla.serve.protocol.signature import signature_of
 from lepton_xla.serve.runtime import count_on_cores, leave, run_on_calling_thread, settle
@@ -80,7 +82,10 @@ class Worker:
         self._labels = control.Labels()
         self._verdicts: dict[int, asyncio.Future[control.Judged]] = {}
         self._options = settings.options
-        self.explicit = settings.options.explicit
+        self.explicit = settings.options.explicit or settings.options.memory is not None
+        self._bring: OnDemand | None = None
+        if settings.options.memory is not None:
+            self._bring = OnDemand(models, lambda name: self._ask("bring", name=name), settings.options.load_wait_s)
         self._repository = settings.repository
         self._sends_alerts = settings.sends_alerts
         self._access = settings.options.access()
@@ -106,7 +111,8 @@ class Worker:
         """
         frontend = HTTPFrontEnd(
             self._models, self._metrics, self._options, self._access, self._gather,
-            None if self._host is None else self, self._repository, sends=self._sends_alerts, others=self,
+            None if self._host is None else self, self._repository, bring=self._bring,
+            sends=self._sends_alerts, others=self,
         )  # fmt: skip
         self._arrivals = Arrivals(frontend.state, self._access.tls_options(self._options.limits))
         settle()
@@ -162,6 +168,9 @@ class Worker:
                     self._control.send(self._judged(number, model, labels, count=count))
             case control.Judged(number):
                 self._verdicts.pop(number).set_result(message)
+            case control.Known(names, last):
+                if self._bring is not None:
+                    self._bring.told(names, last)
             case _:
                 close_all(fds)
 
@@ -185,10 +194,13 @@ class Worker:
 
     async def _prepare(self, number: int, change: Change) -> None:
         assert self._host is not None
-        self._control.send(control.Prepared(number, await self._host.prepare(number, change)))
+        failed = await self._host.prepare(number, change)
+        self._control.send(control.Prepared(number, failed, self._host.sizes(number)))
 
     async def _free(self, number: int, ended: Awaitable[object]) -> None:
         await ended
+        if self._bring is not None:
+            await asyncio.to_thread(trim)
         self._control.send(control.Freed(number))
 
     async def index(self) -> list[Entry]:
@@ -218,6 +230,8 @@ class Worker:
         question.entries.extend(told.entries)
         if told.last:
             del self._questions[told.number]
+            if question.answer.done():  # nobody waits any more
+                return
             if told.kind:
                 question.answer.set_exception(RepositoryError(told.kind, told.error))
             else:

@@ -20,14 +20,14 @@ from lepton_xla.serve import Client, Options, Server
 from lepton_xla.serve import server as server_module
 from lepton_xla.serve.batching.device import Device
 from lepton_xla.serve.errors import HTTPError
-from lepton_xla.serve.models.memory import Memory, _trim
+from lepton_xla.serve.models.memory import Memory, trim
 
 
 class Handle:
     """A loaded model of so many bytes."""
 
     def __init__(self, name, nbytes, used_s, device=0):
-        self.signature = type("Signature", (), {"name": name, "version": "1"})
+        self.name = name
         self.nbytes, self.used_s, self.devices = nbytes, used_s, (device,)
         self.pinned = self.busy = False
 
@@ -280,7 +280,7 @@ def test_weights_go_with_their_model_and_do_not_wait_for_the_collector_of_cycles
         full = resident()
         del servable
         assert weight() is None
-        _trim()
+        trim()
         assert full - resident() > 0.9 * 4 * SIDE * SIDE
     finally:
         gc.enable()

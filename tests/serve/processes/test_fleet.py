@@ -47,7 +47,7 @@ class Run:
         """A worker answers the last message that it got."""
         last = worker.got[-1]
         if isinstance(last, control.Prepare):
-            self.fleet.prepared(worker, last.number, failed)
+            self.fleet.prepared(worker, last.number, failed, {})
         else:
             self.fleet.freed(worker, last.number)
         await self.turn()
