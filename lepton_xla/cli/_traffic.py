@@ -80,8 +80,8 @@ def _converted[T](value: dict[str, Any], kind: type[T]) -> T:
 def _of(name: str, plan: Plan) -> dict[str, Any]:
     import msgspec
 
-    running = plan.rollout is not None and plan.rollout.running
-    return {"model": name, "traffic": msgspec.to_builtins(plan.in_force), "rollout": running, "versions": []}
+    traffic, rollout = msgspec.to_builtins(plan.in_force), msgspec.to_builtins(plan.rollout)
+    return {"model": name, "traffic": traffic, "rollout": rollout, "versions": []}
 
 
 def _rolled(plan: Plan) -> dict[str, Any]:

@@ -108,7 +108,7 @@ def _show(document: dict[str, Any], as_json: bool) -> None:
         lines.append(f"sticky by {'the id' if now['sticky'] == 'id' else 'header ' + now['sticky']}")
     if now["shadow"] is not None:
         lines.append(f"{now['shadow']['to']} is asked {now['shadow']['fraction']:.4g} of the requests too")
-    if document["rollout"]:
+    if document["rollout"] is not None and document["rollout"]["state"] in ("shadow", "canary"):
         lines.append("a rollout says so: leptonx rollout show")
     rows = [
         (

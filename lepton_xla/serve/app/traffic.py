@@ -65,7 +65,7 @@ class TrafficPages:
         """Answers a request of one of these routes."""
         if self._repository is None:
             raise HTTPError(501, "this server's repository is no folder that it may write to")
-        who = asker_of(who, exchange)
+        name, who = who, asker_of(who, exchange)
         match route:
             case "show_traffic":
                 work = self._traffic(model)
@@ -80,11 +80,11 @@ class TrafficPages:
             case "start_rollout":
                 wanted = parse_body(exchange.body, RolloutRequest)
                 work = self._change_rollout(
-                    model, who, "start", lambda plan, found: plans.with_rollout(plan, found, wanted, who, time())
+                    model, who, "start", lambda plan, found: plans.with_rollout(plan, found, wanted, name, time())
                 )
             case _:
                 work = self._change_rollout(
-                    model, who, "stop", lambda plan, found: plans.with_stop(plan, found, who, time())
+                    model, who, "stop", lambda plan, found: plans.with_stop(plan, found, name, time())
                 )
         self._pages.answer_later(exchange, work, f"the request for {route.partition('_')[2]} failed")
 
@@ -96,10 +96,9 @@ class TrafficPages:
 
         def show(metrics: ServerMetrics) -> None:
             if not shown.done():
-                running = plan.rollout is not None and plan.rollout.running
                 shown.set_result(
                     TrafficShown(
-                        model=model, traffic=plan.in_force, rollout=running, versions=self._arms(model, metrics)
+                        model=model, traffic=plan.in_force, rollout=plan.rollout, versions=self._arms(model, metrics)
                     )
                 )
 

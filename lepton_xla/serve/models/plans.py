@@ -155,7 +155,7 @@ def decided(
     share = rollout.plan.stages[at].share
     if state is None:
         state = "canary" if share else "shadow"
-    time = datetime.fromtimestamp(now_s, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    time = datetime.fromtimestamp(now_s, UTC).isoformat(timespec="milliseconds")
     decision = Decision(time=time, who=who, state=state, stage=at, reason=reason, figures=dict(figures or {}))
     return msgspec.structs.replace(
         rollout,

@@ -135,6 +135,8 @@ ROUTES: tuple[Route, ...] = (
     Route("page", "GET", "/ui[/]", "page", "The page for people", response="text/html"),
     Route("page_script", "GET", "/ui/ui.js", "page", "Its script", response="text/javascript"),
     Route("page_figures", "GET", "/ui/figures.js", "page", "What the metrics say", response="text/javascript"),
+    Route("page_drawing", "GET", "/ui/drawing.js", "page", "How figures are drawn", response="text/javascript"),
+    Route("page_traffic", "GET", "/ui/traffic.js", "page", "Traffic and rollouts", response="text/javascript"),
     Route("page_style", "GET", "/ui/ui.css", "page", "Its style sheet", response="text/css"),
     *(
         Route(f"{kind}_shared_memory_{action}", method, f"/v2/{kind}sharedmemory{path}/{action}", "admin",

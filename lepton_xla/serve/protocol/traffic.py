@@ -279,11 +279,11 @@ class ArmFigures(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class TrafficShown(msgspec.Struct, frozen=True, kw_only=True):
-    """Traffic of a model, and the figures of each version that takes part."""
+    """Traffic of a model, its last rollout, and the figures of each loaded version."""
 
     model: str
     traffic: Traffic
-    rollout: bool
+    rollout: Rollout | None
     versions: list[ArmFigures]
 
 

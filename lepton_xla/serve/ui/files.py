@@ -19,6 +19,8 @@ _FILES = {
     "page": ("index.html", "text/html; charset=utf-8"),
     "page_script": ("ui.js", "text/javascript; charset=utf-8"),
     "page_figures": ("figures.js", "text/javascript; charset=utf-8"),
+    "page_drawing": ("drawing.js", "text/javascript; charset=utf-8"),
+    "page_traffic": ("traffic.js", "text/javascript; charset=utf-8"),
     "page_style": ("ui.css", "text/css; charset=utf-8"),
 }
 

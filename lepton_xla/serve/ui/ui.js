@@ -1,10 +1,13 @@
 // The page for people: reads the server's own routes every two seconds and draws what they say. All text is set as text,
 // never as markup, and nothing is loaded from elsewhere.
 
+import { button, bytes, make, milliseconds, number, percent, plot, table } from "./drawing.js";
 import { parseMetrics, perVersion, quantile } from "./figures.js";
+import { drawTraffic, isRunning } from "./traffic.js";
 
 const POLL_MS = 2000;
 const KEPT = 150; // five minutes
+const MOST_SHARED = 20; // models whose traffic is asked for
 const TOKEN = "lepton-token";
 
 const byId = (id) => document.getElementById(id);
@@ -71,54 +74,6 @@ function rates(key) {
   });
 }
 
-// Drawing.
-
-function make(tag, properties = {}, ...children) {
-  const element = document.createElement(tag);
-  for (const [name, value] of Object.entries(properties)) {
-    if (name in element) element[name] = value;
-    else element.setAttribute(name, value);
-  }
-  element.append(...children.filter((child) => child !== null));
-  return element;
-}
-
-const number = (value, digits = 1) =>
-  value === null || Number.isNaN(value) ? "-" : value.toLocaleString("en", { maximumFractionDigits: digits });
-const milliseconds = (seconds) => (seconds === null ? "-" : `${number(1000 * seconds, 2)} ms`);
-const percent = (share) => (share === null ? "-" : `${number(100 * share, 2)} %`);
-const bytes = (value) => `${number(value / 2 ** 20, 0)} MiB`;
-
-function table(caption, columns, rows) {
-  const head = make("tr", {}, ...columns.map(([text, kind]) => make("th", { scope: "col", className: kind ?? "" }, text)));
-  const body = rows.map((cells) =>
-    make("tr", {}, ...cells.map((cell, index) => make("td", { className: columns[index][1] ?? "" }, cell ?? ""))),
-  );
-  const made = make("table", {}, make("caption", {}, caption), make("thead", {}, head), make("tbody", {}, ...body));
-  return make("div", { className: "scroll", tabIndex: 0, role: "region", "aria-label": caption }, made);
-}
-
-function plot(caption, values, show) {
-  const known = values.filter((value) => value !== null);
-  const most = Math.max(...known, 1e-9);
-  const points = values
-    .map((value, index) => [(100 * index) / Math.max(values.length - 1, 1), value])
-    .filter(([, value]) => value !== null)
-    .map(([x, value]) => `${x.toFixed(2)},${(29 - (28 * value) / most).toFixed(2)}`);
-  const svg = document.createElementNS("http://www.w3.org/2000/svg", "svg");
-  svg.setAttribute("viewBox", "0 0 100 30");
-  svg.setAttribute("preserveAspectRatio", "none");
-  svg.setAttribute("role", "img");
-  svg.setAttribute("aria-label", `${caption}: ${known.length ? show(known.at(-1)) : "no data"} now`);
-  const line = document.createElementNS("http://www.w3.org/2000/svg", "polyline");
-  line.setAttribute("points", points.join(" "));
-  svg.append(line);
-  const text = known.length ? `${caption}, at most ${show(most)} in the last minutes` : `${caption}: no data yet`;
-  return make("figure", {}, svg, make("figcaption", {}, text));
-}
-
-const button = (text, name, act) => make("button", { type: "button", onclick: act, "aria-label": name }, text);
-
 async function change(what, promise) {
   byId("message").textContent = "";
   try {
@@ -130,7 +85,7 @@ async function change(what, promise) {
   }
 }
 
-function actions(model, version, labels, stored) {
+function actions(model, version, labels, stored, traffic, hasStable) {
   if (!admin || !stored) return null;
   const path = `/v2/repository/models/${encodeURIComponent(model)}`;
   const cell = make("span");
@@ -146,6 +101,13 @@ function actions(model, version, labels, stored) {
         change("the promotion", ask(`${path}/labels/stable`, "POST", { version }));
       }
     }));
+    if (traffic && hasStable && !isRunning(traffic.rollout) && !Object.keys(traffic.traffic.shares).length) {
+      cell.append(button("Roll out", `Roll out version ${version} of ${model}`, () => {
+        if (confirm(`Send more and more requests for ${model} to version ${version}, as long as it does well?`)) {
+          change("the rollout", ask(`/v2/models/${encodeURIComponent(model)}/rollout`, "PUT", { version }));
+        }
+      }));
+    }
   }
   return cell;
 }
@@ -180,7 +142,22 @@ function drawAlerts(alerts) {
     [["State"], ["Alert"], ["Model"], ["Condition"], ["Value", "number"], ["Since"]], rows));
 }
 
-function drawModels(versions, index, stored) {
+// What an admin may end: the rollout if one goes on, or else the shares that were set.
+function endOf(model, traffic) {
+  if (!admin) return null;
+  const base = `/v2/models/${encodeURIComponent(model)}`;
+  const end = (text, question, what, route) => button(text, `${text} of ${model}`, () => {
+    if (confirm(question)) change(what, ask(route, "DELETE"));
+  });
+  if (isRunning(traffic.rollout)) {
+    const question = `Have the stable version of ${model} answer all requests again?`;
+    return end("Stop the rollout", question, "stopping the rollout", `${base}/rollout`);
+  }
+  if (!Object.keys(traffic.traffic.shares).length && !traffic.traffic.shadow) return null;
+  return end("Clear the shares", `Have one version of ${model} answer all requests?`, "clearing the shares", `${base}/traffic`);
+}
+
+function drawModels(versions, index, stored, shared) {
   const opened = new Set([...document.querySelectorAll("details[open]")].map((each) => each.dataset.key));
   const focused = document.activeElement?.getAttribute("aria-label");
   const known = new Map(); // model -> version -> {version, state, reason, labels}
@@ -207,7 +184,7 @@ function drawModels(versions, index, stored) {
         latest ? number(latest.requests) : "-", latest ? milliseconds(latest.p50) : "-", latest ? milliseconds(latest.p99) : "-",
         one ? number(one.failures, 0) : "-", judged ? percent(one.right / judged) : "-",
         drift === null ? "-" : make("span", { className: drift > 0.2 ? "bad" : "" }, number(drift, 3)),
-        actions(model, version, mine, stored !== null),
+        actions(model, version, mine, stored !== null, shared.get(model), entries.some(({ labels }) => labels.includes("stable"))),
       ];
     });
     const problem = problems.has(model) ? make("p", { className: "bad" }, problems.get(model)) : null;
@@ -215,6 +192,8 @@ function drawModels(versions, index, stored) {
       ["Version"], ["Labels"], ["State"], ["Requests/s", "number"], ["p50", "number"], ["p99", "number"],
       ["Failed", "number"], ["Accuracy", "number"], ["Drift", "number"], ["Change"],
     ], rows));
+    const traffic = shared.get(model);
+    if (traffic) card.append(...drawTraffic(traffic, endOf(model, traffic), opened));
     for (const { version, state } of entries) {
       const key = `${model}/${version}`;
       const one = versions.get(key);
@@ -252,6 +231,9 @@ async function look() {
     ask("/metrics"), ask("/v2/repository/index", "POST", {}), ask("/v2/alerts"),
     maybe("/v2/repository/models"), maybe("/v2/audit?limit=50"),
   ]);
+  const several = (stored ?? []).filter(({ versions: kept }) => kept.length > 1).map(({ name }) => name).slice(0, MOST_SHARED);
+  const told = await Promise.all(several.map((name) => maybe(`/v2/models/${encodeURIComponent(name)}/traffic`)));
+  const shared = new Map(several.map((name, at) => [name, told[at]]).filter(([, each]) => each));
   const metrics = parseMetrics(text);
   const versions = perVersion(metrics);
   remember(versions, performance.now() / 1000);
@@ -262,7 +244,7 @@ async function look() {
   document.title = firing ? `(${firing}) lepton_xla` : "lepton_xla";
   drawTiles(metrics, versions, firing);
   drawAlerts(alerts.alerts);
-  drawModels(versions, index, stored);
+  drawModels(versions, index, stored, shared);
   drawAudit(audit);
 }
 

@@ -17,9 +17,10 @@ from lepton_xla.serve import Options, Server
 from lepton_xla.serve.access.tokens import create_token
 from lepton_xla.serve.models.repository import Repository
 from lepton_xla.serve.protocol.routes import ROUTES, TOKENLESS_PATHS
+from lepton_xla.serve.ui.files import _FILES
 
 FOLDER = resources.files("lepton_xla.serve.ui")
-FILES = {name: (FOLDER / name).read_text() for name in ("index.html", "ui.js", "figures.js", "ui.css")}
+FILES = {name: (FOLDER / name).read_text() for name, _ in _FILES.values()}
 
 
 def test_nothing_comes_from_elsewhere_and_nothing_is_inline():
@@ -28,7 +29,8 @@ def test_nothing_comes_from_elsewhere_and_nothing_is_inline():
         assert [url for url in found if "w3.org" not in url and url.startswith("http")] == [], name
     html = FILES["index.html"]
     assert re.search(r"<script(?![^>]*src=)|<style|\son\w+=|\sstyle=", html) is None
-    assert re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(", FILES["ui.js"]) is None
+    for name, text in FILES.items():
+        assert re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(", text) is None, name
 
 
 def test_every_route_that_it_asks_for_exists():
@@ -57,10 +59,13 @@ def test_its_files_are_open_and_keep_to_themselves(make_server, affine, tmp_path
 
 def in_node(tmp_path, script, value):
     """What a script makes of a value, with the functions of figures.js."""
-    (tmp_path / "figures.mjs").write_text(FILES["figures.js"])
+    for name in ("figures", "drawing", "traffic"):
+        text = FILES[f"{name}.js"].replace('.js"', '.mjs"')
+        (tmp_path / f"{name}.mjs").write_text(text)
     (tmp_path / "run.mjs").write_text(
         'import { readFileSync } from "node:fs";\n'
         'import { parseMetrics, perVersion, quantile } from "./figures.mjs";\n'
+        'import { isRunning, saidOf } from "./traffic.mjs";\n'
         'const value = JSON.parse(readFileSync(0, "utf8"));\n'
         f"console.log(JSON.stringify({script}));\n"
     )
@@ -111,6 +116,20 @@ def test_quantiles_are_those_between_two_looks(tmp_path, share):
     assert in_node(tmp_path, f"quantile({share}, value[0], value[0])", value) is None
 
 
+def test_traffic_is_told_in_one_sentence(tmp_path):
+    traffic = {"shares": {"stable": 0.9, "2": 0.1}, "sticky": "x-user", "shadow": {"to": "2", "fraction": 0.2}}
+    rollout = {"version": "2", "stable": "1", "state": "canary", "stage": 1, "plan": {"stages": [{}, {}, {}]}}
+    said = "[saidOf(value), isRunning(value.rollout)]"
+    assert in_node(tmp_path, said, {"traffic": traffic, "rollout": None}) == [
+        "Requests are shared; sticky by the header x-user; 2 is asked 20 % of the requests too.", False,
+    ]  # fmt: skip
+    assert in_node(tmp_path, said, {"traffic": {"shares": {}}, "rollout": rollout}) == [
+        "Version 2 is rolled out in place of 1: stage 2 of 3, canary.", True,
+    ]  # fmt: skip
+    over = {"traffic": {"shares": {}}, "rollout": rollout | {"state": "promoted"}}
+    assert in_node(tmp_path, said, over) == ["", False]
+
+
 @pytest.fixture
 def browser():
     """A page of a headless Chromium. Neither it nor playwright is a package of the project."""
@@ -153,6 +172,16 @@ def test_in_a_browser_an_admin_promotes_and_rolls_back(browser, tmp_path):
         assert repository.scan()["tiny"].settings.labels["stable"] == "2"
         browser.get_by_role("button", name="Roll back tiny from version 2").click()
         browser.get_by_role("button", name="Roll back tiny from version 1").wait_for()
+        browser.get_by_role("button", name="Roll out version 2 of tiny").click()
+        browser.get_by_text("Version 2 is rolled out in place of 1: stage 1 of 4, shadow").wait_for()
+        assert not browser.get_by_role("button", name="Roll out", exact=False).count()
+        assert repository.find("tiny").plan.rollout.running
+        assert browser.evaluate("document.documentElement.scrollWidth <= innerWidth")
+        browser.screenshot(path=tmp_path / "rollout.png", full_page=True)
+        browser.get_by_role("button", name="Stop the rollout of tiny").click()
+        browser.get_by_text("Rollout of version 2: stopped").click()
+        browser.get_by_role("cell", name="asked to").wait_for()
+        browser.get_by_role("button", name="Roll out version 2 of tiny").wait_for()
         assert browser.evaluate("document.documentElement.scrollWidth <= innerWidth")  # fits a phone
         assert [
             each for each in browser.said if "401" not in each and "501" not in each
