@@ -34,7 +34,16 @@ endif
 demo: setup kernels  ## train a small model on real digits, compress it, compile it, serve it
 	$(RUN)/python examples/demo.py
 
-test: setup kernels  ## the test suite on the CPU, without what is marked slow
+# Debian's promtool and amtool, unpacked and not installed: their tests are skipped where they cannot be had.
+APT := apt-get -qq -o Acquire::Retries=2 -o Acquire::http::Timeout=20
+build/prometheus/.ready:
+	@mkdir -p $(@D)
+	@cd $(@D) && { $(APT) download prometheus prometheus-alertmanager \
+	|| { $(APT) update && $(APT) download prometheus prometheus-alertmanager; }; } 2>apt.log \
+	&& for package in *.deb; do dpkg -x $$package . || exit 1; done && rm *.deb && touch .ready \
+	|| echo 'no promtool and amtool from Debian (build/prometheus/apt.log): their tests are skipped'
+
+test: setup kernels build/prometheus/.ready  ## the test suite on the CPU, without what is marked slow
 	JAX_PLATFORMS=cpu $(RUN)/python -m pytest -n 2 --dist worksteal
 
 build/model-signing/.ready: | $(filter build/%,$(UV))
@@ -42,7 +51,7 @@ build/model-signing/.ready: | $(filter build/%,$(UV))
 	$(UV) pip install --quiet --python build/model-signing/bin/python model-signing==1.1.1 pyopenssl
 	@touch $@
 
-test-all: setup kernels build/model-signing/.ready  ## every test: benchmarks, long simulations and long storms too
+test-all: setup kernels build/model-signing/.ready build/prometheus/.ready  ## every test: benchmarks, long simulations and long storms too
 	JAX_PLATFORMS=cpu $(RUN)/python -m pytest -n 2 --dist worksteal -m ''
 
 build/oldest-venv/.ready: pyproject.toml | $(filter build/%,$(UV))

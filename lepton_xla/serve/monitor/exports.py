@@ -30,15 +30,21 @@ def prometheus_rules(rules: Rules, group: str = "lepton_xla") -> str:
 
 
 def _entry(rule: Rule) -> dict[str, Any]:
-    summary = rule.summary or f"{{{{ $labels.model }}}} version {{{{ $labels.version }}}}: {rule.when}"
+    about = "{{ $labels.model }} version {{ $labels.version }}: "
+    summary = _literal(rule.summary) if rule.summary else about + _literal(rule.when)
     hold = {"for": _duration(rule.condition.hold_s)} if rule.condition.hold_s else {}
     return {
         "alert": rule.name,
         "expr": expression(rule),
         **hold,
-        "labels": {"severity": rule.severity},
+        "labels": {"severity": _literal(rule.severity)},
         "annotations": {"summary": summary},
     }
+
+
+def _literal(text: str) -> str:
+    """A text that Prometheus' templates leave as it is."""
+    return text.replace("{{", '{{ "{{" }}')
 
 
 def _yaml(value: Mapping[str, Any], indent: str) -> Iterable[str]:
@@ -92,9 +98,11 @@ def _labels(values: dict[str, Any]) -> str:
 
 
 def _quoted(text: str) -> str:
-    # JSON's strings are YAML's and PromQL's.
-    return json.dumps(text)
+    # JSON's strings are YAML's and PromQL's, but for characters that it writes as two.
+    return "".join(['"', *(f"\\U{ord(each):08x}" if each > "\uffff" else json.dumps(each)[1:-1] for each in text), '"'])
 
 
 def _duration(seconds: float) -> str:
+    if seconds % 1:
+        return f"{max(1, round(1000 * seconds))}ms"
     return f"{round(seconds)}s" if seconds % 60 else f"{round(seconds / 60)}m"
