@@ -290,6 +290,15 @@ class Repository:
                 self._write(name, PLAN, write_plan(plan))
             return plan
 
+    def note(self, name: str, file: str, data: bytes) -> None:
+        """Write a small file beside a model's versions, whole; whoever looks for versions passes it over.
+
+        Raises:
+            RepositoryError: kind `failed`.
+        """
+        with self._locked(name):  # whose holder may remove what killed writers left
+            self._write(name, file, data)
+
     def _existing(self, name: str) -> Found:
         check_model_name(name)
         found = self._look(name)

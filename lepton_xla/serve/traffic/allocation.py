@@ -13,7 +13,7 @@ from lepton_xla.serve.models.repository import Repository
 from lepton_xla.serve.monitor.history import Counts
 from lepton_xla.serve.protocol.traffic import Plan, Traffic
 from lepton_xla.serve.traffic.bandit import Estimate, Rewards, off_policy, propensities, surely_best
-from lepton_xla.serve.traffic.evidence import EvidenceFile, Saved, Tally
+from lepton_xla.serve.traffic.evidence import Saved, Tally, read_evidence, write_evidence
 
 WHO = "bandit"
 """Who decides, for the audit log."""
@@ -72,10 +72,11 @@ class Allocation:
         """
         traffic, bandit = found.plan.traffic, found.plan.traffic.bandit
         assert bandit is not None
-        file = EvidenceFile(self._repository.root / name)
         run = self._runs.get(name)
         if run is None or run.since_s != bandit.since_s:
-            run = self._runs[name] = _Run(bandit.since_s, await asyncio.to_thread(file.read))
+            run = self._runs[name] = _Run(
+                bandit.since_s, await asyncio.to_thread(read_evidence, self._repository, name)
+            )
         versions = {arm: found.settings.labels.get(arm, arm) for arm in traffic.shares}
         feedback = {
             arm: run.grown(version, counts.get(version)).get("feedback", {}) for arm, version in versions.items()
@@ -86,7 +87,7 @@ class Allocation:
         rewards = {arm: Rewards(each.get("right", 0), each.get("wrong", 0)) for arm, each in feedback.items()}
         estimates = {arm: off_policy(each.get("weighted", _NONE)) for arm, each in feedback.items()}
         saved = Saved(run.since_s, 0, 0.0, {version: tally.kept() for version, tally in run.tallies.items()})
-        await asyncio.to_thread(file.write, saved)
+        await asyncio.to_thread(write_evidence, self._repository, name, saved)
         best = surely_best(estimates) if bandit.promote else None
         if best is not None:
             await self._promote(name, traffic, best, versions[best], estimates)

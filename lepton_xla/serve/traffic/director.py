@@ -25,7 +25,7 @@ from lepton_xla.serve.monitor.comparisons import Verdict, judge, parse_compariso
 from lepton_xla.serve.monitor.history import Counts
 from lepton_xla.serve.protocol.traffic import Plan, Rollout
 from lepton_xla.serve.traffic.allocation import Allocation
-from lepton_xla.serve.traffic.evidence import EvidenceFile, Saved, Tally, answers
+from lepton_xla.serve.traffic.evidence import Saved, Tally, answers, read_evidence, write_evidence
 from lepton_xla.serve.traffic.stages import WHO, Seen, next_step
 
 _log = logging.getLogger("lepton_xla.serve")
@@ -141,9 +141,7 @@ class Director:
             return
         run = self._runs.get(name)
         if run is None or run.started_s != rollout.started_s:
-            run = self._runs[name] = _Run(
-                rollout, await asyncio.to_thread(EvidenceFile(self._repository.root / name).read)
-            )
+            run = self._runs[name] = _Run(rollout, await asyncio.to_thread(read_evidence, self._repository, name))
         for version, tally in run.tallies.items():
             if version in known:
                 tally.look(now_s, known[version][0])
@@ -161,7 +159,7 @@ class Director:
             await self._decide(name, rollout, after)
         if after is not None or now_s - run.saved_s >= _SAVE_S:
             run.saved_s = now_s
-            await asyncio.to_thread(EvidenceFile(self._repository.root / name).write, run.saved())
+            await asyncio.to_thread(write_evidence, self._repository, name, run.saved())
 
     async def _trouble(self, name: str, rollout: Rollout, run: _Run, now_s: float, known: Mapping[str, Known]) -> str:
         """Why the new version cannot be loaded, once that has been so for a while."""
@@ -185,9 +183,8 @@ class Director:
             await asyncio.to_thread(self._repository.promote, name, after.version)
 
         def change(plan: Plan, found: Found) -> Plan:
-            # Somebody may have stopped it just now.
-            same = plan.rollout is not None and plan.rollout.running and plan.rollout.started_s == before.started_s
-            return msgspec.structs.replace(plan, rollout=after) if same else plan
+            # Somebody may have stopped it just now, or another server that has the same repository has decided.
+            return msgspec.structs.replace(plan, rollout=after) if plan.rollout == before else plan
 
         plan = await asyncio.to_thread(self._repository.replan, name, change)
         if plan.rollout != after:

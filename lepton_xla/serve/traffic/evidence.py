@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import pathlib
 from collections.abc import Mapping
 from typing import Any
 
 import msgspec
 
-from lepton_xla.copies import read_text, write_whole
+from lepton_xla.copies import read_text
+from lepton_xla.errors import RepositoryError
+from lepton_xla.serve.models.repository import Repository
 from lepton_xla.serve.monitor.alerts import judged_rows
 from lepton_xla.serve.monitor.history import Counts, History, difference
 from lepton_xla.serve.observe.metrics import added
 
-_FILE = ".evidence.json"
+FILE = ".evidence.json"
 # What is looked at, and of that what is kept on the disk: histograms of features are many.
 _KEPT = ("request_s", "failures", "rejected", "expired", "feedback", "shadow")
 _LOOKED_AT = (*_KEPT, "sketch")
@@ -35,27 +36,18 @@ class Saved(msgspec.Struct, frozen=True):
     counts: dict[str, dict[str, Any]] = {}
 
 
-class EvidenceFile:
-    """Where evidence is kept: beside a model's `traffic.json`.
+def read_evidence(repository: Repository, name: str) -> Saved | None:
+    """The evidence that is kept of a model; None without any, or where it is damaged: it begins anew then."""
+    try:
+        text = read_text(repository.root / name / FILE)
+        return None if text is None else msgspec.json.decode(text, type=Saved)
+    except (RepositoryError, msgspec.MsgspecError, ValueError, RecursionError):
+        return None
 
-    Args:
-        folder: of the model.
-    """
 
-    def __init__(self, folder: pathlib.Path) -> None:
-        self._file = folder / _FILE
-
-    def read(self) -> Saved | None:
-        """What is there; None without it, or where it is damaged: evidence begins anew then."""
-        text = read_text(self._file)
-        try:
-            return None if text is None else msgspec.json.decode(text, type=Saved)
-        except (msgspec.MsgspecError, ValueError, RecursionError):
-            return None
-
-    def write(self, saved: Saved) -> None:
-        """Writes it whole."""
-        write_whole(self._file, msgspec.json.encode(saved))
+def write_evidence(repository: Repository, name: str, saved: Saved) -> None:
+    """Keep the evidence of a model, beside its `traffic.json`."""
+    repository.note(name, FILE, msgspec.json.encode(saved))
 
 
 class Tally:

@@ -2,8 +2,10 @@
 
 import asyncio
 import json
+import os
 import random
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -19,7 +21,7 @@ from lepton_xla.serve.models.manager import Entry
 from lepton_xla.serve.models.repository import Repository
 from lepton_xla.serve.protocol.traffic import RolloutRequest, Stage
 from lepton_xla.serve.traffic.director import Director
-from lepton_xla.serve.traffic.evidence import EvidenceFile, Tally
+from lepton_xla.serve.traffic.evidence import Tally, write_evidence
 
 BOUNDS = (0.01, 0.1, 1.0)
 STAGES = (Stage(shadow=0.2, answers=100), Stage(share=0.1, answers=300), Stage(share=0.5, answers=1500))
@@ -187,7 +189,7 @@ def test_a_process_that_takes_over_goes_on_with_the_same_evidence(simulate):
             subject.look()
         answered = sum(subject.counts["2"]["request_s"][:-1])
         run = subject.director._runs["m"]
-        EvidenceFile(subject.repository.root / "m").write(run.saved())
+        write_evidence(subject.repository, "m", run.saved())
         subject.restart()
         assert subject.rollout.stage == 0, second
         assert 0 < answered < 250
@@ -268,3 +270,18 @@ def test_somebody_who_stops_it_while_it_is_decided_wins(simulate, monkeypatch):
     monkeypatch.setattr(Repository, "find", find_and_stop)
     subject.look()
     assert subject.rollout.state == "stopped"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["promoted", "rolled back", "stage"])
+def test_killed_at_every_step_of_a_decision(tmp_path, kind):
+    """See `rollout_kills.py`: before or after, and whoever looks next decides the same."""
+    run = subprocess.run(
+        [sys.executable, Path(__file__).with_name("rollout_kills.py"), tmp_path, kind],
+        check=False,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    assert run.returncode == 0, run.stderr
+    assert int(run.stdout) > 10
