@@ -7,6 +7,7 @@ same bins and compares, so it notices that the data has drifted. Counts of sever
 from __future__ import annotations
 
 import functools
+import hashlib
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
@@ -58,7 +59,7 @@ class Feature(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
         return tensor_of(self.name)
 
 
-class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, dict=True):
     """Distributions of all features of a model's inputs and outputs.
 
     Attributes:
@@ -81,6 +82,12 @@ class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     def __post_init__(self) -> None:
         if len({feature.name for feature in self.features}) != len(self.features):
             raise ValueError("two features of the profile have the same name")
+
+    @functools.cached_property
+    def bins(self) -> str:
+        """Identifies what is counted, and into which bins: counts may be added and compared where it is the same."""
+        edges = [(feature.name, feature.edges) for feature in self.features]
+        return hashlib.sha256(msgspec.json.encode([self.logits, self.padded, edges])).hexdigest()[:16]
 
 
 class _Kinds(NamedTuple):

@@ -340,12 +340,13 @@ def open_model(
     counted = metrics.opened(signature.name, signature.version)
     if options.monitor:
         profile = engine.profile
-        if counted.monitor is None or counted.monitor.profile != profile:
-            counted.monitor = Monitor(signature, profile)
+        monitor = counted.monitor
+        if monitor is None or (monitor.signature, monitor.profile) != (signature, profile):
+            monitor = counted.monitor = Monitor(signature, profile, before=monitor)
         if profile is not None:
-            engine.saw = counted.monitor.saw
-        if counted.monitor.feedback is not None:
-            counted.monitor.feedback.taken = None if sampler is None else sampler.labelled
+            engine.saw = monitor.saw
+        if monitor.feedback is not None:
+            monitor.feedback.taken = None if sampler is None else sampler.labelled
     batcher: Batcher[Call] = Batcher(
         signature.bucket_sizes,
         costs=Costs(signature.bucket_sizes, measured),
@@ -363,7 +364,7 @@ def open_model(
     )  # fmt: skip
     stall_s = STALL_S + 100 * max(max(costs.values()) for costs in measured.values())
     handle = ModelHandle(signature, scheduler, counted, options.limits, stall_s, model, pinned=serving.pinned)
-    handle.sampler = sampler
+    handle.sampler, handle.monitor = sampler, counted.monitor
     return handle
 
 

@@ -68,7 +68,7 @@ class InferCall(Call, kw_only=True, eq=False):
         choice: Chosen | None = exchange.choice
         if spec.id is not None:
             model = self.model
-            if (monitor := model.metrics.monitor) is not None:
+            if (monitor := model.monitor) is not None:
                 monitor.answered(spec.id, spec.outputs, outputs, 0.0 if choice is None else choice[0])
             if model.sampler is not None:
                 model.sampler.answered(self.request, outputs)

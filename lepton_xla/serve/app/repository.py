@@ -97,7 +97,7 @@ class RepositoryPages:
             raise HTTPError(501, "this server's repository is no folder that it may write to")
         work = self._changes.routes[route](parameters, exchange)
         asker = asker_of(who, exchange)
-        changing = asyncio.to_thread(self._changes.run, route, parameters, asker, work)
+        changing = asyncio.to_thread(self._changes.run, work, parameters, asker)
         self.answer_later(exchange, changing, "the request to the repository failed")
 
     async def _index(self, *, ready: bool) -> list[metadata.IndexEntry]:

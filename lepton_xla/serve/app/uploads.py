@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import pathlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -19,11 +19,18 @@ from lepton_xla.serve.protocol import uploads
 
 _log = logging.getLogger("lepton_xla.serve")
 
-# What changes something, and what the audit log calls it; pieces of files come in thousands.
-_RECORDED = {"publish": "push", "remove_version": "remove", "move_label": "promote"}
 
-type Work = Callable[[], Any]
-"""What a request asks for. Runs on a thread, and gives the answer."""
+class Work(NamedTuple):
+    """What a request asks for.
+
+    Attributes:
+        do: does it, on a thread, and gives the answer.
+        action: what the audit log calls it; empty for what changes no version or label, such as pieces of files, which
+            come in thousands.
+    """
+
+    do: Callable[[], Any]
+    action: str = ""
 
 
 class RepositoryChanges:
@@ -51,27 +58,26 @@ class RepositoryChanges:
             "move_label": self._move,
         }
 
-    def run(self, route: str, parameters: dict[str, str], who: str, work: Work) -> Any:
+    def run(self, work: Work, parameters: dict[str, str], who: str) -> Any:
         """Do work, and record it; errors become those of HTTP, without the folder's path.
 
         Args:
-            route, parameters: which route, and its path parameters.
-            who: name of the token.
             work: what the route makes of the request.
+            parameters: of the route's path.
+            who: name of the token.
         """
         try:
-            result = work()
-            self._tell(route, parameters, who, result)
+            result = work.do()
+            self._tell(work.action, parameters, who, result)
             return result
         except (RepositoryError, ArtifactError) as error:
-            self._tell(route, parameters, who, None, reason=without_path(str(error), self._root))
+            self._tell(work.action, parameters, who, None, reason=without_path(str(error), self._root))
             kind = error.kind if isinstance(error, RepositoryError) else "invalid"
             status = {"invalid": 400, "missing": 404, "conflict": 409, "failed": 503}[kind]
             raise HTTPError(status, without_path(str(error), self._root)) from error
 
-    def _tell(self, route: str, parameters: dict[str, str], who: str, result: Any, **details: str) -> None:
-        action = _RECORDED.get(route)
-        if action is None:
+    def _tell(self, action: str, parameters: dict[str, str], who: str, result: Any, **details: str) -> None:
+        if not action:
             return
         version = getattr(result, "version", None) or getattr(result, "stands_on", None) or parameters.get("version")
         target = "/".join(filter(None, (parameters["model"], version)))
@@ -80,7 +86,7 @@ class RepositoryChanges:
         if isinstance(result, uploads.Published):
             details["artifact"] = str(self._root / result.name / f"{result.version}.lepton")
         if isinstance(result, uploads.Moved):
-            details["stood_on"] = result.stood_on or ""  # tells going back from going on
+            details["stood_on"] = result.stood_on or ""
         outcome = "refused" if result is None else "done"
         _log.info("%s: %s %s: %s", who or "a client", action, target[:200], outcome)
         self._record(who, action, target, outcome, **details)
@@ -92,17 +98,17 @@ class RepositoryChanges:
                 document["problem"] = document["problem"] and without_path(document["problem"], self._root)
             return msgspec.convert(documents, list[uploads.ModelOnDisk])
 
-        return work
+        return Work(work)
 
     def _sizes(self, parameters: dict[str, str], exchange: Exchange) -> Work:
         asked = uploads.parse_change(exchange.body, uploads.SizesRequest).sha256
-        return lambda: uploads.Sizes(self._uploads.sizes(asked))
+        return Work(lambda: uploads.Sizes(self._uploads.sizes(asked)))
 
     def _piece(self, parameters: dict[str, str], exchange: Exchange) -> Work:
         digest, offset, body = parameters["sha256"], uploads.offset_of(exchange.head.target), exchange.body
         if not is_sha256(digest):
             raise HTTPError(400, "a file is named by its SHA-256: 64 hexadecimal digits in lower case")
-        return lambda: uploads.Piece(self._uploads.write(digest, offset, body))
+        return Work(lambda: uploads.Piece(self._uploads.write(digest, offset, body)))
 
     def _publish(self, parameters: dict[str, str], exchange: Exchange) -> Work:
         asked = uploads.parse_change(exchange.body, uploads.PublishRequest)
@@ -112,7 +118,7 @@ class RepositoryChanges:
             made, listing = self._uploads.publish(asked.manifest, name, version, asked.signature)
             return uploads.Published(name, made, listing.size_bytes)
 
-        return work
+        return Work(work, "push")
 
     def _remove(self, parameters: dict[str, str], exchange: Exchange) -> Work:
         name, version = parameters["model"], parameters["version"]
@@ -121,7 +127,7 @@ class RepositoryChanges:
             self._repository.remove(name, version)
             return uploads.Removed(name, version)
 
-        return work
+        return Work(work, "remove")
 
     def _move(self, parameters: dict[str, str], exchange: Exchange) -> Work:
         asked = uploads.parse_change(exchange.body, uploads.LabelRequest)
@@ -134,7 +140,7 @@ class RepositoryChanges:
                 return uploads.Moved(name, label, *self._repository.rollback(name, label))
             return uploads.Moved(name, label, self._repository.promote(name, version, label), version)
 
-        return work
+        return Work(work, "rollback" if asked.rollback else "promote")
 
 
 def without_path(text: str, root: pathlib.Path) -> str:

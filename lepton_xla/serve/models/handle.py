@@ -6,6 +6,7 @@ from time import time
 
 from lepton_xla.serve.batching.scheduler import Scheduler
 from lepton_xla.serve.limits import Limits
+from lepton_xla.serve.monitor.monitor import Monitor
 from lepton_xla.serve.monitor.sampler import Sampler
 from lepton_xla.serve.observe.health import STALL_S, Health
 from lepton_xla.serve.observe.metrics import Metrics
@@ -36,6 +37,7 @@ class ModelHandle:
         decoder: reads its requests. The specs that it keeps hold the heads of the answers.
         model, pinned: as given.
         sampler: keeps requests and answers in files, if the server keeps samples.
+        monitor: watches its answers, if the server monitors. Another artifact in the place of the version has another.
     """
 
     __slots__ = (
@@ -45,6 +47,7 @@ class ModelHandle:
         "health",
         "metrics",
         "model",
+        "monitor",
         "pinned",
         "sampler",
         "scheduler",
@@ -64,6 +67,7 @@ class ModelHandle:
     ) -> None:
         self.pinned = pinned
         self.sampler: Sampler | None = None
+        self.monitor: Monitor | None = None
         self._opened_s = time()
         self.model = model
         self.signature = signature

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 from lepton_xla.profiles import Profile, tensor_of
@@ -93,6 +93,12 @@ class Alerts:
                     self._set(key, rule, now_s, measure(rule.condition, subject, drift_over))
         for key in [key for key in self._alerts if key not in seen]:
             self._end(key, now_s)
+
+    def restart(self, model: str, version: str, quantities: Collection[str], now_s: float) -> None:
+        """Ends the alerts of a version that are about some quantities: what was measured is gone."""
+        for key, alert in tuple(self._alerts.items()):
+            if key[1:] == (model, version) and alert.rule.condition.quantity in quantities:
+                self._end(key, now_s)
 
     def _set(self, key: tuple[str, str, str], rule: Rule, now_s: float, value: float | None) -> None:
         alert = self._alerts.get(key)
@@ -195,12 +201,13 @@ def drift_now(subject: Subject, rows: int) -> dict[str, Drift] | None:
     """The drift of each feature over the last so many rows; None with fewer, or without a profile."""
     if subject.profile is None:
         return None
-    counted = subject.history.last(rows, _sketched)
-    return None if counted is None else drifts(subject.profile, counted["sketch"])
+    bins = subject.profile.bins
+    counted = subject.history.last(rows, lambda counts: _sketched(counts, bins))
+    return None if counted is None else drifts(subject.profile, counted["sketch"][bins])
 
 
-def _sketched(counts: Counts) -> int:
-    return max((sum(each) for each in counts.get("sketch", {}).values()), default=0)
+def _sketched(counts: Counts, bins: str) -> int:
+    return max((sum(each) for each in counts.get("sketch", {}).get(bins, {}).values()), default=0)
 
 
 def quantile(counts: Sequence[float], bounds: Sequence[float], share: float) -> float | None:

@@ -78,6 +78,17 @@ class Feedback:
             self._bytes -= _size(dropped)
             self._propensities.pop(oldest, None)
 
+    def after(self, before: Feedback) -> Feedback:
+        """What judges answers when this takes the place of another: the other itself, if answers are read alike.
+
+        Otherwise this one, and what the other has counted goes on in it.
+        """
+        if (self._dtype, self._classes) == (before._dtype, before._classes):
+            return before
+        self.right, self.wrong, self.weighted = before.right, before.wrong, before.weighted
+        self.labels = before.labels
+        return self
+
     def forget(self) -> None:
         """Drops all answers; what was counted stays. Nobody asks a version that is not loaded to judge."""
         self._answers.clear()

@@ -33,17 +33,22 @@ class Monitor:
         signature: the model's.
         profile: of the known data; None counts no rows.
         clock: seconds, monotonic.
+        before: of what the version was until now, if another artifact takes its place; its feedback goes on.
 
     Attributes:
-        profile: as given.
+        signature, profile: as given.
         feedback: judges answers; None if no output has a class.
     """
 
     def __init__(
-        self, signature: Signature, profile: Profile | None = None, clock: Callable[[], float] = monotonic
+        self,
+        signature: Signature,
+        profile: Profile | None = None,
+        clock: Callable[[], float] = monotonic,
+        before: Monitor | None = None,
     ) -> None:
         self.profile = profile
-        self._signature = signature
+        self.signature = signature
         self._clock = clock
         self._sketch = None if profile is None else Sketch(profile)
         self._lock = threading.Lock()
@@ -56,6 +61,8 @@ class Monitor:
         if self._judged is not None:
             tensor = signature.outputs[self._judged]
             self.feedback = Feedback(tensor.dtype, int(tensor.shape[1]))
+            if before is not None and before.feedback is not None:
+                self.feedback = self.feedback.after(before.feedback)
 
     def saw(self, inputs: Sequence[np.ndarray], outputs: Sequence[np.ndarray], rows: int) -> None:
         """Counts the rows of a batch. The arrays may be written to afterwards.
@@ -64,7 +71,7 @@ class Monitor:
             inputs, outputs: in the order of the signature, rows first, padding rows last.
             rows: without padding.
         """
-        if self._sketch is None or self._signature.batch is None:
+        if self._sketch is None or self.signature.batch is None:
             return
         with self._lock:
             if not self._allowed():
@@ -91,12 +98,12 @@ class Monitor:
         assert self._sketch is not None
         try:
             self._sketch.add(
-                _joined([tensor.name for tensor in self._signature.inputs], inputs),
-                _joined([tensor.name for tensor in self._signature.outputs], outputs),
+                _joined([tensor.name for tensor in self.signature.inputs], inputs),
+                _joined([tensor.name for tensor in self.signature.outputs], outputs),
             )
         except Exception:
             # What is counted must never fail an answer.
-            _log.exception("the inputs and outputs of %s could not be counted", self._signature.name)
+            _log.exception("the inputs and outputs of %s could not be counted", self.signature.name)
             self._sketch = None
         self._allowance_s -= self._clock() - started
 
@@ -122,11 +129,16 @@ class Monitor:
                     break
 
     def counts(self) -> dict[str, Any]:
-        """What was counted: `sketch`, feature -> rows by bin, and `feedback`. Those of other processes may be added."""
+        """What was counted; that of other processes may be added.
+
+        `sketch` is `Profile.bins` -> feature -> rows by bin, so rows of other bins are not added to these.
+        """
         with self._lock:
             if self._rows:
                 self._count()
-            found: dict[str, Any] = {} if self._sketch is None else {"sketch": self._sketch.counts}
+            found: dict[str, Any] = {}
+            if self._sketch is not None and self.profile is not None:
+                found["sketch"] = {self.profile.bins: self._sketch.counts}
         if self.feedback is not None:
             found["feedback"] = self.feedback.counts()
         return found

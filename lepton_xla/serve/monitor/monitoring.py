@@ -18,6 +18,7 @@ from lepton_xla.serve.monitor.webhooks import Sender, summary_of
 _log = logging.getLogger("lepton_xla.serve")
 
 _KEPT = ("request_s", "failures", "rejected", "expired", "sketch", "feedback", "shadow")
+_OF_A_PROFILE = ("drift", "ks", "missing")
 _DRIFT_ROWS = int(QUANTITIES["drift"].default)
 _ACCURACY = parse_condition("accuracy < 1")
 
@@ -90,8 +91,10 @@ class Monitoring:
         for each in watched:
             key = (each.model, each.version)
             before = self._subjects.get(key)
-            # Other bins, other counts: a history is of one profile.
-            history = History() if before is None or before.profile != each.profile else before.history
+            history = History() if before is None else before.history
+            if before is not None and before.profile != each.profile:
+                self._drifts.pop(key, None)
+                self._alerts.restart(*key, _OF_A_PROFILE, now_s)
             counts = {name: each.counts[name] for name in _KEPT if name in each.counts}
             queued = {"queue_rows": each.counts.get("now", {}).get("queue_rows", 0)}
             news = history.add(now_s, {**counts, "now": queued})

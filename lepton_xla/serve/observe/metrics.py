@@ -144,7 +144,7 @@ class Metrics:
         self.now: dict[str, Any] = {}
         self.monitor: Monitor | None = None
         self.shadow = {"same": 0, "different": 0, "failed": 0, "dropped": 0}
-        self.sketch: dict[str, list[int]] = {}
+        self.sketch: dict[str, dict[str, list[int]]] = {}
         self.feedback: dict[str, Any] = {}
 
     @property

@@ -67,22 +67,30 @@ def test_every_change_through_the_server_is_told(server, tokens, repository, mad
     repository.push(made[2], "m", "2")
     assert ask(server, "POST", "/v2/repository/models/m/labels/stable", admin, b'{"version": "2"}')[0] == 200
     assert ask(server, "POST", "/v2/repository/models/m/labels/stable", admin, b'{"version": "7"}')[0] == 404
+    assert ask(server, "POST", "/v2/repository/models/m/labels/stable", admin, b'{"version": "1"}')[0] == 200
+    assert ask(server, "POST", "/v2/repository/models/m/labels/stable", admin, b'{"rollback": true}')[0] == 200
+    assert ask(server, "POST", "/v2/repository/models/m/labels/beta", admin, b'{"rollback": true}')[0] == 404
     assert ask(server, "DELETE", "/v2/repository/models/m/versions/1", admin)[0] == 200
     assert ask(server, "POST", "/v2/repository/models/m/unload", admin, b"{}")[0] == 200
     wanted = [
         ("my-admin", "load", "m/1", "done"),
         ("my-admin", "promote", "m/2", "done"),
         ("my-admin", "promote", "m", "refused"),
+        ("my-admin", "promote", "m/1", "done"),
+        ("my-admin", "rollback", "m/2", "done"),
+        ("my-admin", "rollback", "m", "refused"),
         ("my-admin", "remove", "m/1", "done"),
         ("my-admin", "unload", "m/1", "done"),
     ]
-    wait(lambda: len(told(server, tokens)) == 5)
+    wait(lambda: len(told(server, tokens)) == 8)
     assert sorted(told(server, tokens)) == sorted(wanted)  # two threads write
-    found = {(each["action"], each["outcome"]): each["details"] for each in entries(server, tokens)}
+    found = {(each["action"], each["target"], each["outcome"]): each["details"] for each in entries(server, tokens)}
     assert all(details["address"] == "127.0.0.1" for details in found.values())
-    assert (found["promote", "done"]["label"], found["promote", "done"]["stood_on"]) == ("stable", "")
-    assert "7" in found["promote", "refused"]["reason"]
-    assert found["load", "done"]["digest"] == json.loads((made[1] / "manifest.json").read_text())["sha256"]
+    stood = {version: found[action, f"m/{version}", "done"] for action, version in (("promote", 1), ("rollback", 2))}
+    assert [(each["label"], each["stood_on"]) for each in stood.values()] == [("stable", "2"), ("stable", "1")]
+    assert found["promote", "m/2", "done"]["stood_on"] == ""
+    assert "7" in found["promote", "m", "refused"]["reason"]
+    assert found["load", "m/1", "done"]["digest"] == json.loads((made[1] / "manifest.json").read_text())["sha256"]
 
 
 def test_what_could_not_be_loaded_is_told(server, tokens, repository, made):

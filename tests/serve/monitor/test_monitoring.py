@@ -1,6 +1,8 @@
 """A server that watches whether its answers are right: drift, feedback and alerts through HTTP."""
 
 import json
+import re
+import shutil
 import time
 
 import jax.numpy as jnp
@@ -10,7 +12,11 @@ from serve_fakes import exchange
 
 import lepton_xla as lx
 from lepton_xla.profiles import Sketch, profile_of
+from lepton_xla.serve.app import frontend
 from lepton_xla.serve.monitor.monitor import Monitor
+from lepton_xla.serve.monitor.monitoring import Monitoring, Watched
+from lepton_xla.serve.monitor.rules import Rules
+from lepton_xla.serve.observe.metrics import added
 from lepton_xla.serve.protocol.signature import signature_of
 
 RNG = np.random.default_rng(0)
@@ -141,6 +147,79 @@ def test_rules_that_do_not_parse_stop_the_server_at_its_start(classifier, tmp_pa
         lx.serve.Server(classifier, lx.serve.Options(port=0, alerts=tmp_path / "alerts.toml")).start()
 
 
+# Another artifact in the place of a version.
+
+
+def pushed(folder, classes, known):
+    program = lx.trace(lambda w, x: x @ w, 5 * jnp.eye(4, classes), {"x": lx.TensorSpec(("batch", 4), "float32")})
+    artifact = lx.compile(program, {"batch": (8,)}, name="m")
+    path = folder / "m" / "1.lepton"
+    shutil.rmtree(path, ignore_errors=True)
+    (artifact if known is None else artifact.with_profile([{"x": known}])).save(path)
+
+
+@pytest.mark.parametrize("known", [KNOWN[:600] + 50, None], ids=["another profile", "none"])
+def test_what_takes_a_versions_place_goes_on_counting_and_has_its_own_drift(tmp_path, monkeypatch, known):
+    monkeypatch.setattr(frontend, "_LOOK_S", 0.05)
+    (tmp_path / "alerts.toml").write_text("[[rule]]\nname = 'drifted'\nwhen = 'drift > 0.2'")
+    pushed(tmp_path / "MODELS", 4, KNOWN[:600])
+    options = lx.serve.Options(port=0, alerts=tmp_path / "alerts.toml", explicit=True, load=("m",))
+    with lx.serve.Server(repository=tmp_path / "MODELS", options=options) as server:
+
+        def alert():
+            return [each["state"] for each in call(server, "GET", "/v2/alerts")[1]["alerts"]]
+
+        def counted():
+            text = exchange(server, "GET", "/metrics")[2].decode()
+            return dict(
+                re.findall(r'^lepton_feedback_rows_total\{model="m",result="(\w+)".* (.*)$', text, re.MULTILINE)
+            )
+
+        for start in range(0, 512, 8):
+            infer(server, KNOWN[start : start + 8] + 9, request_id=f"old {start}", model="m")
+        labels = {"feedback": [{"id": "old 0", "label": (KNOWN[:8]).argmax(1).tolist()}]}
+        assert call(server, "POST", "/v2/models/m/feedback", labels)[0] == 200
+        until(lambda: alert() == ["firing"])
+        pushed(tmp_path / "MODELS", 3, known)
+        assert exchange(server, "POST", "/v2/repository/models/m/load", b"{}")[0] == 200
+        until(lambda: alert() == ["unknown"])
+        assert call(server, "GET", "/v2/models/m/monitor")[1]["drift"] == []
+        assert counted() == {"right": "8.0", "wrong": "0.0"}
+        # The answers of the other artifact had four classes: nobody reads them as three.
+        labels = {"feedback": [{"id": "old 8", "label": [0] * 8}]}
+        assert call(server, "POST", "/v2/models/m/feedback", labels)[0] == 404
+        infer(server, KNOWN[:8], request_id="new", model="m")
+        labels = {"feedback": [{"id": "new", "label": KNOWN[:8, :3].argmax(1).tolist()}]}
+        assert call(server, "POST", "/v2/models/m/feedback", labels)[0] == 200
+        assert counted() == {"right": "16.0", "wrong": "0.0"}
+
+
+def test_an_artifact_with_the_same_outputs_judges_the_answers_of_the_one_before(classifier):
+    signature = signature_of(classifier)
+    before = Monitor(signature, classifier.profile)
+    before.answered("a", [(0, True)], [KNOWN[:1].tobytes()])
+    monitor = Monitor(signature, None, before=before)
+    assert monitor.feedback.judge({"a": [int(KNOWN[0].argmax())]}) == 1
+
+
+def test_rows_of_different_profiles_are_not_added(classifier):
+    counts, profiles = [], [classifier.profile, profile_of({"x": KNOWN + 1}, {"output": KNOWN})]
+    for profile in profiles:
+        monitor = Monitor(signature_of(classifier), profile, clock=Clock())
+        monitor.saw([KNOWN[:256]], [KNOWN[:256]], 256)
+        counts.append(monitor.counts())
+    both = added(added(*counts), counts[0])["sketch"]
+    assert [sum(both[profile.bins]["x[0]"]) for profile in profiles] == [512, 256]
+
+
+def test_latency_is_looked_at_over_a_change_of_the_profile(classifier):
+    monitoring, now = Monitoring(Rules.parse("[[rule]]\nname = 'a'\nwhen = 'requests > 1'"), clock=lambda: now), 0
+    for count, profile in ((0, classifier.profile), (30, None)):
+        monitoring.look([Watched("m", "1", {"request_s": [count, 0.0]}, (), profile)])
+        now += 10
+    assert [alert.value for alert in monitoring.alerts] == [3.0]
+
+
 # The profile in the artifact, and the monitor alone.
 
 
@@ -173,7 +252,7 @@ def test_a_monitor_counts_every_row_as_a_sketch_does(classifier):
         expected.add({"x": stage[:rows]}, {"output": outputs[:rows]})
         monitor.saw([stage], [outputs], rows)
         start += rows
-    assert monitor.counts()["sketch"] == expected.counts
+    assert monitor.counts()["sketch"] == {classifier.profile.bins: expected.counts}
 
 
 def test_counting_takes_a_share_of_the_time(classifier):
