@@ -11,13 +11,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lepton_xla.derivations import Derivation, Step
 from lepton_xla.errors import CompileError, ModelError, first_line
 from lepton_xla.trees import abstract, name_leaves, some_names, tree_bytes
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Bool
 
-    from lepton_xla.report import PassReport
+from lepton_xla.report import PassReport
 
 type Weights = dict[str, Any]
 """Weights by path (`params/Dense_0/kernel`): arrays, or pytrees of arrays such as `QTensor`."""
@@ -117,6 +118,7 @@ class Program:
         expansion: how weights are unpacked on loading; None if the compiled program runs on the stored ones.
         origin: shapes and dtypes of the weights before the first pass; None if no pass was applied.
         axes: path -> logical names of the weight's axes, for weights that have them; from Flax metadata.
+        derivation: how the weights come from those before the first pass; None if no pass was applied.
 
     Raises:
         ModelError: for a mask without its weight, or of another shape.
@@ -137,6 +139,7 @@ class Program:
     expansion: Expansion | None = None
     origin: Weights | None = None
     axes: dict[str, tuple[Any, ...]] = dataclasses.field(default_factory=dict[str, tuple[Any, ...]])
+    derivation: Derivation | None = None
 
     def __post_init__(self) -> None:
         check_masks(self.masks, self.weights)
@@ -181,6 +184,16 @@ class Program:
         ['output_0', 'output_1']
         """
         return name_leaves(self.fn(weights, *inputs), single="output")
+
+    def derived(self, *steps: Step) -> Derivation:
+        """The derivation of weights that these steps make of the program's.
+
+        >>> program = lx.trace(lambda w, x: x @ w, jnp.eye(4), {"x": lx.TensorSpec(("batch", 4), "float32")})
+        >>> [step.name for step in lx.passes.cast(program).derivation.steps]
+        ['cast']
+        """
+        known = self.derivation or Derivation(self.weights)
+        return Derivation(known.weights, (*known.steps, *steps))
 
     def replace(self, **changes: Any) -> Program:
         """Return a copy with the given fields changed.

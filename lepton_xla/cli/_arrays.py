@@ -61,6 +61,31 @@ def read_golden(file: str) -> dict[str, Any]:
     return found
 
 
+def read_weights(file: str) -> dict[str, Any]:
+    """Read float weights: the arrays of an .npz by path.
+
+    Raises:
+        InputError: if it is no such file.
+    """
+    return _load(file)
+
+
+def write_weights(file: str, arrays: Mapping[str, Any]) -> None:
+    """Write arrays by path to an .npz.
+
+    Raises:
+        InputError: if it cannot be written, or NumPy does not know a dtype.
+    """
+    for path, array in arrays.items():
+        if array.dtype.kind == "V":
+            raise InputError(f"{file}: weight {path!r} is {array.dtype}, which an .npz cannot hold")
+    try:
+        with open(file, "wb") as opened:
+            np.savez(opened, **arrays)  # pyright: ignore[reportArgumentType]
+    except OSError as error:
+        raise InputError(f"{file}: {error.strerror or error}") from error
+
+
 def _load(file: str) -> dict[str, Any]:
     """Read the arrays of a file by name; the array of an .npy has the name ''."""
     try:

@@ -44,6 +44,11 @@ from lepton_xla.cli import _common
     "GPUs such as h100:8 (h200, b200) jax[cuda12].",
 )
 @_common.golden_option
+@click.option(
+    "--keep-master",
+    is_flag=True,
+    help="Keep the float weights in the artifact too, so that others can take their place without this model's code.",
+)
 @_common.json_option
 def compile(
     target: str,
@@ -60,6 +65,7 @@ def compile(
     rules: str | None,
     topology: str | None,
     golden: str | None,
+    keep_master: bool,
     as_json: bool,
 ) -> None:
     """Optimize the model TARGET with a recipe and compile it ahead of time into an artifact.
@@ -132,6 +138,7 @@ def compile(
             rules=spread.rules,
             topology=topology,
             golden=rows,
+            keep_master=keep_master,
             progress=step,
         )
         compile_s = time.perf_counter() - started

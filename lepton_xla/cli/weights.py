@@ -29,6 +29,8 @@ def weights() -> None:
     \b
       leptonx weights make digits.lepton digits.py:model -o new.lepton    the model with its weights of today
       leptonx weights make digits.lepton digits2.lepton -o new.lepton     the weights of another artifact
+      leptonx weights make digits.lepton float.npz -o new.lepton          float weights, made small likewise
+      leptonx weights master digits.lepton -o float.npz                   the float weights that it keeps
       leptonx weights push MODELS new.lepton                              to a folder, or the URL of a server
     """
 
@@ -40,6 +42,11 @@ def weights() -> None:
 @click.option("--name", help="Name of the model; by default that of BASE.")
 @click.option("--version", default="1", show_default=True, help="Version of the model.")
 @_common.golden_option
+@click.option(
+    "--nearest",
+    is_flag=True,
+    help="With float weights: round to nearest where BASE's codes were chosen for calibration data (GPTQ).",
+)
 @click.option("--overwrite", is_flag=True, help="Replace an existing artifact.")
 @_common.json_option
 def make(
@@ -50,6 +57,7 @@ def make(
     name: str | None,
     version: str,
     golden: str | None,
+    nearest: bool,
     overwrite: bool,
     as_json: bool,
 ) -> None:
@@ -57,6 +65,9 @@ def make(
 
     SOURCE is an artifact, or a model as FILE.py:NAME, which is optimized by the recipe that is stored in BASE. Times
     that were measured for BASE on this machine are taken from the cache, so that the same program comes of it.
+
+    SOURCE may also be an .npz of float weights by their paths, if BASE was compiled with --keep-master: they are made
+    small by the steps that BASE keeps, without the model's code, and what cannot be done again is refused by name.
 
     The weights are loaded onto BASE, must be finite, and must answer golden rows.
     """
@@ -70,7 +81,11 @@ def make(
         step(f"load {base}")
         loaded = compiler.load(base)
         is_artifact = "://" in source or os.path.isdir(source)
-        made_from = source if is_artifact else _optimized(source, loaded, step)
+        if source.endswith(".npz") and not is_artifact:
+            step("make small")
+            made_from = compiler.requantize(base, _arrays.read_weights(source), nearest=nearest)
+        else:
+            made_from = source if is_artifact else _optimized(source, loaded, step)
         step("fit")
         update = compiler.make_update(loaded, made_from, name=name, version=version, golden=rows)
         step(f"save {output}")
@@ -81,6 +96,24 @@ def make(
         _common.print_json({**facts, "size_bytes": size_bytes, "golden": manifest.golden is not None})
         return
     _common.show(f"wrote {output}, {_common.size(size_bytes)}: weights for {manifest.name}, fit {manifest.fit[:12]}")
+
+
+@weights.command("master")
+@click.argument("artifact")
+@click.option("-o", "--output", required=True, metavar="FILE.npz", help="Where to write them.")
+@click.option("--overwrite", is_flag=True, help="Replace an existing file.")
+def master(artifact: str, *, output: str, overwrite: bool) -> None:
+    """Write the float weights that ARTIFACT keeps (compile --keep-master) to a file, by their paths."""
+    _common.check_free(output, overwrite=overwrite)
+    with _common.progress() as step:
+        step("load JAX")
+        from lepton_xla import compiler
+        from lepton_xla.cli import _arrays
+
+        found = compiler.master_weights(artifact)
+        _arrays.write_weights(output, found)
+    total = sum(array.nbytes for array in found.values())
+    _common.show(f"wrote {output}: {len(found)} weights, {_common.size(total)}")
 
 
 @_repositories.subcommand(weights, "push")

@@ -6,6 +6,7 @@ from lepton_xla.compiler.fingerprint import Fingerprint
 from lepton_xla.compiler.loading import load
 from lepton_xla.compiler.manifest import Manifest
 from lepton_xla.compiler.protection import encrypt, sign
+from lepton_xla.compiler.requantizing import master_weights, requantize
 from lepton_xla.compiler.servable import Servable
 from lepton_xla.compiler.updates import make_update
 
@@ -19,6 +20,8 @@ __all__ = [
     "encrypt",
     "load",
     "make_update",
+    "master_weights",
+    "requantize",
     "sign",
     "verify",
 ]

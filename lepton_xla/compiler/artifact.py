@@ -23,6 +23,7 @@ from lepton_xla.compiler.manifest import (
     PortableProgram,
     manifest_to_json,
 )
+from lepton_xla.compiler.masters import Master
 from lepton_xla.compiler.opening import check_signed_files, read_manifest, read_signature, trusted_keys
 from lepton_xla.compiler.portable import Portable
 from lepton_xla.compiler.profiling import profile
@@ -50,6 +51,7 @@ class Artifact:
             else None.
         devices: what the executables were compiled for; by default this process's first device.
         golden: rows whose answers are known, if there are any.
+        master: the float weights that it was made from, if they are kept.
         elsewhere: fingerprint -> compiled code, as `executables`, for devices that are not here.
 
     >>> program = lx.trace(lambda w, x: x @ w["w"], {"w": jnp.eye(4)}, {"x": lx.TensorSpec(("batch", 4), "float32")})
@@ -65,6 +67,7 @@ class Artifact:
     expand: Portable | None = None
     devices: Devices | None = None
     golden: Golden | None = None
+    master: Master | None = None
     elsewhere: Mapping[str, dict[str, Code]] = dataclasses.field(default_factory=dict[str, dict[str, Code]])
 
     def save(self, location: str | os.PathLike[str], *, overwrite: bool = False) -> Manifest:
@@ -108,8 +111,10 @@ class Artifact:
                     entry.files[key] = name
             if self.golden is not None:
                 write(self.golden.entry().file, self.golden.data())
+            master = self.master.write(write) if self.master is not None else None
             manifest = msgspec.structs.replace(
                 self.manifest,
+                master=master,
                 golden=self.golden.entry() if self.golden is not None else None,
                 files=files,
                 weights=leaves,

@@ -29,6 +29,7 @@ from lepton_xla.compiler.fitting import fit_digest
 from lepton_xla.compiler.golden import Golden
 from lepton_xla.compiler.independence import Checked, check_padding, check_rows, default_tolerance, product_dtypes
 from lepton_xla.compiler.manifest import EXPAND, SCHEMA, ExecutableSet, Manifest, Tensor, check_name
+from lepton_xla.compiler.masters import Master
 from lepton_xla.compiler.portable import export_programs
 from lepton_xla.compiler.probes import table_sizes
 from lepton_xla.compiler.runtime import Runtime, run_expand
@@ -76,6 +77,7 @@ def compile(
     rules: Rules | None = None,
     topology: str | None = None,
     golden: Mapping[str, Any] | None = None,
+    keep_master: bool = False,
     progress: Progress | None = None,
 ) -> Artifact:
     """Compile a program for every combination of bucket sizes, on this process's first device or on a mesh.
@@ -100,6 +102,8 @@ def compile(
             machine the program is compiled for one device, on which it is checked.
         golden: rows whose answers are known, which the artifact carries: arrays by the names of inputs and outputs.
             Without outputs, those that this model gives are kept. See `check` of `load`.
+        keep_master: whether the artifact keeps the float weights that the program was optimized from, and how they were
+            made small, so that `requantize` can make others small likewise. They take the room of the float model.
         progress: called before each step.
 
     Raises:
@@ -226,6 +230,11 @@ def compile(
         files={},
     )
     artifact = Artifact(manifest, tuple(stored), executables, tuple(programs), unpacking, devices)
+    if keep_master:
+        if devices.mesh is not None or topology is not None:
+            raise CompileError("a float master is kept for one device only; compile without a mesh")
+        tell("keep the float master", steps, steps)
+        artifact = dataclasses.replace(artifact, master=Master.made(program))
     if golden is not None:
         rows = Golden.made(golden, program.inputs, program.outputs, artifact.servable(), limit)
         artifact = dataclasses.replace(artifact, golden=rows)

@@ -136,6 +136,59 @@ class GoldenEntry(_Struct, frozen=True, kw_only=True):
     tolerance: float
 
 
+class MasterStep(_Struct, frozen=True, kw_only=True):
+    """One step from float weights to stored ones.
+
+    Attributes:
+        name: the pass that took it.
+        takes: paths of the weights that it reads.
+        gives: path of each weight that it sets -> how many arrays that has.
+        data: numbers of the arrays that it reads besides, or sets if there is no program.
+        program: digest of its program.
+        flagged: whether its last output says whether the others are right.
+        reason: why it cannot be taken with other weights; empty if it can.
+        skippable: whether the weights are usable without it.
+    """
+
+    name: str
+    takes: tuple[str, ...] = ()
+    gives: dict[str, Annotated[int, msgspec.Meta(ge=0)]] = {}
+    data: tuple[Annotated[int, msgspec.Meta(ge=0)], ...] = ()
+    program: str = ""
+    flagged: bool = False
+    reason: str = ""
+    skippable: bool = False
+
+
+class MasterCode(_Struct, frozen=True, kw_only=True):
+    """Compiled code of steps: the machine that it runs on, and digest of a program -> file."""
+
+    target: Fingerprint
+    files: dict[str, str]
+
+
+class MasterEntry(_Struct, frozen=True, kw_only=True):
+    """The float weights that an artifact was made from, and how.
+
+    Attributes:
+        file: holds the elements of weights and data one after the other.
+        weights: the float weights; their names are paths.
+        data: what the steps read besides.
+        steps: in order.
+        stored: path of the stored weights, in order -> how many arrays each has.
+        programs: digest -> file of a portable program.
+        code: compiled code.
+    """
+
+    file: str
+    weights: tuple[Tensor, ...]
+    data: tuple[Tensor, ...]
+    steps: tuple[MasterStep, ...]
+    stored: dict[str, int]
+    programs: dict[str, str]
+    code: MasterCode
+
+
 class Manifest(_Struct, frozen=True, kw_only=True):
     """The contents of `manifest.json`.
 
@@ -154,6 +207,7 @@ class Manifest(_Struct, frozen=True, kw_only=True):
         fit: digest of all that compiled code depends on but the values of the weights. Weights of an artifact fit the
             code of every artifact with the same.
         golden: rows whose answers are known, if there are any.
+        master: the float weights that it was made from, if it keeps them.
         programs_note: why there is no symbolic program for all platforms; empty if there is one.
         executables: fingerprint -> executables.
         compile_s: bucket name -> seconds of compilation.
@@ -183,6 +237,7 @@ class Manifest(_Struct, frozen=True, kw_only=True):
     unpacked: tuple[Spec, ...] = ()
     fit: str = ""
     golden: GoldenEntry | None = None
+    master: MasterEntry | None = None
     programs_note: str
     executables: dict[str, ExecutableSet]
     compile_s: dict[str, float]
@@ -351,6 +406,8 @@ def _check(manifest: Manifest) -> None:
         _check_listed(manifest, program.file)
     if manifest.golden is not None:
         _check_listed(manifest, manifest.golden.file)
+    if manifest.master is not None:
+        _check_master(manifest, manifest.master)
     if manifest.is_update and (manifest.executables or not manifest.fit):
         raise ArtifactError(f"{MANIFEST}: has no program, and is no update of weights either")
     for digest, executables in manifest.executables.items():
@@ -358,6 +415,35 @@ def _check(manifest: Manifest) -> None:
             raise ArtifactError(f"{MANIFEST}: executables[{digest!r}] is not the digest of its target")
         for file in executables.files.values():
             _check_listed(manifest, file)
+
+
+def _check_master(manifest: Manifest, master: MasterEntry) -> None:
+    """Check that what the steps of a float master refer to is there."""
+    for file in (master.file, *master.programs.values(), *master.code.files.values()):
+        _check_listed(manifest, file)
+    for tensor in (*master.weights, *master.data):
+        jnp.dtype(tensor.dtype)
+        if any(isinstance(size, str) or size < 0 for size in tensor.shape):
+            raise ArtifactError(f"{MANIFEST}: {tensor.name!r} of the float master has the shape {tensor.shape}")
+    known = {tensor.name for tensor in master.weights}
+    for step in master.steps:
+        where = f"{MANIFEST}: step {step.name!r} of the float master"
+        if step.reason:  # it is never taken
+            known |= set(step.gives)
+            continue
+        for path in step.takes:
+            if path not in known:
+                raise ArtifactError(f"{where} takes {path!r}, which is not there")
+        if step.program and step.program not in master.programs:
+            raise ArtifactError(f"{where} has no program")
+        if any(number >= len(master.data) for number in step.data):
+            raise ArtifactError(f"{where} reads data that is not there")
+        known |= set(step.gives)
+    for path in master.stored:
+        if path not in known:
+            raise ArtifactError(f"{MANIFEST}: the float master does not give weight {path!r}")
+    if sum(master.stored.values()) != len(manifest.weights):
+        raise ArtifactError(f"{MANIFEST}: the float master does not give as many weights as there are")
 
 
 def _check_listed(manifest: Manifest, file: str) -> None:

@@ -21,6 +21,7 @@ from lepton_xla.compiler.fingerprint import Fingerprint
 from lepton_xla.compiler.fitting import check_fit, check_weights, fit_digest
 from lepton_xla.compiler.golden import Golden
 from lepton_xla.compiler.manifest import check_name
+from lepton_xla.compiler.masters import Master
 from lepton_xla.compiler.opening import open_files, read_manifest
 from lepton_xla.compiler.portable import export_programs
 from lepton_xla.compiler.reading import read_all
@@ -35,10 +36,10 @@ from lepton_xla.trees import name_leaves
 _TOLERANCE = 1e-3
 
 
-@takes(base=Servable, source=(Program, str, os.PathLike), golden=Mapping, metrics=Mapping)
+@takes(base=Servable, source=(Program, Artifact, str, os.PathLike), golden=Mapping, metrics=Mapping)
 def make_update(
     base: Servable,
-    source: Program | str | os.PathLike[str],
+    source: Program | Artifact | str | os.PathLike[str],
     *,
     name: str | None = None,
     version: str = "1",
@@ -54,7 +55,7 @@ def make_update(
 
     Args:
         base: the loaded model whose compiled code the weights are for.
-        source: a program with the new weights, or where an artifact is that has them.
+        source: a program or an artifact with the new weights, or where such an artifact is.
         name: the model's name, by default the base's.
         version: the model's version.
         golden: rows whose answers are known, as for `compile`; by default those of the artifact, if it is one.
@@ -80,8 +81,12 @@ def make_update(
     check_name(name or base.name)
     if not base.manifest.fit:
         raise ArtifactError(f"{base.name!r} was compiled without a digest of its program: compile it again")
-    made = _of_program(base, source) if isinstance(source, Program) else consistently(source, _read)
-    where = "the program" if isinstance(source, Program) else os.fsdecode(source)
+    if isinstance(source, Program):
+        made, where = _of_program(base, source), "the program"
+    elif isinstance(source, Artifact):
+        made, where = source, "the artifact"
+    else:
+        made, where = consistently(source, _read), os.fsdecode(source)
     check_fit(made.manifest, base.manifest, where)
     manifest = msgspec.structs.replace(
         made.manifest,
@@ -123,7 +128,8 @@ def _read(store: Store) -> Artifact:
     entry = manifest.golden
     golden = None if entry is None else Golden.read(entry, files.read(entry.file))
     arrays = read_all(manifest.weights, manifest.packed_rows, files)
-    return Artifact(manifest, tuple(map(jax.device_put, arrays)), {}, (), golden=golden)
+    master = None if manifest.master is None else Master.read(manifest, files, store.location)
+    return Artifact(manifest, tuple(map(jax.device_put, arrays)), {}, (), golden=golden, master=master)
 
 
 def _of_program(base: Servable, program: Program) -> Artifact:
@@ -158,4 +164,5 @@ def _of_program(base: Servable, program: Program) -> Artifact:
         if expand is not None:
             (unpacking,), _ = export_programs(expand, stored, {}, {})
         manifest = msgspec.structs.replace(manifest, fit=fit_digest(manifest, programs, unpacking))
-    return Artifact(manifest, tuple(leaves.values()), {}, ())
+    master = Master.made(program) if theirs.master is not None else None
+    return Artifact(manifest, tuple(leaves.values()), {}, (), master=master)

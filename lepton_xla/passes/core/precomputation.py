@@ -10,6 +10,7 @@ import jax
 
 from lepton_xla import _compat
 from lepton_xla.arguments import takes
+from lepton_xla.derivations import Step
 from lepton_xla.passes.core.computed import Computed, ComputedWeight
 from lepton_xla.passes.core.expressions import evaluate, support
 from lepton_xla.passes.core.plans import Plan
@@ -55,7 +56,9 @@ def precompute(program: Program, *, sizes: Sequence[Mapping[str, int]] = ()) -> 
         return program
     like = abstract(program.weights)
     used = {path: program.weights[path] for weight in computed for path in weight.expression.weights}
-    values = jax.jit(lambda own: evaluate([weight.expression for weight in computed], own))(used)
+    evaluated = _evaluated(computed, tuple(used))
+    values = jax.jit(evaluated)(*used.values())
+    step = Step("precompute", tuple(used), tuple(weight.name for weight in computed), evaluated)
     masks, reports = dict(program.masks), list[SiteReport]()
     weights: dict[str, Any] = dict(program.weights)
     for weight, value in zip(computed, values, strict=True):
@@ -73,7 +76,17 @@ def precompute(program: Program, *, sizes: Sequence[Mapping[str, int]] = ()) -> 
         "weights": {path: f"part of {_whole(path, computed)}" for path in used if path in gone},
     }
     report = PassReport("precompute", time.perf_counter() - start, tuple(reports), metrics)
-    return program.replace(fn=fn, weights=weights, masks=masks, history=(*program.history, report))
+    history = (*program.history, report)
+    return program.replace(fn=fn, weights=weights, masks=masks, history=history, derivation=program.derived(step))
+
+
+def _evaluated(computed: Sequence[ComputedWeight], used: Sequence[str]) -> Callable[..., Sequence[jax.Array]]:
+    """Make a function from the used weights to the computed ones."""
+
+    def evaluated(*arrays: jax.Array) -> Sequence[jax.Array]:
+        return evaluate([weight.expression for weight in computed], dict(zip(used, arrays, strict=True)))
+
+    return evaluated
 
 
 def computed_weights(sites: Sequence[Site]) -> tuple[ComputedWeight, ...]:

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 
 from lepton_xla import _compat
 from lepton_xla.arguments import takes
+from lepton_xla.derivations import Step
 from lepton_xla.passes.core.dtypes import wider
 from lepton_xla.passes.core.executables import Compilation, Lowered
 from lepton_xla.passes.core.layouts import Layout, LayoutOp, lay_out
@@ -103,11 +104,14 @@ def fold(program: Program) -> Program:
     weights: dict[str, Any] = dict(program.weights)
     masks = dict(program.masks)
     reports = []
-    for (path, entry), made in zip(list(folds.items()), _all_made(program.weights, list(folds.values())), strict=True):
+    steps: list[Step] = []
+    found_folds = _all_made(program.weights, list(folds.values()))
+    for (path, entry), (made, step) in zip(list(folds.items()), found_folds, strict=True):
         if not made:
             del folds[path]
             continue
         weights |= made
+        steps.append(step)
         if path in masks:
             # A layout may convert to a float dtype; the mask must stay bool.
             masks[path] = lay_out(masks[path].astype(like[path].dtype), entry.layout) != 0
@@ -126,7 +130,8 @@ def fold(program: Program) -> Program:
         "weights": _taken(like, [path for path in like if path not in kept], folds),
     }
     report = PassReport("fold", time.perf_counter() - start, tuple(reports), metrics)
-    return program.replace(fn=fn, weights=kept, masks=masks, history=(*program.history, report))
+    history = (*program.history, report)
+    return program.replace(fn=fn, weights=kept, masks=masks, history=history, derivation=program.derived(*steps))
 
 
 def _taken(like: ArraysByPath, gone: Sequence[str], folds: Mapping[str, _Fold]) -> dict[str, str]:
@@ -181,8 +186,9 @@ class _Recorder(dict[str, Any]):
         return super().__getitem__(path)
 
 
-def _all_made(weights: Mapping[str, Any], folds: Sequence[_Fold]) -> list[dict[str, jax.Array]]:
+def _all_made(weights: Mapping[str, Any], folds: Sequence[_Fold]) -> list[tuple[dict[str, jax.Array], Step]]:
     """Compute each folded weight and its bias; empty where folding loses something. Equal folds are compiled once."""
+    steps: list[Step] = []
     waiting: list[Callable[[], list[Any]]] = []
     leaves: list[list[Any]] = []
     with Compilation() as compilation:
@@ -199,14 +205,19 @@ def _all_made(weights: Mapping[str, Any], folds: Sequence[_Fold]) -> list[dict[s
             def made(*read: Any, entry: _Fold = entry, names: tuple[str, ...] = names) -> Any:
                 return _made(dict(zip(names, read, strict=True)), entry)
 
+            def given(*read: Any, made: Callable[..., Any] = made) -> list[Any]:
+                return [each for each in made(*read) if each is not None]
+
+            gives = (_path(entry.site),) + (() if entry.bias is None else (entry.bias,))
+            steps.append(Step("fold", names, gives, given))
             leaves.append([weights[name] for name in names])
             waiting.append(compilation.start([Lowered.of(made, *leaves[-1])]))
-    found: list[dict[str, jax.Array]] = []
-    for entry, executable, read in zip(folds, waiting, leaves, strict=True):
+    found: list[tuple[dict[str, jax.Array], Step]] = []
+    for entry, executable, read, step in zip(folds, waiting, leaves, steps, strict=True):
         (run,) = executable()
         weight, bias, exact = run(*read)
         both = {_path(entry.site): weight} | ({} if entry.bias is None else {entry.bias: bias})
-        found.append(both if bool(exact) else {})
+        found.append((both if bool(exact) else {}, step))
     return found
 
 

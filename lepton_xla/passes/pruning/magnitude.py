@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from lepton_xla.arguments import takes
+from lepton_xla.derivations import Step
 from lepton_xla.errors import ModelError, RecipeError
 from lepton_xla.passes.core.plans import Plan
 from lepton_xla.passes.core.precomputation import for_plan
@@ -157,6 +158,7 @@ def with_masks(
     changed = dict(program.weights)
     found: dict[str, jax.Array] = {}
     lines: list[SiteReport] = []
+    steps: list[Step] = []
     for target in targets:
         path, mask = target.path, masks[target.path]
         if path in program.masks:
@@ -169,7 +171,11 @@ def with_masks(
             continue
         found[path] = mask
         weight: Any = (weights or changed).get(path, changed[path])
-        changed[path] = jnp.where(mask, weight, jnp.zeros_like(weight))
+        changed[path] = _held(weight, mask)[0]
+        steps.append(Step(name, (path,), (path,), _held, (jnp.asarray(mask),)))
+        if weight is not program.weights[path] and path in (weights or {}):
+            why = "the weights that stay were changed for the calibration data"
+            steps.append(Step(name, gives=(path,), reason=why, skippable=True))
         size = leaf_bytes(weight.shape, weight.dtype)
         figures = {"sparsity": 1 - float(jnp.mean(mask))} | dict((metrics or {}).get(path, {}))
         said = (reasons or {}).get(path, "")
@@ -177,7 +183,12 @@ def with_masks(
         sizes = [size, *([0] * (len(sites) - 1))]
         lines += [SiteReport(site, "pruned", said, b, b, figures) for site, b in zip(sites, sizes, strict=True)]
     report = PassReport(name, time.perf_counter() - start, (*lines, *kept))
-    return program.replace(weights=changed, masks=program.masks | found, history=(*program.history, report))
+    history, derivation = (*program.history, report), program.derived(*steps)
+    return program.replace(weights=changed, masks=program.masks | found, history=history, derivation=derivation)
+
+
+def _held(weight: jax.Array, mask: jax.Array) -> tuple[jax.Array]:
+    return (jnp.where(mask, weight, jnp.zeros_like(weight)),)
 
 
 def check_finite(path: str, weight: jax.Array) -> None:

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lepton_xla.arguments import takes
+from lepton_xla.derivations import Step
 from lepton_xla.passes.core import matrix
 from lepton_xla.passes.core.alike import Alike
 from lepton_xla.passes.core.flow import Flow, Place, is_vector, not_float_name, output_axis
@@ -92,8 +93,10 @@ def correct_bias(program: Program, rounded: Program, plan: Plan, batches: Iterab
             metrics = {"largest_shift": float(np.max(np.abs(np.asarray(shift))))}
             reports.append(weight_report(site, action, weights[planned.path], metrics=metrics))
     changed = _add_biases(rounded.replace(weights=weights), added)
+    why = "biases are corrected for the calibration data"
+    derivation = rounded.derived(Step("bias_correction", gives=tuple(changed.weights), reason=why))
     report = PassReport("bias_correction", time.perf_counter() - start, tuple(reports))
-    return changed.replace(history=(*rounded.history, report))
+    return changed.replace(history=(*rounded.history, report), derivation=derivation)
 
 
 @functools.partial(jax.jit, static_argnames="like")

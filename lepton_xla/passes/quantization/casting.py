@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from lepton_xla import _compat
 from lepton_xla.arguments import takes
+from lepton_xla.derivations import Step
 from lepton_xla.errors import RecipeError
 from lepton_xla.passes.core.precomputation import precompute
 from lepton_xla.passes.core.sites import Site, find_sites, operand_value, rewrite_sites
@@ -107,7 +108,13 @@ def cast(
     report = PassReport("cast", time.perf_counter() - start, tuple(reports), metrics)
     history = (*program.history, report)
     expansion = _cast_expansion(program, dtype, keep, on_unsupported)
-    return program.replace(fn=fn, weights=weights, history=history, expansion=expansion)
+    steps = [
+        Step("cast", (path,), (path,), lambda leaf: (leaf.astype(dtype),))
+        for path, reason in weight_reasons.items()
+        if not reason
+    ]
+    derivation = program.derived(*steps)
+    return program.replace(fn=fn, weights=weights, history=history, expansion=expansion, derivation=derivation)
 
 
 def _report(name: str, action: str, reason: str, before: int = 0, after: int = 0) -> SiteReport:

@@ -22,6 +22,7 @@ from jax import lax
 
 from lepton_xla import _compat
 from lepton_xla.arguments import takes
+from lepton_xla.derivations import Step
 from lepton_xla.passes.core import matrix, memory
 from lepton_xla.passes.core.alike import Alike
 from lepton_xla.passes.core.calibration import as_batches
@@ -282,7 +283,9 @@ def gptq(
         reports += known[path].reports
     memory.give_back()
     report = PassReport("gptq", time.perf_counter() - start, tuple(reports))
-    return program.replace(weights=weights, history=(*program.history, report)), grids
+    why = "it chooses codes for the calibration data"
+    derivation = program.derived(Step("gptq", gives=tuple(grids), reason=why, skippable=True))
+    return program.replace(weights=weights, history=(*program.history, report), derivation=derivation), grids
 
 
 def _round_zeros(program: Program, planned: Planned, options: Options) -> None:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 
 from lepton_xla.arguments import takes
+from lepton_xla.derivations import Step
 from lepton_xla.passes.alternatives.autotuning import choose, times_us
 from lepton_xla.passes.core import memory
 from lepton_xla.passes.core.alike import Alike
@@ -34,7 +35,14 @@ from lepton_xla.passes.core.walker import Context, Values, materialize
 from lepton_xla.passes.quantization import eligibility, products, selection
 from lepton_xla.passes.quantization.measurement import Timing, Way, compare
 from lepton_xla.passes.quantization.products import RANGE, SCALE
-from lepton_xla.passes.quantization.storing import PlannedSite, finite_range, store_weight, zero_channels
+from lepton_xla.passes.quantization.rounding import ROUNDINGS
+from lepton_xla.passes.quantization.storing import (
+    PlannedSite,
+    finite_range,
+    store_weight,
+    storing_step,
+    zero_channels,
+)
 from lepton_xla.passes.quantization.whole_program import WholeProgram
 from lepton_xla.program import Expansion, Program
 from lepton_xla.quant import QTensor
@@ -248,7 +256,24 @@ def quantize(
     }
     report = PassReport("quantize", time.perf_counter() - start, tuple(reports), metrics)
     history = (*program.history, report)
-    return program.replace(fn=build(integer), weights=weights, history=history, expansion=expansion)
+    rounded = (
+        {path for step in program.derivation.steps for path in step.gives if step.name in ROUNDINGS}
+        if (program.derivation is not None)
+        else set[str]()
+    )
+    steps = [
+        # Grids of passes that round are those of the weights before, which are to be found anew.
+        storing_step(groups[path][0], {} if path in rounded else given.get(path, {}), weights[path].transposed)
+        for path in groups
+    ]
+    steps += [Step("quantize", gives=(name,), data=(weights[name],)) for name in _own(values, names, integer)]
+    return program.replace(
+        fn=build(integer),
+        weights=weights,
+        history=history,
+        expansion=expansion,
+        derivation=program.derived(*steps),
+    )
 
 
 @functools.partial(jax.jit, static_argnames="like")

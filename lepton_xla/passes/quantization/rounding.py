@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lepton_xla.arguments import takes
+from lepton_xla.derivations import Step
 from lepton_xla.errors import ModelError
 from lepton_xla.passes.core import matrix
 from lepton_xla.passes.core.alike import Alike
@@ -30,6 +31,9 @@ from lepton_xla.quant.grid import Grid, make_grid, matrix_codes, matrix_values
 from lepton_xla.recipe import QuantizeRule
 from lepton_xla.report import Outcome, PassReport, SiteReport, unchanged
 from lepton_xla.trees import leaf_bytes
+
+# Steps of passes that round weights to their grids in float.
+ROUNDINGS = ("gptq", "round")
 
 type GivenGrids = dict[str, dict[str, jax.Array]]
 """Weight path -> `scale`, and `zero_point` or `codebook` if the format has them, with the axes of stored codes."""
@@ -182,7 +186,8 @@ def round_to_nearest(program: Program, plan: Plan) -> tuple[Program, GivenGrids]
         action = f"{planned.rule.weights} nearest"
         reports += [weight_report(entry.site, action, weights[planned.path]) for entry in planned.entries]
     report = PassReport("round", time.perf_counter() - start, tuple(reports))
-    return program.replace(weights=weights, history=(*program.history, report)), grids
+    derivation = program.derived(Step("round", gives=tuple(grids)))  # storing rounds likewise
+    return program.replace(weights=weights, history=(*program.history, report), derivation=derivation), grids
 
 
 @functools.partial(jax.jit, static_argnames=("like", "rule"))

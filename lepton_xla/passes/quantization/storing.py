@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lepton_xla.derivations import Step
 from lepton_xla.errors import CalibrationError, ModelError
 from lepton_xla.passes.core import matrix
 from lepton_xla.passes.core.alike import Alike
@@ -46,6 +47,17 @@ def store_weight(planned: PlannedSite, weight: jax.Array, given: Mapping[str, ja
     together = target.bits < 8 or target.learned or planned.rule.granularity.startswith("group")
     weight = over_columns(site, weight, always=together)
     return quantize_weight(weight, grid, Alike(site), planned.rule, multiplied)
+
+
+def storing_step(planned: PlannedSite, given: Mapping[str, jax.Array], multiplied: bool) -> Step:
+    """The step that `store_weight` is, on one device."""
+    names = tuple(name for name in given if name != "activation")
+    path, like, rule = str(planned.site.path), Alike(planned.site), planned.rule
+
+    def stored(weight: jax.Array, *grid: jax.Array) -> tuple[QTensor]:
+        return (quantize_weight(weight, dict(zip(names, grid, strict=True)), like, rule, multiplied),)
+
+    return Step("quantize", (path,), (path,), stored, tuple(given[name] for name in names))
 
 
 @functools.partial(jax.jit, static_argnames=("like", "rule", "multiplied"))

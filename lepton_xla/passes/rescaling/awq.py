@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lepton_xla.arguments import takes
+from lepton_xla.derivations import Step
 from lepton_xla.errors import RecipeError
 from lepton_xla.passes.core import matrix
 from lepton_xla.passes.core.alike import Alike
@@ -111,6 +112,7 @@ def awq(
     found = collect_statistics(program, [group.sites[0] for group in groups], batches, gram=True)
     weights: dict[str, Any] = dict(program.weights)
     multiplied: list[tuple[FactorGroup, jax.Array]] = []
+    steps: list[Step] = []
     reports: list[SiteReport] = []
     for group in groups:
         if not group.absorbers and not multiply:
@@ -125,12 +127,13 @@ def awq(
             reports += [unchanged(site.name, "no factor errs less", metrics=metrics) for site in group.sites]
             continue
         factor = fitted(weights, sites, group, factor)
-        weights = scaled_weights(weights, sites, group, factor)
+        weights = scaled_weights(weights, sites, group, factor, steps)
         if not group.absorbers:
             multiplied.append((group, jnp.asarray(1 / np.asarray(factor))))
         reports += group_reports(group, factor, weights, metrics)
     reports += [unchanged(name, reason) for name, reason in kept.items()]
-    changed = multiply_inputs(program.replace(weights=weights), multiplied)
+    scaled = program.replace(weights=weights, derivation=program.derived(*steps))
+    changed = multiply_inputs(scaled, multiplied)
     report = PassReport("awq", time.perf_counter() - start, tuple(reports))
     return changed.replace(history=(*program.history, report))
 

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lepton_xla.arguments import takes
+from lepton_xla.derivations import Step
 from lepton_xla.errors import RecipeError
 from lepton_xla.passes.core.flow import Absorber
 from lepton_xla.passes.core.plans import Plan
@@ -58,13 +59,14 @@ def equalize(program: Program, plan: Plan, *, rounds: int = 20, tolerance: float
     weights: dict[str, Any] = dict(program.weights)
     pairs = [(group, first) for group in groups if (first := _product_before(group)) is not None]
     totals: dict[int, np.ndarray] = {}
+    steps: list[Step] = []
     done, largest = 0, float("inf")
     while done < rounds and largest > tolerance:
         done, largest = done + 1, 0.0
         for index, (group, first) in enumerate(pairs):
             before = column_absmax(sites[first.site], first, weights[first.path])
             factor = fitted(weights, sites, group, pair_factor(before, weight_absmax(weights, group)))
-            weights = scaled_weights(weights, sites, group, factor)
+            weights = scaled_weights(weights, sites, group, factor, steps)
             host = np.asarray(factor)
             totals[index] = totals[index] * host if index in totals else host
             largest = max(largest, float(np.max(np.abs(np.log(host)))))
@@ -79,7 +81,8 @@ def equalize(program: Program, plan: Plan, *, rounds: int = 20, tolerance: float
         reason = group.reason or "no product stands before it"
         reports += [unchanged(site.name, reason) for site in group.sites if site.name not in paired]
     report = PassReport("equalize", time.perf_counter() - start, tuple(reports), {"rounds": done})
-    return program.replace(weights=weights, history=(*program.history, report))
+    history, derivation = (*program.history, report), program.derived(*steps)
+    return program.replace(weights=weights, history=history, derivation=derivation)
 
 
 @jax.jit

@@ -16,6 +16,7 @@ import numpy as np
 from jax import lax
 
 from lepton_xla import _compat
+from lepton_xla.derivations import Step
 from lepton_xla.passes.core import matrix
 from lepton_xla.passes.core.alike import Alike
 from lepton_xla.passes.core.flow import Flow, NotAbsorbedError, Place
@@ -135,7 +136,13 @@ def weight_absmax(weights: Mapping[str, Any], group: FactorGroup) -> jax.Array:
     return jax.device_put(np.max(found, axis=0))
 
 
-def scaled_weights(weights: Mapping[str, Any], sites: Mapping[str, Site], group: FactorGroup, factor: jax.Array) -> Any:
+def scaled_weights(
+    weights: Mapping[str, Any],
+    sites: Mapping[str, Site],
+    group: FactorGroup,
+    factor: jax.Array,
+    steps: list[Step] | None = None,
+) -> Any:
     """Multiply a group's weights by its factor, and divide its absorbers by it.
 
     Args:
@@ -143,13 +150,20 @@ def scaled_weights(weights: Mapping[str, Any], sites: Mapping[str, Site], group:
         sites: all products, by name.
         group: the group.
         factor: `[*steps, channels]`, a result of `fitted`.
+        steps: what was done is added to it.
     """
     changed = dict(weights)
-    for site in group.sites:
-        changed[str(site.path)] = _multiplied(changed[str(site.path)], factor, Alike(site))
+    done: list[tuple[str, Callable[..., Any]]] = [
+        (str(site.path), functools.partial(_multiplied, like=Alike(site))) for site in group.sites
+    ]
     for absorber in group.absorbers:
         like = None if absorber.axis is None else Alike(sites[absorber.site])
-        changed[absorber.path] = _divided(changed[absorber.path], factor, like, absorber.axis)
+        done.append((absorber.path, functools.partial(_divided, like=like, axis=absorber.axis)))
+    for path, scale in done:
+        changed[path] = scale(changed[path], factor)
+        if steps is not None:
+            alone = lambda stored, by, scale=scale: (scale(stored, by),)  # noqa: E731
+            steps.append(Step("rescale", (path,), (path,), alone, (jnp.asarray(factor),)))
     return changed
 
 
@@ -215,7 +229,8 @@ def multiply_inputs(program: Program, factors: Sequence[tuple[FactorGroup, jax.A
         own = {name: leaf for name, leaf in weights.items() if name in like}
         return rewrite_sites(inner, rule, inline=True, on_unknown="keep", side_inputs=side_inputs)(own, *inputs)
 
-    return program.replace(fn=run, weights={**program.weights, **added})
+    steps = [Step("rescale", gives=(name,), data=(vector,)) for name, vector in added.items()]
+    return program.replace(fn=run, weights={**program.weights, **added}, derivation=program.derived(*steps))
 
 
 def _along_channels(site: Site, vector: jax.Array) -> jax.Array:

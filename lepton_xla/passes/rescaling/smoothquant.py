@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lepton_xla.arguments import takes
+from lepton_xla.derivations import Step
 from lepton_xla.errors import RecipeError
 from lepton_xla.passes.core.alike import Alike
 from lepton_xla.passes.core.plans import Plan
@@ -110,6 +111,7 @@ def smooth(
         found |= collect_statistics(program, missing, batches)
     weights: dict[str, Any] = dict(program.weights)
     multiplied: list[tuple[FactorGroup, jax.Array]] = []
+    steps: list[Step] = []
     reports: list[SiteReport] = []
     for group in groups:
         if not group.absorbers:
@@ -120,12 +122,13 @@ def smooth(
         first = group.sites[0]
         factor = _factor(found[first.name].absmax, weight_absmax(weights, group), Alike(first), alpha)
         factor = fitted(weights, sites, group, factor)
-        weights = scaled_weights(weights, sites, group, factor)
+        weights = scaled_weights(weights, sites, group, factor, steps)
         if not group.absorbers:
             multiplied.append((group, jnp.asarray(1 / np.asarray(factor))))
         reports += group_reports(group, factor, weights)
     reports += [unchanged(name, reason) for name, reason in kept.items()]
-    changed = multiply_inputs(program.replace(weights=weights), multiplied)
+    scaled = program.replace(weights=weights, derivation=program.derived(*steps))
+    changed = multiply_inputs(scaled, multiplied)
     report = PassReport("smoothquant", time.perf_counter() - start, tuple(reports), {"alpha": alpha})
     return changed.replace(history=(*program.history, report))
 

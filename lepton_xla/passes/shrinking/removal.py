@@ -15,6 +15,7 @@ from typing import Literal
 import numpy as np
 
 from lepton_xla.arguments import takes
+from lepton_xla.derivations import Step
 from lepton_xla.errors import RecipeError
 from lepton_xla.passes.core.costs import cost
 from lepton_xla.passes.core.timing import Timer, time_programs
@@ -192,7 +193,9 @@ def shrink_groups(
     }
     metrics |= {"not_reached": not_reached} if not_reached else {}
     report = PassReport("shrink", time.perf_counter() - start, reports, metrics)
-    return small.replace(history=(*program.history, report)), kept
+    why = "which channels are removed depends on the weights"
+    derivation = program.derived(Step("shrink", gives=tuple(small.weights), reason=why))
+    return small.replace(history=(*program.history, report), derivation=derivation), kept
 
 
 def _report(group: Group, kept: int, round_to: int) -> SiteReport:
