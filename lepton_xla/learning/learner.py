@@ -37,6 +37,8 @@ from lepton_xla.train.specs import TrainSpec
 _log = logging.getLogger(__name__)
 
 _CHECKPOINTS = 4
+# Batches to calibrate with.
+_CALIBRATION = 4
 # Statuses of a version that the server will never take: the next round makes another.
 _FINAL = (400, 422)
 
@@ -244,7 +246,7 @@ class Learner:
             raise
         self._tell("lower")
         version = str(current.number)
-        batches = [{name: mixture(0)[name] for name in self._base.inputs}]
+        batches = [{name: mixture(step)[name] for name in self._base.inputs} for step in range(_CALIBRATION)]
         update = lower(result.program, self._base, batches, version)
         update.save(rounds.work / "update.lepton", overwrite=True)
         write_master(rounds.work / "master.npz", result.program.weights)

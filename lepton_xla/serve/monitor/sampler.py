@@ -12,7 +12,7 @@ import secrets
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from time import monotonic, time
+from time import monotonic, sleep, time
 
 from lepton_xla.errors import SampleError
 from lepton_xla.samples import Kept, LabelHead, SampleHead, record
@@ -27,6 +27,8 @@ _KEY = ".key"
 # Records that wait for the disk. What comes beyond is not kept: answers never wait for it.
 _MOST_WAITING = 16 << 20
 _TIDY_S = 30.0
+# Records are written together.
+_GATHER_S, _MOST_GATHERED, _WRITE_BYTES = 0.02, 4096, 1 << 20
 # After a write that failed.
 _PAUSE_S = 10.0
 _CLOSE_S = 5.0
@@ -53,10 +55,15 @@ class Sampler:
         self._key = key
         self._put = put
         self._batched = signature.batch is not None
-        self._outputs = signature.outputs
+        # With the names of their dtypes, which NumPy puts together anew each time.
+        self._outputs = [(each, each.dtype.name) for each in signature.outputs]
         # Of every 2**64 hashes of ids.
         self._below = int((rate if sampling.rate is None else sampling.rate) * 2**64)
-        self._inputs = [(i, each) for i, each in enumerate(signature.inputs) if each.name not in sampling.drop]
+        self._inputs = [
+            (index, each, each.dtype.name)
+            for index, each in enumerate(signature.inputs)
+            if each.name not in sampling.drop
+        ]
         self._dropped = frozenset(sampling.drop)
 
     def _takes(self, request_id: str) -> bool:
@@ -79,8 +86,12 @@ class Sampler:
         request_id, now_s, sizes = spec.id, time(), spec.sizes
 
         def made() -> bytes:
-            inputs = [self._kept(tensor, request.tensors[index], sizes) for index, tensor in self._inputs]
-            answers = [self._kept(tensor, data, sizes) for tensor, data in given if tensor.name not in self._dropped]
+            inputs = [self._kept(tensor, dtype, request.tensors[index], sizes) for index, tensor, dtype in self._inputs]
+            answers = [
+                self._kept(tensor, dtype, data, sizes)
+                for (tensor, dtype), data in given
+                if tensor.name not in self._dropped
+            ]
             head = SampleHead(
                 self._id(request_id), self._version, now_s,
                 tuple(each for each, _ in inputs), tuple(each for each, _ in answers),
@@ -97,10 +108,12 @@ class Sampler:
                 head = LabelHead(self._id(request_id), self._version, now_s, tuple(right))
                 self._put(lambda head=head: record(head), 8 * len(right))
 
-    def _kept(self, tensor: Tensor, data: bytes | memoryview, sizes: Mapping[str, int]) -> tuple[Kept, bytes]:
+    def _kept(
+        self, tensor: Tensor, dtype: str, data: bytes | memoryview, sizes: Mapping[str, int]
+    ) -> tuple[Kept, bytes]:
         shape = tensor.at(sizes)
         if tensor.name not in self._sampling.hash:
-            return Kept(tensor.name, tensor.dtype.name, shape), bytes(data)
+            return Kept(tensor.name, dtype, shape), bytes(data)
         rows = shape[0] if self._batched else 1
         step = len(data) // max(rows, 1)
         view = memoryview(data)
@@ -143,6 +156,8 @@ class SampleWriter:
         self._put_bytes = self._done_bytes = 0
         self._waiting: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._segments: dict[str, Segments] = {}
+        self._gathered: dict[str, list[bytes]] = {}
+        self._gathered_bytes = 0
         self._paused_until_s = 0.0
         self._thread: threading.Thread | None = None
 
@@ -171,12 +186,21 @@ class SampleWriter:
 
     def _work(self) -> None:
         tidied_s = monotonic()
-        while True:
+        ended = False
+        while not ended:
             with contextlib.suppress(queue.Empty):
-                work = self._waiting.get(timeout=_TIDY_S)
-                if work is None:
-                    break
-                work()
+                works = [self._waiting.get(timeout=_TIDY_S)]
+                # Waking up for each record would take the interpreter from the event loop each time.
+                sleep(_GATHER_S)
+                with contextlib.suppress(queue.Empty):
+                    while len(works) < _MOST_GATHERED:
+                        works.append(self._waiting.get_nowait())
+                ended = None in works
+                for work in works:
+                    if work is not None:
+                        work()
+                for name in self._segments:
+                    self._flush(name)
             if monotonic() - tidied_s > _TIDY_S:
                 tidied_s = monotonic()
                 for segments in self._segments.values():
@@ -186,28 +210,48 @@ class SampleWriter:
             segments.close()
 
     def _begin(self, name: str, sampling: Sampling) -> None:
-        old = self._segments.get(name)
-        if old is not None:
-            old.close()
+        if name in self._segments:
+            self._flush(name)
+            self._segments[name].close()
         self._segments[name] = Segments(self._folder / name, sampling.max_bytes, sampling.max_age_s)
+        self._gathered[name] = []
 
     def _write(self, name: str, made: _Record, size: int) -> None:
+        """Makes a record, to be written with others."""
+        gathered, most = self._gathered[name], self._segments[name].most
         try:
-            segments, data = self._segments[name], made()
-            if monotonic() < self._paused_until_s or len(data) > segments.most:
+            data = made()
+            if len(data) > most:
                 self.lost += 1
-            else:
-                segments.write(data)
-                self.written += 1
-        except OSError as error:
-            self.lost += 1
-            self._paused_until_s = monotonic() + _PAUSE_S
-            _log.warning("samples of %s are not kept for %.0f s: %s", name, _PAUSE_S, error.strerror)
+                return
+            if self._gathered_bytes + len(data) > min(most, _WRITE_BYTES):
+                self._flush(name)
+            gathered.append(data)
+            self._gathered_bytes += len(data)
         except Exception:
             self.lost += 1
             _log.exception("a sample of %s could not be kept", name)
         finally:
             self._done_bytes += size
+
+    def _flush(self, name: str) -> None:
+        gathered = self._gathered[name]
+        count = len(gathered)
+        if not count:
+            return
+        data = b"".join(gathered)
+        gathered.clear()
+        self._gathered_bytes -= len(data)
+        if monotonic() < self._paused_until_s:
+            self.lost += count
+            return
+        try:
+            self._segments[name].write(data)
+            self.written += count
+        except OSError as error:
+            self.lost += count
+            self._paused_until_s = monotonic() + _PAUSE_S
+            _log.warning("samples of %s are not kept for %.0f s: %s", name, _PAUSE_S, error.strerror)
 
     def close(self) -> None:
         """Writes what waits, for a while, and ends."""
