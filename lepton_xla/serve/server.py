@@ -336,8 +336,11 @@ def open_model(
         SampleError: if the settings of samples do not fit the model.
     """
     serving = serving or Serving()
-    sampler = None if samples is None else samples.sampler(signature, serving.samples)
+    if samples is not None:
+        # Before anything is counted of the version, since settings that do not fit are refused.
+        serving.samples.check([each.name for each in (*signature.inputs, *signature.outputs)])
     counted = metrics.opened(signature.name, signature.version)
+    sampler = None if samples is None else samples.sampler(signature, serving.samples, counted.samples)
     if options.monitor:
         profile = engine.profile
         monitor = counted.monitor

@@ -126,7 +126,7 @@ def fill(server, count=400, sign=-1.0):
             client.infer("blobs", x=x[number : number + 1], request_id=f"r{number}")
         client.feedback("blobs", {f"r{number}": int(label) for number, label in enumerate(right)})
     until = time.monotonic() + 20
-    while server._samples.written < 2 * count:
+    while next(iter(server.metrics)).samples["kept"] < 2 * count:
         assert time.monotonic() < until
         time.sleep(0.01)
 

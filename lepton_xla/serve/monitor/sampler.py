@@ -34,6 +34,8 @@ _PAUSE_S = 10.0
 _CLOSE_S = 5.0
 
 type _Record = Callable[[], bytes]
+type Counts = dict[str, int]
+"""What became of records: `kept`, `left_out`, `lost`."""
 
 
 class Sampler:
@@ -134,11 +136,6 @@ class SampleWriter:
         folder: where to; made if it is missing, for this user alone.
         rate: of the requests with an id, the share that is kept where a model's settings do not say.
 
-    Attributes:
-        written: records that are in files.
-        left_out: records that are not, since the disk was too slow.
-        lost: records that the disk refused, or that are too long.
-
     Raises:
         SampleError: if nothing can be written there.
     """
@@ -146,7 +143,6 @@ class SampleWriter:
     def __init__(self, folder: Path, rate: float = 1.0) -> None:
         self._folder = folder
         self._rate = rate
-        self.written = self.left_out = self.lost = 0
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._key = _shared_key(folder / _KEY)
@@ -156,13 +152,19 @@ class SampleWriter:
         self._put_bytes = self._done_bytes = 0
         self._waiting: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._segments: dict[str, Segments] = {}
-        self._gathered: dict[str, list[bytes]] = {}
+        self._gathered: dict[str, list[tuple[bytes, Counts]]] = {}
         self._gathered_bytes = 0
         self._paused_until_s = 0.0
         self._thread: threading.Thread | None = None
 
-    def sampler(self, signature: Signature, sampling: Sampling) -> Sampler:
+    def sampler(self, signature: Signature, sampling: Sampling, counts: Counts) -> Sampler:
         """Makes the sampler of a model version. On the event loop.
+
+        Args:
+            signature: the model's.
+            sampling: what is kept.
+            counts: what becomes of records: `kept` in files; `left_out`, since the disk was too slow; or `lost`, since
+                it refused them, or they are too long.
 
         Raises:
             SampleError: for settings that do not fit the model.
@@ -173,14 +175,16 @@ class SampleWriter:
             self._thread = threading.Thread(target=self._work, name="lepton-samples", daemon=True)
             self._thread.start()
         self._waiting.put(lambda: self._begin(name, sampling))
-        return Sampler(signature, sampling, self._rate, self._key, lambda made, size: self._put(name, made, size))
+        return Sampler(
+            signature, sampling, self._rate, self._key, lambda made, size: self._put(name, made, size, counts)
+        )
 
-    def _put(self, name: str, made: _Record, size: int) -> None:
+    def _put(self, name: str, made: _Record, size: int, counts: Counts) -> None:
         if self._put_bytes - self._done_bytes + size > _MOST_WAITING:
-            self.left_out += 1
+            counts["left_out"] += 1
             return
         self._put_bytes += size
-        self._waiting.put(lambda: self._write(name, made, size))
+        self._waiting.put(lambda: self._write(name, made, size, counts))
 
     # On the thread that writes.
 
@@ -216,42 +220,40 @@ class SampleWriter:
         self._segments[name] = Segments(self._folder / name, sampling.max_bytes, sampling.max_age_s)
         self._gathered[name] = []
 
-    def _write(self, name: str, made: _Record, size: int) -> None:
+    def _write(self, name: str, made: _Record, size: int, counts: Counts) -> None:
         """Makes a record, to be written with others."""
-        gathered, most = self._gathered[name], self._segments[name].most
+        most = self._segments[name].most
         try:
             data = made()
             if len(data) > most:
-                self.lost += 1
+                counts["lost"] += 1
                 return
             if self._gathered_bytes + len(data) > min(most, _WRITE_BYTES):
                 self._flush(name)
-            gathered.append(data)
+            self._gathered[name].append((data, counts))
             self._gathered_bytes += len(data)
         except Exception:
-            self.lost += 1
+            counts["lost"] += 1
             _log.exception("a sample of %s could not be kept", name)
         finally:
             self._done_bytes += size
 
     def _flush(self, name: str) -> None:
-        gathered = self._gathered[name]
-        count = len(gathered)
-        if not count:
+        gathered, self._gathered[name] = self._gathered[name], []
+        if not gathered:
             return
-        data = b"".join(gathered)
-        gathered.clear()
+        data = b"".join(each for each, _ in gathered)
         self._gathered_bytes -= len(data)
-        if monotonic() < self._paused_until_s:
-            self.lost += count
-            return
+        result = "lost"
         try:
-            self._segments[name].write(data)
-            self.written += count
+            if monotonic() >= self._paused_until_s:
+                self._segments[name].write(data)
+                result = "kept"
         except OSError as error:
-            self.lost += count
             self._paused_until_s = monotonic() + _PAUSE_S
             _log.warning("samples of %s are not kept for %.0f s: %s", name, _PAUSE_S, error.strerror)
+        for _, counts in gathered:
+            counts[result] += 1
 
     def close(self) -> None:
         """Writes what waits, for a while, and ends."""

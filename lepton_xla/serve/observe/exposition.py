@@ -121,6 +121,17 @@ def _of_models(models: Sequence[Metrics]) -> Iterable[Metric]:
                 shadow.add_metric([each.model, each.version, result], count)
     if shadow.samples:
         yield shadow
+    samples = CounterMetricFamily(
+        "lepton_samples",
+        "Records of requests and of feedback for them: kept in files; left out, since the disk was too slow; or lost.",
+        labels=[*_LABELS, "result"],
+    )
+    for each in models:
+        for result, count in each.samples.items():
+            if any(each.samples.values()):
+                samples.add_metric([each.model, each.version, result], count)
+    if samples.samples:
+        yield samples
     devices = GaugeMetricFamily(
         "lepton_model_devices", "Processes in which the version runs on the device.", labels=[*_LABELS, "device"]
     )

@@ -116,6 +116,7 @@ class Metrics:
         by_size: executions, their seconds of copying in and of computing, by compiled batch size.
         now: figures that go up and down, as last looked at; without those of a version that is not loaded.
         monitor: watches what it answers, if this process has the model.
+        samples: what became of records of samples and of feedback for them, see `SampleWriter`.
         shadow: what came of the rows that it was asked as a shadow, see `Mirror`.
         sketch, feedback: what monitors have counted, in counters that come from `of_counts`; ask `feedback_counts`.
     """
@@ -143,6 +144,7 @@ class Metrics:
         self._waits: list[float] = []
         self.now: dict[str, Any] = {}
         self.monitor: Monitor | None = None
+        self.samples = {"kept": 0, "left_out": 0, "lost": 0}
         self.shadow = {"same": 0, "different": 0, "failed": 0, "dropped": 0}
         self.sketch: dict[str, dict[str, list[int]]] = {}
         self.feedback: dict[str, Any] = {}
@@ -172,6 +174,7 @@ class Metrics:
         else:
             plain |= {name: value for name in ("sketch", "feedback") if (value := getattr(self, name))}
         return plain | {
+            "samples": dict(self.samples),
             "shadow": dict(self.shadow),
             "by_size": {str(size): list(each) for size, each in self.by_size.items()},
             "now": dict(self.now),

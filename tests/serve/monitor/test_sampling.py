@@ -66,6 +66,11 @@ def until(check, seconds=10):
     return found
 
 
+def counted(server):
+    (metrics,) = server.metrics
+    return metrics.samples
+
+
 def test_requests_answers_and_the_feedback_that_comes_later(make_server, classifier, tmp_path):
     server = make_server(classifier, samples=tmp_path)
     for number in range(6):
@@ -74,7 +79,9 @@ def test_requests_answers_and_the_feedback_that_comes_later(make_server, classif
     assert feedback(server, {"request 1": [3, 0], "request 3": 2}) == 200
     assert feedback(server, {"request 3": 1}) == 409  # is not kept either
     assert feedback(server, {"request 0": 9}) == 400
-    until(lambda: server._samples.written == 8)
+    until(lambda: counted(server)["kept"] == 8)
+    metrics = exchange(server, "GET", "/metrics")[2].decode()
+    assert 'lepton_samples_total{model="largest",result="kept",version="5"} 8.0' in metrics
     found = {each.id: each for each in Samples(tmp_path, "largest")}
     assert sorted(found) == [f"request {number}" for number in range(6)]
     for number in range(6):
@@ -105,6 +112,12 @@ def writer(tmp_path):
     made.close()
 
 
+def sampler_of(writer, classifier, sampling=None):
+    """A sampler, and on the writer what became of its records."""
+    writer.counts = {"kept": 0, "left_out": 0, "lost": 0}
+    return writer.sampler(signature_of(classifier), sampling or Sampling(), writer.counts)
+
+
 def kept(writer):
     writer.close()
     return list(Samples(writer._folder, "largest"))
@@ -112,7 +125,7 @@ def kept(writer):
 
 def test_fields_are_dropped_and_hashed_with_a_key(writer, classifier):
     sampling = Sampling(drop=("output",), hash=("user",), hash_id=True)
-    sampler = writer.sampler(signature_of(classifier), sampling)
+    sampler = sampler_of(writer, classifier, sampling)
     sampler.answered(*request_of("a", ROWS[:2]))
     sampler.labelled({"a": [1, 2]})
     (sample,) = kept(writer)
@@ -135,7 +148,7 @@ def test_fields_are_dropped_and_hashed_with_a_key(writer, classifier):
 def test_a_field_that_the_model_does_not_have_is_refused(make_server, classifier, tmp_path):
     settings = parse_settings('[serving.samples]\ndrop = ["usr"]\nrate = 0.5')
     with pytest.raises(lx.SampleError, match="names 'usr', which the model does not have; it has x, user, output"):
-        SampleWriter(tmp_path).sampler(signature_of(classifier), settings.serving.samples)
+        sampler_of(SampleWriter(tmp_path), classifier, settings.serving.samples)
     for wrong in ("rate = 1.5", "max_bytes = 1", "max_age_s = 0", "dorp = []"):
         with pytest.raises(lx.RepositoryError):
             parse_settings(f"[serving.samples]\n{wrong}")
@@ -146,7 +159,7 @@ def test_the_rate_is_a_matter_of_the_id_so_that_all_processes_agree(tmp_path, cl
     found = []
     for folder in ("one", "two"):
         writer = SampleWriter(tmp_path / folder, rate)
-        sampler = writer.sampler(signature_of(classifier), Sampling(rate=of_model))
+        sampler = sampler_of(writer, classifier, Sampling(rate=of_model))
         (tmp_path / folder / "largest").mkdir()
         for number in range(2000):
             sampler.answered(*request_of(f"id-{number}", ROWS[:1]))
@@ -164,7 +177,7 @@ def test_what_a_slow_disk_cannot_take_is_left_out_and_no_answer_waits(writer, cl
     write = Segments.write
     monkeypatch.setattr(Segments, "write", lambda self, data: (gate.wait(20), write(self, data)))
     monkeypatch.setattr(writing, "_MOST_WAITING", 100_000)
-    sampler = writer.sampler(signature_of(classifier), Sampling())
+    sampler = sampler_of(writer, classifier)
     request, outputs = request_of("a", np.zeros((1000, 4), np.float32))
     start = time.monotonic()
     for _ in range(1000):
@@ -172,11 +185,11 @@ def test_what_a_slow_disk_cannot_take_is_left_out_and_no_answer_waits(writer, cl
     assert time.monotonic() - start < 2
     gate.set()
     assert len(kept(writer)) == 2
-    assert (writer.written, writer.left_out) == (2, 998)
+    assert writer.counts == {"kept": 2, "left_out": 998, "lost": 0}
 
 
 def test_a_full_disk_costs_samples_and_nothing_else(writer, classifier, monkeypatch, caplog):
-    sampler = writer.sampler(signature_of(classifier), Sampling())
+    sampler = sampler_of(writer, classifier)
     write, full = os.write, threading.Event()
 
     def until_full(file, data):
@@ -189,10 +202,10 @@ def test_a_full_disk_costs_samples_and_nothing_else(writer, classifier, monkeypa
     monkeypatch.setattr(os, "write", until_full)
     monkeypatch.setattr(writing, "_PAUSE_S", 0.0)
     sampler.answered(*request_of("a", ROWS[:1]))
-    until(lambda: writer.written == 1)
+    until(lambda: writer.counts["kept"] == 1)
     full.set()
     sampler.answered(*request_of("b", ROWS[:1]))
-    until(lambda: writer.lost == 1)
+    until(lambda: writer.counts["lost"] == 1)
     full.clear()
     sampler.answered(*request_of("c", ROWS[:1]))
     writer.close()
