@@ -118,6 +118,14 @@ def test_swaps_lose_nothing_and_are_timed(tmp_path: pathlib.Path) -> None:
     assert not any(row["errors"] for row in found["reloads"])
 
 
+def test_what_a_shift_takes_is_learned_while_serving(tmp_path: pathlib.Path) -> None:
+    (row,) = figures("operations.py", tmp_path, "--sections", "learn")["learn"]["found"]
+    assert (row["shift"], row["failed"]) == ("inverted", 0)
+    assert row["taken"] < 0.5 * row["clean"]
+    assert row["labelled"] > 200
+    assert row["samples"] >= row["labelled"]
+
+
 def test_a_model_without_its_data_is_skipped_with_the_reason(tmp_path: pathlib.Path) -> None:
     done = run("quantization.py", "--models", "lenet5", data=tmp_path)
     assert done.returncode == 1
