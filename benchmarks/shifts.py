@@ -57,7 +57,8 @@ INTRODUCTION = (
     "better version rolled out as a shadow, to a fifth, a half, and all of the requests. Accuracy is that of 397 "
     "images that neither users send nor anybody trains on, asked of the server once a second. `regained` is the share "
     "of the accuracy that the shift takes which is there in the end, which comes ten seconds after a promotion that "
-    f"brings {TARGET:.0%} of it back; during the rollout either version may answer. That is the aim; a run that does not reach it ends after four minutes."
+    f"brings {TARGET:.0%} of it back; during the rollout either version may answer. That is the aim; a run that does not "
+    "reach it ends after four minutes."
 )
 
 
@@ -253,6 +254,8 @@ def measure(options: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
     rows = [_shift(name, base, options) for name in list(SHIFTS)[: 1 if options.quick else None]]
     if not options.quick:
         draw(rows, harness.PAGES / PLOT)
+    for row in rows:
+        row["line"] = _line(row.pop("curve"))
     yield rows
 
 
@@ -278,7 +281,7 @@ def draw(rows: list[dict[str, Any]], path: pathlib.Path) -> None:
     figure.savefig(path, metadata={"Date": None})
 
 
-def _sparkline(curve: list[tuple[float, float, str]], width: int = 60) -> str:
+def _line(curve: list[tuple[float, float, str]], width: int = 60) -> str:
     """The curve in one line of text, for a terminal."""
     bars = "▁▂▃▄▅▆▇█"
     step = max(1, -(-len(curve) // width))
@@ -300,7 +303,7 @@ def tables(rows: list[dict[str, Any]]) -> list[str]:
         )
         for row in rows
     ]  # fmt: skip
-    curves = "\n".join(f"    {row['shift']:10} {_sparkline(row['curve'])}" for row in rows)
+    curves = "\n".join(f"    {row['shift']:10} {row['line']}" for row in rows)
     found = [harness.markdown(header, lines), f"Accuracy over the time of each run:\n\n{curves}"]
     if (harness.PAGES / PLOT).exists() and len(rows) == len(SHIFTS):
         found.append(f"![accuracy over time]({PLOT})")
