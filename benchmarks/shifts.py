@@ -57,8 +57,8 @@ INTRODUCTION = (
     "better version rolled out as a shadow, to a fifth, a half, and all of the requests. Accuracy is that of 397 "
     "images that neither users send nor anybody trains on, asked of the server once a second. `regained` is the share "
     "of the accuracy that the shift takes which is there in the end, which comes ten seconds after a promotion that "
-    f"brings {TARGET:.0%} of it back; during the rollout either version may answer. That is the aim; a run that does not "
-    "reach it ends after four minutes."
+    f"brings {TARGET:.0%} of it back; during the rollout either version may answer. That is the aim; a run "
+    "that does not reach it ends after four minutes."
 )
 
 
