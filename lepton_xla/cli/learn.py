@@ -44,7 +44,7 @@ _UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
     "--checkpoint",
     metavar="FOLDER",
     help="Begin with the weights of the run that `leptonx train --checkpoint` saved here; by default with the "
-    "TrainSpec's own.",
+    "float master of --base, if `leptonx compile --keep-master` kept one, else with the TrainSpec's own.",
 )
 @click.option("--once/--loop", default=True, show_default=True, help="One round, or one after another.")
 @click.option("--every", metavar="TIME", help="With --loop: time between rounds, such as 10m; by default 10m.")

@@ -13,7 +13,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from lepton_xla.compiler import Servable, load, make_update
+from lepton_xla.compiler import Servable, load, make_update, master_weights
 from lepton_xla.errors import CheckpointError, LearningError, SampleError, TrainingError
 from lepton_xla.learning.judging import judge
 from lepton_xla.learning.labelled import Labelled, read_labelled
@@ -47,13 +47,14 @@ class Learner:
     """Learns from the samples of a model while it is served.
 
     Args:
-        spec: how the model is trained; its data is the old data, its weights are where the first round begins.
-        base: the artifact that is served, or was first: its compiled code and its recipe are used.
+        spec: how the model is trained; its data is the old data.
+        base: the artifact that is served, or was first: its compiled code is used, and its recipe. If it keeps its
+            float master, the first round begins with that, otherwise with the weights of the spec.
         samples: folder of samples.
         folder: where the learner keeps its own files.
         push: the server's model; None keeps the result as an artifact.
         plan: numbers and shares.
-        trained: folder of checkpoints of the training run of the spec, whose weights the first round begins with.
+        trained: folder of checkpoints of the training run of the spec; the first round begins with its weights.
         tell: called with a line when a step begins.
 
     Raises:
@@ -95,6 +96,7 @@ class Learner:
         self._trained = trained
         self._samples = samples
         tell("load the artifact")
+        self._path = base
         self._base = load(base)
         self.model = self._base.name if push is None else push.model
         output = judged_output(signature_of(self._base))
@@ -247,7 +249,7 @@ class Learner:
         self._tell("lower")
         version = str(current.number)
         batches = [{name: mixture(step)[name] for name in self._base.inputs} for step in range(_CALIBRATION)]
-        update = lower(result.program, self._base, batches, version)
+        update = lower(result.program, self._path, self._base, batches, version)
         update.save(rounds.work / "update.lepton", overwrite=True)
         write_master(rounds.work / "master.npz", result.program.weights)
         return rounds.change(current, phase="judge")
@@ -275,7 +277,7 @@ class Learner:
     def _first_model(self) -> Model:
         model = self._spec.trained()
         if self._trained is None:
-            return model
+            return self._of_master(model)
         steps = self._spec.steps
         options: dict[str, Any] = {"progress": False, **self._spec.options}
         result = fit(
@@ -285,6 +287,20 @@ class Learner:
             **options,
         )  # fmt: skip
         return _with_weights(model, result.program.weights)
+
+    def _of_master(self, model: Model) -> Model:
+        """The model with the float weights that the artifact keeps, if it keeps some."""
+        if self._base.manifest.master is None:
+            return model
+        master, own = master_weights(self._path), model.program.weights
+        for path, leaf in master.items():
+            if path not in own or (own[path].shape, own[path].dtype) != (leaf.shape, leaf.dtype):
+                raise LearningError(
+                    f"{os.fsdecode(self._path)} was compiled from another model than the TrainSpec's: it has the "
+                    f"weight {path!r}, {leaf.dtype}{list(leaf.shape)}"
+                )
+        # Weights that nothing reads are not kept.
+        return _with_weights(model, {**own, **master})
 
     def _judge(self, rounds: Rounds, current: Round) -> Round:
         self._tell("judge")

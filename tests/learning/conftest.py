@@ -19,7 +19,9 @@ def bases(tmp_path_factory):
     lx.compile(program, buckets, name="blobs").save(folder / "float.lepton")
     small = lx.optimize(program, INT8, buckets=buckets)
     lx.compile(small, buckets, name="blobs", recipe=INT8).save(folder / "int8.lepton")
-    return {"float": folder / "float.lepton", "int8": folder / "int8.lepton"}
+    kept = lx.compile(small, buckets, name="blobs", recipe=INT8, keep_master=True)
+    kept.save(folder / "master.lepton")
+    return {"master": folder / "master.lepton", "float": folder / "float.lepton", "int8": folder / "int8.lepton"}
 
 
 @dataclasses.dataclass

@@ -16,10 +16,12 @@ def accuracy(servable, sign):
     return float((servable(x=x)["output"].argmax(-1) == labels).mean())
 
 
-@pytest.mark.parametrize("kind", ["float", "int8"])
+@pytest.mark.parametrize("kind", ["float", "int8", "master"])
 def test_a_shift_is_learned_and_old_data_kept(bases, sampled, tmp_path, kind):
     sampled.add(*learning_model.rows(500, 1, sign=-1.0))
-    learner = Learner(learning_model.spec(), bases[kind], sampled.folder, tmp_path / "learning", plan=PLAN)
+    # The artifact that keeps its float master needs no weights from elsewhere.
+    spec = learning_model.spec(**({"model": learning_model.program} if kind == "master" else {}))
+    learner = Learner(spec, bases[kind], sampled.folder, tmp_path / "learning", plan=PLAN)
     ended = learner.once()
     assert (ended.phase, ended.number) == ("kept", 1)
     base = lx.load(bases[kind])
@@ -135,6 +137,8 @@ def test_a_model_that_the_artifact_was_not_compiled_from(bases, sampled, tmp_pat
     weights["hidden"], weights["bias"] = weights["hidden"][:, :16], weights["bias"][:16]
     weights["head"] = weights["head"][:16]
     spec = learning_model.spec(model=learning_model.program(weights))
+    with pytest.raises(lx.LearningError, match="was compiled from another model than the TrainSpec's"):
+        learn(bases, sampled, tmp_path, spec=spec, base="master")
     with pytest.raises(lx.LearningError, match="what was trained does not fit the artifact that serves"):
         learn(bases, sampled, tmp_path, spec=spec)
 
