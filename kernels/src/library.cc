@@ -2,8 +2,10 @@
 #include <algorithm>
 #include <atomic>
 #include <cstring>
-#include <string>
+#include <memory>
+#include <new>
 
+#include "integer_product.h"
 #include "parallel.h"
 #include "weight_only.h"
 #include "xla/ffi/api/ffi.h"
@@ -17,6 +19,8 @@ struct Variant {
   const char* name;
   bool (*runs)();
   WeightOnlyPart *weight_only_8, *weight_only_4;
+  IntegerRangePart* round_rows;
+  IntegerPart* integer_product;
 };
 
 // From the fastest to the one that runs everywhere.
@@ -28,11 +32,12 @@ const Variant kVariants[] = {
               __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
               __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("fma");
      },
-     avx512::weight_only_8, avx512::weight_only_4},
+     avx512::weight_only_8, avx512::weight_only_4, avx512::round_rows, avx512::integer_product},
     {"avx2", [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }, avx2::weight_only_8,
-     avx2::weight_only_4},
+     avx2::weight_only_4, avx2::round_rows, avx2::integer_product},
 #endif
-    {"portable", [] { return true; }, portable::weight_only_8, portable::weight_only_4},
+    {"portable", [] { return true; }, portable::weight_only_8, portable::weight_only_4, portable::round_rows,
+     portable::integer_product},
 };
 
 const Variant* fastest() {
@@ -45,6 +50,7 @@ std::atomic<const Variant*> chosen{fastest()};
 constexpr int64_t kWorthAThread = 1 << 17;
 // Parts of this many rows and columns keep their sums and activations in the second-level cache.
 constexpr int64_t kPartRows = 64, kPartColumns = 512;
+constexpr int64_t kFirstLevelBytes = 24 << 10, kFewRows = 12;
 
 ffi::Error weight_only(ffi::ThreadPool pool, int bits, WeightOnly p, int64_t code_rows, int64_t code_columns,
                        ffi::AnyBuffer scale, int64_t y_rows, int64_t y_columns) {
@@ -111,6 +117,56 @@ ffi::Error weight_only_4(ffi::ThreadPool pool, ffi::BufferR2<ffi::F32> x, ffi::B
                      y->dimensions()[1]);
 }
 
+ffi::Error integer_product(ffi::ThreadPool pool, ffi::BufferR2<ffi::F32> x, ffi::BufferR2<ffi::S8> codes,
+                           ffi::BufferR2<ffi::F32> scale, ffi::BufferR1<ffi::F32> static_scale,
+                           ffi::ResultBufferR2<ffi::F32> y) {
+  IntegerProduct p{};
+  p.x = x.typed_data();
+  p.codes = codes.typed_data();
+  p.scale = scale.typed_data();
+  p.static_scale = static_scale.dimensions()[0] == 1 ? static_scale.typed_data() : nullptr;
+  p.y = y->typed_data();
+  p.m = x.dimensions()[0];
+  p.k = x.dimensions()[1];
+  p.n = codes.dimensions()[0];
+  p.one_scale = scale.dimensions()[1] == 1;
+  if (codes.dimensions()[1] != p.k || scale.dimensions()[0] != 1 || (!p.one_scale && scale.dimensions()[1] != p.n) ||
+      static_scale.dimensions()[0] > 1 || y->dimensions()[0] != p.m || y->dimensions()[1] != p.n)
+    return ffi::Error::InvalidArgument("integer_product: shapes of operands and result do not fit");
+  if (p.m == 0 || p.n == 0) return ffi::Error::Success();
+  const std::unique_ptr<uint8_t[]> rounded(new (std::nothrow) uint8_t[p.m * p.padded_depth()]);
+  const std::unique_ptr<float[]> row_scale(new (std::nothrow) float[p.m]);
+  if (rounded == nullptr || row_scale == nullptr)
+    return ffi::Error(ffi::ErrorCode::kResourceExhausted, "integer_product: no memory for rounded rows");
+  p.rounded = rounded.get();
+  p.row_scale = row_scale.get();
+  const Variant& variant = *chosen.load();
+  const double products = static_cast<double>(p.m) * p.k * p.n;
+  if (products < 4.0 * kWorthAThread) {
+    variant.round_rows(p, 0, p.m);
+    variant.integer_product(p, 0, p.m, 0, p.n);
+    return ffi::Error::Success();
+  }
+  const int64_t threads = std::max<int64_t>(1, pool.num_threads());
+  if (p.m >= 2 * threads * kFewRows) {
+    // A part rounds its rows, which stay in the first-level cache while all columns pass by.
+    int64_t rows = std::min((p.m + 2 * threads - 1) / (2 * threads), kFirstLevelBytes / p.padded_depth());
+    rows = (std::max(rows, kFewRows) + 3) / 4 * 4;
+    run_parts(pool, (p.m + rows - 1) / rows, [&](int64_t part) {
+      const int64_t end = std::min(part * rows + rows, p.m);
+      variant.round_rows(p, part * rows, end);
+      variant.integer_product(p, part * rows, end, 0, p.n);
+    });
+  } else {
+    variant.round_rows(p, 0, p.m);
+    const int64_t width = std::max<int64_t>(16, (p.n + 8 * threads - 1) / (8 * threads) * 4);
+    run_parts(pool, (p.n + width - 1) / width, [&](int64_t part) {
+      variant.integer_product(p, 0, p.m, part * width, std::min(part * width + width, p.n));
+    });
+  }
+  return ffi::Error::Success();
+}
+
 }  // namespace
 }  // namespace lepton
 
@@ -132,6 +188,16 @@ XLA_FFI_DEFINE_HANDLER(kWeightOnly4, lepton::weight_only_4,
                            .Arg<ffi::BufferR1<ffi::F32>>()
                            .Ret<ffi::BufferR2<ffi::F32>>());
 
+XLA_FFI_DEFINE_HANDLER(kIntegerProduct, lepton::integer_product,
+                       ffi::Ffi::Bind()
+                           .Ctx<ffi::ThreadPool>()
+                           .Arg<ffi::BufferR2<ffi::F32>>()
+                           .Arg<ffi::BufferR2<ffi::S8>>()
+                           .Arg<ffi::BufferR2<ffi::F32>>()
+                           .Arg<ffi::BufferR1<ffi::F32>>()
+                           .Ret<ffi::BufferR2<ffi::F32>>());
+
+EXPORTED XLA_FFI_Error* lepton_integer_product(XLA_FFI_CallFrame* frame) { return kIntegerProduct(frame); }
 EXPORTED XLA_FFI_Error* lepton_weight_only_8(XLA_FFI_CallFrame* frame) { return kWeightOnly8(frame); }
 EXPORTED XLA_FFI_Error* lepton_weight_only_4(XLA_FFI_CallFrame* frame) { return kWeightOnly4(frame); }
 

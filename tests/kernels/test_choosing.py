@@ -35,7 +35,8 @@ def clock(monkeypatch):
     def set_to(kernel_us, program_us):
         def compare(wanted, _timer):
             return [
-                measurement.Timing(dict(at), FLOAT_US, 300.0, None, 0.0, kernel_us[site.name]) for site, _, at in wanted
+                measurement.Timing(dict(at), FLOAT_US, 300.0, None, 0.0, kernel_us[site.name], at["batch"])
+                for site, _, at in wanted
             ]
 
         def time_programs(functions, inputs, timer=None):
@@ -61,8 +62,8 @@ def test_kernels_that_win_are_taken_and_the_report_says_so(kernels, clock):
     program = two_layers()
     lowered = lower(program)
     assert {name: (site.outcome, site.reason) for name, site in sites(lowered).items()} == {
-        "a": ("codes", "a kernel takes 0.25 of float's time"),
-        "b": ("codes", "a kernel takes 0.50 of float's time"),
+        "a": ("codes", "by a kernel: 0.25 of float's time"),
+        "b": ("codes", "by a kernel: 0.50 of float's time"),
     }
     timing = sites(lowered)["a"].metrics["timings"][1]
     assert (timing["sizes"], timing["kernel_us"], timing["integer_us"]) == ({"batch": 6}, 25.0, 300.0)
@@ -107,6 +108,45 @@ def test_products_are_measured_and_checked(kernels, preset):
         (timing,) = site.metrics["timings"]
         assert all(math.isfinite(timing[name]) and timing[name] > 0 for name in ("float_us", "integer_us", "kernel_us"))
         assert timing["error"] < 1e-5
+
+
+def test_rows_decide_who_multiplies(kernels, clock, monkeypatch):
+    """An int8 product of few rows by the kernel, and of many by XLA, in one program."""
+    clock({}, lambda count: 50.0)
+
+    def compare(wanted, _timer):
+        kernel_us = {1: 20.0, 6: 80.0}
+        return [
+            measurement.Timing(dict(at), FLOAT_US, 40.0, None, 0.0, kernel_us[at["batch"]], at["batch"])
+            for _, _, at in wanted
+        ]
+
+    monkeypatch.setattr(integer_arithmetic, "compare", compare)
+    monkeypatch.setattr(integer_arithmetic, "time_programs", lambda functions, *_, **__: [100.0, 100.0, 50.0])
+    lowered = lower(two_layers(), "int8")
+    assert {site.metrics["way"]["1"] for site in sites(lowered).values()} == {"kernel"}
+    assert {site.reason for site in sites(lowered).values()} == {"by a kernel at 1 rows: 0.28 of float's time"}
+    results = {}
+    for rows in (1, 6):
+        x = jax.ShapeDtypeStruct((rows, 24), jnp.float32)
+        text = str(jax.make_jaxpr(lowered.fn)(lowered.weights, x))
+        results[rows] = text.count("= integer_product "), text.count("preferred_element_type=int32")
+    assert results == {1: (2, 0), 6: (0, 2)}
+    x = np.random.default_rng(1).standard_normal((6, 24)).astype(np.float32)
+    single = np.concatenate([jax.jit(lowered.fn)(lowered.weights, row[None]) for row in x])
+    np.testing.assert_allclose(single, jax.jit(lowered.fn)(lowered.weights, x), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("options", ["", "dynamic = false", 'granularity = "tensor"'])
+def test_integer_products_are_measured_and_checked(kernels, options):
+    program = two_layers()
+    plan = lx.passes.resolve(lx.Recipe.parse(f'[[quantize]]\nsites = ".*"\n{options}', name="test"), program)
+    ranges = {"a": jnp.float32(4), "b": jnp.float32(1)}
+    lowered = lx.passes.quantize(program, plan, ranges, sizes=[{"batch": 1}, {"batch": 6}])
+    for site in sites(lowered).values():
+        for timing in site.metrics["timings"]:
+            assert timing["kernel_us"] > 0
+            assert timing["error"] < 1e-5
 
 
 def test_a_wrong_kernel_is_told(kernels, clock, monkeypatch, caplog):

@@ -1,7 +1,6 @@
 """The product with a weight's codes, against NumPy in float64, on every instruction set that this machine has."""
 
 import hashlib
-import os
 import subprocess
 import sys
 
@@ -11,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from limited import ON_ONE_CORE, here
 
 from lepton_xla.kernels import installation, weight_only
 from lepton_xla.quant import FORMATS, QTensor, quantize
@@ -151,15 +151,6 @@ def test_operands_that_do_not_fit_are_refused(kernels, x, codes, scale):
         jax.block_until_ready(jax.jit(call)(*operands))
 
 
-ONE_THREAD = """
-import os, sys
-os.sched_setaffinity(0, {{min(os.sched_getaffinity(0))}})
-sys.path.insert(0, {here!r})
-from test_weight_only import digest
-print(digest())
-"""
-
-
 def digest():
     """Of a product that is spread over threads, where there are several."""
     got = weight_only.multiply(jnp.asarray(array(70, 700)), stored(700, 1000, "int4"))
@@ -167,7 +158,7 @@ def digest():
 
 
 def test_the_number_of_threads_changes_nothing(kernels):
-    limited = [sys.executable, "-c", ONE_THREAD.format(here=os.path.dirname(__file__))]
+    limited = [sys.executable, "-c", ON_ONE_CORE.format(here=here(), module="test_weight_only")]
     out = subprocess.run(limited, capture_output=True, text=True, check=True)
     assert out.stdout.strip() == digest()
 

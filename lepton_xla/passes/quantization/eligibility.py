@@ -96,15 +96,15 @@ def float_reason(site: Site, rule: QuantizeRule, target: Target) -> str:
 
 
 def has_kernel(site: Site, rule: QuantizeRule, target: Target) -> bool:
-    """Whether a kernel multiplies float activations by the codes of this site's weight."""
+    """Whether a kernel multiplies the activations of this site, as they are or in int8, by the codes of its weight."""
+    in_float = rule.activations == "none" and weight_only.fits(rule.weights)
     return (
-        rule.activations == "none"
+        (in_float or rule.weights == rule.activations == "int8")
         and target.platform == "cpu"
         and site.kind == "dot_general"
         and site.weight_operand is not None
         and not weight_order(site)[0]
         and site.params["out_sharding"] is None
-        and weight_only.fits(rule.weights)
         and installation.usable()
     )
 

@@ -33,9 +33,10 @@ from lepton_xla.passes.core.targets import Target
 from lepton_xla.passes.core.timing import Timer, time_programs
 from lepton_xla.passes.core.walker import Context, Values, materialize
 from lepton_xla.passes.quantization import eligibility, products, selection
-from lepton_xla.passes.quantization.measurement import Timing, Way, compare
+from lepton_xla.passes.quantization.measurement import Timing, compare
 from lepton_xla.passes.quantization.products import RANGE, SCALE
 from lepton_xla.passes.quantization.rounding import ROUNDINGS
+from lepton_xla.passes.quantization.selection import Ways, way_at
 from lepton_xla.passes.quantization.storing import (
     PlannedSite,
     finite_range,
@@ -286,7 +287,7 @@ def _lowered(
     like: Any,
     every: Sequence[PlannedSite],
     side_inputs: Mapping[Key, str],
-    ways: Mapping[str, Way],
+    ways: Mapping[str, Ways],
     target: Target,
 ) -> Callable[..., Any]:
     """Make the function of stored weights; the sites in `ways` are computed from codes.
@@ -296,7 +297,7 @@ def _lowered(
         like: shapes of its weights.
         every: the sites whose weights are stored small, and the products of two activations.
         side_inputs: site and what of it -> name of a static range or scale among the new function's weights.
-        ways: site name -> how its product is computed.
+        ways: site name -> how its product is computed, by number of rows.
         target: what it is for.
     """
     by_name = {planned.site.name: planned.rule for planned in every}
@@ -313,18 +314,21 @@ def _lowered(
             if site.name not in ways or unfit:
                 return None
             left, right = (materialize(value) for value in values)
-            pad = ways[site.name] == "padded"
+            pad = way_at(ways[site.name], products.row_count(site)) == "padded"
             return [products.quantized_dot_pair(site, left, right, planned.activations, pad_single=pad, target=target)]
         tracked = values[site.weight_operand]
         activation = materialize(values[1 - site.weight_operand])
         if site.kind == "gather":
             return [products.look_up(site, tracked.value, activation)]
+        way = way_at(ways.get(site.name, {}), products.row_count(site))
         if site.name in ways and planned.activations == "none":
-            if ways[site.name] == "kernel":
+            if way == "kernel":
                 return [products.weight_only_dot(site, activation, tracked.value)]
         elif site.name in ways:
             scale = products.static_scale(site, planned, tracked)
-            pad, name = ways[site.name] == "padded", planned.activations
+            if way == "kernel":
+                return [products.kernel_dot(site, activation, tracked.value, scale)]
+            pad, name = way == "padded", planned.activations
             out = products.quantized_dot(site, activation, tracked.value, name, scale, pad_single=pad, target=target)
             return [out]
         stored = tracked.value
@@ -367,8 +371,8 @@ def _own(values: Mapping[Key, jax.Array], names: Mapping[Key, str], integer: fro
     return {names[key]: value for key, value in values.items() if key[0] in integer}
 
 
-def _ways(integer: frozenset[str], timings: Mapping[str, Sequence[Timing]]) -> dict[str, Way]:
-    return {name: selection.way(timings[name]) for name in integer}
+def _ways(integer: frozenset[str], timings: Mapping[str, Sequence[Timing]]) -> dict[str, Ways]:
+    return {name: selection.ways(timings[name]) for name in integer}
 
 
 def _unpackable(stored: Sequence[PlannedSite], integer: frozenset[str]) -> dict[str, Site]:
@@ -401,25 +405,26 @@ def _report(
 ) -> SiteReport:
     rule = planned.rule
     metrics: dict[str, Any] = {"timings": [timing.to_json() for timing in timings]} if timings else {}
-    ratio = selection.ratio(timings)
+    ratio, ways = selection.ratio(timings), selection.ways(timings)
     if timings:
         metrics["integer_over_float"] = ratio
-        metrics["way"] = selection.way(timings)
+        metrics["way"] = {str(rows): way for rows, way in ways.items()}
     if rule.group:
         metrics["group"] = rule.group
     paired = planned.site.path is None
     action, outcome = f"{rule.weights} weights", "changed"
     if paired:
         action, outcome = "kept float", "kept"
-    way = selection.way(timings)
     if planned.site.name in integer:
         action, outcome = f"{rule.weights} x {rule.activations}", "codes"
         if rule.activations == "none":
             action = f"{rule.weights} weights, multiplied as they are stored"
         if any(timing.padded_us is not None for timing in timings):
-            metrics["single_rows_padded"] = way == "padded"
-        if way == "kernel":
-            reason = f"a kernel takes {ratio:.2f} of float's time"
+            metrics["single_rows_padded"] = "padded" in ways.values()
+        if "kernel" in ways.values():
+            rows = [str(rows) for rows, way in ways.items() if way == "kernel"]
+            some = "" if len(rows) == len(ways) else f" at {', '.join(rows)} rows"
+            reason = f"by a kernel{some}: {ratio:.2f} of float's time"
     elif timings and rule.activations == "none" and not reason:
         reason = f"multiplying it as it is stored ({ratio:.2f} of float's time alone) makes the whole program no faster"
     elif rule.activations != "none" and not reason:

@@ -19,7 +19,7 @@ from lepton_xla.passes.core.sites import Site
 from lepton_xla.passes.core.targets import Target
 from lepton_xla.passes.core.timing import OPERATION_BUDGET_S, Measurement, Timer, random_array, random_values
 from lepton_xla.passes.core.timing_cache import Times
-from lepton_xla.passes.quantization import products
+from lepton_xla.passes.quantization import eligibility, products
 from lepton_xla.quant import FORMATS, QTensor
 from lepton_xla.quant.formats import Format
 from lepton_xla.recipe import QuantizeRule
@@ -46,6 +46,7 @@ class Timing:
         error: largest difference between the integer product and the float product of the dequantized values, as a
             share of the largest value; NaN if the result holds NaN.
         kernel_us: by a kernel; None if there is none.
+        rows: number of rows of activations; 0 for a convolution.
     """
 
     sizes: dict[str, int]
@@ -54,16 +55,18 @@ class Timing:
     padded_us: float | None
     error: float = 0.0
     kernel_us: float | None = None
+    rows: int = 0
 
     @property
     def wrong(self) -> bool:
         """Whether the compiled product is wrong, because of a fault in a compiler or a library."""
         return not self.error <= WRONG
 
-    def us(self, way: Way) -> float:
-        """The time of the product of codes; of that by XLA, if it cannot be computed in this way."""
-        found = {"padded": self.padded_us, "kernel": self.kernel_us}.get(way)
-        return self.integer_us if found is None else found
+    @property
+    def us(self) -> dict[Way, float]:
+        """The times of the product of codes, by way."""
+        found: dict[Way, float | None] = {"XLA": self.integer_us, "padded": self.padded_us, "kernel": self.kernel_us}
+        return {way: time for way, time in found.items() if time is not None}
 
     @property
     def best_us(self) -> float:
@@ -83,7 +86,10 @@ def compare(wanted: Sequence[tuple[Site, QuantizeRule, Mapping[str, int]]], time
         return [_timing(key, each) for key, each in zip(keys, times, strict=True)]
 
     found = timer.once_all([_Key(site, rule) for site, rule, _ in wanted], measure)
-    return [dataclasses.replace(timing, sizes=dict(at)) for timing, (_, _, at) in zip(found, wanted, strict=True)]
+    return [
+        dataclasses.replace(timing, sizes=dict(at), rows=products.row_count(site))
+        for timing, (site, _, at) in zip(found, wanted, strict=True)
+    ]
 
 
 class _Key(Alike):
@@ -117,7 +123,9 @@ def _measurement(key: _Key, timer: Timer) -> Measurement:
     in_codes = functools.partial(_in_codes, key, timer.target)
     wanted = [(as_float, site.operands), (in_codes, like)]
     if products.row_count(site) == 1:
-        wanted.append((functools.partial(in_codes, pad=True), like))
+        wanted.append((functools.partial(in_codes, way="padded"), like))
+    if eligibility.has_kernel(site, key.rule, timer.target):
+        wanted.append((functools.partial(in_codes, way="kernel"), like))
 
     def measure(executables: list[Any]) -> Times:
         in_float, *coded = executables[: len(wanted)]
@@ -176,9 +184,9 @@ def _of_weight_only(key: _Key, timer: Timer) -> Measurement:
 
 def _timing(key: _Key, times: Times) -> Timing:
     error = math.nan if times.error is None else times.error
-    if key.rule.activations == "none":
-        return Timing({}, times.us[0], times.us[1], None, error, times.us[2])
-    return Timing({}, times.us[0], times.us[1], times.us[2] if len(times.us) == 3 else None, error)
+    in_float, by_xla, *others = times.us
+    padded = others.pop(0) if key.rule.activations != "none" and products.row_count(key.site) == 1 else None
+    return Timing({}, in_float, by_xla, padded, error, others[0] if others else None)
 
 
 def _stored(key: _Key, weight: jax.Array) -> QTensor:
@@ -225,12 +233,15 @@ def _exact(key: _Key, side: int) -> jax.Array:
     return jax.device_put(values.astype(like.dtype, copy=False))
 
 
-def _in_codes(key: _Key, target: Target, *args: Any, pad: bool = False) -> jax.Array:
+def _in_codes(key: _Key, target: Target, *args: Any, way: Way = "XLA") -> jax.Array:
     """Compute a site's product of codes from `_arguments`."""
+    pad = way == "padded"
     if key.site.weight_operand is None:
         left, right = args
         return products.quantized_dot_pair(key.site, left, right, key.rule.activations, pad_single=pad, target=target)
     act, stored, scale = args
+    if way == "kernel":
+        return products.kernel_dot(key.site, act, stored, scale)
     return products.quantized_dot(key.site, act, stored, key.rule.activations, scale, pad_single=pad, target=target)
 
 

@@ -16,7 +16,7 @@ from jax import lax
 
 from lepton_xla import _compat
 from lepton_xla.errors import CalibrationError
-from lepton_xla.kernels import weight_only
+from lepton_xla.kernels import integer_product, weight_only
 from lepton_xla.passes.alternatives import shifted
 from lepton_xla.passes.core.matrix import code_matrix, code_operand, operand_order, weight_order
 from lepton_xla.passes.core.names import Key
@@ -124,13 +124,31 @@ def weight_only_dot(site: Site, activation: jax.Array, stored: QTensor) -> jax.A
         activation: the float operand.
         stored: the weight, row-major, in a format that the kernel has.
     """
+    matrix, rows = _as_rows(site, activation)
+    return _as_output(site, weight_only.multiply(matrix, stored), (), rows).astype(site.output.dtype)
+
+
+def kernel_dot(site: Site, activation: jax.Array, stored: QTensor, static: jax.Array | None) -> jax.Array:
+    """As `quantized_dot`, by a kernel that rounds, multiplies and scales in one go.
+
+    Args:
+        site: a `dot_general` without batch axes, with the shapes of these operands.
+        activation: the float operand.
+        stored: the int8 weight, column-major.
+        static: the activation's scale, or None for dynamic ones.
+    """
+    matrix, rows = _as_rows(site, activation)
+    return _as_output(site, integer_product.multiply(matrix, stored, static), (), rows).astype(site.output.dtype)
+
+
+def _as_rows(site: Site, activation: jax.Array) -> tuple[jax.Array, tuple[Any, ...]]:
+    """The activation of a `dot_general` without batch axes as float32 [M, K], and the axes that M is the product of."""
     assert site.weight_operand is not None
     _, contracted, free = operand_order(site, 1 - site.weight_operand)
     rows = tuple(activation.shape[axis] for axis in free)
     depth = _product(activation.shape[axis] for axis in contracted)
     matrix = jnp.reshape(jnp.transpose(activation, (*free, *contracted)), (_product(rows), depth))
-    out = weight_only.multiply(matrix.astype(jnp.float32), stored)
-    return _as_output(site, out, (), rows).astype(site.output.dtype)
+    return matrix.astype(jnp.float32), rows
 
 
 def look_up(site: Site, stored: QTensor, index: jax.Array) -> jax.Array:

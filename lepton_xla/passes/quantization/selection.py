@@ -6,6 +6,7 @@ import logging
 import math
 import statistics
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from lepton_xla.passes.core.targets import Target
 from lepton_xla.passes.quantization.measurement import Timing, Way
@@ -24,33 +25,44 @@ def wrong_reason(name: str, timings: Sequence[Timing], target: Target) -> str:
     """Why a product of codes with a wrong result is not used; also logged, because it is a fault of the platform."""
     worst = next(timing for timing in timings if timing.wrong)
     at = "".join(f", {symbol} {size}" for symbol, size in worst.sizes.items())
-    whose = "XLA's" if worst.kernel_us is None else "a kernel's"
+    whose = "XLA's" if worst.kernel_us is None else "XLA's or a kernel's"
     how = f"is wrong by {worst.error:.0%} of the largest value" if math.isfinite(worst.error) else "is not finite"
     reason = f"{whose} product of codes {how} on this {target.platform}{at}, so it is computed in float"
     _LOG.warning("%s: %s", name, reason)
     return reason
 
 
-def way(timings: Sequence[Timing]) -> Way:
-    """The fastest way to compute a product of codes; by XLA, if nothing was timed."""
-    ways: list[Way] = ["XLA"]
-    if any(timing.padded_us is not None and timing.padded_us < timing.integer_us for timing in timings):
-        ways = ["padded"]
-    if timings and all(timing.kernel_us is not None for timing in timings):
-        ways.append("kernel")
-    return min(ways, key=lambda each: _mean_us(timings, each))
+type Ways = Mapping[int, Way]
+"""The fastest way to compute a site's product of codes, by number of rows."""
 
 
-def _mean_us(timings: Sequence[Timing], way: Way) -> float:
-    return statistics.geometric_mean([timing.us(way) for timing in timings]) if timings else 0.0
+def ways(timings: Sequence[Timing]) -> Ways:
+    """The fastest way for each number of rows; empty if nothing was timed."""
+    found: dict[int, dict[Way, float]] = {}
+    for timing in timings:
+        total = found.setdefault(timing.rows, {})
+        for way, time in timing.us.items():
+            total[way] = total.get(way, 0.0) + time
+    return {rows: min(total, key=lambda way: total[way]) for rows, total in found.items()}
+
+
+def way_at(ways: Ways, rows: Any) -> Way:
+    """The way for a number of rows: that for the nearest one that was timed; XLA's, if none was or it is symbolic.
+
+    >>> way_at({1: "kernel", 512: "XLA"}, 8), way_at({}, 8)
+    ('kernel', 'XLA')
+    """
+    if not ways or not isinstance(rows, int):
+        return "XLA"
+    return ways[min(ways, key=lambda timed: abs(math.log((timed + 1) / (rows + 1))))]
 
 
 def ratio(timings: Sequence[Timing]) -> float:
-    """Integer time over float time, geometric mean over sizes; 0 if nothing was timed."""
+    """Time in codes over time in float, geometric mean over sizes; 0 if nothing was timed."""
     if not timings:
         return 0.0
-    fastest = way(timings)
-    return statistics.geometric_mean([timing.us(fastest) / timing.float_us for timing in timings])
+    fastest = ways(timings)
+    return statistics.geometric_mean([timing.us[fastest[timing.rows]] / timing.float_us for timing in timings])
 
 
 def candidate_sets(timings: Mapping[str, Sequence[Timing]]) -> list[frozenset[str]]:

@@ -14,7 +14,7 @@ from lepton_xla.passes import find_sites
 from lepton_xla.passes.core import timing
 from lepton_xla.passes.core.timing import Timer
 from lepton_xla.passes.core.timing_cache import TimingCache
-from lepton_xla.passes.quantization import measurement
+from lepton_xla.passes.quantization import measurement, selection
 from lepton_xla.program import TensorSpec, trace
 from lepton_xla.recipe import Recipe
 
@@ -54,10 +54,22 @@ def test_times_are_positive_and_rows_padded_only_where_single(options, batch):
     assert json.loads(json.dumps(timed.to_json()))["float_us"] == timed.float_us
 
 
-def test_best_is_padded_only_where_asked_and_there():
-    timing = measurement.Timing({}, 10.0, 5.0, 3.0)
-    assert (timing.us("padded"), timing.us("XLA")) == (3.0, 5.0)
-    assert measurement.Timing({}, 10.0, 5.0, None).us("padded") == 5.0
+def test_times_of_the_ways_that_there_are():
+    assert measurement.Timing({}, 10.0, 5.0, 3.0).us == {"XLA": 5.0, "padded": 3.0}
+    assert measurement.Timing({}, 10.0, 5.0, None, kernel_us=2.0).us == {"XLA": 5.0, "kernel": 2.0}
+
+
+def test_the_fastest_way_depends_on_the_number_of_rows():
+    timings = [
+        measurement.Timing({}, 10.0, 8.0, 5.0, kernel_us=2.0, rows=1),
+        measurement.Timing({}, 100.0, 50.0, None, kernel_us=40.0, rows=64),
+        measurement.Timing({}, 100.0, 50.0, None, kernel_us=70.0, rows=64),  # the same rows in another bucket
+    ]
+    ways = selection.ways(timings)
+    assert ways == {1: "kernel", 64: "XLA"}
+    assert [selection.way_at(ways, rows) for rows in (1, 4, 40, 1000, "batch")] == ["kernel"] * 2 + ["XLA"] * 3
+    assert selection.ratio(timings) == pytest.approx((0.2 * 0.5 * 0.5) ** (1 / 3))
+    assert (selection.ways([]), selection.ratio([])) == ({}, 0.0)
 
 
 def test_sites_that_look_the_same_are_timed_once(monkeypatch):

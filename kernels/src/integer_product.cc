@@ -1,0 +1,251 @@
+// Rounds rows to eight bits, multiplies them by int8 codes, and scales the sums: see integer_product.h. Compiled once per
+// instruction set.
+//
+// Both operands are contracted over their last axes, so a tile of rows and columns reads both in order and adds up
+// vectors of partial sums, which are reduced at its end. AVX-512's instruction takes unsigned by signed bytes: 128 is
+// added to the codes of x, and 128 times the sum of a column of codes is subtracted from its results.
+#include "integer_product.h"
+
+#include "vectors.h"
+
+namespace lepton::VARIANT {
+namespace {
+
+constexpr int kRows = kRegisters == 32 ? 4 : 2, kColumns = 4;
+// Codes are added up in steps of this many.
+constexpr int kStep = 64;
+
+#if defined(__AVX512VNNI__)
+constexpr int kOffset = 128;
+struct Sum {
+  __m512i total = _mm512_setzero_si512();
+};
+using Codes = __m512i;
+inline Codes load_codes(const void* from) { return _mm512_loadu_si512(from); }
+// Not `_mm512_dpbusd_epi32`, around which GCC 12 copies every sum in each step.
+inline void add(Sum& sum, const Codes& x, const Codes& w) {
+  asm("vpdpbusd %2, %1, %0" : "+v"(sum.total) : "v"(x), "v"(w));
+}
+inline Codes ones() { return _mm512_set1_epi8(1); }
+inline void reduce(const Sum* sums, int32_t* to) {  // four at a time
+  const __m512i a = sums[0].total, b = sums[1].total, c = sums[2].total, d = sums[3].total;
+  const __m512i ab = _mm512_add_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
+  const __m512i cd = _mm512_add_epi32(_mm512_unpacklo_epi32(c, d), _mm512_unpackhi_epi32(c, d));
+  const __m512i all = _mm512_add_epi32(_mm512_unpacklo_epi64(ab, cd), _mm512_unpackhi_epi64(ab, cd));
+  const __m256i half = _mm256_add_epi32(_mm512_castsi512_si256(all), _mm512_extracti64x4_epi64(all, 1));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to),
+                   _mm_add_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1)));
+}
+#elif defined(__AVX2__)
+constexpr int kOffset = 0;
+struct Sum {
+  __m256i total = _mm256_setzero_si256();
+};
+struct Codes {
+  __m256i parts[4];  // as 16 bits, whose products of pairs fit into 32
+};
+inline Codes load_codes(const void* from) {
+  Codes codes;
+  for (int part = 0; part < 4; ++part)
+    codes.parts[part] = _mm256_cvtepi8_epi16(_mm_loadu_si128(static_cast<const __m128i*>(from) + part));
+  return codes;
+}
+inline void add(Sum& sum, const Codes& x, const Codes& w) {
+  for (int part = 0; part < 4; ++part)
+    sum.total = _mm256_add_epi32(sum.total, _mm256_madd_epi16(x.parts[part], w.parts[part]));
+}
+inline Codes ones() { return {}; }
+inline void reduce(const Sum* sums, int32_t* to) {
+  const __m256i ab = _mm256_hadd_epi32(sums[0].total, sums[1].total);
+  const __m256i cd = _mm256_hadd_epi32(sums[2].total, sums[3].total);
+  const __m256i all = _mm256_hadd_epi32(ab, cd);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to),
+                   _mm_add_epi32(_mm256_castsi256_si128(all), _mm256_extracti128_si256(all, 1)));
+}
+#else
+constexpr int kOffset = 0;
+struct Sum {
+  int32_t total = 0;
+};
+using Codes = const int8_t*;
+inline Codes load_codes(const void* from) { return static_cast<const int8_t*>(from); }
+inline void add(Sum& sum, const Codes& x, const Codes& w) {
+  int32_t total = 0;
+  for (int k = 0; k < kStep; ++k) total += static_cast<int32_t>(x[k]) * w[k];
+  sum.total += total;
+}
+inline Codes ones() { return nullptr; }
+inline void reduce(const Sum* sums, int32_t* to) {
+  for (int i = 0; i < 4; ++i) to[i] = sums[i].total;
+}
+#endif
+
+// The largest magnitude in a row: as integers, floats without sign are in order, and NaN is the largest.
+float largest(const float* x, int64_t k) {
+  Ints most = {};
+  int64_t i = 0;
+  for (; i + kLanes <= k; i += kLanes) {
+    const Ints bits = *reinterpret_cast<const Ints*>(x + i) & 0x7fffffff;
+    most = bits > most ? bits : most;
+  }
+  int32_t found = 0;
+  for (int lane = 0; lane < kLanes; ++lane) found = most[lane] > found ? most[lane] : found;
+  for (; i < k; ++i) {
+    int32_t bits;
+    __builtin_memcpy(&bits, x + i, 4);
+    bits &= 0x7fffffff;
+    found = bits > found ? bits : found;
+  }
+  float value;
+  __builtin_memcpy(&value, &found, 4);
+  return value;
+}
+
+// The code of a value, by the one rounding rule: nearest, ties to even, saturating, and zero for NaN.
+inline int32_t code(float value, float scale) {
+  float scaled = value / scale;
+  scaled = scaled == scaled ? scaled : 0.0f;
+  scaled = scaled > 127.0f ? 127.0f : scaled < -127.0f ? -127.0f : scaled;
+  return static_cast<int32_t>(__builtin_rintf(scaled));
+}
+
+void round_row(const float* x, int64_t k, float scale, uint8_t* to) {
+  int64_t i = 0;
+#if defined(__AVX512F__)
+  const __m512 divisor = _mm512_set1_ps(scale), high = _mm512_set1_ps(127), low = _mm512_set1_ps(-127);
+  for (; i + 16 <= k; i += 16) {
+    const __m512 scaled = _mm512_div_ps(_mm512_loadu_ps(x + i), divisor);
+    const __mmask16 number = _mm512_cmp_ps_mask(scaled, scaled, _CMP_ORD_Q);
+    const __m512i rounded =
+        _mm512_maskz_cvtps_epi32(number, _mm512_min_ps(_mm512_max_ps(scaled, low), high));
+    const __m128i bytes = _mm512_cvtepi32_epi8(rounded);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i), _mm_xor_si128(bytes, _mm_set1_epi8(static_cast<char>(128))));
+  }
+#elif defined(__AVX2__)
+  const __m256 divisor = _mm256_set1_ps(scale), high = _mm256_set1_ps(127), low = _mm256_set1_ps(-127);
+  for (; i + 8 <= k; i += 8) {
+    const __m256 scaled = _mm256_div_ps(_mm256_loadu_ps(x + i), divisor);
+    const __m256 number = _mm256_and_ps(scaled, _mm256_cmp_ps(scaled, scaled, _CMP_ORD_Q));
+    const __m256i rounded = _mm256_cvtps_epi32(_mm256_min_ps(_mm256_max_ps(number, low), high));
+    const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(rounded), _mm256_extracti128_si256(rounded, 1));
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(to + i), _mm_packs_epi16(words, words));
+  }
+#endif
+  for (; i < k; ++i) to[i] = static_cast<uint8_t>(code(x[i], scale) + kOffset);
+}
+
+// A few columns of codes: their full steps, and a copy of what is left, filled up with zeros.
+template <int NR>
+struct Columns {
+  const int8_t* codes[NR];
+  int8_t rest[NR][kStep];
+  int32_t offset[4] = {};  // what kOffset adds to each result
+  int64_t full;
+
+  void set(const IntegerProduct& p, int64_t column) {
+    full = p.k / kStep * kStep;
+    for (int j = 0; j < NR; ++j) {
+      codes[j] = p.codes + (column + j) * p.k;
+      for (int64_t k = 0; k < kStep; ++k) rest[j][k] = full + k < p.k ? codes[j][full + k] : 0;
+    }
+    if (kOffset == 0) return;
+    Sum sums[4];
+    for (int64_t k = 0; k < full; k += kStep)
+      for (int j = 0; j < NR; ++j) add(sums[j], ones(), load_codes(codes[j] + k));
+    for (int j = 0; j < NR; ++j) add(sums[j], ones(), load_codes(rest[j]));
+    reduce(sums, offset);
+    for (int j = 0; j < NR; ++j) offset[j] = static_cast<int32_t>(kOffset * static_cast<uint32_t>(offset[j]));
+  }
+};
+
+template <int MR, int NR>
+void tile(const IntegerProduct& p, const Columns<NR>& columns, int64_t row, int64_t column) {
+  Sum sums[MR][4];
+  const int64_t depth = p.padded_depth();
+  const uint8_t* x = p.rounded + row * depth;
+  for (int64_t k = 0; k < columns.full; k += kStep) {
+    Codes w[NR];
+#pragma GCC unroll 4
+    for (int j = 0; j < NR; ++j) w[j] = load_codes(columns.codes[j] + k);
+#pragma GCC unroll 6
+    for (int i = 0; i < MR; ++i) {
+      const Codes left = load_codes(x + i * depth + k);
+#pragma GCC unroll 4
+      for (int j = 0; j < NR; ++j) add(sums[i][j], left, w[j]);
+    }
+  }
+  if (columns.full < p.k) {
+#pragma GCC unroll 6
+    for (int i = 0; i < MR; ++i) {
+      const Codes left = load_codes(x + i * depth + columns.full);
+#pragma GCC unroll 4
+      for (int j = 0; j < NR; ++j) add(sums[i][j], left, load_codes(columns.rest[j]));
+    }
+  }
+#pragma GCC unroll 6
+  for (int i = 0; i < MR; ++i) {
+    int32_t totals[4];
+    reduce(sums[i], totals);
+    const float scale = p.row_scale[row + i];
+    float* y = p.y + (row + i) * p.n + column;
+#pragma GCC unroll 4
+    for (int j = 0; j < NR; ++j) {
+      const int32_t total = static_cast<int32_t>(static_cast<uint32_t>(totals[j]) - static_cast<uint32_t>(columns.offset[j]));
+      y[j] = static_cast<float>(total) * (scale * p.scale[p.one_scale ? 0 : column + j]);
+    }
+  }
+}
+
+template <int NR>
+void rows_of(const IntegerProduct& p, const Columns<NR>& columns, int64_t row, int64_t row_end, int64_t column) {
+  switch (row_end - row) {
+    case 1: tile<1, NR>(p, columns, row, column); break;
+#if defined(__AVX512F__)
+    case 2: tile<2, NR>(p, columns, row, column); break;
+    case 3: tile<3, NR>(p, columns, row, column); break;
+#endif
+    default: tile<kRows, NR>(p, columns, row, column);
+  }
+}
+
+// Columns beside each other are done for some rows before other rows, so that whole cache lines of y are written.
+template <int NR, int kTiles>
+void block(const IntegerProduct& p, int64_t row, int64_t row_end, int64_t column, int tiles) {
+  Columns<NR> columns[kTiles];
+  for (int at = 0; at < tiles; ++at) columns[at].set(p, column + at * NR);
+  for (; row < row_end; row += kRows)
+    for (int at = 0; at < tiles; ++at)
+      rows_of<NR>(p, columns[at], row, row + kRows < row_end ? row + kRows : row_end, column + at * NR);
+}
+
+}  // namespace
+
+void round_rows(const IntegerProduct& p, int64_t row, int64_t row_end) {
+  const int64_t depth = p.padded_depth();
+  for (; row < row_end; ++row) {
+    float scale;
+    if (p.static_scale != nullptr) {
+      scale = *p.static_scale;
+    } else {
+      scale = largest(p.x + row * p.k, p.k) * static_cast<float>(1.0 / 127);
+      constexpr float kTiny = 0x1p-126f;  // as `absmax_scale`: never zero nor subnormal, and NaN stays NaN
+      scale = scale == 0.0f ? 1.0f : scale < kTiny ? kTiny : scale;
+    }
+    p.row_scale[row] = scale;
+    uint8_t* to = p.rounded + row * depth;
+    round_row(p.x + row * p.k, p.k, scale, to);
+    for (int64_t k = p.k; k < depth; ++k) to[k] = kOffset;
+  }
+}
+
+void integer_product(const IntegerProduct& p, int64_t row, int64_t row_end, int64_t column, int64_t column_end) {
+  while (column + kColumns <= column_end) {
+    const int64_t left = (column_end - column) / kColumns;
+    const int tiles = left < 4 ? static_cast<int>(left) : 4;
+    block<kColumns, 4>(p, row, row_end, column, tiles);
+    column += tiles * kColumns;
+  }
+  for (; column < column_end; ++column) block<1, 1>(p, row, row_end, column, 1);
+}
+
+}  // namespace lepton::VARIANT

@@ -1,0 +1,60 @@
+"""A float matrix, rounded to eight bits with a scale for each row, times a matrix of int8 codes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lepton_xla import _compat
+from lepton_xla.kernels import installation
+from lepton_xla.quant import FORMATS, QTensor, absmax_scale, encode, magnitude
+
+# With fewer, XLA's sums of int8 products are wrong on some GPUs: see `SAFE_DEPTH` in passes/quantization/products.py.
+_SAFE_DEPTH = 32
+
+
+def multiply(x: jax.Array, weight: QTensor, static_scale: jax.Array | None = None) -> jax.Array:
+    """Round activations to int8, multiply them by the codes of a weight, and scale the sums.
+
+    Args:
+        x: float32 [M, K].
+        weight: int8, column-major, [K, N], with one scale for each column or one for all.
+        static_scale: the scale of the activations, float32 with one element; None: that of each row covers its largest
+            magnitude.
+
+    Returns:
+        float32 [M, N].
+
+    >>> from lepton_xla.quant import quantize
+    >>> weight = quantize(jnp.array([[127.0, 1.0], [-63.6, 0.0]]), "int8").by_columns()
+    >>> multiply(jnp.array([[127.0, 0.4], [0.0, 0.0]]), weight).tolist()
+    [[16129.0, 127.0], [0.0, 0.0]]
+    """
+    assert weight.transposed
+    assert weight.values.ndim == 2
+    assert x.dtype == jnp.float32
+    static = jnp.zeros(0, jnp.float32) if static_scale is None else jnp.reshape(static_scale, (1,))
+    return _INTEGER_PRODUCT.bind(x, weight.values, weight.scale, static)
+
+
+def _shape(x: Any, codes: Any, _scale: Any, _static: Any) -> tuple[tuple[Any, ...], Any]:
+    return (x.shape[0], codes.shape[0]), jnp.dtype("float32")
+
+
+def _by_xla(x: jax.Array, codes: jax.Array, scale: jax.Array, static: jax.Array) -> jax.Array:
+    """The same in XLA's own operations."""
+    int8 = FORMATS["int8"]
+    rows = absmax_scale(magnitude(x, (1,)), int8) if static.shape[0] == 0 else jnp.reshape(static, (1, 1))
+    missing = max(0, _SAFE_DEPTH - x.shape[1])
+    left, right = (jnp.pad(each, ((0, 0), (0, missing))) for each in (encode(x, rows, int8), codes))
+    total = jax.lax.dot_general(left, right, (((1,), (1,)), ((), ())), preferred_element_type=jnp.int32)
+    return total.astype(jnp.float32) * (rows * scale)
+
+
+def _call(*operands: Any) -> tuple[str, tuple[Any, ...]] | None:
+    return (f"{installation.PREFIX}integer_product", operands) if installation.usable() else None
+
+
+_INTEGER_PRODUCT = _compat.row_primitive("integer_product", _shape, _by_xla, _call)
