@@ -65,7 +65,8 @@ def test_every_cut_of_a_file_leaves_the_records_before_it(kept):
     parts = [sample("a", [[1], [2]]), sample("b", [[3]]), labels("b", [2]), sample("c", [[4]])]
     whole = b"".join(parts)
     ends = np.cumsum([len(part) for part in parts])
-    for cut in range(len(whole)):
+    near = {end + step for end in (0, *ends) for step in (-1, 0, 1, 19, 20, 21)}
+    for cut in sorted({*range(0, len(whole), 7), *near} & set(range(len(whole)))):
         samples = kept(whole[:cut])
         assert samples.count == sum(cut >= ends[index] for index in (0, 1, 3))
         assert samples.labelled == (cut >= ends[2])

@@ -39,10 +39,16 @@ def test_an_artifact_a_report_and_a_plot(leptonx, bases, sampled, tmp_path):
     assert (better(x=x)["output"].argmax(-1) == labels).mean() > 0.9
     assert (tmp_path / "plot.png").read_bytes()[:4] == b"\x89PNG"
     assert "exists; give another --output" in leptonx("-o", tmp_path / "better.lepton", code=2)
-    sampled.add(*learning_model.rows(600, 2, sign=-1.0))
+
+
+@pytest.mark.slow
+def test_a_report_for_people_and_an_artifact_that_is_replaced(leptonx, sampled, tmp_path):
+    sampled.add(*learning_model.rows(600, 1, sign=-1.0))
+    (tmp_path / "better.lepton").mkdir()
     text = leptonx("-o", tmp_path / "better.lepton", "--overwrite")
-    assert f"round 2: kept as {tmp_path / 'better.lepton'}" in text
+    assert f"round 1: kept as {tmp_path / 'better.lepton'}" in text
     assert "accuracy of what was answered" in text
+    assert (tmp_path / "better.lepton" / "manifest.json").exists()
 
 
 @pytest.mark.parametrize(
