@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from lepton_xla import launch, passes, sharding, train, trust
-    from lepton_xla.adapters import from_linen, from_nnx
+    from lepton_xla.adapters import Generator, from_linen, from_nnx
     from lepton_xla.compiler import Servable, compile, encrypt, load, sign, verify
     from lepton_xla.errors import (
         ArtifactError,
@@ -41,6 +41,7 @@ __all__ = [
     "CheckpointError",
     "CompileError",
     "ExecutionError",
+    "Generator",
     "InputError",
     "LaunchError",
     "LearningError",
@@ -106,7 +107,7 @@ _HOMES = {
     "lepton_xla.modelspec": ("ModelSpec",),
     "lepton_xla.passes.core.sites": ("find_sites",),
     "lepton_xla.optimization.pipeline": ("optimize",),
-    "lepton_xla.adapters": ("from_linen", "from_nnx"),
+    "lepton_xla.adapters": ("Generator", "from_linen", "from_nnx"),
     "lepton_xla.program": ("Program", "TensorSpec", "trace"),
     "lepton_xla.passes.core.plans": ("Plan",),
     "lepton_xla.recipe": ("Recipe",),

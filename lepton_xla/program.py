@@ -105,6 +105,34 @@ class Expansion:
 
 
 @dataclasses.dataclass(frozen=True)
+class Generation:
+    """What is known of a program that generates tokens: `Generator` makes such programs.
+
+    Attributes:
+        slots: number of sequences that are decoded together.
+        capacity: number of positions of a sequence in the cache.
+        vocabulary: number of tokens.
+        cache: shape and dtype of each array of the cache, for all slots.
+        axes: of each array of the cache, the axis of its slots.
+        first_position: position of the first token that is decoded after a prompt; None if it is the prompt's length.
+        end_tokens: tokens that end a sequence.
+        tokenizer: a tokenizer's JSON, as Hugging Face's `tokenizers` writes it; empty without one.
+
+    >>> Generation(8, 256, 32_000, (TensorSpec((8, 256, 64), "float32"),), (0,)).slots
+    8
+    """
+
+    slots: int
+    capacity: int
+    vocabulary: int
+    cache: tuple[TensorSpec, ...]
+    axes: tuple[int, ...]
+    first_position: int | None = None
+    end_tokens: tuple[int, ...] = ()
+    tokenizer: bytes = b""
+
+
+@dataclasses.dataclass(frozen=True)
 class Program:
     """A model: a pure function, its weights, and the specs of its inputs and outputs.
 
@@ -119,6 +147,7 @@ class Program:
         origin: shapes and dtypes of the weights before the first pass; None if no pass was applied.
         axes: path -> logical names of the weight's axes, for weights that have them; from Flax metadata.
         derivation: how the weights come from those before the first pass; None if no pass was applied.
+        generation: set if it generates tokens: `fn` then computes a prefill and a decoding step, which `compile` parts.
 
     Raises:
         ModelError: for a mask without its weight, or of another shape.
@@ -140,6 +169,7 @@ class Program:
     origin: Weights | None = None
     axes: dict[str, tuple[Any, ...]] = dataclasses.field(default_factory=dict[str, tuple[Any, ...]])
     derivation: Derivation | None = None
+    generation: Generation | None = None
 
     def __post_init__(self) -> None:
         check_masks(self.masks, self.weights)

@@ -18,10 +18,13 @@ from lepton_xla.compiler.code import Code
 from lepton_xla.compiler.devices import Devices
 from lepton_xla.compiler.golden import Golden
 from lepton_xla.compiler.manifest import (
+    DECODE,
     EXPAND,
+    TOKENIZER,
     Manifest,
     PortableProgram,
     manifest_to_json,
+    prefill_name,
 )
 from lepton_xla.compiler.masters import Master
 from lepton_xla.compiler.opening import check_signed_files, read_manifest, read_signature, trusted_keys
@@ -29,6 +32,7 @@ from lepton_xla.compiler.portable import Portable
 from lepton_xla.compiler.profiling import profile
 from lepton_xla.compiler.runtime import Runtime, run_expand
 from lepton_xla.compiler.servable import Servable
+from lepton_xla.compiler.stepping import CompiledSteps, Stepper
 from lepton_xla.compiler.storage import Store, VerifiedFiles, atomic_store, consistently
 from lepton_xla.errors import ArtifactError
 from lepton_xla.listing import MANIFEST, FileEntry
@@ -53,6 +57,7 @@ class Artifact:
         golden: rows whose answers are known, if there are any.
         master: the float weights that it was made from, if they are kept.
         elsewhere: fingerprint -> compiled code, as `executables`, for devices that are not here.
+        steps: the portable programs of generation, if it generates, and its tokenizer.
 
     >>> program = lx.trace(lambda w, x: x @ w["w"], {"w": jnp.eye(4)}, {"x": lx.TensorSpec(("batch", 4), "float32")})
     >>> artifact = lx.compile(program, {"batch": (1,)}, name="tiny")
@@ -69,6 +74,7 @@ class Artifact:
     golden: Golden | None = None
     master: Master | None = None
     elsewhere: Mapping[str, dict[str, Code]] = dataclasses.field(default_factory=dict[str, dict[str, Code]])
+    steps: CompiledSteps | None = None
 
     def save(self, location: str | os.PathLike[str], *, overwrite: bool = False) -> Manifest:
         """Write the artifact, atomically.
@@ -111,10 +117,21 @@ class Artifact:
                     entry.files[key] = name
             if self.golden is not None:
                 write(self.golden.entry().file, self.golden.data())
+            generation = self.manifest.generation
+            if self.steps is not None and generation is not None:
+                if self.steps.tokenizer:
+                    write(TOKENIZER, self.steps.tokenizer)
+                generation = msgspec.structs.replace(
+                    generation,
+                    prefill=tuple(write_program(each, prefill_name(each.name)) for each in self.steps.prefill),
+                    decode=tuple(write_program(each, DECODE) for each in self.steps.decode),
+                    tokenizer=TOKENIZER if self.steps.tokenizer else "",
+                )
             master = self.master.write(write) if self.master is not None else None
             manifest = msgspec.structs.replace(
                 self.manifest,
                 master=master,
+                generation=generation,
                 golden=self.golden.entry() if self.golden is not None else None,
                 files=files,
                 weights=leaves,
@@ -161,7 +178,12 @@ class Artifact:
         runtime = Runtime(*self.manifest.signature(), weights, devices)
         for sizes in combinations(self.manifest.buckets):
             runtime.add(sizes, self.executables[bucket_name(sizes)].loaded)
-        return Servable(self.manifest, self.manifest.buckets, runtime, "executables", expander)
+        steps = None
+        if self.steps is not None:
+            loaded = {name: code.loaded for name, code in self.executables.items()}
+            steps = Stepper.of(self.manifest, self.manifest.buckets, loaded, runtime)
+        tokenizer = self.steps.tokenizer if self.steps is not None else b""
+        return Servable(self.manifest, self.manifest.buckets, runtime, "executables", expander, steps, tokenizer)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -26,6 +26,8 @@ from lepton_xla.compiler.code import Code
 from lepton_xla.compiler.devices import Devices, Spec, spec_of
 from lepton_xla.compiler.fingerprint import Fingerprint
 from lepton_xla.compiler.fitting import fit_digest
+from lepton_xla.compiler.flattening import Flat, compile_flat, flat_functions
+from lepton_xla.compiler.generating import check_generation, check_steps, compile_steps, entry_of, part
 from lepton_xla.compiler.golden import Golden
 from lepton_xla.compiler.independence import Checked, check_padding, check_rows, default_tolerance, product_dtypes
 from lepton_xla.compiler.manifest import EXPAND, SCHEMA, ExecutableSet, Manifest, Tensor, check_name
@@ -42,11 +44,9 @@ from lepton_xla.sharding.meshes import mesh as mesh_of
 from lepton_xla.sharding.placement import as_placed, is_placed
 from lepton_xla.sharding.rules import Rules
 from lepton_xla.sharding.specs import as_spec, fits
-from lepton_xla.trees import abstract, name_leaves
+from lepton_xla.trees import name_leaves
 
 _LOG = logging.getLogger(__name__)
-_CONSTANTS_WARNING_BYTES = 1 << 20
-_CONSTANTS_LIMIT_BYTES = 32 << 20
 
 type Progress = Callable[[str, int, int], None]
 """`progress(step, steps_done, steps_total)`."""
@@ -126,6 +126,12 @@ def compile(
     bucket_sizes = check_bucket_sizes(program.symbols, buckets)
     check_rows_lead(program.inputs, program.outputs)
     bucket_list = combinations(bucket_sizes)
+    parts = generation = None
+    if program.generation is not None:
+        check_generation(program, bucket_sizes, one_device=mesh is None and topology is None)
+        generation, parts = program.generation, part(program, bucket_sizes["length"][0])
+        program = parts.model
+        examples = {"lengths": np.array([max(1, bucket_sizes["length"][0] // 2)], np.int32)} | dict(examples or {})
     program = without_callbacks(program, bucket_list[0])
     if topology is not None:
         topologies.topology_devices(topology)  # fails early
@@ -155,7 +161,7 @@ def compile(
     if expand is not None:
         unpacked = _unpacked_specs(expand, arrays, devices)
         shardings = devices.unpacking(arrays, unpacked)
-        expander = _compiled(expand, arrays, [], "the unpacking of its weights", shardings)
+        expander = compile_flat(expand, arrays, [], "the unpacking of its weights", shardings)
         arrays = run_expand(expander.loaded, stored, devices, unpacked)
     runtime = Runtime(program.inputs, program.outputs, arrays, devices)
     shardings = devices.shardings(arrays, program.inputs, program.outputs)
@@ -163,9 +169,16 @@ def compile(
         key = bucket_name(sizes)
         tell(f"compile {key}", done, steps)
         started = time.perf_counter()
-        executables[key] = _compiled(flat, arrays, program.abstract_inputs(sizes), f"bucket {key}", shardings)
+        executables[key] = compile_flat(flat, arrays, program.abstract_inputs(sizes), f"bucket {key}", shardings)
         compile_s[key] = time.perf_counter() - started
         runtime.add(sizes, executables[key].loaded)
+
+    steps_made = None
+    if parts is not None and generation is not None:
+        started = time.perf_counter()
+        steps_made, codes = compile_steps(parts, generation, arrays, bucket_sizes)
+        executables |= codes
+        compile_s["steps of generation"] = time.perf_counter() - started
 
     tell("check that rows and padding do not affect other rows", steps - 2, steps)
     jaxpr = program.jaxpr(bucket_list[0])
@@ -182,7 +195,7 @@ def compile(
     )
 
     def compile_sizes(sizes: Mapping[str, int]) -> _xla.Loaded:
-        return _compiled(flat, arrays, program.abstract_inputs(sizes), bucket_name(sizes), shardings).loaded
+        return compile_flat(flat, arrays, program.abstract_inputs(sizes), bucket_name(sizes), shardings).loaded
 
     _check_independence(model, runtime, compile_sizes)
 
@@ -216,6 +229,7 @@ def compile(
         mesh=devices.entry,
         unpacked=unpacked,
         buckets=bucket_sizes,
+        generation=entry_of(generation) if generation is not None else None,
         programs=(),
         programs_note=note,
         executables={target.digest: ExecutableSet(target=target, files={}, unwritten=unwritten)},
@@ -229,12 +243,14 @@ def compile(
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         files={},
     )
-    artifact = Artifact(manifest, tuple(stored), executables, tuple(programs), unpacking, devices)
+    artifact = Artifact(manifest, tuple(stored), executables, tuple(programs), unpacking, devices, steps=steps_made)
     if keep_master:
         if devices.mesh is not None or topology is not None:
             raise CompileError("a float master is kept for one device only; compile without a mesh")
         tell("keep the float master", steps, steps)
         artifact = dataclasses.replace(artifact, master=Master.made(program))
+    if (stepper := artifact.servable().stepper if parts is not None else None) is not None:
+        check_steps(stepper, limit)
     if golden is not None:
         rows = Golden.made(golden, program.inputs, program.outputs, artifact.servable(), limit)
         artifact = dataclasses.replace(artifact, golden=rows)
@@ -244,7 +260,8 @@ def compile(
         artifact = _with(artifact, compile_elsewhere(program, flat, expand, bucket_list, topology, mesh, rules))
     tell("done", steps, steps)
     # The last step, because code for other devices brings their mesh.
-    fit = fit_digest(artifact.manifest, programs, unpacking)
+    steps_of = (*artifact.steps.prefill, *artifact.steps.decode) if artifact.steps is not None else ()
+    fit = fit_digest(artifact.manifest, programs, unpacking, steps_of)
     return dataclasses.replace(artifact, manifest=msgspec.structs.replace(artifact.manifest, fit=fit))
 
 
@@ -284,7 +301,7 @@ def _spread(program: Program, mesh: Mesh | str | None, rules: Rules | None) -> t
     return devices, program.replace(weights=placement.put(program.weights))
 
 
-def _unpacked_specs(expand: _Flat, stored: Sequence[jax.Array], devices: Devices) -> tuple[Spec, ...]:
+def _unpacked_specs(expand: Flat, stored: Sequence[jax.Array], devices: Devices) -> tuple[Spec, ...]:
     """How unpacked weights are cut: as XLA does it, where that gives equal parts."""
     if devices.mesh is None:
         return ()
@@ -311,66 +328,6 @@ def float32_bytes(program: Program) -> int:
     """Bytes of the weights in float32; a quantized matrix counts with its dequantized shape."""
     shaped = jax.tree.leaves(program.weights, is_leaf=lambda node: hasattr(node, "shape"))
     return 4 * sum(math.prod(array.shape) for array in shaped)
-
-
-type _Flat = Callable[..., tuple[Any, ...]]
-
-
-def flat_functions(program: Program) -> tuple[_Flat | None, _Flat]:
-    """Returns the program as functions of flat arrays: the unpacking of its weights (or None), and the model.
-
-    The model takes the weight leaves (unpacked, if there is an unpacking), then the inputs, and returns the outputs in
-    order.
-    """
-    stored = jax.tree.structure(program.weights)
-    if program.expansion is None:
-        return None, _model(stored, program.fn, list(program.outputs))
-    expand = program.expansion.expand
-
-    def flat_expand(*leaves: Any) -> tuple[Any, ...]:
-        return tuple(jax.tree.leaves(expand(jax.tree.unflatten(stored, leaves))))
-
-    expanded = jax.tree.structure(jax.eval_shape(expand, abstract(program.weights)))
-    return flat_expand, _model(expanded, program.expansion.fn, list(program.outputs))
-
-
-def _model(treedef: Any, fn: Callable[..., Any], names: Sequence[str]) -> _Flat:
-    count = treedef.num_leaves
-
-    def flat(*args: Any) -> tuple[Any, ...]:
-        outputs = name_leaves(fn(jax.tree.unflatten(treedef, args[:count]), *args[count:]), single="output")
-        return tuple(outputs[name] for name in names)
-
-    return flat
-
-
-def _compiled(
-    fn: _Flat,
-    arrays: Sequence[jax.Array],
-    inputs: Sequence[jax.ShapeDtypeStruct],
-    what: str,
-    shardings: Mapping[str, Any] | None,
-) -> Code:
-    try:
-        traced = jax.jit(fn, keep_unused=True, **(shardings or {})).trace(*arrays, *inputs)
-        _check_constants(traced.jaxpr.consts)
-        return Code.made(traced.lower())
-    except CompileError:
-        raise
-    except Exception as error:  # a model or XLA may raise anything
-        raise CompileError(f"the model does not compile for {what}: {_xla.reason(error)}") from error
-
-
-def _check_constants(constants: Sequence[Any]) -> None:
-    """Refuse large constants: they would be copied into every executable, and no pass or update could reach them."""
-    total = sum(
-        constant.nbytes if hasattr(constant, "nbytes") else np.asarray(constant).nbytes for constant in constants
-    )
-    advice = f"the model closes over {total / 2**20:.1f} MiB of constant arrays; pass learned arrays as weights"
-    if total > _CONSTANTS_LIMIT_BYTES:
-        raise CompileError(f"{advice} (limit: {_CONSTANTS_LIMIT_BYTES >> 20} MiB)")
-    if total > _CONSTANTS_WARNING_BYTES:
-        _LOG.warning("%s: they are stored in the executable of every bucket", advice)
 
 
 def _check_independence(

@@ -20,7 +20,9 @@ from lepton_xla.machine import usable_cores
 _BLOCK = 1 << 16
 
 
-def fit_digest(manifest: Manifest, programs: Sequence[Portable], expand: Portable | None) -> str:
+def fit_digest(
+    manifest: Manifest, programs: Sequence[Portable], expand: Portable | None, steps: Sequence[Portable] = ()
+) -> str:
     """Digest of all that compiled code depends on but the values of the weights.
 
     That is the StableHLO (which holds the formats of quantized weights, and constants), the
@@ -35,6 +37,12 @@ def fit_digest(manifest: Manifest, programs: Sequence[Portable], expand: Portabl
         [(leaf.path, leaf.shape, leaf.dtype, leaf.spec) for leaf in manifest.weights],
         [(program.sizes, program.digest) for program in programs],
         expand.digest if expand is not None else None,
+        # Only where there is one: models that generate nothing keep their digests.
+        *(
+            (manifest.generation.bare(), [program.digest for program in steps])
+            if manifest.generation is not None
+            else ()
+        ),
     ]
     return hashlib.sha256(msgspec.json.encode(document, order="sorted")).hexdigest()
 

@@ -22,17 +22,20 @@ from lepton_xla.compiler.fingerprint import Fingerprint
 from lepton_xla.compiler.fitting import check_fit, check_weights
 from lepton_xla.compiler.golden import Golden
 from lepton_xla.compiler.manifest import (
+    DECODE,
     EXPAND,
     ExecutableSet,
     Manifest,
     PortableProgram,
     manifest_to_json,
+    prefill_name,
 )
 from lepton_xla.compiler.opening import is_signed, open_files, read_manifest, read_trusted_manifest, trusted_keys
 from lepton_xla.compiler.portable import compile_portable
 from lepton_xla.compiler.reading import read_all, read_parts
 from lepton_xla.compiler.runtime import Runtime, run_expand
 from lepton_xla.compiler.servable import Servable
+from lepton_xla.compiler.stepping import Stepper, decode_inputs, donation, prefill_inputs
 from lepton_xla.compiler.storage import Store, VerifiedFiles, consistently
 from lepton_xla.errors import ArtifactError, ExecutionError, ShardingError
 from lepton_xla.flags import warn_of_slow_flags
@@ -136,10 +139,13 @@ def _share(store: Store, manifest: Manifest, files: VerifiedFiles, base: Servabl
         *(found.files.values() if found is not None else ()),
     ):
         files.read(file)
+    tokenizer = _tokenizer(manifest, files) or base.tokenizer
     arrays = _to_devices(manifest, files, devices)
     if base.expander is not None:
         arrays = run_expand(base.expander, arrays, devices, base.manifest.unpacked)
-    return Servable(manifest, base.buckets, base.runtime.sharing(arrays), "shared", base.expander)
+    runtime = base.runtime.sharing(arrays)
+    steps = base.stepper.sharing(runtime) if base.stepper is not None else None
+    return Servable(manifest, base.buckets, runtime, "shared", base.expander, steps, tokenizer)
 
 
 def _load(
@@ -158,18 +164,20 @@ def _load(
     wanted = [(sizes, bucket_name(sizes)) for sizes in combinations(bucket_sizes)]
     found = manifest.executables.get(target.digest)
     known = found.files if found is not None else {}
-    names = [*((EXPAND,) if manifest.expand else ()), *(key for _, key in wanted)]
+    steps = [*(prefill_name(key) for _, key in wanted), DECODE] if manifest.generation is not None else []
+    names = [*((EXPAND,) if manifest.expand else ()), *(key for _, key in wanted), *steps]
     missing = [name for name in names if name not in known]
     # All bytes are read and verified here; later steps trust them.
     portable = {program.file: files.read(program.file) for program in manifest.all_programs}
     blobs = {name: files.read(known[name]) for name in names if name in known}
+    tokenizer = _tokenizer(manifest, files)
     arrays = _to_devices(manifest, files, devices)
 
     with concurrent.futures.ThreadPoolExecutor(usable_cores()) as pool:
         read = pool.map(lambda name: Code.read(blobs[name], devices.all, name), blobs)
         codes = dict(zip(blobs, read, strict=True))
     if missing:
-        count = len([name for name in missing if name != EXPAND]) or "no"
+        count = len([name for name in missing if name != EXPAND and name not in steps]) or "no"
         _LOG.warning(
             "%s: compiling %s buckets from StableHLO: %s", store.location, count, _why(manifest, target, missing)
         )
@@ -181,9 +189,16 @@ def _load(
     specs = manifest.input_specs().values()
     for sizes, key in wanted:
         if key in missing:
-            program = _program_for(manifest, sizes)
+            program = _program_for(manifest.programs, sizes)
             shapes = [spec.at(sizes) for spec in specs]
             codes[key] = _compile(program, portable, arrays, shapes, devices.shardings(arrays, *manifest.signature()))
+        if manifest.generation is not None and prefill_name(key) in missing:
+            program = _program_for(manifest.generation.prefill, sizes)
+            shapes = prefill_inputs(manifest.generation, sizes)
+            codes[prefill_name(key)] = _compile(program, portable, arrays, shapes, donation(arrays, 3, shapes))
+    if manifest.generation is not None and DECODE in missing:
+        program, shapes = _program_for(manifest.generation.decode, {}), decode_inputs(manifest.generation)
+        codes[DECODE] = _compile(program, portable, arrays, shapes, donation(arrays, 2, shapes))
     runtime = Runtime(*manifest.signature(), arrays, devices)
     for sizes, key in wanted:
         runtime.add(sizes, codes[key].loaded)
@@ -192,7 +207,10 @@ def _load(
     elif write_back and missing:
         _write_back(store, manifest, target, {name: codes[name] for name in missing})
     expander = codes[EXPAND].loaded if manifest.expand is not None else None
-    return Servable(manifest, bucket_sizes, runtime, "stablehlo" if missing else "executables", expander)
+    loaded = {name: code.loaded for name, code in codes.items()}
+    stepper = Stepper.of(manifest, bucket_sizes, loaded, runtime) if manifest.generation is not None else None
+    route = "stablehlo" if missing else "executables"
+    return Servable(manifest, bucket_sizes, runtime, route, expander, stepper, tokenizer)
 
 
 def _target(manifest: Manifest, devices: Devices) -> Fingerprint:
@@ -240,8 +258,14 @@ def _to_devices(manifest: Manifest, files: VerifiedFiles, devices: Devices) -> l
         raise ExecutionError(f"the weights cannot be put on {devices.first}: {_xla.reason(error)}") from error
 
 
-def _program_for(manifest: Manifest, sizes: dict[str, int]) -> PortableProgram:
-    for program in manifest.programs:
+def _tokenizer(manifest: Manifest, files: VerifiedFiles) -> bytes:
+    """The tokenizer of a model that generates; empty without one."""
+    name = manifest.generation.tokenizer if manifest.generation is not None else ""
+    return files.read(name) if name else b""
+
+
+def _program_for(programs: Sequence[PortableProgram], sizes: dict[str, int]) -> PortableProgram:
+    for program in programs:
         if program.sizes is None or program.sizes == sizes:
             return program
     raise ArtifactError(f"{MANIFEST}: no portable program for bucket {bucket_name(sizes)}")

@@ -21,6 +21,9 @@ from lepton_xla.sharding.specs import as_spec, check_axes, check_spec
 SCHEMA = 3
 # The folder of the zarr array that holds the bytes of packed leaves.
 PACKED = "weights/packed"
+# Beside the buckets, the names of the steps of generation, and the file of its tokenizer.
+DECODE = "decode"
+TOKENIZER = "tokenizer.json"
 # Beside the buckets, the name of the program that unpacks stored weights when an artifact is loaded.
 EXPAND = "expand"
 # What is in them is a program, not what was learned, and is never encrypted.
@@ -120,6 +123,32 @@ class Encryption(_Struct, frozen=True, kw_only=True):
     recipients: Annotated[tuple[Recipient, ...], msgspec.Meta(min_length=1, max_length=64)]
 
 
+class GenerationEntry(_Struct, frozen=True, kw_only=True):
+    """How an artifact generates tokens: what `program.Generation` says, and the programs of its two steps.
+
+    Attributes:
+        slots, capacity, vocabulary, first_position, end_tokens: as of `program.Generation`.
+        cache: the arrays of the cache, for all slots.
+        prefill: the portable programs that read a prompt into a slot: one with a symbolic length, or one per length.
+        decode: the portable program that reads one token for each slot.
+        tokenizer: file of the tokenizer; empty without one.
+    """
+
+    slots: Annotated[int, msgspec.Meta(ge=1)]
+    capacity: Annotated[int, msgspec.Meta(ge=1)]
+    vocabulary: Annotated[int, msgspec.Meta(ge=1)]
+    first_position: int | None
+    end_tokens: tuple[int, ...]
+    cache: tuple[Tensor, ...]
+    prefill: tuple[PortableProgram, ...] = ()
+    decode: tuple[PortableProgram, ...] = ()
+    tokenizer: str = ""
+
+    def bare(self) -> GenerationEntry:
+        """The same without files."""
+        return msgspec.structs.replace(self, prefill=(), decode=(), tokenizer="")
+
+
 class GoldenEntry(_Struct, frozen=True, kw_only=True):
     """Rows whose answers are known, in a file that holds the elements of all tensors one after the other.
 
@@ -208,6 +237,7 @@ class Manifest(_Struct, frozen=True, kw_only=True):
             code of every artifact with the same.
         golden: rows whose answers are known, if there are any.
         master: the float weights that it was made from, if it keeps them.
+        generation: how it generates tokens, if it does. Its buckets are then those of the length of prompts.
         programs_note: why there is no symbolic program for all platforms; empty if there is one.
         executables: fingerprint -> executables.
         compile_s: bucket name -> seconds of compilation.
@@ -238,6 +268,7 @@ class Manifest(_Struct, frozen=True, kw_only=True):
     fit: str = ""
     golden: GoldenEntry | None = None
     master: MasterEntry | None = None
+    generation: GenerationEntry | None = None
     programs_note: str
     executables: dict[str, ExecutableSet]
     compile_s: dict[str, float]
@@ -260,8 +291,9 @@ class Manifest(_Struct, frozen=True, kw_only=True):
 
     @property
     def all_programs(self) -> tuple[PortableProgram, ...]:
-        """The portable programs of the buckets, and the one that unpacks weights, if there is one."""
-        return (*self.programs, *((self.expand,) if self.expand is not None else ()))
+        """The portable programs of the buckets, of the steps of generation, and the one that unpacks weights."""
+        steps = (*self.generation.prefill, *self.generation.decode) if self.generation is not None else ()
+        return (*self.programs, *((self.expand,) if self.expand is not None else ()), *steps)
 
     @property
     def size_bytes(self) -> int:
@@ -345,6 +377,15 @@ def manifest_from_json(data: bytes) -> Manifest:
     return manifest
 
 
+def prefill_name(bucket: str) -> str:
+    """The name of the code that reads prompts of a bucket into a slot.
+
+    >>> prefill_name("length=16")
+    'prefill,length=16'
+    """
+    return f"prefill,{bucket}"
+
+
 def row_file(row: int) -> str:
     """The file that holds a row of the packed array."""
     return f"{PACKED}/c/{row}/0"
@@ -408,6 +449,8 @@ def _check(manifest: Manifest) -> None:
         _check_listed(manifest, manifest.golden.file)
     if manifest.master is not None:
         _check_master(manifest, manifest.master)
+    if manifest.generation is not None and manifest.generation.tokenizer:
+        _check_listed(manifest, manifest.generation.tokenizer)
     if manifest.is_update and (manifest.executables or not manifest.fit):
         raise ArtifactError(f"{MANIFEST}: has no program, and is no update of weights either")
     for digest, executables in manifest.executables.items():

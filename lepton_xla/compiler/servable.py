@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,10 @@ from lepton_xla.compiler.buckets import BucketSizes, next_size
 from lepton_xla.compiler.independence import pad
 from lepton_xla.compiler.manifest import Manifest
 from lepton_xla.compiler.runtime import Runner, Runtime
-from lepton_xla.errors import InputError
+from lepton_xla.compiler.stepping import Stepper
+from lepton_xla.errors import InputError, ModelError
+from lepton_xla.generation.engine import Engine
+from lepton_xla.generation.texts import HuggingFace
 from lepton_xla.profiles import Profile
 from lepton_xla.program import TensorSpec
 from lepton_xla.rows import row_symbol
@@ -38,6 +42,8 @@ class Servable:
             that of another.
         manifest: the artifact's manifest.
         expander: the code that unpacks stored weights, if the artifact has such code.
+        stepper: the steps of generation, if it generates.
+        tokenizer: its tokenizer's JSON; empty without one.
 
     >>> program = lx.trace(lambda w, x: x @ w["w"], {"w": jnp.eye(4)}, {"x": lx.TensorSpec(("batch", 4), "float32")})
     >>> servable = lx.compile(program, {"batch": (1, 8)}).servable()
@@ -54,6 +60,8 @@ class Servable:
         runtime: Runtime,
         route: str,
         expander: _xla.Loaded | None = None,
+        stepper: Stepper | None = None,
+        tokenizer: bytes = b"",
     ) -> None:
         self.name = manifest.name
         self.version = manifest.version
@@ -65,6 +73,25 @@ class Servable:
         self.manifest = manifest
         self.runtime = runtime
         self.expander = expander
+        self.stepper = stepper
+        self.tokenizer = tokenizer
+
+    @functools.cached_property
+    def generator(self) -> Engine:
+        """Generates tokens: `generate(prompts, ...)` and `stream(prompt, ...)`.
+
+        Raises:
+            ModelError: if the model does not generate: it was not made by `Generator`.
+            ArtifactError: if its tokenizer cannot be read.
+
+        >>> program = lx.trace(lambda w, x: x @ w, jnp.eye(4), {"x": lx.TensorSpec(("batch", 4), "float32")})
+        >>> lx.compile(program, {"batch": (1,)}, name="plain").servable().generator
+        Traceback (most recent call last):
+        lepton_xla.errors.ModelError: 'plain' does not generate tokens: make it with lx.Generator
+        """
+        if self.stepper is None:
+            raise ModelError(f"{self.name!r} does not generate tokens: make it with lx.Generator")
+        return Engine(self.stepper, HuggingFace(self.tokenizer) if self.tokenizer else None)
 
     @property
     def profile(self) -> Profile | None:

@@ -16,9 +16,11 @@ from lepton_xla.callbacks import without_callbacks
 from lepton_xla.compiler import weights
 from lepton_xla.compiler.artifact import Artifact
 from lepton_xla.compiler.buckets import combinations
-from lepton_xla.compiler.build import flat_functions, float32_bytes, made_by, tensors_of
+from lepton_xla.compiler.build import float32_bytes, made_by, tensors_of
 from lepton_xla.compiler.fingerprint import Fingerprint
 from lepton_xla.compiler.fitting import check_fit, check_weights, fit_digest
+from lepton_xla.compiler.flattening import flat_functions
+from lepton_xla.compiler.generating import export_steps, part
 from lepton_xla.compiler.golden import Golden
 from lepton_xla.compiler.manifest import check_name
 from lepton_xla.compiler.masters import Master
@@ -94,6 +96,7 @@ def make_update(
         version=version,
         programs=(),
         expand=None,
+        generation=made.manifest.generation and made.manifest.generation.bare(),
         executables={},
         compile_s={},
         programs_note="",
@@ -139,6 +142,10 @@ def _of_program(base: Servable, program: Program) -> Artifact:
         raise ArtifactError(
             f"{base.name!r} was compiled for a mesh: compile the new weights for it, then make the update of that"
         )
+    generation, parts = program.generation, None
+    if generation is not None and set(program.symbols) == set(theirs.buckets):
+        parts = part(program, theirs.buckets["length"][0])
+        program = parts.model
     program = without_callbacks(program, combinations(theirs.buckets)[0])
     leaves = name_leaves(program.weights)
     entries = tuple(weights.describe(path, index, array) for index, (path, array) in enumerate(leaves.items()))
@@ -163,6 +170,10 @@ def _of_program(base: Servable, program: Program) -> Artifact:
         programs, _ = export_programs(flat, unpacked, program.inputs, theirs.buckets)
         if expand is not None:
             (unpacking,), _ = export_programs(expand, stored, {}, {})
-        manifest = msgspec.structs.replace(manifest, fit=fit_digest(manifest, programs, unpacking))
+        steps = ()
+        if parts is not None and generation is not None:
+            exported = export_steps(parts, generation, unpacked, theirs.buckets)
+            steps = (*exported.prefill, *exported.decode)
+        manifest = msgspec.structs.replace(manifest, fit=fit_digest(manifest, programs, unpacking, steps))
     master = Master.made(program) if theirs.master is not None else None
     return Artifact(manifest, tuple(leaves.values()), {}, (), master=master)

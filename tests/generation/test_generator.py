@@ -1,0 +1,181 @@
+"""Greedy tokens equal those of the framework's own decoding, in memory, saved and loaded, and quantized."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from generation_models import (
+    VOCABULARY,
+    Decoder,
+    NnxDecoder,
+    Seq2Seq,
+    decoder_weights,
+    linen_decoder,
+    linen_reference,
+    nnx_reference,
+    seq2seq_weights,
+)
+
+import lepton_xla as lx
+
+CAPACITY = 24
+PROMPTS = [[5, 3, 9], [1], [7, 7, 2, 20, 11, 4, 1, 2], [22, 0, 3, 3, 8]]
+
+
+def functions(model):
+    return model.init_cache, model.prefill, model.decode
+
+
+def made(kind):
+    """The generator of a kind of model, and its own greedy decoding."""
+    options = {"slots": 3, "capacity": CAPACITY}
+    if kind in ("loop", "scanned"):
+        model, weights = Decoder(kind == "scanned"), decoder_weights()
+        generator = lx.Generator(*functions(model), weights, **options)
+        return generator, lambda prompt, count: model.reference(weights, prompt, count)
+    if kind == "seq2seq":
+        model, weights = Seq2Seq(), seq2seq_weights()
+        generator = lx.Generator(*functions(model), weights, encoder_decoder=True, **options)
+        return generator, lambda prompt, count: model.reference(weights, prompt, count)
+    if kind == "linen":
+        module, variables = linen_decoder()
+        generator = lx.Generator.from_linen(module, variables, **options)
+        return generator, lambda prompt, count: linen_reference(module, variables, prompt, count, CAPACITY)
+    module = NnxDecoder(nnx.Rngs(1))
+    generator = lx.Generator.from_nnx(module, **options)
+    return generator, lambda prompt, count: nnx_reference(module, prompt, count, CAPACITY)
+
+
+@pytest.mark.parametrize("kind", ["loop", "scanned", "seq2seq", "linen", "nnx"])
+def test_greedy_tokens_are_those_of_the_framework(kind, tmp_path):
+    generator, reference = made(kind)
+    artifact = lx.compile(generator.program, {"length": (4, 8)}, name=kind)
+    expected = [tuple(reference(prompt, 12)) for prompt in PROMPTS]
+    assert len({tokens for row in expected for tokens in row}) > 4, "a model that repeats itself shows little"
+    found = artifact.servable().generator.generate(PROMPTS, max_tokens=12)
+    assert [each.tokens for each in found] == expected
+    artifact.save(tmp_path / "model.lepton")
+    loaded = lx.load(tmp_path / "model.lepton")
+    assert loaded.route == "executables"
+    assert [each.tokens for each in loaded.generator.generate(PROMPTS, max_tokens=12)] == expected
+
+
+def test_the_model_itself_gives_the_logits_of_the_next_token():
+    generator, reference = made("loop")
+    model = lx.compile(generator.program, {"length": (4, 8)}).servable()
+    logits = model(tokens=np.array([[5, 3, 9]], np.int32), lengths=np.array([3], np.int32))["logits"]
+    assert int(logits.argmax()) == reference([5, 3, 9], 1)[0]
+
+
+@pytest.mark.parametrize(("recipe", "share"), [("int8-weight-only", 0.4), ("int4-weight-only", 0.35)])
+def test_both_steps_use_one_set_of_quantized_weights(recipe, share, tmp_path):
+    generator, _ = made("scanned")
+    small = lx.optimize(generator.program, lx.Recipe.load(recipe), buckets={"length": (8,)})
+    assert small.weights_bytes < share * generator.program.weights_bytes
+    lx.compile(small, {"length": (8,)}).save(tmp_path / "small.lepton")
+    servable = lx.load(tmp_path / "small.lepton")
+    assert servable.weights_bytes < share * generator.program.weights_bytes
+    dense = jax.tree.map(
+        lambda leaf: leaf.dequantize() if hasattr(leaf, "dequantize") else leaf,
+        dict(small.weights),
+        is_leaf=lambda leaf: hasattr(leaf, "dequantize"),
+    )
+    weights = {"embed": dense["embed"], "places": dense["places"]}
+    weights["layers"] = {name.split("/")[1]: leaf for name, leaf in dense.items() if "/" in name}
+    found = servable.generator.generate(PROMPTS, max_tokens=8)
+    assert [list(each.tokens) for each in found] == [Decoder(True).reference(weights, p, 8) for p in PROMPTS]
+
+
+def test_nothing_is_traced_when_it_is_loaded_and_run(tmp_path, monkeypatch):
+    generator, _ = made("loop")
+    lx.compile(generator.program, {"length": (4,)}).save(tmp_path / "model.lepton")
+
+    def refuse(*_, **__):
+        raise AssertionError("traced")
+
+    monkeypatch.setattr(jax, "jit", refuse)
+    monkeypatch.setattr(jax.export, "deserialize", refuse)
+    assert len(lx.load(tmp_path / "model.lepton").generator.generate([[1, 2]], max_tokens=3)[0].tokens) == 3
+
+
+def test_the_cache_is_changed_where_it_lies():
+    generator, _ = made("scanned")
+    stepper = lx.compile(generator.program, {"length": (4,)}).servable().stepper
+    stepper.prefill([1, 2], 0)
+    before = stepper._cache
+    places = [array.unsafe_buffer_pointer() for array in before]
+    stepper.decode([1, 0, 0], [2, 0, 0])
+    assert all(array.is_deleted() for array in before)
+    assert [array.unsafe_buffer_pointer() for array in stepper._cache] == places
+
+
+def test_other_weights_take_the_place_of_the_first_ones(tmp_path):
+    from lepton_xla.compiler import make_update
+
+    model = Decoder(True)
+    first, second = decoder_weights(), jax.tree.map(lambda leaf: -leaf, decoder_weights())
+    generators = [lx.Generator(*functions(model), w, slots=2, capacity=CAPACITY) for w in (first, second)]
+    base = lx.compile(generators[0].program, {"length": (4,)}).servable()
+    make_update(base, generators[1].program, version="2").save(tmp_path / "two.lepton")
+    updated = lx.load(tmp_path / "two.lepton", base=base)
+    assert list(updated.generator.generate([[5, 3]], max_tokens=6)[0].tokens) == model.reference(second, [5, 3], 6)
+    assert list(base.generator.generate([[5, 3]], max_tokens=6)[0].tokens) == model.reference(first, [5, 3], 6)
+
+
+def broken(**changed):
+    model, weights = Decoder(True), decoder_weights()
+    parts = {"init_cache": model.init_cache, "prefill": model.prefill, "decode": model.decode} | changed
+    return lx.Generator(*parts.values(), weights, slots=2, capacity=8)
+
+
+def others_matter(w, cache, token, position):
+    logits, after = Decoder(True).decode(w, cache, token, position)
+    return logits - logits.mean(0, keepdims=True), after
+
+
+def one_too_far(w, cache, token, position):
+    return Decoder(True).decode(w, cache, token, position + 1)
+
+
+def padding_matters(w, tokens, length):
+    return Decoder(True).prefill(w, tokens, jnp.full_like(length, tokens.shape[1]))
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"decode": others_matter}, "slots affect each other"),
+        ({"decode": one_too_far}, "does not go on where prefill stops"),
+        ({"prefill": padding_matters}, "padded with zeros along 'length'"),
+    ],
+)
+def test_a_model_that_breaks_the_contract_is_refused_when_it_is_compiled(changed, message):
+    with pytest.raises(lx.CompileError, match=message):
+        lx.compile(broken(**changed).program, {"length": (4, 8)})
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"init_cache": lambda w, B, S: jnp.zeros(S)}, "needs one axis of sequences"),
+        ({"init_cache": lambda w, B, S: {}}, "returns no array"),
+        ({"decode": lambda w, cache, token, position: token}, "decode returns a ShapeDtypeStruct"),
+        ({"decode": lambda w, cache, token, position: (token, cache)}, "logits of decode"),
+        ({"decode": lambda w, cache, token, position: 1 / 0}, "decode cannot be traced: ZeroDivisionError"),
+        ({"prefill": lambda w, tokens, length: (jnp.zeros((1, 3)), {})}, "prefill gives logits"),
+    ],
+)
+def test_functions_that_do_not_fit_are_refused_with_their_names(changed, message):
+    with pytest.raises(lx.ModelError, match=message):
+        broken(**changed)
+
+
+def test_a_prompt_may_not_be_longer_than_the_cache():
+    with pytest.raises(lx.CompileError, match="the cache has 8 positions"):
+        lx.compile(broken().program, {"length": (16,)})
+
+
+def test_modules_without_a_cache_are_refused():
+    with pytest.raises(lx.ModelError, match="no part with a cache"):
+        lx.Generator.from_nnx(nnx.Embed(VOCABULARY, 4, rngs=nnx.Rngs(0)))
