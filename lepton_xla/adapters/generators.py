@@ -48,8 +48,8 @@ class Generator:
     >>> def step(w, cache, token, position):  # the next token is the sum of all so far
     ...     total = cache + token
     ...     return jax.nn.one_hot(total % 16, 16) @ w, total
-    >>> def prefill(w, tokens, length):
-    ...     return step(w, 0, jnp.where(jnp.arange(tokens.shape[1]) < length[:, None], tokens, 0).sum(1), length)
+    >>> def prefill(w, tokens, length):  # behind `length` there are zeros
+    ...     return step(w, 0, tokens.sum(1), length)
     >>> generator = lx.Generator(lambda w, B, S: jnp.zeros(B, "int32"), prefill, step, jnp.eye(16), slots=2, capacity=8)
     >>> model = lx.compile(generator.program, {"length": (4,)}).servable()
     >>> model.generator.generate([[1, 2], [3]], max_tokens=4)[0].tokens

@@ -143,18 +143,18 @@ def check_steps(stepper: Stepper, tolerance: float) -> None:
     first = stepper.first_position
     place = size if first is None else first
 
-    def decoded(slot: int) -> np.ndarray:
-        tokens, positions = [0] * stepper.slots, [0] * stepper.slots
+    def decoded(slot: int, others: int) -> np.ndarray:
+        tokens, positions = [others] * stepper.slots, [place if others else 0] * stepper.slots
         tokens[slot], positions[slot] = prompts[0][0], place
         return stepper.decode(tokens, positions)[slot]
 
     logits = stepper.prefill(prompts[0], 0)
-    alone = decoded(0)
+    alone = decoded(0, others=0)
     stepper.reset()
     for slot, prompt in enumerate(prompts[1:]):
         stepper.prefill(prompt, slot)
     stepper.prefill(prompts[0], stepper.slots - 1)
-    beside = decoded(stepper.slots - 1)
+    beside = decoded(stepper.slots - 1, others=prompts[0][-1])
     stepper.reset()
     if _differs(beside, alone, tolerance):
         raise CompileError(

@@ -121,7 +121,7 @@ class Servable:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of weights and compiled code on one device; of the code an estimate, since XLA does not tell.
+        """Bytes of weights, compiled code and cache on one device; of the code an estimate, since XLA does not tell.
 
         >>> program = lx.trace(lambda w, x: x @ w, jnp.eye(4), {"x": lx.TensorSpec(("batch", 4), "float32")})
         >>> servable = lx.compile(program, {"batch": (1,)}).servable()
@@ -130,7 +130,8 @@ class Servable:
         """
         here = [each.files for each in self.manifest.executables.values()]
         code = max((sum(self.manifest.files[file].size for file in files.values()) for files in here), default=0)
-        return self.weights_bytes + code + _EXECUTABLE_BYTES * self.runtime.count
+        cache = self.stepper.cache_bytes if self.stepper is not None else 0
+        return self.weights_bytes + code + _EXECUTABLE_BYTES * self.runtime.count + cache
 
     def run(
         self, sizes: Mapping[str, int], arrays: Sequence[Shaped[np.ndarray, "*_"]]

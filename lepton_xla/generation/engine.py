@@ -131,6 +131,11 @@ class Engine:
         with self._lock:
             self._slots.cancel(sequence)
 
+    def abandon(self, error: Exception) -> None:
+        """End all sequences as failed."""
+        with self._lock:
+            self._slots.fail_all(error)
+
     def step(self) -> bool:
         """Go on with all sequences; tell whether something is left to do."""
         with self._lock:

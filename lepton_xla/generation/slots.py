@@ -115,6 +115,14 @@ class Slots:
             if other is sequence:
                 self._leave(slot)
 
+    def fail_all(self, error: Exception) -> None:
+        """End all sequences, those that wait too: something is wrong that no next step mends."""
+        self._fail(error)
+        while self.waiting:
+            sequence = self.waiting.popleft()
+            sequence.error = error
+            self._end(sequence, "failed")
+
     def step(self) -> None:
         """Read the prompt of one waiting sequence, if there is a slot for it, and decode a token of each."""
         if self.waiting and self._free:
@@ -177,7 +185,7 @@ class Slots:
             rest = sequence.text.end() if sequence.text is not None else ""
             sequence.told(sequence, None, rest)
 
-    def _fail(self, error: LeptonError) -> None:
+    def _fail(self, error: Exception) -> None:
         self._steps.reset()
         for slot, sequence in tuple(self.running.items()):
             sequence.error = error

@@ -48,6 +48,7 @@ class Limits:
     max_connections_per_address: int = _limit(
         10_000, "Those of them from one client address; more get the same. Leave it where a proxy is in front."
     )
+    max_waiting_prompts: int = _limit(256, "Prompts of one model that wait for a slot of its cache; more get 503.")
     head_timeout_s: float = _limit(10.0, "Seconds a client may take for a TLS handshake, and for the header fields.")
     body_timeout_s: float = _limit(60.0, "Seconds a client may take to send the body.")
     idle_timeout_s: float = _limit(75.0, "Seconds a kept connection may stay without a request.")

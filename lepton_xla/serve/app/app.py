@@ -17,6 +17,7 @@ from typing import Protocol
 from lepton_xla.serve.access.auth import Guard
 from lepton_xla.serve.app.audit import AuditPage
 from lepton_xla.serve.app.feedback import FeedbackPage, Others
+from lepton_xla.serve.app.generation import GenerationPages
 from lepton_xla.serve.app.pages import Gather, Pages
 from lepton_xla.serve.app.repository import Control, RepositoryPages
 from lepton_xla.serve.app.traffic import TrafficPages
@@ -169,6 +170,13 @@ class App:
         )  # fmt: skip
         self._pages.model["model_feedback"] = FeedbackPage(models, metrics, self.refuse, others).take
         self._pages.server["audit"] = AuditPage(audit_log, metrics, self.refuse).show
+        generating = GenerationPages(models, metrics, limits, self.refuse)
+        self._pages.model |= {"generate": generating.generate, "generate_stream": generating.stream}
+        self._pages.server |= {
+            "completions": generating.complete,
+            "chat_completions": generating.chat,
+            "generators": generating.list_models,
+        }
         self._repository: RepositoryPages | None = None
         if control is not None:
             self._repository = RepositoryPages(

@@ -305,6 +305,9 @@ class Connection(asyncio.Protocol):
             exchange.body_out = (b"".join(exchange.body_out),)
             exchange = pending[0]
         while (response := exchange.response) is not None:
+            if exchange.streaming:
+                self._write_on(exchange)
+                return
             pending.popleft()
             head = exchange.head
             state.buffered_bytes -= len(exchange.body)
@@ -323,6 +326,8 @@ class Connection(asyncio.Protocol):
             start = response.start
             if last or head.old or exchange.trace is not None:
                 start = DATE.starts[response.status] + _fields(exchange, last=last) + response.fields
+            if exchange.streamed:
+                start = b""
             # A list, because unpacking into a tuple takes longer.
             self._transport.write(b"".join([start, *body]) if body else start)
             if self._stalled != inf:
@@ -341,6 +346,20 @@ class Connection(asyncio.Protocol):
                 self._send_continue()
             else:
                 self._deadline = (monotonic() if now_s is None else now_s) + self._limits.idle_timeout_s
+
+    def _write_on(self, exchange: Exchange) -> None:
+        """Writes what there is of an answer whose body goes on. It keeps its place among the answers."""
+        response = exchange.response
+        assert response is not None
+        pieces = list(exchange.body_out)
+        exchange.body_out = ()
+        if not exchange.streamed:
+            exchange.streamed = True
+            trace = b"" if exchange.trace is None else b"Traceparent: " + exchange.trace + b"\r\n"
+            pieces.insert(0, DATE.starts[response.status] + trace + response.fields)
+        self._transport.write(b"".join(pieces))
+        if self._stalled != inf:
+            self._out.count(self._transport.get_write_buffer_size())
 
     def _fail(self, refusal: HTTPError, method: bytes = b"") -> None:
         """Answers a request that cannot be read, after all earlier answers, and closes.

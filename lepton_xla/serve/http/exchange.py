@@ -99,6 +99,8 @@ class Exchange(msgspec.Struct, eq=False):
         response: status and header fields of the answer.
         body_out: pieces of its body.
         reserved: bytes reserved for the answer, until it is written.
+        streaming: whether its body goes on: it has been begun, and has not been ended.
+        streamed: whether its head has been written already.
         choice: how the version that answers was chosen, where several share the requests; what is set by the app.
         trace: the W3C `traceparent` of the request, if valid; the answer repeats it.
     """
@@ -114,6 +116,8 @@ class Exchange(msgspec.Struct, eq=False):
     body_out: Sequence[bytes | memoryview] = ()
     trace: bytes | None = None
     reserved: int = 0
+    streaming: bool = False
+    streamed: bool = False
     choice: Any = None
 
     def reserve(self, nbytes: int) -> None:
@@ -127,10 +131,10 @@ class Exchange(msgspec.Struct, eq=False):
 
     def abandon(self) -> None:
         """The client went away."""
-        if not self.answered:
-            self.answered = True
-            if self.watcher is not None:
+        if not self.answered or self.streaming:
+            if not self.answered and self.watcher is not None:
                 self.watcher.gone(self)
+            self.answered, self.streaming = True, False
             work, self.work = self.work, None
             if work is not None:
                 work.cancel()
@@ -138,6 +142,39 @@ class Exchange(msgspec.Struct, eq=False):
     def answer(self, status: int, body: bytes, content_type: str = "application/json", *extra: str) -> None:
         """Answers with a status, a body, and further header lines such as `Retry-After: 1`."""
         self.send(respond(status, len(body), content_type, *extra), () if self.head.method == b"HEAD" else (body,))
+
+    def begin(self, status: int, content_type: str, *extra: str) -> None:
+        """Answers with a body whose length is not known yet: `write` sends it in chunks, and `end` ends it.
+
+        Raises:
+            HTTPError: 505 for a client of HTTP/1.0, which knows no chunks.
+        """
+        if self.answered:
+            return
+        if self.head.old:
+            raise HTTPError(505, "an answer that comes in pieces needs HTTP/1.1")
+        close = () if self.head.keep_alive else ("Connection: close",)
+        lines = (f"Content-Type: {content_type}", "Transfer-Encoding: chunked", *extra, *close, "\r\n")
+        fields = "\r\n".join(lines).encode("latin-1")
+        self.answered = self.streaming = True
+        self.response = Response(status, fields, len(fields))
+        if self.watcher is not None:
+            self.watcher.answered(self, self.response)
+        self.connection.flush(self)
+
+    def write(self, data: bytes) -> None:
+        """Sends a piece of a body that was begun, unless the client went away."""
+        if self.streaming and data:
+            self.body_out = (*self.body_out, b"%x\r\n%b\r\n" % (len(data), data))
+            self.connection.flush(self)
+
+    def end(self) -> None:
+        """Ends a body that was begun."""
+        if self.streaming:
+            self.streaming = False
+            self.work = None
+            self.body_out = (*self.body_out, b"0\r\n\r\n")
+            self.connection.flush(self)
 
     def refuse(self, refusal: HTTPError) -> None:
         """Answers with an error."""

@@ -42,8 +42,14 @@ _COUNTERS: dict[str, tuple[str, Callable[[Metrics], float]]] = {
     "batches": ("Executions.", lambda counted: counted.batch_rows.count),
     "model_loads": ("Times that a version was loaded.", lambda counted: counted.loads),
     "model_load_failures": ("Times that a version could not be loaded.", lambda counted: counted.load_failures),
+    "generations": ("Sequences of tokens that ended by themselves.", lambda counted: counted.generations),
+    "generations_cancelled": (
+        "Sequences of tokens whose client went away first.", lambda counted: counted.generations_cancelled
+    ),
+    "prompt_tokens": ("Tokens of prompts.", lambda counted: counted.prompt_tokens),
+    "generated_tokens": ("Tokens generated.", lambda counted: counted.generated_tokens),
     "failed_batches": ("Executions that failed.", lambda counted: counted.failed_batches),
-}
+}  # fmt: skip
 _HISTOGRAMS: dict[str, tuple[str, Callable[[Metrics], Histogram]]] = {
     "request_seconds": ("From a whole request to its answer.", lambda counted: counted.request_s),
     "queue_seconds": ("From a whole request to the start of its batch.", lambda counted: counted.queue_s),
@@ -52,6 +58,8 @@ _HISTOGRAMS: dict[str, tuple[str, Callable[[Metrics], Histogram]]] = {
     "padding_share": (
         "Padding rows of one execution as a share of its rows.", lambda counted: counted.padding_share
     ),
+    "first_token_seconds": ("From a whole request to its first token.", lambda counted: counted.first_token_s),
+    "next_token_seconds": ("From a token to the next one.", lambda counted: counted.next_token_s),
     "request_bytes": ("Body of an infer request.", lambda counted: counted.request_bytes),
     # Without status line, `Date` and `Connection`, which the connection writes.
     "response_bytes": ("Infer answer: body, and header fields except Date.", lambda counted: counted.response_bytes),

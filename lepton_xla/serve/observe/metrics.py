@@ -110,6 +110,11 @@ class Metrics:
             line, `Date` and `Connection`.
         input_s, infer_s, output_s: seconds that inferences spent in copying rows in, in execution, and from there to
             their answers; a batch of eight requests counts eight times.
+        generations: sequences that ended by themselves.
+        generations_cancelled: sequences whose client went away first.
+        prompt_tokens, generated_tokens: tokens that were read, and made.
+        first_token_s: seconds from a whole request to its first token.
+        next_token_s: seconds from a token to the next one.
         loads: times that the version was loaded.
         load_failures: times that it could not be loaded.
         last_s: when the last batch finished, seconds since the epoch.
@@ -127,6 +132,10 @@ class Metrics:
         self.failures = self.rejected = self.expired = self.cancelled = 0
         self.rows = self.padding = self.failed_batches = 0
         self.loads = self.load_failures = 0
+        self.generations = self.generations_cancelled = 0
+        self.prompt_tokens = self.generated_tokens = 0
+        self.first_token_s = Histogram(_SECONDS)
+        self.next_token_s = Histogram(_SECONDS)
         self.request_s = Histogram(_SECONDS)
         self.queue_s = Histogram(_SECONDS)
         self.compute_s = Histogram(_SECONDS)

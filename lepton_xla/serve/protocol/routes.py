@@ -12,7 +12,7 @@ from typing import Any, Literal
 from urllib.parse import unquote
 
 from lepton_xla.serve.errors import HTTPError
-from lepton_xla.serve.protocol import auditing, metadata, monitoring, traffic, uploads
+from lepton_xla.serve.protocol import auditing, generation, metadata, monitoring, traffic, uploads
 from lepton_xla.serve.protocol.request import RequestHead
 from lepton_xla.serve.protocol.response import ResponseHead
 
@@ -82,6 +82,17 @@ ROUTES: tuple[Route, ...] = (
           response=metadata.Statistics),
     Route("infer", "POST", f"{_MODEL}/infer", "infer", "Runs a model",
           request=RequestHead, response=ResponseHead),
+    Route("generate", "POST", f"{_MODEL}/generate", "infer", "Continues a text or token ids",
+          request=generation.GenerateRequest, response=generation.GenerateResponse),
+    Route("generate_stream", "POST", f"{_MODEL}/generate_stream", "infer",
+          "The same, as a server-sent event for each token", request=generation.GenerateRequest,
+          response="text/event-stream"),
+    Route("completions", "POST", "/v1/completions", "infer", "Continues texts, in OpenAI's form",
+          request=generation.CompletionRequest, response=generation.Completion),
+    Route("chat_completions", "POST", "/v1/chat/completions", "infer", "Continues a chat, in OpenAI's form",
+          request=generation.ChatRequest, response=generation.Completion),
+    Route("generators", "GET", "/v1/models", "read", "The models that generate, in OpenAI's form",
+          response=generation.ModelList),
     Route("model_feedback", "POST", f"{_MODEL}/feedback", "infer", "The right answers of earlier requests",
           request=monitoring.FeedbackRequest, response=monitoring.FeedbackTaken),
     Route("model_monitor", "GET", f"{_MODEL}/monitor", "read", "Drift of a model's data, and its accuracy by feedback",

@@ -1,0 +1,315 @@
+"""Answers requests to generate, whole or token by token as server-sent events."""
+
+from __future__ import annotations
+
+import dataclasses
+import secrets
+import weakref
+from collections.abc import Callable
+from time import monotonic, time
+from typing import Any
+
+import msgspec
+
+from lepton_xla.errors import InputError, LeptonError
+from lepton_xla.generation.sampling import Sampling
+from lepton_xla.generation.slots import Generation
+from lepton_xla.serve.batching.decoding import Decoding
+from lepton_xla.serve.errors import HTTPError
+from lepton_xla.serve.http.exchange import Exchange
+from lepton_xla.serve.limits import Limits
+from lepton_xla.serve.models.handle import ModelHandle
+from lepton_xla.serve.models.registry import Registry
+from lepton_xla.serve.observe.metrics import Metrics
+from lepton_xla.serve.observe.server_metrics import ServerMetrics
+from lepton_xla.serve.protocol import generation
+from lepton_xla.serve.protocol.generation import Completion, GenerateResponse, event
+
+type Refuse = Callable[[Exchange, HTTPError], None]
+_EVENTS = "text/event-stream", "Cache-Control: no-cache"
+# What a request may take beside the prompt, and bytes of JSON that a token of the prompt may take.
+_BODY_BYTES, _TOKEN_BYTES = 64 << 10, 512
+
+
+@dataclasses.dataclass(eq=False)
+class _Choice:
+    """One sequence of a request, and what has come of it."""
+
+    sequence: Generation
+    tokens: int = 0
+    last_s: float = 0.0
+
+
+class _Answer:
+    """The answer of one request while it comes; `Cancellable`.
+
+    Args:
+        exchange: gets it.
+        decoding: runs its sequences.
+        metrics: counts.
+        codes: counts HTTP answers.
+        refuse: answers with an error.
+        write: `write(choice, token, text)` gives the events of a token, or of the end (token None); None for an
+            answer as a whole.
+        whole: gives the body of an answer as a whole, of all choices; the last events of a stream.
+    """
+
+    def __init__(
+        self,
+        exchange: Exchange,
+        decoding: Decoding,
+        metrics: Metrics,
+        codes: Any,
+        refuse: Refuse,
+        write: Callable[[int, Generation, int | None, str], bytes] | None,
+        whole: Callable[[list[Generation]], bytes],
+    ) -> None:
+        self._exchange, self._decoding, self._metrics = exchange, decoding, metrics
+        self._codes, self._refuse, self._write, self._whole = codes, refuse, write, whole
+        self._choices: list[_Choice] = []
+        self._left = 0
+
+    def start(self, prompts: list[Any], sampling: Sampling) -> None:
+        """Checks all prompts, and then begins.
+
+        Raises:
+            HTTPError: 400 for a prompt or a value that is refused, 503 if too many wait.
+        """
+        engine = self._decoding.engine
+        try:
+            made = [engine.sequence(prompt, sampling) for prompt in prompts]
+        except InputError as error:
+            raise HTTPError(400, str(error)) from error
+        self._choices = [_Choice(sequence, last_s=self._exchange.started_s) for sequence in made]
+        self._left = len(made)
+        self._exchange.work = self
+        for index, choice in enumerate(self._choices):
+
+            def told(_: Generation, token: int | None, text: str, index: int = index) -> None:
+                self._told(index, token, text)
+
+            choice.sequence.told = told
+            try:
+                self._decoding.submit(choice.sequence)
+            except HTTPError:
+                self.cancel()
+                raise
+        if self._write is not None:
+            self._exchange.begin(200, *_EVENTS)
+            self._codes[200] += 1
+
+    def cancel(self) -> None:
+        """The client went away: its slots are free for the next step."""
+        for choice in self._choices:
+            self._decoding.cancel(choice.sequence)
+
+    def _told(self, index: int, token: int | None, text: str) -> None:
+        """A sequence has another token, or has ended."""
+        choice, now, metrics = self._choices[index], monotonic(), self._metrics
+        if token is not None:
+            (metrics.next_token_s if choice.tokens else metrics.first_token_s).observe(now - choice.last_s)
+            choice.tokens += 1
+            choice.last_s = now
+            metrics.generated_tokens += 1
+            metrics.last_s = time()
+        else:
+            self._left -= 1
+            metrics.prompt_tokens += len(choice.sequence.prompt)
+            if choice.sequence.finish == "cancelled":
+                metrics.generations_cancelled += 1
+            elif choice.sequence.finish == "failed":
+                metrics.failures += 1
+            else:
+                metrics.generations += 1
+        exchange = self._exchange
+        failed = choice.sequence.finish == "failed" and token is None
+        if self._write is not None:
+            if failed:
+                exchange.write(event({"error": "generation failed"}))
+            else:
+                exchange.write(self._write(index, choice.sequence, token, text))
+            if not self._left:
+                exchange.write(self._whole([each.sequence for each in self._choices]))
+                exchange.end()
+        elif failed:
+            self._refuse(exchange, HTTPError(500, "generation failed"))
+            self.cancel()
+        elif not self._left and not exchange.answered:
+            self._codes[200] += 1
+            exchange.answer(200, self._whole([each.sequence for each in self._choices]))
+
+
+class GenerationPages:
+    """Routes of generation.
+
+    Args:
+        models: the models served.
+        metrics: the server's counters.
+        limits: the bounds on a request.
+        refuse: answers with an error.
+    """
+
+    def __init__(self, models: Registry, metrics: ServerMetrics, limits: Limits, refuse: Refuse) -> None:
+        self._models, self._metrics, self._limits, self._refuse = models, metrics, limits, refuse
+        self._decodings: weakref.WeakKeyDictionary[ModelHandle, Decoding] = weakref.WeakKeyDictionary()
+
+    def _decoding(self, model: ModelHandle) -> Decoding:
+        found = self._decodings.get(model)
+        if found is None:
+            if getattr(model.scheduler.engine.model, "stepper", None) is None:
+                raise HTTPError(400, f"model {model.signature.name!r} does not generate tokens; use infer")
+            loaded: Any = model.scheduler.engine.model
+            try:
+                found = self._decodings[model] = Decoding(loaded.generator, self._limits.max_waiting_prompts)
+            except LeptonError as error:
+                raise HTTPError(501, "the model's tokenizer cannot be used on this server") from error
+        return found
+
+    def _answer(
+        self,
+        model: ModelHandle,
+        exchange: Exchange,
+        write: Callable[[int, Generation, int | None, str], bytes] | None,
+        whole: Callable[[list[Generation]], bytes],
+    ) -> _Answer:
+        return _Answer(exchange, self._decoding(model), model.metrics, self._metrics.codes, self._refuse, write, whole)
+
+    def _check_size(self, model: ModelHandle, exchange: Exchange, prompts: int = 1) -> None:
+        """Checks the size of a body before it is decoded."""
+        if exchange.head.headers.get(b"content-encoding", b"identity").strip().lower() not in (b"", b"identity"):
+            raise HTTPError(415, "send requests to generate without Content-Encoding")
+        steps = self._decoding(model).engine.steps
+        most = _BODY_BYTES + prompts * _TOKEN_BYTES * steps.longest_prompt
+        if len(exchange.body) > most:
+            raise HTTPError(413, f"the body has {len(exchange.body)} bytes; {most} are enough for the longest prompt")
+
+    # Triton's and KServe's form.
+
+    def generate(self, model: ModelHandle, exchange: Exchange) -> None:
+        """Answers with the whole text."""
+        self._generate(model, exchange, stream=False)
+
+    def stream(self, model: ModelHandle, exchange: Exchange) -> None:
+        """Answers with an event for each token."""
+        self._generate(model, exchange, stream=True)
+
+    def _generate(self, model: ModelHandle, exchange: Exchange, *, stream: bool) -> None:
+        self._check_size(model, exchange)
+        request, fields = generation.read(exchange.body, generation.GenerateRequest)
+        known = {"text_input", "input_ids", "id", "parameters"}
+        beside = {name: value for name, value in fields.items() if name not in known}
+        sampling = generation.sampling_of({**beside, **request.parameters})
+        if (request.text_input is None) == (request.input_ids is None):
+            raise HTTPError(400, "give either text_input or input_ids")
+        prompt: Any = request.text_input if request.text_input is not None else request.input_ids
+        signature = model.signature
+
+        def response(**told: Any) -> GenerateResponse:
+            return GenerateResponse(model_name=signature.name, model_version=signature.version, id=request.id, **told)
+
+        def details(sequence: Generation) -> dict[str, Any]:
+            return {"finish_reason": sequence.finish, "generated_tokens": len(sequence.tokens)}
+
+        def write(_: int, sequence: Generation, token: int | None, text: str) -> bytes:
+            if token is None:
+                return event(response(text_output=text, token_ids=[], details=details(sequence)))
+            return event(response(text_output=text, token_ids=[token]))
+
+        def whole(sequences: list[Generation]) -> bytes:
+            if stream:
+                return b""
+            (one,) = sequences
+            text = one.text.text if one.text is not None else ""
+            return msgspec.json.encode(response(text_output=text, token_ids=one.tokens, details=details(one)))
+
+        self._answer(model, exchange, write if stream else None, whole).start([prompt], sampling)
+
+    # OpenAI's form.
+
+    def list_models(self, exchange: Exchange) -> None:
+        """Lists the models that generate."""
+        names = {
+            each.signature.name
+            for each in self._models
+            if getattr(each.scheduler.engine.model, "stepper", None) is not None
+        }
+        self._metrics.codes[200] += 1
+        entries = [generation.ModelEntry(id=name) for name in sorted(names)]
+        exchange.answer(200, msgspec.json.encode(generation.ModelList(data=entries)))
+
+    def complete(self, exchange: Exchange) -> None:
+        """Answers `/v1/completions`."""
+        if len(exchange.body) > self._limits.max_body_bytes >> 3:
+            raise HTTPError(413, "the body is too long for a prompt")
+        request, fields = generation.read(exchange.body, generation.CompletionRequest)
+        model = self._models.find(request.model, None, None)
+        prompt: Any = request.prompt
+        several = isinstance(prompt, list) and bool(prompt) and isinstance(prompt[0], (str, list))
+        prompts: list[Any] = prompt if several else [prompt]
+        if len(prompts) > self._limits.max_waiting_prompts:
+            raise HTTPError(400, f"{len(prompts)} prompts are more than {self._limits.max_waiting_prompts}")
+        self._check_size(model, exchange, len(prompts))
+        defaults = {"temperature": 1.0, "max_tokens": None}
+        self._complete(model, exchange, request, prompts, generation.sampling_of(fields, defaults), chat=False)
+
+    def chat(self, exchange: Exchange) -> None:
+        """Answers `/v1/chat/completions`."""
+        if len(exchange.body) > self._limits.max_body_bytes >> 3:
+            raise HTTPError(413, "the body is too long for a prompt")
+        request, fields = generation.read(exchange.body, generation.ChatRequest)
+        model = self._models.find(request.model, None, None)
+        self._check_size(model, exchange)
+        if not request.messages:
+            raise HTTPError(400, "messages is empty")
+        sampling = generation.sampling_of(fields, {"temperature": 1.0})
+        self._complete(model, exchange, request, [generation.chat_text(request.messages)], sampling, chat=True)
+
+    def _complete(
+        self,
+        model: ModelHandle,
+        exchange: Exchange,
+        request: generation.CompletionRequest | generation.ChatRequest,
+        prompts: list[Any],
+        sampling: Sampling,
+        *,
+        chat: bool,
+    ) -> None:
+        number, created, stream = secrets.token_hex(12), int(time()), bool(request.stream)
+        kind = ("chat.completion.chunk" if stream else "chat.completion") if chat else "text_completion"
+        begun: set[int] = set()
+
+        def completion(choices: list[dict[str, Any]], usage: generation.Usage | None = None) -> Completion:
+            name = f"{'chatcmpl' if chat else 'cmpl'}-{number}"
+            return Completion(id=name, object=kind, created=created, model=request.model, choices=choices, usage=usage)
+
+        def choice(index: int, text: str, tokens: list[int], finish: str | None) -> dict[str, Any]:
+            said: dict[str, Any] = {"index": index, "finish_reason": finish, "token_ids": tokens, "logprobs": None}
+            if not chat:
+                return said | {"text": text}
+            message: dict[str, Any] = {"content": text}
+            if not stream or index not in begun:
+                message["role"] = "assistant"
+                begun.add(index)
+            return said | {"delta" if stream else "message": message}
+
+        def usage(sequences: list[Generation]) -> generation.Usage:
+            read, made = sum(len(each.prompt) for each in sequences), sum(len(each.tokens) for each in sequences)
+            return generation.Usage(read, made, read + made)
+
+        def write(index: int, sequence: Generation, token: int | None, text: str) -> bytes:
+            if token is None:
+                return event(completion([choice(index, text, [], sequence.finish)]))
+            return event(completion([choice(index, text, [token], None)]))
+
+        def whole(sequences: list[Generation]) -> bytes:
+            if stream:
+                options = request.stream_options
+                wanted = options is not None and bool(options.include_usage)
+                return (event(completion([], usage(sequences))) if wanted else b"") + event(b"[DONE]")
+            choices = [
+                choice(index, each.text.text if each.text is not None else "", each.tokens, each.finish)
+                for index, each in enumerate(sequences)
+            ]
+            return msgspec.json.encode(completion(choices, usage(sequences)))
+
+        self._answer(model, exchange, write if stream else None, whole).start(prompts, sampling)

@@ -1,0 +1,183 @@
+"""Requests to generate: Triton's and KServe's generate extension, and OpenAI's completions.
+
+A model without a tokenizer takes token ids where texts are expected, and answers with `token_ids` beside empty texts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+
+from lepton_xla.generation.sampling import Sampling
+from lepton_xla.serve.errors import HTTPError, shortened
+
+type Ids = list[int]
+# Names by which clients of other servers send what `Sampling` has.
+_ALIASES = {
+    "stop_words": "stop",
+    "random_seed": "seed",
+    "max_new_tokens": "max_tokens",
+    "max_completion_tokens": "max_tokens",
+    "stop_token_ids": "end_tokens",
+    "ignore_eos": "ignore_end",
+}
+# What asks for nothing that is not done anyway.
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "bad_words": ("", [], None),
+    "stream": (True, False),
+    "details": (True, False),
+    "n": (1, None),
+    "best_of": (1, None),
+    "echo": (False, None),
+    "logprobs": (None, False, 0),
+    "top_logprobs": (None, 0),
+    "logit_bias": (None, {}),
+    "suffix": (None, ""),
+}
+_IGNORED = frozenset({"user", "model", "prompt", "messages", "stream_options", "metadata", "store", "id"})
+
+
+class GenerateRequest(msgspec.Struct, kw_only=True):
+    """Body of `generate` and `generate_stream`. Fields of `parameters` may also stand beside it."""
+
+    text_input: str | None = None
+    input_ids: Ids | None = None
+    id: str = ""
+    parameters: dict[str, Any] = {}
+
+
+class GenerateResponse(msgspec.Struct, kw_only=True, omit_defaults=True):
+    """Answer of `generate`, and each event of `generate_stream`, whose last one says why the sequence ended."""
+
+    model_name: str
+    model_version: str
+    id: str = ""
+    text_output: str | None = None
+    token_ids: Ids | None = None
+    details: dict[str, Any] | None = None
+
+
+class StreamOptions(msgspec.Struct):
+    """Of OpenAI's requests."""
+
+    include_usage: bool | None = False
+
+
+class CompletionRequest(msgspec.Struct, kw_only=True):
+    """Body of `/v1/completions`; further fields are those of `Sampling`, by OpenAI's names."""
+
+    model: str
+    prompt: str | list[int | str | Ids]
+    stream: bool | None = False
+    stream_options: StreamOptions | None = None
+
+
+class Message(msgspec.Struct):
+    """A message of a chat."""
+
+    role: str
+    content: str
+
+
+class ChatRequest(msgspec.Struct, kw_only=True):
+    """Body of `/v1/chat/completions`; further fields are those of `Sampling`, by OpenAI's names."""
+
+    model: str
+    messages: list[Message]
+    stream: bool | None = False
+    stream_options: StreamOptions | None = None
+
+
+class Usage(msgspec.Struct):
+    """Tokens that were read and made."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+class Completion(msgspec.Struct, kw_only=True):
+    """Answer of both of OpenAI's routes, and each event of their streams."""
+
+    id: str
+    object: str
+    created: int
+    model: str
+    choices: list[dict[str, Any]]
+    usage: Usage | None = None
+
+
+class ModelEntry(msgspec.Struct, kw_only=True):
+    """A model, as OpenAI's clients list it."""
+
+    id: str
+    object: str = "model"
+    created: int = 0
+    owned_by: str = "lepton_xla"
+
+
+class ModelList(msgspec.Struct, kw_only=True):
+    """Answer of `/v1/models`."""
+
+    object: str = "list"
+    data: list[ModelEntry]
+
+
+def read[T](body: bytes, kind: type[T]) -> tuple[T, dict[str, Any]]:
+    """Decode a body; give the request, and all of its fields.
+
+    Raises:
+        HTTPError: 400 for what is not JSON, not UTF-8, or lacks a field.
+    """
+    try:
+        return msgspec.json.decode(body, type=kind), msgspec.json.decode(body, type=dict[str, Any])
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise HTTPError(400, f"the request is not as it should be: {shortened(str(error))}") from error
+
+
+def sampling_of(fields: Mapping[str, Any], defaults: Mapping[str, Any] | None = None) -> Sampling:
+    """The sampling that a request asks for.
+
+    Args:
+        fields: by name, also by those of other servers.
+        defaults: of fields that are not there.
+
+    Raises:
+        HTTPError: 400 for a field that is unknown, of a wrong type, or asks for what is not implemented.
+
+    >>> sampling_of({"max_tokens": 5, "stop": "END", "n": 1}).stop
+    ('END',)
+    """
+    found = dict(defaults or {})
+    for given, value in fields.items():
+        name = _ALIASES.get(given, given)
+        if name in _NEUTRAL:
+            if value not in _NEUTRAL[name]:
+                raise HTTPError(400, f"{given} = {shortened(value)} is not supported")
+        elif name in Sampling.__struct_fields__:
+            if value is not None:  # as if it were not there
+                found[name] = [value] if name == "stop" and isinstance(value, str) else value
+        elif name not in _IGNORED:
+            raise HTTPError(400, f"unknown parameter {shortened(given)}")
+    if found.get("stop") == [""]:  # how Triton's clients ask for none
+        del found["stop"]
+    try:
+        return msgspec.convert(found, Sampling)
+    except msgspec.ValidationError as error:
+        raise HTTPError(400, f"the parameters are not as they should be: {shortened(str(error))}") from error
+
+
+def chat_text(messages: list[Message]) -> str:
+    """The prompt of a chat: a line `role: content` for each message, and the beginning of the answer's.
+
+    >>> chat_text([Message("user", "Hello")])
+    'user: Hello\\nassistant:'
+    """
+    return "".join(f"{message.role}: {message.content}\n" for message in messages) + "assistant:"
+
+
+def event(value: Any) -> bytes:
+    """One server-sent event."""
+    return b"data: " + (value if isinstance(value, bytes) else msgspec.json.encode(value)) + b"\n\n"

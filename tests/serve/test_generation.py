@@ -1,0 +1,304 @@
+"""Generation through a running server: Triton's, KServe's and OpenAI's forms, streams, clients that go away."""
+
+import concurrent.futures
+import http.client
+import json
+import socket
+import struct
+import threading
+import time
+
+import numpy as np
+import pytest
+from serve_fakes import counted, exchange, raw_request
+
+from lepton_xla.generation import Engine
+from lepton_xla.program import TensorSpec
+
+VOCABULARY = 128
+
+
+class Steps:
+    """After token t comes t + 1, wherever it is; the last one ends a sequence. `gate` holds every step back."""
+
+    slots, capacity, vocabulary, first_position = 2, 64, VOCABULARY, None
+    end_tokens, longest_prompt = (VOCABULARY - 1,), 32
+
+    def __init__(self):
+        self.gate = threading.Event()
+        self.gate.set()
+        self.decoded = []
+        self.fails = False
+
+    def logits(self, token):
+        return np.eye(VOCABULARY, dtype=np.float32)[min(token + 1, VOCABULARY - 1)]
+
+    def prefill(self, tokens, slot):
+        return self.logits(tokens[-1])
+
+    def decode(self, tokens, positions):
+        if self.fails:
+            raise RuntimeError("/secret/path")
+        assert self.gate.wait(20)
+        time.sleep(1e-3)
+        self.decoded.append(sum(map(bool, positions)))
+        return np.stack([self.logits(token) for token in tokens])
+
+    def reset(self):
+        pass
+
+
+class Ascii:
+    def encode(self, text):
+        return [ord(letter) % VOCABULARY for letter in text]
+
+    def decode(self, tokens):
+        return "".join(map(chr, tokens))
+
+
+class Letters:
+    """A served model that generates the alphabet."""
+
+    name, version = "letters", "1"
+
+    def __init__(self, tokenizer):
+        self.inputs = {"tokens": TensorSpec((1, "length"), "int32")}
+        self.outputs = {"logits": TensorSpec((1, VOCABULARY), "float32")}
+        self.buckets = {"length": (4,)}
+        self.stepper = Steps()
+        self.gate = self.stepper.gate
+        self.generator = Engine(self.stepper, tokenizer)
+
+    def run(self, sizes, arrays):
+        return [np.zeros((1, VOCABULARY), np.float32)]
+
+
+@pytest.fixture
+def letters():
+    return Letters(Ascii())
+
+
+@pytest.fixture
+def served(make_server, letters):
+    return make_server(letters)
+
+
+GENERATE = "/v2/models/letters/generate"
+
+
+def post(server, path, body, headers=None):
+    data = body if isinstance(body, bytes) else json.dumps(body).encode()
+    status, fields, answer = exchange(server, "POST", path, data, headers)
+    return status, json.loads(answer)
+
+
+def stream(server, path, body):
+    """Events of a stream as they are told, by a client of the standard library."""
+    connection = http.client.HTTPConnection(*server.address, timeout=20)
+    connection.request("POST", path, json.dumps(body))
+    answer = connection.getresponse()
+    assert answer.status == 200
+    assert answer.getheader("content-type") == "text/event-stream"
+    events = answer.read().decode().split("\n\n")
+    assert events.pop() == ""
+    connection.close()
+    return [each.removeprefix("data: ") for each in events]
+
+
+def until(holds):
+    for _ in range(2000):
+        if holds():
+            return
+        time.sleep(5e-3)
+    raise AssertionError("it did not come about")
+
+
+def test_generate_in_triton_s_form(served):
+    status, body = post(served, GENERATE, {"text_input": "ab", "parameters": {"max_tokens": 3}, "id": "7"})
+    assert status == 200, body
+    assert body == {
+        "model_name": "letters", "model_version": "1", "id": "7", "text_output": "cde", "token_ids": [99, 100, 101],
+        "details": {"finish_reason": "length", "generated_tokens": 3},
+    }  # fmt: skip
+    # As Triton's own examples send it: parameters beside the text.
+    assert post(served, GENERATE, {"text_input": "ab", "max_tokens": 2, "bad_words": "", "stop_words": ""})[1][
+        "text_output"
+    ] == "cd"
+
+
+def test_the_end_token_ends_it(served):
+    _, body = post(served, GENERATE, {"text_input": "|", "parameters": {"max_tokens": 20}})
+    assert (body["text_output"], body["details"]["finish_reason"]) == ("}~", "stop")
+
+
+def test_generate_stream_tells_each_token(served):
+    events = [json.loads(each) for each in stream(served, f"{GENERATE}_stream", {"text_input": "a", "max_tokens": 4})]
+    assert [each["text_output"] for each in events] == ["b", "c", "d", "e", ""]
+    assert events[-1]["details"]["finish_reason"] == "length"
+
+
+def test_a_stop_text_across_tokens_is_never_told(served):
+    body = {"text_input": "a", "parameters": {"max_tokens": 20, "stop": ["ef"]}}
+    events = [json.loads(each) for each in stream(served, f"{GENERATE}_stream", body)]
+    assert "".join(each["text_output"] for each in events) == "bcd"
+    assert events[-1]["details"]["finish_reason"] == "stop"
+
+
+def test_completions_in_openai_s_form(served):
+    request = {"model": "letters", "prompt": ["ab", [65]], "max_tokens": 2, "temperature": 0, "n": 1, "user": "me"}
+    status, body = post(served, "/v1/completions", request)
+    assert status == 200
+    assert body["object"] == "text_completion"
+    assert [(each["text"], each["index"], each["finish_reason"]) for each in body["choices"]] == [
+        ("cd", 0, "length"), ("BC", 1, "length"),
+    ]  # fmt: skip
+    assert body["usage"] == {"prompt_tokens": 3, "completion_tokens": 4, "total_tokens": 7}
+    assert json.loads(exchange(served, "GET", "/v1/models")[2])["data"][0]["id"] == "letters"
+
+
+def test_chat_in_openai_s_form_whole_and_streamed(served):
+    request = {"model": "letters", "messages": [{"role": "user", "content": "x"}], "max_tokens": 3, "temperature": 0}
+    status, body = post(served, "/v1/chat/completions", request)
+    assert status == 200
+    assert body["choices"][0]["message"] == {"role": "assistant", "content": ";<="}  # after the colon of "assistant:"
+    more = {"stream": True, "stream_options": {"include_usage": True}}
+    *events, usage, done = stream(served, "/v1/chat/completions", request | more)
+    deltas = [json.loads(each)["choices"][0]["delta"] for each in events]
+    assert "".join(each["content"] for each in deltas) == ";<="
+    assert [each.get("role") for each in deltas] == ["assistant", None, None, None]
+    assert json.loads(usage)["usage"]["completion_tokens"] == 3
+    assert done == "[DONE]"
+
+
+def test_token_ids_in_and_out_without_a_tokenizer(make_server):
+    server = make_server(Letters(None))
+    assert post(server, GENERATE, {"input_ids": [5], "max_tokens": 3})[1]["token_ids"] == [6, 7, 8]
+    body = post(server, "/v1/completions", {"model": "letters", "prompt": [5], "max_tokens": 2, "temperature": 0})[1]
+    assert body["choices"][0]["token_ids"] == [6, 7]
+    assert post(server, GENERATE, {"text_input": "a"})[0] == 400
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status", "message"),
+    [
+        (GENERATE, b'{"text_input": "\xff"}', 400, "not as it should be"),
+        (GENERATE, b"{", 400, "not as it should be"),
+        (GENERATE, b'{"text_input": "\\ud800"}', 400, ""),
+        (GENERATE, {"text_input": ""}, 400, "the prompt is empty"),
+        (GENERATE, {"text_input": "a" * 33}, 400, "at most 32"),
+        (GENERATE, {"input_ids": [VOCABULARY]}, 400, "is not one of the 128 tokens"),
+        (GENERATE, {"input_ids": [1.5]}, 400, "not as it should be"),
+        (GENERATE, {"text_input": "a", "input_ids": [1]}, 400, "either text_input or input_ids"),
+        (GENERATE, {"text_input": "a", "max_tokens": 65}, 400, "room for 64"),
+        (GENERATE, {"text_input": "a", "temperature": -1}, 400, "temperature is -1"),
+        (GENERATE, {"text_input": "a", "seed": 1 << 64}, 400, "seed"),
+        (GENERATE, {"text_input": "a", "seed": -1}, 400, "seed is -1"),
+        (GENERATE, {"text_input": "a", "top_p": "x"}, 400, "top_p"),
+        (GENERATE, {"text_input": "a", "wishes": 3}, 400, "unknown parameter 'wishes'"),
+        (GENERATE, {"text_input": "a", "n": 2}, 400, "n = 2 is not supported"),
+        (GENERATE, {"text_input": "a" * 200_000}, 413, "are enough"),
+        ("/v1/completions", {"model": "nobody", "prompt": "a"}, 404, ""),
+        ("/v1/completions", {"prompt": "a"}, 400, "model"),
+        ("/v1/chat/completions", {"model": "letters", "messages": []}, 400, "messages is empty"),
+        ("/v2/models/nobody/generate", {"text_input": "a"}, 404, ""),
+    ],
+)
+def test_bad_requests_are_refused_before_any_work(served, letters, path, body, status, message):
+    found, answer = post(served, path, body)
+    assert found == status
+    assert message in answer["error"]
+    assert letters.stepper.decoded == []
+
+
+def test_a_client_that_goes_away_frees_its_slot_within_a_step(served, letters):
+    letters.gate.clear()
+    socks = []
+    for _ in range(2):
+        sock = socket.create_connection(served.address, 10)
+        sock.sendall(raw_request("POST", f"{GENERATE}_stream", b'{"text_input": "!", "max_tokens": 60}'))
+        socks.append(sock)
+    until(lambda: letters.generator.load[1] >= 1)
+    letters.gate.set()
+    until(lambda: letters.stepper.decoded[-1:] == [2])
+    for sock in socks:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        sock.close()
+    until(lambda: letters.generator.load == (0, 0))
+    assert len(letters.stepper.decoded) < 58, "they were given up, and not generated to their ends"
+    until(lambda: counted(served).generations_cancelled == 2)
+    assert post(served, GENERATE, {"text_input": "a", "max_tokens": 2})[1]["text_output"] == "bc"
+
+
+def test_more_clients_than_slots_all_get_their_own_text(served, letters):
+    def ask(index):
+        letter = chr(65 + index)
+        return post(served, GENERATE, {"text_input": letter, "max_tokens": 10})[1]["text_output"]
+
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(ask, range(8)))
+    assert found == ["".join(chr(66 + index + n) for n in range(10)) for index in range(8)]
+    assert max(letters.stepper.decoded) == 2
+
+
+def test_too_many_prompts_are_refused(make_server, letters):
+    from lepton_xla.serve import Limits
+
+    server = make_server(letters, limits=Limits(max_waiting_prompts=1))
+    letters.gate.clear()
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        waiting = [pool.submit(post, server, GENERATE, {"text_input": "a", "max_tokens": 3}) for _ in range(3)]
+        until(lambda: server.app_open() == 3 if hasattr(server, "app_open") else letters.generator.load[1] >= 1)
+        time.sleep(0.2)
+        status, body = post(server, GENERATE, {"text_input": "a", "max_tokens": 3})
+        letters.gate.set()
+        assert [each.result()[0] for each in waiting] == [200] * 3
+    assert status == 503
+    assert "more than 1 prompts wait" in body["error"]
+
+
+def test_what_fails_is_told_without_its_text_and_the_next_requests_are_answered(served, letters):
+    letters.stepper.fails = True
+    assert post(served, GENERATE, {"text_input": "a"}) == (500, {"error": "generation failed"})
+    events = stream(served, f"{GENERATE}_stream", {"text_input": "a"})
+    assert json.loads(events[-1]) == {"error": "generation failed"}
+    letters.stepper.fails = False
+    assert post(served, GENERATE, {"text_input": "a", "max_tokens": 1})[1]["text_output"] == "b"
+
+
+def test_metrics_tell_times_and_tokens(served):
+    post(served, GENERATE, {"text_input": "abc", "max_tokens": 5})
+    text = exchange(served, "GET", "/metrics")[2].decode()
+    for line in (
+        'lepton_generated_tokens_total{model="letters",version="1"} 5.0',
+        'lepton_prompt_tokens_total{model="letters",version="1"} 3.0',
+        'lepton_first_token_seconds_count{model="letters",version="1"} 1.0',
+        'lepton_next_token_seconds_count{model="letters",version="1"} 4.0',
+    ):
+        assert line in text
+
+
+def test_a_model_that_does_not_generate_says_so(server):
+    status, body = post(server, "/v2/models/affine/generate", {"text_input": "a"})
+    assert (status, body["error"]) == (400, "model 'affine' does not generate tokens; use infer")
+
+
+def test_requests_after_a_stream_on_the_same_connection_are_answered_in_order(served):
+    with socket.create_connection(served.address, 10) as sock:
+        body = b'{"text_input": "a", "max_tokens": 3}'
+        sock.sendall(
+            raw_request("POST", f"{GENERATE}_stream", body)
+            + raw_request("GET", "/v2/health/live", headers={"Connection": "close"})
+        )
+        data = b""
+        while part := sock.recv(65536):
+            data += part
+    first, _, second = data.partition(b"0\r\n\r\n")
+    assert first.count(b"data: ") == 4
+    assert second.startswith(b"HTTP/1.1 200")
+    assert second.endswith(b'{"live":true}')
+
+
+def test_a_stream_needs_chunks(served):
+    with socket.create_connection(served.address, 10) as sock:
+        sock.sendall(raw_request("POST", f"{GENERATE}_stream", b'{"text_input": "a"}', version="1.0"))
+        assert sock.recv(65536).startswith(b"HTTP/1.1 505")
