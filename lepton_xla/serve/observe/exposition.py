@@ -6,7 +6,7 @@ Triton's names for the same figures follow after ours, so that dashboards made f
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from prometheus_client import exposition
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
@@ -42,14 +42,21 @@ _COUNTERS: dict[str, tuple[str, Callable[[Metrics], float]]] = {
     "batches": ("Executions.", lambda counted: counted.batch_rows.count),
     "model_loads": ("Times that a version was loaded.", lambda counted: counted.loads),
     "model_load_failures": ("Times that a version could not be loaded.", lambda counted: counted.load_failures),
+    "failed_batches": ("Executions that failed.", lambda counted: counted.failed_batches),
+}
+# Of models that generate tokens; others have none of these.
+_GENERATION_COUNTERS: dict[str, tuple[str, Callable[[Metrics], float]]] = {
     "generations": ("Sequences of tokens that ended by themselves.", lambda counted: counted.generations),
     "generations_cancelled": (
         "Sequences of tokens whose client went away first.", lambda counted: counted.generations_cancelled
     ),
     "prompt_tokens": ("Tokens of prompts.", lambda counted: counted.prompt_tokens),
     "generated_tokens": ("Tokens generated.", lambda counted: counted.generated_tokens),
-    "failed_batches": ("Executions that failed.", lambda counted: counted.failed_batches),
 }  # fmt: skip
+_GENERATION_HISTOGRAMS: dict[str, tuple[str, Callable[[Metrics], Histogram]]] = {
+    "first_token_seconds": ("From a whole request to its first token.", lambda counted: counted.first_token_s),
+    "next_token_seconds": ("From a token to the next one.", lambda counted: counted.next_token_s),
+}
 _HISTOGRAMS: dict[str, tuple[str, Callable[[Metrics], Histogram]]] = {
     "request_seconds": ("From a whole request to its answer.", lambda counted: counted.request_s),
     "queue_seconds": ("From a whole request to the start of its batch.", lambda counted: counted.queue_s),
@@ -58,8 +65,6 @@ _HISTOGRAMS: dict[str, tuple[str, Callable[[Metrics], Histogram]]] = {
     "padding_share": (
         "Padding rows of one execution as a share of its rows.", lambda counted: counted.padding_share
     ),
-    "first_token_seconds": ("From a whole request to its first token.", lambda counted: counted.first_token_s),
-    "next_token_seconds": ("From a token to the next one.", lambda counted: counted.next_token_s),
     "request_bytes": ("Body of an infer request.", lambda counted: counted.request_bytes),
     # Without status line, `Date` and `Connection`, which the connection writes.
     "response_bytes": ("Infer answer: body, and header fields except Date.", lambda counted: counted.response_bytes),
@@ -98,6 +103,13 @@ class _Families(Collector):
 
 
 def _of_models(models: Sequence[Metrics]) -> Iterable[Metric]:
+    generators = [each for each in models if each.prompt_tokens or each.first_token_s.count]
+    for name, (text, count) in _GENERATION_COUNTERS.items():
+        counter = CounterMetricFamily(f"lepton_{name}", text, labels=_LABELS)
+        for each in generators:
+            counter.add_metric([each.model, each.version], count(each))
+        if generators:
+            yield counter
     for name, (text, count) in _COUNTERS.items():
         counter = CounterMetricFamily(f"lepton_{name}", text, labels=_LABELS)
         for each in models:
@@ -157,7 +169,15 @@ def _of_models(models: Sequence[Metrics]) -> Iterable[Metric]:
                 costs.add_metric([each.model, each.version, shape, size], value)
     if costs.samples:
         yield costs
-    for name, (text, read) in _HISTOGRAMS.items():
+    yield from _of_histograms(models, _HISTOGRAMS)
+    if generators:
+        yield from _of_histograms(generators, _GENERATION_HISTOGRAMS)
+
+
+def _of_histograms(
+    models: Sequence[Metrics], families: Mapping[str, tuple[str, Callable[[Metrics], Histogram]]]
+) -> Iterable[Metric]:
+    for name, (text, read) in families.items():
         family = HistogramMetricFamily(f"lepton_{name}", text, labels=_LABELS)
         for each in models:
             histogram = read(each)
