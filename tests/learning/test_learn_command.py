@@ -2,6 +2,10 @@
 
 import json
 import pathlib
+import shutil
+import subprocess
+import sys
+import time
 
 import learning_model
 import pytest
@@ -42,13 +46,36 @@ def test_an_artifact_a_report_and_a_plot(leptonx, bases, sampled, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_report_for_people_and_an_artifact_that_is_replaced(leptonx, sampled, tmp_path):
+def test_a_report_for_people_and_an_artifact_that_is_replaced(leptonx, bases, sampled, tmp_path):
     sampled.add(*learning_model.rows(600, 1, sign=-1.0))
-    (tmp_path / "better.lepton").mkdir()
+    shutil.copytree(bases["float"], tmp_path / "better.lepton")
     text = leptonx("-o", tmp_path / "better.lepton", "--overwrite")
     assert f"round 1: kept as {tmp_path / 'better.lepton'}" in text
     assert "accuracy of what was answered" in text
-    assert (tmp_path / "better.lepton" / "manifest.json").exists()
+    assert lx.load(tmp_path / "better.lepton", base=lx.load(bases["int8"])).manifest.is_update
+
+
+@pytest.mark.slow
+def test_rounds_one_after_another_outlive_errors(bases, sampled, tmp_path):
+    command = [
+        sys.executable, "-m", "lepton_xla", "learn", TARGET, "--samples", sampled.folder, "--base", bases["int8"],
+        "--folder", tmp_path / "learning", "--steps", "100", "--loop", "--every", "0.2s", "--json",
+    ]  # fmt: skip
+    with subprocess.Popen(
+        list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            lines = (line for line in process.stderr if line.startswith("leptonx: "))
+            assert all("there are no samples of this model" in next(lines) for _ in range(2))
+            sampled.add(*learning_model.rows(600, 1, sign=-1.0))
+            until = time.monotonic() + 60
+            while not (tmp_path / "learning/blobs/history.jsonl").exists():
+                assert time.monotonic() < until
+                time.sleep(0.05)
+            assert any("0 labelled rows are new since round 1" in line for line in lines)
+        finally:
+            process.terminate()
+        assert json.loads(process.stdout.read())["phase"] == "kept"
 
 
 @pytest.mark.parametrize(
