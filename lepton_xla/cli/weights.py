@@ -102,7 +102,8 @@ def make(
 @click.argument("artifact")
 @click.option("-o", "--output", required=True, metavar="FILE.npz", help="Where to write them.")
 @click.option("--overwrite", is_flag=True, help="Replace an existing file.")
-def master(artifact: str, *, output: str, overwrite: bool) -> None:
+@_common.json_option
+def master(artifact: str, *, output: str, overwrite: bool, as_json: bool) -> None:
     """Write the float weights that ARTIFACT keeps (compile --keep-master) to a file, by their paths."""
     _common.check_free(output, overwrite=overwrite)
     with _common.progress() as step:
@@ -113,6 +114,9 @@ def master(artifact: str, *, output: str, overwrite: bool) -> None:
         found = compiler.master_weights(artifact)
         _arrays.write_weights(output, found)
     total = sum(array.nbytes for array in found.values())
+    if as_json:
+        _common.print_json({"path": output, "weights": list(found), "size_bytes": total})
+        return
     _common.show(f"wrote {output}: {len(found)} weights, {_common.size(total)}")
 
 
