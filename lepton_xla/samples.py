@@ -18,6 +18,7 @@ name the request by its id, and may be in the file of another process.
 from __future__ import annotations
 
 import bisect
+import contextlib
 import dataclasses
 import math
 import os
@@ -38,6 +39,7 @@ _MAGIC = b"LxS1"
 _FRAME = struct.Struct("<4s4I")
 _MOST_HEAD = 1 << 22
 _SEARCHED = 1 << 16
+_MOST_OPEN = 16
 _DTYPES: dict[str, np.dtype[Any]] = {
     "bool": np.dtype(np.bool_),
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
@@ -165,17 +167,23 @@ class Samples:
         return self._read(chosen if most is None else chosen[max(0, len(chosen) - most) :])
 
     def _read(self, indices: Sequence[int]) -> Iterator[Sample]:
-        for index in sorted(indices, key=lambda index: self._places[index][0]):
-            _, path, place = self._places[index]
-            try:
-                with open(path, "rb") as file:
-                    found = _read_sample(file, place, self._labels.get(index))
-            except FileNotFoundError:  # retention removed it
-                continue
-            except OSError as error:
-                raise SampleError(f"{path}: samples cannot be read: {error.strerror}") from error
-            if found is not None:
-                yield found
+        with contextlib.ExitStack() as stack:
+            # Those of one time are mostly in one file of each process.
+            opened: dict[pathlib.Path, BinaryIO | None] = {}
+            for index in sorted(indices, key=lambda index: self._places[index][0]):
+                _, path, place = self._places[index]
+                try:
+                    if path not in opened:
+                        if len(opened) >= _MOST_OPEN:
+                            stack.close()
+                            opened.clear()
+                        opened[path] = _opened(path, stack)
+                    file = opened[path]
+                    found = None if file is None else _read_sample(file, place, self._labels.get(index))
+                except OSError as error:
+                    raise SampleError(f"{path}: samples cannot be read: {error.strerror}") from error
+                if found is not None:
+                    yield found
 
     def _files(self) -> list[pathlib.Path]:
         try:
@@ -204,6 +212,14 @@ class Samples:
             return
         except OSError as error:
             raise SampleError(f"{path}: samples cannot be read: {error.strerror}") from error
+
+
+def _opened(path: pathlib.Path, stack: contextlib.ExitStack) -> BinaryIO | None:
+    """A file, or None if retention has removed it."""
+    try:
+        return stack.enter_context(open(path, "rb"))
+    except FileNotFoundError:
+        return None
 
 
 def record(head: SampleHead | LabelHead, body: bytes = b"") -> bytes:

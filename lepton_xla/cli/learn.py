@@ -62,7 +62,11 @@ _UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 @click.option("-o", "--output", metavar="NAME.lepton", help="Without --server: where to write the artifact.")
 @click.option("--overwrite", is_flag=True, help="Replace an artifact that is there.")
 @click.option("--plot", metavar="FILE.png", help="Draw accuracy over time; needs lepton-xla[plot].")
-@click.option("--token-file", metavar="FILE", help="File with the token for the server. By default $LEPTON_TOKEN.")
+@click.option(
+    "--token-file",
+    metavar="FILE",
+    help="File with the token for the server, of the scope admin. By default $LEPTON_TOKEN.",
+)
 @click.option("--tls-ca", metavar="FILE", help="Certificates (PEM) to trust.")
 @_common.json_option
 def learn(
