@@ -5,9 +5,9 @@
 Section `swaps`: versions take each other's place under an open loop at 60 % of the capacity, weights alone and whole
 artifacts; a swap of 100 MB of weights; and 1,000 reloads of one model under traffic to another. Section `many`: 200
 models under a budget of memory that has room for a quarter, and 1 to 50 models that share one device. Section
-`learn`: a model whose data shift, and `leptonx learn` beside it. The server has
-all cores except the last, which is the load generator's. Rows are kept when they are measured, so an interrupted run
-can continue; `--fresh` measures everything again. Writes docs/benchmarks/operations.md; a run of some sections replaces
+`learn`: a model whose data shift, and `leptonx learn` beside it. Section `traffic`: what it costs to share requests
+among versions, and to ask a shadow too. The server has all cores
+except the last, which is the load generator's. Rows are kept when they are measured, so an interrupted run can continue; `--fresh` measures everything again. Writes docs/benchmarks/operations.md; a run of some sections replaces
 only these.
 """
 
@@ -22,6 +22,7 @@ import harness
 import journal
 import sections
 import shifts
+import sharing
 import swapping
 from rich.console import Console
 from sections import Section
@@ -32,6 +33,7 @@ SECTIONS = {
     "swaps": Section(swapping.measure, swapping.tables, swapping.INTRODUCTION),
     "many": Section(crowding.measure, crowding.tables, crowding.INTRODUCTION),
     "learn": Section(shifts.measure, shifts.tables, shifts.INTRODUCTION),
+    "traffic": Section(sharing.measure, sharing.tables, sharing.INTRODUCTION),
 }
 
 

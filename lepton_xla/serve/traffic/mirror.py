@@ -1,7 +1,8 @@
 """Asks a shadow what another version was asked, after that answer has been sent, and compares the two.
 
-The shadow runs on a thread of its own, which steps back for those that serve, and in a small part of the time: what is
-more than that is left out and counted. It neither waits in a queue of requests nor takes a turn of the device.
+The shadow runs on a thread of its own, which steps back for those that serve. It has a quarter of the time while the
+server has little to do, and else a small part: what is more is left out and counted. It neither waits in a queue of
+requests nor takes a turn of the device.
 """
 
 from __future__ import annotations
@@ -28,9 +29,12 @@ _log = logging.getLogger("lepton_xla.serve")
 # Requests that may wait for the shadow, and bytes of them and their answers.
 _MOST_WAITING = 256
 _MOST_BYTES = 32 << 20
-# The shadow runs in at most this part of the time; some is saved up for bursts.
-_SHARE = 0.1
+# The shadow runs in at most these parts of the time, while others need it and while they do not; some is saved up.
+_SHARE, _IDLE_SHARE = 0.02, 0.25
 _SAVED_S = 0.5
+# The server has little to do while its processors, one core's worth, and the model are busy for less of the time.
+_IDLE = 0.5
+_LOOK_S = 0.25
 # Steps of priority, as `nice` counts them.
 _LATER = 10
 
@@ -50,12 +54,18 @@ class Mirror:
 
     Args:
         clock: seconds, monotonic.
-        share: of the time, that shadows may run in.
+        busy: processor seconds of this process.
     """
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic, share: float = _SHARE) -> None:
+    def __init__(
+        self, clock: Callable[[], float] = time.monotonic, busy: Callable[[], float] = time.process_time
+    ) -> None:
         self._clock = clock
-        self._share = share
+        self._busy = busy
+        self._share = _SHARE
+        self._looked: tuple[float, float, float] | None = None
+        self._rest_until_s = 0.0
+        self._ran_s = 0.0
         self._waiting: queue.SimpleQueue[_Item | None] = queue.SimpleQueue()
         self._lock = threading.Lock()  # of the bytes
         self._bytes = 0
@@ -75,8 +85,12 @@ class Mirror:
             request: the request.
             outputs: the bytes of the outputs that it asked for; they need only be valid until this returns.
         """
+        rows, now = request.spec.rows, self._clock()
+        if now < self._rest_until_s:  # most requests of a busy server end here
+            self._count(shadow, "dropped", rows)
+            return
+        self._look(now, answered)
         nbytes = request.nbytes + sum(map(len, outputs))
-        rows = request.spec.rows
         if not _is_like(shadow.signature, answered.signature):
             if shadow not in self._foreign:
                 self._foreign.add(shadow)
@@ -90,7 +104,7 @@ class Mirror:
             full = self._waiting.qsize() >= _MOST_WAITING or self._bytes + nbytes > _MOST_BYTES
             if not full:
                 self._bytes += nbytes
-        if full or not self._allowed():
+        if full or not self._allowed(now):
             self._count(shadow, "dropped", rows)
             if not full:
                 self._release(nbytes)
@@ -106,12 +120,25 @@ class Mirror:
         if self._thread is not None:
             self._thread.join(1.0)
 
-    def _allowed(self) -> bool:
-        now = self._clock()
+    def _look(self, now: float, answered: ModelHandle) -> None:
+        """Decides now and then whether the server has little to do."""
+        if self._looked is not None and now - self._looked[0] < _LOOK_S:
+            return
+        busy_s, device_s = self._busy() - self._ran_s, answered.metrics.compute_s.total
+        if self._looked is not None:
+            seconds = now - self._looked[0]
+            most = max(busy_s - self._looked[1], device_s - self._looked[2]) / seconds
+            self._share = _IDLE_SHARE if most < _IDLE else _SHARE
+        self._looked = now, busy_s, device_s
+
+    def _allowed(self, now: float) -> bool:
         with self._lock:
             self._allowance_s = min(_SAVED_S, self._allowance_s + self._share * (now - self._last_s))
             self._last_s = now
-            return self._allowance_s > 0
+            if self._allowance_s > 0:
+                return True
+            self._rest_until_s = now - self._allowance_s / self._share
+            return False
 
     def _count(self, shadow: ModelHandle, result: str, rows: int) -> None:
         with self._lock:
@@ -130,7 +157,7 @@ class Mirror:
         while (item := self._waiting.get()) is not None:
             started = self._clock()
             try:
-                if self._allowed():
+                if self._allowed(started):
                     self._compare(item)
                 else:
                     self._count(item.shadow, "dropped", item.request.spec.rows)
@@ -138,9 +165,11 @@ class Mirror:
                 # Whatever a shadow makes of it, nobody waits for it.
                 _log.exception("a shadow could not be asked")
                 self._count(item.shadow, "failed", item.request.spec.rows)
+            seconds = self._clock() - started
             with self._lock:
                 self._bytes -= item.nbytes
-                self._allowance_s -= self._clock() - started
+                self._allowance_s -= seconds
+                self._ran_s += seconds
             del item  # or it would keep its model until the next comes
 
     def _compare(self, item: _Item) -> None:
