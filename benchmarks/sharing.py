@@ -24,6 +24,7 @@ ROUNDS, CONNECTIONS, TARGET = 5, 64, 0.95
 HALVES = {"1": 0.5, "2": 0.5}
 CASES: Mapping[str, Mapping[str, Any] | None] = {
     "one version": None,
+    "one version, by shares": {"shares": {"1": 1.0}},
     "shares": {"shares": HALVES},
     "shares, sticky by a header": {"shares": HALVES, "sticky": "x-user"},
     "one version, all asked of a shadow too": {"shares": {"1": 1.0}, "shadow": {"to": "2", "fraction": 1.0}},
@@ -32,7 +33,7 @@ CASES: Mapping[str, Mapping[str, Any] | None] = {
 INTRODUCTION = (
     "## Traffic\n\n"
     "Requests of one row to a model with two equal versions, a closed loop of 64 connections; rounds take turns, and "
-    "each is compared with the round of one version beside it. On a server as busy as this one a shadow has a fiftieth "
+    "each is compared with the round of one version beside it. Shares make two batches of what would be one. On a server as busy as this one a shadow has a fiftieth "
     "of the time: what is more is left out."
 )
 

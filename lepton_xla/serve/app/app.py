@@ -283,10 +283,13 @@ class App:
         coding = head.headers.get(b"content-encoding", b"").decode("latin-1").strip().lower()
         by_id = split.sticky == BY_ID
         key = head.headers.get(split.sticky.encode()) if split.sticky and not by_id else None
+        fixed = None if key is None else split.choose(key)
 
         def route(exchange: Exchange) -> None:
-            by = wire.id_of(encoding.start_of(exchange.body, coding), json_bytes) if by_id else key
-            choice = split.choose(by)
+            choice = fixed
+            if choice is None:
+                by = wire.id_of(encoding.start_of(exchange.body, coding), json_bytes) if by_id else None
+                choice = split.choose(by)
             exchange.choice = choice.propensity, split.shadow if split.mirrors(choice.version) else None
             routes_of[choice.version](exchange)
 

@@ -31,7 +31,7 @@ _MOST_WAITING = 256
 _MOST_BYTES = 32 << 20
 # The shadow runs in at most these parts of the time, while others need it and while they do not; some is saved up.
 _SHARE, _IDLE_SHARE = 0.02, 0.25
-_SAVED_S = 0.5
+_SAVED_S = 0.2
 # The server has little to do while its processors, one core's worth, and the model are busy for less of the time.
 _IDLE = 0.5
 _LOOK_S = 0.25

@@ -92,10 +92,8 @@ def test_a_slow_shadow_delays_nobody(server):
             times.append(time.monotonic() - before)
             time.sleep(0.005)
     assert max(times) < 0.2
-    # A quarter of the time at most, and half a second that was saved up.
-    found = counts(server, 61)
-    assert 1 <= found["same"] <= 3
-    assert found["dropped"] == 61 - found["same"]
+    # A quarter of the time at most, and a moment that was saved up: the first takes all of it.
+    assert counts(server, 61) == {"same": 1, "different": 0, "failed": 0, "dropped": 60}
 
 
 @pytest.mark.parametrize(("load", "least", "most"), [(0.1, 0.24, 0.26), (0.9, 0.015, 0.025)])
@@ -122,7 +120,7 @@ def test_a_busy_server_gives_it_less(server, load, least, most):
     mirror.close()
     found = other.metrics.shadow
     assert found["same"] + found["dropped"] == requests
-    took_s, saved_s = 0.01 * found["same"], 0.5
+    took_s, saved_s = 0.01 * found["same"], 0.2
     assert least <= (took_s - saved_s) / (now[0] - 100.0) <= most
 
 

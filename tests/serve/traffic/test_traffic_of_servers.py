@@ -144,6 +144,8 @@ def test_a_bandit_learns_from_the_answers_that_it_shared_out(repository, monkeyp
         one, two = client.traffic("m")["versions"]
         assert abs(one["estimate"] - 0.6) < 5 * one["estimate_error"] < 0.5
         assert abs(two["estimate"] - 0.9) < 5 * two["estimate_error"] < 0.5
+        rows, weights, *_ = server.metrics.of("m", "1").feedback_counts()["weighted"]
+        assert weights > 1.9 * rows  # it had half of the requests at first, and then less
 
 
 class Served:
