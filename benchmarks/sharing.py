@@ -33,8 +33,8 @@ CASES: Mapping[str, Mapping[str, Any] | None] = {
 INTRODUCTION = (
     "## Traffic\n\n"
     "Requests of one row to a model with two equal versions, a closed loop of 64 connections; rounds take turns, and "
-    "each is compared with the round of one version beside it. Shares make two batches of what would be one. On a server as busy as this one a shadow has a fiftieth "
-    "of the time: what is more is left out."
+    "each is compared with the round of one version beside it. Shares make two batches of what would "
+    "be one. On a server as busy as this one a shadow has a fiftieth of the time: what is more is left out."
 )
 
 
