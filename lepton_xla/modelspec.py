@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from lepton_xla.adapters import from_linen, from_nnx
+from lepton_xla.adapters import Generator, from_linen, from_nnx
 from lepton_xla.errors import LeptonError, ModelError
 from lepton_xla.program import Program, TensorSpec, trace
 
@@ -22,7 +22,7 @@ type Predict = Callable[..., dict[str, np.ndarray]]
 
 @dataclasses.dataclass(frozen=True)
 class ModelSpec:
-    """A model for the `leptonx` commands. Give either `fn` or `module`.
+    """A model for the `leptonx` commands. Give either `fn`, `module` or `generator`.
 
     Attributes:
         inputs: name -> spec, in call order.
@@ -31,6 +31,7 @@ class ModelSpec:
         weights: a pytree of arrays; for Linen the variables, all collections.
         buckets: symbolic dimension -> sizes to compile for; `--buckets` on the command line overrides it.
         calibration: input dicts, or a function that returns them, for recipes that need calibration data.
+        generator: a model that generates tokens; it has weights and inputs of its own.
         evaluate: `evaluate(predict) -> {"accuracy": 0.98, ...}`; commands print these metrics next to size and speed.
 
     >>> spec = lx.ModelSpec({"x": lx.TensorSpec(("batch", 4), "float32")}, fn=lambda w, x: x @ w, weights=jnp.eye(4))
@@ -38,13 +39,14 @@ class ModelSpec:
     float32[batch, 4] None
     """
 
-    inputs: Mapping[str, TensorSpec]
+    inputs: Mapping[str, TensorSpec] = dataclasses.field(default_factory=dict[str, TensorSpec])
     fn: Callable[..., Any] | None = None
     module: Any = None
     weights: Any = None
     buckets: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict[str, tuple[int, ...]])
     calibration: Iterable[Mapping[str, Any]] | Callable[[], Iterable[Mapping[str, Any]]] | None = None
     evaluate: Callable[[Predict], Mapping[str, float]] | None = None
+    generator: Generator | None = None
 
     def program(self) -> Program:
         """Make the program.
@@ -52,8 +54,10 @@ class ModelSpec:
         Raises:
             ModelError: if both or neither of `fn` and `module` are given, or the model cannot be traced.
         """
-        if (self.fn is None) == (self.module is None):
-            raise ModelError("a ModelSpec takes either fn and weights, or module")
+        if [self.fn is None, self.module is None, self.generator is None].count(False) != 1:
+            raise ModelError("a ModelSpec takes either fn and weights, or module, or generator")
+        if self.generator is not None:
+            return self.generator.program
         if self.fn is not None:
             return trace(self.fn, self.weights, self.inputs)
         if hasattr(self.module, "apply"):

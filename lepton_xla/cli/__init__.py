@@ -30,6 +30,7 @@ COMMANDS = {
     "eval": "Compare an artifact's accuracy with the float model's.",
     "bench": "Compare an artifact's latency with the float model's.",
     "predict": "Run an artifact on input files.",
+    "generate": "Continue a prompt with an artifact that generates.",
     "map": "Run a large file of rows through an artifact.",
     "teach": "Store a teacher's answers, to train a student on.",
     "serve": "Serve an artifact over HTTP.",

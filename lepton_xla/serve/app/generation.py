@@ -17,6 +17,7 @@ from lepton_xla.generation.slots import Generation
 from lepton_xla.serve.batching.decoding import Decoding
 from lepton_xla.serve.errors import HTTPError
 from lepton_xla.serve.http.exchange import Exchange
+from lepton_xla.serve.http.response import Response, respond
 from lepton_xla.serve.limits import Limits
 from lepton_xla.serve.models.handle import ModelHandle
 from lepton_xla.serve.models.registry import Registry
@@ -171,8 +172,9 @@ class GenerationPages:
         exchange: Exchange,
         write: Callable[[int, Generation, int | None, str], bytes] | None,
         whole: Callable[[list[Generation]], bytes],
+        refuse: Refuse,
     ) -> _Answer:
-        return _Answer(exchange, self._decoding(model), model.metrics, self._metrics.codes, self._refuse, write, whole)
+        return _Answer(exchange, self._decoding(model), model.metrics, self._metrics.codes, refuse, write, whole)
 
     def _check_size(self, model: ModelHandle, exchange: Exchange, prompts: int = 1) -> None:
         """Checks the size of a body before it is decoded."""
@@ -222,7 +224,7 @@ class GenerationPages:
             text = one.text.text if one.text is not None else ""
             return msgspec.json.encode(response(text_output=text, token_ids=one.tokens, details=details(one)))
 
-        self._answer(model, exchange, write if stream else None, whole).start([prompt], sampling)
+        self._answer(model, exchange, write if stream else None, whole, self._refuse).start([prompt], sampling)
 
     # OpenAI's form.
 
@@ -239,6 +241,28 @@ class GenerationPages:
 
     def complete(self, exchange: Exchange) -> None:
         """Answers `/v1/completions`."""
+        self._in_their_words(self._begin_completion, exchange)
+
+    def chat(self, exchange: Exchange) -> None:
+        """Answers `/v1/chat/completions`."""
+        self._in_their_words(self._begin_chat, exchange)
+
+    def _in_their_words(self, begin: Callable[[Exchange], None], exchange: Exchange) -> None:
+        """Handles a request whose client reads errors in OpenAI's form."""
+        try:
+            begin(exchange)
+        except HTTPError as refusal:
+            self._refuse_in_their_words(exchange, refusal)
+
+    def _refuse_in_their_words(self, exchange: Exchange, refusal: HTTPError) -> None:
+        headers = refusal.headers or (("Retry-After: 1",) if refusal.status == 503 else ())
+        kind = "invalid_request_error" if refusal.status < 500 else "server_error"
+        body = msgspec.json.encode({"error": {"message": refusal.message, "type": kind, "param": None, "code": None}})
+        head = respond(refusal.status, len(body), "application/json", *headers)
+        refusal.response = Response(refusal.status, head.fields + body, head.nbytes)
+        self._refuse(exchange, refusal)
+
+    def _begin_completion(self, exchange: Exchange) -> None:
         if len(exchange.body) > self._limits.max_body_bytes >> 3:
             raise HTTPError(413, "the body is too long for a prompt")
         request, fields = generation.read(exchange.body, generation.CompletionRequest)
@@ -252,8 +276,7 @@ class GenerationPages:
         defaults = {"temperature": 1.0, "max_tokens": None}
         self._complete(model, exchange, request, prompts, generation.sampling_of(fields, defaults), chat=False)
 
-    def chat(self, exchange: Exchange) -> None:
-        """Answers `/v1/chat/completions`."""
+    def _begin_chat(self, exchange: Exchange) -> None:
         if len(exchange.body) > self._limits.max_body_bytes >> 3:
             raise HTTPError(413, "the body is too long for a prompt")
         request, fields = generation.read(exchange.body, generation.ChatRequest)
@@ -312,4 +335,5 @@ class GenerationPages:
             ]
             return msgspec.json.encode(completion(choices, usage(sequences)))
 
-        self._answer(model, exchange, write if stream else None, whole).start(prompts, sampling)
+        refuse = self._refuse_in_their_words
+        self._answer(model, exchange, write if stream else None, whole, refuse).start(prompts, sampling)
