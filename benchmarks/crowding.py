@@ -236,8 +236,9 @@ async def rate(port: int, requests: Sequence[bytes], connections: int, seconds: 
     ended = functools.partial(_note, failed)
     asking: list[Asking] = []
     for index in range(connections):
+        at = index * len(requests) // connections
         _, protocol = await loop.create_connection(
-            lambda index=index: Asking(requests, index, ended), "127.0.0.1", port
+            lambda at=at: Asking(requests, at, ended), "127.0.0.1", port
         )  # fmt: skip
         asking.append(protocol)
     await asyncio.wait([failed], timeout=seconds / 4)

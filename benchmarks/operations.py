@@ -4,10 +4,11 @@
 
 Section `swaps`: versions take each other's place under an open loop at 60 % of the capacity, weights alone and whole
 artifacts; a swap of 100 MB of weights; and 1,000 reloads of one model under traffic to another. Section `many`: 200
-models under a budget of memory that has room for a quarter, and 1 to 50 models that share one device. Section `learn`:
-a model whose data shift, and `leptonx learn` beside it. Section `traffic`: what it costs to share requests among
-versions, and to ask a shadow too. The server has all cores except the last, which is the load generator's. Rows are
-kept when they are measured, so an interrupted run can continue; `--fresh` measures everything again. Writes
+models under a budget of memory that has room for a quarter, and 1 to 50 models that share one device. Section
+`monitor`: what sketches and feedback cost, and when drift is noticed. Section `learn`: a model whose data shift, and
+`leptonx learn` beside it. Section `traffic`: what it costs to share requests among versions, and to ask a shadow too.
+The server has all cores except the last, which is the load generator's. Rows are kept when they are measured, so an
+interrupted run can continue; `--fresh` measures everything again. Writes
 docs/benchmarks/operations.md; a run of some sections replaces only these.
 """
 
@@ -24,6 +25,7 @@ import sections
 import sharing
 import shifts
 import swapping
+import watching
 from rich.console import Console
 from sections import Section
 
@@ -32,6 +34,7 @@ console = Console(width=120, highlight=False)
 SECTIONS = {
     "swaps": Section(swapping.measure, swapping.tables, swapping.INTRODUCTION),
     "many": Section(crowding.measure, crowding.tables, crowding.INTRODUCTION),
+    "monitor": Section(watching.measure, watching.tables, watching.INTRODUCTION),
     "learn": Section(shifts.measure, shifts.tables, shifts.INTRODUCTION),
     "traffic": Section(sharing.measure, sharing.tables, sharing.INTRODUCTION),
 }

@@ -118,6 +118,17 @@ def test_swaps_lose_nothing_and_are_timed(tmp_path: pathlib.Path) -> None:
     assert not any(row["errors"] for row in found["reloads"])
 
 
+def test_what_watching_costs_and_finds(tmp_path: pathlib.Path) -> None:
+    found = figures("operations.py", tmp_path, "--sections", "monitor")["monitor"]["found"]
+    rows = found["detections"]
+    assert rows.pop("clean")["alert_after"] is None
+    assert all(0 < row["alert_after"] <= 500 for row in rows.values())
+    assert rows["inverted"]["accuracy"] < rows["inverted"]["clean_accuracy"]
+    assert {name: len(row["rate"]) for name, row in found["costs"].items()} == dict.fromkeys(
+        ("nothing", "sketches", "nothing, ids", "feedback"), 2
+    )
+
+
 def test_what_a_shift_takes_is_learned_while_serving(tmp_path: pathlib.Path) -> None:
     (row,) = figures("operations.py", tmp_path, "--sections", "learn")["learn"]["found"]
     assert (row["shift"], row["failed"]) == ("inverted", 0)

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
+from lepton_xla import profiles
 from lepton_xla.errors import LeptonError
 from lepton_xla.profiles import Profile, Sketch, profile_of, tensor_of
 
@@ -82,6 +83,17 @@ def test_every_dtype_that_is_served_has_features(dtype):
     rows = np.arange(40).reshape(20, 2).astype(dtype)
     profile = profile_of({"x": rows}, {"y": rows})
     assert [feature.name for feature in profile.features][:2] == ["x[0]", "x[1]"]
+
+
+def test_statistics_of_many_elements_are_numpys():
+    images = RNG.normal(3, 2, size=(100, 50, 60)).astype(np.float32)
+    found = dict(profiles._statistics("image", images, padded=False))
+    flat = images.reshape(100, -1).astype(np.float64)
+    np.testing.assert_allclose(found["image:mean"], flat.mean(axis=1), rtol=1e-12)
+    np.testing.assert_allclose(found["image:deviation"], flat.std(axis=1), rtol=1e-12)
+    projected = np.stack([found[f"image:projection {index}"] for index in range(8)], axis=1)
+    np.testing.assert_allclose(projected, flat @ profiles._directions(3000), rtol=1e-9, atol=1e-9)
+    assert len(found) == 10
 
 
 def test_texts_have_none():

@@ -6,7 +6,7 @@ comes.
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -65,8 +65,10 @@ class Feedback:
             propensity: the probability with which this version was drawn to answer; 0 where it was not drawn.
         """
         answers = self._answers
-        self._bytes -= _size(answers.pop(request_id, 0))
-        self._propensities.pop(request_id, None)
+        before = answers.pop(request_id, None)
+        if before is not None:
+            self._bytes -= _size(before)
+            self._propensities.pop(request_id, None)
         if len(output) > self._most_bytes // 16:
             return
         answers[request_id] = kept = bytes(output)
@@ -109,8 +111,7 @@ class Feedback:
             HTTPError: 404 for an id that is not known, 409 for one that was judged by other labels, 400 for labels that
                 do not fit.
         """
-        for request_id, right in labels.items():
-            self._predicted(request_id, right)
+        self._uncounted(labels)
 
     def judge(self, labels: Mapping[str, Sequence[int]]) -> int:
         """Counts right answers: all of them, or none. Labels that come again, as retries do, are not counted again.
@@ -124,49 +125,56 @@ class Feedback:
         Raises:
             HTTPError: as `check`.
         """
-        predicted = {request_id: self._predicted(request_id, right) for request_id, right in labels.items()}
-        new: dict[str, Sequence[int]] = {}
-        for request_id, answers in predicted.items():
-            if answers is None:
-                continue
-            right = new[request_id] = labels[request_id]
-            for label, answer in zip(right, answers, strict=True):
-                self._count(label, answer)
-            self._weigh(self._propensities.pop(request_id, 0.0), right, answers)
-            self._bytes -= _size(self._answers[request_id])
-            self._answers[request_id] = hash(tuple(right))
-        if new and self.taken is not None:
-            self.taken(new)
+        new, kept = self._uncounted(labels)
+        if new:
+            answers = np.frombuffer(kept, self._dtype).reshape(-1, self._classes).argmax(axis=1).tolist()
+            self._count([label for right in new.values() for label in right], answers)
+            at = 0
+            for request_id, right in new.items():
+                if self._propensities:
+                    self._weigh(self._propensities.pop(request_id, 0.0), right, answers[at : at + len(right)])
+                at += len(right)
+                self._answers[request_id] = hash(tuple(right))
+            self._bytes -= len(kept)
+            if self.taken is not None:
+                self.taken(new)
         return sum(map(len, labels.values()))
 
-    def _predicted(self, request_id: str, labels: Sequence[int]) -> list[int] | None:
-        """The class that each row was given; None if the labels have been counted."""
-        kept = self._answers.get(request_id)
-        if kept is None:
-            raise HTTPError(404, "feedback is for a request that this model has not answered, or not lately")
-        if isinstance(kept, int):
-            if kept != hash(tuple(labels)):
-                raise HTTPError(409, "this request has had other feedback")
-            return None
-        rows = np.frombuffer(kept, self._dtype).reshape(-1, self._classes)
-        if len(labels) != len(rows):
-            raise HTTPError(400, f"the request had {len(rows)} rows, the feedback has {len(labels)} labels")
-        if any(not 0 <= label < self._classes for label in labels):
-            raise HTTPError(400, f"a label is none of the model's classes, 0 to {self._classes - 1}")
-        return rows.argmax(axis=1).tolist()
+    def _uncounted(self, labels: Mapping[str, Sequence[int]]) -> tuple[dict[str, Sequence[int]], bytes]:
+        """Those of the labels that have not been counted, and the answers that they are for, one after the other."""
+        row_bytes = self._dtype.itemsize * self._classes
+        new: dict[str, Sequence[int]] = {}
+        found: list[bytes] = []
+        for request_id, right in labels.items():
+            kept = self._answers.get(request_id)
+            if kept is None:
+                raise HTTPError(404, "feedback is for a request that this model has not answered, or not lately")
+            if isinstance(kept, int):
+                if kept != hash(tuple(right)):
+                    raise HTTPError(409, "this request has had other feedback")
+                continue
+            if len(right) * row_bytes != len(kept):
+                rows = len(kept) // row_bytes
+                raise HTTPError(400, f"the request had {rows} rows, the feedback has {len(right)} labels")
+            if right and not 0 <= min(right) <= max(right) < self._classes:
+                raise HTTPError(400, f"a label is none of the model's classes, 0 to {self._classes - 1}")
+            new[request_id] = right
+            found.append(kept)
+        return new, b"".join(found)
 
-    def _count(self, label: int, answer: int) -> None:
-        if label == answer:
-            self.right += 1
-        else:
-            self.wrong += 1
-        for value, place in ((label, 1), (answer, 2)):
-            name = str(value)
-            if name in self.labels or len(self.labels) < _MOST_LABELS:
-                counts = self.labels.setdefault(name, [0, 0, 0])
-                counts[place] += 1
-                if label == answer and place == 1:
-                    counts[0] += 1
+    def _count(self, labels: Sequence[int], answers: Sequence[int]) -> None:
+        for (label, answer), rows in Counter(zip(labels, answers, strict=True)).items():
+            if label == answer:
+                self.right += rows
+            else:
+                self.wrong += rows
+            for value, place in ((label, 1), (answer, 2)):
+                name = str(value)
+                if name in self.labels or len(self.labels) < _MOST_LABELS:
+                    counts = self.labels.setdefault(name, [0, 0, 0])
+                    counts[place] += rows
+                    if label == answer and place == 1:
+                        counts[0] += rows
 
     def _weigh(self, propensity: float, labels: Sequence[int], answers: Sequence[int]) -> None:
         if propensity:

@@ -21,7 +21,7 @@ _GROUP_ROWS = 256
 _GROUP_BYTES = 16 << 20
 # Counting takes at most this share of the time; rows beyond are left out, evenly. Some time is saved up for bursts.
 _SHARE = 0.02
-_SAVED_S = 0.5
+_SAVED_S = 0.05
 
 
 class Monitor:

@@ -41,6 +41,22 @@ def test_what_does_not_fit_is_refused_whole(feedback, labels, status):
     assert feedback.judge({"a": [0]}) == 1
 
 
+def test_a_body_of_many_is_counted_as_a_loop_counts():
+    draw = np.random.default_rng(0)
+    feedback, confusion, labels = Feedback(np.dtype("float32"), classes=5), np.zeros((5, 5), int), {}
+    for number in range(300):
+        rows = np.float32(draw.normal(size=(draw.integers(1, 4), 5)))
+        feedback.remember(str(number), memoryview(rows.tobytes()))
+        labels[str(number)] = draw.integers(0, 5, len(rows)).tolist()
+        for label, answer in zip(labels[str(number)], rows.argmax(1), strict=True):
+            confusion[label, answer] += 1
+    assert feedback.judge(dict(list(labels.items())[:100])) == sum(len(each) for each in list(labels.values())[:100])
+    assert feedback.judge(labels) == confusion.sum()
+    assert (feedback.right, feedback.wrong) == (confusion.trace(), confusion.sum() - confusion.trace())
+    for each in range(5):
+        assert feedback.labels[str(each)] == [confusion[each, each], confusion[each].sum(), confusion[:, each].sum()]
+
+
 def test_the_same_feedback_may_come_again_and_no_other(feedback):
     """A client whose answer was lost asks again."""
     told = []

@@ -1,0 +1,231 @@
+"""What watching a model costs, and what it finds. A section of `operations.py`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pathlib
+import statistics
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import harness
+import journal
+import models
+import numpy as np
+import uvloop
+from crowding import figure, rate
+from loops import on_cores
+from payloads import Payload
+from server_process import Server, free_port
+
+import lepton_xla as lx
+from lepton_xla.serve.monitor.monitor import Monitor
+from lepton_xla.serve.monitor.monitoring import Monitoring, Watched
+from lepton_xla.serve.monitor.rules import Rules
+from lepton_xla.serve.protocol.signature import signature_of
+
+CONNECTIONS = 64
+PER_BODY = 1000
+TARGET_DRIFT, TARGET_FEEDBACK = 0.03, 0.05
+RULE = "drift > 0.2"
+WITHIN, CLEAN = 500, 100_000
+KINDS = ("nothing", "sketches", "nothing, ids", "feedback")
+ANSWERED = "lepton_inference_requests_total"
+# Requests between two looks at the counters: of a server that gets a hundred a second.
+LOOK = 100
+
+INTRODUCTION = (
+    "## Monitoring\n\n"
+    "Cost: a product of 784 numbers and a matrix with 10 columns, requests of one row, 64 connections with a request "
+    "each at a time. Servers of the same artifact take turns: one does not monitor, one counts the rows into the "
+    "sketches of a profile, one keeps the answers of requests that have ids and gets the right answer of every one, in "
+    "bodies of 1,000, whose time is added. Rates, and the server's processor time of a request, are compared within "
+    "each round; the table has the medians of the ratios. The server has one core fewer than the machine.\n\n"
+    "Detection: the digits CNN with the profile of its training images. Test images are drawn at random, one a "
+    f"request, and the counters are looked at every {LOOK} requests, with the server's own code and without HTTP. The "
+    f"rule is `{RULE}`, over the last 500 rows. After 1,000 clean requests the data change: inverted, turned by 90 "
+    "degrees, darker by one thousandth each request. Accuracy is that of the 500 rows after the change, beside that "
+    "of the clean ones before."
+)
+
+
+def serve(path: pathlib.Path, payload: Payload, *flags: str) -> Server:
+    """A server of one artifact, on all cores but the last."""
+    port = free_port()
+    command = [sys.executable, "-m", "lepton_xla", "serve", str(path), "--port", str(port), *flags]
+    with on_cores(slice(None, -1)):
+        server = Server(" ".join(flags), command, port, f"/v2/models/{payload.model}/infer", payload.oip())
+    try:
+        server.wait()
+    except BaseException:
+        server.stop()
+        raise
+    return server
+
+
+def requests_of(payload: Payload, ids: Sequence[str | None]) -> list[bytes]:
+    """A whole HTTP request for each id."""
+    body, fields = payload.oip()
+    length = int(fields["Inference-Header-Content-Length"])
+    head, rest = json.loads(body[:length]), body[length:]
+    made: list[bytes] = []
+    for each in ids:
+        text = json.dumps(head if each is None else {"id": each, **head}).encode()
+        lines = fields | {"Inference-Header-Content-Length": str(len(text)), "Content-Length": str(len(text + rest))}
+        first = f"POST /v2/models/{payload.model}/infer HTTP/1.1\r\nHost: 127.0.0.1\r\n"
+        made.append((first + "".join(f"{key}: {value}\r\n" for key, value in lines.items())).encode() + b"\r\n")
+        made[-1] += text + rest
+    return made
+
+
+def feedback_s(server: Server, payload: Payload, ids: Sequence[str], label: int) -> float:
+    """Seconds that the right answers of all requests take."""
+    url = f"http://127.0.0.1:{server.port}/v2/models/{payload.model}/feedback"
+    began = time.perf_counter()
+    for start in range(0, len(ids), PER_BODY):
+        body = json.dumps({"feedback": [{"id": each, "label": label} for each in ids[start : start + PER_BODY]]})
+        with urllib.request.urlopen(urllib.request.Request(url, body.encode()), timeout=20) as answer:
+            assert answer.status == 200
+    return time.perf_counter() - began
+
+
+def costs(folder: pathlib.Path, rounds: int, seconds: float, ids_each: int) -> dict[str, Any]:
+    """Requests per second with and without monitoring, in turn."""
+    draw = np.random.default_rng(0)
+    weights = draw.normal(size=(784, 10)).astype(np.float32)
+    program = lx.trace(lambda weights, x: {"y": x @ weights}, weights, {"x": lx.TensorSpec(("batch", 784), "float32")})
+    artifact = lx.compile(program, {"batch": (1, 2, 4, 8, 16, 32, 64)}, name="product")
+    path, profiled = folder / "plain.lepton", folder / "profiled.lepton"
+    artifact.save(path)
+    artifact.with_profile([{"x": draw.random((2000, 784), np.float32)}]).save(profiled)
+    row = draw.random((1, 784), np.float32)
+    payload = Payload("product", {"x": row}, {"y": row @ weights})
+    label = int(np.argmax(next(iter(payload.outputs.values()))))
+    ids = [f"{number:08}" for number in range(CONNECTIONS * ids_each)]
+    plain, named = requests_of(payload, [None]), requests_of(payload, ids)
+    servers: dict[str, Server] = {}
+    found: dict[str, Any] = {name: {"rate": [], "cpu_us": []} for name in KINDS}
+    try:
+        servers["nothing"] = servers["nothing, ids"] = serve(path, payload, "--no-monitor")
+        servers["sketches"], servers["feedback"] = serve(profiled, payload), serve(path, payload)
+        with on_cores(slice(-1, None)):
+            for number in range(rounds):
+                for name in KINDS[:: 1 if number % 2 else -1]:
+                    server, ask = servers[name], named if name in ("nothing, ids", "feedback") else plain
+                    answered, used = figure(server, ANSWERED), server.cpu_s()
+                    each_s = 1 / uvloop.run(rate(server.port, ask, CONNECTIONS, seconds))
+                    cpu_s = (server.cpu_s() - used) / (figure(server, ANSWERED) - answered)
+                    if name == "feedback":
+                        used = server.cpu_s()
+                        each_s += feedback_s(server, payload, ids, label) / len(ids)
+                        cpu_s += (server.cpu_s() - used) / len(ids)
+                    found[name]["rate"].append(1 / each_s)
+                    found[name]["cpu_us"].append(1e6 * cpu_s)
+    finally:
+        for server in set(servers.values()):
+            server.stop()
+    return found
+
+
+def detections(quick: bool) -> dict[str, Any]:
+    """Requests until the alert, by what happens to the data."""
+    digits = models.load("digits", quick=quick)
+    import digits as example
+
+    known, _, images, labels = example.data()
+    servable = lx.compile(digits.spec.program(), {"batch": (32,)}, name="digits").with_profile([{"image": known}])
+    profile, signature = servable.manifest.profile, signature_of(servable.servable())
+    predict = servable.servable()
+    outputs = signature.outputs[0].name
+
+    def answers(rows: np.ndarray) -> np.ndarray:
+        return np.concatenate([predict(image=rows[at : at + 32])[outputs] for at in range(0, len(rows), 32)])
+
+    shifts: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
+        "clean": lambda rows, at: rows,
+        "inverted": lambda rows, at: rows.max() - rows,
+        "turned by 90 degrees": lambda rows, at: np.rot90(rows, axes=(1, 2)).copy(),
+        "slowly darker": lambda rows, at: (rows * np.maximum(0, 1 - at / 1000)[:, None, None, None]).astype(rows.dtype),
+    }
+    found: dict[str, Any] = {}
+    for name, shift in shifts.items():
+        draw, now, fired = np.random.default_rng(5), [0.0], None
+        monitor = Monitor(signature, profile, clock=lambda now=now: now[0])
+        rules = Rules.parse(f'[[rule]]\nname = "drift"\nwhen = "{RULE}"')
+        monitoring = Monitoring(rules, sends=False, clock=lambda now=now: now[0])
+        before = 0 if name == "clean" else 1000
+        total = (10_000 if quick else CLEAN) if name == "clean" else before + 2 * WITHIN
+        right: list[bool] = []
+        largest = 0.0
+        for start in range(0, total, LOOK):
+            picked = draw.integers(0, len(images), LOOK)
+            rows = images[picked]
+            if start >= before:
+                rows = shift(rows, np.arange(start - before, start - before + LOOK))
+            made = answers(rows)
+            right += (made.argmax(1) == labels[picked]).tolist()
+            monitor.saw([rows], [made], LOOK)
+            now[0] += 1.0
+            monitoring.look([Watched("digits", "1", monitor.counts(), (), profile)])
+            drifts = monitoring.drifts.get(("digits", "1"), {})
+            largest = max(largest, max((each.psi for each in drifts.values()), default=0.0))
+            if fired is None and any(alert.state == "firing" for alert in monitoring.alerts):
+                fired = start + LOOK - before
+        monitoring.close()
+        found[name] = {
+            "requests": total - before, "alert_after": fired, "largest_psi": largest,
+            "accuracy": float(np.mean(right[before : before + WITHIN])),
+            "clean_accuracy": float(np.mean(right[: before or None])),
+        }  # fmt: skip
+    return found
+
+
+def measure(options: argparse.Namespace) -> Iterator[Any]:
+    """All figures so far, again and again."""
+    kept = journal.opened("operations-monitor", options, "seconds")
+    found: dict[str, Any] = {"detections": kept.row("detections", lambda: detections(options.quick))}
+    yield found
+    sizes = (2, 0.4, 4) if options.quick else (15, options.seconds / 4, 100)
+    with tempfile.TemporaryDirectory() as name:
+        found["costs"] = kept.row("costs", lambda: costs(pathlib.Path(name), *sizes))
+    yield found
+
+
+def ratios(one: Sequence[float], other: Sequence[float]) -> tuple[float, float, float]:
+    """First quartile, median and third quartile of the rounds' ratios."""
+    low, middle, high = statistics.quantiles((a / b for a, b in zip(one, other, strict=True)), n=4)
+    return low, middle, high
+
+
+def tables(found: Any) -> list[str]:
+    """Markdown of the figures."""
+    made: list[str] = []
+    lines = [
+        (name, f"{row['requests']:,}", "none" if row["alert_after"] is None else f"{row['alert_after']:,}",
+         f"{row['largest_psi']:.2f}", harness.percent(row["accuracy"]), harness.percent(row["clean_accuracy"]))
+        for name, row in found["detections"].items()
+    ]  # fmt: skip
+    header = (
+        "data", "requests", f"alert after (at most {WITHIN}; clean: none)", "largest index", "accuracy, %",
+        "of clean ones, %",
+    )  # fmt: skip
+    made.append(harness.markdown(header, lines))
+    if "costs" in found:
+        pairs = (("sketches", "nothing", TARGET_DRIFT), ("feedback", "nothing, ids", TARGET_FEEDBACK))
+        lines = []
+        for name, base, target in pairs:
+            watched, other = found["costs"][name], found["costs"][base]
+            low, middle, high = ratios(watched["rate"], other["rate"])
+            lines.append((
+                name, f"{statistics.median(watched['rate']):,.0f}", f"{statistics.median(other['rate']):,.0f}",
+                f"{middle:.3f} (at least {1 - target:g})", f"{low:.3f} to {high:.3f}",
+                f"{ratios(watched['cpu_us'], other['cpu_us'])[1]:.3f}",
+            ))  # fmt: skip
+        header = ("watched", "requests/s", "requests/s, not watched", "ratio", "quartiles", "processor time, ratio")
+        made.append(harness.markdown(header, lines))
+    return made
