@@ -4,7 +4,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from lepton_xla import launch, passes, sharding, train, trust
+    from lepton_xla import launch, passes, sharding, train, trust, tuning
     from lepton_xla.adapters import Generator, from_linen, from_nnx
     from lepton_xla.compiler import Servable, compile, encrypt, load, sign, verify
     from lepton_xla.errors import (
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         ShardingError,
         TrainingError,
         TrustError,
+        TuningError,
         UnsupportedError,
     )
     from lepton_xla.modelspec import ModelSpec
@@ -62,6 +63,7 @@ __all__ = [
     "TensorSpec",
     "TrainingError",
     "TrustError",
+    "TuningError",
     "UnsupportedError",
     "compile",
     "encrypt",
@@ -77,6 +79,7 @@ __all__ = [
     "trace",
     "train",
     "trust",
+    "tuning",
     "verify",
 ]
 
@@ -102,6 +105,7 @@ _HOMES = {
         "ShardingError",
         "TrainingError",
         "TrustError",
+        "TuningError",
         "UnsupportedError",
     ),
     "lepton_xla.modelspec": ("ModelSpec",),
@@ -118,7 +122,7 @@ _HOME = {name: module for module, names in _HOMES.items() for name in names}
 if not TYPE_CHECKING:  # otherwise a type checker would accept every misspelled name
 
     def __getattr__(name: str) -> object:
-        if name in ("launch", "passes", "sharding", "train", "trust"):
+        if name in ("launch", "passes", "sharding", "train", "trust", "tuning"):
             return importlib.import_module(f"lepton_xla.{name}")
         if name not in _HOME:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -164,6 +164,15 @@ class TrainingError(LeptonError):
     """
 
 
+class TuningError(LeptonError):
+    """No recipe can be looked for: the constraints, the data, the evaluation or the journal is at fault.
+
+    >>> lx.tuning.Constraints(max_drop=-1.0)
+    Traceback (most recent call last):
+    lepton_xla.errors.TuningError: max_drop = -1.0: expected a number above or equal to 0, in hundredths of the metric
+    """
+
+
 class CheckpointError(LeptonError):
     """A checkpoint is missing, foreign, in use, or cannot be read or written.
 

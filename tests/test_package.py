@@ -7,11 +7,12 @@ import pytest
 from sources import FILES, ROOT, TREES, imports
 
 PUBLIC = [
-    "ArtifactError", "CalibrationError", "CheckpointError", "CompileError", "ExecutionError", "InputError",
+    "ArtifactError", "CalibrationError", "CheckpointError", "CompileError", "ExecutionError", "Generator", "InputError",
     "LaunchError", "LearningError", "LeptonError", "ModelError", "ModelSpec", "PassReport", "Plan", "Program", "Recipe",
     "RecipeError", "RepositoryError", "SampleError", "Servable", "ServeError", "ShardingError", "SiteReport",
-    "TensorSpec", "TrainingError", "TrustError", "UnsupportedError", "compile", "encrypt", "find_sites", "from_linen",
-    "from_nnx", "launch", "load", "optimize", "passes", "sharding", "sign", "trace", "train", "trust", "verify",
+    "TensorSpec", "TrainingError", "TrustError", "TuningError", "UnsupportedError", "compile", "encrypt", "find_sites",
+    "from_linen", "from_nnx", "launch", "load", "optimize", "passes", "sharding", "sign", "trace", "train", "trust",
+    "tuning", "verify",
 ]  # fmt: skip
 
 

@@ -19,6 +19,7 @@ COMMANDS = {
     "recipes": "List the presets: recipes that come with leptonx.",
     "plan": "Show what a recipe would do to each site of a model.",
     "sensitivity": "Quantize one weight at a time and rank the errors.",
+    "tune": "Find the best recipe within constraints, by measurement.",
     "train": "Train a model, and compress it meanwhile.",
     "size": "Show what training would take, on any devices.",
     "compile": "Optimize a model and compile it into an artifact.",

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -80,6 +80,24 @@ def write_all(
     for name, data in rows.zarr_files(_SMALL_LEVEL if is_small else _FAST_LEVEL):
         write(name, data)
     return tuple(stored), rows.sizes
+
+
+def stored_bytes(arrays: Mapping[str, Any]) -> int:
+    """Count the bytes of the files that `write_all` would write; nothing is written.
+
+    >>> stored_bytes({"w": np.zeros((512, 64), np.float32)}) < 1000  # zeros compress well
+    True
+    """
+    total = 0
+
+    def count(_name: str, content: bytes) -> None:
+        nonlocal total
+        total += len(content)
+
+    write_all(
+        [describe(path, index, array) for index, (path, array) in enumerate(arrays.items())], [*arrays.values()], count
+    )
+    return total
 
 
 def describe(path: str, index: int, array: Any, spec: Spec = ()) -> WeightLeaf:

@@ -351,12 +351,12 @@ class _Switched:
             return None
         side_inputs = values[site.weight_operand].side_inputs
         operands = [operand_value(value) for value in values]
-        quantized = _alone(planned, site, context, eqn, side_inputs.get((site.name, RANGE)))
+        quantized = rounded_alone(planned, site, context, eqn, side_inputs.get((site.name, RANGE)))
         return lax.cond(side_inputs[site.name, _ON], quantized, lambda *arrays: context.bind(eqn, arrays), *operands)
 
 
-def _alone(
-    planned: SitePlan, site: Site, context: Context, eqn: Any, absmax: jax.Array | None
+def rounded_alone(
+    planned: SitePlan, site: Site, context: Context, eqn: Any, absmax: jax.Array | None = None
 ) -> Callable[..., list[jax.Array]]:
     """A fake-quantized product, as a function of its operands."""
     side, path = site.weight_operand, site.path

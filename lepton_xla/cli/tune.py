@@ -1,0 +1,188 @@
+"""`leptonx tune`: finds the best recipe within constraints, by measurement."""
+
+from __future__ import annotations
+
+import pathlib
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from lepton_xla.cli import _common
+from lepton_xla.errors import TuningError
+
+if TYPE_CHECKING:
+    from lepton_xla.tuning import Trial, Tuning
+
+
+@click.command()
+@click.argument("target")
+@click.option(
+    "--max-drop",
+    type=float,
+    metavar="POINTS",
+    help="By how much the metric may fall, in hundredths of it: 0.5 is half a point of accuracy.",
+)
+@click.option("--max-bytes", metavar="BYTES", help="Bytes of the weights on disk, such as 2MB or 800000.")
+@click.option("--max-memory", metavar="BYTES", help="Bytes of the weights in memory.")
+@click.option("--max-latency-ms", type=float, metavar="MS", help="Milliseconds of a call, at every bucket.")
+@click.option(
+    "--objective",
+    type=click.Choice(["latency", "bytes", "memory", "metric"]),
+    default="latency",
+    show_default=True,
+    help="What is to be least: time of a call, bytes on disk, bytes in memory, or the drop of the metric.",
+)
+@click.option("--minutes", type=float, default=10.0, show_default=True, help="Begin no new candidate after this time.")
+@click.option("--trials", type=int, metavar="N", help="Measure at most N candidates.")
+@click.option("--metric", help="The metric of --max-drop. By default accuracy, else the first that evaluate returns.")
+@click.option("--lower-is-better", is_flag=True, help="The metric is a loss.")
+@_common.buckets_option
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the split of the rows, and of the estimates.")
+@click.option(
+    "--journal",
+    metavar="FILE.jsonl",
+    help="Keep what is measured here. The same command goes on where a killed one was, and other constraints start "
+    "from what is there.",
+)
+@click.option("-o", "--output", metavar="FILE.toml", help="Write the best recipe here, for leptonx compile --recipe.")
+@click.option("--points", metavar="FOLDER", help="Write the recipe of every point of the frontier into this folder.")
+@click.option("--report", metavar="FILE.html", help="Write a page with a plot, a table and what each weight became.")
+@_common.json_option
+def tune(
+    target: str,
+    *,
+    max_drop: float | None,
+    max_bytes: str | None,
+    max_memory: str | None,
+    max_latency_ms: float | None,
+    objective: Any,
+    minutes: float,
+    trials: int | None,
+    metric: str | None,
+    lower_is_better: bool,
+    buckets: tuple[str, ...],
+    seed: int,
+    journal: str | None,
+    output: str | None,
+    points: str | None,
+    report: str | None,
+    as_json: bool,
+) -> None:
+    """Find the recipe for the model TARGET that is best at an objective and keeps to constraints.
+
+    One pass over the calibration data estimates what every format would do to every weight. What is chosen by these
+    estimates is built and measured whole, until constraints hold by measurement. Candidates are judged on one half of
+    the rows of the ModelSpec's evaluate; the drop that is shown is that of the other half, with its 95 % interval.
+    Ctrl-C ends the search and shows the best so far.
+
+    \b
+      leptonx tune digits.py:model --max-drop 0.5 --objective bytes -o small.toml
+      leptonx tune digits.py:model --max-drop 0.5 --max-bytes 2MB --max-latency-ms 3 --minutes 10
+      leptonx tune digits.py:model --max-bytes 20kB --objective metric --journal digits.jsonl --report digits.html
+      leptonx compile digits.py:model --recipe small.toml
+    """
+    given = _common.parse_buckets(buckets)
+    for path in (output, report, journal, points):
+        _common.check_folder(path)
+    with _common.progress() as step:
+        step("load JAX")
+        from lepton_xla.cli import _models
+        from lepton_xla.tuning import Budget, Constraints
+        from lepton_xla.tuning import tune as search
+        from lepton_xla.tuning.constraints import check_objective, parse_bytes
+        from lepton_xla.tuning.pages import page
+
+        # Everything that does not need the model first, so that a typo fails early.
+        on_disk, in_memory = (None if text is None else parse_bytes(text) for text in (max_bytes, max_memory))
+        constraints = Constraints(max_drop, on_disk, in_memory, max_latency_ms)
+        check_objective(objective, constraints)
+        budget = Budget(minutes, trials)
+        step(f"load {target}")
+        spec = _models.load_target(target)
+        if spec.evaluate is None:
+            raise TuningError(f"{target} has no evaluate; add evaluate=..., a function of predict, to its ModelSpec")
+        program = spec.program()
+        batches, _ = _models.calibration(spec, program)
+        if batches is None:
+            raise TuningError(f"{target} has no calibration data; add calibration=... to its ModelSpec")
+        found = search(
+            program,
+            lambda predict: _models.evaluate(spec, predict),
+            batches,
+            constraints=constraints,
+            objective=objective,
+            budget=budget,
+            metric=metric,
+            lower_is_better=lower_is_better,
+            buckets=_models.bucket_sizes(spec, program, given),
+            seed=seed,
+            journal=journal,
+            progress=step,
+        )
+        if output is not None and found.best is not None:
+            text = found.best.recipe
+            _common.write(output, lambda: pathlib.Path(output).write_text(text, encoding="utf-8"))
+        if points is not None:
+            _common.write(points, lambda: _write_points(pathlib.Path(points), found))
+        if report is not None:
+            _common.write(report, lambda: pathlib.Path(report).write_text(page(target, found), encoding="utf-8"))
+    if as_json:
+        _common.print_json({"target": target, **found.to_json()})
+    else:
+        _print(target, found)
+    if found.best is None:
+        nearest = f"the nearest is {found.nearest.name}" if found.nearest is not None else "nothing was measured"
+        raise TuningError(f"no recipe that was measured keeps to the constraints; {nearest}")
+
+
+def _write_points(folder: pathlib.Path, found: Tuning) -> None:
+    folder.mkdir(exist_ok=True)
+    for trial in found.frontier:
+        (folder / f"{trial.name}.toml").write_text(trial.recipe, encoding="utf-8")
+
+
+def _print(target: str, found: Tuning) -> None:
+    columns = ("recipe", "from", f">{found.metric}", "drop on rows held back", ">on disk", ">in memory", ">time", "")
+    marks = {trial.name: "on the frontier" for trial in found.frontier}
+    if found.best is not None:
+        marks[found.best.name] = "the best"
+    rows = [_row(trial, found.metric, marks.get(trial.name, "")) for trial in found.trials]
+    _common.show(_common.table(f"{target}: {len(rows)} recipes measured", columns, rows), *_lines(found))
+
+
+def _row(trial: Trial, metric: str, mark: str) -> list[str]:
+    if trial.failure:
+        return [trial.name, trial.origin, "", "", "", "", "", f"failed: {trial.failure}"]
+    return [
+        trial.name,
+        trial.origin,
+        f"{trial.metrics[metric]:.6g}",
+        str(trial.reported),
+        _common.size(trial.bytes),
+        _common.size(trial.memory),
+        f"{trial.latency:.2f}",
+        mark,
+    ]
+
+
+def _lines(found: Tuning) -> list[str]:
+    ends = {
+        "done": "There was nothing left to try.",
+        "time": "The time was up.",
+        "trials": "All trials were spent.",
+        "interrupted": "Interrupted; this is what was found so far.",
+    }
+    metric, on_disk = found.float_metrics[found.metric], _common.size(found.float_bytes)
+    lines = [
+        f"The float model has {found.metric} {metric:.6g} and takes {on_disk} on disk. time: of a call, float's is 1.",
+        f"{ends[found.stopped]} It took {_common.seconds(found.seconds)}.",
+    ]
+    if found.correlations:
+        ranks = ", ".join(f"{kind} {value:.2f}" for kind, value in found.correlations.items())
+        lines.append(f"Rank correlation of estimates and measurements: {ranks}.")
+    shown = found.best
+    if shown is not None and shown.reported is not None and shown.reported.enough:
+        lines.append(f"The rows are too few to be sure of the best's drop: about {shown.reported.enough:,} would do.")
+    if shown is not None:
+        lines += [f"{site}: {became}" for site, became in shown.choices.items()]
+    return lines

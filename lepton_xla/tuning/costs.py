@@ -1,0 +1,143 @@
+"""What each choice costs: bytes exactly, and time as its product alone measures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from lepton_xla.compiler.weights import stored_bytes
+from lepton_xla.passes.core.plans import Plan
+from lepton_xla.passes.core.sites import find_sites
+from lepton_xla.passes.core.timing import Timer
+from lepton_xla.passes.pruning.magnitude import prune
+from lepton_xla.passes.quantization import eligibility
+from lepton_xla.passes.quantization.integer_arithmetic import quantize
+from lepton_xla.passes.quantization.measurement import Timing, compare
+from lepton_xla.program import Program
+from lepton_xla.trees import name_leaves, tree_bytes
+from lepton_xla.tuning.choices import Group
+
+type PerGroup = list[np.ndarray]
+"""For each group float64 [choices]."""
+
+
+def bytes_of_choices(
+    program: Program, groups: Sequence[Group], plans: Mapping[str, Plan], progress: Callable[[str, int, int], None]
+) -> tuple[PerGroup, PerGroup]:
+    """Store every weight in every format; count the bytes on disk and in memory.
+
+    >>> from lepton_xla.tuning.choices import CHOICES, find_groups
+    >>> x = lx.TensorSpec(("batch", 64), "float32")
+    >>> program = lx.trace(lambda w, x: x @ w["w"], {"w": jnp.eye(64)}, {"x": x})
+    >>> groups, plans = find_groups(program, CHOICES[:3])
+    >>> _, (memory,) = bytes_of_choices(program, groups, plans, lambda *_: None)
+    >>> memory[:2].tolist()  # float; int8 with a scale for each column
+    [16384.0, 4352.0]
+    """
+    on_disk = [np.zeros(len(group.choices)) for group in groups]
+    in_memory = [np.zeros(len(group.choices)) for group in groups]
+    names = list(dict.fromkeys(choice.name for group in groups for choice in group.choices))
+    for number, name in enumerate(names):
+        progress(f"store weights as {name}", number, len(names))
+        plan, small = plans[name], program
+        if plan.pruned:
+            small = prune(small, plan)
+        if plan.quantized:
+            small = quantize(small, plan)
+        for at, group in enumerate(groups):
+            index = next((index for index, choice in enumerate(group.choices) if choice.name == name), None)
+            if index is None:
+                continue
+            own = {path: small.weights[path] for path in group.paths}
+            on_disk[at][index] = stored_bytes(name_leaves(own))
+            in_memory[at][index] = tree_bytes(own)
+    return on_disk, in_memory
+
+
+def times_of_choices(
+    program: Program,
+    groups: Sequence[Group],
+    plans: Mapping[str, Plan],
+    sizes: Sequence[Mapping[str, int]],
+    timer: Timer,
+    *,
+    unpacks: bool,
+    progress: Callable[[str, int, int], None],
+) -> list[PerGroup]:
+    """Time the product of every site with every choice that changes its arithmetic.
+
+    Args:
+        program, groups, plans: as from `find_groups`.
+        sizes: where to time.
+        timer: times, and keeps what it measured on disk.
+        unpacks: whether weights that are multiplied in float are unpacked once, on loading, instead of on each call.
+        progress: called as each size begins.
+
+    Returns:
+        For each size and group, microseconds that each choice adds to float's, mostly below zero. What does not pay is
+        computed in float, so no choice that may be unpacked costs time.
+    """
+    found: list[PerGroup] = []
+    for number, at in enumerate(sizes):
+        progress("time products", number, len(sizes))
+        sites = {site.name: site for site in find_sites(program, sizes=at)}
+        extra = [np.zeros(len(group.choices)) for group in groups]
+        wanted: list[tuple[int, int, Any]] = []
+        for index, group in enumerate(groups):
+            for choice_index, choice in enumerate(group.choices):
+                for name in group.sites:
+                    entry, site = plans[choice.name][name], sites.get(name)
+                    if entry is None or entry.quantize is None or site is None or site.kind == "gather":
+                        continue
+                    rule = entry.quantize
+                    if eligibility.float_reason(site, rule, timer.target):
+                        continue
+                    kernel = eligibility.has_kernel(site, rule, timer.target)
+                    if rule.activations != "none" or kernel or not unpacks:
+                        wanted.append((index, choice_index, (site, rule, at)))
+        timings = compare([each for _, _, each in wanted], timer)
+        for (index, choice_index, (site, rule, _)), timing in zip(wanted, timings, strict=True):
+            added = _added_us(timing, is_float=rule.activations == "none", unpacks=unpacks)
+            extra[index][choice_index] += added * site.repeats
+        found.append(extra)
+    return found
+
+
+def _added_us(timing: Timing, *, is_float: bool, unpacks: bool) -> float:
+    """Microseconds that a choice adds to a product in float."""
+    kernel = [timing.kernel_us] if timing.kernel_us is not None and not timing.wrong else []
+    if is_float:
+        ways = [*kernel, timing.float_us if unpacks else timing.integer_us]
+    else:
+        padded = [timing.padded_us] if timing.padded_us is not None else []
+        ways = [timing.float_us] if timing.wrong else [timing.float_us, timing.integer_us, *padded]
+    return min(ways) - timing.float_us
+
+
+def refit(prior: Sequence[np.ndarray], picks: Sequence[Sequence[int]], measured: Sequence[float]) -> PerGroup:
+    """Correct what choices cost by what whole programs were measured to cost: ridge regression towards the prior.
+
+    Args:
+        prior: costs of each choice for each group.
+        picks: for each measured program, the choice of each group.
+        measured: what each cost in all.
+
+    >>> before = [np.array([4.0, 1.0]), np.array([8.0, 2.0])]
+    >>> after = refit(before, [(1, 1)], [5.0])  # 2 more than expected, shared by both
+    >>> [round(float(each[1]), 1) for each in after]
+    [2.0, 3.0]
+    """
+    if not picks:
+        return [np.array(each, np.float64) for each in prior]
+    ends = np.cumsum([len(each) for each in prior])
+    starts = ends - [len(each) for each in prior]
+    flat = np.concatenate([np.asarray(each, np.float64) for each in prior])
+    design = np.zeros((len(picks), len(flat)))
+    for row, picked in enumerate(picks):
+        design[row, starts + np.asarray(picked)] = 1
+    apart = np.asarray(measured) - design @ flat
+    kernel = design @ design.T + 1e-3 * np.eye(len(picks))
+    flat = flat + design.T @ np.linalg.solve(kernel, apart)
+    return np.split(flat, ends[:-1])

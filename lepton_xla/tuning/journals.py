@@ -1,0 +1,93 @@
+"""A journal: what a run of `tune` has found, so that a killed run goes on, and other budgets start from it."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from lepton_xla.errors import TuningError
+
+
+class Journal:
+    """Results by name, one JSON line each, written as soon as they are there; in memory only without a path.
+
+    >>> journal = Journal("found.jsonl", {"model": "a"})
+    >>> journal.once("trial 1", lambda: {"bytes": 3}), Journal("found.jsonl", {"model": "a"}).get("trial 1")
+    ({'bytes': 3}, {'bytes': 3})
+    >>> Journal("found.jsonl", {"model": "b"})
+    Traceback (most recent call last):
+    lepton_xla.errors.TuningError: found.jsonl: is the journal of another run, which differs in model; ...
+    """
+
+    def __init__(self, path: str | os.PathLike[str] | None, identity: Mapping[str, Any]) -> None:
+        """Open a journal, or begin one.
+
+        Args:
+            path: the file; None keeps everything in memory.
+            identity: what its results hold for, JSON; a journal of anything else is refused.
+
+        Raises:
+            TuningError: if it belongs to another model, other data or another seed, or cannot be read or written.
+        """
+        self._path = pathlib.Path(path) if path is not None else None
+        self._found: dict[str, Any] = {}
+        head = json.loads(json.dumps(dict(identity)))
+        if self._path is None:
+            return
+        try:
+            text = self._path.read_text(encoding="utf-8") if self._path.exists() else ""
+        except (OSError, UnicodeDecodeError) as error:
+            raise TuningError(f"{self._path}: the journal cannot be read: {error}") from error
+        lines = [line for line in text.splitlines() if line.strip()]
+        if not lines:
+            self._append({"identity": head})
+            return
+        known = _parsed(lines[0])
+        if not isinstance(known, dict) or not isinstance(known.get("identity"), dict):
+            raise TuningError(f"{self._path}: is no journal of leptonx tune; give another --journal")
+        old: dict[str, Any] = known["identity"]
+        if old != head:
+            keys = [key for key in {**old, **head} if old.get(key) != head.get(key)]
+            raise TuningError(
+                f"{self._path}: is the journal of another run, which differs in {', '.join(keys)}; give another journal"
+            )
+        for line in lines[1:]:
+            entry = _parsed(line)
+            if isinstance(entry, dict) and "name" in entry:  # the last line of a killed run may be torn
+                self._found[entry["name"]] = entry.get("found")
+        if not text.endswith("\n"):
+            self._append(None)
+
+    def get(self, name: str) -> Any:
+        """Give a result; None if there is none."""
+        return self._found.get(name)
+
+    def once(self, name: str, measure: Callable[[], Any]) -> Any:
+        """Give a result that is there, or call `measure` and keep what it returns, which must be JSON."""
+        if name not in self._found:
+            found = json.loads(json.dumps(measure()))
+            self._append({"name": name, "found": found})
+            self._found[name] = found
+        return self._found[name]
+
+    def _append(self, entry: Any) -> None:
+        if self._path is None:
+            return
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write((json.dumps(entry) if entry is not None else "") + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise TuningError(f"{self._path}: the journal cannot be written: {error.strerror}") from error
+
+
+def _parsed(line: str) -> Any:
+    try:
+        return json.loads(line)
+    except ValueError:
+        return None

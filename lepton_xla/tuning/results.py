@@ -1,0 +1,119 @@
+"""What `tune` found."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from lepton_xla.tuning.constraints import Constraints, Objective
+from lepton_xla.tuning.trials import Trial
+
+type Stop = Literal["done", "time", "trials", "interrupted"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Tuning:
+    """What was found, and all that was measured on the way.
+
+    Attributes:
+        constraints, objective: what was asked for.
+        metric: the metric of drops.
+        float_metrics: those of the float model.
+        float_bytes: bytes of its weights on disk.
+        best: the best trial that keeps to all constraints by measurement; None if none does.
+        nearest: the trial that breaks the constraints least; the best if there is one.
+        trials: everything that was measured, in order.
+        sites: for each group its sites, and for each choice its name, estimated error and bytes.
+        stopped: why the search ended: it had nothing left to try, no time, no trials, or was interrupted.
+        seconds: the time it took.
+
+    >>> small, large = (Trial(name, "", "chosen", {}, {}, drop, None, 0.1, size) for name, drop, size in
+    ...                 (("a", 0.4, 100), ("b", 0.0, 400)))
+    >>> worse = dataclasses.replace(large, name="c", judged=1.0)
+    >>> found = Tuning(Constraints(max_drop=0.5), "bytes", "accuracy", {}, 800, small, small, (small, large, worse))
+    >>> [trial.name for trial in found.frontier], found.to_json()["best"]["name"]
+    (['a', 'b'], 'a')
+    >>> found.correlations  # these trials estimated nothing
+    {}
+    """
+
+    constraints: Constraints
+    objective: Objective
+    metric: str
+    float_metrics: dict[str, float]
+    float_bytes: int
+    best: Trial | None
+    nearest: Trial | None
+    trials: tuple[Trial, ...]
+    sites: tuple[dict[str, Any], ...] = ()
+    stopped: Stop = "done"
+    seconds: float = 0.0
+
+    @property
+    def frontier(self) -> tuple[Trial, ...]:
+        """The trials that no other beats in drop, bytes on disk and latency at once, the smallest first."""
+        measured = [trial for trial in self.trials if not trial.failure]
+        kept = [trial for trial in measured if not any(_beats(other, trial) for other in measured)]
+        unique = {_point(trial): trial for trial in reversed(kept)}
+        return tuple(sorted(unique.values(), key=lambda trial: trial.bytes))
+
+    @property
+    def correlations(self) -> dict[str, float]:
+        """Rank correlations (Spearman) of what was estimated with what was measured, over all chosen trials.
+
+        `error` compares the estimated with the measured error of the outputs, `drop` with the drop; `latency` and
+        `bytes` their own. Kinds that did not vary are left out.
+        """
+        chosen = [trial for trial in self.trials if trial.estimates and not trial.failure]
+        pairs = {
+            "error": [(trial.estimates["output_error"], trial.output_error) for trial in chosen],
+            "drop": [(trial.estimates["output_error"], trial.judged) for trial in chosen],
+            "bytes": [(trial.estimates["bytes"], trial.bytes) for trial in chosen],
+            "latency": [(trial.estimates["latency"], trial.latency) for trial in chosen],
+        }
+        found = {kind: rank_correlation(values) for kind, values in pairs.items()}
+        return {kind: value for kind, value in found.items() if math.isfinite(value)}
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain dicts, lists and numbers."""
+        return {
+            "constraints": dataclasses.asdict(self.constraints),
+            "objective": self.objective,
+            "metric": self.metric,
+            "float": self.float_metrics,
+            "float_bytes": self.float_bytes,
+            "best": self.best.to_json() if self.best is not None else None,
+            "nearest": self.nearest.to_json() if self.nearest is not None else None,
+            "frontier": [trial.name for trial in self.frontier],
+            "correlations": self.correlations,
+            "trials": [trial.to_json() for trial in self.trials],
+            "sites": list(self.sites),
+            "stopped": self.stopped,
+            "seconds": self.seconds,
+        }
+
+
+def rank_correlation(pairs: Sequence[tuple[float, float]]) -> float:
+    """Spearman's rank correlation; NaN of less than three pairs, or if a side does not vary.
+
+    >>> rank_correlation([(1, 10), (2, 30), (3, 20)])
+    0.5
+    """
+    if len(pairs) < 3 or any(len(set(side)) < 2 for side in zip(*pairs, strict=True)):
+        return math.nan
+    from scipy.stats import spearmanr
+
+    found: Any = spearmanr([a for a, _ in pairs], [b for _, b in pairs])
+    return float(found.statistic)
+
+
+def _point(trial: Trial) -> tuple[float, float, float]:
+    return trial.judged, trial.bytes, trial.latency
+
+
+def _beats(one: Trial, other: Trial) -> bool:
+    """Whether a trial is nowhere worse than another and somewhere better."""
+    pairs = list(zip(_point(one), _point(other), strict=True))
+    return all(a <= b for a, b in pairs) and any(a < b for a, b in pairs)

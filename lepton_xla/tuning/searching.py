@@ -1,0 +1,316 @@
+"""Finds the best recipe within constraints: estimates of every choice, an exact choice among them, measurements."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from lepton_xla.arguments import takes
+from lepton_xla.compiler.weights import stored_bytes
+from lepton_xla.errors import CalibrationError, TuningError
+from lepton_xla.modelspec import Predict
+from lepton_xla.optimization.pipeline import grid, plan_for
+from lepton_xla.passes.core.calibration import as_batches
+from lepton_xla.passes.core.timing import Timer, time_programs
+from lepton_xla.program import Program
+from lepton_xla.recipe import Recipe, to_toml
+from lepton_xla.trees import name_leaves, tree_bytes
+from lepton_xla.tuning.candidates import Candidates, Estimates
+from lepton_xla.tuning.choices import CHOICES, Choice, find_groups, recipe_of
+from lepton_xla.tuning.constraints import Budget, Constraints, Objective, check_objective
+from lepton_xla.tuning.costs import bytes_of_choices, times_of_choices
+from lepton_xla.tuning.journals import Journal
+from lepton_xla.tuning.judging import Judge
+from lepton_xla.tuning.results import Stop, Tuning
+from lepton_xla.tuning.scores import output_errors
+from lepton_xla.tuning.trials import Trial, Workshop, digest, predictor
+
+# Presets that are measured first, so that what is found is never worse than they are.
+PRESETS = ("int8", "int8-weight-only", "int4-weight-only", "codebook16")
+ANY_TIME = Budget()
+type Progress = Callable[[str, int, int], None]
+
+
+@takes(program=Program, constraints=Constraints, budget=Budget)
+def tune(
+    program: Program,
+    evaluate: Callable[[Predict], Mapping[str, float]],
+    data: Iterable[Mapping[str, Any]],
+    *,
+    constraints: Constraints,
+    objective: Objective = "latency",
+    budget: Budget = ANY_TIME,
+    metric: str | None = None,
+    lower_is_better: bool = False,
+    buckets: Mapping[str, Iterable[int]] | None = None,
+    choices: Sequence[Choice] = CHOICES,
+    presets: Sequence[str] = PRESETS,
+    seed: int = 0,
+    journal: str | None = None,
+    timer: Timer | None = None,
+    progress: Progress | None = None,
+) -> Tuning:
+    """Find the recipe that is best at an objective and keeps to constraints, both by measurement.
+
+    One pass over the data estimates what each choice does to the outputs; bytes are counted, products timed. An integer
+    program chooses, and what it chose is built and measured whole. Limits and costs are corrected by what was measured
+    until the best that holds is found. Candidates are judged on one half of the rows that `evaluate` asks for;
+    `Trial.reported` is of the other half.
+
+    Args:
+        program: a trained model.
+        evaluate: `evaluate(predict) -> {"accuracy": 0.98, ...}`; must ask for the same rows each time.
+        data: calibration data: input dicts, all held in memory.
+        constraints: what to keep to.
+        objective: what is to be least.
+        budget: how long to look.
+        metric: the metric of drops; by default `accuracy` if there is one, else the first.
+        lower_is_better: whether it is a loss.
+        buckets: symbolic dimension -> sizes the program will be compiled for; calls are timed at all of them.
+        choices: what each weight may become; the first must leave it in float.
+        presets: presets that are measured first.
+        seed: of the split of the rows and of the estimates; the same seed, with the same times, gives the same trials.
+        journal: a file that keeps what was measured: a killed run goes on, and another budget scores nothing again.
+        timer: times calls; by default a new one, which keeps its measurements on disk.
+        progress: called with what begins, and how many trials of how many are done.
+
+    Returns:
+        The best trial and all others. Ctrl-C ends the search, not the program: the best so far is returned.
+
+    Raises:
+        TuningError: if constraints contradict each other, `evaluate` fails, gives NaN or is random, there are too few
+            rows to judge the drop, or the journal is of another model.
+        CalibrationError: if there is no data, or it cannot be used.
+        RecipeError: if a preset does not exist.
+
+    >>> random = np.random.default_rng(0)
+    >>> x, w = random.normal(size=(400, 8)).astype(np.float32), jnp.asarray(random.normal(size=(8, 3)), jnp.float32)
+    >>> program = lx.trace(lambda w, x: x @ w["w"], {"w": w}, {"x": lx.TensorSpec(("batch", 8), "float32")})
+    >>> right = np.argmax(x @ np.asarray(w), -1)
+    >>> evaluate = lambda predict: {"accuracy": np.mean(predict(x=x)["output"].argmax(-1) == right)}
+    >>> found = lx.tuning.tune(
+    ...     program, evaluate, [{"x": x[:64]}], constraints=lx.tuning.Constraints(max_drop=3.0), objective="bytes",
+    ...     budget=lx.tuning.Budget(trials=2), presets=(), choices=lx.tuning.CHOICES[:3], buckets={"batch": (1,)},
+    ... )
+    >>> found.best.choices, found.best.judged <= 3.0
+    ({'w': 'int8'}, True)
+    """
+    began = time.monotonic()
+    say = progress or (lambda _what, _done, _total: None)
+    check_objective(objective, constraints)
+    if not choices or choices[0].quantize is not None or choices[0].sparsity:
+        raise TuningError("the first of the choices must leave a weight in float")
+    recipes = [Recipe.load(name) for name in presets]
+    batches = list(as_batches(data))
+    if not batches:
+        raise CalibrationError("calibration data is empty: give at least one batch")
+    timer = timer or Timer()
+    say("evaluate the float model", 0, 0)
+    judge = Judge(program, evaluate, predictor(program), metric=metric, lower_is_better=lower_is_better, seed=seed)
+    if constraints.max_drop is not None:
+        judge.check_resolution(constraints.max_drop)
+    asked = None if buckets is None else {name: tuple(each) for name, each in buckets.items()}
+    sizes = grid(program, asked)
+    unpack = "measured" if constraints.max_memory is None and objective != "memory" else "never"
+    identity = {
+        **digest(program, batches),
+        "metrics": {name: round(value, 9) for name, value in judge.metrics.items()},
+        "metric": judge.metric,
+        "choices": [each.name for each in choices],
+        "sizes": [dict(at) for at in sizes],
+        "machine": timer.target.digest,
+        "seed": seed,
+    }
+    kept = Journal(journal, identity)
+    shop = Workshop(program, batches, asked, sizes, judge, timer)
+    search = _Search(shop, constraints, objective, budget, kept, unpack, say, began)
+    float_bytes = stored_bytes(name_leaves(program.weights))
+    estimates = None
+    try:
+        estimates = _estimated(shop, choices, kept, seed, unpack, float_bytes, say)
+        _check_reachable(estimates, constraints)
+        search.run(estimates, recipes)
+    except KeyboardInterrupt:
+        search.stopped = "interrupted"
+    return Tuning(
+        constraints=constraints,
+        objective=objective,
+        metric=judge.metric,
+        float_metrics=judge.metrics,
+        float_bytes=float_bytes,
+        best=search.best,
+        nearest=search.nearest,
+        trials=tuple(search.trials.values()),
+        sites=tuple(estimates.described()) if estimates is not None else (),
+        stopped=search.stopped,
+        seconds=time.monotonic() - began,
+    )
+
+
+def _estimated(
+    shop: Workshop, choices: Sequence[Choice], kept: Journal, seed: int, unpack: str, float_bytes: int, say: Progress
+) -> Estimates:
+    """What each choice for each group is estimated to do and to cost; from the journal if it is there."""
+    say("find sites", 0, 0)
+    program, _ = plan_for(shop.program, Recipe(), buckets=shop.buckets)
+    groups, plans = find_groups(program, choices)
+    if not groups:
+        raise TuningError("the model has no weight that could be stored otherwise")
+
+    def plain(found: Sequence[np.ndarray]) -> list[list[float]]:
+        return [each.tolist() for each in found]
+
+    errors = kept.once(
+        "errors", lambda: plain(output_errors(program, groups, plans, shop.batches, seed=seed, progress=say))
+    )
+    stored = kept.once("bytes", lambda: [plain(each) for each in bytes_of_choices(program, groups, plans, say)])
+    unpacks = unpack == "measured"
+    times = kept.once(
+        f"times, unpack {unpack}",
+        lambda: [
+            plain(each)
+            for each in times_of_choices(program, groups, plans, shop.sizes, shop.timer, unpacks=unpacks, progress=say)
+        ],
+    )
+    whole = kept.once(
+        "whole program",
+        lambda: [
+            time_programs([(shop.program.fn, shop.program.weights)], shop.program.abstract_inputs(at), shop.timer)[0]
+            for at in shop.sizes
+        ],
+    )
+    costs = {"error": errors, "bytes": stored[0], "memory": stored[1]}
+    costs |= {f"us@{index}": each for index, each in enumerate(times)}
+    arrays = {kind: [np.asarray(each, np.float64) for each in found] for kind, found in costs.items()}
+    fixed = {"error": 0.0, **{f"us@{index}": us for index, us in enumerate(whole)}}
+    for kind, all_bytes in (("bytes", float_bytes), ("memory", tree_bytes(program.weights))):
+        fixed[kind] = all_bytes - sum(float(each[0]) for each in arrays[kind])
+    return Estimates(groups, arrays, fixed)
+
+
+def _check_reachable(estimates: Estimates, constraints: Constraints) -> None:
+    """Refuse bytes that no choice reaches: they are counted, so there is nothing to measure."""
+    for kind, limit, name in (
+        ("bytes", constraints.max_bytes, "max_bytes"),
+        ("memory", constraints.max_memory, "max_memory"),
+    ):
+        least = estimates.fixed[kind] + sum(float(each.min()) for each in estimates.costs[kind])
+        if limit is not None and limit < 0.98 * least:
+            raise TuningError(
+                f"{name} = {limit:,} cannot be kept to: with every weight in its smallest form the model takes "
+                f"{round(least):,} bytes; allow that, or give more choices"
+            )
+
+
+class _Search:
+    """Measures recipes until there is nothing left to try, or no time."""
+
+    def __init__(
+        self,
+        shop: Workshop,
+        constraints: Constraints,
+        objective: Objective,
+        budget: Budget,
+        kept: Journal,
+        unpack: str,
+        say: Progress,
+        began: float,
+    ) -> None:
+        self._shop, self._constraints = shop, constraints
+        self._objective: Objective = objective
+        self._budget, self._kept, self._unpack, self._say = budget, kept, unpack, say
+        self._deadline = began + 60 * budget.minutes
+        self.trials: dict[str, Trial] = {}
+        self.stopped: Stop = "done"
+
+    @property
+    def best(self) -> Trial | None:
+        """The best trial that keeps to all constraints."""
+        holding = [trial for trial in self.trials.values() if trial.excess(self._constraints) == 0]
+        return min(holding, key=lambda t: (t.value(self._objective), t.judged, t.output_error), default=None)
+
+    @property
+    def nearest(self) -> Trial | None:
+        """The best, or the trial that breaks the constraints least."""
+        failed = [trial for trial in self.trials.values() if not trial.failure]
+        return self.best or min(
+            failed, key=lambda t: (t.excess(self._constraints), t.value(self._objective)), default=None
+        )
+
+    def run(self, estimates: Estimates, presets: Sequence[Recipe]) -> None:
+        """Measure the presets, then what is chosen."""
+        candidates = Candidates(estimates, self._constraints, self._objective)
+        for recipe in presets:
+            # A preset may unpack; what is limited is memory, so it may not here.
+            recipe = recipe.replace(unpack=self._unpack)
+            if self._measured(recipe, "preset", {}, {}) is None:
+                return
+        for proposal in candidates.proposals():
+            recipe = recipe_of("", estimates.named(proposal.picked), proposal.methods, unpack=self._unpack)
+            name = f"tuned-{hashlib.sha256(to_toml(recipe).encode()).hexdigest()[:8]}"
+            recipe = recipe.replace(name=name)
+            described = {
+                site: choice.name for group, choice in estimates.named(proposal.picked) for site in group.sites
+            }
+            trial = self._measured(recipe, proposal.origin, described, candidates.expected(proposal.picked))
+            if trial is None:
+                return
+            candidates.learn(proposal, trial)
+
+    def _measured(
+        self, recipe: Recipe, origin: str, described: dict[str, str], expected: dict[str, float]
+    ) -> Trial | None:
+        """A trial, measured or from the journal; None if the budget is spent."""
+        key = hashlib.sha256(to_toml(recipe).encode()).hexdigest()[:16]
+        known = self._kept.get(key)
+        if key not in self.trials:
+            if self._budget.trials is not None and len(self.trials) >= self._budget.trials:
+                self.stopped = "trials"
+                return None
+            if known is None and time.monotonic() > self._deadline:
+                self.stopped = "time"
+                return None
+            done, total = len(self.trials), self._budget.trials or 0
+
+            def say(line: str) -> None:
+                self._say(f"{self._so_far()}; trial {done + 1}, {recipe.name}: {line}", done, total)
+
+            say("build")
+            found = self._kept.once(
+                key,
+                lambda: _finite(
+                    self._shop.measure(
+                        recipe,
+                        self._constraints.max_drop,
+                        say,
+                        origin=origin,
+                        choices=described,
+                        estimates=expected,
+                    ).to_json()
+                ),
+            )
+            # Estimates, and what is allowed, may be others than in the run that measured.
+            self.trials[key] = dataclasses.replace(Trial.of_json(found), origin=origin, estimates=expected)
+        return self.trials[key]
+
+    def _so_far(self) -> str:
+        best = self.best
+        if best is None:
+            return "nothing holds yet"
+        figures = {
+            "latency": f"{best.latency:.2f} of float's time",
+            "bytes": f"{best.bytes:,} bytes",
+            "memory": f"{best.memory:,} bytes in memory",
+            "metric": f"{best.judged:+.2f} points lost",
+        }
+        return f"best {figures[self._objective]}"
+
+
+def _finite(found: dict[str, Any]) -> dict[str, Any]:
+    """Without infinities, which JSON lacks: a failed trial's."""
+    return {key: None if isinstance(value, float) and not np.isfinite(value) else value for key, value in found.items()}

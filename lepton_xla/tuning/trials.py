@@ -1,0 +1,213 @@
+"""Trials: a recipe that was built and measured whole."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from lepton_xla.compiler.weights import stored_bytes
+from lepton_xla.errors import LeptonError, first_line
+from lepton_xla.modelspec import Predict
+from lepton_xla.optimization.pipeline import optimize
+from lepton_xla.passes.core.calibration import check_batch
+from lepton_xla.passes.core.timing import Timer, time_programs
+from lepton_xla.program import Program
+from lepton_xla.recipe import Recipe, to_toml
+from lepton_xla.trees import name_leaves, tree_bytes
+from lepton_xla.tuning.constraints import Constraints, Objective
+from lepton_xla.tuning.judging import Drop, Judge
+
+
+@dataclasses.dataclass(frozen=True)
+class Trial:
+    """What was measured of one recipe.
+
+    Attributes:
+        name: the recipe's name.
+        recipe: its TOML text.
+        origin: where it came from: `preset`, `chosen`, `step back`, `step on` or `methods`.
+        choices: site -> what it became; empty for a preset.
+        metrics: result of `evaluate` on all rows.
+        judged: drop in points on the rows that candidates are chosen by.
+        reported: drop on the other rows, with its interval; None if the recipe failed.
+        output_error: relative error of the outputs.
+        bytes: bytes of the weights on disk.
+        memory: bytes of the weights in memory.
+        us: microseconds of a call at each size.
+        float_us: those of the float model, measured in turns with it.
+        estimates: what was expected of `output_error`, `bytes` and `latency` (share of float's); empty for a preset.
+        seconds: time that the trial took.
+        failure: why nothing was measured; empty if it was.
+
+    >>> from lepton_xla.tuning import Constraints, Trial
+    >>> trial = Trial("a", "", "chosen", {}, judged=0.25, bytes=400, us=(50.0,), float_us=(100.0,), output_error=0.1)
+    >>> trial.latency, trial.value("bytes"), trial.excess(Constraints(max_bytes=200))
+    (0.5, 400.0, 1.0)
+    >>> Trial.of_json(trial.to_json()) == trial
+    True
+    """
+
+    name: str
+    recipe: str
+    origin: str
+    choices: dict[str, str]
+    metrics: dict[str, float] = dataclasses.field(default_factory=dict[str, float])
+    judged: float = math.inf
+    reported: Drop | None = None
+    output_error: float = math.inf
+    bytes: int = 0
+    memory: int = 0
+    us: tuple[float, ...] = ()
+    float_us: tuple[float, ...] = ()
+    estimates: dict[str, float] = dataclasses.field(default_factory=dict[str, float])
+    seconds: float = 0.0
+    failure: str = ""
+
+    @property
+    def latency(self) -> float:
+        """Time of a call as a share of float's, geometric mean over the sizes."""
+        return (
+            statistics.geometric_mean([a / b for a, b in zip(self.us, self.float_us, strict=True)]) if self.us else 1.0
+        )
+
+    def value(self, objective: Objective) -> float:
+        """What is to be least."""
+        values = {"latency": self.latency, "bytes": self.bytes, "memory": self.memory, "metric": self.judged}
+        return math.inf if self.failure else float(values[objective])
+
+    def excess(self, constraints: Constraints) -> float:
+        """By how much the trial breaks the constraints, as shares of what is allowed added up; 0 if it keeps to all."""
+        if self.failure:
+            return math.inf
+        found = 0.0
+        if constraints.max_drop is not None and self.judged > constraints.max_drop + 1e-9:
+            found += (self.judged - constraints.max_drop) / max(constraints.max_drop, 0.1)
+        worst_ms = max(self.us, default=0.0) / 1e3
+        limits = (constraints.max_bytes, constraints.max_memory, constraints.max_latency_ms)
+        for value, limit in zip((self.bytes, self.memory, worst_ms), limits, strict=True):
+            if limit is not None and value > limit:
+                found += value / limit - 1
+        return found
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain dicts, lists and numbers."""
+        return {
+            **dataclasses.asdict(self),
+            "us": list(self.us),
+            "float_us": list(self.float_us),
+            "latency": self.latency,
+        }
+
+    @staticmethod
+    def of_json(found: Mapping[str, Any]) -> Trial:
+        """The trial that `to_json` described."""
+        given: dict[str, Any] = {key: value for key, value in found.items() if key != "latency"}
+        drop = given.pop("reported")
+        for key in ("judged", "output_error"):
+            given[key] = math.inf if given[key] is None else given[key]
+        for key in ("us", "float_us"):
+            given[key] = tuple(given[key])
+        return Trial(**given, reported=Drop(**drop) if drop else None)
+
+
+@dataclasses.dataclass(frozen=True)
+class Workshop:
+    """Builds and measures recipes for one model.
+
+    Attributes:
+        program: the float model.
+        batches: calibration data.
+        buckets: symbolic dimension -> sizes to compile for.
+        sizes: all their combinations, at which calls are timed.
+        judge: compares with the float model.
+        timer: times calls.
+    """
+
+    program: Program
+    batches: Sequence[Mapping[str, Any]]
+    buckets: Mapping[str, Sequence[int]] | None
+    sizes: Sequence[Mapping[str, int]]
+    judge: Judge
+    timer: Timer
+
+    def measure(self, recipe: Recipe, max_drop: float | None, say: Callable[[str], None], **described: Any) -> Trial:
+        """Build a recipe and measure it whole.
+
+        Args:
+            recipe: what to build.
+            max_drop: what is allowed.
+            say: called with a line when a step begins.
+            described: what the trial says of itself: `origin`, `choices`, `estimates`.
+
+        Returns:
+            The trial; one that failed says why.
+        """
+        start = time.perf_counter()
+        trial = Trial(recipe.name, to_toml(recipe), **described)
+        try:
+            small = optimize(
+                self.program, recipe, calibration=self.batches, buckets=self.buckets, timer=self.timer, progress=say
+            )
+            loaded = as_loaded(small)
+            say("evaluate")
+            judged = self.judge(predictor(loaded), max_drop=max_drop)
+            say("time calls")
+            times = [self._times(loaded, at) for at in self.sizes]
+        except LeptonError as error:
+            return dataclasses.replace(trial, failure=first_line(error), seconds=time.perf_counter() - start)
+        return dataclasses.replace(
+            trial,
+            metrics=judged.metrics,
+            judged=judged.judged,
+            reported=judged.reported,
+            output_error=judged.output_error,
+            bytes=stored_bytes(name_leaves(small.weights)),
+            memory=tree_bytes(loaded.weights),
+            us=tuple(each[1] for each in times),
+            float_us=tuple(each[0] for each in times),
+            seconds=time.perf_counter() - start,
+        )
+
+    def _times(self, small: Program, at: Mapping[str, int]) -> list[float]:
+        functions = [(each.fn, each.weights) for each in (self.program, small)]
+        return time_programs(functions, self.program.abstract_inputs(at), self.timer)
+
+
+def as_loaded(program: Program) -> Program:
+    """The program as an artifact runs it: with the weights that loading unpacks unpacked."""
+    if program.expansion is None:
+        return program
+    return program.replace(fn=program.expansion.fn, weights=program.expansion.expand(program.weights), masks={})
+
+
+def predictor(program: Program) -> Predict:
+    """The program under `jax.jit`, with the call signature of a loaded artifact."""
+    compiled = jax.jit(program.named_outputs)
+
+    def predict(**inputs: Any) -> dict[str, np.ndarray]:
+        arrays = check_batch(program, inputs, "the rows of evaluate")
+        return jax.device_get(compiled(program.weights, *arrays))
+
+    return predict
+
+
+def digest(program: Program, batches: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Digests of a model and of its calibration data."""
+    model, data = hashlib.sha256(), hashlib.sha256()
+    for path, leaf in name_leaves(program.weights).items():
+        array = np.asarray(leaf)
+        model.update(f"{path} {array.dtype} {array.shape}".encode() + array.tobytes())
+    model.update(repr((dict(program.inputs), dict(program.outputs))).encode())
+    for batch in batches:
+        for name, value in batch.items():
+            array = np.asarray(value)
+            data.update(f"{name} {array.dtype} {array.shape}".encode() + array.tobytes())
+    return {"model": model.hexdigest()[:16], "data": data.hexdigest()[:16]}

@@ -1,0 +1,77 @@
+"""`leptonx tune`: the table, the document, and the files that it writes."""
+
+import json
+
+import pytest
+
+from lepton_xla.recipe import Recipe
+
+QUICK = ("--trials", 1, "--buckets", "batch=1")
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory):
+    """A target with enough rows to judge points of accuracy."""
+    file = tmp_path_factory.mktemp("tuned") / "small_model.py"
+    file.write_text("""
+import jax.numpy as jnp
+import numpy as np
+import lepton_xla as lx
+
+random = np.random.default_rng(0)
+x = random.standard_normal((400, 8)).astype(np.float32)
+w = random.standard_normal((8, 4)).astype(np.float32)
+right = (x @ w).argmax(-1)
+
+
+def evaluate(predict):
+    return {"accuracy": (predict(x=x)["output"].argmax(-1) == right).mean()}
+
+
+model = lx.ModelSpec(
+    {"x": lx.TensorSpec(("batch", 8), "float32")}, fn=lambda w, x: x @ w, weights=w, buckets={"batch": (1,)},
+    calibration=[{"x": x[:32]}], evaluate=evaluate,
+)
+bare = lx.ModelSpec({"x": lx.TensorSpec(("batch", 8), "float32")}, fn=lambda w, x: x @ w, weights=w)
+""")
+    return file
+
+
+def test_the_best_is_printed_and_written(cli, classifier, tmp_path):
+    journal, best, report, points = (tmp_path / name for name in ("a.jsonl", "best.toml", "a.html", "points"))
+    files = ("--journal", journal, "-o", best, "--report", report, "--points", points)
+    document = cli.json("tune", f"{classifier}:model", "--max-drop", 4, "--objective", "bytes", *QUICK, *files)
+    assert document["best"]["name"] == "int8"
+    assert document["stopped"] == "trials"
+    assert document["float"] == {"accuracy": 1.0}
+    assert Recipe.load(best).quantize[0].weights == "int8"
+    assert [path.stem for path in points.iterdir()] == document["frontier"] == ["int8"]
+    assert "<svg" in report.read_text()
+    assert len(journal.read_text().splitlines()) > 4
+    text = cli.ok("tune", f"{classifier}:model", "--max-drop", 4, "--objective", "bytes", *QUICK, *files)
+    assert "the best" in text
+    assert "All trials were spent." in text
+    assert json.loads(journal.read_text().splitlines()[0])["identity"]["metric"] == "accuracy"
+
+
+def test_constraints_that_nothing_keeps_to_end_with_one_line(cli, classifier):
+    result = cli("tune", f"{classifier}:model", "--max-drop", 4, "--max-latency-ms", 1e-9, *QUICK)
+    assert result.exit_code == 2
+    assert "1 recipes measured" in result.stdout
+    assert "no recipe that was measured keeps to the constraints; the nearest is int8" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "said"),
+    [
+        ("model", ("--max-drop", 4, "--minutes", 0), "a budget of 0 minutes"),
+        ("model", ("--max-drop", 4, "--max-bytes", "2 apples"), "'2 apples': expected bytes, such as 800000, 2MB"),
+        ("model", (), "objective 'latency' needs max_drop"),
+        ("model", ("--max-drop", 0.1), "2000 rows would do"),
+        ("bare", ("--max-drop", 4), "has no evaluate"),
+        ("model", ("--max-drop", 4, "-o", "/nowhere/at/all.toml"), "does not exist"),
+        ("model", ("--max-drop", 4, "--metric", "f1"), "no metric 'f1': evaluate returns accuracy"),
+    ],
+)
+def test_what_is_refused(cli, classifier, name, options, said):
+    assert said in cli.refused("tune", f"{classifier}:{name}", *options)

@@ -1,0 +1,242 @@
+"""The search on a small classifier, with times that are made up: what it finds, keeps, refuses, and goes on from."""
+
+import dataclasses
+import json
+import re
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import lepton_xla as lx
+from lepton_xla.errors import CalibrationError, TuningError
+from lepton_xla.passes.core.timing import Timer
+from lepton_xla.passes.core.timing_cache import TimingCache
+from lepton_xla.tuning import CHOICES, Budget, Constraints, searching, tune
+from lepton_xla.tuning.choices import find_groups
+from lepton_xla.tuning.pages import page
+from lepton_xla.tuning.scores import output_errors
+
+RANDOM = np.random.default_rng(0)
+X = RANDOM.standard_normal((600, 8)).astype(np.float32)
+WEIGHTS = {
+    "q": jnp.asarray(RANDOM.standard_normal((8, 16)), jnp.float32),
+    "k": jnp.asarray(RANDOM.standard_normal((8, 16)), jnp.float32),
+    "out": jnp.asarray(RANDOM.standard_normal((16, 4)), jnp.float32),
+}
+FEW = (CHOICES[0], CHOICES[2], CHOICES[4], CHOICES[6])  # float, int8, 16 levels, 4 levels
+
+
+def model(w, x):
+    return jnp.tanh(x @ w["q"] + x @ w["k"]) @ w["out"]
+
+
+PROGRAM = lx.trace(model, WEIGHTS, {"x": lx.TensorSpec(("batch", 8), "float32")})
+LABELS = np.asarray(model(WEIGHTS, X)).argmax(-1)
+
+
+def evaluate(predict):
+    return {"accuracy": float((predict(x=X)["output"].argmax(-1) == LABELS).mean())}
+
+
+class Watch(Timer):
+    """A timer of which every call takes the time that it is told."""
+
+    def __init__(self, *us):
+        super().__init__(cache=TimingCache(None))
+        self._us = us
+
+    def medians_us(self, calls, budget_s=0.0):
+        return [self._us[min(index, len(self._us) - 1)] for index in range(len(calls))]
+
+
+def found(**changes):
+    given = {
+        "constraints": Constraints(max_drop=5.0),
+        "objective": "bytes",
+        "budget": Budget(minutes=10, trials=5),
+        "buckets": {"batch": (1,)},
+        "choices": FEW,
+        "presets": (),
+        "timer": Watch(100.0, 80.0),
+        "data": [{"x": X[:64]}],
+        "evaluate": evaluate,
+    } | changes
+    data, judged = given.pop("data"), given.pop("evaluate")
+    return tune(PROGRAM, judged, data, **given)
+
+
+@pytest.fixture(scope="module")
+def smallest(tmp_path_factory):
+    """A search for the fewest bytes, and its journal."""
+    path = tmp_path_factory.mktemp("tuning") / "journal.jsonl"
+    return found(journal=path), path
+
+
+def test_sites_that_share_an_input_are_one_group():
+    groups, _ = find_groups(PROGRAM, FEW)
+    assert [group.sites for group in groups] == [("q", "k"), ("out",)]
+    assert [choice.name for choice in groups[0].choices] == ["float", "int8", "16 levels", "4 levels"]
+
+
+def test_scores_are_the_change_of_the_outputs_to_first_order():
+    # Of a linear program the first order is all there is.
+    program = lx.trace(lambda w, x: x @ w["q"] + x @ w["k"], WEIGHTS, {"x": lx.TensorSpec(("batch", 8), "float32")})
+    groups, plans = find_groups(program, (CHOICES[0], CHOICES[2]))
+    (errors,) = output_errors(program, groups, plans, [{"x": X[i : i + 50]} for i in range(0, 600, 50)])
+
+    def rounded(w):
+        w = np.asarray(w, np.float64)
+        scale = np.abs(w).max(0) / 127
+        return np.rint(w / scale) * scale
+
+    exact = X.astype(np.float64) @ (np.asarray(WEIGHTS["q"], np.float64) + WEIGHTS["k"])
+    change = X.astype(np.float64) @ (rounded(WEIGHTS["q"]) + rounded(WEIGHTS["k"])) - exact
+    assert errors[0] == 0
+    assert errors[1] == pytest.approx(np.sum(change**2) / np.sum(exact**2), rel=0.25)
+
+
+def test_what_is_found_is_built_again_from_its_recipe(smallest):
+    tuned, _ = smallest
+    best = tuned.best
+    assert best is not None
+    assert best.judged <= 5
+    assert best.bytes < 0.6 * tuned.float_bytes
+    assert set(best.choices) == {"q", "k", "out"}
+    assert best.choices["q"] == best.choices["k"]
+    assert best.bytes == min(trial.bytes for trial in tuned.trials if trial.judged <= 5)
+    recipe = lx.Recipe.parse(best.recipe, name="found")
+    small = lx.optimize(PROGRAM, recipe, calibration=[{"x": X[:64]}], buckets={"batch": (1,)}, timer=Watch(100.0, 80.0))
+    answers = np.asarray(small.fn(small.weights, X))
+    assert (answers.argmax(-1) == LABELS).mean() == pytest.approx(best.metrics["accuracy"], abs=0.005)
+    assert (best.us, best.float_us, best.latency) == ((80.0,), (100.0,), pytest.approx(0.8))
+    for trial in tuned.trials:
+        assert trial.estimates["bytes"] == pytest.approx(trial.bytes, rel=0.1)
+
+
+def test_the_same_seed_gives_the_same_trials(smallest):
+    again = found()
+    assert [trial.name for trial in again.trials] == [trial.name for trial in smallest[0].trials]
+    assert [trial.judged for trial in again.trials] == [trial.judged for trial in smallest[0].trials]
+
+
+def test_a_killed_run_goes_on_where_it_was(smallest, tmp_path, monkeypatch):
+    tuned, path = smallest
+    lines = path.read_text().splitlines(keepends=True)
+    torn = tmp_path / "torn.jsonl"
+    torn.write_text("".join(lines[:-2]) + lines[-2][:40])  # killed while it wrote the last but one trial
+    built = []
+    measure = searching.Workshop.measure
+    monkeypatch.setattr(
+        searching.Workshop,
+        "measure",
+        lambda self, recipe, *a, **k: built.append(recipe.name) or measure(self, recipe, *a, **k),
+    )
+    monkeypatch.setattr(searching, "output_errors", None)  # nothing is scored again
+    again = found(journal=torn)
+    assert [trial.name for trial in again.trials] == [trial.name for trial in tuned.trials]
+    assert built == [trial.name for trial in tuned.trials[-2:]]
+    # Another budget starts from what is there.
+    other = found(
+        journal=torn,
+        constraints=Constraints(max_bytes=int(0.45 * tuned.float_bytes)),
+        objective="metric",
+        budget=Budget(trials=1),
+    )
+    assert other.best is not None
+    assert other.best.bytes <= 0.45 * tuned.float_bytes
+
+
+def test_a_journal_of_another_model_is_refused(smallest, tmp_path):
+    _, path = smallest
+    line = r"journal.jsonl: is the journal of another run, which differs in "
+    with pytest.raises(TuningError, match=line + "seed"):
+        found(journal=path, seed=1)
+    with pytest.raises(TuningError, match=line + "data"):
+        found(journal=path, data=[{"x": X[:32]}])
+    other = PROGRAM.replace(weights={**WEIGHTS, "out": 2 * WEIGHTS["out"]})
+    with pytest.raises(TuningError, match=line + "model"):
+        tune(
+            other,
+            evaluate,
+            [{"x": X[:64]}],
+            constraints=Constraints(5.0),
+            choices=FEW,
+            buckets={"batch": (1,)},
+            journal=path,
+            timer=Watch(1.0),
+        )
+    (tmp_path / "no.jsonl").write_text('{"a": 1}\n')
+    with pytest.raises(TuningError, match=r"no.jsonl: is no journal"):
+        found(journal=tmp_path / "no.jsonl")
+    with pytest.raises(TuningError, match="cannot be read"):
+        found(journal=tmp_path)
+
+
+def test_ctrl_c_gives_the_best_so_far(monkeypatch):
+    measure, count = searching.Workshop.measure, iter(range(10))
+
+    def interrupted(self, *args, **kwargs):
+        if next(count) == 1:
+            raise KeyboardInterrupt
+        return measure(self, *args, **kwargs)
+
+    monkeypatch.setattr(searching.Workshop, "measure", interrupted)
+    tuned = found()
+    assert (tuned.stopped, len(tuned.trials)) == ("interrupted", 1)
+
+
+def test_constraints_that_no_measurement_keeps_to_give_the_nearest(smallest):
+    tuned = found(constraints=Constraints(max_drop=5.0, max_latency_ms=0.01), budget=Budget(trials=2))
+    assert tuned.best is None
+    assert tuned.nearest is not None
+    assert tuned.nearest.excess(tuned.constraints) == pytest.approx(tuned.nearest.us[0] / 10 - 1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "said"),
+    [
+        ({"constraints": Constraints(5.0, max_bytes=10)}, TuningError, "max_bytes = 10 cannot be kept to"),
+        ({"constraints": Constraints(max_drop=0.1)}, TuningError, "600 rows, of which 300 .* 2000 rows would do"),
+        ({"constraints": Constraints(max_bytes=100)}, TuningError, "objective 'bytes' needs max_drop"),
+        ({"objective": "metric"}, TuningError, "needs max_bytes"),
+        ({"objective": "fast"}, TuningError, "objective 'fast': expected one of latency"),
+        ({"data": []}, CalibrationError, "calibration data is empty"),
+        ({"choices": CHOICES[1:]}, TuningError, "the first of the choices"),
+        ({"presets": ("nothing",)}, lx.RecipeError, "nothing"),
+        ({"evaluate": lambda _: 1 / 0}, TuningError, "evaluate fails: ZeroDivisionError"),
+    ],
+)
+def test_what_cannot_be_looked_for_is_refused_before_anything_is_measured(changes, error, said, monkeypatch):
+    monkeypatch.setattr(searching.Workshop, "measure", None)
+    with pytest.raises(error, match=said):
+        found(**changes)
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda: Budget(minutes=0), "a budget of 0 minutes"),
+        (lambda: Budget(minutes=float("nan")), "a budget of nan minutes"),
+        (lambda: Budget(trials=0), "a budget of 0 trials"),
+        (lambda: Constraints(max_bytes=0), "max_bytes = 0: expected a number above 0"),
+        (lambda: Constraints(max_drop=float("nan")), "max_drop = nan"),
+        (lambda: Constraints(max_latency_ms=-1.0), "max_latency_ms = -1.0"),
+    ],
+)
+def test_budgets_and_constraints_that_are_none(make, said):
+    with pytest.raises(TuningError, match=re.escape(said)):
+        make()
+
+
+def test_the_page_is_one_file_without_addresses(smallest):
+    tuned, _ = smallest
+    text = page("a<b>.py:model", tuned)
+    assert "a&lt;b&gt;.py:model" in text
+    assert not re.search(r"https?:|//|<script|<link|src=|url\(", text)
+    assert text.count("<circle") == len(tuned.trials)
+    assert all(trial.name in text for trial in tuned.trials)
+    document = json.loads(json.dumps(tuned.to_json()))
+    assert document["best"]["choices"] == tuned.best.choices
+    nothing = dataclasses.replace(tuned, trials=(), best=None, nearest=None)
+    assert "Nothing was measured." in page("m", nothing)
