@@ -61,8 +61,9 @@ buckets_option = click.option(
 golden_option = click.option(
     "--golden",
     metavar="FILE.npz",
-    help="Rows whose answers are known: arrays by the names of inputs and outputs. The artifact carries them, and a "
-    "server asks for them before it uses it. Without outputs, the answers of this model are kept.",
+    help="Rows whose answers are known: arrays by the names of inputs and outputs, and perhaps `label`, the right "
+    "class of each row. The artifact carries them, and a server asks for them before it uses it. Without outputs, the "
+    "answers of this model are kept.",
 )
 mesh_option = click.option(
     "--mesh",

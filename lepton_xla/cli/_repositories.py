@@ -27,18 +27,23 @@ def subcommand(group: click.Group, name: str) -> Callable[[Callable[..., None]],
     def decorate(function: Callable[..., None]) -> click.Command:
         @functools.wraps(function)
         def run(models: str, token_file: str | None, tls_ca: str | None, **rest: Any) -> None:
-            function(_opened(models, token_file, tls_ca), **rest)
+            function(opened(models, token_file, tls_ca), **rest)
 
-        run = click.option("--tls-ca", metavar="FILE", help="Certificates (PEM) to trust, for a server.")(run)
-        run = click.option(
-            "--token-file", metavar="FILE", help="File with the token for a server. By default $LEPTON_TOKEN."
-        )(run)
-        return group.command(name)(click.argument("models")(_common.json_option(run)))
+        return group.command(name)(click.argument("models")(_common.json_option(server_options(run))))
 
     return decorate
 
 
-def _opened(models: str, token_file: str | None, tls_ca: str | None) -> Repository | RepositoryClient:
+def server_options(function: Callable[..., None]) -> Callable[..., None]:
+    """Options of a command that may ask a server."""
+    function = click.option("--tls-ca", metavar="FILE", help="Certificates (PEM) to trust, for a server.")(function)
+    return click.option(
+        "--token-file", metavar="FILE", help="File with the token for a server. By default $LEPTON_TOKEN."
+    )(function)
+
+
+def opened(models: str, token_file: str | None, tls_ca: str | None) -> Repository | RepositoryClient:
+    """The repository in a folder, or of the server at a URL."""
     if _URL.match(models):
         from lepton_xla.serve.client.repository import RepositoryClient
 

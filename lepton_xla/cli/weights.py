@@ -120,28 +120,117 @@ def master(artifact: str, *, output: str, overwrite: bool, as_json: bool) -> Non
     _common.show(f"wrote {output}: {len(found)} weights, {_common.size(total)}")
 
 
-@_repositories.subcommand(weights, "push")
-@click.argument("artifact")
+@weights.command("push")
+@click.argument("models", metavar="MODELS")
+@click.argument("artifact", required=False)
+@click.option("--to", "url", metavar="URL", help="Server to push to: leptonx weights push ARTIFACT --to URL.")
 @click.option("--name", help="Name in the repository; by default the artifact's own.")
 @click.option("--version", help="A version that is not there yet; by default one more than the greatest.")
 @click.option("--promote", "label", metavar="LABEL", help="Then move this label to it, such as stable or canary.")
+@click.option(
+    "--alpha",
+    type=float,
+    help="Move towards the new weights in steps, each this part of the way: above 0, at most 1.",
+)
+@click.option("--steps", type=int, help="Steps, with --alpha.  [default: 5]")
+@click.option("--every", metavar="DURATION", help="Time between two steps, such as 10s or 2m.  [default: 10s]")
+@click.option(
+    "--max-drop", type=float, help="How much accuracy may fall, 0.01 for one row of a hundred.  [default: 0.01]"
+)
+@click.option("--nearest", is_flag=True, help="Round to nearest where codes were chosen for calibration data (GPTQ).")
+@_repositories.server_options
+@_common.json_option
 def push(
-    repository: Repository | RepositoryClient,
-    artifact: str,
+    models: str,
+    artifact: str | None,
     *,
+    url: str | None,
     name: str | None,
     version: str | None,
     label: str | None,
+    alpha: float | None,
+    steps: int | None,
+    every: str | None,
+    max_drop: float | None,
+    nearest: bool,
+    token_file: str | None,
+    tls_ca: str | None,
     as_json: bool,
 ) -> None:
     """Copy ARTIFACT, of weights alone, into MODELS as a new version: a folder, or the URL of a server.
 
     MODELS must have a version with the compiled code that the weights fit. A server that has it loaded puts the weights
     in its place between two batches, without compiling.
+
+    With --alpha the server moves its weights towards the new ones in steps instead, each a version of its own, and
+    looks at accuracy between them: on golden rows with labels (compile --golden), and on feedback. If that falls by
+    more than --max-drop, it stops, or goes back. Both must keep their float master (compile --keep-master). After n
+    steps, 1 - (1 - alpha)^n of the way is gone. GET /v2/models/NAME/adjustment says how far it is.
+
+    \b
+      leptonx weights push MODELS new.lepton
+      leptonx weights push new.lepton --to http://127.0.0.1:8000 --alpha 0.2 --steps 5 --every 10s --max-drop 0.01
     """
-    _repositories.push(
-        repository, artifact, name=name, version=version, label=label, as_json=as_json, only_weights=True
+    if (artifact is None) == (url is None):
+        raise click.UsageError("give MODELS and ARTIFACT, or ARTIFACT and --to URL")
+    place, source = (models, artifact) if artifact is not None else (url or "", models)
+    asked = {"steps": steps, "every_s": None if every is None else _seconds(every), "max_drop": max_drop}
+    asked = {key: value for key, value in asked.items() if value is not None}
+    repository = _repositories.opened(place, token_file, tls_ca)
+    if alpha is None:
+        if asked or nearest:
+            raise click.UsageError("--steps, --every, --max-drop and --nearest need --alpha")
+        _repositories.push(
+            repository, source, name=name, version=version, label=label, as_json=as_json, only_weights=True
+        )
+        return
+    if version is not None or label is not None:
+        raise click.UsageError("--alpha makes versions of its own: leave --version and --promote out")
+    _adjust(repository, source, name, {"alpha": alpha, "nearest": nearest, **asked}, as_json)
+
+
+def _adjust(
+    repository: Repository | RepositoryClient, source: str, name: str | None, plan: dict[str, Any], as_json: bool
+) -> None:
+    import pathlib
+
+    from lepton_xla.copies import listing_of
+    from lepton_xla.errors import InputError
+    from lepton_xla.serve.models.repository import Repository
+
+    if not 0 < plan["alpha"] <= 1:
+        raise InputError(f"--alpha {plan['alpha']}: expected a number above 0 and at most 1")
+    if plan.get("steps", 1) < 1:
+        raise InputError(f"--steps {plan['steps']}: expected at least 1")
+    if isinstance(repository, Repository):
+        raise InputError("--alpha needs a running server, which moves the weights: give its URL")
+    with _common.progress() as step:
+        step(f"push {source}")
+        called = name or listing_of(pathlib.Path(source))[0].name
+        tell = lambda sent, total: step(f"push {source}: {100 * sent // max(total, 1)} %")  # noqa: E731
+        begun = repository.adjust(source, called, tell=tell, **plan)
+    if as_json:
+        _common.print_json(begun)
+        return
+    asked = begun["plan"]
+    _common.show(
+        f"{called}: version {begun['base']} moves in {asked['steps']} steps of {asked['alpha']:g}, one every "
+        f"{asked['every_s']:g} s"
     )
+
+
+def _seconds(text: str) -> float:
+    """A duration in seconds.
+
+    >>> _seconds("10s"), _seconds("2m"), _seconds("0.5")
+    (10.0, 120.0, 0.5)
+    """
+    units = {"ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
+    number = text.rstrip("msh")
+    try:
+        return float(number) * units[text[len(number) :] or "s"]
+    except (KeyError, ValueError):
+        raise click.UsageError(f"--every {text!r}: expected a duration such as 10s or 2m") from None
 
 
 def _optimized(target: str, base: Servable, step: Callable[[str], None]) -> Program:

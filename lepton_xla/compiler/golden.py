@@ -16,6 +16,8 @@ from lepton_xla.errors import ArtifactError, CompileError
 from lepton_xla.program import TensorSpec
 
 FILE = "golden.bin"
+# The name of the array that holds the right class of each row.
+LABEL = "label"
 # They are kept in memory while an artifact is made, and read whenever it is loaded.
 _LIMIT_BYTES = 64 << 20
 
@@ -30,6 +32,7 @@ class Golden:
         inputs: every input of the model, by name, in order.
         outputs: the known outputs, by name.
         tolerance: the largest difference from a known answer, relative to the largest of that output.
+        label: the right class of each row, if it is known.
 
     >>> rows = Golden({"x": np.float32([[1.0, 2.0]])}, {"y": np.float32([[2.0, 4.0]])}, 1e-3)
     >>> rows.check(lambda x: {"y": 2 * x}, "double.lepton")
@@ -41,6 +44,7 @@ class Golden:
     inputs: Mapping[str, np.ndarray]
     outputs: Mapping[str, np.ndarray]
     tolerance: float
+    label: np.ndarray | None = None
 
     @classmethod
     def made(
@@ -54,7 +58,8 @@ class Golden:
         """Take rows from a user: every input, and the outputs that are known; if none is, the model's own are taken.
 
         Args:
-            given: arrays by the names of inputs and outputs.
+            given: arrays by the names of inputs and outputs; and `label`, the right class of each row, if the model has
+                no input or output of that name.
             inputs, outputs: the model's.
             predict: the compiled model.
             tolerance: the largest difference allowed.
@@ -64,6 +69,10 @@ class Golden:
                 otherwise.
             InputError: if the model does not take them.
         """
+        label = None
+        if LABEL in given and LABEL not in inputs and LABEL not in outputs:
+            label = np.asarray(given[LABEL])
+            given = {name: value for name, value in given.items() if name != LABEL}
         unknown = [name for name in given if name not in inputs and name not in outputs]
         if unknown:
             raise CompileError(
@@ -85,7 +94,9 @@ class Golden:
                     f"golden rows: output {name!r} is {array.dtype}{list(array.shape)}, and the model's is "
                     f"{answers[name].dtype}{list(answers[name].shape)}"
                 )
-        made = cls(asked, known or dict(answers), tolerance)
+        if label is not None:
+            label = _checked_labels(label, answers)
+        made = cls(asked, known or dict(answers), tolerance, label)
         try:
             made.check(predict, "the compiled model")
         except ArtifactError as error:
@@ -98,13 +109,14 @@ class Golden:
         def tensors(arrays: Mapping[str, np.ndarray]) -> tuple[Tensor, ...]:
             return tuple(Tensor(name=name, shape=each.shape, dtype=each.dtype.name) for name, each in arrays.items())
 
-        return GoldenEntry(
-            file=FILE, inputs=tensors(self.inputs), outputs=tensors(self.outputs), tolerance=self.tolerance
-        )
+        label = None if self.label is None else tensors({LABEL: self.label})[0]
+        inputs, outputs = tensors(self.inputs), tensors(self.outputs)
+        return GoldenEntry(file=FILE, inputs=inputs, outputs=outputs, tolerance=self.tolerance, label=label)
 
     def data(self) -> bytes:
         """The content of their file."""
-        return b"".join(to_words(each).tobytes() for each in (*self.inputs.values(), *self.outputs.values()))
+        arrays = [*self.inputs.values(), *self.outputs.values(), *([] if self.label is None else [self.label])]
+        return b"".join(to_words(each).tobytes() for each in arrays)
 
     @classmethod
     def read(cls, entry: GoldenEntry, data: bytes) -> Golden:
@@ -130,7 +142,9 @@ class Golden:
                 start += size
             return found
 
-        read = cls(taken(entry.inputs), taken(entry.outputs), entry.tolerance)
+        inputs, outputs = taken(entry.inputs), taken(entry.outputs)
+        label = None if entry.label is None else taken([entry.label])[entry.label.name]
+        read = cls(inputs, outputs, entry.tolerance, label)
         if start != len(data):
             raise ArtifactError(f"{entry.file}: {len(data)} bytes are more than its tensors have")
         return read
@@ -158,6 +172,52 @@ class Golden:
                     f"{what}: golden row {row} is answered wrong: output {name!r} differs by {gap:.3g}, and "
                     f"{allowed:.3g} is allowed"
                 )
+
+    def accuracy(self, predict: Predict) -> float | None:
+        """The share of rows whose class is the right one; None without labels.
+
+        Args:
+            predict: the model.
+
+        Raises:
+            InputError: if the model does not take the rows.
+
+        >>> rows = Golden({"x": np.float32([[1.0, 2.0], [3.0, 0.0]])}, {}, 1e-3, np.int32([1, 1]))
+        >>> rows.accuracy(lambda x: {"y": x})
+        0.5
+        """
+        if self.label is None:
+            return None
+        answers = predict(**self.inputs)
+        judged = np.asarray(answers[_judged(answers)])
+        return float((judged.argmax(axis=1) == self.label).mean())
+
+
+def _judged(answers: Mapping[str, np.ndarray]) -> str:
+    """The output whose largest element is a row's class: the first of floats with several a row; empty for none."""
+    for name, answer in answers.items():
+        if answer.ndim == 2 and answer.shape[1] > 1 and jnp.issubdtype(answer.dtype, jnp.floating):
+            return name
+    return ""
+
+
+def _checked_labels(label: np.ndarray, answers: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Labels as they are kept, checked against the answers of the model.
+
+    Raises:
+        CompileError: if the model has no output with classes, or they are not one class for each row.
+    """
+    judged = _judged(answers)
+    if not judged:
+        raise CompileError(f"golden rows: {LABEL!r} is given, and no output of the model has classes")
+    rows, classes = answers[judged].shape
+    fits = label.shape == (rows,) and label.dtype.kind in "iu"
+    if not fits or (rows and not 0 <= label.min() <= label.max() < classes):
+        raise CompileError(
+            f"golden rows: {LABEL!r} is {label.dtype}{list(label.shape)}; expected {rows} integers from 0 to "
+            f"{classes - 1}"
+        )
+    return label.astype(np.int32)
 
 
 def _differences(answer: np.ndarray, expected: np.ndarray, tolerance: float) -> tuple[np.ndarray, float, float]:

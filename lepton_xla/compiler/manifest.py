@@ -157,12 +157,14 @@ class GoldenEntry(_Struct, frozen=True, kw_only=True):
         inputs: every input of the model, with a shape of sizes.
         outputs: the outputs that are known, likewise.
         tolerance: the largest difference from a known answer, relative to the largest of that output.
+        label: the right class of each row, if it is known.
     """
 
     file: str
     inputs: tuple[Tensor, ...]
     outputs: tuple[Tensor, ...]
     tolerance: float
+    label: Tensor | None = None
 
 
 class MasterStep(_Struct, frozen=True, kw_only=True):

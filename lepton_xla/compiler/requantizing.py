@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import os
 from collections.abc import Mapping
@@ -16,6 +17,7 @@ from lepton_xla.compiler import _xla
 from lepton_xla.compiler.artifact import Artifact
 from lepton_xla.compiler.build import made_by
 from lepton_xla.compiler.fingerprint import Fingerprint
+from lepton_xla.compiler.golden import Golden
 from lepton_xla.compiler.manifest import Manifest, check_name
 from lepton_xla.compiler.masters import Master
 from lepton_xla.compiler.opening import open_files, read_manifest
@@ -67,24 +69,46 @@ def requantize(
     if name is not None:
         check_name(name)
 
-    def read(store: Store) -> tuple[Manifest, Master]:
-        manifest = read_manifest(store)
-        return manifest, Master.read(manifest, open_files(store, manifest, decrypt_key), store.location)
+    kept = read_kept(location, decrypt_key=decrypt_key)
+    return with_weights(kept, weights, name=name, version=version, nearest=nearest)
 
-    manifest, master = consistently(location, read)
-    return with_weights(manifest, master, weights, name=name, version=version, nearest=nearest)
+
+@dataclasses.dataclass(frozen=True)
+class Kept:
+    """What an artifact keeps to be made anew: its manifest, its float master, and its golden rows, if there are any."""
+
+    manifest: Manifest
+    master: Master
+    golden: Golden | None
+
+
+def read_kept(location: str | os.PathLike[str], *, decrypt_key: str | os.PathLike[str] | None = None) -> Kept:
+    """Read what an artifact keeps.
+
+    Raises:
+        ArtifactError: if there is no float master, or a file is damaged.
+    """
+
+    def read(store: Store) -> Kept:
+        manifest = read_manifest(store)
+        files = open_files(store, manifest, decrypt_key)
+        entry = manifest.golden
+        golden = None if entry is None else Golden.read(entry, files.read(entry.file))
+        return Kept(manifest, Master.read(manifest, files, store.location), golden)
+
+    return consistently(location, read)
 
 
 def with_weights(
-    manifest: Manifest,
-    master: Master,
+    kept: Kept,
     weights: Mapping[str, Any],
     *,
     name: str | None = None,
     version: str = "1",
     nearest: bool = False,
 ) -> Artifact:
-    """As `requantize`, of a master that was read."""
+    """As `requantize`, of what was read."""
+    manifest, master, golden = kept.manifest, kept.master, kept.golden
     if not manifest.fit:
         raise ArtifactError(f"{manifest.name!r} was compiled without a digest of its program: compile it again")
     master.check(nearest=nearest)
@@ -109,8 +133,9 @@ def with_weights(
         made_by=made_by(Fingerprint.of(_xla.first_device(), 1)),
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     )
-    kept = Master(checked, master.data, master.steps, master.stored, master.programs, master.codes)
-    return Artifact(made, tuple(map(jax.device_put, arrays)), {}, (), master=kept)
+    after = dataclasses.replace(master, weights=checked)
+    rows = None if golden is None or golden.label is None else dataclasses.replace(golden, outputs={})
+    return Artifact(made, tuple(map(jax.device_put, arrays)), {}, (), golden=rows, master=after)
 
 
 def master_weights(
@@ -136,8 +161,4 @@ def master_weights(
     'float32'
     """
 
-    def read(store: Store) -> dict[str, np.ndarray]:
-        manifest = read_manifest(store)
-        return dict(Master.read(manifest, open_files(store, manifest, decrypt_key), store.location).weights)
-
-    return consistently(location, read)
+    return dict(read_kept(location, decrypt_key=decrypt_key).master.weights)

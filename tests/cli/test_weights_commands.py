@@ -63,3 +63,36 @@ def test_a_model_that_does_not_fit(cli, compiled, variant, tmp_path):
     said = cli.refused("weights", "make", compiled[0], other, "-o", tmp_path / "u.lepton")
     assert "do not fit 'plain' version 1" in said
     assert not (tmp_path / "u.lepton").exists()
+
+
+def test_float_weights_become_small_by_the_kept_steps(cli, plain, trained, files, tmp_path):
+    base = tmp_path / "base.lepton"
+    recipe = ("--recipe", files / "int8.toml", "--no-evaluate")
+    cli.ok("compile", plain, *recipe, "-o", base, "--keep-master")
+    assert "weights" in cli.ok("weights", "master", base, "-o", tmp_path / "float.npz")
+    with np.load(tmp_path / "float.npz") as found:
+        weights = dict(found)
+    np.savez(tmp_path / "new.npz", **{name: 1.5 * array for name, array in weights.items()})
+    told = cli.json("weights", "make", base, tmp_path / "new.npz", "-o", tmp_path / "new.lepton")
+    assert told["fit"] == compiler.verify(base).manifest.fit
+    cli.ok("compile", trained, *recipe, "-o", tmp_path / "whole.lepton")
+    x = np.random.default_rng(0).standard_normal((5, cli_models.IN)).astype(np.float32)
+    answer = compiler.load(tmp_path / "new.lepton", base=compiler.load(base))(x=x)["output"]
+    np.testing.assert_array_equal(answer, compiler.load(tmp_path / "whole.lepton")(x=x)["output"])
+    np.savez(tmp_path / "less.npz", **dict(list(weights.items())[1:]))
+    said = cli.refused("weights", "make", base, tmp_path / "less.npz", "-o", tmp_path / "n.lepton")
+    assert "it lacks weight" in said
+
+
+def test_what_cannot_be_adjusted_is_refused_before_anything_is_sent(cli, tmp_path):
+    for flags, said in (
+        (("--alpha", 0), "--alpha 0.0: expected a number above 0 and at most 1"),
+        (("--alpha", 1.5), "--alpha 1.5"),
+        (("--alpha", 0.5, "--steps", 0), "--steps 0: expected at least 1"),
+        (("--alpha", 0.5), "needs a running server"),
+        (("--alpha", 0.5, "--every", "soon"), "--every 'soon'"),
+        (("--alpha", 0.5, "--promote", "stable"), "makes versions of its own"),
+        (("--steps", 3), "need --alpha"),
+    ):
+        assert said in cli.refused("weights", "push", tmp_path, "new.lepton", *flags)
+    assert "give MODELS and ARTIFACT, or ARTIFACT and --to URL" in cli.refused("weights", "push", "new.lepton")

@@ -404,3 +404,17 @@ def test_every_pair_of_programs_has_its_own_digest():
     programs = [program(), *(make() for name, (make, _) in OTHERS.items() if name not in ("no batch",))]
     fits = [compiler.compile(each, BUCKETS, tolerance=1.0).manifest.fit for each in programs]
     assert all(one != two for one, two in itertools.combinations(fits, 2))
+
+
+def test_labels_of_golden_rows_are_kept_and_judge(tmp_path):
+    given = weights()
+    label = reference(given).argmax(1)
+    label[0] = (label[0] + 1) % 5
+    compiler.compile(program(given), BUCKETS, golden={"x": X, "label": label}).save(tmp_path / "net.lepton")
+    entry = compiler.load(tmp_path / "net.lepton", check=True).manifest.golden
+    rows = Golden.read(entry, (tmp_path / "net.lepton" / entry.file).read_bytes())
+    np.testing.assert_array_equal(rows.label, label)
+    assert rows.accuracy(compiler.load(tmp_path / "net.lepton")) == pytest.approx(2 / 3)
+    for wrong in (label[:2], label.astype(np.float32), label + 5, label - 5):
+        with pytest.raises(CompileError, match="'label' is .*; expected 3 integers from 0 to 4"):
+            compiler.compile(program(given), BUCKETS, golden={"x": X, "label": wrong})

@@ -15,6 +15,7 @@ from time import monotonic
 from typing import Protocol
 
 from lepton_xla.serve.access.auth import Guard
+from lepton_xla.serve.app.adjustment import AdjustmentPages
 from lepton_xla.serve.app.audit import AuditPage
 from lepton_xla.serve.app.feedback import FeedbackPage, Others
 from lepton_xla.serve.app.generation import GenerationPages
@@ -134,6 +135,7 @@ class App:
         audit_log: who changed what; None if that is not kept.
         bring: loads models that are asked for; None where all that there are are loaded.
         others: the other processes of this server, which feedback may be for; None if there are none.
+        trusts: whether only signed artifacts are loaded.
     """
 
     def __init__(
@@ -152,6 +154,7 @@ class App:
         audit_log: Path | None = None,
         bring: OnDemand | None = None,
         others: Others | None = None,
+        trusts: bool = False,
     ) -> None:
         self._bring = bring
         self._bringing: set[asyncio.Task[None]] = set()
@@ -183,6 +186,7 @@ class App:
                 control, metrics, self.refuse, self._pages.is_ready_now, repository, record
             )
             self._pages.server["repository_index"] = self._repository.index
+            self._adjustment = AdjustmentPages(repository, self._repository, record, trusts=trusts)
             self._traffic = TrafficPages(
                 models, control, repository, self._repository, gather or (lambda then: then(metrics)), record
             )
@@ -267,6 +271,8 @@ class App:
             )
         if name in routes.TRAFFIC:
             return functools.partial(self._traffic, name, parameters["model"], who)
+        if name in routes.ADJUSTMENT:
+            return functools.partial(self._adjustment, name, parameters["model"], who)
         if name in routes.CHANGES:
             return functools.partial(self._repository.change, name, parameters, who)
         answer = self._repository.load if name == "load" else self._repository.unload

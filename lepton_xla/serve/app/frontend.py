@@ -26,6 +26,7 @@ from lepton_xla.serve.observe.observer import Observer, watching
 from lepton_xla.serve.observe.server_metrics import ServerMetrics
 from lepton_xla.serve.observe.tracing import tracing
 from lepton_xla.serve.protocol.routes import OPEN_PATHS
+from lepton_xla.serve.traffic.adjuster import Adjuster
 from lepton_xla.serve.traffic.director import Director, Known
 
 _log = logging.getLogger("lepton_xla.serve")
@@ -82,7 +83,7 @@ class HTTPFrontEnd:
             guard=access.guard, server_name=options.server_name,
             compress_bytes=options.compress_bytes, gather=gather,
             control=control, repository=repository, record=self._records, audit_log=options.audit_log,
-            bring=bring, others=others,
+            bring=bring, others=others, trusts=options.trust is not None,
         )  # fmt: skip
         self.state = ServerState(
             watching(self._app, observers), options.limits,
@@ -93,9 +94,16 @@ class HTTPFrontEnd:
         metrics.monitoring = Monitoring(rules, url_of((options.host, options.port), options), sends=sends)
         self._gather: Gather = gather or (lambda then: then(metrics))
         self._director: Director | None = None
+        self._counted: ServerMetrics | None = None
         self._directing: asyncio.Task[None] | None = None
         if sends and control is not None and repository:
             self._director = Director(Path(repository), control.index, control.reroute, self._records)
+        self._adjuster: Adjuster | None = None
+        self._adjusting: asyncio.Task[None] | None = None
+        if self._director is not None and control is not None:
+            self._adjuster = Adjuster(
+                Path(repository), control.index, control.reroute, self._models_of, self._judged, self._records
+            )
         if access.guard is not None:
             self.state.admit = access.guard.authenticate
 
@@ -135,8 +143,9 @@ class HTTPFrontEnd:
         finally:
             sweeper.cancel()
             looking.cancel()
-            if self._directing is not None:
-                self._directing.cancel()
+            for task in (self._directing, self._adjusting):
+                if task is not None:
+                    task.cancel()
             self._metrics.monitoring.close()
             for connection in tuple(self.state.connections):
                 connection.abort()
@@ -165,6 +174,26 @@ class HTTPFrontEnd:
         )  # fmt: skip
         if self._director is not None and (self._directing is None or self._directing.done()):
             self._directing = asyncio.get_running_loop().create_task(self._direct(self._director, metrics))
+        if self._adjuster is not None and (self._adjusting is None or self._adjusting.done()):
+            self._counted = metrics
+            self._adjusting = asyncio.get_running_loop().create_task(self._adjust(self._adjuster))
+
+    async def _adjust(self, adjuster: Adjuster) -> None:
+        """Has weights that move in steps go on."""
+        try:
+            await adjuster.look(self._models.names())
+        except Exception:
+            _log.exception("adjustments could not be looked at")
+
+    def _models_of(self, name: str) -> list[object]:
+        return [each.model for each in self._models if each.signature.name == name]
+
+    def _judged(self, name: str, version: str) -> tuple[int, int]:
+        """Rows of a version that feedback calls right and wrong, in all processes."""
+        if self._counted is None:
+            return 0, 0
+        counts = self._counted.of(name, version).counts().get("feedback", {})
+        return counts.get("right", 0), counts.get("wrong", 0)
 
     async def _direct(self, director: Director, metrics: ServerMetrics) -> None:
         """Has rollouts go on or back, by what all processes have counted."""

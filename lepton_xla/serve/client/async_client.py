@@ -105,6 +105,10 @@ class AsyncClient(Caller):
         """See `Client.rollout`."""
         return await self._get(model, "/rollout")
 
+    async def adjustment(self, model: str | None = None) -> dict[str, Any]:
+        """See `Client.adjustment`."""
+        return await self._get(model, "/adjustment")
+
     async def metadata(self, model: str | None = None) -> dict[str, Any]:
         """See `Client.metadata`."""
         return await self._get(model, "")

@@ -68,7 +68,42 @@ class RepositoryClient(Client):
             ArtifactError: if the artifact is missing or damaged.
             RequestError: if the server refuses it, or cannot be reached.
         """
-        folder = pathlib.Path(artifact)
+        body = self._sent(pathlib.Path(artifact), tell)
+        path = f"/v2/repository/models/{quote(name, safe='')}/versions" + (f"/{version}" if version else "")
+        return self._change("POST", path, body)["version"]
+
+    def adjust(
+        self,
+        artifact: str | os.PathLike[str],
+        name: str,
+        *,
+        tell: Callable[[int, int], object] = lambda sent, total: None,
+        **plan: Any,
+    ) -> dict[str, Any]:
+        """Have the weights of a model move in steps towards those of an artifact, as long as accuracy holds.
+
+        Args:
+            artifact: a local artifact that keeps its float master, for the code of the version that serves.
+            name: the model's name in the repository.
+            tell: as `push` takes it.
+            plan: `alpha`, `steps`, `every_s`, `max_drop` and `nearest`, see `AdjustmentRequest`.
+
+        Returns:
+            The adjustment, as `adjustment` answers.
+
+        Raises:
+            ArtifactError: if the artifact is missing or damaged.
+            RequestError: if the server refuses it, or cannot be reached.
+        """
+        sent = self._sent(pathlib.Path(artifact), tell)
+        return self._change("PUT", f"{route(name)}/adjustment", {**plan, "manifest": sent["manifest"]})
+
+    def stop_adjustment(self, name: str) -> dict[str, Any]:
+        """Have the last step go on serving; returns the adjustment."""
+        return self._change("DELETE", f"{route(name)}/adjustment")
+
+    def _sent(self, folder: pathlib.Path, tell: Callable[[int, int], object]) -> dict[str, str]:
+        """Send the files of an artifact that are not there; gives the digests of its manifest and signature."""
         listing, data = listing_of(folder)
         digest = hashlib.sha256(data).hexdigest()
         manifest = FileEntry(size=len(data), sha256=digest)
@@ -85,8 +120,7 @@ class RepositoryClient(Client):
         for file, entry in files.values():
             self._send(folder, file, entry, there[entry.sha256], lambda size, before=sent: tell(before + size, total))
             sent += entry.size
-        path = f"/v2/repository/models/{quote(name, safe='')}/versions" + (f"/{version}" if version else "")
-        return self._change("POST", path, body)["version"]
+        return body
 
     def promote(self, name: str, version: str, label: str = "stable") -> str | None:
         """Move a label to a version; returns the one that it stood on before."""

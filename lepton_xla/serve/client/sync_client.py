@@ -173,6 +173,16 @@ class Client(Caller):
         """
         return self._get(model, "/rollout")
 
+    def adjustment(self, model: str | None = None) -> dict[str, Any]:
+        """Ask for the last adjustment of a model: its `state`, the `step` that serves, `reason` and all `decisions`.
+
+        >>> with Client(url) as client:
+        ...     client.adjustment("double")
+        Traceback (most recent call last):
+        lepton_xla.serve.client.transport.RequestError: ...this server has no repository of models...
+        """
+        return self._get(model, "/adjustment")
+
     def metadata(self, model: str | None = None) -> dict[str, Any]:
         """Ask for the names, datatypes and shapes of a model's inputs and outputs; -1 is a dimension that varies.
 

@@ -182,6 +182,8 @@ def refuse_in_use(plan: Plan, found: Found, version: str) -> None:
 
 
 def _refuse_rollout(plan: Plan, found: Found) -> None:
+    if plan.adjustment is not None and plan.adjustment.running:
+        raise RepositoryError("conflict", f"model {found.name!r} is being adjusted: wait for the end, or stop it")
     if plan.rollout is not None and plan.rollout.running:
         raise RepositoryError(
             "conflict",

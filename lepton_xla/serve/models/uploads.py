@@ -127,22 +127,35 @@ class Uploads:
             ArtifactError: if a file is not what its digest says; it is removed, so that it can be sent again.
         """
         with self._repository.stage(name, version) as staged:
-            data = self._small(manifest, MAX_MANIFEST_BYTES)
-            listing = read_listing(data)
-            signed = None if signature is None else self._small(signature, MAX_SIGNATURE_BYTES)
-            self._repository.check_base(listing, name)
-            self._check_there(listing)
-            taken: dict[str, pathlib.Path] = {}
-            for file, entry in listing.files.items():
-                self._take(entry, staged / file, taken)
-            if signed is not None:
-                write_whole(staged / SIGNATURE, signed)
-            write_whole(staged / MANIFEST, data)
+            listing = self.assemble(manifest, name, staged, signature)
             published = self._repository.commit(staged, name, version)
-        for digest in filter(None, (manifest, signature)):
+        self.forget(manifest, signature)
+        return published, listing
+
+    def assemble(self, manifest: str, name: str, staged: pathlib.Path, signature: str | None = None) -> Listing:
+        """Make an artifact of uploaded files in an empty folder of the repository.
+
+        Raises:
+            RepositoryError, ArtifactError: as `publish`.
+        """
+        data = self._small(manifest, MAX_MANIFEST_BYTES)
+        listing = read_listing(data)
+        signed = None if signature is None else self._small(signature, MAX_SIGNATURE_BYTES)
+        self._repository.check_base(listing, name)
+        self._check_there(listing)
+        taken: dict[str, pathlib.Path] = {}
+        for file, entry in listing.files.items():
+            self._take(entry, staged / file, taken)
+        if signed is not None:
+            write_whole(staged / SIGNATURE, signed)
+        write_whole(staged / MANIFEST, data)
+        return listing
+
+    def forget(self, *digests: str | None) -> None:
+        """Remove files that an artifact was made of and that are here still."""
+        for digest in filter(None, digests):
             with contextlib.suppress(OSError):
                 self._file(digest).unlink()
-        return published, listing
 
     def _small(self, digest: str, limit: int) -> bytes:
         """The content of a file that is read into memory."""

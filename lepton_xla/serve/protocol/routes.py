@@ -12,7 +12,7 @@ from typing import Any, Literal
 from urllib.parse import unquote
 
 from lepton_xla.serve.errors import HTTPError
-from lepton_xla.serve.protocol import auditing, generation, metadata, monitoring, traffic, uploads
+from lepton_xla.serve.protocol import adjustment, auditing, generation, metadata, monitoring, traffic, uploads
 from lepton_xla.serve.protocol.request import RequestHead
 from lepton_xla.serve.protocol.response import ResponseHead
 
@@ -143,6 +143,13 @@ ROUTES: tuple[Route, ...] = (
           request=traffic.RolloutRequest, response=traffic.Rollout),
     Route("stop_rollout", "DELETE", "/v2/models/{model}/rollout", "admin",
           "Stops a rollout: the stable version answers all requests again", response=traffic.Rollout),
+    Route("show_adjustment", "GET", "/v2/models/{model}/adjustment", "read", "The last adjustment of a model",
+          response=adjustment.Adjustment),
+    Route("start_adjustment", "PUT", "/v2/models/{model}/adjustment", "admin",
+          "Has the weights of a model move in steps towards those of an artifact that was sent",
+          request=adjustment.AdjustmentRequest, response=adjustment.Adjustment),
+    Route("stop_adjustment", "DELETE", "/v2/models/{model}/adjustment", "admin",
+          "Stops an adjustment: the last step goes on serving", response=adjustment.Adjustment),
     Route("page", "GET", "/ui[/]", "page", "The page for people", response="text/html"),
     Route("page_script", "GET", "/ui/ui.js", "page", "Its script", response="text/javascript"),
     Route("page_figures", "GET", "/ui/figures.js", "page", "What the metrics say", response="text/javascript"),
@@ -167,7 +174,10 @@ CHANGES = frozenset({"repository_models", "upload_sizes", "upload_piece", "publi
 TRAFFIC = frozenset({"show_traffic", "set_traffic", "clear_traffic", "show_rollout", "start_rollout", "stop_rollout"})
 """Routes of how requests are shared among the versions of a model."""
 
-CONTROL = CHANGES | TRAFFIC | {"load", "unload"}
+ADJUSTMENT = frozenset({"show_adjustment", "start_adjustment", "stop_adjustment"})
+"""Routes of weights that move in steps."""
+
+CONTROL = CHANGES | TRAFFIC | ADJUSTMENT | {"load", "unload"}
 """Routes that only a server of a repository has; others refuse them."""
 
 OPEN_PATHS = frozenset(path.encode() for route in ROUTES if route.scope == "health" for path in route.paths)

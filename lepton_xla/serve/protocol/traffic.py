@@ -13,6 +13,7 @@ import msgspec
 
 from lepton_xla.errors import first_line
 from lepton_xla.serve.errors import HTTPError
+from lepton_xla.serve.protocol.adjustment import Adjustment, AdjustmentRequest
 
 _BODY_BYTES = 1 << 16
 _MOST_ARMS = 16
@@ -237,10 +238,12 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         traffic: as it was set.
         rollout: the last one.
+        adjustment: the last one.
     """
 
     traffic: Traffic = Traffic()
     rollout: Rollout | None = None
+    adjustment: Adjustment | None = None
 
     @property
     def in_force(self) -> Traffic:
@@ -287,7 +290,7 @@ class TrafficShown(msgspec.Struct, frozen=True, kw_only=True):
     versions: list[ArmFigures]
 
 
-def parse_body[T: (Traffic, RolloutRequest)](body: bytes | bytearray, kind: type[T]) -> T:
+def parse_body[T: (Traffic, RolloutRequest, AdjustmentRequest)](body: bytes | bytearray, kind: type[T]) -> T:
     """Read the body of a request.
 
     Raises:
