@@ -416,5 +416,5 @@ def test_labels_of_golden_rows_are_kept_and_judge(tmp_path):
     np.testing.assert_array_equal(rows.label, label)
     assert rows.accuracy(compiler.load(tmp_path / "net.lepton")) == pytest.approx(2 / 3)
     for wrong in (label[:2], label.astype(np.float32), label + 5, label - 5):
-        with pytest.raises(CompileError, match="'label' is .*; expected 3 integers from 0 to 4"):
+        with pytest.raises(CompileError, match=r"'label' is .*; expected 3 integers from 0 to 4"):
             compiler.compile(program(given), BUCKETS, golden={"x": X, "label": wrong})
