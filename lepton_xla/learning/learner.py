@@ -323,7 +323,11 @@ class Learner:
             return rounds.end(current, "refused", verdict.reason)
         if self._push is None:
             return rounds.end(current, "kept", verdict.reason)
-        return rounds.change(current, phase="push", version=self._push.free_version())
+        return rounds.change(current, phase="push", version=self._free_version(rounds))
+
+    def _free_version(self, rounds: Rounds) -> str:
+        assert self._push is not None
+        return self._push.free_version(each.version for each in rounds.history() if each.version)
 
     def _send(self, rounds: Rounds, current: Round) -> Round:
         assert self._push is not None
@@ -331,7 +335,7 @@ class Learner:
         self._push.stable()
         try:
             while not self._push.push(rounds.work / "update.lepton", current.version):
-                current = rounds.change(current, version=self._push.free_version())
+                current = rounds.change(current, version=self._free_version(rounds))
         except RequestError as error:
             if error.status not in _FINAL:
                 raise
@@ -353,6 +357,8 @@ class Learner:
             self._tell(f"roll version {current.version} out: {rollout['state']} {rollout['share']:.0%}")
 
         rollout = self._push.roll_out(self._plan.rollout(current.version), tell)
+        if rollout["state"] == "rolled back":
+            self._push.remove(current.version)
         return rounds.end(current, rollout["state"], rollout["reason"])
 
 

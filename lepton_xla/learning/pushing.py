@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import pathlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from lepton_xla.copies import listing_of
@@ -82,9 +82,17 @@ class Push:
         self._client.promote(self.model, wanted[-1], _STABLE)
         return wanted[-1]
 
-    def free_version(self) -> str:
-        """One more than the greatest version."""
-        return str(1 + max((int(each["version"]) for each in self._versions()), default=0))
+    def free_version(self, used: Iterable[str] = ()) -> str:
+        """One more than the greatest version that there is or was: what is known of a number must mean one version.
+
+        Args:
+            used: versions that the learner has pushed.
+        """
+        there = [each["version"] for each in self._versions()]
+        rollout = self._rollout()
+        if rollout is not None:
+            there.append(rollout["version"])
+        return str(1 + max((int(each) for each in (*there, *used)), default=0))
 
     def push(self, artifact: str | os.PathLike[str], version: str) -> bool:
         """Send an artifact as a version; that it is there already is well if it is the same one.
@@ -127,6 +135,19 @@ class Push:
     def promote(self, version: str) -> None:
         """Move the label `stable` to a version."""
         self._client.promote(self.model, version, _STABLE)
+
+    def remove(self, version: str) -> None:
+        """Remove a version that was rolled back, which would stay loaded as the greatest one. It may be gone already.
+
+        Raises:
+            RequestError: if the server cannot be reached.
+        """
+        try:
+            self._client.remove(self.model, version)
+        except RequestError as error:
+            # Where somebody has put a label on it, it stays.
+            if error.status not in (_MISSING, _CONFLICT):
+                raise
 
     def roll_out(
         self, wanted: Mapping[str, Any], tell: Callable[[Mapping[str, Any]], object] = lambda rollout: None

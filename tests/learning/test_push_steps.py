@@ -40,6 +40,10 @@ class Played:
             raise RequestError(self.refusal, "refused")
         self.done.append(("push", version))
 
+    def remove(self, name, version):
+        self.done.append(("remove", version))
+        raise RequestError(404, "gone")  # by a learner that was killed after it
+
     def index(self):
         return [self.indexed.pop(0)] if self.indexed else []
 
@@ -87,7 +91,10 @@ def test_the_label_stable_is_put_where_it_stands_nowhere():
     assert push_of(played).stable() == "3"
     assert played.done == [("promote", "3", "stable")]
     assert push_of(Played()).stable() == "1"
-    assert push_of(Played(versions=[played_version("9"), played_version("10")])).free_version() == "11"
+    both = [played_version("9"), played_version("10")]
+    assert push_of(Played(versions=both)).free_version() == "11"
+    assert push_of(Played(versions=both)).free_version(["12"]) == "13"  # which was rolled back, and removed
+    assert push_of(Played(versions=both, states=["11:rolled back"], rolled="11")).free_version() == "12"
     with pytest.raises(lx.LearningError, match="has no version that is served"):
         push_of(Played(versions=[])).stable()
     with pytest.raises(lx.LearningError, match="has no model 'other' in its repository"):
@@ -167,6 +174,7 @@ def test_what_is_rolled_back_is_forgotten_and_what_is_promoted_goes_on(bases, sa
     learner = learner_of(played, bases, sampled, tmp_path)
     ended = learner.once()
     assert (ended.phase, ended.reason, ended.version) == ("rolled back", "is rolled back", "2")
+    assert played.done == [("push", "2"), ("rollout", "2"), ("remove", "2")]
     assert learner._rounds.serving_version == ""
     assert not (tmp_path / "learning/blobs/master.npz").exists()
     sampled.add(*learning_model.rows(400, 2, sign=-1.0))
@@ -177,7 +185,7 @@ def test_what_is_rolled_back_is_forgotten_and_what_is_promoted_goes_on(bases, sa
     # Others have promoted something else since: the learner begins with the model's own weights again.
     sampled.add(*learning_model.rows(400, 3, sign=-1.0))
     played.versions = [played_version("3"), played_version("4", ["stable"])]
-    played.refusal = 400
+    played.refusal, played.rolled = 400, ""
     ended = learner.once()
     assert (ended.phase, ended.reason) == ("stopped", "the server refuses version 5: refused")
     assert learner._rounds.serving_version == ""

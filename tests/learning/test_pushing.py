@@ -1,6 +1,7 @@
 """A learner and a running server: through a rollout, killed at every step, and what the users notice."""
 
 import contextlib
+import dataclasses
 import itertools
 import json
 import os
@@ -261,3 +262,23 @@ def test_kill_9_in_each_phase_is_noticed_by_nobody(server, bases, tmp_path):
     # Whatever was killed when: one round, one version more.
     assert sorted(Repository(tmp_path / "models").find("blobs").versions) == ["1", "2"]
     assert labels(tmp_path) == {"stable": "2"}
+
+
+def test_what_is_worse_for_its_users_is_rolled_back_and_removed(server, client, bases, tmp_path):
+    # Whoever gives feedback by hand may err: what was learned is wrong for the users that come then.
+    fill(server)
+    plan = LearningPlan(
+        steps=100, least_rows=100, least_held_out=20, max_drop=1.0, fresh=1.0,
+        stages=({"share": 0.5, "answers": 2000},), rollback=("accuracy < stable surely",),
+    )  # fmt: skip
+    with Users(server.url, sign=1.0) as users:
+        ended = learner_of(client, bases, tmp_path, plan).once()
+    assert ended.phase == "rolled back", ended.reason
+    assert users.failures == []
+    assert labels(tmp_path) == {"stable": "1"}
+    assert sorted(Repository(tmp_path / "models").find("blobs").versions) == ["1"]
+    # Its number is not used again, or the rollout that is over would be taken for that of the next version.
+    fill(server, 401, -1.0)
+    again = learner_of(client, bases, tmp_path, dataclasses.replace(plan, stages=({"share": 0.5, "answers": 0},)))
+    ended = again.once()
+    assert (ended.phase, ended.version) == ("promoted", "3"), ended.reason
