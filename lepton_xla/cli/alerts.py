@@ -44,7 +44,9 @@ def quantities(*, as_json: bool) -> None:
 
     rows = [
         {
-            "quantity": name + {"required": "(CLASS)", "optional": "[(TENSOR)]", "none": ""}[each.argument],
+            "quantity": name
+            + (f"({' | '.join(each.arguments)})" if each.arguments else "")
+            + {"required": "" if each.arguments else "(CLASS)", "optional": "[(TENSOR)]", "none": ""}[each.argument],
             "what it is": each.text,
             "units": [unit for unit in each.units if unit],
             "window": {"time": f"{each.default:g} s", "rows": f"{each.default:g} rows", "now": "now"}[each.window],

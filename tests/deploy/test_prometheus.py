@@ -35,7 +35,7 @@ HARD = "\n".join(
     f"when = '{name}{argument} > 1{quantity.units[0]} {over}'\n"
     f"model = 'm\"\\'\nseverity = '{{{{'\nsummary = '{{{{ .No }}}} end: # \U0001f525'"
     for name, quantity in QUANTITIES.items()
-    for argument in (["(3)"] if quantity.argument == "required" else [""])
+    for argument in ([f"({next(iter(quantity.arguments), 3)})"] if quantity.argument == "required" else [""])
     for over in (["over 500ms for 250us"] if quantity.window == "time" else ["for 90s"])
 )
 

@@ -153,6 +153,8 @@ def measure(
     if window is None:
         return None
     counted, seconds = window
+    if name == "falls":
+        return counted.get("falls", {}).get(condition.argument)
     answered = sum(counted.get("request_s", [0, 0])[:-1])
     if name == "requests":
         return answered / seconds

@@ -11,6 +11,7 @@ from typing import NamedTuple
 from lepton_xla.profiles import Profile
 from lepton_xla.serve.monitor.alerts import Alert, Alerts, Subject, drift_now, judged_rows, measure
 from lepton_xla.serve.monitor.drift import Drift
+from lepton_xla.serve.monitor.falls import Falls
 from lepton_xla.serve.monitor.history import Counts, History
 from lepton_xla.serve.monitor.rules import QUANTITIES, Rules, parse_condition
 from lepton_xla.serve.monitor.webhooks import Sender, summary_of
@@ -49,6 +50,9 @@ class Monitoring:
         sends: whether this process sends alerts; of several, one does.
         clock: seconds since the epoch.
 
+    Raises:
+        ServeError: if a rule needs a package that is not here.
+
     >>> monitoring = Monitoring(Rules.parse("[[rule]]\\nname = 'wrong'\\nwhen = 'accuracy < 0.9 over 10'"))
     >>> counts = {"feedback": {"right": 5, "wrong": 5, "labels": {}}}
     >>> monitoring.look([Watched("digits", "1", counts, (), None)])
@@ -64,6 +68,10 @@ class Monitoring:
         self._alerts = Alerts(rules.rules, self._tell)
         self._sender = Sender(rules.webhooks if sends else (), server_url)
         self._subjects: dict[tuple[str, str], Subject] = {}
+        self._streams = {each.condition.argument for each in rules.rules if each.condition.quantity == "falls"}
+        self._falls: dict[tuple[str, str], Falls] = {}
+        if self._streams:
+            Falls(self._streams)  # without its package the server does not start
         self._drifts: dict[tuple[str, str], dict[str, Drift]] = {}
 
     @property
@@ -97,12 +105,18 @@ class Monitoring:
                 self._alerts.restart(*key, _OF_A_PROFILE, now_s)
             counts = {name: each.counts[name] for name in _KEPT if name in each.counts}
             queued = {"queue_rows": each.counts.get("now", {}).get("queue_rows", 0)}
+            if self._streams:
+                falls = self._falls.get(key)
+                if falls is None:
+                    falls = self._falls[key] = Falls(self._streams)
+                counts["falls"] = falls.look(counts, each.profile)
             news = history.add(now_s, {**counts, "now": queued})
             subjects[key] = subject = Subject(history, each.bounds, each.profile)
             if news and (found := drift_now(subject, _DRIFT_ROWS)) is not None:
                 self._drifts[key] = found
         self._subjects = subjects
         self._drifts = {key: each for key, each in self._drifts.items() if key in subjects}
+        self._falls = {key: each for key, each in self._falls.items() if key in subjects}
         self._alerts.look(now_s, subjects)
 
     def _tell(self, alert: Alert) -> None:

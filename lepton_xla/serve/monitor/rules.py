@@ -34,6 +34,7 @@ class Quantity:
         argument: what stands in parentheses: `required`, `optional` or `none`.
         window: what it is looked at over: `time`, `rows`, or `now` for none.
         default: of the window: seconds, or rows.
+        arguments: what may stand in parentheses; empty for any text.
     """
 
     text: str
@@ -41,6 +42,7 @@ class Quantity:
     argument: Literal["required", "optional", "none"]
     window: Literal["time", "rows", "now"]
     default: float = 0.0
+    arguments: tuple[str, ...] = ()
 
 
 QUANTITIES: dict[str, Quantity] = {
@@ -64,6 +66,8 @@ QUANTITIES: dict[str, Quantity] = {
     "recall": Quantity("share of the rows of a class that were answered so", ("", "%"), "required", "rows", 1000),
     "precision": Quantity("share of the rows that were answered so that are of the class", ("", "%"), "required",
                           "rows", 1000),
+    "falls": Quantity("how often ADWIN (extra `drift`) has found that the mean has fallen", ("",), "required", "time",
+                      600, ("accuracy", "confidence")),
 }  # fmt: skip
 
 _CONDITION = re.compile(
@@ -233,6 +237,8 @@ def parse_condition(text: str) -> Condition:
     argument = (found["argument"] or "").strip()
     if quantity.argument == "none" and found["argument"] is not None:
         raise ServeError(f"{text!r}: {name} takes nothing in parentheses")
+    if quantity.arguments and argument not in quantity.arguments:
+        raise ServeError(f"{text!r}: write {' or '.join(f'{name}({each})' for each in quantity.arguments)}")
     if quantity.argument == "required" and not argument:
         raise ServeError(f"{text!r}: {name} needs a class, as in {name}(3)")
     if found["unit"] not in quantity.units:
