@@ -48,6 +48,7 @@ def measured(folder: pathlib.Path, seconds: float, rounds: int, *, quick: bool) 
     (root / payload.model / "model.toml").write_text('versions = "all"\n[labels]\nstable = "1"\n', encoding="utf-8")
     server = crowding.serve(root, Payload(payload.model, payload.rows, payload.outputs))
     found: dict[str, list[float]] = {name: [] for name in CASES}
+    used: dict[str, list[float]] = {name: [] for name in CASES}
     shadow: dict[str, float] = {}
     try:
         with on_cores(slice(-1, None)), RepositoryClient(f"http://127.0.0.1:{server.port}") as client:
@@ -57,21 +58,37 @@ def measured(folder: pathlib.Path, seconds: float, rounds: int, *, quick: bool) 
                     if traffic is not None:
                         client.set_traffic(payload.model, traffic)
                     requests = [request(payload, user) for user in range(CONNECTIONS)]
+                    before = counted(client)
                     found[name].append(uvloop.run(crowding.rate(server.port, requests, CONNECTIONS, seconds)))
-        text = RepositoryClient(f"http://127.0.0.1:{server.port}").metrics()
+                    busy_s, answered = (now - then for now, then in zip(counted(client), before, strict=True))
+                    used[name].append(busy_s / answered)
+            text = client.metrics()
         for line in text.splitlines():
             if line.startswith("lepton_shadow_rows_total{"):
                 shadow[line.partition('result="')[2].partition('"')[0]] = float(line.rpartition(" ")[2])
     finally:
         server.stop()
-    plain = np.array(found["one version"])
+    plain, plain_used = np.array(found["one version"]), np.array(used["one version"])
     return [
         {
             "case": name, "rate": float(np.median(each)), "ratio": float(np.median(np.array(each) / plain)),
+            "processor_us": 1e6 * float(np.median(used[name])),
+            "processor_ratio": float(np.median(np.array(used[name]) / plain_used)),
             "ratios": sorted((np.array(each) / plain).tolist()), "shadow": shadow if "shadow" in name else {},
         }
         for name, each in found.items()
     ]  # fmt: skip
+
+
+def counted(client: RepositoryClient) -> tuple[float, float]:
+    """Processor seconds of the server, and answers that it has given."""
+    busy_s = answered = 0.0
+    for line in client.metrics().splitlines():
+        if line.startswith("process_cpu_seconds_total"):
+            busy_s = float(line.rpartition(" ")[2])
+        elif line.startswith("lepton_inference_requests_total{"):
+            answered += float(line.rpartition(" ")[2])
+    return busy_s, answered
 
 
 def request(payload: Payload, user: int) -> bytes:
@@ -97,9 +114,13 @@ def tables(found: Sequence[Mapping[str, Any]]) -> list[str]:
         (
             row["case"], f"{row['rate']:,.0f}", f"{row['ratio']:.3f}",
             f"{row['ratios'][0]:.3f} to {row['ratios'][-1]:.3f}",
+            f"{row['processor_us']:.1f}", f"{row['processor_ratio']:.3f}",
             ", ".join(f"{result} {count:,.0f}" for result, count in row["shadow"].items()),
         )
         for row in found
     ]  # fmt: skip
-    header = ("traffic", "requests/s", f"of one version's (at least {TARGET:g})", "of rounds", "rows of the shadow")
+    header = (
+        "traffic", "requests/s", f"of one version's (at least {TARGET:g})", "of rounds", "processor us a request",
+        "of one version's", "rows of the shadow",
+    )  # fmt: skip
     return [harness.markdown(header, lines)]

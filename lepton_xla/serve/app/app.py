@@ -280,10 +280,11 @@ class App:
 
     def _shared_route(self, head: Head, model: str, split: Split) -> Route:
         """Has one of several versions answer. What depends on the header fields only is decided here."""
-        routes_of: dict[str, Route] = {}
-        for version in split.shares:
+        ways: dict[str, tuple[Chosen, Route]] = {}
+        for version, share in split.shares.items():
             found = weakref.ref(self._models.find(model, version))
-            routes_of[version] = self._infer_route(head, found)
+            ways[version] = (share, None), self._infer_route(head, found)
+        mirror, shadow = self._mirror, split.shadow
         length = head.headers.get(b"inference-header-content-length", b"")
         json_bytes = int(length) if length.isdigit() and len(length) < 20 else None
         coding = head.headers.get(b"content-encoding", b"").decode("latin-1").strip().lower()
@@ -296,8 +297,13 @@ class App:
             if choice is None:
                 by = wire.id_of(encoding.start_of(exchange.body, coding), json_bytes) if by_id else None
                 choice = split.choose(by)
-            exchange.choice = choice.propensity, split.shadow if split.mirrors(choice.version) else None
-            routes_of[choice.version](exchange)
+            exchange.choice, answer = ways[choice.version]
+            if shadow is not None and split.mirrors(choice.version):
+                if exchange.started_s < mirror.rest_until_s:
+                    mirror.left_out += 1
+                else:
+                    exchange.choice = choice.propensity, shadow
+            answer(exchange)
 
         return route
 

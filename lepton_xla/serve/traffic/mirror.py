@@ -55,6 +55,10 @@ class Mirror:
     Args:
         clock: seconds, monotonic.
         busy: processor seconds of this process.
+
+    Attributes:
+        rest_until_s: by the clock, until when no shadow is asked.
+        left_out: requests that nobody has tried to ask since the last one; they count as a row each.
     """
 
     def __init__(
@@ -64,7 +68,8 @@ class Mirror:
         self._busy = busy
         self._share = _SHARE
         self._looked: tuple[float, float, float] | None = None
-        self._rest_until_s = 0.0
+        self.rest_until_s = 0.0
+        self.left_out = 0
         self._ran_s = 0.0
         self._waiting: queue.SimpleQueue[_Item | None] = queue.SimpleQueue()
         self._lock = threading.Lock()  # of the bytes
@@ -86,7 +91,9 @@ class Mirror:
             outputs: the bytes of the outputs that it asked for; they need only be valid until this returns.
         """
         rows, now = request.spec.rows, self._clock()
-        if now < self._rest_until_s:  # most requests of a busy server end here
+        self._count(shadow, "dropped", self.left_out)
+        self.left_out = 0
+        if now < self.rest_until_s:
             self._count(shadow, "dropped", rows)
             return
         self._look(now, answered)
@@ -137,7 +144,7 @@ class Mirror:
             self._last_s = now
             if self._allowance_s > 0:
                 return True
-            self._rest_until_s = now - self._allowance_s / self._share
+            self.rest_until_s = now - self._allowance_s / self._share
             return False
 
     def _count(self, shadow: ModelHandle, result: str, rows: int) -> None:
