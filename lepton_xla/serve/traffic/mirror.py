@@ -32,8 +32,9 @@ _MOST_BYTES = 32 << 20
 # The shadow runs in at most these parts of the time, while others need it and while they do not; some is saved up.
 _SHARE, _IDLE_SHARE = 0.02, 0.25
 _SAVED_S = 0.2
-# The server has little to do while its processors, one core's worth, and the model are busy for less of the time.
-_IDLE = 0.5
+# The server has little to do while its processors, one core's worth, and the model are busy for less of the time, and
+# the shadow has a core, and the interpreter, for more of the time that it would use it.
+_IDLE, _FREE = 0.5, 0.7
 _LOOK_S = 0.25
 # Steps of priority, as `nice` counts them.
 _LATER = 10
@@ -55,6 +56,7 @@ class Mirror:
     Args:
         clock: seconds, monotonic.
         busy: processor seconds of this process.
+        spent: processor seconds of the thread that calls.
 
     Attributes:
         rest_until_s: by the clock, until when no shadow is asked.
@@ -62,10 +64,15 @@ class Mirror:
     """
 
     def __init__(
-        self, clock: Callable[[], float] = time.monotonic, busy: Callable[[], float] = time.process_time
+        self,
+        clock: Callable[[], float] = time.monotonic,
+        busy: Callable[[], float] = time.process_time,
+        spent: Callable[[], float] = time.thread_time,
     ) -> None:
         self._clock = clock
         self._busy = busy
+        self._spent = spent
+        self._free = 1.0
         self._share = _SHARE
         self._looked: tuple[float, float, float] | None = None
         self.rest_until_s = 0.0
@@ -135,7 +142,7 @@ class Mirror:
         if self._looked is not None:
             seconds = now - self._looked[0]
             most = max(busy_s - self._looked[1], device_s - self._looked[2]) / seconds
-            self._share = _IDLE_SHARE if most < _IDLE else _SHARE
+            self._share = _IDLE_SHARE if most < _IDLE and self._free > _FREE else _SHARE
         self._looked = now, busy_s, device_s
 
     def _allowed(self, now: float) -> bool:
@@ -162,7 +169,7 @@ class Mirror:
             niceness = os.getpriority(os.PRIO_PROCESS, 0) + _LATER
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), niceness)
         while (item := self._waiting.get()) is not None:
-            started = self._clock()
+            started, spent = self._clock(), self._spent()
             try:
                 if self._allowed(started):
                     self._compare(item)
@@ -172,11 +179,12 @@ class Mirror:
                 # Whatever a shadow makes of it, nobody waits for it.
                 _log.exception("a shadow could not be asked")
                 self._count(item.shadow, "failed", item.request.spec.rows)
-            seconds = self._clock() - started
+            seconds, used_s = self._clock() - started, self._spent() - spent
+            self._free += 0.1 * (min(used_s / max(seconds, 1e-9), 1.0) - self._free)
             with self._lock:
                 self._bytes -= item.nbytes
                 self._allowance_s -= seconds
-                self._ran_s += seconds
+                self._ran_s += used_s
             del item  # or it would keep its model until the next comes
 
     def _compare(self, item: _Item) -> None:

@@ -96,9 +96,14 @@ def test_a_slow_shadow_delays_nobody(server):
     assert counts(server, 61) == {"same": 1, "different": 0, "failed": 0, "dropped": 60}
 
 
-@pytest.mark.parametrize(("load", "least", "most"), [(0.1, 0.24, 0.26), (0.9, 0.015, 0.025)])
-def test_a_busy_server_gives_it_less(server, load, least, most):
-    """By a clock that is moved by hand: 20 ms from request to request, and 10 ms for each that the shadow is asked."""
+@pytest.mark.parametrize(
+    ("load", "free", "least", "most"), [(0.1, 1.0, 0.24, 0.26), (0.9, 1.0, 0.015, 0.025), (0.1, 0.5, 0.015, 0.04)]
+)
+def test_a_busy_server_gives_it_less(server, load, free, least, most):
+    """By a clock that is moved by hand: 20 ms from request to request, and 10 ms for each that the shadow is asked.
+
+    `load` is how busy the processor is without the shadow, and `free` for how much of its time the shadow has a core.
+    """
     one, other = (server.models.find("affine", version) for version in "34")
     request = one.decoder.decode(affine_json(np.ones((1, 4)), [1]), None)
     outputs = [np.full((1, 4), 3, np.float32).tobytes(), np.int32([2]).tobytes()]
@@ -109,7 +114,7 @@ def test_a_busy_server_gives_it_less(server, load, least, most):
             super()._compare(item)
             now[0] += 0.01
 
-    mirror = Timed(lambda: now[0], lambda: load * now[0] + mirror._ran_s)
+    mirror = Timed(lambda: now[0], lambda: load * now[0] + mirror._ran_s, lambda: free * now[0])
     requests = 4000
     for _ in range(requests):
         now[0] += 0.02
