@@ -264,6 +264,7 @@ def test_kill_9_in_each_phase_is_noticed_by_nobody(server, bases, tmp_path):
     assert labels(tmp_path) == {"stable": "2"}
 
 
+@pytest.mark.slow
 def test_what_is_worse_for_its_users_is_rolled_back_and_removed(server, client, bases, tmp_path):
     # Whoever gives feedback by hand may err: what was learned is wrong for the users that come then.
     fill(server)

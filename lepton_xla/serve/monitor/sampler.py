@@ -14,6 +14,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from time import monotonic, sleep, time
 
+import msgspec
+
 from lepton_xla.errors import SampleError
 from lepton_xla.samples import Kept, LabelHead, SampleHead, record
 from lepton_xla.serve.monitor.sampling import Sampling
@@ -23,7 +25,7 @@ from lepton_xla.serve.protocol.wire import InferRequest
 
 _log = logging.getLogger("lepton_xla.serve")
 
-_KEY = ".key"
+_KEY, _BOUNDS = ".key", ".bounds.json"
 # Records that wait for the disk. What comes beyond is not kept: answers never wait for it.
 _MOST_WAITING = 16 << 20
 _TIDY_S = 30.0
@@ -189,7 +191,7 @@ class SampleWriter:
     # On the thread that writes.
 
     def _work(self) -> None:
-        tidied_s = monotonic()
+        tidied_s = -_TIDY_S
         ended = False
         while not ended:
             with contextlib.suppress(queue.Empty):
@@ -207,9 +209,7 @@ class SampleWriter:
                     self._flush(name)
             if monotonic() - tidied_s > _TIDY_S:
                 tidied_s = monotonic()
-                for segments in self._segments.values():
-                    with contextlib.suppress(OSError):
-                        segments.remove_old()
+                self._tidy()
         for segments in self._segments.values():
             segments.close()
 
@@ -219,6 +219,24 @@ class SampleWriter:
             self._segments[name].close()
         self._segments[name] = Segments(self._folder / name, sampling.max_bytes, sampling.max_age_s)
         self._gathered[name] = []
+        with contextlib.suppress(OSError):
+            (self._folder / name).mkdir(mode=0o700, exist_ok=True)
+            (self._folder / name / _BOUNDS).write_bytes(msgspec.json.encode(sampling))
+
+    def _tidy(self) -> None:
+        """Removes samples that are too old or too many, those of models that are not served any more too."""
+        with contextlib.suppress(OSError):
+            for folder in self._folder.iterdir():
+                if folder.name in self._segments or not folder.is_dir():
+                    continue
+                try:
+                    sampling = msgspec.json.decode((folder / _BOUNDS).read_bytes(), type=Sampling)
+                except (OSError, msgspec.MsgspecError):
+                    sampling = Sampling()
+                Segments(folder, sampling.max_bytes, sampling.max_age_s).remove_old()
+        for segments in self._segments.values():
+            with contextlib.suppress(OSError):
+                segments.remove_old()
 
     def _write(self, name: str, made: _Record, size: int, counts: Counts) -> None:
         """Makes a record, to be written with others."""

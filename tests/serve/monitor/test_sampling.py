@@ -160,7 +160,6 @@ def test_the_rate_is_a_matter_of_the_id_so_that_all_processes_agree(tmp_path, cl
     for folder in ("one", "two"):
         writer = SampleWriter(tmp_path / folder, rate)
         sampler = sampler_of(writer, classifier, Sampling(rate=of_model))
-        (tmp_path / folder / "largest").mkdir()
         for number in range(2000):
             sampler.answered(*request_of(f"id-{number}", ROWS[:1]))
             sampler.labelled({f"id-{number}": [1]})
@@ -267,6 +266,22 @@ def test_files_of_a_process_that_was_killed_go_with_the_others_and_those_under_w
     other.remove_old()
     mine.remove_old()
     assert not list((tmp_path / "m").iterdir())
+
+
+def test_samples_of_models_that_are_not_served_any_more_go_too(tmp_path, classifier):
+    old = time.time() - 100
+    for name, bounds in (("brief", '{"max_age_s": 50}'), ("long", '{"max_age_s": 1e6}'), ("none", "?")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / ".bounds.json").write_text(bounds)
+        (tmp_path / name / "1-1.samples").write_bytes(b"")
+        os.utime(tmp_path / name / "1-1.samples", (old, old))
+    writer = SampleWriter(tmp_path)
+    sampler_of(writer, classifier, Sampling(max_age_s=77.0))
+    until(lambda: not (tmp_path / "brief" / "1-1.samples").exists())
+    writer.close()
+    assert (tmp_path / "long" / "1-1.samples").exists()
+    assert (tmp_path / "none" / "1-1.samples").exists()  # within the week that is the default
+    assert json.loads((tmp_path / "largest" / ".bounds.json").read_text())["max_age_s"] == 77.0
 
 
 def test_a_killed_process_leaves_samples_that_can_be_read(tmp_path):
