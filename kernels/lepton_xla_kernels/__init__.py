@@ -4,8 +4,8 @@ import ctypes
 import pathlib
 from typing import Any
 
-INTERFACE = 1
-"""Changes whenever a target takes other operands or gives other results; lepton-xla uses the versions that it knows."""
+INTERFACE = 2
+"""Changes whenever targets are added, take other operands or give other results; lepton-xla uses the versions that it knows."""
 
 _LIBRARY = ctypes.CDLL(str(pathlib.Path(__file__).with_name("_library.so")))
 _LIBRARY.lepton_variant.restype = ctypes.c_char_p

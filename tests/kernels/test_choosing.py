@@ -177,7 +177,7 @@ def test_an_artifact_runs_with_kernels_and_without(kernels, clock, tmp_path, mon
     clock({"a": 25.0, "b": 25.0}, lambda count: FLOAT_US - 10 * count)
     lowered = lower(two_layers())
     manifest = lx.compile(lowered, {"batch": (1, 6)}).save(tmp_path / "with.lepton")
-    assert [entry.target.kernels for entry in manifest.executables.values()] == ["1"]
+    assert [entry.target.kernels for entry in manifest.executables.values()] == [str(installation.INTERFACE)]
     x = np.random.default_rng(1).standard_normal((4, 24)).astype(np.float32)
     with caplog.at_level(logging.WARNING):
         here = lx.load(tmp_path / "with.lepton")
@@ -187,7 +187,7 @@ def test_an_artifact_runs_with_kernels_and_without(kernels, clock, tmp_path, mon
     with caplog.at_level(logging.WARNING):
         there = lx.load(tmp_path / "with.lepton", write_back=True)
     assert there.route == "stablehlo"
-    assert "kernels: '' here, '1' there" in caplog.text
+    assert f"kernels: '' here, '{installation.INTERFACE}' there" in caplog.text
     np.testing.assert_allclose(there(x=x)["output"], expected, rtol=0, atol=1e-5)
     # Now it has code for both.
     assert lx.load(tmp_path / "with.lepton").route == "executables"

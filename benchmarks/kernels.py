@@ -1,0 +1,220 @@
+"""CPU kernels beside XLA: products of one and of many rows, and a decoder that makes one token.
+
+    python benchmarks/kernels.py [--sections NAMES] [--json FILE] [--quick] [--no-pages]
+
+Needs the package lepton-xla-kernels (`make kernels`). Section `products`: a product with a float weight, with codes in
+XLA's own operations, and by the kernel, in turns. Section `decode`: a decoder of 98 million parameters with random
+weights makes one token, behind 128 cached ones, as float and as `optimize` leaves it with each preset. Writes
+docs/benchmarks/kernels.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import statistics
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import harness
+import jax
+import jax.numpy as jnp
+import numpy as np
+import sections
+from rich.console import Console
+
+import lepton_xla as lx
+from lepton_xla.kernels import installation, integer_product, weight_only
+from lepton_xla.quant import QTensor, quantize
+
+console = Console(width=120, highlight=False)
+
+# Weights, M, K, N, and the most that the kernel may take of float's time.
+SHAPES: list[tuple[str, int, int, int, float]] = [
+    ("int8", 1, 4096, 4096, 0.3), ("int4", 1, 4096, 4096, 0.18), ("nf4", 1, 4096, 4096, 0.18),
+    ("int8", 1, 1024, 1024, 1.0), ("int4", 1, 1024, 1024, 1.0), ("int8", 8, 4096, 4096, 1.0),
+    ("int4", 8, 4096, 4096, 1.0), ("int8", 64, 1024, 1024, 1.0), ("int4", 64, 1024, 1024, 1.0),
+    ("int8 x int8", 1, 4096, 4096, 1.0), ("int8 x int8", 1, 1024, 1024, 1.0), ("int8 x int8", 16, 384, 1536, 1.0),
+    ("int8 x int8", 128, 384, 1536, 1.0), ("int8 x int8", 128, 1536, 384, 1.0), ("int8 x int8", 512, 1024, 1024, 1.0),
+]  # fmt: skip
+PRESETS = {"int8-weight-only": 0.35, "int4-weight-only": 0.22, "int8": 1.0}
+CACHED = 128
+
+
+def products(options: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
+    """Times products of the shapes, one after the other."""
+    rows: list[dict[str, Any]] = []
+    for weights, m, k, n, aim in [("int8", 1, 64, 64, 1.0)] if options.quick else SHAPES:
+        random = np.random.default_rng(0)
+        x = random.standard_normal((m, k)).astype(np.float32)
+        weight = jnp.asarray(random.standard_normal((k, n)).astype(np.float32))
+        name, _, integer = weights.partition(" x ")
+        stored = quantize(weight, name, "channel" if name == "int8" else "group:64")
+        stored = stored.by_columns() if integer else stored
+        multiply = integer_product.multiply if integer else weight_only.multiply
+        calls = {"float": harness.compiled(jnp.matmul, x, weight), "kernel": harness.compiled(multiply, x, stored)}
+        with installation.without_kernels():
+            calls["XLA"] = harness.compiled(functools.partial(_by_xla, multiply), x, stored)
+        times = harness.interleave(calls, seconds=3.0)
+        rows.append(
+            {
+                "weights": weights, "m": m, "k": k, "n": n, "aim": aim,
+                "us": {call: 1e6 * statistics.median(found) for call, found in times.items()},
+                "ratio": {call: harness.ratio(times, call, "float") for call in times},
+            }
+        )  # fmt: skip
+        yield rows
+
+
+def _by_xla(multiply: Callable[..., jax.Array], x: jax.Array, stored: QTensor) -> jax.Array:
+    """A function of its own, which JAX has not lowered with kernels. A single row is padded, as `quantize` does."""
+    if stored.transposed and x.shape[0] == 1:
+        return multiply(jnp.concatenate([x, jnp.zeros_like(x)]), stored)[:1]
+    return multiply(x, stored)
+
+
+def product_tables(rows: list[dict[str, Any]]) -> list[str]:
+    """Markdown of the products."""
+    header = ("weights", "M x K x N", "float, ms", "XLA / float", "kernel / float", "aim", "weight read, GB/s")
+    return [
+        harness.markdown(
+            header,
+            [
+                (
+                    row["weights"], f"{row['m']} x {row['k']} x {row['n']}", f"{row['us']['float'] / 1e3:.3f}",
+                    f"{row['ratio']['XLA']:.2f}", f"{row['ratio']['kernel']:.2f}", f"{row['aim']:g}",
+                    f"{row['k'] * row['n'] * (1 if 'int8' in row['weights'] else 0.5) / row['us']['kernel'] / 1e3:.1f}",
+                )
+                for row in rows
+            ],
+        )
+    ]  # fmt: skip
+
+
+def decoder(width: int, layers: int, words: int) -> lx.Program:
+    """A decoder that makes one token of one sequence, with the keys and values of earlier ones as inputs."""
+    random = np.random.default_rng(0)
+    heads = width // 64
+
+    def drawn(*shape: int) -> np.ndarray:
+        return (random.standard_normal(shape, np.float32) / np.sqrt(shape[0])).astype(np.float32)
+
+    weights = {"table": drawn(words, width), "head": drawn(width, words)}
+    for layer in range(layers):
+        weights[f"{layer}/qkv"], weights[f"{layer}/out"] = drawn(width, 3 * width), drawn(width, width)
+        weights[f"{layer}/up"], weights[f"{layer}/down"] = drawn(width, 4 * width), drawn(4 * width, width)
+
+    def normed(x: jax.Array) -> jax.Array:
+        return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + 1e-6)
+
+    def fn(w: Mapping[str, jax.Array], token: jax.Array, cache: jax.Array) -> jax.Array:
+        x = w["table"][token]
+        for layer in range(layers):
+            query, key, value = jnp.split(normed(x) @ w[f"{layer}/qkv"], 3, axis=-1)
+            parts = [jnp.reshape(part, (-1, 1, heads, 64)) for part in (query, key, value)]
+            keys = jnp.concatenate([cache[:, layer, 0], parts[1]], axis=1)
+            values = jnp.concatenate([cache[:, layer, 1], parts[2]], axis=1)
+            seen = jax.nn.softmax(jnp.einsum("bqhd,bkhd->bhqk", parts[0], keys) / 8.0, axis=-1)
+            x = x + jnp.reshape(jnp.einsum("bhqk,bkhd->bqhd", seen, values), x.shape) @ w[f"{layer}/out"]
+            x = x + jax.nn.gelu(normed(x) @ w[f"{layer}/up"]) @ w[f"{layer}/down"]
+        return normed(x) @ w["head"]
+
+    inputs = {
+        "token": lx.TensorSpec((1,), "int32"),
+        "cache": lx.TensorSpec((1, layers, 2, CACHED, heads, 64), "float32"),
+    }
+    return lx.trace(fn, weights, inputs)
+
+
+def decode(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Times one token of the decoder, as float and with each preset."""
+    program = decoder(64, 1, 128) if options.quick else decoder(768, 12, 16384)
+    random = np.random.default_rng(1)
+    inputs = [
+        jnp.ones(spec.shape, jnp.int32)
+        if spec.dtype == "int32"
+        else jnp.asarray(random.standard_normal(spec.shape, np.float32))
+        for spec in program.inputs.values()
+    ]
+    calls, notes = {"float": harness.compiled(program.fn, program.weights, *inputs)}, {}
+    for preset in PRESETS:
+        small = lx.optimize(program, lx.Recipe.load(preset), buckets={})
+        fn, weights = small.fn, small.weights
+        if small.expansion is not None:  # as it would be loaded
+            fn, weights = small.expansion.fn, jax.jit(small.expansion.expand)(small.weights)
+        calls[preset] = harness.compiled(fn, weights, *inputs)
+        (report,) = [report for report in small.history if report.name == "quantize"]
+        sites = [site for site in report.sites if site.metrics.get("timings")]
+        by_kernel = [
+            site for site in sites if site.outcome == "codes" and "kernel" in site.metrics.get("way", {}).values()
+        ]
+        notes[preset] = f"{len(by_kernel)} of {len(sites)} products by kernels"
+    times = harness.interleave(calls, seconds=40.0)
+    yield {
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves(program.weights)),
+        "rows": [
+            {
+                "name": name, "ms": 1e3 * statistics.median(found), "ratio": harness.ratio(times, name, "float"),
+                "aim": PRESETS.get(name, 1.0), "note": notes.get(name, ""),
+            }
+            for name, found in times.items()
+        ],
+    }  # fmt: skip
+
+
+def decode_tables(found: dict[str, Any]) -> list[str]:
+    """Markdown of the decoder."""
+    header = (f"one token, {found['parameters'] / 1e6:.0f} M parameters", "ms", "of float's time", "aim", "note")
+    rows = [
+        (row["name"], f"{row['ms']:.2f}", f"{row['ratio']:.2f}", f"{row['aim']:g}", row["note"])
+        for row in found["rows"]
+    ]
+    return [harness.markdown(header, rows)]
+
+
+SECTIONS = {
+    "products": sections.Section(
+        products,
+        product_tables,
+        "## Products\n\nFloat32 rows times a weight: in float32, from codes in XLA's own operations (weights alone are "
+        "dequantized on each call; `int8 x int8` rounds rows too), and by the kernel. Four-bit weights have groups of "
+        "64. Ratios are medians over rounds; `quantize` takes the fastest of the three.",
+    ),
+    "decode": sections.Section(
+        decode,
+        decode_tables,
+        "## One token of a decoder\n\nTwelve layers of width 768 behind 128 cached tokens, random weights; each row is "
+        "what `optimize` leaves with the preset.",
+    ),
+}
+
+
+def page(results: Mapping[str, Any]) -> str:
+    """docs/benchmarks/kernels.md."""
+    return sections.page(["# CPU kernels"], SECTIONS, results)
+
+
+def main() -> int:
+    """Measures, prints, writes."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, no page: a smoke test")
+    parser.add_argument("--no-pages", action="store_true", help="only print")
+    sections.add_options(parser, SECTIONS)
+    options = parser.parse_args()
+    if not installation.usable():
+        console.print("the kernels are not installed: make kernels")
+        return 1
+
+    def write(results: sections.Results) -> None:
+        if not options.quick and not options.no_pages:
+            harness.publish("kernels", results, page)
+
+    def machine(_name: str) -> dict[str, str]:
+        return harness.machine(["lepton-xla-kernels"])
+
+    sections.run(SECTIONS, options, machine, write, console)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
