@@ -87,6 +87,7 @@ bench: setup kernels  ## every benchmark; each prints the command that repeats i
 	$(RUN)/python benchmarks/quantization.py --no-pages
 	$(RUN)/python benchmarks/training.py --no-pages
 	$(RUN)/python benchmarks/sizes.py
+	$(RUN)/python benchmarks/kernels.py --no-pages
 	$(RUN)/python benchmarks/qat.py --no-pages
 	$(RUN)/python benchmarks/pruning.py --no-pages
 	$(RUN)/python benchmarks/distillation.py --no-pages

@@ -6,6 +6,7 @@ import os
 import pathlib
 import subprocess
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -16,11 +17,14 @@ pytestmark = pytest.mark.slow
 needs_data = pytest.mark.skipif(not (DATA / "mnist10k").is_dir(), reason="needs mnist10k in the folder LEPTON_DATA")
 
 
-def run(script: str, *arguments: str, data: pathlib.Path = DATA) -> subprocess.CompletedProcess[str]:
+def run(
+    script: str, *arguments: str, data: pathlib.Path = DATA, environment: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, ROOT / "benchmarks" / script, "--quick", *arguments],
         cwd=ROOT,
-        env={**os.environ, "JAX_PLATFORMS": "cpu", "LEPTON_DATA": str(data), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"},
+        env={**os.environ, "JAX_PLATFORMS": "cpu", "LEPTON_DATA": str(data), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+        | dict(environment or {}),
         capture_output=True,
         text=True,
         timeout=280,
@@ -28,9 +32,9 @@ def run(script: str, *arguments: str, data: pathlib.Path = DATA) -> subprocess.C
     )
 
 
-def figures(script: str, folder: pathlib.Path, *arguments: str) -> Any:
+def figures(script: str, folder: pathlib.Path, *arguments: str, environment: Mapping[str, str] | None = None) -> Any:
     found = folder / "found.json"
-    done = run(script, *arguments, "--json", str(found))
+    done = run(script, *arguments, "--json", str(found), environment=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"repeat with: python benchmarks/{script}" in done.stdout
     return json.loads(found.read_text())
@@ -63,6 +67,16 @@ def test_optimizing_is_timed_by_phase_and_its_compiles_and_memory_counted(tmp_pa
     assert row["times"]["measured"] > row["times"]["from the cache"] == 0
     assert row["again"]["times"] == {"measured": 0, "from the cache": row["times"]["measured"]}
     assert row["again"]["compiles"] < row["compiles"]
+
+
+def test_products_by_kernels_are_timed_beside_float(tmp_path: pathlib.Path) -> None:
+    pytest.importorskip("lepton_xla_kernels")
+    found = figures("kernels.py", tmp_path, environment={"LEPTON_KERNELS": ""})
+    (row,) = found["products"]["found"]
+    assert set(row["ratio"]) == {"float", "kernel", "XLA"}
+    assert all(0 < value < 100 for value in row["ratio"].values())
+    rows = found["decode"]["found"]["rows"]
+    assert [row["name"] for row in rows] == ["float", "int8-weight-only", "int4-weight-only", "int8"]
 
 
 def test_loops_of_training_take_turns(tmp_path: pathlib.Path) -> None:

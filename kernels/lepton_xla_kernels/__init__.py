@@ -5,7 +5,7 @@ import pathlib
 from typing import Any
 
 INTERFACE = 2
-"""Changes whenever targets are added, take other operands or give other results; lepton-xla uses the versions that it knows."""
+"""Changes whenever targets are added, take other operands or give other results; lepton-xla asks for its own."""
 
 _LIBRARY = ctypes.CDLL(str(pathlib.Path(__file__).with_name("_library.so")))
 _LIBRARY.lepton_variant.restype = ctypes.c_char_p
