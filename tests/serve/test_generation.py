@@ -306,3 +306,38 @@ def test_a_stream_needs_chunks(served):
     with socket.create_connection(served.address, 10) as sock:
         sock.sendall(raw_request("POST", f"{GENERATE}_stream", b'{"text_input": "a"}', version="1.0"))
         assert sock.recv(65536).startswith(b"HTTP/1.1 505")
+
+
+def test_the_load_generator_measures_streams(served):
+    from click.testing import CliRunner
+
+    from lepton_xla.cli import main
+
+    url = "http://{}:{}".format(*served.address[:2])
+    call = [
+        "load",
+        url,
+        "--generate",
+        "5",
+        "--connections",
+        "1,3",
+        "--seconds",
+        "0.5",
+        "--warmup",
+        "0.1",
+        "--size",
+        "4",
+    ]
+    done = CliRunner().invoke(main, [*call, "--json"])
+    assert done.exit_code == 0, done.output
+    one, three = json.loads(done.stdout)["runs"]
+    for run in (one, three):
+        assert run["requests"] > 3
+        assert not run["errors"]
+        assert run["tokens_per_s"] * 0.5 >= 5 * (run["requests"] - 3)
+        assert 0 <= run["next_token_s"]["p50"] <= run["next_token_s"]["p99"] < 2
+        assert run["first_token_s"]["p50"] > 0
+    assert "tokens/s" in CliRunner().invoke(main, call).stdout
+    refused = CliRunner().invoke(main, [*call[:3], "100000"])
+    assert (refused.exit_code, refused.stderr.count("HTTP 400")) == (2, 1)
+    assert CliRunner().invoke(main, [*call, "--rate", "3"]).exit_code == 2

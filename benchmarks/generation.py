@@ -1,0 +1,249 @@
+"""Tokens per second of a decoder with random weights: formats of weights, sequences at once, and PyTorch beside it.
+
+    python benchmarks/generation.py [--quick] [--pages] [--json FILE]
+
+The decoder has the shape of GPT-2 (12 layers of 768, 124 M weights with its tables of words and places): random weights
+take as long as trained ones. Every figure is greedy decoding after a prompt of 32 tokens; contenders take turns.
+Hugging Face transformers runs the same shape on PyTorch, with its own cache, if both are installed. The last table is
+of a new process: until the model is loaded, import included, and from there to the first token.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import importlib
+import importlib.util
+import os
+import pathlib
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import harness
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import lepton_xla as lx
+
+RECIPES = ("float32", "int8-weight-only", "int4-weight-only")
+SLOTS = (1, 8)
+PROMPT = 32
+_START = """
+import sys, time
+start = time.perf_counter()
+import lepton_xla as lx
+model = lx.load(sys.argv[1]).generator
+loaded = time.perf_counter()
+model.generate([list(range(1, 33))], max_tokens=1)
+print(loaded - start, time.perf_counter() - loaded)
+"""
+
+
+class Shape:
+    """Sizes of the decoder."""
+
+    def __init__(self, quick: bool) -> None:
+        self.layers, self.width, self.heads = (2, 64, 4) if quick else (12, 768, 12)
+        self.vocabulary, self.capacity = (500, 64) if quick else (50_257, 128)
+        self.tokens = 8 if quick else 32
+
+
+def decoder(shape: Shape) -> tuple[Any, tuple[Callable[..., Any], ...]]:
+    """Weights, and the three functions of `lx.Generator`."""
+    random, D = np.random.default_rng(0), shape.width
+
+    def table(*size: int) -> jax.Array:
+        return jnp.asarray(random.standard_normal(size, np.float32) * 0.02)
+
+    layer = {"q": (D, D), "k": (D, D), "v": (D, D), "o": (D, D), "up": (D, 4 * D), "down": (4 * D, D)}
+    weights = {
+        "words": table(shape.vocabulary, D),
+        "places": table(shape.capacity, D),
+        "layers": [{name: table(*size) for name, size in layer.items()} for _ in range(shape.layers)],
+    }
+
+    def norm(x: jax.Array) -> jax.Array:
+        return (x - x.mean(-1, keepdims=True)) * jax.lax.rsqrt(x.var(-1, keepdims=True) + 1e-5)
+
+    def heads(x: jax.Array) -> jax.Array:
+        return x.reshape(*x.shape[:-1], shape.heads, D // shape.heads)
+
+    def block(w: Any, x: jax.Array, k: jax.Array, v: jax.Array, seen: jax.Array) -> jax.Array:
+        """`x[B, T, D]` attends to `k, v[B, S, H, d]`."""
+        scores = jnp.einsum("bthd,bshd->bhts", heads(norm(x) @ w["q"]), k) / np.sqrt(D / shape.heads)
+        shares = jax.nn.softmax(jnp.where(seen[:, None], scores, -1e9), axis=-1)
+        x = x + jnp.einsum("bhts,bshd->bthd", shares, v).reshape(x.shape) @ w["o"]
+        return x + jax.nn.gelu(norm(x) @ w["up"]) @ w["down"]
+
+    def init_cache(w: Any, B: int, S: int) -> Any:
+        empty = jnp.zeros((B, S, shape.heads, D // shape.heads), jnp.float32)
+        return [{"k": empty, "v": empty} for _ in range(shape.layers)]
+
+    def prefill(w: Any, tokens: jax.Array, length: jax.Array) -> tuple[jax.Array, Any]:
+        S = tokens.shape[1]
+        x = w["words"][tokens] + w["places"][:S][None]
+        seen = jnp.broadcast_to(jnp.tril(jnp.ones((S, S), bool))[None], (tokens.shape[0], S, S))
+        cache = []
+        for layer in w["layers"]:
+            k, v = (heads(norm(x) @ layer[name]) for name in ("k", "v"))
+            x = block(layer, x, k, v, seen)
+            cache.append({"k": k, "v": v})
+        last = jnp.take_along_axis(x, (length - 1)[:, None, None], axis=1)[:, 0]
+        return norm(last) @ w["words"].T, cache
+
+    def decode(w: Any, cache: Any, token: jax.Array, position: jax.Array) -> tuple[jax.Array, Any]:
+        x = (w["words"][token] + w["places"][position])[:, None]
+        rows = jnp.arange(len(token))
+        seen = (jnp.arange(shape.capacity)[None] <= position[:, None])[:, None]
+        after = []
+        for layer, kept in zip(w["layers"], cache, strict=True):
+            k, v = (kept[name].at[rows, position].set(heads(norm(x) @ layer[name])[:, 0]) for name in ("k", "v"))
+            x = block(layer, x, k, v, seen)
+            after.append({"k": k, "v": v})
+        return norm(x[:, 0]) @ w["words"].T, after
+
+    return weights, (init_cache, prefill, decode)
+
+
+def made(shape: Shape, recipe: str, slots: int, folder: pathlib.Path) -> tuple[pathlib.Path, int]:
+    """Compile one artifact; give where it is, and the bytes of its weights in memory."""
+    weights, functions = decoder(shape)
+    program = lx.Generator(*functions, weights, slots=slots, capacity=shape.capacity).program
+    lengths = {"length": (PROMPT,)}
+    if recipe != "float32":
+        program = lx.optimize(program, lx.Recipe.load(recipe), buckets=lengths)
+    path = folder / f"{recipe}-{slots}.lepton"
+    lx.compile(program, lengths, name="decoder").save(path)
+    return path, lx.load(path).weights_bytes
+
+
+def transformers_calls(shape: Shape, prompts: np.ndarray) -> dict[str, Callable[[], Any]]:
+    """Greedy decoding of the same shape by Hugging Face transformers, if it is installed."""
+    if not all(importlib.util.find_spec(name) for name in ("torch", "transformers")):
+        return {}
+    torch: Any = importlib.import_module("torch")
+    transformers: Any = importlib.import_module("transformers")
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    config = transformers.GPT2Config(
+        vocab_size=shape.vocabulary, n_positions=shape.capacity, n_embd=shape.width, n_layer=shape.layers,
+        n_head=shape.heads, eos_token_id=None, bos_token_id=None,
+    )  # fmt: skip
+    model = transformers.GPT2LMHeadModel(config).eval()
+
+    def call(rows: int) -> Any:
+        with torch.inference_mode():
+            ids = torch.tensor(prompts[:rows])
+            options = {"max_new_tokens": shape.tokens, "min_new_tokens": shape.tokens, "do_sample": False}
+            return model.generate(ids, attention_mask=torch.ones_like(ids), pad_token_id=0, **options)
+
+    return {f"transformers {rows}": functools.partial(call, rows) for rows in SLOTS}
+
+
+def start_s(path: pathlib.Path) -> dict[str, float]:
+    """Seconds that a new process takes: all of it to the loaded model, and its first prompt."""
+    done = subprocess.run([sys.executable, "-c", _START, str(path)], capture_output=True, text=True, check=True)
+    loaded, first = map(float, done.stdout.split())
+    return {"loaded": loaded, "first_token": first}
+
+
+def measure(options: argparse.Namespace, folder: pathlib.Path) -> dict[str, Any]:
+    """All figures."""
+    shape = Shape(options.quick)
+    prompts = np.random.default_rng(1).integers(1, shape.vocabulary, (max(SLOTS), PROMPT))
+    calls: dict[str, Callable[[], Any]] = transformers_calls(shape, prompts)
+    weights_bytes: dict[str, int] = {}
+    paths: dict[str, pathlib.Path] = {}
+    for recipe in RECIPES:
+        for slots in SLOTS:
+            print(f"{recipe}, {slots} slots ...", flush=True)
+            path, size = made(shape, recipe, slots, folder)
+            model = lx.load(path).generator
+            calls[f"{recipe} {slots}"] = functools.partial(
+                model.generate, prompts[:slots].tolist(), max_tokens=shape.tokens, ignore_end=True
+            )
+            weights_bytes[recipe], paths[recipe] = size, path
+    # Eight prompts, one after the other: what continuous batching is compared with.
+    single = lx.load(folder / "float32-1.lepton").generator
+
+    def one_by_one() -> None:
+        for prompt in prompts.tolist():
+            single.generate([prompt], max_tokens=shape.tokens, ignore_end=True)
+
+    calls["float32 one by one"] = one_by_one
+    times = harness.interleave(calls, rounds=5 if options.quick else 9, seconds=options.seconds)
+    sequences = {name: 1 if name.endswith(" 1") else max(SLOTS) for name in calls}
+    return {
+        "tokens_per_s": {
+            name: sequences[name] * shape.tokens / statistics.median(seconds) for name, seconds in times.items()
+        },
+        "weights_bytes": weights_bytes,
+        "start": {recipe: start_s(path) for recipe, path in paths.items()},
+        "shape": vars(shape),
+    }
+
+
+def tables(found: Mapping[str, Any]) -> str:
+    """The figures as Markdown."""
+    speed, sizes = found["tokens_per_s"], found["weights_bytes"]
+    names = [name for name in ("transformers", *RECIPES) if f"{name} 1" in speed]
+    rows = [
+        (
+            name,
+            *(f"{speed[f'{name} {slots}']:.1f}" for slots in SLOTS),
+            f"{speed[f'{name} 8'] / speed[f'{name} 1']:.2f}",
+            f"{sizes[name] / sizes['float32']:.3f}" if name in sizes else "",
+        )
+        for name in names
+    ]
+    first = harness.markdown(
+        ("weights", "1 sequence, tokens/s", "8 at once, tokens/s", "gain", "bytes in memory, of float32's"), rows
+    )
+    gain = speed["float32 8"] / speed["float32 one by one"]
+    start = harness.markdown(
+        ("new process", "loaded after, s", "then to the first token, s"),
+        [(name, f"{each['loaded']:.2f}", f"{each['first_token']:.3f}") for name, each in found["start"].items()],
+    )
+    said = f"Eight prompts at once take {gain:.2f} times less time than one after the other (float32)."
+    return "\n\n".join((first, said, start))
+
+
+def page(found: Mapping[str, Any]) -> str:
+    """The page."""
+    head = "Greedy decoding of a decoder of GPT-2's shape, with random weights (`benchmarks/generation.py`)."
+    return (
+        "\n\n".join(
+            ("# Generation", head, tables(found["decoder"]["found"]), harness.provenance(found["decoder"]["run"]))
+        )
+        + "\n"
+    )
+
+
+def main() -> int:
+    """Measures, prints, writes."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--quick", action="store_true", help="a tiny decoder, to try the script")
+    parser.add_argument("--pages", action="store_true", help="write docs/benchmarks/generation.md")
+    parser.add_argument("--seconds", type=float, default=90.0, help="of the timing")
+    parser.add_argument("--json", type=pathlib.Path, help="write the figures to this file")
+    options = parser.parse_args()
+    began = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        found = measure(options, pathlib.Path(folder))
+    run = harness.machine(("torch", "transformers")) | {"command": harness.command()}
+    result = {"decoder": {"found": found, "run": run}}
+    print(tables(found))
+    harness.write_json(options.json, result)
+    if options.pages and not options.quick:
+        harness.publish("generation", result, page)
+    print(f"\n{time.perf_counter() - began:.0f} s; repeat with: {harness.command()}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,163 @@
+"""Load of requests that generate: connections that stream one after the other, and when their tokens came."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+import json
+import random
+import socket
+import threading
+import time
+from typing import Any
+
+from lepton_xla.errors import ServeError
+from lepton_xla.serve.client.calls import route
+from lepton_xla.serve.client.endpoint import Endpoint
+
+_END = b"0\r\n\r\n"
+# Tokens of the prompts are below this, so that every vocabulary has them.
+_VALUES = 100
+
+
+@dataclasses.dataclass
+class Streams:
+    """What came of a load.
+
+    Attributes:
+        seconds: of the measurement.
+        requests: streams that ended well in it.
+        errors: by what was told.
+        tokens: that came in it.
+        first_s: seconds from a request to its first token.
+        next_s: seconds from a token to the next one of its stream.
+    """
+
+    seconds: float = 0.0
+    requests: int = 0
+    errors: dict[str, int] = dataclasses.field(default_factory=dict[str, int])
+    tokens: int = 0
+    first_s: list[float] = dataclasses.field(default_factory=list[float])
+    next_s: list[float] = dataclasses.field(default_factory=list[float])
+
+    def to_json(self) -> dict[str, Any]:
+        """The figures, quantiles in seconds."""
+        return {
+            "seconds": self.seconds,
+            "requests": self.requests,
+            "errors": self.errors,
+            "tokens_per_s": self.tokens / self.seconds,
+            "first_token_s": _quantiles(self.first_s),
+            "next_token_s": _quantiles(self.next_s),
+        }
+
+
+def _quantiles(values: list[float]) -> dict[str, float | None]:
+    ranked = sorted(values)
+    at = {"p50": 0.5, "p90": 0.9, "p99": 0.99}
+    return {name: ranked[min(len(ranked) - 1, int(q * len(ranked)))] if ranked else None for name, q in at.items()}
+
+
+def stream(
+    target: Endpoint,
+    model: str,
+    *,
+    connections: int,
+    seconds: float,
+    warmup_s: float,
+    timeout_s: float,
+    prompt: int,
+    tokens: int,
+) -> Streams:
+    """Have each connection send its next prompt when the stream before has ended.
+
+    Args:
+        target: the server.
+        model: name of the model.
+        connections: number of streams at once.
+        seconds: of the measurement.
+        warmup_s: seconds of the same load before it.
+        timeout_s: seconds without a token after which a stream is given up.
+        prompt: tokens of each prompt, random ones.
+        tokens: tokens to generate for each.
+    """
+    found, lock, started = Streams(seconds=seconds), threading.Lock(), time.perf_counter()
+    begins, ends = started + warmup_s, started + warmup_s + seconds
+
+    def run(number: int) -> None:
+        drawn = random.Random(number)  # noqa: S311 (prompts are no secrets)
+        while time.perf_counter() < ends:
+            ids = [drawn.randrange(1, _VALUES) for _ in range(prompt)]
+            body = json.dumps({"input_ids": ids, "parameters": {"max_tokens": tokens, "ignore_end": True}}).encode()
+            request = target.request("POST", f"{route(model)}/generate_stream", (body,))
+            sent = time.perf_counter()
+            try:
+                times, error = _times(target, request, timeout_s)
+            except (OSError, ValueError, ServeError) as failure:
+                times, error = [], f"{type(failure).__name__}: {failure}"
+                time.sleep(0.05)
+            with lock:
+                _count(found, sent, times, error, begins, ends)
+
+    threads = [threading.Thread(target=run, args=(number,), daemon=True) for number in range(connections)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return found
+
+
+def _count(found: Streams, sent: float, times: list[float], error: str, begins: float, ends: float) -> None:
+    inside = [at for at in times if begins <= at < ends]
+    found.tokens += len(inside)
+    if times and begins <= sent < ends:
+        found.first_s.append(times[0] - sent)
+    found.next_s += [b - a for a, b in itertools.pairwise(times) if begins <= a and b < ends]
+    if error:
+        found.errors[error] = found.errors.get(error, 0) + 1
+    elif begins <= (times or [0.0])[-1] < ends:
+        found.requests += 1
+
+
+def _times(target: Endpoint, request: bytes, timeout_s: float) -> tuple[list[float], str]:
+    """When each token of a stream came, and what went wrong; empty if nothing did."""
+    times: list[float] = []
+    with contextlib.closing(_connect(target, timeout_s)) as sock:
+        sock.sendall(request)
+        data = b""
+        while b"\r\n\r\n" not in data:
+            data += _more(sock)
+        head, _, data = data.partition(b"\r\n\r\n")
+        status = head.split(b" ", 2)[1].decode()
+        if status != "200":
+            return times, f"HTTP {status}"
+        while True:
+            *events, data = data.split(b"\n\n")
+            now = time.perf_counter()
+            for event in events:
+                if b'"error"' in event:
+                    return times, "generation failed"
+                if b'"details"' not in event:
+                    times.append(now)
+            if data.endswith(_END):
+                return times, ""
+            data += _more(sock)
+
+
+def _more(sock: socket.socket) -> bytes:
+    part = sock.recv(65_536)
+    if not part:
+        raise ServeError("the server closed the connection")
+    return part
+
+
+def _connect(target: Endpoint, timeout_s: float) -> socket.socket:
+    if target.unix:
+        sock = socket.socket(socket.AF_UNIX)
+        sock.settimeout(timeout_s)
+        sock.connect(target.host)
+    else:
+        sock = socket.create_connection((target.host, target.port), timeout_s)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return sock if target.tls is None else target.tls.wrap_socket(sock, server_hostname=target.host)
