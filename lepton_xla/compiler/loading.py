@@ -32,7 +32,7 @@ from lepton_xla.compiler.manifest import (
 )
 from lepton_xla.compiler.opening import is_signed, open_files, read_manifest, read_trusted_manifest, trusted_keys
 from lepton_xla.compiler.portable import compile_portable
-from lepton_xla.compiler.reading import read_all, read_parts
+from lepton_xla.compiler.reading import check_placed, read_all, read_parts
 from lepton_xla.compiler.runtime import Runtime, run_expand
 from lepton_xla.compiler.servable import Servable
 from lepton_xla.compiler.stepping import Stepper, decode_inputs, donation, prefill_inputs
@@ -83,9 +83,9 @@ def load(
             `LEPTON_DECRYPT_KEY` holds, the key itself or the path of its file.
         base: a loaded model whose compiled code is used, with its buckets, if these weights fit it; see
             `make_update`. An artifact of weights alone needs one.
-        check: whether to refuse weights that are not finite, and an artifact that answers its golden rows wrong; both
-            are always checked for an artifact of weights alone. Infinite weights are refused only if the base's are
-            finite.
+        check: whether to refuse weights that are not finite, or are others on the device than in the artifact, and an
+            artifact that answers its golden rows wrong; all is always checked for an artifact of weights alone.
+            Infinite weights are refused only if the base's are finite.
         device: number of the device, counted from 0. Where `base` is given it is that of the base.
 
     Raises:
@@ -112,7 +112,7 @@ def load(
         if manifest.is_update or (base is not None and manifest.fit and manifest.fit == base.manifest.fit):
             servable = _share(store, manifest, files, base)
         else:
-            servable = _load(store, manifest, files, buckets, device, write_back=write_back)
+            servable = _load(store, manifest, files, buckets, device, write_back=write_back, read_back=check)
         if check or manifest.is_update:
             check_weights(servable, base, store.location)
             if manifest.golden is not None:
@@ -140,7 +140,7 @@ def _share(store: Store, manifest: Manifest, files: VerifiedFiles, base: Servabl
     ):
         files.read(file)
     tokenizer = _tokenizer(manifest, files) or base.tokenizer
-    arrays = _to_devices(manifest, files, devices)
+    arrays = _to_devices(manifest, files, devices, read_back=True)
     if base.expander is not None:
         arrays = run_expand(base.expander, arrays, devices, base.manifest.unpacked)
     runtime = base.runtime.sharing(arrays)
@@ -156,6 +156,7 @@ def _load(
     device: int,
     *,
     write_back: bool,
+    read_back: bool,
 ) -> Servable:
     bucket_sizes = _choose(manifest, buckets)
     devices = _devices(manifest, store.location, device)
@@ -171,7 +172,7 @@ def _load(
     portable = {program.file: files.read(program.file) for program in manifest.all_programs}
     blobs = {name: files.read(known[name]) for name in names if name in known}
     tokenizer = _tokenizer(manifest, files)
-    arrays = _to_devices(manifest, files, devices)
+    arrays = _to_devices(manifest, files, devices, read_back=read_back)
 
     with concurrent.futures.ThreadPoolExecutor(usable_cores()) as pool:
         read = pool.map(lambda name: Code.read(blobs[name], devices.all, name), blobs)
@@ -244,16 +245,19 @@ def _devices(manifest: Manifest, location: str, number: int) -> Devices:
     return Devices(first)
 
 
-def _to_devices(manifest: Manifest, files: VerifiedFiles, devices: Devices) -> list[jax.Array]:
+def _to_devices(manifest: Manifest, files: VerifiedFiles, devices: Devices, *, read_back: bool) -> list[jax.Array]:
     try:
         if devices.mesh is not None:
-            return read_parts(manifest.weights, manifest.packed_rows, files, devices)
+            return read_parts(manifest.weights, manifest.packed_rows, files, devices, read_back=read_back)
         arrays = read_all(manifest.weights, manifest.packed_rows, files)
         # Arrays start on a 64-byte boundary, so on the CPU the device arrays share their memory.
-        return [
+        placed = [
             _xla.putter(leaf.shape, jnp.dtype(leaf.dtype), devices.first)(array)
             for leaf, array in zip(manifest.weights, arrays, strict=True)
         ]
+        for leaf, array, there in zip(manifest.weights, arrays, placed, strict=True) if read_back else ():
+            check_placed(leaf.path, array, there)
+        return placed
     except _xla.ERROR as error:
         raise ExecutionError(f"the weights cannot be put on {devices.first}: {_xla.reason(error)}") from error
 

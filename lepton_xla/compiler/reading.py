@@ -70,8 +70,34 @@ def read_all(leaves: Sequence[WeightLeaf], packed_rows: Sequence[int], files: Ve
     return [leaf.finish() for leaf in opened]
 
 
+def check_placed(path: str, host: np.ndarray, placed: jax.Array) -> None:
+    """Read an array back from its device, and compare it with what was to be put there, bit for bit.
+
+    On a CPU both are the same memory, which takes no time to see.
+
+    Raises:
+        ArtifactError: naming the weight, if they differ.
+
+    >>> check_placed("w", np.float32([1.0, 2.0]), jax.device_put(np.float32([1.0, 3.0])))
+    Traceback (most recent call last):
+    lepton_xla.errors.ArtifactError: weight 'w': what is on the device is not what was read from the artifact
+    """
+    for shard in placed.addressable_shards:
+        there = np.asarray(shard.data)  # of the shard: the array itself would keep a copy on the host
+        if there.ctypes.data == host.ctypes.data and there.nbytes == host.nbytes:
+            continue
+        one, two = (np.ascontiguousarray(each).reshape(-1).view(np.uint8) for each in (host, there))
+        if there.shape != host.shape or not np.array_equal(one, two):
+            raise ArtifactError(f"weight {path!r}: what is on the device is not what was read from the artifact")
+
+
 def read_parts(
-    leaves: Sequence[WeightLeaf], packed_rows: Sequence[int], files: VerifiedFiles, devices: Devices
+    leaves: Sequence[WeightLeaf],
+    packed_rows: Sequence[int],
+    files: VerifiedFiles,
+    devices: Devices,
+    *,
+    read_back: bool = False,
 ) -> list[jax.Array]:
     """Read leaves onto several devices; of a leaf that is cut, the host reads one part at a time.
 
@@ -80,9 +106,10 @@ def read_parts(
         packed_rows: bytes used in each row of the packed array.
         files: the artifact's.
         devices: where the leaves go.
+        read_back: whether to check each part on its device, see `check_placed`.
 
     Raises:
-        ArtifactError: as `read_all`.
+        ArtifactError: as `read_all` and `check_placed`.
     """
     rest = [leaf for leaf in leaves if not _is_parted(leaf)]
     whole = dict(zip((leaf.path for leaf in rest), read_all(rest, packed_rows, files), strict=True))
@@ -99,7 +126,10 @@ def read_parts(
         arrays: list[jax.Array] = []
         for bounds, holders in places.items():
             part = _read_part(leaf, files, tuple(slice(*bound) for bound in bounds))
-            arrays += [_xla.putter(part.shape, part.dtype, device)(part) for device in holders]
+            put = [_xla.putter(part.shape, part.dtype, device)(part) for device in holders]
+            for array in put if read_back else ():
+                check_placed(leaf.path, part, array)
+            arrays += put
         placed.append(jax.make_array_from_single_device_arrays(leaf.shape, sharding, arrays))
     return placed
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import lepton_xla as lx
-from lepton_xla.compiler import load, master_weights, requantize
+from lepton_xla.compiler import _xla, load, master_weights, requantize
 from lepton_xla.compiler.manifest import manifest_from_json, manifest_to_json
 from lepton_xla.errors import ArtifactError, CompileError
 
@@ -171,3 +171,26 @@ def test_a_manifest_whose_steps_refer_to_nothing_is_refused(kept):
         changed = msgspec.structs.replace(manifest, master=msgspec.structs.replace(master, steps=steps))
         with pytest.raises(ArtifactError, match="of the float master"):
             manifest_from_json(manifest_to_json(changed))
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_weights_that_are_others_on_the_device_are_refused(kept, tmp_path, monkeypatch, alone):
+    requantize(kept, weights(6)).save(tmp_path / "update.lepton")
+    path, base = (tmp_path / "update.lepton", load(kept)) if alone else (kept, None)
+    load(path, base=base, check=True)
+    put = _xla.putter
+
+    def putter(shape, dtype, device):
+        def wrong(array):
+            changed = array.copy()
+            if changed.shape == (1, 64):
+                changed[0, 5] += 1
+            return put(shape, dtype, device)(changed)
+
+        return wrong
+
+    monkeypatch.setattr(_xla, "putter", putter)
+    with pytest.raises(ArtifactError, match=r"weight '.*': what is on the device is not what was read"):
+        load(path, base=base, check=True)
+    if not alone:
+        load(path)
