@@ -48,15 +48,23 @@ class Sampler:
         sampling: what is kept.
         rate: share of requests where that does not say.
         key: of the hashes.
-        put: takes a record to be written, and about how many bytes it has.
+        reserve: gives whether there is room for about so many bytes, which are then expected.
+        put: takes a record to be written, and its bytes as reserved.
     """
 
     def __init__(
-        self, signature: Signature, sampling: Sampling, rate: float, key: bytes, put: Callable[[_Record, int], None]
+        self,
+        signature: Signature,
+        sampling: Sampling,
+        rate: float,
+        key: bytes,
+        reserve: Callable[[int], bool],
+        put: Callable[[_Record, int], None],
     ) -> None:
         self._version = signature.version
         self._sampling = sampling
         self._key = key
+        self._reserve = reserve
         self._put = put
         self._batched = signature.batch is not None
         # With the names of their dtypes, which NumPy puts together anew each time.
@@ -72,7 +80,7 @@ class Sampler:
 
     def _takes(self, request_id: str) -> bool:
         """Whether requests with this id are kept: a matter of the id alone, so that all processes agree."""
-        digest = hashlib.blake2b(request_id.encode(), digest_size=8).digest()
+        digest = hashlib.blake2b(request_id.encode("utf-8", "surrogatepass"), digest_size=8).digest()
         return int.from_bytes(digest, "little") < self._below
 
     def answered(self, request: InferRequest, outputs: Sequence[bytes | memoryview]) -> None:
@@ -85,17 +93,20 @@ class Sampler:
         spec = request.spec
         if spec.id is None or not self._takes(spec.id):
             return
-        given = [(self._outputs[index], bytes(data)) for (index, _), data in zip(spec.outputs, outputs, strict=True)]
-        size = request.nbytes + sum(len(data) for _, data in given)
+        wanted = [
+            (self._outputs[index], data)
+            for (index, _), data in zip(spec.outputs, outputs, strict=True)
+            if self._outputs[index][0].name not in self._dropped
+        ]
+        size = request.nbytes + sum(len(data) for _, data in wanted)
+        if not self._reserve(size):  # before anything is copied
+            return
+        given = [(output, bytes(data)) for output, data in wanted]
         request_id, now_s, sizes = spec.id, time(), spec.sizes
 
         def made() -> bytes:
             inputs = [self._kept(tensor, dtype, request.tensors[index], sizes) for index, tensor, dtype in self._inputs]
-            answers = [
-                self._kept(tensor, dtype, data, sizes)
-                for (tensor, dtype), data in given
-                if tensor.name not in self._dropped
-            ]
+            answers = [self._kept(tensor, dtype, data, sizes) for (tensor, dtype), data in given]
             head = SampleHead(
                 self._id(request_id), self._version, now_s,
                 tuple(each for each, _ in inputs), tuple(each for each, _ in answers),
@@ -110,7 +121,8 @@ class Sampler:
         for request_id, right in labels.items():
             if self._takes(request_id):
                 head = LabelHead(self._id(request_id), self._version, now_s, tuple(right))
-                self._put(lambda head=head: record(head), 8 * len(right))
+                if self._reserve(8 * len(right)):
+                    self._put(lambda head=head: record(head), 8 * len(right))
 
     def _kept(
         self, tensor: Tensor, dtype: str, data: bytes | memoryview, sizes: Mapping[str, int]
@@ -128,7 +140,7 @@ class Sampler:
         return hmac.digest(self._key, data, "sha256")
 
     def _id(self, request_id: str) -> str:
-        return self._hashed(request_id.encode()).hex() if self._sampling.hash_id else request_id
+        return self._hashed(request_id.encode("utf-8", "surrogatepass")).hex() if self._sampling.hash_id else request_id
 
 
 class SampleWriter:
@@ -178,14 +190,18 @@ class SampleWriter:
             self._thread.start()
         self._waiting.put(lambda: self._begin(name, sampling))
         return Sampler(
-            signature, sampling, self._rate, self._key, lambda made, size: self._put(name, made, size, counts)
-        )
+            signature, sampling, self._rate, self._key,
+            lambda size: self._reserve(size, counts), lambda made, size: self._put(name, made, size, counts),
+        )  # fmt: skip
 
-    def _put(self, name: str, made: _Record, size: int, counts: Counts) -> None:
+    def _reserve(self, size: int, counts: Counts) -> bool:
         if self._put_bytes - self._done_bytes + size > _MOST_WAITING:
             counts["left_out"] += 1
-            return
+            return False
         self._put_bytes += size
+        return True
+
+    def _put(self, name: str, made: _Record, size: int, counts: Counts) -> None:
         self._waiting.put(lambda: self._write(name, made, size, counts))
 
     # On the thread that writes.
