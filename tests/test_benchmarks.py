@@ -117,7 +117,8 @@ def test_many_models_stay_within_their_memory(tmp_path: pathlib.Path) -> None:
     assert (row["models"], row["requests"]) == (8, 200)
     assert 2e6 < row["model_bytes"] < row["budget"] / 3
     assert row["best_loads"] <= row["loads"] < 200
-    assert all(rate > 0 for rates in found["shared"].values() for rate in rates.values())
+    assert all(rate > 0 for rates in found["shared"]["rates"].values() for rate in rates.values())
+    assert all(1 <= rows <= 8 for sizes in found["shared"]["batches"].values() for rows in sizes.values())
 
 
 def test_swaps_lose_nothing_and_are_timed(tmp_path: pathlib.Path) -> None:
@@ -128,6 +129,7 @@ def test_swaps_lose_nothing_and_are_timed(tmp_path: pathlib.Path) -> None:
         assert row["checked"] > 10
         assert row["ratio"] > 0
     assert found["copy"]["ratio"] > 0
+    assert all(each > 0 for each in found["copy"]["digest_ms"])
     assert [row["reloads"] for row in found["reloads"]] == [2, 4, 6, 8]
     assert not any(row["errors"] for row in found["reloads"])
 

@@ -33,7 +33,9 @@ from lepton_xla.serve.models.placement import Evict, Held, Move, Put, Wait, next
 _log = logging.getLogger("lepton_xla.serve")
 
 _LOOK_S = 0.02
-"""How often to look whether memory has become free."""
+"""How often to look whether a model has become idle."""
+_AFTER_S = 0.004
+"""The weights of a model go so long after its handle, or earlier."""
 
 
 class Version(Protocol):
@@ -100,6 +102,7 @@ class Memory:
         self._loading: dict[str, asyncio.Task[None]] = {}
         self._waiting: collections.Counter[str] = collections.Counter()
         self._leaving: dict[int, tuple[int, tuple[int, ...]]] = {}  # bytes, and the devices that have them
+        self._left = asyncio.Event()  # something is gone
         self._turn = asyncio.Lock()  # models are loaded one at a time, so room is made for one
         self._tidying: asyncio.Task[None] | None = None
         self.loads = self.evictions = self.moves = 0
@@ -239,7 +242,10 @@ class Memory:
             if monotonic() > until:
                 raise RepositoryError("failed", f"there is no room for model {name!r}: all others are pinned or busy")
             if isinstance(step, Wait):
-                await asyncio.sleep(_LOOK_S)
+                self._left.clear()
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(_LOOK_S):
+                        await self._left.wait()
             else:
                 freed = True
                 if not await self._take(step):
@@ -295,7 +301,7 @@ class Memory:
         loop = asyncio.get_running_loop()
         for handle in self._handles(name):
             self._leaving[id(handle)] = handle.nbytes, handle.devices
-            weakref.finalize(handle, _gone, loop, self._leaving, id(handle)).atexit = False
+            weakref.finalize(handle, _gone, loop, self._leaving, self._left, id(handle)).atexit = False
 
     async def _take(self, step: Move | Evict) -> bool:
         """Moves or evicts a model; returns whether that was possible."""
@@ -326,10 +332,15 @@ def refusal(name: str, error: TimeoutError | RepositoryError) -> HTTPError:
     return HTTPError(503, f"model {name!r} cannot be loaded: {error}", "Retry-After: 1")
 
 
-def _gone(loop: asyncio.AbstractEventLoop, leaving: dict[int, tuple[int, tuple[int, ...]]], number: int) -> None:
+def _gone(
+    loop: asyncio.AbstractEventLoop, leaving: dict[int, tuple[int, tuple[int, ...]]], left: asyncio.Event, number: int
+) -> None:
+    def told() -> None:
+        leaving.pop(number, None)  # it may have been noted twice: evicted, and unloaded
+        left.set()
+
     with contextlib.suppress(RuntimeError):  # the event loop is closed, and nobody waits
-        # A little later, since the weights go after the handle. It may have been noted twice: evicted, and unloaded.
-        loop.call_soon_threadsafe(lambda: loop.call_later(_LOOK_S / 2, leaving.pop, number, None))
+        loop.call_soon_threadsafe(lambda: loop.call_later(_AFTER_S, told))
 
 
 class _Leaf(msgspec.Struct):
