@@ -93,6 +93,18 @@ def _totals(manifest: Manifest) -> dict[str, Any]:
     return {"weights_bytes_on_disk": disk_bytes, "float32_bytes": manifest.float32_bytes, "float32_ratio": ratio}
 
 
+def _generation_lines(manifest: Manifest) -> list[str]:
+    from lepton_xla.trees import leaf_bytes
+
+    found = manifest.generation
+    if found is None:
+        return []
+    size = sum(leaf_bytes([size for size in t.shape if isinstance(size, int)], t.dtype) for t in found.cache)
+    sizes = f"{found.slots} sequences at once, of {found.capacity} positions, {found.vocabulary} tokens"
+    text = "with a tokenizer" if found.tokenizer else "token ids only"
+    return [f"generates: {sizes}, {text}; cache {_common.size(size)}"]
+
+
 def _print(
     path: str,
     manifest: Manifest,
@@ -108,6 +120,7 @@ def _print(
         f"{path}: {manifest.name}, version {manifest.version}, {len(manifest.files)} files, {_common.size(size_bytes)}",
         f"made {manifest.created} with {made}",
         *([f"for {manifest.mesh.count} devices: {manifest.mesh}"] if manifest.mesh is not None else []),
+        *_generation_lines(manifest),
         *_protection_lines(manifest, signer),
         *_route_lines(route),
         "",

@@ -196,10 +196,10 @@ def _load(
         if manifest.generation is not None and prefill_name(key) in missing:
             program = _program_for(manifest.generation.prefill, sizes)
             shapes = prefill_inputs(manifest.generation, sizes)
-            codes[prefill_name(key)] = _compile(program, portable, arrays, shapes, donation(arrays, 3, shapes))
+            codes[prefill_name(key)] = _compile(program, portable, arrays, shapes, donation(arrays, 3, shapes, devices))
     if manifest.generation is not None and DECODE in missing:
         program, shapes = _program_for(manifest.generation.decode, {}), decode_inputs(manifest.generation)
-        codes[DECODE] = _compile(program, portable, arrays, shapes, donation(arrays, 2, shapes))
+        codes[DECODE] = _compile(program, portable, arrays, shapes, donation(arrays, 2, shapes, devices))
     runtime = Runtime(*manifest.signature(), arrays, devices)
     for sizes, key in wanted:
         runtime.add(sizes, codes[key].loaded)

@@ -15,6 +15,7 @@ import numpy as np
 
 from lepton_xla.compiler import _xla
 from lepton_xla.compiler.buckets import BucketSizes, bucket_name, combinations, next_size
+from lepton_xla.compiler.devices import Devices
 from lepton_xla.compiler.manifest import DECODE, GenerationEntry, Manifest, prefill_name
 from lepton_xla.compiler.portable import Portable
 from lepton_xla.compiler.runtime import Runtime
@@ -63,9 +64,22 @@ def decode_inputs(entry: GenerationEntry) -> list[jax.ShapeDtypeStruct]:
     return [spec.at({}) for spec in decode_specs(entry.slots, _specs(entry)).values()]
 
 
-def donation(weights: Sequence[Any], before: int, inputs: Sequence[Any]) -> dict[str, Any]:
-    """The option of `jax.jit` by which the cache is changed where it lies: it follows `before` other inputs."""
-    return {"donate_argnums": tuple(range(len(weights) + before, len(weights) + len(inputs)))}
+def donation(
+    weights: Sequence[Any], before: int, inputs: Sequence[Any], devices: Devices | None = None
+) -> dict[str, Any]:
+    """The options of `jax.jit` by which the cache is changed where it lies: it follows `before` other inputs.
+
+    Args:
+        weights: come first.
+        before: number of inputs between them and the cache.
+        inputs: all inputs, the cache included.
+        devices: where it is to run, if that is not where JAX runs by itself.
+    """
+    count = len(weights) + len(inputs)
+    options: dict[str, Any] = {"donate_argnums": tuple(range(len(weights) + before, count))}
+    if devices is not None and not devices.is_usual:
+        options["in_shardings"] = (devices.sharding(),) * count
+    return options
 
 
 def _named(cache: Sequence[TensorSpec]) -> dict[str, TensorSpec]:

@@ -37,6 +37,11 @@ def test_ids_are_continued(cli, artifact):
     assert found["first_token_s"] > 0
 
 
+def test_inspect_says_what_it_generates(cli, artifact):
+    text = " ".join(cli.ok("inspect", artifact).split())
+    assert "generates: 2 sequences at once, of 8 positions, 16 tokens, token ids only; cache 8 B" in text
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

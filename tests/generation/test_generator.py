@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import msgspec
 import numpy as np
 import pytest
 from flax import nnx
@@ -19,6 +20,7 @@ from generation_models import (
 )
 
 import lepton_xla as lx
+from lepton_xla.compiler import loading
 
 CAPACITY = 24
 PROMPTS = [[5, 3, 9], [1], [7, 7, 2, 20, 11, 4, 1, 2], [22, 0, 3, 3, 8]]
@@ -86,6 +88,21 @@ def test_both_steps_use_one_set_of_quantized_weights(recipe, share, tmp_path):
             weights[name] = dense if dense.shape[-1] == WIDTH else dense.T  # a stored table is [D, V]
     found = servable.generator.generate(PROMPTS, max_tokens=8)
     assert [list(each.tokens) for each in found] == [Decoder(True).reference(weights, p, 8) for p in PROMPTS]
+
+
+@pytest.mark.parametrize("device", [0, 1])
+def test_on_another_machine_or_device_the_portable_steps_do_the_same(device, tmp_path, monkeypatch):
+    generator, reference = made("scanned")
+    lx.compile(generator.program, {"length": (4, 8)}).save(tmp_path / "model.lepton")
+    expected = [tuple(reference(prompt, 6)) for prompt in PROMPTS]
+    here = lx.load(tmp_path / "model.lepton", device=device)
+    target = loading._target
+    monkeypatch.setattr(loading, "_target", lambda *of: msgspec.structs.replace(target(*of), jaxlib="0.0.1"))
+    elsewhere = lx.load(tmp_path / "model.lepton", device=device)
+    assert (here.route, elsewhere.route) == ("executables", "stablehlo")
+    for servable in (here, elsewhere):
+        assert [each.tokens for each in servable.generator.generate(PROMPTS, max_tokens=6)] == expected
+        assert servable.stepper._cache[0].devices() == {jax.devices()[device]}
 
 
 def test_nothing_is_traced_when_it_is_loaded_and_run(tmp_path, monkeypatch):

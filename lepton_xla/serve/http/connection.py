@@ -433,6 +433,7 @@ class Connection(asyncio.Protocol):
             if not exchange.answered:
                 self._state.refused(refusal)
                 exchange.refuse(refusal)
+            exchange.streaming = False  # a body that is cut off: its client sees that the last chunk is missing
             if work is not None:
                 work.cancel()
         if not self._closing:
