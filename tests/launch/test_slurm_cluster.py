@@ -75,22 +75,22 @@ def test_a_run_hangs_is_preempted_and_is_done(cluster, tmp_path):
     log = tmp_path / f"train-{number}.log"
 
     # The watchdog of process 1 finds the hang, srun ends the other, and the script starts both again.
-    cluster.wait_until(lambda: "restart 1 of 1" in log.read_text() if log.exists() else False, 90)
+    cluster.wait_until(lambda: "restart 1 of 1" in log.read_text() if log.exists() else False, 240)
     assert "leptonx: rank 1 hangs: no progress for 5." in log.read_text()
     assert "it is at step 7 in phase step" in log.read_text()
-    cluster.wait_until(lambda: int((tmp_path / "checkpoint").read_text()) >= 15, 60)
+    cluster.wait_until(lambda: int((tmp_path / "checkpoint").read_text()) >= 15, 180)
     assert resumed(log) == [0, 0, 5, 5]
 
     # Preempted: both save the same step, and SLURM queues the job again.
     cluster.run("scancel", "--signal=TERM", str(number))
-    cluster.wait_until(lambda: {"Restarts": "1", "Reason": "BeginTime"}.items() <= cluster.job(number).items(), 90)
+    cluster.wait_until(lambda: {"Restarts": "1", "Reason": "BeginTime"}.items() <= cluster.job(number).items(), 240)
     saved = [int(step) for step in re.findall(r"process \d saved step (\d+)", log.read_text())]
     assert len(saved) == 2
     assert len(set(saved)) == 1
     assert int((tmp_path / "checkpoint").read_text()) == saved[0]
 
     cluster.run("scontrol", "update", f"JobId={number}", "StartTime=now")  # SLURM would wait for two minutes
-    cluster.wait_until(lambda: cluster.job(number)["JobState"] not in ("PENDING", "RUNNING", "COMPLETING"), 90)
+    cluster.wait_until(lambda: cluster.job(number)["JobState"] not in ("PENDING", "RUNNING", "COMPLETING"), 240)
     assert cluster.job(number)["JobState"] == "COMPLETED", log.read_text()
     assert resumed(log)[-2:] == [saved[0]] * 2
     assert log.read_text().count(f"is done at step {saved[0] + 10}") == 2
