@@ -82,7 +82,7 @@ class Clients:
             self.answers[version] = self.answers.get(version, 0) + 1
 
 
-def wait(until, seconds=20.0):
+def wait(until, seconds=60.0):
     """Waits for something to be true."""
     deadline = time.monotonic() + seconds
     while not until():
