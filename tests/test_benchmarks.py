@@ -145,6 +145,23 @@ def test_what_watching_costs_and_finds(tmp_path: pathlib.Path) -> None:
     )
 
 
+def test_what_sharing_requests_costs(tmp_path: pathlib.Path) -> None:
+    rows = figures("operations.py", tmp_path, "--sections", "traffic")["traffic"]["found"]
+    assert rows[0]["ratio"] == rows[0]["processor_ratio"] == 1.0
+    assert len(rows) == 5
+    assert all(row["rate"] > 0 and row["processor_us"] > 0 and len(row["ratios"]) == 2 for row in rows)
+    assert rows[-1]["shadow"]["same"] > 0
+    assert rows[-1]["shadow"]["different"] == rows[-1]["shadow"]["failed"] == 0
+
+
+def test_a_bandit_s_regret_is_below_that_of_equal_shares(tmp_path: pathlib.Path) -> None:
+    rows = figures("bandit.py", tmp_path)["rows"]
+    regret = {(row["scene"], row["policy"]): row["regret"] for row in rows}
+    scene = "two, 5 points apart"
+    assert regret[scene, "always the best"] == 0 < regret[scene, "Thompson"] < 0.6 * regret[scene, "equal shares"]
+    assert not any(row.get("chose_wrong") for row in rows)
+
+
 def test_what_a_shift_takes_is_learned_while_serving(tmp_path: pathlib.Path) -> None:
     (row,) = figures("operations.py", tmp_path, "--sections", "learn")["learn"]["found"]
     assert (row["shift"], row["failed"]) == ("inverted", 0)
