@@ -67,7 +67,7 @@ class People:
 
     def __exit__(self, *error):
         self._done.set()
-        self._thread.join(20)
+        self._thread.join(60)
 
     def _ask(self):
         draw, number, prefix = random.Random(0), 0, f"{time.monotonic()}"
@@ -214,7 +214,7 @@ def test_all_workers_share_requests_alike_and_one_of_them_decides(repository):
         client.start_rollout(
             "m", {"version": "2", "stages": [{"share": 0.5, "answers": 5}, {"share": 0.9, "answers": 5}]}
         )
-        until = time.monotonic() + 20
+        until = time.monotonic() + 60
         while client.rollout("m")["state"] != "promoted":
             assert time.monotonic() < until
             versions(served, 10)
