@@ -33,6 +33,8 @@ from lepton_xla.tuning.trials import Trial, Workshop, digest, predictor
 # Presets that are measured first, so that what is found is never worse than they are.
 PRESETS = ("int8", "int8-weight-only", "int4-weight-only", "codebook16")
 ANY_TIME = Budget()
+# Of what a journal keeps; changes with the fields of a trial.
+FORMAT = 1
 type Progress = Callable[[str, int, int], None]
 
 
@@ -118,6 +120,7 @@ def tune(
     sizes = grid(program, asked)
     unpack = "measured" if constraints.max_memory is None and objective != "memory" else "never"
     identity = {
+        "format": FORMAT,
         **digest(program, batches),
         "metrics": {name: round(value, 9) for name, value in judge.metrics.items()},
         "metric": judge.metric,

@@ -32,13 +32,16 @@ def problems(draw):
         return [scales[kind] * np.array([draw(values) for _ in range(size)], np.float64) for size in sizes]
 
     made = {kind: costs(kind) for kind in scales}
-    kinds = draw(st.sets(st.sampled_from(sorted(scales))))
-    # Between whole numbers, so that no sum is at a limit but for rounding.
-    limits = {kind: scales[kind] * (draw(st.integers(-30, 60)) + 0.5) for kind in sorted(kinds)}
-    return made, {draw(st.sampled_from(sorted(scales))): 1.0}, limits
+    objective, *others = draw(st.permutations(sorted(scales)))
+    limits: dict[str, float] = {}
+    for kind in others[: draw(st.integers(1, 2))]:
+        least, most = (sum(float(side(each)) for each in made[kind]) / scales[kind] for side in (np.min, np.max))
+        # Between whole numbers, so that no sum is at a limit but for rounding; one below the least has no solution.
+        limits[kind] = scales[kind] * (draw(st.integers(int(least) - 1, int(most))) + 0.5)
+    return made, {objective: 1.0}, limits
 
 
-@settings(max_examples=60)
+@settings(max_examples=150)
 @given(problems())
 def test_the_optimum_is_that_of_brute_force(problem):
     costs, objective, limits = problem
