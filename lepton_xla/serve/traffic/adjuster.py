@@ -36,6 +36,8 @@ WHO = "adjustment"
 _LEAST_JUDGED = 100
 # Seconds in which a version that was put must be loaded.
 _PATIENCE_S = 60.0
+# A disk that is full, say, is tried again after so long.
+_RETRY_S = 10.0
 
 type Judged = Callable[[str, str], tuple[int, int]]
 """Rows that feedback calls right and wrong, of a model and version."""
@@ -81,10 +83,13 @@ class Adjuster:
         self._judged = judged
         self._record = record
         self._clock = clock
+        self._not_before: dict[str, float] = {}
 
     async def look(self, names: Sequence[str]) -> None:
         """Does what is to be done now for models of these names."""
         for name in names:
+            if self._clock() < self._not_before.get(name, 0.0):
+                continue
             try:
                 found = await asyncio.to_thread(self._repository.find, name)
                 adjustment = found.plan.adjustment
@@ -93,6 +98,7 @@ class Adjuster:
                 elif adjustment is not None:
                     await asyncio.to_thread(self._clear, name)
             except (RepositoryError, OSError) as error:
+                self._not_before[name] = self._clock() + _RETRY_S
                 _log.error("the adjustment of model %s cannot be carried out now: %s", name, error)
 
     async def _look(self, name: str, found: Found, now: Adjustment) -> None:

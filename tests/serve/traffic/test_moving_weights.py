@@ -1,10 +1,12 @@
 """Adjustments: a server moves its weights towards others in steps, as long as accuracy holds."""
 
 import json
+import shutil
 import sys
 import time
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 from serve_fakes import exchange
@@ -21,7 +23,9 @@ from lepton_xla.serve import Options, Server
 from lepton_xla.serve.app import frontend
 from lepton_xla.serve.client.repository import RepositoryClient
 from lepton_xla.serve.client.transport import RequestError
+from lepton_xla.serve.models import movements
 from lepton_xla.serve.models.repository import Repository
+from lepton_xla.serve.protocol.adjustment import AdjustmentRequest
 
 RANDOM = np.random.default_rng(0)
 RIGHT = {"w": RANDOM.standard_normal((16, 4)).astype(np.float32)}
@@ -194,3 +198,51 @@ def test_kill_9_in_the_middle_and_it_goes_on(repository, made, flags):
         until = time.monotonic() + 20
         while {answered(served)[0] for _ in range(8)} != {shown["version"]}:
             assert time.monotonic() < until
+
+
+@pytest.mark.parametrize("put", [False, True])
+def test_a_server_that_was_killed_around_a_step_makes_it_once(repository, made, monkeypatch, put):
+    monkeypatch.setattr(frontend, "_LOOK_S", 0.02)
+    asked = AdjustmentRequest(manifest="0" * 64, alpha=0.5, steps=2, every_s=0.0)
+
+    def begin(plan, found):
+        begun = movements.begun(plan, found, asked, "me", time.time())
+        return msgspec.structs.replace(begun, adjustment=msgspec.structs.replace(begun.adjustment, pending="2"))
+
+    repository.replan("m", begin)
+    target = movements.folder_of(repository.root, "m") / movements.TARGET
+    target.parent.mkdir()
+    shutil.copytree(made / "better.lepton", target)
+    once = move_weights(RIGHT, BETTER, 0.5)
+    if put:
+        requantize(made / "base.lepton", once).save(target.parent / "step.lepton")
+        repository.push(target.parent / "step.lepton", "m", "2")
+    options = Options(port=0, repository_poll_s=0.05)
+    with Server(options=options, repository=repository.root) as server, RepositoryClient(server.url) as client:
+        wait(lambda: client.adjustment("m")["state"] == "done")
+        shown = client.adjustment("m")
+        assert (shown["step"], shown["version"]) == (2, "3")
+        twice = move_weights(once, BETTER, 0.5)
+        np.testing.assert_array_equal(master_weights(repository.root / "m" / "3.lepton")["w"], twice["w"])
+        wait(lambda: answered(server)[0] == "3")
+
+
+def test_a_step_that_cannot_be_loaded_leaves_the_one_before(repository, made, monkeypatch):
+    monkeypatch.setattr(frontend, "_LOOK_S", 0.02)
+    commit = Repository.commit
+
+    def damaged(self, staged, name, version=None):
+        for file in (each for each in (staged / "weights").rglob("0") if each.is_file()):
+            file.write_bytes(file.read_bytes()[:-1] + b"?")
+        return commit(self, staged, name, version)
+
+    monkeypatch.setattr(Repository, "commit", damaged)
+    options = Options(port=0, repository_poll_s=0.05)
+    with Server(options=options, repository=repository.root) as server, RepositoryClient(server.url) as client:
+        client.adjust(made / "better.lepton", "m", alpha=0.5, steps=2, every_s=0)
+        wait(lambda: client.adjustment("m")["state"] == "stopped")
+        shown = client.adjustment("m")
+        assert (shown["step"], shown["version"]) == (0, "1")
+        assert "step 1 cannot be loaded" in shown["reason"]
+        wait(lambda: set(repository.find("m").versions) == {"1"})
+        assert answered(server)[0] == "1"
