@@ -195,8 +195,8 @@ def _limit_options(command: Callable[..., None]) -> Callable[..., None]:
 @_file_option("--tls-client-ca", "Mutual TLS: accept only clients with a certificate from these CAs (PEM).")
 @_file_option(
     "--trust",
-    "Refuse artifacts that no key of this file or folder of public keys signed; see `leptonx sign`. Read again with "
-    "each artifact.",
+    "Refuse artifacts that no key of this file or folder of public keys signed; see `leptonx sign`; and, in a "
+    "repository, what was signed before a lower version. Read again with each artifact.",
 )
 @click.option(
     "--decrypt-key",

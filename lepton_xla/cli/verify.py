@@ -33,9 +33,11 @@ def verify(path: str, *, key: str | None, as_json: bool) -> None:
         found = verify_files(path, trust=key)
     if as_json:
         facts = {"files": found.files, "size_bytes": found.size_bytes, "extra": found.extra, "signer": found.signer}
+        facts["signed_at"] = found.signed_at
         _common.print_json({"path": path, "ok": True, "name": found.manifest.name, **facts})
         return
-    signed = f", signed by {found.signer}" if found.signer else ""
+    when = f" at {found.signed_at}" if found.signed_at else ""
+    signed = f", signed by {found.signer}{when}" if found.signer else ""
     _common.show(f"{path}: {found.files} files, {found.size_bytes:,} bytes, all intact{signed}")
     if found.extra:
         _common.show(f"not in the manifest, so never read: {', '.join(found.extra)}")

@@ -36,7 +36,7 @@ from lepton_xla.compiler.stepping import CompiledSteps, Stepper
 from lepton_xla.compiler.storage import Store, VerifiedFiles, atomic_store, consistently
 from lepton_xla.errors import ArtifactError
 from lepton_xla.listing import MANIFEST, FileEntry
-from lepton_xla.trust.bundles import SIGNATURE
+from lepton_xla.trust.bundles import SIGNATURE, utc
 from lepton_xla.trust.keys import TrustedKeys
 
 
@@ -196,6 +196,7 @@ class Verification:
         size_bytes: their total size.
         extra: files that the manifest does not list; they are never read.
         signer: file name of the trusted key that signed it; empty if no signature was asked for.
+        signed_at: when, by the signer's clock, UTC, ISO 8601; empty if the signature does not say.
 
     >>> program = lx.trace(lambda w, x: x @ w["w"], {"w": jnp.eye(4)}, {"x": lx.TensorSpec(("batch", 4), "float32")})
     >>> manifest = lx.compile(program, {"batch": (1,)}).save("tiny.lepton")
@@ -209,6 +210,7 @@ class Verification:
     size_bytes: int
     extra: tuple[str, ...]
     signer: str = ""
+    signed_at: str = ""
 
 
 @takes(location=(str, os.PathLike), trust=(str, os.PathLike, TrustedKeys))
@@ -245,4 +247,8 @@ def _verified(store: Store, trusted: TrustedKeys | None) -> Verification:
     if signed is not None:
         check_signed_files(store, manifest, signed, extra)
     size_bytes = manifest.size_bytes
-    return Verification(manifest, len(manifest.files), size_bytes, extra, signed.signer if signed is not None else "")
+    found = Verification(manifest, len(manifest.files), size_bytes, extra)
+    if signed is None:
+        return found
+    signed_at = "" if signed.signed_s is None else utc(signed.signed_s)
+    return dataclasses.replace(found, signer=signed.signer, signed_at=signed_at)

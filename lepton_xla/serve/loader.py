@@ -20,9 +20,11 @@ from lepton_xla.serve.models.repository import Repository
 from lepton_xla.serve.models.settings import Serving
 from lepton_xla.serve.observe.server_metrics import ServerMetrics
 from lepton_xla.serve.protocol.signature import LoadedModel, Signature, signature_of
+from lepton_xla.serve.signatures import SigningTimes
 
 if TYPE_CHECKING:
     from lepton_xla.compiler.servable import Servable
+    from lepton_xla.trust.keys import TrustedKeys
 
 # Part of the device's time that a model which warms up gets beside one that serves.
 _WARMING_WEIGHT = 0.25
@@ -68,6 +70,7 @@ class ArtifactLoader:
         self._options = options
         self._metrics = metrics
         self._make = make
+        self._times = None if options.trust is None else SigningTimes(options.trust)
 
     def load(self, name: str, version: str, source: Source, others: Sequence[ModelHandle]) -> Warm:
         """Reads, checks and warms up a version.
@@ -77,7 +80,8 @@ class ArtifactLoader:
         """
         from lepton_xla.compiler import load
 
-        trust, decrypt_key = self._options.trust, self._options.decrypt_key
+        trust = None if self._times is None else self._times.keys_for(name, version, source.path)
+        decrypt_key = self._options.decrypt_key
         buckets = None if source.max_batch_size is None else _buckets(source.path, source.max_batch_size, trust)
         device = self._place(source, others)
         base = self._base(name, version, source, others if buckets is None else (), device)
@@ -85,6 +89,8 @@ class ArtifactLoader:
             source.path, buckets=buckets, trust=trust, decrypt_key=decrypt_key, base=base, check=True,
             device=device.number,
         )  # fmt: skip
+        if self._times is not None and trust is not None:
+            self._times.loaded(name, version, source.path, trust)
         if servable.device_count > 1:
             device = self._devices[0]
         signature = signature_of(servable, name, version)
@@ -165,13 +171,13 @@ def _like(signature: Signature, others: Sequence[ModelHandle]) -> Engine[Call] |
     return next(same, None)
 
 
-def _buckets(path: str, most: int, trust: Path | None) -> dict[str, tuple[int, ...]]:
+def _buckets(path: str, most: int, trust: TrustedKeys | None) -> dict[str, tuple[int, ...]]:
     """The compiled sizes to load, where only batches up to a size are wanted."""
-    from lepton_xla.compiler.opening import read_trusted_manifest, trusted_keys
+    from lepton_xla.compiler.opening import read_trusted_manifest
     from lepton_xla.compiler.storage import Store
     from lepton_xla.rows import row_symbol
 
-    manifest = read_trusted_manifest(Store(path), trusted_keys(trust))
+    manifest = read_trusted_manifest(Store(path), trust)
     rows = row_symbol(manifest.input_specs())
     sizes = () if rows is None else manifest.buckets[rows]
     if rows is None or most not in sizes:

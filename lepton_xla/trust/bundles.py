@@ -2,6 +2,7 @@
 
 A sigstore bundle (v0.3, JSON) holds a DSSE envelope, whose payload is an in-toto statement (v1) with the SHA-256 of
 each file. `model_signing verify key` reads what is written here, and what `model_signing sign key` writes is read here.
+Only signatures made here say when: `signed_at`, a field of the predicate that others pass over.
 """
 
 from __future__ import annotations
@@ -9,7 +10,9 @@ from __future__ import annotations
 import base64
 import binascii
 import dataclasses
+import datetime
 import hashlib
+import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -86,6 +89,7 @@ class _Serialization(msgspec.Struct):
 class _Predicate(msgspec.Struct):
     serialization: _Serialization
     resources: list[_Resource]
+    signed_at: str | None = None
 
 
 class _Statement(msgspec.Struct):
@@ -103,11 +107,13 @@ class Signed:
         signer: name of the key's file.
         key: the key's identifier.
         digests: file -> SHA-256 in hexadecimal.
+        signed_s: when, by the signer's clock, in seconds since the epoch; None where the signature does not say.
     """
 
     signer: str
     key: str
     digests: Mapping[str, str]
+    signed_s: float | None = None
 
 
 def sign_digests(name: str, digests: Mapping[str, str], key: EllipticCurvePrivateKey) -> bytes:
@@ -125,7 +131,9 @@ def sign_digests(name: str, digests: Mapping[str, str], key: EllipticCurvePrivat
         type=_STATEMENT_TYPE,
         subject=[_Subject(name, _Digest(_root(resources)))],
         predicate_type=_PREDICATE_TYPE,
-        predicate=_Predicate(_Serialization("files", "sha256", ignore_paths=list(_LEFT_OUT)), resources),
+        predicate=_Predicate(
+            _Serialization("files", "sha256", ignore_paths=list(_LEFT_OUT)), resources, utc(time.time())
+        ),
     )
     payload = msgspec.json.encode(statement)
     signature = key.sign(_pae(payload), ec.ECDSA(_hash(key.public_key())))
@@ -159,7 +167,7 @@ def check_signature(data: bytes, trusted: TrustedKeys) -> Signed:
         trusted: the keys.
 
     Raises:
-        TrustError: if it is no signature file, is of another key, or the signature is wrong.
+        TrustError: if it is no signature file, is of another key, or the signature is wrong, or older than it may be.
     """
     from cryptography.exceptions import InvalidSignature
     from cryptography.hazmat.primitives.asymmetric import ec
@@ -178,13 +186,33 @@ def check_signature(data: bytes, trusted: TrustedKeys) -> Signed:
             public.verify(signature, _pae(payload), ec.ECDSA(_hash(public)))
         except InvalidSignature:
             continue
-        return Signed(name, key, _digests(payload))
+        signed = _signed(name, key, payload)
+        if trusted.not_before_s is not None:
+            _check_age(signed, trusted.not_before_s)
+        return signed
     if candidates and claimed:
         raise TrustError(f"is wrong: {candidates[claimed][0]} did not sign this")
     raise TrustError(f"is of a key that is not trusted here ({claimed or 'unknown'})")
 
 
-def _digests(payload: bytes) -> dict[str, str]:
+def utc(seconds: float) -> str:
+    """A time as ISO 8601 has it, in UTC.
+
+    >>> utc(0.25)
+    '1970-01-01T00:00:00.250Z'
+    """
+    return datetime.datetime.fromtimestamp(seconds, datetime.UTC).isoformat(timespec="milliseconds")[:-6] + "Z"
+
+
+def _check_age(signed: Signed, not_before_s: float) -> None:
+    wanted = f"here only what was signed at {utc(not_before_s)} or later is trusted: sign it again if it is to be used"
+    if signed.signed_s is None:
+        raise TrustError(f"does not say when {signed.signer} signed it, and {wanted}")
+    if signed.signed_s < not_before_s:
+        raise TrustError(f"is of {utc(signed.signed_s)}, and {wanted}")
+
+
+def _signed(signer: str, key: str, payload: bytes) -> Signed:
     """Read a statement whose signature is right: what a trusted key signed may still be meant for something else."""
     try:
         statement = msgspec.json.decode(payload, type=_Statement)
@@ -198,7 +226,17 @@ def _digests(payload: bytes) -> dict[str, str]:
     digests = {each.name: each.digest for each in resources}
     if len(digests) != len(resources) or statement.subject[0].digest.sha256 != _root(resources):
         raise TrustError("signs a statement that contradicts itself")
-    return digests
+    return Signed(signer, key, digests, _time(statement.predicate.signed_at))
+
+
+def _time(text: str | None) -> float | None:
+    try:
+        found = None if text is None else datetime.datetime.fromisoformat(text)
+    except ValueError as error:
+        raise TrustError(f"signs a time that is none: {text!r:.100}") from error
+    if found is not None and found.tzinfo is None:
+        raise TrustError(f"signs a time without its zone: {text!r:.100}")
+    return None if found is None else found.timestamp()
 
 
 def _root(resources: list[_Resource]) -> str:

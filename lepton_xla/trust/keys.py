@@ -6,11 +6,13 @@ A key is known by the SHA-256 of its public PEM text, as OpenSSF Model Signing h
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import hashlib
 import importlib
 import logging
 import os
 import stat
+import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -28,6 +30,7 @@ type Purpose = Literal["signing", "encryption"]
 # Checked before a file is read. A key takes some 200 bytes.
 _MAX_KEY_BYTES = 64 << 10
 _MAX_TRUSTED_KEYS = 1000
+_POLICY = "policy.toml"
 # The curves of OpenSSF Model Signing.
 _CURVES = ("secp256r1", "secp384r1", "secp521r1")
 
@@ -136,6 +139,7 @@ class TrustedKeys:
 
     Attributes:
         keys: identifier -> name of the file, and the key.
+        not_before_s: signatures that are older, in seconds since the epoch, are not; None trusts any.
 
     >>> _, public = lx.trust.create_keys("release")
     >>> [name for name, _ in lx.trust.TrustedKeys.read(public).keys.values()]
@@ -143,10 +147,14 @@ class TrustedKeys:
     """
 
     keys: Mapping[str, tuple[str, EllipticCurvePublicKey]]
+    not_before_s: float | None = None
 
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> TrustedKeys:
         """Read a public key, or all files of a folder but hidden ones, each of which has to hold one.
+
+        A folder may have a file `policy.toml`, with a line such as `not_before = 2026-11-28T00:00:00Z`: signatures that
+        are older are not trusted.
 
         Raises:
             TrustError: if there is no key, or a file cannot be read or holds anything else.
@@ -158,10 +166,33 @@ class TrustedKeys:
         """
         _require()
         place, found = Path(path), dict[str, tuple[str, Any]]()
+        not_before_s = None
         for file in _files(place):
+            if file.name == _POLICY and place.is_dir():
+                not_before_s = _not_before_s(_read(file), str(file))
+                continue
             key = _verifying(_read(file), str(file))
             found[identifier(key)] = (file.name, key)
-        return cls(found)
+        if not found:
+            raise TrustError(f"{place}: holds no public key, so nothing would be trusted")
+        return cls(found, not_before_s)
+
+
+def _not_before_s(data: bytes, name: str) -> float | None:
+    """The time in a policy."""
+    try:
+        policy = tomllib.loads(data.decode())
+    except ValueError as error:
+        raise TrustError(f"{name}: is not TOML: {error}") from error
+    unknown = sorted(set(policy) - {"not_before"})
+    if unknown:
+        raise TrustError(f"{name}: unknown key {unknown[0]!r:.100}; the key is not_before")
+    time = policy.get("not_before")
+    if time is None:
+        return None
+    if not isinstance(time, datetime.datetime) or time.tzinfo is None:
+        raise TrustError(f"{name}: not_before must be a time with its zone, such as 2026-11-28T00:00:00Z")
+    return time.timestamp()
 
 
 def identifier(key: EllipticCurvePublicKey | X25519PublicKey) -> str:

@@ -1,6 +1,8 @@
 """Signature files: theirs are read, and nothing but a right signature of a trusted key is taken."""
 
 import base64
+import dataclasses
+import datetime
 import hashlib
 import json
 import pathlib
@@ -200,3 +202,27 @@ def test_any_bytes_are_refused(data):
 def test_what_is_never_signed():
     assert [is_left_out(name) for name in ("model.sig", ".git/config", ".gitignore")] == [True] * 3
     assert not any(is_left_out(name) for name in ("manifest.json", "weights/model.sig", ".github2", "model.sig2"))
+
+
+@pytest.mark.parametrize(
+    ("signed_at", "outcome"),
+    [
+        (None, "does not say when p256 signed it"),
+        ("2026-11-28T00:00:00+00:00", None),
+        ("2026-11-28T02:00:00+02:00", None),
+        ("2026-11-27T23:59:59.999Z", "is of 2026-11-27T23:59:59.999Z, and here only"),
+        ("2026-11-28T00:00:00", "without its zone"),
+        ("soon", "signs a time that is none"),
+    ],
+)
+def test_what_was_signed_too_long_ago_is_not_trusted(signed_at, outcome):
+    document = statement()
+    document["predicate"]["signed_at"] = signed_at
+    limit = datetime.datetime(2026, 11, 28, tzinfo=datetime.UTC).timestamp()
+    since = dataclasses.replace(trusted("p256"), not_before_s=limit)
+    if outcome is None:
+        assert check_signature(envelope(document), since).signed_s == limit
+    else:
+        with pytest.raises(TrustError, match=outcome):
+            check_signature(envelope(document), since)
+    assert check_signature(signature(), since).digests == DIGESTS

@@ -238,3 +238,28 @@ def test_without_cryptography_the_error_says_what_to_install(tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
     assert done.stdout.count("TrustError keys need cryptography: pip install 'lepton-xla[trust]'") == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("not_before = 3", "must be a time with its zone"),
+        ("not_before = 2026-01-01T00:00:00", "must be a time with its zone"),
+        ("not_before = 2026-01-01", "must be a time with its zone"),
+        ("not_after = 2026-01-01T00:00:00Z", "unknown key 'not_after'"),
+        ("not toml", "is not TOML"),
+        (b"\xff", "is not TOML"),
+    ],
+)
+def test_a_policy_that_says_nothing_is_refused(tmp_path, text, message):
+    create_keys(tmp_path / "a")
+    (tmp_path / "a.key").unlink()
+    policy = tmp_path / "policy.toml"
+    policy.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(TrustError, match=message):
+        TrustedKeys.read(tmp_path)
+    policy.write_text("")
+    assert TrustedKeys.read(tmp_path).not_before_s is None
+    policy.chmod(0o666)
+    with pytest.raises(TrustError, match="others may write"):
+        TrustedKeys.read(tmp_path)

@@ -1,5 +1,6 @@
 """A repository whose versions have to be signed: what is not stays out, and the old version goes on serving."""
 
+import datetime
 import json
 import shutil
 
@@ -67,6 +68,50 @@ def test_a_version_that_is_signed_later_is_loaded_then(tmp_path, made):
 
 def test_sizes_of_an_untrusted_manifest_are_not_looked_at(made):
     """They are asked for before the artifact is loaded, where a client wants smaller batches."""
-    assert _buckets(made[1], 8, made["keys"] / "release.pub") == {"batch": (1, 8)}
+    trusted = lx.trust.TrustedKeys.read(made["keys"] / "release.pub")
+    assert _buckets(made[1], 8, trusted) == {"batch": (1, 8)}
     with pytest.raises(TrustError, match="is not signed"):
-        _buckets(made[2], 8, made["keys"] / "release.pub")
+        _buckets(made[2], 8, trusted)
+
+
+def test_an_old_signed_artifact_is_no_new_version(tmp_path, made):
+    repository = Repository(tmp_path / "MODELS")
+    for number in (1, 4):
+        repository.push(made[number], "m", str(number))
+    options = Options(port=0, repository_poll_s=0.02, trust=made["keys"] / "release.pub")
+    with Server(options=options, repository=repository.root) as server:
+        repository.push(made[1], "m", "9")
+        wait(lambda: "or later is trusted" in reason(server, "9"))
+        # What was newer is remembered when somebody removes it.
+        for number in (1, 4):
+            shutil.move(repository.root / "m" / f"{number}.lepton", tmp_path / f"{number}.lepton")
+        repository.push(made[1], "m", "10")
+        wait(lambda: "or later is trusted" in reason(server, "10"))
+    # Who starts anew sees it beside the newer one; a label may stand on what is older.
+    repository.remove("m", "9")
+    repository.remove("m", "10")
+    for number in (1, 4):
+        shutil.move(tmp_path / f"{number}.lepton", repository.root / "m" / f"{number}.lepton")
+    repository.push(made[1], "m", "9")
+    with Server(options=options, repository=repository.root) as server:
+        wait(lambda: "or later is trusted" in reason(server, "9"))
+        repository.promote("m", "1")
+        wait(lambda: "1" in server.models.versions("m"))
+        # Signed again it is meant to be used.
+        lx.sign(repository.root / "m" / "9.lepton", key=made["keys"] / "release.key")
+        wait(lambda: "9" in server.models.versions("m"))
+
+
+def test_a_policy_among_the_keys_says_from_when_on(tmp_path, made):
+    trust = tmp_path / "trust"
+    trust.mkdir()
+    shutil.copy(made["keys"] / "release.pub", trust)
+    (trust / "policy.toml").write_text("not_before = 2026-01-01T00:00:00Z")
+    assert lx.load(made[1], trust=trust).name
+    signed_at = datetime.datetime.fromisoformat(lx.verify(made[1], trust=trust).signed_at)
+    assert abs((datetime.datetime.now(datetime.UTC) - signed_at).total_seconds()) < 600
+    (trust / "policy.toml").write_text("not_before = 2999-01-01T02:00:00+02:00")
+    with pytest.raises(TrustError, match=r"only what was signed at 2999-01-01T00:00:00.000Z or later"):
+        lx.load(made[1], trust=trust)
+    with pytest.raises(TrustError, match="or later"):
+        lx.verify(made[1], trust=trust)
