@@ -116,6 +116,10 @@ class HTTPFrontEnd:
                 "model_ready": float(model.health.ready), "model_bytes": float(model.nbytes),
                 DEVICES: {str(number): 1.0 for number in model.devices},
             }  # fmt: skip
+            if self._adjuster is not None:
+                figures["adjustment_step"] = float(
+                    self._adjuster.step_of(model.signature.name, model.signature.version)
+                )
             model.metrics.now = added(model.metrics.now, figures)
         return self.state.figures()
 

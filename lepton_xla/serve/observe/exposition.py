@@ -29,6 +29,7 @@ _GAUGES = {
     "queue_rows": "Rows waiting now.",
     "queue_requests": "Inferences waiting now.",
     "model_bytes": "Memory that the version takes in all processes: weights, code, and arrays of batches.",
+    "adjustment_step": "Steps by which the weights have moved, of the version that an adjustment has put.",
     "model_ready": "Processes in which the version is loaded and takes requests.",
 }
 _COUNTERS: dict[str, tuple[str, Callable[[Metrics], float]]] = {

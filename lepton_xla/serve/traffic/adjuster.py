@@ -84,6 +84,12 @@ class Adjuster:
         self._record = record
         self._clock = clock
         self._not_before: dict[str, float] = {}
+        self._steps: dict[str, tuple[str, int]] = {}
+
+    def step_of(self, name: str, version: str) -> int:
+        """How many steps of an adjustment a version is; 0 for one that no adjustment has put."""
+        serves, step = self._steps.get(name, ("", 0))
+        return step if serves == version else 0
 
     async def look(self, names: Sequence[str]) -> None:
         """Does what is to be done now for models of these names."""
@@ -93,6 +99,8 @@ class Adjuster:
             try:
                 found = await asyncio.to_thread(self._repository.find, name)
                 adjustment = found.plan.adjustment
+                if adjustment is not None:
+                    self._steps[name] = adjustment.version, adjustment.step if adjustment.state != "went back" else 0
                 if found.problem is None and adjustment is not None and adjustment.running:
                     await self._look(name, found, adjustment)
                 elif adjustment is not None:

@@ -90,6 +90,8 @@ def test_weights_move_by_the_formula_and_the_last_step_serves(repository, made, 
         version, answer = answered(server)
         assert version == shown["version"]
         np.testing.assert_allclose(answer, X[0] @ weights["w"], atol=0.1)
+        gauge = f'lepton_adjustment_step{{model="m",version="{version}"}} 3.0'
+        wait(lambda: gauge in exchange(server, "GET", "/metrics")[2].decode())
         found = repository.find("m")
         assert set(found.versions) == {"1", version}
         assert found.settings.labels == ({"stable": version} if label else {})
