@@ -116,8 +116,9 @@ def made(shape: Shape, recipe: str, slots: int, folder: pathlib.Path) -> tuple[p
     weights, functions = decoder(shape)
     program = lx.Generator(*functions, weights, slots=slots, capacity=shape.capacity).program
     lengths = {"length": (PROMPT,)}
-    if recipe != "float32":
-        program = lx.optimize(program, lx.Recipe.load(recipe), buckets=lengths)
+    # Float weights too: `optimize` then chooses among ways to compute products, by measurement.
+    chosen = lx.Recipe(name=recipe, fold=False) if recipe == "float32" else lx.Recipe.load(recipe)
+    program = lx.optimize(program, chosen, buckets=lengths)
     path = folder / f"{recipe}-{slots}.lepton"
     lx.compile(program, lengths, name="decoder").save(path)
     return path, lx.load(path).weights_bytes
