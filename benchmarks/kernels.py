@@ -55,7 +55,7 @@ def products(options: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
         calls = {"float": harness.compiled(jnp.matmul, x, weight), "kernel": harness.compiled(multiply, x, stored)}
         with installation.without_kernels():
             calls["XLA"] = harness.compiled(functools.partial(_by_xla, multiply), x, stored)
-        times = harness.interleave(calls, seconds=3.0)
+        times = harness.interleave(calls, seconds=2.0)
         rows.append(
             {
                 "weights": weights, "m": m, "k": k, "n": n, "aim": aim,
@@ -63,7 +63,7 @@ def products(options: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
                 "ratio": {call: harness.ratio(times, call, "float") for call in times},
             }
         )  # fmt: skip
-        yield rows
+    yield rows
 
 
 def _by_xla(multiply: Callable[..., jax.Array], x: jax.Array, stored: QTensor) -> jax.Array:
