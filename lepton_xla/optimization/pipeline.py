@@ -61,7 +61,7 @@ DEFAULT_SIZES = (1, 32)
 SLOWER = 1.03
 
 
-def _told_by_xla[**P, T](fn: Callable[P, T]) -> Callable[P, T]:
+def told_by_xla[**P, T](fn: Callable[P, T]) -> Callable[P, T]:
     """Convert XLA's errors of compiling or running in `fn` to `ExecutionError`; other errors pass through."""
 
     @functools.wraps(fn)
@@ -120,7 +120,7 @@ def optimize(
 
 
 @takes(program=Program, recipe=Recipe, buckets=Mapping, progress=Callable)
-@_told_by_xla
+@told_by_xla
 def plan_for(
     program: Program,
     recipe: Recipe,
@@ -167,7 +167,7 @@ def plan_for(
 
 
 @takes(program=Program, plan=Plan, buckets=Mapping, progress=Callable)
-@_told_by_xla
+@told_by_xla
 def apply_plan(
     program: Program,
     plan: Plan,

@@ -14,7 +14,7 @@ from lepton_xla.arguments import takes
 from lepton_xla.compiler.weights import stored_bytes
 from lepton_xla.errors import CalibrationError, TuningError
 from lepton_xla.modelspec import Predict
-from lepton_xla.optimization.pipeline import grid, plan_for
+from lepton_xla.optimization.pipeline import grid, plan_for, told_by_xla
 from lepton_xla.passes.core.calibration import as_batches
 from lepton_xla.passes.core.timing import Timer, time_programs
 from lepton_xla.program import Program
@@ -39,6 +39,7 @@ type Progress = Callable[[str, int, int], None]
 
 
 @takes(program=Program, constraints=Constraints, budget=Budget)
+@told_by_xla
 def tune(
     program: Program,
     evaluate: Callable[[Predict], Mapping[str, float]],
@@ -89,6 +90,7 @@ def tune(
             rows to judge the drop, or the journal is of another model.
         CalibrationError: if there is no data, or it cannot be used.
         RecipeError: if a preset does not exist.
+        ExecutionError: if XLA cannot compile or run what is estimated; a candidate that it cannot is a failed trial.
 
     >>> random = np.random.default_rng(0)
     >>> x, w = random.normal(size=(400, 8)).astype(np.float32), jnp.asarray(random.normal(size=(8, 3)), jnp.float32)

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import re
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -184,6 +185,15 @@ def test_ctrl_c_gives_the_best_so_far(monkeypatch):
     monkeypatch.setattr(searching.Workshop, "measure", interrupted)
     tuned = found()
     assert (tuned.stopped, len(tuned.trials)) == ("interrupted", 1)
+
+
+def test_what_xla_cannot_do_is_told(monkeypatch):
+    def fails(*_args, **_kwargs):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory\nand more")
+
+    monkeypatch.setattr(searching, "output_errors", fails)
+    with pytest.raises(lx.ExecutionError, match=r"RESOURCE_EXHAUSTED: out of memory$"):
+        found()
 
 
 def test_constraints_that_no_measurement_keeps_to_give_the_nearest(smallest):
