@@ -9,6 +9,9 @@ the process and the import of JAX are not included.
 
 New weights are 100 MB in float32, as an artifact of weights alone for a model that is loaded. They are loaded (read,
 checked against their digests, checked to be finite, put on the device) and their files are copied in turns.
+
+A signature and encryption are paid for when an artifact is loaded: the same 100 MB as a whole artifact, plain, signed,
+encrypted, and both, in turns.
 """
 
 from __future__ import annotations
@@ -32,6 +35,7 @@ import numpy as np
 
 from lepton_xla import compiler
 from lepton_xla.program import Program, TensorSpec, trace
+from lepton_xla.trust import create_keys
 
 BUCKETS = {"batch": (1, 8, 32)}
 SEQ = 128
@@ -171,6 +175,49 @@ def measure_update(repeat: int, layers: int = 6, width: int = 2048) -> dict[str,
     }
 
 
+def measure_protection(repeat: int) -> dict[str, Any]:
+    """Seconds to load 100 MB of weights by how they are protected, in turns, and medians of the rounds' ratios."""
+    width = 1024 if repeat > 1 else 64
+    random = np.random.default_rng(0)
+    weights = [random.standard_normal((width, width), dtype=np.float32) for _ in range(24)]
+
+    def model(weights: Any, x: jax.Array) -> jax.Array:
+        for layer in weights:
+            x = jax.nn.relu(x @ layer)
+        return x
+
+    program = trace(model, weights, {"x": TensorSpec(("batch", width), "float32")})
+    with tempfile.TemporaryDirectory() as name:
+        folder = pathlib.Path(name)
+        release, trusted = create_keys(folder / "release")
+        reader, recipient = create_keys(folder / "reader", "encryption")
+        size = compiler.compile(program, {"batch": (1,)}, name="layers").save(folder / "plain").size_bytes
+        compiler.encrypt(folder / "plain", folder / "encrypted", to=recipient)
+        for form in ("plain", "encrypted"):
+            shutil.copytree(folder / form, folder / f"{form}, signed")
+            compiler.sign(folder / f"{form}, signed", key=release)
+        forms = ("plain", "plain, signed", "encrypted", "encrypted, signed")
+        times: dict[str, list[float]] = {form: [] for form in forms}
+        for number in range(2 * repeat + 1):
+            for form in forms[:: 1 if number % 2 else -1]:
+                started = time.perf_counter()
+                loaded = compiler.load(
+                    folder / form,
+                    trust=trusted if form.endswith("signed") else None,
+                    decrypt_key=reader if form.startswith("encrypted") else None,
+                )
+                times[form].append(time.perf_counter() - started)
+                del loaded
+    return {
+        "bytes": size,
+        "load_s": {form: statistics.median(each) for form, each in times.items()},
+        "ratios": {
+            form: statistics.median(one / plain for one, plain in zip(each, times["plain"], strict=True))
+            for form, each in times.items()
+        },
+    }
+
+
 def main() -> int:
     """Print the table; exit code 1 if a target is missed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -195,6 +242,10 @@ def main() -> int:
     for key in ("load_s", "copy_s"):
         print(f"  {key:<24}{update[key]:>8.3f} s")
     print(f"  {'load / copy of files':<24}{update['ratio']:>8.2f} x   (target: at most {UPDATE_TARGET:g})")
+    result["protection"] = protection = measure_protection(options.repeat)
+    print(f"loading a protected artifact, {protection['bytes'] / 1e6:.1f} MB")
+    for form, seconds in protection["load_s"].items():
+        print(f"  {form:<24}{seconds:>8.3f} s{protection['ratios'][form]:>8.2f} x plain")
     if options.json:
         options.json.write_text(json.dumps(result, indent=1) + "\n")
     missed = result["ratio"] < TARGET_RATIO or result["loads_that_compiled"] > 0 or update["ratio"] > UPDATE_TARGET
