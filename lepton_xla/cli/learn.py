@@ -62,6 +62,7 @@ _UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 @click.option("-o", "--output", metavar="NAME.lepton", help="Without --server: where to write the artifact.")
 @click.option("--overwrite", is_flag=True, help="Replace an artifact that is there.")
 @click.option("--plot", metavar="FILE.png", help="Draw accuracy over time; needs lepton-xla[plot].")
+@click.option("--key", metavar="FILE", help="Sign the result with this private key, for `leptonx serve --trust`.")
 @click.option(
     "--token-file",
     metavar="FILE",
@@ -90,6 +91,7 @@ def learn(
     output: str | None,
     overwrite: bool,
     plot: str | None,
+    key: str | None,
     token_file: str | None,
     tls_ca: str | None,
     as_json: bool,
@@ -142,7 +144,7 @@ def learn(
                 RepositoryClient(server, token_file=token_file, tls_ca=tls_ca, timeout_s=120.0)
             )
             push = Push(client, model or _name_of(base))
-        learner = Learner(spec, base, samples, folder, push=push, plan=plan, trained=checkpoint, tell=step)
+        learner = Learner(spec, base, samples, folder, push=push, plan=plan, trained=checkpoint, key=key, tell=step)
         while True:
             ended: Round | None = None
             try:

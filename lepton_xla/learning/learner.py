@@ -13,7 +13,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from lepton_xla.compiler import Servable, load, make_update, master_weights
+from lepton_xla.compiler import Servable, load, make_update, master_weights, sign
 from lepton_xla.errors import CheckpointError, LearningError, SampleError, TrainingError
 from lepton_xla.learning.judging import judge
 from lepton_xla.learning.labelled import Labelled, read_labelled
@@ -33,6 +33,7 @@ from lepton_xla.train.evaluations import Evaluation
 from lepton_xla.train.loop import fit
 from lepton_xla.train.models import Model, supervised
 from lepton_xla.train.specs import TrainSpec
+from lepton_xla.trust.keys import signing_key
 
 _log = logging.getLogger(__name__)
 
@@ -55,11 +56,13 @@ class Learner:
         push: the server's model; None keeps the result as an artifact.
         plan: numbers and shares.
         trained: folder of checkpoints of the training run of the spec; the first round begins with its weights.
+        key: file of the private key that signs what is learned, for servers that load only signed artifacts.
         tell: called with a line when a step begins.
 
     Raises:
         LearningError: if the model has no output with classes.
         ArtifactError: if the artifact cannot be loaded.
+        TrustError: if the key cannot be used.
 
     >>> import optax
     >>> program = lx.trace(lambda w, x: x @ w["w"], {"w": jnp.eye(2)}, {"x": lx.TensorSpec(("batch", 2), "float32")})
@@ -87,6 +90,7 @@ class Learner:
         push: Push | None = None,
         plan: LearningPlan | None = None,
         trained: str | os.PathLike[str] | None = None,
+        key: str | os.PathLike[str] | None = None,
         tell: Callable[[str], object] = lambda line: None,
     ) -> None:
         self._spec = spec
@@ -94,6 +98,9 @@ class Learner:
         self._push = push
         self._tell = tell
         self._trained = trained
+        self._key = key
+        if key is not None:
+            signing_key(key)  # so that a wrong one shows before anything is trained
         self._samples = samples
         tell("load the artifact")
         self._path = base
@@ -251,6 +258,8 @@ class Learner:
         batches = [{name: mixture(step)[name] for name in self._base.inputs} for step in range(_CALIBRATION)]
         update = lower(result.program, self._path, self._base, batches, version)
         update.save(rounds.work / "update.lepton", overwrite=True)
+        if self._key is not None:
+            sign(rounds.work / "update.lepton", key=self._key)
         write_master(rounds.work / "master.npz", result.program.weights)
         return rounds.change(current, phase="judge")
 

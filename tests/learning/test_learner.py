@@ -71,6 +71,17 @@ def test_old_data_judges_where_there_is_no_evaluation(bases, sampled, tmp_path):
     assert ended.verdict["old_before"]["accuracy"] > 0.95
 
 
+def test_what_is_learned_is_signed(bases, sampled, tmp_path):
+    sampled.add(*learning_model.rows(500, 1, sign=-1.0))
+    key, public = lx.trust.create_keys(tmp_path / "release")
+    given = (learning_model.spec(), bases["float"], sampled.folder, tmp_path / "learning")
+    with pytest.raises(lx.TrustError):
+        Learner(*given, plan=PLAN, key=public)
+    assert Learner(*given, plan=PLAN, key=key).once().phase == "kept"
+    update = tmp_path / "learning/blobs/round/update.lepton"
+    assert lx.load(update, trust=public, base=lx.load(bases["float"])).manifest.is_update
+
+
 # Bad input.
 
 
