@@ -105,6 +105,19 @@ def _generation_lines(manifest: Manifest) -> list[str]:
     return [f"generates: {sizes}, {text}; cache {_common.size(size)}"]
 
 
+def _master_lines(manifest: Manifest) -> list[str]:
+    """What the artifact keeps of its float weights, and what cannot be done again with others."""
+    from lepton_xla.trees import leaf_bytes
+
+    master = manifest.master
+    if master is None:
+        return []
+    size = sum(leaf_bytes([size for size in t.shape if isinstance(size, int)], t.dtype) for t in master.weights)
+    refused = ", ".join(dict.fromkeys(step.name for step in master.steps if step.reason))
+    note = f"; not to be done again with other weights: {refused}" if refused else ""
+    return [f"float master: {len(master.weights)} weights, {_common.size(size)}{note}"]
+
+
 def _print(
     path: str,
     manifest: Manifest,
@@ -121,6 +134,7 @@ def _print(
         f"made {manifest.created} with {made}",
         *([f"for {manifest.mesh.count} devices: {manifest.mesh}"] if manifest.mesh is not None else []),
         *_generation_lines(manifest),
+        *_master_lines(manifest),
         *_protection_lines(manifest, signer),
         *_route_lines(route),
         "",

@@ -128,6 +128,7 @@ def with_weights(
         programs_note="",
         metrics={},
         golden=None,
+        generation=manifest.generation and manifest.generation.bare(),
         files={},
         encryption=None,
         made_by=made_by(Fingerprint.of(_xla.first_device(), 1)),

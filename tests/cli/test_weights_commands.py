@@ -69,6 +69,7 @@ def test_float_weights_become_small_by_the_kept_steps(cli, plain, trained, files
     base = tmp_path / "base.lepton"
     recipe = ("--recipe", files / "int8.toml", "--no-evaluate")
     cli.ok("compile", plain, *recipe, "-o", base, "--keep-master")
+    assert "float master: 2 weights" in cli.ok("inspect", base)
     assert "weights" in cli.ok("weights", "master", base, "-o", tmp_path / "float.npz")
     with np.load(tmp_path / "float.npz") as found:
         weights = dict(found)

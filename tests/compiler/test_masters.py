@@ -8,7 +8,7 @@ import pytest
 import lepton_xla as lx
 from lepton_xla.compiler import _xla, load, master_weights, requantize
 from lepton_xla.compiler.manifest import manifest_from_json, manifest_to_json
-from lepton_xla.errors import ArtifactError, CompileError
+from lepton_xla.errors import ArtifactError, CompileError, TrustError
 
 X = np.random.default_rng(1).standard_normal((5, 16)).astype(np.float32)
 BUCKETS = {"batch": (1, 8)}
@@ -194,3 +194,16 @@ def test_weights_that_are_others_on_the_device_are_refused(kept, tmp_path, monke
         load(path, base=base, check=True)
     if not alone:
         load(path)
+
+
+def test_the_master_of_an_encrypted_artifact_is_encrypted(kept, tmp_path):
+    private, public = lx.trust.create_keys(tmp_path / "server", "encryption")
+    lx.encrypt(kept, tmp_path / "sealed.lepton", to=public)
+    sealed = (tmp_path / "sealed.lepton" / "master" / "weights.bin").read_bytes()
+    assert weights()["a"].tobytes() in (kept / "master" / "weights.bin").read_bytes()
+    assert weights()["a"].tobytes()[:64] not in sealed
+    given = weights(7)
+    made = requantize(tmp_path / "sealed.lepton", given, decrypt_key=private)
+    assert as_bytes(made.weights) == as_bytes(requantize(kept, given).weights)
+    with pytest.raises(TrustError, match="is encrypted for"):
+        requantize(tmp_path / "sealed.lepton", given)
