@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import getpass
+import os
 import pathlib
 import re
 from collections.abc import Callable
@@ -12,7 +14,7 @@ import click
 
 from lepton_xla.cli import _common
 from lepton_xla.copies import listing_of
-from lepton_xla.errors import ArtifactError
+from lepton_xla.errors import ArtifactError, LeptonError, ServeError
 
 if TYPE_CHECKING:
     from lepton_xla.serve.client.repository import RepositoryClient
@@ -32,6 +34,48 @@ def subcommand(group: click.Group, name: str) -> Callable[[Callable[..., None]],
         return group.command(name)(click.argument("models")(_common.json_option(server_options(run))))
 
     return decorate
+
+
+def audited(action: str) -> Callable[[Callable[..., str]], Callable[..., None]]:
+    """Adds `--audit-log` to a command that changes a repository; its function gives what it has changed.
+
+    Args:
+        action: as the audit log calls it.
+    """
+
+    def decorate(function: Callable[..., str]) -> Callable[..., None]:
+        @functools.wraps(function)
+        def run(repository: Repository | RepositoryClient, *, audit_log: str | None, **rest: Any) -> None:
+            if audit_log is None:
+                function(repository, **rest)
+                return
+            from lepton_xla.serve.models.repository import Repository
+            from lepton_xla.serve.observe.audit import Audit
+
+            if not isinstance(repository, Repository):
+                raise ServeError("--audit-log is for a folder: a server keeps its own, see `leptonx serve --audit-log`")
+            audit, who = Audit(audit_log), _user()
+            details = {"label": rest["label"]} if rest.get("label") else {}
+            try:
+                target = function(repository, **rest)
+            except LeptonError as error:
+                named = rest.get("name") or rest.get("artifact", "")
+                audit.record(who, action, named, "refused", reason=str(error), **details)
+                raise
+            audit.record(who, action, target, "done", **details)
+
+        return click.option(
+            "--audit-log", metavar="FILE", help="Append who changed what to this file, as `leptonx serve` does."
+        )(run)
+
+    return decorate
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (OSError, KeyError):  # a container's user without a name
+        return str(os.getuid())
 
 
 def server_options(function: Callable[..., None]) -> Callable[..., None]:
@@ -69,8 +113,11 @@ def push(
     label: str | None,
     as_json: bool,
     only_weights: bool = False,
-) -> None:
+) -> str:
     """Push an artifact, promote it if a label is given, and tell what was done.
+
+    Returns:
+        The model and the version.
 
     Raises:
         ArtifactError: if it is damaged, or not of weights alone if that is asked for.
@@ -98,10 +145,11 @@ def push(
     if as_json:
         promoted = {} if label is None else {"label": label, "stood_on": stood}
         _common.print_json({"name": name, "version": pushed, "size_bytes": listing.size_bytes, **promoted})
-        return
+        return f"{name}/{pushed}"
     _common.show(f"{name}: version {pushed}, {_common.size(listing.size_bytes)}")
     if label is not None:
         _common.show(moved(name, label, stood, pushed))
+    return f"{name}/{pushed}"
 
 
 def moved(name: str, label: str, stood: str | None, stands: str) -> str:

@@ -49,6 +49,7 @@ def repo() -> None:
 @click.option("--name", help="Name in the repository; by default the artifact's own.")
 @click.option("--version", help="A version that is not there yet; by default one more than the greatest.")
 @click.option("--promote", "label", metavar="LABEL", help="Then move this label to it, such as stable or canary.")
+@_repositories.audited("push")
 def push(
     repository: Repository | RepositoryClient,
     artifact: str,
@@ -57,9 +58,9 @@ def push(
     version: str | None,
     label: str | None,
     as_json: bool,
-) -> None:
+) -> str:
     """Copy ARTIFACT into MODELS as a new version, checking every file against its digest."""
-    _repositories.push(repository, artifact, name=name, version=version, label=label, as_json=as_json)
+    return _repositories.push(repository, artifact, name=name, version=version, label=label, as_json=as_json)
 
 
 @_repositories.subcommand(repo, "list")
@@ -95,33 +96,38 @@ def list_models(repository: Repository | RepositoryClient, *, as_json: bool) -> 
 @click.argument("name")
 @click.argument("version")
 @_label_option
-def promote(repository: Repository | RepositoryClient, name: str, version: str, *, label: str, as_json: bool) -> None:
+@_repositories.audited("promote")
+def promote(repository: Repository | RepositoryClient, name: str, version: str, *, label: str, as_json: bool) -> str:
     """Move a label of the model NAME to VERSION."""
-    _tell_moved(name, label, repository.promote(name, version, label), version, as_json)
+    return _tell_moved(name, label, repository.promote(name, version, label), version, as_json)
 
 
 @_repositories.subcommand(repo, "rollback")
 @click.argument("name")
 @_label_option
-def rollback(repository: Repository | RepositoryClient, name: str, *, label: str, as_json: bool) -> None:
+@_repositories.audited("rollback")
+def rollback(repository: Repository | RepositoryClient, name: str, *, label: str, as_json: bool) -> str:
     """Move a label of the model NAME back to the version that it stood on before."""
-    _tell_moved(name, label, *repository.rollback(name, label), as_json)
+    return _tell_moved(name, label, *repository.rollback(name, label), as_json)
 
 
 @_repositories.subcommand(repo, "remove")
 @click.argument("name")
 @click.argument("version")
-def remove(repository: Repository | RepositoryClient, name: str, version: str, *, as_json: bool) -> None:
+@_repositories.audited("remove")
+def remove(repository: Repository | RepositoryClient, name: str, version: str, *, as_json: bool) -> str:
     """Remove VERSION of the model NAME, on which no label may stand."""
     repository.remove(name, version)
     if as_json:
         _common.print_json({"name": name, "version": version, "removed": True})
     else:
         _common.show(f"{name}: removed version {version}")
+    return f"{name}/{version}"
 
 
-def _tell_moved(name: str, label: str, stood: str | None, stands: str, as_json: bool) -> None:
+def _tell_moved(name: str, label: str, stood: str | None, stands: str, as_json: bool) -> str:
     if as_json:
         _common.print_json({"name": name, "label": label, "stood_on": stood, "stands_on": stands})
     else:
         _common.show(_repositories.moved(name, label, stood, stands))
+    return f"{name}/{stands}"

@@ -70,3 +70,33 @@ def test_weights_alone_are_pushed_where_they_fit(cli, compiled, models, tmp_path
     assert cli.json("weights", "push", models, update, "--promote", "stable")["version"] == "2"
     assert "is a whole artifact" in cli.refused("weights", "push", models, compiled[0])
     assert "version 2 runs on" in cli.refused("repo", "remove", models, "plain", 1)
+
+
+def test_changes_of_a_folder_are_told_in_an_audit_log(cli, compiled, models, tmp_path):
+    log = tmp_path / "audit.jsonl"
+
+    def told():
+        entries = [json.loads(line) for line in log.read_text().splitlines()]
+        assert len({each["who"] for each in entries}) == 1
+        return [(each["action"], each["target"], each["outcome"], each["details"].get("label")) for each in entries]
+
+    cli.ok("repo", "push", models, compiled[0], "--audit-log", log)
+    cli.ok("repo", "push", models, compiled[0], "--promote", "canary", "--audit-log", log)
+    for version in (1, 2):
+        cli.ok("repo", "promote", models, "plain", version, "--audit-log", log)
+    cli.ok("repo", "rollback", models, "plain", "--audit-log", log)
+    cli.refused("repo", "remove", models, "plain", 1, "--audit-log", log)
+    cli.refused("repo", "push", models, compiled[0], "--version", "01", "--audit-log", log)
+    assert told() == [
+        ("push", "plain/1", "done", None),
+        ("push", "plain/2", "done", "canary"),
+        ("promote", "plain/1", "done", "stable"),
+        ("promote", "plain/2", "done", "stable"),
+        ("rollback", "plain/1", "done", "stable"),
+        ("remove", "plain", "refused", None),
+        ("push", str(compiled[0]), "refused", None),
+    ]
+    # A log that cannot be written stops a change before it is made.
+    assert "cannot be used" in cli.refused("repo", "push", models, compiled[0], "--audit-log", tmp_path / "no" / "log")
+    assert [each["version"] for each in cli.json("repo", "list", models)[0]["versions"]] == ["1", "2"]
+    assert "keeps its own" in cli.refused("repo", "rollback", "http://127.0.0.1:9", "plain", "--audit-log", log)
