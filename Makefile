@@ -85,6 +85,7 @@ bench: setup kernels  ## every benchmark; each prints the command that repeats i
 	$(RUN)/python benchmarks/replicas.py
 	$(RUN)/python benchmarks/optimizing.py --no-pages
 	$(RUN)/python benchmarks/quantization.py --no-pages
+	$(RUN)/python benchmarks/tuning.py --no-pages
 	$(RUN)/python benchmarks/training.py --no-pages
 	$(RUN)/python benchmarks/sizes.py
 	$(RUN)/python benchmarks/kernels.py --no-pages

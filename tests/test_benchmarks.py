@@ -56,6 +56,16 @@ def test_a_preset_is_judged_weighed_and_timed_at_every_bucket_or_says_why_not(tm
         assert all(0 < value < 100 for value in small["ratio"].values())
 
 
+def test_tuning_is_put_beside_the_best_preset(tmp_path: pathlib.Path) -> None:
+    found = figures("tuning.py", tmp_path, "--models", "digits", "--max-drop", "5")["digits"]
+    for objective in ("bytes", "latency"):
+        result = found["objectives"][objective]
+        assert result["preset"]["name"] == "int8"
+        assert result["better"] >= 1
+        assert result["trials"] <= 3
+        assert result["best"]["judged"] <= 5
+
+
 def test_optimizing_is_timed_by_phase_and_its_compiles_and_memory_counted(tmp_path: pathlib.Path) -> None:
     (row,) = figures("optimizing.py", tmp_path, "--models", "mlp")["rows"]
     assert row["weights_bytes"] == 4 * (64 * 128 + 128 + 128 * 64 + 64 + 64 * 32 + 32 + 32 * 10 + 10)
