@@ -238,7 +238,9 @@ def _summaries(
     for start in range(0, len(sampled), step):
         flat = sampled[start : start + step].astype(np.float64)
         part = found[:, start : start + step]
-        part[0], part[1], part[2:] = flat.mean(axis=1), flat.std(axis=1), (flat @ directions).T
+        part[0], part[2:] = flat.mean(axis=1), (flat @ directions).T
+        flat -= part[0][:, None]
+        part[1] = np.sqrt(np.einsum("ij,ij->i", flat, flat) / flat.shape[1])  # in place, where `std` takes copies
     kinds = ("mean", "deviation", *(f"projection {index}" for index in range(_PROJECTIONS)))
     yield from ((f"{name}:{kind}", values) for kind, values in zip(kinds, found, strict=True))
 
