@@ -1,5 +1,7 @@
 """Greedy tokens equal those of the framework's own decoding, in memory, saved and loaded, and quantized."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import msgspec
@@ -50,10 +52,19 @@ def made(kind):
     return generator, lambda prompt, count: nnx_reference(module, prompt, count, CAPACITY)
 
 
-@pytest.mark.parametrize("kind", ["loop", "scanned", "seq2seq", "linen", "nnx"])
-def test_greedy_tokens_are_those_of_the_framework(kind, tmp_path):
+@functools.cache
+def compiled(kind):
+    """An artifact in memory of a kind of model, made once, and its own greedy decoding."""
     generator, reference = made(kind)
-    artifact = lx.compile(generator.program, {"length": (4, 8)}, name=kind)
+    return lx.compile(generator.program, {"length": (4, 8)}, name=kind), reference
+
+
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize("kind", [pytest.param("loop", marks=SLOW), "scanned", "seq2seq", "linen", "nnx"])
+def test_greedy_tokens_are_those_of_the_framework(kind, tmp_path):
+    artifact, reference = compiled(kind)
     expected = [tuple(reference(prompt, 12)) for prompt in PROMPTS]
     assert len({tokens for row in expected for tokens in row}) > 4, "a model that repeats itself shows little"
     found = artifact.servable().generator.generate(PROMPTS, max_tokens=12)
@@ -65,13 +76,15 @@ def test_greedy_tokens_are_those_of_the_framework(kind, tmp_path):
 
 
 def test_the_model_itself_gives_the_logits_of_the_next_token():
-    generator, reference = made("loop")
-    model = lx.compile(generator.program, {"length": (4, 8)}).servable()
+    artifact, reference = compiled("scanned")
+    model = artifact.servable()
     logits = model(tokens=np.array([[5, 3, 9]], np.int32), lengths=np.array([3], np.int32))["logits"]
     assert int(logits.argmax()) == reference([5, 3, 9], 1)[0]
 
 
-@pytest.mark.parametrize(("recipe", "share"), [("int8-weight-only", 0.4), ("int4-weight-only", 0.35)])
+@pytest.mark.parametrize(
+    ("recipe", "share"), [pytest.param("int8-weight-only", 0.4, marks=SLOW), ("int4-weight-only", 0.35)]
+)
 def test_both_steps_use_one_set_of_quantized_weights(recipe, share, tmp_path):
     generator, _ = made("scanned")
     small = lx.optimize(generator.program, lx.Recipe.load(recipe), buckets={"length": (8,)})
@@ -90,10 +103,11 @@ def test_both_steps_use_one_set_of_quantized_weights(recipe, share, tmp_path):
     assert [list(each.tokens) for each in found] == [Decoder(True).reference(weights, p, 8) for p in PROMPTS]
 
 
+@SLOW
 @pytest.mark.parametrize("device", [0, 1])
 def test_on_another_machine_or_device_the_portable_steps_do_the_same(device, tmp_path, monkeypatch):
-    generator, reference = made("scanned")
-    lx.compile(generator.program, {"length": (4, 8)}).save(tmp_path / "model.lepton")
+    artifact, reference = compiled("scanned")
+    artifact.save(tmp_path / "model.lepton")
     expected = [tuple(reference(prompt, 6)) for prompt in PROMPTS]
     here = lx.load(tmp_path / "model.lepton", device=device)
     target = loading._target
@@ -106,8 +120,7 @@ def test_on_another_machine_or_device_the_portable_steps_do_the_same(device, tmp
 
 
 def test_nothing_is_traced_when_it_is_loaded_and_run(tmp_path, monkeypatch):
-    generator, _ = made("loop")
-    lx.compile(generator.program, {"length": (4,)}).save(tmp_path / "model.lepton")
+    compiled("scanned")[0].save(tmp_path / "model.lepton")
 
     def refuse(*_, **__):
         raise AssertionError("traced")
@@ -118,8 +131,7 @@ def test_nothing_is_traced_when_it_is_loaded_and_run(tmp_path, monkeypatch):
 
 
 def test_the_cache_is_changed_where_it_lies():
-    generator, _ = made("scanned")
-    stepper = lx.compile(generator.program, {"length": (4,)}).servable().stepper
+    stepper = compiled("scanned")[0].servable().stepper
     stepper.prefill([1, 2], 0)
     before = stepper._cache
     places = [array.unsafe_buffer_pointer() for array in before]
