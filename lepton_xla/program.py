@@ -146,7 +146,8 @@ class Program:
         expansion: how weights are unpacked on loading; None if the compiled program runs on the stored ones.
         origin: shapes and dtypes of the weights before the first pass; None if no pass was applied.
         axes: path -> logical names of the weight's axes, for weights that have them; from Flax metadata.
-        derivation: how the weights come from those before the first pass; None if no pass was applied.
+        derivation: the weights before the first pass, and how these come of them; None if no pass was applied, or
+            after `optimize`, which keeps them only if it is told to.
         generation: set if it generates tokens: `fn` then computes a prefill and a decoding step, which `compile` parts.
 
     Raises:

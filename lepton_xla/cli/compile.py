@@ -122,7 +122,9 @@ def compile(
         started = time.perf_counter()
         step("fold and plan")
         planned_program, plan = plan_for(program, chosen, calibration=batches, buckets=bucket_sizes)
-        small = apply_plan(planned_program, plan, calibration=batches, buckets=bucket_sizes, progress=step)
+        small = apply_plan(
+            planned_program, plan, calibration=batches, buckets=bucket_sizes, progress=step, keep_master=keep_master
+        )
         optimize_s = time.perf_counter() - started
 
         as_is = recipe == _common.NO_RECIPE and not settings

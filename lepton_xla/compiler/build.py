@@ -104,6 +104,7 @@ def compile(
             Without outputs, those that this model gives are kept. See `check` of `load`.
         keep_master: whether the artifact keeps the float weights that the program was optimized from, and how they were
             made small, so that `requantize` can make others small likewise. They take the room of the float model.
+            `optimize` has to be told so too.
         progress: called before each step.
 
     Raises:

@@ -57,8 +57,11 @@ class Master:
         """Take the master of an optimized program, and check that its steps give the program's weights.
 
         Raises:
-            CompileError: if they do not, because weights were changed outside of passes, say.
+            CompileError: if they do not, because weights were changed outside of passes, say, or if the program has
+                forgotten them.
         """
+        if program.derivation is None and program.history:
+            raise CompileError("no master can be kept: the program was optimized without keep_master=True")
         known = program.derivation or Derivation(program.weights)
         maker = _Maker(known)
         for step in known.steps:

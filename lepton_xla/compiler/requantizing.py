@@ -59,7 +59,7 @@ def requantize(
             shapes or dtypes, or are not finite; names the first.
 
     >>> program = lx.trace(lambda w, x: x @ w["w"], {"w": jnp.eye(4)}, {"x": lx.TensorSpec(("batch", 4), "float32")})
-    >>> small = lx.optimize(program, lx.Recipe.load("int8-weight-only"))
+    >>> small = lx.optimize(program, lx.Recipe.load("int8-weight-only"), keep_master=True)
     >>> manifest = lx.compile(small, {"batch": (1,)}, name="net", keep_master=True).save("net.lepton")
     >>> from lepton_xla.compiler import requantize
     >>> manifest = requantize("net.lepton", {"w": 3 * np.eye(4, dtype=np.float32)}).save("net-2.lepton")
@@ -155,7 +155,7 @@ def master_weights(
         ArtifactError: if there is no float master, or a file is damaged.
 
     >>> program = lx.trace(lambda w, x: x @ w["w"], {"w": jnp.eye(4)}, {"x": lx.TensorSpec(("batch", 4), "float32")})
-    >>> small = lx.optimize(program, lx.Recipe.load("int8-weight-only"))
+    >>> small = lx.optimize(program, lx.Recipe.load("int8-weight-only"), keep_master=True)
     >>> manifest = lx.compile(small, {"batch": (1,)}, keep_master=True).save("net.lepton")
     >>> from lepton_xla.compiler import master_weights
     >>> master_weights("net.lepton")["w"].dtype.name

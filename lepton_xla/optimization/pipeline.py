@@ -83,6 +83,7 @@ def optimize(
     buckets: Mapping[str, Iterable[int]] | None = None,
     timer: Timer | None = None,
     progress: Callable[[str], None] | None = None,
+    keep_master: bool = False,
 ) -> Program:
     """Make a program small and fast.
 
@@ -98,6 +99,8 @@ def optimize(
         timer: times calls, for its target; by default a new one for this process's device, which reuses measurements
             from the disk cache.
         progress: called with a line when a step begins.
+        keep_master: whether the result keeps the float weights in memory, and how its own came of them, for
+            `compile(..., keep_master=True)`.
 
     Returns:
         The optimized program; `history` has one report per pass.
@@ -116,7 +119,9 @@ def optimize(
     """
     batches, timer = _as_list(calibration), timer or Timer()
     program, plan = plan_for(program, recipe, calibration=batches, buckets=buckets, timer=timer, progress=progress)
-    return apply_plan(program, plan, calibration=batches, buckets=buckets, timer=timer, progress=progress)
+    return apply_plan(
+        program, plan, calibration=batches, buckets=buckets, timer=timer, progress=progress, keep_master=keep_master
+    )
 
 
 @takes(program=Program, recipe=Recipe, buckets=Mapping, progress=Callable)
@@ -176,13 +181,14 @@ def apply_plan(
     buckets: Mapping[str, Iterable[int]] | None = None,
     timer: Timer | None = None,
     progress: Callable[[str], None] | None = None,
+    keep_master: bool = False,
 ) -> Program:
     """Run the second half of `optimize`: the passes that the plan asks for.
 
     Args:
         program: the program of the plan, from `plan_for`.
         plan: the plan.
-        calibration, buckets, timer, progress: as in `optimize`.
+        calibration, buckets, timer, progress, keep_master: as in `optimize`.
 
     Raises:
         CalibrationError, UnsupportedError: as `optimize`.
@@ -210,7 +216,7 @@ def apply_plan(
         program = cast(program, recipe.cast, on_unsupported=recipe.on_unsupported)
     program = autotune(program, sizes=sizes if buckets else _traceable(program, sizes), timer=timer, progress=say)
     memory.give_back()
-    return program
+    return program if keep_master else program.replace(derivation=None)
 
 
 @dataclasses.dataclass(frozen=True)

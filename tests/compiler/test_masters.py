@@ -46,7 +46,7 @@ def small(recipe, given=None, calibration=None, **changes):
     if recipe == "bfloat16":
         recipe, changes = "float", {"cast": recipe}
     chosen = lx.Recipe.load(recipe).replace({"measure": False, **changes})
-    return lx.optimize(program(given), chosen, calibration=calibration, buckets=BUCKETS)
+    return lx.optimize(program(given), chosen, calibration=calibration, buckets=BUCKETS, keep_master=True)
 
 
 def compiled(optimized):
@@ -207,3 +207,15 @@ def test_the_master_of_an_encrypted_artifact_is_encrypted(kept, tmp_path):
     assert as_bytes(made.weights) == as_bytes(requantize(kept, given).weights)
     with pytest.raises(TrustError, match="is encrypted for"):
         requantize(tmp_path / "sealed.lepton", given)
+
+
+def test_optimize_frees_the_float_weights_unless_it_keeps_them():
+    recipe = lx.Recipe.load("int8-weight-only").replace({"measure": False})
+    whole = program()
+    forgotten = lx.optimize(whole, recipe, buckets=BUCKETS)
+    assert forgotten.derivation is None
+    assert (
+        lx.optimize(whole, recipe, buckets=BUCKETS, keep_master=True).derivation.weights.keys() == whole.weights.keys()
+    )
+    with pytest.raises(CompileError, match="optimized without keep_master=True"):
+        compiled(forgotten)

@@ -17,7 +17,7 @@ def bases(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bases")
     program, buckets = learning_model.trained(), {"batch": (1, 8, 64)}
     lx.compile(program, buckets, name="blobs").save(folder / "float.lepton")
-    small = lx.optimize(program, INT8, buckets=buckets)
+    small = lx.optimize(program, INT8, buckets=buckets, keep_master=True)
     lx.compile(small, buckets, name="blobs", recipe=INT8).save(folder / "int8.lepton")
     kept = lx.compile(small, buckets, name="blobs", recipe=INT8, keep_master=True)
     kept.save(folder / "master.lepton")

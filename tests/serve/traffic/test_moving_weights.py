@@ -38,7 +38,7 @@ WORSE = {"w": -RIGHT["w"]}
 def compiled(weights, **more):
     program = lx.trace(lambda w, x: x @ w["w"], weights, {"x": lx.TensorSpec(("batch", 16), "float32")})
     recipe = lx.Recipe.load("int8-weight-only").replace({"measure": False})
-    return lx.compile(lx.optimize(program, recipe), {"batch": (1, 8)}, name="m", **more)
+    return lx.compile(lx.optimize(program, recipe, keep_master=True), {"batch": (1, 8)}, name="m", **more)
 
 
 @pytest.fixture(scope="module")
@@ -162,7 +162,9 @@ def test_bad_input_is_refused_and_leaves_nothing(repository, made, tmp_path):
     other = tmp_path / "other.lepton"
     program = lx.trace(lambda w, x: x @ w["w"] + 1, RIGHT, {"x": lx.TensorSpec(("batch", 16), "float32")})
     recipe = lx.Recipe.load("int8-weight-only").replace({"measure": False})
-    lx.compile(lx.optimize(program, recipe), {"batch": (1, 8)}, name="m", keep_master=True).save(other)
+    lx.compile(lx.optimize(program, recipe, keep_master=True), {"batch": (1, 8)}, name="m", keep_master=True).save(
+        other
+    )
     with (
         Server(options=Options(port=0), repository=repository.root) as server,
         RepositoryClient(server.url) as client,
