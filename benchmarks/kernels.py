@@ -3,7 +3,7 @@
     python benchmarks/kernels.py [--sections NAMES] [--json FILE] [--quick] [--no-pages]
 
 Needs the package lepton-xla-kernels (`make kernels`). Section `products`: a product with a float weight, with codes in
-XLA's own operations, and by the kernel, in turns. Section `decode`: a decoder of 98 million parameters with random
+XLA's own operations, and by the kernel, in turns. Section `decode`: a decoder of 110 million parameters with random
 weights makes one token, behind 128 cached ones, as float and as `optimize` leaves it with each preset. Writes
 docs/benchmarks/kernels.md.
 """
