@@ -7,7 +7,7 @@ comes.
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -97,9 +97,9 @@ class Feedback:
         self._propensities.clear()
         self._bytes = 0
 
-    def knows(self, request_id: str) -> bool:
-        """Whether the answer of a request is kept, or was judged."""
-        return request_id in self._answers
+    def known(self, request_ids: Iterable[str]) -> list[str]:
+        """Those of some requests whose answer is kept, or was judged."""
+        return [each for each in request_ids if each in self._answers]
 
     def check(self, labels: Mapping[str, Sequence[int]]) -> None:
         """Checks labels without counting them.
@@ -212,9 +212,9 @@ def divide(
     >>> [judge is second for judge, _ in parts], rest
     ([True], {'b': [0]})
     """
-    parts: list[Part] = [(judge, {}) for judge in judges]
-    rest: dict[str, Sequence[int]] = {}
-    for request_id, right in labels.items():
-        known = next((part for judge, part in parts if judge.knows(request_id)), rest)
-        known[request_id] = right
-    return [part for part in parts if part[1]], rest
+    parts: list[Part] = []
+    rest = dict(labels)
+    for judge in judges:
+        if part := {request_id: rest.pop(request_id) for request_id in judge.known(rest)}:
+            parts.append((judge, part))
+    return parts, rest
