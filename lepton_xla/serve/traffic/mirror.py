@@ -7,9 +7,7 @@ requests nor takes a turn of the device.
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import os
 import queue
 import threading
 import time
@@ -20,6 +18,7 @@ from typing import NamedTuple
 from lepton_xla.serve.batching.engine import Engine, Work
 from lepton_xla.serve.batching.tickets import Batch, Part
 from lepton_xla.serve.models.handle import ModelHandle
+from lepton_xla.serve.priorities import step_back
 from lepton_xla.serve.protocol.signature import Signature
 from lepton_xla.serve.protocol.wire import InferRequest
 from lepton_xla.serve.traffic.agreement import same_rows
@@ -36,8 +35,6 @@ _SAVED_S = 0.2
 # the shadow has a core, and the interpreter, for more of the time that it would use it.
 _IDLE, _FREE = 0.5, 0.7
 _LOOK_S = 0.25
-# Steps of priority, as `nice` counts them.
-_LATER = 10
 
 
 class _Item(NamedTuple):
@@ -165,9 +162,7 @@ class Mirror:
     # On the thread.
 
     def _run(self) -> None:
-        with contextlib.suppress(OSError):
-            niceness = os.getpriority(os.PRIO_PROCESS, 0) + _LATER
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), niceness)
+        step_back()
         while (item := self._waiting.get()) is not None:
             started, spent = self._clock(), self._spent()
             try:
