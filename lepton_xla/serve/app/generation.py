@@ -257,7 +257,7 @@ class GenerationPages:
     def _refuse_in_their_words(self, exchange: Exchange, refusal: HTTPError) -> None:
         headers = refusal.headers or (("Retry-After: 1",) if refusal.status == 503 else ())
         kind = "invalid_request_error" if refusal.status < 500 else "server_error"
-        body = msgspec.json.encode({"error": {"message": refusal.message, "type": kind, "param": None, "code": None}})
+        body = msgspec.json.encode(generation.Refused(generation.Refusal(message=refusal.message, type=kind)))
         head = respond(refusal.status, len(body), "application/json", *headers)
         refusal.response = Response(refusal.status, head.fields + body, head.nbytes)
         self._refuse(exchange, refusal)

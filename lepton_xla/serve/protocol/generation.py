@@ -125,6 +125,21 @@ class ModelList(msgspec.Struct, kw_only=True):
     data: list[ModelEntry]
 
 
+class Refusal(msgspec.Struct, kw_only=True):
+    """Why a request was refused, in OpenAI's form."""
+
+    message: str
+    type: str
+    param: str | None = None
+    code: str | None = None
+
+
+class Refused(msgspec.Struct):
+    """Body of an error of the routes below `/v1`."""
+
+    error: Refusal
+
+
 def read[T](body: bytes, kind: type[T]) -> tuple[T, dict[str, Any]]:
     """Decode a body; give the request, and all of its fields.
 

@@ -16,6 +16,7 @@ import numpy as np
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
 from lepton_xla.serve.protocol.auditing import MAX_ENTRIES
+from lepton_xla.serve.protocol.generation import Refused
 from lepton_xla.serve.protocol.metadata import ErrorMessage
 from lepton_xla.serve.protocol.request import InputHead, RequestHead
 from lepton_xla.serve.protocol.routes import ROUTES, Route
@@ -67,7 +68,7 @@ def document(
         each for route in served for each in (route.request, route.response)
         if each not in (None, bytes) and not isinstance(each, str)
     ]  # fmt: skip
-    _, schemas = msgspec.json.schema_components([*types, ErrorMessage], ref_template=_REFERENCE)
+    _, schemas = msgspec.json.schema_components([*types, ErrorMessage, Refused], ref_template=_REFERENCE)
     paths: dict[str, dict[str, Any]] = {}
     for route in served:
         for path in route.paths:
@@ -87,7 +88,7 @@ def document(
         "components": {
             "schemas": schemas,
             "responses": {
-                str(status): {"description": text, "content": {_JSON: {"schema": _schema(ErrorMessage)}}}
+                str(status): _refusal(text, _schema(ErrorMessage))
                 for status, text in (_REFUSALS | _INFER_REFUSALS).items()
             },
             "securitySchemes": {
@@ -169,10 +170,18 @@ def _responses(route: Route, *, infer: bool) -> dict[str, Any]:
         text = "Bytes of the JSON part, where binary outputs follow it"
         good["headers"] = {_HEADER_LENGTH: {"description": text, "schema": {"type": "integer"}}}
     refusals = _REFUSALS | (_INFER_REFUSALS if infer else {})
+    if route.paths[0].startswith("/v1/"):
+        # What the route itself refuses is in OpenAI's form; what is refused before it, in ours.
+        either = {"anyOf": [_schema(Refused), _schema(ErrorMessage)]}
+        return {"200": good} | {str(status): _refusal(text, either) for status, text in refusals.items()}
     responses = {"200": good} | {str(status): {"$ref": f"#/components/responses/{status}"} for status in refusals}
     if route.name.endswith(("live", "ready")):
         responses["503"] = {"description": "Not now", "content": content}
     return dict(sorted(responses.items()))
+
+
+def _refusal(text: str, schema: dict[str, Any]) -> dict[str, Any]:
+    return {"description": text, "content": {_JSON: {"schema": schema}}}
 
 
 def _schema(kind: Any) -> dict[str, Any]:

@@ -82,7 +82,9 @@ def test_feedback_is_for_a_request_by_its_id(server, ask):
     assert ask(server.url, "feedback", "affine", {"mine": [3, 0]}) == 2
     figures = ask(server.url, "monitor", "affine")
     assert (figures["feedback_rows"], figures["labels"][0]["recall"]) == (2, 0.0)
-    for labels, status in (({"mine": [3, 0]}, 409), ({"other": 1}, 404)):
+    assert ask(server.url, "feedback", "affine", {"mine": [3, 0]}) == 2  # as a client does whose answer was lost
+    assert ask(server.url, "monitor", "affine")["feedback_rows"] == 2
+    for labels, status in (({"mine": [3, 1]}, 409), ({"other": 1}, 404)):
         with pytest.raises(RequestError) as caught:
             ask(server.url, "feedback", "affine", labels)
         assert caught.value.status == status

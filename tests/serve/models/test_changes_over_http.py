@@ -206,7 +206,7 @@ def test_who_changed_what_is_in_the_audit_log(start, tmp_path, made):
     ]
     assert told == [
         ("push", "m/2", "done", None), ("promote", "m/1", "done", "stable"), ("promote", "m/2", "done", "stable"),
-        ("promote", "m/1", "done", "stable"), ("remove", "m/1", "refused", None), ("remove", "m/2", "done", None),
+        ("rollback", "m/1", "done", "stable"), ("remove", "m/1", "refused", None), ("remove", "m/2", "done", None),
     ]  # fmt: skip
     (refused,) = [line for line in lines if line["outcome"] == "refused"]
     assert "stands on" in refused["details"]["reason"]
