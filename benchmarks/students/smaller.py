@@ -49,4 +49,5 @@ def _run(arguments: list[str], quick: bool) -> Any:
         stdout=subprocess.PIPE,
         check=True,
     )
-    return json.loads(done.stdout)
+    found = json.loads(done.stdout)
+    return found | {"path": pathlib.Path(found["path"]).name}  # where it was is of no interest
