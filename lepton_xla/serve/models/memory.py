@@ -201,8 +201,10 @@ class Memory:
     def _held(self, kept: Container[str] = (), stuck: Container[str] = ()) -> list[Held]:
         """What is loaded. What is kept can neither go nor move, what is stuck cannot move."""
         found: list[Held] = []
-        for name in self._models.names():
-            handles = self._handles(name)
+        by_name: dict[str, list[Version]] = {}
+        for each in self._models:
+            by_name.setdefault(each.name, []).append(each)
+        for name, handles in by_name.items():
             devices = tuple(sorted({number for each in handles for number in each.devices}))
             stays = name in kept or self._waiting[name] > 0
             found.append(Held(
@@ -383,7 +385,6 @@ def _expected(paths: Iterable[Path], devices: int) -> tuple[int, int]:
 def trim() -> None:
     """Gives back to the system what JAX and the allocator keep of memory that was freed."""
     gc.collect(0)  # JAX lets go of arrays of the host at the next collection, however small
-    try:
-        ctypes.CDLL(None).malloctrim(0)
-    except AttributeError:  # not the GNU library
-        return
+    give_back = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if give_back is not None:  # the GNU library
+        give_back(0)

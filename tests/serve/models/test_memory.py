@@ -376,3 +376,14 @@ def test_without_a_budget_models_are_spread_over_the_devices(repository):
         found = sorted(handle.devices for handle in server.models)
         assert found in ([(0,), (0,), (1,), (1,), (1,)], [(0,), (0,), (0,), (1,), (1,)])
         assert len({id(handle.scheduler.device) for handle in server.models}) == 2
+
+
+def test_what_is_freed_goes_back_to_the_system():
+    """Small blocks below one that stays: the allocator gives them back only when it is told to."""
+    blocks = [bytes(4096) for _ in range(20_000)]
+    stays = blocks[-1]
+    full = resident()
+    del blocks
+    trim()
+    assert stays is not None
+    assert full - resident() > 0.8 * 20_000 * 4096
