@@ -35,6 +35,7 @@ from lepton_xla.compiler.masters import Master
 from lepton_xla.compiler.portable import export_programs
 from lepton_xla.compiler.probes import table_sizes
 from lepton_xla.compiler.runtime import Runtime, run_expand
+from lepton_xla.compiler.stepping import Stepper
 from lepton_xla.compiler.topologies import Elsewhere, compile_elsewhere
 from lepton_xla.errors import CompileError, ShardingError
 from lepton_xla.program import Program, TensorSpec
@@ -250,8 +251,9 @@ def compile(
             raise CompileError("a float master is kept for one device only; compile without a mesh")
         tell("keep the float master", steps, steps)
         artifact = dataclasses.replace(artifact, master=Master.made(program))
-    if (stepper := artifact.servable().stepper if parts is not None else None) is not None:
-        check_steps(stepper, limit)
+    if parts is not None:
+        codes = {name: code.loaded for name, code in executables.items()}
+        check_steps(Stepper.of(manifest, bucket_sizes, codes, runtime), limit)
     if golden is not None:
         rows = Golden.made(golden, program.inputs, program.outputs, artifact.servable(), limit)
         artifact = dataclasses.replace(artifact, golden=rows)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+import threading
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -75,8 +75,10 @@ class Servable:
         self.expander = expander
         self.stepper = stepper
         self.tokenizer = tokenizer
+        self._making = threading.Lock()
+        self._engine: Engine | None = None
 
-    @functools.cached_property
+    @property
     def generator(self) -> Engine:
         """Generates tokens: `generate(prompts, ...)` and `stream(prompt, ...)`.
 
@@ -91,7 +93,10 @@ class Servable:
         """
         if self.stepper is None:
             raise ModelError(f"{self.name!r} does not generate tokens: make it with lx.Generator")
-        return Engine(self.stepper, HuggingFace(self.tokenizer) if self.tokenizer else None)
+        with self._making:  # two would use one cache
+            if self._engine is None:
+                self._engine = Engine(self.stepper, HuggingFace(self.tokenizer) if self.tokenizer else None)
+            return self._engine
 
     @property
     def profile(self) -> Profile | None:

@@ -64,7 +64,7 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         lepton_xla.errors.InputError: seed is -1; it must be 0 to 18446744073709551615
         """
         bounds: tuple[tuple[str, float | None, bool, str], ...] = (
-            ("max_tokens", self.max_tokens, (self.max_tokens or 1) >= 1 and self.max_tokens != 0, "at least 1"),
+            ("max_tokens", self.max_tokens, self.max_tokens is None or self.max_tokens >= 1, "at least 1"),
             ("temperature", self.temperature, 0 <= self.temperature <= 100, "0 to 100"),
             ("top_k", self.top_k, self.top_k >= 0, "at least 0"),
             ("top_p", self.top_p, 0 < self.top_p <= 1, "above 0 and at most 1"),
@@ -77,6 +77,8 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         for name, value, holds, wanted in bounds:
             if not holds:  # also where it is NaN
                 raise InputError(f"{name} is {value}; it must be {wanted}")
+        if isinstance(self.stop, str):
+            raise InputError("stop is a single text; give a tuple of texts")
         if len(self.stop) > MAX_STOPS or len(self.end_tokens) > MAX_STOPS:
             raise InputError(f"there are more than {MAX_STOPS} stop texts or end tokens")
         for text in self.stop:
@@ -149,7 +151,7 @@ class Chooser:
         if not math.isfinite(weights.sum()):  # an infinite logit
             return int(kept[np.argmax(scaled)])
         if sampling.top_p < 1:
-            order = np.argsort(-weights, kind="stable")
+            order = np.argsort(-scaled, kind="stable")  # weights of unequal logits may be equal
             sums = np.cumsum(weights[order])
             last = int(np.searchsorted(sums, sampling.top_p * sums[-1]))
             chosen = np.sort(order[: last + 1])

@@ -182,7 +182,8 @@ class Slots:
     def _end(self, sequence: Generation, finish: Finish) -> None:
         if not sequence.finish:
             sequence.finish = finish
-            rest = sequence.text.end() if sequence.text is not None else ""
+            # Nobody reads the text of others, and a tokenizer may be what has failed.
+            rest = sequence.text.end() if sequence.text is not None and finish in ("stop", "length") else ""
             sequence.told(sequence, None, rest)
 
     def _fail(self, error: Exception) -> None:

@@ -2,9 +2,10 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from lepton_xla.errors import InputError
 from lepton_xla.generation.sampling import Chooser, Sampling
 from lepton_xla.generation.texts import TextStream
 
@@ -26,6 +27,7 @@ def expected(logits, sampling, context, generated):
     for token in kept:
         nucleus[token] = shares[token]
         running += shares[token]
+        assume(abs(running / total - sampling.top_p) > 1e-9 or sampling.top_p == 1)  # rounding would decide
         if running >= sampling.top_p * total * (1 - 1e-12):
             break
     return {token: share / sum(nucleus.values()) for token, share in nucleus.items()}
@@ -120,3 +122,8 @@ def test_a_stop_text_is_found_across_tokens_and_never_told():
     assert [stream.add(byte) for byte in b"a sstopx"] == ["a", " ", "", "s", "", "", "", ""]
     assert stream.stopped
     assert stream.text == "a s"
+
+
+def test_a_single_stop_text_is_no_tuple_of_letters():
+    with pytest.raises(InputError, match="stop is a single text; give a tuple"):
+        Sampling(stop="END").check(vocabulary=100)

@@ -81,23 +81,24 @@ class _Answer:
             made = [engine.sequence(prompt, sampling) for prompt in prompts]
         except InputError as error:
             raise HTTPError(400, str(error)) from error
-        self._choices = [_Choice(sequence, last_s=self._exchange.started_s) for sequence in made]
         self._left = len(made)
         self._exchange.work = self
-        for index, choice in enumerate(self._choices):
+        try:
+            for index, sequence in enumerate(made):
 
-            def told(_: Generation, token: int | None, text: str, index: int = index) -> None:
-                self._told(index, token, text)
+                def told(_: Generation, token: int | None, text: str, index: int = index) -> None:
+                    self._told(index, token, text)
 
-            choice.sequence.told = told
-            try:
-                self._decoding.submit(choice.sequence)
-            except HTTPError:
-                self.cancel()
-                raise
-        if self._write is not None:
-            self._exchange.begin(200, *_EVENTS)
-            self._codes[200] += 1
+                sequence.told = told
+                self._decoding.submit(sequence)
+                self._choices.append(_Choice(sequence, last_s=self._exchange.started_s))
+            if self._write is not None:
+                self._exchange.begin(200, *_EVENTS)
+                self._codes[200] += 1
+        except HTTPError:
+            self._write = None  # nothing more is to be told
+            self.cancel()
+            raise
 
     def cancel(self) -> None:
         """The client went away: its slots are free for the next step."""

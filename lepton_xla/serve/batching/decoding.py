@@ -80,13 +80,11 @@ class Decoding:
                 if not busy and not self._orders and not self._changed.wait_for(lambda: self._orders, _IDLE_S):
                     self._running = False
                     return
-                orders = list(self._orders)
-                self._orders.clear()
-            for order in orders:
-                order()
             try:
+                while self._orders:
+                    self._orders.popleft()()
                 busy = self.engine.step()
-            except Exception as error:  # a step tells its own errors: this is a fault of ours, and no one may wait
+            except Exception as error:  # a step tells its own errors: this is a fault of ours, and nobody may wait
                 _log.exception("a step of generation failed")
                 self.engine.abandon(error)
                 busy = False
