@@ -18,7 +18,7 @@ from lepton_xla.trees import abstract, name_leaves, some_names, tree_bytes
 if TYPE_CHECKING:
     from jaxtyping import Array, Bool
 
-from lepton_xla.report import PassReport
+    from lepton_xla.report import PassReport
 
 type Weights = dict[str, Any]
 """Weights by path (`params/Dense_0/kernel`): arrays, or pytrees of arrays such as `QTensor`."""

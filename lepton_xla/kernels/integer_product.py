@@ -11,8 +11,9 @@ from lepton_xla import _compat
 from lepton_xla.kernels import installation
 from lepton_xla.quant import FORMATS, QTensor, absmax_scale, encode, magnitude
 
-# With fewer, XLA's sums of int8 products are wrong on some GPUs: see `SAFE_DEPTH` in passes/quantization/products.py.
-_SAFE_DEPTH = 32
+# On NVIDIA GPUs XLA may choose a Triton kernel that doubles int8 products with K of 16 or less; with 24 or more none
+# was wrong (H200, jaxlib 0.11.2; docs/benchmarks/gpu.md lists the checks).
+SAFE_DEPTH = 32
 
 
 def multiply(x: jax.Array, weight: QTensor, static_scale: jax.Array | None = None) -> jax.Array:
@@ -47,7 +48,7 @@ def _by_xla(x: jax.Array, codes: jax.Array, scale: jax.Array, static: jax.Array)
     """The same in XLA's own operations."""
     int8 = FORMATS["int8"]
     rows = absmax_scale(magnitude(x, (1,)), int8) if static.shape[0] == 0 else jnp.reshape(static, (1, 1))
-    missing = max(0, _SAFE_DEPTH - x.shape[1])
+    missing = max(0, SAFE_DEPTH - x.shape[1])
     left, right = (jnp.pad(each, ((0, 0), (0, missing))) for each in (encode(x, rows, int8), codes))
     total = jax.lax.dot_general(left, right, (((1,), (1,)), ((), ())), preferred_element_type=jnp.int32)
     return total.astype(jnp.float32) * (rows * scale)

@@ -216,7 +216,7 @@ def apply_plan(
         program = cast(program, recipe.cast, on_unsupported=recipe.on_unsupported)
     program = autotune(program, sizes=sizes if buckets else _traceable(program, sizes), timer=timer, progress=say)
     memory.give_back()
-    return program if keep_master else program.replace(derivation=None)
+    return program.replace(derivation=program.derived() if keep_master else None)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -240,7 +240,7 @@ class Candidates:
         return None
 
     def _fits(self, picked: Sequence[int]) -> bool:
-        return all(total({"": self._costs[kind]}, "", picked) <= limit for kind, limit in self._limits().items())
+        return all(total(self._costs, kind, picked) <= limit for kind, limit in self._limits().items())
 
     def _try(self, picked: tuple[int, ...], origin: str, methods: Methods | None = None) -> Generator[Proposal]:
         """Propose a candidate, unless it was measured already."""
@@ -272,7 +272,7 @@ class Candidates:
         return {**weights, "error": tie / max(largest, 1e-30)} if tie else weights
 
     def _sum(self, kind: str, picked: Sequence[int]) -> float:
-        return self._estimates.fixed[kind] + total({"": self._costs[kind]}, "", picked)
+        return self._estimates.fixed[kind] + total(self._costs, kind, picked)
 
     def _best(self) -> tuple[Proposal, Trial] | None:
         holding = [each for each in self._seen.items() if each[1].excess(self._constraints) == 0]

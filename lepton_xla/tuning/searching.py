@@ -288,16 +288,9 @@ class _Search:
             say("build")
             found = self._kept.once(
                 key,
-                lambda: _finite(
-                    self._shop.measure(
-                        recipe,
-                        self._constraints.max_drop,
-                        say,
-                        origin=origin,
-                        choices=described,
-                        estimates=expected,
-                    ).to_json()
-                ),
+                lambda: self._shop.measure(
+                    recipe, self._constraints.max_drop, say, origin=origin, choices=described, estimates=expected
+                ).to_json(),
             )
             # Estimates, and what is allowed, may be others than in the run that measured.
             self.trials[key] = dataclasses.replace(Trial.of_json(found), origin=origin, estimates=expected)
@@ -314,8 +307,3 @@ class _Search:
             "metric": f"{best.judged:+.2f} points lost",
         }
         return f"best {figures[self._objective]}"
-
-
-def _finite(found: dict[str, Any]) -> dict[str, Any]:
-    """Without infinities, which JSON lacks: a failed trial's."""
-    return {key: None if isinstance(value, float) and not np.isfinite(value) else value for key, value in found.items()}

@@ -98,13 +98,15 @@ class Trial:
         return found
 
     def to_json(self) -> dict[str, Any]:
-        """Plain dicts, lists and numbers."""
-        return {
-            **dataclasses.asdict(self),
-            "us": list(self.us),
-            "float_us": list(self.float_us),
-            "latency": self.latency,
-        }
+        """Plain dicts, lists and numbers; None for what is infinite, which JSON lacks."""
+        return _finite(
+            {
+                **dataclasses.asdict(self),
+                "us": list(self.us),
+                "float_us": list(self.float_us),
+                "latency": self.latency,
+            }
+        )
 
     @staticmethod
     def of_json(found: Mapping[str, Any]) -> Trial:
@@ -115,7 +117,16 @@ class Trial:
             given[key] = math.inf if given[key] is None else given[key]
         for key in ("us", "float_us"):
             given[key] = tuple(given[key])
-        return Trial(**given, reported=Drop(**drop) if drop else None)
+        reported = Drop(**drop) if drop else None
+        if reported is not None and drop["low"] is None:
+            reported = dataclasses.replace(reported, low=-math.inf, high=math.inf)
+        return Trial(**given, reported=reported)
+
+
+def _finite(found: Any) -> Any:
+    if isinstance(found, dict):
+        return {key: _finite(value) for key, value in found.items()}
+    return None if isinstance(found, float) and not math.isfinite(found) else found
 
 
 @dataclasses.dataclass(frozen=True)

@@ -147,7 +147,7 @@ def _measurement(key: _Key, timer: Timer) -> Measurement:
 
 
 def _of_weight_only(key: _Key, timer: Timer) -> Measurement:
-    """Measure a product with a float weight, with a stored one that is unpacked each time, and by a kernel."""
+    """Measure a product with a float weight, with a stored one that is unpacked each time, and by a kernel if any."""
     site, side = key.site, key.site.weight_operand
     assert side is not None
 
@@ -164,14 +164,16 @@ def _of_weight_only(key: _Key, timer: Timer) -> Measurement:
     by_kernel = functools.partial(products.weight_only_dot, site)
     activation, weight = site.operands[1 - side], site.operands[side]
     stored, _ = jax.eval_shape(prepare, weight)
-    wanted = [(in_float, weight), (unpacking, stored), (by_kernel, stored)]
+    wanted = [(in_float, weight), (unpacking, stored)]
+    if eligibility.has_kernel(site, key.rule, timer.target):
+        wanted.append((by_kernel, stored))
 
     def measure(executables: list[Any]) -> Times:
         *calls, preparing = executables
         given = random_array(1, activation)
         stored, restored = preparing(random_array(0, weight))
-        operands = [(given, restored), (given, stored), (given, stored)]
-        expected, got = calls[0](*operands[0]), calls[2](*operands[2])
+        operands = [(given, restored), *[(given, stored)] * (len(calls) - 1)]
+        expected, got = calls[0](*operands[0]), calls[-1](*operands[-1])
         timed = [functools.partial(call, *of) for call, of in zip(calls, operands, strict=True)]
         error = _share(got, expected)
         return Times(timer.medians_us(timed, OPERATION_BUDGET_S), error if math.isfinite(error) else None)

@@ -17,6 +17,7 @@ from jax import lax
 from lepton_xla import _compat
 from lepton_xla.errors import CalibrationError
 from lepton_xla.kernels import integer_product, weight_only
+from lepton_xla.kernels.integer_product import SAFE_DEPTH
 from lepton_xla.passes.alternatives import shifted
 from lepton_xla.passes.core.matrix import code_matrix, code_operand, operand_order, weight_order
 from lepton_xla.passes.core.names import Key
@@ -34,9 +35,6 @@ RANGE, SCALE = "act_absmax", "act_scale"
 # rescales.
 LIBRARY_PLATFORMS = ("gpu",)
 LIBRARY_ROWS = 1024
-# On NVIDIA GPUs XLA may choose a Triton kernel that doubles int8 products with K of 16 or less; with 24 or more none
-# was wrong (H200, jaxlib 0.11.2; docs/benchmarks/gpu.md lists the checks).
-SAFE_DEPTH = 32
 # With fewer than about 100 values in both matrices, XLA multiplies fp8 in float16 there, which overflows to NaN.
 SAFE_FP8_VALUES = 256
 

@@ -141,7 +141,7 @@ def scaled_weights(
     sites: Mapping[str, Site],
     group: FactorGroup,
     factor: jax.Array,
-    steps: list[Step] | None = None,
+    steps: list[Step],
 ) -> Any:
     """Multiply a group's weights by its factor, and divide its absorbers by it.
 
@@ -161,9 +161,8 @@ def scaled_weights(
         done.append((absorber.path, functools.partial(_divided, like=like, axis=absorber.axis)))
     for path, scale in done:
         changed[path] = scale(changed[path], factor)
-        if steps is not None:
-            alone = lambda stored, by, scale=scale: (scale(stored, by),)  # noqa: E731
-            steps.append(Step("rescale", (path,), (path,), alone, (jnp.asarray(factor),)))
+        alone = lambda stored, by, scale=scale: (scale(stored, by),)  # noqa: E731
+        steps.append(Step("rescale", (path,), (path,), alone, (jnp.asarray(factor),)))
     return changed
 
 

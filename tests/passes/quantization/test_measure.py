@@ -222,3 +222,23 @@ def test_a_repeated_product_is_computed_anew_each_time():
     assert len(seen) == 5
     body = repeated.lower(rows).compile().as_text()
     assert re.search(r"while/body/\S*dot_general", body)
+
+
+@pytest.mark.parametrize("weights", ["int8", "codebook4"])
+def test_weights_alone_are_timed_where_no_kernel_multiplies_them(weights):
+    """A convolution has none, nor has a codebook of so few levels."""
+
+    layout = ("NHWC", "HWIO", "NHWC")
+
+    def fn(w, x):
+        image = jax.lax.conv_general_dilated(x.reshape(-1, 4, 4, 1), w["conv"], (1, 1), "SAME", None, None, layout)
+        return image.reshape(-1, 64) @ w["dense"]
+
+    program = trace(fn, {"conv": jnp.ones((3, 3, 1, 4)), "dense": jnp.ones((64, 8))}, ROWS)
+    sites = {site.name: site for site in find_sites(program, sizes={"batch": 4})}
+    asked = {"conv", *(["dense"] if weights == "codebook4" else [])}
+    for name in asked:
+        timed = compare(sites[name], rule(f'weights = "{weights}"\nactivations = "none"'), {"batch": 4})
+        assert timed.kernel_us is None
+        assert timed.integer_us > 0
+        assert not timed.wrong
