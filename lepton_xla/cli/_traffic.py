@@ -21,7 +21,7 @@ def shown(repository: Repository | RepositoryClient, name: str) -> dict[str, Any
     """The traffic of a model; with figures of the versions from a server only."""
     from lepton_xla.serve.models.repository import Repository
 
-    return _of(name, repository.find(name).plan) if isinstance(repository, Repository) else repository.traffic(name)
+    return _of(name, _plan(repository, name)) if isinstance(repository, Repository) else repository.traffic(name)
 
 
 def changed(repository: Repository | RepositoryClient, name: str, traffic: dict[str, Any]) -> dict[str, Any]:
@@ -36,11 +36,18 @@ def changed(repository: Repository | RepositoryClient, name: str, traffic: dict[
     return _of(name, repository.replan(name, lambda plan, found: plans.with_traffic(plan, found, wanted, time.time())))
 
 
+def _plan(repository: Repository, name: str) -> Plan:
+    found = repository.find(name)
+    if found.problem:
+        raise RepositoryError("invalid", found.problem)
+    return found.plan
+
+
 def rollout_of(repository: Repository | RepositoryClient, name: str) -> dict[str, Any]:
     """The last rollout of a model."""
     from lepton_xla.serve.models.repository import Repository
 
-    return _rolled(repository.find(name).plan) if isinstance(repository, Repository) else repository.rollout(name)
+    return _rolled(_plan(repository, name)) if isinstance(repository, Repository) else repository.rollout(name)
 
 
 def started(repository: Repository | RepositoryClient, name: str, rollout: dict[str, Any]) -> dict[str, Any]:

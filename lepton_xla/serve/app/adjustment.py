@@ -60,10 +60,12 @@ class AdjustmentPages:
     async def _shown(self, model: str) -> Adjustment:
         assert self._repository is not None
         try:
-            plan = (await asyncio.to_thread(self._repository.find, model)).plan
+            found = await asyncio.to_thread(self._repository.find, model)
         except RepositoryError as error:
             raise RepositoryError(error.kind, without_path(str(error), self._root)) from error
-        return _of(plan, model)
+        if found.problem:
+            raise RepositoryError("invalid", without_path(found.problem, self._root))
+        return _of(found.plan, model)
 
     async def _changed(self, model: str, who: str, action: str, work: Callable[[], Adjustment]) -> Adjustment:
         try:

@@ -196,7 +196,7 @@ class HTTPFrontEnd:
         """Rows of a version that feedback calls right and wrong, in all processes."""
         if self._counted is None:
             return 0, 0
-        counts = self._counted.of(name, version).counts().get("feedback", {})
+        counts = self._counted.of(name, version).feedback_counts()
         return counts.get("right", 0), counts.get("wrong", 0)
 
     async def _direct(self, director: Director, metrics: ServerMetrics) -> None:

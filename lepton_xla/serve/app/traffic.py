@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from time import time
 
 from lepton_xla.errors import RepositoryError
@@ -152,7 +152,7 @@ class TrafficPages:
         shares = " ".join(f"{arm}={share:g}" for arm, share in traffic.shares.items())
         shadow = "" if traffic.shadow is None else f"{traffic.shadow.to}={traffic.shadow.fraction:g}"
         details = {"shares": shares, "sticky": traffic.sticky, "shadow": shadow}
-        await self._change(model, who, "traffic", change, **{name: each for name, each in details.items() if each})
+        await self._change(model, who, "traffic", change, {name: each for name, each in details.items() if each})
         return await self._traffic(model)
 
     # Rollouts.
@@ -164,7 +164,7 @@ class TrafficPages:
         return rollout
 
     async def _change_rollout(self, model: str, who: str, action: str, change: Change) -> Rollout:
-        rollout = (await self._change(model, who, f"{action} rollout", change)).rollout
+        rollout = (await self._change(model, who, f"{action} rollout", change, of_rollout=True)).rollout
         assert rollout is not None
         return rollout
 
@@ -180,7 +180,16 @@ class TrafficPages:
             raise RepositoryError("invalid", without_path(found.problem, self._repository.root))
         return found
 
-    async def _change(self, model: str, who: str, action: str, change: Change, **details: str) -> Plan:
+    async def _change(
+        self,
+        model: str,
+        who: str,
+        action: str,
+        change: Change,
+        details: Mapping[str, str] | None = None,
+        *,
+        of_rollout: bool = False,
+    ) -> Plan:
         """Writes another plan, and has it carried out."""
         assert self._repository is not None
         try:
@@ -189,9 +198,9 @@ class TrafficPages:
             told = self._told(error)
             self._record(who, action, model[:128], "refused", reason=str(told))
             raise told from error
-        if plan.rollout is not None and action.endswith("rollout"):
-            details["version"], details["stable"] = plan.rollout.version, plan.rollout.stable
-        self._record(who, action, model, "done", **details)
+        if plan.rollout is not None and of_rollout:
+            details = {"version": plan.rollout.version, "stable": plan.rollout.stable}
+        self._record(who, action, model, "done", **(details or {}))
         await self._control.reroute(model, who)
         return plan
 

@@ -57,11 +57,13 @@ class Split:
         versions: Mapping[str, str],
         draw: random.Random | None = None,
     ) -> None:
-        self._model = model
         self._draw = (random.Random() if draw is None else draw).random  # noqa: S311  # shares are no secrets
         self.sticky = traffic.sticky
         arms = {arm: share for arm, share in traffic.shares.items() if share} or {default: 1.0}
-        self._arms = [(arm, share, versions.get(arm, default)) for arm, share in arms.items()]
+        self._arms = [
+            (hashlib.sha256(f"{model}/{arm}".encode()).digest(), share, versions.get(arm, default))
+            for arm, share in arms.items()
+        ]
         self.shares: dict[str, float] = {}
         for _, share, version in self._arms:
             self.shares[version] = self.shares.get(version, 0.0) + share
@@ -81,19 +83,25 @@ class Split:
             return self._choices[0]
         if key is None:
             return self._choices[bisect_right(self._bounds, self._draw())]
-        version = max(self._arms, key=lambda arm: self._score(key, arm[0], arm[1]))[2]
+        version = max(self._arms, key=lambda arm: _score(key, arm[0], arm[1]))[2]
         return Choice(version, self.shares[version])
 
     def mirrors(self, version: str) -> bool:
         """Whether the shadow is asked too; it never is where it has answered."""
         return self.shadow is not None and self.shadow != version and self._draw() < self.fraction
 
-    def _score(self, key: bytes, arm: str, share: float) -> float:
-        """Weighted rendezvous hashing: if a share grows, keys only move to it; if it shrinks, they only leave it.
 
-        Source:
-            Schindelhauer and Schomaker, "Weighted distributed hash tables", 2005.
-        """
-        digest = hashlib.blake2b(key, digest_size=6, key=hashlib.sha256(f"{self._model}/{arm}".encode()).digest())
-        uniform = (int.from_bytes(digest.digest()) + 0.5) / 2**48
-        return -share / math.log(uniform)
+def _score(key: bytes, arm: bytes, share: float) -> float:
+    """Weighted rendezvous hashing: if a share grows, keys only move to it; if it shrinks, they only leave it.
+
+    Args:
+        key: what clients of one version have in common.
+        arm: a digest of the model's name and the arm's.
+        share: of the arm.
+
+    Source:
+        Schindelhauer and Schomaker, "Weighted distributed hash tables", 2005.
+    """
+    digest = hashlib.blake2b(key, digest_size=6, key=arm)
+    uniform = (int.from_bytes(digest.digest()) + 0.5) / 2**48
+    return -share / math.log(uniform)

@@ -167,7 +167,9 @@ class Worker:
                 if labels is not None:
                     self._control.send(self._judged(number, model, labels, count=count))
             case control.Judged(number):
-                self._verdicts.pop(number).set_result(message)
+                verdict = self._verdicts.pop(number)
+                if not verdict.done():  # whoever asked may be gone
+                    verdict.set_result(message)
             case control.Known(names, last):
                 if self._bring is not None:
                     self._bring.told(names, last)

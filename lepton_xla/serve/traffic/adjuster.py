@@ -22,6 +22,7 @@ from lepton_xla.errors import ArtifactError, ExecutionError, InputError, Reposit
 from lepton_xla.serve.models import movements
 from lepton_xla.serve.models.found import Found
 from lepton_xla.serve.models.manager import Entry
+from lepton_xla.serve.models.plans import PLAN
 from lepton_xla.serve.models.repository import Repository
 from lepton_xla.serve.protocol.adjustment import Adjustment
 from lepton_xla.serve.protocol.traffic import Plan
@@ -85,6 +86,7 @@ class Adjuster:
         self._clock = clock
         self._not_before: dict[str, float] = {}
         self._steps: dict[str, tuple[str, int]] = {}
+        self._cleared: dict[str, float] = {}  # when the adjustment began that ended, whose files are gone
 
     def step_of(self, name: str, version: str) -> int:
         """How many steps of an adjustment a version is; 0 for one that no adjustment has put."""
@@ -93,7 +95,7 @@ class Adjuster:
 
     async def look(self, names: Sequence[str]) -> None:
         """Does what is to be done now for models of these names."""
-        for name in names:
+        for name in await asyncio.to_thread(self._planned, names):
             if self._clock() < self._not_before.get(name, 0.0):
                 continue
             try:
@@ -103,11 +105,16 @@ class Adjuster:
                     self._steps[name] = adjustment.version, adjustment.step if adjustment.state != "went back" else 0
                 if found.problem is None and adjustment is not None and adjustment.running:
                     await self._look(name, found, adjustment)
-                elif adjustment is not None:
+                elif adjustment is not None and self._cleared.get(name) != adjustment.started_s:
                     await asyncio.to_thread(self._clear, name)
+                    self._cleared[name] = adjustment.started_s
             except (RepositoryError, OSError) as error:
                 self._not_before[name] = self._clock() + _RETRY_S
                 _log.error("the adjustment of model %s cannot be carried out now: %s", name, error)
+
+    def _planned(self, names: Sequence[str]) -> list[str]:
+        """Those that may have an adjustment; most models never have one, and are not read for it."""
+        return [name for name in names if (self._repository.root / name / PLAN).exists()]
 
     async def _look(self, name: str, found: Found, now: Adjustment) -> None:
         if now.pending:  # a server was killed while it put a step
