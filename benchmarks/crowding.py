@@ -52,7 +52,7 @@ INTRODUCTION = (
 
 
 def serve(root: pathlib.Path, payload: Payload, *flags: str) -> Server:
-    """A server of a repository, on all cores but the last."""
+    """A server of a repository or an artifact, on all cores but the last."""
     port = free_port()
     command = [sys.executable, "-m", "lepton_xla", "serve", str(root), "--port", str(port), *flags]
     with on_cores(slice(None, -1)):

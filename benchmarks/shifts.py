@@ -223,11 +223,8 @@ def _shift(name: str, base: pathlib.Path, options: argparse.Namespace) -> dict[s
         users.stop()
         stable = Repository(folder / "models").find(NAME).settings.labels.get("stable", "1")
         with Client(url) as client:
-            at = f"{NAME}"
-            ends = [
-                _accuracy(lambda image: client.infer(at, image=image), images)
-                for images in (shift(unseen, RAMP_S), unseen)
-            ]
+            ask = functools.partial(client.infer, NAME)
+            ends = [_accuracy(ask, images) for images in (shift(unseen, RAMP_S), unseen)]
         rounds = Rounds(folder / "learning", NAME).history()
         if not rounds:
             print((folder / "learner.log").read_text(errors="replace")[-2000:])

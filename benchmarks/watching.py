@@ -6,7 +6,6 @@ import argparse
 import json
 import pathlib
 import statistics
-import sys
 import tempfile
 import time
 import urllib.request
@@ -18,10 +17,10 @@ import journal
 import models
 import numpy as np
 import uvloop
-from crowding import figure, rate
+from crowding import figure, rate, serve
 from loops import on_cores
 from payloads import Payload
-from server_process import Server, free_port
+from server_process import Server
 
 import lepton_xla as lx
 from lepton_xla.serve.monitor.monitor import Monitor
@@ -54,20 +53,6 @@ _COSTS = (
     "bodies of 1,000, whose time is added. Rates, and the server's processor time of a request, are compared within "
     "each round; the table has the medians of the ratios. The server has one core fewer than the machine."
 )
-
-
-def serve(path: pathlib.Path, payload: Payload, *flags: str) -> Server:
-    """A server of one artifact, on all cores but the last."""
-    port = free_port()
-    command = [sys.executable, "-m", "lepton_xla", "serve", str(path), "--port", str(port), *flags]
-    with on_cores(slice(None, -1)):
-        server = Server(" ".join(flags), command, port, f"/v2/models/{payload.model}/infer", payload.oip())
-    try:
-        server.wait()
-    except BaseException:
-        server.stop()
-        raise
-    return server
 
 
 def requests_of(payload: Payload, ids: Sequence[str | None]) -> list[bytes]:

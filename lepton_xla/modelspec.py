@@ -20,6 +20,24 @@ type Predict = Callable[..., dict[str, np.ndarray]]
 """`predict(**inputs) -> outputs`, both by name, any batch size."""
 
 
+def figures_of(found: Any, error: type[LeptonError]) -> dict[str, float]:
+    """The metrics that an `evaluate` returned, as floats by name.
+
+    Raises:
+        LeptonError: of this type, if they are no numbers by name.
+
+    >>> from lepton_xla.modelspec import figures_of
+    >>> figures_of({"accuracy": 1}, lx.errors.LeptonError)
+    {'accuracy': 1.0}
+    """
+    try:
+        return {str(name): float(value) for name, value in found.items()}
+    except (AttributeError, TypeError, ValueError):
+        raise error(
+            f"evaluate returned {found!r:.200}; expected numbers by name, such as {{'accuracy': 0.98}}"
+        ) from None
+
+
 @dataclasses.dataclass(frozen=True)
 class ModelSpec:
     """A model for the `leptonx` commands. Give either `fn`, `module` or `generator`.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -225,12 +226,11 @@ def _seconds(text: str) -> float:
     >>> _seconds("10s"), _seconds("2m"), _seconds("0.5")
     (10.0, 120.0, 0.5)
     """
-    units = {"ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
-    number = text.rstrip("msh")
-    try:
-        return float(number) * units[text[len(number) :] or "s"]
-    except (KeyError, ValueError):
-        raise click.UsageError(f"--every {text!r}: expected a duration such as 10s or 2m") from None
+    units = {"ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0, "": 1.0}
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)(ms|[smh]?)", text)
+    if found is None:
+        raise click.UsageError(f"--every {text!r}: expected a duration such as 10s or 2m")
+    return float(found[1]) * units[found[2]]
 
 
 def _optimized(target: str, base: Servable, step: Callable[[str], None]) -> Program:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 
 from lepton_xla.errors import LearningError
-from lepton_xla.modelspec import Predict
+from lepton_xla.modelspec import Predict, figures_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +71,7 @@ def judge(
     right = [np.asarray(predict(**inputs)[output]).argmax(-1) == labels for predict in (before, after)]
     gained, lost = int((right[1] & ~right[0]).sum()), int((right[0] & ~right[1]).sum())
     chance = sign_test(gained, lost)
-    old_before, old = _figures(evaluate(before)), _figures(evaluate(after))
+    old_before, old = (figures_of(evaluate(each), LearningError) for each in (before, after))
     accuracies = [float(each.mean()) if len(each) else math.nan for each in right]
     fallen = _fallen(old_before, old, max_drop)
     if fallen:
@@ -99,15 +99,6 @@ def sign_test(gained: int, lost: int) -> float:
 
 def _log_choose(count: int, k: int) -> float:
     return math.lgamma(count + 1) - math.lgamma(k + 1) - math.lgamma(count - k + 1)
-
-
-def _figures(found: Mapping[str, float]) -> dict[str, float]:
-    try:
-        return {str(name): float(value) for name, value in found.items()}
-    except (AttributeError, TypeError, ValueError):
-        raise LearningError(
-            f"evaluate returned {found!r:.200}; expected numbers by name, such as {{'accuracy': 0.98}}"
-        ) from None
 
 
 def _fallen(before: Mapping[str, float], after: Mapping[str, float], max_drop: float) -> str:

@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lepton_xla.errors import TrainingError
-from lepton_xla.modelspec import Predict
+from lepton_xla.modelspec import Predict, figures_of
 from lepton_xla.program import Program
 
 
@@ -74,13 +74,7 @@ class Evaluation:
         >>> lx.train.Evaluation(lambda predict: {"accuracy": 1}, every=1).run(lambda **inputs: {})
         {'accuracy': 1.0}
         """
-        found = self.evaluate(predict)
-        try:
-            metrics = {str(name): float(value) for name, value in found.items()}
-        except (AttributeError, TypeError, ValueError):
-            raise TrainingError(
-                f"evaluate returned {found!r:.200}; expected numbers by name, such as {{'accuracy': 0.98}}"
-            ) from None
+        metrics = figures_of(self.evaluate(predict), TrainingError)
         if self.metric is not None and self.metric not in metrics:
             raise TrainingError(f"evaluate returned {sorted(metrics)}, without the metric {self.metric!r}")
         return metrics
