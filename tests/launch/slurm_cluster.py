@@ -75,7 +75,7 @@ class SlurmCluster:
             self._start("slurmctld-wlm", "-D")
             for node in ("n1", "n2"):
                 self._start("slurmd-wlm", "-D", "-N", node, "-d", self._root / "usr/sbin/slurmstepd-wlm")
-            self.wait_until(lambda: self.run("sinfo", "-h", "-t", "idle", "-o", "%D").strip() == "2", 60)
+            self.wait_until(self.is_idle, 60)
         except BaseException:
             self.__exit__()
             raise
@@ -100,6 +100,10 @@ class SlurmCluster:
         )
         assert done.returncode == 0, f"{command[0]}: {done.stderr}{self._logs()}"
         return done.stdout
+
+    def is_idle(self):
+        """Whether both nodes are done with all that they ran."""
+        return self.run("sinfo", "-h", "-t", "idle", "-o", "%D").strip() == "2"
 
     def job(self, number):
         """The fields of `scontrol show job`."""

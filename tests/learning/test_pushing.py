@@ -36,6 +36,8 @@ PLAN = LearningPlan(
 @pytest.fixture
 def server(bases, tmp_path):
     Repository(tmp_path / "models").push(bases["int8"], "blobs")
+    # A version that is unloaded right after a promotion would not know the answers that it has just given.
+    (tmp_path / "models" / "blobs" / "model.toml").write_text('versions = "all"\n')
     options = Options(port=0, samples=tmp_path / "samples", repository_poll_s=0.05)
     with Server(options=options, repository=tmp_path / "models") as running:
         yield running
