@@ -171,7 +171,7 @@ class App:
             models, metrics, server_name, gather,
             repository=control is not None, audit=audit_log is not None, needs_models=needs_models,
         )  # fmt: skip
-        self._pages.model["model_feedback"] = FeedbackPage(models, metrics, self.refuse, others).take
+        self._pages.model["model_feedback"] = FeedbackPage(metrics, self.refuse, others).take
         self._pages.server["audit"] = AuditPage(audit_log, metrics, self.refuse).show
         generating = GenerationPages(models, metrics, limits, self.refuse)
         self._pages.model |= {"generate": generating.generate, "generate_stream": generating.stream}

@@ -9,8 +9,7 @@ from lepton_xla.serve.app.later import Later
 from lepton_xla.serve.errors import HTTPError
 from lepton_xla.serve.http.exchange import Exchange
 from lepton_xla.serve.models.handle import ModelHandle
-from lepton_xla.serve.models.registry import Registry
-from lepton_xla.serve.monitor.feedback import Feedback, divide
+from lepton_xla.serve.monitor.feedback import divide
 from lepton_xla.serve.observe.server_metrics import ServerMetrics
 from lepton_xla.serve.protocol import monitoring
 
@@ -27,20 +26,18 @@ class FeedbackPage:
     """Answers feedback.
 
     Args:
-        models: the models of this process.
-        metrics: the server's counters.
+        metrics: the server's counters, which know what judges.
         refuse: answers with an error.
         others: the other processes; None if this is all of the server.
     """
 
     def __init__(
         self,
-        models: Registry,
         metrics: ServerMetrics,
         refuse: Callable[[Exchange, HTTPError], object],
         others: Others | None,
     ) -> None:
-        self._models = models
+        self._metrics = metrics
         self._others = others
         self._later = Later(metrics, refuse)
 
@@ -50,7 +47,7 @@ class FeedbackPage:
 
     async def _judge(self, model: ModelHandle, labels: Mapping[str, Sequence[int]]) -> monitoring.FeedbackTaken:
         name = model.signature.name
-        judges = judges_of(self._models, name)
+        judges = self._metrics.judges(name)
         if not judges:
             raise HTTPError(
                 501, "this model takes no feedback: it has no output with classes, or the server keeps none"
@@ -64,9 +61,3 @@ class FeedbackPage:
         elif rest:
             judges[0].check(rest)
         return monitoring.FeedbackTaken(rows + sum(judge.judge(part) for judge, part in parts))
-
-
-def judges_of(models: Registry, name: str) -> list[Feedback]:
-    """What judges the answers of a model, one for each of its versions in this process."""
-    monitors = (each.metrics.monitor for each in models if each.signature.name == name)
-    return [each.feedback for each in monitors if each is not None and each.feedback is not None]

@@ -91,8 +91,18 @@ class Feedback:
         self.labels = before.labels
         return self
 
+    @property
+    def count(self) -> int:
+        """Number of answers that are kept, or were judged."""
+        return len(self._answers)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the answers that are kept."""
+        return self._bytes
+
     def forget(self) -> None:
-        """Drops all answers; what was counted stays. Nobody asks a version that is not loaded to judge."""
+        """Drops all answers; what was counted stays."""
         self._answers.clear()
         self._propensities.clear()
         self._bytes = 0

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from time import monotonic
 from typing import Any
 
 from prometheus_client import ProcessCollector
 
+from lepton_xla.serve.monitor.feedback import Feedback
 from lepton_xla.serve.monitor.monitoring import Monitoring
 from lepton_xla.serve.observe.metrics import Metrics, added
 
@@ -16,6 +18,11 @@ PROCESS = ProcessCollector(registry=None)
 
 MOST_KEPT = 16
 """Versions of one model that are not loaded any more and whose counters are kept."""
+
+# Answers of versions that are loaded no more are kept for late feedback: so long, and of all of them together so many,
+# of so many bytes.
+LATE_S = 600.0
+_LATE_ANSWERS, _LATE_BYTES = 100_000, 64 << 20
 
 # A server in several processes shows the sum of these.
 _PROCESS_SUMS = frozenset(
@@ -27,6 +34,9 @@ _SERVER = ""
 class ServerMetrics:
     """The counters of a server.
 
+    Args:
+        clock: seconds, monotonic.
+
     Attributes:
         codes: HTTP answers by status, without the results of inferences, which each `Metrics` counts.
         now: figures that go up and down, as last looked at.
@@ -36,7 +46,8 @@ class ServerMetrics:
         monitoring: drift and alerts, of all processes together.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float] = monotonic) -> None:
+        self._clock = clock
         self.codes: Counter[int] = Counter()
         self.ready = False
         self.live = True
@@ -45,6 +56,8 @@ class ServerMetrics:
         self.monitoring = Monitoring()
         self._models: dict[tuple[str, str], Metrics] = {}
         self._loaded: Counter[tuple[str, str]] = Counter()
+        # When versions whose answers are kept were closed, the latest last.
+        self._late: dict[tuple[str, str], float] = {}
 
     def __iter__(self) -> Iterator[Metrics]:
         """The counters of every version, by name and in the order in which versions were first loaded."""
@@ -60,20 +73,47 @@ class ServerMetrics:
     def opened(self, model: str, version: str) -> Metrics:
         """The counters of a version that is loaded now. Those that it had before go on."""
         self._loaded[model, version] += 1
+        self._late.pop((model, version), None)
         return self.of(model, version)
 
     def closed(self, model: str, version: str) -> None:
-        """Told of a version that is loaded no more. The counters of the latest `MOST_KEPT` of a model are kept."""
+        """Told of a version that is loaded no more. The counters of the latest `MOST_KEPT` of a model are kept, and for
+        a while answers.
+        """
         self._loaded[model, version] -= 1
         if not self._loaded[model, version]:
             del self._loaded[model, version]
-            monitor = self.of(model, version).monitor
-            if monitor is not None and monitor.feedback is not None:
-                monitor.feedback.forget()
+            self._late[model, version] = self._clock()
         gone = [key for key in self._models if key[0] == model and key not in self._loaded]
         gone.sort(key=lambda key: self._models[key].last_s)
         for key in gone[:-MOST_KEPT]:
             self.codes[200] += self._models.pop(key).requests
+            self._late.pop(key, None)
+        self._forget()
+
+    def judges(self, model: str) -> list[Feedback]:
+        """What judges the answers of a model: of each version that is loaded, and then of those that lately were."""
+        self._forget()
+        late = [key for key in reversed(self._late) if key[0] == model]
+        return [
+            monitor.feedback
+            for key in (*(key for key in self._models if key[0] == model and key in self._loaded), *late)
+            if (monitor := self.of(*key).monitor) is not None and monitor.feedback is not None
+        ]
+
+    def _forget(self) -> None:
+        """Drops the answers of versions that were closed too long ago, or beyond the bounds, the oldest first."""
+        now_s, answers, size = self._clock(), 0, 0
+        for key, closed_s in reversed(tuple(self._late.items())):
+            monitor = self.of(*key).monitor
+            if monitor is None or monitor.feedback is None:
+                del self._late[key]
+                continue
+            answers += monitor.feedback.count
+            size += monitor.feedback.nbytes
+            if now_s - closed_s > LATE_S or answers > _LATE_ANSWERS or size > _LATE_BYTES:
+                monitor.feedback.forget()
+                del self._late[key]
 
     def all_codes(self) -> Counter[int]:
         """HTTP answers by status, the results of inferences included."""
@@ -95,6 +135,7 @@ class ServerMetrics:
 
     def bring_up_to_date(self) -> None:
         """Counts values not counted yet, and reads the gauges."""
+        self._forget()
         for each in self._models.values():
             each.count_noted()
         if self.look is not None:

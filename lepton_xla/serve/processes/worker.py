@@ -18,7 +18,6 @@ from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from typing import Any
 
 from lepton_xla.errors import RepositoryError, ServeError
-from lepton_xla.serve.app.feedback import judges_of
 from lepton_xla.serve.app.frontend import HTTPFrontEnd
 from lepton_xla.serve.batching.engine import Engine
 from lepton_xla.serve.batching.scheduler import Call
@@ -254,7 +253,7 @@ class Worker:
 
     def _judged(self, number: int, model: str, labels: dict[str, list[int]], *, count: bool) -> control.Judged:
         """What this worker has to say to feedback that another one got."""
-        parts, rest = divide(judges_of(self._models, model), labels)
+        parts, rest = divide(self._metrics.judges(model), labels)
         known = [index for index, request_id in enumerate(labels) if request_id not in rest]
         try:
             for judge, part in parts:

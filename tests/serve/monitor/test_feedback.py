@@ -7,7 +7,7 @@ import pytest
 
 from lepton_xla.serve.errors import HTTPError
 from lepton_xla.serve.monitor.feedback import Feedback
-from lepton_xla.serve.observe.server_metrics import ServerMetrics
+from lepton_xla.serve.observe.server_metrics import LATE_S, MOST_KEPT, ServerMetrics
 
 
 def answer(*classes, of=4):
@@ -95,15 +95,61 @@ def test_the_bytes_of_answers_are_bounded():
     assert feedback._bytes == 0
 
 
-def test_a_version_that_is_loaded_no_more_keeps_counts_and_no_answers(feedback):
-    metrics = ServerMetrics()
+@pytest.fixture
+def closing():
+    """Counters of a server, and a function that opens versions with some answers and closes them."""
+    clock = SimpleNamespace(now=0.0)
+    metrics = ServerMetrics(lambda: clock.now)
+
+    def closed(version, answers, rows=1, model="m"):
+        monitor = metrics.opened(model, version).monitor = SimpleNamespace(
+            feedback=Feedback(np.dtype("float32"), classes=4)
+        )
+        for number in range(answers):
+            monitor.feedback.remember(f"{version}:{number}", answer(*[0] * rows))
+        metrics.closed(model, version)
+        return monitor.feedback
+
+    return metrics, clock, closed
+
+
+def test_a_version_that_is_loaded_no_more_takes_late_feedback_for_a_while(feedback, closing):
+    metrics, clock, _ = closing
     counted = metrics.opened("m", "1")
     counted.monitor = SimpleNamespace(feedback=feedback)
     metrics.opened("m", "1")  # a new one takes over before the old one is gone
     for name in "ab":
         feedback.remember(name, answer(0))
+    metrics.closed("m", "1")
+    clock.now = 2 * LATE_S
+    assert (metrics.judges("m"), feedback.known("ab")) == ([feedback], ["a", "b"])
+    metrics.closed("m", "1")
+    clock.now += LATE_S
+    assert (metrics.judges("m"), metrics.judges("other")) == ([feedback], [])
     feedback.judge({"a": [0]})
+    clock.now += 1.0
+    metrics.bring_up_to_date()  # as every second; no feedback need come
+    assert (metrics.judges("m"), feedback.known("ab"), feedback._bytes, feedback.right) == ([], [], 0, 1)
+
+
+def test_one_that_comes_back_is_closed_anew(closing):
+    metrics, clock, closed = closing
+    one = closed("1", 3)
+    metrics.opened("m", "1")
+    two = closed("2", 3)
+    clock.now = 2 * LATE_S
+    assert metrics.judges("m") == [one]
     metrics.closed("m", "1")
-    assert feedback.known("b") == ["b"]
-    metrics.closed("m", "1")
-    assert (feedback.known("ab"), feedback._bytes, feedback.right) == ([], 0, 1)
+    clock.now += LATE_S
+    assert (metrics.judges("m"), one.count, two.count) == ([one], 3, 0)
+
+
+def test_answers_of_closed_versions_are_bounded_together(closing):
+    metrics, _, closed = closing
+    many = [closed(str(number), 30_000) for number in range(5)]
+    assert metrics.judges("m") == many[:1:-1]  # three have 90,000
+    large = [closed(str(number), 100, 1 << 14, model="large") for number in range(4)]  # 26 MB each
+    assert [each.count for each in many] == [0] * 5
+    assert metrics.judges("large") == large[:1:-1]
+    few = [closed(str(number), 1, model="few") for number in range(100)]
+    assert metrics.judges("few") == few[: -MOST_KEPT - 1 : -1]
