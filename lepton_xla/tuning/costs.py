@@ -23,37 +23,53 @@ type PerGroup = list[np.ndarray]
 """For each group float64 [choices]."""
 
 
-def bytes_of_choices(
-    program: Program, groups: Sequence[Group], plans: Mapping[str, Plan], progress: Callable[[str, int, int], None]
-) -> tuple[PerGroup, PerGroup]:
-    """Store every weight in every format; count the bytes on disk and in memory.
+def stored_weights(
+    program: Program,
+    groups: Sequence[Group],
+    plans: Mapping[str, Plan],
+    progress: Callable[[str, int, int], None] | None = None,
+) -> dict[str, dict[str, Any]]:
+    """Store every weight in every format.
+
+    Returns:
+        Name of a choice -> weight path -> what it becomes.
 
     >>> from lepton_xla.tuning.choices import CHOICES, find_groups
     >>> x = lx.TensorSpec(("batch", 64), "float32")
     >>> program = lx.trace(lambda w, x: x @ w["w"], {"w": jnp.eye(64)}, {"x": x})
     >>> groups, plans = find_groups(program, CHOICES[:3])
-    >>> _, (memory,) = bytes_of_choices(program, groups, plans, lambda *_: None)
-    >>> memory[:2].tolist()  # float; int8 with a scale for each column
-    [16384.0, 4352.0]
+    >>> stored_weights(program, groups, plans)["int8"]["w"].format
+    'int8'
     """
-    on_disk = [np.zeros(len(group.choices)) for group in groups]
-    in_memory = [np.zeros(len(group.choices)) for group in groups]
+    paths = [path for group in groups for path in group.paths]
     names = list(dict.fromkeys(choice.name for group in groups for choice in group.choices))
+    found: dict[str, dict[str, Any]] = {}
     for number, name in enumerate(names):
-        progress(f"store weights as {name}", number, len(names))
+        if progress is not None:
+            progress(f"store weights as {name}", number, len(names))
         plan, small = plans[name], program
         if plan.pruned:
             small = prune(small, plan)
         if plan.quantized:
             small = quantize(small, plan)
-        for at, group in enumerate(groups):
-            index = next((index for index, choice in enumerate(group.choices) if choice.name == name), None)
-            if index is None:
-                continue
-            own = {path: small.weights[path] for path in group.paths}
-            on_disk[at][index] = stored_bytes(name_leaves(own))
-            in_memory[at][index] = tree_bytes(own)
-    return on_disk, in_memory
+        found[name] = {path: small.weights[path] for path in paths}
+    return found
+
+
+def bytes_of_choices(groups: Sequence[Group], stored: Mapping[str, Mapping[str, Any]]) -> tuple[PerGroup, PerGroup]:
+    """Count the bytes of every choice on disk and in memory.
+
+    >>> from lepton_xla.tuning.choices import CHOICES, find_groups
+    >>> x = lx.TensorSpec(("batch", 64), "float32")
+    >>> program = lx.trace(lambda w, x: x @ w["w"], {"w": jnp.eye(64)}, {"x": x})
+    >>> groups, plans = find_groups(program, CHOICES[:3])
+    >>> _, (memory,) = bytes_of_choices(groups, stored_weights(program, groups, plans))
+    >>> memory[:2].tolist()  # float; int8 with a scale for each column
+    [16384.0, 4352.0]
+    """
+    own = [[{path: stored[choice.name][path] for path in group.paths} for choice in group.choices] for group in groups]
+    on_disk = [np.array([stored_bytes(name_leaves(each)) for each in group], np.float64) for group in own]
+    return on_disk, [np.array([tree_bytes(each) for each in group], np.float64) for group in own]
 
 
 def times_of_choices(

@@ -42,6 +42,9 @@ class Journal:
         except (OSError, UnicodeDecodeError) as error:
             raise TuningError(f"{self._path}: the journal cannot be read: {error}") from error
         lines = [line for line in text.splitlines() if line.strip()]
+        if len(lines) == 1 and not text.endswith("\n") and _is_torn(lines[0]):  # killed while it began the journal
+            self._truncate()
+            lines = []
         if not lines:
             self._append({"identity": head})
             return
@@ -73,6 +76,13 @@ class Journal:
             self._found[name] = found
         return self._found[name]
 
+    def _truncate(self) -> None:
+        assert self._path is not None
+        try:
+            os.truncate(self._path, 0)
+        except OSError as error:
+            raise TuningError(f"{self._path}: the journal cannot be written: {error.strerror}") from error
+
     def _append(self, entry: Any) -> None:
         if self._path is None:
             return
@@ -84,6 +94,12 @@ class Journal:
                 os.fsync(file.fileno())
         except OSError as error:
             raise TuningError(f"{self._path}: the journal cannot be written: {error.strerror}") from error
+
+
+def _is_torn(line: str) -> bool:
+    """Whether a line is the beginning of a journal's first one."""
+    head = json.dumps({"identity": {}})[: len(line)].rstrip("}")
+    return line.startswith(head) and _parsed(line) is None
 
 
 def _parsed(line: str) -> Any:

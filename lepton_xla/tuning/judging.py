@@ -8,6 +8,7 @@ For a metric that is a mean over rows this is exact, and blocks of rows give the
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -136,6 +137,16 @@ class Judge:
         """Whether the metric looks like a share of rows, such as an accuracy."""
         value = self.metrics[self.metric] * self.rows
         return abs(value - round(value)) < 1e-4
+
+    @property
+    def rows_digest(self) -> str:
+        """Digest of the rows that `evaluate` asks for."""
+        found = hashlib.sha256()
+        for inputs in self._inputs:
+            for name, value in inputs.items():
+                array = np.asarray(value)
+                found.update(f"{name} {array.dtype} {array.shape}".encode() + array.tobytes())
+        return found.hexdigest()
 
     def check_resolution(self, max_drop: float) -> None:
         """Check that a drop can be told from none.

@@ -1,9 +1,10 @@
 """Scores: how much each choice for each group changes the outputs, all from one pass over the data.
 
-At every site the program computes its product, and by how much each choice would change it. The changes enter the
-program times a factor that is zero, so the gradient of the outputs with respect to the factors says how each change
-alone would move them, to first order. Gradients of outputs times random signs give the squared norm of that movement
-without bias (Hutchinson 1989): nothing is needed but inputs, no labels and no loss.
+Gradients of the outputs times random signs say, to first order, what any small change of a weight does to them; their
+products with the changes, squared, are the squared norm of the outputs' movement without bias (Hutchinson 1989). The
+changes are those of the weights as they are stored. A choice that rounds activations too changes a product instead: it
+enters the program times a factor that is zero, and the gradient with respect to the factor says the same. Nothing is
+needed but inputs, no labels and no loss.
 """
 
 from __future__ import annotations
@@ -18,18 +19,21 @@ import numpy as np
 
 from lepton_xla.errors import ModelError, TuningError, first_line
 from lepton_xla.passes.core.calibration import check_batch
+from lepton_xla.passes.core.layouts import lay_out
 from lepton_xla.passes.core.names import Key
-from lepton_xla.passes.core.plans import Plan
+from lepton_xla.passes.core.plans import Plan, SitePlan
 from lepton_xla.passes.core.sites import Site, operand_value, rewrite_sites, step_lengths, stored_like
 from lepton_xla.passes.core.walker import Context, Values
+from lepton_xla.passes.quantization import products
 from lepton_xla.program import Program
+from lepton_xla.quant import QTensor
 from lepton_xla.trees import name_leaves
 from lepton_xla.tuning.choices import Choice, Group
 from lepton_xla.tuning.sensitivities import rounded_alone
 
 # Random signs that the outputs of each batch are multiplied by.
 PROBES = 16
-_FACTORS = "factors"
+_FACTORS, _CHANGE = "factors", "change"
 
 
 def output_errors(
@@ -37,6 +41,7 @@ def output_errors(
     groups: Sequence[Group],
     plans: Mapping[str, Plan],
     batches: Sequence[Mapping[str, Any]],
+    stored: Mapping[str, Mapping[str, Any]],
     *,
     seed: int = 0,
     progress: Callable[[str, int, int], None] | None = None,
@@ -48,6 +53,7 @@ def output_errors(
         groups: from `find_groups`.
         plans: from `find_groups`.
         batches: input dicts.
+        stored: from `stored_weights`.
         seed: of the random signs.
         progress: called as each batch begins.
 
@@ -61,19 +67,20 @@ def output_errors(
         CalibrationError: if a batch does not fit the program.
 
     >>> from lepton_xla.tuning.choices import CHOICES, find_groups
+    >>> from lepton_xla.tuning.costs import stored_weights
     >>> x = lx.TensorSpec(("batch", 4), "float32")
     >>> weight = jnp.arange(16.0).reshape(4, 4)
     >>> program = lx.trace(lambda w, x: x @ w["w"], {"w": weight}, {"x": x})
     >>> groups, plans = find_groups(program, CHOICES[:3])
-    >>> (errors,) = output_errors(program, groups, plans, [{"x": np.ones((8, 4), np.float32)}])
+    >>> stored = stored_weights(program, groups, plans)
+    >>> (errors,) = output_errors(program, groups, plans, [{"x": np.ones((8, 4), np.float32)}], stored)
     >>> bool(errors[0] == 0), bool(0 < errors[1] < 1e-4)  # float, int8
     (True, True)
     """
     say = progress or (lambda _what, _done, _total: None)
     if not any(jnp.issubdtype(jnp.dtype(spec.dtype), jnp.floating) for spec in program.outputs.values()):
         raise ModelError(f"the model has no float output to measure an error of: {', '.join(program.outputs)}")
-    own = [[(choice, plans[choice.name]) for choice in group.choices] for group in groups]
-    run = jax.jit(functools.partial(_squares, program, groups, own))
+    run = jax.jit(functools.partial(_squares, program, groups, plans))
     totals = [np.zeros(len(group.choices)) for group in groups]
     size = 0.0
     for number, batch in enumerate(batches):
@@ -81,7 +88,9 @@ def output_errors(
         inputs = check_batch(program, batch, f"calibration batch {number}")
         keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), number), PROBES)
         try:
-            moved, norm = jax.device_get(run(program.weights, keys, *inputs))
+            # One probe a call: inside a loop XLA computes convolutions on a CPU many times slower.
+            probes = jax.device_get([run(program.weights, stored, key, *inputs) for key in keys])
+            moved, norm = [np.mean(each, 0) for each in zip(*(each for each, _ in probes), strict=True)], probes[0][1]
         except (ValueError, NotImplementedError, TypeError) as error:
             raise TuningError(
                 f"the model cannot be scored, because JAX cannot differentiate it: {first_line(error)}"
@@ -97,78 +106,89 @@ def output_errors(
 def _squares(
     program: Program,
     groups: Sequence[Group],
-    own: Sequence[Sequence[tuple[Choice, Plan]]],
+    plans: Mapping[str, Plan],
     weights: Any,
-    keys: jax.Array,
+    stored: Mapping[str, Mapping[str, Any]],
+    key: jax.Array,
     *inputs: jax.Array,
 ) -> tuple[list[jax.Array], jax.Array]:
     """Squared norms of what each choice moves the outputs by, and of the outputs."""
     group_of = {name: index for index, group in enumerate(groups) for name in group.sites}
+    sites = {entry.site.name: entry.site for entry in next(iter(plans.values())).sites if entry.site.name in group_of}
+    exact = {name: lay_out(stored_like(site, weights), site.layout) for name, site in sites.items()}
 
-    def changed(factors: Sequence[jax.Array]) -> list[jax.Array]:
+    def planned(name: str, choice: Choice) -> SitePlan | None:
+        entry = plans[choice.name][name]
+        return entry if entry is not None and (entry.quantize is not None or choice.sparsity) else None
+
+    def by_product(name: str, choice: Choice) -> bool:
+        """Whether a choice changes more of a product than its weight."""
+        entry = planned(name, choice)
+        return entry is not None and entry.quantize is not None and entry.quantize.activations != "none"
+
+    # What each choice changes each operand by, in half the bits: its sign and size matter, not its last digits.
+    changes = {
+        name: {
+            index: (_operand(site, stored[choice.name][str(site.path)]) - exact[name]).astype(jnp.bfloat16)
+            for index, choice in enumerate(groups[group_of[name]].choices)
+            if planned(name, choice) is not None and not by_product(name, choice)
+        }
+        for name, site in sites.items()
+    }
+
+    def changed(factors: Sequence[jax.Array], moves: Mapping[str, jax.Array]) -> list[jax.Array]:
         side_inputs: dict[str, dict[Key, jax.Array]] = {}
-        for site in next(iter(own[0]))[1].sites if own else ():
-            name, path = site.site.name, site.site.path
-            if path is None or name not in group_of:
-                continue
+        for name, site in sites.items():
             factor = factors[group_of[name]]
-            steps = step_lengths(site.site, stored_like(site.site, program.weights).shape)
-            side_inputs.setdefault(path, {})[name, _FACTORS] = jnp.broadcast_to(factor, (*steps, *factor.shape))
+            own = side_inputs.setdefault(str(site.path), {})
+            own[name, _FACTORS] = jnp.broadcast_to(
+                factor, (*step_lengths(site, stored_like(site, weights).shape), *factor.shape)
+            )
+            own[name, _CHANGE] = moves[name]
 
         def rule(site: Site, context: Context, eqn: Any, values: Values) -> Values | None:
-            if site.name not in group_of or site.weight_operand is None:
+            if site.name not in sites or site.weight_operand is None:
                 return None
-            factor = values[site.weight_operand].side_inputs[site.name, _FACTORS]
-            return [_with_changes(site, context, eqn, values, own[group_of[site.name]], factor)]
+            side, given = site.weight_operand, values[site.weight_operand].side_inputs
+            operands = [operand_value(value) for value in values]
+            held = [jax.lax.stop_gradient(operand) for operand in operands]
+            operands[side] = operands[side] + given[site.name, _CHANGE]
+            (out,) = context.bind(eqn, operands)
+            for index, choice in enumerate(groups[group_of[site.name]].choices):
+                entry = planned(site.name, choice)
+                if entry is None or not by_product(site.name, choice):
+                    continue
+                (plain,) = context.bind(eqn, held)
+                (other,) = rounded_alone(entry, site, context, eqn)(*held)
+                change = jax.lax.stop_gradient(other.astype(plain.dtype) - plain)
+                out = out + given[site.name, _FACTORS][index].astype(out.dtype) * change
+            return [out]
 
         run = rewrite_sites(program.fn, rule, inline=True, on_unknown="keep", side_inputs=side_inputs)
         outputs = name_leaves(run(weights, *inputs), single="output").values()
         return [each.astype(jnp.float32) for each in outputs if jnp.issubdtype(each.dtype, jnp.floating)]
 
-    outputs, pull = jax.vjp(changed, [jnp.zeros(len(each), jnp.float32) for each in own])
+    still = {name: jnp.zeros_like(operand) for name, operand in exact.items()}
+    outputs, pull = jax.vjp(changed, [jnp.zeros(len(group.choices), jnp.float32) for group in groups], still)
 
-    def moved(key: jax.Array) -> list[jax.Array]:
-        signs = [
-            jax.random.rademacher(jax.random.fold_in(key, index), each.shape, jnp.float32)
-            for index, each in enumerate(outputs)
-        ]
-        (gradients,) = pull(signs)
-        return [gradient**2 for gradient in gradients]
-
-    squares = [each.mean(0) for each in jax.lax.map(moved, keys)]
-    return squares, sum((jnp.sum(each**2) for each in outputs), jnp.float32(0))
-
-
-def _with_changes(
-    site: Site,
-    context: Context,
-    eqn: Any,
-    values: Values,
-    own: Sequence[tuple[Choice, Plan]],
-    factors: jax.Array,
-) -> jax.Array:
-    """The product of a site, plus each choice's change of it times its factor."""
-    side = site.weight_operand
-    assert side is not None
-    operands = [operand_value(value) for value in values]
-    (exact,) = context.bind(eqn, operands)
-    held = [jax.lax.stop_gradient(operand) for operand in operands]
-    out = exact
-    for index, (choice, plan) in enumerate(own):
-        planned = plan[site.name]
-        if planned is None or (planned.quantize is None and not choice.sparsity):
-            continue
-        weight = _pruned(held[side], choice.sparsity) if choice.sparsity else held[side]
-        given = [*held[:side], weight, *held[side + 1 :]]
-        (other,) = rounded_alone(planned, site, context, eqn)(*given) if planned.quantize else context.bind(eqn, given)
-        change = jax.lax.stop_gradient(other.astype(exact.dtype) - exact)
-        out = out + factors[index].astype(exact.dtype) * change
-    return out
+    signs = [
+        jax.random.rademacher(jax.random.fold_in(key, index), each.shape, jnp.float32)
+        for index, each in enumerate(outputs)
+    ]
+    by_factor, by_operand = pull(signs)
+    found = list(by_factor)
+    for name, own in changes.items():
+        for index, change in own.items():
+            along = jnp.sum(by_operand[name].astype(jnp.float32) * change.astype(jnp.float32))
+            found[group_of[name]] = found[group_of[name]].at[index].add(along)
+    return [each**2 for each in found], sum((jnp.sum(each**2) for each in outputs), jnp.float32(0))
 
 
-def _pruned(weight: jax.Array, sparsity: float) -> jax.Array:
-    """A weight without its smallest elements."""
-    sizes = jnp.abs(weight.astype(jnp.float32))
-    count = int(sparsity * weight.size)
-    smallest = jnp.sort(sizes.reshape(-1))[count]
-    return jnp.where(sizes >= smallest, weight, jnp.zeros_like(weight))
+def _operand(site: Site, stored: Any) -> jax.Array:
+    """The float operand that a stored weight is, stacked axes leading."""
+    if not isinstance(stored, QTensor):
+        return lay_out(stored, site.layout)
+    restore = functools.partial(products.restore, site)
+    for _ in range(site.stacked):
+        restore = jax.vmap(restore)
+    return restore(stored)

@@ -23,7 +23,7 @@ from lepton_xla.trees import name_leaves, tree_bytes
 from lepton_xla.tuning.candidates import Candidates, Estimates
 from lepton_xla.tuning.choices import CHOICES, Choice, find_groups, recipe_of
 from lepton_xla.tuning.constraints import Budget, Constraints, Objective, check_objective
-from lepton_xla.tuning.costs import bytes_of_choices, times_of_choices
+from lepton_xla.tuning.costs import bytes_of_choices, stored_weights, times_of_choices
 from lepton_xla.tuning.journals import Journal
 from lepton_xla.tuning.judging import Judge
 from lepton_xla.tuning.results import Stop, Tuning
@@ -34,7 +34,7 @@ from lepton_xla.tuning.trials import Trial, Workshop, digest, predictor
 PRESETS = ("int8", "int8-weight-only", "int4-weight-only", "codebook16")
 ANY_TIME = Budget()
 # Of what a journal keeps; changes with the fields of a trial.
-FORMAT = 1
+FORMAT = 2
 type Progress = Callable[[str, int, int], None]
 
 
@@ -109,6 +109,8 @@ def tune(
     check_objective(objective, constraints)
     if not choices or choices[0].quantize is not None or choices[0].sparsity:
         raise TuningError("the first of the choices must leave a weight in float")
+    if seed < 0:
+        raise TuningError(f"seed = {seed}: expected a number above or equal to 0")
     recipes = [Recipe.load(name) for name in presets]
     batches = list(as_batches(data))
     if not batches:
@@ -126,7 +128,8 @@ def tune(
         **digest(program, batches),
         "metrics": {name: round(value, 9) for name, value in judge.metrics.items()},
         "metric": judge.metric,
-        "choices": [each.name for each in choices],
+        "rows": judge.rows_digest,
+        "choices": [dataclasses.asdict(each) for each in choices],
         "sizes": [dict(at) for at in sizes],
         "machine": timer.target.digest,
         "seed": seed,
@@ -170,10 +173,13 @@ def _estimated(
     def plain(found: Sequence[np.ndarray]) -> list[list[float]]:
         return [each.tolist() for each in found]
 
-    errors = kept.once(
-        "errors", lambda: plain(output_errors(program, groups, plans, shop.batches, seed=seed, progress=say))
-    )
-    stored = kept.once("bytes", lambda: [plain(each) for each in bytes_of_choices(program, groups, plans, say)])
+    def scored() -> dict[str, Any]:
+        stored = stored_weights(program, groups, plans, say)
+        on_disk, in_memory = bytes_of_choices(groups, stored)
+        errors = output_errors(program, groups, plans, shop.batches, stored, seed=seed, progress=say)
+        return {"error": plain(errors), "bytes": plain(on_disk), "memory": plain(in_memory)}
+
+    scores = kept.once("scores", scored)
     unpacks = unpack == "measured"
     times = kept.once(
         f"times, unpack {unpack}",
@@ -189,7 +195,7 @@ def _estimated(
             for at in shop.sizes
         ],
     )
-    costs = {"error": errors, "bytes": stored[0], "memory": stored[1]}
+    costs: dict[str, Any] = dict(scores)
     costs |= {f"us@{index}": each for index, each in enumerate(times)}
     arrays = {kind: [np.asarray(each, np.float64) for each in found] for kind, found in costs.items()}
     fixed = {"error": 0.0, **{f"us@{index}": us for index, us in enumerate(whole)}}

@@ -15,6 +15,7 @@ from lepton_xla.passes.core.timing import Timer
 from lepton_xla.passes.core.timing_cache import TimingCache
 from lepton_xla.tuning import CHOICES, Budget, Constraints, searching, tune
 from lepton_xla.tuning.choices import find_groups
+from lepton_xla.tuning.costs import stored_weights
 from lepton_xla.tuning.pages import page
 from lepton_xla.tuning.scores import output_errors
 
@@ -84,7 +85,8 @@ def test_scores_are_the_change_of_the_outputs_to_first_order():
     # Of a linear program the first order is all there is.
     program = lx.trace(lambda w, x: x @ w["q"] + x @ w["k"], WEIGHTS, {"x": lx.TensorSpec(("batch", 8), "float32")})
     groups, plans = find_groups(program, (CHOICES[0], CHOICES[2]))
-    (errors,) = output_errors(program, groups, plans, [{"x": X[i : i + 50]} for i in range(0, 600, 50)])
+    stored = stored_weights(program, groups, plans)
+    (errors,) = output_errors(program, groups, plans, [{"x": X[i : i + 50]} for i in range(0, 600, 50)], stored)
 
     def rounded(w):
         w = np.asarray(w, np.float64)
@@ -155,6 +157,11 @@ def test_a_journal_of_another_model_is_refused(smallest, tmp_path):
         found(journal=path, seed=1)
     with pytest.raises(TuningError, match=line + "data"):
         found(journal=path, data=[{"x": X[:32]}])
+    with pytest.raises(TuningError, match=line + "choices"):
+        # Of the same name, another thing.
+        found(journal=path, choices=(*FEW[:3], dataclasses.replace(FEW[3], sparsity=0.25)))
+    with pytest.raises(TuningError, match=line + "rows"):
+        found(journal=path, evaluate=lambda predict: (predict(x=-X), evaluate(predict))[1])
     other = PROGRAM.replace(weights={**WEIGHTS, "out": 2 * WEIGHTS["out"]})
     with pytest.raises(TuningError, match=line + "model"):
         tune(
@@ -172,6 +179,19 @@ def test_a_journal_of_another_model_is_refused(smallest, tmp_path):
         found(journal=tmp_path / "no.jsonl")
     with pytest.raises(TuningError, match="cannot be read"):
         found(journal=tmp_path)
+
+
+def test_a_run_that_was_killed_as_it_began_its_journal_begins_again(smallest, tmp_path):
+    _, path = smallest
+    torn = tmp_path / "torn.jsonl"
+    head = path.read_text().splitlines()[0]
+    for end in (1, 10, len(head) - 1):
+        torn.write_text(head[:end])
+        searching.Journal(torn, {"model": "a"}).once("x", lambda: 1)
+        assert searching.Journal(torn, {"model": "a"}).get("x") == 1
+    torn.write_text("no newline, and none of ours")
+    with pytest.raises(TuningError, match=r"is no journal"):
+        searching.Journal(torn, {"model": "a"})
 
 
 def test_ctrl_c_gives_the_best_so_far(monkeypatch):
@@ -210,6 +230,7 @@ def test_constraints_that_no_measurement_keeps_to_give_the_nearest(smallest):
         ({"constraints": Constraints(max_drop=0.1)}, TuningError, "600 rows, of which 300 .* 2000 rows would do"),
         ({"constraints": Constraints(max_bytes=100)}, TuningError, "objective 'bytes' needs max_drop"),
         ({"objective": "metric"}, TuningError, "needs max_bytes"),
+        ({"seed": -1}, TuningError, "seed = -1: expected"),
         ({"objective": "fast"}, TuningError, "objective 'fast': expected one of latency"),
         ({"data": []}, CalibrationError, "calibration data is empty"),
         ({"choices": CHOICES[1:]}, TuningError, "the first of the choices"),
