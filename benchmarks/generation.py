@@ -72,17 +72,19 @@ def decoder(shape: Shape) -> tuple[Any, tuple[Callable[..., Any], ...]]:
         return (x - x.mean(-1, keepdims=True)) * jax.lax.rsqrt(x.var(-1, keepdims=True) + 1e-5)
 
     def heads(x: jax.Array) -> jax.Array:
-        return x.reshape(*x.shape[:-1], shape.heads, D // shape.heads)
+        """`[B, T, D]` as `[B, H, T, d]`, in which products over the positions need no copy of the cache."""
+        return x.reshape(*x.shape[:2], shape.heads, D // shape.heads).swapaxes(1, 2)
 
     def block(w: Any, x: jax.Array, k: jax.Array, v: jax.Array, seen: jax.Array) -> jax.Array:
-        """`x[B, T, D]` attends to `k, v[B, S, H, d]`."""
-        scores = jnp.einsum("bthd,bshd->bhts", heads(norm(x) @ w["q"]), k) / np.sqrt(D / shape.heads)
+        """`x[B, T, D]` attends to `k, v[B, H, S, d]`."""
+        scores = jnp.einsum("bhtd,bhsd->bhts", heads(norm(x) @ w["q"]), k) / np.sqrt(D / shape.heads)
         shares = jax.nn.softmax(jnp.where(seen[:, None], scores, -1e9), axis=-1)
-        x = x + jnp.einsum("bhts,bshd->bthd", shares, v).reshape(x.shape) @ w["o"]
+        mixed = jnp.einsum("bhts,bhsd->bhtd", shares, v)
+        x = x + mixed.swapaxes(1, 2).reshape(x.shape) @ w["o"]
         return x + jax.nn.gelu(norm(x) @ w["up"]) @ w["down"]
 
     def init_cache(w: Any, B: int, S: int) -> Any:
-        empty = jnp.zeros((B, S, shape.heads, D // shape.heads), jnp.float32)
+        empty = jnp.zeros((B, shape.heads, S, D // shape.heads), jnp.float32)
         return [{"k": empty, "v": empty} for _ in range(shape.layers)]
 
     def prefill(w: Any, tokens: jax.Array, length: jax.Array) -> tuple[jax.Array, Any]:
@@ -103,7 +105,7 @@ def decoder(shape: Shape) -> tuple[Any, tuple[Callable[..., Any], ...]]:
         seen = (jnp.arange(shape.capacity)[None] <= position[:, None])[:, None]
         after = []
         for layer, kept in zip(w["layers"], cache, strict=True):
-            k, v = (kept[name].at[rows, position].set(heads(norm(x) @ layer[name])[:, 0]) for name in ("k", "v"))
+            k, v = (kept[name].at[rows, :, position].set(heads(norm(x) @ layer[name])[:, :, 0]) for name in ("k", "v"))
             x = block(layer, x, k, v, seen)
             after.append({"k": k, "v": v})
         return norm(x[:, 0]) @ w["words"].T, after

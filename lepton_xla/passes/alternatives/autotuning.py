@@ -21,10 +21,11 @@ import jax.numpy as jnp
 from lepton_xla import _compat
 from lepton_xla.arguments import takes
 from lepton_xla.passes.alternatives import shifted, single_row
+from lepton_xla.passes.core.layouts import Step
 from lepton_xla.passes.core.rewriting import rewrite
-from lepton_xla.passes.core.sites import trace_sites
+from lepton_xla.passes.core.sites import Site, trace_sites
 from lepton_xla.passes.core.timing import OPERATION_BUDGET_S, Timer, time_programs
-from lepton_xla.passes.core.walker import Context, Values, materialize
+from lepton_xla.passes.core.walker import Context, TracedValue, Values, materialize
 from lepton_xla.program import Expansion, Program
 from lepton_xla.report import PassReport, SiteReport
 from lepton_xla.trees import abstract
@@ -38,9 +39,18 @@ MAX_SIZES = 2
 _PRIMITIVES = ("conv_general_dilated", "dot_general")
 
 
-def ways(eqn: Any) -> dict[str, Callable[..., jax.Array]]:
-    """Alternatives to XLA's own implementation of an operation, by name: functions of its operands."""
+def ways(eqn: Any, *, transposed: bool = False) -> dict[str, Callable[..., jax.Array]]:
+    """Alternatives to XLA's own implementation of an operation, by name: functions of its operands.
+
+    Args:
+        eqn: the operation.
+        transposed: whether its right operand is the transpose of a matrix. The functions then take that matrix.
+    """
     found: dict[str, Callable[..., jax.Array]] = {}
+    if transposed:
+        if single_row.takes_transpose(eqn):
+            found["without the transpose"] = functools.partial(single_row.untransposed, eqn)
+        return found
     if shifted.fits(eqn):
         convolve = functools.partial(shifted.convolve, eqn.params, dtype=eqn.outvars[0].aval.dtype)
         found["shifted multiply-adds"] = convolve
@@ -92,15 +102,27 @@ class Choices:
         """Returns the function with the chosen alternatives."""
 
         def rule(_context: Context, eqn: Any, values: Values) -> Values | None:
+            if isinstance(values[1], single_row.Transposed):
+                compute = self.of(eqn, transposed=True)
+                if compute is not None:
+                    return [compute(materialize(values[0]), values[1].matrix)]
             compute = self.of(eqn)
             return None if compute is None else [compute(*(materialize(value) for value in values))]
 
-        return rewrite(fn, dict.fromkeys(_PRIMITIVES, rule), inline=True, on_unknown="keep") if self.any else fn
+        rules = dict.fromkeys(_PRIMITIVES, rule) | {"transpose": _follow_transpose}
+        return rewrite(fn, rules, inline=True, on_unknown="keep") if self.any else fn
 
-    def of(self, eqn: Any) -> Callable[..., jax.Array] | None:
-        """The chosen alternative for an operation; None for XLA's own."""
-        found = ways(eqn)
-        return found.get(self.way.get(_kind(eqn), XLA)) if found else None
+    def of(self, eqn: Any, *, transposed: bool = False) -> Callable[..., jax.Array] | None:
+        """The chosen alternative for an operation, as in `ways`; None for XLA's own."""
+        found = ways(eqn, transposed=transposed)
+        return found.get(self.way.get(_kind(eqn, transposed=transposed), XLA)) if found else None
+
+
+def _follow_transpose(_context: Context, eqn: Any, values: Values) -> Values | None:
+    (matrix,) = values
+    if isinstance(matrix, TracedValue) or eqn.params["permutation"] != (1, 0):
+        return None
+    return [single_row.Transposed(matrix)]
 
 
 @takes(program=Program, progress=Callable)
@@ -111,7 +133,7 @@ def autotune(
     timer: Timer | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> Program:
-    """Compute grouped convolutions, and products of one row in 16-bit floats, in the fastest measured way.
+    """Compute grouped convolutions, and some products of one row, in the fastest measured way.
 
     Args:
         program: any program.
@@ -175,10 +197,12 @@ def choose(program: Program, sizes: Sequence[Mapping[str, int]], say: Callable[[
     # A single row occurs at the smallest size. A program without candidates there needs no further traces.
     for at in sorted(sizes, key=lambda at: math.prod(at.values())):
         for site in trace_sites(fn, weights, program.inputs, at):
-            if ways(site.eqn):
+            transposed = _is_transposed(site)
+            if ways(site.eqn, transposed=transposed):
                 say(f"ways to compute {site.name}")
-                timing = Timing(site.name, dict(at), _timed(_Operation(site.eqn), timer))
-                timings.setdefault(_kind(site.eqn), []).append(timing)
+                operation = _Operation(site.eqn, transposed=transposed)
+                timing = Timing(site.name, dict(at), _timed(operation, timer))
+                timings.setdefault(_kind(site.eqn, transposed=transposed), []).append(timing)
         if not timings:
             break
     return Choices({kind: _fastest(found) for kind, found in timings.items()}, timings)
@@ -192,10 +216,15 @@ def times_us(eqn: Any, timer: Timer) -> list[float]:
 class _Operation:
     """The properties of an equation that determine its time."""
 
-    def __init__(self, eqn: Any) -> None:
-        self.eqn = eqn
+    def __init__(self, eqn: Any, *, transposed: bool = False) -> None:
+        self.eqn, self.transposed = eqn, transposed
         operands = tuple((var.aval.shape, var.aval.dtype.name) for var in (*eqn.invars, *eqn.outvars))
-        self.facts = (eqn.primitive.name, operands, str(sorted(eqn.params.items(), key=lambda item: item[0])))
+        self.facts = (
+            eqn.primitive.name,
+            transposed,
+            operands,
+            str(sorted(eqn.params.items(), key=lambda item: item[0])),
+        )
 
     def __hash__(self) -> int:
         return hash(self.facts)
@@ -206,16 +235,21 @@ class _Operation:
 
 def _timed(operation: _Operation, timer: Timer) -> dict[str, float]:
     """Microseconds by alternative, without those that XLA cannot run here."""
-    return timer.once(operation, functools.partial(_time_ways, operation.eqn, timer))
+    return timer.once(operation, functools.partial(_time_ways, operation, timer))
 
 
-def _time_ways(eqn: Any, timer: Timer) -> dict[str, float]:
+def _time_ways(operation: _Operation, timer: Timer) -> dict[str, float]:
+    eqn, transposed = operation.eqn, operation.transposed
     inputs = [jax.ShapeDtypeStruct(var.aval.shape, var.aval.dtype) for var in eqn.invars]
-    others = ways(eqn)
+    if transposed:
+        inputs[1] = jax.ShapeDtypeStruct(inputs[1].shape[::-1], inputs[1].dtype)
+    others = ways(eqn, transposed=transposed)
+
+    def plain(left: jax.Array, right: jax.Array) -> jax.Array:
+        return _compat.bind(eqn, [left, right.T if transposed else right])[0]
 
     def timed(chosen: Iterable[str]) -> dict[str, float]:
-        plain: Callable[..., Any] = lambda *operands: _compat.bind(eqn, operands)[0]  # noqa: E731
-        candidates = {XLA: plain} | {name: others[name] for name in chosen}
+        candidates: dict[str, Callable[..., Any]] = {XLA: plain} | {name: others[name] for name in chosen}
         functions = [(functools.partial(_without_weights, fn), ()) for fn in candidates.values()]
         return dict(zip(candidates, time_programs(functions, inputs, timer, OPERATION_BUDGET_S), strict=True))
 
@@ -238,7 +272,15 @@ def _runs(fn: Callable[..., Any], inputs: Sequence[jax.ShapeDtypeStruct]) -> boo
     return True
 
 
-def _kind(eqn: Any) -> Any:
+def _is_transposed(site: Site) -> bool:
+    """Whether the right operand of a product is a weight, transposed."""
+    if site.weight_operand != 1 or len(site.layout) != 1 or isinstance(site.layout[0], Step):
+        return False
+    eqn = site.layout[0].eqn
+    return eqn.primitive.name == "transpose" and eqn.params["permutation"] == (1, 0)
+
+
+def _kind(eqn: Any, *, transposed: bool = False) -> Any:
     """The kind of an operation: everything that determines the fastest alternative, except for the amount of data.
 
     So one choice holds for all sizes, symbolic ones included, and for the same operation in another program.
@@ -247,7 +289,13 @@ def _kind(eqn: Any) -> Any:
     dtypes = tuple(each.dtype.name for each in (*operands, eqn.outvars[0].aval))
     if eqn.primitive.name == "dot_general":
         side = single_row.single(eqn)
-        return (params["dimension_numbers"], side, None if side is None else operands[1 - side].shape, dtypes)
+        return (
+            params["dimension_numbers"],
+            side,
+            None if side is None else operands[1 - side].shape,
+            dtypes,
+            transposed,
+        )
     names = ("dimension_numbers", "window_strides", "lhs_dilation", "rhs_dilation", "feature_group_count")
     return (*(params[name] for name in names), operands[1].shape, dtypes)
 

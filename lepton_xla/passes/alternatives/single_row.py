@@ -1,7 +1,12 @@
-"""Products of one row in 16-bit floats, which XLA:CPU has no fast kernel for: padded to two rows, or in float32."""
+"""Products of one row that XLA:CPU is slow at.
+
+Those of 16-bit floats are padded to two rows, or computed in float32. Those with the transpose of a matrix, such as the
+logits of a tied embedding `[V, D]`, contract the matrix itself: XLA:CPU reads a fused transpose an element at a time.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -9,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from lepton_xla import _compat
+from lepton_xla.passes.core.walker import TracedValue
 
 _NARROW = ("bfloat16", "float16")
 
@@ -56,6 +62,42 @@ def widened(eqn: Any, left: jax.Array, right: jax.Array) -> jax.Array:
     operands = [operand.astype(wide) for operand in (left, right)]
     (out,) = _compat.bind(eqn, operands, preferred_element_type=wide, precision=None)
     return out.astype(eqn.outvars[0].aval.dtype)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Transposed(TracedValue):
+    """The transpose of a matrix."""
+
+    matrix: jax.Array
+    crosses = False
+
+    def materialize(self) -> jax.Array:
+        """The transpose as an array."""
+        return self.matrix.T
+
+
+def takes_transpose(eqn: Any) -> bool:
+    """Whether an equation is a product of a float32 row, on the left, and a matrix, which may be a transpose."""
+    if eqn.primitive.name != "dot_general":
+        return False
+    operands = [var.aval for var in (*eqn.invars, *eqn.outvars)]
+    batch = eqn.params["dimension_numbers"][1][0]
+    plain = not batch and operands[1].ndim == 2 and all(each.dtype == jnp.float32 for each in operands)
+    return plain and eqn.params["out_sharding"] is None and single(eqn) == 0
+
+
+def untransposed(eqn: Any, row: jax.Array, matrix: jax.Array) -> jax.Array:
+    """Compute a product that `takes_transpose`.
+
+    Args:
+        eqn: the `dot_general`.
+        row: its left operand.
+        matrix: the transpose of its right operand.
+    """
+    contract, batch = eqn.params["dimension_numbers"]
+    numbers = (contract[0], tuple(1 - axis for axis in contract[1])), batch
+    return _compat.bind(eqn, [row, matrix], dimension_numbers=numbers)[0]
 
 
 def single(eqn: Any) -> int | None:

@@ -154,6 +154,31 @@ def test_single_rows_are_padded_where_that_is_faster(clock):
         np.testing.assert_array_equal(tuned.fn(tuned.weights, x), np.full((batch, 8), 6.0))
 
 
+def test_a_row_times_a_transposed_table_reads_the_table_as_it_is(clock):
+    def logits(w, x):
+        return jnp.tanh(x @ w["a"]) @ w["table"].T
+
+    weights = {"a": array(6, 6), "table": array(24, 6, seed=1)}
+    program = trace(logits, weights, {"x": TensorSpec(("batch", 6), "float32")})
+    seen = clock(lambda names, _batch: 100.0 if "transpose" in names else 50.0)
+    tuned = autotune(program, sizes=SIZES)
+    assert seen == [2, 2, 2], "only the table's product of one row has another way"
+    assert [(site.site, site.action) for site in tuned.history[0].sites] == [("table", "without the transpose")]
+    for batch in (1, 4):
+        x = array(batch, 6, seed=2)
+        assert ("transpose" in primitives(tuned.fn, tuned.weights, x)) == (batch == 4)
+        expected = np.tanh(np.float64(x) @ np.float64(weights["a"])) @ np.float64(weights["table"]).T
+        np.testing.assert_allclose(tuned.fn(tuned.weights, x), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_table_that_is_contracted_as_it_is_has_no_other_way(clock):
+    seen = clock(lambda names, _batch: 50.0)
+    fn = lambda w, x: lax.dot_general(x, w["table"], (((1,), (1,)), ((), ())))  # noqa: E731
+    program = trace(fn, {"table": array(24, 6)}, {"x": TensorSpec(("batch", 6), "float32")})
+    assert autotune(program, sizes=SIZES) is program
+    assert seen == []
+
+
 def stacked(w, x):
     """Two depthwise convolutions, one after the other, in a `scan` inside of a `jit`, with rematerialization."""
     step = jax.checkpoint(lambda x, window: (jnp.tanh(convolution(x, window)), None))
