@@ -23,6 +23,8 @@ _log = logging.getLogger("lepton_xla.serve")
 
 # On the event loop, further models get their turn without a look at the sockets for so long.
 _BESIDE_SOCKETS_S = 2.5e-4
+# While several models wait, and more begin to with each look at the sockets, batches gather requests for so long.
+_GATHER_S = 2.5e-4
 # How often a guest that waits for its turn looks whether there is a device still.
 _LOOK_S = 1.0
 
@@ -47,6 +49,8 @@ class Device:
         self._shares = Shares()
         self._members: set[Share] = set()
         self._scheduled = False
+        self._more = False  # whether a member has begun to wait since the last look
+        self._gathers_until: float | None = None
         self._handed: queue.SimpleQueue[Share | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self._stopping = False
@@ -107,6 +111,7 @@ class Device:
         with self._lock:
             self._shares.ask(share)
             free = self._shares.holder is None
+        self._more = True
         if free:
             self._pump_soon()
 
@@ -171,6 +176,9 @@ class Device:
         """Gives turns on the event loop: to each that waits now, or for a while."""
         self._scheduled = False
         waiting = len(self._shares)
+        if waiting > 1 and self._gathers():
+            self._pump_soon()
+            return
         until = self._clock() + _BESIDE_SOCKETS_S if waiting > 1 else 0.0
         while True:
             with self._lock:
@@ -194,6 +202,20 @@ class Device:
             if waiting < 1 or self._clock() >= until:
                 self._pump_soon()
                 return
+
+    def _gathers(self) -> bool:
+        """Whether the sockets are looked at once more before turns are given.
+
+        Requests that come one by one would each be a batch of its own: of many models, each batch costs more than all
+        else that is done for a request, and an answer that is written wakes a client to send the next one.
+        """
+        now, more, self._more = self._clock(), self._more, False
+        if self._gathers_until is None:
+            self._gathers_until = now + _GATHER_S
+        if more and now < self._gathers_until:
+            return True
+        self._gathers_until = None
+        return False
 
     # Turns, on the thread.
 

@@ -93,6 +93,27 @@ def test_one_model_has_one_batch_between_two_looks_at_the_sockets():
     assert len(log) == 5
 
 
+@pytest.mark.parametrize(("arrivals_s", "gathered"), [((0, 0, 0), 5), ((2e-4, 2e-4, 0), 4), ((3e-4, 0, 0), 3)])
+def test_models_that_begin_to_wait_one_by_one_are_gathered_for_a_while(arrivals_s, gathered):
+    """Their requests would be a batch each; for how long is bounded, and one model alone never waits."""
+    loop, clock, log = Loop(), Clock(), []
+    device = Device(clock)
+    device.start(loop)
+    first, *others = (Member(name, device, clock, log, 1e-6) for name in "ABCDE")
+    device.ask(first.share)
+    device.ask(others[0].share)
+    for member, seconds in zip(others[1:], arrivals_s, strict=True):
+        loop.run()
+        if log:
+            break
+        clock.now += seconds
+        device.ask(member.share)
+    while not log:
+        loop.run()
+    device.stop()
+    assert sorted(set(log)) == list("ABCDE")[:gathered]
+
+
 def test_a_fault_in_one_model_ends_that_one_and_others_go_on(caplog):
     loop, clock, log = Loop(), Clock(), []
     device = Device(clock)
@@ -102,7 +123,7 @@ def test_a_fault_in_one_model_ends_that_one_and_others_go_on(caplog):
     bad.share.turn = lambda on_loop: 1 / 0
     device.ask(bad.share)
     device.ask(good.share)
-    loop.run(3)
+    loop.run(4)
     assert bad.ended.is_set()
     assert not good.ended.is_set()
     device.stop()
