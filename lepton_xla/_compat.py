@@ -227,18 +227,21 @@ def row_primitive(
     name: str,
     shape: Callable[..., tuple[tuple[Any, ...], Any]],
     by_xla: Callable[..., jax.Array],
-    call: Callable[..., tuple[str, tuple[Any, ...]] | None],
+    call: Callable[..., tuple[str, tuple[Any, ...], dict[str, Any]] | None],
+    by_row: tuple[int, ...] = (0,),
 ) -> Any:
     """Make an operation on the rows of its first operand, [M, ...], that a custom call may compute on a CPU.
 
     It is one equation for all passes, and lowered for each platform where it is compiled. Rows are independent, so
-    `vmap` over the first operand makes more rows.
+    `vmap` over operands of as many rows makes more rows.
 
     Args:
         name: of the primitive.
         shape: `shape(*operands, **params)`: shape and dtype of the result, [M, ...].
         by_xla: `by_xla(*operands, **params)`: the same in XLA's own operations.
-        call: `call(*operands, **params)`: target and operands of the custom call; None if there is none here.
+        call: `call(*operands, **params)`: target, operands and attributes of the custom call; None if there is none
+            here.
+        by_row: indices of the operands that have as many rows as the result, or none at all.
     """
     primitive = jex_core.Primitive(name)
 
@@ -255,9 +258,9 @@ def row_primitive(
         found = call(*operands, **params)
         if found is None:
             return generic(context, *operands, **params)
-        target, given = found
+        target, given, attributes = found
         kept = context.replace(avals_in=[context.avals_in[places[id(operand)]] for operand in given])
-        return jax.ffi.ffi_lowering(target)(kept, *given)
+        return jax.ffi.ffi_lowering(target)(kept, *given, **attributes)
 
     def batched(operands: Sequence[Any], axes: Sequence[int | None], **params: Any) -> tuple[Any, int]:
         size = next(operand.shape[axis] for operand, axis in zip(operands, axes, strict=True) if axis is not None)
@@ -265,11 +268,16 @@ def row_primitive(
             operand if axis is None else jnp.moveaxis(operand, axis, 0)
             for operand, axis in zip(operands, axes, strict=True)
         ]
-        if all(axis is None for axis in axes[1:]):
-            first = moved[0]
-            flat = jnp.reshape(first, (size * first.shape[1], *first.shape[2:]))
-            out = primitive.bind(flat, *moved[1:], **params)
-            return jnp.reshape(out, (size, first.shape[1], *out.shape[1:])), 0
+        if all(axis is None for place, axis in enumerate(axes) if place not in by_row):
+            rows = moved[0].shape[0 if axes[0] is None else 1]
+            for place in by_row:
+                if moved[place].shape[0] == 0:
+                    continue
+                if axes[place] is None:
+                    moved[place] = jnp.broadcast_to(moved[place][None], (size, *moved[place].shape))
+                moved[place] = jnp.reshape(moved[place], (size * rows, *moved[place].shape[2:]))
+            out = primitive.bind(*moved, **params)
+            return jnp.reshape(out, (size, rows, *out.shape[1:])), 0
 
         def one(parts: Sequence[Any]) -> Any:
             rest = iter(parts)

@@ -6,7 +6,7 @@
 // added to the codes of x, and 128 times the sum of a column of codes is subtracted from its results.
 #include "integer_product.h"
 
-#include "vectors.h"
+#include "finish.h"
 
 namespace lepton::VARIANT {
 namespace {
@@ -239,6 +239,7 @@ void round_rows(const IntegerProduct& p, int64_t row, int64_t row_end) {
 }
 
 void integer_product(const IntegerProduct& p, int64_t row, int64_t row_end, int64_t column, int64_t column_end) {
+  const int64_t first = column;
   while (column + kColumns <= column_end) {
     const int64_t left = (column_end - column) / kColumns;
     const int tiles = left < 4 ? static_cast<int>(left) : 4;
@@ -246,6 +247,7 @@ void integer_product(const IntegerProduct& p, int64_t row, int64_t row_end, int6
     column += tiles * kColumns;
   }
   for (; column < column_end; ++column) block<1, 1>(p, row, row_end, column, 1);
+  finish(p.epilogue, p.y, p.n, row, row_end, first, column_end);
 }
 
 }  // namespace lepton::VARIANT

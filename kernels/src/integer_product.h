@@ -1,12 +1,15 @@
-// A float32 matrix, rounded to eight bits with one scale a row, times a matrix of int8 codes.
+// A float32 matrix, rounded to eight bits with one scale a row, times a matrix of int8 codes, and what follows.
 #pragma once
 
 #include <cstdint>
 
+#include "epilogue.h"
+
 namespace lepton {
 
-// y[M, N] = scale of row * scale of column * (codes of x[M, K] @ codes[N, K]^T), summed in int32.
+// y[M, N] = epilogue(scale of row * scale of column * (codes of x[M, K] @ codes[N, K]^T)), summed in int32.
 struct IntegerProduct {
+  static constexpr int64_t kPanelColumns = 64;
   const float* x;
   const int8_t* codes;        // a row is a column of the weight
   const float* scale;         // [N], or [1] if `one_scale`
@@ -14,18 +17,23 @@ struct IntegerProduct {
   float* y;
   int64_t m, k, n;
   bool one_scale;
+  Epilogue epilogue;
   // Scratch.
   uint8_t* rounded;   // [M, padded_depth()]
   float* row_scale;   // [M]
 
   int64_t padded_depth() const { return (k + 63) / 64 * 64; }
+  // Bytes of the columns of a panel, in the order in which `integer_panel` reads them.
+  int64_t panel_bytes() const { return (k + 3) / 4 * 4 * kPanelColumns; }
 };
 
 using IntegerRangePart = void(const IntegerProduct&, int64_t begin, int64_t end);
 using IntegerPart = void(const IntegerProduct&, int64_t row, int64_t row_end, int64_t column, int64_t column_end);
+// Rows of up to `kPanelColumns` columns from `column` on; `packed` has `panel_bytes`, aligned to 64.
+using IntegerPanel = void(const IntegerProduct&, int64_t row, int64_t row_end, int64_t column, int8_t* packed);
 
 namespace portable { IntegerRangePart round_rows; IntegerPart integer_product; }
 namespace avx2 { IntegerRangePart round_rows; IntegerPart integer_product; }
-namespace avx512 { IntegerRangePart round_rows; IntegerPart integer_product; }
+namespace avx512 { IntegerRangePart round_rows; IntegerPart integer_product; IntegerPanel integer_panel; }
 
 }  // namespace lepton

@@ -1,6 +1,7 @@
 // What Python sees: the kernels as XLA's FFI handlers, and which instruction set they use.
 #include <algorithm>
 #include <atomic>
+#include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <new>
@@ -21,6 +22,7 @@ struct Variant {
   WeightOnlyPart *weight_only_8, *weight_only_4;
   IntegerRangePart* round_rows;
   IntegerPart* integer_product;
+  IntegerPanel* integer_panel;  // null where `integer_product` is fastest for many rows too
 };
 
 // From the fastest to the one that runs everywhere.
@@ -32,12 +34,13 @@ const Variant kVariants[] = {
               __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
               __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("fma");
      },
-     avx512::weight_only_8, avx512::weight_only_4, avx512::round_rows, avx512::integer_product},
+     avx512::weight_only_8, avx512::weight_only_4, avx512::round_rows, avx512::integer_product,
+     avx512::integer_panel},
     {"avx2", [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }, avx2::weight_only_8,
-     avx2::weight_only_4, avx2::round_rows, avx2::integer_product},
+     avx2::weight_only_4, avx2::round_rows, avx2::integer_product, nullptr},
 #endif
     {"portable", [] { return true; }, portable::weight_only_8, portable::weight_only_4, portable::round_rows,
-     portable::integer_product},
+     portable::integer_product, nullptr},
 };
 
 const Variant* fastest() {
@@ -51,9 +54,61 @@ constexpr int64_t kWorthAThread = 1 << 17;
 // Parts of this many rows and columns keep their sums and activations in the second-level cache.
 constexpr int64_t kPartRows = 64, kPartColumns = 512;
 constexpr int64_t kFirstLevelBytes = 24 << 10, kFewRows = 12;
+// From this number of rows on, a packed panel of a weight pays for packing; panels of more bytes leave the cache. Parts
+// of a panel have at least some rows, since each packs it again.
+constexpr int64_t kPanelRows = 16, kPanelBytes = 1 << 20, kPanelPartRows = 96;
+
+// Reads the operands of an epilogue; false if they do not fit a result [m, n].
+bool read_epilogue(Epilogue& e, ffi::BufferR1<ffi::F32> bias, ffi::BufferR2<ffi::F32> residual, int64_t activation,
+                   int64_t m, int64_t n) {
+  const auto added = residual.dimensions();
+  e.bias = bias.dimensions()[0] == 0 ? nullptr : bias.typed_data();
+  e.residual = added[0] == 0 ? nullptr : residual.typed_data();
+  e.activation = static_cast<Activation>(activation);
+  return activation >= 0 && activation < kActivations && (e.bias == nullptr || bias.dimensions()[0] == n) &&
+         (e.residual == nullptr || (added[0] == m && added[1] == n));
+}
+
+// Memory of a thread that its calls share; null if there is none.
+void* thread_scratch(int64_t bytes) {
+  struct Free {
+    void operator()(void* memory) const { std::free(memory); }
+  };
+  static thread_local std::unique_ptr<void, Free> memory;
+  static thread_local int64_t size = 0;
+  if (bytes > size) {
+    memory.reset(std::aligned_alloc(64, (bytes + 63) / 64 * 64));
+    size = memory == nullptr ? 0 : bytes;
+  }
+  return memory.get();
+}
+
+void panels(ffi::ThreadPool& pool, const IntegerProduct& p, const Variant& variant, int64_t threads) {
+  constexpr int64_t kColumns = IntegerProduct::kPanelColumns;
+  if (p.m * p.k < kWorthAThread) {
+    variant.round_rows(p, 0, p.m);
+  } else {
+    const int64_t rows = (p.m + 2 * threads - 1) / (2 * threads);
+    run_parts(pool, (p.m + rows - 1) / rows,
+              [&](int64_t part) { variant.round_rows(p, part * rows, std::min(part * rows + rows, p.m)); });
+  }
+  const int64_t count = (p.n + kColumns - 1) / kColumns;
+  const int64_t row_parts = std::clamp<int64_t>((4 * threads + count - 1) / count, 1, std::max<int64_t>(1, p.m / kPanelPartRows));
+  const int64_t rows = (p.m + row_parts - 1) / row_parts;
+  run_parts(pool, count * row_parts, [&](int64_t part) {
+    const int64_t column = part / row_parts * kColumns, row = part % row_parts * rows;
+    auto* packed = static_cast<int8_t*>(thread_scratch(p.panel_bytes()));
+    const int64_t row_end = std::min(row + rows, p.m);
+    if (packed != nullptr)
+      variant.integer_panel(p, row, row_end, column, packed);
+    else
+      variant.integer_product(p, row, row_end, column, std::min(column + kColumns, p.n));
+  });
+}
 
 ffi::Error weight_only(ffi::ThreadPool pool, int bits, WeightOnly p, int64_t code_rows, int64_t code_columns,
-                       ffi::AnyBuffer scale, int64_t y_rows, int64_t y_columns) {
+                       ffi::AnyBuffer scale, ffi::BufferR1<ffi::F32> bias, ffi::BufferR2<ffi::F32> residual,
+                       int64_t activation, int64_t y_rows, int64_t y_columns) {
   const auto shape = scale.dimensions();
   if (shape.size() != 2) return ffi::Error::InvalidArgument("weight_only: scale is a matrix");
   p.groups = shape[0];
@@ -64,13 +119,9 @@ ffi::Error weight_only(ffi::ThreadPool pool, int bits, WeightOnly p, int64_t cod
   if (!p.narrow_scale && scale.element_type() != ffi::F32)
     return ffi::Error::InvalidArgument("weight_only: scales are float32 or bfloat16");
   if (code_rows != p.packed_rows(bits) || (shape[1] != 1 && shape[1] != p.n) || y_rows != p.m || y_columns != p.n ||
-      p.groups < 1 || p.k % p.groups != 0)
+      p.groups < 1 || p.k % p.groups != 0 || !read_epilogue(p.epilogue, bias, residual, activation, p.m, p.n))
     return ffi::Error::InvalidArgument("weight_only: shapes of operands and result do not fit");
   if (p.m == 0 || p.n == 0) return ffi::Error::Success();
-  if (p.k == 0) {
-    std::memset(p.y, 0, sizeof(float) * p.m * p.n);
-    return ffi::Error::Success();
-  }
   const Variant& variant = *chosen.load();
   WeightOnlyPart* compute = bits == 8 ? variant.weight_only_8 : variant.weight_only_4;
   // In doubles, since the product of huge sizes may not fit an integer.
@@ -92,19 +143,21 @@ ffi::Error weight_only(ffi::ThreadPool pool, int bits, WeightOnly p, int64_t cod
 }
 
 ffi::Error weight_only_8(ffi::ThreadPool pool, ffi::BufferR2<ffi::F32> x, ffi::BufferR2<ffi::S8> codes,
-                         ffi::AnyBuffer scale, ffi::ResultBufferR2<ffi::F32> y) {
+                         ffi::AnyBuffer scale, ffi::BufferR1<ffi::F32> bias, ffi::BufferR2<ffi::F32> residual,
+                         int64_t activation, ffi::ResultBufferR2<ffi::F32> y) {
   WeightOnly p{};
   p.x = x.typed_data();
   p.codes = reinterpret_cast<const uint8_t*>(codes.typed_data());
   p.y = y->typed_data();
   p.m = x.dimensions()[0];
   p.k = x.dimensions()[1];
-  return weight_only(pool, 8, p, codes.dimensions()[0], codes.dimensions()[1], scale, y->dimensions()[0],
-                     y->dimensions()[1]);
+  return weight_only(pool, 8, p, codes.dimensions()[0], codes.dimensions()[1], scale, bias, residual, activation,
+                     y->dimensions()[0], y->dimensions()[1]);
 }
 
 ffi::Error weight_only_4(ffi::ThreadPool pool, ffi::BufferR2<ffi::F32> x, ffi::BufferR2<ffi::U8> codes,
-                         ffi::AnyBuffer scale, ffi::BufferR1<ffi::F32> levels, ffi::ResultBufferR2<ffi::F32> y) {
+                         ffi::AnyBuffer scale, ffi::BufferR1<ffi::F32> levels, ffi::BufferR1<ffi::F32> bias,
+                         ffi::BufferR2<ffi::F32> residual, int64_t activation, ffi::ResultBufferR2<ffi::F32> y) {
   WeightOnly p{};
   if (levels.dimensions()[0] != 16) return ffi::Error::InvalidArgument("weight_only_4: there are 16 levels");
   p.x = x.typed_data();
@@ -113,12 +166,13 @@ ffi::Error weight_only_4(ffi::ThreadPool pool, ffi::BufferR2<ffi::F32> x, ffi::B
   p.y = y->typed_data();
   p.m = x.dimensions()[0];
   p.k = x.dimensions()[1];
-  return weight_only(pool, 4, p, codes.dimensions()[0], codes.dimensions()[1], scale, y->dimensions()[0],
-                     y->dimensions()[1]);
+  return weight_only(pool, 4, p, codes.dimensions()[0], codes.dimensions()[1], scale, bias, residual, activation,
+                     y->dimensions()[0], y->dimensions()[1]);
 }
 
 ffi::Error integer_product(ffi::ThreadPool pool, ffi::BufferR2<ffi::F32> x, ffi::BufferR2<ffi::S8> codes,
                            ffi::BufferR2<ffi::F32> scale, ffi::BufferR1<ffi::F32> static_scale,
+                           ffi::BufferR1<ffi::F32> bias, ffi::BufferR2<ffi::F32> residual, int64_t activation,
                            ffi::ResultBufferR2<ffi::F32> y) {
   IntegerProduct p{};
   p.x = x.typed_data();
@@ -131,7 +185,8 @@ ffi::Error integer_product(ffi::ThreadPool pool, ffi::BufferR2<ffi::F32> x, ffi:
   p.n = codes.dimensions()[0];
   p.one_scale = scale.dimensions()[1] == 1;
   if (codes.dimensions()[1] != p.k || scale.dimensions()[0] != 1 || (!p.one_scale && scale.dimensions()[1] != p.n) ||
-      static_scale.dimensions()[0] > 1 || y->dimensions()[0] != p.m || y->dimensions()[1] != p.n)
+      static_scale.dimensions()[0] > 1 || y->dimensions()[0] != p.m || y->dimensions()[1] != p.n ||
+      !read_epilogue(p.epilogue, bias, residual, activation, p.m, p.n))
     return ffi::Error::InvalidArgument("integer_product: shapes of operands and result do not fit");
   if (p.m == 0 || p.n == 0) return ffi::Error::Success();
   const std::unique_ptr<uint8_t[]> rounded(new (std::nothrow) uint8_t[p.m * p.padded_depth()]);
@@ -148,7 +203,9 @@ ffi::Error integer_product(ffi::ThreadPool pool, ffi::BufferR2<ffi::F32> x, ffi:
     return ffi::Error::Success();
   }
   const int64_t threads = std::max<int64_t>(1, pool.num_threads());
-  if (p.m >= 2 * threads * kFewRows) {
+  if (variant.integer_panel != nullptr && p.m >= kPanelRows && p.panel_bytes() <= kPanelBytes) {
+    panels(pool, p, variant, threads);
+  } else if (p.m >= 2 * threads * kFewRows) {
     // A part rounds its rows, which stay in the first-level cache while all columns pass by.
     int64_t rows = std::min((p.m + 2 * threads - 1) / (2 * threads), kFirstLevelBytes / p.padded_depth());
     rows = (std::max(rows, kFewRows) + 3) / 4 * 4;
@@ -178,6 +235,9 @@ XLA_FFI_DEFINE_HANDLER(kWeightOnly8, lepton::weight_only_8,
                            .Arg<ffi::BufferR2<ffi::F32>>()
                            .Arg<ffi::BufferR2<ffi::S8>>()
                            .Arg<ffi::AnyBuffer>()
+                           .Arg<ffi::BufferR1<ffi::F32>>()
+                           .Arg<ffi::BufferR2<ffi::F32>>()
+                           .Attr<int64_t>("activation")
                            .Ret<ffi::BufferR2<ffi::F32>>());
 XLA_FFI_DEFINE_HANDLER(kWeightOnly4, lepton::weight_only_4,
                        ffi::Ffi::Bind()
@@ -186,6 +246,9 @@ XLA_FFI_DEFINE_HANDLER(kWeightOnly4, lepton::weight_only_4,
                            .Arg<ffi::BufferR2<ffi::U8>>()
                            .Arg<ffi::AnyBuffer>()
                            .Arg<ffi::BufferR1<ffi::F32>>()
+                           .Arg<ffi::BufferR1<ffi::F32>>()
+                           .Arg<ffi::BufferR2<ffi::F32>>()
+                           .Attr<int64_t>("activation")
                            .Ret<ffi::BufferR2<ffi::F32>>());
 
 XLA_FFI_DEFINE_HANDLER(kIntegerProduct, lepton::integer_product,
@@ -195,6 +258,9 @@ XLA_FFI_DEFINE_HANDLER(kIntegerProduct, lepton::integer_product,
                            .Arg<ffi::BufferR2<ffi::S8>>()
                            .Arg<ffi::BufferR2<ffi::F32>>()
                            .Arg<ffi::BufferR1<ffi::F32>>()
+                           .Arg<ffi::BufferR1<ffi::F32>>()
+                           .Arg<ffi::BufferR2<ffi::F32>>()
+                           .Attr<int64_t>("activation")
                            .Ret<ffi::BufferR2<ffi::F32>>());
 
 EXPORTED XLA_FFI_Error* lepton_integer_product(XLA_FFI_CallFrame* frame) { return kIntegerProduct(frame); }

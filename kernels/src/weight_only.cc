@@ -6,7 +6,7 @@
 // processor to foresee.
 #include "weight_only.h"
 
-#include "vectors.h"
+#include "finish.h"
 
 namespace lepton::VARIANT {
 namespace {
@@ -189,6 +189,9 @@ void part(const WeightOnly& p, int64_t row, int64_t row_end, int64_t column, int
     }
     first = end;
   }
+  for (int64_t at = row; p.k == 0 && at < row_end; ++at)
+    for (int64_t c = column; c < column_end; ++c) p.y[at * p.n + c] = 0;
+  finish(p.epilogue, p.y, p.n, row, row_end, column, column_end);
 }
 
 }  // namespace

@@ -1,11 +1,13 @@
-// A float32 matrix times a matrix of codes, which are turned into floats in registers.
+// A float32 matrix times a matrix of codes, which are turned into floats in registers, and what follows.
 #pragma once
 
 #include <cstdint>
 
+#include "epilogue.h"
+
 namespace lepton {
 
-// y[M, N] = x[M, K] @ (value(codes)[K, N] * scale), row-major.
+// y[M, N] = epilogue(x[M, K] @ (value(codes)[K, N] * scale)), row-major.
 struct WeightOnly {
   const float* x;
   const uint8_t* codes;  // 8 bits: int8 [K, N]. 4 bits: [R, N], R = ceil(K / 2); a byte of row r holds rows r and r + R.
@@ -14,6 +16,7 @@ struct WeightOnly {
   float* y;
   int64_t m, k, n, groups;  // `groups` divides K
   bool one_scale, narrow_scale;
+  Epilogue epilogue;
 
   int64_t packed_rows(int bits) const { return bits == 8 ? k : (k + 1) / 2; }
 };

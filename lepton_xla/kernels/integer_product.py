@@ -1,4 +1,4 @@
-"""A float matrix, rounded to eight bits with a scale for each row, times a matrix of int8 codes."""
+"""A float matrix, rounded to eight bits with a scale for each row, times a matrix of int8 codes, and what follows."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from lepton_xla import _compat
 from lepton_xla.kernels import installation
+from lepton_xla.kernels.epilogue import Epilogue
 from lepton_xla.quant import FORMATS, QTensor, absmax_scale, encode, magnitude
 
 # On NVIDIA GPUs XLA may choose a Triton kernel that doubles int8 products with K of 16 or less; with 24 or more none
@@ -16,14 +18,17 @@ from lepton_xla.quant import FORMATS, QTensor, absmax_scale, encode, magnitude
 SAFE_DEPTH = 32
 
 
-def multiply(x: jax.Array, weight: QTensor, static_scale: jax.Array | None = None) -> jax.Array:
-    """Round activations to int8, multiply them by the codes of a weight, and scale the sums.
+def multiply(
+    x: jax.Array, weight: QTensor, static_scale: jax.Array | None = None, epilogue: Epilogue | None = None
+) -> jax.Array:
+    """Round activations to int8, multiply them by the codes of a weight, scale the sums, and apply an epilogue.
 
     Args:
         x: float32 [M, K].
         weight: int8, column-major, [K, N], with one scale for each column or one for all.
         static_scale: the scale of the activations, float32 with one element; None: that of each row covers its largest
             magnitude.
+        epilogue: what follows the product.
 
     Returns:
         float32 [M, N].
@@ -37,25 +42,37 @@ def multiply(x: jax.Array, weight: QTensor, static_scale: jax.Array | None = Non
     assert weight.values.ndim == 2
     assert x.dtype == jnp.float32
     static = jnp.zeros(0, jnp.float32) if static_scale is None else jnp.reshape(static_scale, (1,))
-    return _INTEGER_PRODUCT.bind(x, weight.values, weight.scale, static)
+    bias, residual, activation = (epilogue or Epilogue()).operands()
+    return PRIMITIVE.bind(x, weight.values, weight.scale, static, bias, residual, activation=activation)
 
 
-def _shape(x: Any, codes: Any, _scale: Any, _static: Any) -> tuple[tuple[Any, ...], Any]:
+def _shape(x: Any, codes: Any, *_: Any, **_params: Any) -> tuple[tuple[Any, ...], Any]:
     return (x.shape[0], codes.shape[0]), jnp.dtype("float32")
 
 
-def _by_xla(x: jax.Array, codes: jax.Array, scale: jax.Array, static: jax.Array) -> jax.Array:
+def _by_xla(
+    x: jax.Array,
+    codes: jax.Array,
+    scale: jax.Array,
+    static: jax.Array,
+    bias: jax.Array,
+    residual: jax.Array,
+    *,
+    activation: int,
+) -> jax.Array:
     """The same in XLA's own operations."""
     int8 = FORMATS["int8"]
     rows = absmax_scale(magnitude(x, (1,)), int8) if static.shape[0] == 0 else jnp.reshape(static, (1, 1))
     missing = max(0, SAFE_DEPTH - x.shape[1])
     left, right = (jnp.pad(each, ((0, 0), (0, missing))) for each in (encode(x, rows, int8), codes))
     total = jax.lax.dot_general(left, right, (((1,), (1,)), ((), ())), preferred_element_type=jnp.int32)
-    return total.astype(jnp.float32) * (rows * scale)
+    product = total.astype(jnp.float32) * (rows * scale)
+    return Epilogue.of_operands(bias, residual, activation).apply(product)
 
 
-def _call(*operands: Any) -> tuple[str, tuple[Any, ...]] | None:
-    return (f"{installation.PREFIX}integer_product", operands) if installation.usable() else None
+def _call(*operands: Any, activation: int) -> tuple[str, tuple[Any, ...], dict[str, Any]] | None:
+    attributes = {"activation": np.int64(activation)}
+    return (f"{installation.PREFIX}integer_product", operands, attributes) if installation.usable() else None
 
 
-_INTEGER_PRODUCT = _compat.row_primitive("integer_product", _shape, _by_xla, _call)
+PRIMITIVE = _compat.row_primitive("integer_product", _shape, _by_xla, _call, by_row=(0, 5))

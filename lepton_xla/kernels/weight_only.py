@@ -10,6 +10,7 @@ import numpy as np
 
 from lepton_xla import _compat
 from lepton_xla.kernels import installation
+from lepton_xla.kernels.epilogue import Epilogue
 from lepton_xla.quant import FORMATS, QTensor
 
 # A kernel looks the value of a code of four bits up in a table of this size.
@@ -26,12 +27,13 @@ def fits(format_name: str) -> bool:
     return format_name == "int8" or (form.per_byte == 2 and form.kind in ("int", "codebook"))
 
 
-def multiply(x: jax.Array, weight: QTensor) -> jax.Array:
-    """Multiply activations by a quantized matrix.
+def multiply(x: jax.Array, weight: QTensor, epilogue: Epilogue | None = None) -> jax.Array:
+    """Multiply activations by a quantized matrix, and apply an epilogue.
 
     Args:
         x: float32 [M, K].
         weight: row-major [K, N], in a format that `fits`.
+        epilogue: what follows the product.
 
     Returns:
         float32 [M, N], the product with the dequantized weight up to rounding of float32. Sums do not depend on the
@@ -45,7 +47,9 @@ def multiply(x: jax.Array, weight: QTensor) -> jax.Array:
     assert weight.values.ndim == 2
     assert x.dtype == jnp.float32
     # Side by side in one matrix, [groups, N or 1]; a codebook's [1, 1] too.
-    return _WEIGHT_ONLY.bind(x, weight.values, weight.scale, _levels(weight), format=weight.format, rows=weight.rows)
+    bias, residual, activation = (epilogue or Epilogue()).operands()
+    operands = x, weight.values, weight.scale, _levels(weight), bias, residual
+    return PRIMITIVE.bind(*operands, format=weight.format, rows=weight.rows, activation=activation)
 
 
 def _levels(weight: QTensor) -> jax.Array:
@@ -61,24 +65,36 @@ def _levels(weight: QTensor) -> jax.Array:
     return jnp.asarray(np.where(codes < _LEVELS // 2, codes, codes - _LEVELS), jnp.float32)
 
 
-def _shape(x: Any, values: Any, _scale: Any, _levels: Any, **_: Any) -> tuple[tuple[Any, ...], Any]:
+def _shape(x: Any, values: Any, *_: Any, **_params: Any) -> tuple[tuple[Any, ...], Any]:
     return (x.shape[0], values.shape[1]), jnp.dtype("float32")
 
 
-def _by_xla(x: jax.Array, values: jax.Array, scale: jax.Array, levels: jax.Array, **params: Any) -> jax.Array:
+def _by_xla(
+    x: jax.Array,
+    values: jax.Array,
+    scale: jax.Array,
+    levels: jax.Array,
+    bias: jax.Array,
+    residual: jax.Array,
+    **params: Any,
+) -> jax.Array:
     """The same in XLA's own operations, which dequantize the whole weight."""
     form = FORMATS[params["format"]]
     codebook = levels[: 1 << form.bits] if form.learned else None
-    return x @ QTensor(values, scale, params["format"], params["rows"], codebook=codebook).dequantize()
+    product = x @ QTensor(values, scale, params["format"], params["rows"], codebook=codebook).dequantize()
+    return Epilogue.of_operands(bias, residual, params["activation"]).apply(product)
 
 
-def _call(x: Any, values: Any, scale: Any, levels: Any, **params: Any) -> tuple[str, tuple[Any, ...]] | None:
-    """The target of XLA's custom call and its operands; None if there is none here."""
+def _call(
+    x: Any, values: Any, scale: Any, levels: Any, *epilogue: Any, **params: Any
+) -> tuple[str, tuple[Any, ...], dict[str, Any]] | None:
+    """The target of XLA's custom call, its operands and attributes; None if there is none here."""
     if not installation.usable():
         return None
+    attributes = {"activation": np.int64(params["activation"])}
     if FORMATS[params["format"]].bits == 8:
-        return f"{installation.PREFIX}weight_only_8", (x, values, scale)
-    return f"{installation.PREFIX}weight_only_4", (x, values, scale, levels)
+        return f"{installation.PREFIX}weight_only_8", (x, values, scale, *epilogue), attributes
+    return f"{installation.PREFIX}weight_only_4", (x, values, scale, levels, *epilogue), attributes
 
 
-_WEIGHT_ONLY = _compat.row_primitive("weight_only_product", _shape, _by_xla, _call)
+PRIMITIVE = _compat.row_primitive("weight_only_product", _shape, _by_xla, _call, by_row=(0, 5))

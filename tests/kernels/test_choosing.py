@@ -130,11 +130,32 @@ def test_rows_decide_who_multiplies(kernels, clock, monkeypatch):
     for rows in (1, 6):
         x = jax.ShapeDtypeStruct((rows, 24), jnp.float32)
         text = str(jax.make_jaxpr(lowered.fn)(lowered.weights, x))
-        results[rows] = text.count("= integer_product "), text.count("preferred_element_type=int32")
+        results[rows] = text.count("= integer_product["), text.count("preferred_element_type=int32")
     assert results == {1: (2, 0), 6: (0, 2)}
     x = np.random.default_rng(1).standard_normal((6, 24)).astype(np.float32)
     single = np.concatenate([jax.jit(lowered.fn)(lowered.weights, row[None]) for row in x])
     np.testing.assert_allclose(single, jax.jit(lowered.fn)(lowered.weights, x), rtol=0, atol=1e-6)
+
+
+def test_what_follows_a_product_goes_to_the_kernel(kernels, clock):
+    """The report names it, and the numbers stay those of the operations that it replaces."""
+    clock({"a": 25.0, "b": 25.0}, lambda count: FLOAT_US - 10 * count)
+    plain = two_layers()
+    weights = {**plain.weights, "bias": jnp.linspace(-1, 1, 24)}
+
+    def fn(w, x):
+        return x + jax.nn.gelu(x @ w["a"] + w["bias"][None], approximate=False) @ w["b"]
+
+    lowered = lower(lx.trace(fn, weights, ROWS))
+    assert {name: (site.reason, site.metrics["fused"]) for name, site in sites(lowered).items() if name in "ab"} == {
+        "a": ("by a kernel with bias + gelu: 0.25 of float's time", "bias + gelu"),
+        "b": ("by a kernel with residual: 0.25 of float's time", "residual"),
+    }
+    x = np.random.default_rng(1).standard_normal((6, 24)).astype(np.float32)
+    text = str(jax.make_jaxpr(lowered.fn)(lowered.weights, x))
+    assert [text.count(each) for each in ("erf", "= add ", "weight_only_product[")] == [0, 0, 2]
+    exact = {name: leaf.dequantize() if name in "ab" else leaf for name, leaf in lowered.weights.items()}
+    np.testing.assert_allclose(jax.jit(lowered.fn)(lowered.weights, x), fn(exact, x), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("options", ["", "dynamic = false", 'granularity = "tensor"'])

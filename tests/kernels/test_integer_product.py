@@ -58,7 +58,7 @@ def test_every_shape_is_multiplied(variants, rows, depth, columns, per_channel, 
         np.testing.assert_array_equal(got, reference(x, weight, static))
 
 
-@pytest.mark.parametrize("shape", [(200, 300, 350), (5, 900, 700)])  # cut by rows, and by columns
+@pytest.mark.parametrize("shape", [(200, 300, 350), (5, 900, 700), (17, 2000, 130)])  # by rows, columns, panels
 def test_products_that_are_spread_over_threads(variants, shape):
     rows, depth, columns = shape
     x, weight = array(rows, depth), stored(depth, columns)
@@ -124,21 +124,27 @@ def test_transformations_and_the_fallback(kernels, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("x", "codes", "scale", "static"),
+    ("wrong", "activation"),
     [
-        ((2, 8), (4, 9), (1, 4), (0,)),
-        ((2, 8), (4, 8), (1, 3), (0,)),
-        ((2, 8), (4, 8), (2, 4), (1,)),
-        ((2, 8), (4, 8), (1, 4), (2,)),
-        ((3, 8), (4, 8), (1, 4), (0,)),
+        ({1: (4, 9)}, 0),
+        ({2: (1, 3)}, 0),
+        ({2: (2, 4), 3: (1,)}, 0),
+        ({3: (2,)}, 0),
+        ({0: (3, 8)}, 0),
+        ({4: (3,)}, 0),
+        ({5: (1, 4)}, 0),
+        ({5: (2, 3)}, 0),
+        ({}, 5),
+        ({}, -1),
     ],
 )
-def test_operands_that_do_not_fit_are_refused(kernels, x, codes, scale, static):
+def test_operands_that_do_not_fit_are_refused(kernels, wrong, activation):
     call = jax.ffi.ffi_call(f"{installation.PREFIX}integer_product", jax.ShapeDtypeStruct((2, 4), jnp.float32))
-    kinds = ("f4", "i1", "f4", "f4")
-    operands = [jnp.zeros(shape, kind) for shape, kind in zip((x, codes, scale, static), kinds, strict=True)]
+    shapes = [(2, 8), (4, 8), (1, 4), (0,), (4,), (2, 4)]
+    kinds = ("f4", "i1", "f4", "f4", "f4", "f4")
+    operands = [jnp.zeros(wrong.get(at, shapes[at]), kind) for at, kind in enumerate(kinds)]
     with pytest.raises(jax.errors.JaxRuntimeError, match="do not fit"):
-        jax.block_until_ready(jax.jit(call)(*operands))
+        jax.block_until_ready(jax.jit(lambda *given: call(*given, activation=np.int64(activation)))(*operands))
 
 
 def digest():

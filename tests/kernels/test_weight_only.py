@@ -141,14 +141,16 @@ def test_a_sharded_product(kernels):
 
 
 @pytest.mark.parametrize(
-    ("x", "codes", "scale"),
-    [((2, 8), (9, 4), (1, 4)), ((2, 8), (8, 4), (1, 3)), ((2, 8), (8, 4), (3, 4)), ((2, 8), (8, 4), (0, 4))],
+    "wrong",
+    [{1: (9, 4)}, {2: (1, 3)}, {2: (3, 4)}, {2: (0, 4)}, {3: (5,)}, {4: (1, 4)}],
 )
-def test_operands_that_do_not_fit_are_refused(kernels, x, codes, scale):
+def test_operands_that_do_not_fit_are_refused(kernels, wrong):
     call = jax.ffi.ffi_call(f"{installation.PREFIX}weight_only_8", jax.ShapeDtypeStruct((2, 4), jnp.float32))
-    operands = [jnp.zeros(shape, kind) for shape, kind in zip((x, codes, scale), ("f4", "i1", "f4"), strict=True)]
+    shapes = [(2, 8), (8, 4), (1, 4), (4,), (2, 4)]
+    kinds = ("f4", "i1", "f4", "f4", "f4")
+    operands = [jnp.zeros(wrong.get(at, shapes[at]), kind) for at, kind in enumerate(kinds)]
     with pytest.raises(jax.errors.JaxRuntimeError, match="do not fit"):
-        jax.block_until_ready(jax.jit(call)(*operands))
+        jax.block_until_ready(jax.jit(lambda *given: call(*given, activation=np.int64(0)))(*operands))
 
 
 def digest():

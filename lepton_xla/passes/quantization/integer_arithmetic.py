@@ -32,7 +32,7 @@ from lepton_xla.passes.core.spreading import is_spread
 from lepton_xla.passes.core.targets import Target
 from lepton_xla.passes.core.timing import Timer, time_programs
 from lepton_xla.passes.core.walker import Context, Values, materialize
-from lepton_xla.passes.quantization import eligibility, products, selection
+from lepton_xla.passes.quantization import eligibility, epilogues, products, selection
 from lepton_xla.passes.quantization.measurement import Timing, compare
 from lepton_xla.passes.quantization.products import RANGE, SCALE
 from lepton_xla.passes.quantization.rounding import ROUNDINGS
@@ -179,9 +179,11 @@ def quantize(
 
     prepared_s = time.perf_counter() - start - timed_s
 
+    fused: dict[str, str] = {}
+
     def build(integer: frozenset[str]) -> Callable[..., Any]:
         side_inputs = {key: name for key, name in names.items() if key[0] in integer}
-        return _lowered(program.fn, like, every, side_inputs, _ways(integer, timings), timer.target)
+        return _lowered(program.fn, like, every, side_inputs, _ways(integer, timings), timer.target, fused)
 
     compiled: dict[str, Any] = {}
     laid: dict[str, jax.Array] = {}
@@ -222,7 +224,7 @@ def quantize(
     counted: set[str] = set()
     for planned in every:
         name, path = planned.site.name, planned.site.path
-        entry = _report(planned, reasons[name], integer, timings.get(name, []))
+        entry = _report(planned, reasons[name], integer, timings.get(name, []), fused.get(name, ""))
         if path is not None:
             before = leaf_bytes(like[path].shape, like[path].dtype)
             notes = [zero_channels(planned.site, program.weights[path])]
@@ -289,6 +291,7 @@ def _lowered(
     side_inputs: Mapping[Key, str],
     ways: Mapping[str, Ways],
     target: Target,
+    fused: dict[str, str],
 ) -> Callable[..., Any]:
     """Make the function of stored weights; the sites in `ways` are computed from codes.
 
@@ -299,6 +302,7 @@ def _lowered(
         side_inputs: site and what of it -> name of a static range or scale among the new function's weights.
         ways: site name -> how its product is computed, by number of rows.
         target: what it is for.
+        fused: gets what the kernels of sites compute after their products, by name of the site.
     """
     by_name = {planned.site.name: planned.rule for planned in every}
     sites = [planned.site for planned in every]
@@ -323,11 +327,13 @@ def _lowered(
         way = way_at(ways.get(site.name, {}), products.row_count(site))
         if site.name in ways and planned.activations == "none":
             if way == "kernel":
-                return [products.weight_only_dot(site, activation, tracked.value)]
+                with epilogues.of_site(site.name):
+                    return [products.weight_only_dot(site, activation, tracked.value)]
         elif site.name in ways:
             scale = products.static_scale(site, planned, tracked)
             if way == "kernel":
-                return [products.kernel_dot(site, activation, tracked.value, scale)]
+                with epilogues.of_site(site.name):
+                    return [products.kernel_dot(site, activation, tracked.value, scale)]
             pad, name = way == "padded", planned.activations
             out = products.quantized_dot(site, activation, tracked.value, name, scale, pad_single=pad, target=target)
             return [out]
@@ -342,7 +348,7 @@ def _lowered(
         travelling = products.arrange_side_inputs(sites, arrays)
         return rewrite_sites(fn, rule, inline=True, on_unknown="keep", like=like, side_inputs=travelling)(own, *inputs)
 
-    return run
+    return epilogues.fuse(run, fused)
 
 
 def _time_sites(
@@ -402,6 +408,7 @@ def _report(
     reason: str,
     integer: frozenset[str],
     timings: Sequence[Timing],
+    fused: str,
 ) -> SiteReport:
     rule = planned.rule
     metrics: dict[str, Any] = {"timings": [timing.to_json() for timing in timings]} if timings else {}
@@ -424,7 +431,9 @@ def _report(
         if "kernel" in ways.values():
             rows = [str(rows) for rows, way in ways.items() if way == "kernel"]
             some = "" if len(rows) == len(ways) else f" at {', '.join(rows)} rows"
-            reason = f"by a kernel{some}: {ratio:.2f} of float's time"
+            with_others = f" with {fused}" if fused else ""
+            reason = f"by a kernel{with_others}{some}: {ratio:.2f} of float's time"
+            metrics["fused"] = fused
     elif timings and rule.activations == "none" and not reason:
         reason = f"multiplying it as it is stored ({ratio:.2f} of float's time alone) makes the whole program no faster"
     elif rule.activations != "none" and not reason:

@@ -1,0 +1,145 @@
+// The product of many rows of codes: see integer_product.h. For AVX-512 VNNI.
+//
+// A panel of 64 columns is packed for each call: four codes of 16 columns fill a register, so that no sum is spread over
+// lanes. That costs one pass over the weight, which many rows make up for, and the weight is stored once, as it is.
+#include "integer_product.h"
+
+#include "finish.h"
+
+#if defined(__AVX512VNNI__)
+namespace lepton::VARIANT {
+namespace {
+
+constexpr int kVectors = IntegerProduct::kPanelColumns / kLanes, kRows = 6, kStep = 4;
+
+// Not `_mm512_dpbusd_epi32`, around which GCC 12 copies every sum in each step.
+inline void add(__m512i& sum, const __m512i& x, const __m512i& w) {
+  asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(x), "v"(w));
+}
+
+// Swaps the rows and columns of 16 registers of 16 integers.
+inline void transpose(__m512i (&r)[16]) {
+  __m512i t[16];
+#pragma GCC unroll 8
+  for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+    t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 16; i += 4) {
+    r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+    r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+    r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+    r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
+    t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
+    t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
+    t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    r[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
+    r[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
+    r[i + 4] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88);
+    r[i + 12] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xdd);
+  }
+}
+
+// Packs columns as [K / 4, 64 columns, 4], zeros where there are none, and finds what the 128 that is added to each
+// code of x adds to their sums.
+void pack(const IntegerProduct& p, int64_t column, int8_t* to, __m512i (&offset)[kVectors]) {
+  const int64_t steps = (p.k + kStep - 1) / kStep;
+  const __m512i ones = _mm512_set1_epi8(1);
+  for (int v = 0; v < kVectors; ++v) {
+    __m512i total = _mm512_setzero_si512();
+    const int64_t first = column + v * kLanes;
+    for (int64_t k = 0; k < p.k; k += 64) {
+      const __mmask64 inside = p.k - k >= 64 ? ~0ull : (1ull << (p.k - k)) - 1;
+      __m512i block[16];
+#pragma GCC unroll 16
+      for (int j = 0; j < 16; ++j)
+        block[j] = first + j < p.n ? _mm512_maskz_loadu_epi8(inside, p.codes + (first + j) * p.k + k)
+                                   : _mm512_setzero_si512();
+      transpose(block);
+      const int64_t count = steps - k / kStep < 16 ? steps - k / kStep : 16;
+      int8_t* at = to + (k / kStep) * IntegerProduct::kPanelColumns * kStep + v * 64;
+      for (int64_t j = 0; j < count; ++j) {
+        add(total, ones, block[j]);
+        _mm512_store_si512(at + j * IntegerProduct::kPanelColumns * kStep, block[j]);
+      }
+    }
+    offset[v] = _mm512_slli_epi32(total, 7);
+  }
+}
+
+struct Columns {
+  __m512i offset[kVectors];
+  __m512 scale[kVectors];
+  __mmask16 inside[kVectors];
+};
+
+template <int MR>
+void tile(const IntegerProduct& p, const Columns& columns, const int8_t* w, int64_t row, int64_t column) {
+  __m512i sums[MR][kVectors];
+#pragma GCC unroll 6
+  for (int i = 0; i < MR; ++i)
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) sums[i][v] = _mm512_setzero_si512();
+  const int64_t depth = p.padded_depth();
+  const uint8_t* x = p.rounded + row * depth;
+  for (int64_t k = 0; k < p.k; k += kStep, w += kVectors * 64) {
+    __m512i codes[kVectors];
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) codes[v] = _mm512_load_si512(w + v * 64);
+#pragma GCC unroll 6
+    for (int i = 0; i < MR; ++i) {
+      int32_t four;
+      __builtin_memcpy(&four, x + i * depth + k, 4);
+      const __m512i left = _mm512_set1_epi32(four);
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) add(sums[i][v], left, codes[v]);
+    }
+  }
+#pragma GCC unroll 6
+  for (int i = 0; i < MR; ++i) {
+    const __m512 scale = _mm512_set1_ps(p.row_scale[row + i]);
+    float* y = p.y + (row + i) * p.n + column;
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) {
+      const __m512 total = _mm512_cvtepi32_ps(_mm512_sub_epi32(sums[i][v], columns.offset[v]));
+      _mm512_mask_storeu_ps(y + v * kLanes, columns.inside[v], _mm512_mul_ps(total, _mm512_mul_ps(scale, columns.scale[v])));
+    }
+  }
+}
+
+}  // namespace
+
+void integer_panel(const IntegerProduct& p, int64_t row, int64_t row_end, int64_t column, int8_t* packed) {
+  Columns columns;
+  pack(p, column, packed, columns.offset);
+  for (int v = 0; v < kVectors; ++v) {
+    const int64_t left = p.n - column - v * kLanes;
+    columns.inside[v] = left >= kLanes ? 0xffff : left > 0 ? (1 << left) - 1 : 0;
+    columns.scale[v] = p.one_scale ? _mm512_set1_ps(p.scale[0])
+                                   : _mm512_maskz_loadu_ps(columns.inside[v], p.scale + column + v * kLanes);
+  }
+  const int64_t column_end = column + IntegerProduct::kPanelColumns < p.n ? column + IntegerProduct::kPanelColumns : p.n;
+  for (; row < row_end; row += kRows) {
+    const int64_t rows = row_end - row < kRows ? row_end - row : kRows;
+    switch (rows) {
+      case 1: tile<1>(p, columns, packed, row, column); break;
+      case 2: tile<2>(p, columns, packed, row, column); break;
+      case 3: tile<3>(p, columns, packed, row, column); break;
+      case 4: tile<4>(p, columns, packed, row, column); break;
+      case 5: tile<5>(p, columns, packed, row, column); break;
+      default: tile<kRows>(p, columns, packed, row, column);
+    }
+    finish(p.epilogue, p.y, p.n, row, row + rows, column, column_end);
+  }
+}
+
+}  // namespace lepton::VARIANT
+#endif
