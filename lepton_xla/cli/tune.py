@@ -34,6 +34,13 @@ if TYPE_CHECKING:
 )
 @click.option("--minutes", type=float, default=10.0, show_default=True, help="Begin no new candidate after this time.")
 @click.option("--trials", type=int, metavar="N", help="Measure at most N candidates.")
+@click.option(
+    "--train",
+    metavar="TARGET",
+    help="Also train candidates, with the data, optimizer and steps of this TrainSpec, in half of the minutes; needs "
+    "the extra tune.",
+)
+@click.option("--trainings", type=int, metavar="N", default=30, show_default=True, help="Train at most N candidates.")
 @click.option("--metric", help="The metric of --max-drop. By default accuracy, else the first that evaluate returns.")
 @click.option("--lower-is-better", is_flag=True, help="The metric is a loss.")
 @_common.buckets_option
@@ -45,6 +52,8 @@ if TYPE_CHECKING:
     "from what is there.",
 )
 @click.option("-o", "--output", metavar="FILE.toml", help="Write the best recipe here, for leptonx compile --recipe.")
+@click.option("--artifact", metavar="PATH", help="Compile the best into an artifact, trained again if it was trained.")
+@click.option("--overwrite", is_flag=True, help="Replace an artifact that is there.")
 @click.option("--points", metavar="FOLDER", help="Write the recipe of every point of the frontier into this folder.")
 @click.option("--report", metavar="FILE.html", help="Write a page with a plot, a table and what each weight became.")
 @_common.json_option
@@ -58,12 +67,16 @@ def tune(
     objective: Any,
     minutes: float,
     trials: int | None,
+    train: str | None,
+    trainings: int,
     metric: str | None,
     lower_is_better: bool,
     buckets: tuple[str, ...],
     seed: int,
     journal: str | None,
     output: str | None,
+    artifact: str | None,
+    overwrite: bool,
     points: str | None,
     report: str | None,
     as_json: bool,
@@ -79,14 +92,18 @@ def tune(
       leptonx tune digits.py:model --max-drop 0.5 --objective bytes -o small.toml
       leptonx tune digits.py:model --max-drop 0.5 --max-bytes 2MB --max-latency-ms 3 --minutes 10
       leptonx tune digits.py:model --max-bytes 20kB --objective metric --journal digits.jsonl --report digits.html
+      leptonx tune digits.py:model --max-drop 0.5 --train train_digits.py:training --artifact small.lepton
       leptonx compile digits.py:model --recipe small.toml
     """
     given = _common.parse_buckets(buckets)
+    if artifact is not None:
+        _common.check_free(artifact, overwrite=overwrite)
     for path in (output, report, journal, points):
         _common.check_folder(path)
     with _common.progress() as step:
         step("load JAX")
         from lepton_xla.cli import _models
+        from lepton_xla.train import TrainSpec
         from lepton_xla.tuning import Budget, Constraints
         from lepton_xla.tuning import tune as search
         from lepton_xla.tuning.constraints import check_objective, parse_bytes
@@ -96,15 +113,17 @@ def tune(
         on_disk, in_memory = (None if text is None else parse_bytes(text) for text in (max_bytes, max_memory))
         constraints = Constraints(max_drop, on_disk, in_memory, max_latency_ms)
         check_objective(objective, constraints)
-        budget = Budget(minutes, trials)
+        budget = Budget(minutes, trials, trainings)
         step(f"load {target}")
         spec = _models.load_target(target)
+        training = None if train is None else _models.load_target(train, TrainSpec)
         if spec.evaluate is None:
             raise TuningError(f"{target} has no evaluate; add evaluate=..., a function of predict, to its ModelSpec")
         program = spec.program()
         batches, _ = _models.calibration(spec, program)
         if batches is None:
             raise TuningError(f"{target} has no calibration data; add calibration=... to its ModelSpec")
+        sizes = _models.bucket_sizes(spec, program, given)
         found = search(
             program,
             lambda predict: _models.evaluate(spec, predict),
@@ -114,14 +133,18 @@ def tune(
             budget=budget,
             metric=metric,
             lower_is_better=lower_is_better,
-            buckets=_models.bucket_sizes(spec, program, given),
+            buckets=sizes,
             seed=seed,
             journal=journal,
             progress=step,
+            training=training,
         )
         if output is not None and found.best is not None:
             text = found.best.recipe
             _common.write(output, lambda: pathlib.Path(output).write_text(text, encoding="utf-8"))
+        if artifact is not None and found.best is not None:
+            step(f"build {found.best.name} again")
+            _compiled(spec, found, sizes, artifact).save(artifact, overwrite=overwrite)
         if points is not None:
             _common.write(points, lambda: _write_points(pathlib.Path(points), found))
         if report is not None:
@@ -133,6 +156,18 @@ def tune(
     if found.best is None:
         nearest = f"the nearest is {found.nearest.name}" if found.nearest is not None else "nothing was measured"
         raise TuningError(f"no recipe that was measured keeps to the constraints; {nearest}")
+
+
+def _compiled(spec: Any, found: Tuning, sizes: Any, location: str) -> Any:
+    """The artifact of the best, with the profile of the calibration data."""
+    from lepton_xla import compiler
+    from lepton_xla.cli import _models
+    from lepton_xla.compiler.manifest import check_name
+
+    program = found.build()
+    batches, examples = _models.calibration(spec, program)
+    name = check_name(pathlib.PurePath(location).name.removesuffix(".lepton"))
+    return compiler.compile(program, sizes, name=name, examples=examples).with_profile(batches or ())
 
 
 def _write_points(folder: pathlib.Path, found: Tuning) -> None:
@@ -183,6 +218,9 @@ def _lines(found: Tuning) -> list[str]:
     shown = found.best
     if shown is not None and shown.reported is not None and shown.reported.enough:
         lines.append(f"The rows are too few to be sure of the best's drop: about {shown.reported.enough:,} would do.")
+    if shown is not None and shown.training:
+        how = ", ".join(f"{name} {value:.3g}" for name, value in shown.training.items())
+        lines.append(f"The best was trained ({how}), so its recipe alone does not make it: --artifact does.")
     if shown is not None:
         lines += [f"{site}: {became}" for site, became in shown.choices.items()]
     return lines

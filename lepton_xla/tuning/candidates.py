@@ -104,6 +104,25 @@ class Candidates:
             measured = [value(found) - self._estimates.fixed[kind] for _, found in known]
             self._costs[kind] = refit(self._estimates.costs[kind], [picked for picked, _ in known], measured)
 
+    def named(self, picked: Sequence[int]) -> list[tuple[Group, Choice]]:
+        """What each group gets."""
+        return self._estimates.named(picked)
+
+    @property
+    def error_range(self) -> tuple[float, float]:
+        """The smallest estimated error of the outputs that any change makes, and the largest."""
+        errors = self._costs["error"]
+        largest = sum(float(each.max()) for each in errors)
+        smallest = min((float(each[each > 0].min()) for each in errors if (each > 0).any()), default=1e-6)
+        return min(smallest, largest / 2), largest
+
+    def within(self, error: float) -> tuple[int, ...]:
+        """The best at the objective within an error of the outputs, or the closest to that."""
+        by_error = {"error": 1.0}
+        picked = self._choose(by_error, math.inf) if self._objective == "metric" else None
+        picked = picked or self._choose(self._objective_weights(), error) or self._choose(by_error, math.inf)
+        return picked or tuple(int(np.argmin(each)) for each in self._costs["bytes"])
+
     def expected(self, picked: Sequence[int]) -> dict[str, float]:
         """What a candidate is expected to measure."""
         shares = [self._sum(kind, picked) / max(self._estimates.fixed[kind], 1e-9) for kind in self._estimates.sizes]

@@ -56,6 +56,7 @@ class Budget:
     Attributes:
         minutes: no new candidate is begun after so many minutes.
         trials: no more candidates than these are measured; None: as many as there is time for.
+        trainings: no more candidates than these are trained besides, if training is allowed; it gets half the minutes.
 
     Raises:
         TuningError: if there is no time, or no trial.
@@ -67,6 +68,7 @@ class Budget:
 
     minutes: float = 10.0
     trials: int | None = None
+    trainings: int = 30
 
     def __post_init__(self) -> None:
         if not (self.minutes > 0 and math.isfinite(self.minutes)):
@@ -75,6 +77,8 @@ class Budget:
             )
         if self.trials is not None and self.trials < 1:
             raise TuningError(f"a budget of {self.trials} trials measures nothing; give at least one")
+        if self.trainings < 1:
+            raise TuningError(f"a budget of {self.trainings} trainings trains nothing; give at least one")
 
 
 def check_objective(objective: str, constraints: Constraints) -> None:

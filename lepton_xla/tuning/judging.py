@@ -182,6 +182,11 @@ class Judge:
         drops = np.array([self._drop(outputs, block) for block in blocks])
         return Judgement(metrics, judged, self._interval(drops, blocks, max_drop), self._error(outputs))
 
+    def drop(self, predict: Predict) -> float:
+        """The drop in points on the rows that candidates are chosen by."""
+        outputs = [{name: np.asarray(each) for name, each in predict(**inputs).items()} for inputs in self._inputs]
+        return self._drop(outputs, self._judged)
+
     def _interval(self, drops: np.ndarray, blocks: Sequence[np.ndarray], max_drop: float | None) -> Drop:
         from scipy.stats import t
 

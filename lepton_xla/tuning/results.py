@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
+from lepton_xla.errors import TuningError
+from lepton_xla.program import Program
 from lepton_xla.tuning.constraints import Constraints, Objective
 from lepton_xla.tuning.trials import Trial
 
@@ -28,6 +30,7 @@ class Tuning:
         sites: for each group its sites, and for each choice its name, estimated error and bytes.
         stopped: why the search ended: it had nothing left to try, no time, no trials, or was interrupted.
         seconds: the time it took.
+        maker: builds a trial's program again; see `build`.
 
     >>> small, large = (Trial(name, "", "chosen", {}, {}, drop, None, 0.1, size) for name, drop, size in
     ...                 (("a", 0.4, 100), ("b", 0.0, 400)))
@@ -50,6 +53,25 @@ class Tuning:
     sites: tuple[dict[str, Any], ...] = ()
     stopped: Stop = "done"
     seconds: float = 0.0
+    maker: Callable[[Trial], Program] | None = dataclasses.field(default=None, repr=False, compare=False)
+
+    def build(self, trial: Trial | None = None) -> Program:
+        """Build a trial's program again, ready for `compile`: trained with the same seed if it was trained.
+
+        Args:
+            trial: one that was measured; by default the best.
+
+        Raises:
+            TuningError: if there is none.
+
+        >>> Tuning(Constraints(), "bytes", "accuracy", {}, 800, None, None, ()).build()
+        Traceback (most recent call last):
+        lepton_xla.errors.TuningError: no recipe that was measured keeps to the constraints, so none can be built
+        """
+        chosen = trial or self.best
+        if chosen is None or chosen.failure or self.maker is None:
+            raise TuningError("no recipe that was measured keeps to the constraints, so none can be built")
+        return self.maker(chosen)
 
     @property
     def frontier(self) -> tuple[Trial, ...]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
+import json
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -19,26 +21,28 @@ from lepton_xla.passes.core.calibration import as_batches
 from lepton_xla.passes.core.timing import Timer, time_programs
 from lepton_xla.program import Program
 from lepton_xla.recipe import Recipe, to_toml
+from lepton_xla.train import TrainSpec
 from lepton_xla.trees import name_leaves, tree_bytes
-from lepton_xla.tuning.candidates import Candidates, Estimates
-from lepton_xla.tuning.choices import CHOICES, Choice, find_groups, recipe_of
+from lepton_xla.tuning.candidates import FIRST_ERROR, Candidates, Estimates
+from lepton_xla.tuning.choices import CHOICES, Choice, Group, Methods, find_groups, recipe_of
 from lepton_xla.tuning.constraints import Budget, Constraints, Objective, check_objective
 from lepton_xla.tuning.costs import bytes_of_choices, stored_weights, times_of_choices
 from lepton_xla.tuning.journals import Journal
 from lepton_xla.tuning.judging import Judge
 from lepton_xla.tuning.results import Stop, Tuning
 from lepton_xla.tuning.scores import output_errors
+from lepton_xla.tuning.trainings import Study, Trainer, first_of, objectives_of, ranges_of, training_key
 from lepton_xla.tuning.trials import Trial, Workshop, digest, predictor
 
 # Presets that are measured first, so that what is found is never worse than they are.
 PRESETS = ("int8", "int8-weight-only", "int4-weight-only", "codebook16")
 ANY_TIME = Budget()
 # Of what a journal keeps; changes with the fields of a trial.
-FORMAT = 2
+FORMAT = 3
 type Progress = Callable[[str, int, int], None]
 
 
-@takes(program=Program, constraints=Constraints, budget=Budget)
+@takes(program=Program, constraints=Constraints, budget=Budget, training=TrainSpec)
 @told_by_xla
 def tune(
     program: Program,
@@ -57,6 +61,7 @@ def tune(
     journal: str | None = None,
     timer: Timer | None = None,
     progress: Progress | None = None,
+    training: TrainSpec | None = None,
 ) -> Tuning:
     """Find the recipe that is best at an objective and keeps to constraints, both by measurement.
 
@@ -81,13 +86,18 @@ def tune(
         journal: a file that keeps what was measured: a killed run goes on, and another budget scores nothing again.
         timer: times calls; by default a new one, which keeps its measurements on disk.
         progress: called with what begins, and how many trials of how many are done.
+        training: data, optimizer, steps and loss by which candidates may be trained from the float model's weights,
+            folded; its own model and compression are not used. Half of the minutes are then for trained candidates.
+            Their settings are chosen by Optuna (the extra `tune`), which with a journal keeps a file beside it,
+            `JOURNAL.optuna`; several processes may share both. Without a loss of its own they learn from the float
+            model's logits and from labels.
 
     Returns:
         The best trial and all others. Ctrl-C ends the search, not the program: the best so far is returned.
 
     Raises:
         TuningError: if constraints contradict each other, `evaluate` fails, gives NaN or is random, there are too few
-            rows to judge the drop, or the journal is of another model.
+            rows to judge the drop, the journal is of another model, or Optuna is missing.
         CalibrationError: if there is no data, or it cannot be used.
         RecipeError: if a preset does not exist.
         ExecutionError: if XLA cannot compile or run what is estimated; a candidate that it cannot is a failed trial.
@@ -137,12 +147,19 @@ def tune(
     kept = Journal(journal, identity)
     shop = Workshop(program, batches, asked, sizes, judge, timer)
     search = _Search(shop, constraints, objective, budget, kept, unpack, say, began)
+    trainer = None
+    if training is not None:
+        folded, _ = plan_for(program, Recipe(), buckets=asked)
+        trainer = Trainer(folded, training, judge, seed)
     float_bytes = stored_bytes(name_leaves(program.weights))
     estimates = None
     try:
         estimates = _estimated(shop, choices, kept, seed, unpack, float_bytes, say)
         _check_reachable(estimates, constraints)
-        search.run(estimates, recipes)
+        candidates = Candidates(estimates, constraints, objective)
+        search.run(candidates, recipes, 0.5 if trainer is not None else 1.0)
+        if trainer is not None:
+            search.train(candidates, trainer, journal, seed)
     except KeyboardInterrupt:
         search.stopped = "interrupted"
     return Tuning(
@@ -157,7 +174,15 @@ def tune(
         sites=tuple(estimates.described()) if estimates is not None else (),
         stopped=search.stopped,
         seconds=time.monotonic() - began,
+        maker=functools.partial(_built, shop, trainer),
     )
+
+
+def _built(shop: Workshop, trainer: Trainer | None, trial: Trial) -> Program:
+    if not trial.training:
+        return shop.build(trial)
+    assert trainer is not None
+    return shop.build(trial, lambda recipe: trainer.train(recipe, trial.training, lambda _drop: None))
 
 
 def _estimated(
@@ -235,7 +260,7 @@ class _Search:
         self._shop, self._constraints = shop, constraints
         self._objective: Objective = objective
         self._budget, self._kept, self._unpack, self._say = budget, kept, unpack, say
-        self._deadline = began + 60 * budget.minutes
+        self._began = self._deadline = began
         self.trials: dict[str, Trial] = {}
         self.stopped: Stop = "done"
 
@@ -253,25 +278,84 @@ class _Search:
             failed, key=lambda t: (t.excess(self._constraints), t.value(self._objective)), default=None
         )
 
-    def run(self, estimates: Estimates, presets: Sequence[Recipe]) -> None:
-        """Measure the presets, then what is chosen."""
-        candidates = Candidates(estimates, self._constraints, self._objective)
+    def run(self, candidates: Candidates, presets: Sequence[Recipe], share: float) -> None:
+        """Measure the presets, then what is chosen, in a share of the time."""
+        self._deadline = self._began + 60 * self._budget.minutes * share
         for recipe in presets:
             # A preset may unpack; what is limited is memory, so it may not here.
             recipe = recipe.replace(unpack=self._unpack)
             if self._measured(recipe, "preset", {}, {}) is None:
                 return
         for proposal in candidates.proposals():
-            recipe = recipe_of("", estimates.named(proposal.picked), proposal.methods, unpack=self._unpack)
-            name = f"tuned-{hashlib.sha256(to_toml(recipe).encode()).hexdigest()[:8]}"
-            recipe = recipe.replace(name=name)
-            described = {
-                site: choice.name for group, choice in estimates.named(proposal.picked) for site in group.sites
-            }
+            recipe, described = self._recipe(candidates.named(proposal.picked), proposal.methods)
             trial = self._measured(recipe, proposal.origin, described, candidates.expected(proposal.picked))
             if trial is None:
                 return
             candidates.learn(proposal, trial)
+
+    def train(self, candidates: Candidates, trainer: Trainer, journal: str | None, seed: int) -> None:
+        """Measure candidates that are trained."""
+        self._deadline = self._began + 60 * self._budget.minutes
+        smallest, largest = candidates.error_range
+        first = min(max(4 * smallest, FIRST_ERROR), largest)
+        asked_for = [dataclasses.asdict(self._constraints), self._objective, trainer.digest, seed, smallest, largest]
+        study = Study(
+            hashlib.sha256(json.dumps(asked_for).encode()).hexdigest()[:16],
+            ranges_of(trainer, smallest, largest),
+            first_of(trainer, first),
+            path=None if journal is None else f"{journal}.optuna",
+            seed=seed,
+        )
+        for key in study.done:
+            if (found := self._kept.get(key)) is not None:
+                self.trials[key] = Trial.of_json(found)
+        self.stopped = "done"
+        while len(study.done) < self._budget.trainings:
+            if time.monotonic() > self._deadline:
+                self.stopped = "time"
+                return
+            self._trained(study, candidates, trainer, f"training {len(study.done) + 1}")
+
+    def _trained(self, study: Study, candidates: Candidates, trainer: Trainer, number: str) -> None:
+        asked = study.ask()
+        picked = candidates.within(asked.settings["error"])
+        recipe, described = self._recipe(candidates.named(picked), Methods())
+        settings = {name: asked.settings[name] for name in trainer.names(recipe)}
+        key = training_key(to_toml(recipe), settings, trainer.digest)
+        recipe = recipe.replace(name=f"trained-{key[-8:]}")
+        expected = candidates.expected(picked)
+        allowed = self._constraints.max_drop or 0.0
+
+        def say(line: str) -> None:
+            self._say(f"{self._so_far()}; {number}, {recipe.name}: {line}", len(study.done), self._budget.trainings)
+
+        def check(drop: float) -> None:
+            study.check(asked, expected["latency" if self._objective == "latency" else "bytes"], drop, allowed)
+
+        def train() -> Program:
+            say("train")
+            return trainer.train(recipe, settings, check)
+
+        found = self._kept.once(
+            key,
+            lambda: self._shop.measure(
+                recipe,
+                self._constraints.max_drop,
+                say,
+                train=train,
+                origin="trained",
+                choices=described,
+                training=settings,
+            ).to_json(),
+        )
+        trial = self.trials[key] = Trial.of_json(found)
+        study.tell(asked, key, trial, *objectives_of(trial, self._objective, self._constraints))
+
+    def _recipe(self, picked: Sequence[tuple[Group, Choice]], methods: Methods) -> tuple[Recipe, dict[str, str]]:
+        """The recipe of a candidate, named by its contents, and what each site becomes."""
+        recipe = recipe_of("", picked, methods, unpack=self._unpack)
+        name = f"tuned-{hashlib.sha256(to_toml(recipe).encode()).hexdigest()[:8]}"
+        return recipe.replace(name=name), {site: choice.name for group, choice in picked for site in group.sites}
 
     def _measured(
         self, recipe: Recipe, origin: str, described: dict[str, str], expected: dict[str, float]

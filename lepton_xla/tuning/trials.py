@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from lepton_xla.compiler.weights import stored_bytes
-from lepton_xla.errors import LeptonError, first_line
+from lepton_xla.errors import LeptonError, TuningError, first_line
 from lepton_xla.modelspec import Predict
 from lepton_xla.optimization.pipeline import optimize
 from lepton_xla.passes.core.calibration import check_batch
@@ -33,7 +33,8 @@ class Trial:
     Attributes:
         name: the recipe's name.
         recipe: its TOML text.
-        origin: where it came from: `preset`, `chosen`, `step back`, `step on` or `methods`.
+        origin: where it came from: `preset`, `chosen`, `step back`, `step on` or `methods`; `trained` if it was
+            trained, `stopped` if its training was not worth its end.
         choices: site -> what it became; empty for a preset.
         metrics: result of `evaluate` on all rows.
         judged: drop in points on the rows that candidates are chosen by.
@@ -46,6 +47,8 @@ class Trial:
         estimates: what was expected of `output_error`, `bytes` and `latency` (share of float's); empty for a preset.
         seconds: time that the trial took.
         failure: why nothing was measured; empty if it was.
+        training: how it was trained, by the names of `trainings.RANGES`; empty if it was not. Its recipe alone does not
+            make it then.
 
     >>> from lepton_xla.tuning import Constraints, Trial
     >>> trial = Trial("a", "", "chosen", {}, judged=0.25, bytes=400, us=(50.0,), float_us=(100.0,), output_error=0.1)
@@ -70,6 +73,7 @@ class Trial:
     estimates: dict[str, float] = dataclasses.field(default_factory=dict[str, float])
     seconds: float = 0.0
     failure: str = ""
+    training: dict[str, float] = dataclasses.field(default_factory=dict[str, float])
 
     @property
     def latency(self) -> float:
@@ -129,6 +133,10 @@ def _finite(found: Any) -> Any:
     return None if isinstance(found, float) and not math.isfinite(found) else found
 
 
+class Stopped(TuningError):
+    """A training was stopped half way, because it had lost more than others had."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Workshop:
     """Builds and measures recipes for one model.
@@ -149,13 +157,22 @@ class Workshop:
     judge: Judge
     timer: Timer
 
-    def measure(self, recipe: Recipe, max_drop: float | None, say: Callable[[str], None], **described: Any) -> Trial:
+    def measure(
+        self,
+        recipe: Recipe,
+        max_drop: float | None,
+        say: Callable[[str], None],
+        *,
+        train: Callable[[], Program] | None = None,
+        **described: Any,
+    ) -> Trial:
         """Build a recipe and measure it whole.
 
         Args:
             recipe: what to build.
             max_drop: what is allowed.
             say: called with a line when a step begins.
+            train: gives trained weights, in place of the float model's.
             described: what the trial says of itself: `origin`, `choices`, `estimates`.
 
         Returns:
@@ -165,13 +182,16 @@ class Workshop:
         trial = Trial(recipe.name, to_toml(recipe), **described)
         try:
             small = optimize(
-                self.program, recipe, calibration=self.batches, buckets=self.buckets, timer=self.timer, progress=say
+                self.program if train is None else train(), recipe, calibration=self.batches, buckets=self.buckets, timer=self.timer, progress=say
             )
             loaded = as_loaded(small)
             say("evaluate")
             judged = self.judge(predictor(loaded), max_drop=max_drop)
             say("time calls")
             times = [self._times(loaded, at) for at in self.sizes]
+        except Stopped as error:
+            seconds = time.perf_counter() - start
+            return dataclasses.replace(trial, origin="stopped", failure=str(error), seconds=seconds)
         except LeptonError as error:
             return dataclasses.replace(trial, failure=first_line(error), seconds=time.perf_counter() - start)
         return dataclasses.replace(
@@ -186,6 +206,17 @@ class Workshop:
             float_us=tuple(each[0] for each in times),
             seconds=time.perf_counter() - start,
         )
+
+    def build(self, trial: Trial, train: Callable[[Recipe], Program] | None = None) -> Program:
+        """Build a trial's program.
+
+        Args:
+            trial: the trial.
+            train: gives trained weights for its recipe, if it was trained.
+        """
+        recipe = Recipe.parse(trial.recipe, name=trial.name)
+        program = self.program if train is None else train(recipe)
+        return optimize(program, recipe, calibration=self.batches, buckets=self.buckets, timer=self.timer)
 
     def _times(self, small: Program, at: Mapping[str, int]) -> list[float]:
         functions = [(each.fn, each.weights) for each in (self.program, small)]

@@ -1,0 +1,130 @@
+"""Candidates that are trained: what they find beside candidates that are not, what a run goes on from, and Optuna."""
+
+import socket
+import subprocess
+
+import numpy as np
+import optax
+import pytest
+from test_tune import LABELS, PROGRAM, X, found
+
+from lepton_xla.errors import TuningError
+from lepton_xla.train import TrainSpec
+from lepton_xla.tuning import CHOICES, Budget, Constraints, searching, trainings
+from lepton_xla.tuning.trainings import Study, Trainer
+
+RANGES = {"rate": (0.01, 1.0, True), "alpha": (0.0, 1.0, False)}
+FIRST = {"rate": 0.1, "alpha": 0.5}
+SPEC = TrainSpec(
+    PROGRAM,
+    lambda step: {"x": X[(at := step % 6 * 100) : at + 100], "label": LABELS[at : at + 100]},
+    150,
+    optax.sgd(0.3, momentum=0.9),
+)
+
+
+def ended(key, objective=1.0, failure="", origin="trained"):
+    return searching.Trial(key, "", origin, {}, judged=0.1, bytes=int(objective), failure=failure)
+
+
+@pytest.fixture
+def optuna():
+    return pytest.importorskip("optuna")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    pytest.importorskip("optuna")
+    path = tmp_path_factory.mktemp("trainings") / "journal.jsonl"
+    given = {"constraints": Constraints(max_drop=9.0), "choices": (CHOICES[0], CHOICES[5]), "journal": path, "training": SPEC}
+    return found(budget=Budget(trials=2, trainings=2), **given), given
+
+
+def test_a_trained_candidate_is_smaller_at_the_same_drop(trained):
+    tuned, _ = trained
+    untrained = [each for each in tuned.trials if not each.training and each.excess(tuned.constraints) == 0]
+    assert tuned.best.training
+    assert tuned.best.bytes < 0.6 * min(each.bytes for each in untrained)
+    assert tuned.best.judged <= 9
+    # None of what estimates say is of trained weights.
+    assert all(not each.estimates for each in tuned.trials if each.training)
+
+
+def test_what_was_trained_is_built_again(trained):
+    tuned, _ = trained
+    program = tuned.build()
+    answers = np.asarray(program.fn(program.weights, X)).argmax(-1)
+    assert (answers == LABELS).mean() == pytest.approx(tuned.best.metrics["accuracy"], abs=1e-9)
+    assert {path: leaf.format for path, leaf in program.weights.items() if hasattr(leaf, "format")} != {}
+
+
+def test_a_run_goes_on_with_what_was_trained(trained, monkeypatch):
+    tuned, given = trained
+    train, count = Trainer.train, []
+    monkeypatch.setattr(Trainer, "train", lambda self, *args: count.append(1) or train(self, *args))
+    again = found(budget=Budget(trials=2, trainings=3), **given)
+    assert len(count) == 1
+    assert [each.name for each in again.trials[:-1]] == [each.name for each in tuned.trials]
+
+
+def test_without_optuna_it_says_what_to_install(monkeypatch):
+    def missing(name):
+        raise ImportError(f"No module named {name!r}")
+
+    monkeypatch.setattr(trainings.importlib, "import_module", missing)
+    with pytest.raises(TuningError, match=r"needs Optuna: pip install 'lepton-xla\[tune\]'"):
+        Study("s", RANGES, FIRST)
+
+
+def test_the_same_seed_asks_the_same_in_one_run_or_two(optuna, tmp_path):
+    def asked(study, count):
+        settings = []
+        for number in range(count):
+            each = study.ask()
+            settings.append(each.settings)
+            study.tell(each, f"{len(study.done)}", ended("a"), (each.settings["rate"], number), 0.0)
+        return settings
+
+    whole = asked(Study("s", RANGES, FIRST, seed=3), 4)
+    assert whole[0] == FIRST
+    path = tmp_path / "s.optuna"
+    assert asked(Study("s", RANGES, FIRST, path=path, seed=3), 2) == whole[:2]
+    assert asked(Study("s", RANGES, FIRST, path=path, seed=3), 2) == whole[2:]
+    assert asked(Study("s", RANGES, FIRST, seed=4), 4)[1:] != whole[1:]
+
+
+def test_what_a_killed_process_tried_is_tried_again(optuna, tmp_path):
+    path = tmp_path / "s.optuna"
+    study = Study("s", RANGES, FIRST, path=path)
+    study.tell(study.ask(), "first", ended("first"), (0.1, 1.0), 0.0)
+    lost = study.ask()
+    lives = Study("s", RANGES, FIRST, path=path)  # its process lives: somebody works on it
+    assert lives.ask().settings != lost.settings
+    with subprocess.Popen(["true"]) as child:
+        child.wait()
+    lost.handle.set_user_attr("owner", f"{socket.gethostname()}:{child.pid}")
+    again = Study("s", RANGES, FIRST, path=path)
+    assert again.ask().settings == lost.settings
+    assert again.done == ["first"]
+
+
+def test_a_bad_training_is_stopped_half_way(optuna):
+    study = Study("s", RANGES, FIRST)
+    for index, drop in enumerate((1.0, 2.0, 3.0)):
+        each = study.ask()
+        study.check(each, 100.0, drop, 0.5)
+        study.tell(each, str(index), ended("a"), (drop, 100), 0.0)
+    larger, worse = study.ask(), study.ask()
+    study.check(larger, 50.0, 9.0, 0.5)  # smaller than all others, so none says that it could be better
+    with pytest.raises(trainings.Stopped, match="9.00 points lost"):
+        study.check(worse, 100.0, 9.0, 0.5)
+    study.tell(worse, "3", ended("b", failure="stopped", origin="stopped"), (), 0.0)
+    assert study.done == ["0", "1", "2", "3"]
+
+
+def test_a_file_of_something_else_is_refused(optuna, tmp_path):
+    (tmp_path / "no.optuna").write_text("hello\nworld\n")
+    with pytest.raises(TuningError, match="no.optuna: Optuna's journal cannot be read"):
+        Study("s", RANGES, FIRST, path=tmp_path / "no.optuna")
+
+
