@@ -171,9 +171,7 @@ class Study:
         try:
             self._optuna: Any = importlib.import_module("optuna")
         except ImportError as error:
-            raise TuningError(
-                f"training candidates needs Optuna: pip install 'lepton-xla[tune]' ({error})"
-            ) from error
+            raise TuningError(f"training candidates needs Optuna: pip install 'lepton-xla[tune]' ({error})") from error
         logging.getLogger("optuna").setLevel(logging.WARNING)
         self._ranges, self._seed, self._kind = dict(settings), seed, sampler
         storage = None

@@ -182,7 +182,12 @@ class Workshop:
         trial = Trial(recipe.name, to_toml(recipe), **described)
         try:
             small = optimize(
-                self.program if train is None else train(), recipe, calibration=self.batches, buckets=self.buckets, timer=self.timer, progress=say
+                self.program if train is None else train(),
+                recipe,
+                calibration=self.batches,
+                buckets=self.buckets,
+                timer=self.timer,
+                progress=say,
             )
             loaded = as_loaded(small)
             say("evaluate")

@@ -36,7 +36,12 @@ def optuna():
 def trained(tmp_path_factory):
     pytest.importorskip("optuna")
     path = tmp_path_factory.mktemp("trainings") / "journal.jsonl"
-    given = {"constraints": Constraints(max_drop=9.0), "choices": (CHOICES[0], CHOICES[5]), "journal": path, "training": SPEC}
+    given = {
+        "constraints": Constraints(max_drop=9.0),
+        "choices": (CHOICES[0], CHOICES[5]),
+        "journal": path,
+        "training": SPEC,
+    }
     return found(budget=Budget(trials=2, trainings=2), **given), given
 
 
@@ -126,5 +131,3 @@ def test_a_file_of_something_else_is_refused(optuna, tmp_path):
     (tmp_path / "no.optuna").write_text("hello\nworld\n")
     with pytest.raises(TuningError, match="no.optuna: Optuna's journal cannot be read"):
         Study("s", RANGES, FIRST, path=tmp_path / "no.optuna")
-
-
