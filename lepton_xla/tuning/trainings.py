@@ -1,7 +1,7 @@
 """Candidates that are trained: rounded and pruned while they learn from the float model and from labels.
 
-What each weight becomes is chosen as without training, for an error that training may then make up for. That error, the
-rate and the like are chosen by Optuna (Akiba et al. 2019), for a small drop and a small objective at once, from what all
+What each weight becomes is chosen as without training, for an error that training may then make up for. That error,
+the rate and the like are chosen by Optuna (Akiba et al. 2019), for a small drop and a small objective at once, from what all
 trials so far gave. Optuna stops no bad trials where there are two objectives, so that is done here: a trial ends half
 way if it has lost more than the median of those that are no larger (the median rule of Golovin et al. 2017).
 """
@@ -32,7 +32,7 @@ from lepton_xla.train.feeding import Feed
 from lepton_xla.train.models import Model
 from lepton_xla.tuning.constraints import Constraints, Objective
 from lepton_xla.tuning.judging import Judge
-from lepton_xla.tuning.trials import Stopped, Trial
+from lepton_xla.tuning.trials import StoppedError, Trial
 
 type Sampler = Literal["tpe", "random"]
 type Settings = dict[str, float]
@@ -215,7 +215,7 @@ class Study:
         """Take the drop half way.
 
         Raises:
-            Stopped: if it is larger than is allowed, and than the median of trials that are no larger than this one.
+            StoppedError: if it is larger than is allowed, and than the median of trials that are no larger than this one.
         """
         asked.handle.set_user_attr("expected", expected)
         asked.handle.set_user_attr("halfway", drop)
@@ -227,7 +227,7 @@ class Study:
             and trial.user_attrs.get("expected", math.inf) <= expected * (1 + 1e-9)
         ]
         if is_hopeless(drop, others, allowed):
-            raise Stopped(f"stopped half way: {drop:.2f} points lost, the median of smaller ones is less")
+            raise StoppedError(f"stopped half way: {drop:.2f} points lost, the median of smaller ones is less")
 
     def tell(self, asked: Asked, key: str, trial: Trial, values: Sequence[float], excess: float) -> None:
         """Take what became of it."""

@@ -133,7 +133,7 @@ def _finite(found: Any) -> Any:
     return None if isinstance(found, float) and not math.isfinite(found) else found
 
 
-class Stopped(TuningError):
+class StoppedError(TuningError):
     """A training was stopped half way, because it had lost more than others had."""
 
 
@@ -194,7 +194,7 @@ class Workshop:
             judged = self.judge(predictor(loaded), max_drop=max_drop)
             say("time calls")
             times = [self._times(loaded, at) for at in self.sizes]
-        except Stopped as error:
+        except StoppedError as error:
             seconds = time.perf_counter() - start
             return dataclasses.replace(trial, origin="stopped", failure=str(error), seconds=seconds)
         except LeptonError as error:

@@ -121,7 +121,7 @@ def test_a_bad_training_is_stopped_half_way(optuna):
         study.tell(each, str(index), ended("a"), (drop, 100), 0.0)
     larger, worse = study.ask(), study.ask()
     study.check(larger, 50.0, 9.0, 0.5)  # smaller than all others, so none says that it could be better
-    with pytest.raises(trainings.Stopped, match="9.00 points lost"):
+    with pytest.raises(trainings.StoppedError, match="points lost"):
         study.check(worse, 100.0, 9.0, 0.5)
     study.tell(worse, "3", ended("b", failure="stopped", origin="stopped"), (), 0.0)
     assert study.done == ["0", "1", "2", "3"]
@@ -129,5 +129,5 @@ def test_a_bad_training_is_stopped_half_way(optuna):
 
 def test_a_file_of_something_else_is_refused(optuna, tmp_path):
     (tmp_path / "no.optuna").write_text("hello\nworld\n")
-    with pytest.raises(TuningError, match="no.optuna: Optuna's journal cannot be read"):
+    with pytest.raises(TuningError, match=r"no.optuna: Optuna's journal cannot be read"):
         Study("s", RANGES, FIRST, path=tmp_path / "no.optuna")
