@@ -1,9 +1,9 @@
 """Candidates that are trained: rounded and pruned while they learn from the float model and from labels.
 
 What each weight becomes is chosen as without training, for an error that training may then make up for. That error,
-the rate and the like are chosen by Optuna (Akiba et al. 2019), for a small drop and a small objective at once, from what all
-trials so far gave. Optuna stops no bad trials where there are two objectives, so that is done here: a trial ends half
-way if it has lost more than the median of those that are no larger (the median rule of Golovin et al. 2017).
+the rate and the like are chosen by Optuna (Akiba et al. 2019), for a small drop and a small objective at once, from
+what all trials so far gave. Optuna stops no bad trials where there are two objectives, so that is done here: a trial
+ends half way if it has lost more than the median of those that are no larger (median rule, Golovin et al. 2017).
 """
 
 from __future__ import annotations
@@ -215,7 +215,7 @@ class Study:
         """Take the drop half way.
 
         Raises:
-            StoppedError: if it is larger than is allowed, and than the median of trials that are no larger than this one.
+            StoppedError: if it is larger than is allowed, and than the median of trials that are no larger.
         """
         asked.handle.set_user_attr("expected", expected)
         asked.handle.set_user_attr("halfway", drop)
