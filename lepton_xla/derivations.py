@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import jax
+from lepton_xla.deferred import jax
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,10 +7,9 @@ import operator
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
+from lepton_xla.deferred import jax, jnp
 from lepton_xla.derivations import Derivation, Step
 from lepton_xla.errors import CompileError, ModelError, first_line
 from lepton_xla.trees import abstract, name_leaves, some_names, tree_bytes
@@ -62,7 +61,7 @@ class TensorSpec:
         try:
             if self.dtype is None:  # NumPy would take None as float64
                 raise TypeError
-            object.__setattr__(self, "dtype", jnp.dtype(self.dtype).name)
+            object.__setattr__(self, "dtype", np.dtype(self.dtype).name)
         except TypeError as error:
             raise ModelError(f"TensorSpec{self.shape}: unknown dtype {self.dtype!r}") from error
 
@@ -77,11 +76,21 @@ class TensorSpec:
         Raises:
             ModelError: if `sizes` lacks a name.
         """
+        return jax.ShapeDtypeStruct(self.shape_at(sizes), np.dtype(self.dtype))
+
+    def shape_at(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
+        """The shape where every symbolic dimension is replaced by its size.
+
+        Raises:
+            ModelError: if `sizes` lacks a name.
+
+        >>> lx.TensorSpec(("batch", 4), "float32").shape_at({"batch": 8})
+        (8, 4)
+        """
         missing = [name for name in self.symbols if name not in sizes]
         if missing:
             raise ModelError(f"no size given for dimension {missing[0]!r}; sizes given: {dict(sizes)}")
-        shape = tuple(sizes[dim] if isinstance(dim, str) else dim for dim in self.shape)
-        return jax.ShapeDtypeStruct(shape, jnp.dtype(self.dtype))
+        return tuple(sizes[dim] if isinstance(dim, str) else dim for dim in self.shape)
 
     def __str__(self) -> str:
         return f"{self.dtype}[{', '.join(map(str, self.shape))}]"
@@ -164,7 +173,7 @@ class Program:
     weights: Weights
     inputs: dict[str, TensorSpec]
     outputs: dict[str, TensorSpec]
-    masks: dict[str, Bool[Array, "*_"]] = dataclasses.field(default_factory=dict[str, jax.Array])
+    masks: dict[str, Bool[Array, "*_"]] = dataclasses.field(default_factory=dict[str, Any])
     history: tuple[PassReport, ...] = ()
     expansion: Expansion | None = None
     origin: Weights | None = None

@@ -6,9 +6,10 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
+import ml_dtypes  # noqa: F401 # pyright: ignore[reportUnusedImport] (with it NumPy knows bfloat16 and others by name)
+import numpy as np
 
+from lepton_xla.deferred import jax
 from lepton_xla.errors import ModelError
 
 
@@ -47,8 +48,9 @@ def leaf_bytes(shape: Sequence[int], dtype: Any) -> int:
     >>> leaf_bytes((3, 5), "float32"), leaf_bytes((3, 5), "int4")
     (60, 8)
     """
-    bits = 4 if jnp.dtype(dtype).name in ("int4", "uint4") else jnp.dtype(dtype).itemsize * 8
-    return (math.prod(shape) * bits + 7) // 8
+    kind = np.dtype(dtype)
+    width = 4 if kind.name in ("int4", "uint4") else kind.itemsize * 8
+    return (math.prod(shape) * width + 7) // 8
 
 
 def name_leaves(tree: Any, *, single: str | None = None, prefix: str = "") -> dict[str, Any]:

@@ -127,9 +127,9 @@ def _ending(error: click.ClickException) -> click.ClickException:
 
 
 def _is_of_xla(error: RuntimeError) -> bool:
-    """Whether XLA raised this error while compiling or running. Does not import JAX."""
-    jax = sys.modules.get("jax")
-    return jax is not None and isinstance(error, jax.errors.JaxRuntimeError)
+    """Whether XLA raised this error while compiling or running. Does not import it."""
+    jaxlib = sys.modules.get("jaxlib._jax")
+    return jaxlib is not None and isinstance(error, jaxlib.JaxRuntimeError)
 
 
 @click.group(cls=LeptonGroup, context_settings={"help_option_names": ["-h", "--help"]})

@@ -1,7 +1,8 @@
 """XLA's client below JAX's public API. No other file uses it.
 
 Executables are serialized in the client's own format, never by `jax.experimental.serialize_executable`, which pickles.
-Written for jaxlib 0.12; a JAX release that moves one of these names breaks only this file.
+Written for jaxlib 0.12; a JAX release that moves one of these names breaks only this file. What loads compiled code
+onto the device of `_jaxlib`, and runs it there, imports no JAX.
 """
 
 from __future__ import annotations
@@ -12,23 +13,20 @@ import threading
 from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
-import jax
-import jax.export
-import jaxlib.version
 import numpy as np
-from jax._src import compilation_cache, compiler
-from jax._src.core import ShapedArray
-from jax._src.lib import _jax  # pyright: ignore[reportPrivateImportUsage, reportPrivateUsage]
-from jax.interpreters import mlir
-from jaxlib.mlir import ir
 
+from lepton_xla import _jaxlib
+from lepton_xla.deferred import jax
 from lepton_xla.errors import ExecutionError, first_line
 from lepton_xla.kernels import installation
 
-ERROR = jax.errors.JaxRuntimeError
+ERROR = _jaxlib.ERROR
 """The error that XLA raises if it cannot compile, serialize or run something."""
 
 _CACHE = threading.Lock()
+
+is_quick = _jaxlib.is_quick
+needs_jax = _jaxlib.needs_jax
 
 type Device = Any
 """A `jax.Device`; type checkers do not accept JAX's own name as a type."""
@@ -52,17 +50,41 @@ def first_device() -> Device:
         ) from error
 
 
-def device_numbered(number: int) -> Device:
+def device_numbered(number: int, *, quick: bool = False) -> Device:
     """One of this process's devices, counted from 0.
+
+    Args:
+        number: its number.
+        quick: whether it may be that of a client without JAX, which loads and runs compiled code.
 
     Raises:
         ExecutionError: if JAX finds none, or fewer.
     """
-    first_device()  # tells why there is none
-    here = jax.local_devices()
+    if quick and (found := _jaxlib.quick_device()) is not None:
+        here = [found]
+    else:
+        first_device()  # tells why there is none
+        here = jax.local_devices()
     if not 0 <= number < len(here):
         raise ExecutionError(f"there is no device {number}: JAX finds {len(here)}, counted from 0")
     return here[number]
+
+
+def count_devices() -> int:
+    """Number of this process's devices.
+
+    Raises:
+        ExecutionError: if JAX finds none.
+    """
+    if _jaxlib.quick_device() is not None:
+        return 1
+    first_device()
+    return len(jax.local_devices())
+
+
+def is_first(device: Device) -> bool:
+    """Whether a device is the first of its client in this process."""
+    return device == device.client.local_devices()[0]
 
 
 def memory_bytes(device: Device) -> int | None:
@@ -83,6 +105,8 @@ def without_cache() -> Generator[None, None, None]:
     Deserialized code lacks the functions that it passes to XLA's runtime, such as the comparison of a sort. It runs,
     but it does not survive a second serialization (jaxlib 0.12).
     """
+    from jax._src import compilation_cache
+
     if not (jax.config.jax_enable_compilation_cache and jax.config.jax_compilation_cache_dir):
         yield
         return
@@ -116,11 +140,13 @@ def deserialize(blob: bytes, devices: Sequence[Device]) -> Loaded:
     if calls_kernels(blob) and installation.installed() is None:
         raise ExecutionError(f"it calls kernels of {installation.PACKAGE}, which is not installed here")
     options = None
-    if len(devices) == 1 and devices[0] != first_device():
+    if len(devices) == 1 and not is_first(devices[0]):
+        from jax._src import compiler
+
         # Code names the device that it was compiled for, which is the first.
         options = compiler.get_compile_options(1, 1, device_assignment=np.array([[devices[0].id]]))
     return devices[0].client.deserialize_executable(
-        blob, executable_devices=_jax.DeviceList(tuple(devices)), compile_options=options
+        blob, executable_devices=_jaxlib.device_list(tuple(devices)), compile_options=options
     )
 
 
@@ -141,13 +167,16 @@ def _register_lapack() -> None:
 
 def program_text(exported: jax.export.Exported) -> str:
     """The StableHLO of an exported program, without the lines of Python that it came from."""
+    from jax.interpreters import mlir
+    from jaxlib.mlir import ir
+
     with mlir.make_ir_context():
         return str(ir.Module.parse(exported.mlir_module()).operation.get_asm(enable_debug_info=False))
 
 
 def jaxlib_version() -> str:
     """The version that compiled code belongs to."""
-    return jaxlib.version.__version__
+    return _jaxlib.VERSION
 
 
 def platform_version(device: Device) -> str:
@@ -162,10 +191,14 @@ def putter(shape: Sequence[int], dtype: Any, device: Device) -> Callable[[np.nda
     On the CPU, an array aligned to 64 bytes is not copied: the device array keeps it alive and shares its memory, so do
     not write to it while the device array is in use. A call takes a tenth of `jax.device_put`'s time.
     """
+    if is_quick(device):
+        return _jaxlib.putter(shape, dtype, device)
+    from jax._src.core import ShapedArray
+
     aval = ShapedArray(tuple(shape), np.dtype(dtype))
     sharding = jax.sharding.SingleDeviceSharding(device)
     devices = [device]
-    put = _jax.batched_device_put
+    put = _jaxlib.batched_device_put
     return lambda array: put(aval, sharding, [array], devices, True)
 
 
@@ -174,6 +207,8 @@ def executor(executable: Loaded) -> Callable[[list[jax.Array]], list[jax.Array]]
 
     The function, and reading a result, raise `ERROR` if the code fails; `failed` converts it.
     """
+    if is_quick(executable.local_devices()[0]):
+        return _jaxlib.executor(executable)
     execute = executable.execute_sharded
 
     def run(arguments: list[jax.Array]) -> list[jax.Array]:
@@ -205,6 +240,19 @@ def executor_of_several(
 
 def _whole_shape(part: Sequence[int], pieces: Sequence[int]) -> tuple[int, ...]:
     return tuple(size * count for size, count in itertools.zip_longest(part, pieces, fillvalue=1))
+
+
+def reader(device: Device) -> Callable[[jax.Array], np.ndarray]:
+    """The function that gives the elements of an array on this device, read-only, and waits for them.
+
+    On a CPU they are not copied.
+    """
+    return _jaxlib.to_host if is_quick(device) else np.asarray
+
+
+def read_back(array: jax.Array, device: Device) -> np.ndarray:
+    """The elements of an array that is on this one device; no copy of them stays with the array."""
+    return _jaxlib.to_host(array) if is_quick(device) else np.asarray(array.addressable_shards[0].data)
 
 
 def failed(error: BaseException, what: str = "the compiled model") -> ExecutionError:

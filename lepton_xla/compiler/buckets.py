@@ -6,6 +6,8 @@ import bisect
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 
+import numpy as np
+
 from lepton_xla.errors import CompileError
 from lepton_xla.program import as_sizes
 
@@ -63,3 +65,16 @@ def next_size(compiled_sizes: Sequence[int], size: int) -> int | None:
     """
     index = bisect.bisect_left(compiled_sizes, size)
     return compiled_sizes[index] if index < len(compiled_sizes) else None
+
+
+def pad(array: np.ndarray, shape: Sequence[int]) -> np.ndarray:
+    """Pad an array with zeros at the ends to the given shape.
+
+    >>> pad(np.ones((1, 2)), (2, 2)).tolist()
+    [[1.0, 1.0], [0.0, 0.0]]
+    """
+    if array.shape == tuple(shape):
+        return array
+    padded = np.zeros(shape, array.dtype)
+    padded[tuple(slice(size) for size in array.shape)] = array
+    return padded

@@ -5,9 +5,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-import jax
-
 from lepton_xla.compiler import _xla
+from lepton_xla.deferred import jax
 from lepton_xla.errors import ArtifactError
 
 

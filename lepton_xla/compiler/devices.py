@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import jax
 import msgspec
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from lepton_xla.compiler import _xla
+from lepton_xla.deferred import jax
 from lepton_xla.errors import ShardingError
 from lepton_xla.program import TensorSpec
 from lepton_xla.rows import row_symbol
 from lepton_xla.sharding.meshes import mesh
 from lepton_xla.sharding.specs import as_spec, axes_of, pieces
+
+if TYPE_CHECKING:
+    from jax.sharding import Mesh, PartitionSpec
 
 type Spec = tuple[tuple[str, ...], ...]
 """For each axis of an array, the mesh axes that cut it; axes at the end that nothing cuts are left out."""
@@ -73,7 +76,18 @@ class Devices:
     @property
     def is_usual(self) -> bool:
         """Whether JAX uses it where nobody says otherwise: not a mesh, nor another device of this process."""
-        return self.mesh is None and self.first not in jax.local_devices()[1:]
+        return self.mesh is None and _xla.is_first(self.first)
+
+    def put(self, array: np.ndarray, spec: Spec = ()) -> jax.Array:
+        """An array on these devices, cut so; on a CPU it may share the memory."""
+        if self.mesh is None:
+            return _xla.putter(array.shape, array.dtype, self.first)(array)
+        return jax.device_put(array, self.sharding(spec))
+
+    @property
+    def read(self) -> Callable[[jax.Array], np.ndarray]:
+        """The function that gives the elements of an array on these devices."""
+        return _xla.reader(self.first)
 
     @property
     def all(self) -> tuple[_xla.Device, ...]:
@@ -87,7 +101,9 @@ class Devices:
 
     def sharding(self, spec: Spec = ()) -> jax.sharding.Sharding:
         """The sharding of an array that is cut so."""
-        return SingleDeviceSharding(self.first) if self.mesh is None else NamedSharding(self.mesh, as_spec(spec))
+        if self.mesh is None:
+            return jax.sharding.SingleDeviceSharding(self.first)
+        return jax.sharding.NamedSharding(self.mesh, as_spec(spec))
 
     def row_specs(self, of: Mapping[str, TensorSpec], inputs: Mapping[str, TensorSpec]) -> list[Spec]:
         """How inputs or outputs are cut: along their first axis, if that is the rows, else not.
@@ -102,6 +118,14 @@ class Devices:
     def of_rows(self, of: Mapping[str, TensorSpec], inputs: Mapping[str, TensorSpec]) -> list[jax.sharding.Sharding]:
         """The shardings of inputs or outputs; see `row_specs`."""
         return [self.sharding(spec) for spec in self.row_specs(of, inputs)]
+
+    def putters(
+        self, inputs: Mapping[str, TensorSpec], sizes: Mapping[str, int]
+    ) -> list[Callable[[np.ndarray], jax.Array]]:
+        """For each input, the function that puts arrays of its shape at these sizes where it belongs."""
+        if self.mesh is None:
+            return [_xla.putter(spec.shape_at(sizes), np.dtype(spec.dtype), self.first) for spec in inputs.values()]
+        return [functools.partial(jax.device_put, device=place) for place in self.of_rows(inputs, inputs)]
 
     def executor(self, executable: _xla.Loaded, specs: Sequence[Spec]) -> Callable[[list[jax.Array]], list[jax.Array]]:
         """The function that runs an executable whose outputs are cut so, on arrays that are on these devices."""
@@ -166,6 +190,18 @@ def devices_here(entry: MeshEntry | None) -> int:
     return 1 if entry is None or len(jax.devices()) < entry.count else entry.count
 
 
+def platform_here() -> str:
+    """`cpu`, `gpu` or `tpu`: what the first device of this process is.
+
+    Raises:
+        ExecutionError: if there is none.
+
+    >>> platform_here()
+    'cpu'
+    """
+    return _xla.device_numbered(0, quick=True).platform
+
+
 def count_here() -> int:
     """Number of devices of this process.
 
@@ -175,8 +211,7 @@ def count_here() -> int:
     >>> count_here() >= 1
     True
     """
-    _xla.first_device()
-    return len(jax.local_devices())
+    return _xla.count_devices()
 
 
 def spec_of(sharding: jax.sharding.Sharding) -> Spec:
@@ -185,12 +220,5 @@ def spec_of(sharding: jax.sharding.Sharding) -> Spec:
     >>> spec_of(jax.NamedSharding(jax.make_mesh((1,), ("model",), devices=jax.devices()[:1]), jax.P(None, "model")))
     ((), ('model',))
     """
-    parts: PartitionSpec | tuple[()] = sharding.spec if isinstance(sharding, NamedSharding) else ()
+    parts: PartitionSpec | tuple[()] = sharding.spec if isinstance(sharding, jax.sharding.NamedSharding) else ()
     return tuple(axes_of(part) for part in as_spec(parts))
-
-
-def putter(shape: Sequence[int], dtype: np.dtype, sharding: jax.sharding.Sharding) -> Callable[[np.ndarray], jax.Array]:
-    """Make a function that puts NumPy arrays of this shape and dtype where a sharding says, as `_xla.putter`."""
-    if isinstance(sharding, SingleDeviceSharding):
-        return _xla.putter(shape, dtype, next(iter(sharding.device_set)))
-    return lambda array: jax.device_put(array, sharding)

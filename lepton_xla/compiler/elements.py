@@ -6,9 +6,10 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 import tensorstore as ts
+
+from lepton_xla.dtypes import bits, is_integer, is_signed
 
 
 def zarr_lacks(dtype: str) -> bool:
@@ -17,7 +18,7 @@ def zarr_lacks(dtype: str) -> bool:
     >>> zarr_lacks("int4"), zarr_lacks("int8")
     (True, False)
     """
-    if _bits(jnp.dtype(dtype)) < 8:
+    if bits(dtype) < 8:
         return True
     try:
         return ts.dtype(dtype).name != dtype
@@ -33,18 +34,18 @@ def to_bytes(array: np.ndarray) -> np.ndarray:
     >>> flat.nbytes, from_bytes(flat, (3,), "int4").tolist()
     (2, [1, -1, 2])
     """
-    bits = _bits(array.dtype)
+    width = bits(array.dtype)
     flat = np.ascontiguousarray(array).reshape(-1)
-    if bits == 8:
+    if width == 8:
         return flat.view(np.uint8)
     # Integers go through int8, because ml_dtypes leaves the unused bits of a byte unspecified.
-    values = flat.astype(np.int8).view(np.uint8) if _is_integer(array.dtype) else flat.view(np.uint8)
-    per_byte = 8 // bits
+    values = flat.astype(np.int8).view(np.uint8) if is_integer(array.dtype) else flat.view(np.uint8)
+    per_byte = 8 // width
     joined = np.zeros(flat_bytes(array.shape, array.dtype.name), np.uint8)
     padded = np.zeros(joined.size * per_byte, np.uint8)
-    padded[: flat.size] = values & ((1 << bits) - 1)
+    padded[: flat.size] = values & ((1 << width) - 1)
     for place in range(per_byte):
-        joined |= padded[place::per_byte] << (place * bits)
+        joined |= padded[place::per_byte] << (place * width)
     return joined
 
 
@@ -54,7 +55,7 @@ def flat_bytes(shape: Sequence[int], dtype: str) -> int:
     >>> flat_bytes((3, 5), "int4")
     8
     """
-    return -(-math.prod(shape) // (8 // _bits(jnp.dtype(dtype))))
+    return -(-math.prod(shape) // (8 // bits(dtype)))
 
 
 def from_bytes(flat: np.ndarray, shape: Sequence[int], dtype: str) -> np.ndarray:
@@ -64,19 +65,19 @@ def from_bytes(flat: np.ndarray, shape: Sequence[int], dtype: str) -> np.ndarray
     >>> from_bytes(to_bytes(np.array([1, -1], ml_dtypes.int4)), (2,), "int4").tolist()
     [1, -1]
     """
-    kind = jnp.dtype(dtype)
-    bits = _bits(kind)
-    if bits == 8:
+    kind = np.dtype(dtype)
+    width = bits(kind)
+    if width == 8:
         return flat.view(kind).reshape(shape)
-    per_byte, size = 8 // bits, math.prod(shape)
+    per_byte, size = 8 // width, math.prod(shape)
     spread = np.empty(flat.size * per_byte, np.uint8)
     for place in range(per_byte):
-        spread[place::per_byte] = (flat >> (place * bits)) & ((1 << bits) - 1)
+        spread[place::per_byte] = (flat >> (place * width)) & ((1 << width) - 1)
     spread = spread[:size]
-    if not _is_integer(kind):
+    if not is_integer(kind):
         return spread.view(kind).reshape(shape)
-    if jnp.issubdtype(kind, jnp.signedinteger):
-        spread = (spread << (8 - bits)).view(np.int8) >> (8 - bits)
+    if is_signed(kind):
+        spread = (spread << (8 - width)).view(np.int8) >> (8 - width)
     return spread.astype(kind).reshape(shape)
 
 
@@ -86,8 +87,8 @@ def words_of(shape: Sequence[int], dtype: str) -> tuple[tuple[int, ...], np.dtyp
     >>> words_of((2, 3), "float32")
     ((2, 3), dtype('uint32'))
     """
-    kind = jnp.dtype(dtype)
-    if _bits(kind) < 8:
+    kind = np.dtype(dtype)
+    if bits(kind) < 8:
         return (flat_bytes(shape, dtype),), np.dtype(np.uint8)
     width = min(kind.itemsize, 8)
     halves = (kind.itemsize // width,) if kind.itemsize > width or not shape else ()
@@ -104,7 +105,7 @@ def to_words(array: np.ndarray) -> np.ndarray:
     True
     """
     shape, word = words_of(array.shape, array.dtype.name)
-    if _bits(array.dtype) < 8:
+    if bits(array.dtype) < 8:
         return to_bytes(array)
     return np.ascontiguousarray(array).reshape(-1).view(f"u{word.itemsize}").astype(word, copy=False).reshape(shape)
 
@@ -115,18 +116,8 @@ def from_words(words: np.ndarray, shape: Sequence[int], dtype: str) -> np.ndarra
     >>> from_words(to_words(np.float32([1.5])), (1,), "float32").tolist()
     [1.5]
     """
-    kind = jnp.dtype(dtype)
-    if _bits(kind) < 8:
+    kind = np.dtype(dtype)
+    if bits(kind) < 8:
         return from_bytes(words, shape, dtype)
     native = words.astype(words.dtype.newbyteorder("="), copy=False)
     return native.reshape(-1).view(kind).reshape(shape)
-
-
-def _bits(dtype: Any) -> int:
-    if _is_integer(dtype):
-        return jnp.iinfo(dtype).bits
-    return jnp.finfo(dtype).bits if jnp.issubdtype(dtype, jnp.floating) else jnp.dtype(dtype).itemsize * 8
-
-
-def _is_integer(dtype: Any) -> bool:
-    return jnp.issubdtype(dtype, jnp.integer)

@@ -6,13 +6,13 @@ import concurrent.futures
 import hashlib
 from collections.abc import Sequence
 
-import jax.numpy as jnp
 import msgspec
 import numpy as np
 
 from lepton_xla.compiler.manifest import Manifest
 from lepton_xla.compiler.portable import Portable
 from lepton_xla.compiler.servable import Servable
+from lepton_xla.dtypes import is_inexact
 from lepton_xla.errors import ArtifactError
 from lepton_xla.machine import usable_cores
 
@@ -93,22 +93,22 @@ def check_weights(servable: Servable, base: Servable | None, where: str) -> None
         ArtifactError: naming the first that holds NaN, or infinity where the base's does not.
     """
     paths = [leaf.path for leaf in servable.manifest.weights]
-    weights = servable.runtime.weights
+    weights, read = servable.runtime.weights, servable.runtime.devices.read
     others = base.runtime.weights if base is not None and base.manifest.fit == servable.manifest.fit else None
     names = paths if len(paths) == len(weights) else [f"unpacked, number {index}" for index in range(len(weights))]
     with concurrent.futures.ThreadPoolExecutor(min(8, usable_cores()), "lepton-check") as pool:
-        finite = list(pool.map(lambda weight: _is_finite(np.asarray(weight)), weights))
+        finite = list(pool.map(lambda weight: _is_finite(read(weight)), weights))
     for index, is_finite in enumerate(finite):
         if is_finite:
             continue
-        has_nan = bool(jnp.isnan(weights[index]).any())
-        if has_nan or (others is not None and _is_finite(np.asarray(others[index]))):
+        has_nan = bool(np.isnan(read(weights[index])).any())
+        if has_nan or (others is not None and _is_finite(read(others[index]))):
             what = "NaN" if has_nan else "infinity, and the base's does not"
             raise ArtifactError(f"{where}: weight {names[index]!r} holds {what}")
 
 
 def _is_finite(array: np.ndarray) -> bool:
-    if not jnp.issubdtype(array.dtype, jnp.inexact):
+    if not is_inexact(array.dtype):
         return True
     flat = array.reshape(-1)
     if array.dtype.name in ("float32", "float64"):

@@ -7,11 +7,11 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
 from lepton_xla.compiler.elements import from_words, to_words, words_of
 from lepton_xla.compiler.manifest import GoldenEntry, Tensor
+from lepton_xla.dtypes import is_floating, is_inexact
 from lepton_xla.errors import ArtifactError, CompileError
 from lepton_xla.program import TensorSpec
 
@@ -196,7 +196,7 @@ class Golden:
 def _judged(answers: Mapping[str, np.ndarray]) -> str:
     """The output whose largest element is a row's class: the first of floats with several a row; empty for none."""
     for name, answer in answers.items():
-        if answer.ndim == 2 and answer.shape[1] > 1 and jnp.issubdtype(answer.dtype, jnp.floating):
+        if answer.ndim == 2 and answer.shape[1] > 1 and is_floating(answer.dtype):
             return name
     return ""
 
@@ -225,11 +225,11 @@ def _differences(answer: np.ndarray, expected: np.ndarray, tolerance: float) -> 
 
     Elements that are not finite must be the same; integers and booleans too.
     """
-    if not jnp.issubdtype(expected.dtype, jnp.inexact):
+    if not is_inexact(expected.dtype):
         wrong = answer != expected
         gap = np.abs(answer.astype(np.float64) - expected.astype(np.float64)).max() if answer.size else 0.0
         return wrong, float(gap), 0.0
-    wide = np.complex128 if jnp.issubdtype(expected.dtype, jnp.complexfloating) else np.float64
+    wide = np.complex128 if expected.dtype.kind == "c" else np.float64
     one, two = answer.astype(wide), expected.astype(wide)
     finite = np.isfinite(two)
     allowed = tolerance * float(np.abs(two[finite]).max(initial=0.0))

@@ -7,12 +7,12 @@ import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
 from lepton_xla import _compat
-from lepton_xla.compiler.buckets import BucketSizes, bucket_name
+from lepton_xla.compiler.buckets import BucketSizes, bucket_name, pad
 from lepton_xla.compiler.probes import probe
+from lepton_xla.deferred import jnp
 from lepton_xla.errors import CompileError
 from lepton_xla.program import TensorSpec
 
@@ -156,19 +156,6 @@ def check_padding(model: Checked, symbol: str, small: int, large: int, rows: str
         where = bucket_name({**sizes, symbol: large})
         conclusive[name] = compare(output[cut], reference, model.tolerance, name, why, where)
     _require_conclusive(conclusive)
-
-
-def pad(array: np.ndarray, shape: Sequence[int]) -> np.ndarray:
-    """Pad an array with zeros at the ends to the given shape.
-
-    >>> pad(np.ones((1, 2)), (2, 2)).tolist()
-    [[1.0, 1.0], [0.0, 0.0]]
-    """
-    if array.shape == tuple(shape):
-        return array
-    padded = np.zeros(shape, array.dtype)
-    padded[tuple(slice(size) for size in array.shape)] = array
-    return padded
 
 
 def _probe(

@@ -9,8 +9,6 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import msgspec
 
 from lepton_xla.arguments import takes
@@ -37,6 +35,7 @@ from lepton_xla.compiler.runtime import Runtime, run_expand
 from lepton_xla.compiler.servable import Servable
 from lepton_xla.compiler.stepping import Stepper, decode_inputs, donation, prefill_inputs
 from lepton_xla.compiler.storage import Store, VerifiedFiles, consistently
+from lepton_xla.deferred import jax
 from lepton_xla.errors import ArtifactError, ExecutionError, ShardingError
 from lepton_xla.flags import warn_of_slow_flags
 from lepton_xla.listing import MANIFEST, FileEntry
@@ -159,7 +158,7 @@ def _load(
     read_back: bool,
 ) -> Servable:
     bucket_sizes = _choose(manifest, buckets)
-    devices = _devices(manifest, store.location, device)
+    devices = _devices(manifest, store.location, device, quick=manifest.generation is None)
     warn_of_slow_flags(_LOG, devices.first.platform)
     target = _target(manifest, devices)
     wanted = [(sizes, bucket_name(sizes)) for sizes in combinations(bucket_sizes)]
@@ -171,6 +170,8 @@ def _load(
     # All bytes are read and verified here; later steps trust them.
     portable = {program.file: files.read(program.file) for program in manifest.all_programs}
     blobs = {name: files.read(known[name]) for name in names if name in known}
+    if _xla.is_quick(devices.first) and (missing or any(map(_xla.needs_jax, blobs.values()))):
+        devices = _devices(manifest, store.location, device)
     tokenizer = _tokenizer(manifest, files)
     arrays = _to_devices(manifest, files, devices, read_back=read_back)
 
@@ -228,11 +229,12 @@ def _choose(manifest: Manifest, buckets: Mapping[str, Sequence[int]] | None) -> 
     return bucket_sizes
 
 
-def _devices(manifest: Manifest, location: str, number: int) -> Devices:
+def _devices(manifest: Manifest, location: str, number: int, *, quick: bool = False) -> Devices:
     """The devices that an artifact was compiled for; one if there are fewer and the weights fit there."""
-    first, entry = _xla.device_numbered(number), manifest.mesh
+    entry = manifest.mesh
+    first = _xla.device_numbered(number, quick=quick and entry is None)
     if entry is None or devices_here(entry) == entry.count:
-        return Devices.of(entry, number)
+        return Devices.of(entry, number) if entry is not None else Devices(first)
     needed = sum(leaf_bytes(leaf.shape, leaf.dtype) for leaf in manifest.weights)
     there = _xla.memory_bytes(first)
     said = f"{location}: compiled for {entry.count} devices ({entry}), and there are {len(jax.devices())}"
@@ -251,12 +253,9 @@ def _to_devices(manifest: Manifest, files: VerifiedFiles, devices: Devices, *, r
             return read_parts(manifest.weights, manifest.packed_rows, files, devices, read_back=read_back)
         arrays = read_all(manifest.weights, manifest.packed_rows, files)
         # Arrays start on a 64-byte boundary, so on the CPU the device arrays share their memory.
-        placed = [
-            _xla.putter(leaf.shape, jnp.dtype(leaf.dtype), devices.first)(array)
-            for leaf, array in zip(manifest.weights, arrays, strict=True)
-        ]
+        placed = [devices.put(array) for array in arrays]
         for leaf, array, there in zip(manifest.weights, arrays, placed, strict=True) if read_back else ():
-            check_placed(leaf.path, array, there)
+            check_placed(leaf.path, array, there, devices.first)
         return placed
     except _xla.ERROR as error:
         raise ExecutionError(f"the weights cannot be put on {devices.first}: {_xla.reason(error)}") from error

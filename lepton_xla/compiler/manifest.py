@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-import jax.numpy as jnp
 import msgspec
+import numpy as np
 
 from lepton_xla.compiler.buckets import check_bucket_sizes
 from lepton_xla.compiler.devices import MeshEntry, Spec
@@ -429,7 +429,7 @@ def _check(manifest: Manifest) -> None:
             check_axes(spec, manifest.mesh.axes, "unpacked weights")
     rows = manifest.packed_rows or (0,)  # pieces without bytes are in row 0, which need not exist
     for leaf in manifest.weights:
-        jnp.dtype(leaf.dtype)
+        np.dtype(leaf.dtype)
         if min(leaf.shape, default=0) < 0:
             raise ArtifactError(f"{MANIFEST}: weight {leaf.path!r} has a negative size in its shape {leaf.shape}")
         if leaf.is_zarr:
@@ -467,7 +467,7 @@ def _check_master(manifest: Manifest, master: MasterEntry) -> None:
     for file in (master.file, *master.programs.values(), *master.code.files.values()):
         _check_listed(manifest, file)
     for tensor in (*master.weights, *master.data):
-        jnp.dtype(tensor.dtype)
+        np.dtype(tensor.dtype)
         if any(isinstance(size, str) or size < 0 for size in tensor.shape):
             raise ArtifactError(f"{MANIFEST}: {tensor.name!r} of the float master has the shape {tensor.shape}")
     known = {tensor.name for tensor in master.weights}

@@ -7,13 +7,10 @@ import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import jax
-import jax.export
-import jax.numpy as jnp
-
 from lepton_xla.compiler import _xla
 from lepton_xla.compiler.buckets import BucketSizes, bucket_name, combinations
 from lepton_xla.compiler.code import Code
+from lepton_xla.deferred import jax, jnp
 from lepton_xla.errors import ArtifactError, CompileError
 from lepton_xla.kernels.installation import without_kernels
 from lepton_xla.program import TensorSpec
@@ -94,7 +91,9 @@ def compile_portable(
         ArtifactError: if it is not such a program or does not fit this machine; names the file.
     """
     try:
-        exported = jax.export.deserialize(bytearray(blob))
+        from jax import export
+
+        exported = export.deserialize(bytearray(blob))
         return Code.made(jax.jit(exported.call, keep_unused=True, **(shardings or {})).lower(*weights, *inputs))
     except Exception as error:  # version, platform, custom call, or XLA itself
         raise ArtifactError(f"{name} cannot be compiled here: {_xla.reason(error)}") from error
@@ -108,19 +107,23 @@ def _export(
     sizes: dict[str, int] | None,
     platforms: tuple[str, ...],
 ) -> Portable:
+    from jax import export
+
     # A function of its own, because JAX may have lowered `fn` with kernels, which other machines lack.
     plain = jax.jit(lambda *args: fn(*args), keep_unused=True)
     with without_kernels():
-        exported = jax.export.export(plain, platforms=platforms)(*weights, *inputs)
+        exported = export.export(plain, platforms=platforms)(*weights, *inputs)
     digest = hashlib.sha256(_xla.program_text(exported).encode()).hexdigest()
     return Portable(name, bytes(exported.serialize()), sizes, platforms, digest)
 
 
 def _symbolic_inputs(inputs: Mapping[str, TensorSpec], bucket_sizes: BucketSizes) -> list[jax.ShapeDtypeStruct]:
+    from jax import export
+
     # Bound each dimension by its largest bucket: a table of position embeddings, for example, is only that long.
     constraints = [f"{name} <= {compiled_sizes[-1]}" for name, compiled_sizes in bucket_sizes.items()]
     symbols = list(bucket_sizes)
-    dims = jax.export.symbolic_shape(", ".join(symbols), constraints=constraints) if symbols else ()
+    dims = export.symbolic_shape(", ".join(symbols), constraints=constraints) if symbols else ()
     named = dict(zip(symbols, dims, strict=True))
     return [
         jax.ShapeDtypeStruct(

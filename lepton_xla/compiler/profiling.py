@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from lepton_xla.compiler.independence import pad
+from lepton_xla.compiler.buckets import pad
 from lepton_xla.compiler.servable import Servable
 from lepton_xla.errors import CompileError, LeptonError
 from lepton_xla.profiles import Profile, profile_of

@@ -17,8 +17,6 @@ import sys
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-import jax
-import jax.numpy as jnp
 import msgspec
 import numpy as np
 import tensorstore as ts
@@ -29,6 +27,7 @@ from lepton_xla.compiler.elements import flat_bytes, from_bytes, from_words, wor
 from lepton_xla.compiler.manifest import PACKED, Piece, WeightLeaf
 from lepton_xla.compiler.storage import VerifiedFiles
 from lepton_xla.compiler.weights import SCRATCH, open_array, part_regions, plain_codecs
+from lepton_xla.deferred import jax
 from lepton_xla.errors import ArtifactError
 from lepton_xla.machine import usable_cores
 from lepton_xla.trees import leaf_bytes
@@ -70,7 +69,7 @@ def read_all(leaves: Sequence[WeightLeaf], packed_rows: Sequence[int], files: Ve
     return [leaf.finish() for leaf in opened]
 
 
-def check_placed(path: str, host: np.ndarray, placed: jax.Array) -> None:
+def check_placed(path: str, host: np.ndarray, placed: jax.Array, device: _xla.Device) -> None:
     """Read an array back from its device, and compare it with what was to be put there, bit for bit.
 
     On a CPU both are the same memory, which takes no time to see.
@@ -78,17 +77,16 @@ def check_placed(path: str, host: np.ndarray, placed: jax.Array) -> None:
     Raises:
         ArtifactError: naming the weight, if they differ.
 
-    >>> check_placed("w", np.float32([1.0, 2.0]), jax.device_put(np.float32([1.0, 3.0])))
+    >>> check_placed("w", np.float32([1.0, 2.0]), jax.device_put(np.float32([1.0, 3.0])), jax.devices()[0])
     Traceback (most recent call last):
     lepton_xla.errors.ArtifactError: weight 'w': what is on the device is not what was read from the artifact
     """
-    for shard in placed.addressable_shards:
-        there = np.asarray(shard.data)  # of the shard: the array itself would keep a copy on the host
-        if there.ctypes.data == host.ctypes.data and there.nbytes == host.nbytes:
-            continue
-        one, two = (np.ascontiguousarray(each).reshape(-1).view(np.uint8) for each in (host, there))
-        if there.shape != host.shape or not np.array_equal(one, two):
-            raise ArtifactError(f"weight {path!r}: what is on the device is not what was read from the artifact")
+    there = _xla.read_back(placed, device)
+    if there.ctypes.data == host.ctypes.data and there.nbytes == host.nbytes:
+        return
+    one, two = (np.ascontiguousarray(each).reshape(-1).view(np.uint8) for each in (host, there))
+    if there.shape != host.shape or not np.array_equal(one, two):
+        raise ArtifactError(f"weight {path!r}: what is on the device is not what was read from the artifact")
 
 
 def read_parts(
@@ -127,8 +125,8 @@ def read_parts(
         for bounds, holders in places.items():
             part = _read_part(leaf, files, tuple(slice(*bound) for bound in bounds))
             put = [_xla.putter(part.shape, part.dtype, device)(part) for device in holders]
-            for array in put if read_back else ():
-                check_placed(leaf.path, part, array)
+            for array, device in zip(put, holders, strict=True) if read_back else ():
+                check_placed(leaf.path, part, array, device)
             arrays += put
         placed.append(jax.make_array_from_single_device_arrays(leaf.shape, sharding, arrays))
     return placed
@@ -275,7 +273,7 @@ class _ZarrLeaf:
         if leaf.packed:
             shape, dtype = (flat_bytes(leaf.shape, leaf.dtype),), np.dtype(np.uint8)
         else:
-            shape, dtype = leaf.shape, jnp.dtype(leaf.dtype)
+            shape, dtype = leaf.shape, np.dtype(leaf.dtype)
         chunk, scratch = _PlainArray.read(metadata, shape, dtype), None
         if chunk is None:
             scratch = _opened(name, metadata, shape, dtype)

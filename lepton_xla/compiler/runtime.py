@@ -5,11 +5,11 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping, Sequence
 
-import jax
 import numpy as np
 
 from lepton_xla.compiler import _xla
-from lepton_xla.compiler.devices import Devices, Spec, putter
+from lepton_xla.compiler.devices import Devices, Spec
+from lepton_xla.deferred import jax
 from lepton_xla.errors import InputError
 from lepton_xla.program import TensorSpec
 
@@ -47,6 +47,7 @@ class Runtime:
         self._inputs = dict(inputs)
         self._symbols = tuple(dict.fromkeys(name for spec in inputs.values() for name in spec.symbols))
         self.devices = devices
+        self._read = devices.read
         self._outputs = dict(outputs)
         # Not the runners themselves, which refer to this: weights must not wait for the collector of cycles.
         self._parts: dict[tuple[int, ...], tuple[Sequence[_Slot], _Execute]] = {}
@@ -56,10 +57,10 @@ class Runtime:
         """Add the executable of a bucket."""
         self._executables.append((dict(sizes), executable))
         slots: list[_Slot] = []
-        places = self.devices.of_rows(self._inputs, self._inputs)
-        for (name, spec), place in zip(self._inputs.items(), places, strict=True):
-            at = spec.at(sizes)
-            slots.append((name, at.shape, at.dtype, putter(at.shape, at.dtype, place)))
+        puts = self.devices.putters(self._inputs, sizes)
+        for (name, spec), put in zip(self._inputs.items(), puts, strict=True):
+            shape, dtype = spec.shape_at(sizes), np.dtype(spec.dtype)
+            slots.append((name, shape, dtype, put))
         execute = self.devices.executor(executable, self.devices.row_specs(self._outputs, self._inputs))
         self._parts[self._key(sizes)] = slots, execute
 
@@ -111,7 +112,7 @@ class Runtime:
                 raise InputError(f"input {name!r}: got {array.dtype}{array.shape}, expected {dtype}{shape}")
             arguments.append(put(array))
         try:
-            return [np.asarray(output) for output in execute(arguments)]
+            return [self._read(output) for output in execute(arguments)]
         except _xla.ERROR as error:
             raise _xla.failed(error) from error
 
@@ -131,6 +132,6 @@ def run_expand(
         ExecutionError: where the code fails, such as for want of memory.
     """
     try:
-        return jax.block_until_ready(devices.executor(code, specs)(list(stored)))
+        return [array.block_until_ready() for array in devices.executor(code, specs)(list(stored))]
     except _xla.ERROR as error:
         raise _xla.failed(error, "the unpacking of the weights") from error

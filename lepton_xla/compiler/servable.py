@@ -6,15 +6,14 @@ import threading
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import jax.numpy as jnp
 import numpy as np
 
 from lepton_xla.compiler import _xla
-from lepton_xla.compiler.buckets import BucketSizes, next_size
-from lepton_xla.compiler.independence import pad
+from lepton_xla.compiler.buckets import BucketSizes, next_size, pad
 from lepton_xla.compiler.manifest import Manifest
 from lepton_xla.compiler.runtime import Runner, Runtime
 from lepton_xla.compiler.stepping import Stepper
+from lepton_xla.dtypes import is_integer
 from lepton_xla.errors import InputError, ModelError
 from lepton_xla.generation.engine import Engine
 from lepton_xla.generation.texts import HuggingFace
@@ -187,7 +186,7 @@ class Servable:
             whole = [array if array.flags.c_contiguous else array.copy() for array in arrays]
             return dict(zip(self.outputs, (out.copy() for out in self.runtime.run(sizes, whole)), strict=True))
         rows = sizes[self.row_symbol] if self.row_symbol is not None else 1
-        results = [np.empty(spec.at(sizes).shape, jnp.dtype(spec.dtype)) for spec in self.outputs.values()]
+        results = [np.empty(spec.shape_at(sizes), np.dtype(spec.dtype)) for spec in self.outputs.values()]
         if 0 in sizes.values():
             return dict(zip(self.outputs, (np.zeros_like(result) for result in results), strict=True))
         start = 0
@@ -208,7 +207,7 @@ class Servable:
         for array, spec in zip(arrays, self.inputs.values(), strict=True):
             if self.row_symbol is not None and self.row_symbol in spec.symbols:
                 array = array[start : start + count]
-            part.append(np.asarray(pad(array, spec.at(sizes).shape), order="C"))
+            part.append(np.asarray(pad(array, spec.shape_at(sizes)), order="C"))
         for result, output in zip(results, self.runtime.run(sizes, part), strict=True):
             if self.row_symbol is not None:
                 result = result[start : start + count]
@@ -262,7 +261,7 @@ class Servable:
 
 def _as_array(name: str, spec: TensorSpec, value: Any) -> np.ndarray:
     """Returns an array of exactly the input's dtype; lists of numbers are converted if no value changes."""
-    dtype = jnp.dtype(spec.dtype)
+    dtype = np.dtype(spec.dtype)
     if hasattr(value, "dtype") and hasattr(value, "shape"):
         array = np.asarray(value)
         if array.dtype != dtype:
@@ -274,13 +273,13 @@ def _as_array(name: str, spec: TensorSpec, value: Any) -> np.ndarray:
         array = np.asarray(value)
         if array.dtype == object or array.dtype.kind in "USOMm":
             raise InputError(f"input {name!r} holds {array.dtype} values, expected {spec}")
-        if array.dtype.kind == "c" and not jnp.issubdtype(dtype, jnp.complexfloating):
+        if array.dtype.kind == "c" and dtype.kind != "c":
             raise InputError(f"input {name!r} holds complex values, expected {spec}")
         with np.errstate(invalid="ignore", over="ignore"):
             converted = array.astype(dtype)
     except (TypeError, ValueError) as error:
         raise InputError(f"input {name!r} cannot be made an array, expected {spec}: {error}") from error
-    discrete = dtype == np.dtype(bool) or jnp.issubdtype(dtype, jnp.integer)
+    discrete = dtype == np.dtype(bool) or is_integer(dtype)
     if array.size and discrete and not (converted.astype(array.dtype) == array).all():
         raise InputError(f"input {name!r} holds values that {dtype} cannot represent; the model takes {spec}")
     return converted

@@ -9,8 +9,6 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from lepton_xla.compiler import _xla
@@ -19,6 +17,7 @@ from lepton_xla.compiler.devices import Devices
 from lepton_xla.compiler.manifest import DECODE, GenerationEntry, Manifest, prefill_name
 from lepton_xla.compiler.portable import Portable
 from lepton_xla.compiler.runtime import Runtime
+from lepton_xla.deferred import jax
 from lepton_xla.errors import InputError
 from lepton_xla.program import TensorSpec
 from lepton_xla.trees import leaf_bytes
@@ -187,6 +186,6 @@ class Stepper:
         # Nothing reads it: a prefill fills a slot whole, and what other slots compute meanwhile is thrown away.
         device = self._runtime.devices.first
         return [
-            jax.device_put(np.zeros(spec.at({}).shape, jnp.dtype(spec.dtype)), device, may_alias=False)
+            jax.device_put(np.zeros(spec.at({}).shape, np.dtype(spec.dtype)), device, may_alias=False)
             for spec in _specs(self._entry)
         ]

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import msgspec
+import numpy as np
 
 from lepton_xla.arguments import takes
 from lepton_xla.callbacks import without_callbacks
@@ -104,8 +105,9 @@ def make_update(
         files={},
         encryption=None,
     )
+    devices = base.runtime.devices
     arrays = [
-        jax.device_put(array, base.runtime.devices.sharding(leaf.spec))
+        devices.put(np.asarray(array), leaf.spec)
         for leaf, array in zip(made.manifest.weights, made.weights, strict=True)
     ]
     unpacked = arrays

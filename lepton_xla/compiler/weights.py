@@ -13,7 +13,6 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-import jax.numpy as jnp
 import msgspec
 import numpy as np
 import tensorstore as ts
@@ -102,7 +101,7 @@ def stored_bytes(arrays: Mapping[str, Any]) -> int:
 
 def describe(path: str, index: int, array: Any, spec: Spec = ()) -> WeightLeaf:
     """Make the manifest's entry of a leaf; its folder is named after its path and a number, to be unique."""
-    dtype = jnp.dtype(array.dtype).name
+    dtype = np.dtype(array.dtype).name
     readable = re.sub(r"[^A-Za-z0-9_-]+", ".", path).strip(".")[-100:]
     return WeightLeaf(
         path=path,

@@ -11,7 +11,7 @@ import logging
 import os
 from collections.abc import Generator
 
-import jax
+from lepton_xla import _jaxlib
 
 _LOG = logging.getLogger(__name__)
 
@@ -62,7 +62,7 @@ def installed() -> str | None:
         return _without(version, f"has interface {interface}, and this version of lepton-xla needs {INTERFACE}")
     try:
         for name, handler in handlers.items():
-            jax.ffi.register_ffi_target(PREFIX + name, jax.ffi.pycapsule(handler), platform="cpu")
+            _jaxlib.register_target(PREFIX + name, handler)
     except Exception as error:  # XLA refuses kernels that were compiled for another version of its interface
         return _without(version, f"does not fit this jaxlib: {error}")
     return version

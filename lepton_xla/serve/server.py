@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import os
 import signal
@@ -42,6 +43,10 @@ from lepton_xla.serve.runtime import settle
 _log = logging.getLogger("lepton_xla.serve")
 
 _BACKLOG = 1024
+# Seconds of warm-up before the first request can be answered. What takes longer, large batches of slow models, is run
+# between requests, with a small part of the device's time.
+_WARM_UP_S = 0.1
+_REST_WEIGHT = 0.1
 
 
 class Server:
@@ -207,19 +212,23 @@ class Server:
             # On another thread, so that signals are handled during a long warm-up.
             if self._manager is not None:
                 await self._start_models(self._manager, stop)
-            measured = [await loop.run_in_executor(None, engine.warm_up) for _, engine in self._engines]
+            measured = [
+                await loop.run_in_executor(None, functools.partial(engine.warm_up, within_s=_WARM_UP_S))
+                for _, engine in self._engines
+            ]
             stop.warming = False
             if stop.asked.is_set():
                 listening.close()
                 self._close_models()
                 self._stop_devices()
                 return True
+            schedulers: list[Scheduler] = []
             for (signature, engine), costs in zip(self._engines, measured, strict=True):
-                models.put(
-                    open_model(
-                        engine, costs, signature, options, self.metrics, self.devices[0], samples=self._samples
-                    )
+                handle = open_model(
+                    engine, costs, signature, options, self.metrics, self.devices[0], samples=self._samples
                 )  # fmt: skip
+                models.put(handle)
+                schedulers.append(handle.scheduler)
             frontend = HTTPFrontEnd(
                 models, self.metrics, options, access, control=self.memory or self._manager,
                 repository=self._repository, bring=self.memory,
@@ -235,6 +244,7 @@ class Server:
         if signals:
             settle()  # only where the whole process is the server's
         watching = loop.create_task(self._watch())
+        rest = loop.run_in_executor(None, self._warm_up_rest, schedulers, stop)
         addresses = listening.addresses
         self.address = addresses[0]
         _log.info(
@@ -248,6 +258,7 @@ class Server:
             watching.cancel()
             self._close_models()
             self._stop_devices(5.0 if finished else 0.0)
+            await rest
 
     async def _start_models(self, manager: Manager, stop: Stop) -> None:
         """Loads what the repository asks for, or less if a stop is asked for meanwhile."""
@@ -261,6 +272,22 @@ class Server:
         else:
             starting.cancel()
             self._close_models()
+
+    def _warm_up_rest(self, schedulers: Sequence[Scheduler], stop: Stop) -> None:
+        """Runs what the warm-up left, on a thread beside the one that serves."""
+        with self.devices[0].guest(_REST_WEIGHT) as run:
+
+            def unless_stopped(function: Callable[[], object]) -> None:
+                if stop.asked.is_set():
+                    raise ServeError("the server stops")
+                run(function)
+
+            for scheduler in schedulers:
+                try:
+                    scheduler.engine.warm_up_rest(unless_stopped, scheduler.learn)
+                except Exception:  # whatever the model raises
+                    if not stop.asked.is_set():
+                        _log.exception("a model could not be run at its larger sizes")
 
     def _stop_devices(self, timeout_s: float | None = None) -> None:
         for device in self.devices:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import jax
 import numpy as np
-from jax.experimental import mesh_utils
-from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from lepton_xla.arguments import takes
+from lepton_xla.deferred import jax
 from lepton_xla.errors import ShardingError
+
+if TYPE_CHECKING:
+    from jax.sharding import AbstractMesh, Mesh
 
 type AnyMesh = Mesh | AbstractMesh
 
@@ -45,9 +46,10 @@ def mesh(
     """
     found = list(jax.devices()) if devices is None else list(devices)
     shape = mesh_sizes(sizes, len(found))
-    kind = AxisType.Explicit if explicit else AxisType.Auto
+    axis_type = jax.sharding.AxisType
+    kind = axis_type.Explicit if explicit else axis_type.Auto
     grid = arranged(shape, found, described(sizes))
-    return Mesh(grid, tuple(shape), axis_types=(kind,) * len(shape))
+    return jax.sharding.Mesh(grid, tuple(shape), axis_types=(kind,) * len(shape))
 
 
 def abstract_mesh(sizes: str | Mapping[str, int], count: int) -> AbstractMesh:
@@ -66,7 +68,8 @@ def abstract_mesh(sizes: str | Mapping[str, int], count: int) -> AbstractMesh:
     given = parsed(sizes)
     rest = math.prod(size for size in given.values() if size != -1)
     shape = {name: max(count // rest, 1) if size == -1 else size for name, size in given.items()}
-    return AbstractMesh(tuple(shape.values()), tuple(shape), axis_types=(AxisType.Auto,) * len(shape))
+    kinds = (jax.sharding.AxisType.Auto,) * len(shape)
+    return jax.sharding.AbstractMesh(tuple(shape.values()), tuple(shape), axis_types=kinds)
 
 
 def parsed(sizes: str | Mapping[str, int]) -> dict[str, int]:
@@ -154,6 +157,8 @@ def arranged(shape: Mapping[str, int], devices: Sequence[Any], text: str) -> np.
     """
     sizes = tuple(shape.values())
     slices = len({getattr(device, "slice_index", 0) for device in devices})
+    from jax.experimental import mesh_utils
+
     if slices == 1:
         return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
     outer = next((place for place, size in enumerate(sizes) if size % slices == 0), None)

@@ -7,10 +7,10 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from lepton_xla.deferred import jax
 from lepton_xla.errors import ShardingError
 from lepton_xla.sharding.meshes import AnyMesh
 from lepton_xla.sharding.specs import as_spec, axes_of, pieces, spec_text

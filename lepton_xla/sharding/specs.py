@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from jax.sharding import PartitionSpec
-
+from lepton_xla.deferred import jax
 from lepton_xla.errors import ShardingError
+
+if TYPE_CHECKING:
+    from jax.sharding import PartitionSpec
 
 type Part = str | Sequence[str] | None
 """What cuts one axis of an array: a mesh axis, several (the first is outermost), or nothing (None, `""`, `()`)."""
@@ -32,7 +34,7 @@ def as_spec(parts: Iterable[Part]) -> PartitionSpec:
     cut = [axes_of(part) for part in parts]
     while cut and not cut[-1]:
         cut.pop()
-    return PartitionSpec(*(axes[0] if len(axes) == 1 else axes or None for axes in cut))
+    return jax.sharding.PartitionSpec(*(axes[0] if len(axes) == 1 else axes or None for axes in cut))
 
 
 def spec_text(spec: PartitionSpec) -> str:

@@ -73,7 +73,7 @@ def test_a_missing_artifact_is_a_lepton_error(tmp_path):
 
 def test_workers_do_not_share_a_device(monkeypatch):
     worker.check_device()
-    monkeypatch.setattr("jax.default_backend", lambda: "gpu")
+    monkeypatch.setattr("lepton_xla.compiler.devices.platform_here", lambda: "gpu")
     with pytest.raises(ServeError, match="on the gpu: serve from one process"):
         worker.check_device()
 

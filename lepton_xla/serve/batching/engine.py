@@ -121,6 +121,11 @@ class _Stage:
         self._views = [(_bytes_of(array), array.nbytes // size) for array in self.arrays]
         self._used = 0
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the arrays."""
+        return sum(array.nbytes for array in self.arrays)
+
     def fill(self, batch: Batch[Any]) -> None:
         """Copies the rows in and zeroes the padding."""
         if batch.key and any(part.ticket.request.spec.cut or part.ticket.key != batch.key for part in batch.parts):
@@ -196,8 +201,16 @@ class Engine[T: Work]:
         self.saw: Callable[[Sequence[np.ndarray], Sequence[np.ndarray], int], object] | None = None
         self.busy_processors = 0.0
         self.measured: Measured = {}
+        self._rest: list[tuple[Key, int]] = []
 
-    def warm_up(self, run: Run | None = None, like: Engine[T] | None = None, *, same_code: bool = False) -> Measured:
+    def warm_up(
+        self,
+        run: Run | None = None,
+        like: Engine[T] | None = None,
+        *,
+        same_code: bool = False,
+        within_s: float = math.inf,
+    ) -> Measured:
         """Runs and times every compiled size on zeros.
 
         Args:
@@ -206,6 +219,7 @@ class Engine[T: Work]:
             like: of a model that was measured before and that should take as long. Where a few runs do not say
                 otherwise, its times are taken.
             same_code: whether that one runs the same code. Then the smallest size is run, and all times are taken.
+            within_s: sizes that would take longer are left for `warm_up_rest`, and their times are estimated.
 
         Returns:
             Seconds of an execution, by key and batch size: the median, or, while others run, nearly the least, since
@@ -220,6 +234,9 @@ class Engine[T: Work]:
             return self.measured
         costs: dict[Key, dict[int, float]] = {}
         timed_s = used_s = 0.0
+        end_s = self._clock() + within_s
+        per_byte_s = 0.0  # of the first size, which is always run
+        self._rest.clear()
         known = {} if like is None else like.measured
         for key in self._signature.shape_keys():
             costs[key] = {}
@@ -230,14 +247,35 @@ class Engine[T: Work]:
                     if before / _SAME <= least <= before * _SAME:
                         costs[key][size] = before
                         continue
+                expected = per_byte_s * self._stage(size, key).nbytes
+                if expected and self._clock() + max(2 * expected, _ENOUGH_S) > end_s:
+                    costs[key][size] = expected
+                    self._rest.append((key, size))
+                    continue
                 times, used = self._measure(size, key, run or _at_once)
                 typical = statistics.median(times) if run is None else sorted(times)[len(times) // 10]
                 costs[key][size] = max(typical, 1e-9)
+                per_byte_s = costs[key][size] / max(self._stage(size, key).nbytes, 1)
                 timed_s += sum(times)
                 used_s += used
         self.busy_processors = like.busy_processors if like is not None and not timed_s else used_s / max(timed_s, 1e-9)
         self.measured = costs
         return costs
+
+    def warm_up_rest(self, run: Run, learn: Callable[[Key, int, float], object]) -> None:
+        """Runs and times what `warm_up` left.
+
+        Args:
+            run: as for `warm_up`.
+            learn: told of each: key, batch size, seconds.
+
+        Raises:
+            ServeError: as `warm_up`.
+        """
+        while self._rest:
+            key, size = self._rest[0]
+            learn(key, size, min(self._measure(size, key, run, _SAME_RUNS)[0]))
+            del self._rest[0]
 
     def _measure(self, size: int, key: Key, run: Run, most: int = _MOST_RUNS) -> tuple[list[float], float]:
         """Seconds of each timed execution, and processor seconds of all of them."""
@@ -278,7 +316,7 @@ class Engine[T: Work]:
     @property
     def nbytes(self) -> int:
         """Bytes of the model, if it tells, and of the arrays that batches are put together in."""
-        staged = sum(array.nbytes for stage in tuple(self._stages.values()) for array in stage.arrays)
+        staged = sum(stage.nbytes for stage in tuple(self._stages.values()))
         return staged + getattr(self._model, "nbytes", 0)
 
     def check(self) -> None:

@@ -22,6 +22,7 @@ from typing import Any
 
 from lepton_xla.serve.batching.admission import Admission
 from lepton_xla.serve.batching.batcher import Batcher
+from lepton_xla.serve.batching.costs import Key
 from lepton_xla.serve.batching.device import Device
 from lepton_xla.serve.batching.engine import Completion, Engine, Work
 from lepton_xla.serve.batching.rejections import Rejections
@@ -139,6 +140,11 @@ class Scheduler:
     def max_rows(self) -> int:
         """Most rows of one request."""
         return self._batcher.max_rows
+
+    def learn(self, key: Key, size: int, seconds: float) -> None:
+        """Takes in what an execution outside of the queue took, from any thread."""
+        with self._lock:
+            self._costs.learn(key, size, seconds)
 
     @property
     def engine(self) -> Engine[Call]:

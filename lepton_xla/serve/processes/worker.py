@@ -298,9 +298,9 @@ def check_device() -> None:
     Raises:
         ServeError: where models do not run on the CPU.
     """
-    import jax
+    from lepton_xla.compiler.devices import platform_here
 
-    platform = jax.default_backend()
+    platform = platform_here()
     if platform != "cpu":
         raise ServeError(
             f"each of --workers holds the model, and here it would run on the {platform}: serve from one process, "

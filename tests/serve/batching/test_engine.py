@@ -105,6 +105,28 @@ def test_the_same_code_is_run_once_and_its_times_are_taken():
     assert third.busy_processors == first.busy_processors
 
 
+def test_sizes_that_take_long_are_left_for_later_and_estimated():
+    slow = Paced(0.03)
+    engine = Engine(slow, SIGNATURE)
+    measured = engine.warm_up(within_s=0.1)
+    smallest = measured[4,][1]
+    assert set(slow.runs) == {(1, 4)}, "only the smallest was run"
+    assert smallest == pytest.approx(0.03, rel=0.5)
+    # As many bytes, as much time: the other batch size has 4 rows, the other length 8.
+    assert measured[4,][4] == pytest.approx(4 * smallest)
+    assert measured[8,][1] == pytest.approx(2 * smallest)
+    learned = {}
+    engine.warm_up_rest(lambda function: function(), lambda key, size, seconds: learned.update({(key, size): seconds}))
+    assert set(learned) == {((4,), 4), ((8,), 1), ((8,), 4)}
+    assert all(seconds == pytest.approx(0.03, rel=0.5) for seconds in learned.values())
+    slow.runs.clear()
+    engine.warm_up_rest(lambda function: function(), lambda *_: pytest.fail("nothing is left"))
+    assert not slow.runs
+    quick = Engine(Tokens(), SIGNATURE)
+    quick.warm_up(within_s=1.0)
+    quick.warm_up_rest(lambda function: function(), lambda *_: pytest.fail("all was run"))
+
+
 def test_a_batch_that_nobody_waits_for_is_not_run():
     servable = Tokens()
     works = [work(np.ones((1, 4), np.int32)) for _ in range(2)]
