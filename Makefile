@@ -84,6 +84,8 @@ bench: setup kernels  ## every benchmark; each prints the command that repeats i
 	$(RUN)/python benchmarks/clients.py
 	$(RUN)/python benchmarks/replicas.py
 	$(RUN)/python benchmarks/optimizing.py --no-pages
+	$(RUN)/python benchmarks/starting.py --no-pages
+	$(RUN)/python benchmarks/large.py --millions 200 --no-pages
 	$(RUN)/python benchmarks/quantization.py --no-pages
 	$(RUN)/python benchmarks/tuning.py --no-pages
 	$(RUN)/python benchmarks/training.py --no-pages

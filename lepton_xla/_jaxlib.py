@@ -40,7 +40,10 @@ __builtins__: dict[str, Any] = {**vars(builtins), "__import__": _import}
 # Of jaxlib: what begins so.
 _TRIED = ("0.12.",)
 # Variables of JAX that do not change what its CPU client is. With any other, JAX makes the client.
-_HARMLESS = ("JAX_PLATFORMS", "JAX_CPU_ENABLE_ASYNC_DISPATCH", "JAX_COMPILATION_CACHE", "JAX_PERSISTENT_CACHE")
+_HARMLESS = (
+    "JAX_PLATFORMS", "JAX_CPU_ENABLE_ASYNC_DISPATCH", "JAX_COMPILATION_CACHE", "JAX_PERSISTENT_CACHE",
+    "JAX_DISABLE_MOST_OPTIMIZATIONS",
+)  # fmt: skip
 _ASYNC = "JAX_CPU_ENABLE_ASYNC_DISPATCH"
 # What JAX and jaxlib register for CPUs beside what is always there: code that calls it needs JAX.
 _REGISTERED = (b"lapack_", b"blas_", b"_ffi", b"python_cpu_callback")

@@ -66,6 +66,24 @@ def test_tuning_is_put_beside_the_best_preset(tmp_path: pathlib.Path) -> None:
         assert result["best"]["judged"] <= 5
 
 
+def test_a_large_model_goes_through_all_phases(tmp_path: pathlib.Path) -> None:
+    rows = figures("large.py", tmp_path, "--recipes", "none,int8-weight-only")["rows"]
+    assert [row["name"] for row in rows] == ["none", "int8-weight-only"]
+    for row in rows:
+        phases = row["phases"]
+        assert {"trace", "compile", "save", "load", "answer"} <= set(phases)
+        assert all(phase["seconds"] > 0 for phase in phases.values())
+        assert phases["save"]["peak_bytes"] >= row["small_bytes"]
+    assert rows[1]["small_bytes"] < 0.3 * rows[0]["small_bytes"]
+
+
+def test_starts_are_timed_beside_the_import_of_jax(tmp_path: pathlib.Path) -> None:
+    (row,) = figures("starting.py", tmp_path, "--models", "digits")["rows"]
+    assert not row["jax"]
+    assert set(row["times"]) == {"import", "load", "serve"}
+    assert all(seconds > 0 for seconds in row["steps"])
+
+
 def test_optimizing_is_timed_by_phase_and_its_compiles_and_memory_counted(tmp_path: pathlib.Path) -> None:
     (row,) = figures("optimizing.py", tmp_path, "--models", "mlp")["rows"]
     assert row["weights_bytes"] == 4 * (64 * 128 + 128 + 128 * 64 + 64 + 64 * 32 + 32 + 32 * 10 + 10)

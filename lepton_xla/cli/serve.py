@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
 import json as json_lines
 import os
@@ -20,6 +21,7 @@ from lepton_xla.serve.limits import Limits
 if TYPE_CHECKING:
     from lepton_xla.serve.access.tls import TlsFiles
     from lepton_xla.serve.processes.supervisor import Supervisor
+    from lepton_xla.serve.server import Server
 
 
 def _twin(flag: str) -> str:
@@ -301,7 +303,6 @@ def serve(
     from lepton_xla.serve.http.files import make_room
     from lepton_xla.serve.observe.logs import configure
     from lepton_xla.serve.runtime import leave, run_on_calling_thread
-    from lepton_xla.serve.server import Server
 
     # Ignored until the server's own handler (reload files) is installed: an early SIGHUP must not end the process.
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
@@ -343,11 +344,18 @@ def serve(
     else:
         run_on_calling_thread()
         if repository:
+            from lepton_xla.serve.server import Server
+
             server = Server(options=options, repository=path)
         else:
             from lepton_xla.compiler import load
 
-            servable = load(path, trust=options.trust, decrypt_key=options.decrypt_key)
+            # Beside the import of what serves: most of loading waits for no Python.
+            with concurrent.futures.ThreadPoolExecutor(1) as pool:
+                loading = pool.submit(load, path, trust=options.trust, decrypt_key=options.decrypt_key)
+                from lepton_xla.serve.server import Server
+
+                servable = loading.result()
             server = Server(servable, options)
         finished = server.run(on_ready=announce)
     if as_json:

@@ -173,11 +173,12 @@ def _load(
     if _xla.is_quick(devices.first) and (missing or any(map(_xla.needs_jax, blobs.values()))):
         devices = _devices(manifest, store.location, device)
     tokenizer = _tokenizer(manifest, files)
-    arrays = _to_devices(manifest, files, devices, read_back=read_back)
-
     with concurrent.futures.ThreadPoolExecutor(usable_cores()) as pool:
-        read = pool.map(lambda name: Code.read(blobs[name], devices.all, name), blobs)
-        codes = dict(zip(blobs, read, strict=True))
+        # Largest first, and beside the weights, which are read and verified meanwhile.
+        ordered = sorted(blobs, key=lambda name: -len(blobs[name]))
+        read = pool.map(lambda name: Code.read(blobs[name], devices.all, name), ordered)
+        arrays = _to_devices(manifest, files, devices, read_back=read_back)
+        codes = dict(zip(ordered, read, strict=True))
     if missing:
         count = len([name for name in missing if name != EXPAND and name not in steps]) or "no"
         _LOG.warning(

@@ -8,7 +8,6 @@ import os
 import sys
 from typing import NoReturn
 
-from lepton_xla import _jaxlib
 from lepton_xla.serve.priorities import come_first
 
 # How long a thread holds the interpreter while another asks for it. At Python's own 5 ms, an event loop that is never
@@ -22,6 +21,8 @@ def run_on_calling_thread() -> None:
     By default another thread does, for a caller that goes on meanwhile. The engine waits: between two threads that wait
     for each other, a run of 16 us takes 40, and 100 or more where the processor has other things to do.
     """
+    from lepton_xla import _jaxlib
+
     _jaxlib.run_on_calling_thread()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import logging
 import os
@@ -46,7 +47,8 @@ _BACKLOG = 1024
 # Seconds of warm-up before the first request can be answered. What takes longer, large batches of slow models, is run
 # between requests, with a small part of the device's time.
 _WARM_UP_S = 0.1
-_REST_WEIGHT = 0.1
+# They begin after so long, since whoever waits for the server asks at once.
+_REST_WEIGHT, _REST_AFTER_S = 0.1, 1.0
 
 
 class Server:
@@ -244,7 +246,7 @@ class Server:
         if signals:
             settle()  # only where the whole process is the server's
         watching = loop.create_task(self._watch())
-        rest = loop.run_in_executor(None, self._warm_up_rest, schedulers, stop)
+        rest = loop.create_task(self._warm_up_rest(schedulers, stop))
         addresses = listening.addresses
         self.address = addresses[0]
         _log.info(
@@ -273,7 +275,13 @@ class Server:
             starting.cancel()
             self._close_models()
 
-    def _warm_up_rest(self, schedulers: Sequence[Scheduler], stop: Stop) -> None:
+    async def _warm_up_rest(self, schedulers: Sequence[Scheduler], stop: Stop) -> None:
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(stop.asked.wait(), _REST_AFTER_S)
+            return
+        await asyncio.get_running_loop().run_in_executor(None, self._run_rest, schedulers, stop)
+
+    def _run_rest(self, schedulers: Sequence[Scheduler], stop: Stop) -> None:
         """Runs what the warm-up left, on a thread beside the one that serves."""
         with self.devices[0].guest(_REST_WEIGHT) as run:
 

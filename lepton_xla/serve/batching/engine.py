@@ -24,6 +24,8 @@ _log = logging.getLogger("lepton_xla.serve")
 # often, because a busy machine disturbs them most.
 _LEAST_RUNS, _MOST_RUNS = 5, 101
 _ENOUGH_S, _MOST_S = 0.02, 0.5
+# The same where there is little time.
+_HASTY_RUNS, _HASTY_S = 2, 0.005
 # Runs per size of a model that should take as long as another, and how much longer or shorter it may take.
 _SAME_RUNS, _SAME = 3, 2.0
 # Seconds of runs that beside other models share a turn.
@@ -248,11 +250,11 @@ class Engine[T: Work]:
                         costs[key][size] = before
                         continue
                 expected = per_byte_s * self._stage(size, key).nbytes
-                if expected and self._clock() + max(2 * expected, _ENOUGH_S) > end_s:
+                if expected and self._clock() + (1 + _HASTY_RUNS) * expected > end_s:
                     costs[key][size] = expected
                     self._rest.append((key, size))
                     continue
-                times, used = self._measure(size, key, run or _at_once)
+                times, used = self._measure(size, key, run or _at_once, hasty=math.isfinite(within_s))
                 typical = statistics.median(times) if run is None else sorted(times)[len(times) // 10]
                 costs[key][size] = max(typical, 1e-9)
                 per_byte_s = costs[key][size] / max(self._stage(size, key).nbytes, 1)
@@ -277,8 +279,11 @@ class Engine[T: Work]:
             learn(key, size, min(self._measure(size, key, run, _SAME_RUNS)[0]))
             del self._rest[0]
 
-    def _measure(self, size: int, key: Key, run: Run, most: int = _MOST_RUNS) -> tuple[list[float], float]:
+    def _measure(
+        self, size: int, key: Key, run: Run, most: int = _MOST_RUNS, *, hasty: bool = False
+    ) -> tuple[list[float], float]:
         """Seconds of each timed execution, and processor seconds of all of them."""
+        least, enough_s = (_HASTY_RUNS, _HASTY_S) if hasty else (_LEAST_RUNS, _ENOUGH_S)
         stage = self._stage(size, key)
         times: list[float] = []
         used = 0.0
@@ -301,7 +306,7 @@ class Engine[T: Work]:
             used += time.process_time() - before
 
         def enough() -> bool:
-            return len(times) >= most or sum(times) >= (_MOST_S if len(times) < _LEAST_RUNS else _ENOUGH_S)
+            return len(times) >= most or sum(times) >= (_MOST_S if len(times) < least else enough_s)
 
         run(first)
         while not enough():
