@@ -90,6 +90,12 @@ def evaluate(predict: lx.modelspec.Predict) -> dict[str, float]:
     return {"accuracy": float((predict(image=test_x)["output"].argmax(-1) == test_y).mean())}
 
 
+def rows() -> dict[str, np.ndarray]:
+    """The held-out images with their digits, for `leptonx eval`."""
+    _, _, test_x, test_y = data()
+    return {"image": test_x, "label": test_y}
+
+
 @functools.cache
 def model() -> lx.ModelSpec:
     """The trained model for `leptonx`."""
@@ -101,4 +107,5 @@ def model() -> lx.ModelSpec:
         buckets={"batch": (1, 8, 32)},
         calibration=[{"image": train_x[:256]}],
         evaluate=evaluate,
+        rows=rows,
     )

@@ -51,6 +51,8 @@ class ModelSpec:
         calibration: input dicts, or a function that returns them, for recipes that need calibration data.
         generator: a model that generates tokens; it has weights and inputs of its own.
         evaluate: `evaluate(predict) -> {"accuracy": 0.98, ...}`; commands print these metrics next to size and speed.
+        rows: labelled rows for `leptonx eval`: arrays by the names of inputs and `label`, the class of each row; or a
+            function that returns them.
 
     >>> spec = lx.ModelSpec({"x": lx.TensorSpec(("batch", 4), "float32")}, fn=lambda w, x: x @ w, weights=jnp.eye(4))
     >>> print(spec.program().outputs["output"], spec.calibration_batches())
@@ -65,6 +67,7 @@ class ModelSpec:
     calibration: Iterable[Mapping[str, Any]] | Callable[[], Iterable[Mapping[str, Any]]] | None = None
     evaluate: Callable[[Predict], Mapping[str, float]] | None = None
     generator: Generator | None = None
+    rows: Mapping[str, Any] | Callable[[], Mapping[str, Any]] | None = None
 
     def program(self) -> Program:
         """Make the program.
@@ -87,6 +90,10 @@ class ModelSpec:
     def calibration_batches(self) -> Iterable[Mapping[str, Any]] | None:
         """The calibration data, or None."""
         return self.calibration() if callable(self.calibration) else self.calibration
+
+    def labelled_rows(self) -> Mapping[str, Any] | None:
+        """The labelled rows, or None."""
+        return self.rows() if callable(self.rows) else self.rows
 
 
 def load_named[T](target: str, kind: type[T]) -> T:

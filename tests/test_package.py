@@ -10,7 +10,8 @@ PUBLIC = [
     "ArtifactError", "CalibrationError", "CheckpointError", "CompileError", "ExecutionError", "Generator", "InputError",
     "LaunchError", "LearningError", "LeptonError", "ModelError", "ModelSpec", "PassReport", "Plan", "Program", "Recipe",
     "RecipeError", "RepositoryError", "SampleError", "Servable", "ServeError", "ShardingError", "SiteReport",
-    "TensorSpec", "TrainingError", "TrustError", "TuningError", "UnsupportedError", "compile", "encrypt", "find_sites",
+    "TensorSpec", "TrainingError", "TrustError", "TuningError", "UnsupportedError", "compile", "encrypt",
+    "evaluation", "find_sites",
     "from_linen", "from_nnx", "launch", "load", "optimize", "passes", "sharding", "sign", "trace", "train", "trust",
     "tuning", "verify",
 ]  # fmt: skip

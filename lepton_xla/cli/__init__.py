@@ -28,7 +28,7 @@ COMMANDS = {
     "keys": "Make key pairs to sign and to encrypt with.",
     "sign": "Sign an artifact.",
     "encrypt": "Write an encrypted copy of an artifact.",
-    "eval": "Compare an artifact's accuracy with the float model's.",
+    "eval": "Compare models on the same rows: metrics, lost classes, cost.",
     "bench": "Compare an artifact's latency with the float model's.",
     "predict": "Run an artifact on input files.",
     "generate": "Continue a prompt with an artifact that generates.",

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 
 from lepton_xla.errors import LearningError
+from lepton_xla.evaluation.intervals import sign_test
 from lepton_xla.modelspec import Predict, figures_of
 
 
@@ -85,20 +86,6 @@ def judge(
         reason = f"{accuracies[0]:.1%} -> {accuracies[1]:.1%} right of {len(labels)} samples, old data kept"
     better = not fallen and chance <= 1 - confidence
     return Verdict(better, reason, len(labels), accuracies[0], accuracies[1], chance, old_before, old)
-
-
-def sign_test(gained: int, lost: int) -> float:
-    """The probability of at least so many gains in `gained + lost` fair coins.
-
-    >>> round(sign_test(3, 0), 6), sign_test(0, 0)
-    (0.125, 1.0)
-    """
-    count = gained + lost
-    return min(1.0, math.fsum(math.exp(_log_choose(count, k) - count * math.log(2)) for k in range(gained, count + 1)))
-
-
-def _log_choose(count: int, k: int) -> float:
-    return math.lgamma(count + 1) - math.lgamma(k + 1) - math.lgamma(count - k + 1)
 
 
 def _fallen(before: Mapping[str, float], after: Mapping[str, float], max_drop: float) -> str:

@@ -130,8 +130,12 @@ def test_eval_compares_the_artifact_with_the_float_model(cli, plain, artifact):
     assert row.split()[1:3] == [f"{exact.max():.6g}", f"{small.max():.6g}"]
 
 
-def test_eval_needs_an_evaluate(cli, variant, artifact):
-    assert "has no evaluate; add evaluate=" in cli.refused("eval", variant("evaluate=None"), artifact)
+def test_eval_needs_something_to_evaluate_on(cli, variant, artifact):
+    target = variant("evaluate=None")
+    assert f"add rows=... or evaluate=... to the ModelSpec of {target}, or --rows" in cli.refused(
+        "eval", target, artifact
+    )
+    assert "there is nothing to evaluate on: add --rows FILE.npz" in cli.refused("eval", artifact)
 
 
 @pytest.mark.parametrize("args", [["eval", "{target}", "{path}"], ["bench", "{path}", "--target", "{target}"]])
