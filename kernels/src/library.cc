@@ -106,6 +106,17 @@ void panels(ffi::ThreadPool& pool, const IntegerProduct& p, const Variant& varia
   });
 }
 
+// Columns of a part, a multiple of the widest tile: as many as keep all threads busy to the end.
+int64_t part_width(int64_t columns, int64_t row_parts, int64_t threads) {
+  int64_t best = kPartColumns, least = INT64_MAX;
+  for (int64_t width = kPartColumns; width > 0; width -= 128) {
+    const int64_t parts = (columns + width - 1) / width * row_parts;
+    const int64_t longest = (parts + threads - 1) / threads * std::min(width, columns);
+    if (longest < least) best = width, least = longest;
+  }
+  return best;
+}
+
 ffi::Error weight_only(ffi::ThreadPool pool, int bits, WeightOnly p, int64_t code_rows, int64_t code_columns,
                        ffi::AnyBuffer scale, ffi::BufferR1<ffi::F32> bias, ffi::BufferR2<ffi::F32> residual,
                        int64_t activation, int64_t y_rows, int64_t y_columns) {
@@ -131,9 +142,7 @@ ffi::Error weight_only(ffi::ThreadPool pool, int bits, WeightOnly p, int64_t cod
   }
   const int64_t threads = std::max<int64_t>(1, pool.num_threads());
   const int64_t row_parts = (p.m + kPartRows - 1) / kPartRows;
-  // At least two parts a thread, of whole cache lines, unless that makes them too small.
-  int64_t width = std::min<int64_t>(kPartColumns, (p.n + 2 * threads - 1) / (2 * threads));
-  width = std::max<int64_t>(128, (width + 127) / 128 * 128);
+  const int64_t width = part_width(p.n, row_parts, threads);
   const int64_t column_parts = (p.n + width - 1) / width;
   run_parts(pool, row_parts * column_parts, [&](int64_t part) {
     const int64_t row = part / column_parts * kPartRows, column = part % column_parts * width;

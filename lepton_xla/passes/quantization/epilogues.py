@@ -227,7 +227,8 @@ def _match(graph: _Graph, product: Any) -> Pattern | None:
                 pattern.bias = bias
                 var = advance([eqn])
                 continue
-            if bias is None and _is_matrix(graph, eqn.invars[side], var):
+            # Of a single row a matrix may look like a vector.
+            if (bias is None or pattern.bias or pattern.activation) and _is_matrix(graph, eqn.invars[side], var):
                 pattern.residual = (eqn, side)
                 advance([eqn])
                 break

@@ -94,6 +94,17 @@ def test_parts_of_the_pattern():
     assert fused(lambda x, b: product(x).swapaxes(0, 1) + b, x, b)[0] is None
 
 
+def test_a_single_row():
+    """In which a matrix that is added is as large as a bias."""
+    x, b, h = OPERANDS[0][0, :1], OPERANDS[1], OPERANDS[2][0, :1]
+
+    def one(x, b, h):
+        with epilogues.of_site("layer (0)/w"):
+            return jax.nn.relu(integer_product.multiply(x, WEIGHT) + b) + h
+
+    assert fused(one, x, b, h)[0] == "bias + relu + residual"
+
+
 def test_what_others_read_stays():
     x, b, h = OPERANDS
     biased = lambda x, b: product(x) + b  # noqa: E731
