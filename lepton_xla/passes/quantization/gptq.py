@@ -253,7 +253,8 @@ def gptq(
         rounded, grid, errors = _round(planned, pooled(seen, "gram"), program.masks.get(planned.path), options)
         reached = bool(np.all(np.sum([each.rows for each in seen], axis=0) > 0))
         reports = _reports(planned, rounded, reached, errors)
-        known[planned.path] = Rounded(digests[planned.path], rounded, given(grid), reports)
+        kept = memory.in_file(rounded, program.weights)
+        known[planned.path] = Rounded(digests[planned.path], kept, given(grid), reports)
 
     # A few weights at a time, so that their Gram matrices fit into memory; they are released after rounding.
     all_bytes = functools.partial(_gram_bytes, program)

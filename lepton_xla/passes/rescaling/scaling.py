@@ -17,7 +17,7 @@ from jax import lax
 
 from lepton_xla import _compat
 from lepton_xla.derivations import Step
-from lepton_xla.passes.core import matrix
+from lepton_xla.passes.core import matrix, memory
 from lepton_xla.passes.core.alike import Alike
 from lepton_xla.passes.core.flow import Flow, NotAbsorbedError, Place
 from lepton_xla.passes.core.layouts import LayoutOp
@@ -160,7 +160,7 @@ def scaled_weights(
         like = None if absorber.axis is None else Alike(sites[absorber.site])
         done.append((absorber.path, functools.partial(_divided, like=like, axis=absorber.axis)))
     for path, scale in done:
-        changed[path] = scale(changed[path], factor)
+        changed[path] = memory.in_file(scale(changed[path], factor), weights)
         alone = lambda stored, by, scale=scale: (scale(stored, by),)  # noqa: E731
         steps.append(Step("rescale", (path,), (path,), alone, (jnp.asarray(factor),)))
     return changed
