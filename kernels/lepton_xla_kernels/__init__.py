@@ -11,7 +11,7 @@ _LIBRARY = ctypes.CDLL(str(pathlib.Path(__file__).with_name("_library.so")))
 _LIBRARY.lepton_variant.restype = ctypes.c_char_p
 _LIBRARY.lepton_use.restype = ctypes.c_bool
 _LIBRARY.lepton_use.argtypes = [ctypes.c_char_p]
-_NAMES = ("integer_product", "weight_only_8", "weight_only_4")
+_NAMES = ("convolution", "integer_convolution", "integer_product", "weight_only_8", "weight_only_4")
 
 
 def ffi_version() -> tuple[int, int]:

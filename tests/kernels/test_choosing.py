@@ -10,7 +10,10 @@ import pytest
 
 import lepton_xla as lx
 from lepton_xla.kernels import installation
+from lepton_xla.kernels.convolution import NUMBERS, Epilogue
+from lepton_xla.passes.alternatives import autotuning
 from lepton_xla.passes.alternatives.autotuning import Choices
+from lepton_xla.passes.core.timing import Timer
 from lepton_xla.passes.quantization import integer_arithmetic, measurement
 
 ROWS = {"x": lx.TensorSpec(("batch", 24), "float32")}
@@ -221,3 +224,81 @@ def test_an_artifact_runs_with_kernels_and_without(kernels, clock, tmp_path, mon
 def test_an_artifact_without_kernels_loads_where_they_are(kernels, tmp_path):
     lx.compile(two_layers(), {"batch": (1,)}).save(tmp_path / "plain.lepton")
     assert lx.load(tmp_path / "plain.lepton").route == "executables"
+
+
+def convolutions():
+    """Two convolutions with biases and ReLU, and a residual."""
+    rng = np.random.default_rng(0)
+    weights = {name: jnp.asarray(rng.standard_normal((3, 3, 6, 6)) / 7, jnp.float32) for name in "ab"}
+    weights["bias"] = jnp.asarray(rng.standard_normal(6), jnp.float32)
+
+    def fn(w, x):
+        for name in "ab":
+            y = jax.lax.conv_general_dilated(x, w[name], (1, 1), "SAME", dimension_numbers=NUMBERS)
+            x = jax.nn.relu(y + jnp.reshape(w["bias"], (1, 1, 1, 6)) + x)
+        return x
+
+    return lx.trace(fn, weights, {"x": lx.TensorSpec(("batch", 5, 5, 6), "float32")})
+
+
+def images(count=3):
+    return np.random.default_rng(1).standard_normal((count, 5, 5, 6)).astype(np.float32)
+
+
+def epilogues(fn, weights, x, name):
+    text = jax.make_jaxpr(fn)(weights, x)
+    return [eqn.params["epilogue"] for eqn in text.jaxpr.eqns if eqn.primitive.name == name]
+
+
+def test_convolutions_of_codes_by_kernels(kernels, clock, monkeypatch):
+    """They get the activation that follows them, and the numbers of XLA's own operations."""
+    clock({"a": 25.0, "b": 50.0}, lambda _count: FLOAT_US)
+    monkeypatch.setattr(integer_arithmetic.selection, "fastest", lambda sets, _tried: sets[-1])
+    program = convolutions()
+    lowered = lower(program, "int8")
+    assert {site.reason for site in sites(lowered).values()} == {
+        "by a kernel: 0.25 of float's time", "by a kernel: 0.50 of float's time",
+    }  # fmt: skip
+    given_images = images()
+    found = epilogues(lowered.fn, lowered.weights, given_images, "integer_convolution")
+    assert found == [Epilogue("clamp", 0.0)] * 2
+    monkeypatch.setattr(integer_arithmetic.eligibility, "has_kernel", lambda *_: False)
+    plain = lx.passes.quantize(program, lx.passes.resolve(lx.Recipe.load("int8"), program))
+    expected = jax.jit(plain.fn)(plain.weights, given_images)
+    np.testing.assert_allclose(jax.jit(lowered.fn)(lowered.weights, given_images), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_convolutions_in_float_by_kernels(kernels, monkeypatch):
+    """`autotune` times the kernel with what follows it, and takes it where it wins at every size."""
+    program, given_images = convolutions(), images()
+    times = {autotuning.XLA: 10.0, autotuning.KERNEL: 5.0}
+    monkeypatch.setattr(autotuning, "_time_ways", lambda *_: times)
+    monkeypatch.setattr(autotuning, "time_programs", lambda functions, *_: [10.0, 5.0][: len(functions)])
+    tuned = lx.passes.autotune(program, sizes=SIZES)
+    assert {site.action for site in tuned.history[-1].sites} == {autotuning.KERNEL}
+    found = epilogues(tuned.fn, tuned.weights, given_images, "convolution")
+    assert found == [Epilogue("clamp", 0.0)] * 2
+    expected = jax.jit(program.fn)(program.weights, given_images)
+    np.testing.assert_allclose(jax.jit(tuned.fn)(tuned.weights, given_images), expected, rtol=1e-5, atol=1e-5)
+    times[autotuning.KERNEL] = 9.9
+    assert lx.passes.autotune(program, sizes=SIZES).fn is program.fn
+
+
+def test_what_convolutions_are_timed_as(kernels):
+    """Every way computes the same, the bias and ReLU6 that stand for what follows included."""
+    program = convolutions()
+    seen = []
+
+    def time_programs(functions, inputs, *_):
+        random = np.random.default_rng(0)
+        given_arrays = [jnp.asarray(random.standard_normal(spec.shape), spec.dtype) for spec in inputs]
+        seen.append([np.asarray(fn(weights, *given_arrays)) for fn, weights in functions])
+        return [10.0, 5.0]
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(autotuning, "time_programs", time_programs)
+        autotuning.choose(program, SIZES[:1], lambda _line: None, Timer())
+    for xla, kernel in seen:
+        np.testing.assert_allclose(kernel, xla, rtol=1e-5, atol=1e-5)
+        assert xla.min() == 0
+    assert seen

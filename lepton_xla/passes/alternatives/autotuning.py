@@ -1,8 +1,8 @@
 """Replaces operations that XLA is slow at by alternatives that measure faster.
 
-Alternatives are `shifted` for grouped convolutions and `single_row` for products of a single row. Each is timed against
-XLA's own operation at the sizes to be compiled. Then the whole program is timed with all winners, because an operation
-costs more or less among its neighbours than alone.
+Alternatives are `shifted` for grouped convolutions, `convolving` for convolutions by a kernel, and `single_row` for
+products of a single row. Each is timed against XLA's own operation at the sizes to be compiled. Then the whole program
+is timed with all winners, because an operation costs more or less among its neighbours than alone.
 """
 
 from __future__ import annotations
@@ -20,10 +20,12 @@ import jax.numpy as jnp
 
 from lepton_xla import _compat
 from lepton_xla.arguments import takes
-from lepton_xla.passes.alternatives import shifted, single_row
+from lepton_xla.kernels import installation
+from lepton_xla.passes.alternatives import convolving, fusing, shifted, single_row
 from lepton_xla.passes.core.layouts import Step
 from lepton_xla.passes.core.rewriting import rewrite
 from lepton_xla.passes.core.sites import Site, trace_sites
+from lepton_xla.passes.core.spreading import is_spread
 from lepton_xla.passes.core.timing import OPERATION_BUDGET_S, Timer, time_programs
 from lepton_xla.passes.core.walker import Context, TracedValue, Values, materialize
 from lepton_xla.program import Expansion, Program
@@ -32,6 +34,7 @@ from lepton_xla.trees import abstract
 
 # Name of XLA's own implementation among the alternatives.
 XLA = "XLA's own"
+KERNEL = "a kernel"
 # An alternative must win by more than the noise of measurement.
 WORTH_RATIO = 0.97
 # Maximum number of sizes at which the whole program is timed.
@@ -56,6 +59,8 @@ def ways(eqn: Any, *, transposed: bool = False) -> dict[str, Callable[..., jax.A
         found["shifted multiply-adds"] = convolve
         if not shifted.has_channels_last(eqn):
             found["shifted multiply-adds, channels last"] = functools.partial(convolve, channels_last=True)
+    if convolving.fits(eqn):
+        found[KERNEL] = functools.partial(convolving.convolve, eqn.params)
     if single_row.fits(eqn):
         found["row padded to two"] = functools.partial(single_row.padded, eqn)
         found["in float32"] = functools.partial(single_row.widened, eqn)
@@ -110,7 +115,8 @@ class Choices:
             return None if compute is None else [compute(*(materialize(value) for value in values))]
 
         rules = dict.fromkeys(_PRIMITIVES, rule) | {"transpose": _follow_transpose}
-        return rewrite(fn, rules, inline=True, on_unknown="keep") if self.any else fn
+        tuned = rewrite(fn, rules, inline=True, on_unknown="keep") if self.any else fn
+        return fusing.fuse(tuned) if KERNEL in self.way.values() else tuned
 
     def of(self, eqn: Any, *, transposed: bool = False) -> Callable[..., jax.Array] | None:
         """The chosen alternative for an operation, as in `ways`; None for XLA's own."""
@@ -133,7 +139,7 @@ def autotune(
     timer: Timer | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> Program:
-    """Compute grouped convolutions, and some products of one row, in the fastest measured way.
+    """Compute convolutions, and some products of one row, in the fastest measured way.
 
     Args:
         program: any program.
@@ -194,15 +200,19 @@ def choose(program: Program, sizes: Sequence[Mapping[str, int]], say: Callable[[
     if program.expansion is not None:
         fn, weights = program.expansion.fn, jax.eval_shape(program.expansion.expand, program.weights)
     timings: dict[Any, list[Timing]] = {}
+    spread = any(is_spread(leaf) for leaf in jax.tree.leaves(program.weights))  # XLA does not cut what a kernel does
     # A single row occurs at the smallest size. A program without candidates there needs no further traces.
     for at in sorted(sizes, key=lambda at: math.prod(at.values())):
         for site in trace_sites(fn, weights, program.inputs, at):
             transposed = _is_transposed(site)
-            if ways(site.eqn, transposed=transposed):
+            if _timed_ways(site.eqn, timer, transposed=transposed):
                 say(f"ways to compute {site.name}")
-                operation = _Operation(site.eqn, transposed=transposed)
-                timing = Timing(site.name, dict(at), _timed(operation, timer))
-                timings.setdefault(_kind(site.eqn, transposed=transposed), []).append(timing)
+                times = _timed(_Operation(site.eqn, transposed=transposed), timer)
+                if spread:
+                    times = {way: time for way, time in times.items() if way != KERNEL}
+                timings.setdefault(_kind(site.eqn, transposed=transposed), []).append(
+                    Timing(site.name, dict(at), times)
+                )
         if not timings:
             break
     return Choices({kind: _fastest(found) for kind, found in timings.items()}, timings)
@@ -210,7 +220,15 @@ def choose(program: Program, sizes: Sequence[Mapping[str, int]], say: Callable[[
 
 def times_us(eqn: Any, timer: Timer) -> list[float]:
     """Microseconds of an operation with every alternative, including XLA's own; empty if there is none."""
-    return list(_timed(_Operation(eqn), timer).values()) if ways(eqn) else []
+    return list(_timed(_Operation(eqn), timer).values()) if _timed_ways(eqn, timer) else []
+
+
+def _timed_ways(eqn: Any, timer: Timer, *, transposed: bool = False) -> dict[str, Callable[..., jax.Array]]:
+    """The alternatives that there are here."""
+    found = ways(eqn, transposed=transposed)
+    if not (timer.target.platform == "cpu" and installation.usable()):
+        found.pop(KERNEL, None)
+    return found
 
 
 class _Operation:
@@ -243,24 +261,29 @@ def _time_ways(operation: _Operation, timer: Timer) -> dict[str, float]:
     inputs = [jax.ShapeDtypeStruct(var.aval.shape, var.aval.dtype) for var in eqn.invars]
     if transposed:
         inputs[1] = jax.ShapeDtypeStruct(inputs[1].shape[::-1], inputs[1].dtype)
-    others = ways(eqn, transposed=transposed)
+    others = _timed_ways(eqn, timer, transposed=transposed)
 
     def plain(left: jax.Array, right: jax.Array) -> jax.Array:
         return _compat.bind(eqn, [left, right.T if transposed else right])[0]
 
+    # What follows a convolution costs a kernel nothing, and others mostly a pass over the result.
+    after: Callable[..., Any] = fusing.biased if KERNEL in others else lambda out: out
+    inputs += [jax.ShapeDtypeStruct(eqn.outvars[0].aval.shape[-1:], jnp.float32)] if KERNEL in others else []
+
     def timed(chosen: Iterable[str]) -> dict[str, float]:
         candidates: dict[str, Callable[..., Any]] = {XLA: plain} | {name: others[name] for name in chosen}
-        functions = [(functools.partial(_without_weights, fn), ()) for fn in candidates.values()]
+        made = {name: functools.partial(_followed, fn, after, len(eqn.invars)) for name, fn in candidates.items()}
+        functions = [(fusing.fuse(fn) if name == KERNEL else fn, ()) for name, fn in made.items()]
         return dict(zip(candidates, time_programs(functions, inputs, timer, OPERATION_BUDGET_S), strict=True))
 
     try:
         return timed(others)
     except jax.errors.JaxRuntimeError:
-        return timed([name for name in others if _runs(others[name], inputs)])
+        return timed([name for name in others if _runs(others[name], inputs[: len(eqn.invars)])])
 
 
-def _without_weights(fn: Callable[..., Any], _weights: Any, *operands: Any) -> Any:
-    return fn(*operands)
+def _followed(fn: Callable[..., Any], after: Callable[..., Any], count: int, _weights: Any, *operands: Any) -> Any:
+    return after(fn(*operands[:count]), *operands[count:])
 
 
 def _runs(fn: Callable[..., Any], inputs: Sequence[jax.ShapeDtypeStruct]) -> bool:

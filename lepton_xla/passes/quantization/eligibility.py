@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from lepton_xla import _compat
 from lepton_xla.kernels import installation, weight_only
+from lepton_xla.passes.alternatives import convolving
 from lepton_xla.passes.core.layouts import LayoutOp, Step, layout_key
 from lepton_xla.passes.core.matrix import contracted_size, weight_order
 from lepton_xla.passes.core.sites import Site
@@ -97,6 +98,11 @@ def float_reason(site: Site, rule: QuantizeRule, target: Target) -> str:
 
 def has_kernel(site: Site, rule: QuantizeRule, target: Target) -> bool:
     """Whether a kernel multiplies the activations of this site, as they are or in int8, by the codes of its weight."""
+    if site.kind == "conv_general_dilated":
+        geometry = convolving.geometry_of(site.params, *site.operands)
+        plain = geometry is not None and site.params["feature_group_count"] == 1
+        codes = rule.weights == rule.activations == "int8" and not rule.group
+        return plain and codes and target.platform == "cpu" and installation.usable()
     in_float = rule.activations == "none" and weight_only.fits(rule.weights)
     return (
         (in_float or rule.weights == rule.activations == "int8")

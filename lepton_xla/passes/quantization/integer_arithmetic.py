@@ -19,6 +19,7 @@ import jax
 from lepton_xla.arguments import takes
 from lepton_xla.derivations import Step
 from lepton_xla.passes.alternatives.autotuning import choose, times_us
+from lepton_xla.passes.alternatives.fusing import fuse
 from lepton_xla.passes.core import memory
 from lepton_xla.passes.core.alike import Alike
 from lepton_xla.passes.core.calibration import needs_range
@@ -183,7 +184,11 @@ def quantize(
 
     def build(integer: frozenset[str]) -> Callable[..., Any]:
         side_inputs = {key: name for key, name in names.items() if key[0] in integer}
-        return _lowered(program.fn, like, every, side_inputs, _ways(integer, timings), timer.target, fused)
+        ways = _ways(integer, timings)
+        lowered = _lowered(program.fn, like, every, side_inputs, ways, timer.target, fused)
+        by_kernel = {name for name, found in ways.items() if "kernel" in found.values()}
+        convolved = any(each.site.kind == "conv_general_dilated" and each.site.name in by_kernel for each in every)
+        return fuse(lowered) if convolved else lowered
 
     compiled: dict[str, Any] = {}
     laid: dict[str, jax.Array] = {}

@@ -16,9 +16,9 @@ from jax import lax
 
 from lepton_xla import _compat
 from lepton_xla.errors import CalibrationError
-from lepton_xla.kernels import integer_product, weight_only
+from lepton_xla.kernels import convolution, integer_product, weight_only
 from lepton_xla.kernels.integer_product import SAFE_DEPTH
-from lepton_xla.passes.alternatives import shifted
+from lepton_xla.passes.alternatives import convolving, shifted
 from lepton_xla.passes.core.matrix import code_matrix, code_operand, operand_order, weight_order
 from lepton_xla.passes.core.names import Key
 from lepton_xla.passes.core.sites import Site
@@ -130,11 +130,17 @@ def kernel_dot(site: Site, activation: jax.Array, stored: QTensor, static: jax.A
     """As `quantized_dot`, by a kernel that rounds, multiplies and scales in one go.
 
     Args:
-        site: a `dot_general` without batch axes, with the shapes of these operands.
+        site: a `dot_general` without batch axes, or a convolution that `convolving` has a geometry for, with the
+            shapes of these operands.
         activation: the float operand.
-        stored: the int8 weight, column-major.
+        stored: the int8 weight, column-major; of a convolution row-major.
         static: the activation's scale, or None for dynamic ones.
     """
+    if site.kind == "conv_general_dilated":
+        geometry = convolving.geometry_of(site.params, *site.operands)
+        assert geometry is not None
+        out = convolution.convolve_codes(activation.astype(jnp.float32), stored, geometry, static)
+        return out.astype(site.output.dtype)
     matrix, rows = _as_rows(site, activation)
     return _as_output(site, integer_product.multiply(matrix, stored, static), (), rows).astype(site.output.dtype)
 

@@ -1,0 +1,433 @@
+// Dense and depthwise convolutions of images with their channels last: see convolution.h. Compiled once per instruction
+// set.
+//
+// A dense convolution is a product of matrices whose left one is not written down: its rows are the windows of the
+// image, which lie in memory as a few runs. A tile of kRows pixels and a few vectors of channels keeps its sums in
+// registers; each step broadcasts 32 bits of each pixel, one float or as many codes as fit.
+#include "convolution.h"
+
+#include "vectors.h"
+
+namespace lepton::VARIANT {
+namespace {
+
+constexpr int kRows = kRegisters == 32 ? 8 : 4, kColumns = kRegisters == 32 ? 3 : 2;
+// Weights that stay in the second-level cache while all pixels pass by.
+constexpr int64_t kWeightsBytes = 192 << 10;
+
+// e^x, as Cephes computes it: to 2 units in the last place.
+inline Floats exponential(Floats x) {
+  const Floats high = Floats{} + 88.72283f, low = Floats{} - 87.33654f;
+  const Floats given = x;
+  x = x > high ? high : x;
+  x = x < low ? low : x;
+  Floats shifted = x * 1.44269504088896341f + 12582912.0f;  // 1.5 * 2^23: rounds to an integer
+  const Ints power = (Ints)shifted - (Ints)(Floats{} + 12582912.0f);
+  const Floats whole = shifted - 12582912.0f;
+  x = x - whole * 0.693359375f;
+  x = x + whole * 2.12194440e-4f;
+  Floats y = x * 1.9875691500e-4f + 1.3981999507e-3f;
+  y = y * x + 8.3334519073e-3f;
+  y = y * x + 4.1665795894e-2f;
+  y = y * x + 1.6666665459e-1f;
+  y = y * x + 5.0000001201e-1f;
+  y = y * (x * x) + x + 1.0f;
+  // In two factors, since 2^128 is not a float.
+  const Ints half = power >> 1;
+  y = y * (Floats)((half + 127) << 23) * (Floats)((power - half + 127) << 23);
+  y = given > high ? Floats{} + __builtin_inff() : y;
+  y = given < low ? Floats{} : y;
+  return given == given ? y : given;
+}
+
+inline Floats load_some(const float* from, int count) {
+#if defined(__AVX512F__)
+  return (Floats)_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << count) - 1), from);
+#else
+  Floats found = {};
+  for (int lane = 0; lane < count; ++lane) found[lane] = from[lane];
+  return found;
+#endif
+}
+
+inline void store_some(float* to, Floats values, int count) {
+#if defined(__AVX512F__)
+  _mm512_mask_storeu_ps(to, static_cast<__mmask16>((1u << count) - 1), (__m512)values);
+#else
+  for (int lane = 0; lane < count; ++lane) to[lane] = values[lane];
+#endif
+}
+
+inline Floats activated(const ConvolutionEpilogue& e, Floats v) {
+  if (e.activation == ConvolutionActivation::kClamp) {
+    v = v < e.low ? Floats{} + e.low : v;  // NaN stays NaN
+    return v > e.high ? Floats{} + e.high : v;
+  }
+  if (e.activation == ConvolutionActivation::kSilu) return v * (1.0f / (1.0f + exponential(-v)));
+  return v;
+}
+
+// Writes `count` channels from a position of y on; `v` has its bias already.
+inline void finish(const Convolution& p, Floats v, int64_t at, int count) {
+  const ConvolutionEpilogue& e = p.epilogue;
+  const bool whole = count >= kLanes;
+  Floats other = {};
+  if (e.residual != nullptr) other = whole ? load(e.residual + at) : load_some(e.residual + at, count);
+  if (e.residual != nullptr && e.add_first) v += other;
+  v = activated(e, v);
+  if (e.residual != nullptr && !e.add_first) v += other;
+  if (whole)
+    store(p.y + at, v);
+  else
+    store_some(p.y + at, v, count);
+}
+
+struct InFloat {
+  static constexpr int kBytes = 4;  // of an element of x
+  using Sum = Floats;
+  using Weights = Floats;
+  static Weights load_weights(const void* from) { return load(static_cast<const float*>(from)); }
+  static void add(Sum& sum, const uint8_t* x, const Weights& w) {
+    float factor;
+    __builtin_memcpy(&factor, x, 4);
+    sum += w * factor;
+  }
+  static Floats value(const Convolution&, const Sum& sum, int64_t, int64_t) { return sum; }
+};
+
+#if defined(__AVX512VNNI__)
+// The instruction takes unsigned by signed bytes: codes of x have 128 added, which `offset` takes away again.
+constexpr CodesLayout kCodes = {kLanes, 4, 1, 128};
+struct OfCodes {
+  static constexpr int kBytes = kCodes.bytes;
+  struct Sum {
+    __m512i total = _mm512_setzero_si512();
+  };
+  using Weights = __m512i;
+  static Weights load_weights(const void* from) { return _mm512_loadu_si512(from); }
+  static void add(Sum& sum, const uint8_t* x, const Weights& w) {
+    int32_t four;
+    __builtin_memcpy(&four, x, 4);
+    const __m512i factors = _mm512_set1_epi32(four);
+    // Not `_mm512_dpbusd_epi32`, around which GCC 12 copies every sum in each step.
+    asm("vpdpbusd %2, %1, %0" : "+v"(sum.total) : "v"(factors), "v"(w));
+  }
+  static Ints total(const Sum& sum) { return (Ints)sum.total; }
+#else
+// Pairs of 16 bits, whose products fit into 32.
+constexpr CodesLayout kCodes = {kLanes, 2, 2, 0};
+struct OfCodes {
+  static constexpr int kBytes = kCodes.bytes;
+  using Sum = Ints;
+  using Weights = Ints;
+  static Weights load_weights(const void* from) { return *static_cast<const Ints*>(from); }
+  static void add(Sum& sum, const uint8_t* x, const Weights& w) {
+#if defined(__AVX2__)
+    int32_t pair;
+    __builtin_memcpy(&pair, x, 4);
+    sum += (Ints)_mm256_madd_epi16((__m256i)w, _mm256_set1_epi32(pair));
+#else
+    int16_t pair[2];
+    __builtin_memcpy(pair, x, 4);
+    const Ints low = (Ints)((Ints)w << 16) >> 16, high = w >> 16;
+    sum += low * pair[0] + high * pair[1];
+#endif
+  }
+  static Ints total(const Sum& sum) { return sum; }
+#endif
+  static Floats value(const Convolution& p, const Sum& sum, int64_t example, int64_t column) {
+    typedef uint32_t Unsigned32 __attribute__((vector_size(4 * kLanes)));
+    const Ints offset = *reinterpret_cast<const Ints*>(p.offset + column);
+    const Ints exact = (Ints)((Unsigned32)total(sum) - (Unsigned32)offset);  // sums may wrap on the way
+    return as_floats(exact) * (p.row_scale[example] * load(p.scale + column));
+  }
+};
+
+// The windows of some pixels in x.
+template <class Op>
+struct Rows {
+  const uint8_t* x[kRows];
+  int64_t example[kRows];
+
+  Rows(const Convolution& p, int64_t pixel, int count) {
+    const Window& w = p.window;
+    int64_t column = pixel % w.out_w, row = pixel / w.out_w % w.out_h, image = pixel / w.out_w / w.out_h;
+    for (int i = 0; i < count; ++i) {
+      const int64_t at = (image * w.padded_h() + row * w.stride_h) * w.padded_w() + column * w.stride_w;
+      example[i] = image;
+      x[i] = static_cast<const uint8_t*>(p.x) + at * w.c * Op::kBytes;
+      if (++column < w.out_w) continue;
+      column = 0;
+      if (++row == w.out_h) row = 0, ++image;
+    }
+  }
+};
+
+template <class Op, int MR, int NR>
+void tile(const Convolution& p, const Rows<Op>& rows, int64_t pixel, int64_t column) {
+  typename Op::Sum sums[MR][NR] = {};
+  const Window& window = p.window;
+  const uint8_t* weights = static_cast<const uint8_t*>(p.weights) + 4 * column;
+  const int64_t row_bytes = window.dilation_h * window.padded_w() * window.c * Op::kBytes;
+  const int64_t apart = window.joins() ? 1 : window.k_w;
+  for (int64_t run = 0; run < window.runs(); ++run) {
+    const int64_t start =
+        run / apart * row_bytes + run % apart * window.dilation_w * window.c * Op::kBytes;
+    const uint8_t* x[MR];
+#pragma GCC unroll 8
+    for (int i = 0; i < MR; ++i) x[i] = rows.x[i] + start;
+    for (int64_t step = 0; step < p.steps; ++step) {
+      typename Op::Weights w[NR];
+#pragma GCC unroll 4
+      for (int j = 0; j < NR; ++j) w[j] = Op::load_weights(weights + 4 * j * kLanes);
+#pragma GCC unroll 8
+      for (int i = 0; i < MR; ++i) {
+#pragma GCC unroll 4
+        for (int j = 0; j < NR; ++j) Op::add(sums[i][j], x[i] + 4 * step, w[j]);
+      }
+      weights += 4 * p.stride;
+    }
+  }
+#pragma GCC unroll 4
+  for (int j = 0; j < NR; ++j) {
+    const int64_t at = column + j * kLanes;
+    const int count = static_cast<int>(window.o - at < kLanes ? window.o - at : kLanes);
+    const Floats bias = p.epilogue.bias != nullptr ? load(p.epilogue.bias + at) : Floats{};
+#pragma GCC unroll 8
+    for (int i = 0; i < MR; ++i)
+      finish(p, Op::value(p, sums[i][j], rows.example[i], at) + bias, (pixel + i) * window.o + at, count);
+  }
+}
+
+template <class Op, int NR>
+void rows_of(const Convolution& p, const Rows<Op>& rows, int count, int64_t pixel, int64_t column) {
+  switch (count) {
+    case 1: tile<Op, 1, NR>(p, rows, pixel, column); break;
+    case 2: tile<Op, 2, NR>(p, rows, pixel, column); break;
+    case 3: tile<Op, 3, NR>(p, rows, pixel, column); break;
+#if defined(__AVX512F__)
+    case 4: tile<Op, 4, NR>(p, rows, pixel, column); break;
+    case 5: tile<Op, 5, NR>(p, rows, pixel, column); break;
+    case 6: tile<Op, 6, NR>(p, rows, pixel, column); break;
+    case 7: tile<Op, 7, NR>(p, rows, pixel, column); break;
+#endif
+    default: tile<Op, kRows, NR>(p, rows, pixel, column);
+  }
+}
+
+template <class Op>
+void convolve(const Convolution& p, int64_t pixel, int64_t pixel_end, int64_t column, int64_t column_end) {
+  const int64_t depth = p.window.runs() * p.steps * 4;
+  int64_t vectors = (column_end - column + kLanes - 1) / kLanes;
+  while (vectors > 0) {
+    // As many columns as the cache holds the weights of, and they in tiles of about one width.
+    int64_t some = kWeightsBytes / (depth * kLanes);
+    some = some < kColumns ? kColumns : some;
+    some = some < vectors ? some : vectors;
+    const int64_t tiles = (some + kColumns - 1) / kColumns;
+    for (int64_t row = pixel; row < pixel_end; row += kRows) {
+      const int count = static_cast<int>(pixel_end - row < kRows ? pixel_end - row : kRows);
+      const Rows<Op> rows(p, row, count);
+      int64_t at = column;
+      for (int64_t tile = 0; tile < tiles; ++tile) {
+        const int64_t width = (some - (at - column) / kLanes + tiles - tile - 1) / (tiles - tile);
+        switch (width) {
+          case 1: rows_of<Op, 1>(p, rows, count, row, at); break;
+#if defined(__AVX512F__)
+          case 2: rows_of<Op, 2>(p, rows, count, row, at); break;
+#endif
+          default: rows_of<Op, kColumns>(p, rows, count, row, at);
+        }
+        at += width * kLanes;
+      }
+    }
+    column += some * kLanes;
+    vectors -= some;
+  }
+}
+
+void in_float(const Convolution& p, int64_t pixel, int64_t pixel_end, int64_t column, int64_t column_end) {
+  convolve<InFloat>(p, pixel, pixel_end, column, column_end);
+}
+
+void of_codes(const Convolution& p, int64_t pixel, int64_t pixel_end, int64_t column, int64_t column_end) {
+  convolve<OfCodes>(p, pixel, pixel_end, column, column_end);
+}
+
+// `count` pixels beside each other, with the positions of the window that are inside the image for all of them.
+template <int P>
+void depthwise_pixels(const Convolution& p, const float* x, int64_t at, int64_t first_h, int64_t end_h, int64_t first_w,
+                      int64_t end_w) {
+  const Window& w = p.window;
+  const int64_t step = w.stride_w * w.c;
+  for (int64_t c = 0; c < w.c; c += kLanes) {
+    const int count = static_cast<int>(w.c - c < kLanes ? w.c - c : kLanes);
+    const Floats bias = p.epilogue.bias != nullptr ? load(p.epilogue.bias + c) : Floats{};
+    Floats sums[P];
+    for (int i = 0; i < P; ++i) sums[i] = bias;
+    for (int64_t kh = first_h; kh < end_h; ++kh) {
+      const float* row = x + kh * w.dilation_h * w.w * w.c + c;
+      const float* weights = static_cast<const float*>(p.weights) + kh * w.k_w * p.stride + c;
+      for (int64_t kw = first_w; kw < end_w; ++kw) {
+        const Floats factor = load(weights + kw * p.stride);
+        const float* from = row + kw * w.dilation_w * w.c;
+        if (count >= kLanes) {
+#pragma GCC unroll 4
+          for (int i = 0; i < P; ++i) sums[i] += load(from + i * step) * factor;
+        } else {
+          for (int i = 0; i < P; ++i) sums[i] += load_some(from + i * step, count) * factor;
+        }
+      }
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < P; ++i) finish(p, sums[i], at + i * w.c + c, count);
+  }
+}
+
+// Which positions of a window that begins at `start` are inside: [first, end).
+inline void inside(int64_t start, int64_t size, int64_t positions, int64_t dilation, int64_t& first, int64_t& end) {
+  first = start < 0 ? (-start + dilation - 1) / dilation : 0;
+  end = start < size ? (size - start + dilation - 1) / dilation : 0;
+  if (end > positions) end = positions;
+  if (first > end) first = end;
+}
+
+void depthwise(const Convolution& p, int64_t row, int64_t row_end) {
+  const Window& w = p.window;
+  constexpr int kPixels = 4;
+  for (; row < row_end; ++row) {
+    const int64_t top = row % w.out_h * w.stride_h - w.top;
+    int64_t first_h, end_h;
+    inside(top, w.h, w.k_h, w.dilation_h, first_h, end_h);
+    const int64_t image = (row / w.out_h * w.h + top) * w.w;
+    for (int64_t column = 0; column < w.out_w;) {
+      const int64_t left = column * w.stride_w - w.left;
+      const float* x = static_cast<const float*>(p.x) + (image + left) * w.c;
+      const int64_t at = (row * w.out_w + column) * w.c;
+      const int64_t last = left + (kPixels - 1) * w.stride_w + (w.k_w - 1) * w.dilation_w;
+      if (left >= 0 && last < w.w && column + kPixels <= w.out_w) {
+        depthwise_pixels<kPixels>(p, x, at, first_h, end_h, 0, w.k_w);
+        column += kPixels;
+        continue;
+      }
+      int64_t first_w, end_w;
+      inside(left, w.w, w.k_w, w.dilation_w, first_w, end_w);
+      depthwise_pixels<1>(p, x, at, first_h, end_h, first_w, end_w);
+      ++column;
+    }
+  }
+}
+
+// As integers, floats without sign are in order, and NaN is the largest.
+int32_t largest(const float* x, int64_t count) {
+  Ints most[4] = {};
+  int64_t i = 0;
+  for (; i + 4 * kLanes <= count; i += 4 * kLanes) {
+    for (int j = 0; j < 4; ++j) {
+      const Ints bits = *reinterpret_cast<const Ints*>(x + i + j * kLanes) & 0x7fffffff;
+      most[j] = bits > most[j] ? bits : most[j];
+    }
+  }
+  int32_t found = 0;
+  for (int j = 0; j < 4; ++j)
+    for (int lane = 0; lane < kLanes; ++lane) found = most[j][lane] > found ? most[j][lane] : found;
+  for (; i < count; ++i) {
+    int32_t bits;
+    __builtin_memcpy(&bits, x + i, 4);
+    bits &= 0x7fffffff;
+    found = bits > found ? bits : found;
+  }
+  return found;
+}
+
+#if defined(__AVX512VNNI__)
+using Code = uint8_t;
+#else
+using Code = int16_t;
+#endif
+
+// By the one rounding rule: nearest, ties to even, saturating, and zero for NaN.
+void round(const float* x, int64_t count, float scale, void* to) {
+  Code* codes = static_cast<Code*>(to);
+  int64_t i = 0;
+#if defined(__AVX512F__)
+  const __m512 divisor = _mm512_set1_ps(scale), high = _mm512_set1_ps(127), low = _mm512_set1_ps(-127);
+  for (; i + 16 <= count; i += 16) {
+    const __m512 scaled = _mm512_div_ps(_mm512_loadu_ps(x + i), divisor);
+    const __mmask16 number = _mm512_cmp_ps_mask(scaled, scaled, _CMP_ORD_Q);
+    const __m512i rounded = _mm512_maskz_cvtps_epi32(number, _mm512_min_ps(_mm512_max_ps(scaled, low), high));
+    const __m128i bytes = _mm512_cvtepi32_epi8(rounded);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(codes + i), _mm_xor_si128(bytes, _mm_set1_epi8(static_cast<char>(128))));
+  }
+#elif defined(__AVX2__)
+  const __m256 divisor = _mm256_set1_ps(scale), high = _mm256_set1_ps(127), low = _mm256_set1_ps(-127);
+  for (; i + 8 <= count; i += 8) {
+    const __m256 scaled = _mm256_div_ps(_mm256_loadu_ps(x + i), divisor);
+    const __m256 number = _mm256_and_ps(scaled, _mm256_cmp_ps(scaled, scaled, _CMP_ORD_Q));
+    const __m256i rounded = _mm256_cvtps_epi32(_mm256_min_ps(_mm256_max_ps(number, low), high));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(codes + i),
+                     _mm_packs_epi32(_mm256_castsi256_si128(rounded), _mm256_extracti128_si256(rounded, 1)));
+  }
+#endif
+  for (; i < count; ++i) {
+    float scaled = x[i] / scale;
+    scaled = scaled == scaled ? scaled : 0.0f;
+    scaled = scaled > 127.0f ? 127.0f : scaled < -127.0f ? -127.0f : scaled;
+    codes[i] = static_cast<Code>(static_cast<int32_t>(__builtin_rintf(scaled)) + kCodes.zero);
+  }
+}
+
+#if defined(__AVX512VNNI__)
+using WeightCode = int8_t;
+#else
+using WeightCode = int16_t;
+#endif
+
+void pack(const Window& w, const int8_t* codes, void* weights, int64_t stride, int32_t* offset, int64_t column,
+          int64_t column_end) {
+  constexpr int kTerms = kCodes.terms;
+  const int64_t length = w.run_length(), steps = (length + kTerms - 1) / kTerms;
+  for (int64_t at = column; at < column_end; ++at) offset[at] = 0;
+  for (int64_t row = 0; row < w.runs() * steps; ++row) {
+    const int64_t run = row / steps, first = row % steps * kTerms;
+    WeightCode* to = static_cast<WeightCode*>(weights) + row * stride * kTerms;
+    const int8_t* from = codes + (run * length + first) * w.o;
+    int64_t at = column;
+#if defined(__AVX512VNNI__)
+    const __m512i zeros = _mm512_set1_epi8(static_cast<char>(kCodes.zero));
+    if (first + kTerms <= length) {
+      for (; at + 16 <= column_end && at + 16 <= w.o; at += 16) {
+        const __m128i a = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + at));
+        const __m128i b = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + w.o + at));
+        const __m128i c = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + 2 * w.o + at));
+        const __m128i d = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + 3 * w.o + at));
+        const __m128i ab = _mm_unpacklo_epi8(a, b), cd = _mm_unpacklo_epi8(c, d);
+        const __m128i ef = _mm_unpackhi_epi8(a, b), gh = _mm_unpackhi_epi8(c, d);
+        const __m256i low = _mm256_set_m128i(_mm_unpackhi_epi16(ab, cd), _mm_unpacklo_epi16(ab, cd));
+        const __m256i high = _mm256_set_m128i(_mm_unpackhi_epi16(ef, gh), _mm_unpacklo_epi16(ef, gh));
+        const __m512i all = _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
+        _mm512_storeu_si512(to + 4 * at, all);
+        __m512i sum = _mm512_loadu_si512(offset + at);
+        asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(zeros), "v"(all));
+        _mm512_storeu_si512(offset + at, sum);
+      }
+    }
+#endif
+    for (; at < column_end; ++at) {
+      for (int term = 0; term < kTerms; ++term) {
+        const int code = at < w.o && first + term < length ? from[term * w.o + at] : 0;
+        to[at * kTerms + term] = static_cast<WeightCode>(code);
+        offset[at] = static_cast<int32_t>(static_cast<uint32_t>(offset[at]) + static_cast<uint32_t>(kCodes.zero * code));
+      }
+    }
+  }
+}
+
+#define LEPTON_TEXT_OF(name) #name
+#define LEPTON_TEXT(name) LEPTON_TEXT_OF(name)
+
+}  // namespace
+
+extern const ConvolutionVariant convolution = {LEPTON_TEXT(VARIANT), kCodes, in_float, of_codes, depthwise, largest, round, pack};
+
+}  // namespace lepton::VARIANT

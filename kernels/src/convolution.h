@@ -1,0 +1,87 @@
+// Convolutions of images with their channels last, in float32 and of int8 codes, and what follows them.
+#pragma once
+
+#include <cstdint>
+
+namespace lepton {
+
+// Where the elements of a convolution are. Sizes are at least 1; padding is not negative.
+struct Window {
+  int64_t n, h, w, c;              // x[n, h, w, c]
+  int64_t out_h, out_w, o;         // y[n, out_h, out_w, o]
+  int64_t k_h, k_w;                // positions of the window
+  int64_t stride_h, stride_w, dilation_h, dilation_w;
+  int64_t top, bottom, left, right;  // padding
+
+  int64_t padded_h() const { return h + top + bottom; }
+  int64_t padded_w() const { return w + left + right; }
+  bool is_padded() const { return top + bottom + left + right > 0; }
+  int64_t pixels() const { return n * out_h * out_w; }
+  int64_t terms() const { return k_h * k_w * c; }
+  // Positions beside each other that are also so in memory are one run.
+  bool joins() const { return dilation_w == 1; }
+  int64_t runs() const { return joins() ? k_h : k_h * k_w; }
+  int64_t run_length() const { return joins() ? k_w * c : c; }
+};
+
+enum class ConvolutionActivation : int32_t { kNone = 0, kClamp = 1, kSilu = 2 };
+
+// What becomes of each sum before it is written.
+struct ConvolutionEpilogue {
+  const float* bias;      // [o]; null: none
+  const float* residual;  // of the shape of y, added before or after the activation; null: none
+  ConvolutionActivation activation;
+  float low, high;        // kClamp
+  bool add_first;
+};
+
+// A dense convolution. Weights are lanes of 32 bits: a float, or as many codes of successive terms as fit.
+struct Convolution {
+  Window window;
+  ConvolutionEpilogue epilogue;      // its bias has zeros up to `stride`
+  const void* x;          // [n, padded_h, padded_w, c], padding included
+  const void* weights;    // [runs, steps, stride]
+  int64_t steps;          // lanes of a run, ceil(run_length / terms of a lane)
+  int64_t stride;         // columns of the weights, a multiple of the vectors' lanes
+  float* y;
+  // Of codes only.
+  const float* scale;     // [stride], of columns
+  const int32_t* offset;  // [stride], what is subtracted from the sums of a column
+  const float* row_scale; // [n]
+};
+
+// Rows [pixel, pixel_end) of y, columns from `column` on; both columns are multiples of the vectors' lanes.
+using ConvolutionPart = void(const Convolution&, int64_t pixel, int64_t pixel_end, int64_t column, int64_t column_end);
+// A depthwise convolution: rows [row, row_end) of the n * out_h of y. `x` is not padded, weights are [k_h, k_w, o].
+using DepthwisePart = void(const Convolution&, int64_t row, int64_t row_end);
+
+// How codes are laid out for products of an instruction set.
+struct CodesLayout {
+  int lanes, terms, bytes;  // lanes of a vector; terms in a lane; bytes of a code of x
+  int32_t zero;             // what stands for a code of zero in x
+};
+
+// Largest magnitude of values, as the bits of a float: NaN is the largest.
+using LargestPart = int32_t(const float* x, int64_t count);
+// Rounds a row of pixels.
+using RoundPart = void(const float* x, int64_t count, float scale, void* to);
+// Lays out columns [column, column_end) of the weights for products of codes [terms, o], and finds their `offset`. Both
+// are multiples of the vectors' lanes.
+using PackPart = void(const Window&, const int8_t* codes, void* weights, int64_t stride, int32_t* offset, int64_t column,
+                      int64_t column_end);
+
+struct ConvolutionVariant {
+  const char* name;
+  CodesLayout codes;
+  ConvolutionPart *in_float, *of_codes;
+  DepthwisePart* depthwise;
+  LargestPart* largest;
+  RoundPart* round;
+  PackPart* pack;
+};
+
+namespace portable { extern const ConvolutionVariant convolution; }
+namespace avx2 { extern const ConvolutionVariant convolution; }
+namespace avx512 { extern const ConvolutionVariant convolution; }
+
+}  // namespace lepton

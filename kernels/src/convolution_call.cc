@@ -1,0 +1,323 @@
+// What XLA calls to compute convolutions: checks operands, lays them out, and cuts the work into parts.
+#include <algorithm>
+#include <array>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+
+#include "convolution.h"
+#include "parallel.h"
+#include "xla/ffi/api/ffi.h"
+
+namespace ffi = xla::ffi;
+
+extern "C" const char* lepton_variant();
+
+namespace lepton {
+namespace {
+
+const ConvolutionVariant* const kVariants[] = {
+#if defined(__x86_64__)
+    &avx512::convolution, &avx2::convolution,
+#endif
+    &portable::convolution};
+
+const ConvolutionVariant& chosen() {
+  const char* name = lepton_variant();
+  return **std::find_if(std::begin(kVariants), std::end(kVariants) - 1,
+                        [&](const ConvolutionVariant* each) { return std::strcmp(each->name, name) == 0; });
+}
+
+// Fewer multiplications than this are not worth waking another thread for.
+constexpr double kWorthAThread = 1 << 18;
+// Values that are only moved or compared.
+constexpr int64_t kWorthMoving = 1 << 15;
+// What reads whole lanes may read this far beyond the last element.
+constexpr int64_t kBeyond = 64;
+
+struct Free {
+  void operator()(void* memory) const { std::free(memory); }
+};
+using Scratch = std::unique_ptr<void, Free>;
+
+// Memory that begins at a cache line; null if there is none.
+Scratch scratch(int64_t bytes) {
+  return Scratch(std::aligned_alloc(64, static_cast<size_t>((bytes + kBeyond + 63) / 64 * 64)));
+}
+
+ffi::Error no_memory() { return ffi::Error(ffi::ErrorCode::kResourceExhausted, "convolution: no memory"); }
+
+// Runs `count` parts on the pool, or here if they are not worth it.
+template <typename Work>
+void run(ffi::ThreadPool& pool, bool worth, int64_t count, const Work& work) {
+  if (worth && count > 1) {
+    run_parts(pool, count, work);
+  } else {
+    for (int64_t part = 0; part < count; ++part) work(part);
+  }
+}
+
+using Geometry = ffi::Span<const int64_t>;
+
+// [k_h, k_w, stride_h, stride_w, dilation_h, dilation_w, top, bottom, left, right]
+ffi::Error window_of(Geometry geometry, ffi::Span<const int64_t> x, ffi::Span<const int64_t> y, Window& w) {
+  if (geometry.size() != 10 || x.size() != 4 || y.size() != 4)
+    return ffi::Error::InvalidArgument("convolution: images have four axes, and ten numbers say how they are read");
+  w = {x[0], x[1], x[2], x[3], y[1], y[2], y[3], geometry[0], geometry[1], geometry[2],
+       geometry[3], geometry[4], geometry[5], geometry[6], geometry[7], geometry[8], geometry[9]};
+  for (int i = 0; i < 6; ++i)
+    if (geometry[i] < 1) return ffi::Error::InvalidArgument("convolution: windows, strides and dilations are positive");
+  for (int i = 6; i < 10; ++i)
+    if (geometry[i] < 0) return ffi::Error::InvalidArgument("convolution: padding is not negative");
+  const int64_t reach_h = (w.k_h - 1) * w.dilation_h + 1, reach_w = (w.k_w - 1) * w.dilation_w + 1;
+  const bool fits_h = w.out_h == 0 || (w.out_h - 1) * w.stride_h + reach_h <= w.padded_h();
+  const bool fits_w = w.out_w == 0 || (w.out_w - 1) * w.stride_w + reach_w <= w.padded_w();
+  if (y[0] != x[0] || !fits_h || !fits_w)
+    return ffi::Error::InvalidArgument("convolution: shapes of operands and result do not fit");
+  return ffi::Error::Success();
+}
+
+ffi::Error epilogue_of(ffi::BufferR1<ffi::F32>& bias, ffi::AnyBuffer& residual, Geometry activation,
+                       ffi::Span<const float> bounds, ffi::ResultBufferR4<ffi::F32>& y, ConvolutionEpilogue& e) {
+  if (activation.size() != 2 || activation[0] < 0 || activation[0] > 2 || bounds.size() != 2)
+    return ffi::Error::InvalidArgument("convolution: unknown activation");
+  const int64_t o = y->dimensions()[3], bias_size = bias.dimensions()[0];
+  const bool added = residual.element_count() > 0 && y->element_count() > 0;
+  if ((bias_size != 0 && bias_size != o) || residual.element_type() != ffi::F32 ||
+      (added && residual.element_count() != y->element_count()))
+    return ffi::Error::InvalidArgument("convolution: shapes of operands and result do not fit");
+  e.bias = bias_size == 0 ? nullptr : bias.typed_data();
+  e.residual = added ? static_cast<const float*>(residual.untyped_data()) : nullptr;
+  e.activation = static_cast<ConvolutionActivation>(activation[0]);
+  e.add_first = activation[1] != 0;
+  e.low = bounds[0];
+  e.high = bounds[1];
+  return ffi::Error::Success();
+}
+
+// Cuts the result of a dense convolution into parts, which read the least of weights and image again. Before pixels are
+// read, `prepare(pixel, pixel_end)` is called.
+template <typename Prepare>
+void multiply(ffi::ThreadPool& pool, const ConvolutionVariant& variant, ConvolutionPart* part, const Convolution& p,
+              const Prepare& prepare) {
+  const Window& w = p.window;
+  const int64_t pixels = w.pixels(), threads = std::max<int64_t>(1, pool.num_threads());
+  const double products = static_cast<double>(pixels) * w.terms() * w.o;
+  if (products < 2 * kWorthAThread || threads == 1) {
+    prepare(0, pixels);
+    return part(p, 0, pixels, 0, p.stride);
+  }
+  const int64_t wanted = std::min<int64_t>(4 * threads, static_cast<int64_t>(products / kWorthAThread));
+  const int64_t lanes = variant.codes.lanes, vectors = p.stride / lanes;
+  if (pixels < 256 && vectors >= wanted) {
+    prepare(0, pixels);
+    run_parts(pool, wanted, [&](int64_t at) {
+      part(p, 0, pixels, vectors * at / wanted * lanes, vectors * (at + 1) / wanted * lanes);
+    });
+    return;
+  }
+  const int64_t rows = ((pixels + wanted - 1) / wanted + 7) / 8 * 8;
+  run_parts(pool, (pixels + rows - 1) / rows, [&](int64_t at) {
+    const int64_t end = std::min(at * rows + rows, pixels);
+    prepare(at * rows, end);
+    part(p, at * rows, end, 0, p.stride);
+  });
+}
+
+// Copies rows of the image, padded: `copy(row, to)` writes w.w * w.c elements of `bytes` each.
+template <typename Copy>
+void pad(ffi::ThreadPool& pool, const Window& w, int64_t bytes, int zero, void* to, const Copy& copy) {
+  const int64_t row_bytes = w.padded_w() * w.c * bytes, rows = w.n * w.padded_h();
+  const int64_t some = std::max<int64_t>(1, kWorthMoving / std::max<int64_t>(1, w.padded_w() * w.c));
+  run(pool, rows >= 2 * some, (rows + some - 1) / some, [&](int64_t part) {
+    for (int64_t row = part * some; row < std::min(rows, (part + 1) * some); ++row) {
+      uint8_t* at = static_cast<uint8_t*>(to) + row * row_bytes;
+      const int64_t y = row % w.padded_h() - w.top;
+      if (y < 0 || y >= w.h) {
+        std::memset(at, zero, row_bytes);
+        continue;
+      }
+      std::memset(at, zero, w.left * w.c * bytes);
+      copy(row / w.padded_h() * w.h + y, at + w.left * w.c * bytes);
+      std::memset(at + (w.left + w.w) * w.c * bytes, zero, w.right * w.c * bytes);
+    }
+  });
+}
+
+// Copies `count` values, and zeros up to `stride`.
+void spread(const float* from, int64_t count, bool one, int64_t stride, float* to) {
+  for (int64_t i = 0; i < stride; ++i) to[i] = i < count ? from[one ? 0 : i] : 0.0f;
+}
+
+ffi::Error convolution(ffi::ThreadPool pool, ffi::BufferR4<ffi::F32> x, ffi::BufferR4<ffi::F32> weights,
+                       ffi::BufferR1<ffi::F32> bias, ffi::AnyBuffer residual, Geometry geometry, Geometry activation,
+                       ffi::Span<const float> bounds, ffi::ResultBufferR4<ffi::F32> y) {
+  Convolution p{};
+  Window& w = p.window;
+  if (auto error = window_of(geometry, x.dimensions(), y->dimensions(), w); error.failure()) return error;
+  if (auto error = epilogue_of(bias, residual, activation, bounds, y, p.epilogue); error.failure()) return error;
+  const auto shape = weights.dimensions();
+  const bool depthwise = shape[2] == 1 && w.c != 1;
+  if (shape[0] != w.k_h || shape[1] != w.k_w || shape[3] != w.o || (depthwise ? w.o : shape[2]) != w.c)
+    return ffi::Error::InvalidArgument("convolution: shapes of operands and result do not fit");
+  if (y->element_count() == 0) return ffi::Error::Success();
+  const ConvolutionVariant& variant = chosen();
+  const int64_t lanes = variant.codes.lanes;
+  p.x = x.typed_data();
+  p.weights = weights.typed_data();
+  p.y = y->typed_data();
+  p.steps = w.run_length();
+  p.stride = (w.o + lanes - 1) / lanes * lanes;
+  const int64_t rows = depthwise ? w.k_h * w.k_w : w.terms();
+  Scratch wide, wide_bias, padded;
+  if (p.stride != w.o) {
+    wide = scratch(rows * p.stride * 4);
+    wide_bias = scratch(p.stride * 4);
+    if (wide == nullptr || wide_bias == nullptr) return no_memory();
+    for (int64_t row = 0; row < rows; ++row)
+      spread(weights.typed_data() + row * w.o, w.o, false, p.stride, static_cast<float*>(wide.get()) + row * p.stride);
+    p.weights = wide.get();
+    if (p.epilogue.bias != nullptr) {
+      spread(p.epilogue.bias, w.o, false, p.stride, static_cast<float*>(wide_bias.get()));
+      p.epilogue.bias = static_cast<const float*>(wide_bias.get());
+    }
+  }
+  if (depthwise) {
+    const int64_t threads = std::max<int64_t>(1, pool.num_threads()), all = w.n * w.out_h;
+    const double products = static_cast<double>(w.pixels()) * w.c * w.k_h * w.k_w;
+    const int64_t some = std::max<int64_t>(1, (all + 4 * threads - 1) / (4 * threads));
+    run(pool, products >= kWorthAThread / 2, (all + some - 1) / some,
+        [&](int64_t part) { variant.depthwise(p, part * some, std::min(all, part * some + some)); });
+    return ffi::Error::Success();
+  }
+  if (w.is_padded()) {
+    padded = scratch(w.n * w.padded_h() * w.padded_w() * w.c * 4);
+    if (padded == nullptr) return no_memory();
+    pad(pool, w, 4, 0, padded.get(),
+        [&](int64_t row, void* to) { std::memcpy(to, x.typed_data() + row * w.w * w.c, w.w * w.c * 4); });
+    p.x = padded.get();
+  }
+  multiply(pool, variant, variant.in_float, p, [](int64_t, int64_t) {});
+  return ffi::Error::Success();
+}
+
+ffi::Error integer_convolution(ffi::ThreadPool pool, ffi::BufferR4<ffi::F32> x, ffi::BufferR2<ffi::S8> codes,
+                               ffi::BufferR2<ffi::F32> scale, ffi::BufferR1<ffi::F32> static_scale,
+                               ffi::BufferR1<ffi::F32> bias, ffi::AnyBuffer residual, Geometry geometry,
+                               Geometry activation, ffi::Span<const float> bounds, ffi::ResultBufferR4<ffi::F32> y) {
+  Convolution p{};
+  Window& w = p.window;
+  if (auto error = window_of(geometry, x.dimensions(), y->dimensions(), w); error.failure()) return error;
+  if (auto error = epilogue_of(bias, residual, activation, bounds, y, p.epilogue); error.failure()) return error;
+  const int64_t scales = scale.dimensions()[1];
+  if (codes.dimensions()[0] != w.terms() || codes.dimensions()[1] != w.o || scale.dimensions()[0] != 1 ||
+      (scales != 1 && scales != w.o) || static_scale.dimensions()[0] > 1)
+    return ffi::Error::InvalidArgument("convolution: shapes of operands and result do not fit");
+  if (y->element_count() == 0) return ffi::Error::Success();
+  const ConvolutionVariant& variant = chosen();
+  const CodesLayout& layout = variant.codes;
+  p.steps = (w.run_length() + layout.terms - 1) / layout.terms;
+  p.stride = (w.o + layout.lanes - 1) / layout.lanes * layout.lanes;
+  p.y = y->typed_data();
+  const int64_t image = w.h * w.w * w.c, packed_rows = w.runs() * p.steps;
+  const Scratch weights = scratch(packed_rows * p.stride * 4), columns = scratch(p.stride * 12);
+  const Scratch rounded = scratch(w.n * w.padded_h() * w.padded_w() * w.c * layout.bytes), rows = scratch(w.n * 4);
+  if (weights == nullptr || columns == nullptr || rounded == nullptr || rows == nullptr) return no_memory();
+  float* const column_scale = static_cast<float*>(columns.get());
+  float* const wide_bias = column_scale + p.stride;
+  int32_t* const offset = reinterpret_cast<int32_t*>(wide_bias + p.stride);
+  float* const row_scale = static_cast<float*>(rows.get());
+  spread(scale.typed_data(), w.o, scales == 1, p.stride, column_scale);
+  if (p.epilogue.bias != nullptr) {
+    spread(p.epilogue.bias, w.o, false, p.stride, wide_bias);
+    p.epilogue.bias = wide_bias;
+  }
+
+  // The scales of the examples, and at the same time the weights as the products read them.
+  const bool dynamic = static_scale.dimensions()[0] == 0;
+  const int64_t pieces = dynamic ? std::max<int64_t>(1, (image + kWorthMoving - 1) / kWorthMoving) : 0;
+  const int64_t lanes = layout.lanes, vectors = p.stride / lanes;
+  const int64_t at_once = std::max<int64_t>(1, std::min(vectors, kWorthMoving / std::max<int64_t>(1, packed_rows * lanes)));
+  const int64_t packs = (vectors + at_once - 1) / at_once;
+  const Scratch found = scratch(std::max<int64_t>(1, pieces * w.n) * 4);
+  if (found == nullptr) return no_memory();
+  int32_t* const most = static_cast<int32_t*>(found.get());
+  run(pool, pieces * w.n + packs > 2, pieces * w.n + packs, [&](int64_t part) {
+    if (part < packs) {
+      variant.pack(w, codes.typed_data(), weights.get(), p.stride, offset, part * at_once * lanes,
+                   std::min(vectors, (part + 1) * at_once) * lanes);
+      return;
+    }
+    part -= packs;
+    const int64_t from = part % pieces * kWorthMoving;
+    most[part] = variant.largest(x.typed_data() + part / pieces * image + from, std::min(kWorthMoving, image - from));
+  });
+  for (int64_t example = 0; example < w.n; ++example) {
+    if (!dynamic) {
+      row_scale[example] = *static_scale.typed_data();
+      continue;
+    }
+    const int32_t bits = *std::max_element(most + example * pieces, most + (example + 1) * pieces);
+    float largest;
+    std::memcpy(&largest, &bits, 4);
+    const float found_scale = largest * static_cast<float>(1.0 / 127);
+    constexpr float kTiny = 0x1p-126f;  // as `absmax_scale`: never zero nor subnormal, and NaN stays NaN
+    row_scale[example] = found_scale == 0.0f ? 1.0f : found_scale < kTiny ? kTiny : found_scale;
+  }
+  p.x = rounded.get();
+  p.weights = weights.get();
+  p.scale = column_scale;
+  p.offset = offset;
+  p.row_scale = row_scale;
+  if (w.k_h == 1 && w.k_w == 1 && w.stride_h == 1 && w.stride_w == 1 && !w.is_padded()) {
+    // Pixels are read once, by the part that rounds them.
+    multiply(pool, variant, variant.of_codes, p, [&](int64_t pixel, int64_t end) {
+      while (pixel < end) {
+        const int64_t example = pixel / (w.h * w.w), stop = std::min(end, (example + 1) * w.h * w.w);
+        variant.round(x.typed_data() + pixel * w.c, (stop - pixel) * w.c, row_scale[example],
+                      static_cast<uint8_t*>(rounded.get()) + pixel * w.c * layout.bytes);
+        pixel = stop;
+      }
+    });
+    return ffi::Error::Success();
+  }
+  pad(pool, w, layout.bytes, layout.zero, rounded.get(), [&](int64_t row, void* to) {
+    variant.round(x.typed_data() + row * w.w * w.c, w.w * w.c, row_scale[row / w.h], to);
+  });
+  multiply(pool, variant, variant.of_codes, p, [](int64_t, int64_t) {});
+  return ffi::Error::Success();
+}
+
+}  // namespace
+}  // namespace lepton
+
+#define EXPORTED extern "C" __attribute__((visibility("default")))
+
+XLA_FFI_DEFINE_HANDLER(kConvolution, lepton::convolution,
+                       ffi::Ffi::Bind()
+                           .Ctx<ffi::ThreadPool>()
+                           .Arg<ffi::BufferR4<ffi::F32>>()
+                           .Arg<ffi::BufferR4<ffi::F32>>()
+                           .Arg<ffi::BufferR1<ffi::F32>>()
+                           .Arg<ffi::AnyBuffer>()
+                           .Attr<ffi::Span<const int64_t>>("geometry")
+                           .Attr<ffi::Span<const int64_t>>("activation")
+                           .Attr<ffi::Span<const float>>("bounds")
+                           .Ret<ffi::BufferR4<ffi::F32>>());
+
+XLA_FFI_DEFINE_HANDLER(kIntegerConvolution, lepton::integer_convolution,
+                       ffi::Ffi::Bind()
+                           .Ctx<ffi::ThreadPool>()
+                           .Arg<ffi::BufferR4<ffi::F32>>()
+                           .Arg<ffi::BufferR2<ffi::S8>>()
+                           .Arg<ffi::BufferR2<ffi::F32>>()
+                           .Arg<ffi::BufferR1<ffi::F32>>()
+                           .Arg<ffi::BufferR1<ffi::F32>>()
+                           .Arg<ffi::AnyBuffer>()
+                           .Attr<ffi::Span<const int64_t>>("geometry")
+                           .Attr<ffi::Span<const int64_t>>("activation")
+                           .Attr<ffi::Span<const float>>("bounds")
+                           .Ret<ffi::BufferR4<ffi::F32>>());
+
+EXPORTED XLA_FFI_Error* lepton_convolution(XLA_FFI_CallFrame* frame) { return kConvolution(frame); }
+EXPORTED XLA_FFI_Error* lepton_integer_convolution(XLA_FFI_CallFrame* frame) { return kIntegerConvolution(frame); }

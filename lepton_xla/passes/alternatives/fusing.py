@@ -1,0 +1,219 @@
+"""Gives convolutions by kernels what follows them, bias, activation, residual, so that it costs no pass of its own."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from lepton_xla import _compat
+from lepton_xla.kernels import convolution
+from lepton_xla.kernels.convolution import Epilogue
+from lepton_xla.passes.core.rewriting import rewrite
+from lepton_xla.passes.core.walker import Context, Rule, Values, materialize
+
+_FOLLOWING = ("add", "max", "min", "clamp", "logistic", "mul")
+
+
+@dataclasses.dataclass
+class _Chain:
+    """A convolution and the equations after it that it can compute.
+
+    Attributes:
+        start: the convolution.
+        epilogue: what it computes in the end.
+        end: the last of the equations.
+        members: all of them but the last, `start` included.
+        bias: the equation that adds a bias, and which of its operands that is.
+        residual: likewise.
+    """
+
+    start: Any
+    end: Any
+    epilogue: Epilogue
+    members: list[Any] = dataclasses.field(default_factory=list[Any])
+    bias: tuple[Any, int] | None = None
+    residual: tuple[Any, int] | None = None
+
+    @property
+    def free(self) -> bool:
+        """Whether no activation and no residual is there yet."""
+        return self.epilogue.activation == "none" and not self.added
+
+    @property
+    def added(self) -> bool:
+        """Whether a residual is."""
+        return self.residual is not None or self.start.invars[-1].aval.ndim > 1
+
+    @property
+    def biased(self) -> bool:
+        """Whether a bias is."""
+        return self.bias is not None or self.start.invars[-2].aval.shape != (0,)
+
+
+def fuse(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """Let convolutions by kernels compute the bias, the activation and the residual that follow them.
+
+    Args:
+        fn: any function, for inference.
+    """
+    flat = rewrite(fn, dict.fromkeys((*convolution.PRIMITIVES, *_FOLLOWING), _leave), inline=True, on_unknown="keep")
+    return rewrite(flat, _rules, inline=True, on_unknown="keep")
+
+
+def biased(out: jax.Array, bias: jax.Array) -> jax.Array:
+    """The result of a convolution with a bias and a ReLU6, as most have them; computed by a kernel if it is one's.
+
+    Args:
+        out: float32 [N, H, W, C].
+        bias: float32 [C].
+    """
+    return lax.min(lax.max(out + jnp.reshape(bias, (1, 1, 1, -1)), 0.0), 6.0)
+
+
+def _leave(_context: Context, _eqn: Any, _values: Values) -> None:
+    """Leaves an equation; asking for it inlines what it is in."""
+
+
+def _rules(closed: Any) -> Mapping[str, Rule]:
+    jaxpr, _ = _compat.open_jaxpr(closed)
+    chains = [chain for chain in _chains(jaxpr) if chain.members]
+    ends = {id(chain.end): chain for chain in chains}
+    members = {id(eqn) for chain in chains for eqn in chain.members}
+
+    def rule(context: Context, eqn: Any, values: Values) -> Values | None:
+        notes = context.walk.notes
+        if id(eqn) in members:
+            notes[str(id(eqn))] = values
+            return [None] * len(eqn.outvars)
+        chain = ends.get(id(eqn))
+        if chain is None:
+            return None
+        notes[str(id(eqn))] = values
+        operands = [materialize(value) for value in notes[str(id(chain.start))]]
+
+        def operand(place: tuple[Any, int] | None) -> jax.Array | None:
+            return None if place is None else materialize(notes[str(id(place[0]))][place[1]])
+
+        bias = operand(chain.bias)
+        if bias is not None:
+            bias = jnp.reshape(bias, (-1,))
+        params = chain.start.params
+        return [
+            convolution.followed(
+                chain.start.primitive.name, operands, bias, operand(chain.residual), params["geometry"], chain.epilogue
+            )
+        ]
+
+    names = {eqn.primitive.name for chain in chains for eqn in (*chain.members, chain.end)}
+    return dict.fromkeys(names, rule)
+
+
+def _chains(jaxpr: Any) -> list[_Chain]:
+    equations, _ = _compat.live(jaxpr)
+    readers: dict[Any, list[Any]] = {}
+    for eqn in equations:
+        for atom in eqn.invars:
+            if not isinstance(atom, _compat.LITERAL):
+                readers.setdefault(atom, []).append(eqn)
+    kept = {atom for atom in jaxpr.outvars if not isinstance(atom, _compat.LITERAL)}
+    found: list[_Chain] = []
+    taken: set[int] = set()  # an addition of two convolutions belongs to one of them
+    for eqn in equations:
+        if eqn.primitive.name in convolution.PRIMITIVES:
+            chain = _Chain(eqn, eqn, eqn.params["epilogue"])
+            while _extend(chain, readers, kept, taken):
+                pass
+            taken |= {id(each) for each in (*chain.members, chain.end)}
+            found.append(chain)
+    return found
+
+
+def _extend(chain: _Chain, readers: Mapping[Any, Sequence[Any]], kept: set[Any], taken: set[int]) -> bool:
+    """Take the next equation in, if there is one that the kernel can compute."""
+    out = chain.end.outvars[0]
+    if out in kept:
+        return False
+    following = readers.get(out, [])
+    if any(id(eqn) in taken for eqn in following):
+        return False
+    silu = _silu(out, following, readers, kept)
+    if silu is not None and chain.epilogue.activation == "none" and (not chain.added or chain.epilogue.add_first):
+        return _take(chain, silu, activation="silu")
+    if len(following) != 1:
+        return False
+    (eqn,) = following
+    name = eqn.primitive.name
+    if eqn.outvars[0].aval.shape != out.aval.shape or eqn.outvars[0].aval.dtype != jnp.float32:
+        return False
+    places = [place for place, atom in enumerate(eqn.invars) if atom is not out]
+    if name == "add" and len(places) == 1:
+        return _add(chain, eqn, places[0])
+    before = not chain.added or chain.epilogue.add_first
+    bounds = _bounds(eqn, out)
+    if bounds is None or not before or chain.epilogue.activation == "silu":
+        return False
+    low, high = bounds
+    old = chain.epilogue
+    if name == "max" and old.activation == "clamp" and old.high < low:
+        return False
+    return _take(chain, [eqn], activation="clamp", low=max(old.low, low), high=min(old.high, high))
+
+
+def _take(chain: _Chain, equations: Sequence[Any], **changes: Any) -> bool:
+    chain.members += [chain.end, *equations[:-1]]
+    chain.end = equations[-1]
+    chain.epilogue = dataclasses.replace(chain.epilogue, **changes)
+    return True
+
+
+def _add(chain: _Chain, eqn: Any, place: int) -> bool:
+    other, out = eqn.invars[place].aval, eqn.outvars[0].aval
+    if isinstance(eqn.invars[place], _compat.LITERAL) or other.dtype != jnp.float32 or other.ndim != 4:
+        return False
+    if chain.free and not chain.biased and other.shape == (1, 1, 1, out.shape[3]):
+        chain.bias = (eqn, place)
+        return _take(chain, [eqn])
+    if not chain.added and other.shape == out.shape:
+        chain.residual = (eqn, place)
+        return _take(chain, [eqn], add_first=chain.epilogue.activation == "none")
+    return False
+
+
+def _bounds(eqn: Any, out: Any) -> tuple[float, float] | None:
+    """What a `max`, `min` or `clamp` by constants bounds to."""
+    name = eqn.primitive.name
+    if name not in ("max", "min", "clamp"):
+        return None
+    literals = [_constant(atom) for atom in eqn.invars]
+    if name == "clamp":
+        low, _, high = literals
+        return None if low is None or high is None or eqn.invars[1] is not out or low > high else (low, high)
+    bound = next((value for value in literals if value is not None), None)
+    if bound is None or math.isnan(bound):
+        return None
+    return (bound, math.inf) if name == "max" else (-math.inf, bound)
+
+
+def _constant(atom: Any) -> float | None:
+    value: Any = atom.val if isinstance(atom, _compat.LITERAL) else None
+    return float(value) if value is not None and np.ndim(value) == 0 else None
+
+
+def _silu(out: Any, following: Sequence[Any], readers: Mapping[Any, Sequence[Any]], kept: set[Any]) -> list[Any] | None:
+    """The two equations of x * logistic(x), if they alone read it."""
+    logistic = next((eqn for eqn in following if eqn.primitive.name == "logistic"), None)
+    if logistic is None or len(following) != 2 or logistic.outvars[0] in kept:
+        return None
+    gate = logistic.outvars[0]
+    others = [eqn for eqn in following if eqn is not logistic]
+    product = others[0] if others else None
+    if product is None or product.primitive.name != "mul" or list(readers.get(gate, [])) != [product]:
+        return None
+    return [logistic, product] if {*product.invars} == {out, gate} else None
