@@ -322,10 +322,11 @@ def trace(fn: Callable[..., Any], weights: Any, inputs: Mapping[str, TensorSpec]
     treedef = jax.tree.structure(weights)
     arrays = {name: _weight_array(name, leaf) for name, leaf in named.items()}
     keys = {name: jax.random.key_impl(leaf) for name, leaf in named.items() if _is_key(leaf)}
+    names = tuple(named)  # not the arrays, which would live as long as any program that is made of this one
 
     def flat_fn(flat: Weights, *args: Any) -> Any:
         leaves = [
-            jax.random.wrap_key_data(flat[name], impl=keys[name]) if name in keys else flat[name] for name in arrays
+            jax.random.wrap_key_data(flat[name], impl=keys[name]) if name in keys else flat[name] for name in names
         ]
         return fn(jax.tree.unflatten(treedef, leaves), *args)
 

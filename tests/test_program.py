@@ -1,7 +1,9 @@
 """Programs: specs, inference of outputs, and the ways to make one."""
 
 import dataclasses
+import gc
 import re
+import weakref
 
 import flax.linen as nn
 import jax
@@ -369,3 +371,16 @@ def test_masks_of_another_model_are_refused() -> None:
     # Weights that take the place of the pruned ones must be theirs too.
     with pytest.raises(ModelError, match=r"mask of weight 'a' has shape \(6, 8\), the weight \(6, 4\)"):
         program.replace(masks=masks).replace(weights={"a": jnp.ones((6, 4)), "b": jnp.ones((4, 3))})
+
+
+def test_weights_that_others_replaced_are_freed():
+    """A function that holds on to them would keep the float weights of every optimized model in memory."""
+    rows = {"x": TensorSpec(("batch", 6), "float32")}
+    program = trace(lambda w, x: x @ w["a"], {"a": jnp.ones((6, 8))}, rows)
+    held = weakref.ref(program.weights["a"])
+    other = program.replace(weights={"a": jnp.zeros((6, 8))})
+    assert held() is not None
+    del program
+    gc.collect()
+    assert held() is None
+    assert jnp.all(other.fn(other.weights, jnp.ones((2, 6))) == 0)

@@ -127,6 +127,14 @@ def compile(
         )
         optimize_s = time.perf_counter() - started
 
+        metrics: dict[str, Any] = {}
+        if evaluate and spec.evaluate is not None:
+            step("evaluate the float model")
+            metrics["float"] = _models.evaluate(spec, _models.float_predict(program))
+        # Compiling a large model takes memory, and needs the float weights no more.
+        float_bytes, made, cut = program.weights_bytes, spread.mesh, spread.rules
+        del program, planned_program, spread
+
         as_is = recipe == _common.NO_RECIPE and not settings
         started = time.perf_counter()
         artifact = compiler.compile(
@@ -136,8 +144,8 @@ def compile(
             recipe=None if as_is else msgspec.to_builtins(chosen),
             plan=None if as_is else plan.to_json(),
             examples=examples,
-            mesh=spread.mesh,
-            rules=spread.rules,
+            mesh=made,
+            rules=cut,
             topology=topology,
             golden=rows,
             keep_master=keep_master,
@@ -148,13 +156,10 @@ def compile(
         if batches is not None:
             step("profile the calibration data")
             # The data again: optimizing may have read it to its end.
-            known, _ = _models.calibration(spec, program)
+            known, _ = _models.calibration(spec, small)
             artifact = artifact.with_profile(known or ())
         servable = artifact.servable()
-        metrics: dict[str, Any] = {}
         if evaluate and spec.evaluate is not None:
-            step("evaluate the float model")
-            metrics["float"] = _models.evaluate(spec, _models.float_predict(program))
             step("evaluate the compiled model")
             metrics["optimized"] = _models.evaluate(spec, servable)
             manifest = msgspec.structs.replace(artifact.manifest, metrics=metrics)
@@ -168,7 +173,7 @@ def compile(
         "buckets": manifest.buckets,
         "passes": [report.to_json() for report in small.history],
         "weights": manifest.reports[-1],
-        "weights_bytes_float": program.weights_bytes,
+        "weights_bytes_float": float_bytes,
         "weights_bytes_optimized": servable.weights_bytes,
         "weights_bytes_on_disk": _common.weights_on_disk(manifest),
         "artifact_bytes": manifest.size_bytes,

@@ -1,5 +1,7 @@
+import gc
 import json
 import shutil
+import weakref
 
 import cli_models as models
 import numpy as np
@@ -37,6 +39,26 @@ def test_metrics_are_those_of_the_two_models_and_in_the_manifest(compiled):
     assert found["metrics"]["optimized"]["largest"] == float(outputs.max())
     assert found["metrics"]["optimized"] != found["metrics"]["float"]
     assert json.loads((path / "manifest.json").read_text())["metrics"] == found["metrics"]
+
+
+def test_the_float_weights_are_gone_when_the_model_is_compiled(cli, plain, files, tmp_path, monkeypatch):
+    weights, left = [], []
+    program, compiled = lx.ModelSpec.program, lx.compile
+
+    def made(spec):
+        found = program(spec)
+        weights.extend(map(weakref.ref, found.weights.values()))
+        return found
+
+    def compile(*args, **kwargs):
+        gc.collect()
+        left.extend(path() is not None for path in weights)
+        return compiled(*args, **kwargs)
+
+    monkeypatch.setattr(lx.ModelSpec, "program", made)
+    monkeypatch.setattr("lepton_xla.compiler.compile", compile)
+    cli.ok("compile", plain, "--recipe", files / "int8.toml", "-o", tmp_path / "small.lepton")
+    assert left == [False, False]
 
 
 def test_the_manifest_tells_recipe_and_plan(cli, artifact, plain, files):
@@ -78,8 +100,8 @@ def test_progress_names_every_step(cli, plain, files, tmp_path, monkeypatch):
     monkeypatch.setattr("lepton_xla.cli._common._line", lambda stage, done, total: told.append(stage) or stage)
     cli.ok("compile", plain, "--recipe", files / "static.toml", "-o", tmp_path / "x.lepton")
     expected = [
-        f"load {plain}", "fold and plan", "calibrate", "compile batch=1", "compile batch=4", "export StableHLO",
-        "evaluate the float model", "evaluate the compiled model",
+        f"load {plain}", "fold and plan", "calibrate", "evaluate the float model", "compile batch=1",
+        "compile batch=4", "export StableHLO", "evaluate the compiled model",
     ]  # fmt: skip
     assert [stage for stage in told if stage in expected] == expected
 
