@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from lepton_xla.passes.core.plans import Plan
     from lepton_xla.passes.core.sites import find_sites
     from lepton_xla.program import Program, TensorSpec, trace
+    from lepton_xla.raw_inputs import give_labels, take_categories, take_images, take_texts
     from lepton_xla.recipe import Recipe
     from lepton_xla.report import PassReport, SiteReport
 
@@ -71,12 +72,16 @@ __all__ = [
     "find_sites",
     "from_linen",
     "from_nnx",
+    "give_labels",
     "launch",
     "load",
     "optimize",
     "passes",
     "sharding",
     "sign",
+    "take_categories",
+    "take_images",
+    "take_texts",
     "trace",
     "train",
     "trust",
@@ -115,6 +120,7 @@ _HOMES = {
     "lepton_xla.adapters": ("Generator", "from_linen", "from_nnx"),
     "lepton_xla.program": ("Program", "TensorSpec", "trace"),
     "lepton_xla.passes.core.plans": ("Plan",),
+    "lepton_xla.raw_inputs": ("give_labels", "take_categories", "take_images", "take_texts"),
     "lepton_xla.recipe": ("Recipe",),
     "lepton_xla.report": ("PassReport", "SiteReport"),
 }

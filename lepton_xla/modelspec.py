@@ -50,6 +50,8 @@ class ModelSpec:
         buckets: symbolic dimension -> sizes to compile for; `--buckets` on the command line overrides it.
         calibration: input dicts, or a function that returns them, for recipes that need calibration data.
         generator: a model that generates tokens; it has weights and inputs of its own.
+        convert: what clients send instead of some inputs, and get instead of some outputs: a function such as
+            `lambda program: lx.take_texts(program, "tokenizer.json")`. Calibration data may be either.
         evaluate: `evaluate(predict) -> {"accuracy": 0.98, ...}`; commands print these metrics next to size and speed.
         rows: labelled rows for `leptonx eval`: arrays by the names of inputs and `label`, the class of each row; or a
             function that returns them.
@@ -68,6 +70,7 @@ class ModelSpec:
     evaluate: Callable[[Predict], Mapping[str, float]] | None = None
     generator: Generator | None = None
     rows: Mapping[str, Any] | Callable[[], Mapping[str, Any]] | None = None
+    convert: Callable[[Program], Program] | None = None
 
     def program(self) -> Program:
         """Make the program.
@@ -79,6 +82,10 @@ class ModelSpec:
             raise ModelError("a ModelSpec takes either fn and weights, or module, or generator")
         if self.generator is not None:
             return self.generator.program
+        program = self._plain()
+        return program if self.convert is None else self.convert(program)
+
+    def _plain(self) -> Program:
         if self.fn is not None:
             return trace(self.fn, self.weights, self.inputs)
         if hasattr(self.module, "apply"):
@@ -89,11 +96,16 @@ class ModelSpec:
 
     def calibration_batches(self) -> Iterable[Mapping[str, Any]] | None:
         """The calibration data, or None."""
-        return self.calibration() if callable(self.calibration) else self.calibration
+        batches = self.calibration() if callable(self.calibration) else self.calibration
+        if batches is None or self.convert is None:
+            return batches
+        program = self.program()
+        return [program.converted(batch) for batch in batches]
 
     def labelled_rows(self) -> Mapping[str, Any] | None:
         """The labelled rows, or None."""
-        return self.rows() if callable(self.rows) else self.rows
+        rows = self.rows() if callable(self.rows) else self.rows
+        return rows if rows is None or self.convert is None else self.program().converted(rows)
 
 
 def load_named[T](target: str, kind: type[T]) -> T:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lepton_xla.conversion import Conversion, Converter
 from lepton_xla.deferred import jax, jnp
 from lepton_xla.derivations import Derivation, Step
 from lepton_xla.errors import CompileError, ModelError, first_line
@@ -159,8 +160,11 @@ class Program:
             after `optimize`, which keeps them only if it is told to.
         generation: set if it generates tokens: `fn` then computes a prefill and a decoding step, which `compile` parts.
 
+        conversion: what clients send instead of some inputs, and get instead of some outputs; see `take_texts`,
+            `take_images`, `take_categories` and `give_labels`.
+
     Raises:
-        ModelError: for a mask without its weight, or of another shape.
+        ModelError: for a mask without its weight, or of another shape, or a conversion that does not fit.
 
     >>> program = lx.trace(lambda w, x: x @ w["w"], {"w": jnp.eye(4)}, {"x": lx.TensorSpec(("batch", 4), "float32")})
     >>> print(program.outputs["output"], program.symbols, program.weights_bytes)
@@ -180,9 +184,15 @@ class Program:
     axes: dict[str, tuple[Any, ...]] = dataclasses.field(default_factory=dict[str, tuple[Any, ...]])
     derivation: Derivation | None = None
     generation: Generation | None = None
+    conversion: Conversion | None = None
 
     def __post_init__(self) -> None:
         check_masks(self.masks, self.weights)
+        if self.conversion is not None:
+            self.conversion.check(
+                {name: (spec.shape, spec.dtype) for name, spec in self.inputs.items()},
+                {name: spec.dtype for name, spec in self.outputs.items()},
+            )
 
     def __call__(self, weights: Weights, *inputs: Any) -> Any:
         """Run the model; the result has the tree structure of the user's function."""
@@ -224,6 +234,22 @@ class Program:
         ['output_0', 'output_1']
         """
         return name_leaves(self.fn(weights, *inputs), single="output")
+
+    def converted(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """Convert what clients send into the program's inputs, as the compiled model will; others stay as they are.
+
+        Raises:
+            InputError: for a value that cannot be converted; names its row.
+
+        >>> inputs = {"color": lx.TensorSpec(("batch",), "int32")}
+        >>> program = lx.trace(lambda w, color: w[color], jnp.ones(3), inputs)
+        >>> program = lx.take_categories(program, "color", ["red", "blue"])
+        >>> program.converted({"color": ["blue", "pink"]})["color.index"].tolist()
+        [2, 0]
+        """
+        if self.conversion is None:
+            return dict(inputs)
+        return Converter(self.conversion, {name: spec.shape for name, spec in self.inputs.items()})(inputs)
 
     def derived(self, *steps: Step) -> Derivation:
         """The derivation of weights that these steps make of the program's.

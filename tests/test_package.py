@@ -12,8 +12,8 @@ PUBLIC = [
     "RecipeError", "RepositoryError", "SampleError", "Servable", "ServeError", "ShardingError", "SiteReport",
     "TensorSpec", "TrainingError", "TrustError", "TuningError", "UnsupportedError", "compile", "encrypt",
     "evaluation", "find_sites",
-    "from_linen", "from_nnx", "launch", "load", "optimize", "passes", "sharding", "sign", "trace", "train", "trust",
-    "tuning", "verify",
+    "from_linen", "from_nnx", "give_labels", "launch", "load", "optimize", "passes", "sharding", "sign",
+    "take_categories", "take_images", "take_texts", "trace", "train", "trust", "tuning", "verify",
 ]  # fmt: skip
 
 

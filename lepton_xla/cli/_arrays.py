@@ -19,6 +19,9 @@ import numpy as np
 from lepton_xla.errors import InputError
 from lepton_xla.mapping.sinks import storable
 
+# Files that are one value of an input which the model converts.
+_ONE_VALUE = (".jpg", ".jpeg", ".png", ".txt")
+
 
 class Declared(Protocol):
     """A model's declaration of an input, such as a `TensorSpec`; `str` of it is for people."""
@@ -28,7 +31,8 @@ class Declared(Protocol):
 
 
 def read(source: str) -> dict[str, Any]:
-    """Read the inputs that one `--input` names: arrays from .npy and .npz, nested lists from JSON.
+    """Read the inputs that one `--input` names: arrays from .npy and .npz, nested lists from JSON, one row from
+    an image or a text.
 
     Raises:
         InputError: if a file is missing or of another kind; names the file.
@@ -43,6 +47,13 @@ def read(source: str) -> dict[str, Any]:
         return _parse(_text(source), source)
     if not equals or not name or not file:
         raise InputError(f"--input {source!r}: expected NAME=FILE.npy, FILE.npz, FILE.json or - for JSON from stdin")
+    if suffix.lower() in _ONE_VALUE:
+        value = np.empty(1, object)
+        try:
+            value[0] = pathlib.Path(file).read_bytes()
+        except (OSError, ValueError) as error:
+            raise InputError(f"{file}: cannot be read: {error}") from error
+        return {name: value}
     found = _load(file)
     if list(found) != [""]:
         raise InputError(f"--input {source!r}: {file} is an .npz, whose arrays have names already; remove {name}=")

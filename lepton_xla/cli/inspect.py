@@ -105,6 +105,14 @@ def _generation_lines(manifest: Manifest) -> list[str]:
     return [f"generates: {sizes}, {text}; cache {_common.size(size)}"]
 
 
+def _conversion_lines(manifest: Manifest) -> list[str]:
+    found = manifest.conversion
+    if found is None:
+        return []
+    taken = [f"takes {name}: {text}" for name, text in found.inputs.items()]
+    return [*taken, *(f"gives {name}: {text}" for name, text in found.outputs.items())]
+
+
 def _master_lines(manifest: Manifest) -> list[str]:
     """What the artifact keeps of its float weights, and what cannot be done again with others."""
     from lepton_xla.trees import leaf_bytes
@@ -134,6 +142,7 @@ def _print(
         f"made {manifest.created} with {made}",
         *([f"for {manifest.mesh.count} devices: {manifest.mesh}"] if manifest.mesh is not None else []),
         *_generation_lines(manifest),
+        *_conversion_lines(manifest),
         *_master_lines(manifest),
         *_protection_lines(manifest, signer),
         *_route_lines(route),

@@ -73,7 +73,7 @@ class _Numbers(click.ParamType[tuple[float, ...]]):
     "--input",
     "sources",
     multiple=True,
-    metavar="NAME=FILE.npy|FILE.npz|FILE.json|-",
+    metavar="NAME=FILE.npy|NAME=FILE.jpg|FILE.npz|FILE.json|-",
     help="Inputs to send. Inputs without a file are random. Repeatable.",
 )
 @click.option("--rows", default=1, show_default=True, type=click.IntRange(1), help="Rows of random inputs.")

@@ -85,7 +85,10 @@ def map(
         inputs, outputs = manifest.signature()
         largest = max(manifest.buckets.get(row_symbol(inputs) or "", (1,)))
         tell(f"look at {source}", 0, 0)
-        plan = make_plan(artifact, manifest.sha256, inputs, outputs, largest, source, output, renamed, part_rows)
+        plan = make_plan(
+            artifact, manifest.sha256, inputs, outputs, largest, source, output, renamed, part_rows,
+            taken=manifest.conversion and manifest.conversion.taken(inputs),
+        )  # fmt: skip
         with begun(output, plan, restart=restart) as work:
             missing = work.missing()
             rows = [plan.rows - sum(plan.parts[part].count for part in missing)]

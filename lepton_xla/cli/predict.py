@@ -19,8 +19,9 @@ from lepton_xla.errors import InputError
     "sources",
     multiple=True,
     required=True,
-    metavar="NAME=FILE.npy|FILE.npz|FILE.json|-",
-    help="Inputs: a named array, all arrays of an .npz, or JSON {NAME: nested list} from a file or stdin. Repeatable.",
+    metavar="NAME=FILE.npy|NAME=FILE.jpg|FILE.npz|FILE.json|-",
+    help="Inputs: a named array, image (.jpg, .png) or text (.txt), all arrays of an .npz, or JSON {NAME: nested list} "
+    "from a file or stdin. Repeatable.",
 )
 @click.option(
     "-o", "--output", metavar="FILE.npz", help="Write the outputs to this file instead of printing them as JSON."

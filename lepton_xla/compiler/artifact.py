@@ -34,6 +34,7 @@ from lepton_xla.compiler.runtime import Runtime, run_expand
 from lepton_xla.compiler.servable import Servable
 from lepton_xla.compiler.stepping import CompiledSteps, Stepper
 from lepton_xla.compiler.storage import Store, VerifiedFiles, atomic_store, consistently
+from lepton_xla.conversion.steps import FILE, Conversion, Summary
 from lepton_xla.errors import ArtifactError
 from lepton_xla.listing import MANIFEST, FileEntry
 from lepton_xla.trust.bundles import SIGNATURE, utc
@@ -58,6 +59,7 @@ class Artifact:
         master: the float weights that it was made from, if they are kept.
         elsewhere: fingerprint -> compiled code, as `executables`, for devices that are not here.
         steps: the portable programs of generation, if it generates, and its tokenizer.
+        conversion: the steps on the host before and after compiled code, if there are any.
 
     >>> program = lx.trace(lambda w, x: x @ w["w"], {"w": jnp.eye(4)}, {"x": lx.TensorSpec(("batch", 4), "float32")})
     >>> artifact = lx.compile(program, {"batch": (1,)}, name="tiny")
@@ -75,6 +77,7 @@ class Artifact:
     master: Master | None = None
     elsewhere: Mapping[str, dict[str, Code]] = dataclasses.field(default_factory=dict[str, dict[str, Code]])
     steps: CompiledSteps | None = None
+    conversion: Conversion | None = None
 
     def save(self, location: str | os.PathLike[str], *, overwrite: bool = False) -> Manifest:
         """Write the artifact, atomically.
@@ -115,6 +118,8 @@ class Artifact:
                     name = f"executables/{digest}/{key}.xla"
                     write(name, code.blob)
                     entry.files[key] = name
+            if self.conversion is not None:
+                write(FILE, self.conversion.to_json())
             if self.golden is not None:
                 write(self.golden.entry().file, self.golden.data())
             generation = self.manifest.generation
@@ -132,6 +137,7 @@ class Artifact:
                 self.manifest,
                 master=master,
                 generation=generation,
+                conversion=self.conversion and Summary.of(self.conversion),
                 golden=self.golden.entry() if self.golden is not None else None,
                 files=files,
                 weights=leaves,
@@ -183,7 +189,9 @@ class Artifact:
             loaded = {name: code.loaded for name, code in self.executables.items()}
             steps = Stepper.of(self.manifest, self.manifest.buckets, loaded, runtime)
         tokenizer = self.steps.tokenizer if self.steps is not None else b""
-        return Servable(self.manifest, self.manifest.buckets, runtime, "executables", expander, steps, tokenizer)
+        return Servable(
+            self.manifest, self.manifest.buckets, runtime, "executables", expander, steps, tokenizer, self.conversion
+        )  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)

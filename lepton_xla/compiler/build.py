@@ -37,6 +37,7 @@ from lepton_xla.compiler.probes import table_sizes
 from lepton_xla.compiler.runtime import Runtime, run_expand
 from lepton_xla.compiler.stepping import Stepper
 from lepton_xla.compiler.topologies import Elsewhere, compile_elsewhere
+from lepton_xla.conversion.steps import Summary
 from lepton_xla.errors import CompileError, ShardingError
 from lepton_xla.program import Program, TensorSpec
 from lepton_xla.rows import check_rows_lead, row_symbol
@@ -151,7 +152,7 @@ def compile(
         for index, (path, array) in enumerate(zip(leaves, arrays, strict=True))
     )
     expand, flat = flat_functions(program)
-    examples = _check_examples(program, examples or {})
+    examples = _check_examples(program, program.converted(examples or {}))
     steps = len(bucket_list) + 2
     tell = progress or (lambda stage, done, total: None)
 
@@ -232,6 +233,7 @@ def compile(
         unpacked=unpacked,
         buckets=bucket_sizes,
         generation=entry_of(generation) if generation is not None else None,
+        conversion=program.conversion and Summary.of(program.conversion),
         programs=(),
         programs_note=note,
         executables={target.digest: ExecutableSet(target=target, files={}, unwritten=unwritten)},
@@ -245,7 +247,10 @@ def compile(
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         files={},
     )
-    artifact = Artifact(manifest, tuple(stored), executables, tuple(programs), unpacking, devices, steps=steps_made)
+    artifact = Artifact(
+        manifest, tuple(stored), executables, tuple(programs), unpacking, devices,
+        steps=steps_made, conversion=program.conversion,
+    )  # fmt: skip
     if keep_master:
         if devices.mesh is not None or topology is not None:
             raise CompileError("a float master is kept for one device only; compile without a mesh")
@@ -255,7 +260,9 @@ def compile(
         codes = {name: code.loaded for name, code in executables.items()}
         check_steps(Stepper.of(manifest, bucket_sizes, codes, runtime), limit)
     if golden is not None:
-        rows = Golden.made(golden, program.inputs, program.outputs, artifact.servable(), limit)
+        rows = Golden.made(
+            program.converted(golden), program.inputs, program.outputs, artifact.servable().compute, limit
+        )
         artifact = dataclasses.replace(artifact, golden=rows)
     if topology is not None:
         tell(f"compile for {topology}", steps, steps)

@@ -35,6 +35,7 @@ from lepton_xla.compiler.runtime import Runtime, run_expand
 from lepton_xla.compiler.servable import Servable
 from lepton_xla.compiler.stepping import Stepper, decode_inputs, donation, prefill_inputs
 from lepton_xla.compiler.storage import Store, VerifiedFiles, consistently
+from lepton_xla.conversion.steps import Conversion
 from lepton_xla.deferred import jax
 from lepton_xla.errors import ArtifactError, ExecutionError, ShardingError
 from lepton_xla.flags import warn_of_slow_flags
@@ -116,7 +117,7 @@ def load(
             check_weights(servable, base, store.location)
             if manifest.golden is not None:
                 golden = Golden.read(manifest.golden, files.read(manifest.golden.file))
-                golden.check(servable, store.location)
+                golden.check(servable.compute, store.location)
         return servable
 
     return consistently(location, checked)
@@ -144,7 +145,8 @@ def _share(store: Store, manifest: Manifest, files: VerifiedFiles, base: Servabl
         arrays = run_expand(base.expander, arrays, devices, base.manifest.unpacked)
     runtime = base.runtime.sharing(arrays)
     steps = base.stepper.sharing(runtime) if base.stepper is not None else None
-    return Servable(manifest, base.buckets, runtime, "shared", base.expander, steps, tokenizer)
+    conversion = base.conversion if manifest.is_update else _conversion(manifest, files)
+    return Servable(manifest, base.buckets, runtime, "shared", base.expander, steps, tokenizer, conversion)
 
 
 def _load(
@@ -172,7 +174,7 @@ def _load(
     blobs = {name: files.read(known[name]) for name in names if name in known}
     if _xla.is_quick(devices.first) and (missing or any(map(_xla.needs_jax, blobs.values()))):
         devices = _devices(manifest, store.location, device)
-    tokenizer = _tokenizer(manifest, files)
+    tokenizer, conversion = _tokenizer(manifest, files), _conversion(manifest, files)
     with concurrent.futures.ThreadPoolExecutor(usable_cores()) as pool:
         # Largest first, and beside the weights, which are read and verified meanwhile.
         ordered = sorted(blobs, key=lambda name: -len(blobs[name]))
@@ -213,7 +215,7 @@ def _load(
     loaded = {name: code.loaded for name, code in codes.items()}
     stepper = Stepper.of(manifest, bucket_sizes, loaded, runtime) if manifest.generation is not None else None
     route = "stablehlo" if missing else "executables"
-    return Servable(manifest, bucket_sizes, runtime, route, expander, stepper, tokenizer)
+    return Servable(manifest, bucket_sizes, runtime, route, expander, stepper, tokenizer, conversion)
 
 
 def _target(manifest: Manifest, devices: Devices) -> Fingerprint:
@@ -266,6 +268,11 @@ def _tokenizer(manifest: Manifest, files: VerifiedFiles) -> bytes:
     """The tokenizer of a model that generates; empty without one."""
     name = manifest.generation.tokenizer if manifest.generation is not None else ""
     return files.read(name) if name else b""
+
+
+def _conversion(manifest: Manifest, files: VerifiedFiles) -> Conversion | None:
+    """The steps on the host before and after compiled code, if there are any."""
+    return Conversion.from_json(files.read(manifest.conversion.file)) if manifest.conversion is not None else None
 
 
 def _program_for(programs: Sequence[PortableProgram], sizes: dict[str, int]) -> PortableProgram:

@@ -11,6 +11,7 @@ import numpy as np
 from lepton_xla.compiler.buckets import check_bucket_sizes
 from lepton_xla.compiler.devices import MeshEntry, Spec
 from lepton_xla.compiler.fingerprint import Fingerprint
+from lepton_xla.conversion.steps import Summary
 from lepton_xla.errors import ArtifactError, LeptonError
 from lepton_xla.listing import MANIFEST, MAX_MANIFEST_BYTES, FileEntry, check_files, sealing_digest
 from lepton_xla.profiles import Profile
@@ -240,6 +241,7 @@ class Manifest(_Struct, frozen=True, kw_only=True):
         golden: rows whose answers are known, if there are any.
         master: the float weights that it was made from, if it keeps them.
         generation: how it generates tokens, if it does. Its buckets are then those of the length of prompts.
+        conversion: what is taken and given instead of some inputs and outputs, if anything is.
         programs_note: why there is no symbolic program for all platforms; empty if there is one.
         executables: fingerprint -> executables.
         compile_s: bucket name -> seconds of compilation.
@@ -271,6 +273,7 @@ class Manifest(_Struct, frozen=True, kw_only=True):
     golden: GoldenEntry | None = None
     master: MasterEntry | None = None
     generation: GenerationEntry | None = None
+    conversion: Summary | None = None
     programs_note: str
     executables: dict[str, ExecutableSet]
     compile_s: dict[str, float]
@@ -447,8 +450,9 @@ def _check(manifest: Manifest) -> None:
         _check_listed(manifest, row_file(row))
     for program in manifest.all_programs:
         _check_listed(manifest, program.file)
-    if manifest.golden is not None:
-        _check_listed(manifest, manifest.golden.file)
+    for entry in (manifest.golden, manifest.conversion):
+        if entry is not None:
+            _check_listed(manifest, entry.file)
     if manifest.master is not None:
         _check_master(manifest, manifest.master)
     if manifest.generation is not None and manifest.generation.tokenizer:

@@ -34,13 +34,15 @@ def profile(servable: Servable, batches: Iterable[Mapping[str, Any]]) -> Profile
     rows_symbol = servable.row_symbol
     if rows_symbol is None or not all(rows_symbol in spec.symbols for spec in servable.outputs.values()):
         return None
+    converter = servable.converter
     largest = {name: sizes[-1] for name, sizes in servable.buckets.items()}
     found: dict[str, list[np.ndarray]] = {}
     rows = nbytes = 0
     for number, batch in enumerate(batches):
         try:
-            arrays = {name: np.asarray(batch[name]) for name in servable.inputs if name in batch}
-            outputs = servable(**arrays)
+            converted = batch if converter is None else converter(batch)
+            arrays = {name: np.asarray(converted[name]) for name in servable.inputs if name in converted}
+            outputs = servable.compute(**arrays)
         except LeptonError as error:
             raise CompileError(f"batch {number} of the data to profile does not fit the model: {error}") from error
         inputs = {name: array for name, array in arrays.items() if rows_symbol in servable.inputs[name].symbols}

@@ -13,10 +13,11 @@ from lepton_xla.compiler.buckets import BucketSizes, next_size, pad
 from lepton_xla.compiler.manifest import Manifest
 from lepton_xla.compiler.runtime import Runner, Runtime
 from lepton_xla.compiler.stepping import Stepper
+from lepton_xla.conversion import Conversion, Converter
+from lepton_xla.conversion.huggingface import HuggingFace
 from lepton_xla.dtypes import is_integer
 from lepton_xla.errors import InputError, ModelError
 from lepton_xla.generation.engine import Engine
-from lepton_xla.generation.texts import HuggingFace
 from lepton_xla.profiles import Profile
 from lepton_xla.program import TensorSpec
 from lepton_xla.rows import row_symbol
@@ -43,6 +44,8 @@ class Servable:
         expander: the code that unpacks stored weights, if the artifact has such code.
         stepper: the steps of generation, if it generates.
         tokenizer: its tokenizer's JSON; empty without one.
+        conversion: what it takes and gives instead of some inputs and outputs, if anything.
+        converter: does that.
 
     >>> program = lx.trace(lambda w, x: x @ w["w"], {"w": jnp.eye(4)}, {"x": lx.TensorSpec(("batch", 4), "float32")})
     >>> servable = lx.compile(program, {"batch": (1, 8)}).servable()
@@ -61,6 +64,7 @@ class Servable:
         expander: _xla.Loaded | None = None,
         stepper: Stepper | None = None,
         tokenizer: bytes = b"",
+        conversion: Conversion | None = None,
     ) -> None:
         self.name = manifest.name
         self.version = manifest.version
@@ -74,6 +78,10 @@ class Servable:
         self.expander = expander
         self.stepper = stepper
         self.tokenizer = tokenizer
+        self.conversion = conversion
+        self.converter = None
+        if conversion is not None:
+            self.converter = Converter(conversion, {name: spec.shape for name, spec in self.inputs.items()})
         self._making = threading.Lock()
         self._engine: Engine | None = None
 
@@ -170,14 +178,27 @@ class Servable:
         """Run the model on named inputs: pads them to a bucket, splits larger batches, removes the padding.
 
         Args:
-            **inputs: every input of the model: an array of its dtype, or nested lists of numbers.
+            **inputs: every input of the model: an array of its dtype, or nested lists of numbers. If it has a
+                conversion, the texts, files or words that this takes, or what it would make of them.
 
         Returns:
-            Outputs by name; a batch without rows gives outputs without rows.
+            Outputs by name, names of classes in the place of their indices; a batch without rows gives outputs without
+            rows.
 
         Raises:
             InputError: if a name is missing or unknown, a dtype, rank or size is wrong, sizes disagree between inputs,
                 or a dimension other than the rows exceeds the largest bucket.
+        """
+        if self.converter is None:
+            return self.compute(**inputs)
+        return self.converter.named(self.compute(**self.converter(inputs)))
+
+    def compute(self, /, **inputs: Any) -> dict[str, Shaped[np.ndarray, "*_"]]:
+        """As a call, but of the compiled part alone: without what the host does before and after it.
+
+        >>> program = lx.trace(lambda w, x: x @ w, jnp.eye(4), {"x": lx.TensorSpec(("batch", 4), "float32")})
+        >>> lx.compile(program, {"batch": (1,)}).servable().compute(x=np.ones((2, 4), np.float32))["output"].shape
+        (2, 4)
         """
         arrays = self._arrays(inputs)
         sizes = self._sizes(arrays)

@@ -1,14 +1,10 @@
-"""Text of tokens: tokenizers that an artifact carries as data, and text that may not be told before more is known."""
+"""Text of tokens, which may not be told before more is known."""
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
-from lepton_xla.errors import ArtifactError, InputError
-
-MAX_TOKENIZER_BYTES = 64 << 20
 # What an incomplete character is decoded to.
 _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 # Tokens before the new ones that are decoded with them: some decoders drop the blank before the first word.
@@ -25,47 +21,6 @@ class Tokenizer(Protocol):
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of tokens, without special ones."""
         ...
-
-
-class HuggingFace:
-    """A tokenizer of Hugging Face's `tokenizers`, which the extra `text` installs.
-
-    Args:
-        data: its JSON.
-
-    Raises:
-        ArtifactError: if it cannot be read, or the package is missing.
-    """
-
-    def __init__(self, data: bytes) -> None:
-        if len(data) > MAX_TOKENIZER_BYTES:
-            raise ArtifactError(f"the tokenizer has {len(data)} bytes, more than {MAX_TOKENIZER_BYTES}")
-        try:
-            tokenizers: Any = importlib.import_module("tokenizers")
-        except ImportError as error:
-            raise ArtifactError(
-                "the model has a tokenizer, which the package tokenizers reads: pip install lepton-xla[text]"
-            ) from error
-        try:
-            self._tokenizer: Any = tokenizers.Tokenizer.from_str(data.decode())
-        except Exception as error:  # of no class of its own
-            raise ArtifactError(f"the tokenizer cannot be read: {error}") from error
-
-    def encode(self, text: str) -> list[int]:
-        """The tokens of a text, with the special ones that the tokenizer adds.
-
-        Raises:
-            InputError: for text that is not Unicode.
-        """
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise InputError("the prompt is not valid Unicode: it holds half of a surrogate pair") from error
-        return list(self._tokenizer.encode(text).ids)
-
-    def decode(self, tokens: Sequence[int]) -> str:
-        """The text of tokens, without special ones."""
-        return str(self._tokenizer.decode(list(tokens), skip_special_tokens=True))
 
 
 class TextStream:

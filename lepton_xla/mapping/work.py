@@ -12,7 +12,7 @@ import contextlib
 import os
 import pathlib
 import shutil
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -68,6 +68,7 @@ def make_plan(
     output: str,
     renamed: Mapping[str, str],
     part_rows: int | None,
+    taken: Sequence[str] | None = None,
 ) -> Plan:
     """Look at all files, and cut the rows into parts.
 
@@ -80,6 +81,7 @@ def make_plan(
         output: the file to be made.
         renamed: column by input, where they have different names.
         part_rows: rows of a part; by default as many as take about 16 MiB, in whole buckets.
+        taken: what the model takes, if it makes some of its inputs of something else; by default its inputs.
 
     Raises:
         InputError: if the file's rows are not what the model takes, as far as its head tells.
@@ -97,7 +99,7 @@ def make_plan(
         raise LeptonError(f"{output}: is the file of rows itself")
     check_rows(inputs, outputs)
     rows = open_source(source)
-    columns = columns_of(list(inputs), rows.columns, renamed, source)
+    columns = columns_of(list(inputs) if taken is None else taken, rows.columns, renamed, source)
     size = part_rows or _rows_of_a_part(
         {**inputs, **{f"output {name}": spec for name, spec in outputs.items()}}, largest
     )

@@ -55,6 +55,9 @@ class Mapper:
         values = source.read(part, list(plan.columns.values()))
         inputs: dict[str, Any] = {}
         for name, column in plan.columns.items():
+            if name not in self._model.inputs:
+                inputs[name] = values[column]  # the model converts it
+                continue
             try:
                 inputs[name] = as_input(
                     values[column], self._model.inputs[name], lambda row: source.where(part.start + row)

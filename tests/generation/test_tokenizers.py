@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import pytest
 
 import lepton_xla as lx
-from lepton_xla.generation.texts import HuggingFace, TextStream
+from lepton_xla.conversion.huggingface import HuggingFace
+from lepton_xla.generation.texts import TextStream
 
 tokenizers = pytest.importorskip("tokenizers")
 

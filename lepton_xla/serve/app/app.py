@@ -44,6 +44,9 @@ _log = logging.getLogger("lepton_xla.serve")
 # Smaller answers are not reserved: the objects of the request itself take as much, and are not counted either.
 _SMALL_ANSWER_BYTES = 1024
 
+# Content types of a body that is a value of a model's only input, not a JSON document.
+_ONE_VALUE = (b"image/", b"text/plain")
+
 type Route = Callable[[Exchange], None]
 type Chosen = tuple[float, str | None]
 """With which probability the version that answers was chosen, and the version that is asked too."""
@@ -315,10 +318,13 @@ class App:
         coding = headers.get(b"content-encoding", b"").decode("latin-1").strip().lower()
         accept = headers.get(b"accept-encoding", b"").decode("latin-1")
         json_bytes = None if length is None else int(length)
+        if length is None and headers.get(b"content-type", b"").lower().startswith(_ONE_VALUE):
+            json_bytes = wire.ONE_VALUE
         accepted = encoding.choose(accept) if accept else None
         if coding in ("", "identity"):
             # Only a long JSON part takes long to decode; a short one needs no check of the body's length.
-            short = json_bytes is not None and json_bytes <= PIECE_BYTES
+            converts = _held(found).decoder.converts
+            short = json_bytes is not None and json_bytes <= PIECE_BYTES and not converts
             return functools.partial(self._infer if short else self._infer_any, found, json_bytes, accepted)
         return functools.partial(self._infer_coded, found, coding, json_bytes, accepted)
 
@@ -359,11 +365,10 @@ class App:
     def _infer_any(
         self, found: weakref.ref[ModelHandle], json_bytes: int | None, accepted: str | None, exchange: Exchange
     ) -> None:
-        body = exchange.body
-        if len(body) <= PIECE_BYTES:
+        body, model = exchange.body, _held(found)
+        if len(body) <= PIECE_BYTES and not model.decoder.converts:
             self._infer(found, json_bytes, accepted, exchange)
         else:
-            model = _held(found)
             self._submit_later(model, exchange, accepted, lambda: model.decoder.decode(body, json_bytes))
 
     def _infer_coded(
@@ -376,7 +381,7 @@ class App:
     ) -> None:
         body, most, model = exchange.body, self._limits.max_body_bytes, _held(found)
         plain = encoding.inflate_short(body, coding, min(PIECE_BYTES, most))
-        if plain is not None:
+        if plain is not None and not model.decoder.converts:
             self._submit(model, exchange, accepted, model.decoder.decode(plain, json_bytes))
             return
 

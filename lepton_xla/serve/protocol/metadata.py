@@ -24,6 +24,8 @@ EXTENSIONS = ("binary_tensor_data", "classification", "model_configuration", "sc
 _LOGGER = logging.getLogger("lepton_xla")
 # Other bodies than those of inference are a few settings.
 _SMALL_BODY = 1 << 16
+# Where Triton's configuration has another name for a datatype.
+_TRITON_TYPES = {"BYTES": "TYPE_STRING"}
 
 type Size = Annotated[int, msgspec.Meta(ge=0)]
 type Dims = Annotated[list[int], msgspec.Meta(description="-1 is a dimension that varies.")]
@@ -251,13 +253,13 @@ def model_metadata(signature: Signature, versions: list[str]) -> ModelMetadata:
     """The answer to `GET /v2/models/{model}`."""
 
     def described(tensors: tuple[Tensor, ...]) -> list[TensorMetadata]:
-        return [TensorMetadata(tensor.name, tensor.datatype.name, _dims(tensor)) for tensor in tensors]
+        return [TensorMetadata(tensor.name, tensor.sent.name, _dims(tensor)) for tensor in tensors]
 
     return ModelMetadata(
         name=signature.name,
         versions=versions,
         platform="jax_xla",
-        inputs=described(signature.inputs),
+        inputs=described(signature.sent),
         outputs=described(signature.outputs),
     )
 
@@ -267,7 +269,10 @@ def model_config(signature: Signature, max_delay_s: float) -> ModelConfig:
     skip = 0 if signature.batch is None else 1
 
     def described[T: TensorConfig](kind: type[T], tensors: tuple[Tensor, ...]) -> list[T]:
-        return [kind(tensor.name, f"TYPE_{tensor.datatype.name}", _dims(tensor)[skip:]) for tensor in tensors]
+        return [
+            kind(tensor.name, _TRITON_TYPES.get(tensor.sent.name, f"TYPE_{tensor.sent.name}"), _dims(tensor)[skip:])
+            for tensor in tensors
+        ]
 
     batching: DynamicBatching | msgspec.UnsetType = msgspec.UNSET
     if signature.batch is not None:
@@ -278,7 +283,7 @@ def model_config(signature: Signature, max_delay_s: float) -> ModelConfig:
         backend=SERVER_NAME,
         version_policy=VersionPolicy({"versions": [signature.version]}),
         max_batch_size=0 if signature.batch is None else signature.bucket_sizes[-1],
-        input=described(InputConfig, signature.inputs),
+        input=described(InputConfig, signature.sent),
         output=described(TensorConfig, signature.outputs),
         dynamic_batching=batching,
     )

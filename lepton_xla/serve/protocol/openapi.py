@@ -193,7 +193,8 @@ def _example(signature: Signature) -> RequestHead:
     """A request of the smallest sizes, all zeros, as far as JSON can carry it."""
     sizes = signature.sizes(1, next(signature.shape_keys()))
     inputs: list[InputHead] = []
-    for tensor in signature.inputs:
-        data = msgspec.Raw(msgspec.json.encode(np.zeros(tensor.at(sizes), bool).astype(int).ravel().tolist()))
+    for tensor in signature.sent:
+        zeros = np.zeros(tensor.at(sizes), bool).astype(str if tensor.datatype.dtype is None else int)
+        data = msgspec.Raw(msgspec.json.encode(zeros.ravel().tolist()))
         inputs.append(InputHead(tensor.name, list(tensor.at(sizes)), tensor.datatype.name, data=data))
     return RequestHead(inputs)

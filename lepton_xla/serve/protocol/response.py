@@ -13,6 +13,7 @@ from typing import Annotated
 import msgspec
 import numpy as np
 
+from lepton_xla.conversion.converter import names_at
 from lepton_xla.serve.protocol.classification import classes_shape, top_classes
 from lepton_xla.serve.protocol.datatypes import join_elements
 from lepton_xla.serve.protocol.jsondata import write_data
@@ -88,6 +89,12 @@ def _described(
     tensor: Tensor, spec: RequestSpec, data: memoryview | bytes, *, binary: bool
 ) -> tuple[OutputTensor, memoryview | bytes]:
     shape = tensor.at(spec.sizes)
+    if tensor.labels:
+        texts = names_at(tensor.labels, np.frombuffer(data, tensor.dtype))
+        if binary:
+            raw = join_elements(text.encode() for text in texts)
+            return OutputTensor(tensor.name, "BYTES", shape, BinarySize(len(raw))), raw
+        return OutputTensor(tensor.name, "BYTES", shape, data=msgspec.Raw(msgspec.json.encode(texts))), b""
     if binary:
         return OutputTensor(tensor.name, tensor.datatype.name, shape, BinarySize(len(data))), data
     text = write_data(np.frombuffer(data, tensor.dtype), f"output {tensor.name!r}")

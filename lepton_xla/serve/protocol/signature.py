@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from lepton_xla.conversion import Converter
 from lepton_xla.errors import ServeError
-from lepton_xla.serve.protocol.datatypes import Datatype, datatype_of
+from lepton_xla.serve.protocol.datatypes import DATATYPES, Datatype, datatype_of
 
 if TYPE_CHECKING:
     from jaxtyping import Shaped
@@ -61,11 +62,22 @@ class LoadedModel(Protocol):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Tensor:
-    """One input or output: its name, datatype and shape, where a name in the shape is a dimension that varies."""
+    """One input or output: its name, datatype and shape, where a name in the shape is a dimension that varies.
+
+    Attributes:
+        name, datatype, shape: of what the model computes with.
+        labels: names that are sent in the place of the elements, which are indices; empty if these are sent.
+    """
 
     name: str
     datatype: Datatype
     shape: tuple[int | str, ...]
+    labels: tuple[str, ...] = ()
+
+    @property
+    def sent(self) -> Datatype:
+        """The datatype on the wire."""
+        return DATATYPES["BYTES"] if self.labels else self.datatype
 
     @property
     def dtype(self) -> np.dtype[Any]:
@@ -96,6 +108,7 @@ class Signature:
         bucket_sizes: compiled sizes of `batch`, ascending; `(1,)` where `batch` is None.
         others: the other symbols, padded up to their next compiled size within a request.
         buckets: symbol -> compiled sizes, ascending.
+        converter: makes some of the inputs of what clients send instead; None if they send all themselves.
     """
 
     name: str
@@ -106,6 +119,20 @@ class Signature:
     bucket_sizes: tuple[int, ...]
     others: tuple[str, ...]
     buckets: dict[str, tuple[int, ...]]
+    converter: Converter | None = dataclasses.field(default=None, compare=False)
+
+    @property
+    def sent(self) -> tuple[Tensor, ...]:
+        """The inputs as clients send them: BYTES in the place of those that are made of these."""
+        if self.converter is None:
+            return self.inputs
+        conversion, found = self.converter.conversion, dict[str, Tensor]()
+        for tensor in self.inputs:
+            raw = conversion.made.get(tensor.name)
+            if raw is not None:
+                tensor = Tensor(raw, DATATYPES["BYTES"], self.converter.shape_of(raw))
+            found[tensor.name] = tensor
+        return tuple(found.values())
 
     def fit(self, symbol: str, size: int) -> int | None:
         """The smallest compiled size of `symbol` that holds `size`, or None."""
@@ -145,7 +172,12 @@ def signature_of(model: LoadedModel, name: str | None = None, version: str | Non
     if name == "stats":
         raise ServeError("a model cannot be called 'stats': /v2/models/stats is the statistics route")
     inputs = tuple(Tensor(key, datatype_of(spec.dtype), spec.shape) for key, spec in model.inputs.items())
-    outputs = tuple(Tensor(key, datatype_of(spec.dtype), spec.shape) for key, spec in model.outputs.items())
+    converter: Converter | None = getattr(model, "converter", None)
+    labels = {} if converter is None else converter.conversion.outputs
+    outputs = tuple(
+        Tensor(key, datatype_of(spec.dtype), spec.shape, labels[key].names if key in labels else ())
+        for key, spec in model.outputs.items()
+    )
     symbols = tuple(dict.fromkeys(dim for tensor in inputs for dim in tensor.shape if isinstance(dim, str)))
     buckets = {symbol: tuple(sizes) for symbol, sizes in model.buckets.items() if symbol in symbols}
     for symbol in symbols:
@@ -162,6 +194,7 @@ def signature_of(model: LoadedModel, name: str | None = None, version: str | Non
         bucket_sizes=(1,) if batch is None else buckets[batch],
         others=tuple(symbol for symbol in symbols if symbol != batch),
         buckets=buckets,
+        converter=converter,
     )
 
 

@@ -13,6 +13,8 @@ from lepton_xla.serve.protocol.signature import Signature, Tensor
 # Text of a number in JSON, with a comma: what the longest double takes, and of the class of an element with its index.
 _FLOAT_BYTES = 25
 _CLASS_BYTES = 64
+# Of a name its length or quotes, and the number of an index without one.
+_LABEL_BYTES = 24
 
 
 def answer_bytes(
@@ -41,6 +43,8 @@ def answer_bytes(
         total += copies * elements * tensor.dtype.itemsize
         if count:
             total += math.prod(classes_shape(shape, count, batched=signature.batch is not None)) * _CLASS_BYTES
+        elif tensor.labels:
+            total += elements * (_LABEL_BYTES + max(len(label.encode()) for label in tensor.labels))
         elif not binary:
             total += elements * _text_bytes(tensor)
     return total

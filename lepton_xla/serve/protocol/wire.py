@@ -20,6 +20,7 @@ import numpy as np
 
 from lepton_xla.serve.errors import HTTPError, shortened
 from lepton_xla.serve.limits import Limits
+from lepton_xla.serve.protocol import raw
 from lepton_xla.serve.protocol.classification import classes_shape
 from lepton_xla.serve.protocol.request import (
     InputHead,
@@ -38,6 +39,9 @@ from lepton_xla.serve.protocol.request import (
 from lepton_xla.serve.protocol.signature import Signature
 from lepton_xla.serve.protocol.sizes import answer_bytes
 
+# In the place of the length of a JSON part: a model that converts inputs takes the body for one value, as in `curl
+# --data-binary @image.jpg -H 'Content-Type: image/jpeg'`, and answers in JSON; any other model reads JSON.
+ONE_VALUE = -1
 _CACHED_HEADS = 512
 _CACHED_HEAD_BYTES = 4096
 # The usual place of a client's id: first, and without escapes.
@@ -94,6 +98,7 @@ class RequestSpec(msgspec.Struct, eq=False, kw_only=True):
         id: the client's id, which the answer repeats; None without one.
         timeout_s: the client's timeout; None without one.
         priority: 0 is the default, 1 the highest, larger numbers are lower.
+        named: whether an output is sent as names, whose lengths differ.
         response: header fields and JSON part that all its answers share, cached by the app with the first answer.
     """
 
@@ -109,12 +114,13 @@ class RequestSpec(msgspec.Struct, eq=False, kw_only=True):
     id: str | None = None
     timeout_s: float | None = None
     priority: int = 0
+    named: bool = False
     response: Any = None
 
     @property
     def constant(self) -> bool:
         """Whether the JSON part of the answer is the same for every result: all outputs are binary tensors."""
-        return not self.classes and all(binary for _, binary in self.outputs)
+        return not self.classes and not self.named and all(binary for _, binary in self.outputs)
 
 
 class _Options(NamedTuple):
@@ -150,10 +156,14 @@ class Decoder:
         signature: the model's.
         limits: the bounds on a request.
         max_rows: largest number of rows of a request.
+
+    Attributes:
+        converts: whether a request may have to be converted, which takes too long for an event loop.
     """
 
     def __init__(self, signature: Signature, limits: Limits, max_rows: int) -> None:
         self._signature = signature
+        self.converts = signature.converter is not None and bool(signature.converter.conversion.inputs)
         self._limits = limits
         self._max_rows = max_rows
         self._inputs = {tensor.name: index for index, tensor in enumerate(signature.inputs)}
@@ -175,8 +185,12 @@ class Decoder:
         Raises:
             HTTPError: 400 for anything malformed or that does not fit the model, 413 for too many rows.
         """
+        if self.converts:
+            request = self._converted(body, head_bytes)
+            if request is not None:
+                return request
         total = len(body)
-        if head_bytes is None:
+        if head_bytes is None or head_bytes == ONE_VALUE:
             head, head_bytes = body, total
         elif head_bytes > total:
             raise HTTPError(400, f"Inference-Header-Content-Length is {head_bytes}, but the body has {total} bytes")
@@ -208,6 +222,26 @@ class Decoder:
         if self._bool_inputs:
             self._check_bools(tensors)
         return InferRequest(spec, tensors, nbytes)
+
+    def _converted(self, body: bytes, head_bytes: int | None) -> InferRequest | None:
+        """Decodes a request of what has to be converted; None if it brings the model's own inputs."""
+        signature = self._signature
+        assert signature.converter is not None
+        if head_bytes in (0, ONE_VALUE):
+            binary = head_bytes == 0
+            options = _Options(tuple((index, binary) for index in range(len(signature.outputs))))
+            given: dict[str, Any] = raw.only_input(signature, body)
+        else:
+            parsed = raw.parse(body, head_bytes, self._limits, self._max_rows)
+            if not signature.converter.takes({each.name: None for each in parsed.head.inputs}):
+                return None
+            check_reserved(parsed.head.parameters)
+            options = self._options(parsed.head)
+            given = raw.read(signature, parsed, self._limits, self._max_rows)
+        arrays, sizes = raw.converted(signature, given)
+        spec = self._fit(sizes, (), 0, options)
+        tensors = [memoryview(array.reshape(-1).view(np.uint8)) for array in arrays]
+        return InferRequest(spec, tensors, sum(array.nbytes for array in arrays))
 
     def repeated(self, body: bytes, head_bytes: int | None) -> RequestSpec | None:
         """The spec of a body that repeats the JSON part of the one before it.
@@ -340,6 +374,7 @@ class Decoder:
             id=options.id,
             timeout_s=options.timeout_s,
             priority=options.priority,
+            named=any(signature.outputs[index].labels for index, _ in options.outputs),
         )
 
     def _options(self, request: RequestHead) -> _Options:

@@ -1,0 +1,63 @@
+"""Tokenizers that an artifact carries as data: JSON of Hugging Face's `tokenizers`."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from typing import Any
+
+from lepton_xla.errors import ArtifactError, InputError
+
+MAX_TOKENIZER_BYTES = 64 << 20
+
+
+class HuggingFace:
+    """A tokenizer of Hugging Face's `tokenizers`, which the extra `text` installs.
+
+    Args:
+        data: its JSON.
+        length: largest number of tokens of a text, if what the JSON says of lengths and padding is not to hold.
+        truncate: whether longer texts are cut to this length, special tokens kept.
+
+    Raises:
+        ArtifactError: if it cannot be read, or the package is missing.
+    """
+
+    def __init__(self, data: bytes, length: int | None = None, *, truncate: bool = False) -> None:
+        if len(data) > MAX_TOKENIZER_BYTES:
+            raise ArtifactError(f"the tokenizer has {len(data)} bytes, more than {MAX_TOKENIZER_BYTES}")
+        try:
+            tokenizers: Any = importlib.import_module("tokenizers")
+        except ImportError as error:
+            raise ArtifactError(
+                "the model has a tokenizer, which the package tokenizers reads: pip install lepton-xla[text]"
+            ) from error
+        try:
+            self._tokenizer: Any = tokenizers.Tokenizer.from_str(data.decode())
+            if length is not None:
+                self._tokenizer.no_padding()
+                self._tokenizer.no_truncation()
+                if truncate:
+                    self._tokenizer.enable_truncation(length)
+        except Exception as error:  # of no class of its own
+            raise ArtifactError(f"the tokenizer cannot be read: {error}") from error
+
+    def encode(self, text: str) -> list[int]:
+        """The tokens of a text, with the special ones that the tokenizer adds.
+
+        Raises:
+            InputError: for text that is not Unicode.
+        """
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise InputError("the prompt is not valid Unicode: it holds half of a surrogate pair") from error
+        return list(self._tokenizer.encode(text).ids)
+
+    def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
+        """The tokens of several texts, as `encode`, which other threads of Python may go on beside."""
+        return [list(each.ids) for each in self._tokenizer.encode_batch(list(texts))]
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """The text of tokens, without special ones."""
+        return str(self._tokenizer.decode(list(tokens), skip_special_tokens=True))
