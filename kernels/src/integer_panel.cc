@@ -1,7 +1,8 @@
-// The product of many rows of codes: see integer_product.h. For AVX-512 VNNI.
+// The product of many rows of codes: see integer_product.h. For AVX-512 VNNI and AVX2.
 //
-// A panel of 64 columns is packed for each call: four codes of 16 columns fill a register, so that no sum is spread over
-// lanes. That costs one pass over the weight, which many rows make up for, and the weight is stored once, as it is.
+// A panel of 64 columns is packed for each call: a few codes of each of several columns fill a register, so that no sum
+// is spread over lanes. That costs one pass over the weight, which many rows make up for, and the weight is stored once,
+// as it is.
 #include "integer_product.h"
 
 #include "finish.h"
@@ -136,6 +137,122 @@ void integer_panel(const IntegerProduct& p, int64_t row, int64_t row_end, int64_
       case 4: tile<4>(p, columns, packed, row, column); break;
       case 5: tile<5>(p, columns, packed, row, column); break;
       default: tile<kRows>(p, columns, packed, row, column);
+    }
+    finish(p.epilogue, p.y, p.n, row, row + rows, column, column_end);
+  }
+}
+
+}  // namespace lepton::VARIANT
+#elif defined(__AVX2__)
+namespace lepton::VARIANT {
+namespace {
+
+// Codes are widened to 16 bits, whose products of pairs fit into 32.
+constexpr int kRows = 4, kStep = 2, kGroup = 2 * kLanes;
+
+// Swaps the rows and columns of 8 registers of 8 integers.
+inline void transpose(__m256i (&r)[8]) {
+  __m256i t[8];
+#pragma GCC unroll 4
+  for (int i = 0; i < 8; i += 2) {
+    t[i] = _mm256_unpacklo_epi32(r[i], r[i + 1]);
+    t[i + 1] = _mm256_unpackhi_epi32(r[i], r[i + 1]);
+  }
+#pragma GCC unroll 2
+  for (int i = 0; i < 8; i += 4) {
+    r[i] = _mm256_unpacklo_epi64(t[i], t[i + 2]);
+    r[i + 1] = _mm256_unpackhi_epi64(t[i], t[i + 2]);
+    r[i + 2] = _mm256_unpacklo_epi64(t[i + 1], t[i + 3]);
+    r[i + 3] = _mm256_unpackhi_epi64(t[i + 1], t[i + 3]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    t[i] = _mm256_permute2x128_si256(r[i], r[i + 4], 0x20);
+    t[i + 4] = _mm256_permute2x128_si256(r[i], r[i + 4], 0x31);
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i) r[i] = t[i];
+}
+
+// Packs columns as [4 groups, K / 2, 16 columns, 2], zeros where there are none.
+void pack(const IntegerProduct& p, int64_t column, int16_t* to) {
+  const int64_t steps = (p.k + kStep - 1) / kStep;
+  for (int64_t c = 0; c < IntegerProduct::kPanelColumns; c += kLanes) {
+    for (int64_t k = 0; k < p.k; k += 16) {
+      __m256i block[8];
+      for (int j = 0; j < 8; ++j) {
+        const int64_t at = column + c + j;
+        int8_t rest[16] = {};
+        const int8_t* from = p.codes + at * p.k + k;
+        if (at >= p.n || p.k - k < 16) {
+          for (int64_t i = 0; at < p.n && i < p.k - k; ++i) rest[i] = from[i];
+          from = rest;
+        }
+        block[j] = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+      }
+      transpose(block);
+      int16_t* at = to + ((c / kGroup) * steps + k / kStep) * kGroup * kStep + c % kGroup * kStep;
+      for (int64_t j = 0; j < 8 && k / kStep + j < steps; ++j)
+        _mm256_store_si256(reinterpret_cast<__m256i*>(at + j * kGroup * kStep), block[j]);
+    }
+  }
+}
+
+template <int MR>
+void tile(const IntegerProduct& p, const int16_t* x, const int16_t* w, int64_t row, int64_t column) {
+  const int64_t depth = p.padded_depth();
+  __m256i sums[MR][2];
+#pragma GCC unroll 4
+  for (int i = 0; i < MR; ++i) sums[i][0] = sums[i][1] = _mm256_setzero_si256();
+  for (int64_t k = 0; k < p.k; k += kStep, w += kGroup * kStep) {
+    const __m256i first = _mm256_load_si256(reinterpret_cast<const __m256i*>(w));
+    const __m256i second = _mm256_load_si256(reinterpret_cast<const __m256i*>(w) + 1);
+#pragma GCC unroll 4
+    for (int i = 0; i < MR; ++i) {
+      int32_t pair;
+      __builtin_memcpy(&pair, x + i * depth + k, 4);
+      const __m256i left = _mm256_set1_epi32(pair);
+      sums[i][0] = _mm256_add_epi32(sums[i][0], _mm256_madd_epi16(left, first));
+      sums[i][1] = _mm256_add_epi32(sums[i][1], _mm256_madd_epi16(left, second));
+    }
+  }
+  for (int half = 0; half < 2; ++half) {
+    const int64_t at = column + half * kLanes;
+    const int count = p.n - at < kLanes ? static_cast<int>(p.n - at) : kLanes;
+    for (int i = 0; i < MR && count > 0; ++i) {
+      float* y = p.y + (row + i) * p.n + at;
+      const Floats total = as_floats((Ints)sums[i][half]);
+      const float scale = p.row_scale[row + i];
+      if (count == kLanes && !p.one_scale) {
+        store(y, total * (scale * load(p.scale + at)));
+      } else {
+        for (int lane = 0; lane < count; ++lane) y[lane] = total[lane] * (scale * p.scale[p.one_scale ? 0 : at + lane]);
+      }
+    }
+  }
+}
+
+}  // namespace
+
+void integer_panel(const IntegerProduct& p, int64_t row, int64_t row_end, int64_t column, int8_t* packed) {
+  auto* w = reinterpret_cast<int16_t*>(packed);
+  const int64_t depth = p.padded_depth(), steps = (p.k + kStep - 1) / kStep;
+  int16_t* x = w + steps * kStep * IntegerProduct::kPanelColumns;
+  pack(p, column, w);
+  const int64_t column_end = column + IntegerProduct::kPanelColumns < p.n ? column + IntegerProduct::kPanelColumns : p.n;
+  for (; row < row_end; row += kRows) {
+    const int64_t rows = row_end - row < kRows ? row_end - row : kRows;
+    const auto* codes = reinterpret_cast<const __m128i*>(p.rounded + row * depth);
+    for (int64_t i = 0; i < rows * depth / 16; ++i)
+      _mm256_store_si256(reinterpret_cast<__m256i*>(x) + i, _mm256_cvtepi8_epi16(_mm_loadu_si128(codes + i)));
+    for (int64_t at = column; at < column_end; at += kGroup) {
+      const int16_t* group = w + (at - column) * steps * kStep;
+      switch (rows) {
+        case 1: tile<1>(p, x, group, row, at); break;
+        case 2: tile<2>(p, x, group, row, at); break;
+        case 3: tile<3>(p, x, group, row, at); break;
+        default: tile<kRows>(p, x, group, row, at);
+      }
     }
     finish(p.epilogue, p.y, p.n, row, row + rows, column, column_end);
   }

@@ -23,8 +23,8 @@ struct IntegerProduct {
   float* row_scale;   // [M]
 
   int64_t padded_depth() const { return (k + 63) / 64 * 64; }
-  // Bytes of the columns of a panel, in the order in which `integer_panel` reads them.
-  int64_t panel_bytes() const { return (k + 3) / 4 * 4 * kPanelColumns; }
+  // Bytes that `integer_panel` needs at most: for the columns of a panel in 16 bits, and a few rows of x.
+  int64_t panel_bytes() const { return (k + 3) / 4 * 4 * kPanelColumns * 2 + padded_depth() * 8; }
 };
 
 using IntegerRangePart = void(const IntegerProduct&, int64_t begin, int64_t end);
@@ -33,7 +33,7 @@ using IntegerPart = void(const IntegerProduct&, int64_t row, int64_t row_end, in
 using IntegerPanel = void(const IntegerProduct&, int64_t row, int64_t row_end, int64_t column, int8_t* packed);
 
 namespace portable { IntegerRangePart round_rows; IntegerPart integer_product; }
-namespace avx2 { IntegerRangePart round_rows; IntegerPart integer_product; }
+namespace avx2 { IntegerRangePart round_rows; IntegerPart integer_product; IntegerPanel integer_panel; }
 namespace avx512 { IntegerRangePart round_rows; IntegerPart integer_product; IntegerPanel integer_panel; }
 
 }  // namespace lepton

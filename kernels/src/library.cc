@@ -37,7 +37,8 @@ const Variant kVariants[] = {
      avx512::weight_only_8, avx512::weight_only_4, avx512::round_rows, avx512::integer_product,
      avx512::integer_panel},
     {"avx2", [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }, avx2::weight_only_8,
-     avx2::weight_only_4, avx2::round_rows, avx2::integer_product, nullptr},
+     avx2::weight_only_4, avx2::round_rows, avx2::integer_product,
+     avx2::integer_panel},
 #endif
     {"portable", [] { return true; }, portable::weight_only_8, portable::weight_only_4, portable::round_rows,
      portable::integer_product, nullptr},
@@ -56,7 +57,7 @@ constexpr int64_t kPartRows = 64, kPartColumns = 512;
 constexpr int64_t kFirstLevelBytes = 24 << 10, kFewRows = 12;
 // From this number of rows on, a packed panel of a weight pays for packing; panels of more bytes leave the cache. Parts
 // of a panel have at least some rows, since each packs it again.
-constexpr int64_t kPanelRows = 16, kPanelBytes = 1 << 20, kPanelPartRows = 96;
+constexpr int64_t kPanelRows = 16, kPanelBytes = 2 << 20, kPanelPartRows = 96;
 
 // Reads the operands of an epilogue; false if they do not fit a result [m, n].
 bool read_epilogue(Epilogue& e, ffi::BufferR1<ffi::F32> bias, ffi::BufferR2<ffi::F32> residual, int64_t activation,
