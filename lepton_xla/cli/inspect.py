@@ -190,7 +190,8 @@ def _print(
 
 
 def _protection_lines(manifest: Manifest, signer: str) -> list[str]:
-    lines = [f"signed by the key {signer[:16]}, which `leptonx verify --key` checks"] if signer else []
+    lines = [f"certificate: {manifest.certificate}"] if manifest.certificate is not None else []
+    lines += [f"signed by the key {signer[:16]}, which `leptonx verify --key` checks"] if signer else []
     if manifest.encryption is not None:
         names = ", ".join(each.key[:16] for each in manifest.encryption.recipients)
         lines.append(f"encrypted with {manifest.encryption.cipher} for {names}")

@@ -229,6 +229,13 @@ def _limit_options(command: Callable[..., None]) -> Callable[..., None]:
     show_default=False,
 )
 @_option(
+    "--certificate-rollback",
+    False,
+    "Of a repository: when feedback speaks against what a version's certificate promises, move the label 'stable' back "
+    "to the version before. Without it, an alert says so.",
+    is_flag=True,
+)
+@_option(
     "--monitor/--no-monitor",
     True,
     "Compare what is asked and answered with the profile in the artifact (drift), and keep answers for feedback.",

@@ -53,6 +53,12 @@ if TYPE_CHECKING:
 )
 @click.option("-o", "--output", metavar="FILE.toml", help="Write the best recipe here, for leptonx compile --recipe.")
 @click.option("--artifact", metavar="PATH", help="Compile the best into an artifact, trained again if it was trained.")
+@click.option(
+    "--key",
+    type=click.Path(),
+    metavar="FILE",
+    help="Sign the artifact, and with it the certificate that it has, with this private key.",
+)
 @click.option("--overwrite", is_flag=True, help="Replace an artifact that is there.")
 @click.option("--points", metavar="FOLDER", help="Write the recipe of every point of the frontier into this folder.")
 @click.option("--report", metavar="FILE.html", help="Write a page with a plot, a table and what each weight became.")
@@ -76,6 +82,7 @@ def tune(
     journal: str | None,
     output: str | None,
     artifact: str | None,
+    key: str | None,
     overwrite: bool,
     points: str | None,
     report: str | None,
@@ -96,12 +103,15 @@ def tune(
       leptonx compile digits.py:model --recipe small.toml
     """
     given = _common.parse_buckets(buckets)
+    if key is not None and artifact is None:
+        raise click.UsageError("--key signs the artifact; give --artifact too")
     if artifact is not None:
         _common.check_free(artifact, overwrite=overwrite)
     for path in (output, report, journal, points):
         _common.check_folder(path)
     with _common.progress() as step:
         step("load JAX")
+        from lepton_xla import compiler
         from lepton_xla.cli import _models
         from lepton_xla.train import TrainSpec
         from lepton_xla.tuning import Budget, Constraints
@@ -144,7 +154,10 @@ def tune(
             _common.write(output, lambda: pathlib.Path(output).write_text(text, encoding="utf-8"))
         if artifact is not None and found.best is not None:
             step(f"build {found.best.name} again")
-            _compiled(spec, found, sizes, artifact).save(artifact, overwrite=overwrite)
+            made = _compiled(spec, found, sizes, artifact)
+            made.save(artifact, overwrite=overwrite)
+            if key is not None:
+                compiler.sign(artifact, key=key)
         if points is not None:
             _common.write(points, lambda: _write_points(pathlib.Path(points), found))
         if report is not None:
@@ -159,15 +172,19 @@ def tune(
 
 
 def _compiled(spec: Any, found: Tuning, sizes: Any, location: str) -> Any:
-    """The artifact of the best, with the profile of the calibration data."""
+    """The artifact of the best, with the profile of the calibration data and a certificate."""
     from lepton_xla import compiler
     from lepton_xla.cli import _models
     from lepton_xla.compiler.manifest import check_name
+    from lepton_xla.compiler.weights import stored_bytes
+    from lepton_xla.trees import name_leaves
 
     program = found.build()
     batches, examples = _models.calibration(spec, program)
     name = check_name(pathlib.PurePath(location).name.removesuffix(".lepton"))
-    return compiler.compile(program, sizes, name=name, examples=examples).with_profile(batches or ())
+    made = compiler.compile(program, sizes, name=name, examples=examples).with_profile(batches or ())
+    weights_bytes = stored_bytes(name_leaves(program.weights))
+    return made.with_certificate(found.certify(made.servable(), weights_bytes))
 
 
 def _write_points(folder: pathlib.Path, found: Tuning) -> None:

@@ -12,6 +12,7 @@ import jax
 import msgspec
 
 from lepton_xla.arguments import takes
+from lepton_xla.certificates import Certificate
 from lepton_xla.compiler import weights
 from lepton_xla.compiler.buckets import bucket_name, combinations
 from lepton_xla.compiler.code import Code
@@ -168,6 +169,21 @@ class Artifact:
         return dataclasses.replace(
             self, manifest=msgspec.structs.replace(self.manifest, profile=profile(self.servable(), batches))
         )
+
+    def with_certificate(self, certificate: Certificate) -> Artifact:
+        """Add what was found of the model; `sign` signs it with the artifact.
+
+        Args:
+            certificate: from `tuning.Tuning.certify`.
+
+        >>> found = dict(metric="accuracy", float_value=0.98, value=0.97, drop=0.9, low=0.1, high=1.7, rows=500)
+        >>> found |= dict(all_rows=1000, data="0" * 64, weights_bytes=16, float_bytes=64, recipe="int8", promised=0.95)
+        >>> program = lx.trace(lambda w, x: x @ w, jnp.eye(4), {"x": lx.TensorSpec(("batch", 4), "float32")})
+        >>> certificate = lx.tuning.Certificate(**found)
+        >>> lx.compile(program, {"batch": (1, 8)}).with_certificate(certificate).servable().certificate.promised
+        0.95
+        """
+        return dataclasses.replace(self, manifest=msgspec.structs.replace(self.manifest, certificate=certificate))
 
     def servable(self) -> Servable:
         """Make the model ready to run in this process, without files.

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 import numpy as np
 
+from lepton_xla.certificates import Certificate
 from lepton_xla.compiler.buckets import check_bucket_sizes
 from lepton_xla.compiler.devices import MeshEntry, Spec
 from lepton_xla.compiler.fingerprint import Fingerprint
@@ -250,6 +251,7 @@ class Manifest(_Struct, frozen=True, kw_only=True):
         reports: one per applied pass.
         metrics: the user's own metrics, such as accuracy.
         profile: what known inputs and outputs look like, for a server to notice that the data has drifted.
+        certificate: what was found of the compressed model when it was made, and what it promises.
         made_by: versions of the software, and the machine.
         encryption: how files are encrypted, if they are; sizes and digests are of what is stored.
         created: time of making, UTC, ISO 8601.
@@ -283,6 +285,7 @@ class Manifest(_Struct, frozen=True, kw_only=True):
     reports: tuple[dict[str, Any], ...]
     metrics: dict[str, Any]
     profile: Profile | None = None
+    certificate: Certificate | None = None
     made_by: dict[str, Any]
     created: str
     files: dict[str, FileEntry]

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lepton_xla.certificates import Certificate
 from lepton_xla.compiler import _xla
 from lepton_xla.compiler.buckets import BucketSizes, next_size, pad
 from lepton_xla.compiler.manifest import Manifest
@@ -114,6 +115,16 @@ class Servable:
         True
         """
         return self.manifest.profile
+
+    @property
+    def certificate(self) -> Certificate | None:
+        """What was found of the compressed model when it was made, if that was stored.
+
+        >>> program = lx.trace(lambda w, x: x @ w, jnp.eye(4), {"x": lx.TensorSpec(("batch", 4), "float32")})
+        >>> lx.compile(program, {"batch": (1,)}).servable().certificate is None
+        True
+        """
+        return self.manifest.certificate
 
     @property
     def device_count(self) -> int:

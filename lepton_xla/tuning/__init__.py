@@ -1,5 +1,6 @@
 """Measurements that help to write a recipe, and a search that writes it."""
 
+from lepton_xla.certificates import Certificate
 from lepton_xla.tuning.choices import CHOICES, Choice, Methods
 from lepton_xla.tuning.constraints import Budget, Constraints
 from lepton_xla.tuning.judging import Drop
@@ -11,6 +12,7 @@ from lepton_xla.tuning.trials import Trial
 __all__ = [
     "CHOICES",
     "Budget",
+    "Certificate",
     "Choice",
     "Constraints",
     "Drop",

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from lepton_xla.certificates import Certificate, promise
 from lepton_xla.errors import LeptonError, TuningError, first_line
 from lepton_xla.modelspec import Predict
 from lepton_xla.program import Program
@@ -186,6 +187,30 @@ class Judge:
         """The drop in points on the rows that candidates are chosen by."""
         outputs = [{name: np.asarray(each) for name, each in predict(**inputs).items()} for inputs in self._inputs]
         return self._drop(outputs, self._judged)
+
+    def certify(self, predict: Predict, *, recipe: str, weights_bytes: int, float_bytes: int) -> Certificate:
+        """Measure a finished model, and state what was found.
+
+        Args:
+            predict: the model.
+            recipe: name of its recipe.
+            weights_bytes, float_bytes: bytes of its weights on disk, and of the float model's.
+
+        Raises:
+            TuningError: if `evaluate` fails or gives NaN for it, or there are too few rows for an interval.
+        """
+        found = self(predict)
+        drop, value = found.reported, self.metrics[self.metric]
+        if not math.isfinite(drop.high):
+            raise TuningError(f"evaluate asks for {self.rows} rows, too few for the interval that a certificate states")
+        right = round(value * self.rows)
+        is_accuracy = self.metric == "accuracy" and self.counts_rows and self._sign > 0 and 0 <= value <= 1
+        return Certificate(
+            metric=self.metric, float_value=value, value=found.metrics[self.metric], drop=drop.points, low=drop.low,
+            high=drop.high, rows=drop.rows, all_rows=self.rows, data=self.rows_digest, weights_bytes=weights_bytes,
+            float_bytes=float_bytes, recipe=recipe,
+            promised=promise(right, self.rows, drop.high) if is_accuracy else None,
+        )  # fmt: skip
 
     def _interval(self, drops: np.ndarray, blocks: Sequence[np.ndarray], max_drop: float | None) -> Drop:
         from scipy.stats import t

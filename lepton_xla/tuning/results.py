@@ -7,9 +7,12 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
+from lepton_xla.certificates import Certificate
 from lepton_xla.errors import TuningError
+from lepton_xla.modelspec import Predict
 from lepton_xla.program import Program
 from lepton_xla.tuning.constraints import Constraints, Objective
+from lepton_xla.tuning.judging import Judge
 from lepton_xla.tuning.trials import Trial
 
 type Stop = Literal["done", "time", "trials", "interrupted"]
@@ -30,6 +33,7 @@ class Tuning:
         sites: for each group its sites, and for each choice its name, estimated error and bytes.
         stopped: why the search ended: it had nothing left to try, no time, no trials, or was interrupted.
         seconds: the time it took.
+        judge: compares models with the float one.
         maker: builds a trial's program again; see `build`.
 
     >>> small, large = (Trial(name, "", "chosen", {}, {}, drop, None, 0.1, size) for name, drop, size in
@@ -53,6 +57,7 @@ class Tuning:
     sites: tuple[dict[str, Any], ...] = ()
     stopped: Stop = "done"
     seconds: float = 0.0
+    judge: Judge | None = dataclasses.field(default=None, repr=False, compare=False)
     maker: Callable[[Trial], Program] | None = dataclasses.field(default=None, repr=False, compare=False)
 
     def build(self, trial: Trial | None = None) -> Program:
@@ -72,6 +77,28 @@ class Tuning:
         if chosen is None or chosen.failure or self.maker is None:
             raise TuningError("no recipe that was measured keeps to the constraints, so none can be built")
         return self.maker(chosen)
+
+    def certify(self, predict: Predict, weights_bytes: int, trial: Trial | None = None) -> Certificate:
+        """Measure a model that was built and compiled, on the rows of `evaluate`, and state what was found.
+
+        Args:
+            predict: the model, such as `artifact.servable()`.
+            weights_bytes: bytes of its weights on disk.
+            trial: the trial that it was built from; by default the best.
+
+        Raises:
+            TuningError: if there is no such trial, or `evaluate` fails.
+
+        >>> Tuning(Constraints(), "bytes", "accuracy", {}, 800, None, None, ()).certify(lambda **inputs: {}, 100)
+        Traceback (most recent call last):
+        lepton_xla.errors.TuningError: no recipe that was measured keeps to the constraints, so none can be certified
+        """
+        chosen = trial or self.best
+        if chosen is None or self.judge is None:
+            raise TuningError("no recipe that was measured keeps to the constraints, so none can be certified")
+        return self.judge.certify(
+            predict, recipe=chosen.name, weights_bytes=weights_bytes, float_bytes=self.float_bytes
+        )
 
     @property
     def frontier(self) -> tuple[Trial, ...]:

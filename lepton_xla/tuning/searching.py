@@ -174,6 +174,7 @@ def tune(
         sites=tuple(estimates.described()) if estimates is not None else (),
         stopped=search.stopped,
         seconds=time.monotonic() - began,
+        judge=judge,
         maker=functools.partial(_built, shop, trainer),
     )
 

@@ -271,3 +271,23 @@ def test_the_page_is_one_file_without_addresses(smallest):
     assert document["best"]["choices"] == tuned.best.choices
     nothing = dataclasses.replace(tuned, trials=(), best=None, nearest=None)
     assert "Nothing was measured." in page("m", nothing)
+
+
+def test_what_was_built_is_certified(smallest):
+    tuned, _ = smallest
+    program = tuned.build()
+
+    def predict(**inputs):
+        return {"output": np.asarray(program.fn(program.weights, inputs["x"]))}
+
+    certificate = tuned.certify(predict, tuned.best.bytes)
+    reported = tuned.best.reported
+    assert (certificate.drop, certificate.low, certificate.high, certificate.rows) == pytest.approx(
+        (reported.points, reported.low, reported.high, 300)
+    )
+    assert (certificate.value, certificate.float_value) == pytest.approx((tuned.best.metrics["accuracy"], 1.0))
+    # 600 of 600 right: at least 0.025 ** (1 / 600) of all rows, less the drop's upper end.
+    assert certificate.promised == pytest.approx(0.025 ** (1 / 600) - max(reported.high, 0) / 100)
+    assert (certificate.weights_bytes, certificate.float_bytes) == (tuned.best.bytes, tuned.float_bytes)
+    by_loss = found(evaluate=lambda predict: {"loss": 1 - evaluate(predict)["accuracy"]}, lower_is_better=True)
+    assert by_loss.certify(predict, 1).promised is None

@@ -94,6 +94,7 @@ class HTTPFrontEnd:
         metrics.monitoring = Monitoring(rules, url_of((options.host, options.port), options), sends=sends)
         self._gather: Gather = gather or (lambda then: then(metrics))
         self._director: Director | None = None
+        self._revoked: dict[tuple[str, str], asyncio.Task[None]] = {}
         self._counted: ServerMetrics | None = None
         self._directing: asyncio.Task[None] | None = None
         if sends and control is not None and repository:
@@ -147,7 +148,7 @@ class HTTPFrontEnd:
         finally:
             sweeper.cancel()
             looking.cancel()
-            for task in (self._directing, self._adjusting):
+            for task in (self._directing, self._adjusting, *self._revoked.values()):
                 if task is not None:
                     task.cancel()
             self._metrics.monitoring.close()
@@ -173,9 +174,16 @@ class HTTPFrontEnd:
                 each.signature.name, each.signature.version,
                 metrics.of(each.signature.name, each.signature.version).counts(), each.metrics.request_s.bounds,
                 None if each.metrics.monitor is None else each.metrics.monitor.profile,
+                getattr(each.model, "certificate", None),
             )
             for each in self._models
         )  # fmt: skip
+        if self._director is not None and self._options.certificate_rollback:
+            for name, version in metrics.monitoring.broken:
+                if (name, version) not in self._revoked:
+                    self._revoked[name, version] = asyncio.get_running_loop().create_task(
+                        self._director.revoke(name, version)
+                    )
         if self._director is not None and (self._directing is None or self._directing.done()):
             self._directing = asyncio.get_running_loop().create_task(self._direct(self._director, metrics))
         if self._adjuster is not None and (self._adjusting is None or self._adjusting.done()):

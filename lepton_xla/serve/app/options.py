@@ -40,6 +40,8 @@ class Options:
         stop_timeout_s: how long after that a stop waits for answers.
         access_log_sample: of the requests, 0 to 1, that the log gets a line of.
         alerts: file of alert rules, see `leptonx alerts`; None has none.
+        certificate_rollback: move a label from a version whose certificate does not hold, by feedback, back to the
+            version that it stood on before; only of a repository. Otherwise an alert says so.
         monitor: whether to compare what is asked and answered with the profile that the artifact has, and to keep
             answers for feedback.
         samples: folder to keep sampled requests in, with their answers and the feedback that comes for them; None keeps
@@ -90,6 +92,7 @@ class Options:
     stop_timeout_s: float = 30.0
     access_log_sample: float = 0.0
     alerts: Path | None = None
+    certificate_rollback: bool = False
     monitor: bool = True
     samples: Path | None = None
     samples_rate: float = 1.0

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
+from lepton_xla.certificates import Certificate
 from lepton_xla.profiles import Profile, tensor_of
 from lepton_xla.serve.monitor.drift import Drift, drifts
 from lepton_xla.serve.monitor.history import Counts, History
@@ -22,11 +23,13 @@ class Subject(NamedTuple):
         history: its counters.
         bounds: upper bounds of the bins of `request_s`, seconds.
         profile: of the known data, if its artifact has one.
+        certificate: of what it promises, if its artifact has one.
     """
 
     history: History
     bounds: Sequence[float]
     profile: Profile | None
+    certificate: Certificate | None = None
 
 
 @dataclasses.dataclass(slots=True)
@@ -87,6 +90,8 @@ class Alerts:
         for (model, version), subject in subjects.items():
             drift_over: dict[float, dict[str, Drift] | None] = {}
             for rule in self._rules:
+                if rule.condition.quantity == "certificate" and subject.certificate is None:
+                    continue
                 if rule.model in ("", model) and rule.version in ("", version):
                     key = (rule.name, model, version)
                     seen.add(key)
@@ -141,6 +146,8 @@ def measure(
     name, history = condition.quantity, subject.history
     if name == "queue":
         return history.now.get("now", {}).get("queue_rows")
+    if name == "certificate":
+        return history.now.get("certificate")
     if name in ("accuracy", "recall", "precision"):
         counted = history.last(int(condition.over), judged_rows)
         return None if counted is None else _rightness(condition, counted["feedback"])

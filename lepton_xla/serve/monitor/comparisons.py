@@ -96,8 +96,10 @@ def parse_comparison(text: str) -> Comparison:
         condition = parse_condition(plain)
     except ServeError as error:
         raise ServeError(str(error).replace(repr(plain), repr(text))) from None
-    if condition.quantity == "falls":
-        raise ServeError(f"{text!r}: falls are for alerts; compare accuracy itself, such as accuracy < stable surely")
+    if condition.quantity in ("falls", "certificate"):
+        raise ServeError(
+            f"{text!r}: {condition.quantity} is for alerts; compare accuracy itself, such as accuracy < stable surely"
+        )
     if found is not None and condition.quantity == "agreement":
         raise ServeError(f"{text!r}: agreement is with the stable version: compare it with a number")
     if found is not None and sign == "*":

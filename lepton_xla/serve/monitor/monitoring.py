@@ -8,12 +8,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from time import time
 from typing import NamedTuple
 
+from lepton_xla.certificates import Certificate, Evidence
 from lepton_xla.profiles import Profile
 from lepton_xla.serve.monitor.alerts import Alert, Alerts, Subject, drift_now, judged_rows, measure
 from lepton_xla.serve.monitor.drift import Drift
 from lepton_xla.serve.monitor.falls import Falls
 from lepton_xla.serve.monitor.history import Counts, History
-from lepton_xla.serve.monitor.rules import QUANTITIES, Rules, parse_condition
+from lepton_xla.serve.monitor.rules import QUANTITIES, Rule, Rules, parse_condition
 from lepton_xla.serve.monitor.webhooks import Sender, summary_of
 
 _log = logging.getLogger("lepton_xla.serve")
@@ -21,6 +22,14 @@ _log = logging.getLogger("lepton_xla.serve")
 _KEPT = ("request_s", "failures", "rejected", "expired", "sketch", "feedback", "shadow")
 _OF_A_PROFILE = ("drift", "ks", "missing")
 _DRIFT_ROWS = int(QUANTITIES["drift"].default)
+CERTIFIED = Rule(
+    name="certificate",
+    when="certificate > 10000",
+    condition=parse_condition("certificate > 10000"),
+    severity="critical",
+    summary="the accuracy that the artifact's certificate promises does not hold",
+)
+"""The rule that versions with a certificate are looked at by, unless there is another about it."""
 _ACCURACY = parse_condition("accuracy < 1")
 
 
@@ -32,6 +41,7 @@ class Watched(NamedTuple):
         counts: what was counted of it in all processes.
         bounds: upper bounds of the bins of `request_s`, seconds.
         profile: of the known data, if its artifact has one.
+        certificate: of what it promises, if its artifact has one.
     """
 
     model: str
@@ -39,6 +49,24 @@ class Watched(NamedTuple):
     counts: Counts
     bounds: Sequence[float]
     profile: Profile | None
+    certificate: Certificate | None = None
+
+
+class _Promise:
+    """What a version's certificate promises, and the evidence against it in its feedback."""
+
+    def __init__(self, certificate: Certificate) -> None:
+        assert certificate.promised is not None
+        self.certificate = certificate
+        self._evidence = Evidence(certificate.promised)
+        self._right = self._wrong = 0
+
+    def look(self, counts: Counts) -> float:
+        feedback = counts.get("feedback") or {"right": 0, "wrong": 0}
+        right, wrong = feedback["right"], feedback["wrong"]
+        self._evidence.add(max(0, right - self._right), max(0, wrong - self._wrong))
+        self._right, self._wrong = right, wrong
+        return self._evidence.value
 
 
 class Monitoring:
@@ -65,7 +93,10 @@ class Monitoring:
     ) -> None:
         rules = rules or Rules()
         self._clock = clock
-        self._alerts = Alerts(rules.rules, self._tell)
+        known = rules.rules
+        if not any(each.condition.quantity == "certificate" for each in known):
+            known = (*known, CERTIFIED)
+        self._alerts = Alerts(known, self._tell)
         self._sender = Sender(rules.webhooks if sends else (), server_url)
         self._subjects: dict[tuple[str, str], Subject] = {}
         self._streams = {each.condition.argument for each in rules.rules if each.condition.quantity == "falls"}
@@ -73,6 +104,7 @@ class Monitoring:
         if self._streams:
             Falls(self._streams)  # without its package the server does not start
         self._drifts: dict[tuple[str, str], dict[str, Drift]] = {}
+        self._evidence: dict[tuple[str, str], _Promise] = {}
 
     @property
     def alerts(self) -> Iterator[Alert]:
@@ -83,6 +115,15 @@ class Monitoring:
     def drifts(self) -> Mapping[tuple[str, str], Mapping[str, Drift]]:
         """(model, version) -> feature -> its drift over the last 500 rows."""
         return self._drifts
+
+    @property
+    def broken(self) -> list[tuple[str, str]]:
+        """(model, version) of each whose certificate does not hold any more."""
+        return [
+            (alert.model, alert.version)
+            for alert in self._alerts
+            if alert.state == "firing" and alert.rule.condition.quantity == "certificate"
+        ]
 
     def accuracy(self, model: str, version: str) -> float | None:
         """The accuracy over the last 1,000 rows with feedback, or all if there are fewer; None without any."""
@@ -110,13 +151,19 @@ class Monitoring:
                 if falls is None:
                     falls = self._falls[key] = Falls(self._streams)
                 counts["falls"] = falls.look(counts, each.profile)
+            if each.certificate is not None and each.certificate.promised is not None:
+                promise = self._evidence.get(key)
+                if promise is None or promise.certificate != each.certificate:
+                    promise = self._evidence[key] = _Promise(each.certificate)
+                counts["certificate"] = promise.look(counts)
             news = history.add(now_s, {**counts, "now": queued})
-            subjects[key] = subject = Subject(history, each.bounds, each.profile)
+            subjects[key] = subject = Subject(history, each.bounds, each.profile, each.certificate)
             if news and (found := drift_now(subject, _DRIFT_ROWS)) is not None:
                 self._drifts[key] = found
         self._subjects = subjects
         self._drifts = {key: each for key, each in self._drifts.items() if key in subjects}
         self._falls = {key: each for key, each in self._falls.items() if key in subjects}
+        self._evidence = {key: each for key, each in self._evidence.items() if key in subjects}
         self._alerts.look(now_s, subjects)
 
     def _tell(self, alert: Alert) -> None:

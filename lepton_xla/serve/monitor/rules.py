@@ -68,6 +68,8 @@ QUANTITIES: dict[str, Quantity] = {
                           "rows", 1000),
     "falls": Quantity("how often ADWIN (extra `drift`) has found that the mean has fallen", ("",), "required", "time",
                       600, ("accuracy", "confidence")),
+    "certificate": Quantity("evidence in feedback that the accuracy which the artifact's certificate promises does not "
+                            "hold; by chance it comes to v in v looks", ("",), "none", "now"),
 }  # fmt: skip
 
 _CONDITION = re.compile(

@@ -128,6 +128,25 @@ class Director:
             except (RepositoryError, OSError) as error:
                 _log.error("the rollout of model %s cannot be carried out now: %s", name, error)
 
+    async def revoke(self, name: str, version: str) -> None:
+        """Moves the label `stable` from a version whose certificate does not hold back to the one before."""
+        try:
+            found = await asyncio.to_thread(self._repository.find, name)
+            if found.settings.labels.get(_STABLE) != version:
+                return
+            _, before = await asyncio.to_thread(self._repository.rollback, name, _STABLE)
+        except (RepositoryError, OSError) as error:
+            _log.error(
+                "version %s of model %s keeps its label, though its certificate does not hold: %s", version, name, error
+            )
+            self._record("certificate", "rollback", f"{name}/{version}", "failed", reason=str(error))
+            return
+        _log.warning(
+            "the certificate of version %s of model %s does not hold: back to version %s", version, name, before
+        )
+        self._record("certificate", "rollback", f"{name}/{version}", "done", reason=f"back to version {before}")
+        await self._reroute(name, "certificate")
+
     async def _look(self, name: str, known: Mapping[str, Known]) -> None:
         found = await asyncio.to_thread(self._repository.find, name)
         rollout, now_s = found.plan.rollout, self._clock()

@@ -92,5 +92,5 @@ def test_without_the_package_the_server_is_told_what_to_install(monkeypatch):
 def test_what_falls_is_named():
     with pytest.raises(ServeError, match=r"write falls\(accuracy\) or falls\(confidence\)"):
         parse_condition("falls(latency) > 0")
-    with pytest.raises(ServeError, match="falls are for alerts"):
+    with pytest.raises(ServeError, match="falls is for alerts"):
         parse_comparison("falls(accuracy) > 0")
