@@ -1,20 +1,18 @@
-"""Tokens per second of a decoder with random weights: formats of weights, sequences at once, and PyTorch beside it.
+"""Tokens per second of a decoder with random weights: formats of weights, sequences at once, other libraries beside it.
 
     python benchmarks/generation.py [--quick] [--pages] [--json FILE]
 
 The decoder has the shape of GPT-2 (12 layers of 768, 124 M weights with its tables of words and places): random weights
-take as long as trained ones. Every figure is greedy decoding after a prompt of 32 tokens; contenders take turns.
-Hugging Face transformers runs the same shape on PyTorch, with its own cache, if both are installed. The last table is
-of a new process: until the model is loaded, import included, and from there to the first token.
+take as long as trained ones. Every figure is greedy decoding after a prompt of 32 tokens; contenders take turns. Other
+libraries (`generation_peers.py`) take part if they are installed. Then clients stream from a server: one alone from a
+model with one slot, eight at once from one with eight. The last table is of a new process: until the model is loaded,
+import included, and from there to the first token.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
-import importlib
-import importlib.util
-import os
 import pathlib
 import statistics
 import subprocess
@@ -24,12 +22,16 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import generation_peers
 import harness
 import jax
 import jax.numpy as jnp
 import numpy as np
+from server_process import Server, free_port
 
 import lepton_xla as lx
+from lepton_xla.serve.client.endpoint import endpoint
+from lepton_xla.serve.load.streams import stream
 
 RECIPES = ("float32", "int8-weight-only", "int4-weight-only")
 SLOTS = (1, 8)
@@ -54,7 +56,10 @@ class Shape:
         self.tokens = 8 if quick else 32
 
 
-def decoder(shape: Shape) -> tuple[Any, tuple[Callable[..., Any], ...]]:
+type Functions = tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]]
+
+
+def decoder(shape: Shape) -> tuple[Any, Functions]:
     """Weights, and the three functions of `lx.Generator`."""
     random, D = np.random.default_rng(0), shape.width
 
@@ -126,26 +131,22 @@ def made(shape: Shape, recipe: str, slots: int, folder: pathlib.Path) -> tuple[p
     return path, lx.load(path).weights_bytes
 
 
-def transformers_calls(shape: Shape, prompts: np.ndarray) -> dict[str, Callable[[], Any]]:
-    """Greedy decoding of the same shape by Hugging Face transformers, if it is installed."""
-    if not all(importlib.util.find_spec(name) for name in ("torch", "transformers")):
-        return {}
-    torch: Any = importlib.import_module("torch")
-    transformers: Any = importlib.import_module("transformers")
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
-    config = transformers.GPT2Config(
-        vocab_size=shape.vocabulary, n_positions=shape.capacity, n_embd=shape.width, n_layer=shape.layers,
-        n_head=shape.heads, eos_token_id=None, bos_token_id=None,
-    )  # fmt: skip
-    model = transformers.GPT2LMHeadModel(config).eval()
-
-    def call(rows: int) -> Any:
-        with torch.inference_mode():
-            ids = torch.tensor(prompts[:rows])
-            options = {"max_new_tokens": shape.tokens, "min_new_tokens": shape.tokens, "do_sample": False}
-            return model.generate(ids, attention_mask=torch.ones_like(ids), pad_token_id=0, **options)
-
-    return {f"transformers {rows}": functools.partial(call, rows) for rows in SLOTS}
+def clients(path: pathlib.Path, connections: int, shape: Shape, seconds: float) -> float:
+    """Tokens per second that clients get from a server of an artifact, each streaming one prompt after the other."""
+    port = free_port()
+    command = [sys.executable, "-m", "lepton_xla", "serve", str(path), "--port", str(port)]
+    server = Server("ours", command, port, "/v2/health/ready", (None, {}))
+    try:
+        server.wait()
+        found = stream(
+            endpoint(f"http://127.0.0.1:{port}"), "decoder", connections=connections, seconds=seconds, warmup_s=1.0,
+            timeout_s=60.0, prompt=PROMPT, tokens=shape.tokens,
+        )  # fmt: skip
+    finally:
+        server.stop()
+    if found.errors:
+        raise RuntimeError(str(found.errors))
+    return found.tokens / found.seconds
 
 
 def start_s(path: pathlib.Path) -> dict[str, float]:
@@ -159,7 +160,7 @@ def measure(options: argparse.Namespace, folder: pathlib.Path) -> dict[str, Any]
     """All figures."""
     shape = Shape(options.quick)
     prompts = np.random.default_rng(1).integers(1, shape.vocabulary, (max(SLOTS), PROMPT))
-    calls: dict[str, Callable[[], Any]] = transformers_calls(shape, prompts)
+    calls = {} if options.quick else generation_peers.calls(shape, prompts, SLOTS, folder)
     weights_bytes: dict[str, int] = {}
     paths: dict[str, pathlib.Path] = {}
     for recipe in RECIPES:
@@ -171,17 +172,15 @@ def measure(options: argparse.Namespace, folder: pathlib.Path) -> dict[str, Any]
                 model.generate, prompts[:slots].tolist(), max_tokens=shape.tokens, ignore_end=True
             )
             weights_bytes[recipe], paths[recipe] = size, path
-    # Eight prompts, one after the other: what continuous batching is compared with.
-    single = lx.load(folder / "float32-1.lepton").generator
-
-    def one_by_one() -> None:
-        for prompt in prompts.tolist():
-            single.generate([prompt], max_tokens=shape.tokens, ignore_end=True)
-
-    calls["float32 one by one"] = one_by_one
-    times = harness.interleave(calls, rounds=5 if options.quick else 9, seconds=options.seconds)
+    times = harness.interleave(calls, rounds=5, seconds=options.seconds)
     sequences = {name: 1 if name.endswith(" 1") else max(SLOTS) for name in calls}
+    served = {
+        f"{recipe} {slots}": clients(folder / f"{recipe}-{slots}.lepton", slots, shape, 1.0 if options.quick else 8.0)
+        for recipe in RECIPES
+        for slots in SLOTS
+    }
     return {
+        "served_tokens_per_s": served,
         "tokens_per_s": {
             name: sequences[name] * shape.tokens / statistics.median(seconds) for name, seconds in times.items()
         },
@@ -194,26 +193,30 @@ def measure(options: argparse.Namespace, folder: pathlib.Path) -> dict[str, Any]
 def tables(found: Mapping[str, Any]) -> str:
     """The figures as Markdown."""
     speed, sizes = found["tokens_per_s"], found["weights_bytes"]
-    names = [name for name in ("transformers", *RECIPES) if f"{name} 1" in speed]
+    names = list(dict.fromkeys(name.rpartition(" ")[0] for name in speed))
+    torch = next((name for name in names if "PyTorch" in name), None)
     rows = [
         (
             name,
             *(f"{speed[f'{name} {slots}']:.1f}" for slots in SLOTS),
-            f"{speed[f'{name} 8'] / speed[f'{name} 1']:.2f}",
+            *(f"{speed[f'{name} {slots}'] / speed[f'{torch} {slots}']:.2f}" if torch else "" for slots in SLOTS),
             f"{sizes[name] / sizes['float32']:.3f}" if name in sizes else "",
         )
         for name in names
     ]
-    first = harness.markdown(
-        ("weights", "1 sequence, tokens/s", "8 at once, tokens/s", "gain", "bytes in memory, of float32's"), rows
+    heads = ("1 sequence, tokens/s", "8 at once, tokens/s", "1, of PyTorch's", "8, of PyTorch's")
+    first = harness.markdown(("weights", *heads, "bytes in memory, of float32's"), rows)
+    served = found["served_tokens_per_s"]
+    through = [(name, *(served[f"{name} {slots}"] for slots in SLOTS)) for name in RECIPES]
+    second = harness.markdown(
+        ("through a server", "1 client, tokens/s", "8 clients, tokens/s", "gain"),
+        [(name, f"{one:.1f}", f"{eight:.1f}", f"{eight / one:.2f}") for name, one, eight in through],
     )
-    gain = speed["float32 8"] / speed["float32 one by one"]
     start = harness.markdown(
         ("new process", "loaded after, s", "then to the first token, s"),
         [(name, f"{each['loaded']:.2f}", f"{each['first_token']:.3f}") for name, each in found["start"].items()],
     )
-    said = f"Eight prompts at once take {gain:.2f} times less time than one after the other (float32)."
-    return "\n\n".join((first, said, start))
+    return "\n\n".join((first, second, start))
 
 
 def page(found: Mapping[str, Any]) -> str:
@@ -238,7 +241,7 @@ def main() -> int:
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         found = measure(options, pathlib.Path(folder))
-    run = harness.machine(("torch", "transformers")) | {"command": harness.command()}
+    run = harness.machine(generation_peers.PACKAGES) | {"command": harness.command()}
     result = {"decoder": {"found": found, "run": run}}
     print(tables(found))
     harness.write_json(options.json, result)

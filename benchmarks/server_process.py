@@ -11,7 +11,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 
 import psutil
 
@@ -26,7 +26,7 @@ class Server:
         command: what starts it.
         port: where it listens.
         path: of the route.
-        request: body and header fields of one request.
+        request: body and header fields of one request; without a body it is a GET.
         env: further environment.
         idles: whether it takes no processor time while nothing is asked; else it is stopped (SIGSTOP) meanwhile.
     """
@@ -37,7 +37,7 @@ class Server:
         command: Sequence[str],
         port: int,
         path: str,
-        request: tuple[bytes, dict[str, str]],
+        request: tuple[bytes | None, dict[str, str]],
         env: Mapping[str, str] | None = None,
         *,
         idles: bool = True,
@@ -138,7 +138,7 @@ class Server:
 
 
 @contextlib.contextmanager
-def turn(server: Server) -> Iterator[None]:
+def turn(server: Server) -> Generator[None]:
     """Resumes a paused server for a while."""
     if server.idles:
         yield

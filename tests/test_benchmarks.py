@@ -344,5 +344,6 @@ def test_a_decoder_is_timed_in_each_format_alone_and_with_others(tmp_path: pathl
     found = figures("generation.py", tmp_path, "--seconds", "5")["decoder"]["found"]
     for recipe in ("float32", "int8-weight-only", "int4-weight-only"):
         assert all(found["tokens_per_s"][f"{recipe} {slots}"] > 0 for slots in (1, 8))
+        assert all(found["served_tokens_per_s"][f"{recipe} {slots}"] > 0 for slots in (1, 8))
         assert found["start"][recipe]["first_token"] > 0
     assert found["weights_bytes"]["int8-weight-only"] < found["weights_bytes"]["float32"]

@@ -3,6 +3,7 @@
 import concurrent.futures
 import http.client
 import json
+import shutil
 import socket
 import struct
 import threading
@@ -92,10 +93,10 @@ def post(server, path, body, headers=None):
     return status, json.loads(answer)
 
 
-def stream(server, path, body):
+def stream(server, path, body=None, method="POST"):
     """Events of a stream as they are told, by a client of the standard library."""
     connection = http.client.HTTPConnection(*server.address, timeout=20)
-    connection.request("POST", path, json.dumps(body))
+    connection.request(method, path, None if body is None else json.dumps(body))
     answer = connection.getresponse()
     assert answer.status == 200
     assert answer.getheader("content-type") == "text/event-stream"
@@ -138,6 +139,69 @@ def test_generate_stream_tells_each_token(served):
     events = [json.loads(each) for each in stream(served, f"{GENERATE}_stream", {"text_input": "a", "max_tokens": 4})]
     assert [each["text_output"] for each in events] == ["b", "c", "d", "e", ""]
     assert events[-1]["details"]["finish_reason"] == "length"
+
+
+def test_an_event_source_gets_the_same_and_does_not_ask_again(served):
+    path = f"{GENERATE}_stream?text_input=a&max_tokens=20&stop=ef&stop=xyz"
+    *events, last = stream(served, path, method="GET")
+    assert last.startswith("id: ended\ndata: ")
+    told = [json.loads(each) for each in events]
+    assert "".join(each["text_output"] for each in told) == "bcd"
+    assert json.loads(last.partition("data: ")[2])["details"]["finish_reason"] == "stop"
+    connection = http.client.HTTPConnection(*served.address, timeout=20)
+    for method, headers, status in (("GET", {"Last-Event-ID": "ended"}, 204), ("HEAD", {}, 200)):
+        connection.request(method, path, headers=headers)
+        answer = connection.getresponse()
+        assert (answer.status, answer.read()) == (status, b"")
+    connection.close()
+
+
+@pytest.mark.parametrize(
+    ("query", "message"),
+    [
+        ("", "either text_input or input_ids"),
+        ("text_input=", "the prompt is empty"),
+        ("text_input=%ff", "not UTF-8"),
+        ("text_input=a&text_input=b", "has 'text_input' 2 times"),
+        ("input_ids=1,x", "not numbers"),
+        ("input_ids=1,128", "is not one of the 128 tokens"),
+        ("text_input=a&temperature=hot", "temperature"),
+        ("text_input=a&wishes=3", "unknown parameter 'wishes'"),
+        ("text_input=a&" + "&".join(f"a{n}=1" for n in range(80)), "too many fields"),
+    ],
+)
+def test_bad_queries_are_refused_before_any_work(served, letters, query, message):
+    status, _, body = exchange(served, "GET", f"{GENERATE}_stream?{query}")
+    assert (status, letters.stepper.decoded) == (400, [])
+    assert message in json.loads(body)["error"]
+
+
+@pytest.fixture
+def browser():
+    """A page of a headless Chromium. Neither it nor playwright is a package of the project."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    chromium = shutil.which("chromium") or shutil.which("google-chrome")
+    if chromium is None:
+        pytest.skip("there is no Chromium")
+    with playwright.sync_playwright() as run:
+        running = run.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        yield running.new_page()
+        running.close()
+
+
+@pytest.mark.slow
+def test_in_a_browser_an_event_source_reads_one_stream_and_ends(browser, served, letters):
+    browser.goto("http://{}:{}/ui".format(*served.address[:2]))
+    said = browser.evaluate(
+        """path => new Promise(resolve => {
+            const source = new EventSource(path), texts = [];
+            source.onmessage = event => texts.push(JSON.parse(event.data).text_output);
+            source.onerror = () => { if (source.readyState === EventSource.CLOSED) resolve(texts); };
+        })""",
+        f"{GENERATE}_stream?text_input=a&max_tokens=4",
+    )
+    assert said == ["b", "c", "d", "e", ""]
+    assert len(letters.stepper.decoded) == 3, "it was generated once"
 
 
 def test_a_stop_text_across_tokens_is_never_told(served):

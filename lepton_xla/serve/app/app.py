@@ -178,6 +178,7 @@ class App:
         self._pages.server["audit"] = AuditPage(audit_log, metrics, self.refuse).show
         generating = GenerationPages(models, metrics, limits, self.refuse)
         self._pages.model |= {"generate": generating.generate, "generate_stream": generating.stream}
+        self._pages.model["generate_events"] = generating.events
         self._pages.server |= {
             "completions": generating.complete,
             "chat_completions": generating.chat,

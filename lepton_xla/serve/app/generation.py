@@ -196,12 +196,36 @@ class GenerationPages:
         """Answers with an event for each token."""
         self._generate(model, exchange, stream=True)
 
+    def events(self, model: ModelHandle, exchange: Exchange) -> None:
+        """Answers an EventSource, which only does GET and asks again when a stream ends, until it gets 204."""
+        if exchange.head.headers.get(b"last-event-id", b"") == generation.ENDED:
+            self._metrics.codes[204] += 1
+            exchange.answer(204, b"")
+            return
+        if exchange.head.method == b"HEAD":
+            self._metrics.codes[200] += 1
+            exchange.answer(200, b"", _EVENTS[0])
+            return
+        request, fields = generation.read_query(exchange.head.target)
+        self._begin(model, exchange, request, generation.sampling_of(fields), stream=True, ended=generation.ENDED)
+
     def _generate(self, model: ModelHandle, exchange: Exchange, *, stream: bool) -> None:
         self._check_size(model, exchange)
         request, fields = generation.read(exchange.body, generation.GenerateRequest)
         known = {"text_input", "input_ids", "id", "parameters"}
         beside = {name: value for name, value in fields.items() if name not in known}
-        sampling = generation.sampling_of({**beside, **request.parameters})
+        self._begin(model, exchange, request, generation.sampling_of({**beside, **request.parameters}), stream=stream)
+
+    def _begin(
+        self,
+        model: ModelHandle,
+        exchange: Exchange,
+        request: generation.GenerateRequest,
+        sampling: Sampling,
+        *,
+        stream: bool,
+        ended: bytes = b"",
+    ) -> None:
         if (request.text_input is None) == (request.input_ids is None):
             raise HTTPError(400, "give either text_input or input_ids")
         prompt: Any = request.text_input if request.text_input is not None else request.input_ids
@@ -215,7 +239,7 @@ class GenerationPages:
 
         def write(_: int, sequence: Generation, token: int | None, text: str) -> bytes:
             if token is None:
-                return event(response(text_output=text, token_ids=[], details=details(sequence)))
+                return event(response(text_output=text, token_ids=[], details=details(sequence)), ended)
             return event(response(text_output=text, token_ids=[token]))
 
         def whole(sequences: list[Generation]) -> bytes:

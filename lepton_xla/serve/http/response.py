@@ -36,6 +36,8 @@ def respond(status: int, body_bytes: int, content_type: str = "application/json"
         extra: further header lines, such as `Retry-After: 1`.
     """
     lines = (f"Content-Type: {content_type}", f"Content-Length: {body_bytes}", *extra, "\r\n")
+    if status == 204:  # has no body, nor its length (RFC 9110, section 8.6)
+        lines = (*extra, "\r\n")
     fields = "\r\n".join(lines).encode("latin-1")
     return Response(status, fields, len(fields) + body_bytes)
 

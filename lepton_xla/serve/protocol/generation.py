@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
+from urllib.parse import parse_qs
 
 import msgspec
 
@@ -36,6 +37,9 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "logit_bias": (None, {}),
     "suffix": (None, ""),
 }
+_MAX_FIELDS = 64
+# The id of the last event for an EventSource, which asks again when a stream has ended, and tells the last id.
+ENDED = b"ended"
 _IGNORED = frozenset({"user", "model", "prompt", "messages", "stream_options", "metadata", "store", "id"})
 
 
@@ -152,6 +156,47 @@ def read[T](body: bytes, kind: type[T]) -> tuple[T, dict[str, Any]]:
         raise HTTPError(400, f"the request is not as it should be: {shortened(str(error))}") from error
 
 
+def read_query(target: bytes) -> tuple[GenerateRequest, dict[str, Any]]:
+    """Read the query of a request target; give the request, and its further fields.
+
+    Values are JSON where they are JSON and texts otherwise; `input_ids` are numbers separated by commas, and `stop` may
+    come several times.
+
+    Raises:
+        HTTPError: 400 for what is not UTF-8, comes twice, or is no number where one is needed.
+
+    >>> request, fields = read_query(b"/?text_input=12+hours&max_tokens=5&stop=.&stop=7")
+    >>> request.text_input, fields
+    ('12 hours', {'max_tokens': 5, 'stop': ['.', '7']})
+    """
+    query = target.partition(b"?")[2].decode("latin-1")
+    try:
+        given = parse_qs(query, keep_blank_values=True, max_num_fields=_MAX_FIELDS, errors="strict")
+    except (ValueError, UnicodeDecodeError) as error:
+        raise HTTPError(400, "the query is not UTF-8, or has too many fields") from error
+    fields: dict[str, Any] = {name: values for name, values in given.items() if name == "stop"}
+    request = GenerateRequest()
+    for name, values in given.items():
+        if name == "stop":
+            continue
+        if len(values) > 1:
+            raise HTTPError(400, f"the query has {shortened(name)} {len(values)} times")
+        (value,) = values
+        if name in ("text_input", "id"):
+            setattr(request, name, value)
+        elif name == "input_ids":
+            try:
+                request.input_ids = [int(part) for part in value.split(",")]
+            except ValueError as error:
+                raise HTTPError(400, "input_ids are not numbers separated by commas") from error
+        else:
+            try:
+                fields[name] = msgspec.json.decode(value)
+            except (msgspec.MsgspecError, RecursionError):
+                fields[name] = value
+    return request, fields
+
+
 def sampling_of(fields: Mapping[str, Any], defaults: Mapping[str, Any] | None = None) -> Sampling:
     """The sampling that a request asks for.
 
@@ -193,6 +238,7 @@ def chat_text(messages: list[Message]) -> str:
     return "".join(f"{message.role}: {message.content}\n" for message in messages) + "assistant:"
 
 
-def event(value: Any) -> bytes:
-    """One server-sent event."""
-    return b"data: " + (value if isinstance(value, bytes) else msgspec.json.encode(value)) + b"\n\n"
+def event(value: Any, name: bytes = b"") -> bytes:
+    """One server-sent event, with an id if a name is given."""
+    head = b"id: " + name + b"\n" if name else b""
+    return head + b"data: " + (value if isinstance(value, bytes) else msgspec.json.encode(value)) + b"\n\n"

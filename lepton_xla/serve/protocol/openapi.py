@@ -118,6 +118,9 @@ def _operation(route: Route, path: str, names: dict[str, list[str]], signatures:
     if route.name == "audit":
         most = {"type": "integer", "minimum": 1, "maximum": MAX_ENTRIES}
         parameters.append({"name": "limit", "in": "query", "description": "The most entries.", "schema": most})
+    if route.name == "generate_events":
+        for name, schema in (("text_input", {"type": "string"}), ("max_tokens", {"type": "integer", "minimum": 1})):
+            parameters.append({"name": name, "in": "query", "schema": schema})
     variant = "".join(f"_{name}" for name in names if name != "model") + "_slash" * path.endswith("/")
     operation: dict[str, Any] = {
         "operationId": route.name + variant,

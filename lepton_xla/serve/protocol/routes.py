@@ -87,6 +87,8 @@ ROUTES: tuple[Route, ...] = (
     Route("generate_stream", "POST", f"{_MODEL}/generate_stream", "infer",
           "The same, as a server-sent event for each token", request=generation.GenerateRequest,
           response="text/event-stream"),
+    Route("generate_events", "GET", f"{_MODEL}/generate_stream", "infer",
+          "The same for an EventSource: fields of the request in the query", response="text/event-stream"),
     Route("completions", "POST", "/v1/completions", "infer", "Continues texts, in OpenAI's form",
           request=generation.CompletionRequest, response=generation.Completion),
     Route("chat_completions", "POST", "/v1/chat/completions", "infer", "Continues a chat, in OpenAI's form",

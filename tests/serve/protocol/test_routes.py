@@ -78,7 +78,7 @@ def test_every_route_of_the_table_is_answered(server, route):
         status, headers, body = exchange(server, route.method, filled(path, values))
         assert status == (400 if route.scope == "infer" else 200)  # these need a body
         assert body
-        if route.method == "GET":
+        if route.method == "GET" and route.scope != "infer":
             probe, probed, nothing = exchange(server, "HEAD", filled(path, values))
             assert (probe, nothing) == (200, b"")
             assert probed["content-type"] == headers["content-type"]
