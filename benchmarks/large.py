@@ -1,6 +1,6 @@
 """Memory and time of a large model, from its trace to its first answer: each recipe in processes of its own.
 
-    python benchmarks/large.py [--millions 1000] [--recipes none,int8-weight-only,int8] [--quick] [--json FILE]
+    python benchmarks/large.py [--millions 1000] [--recipes none,int8-weight-only-nearest,...] [--quick] [--json FILE]
 
 A decoder with random float32 weights is traced, optimized, compiled and saved in one process, and loaded and asked in
 another. Memory is the most that a phase has, beyond that of the process before there were weights, as a multiple of the
@@ -29,7 +29,8 @@ import harness
 import journal
 import numpy as np
 
-RECIPES = ("none", "int8-weight-only", "int8")
+NEAREST = "-nearest"
+RECIPES = ("none", "int8-weight-only-nearest", "int8-weight-only", "int8-nearest", "int8")
 PHASES = ("trace", "optimize", "compile", "save", "load", "answer")
 LENGTH = 16
 LIMIT = 2.0
@@ -139,8 +140,14 @@ def make(millions: int, recipe: str, path: str) -> dict[str, Any]:
     if recipe != "none":
         random = np.random.default_rng(1)
         batches = [{"tokens": random.integers(0, 1000, (4, LENGTH)).astype(np.int32)} for _ in range(2)]
+        given = None if recipe.endswith(NEAREST) else batches
         optimized = functools.partial(
-            lx.optimize, program, lx.Recipe.load(recipe), calibration=batches, buckets={"batch": (1,)}, progress=tell
+            lx.optimize,
+            program,
+            lx.Recipe.load(recipe.removesuffix(NEAREST)),
+            calibration=given,
+            buckets={"batch": (1,)},
+            progress=tell,
         )
         program = phases.run("optimize", optimized)
         del optimized
@@ -153,7 +160,7 @@ def make(millions: int, recipe: str, path: str) -> dict[str, Any]:
 
 def tell(line: str) -> None:
     """Shows a step of `optimize`."""
-    print(f"    {line}", file=sys.stderr, flush=True)
+    print(f"    {memory()[0] / 1e6:,.0f} MB: {line}", file=sys.stderr, flush=True)
 
 
 def ask(path: str) -> dict[str, Any]:
@@ -217,7 +224,7 @@ def page(result: Mapping[str, Any]) -> str:
             "weights' bytes; the caller keeps the latest program alone. Resident memory has the pages of mapped files "
             "too, which the system drops when memory is short: of large models the weights that smoothing and GPTQ "
             f"change are kept in such files. The aim is a peak of {LIMIT:g} in every phase. Files were in the "
-            "page cache. `none` is no recipe."
+            "page cache. `none` is no recipe, and `-nearest` is without calibration data, so without GPTQ."
         ),
         tables(result["rows"]),
         harness.provenance(result["run"]),

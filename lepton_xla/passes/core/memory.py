@@ -15,7 +15,7 @@ import numpy as np
 from lepton_xla.trees import tree_bytes
 
 # Of models with so many bytes of weights the weights that a pass changes are kept in files.
-LARGE_BYTES = 1 << 30
+LARGE_BYTES = 1 << 29
 # Smaller arrays stay in memory: a file is mapped by whole pages.
 _ARRAY_BYTES = 1 << 20
 
