@@ -4,7 +4,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from lepton_xla import evaluation, launch, passes, sharding, train, trust, tuning
+    from lepton_xla import evaluation, explanation, launch, passes, sharding, train, trust, tuning
     from lepton_xla.adapters import Generator, from_linen, from_nnx
     from lepton_xla.compiler import Servable, compile, encrypt, load, sign, verify
     from lepton_xla.errors import (
@@ -69,6 +69,7 @@ __all__ = [
     "compile",
     "encrypt",
     "evaluation",
+    "explanation",
     "find_sites",
     "from_linen",
     "from_nnx",
@@ -129,7 +130,7 @@ _HOME = {name: module for module, names in _HOMES.items() for name in names}
 if not TYPE_CHECKING:  # otherwise a type checker would accept every misspelled name
 
     def __getattr__(name: str) -> object:
-        if name in ("evaluation", "launch", "passes", "sharding", "train", "trust", "tuning"):
+        if name in ("evaluation", "explanation", "launch", "passes", "sharding", "train", "trust", "tuning"):
             return importlib.import_module(f"lepton_xla.{name}")
         if name not in _HOME:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

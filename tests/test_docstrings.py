@@ -22,6 +22,7 @@ FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 PUBLIC = [
     "lepton_xla",
     "lepton_xla.evaluation",
+    "lepton_xla.explanation",
     "lepton_xla.launch",
     "lepton_xla.learning",
     "lepton_xla.optimization",

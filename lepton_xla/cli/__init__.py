@@ -31,6 +31,7 @@ COMMANDS = {
     "eval": "Compare models on the same rows: metrics, lost classes, cost.",
     "bench": "Compare an artifact's latency with the float model's.",
     "predict": "Run an artifact on input files.",
+    "explain": "Show which inputs a class comes from.",
     "generate": "Continue a prompt with an artifact that generates.",
     "map": "Run a large file of rows through an artifact.",
     "teach": "Store a teacher's answers, to train a student on.",

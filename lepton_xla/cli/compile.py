@@ -49,6 +49,12 @@ from lepton_xla.cli import _common
     is_flag=True,
     help="Keep the float weights in the artifact too, so that others can take their place without this model's code.",
 )
+@click.option(
+    "--explain",
+    type=click.Choice(["gradients", "occlusion"]),
+    help="Also write NAME-explain.lepton, which says what inputs a class comes from, for `leptonx explain`: by "
+    "integrated gradients, for float inputs, or by covering one element after the other, for any.",
+)
 @_common.json_option
 def compile(
     target: str,
@@ -66,6 +72,7 @@ def compile(
     topology: str | None,
     golden: str | None,
     keep_master: bool,
+    explain: str | None,
     as_json: bool,
 ) -> None:
     """Optimize the model TARGET with a recipe and compile it ahead of time into an artifact.
@@ -94,7 +101,7 @@ def compile(
         step("load JAX")
         import msgspec
 
-        from lepton_xla import compiler
+        from lepton_xla import compiler, explanation
         from lepton_xla.cli import _arrays, _models
         from lepton_xla.compiler.buckets import check_bucket_sizes
         from lepton_xla.compiler.manifest import check_name
@@ -110,6 +117,9 @@ def compile(
         model_name = check_name(name or stem)
         location = output or f"{model_name}.lepton"
         _common.check_free(location, overwrite=overwrite)
+        explaining = f"{location.rstrip('/').removesuffix('.lepton')}-explain.lepton"
+        if explain is not None:
+            _common.check_free(explaining, overwrite=overwrite)
 
         step(f"load {target}")
         spec = _models.load_target(target)
@@ -166,8 +176,16 @@ def compile(
             artifact = dataclasses.replace(artifact, manifest=manifest)
         step(f"save {location}")
         manifest = artifact.save(location, overwrite=overwrite)
+        if explain is not None:
+            step(f"compile {explaining}")
+            passes = {"gradients": explanation.integrated_gradients, "occlusion": explanation.occlusion}
+            explained = compiler.compile(
+                passes[explain](small), bucket_sizes, name=f"{model_name}-explain", examples=examples, progress=step
+            )
+            explained.save(explaining, overwrite=overwrite)
     document = {
         "path": location,
+        "explanation": explaining if explain is not None else None,
         "name": model_name,
         "recipe": chosen.name,
         "buckets": manifest.buckets,
@@ -213,4 +231,5 @@ def _print(document: Mapping[str, Any]) -> None:
         f"compiled, checked and exported in "
         f"{_common.seconds(document['compile_s'])} ({compiled})",
         f"wrote {document['path']}, {_common.size(document['artifact_bytes'])}",
+        *([f"wrote {document['explanation']}"] if document["explanation"] else []),
     )

@@ -1,0 +1,124 @@
+"""`leptonx explain`: which inputs a class comes from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import click
+
+from lepton_xla.cli import _common
+from lepton_xla.errors import InputError
+
+_PREFIX = "attribution/"
+# From what speaks against the class to what speaks for it.
+_AGAINST, _FOR = "=-.", ":+#@"
+_MOST_ROWS = 5
+_COMPLETE = 0.05
+
+
+@click.command()
+@click.argument("path")
+@click.option(
+    "--input",
+    "sources",
+    multiple=True,
+    required=True,
+    metavar="NAME=FILE.npy|FILE.npz|FILE.json|-",
+    help="Inputs, as of `leptonx predict`. Repeatable.",
+)
+@click.option("--target", type=click.IntRange(0), metavar="CLASS", help="The class. By default the most likely one.")
+@click.option("--top", type=click.IntRange(1), default=10, show_default=True, help="Features to show of each input.")
+@_common.json_option
+def explain(path: str, *, sources: tuple[str, ...], target: int | None, top: int, as_json: bool) -> None:
+    """Show which inputs a class comes from, by the artifact at PATH that `compile --explain` wrote.
+
+    The features that count most are listed, with their sign; of an input of two dimensions, such as an image, there is
+    a heat map: @ # + : speak for the class, = - against it.
+
+    \b
+      leptonx compile digits.py:model --explain gradients -o digits.lepton
+      leptonx explain digits-explain.lepton --input image=images.npy
+    """
+    with _common.progress() as step:
+        step("load JAX")
+        import numpy as np
+
+        from lepton_xla.cli import _arrays
+        from lepton_xla.compiler import load
+
+        inputs: dict[str, Any] = {}
+        for source in sources:
+            inputs |= _arrays.read(source)
+        step(f"load {path}")
+        servable = load(path)
+        if "target" not in servable.inputs or not any(name.startswith(_PREFIX) for name in servable.outputs):
+            raise InputError(f"{path} gives no attributions; write one that does by leptonx compile --explain")
+        known = {name: each for name, each in inputs.items() if name in servable.inputs}
+        declared = _arrays.as_declared(inputs, servable.inputs)
+        rows = len(next(iter(known.values()))) if known else 0
+        declared["target"] = np.full(rows, -1 if target is None else target, np.int32)
+        step("explain")
+        found = servable(**declared)
+    rows_found = [{name: np.asarray(each[row]) for name, each in found.items()} for row in range(rows)]
+    if as_json:
+        _common.print_json({"path": path, "rows": [_document(row, top) for row in rows_found]})
+        return
+    for place, row in enumerate(rows_found[:_MOST_ROWS]):
+        _show(place, row, top)
+    if rows > _MOST_ROWS:
+        _common.show(f"{rows - _MOST_ROWS} more rows; --json has all")
+
+
+def _document(row: Mapping[str, Any], top: int) -> dict[str, Any]:
+    parts = {name.removeprefix(_PREFIX): each for name, each in row.items() if name.startswith(_PREFIX)}
+    return {
+        "target": int(row["target"]),
+        "score": float(row["score"]),
+        "baseline": float(row["baseline"]),
+        "explained": float(sum(each.sum() for each in parts.values())),
+        "attributions": {name: each.tolist() for name, each in parts.items()},
+        "top": {name: _largest(each, top) for name, each in parts.items()},
+    }
+
+
+def _largest(values: Any, top: int) -> list[dict[str, Any]]:
+    import numpy as np
+
+    order = np.argsort(-np.abs(values), axis=None, kind="stable")[:top]
+    places = [tuple(map(int, np.unravel_index(place, values.shape))) for place in order]
+    return [{"at": list(place), "attribution": float(values[place])} for place in places]
+
+
+def _show(place: int, row: Mapping[str, Any], top: int) -> None:
+    document = _document(row, top)
+    change = document["score"] - document["baseline"]
+    said = (
+        f"row {place}: class {document['target']}, score {document['score']:.4g}, baseline {document['baseline']:.4g}"
+    )
+    gap = abs(document["explained"] - change)
+    lines = [said, f"attributions add up to {document['explained']:.4g} of {change:.4g}"]
+    if gap > _COMPLETE * max(abs(change), 1e-6):
+        lines[1] += ": by gradients they should; where products are rounded, or by occlusion, they need not"
+    _common.show(*lines)
+    for name, largest in document["top"].items():
+        values = row[_PREFIX + name]
+        shape = [size for size in values.shape if size != 1]
+        if len(shape) == 2 and shape[1] <= 100:
+            _common.show(*_heat_map(values.reshape(shape)))
+        cells = [(", ".join(map(str, each["at"])), f"{each['attribution']:+.4g}") for each in largest]
+        _common.show(_common.table(name, ("at", ">attribution"), cells))
+
+
+def _heat_map(values: Any) -> list[str]:
+    """A picture of characters, in parts of the largest magnitude."""
+    largest = max(float(abs(values).max()), 1e-30)
+
+    def drawn(value: float) -> str:
+        share = abs(value) / largest
+        if share < 0.1:
+            return " "
+        marks = _FOR if value > 0 else _AGAINST[1::-1]
+        return marks[min(len(marks) - 1, int(share * len(marks)))]
+
+    return ["".join(drawn(float(value)) for value in line).rstrip() or " " for line in values]
