@@ -224,3 +224,32 @@ print(json.dumps({"jax": jax, "sum": answers["sum"].tolist(), "direct": said(lx.
     )
     assert not found["jax"]
     assert found["sum"] == found["direct"]
+
+
+def test_a_repository_takes_whole_versions_and_weights_without_jax(saved: pathlib.Path, tmp_path: pathlib.Path):
+    found = fresh(
+        """
+import time
+from lepton_xla.serve import Client, Options, Server
+from lepton_xla.serve.models.repository import Repository
+repository = Repository(sys.argv[2])
+repository.push(sys.argv[1] + "/float32", "tiny")
+x = rows(lx.load(sys.argv[1] + "/float32"))["x"]
+sums = []
+with Server(options=Options(port=0, repository_poll_s=0.05), repository=sys.argv[2]) as server:
+    with Client(server.url) as client:
+        sums.append(client.infer("tiny", x=x)["sum"].tolist())
+        repository.push(sys.argv[1] + "/weights", "tiny")
+        for _ in range(600):
+            if "2" in server.models.versions("tiny"):
+                break
+            time.sleep(0.05)
+        sums.append(client.infer("tiny", x=x)["sum"].tolist())
+print(json.dumps({"jax": has_jax(), "sums": sums}))
+""",
+        saved,
+        tmp_path / "MODELS",
+    )
+    assert not found["jax"]
+    before, after = map(np.array, found["sums"])
+    np.testing.assert_allclose(after, 2 * (before - 1) + 1, rtol=1e-5)
