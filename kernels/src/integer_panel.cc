@@ -82,8 +82,10 @@ struct Columns {
   __mmask16 inside[kVectors];
 };
 
+// Meanwhile fetches a few lines of `next` in each step.
 template <int MR>
-void tile(const IntegerProduct& p, const Columns& columns, const int8_t* w, int64_t row, int64_t column) {
+void tile(const IntegerProduct& p, const Columns& columns, const int8_t* w, int64_t row, int64_t column,
+          const int8_t* next, int lines) {
   __m512i sums[MR][kVectors];
 #pragma GCC unroll 6
   for (int i = 0; i < MR; ++i)
@@ -92,6 +94,7 @@ void tile(const IntegerProduct& p, const Columns& columns, const int8_t* w, int6
   const int64_t depth = p.padded_depth();
   const uint8_t* x = p.rounded + row * depth;
   for (int64_t k = 0; k < p.k; k += kStep, w += kVectors * 64) {
+    for (int line = 0; line < lines; ++line, next += 64) __builtin_prefetch(next);
     __m512i codes[kVectors];
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) codes[v] = _mm512_load_si512(w + v * 64);
@@ -116,9 +119,9 @@ void tile(const IntegerProduct& p, const Columns& columns, const int8_t* w, int6
   }
 }
 
-}  // namespace
-
-void integer_panel(const IntegerProduct& p, int64_t row, int64_t row_end, int64_t column, int8_t* packed) {
+// One panel. While its first tiles are computed, the next one is fetched: its columns are too many streams for the
+// processor to foresee, and weights are seldom in a cache that is near.
+void panel(const IntegerProduct& p, int64_t row, int64_t row_end, int64_t column, bool last, int8_t* packed) {
   Columns columns;
   pack(p, column, packed, columns.offset);
   for (int v = 0; v < kVectors; ++v) {
@@ -127,19 +130,37 @@ void integer_panel(const IntegerProduct& p, int64_t row, int64_t row_end, int64_
     columns.scale[v] = p.one_scale ? _mm512_set1_ps(p.scale[0])
                                    : _mm512_maskz_loadu_ps(columns.inside[v], p.scale + column + v * kLanes);
   }
-  const int64_t column_end = column + IntegerProduct::kPanelColumns < p.n ? column + IntegerProduct::kPanelColumns : p.n;
+  constexpr int64_t kColumns = IntegerProduct::kPanelColumns;
+  const int64_t column_end = column + kColumns < p.n ? column + kColumns : p.n;
+  // A step of a tile reads kStep codes of each column, so all lines are fetched in as many tiles as this at one a step.
+  const int64_t tiles = (row_end - row + kRows - 1) / kRows;
+  const int share = static_cast<int>(tiles < kStep ? (kStep + tiles - 1) / tiles : 1);
+  const int64_t steps = (p.k + kStep - 1) / kStep;
+  const int8_t* next = p.codes + column_end * p.k;
+  int64_t missing = last ? 0 : (p.n - column_end < kColumns ? p.n - column_end : kColumns) * p.k / 64;
   for (; row < row_end; row += kRows) {
     const int64_t rows = row_end - row < kRows ? row_end - row : kRows;
+    const int lines = missing > 0 ? share : 0;
     switch (rows) {
-      case 1: tile<1>(p, columns, packed, row, column); break;
-      case 2: tile<2>(p, columns, packed, row, column); break;
-      case 3: tile<3>(p, columns, packed, row, column); break;
-      case 4: tile<4>(p, columns, packed, row, column); break;
-      case 5: tile<5>(p, columns, packed, row, column); break;
-      default: tile<kRows>(p, columns, packed, row, column);
+      case 1: tile<1>(p, columns, packed, row, column, next, lines); break;
+      case 2: tile<2>(p, columns, packed, row, column, next, lines); break;
+      case 3: tile<3>(p, columns, packed, row, column, next, lines); break;
+      case 4: tile<4>(p, columns, packed, row, column, next, lines); break;
+      case 5: tile<5>(p, columns, packed, row, column, next, lines); break;
+      default: tile<kRows>(p, columns, packed, row, column, next, lines);
     }
+    next += lines * steps * 64;
+    missing -= lines * steps;
     finish(p.epilogue, p.y, p.n, row, row + rows, column, column_end);
   }
+}
+
+}  // namespace
+
+void integer_panel(const IntegerProduct& p, int64_t row, int64_t row_end, int64_t column, int64_t column_end,
+                   int8_t* packed) {
+  for (; column < column_end; column += IntegerProduct::kPanelColumns)
+    panel(p, row, row_end, column, column + IntegerProduct::kPanelColumns >= column_end, packed);
 }
 
 }  // namespace lepton::VARIANT
@@ -232,9 +253,7 @@ void tile(const IntegerProduct& p, const int16_t* x, const int16_t* w, int64_t r
   }
 }
 
-}  // namespace
-
-void integer_panel(const IntegerProduct& p, int64_t row, int64_t row_end, int64_t column, int8_t* packed) {
+void panel(const IntegerProduct& p, int64_t row, int64_t row_end, int64_t column, int8_t* packed) {
   auto* w = reinterpret_cast<int16_t*>(packed);
   const int64_t depth = p.padded_depth(), steps = (p.k + kStep - 1) / kStep;
   int16_t* x = w + steps * kStep * IntegerProduct::kPanelColumns;
@@ -256,6 +275,14 @@ void integer_panel(const IntegerProduct& p, int64_t row, int64_t row_end, int64_
     }
     finish(p.epilogue, p.y, p.n, row, row + rows, column, column_end);
   }
+}
+
+}  // namespace
+
+void integer_panel(const IntegerProduct& p, int64_t row, int64_t row_end, int64_t column, int64_t column_end,
+                   int8_t* packed) {
+  for (; column < column_end; column += IntegerProduct::kPanelColumns)
+    panel(p, row, row_end, column, packed);
 }
 
 }  // namespace lepton::VARIANT

@@ -29,8 +29,9 @@ struct IntegerProduct {
 
 using IntegerRangePart = void(const IntegerProduct&, int64_t begin, int64_t end);
 using IntegerPart = void(const IntegerProduct&, int64_t row, int64_t row_end, int64_t column, int64_t column_end);
-// Rows of up to `kPanelColumns` columns from `column` on; `packed` has `panel_bytes`, aligned to 64.
-using IntegerPanel = void(const IntegerProduct&, int64_t row, int64_t row_end, int64_t column, int8_t* packed);
+// From `column`, a multiple of `kPanelColumns`, in panels of as many; `packed` has `panel_bytes`, aligned to 64.
+using IntegerPanel = void(const IntegerProduct&, int64_t row, int64_t row_end, int64_t column, int64_t column_end,
+                          int8_t* packed);
 
 namespace portable { IntegerRangePart round_rows; IntegerPart integer_product; }
 namespace avx2 { IntegerRangePart round_rows; IntegerPart integer_product; IntegerPanel integer_panel; }

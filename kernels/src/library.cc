@@ -93,17 +93,22 @@ void panels(ffi::ThreadPool& pool, const IntegerProduct& p, const Variant& varia
     run_parts(pool, (p.m + rows - 1) / rows,
               [&](int64_t part) { variant.round_rows(p, part * rows, std::min(part * rows + rows, p.m)); });
   }
-  const int64_t count = (p.n + kColumns - 1) / kColumns;
-  const int64_t row_parts = std::clamp<int64_t>((4 * threads + count - 1) / count, 1, std::max<int64_t>(1, p.m / kPanelPartRows));
+  // A part is several panels beside each other, each of which is fetched while the one before is multiplied. A thread
+  // gets two, if that does not leave another without work in the end.
+  const int64_t all = (p.n + kColumns - 1) / kColumns;
+  const int64_t wanted = all >= 6 * threads ? 2 * threads : threads;
+  const int64_t width = (all + wanted - 1) / wanted * kColumns, column_parts = (p.n + width - 1) / width;
+  const int64_t row_parts =
+      std::clamp<int64_t>((2 * threads + column_parts - 1) / column_parts, 1, std::max<int64_t>(1, p.m / kPanelPartRows));
   const int64_t rows = (p.m + row_parts - 1) / row_parts;
-  run_parts(pool, count * row_parts, [&](int64_t part) {
-    const int64_t column = part / row_parts * kColumns, row = part % row_parts * rows;
+  run_parts(pool, column_parts * row_parts, [&](int64_t part) {
+    const int64_t column = part / row_parts * width, row = part % row_parts * rows;
+    const int64_t column_end = std::min(column + width, p.n), row_end = std::min(row + rows, p.m);
     auto* packed = static_cast<int8_t*>(thread_scratch(p.panel_bytes()));
-    const int64_t row_end = std::min(row + rows, p.m);
     if (packed != nullptr)
-      variant.integer_panel(p, row, row_end, column, packed);
+      variant.integer_panel(p, row, row_end, column, column_end, packed);
     else
-      variant.integer_product(p, row, row_end, column, std::min(column + kColumns, p.n));
+      variant.integer_product(p, row, row_end, column, column_end);
   });
 }
 
