@@ -121,6 +121,7 @@ def compile(
     >>> manifest.name, manifest.buckets
     ('tiny', {'batch': (1, 8)})
     """
+    from lepton_xla.passes.core import memory
     from lepton_xla.passes.core.inventory import (
         weights_report,
     )  # imported here, because loading and serving must not import a pass
@@ -151,6 +152,7 @@ def compile(
         weights.describe(path, index, array, spec_of(array.sharding))
         for index, (path, array) in enumerate(zip(leaves, arrays, strict=True))
     )
+    memory.give_back()  # such as float weights that the caller let go of
     expand, flat = flat_functions(program)
     examples = _check_examples(program, program.converted(examples or {}))
     steps = len(bucket_list) + 2
