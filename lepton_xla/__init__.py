@@ -4,7 +4,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from lepton_xla import evaluation, explanation, launch, passes, sharding, train, trust, tuning
+    from lepton_xla import data, evaluation, explanation, launch, passes, sharding, train, trust, tuning
     from lepton_xla.adapters import Generator, from_linen, from_nnx
     from lepton_xla.compiler import Servable, compile, encrypt, load, sign, verify
     from lepton_xla.errors import (
@@ -67,6 +67,7 @@ __all__ = [
     "TuningError",
     "UnsupportedError",
     "compile",
+    "data",
     "encrypt",
     "evaluation",
     "explanation",
@@ -130,7 +131,7 @@ _HOME = {name: module for module, names in _HOMES.items() for name in names}
 if not TYPE_CHECKING:  # otherwise a type checker would accept every misspelled name
 
     def __getattr__(name: str) -> object:
-        if name in ("evaluation", "explanation", "launch", "passes", "sharding", "train", "trust", "tuning"):
+        if name in ("data", "evaluation", "explanation", "launch", "passes", "sharding", "train", "trust", "tuning"):
             return importlib.import_module(f"lepton_xla.{name}")
         if name not in _HOME:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -21,6 +21,7 @@ FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 
 PUBLIC = [
     "lepton_xla",
+    "lepton_xla.data",
     "lepton_xla.evaluation",
     "lepton_xla.explanation",
     "lepton_xla.launch",

@@ -11,7 +11,7 @@ PUBLIC = [
     "LaunchError", "LearningError", "LeptonError", "ModelError", "ModelSpec", "PassReport", "Plan", "Program", "Recipe",
     "RecipeError", "RepositoryError", "SampleError", "Servable", "ServeError", "ShardingError", "SiteReport",
     "TensorSpec", "TrainingError", "TrustError", "TuningError", "UnsupportedError", "compile", "encrypt",
-    "evaluation", "explanation", "find_sites",
+    "data", "evaluation", "explanation", "find_sites",
     "from_linen", "from_nnx", "give_labels", "launch", "load", "optimize", "passes", "sharding", "sign",
     "take_categories", "take_images", "take_texts", "trace", "train", "trust", "tuning", "verify",
 ]  # fmt: skip

@@ -451,11 +451,8 @@ def _check(manifest: Manifest) -> None:
         _check_listed(manifest, f"{PACKED}/zarr.json")
     for row in range(len(manifest.packed_rows)):
         _check_listed(manifest, row_file(row))
-    for program in manifest.all_programs:
-        _check_listed(manifest, program.file)
-    for entry in (manifest.golden, manifest.conversion):
-        if entry is not None:
-            _check_listed(manifest, entry.file)
+    for entry in filter(None, (*manifest.all_programs, manifest.golden, manifest.conversion)):
+        _check_listed(manifest, entry.file)
     if manifest.master is not None:
         _check_master(manifest, manifest.master)
     if manifest.generation is not None and manifest.generation.tokenizer:
