@@ -3,7 +3,7 @@ PYTHON ?= python3
 UV := $(shell command -v uv 2>/dev/null || echo build/tools/bin/uv)
 RUN := .venv/bin
 
-.PHONY: setup kernels demo test test-all test-oldest test-memory lint bench clean
+.PHONY: setup kernels demo apps test test-all test-oldest test-memory lint bench clean
 
 setup: .venv/.ready  ## make .venv with the package and its developer tools
 
@@ -76,6 +76,10 @@ lint: setup  ## formatting, lint and types
 	$(RUN)/ruff format --check .
 	$(RUN)/ruff check .
 	$(RUN)/pyright
+
+apps: setup kernels  ## every application of examples/apps; its figures are in build/apps/summary.json
+	$(UV) pip install --quiet --python .venv/bin/python --editable '.[apps]'
+	@for app in examples/apps/*/run.py; do echo "$$app"; $(RUN)/python $$app || exit 1; done
 
 bench: setup kernels  ## every benchmark; each prints the command that repeats it
 	$(RUN)/python benchmarks/loading.py
