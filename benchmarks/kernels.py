@@ -6,7 +6,8 @@ Needs the package lepton-xla-kernels (`make kernels`). Section `products`: a pro
 XLA's own operations, and by the kernel, in turns. Section `decode`: a decoder of 110 million parameters with random
 weights makes one token, behind 128 cached ones, as float and as `optimize` leaves it with each preset. Section
 `minilm`: all-MiniLM-L6-v2 in int8, with and without kernels, beside OpenVINO and ONNX Runtime, if they are installed.
-Writes docs/benchmarks/kernels.md.
+Section `convolutions`: layers of MobileNetV2 and of a residual CNN, by XLA and by the kernels. Writes
+docs/benchmarks/kernels.md.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import statistics
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import convolutions
 import harness
 import jax
 import jax.numpy as jnp
@@ -227,6 +229,13 @@ SECTIONS = {
         "## Products\n\nFloat32 rows times a weight: in float32, from codes in XLA's own operations (weights alone are "
         "dequantized on each call; `int8 x int8` rounds rows too), and by the kernel. Four-bit weights have groups of "
         "64. Ratios are medians over rounds; `quantize` takes the fastest of the three.",
+    ),
+    "convolutions": sections.Section(
+        convolutions.measure,
+        convolutions.tables,
+        "## Convolutions\n\nImages of float32 with their channels last, a bias and a ReLU6 behind each convolution; "
+        "ratios are of XLA's time in float, medians over rounds. XLA computes depthwise ones as shifted multiply-adds "
+        "here. The integer ones find the scale of each example and round it.",
     ),
     "decode": sections.Section(
         decode,

@@ -103,6 +103,8 @@ def test_products_by_kernels_are_timed_beside_float(tmp_path: pathlib.Path) -> N
     (row,) = found["products"]["found"]
     assert set(row["ratio"]) == {"float", "kernel", "XLA"}
     assert all(0 < value < 100 for value in row["ratio"].values())
+    (layer,) = found["convolutions"]["found"]
+    assert set(layer["ratio"]) == {"float, kernel", "float, XLA", "int8, kernel", "int8, XLA"}
     rows = found["decode"]["found"]["rows"]
     assert [row["name"] for row in rows] == ["float", "int8-weight-only", "int4-weight-only", "int8"]
 
