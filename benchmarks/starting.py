@@ -160,6 +160,7 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
         }
         times: dict[str, list[float]] = {each: [] for each in calls}
         steps: list[list[float]] = []
+        imported = False
         for number in range(-1, options.rounds):
             for each in list(calls)[:: 1 if number % 2 else -1]:
                 seconds = calls[each]()
@@ -170,11 +171,12 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
             )
             found = json.loads(done.stdout.splitlines()[-1])
             steps.append(found["steps"])
+            imported = found["jax"]
     return {
         "name": name,
         "times": times,
         "steps": [statistics.median(each) for each in zip(*steps[1:], strict=True)],
-        "jax": found["jax"],
+        "jax": imported,
     }
 
 
