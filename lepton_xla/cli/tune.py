@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import pathlib
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -11,7 +14,9 @@ from lepton_xla.cli import _common
 from lepton_xla.errors import TuningError
 
 if TYPE_CHECKING:
+    from lepton_xla.program import Program
     from lepton_xla.tuning import Trial, Tuning
+    from lepton_xla.tuning.deployments import Deployments
 
 
 @click.command()
@@ -61,6 +66,25 @@ if TYPE_CHECKING:
 )
 @click.option("--overwrite", is_flag=True, help="Replace an artifact that is there.")
 @click.option("--points", metavar="FOLDER", help="Write the recipe of every point of the frontier into this folder.")
+@click.option(
+    "--slo",
+    metavar="p99=20ms",
+    help="Also find the cheapest way to serve with requests that take at most this long: target, recipe, buckets and "
+    "replicas. Needs --rate and --prices.",
+)
+@click.option("--rate", type=float, metavar="N", help="With --slo: requests of one row a second.")
+@click.option(
+    "--targets",
+    default="cpu",
+    metavar="T,T",
+    show_default=True,
+    help="With --slo: cpu (a machine like this one, measured), v5e:1x1, h100: predicted by their compilers.",
+)
+@click.option(
+    "--prices",
+    metavar="FILE.toml",
+    help="With --slo: [per_hour] has the price of each target; [[measured]] times that were measured elsewhere.",
+)
 @click.option("--report", metavar="FILE.html", help="Write a page with a plot, a table and what each weight became.")
 @_common.json_option
 def tune(
@@ -85,6 +109,10 @@ def tune(
     key: str | None,
     overwrite: bool,
     points: str | None,
+    slo: str | None,
+    rate: float | None,
+    targets: str,
+    prices: str | None,
     report: str | None,
     as_json: bool,
 ) -> None:
@@ -100,9 +128,12 @@ def tune(
       leptonx tune digits.py:model --max-drop 0.5 --max-bytes 2MB --max-latency-ms 3 --minutes 10
       leptonx tune digits.py:model --max-bytes 20kB --objective metric --journal digits.jsonl --report digits.html
       leptonx tune digits.py:model --max-drop 0.5 --train train_digits.py:training --artifact small.lepton
+      leptonx tune digits.py:model --max-drop 0.5 --slo p99=20ms --rate 500 --targets cpu,v5e:1x1 --prices prices.toml
       leptonx compile digits.py:model --recipe small.toml
     """
     given = _common.parse_buckets(buckets)
+    if (slo is None) != (rate is None) or (slo is None) != (prices is None):
+        raise click.UsageError("--slo, --rate and --prices belong together")
     if key is not None and artifact is None:
         raise click.UsageError("--key signs the artifact; give --artifact too")
     if artifact is not None:
@@ -123,6 +154,7 @@ def tune(
         on_disk, in_memory = (None if text is None else parse_bytes(text) for text in (max_bytes, max_memory))
         constraints = Constraints(max_drop, on_disk, in_memory, max_latency_ms)
         check_objective(objective, constraints)
+        cheapest = None if slo is None else _cheapest(slo, rate or 0.0, targets, str(prices))
         budget = Budget(minutes, trials, trainings)
         step(f"load {target}")
         spec = _models.load_target(target)
@@ -158,17 +190,88 @@ def tune(
             made.save(artifact, overwrite=overwrite)
             if key is not None:
                 compiler.sign(artifact, key=key)
+        served = None
+        if cheapest is not None:
+            step("predict and simulate servers")
+            served = cheapest(program, found)
         if points is not None:
             _common.write(points, lambda: _write_points(pathlib.Path(points), found))
         if report is not None:
             _common.write(report, lambda: pathlib.Path(report).write_text(page(target, found), encoding="utf-8"))
     if as_json:
-        _common.print_json({"target": target, **found.to_json()})
+        more = {} if served is None else {"deployments": dataclasses.asdict(served)}
+        _common.print_json({"target": target, **found.to_json(), **more})
     else:
         _print(target, found)
+        if served is not None and prices is not None:
+            _print_served(served, str(slo))
     if found.best is None:
         nearest = f"the nearest is {found.nearest.name}" if found.nearest is not None else "nothing was measured"
         raise TuningError(f"no recipe that was measured keeps to the constraints; {nearest}")
+
+
+def _cheapest(slo: str, rate: float, targets: str, prices: str) -> Callable[[Program, Tuning], Deployments]:
+    """Checks what is asked for, and returns what finds the cheapest way to serve what was tuned."""
+    from lepton_xla.tuning.deployments import Prices, Slo, deploy, predicted_us
+    from lepton_xla.tuning.trials import as_loaded
+
+    limit, priced = Slo.parse(slo), Prices.load(prices)
+    names = [each.strip() for each in targets.split(",") if each.strip()]
+    # Before anything is tuned: a target without a price, or a rate that is none.
+    deploy({}, lambda _target, _recipe: {}, targets=names, prices=priced, slo=limit, rate=rate)
+
+    def find(program: Program, found: Tuning) -> Deployments:
+        shape = next(iter(program.inputs.values())).shape
+        batch = shape[0] if shape and isinstance(shape[0], str) else None
+        holding = [each for each in found.trials if each.excess(found.constraints) == 0]
+        chosen = {each.name: each for each in (*holding, *([found.best] if found.best is not None else []))}
+
+        def by_rows(values: Sequence[float]) -> dict[int, float]:
+            times: dict[int, float] = {}
+            for at, us in zip(found.sizes, values, strict=True):
+                rows = at.get(batch, 1) if batch is not None else 1
+                times[rows] = max(us, times.get(rows, 0.0))
+            return times
+
+        here = {name: by_rows(each.us) for name, each in chosen.items()}
+        if chosen:
+            here = {"float": by_rows(next(iter(chosen.values())).float_us), **here}
+
+        @functools.cache
+        def built(recipe: str) -> Program:
+            return as_loaded(found.build(chosen[recipe])) if recipe != "float" else program
+
+        def predict(target: str, recipe: str) -> dict[int, float]:
+            times: dict[int, float] = {}
+            for at in found.sizes:
+                rows = at.get(batch, 1) if batch is not None else 1
+                times[rows] = max(predicted_us(built(recipe), at, target), times.get(rows, 0.0))
+            return times
+
+        return deploy(here, predict, targets=names, prices=priced, slo=limit, rate=rate)
+
+    return find
+
+
+def _print_served(served: Deployments, slo: str) -> None:
+    columns = ("target", "mesh", "recipe", "buckets", ">replicas", f">{slo.partition('=')[0]}", ">a million", "times")
+    rows = [
+        [
+            each.target, each.mesh, each.recipe, ",".join(map(str, each.buckets)), str(each.replicas),
+            _common.seconds(each.seconds), f"{each.per_million:.4g}", each.source,
+        ]
+        for each in served.found
+    ]  # fmt: skip
+    title = f"the cheapest ways to serve within {slo}" if rows else f"nothing serves within {slo}"
+    reasons = {f"{target}: {why.removeprefix(f'{target}: ')}" for target, _, why in served.refused}
+    off = [
+        f"{target}, {recipe}, {count} rows: predicted {predicted:.4g} us, measured {measured:.4g} "
+        f"({predicted / measured:.2f} times)"
+        for target, recipe, count, predicted, measured in served.compared
+    ]
+    _common.show(_common.table(title, columns, rows), *sorted(reasons), *off)
+    if not off:
+        _common.show("Nothing was both predicted and measured, so how far predictions are off is not known.")
 
 
 def _compiled(spec: Any, found: Tuning, sizes: Any, location: str) -> Any:

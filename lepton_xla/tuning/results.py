@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 from lepton_xla.certificates import Certificate
@@ -31,6 +31,7 @@ class Tuning:
         nearest: the trial that breaks the constraints least; the best if there is one.
         trials: everything that was measured, in order.
         sites: for each group its sites, and for each choice its name, estimated error and bytes.
+        sizes: sizes of the symbolic dimensions at which calls were timed.
         stopped: why the search ended: it had nothing left to try, no time, no trials, or was interrupted.
         seconds: the time it took.
         judge: compares models with the float one.
@@ -55,6 +56,7 @@ class Tuning:
     nearest: Trial | None
     trials: tuple[Trial, ...]
     sites: tuple[dict[str, Any], ...] = ()
+    sizes: tuple[Mapping[str, int], ...] = ()
     stopped: Stop = "done"
     seconds: float = 0.0
     judge: Judge | None = dataclasses.field(default=None, repr=False, compare=False)

@@ -172,6 +172,7 @@ def tune(
         nearest=search.nearest,
         trials=tuple(search.trials.values()),
         sites=tuple(estimates.described()) if estimates is not None else (),
+        sizes=tuple(sizes),
         stopped=search.stopped,
         seconds=time.monotonic() - began,
         judge=judge,

@@ -75,3 +75,33 @@ def test_constraints_that_nothing_keeps_to_end_with_one_line(cli, classifier):
 )
 def test_what_is_refused(cli, classifier, name, options, said):
     assert said in cli.refused("tune", f"{classifier}:{name}", *options)
+
+
+def test_the_artifact_has_a_certificate_that_its_signature_signs(cli, classifier, tmp_path):
+    cli("keys", "new", tmp_path / "release")
+    artifact, prices = tmp_path / "small.lepton", tmp_path / "prices.toml"
+    prices.write_text("[per_hour]\ncpu = 0.36\n")
+    served = ("--slo", "p99=1s", "--rate", 10, "--prices", prices)
+    made = cli(
+        "tune", f"{classifier}:model", "--max-drop", 5, "--objective", "bytes", *QUICK, "--json",
+        "--artifact", artifact, "--key", tmp_path / "release.key", *served,
+    )  # fmt: skip
+    cheapest = json.loads(made.stdout)["deployments"]["found"][0]
+    assert (cheapest["target"], cheapest["replicas"], cheapest["source"]) == ("cpu", 1, "measured")
+    assert cheapest["per_million"] == pytest.approx(0.36 / (10 * 3600) * 1e6)
+    said = cli("verify", artifact, "--key", tmp_path / "release.pub").stdout
+    assert "certificate, signed by release" in said
+    assert "promises accuracy of at least 0.9" in said
+    assert "certificate: accuracy 1 ->" in " ".join(cli("inspect", artifact).stdout.split())
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (("--slo", "p99=1s"), "--slo, --rate and --prices belong together"),
+        (("--key", "a.key"), "--key signs the artifact"),
+        (("--slo", "fast", "--rate", 1, "--prices", "p.toml"), "such as p99=20ms"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_the_model_is_loaded(cli, more, said):
+    assert said in " ".join(cli("tune", "no.py:model", "--max-drop", 1, *more).stderr.split())

@@ -1,0 +1,335 @@
+"""The cheapest way to serve a model: target, recipe, buckets and replicas for the least money a million requests.
+
+Times of calls are measured where there are measurements, and predicted by the target's compiler where it predicts
+(TPU's does, as `optimal_seconds`; those for GPUs and CPUs do not). What requests wait is simulated: Poisson arrivals,
+and a server that runs what waits, up to its largest bucket, as soon as it is free. The network is not in it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+import os
+import pathlib
+import re
+import tomllib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+import jax
+import msgspec
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from lepton_xla.errors import LeptonError, TuningError, first_line
+from lepton_xla.program import Program
+from lepton_xla.sharding.topologies import topology_devices
+
+# Requests that are simulated, of which the first tenth is not looked at, and the most replicas that are tried.
+_REQUESTS, _MOST_REPLICAS = 20_000, 1 << 14
+_SECONDS = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
+CPU = "cpu"
+
+type Times = Mapping[int, float]
+"""Rows of a call -> its microseconds."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Slo:
+    """What requests may take.
+
+    Attributes:
+        share: of the requests, such as 0.99.
+        seconds: that they may take at most.
+
+    >>> Slo.parse("p99=20ms")
+    Slo(share=0.99, seconds=0.02)
+    """
+
+    share: float
+    seconds: float
+
+    @staticmethod
+    def parse(text: str) -> Slo:
+        """Read a text such as `p99=20ms`.
+
+        Raises:
+            TuningError: if it is none.
+        """
+        found = re.fullmatch(r"\s*p(\d{1,2}(?:\.\d+)?)\s*=\s*(\d+(?:\.\d+)?)\s*(us|ms|s)\s*", text)
+        if found is None or not float(found[1]) > 0 or not float(found[2]) > 0:
+            raise TuningError(f"{text!r}: expected a share of the requests and a time, such as p99=20ms")
+        return Slo(float(found[1]) / 100, float(found[2]) * _SECONDS[found[3]])
+
+
+class Measured(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A time that was measured elsewhere: of a call of so many rows, with a recipe (`float` for none) on a target."""
+
+    target: str
+    recipe: str
+    rows: int
+    us: float
+
+
+class Prices(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A file of prices.
+
+    Attributes:
+        per_hour: target -> money an hour for what runs one replica; `cpu` is a machine like this one.
+        currency: of all prices.
+        measured: times that were measured elsewhere.
+
+    >>> Prices.parse('[per_hour]\\ncpu = 0.2\\n"v5e:1x1" = 1.2').per_hour
+    {'cpu': 0.2, 'v5e:1x1': 1.2}
+    """
+
+    per_hour: dict[str, float]
+    currency: str = "USD"
+    measured: list[Measured] = []
+
+    @staticmethod
+    def parse(text: str, where: str = "prices") -> Prices:
+        """Read TOML.
+
+        Raises:
+            TuningError: if it is no such file, or a price or time is not above 0.
+        """
+        try:
+            found = msgspec.convert(tomllib.loads(text), Prices)
+        except (tomllib.TOMLDecodeError, msgspec.ValidationError) as error:
+            raise TuningError(f"{where}: {error}") from error
+        for name, value in [*found.per_hour.items(), *((each.target, each.us) for each in found.measured)]:
+            if not (value > 0 and math.isfinite(value)):
+                raise TuningError(f"{where}: {name} has {value}; expected a number above 0")
+        return found
+
+    @staticmethod
+    def load(path: str | os.PathLike[str]) -> Prices:
+        """Read a file.
+
+        Raises:
+            TuningError: if it cannot be read.
+        """
+        try:
+            return Prices.parse(pathlib.Path(path).read_text(encoding="utf-8"), os.fspath(path))
+        except (OSError, UnicodeDecodeError) as error:
+            raise TuningError(f"{os.fspath(path)}: cannot be read: {error}") from error
+
+
+@dataclasses.dataclass(frozen=True)
+class Deployment:
+    """One way to serve a model.
+
+    Attributes:
+        target: what runs a replica.
+        mesh: how a replica's devices share the rows of a batch; empty for one device.
+        recipe: name of the recipe; `float` for none.
+        buckets: numbers of rows to compile for.
+        replicas: how many keep to the limit.
+        seconds: what the share of the requests takes at most, simulated.
+        per_million: money a million requests.
+        source: where times of calls come from.
+    """
+
+    target: str
+    mesh: str
+    recipe: str
+    buckets: tuple[int, ...]
+    replicas: int
+    seconds: float
+    per_million: float
+    source: Literal["measured", "predicted"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Deployments:
+    """What was found.
+
+    Attributes:
+        found: ways that keep to the limit, the cheapest first.
+        refused: (target, recipe, why not).
+        compared: (target, recipe, rows, predicted microseconds, measured microseconds), where both exist.
+    """
+
+    found: tuple[Deployment, ...]
+    refused: tuple[tuple[str, str, str], ...]
+    compared: tuple[tuple[str, str, int, float, float], ...]
+
+
+def deploy(
+    measured_here: Mapping[str, Times],
+    predict: Callable[[str, str], Times],
+    *,
+    targets: Sequence[str],
+    prices: Prices,
+    slo: Slo,
+    rate: float,
+    seed: int = 0,
+) -> Deployments:
+    """Find the cheapest way to serve.
+
+    Args:
+        measured_here: recipe -> times of calls on this machine's CPU.
+        predict: gives the predicted times of a recipe on a target, or raises a `TuningError` that says why it cannot.
+        targets: `cpu`, and topologies such as `v5e:1x1` or `h100`.
+        prices: what they cost.
+        slo: what requests may take.
+        rate: requests of one row a second.
+        seed: of the simulated arrivals.
+
+    Raises:
+        TuningError: if a target has no price, or the rate is no number above 0.
+
+    >>> found = deploy({"float": {1: 1e3, 8: 2e3}}, lambda target, recipe: {}, targets=["cpu"], rate=1500,
+    ...                prices=Prices({"cpu": 0.36}), slo=Slo(0.99, 0.02)).found[0]
+    >>> found.recipe, found.buckets, found.replicas, found.source, round(found.per_million, 3)
+    ('float', (1, 8), 1, 'measured', 0.067)
+    """
+    if not (rate > 0 and math.isfinite(rate)):
+        raise TuningError(f"rate = {rate}: expected a number of requests a second above 0")
+    without = [target for target in targets if target not in prices.per_hour]
+    if without or not targets:
+        priced = ", ".join(prices.per_hour) or "nothing"
+        raise TuningError(f"there is no price of {', '.join(without) or 'no target'}; the prices are of {priced}")
+    found: list[Deployment] = []
+    refused: list[tuple[str, str, str]] = []
+    compared: list[tuple[str, str, int, float, float]] = []
+    for target, recipe in itertools.product(targets, measured_here):
+        known: dict[int, float] = dict(measured_here[recipe]) if target == CPU else {}
+        known |= {each.rows: each.us for each in prices.measured if (each.target, each.recipe) == (target, recipe)}
+        try:
+            predicted = predict(target, recipe) if target != CPU or not known else {}
+        except TuningError as error:
+            predicted = {}
+            if not known:
+                refused.append((target, recipe, str(error)))
+                continue
+        compared += [(target, recipe, rows, us, known[rows]) for rows, us in predicted.items() if rows in known]
+        times, source = (known, "measured") if known else (predicted, "predicted")
+        best: Deployment | None = None
+        for largest in sorted(times):
+            some = {rows: us for rows, us in times.items() if rows <= largest}
+            fewest = fewest_replicas(some, rate, slo, seed=seed)
+            if fewest is None:
+                continue
+            replicas, seconds = fewest
+            money = replicas * prices.per_hour[target] / (rate * 3600) * 1e6
+            if best is None or money < best.per_million:
+                best = Deployment(
+                    target, mesh_of(target), recipe, tuple(sorted(some)), replicas, seconds, money, source
+                )
+        if best is not None:
+            found.append(best)
+        else:
+            least = min(times.values(), default=math.inf) / 1e3
+            refused.append((target, recipe, f"a call alone takes {least:.3g} ms: no number of replicas keeps to it"))
+    return Deployments(
+        tuple(sorted(found, key=lambda each: (each.per_million, each.seconds))), tuple(refused), tuple(compared)
+    )
+
+
+def fewest_replicas(times: Times, rate: float, slo: Slo, *, seed: int = 0) -> tuple[int, float] | None:
+    """The fewest replicas that keep to a limit, and what its share of requests then takes; None if none do.
+
+    >>> fewest_replicas({1: 1000.0}, 1500, Slo(0.99, 0.02))[0]  # one does 1,000 a second
+    2
+    >>> fewest_replicas({1: 30_000.0}, 1, Slo(0.99, 0.02)) is None
+    True
+    """
+
+    def taken(replicas: int) -> float:
+        return float(np.quantile(simulated(times, rate / replicas, seed=seed), slo.share))
+
+    high = 1
+    while (seconds := taken(high)) > slo.seconds:
+        if high >= _MOST_REPLICAS or times[min(times)] * 1e-6 > slo.seconds:
+            return None
+        high *= 2
+    low = high // 2  # too few
+    while high - low > 1:
+        middle = (low + high) // 2
+        at = taken(middle)
+        low, high, seconds = (low, middle, at) if at <= slo.seconds else (middle, high, seconds)
+    return high, seconds
+
+
+def simulated(times: Times, rate: float, *, seed: int = 0, requests: int = _REQUESTS) -> np.ndarray:
+    """Simulate one server.
+
+    Args:
+        times: of calls; the buckets.
+        rate: of Poisson arrivals of one row, a second.
+        seed: of the arrivals.
+        requests: how many.
+
+    Returns:
+        Seconds from arrival to answer: float64 [requests], less the first tenth.
+    """
+    arrivals = np.cumsum(np.random.default_rng(seed).exponential(1 / rate, requests))
+    buckets = sorted(times)
+    largest = buckets[-1]
+    took = [times[next(size for size in buckets if size >= rows)] * 1e-6 for rows in range(1, largest + 1)]
+    ends = np.empty(requests)
+    free, at = 0.0, 0
+    while at < requests:
+        begin = max(free, float(arrivals[at]))
+        waiting = int(np.searchsorted(arrivals[at : at + largest], begin, side="right"))
+        rows = max(1, waiting)
+        free = begin + took[rows - 1]
+        ends[at : at + rows] = free
+        at += rows
+    return (ends - arrivals)[requests // 10 :]
+
+
+def mesh_of(target: str) -> str:
+    """How the devices of a target share a batch; empty for one device.
+
+    >>> mesh_of("v5e:2x2"), mesh_of("v5e:1x1"), mesh_of("h100"), mesh_of("cpu")
+    ('data=4', '', '', '')
+    """
+    counts = [int(each) for each in re.findall(r"\d+", target.partition(":")[2])]
+    devices = math.prod(counts)
+    return f"data={devices}" if devices > 1 else ""
+
+
+def predicted_us(program: Program, sizes: Mapping[str, int], target: str) -> float:
+    """Have a target's compiler predict the time of a call; its devices share the rows of a batch.
+
+    Args:
+        program: the program.
+        sizes: of its symbolic dimensions.
+        target: a topology such as `v5e:1x1`.
+
+    Raises:
+        TuningError: if the compiler is not here, cannot compile the program, or predicts nothing.
+
+    >>> program = lx.trace(lambda w, x: x @ w["w"], {"w": jnp.eye(4)}, {"x": lx.TensorSpec(("batch", 4), "float32")})
+    >>> predicted_us(program, {"batch": 1}, "no such thing")
+    Traceback (most recent call last):
+    lepton_xla.errors.TuningError: topology 'no such thing': ...
+    """
+    if target == CPU:
+        raise TuningError("XLA's compiler for CPUs predicts no times, and nothing was measured")
+    name = target if ":" in target else f"{target}:1"
+    try:
+        mesh = Mesh(np.array(topology_devices(name)), ("data",))
+        whole, split = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), ("data",)))
+
+        def placed(leaf: Any, sharding: NamedSharding) -> Any:
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+        weights = jax.tree.map(lambda leaf: placed(leaf, whole), program.weights)
+        inputs = [
+            placed(each, split if each.shape and each.shape[0] % mesh.size == 0 else whole)
+            for each in program.abstract_inputs(sizes)
+        ]
+        costs: Any = jax.jit(program.fn).lower(weights, *inputs).compile().cost_analysis()
+    except LeptonError as error:
+        raise TuningError(first_line(error)) from error
+    except jax.errors.JaxRuntimeError as error:
+        raise TuningError(f"{target}: its compiler refuses the program: {first_line(error)}") from error
+    seconds = (costs or {}).get("optimal_seconds", 0.0)
+    if not seconds > 0:
+        raise TuningError(f"{target}: its compiler predicts no times, and nothing was measured")
+    return 1e6 * float(seconds)
