@@ -23,6 +23,7 @@ from lepton_xla.train.sizing import Size, largest_batch, size
 from lepton_xla.train.sparsity import Regrow, SparsityState, finalize, masks_of, sparsify
 from lepton_xla.train.specs import TrainSpec, schedule
 from lepton_xla.train.state import State
+from lepton_xla.train.transfer import freeze, low_rank, merge
 
 __all__ = [
     "Answers",
@@ -48,10 +49,13 @@ __all__ = [
     "every_nth_layer",
     "finalize",
     "fit",
+    "freeze",
     "from_linen",
     "from_nnx",
     "largest_batch",
+    "low_rank",
     "masks_of",
+    "merge",
     "one_shot",
     "periodic",
     "polynomial",
