@@ -57,8 +57,8 @@ class ModelSpec:
             function that returns them.
 
     >>> spec = lx.ModelSpec({"x": lx.TensorSpec(("batch", 4), "float32")}, fn=lambda w, x: x @ w, weights=jnp.eye(4))
-    >>> print(spec.program().outputs["output"], spec.calibration_batches())
-    float32[batch, 4] None
+    >>> print(spec.program().outputs["output"], spec.calibration_batches(), spec.labelled_rows())
+    float32[batch, 4] None None
     """
 
     inputs: Mapping[str, TensorSpec] = dataclasses.field(default_factory=dict[str, TensorSpec])
