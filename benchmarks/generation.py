@@ -34,6 +34,8 @@ from lepton_xla.serve.client.endpoint import endpoint
 from lepton_xla.serve.load.streams import stream
 
 RECIPES = ("float32", "int8-weight-only", "int4-weight-only")
+# With the cache in codes too.
+SMALL_CACHE = "int8-weight-only, cache int8"
 SLOTS = (1, 8)
 PROMPT = 32
 _START = """
@@ -124,7 +126,9 @@ def made(shape: Shape, recipe: str, slots: int, folder: pathlib.Path) -> tuple[p
     program = lx.Generator(*functions, weights, slots=slots, capacity=shape.capacity).program
     lengths = {"length": (PROMPT,)}
     # Float weights too: `optimize` then chooses among ways to compute products, by measurement.
-    chosen = lx.Recipe(name=recipe, fold=False) if recipe == "float32" else lx.Recipe.load(recipe)
+    weights_only, _, small = recipe.partition(", cache ")
+    chosen = lx.Recipe(name=recipe, fold=False) if recipe == "float32" else lx.Recipe.load(weights_only)
+    chosen = chosen.replace({"cache": small}) if small else chosen
     program = lx.optimize(program, chosen, buckets=lengths)
     path = folder / f"{recipe}-{slots}.lepton"
     lx.compile(program, lengths, name="decoder").save(path)
@@ -162,16 +166,20 @@ def measure(options: argparse.Namespace, folder: pathlib.Path) -> dict[str, Any]
     prompts = np.random.default_rng(1).integers(1, shape.vocabulary, (max(SLOTS), PROMPT))
     calls = {} if options.quick else generation_peers.calls(shape, prompts, SLOTS, folder)
     weights_bytes: dict[str, int] = {}
+    cache_bytes: dict[str, int] = {}
     paths: dict[str, pathlib.Path] = {}
-    for recipe in RECIPES:
+    for recipe in (*RECIPES, SMALL_CACHE):
         for slots in SLOTS:
             print(f"{recipe}, {slots} slots ...", flush=True)
             path, size = made(shape, recipe, slots, folder)
-            model = lx.load(path).generator
+            servable = lx.load(path)
+            model, stepper = servable.generator, servable.stepper
+            assert stepper is not None
             calls[f"{recipe} {slots}"] = functools.partial(
                 model.generate, prompts[:slots].tolist(), max_tokens=shape.tokens, ignore_end=True
             )
             weights_bytes[recipe], paths[recipe] = size, path
+            cache_bytes[recipe] = stepper.cache_bytes
     times = harness.interleave(calls, rounds=5, seconds=options.seconds)
     sequences = {name: 1 if name.endswith(" 1") else max(SLOTS) for name in calls}
     served = {
@@ -185,6 +193,7 @@ def measure(options: argparse.Namespace, folder: pathlib.Path) -> dict[str, Any]
             name: sequences[name] * shape.tokens / statistics.median(seconds) for name, seconds in times.items()
         },
         "weights_bytes": weights_bytes,
+        "cache_bytes": cache_bytes,
         "start": {recipe: start_s(path) for recipe, path in paths.items()},
         "shape": vars(shape),
     }
@@ -200,12 +209,12 @@ def tables(found: Mapping[str, Any]) -> str:
             name,
             *(f"{speed[f'{name} {slots}']:.1f}" for slots in SLOTS),
             *(f"{speed[f'{name} {slots}'] / speed[f'{torch} {slots}']:.2f}" if torch else "" for slots in SLOTS),
-            f"{sizes[name] / sizes['float32']:.3f}" if name in sizes else "",
+            *(f"{of[name] / of['float32']:.3f}" if name in of else "" for of in (sizes, found["cache_bytes"])),
         )
         for name in names
     ]
     heads = ("1 sequence, tokens/s", "8 at once, tokens/s", "1, of PyTorch's", "8, of PyTorch's")
-    first = harness.markdown(("weights", *heads, "bytes in memory, of float32's"), rows)
+    first = harness.markdown(("weights", *heads, "bytes of weights, of float32's", "of the cache"), rows)
     served = found["served_tokens_per_s"]
     through = [(name, *(served[f"{name} {slots}"] for slots in SLOTS)) for name in RECIPES]
     second = harness.markdown(

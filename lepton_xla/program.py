@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import operator
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -127,6 +127,8 @@ class Generation:
         first_position: position of the first token that is decoded after a prompt; None if it is the prompt's length.
         end_tokens: tokens that end a sequence.
         tokenizer: a tokenizer's JSON, as Hugging Face's `tokenizers` writes it; empty without one.
+        position_axes: of each array of the cache, the axis of its positions; None if it has none.
+        cache_codes: the format that the cache is stored in; `none` as it is.
 
     >>> Generation(8, 256, 32_000, (TensorSpec((8, 256, 64), "float32"),), (0,)).slots
     8
@@ -140,6 +142,8 @@ class Generation:
     first_position: int | None = None
     end_tokens: tuple[int, ...] = ()
     tokenizer: bytes = b""
+    position_axes: tuple[int | None, ...] = ()
+    cache_codes: Literal["none", "int8"] = "none"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -73,7 +73,7 @@ class Generator:
             if number < 1:
                 raise ModelError(f"Generator: {what} is {number}; at least 1")
         shapes = abstract(weights)
-        cache, axes, tree = _cache_of(init_cache, shapes, slots, capacity)
+        cache, axes, position_axes, tree = _cache_of(init_cache, shapes, slots, capacity)
         ids = jax.ShapeDtypeStruct((slots,), jnp.int32)
         spec = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in cache]
         logits, after = _called("decode", decode, shapes, jax.tree.unflatten(tree, spec), ids, ids)
@@ -105,6 +105,7 @@ class Generator:
             vocabulary=vocabulary,
             cache=tuple(TensorSpec(leaf.shape, leaf.dtype.name) for leaf in cache),
             axes=axes,
+            position_axes=position_axes,
             first_position=1 if encoder_decoder else None,
             end_tokens=tuple(_token(token, vocabulary) for token in end_tokens),
             tokenizer=tokenizer.encode() if isinstance(tokenizer, str) else tokenizer,
@@ -184,12 +185,15 @@ def _check_logits(name: str, logits: Any, rows: int) -> None:
         raise ModelError(f"Generator: the logits of {name} are {logits}; expected floats of shape ({rows}, tokens)")
 
 
-def _cache_of(init_cache: InitCache, weights: Any, slots: int, capacity: int) -> tuple[list[Any], tuple[int, ...], Any]:
-    """The arrays of the cache of all slots, the axis of the slots in each, and the tree that they are in."""
+type _CacheArrays = tuple[list[Any], tuple[int, ...], tuple[int | None, ...], Any]
 
-    def shapes(sequences: int) -> tuple[dict[str, Any], Any]:
+
+def _cache_of(init_cache: InitCache, weights: Any, slots: int, capacity: int) -> _CacheArrays:
+    """The arrays of the cache of all slots, the axes of the slots and of the positions in each, and their tree."""
+
+    def shapes(sequences: int, positions: int = capacity) -> tuple[dict[str, Any], Any]:
         try:
-            tree = jax.eval_shape(lambda w: init_cache(w, sequences, capacity), weights)
+            tree = jax.eval_shape(lambda w: init_cache(w, sequences, positions), weights)
         except Exception as error:  # a user's function may raise anything
             raise ModelError(
                 f"Generator: init_cache cannot be traced: {type(error).__name__}: {first_line(error)}"
@@ -197,7 +201,8 @@ def _cache_of(init_cache: InitCache, weights: Any, slots: int, capacity: int) ->
         return name_leaves(tree, single="cache"), jax.tree.structure(tree)
 
     (one, _), (two, _), (all_slots, tree) = shapes(1), shapes(2), shapes(slots)
-    axes: list[int] = []
+    (longer, _) = shapes(1, capacity + 1)
+    axes, places = list[int](), list[int | None]()
     for name, leaf in all_slots.items():
         differing = [axis for axis, (a, b) in enumerate(zip(one[name].shape, two[name].shape, strict=True)) if a != b]
         if len(differing) != 1:
@@ -206,11 +211,14 @@ def _cache_of(init_cache: InitCache, weights: Any, slots: int, capacity: int) ->
                 f"{list(two[name].shape)} for two; each of its arrays needs one axis of sequences"
             )
         axes.append(differing[0])
+        pairs = enumerate(zip(one[name].shape, longer[name].shape, strict=True))
+        growing = [axis for axis, (a, b) in pairs if (a, b) == (capacity, capacity + 1)]
+        places.append(growing[0] if len(growing) == 1 else None)
         if not leaf.size:
             raise ModelError(f"Generator: {name!r} of the cache has no elements")
     if not axes:
         raise ModelError("Generator: init_cache returns no array")
-    return list(all_slots.values()), tuple(axes), tree
+    return list(all_slots.values()), tuple(axes), tuple(places), tree
 
 
 def _check_prefill(program: Program, generation: Generation) -> None:

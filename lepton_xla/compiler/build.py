@@ -258,9 +258,9 @@ def compile(
             raise CompileError("a float master is kept for one device only; compile without a mesh")
         tell("keep the float master", steps, steps)
         artifact = dataclasses.replace(artifact, master=Master.made(program))
-    if parts is not None:
+    if parts is not None and generation is not None:
         codes = {name: code.loaded for name, code in executables.items()}
-        check_steps(Stepper.of(manifest, bucket_sizes, codes, runtime), limit)
+        check_steps(Stepper.of(manifest, bucket_sizes, codes, runtime), limit, rounds=generation.cache_codes != "none")
     if golden is not None:
         rows = Golden.made(
             program.converted(golden), program.inputs, program.outputs, artifact.servable().compute, limit

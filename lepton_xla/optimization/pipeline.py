@@ -26,6 +26,7 @@ from lepton_xla.errors import (
     first_line,
 )
 from lepton_xla.flags import warn_of_slow_flags
+from lepton_xla.optimization.caching import store_cache
 from lepton_xla.passes.alternatives.autotuning import autotune
 from lepton_xla.passes.core import memory
 from lepton_xla.passes.core.calibration import as_batches, calibrate, needs_range
@@ -215,6 +216,9 @@ def apply_plan(
         say(f"cast to {recipe.cast}")
         program = cast(program, recipe.cast, on_unsupported=recipe.on_unsupported)
     program = autotune(program, sizes=sizes if buckets else _traceable(program, sizes), timer=timer, progress=say)
+    if recipe.cache != "float":
+        say(f"store the cache in {recipe.cache}")
+        program = store_cache(program, min((buckets or {}).get("length", (1,))))
     memory.give_back()
     return program.replace(derivation=program.derived() if keep_master else None)
 

@@ -46,6 +46,9 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
             float32 sums, and store weights that are used only there in it. Quantized weights and integer products
             (which were timed against float32) stay as they are, and so does everything between products. `float16`
             overflows above 65504.
+        cache: `int8`: store the cache of a model that generates tokens in int8 codes with a scale for each position and
+            head, a quarter of float32's bytes and a little more. `decode` must write the position that it is given and
+            no other. An error for other models.
         shrink: the `[shrink]` table; None to remove nothing.
         prune: `[[prune]]` blocks.
         quantize: `[[quantize]]` blocks.
@@ -67,6 +70,7 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     correct_bias: bool = False
     without_calibration: Literal["error", "skip"] = "error"
     cast: Literal["none", "bfloat16", "float16"] = "none"
+    cache: Literal["float", "int8"] = "float"
     shrink: ShrinkRule | None = None
     prune: tuple[PruneRule, ...] = ()
     quantize: tuple[QuantizeRule, ...] = ()

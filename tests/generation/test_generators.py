@@ -209,3 +209,54 @@ def test_a_prompt_may_not_be_longer_than_the_cache():
 def test_modules_without_a_cache_are_refused():
     with pytest.raises(lx.ModelError, match="no part with a cache"):
         lx.Generator.from_nnx(nnx.Embed(VOCABULARY, 4, rngs=nnx.Rngs(0)))
+
+
+INT8_CACHE = lx.Recipe(name="cache", fold=False, measure=False, cache="int8")
+
+
+@pytest.mark.parametrize(
+    "kind", ["scanned", "seq2seq", pytest.param("linen", marks=SLOW), pytest.param("nnx", marks=SLOW)]
+)
+def test_a_cache_in_int8_is_a_third_and_gives_nearly_the_same_logits(kind, tmp_path):
+    generator, _ = made(kind)
+    exact = compiled(kind)[0].servable().stepper
+    small = lx.optimize(generator.program, INT8_CACHE, buckets={"length": (4, 8)})
+    lx.compile(small, {"length": (4, 8)}).save(tmp_path / "small.lepton")
+    rounded = lx.load(tmp_path / "small.lepton").stepper
+    # A scale of four bytes for WIDTH or WIDTH / HEADS codes, instead of four bytes each.
+    assert rounded.cache_bytes <= 0.4 * exact.cache_bytes
+    first = exact.first_position
+    for stepper in (exact, rounded):
+        for slot, prompt in enumerate(PROMPTS[:3]):
+            stepper.prefill(prompt, slot)
+    for step in range(8):
+        positions = [(len(prompt) if first is None else first) + step for prompt in PROMPTS[:3]]
+        tokens = [3 + step, 9, 2 * step]
+        a, b = (stepper.decode(tokens, positions) for stepper in (exact, rounded))
+        assert 0 < np.abs(a - b).max() < 0.03 * np.abs(a).max()
+
+
+def test_codes_of_positions_that_are_written_stay_as_they_are():
+    small = lx.optimize(made("scanned")[0].program, INT8_CACHE, buckets={"length": (4, 8)})
+    stepper = lx.compile(small, {"length": (4, 8)}).servable().stepper
+    stepper.prefill([5, 3, 9], 1)
+    before = [np.asarray(array) for array in stepper._cache]
+    for step in range(3):
+        stepper.decode([0, 7, 0], [0, 3 + step, 0])
+    for old, new in zip(before, map(np.asarray, stepper._cache), strict=True):
+        assert old.dtype in (np.int8, np.float32)
+        np.testing.assert_array_equal(old[:, 1, :3], new[:, 1, :3])
+        assert not np.array_equal(old[:, 1, 3:6], new[:, 1, 3:6])
+
+
+def shifts(w, cache, token, position):
+    logits, after = Decoder(True).decode(w, cache, token, position)
+    return logits, jax.tree.map(lambda leaf: jnp.roll(leaf, 1, axis=2), after)
+
+
+def test_int8_is_refused_where_it_cannot_be():
+    with pytest.raises(lx.UnsupportedError, match="at other positions than its own"):
+        lx.optimize(broken(decode=shifts).program, INT8_CACHE, buckets={"length": (4,)})
+    plain = lx.trace(lambda w, x: x @ w, jnp.eye(4), {"x": lx.TensorSpec(("batch", 4), "float32")})
+    with pytest.raises(lx.RecipeError, match="no cache"):
+        lx.optimize(plain, INT8_CACHE)
