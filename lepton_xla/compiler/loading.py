@@ -289,7 +289,8 @@ def _compile(
     inputs: Sequence[jax.ShapeDtypeStruct],
     shardings: Mapping[str, Any] | None = None,
 ) -> Code:
-    leaves = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in weights]
+    # What an executable has unpacked knows no shape of its own.
+    leaves = [None if leaf.aval is None else jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in weights]
     return compile_portable(portable[program.file], program.file, leaves, inputs, shardings)
 
 

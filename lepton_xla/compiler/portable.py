@@ -75,7 +75,7 @@ def export_programs(
 def compile_portable(
     blob: bytes,
     name: str,
-    weights: Sequence[jax.ShapeDtypeStruct],
+    weights: Sequence[jax.ShapeDtypeStruct | None],
     inputs: Sequence[jax.ShapeDtypeStruct],
     shardings: Mapping[str, Any] | None = None,
 ) -> Code:
@@ -84,7 +84,7 @@ def compile_portable(
     Args:
         blob: the program.
         name: its file, for messages.
-        weights, inputs: the shapes of its arguments.
+        weights, inputs: the shapes of its arguments; None: as the program has that of a weight.
         shardings: `in_shardings` and `out_shardings` of `jax.jit`, for several devices.
 
     Raises:
@@ -94,7 +94,11 @@ def compile_portable(
         from jax import export
 
         exported = export.deserialize(bytearray(blob))
-        return Code.made(jax.jit(exported.call, keep_unused=True, **(shardings or {})).lower(*weights, *inputs))
+        known = [
+            jax.ShapeDtypeStruct(own.shape, own.dtype) if leaf is None else leaf
+            for leaf, own in zip(weights, exported.in_avals, strict=False)
+        ]
+        return Code.made(jax.jit(exported.call, keep_unused=True, **(shardings or {})).lower(*known, *inputs))
     except Exception as error:  # version, platform, custom call, or XLA itself
         raise ArtifactError(f"{name} cannot be compiled here: {_xla.reason(error)}") from error
 

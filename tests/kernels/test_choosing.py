@@ -2,6 +2,9 @@
 
 import logging
 import math
+import os
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -302,3 +305,28 @@ def test_what_convolutions_are_timed_as(kernels):
         np.testing.assert_allclose(kernel, xla, rtol=1e-5, atol=1e-5)
         assert xla.min() == 0
     assert seen
+
+
+def test_convolutions_of_unpacked_weights_load_without_kernels(kernels, clock, tmp_path, monkeypatch):
+    """Unpacking has code for here, the buckets have none: they are compiled for weights that code has unpacked."""
+    clock({}, lambda _count: FLOAT_US)
+    unpacked = lambda *_: (True, [], {})  # noqa: E731
+    monkeypatch.setattr(integer_arithmetic.WholeProgram, "unpacking", unpacked)
+    monkeypatch.setattr(autotuning, "_time_ways", lambda *_: {autotuning.XLA: 10.0, autotuning.KERNEL: 5.0})
+    monkeypatch.setattr(autotuning, "time_programs", lambda functions, *_: [10.0, 5.0][: len(functions)])
+    tuned = lx.passes.autotune(lower(convolutions()), sizes=SIZES)
+    assert tuned.expansion is not None
+    lx.compile(tuned, {"batch": (3,)}).save(tmp_path / "with.lepton")
+    expected = lx.load(tmp_path / "with.lepton")(x=images())["output"]
+    # A process that has not begun to use JAX loads compiled code without it.
+    np.save(tmp_path / "x.npy", images())
+    code = (
+        "import numpy as np, lepton_xla as lx; there = lx.load('with.lepton'); "
+        "np.save('y.npy', there(x=np.load('x.npy'))['output']); print(there.route)"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env={**os.environ, installation.VARIABLE: "off"}, text=True,
+        stdout=subprocess.PIPE, check=True,
+    )  # fmt: skip
+    assert ran.stdout.strip() == "stablehlo"
+    np.testing.assert_allclose(np.load(tmp_path / "y.npy"), expected, rtol=0, atol=1e-5)
