@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -151,6 +152,11 @@ class Servable:
         >>> servable.nbytes > servable.weights_bytes
         True
         """
+        return self._nbytes
+
+    @functools.cached_property
+    def _nbytes(self) -> int:
+        # Kept, because the memory of a server is summed up again and again; new weights take what the old ones took.
         here = [each.files for each in self.manifest.executables.values()]
         code = max((sum(self.manifest.files[file].size for file in files.values()) for files in here), default=0)
         cache = self.stepper.cache_bytes if self.stepper is not None else 0

@@ -6,7 +6,7 @@ import dataclasses
 import logging
 import os
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from time import time
 from typing import Any
 
@@ -24,7 +24,7 @@ from lepton_xla.learning.plans import LearningPlan
 from lepton_xla.learning.pushing import Push
 from lepton_xla.learning.rounds import Round, Rounds
 from lepton_xla.learning.tracking import Window, accuracy_over_time
-from lepton_xla.samples import Samples
+from lepton_xla.samples import Sample, Samples
 from lepton_xla.serve.client import RequestError
 from lepton_xla.serve.monitor.monitor import judged_output
 from lepton_xla.serve.protocol.signature import signature_of
@@ -189,10 +189,10 @@ class Learner:
 
     def _begin(self, rounds: Rounds) -> Round:
         self._tell("read samples")
-        rows, newest_s, notes = self._read()
+        rows, kept, notes = self._read()
         train, judges = rows.split(self._plan.held_out)
         before = [each for each in rounds.history() if each.rows]
-        new = len(train) if not before else self._count_since(before[-1].newest_s)
+        new = len(train) if not before else self._count_since(kept, before[-1].newest_s)
         least = self._plan.least_rows
         why = f" (left out: {rows.foreign}, such as {rows.why})" if rows.foreign else ""
         if len(train) < least or len(judges) < self._plan.least_held_out:
@@ -204,12 +204,13 @@ class Learner:
             raise LearningError(f"{new} labelled rows are new since round {before[-1].number}; expected {least}{why}")
         return rounds.save(
             Round(
-                number=rounds.next_number, began_s=time(), rows=len(train), held_out=len(judges), newest_s=newest_s,
+                number=rounds.next_number, began_s=time(), rows=len(train), held_out=len(judges),
+                newest_s=kept[-1].time_s,
                 notes=notes,
             )
         )  # fmt: skip
 
-    def _read(self) -> tuple[Labelled, float, tuple[str, ...]]:
+    def _read(self) -> tuple[Labelled, list[Sample], tuple[str, ...]]:
         found = Samples(self._samples, self.model)
         notes: list[str] = []
         if found.damaged_bytes:
@@ -229,12 +230,12 @@ class Learner:
         wrong = rows.labels[(rows.labels < 0) | (rows.labels >= classes)]
         if len(wrong):
             raise LearningError(f"a label is {wrong[0]}, and the model has the classes 0 to {int(classes) - 1}")
-        return rows, kept[-1].time_s, tuple(notes)
+        return rows, kept, tuple(notes)
 
-    def _count_since(self, time_s: float) -> int:
+    def _count_since(self, kept: Iterable[Sample], time_s: float) -> int:
         """Rows to train on of requests that came after a time."""
-        kept = [each for each in Samples(self._samples, self.model).with_labels() if each.time_s > time_s]
-        return len(read_labelled(kept, self._base.inputs).split(self._plan.held_out)[0])
+        new = [each for each in kept if each.time_s > time_s]
+        return len(read_labelled(new, self._base.inputs).split(self._plan.held_out)[0])
 
     def _train(self, rounds: Rounds, current: Round) -> Round:
         self._tell("train")

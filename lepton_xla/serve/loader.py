@@ -12,7 +12,7 @@ from lepton_xla.errors import ServeError
 from lepton_xla.serve.app.options import Options
 from lepton_xla.serve.batching.costs import Measured
 from lepton_xla.serve.batching.device import Device
-from lepton_xla.serve.batching.engine import Engine
+from lepton_xla.serve.batching.engine import Engine, Timing
 from lepton_xla.serve.batching.scheduler import Call, Scheduler
 from lepton_xla.serve.models.changes import Source
 from lepton_xla.serve.models.handle import ModelHandle
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 # Part of the device's time that a model which warms up gets beside one that serves.
 _WARMING_WEIGHT = 0.25
+# Programs whose times are kept.
+_MOST_TIMINGS = 256
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -70,6 +72,7 @@ class ArtifactLoader:
         self._options = options
         self._metrics = metrics
         self._make = make
+        self._timings: dict[tuple[str, str], Timing] = {}
         self._times = None if options.trust is None else SigningTimes(options.trust)
 
     def load(self, name: str, version: str, source: Source, others: Sequence[ModelHandle]) -> Warm:
@@ -98,11 +101,22 @@ class ArtifactLoader:
         options = _served(self._options, source.serving, source.max_delay_us)
         with device.guest(_WARMING_WEIGHT) as run:
             sharing = None if base is None else next((each for each in others if each.model is base), None)
+            timed = self._timings.get((servable.manifest.fit, str(signature.buckets)))
             if sharing is not None and servable.route == "shared":
                 measured = engine.warm_up(run, sharing.scheduler.engine, same_code=True)
+            elif timed is not None:
+                measured = engine.warm_up(run, timed, same_program=True)
             else:
                 measured = engine.warm_up(run, _like(signature, others))
+                self._note(servable.manifest.fit, engine, signature)
         return Warm(servable, signature, engine, measured, options, source.serving, device)
+
+    def _note(self, fit: str, engine: Engine[Call], signature: Signature) -> None:
+        """Keeps what was measured: a model that is evicted and comes again takes as long, and others wait meanwhile."""
+        if fit:
+            self._timings[fit, str(signature.buckets)] = Timing(engine.measured, engine.busy_processors)
+            while len(self._timings) > _MOST_TIMINGS:
+                del self._timings[next(iter(self._timings))]
 
     def _place(self, source: Source, others: Sequence[ModelHandle]) -> Device:
         """The device that is asked for, or that of the other versions, or the one that has the fewest models."""

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from lepton_xla.errors import ServeError
+from lepton_xla.errors import LeptonError, ServeError
 from lepton_xla.profiles import Profile
 from lepton_xla.serve.batching.costs import Key, Measured
 from lepton_xla.serve.batching.tickets import Batch, Part, Ticket
@@ -42,6 +43,22 @@ type Run = Callable[[Callable[[], object]], object]
 
 def _at_once(function: Callable[[], object]) -> None:
     function()
+
+
+class Timed(Protocol):
+    """What executions took: of an engine, or kept of one that is gone."""
+
+    @property
+    def measured(self) -> Measured: ...
+    @property
+    def busy_processors(self) -> float: ...
+
+
+class Timing(NamedTuple):
+    """See `Engine`."""
+
+    measured: Measured
+    busy_processors: float
 
 
 class Work(Ticket, kw_only=True, eq=False):
@@ -208,9 +225,10 @@ class Engine[T: Work]:
     def warm_up(
         self,
         run: Run | None = None,
-        like: Engine[T] | None = None,
+        like: Timed | None = None,
         *,
         same_code: bool = False,
+        same_program: bool = False,
         within_s: float = math.inf,
     ) -> Measured:
         """Runs and times every compiled size on zeros.
@@ -221,6 +239,8 @@ class Engine[T: Work]:
             like: of a model that was measured before and that should take as long. Where a few runs do not say
                 otherwise, its times are taken.
             same_code: whether that one runs the same code. Then the smallest size is run, and all times are taken.
+            same_program: whether its code was made from the same program. Then each size is run once, and all times are
+                taken.
             within_s: sizes that would take longer are left for `warm_up_rest`, and their times are estimated.
 
         Returns:
@@ -230,8 +250,18 @@ class Engine[T: Work]:
         Raises:
             ServeError: if an output differs from the signature.
         """
+        model: Any = self._model
+        if getattr(model, "stepper", None) is not None:
+            with contextlib.suppress(LeptonError):  # whoever asks it to generate is told
+                _ = model.generator  # reads the tokenizer, for which the event loop has no time
         if like is not None and like.measured and same_code:
             self._measure(self._signature.bucket_sizes[0], next(self._signature.shape_keys()), run or _at_once, 1)
+            self.busy_processors, self.measured = like.busy_processors, like.measured
+            return self.measured
+        if like is not None and like.measured and same_program:
+            for key in self._signature.shape_keys():
+                for size in self._signature.bucket_sizes:
+                    self._measure(size, key, run or _at_once, 0)
             self.busy_processors, self.measured = like.busy_processors, like.measured
             return self.measured
         costs: dict[Key, dict[int, float]] = {}

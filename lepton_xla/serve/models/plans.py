@@ -55,7 +55,7 @@ def with_traffic(plan: Plan, found: Found, traffic: Traffic, now_s: float = 0.0)
     Raises:
         RepositoryError: `missing` for an arm that is not there, `conflict` within a rollout.
     """
-    _refuse_rollout(plan, found)
+    _refuse_beside_changes(plan, found)
     for arm in (*traffic.shares, *(() if traffic.shadow is None else (traffic.shadow.to,))):
         resolve(arm, found)
     if traffic.bandit is not None:
@@ -93,7 +93,7 @@ def with_rollout(plan: Plan, found: Found, asked: RolloutRequest, who: str, now_
             parse_comparison(rule)
         except ServeError as error:
             raise RepositoryError("invalid", str(error)) from error
-    _refuse_rollout(plan, found)
+    _refuse_beside_changes(plan, found)
     if plan.traffic != Traffic():
         raise RepositoryError(
             "conflict", f"model {found.name!r} has traffic shares, which a rollout would set: clear them first"
@@ -181,7 +181,8 @@ def refuse_in_use(plan: Plan, found: Found, version: str) -> None:
         )
 
 
-def _refuse_rollout(plan: Plan, found: Found) -> None:
+def _refuse_beside_changes(plan: Plan, found: Found) -> None:
+    """Refuses what cannot begin while an adjustment or a rollout goes on."""
     if plan.adjustment is not None and plan.adjustment.running:
         raise RepositoryError("conflict", f"model {found.name!r} is being adjusted: wait for the end, or stop it")
     if plan.rollout is not None and plan.rollout.running:

@@ -1,12 +1,14 @@
 """Rows in, rows out: what the engine copies where."""
 
+import threading
 import time
 
 import numpy as np
 import pytest
 from serve_fakes import Tokens
 
-from lepton_xla.serve.batching.engine import Engine, Work
+from lepton_xla.errors import ArtifactError
+from lepton_xla.serve.batching.engine import Engine, Timing, Work
 from lepton_xla.serve.batching.tickets import Batch, Part
 from lepton_xla.serve.protocol.signature import signature_of
 from lepton_xla.serve.protocol.wire import InferRequest, RequestSpec
@@ -125,6 +127,33 @@ def test_sizes_that_take_long_are_left_for_later_and_estimated():
     quick = Engine(Tokens(), SIGNATURE)
     quick.warm_up(within_s=1.0)
     quick.warm_up_rest(lambda function: function(), lambda *_: pytest.fail("all was run"))
+
+
+def test_each_size_of_the_same_program_is_run_once_and_known_times_are_taken():
+    kept, servable = Timing({(4,): {1: 2.0, 8: 3.0}}, 0.7), Tokens()
+    engine = Engine(servable, SIGNATURE)
+    assert engine.warm_up(like=kept, same_program=True) is kept.measured
+    sizes = [(size, *key) for key in SIGNATURE.shape_keys() for size in SIGNATURE.bucket_sizes]
+    assert sorted(servable.runs) == sorted(sizes)
+    assert engine.busy_processors == 0.7
+
+
+@pytest.mark.parametrize("error", [None, ArtifactError("the tokenizer cannot be read")])
+def test_the_tokenizer_is_read_when_the_model_warms_up_and_not_at_the_first_request(error):
+    read = []
+
+    class Generating(Tokens):
+        stepper = object()
+
+        @property
+        def generator(self):
+            read.append(threading.current_thread())
+            if error is not None:
+                raise error
+            return object()
+
+    Engine(Generating(), SIGNATURE).warm_up()
+    assert read == [threading.current_thread()]
 
 
 def test_a_batch_that_nobody_waits_for_is_not_run():

@@ -18,6 +18,7 @@ from serve_fakes import exchange, start_script
 from lepton_xla.errors import RepositoryError
 from lepton_xla.serve import Options, Server
 from lepton_xla.serve.access.tokens import create_token
+from lepton_xla.serve.batching.engine import Engine
 from lepton_xla.serve.models.repository import Repository
 from lepton_xla.serve.observe.audit import Audit
 
@@ -76,6 +77,22 @@ def test_no_answer_is_lost_refused_or_mixed_while_versions_change(start, reposit
         assert f'lepton_inference_requests_total{{model="m",version="{version}"}} {float(count)}\n' in text
     wait(lambda: [each["state"] for each in index(server).values()] == ["READY"])
     wait(lambda: not any(each() for each in gone))
+
+
+def test_one_that_comes_again_is_not_timed_anew(start, monkeypatch):
+    known, real = [], Engine.warm_up
+
+    def warm_up(self, *args, same_program=False, **more):
+        known.append(same_program)
+        return real(self, *args, same_program=same_program, **more)
+
+    monkeypatch.setattr(Engine, "warm_up", warm_up)
+    server = start(explicit=True, load=("m",))
+    before = server.models.find("m").scheduler.engine.measured
+    for action in ("unload", "load"):
+        assert exchange(server, "POST", f"/v2/repository/models/m/{action}")[0] == 200
+    assert server.models.find("m").scheduler.engine.measured is before
+    assert known == [False, True]
 
 
 def test_labels_move_without_a_break_and_each_route_keeps_its_version(start, repository, made):
