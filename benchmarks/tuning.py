@@ -40,6 +40,14 @@ preset that keeps to the bound on the drop, the second what `leptonx tune` found
 its trials, so it is never worse. The drop is that on the half of the test rows that chose nothing, with its 95 %
 interval, paired with the float model row by row; candidates were chosen by the other half. Time is a share of that of
 the float program in the same rounds, the geometric mean over the buckets."""
+LEFT = [
+    "preset",
+    "drop, points (95 %)",
+    "bytes on disk",
+    "of float's time",
+    "times smaller found",
+    "times faster found",
+]
 HEADER = ["", "recipe", "drop, points (95 %)", "bytes on disk", "of float's", "of float's time", "beside the preset"]
 
 
@@ -85,11 +93,25 @@ def summary(tuned: Tuning, objective: Literal["bytes", "latency"]) -> dict[str, 
         "preset": shown(preset),
         "best": shown(best),
         "better": preset.value(objective) / best.value(objective) if preset and best else None,
+        "presets": [left(trial, tuned) for trial in tuned.trials if trial.origin == "preset" and not trial.failure],
         "correlations": tuned.correlations,
         "trials": len(tuned.trials),
         "chosen": sum(bool(trial.estimates) for trial in tuned.trials),
         "stopped": tuned.stopped,
         "seconds": tuned.seconds,
+    }
+
+
+def left(preset: Trial, tuned: Tuning) -> dict[str, Any]:
+    """A preset, and what it leaves: how much smaller and faster the search found at no larger drop."""
+    alike = [trial for trial in tuned.trials if not trial.failure and trial.judged <= preset.judged]
+    return {
+        "name": preset.name,
+        "drop": str(preset.reported),
+        "bytes": preset.bytes,
+        "latency": preset.latency,
+        "smaller": preset.bytes / min(trial.bytes for trial in alike),
+        "faster": preset.latency / min(trial.latency for trial in alike),
     }
 
 
@@ -152,6 +174,19 @@ def page(results: Mapping[str, Any]) -> str:
                 f"{result['stopped']}); rank correlations of estimates and measurements over {result['chosen']} chosen "
                 f"ones: {ranks or 'too few'}."
             )
+        presets: dict[str, dict[str, Any]] = {}
+        for result in found["objectives"].values():
+            for each in result.get("presets", []):
+                known = presets.setdefault(each["name"], dict(each))
+                known |= {key: max(known[key], each[key]) for key in ("smaller", "faster")}
+        cells_of = [
+            [each["name"], each["drop"], f"{each['bytes']:,}", f"{each['latency']:.2f}", f"{each['smaller']:.2f}",
+             f"{each['faster']:.2f}"]
+            for each in presets.values()
+        ]  # fmt: skip
+        if cells_of:
+            parts += ["What each preset leaves, at no larger drop on the rows that candidates are chosen by:",
+                      harness.markdown(LEFT, cells_of)]  # fmt: skip
         parts.append(harness.provenance(found["run"]))
     return "\n\n".join(parts) + "\n"
 

@@ -305,9 +305,9 @@ def predicted_us(program: Program, sizes: Mapping[str, int], target: str) -> flo
         TuningError: if the compiler is not here, cannot compile the program, or predicts nothing.
 
     >>> program = lx.trace(lambda w, x: x @ w["w"], {"w": jnp.eye(4)}, {"x": lx.TensorSpec(("batch", 4), "float32")})
-    >>> predicted_us(program, {"batch": 1}, "no such thing")
+    >>> predicted_us(program, {"batch": 1}, "no such thing:1x1")
     Traceback (most recent call last):
-    lepton_xla.errors.TuningError: topology 'no such thing': ...
+    lepton_xla.errors.TuningError: topology 'no such thing:1x1': ...
     """
     if target == CPU:
         raise TuningError("XLA's compiler for CPUs predicts no times, and nothing was measured")
