@@ -138,6 +138,32 @@ def left(deadline: float) -> float:
     return remaining
 
 
+def open_socket(target: Endpoint, timeout_s: float) -> socket.socket:
+    """Connect to a server, TLS included.
+
+    Args:
+        target: the server.
+        timeout_s: seconds that each step may take, and each later read or write.
+
+    Raises:
+        OSError: if it cannot be reached.
+    """
+    if target.unix:
+        sock = socket.socket(socket.AF_UNIX)
+    else:
+        sock = socket.create_connection((target.host, target.port), timeout_s)
+    try:
+        if target.unix:
+            sock.settimeout(timeout_s)
+            sock.connect(target.host)
+        else:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        return sock if target.tls is None else target.tls.wrap_socket(sock, server_hostname=target.host)
+    except BaseException:
+        sock.close()
+        raise
+
+
 class BlockingChannel:
     """A blocking connection.
 
@@ -148,21 +174,7 @@ class BlockingChannel:
     def __init__(self, target: Endpoint, deadline: float) -> None:
         self.open = True
         self._parser = _Parser()
-        if target.unix:
-            self._socket = socket.socket(socket.AF_UNIX)
-        else:
-            self._socket = socket.create_connection((target.host, target.port), left(deadline))
-        try:
-            if target.unix:
-                self._socket.settimeout(left(deadline))
-                self._socket.connect(target.host)
-            else:
-                self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            if target.tls is not None:
-                self._socket = target.tls.wrap_socket(self._socket, server_hostname=target.host)
-        except BaseException:
-            self.close()
-            raise
+        self._socket = open_socket(target, left(deadline))
         self._poll = select.poll()
         self._poll.register(self._socket, select.POLLIN)
 

@@ -92,14 +92,7 @@ class Result:
 
     def percentiles(self, values: np.ndarray | None = None) -> dict[str, float]:
         """Seconds by percentile, of the latencies that count or of other times; NaN where there are none."""
-        values = self.latency_s[self.counted] if values is None else values
-        names = [f"p{percent:g}" for percent in PERCENTILES]
-        if not len(values):
-            return dict.fromkeys((*names, "max"), float("nan"))
-        # The nearest rank above, in whole numbers, so that each figure is a latency that was measured.
-        ordered = np.sort(values)
-        ranks = [-(-len(ordered) * round(percent * 10) // 1000) for percent in PERCENTILES]
-        return dict(zip(names, (float(ordered[rank - 1]) for rank in ranks), strict=True)) | {"max": float(ordered[-1])}
+        return percentiles(self.latency_s[self.counted] if values is None else values)
 
     def to_json(self) -> dict[str, Any]:
         """Its figures, without the single requests."""
@@ -117,3 +110,18 @@ class Result:
             "most_connections": self.most_connections,
             "generator_cores": self.cores,
         }
+
+
+def percentiles(values: np.ndarray) -> dict[str, float]:
+    """Values by percentile, each one that was measured; NaN where there are none.
+
+    >>> percentiles(np.arange(1.0, 201.0))
+    {'p50': 100.0, 'p90': 180.0, 'p99': 198.0, 'p99.9': 200.0, 'max': 200.0}
+    """
+    names = [f"p{percent:g}" for percent in PERCENTILES]
+    if not len(values):
+        return dict.fromkeys((*names, "max"), float("nan"))
+    # The nearest rank above, in whole numbers.
+    ordered = np.sort(values)
+    ranks = [-(-len(ordered) * round(percent * 10) // 1000) for percent in PERCENTILES]
+    return dict(zip(names, (float(ordered[rank - 1]) for rank in ranks), strict=True)) | {"max": float(ordered[-1])}

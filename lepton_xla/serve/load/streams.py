@@ -12,9 +12,13 @@ import threading
 import time
 from typing import Any
 
+import numpy as np
+
 from lepton_xla.errors import ServeError
 from lepton_xla.serve.client.calls import route
 from lepton_xla.serve.client.endpoint import Endpoint
+from lepton_xla.serve.client.transport import open_socket
+from lepton_xla.serve.load.result import percentiles
 
 _END = b"0\r\n\r\n"
 # Tokens of the prompts are below this, so that every vocabulary has them.
@@ -30,7 +34,7 @@ class Streams:
         requests: streams that ended well in it.
         errors: by what was told.
         tokens: that came in it.
-        first_s: seconds from a request to its first token.
+        first_s: seconds from a request to its first token, without connecting.
         next_s: seconds from a token to the next one of its stream.
     """
 
@@ -54,9 +58,7 @@ class Streams:
 
 
 def _quantiles(values: list[float]) -> dict[str, float | None]:
-    ranked = sorted(values)
-    at = {"p50": 0.5, "p90": 0.9, "p99": 0.99}
-    return {name: ranked[min(len(ranked) - 1, int(q * len(ranked)))] if ranked else None for name, q in at.items()}
+    return dict(percentiles(np.array(values))) if values else dict.fromkeys(("p50", "p90", "p99"))
 
 
 def stream(
@@ -91,11 +93,10 @@ def stream(
             ids = [drawn.randrange(1, _VALUES) for _ in range(prompt)]
             body = json.dumps({"input_ids": ids, "parameters": {"max_tokens": tokens, "ignore_end": True}}).encode()
             request = target.request("POST", f"{route(model)}/generate_stream", (body,))
-            sent = time.perf_counter()
             try:
-                times, error = _times(target, request, timeout_s)
+                sent, times, error = _times(target, request, timeout_s)
             except (OSError, ValueError, ServeError) as failure:
-                times, error = [], f"{type(failure).__name__}: {failure}"
+                sent, times, error = 0.0, [], f"{type(failure).__name__}: {failure}"
                 time.sleep(0.05)
             with lock:
                 _count(found, sent, times, error, begins, ends)
@@ -120,10 +121,11 @@ def _count(found: Streams, sent: float, times: list[float], error: str, begins: 
         found.requests += 1
 
 
-def _times(target: Endpoint, request: bytes, timeout_s: float) -> tuple[list[float], str]:
-    """When each token of a stream came, and what went wrong; empty if nothing did."""
+def _times(target: Endpoint, request: bytes, timeout_s: float) -> tuple[float, list[float], str]:
+    """When a request was sent, when each token of its stream came, and what went wrong; empty if nothing did."""
     times: list[float] = []
-    with contextlib.closing(_connect(target, timeout_s)) as sock:
+    with contextlib.closing(open_socket(target, timeout_s)) as sock:
+        sent = time.perf_counter()
         sock.sendall(request)
         data = b""
         while b"\r\n\r\n" not in data:
@@ -131,17 +133,17 @@ def _times(target: Endpoint, request: bytes, timeout_s: float) -> tuple[list[flo
         head, _, data = data.partition(b"\r\n\r\n")
         status = head.split(b" ", 2)[1].decode()
         if status != "200":
-            return times, f"HTTP {status}"
+            return sent, times, f"HTTP {status}"
         while True:
             *events, data = data.split(b"\n\n")
             now = time.perf_counter()
             for event in events:
                 if b'"error"' in event:
-                    return times, "generation failed"
+                    return sent, times, "generation failed"
                 if b'"details"' not in event:
                     times.append(now)
             if data.endswith(_END):
-                return times, ""
+                return sent, times, ""
             data += _more(sock)
 
 
@@ -150,14 +152,3 @@ def _more(sock: socket.socket) -> bytes:
     if not part:
         raise ServeError("the server closed the connection")
     return part
-
-
-def _connect(target: Endpoint, timeout_s: float) -> socket.socket:
-    if target.unix:
-        sock = socket.socket(socket.AF_UNIX)
-        sock.settimeout(timeout_s)
-        sock.connect(target.host)
-    else:
-        sock = socket.create_connection((target.host, target.port), timeout_s)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    return sock if target.tls is None else target.tls.wrap_socket(sock, server_hostname=target.host)
