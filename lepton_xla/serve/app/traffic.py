@@ -98,7 +98,11 @@ class TrafficPages:
             if not shown.done():
                 shown.set_result(
                     TrafficShown(
-                        model=model, traffic=plan.in_force, rollout=plan.rollout, versions=self._arms(model, metrics)
+                        model=model,
+                        traffic=plan.in_force,
+                        rollout=plan.rollout,
+                        adjustment=plan.adjustment,
+                        versions=self._arms(model, metrics),
                     )
                 )
 

@@ -282,11 +282,12 @@ class ArmFigures(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class TrafficShown(msgspec.Struct, frozen=True, kw_only=True):
-    """Traffic of a model, its last rollout, and the figures of each loaded version."""
+    """Traffic of a model, its last rollout and adjustment, and the figures of each loaded version."""
 
     model: str
     traffic: Traffic
     rollout: Rollout | None
+    adjustment: Adjustment | None
     versions: list[ArmFigures]
 
 

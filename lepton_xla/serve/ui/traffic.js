@@ -1,4 +1,4 @@
-// How the requests for a model are shared among its versions, and how far a rollout is.
+// How the requests for a model are shared among its versions, and how far a rollout or an adjustment is.
 
 import { make, milliseconds, number, percent, table } from "./drawing.js";
 
@@ -18,10 +18,19 @@ export function saidOf({ traffic, rollout }) {
   return said.length ? `${said.join("; ")}.` : "";
 }
 
-// Elements for the card of a model; none where one version answers all requests and there was no rollout.
+export const isMoving = (adjustment) => adjustment !== null && adjustment.state === "running";
+
+// One sentence about weights that move towards others, or have moved.
+export function movedOf({ plan, state, step, base, version, accuracy_before: before, decisions }) {
+  const score = decisions.findLast(({ accuracy }) => accuracy !== null)?.accuracy;
+  const far = `step ${step} of ${plan.steps}, each ${percent(plan.alpha)} of the way that is left`;
+  const judged = before === null || score === undefined ? "" : `; golden rows right: ${percent(score)}, ${percent(before)} before`;
+  return `${state === "running" ? "Weights move" : "Weights have moved"} from version ${base} to ${version}: ${far}${judged}.`;
+}
+
+// Elements for the card of a model; none where one version answers all requests and nothing was rolled out or adjusted.
 export function drawTraffic(shown, end, opened) {
   const said = saidOf(shown);
-  if (!said && !shown.rollout) return [];
   const found = [];
   if (said) {
     const rows = shown.versions.map((each) => [
@@ -36,7 +45,23 @@ export function drawTraffic(shown, end, opened) {
     if (end) found.push(make("p", {}, end));
   }
   if (shown.rollout) found.push(drawRollout(shown.model, shown.rollout, opened));
+  if (shown.adjustment) found.push(...drawAdjustment(shown.model, shown.adjustment, said ? null : end, opened));
   return found;
+}
+
+function drawAdjustment(model, adjustment, end, opened) {
+  const kind = { done: "good", "went back": "bad", stopped: "bad" }[adjustment.state] ?? "quiet";
+  const rows = adjustment.decisions.toReversed().map((each) => [
+    each.time, String(each.step), each.version, each.accuracy === null ? "-" : percent(each.accuracy), each.reason,
+  ]);
+  const details = make("details", {},
+    make("summary", {}, "Adjustment of the weights: ", make("span", { className: kind }, adjustment.state)),
+    make("p", {}, movedOf(adjustment)),
+    table(`Steps of the weights of ${model}, the latest first`,
+      [["Time"], ["Step", "number"], ["Version"], ["Accuracy", "number"], ["Why"]], rows));
+  details.dataset.key = `adjustment of ${model}`;
+  details.open = opened.has(details.dataset.key);
+  return isMoving(adjustment) && end ? [details, make("p", {}, end)] : [details];
 }
 
 function drawRollout(model, rollout, opened) {

