@@ -237,10 +237,12 @@ class App:
             return route.scope, self._control_route(route.name, parameters, who)
         if model is None:
             return route.scope, self._pages.server[route.name]
+        if route.name == "explain":  # a model beside it, which `compile --explain` writes
+            model = f"{model}-explain"
         if self._bring is not None and route.name != "model_ready" and self._bring.knows(model):
             return route.scope, functools.partial(self._wait_for, self._bring, model, head, who)
         found = weakref.ref(self._models.find(model, parameters.get("version"), parameters.get("label")))
-        if route.name == "infer":
+        if route.name in ("infer", "explain"):
             if len(parameters) == 1 and (split := self._models.split(model)) is not None:
                 return route.scope, self._shared_route(head, model, split)
             return route.scope, self._infer_route(head, found)
