@@ -127,7 +127,7 @@ def _operation(route: Route, path: str, names: dict[str, list[str]], signatures:
         "summary": route.summary,
         "description": f"Needs a token that is good for `{route.scope}`, where the server asks for tokens.",
         "parameters": parameters,
-        "responses": _responses(route, infer=infer),
+        "responses": _responses(route, infer=route.name in ("infer", "explain")),
     }
     if route.scope in ("health", "page"):
         operation["description"] = "Needs no token."
