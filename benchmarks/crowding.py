@@ -46,8 +46,7 @@ INTRODUCTION = (
     "as the budget has room for. The hot models are the five that are asked most.\n\n"
     "Throughput: the same requests to one model and to several in turn, each connection with one request at a "
     "time. The server has one core fewer than the machine. Requests of several models make smaller batches, and each "
-    "batch is an execution, which is what costs: with 64 connections hardly more than two of 50 models' requests wait "
-    "together."
+    "batch is an execution, which is what costs."
 )
 
 
