@@ -167,7 +167,7 @@ def read_query(target: bytes) -> tuple[GenerateRequest, dict[str, Any]]:
 
     >>> request, fields = read_query(b"/?text_input=12+hours&max_tokens=5&stop=.&stop=7")
     >>> request.text_input, fields
-    ('12 hours', {'max_tokens': 5, 'stop': ['.', '7']})
+    ('12 hours', {'stop': ['.', '7'], 'max_tokens': 5})
     """
     query = target.partition(b"?")[2].decode("latin-1")
     try:
