@@ -25,6 +25,9 @@ def test_statistics_are_those_of_the_known_numbers():
     prepared = SCHEMA.fit(ROWS)
     clipped = np.float64([20, 30, 40, 40, 30])  # three quarters of five numbers are at most 40
     np.testing.assert_allclose(prepared.numbers["age"], [30, 20, 40, clipped.mean(), clipped.std()], rtol=1e-6)
+    expected = (np.float64([20, 30, 40]) - clipped.mean()) / clipped.std()
+    found = prepared({"age": [-5.0, None, 41.0], "city": ["Rom"] * 3})["age"]  # clipped, missing, clipped
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
     assert prepared.vocabularies == {"city": ("Rom", "Bern")}
 
 
