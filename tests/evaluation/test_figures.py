@@ -84,6 +84,14 @@ def test_intervals_of_published_cases():
     assert [(round(each.low, 4), round(each.high, 4)) for each in found] == [(0.0569, 0.3404), (-0.1611, 0.1611)]
 
 
+def test_a_paired_interval_corrects_for_continuity():
+    # By hand: 40 x 45 - 5 x 10 = 1750, less half of 100 rows, over the root of 45 x 55 x 50 x 50.
+    phi = 1700 / math.sqrt(45 * 55 * 50 * 50)
+    one, two, found = share_interval(45, 100), share_interval(50, 100), paired_interval(40, 5, 10, 45)
+    down, up = 0.5 - two.low, one.high - 0.45
+    assert found.low == pytest.approx(0.05 - math.sqrt(down**2 - 2 * phi * down * up + up**2), abs=1e-12)
+
+
 def test_paired_intervals_cover():
     random = np.random.default_rng(1)
     shares = [0.85, 0.08, 0.03, 0.04]  # the second is 5 points worse
