@@ -345,7 +345,7 @@ def test_from_nnx_runs_a_copy_in_inference_mode():
 def test_a_program_is_plain_data():
     assert [field.name for field in dataclasses.fields(Program)] == [
         "fn", "weights", "inputs", "outputs", "masks", "history", "expansion", "origin", "axes", "derivation",
-        "generation",
+        "generation", "conversion",
     ]  # fmt: skip
 
 

@@ -79,6 +79,7 @@ COMPILED = {
     "weights": FATES,
     "passes": REPORTS, "weights_bytes_float": 89_349_120, "weights_bytes_optimized": 22_000_000, "name": "a-model",
     "weights_bytes_on_disk": 21_000_000, "recipe": "int8", "path": "a.lepton", "artifact_bytes": 10**7,
+    "explanation": "a-explain.lepton",
     "metrics": {"float": {"accuracy": 0.9712345}, "optimized": {"accuracy": 0.9701234}}, "optimize_s": 1.0,
     "compile_s": 2.0, "compile_s_by_bucket": {"batch=1,seq=128": 1.0},
 }  # fmt: skip
