@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lepton_xla.arguments import takes
 from lepton_xla.conversion import Categories, Conversion, Images, Labels, Texts
 from lepton_xla.errors import ModelError
 from lepton_xla.program import Expansion, Program, TensorSpec
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 type _Fn = Callable[..., Any]
 
 
+@takes(program=Program)
 def take_texts(
     program: Program,
     tokenizer: bytes | str | os.PathLike[str],
@@ -77,6 +79,7 @@ def take_texts(
     return program.replace(conversion=_with_input(program, name, step))
 
 
+@takes(program=Program)
 def take_categories(
     program: Program, name: str, vocabulary: Iterable[str], *, index: str | None = None, others: bool = True
 ) -> Program:
@@ -109,6 +112,7 @@ def take_categories(
     return program.replace(inputs=inputs, conversion=_with_input(program, name, step))
 
 
+@takes(program=Program)
 def take_images(
     program: Program,
     name: str,
@@ -215,6 +219,7 @@ def _taps(
     return taps / taps.sum(axis=2, keepdims=True)
 
 
+@takes(program=Program)
 def give_labels(
     program: Program,
     names: Sequence[str],

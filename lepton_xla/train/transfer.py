@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from lepton_xla.arguments import takes
 from lepton_xla.errors import ModelError
 from lepton_xla.passes.core.sites import find_sites
 from lepton_xla.program import Program
@@ -121,6 +122,7 @@ def low_rank(
     return _parted(whole_model, [*added, *whole])
 
 
+@takes(trained=Program)
 def merge(trained: Program, base: Model | Program, *, alpha: float | None = None) -> Program:
     """Add low-rank weights to those that they are beside: the base's function, with other weights.
 

@@ -3,6 +3,7 @@
 import logging
 import math
 import os
+import re
 import subprocess
 import sys
 
@@ -47,7 +48,9 @@ def clock(monkeypatch):
 
         def time_programs(functions, inputs, timer=None):
             return [
-                program_us(str(jax.make_jaxpr(fn)(weights, *inputs)).count("weight_only_product"))
+                program_us(
+                    len(re.findall("(?:weight_only|integer)_product", str(jax.make_jaxpr(fn)(weights, *inputs))))
+                )
                 for fn, weights in functions
             ]
 
@@ -191,13 +194,15 @@ def test_a_wrong_kernel_is_told(kernels, clock, monkeypatch, caplog):
     assert "a kernel's product of codes is wrong by 50%" in caplog.text
 
 
-def test_a_sharded_weight_has_no_kernel(kernels, clock):
-    clock({}, lambda _count: FLOAT_US)
+@pytest.mark.parametrize("recipe", ["int8-weight-only", "int8"])
+def test_a_sharded_weight_has_no_kernel(kernels, clock, recipe):
+    clock({"a": 25.0, "b": 25.0}, lambda count: FLOAT_US - 10 * count)
     mesh = jax.make_mesh((2,), ("model",), axis_types=(jax.sharding.AxisType.Auto,))
     program = two_layers()
     cut = jax.device_put(program.weights, jax.NamedSharding(mesh, jax.P(None, "model")))
-    lowered = lower(program.replace(weights=cut))
+    lowered = lower(program.replace(weights=cut), recipe)
     assert {site.outcome for site in sites(lowered).values()} == {"changed"}
+    assert "_product" not in str(jax.make_jaxpr(lowered.fn)(lowered.weights, jnp.zeros((6, 24))))
 
 
 def test_an_artifact_runs_with_kernels_and_without(kernels, clock, tmp_path, monkeypatch, caplog):

@@ -363,7 +363,10 @@ def _time_sites(
     say: Callable[[str], None],
     timer: Timer,
 ) -> dict[str, list[Timing]]:
-    """Time float and integer arithmetic at each site and size; empty lists if no sizes are given."""
+    """Time float and integer arithmetic at each site and size; empty lists if no sizes are given.
+
+    A weight on several devices has no kernel: XLA would gather it.
+    """
     found = [(at, {site.name: site for site in find_sites(program, sizes=at)}) for at in sizes]
     rules = {planned.site.name: planned.rule for planned in candidates}
     # A program may have other sites at some sizes.
@@ -373,7 +376,9 @@ def _time_sites(
     timings: dict[str, list[Timing]] = {name: [] for name in rules}
     for (site, _, _), timing in zip(wanted, compare(wanted, timer), strict=True):
         fastest = min([timing.float_us, *times_us(site.eqn, timer)])  # among the float alternatives
-        timings[site.name].append(dataclasses.replace(timing, float_us=fastest))
+        gathered = site.path is not None and is_spread(program.weights[site.path])
+        kernel_us = None if gathered else timing.kernel_us
+        timings[site.name].append(dataclasses.replace(timing, float_us=fastest, kernel_us=kernel_us))
     return timings
 
 
