@@ -385,8 +385,8 @@ def test_where_the_model_has_the_only_core_the_event_loop_runs_batches_of_a_mill
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: cores)
     measure = Engine._measure
 
-    def undisturbed(self, size, key, run):
-        times, _ = measure(self, size, key, run)
+    def undisturbed(self, size, key, run, **how):
+        times, _ = measure(self, size, key, run, **how)
         return times, sum(times) * busy
 
     monkeypatch.setattr(Engine, "_measure", undisturbed)
