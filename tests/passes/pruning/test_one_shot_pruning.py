@@ -261,7 +261,7 @@ def test_through_the_pipeline_with_other_methods_beside(method):
         lx.optimize(program(), chosen)
     skipping = lx.Recipe.parse(text.format('without_calibration = "skip"\n'), name="two")
     plain = lx.optimize(program(), skipping)
-    assert [report.name for report in plain.history] == ["fold", "skipped", "prune"]
+    assert [report.name for report in plain.history] == ["fold", "skipped", "prune", "autotune"]
     assert plain.history[1].metrics == {"by magnitude, for want of calibration data": method}
     assert (np.asarray(plain.weights["stack"]) == 0).sum() == 256
 
