@@ -69,6 +69,10 @@ CASES = {
         lambda x, w, b, r: jax.lax.max(jax.lax.min(conv(x, w), -1.0), 1.0),
         Epilogue("clamp", high=-1.0), (False, False), {"max"},
     ),
+    "bounds apart": (
+        lambda x, w, b, r: jax.lax.clamp(2.0, jax.lax.clamp(0.0, conv(x, w), 1.0), 6.0),
+        Epilogue("clamp", 0.0, 1.0), (False, False), {"clamp"},
+    ),
 }  # fmt: skip
 
 

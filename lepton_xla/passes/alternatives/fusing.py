@@ -161,8 +161,8 @@ def _extend(chain: _Chain, readers: Mapping[Any, Sequence[Any]], kept: set[Any],
         return False
     low, high = bounds
     old = chain.epilogue
-    if name == "max" and old.activation == "clamp" and old.high < low:
-        return False
+    if name != "min" and old.activation == "clamp" and old.high < low:
+        return False  # the kernel bounds from below first
     return _take(chain, [eqn], activation="clamp", low=max(old.low, low), high=min(old.high, high))
 
 
@@ -194,7 +194,7 @@ def _bounds(eqn: Any, out: Any) -> tuple[float, float] | None:
     literals = [_constant(atom) for atom in eqn.invars]
     if name == "clamp":
         low, _, high = literals
-        return None if low is None or high is None or eqn.invars[1] is not out or low > high else (low, high)
+        return None if low is None or high is None or eqn.invars[1] is not out or not low <= high else (low, high)
     bound = next((value for value in literals if value is not None), None)
     if bound is None or math.isnan(bound):
         return None

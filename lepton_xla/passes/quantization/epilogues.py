@@ -47,7 +47,7 @@ _SAME_ROWS = ("reshape", "squeeze", "expand_dims", "copy", "copy_p", "broadcast_
 
 
 def _points() -> np.ndarray:
-    far = np.geomspace(1e-6, 1e4, 60)
+    far = np.geomspace(1e-6, 3e38, 180)  # a bound far away is one too
     return np.concatenate([-far, [0.0], far, np.linspace(-9, 9, 181), [np.nan]])
 
 
@@ -110,22 +110,24 @@ def fuse(fn: Callable[..., Any], fused: dict[str, str] | None = None) -> Callabl
 
     def rules(closed: Any) -> Mapping[str, Any]:
         roles: dict[int, Pattern] = {}
+        reads: dict[int, list[tuple[Pattern, str, int]]] = {}  # several patterns may read one bias
         for pattern in find(closed):
             site = _site_of(pattern.product)
             if fused is not None and site is not None:
                 fused[site] = str(pattern)
-            reads = [pattern.bias[0]] if pattern.bias else []
-            for eqn in (pattern.product, *pattern.inside, pattern.last, *reads):
+            for eqn in (pattern.product, *pattern.inside, pattern.last):
                 roles[id(eqn)] = pattern
+            for name, place in (("bias", pattern.bias), ("residual", pattern.residual)):
+                if place is not None:
+                    reads.setdefault(id(place[0]), []).append((pattern, name, place[1]))
         held: dict[tuple[int, str], Any] = {}
 
         def rule(_context: Context, eqn: Any, values: Values) -> Values | None:
+            for reader, name, index in reads.get(id(eqn), ()):
+                held[id(reader), name] = values[index]
             pattern = roles.get(id(eqn))
             if pattern is None:
                 return None
-            for name, place in (("bias", pattern.bias), ("residual", pattern.residual)):
-                if place is not None and place[0] is eqn:
-                    held[id(pattern), name] = values[place[1]]
             if eqn is pattern.product:
                 held[id(pattern), "product"] = values
             if eqn is pattern.last:
@@ -165,10 +167,12 @@ def find(closed: Any) -> Iterator[Pattern]:
     jaxpr, _ = _compat.open_jaxpr(closed)
     equations, _ = _compat.live(jaxpr)
     graph = _Graph(equations, jaxpr.outvars)
+    taken: set[int] = set()  # a sum of two products belongs to one of them
     for eqn in equations:
         if eqn.primitive.name in _KERNELS and eqn.params["activation"] == 0:
-            pattern = _match(graph, eqn)
+            pattern = _match(graph, eqn, taken)
             if pattern is not None:
+                taken |= {id(each) for each in (*pattern.inside, pattern.last)}
                 yield pattern
         for inner in _compat.inner_jaxprs(eqn):
             yield from find(inner)
@@ -200,7 +204,7 @@ class _Graph:
         return None if isinstance(atom, _compat.LITERAL) else self.makers.get(atom)
 
 
-def _match(graph: _Graph, product: Any) -> Pattern | None:
+def _match(graph: _Graph, product: Any, taken: set[int]) -> Pattern | None:
     columns = product.outvars[0].aval.shape[1]
     pattern = Pattern(product, product)
     passed: list[Any] = []  # since `last`
@@ -216,6 +220,8 @@ def _match(graph: _Graph, product: Any) -> Pattern | None:
 
     while True:
         eqn = graph.only_reader(var)
+        if eqn is not None and id(eqn) in taken:
+            break
         if eqn is not None and _keeps_rows(eqn, columns):
             passed.append(eqn)
             var = eqn.outvars[0]

@@ -161,3 +161,26 @@ def test_symbolic_sizes():
     exported = jax.export.export(jax.jit(epilogues.fuse(fn)))(jax.ShapeDtypeStruct((rows, DEPTH), jnp.float32))
     x = OPERANDS[0].reshape(-1, DEPTH)
     np.testing.assert_allclose(exported.call(x), fn(x), rtol=0, atol=2e-5)
+
+
+def test_two_products_that_are_added():
+    """As in gates of LSTMs: the sum belongs to one of the products, and the other is what is added."""
+    x, b, _ = OPERANDS
+    assert fused(lambda x: product(x) + product(-2 * x), x)[0] is not None
+    text = fused(lambda x, b: jnp.tanh(product(x) + b + product(-2 * x)), x, b)[1]
+    assert text.count("= add ") == 0
+    fused(lambda x: jax.nn.relu(product(-2 * x)) + jax.nn.silu(product(x)), x)
+
+
+def test_a_bias_that_two_products_share():
+    def both(x, b):
+        row = b[None, None]
+        return product(x) + row, jax.nn.relu(product(-2 * x) + row)
+
+    x, b, _ = OPERANDS
+    assert fused(both, x, b)[1].count("= add ") == 0
+
+
+def test_bounds_far_away_stay():
+    text = fused(lambda x: jnp.minimum(jax.nn.relu(product(x)), 65504.0), OPERANDS[0])[1]
+    assert text.count(" min ") == 1
