@@ -87,6 +87,16 @@ def test_nan_and_infinities(variants):
         np.testing.assert_array_equal(static, reference(x, weight, 0.05))
 
 
+def test_nan_shows_in_the_fallback(monkeypatch):
+    """Of many rows too, whose largest magnitudes XLA:CPU finds with vectors."""
+    monkeypatch.setenv(installation.VARIABLE, "off")
+    x, weight = array(200, 64), stored(64, 7)
+    x[0, 5] = np.nan
+    found = np.asarray(jax.jit(lambda part: integer_product.multiply(part, weight))(x))
+    assert np.isnan(found[0]).all()
+    assert not np.isnan(found[1:]).any()
+
+
 def test_extreme_magnitudes(variants):
     """Rows too small for a normal scale, and sums near the ends of int32, also of codes that are shifted."""
     x = np.stack([np.full(70_000, value, np.float32) for value in (1e-44, 1.0, -1.0, 3e38)])
