@@ -96,6 +96,8 @@ def convolve(x: jax.Array, weight: jax.Array, geometry: Geometry) -> jax.Array:
     [[4.0, 4.0], [4.0, 4.0]]
     """
     assert x.dtype == weight.dtype == jnp.float32
+    if not x.shape[3]:  # the kernel divides by the number of channels
+        return jnp.zeros(*_shape(x, weight, geometry=geometry))
     none = jnp.zeros(0, jnp.float32)
     return _CONVOLUTION.bind(x, weight, none, none, geometry=geometry, epilogue=Epilogue())
 
@@ -121,6 +123,8 @@ def convolve_codes(
     """
     assert not weight.transposed
     assert x.dtype == jnp.float32
+    if not x.shape[3]:
+        return jnp.zeros(*_shape(x, weight.values, geometry=geometry))
     static = jnp.zeros(0, jnp.float32) if static_scale is None else jnp.reshape(static_scale, (1,))
     none = jnp.zeros(0, jnp.float32)
     return _INTEGER_CONVOLUTION.bind(

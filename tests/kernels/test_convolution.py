@@ -219,6 +219,16 @@ def test_no_examples_and_no_pixels(variants, shape):
         assert convolution.convolve_codes(jnp.zeros(shape), stored(3, 4), geometry).shape == (*shape[:3], 4)
 
 
+def test_no_channels(kernels):
+    x, geometry = jnp.zeros((2, 5, 5, 0)), Geometry((3, 3))
+    codes = QTensor(jnp.zeros((0, 4), jnp.int8), jnp.ones((1, 4)), "int8", 0)
+    for found in (
+        convolution.convolve(x, jnp.zeros((3, 3, 0, 4)), geometry),
+        convolution.convolve_codes(x, codes, geometry),
+    ):
+        np.testing.assert_array_equal(found, np.zeros((2, 3, 3, 4), np.float32))
+
+
 def test_transformations_and_the_fallback(kernels, monkeypatch):
     x, geometry = array(3, 2, 9, 8, 6), Geometry((3, 3), (2, 1), padding=((1, 1), (0, 2)))
     weight, each, codes = array(3, 3, 6, 7, seed=2), array(3, 3, 1, 6, seed=3), stored(54, 7)
