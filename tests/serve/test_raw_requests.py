@@ -151,6 +151,8 @@ def test_the_models_own_inputs_are_taken_too(url):
         ("colors", [tensor("image", [""], shape=[2])], 400, "needs 2 elements, not 1"),
         ("colors", [tensor("image", [1.0], "FP32")], 400, "the model takes BYTES"),
         ("colors", [tensor("image", [1.0])], 400, "not strings"),
+        ("colors", [tensor("image", [[base64.b64encode(jpeg()).decode()]], shape=[2])], 400, "not strings"),
+        ("colors", [tensor("image", base64.b64encode(jpeg()).decode(), shape=[2])], 400, "not strings"),
         ("colors", [], 400, "is missing"),
         ("words", [tensor("text", ["red"])], 400, "'kind' is missing"),
         (

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import base64
 import binascii
-import math
 from typing import Any, NamedTuple
 
 import msgspec
@@ -184,10 +183,12 @@ def _strings(signature: Signature, given: InputHead, count: int) -> list[Any]:
 
 def _flat(values: Any, shape: list[int]) -> list[str]:
     """The strings of nested lists of this shape; raises `TypeError` or `ValueError` for others."""
-    array = np.empty(shape, object)
-    array[...] = values
-    found = array.ravel().tolist()
-    if not all(isinstance(each, str) for each in found) or math.prod(shape) != len(found):
+    found: list[Any] = [values]
+    for size in shape:  # not by NumPy, which would repeat what is too short
+        if not all(isinstance(each, list) and len(each) == size for each in found):
+            raise ValueError
+        found = [item for each in found for item in each]
+    if not all(isinstance(each, str) for each in found):
         raise TypeError
     return found
 
