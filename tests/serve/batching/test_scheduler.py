@@ -329,7 +329,8 @@ def test_short_sequences_join_longer_ones_and_get_their_own_rows(make_server):
     for seq in (8, 3, 7, 4):
         assert answers[seq]["out"].tolist() == [list(range(2, seq + 2))]
         assert answers[seq]["length"].tolist() == [seq]
-    assert len(tokens.runs) < 4
+    # Alone, each would be a run of one row. A server that just started may still be timing a size.
+    assert sum(rows == 1 for rows, _ in tokens.runs) < 4
 
 
 class Where(Affine):
