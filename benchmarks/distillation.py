@@ -41,9 +41,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     sections.add_options(parser, SECTIONS)
     parser.add_argument("--quick", action="store_true", help="little training, no page: a smoke test")
-    parser.add_argument(
-        "--pages", action=argparse.BooleanOptionalAction, default=True, help="write docs/benchmarks/; not with --quick"
-    )
+    harness.add_pages(parser)
     journal.add_option(parser)
     options = parser.parse_args()
     options.rows = journal.opened("distillation", options)

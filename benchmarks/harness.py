@@ -160,6 +160,13 @@ def add_names(parser: argparse.ArgumentParser, flag: str, known: Iterable[str]) 
     parser.add_argument(flag, type=read, default=known, help="comma-separated; default: all")
 
 
+def add_pages(parser: argparse.ArgumentParser) -> None:
+    """Add `--pages` and `--no-pages`."""
+    parser.add_argument(
+        "--pages", action=argparse.BooleanOptionalAction, default=True, help="write docs/benchmarks/; not with --quick"
+    )
+
+
 def write_json(path: pathlib.Path | None, found: Any) -> None:
     """Write results to a file, if one is given."""
     if path is not None:
@@ -183,6 +190,16 @@ def publish(name: str, found: Mapping[str, Any], page: Callable[[Mapping[str, An
     write_json(file, known)
     (PAGES / f"{name}.md").write_text(page(known))
     return known
+
+
+def conclude(
+    name: str, options: argparse.Namespace, found: Mapping[str, Any], page: Callable[[Mapping[str, Any]], str]
+) -> None:
+    """Write the page and the file that `--pages`, `--quick` and `--json` ask for, and say how to repeat it."""
+    if options.pages and not options.quick:
+        publish(name, found, page)
+    write_json(options.json, found)
+    print(f"repeat with: {command()}")
 
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:

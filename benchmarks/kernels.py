@@ -266,7 +266,7 @@ def main() -> int:
     """Measures, prints, writes."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="tiny sizes, no page: a smoke test")
-    parser.add_argument("--no-pages", action="store_true", help="only print")
+    harness.add_pages(parser)
     sections.add_options(parser, SECTIONS)
     options = parser.parse_args()
     if not installation.usable():
@@ -274,7 +274,7 @@ def main() -> int:
         return 1
 
     def write(results: sections.Results) -> None:
-        if not options.quick and not options.no_pages:
+        if options.pages and not options.quick:
             harness.publish("kernels", results, page)
 
     def machine(_name: str) -> dict[str, str]:

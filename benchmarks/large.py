@@ -240,9 +240,7 @@ def main() -> int:
     parser.add_argument("--only", nargs=3, metavar=("PART", "RECIPE", "PATH"), help="in this process, for --json")
     parser.add_argument("--scratch", type=pathlib.Path, help="folder for artifacts; default: the system's")
     parser.add_argument("--quick", action="store_true", help="one million parameters, no page: a smoke test")
-    parser.add_argument(
-        "--pages", action=argparse.BooleanOptionalAction, default=True, help="write docs/benchmarks/; not with --quick"
-    )
+    harness.add_pages(parser)
     parser.add_argument("--json", type=pathlib.Path, help="write the figures to this file")
     journal.add_option(parser)
     options = parser.parse_args()
@@ -261,10 +259,7 @@ def main() -> int:
         rows.append(kept.row(recipe, functools.partial(alone, recipe, options)))
     result = {"rows": rows, "run": harness.machine() | {"command": harness.command(), "load": load}}
     print(tables(rows))
-    if options.pages and not options.quick:
-        harness.publish("large", result, page)
-    harness.write_json(options.json, result)
-    print(f"repeat with: {harness.command()}")
+    harness.conclude("large", options, result, page)
     size = rows[0]["weights_bytes"]
     highest = max(phase["peak_bytes"] / size for row in rows for phase in row["phases"].values())
     return int(highest > LIMIT and not options.quick)

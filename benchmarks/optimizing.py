@@ -163,9 +163,7 @@ def main() -> int:
     parser.add_argument("--only", choices=MODELS, help="measure this one in this process, for --json")
     parser.add_argument("--recipe", default="int8", help="preset or file; default: int8")
     parser.add_argument("--quick", action="store_true", help="little training, no page: a smoke test")
-    parser.add_argument(
-        "--pages", action=argparse.BooleanOptionalAction, default=True, help="write docs/benchmarks/; not with --quick"
-    )
+    harness.add_pages(parser)
     parser.add_argument("--json", type=pathlib.Path, help="write the figures to this file")
     journal.add_option(parser)
     options = parser.parse_args()
@@ -193,10 +191,7 @@ def main() -> int:
     result = {"recipe": options.recipe, "rows": rows, "run": harness.machine() | {"command": harness.command()}}
     result["run"]["load"] = load
     print(tables(rows))
-    if options.pages and not options.quick:
-        harness.publish("optimizing", result, page)
-    harness.write_json(options.json, result)
-    print(f"repeat with: {harness.command()}")
+    harness.conclude("optimizing", options, result, page)
     return 0
 
 

@@ -394,9 +394,7 @@ def main() -> int:
     harness.add_names(parser, "--models", COMPRESS | CURVES | SHRINK)
     parser.add_argument("--peers", action="store_true", help="also Torch-Pruning, where it is installed")
     parser.add_argument("--quick", action="store_true", help="little training, few rounds, no page: a smoke test")
-    parser.add_argument(
-        "--pages", action=argparse.BooleanOptionalAction, default=True, help="write docs/benchmarks/; not with --quick"
-    )
+    harness.add_pages(parser)
     journal.add_option(parser)
     parser.add_argument("--rounds", type=int, default=31, help="turns of each")
     parser.add_argument("--seconds", type=float, default=20.0, help="of one batch size, at most")

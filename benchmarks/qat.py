@@ -307,9 +307,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--peers", action="store_true", help="also qwix, where it is installed")
     parser.add_argument("--quick", action="store_true", help="little training, a small model, no page: a smoke test")
-    parser.add_argument(
-        "--pages", action=argparse.BooleanOptionalAction, default=True, help="write docs/benchmarks/; not with --quick"
-    )
+    harness.add_pages(parser)
     parser.add_argument("--json", type=pathlib.Path, help="write the figures to this file")
     journal.add_option(parser)
     parser.add_argument("--rounds", type=int, default=31, help="turns of each step")

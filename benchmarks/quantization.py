@@ -398,9 +398,7 @@ def main() -> int:
     parser.add_argument("--presets", default=",".join(presets()), help="comma-separated; default: all")
     parser.add_argument("--peers", action="store_true", help="also qwix, ONNX Runtime and OpenVINO where installed")
     parser.add_argument("--quick", action="store_true", help="little training, few rounds, no pages: a smoke test")
-    parser.add_argument(
-        "--pages", action=argparse.BooleanOptionalAction, default=True, help="write docs/benchmarks/; not with --quick"
-    )
+    harness.add_pages(parser)
     parser.add_argument("--json", type=pathlib.Path, help="write the figures to this file")
     journal.add_option(parser)
     parser.add_argument("--rounds", type=int, default=21, help="turns of each at each bucket")

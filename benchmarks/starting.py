@@ -222,9 +222,7 @@ def main() -> int:
     harness.add_names(parser, "--models", MODELS)
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--quick", action="store_true", help="one round, no page: a smoke test")
-    parser.add_argument(
-        "--pages", action=argparse.BooleanOptionalAction, default=True, help="write docs/benchmarks/; not with --quick"
-    )
+    harness.add_pages(parser)
     parser.add_argument("--json", type=pathlib.Path, help="write the figures to this file")
     journal.add_option(parser)
     options = parser.parse_args()
@@ -246,10 +244,7 @@ def main() -> int:
         return 1
     result = {"rows": rows, "run": harness.machine() | {"command": harness.command(), "load": load}}
     print(tables(rows))
-    if options.pages and not options.quick:
-        harness.publish("starting", result, page)
-    harness.write_json(options.json, result)
-    print(f"repeat with: {harness.command()}")
+    harness.conclude("starting", options, result, page)
     return 0
 
 

@@ -177,9 +177,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--peers", action="store_true", help="also Tunix, where it is installed")
     parser.add_argument("--quick", action="store_true", help="little of everything, no page: a smoke test")
-    parser.add_argument(
-        "--pages", action=argparse.BooleanOptionalAction, default=True, help="write docs/benchmarks/; not with --quick"
-    )
+    harness.add_pages(parser)
     parser.add_argument("--json", type=pathlib.Path, help="write the figures to this file")
     given = parser.parse_args()
     load = f"{os.getloadavg()[0]:.1f}"

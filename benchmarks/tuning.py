@@ -199,9 +199,7 @@ def main() -> int:
     parser.add_argument("--max-drop", type=float, default=0.5, help="points that may be lost; default: 0.5")
     parser.add_argument("--fresh", action="store_true", help="measure every trial again")
     parser.add_argument("--quick", action="store_true", help="little training, three trials, no page: a smoke test")
-    parser.add_argument(
-        "--pages", action=argparse.BooleanOptionalAction, default=True, help="write docs/benchmarks/; not with --quick"
-    )
+    harness.add_pages(parser)
     parser.add_argument("--json", type=pathlib.Path, help="write the figures to this file")
     options = parser.parse_args()
     if options.fresh:
