@@ -33,6 +33,7 @@ from rich.console import Console
 import lepton_xla as lx
 from lepton_xla.kernels import installation, integer_product, weight_only
 from lepton_xla.quant import QTensor, quantize
+from lepton_xla.tuning.trials import as_loaded
 
 console = Console(width=120, highlight=False)
 
@@ -148,7 +149,8 @@ def decode(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     calls, notes = {"float": harness.compiled(program.fn, program.weights, *inputs)}, {}
     for preset in PRESETS:
         small = lx.optimize(program, lx.Recipe.load(preset), buckets={})
-        calls[preset] = harness.compiled(*_as_loaded(small), *inputs)
+        loaded = as_loaded(small)
+        calls[preset] = harness.compiled(loaded.fn, loaded.weights, *inputs)
         (report,) = [report for report in small.history if report.name == "quantize"]
         sites = [site for site in report.sites if site.metrics.get("timings")]
         by_kernel = [
@@ -198,20 +200,14 @@ def minilm(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         given = [inputs[name] for name in program.inputs]
         calls = {"float": harness.compiled(program.fn, program.weights, *given)}
         for name, each in small.items():
-            calls[name] = harness.compiled(*_as_loaded(each), *given)
+            loaded = as_loaded(each)
+            calls[name] = harness.compiled(loaded.fn, loaded.weights, *given)
         times = harness.interleave(calls | {peer.name: peer.at(inputs) for peer in others}, seconds=8.0)
         bucket = "x".join(str(size) for size in at.values())
         for name, found in times.items():
             cells.setdefault(name, {})[bucket] = 1e3 * statistics.median(found)
             cells[name][f"{bucket} / int8"] = harness.ratio(times, name, "int8")
         yield {"buckets": ["x".join(map(str, at.values())) for at in sizes], "rows": cells}
-
-
-def _as_loaded(program: lx.Program) -> tuple[Callable[..., Any], Any]:
-    """Function and weights, unpacked as loading does it."""
-    if program.expansion is None:
-        return program.fn, program.weights
-    return program.expansion.fn, jax.jit(program.expansion.expand)(program.weights)
 
 
 def minilm_tables(found: dict[str, Any]) -> list[str]:

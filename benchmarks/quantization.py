@@ -36,6 +36,7 @@ from lepton_xla.cli import tables
 from lepton_xla.optimization.pipeline import grid
 from lepton_xla.recipe import presets
 from lepton_xla.trees import tree_bytes
+from lepton_xla.tuning.trials import as_loaded
 
 RESULTS = harness.PAGES / "quantization.json"
 # A row is slower if its ratio exceeds this, and that of the float model timed against itself.
@@ -190,13 +191,6 @@ def _line(row: Mapping[str, Any]) -> str:
     return (
         f"{row['name']}: accuracy {harness.percent(row['metrics']['accuracy'])} %; of float's time: {times}{prepared}"
     )
-
-
-def as_loaded(program: lx.Program) -> lx.Program:
-    """The program as an artifact runs it: with the weights that loading unpacks unpacked."""
-    if program.expansion is None:
-        return program
-    return program.replace(fn=program.expansion.fn, weights=program.expansion.expand(program.weights), masks={})
 
 
 def operations(program: lx.Program, sizes: Mapping[str, int]) -> str:

@@ -15,6 +15,7 @@ import contextlib
 import functools
 import http.client
 import json
+import math
 import os
 import pathlib
 import statistics
@@ -29,6 +30,7 @@ import harness
 import journal
 import loading
 import models
+from server_process import free_port
 
 import lepton_xla as lx
 
@@ -107,38 +109,41 @@ def body(path: pathlib.Path) -> str:
     inputs: list[dict[str, Any]] = []
     for name, spec in servable.inputs.items():
         shape = spec.shape_at(sizes)
-        count = functools.reduce(lambda one, two: one * two, shape, 1)
-        inputs.append({"name": name, "shape": shape, "datatype": kinds[spec.dtype], "data": [1] * count})
+        ones = [1] * math.prod(shape)
+        inputs.append({"name": name, "shape": shape, "datatype": kinds[spec.dtype], "data": ones})
     return json.dumps({"inputs": inputs})
 
 
 def serve_s(path: pathlib.Path, request: str) -> float:
     """Seconds until `leptonx serve` has answered."""
-    with tempfile.TemporaryDirectory() as folder:
-        log = pathlib.Path(folder) / "log"
-        started = time.perf_counter()
-        with log.open("w") as out:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "lepton_xla", "serve", str(path), "--port", "0"], stdout=out, stderr=out
-            )
-        try:
-            while "serving" not in (line := log.read_text()) or not line.endswith("\n"):
+    port = free_port()
+    started = time.perf_counter()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "lepton_xla", "serve", str(path), "--port", str(port)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        connection = http.client.HTTPConnection("127.0.0.1", port)
+        while True:
+            try:
+                connection.connect()
+                break
+            except ConnectionRefusedError:
                 if process.poll() is not None:
-                    raise RuntimeError(f"the server ended: {line}")
+                    raise RuntimeError(f"the server of {path} ended with code {process.returncode}") from None
                 time.sleep(0.001)
-            port = int(line.rsplit(":", 1)[1].split()[0])
-            connection = http.client.HTTPConnection("127.0.0.1", port)
-            connection.request("POST", f"/v2/models/{path.stem}/infer", request)
-            response = connection.getresponse()
-            if response.status != 200:
-                raise RuntimeError(response.read().decode())
-            response.read()
-            return time.perf_counter() - started
-        finally:
-            process.terminate()
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(10)
-            process.kill()
+        connection.request("POST", f"/v2/models/{path.stem}/infer", request)
+        response = connection.getresponse()
+        answer = response.read()
+        if response.status != 200:
+            raise RuntimeError(answer.decode())
+        return time.perf_counter() - started
+    finally:
+        process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(10)
+        process.kill()
 
 
 def script_s(code: str, *arguments: str) -> float:
