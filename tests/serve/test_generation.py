@@ -1,6 +1,7 @@
 """Generation through a running server: Triton's, KServe's and OpenAI's forms, streams, clients that go away."""
 
 import concurrent.futures
+import gzip
 import http.client
 import json
 import shutil
@@ -267,6 +268,9 @@ def test_token_ids_in_and_out_without_a_tokenizer(make_server):
         ("/v1/completions", {"model": "nobody", "prompt": "a"}, 404, ""),
         ("/v1/completions", {"prompt": "a"}, 400, "model"),
         ("/v1/chat/completions", {"model": "letters", "messages": []}, 400, "messages is empty"),
+        # Sizes are checked first: as decoded requests these would be refused with 400.
+        ("/v1/chat/completions", {"model": "letters", "messages": "a" * 200_000}, 413, "are enough"),
+        ("/v1/completions", {"model": "letters", "prompt": {"a": "a" * (8 << 20)}}, 413, "too long"),
         ("/v2/models/nobody/generate", {"text_input": "a"}, 404, ""),
     ],
 )
@@ -276,6 +280,13 @@ def test_bad_requests_are_refused_before_any_work(served, letters, path, body, s
     told = answer["error"]["message"] if path.startswith("/v1") else answer["error"]
     assert message in told
     assert letters.stepper.decoded == []
+
+
+@pytest.mark.parametrize("path", [GENERATE, f"{GENERATE}_stream", "/v1/completions", "/v1/chat/completions"])
+def test_compressed_bodies_are_refused_as_such(served, path):
+    status, body = post(served, path, gzip.compress(b'{"model": "letters"}'), {"Content-Encoding": "gzip"})
+    assert status == 415
+    assert "without Content-Encoding" in json.dumps(body)
 
 
 def test_a_client_that_goes_away_frees_its_slot_within_a_step(served, letters):

@@ -178,13 +178,18 @@ class GenerationPages:
         return _Answer(exchange, self._decoding(model), model.metrics, self._metrics.codes, refuse, write, whole)
 
     def _check_size(self, model: ModelHandle, exchange: Exchange, prompts: int = 1) -> None:
-        """Checks the size of a body before it is decoded."""
-        if exchange.head.headers.get(b"content-encoding", b"identity").strip().lower() not in (b"", b"identity"):
-            raise HTTPError(415, "send requests to generate without Content-Encoding")
+        """Checks the size of a body by the longest prompt of the model."""
         steps = self._decoding(model).engine.steps
         most = _BODY_BYTES + prompts * _TOKEN_BYTES * steps.longest_prompt
         if len(exchange.body) > most:
             raise HTTPError(413, f"the body has {len(exchange.body)} bytes; {most} are enough for the longest prompt")
+
+    def _model_of(self, exchange: Exchange) -> ModelHandle:
+        """The model that a body of OpenAI's form names, once its size is known to be one that may be decoded."""
+        _check_coding(exchange)
+        if len(exchange.body) > self._limits.max_body_bytes >> 3:
+            raise HTTPError(413, "the body is too long for a prompt")
+        return self._models.find(generation.model_of(exchange.body), None, None)
 
     # Triton's and KServe's form.
 
@@ -210,10 +215,10 @@ class GenerationPages:
         self._begin(model, exchange, request, generation.sampling_of(fields), stream=True, ended=generation.ENDED)
 
     def _generate(self, model: ModelHandle, exchange: Exchange, *, stream: bool) -> None:
+        _check_coding(exchange)
         self._check_size(model, exchange)
         request, fields = generation.read(exchange.body, generation.GenerateRequest)
-        known = {"text_input", "input_ids", "id", "parameters"}
-        beside = {name: value for name, value in fields.items() if name not in known}
+        beside = {name: value for name, value in fields.items() if name not in request.__struct_fields__}
         self._begin(model, exchange, request, generation.sampling_of({**beside, **request.parameters}), stream=stream)
 
     def _begin(
@@ -288,10 +293,9 @@ class GenerationPages:
         self._refuse(exchange, refusal)
 
     def _begin_completion(self, exchange: Exchange) -> None:
-        if len(exchange.body) > self._limits.max_body_bytes >> 3:
-            raise HTTPError(413, "the body is too long for a prompt")
+        model = self._model_of(exchange)
+        self._check_size(model, exchange, self._limits.max_waiting_prompts)  # how many there are is not known yet
         request, fields = generation.read(exchange.body, generation.CompletionRequest)
-        model = self._models.find(request.model, None, None)
         prompt: Any = request.prompt
         several = isinstance(prompt, list) and bool(prompt) and isinstance(prompt[0], (str, list))
         prompts: list[Any] = prompt if several else [prompt]
@@ -302,11 +306,9 @@ class GenerationPages:
         self._complete(model, exchange, request, prompts, generation.sampling_of(fields, defaults), chat=False)
 
     def _begin_chat(self, exchange: Exchange) -> None:
-        if len(exchange.body) > self._limits.max_body_bytes >> 3:
-            raise HTTPError(413, "the body is too long for a prompt")
-        request, fields = generation.read(exchange.body, generation.ChatRequest)
-        model = self._models.find(request.model, None, None)
+        model = self._model_of(exchange)
         self._check_size(model, exchange)
+        request, fields = generation.read(exchange.body, generation.ChatRequest)
         if not request.messages:
             raise HTTPError(400, "messages is empty")
         sampling = generation.sampling_of(fields, {"temperature": 1.0})
@@ -362,3 +364,9 @@ class GenerationPages:
 
         refuse = self._refuse_in_their_words
         self._answer(model, exchange, write if stream else None, whole, refuse).start(prompts, sampling)
+
+
+def _check_coding(exchange: Exchange) -> None:
+    """Refuses bodies that would have to be decompressed."""
+    if exchange.head.headers.get(b"content-encoding", b"identity").strip().lower() not in (b"", b"identity"):
+        raise HTTPError(415, "send requests to generate without Content-Encoding")

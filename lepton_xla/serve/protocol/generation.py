@@ -69,10 +69,15 @@ class StreamOptions(msgspec.Struct):
     include_usage: bool | None = False
 
 
-class CompletionRequest(msgspec.Struct, kw_only=True):
-    """Body of `/v1/completions`; further fields are those of `Sampling`, by OpenAI's names."""
+class _Named(msgspec.Struct):
+    """What all of OpenAI's requests have."""
 
     model: str
+
+
+class CompletionRequest(_Named, kw_only=True):
+    """Body of `/v1/completions`; further fields are those of `Sampling`, by OpenAI's names."""
+
     prompt: str | list[int | str | Ids]
     stream: bool | None = False
     stream_options: StreamOptions | None = None
@@ -85,10 +90,9 @@ class Message(msgspec.Struct):
     content: str
 
 
-class ChatRequest(msgspec.Struct, kw_only=True):
+class ChatRequest(_Named, kw_only=True):
     """Body of `/v1/chat/completions`; further fields are those of `Sampling`, by OpenAI's names."""
 
-    model: str
     messages: list[Message]
     stream: bool | None = False
     stream_options: StreamOptions | None = None
@@ -151,7 +155,23 @@ def read[T](body: bytes, kind: type[T]) -> tuple[T, dict[str, Any]]:
         HTTPError: 400 for what is not JSON, not UTF-8, or lacks a field.
     """
     try:
-        return msgspec.json.decode(body, type=kind), msgspec.json.decode(body, type=dict[str, Any])
+        fields = msgspec.json.decode(body, type=dict[str, Any])
+        return msgspec.convert(fields, kind), fields
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise HTTPError(400, f"the request is not as it should be: {shortened(str(error))}") from error
+
+
+def model_of(body: bytes) -> str:
+    """The model that a body of OpenAI's form names; of the rest nothing is kept.
+
+    Raises:
+        HTTPError: 400 for what is not JSON, not UTF-8, or names no model.
+
+    >>> model_of(b'{"prompt": [1, 2, 3], "model": "letters"}')
+    'letters'
+    """
+    try:
+        return msgspec.json.decode(body, type=_Named).model
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise HTTPError(400, f"the request is not as it should be: {shortened(str(error))}") from error
 
