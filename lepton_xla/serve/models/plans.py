@@ -56,7 +56,7 @@ def with_traffic(plan: Plan, found: Found, traffic: Traffic, now_s: float = 0.0)
         RepositoryError: `missing` for an arm that is not there, `conflict` within a rollout.
     """
     _refuse_beside_changes(plan, found)
-    for arm in (*traffic.shares, *(() if traffic.shadow is None else (traffic.shadow.to,))):
+    for arm in traffic.arms:
         resolve(arm, found)
     if traffic.bandit is not None:
         traffic = msgspec.structs.replace(traffic, bandit=msgspec.structs.replace(traffic.bandit, since_s=now_s))

@@ -98,7 +98,7 @@ class Traffic(_Struct, frozen=True, kw_only=True):
     bandit: Bandit | None = None
 
     def __post_init__(self) -> None:
-        for arm in (*self.shares, *(() if self.shadow is None else (self.shadow.to,))):
+        for arm in self.arms:
             if not _ARM.fullmatch(arm):
                 raise ValueError(f"{arm[:80]!r} is neither a label nor a version")
         if len(self.shares) > _MOST_ARMS:
@@ -112,6 +112,11 @@ class Traffic(_Struct, frozen=True, kw_only=True):
                 raise ValueError("a bandit needs at least two shares to start from")
             if self.bandit.least * len(self.shares) > 1:
                 raise ValueError(f"{len(self.shares)} shares cannot all be at least {self.bandit.least:g}")
+
+    @property
+    def arms(self) -> tuple[str, ...]:
+        """The labels and versions that it names."""
+        return (*self.shares, *(() if self.shadow is None else (self.shadow.to,)))
 
 
 class Stage(_Struct, frozen=True, kw_only=True):
@@ -253,8 +258,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def arms(self) -> frozenset[str]:
         """The labels and versions that it needs."""
-        now = self.in_force
-        found = {*now.shares, *(() if now.shadow is None else (now.shadow.to,))}
+        found = set(self.in_force.arms)
         if self.rollout is not None and self.rollout.running:
             found |= {self.rollout.version, self.rollout.stable}
         return frozenset(found)
