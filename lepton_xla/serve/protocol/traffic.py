@@ -11,9 +11,8 @@ from typing import Annotated, Literal
 
 import msgspec
 
-from lepton_xla.errors import first_line
-from lepton_xla.serve.errors import HTTPError
 from lepton_xla.serve.protocol.adjustment import Adjustment, AdjustmentRequest
+from lepton_xla.serve.protocol.uploads import parse_change
 
 _BODY_BYTES = 1 << 16
 _MOST_ARMS = 16
@@ -296,17 +295,12 @@ class TrafficShown(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def parse_body[T: (Traffic, RolloutRequest, AdjustmentRequest)](body: bytes | bytearray, kind: type[T]) -> T:
-    """Read the body of a request.
+    """Read the body of a request, which may have 64 KiB.
 
     Raises:
-        HTTPError: 400 if it is something else, 413 if it is far too large.
+        HTTPError: 400 if it is something else, 413 if it is larger.
 
     >>> parse_body(b'{"shares": {"stable": 0.95, "canary": 0.05}}', Traffic).shares["canary"]
     0.05
     """
-    if len(body) > _BODY_BYTES:
-        raise HTTPError(413, f"the body has more than {_BODY_BYTES} bytes")
-    try:
-        return msgspec.json.decode(body, type=kind)
-    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
-        raise HTTPError(400, f"the body is not what this route takes: {first_line(error)}") from error
+    return parse_change(body, kind, _BODY_BYTES)

@@ -7,6 +7,7 @@ from urllib.parse import parse_qs
 
 import msgspec
 
+from lepton_xla.errors import first_line
 from lepton_xla.serve.errors import HTTPError
 
 # Digests asked for at once: more than an artifact has files, and no more than a second's work.
@@ -91,8 +92,13 @@ class ModelOnDisk(msgspec.Struct, frozen=True):
     versions: list[VersionOnDisk]
 
 
-def parse_change[T: (SizesRequest, PublishRequest, LabelRequest)](body: bytes, kind: type[T]) -> T:
+def parse_change[T](body: bytes | bytearray, kind: type[T], most: int = _BODY_BYTES) -> T:
     """Read the body of a request.
+
+    Args:
+        body: JSON.
+        kind: what it is to be.
+        most: bytes that it may have.
 
     Raises:
         HTTPError: 400 if it is something else, 413 if it is far too large.
@@ -100,12 +106,12 @@ def parse_change[T: (SizesRequest, PublishRequest, LabelRequest)](body: bytes, k
     >>> parse_change(b'{"rollback": true}', LabelRequest)
     LabelRequest(version=None, rollback=True)
     """
-    if len(body) > _BODY_BYTES:
-        raise HTTPError(413, f"the body has more than {_BODY_BYTES} bytes")
+    if len(body) > most:
+        raise HTTPError(413, f"the body has more than {most} bytes")
     try:
         return msgspec.json.decode(body, type=kind)
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
-        raise HTTPError(400, f"the body is not what this route takes: {error}") from error
+        raise HTTPError(400, f"the body is not what this route takes: {first_line(error)}") from error
 
 
 def offset_of(target: bytes) -> int:
