@@ -121,46 +121,40 @@ def _of_models(models: Sequence[Metrics]) -> Iterable[Metric]:
         for each in models:
             gauge.add_metric([each.model, each.version], float(each.now.get(name, 0)))
         yield gauge
-    feedback = CounterMetricFamily(
-        "lepton_feedback_rows", "Rows with feedback, by whether they were answered right.", labels=[*_LABELS, "result"]
+    results = [*_LABELS, "result"]
+    yield from _by_label(
+        CounterMetricFamily(
+            "lepton_feedback_rows", "Rows with feedback, by whether they were answered right.", labels=results
+        ),
+        models,
+        lambda each: {name: count for name, count in each.feedback_counts().items() if name in ("right", "wrong")},
     )
-    for each in models:
-        counted = each.feedback_counts()
-        for result in ("right", "wrong"):
-            if counted:
-                feedback.add_metric([each.model, each.version, result], counted[result])
-    if feedback.samples:
-        yield feedback
-    shadow = CounterMetricFamily(
-        "lepton_shadow_rows",
-        "Rows that a version was asked as a shadow, by whether it answered as the other did, or not at all.",
-        labels=[*_LABELS, "result"],
+    yield from _by_label(
+        CounterMetricFamily(
+            "lepton_shadow_rows",
+            "Rows that a version was asked as a shadow, by whether it answered as the other did, or not at all.",
+            labels=results,
+        ),
+        models,
+        lambda each: each.shadow if any(each.shadow.values()) else {},
     )
-    for each in models:
-        for result, count in each.shadow.items():
-            if any(each.shadow.values()):
-                shadow.add_metric([each.model, each.version, result], count)
-    if shadow.samples:
-        yield shadow
-    samples = CounterMetricFamily(
-        "lepton_samples",
-        "Records of requests and of feedback for them: kept in files; left out, since the disk was too slow; or lost.",
-        labels=[*_LABELS, "result"],
+    yield from _by_label(
+        CounterMetricFamily(
+            "lepton_samples",
+            "Records of requests and of feedback for them: kept in files; left out, since the disk was too slow; or "
+            "lost.",
+            labels=results,
+        ),
+        models,
+        lambda each: each.samples if any(each.samples.values()) else {},
     )
-    for each in models:
-        for result, count in each.samples.items():
-            if any(each.samples.values()):
-                samples.add_metric([each.model, each.version, result], count)
-    if samples.samples:
-        yield samples
-    devices = GaugeMetricFamily(
-        "lepton_model_devices", "Processes in which the version runs on the device.", labels=[*_LABELS, "device"]
+    yield from _by_label(
+        GaugeMetricFamily(
+            "lepton_model_devices", "Processes in which the version runs on the device.", labels=[*_LABELS, "device"]
+        ),
+        models,
+        lambda each: each.now.get(DEVICES, {}),
     )
-    for each in models:
-        for number, count in each.now.get(DEVICES, {}).items():
-            devices.add_metric([each.model, each.version, number], count)
-    if devices.samples:
-        yield devices
     costs = GaugeMetricFamily(
         "lepton_cost_seconds", "What one execution is predicted to take.", labels=[*_LABELS, "shape", "batch"]
     )
@@ -173,6 +167,19 @@ def _of_models(models: Sequence[Metrics]) -> Iterable[Metric]:
     yield from _of_histograms(models, _HISTOGRAMS)
     if generators:
         yield from _of_histograms(generators, _GENERATION_HISTOGRAMS)
+
+
+def _by_label(
+    family: CounterMetricFamily | GaugeMetricFamily,
+    models: Sequence[Metrics],
+    counted: Callable[[Metrics], Mapping[str, float]],
+) -> Iterable[Metric]:
+    """A family with a label beside the version's, if any version has counted something."""
+    for each in models:
+        for label, count in counted(each).items():
+            family.add_metric([each.model, each.version, label], count)
+    if family.samples:
+        yield family
 
 
 def _of_histograms(
