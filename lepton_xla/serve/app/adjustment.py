@@ -10,7 +10,7 @@ from time import time
 
 from lepton_xla.errors import LeptonError, RepositoryError
 from lepton_xla.serve.app.repository import RepositoryPages, asker_of
-from lepton_xla.serve.app.uploads import without_path
+from lepton_xla.serve.app.uploads import find_model, without_path
 from lepton_xla.serve.errors import HTTPError
 from lepton_xla.serve.http.exchange import Exchange
 from lepton_xla.serve.models import movements
@@ -59,13 +59,7 @@ class AdjustmentPages:
 
     async def _shown(self, model: str) -> Adjustment:
         assert self._repository is not None
-        try:
-            found = await asyncio.to_thread(self._repository.find, model)
-        except RepositoryError as error:
-            raise RepositoryError(error.kind, without_path(str(error), self._root)) from error
-        if found.problem:
-            raise RepositoryError("invalid", without_path(found.problem, self._root))
-        return _of(found.plan, model)
+        return _of((await find_model(self._repository, model)).plan, model)
 
     async def _changed(self, model: str, who: str, action: str, work: Callable[[], Adjustment]) -> Adjustment:
         try:

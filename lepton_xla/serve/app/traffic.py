@@ -10,7 +10,7 @@ from time import time
 from lepton_xla.errors import RepositoryError
 from lepton_xla.serve.app.pages import Gather
 from lepton_xla.serve.app.repository import Control, RepositoryPages, asker_of
-from lepton_xla.serve.app.uploads import without_path
+from lepton_xla.serve.app.uploads import find_model, told
 from lepton_xla.serve.errors import HTTPError
 from lepton_xla.serve.http.exchange import Exchange
 from lepton_xla.serve.models import plans
@@ -176,13 +176,7 @@ class TrafficPages:
 
     async def _find(self, model: str) -> Found:
         assert self._repository is not None
-        try:
-            found = await asyncio.to_thread(self._repository.find, model)
-        except RepositoryError as error:
-            raise self._told(error) from error
-        if found.problem:
-            raise RepositoryError("invalid", without_path(found.problem, self._repository.root))
-        return found
+        return await find_model(self._repository, model)
 
     async def _change(
         self,
@@ -199,15 +193,11 @@ class TrafficPages:
         try:
             plan = await asyncio.to_thread(self._repository.replan, model, change)
         except RepositoryError as error:
-            told = self._told(error)
-            self._record(who, action, model[:128], "refused", reason=str(told))
-            raise told from error
+            shown = told(error, self._repository.root)
+            self._record(who, action, model[:128], "refused", reason=str(shown))
+            raise shown from error
         if plan.rollout is not None and of_rollout:
             details = {"version": plan.rollout.version, "stable": plan.rollout.stable}
         self._record(who, action, model, "done", **(details or {}))
         await self._control.reroute(model, who)
         return plan
-
-    def _told(self, error: RepositoryError) -> RepositoryError:
-        assert self._repository is not None
-        return RepositoryError(error.kind, without_path(str(error), self._repository.root))

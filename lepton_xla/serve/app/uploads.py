@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import pathlib
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from lepton_xla.errors import ArtifactError, RepositoryError
 from lepton_xla.listing import is_sha256
 from lepton_xla.serve.errors import HTTPError
 from lepton_xla.serve.http.exchange import Exchange
+from lepton_xla.serve.models.found import Found
 from lepton_xla.serve.models.repository import Repository
 from lepton_xla.serve.models.uploads import Uploads
 from lepton_xla.serve.protocol import uploads
@@ -141,6 +143,26 @@ class RepositoryChanges:
             return uploads.Moved(name, label, self._repository.promote(name, version, label), version)
 
         return Work(work, "rollback" if asked.rollback else "promote")
+
+
+async def find_model(repository: Repository, model: str) -> Found:
+    """A model as it is on the disk now.
+
+    Raises:
+        RepositoryError: if there is no such model, or kind `invalid` if it cannot be used; without the folder's path.
+    """
+    try:
+        found = await asyncio.to_thread(repository.find, model)
+    except RepositoryError as error:
+        raise told(error, repository.root) from error
+    if found.problem:
+        raise RepositoryError("invalid", without_path(found.problem, repository.root))
+    return found
+
+
+def told(error: RepositoryError, root: pathlib.Path) -> RepositoryError:
+    """The error as clients are told it: without the folder of the repository."""
+    return RepositoryError(error.kind, without_path(str(error), root))
 
 
 def without_path(text: str, root: pathlib.Path) -> str:
