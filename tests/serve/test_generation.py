@@ -4,7 +4,6 @@ import concurrent.futures
 import gzip
 import http.client
 import json
-import shutil
 import socket
 import struct
 import threading
@@ -175,19 +174,6 @@ def test_bad_queries_are_refused_before_any_work(served, letters, query, message
     status, _, body = exchange(served, "GET", f"{GENERATE}_stream?{query}")
     assert (status, letters.stepper.decoded) == (400, [])
     assert message in json.loads(body)["error"]
-
-
-@pytest.fixture
-def browser():
-    """A page of a headless Chromium. Neither it nor playwright is a package of the project."""
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    chromium = shutil.which("chromium") or shutil.which("google-chrome")
-    if chromium is None:
-        pytest.skip("there is no Chromium")
-    with playwright.sync_playwright() as run:
-        running = run.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        yield running.new_page()
-        running.close()
 
 
 @pytest.mark.slow

@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 from importlib import resources
 from time import time
 
@@ -148,24 +147,6 @@ def test_an_adjustment_is_told_in_one_sentence(tmp_path):
     assert in_node(tmp_path, said, over) == [
         f"Weights have moved from version 1 to 3: {far}.", False, False,
     ]  # fmt: skip
-
-
-@pytest.fixture
-def browser():
-    """A page of a headless Chromium. Neither it nor playwright is a package of the project."""
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    chromium = shutil.which("chromium") or shutil.which("google-chrome")
-    if chromium is None:
-        pytest.skip("there is no Chromium")
-    with playwright.sync_playwright() as run:
-        running = run.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        page = running.new_page(viewport={"width": 390, "height": 800})
-        page.said = []
-        page.on("console", lambda message: page.said.append(message.text))
-        page.on("pageerror", lambda error: page.said.append(str(error)))
-        page.on("dialog", lambda dialog: dialog.accept())
-        yield page
-        running.close()
 
 
 @pytest.mark.slow
