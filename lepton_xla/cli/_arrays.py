@@ -10,7 +10,7 @@ import secrets
 import sys
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn, Protocol
 
 import ml_dtypes  # noqa: F401 # pyright: ignore[reportUnusedImport] (with it NumPy knows bfloat16, fp8, int4 by name)
@@ -58,6 +58,21 @@ def read(source: str) -> dict[str, Any]:
     if list(found) != [""]:
         raise InputError(f"--input {source!r}: {file} is an .npz, whose arrays have names already; remove {name}=")
     return {name: found[""]}
+
+
+def read_all(sources: Sequence[str]) -> dict[str, Any]:
+    """Read the inputs that all `--input` of a command name.
+
+    Raises:
+        InputError: if a file is missing or of another kind, or an input is given twice.
+    """
+    found: dict[str, Any] = {}
+    for source in sources:
+        for name, value in read(source).items():
+            if name in found:
+                raise InputError(f"input {name!r} is given twice")
+            found[name] = value
+    return found
 
 
 def read_golden(file: str) -> dict[str, Any]:

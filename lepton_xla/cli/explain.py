@@ -47,16 +47,15 @@ def explain(path: str, *, sources: tuple[str, ...], target: int | None, top: int
         from lepton_xla.cli import _arrays
         from lepton_xla.compiler import load
 
-        inputs: dict[str, Any] = {}
-        for source in sources:
-            inputs |= _arrays.read(source)
+        inputs = _arrays.read_all(sources)
         step(f"load {path}")
         servable = load(path)
         if "target" not in servable.inputs or not any(name.startswith(_PREFIX) for name in servable.outputs):
             raise InputError(f"{path} gives no attributions; write one that does by leptonx compile --explain")
-        known = {name: each for name, each in inputs.items() if name in servable.inputs}
         declared = _arrays.as_declared(inputs, servable.inputs)
-        rows = len(next(iter(known.values()))) if known else 0
+        first = next((declared[name] for name in servable.inputs if name in declared), None)
+        # A value without rows gets none here; the artifact says what is wrong with it.
+        rows = len(first) if isinstance(first, list) or (isinstance(first, np.ndarray) and first.ndim) else 0
         declared["target"] = np.full(rows, -1 if target is None else target, np.int32)
         step("explain")
         found = servable(**declared)

@@ -298,13 +298,10 @@ def _inputs(
     from lepton_xla.cli import _arrays
 
     declared = {str(entry["name"]): _declared(entry) for entry in metadata["inputs"]}
-    given: dict[str, Any] = {}
-    for source in sources:
-        for name, value in _arrays.read(source).items():
-            if name in given or name not in declared:
-                why = "given twice" if name in given else f"not an input of the model: {', '.join(declared)}"
-                raise InputError(f"input {name!r} is {why}")
-            given[name] = value
+    given = _arrays.read_all(sources)
+    for name in given:
+        if name not in declared:
+            raise InputError(f"input {name!r} is not an input of the model: {', '.join(declared)}")
     chosen = _sizes(sizes, declared)
     random = np.random.default_rng(0)
     arrays: dict[str, np.ndarray] = {}

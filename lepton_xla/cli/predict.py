@@ -44,12 +44,7 @@ def predict(path: str, *, sources: tuple[str, ...], output: str | None, as_json:
         from lepton_xla.cli import _arrays
         from lepton_xla.compiler import load
 
-        inputs: dict[str, Any] = {}
-        for source in sources:
-            for name, value in _arrays.read(source).items():
-                if name in inputs:
-                    raise InputError(f"input {name!r} is given twice")
-                inputs[name] = value
+        inputs = _arrays.read_all(sources)
         step(f"load {path}")
         servable = load(path)
         step("run")

@@ -46,3 +46,23 @@ def test_an_artifact_without_attributions_is_refused(cli, artifact, tmp_path):
     np.save(tmp_path / "x.npy", models.data()[:1])
     said = cli.refused("explain", artifact, "--input", f"x={tmp_path / 'x.npy'}")
     assert "gives no attributions" in said
+
+
+def test_an_input_given_twice_is_refused(cli, explained, tmp_path):
+    np.save(tmp_path / "x.npy", models.data()[:1])
+    said = cli.refused("explain", explained, *("--input", f"x={tmp_path / 'x.npy'}") * 2)
+    assert "input 'x' is given twice" in said
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('{"x": 3}', "input 'x' has 0 dimensions"),
+        ('{"x": [[1, 2], [3]]}', "input 'x' is not a nested list of numbers"),
+        ("{}", "input 'x' is missing"),
+        ('{"y": [1]}', "unknown input 'y'"),
+    ],
+)
+def test_inputs_without_rows_are_refused(cli, explained, tmp_path, text, said):
+    (tmp_path / "x.json").write_text(text)
+    assert said in cli.refused("explain", explained, "--input", tmp_path / "x.json")
