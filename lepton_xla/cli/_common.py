@@ -8,6 +8,7 @@ import json
 import math
 import os
 import pathlib
+import re
 import sys
 import threading
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -97,6 +98,25 @@ def parse_buckets(texts: Sequence[str]) -> dict[str, tuple[int, ...]]:
             raise CompileError(f"--buckets names {name!r} twice; give all its sizes at once: {name}=1,8,32")
         found[name] = tuple(sorted({int(part) for part in parts}))
     return found
+
+
+def parse_bytes(context: click.Context, option: click.Parameter, value: str | None) -> int | None:
+    """Read an option's number of bytes: kB, MB, GB and TB are powers of 1000, KiB, MiB, GiB and TiB of 1024.
+
+    Raises:
+        BadParameter: if it is none, or less than one byte.
+
+    >>> [parse_bytes(None, None, text) for text in ("800000", "2MB", "1.5 MiB", "4G", None)]
+    [800000, 2000000, 1572864, 4000000000, None]
+    """
+    if value is None:
+        return None
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([KMGT])(i?)B?|B)?", value.strip(), re.IGNORECASE)
+    unit = "KMGT".index(found[2].upper()) + 1 if found is not None and found[2] else 0
+    count = int(float(found[1]) * (1024 if found[3] else 1000) ** unit) if found is not None else 0
+    if count < 1:
+        raise click.BadParameter(f"{value!r}: expected bytes, such as 800000, 2MB or 4GiB", context, option)
+    return count
 
 
 def plain(value: Any) -> Any:

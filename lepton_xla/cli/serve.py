@@ -6,7 +6,6 @@ import concurrent.futures
 import dataclasses
 import json as json_lines
 import os
-import re
 import signal
 import sys
 from collections.abc import Callable
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from lepton_xla.cli import _common
 from lepton_xla.errors import ServeError
 from lepton_xla.serve.limits import Limits
 
@@ -44,17 +44,6 @@ def _file_option(flag: str, text: str) -> Callable[[Any], Any]:
         return value
 
     return _option(flag, None, text, type=click.Path(path_type=Path), show_default=False, callback=check)
-
-
-def _bytes(context: click.Context, option: click.Parameter, value: str | None) -> int | None:
-    """A number of bytes, with a unit or without: 1073741824, 512MiB, 4GB."""
-    if value is None:
-        return None
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([KMGT])(i?)B?|B)?", value.strip())
-    if found is None or not float(found[1]):
-        raise click.BadParameter(f"{value!r} is no number of bytes such as 512MiB or 4GB", context, option)
-    unit = 0 if found[2] is None else "KMGT".index(found[2]) + 1
-    return int(float(found[1]) * (1024 if found[3] else 1000) ** unit)
 
 
 def _limit_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -114,7 +103,7 @@ def _limit_options(command: Callable[..., None]) -> Callable[..., None]:
     "is first asked for, and the one that was used least recently goes for it. Pinned models stay (model.toml). Each "
     "of --workers has its part.",
     metavar="BYTES",
-    callback=_bytes,
+    callback=_common.parse_bytes,
     show_default="all models are loaded",
 )
 @_option(

@@ -27,8 +27,13 @@ if TYPE_CHECKING:
     metavar="POINTS",
     help="By how much the metric may fall, in hundredths of it: 0.5 is half a point of accuracy.",
 )
-@click.option("--max-bytes", metavar="BYTES", help="Bytes of the weights on disk, such as 2MB or 800000.")
-@click.option("--max-memory", metavar="BYTES", help="Bytes of the weights in memory.")
+@click.option(
+    "--max-bytes",
+    metavar="BYTES",
+    callback=_common.parse_bytes,
+    help="Bytes of the weights on disk, such as 2MB or 800000.",
+)
+@click.option("--max-memory", metavar="BYTES", callback=_common.parse_bytes, help="Bytes of the weights in memory.")
 @click.option("--max-latency-ms", type=float, metavar="MS", help="Milliseconds of a call, at every bucket.")
 @click.option(
     "--objective",
@@ -91,8 +96,8 @@ def tune(
     target: str,
     *,
     max_drop: float | None,
-    max_bytes: str | None,
-    max_memory: str | None,
+    max_bytes: int | None,
+    max_memory: int | None,
     max_latency_ms: float | None,
     objective: Any,
     minutes: float,
@@ -147,12 +152,11 @@ def tune(
         from lepton_xla.train import TrainSpec
         from lepton_xla.tuning import Budget, Constraints
         from lepton_xla.tuning import tune as search
-        from lepton_xla.tuning.constraints import check_objective, parse_bytes
+        from lepton_xla.tuning.constraints import check_objective
         from lepton_xla.tuning.pages import page
 
         # Everything that does not need the model first, so that a typo fails early.
-        on_disk, in_memory = (None if text is None else parse_bytes(text) for text in (max_bytes, max_memory))
-        constraints = Constraints(max_drop, on_disk, in_memory, max_latency_ms)
+        constraints = Constraints(max_drop, max_bytes, max_memory, max_latency_ms)
         check_objective(objective, constraints)
         cheapest = None if slo is None else _cheapest(slo, rate or 0.0, targets, str(prices))
         budget = Budget(minutes, trials, trainings)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
 from typing import Literal, get_args
 
 from lepton_xla.errors import TuningError
@@ -12,8 +11,6 @@ from lepton_xla.errors import TuningError
 type Objective = Literal["latency", "bytes", "memory", "metric"]
 """What is to be least: the time of a call (its share of float's, geometric mean over buckets), bytes on disk, bytes in
 memory, or the drop of the metric."""
-
-_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,18 +95,3 @@ def check_objective(objective: str, constraints: Constraints) -> None:
         raise TuningError(f"objective {objective!r} needs max_drop, or everything would be rounded away")
     if objective == "metric" and constraints == Constraints(max_drop=constraints.max_drop):
         raise TuningError("objective 'metric' needs max_bytes, max_memory or max_latency_ms, or float is the best")
-
-
-def parse_bytes(text: str) -> int:
-    """Read a number of bytes with a unit: kB, MB and GB are powers of 1000, KiB, MiB and GiB of 1024.
-
-    Raises:
-        TuningError: if the text is none.
-
-    >>> parse_bytes("2MB"), parse_bytes("1.5 MiB"), parse_bytes("800000")
-    (2000000, 1572864, 800000)
-    """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
-    if match is None or match[2].lower() not in _UNITS:
-        raise TuningError(f"{text!r}: expected bytes, such as 800000, 2MB or 1.5MiB")
-    return int(float(match[1]) * _UNITS[match[2].lower()])

@@ -1,5 +1,6 @@
 import time
 
+import click
 import pytest
 
 from lepton_xla.cli import _common
@@ -19,6 +20,22 @@ def test_sizes(number, text):
 )
 def test_seconds(value_s, text):
     assert _common.seconds(value_s) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [("800000", 800_000), ("12 B", 12), ("2MB", 2_000_000), ("1.5 MiB", 1_572_864), ("3k", 3000), ("4Gi", 2**32),
+     ("512mib", 2**29), ("1TB", 10**12)],
+)  # fmt: skip
+def test_numbers_of_bytes(text, count):
+    option = click.Option(["--memory"])
+    assert _common.parse_bytes(click.Context(click.Command("serve")), option, text) == count
+
+
+@pytest.mark.parametrize("text", ["0", "0.5", "2 apples", "-1", "1e6", "1XB", "MB", ""])
+def test_what_is_no_number_of_bytes_is_refused(text):
+    with pytest.raises(click.BadParameter, match=f"{text!r}: expected bytes, such as 800000, 2MB or 4GiB"):
+        _common.parse_bytes(click.Context(click.Command("serve")), click.Option(["--memory"]), text)
 
 
 def test_buckets_ascend_without_repeats():
