@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import urllib.parse
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -32,7 +32,6 @@ class Contestant:
         predict: runs it.
         resources: bytes of its weights.
         route: how an artifact was loaded.
-        evaluate: the metrics of the ModelSpec's evaluate, of a predict.
     """
 
     name: str
@@ -40,35 +39,36 @@ class Contestant:
     predict: Predict
     resources: dict[str, float]
     route: str = ""
-    evaluate: Callable[[Predict], dict[str, float]] | None = None
-
-    def judged(self, step: _common.Step) -> dict[str, float]:
-        """The metrics of the ModelSpec's evaluate; none without one."""
-        if self.evaluate is None:
-            return {}
-        step(f"evaluate {self.name}")
-        return self.evaluate(self.predict)
 
 
-class Contestants(Sequence[Contestant]):
+@dataclasses.dataclass(frozen=True)
+class Contestants:
     """All models, and the ModelSpec among them.
 
     Attributes:
+        models: in the order of the command line, recipes last.
         spec: the first ModelSpec; None if there is none.
         target: its name on the command line.
     """
 
-    def __init__(self, all_: Sequence[Contestant], spec: ModelSpec | None, target: str) -> None:
-        self._all, self.spec, self.target = list(all_), spec, target
+    models: Sequence[Contestant]
+    spec: ModelSpec | None
+    target: str
 
-    def __len__(self) -> int:
-        return len(self._all)
+    def judged(self, step: _common.Step) -> dict[str, dict[str, float]]:
+        """Name of a model -> its metrics by the ModelSpec's evaluate, none without one; no models without a ModelSpec.
 
-    def __getitem__(self, place: Any) -> Any:
-        return self._all[place]
-
-    def __iter__(self) -> Iterator[Contestant]:
-        return iter(self._all)
+        Raises:
+            ModelError: if evaluate fails.
+        """
+        if self.spec is None:
+            return {}
+        found: dict[str, dict[str, float]] = {}
+        for each in self.models:
+            if self.spec.evaluate is not None:
+                step(f"evaluate {each.name}")
+            found[each.name] = _models.evaluate(self.spec, each.predict)
+        return found
 
 
 def load_all(
@@ -98,17 +98,12 @@ def load_all(
     if recipes and (spec is None or program is None):
         raise InputError("--recipe needs a float model: FILE.py:NAME")
 
-    def evaluate(predict: Predict) -> dict[str, float]:
-        assert spec is not None
-        return _models.evaluate(spec, predict)
-
-    judge = evaluate if spec is not None and spec.evaluate is not None else None
     made: list[Contestant] = []
     for name in names:
         if name in specs:
             own = specs[name][1]
             sizes = {"weights_bytes": float(own.weights_bytes)}
-            made.append(Contestant(name, "program", _models.float_predict(own), sizes, evaluate=judge))
+            made.append(Contestant(name, "program", _models.float_predict(own), sizes))
             continue
         found = others[name]
         if isinstance(found, Servable):
@@ -118,18 +113,18 @@ def load_all(
                 "weights_bytes": float(found.weights_bytes),
                 "weights_on_disk": float(_common.weights_on_disk(found.manifest)),
             }
-            made.append(Contestant(name, "artifact", found, sizes, found.route, judge))
+            made.append(Contestant(name, "artifact", found, sizes, found.route))
         else:
-            made.append(Contestant(name, "server", _client(name, stack), {}, evaluate=judge))
+            made.append(Contestant(name, "server", _client(name, stack), {}))
     for recipe in recipes:
         assert spec is not None
         assert program is not None
         step(f"optimize by {recipe}")
-        made.append(_optimized(recipe, spec, program, judge))
+        made.append(_optimized(recipe, spec, program))
     return Contestants(made, spec, target)
 
 
-def _optimized(name: str, spec: ModelSpec, program: Program, judge: Any) -> Contestant:
+def _optimized(name: str, spec: ModelSpec, program: Program) -> Contestant:
     batches, _ = _models.calibration(spec, program)
     small = optimize(
         program,
@@ -137,11 +132,12 @@ def _optimized(name: str, spec: ModelSpec, program: Program, judge: Any) -> Cont
         calibration=batches,
         buckets=_models.bucket_sizes(spec, program, {}),
     )
+    loaded = as_loaded(small)
     sizes = {
-        "weights_bytes": float(as_loaded(small).weights_bytes),
+        "weights_bytes": float(loaded.weights_bytes),
         "weights_on_disk": float(stored_bytes(name_leaves(small.weights))),
     }
-    return Contestant(name, "recipe", predictor(as_loaded(small)), sizes, evaluate=judge)
+    return Contestant(name, "recipe", predictor(loaded), sizes)
 
 
 def _client(url: str, stack: contextlib.ExitStack) -> Predict:

@@ -13,6 +13,7 @@ from lepton_xla.cli import _common
 from lepton_xla.errors import InputError, ModelError
 
 if TYPE_CHECKING:
+    from lepton_xla.cli._contestants import Contestants
     from lepton_xla.evaluation import Comparison
 
 
@@ -68,7 +69,7 @@ def eval(
 
         made = _contestants.load_all(models, recipes, stack, step)
         rows = _contestants.rows_of(made, file)
-        judged = {each.name: each.judged(step) for each in made} if made.spec is not None else {}
+        judged = made.judged(step)
         if rows is None and not any(judged.values()):
             where = f"rows=... or evaluate=... to the ModelSpec of {made.target}, or " if made.spec is not None else ""
             raise ModelError(f"there is nothing to evaluate on: add {where}--rows FILE.npz")
@@ -78,18 +79,17 @@ def eval(
         if rows is not None:
             inputs, labels = rows
             found = compare(
-                {each.name: each.predict for each in made},
+                {each.name: each.predict for each in made.models},
                 inputs,
                 labels,
                 output=output,
                 batch=batch,
                 seed=seed,
-                resources={each.name: each.resources for each in made},
+                resources={each.name: each.resources for each in made.models},
                 progress=step,
             )
-            title = f"{', '.join(each.name for each in made)}"
             if report is not None:
-                text = page(title, found)
+                text = page(", ".join(each.name for each in made.models), found)
                 _common.write(report, lambda: pathlib.Path(report).write_text(text, encoding="utf-8"))
     if as_json:
         _common.print_json(_document(made, judged, found))
@@ -97,8 +97,8 @@ def eval(
         _print(made, judged, found)
 
 
-def _document(made: Any, judged: Mapping[str, Mapping[str, float]], found: Comparison | None) -> dict[str, Any]:
-    document: dict[str, Any] = {"models": [each.name for each in made]}
+def _document(made: Contestants, judged: Mapping[str, Mapping[str, float]], found: Comparison | None) -> dict[str, Any]:
+    document: dict[str, Any] = {"models": [each.name for each in made.models]}
     if made.spec is not None:
         document["target"] = made.target
     figures = list(judged.values())
@@ -107,16 +107,16 @@ def _document(made: Any, judged: Mapping[str, Mapping[str, float]], found: Compa
     if len(figures) == 2:
         before, after = figures
         difference = {name: after[name] - before[name] for name in before if name in after}
-        document |= {"path": made[1].name, "route": made[1].route}
+        document |= {"path": made.models[1].name, "route": made.models[1].route}
         document |= {"float": before, "artifact": after, "difference": difference}
     document["evaluate"] = dict(judged)
     document["comparison"] = found.to_json() if found is not None else None
     return document
 
 
-def _print(made: Any, judged: Mapping[str, Mapping[str, float]], found: Comparison | None) -> None:
-    baseline = made[0]
-    for each in [] if not any(judged.values()) else made[1:] or [baseline]:
+def _print(made: Contestants, judged: Mapping[str, Mapping[str, float]], found: Comparison | None) -> None:
+    baseline = made.models[0]
+    for each in [] if not any(judged.values()) else made.models[1:] or [baseline]:
         rows = _common.metric_rows(judged[baseline.name], judged[each.name])
         if each is baseline:
             _common.show(_common.table(each.name, ("metric", ">value"), [row[:2] for row in rows]))
