@@ -8,7 +8,6 @@ For a metric that is a mean over rows this is exact, and blocks of rows give the
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -19,6 +18,7 @@ from lepton_xla.certificates import Certificate, promise
 from lepton_xla.errors import LeptonError, TuningError, first_line
 from lepton_xla.modelspec import Predict
 from lepton_xla.program import Program
+from lepton_xla.tuning.digests import digest_of
 
 type Evaluate = Callable[[Predict], Mapping[str, float]]
 
@@ -142,12 +142,7 @@ class Judge:
     @property
     def rows_digest(self) -> str:
         """Digest of the rows that `evaluate` asks for."""
-        found = hashlib.sha256()
-        for inputs in self._inputs:
-            for name, value in inputs.items():
-                array = np.asarray(value)
-                found.update(f"{name} {array.dtype} {array.shape}".encode() + array.tobytes())
-        return found.hexdigest()
+        return digest_of(self._inputs)
 
     def check_resolution(self, max_drop: float) -> None:
         """Check that a drop can be told from none.
@@ -173,7 +168,7 @@ class Judge:
         Raises:
             TuningError: if `evaluate` fails or gives NaN for it.
         """
-        outputs = [{name: np.asarray(each) for name, each in predict(**inputs).items()} for inputs in self._inputs]
+        outputs = self._answers(predict)
         metrics = self._replayed(outputs)
         for name, value in metrics.items():
             if not math.isfinite(value):
@@ -185,8 +180,7 @@ class Judge:
 
     def drop(self, predict: Predict) -> float:
         """The drop in points on the rows that candidates are chosen by."""
-        outputs = [{name: np.asarray(each) for name, each in predict(**inputs).items()} for inputs in self._inputs]
-        return self._drop(outputs, self._judged)
+        return self._drop(self._answers(predict), self._judged)
 
     def certify(self, predict: Predict, *, recipe: str, weights_bytes: int, float_bytes: int) -> Certificate:
         """Measure a finished model, and state what was found.
@@ -211,6 +205,10 @@ class Judge:
             float_bytes=float_bytes, recipe=recipe,
             promised=promise(right, self.rows, drop.high) if is_accuracy else None,
         )  # fmt: skip
+
+    def _answers(self, predict: Predict) -> list[dict[str, np.ndarray]]:
+        """A candidate's outputs for each call that `evaluate` makes."""
+        return [{name: np.asarray(each) for name, each in predict(**inputs).items()} for inputs in self._inputs]
 
     def _interval(self, drops: np.ndarray, blocks: Sequence[np.ndarray], max_drop: float | None) -> Drop:
         from scipy.stats import t

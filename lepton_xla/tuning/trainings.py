@@ -20,7 +20,6 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-import numpy as np
 import optax
 
 from lepton_xla.errors import TuningError
@@ -31,6 +30,7 @@ from lepton_xla.train import Compression, Evaluation, Labels, Logits, TrainSpec,
 from lepton_xla.train.feeding import Feed
 from lepton_xla.train.models import Model
 from lepton_xla.tuning.constraints import Constraints, Objective
+from lepton_xla.tuning.digests import digest_of
 from lepton_xla.tuning.judging import Judge
 from lepton_xla.tuning.trials import StoppedError, Trial
 
@@ -70,11 +70,7 @@ class Trainer:
     @property
     def digest(self) -> str:
         """Digest of the number of steps and of the first batch."""
-        found = hashlib.sha256(str(self.spec.steps).encode())
-        for name, value in Feed(self.spec.data).next().items():
-            array = np.asarray(value)
-            found.update(f"{name} {array.dtype} {array.shape}".encode() + array.tobytes())
-        return found.hexdigest()[:16]
+        return digest_of([Feed(self.spec.data).next()], before=str(self.spec.steps))[:16]
 
     def names(self, recipe: Recipe | None = None) -> list[str]:
         """The settings that a recipe's training has; of any recipe without one."""

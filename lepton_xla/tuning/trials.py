@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import math
 import statistics
 import time
@@ -23,6 +22,7 @@ from lepton_xla.program import Program
 from lepton_xla.recipe import Recipe, to_toml
 from lepton_xla.trees import name_leaves, tree_bytes
 from lepton_xla.tuning.constraints import Constraints, Objective
+from lepton_xla.tuning.digests import digest_of
 from lepton_xla.tuning.judging import Drop, Judge
 
 
@@ -248,13 +248,6 @@ def predictor(program: Program) -> Predict:
 
 def digest(program: Program, batches: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     """Digests of a model and of its calibration data."""
-    model, data = hashlib.sha256(), hashlib.sha256()
-    for path, leaf in name_leaves(program.weights).items():
-        array = np.asarray(leaf)
-        model.update(f"{path} {array.dtype} {array.shape}".encode() + array.tobytes())
-    model.update(repr((dict(program.inputs), dict(program.outputs))).encode())
-    for batch in batches:
-        for name, value in batch.items():
-            array = np.asarray(value)
-            data.update(f"{name} {array.dtype} {array.shape}".encode() + array.tobytes())
-    return {"model": model.hexdigest()[:16], "data": data.hexdigest()[:16]}
+    signature = repr((dict(program.inputs), dict(program.outputs)))
+    model = digest_of([name_leaves(program.weights)], after=signature)
+    return {"model": model[:16], "data": digest_of(batches)[:16]}
