@@ -158,7 +158,9 @@ def tune(
         # Everything that does not need the model first, so that a typo fails early.
         constraints = Constraints(max_drop, max_bytes, max_memory, max_latency_ms)
         check_objective(objective, constraints)
-        cheapest = None if slo is None else _cheapest(slo, rate or 0.0, targets, str(prices))
+        cheapest = None
+        if slo is not None and rate is not None and prices is not None:
+            cheapest = _cheapest(slo, rate, targets, prices)
         budget = Budget(minutes, trials, trainings)
         step(f"load {target}")
         spec = _models.load_target(target)
@@ -207,8 +209,8 @@ def tune(
         _common.print_json({"target": target, **found.to_json(), **more})
     else:
         _print(target, found)
-        if served is not None and prices is not None:
-            _print_served(served, str(slo))
+        if served is not None and slo is not None:
+            _print_served(served, slo)
     if found.best is None:
         nearest = f"the nearest is {found.nearest.name}" if found.nearest is not None else "nothing was measured"
         raise TuningError(f"no recipe that was measured keeps to the constraints; {nearest}")
@@ -231,6 +233,7 @@ def _cheapest(slo: str, rate: float, targets: str, prices: str) -> Callable[[Pro
         chosen = {each.name: each for each in (*holding, *([found.best] if found.best is not None else []))}
 
         def by_rows(values: Sequence[float]) -> dict[int, float]:
+            """Rows of a call -> its microseconds, the longest where several sizes have as many rows."""
             times: dict[int, float] = {}
             for at, us in zip(found.sizes, values, strict=True):
                 rows = at.get(batch, 1) if batch is not None else 1
@@ -246,11 +249,7 @@ def _cheapest(slo: str, rate: float, targets: str, prices: str) -> Callable[[Pro
             return as_loaded(found.build(chosen[recipe])) if recipe != "float" else program
 
         def predict(target: str, recipe: str) -> dict[int, float]:
-            times: dict[int, float] = {}
-            for at in found.sizes:
-                rows = at.get(batch, 1) if batch is not None else 1
-                times[rows] = max(predicted_us(built(recipe), at, target), times.get(rows, 0.0))
-            return times
+            return by_rows([predicted_us(built(recipe), at, target) for at in found.sizes])
 
         return deploy(here, predict, targets=names, prices=priced, slo=limit, rate=rate)
 
