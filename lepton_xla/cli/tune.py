@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -14,6 +14,8 @@ from lepton_xla.cli import _common
 from lepton_xla.errors import TuningError
 
 if TYPE_CHECKING:
+    from lepton_xla.compiler import Artifact
+    from lepton_xla.modelspec import ModelSpec
     from lepton_xla.program import Program
     from lepton_xla.tuning import Trial, Tuning
     from lepton_xla.tuning.deployments import Deployments
@@ -149,13 +151,18 @@ def tune(
         step("load JAX")
         from lepton_xla import compiler
         from lepton_xla.cli import _models
+        from lepton_xla.compiler.manifest import check_name
         from lepton_xla.train import TrainSpec
+        from lepton_xla.trust.keys import signing_key
         from lepton_xla.tuning import Budget, Constraints
         from lepton_xla.tuning import tune as search
         from lepton_xla.tuning.constraints import check_objective
         from lepton_xla.tuning.pages import page
 
         # Everything that does not need the model first, so that a typo fails early.
+        name = "" if artifact is None else check_name(pathlib.PurePath(artifact).name.removesuffix(".lepton"))
+        if key is not None:
+            signing_key(key)
         constraints = Constraints(max_drop, max_bytes, max_memory, max_latency_ms)
         check_objective(objective, constraints)
         cheapest = None
@@ -192,7 +199,7 @@ def tune(
             _common.write(output, lambda: pathlib.Path(output).write_text(text, encoding="utf-8"))
         if artifact is not None and found.best is not None:
             step(f"build {found.best.name} again")
-            made = _compiled(spec, found, sizes, artifact)
+            made = _compiled(spec, found, sizes, name)
             made.save(artifact, overwrite=overwrite)
             if key is not None:
                 compiler.sign(artifact, key=key)
@@ -277,17 +284,15 @@ def _print_served(served: Deployments, slo: str) -> None:
         _common.show("Nothing was both predicted and measured, so how far predictions are off is not known.")
 
 
-def _compiled(spec: Any, found: Tuning, sizes: Any, location: str) -> Any:
+def _compiled(spec: ModelSpec, found: Tuning, sizes: Mapping[str, Sequence[int]], name: str) -> Artifact:
     """The artifact of the best, with the profile of the calibration data and a certificate."""
     from lepton_xla import compiler
     from lepton_xla.cli import _models
-    from lepton_xla.compiler.manifest import check_name
     from lepton_xla.compiler.weights import stored_bytes
     from lepton_xla.trees import name_leaves
 
     program = found.build()
     batches, examples = _models.calibration(spec, program)
-    name = check_name(pathlib.PurePath(location).name.removesuffix(".lepton"))
     made = compiler.compile(program, sizes, name=name, examples=examples).with_profile(batches or ())
     weights_bytes = stored_bytes(name_leaves(program.weights))
     return made.with_certificate(found.certify(made.servable(), weights_bytes))

@@ -100,8 +100,12 @@ def test_the_artifact_has_a_certificate_that_its_signature_signs(cli, classifier
     [
         (("--slo", "p99=1s"), "--slo, --rate and --prices belong together"),
         (("--key", "a.key"), "--key signs the artifact"),
+        (("--artifact", "my model.lepton"), "model name 'my model'"),
+        (("--artifact", "a.lepton", "--key", "absent.key"), "absent.key"),
         (("--slo", "fast", "--rate", 1, "--prices", "p.toml"), "such as p99=20ms"),
     ],
 )
 def test_what_does_not_fit_is_refused_before_the_model_is_loaded(cli, more, said):
-    assert said in " ".join(cli("tune", "no.py:model", "--max-drop", 1, *more).stderr.split())
+    result = cli("tune", "no.py:model", "--max-drop", 1, *more)
+    assert result.exit_code == 2
+    assert said in " ".join(result.stderr.split())
