@@ -31,7 +31,15 @@ from lepton_xla.tuning.journals import Journal
 from lepton_xla.tuning.judging import Judge
 from lepton_xla.tuning.results import Stop, Tuning
 from lepton_xla.tuning.scores import output_errors
-from lepton_xla.tuning.trainings import Study, Trainer, first_of, objectives_of, ranges_of, training_key
+from lepton_xla.tuning.trainings import (
+    Study,
+    Trainer,
+    first_of,
+    imported_optuna,
+    objectives_of,
+    ranges_of,
+    training_key,
+)
 from lepton_xla.tuning.trials import Trial, Workshop, digest, predictor
 
 # Presets that are measured first, so that what is found is never worse than they are.
@@ -121,6 +129,8 @@ def tune(
         raise TuningError("the first of the choices must leave a weight in float")
     if seed < 0:
         raise TuningError(f"seed = {seed}: expected a number above or equal to 0")
+    if training is not None:
+        imported_optuna()  # one that is missing shows before anything is measured
     recipes = [Recipe.load(name) for name in presets]
     batches = list(as_batches(data))
     if not batches:

@@ -17,7 +17,7 @@ import math
 import os
 import socket
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import optax
@@ -79,7 +79,7 @@ class Trainer:
         left_out |= {"alpha", "temperature"} if self.spec.loss is not None else set()
         return [name for name in RANGES if name not in left_out]
 
-    def train(self, recipe: Recipe, settings: Mapping[str, float], check: Any) -> Program:
+    def train(self, recipe: Recipe, settings: Mapping[str, float], check: Callable[[float], None]) -> Program:
         """Train a candidate.
 
         Args:
@@ -164,10 +164,7 @@ class Study:
         Raises:
             TuningError: without Optuna, or if the file cannot be used.
         """
-        try:
-            self._optuna: Any = importlib.import_module("optuna")
-        except ImportError as error:
-            raise TuningError(f"training candidates needs Optuna: pip install 'lepton-xla[tune]' ({error})") from error
+        self._optuna = imported_optuna()
         logging.getLogger("optuna").setLevel(logging.WARNING)
         self._ranges, self._seed, self._kind = dict(settings), seed, sampler
         storage = None
@@ -245,6 +242,18 @@ class Study:
                 self._study.tell(trial.number, state=states.FAIL)
                 if set(trial.params) == set(self._ranges):
                     self._study.enqueue_trial(trial.params)
+
+
+def imported_optuna() -> Any:
+    """Import Optuna.
+
+    Raises:
+        TuningError: if it is missing; says how to install it.
+    """
+    try:
+        return importlib.import_module("optuna")
+    except ImportError as error:
+        raise TuningError(f"training candidates needs Optuna: pip install 'lepton-xla[tune]' ({error})") from error
 
 
 def is_hopeless(drop: float, others: Sequence[float], allowed: float) -> bool:

@@ -79,6 +79,8 @@ def test_without_optuna_it_says_what_to_install(monkeypatch):
     monkeypatch.setattr(trainings.importlib, "import_module", missing)
     with pytest.raises(TuningError, match=r"needs Optuna: pip install 'lepton-xla\[tune\]'"):
         Study("s", RANGES, FIRST)
+    with pytest.raises(TuningError, match="needs Optuna"):
+        found(constraints=Constraints(max_drop=9.0), training=SPEC, progress=lambda *_: pytest.fail("it began"))
 
 
 def test_the_same_seed_asks_the_same_in_one_run_or_two(optuna, tmp_path):
