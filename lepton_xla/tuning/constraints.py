@@ -53,10 +53,11 @@ class Budget:
     Attributes:
         minutes: no new candidate is begun after so many minutes.
         trials: no more candidates than these are measured; None: as many as there is time for.
-        trainings: no more candidates than these are trained besides, if training is allowed; it gets half the minutes.
+        trainings: no more candidates than these are trained, if a training is given; training then has the second half
+            of the minutes.
 
     Raises:
-        TuningError: if there is no time, or no trial.
+        TuningError: if there is no time, no trial or no training.
 
     >>> lx.tuning.Budget(minutes=0)
     Traceback (most recent call last):
