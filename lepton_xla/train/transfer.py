@@ -5,6 +5,7 @@ What stays is a model's state that no call changes, so it has neither gradients 
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -84,9 +85,8 @@ def low_rank(
     """
     model = Model.of(model)
     sites = {site.path: site for site in find_sites(model.program) if site.path in model.weights}
-    chosen = [path for path in sites if path in _matching(model.weights, include)]
-    whole = _matching(model.weights, also_train)
-    chosen = [path for path in chosen if path not in whole]
+    beside, whole = _matching(model.weights, include), _matching(model.weights, also_train)
+    chosen = [path for path in sites if path in beside - whole]
     if not chosen:
         raise ModelError(f"no site has a weight among {', '.join(include)}; those of sites are {some_names(sites)}")
     if rank < 1:
@@ -161,10 +161,7 @@ def _sums(weights: Mapping[str, Any], scale: float) -> dict[str, Any]:
 
 
 def _matrix(shape: Sequence[int], stacked: int) -> tuple[int, ...]:
-    rows = 1
-    for size in shape[stacked:-1]:
-        rows *= size
-    return (*shape[:stacked], rows, shape[-1])
+    return (*shape[:stacked], math.prod(shape[stacked:-1]), shape[-1])
 
 
 def _matching(weights: Mapping[str, Any], patterns: Sequence[str]) -> set[str]:
