@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from lepton_xla.data.rows import Rows
+from lepton_xla.data.rows import Rows, columns_of
 from lepton_xla.errors import TrainingError
 
 type Augment = Callable[[np.random.Generator, dict[str, np.ndarray]], dict[str, np.ndarray]]
@@ -24,13 +24,14 @@ def batches(
     `train` installs Grain.
 
     Args:
-        rows: prepared columns.
+        rows: prepared columns, arrays `[rows, ...]`.
         size: rows of a batch.
         seed: of orders and augmentation.
         augment: changes a batch.
 
     Raises:
         TrainingError: if Grain is missing, or there are fewer rows than a batch has.
+        InputError: if columns have other numbers of rows; names one.
 
     >>> from lepton_xla.data import batches
     >>> batch = batches({"x": np.arange(4)}, 2)
@@ -41,8 +42,8 @@ def batches(
         grain: Any = importlib.import_module("grain")
     except ImportError as error:
         raise TrainingError("batches are made by the package grain: pip install lepton-xla[train]") from error
-    columns = {name: np.asarray(values) for name, values in rows.items()}
-    count = min((len(values) for values in columns.values()), default=0)
+    columns = columns_of(rows)
+    count = len(next(iter(columns.values()), ()))
     if not 0 < size <= count:
         raise TrainingError(f"a batch of {size} rows of {count}: give fewer")
     order = grain.MapDataset.source(np.arange(count)).seed(seed).shuffle().repeat().batch(size)

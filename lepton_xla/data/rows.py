@@ -71,7 +71,7 @@ def split(rows: Rows, part: float, *, seed: int = 0) -> tuple[dict[str, np.ndarr
     (8, 2)
     """
     columns = columns_of(rows)
-    count = len(next(iter(columns.values()))) if columns else 0
+    count = len(next(iter(columns.values()), ()))
     second = round(count * part)
     if not 0 < second < count:
         raise InputError(f"a part of {part:g} of {count} rows leaves nothing on one side")

@@ -117,3 +117,5 @@ def test_batches_take_every_row_once_in_orders_of_their_own():
     assert not np.array_equal(noisy(5)["x"], noisy(6)["x"])
     with pytest.raises(lx.TrainingError, match="give fewer"):
         batches({"x": [1]}, 2)
+    with pytest.raises(lx.InputError, match="column 'label' has 9 rows; 'x' has others"):
+        batches({"x": np.zeros(8), "label": np.zeros(9)}, 4)
