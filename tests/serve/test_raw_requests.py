@@ -153,6 +153,8 @@ def test_the_models_own_inputs_are_taken_too(url):
         ("colors", [tensor("image", [1.0])], 400, "not strings"),
         ("colors", [tensor("image", [[base64.b64encode(jpeg()).decode()]], shape=[2])], 400, "not strings"),
         ("colors", [tensor("image", base64.b64encode(jpeg()).decode(), shape=[2])], 400, "not strings"),
+        ("colors", [{**tensor("image", [""]), "parameters": {"binary_data_size": 4}}], 400, "both data and binary"),
+        ("colors", [{"name": "image", "datatype": "BYTES", "shape": [1]}], 400, "neither data nor binary"),
         ("colors", [], 400, "is missing"),
         ("words", [tensor("text", ["red"])], 400, "'kind' is missing"),
         (

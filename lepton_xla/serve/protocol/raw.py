@@ -24,7 +24,6 @@ from lepton_xla.serve.protocol.request import (
     binary_size,
     check_depth,
     check_input,
-    check_tensor_parameters,
     json_data,
 )
 from lepton_xla.serve.protocol.signature import Signature, Tensor
@@ -105,17 +104,11 @@ def read(signature: Signature, parsed: Parsed, limits: Limits, max_rows: int) ->
             raise HTTPError(413, f"input {given.name!r} has {rows} rows; a request may bring {max_rows}")
         if count > limits.max_elements:
             raise HTTPError(400, f"input {given.name!r} has {count} elements; it may have {limits.max_elements}")
-        size = (given.parameters or {}).get("binary_data_size")
-        if tensor.datatype.dtype is not None:
-            size = binary_size(given, count, tensor.datatype)
-        elif size is not None and (type(size) is not int or size < 0):
-            raise HTTPError(
-                400, f"input {given.name!r}: binary_data_size must be a whole number, not {shortened(size)}"
-            )
-        if isinstance(size, int) and at + size > len(parsed.tail):
+        size = binary_size(given, count, tensor.datatype)
+        if size is not None and at + size > len(parsed.tail):
             raise HTTPError(400, f"input {given.name!r}: {size} bytes should follow, and {len(parsed.tail) - at} do")
-        data = parsed.tail[at : at + size] if isinstance(size, int) else None
-        at += len(data) if data is not None else 0
+        data = None if size is None else parsed.tail[at : at + size]
+        at += size or 0
         if tensor.datatype.dtype is not None:
             plain = json_data(given, tensor, b"", {}) if data is None else data
             found[given.name] = np.frombuffer(plain, tensor.dtype).reshape(given.shape)
@@ -155,12 +148,10 @@ def converted(signature: Signature, given: dict[str, Any]) -> tuple[list[np.ndar
     return arrays, sizes
 
 
-def _strings(signature: Signature, given: InputHead, count: int) -> list[Any]:
+def _strings(signature: Signature, given: InputHead, count: int) -> list[str] | list[bytes]:
     assert signature.converter is not None
     where = f"input {given.name!r}"
-    check_tensor_parameters(given.parameters, where)
-    if given.data is msgspec.UNSET:
-        raise HTTPError(400, f"{where}: neither data nor binary_data_size is given")
+    assert given.data is not msgspec.UNSET
     data = bytes(given.data)
     try:
         found = _STRINGS.decode(data)
@@ -174,7 +165,7 @@ def _strings(signature: Signature, given: InputHead, count: int) -> list[Any]:
     if len(found) != count:
         raise HTTPError(400, f"{where}: shape {given.shape} needs {count} elements, not {len(found)}")
     if not isinstance(signature.converter.conversion.inputs[given.name], Images):
-        return list(found)
+        return found
     try:
         return [base64.b64decode(each, validate=True) for each in found]
     except (binascii.Error, ValueError) as error:

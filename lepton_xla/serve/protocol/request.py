@@ -202,7 +202,10 @@ def check_input(given: InputHead, tensor: Tensor, sizes: dict[str, int]) -> int:
 
 
 def binary_size(given: InputHead, count: int, datatype: Datatype) -> int | None:
-    """Bytes this input has in the binary tail, or None if its data is in the JSON."""
+    """Bytes this input has in the binary tail, or None if its data is in the JSON.
+
+    Those of BYTES depend on the elements, and are not held against their number.
+    """
     where = f"input {given.name!r}"
     size = None if given.parameters is None else given.parameters.get("binary_data_size")
     # KServe writes null where it has none.
@@ -215,7 +218,7 @@ def binary_size(given: InputHead, count: int, datatype: Datatype) -> int | None:
         raise HTTPError(400, f"{where}: both data and binary_data_size are given")
     if type(size) is not int or size < 0:
         raise HTTPError(400, f"{where}: binary_data_size must be a whole number, not {shortened(size)}")
-    if size != count * datatype.item_bytes:
+    if datatype.dtype is not None and size != count * datatype.item_bytes:
         raise HTTPError(
             400,
             f"{where}: binary_data_size is {size}, but {count} elements of {datatype.name} "
