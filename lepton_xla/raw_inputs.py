@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import pathlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import jax
@@ -49,7 +49,7 @@ def take_texts(
         truncate: whether longer texts are cut; else they are refused.
 
     Raises:
-        ModelError: if the program has no such inputs.
+        ModelError: if the program has no such inputs, or the tokenizer cannot be read.
 
     >>> words = '{"version": "1.0", "model": {"type": "WordLevel", "vocab": {"?": 0, "hello": 1}, "unk_token": "?"}}'
     >>> ids = {"tokens": lx.TensorSpec(("batch", 4), "int32")}
@@ -62,6 +62,11 @@ def take_texts(
             tokenizer = pathlib.Path(tokenizer).read_bytes()
         except OSError as error:
             raise ModelError(f"the tokenizer {os.fspath(tokenizer)!r} cannot be read: {error.strerror}") from error
+    if isinstance(tokenizer, bytes):
+        try:
+            tokenizer = tokenizer.decode()
+        except UnicodeDecodeError as error:
+            raise ModelError(f"the tokenizer is not the JSON of Hugging Face's tokenizers: {error}") from error
     spec = _input(program, tokens)
     fixed = spec.shape[1] if len(spec.shape) == 2 else None
     if length is None and not isinstance(fixed, int):
@@ -69,7 +74,7 @@ def take_texts(
     if length is not None and isinstance(fixed, int) and length != fixed:
         raise ModelError(f"input {tokens!r} is {spec}, and length is {length}")
     step = Texts(
-        tokenizer=tokenizer if isinstance(tokenizer, str) else tokenizer.decode(),
+        tokenizer=tokenizer,
         tokens=tokens,
         mask=mask,
         length=length if length is not None else int(fixed or 0),
@@ -93,7 +98,7 @@ def take_categories(
         others: whether other words have the index 0; else they are refused.
 
     Raises:
-        ModelError: if there is no such input, or a word is there twice.
+        ModelError: if there is no such input, another one has the name `index`, or a word is there twice.
 
     >>> inputs = {"color": lx.TensorSpec(("batch",), "int32")}
     >>> program = lx.take_categories(lx.trace(lambda w, color: w[color], jnp.ones(3), inputs), "color", ["red", "blue"])
@@ -105,9 +110,9 @@ def take_categories(
     if twice is not None:
         raise ModelError(f"the vocabulary of {name!r} holds {twice!r} twice")
     index = index or f"{name}.index"
-    spec = _input(program, name)
+    _input(program, name)
+    _refuse_taken("input", [index], program.inputs.keys() - {name})
     inputs = {index if each == name else each: found for each, found in program.inputs.items()}
-    assert spec is inputs[index]
     step = Categories(vocabulary=words, index=index, others=others)
     return program.replace(inputs=inputs, conversion=_with_input(program, name, step))
 
@@ -137,7 +142,7 @@ def take_images(
         max_pixels: images of more are refused before they are decoded.
 
     Raises:
-        ModelError: if there is no such input.
+        ModelError: if there is no such input, or others have the names `NAME.pixels` or `NAME.size`.
 
     >>> inputs = {"image": lx.TensorSpec(("batch", 8, 8, 3), "float32")}
     >>> program = lx.take_images(lx.trace(lambda w, image: image.mean((1, 2)), {}, inputs), "image", canvas=(16, 16))
@@ -154,6 +159,7 @@ def take_images(
     height, width = int(shape[1]), int(shape[2])
     high, wide = canvas or (2 * height, 2 * width)
     pixels, size = f"{name}.pixels", f"{name}.size"
+    _refuse_taken("input", [pixels, size], program.inputs)
     inputs: dict[str, TensorSpec] = {}
     for each, found in program.inputs.items():
         if each == name:
@@ -237,7 +243,7 @@ def give_labels(
         label, probability: what to call the new outputs.
 
     Raises:
-        ModelError: if there is no such output, or it has another number of classes.
+        ModelError: if there is no such output, it has another number of classes, or others have the new names.
 
     >>> inputs = {"x": lx.TensorSpec(("batch", 2), "float32")}
     >>> program = lx.give_labels(lx.trace(lambda w, x: x, {}, inputs), ["cat", "dog"])
@@ -250,6 +256,7 @@ def give_labels(
     if not spec.shape or spec.shape[-1] != len(names):
         raise ModelError(f"output {scores!r} is {spec}, and there are {len(names)} names")
     outputs = {name: found for name, found in program.outputs.items() if name != scores}
+    _refuse_taken("output", [label, probability], outputs)
     outputs |= {label: TensorSpec(spec.shape[:-1], "int32"), probability: TensorSpec(spec.shape[:-1], "float32")}
 
     def after(fn: _Fn) -> _Fn:
@@ -270,6 +277,13 @@ def _input(program: Program, name: str) -> TensorSpec:
     if name not in program.inputs:
         raise ModelError(f"there is no input {name!r}; there are {', '.join(map(repr, program.inputs))}")
     return program.inputs[name]
+
+
+def _refuse_taken(kind: str, names: Iterable[str], known: Container[str]) -> None:
+    """Refuses to make an input or output of a name that another one has, which would be lost."""
+    for name in names:
+        if name in known:
+            raise ModelError(f"the program has an {kind} {name!r} already; choose another name")
 
 
 def _with_input(program: Program, name: str, step: Texts | Images | Categories) -> Conversion:

@@ -89,19 +89,18 @@ class Converter:
         values = _objects(name, value)
         if isinstance(step, Categories):
             words = [_text(item, f"input {name!r}, element {at}") for at, item in enumerate(values.ravel().tolist())]
-            return {step.index: self._indices(name, words).reshape(values.shape)}
+            return {step.index: self._indices(name, step, words).reshape(values.shape)}
         if values.ndim != 1:
             kind = "texts" if isinstance(step, Texts) else "files"
             raise InputError(f"input {name!r} has {values.ndim} dimensions; it is a list of {kind}, one a row")
         items = values.tolist()
         return self._tokens(name, step, items) if isinstance(step, Texts) else self._pixels(name, step, items)
 
-    def _indices(self, name: str, words: Sequence[str]) -> np.ndarray:
+    def _indices(self, name: str, step: Categories, words: Sequence[str]) -> np.ndarray:
         table: dict[str, int] = self._tools[name]
         found = np.empty(len(words), np.int32)
-        others = self.conversion.inputs[name].others  # type: ignore[union-attr]
         for at, word in enumerate(words):
-            number = table.get(word, 0 if others else -1)
+            number = table.get(word, 0 if step.others else -1)
             if number < 0:
                 raise InputError(f"input {name!r}, element {at}: {word!r:.100} is not in the vocabulary")
             found[at] = number

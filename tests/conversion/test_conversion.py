@@ -215,6 +215,29 @@ def test_a_conversion_must_fit_its_program():
         program.replace(conversion=Conversion(inputs={"image": step}))
 
 
+def test_what_is_made_takes_the_place_of_nothing_else():
+    inputs = {name: lx.TensorSpec(("batch",), "int32") for name in ("x", "c", "z")}
+    program = lx.trace(lambda w, x, c, z: w[c] + w[x] * w[z], jnp.ones(3), inputs)
+    for taken in ("x", "z"):
+        with pytest.raises(lx.ModelError, match=f"has an input '{taken}' already"):
+            lx.take_categories(program, "c", ["a"], index=taken)
+    image = {"i": lx.TensorSpec(("batch", 4, 4), "float32"), "i.size": lx.TensorSpec(("batch",), "float32")}
+    with pytest.raises(lx.ModelError, match=r"has an input 'i\.size' already"):
+        lx.take_images(lx.trace(lambda w, i, size: i * size[:, None, None], {}, image), "i")
+    scores = {"x": lx.TensorSpec(("batch", 2), "float32")}
+    program = lx.trace(lambda w, x: {"output": x, "label": x[:, 0]}, {}, scores)
+    with pytest.raises(lx.ModelError, match="has an output 'label' already"):
+        lx.give_labels(program, ["cat", "dog"])
+    assert list(lx.give_labels(program, ["cat", "dog"], label="name").outputs) == ["label", "name", "probability"]
+
+
+def test_a_tokenizer_of_another_kind_is_named(tmp_path):
+    file = tmp_path / "tokenizer.model"
+    file.write_bytes(b"\x0a\xff\xfe")
+    with pytest.raises(lx.ModelError, match="not the JSON of Hugging Face's tokenizers"):
+        lx.take_texts(words_of(), file)
+
+
 def test_weights_alone_keep_the_conversion_of_their_base(tmp_path):
     from lepton_xla.compiler import make_update
 
