@@ -14,7 +14,7 @@ import msgspec
 import numpy as np
 
 from lepton_xla.errors import InputError, ServeError
-from lepton_xla.serve.protocol.datatypes import DATATYPES, ELEMENT_BYTES, datatype_of, join_elements
+from lepton_xla.serve.protocol.datatypes import DATATYPES, datatype_of, join_elements, split_elements
 
 
 class _OutputHead(msgspec.Struct, frozen=True):
@@ -180,7 +180,7 @@ def read_infer(body: bytes, head_bytes: int | None) -> dict[str, np.ndarray]:
 def _from_bytes(output: _OutputHead, body: bytes, start: int, length: int, count: int) -> np.ndarray:
     dtype = DATATYPES[output.datatype].dtype
     if dtype is None:
-        return _objects(_split(body[start : start + length]), output, count)
+        return _objects(list(split_elements(body[start : start + length])), output, count)
     if length != count * dtype.itemsize:
         raise ValueError(f"output {output.name!r} of shape {output.shape} cannot have {length} bytes")
     # A copy: the body is read-only, and where a tensor starts in it is not aligned.
@@ -196,21 +196,6 @@ def _from_json(output: _OutputHead, data: list[Any], count: int) -> np.ndarray:
     if array.size != count:
         raise ValueError(f"output {output.name!r} of shape {output.shape} cannot have {array.size} elements")
     return array.reshape(output.shape)
-
-
-def _split(data: bytes) -> list[bytes]:
-    """The elements of a BYTES tensor, each after its length."""
-    items: list[bytes] = []
-    at = 0
-    while at < len(data):
-        if at + 4 > len(data):
-            raise ValueError("a BYTES tensor is cut short")
-        start = at + 4
-        at = start + ELEMENT_BYTES.unpack_from(data, at)[0]
-        if at > len(data):
-            raise ValueError("a BYTES tensor is cut short")
-        items.append(data[start:at])
-    return items
 
 
 def _objects(items: list[bytes], output: _OutputHead, count: int) -> np.ndarray:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Annotated, Any
 
 import ml_dtypes
@@ -66,7 +66,7 @@ DATATYPES: dict[str, Datatype] = {
 }
 
 # The length before each element of a BYTES tensor.
-ELEMENT_BYTES = struct.Struct("<I")
+_ELEMENT_BYTES = struct.Struct("<I")
 
 _BY_DTYPE = {row.dtype.name: row for row in DATATYPES.values() if row.dtype is not None}
 
@@ -95,4 +95,22 @@ def join_elements(elements: Iterable[bytes]) -> bytes:
     >>> list(text[:4]), text[4:]
     ([5, 0, 0, 0], b'0.7:1')
     """
-    return b"".join(part for element in elements for part in (ELEMENT_BYTES.pack(len(element)), element))
+    return b"".join(part for element in elements for part in (_ELEMENT_BYTES.pack(len(element)), element))
+
+
+def split_elements(data: bytes | memoryview) -> Iterator[bytes]:
+    """The elements of the binary form of a BYTES tensor, one after the other.
+
+    Raises:
+        ValueError: when it comes to one that is cut short.
+
+    >>> list(split_elements(join_elements([b"0.7:1", b""])))
+    [b'0.7:1', b'']
+    """
+    at = 0
+    while at < len(data):
+        start = at + _ELEMENT_BYTES.size
+        at = start + _ELEMENT_BYTES.unpack_from(data, at)[0] if start <= len(data) else len(data) + 1
+        if at > len(data):
+            raise ValueError("a BYTES tensor is cut short")
+        yield bytes(data[start:at])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import itertools
 from typing import Any, NamedTuple
 
 import msgspec
@@ -17,7 +18,7 @@ from lepton_xla.conversion import Images
 from lepton_xla.errors import InputError
 from lepton_xla.serve.errors import HTTPError, shortened
 from lepton_xla.serve.limits import Limits
-from lepton_xla.serve.protocol.datatypes import ELEMENT_BYTES
+from lepton_xla.serve.protocol.datatypes import split_elements
 from lepton_xla.serve.protocol.request import (
     InputHead,
     RequestHead,
@@ -186,15 +187,11 @@ def _flat(values: Any, shape: list[int]) -> list[str]:
 
 def _split(name: str, data: memoryview, count: int) -> list[bytes]:
     """The elements of a BYTES tensor, each behind its length."""
-    items: list[bytes] = []
-    at = 0
-    while at < len(data) and len(items) < count:
-        start = at + ELEMENT_BYTES.size
-        at = start + ELEMENT_BYTES.unpack_from(data, at)[0] if start <= len(data) else len(data) + 1
-        if at > len(data):
-            raise HTTPError(400, f"input {name!r}: its bytes are cut short")
-        items.append(bytes(data[start:at]))
-    if len(items) != count or at != len(data):
+    try:
+        items = list(itertools.islice(split_elements(data), count + 1))  # no more than it takes to tell
+    except ValueError as error:
+        raise HTTPError(400, f"input {name!r}: its bytes are cut short") from error
+    if len(items) != count:
         raise HTTPError(400, f"input {name!r}: its bytes are not {count} elements")
     return items
 
