@@ -192,13 +192,11 @@ def read_query(target: bytes) -> tuple[GenerateRequest, dict[str, Any]]:
     query = target.partition(b"?")[2].decode("latin-1")
     try:
         given = parse_qs(query, keep_blank_values=True, max_num_fields=_MAX_FIELDS, errors="strict")
-    except (ValueError, UnicodeDecodeError) as error:
+    except ValueError as error:
         raise HTTPError(400, "the query is not UTF-8, or has too many fields") from error
-    fields: dict[str, Any] = {name: values for name, values in given.items() if name == "stop"}
+    fields: dict[str, Any] = {"stop": given.pop("stop")} if "stop" in given else {}
     request = GenerateRequest()
     for name, values in given.items():
-        if name == "stop":
-            continue
         if len(values) > 1:
             raise HTTPError(400, f"the query has {shortened(name)} {len(values)} times")
         (value,) = values
@@ -258,7 +256,7 @@ def chat_text(messages: list[Message]) -> str:
     return "".join(f"{message.role}: {message.content}\n" for message in messages) + "assistant:"
 
 
-def event(value: Any, name: bytes = b"") -> bytes:
-    """One server-sent event, with an id if a name is given."""
-    head = b"id: " + name + b"\n" if name else b""
+def event(value: Any, event_id: bytes = b"") -> bytes:
+    """One server-sent event, with an id if one is given."""
+    head = b"id: " + event_id + b"\n" if event_id else b""
     return head + b"data: " + (value if isinstance(value, bytes) else msgspec.json.encode(value)) + b"\n\n"
