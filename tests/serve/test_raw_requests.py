@@ -3,41 +3,36 @@
 import asyncio
 import base64
 import json
+import sys
+import time
 import urllib.error
 import urllib.request
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import lepton_xla as lx
+from lepton_xla.conversion.pictures import Decoder
 from lepton_xla.serve import Limits, Options, Server
 from lepton_xla.serve.client import Client
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "conversion"))
+
+from conversion_models import WORDS, colors_of, file_of, plain
+
 tritonclient = pytest.importorskip("tritonclient.http")
-Image = pytest.importorskip("PIL.Image")
+pytest.importorskip("PIL.Image")
 pytest.importorskip("tokenizers")
 
-WORDS = (
-    '{"version": "1.0", "pre_tokenizer": {"type": "Whitespace"}, "model": {"type": "WordLevel", '
-    '"vocab": {"?": 0, "red": 1, "blue": 2, "green": 3}, "unk_token": "?"}}'
-)
 
-
-def jpeg(color=(10, 240, 10), height=20, width=30):
-    import io
-
-    held = io.BytesIO()
-    Image.fromarray(np.full((height, width, 3), color, np.uint8)).save(held, "JPEG")
-    return held.getvalue()
+def jpeg(color=(10, 240, 10)):
+    return file_of(plain(color, 20, 30), "JPEG")
 
 
 def models():
-    program = lx.trace(
-        lambda w, image: image.mean((1, 2)) @ w, jnp.eye(3), {"image": lx.TensorSpec(("batch", 8, 8, 3), "float32")}
-    )
-    program = lx.give_labels(lx.take_images(program, "image"), ["red", "grün", "blue"])
-    colors = lx.compile(program, {"batch": (1, 4)}, name="colors").servable()
+    colors = lx.compile(colors_of(), {"batch": (1, 4)}, name="colors").servable()
     inputs = {
         "tokens": lx.TensorSpec(("batch", "length"), "int32"),
         "mask": lx.TensorSpec(("batch", "length"), "int32"),
@@ -194,13 +189,9 @@ def test_bytes_that_are_cut_short(url, cut):
 
 def test_the_event_loop_goes_on_while_images_are_decoded(url, monkeypatch):
     """A decoder that holds its thread for a second holds nobody else."""
-    from lepton_xla.conversion.pictures import Decoder
-
     decode, loops = Decoder.decode, []
 
     def slow(self, *args):
-        import time
-
         loops.append(asyncio._get_running_loop())
         time.sleep(0.3)
         return decode(self, *args)
