@@ -172,7 +172,8 @@ public final class LeptonClient {
     private static LeptonException refused(int status, String body) {
         String message = body;
         try {
-            if (Json.read(body) instanceof Map) message = String.valueOf(((Map<?, ?>) Json.read(body)).get("error"));
+            Object said = Json.read(body);
+            if (said instanceof Map) message = String.valueOf(((Map<?, ?>) said).get("error"));
         } catch (IllegalArgumentException notJson) {
             // The body is the message.
         }
