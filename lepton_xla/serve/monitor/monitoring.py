@@ -55,17 +55,17 @@ class Watched(NamedTuple):
 class _Promise:
     """What a version's certificate promises, and the evidence against it in its feedback."""
 
-    def __init__(self, certificate: Certificate) -> None:
+    def __init__(self, certificate: Certificate, seen: tuple[int, int]) -> None:
         assert certificate.promised is not None
         self.certificate = certificate
+        self.seen = seen  # rows right and wrong that need no more looking at
         self._evidence = Evidence(certificate.promised)
-        self._right = self._wrong = 0
 
     def look(self, counts: Counts) -> float:
         feedback = counts.get("feedback") or {"right": 0, "wrong": 0}
-        right, wrong = feedback["right"], feedback["wrong"]
-        self._evidence.add(max(0, right - self._right), max(0, wrong - self._wrong))
-        self._right, self._wrong = right, wrong
+        right, wrong = self.seen
+        self.seen = feedback["right"], feedback["wrong"]
+        self._evidence.add(max(0, self.seen[0] - right), max(0, self.seen[1] - wrong))
         return self._evidence.value
 
 
@@ -104,7 +104,7 @@ class Monitoring:
         if self._streams:
             Falls(self._streams)  # without its package the server does not start
         self._drifts: dict[tuple[str, str], dict[str, Drift]] = {}
-        self._evidence: dict[tuple[str, str], _Promise] = {}
+        self._promises: dict[tuple[str, str], _Promise] = {}
 
     @property
     def alerts(self) -> Iterator[Alert]:
@@ -152,9 +152,11 @@ class Monitoring:
                     falls = self._falls[key] = Falls(self._streams)
                 counts["falls"] = falls.look(counts, each.profile)
             if each.certificate is not None and each.certificate.promised is not None:
-                promise = self._evidence.get(key)
+                promise = self._promises.get(key)
                 if promise is None or promise.certificate != each.certificate:
-                    promise = self._evidence[key] = _Promise(each.certificate)
+                    # Counters go on if another artifact takes the place: what they say so far is of the one before.
+                    seen = (0, 0) if promise is None else promise.seen
+                    promise = self._promises[key] = _Promise(each.certificate, seen)
                 counts["certificate"] = promise.look(counts)
             news = history.add(now_s, {**counts, "now": queued})
             subjects[key] = subject = Subject(history, each.bounds, each.profile, each.certificate)
@@ -163,7 +165,7 @@ class Monitoring:
         self._subjects = subjects
         self._drifts = {key: each for key, each in self._drifts.items() if key in subjects}
         self._falls = {key: each for key, each in self._falls.items() if key in subjects}
-        self._evidence = {key: each for key, each in self._evidence.items() if key in subjects}
+        self._promises = {key: each for key, each in self._promises.items() if key in subjects}
         self._alerts.look(now_s, subjects)
 
     def _tell(self, alert: Alert) -> None:

@@ -36,6 +36,9 @@ def test_feedback_that_speaks_against_the_certificate_alerts():
     # Another artifact in its place is judged by its own promise and its own feedback.
     other = msgspec.structs.replace(CERTIFICATE, promised=0.3)
     assert looked(monitoring, 1040, 110, other) == [("certificate", "ok")]
+    better = msgspec.structs.replace(CERTIFICATE, value=0.975)
+    assert looked(monitoring, 1040, 110, better) == [("certificate", "ok")]
+    assert looked(monitoring, 1120, 180, better) == [("certificate", "firing")]
 
 
 def test_without_a_promise_nothing_is_tested():
