@@ -207,20 +207,17 @@ def deploy(
                 continue
         compared += [(target, recipe, rows, us, known[rows]) for rows, us in predicted.items() if rows in known]
         times, source = (known, "measured") if known else (predicted, "predicted")
-        best: Deployment | None = None
+        ways: list[Deployment] = []
         for largest in sorted(times):
             some = {rows: us for rows, us in times.items() if rows <= largest}
             fewest = fewest_replicas(some, rate, slo, seed=seed)
-            if fewest is None:
-                continue
-            replicas, seconds = fewest
-            money = replicas * prices.per_hour[target] / (rate * 3600) * 1e6
-            if best is None or money < best.per_million:
-                best = Deployment(
-                    target, mesh_of(target), recipe, tuple(sorted(some)), replicas, seconds, money, source
-                )
-        if best is not None:
-            found.append(best)
+            if fewest is not None:
+                replicas, seconds = fewest
+                money = replicas * prices.per_hour[target] / (rate * 3600) * 1e6
+                buckets = tuple(sorted(some))
+                ways.append(Deployment(target, mesh_of(target), recipe, buckets, replicas, seconds, money, source))
+        if ways:
+            found.append(min(ways, key=lambda each: each.per_million))
         else:
             least = min(times.values(), default=math.inf) / 1e3
             refused.append((target, recipe, f"a call alone takes {least:.3g} ms: no number of replicas keeps to it"))
