@@ -273,7 +273,7 @@ def _print_served(served: Deployments, slo: str) -> None:
         for each in served.found
     ]  # fmt: skip
     title = f"the cheapest ways to serve within {slo}" if rows else f"nothing serves within {slo}"
-    reasons = {f"{target}: {why.removeprefix(f'{target}: ')}" for target, _, why in served.refused}
+    reasons = {f"{target}: {why}" for target, _, why in served.refused}
     off = [
         f"{target}, {recipe}, {count} rows: predicted {predicted:.4g} us, measured {measured:.4g} "
         f"({predicted / measured:.2f} times)"

@@ -325,8 +325,8 @@ def predicted_us(program: Program, sizes: Mapping[str, int], target: str) -> flo
     except LeptonError as error:
         raise TuningError(first_line(error)) from error
     except jax.errors.JaxRuntimeError as error:
-        raise TuningError(f"{target}: its compiler refuses the program: {first_line(error)}") from error
+        raise TuningError(f"the compiler of {target} refuses the program: {first_line(error)}") from error
     seconds = (costs or {}).get("optimal_seconds", 0.0)
     if not seconds > 0:
-        raise TuningError(f"{target}: its compiler predicts no times, and nothing was measured")
+        raise TuningError(f"the compiler of {target} predicts no times, and nothing was measured")
     return 1e6 * float(seconds)

@@ -34,7 +34,7 @@ def test_the_fewest_replicas_are_the_fewest():
 
 def predict(target, recipe):
     if target == "h100":
-        raise TuningError("h100: its compiler predicts no times, and nothing was measured")
+        raise TuningError("the compiler of h100 predicts no times, and nothing was measured")
     return {rows: us / 10 for rows, us in TIMES.items()}
 
 
