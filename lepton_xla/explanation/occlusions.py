@@ -60,35 +60,44 @@ def occlusion(
         score: Callable[..., jax.Array], given: dict[str, jax.Array]
     ) -> tuple[dict[str, jax.Array], jax.Array]:
         whole = score(**given)
-        made: dict[str, jax.Array] = {}
-        for name in chosen:
-            array = given[name]
-            places = _places(name, array.shape[1:], sizes[name], steps[name])
-            cover = jnp.asarray(values[name], array.dtype)
-
-            def step(
-                sums: tuple[jax.Array, jax.Array],
-                place: jax.Array,
-                name: str = name,
-                array: jax.Array = array,
-                cover: jax.Array = cover,
-            ) -> tuple[tuple[jax.Array, jax.Array], None]:
-                inside = jnp.ones(array.shape[1:], bool)
-                for axis, size in enumerate(sizes[name]):
-                    index = jax.lax.broadcasted_iota(jnp.int32, array.shape[1:], axis)
-                    inside &= (index >= place[axis]) & (index < place[axis] + size)
-                loss = whole - score(**{**given, name: jnp.where(inside[None], cover, array)})
-                covered = inside.astype(jnp.float32)
-                lost = loss.reshape(-1, *[1] * (array.ndim - 1)) * covered[None]
-                return (sums[0] + lost, sums[1] + covered), None
-
-            zeros = jnp.zeros(array.shape, jnp.float32), jnp.zeros(array.shape[1:], jnp.float32)
-            (total, count), _ = jax.lax.scan(step, zeros, jnp.asarray(places))
-            made[name] = total / jnp.maximum(count, 1)[None]
+        made = {
+            name: _lost(score, given, name, whole, window=sizes[name], stride=steps[name], fill=values[name])
+            for name in chosen
+        }
         covered = {name: jnp.full_like(given[name], values[name]) for name in chosen}
         return made, score(**{**given, **covered})
 
     return explaining(program, judged, chosen, attribute)
+
+
+def _lost(
+    score: Callable[..., jax.Array],
+    given: dict[str, jax.Array],
+    name: str,
+    whole: jax.Array,
+    *,
+    window: Sequence[int],
+    stride: Sequence[int],
+    fill: float,
+) -> jax.Array:
+    """What the score `whole` loses by the windows that cover each element of an input, their mean."""
+    array = given[name]
+    places = _places(name, array.shape[1:], window, stride)
+    cover = jnp.asarray(fill, array.dtype)
+
+    def step(sums: tuple[jax.Array, jax.Array], place: jax.Array) -> tuple[tuple[jax.Array, jax.Array], None]:
+        inside = jnp.ones(array.shape[1:], bool)
+        for axis, size in enumerate(window):
+            index = jax.lax.broadcasted_iota(jnp.int32, array.shape[1:], axis)
+            inside &= (index >= place[axis]) & (index < place[axis] + size)
+        loss = whole - score(**{**given, name: jnp.where(inside[None], cover, array)})
+        covered = inside.astype(jnp.float32)
+        lost = loss.reshape(-1, *[1] * (array.ndim - 1)) * covered[None]
+        return (sums[0] + lost, sums[1] + covered), None
+
+    zeros = jnp.zeros(array.shape, jnp.float32), jnp.zeros(array.shape[1:], jnp.float32)
+    (total, count), _ = jax.lax.scan(step, zeros, jnp.asarray(places))
+    return total / jnp.maximum(count, 1)[None]
 
 
 def _checked(name: str, given: Sequence[int] | None, rank: int, what: str) -> tuple[int, ...]:
