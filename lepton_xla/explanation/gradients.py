@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lepton_xla.errors import ModelError
-from lepton_xla.explanation.targets import chosen_inputs, explaining, judged_output
+from lepton_xla.explanation.targets import check_explained, chosen_inputs, explaining, judged_output
 from lepton_xla.program import Program
 
 
@@ -40,7 +40,8 @@ def integrated_gradients(
         are `target`, `score`, `baseline`, and `attribution/NAME` of the shape of each input.
 
     Raises:
-        ModelError: if there is no such input or output, or steps is less than 1.
+        ModelError: if there is no such input or output, the baseline names one without attributions, or steps is less
+            than 1.
 
     >>> program = lx.trace(lambda w, x: x @ w, jnp.eye(2), {"x": lx.TensorSpec(("batch", 2), "float32")})
     >>> explained = integrated_gradients(program)
@@ -52,6 +53,7 @@ def integrated_gradients(
         raise ModelError(f"steps is {steps}; at least 1 is needed")
     judged = judged_output(program, output)
     chosen = chosen_inputs(program, inputs, floats=True)
+    check_explained("baseline", baseline, chosen)
     points, weights = np.polynomial.legendre.leggauss(steps)
     points, weights = ((points + 1) / 2).astype(np.float32), (weights / 2).astype(np.float32)
     values = {name: (baseline or {}).get(name, 0.0) for name in chosen}

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lepton_xla.errors import ModelError
-from lepton_xla.explanation.targets import chosen_inputs, explaining, judged_output
+from lepton_xla.explanation.targets import check_explained, chosen_inputs, explaining, judged_output
 from lepton_xla.program import Program
 
 
@@ -40,7 +40,8 @@ def occlusion(
         are `target`, `score`, `baseline` (all inputs covered), and `attribution/NAME`, float32 of each input's shape.
 
     Raises:
-        ModelError: if there is no such input or output, or a window has another rank or does not fit.
+        ModelError: if there is no such input or output, strides or fill names one without attributions, or a window has
+            another rank or does not fit.
 
     >>> table = jnp.array([[0.0, 0.0], [1.0, 0.0], [0.0, 4.0]])
     >>> program = lx.trace(lambda w, ids: w[ids].sum(1), table, {"ids": lx.TensorSpec(("batch", 3), "int32")})
@@ -51,6 +52,8 @@ def occlusion(
     """
     judged = judged_output(program, output)
     chosen = chosen_inputs(program, list(windows) if windows else None, floats=False)
+    check_explained("strides", strides, chosen)
+    check_explained("fill", fill, chosen)
     values = {name: (fill or {}).get(name, 0) for name in chosen}
     ranks = {name: len(program.inputs[name].shape) - 1 for name in chosen}
     sizes = {name: _checked(name, (windows or {}).get(name), ranks[name], "window") for name in chosen}

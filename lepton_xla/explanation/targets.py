@@ -105,3 +105,20 @@ def chosen_inputs(program: Program, asked: Sequence[str] | None, *, floats: bool
     if not chosen:
         raise ModelError("no input is of floats, so none has a gradient; use occlusion")
     return chosen
+
+
+def check_explained(what: str, given: Mapping[str, Any] | None, explained: Sequence[str]) -> None:
+    """Check that an argument names only inputs that get attributions.
+
+    Raises:
+        ModelError: if it names another.
+
+    >>> check_explained("fill", {"image": 1.0}, ["x"])
+    Traceback (most recent call last):
+    lepton_xla.errors.ModelError: fill names 'image', which is no input that gets attributions; those are x
+    """
+    for name in given or ():
+        if name not in explained:
+            raise ModelError(
+                f"{what} names {name!r}, which is no input that gets attributions; those are {', '.join(explained)}"
+            )
