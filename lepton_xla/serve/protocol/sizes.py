@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 
@@ -44,10 +45,15 @@ def answer_bytes(
         if count:
             total += math.prod(classes_shape(shape, count, batched=signature.batch is not None)) * _CLASS_BYTES
         elif tensor.labels:
-            total += elements * (_LABEL_BYTES + max(len(label.encode()) for label in tensor.labels))
+            total += elements * (_LABEL_BYTES + _longest(tensor.labels))
         elif not binary:
             total += elements * _text_bytes(tensor)
     return total
+
+
+@functools.lru_cache(256)  # a request would wait for all names of a model to be encoded
+def _longest(labels: tuple[str, ...]) -> int:
+    return max(len(label.encode()) for label in labels)
 
 
 def _text_bytes(tensor: Tensor) -> int:
