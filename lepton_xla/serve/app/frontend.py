@@ -179,11 +179,9 @@ class HTTPFrontEnd:
             for each in self._models
         )  # fmt: skip
         if self._director is not None and self._options.certificate_rollback:
-            for name, version in metrics.monitoring.broken:
-                if (name, version) not in self._revoked:
-                    self._revoked[name, version] = asyncio.get_running_loop().create_task(
-                        self._director.revoke(name, version)
-                    )
+            for broken in metrics.monitoring.broken:
+                if broken not in self._revoked:
+                    self._revoked[broken] = asyncio.get_running_loop().create_task(self._director.revoke(*broken))
         if self._director is not None and (self._directing is None or self._directing.done()):
             self._directing = asyncio.get_running_loop().create_task(self._direct(self._director, metrics))
         if self._adjuster is not None and (self._adjusting is None or self._adjusting.done()):

@@ -46,7 +46,7 @@ def _at_once(function: Callable[[], object]) -> None:
 
 
 class Timed(Protocol):
-    """What executions took: of an engine, or kept of one that is gone."""
+    """What executions took, see `Engine`: an engine, or what is kept of one that is gone."""
 
     @property
     def measured(self) -> Measured: ...
@@ -55,7 +55,7 @@ class Timed(Protocol):
 
 
 class Timing(NamedTuple):
-    """See `Engine`."""
+    """What is kept of an engine's times; the fields are the attributes of `Engine`."""
 
     measured: Measured
     busy_processors: float

@@ -29,7 +29,7 @@ from lepton_xla.serve.protocol.request import (
 )
 from lepton_xla.serve.protocol.signature import Signature, Tensor
 
-# Strings in a request for each tensor and each element, which are keys, values and names.
+# Strings that the JSON part may have for each tensor, beside its elements: keys, values and names.
 _STRINGS_PER_TENSOR = 32
 
 _DECODER = msgspec.json.Decoder(RequestHead)
