@@ -46,19 +46,23 @@ class Streams:
     next_s: list[float] = dataclasses.field(default_factory=list[float])
 
     def to_json(self) -> dict[str, Any]:
-        """The figures, quantiles in seconds."""
+        """The figures, percentiles in seconds; None where nothing was measured.
+
+        >>> Streams(seconds=1.0).to_json()["next_token_s"]
+        {'p50': None, 'p90': None, 'p99': None, 'p99.9': None, 'max': None}
+        """
         return {
             "seconds": self.seconds,
             "requests": self.requests,
             "errors": self.errors,
             "tokens_per_s": self.tokens / self.seconds,
-            "first_token_s": _quantiles(self.first_s),
-            "next_token_s": _quantiles(self.next_s),
+            "first_token_s": _percentiles(self.first_s),
+            "next_token_s": _percentiles(self.next_s),
         }
 
 
-def _quantiles(values: list[float]) -> dict[str, float | None]:
-    return dict(percentiles(np.array(values))) if values else dict.fromkeys(("p50", "p90", "p99"))
+def _percentiles(values: list[float]) -> dict[str, float | None]:
+    return {name: value if values else None for name, value in percentiles(np.array(values)).items()}
 
 
 def stream(
