@@ -185,27 +185,28 @@ class Prepared:
         taken = [path for path in paths.values() if path in program.weights]
         if taken:
             raise ModelError(f"there is a weight {taken[0]!r} already: were these columns attached before?")
-        names = list(program.inputs)
+        names, inner = list(program.inputs), set(paths.values())
+
+        def own(weights: Any) -> dict[str, Any]:
+            """The weights of the program as it was."""
+            return {path: leaf for path, leaf in weights.items() if path not in inner}
 
         def around(fn: Callable[..., Any]) -> Callable[..., Any]:
             def whole(weights: Any, *args: Any) -> Any:
                 given = dict(zip(names, args, strict=True))
                 for name, path in paths.items():
                     given[name] = _prepare(given[name], weights[path])
-                own = {name: weight for name, weight in weights.items() if name not in inner}
-                return fn(own, *given.values())
+                return fn(own(weights), *given.values())
 
             return whole
 
-        inner = set(paths.values())
         statistics = {path: jnp.asarray(self.numbers[name]) for name, path in paths.items()}
         known, expansion = program.expansion, None
         if known is not None:
             unpacked = around(lambda both, *args: known.fn(both["unpacked"], *args))
 
             def expand(weights: Any) -> Any:
-                own = {name: weight for name, weight in weights.items() if name not in inner}
-                return {"unpacked": known.expand(own), **{path: weights[path] for path in inner}}
+                return {"unpacked": known.expand(own(weights)), **{path: weights[path] for path in inner}}
 
             expansion = Expansion(expand, unpacked)
         program = program.replace(
