@@ -142,7 +142,7 @@ def compile(
             step("evaluate the float model")
             metrics["float"] = _models.evaluate(spec, _models.float_predict(program))
         # Compiling a large model takes memory, and needs the float weights no more.
-        float_bytes, made, cut = program.weights_bytes, spread.mesh, spread.rules
+        float_bytes, its_mesh, its_rules = program.weights_bytes, spread.mesh, spread.rules
         del program, planned_program, spread
 
         as_is = recipe == _common.NO_RECIPE and not settings
@@ -154,8 +154,8 @@ def compile(
             recipe=None if as_is else msgspec.to_builtins(chosen),
             plan=None if as_is else plan.to_json(),
             examples=examples,
-            mesh=made,
-            rules=cut,
+            mesh=its_mesh,
+            rules=its_rules,
             topology=topology,
             golden=rows,
             keep_master=keep_master,
