@@ -169,7 +169,7 @@ def tune(
         candidates = Candidates(estimates, constraints, objective)
         search.run(candidates, recipes, 0.5 if trainer is not None else 1.0)
         if trainer is not None:
-            search.train(candidates, trainer, journal, seed)
+            search.train(candidates, trainer, journal)
     except KeyboardInterrupt:
         search.stopped = "interrupted"
     return Tuning(
@@ -305,23 +305,25 @@ class _Search:
                 return
             candidates.learn(proposal, trial)
 
-    def train(self, candidates: Candidates, trainer: Trainer, journal: str | None, seed: int) -> None:
+    def train(self, candidates: Candidates, trainer: Trainer, journal: str | None) -> None:
         """Measure candidates that are trained."""
         self._deadline = self._began + 60 * self._budget.minutes
         smallest, largest = candidates.error_range
         first = min(max(4 * smallest, FIRST_ERROR), largest)
-        asked_for = [dataclasses.asdict(self._constraints), self._objective, trainer.digest, seed, smallest, largest]
+        asked_for = [
+            dataclasses.asdict(self._constraints), self._objective, trainer.digest, trainer.seed, smallest, largest,
+        ]  # fmt: skip
         study = Study(
             hashlib.sha256(json.dumps(asked_for).encode()).hexdigest()[:16],
             ranges_of(trainer, smallest, largest),
             first_of(trainer, first),
             path=None if journal is None else f"{journal}.optuna",
-            seed=seed,
+            seed=trainer.seed,
         )
         for key in study.done:
             if (found := self._kept.get(key)) is not None:
                 self.trials[key] = Trial.of_json(found)
-        self.stopped = "done"
+        self.stopped = "trials"
         while len(study.done) < self._budget.trainings:
             if time.monotonic() > self._deadline:
                 self.stopped = "time"

@@ -51,6 +51,7 @@ def test_a_trained_candidate_is_smaller_at_the_same_drop(trained):
     assert tuned.best.training
     assert tuned.best.bytes < 0.6 * min(each.bytes for each in untrained)
     assert tuned.best.judged <= 9
+    assert tuned.stopped == "trials"  # there is always more to train
     # None of what estimates say is of trained weights.
     assert all(not each.estimates for each in tuned.trials if each.training)
 
