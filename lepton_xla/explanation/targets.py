@@ -76,12 +76,15 @@ def explaining(
         # A class that does not exist is the last one: an index must not leave the array.
         chosen = jnp.minimum(chosen, found.shape[1] - 1)
 
+        def of_class(found: jax.Array) -> jax.Array:
+            return jnp.take_along_axis(found, chosen[:, None], 1)[:, 0].astype(jnp.float32)
+
         def score(**inputs: jax.Array) -> jax.Array:
-            return jnp.take_along_axis(scores(inputs), chosen[:, None], 1)[:, 0].astype(jnp.float32)
+            return of_class(scores(inputs))
 
         attributions, baseline = attribute(score, inputs)
         named = {f"attribution/{name}": attributions[name] for name in explained}
-        return {"target": chosen, "score": score(**inputs), "baseline": baseline, **named}
+        return {"target": chosen, "score": of_class(found), "baseline": baseline, **named}
 
     rows = program.outputs[output].shape[0]
     made = trace(fn, program.weights, {**program.inputs, TARGET: TensorSpec((rows,), "int32")})
