@@ -14,8 +14,7 @@ from jax import lax
 
 from lepton_xla import _compat
 from lepton_xla.kernels import installation
-from lepton_xla.kernels.integer_product import dynamic_scale
-from lepton_xla.quant import FORMATS, QTensor, encode
+from lepton_xla.quant import FORMATS, QTensor, absmax_scale, encode, magnitude
 
 NUMBERS = lax.ConvDimensionNumbers((0, 3, 1, 2), (3, 2, 0, 1), (0, 3, 1, 2))
 """Of images [N, H, W, C] and windows [H, W, C, O]."""
@@ -190,7 +189,9 @@ def _codes_by_xla(
 ) -> jax.Array:
     """The same in XLA's own operations."""
     int8 = FORMATS["int8"]
-    examples = dynamic_scale(x, (1, 2, 3)) if static.shape[0] == 0 else jnp.reshape(static, (1, 1, 1, 1))
+    examples = (
+        absmax_scale(magnitude(x, (1, 2, 3)), int8) if static.shape[0] == 0 else jnp.reshape(static, (1, 1, 1, 1))
+    )
     weight = jnp.reshape(codes, (*geometry.window, x.shape[3], codes.shape[1]))
     total = _convolved(encode(x, examples, int8), weight, geometry, jnp.int32)
     out = total.astype(jnp.float32) * (examples * jnp.reshape(scale, (1, 1, 1, -1)))

@@ -11,8 +11,7 @@ import numpy as np
 from lepton_xla import _compat
 from lepton_xla.kernels import installation
 from lepton_xla.kernels.epilogue import Epilogue
-from lepton_xla.quant import FORMATS, QTensor, absmax_scale, encode
-from lepton_xla.quant.observers import magnitude_bits
+from lepton_xla.quant import FORMATS, QTensor, absmax_scale, encode, magnitude
 
 # On NVIDIA GPUs XLA may choose a Triton kernel that doubles int8 products with K of 16 or less; with 24 or more none
 # was wrong (H200, jaxlib 0.11.2; docs/benchmarks/gpu.md lists the checks).
@@ -47,18 +46,6 @@ def multiply(
     return PRIMITIVE.bind(x, weight.values, weight.scale, static, bias, residual, activation=activation)
 
 
-def dynamic_scale(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
-    """The int8 scale that covers the largest magnitude along axes, which are kept; NaN if there is one.
-
-    The magnitudes are compared as integers, as kernels do it: of floats XLA:CPU's maximum may lose a NaN.
-
-    >>> dynamic_scale(jnp.array([[1.0, -254.0], [jnp.nan, 1.0]]), (1,)).tolist()
-    [[2.0], [nan]]
-    """
-    bits = jnp.max(magnitude_bits(x), axis=axes, keepdims=True, initial=0)
-    return absmax_scale(jax.lax.bitcast_convert_type(bits, jnp.float32), FORMATS["int8"])
-
-
 def _shape(x: Any, codes: Any, *_: Any, **_params: Any) -> tuple[tuple[Any, ...], Any]:
     return (x.shape[0], codes.shape[0]), jnp.dtype("float32")
 
@@ -75,7 +62,7 @@ def _by_xla(
 ) -> jax.Array:
     """The same in XLA's own operations."""
     int8 = FORMATS["int8"]
-    rows = dynamic_scale(x, (1,)) if static.shape[0] == 0 else jnp.reshape(static, (1, 1))
+    rows = absmax_scale(magnitude(x, (1,)), int8) if static.shape[0] == 0 else jnp.reshape(static, (1, 1))
     missing = max(0, SAFE_DEPTH - x.shape[1])
     left, right = (jnp.pad(each, ((0, 0), (0, missing))) for each in (encode(x, rows, int8), codes))
     total = jax.lax.dot_general(left, right, (((1,), (1,)), ((), ())), preferred_element_type=jnp.int32)

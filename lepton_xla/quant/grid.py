@@ -86,13 +86,16 @@ def nearest_group(rows: int, size: int) -> int:
 
 
 def magnitude(array: Float[Array, "*_"], axes: Sequence[int] | None) -> Float[Array, "*_"]:
-    """Largest absolute value along `axes` (None: all axes), which are kept with size 1.
+    """Largest absolute value along `axes` (None: all axes), which are kept with size 1; NaN if one is not finite.
 
     >>> from lepton_xla.quant import magnitude
     >>> magnitude(jnp.array([[1.0, -5.0], [3.0, 2.0]]), [0]).tolist()
     [[3.0, 5.0]]
     """
-    return jnp.max(jnp.abs(array), axis=None if axes is None else tuple(axes), keepdims=True, initial=0)
+    sizes = jnp.abs(array)
+    sizes = jnp.where(sizes < jnp.inf, sizes, jnp.inf)  # XLA:CPU's maximum may lose a NaN, but no infinity
+    largest = jnp.max(sizes, axis=None if axes is None else tuple(axes), keepdims=True, initial=0)
+    return jnp.where(largest < jnp.inf, largest, jnp.nan)
 
 
 def absmax_scale(absmax: Float[Array, "*shape"], target: Format) -> Float32[Array, "*shape"]:

@@ -59,6 +59,8 @@ def test_a_broken_value_shows():
     scale = absmax_scale(magnitude(row, (1,)), INT8)
     np.testing.assert_array_equal(np.isfinite(scale).ravel(), [False, True, False])
     assert np.isnan(scale[0, 0])
+    many = jax.jit(lambda x: absmax_scale(magnitude(x, (1,)), INT8))(jnp.ones((200, 64)).at[:100, 5].set(jnp.nan))
+    np.testing.assert_array_equal(np.isnan(many).ravel(), np.arange(200) < 100)
 
 
 def test_saturates_and_rounds_ties_to_even():
