@@ -15,8 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from lepton_xla.program import Generation, TensorSpec
-
-_LARGEST = 127
+from lepton_xla.quant import FORMATS, absmax_scale, encode, magnitude
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +96,6 @@ def rounded(values: Any) -> tuple[jax.Array, jax.Array]:
     >>> codes.tolist(), scales.shape
     ([[127, -64], [0, 0]], (2, 1))
     """
-    wide = values.astype(jnp.float32)
-    scales = jnp.max(jnp.abs(wide), axis=-1, keepdims=True) / _LARGEST
-    codes = jnp.round(wide / jnp.where(scales == 0, jnp.float32(1), scales))
-    return jnp.clip(codes, -_LARGEST, _LARGEST).astype(jnp.int8), scales
+    int8 = FORMATS["int8"]
+    scales = absmax_scale(magnitude(values, (-1,)), int8)
+    return encode(values, scales, int8), scales
