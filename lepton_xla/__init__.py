@@ -3,6 +3,8 @@
 import importlib
 from typing import TYPE_CHECKING
 
+from lepton_xla.deferred import exports
+
 if TYPE_CHECKING:
     from lepton_xla import data, evaluation, explanation, launch, passes, sharding, train, trust, tuning
     from lepton_xla.adapters import Generator, from_linen, from_nnx
@@ -94,8 +96,8 @@ __all__ = [
 # The module of each public name. Names are imported on first use, so that `leptonx --help` does not import JAX. No name
 # may equal a module of this package, because importing that module would replace it.
 _HOMES = {
-    "lepton_xla.compiler": ("Servable", "compile", "encrypt", "load", "sign", "verify"),
-    "lepton_xla.errors": (
+    "compiler": ("Servable", "compile", "encrypt", "load", "sign", "verify"),
+    "errors": (
         "ArtifactError",
         "CalibrationError",
         "CheckpointError",
@@ -116,28 +118,21 @@ _HOMES = {
         "TuningError",
         "UnsupportedError",
     ),
-    "lepton_xla.modelspec": ("ModelSpec",),
-    "lepton_xla.passes.core.sites": ("find_sites",),
-    "lepton_xla.optimization.pipeline": ("optimize",),
-    "lepton_xla.adapters": ("Generator", "from_linen", "from_nnx"),
-    "lepton_xla.program": ("Program", "TensorSpec", "trace"),
-    "lepton_xla.passes.core.plans": ("Plan",),
-    "lepton_xla.raw_inputs": ("give_labels", "take_categories", "take_images", "take_texts"),
-    "lepton_xla.recipe": ("Recipe",),
-    "lepton_xla.report": ("PassReport", "SiteReport"),
+    "modelspec": ("ModelSpec",),
+    "passes.core.sites": ("find_sites",),
+    "optimization.pipeline": ("optimize",),
+    "adapters": ("Generator", "from_linen", "from_nnx"),
+    "program": ("Program", "TensorSpec", "trace"),
+    "passes.core.plans": ("Plan",),
+    "raw_inputs": ("give_labels", "take_categories", "take_images", "take_texts"),
+    "recipe": ("Recipe",),
+    "report": ("PassReport", "SiteReport"),
 }
-_HOME = {name: module for module, names in _HOMES.items() for name in names}
 
 if not TYPE_CHECKING:  # otherwise a type checker would accept every misspelled name
+    _get, __dir__ = exports(__name__, _HOMES)
 
     def __getattr__(name: str) -> object:
         if name in ("data", "evaluation", "explanation", "launch", "passes", "sharding", "train", "trust", "tuning"):
             return importlib.import_module(f"lepton_xla.{name}")
-        if name not in _HOME:
-            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        value = getattr(importlib.import_module(_HOME[name]), name)
-        globals()[name] = value
-        return value
-
-    def __dir__() -> list[str]:
-        return sorted({*globals(), *__all__})
+        return _get(name)

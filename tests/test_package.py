@@ -1,6 +1,7 @@
 """The package as a whole: its public names, what importing a part brings along, and what nothing in it may do."""
 
 import ast
+import importlib
 import re
 
 import pytest
@@ -27,6 +28,18 @@ def test_public_names():
 
 
 # Imports.
+
+
+@pytest.mark.parametrize("package", ["lepton_xla", "lepton_xla.compiler", "lepton_xla.serve", "lepton_xla.sharding"])
+def test_names_that_are_imported_on_first_use_are_listed_and_found(monkeypatch, package):
+    module = importlib.import_module(package)
+    for name in module.__all__:
+        found = getattr(module, name)
+        monkeypatch.delattr(module, name)
+        assert name in dir(module)
+        assert getattr(module, name) is found
+    with pytest.raises(AttributeError, match=f"module '{package}' has no attribute 'nothing'"):
+        _ = module.nothing
 
 
 def reached(module):

@@ -1,7 +1,8 @@
 """Ahead-of-time compilation into an artifact, and loading one."""
 
-import importlib
 from typing import TYPE_CHECKING
+
+from lepton_xla.deferred import exports
 
 if TYPE_CHECKING:
     from lepton_xla.compiler.artifact import Artifact, Verification, verify
@@ -42,13 +43,6 @@ _HOMES = {
     "servable": ("Servable",),
     "updates": ("make_update",),
 }
-_HOME = {name: module for module, names in _HOMES.items() for name in names}
 
 if not TYPE_CHECKING:  # otherwise a type checker would accept every misspelled name
-
-    def __getattr__(name: str) -> object:
-        if name not in _HOME:
-            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        value = getattr(importlib.import_module(f"lepton_xla.compiler.{_HOME[name]}"), name)
-        globals()[name] = value
-        return value
+    __getattr__, __dir__ = exports(__name__, _HOMES)

@@ -1,7 +1,8 @@
 """Serving one loaded model over the Open Inference Protocol v2, with dynamic batching onto its compiled sizes."""
 
-import importlib
 from typing import TYPE_CHECKING
+
+from lepton_xla.deferred import exports
 
 if TYPE_CHECKING:
     from lepton_xla.serve.app.options import Options
@@ -13,24 +14,13 @@ if TYPE_CHECKING:
 __all__ = ["AsyncClient", "Client", "Limits", "LoadedModel", "Options", "Server", "serve"]
 
 # Where each name lives. Nothing is imported before it is asked for, because a client needs no JAX.
-_HOME = {
-    "AsyncClient": "client",
-    "Client": "client",
-    "Limits": "limits",
-    "LoadedModel": "protocol.signature",
-    "Options": "app.options",
-    "Server": "server",
-    "serve": "server",
+_HOMES = {
+    "app.options": ("Options",),
+    "client": ("AsyncClient", "Client"),
+    "limits": ("Limits",),
+    "protocol.signature": ("LoadedModel",),
+    "server": ("Server", "serve"),
 }
 
 if not TYPE_CHECKING:  # else every misspelt name would have a type
-
-    def __getattr__(name: str) -> object:
-        if name not in _HOME:
-            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        value = getattr(importlib.import_module(f"lepton_xla.serve.{_HOME[name]}"), name)
-        globals()[name] = value
-        return value
-
-    def __dir__() -> list[str]:
-        return sorted({*globals(), *__all__})
+    __getattr__, __dir__ = exports(__name__, _HOMES)

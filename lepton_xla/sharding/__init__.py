@@ -1,7 +1,8 @@
 """Meshes of devices, and which part of each weight a device holds."""
 
-import importlib
 from typing import TYPE_CHECKING
+
+from lepton_xla.deferred import exports
 
 if TYPE_CHECKING:
     from lepton_xla.sharding.meshes import mesh
@@ -11,13 +12,7 @@ if TYPE_CHECKING:
 __all__ = ["Entry", "Placement", "Rules", "mesh"]
 
 # The module of each public name. They are imported on first use, since they import JAX.
-_HOME = {"Entry": "placement", "Placement": "placement", "Rules": "rules", "mesh": "meshes"}
+_HOMES = {"meshes": ("mesh",), "placement": ("Entry", "Placement"), "rules": ("Rules",)}
 
 if not TYPE_CHECKING:  # otherwise a type checker would accept every misspelled name
-
-    def __getattr__(name: str) -> object:
-        if name not in _HOME:
-            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        value = getattr(importlib.import_module(f"lepton_xla.sharding.{_HOME[name]}"), name)
-        globals()[name] = value
-        return value
+    __getattr__, __dir__ = exports(__name__, _HOMES)
