@@ -43,6 +43,9 @@ CASES = {
     "no bias": (lambda x, w, b, r: nn.relu(conv(x, w)), Epilogue("clamp", 0.0), (False, False), set()),
     "silu": (lambda x, w, b, r: nn.silu(biased(x, w, b)), Epilogue("silu"), (True, False), set()),
     "swish by hand": (lambda x, w, b, r: gated(biased(x, w, b)), Epilogue("silu"), (True, False), set()),
+    "swish by division": (
+        lambda x, w, b, r: (lambda y: y / (1 + jnp.exp(-y)))(biased(x, w, b)), Epilogue("silu"), (True, False), set(),
+    ),
     "residual": (lambda x, w, b, r: r + biased(x, w, b), Epilogue(), (True, True), set()),
     "residual, then relu": (
         lambda x, w, b, r: nn.relu(biased(x, w, b) + r), Epilogue("clamp", 0.0), (True, True), set(),

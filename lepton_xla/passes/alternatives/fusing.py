@@ -15,6 +15,7 @@ from jax import lax
 from lepton_xla import _compat
 from lepton_xla.kernels import convolution
 from lepton_xla.kernels.convolution import Epilogue
+from lepton_xla.passes.core.activations import Graph, find_activation
 from lepton_xla.passes.core.rewriting import rewrite
 from lepton_xla.passes.core.walker import Context, Rule, Values, materialize
 
@@ -117,45 +118,38 @@ def _rules(closed: Any) -> Mapping[str, Rule]:
 
 def _chains(jaxpr: Any) -> list[_Chain]:
     equations, _ = _compat.live(jaxpr)
-    readers: dict[Any, list[Any]] = {}
-    for eqn in equations:
-        for atom in eqn.invars:
-            if not isinstance(atom, _compat.LITERAL):
-                readers.setdefault(atom, []).append(eqn)
-    kept = {atom for atom in jaxpr.outvars if not isinstance(atom, _compat.LITERAL)}
+    graph = Graph(equations, jaxpr.outvars)
     found: list[_Chain] = []
     taken: set[int] = set()  # an addition of two convolutions belongs to one of them
     for eqn in equations:
         if eqn.primitive.name in convolution.PRIMITIVES:
             chain = _Chain(eqn, eqn, eqn.params["epilogue"])
-            while _extend(chain, readers, kept, taken):
+            while _extend(chain, graph, taken):
                 pass
             taken |= {id(each) for each in (*chain.members, chain.end)}
             found.append(chain)
     return found
 
 
-def _extend(chain: _Chain, readers: Mapping[Any, Sequence[Any]], kept: set[Any], taken: set[int]) -> bool:
-    """Take the next equation in, if there is one that the kernel can compute."""
+def _extend(chain: _Chain, graph: Graph, taken: set[int]) -> bool:
+    """Take the next equations in, if there are some that the kernel can compute."""
     out = chain.end.outvars[0]
-    if out in kept:
+    if any(id(eqn) in taken for eqn in graph.readers.get(out, [])):
         return False
-    following = readers.get(out, [])
-    if any(id(eqn) in taken for eqn in following):
+    before = not chain.added or chain.epilogue.add_first
+    if chain.epilogue.activation == "none" and before:
+        name, equations = find_activation(graph, out) or ("", [])
+        if name == "silu":
+            return _take(chain, equations, activation="silu")
+    eqn = graph.only_reader(out)
+    if eqn is None:
         return False
-    silu = _silu(out, following, readers, kept)
-    if silu is not None and chain.epilogue.activation == "none" and (not chain.added or chain.epilogue.add_first):
-        return _take(chain, silu, activation="silu")
-    if len(following) != 1:
-        return False
-    (eqn,) = following
     name = eqn.primitive.name
     if eqn.outvars[0].aval.shape != out.aval.shape or eqn.outvars[0].aval.dtype != jnp.float32:
         return False
     places = [place for place, atom in enumerate(eqn.invars) if atom is not out]
     if name == "add" and len(places) == 1:
         return _add(chain, eqn, places[0])
-    before = not chain.added or chain.epilogue.add_first
     bounds = _bounds(eqn, out)
     if bounds is None or not before or chain.epilogue.activation == "silu":
         return False
@@ -204,16 +198,3 @@ def _bounds(eqn: Any, out: Any) -> tuple[float, float] | None:
 def _constant(atom: Any) -> float | None:
     value: Any = atom.val if isinstance(atom, _compat.LITERAL) else None
     return float(value) if value is not None and np.ndim(value) == 0 else None
-
-
-def _silu(out: Any, following: Sequence[Any], readers: Mapping[Any, Sequence[Any]], kept: set[Any]) -> list[Any] | None:
-    """The two equations of x * logistic(x), if they alone read it."""
-    logistic = next((eqn for eqn in following if eqn.primitive.name == "logistic"), None)
-    if logistic is None or len(following) != 2 or logistic.outvars[0] in kept:
-        return None
-    gate = logistic.outvars[0]
-    others = [eqn for eqn in following if eqn is not logistic]
-    product = others[0] if others else None
-    if product is None or product.primitive.name != "mul" or list(readers.get(gate, [])) != [product]:
-        return None
-    return [logistic, product] if {*product.invars} == {out, gate} else None
