@@ -6,7 +6,7 @@
 // registers; each step broadcasts 32 bits of each pixel, one float or as many codes as fit.
 #include "convolution.h"
 
-#include "vectors.h"
+#include "rounding.h"
 
 namespace lepton::VARIANT {
 namespace {
@@ -318,63 +318,24 @@ void depthwise(const Convolution& p, int64_t row, int64_t row_end) {
   }
 }
 
-// As integers, floats without sign are in order, and NaN is the largest.
-int32_t largest(const float* x, int64_t count) {
-  Ints most[4] = {};
-  int64_t i = 0;
-  for (; i + 4 * kLanes <= count; i += 4 * kLanes) {
-    for (int j = 0; j < 4; ++j) {
-      const Ints bits = *reinterpret_cast<const Ints*>(x + i + j * kLanes) & 0x7fffffff;
-      most[j] = bits > most[j] ? bits : most[j];
-    }
-  }
-  int32_t found = 0;
-  for (int j = 0; j < 4; ++j)
-    for (int lane = 0; lane < kLanes; ++lane) found = most[j][lane] > found ? most[j][lane] : found;
-  for (; i < count; ++i) {
-    int32_t bits;
-    __builtin_memcpy(&bits, x + i, 4);
-    bits &= 0x7fffffff;
-    found = bits > found ? bits : found;
-  }
-  return found;
-}
-
 #if defined(__AVX512VNNI__)
 using Code = uint8_t;
 #else
 using Code = int16_t;
 #endif
 
-// By the one rounding rule: nearest, ties to even, saturating, and zero for NaN.
 void round(const float* x, int64_t count, float scale, void* to) {
   Code* codes = static_cast<Code*>(to);
   int64_t i = 0;
 #if defined(__AVX512F__)
-  const __m512 divisor = _mm512_set1_ps(scale), high = _mm512_set1_ps(127), low = _mm512_set1_ps(-127);
   for (; i + 16 <= count; i += 16) {
-    const __m512 scaled = _mm512_div_ps(_mm512_loadu_ps(x + i), divisor);
-    const __mmask16 number = _mm512_cmp_ps_mask(scaled, scaled, _CMP_ORD_Q);
-    const __m512i rounded = _mm512_maskz_cvtps_epi32(number, _mm512_min_ps(_mm512_max_ps(scaled, low), high));
-    const __m128i bytes = _mm512_cvtepi32_epi8(rounded);
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(codes + i), _mm_xor_si128(bytes, _mm_set1_epi8(static_cast<char>(128))));
+    const __m128i shifted = _mm_xor_si128(codes_of(x + i, scale), _mm_set1_epi8(static_cast<char>(kCodes.zero)));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(codes + i), shifted);
   }
 #elif defined(__AVX2__)
-  const __m256 divisor = _mm256_set1_ps(scale), high = _mm256_set1_ps(127), low = _mm256_set1_ps(-127);
-  for (; i + 8 <= count; i += 8) {
-    const __m256 scaled = _mm256_div_ps(_mm256_loadu_ps(x + i), divisor);
-    const __m256 number = _mm256_and_ps(scaled, _mm256_cmp_ps(scaled, scaled, _CMP_ORD_Q));
-    const __m256i rounded = _mm256_cvtps_epi32(_mm256_min_ps(_mm256_max_ps(number, low), high));
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(codes + i),
-                     _mm_packs_epi32(_mm256_castsi256_si128(rounded), _mm256_extracti128_si256(rounded, 1)));
-  }
+  for (; i + 8 <= count; i += 8) _mm_storeu_si128(reinterpret_cast<__m128i*>(codes + i), codes_of(x + i, scale));
 #endif
-  for (; i < count; ++i) {
-    float scaled = x[i] / scale;
-    scaled = scaled == scaled ? scaled : 0.0f;
-    scaled = scaled > 127.0f ? 127.0f : scaled < -127.0f ? -127.0f : scaled;
-    codes[i] = static_cast<Code>(static_cast<int32_t>(__builtin_rintf(scaled)) + kCodes.zero);
-  }
+  for (; i < count; ++i) codes[i] = static_cast<Code>(code(x[i], scale) + kCodes.zero);
 }
 
 #if defined(__AVX512VNNI__)
@@ -428,6 +389,6 @@ void pack(const Window& w, const int8_t* codes, void* weights, int64_t stride, i
 
 }  // namespace
 
-extern const ConvolutionVariant convolution = {LEPTON_TEXT(VARIANT), kCodes, in_float, of_codes, depthwise, largest, round, pack};
+extern const ConvolutionVariant convolution = {LEPTON_TEXT(VARIANT), kCodes, in_float, of_codes, depthwise, largest_bits, round, pack};
 
 }  // namespace lepton::VARIANT

@@ -7,6 +7,7 @@
 
 #include "convolution.h"
 #include "parallel.h"
+#include "scale.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace ffi = xla::ffi;
@@ -258,11 +259,7 @@ ffi::Error integer_convolution(ffi::ThreadPool pool, ffi::BufferR4<ffi::F32> x, 
       continue;
     }
     const int32_t bits = *std::max_element(most + example * pieces, most + (example + 1) * pieces);
-    float largest;
-    std::memcpy(&largest, &bits, 4);
-    const float found_scale = largest * static_cast<float>(1.0 / 127);
-    constexpr float kTiny = 0x1p-126f;  // as `absmax_scale`: never zero nor subnormal, and NaN stays NaN
-    row_scale[example] = found_scale == 0.0f ? 1.0f : found_scale < kTiny ? kTiny : found_scale;
+    row_scale[example] = int8_scale(bits);
   }
   p.x = rounded.get();
   p.weights = weights.get();

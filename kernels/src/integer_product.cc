@@ -7,6 +7,8 @@
 #include "integer_product.h"
 
 #include "finish.h"
+#include "rounding.h"
+#include "scale.h"
 
 namespace lepton::VARIANT {
 namespace {
@@ -80,54 +82,16 @@ inline void reduce(const Sum* sums, int32_t* to) {
 }
 #endif
 
-// The largest magnitude in a row: as integers, floats without sign are in order, and NaN is the largest.
-float largest(const float* x, int64_t k) {
-  Ints most = {};
-  int64_t i = 0;
-  for (; i + kLanes <= k; i += kLanes) {
-    const Ints bits = *reinterpret_cast<const Ints*>(x + i) & 0x7fffffff;
-    most = bits > most ? bits : most;
-  }
-  int32_t found = 0;
-  for (int lane = 0; lane < kLanes; ++lane) found = most[lane] > found ? most[lane] : found;
-  for (; i < k; ++i) {
-    int32_t bits;
-    __builtin_memcpy(&bits, x + i, 4);
-    bits &= 0x7fffffff;
-    found = bits > found ? bits : found;
-  }
-  float value;
-  __builtin_memcpy(&value, &found, 4);
-  return value;
-}
-
-// The code of a value, by the one rounding rule: nearest, ties to even, saturating, and zero for NaN.
-inline int32_t code(float value, float scale) {
-  float scaled = value / scale;
-  scaled = scaled == scaled ? scaled : 0.0f;
-  scaled = scaled > 127.0f ? 127.0f : scaled < -127.0f ? -127.0f : scaled;
-  return static_cast<int32_t>(__builtin_rintf(scaled));
-}
-
 void round_row(const float* x, int64_t k, float scale, uint8_t* to) {
   int64_t i = 0;
 #if defined(__AVX512F__)
-  const __m512 divisor = _mm512_set1_ps(scale), high = _mm512_set1_ps(127), low = _mm512_set1_ps(-127);
   for (; i + 16 <= k; i += 16) {
-    const __m512 scaled = _mm512_div_ps(_mm512_loadu_ps(x + i), divisor);
-    const __mmask16 number = _mm512_cmp_ps_mask(scaled, scaled, _CMP_ORD_Q);
-    const __m512i rounded =
-        _mm512_maskz_cvtps_epi32(number, _mm512_min_ps(_mm512_max_ps(scaled, low), high));
-    const __m128i bytes = _mm512_cvtepi32_epi8(rounded);
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i), _mm_xor_si128(bytes, _mm_set1_epi8(static_cast<char>(128))));
+    const __m128i shifted = _mm_xor_si128(codes_of(x + i, scale), _mm_set1_epi8(static_cast<char>(kOffset)));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i), shifted);
   }
 #elif defined(__AVX2__)
-  const __m256 divisor = _mm256_set1_ps(scale), high = _mm256_set1_ps(127), low = _mm256_set1_ps(-127);
   for (; i + 8 <= k; i += 8) {
-    const __m256 scaled = _mm256_div_ps(_mm256_loadu_ps(x + i), divisor);
-    const __m256 number = _mm256_and_ps(scaled, _mm256_cmp_ps(scaled, scaled, _CMP_ORD_Q));
-    const __m256i rounded = _mm256_cvtps_epi32(_mm256_min_ps(_mm256_max_ps(number, low), high));
-    const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(rounded), _mm256_extracti128_si256(rounded, 1));
+    const __m128i words = codes_of(x + i, scale);
     _mm_storel_epi64(reinterpret_cast<__m128i*>(to + i), _mm_packs_epi16(words, words));
   }
 #endif
@@ -223,17 +187,11 @@ void block(const IntegerProduct& p, int64_t row, int64_t row_end, int64_t column
 void round_rows(const IntegerProduct& p, int64_t row, int64_t row_end) {
   const int64_t depth = p.padded_depth();
   for (; row < row_end; ++row) {
-    float scale;
-    if (p.static_scale != nullptr) {
-      scale = *p.static_scale;
-    } else {
-      scale = largest(p.x + row * p.k, p.k) * static_cast<float>(1.0 / 127);
-      constexpr float kTiny = 0x1p-126f;  // as `absmax_scale`: never zero nor subnormal, and NaN stays NaN
-      scale = scale == 0.0f ? 1.0f : scale < kTiny ? kTiny : scale;
-    }
+    const float* from = p.x + row * p.k;
+    const float scale = p.static_scale != nullptr ? *p.static_scale : int8_scale(largest_bits(from, p.k));
     p.row_scale[row] = scale;
     uint8_t* to = p.rounded + row * depth;
-    round_row(p.x + row * p.k, p.k, scale, to);
+    round_row(from, p.k, scale, to);
     for (int64_t k = p.k; k < depth; ++k) to[k] = kOffset;
   }
 }
