@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import operator
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Literal
@@ -251,9 +252,13 @@ class Program:
         >>> program.converted({"color": ["blue", "pink"]})["color.index"].tolist()
         [2, 0]
         """
+        return dict(inputs) if self._converter is None else self._converter(inputs)
+
+    @functools.cached_property
+    def _converter(self) -> Converter | None:
         if self.conversion is None:
-            return dict(inputs)
-        return Converter(self.conversion, {name: spec.shape for name, spec in self.inputs.items()})(inputs)
+            return None
+        return Converter(self.conversion, {name: spec.shape for name, spec in self.inputs.items()})
 
     def derived(self, *steps: Step) -> Derivation:
         """The derivation of weights that these steps make of the program's.
