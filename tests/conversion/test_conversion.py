@@ -10,7 +10,7 @@ import pytest
 from conversion_models import WORDS, colors_of, file_of, plain, words_of
 
 import lepton_xla as lx
-from lepton_xla.conversion import Conversion, Images
+from lepton_xla.conversion import Conversion, Images, converter
 from lepton_xla.conversion.pictures import Decoder
 from lepton_xla.raw_inputs import resized
 
@@ -61,6 +61,14 @@ def test_the_models_own_inputs_can_be_given_too(texts):
 def test_texts_that_are_refused(texts, text, said):
     with pytest.raises(lx.InputError, match=rf"'text', row 1.*{said}"):
         texts(text=["red", text], x=np.zeros((2, 4), np.float32))
+
+
+def test_a_tokenizer_is_read_once_for_all_batches(monkeypatch):
+    read, real = [], converter.HuggingFace
+    monkeypatch.setattr(converter, "HuggingFace", lambda *how, **more: read.append(how) or real(*how, **more))
+    program = lx.take_texts(words_of(), WORDS, mask="mask")
+    assert [program.converted({"text": [word]})["tokens"][0, 0] for word in ("red", "blue")] == [1, 2]
+    assert len(read) == 1
 
 
 def test_longer_texts_are_cut_if_that_is_asked_for():
