@@ -20,7 +20,6 @@ import jax.numpy as jnp
 
 from lepton_xla import _compat
 from lepton_xla.arguments import takes
-from lepton_xla.kernels import installation
 from lepton_xla.passes.alternatives import convolving, fusing, shifted, single_row
 from lepton_xla.passes.core.layouts import Step
 from lepton_xla.passes.core.rewriting import rewrite
@@ -226,7 +225,7 @@ def times_us(eqn: Any, timer: Timer) -> list[float]:
 def _timed_ways(eqn: Any, timer: Timer, *, transposed: bool = False) -> dict[str, Callable[..., jax.Array]]:
     """The alternatives that there are here."""
     found = ways(eqn, transposed=transposed)
-    if not (timer.target.platform == "cpu" and installation.usable()):
+    if not timer.target.has_kernels:
         found.pop(KERNEL, None)
     return found
 

@@ -43,6 +43,15 @@ class Target:
     xla_flags: str = ""
     settings: str = ""
 
+    @property
+    def has_kernels(self) -> bool:
+        """Whether this project's kernels run on it: it is a CPU, and they are installed and switched on.
+
+        >>> lx.passes.Target("gpu").has_kernels
+        False
+        """
+        return self.platform == "cpu" and installation.usable()
+
     @classmethod
     def here(cls) -> Target:
         """Describe this process's default device."""

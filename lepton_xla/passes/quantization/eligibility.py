@@ -8,7 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from lepton_xla import _compat
-from lepton_xla.kernels import installation, weight_only
+from lepton_xla.kernels import weight_only
 from lepton_xla.passes.alternatives import convolving
 from lepton_xla.passes.core.layouts import LayoutOp, Step, layout_key
 from lepton_xla.passes.core.matrix import contracted_size, weight_order
@@ -98,20 +98,20 @@ def float_reason(site: Site, rule: QuantizeRule, target: Target) -> str:
 
 def has_kernel(site: Site, rule: QuantizeRule, target: Target) -> bool:
     """Whether a kernel multiplies the activations of this site, as they are or in int8, by the codes of its weight."""
+    if not target.has_kernels:
+        return False
     if site.kind == "conv_general_dilated":
         geometry = convolving.geometry_of(site.params, *site.operands)
         plain = geometry is not None and site.params["feature_group_count"] == 1
         codes = rule.weights == rule.activations == "int8" and not rule.group
-        return plain and codes and target.platform == "cpu" and installation.usable()
+        return plain and codes
     in_float = rule.activations == "none" and weight_only.fits(rule.weights)
     return (
         (in_float or rule.weights == rule.activations == "int8")
-        and target.platform == "cpu"
         and site.kind == "dot_general"
         and site.weight_operand is not None
         and not weight_order(site)[0]
         and site.params["out_sharding"] is None
-        and installation.usable()
     )
 
 
