@@ -3,7 +3,7 @@ PYTHON ?= python3
 UV := $(shell command -v uv 2>/dev/null || echo build/tools/bin/uv)
 RUN := .venv/bin
 
-.PHONY: setup kernels demo apps test test-all test-oldest test-memory lint bench clean
+.PHONY: setup kernels demo apps docs test test-all test-oldest test-memory lint bench clean
 
 setup: .venv/.ready  ## make .venv with the package and its developer tools
 
@@ -43,7 +43,18 @@ build/prometheus/.ready:
 	&& for package in *.deb; do dpkg -x $$package . || exit 1; done && rm *.deb && touch .ready \
 	|| echo 'no promtool and amtool from Debian (build/prometheus/apt.log): their tests are skipped'
 
-test: setup kernels build/prometheus/.ready  ## the test suite on the CPU, without what is marked slow
+# npm's mermaid, as a package of PyPI has it, for the manual's drawings; manual/hooks.py checks that it is that.
+build/mermaid/.ready: .venv/.ready
+	$(UV) pip install --quiet --no-deps --python .venv/bin/python --target build/mermaid artoo-mermaid==11.16.0
+	@touch $@
+
+build/site.ready: .venv/.ready build/mermaid/.ready mkdocs.yml $(shell find docs manual lepton_xla examples launch deploy -type f ! -name '*.pyc') $(wildcard *.md)
+	NO_MKDOCS_2_WARNING=1 $(RUN)/python -m mkdocs build --strict --quiet
+	@touch $@
+
+docs: build/site.ready  ## the manual, in build/site; a warning is an error
+
+test: setup kernels docs build/prometheus/.ready  ## the test suite on the CPU, without what is marked slow
 	JAX_PLATFORMS=cpu $(RUN)/python -m pytest -n 2 --dist worksteal
 
 build/model-signing/.ready: | $(filter build/%,$(UV))
@@ -51,7 +62,7 @@ build/model-signing/.ready: | $(filter build/%,$(UV))
 	$(UV) pip install --quiet --python build/model-signing/bin/python model-signing==1.1.1 pyopenssl
 	@touch $@
 
-test-all: setup kernels build/model-signing/.ready build/prometheus/.ready  ## every test: benchmarks, long simulations and long storms too
+test-all: setup kernels docs build/model-signing/.ready build/prometheus/.ready  ## every test: benchmarks, long simulations and long storms too
 	JAX_PLATFORMS=cpu $(RUN)/python -m pytest -n 2 --dist worksteal -m ''
 
 build/oldest-venv/.ready: pyproject.toml | $(filter build/%,$(UV))
@@ -72,7 +83,7 @@ test-memory: build/kernels-checked/.ready  ## the tests of the CPU kernels with 
 	ASAN_OPTIONS=detect_leaks=0:use_sigaltstack=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
 	PYTHONPATH=build/kernels-checked JAX_PLATFORMS=cpu $(RUN)/python -m pytest -n 0 tests/kernels
 
-lint: setup  ## formatting, lint and types
+lint: setup docs  ## formatting, lint, types, and the manual
 	$(RUN)/ruff format --check .
 	$(RUN)/ruff check .
 	$(RUN)/pyright
