@@ -24,7 +24,7 @@ def to_toml(recipe: Recipe) -> str:
     name = "half"
     cast = "bfloat16"
     """
-    plain, usual = msgspec.to_builtins(recipe), msgspec.to_builtins(Recipe())
+    plain, usual = msgspec.to_builtins(recipe), msgspec.to_builtins(type(recipe)())
     lines = [f"{key} = {_value(value)}" for key, value in plain.items() if _is_plain(value) and value != usual[key]]
     if plain["shrink"] is not None:
         lines += ["", "[shrink]", *_table(plain["shrink"])]

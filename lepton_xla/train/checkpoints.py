@@ -221,10 +221,9 @@ class CheckpointFolder:
         given, here = found["identity"], self._identity
         different = [name for name in here.keys() | given.keys() if given.get(name) != here.get(name)]
         if different:
-            which = " and the ".join(sorted(different))
+            which = " and the ".join(sorted(different)) + (" differs" if len(different) == 1 else " differ")
             raise CheckpointError(
-                f"checkpoint {step} in {self._path} is of another run: the {which} differ; give this run a folder of "
-                "its own"
+                f"checkpoint {step} in {self._path} is of another run: the {which}; give this run a folder of its own"
             )
         return found
 

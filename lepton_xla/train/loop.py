@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 from lepton_xla.arguments import takes
 from lepton_xla.errors import TrainingError
 from lepton_xla.program import Program
+from lepton_xla.recipe import to_toml
 from lepton_xla.sharding import Rules
 from lepton_xla.sharding import mesh as make_mesh
 from lepton_xla.train.checkpoints import CheckpointFolder, Checkpoints
@@ -148,7 +149,9 @@ def _described(compression: Compression) -> Any:
     fields = {
         name: getattr(compression, name) for name in ("quantize_from", "freeze_ranges_at", "learn_scales", "shrink_at")
     }
-    return msgspec.json.encode(compression.rules), fields, sorted((compression.shrink or {}).items())
+    # As TOML, which leaves usual values out: a key that a later version adds makes no other run of this one.
+    rules = to_toml(msgspec.structs.replace(compression.rules, name="", description=""))
+    return rules, fields, sorted((compression.shrink or {}).items())
 
 
 def _digest(value: Any) -> str:

@@ -1,8 +1,10 @@
 """`fit` beside a loop by hand: same weights, whatever is interrupted, resumed or spread over devices."""
 
+import dataclasses
 import json
 import os
 import signal
+import types
 
 import flax.linen as nn
 import jax
@@ -13,7 +15,7 @@ import pytest
 
 import lepton_xla as lx
 from lepton_xla.sharding import Rules
-from lepton_xla.train import Checkpoints, Compression, Evaluation, fit, supervised
+from lepton_xla.train import Checkpoints, Compression, Evaluation, fit, loop, supervised
 
 STEPS, ROWS = 12, 8
 INPUTS = {"x": lx.TensorSpec(("batch", 6), "float32")}
@@ -340,11 +342,25 @@ def test_refuses_a_checkpoint_of_another_run(tmp_path, model):
     other = lx.train.Model.of(lx.trace(lambda w, x: x @ w["w"], {"w": jnp.ones((6, 3))}, INPUTS))
     with pytest.raises(lx.CheckpointError, match="of another run: the model and the optimizer differ"):
         fit(other, supervised(other), optimizer(), data, steps=4, checkpoint=checkpoint)
-    with pytest.raises(lx.CheckpointError, match="the optimizer differ"):
+    with pytest.raises(lx.CheckpointError, match="the optimizer differs;"):
         fit(model, supervised(model), optax.sgd(0.1), data, steps=4, checkpoint=checkpoint)
     compression = Compression("int8", quantize_from=1)
-    with pytest.raises(lx.CheckpointError, match="the compression differ"):
+    with pytest.raises(lx.CheckpointError, match="the compression differs;"):
         fit(model, supervised(model), optimizer(), data, steps=4, checkpoint=checkpoint, compression=compression)
+
+
+def test_a_recipe_key_that_a_later_version_adds_makes_no_other_run():
+    class Later(lx.Recipe, frozen=True, kw_only=True):
+        more: str = "usual"
+
+    def described(rules):
+        return loop._described(types.SimpleNamespace(**{**dict.fromkeys(fields), "rules": rules}))
+
+    fields = {field.name for field in dataclasses.fields(Compression)}
+    now = lx.Recipe.load("int8")
+    values = {name: getattr(now, name) for name in lx.Recipe.__struct_fields__}
+    assert described(Later(**values)) == described(now)
+    assert described(Later(**values, more="other")) != described(now)
 
 
 @pytest.mark.parametrize("found", [{"loss": "much"}, [1.0], {"loss": 1.0}], ids=str)
