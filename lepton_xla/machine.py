@@ -9,6 +9,9 @@ import pathlib
 import platform
 import re
 
+# The environment variable that turns the cache of measurements off or moves it.
+CACHE_VARIABLE = "LEPTON_CACHE"
+
 # Flags that move files about or add fake devices; the code they give is the same.
 _HARMLESS_FLAGS = re.compile(r"--xla_(dump_.*|force_host_platform_device_count(=.*)?)")
 
@@ -64,6 +67,23 @@ def usable_cores() -> int:
     True
     """
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def cache_folder() -> pathlib.Path | None:
+    """Where measurements are kept: `$LEPTON_CACHE`, else `lepton_xla` in `$XDG_CACHE_HOME` or `~/.cache`.
+
+    A relative `$XDG_CACHE_HOME` is ignored, as the XDG Base Directory Specification demands. None if `LEPTON_CACHE` is
+    `off`, or the user has no home folder.
+    """
+    asked = os.environ.get(CACHE_VARIABLE, "")
+    if asked:
+        return None if asked == "off" else pathlib.Path(asked)
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    try:
+        root = pathlib.Path(base) if os.path.isabs(base) else pathlib.Path.home() / ".cache"
+    except RuntimeError:  # the user has no home folder
+        return None
+    return root / "lepton_xla"
 
 
 def _cpuinfo() -> str:

@@ -45,6 +45,7 @@ COMMANDS = {
     "alerts": "Check alert rules, or write them for Prometheus.",
     "load": "Send load to a server and measure its latency.",
     "launch": "Start a command in several processes that train together.",
+    "doctor": "Examine this installation and this machine.",
     "token": "Create, list and revoke access tokens for a server.",
 }
 

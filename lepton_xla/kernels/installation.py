@@ -48,25 +48,36 @@ def usable() -> bool:
 @functools.cache
 def installed() -> str | None:
     """The version of the installed kernels, which are registered with XLA; None, and a line in the log, if unusable."""
+    version, problem = examine()
+    if problem:
+        _LOG.warning("%s %s %s. XLA's own code is used; install the package again", PACKAGE, version, problem)
+        return None
+    return version
+
+
+@functools.cache
+def examine() -> tuple[str | None, str]:
+    """The version of the kernels, None if there are none, and why they cannot be used, if so; registers them with XLA.
+
+    >>> version, problem = examine()
+    >>> isinstance(problem, str)
+    True
+    """
     try:
         version = importlib.metadata.version(PACKAGE)
     except importlib.metadata.PackageNotFoundError:
-        return None
+        return None, ""
     try:
         found = importlib.import_module("lepton_xla_kernels")
 
         interface, handlers = found.INTERFACE, found.handlers()
     except (ImportError, OSError, AttributeError) as error:  # of another architecture or system, or incomplete
-        return _without(version, f"cannot be loaded: {error}")
+        return version, f"cannot be loaded: {error}"
     if interface != INTERFACE:
-        return _without(version, f"has interface {interface}, and this version of lepton-xla needs {INTERFACE}")
+        return version, f"has interface {interface}, and this version of lepton-xla needs {INTERFACE}"
     try:
         for name, handler in handlers.items():
             _jaxlib.register_target(PREFIX + name, handler)
     except Exception as error:  # XLA refuses kernels that were compiled for another version of its interface
-        return _without(version, f"does not fit this jaxlib: {error}")
-    return version
-
-
-def _without(version: str, reason: str) -> None:
-    _LOG.warning("%s %s %s. XLA's own code is used; install the package again", PACKAGE, version, reason)
+        return version, f"does not fit this jaxlib: {error}"
+    return version, ""

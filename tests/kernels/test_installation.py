@@ -15,9 +15,12 @@ def fresh(monkeypatch):
     """Looks for the kernels again."""
     monkeypatch.setenv(installation.VARIABLE, "")
     monkeypatch.setattr(installation.importlib.metadata, "version", lambda _name: "9.9")
-    installation.installed.cache_clear()
+    caches = installation.installed, installation.examine
+    for cached in caches:
+        cached.cache_clear()
     yield
-    installation.installed.cache_clear()
+    for cached in caches:
+        cached.cache_clear()
 
 
 def refuses():

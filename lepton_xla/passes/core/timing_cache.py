@@ -16,10 +16,10 @@ import time
 
 import msgspec
 
+from lepton_xla.machine import cache_folder
+
 _LOG = logging.getLogger(__name__)
 
-# The environment variable that turns the cache off or moves it.
-VARIABLE = "LEPTON_CACHE"
 # Maximum number of files; beyond it, the oldest half is removed.
 MAX_FILES = 8192
 # Longer files are not ours.
@@ -53,21 +53,9 @@ class TimingCache:
 
     @classmethod
     def default(cls) -> TimingCache:
-        """The cache in `$LEPTON_CACHE`, else in `lepton_xla` in `$XDG_CACHE_HOME` or `~/.cache`; disabled by `off`.
-
-        A relative `$XDG_CACHE_HOME` is ignored, as the XDG Base Directory Specification demands.
-        """
-        asked = os.environ.get(VARIABLE, "")
-        if asked == "off":
-            return cls(None)
-        if asked:
-            return cls(pathlib.Path(asked) / "times")
-        base = os.environ.get("XDG_CACHE_HOME", "")
-        try:
-            root = pathlib.Path(base) if os.path.isabs(base) else pathlib.Path.home() / ".cache"
-        except RuntimeError:  # the user has no home folder
-            return cls(None)
-        return cls(root / "lepton_xla" / "times")
+        """The cache in the folder of `machine.cache_folder`; disabled where there is none."""
+        folder = cache_folder()
+        return cls(None if folder is None else folder / "times")
 
     def get(self, key: str, count: int) -> Times | None:
         """Read the times of `count` functions under a key; None if they are missing or unreadable."""
