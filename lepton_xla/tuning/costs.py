@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 from lepton_xla.compiler.weights import stored_bytes
 from lepton_xla.passes.core.plans import Plan
 from lepton_xla.passes.core.sites import find_sites
+from lepton_xla.passes.core.spreading import is_spread
 from lepton_xla.passes.core.timing import Timer
 from lepton_xla.passes.pruning.magnitude import prune
 from lepton_xla.passes.quantization import eligibility
@@ -99,6 +101,8 @@ def times_of_choices(
     for number, at in enumerate(sizes):
         progress("time products", number, len(sizes))
         sites = {site.name: site for site in find_sites(program, sizes=at)}
+        # XLA would gather a weight on several devices for a kernel, so it has none.
+        spread = {name for name, site in sites.items() if site.path and is_spread(program.weights[site.path])}
         extra = [np.zeros(len(group.choices)) for group in groups]
         wanted: list[tuple[int, int, Any]] = []
         for index, group in enumerate(groups):
@@ -110,11 +114,13 @@ def times_of_choices(
                     rule = entry.quantize
                     if eligibility.float_reason(site, rule, timer.target):
                         continue
-                    kernel = eligibility.has_kernel(site, rule, timer.target)
+                    kernel = eligibility.has_kernel(site, rule, timer.target) and name not in spread
                     if rule.activations != "none" or kernel or not unpacks:
                         wanted.append((index, choice_index, (site, rule, at)))
         timings = compare([each for _, _, each in wanted], timer)
         for (index, choice_index, (site, rule, _)), timing in zip(wanted, timings, strict=True):
+            if site.name in spread:
+                timing = dataclasses.replace(timing, kernel_us=None)
             added = _added_us(timing, is_float=rule.activations == "none", unpacks=unpacks)
             extra[index][choice_index] += added * site.repeats
         found.append(extra)
@@ -123,12 +129,8 @@ def times_of_choices(
 
 def _added_us(timing: Timing, *, is_float: bool, unpacks: bool) -> float:
     """Microseconds that a choice adds to a product in float."""
-    kernel = [timing.kernel_us] if timing.kernel_us is not None and not timing.wrong else []
-    if is_float:
-        ways = [*kernel, timing.float_us if unpacks else timing.integer_us]
-    else:
-        padded = [timing.padded_us] if timing.padded_us is not None else []
-        ways = [timing.float_us] if timing.wrong else [timing.float_us, timing.integer_us, *padded]
+    ways = [] if timing.wrong else [us for way, us in timing.us.items() if not is_float or way == "kernel"]
+    ways.append(timing.integer_us if is_float and not unpacks else timing.float_us)
     return min(ways) - timing.float_us
 
 

@@ -46,7 +46,7 @@ from lepton_xla.tuning.trials import Trial, Workshop, digest, predictor
 PRESETS = ("int8", "int8-weight-only", "int4-weight-only", "codebook16")
 ANY_TIME = Budget()
 # Of what a journal keeps; changes with the fields of a trial.
-FORMAT = 3
+FORMAT = 4
 type Progress = Callable[[str, int, int], None]
 
 
@@ -95,10 +95,10 @@ def tune(
         timer: times calls; by default a new one, which keeps its measurements on disk.
         progress: called with what begins, and how many trials of how many are done.
         training: data, optimizer, steps and loss by which candidates may be trained from the float model's weights,
-            folded; its own model and compression are not used. Half of the minutes are then for trained candidates.
-            Their settings are chosen by Optuna (the extra `tune`), which with a journal keeps a file beside it,
-            `JOURNAL.optuna`; several processes may share both. Without a loss of its own they learn from the float
-            model's logits and from labels.
+            folded; its own model and compression are not used, nor its checkpoints and logs. Half of the minutes are
+            then for trained candidates. Their settings are chosen by Optuna (the extra `tune`), which with a journal
+            keeps a file beside it, `JOURNAL.optuna`; several processes may share both. Without a loss of its own they
+            learn from the float model's logits and from labels.
 
     Returns:
         The best trial and all others. Ctrl-C ends the search, not the program: the best so far is returned.
@@ -161,6 +161,7 @@ def tune(
     if training is not None:
         folded, _ = plan_for(program, Recipe(), buckets=asked)
         trainer = Trainer(folded, training, judge, seed)
+        _ = trainer.digest  # data or a loss that cannot be used shows before anything is measured
     float_bytes = stored_bytes(name_leaves(program.weights))
     estimates = None
     try:

@@ -9,6 +9,7 @@ ends half way if it has lost more than the median of those that are no larger (m
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import importlib
 import json
@@ -17,20 +18,24 @@ import math
 import os
 import socket
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
+import jax
+import jax.numpy as jnp
 import optax
 
 from lepton_xla.errors import TuningError
 from lepton_xla.modelspec import Predict
 from lepton_xla.program import Program
 from lepton_xla.recipe import Recipe
-from lepton_xla.train import Compression, Evaluation, Labels, Logits, TrainSpec, distill, fit, polynomial
+from lepton_xla.train import Compression, Evaluation, Labels, Logits, Stage, State, TrainSpec, distill, fit, polynomial
 from lepton_xla.train.feeding import Feed
-from lepton_xla.train.models import Model
+from lepton_xla.train.models import Loss, Model
+from lepton_xla.train.steps import make_step
+from lepton_xla.trees import abstract, name_leaves, tree_bytes
 from lepton_xla.tuning.constraints import Constraints, Objective
-from lepton_xla.tuning.digests import digest_of
+from lepton_xla.tuning.digests import digest_of, digest_of_function
 from lepton_xla.tuning.judging import Judge
 from lepton_xla.tuning.trials import StoppedError, Trial
 
@@ -49,6 +54,11 @@ RANGES: dict[str, tuple[float, float, bool]] = {
     "temperature": (1.0, 8.0, True),
 }
 _FIRST = {"rate": 0.3, "steps": 1.0, "quantize_at": 0.25, "prune_until": 0.5, "alpha": 0.5, "temperature": 2.0}
+# Options of `fit` that decide the step, and those that candidates train without: they would share files.
+_OF_STEP = {"accumulate", "compute_dtype", "clip_norm", "ema"}
+_OF_ONE = ("checkpoint", "log", "log_every", "tensorboard", "progress")
+# Bytes of batches that a training is told by.
+_DIGESTED = 1 << 28
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +67,8 @@ class Trainer:
 
     Attributes:
         program: the float program, folded; what is trained.
-        spec: data, optimizer, steps and loss of a training; its model is not used.
+        spec: data, optimizer, steps, loss and options of a training; its model is not used, nor its checkpoints and
+            logs.
         judge: compares with the float model.
         seed: of dropout and the like.
     """
@@ -67,10 +78,40 @@ class Trainer:
     judge: Judge
     seed: int
 
-    @property
+    @functools.cached_property
     def digest(self) -> str:
-        """Digest of the number of steps and of the first batch."""
-        return digest_of([Feed(self.spec.data).next()], before=str(self.spec.steps))[:16]
+        """Digest of what trains: loss, optimizer and options as the step that they make, and the first batches.
+
+        Raises:
+            TuningError: if it cannot be trained again for each candidate.
+            TrainingError: if the loss or the data cannot be used.
+        """
+        spec = self.spec
+        if isinstance(spec.data, Iterator):
+            raise TuningError(
+                "training: the data is an iterator, which can be read once, and each candidate reads it again; give a "
+                "sequence of batches or a function of the step"
+            )
+        loss = self._loss(_FIRST)
+        prepare, feed, batches, read = getattr(loss, "prepare", dict), Feed(spec.data), list[Any](), 0
+        while len(batches) < spec.steps and read < _DIGESTED:
+            batches.append(prepare(feed.next()))
+            read += tree_bytes(batches[-1])
+        stage = Stage.begin(Compression(), Model.of(self.program), loss, spec.updates(spec.steps))
+        given = self._options()
+        options = {name: given.pop(name) for name in _OF_STEP & given.keys()}
+        state = jax.eval_shape(
+            lambda weights: State.first(
+                weights, stage.model.state, stage.optimizer.init(weights), jax.random.key(0)
+            ).replace(ema=weights if options.get("ema") else {}),
+            dict(stage.weights),
+        )
+        arrays = getattr(loss, "arrays", None)
+        step = make_step(stage.loss, stage.optimizer, **options)
+        batch = jax.eval_shape(lambda: {name: jnp.asarray(each) for name, each in batches[0].items()})
+        steps = digest_of_function(step, state, batch, abstract(arrays))
+        teachers = name_leaves(arrays, single="arrays") if arrays is not None else {}
+        return digest_of([teachers, *batches], before=f"{spec.steps} {steps} {sorted(given.items())!r}")[:16]
 
     def names(self, recipe: Recipe | None = None) -> list[str]:
         """The settings that a recipe's training has; of any recipe without one."""
@@ -95,10 +136,7 @@ class Trainer:
         """
         spec, model = self.spec, Model.of(self.program)
         steps = max(2, round(spec.steps * settings["steps"]))
-        loss = spec.loss
-        if loss is None:
-            terms = [Logits(settings["temperature"], weight=settings["alpha"]), Labels(weight=1 - settings["alpha"])]
-            loss = distill(model, self.program, [term for term in terms if term.weight])
+        loss = self._loss(settings)
         compression = Compression(
             recipe,
             quantize_from=round(steps * settings["quantize_at"]) if recipe.quantize else None,
@@ -119,12 +157,23 @@ class Trainer:
             return {}
 
         rated = optax.chain(spec.updates(steps), optax.scale(settings["rate"]))
-        options: dict[str, Any] = {"progress": False, "seed": self.seed, **spec.options}
         result = fit(
             model, loss, rated, spec.data, steps=steps, evaluate=Evaluation(evaluate, every=half),
-            compression=compression, **options,
+            compression=compression, progress=False, **self._options(),
         )  # fmt: skip
         return result.program
+
+    def _options(self) -> dict[str, Any]:
+        """The options of each candidate's training; it has no checkpoint to go back to."""
+        given = {"seed": self.seed} | {name: each for name, each in self.spec.options.items() if name not in _OF_ONE}
+        return {**given, "on_nan": "stop"} if given.get("on_nan") == "restore" else given
+
+    def _loss(self, settings: Mapping[str, float]) -> Loss:
+        """The loss of the training; without one, from the float model's logits and from labels."""
+        if self.spec.loss is not None:
+            return self.spec.loss
+        terms = [Logits(settings["temperature"], weight=settings["alpha"]), Labels(weight=1 - settings["alpha"])]
+        return distill(Model.of(self.program), self.program, [term for term in terms if term.weight])
 
 
 @dataclasses.dataclass

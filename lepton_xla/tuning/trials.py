@@ -18,11 +18,11 @@ from lepton_xla.modelspec import Predict
 from lepton_xla.optimization.pipeline import optimize
 from lepton_xla.passes.core.calibration import check_batch
 from lepton_xla.passes.core.timing import Timer, time_programs
-from lepton_xla.program import Program
+from lepton_xla.program import Program, probe_sizes
 from lepton_xla.recipe import Recipe, to_toml
-from lepton_xla.trees import name_leaves, tree_bytes
+from lepton_xla.trees import abstract, name_leaves, tree_bytes
 from lepton_xla.tuning.constraints import Constraints, Objective
-from lepton_xla.tuning.digests import digest_of
+from lepton_xla.tuning.digests import digest_of, digest_of_function
 from lepton_xla.tuning.judging import Drop, Judge
 
 
@@ -249,5 +249,7 @@ def predictor(program: Program) -> Predict:
 def digest(program: Program, batches: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     """Digests of a model and of its calibration data."""
     signature = repr((dict(program.inputs), dict(program.outputs)))
-    model = digest_of([name_leaves(program.weights)], after=signature)
+    sizes = probe_sizes(program.fn, program.weights, program.inputs)[0]
+    computed = digest_of_function(program.fn, abstract(program.weights), *program.abstract_inputs(sizes))
+    model = digest_of([name_leaves(program.weights)], after=signature + computed)
     return {"model": model[:16], "data": digest_of(batches)[:16]}

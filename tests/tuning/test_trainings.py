@@ -1,18 +1,26 @@
 """Candidates that are trained: what they find beside candidates that are not, what a run goes on from, and Optuna."""
 
+import dataclasses
+import functools
+import os
+import pathlib
 import socket
 import subprocess
+import sys
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 from test_tune import LABELS, PROGRAM, X, found
 
 from lepton_xla.errors import TuningError
-from lepton_xla.train import TrainSpec
-from lepton_xla.tuning import CHOICES, Budget, Constraints, searching, trainings
+from lepton_xla.train import TrainSpec, supervised
+from lepton_xla.tuning import CHOICES, Budget, Constraints, searching, trainings, trials
 from lepton_xla.tuning.trainings import Study, Trainer
 
+ROOT = pathlib.Path(__file__).parents[2]
 RANGES = {"rate": (0.01, 1.0, True), "alpha": (0.0, 1.0, False)}
 FIRST = {"rate": 0.1, "alpha": 0.5}
 SPEC = TrainSpec(
@@ -71,6 +79,95 @@ def test_a_run_goes_on_with_what_was_trained(trained, monkeypatch):
     again = found(budget=Budget(trials=2, trainings=3), **given)
     assert len(count) == 1
     assert [each.name for each in again.trials[:-1]] == [each.name for each in tuned.trials]
+
+
+def batch(step):
+    return {"x": X[(at := step % 6 * 100) : at + 100], "label": LABELS[at : at + 100]}
+
+
+def squared(scale):
+    """A loss that closes over an array, within a function of its own jaxpr."""
+    table = np.full(4, scale, np.float32)
+
+    def loss(weights, batch, key, state):
+        outputs = jax.jit(lambda x: PROGRAM.fn(weights, x) * table[None])(batch["x"])
+        return jnp.mean((outputs - jax.nn.one_hot(batch["label"], 4)) ** 2), {}, state
+
+    return loss
+
+
+@functools.cache
+def whole():
+    return digest()
+
+
+def digest(**changes):
+    return Trainer(PROGRAM, dataclasses.replace(SPEC, **changes), None, 0).digest
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"optimizer": optax.sgd(0.2, momentum=0.9)},
+        {"optimizer": optax.sgd(0.3)},
+        {"optimizer": lambda steps: optax.sgd(0.3 - 1 / steps, momentum=0.9)},
+        {"loss": supervised(PROGRAM)},
+        {"data": lambda step: batch(step if step < 100 else step + 1)},
+        {"data": lambda step: batch(step) | {"more": np.zeros(100)}},
+        {"steps": 151},
+        {"options": {"clip_norm": 1.0}},
+        {"options": {"ema": 0.9}},
+        {"options": {"seed": 1}},
+    ],
+)
+def test_another_training_is_told_by_its_digest(other):
+    assert digest(**other) != whole()
+
+
+def test_the_same_training_is_told_by_its_digest():
+    again = {
+        "optimizer": lambda steps: optax.sgd(0.3, momentum=0.9),
+        "data": [batch(step) for step in range(6)],
+        "options": {"log_every": 5, "checkpoint": "elsewhere"},
+    }
+    assert digest(**again) == whole()
+    assert digest(loss=squared(2.0)) == digest(loss=squared(2.0))
+    assert digest(loss=squared(2.0)) != digest(loss=squared(3.0))
+    other = PROGRAM.replace(fn=lambda w, x: 2 * PROGRAM.fn(w, x))
+    assert Trainer(other, SPEC, None, 0).digest != whole()
+
+
+def test_another_process_has_the_same_digests():
+    code = (
+        "import sys, jax; jax.config.update('jax_platforms', 'cpu'); sys.path.insert(0, 'tests/tuning')\n"
+        "import test_trainings as t, lepton_xla.tuning.trials as trials\n"
+        "print(t.digest(), t.digest(loss=t.squared(2.0)), trials.digest(t.PROGRAM, [{'x': t.X}])['model'])"
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONHASHSEED": "7"}
+    found = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
+    )
+    assert found.stdout.split() == [
+        whole(),
+        digest(loss=squared(2.0)),
+        trials.digest(PROGRAM, [{"x": X}])["model"],
+    ]
+
+
+def test_a_journal_gives_nothing_of_another_training(trained, monkeypatch):
+    tuned, given = trained
+    count, train = [], Trainer.train
+    monkeypatch.setattr(Trainer, "train", lambda self, *args: count.append(1) or train(self, *args))
+    other = dataclasses.replace(SPEC, optimizer=optax.sgd(0.2, momentum=0.9), steps=SPEC.steps)
+    again = found(budget=Budget(trials=2, trainings=1), **given | {"training": other})
+    assert len(count) == 1
+    assert not {each.name for each in again.trials if each.training} & {each.name for each in tuned.trials}
+
+
+def test_data_that_can_be_read_once_is_refused_at_once():
+    once = dataclasses.replace(SPEC, data=iter([batch(0)] * 1000))
+    with pytest.raises(TuningError, match="the data is an iterator, which can be read once"):
+        found(constraints=Constraints(max_drop=9.0), training=once, progress=lambda *_: None)
 
 
 def test_without_optuna_it_says_what_to_install(monkeypatch):

@@ -8,16 +8,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 import lepton_xla as lx
 from lepton_xla.errors import CalibrationError, TuningError
 from lepton_xla.passes.core.timing import Timer
 from lepton_xla.passes.core.timing_cache import TimingCache
-from lepton_xla.tuning import CHOICES, Budget, Constraints, searching, tune
+from lepton_xla.passes.quantization.measurement import Timing
+from lepton_xla.tuning import CHOICES, Budget, Constraints, costs, searching, tune
 from lepton_xla.tuning.choices import find_groups
 from lepton_xla.tuning.costs import stored_weights
 from lepton_xla.tuning.pages import page
 from lepton_xla.tuning.scores import output_errors
+from lepton_xla.tuning.trials import digest
 
 RANDOM = np.random.default_rng(0)
 X = RANDOM.standard_normal((600, 8)).astype(np.float32)
@@ -99,6 +102,22 @@ def test_scores_are_the_change_of_the_outputs_to_first_order():
     assert errors[1] == pytest.approx(np.sum(change**2) / np.sum(exact**2), rel=0.25)
 
 
+def test_a_weight_on_two_devices_is_not_expected_to_have_a_kernel(monkeypatch):
+    timing = Timing({}, 10.0, 8.0, None, kernel_us=2.0)
+    monkeypatch.setattr(costs, "compare", lambda wanted, timer: [timing] * len(wanted))
+    mesh = lx.sharding.mesh("data=2")
+
+    def added(weight):
+        program = lx.trace(lambda w, x: x @ w["w"], {"w": weight}, {"x": lx.TensorSpec(("batch", 8), "float32")})
+        groups, plans = find_groups(program, CHOICES[:2])
+        how = {"unpacks": True, "progress": lambda *_: None}
+        return costs.times_of_choices(program, groups, plans, [{"batch": 2}], Watch(1.0), **how)[0][0].tolist()
+
+    cut = jax.device_put(WEIGHTS["q"], NamedSharding(mesh, PartitionSpec(None, "data")))
+    assert added(WEIGHTS["q"]) == [0, -8]
+    assert added(cut) == [0, -2]
+
+
 def test_what_is_found_is_built_again_from_its_recipe(smallest):
     tuned, _ = smallest
     best = tuned.best
@@ -174,6 +193,8 @@ def test_a_journal_of_another_model_is_refused(smallest, tmp_path):
             journal=path,
             timer=Watch(1.0),
         )
+    computed = PROGRAM.replace(fn=lambda w, x: jnp.sin(x @ w["q"] + x @ w["k"]) @ w["out"])
+    assert digest(computed, [])["model"] != digest(PROGRAM, [])["model"]  # of the same weights
     (tmp_path / "no.jsonl").write_text('{"a": 1}\n')
     with pytest.raises(TuningError, match=r"no.jsonl: is no journal"):
         found(journal=tmp_path / "no.jsonl")
